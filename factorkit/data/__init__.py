@@ -1,0 +1,24 @@
+"""Images, masks and data sets, from wherever they lie to arrays of one resolution."""
+
+from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
+from factorkit.data.images import BrokenImage, square, to_rgb
+from factorkit.data.labelled import Labelled, load_labelled
+from factorkit.data.prepare import Prepared, prepare
+from factorkit.data.procedural import flowers
+from factorkit.data.sources import Source, open_source
+
+__all__ = [
+    "BrokenImage",
+    "Dataset",
+    "Labelled",
+    "Prepared",
+    "Source",
+    "flowers",
+    "load_labelled",
+    "open_dataset",
+    "open_source",
+    "prepare",
+    "procedural_dataset",
+    "square",
+    "to_rgb",
+]

@@ -1,0 +1,138 @@
+"""One checkpoint is one safetensors file, written so that a kill at any moment leaves the old one or the new one whole.
+
+The metadata carries the step, the configuration and a SHA-256 of the tensors; a file whose hash does not match is damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from factorkit.errors import CheckpointError
+
+FORMAT = "factorkit-1"
+_NAME = re.compile(r"step_(\d+)\.safetensors$")
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+    """Write tensors and JSON-able ``meta`` to ``path``: a temporary file, fsync, rename, fsync of the folder.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; what was there before still stands.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    text = json.dumps(dict(meta), sort_keys=True)
+    header = {"format": FORMAT, "meta": text, "sha256": _digest(tensors, text)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=header)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"could not write {path}: {error}. Earlier checkpoints are untouched; free some space (or give another out=) "
+            "and run the same command again to go on"
+        ) from error
+    return path
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and metadata of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, altered, or not one of factorkit's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is a safetensors file, but not one factorkit wrote (format {header.get('format')!r})")
+    if header.get("sha256") != _digest(tensors, header.get("meta", "")):
+        raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
+    return tensors, json.loads(header["meta"])
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()) if t.numel() else b"")
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # some platforms open no folders; the rename is all they offer
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Checkpoints:
+    """The checkpoints of a run: ``<folder>/step_00000400.safetensors`` ..., the newest ``keep`` of them."""
+
+    def __init__(self, folder: Path, keep: int = 3):
+        self.folder, self.keep = Path(folder), keep
+
+    def paths(self) -> list[Path]:
+        """Newest first."""
+        found = [(int(m.group(1)), p) for p in self.folder.glob("step_*.safetensors") if (m := _NAME.match(p.name))]
+        return [p for _, p in sorted(found, reverse=True)]
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+        """Write the checkpoint of ``step`` and drop those beyond the newest ``keep``."""
+        path = write_checkpoint(self.folder / f"step_{step:08d}.safetensors", tensors, {**meta, "step": step})
+        for old in self.paths()[self.keep :]:
+            old.unlink(missing_ok=True)
+        for leftover in self.folder.glob(".step_*.tmp"):
+            leftover.unlink(missing_ok=True)
+        return path
+
+    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest checkpoint that is whole, passing over damaged ones with a warning; None where there is none.
+
+        Raises:
+            CheckpointError: there are checkpoints but none is whole.
+        """
+        damaged = []
+        for path in self.paths():
+            try:
+                found = read_checkpoint(path)
+            except CheckpointError as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                warnings.warn(f"{'; '.join(damaged)}. Taking the previous one, {path.name}, instead", stacklevel=2)
+            return found
+        if damaged:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} can be read: {'; '.join(damaged)}. "
+                "Move the folder away, or give another out=, to start afresh"
+            )
+        return None

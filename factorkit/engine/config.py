@@ -1,0 +1,104 @@
+"""Settings every model's training shares. A model's own configuration derives from this one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from factorkit.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """Training settings common to all models."""
+
+    steps: int = 50_000
+    """Optimiser steps of the whole run."""
+    batch_size: int = 128
+    """Images a step, over all processes together."""
+    micro_batch_size: int | None = None
+    """Images in memory at once in each process; None means the process's whole share of the batch."""
+    learning_rate: float = 1e-4
+    """Of Adam."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    decay: float = 0.0
+    """Last share of the steps over which the learning rate falls linearly to a tenth."""
+    gradient_clip: float | None = None
+    """Greatest norm of the gradient; None does not clip."""
+    ema: float = 0.9999
+    """Decay of the moving average of the weights, the ones that segment and generate; reached by a warm-up (1+n)/(10+n)."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of activations, by autocast; weights, statistics and masks stay fp32."""
+    seed: int = 0
+    """Of the weights, the data order, time steps and noise."""
+    device: str = "auto"
+    """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ..."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept."""
+    sample_every: int = 1000
+    """Steps between sample sheets and label-free alarms; 0 only at the end."""
+    log_every: int = 50
+    """Steps between lines of the log."""
+    tensorboard: bool = False
+    """Mirror the log for TensorBoard (needs the extra `tensorboard`)."""
+
+    #: settings that may differ when a run is resumed: they change neither the model nor what it saw so far
+    RESUMABLE = frozenset(
+        {"steps", "device", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "tensorboard", "micro_batch_size"}
+    )
+
+    def validate(self) -> None:
+        """Raise ConfigError for numbers that cannot work, naming the setting."""
+        for name in ("steps", "batch_size", "checkpoint_every", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, low, high in (("ema", 0.0, 1.0), ("decay", 0.0, 1.0)):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie between {low:g} and {high:g}")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"learning_rate={self.learning_rate} must be positive")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ConfigError(f"micro_batch_size={self.micro_batch_size} must be at least 1, or None")
+        if self.precision not in ("bf16", "fp32"):
+            raise ConfigError(f"precision={self.precision!r} is unknown; choose bf16 or fp32")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of the step that follows ``step`` finished ones."""
+        rate = self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
+        tail = self.decay * self.steps
+        if tail > 0 and step >= self.steps - tail:
+            rate *= max(0.1, (self.steps - step) / tail)
+        return rate
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in config.json."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]):
+        """The configuration behind :meth:`to_dict`; settings this version does not know are refused by name."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            near = ", ".join(sorted(known))
+            raise ConfigError(f"unknown setting {', '.join(map(repr, unknown))} for {cls.__name__}; there are: {near}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def resolve_device(name: str):
+    """The torch device behind ``"auto"``, ``"cpu"``, ``"cuda"`` ... Raises ConfigError when it is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is not a device torch knows; use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r} was asked for but torch sees no GPU; use device='cpu', or see `factorkit doctor`")
+    return device

@@ -1,0 +1,45 @@
+"""Processes of one run: torchrun starts them, torch.distributed joins them, nothing of our own in between."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def join(device: torch.device) -> None:
+    """Join the processes torchrun started, if it did (NCCL on GPUs, gloo on CPUs)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def rank() -> int:
+    """This process's number; 0 is the one that writes."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes of the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def average(values: torch.Tensor) -> torch.Tensor:
+    """Mean of a tensor over all processes (itself in a run of one)."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this process on its machine (torchrun's LOCAL_RANK)."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device

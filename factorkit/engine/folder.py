@@ -1,0 +1,59 @@
+"""A run is a folder. This is how one is claimed: made afresh, taken up again, or refused because it is another run's."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from factorkit.errors import CheckpointError
+
+CONFIG = "config.json"
+
+
+def claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str]) -> None:
+    """Make ``folder`` the run of these settings, or find that it already is.
+
+    Args:
+        settings: everything the run is defined by, JSON-able.
+        resumable: settings that may differ from those of the run that lies there.
+
+    Raises:
+        CheckpointError: the folder holds another run (the differing settings are named) or something else altogether.
+    """
+    path = folder / CONFIG
+    if path.exists():
+        old = read_settings(folder)
+        names = sorted(k for k in {*old, *settings} - resumable if old.get(k) != settings.get(k))
+        if names:
+            listed = "; ".join(f"{k}: {old.get(k)!r} there, {settings.get(k)!r} asked for" for k in names)
+            raise CheckpointError(
+                f"{folder} holds a run with other settings ({listed}). Give another out=, or the same settings to resume it"
+            )
+    elif folder.exists() and any(p for p in folder.iterdir() if p.name != "heats"):
+        raise CheckpointError(f"{folder} exists and holds something that is no factorkit run; give another out=")
+    write_json(path, settings)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a run folder. Raises CheckpointError where there is no run."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Restore it, or give another out= to start afresh") from error
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON so that a reader finds the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {path}: {error}; give an out= that can be written") from error

@@ -1,0 +1,321 @@
+"""The training loop both models share: it knows steps, signals, checkpoints and logs, and nothing of what is trained."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from factorkit.engine import distributed
+from factorkit.engine.checkpoint import Checkpoints
+from factorkit.engine.config import EngineConfig
+from factorkit.engine.log import RunLog
+from factorkit.engine.report import write_report
+from factorkit.engine.streams import BatchDraw, derived_seed, image_order
+from factorkit.errors import CheckpointError, FactorkitError
+
+NON_FINITE_LIMIT = 3  # steps in a row whose gradient is not finite before the run is stopped
+
+
+class StepLoss(NamedTuple):
+    """What a task reports of one micro-batch of B samples."""
+
+    objective: Tensor  # [B] what is minimised (weighted)
+    loss: Tensor  # [B] the plain error, for the log
+    level: Tensor  # [B] noise level in [0, 1), for the loss by quarters
+    watch: dict[str, Tensor]  # means over the micro-batch, logged by name
+
+
+class Task(Protocol):
+    """What the loop asks of a model's training."""
+
+    model: nn.Module
+    size: int  # number of training images
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Adam's groups; each has "params" and "scale", the factor on the learning rate."""
+
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: int) -> StepLoss:
+        """Errors of the images ``indices`` at optimiser step ``step``; all randomness from ``draw``."""
+
+    def inspect(self, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
+        """Write sample sheets of the averaged model into ``folder``; the answer is logged as the event "alarms"."""
+
+
+class Trainer:
+    """Trains ``task`` in the run folder ``folder`` until ``config.steps``, going on from the newest checkpoint there.
+
+    Args:
+        meta: JSON-able facts stored with every checkpoint (the whole configuration, what the model is).
+        stop_at: end (with a checkpoint) before this step instead; the schedule stays that of ``config.steps``.
+    """
+
+    def __init__(self, task: Task, config: EngineConfig, folder: Path, meta: dict[str, Any], *, device: torch.device,
+                 progress: bool = True, stop_at: int | None = None):  # fmt: skip
+        self.task, self.config, self.folder, self.meta, self.device = task, config, Path(folder), meta, device
+        self.last = min(stop_at or config.steps, config.steps)
+        self.progress = progress and distributed.rank() == 0
+        self.model = task.model.to(device)
+        self.groups = task.parameter_groups()
+        self.optimizer = torch.optim.Adam(
+            [{"params": g["params"], "scale": g["scale"]} for g in self.groups], lr=config.learning_rate, fused=True
+        )
+        self.average = AveragedModel(self.model, multi_avg_fn=self._toward).eval()
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
+        self.step = 0
+        self._stop: signal.Signals | None = None
+        self._bad_steps = 0
+
+    # --- state -----------------------------------------------------------------------------------------------------------
+
+    def _toward(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        done = int(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(self.config.ema, (1 + done) / (10 + done)))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, by name: weights, their average, Adam's moments."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors.update({f"ema.{k}": v for k, v in self.average.state_dict().items()})
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{key}.{name}"] = value
+        return tensors
+
+    def restore(self) -> bool:
+        """Take up the newest whole checkpoint; False where there is none.
+
+        Raises:
+            CheckpointError: no checkpoint is whole, or they belong to another model.
+        """
+        found = self.checkpoints.latest()
+        if found is None:
+            return False
+        tensors, meta = found
+        part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        try:
+            self.model.load_state_dict(part("model."))
+            self.average.load_state_dict(part("ema."))
+        except RuntimeError as error:
+            raise CheckpointError(f"the checkpoints in {self.checkpoints.folder} are of another model: {error}") from error
+        for name, parameter in self.model.named_parameters():
+            # Adam keeps `step` on the parameter's device only when fused; it always is here.
+            entry = {k: tensors[f"adam.{k}.{name}"].to(self.device) for k in ("step", "exp_avg", "exp_avg_sq")
+                     if f"adam.{k}.{name}" in tensors}  # fmt: skip
+            if entry:
+                self.optimizer.state[parameter] = entry
+        self.step = int(meta["step"])
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step (process 0 writes)."""
+        if distributed.rank() == 0:
+            self.checkpoints.save(self.step, self.state(), self.meta)
+        distributed.barrier()
+
+    def trial(self, steps: int) -> float:
+        """Seconds a step takes here, after one to warm up; nothing is written."""
+        meter = Meter(self.device)
+        for count in (1, steps):
+            start = time.perf_counter()
+            for _ in range(count):
+                self._optimise(self.model, meter)
+                self.step += 1
+            meter.read(self.config.batch_size)  # waits for the device
+        return (time.perf_counter() - start) / steps
+
+    # --- training --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> nn.Module:
+        """Train to the end; answers the averaged model.
+
+        Raises:
+            KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, once a checkpoint is written.
+            CheckpointError: a checkpoint could not be written; the earlier ones stand.
+            FactorkitError: three steps in a row were not finite.
+        """
+        resumed = self.restore()
+        main = distributed.rank() == 0
+        log = RunLog(self.folder, tensorboard=self.config.tensorboard) if main else None
+        note = (lambda kind, **fields: log.event(kind, step=self.step, **fields)) if main else (lambda kind, **fields: None)
+        if self.step < self.last or not resumed:
+            note("resume" if resumed else "start", message=f"step {self.step} of {self.config.steps} on {self.device}")
+        try:
+            with self._signals():
+                self._train(note)
+        finally:
+            if main:
+                log.close()
+                write_report(self.folder)
+        return self.average.module
+
+    def _train(self, note) -> None:
+        config = self.config
+        wrapped = DistributedDataParallel(self.model) if distributed.world_size() > 1 else self.model
+        meter = Meter(self.device)
+        bar = tqdm(total=self.last, initial=self.step, desc="training", unit="step", disable=not self.progress, dynamic_ncols=True)
+        while self.step < self.last and self._stop is None:
+            norm = self._optimise(wrapped, meter)
+            self._watch_finite(norm, note)
+            self.step += 1
+            bar.update()
+            if self.step % config.log_every == 0 or self.step == self.last:
+                line = meter.read(config.batch_size)
+                note("step", images=self.step * config.batch_size, lr=config.learning_rate_at(self.step - 1), **line)
+                bar.set_postfix_str(_summary(line))
+            if self.step == self.last or (config.sample_every and self.step % config.sample_every == 0):
+                with meter.paused():
+                    self._inspect(note, bar)
+            if self.step % config.checkpoint_every == 0 and self.step < self.last:
+                with meter.paused():
+                    self.save()
+        bar.close()
+        if not self.checkpoints.paths() or self.step > int(self.checkpoints.paths()[0].stem.split("_")[1]):
+            self.save()
+        if self._stop is not None:
+            note("signal", message=f"{self._stop.name}: saved at step {self.step}; the same command again goes on from there")
+            if self._stop == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + self._stop)
+        if self.step == config.steps:
+            note("end", message="finished")
+
+    def _optimise(self, wrapped: nn.Module, meter: Meter) -> Tensor:
+        """One step of the optimiser; answers the norm of its gradient."""
+        config, seen = self.config, self.step * self.config.batch_size
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(self.step) * group["scale"]
+        torch.manual_seed(derived_seed("dropout", config.seed, seen, distributed.rank()))
+        indices = image_order(config.seed, seen, config.batch_size, self.task.size)
+        wrapped.train()
+        slices = list(self._micro_batches())
+        for i, rows in enumerate(slices):
+            draw = BatchDraw(config.seed, seen, config.batch_size, rows, self.device)
+            quiet = wrapped.no_sync() if i < len(slices) - 1 and wrapped is not self.model else nullcontext()
+            with quiet:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    found = self.task.loss(wrapped, indices[rows], draw, self.step)
+                # DDP averages over processes, the batch's mean needs a sum
+                (found.objective.sum() * (distributed.world_size() / config.batch_size)).backward()
+            meter.add(found)
+        limit = math.inf if config.gradient_clip is None else config.gradient_clip
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+            self.average.update_parameters(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _micro_batches(self) -> Iterator[slice]:
+        """The rows of the batch that are this process's, in pieces that fit in memory."""
+        rank, world, batch = distributed.rank(), distributed.world_size(), self.config.batch_size
+        start, end = batch * rank // world, batch * (rank + 1) // world
+        size = self.config.micro_batch_size or max(1, end - start)
+        for low in range(start, end, size):
+            yield slice(low, min(low + size, end))
+
+    def _watch_finite(self, norm: Tensor, note) -> None:
+        if torch.isfinite(norm):
+            self._bad_steps = 0
+            return
+        self._bad_steps += 1
+        note("skip", message=f"the gradient of step {self.step} was not finite; the step was skipped")
+        if self._bad_steps >= NON_FINITE_LIMIT:
+            raise FactorkitError(
+                f"the gradient was not finite in {NON_FINITE_LIMIT} steps in a row (last: step {self.step}). The last good "
+                f"checkpoint is kept in {self.checkpoints.folder}; try a lower learning_rate=, gradient_clip=1.0 or precision='fp32'"
+            )
+
+    def _inspect(self, note, bar) -> None:
+        if distributed.rank() == 0:
+            self.average.eval()
+            precision = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+            with torch.no_grad(), precision:
+                found = self.task.inspect(self.average.module, self.step, self.folder / "samples")
+            note("alarms", **found)
+            for failure in found.get("failures", ()):
+                bar.write(f"step {self.step}: {failure}")
+            write_report(self.folder)
+        distributed.barrier()
+
+    @contextmanager
+    def _signals(self):
+        """SIGTERM and the first Ctrl-C end the loop after the present step; a second Ctrl-C interrupts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def remember(number, frame):
+            self._stop = signal.Signals(number)
+            signal.signal(number, before[number])
+
+        before = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Meter:
+    """Sums over the steps between two lines of the log, kept on the device and read once."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)
+        self.watch: dict[str, Tensor] = {}
+        self.parts, self.rows, self.pause, self.since = 0, 0, 0.0, time.perf_counter()
+
+    def add(self, found: StepLoss) -> None:
+        quarter = (found.level * 4).long().clamp(0, 3)
+        loss = found.loss.detach().double()
+        self.sums[0].index_add_(0, quarter, loss)
+        self.sums[1].index_add_(0, quarter, torch.ones_like(loss))
+        for name, value in found.watch.items():
+            value = value.detach().float()
+            self.watch[name] = self.watch[name] + value if name in self.watch else value
+        self.parts += 1
+        self.rows += len(loss)
+
+    @contextmanager
+    def paused(self):
+        """Time spent on sheets and checkpoints is no training time."""
+        start = time.perf_counter()
+        yield
+        self.pause += time.perf_counter() - start
+
+    def read(self, batch: int) -> dict[str, Any]:
+        """Means since the last reading, over all processes."""
+        seconds = time.perf_counter() - self.since - self.pause
+        sums = distributed.average(self.sums).cpu()
+        by_quarter = [s / n if n else None for s, n in zip(*sums.tolist(), strict=True)]
+        line = {
+            "loss": (sums[0].sum() / sums[1].sum().clamp_min(1)).item(),
+            "loss_by_quarter": by_quarter,
+            "images_per_second": self.rows * distributed.world_size() / max(seconds, 1e-9),
+            "seconds": seconds,
+        }
+        for name, total in self.watch.items():
+            line[name] = distributed.average(total / self.parts).tolist()
+        self._clear()
+        return line
+
+
+def _summary(line: dict[str, Any]) -> str:
+    parts = [f"loss {line['loss']:.4f}"]
+    if "areas" in line:
+        parts.append("areas " + "/".join(f"{a:.2f}" for a in line["areas"]))
+    return ", ".join(parts)

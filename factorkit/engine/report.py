@@ -1,0 +1,395 @@
+"""The report of a run: one HTML file that needs nothing beside it, written from what lies in the run folder."""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from factorkit.engine.curves import ALARM_LIMITS, DARK, LIGHT, draw_curves, is_number, timeline
+from factorkit.engine.log import read_log
+from factorkit.engine.report_style import STYLE
+from factorkit.errors import CheckpointError
+
+__all__ = ["Verdict", "read_log", "verdict", "write_report"]
+
+REPORT_NAME = "report.html"
+_SHEET_NAME = re.compile(r"(?P<step>\d+)_(?P<kind>.+)")
+_STRIP = 8  # sheets of one kind in the strip below the latest
+_STRIP_SIZE = (320, 240)
+_EVENTS = 200  # the newest events shown
+_SCORES = (("acc", "Acc"), ("iou", "IoU"), ("dice", "Dice"))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the run converged, in words.
+
+    status: "good"; "mixed" where the alarms and the scores disagree; "bad"; "open" while there is nothing to judge by.
+    headline: one sentence. details: the sentences behind it, with their figures.
+    """
+
+    status: Literal["good", "mixed", "bad", "open"]
+    headline: str
+    details: list[str]
+
+
+def verdict(folder: str | os.PathLike[str]) -> Verdict:
+    """Judge the run in `folder` by its last alarms and its scores, as far as there are any."""
+    folder = Path(folder)
+    return _judge(read_log(folder), _read_json(folder / "scores.json"))
+
+
+def write_report(folder: str | os.PathLike[str]) -> Path:
+    """Write `folder/report.html` from the files in the run folder, and return its path.
+
+    Read are `config.json`, `log.jsonl`, `scores.json` and `samples/<step>_<kind>.png`; what is missing, unknown or half
+    written is left out, so it works at any moment of a run. The old report stands until the new one is whole. The page
+    has no scripts and refers to nothing outside itself.
+
+    Raises CheckpointError when there is no such folder or the file cannot be written.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no run folder: it does not exist. Give the out= of a training run")
+    config, log, scores = _read_json(folder / "config.json"), read_log(folder), _read_json(folder / "scores.json")
+    judged = _judge(log, scores)
+    name = folder.resolve().name
+    progress = _text(_progress(config, log))
+    body = [
+        f"<header><p class='kicker'>factorkit run</p><h1>{_text(name)}</h1><p>{progress}</p></header>",
+        _verdict_box(judged),
+        _headline_numbers(config, log, scores),
+        _sheets_section(folder / "samples"),
+        _curves_section(log),
+        _scores_section(scores),
+        _events_section(log),
+        _settings_section(config),
+        _environment_section(),
+    ]
+    page = (
+        "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{_text(name)}: {_text(judged.headline)}</title><style>{STYLE}</style></head>\n"
+        "<body><main>\n" + "\n".join(body) + "\n</main></body></html>\n"
+    )
+    path = folder / REPORT_NAME
+    temporary = folder / f".{REPORT_NAME}.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        advice = "Free some space, or make the folder writable"
+        raise CheckpointError(f"could not write {path}: {error}. {advice}") from error
+    return path
+
+
+# --- reading and judging ---
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where it is missing, damaged or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _judge(log: list[dict[str, Any]], scores: dict[str, Any]) -> Verdict:
+    alarms = timeline(log, "alarms")
+    failures = _failures(alarms[-1]) if alarms else []
+    iou, best = scores.get("iou"), _best_baseline(scores)
+    details = []
+    if alarms:
+        when = f"Without labels, at step {alarms[-1]['step']:g}: "
+        details.append(when + ("; ".join(failures) if failures else "no alarm went off") + ".")
+    beaten = None
+    if is_number(iou):
+        scored = scores.get("scored")
+        sentence = f"IoU {iou:.3f}" + (f" on {scored:g} labelled images" if is_number(scored) else "")
+        if best is None:
+            sentence += "; no trivial baseline stands beside it yet"
+        else:
+            beaten = iou > best[1]
+            sentence += f"; the best trivial baseline, {best[0]}, has {best[1]:.3f}"
+        details.append(sentence + ".")
+    elif alarms:
+        details.append("No labelled images were scored yet; the alarms certify content, not objects.")
+
+    if not alarms and beaten is None:
+        return Verdict("open", "No verdict yet", details or ["There are neither alarms nor scores yet."])
+    if failures:
+        if beaten:
+            return Verdict("mixed", "The masks beat every trivial baseline, although an alarm went off", details)
+        return Verdict("bad", "Failed: " + failures[0].split(":")[0], details)
+    if beaten is False:
+        follow = "The masks follow content, but" if alarms else "The masks"
+        return Verdict("mixed" if alarms else "bad", f"{follow} do not beat a trivial baseline", details)
+    return Verdict("good", "The masks follow content" if alarms else "The masks beat every trivial baseline", details)
+
+
+def _failures(alarms: dict[str, Any]) -> list[str]:
+    failures = alarms.get("failures")
+    return [str(failure) for failure in failures] if isinstance(failures, list) else []
+
+
+def _baselines(scores: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The baselines, best IoU first, those without a score last."""
+    baselines = scores.get("baselines")
+    items = baselines.items() if isinstance(baselines, dict) else ()
+    found = [(str(name), values) for name, values in items if isinstance(values, dict)]
+    return sorted(found, key=lambda item: -item[1]["iou"] if is_number(item[1].get("iou")) else 1)
+
+
+def _best_baseline(scores: dict[str, Any]) -> tuple[str, float] | None:
+    best = next(iter(_baselines(scores)), None)
+    return (best[0], best[1]["iou"]) if best is not None and is_number(best[1].get("iou")) else None
+
+
+def _progress(config: dict[str, Any], log: list[dict[str, Any]]) -> str:
+    """One sentence on how far the run is."""
+    stages = [event for event in log if event.get("event") in ("start", "resume", "signal", "end")]
+    steps = timeline(log, "step")
+    step = steps[-1]["step"] if steps else 0
+    place = f"step {step:,g}" + (f" of {config['steps']:,g}" if is_number(config.get("steps")) else "")
+    last = stages[-1]["event"] if stages else None
+    if last == "end":
+        return f"Finished at {place}."
+    if last == "signal":
+        return f"Stopped by a signal at {place}; the same command again goes on from there."
+    return f"Not finished: {place}." if last or steps else "Not started: the log holds no step yet."
+
+
+# --- the page ---
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _section(title: str, body: str, missing: str) -> str:
+    """A section; without a body, one line that says what is not there yet."""
+    return f"<section><h2>{title}</h2>{body or f'<p class=missing>Not there yet: {_text(missing)}.</p>'}</section>"
+
+
+def _table(rows: Iterable[tuple[object, object]]) -> str:
+    lines = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows)
+    return f"<div class=scroll><table>{lines}</table></div>" if lines else ""
+
+
+def _verdict_box(judged: Verdict) -> str:
+    details = "".join(f"<p>{_text(sentence)}</p>" for sentence in judged.details)
+    return f"<section class='verdict {judged.status}'><h2>{_text(judged.headline)}</h2>{details}</section>"
+
+
+def _headline_numbers(config: dict[str, Any], log: list[dict[str, Any]], scores: dict[str, Any]) -> str:
+    steps, alarms = timeline(log, "step"), timeline(log, "alarms")
+    last, alarm = steps[-1] if steps else {}, alarms[-1] if alarms else {}
+    best = _best_baseline(scores)
+    seconds = [event["seconds"] for event in steps if is_number(event.get("seconds"))]
+    tiles = [
+        ("IoU", _number(scores.get("iou")), f"best baseline {best[1]:.3f}" if best else ""),
+        ("IoU, per-image oracle", _number(scores.get("oracle_iou")), "chosen by the labels: an upper bound"),
+        ("eta gap", _number(alarm.get("eta_gap")), f"alarm below {ALARM_LIMITS['eta_gap'].low}"),
+        ("loss", _number(last.get("loss"), 4), ""),
+        ("step", _number(last.get("step"), 0), f"of {_number(config.get('steps'), 0)}" if "steps" in config else ""),
+        ("images seen", _number(last.get("images"), 0), ""),
+        ("images per second", _number(last.get("images_per_second"), 1), ""),
+        ("training time", _duration(sum(seconds)) if seconds else "", ""),
+    ]
+    shown = "".join(
+        f"<div class=tile><span>{label}</span><b>{value}</b><small>{note}</small></div>"
+        for label, value, note in tiles
+        if value
+    )
+    body = f"<div class=tiles>{shown}</div>" if shown else ""
+    return _section("Headline numbers", body, "the run has logged no step")
+
+
+def _sheets_section(folder: Path) -> str:
+    """The latest sheet of each kind, over a strip of how it came to be."""
+    kinds: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(folder.glob("*.png")):
+        match = _SHEET_NAME.fullmatch(path.stem)
+        step, kind = (int(match["step"]), match["kind"]) if match else (-1, path.stem)
+        kinds.setdefault(kind, []).append((step, path))
+    blocks = []
+    # Segmentations come before generated images, as the alphabet would not have it: they are what is judged first.
+    for kind, series in sorted(kinds.items(), key=lambda item: (item[0] != "segmentation", item[0])):
+        series = [(step, path) for step, path in sorted(series) if _readable(path)]
+        if not series:
+            continue
+        step, latest = series[-1]
+        block = f"<h3>{_text(kind)}{_at(step)}</h3>" + _figure(latest.read_bytes(), f"{kind}{_at(step)}")
+        if len(series) > 1:
+            chosen = sorted({round(i * (len(series) - 1) / (_STRIP - 1)) for i in range(_STRIP)})
+            block += "<div class=strip>"
+            block += "".join(_figure(_small(series[i][1]), f"step {series[i][0]}", caption=True) for i in chosen)
+            block += "</div>"
+        blocks.append(f"<article>{block}</article>")
+    return _section("Latest sheets", "".join(blocks), "no sample sheet was drawn")
+
+
+def _at(step: int) -> str:
+    return f", step {step}" if step >= 0 else ""
+
+
+def _readable(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError):  # Pillow raises SyntaxError for some broken PNGs
+        return False
+    return True
+
+
+def _small(path: Path) -> bytes:
+    with Image.open(path) as picture:
+        picture = picture.convert("RGB")
+    picture.thumbnail(_STRIP_SIZE, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _figure(png: bytes, label: str, caption: bool = False) -> str:
+    below = f"<figcaption>{_text(label)}</figcaption>" if caption else ""
+    return f"<figure><img src='{_uri(png)}' alt='{_text(label)}'>{below}</figure>"
+
+
+def _curves_section(log: list[dict[str, Any]]) -> str:
+    blocks = []
+    for (title, note, light), (_, _, dark) in zip(draw_curves(log, LIGHT), draw_curves(log, DARK), strict=True):
+        picture = (
+            f"<picture><source media='(prefers-color-scheme: dark)' srcset='{_uri(dark)}'>"
+            f"<img src='{_uri(light)}' alt='{_text(title)}'></picture>"
+        )
+        caption = f"<figcaption>{_text(note)}</figcaption>"
+        blocks.append(f"<figure class=curve><h3>{_text(title)}</h3>{picture}{caption}</figure>")
+    body = f"<div class=curves>{''.join(blocks)}</div>" if blocks else ""
+    return _section("Curves", body, "the run has logged no step")
+
+
+def _scores_section(scores: dict[str, Any]) -> str:
+    ours = [
+        ("this run", {name: scores.get(name) for name, _ in _SCORES}, "ours"),
+        ("this run, per-image oracle", {name: scores.get(f"oracle_{name}") for name, _ in _SCORES}, "oracle"),
+    ]
+    rows = [row for row in ours if any(is_number(value) for value in row[1].values())]
+    rows += [(name, values, "") for name, values in _baselines(scores)]
+    if not rows:
+        return _section("Scores", "", "no labelled images were scored")
+    lines = "".join(_score_line(*row) for row in rows)
+    head = "<tr><th></th>" + "".join(f"<th>{label}</th>" for _, label in _SCORES) + "<th></th></tr>"
+    known = {"baselines", *(name for name, _ in _SCORES), *(f"oracle_{name}" for name, _ in _SCORES)}
+    rest = _table((name, _plain(value)) for name, value in scores.items() if name not in known)
+    note = "The oracle maps regions to the object for each image by its own label: an upper bound, not a score."
+    table = f"<div class=scroll><table class=scores>{head}{lines}</table></div><p class=note>{note}</p>"
+    return _section("Scores", table + rest, "")
+
+
+def _score_line(name: str, values: dict[str, Any], kind: str) -> str:
+    if "unavailable" in values:
+        cells = f"<td colspan=4 class=missing>{_text(values['unavailable'])}</td>"
+    else:
+        share = min(max(values["iou"], 0), 1) if is_number(values.get("iou")) else 0
+        cells = "".join(f"<td>{_number(values.get(key)) or '–'}</td>" for key, _ in _SCORES)
+        cells += f"<td class=bar><i style='width:{share:.1%}'></i></td>"
+    return f"<tr class='{kind}'><th>{_text(name)}</th>{cells}</tr>"
+
+
+def _events_section(log: list[dict[str, Any]]) -> str:
+    rows = []
+    for event in log:
+        kind = event.get("event")
+        if kind == "step":
+            continue
+        if kind == "alarms":
+            said = "; ".join(_failures(event)) or "no alarm"
+        else:
+            said = str(event["message"]) if "message" in event else _plain(_without(event, "event", "step", "time"))
+        stamp = _clock(event["time"]) if is_number(event.get("time")) else ""
+        cells = (stamp, _number(event.get("step"), 0), kind, said)
+        rows.append("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
+    head = "<tr><th>time (UTC)</th><th>step</th><th>event</th><th></th></tr>"
+    left_out = f"<p class=note>The newest {_EVENTS} of {len(rows)}.</p>" if len(rows) > _EVENTS else ""
+    table = f"<div class=scroll><table class=events>{head}{''.join(rows[-_EVENTS:])}</table></div>{left_out}"
+    return _section("Events", table if rows else "", "the log is empty")
+
+
+def _settings_section(config: dict[str, Any]) -> str:
+    rows = ((name, _plain(value)) for name, value in _flat(config))
+    return _section("Settings", _table(rows), "there is no config.json")
+
+
+def _environment_section() -> str:
+    rows = [("report written", _clock(time.time()) + " UTC"), ("python", platform.python_version())]
+    rows += [("platform", platform.platform()), ("processors", os.cpu_count())]
+    for package in ("factorkit", "torch", "triton", "numpy"):
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    note = "Of the process that wrote this report: the training itself, unless it was written again later."
+    return _section("Environment", f"{_table(rows)}<p class=note>{note}</p>", "")
+
+
+# --- words and numbers ---
+
+
+def _without(event: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in event.items() if name not in names}
+
+
+def _number(value: object, digits: int = 3) -> str:
+    """A number with so many decimals; an empty text for anything else."""
+    return f"{value:,.{digits}f}" if is_number(value) else ""
+
+
+def _plain(value: object) -> str:
+    """A setting or field as a person would write it."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    return str(value)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Settings by name, those of nested groups as `group.name`."""
+    flat = []
+    for name, value in config.items():
+        flat += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return flat
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))

@@ -1,0 +1,27 @@
+"""The time step as a vector."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sinusoid(t: Tensor, channels: int) -> Tensor:
+    """Sinusoidal features of ``t`` [B]: cosines and sines at geometrically spaced frequencies (Vaswani et al. 2017), [B, C]."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimeEmbedding(nn.Sequential):
+    """sinusoid C → Linear 4C → SiLU → Linear 4C. Input t [B], output [B, 4C]."""
+
+    def __init__(self, channels: int):
+        super().__init__(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
+        self.channels = channels
+
+    def forward(self, t: Tensor) -> Tensor:
+        return super().forward(sinusoid(t, self.channels))

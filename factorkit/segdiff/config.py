@@ -1,0 +1,161 @@
+"""Settings of a segdiff run, and the presets: one line each over the defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from factorkit.diffusion.objective import PREDICTIONS
+from factorkit.engine.config import EngineConfig
+from factorkit.errors import ConfigError
+from factorkit.ops.norm import NORMS
+from factorkit.segdiff.model import FactorizedUNet, check_architecture
+
+
+@dataclass(kw_only=True)
+class SegdiffConfig(EngineConfig):
+    """Train a factorized diffusion model: it generates images and segments real ones, without labels."""
+
+    resolution: int = 64
+    """Pixels a side the model works at; photos are cropped to their centred square and resized."""
+    regions: int = 3
+    """K, the number of soft regions; 1 is the plain DDPM."""
+    form: Literal["regional", "thesis"] = "regional"
+    """"thesis" is the letter of chapter 2; "regional" adds what makes the regions follow content at modest budgets."""
+    decoding: Literal["masked_skips", "concat", "masked_mid", "unshared"] = "masked_skips"
+    """How the branches see the masks; the last three are the ablations of table 2.6."""
+
+    width: int = 128
+    """C, the channels of the first level."""
+    multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    """Channels of each level, in units of C."""
+    blocks: int = 3
+    """Residual blocks a level."""
+    attention: tuple[int, ...] = (16, 8)
+    """Resolutions with self-attention (the middle always has it)."""
+    heads: int = 4
+    """Attention heads."""
+    groups: int = 32
+    """Most groups of a GroupNorm."""
+    dropout: float = 0.0
+    """In the residual blocks."""
+
+    prediction: Literal["eps", "v"] | None = None
+    """What the network predicts; None: v for the regional form, eps for the thesis'."""
+    branch_norm: Literal["group", "masked_group", "pixel"] | None = None
+    """Norm of the branch decoder; None: masked_group for the regional form, group for the thesis'."""
+    region_tokens: bool | None = None
+    """Add each region's mean local feature to its branch's time embedding; None: in the regional form."""
+    normalised_logits: bool | None = None
+    """Batch-normalise the mask logits; None: in the regional form."""
+    half_resolution_masks: bool | None = None
+    """Predict masks at half the resolution; None: in the regional form."""
+    mask_learning_rate: float | None = None
+    """Factor on the mask generator's learning rate; None: 0.3 in the regional form, 1 in the thesis'."""
+    t_max: int | None = None
+    """Time steps are drawn from [0, t_max); None: 600 in the regional form, all 1000 in the thesis'."""
+    coarse_to_fine: tuple[int, int] | None = None
+    """Steps between which the loss weight goes from (1 - alpha_bar) to 1; None: (50, 150) in the regional form, off else."""
+    timesteps: int = 1000
+    """T, the length of the noise schedule."""
+
+    holdout: str | int = "auto"
+    """Labelled images kept out of training: "masked", "none", a number, or "auto"."""
+    ignore: int | None = None
+    """Mask value of pixels that are not scored."""
+    fit: int = 16
+    """Labelled images that fit the mapping from regions to foreground; the rest are scored."""
+    segment_t: int = 30
+    """Noise level at which real images are segmented."""
+
+    def resolved(self) -> SegdiffConfig:
+        """The same configuration with every "None: by the form" filled in, checked.
+
+        Raises:
+            ConfigError: a setting, or a combination, that cannot work.
+        """
+        if self.form not in FORMS:
+            raise ConfigError(f"form={self.form!r} is unknown; choose one of {', '.join(FORMS)}")
+        defaults = dict(FORMS[self.form])
+        if self.decoding in ("concat", "masked_mid") and self.form == "regional":
+            defaults["branch_norm"] = "group"  # nothing a masked norm could weigh by
+        if self.decoding == "concat":
+            defaults["region_tokens"] = False  # one branch
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        config = dataclasses.replace(self, **missing)
+        config.validate()
+        return config
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("resolution", "width", "blocks", "heads", "groups", "fit"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ConfigError(f"multipliers={self.multipliers} must be one positive number for each level")
+        if self.prediction not in PREDICTIONS:
+            raise ConfigError(f"prediction={self.prediction!r} is unknown; choose one of {', '.join(PREDICTIONS)}")
+        if self.branch_norm not in NORMS:
+            raise ConfigError(f"branch_norm={self.branch_norm!r} is unknown; choose one of {', '.join(NORMS)}")
+        if not 1 <= self.t_max <= self.timesteps:
+            raise ConfigError(f"t_max={self.t_max} must lie between 1 and timesteps={self.timesteps}")
+        if not 0 <= self.segment_t < self.timesteps:
+            raise ConfigError(f"segment_t={self.segment_t} must lie between 0 and timesteps-1={self.timesteps - 1}")
+        check_architecture(
+            self.regions, self.resolution, self.multipliers, self.decoding, self.branch_norm, self.region_tokens,
+            self.half_resolution_masks,
+        )  # fmt: skip
+
+    def build(self) -> FactorizedUNet:
+        """The network of a resolved configuration, with fresh weights."""
+        names = (
+            "regions", "resolution", "width", "multipliers", "blocks", "attention", "heads", "groups", "dropout",
+            "decoding", "branch_norm", "region_tokens", "normalised_logits", "half_resolution_masks",
+        )  # fmt: skip
+        return FactorizedUNet(**{name: getattr(self, name) for name in names})
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "regional": {
+        "prediction": "v", "branch_norm": "masked_group", "region_tokens": True, "normalised_logits": True,
+        "half_resolution_masks": True, "mask_learning_rate": 0.3, "t_max": 600, "coarse_to_fine": (50, 150),
+    },
+    "thesis": {
+        "prediction": "eps", "branch_norm": "group", "region_tokens": False, "normalised_logits": False,
+        "half_resolution_masks": False, "mask_learning_rate": 1.0, "t_max": 1000, "coarse_to_fine": (0, 0),
+    },
+}  # fmt: skip
+
+_SMALL = {
+    "resolution": 32, "regions": 2, "width": 16, "multipliers": (1, 2, 3), "blocks": 1, "attention": (), "groups": 8,
+    "steps": 400, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50, "decay": 0.3, "gradient_clip": 1.0,
+    "ema": 0.99, "checkpoint_every": 100, "sample_every": 200, "log_every": 20,
+}  # fmt: skip
+_THESIS64 = {"form": "thesis", "resolution": 64}
+_THESIS128 = {"form": "thesis", "resolution": 128, "multipliers": (1, 1, 2, 3, 4), "blocks": 2}
+
+#: The thesis' models share Adam 1e-4, EMA 0.9999, batch 128 and K = 3, which are the defaults above.
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": _SMALL,
+    "fast32": _SMALL | {"steps": 800},
+    "fast64": _SMALL | {"resolution": 64, "multipliers": (1, 2, 3, 4), "steps": 1000},
+    "flowers64": _THESIS64 | {"steps": 50_000},
+    "flowers128": _THESIS128 | {"steps": 50_000},
+    "cub64": _THESIS64 | {"steps": 50_000},
+    "cub128": _THESIS128 | {"steps": 50_000},
+    "ffhq64": _THESIS64 | {"steps": 500_000},
+    "ffhq128": _THESIS128 | {"steps": 500_000},
+    "imagenet64": _THESIS64 | {"steps": 500_000, "batch_size": 512},
+}
+
+
+def preset_config(preset: str | None, **changes: Any) -> SegdiffConfig:
+    """The configuration of a preset (None: the class's defaults) with ``changes``, not yet resolved.
+
+    Raises:
+        ConfigError: an unknown preset or setting.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    return SegdiffConfig.from_dict({**(PRESETS[preset] if preset else {}), **changes})

@@ -1,0 +1,258 @@
+"""A trained segdiff model and what can be asked of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from factorkit.data.images import to_rgb
+from factorkit.data.labelled import load_labelled
+from factorkit.data.sources import Source, open_source
+from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
+from factorkit.engine.config import resolve_device
+from factorkit.engine.folder import read_settings, write_json
+from factorkit.errors import CheckpointError, ConfigError, DataError
+from factorkit.metrics.baselines import score_baselines
+from factorkit.metrics.segmentation import evaluate_masks
+from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.model import FactorizedUNet
+from factorkit.segdiff.sampling import draw_images
+from factorkit.segdiff.task import predict_masks, to_float
+
+SCORES = "scores.json"
+
+
+class Segmentation(NamedTuple):
+    """Regions of real images, at their own sizes.
+
+    Attributes:
+        labels: the most probable region of each pixel, int64 [B, H, W]; a list of [H, W] where sizes differ.
+        masks: its soft masks, fp32 [B, K, H, W], summing to 1 over K; a list of [K, H, W] where sizes differ.
+        names: where each image came from.
+    """
+
+    labels: Tensor | list[Tensor]
+    masks: Tensor | list[Tensor]
+    names: list[str]
+
+
+class Frame(NamedTuple):
+    """One step of the refinement from noise to image (fig. 2.10)."""
+
+    t: int
+    images: Tensor  # [n, 3, R, R] in [0, 1], the clean image as the model guesses it at level t
+    masks: Tensor  # [n, K, R, R]
+
+
+class Generation(NamedTuple):
+    """Images drawn from noise, with the masks they were made through.
+
+    Attributes:
+        images: [n, 3, R, R] in [0, 1].
+        masks: [n, K, R, R].
+        labels: int64 [n, R, R].
+        trajectory: every denoising step, noise first, where it was asked for.
+    """
+
+    images: Tensor
+    masks: Tensor
+    labels: Tensor
+    trajectory: list[Frame] | None
+
+
+class SegdiffRun:
+    """A trained factorized diffusion model (its averaged weights) and, when it has one, its run folder."""
+
+    def __init__(self, config: SegdiffConfig, model: FactorizedUNet, device: torch.device, folder: Path | None = None):
+        self.config, self.device, self.folder = config, device, folder
+        self.model = model.to(device).eval()
+        self.schedule = Schedule(config.timesteps, device=device)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> SegdiffRun:
+        """Load a run folder (its newest whole checkpoint) or a single ``.safetensors`` file.
+
+        Raises:
+            CheckpointError: nothing there, damaged, or not a segdiff model.
+        """
+        path = Path(path)
+        folder = None
+        if path.is_dir():
+            read_settings(path)
+            folder = path
+            found = Checkpoints(path / "checkpoints").latest()
+            if found is None:
+                raise CheckpointError(f"{path} has no checkpoint yet; run the same training command again to go on")
+            tensors, meta = found
+        else:
+            tensors, meta = read_checkpoint(path)
+        if meta.get("model") != "segdiff":
+            raise CheckpointError(f"{path} holds a {meta.get('model')!r} model, not segdiff")
+        fields = {f.name for f in dataclasses.fields(SegdiffConfig)}
+        config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
+        with torch.device("meta"):
+            model = config.build()
+        prefix = "ema.module."
+        weights = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"the weights in {path} do not fit the model its settings describe: {error}") from error
+        chosen = device if isinstance(device, torch.device) else resolve_device(device)
+        return cls(config, model, chosen, folder)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the averaged weights and all settings as one ``.safetensors`` file that :func:`factorkit.load` takes."""
+        weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
+        return write_checkpoint(Path(path), weights, {"model": "segdiff", **self.config.to_dict(), "step": self.config.steps})
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """What :meth:`evaluate` last wrote into the run folder."""
+        import json
+
+        path = self.folder / SCORES if self.folder else None
+        return json.loads(path.read_text()) if path and path.exists() else None
+
+    def segment(self, images: Any, t: int | None = None) -> Segmentation:
+        """Regions of real images, one forward pass each; the decoders are never run.
+
+        The whole picture is segmented: its short side is brought to the training resolution, the long side kept in
+        proportion, and the masks are brought back to the picture's own pixels.
+
+        Args:
+            images: a path, folder, zip or list of them, a PIL image or list, an array uint8 [B, H, W, 3], a tensor uint8 or
+                float in [0, 1], [B, 3, H, W] or [3, H, W].
+            t: noise level, 0 to T-1; None: the configuration's (30). Low levels show the picture, high ones blur the question.
+
+        Raises:
+            ConfigError: t out of range, or a plain DDPM, which has no regions.
+            DataError: nothing to read, or an image that cannot be decoded.
+        """
+        t = self.config.segment_t if t is None else t
+        if not 0 <= t < self.config.timesteps:
+            raise ConfigError(f"t={t} must lie between 0 and {self.config.timesteps - 1}")
+        if self.config.regions == 1:
+            raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to segment with")
+        pictures, names = as_pictures(images)
+        masks = [self._masks_of(picture, t) for picture in pictures]
+        labels = [m.argmax(0) for m in masks]
+        if len({m.shape for m in masks}) == 1:
+            return Segmentation(torch.stack(labels), torch.stack(masks), names)
+        return Segmentation(labels, masks, names)
+
+    def _masks_of(self, picture: Image.Image, t: int) -> Tensor:
+        width, height = picture.size
+        scale = self.config.resolution / min(width, height)
+        step = 2 ** max(len(self.config.multipliers) - 1, int(self.config.half_resolution_masks))
+        fit = lambda side: max(step, round(side * scale / step) * step)  # noqa: E731
+        small = np.asarray(picture.resize((fit(width), fit(height)), Image.Resampling.LANCZOS))
+        masks = self._predict(to_float(torch.from_numpy(small.copy())[None]), t)
+        masks = F.interpolate(masks, size=(height, width), mode="bilinear", align_corners=False)
+        return masks[0]
+
+    def _predict(self, images: Tensor, t: int) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return predict_masks(self.model, images, t, self.schedule)
+
+    def generate(
+        self, n: int = 16, *, sampler: str = "ddim", steps: int | None = 50, seed: int = 0, trajectory: bool = False,
+        progress: bool = False,
+    ) -> Generation:  # fmt: skip
+        """Draw images and their masks from noise (thesis, algorithm 2).
+
+        Args:
+            n: how many.
+            sampler: ``"ddim"`` (few steps) or ``"ddpm"`` (ancestral).
+            steps: denoising steps; None: every one.
+            seed: the same seed, the same images.
+            trajectory: keep every step (fig. 2.10).
+
+        Raises:
+            ConfigError: an unknown sampler, or n or steps out of range.
+        """
+        if n < 1:
+            raise ConfigError(f"n={n}: at least one image has to be asked for")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            drawn = draw_images(
+                self.model, self.config, n, sampler=sampler, steps=steps, seed=seed, device=self.device, progress=progress,
+                trajectory=trajectory,
+            )  # fmt: skip
+        unit = lambda x: ((x.float() + 1) / 2).clamp(0, 1).cpu()  # noqa: E731
+        masks = drawn.bottleneck.masks.float().cpu()
+        frames = None
+        if trajectory:
+            frames = [Frame(s.t, unit(s.x0), s.bottleneck.masks.float().cpu()) for s in drawn.trajectory]
+        return Generation(unit(drawn.images), masks, masks.argmax(1), frames)
+
+    def evaluate(
+        self, images: Any, masks: Any, *, fit: int | None = None, ignore: int | None = None, baselines: bool = False,
+        t: int | None = None, size: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Score the regions against foreground masks: Acc, IoU, DICE per image, averaged.
+
+        One mapping from regions to foreground is fitted on the first ``fit`` labelled images and the rest are scored with it
+        (``acc, iou, dice``); ``oracle_*`` chooses the best mapping for each image by its own label, an upper bound.
+        Images and masks get the training's centred square crop. The result also goes to ``scores.json`` of the run folder.
+
+        Args:
+            images, masks: folders, zips, lists or arrays; matched by name, arrays by position. Foreground is every value
+                above 0 but ``ignore``.
+            fit: labelled images that fit the mapping; None: the configuration's (16), fewer where the set is small.
+            ignore: mask value that is not scored; None: the configuration's.
+            baselines: score the trivial predictors and GrabCut on the same images too.
+            t: noise level; None: the configuration's.
+            size: pixels a side at which to score; None: the model's resolution.
+
+        Raises:
+            ConfigError: ``fit`` leaves nothing to score, or a plain DDPM.
+            DataError: images and masks that do not go together.
+        """
+        config = self.config
+        if config.regions == 1:
+            raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
+        size = size or config.resolution
+        ignore = config.ignore if ignore is None else ignore
+        labelled = load_labelled(images, masks, size, ignore=ignore)
+        small = labelled if size == config.resolution else load_labelled(images, masks, config.resolution, ignore=ignore)
+        soft = self._predict(to_float(torch.from_numpy(small.images)), config.segment_t if t is None else t)
+        if size != config.resolution:
+            soft = F.interpolate(soft, size=(size, size), mode="bilinear", align_corners=False)
+        if fit is None:
+            fit = max(1, min(config.fit, len(labelled) // 2))
+        scores = evaluate_masks(soft.argmax(1).numpy(), labelled.foreground, labelled.valid, config.regions, fit)
+        scores |= {"confidence": soft.amax(1).mean().item(), "size": size}
+        if baselines:
+            scores["baselines"] = score_baselines(labelled.images, labelled.foreground, labelled.valid, fit)
+        if self.folder is not None:
+            write_json(self.folder / SCORES, scores)
+        return scores
+
+
+def as_pictures(images: Any) -> tuple[list[Image.Image], list[str]]:
+    """Whatever a user has, as upright RGB pictures at their own sizes, with names.
+
+    Raises:
+        DataError: an array or tensor that is no picture, or nothing to read.
+    """
+    if isinstance(images, Tensor):
+        images = images.detach().cpu()
+        if images.dim() == 3:
+            images = images[None]
+        if images.dim() != 4 or images.shape[1] not in (1, 3):
+            raise DataError(f"a tensor of images is [B, 3, H, W] or [3, H, W]; this one is {tuple(images.shape)}")
+        images = images.permute(0, 2, 3, 1).numpy()
+    elif isinstance(images, Image.Image):
+        return [to_rgb(images)], ["image"]
+    elif isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[-1] in (1, 3):
+        images = images[None]
+    source = images if isinstance(images, Source) else open_source(images)
+    return [source.read(i) for i in range(len(source))], list(source.names)

@@ -1,0 +1,139 @@
+"""What segdiff asks of the training loop: its loss, its parameter groups, its sample sheets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from factorkit.diffusion.objective import coarse_to_fine_power, denoising_loss, loss_weight, target, to_x0
+from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.loop import StepLoss
+from factorkit.engine.streams import BatchDraw, derived_seed
+from factorkit.segdiff import pictures
+from factorkit.segdiff.alarms import measure_alarms
+from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.model import FactorizedUNet
+from factorkit.segdiff.sampling import draw_images
+
+PROBES = 96  # images the alarms are measured on; the position share of N independent masks is 1/N by chance
+SHOWN = 8  # images on a sample sheet
+SHEET_STEPS = 25  # denoising steps of the generated ones
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [N, H, W, 3] to the network's range: float [N, 3, H, W] in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """The network's range back to uint8 [N, H, W, 3]."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+class SegdiffTask:
+    """Denoising as the only teacher: noise an image, ask for v or eps, weigh the squared error.
+
+    Args:
+        config: resolved.
+        images: uint8 [N, R, R, 3], usually a memory map.
+        probes: uint8 [M, R, R, 3], M >= 2, images for sheets and alarms, held-out ones where there are any.
+        device: where to train; the images are kept there too when it is a GPU with room for them.
+    """
+
+    def __init__(self, config: SegdiffConfig, images: np.ndarray, probes: np.ndarray, device: torch.device):
+        torch.manual_seed(derived_seed("weights", config.seed))
+        self.config, self.device, self.size = config, device, len(images)
+        self.model = config.build()
+        self.schedule = Schedule(config.timesteps, device=device)
+        self.images = resident(images, device)
+        self.probes = to_float(torch.from_numpy(np.array(probes[:PROBES])))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The mask generator learns slower: masks that saturate early never move again."""
+        slow = list(self.model.mask_generator.parameters()) if self.config.regions > 1 else []
+        taken = {id(p) for p in slow}
+        groups = [{"params": [p for p in self.model.parameters() if id(p) not in taken], "scale": 1.0}]
+        return groups + ([{"params": slow, "scale": self.config.mask_learning_rate}] if slow else [])
+
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: int) -> StepLoss:
+        config = self.config
+        x0 = to_float(self._gather(indices))
+        mirrored = draw.uniform() < 0.5
+        x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
+        t = draw.integers(0, config.t_max)
+        eps = draw.normal(*x0.shape[1:])
+        x_t = self.schedule.noise(x0, eps, t)
+        out = model(x_t, t)
+        loss = denoising_loss(out.prediction, target(config.prediction, self.schedule, x0, eps, t))
+        power = coarse_to_fine_power(step + 1, *config.coarse_to_fine)
+        weighted = loss * loss_weight(self.schedule, t, power) if power else loss
+        return StepLoss(weighted, loss, t / config.timesteps, self._watch(out.bottleneck.masks))
+
+    def _gather(self, indices: Tensor) -> Tensor:
+        if isinstance(self.images, Tensor):
+            return self.images[indices.to(self.images.device)].to(self.device)
+        # a sorted read keeps a memory map's pages in order
+        order = np.argsort(indices.numpy(), kind="stable")
+        rows = self.images[indices.numpy()[order]][np.argsort(order, kind="stable")]
+        return torch.from_numpy(rows).to(self.device, non_blocking=True)
+
+    def _watch(self, masks: Tensor) -> dict[str, Tensor]:
+        if self.config.regions == 1:
+            return {}
+        masks = masks.detach()
+        entropy = -(masks * masks.clamp_min(1e-8).log()).sum(1).mean() / np.log(self.config.regions)
+        return {"areas": masks.mean((0, 2, 3)), "entropy": entropy}
+
+    def inspect(self, model: FactorizedUNet, step: int, folder: Path) -> dict[str, Any]:
+        """Sheets of segmented and of generated images; the label-free alarms (nothing for ``regions=1``)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        generated = draw_images(model, self.config, SHOWN, steps=SHEET_STEPS, seed=0, device=self.device)
+        masks = generated.bottleneck.masks.float().cpu().numpy()
+        sheet = pictures.generation_sheet(to_uint8(generated.images), masks)
+        sheet.save(folder / f"{step:06d}_generated.png")
+        shown = self.probes[:SHOWN].to(self.device)
+        x_t, t = noised(shown, self.config.segment_t, self.schedule)
+        out = model(x_t, t)
+        branches = None
+        if out.bottleneck.branches is not None:
+            each = [to_x0(self.config.prediction, self.schedule, x_t, b.float(), t) for b in out.bottleneck.branches.unbind(1)]
+            branches = np.stack([to_uint8(b) for b in each], 1) / 255.0
+        sheet = pictures.segmentation_sheet(to_uint8(shown), out.bottleneck.masks.float().cpu().numpy(), branches)
+        sheet.save(folder / f"{step:06d}_segmentation.png")
+        return {} if self.config.regions == 1 else self.alarms(model).to_dict()
+
+    def alarms(self, model: FactorizedUNet):
+        """The label-free alarms of ``model`` on the probe images."""
+        masks = predict_masks(model, self.probes, self.config.segment_t, self.schedule)
+        flipped = predict_masks(model, self.probes.flip(3), self.config.segment_t, self.schedule)
+        return measure_alarms(self.probes, masks, flipped)
+
+
+def resident(images: np.ndarray, device: torch.device) -> Tensor | np.ndarray:
+    """The images on the GPU where they take less than a third of its free memory, else where they lie."""
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 3:
+        return torch.from_numpy(np.array(images)).to(device)
+    return images
+
+
+def noised(images: Tensor, t: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """``images`` [B, 3, H, W] at level t, with noise that depends on nothing but their shape; and t as [B]."""
+    generator = torch.Generator().manual_seed(derived_seed("segment", t))
+    # one picture's noise for all of them: an image's masks must not depend on its place in the batch
+    eps = torch.randn(images.shape[1:], generator=generator).to(images.device).expand_as(images)
+    times = torch.full((len(images),), t, dtype=torch.int64, device=images.device)
+    return schedule.noise(images, eps, times), times
+
+
+@torch.no_grad()
+def predict_masks(model: FactorizedUNet, images: Tensor, t: int, schedule: Schedule, batch: int = 32) -> Tensor:
+    """Region masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]: one forward pass without decoders."""
+    found = []
+    for part in images.split(batch):
+        x_t, times = noised(part.to(schedule.device), t, schedule)
+        found.append(model.segment(x_t, times).float().cpu())
+    return torch.cat(found)

@@ -1,0 +1,182 @@
+"""``factorkit.train_segdiff``: photographs in, a run folder and a model that segments and generates out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
+from factorkit.data.prepare import Prepared, prepare
+from factorkit.engine import distributed
+from factorkit.engine.config import resolve_device
+from factorkit.engine.folder import claim
+from factorkit.engine.log import LOG_NAME, RunLog
+from factorkit.engine.loop import Trainer
+from factorkit.engine.report import write_report
+from factorkit.errors import ConfigError
+from factorkit.segdiff.config import SegdiffConfig, preset_config
+from factorkit.segdiff.model import parameter_count
+from factorkit.segdiff.run import SegdiffRun
+from factorkit.segdiff.task import SegdiffTask
+
+HEAT_SHARE = 0.5  # of the steps, at most HEAT_STEPS: by then the recipe's masks have settled
+HEAT_STEPS = 400
+
+
+def train_segdiff(
+    data: Any = None, *, out: str | Path | None = None, preset: str | None = None, seeds: int = 1, progress: bool = True,
+    baselines: bool = False, **changes: Any,
+) -> SegdiffRun:  # fmt: skip
+    """Train a factorized diffusion model on unlabelled photographs; the same call again resumes, exactly.
+
+    Args:
+        data: a folder of images (perhaps with ``images/`` and ``masks/``), a zip, an ``.npz``/``.npy`` array, an array, a
+            list of paths; None: the procedural flowers the package ships.
+        out: the run folder; None: ``runs/<preset or "segdiff">``.
+        preset: ``"demo"``, ``"fast32"``, ``"fast64"`` (regional form) or ``"flowers64"``, ``"flowers128"``, ``"cub64"``,
+            ``"cub128"``, ``"ffhq64"``, ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None: ``"demo"`` without
+            data, else ``"fast64"``.
+        seeds: train so many short heats from different seeds first, drop those the label-free alarms fail, go on with the best.
+        progress: show a progress bar with the time left.
+        baselines: score trivial predictors beside the model at the end, where there are labels.
+        **changes: any field of :class:`~factorkit.segdiff.config.SegdiffConfig`, such as ``regions=``, ``resolution=``,
+            ``form=``, ``decoding=``, ``prediction=``, ``steps=``, ``seed=``, ``device=``.
+
+    Returns:
+        The finished run: segment, generate, evaluate, save.
+
+    Raises:
+        ConfigError: a setting or combination that cannot work.
+        DataError: no usable images.
+        CheckpointError: the folder holds another run, or a checkpoint cannot be written or read.
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
+    """
+    if seeds < 1:
+        raise ConfigError(f"seeds={seeds}: at least one seed has to be trained")
+    preset = preset or ("demo" if data is None else "fast64")
+    config = preset_config(preset, **changes).resolved()
+    device = distributed.local_device(resolve_device(config.device))
+    distributed.join(device)
+    folder = Path(out) if out is not None else Path("runs") / preset
+    dataset, prepared, probes = load_data(data, config, progress)
+    settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seeds": seeds, "data": describe(dataset, prepared)}
+    if distributed.rank() == 0:
+        claim(folder, settings, config.RESUMABLE)
+    distributed.barrier()
+
+    def trainer(config: SegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
+        task = SegdiffTask(config, prepared.images, probes, device)
+        meta = {**settings, **config.to_dict()}
+        return Trainer(task, config, folder, meta, device=device, progress=progress, stop_at=stop_at)
+
+    if seeds > 1:
+        config = run_heats(config, folder, seeds, trainer)
+    trainer(config, folder).run()
+    run = SegdiffRun.load(folder, device=device)
+    if distributed.rank() == 0 and dataset.test_images is not None and config.regions > 1 and run.scores is None:
+        run.evaluate(dataset.test_images, dataset.test_masks, baselines=baselines)
+        write_report(folder)
+    return run
+
+
+def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, Prepared, np.ndarray]:
+    """The data set, its training images decoded at the model's resolution, and images to watch the run on."""
+    dataset = procedural_dataset(config.resolution) if data is None else open_dataset(data, holdout=config.holdout)
+    prepared = prepare(dataset.train, config.resolution, progress=progress)
+    watched = prepared
+    if dataset.test_images is not None and len(dataset.test_images) >= 2:
+        watched = prepare(dataset.test_images, config.resolution, progress=progress)
+    # evenly spaced, so that a folder sorted by class shows all of it
+    picked = np.linspace(0, len(watched) - 1, min(96, len(watched))).round().astype(int)
+    probes = watched.images[picked]
+    if len(probes) < 2:
+        probes = np.concatenate([probes, probes])
+    return dataset, prepared, probes
+
+
+def describe(dataset: Dataset, prepared: Prepared) -> dict[str, Any]:
+    """What identifies the training images, wherever they lie: name, number, and a hash over a sample of their pixels."""
+    digest = hashlib.sha256()
+    for i in np.linspace(0, len(prepared) - 1, min(64, len(prepared))).round().astype(int):
+        digest.update(np.ascontiguousarray(prepared.images[i]))
+    return {"name": dataset.name, "images": len(prepared), "sha256": digest.hexdigest()[:16]}
+
+
+def run_heats(config: SegdiffConfig, folder: Path, seeds: int, trainer) -> SegdiffConfig:
+    """Short heats from consecutive seeds; the best by the label-free alarms becomes the run.
+
+    A heat is a run folder under ``heats/``, stopped early but on the full run's schedule, so the winner's checkpoint is
+    simply gone on with. Heats too resume after a kill.
+    """
+    if config.regions == 1:
+        raise ConfigError("seeds= chooses among masks; regions=1 has none, use seeds=1")
+    stop_at = max(1, min(HEAT_STEPS, round(HEAT_SHARE * config.steps)))
+    heats = folder / "heats"
+    chosen = heats / "chosen"
+    if not chosen.exists():
+        found = {}
+        for seed in range(config.seed, config.seed + seeds):
+            heat = trainer(dataclasses.replace(config, seed=seed), heats / f"seed_{seed}", stop_at)
+            model = heat.run()
+            with torch.autocast(heat.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                found[seed] = heat.task.alarms(model)
+        best = max(found, key=lambda seed: found[seed].score())
+        if distributed.rank() == 0:
+            winner = heats / f"seed_{best}"
+            shutil.copytree(winner / "checkpoints", folder / "checkpoints", dirs_exist_ok=True)
+            shutil.copyfile(winner / LOG_NAME, folder / LOG_NAME)
+            with RunLog(folder) as log:
+                for seed, alarms in found.items():
+                    verdict = "healthy" if alarms.ok else "; ".join(alarms.failures())
+                    log.event("restart", step=stop_at, seed=seed, message=f"heat of seed {seed}: {verdict}", **alarms.to_dict())
+                log.event("restart", step=stop_at, restarts=seeds, seed=best, message=f"going on with seed {best} of {seeds}")
+            chosen.write_text(str(best))
+        distributed.barrier()
+    return dataclasses.replace(config, seed=int(chosen.read_text()))
+
+
+def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> dict[str, Any]:
+    """What ``--dry-run`` prints: parameters, memory and a timed trial of the training step on this machine.
+
+    Returns:
+        parameters, images_per_second, seconds (of the whole run), memory_gib (of training; measured on a GPU, on a CPU the
+        weights, their average, Adam's moments and the growth of the process), trial_images (the micro-batch timed).
+    """
+    preset = preset or ("demo" if data is None else "fast64")
+    config = preset_config(preset, **changes).resolved()
+    device = resolve_device(config.device)
+    count = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    if device.type == "cpu":
+        count = min(count, 16 if config.resolution * config.width <= 2048 else 1)
+    trial = dataclasses.replace(config, batch_size=count, micro_batch_size=None)
+    images = np.random.default_rng(0).integers(0, 256, (max(2, count), config.resolution, config.resolution, 3), np.uint8)
+    task = SegdiffTask(trial, images, images, device)
+    trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
+    before = _memory(device)
+    seconds = trainer.trial(steps=3)
+    return {
+        "preset": preset,
+        "parameters": parameter_count(task.model),
+        "images_per_second": count / seconds,
+        "seconds": config.steps * config.batch_size * seconds / count,
+        "memory_gib": (_memory(device) - (before if device.type == "cpu" else 0)) / 2**30,
+        "trial_images": count,
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "device": str(device),
+    }
+
+
+def _memory(device: torch.device) -> int:
+    """Peak bytes so far: of the GPU's allocator, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `factorkit.kernels`; `factorkit.ops` says what each of them means."""

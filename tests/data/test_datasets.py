@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import zipfile
+
+import numpy as np
+import pytest
+
+from factorkit.data import load_labelled, open_dataset, prepare, procedural_dataset
+from factorkit.data.labelled import stem
+from factorkit.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def make_set(tmp_path, save):
+    """make_set(images, labelled, pairs): a folder with i00.jpg ..., masks of the first `labelled`, and pair lines."""
+
+    def make(images: int, labelled: int, pairs: str = "", name: str = "set"):
+        for i in range(images):
+            save(tmp_path / name / f"images/i{i:02}.jpg", size=(8, 8))
+        for i in range(labelled):
+            save(tmp_path / name / f"masks/i{i:02}.png", 255, (8, 8), "L")
+        if pairs:
+            (tmp_path / name / "near_duplicates.txt").write_text(f"# pairs\n{pairs}\n")
+        return tmp_path / name
+
+    return make
+
+
+def stems(source) -> set[str]:
+    return {stem(name) for name in source.names}
+
+
+def test_auto_keeps_all_labelled_out_where_most_have_no_mask(make_set):
+    dataset = open_dataset(make_set(6, 3))
+    assert dataset.name == "set"
+    assert stems(dataset.train) == {"i03", "i04", "i05"}
+    assert dataset.test_images.names == ["i00.jpg", "i01.jpg", "i02.jpg"]
+    assert dataset.test_masks.names == ["i00.png", "i01.png", "i02.png"]
+    assert load_labelled(dataset.test_images, dataset.test_masks, 4).foreground.all()
+
+
+def test_auto_keeps_a_fifth_out_where_most_have_masks(make_set):
+    dataset = open_dataset(make_set(20, 15))
+    assert len(dataset.test_images) == 3 and len(dataset.train) == 17
+    assert len(open_dataset(make_set(2, 2, name="two")).test_images) == 1
+
+
+def test_auto_holds_out_at_most_200(make_set, monkeypatch):
+    monkeypatch.setattr("factorkit.data.datasets.AUTO_MOST", 2)
+    assert len(open_dataset(make_set(20, 20)).test_images) == 2
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_a_number_holds_out_that_many_with_their_masks(make_set, count):
+    dataset = open_dataset(make_set(12, 10), holdout=count)
+    assert len(dataset.test_images) == count and len(dataset.train) == 12 - count
+    assert not stems(dataset.train) & stems(dataset.test_images)
+    assert stems(dataset.test_images) == stems(dataset.test_masks) <= {f"i{i:02}" for i in range(10)}
+
+
+def test_choice_is_stable_when_files_are_added(make_set):
+    before = stems(open_dataset(make_set(10, 10), holdout=5).test_images)
+    after = stems(open_dataset(make_set(14, 14), holdout=5).test_images)
+    rest = {f"i{i:02}" for i in range(10)} - before
+    assert before != {f"i{i:02}" for i in range(5)}, "not simply the first"
+    assert not after & rest, "an old training image may not become a test image"
+
+
+def test_near_duplicates_never_cross_the_split(make_set):
+    pairs = [(0, 5), (5, 9), (1, 11), (2, 3)]  # 10 and 11 have no mask
+    root = make_set(12, 10, "\n".join(f"i{a:02} i{b:02}" for a, b in pairs))
+    for count in range(1, 11):
+        dataset = open_dataset(root, holdout=count)
+        train, test = stems(dataset.train), stems(dataset.test_images)
+        assert not train & test and len(test) <= count
+        for a, b in pairs:
+            a, b = f"i{a:02}", f"i{b:02}"
+            assert not (a in test and b in train) and not (b in test and a in train)
+        assert ("i00" in test) == ("i05" in test) == ("i09" in test)
+
+
+def test_unlabelled_near_duplicate_of_a_test_image_leaves_training(make_set):
+    dataset = open_dataset(make_set(6, 2, "i01 i04  # the same flower\ni99 i00"), holdout="masked")
+    assert stems(dataset.train) == {"i02", "i03", "i05"} and stems(dataset.test_images) == {"i00", "i01"}
+
+
+def test_none_trains_on_everything(make_set):
+    dataset = open_dataset(make_set(6, 2, "i00 i05"), holdout="none")
+    assert len(dataset.train) == 6 and stems(dataset.test_images) == {"i00", "i01"}
+
+
+@pytest.mark.parametrize("top", ["", "some set/"])
+def test_zip_with_masks(make_set, tmp_path, top):
+    root = make_set(6, 2, "i01 i05")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in root.rglob("*.*"):
+            archive.write(path, f"{top}{path.relative_to(root)}")
+    dataset = open_dataset(tmp_path / "set.zip")
+    assert stems(dataset.train) == {"i02", "i03", "i04"}
+    assert dataset.test_masks.names == ["i00.png", "i01.png"]
+    assert dataset.test_masks.decode(0).mode == "L" and len(prepare(dataset.train, 4, progress=False)) == 3
+
+
+def test_images_without_masks(tmp_path, save):
+    save(tmp_path / "photos/a.png")
+    for data in (tmp_path / "photos", np.zeros((2, 8, 8, 3), np.uint8)):
+        dataset = open_dataset(data)
+        assert len(dataset.train) in (1, 2) and dataset.test_images is None and dataset.test_masks is None
+    with pytest.raises(ConfigError, match='photos has no masks.*"auto"'):
+        open_dataset(tmp_path / "photos", holdout=1)
+
+
+def test_requests_that_cannot_be_met(make_set, tmp_path):
+    root = make_set(4, 4, "i00 i01\ni01 i02\ni02 i03")
+    with pytest.raises(ConfigError, match="only 4 images have a mask"):
+        open_dataset(root, holdout=5)
+    with pytest.raises(DataError, match="nothing is left to train on"):
+        open_dataset(root, holdout="masked")
+    with pytest.raises(DataError, match="more near-duplicates than that"):
+        open_dataset(root, holdout=2)
+    for wrong in (0, -1, True, "some", 2.5):
+        with pytest.raises(ConfigError, match="holdout="):
+            open_dataset(root, holdout=wrong)
+    with pytest.raises(DataError, match="no such file or folder"):
+        open_dataset(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="procedural_dataset"):
+        open_dataset(None)
+    (root / "near_duplicates.txt").write_text("i00 i01\ni02\n")
+    with pytest.raises(DataError, match="near_duplicates.txt, line 2: expected two names"):
+        open_dataset(root)
+
+
+def test_masks_that_match_nothing(make_set, save):
+    root = make_set(2, 0)
+    save(root / "masks/other.png", 1, mode="L")
+    with pytest.raises(DataError, match="1 of 1 masks have no image: other.png"):
+        open_dataset(root)
+
+
+def test_procedural():
+    dataset = procedural_dataset(8, train=6, test=3, seed=1)
+    images = prepare(dataset.train, 8).images
+    labelled = load_labelled(dataset.test_images, dataset.test_masks, 8)
+    assert images.shape == (6, 8, 8, 3) and labelled.images.shape == (3, 8, 8, 3)
+    np.testing.assert_array_equal(labelled.foreground, np.asarray(dataset.test_masks.array)[..., 0])
+    assert 0.05 < labelled.foreground.mean() < 0.5
+    everything = np.concatenate([images, labelled.images]).reshape(9, -1)
+    assert len(np.unique(everything, axis=0)) == 9, "a test picture was trained on"
+    with pytest.raises(ConfigError, match="test=0"):
+        procedural_dataset(8, test=0)
+
+
+@pytest.mark.parametrize(("name", "train", "test"), [("flowers17_128", 1288, 71), ("weizmann_horse_128", 262, 65)])
+def test_real_layouts(real_data, name, train, test):
+    root = real_data(name)
+    dataset = open_dataset(root)
+    assert (len(dataset.train), len(dataset.test_images), len(dataset.test_masks)) == (train, test, test)
+    pairs = [line.split() for line in (root / "near_duplicates.txt").read_text().splitlines() if line[0] != "#"]
+    in_train, in_test = stems(dataset.train), stems(dataset.test_images)
+    assert not any((a in in_train and b in in_test) or (b in in_train and a in in_test) for a, b in pairs)
+    assert load_labelled(dataset.test_images.subset(range(2)), dataset.test_masks.subset(range(2)), 16).foreground.any()

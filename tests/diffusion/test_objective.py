@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from factorkit.diffusion.objective import (
+    PREDICTIONS,
+    coarse_to_fine_power,
+    denoising_loss,
+    loss_weight,
+    target,
+    to_eps,
+    to_x0,
+)
+from factorkit.diffusion.schedule import Schedule
+from factorkit.errors import ConfigError
+
+
+@pytest.fixture
+def noised():
+    torch.manual_seed(0)
+    schedule, t = Schedule(), torch.tensor([0, 300, 700, 950])
+    x0, eps = torch.rand(4, 3, 5, 7) * 2 - 1, torch.randn(4, 3, 5, 7)
+    return schedule, x0, eps, t, schedule.noise(x0, eps, t)
+
+
+def test_targets_are_those_of_the_papers(noised):
+    schedule, x0, eps, t, _ = noised
+    ab = schedule.alpha_bar(t)
+    torch.testing.assert_close(target("eps", schedule, x0, eps, t), eps)
+    torch.testing.assert_close(target("v", schedule, x0, eps, t), ab.sqrt() * eps - (1 - ab).sqrt() * x0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_output_gives_back_image_and_noise(noised, prediction):
+    schedule, x0, eps, t, x_t = noised
+    out = target(prediction, schedule, x0, eps, t)
+    torch.testing.assert_close(to_x0(prediction, schedule, x_t, out, t), x0, rtol=0, atol=1e-4)
+    torch.testing.assert_close(to_eps(prediction, schedule, x_t, out, t), eps, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_any_output_splits_x_t_consistently(noised, prediction):
+    schedule, _, _, t, x_t = noised
+    out = torch.randn_like(x_t)
+    x0, eps = (f(prediction, schedule, x_t, out, t) for f in (to_x0, to_eps))
+    torch.testing.assert_close(schedule.noise(x0, eps, t), x_t, rtol=1e-4, atol=1e-4)
+
+
+def test_loss_is_the_mean_of_each_sample_in_float32():
+    out = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16)
+    loss = denoising_loss(out, torch.stack([torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 3.0)]))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, torch.tensor([0.01, 9.0]))
+
+
+def test_weight_goes_from_coarse_to_even():
+    schedule, t = Schedule(), torch.tensor([0, 999])
+    ab = schedule.alpha_bars[t].float()
+    torch.testing.assert_close(loss_weight(schedule, t, 1.0), 1 - ab, rtol=1e-3, atol=0)
+    torch.testing.assert_close(loss_weight(schedule, t, 0.5), (1 - ab).sqrt(), rtol=1e-3, atol=0)
+    assert loss_weight(schedule, t, torch.tensor(0.0)).tolist() == [1, 1]
+    assert [coarse_to_fine_power(step, 50, 150) for step in (0, 50, 75, 100, 150, 9999)] == [1, 1, 0.75, 0.5, 0, 0]
+    assert [coarse_to_fine_power(step, 0, 0) for step in (0, 1)] == [0, 0]
+
+
+def test_mistakes_are_named(noised):
+    schedule, x0, eps, t, _ = noised
+    with pytest.raises(ConfigError, match="'score'.*eps, v"):
+        target("score", schedule, x0, eps, t)
+    with pytest.raises(ConfigError, match="step 10.*step 20"):
+        coarse_to_fine_power(0, 20, 10)

@@ -1,0 +1,205 @@
+"""Samplers against distributions whose optimal denoiser, and so whose sampling process, is known in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from factorkit.diffusion.denoiser import Denoised, Denoiser
+from factorkit.diffusion.samplers import sample
+from factorkit.diffusion.schedule import Schedule
+from factorkit.errors import ConfigError
+
+
+class Optimal(Denoiser):
+    """A denoiser that knows the posterior mean of the clean pixel; its bottleneck is the time it was called with."""
+
+    def __init__(self, schedule: Schedule, prediction: str = "v") -> None:
+        super().__init__()
+        self.schedule, self.prediction_name, self.calls = schedule, prediction, []
+
+    def posterior_mean(self, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: object = None) -> Denoised:
+        ab = self.schedule.alpha_bars[t].view(-1, 1, 1, 1)
+        a, s, x = ab.sqrt(), (1 - ab).sqrt(), x_t.double()
+        x0 = self.posterior_mean(x, a, s)
+        eps = (x - a * x0) / s
+        self.calls.append(int(t[0]))
+        return Denoised((eps if self.prediction_name == "eps" else a * eps - s * x0).float(), int(t[0]))
+
+
+class Gaussian(Optimal):
+    """Pixels are independent N(mu, sd^2)."""
+
+    def __init__(self, schedule: Schedule, mu: float, sd: float, prediction: str = "v") -> None:
+        super().__init__(schedule, prediction)
+        self.mu, self.sd = mu, sd
+
+    def posterior_mean(self, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
+        return self.mu + a * self.sd**2 / (a**2 * self.sd**2 + s**2) * (x - a * self.mu)
+
+
+class TwoPoints(Optimal):
+    """Pixels are independent, +value with probability p and -value otherwise."""
+
+    def __init__(self, schedule: Schedule, value: float, p: float) -> None:
+        super().__init__(schedule)
+        self.value, self.log_odds = value, math.log(p / (1 - p))
+
+    def posterior_mean(self, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
+        return self.value * torch.tanh(self.log_odds / 2 + a * self.value * x / s**2)
+
+
+def draw(model: Optimal, shape=(1, 1, 256, 256), **options):
+    options = {"schedule": model.schedule, "prediction": model.prediction_name, "clip": False} | options
+    return sample(model, shape, **options)
+
+
+def moments(x: Tensor) -> tuple[float, float]:
+    return x.double().mean().item(), x.double().std().item()
+
+
+@pytest.mark.parametrize(("mu", "sd"), [(0.3, 0.2), (-0.5, 1.5)])
+def test_ddim_follows_the_probability_flow(mu, sd):
+    """The flow carries x_T to mu + sd (x_T - a_T mu) / sqrt(a_T^2 sd^2 + s_T^2): quantiles go to quantiles."""
+    model = Gaussian(Schedule(), mu, sd)
+    start = torch.linspace(-3, 3, 8).view(1, 1, 2, 4)
+    a, s = (math.sqrt(v) for v in (model.schedule.alpha_bars[-1], 1 - model.schedule.alpha_bars[-1]))
+    exact = mu + sd * (start - a * mu) / math.sqrt((a * sd) ** 2 + s**2)
+
+    def error(steps: int) -> float:
+        images = draw(model, start.shape, sampler="ddim", steps=steps, x_start=start).images
+        return ((images - exact).abs().max() / sd).item()
+
+    assert error(1000) < 0.03
+    assert 2.5 < error(125) / error(500) < 6  # a method of first order
+
+
+def test_few_ddim_steps_are_the_known_affine_map():
+    """One step multiplies x - a mu by (a' a sd^2 + s' s) / (a^2 sd^2 + s^2); the grid is even and has both ends."""
+    mu, sd, schedule = 0.4, 0.3, Schedule()
+    model = Gaussian(schedule, mu, sd)
+    start = torch.tensor([-2.0, 0.1, 1.0]).view(3, 1, 1, 1)
+    result = draw(model, start.shape, sampler="ddim", steps=5, t_start=601, x_start=start, trajectory=True)
+    assert model.calls == [600, 450, 300, 150, 0] == [step.t for step in result.trajectory]
+    levels = [schedule.alpha_bars[t].item() for t in model.calls] + [1.0]
+    x = start.double()
+    for ab, ab_next in zip(levels, levels[1:], strict=False):
+        a, s, a_next, s_next = math.sqrt(ab), math.sqrt(1 - ab), math.sqrt(ab_next), math.sqrt(1 - ab_next)
+        factor = (a_next * a * sd**2 + s_next * s) / (a**2 * sd**2 + s**2)
+        x = a_next * mu + factor * (x - a * mu)
+    torch.testing.assert_close(result.images.double(), x, rtol=1e-5, atol=1e-5)
+
+
+def test_ddpm_keeps_unit_variance_exactly():
+    """For N(0, 1) pixels x_{t-1} given x_t has variance exactly beta_t (Ho et al. 2020, section 3.2), so every level
+    has variance 1; the smaller posterior variance would lose 3% at 50 steps."""
+    model = Gaussian(Schedule(50), 0.0, 1.0)
+    result = draw(model, (1, 1, 400, 400), seed=1, trajectory=True)
+    variances = [step.x_t.var().item() for step in result.trajectory]
+    assert variances[1:] == pytest.approx([1.0] * 49, abs=0.02)
+    assert result.images.var().item() == pytest.approx(model.schedule.alpha_bars[0].item(), abs=0.01)
+
+
+def test_ddpm_reaches_the_moments_of_the_data():
+    images = draw(Gaussian(Schedule(400), 0.3, 0.2), seed=2).images
+    assert moments(images) == pytest.approx((0.3, 0.2), abs=0.01)
+
+
+def test_strided_ddpm_takes_mean_and_variance_of_the_posterior():
+    """Ho et al. 2020, eq. 6-7, written for a pair of times: a linear denoiser makes the moments a recursion."""
+    mu, sd, schedule = 0.3, 0.5, Schedule()
+    model = Gaussian(schedule, mu, sd)
+    images = draw(model, sampler="ddpm", steps=12, seed=4).images
+
+    levels = [schedule.alpha_bars[t].item() for t in model.calls] + [1.0]
+    mean, variance = 0.0, 1 - levels[0]
+    for ab, ab_next in zip(levels, levels[1:], strict=False):
+        alpha = ab / ab_next
+        of_x0 = math.sqrt(ab_next) * (1 - alpha) / (1 - ab)
+        of_x = math.sqrt(alpha) * (1 - ab_next) / (1 - ab)
+        slope = math.sqrt(ab) * sd**2 / (ab * sd**2 + 1 - ab)  # of E[x0 | x_t] in x_t
+        offset = mu * (1 - slope * math.sqrt(ab))
+        mean = (of_x0 * slope + of_x) * mean + of_x0 * offset
+        variance = (of_x0 * slope + of_x) ** 2 * variance + (1 - alpha) * (1 - ab_next) / (1 - ab)
+    assert moments(images) == pytest.approx((mean, math.sqrt(variance)), abs=0.006)
+
+
+@pytest.mark.parametrize("options", [{"sampler": "ddpm"}, {"sampler": "ddpm", "steps": 50}, {"sampler": "ddim"}])
+def test_two_points_come_out_in_their_proportions(options):
+    images = draw(TwoPoints(Schedule(200), 0.6, 0.25), (1, 1, 128, 128), seed=3, clip=True, **options).images
+    assert ((images.abs() - 0.6).abs() < 0.05).float().mean() > 0.97
+    assert (images > 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_eps_and_v_walk_the_same_trajectory(sampler):
+    schedule = Schedule(100)
+    walks = [
+        draw(Gaussian(schedule, 0.2, 0.4, name), (2, 3, 4, 4), sampler=sampler, trajectory=True, clip=True).trajectory
+        for name in ("eps", "v")
+    ]
+    for one, other in zip(*walks, strict=True):
+        torch.testing.assert_close(one.x_t, other.x_t, rtol=0, atol=2e-4)
+
+
+def test_strided_ddpm_is_ddim_at_eta_one():
+    model = Gaussian(Schedule(), 0.0, 0.5)
+    torch.testing.assert_close(
+        draw(model, (1, 1, 8, 8), sampler="ddpm", steps=20, seed=5).images,
+        draw(model, (1, 1, 8, 8), sampler="ddim", steps=20, seed=5, eta=1.0).images,
+    )
+
+
+def test_start_has_the_noise_of_its_level():
+    schedule = Schedule()
+    model = Gaussian(schedule, 0.0, 0.5)
+    result = draw(model, sampler="ddim", steps=1, t_start=100, trajectory=True)
+    (step,) = result.trajectory
+    assert step.t == 99 and result.bottleneck == 99
+    assert moments(step.x_t) == pytest.approx((0, math.sqrt(1 - schedule.alpha_bars[99])), abs=0.01)
+    torch.testing.assert_close(result.images, step.x0)
+
+
+def test_result_is_a_function_of_the_seed():
+    model = Gaussian(Schedule(50), 0.0, 0.5)
+    one, same, other = (draw(model, (2, 3, 4, 4), seed=seed).images for seed in (7, 7, 8))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    given = draw(model, (2, 3, 4, 4), generator=torch.Generator().manual_seed(7)).images
+    assert torch.equal(one, given)
+
+
+def test_clip_bounds_the_estimate_at_every_step():
+    result = draw(Gaussian(Schedule(50), 1.0, 0.5), (1, 1, 16, 16), clip=True, trajectory=True)
+    assert max(step.x0.max().item() for step in result.trajectory) == 1.0 == result.images.max().item()
+    assert draw(Gaussian(Schedule(50), 1.0, 0.5), (1, 1, 16, 16)).images.max() > 1.0
+
+
+def test_last_bottleneck_comes_back_and_nothing_needs_a_gradient():
+    model = Gaussian(Schedule(50), 0.0, 0.5)
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    result = draw(model, (1, 1, 2, 2), sampler="ddim", steps=3)
+    assert result.bottleneck == 0 and result.trajectory is None and not result.images.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "euler"}, "'euler'"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 31, "t_start": 30}, "steps=31.*t_start=30"),
+        ({"t_start": 51}, "t_start=51.*50"),
+        ({"eta": 0.5}, "eta.*ddim"),
+        ({"sampler": "ddim", "eta": 1.5}, "eta=1.5"),
+        ({"x_start": torch.zeros(1, 1, 4, 4)}, r"\(1, 1, 4, 4\)"),
+        ({"prediction": "score"}, "'score'"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        draw(Gaussian(Schedule(50), 0.0, 0.5), (1, 1, 2, 2), **options)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from factorkit.diffusion.schedule import Schedule
+from factorkit.errors import ConfigError
+
+
+def test_alpha_bar_is_the_product_of_one_minus_beta():
+    schedule, product = Schedule(), 1.0
+    expected = []
+    for t in range(1000):
+        product *= 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
+        expected.append(product)
+    got = schedule.alpha_bar(torch.arange(1000)).flatten().double()
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert schedule.alpha_bar(torch.tensor([3, 5])).shape == (2, 1, 1, 1)
+
+
+def test_noise_is_exact_at_the_cleanest_level():
+    # 1 - ab_0 is 1e-4; taken from a float32 ab it would be wrong in the fourth digit.
+    t = torch.tensor([0])
+    assert Schedule().sigma(t).item() == pytest.approx(math.sqrt(1e-4), rel=1e-6)
+    assert Schedule().signal(t).item() == pytest.approx(math.sqrt(1 - 1e-4), rel=1e-6)
+
+
+def test_noise_keeps_unit_variance_and_mixes_per_image():
+    schedule = Schedule(100)
+    t = torch.tensor([0, 50, 99])
+    torch.testing.assert_close(schedule.signal(t) ** 2 + schedule.sigma(t) ** 2, torch.ones(3, 1, 1, 1))
+    x0, eps = torch.full((3, 3, 2, 2), 2.0), torch.full((3, 3, 2, 2), 5.0)
+    x_t = schedule.noise(x0, eps, t)
+    for i in range(3):
+        ab = schedule.alpha_bars[t[i]].item()
+        torch.testing.assert_close(x_t[i], torch.full((3, 2, 2), 2 * math.sqrt(ab) + 5 * math.sqrt(1 - ab)))
+
+
+@pytest.mark.parametrize("steps", [50, 100, 4000])
+def test_every_length_ends_at_about_the_same_noise(steps):
+    reference, other = Schedule().alpha_bars, Schedule(steps).alpha_bars
+    assert 0.2 < math.log(other[-1]) / math.log(reference[-1]) < 2
+    # Half way the scaled schedules have nearly the same level: sums of beta agree, the rest is second order in beta.
+    assert other[steps // 2].item() == pytest.approx(reference[500].item(), abs=0.03)
+    assert (other.diff() < 0).all()
+
+
+def test_schedules_that_cannot_work_are_refused():
+    with pytest.raises(ConfigError, match="20 steps"):
+        Schedule(20)
+    with pytest.raises(ConfigError, match="cosine"):
+        Schedule(kind="cosine")
+    assert (Schedule(21).alpha_bars > 0).all()

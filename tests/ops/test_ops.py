@@ -1,0 +1,290 @@
+"""Each registered op against a loop written from its equation, with random upstream gradients, opcheck and gradcheck."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from factorkit import ops
+from factorkit.ops import reference
+from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS, POOL_FLOOR
+
+NORMS = ("group", "masked_group", "pixel")
+
+
+def rand(*shape, dtype=torch.float64, grad=True):
+    return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
+
+
+def soft_masks(b, k, h, w, dtype=torch.float64):
+    return rand(b, k, h, w, dtype=dtype, grad=False).softmax(1).requires_grad_()
+
+
+def norm_by_loops(x, weight, bias, scale, shift, masks, groups, norm, activate):
+    """The definition, one output number at a time."""
+    n, c, h, w = x.shape
+    out = torch.empty_like(x)
+    flat_masks = None if masks is None else masks.reshape(n, h, w)
+    for i in range(n):
+        for ch in range(c):
+            if norm == "pixel":
+                normal = x[i, ch] / torch.sqrt((x[i] ** 2).mean(0) + PIXEL_EPS)
+            else:
+                size = c // groups
+                members = x[i, ch // size * size : (ch // size + 1) * size]
+                if norm == "group":
+                    weights, eps = torch.ones(h, w, dtype=x.dtype), GROUP_EPS
+                else:
+                    weights, eps = flat_masks[i] + MASK_FLOOR, MASKED_GROUP_EPS
+                weights = weights / weights.sum()
+                mean = sum((weights * m).sum() for m in members) / size
+                var = sum((weights * (m - mean) ** 2).sum() for m in members) / size
+                normal = (x[i, ch] - mean) / math.sqrt(var + eps)
+            y = normal * weight[ch] + bias[ch]
+            if scale is not None:
+                y = y * (1 + scale[i, ch]) + shift[i, ch]
+            out[i, ch] = y / (1 + torch.exp(-y)) if activate else y
+    return out
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("modulated", [True, False])
+@pytest.mark.parametrize("activate", [True, False])
+def test_norm_equals_its_definition(norm, modulated, activate):
+    torch.manual_seed(0)
+    b, k, c, h, w, groups = 2, 3, 6, 5, 3, 2
+    x, masks = rand(b * k, c, h, w), soft_masks(b, k, h, w)
+    weight, bias = rand(c), rand(c)
+    scale, shift = (rand(b * k, c), rand(b * k, c)) if modulated else (None, None)
+    given = (x, weight, bias, scale, shift, masks, groups, norm, activate)
+    with torch.no_grad():
+        expected = norm_by_loops(*given)
+        torch.testing.assert_close(reference.group_norm_silu(*given), expected)
+        got = ops.group_norm_silu(
+            x, weight, bias, scale, shift, groups=groups, norm=norm, masks=masks, activate=activate
+        )
+        torch.testing.assert_close(got, expected)
+
+
+def compare_gradients(run, plain, inputs):
+    """Gradients of the op and of the reference under the same random upstream gradients, expanded ones included."""
+    leaves = [x for x in inputs if isinstance(x, torch.Tensor)]
+    outs = [run(), plain()]
+    outs = [[o] if isinstance(o, torch.Tensor) else list(o) for o in outs]
+    for make in (torch.randn_like, lambda o: torch.randn(o.shape[0], 1, 1, 1, dtype=o.dtype).expand_as(o)):
+        grads = [make(o) if o.dim() == 4 else torch.randn_like(o) for o in outs[0]]
+        got = torch.autograd.grad(outs[0], leaves, grads, retain_graph=True, allow_unused=True)
+        want = torch.autograd.grad(outs[1], leaves, grads, retain_graph=True, allow_unused=True)
+        for g, w in zip(got, want, strict=True):
+            assert (g is None) == (w is None)
+            if g is not None:
+                torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("modulated", [True, False])
+def test_norm_gradient_is_the_reference_s(norm, modulated):
+    torch.manual_seed(1)
+    x, weight, bias = rand(4, 6, 3, 5), rand(6), rand(6)
+    masks = soft_masks(2, 2, 3, 5) if norm == "masked_group" else None
+    scale, shift = (rand(4, 6), rand(4, 6)) if modulated else (None, None)
+    compare_gradients(
+        lambda: ops.group_norm_silu(x, weight, bias, scale, shift, groups=3, norm=norm, masks=masks),
+        lambda: reference.group_norm_silu(x, weight, bias, scale, shift, masks, 3, norm, True),
+        [x, weight, bias, scale, shift, masks],
+    )
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
+def test_masked_skip_norm(shared, norm):
+    """Odd sizes, groups that straddle u and the skip, u shared by the branches or not."""
+    torch.manual_seed(2)
+    b, k, h, w = 2, 3, 3, 5
+    u, skip, masks = rand(b if shared else b * k, 3, h, w), rand(b, 5, h, w), soft_masks(b, k, h, w)
+    weight, bias, scale, shift = rand(8), rand(8), rand(b * k, 8), rand(b * k, 8)
+    run = lambda: ops.masked_skip_norm_silu(u, skip, masks, weight, bias, scale, shift, groups=2, norm=norm)  # noqa: E731
+    rows = []
+    for i in range(b):
+        for j in range(k):
+            rows.append(torch.cat([u[i if shared else i * k + j], masks[i, j] * skip[i]]))
+    z = torch.stack(rows)
+    torch.testing.assert_close(ops.masked_skip_concat(u, skip, masks), z)
+    with torch.no_grad():
+        torch.testing.assert_close(run(), norm_by_loops(z, weight, bias, scale, shift, masks, 2, norm, True))
+    plain = lambda: reference.masked_skip_norm_silu(u, skip, masks, weight, bias, scale, shift, 2, norm)  # noqa: E731
+    compare_gradients(run, plain, [u, skip, masks, weight, bias, scale, shift])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_concat_and_projection_gradients(shared):
+    torch.manual_seed(3)
+    b, k = 2, 3
+    u, skip, masks = rand(b if shared else b * k, 2, 4, 3), rand(b, 3, 4, 3), soft_masks(b, k, 4, 3)
+    weight, bias = rand(4, 5, 1, 1), rand(4)
+    concat = lambda: reference.masked_skip_concat(u, skip, masks)  # noqa: E731
+    compare_gradients(lambda: ops.masked_skip_concat(u, skip, masks), concat, [u, skip, masks])
+    compare_gradients(
+        lambda: ops.masked_skip_projection(u, skip, masks, weight, bias),
+        lambda: F.conv2d(concat(), weight, bias),
+        [u, skip, masks, weight, bias],
+    )
+    torch.testing.assert_close(
+        ops.masked_skip_projection(u, skip, masks, weight, bias), F.conv2d(concat(), weight, bias)
+    )
+
+
+def test_without_masks_the_skip_ops_are_a_plain_unet_s():
+    u, skip = rand(2, 4, 3, 3), rand(2, 4, 3, 3)
+    weight, bias = rand(8), rand(8)
+    z = torch.cat([u, skip], 1)
+    torch.testing.assert_close(ops.masked_skip_concat(u, skip, None), z)
+    got = ops.masked_skip_norm_silu(u, skip, None, weight, bias, groups=4)
+    torch.testing.assert_close(got, F.silu(F.group_norm(z, 4, weight, bias, GROUP_EPS)))
+
+
+def test_mask_pyramid_sums_to_one_at_every_resolution():
+    torch.manual_seed(4)
+    masks = soft_masks(2, 3, 16, 8)
+    pyramid = ops.mask_pyramid(masks, 3)
+    assert [tuple(m.shape[2:]) for m in pyramid] == [(16, 8), (8, 4), (4, 2), (2, 1)]
+    for level, m in enumerate(pyramid):
+        torch.testing.assert_close(m.sum(1), torch.ones_like(m[:, 0]))
+        size = 2**level
+        torch.testing.assert_close(m[1, 2, -1, -1], masks[1, 2, -size:, -size:].mean())
+    compare_gradients(lambda: ops.mask_pyramid(masks, 3)[1:], lambda: reference.mask_pyramid(masks, 3), [masks])
+
+
+def test_pyramid_gradient_when_one_level_is_unused():
+    masks = soft_masks(1, 2, 8, 8)
+    (got,) = torch.autograd.grad(ops.mask_pyramid(masks, 3)[2].square().sum(), masks)
+    (want,) = torch.autograd.grad(reference.mask_pyramid(masks, 3)[1].square().sum(), masks)
+    torch.testing.assert_close(got, want)
+
+
+def test_region_pool_is_the_area_normalised_mean():
+    torch.manual_seed(5)
+    features, masks = rand(2, 4, 3, 5), soft_masks(2, 3, 3, 5)
+    got = ops.region_pool(features, masks)
+    for b in range(2):
+        for k in range(3):
+            for c in range(4):
+                want = (masks[b, k] * features[b, c]).sum() / (masks[b, k].sum() + POOL_FLOOR)
+                torch.testing.assert_close(got[b, k, c], want)
+    compare_gradients(
+        lambda: ops.region_pool(features, masks), lambda: reference.region_pool(features, masks), [features, masks]
+    )
+
+
+def test_region_blend_is_the_softmax_weighted_sum():
+    torch.manual_seed(6)
+    logits, branches = rand(2, 3, 4, 5), rand(6, 2, 4, 5)
+    masks, out = ops.region_blend(logits, branches)
+    by_hand = torch.zeros(2, 2, 4, 5, dtype=torch.float64)
+    for b in range(2):
+        weights = [torch.exp(logits[b, k]) for k in range(3)]
+        for k in range(3):
+            share = weights[k] / sum(weights)
+            torch.testing.assert_close(masks[b, k], share)
+            by_hand[b] += share * branches[b * 3 + k]
+    torch.testing.assert_close(out, by_hand)
+    compare_gradients(
+        lambda: ops.region_blend(logits, branches), lambda: reference.region_blend(logits, branches), [logits, branches]
+    )
+
+
+def cases():
+    """One call of every registered forward op, small enough for gradcheck and odd enough to matter."""
+    torch.manual_seed(7)
+    u, skip, masks = rand(2, 2, 3, 2), rand(2, 4, 3, 2), soft_masks(2, 2, 3, 2)
+    weight, bias, scale, shift = rand(6), rand(6), rand(4, 6), rand(4, 6)
+    o = torch.ops.factorkit
+    for norm in NORMS:
+        m = masks if norm == "masked_group" else None
+        yield f"norm-{norm}", o.group_norm_silu, (rand(4, 6, 3, 2), weight, bias, scale, shift, m, 2, norm, True)
+        yield f"skip-{norm}", o.masked_skip_norm_silu, (u, skip, masks, weight, bias, scale, shift, 2, norm)
+    yield "norm-plain", o.group_norm_silu, (rand(1, 6, 3, 2), weight, bias, None, None, None, 2, "group", False)
+    yield "concat", o.masked_skip_concat, (u, skip, masks)
+    yield "concat-plain", o.masked_skip_concat, (u, skip, None)
+    yield "add", o.masked_skip_add, (rand(2, 4, 3, 2), skip, masks)
+    yield "pyramid", o.mask_pyramid, (soft_masks(1, 2, 4, 4), 2)
+    yield "pool", o.region_pool, (rand(2, 2, 3, 2), masks)
+    yield "blend", o.region_blend, (rand(2, 2, 3, 2), rand(4, 2, 3, 2))
+
+
+CASES = {name: (op, args) for name, op, args in cases()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck(name):
+    op, args = CASES[name]
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+
+    def run(*values):
+        values = iter(values)
+        return op(*(next(values) if isinstance(a, torch.Tensor) else a for a in args))
+
+    assert torch.autograd.gradcheck(run, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name, dtype):
+    op, args = CASES[name]
+    cast = [a.detach().to(dtype).requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    torch.library.opcheck(op, cast)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("pyramid", "pool", "blend")])
+def test_channels_last_in_channels_last_out(name):
+    op, args = CASES[name]
+    last = [
+        a.detach().to(memory_format=torch.channels_last) if isinstance(a, torch.Tensor) and a.dim() == 4 else a
+        for a in args
+    ]
+    out = op(*last)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, op(*args).detach())
+    torch.library.opcheck(op, last)
+
+
+def test_bf16_statistics_are_taken_in_fp32():
+    """A mean of 100 with a spread of 1 would drown in bf16 sums."""
+    torch.manual_seed(8)
+    x = (100 + torch.randn(1, 4, 64, 64)).bfloat16()
+    weight, bias = torch.ones(4), torch.zeros(4)
+    got = ops.group_norm_silu(x, weight, bias, groups=1, activate=False).float()
+    assert abs(got.mean().item()) < 0.02 and abs(got.std().item() - 1) < 0.02
+
+
+def test_empty_batch():
+    x, w = torch.zeros(0, 4, 3, 3), torch.ones(4)
+    assert ops.group_norm_silu(x, w, w, groups=2).shape == (0, 4, 3, 3)
+    assert ops.masked_skip_concat(x, x, torch.zeros(0, 2, 3, 3)).shape == (0, 8, 3, 3)
+
+
+def test_what_does_not_fit_is_named():
+    x, w = torch.zeros(4, 6, 3, 3), torch.ones(6)
+    with pytest.raises(ValueError, match="4 groups do not divide 6"):
+        ops.group_norm_silu(x, w, w, groups=4)
+    with pytest.raises(ValueError, match="unknown"):
+        ops.group_norm_silu(x, w, w, groups=2, norm="batch")
+    with pytest.raises(ValueError, match="B\\*K = 4"):
+        ops.group_norm_silu(x, w, w, groups=2, norm="masked_group", masks=torch.zeros(1, 3, 3, 3))
+    with pytest.raises(ValueError, match="3 rows"):
+        ops.masked_skip_concat(torch.zeros(3, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.zeros(2, 4, 2, 2))
+    with pytest.raises(ValueError, match="halved"):
+        ops.mask_pyramid(torch.zeros(1, 2, 6, 6), 2)
+
+
+def test_the_reference_can_be_forced(monkeypatch):
+    def marked(*args):
+        raise RuntimeError("the reference was asked")
+
+    monkeypatch.setattr(reference, "region_pool", marked)
+    monkeypatch.setenv("FACTORKIT_REFERENCE", "1")
+    with pytest.raises(RuntimeError, match="the reference was asked"):
+        ops.region_pool(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3))

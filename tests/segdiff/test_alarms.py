@@ -1,0 +1,154 @@
+"""Masks made on the spot, each failing in one known way, over pictures of a bright disc on a dark ground."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from factorkit.errors import ConfigError, DataError
+from factorkit.segdiff.alarms import measure_alarms
+
+N, SIZE = 48, 32
+
+
+@pytest.fixture(scope="module")
+def scene() -> tuple[Tensor, Tensor]:
+    """Images [N,3,H,W] and where the disc is, bool [N,H,W]. Its place varies about the centre."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    centre = 15.5 + 10 * (torch.rand(N, 2, 1, 1, generator=generator) - 0.5)
+    radius = 6 + 3 * torch.rand(N, 1, 1, generator=generator)
+    inside = torch.hypot(y - centre[:, 0], x - centre[:, 1]) < radius
+    colour = torch.tensor([0.8, 0.5, -0.2]).view(1, 3, 1, 1)
+    images = torch.where(inside[:, None], colour, -0.5) + 0.25 * torch.randn(N, 3, SIZE, SIZE, generator=generator)
+    return images.clamp(-1, 1), inside
+
+
+def soft(labels: Tensor, regions: int = 2, confidence: float = 0.9) -> Tensor:
+    hard = F.one_hot(labels.long(), regions).movedim(-1, 1).float()
+    return hard * confidence + (1 - hard) * (1 - confidence) / (regions - 1)
+
+
+def named(alarms) -> set[str]:
+    """The first words of each failure, which say what it is."""
+    return {failure.split(":")[0] for failure in alarms.failures()}
+
+
+def test_masks_of_the_object_raise_no_alarm(scene):
+    images, inside = scene
+    alarms = measure_alarms(images, soft(inside), soft(inside.flip(2)))
+    assert alarms.failures() == [] and alarms.ok
+    assert alarms.flip_agreement == pytest.approx(1, abs=1e-5)
+    assert alarms.eta_gap > 0.4 and 0.1 < alarms.position_share < 0.7 and alarms.boundary_length < 0.08
+    assert alarms.areas == pytest.approx([1 - inside.float().mean().item(), inside.float().mean().item()])
+    assert alarms.score() == alarms.eta_gap
+
+
+def test_region_numbers_do_not_matter(scene):
+    images, inside = scene
+    one = measure_alarms(images, soft(inside), soft(inside.flip(2)))
+    other = measure_alarms(images, soft(~inside), soft(~inside.flip(2)))
+    assert one.eta_gap == pytest.approx(other.eta_gap) and one.position_share == pytest.approx(other.position_share)
+
+
+def test_one_region_everywhere_is_named_collapse_and_nothing_else(scene):
+    images, inside = scene
+    for regions in (2, 3):
+        masks = soft(torch.ones_like(inside), regions)
+        alarms = measure_alarms(images, masks, masks)
+        assert named(alarms) == {"collapsed to one region"} and not alarms.ok
+        json.dumps(alarms.to_dict(), allow_nan=False)
+
+
+def test_a_fixed_split_is_named_positional(scene):
+    images, inside = scene
+    left = torch.zeros_like(inside)
+    left[:, :, : SIZE // 2] = True
+    alarms = measure_alarms(images, soft(left), soft(left))
+    assert alarms.position_share == pytest.approx(1) and alarms.eta_gap == pytest.approx(0, abs=0.01)
+    assert alarms.flip_agreement == pytest.approx(-1)
+    assert alarms.boundary_length == pytest.approx(0.5 / (SIZE - 1))
+    assert named(alarms) == {
+        "split by position",
+        "masks do not turn with the image",
+        "masks are not about content",
+    }
+
+
+def test_noise_is_named_dithered(scene):
+    images, _ = scene
+    noise = torch.rand(2, N, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) < 0.5
+    alarms = measure_alarms(images, soft(noise[0]), soft(noise[1]))
+    assert alarms.boundary_length == pytest.approx(0.5, abs=0.02)
+    assert alarms.position_share == pytest.approx(1 / N, abs=0.005)
+    assert alarms.flip_agreement == pytest.approx(0, abs=0.02)
+    assert {"dithered masks", "masks are not about content", "masks without any place"} <= named(alarms)
+
+
+def test_a_region_nobody_uses_is_named_by_its_number(scene):
+    images, inside = scene
+    masks, flipped = (soft(2 * m.long(), regions=3) for m in (inside, inside.flip(2)))
+    alarms = measure_alarms(images, masks, flipped)
+    assert named(alarms) == {"dead region 1"}
+    assert "0.00" in alarms.failures()[0]
+
+
+def test_masks_of_other_images_are_named_without_content(scene):
+    images, inside = scene
+    shuffled = inside.roll(N // 2, 0)
+    alarms = measure_alarms(images, soft(shuffled), soft(shuffled.flip(2)))
+    assert named(alarms) == {"masks are not about content"}
+    assert "0.3" in alarms.failures()[0]
+
+
+def test_eta_gap_is_own_minus_foreign_share_of_variance():
+    """Two images halved black and white, one across and one down: own masks explain all, the other's nothing."""
+    images = torch.full((2, 3, 4, 4), -1.0)
+    images[0, :, :2] = images[1, :, :, :2] = 1.0
+    own = images[:, 0] > 0
+    assert measure_alarms(images, soft(own), soft(own.flip(2))).eta_gap == pytest.approx(1)
+    assert measure_alarms(images, soft(own.flip(0)), soft(own.flip(0).flip(2))).eta_gap == pytest.approx(-1)
+    assert measure_alarms(torch.zeros_like(images), soft(own), soft(own.flip(2))).eta_gap == 0
+
+
+def test_flip_agreement_is_cohens_kappa(scene):
+    images, inside = scene
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    other = inside.roll(3, 2)
+    alarms = measure_alarms(images, soft(inside), soft(other.flip(2)))
+    assert alarms.flip_agreement == pytest.approx(
+        sklearn_metrics.cohen_kappa_score(inside.flatten().numpy(), other.flatten().numpy()), abs=1e-5
+    )
+
+
+def test_confidence_and_entropy_are_of_the_soft_masks(scene):
+    images, inside = scene
+    alarms = measure_alarms(images, soft(inside, 3, 0.6), soft(inside.flip(2), 3, 0.6))
+    assert alarms.confidence == pytest.approx(0.6)
+    assert alarms.entropy == pytest.approx(-(0.6 * math.log(0.6) + 0.4 * math.log(0.2)) / math.log(3))
+    certain = measure_alarms(images, soft(inside, 2, 1.0), soft(inside.flip(2), 2, 1.0))
+    assert certain.entropy == 0 and certain.confidence == 1
+
+
+def test_every_failed_seed_ranks_below_every_healthy_one(scene):
+    images, inside = scene
+    healthy = measure_alarms(images, soft(inside), soft(inside.flip(2)))
+    # The best eta gap there can be, but a third region is dead.
+    failed = measure_alarms(images, soft(inside, 3), soft(inside.flip(2), 3))
+    assert failed.eta_gap == pytest.approx(healthy.eta_gap) and failed.score() < -1 < healthy.score()
+
+
+def test_mistakes_are_named(scene):
+    images, inside = scene
+    masks = soft(inside)
+    with pytest.raises(ConfigError, match="regions=1"):
+        measure_alarms(images, masks[:, :1], masks[:, :1])
+    with pytest.raises(DataError, match="at least 2 images"):
+        measure_alarms(images[:1], masks[:1], masks[:1])
+    with pytest.raises(DataError, match=r"\(48, 3, 16, 32\)"):
+        measure_alarms(images[:, :, :16], masks, masks)

@@ -1,0 +1,194 @@
+"""The installed package, its compiled module, and what setup.py makes of the source tree."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import factorkit
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+HAS_NVCC = shutil.which("nvcc") is not None
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build reads, so that building here touches nothing of the checkout or of its installation."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "setup.py", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder)
+    for name in ("factorkit", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path) -> Path:
+    """A wheel without CUDA."""
+    command = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "out", "."]
+    result = run(command, source, FACTORKIT_CUDA="0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = (source / "out").glob("*.whl")
+    return path
+
+
+def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("FACTORKIT_")}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=settings | environment, capture_output=True, text=True)
+
+
+def imported_from(folder: Path) -> dict:
+    """build_info() of the factorkit._C in this folder, asked in a fresh process, with its file and its devices."""
+    code = (
+        "import json, factorkit._C as extension;"
+        "more = {'file': extension.__file__, 'devices': extension.cuda_devices()};"
+        "print(json.dumps(extension.build_info() | more))"
+    )
+    result = run(["-c", code], folder)
+    assert result.returncode == 0, result.stderr
+    info = json.loads(result.stdout)
+    assert Path(info["file"]).is_relative_to(folder)
+    return info
+
+
+def test_versions_agree():
+    declared = re.search(r'^version = "(.+)"$', PYPROJECT, re.MULTILINE)[1]
+    assert importlib.metadata.version("factorkit") == declared
+    assert importlib.import_module("factorkit._C").build_info()["version"] == declared
+    assert factorkit.__version__ == declared
+
+
+def test_compiled_module_describes_itself():
+    extension = importlib.import_module("factorkit._C")
+    info = extension.build_info()
+    assert set(info) == {"version", "compiler", "simd", "cuda", "cuda_version", "cuda_targets"}
+    assert re.match(r"(gcc|clang) \d+", info["compiler"])
+    assert info["simd"] in {"avx512", "avx2", "sse2", "neon", "scalar"}
+    assert info["cuda"] == bool(info["cuda_targets"]) == (info["cuda_version"] is not None)
+    if not info["cuda"]:
+        assert extension.cuda_devices() == []
+
+
+@pytest.mark.gpu
+def test_compiled_module_sees_the_gpus_that_torch_sees():
+    import torch
+
+    extension = importlib.import_module("factorkit._C")
+    if not (torch.cuda.is_available() and extension.build_info()["cuda"]):
+        pytest.skip("needs a CUDA device and factorkit._C built with CUDA")
+    seen = [(device["name"], device["capability"], device["memory_bytes"]) for device in extension.cuda_devices()]
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    assert seen == [(device.name, (device.major, device.minor), device.total_memory) for device in properties]
+
+
+def test_simd_level_is_the_processors():
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        flags = None
+    if flags is None:
+        pytest.skip("needs the flags of an x86 processor in /proc/cpuinfo")
+    flags = flags[1].split()
+    expected = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "sse2"
+    assert importlib.import_module("factorkit._C").build_info()["simd"] == expected
+
+
+def test_kernels_lie_beside_the_package_and_are_imported_inside_it():
+    kernels = importlib.import_module("factorkit.kernels")
+    assert kernels.__name__ == "factorkit.kernels"
+    assert Path(kernels.__file__).parent == ROOT / "kernels"
+
+
+def test_every_package_is_listed():
+    listed = re.search(r"^packages = \[(.*?)\]", PYPROJECT, re.MULTILINE | re.DOTALL)[1]
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "factorkit").rglob("__init__.py")}
+    assert set(re.findall(r'"(.+?)"', listed)) == {name.replace("/", ".") for name in folders} | {"factorkit.kernels"}
+
+
+def test_wheel_holds_the_mapped_kernels_and_the_compiled_module(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path)
+    assert "factorkit/kernels/__init__.py" in names and "factorkit/ops/__init__.py" in names
+    assert [name for name in names if re.fullmatch(r"factorkit/_C\..*\.so", name)]
+    assert {name.split("/")[0] for name in names} == {"factorkit", "-".join(wheel.name.split("-")[:2]) + ".dist-info"}
+
+    info = imported_from(tmp_path)
+    assert not info["cuda"] and info["cuda_targets"] == info["devices"] == []
+
+
+def test_source_archive_holds_all_that_a_build_reads(source, tmp_path):
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    result = run(["-c", code], source)
+    assert result.returncode == 0, result.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    csrc = {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir()}
+    assert csrc | {"setup.py", "pyproject.toml", "kernels/__init__.py", "factorkit/ops/__init__.py"} <= names
+
+
+def test_only_what_changed_is_compiled_again(wheel, source):
+    import ninja
+
+    (folder,) = (source / "build").glob("cpu-*")
+
+    def pending() -> set[str]:
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-n", "-v"]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return set(re.findall(r" -c \S*?(\w+\.cpp) ", output))
+
+    assert pending() == set()
+    (source / "csrc" / "system_cpu.cpp").touch()
+    assert pending() == {"system_cpu.cpp"}
+    (source / "csrc" / "system.h").touch()
+    assert pending() == {"system_cpu.cpp", "bindings.cpp"}
+
+
+@pytest.mark.skipif(not HAS_NVCC, reason="needs nvcc")
+def test_cuda_build_imports_without_a_gpu(source, tmp_path):
+    settings = {"FACTORKIT_CUDA": "1", "FACTORKIT_CUDA_ARCHS": "sm_90 compute_90"}
+    result = run(["setup.py", "-q", "build_ext", "-b", str(tmp_path)], source, **settings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    info = imported_from(tmp_path)
+    assert info["cuda"] and info["cuda_targets"] == ["sm_90", "compute_90"]
+    assert re.fullmatch(r"\d+\.\d+", info["cuda_version"])
+    assert isinstance(info["devices"], list)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"FACTORKIT_CUDA": "1"}, r"there is no nvcc in CUDA_HOME \(.*\)\. Install the CUDA toolkit"),
+        ({"FACTORKIT_CUDA": "yes"}, r"FACTORKIT_CUDA=yes means nothing; set it to 0"),
+    ],
+)
+def test_impossible_wishes_stop_the_build_with_a_sentence(source, tmp_path, settings, sentence):
+    result = run(["setup.py", "-q", "build_ext", "-b", str(tmp_path)], source, CUDA_HOME=str(tmp_path), **settings)
+    assert result.returncode != 0
+    assert re.search("error: .*" + sentence, result.stderr)
+    assert "Traceback" not in result.stderr
+
+
+def test_misnamed_target_stops_the_build_with_a_sentence(source, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    settings = {"CUDA_HOME": str(tmp_path), "FACTORKIT_CUDA_ARCHS": "sm_80,9.0"}
+    result = run(["setup.py", "-q", "build_ext", "-b", str(tmp_path)], source, **settings)
+    assert result.returncode != 0
+    assert "FACTORKIT_CUDA_ARCHS has '9.0'; name targets like sm_90" in result.stderr
