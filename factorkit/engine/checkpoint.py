@@ -1,6 +1,6 @@
-"""One checkpoint is one safetensors file, written so that a kill at any moment leaves the old one or the new one whole.
+"""One checkpoint is one safetensors file, written so that a kill at any moment leaves the old or the new one whole.
 
-The metadata carries the step, the configuration and a SHA-256 of the tensors; a file whose hash does not match is damaged.
+The metadata carries the step, the configuration and a SHA-256 of the tensors; a file whose hash differs is damaged.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,26 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[st
         CheckpointError: the disk is full or the folder cannot be written; what was there before still stands.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps(dict(meta), sort_keys=True)
     header = {"format": FORMAT, "meta": text, "sha256": _digest(tensors, text)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors renames a file of its own into place, which nobody else may read
         save_file(tensors, temporary, metadata=header)
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise CheckpointError(
-            f"could not write {path}: {error}. Earlier checkpoints are untouched; free some space (or give another out=) "
-            "and run the same command again to go on"
+            f"could not write {path}: {error}. Earlier checkpoints are untouched; free some space (or give another "
+            "out=) and run the same command again to go on"
         ) from error
     return path
 
@@ -64,11 +69,12 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # copies, for what safetensors gives is the file itself, mapped: it would change, or crash, as the file does
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
     if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is a safetensors file, but not one factorkit wrote (format {header.get('format')!r})")
+        raise CheckpointError(f"{path} is a safetensors file, but not factorkit's (format {header.get('format')!r})")
     if header.get("sha256") != _digest(tensors, header.get("meta", "")):
         raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
     return tensors, json.loads(header["meta"])
@@ -106,11 +112,17 @@ class Checkpoints:
         return [p for _, p in sorted(found, reverse=True)]
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of ``step`` and drop those beyond the newest ``keep``."""
+        """Write the checkpoint of ``step`` and drop those beyond the newest ``keep``.
+
+        Those of later steps go as well: they were damaged, or this step would not have been reached again.
+        """
         path = write_checkpoint(self.folder / f"step_{step:08d}.safetensors", tensors, {**meta, "step": step})
-        for old in self.paths()[self.keep :]:
-            old.unlink(missing_ok=True)
-        for leftover in self.folder.glob(".step_*.tmp"):
+        paths = self.paths()
+        newer = paths.index(path)
+        for stale in paths[:newer] + paths[newer + self.keep :]:
+            stale.unlink(missing_ok=True)
+        # what killed saves left: our temporary name, and safetensors' own beneath it
+        for leftover in [*self.folder.glob(".step_*.tmp"), *self.folder.glob(".tmp??????")]:
             leftover.unlink(missing_ok=True)
         return path
 

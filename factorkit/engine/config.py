@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,17 +19,19 @@ class EngineConfig:
     batch_size: int = 128
     """Images a step, over all processes together."""
     micro_batch_size: int | None = None
-    """Images in memory at once in each process; None means the process's whole share of the batch."""
+    """Images in memory at once in each process; None means the process's whole share of the batch.
+    Statistics over the batch, where a model has any, are then those of the piece."""
     learning_rate: float = 1e-4
     """Of Adam."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     decay: float = 0.0
-    """Last share of the steps over which the learning rate falls linearly to a tenth."""
+    """Last share of the steps, over which the learning rate falls along a line to 0 that is cut off at a tenth."""
     gradient_clip: float | None = None
     """Greatest norm of the gradient; None does not clip."""
     ema: float = 0.9999
-    """Decay of the moving average of the weights, the ones that segment and generate; reached by a warm-up (1+n)/(10+n)."""
+    """Decay of the moving average of the weights, the one that segments and generates. After n steps it is
+    (1+n)/(10+n), until that reaches this number."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of activations, by autocast; weights, statistics and masks stay fp32."""
     seed: int = 0
@@ -47,22 +50,30 @@ class EngineConfig:
     """Mirror the log for TensorBoard (needs the extra `tensorboard`)."""
 
     #: settings that may differ when a run is resumed: they change neither the model nor what it saw so far
-    RESUMABLE = frozenset(
-        {"steps", "device", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "tensorboard", "micro_batch_size"}
-    )
+    RESUMABLE = frozenset({
+        "steps", "device", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "tensorboard",
+        "micro_batch_size",
+    })  # fmt: skip
 
     def validate(self) -> None:
         """Raise ConfigError for numbers that cannot work, naming the setting."""
-        for name in ("steps", "batch_size", "checkpoint_every", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        least = {
+            "steps": 1, "batch_size": 1, "micro_batch_size": 1, "warmup_steps": 0, "checkpoint_every": 1,
+            "keep_checkpoints": 1, "sample_every": 0, "log_every": 1,
+        }  # fmt: skip
+        for name, low in least.items():
+            value = getattr(self, name)
+            if name == "micro_batch_size" and value is None:
+                continue
+            if not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name}={value!r} must be a whole number, at least {low}")
         for name, low, high in (("ema", 0.0, 1.0), ("decay", 0.0, 1.0)):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie between {low:g} and {high:g}")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"learning_rate={self.learning_rate} must be positive")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size={self.micro_batch_size} must be at least 1, or None")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate={self.learning_rate} must be positive and finite")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise ConfigError(f"gradient_clip={self.gradient_clip} must be positive, or None not to clip")
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"precision={self.precision!r} is unknown; choose bf16 or fp32")
 
@@ -99,6 +110,10 @@ def resolve_device(name: str):
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device={name!r} is not a device torch knows; use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r} is not one factorkit trains on; use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name!r} was asked for but torch sees no GPU; use device='cpu', or see `factorkit doctor`")
+        raise ConfigError(f"device={name!r}, but torch sees no GPU; use device='cpu', or see `factorkit doctor`")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name!r}, but the last GPU torch sees is cuda:{torch.cuda.device_count() - 1}")
     return device

@@ -11,6 +11,8 @@ import torch.distributed as dist
 def join(device: torch.device) -> None:
     """Join the processes torchrun started, if it did (NCCL on GPUs, gloo on CPUs)."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL's collectives run on the current one
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
@@ -25,11 +27,21 @@ def world_size() -> int:
 
 
 def average(values: torch.Tensor) -> torch.Tensor:
-    """Mean of a tensor over all processes (itself in a run of one)."""
+    """Mean of a tensor over all processes."""
     if world_size() > 1:
+        values = values.clone()
         dist.all_reduce(values)
         values /= world_size()
     return values
+
+
+def greatest(number: int, device: torch.device) -> int:
+    """The greatest of the processes' numbers, for decisions that all of them must take alike."""
+    if world_size() > 1:
+        values = torch.tensor(number, device=device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        number = int(values)
+    return number
 
 
 def barrier() -> None:

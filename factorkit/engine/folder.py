@@ -1,9 +1,10 @@
-"""A run is a folder. This is how one is claimed: made afresh, taken up again, or refused because it is another run's."""
+"""A run is a folder. This is how one is claimed: made afresh, taken up again, or refused as another run's."""
 
 from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,13 @@ def claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str]) -> 
         if names:
             listed = "; ".join(f"{k}: {old.get(k)!r} there, {settings.get(k)!r} asked for" for k in names)
             raise CheckpointError(
-                f"{folder} holds a run with other settings ({listed}). Give another out=, or the same settings to resume it"
+                f"{folder} holds a run with other settings ({listed}). Give another out=, or the same settings to "
+                "resume it"
             )
-    elif folder.exists() and any(p for p in folder.iterdir() if p.name != "heats"):
+    elif folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give another out=")
+    elif folder.exists() and not all(p.name.startswith(".") for p in folder.iterdir()):
+        # hidden files may be what a kill left of the first config.json
         raise CheckpointError(f"{folder} exists and holds something that is no factorkit run; give another out=")
     write_json(path, settings)
 
@@ -42,9 +47,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Restore it, or give another out= to start afresh") from error
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"it holds {type(settings).__name__}, not settings by name")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Restore it, or give another out= to begin anew") from error
+    return settings
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -52,8 +60,12 @@ def write_json(path: Path, values: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise CheckpointError(f"could not write {path}: {error}; give an out= that can be written") from error

@@ -1,11 +1,12 @@
-"""The training loop both models share: it knows steps, signals, checkpoints and logs, and nothing of what is trained."""
+"""The training loop both models share: it knows steps, signals, checkpoints and logs, not what is trained."""
 
 from __future__ import annotations
 
-import math
 import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,10 +21,10 @@ from tqdm import tqdm
 from factorkit.engine import distributed
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import EngineConfig
-from factorkit.engine.log import RunLog
+from factorkit.engine.log import RunLog, read_log
 from factorkit.engine.report import write_report
 from factorkit.engine.streams import BatchDraw, derived_seed, image_order
-from factorkit.errors import CheckpointError, FactorkitError
+from factorkit.errors import CheckpointError, ConfigError, FactorkitError
 
 NON_FINITE_LIMIT = 3  # steps in a row whose gradient is not finite before the run is stopped
 
@@ -66,6 +67,11 @@ class Trainer:
         self.task, self.config, self.folder, self.meta, self.device = task, config, Path(folder), meta, device
         self.last = min(stop_at or config.steps, config.steps)
         self.progress = progress and distributed.rank() == 0
+        if config.batch_size % distributed.world_size():
+            raise ConfigError(
+                f"batch_size={config.batch_size} cannot be shared equally by {distributed.world_size()} processes; "
+                "give a multiple of their number"
+            )
         self.model = task.model.to(device)
         self.groups = task.parameter_groups()
         self.optimizer = torch.optim.Adam(
@@ -74,13 +80,14 @@ class Trainer:
         self.average = AveragedModel(self.model, multi_avg_fn=self._toward).eval()
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
         self.step = 0
-        self._stop: signal.Signals | None = None
+        self._saved: int | None = None  # the step that lies on disk
+        self._stop = 0  # the signal that asked for an end
         self._bad_steps = 0
 
-    # --- state -----------------------------------------------------------------------------------------------------------
+    # --- state ---
 
     def _toward(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        done = int(count)
+        done = int(self.average.n_averaged)  # on the CPU; reading `count`, its copy on the device, would wait
         torch._foreach_lerp_(averaged, current, 1 - min(self.config.ema, (1 + done) / (10 + done)))
 
     def state(self) -> dict[str, Tensor]:
@@ -97,6 +104,7 @@ class Trainer:
 
         Raises:
             CheckpointError: no checkpoint is whole, or they belong to another model.
+            ConfigError: the run has gone further than ``config.steps``.
         """
         found = self.checkpoints.latest()
         if found is None:
@@ -107,20 +115,30 @@ class Trainer:
             self.model.load_state_dict(part("model."))
             self.average.load_state_dict(part("ema."))
         except RuntimeError as error:
-            raise CheckpointError(f"the checkpoints in {self.checkpoints.folder} are of another model: {error}") from error
+            folder = self.checkpoints.folder
+            raise CheckpointError(f"the checkpoints in {folder} are of another model: {error}") from error
         for name, parameter in self.model.named_parameters():
-            # Adam keeps `step` on the parameter's device only when fused; it always is here.
-            entry = {k: tensors[f"adam.{k}.{name}"].to(self.device) for k in ("step", "exp_avg", "exp_avg_sq")
-                     if f"adam.{k}.{name}" in tensors}  # fmt: skip
-            if entry:
-                self.optimizer.state[parameter] = entry
-        self.step = int(meta["step"])
+            if f"adam.step.{name}" in tensors:
+                moments = ("exp_avg", "exp_avg_sq")
+                self.optimizer.state[parameter] = {
+                    "step": tensors[f"adam.step.{name}"].to(self.device),  # with the parameter, as fused Adam keeps it
+                    **{k: torch.empty_like(parameter).copy_(tensors[f"adam.{k}.{name}"]) for k in moments},
+                }
+        self.step = self._saved = int(meta["step"])
+        if self.step > self.config.steps:
+            raise ConfigError(
+                f"the run in {self.folder} has taken {self.step} steps already, more than steps={self.config.steps}; "
+                "ask for at least as many, or give another out="
+            )
         return True
 
     def save(self) -> None:
-        """Write a checkpoint of the present step (process 0 writes)."""
+        """Write a checkpoint of the present step (process 0 writes), unless it lies on disk already."""
+        if self.step == self._saved:
+            return
         if distributed.rank() == 0:
             self.checkpoints.save(self.step, self.state(), self.meta)
+        self._saved = self.step
         distributed.barrier()
 
     def trial(self, steps: int) -> float:
@@ -131,73 +149,95 @@ class Trainer:
             for _ in range(count):
                 self._optimise(self.model, meter)
                 self.step += 1
-            meter.read(self.config.batch_size)  # waits for the device
+            meter.read()  # waits for the device
         return (time.perf_counter() - start) / steps
 
-    # --- training --------------------------------------------------------------------------------------------------------
+    # --- training ---
 
     def run(self) -> nn.Module:
         """Train to the end; answers the averaged model.
 
         Raises:
             KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, once a checkpoint is written.
-            CheckpointError: a checkpoint could not be written; the earlier ones stand.
+            CheckpointError: a checkpoint or another file of the run could not be written; earlier checkpoints stand.
+            ConfigError: the run that lies in the folder has gone further than ``config.steps``.
             FactorkitError: three steps in a row were not finite.
         """
         resumed = self.restore()
         main = distributed.rank() == 0
         log = RunLog(self.folder, tensorboard=self.config.tensorboard) if main else None
-        note = (lambda kind, **fields: log.event(kind, step=self.step, **fields)) if main else (lambda kind, **fields: None)
+
+        def note(kind: str, **fields: Any) -> None:
+            if main:
+                log.event(kind, step=self.step, **fields)
+
         if self.step < self.last or not resumed:
             note("resume" if resumed else "start", message=f"step {self.step} of {self.config.steps} on {self.device}")
         try:
             with self._signals():
                 self._train(note)
+        except OSError as error:
+            raise CheckpointError(
+                f"the run in {self.folder} stopped at step {self.step}: {error}. Its checkpoints stand; "
+                "mend that and run the same command again to go on"
+            ) from error
         finally:
             if main:
                 log.close()
-                write_report(self.folder)
+                self._report()
         return self.average.module
+
+    def _report(self) -> None:
+        try:
+            write_report(self.folder)
+        except CheckpointError as error:  # must not stand in for how the run itself ended
+            warnings.warn(str(error), stacklevel=2)
 
     def _train(self, note) -> None:
         config = self.config
         wrapped = DistributedDataParallel(self.model) if distributed.world_size() > 1 else self.model
         meter = Meter(self.device)
-        bar = tqdm(total=self.last, initial=self.step, desc="training", unit="step", disable=not self.progress, dynamic_ncols=True)
-        while self.step < self.last and self._stop is None:
-            norm = self._optimise(wrapped, meter)
-            self._watch_finite(norm, note)
-            self.step += 1
-            bar.update()
-            if self.step % config.log_every == 0 or self.step == self.last:
-                line = meter.read(config.batch_size)
-                note("step", images=self.step * config.batch_size, lr=config.learning_rate_at(self.step - 1), **line)
-                bar.set_postfix_str(_summary(line))
-            if self.step == self.last or (config.sample_every and self.step % config.sample_every == 0):
-                with meter.paused():
-                    self._inspect(note, bar)
-            if self.step % config.checkpoint_every == 0 and self.step < self.last:
-                with meter.paused():
-                    self.save()
-        bar.close()
-        if not self.checkpoints.paths() or self.step > int(self.checkpoints.paths()[0].stem.split("_")[1]):
-            self.save()
-        if self._stop is not None:
-            note("signal", message=f"{self._stop.name}: saved at step {self.step}; the same command again goes on from there")
-            if self._stop == signal.SIGINT:
-                raise KeyboardInterrupt
-            raise SystemExit(128 + self._stop)
-        if self.step == config.steps:
+        shown = {"desc": "training", "unit": "step", "disable": not self.progress, "dynamic_ncols": True}
+        with tqdm(total=self.last, initial=self.step, **shown) as bar:
+            # asked of all processes: one that stopped alone would leave the others waiting for its gradient
+            while self.step < self.last and not distributed.greatest(self._stop, self.device):
+                self._watch_finite(self._optimise(wrapped, meter), note)
+                self.step += 1
+                bar.update()
+                if self.step % config.log_every == 0 or self.step == self.last:
+                    line = meter.read()
+                    line["seconds_left"] = (self.last - self.step) * config.batch_size / line["images_per_second"]
+                    rate = config.learning_rate_at(self.step - 1)
+                    note("step", images=self.step * config.batch_size, lr=rate, **line)
+                    bar.set_postfix_str(_summary(line))
+                if self.step == self.last or (config.sample_every and self.step % config.sample_every == 0):
+                    with meter.paused():
+                        self._inspect(note)
+                if self.step % config.checkpoint_every == 0:
+                    with meter.paused():
+                        self.save()
+        self.save()
+        finished = self.step == config.steps
+        if finished and not _has_ended(self.folder, self.step):
             note("end", message="finished")
+        if stop := distributed.greatest(self._stop, self.device):
+            if not finished:
+                name = signal.Signals(stop).name
+                note("signal", message=f"{name}: saved at step {self.step}; the same command again goes on from there")
+            if stop == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + stop)
 
-    def _optimise(self, wrapped: nn.Module, meter: Meter) -> Tensor:
-        """One step of the optimiser; answers the norm of its gradient."""
+    def _optimise(self, wrapped: nn.Module, meter: Meter) -> bool:
+        """One step of the optimiser, unless its gradient is not finite; answers whether it is."""
         config, seen = self.config, self.step * self.config.batch_size
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step) * group["scale"]
         torch.manual_seed(derived_seed("dropout", config.seed, seen, distributed.rank()))
         indices = image_order(config.seed, seen, config.batch_size, self.task.size)
         wrapped.train()
+        # running statistics move in the forward pass, before anybody knows that the step is to be skipped
+        buffers = [b.clone() for b in self.model.buffers()]
         slices = list(self._micro_batches())
         for i, rows in enumerate(slices):
             draw = BatchDraw(config.seed, seen, config.batch_size, rows, self.device)
@@ -208,13 +248,18 @@ class Trainer:
                 # DDP averages over processes, the batch's mean needs a sum
                 (found.objective.sum() * (distributed.world_size() / config.batch_size)).backward()
             meter.add(found)
-        limit = math.inf if config.gradient_clip is None else config.gradient_clip
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        if torch.isfinite(norm):
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        finite = bool(norm.isfinite())  # the step's one wait for the device
+        if finite:
+            if config.gradient_clip is not None:
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), config.gradient_clip, norm)
             self.optimizer.step()
             self.average.update_parameters(self.model)
+        else:
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return finite
 
     def _micro_batches(self) -> Iterator[slice]:
         """The rows of the batch that are this process's, in pieces that fit in memory."""
@@ -224,19 +269,20 @@ class Trainer:
         for low in range(start, end, size):
             yield slice(low, min(low + size, end))
 
-    def _watch_finite(self, norm: Tensor, note) -> None:
-        if torch.isfinite(norm):
+    def _watch_finite(self, finite: bool, note) -> None:
+        if finite:
             self._bad_steps = 0
             return
         self._bad_steps += 1
         note("skip", message=f"the gradient of step {self.step} was not finite; the step was skipped")
         if self._bad_steps >= NON_FINITE_LIMIT:
             raise FactorkitError(
-                f"the gradient was not finite in {NON_FINITE_LIMIT} steps in a row (last: step {self.step}). The last good "
-                f"checkpoint is kept in {self.checkpoints.folder}; try a lower learning_rate=, gradient_clip=1.0 or precision='fp32'"
+                f"the gradient was not finite in {NON_FINITE_LIMIT} steps in a row (last: step {self.step}). The last "
+                f"good checkpoint is kept in {self.checkpoints.folder}; try a lower learning_rate=, gradient_clip=1.0 "
+                "or precision='fp32'"
             )
 
-    def _inspect(self, note, bar) -> None:
+    def _inspect(self, note) -> None:
         if distributed.rank() == 0:
             self.average.eval()
             precision = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -244,8 +290,9 @@ class Trainer:
                 found = self.task.inspect(self.average.module, self.step, self.folder / "samples")
             note("alarms", **found)
             for failure in found.get("failures", ()):
-                bar.write(f"step {self.step}: {failure}")
-            write_report(self.folder)
+                tqdm.write(f"step {self.step}: {failure}", file=sys.stderr)
+            if self.step < self.last:  # the end of the run writes one anyway
+                self._report()
         distributed.barrier()
 
     @contextmanager
@@ -256,9 +303,10 @@ class Trainer:
             return
 
         def remember(number, frame):
-            self._stop = signal.Signals(number)
+            self._stop = number
             signal.signal(number, before[number])
 
+        self._stop = 0
         before = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -277,7 +325,7 @@ class Meter:
     def _clear(self) -> None:
         self.sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)
         self.watch: dict[str, Tensor] = {}
-        self.parts, self.rows, self.pause, self.since = 0, 0, 0.0, time.perf_counter()
+        self.rows, self.pause, self.since = 0, 0.0, time.perf_counter()
 
     def add(self, found: StepLoss) -> None:
         quarter = (found.level * 4).long().clamp(0, 3)
@@ -285,9 +333,8 @@ class Meter:
         self.sums[0].index_add_(0, quarter, loss)
         self.sums[1].index_add_(0, quarter, torch.ones_like(loss))
         for name, value in found.watch.items():
-            value = value.detach().float()
+            value = value.detach().float() * len(loss)
             self.watch[name] = self.watch[name] + value if name in self.watch else value
-        self.parts += 1
         self.rows += len(loss)
 
     @contextmanager
@@ -297,10 +344,10 @@ class Meter:
         yield
         self.pause += time.perf_counter() - start
 
-    def read(self, batch: int) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
         """Means since the last reading, over all processes."""
+        sums = distributed.average(self.sums).cpu()  # waits for the device, so the clock is read after it
         seconds = time.perf_counter() - self.since - self.pause
-        sums = distributed.average(self.sums).cpu()
         by_quarter = [s / n if n else None for s, n in zip(*sums.tolist(), strict=True)]
         line = {
             "loss": (sums[0].sum() / sums[1].sum().clamp_min(1)).item(),
@@ -309,9 +356,13 @@ class Meter:
             "seconds": seconds,
         }
         for name, total in self.watch.items():
-            line[name] = distributed.average(total / self.parts).tolist()
+            line[name] = distributed.average(total / self.rows).tolist()
         self._clear()
         return line
+
+
+def _has_ended(folder: Path, step: int) -> bool:
+    return any(event.get("event") == "end" and event.get("step") == step for event in read_log(folder))
 
 
 def _summary(line: dict[str, Any]) -> str:

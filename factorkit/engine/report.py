@@ -110,8 +110,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _judge(log: list[dict[str, Any]], scores: dict[str, Any]) -> Verdict:
-    alarms = timeline(log, "alarms")
-    failures = _failures(alarms[-1]) if alarms else []
+    # A model without masks logs the event without failures: nothing was judged.
+    alarms = [event for event in timeline(log, "alarms") if isinstance(event.get("failures"), list)]
+    failures = [str(failure) for failure in alarms[-1]["failures"]] if alarms else []
     iou, best = scores.get("iou"), _best_baseline(scores)
     details = []
     if alarms:
@@ -122,36 +123,31 @@ def _judge(log: list[dict[str, Any]], scores: dict[str, Any]) -> Verdict:
         scored = scores.get("scored")
         sentence = f"IoU {iou:.3f}" + (f" on {scored:g} labelled images" if is_number(scored) else "")
         if best is None:
-            sentence += "; no trivial baseline stands beside it yet"
+            sentence += "; no baseline stands beside it yet"
         else:
             beaten = iou > best[1]
-            sentence += f"; the best trivial baseline, {best[0]}, has {best[1]:.3f}"
+            sentence += f"; the best baseline, {best[0]}, has {best[1]:.3f}"
         details.append(sentence + ".")
     elif alarms:
         details.append("No labelled images were scored yet; the alarms certify content, not objects.")
 
     if not alarms and beaten is None:
-        return Verdict("open", "No verdict yet", details or ["There are neither alarms nor scores yet."])
+        return Verdict("open", "No verdict yet", details or ["There are neither alarms nor scores."])
     if failures:
         if beaten:
-            return Verdict("mixed", "The masks beat every trivial baseline, although an alarm went off", details)
+            return Verdict("mixed", "The masks beat every baseline, although an alarm went off", details)
         return Verdict("bad", "Failed: " + failures[0].split(":")[0], details)
     if beaten is False:
         follow = "The masks follow content, but" if alarms else "The masks"
-        return Verdict("mixed" if alarms else "bad", f"{follow} do not beat a trivial baseline", details)
-    return Verdict("good", "The masks follow content" if alarms else "The masks beat every trivial baseline", details)
-
-
-def _failures(alarms: dict[str, Any]) -> list[str]:
-    failures = alarms.get("failures")
-    return [str(failure) for failure in failures] if isinstance(failures, list) else []
+        return Verdict("mixed" if alarms else "bad", f"{follow} do not beat the best baseline", details)
+    return Verdict("good", "The masks follow content" if alarms else "The masks beat every baseline", details)
 
 
 def _baselines(scores: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The baselines, best IoU first, those without a score last."""
     baselines = scores.get("baselines")
     items = baselines.items() if isinstance(baselines, dict) else ()
-    found = [(str(name), values) for name, values in items if isinstance(values, dict)]
+    found = [(str(name).replace("_", " "), values) for name, values in items if isinstance(values, dict)]
     return sorted(found, key=lambda item: -item[1]["iou"] if is_number(item[1].get("iou")) else 1)
 
 
@@ -203,7 +199,7 @@ def _headline_numbers(config: dict[str, Any], log: list[dict[str, Any]], scores:
     seconds = [event["seconds"] for event in steps if is_number(event.get("seconds"))]
     tiles = [
         ("IoU", _number(scores.get("iou")), f"best baseline {best[1]:.3f}" if best else ""),
-        ("IoU, per-image oracle", _number(scores.get("oracle_iou")), "chosen by the labels: an upper bound"),
+        ("IoU, per-image oracle", _number(scores.get("oracle_iou")), "an upper bound"),
         ("eta gap", _number(alarm.get("eta_gap")), f"alarm below {ALARM_LIMITS['eta_gap'].low}"),
         ("loss", _number(last.get("loss"), 4), ""),
         ("step", _number(last.get("step"), 0), f"of {_number(config.get('steps'), 0)}" if "steps" in config else ""),
@@ -322,10 +318,12 @@ def _events_section(log: list[dict[str, Any]]) -> str:
         kind = event.get("event")
         if kind == "step":
             continue
-        if kind == "alarms":
-            said = "; ".join(_failures(event)) or "no alarm"
+        if "message" in event:
+            said = str(event["message"])
+        elif isinstance(event.get("failures"), list):
+            said = "; ".join(map(str, event["failures"])) or "no alarm"
         else:
-            said = str(event["message"]) if "message" in event else _plain(_without(event, "event", "step", "time"))
+            said = _plain({name: value for name, value in event.items() if name not in ("event", "step", "time")})
         stamp = _clock(event["time"]) if is_number(event.get("time")) else ""
         cells = (stamp, _number(event.get("step"), 0), kind, said)
         rows.append("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
@@ -353,10 +351,6 @@ def _environment_section() -> str:
 
 
 # --- words and numbers ---
-
-
-def _without(event: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in event.items() if name not in names}
 
 
 def _number(value: object, digits: int = 3) -> str:

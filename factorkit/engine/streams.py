@@ -25,7 +25,7 @@ def _permutation(seed: int, epoch: int, size: int) -> Tensor:
 
 
 def image_order(seed: int, images_seen: int, count: int, size: int) -> Tensor:
-    """Indices of the next ``count`` images after ``images_seen``: a fresh shuffle of all ``size`` images every epoch."""
+    """Indices of the next ``count`` images after ``images_seen``: a new shuffle of all ``size`` images every epoch."""
     positions = torch.arange(images_seen, images_seen + count)
     epochs = positions // size
     return torch.cat([_permutation(seed, int(e), size)[positions[epochs == e] % size] for e in epochs.unique()])

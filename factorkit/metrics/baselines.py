@@ -7,8 +7,10 @@ labels are those of the first F images.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -70,21 +72,23 @@ def grabcut(images: NDArray, foreground: NDArray, valid: NDArray) -> NDArray:
 
     height, width = images.shape[1:3]
     # GrabCut's price of a boundary is per pixel of length: in a small image it outweighs the object, and the cut is
-    # empty (92 of 100 horses at 32 px). Enlarged, the same images make the baseline that it deserves to be.
+    # empty (65 of 71 horses at 32 px). Enlarged, the same images make the baseline that it deserves to be.
     scale = max(1, round(GRABCUT_SIDE / min(height, width)))
     large_height, large_width = scale * height, scale * width
     top, left = round(0.1 * large_height), round(0.1 * large_width)
-    predicted = np.empty(images.shape[:3], bool)
-    for image, mask in zip(images, predicted, strict=True):
+
+    def cut(image: NDArray) -> NDArray:
         large = cv2.resize(image[..., ::-1], (large_width, large_height), interpolation=cv2.INTER_CUBIC)
         state = np.full((large_height, large_width), cv2.GC_BGD, np.uint8)
         state[top : large_height - top, left : large_width - left] = cv2.GC_PR_FGD
         models = np.zeros((1, 65)), np.zeros((1, 65))  # filled in from the rectangle's inside and outside
-        cv2.setRNGSeed(0)
+        cv2.setRNGSeed(0)  # of this thread
         cv2.grabCut(large, state, None, *models, 5, cv2.GC_INIT_WITH_MASK)
         inside = (state == cv2.GC_FGD) | (state == cv2.GC_PR_FGD)
-        mask[:] = inside.reshape(height, scale, width, scale).mean((1, 3)) > 0.5
-    return predicted
+        return inside.reshape(height, scale, width, scale).mean((1, 3)) > 0.5
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # half a second an image, outside the interpreter's lock
+        return np.stack(list(pool.map(cut, images)))
 
 
 BASELINES: dict[str, Predictor] = {

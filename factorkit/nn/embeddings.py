@@ -24,4 +24,4 @@ class TimeEmbedding(nn.Sequential):
         self.channels = channels
 
     def forward(self, t: Tensor) -> Tensor:
-        return super().forward(sinusoid(t, self.channels))
+        return super().forward(sinusoid(t, self.channels).to(self[0].weight.dtype))

@@ -7,9 +7,10 @@ With per-channel coefficients a = weight*(1+scale) and the moments mu, 1/std =: 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.ops import reference
+from factorkit.ops import compiled, reference
 from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS
 from factorkit.ops.dispatch import dense_format, use_reference
 
@@ -68,7 +69,7 @@ def _group_norm_silu(
     groups: int, norm: str, activate: bool,
 ) -> Tensor:
     values, pre, _ = _normalised(x, weight, bias, scale, shift, masks, groups, norm)
-    out = pre.mul_(pre.sigmoid()) if activate else pre
+    out = F.silu(pre, inplace=True) if activate else pre
     return out.to(x.dtype).reshape(x.shape).contiguous(memory_format=dense_format(x))
 
 
@@ -86,12 +87,7 @@ def _group_norm_silu_backward(
         grad, x, weight, bias, scale, shift, masks, groups, norm, activate
     )
     g = g.to(x.dtype).reshape(x.shape).contiguous(memory_format=dense_format(x))
-    none = x.new_empty(0)
-    return (
-        g, d_weight, d_bias,
-        none if d_scale is None else d_scale, none.clone() if d_shift is None else d_shift,
-        none.clone() if d_masks is None else d_masks,
-    )  # fmt: skip
+    return tuple(x.new_empty(0) if d is None else d for d in (g, d_weight, d_bias, d_scale, d_shift, d_masks))
 
 
 @_group_norm_silu_backward.register_fake
@@ -114,6 +110,23 @@ def _backward(ctx, grad):
     )
     keep = lambda value, given: None if given is None else value  # noqa: E731
     return g, d_weight, d_bias, keep(d_scale, scale), keep(d_shift, shift), keep(d_masks, masks), None, None, None
+
+
+@_group_norm_silu.register_kernel("cpu")
+def _(x, weight, bias, scale, shift, masks, groups, norm, activate):
+    given = (weight, bias, scale, shift)
+    out = compiled.norm_forward(x, None, masks, *given, groups, norm, activate)
+    return _group_norm_silu._init_fn(x, *given, masks, groups, norm, activate) if out is None else out
+
+
+@_group_norm_silu_backward.register_kernel("cpu")
+def _(grad, x, weight, bias, scale, shift, masks, groups, norm, activate):
+    given = (weight, bias, scale, shift)
+    found = compiled.norm_backward(grad, x, None, masks, *given, groups, norm, activate)
+    if found is None:
+        return _group_norm_silu_backward._init_fn(grad, x, *given, masks, groups, norm, activate)
+    g, _, d_masks, d_weight, d_bias, d_scale, d_shift = found
+    return tuple(x.new_empty(0) if d is None else d for d in (g, d_weight, d_bias, d_scale, d_shift, d_masks))
 
 
 _group_norm_silu.register_autograd(_backward, setup_context=_setup)
@@ -162,9 +175,7 @@ def norm_silu_vjp(grad, x, weight, bias, scale, shift, masks, groups, norm, acti
     values, pre, (gain, mean, rstd, weights, total) = _normalised(x, weight, bias, scale, shift, masks, groups, norm)
     d_pre = grad.flatten(2).to(values.dtype)
     if activate:
-        gate = pre.sigmoid()
-        # d/dz z*s(z) = s*(1 + z*(1-s))
-        d_pre = pre.mul_(1 - gate).add_(1).mul_(gate).mul_(d_pre)
+        d_pre = torch.ops.aten.silu_backward(d_pre, pre)
     if norm == "pixel":
         normal = values * rstd
         summed, moment = d_pre.sum(2), (d_pre * normal).sum(2)
@@ -191,11 +202,4 @@ def norm_silu_vjp(grad, x, weight, bias, scale, shift, masks, groups, norm, acti
             d_weights = on_first[:, None] @ values + (0.5 * on_second)[:, None] @ values.square()
             d_weights = d_weights - d_weights @ weights
             d_masks = (d_weights / total).reshape(masks.shape).to(masks.dtype)
-    modulation = 1.0 if scale is None else 1 + scale
-    d_weight = (moment * modulation).sum(0).to(weight.dtype)
-    d_bias = (summed * modulation).sum(0).to(bias.dtype)
-    d_scale = d_shift = None
-    if scale is not None:
-        d_scale = (moment * weight + summed * bias).to(scale.dtype)
-        d_shift = summed.to(shift.dtype)
-    return d_x, d_weight, d_bias, d_scale, d_shift, d_masks
+    return d_x, *compiled.affine_gradients(summed, moment, weight, bias, scale, shift), d_masks

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.ops import reference
+from factorkit.ops import compiled, reference
 from factorkit.ops.dispatch import dense_format, use_reference
 from factorkit.ops.norm import _check, norm_silu_vjp
 
@@ -183,9 +183,8 @@ def _norm_backward(
     d_u, d_skip, d_masks = concat_vjp(d_z.reshape(z.shape), u, skip, masks)
     if d_masks is not None and d_moments is not None:
         d_masks = d_masks + d_moments
-    none = u.new_empty(0)
-    given = lambda v: none.clone() if v is None else v  # noqa: E731
-    return d_u, d_skip, given(d_masks), d_weight, d_bias, given(d_scale), given(d_shift)
+    found = (d_u, d_skip, d_masks, d_weight, d_bias, d_scale, d_shift)
+    return tuple(u.new_empty(0) if d is None else d for d in found)
 
 
 @_norm_backward.register_fake
@@ -204,6 +203,22 @@ def _norm_autograd(ctx, grad):
     saved = ctx.saved_tensors
     grads = torch.ops.factorkit.masked_skip_norm_silu_backward(grad, *saved, ctx.groups, ctx.norm)
     return *(None if x is None else g for g, x in zip(grads, saved, strict=True)), None, None
+
+
+@_norm.register_kernel("cpu")
+def _(u, skip, masks, weight, bias, scale, shift, groups, norm):
+    given = (u, skip, masks, weight, bias, scale, shift, groups, norm)
+    out = compiled.norm_forward(*given, True)
+    return _norm._init_fn(*given) if out is None else out
+
+
+@_norm_backward.register_kernel("cpu")
+def _(grad, u, skip, masks, weight, bias, scale, shift, groups, norm):
+    given = (grad, u, skip, masks, weight, bias, scale, shift, groups, norm)
+    found = compiled.norm_backward(*given, True)
+    if found is None:
+        return _norm_backward._init_fn(*given)
+    return tuple(u.new_empty(0) if d is None else d for d in found)
 
 
 _norm.register_autograd(_norm_autograd, setup_context=_norm_setup)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,7 +55,10 @@ class SegdiffConfig(EngineConfig):
     mask_learning_rate: float | None = None
     """Factor on the mask generator's learning rate; None: 0.3 in the regional form, 1 in the thesis'."""
     t_max: int | None = None
-    """Time steps are drawn from [0, t_max); None: 600 in the regional form, all 1000 in the thesis'."""
+    """Most time steps are drawn from [0, t_max); None: 600 of 1000 in the regional form, all in the thesis'."""
+    tail: float | None = None
+    """Share of the samples whose time step is drawn from [t_max, T) instead, so that generation can start from pure noise;
+    None: 0.1 in the regional form, 0 in the thesis' and where t_max leaves no tail."""
     coarse_to_fine: tuple[int, int] | None = None
     """Steps between which the loss weight goes from (1 - alpha_bar) to 1; None: (50, 150) in the regional form, off else."""
     timesteps: int = 1000
@@ -82,6 +86,10 @@ class SegdiffConfig(EngineConfig):
             defaults["branch_norm"] = "group"  # nothing a masked norm could weigh by
         if self.decoding == "concat":
             defaults["region_tokens"] = False  # one branch
+        # a shorter schedule ends at the same noise, so the same share of it is drawn from
+        t_max = defaults["t_max"] = max(1, defaults["t_max"] * self.timesteps // 1000)
+        if (t_max if self.t_max is None else self.t_max) >= self.timesteps:
+            defaults["tail"] = 0.0
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         config = dataclasses.replace(self, **missing)
         config.validate()
@@ -92,14 +100,26 @@ class SegdiffConfig(EngineConfig):
         for name in ("resolution", "width", "blocks", "heads", "groups", "fit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.width % 2:
+            raise ConfigError(f"width={self.width} must be even: half of the time embedding is cosines, half sines")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ConfigError(f"multipliers={self.multipliers} must be one positive number for each level")
         if self.prediction not in PREDICTIONS:
             raise ConfigError(f"prediction={self.prediction!r} is unknown; choose one of {', '.join(PREDICTIONS)}")
         if self.branch_norm not in NORMS:
             raise ConfigError(f"branch_norm={self.branch_norm!r} is unknown; choose one of {', '.join(NORMS)}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout} must lie between 0 and 1, without 1")
+        if not 0 <= self.mask_learning_rate < math.inf:
+            raise ConfigError(f"mask_learning_rate={self.mask_learning_rate} is a factor, 0 or more")
+        if len(self.coarse_to_fine) != 2 or not 0 <= self.coarse_to_fine[0] <= self.coarse_to_fine[1]:
+            raise ConfigError(f"coarse_to_fine={self.coarse_to_fine} must be two steps, the start and a later or equal end")
+        if self.timesteps <= 20:
+            raise ConfigError(f"timesteps={self.timesteps} must be more than 20: the noise of a shorter schedule has no beta < 1")
         if not 1 <= self.t_max <= self.timesteps:
             raise ConfigError(f"t_max={self.t_max} must lie between 1 and timesteps={self.timesteps}")
+        if not 0 <= self.tail <= 1 or (self.tail and self.t_max == self.timesteps):
+            raise ConfigError(f"tail={self.tail} must lie between 0 and 1, and be 0 where t_max={self.t_max} leaves no tail")
         if not 0 <= self.segment_t < self.timesteps:
             raise ConfigError(f"segment_t={self.segment_t} must lie between 0 and timesteps-1={self.timesteps - 1}")
         check_architecture(
@@ -111,7 +131,7 @@ class SegdiffConfig(EngineConfig):
         """The network of a resolved configuration, with fresh weights."""
         names = (
             "regions", "resolution", "width", "multipliers", "blocks", "attention", "heads", "groups", "dropout",
-            "decoding", "branch_norm", "region_tokens", "normalised_logits", "half_resolution_masks",
+            "decoding", "branch_norm", "region_tokens", "normalised_logits", "half_resolution_masks", "timesteps",
         )  # fmt: skip
         return FactorizedUNet(**{name: getattr(self, name) for name in names})
 
@@ -119,11 +139,11 @@ class SegdiffConfig(EngineConfig):
 FORMS: dict[str, dict[str, Any]] = {
     "regional": {
         "prediction": "v", "branch_norm": "masked_group", "region_tokens": True, "normalised_logits": True,
-        "half_resolution_masks": True, "mask_learning_rate": 0.3, "t_max": 600, "coarse_to_fine": (50, 150),
+        "half_resolution_masks": True, "mask_learning_rate": 0.3, "t_max": 600, "tail": 0.1, "coarse_to_fine": (50, 150),
     },
     "thesis": {
         "prediction": "eps", "branch_norm": "group", "region_tokens": False, "normalised_logits": False,
-        "half_resolution_masks": False, "mask_learning_rate": 1.0, "t_max": 1000, "coarse_to_fine": (0, 0),
+        "half_resolution_masks": False, "mask_learning_rate": 1.0, "t_max": 1000, "tail": 0.0, "coarse_to_fine": (0, 0),
     },
 }  # fmt: skip
 

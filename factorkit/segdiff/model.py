@@ -34,35 +34,71 @@ class Regions(NamedTuple):
 
 
 class RegionLogitNorm(nn.Module):
-    """Mask logits with zero mean and unit variance for each region over the batch, times a learned gain.
+    """Mask logits with zero mean and unit variance for each region, among images of like noise level, times a learned gain.
 
-    Keeps the softmax from saturating within the first hundred steps, after which no gradient moves it. Statistics are
-    shared by all processes of a distributed run; running averages are used in evaluation.
+    Keeps the softmax from saturating within the first hundred steps, after which no gradient moves it. "Of like noise level"
+    because statistics over the whole batch let the regions tell noise levels apart instead of places: one region for the
+    clean images of a batch, the other for the noisy ones, and a single region at any one level (seen in 3 of 4 short runs).
+    The batch is sorted by t and cut into equal parts, each with its own moments. Statistics are shared by all processes of a
+    distributed run; in evaluation running averages for each tenth of the noise levels are used.
     """
 
-    def __init__(self, regions: int, gain: float = 1.5, momentum: float = 0.05, eps: float = 1e-5):
+    PARTS, LEAST, LEVELS = 4, 4, 10  # parts of a batch, images in each at least, bins of the running averages
+
+    def __init__(self, regions: int, timesteps: int, gain: float = 1.5, momentum: float = 0.05, eps: float = 1e-5):
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(gain))
-        self.momentum, self.eps = momentum, eps
-        self.register_buffer("mean", torch.zeros(regions))
-        self.register_buffer("variance", torch.ones(regions))
+        self.timesteps, self.momentum, self.eps = timesteps, momentum, eps
+        self.register_buffer("mean", torch.zeros(self.LEVELS, regions))
+        self.register_buffer("variance", torch.ones(self.LEVELS, regions))
 
-    def forward(self, logits: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, t: Tensor) -> Tensor:
+        """logits [B, K, H, W], t [B]; same shape out."""
         logits = logits - logits.mean(1, keepdim=True)
+        level = (t * self.LEVELS // self.timesteps).clamp(0, self.LEVELS - 1)
         if self.training:
-            moments = torch.stack([logits.mean((0, 2, 3)), logits.square().mean((0, 2, 3))])
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                import torch.distributed.nn.functional as differentiable
-
-                moments = differentiable.all_reduce(moments) / dist.get_world_size()
-            mean, variance = moments[0], (moments[1] - moments[0].square()).clamp_min(0)
+            mean, variance = self._moments(logits, t)
             with torch.no_grad():
-                self.mean.lerp_(mean, self.momentum)
-                self.variance.lerp_(variance, self.momentum)
+                self._remember(level, mean, variance)
         else:
-            mean, variance = self.mean, self.variance
+            mean, variance = self.mean[level], self.variance[level]
         scale = self.gain * torch.rsqrt(variance + self.eps)
-        return (logits - mean[:, None, None]) * scale[:, None, None]
+        return (logits - mean[:, :, None, None]) * scale[:, :, None, None]
+
+    def _moments(self, logits: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance [B, K] of the part of the batch that each image belongs to."""
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        everyone = t
+        if world > 1:
+            gathered = [torch.empty_like(t) for _ in range(world)]
+            dist.all_gather(gathered, t)
+            everyone = torch.cat(gathered)
+        parts = max(1, min(self.PARTS, len(everyone) // self.LEAST))
+        rank_of = everyone.argsort(stable=True).argsort()
+        first = dist.get_rank() * len(t) if world > 1 else 0
+        part = rank_of[first : first + len(t)] * parts // len(everyone)
+        each = torch.stack([logits.mean((2, 3)), logits.square().mean((2, 3))], 1)  # [B, 2, K]
+        sums = each.new_zeros(parts, *each.shape[1:]).index_add(0, part, each)
+        counts = F.one_hot(rank_of * parts // len(everyone), parts).sum(0)
+        if world > 1:
+            import torch.distributed.nn.functional as differentiable
+
+            sums = differentiable.all_reduce(sums)
+        moments = (sums / counts[:, None, None])[part]
+        return moments[:, 0], (moments[:, 1] - moments[:, 0].square()).clamp_min(0)
+
+    def _remember(self, level: Tensor, mean: Tensor, variance: Tensor) -> None:
+        """Move the running averages of the levels that occur towards the moments of their images."""
+        each = torch.stack([mean, variance], 1)
+        sums = each.new_zeros(self.LEVELS, *each.shape[1:]).index_add_(0, level, each)
+        counts = F.one_hot(level, self.LEVELS).sum(0)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(counts)
+        target = sums / counts.clamp_min(1)[:, None, None]
+        pace = ((counts > 0).to(mean.dtype) * self.momentum)[:, None].expand_as(self.mean)
+        self.mean.lerp_(target[:, 0], pace)
+        self.variance.lerp_(target[:, 1], pace)
 
 
 class RegionTokens(nn.Module):
@@ -90,7 +126,7 @@ class FactorizedUNet(Denoiser):
 
     Args:
         regions: K. 1 is the plain DDPM: no mask generator, one unmasked decoder.
-        resolution: pixels a side; divisible by 2^(levels-1), twice that for half-resolution masks.
+        resolution: pixels a side; divisible by 2^(levels-1).
         width, multipliers, blocks, attention, heads, groups, dropout: of the U-Net (:class:`factorkit.nn.Encoder`).
         decoding: how the branches see the masks (table 2.6): ``"masked_skips"`` (the model), ``"concat"`` (masks as extra
             channels of one decoder), ``"masked_mid"`` (h_mid masked instead of the skips), ``"unshared"`` (K decoders).
@@ -98,6 +134,7 @@ class FactorizedUNet(Denoiser):
         region_tokens: add the region tokens to the branches' time embedding.
         normalised_logits: :class:`RegionLogitNorm` before the softmax.
         half_resolution_masks: the mask generator stops at half the resolution; its logits are upsampled bilinearly.
+        timesteps: T, the number of noise levels t can be.
         channels: of the image.
 
     Raises:
@@ -108,7 +145,7 @@ class FactorizedUNet(Denoiser):
         self, *, regions: int, resolution: int, width: int, multipliers: Sequence[int], blocks: int,
         attention: Sequence[int] = (16, 8), heads: int = 4, groups: int = 32, dropout: float = 0.0,
         decoding: str = "masked_skips", branch_norm: str = "group", region_tokens: bool = False,
-        normalised_logits: bool = False, half_resolution_masks: bool = False, channels: int = 3,
+        normalised_logits: bool = False, half_resolution_masks: bool = False, timesteps: int = 1000, channels: int = 3,
     ):  # fmt: skip
         super().__init__()
         check_architecture(regions, resolution, multipliers, decoding, branch_norm, region_tokens, half_resolution_masks)
@@ -138,11 +175,11 @@ class FactorizedUNet(Denoiser):
         else:
             nn.init.normal_(self.mask_generator.conv_out.weight, std=1e-3)
         nn.init.zeros_(self.mask_generator.conv_out.bias)
-        self.logit_norm = RegionLogitNorm(regions) if normalised_logits else nn.Identity()
+        self.logit_norm = RegionLogitNorm(regions, timesteps) if normalised_logits else None
         if decoding == "unshared":
             self.decoder = nn.ModuleList(decoder(channels, norm=branch_norm) for _ in range(regions))
         elif decoding == "concat":
-            self.decoder = decoder(channels, extra=regions)
+            self.decoder = decoder(channels, extra=regions, norm=branch_norm)
         else:
             self.decoder = decoder(channels, norm=branch_norm)
         self.tokens = RegionTokens(channels, width, embed) if region_tokens else None
@@ -151,12 +188,12 @@ class FactorizedUNet(Denoiser):
         """Prediction [B, C, H, W] and :class:`Regions`; for ``regions=1`` the mask is one everywhere."""
         embedding, skips, h = self._encode(x_t, t)
         if self.regions == 1:
-            prediction = self.decoder(h, skips, embedding).float()
+            prediction = at_least_fp32(self.decoder(h, skips, embedding))
             return Denoised(prediction, Regions(torch.ones_like(prediction[:, :1]), prediction[:, None]))
-        logits = self._logits(h, skips, embedding)
+        logits = self._logits(h, skips, embedding, t)
         masks = logits.softmax(1)
         if self.decoding == "concat":
-            prediction = self._concat_decode(h, skips, embedding, masks).float()
+            prediction = at_least_fp32(self._concat_decode(h, skips, embedding, masks))
             return Denoised(prediction, Regions(masks, None))
         branches = self._decode(x_t, h, skips, embedding, masks)
         masks, prediction = ops.region_blend(logits, branches)
@@ -167,19 +204,19 @@ class FactorizedUNet(Denoiser):
         if self.regions == 1:
             return torch.ones_like(x_t[:, :1])
         embedding, skips, h = self._encode(x_t, t)
-        return self._logits(h, skips, embedding).softmax(1)
+        return self._logits(h, skips, embedding, t).softmax(1)
 
     def _encode(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         embedding = self.time(t)
         skips = self.encoder(x_t, embedding)
         return embedding, skips, self.middle(skips[-1], embedding)
 
-    def _logits(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+    def _logits(self, h: Tensor, skips: list[Tensor], embedding: Tensor, t: Tensor) -> Tensor:
         cut = int(self.half_resolution_masks)
-        logits = self.mask_generator(h, skips[cut * (self.blocks + 1) :], embedding).float()
+        logits = at_least_fp32(self.mask_generator(h, skips[cut * (self.blocks + 1) :], embedding))
         if cut:
             logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
-        return self.logit_norm(logits)
+        return logits if self.logit_norm is None else self.logit_norm(logits, t)
 
     def _decode(self, x_t: Tensor, h: Tensor, skips: list[Tensor], embedding: Tensor, masks: Tensor) -> Tensor:
         """The K branches, [B*K, C, H, W] with the branch index fastest."""
@@ -216,14 +253,14 @@ def check_architecture(
         raise ConfigError(f"regions={regions}: a picture has at least one region; regions=1 is the plain DDPM")
     if decoding not in DECODINGS:
         raise ConfigError(f"decoding={decoding!r} is unknown; choose one of {', '.join(DECODINGS)}")
-    halvings = max(len(multipliers) - 1, int(half_resolution_masks))
+    halvings = len(multipliers) - 1
     if resolution < 1 or resolution % 2**halvings:
         near = max(1, round(resolution / 2**halvings)) * 2**halvings
         raise ConfigError(
             f"resolution={resolution} cannot be halved {halvings} times, as a U-Net of {len(multipliers)} levels must; "
             f"the nearest that can is resolution={near}, or give fewer multipliers"
         )
-    if half_resolution_masks and len(multipliers) < 2:
+    if regions > 1 and half_resolution_masks and len(multipliers) < 2:
         raise ConfigError("half-resolution masks need a U-Net of at least two levels; give more multipliers")
     if regions > 1 and decoding in ("concat", "masked_mid") and (branch_norm == "masked_group"):
         raise ConfigError(
@@ -231,6 +268,11 @@ def check_architecture(
         )
     if decoding == "concat" and region_tokens:
         raise ConfigError("decoding='concat' has a single branch, so no region tokens; use region_tokens=False")
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Softmax, blend and loss are never in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def parameter_count(model: nn.Module) -> int:

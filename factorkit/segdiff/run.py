@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,10 +70,12 @@ class Generation(NamedTuple):
 
 
 class SegdiffRun:
-    """A trained factorized diffusion model (its averaged weights) and, when it has one, its run folder."""
+    """A trained factorized diffusion model: its averaged weights after ``step`` steps and, when it has one, its run folder."""
 
-    def __init__(self, config: SegdiffConfig, model: FactorizedUNet, device: torch.device, folder: Path | None = None):
-        self.config, self.device, self.folder = config, device, folder
+    def __init__(
+        self, config: SegdiffConfig, model: FactorizedUNet, device: torch.device, step: int, folder: Path | None = None
+    ):
+        self.config, self.device, self.step, self.folder = config, device, step, folder
         self.model = model.to(device).eval()
         self.schedule = Schedule(config.timesteps, device=device)
 
@@ -107,18 +110,16 @@ class SegdiffRun:
         except RuntimeError as error:
             raise CheckpointError(f"the weights in {path} do not fit the model its settings describe: {error}") from error
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
-        return cls(config, model, chosen, folder)
+        return cls(config, model, chosen, int(meta["step"]), folder)
 
     def save(self, path: str | Path) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file that :func:`factorkit.load` takes."""
         weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
-        return write_checkpoint(Path(path), weights, {"model": "segdiff", **self.config.to_dict(), "step": self.config.steps})
+        return write_checkpoint(Path(path), weights, {"model": "segdiff", **self.config.to_dict(), "step": self.step})
 
     @property
     def scores(self) -> dict[str, Any] | None:
         """What :meth:`evaluate` last wrote into the run folder."""
-        import json
-
         path = self.folder / SCORES if self.folder else None
         return json.loads(path.read_text()) if path and path.exists() else None
 
@@ -129,17 +130,15 @@ class SegdiffRun:
         proportion, and the masks are brought back to the picture's own pixels.
 
         Args:
-            images: a path, folder, zip or list of them, a PIL image or list, an array uint8 [B, H, W, 3], a tensor uint8 or
-                float in [0, 1], [B, 3, H, W] or [3, H, W].
+            images: a path, folder, zip or list of them, a PIL image or list, an array [B, H, W, 3] or [H, W, 3], a tensor
+                [B, 3, H, W] or [3, H, W] (either uint8 or float in [0, 1]), or a list of arrays or tensors of any sizes.
             t: noise level, 0 to T-1; None: the configuration's (30). Low levels show the picture, high ones blur the question.
 
         Raises:
             ConfigError: t out of range, or a plain DDPM, which has no regions.
             DataError: nothing to read, or an image that cannot be decoded.
         """
-        t = self.config.segment_t if t is None else t
-        if not 0 <= t < self.config.timesteps:
-            raise ConfigError(f"t={t} must lie between 0 and {self.config.timesteps - 1}")
+        t = self._level(t)
         if self.config.regions == 1:
             raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to segment with")
         pictures, names = as_pictures(images)
@@ -158,6 +157,12 @@ class SegdiffRun:
         masks = self._predict(to_float(torch.from_numpy(small.copy())[None]), t)
         masks = F.interpolate(masks, size=(height, width), mode="bilinear", align_corners=False)
         return masks[0]
+
+    def _level(self, t: int | None) -> int:
+        t = self.config.segment_t if t is None else t
+        if not 0 <= t < self.config.timesteps:
+            raise ConfigError(f"t={t} must lie between 0 and {self.config.timesteps - 1}")
+        return t
 
     def _predict(self, images: Tensor, t: int) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -213,23 +218,23 @@ class SegdiffRun:
             size: pixels a side at which to score; None: the model's resolution.
 
         Raises:
-            ConfigError: ``fit`` leaves nothing to score, or a plain DDPM.
+            ConfigError: ``fit`` leaves nothing to score, t out of range, or a plain DDPM.
             DataError: images and masks that do not go together.
         """
         config = self.config
         if config.regions == 1:
             raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
-        size = size or config.resolution
+        t, size = self._level(t), size or config.resolution
         ignore = config.ignore if ignore is None else ignore
         labelled = load_labelled(images, masks, size, ignore=ignore)
         small = labelled if size == config.resolution else load_labelled(images, masks, config.resolution, ignore=ignore)
-        soft = self._predict(to_float(torch.from_numpy(small.images)), config.segment_t if t is None else t)
+        soft = self._predict(to_float(torch.from_numpy(small.images)), t)
         if size != config.resolution:
             soft = F.interpolate(soft, size=(size, size), mode="bilinear", align_corners=False)
         if fit is None:
             fit = max(1, min(config.fit, len(labelled) // 2))
         scores = evaluate_masks(soft.argmax(1).numpy(), labelled.foreground, labelled.valid, config.regions, fit)
-        scores |= {"confidence": soft.amax(1).mean().item(), "size": size}
+        scores |= {"confidence": soft.amax(1).mean().item(), "size": size, "step": self.step}
         if baselines:
             scores["baselines"] = score_baselines(labelled.images, labelled.foreground, labelled.valid, fit)
         if self.folder is not None:
@@ -243,8 +248,12 @@ def as_pictures(images: Any) -> tuple[list[Image.Image], list[str]]:
     Raises:
         DataError: an array or tensor that is no picture, or nothing to read.
     """
+    if isinstance(images, (list, tuple)) and images and all(isinstance(image, (Tensor, np.ndarray)) for image in images):
+        pictures = [picture for image in images for picture in as_pictures(image)[0]]
+        return pictures, [f"{i:06d}" for i in range(len(pictures))]
     if isinstance(images, Tensor):
         images = images.detach().cpu()
+        images = images.float() if images.is_floating_point() else images  # numpy has no bfloat16
         if images.dim() == 3:
             images = images[None]
         if images.dim() != 4 or images.shape[1] not in (1, 3):

@@ -16,16 +16,17 @@ def draw_images(
 ) -> Samples:  # fmt: skip
     """``count`` images [count, 3, R, R] in [-1, 1] with their :class:`~factorkit.segdiff.model.Regions`.
 
-    A model trained on t < t_max starts there instead of at T.
+    A model trained on t < t_max alone starts there instead of at T.
     """
+    start = config.timesteps if config.tail else config.t_max
     return sample(
         model,
         (count, 3, config.resolution, config.resolution),
         schedule=Schedule(config.timesteps, device=device),
         prediction=config.prediction,
         sampler=sampler,
-        steps=min(steps, config.t_max) if steps else steps,
-        t_start=config.t_max,
+        steps=min(steps, start) if steps else steps,
+        t_start=start,
         seed=seed,
         progress=progress,
         trajectory=trajectory,

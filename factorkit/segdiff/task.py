@@ -25,7 +25,7 @@ SHEET_STEPS = 25  # denoising steps of the generated ones
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 [N, H, W, 3] to the network's range: float [N, 3, H, W] in [-1, 1]."""
+    """uint8 [N, H, W, 3] to the network's range: float [N, 3, H, W] in [-1, 1], channels last as convolutions like it."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -65,6 +65,8 @@ class SegdiffTask:
         mirrored = draw.uniform() < 0.5
         x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
         t = draw.integers(0, config.t_max)
+        if config.tail:
+            t = torch.where(draw.uniform() < config.tail, draw.integers(config.t_max, config.timesteps), t)
         eps = draw.normal(*x0.shape[1:])
         x_t = self.schedule.noise(x0, eps, t)
         out = model(x_t, t)

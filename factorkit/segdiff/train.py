@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import shutil
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,15 @@ from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
 from factorkit.data.prepare import Prepared, prepare
 from factorkit.engine import distributed
 from factorkit.engine.config import resolve_device
-from factorkit.engine.folder import claim
+from factorkit.engine.folder import claim, write_json
 from factorkit.engine.log import LOG_NAME, RunLog
 from factorkit.engine.loop import Trainer
 from factorkit.engine.report import write_report
-from factorkit.errors import ConfigError
+from factorkit.errors import ConfigError, DataError
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.model import parameter_count
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.task import SegdiffTask
+from factorkit.segdiff.task import PROBES, SegdiffTask
 
 HEAT_SHARE = 0.5  # of the steps, at most HEAT_STEPS: by then the recipe's masks have settled
 HEAT_STEPS = 400
@@ -61,6 +64,8 @@ def train_segdiff(
         raise ConfigError(f"seeds={seeds}: at least one seed has to be trained")
     preset = preset or ("demo" if data is None else "fast64")
     config = preset_config(preset, **changes).resolved()
+    if seeds > 1 and config.regions == 1:
+        raise ConfigError(f"seeds={seeds} chooses among masks; regions=1 has none, use seeds=1")
     device = distributed.local_device(resolve_device(config.device))
     distributed.join(device)
     folder = Path(out) if out is not None else Path("runs") / preset
@@ -79,10 +84,22 @@ def train_segdiff(
         config = run_heats(config, folder, seeds, trainer)
     trainer(config, folder).run()
     run = SegdiffRun.load(folder, device=device)
-    if distributed.rank() == 0 and dataset.test_images is not None and config.regions > 1 and run.scores is None:
-        run.evaluate(dataset.test_images, dataset.test_masks, baselines=baselines)
-        write_report(folder)
+    if distributed.rank() == 0 and dataset.test_images is not None and config.regions > 1:
+        score(run, dataset, baselines)
     return run
+
+
+def score(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
+    """Score a finished run on its held-out images, unless scores.json already tells how these very weights did."""
+    known = run.scores or {}
+    if known.get("step") == run.step and ("baselines" in known or not baselines):
+        return
+    try:
+        run.evaluate(dataset.test_images, dataset.test_masks, baselines=baselines)
+    except (ConfigError, DataError) as error:  # a run that took hours is not lost for a mask that cannot be read
+        warnings.warn(f"the run is finished, but could not be scored: {error}", stacklevel=3)
+        return
+    write_report(run.folder)
 
 
 def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, Prepared, np.ndarray]:
@@ -93,7 +110,7 @@ def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset
     if dataset.test_images is not None and len(dataset.test_images) >= 2:
         watched = prepare(dataset.test_images, config.resolution, progress=progress)
     # evenly spaced, so that a folder sorted by class shows all of it
-    picked = np.linspace(0, len(watched) - 1, min(96, len(watched))).round().astype(int)
+    picked = np.linspace(0, len(watched) - 1, min(PROBES, len(watched))).round().astype(int)
     probes = watched.images[picked]
     if len(probes) < 2:
         probes = np.concatenate([probes, probes])
@@ -114,11 +131,9 @@ def run_heats(config: SegdiffConfig, folder: Path, seeds: int, trainer) -> Segdi
     A heat is a run folder under ``heats/``, stopped early but on the full run's schedule, so the winner's checkpoint is
     simply gone on with. Heats too resume after a kill.
     """
-    if config.regions == 1:
-        raise ConfigError("seeds= chooses among masks; regions=1 has none, use seeds=1")
     stop_at = max(1, min(HEAT_STEPS, round(HEAT_SHARE * config.steps)))
     heats = folder / "heats"
-    chosen = heats / "chosen"
+    chosen = heats / "chosen.json"
     if not chosen.exists():
         found = {}
         for seed in range(config.seed, config.seed + seeds):
@@ -135,10 +150,12 @@ def run_heats(config: SegdiffConfig, folder: Path, seeds: int, trainer) -> Segdi
                 for seed, alarms in found.items():
                     verdict = "healthy" if alarms.ok else "; ".join(alarms.failures())
                     log.event("restart", step=stop_at, seed=seed, message=f"heat of seed {seed}: {verdict}", **alarms.to_dict())
-                log.event("restart", step=stop_at, restarts=seeds, seed=best, message=f"going on with seed {best} of {seeds}")
-            chosen.write_text(str(best))
+                doubt = "" if found[best].ok else ", though the alarms fail every seed"
+                message = f"going on with seed {best}, the best of {seeds}{doubt}"
+                log.event("restart", step=stop_at, restarts=seeds, seed=best, message=message)
+            write_json(chosen, {"seed": best})
         distributed.barrier()
-    return dataclasses.replace(config, seed=int(chosen.read_text()))
+    return dataclasses.replace(config, seed=json.loads(chosen.read_text())["seed"])
 
 
 def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> dict[str, Any]:
@@ -146,7 +163,8 @@ def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> 
 
     Returns:
         parameters, images_per_second, seconds (of the whole run), memory_gib (of training; measured on a GPU, on a CPU the
-        weights, their average, Adam's moments and the growth of the process), trial_images (the micro-batch timed).
+        growth of the process, at least the weights, their gradients, average and Adam's two moments), trial_images (the
+        micro-batch timed).
     """
     preset = preset or ("demo" if data is None else "fast64")
     config = preset_config(preset, **changes).resolved()
@@ -156,16 +174,18 @@ def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> 
         count = min(count, 16 if config.resolution * config.width <= 2048 else 1)
     trial = dataclasses.replace(config, batch_size=count, micro_batch_size=None)
     images = np.random.default_rng(0).integers(0, 256, (max(2, count), config.resolution, config.resolution, 3), np.uint8)
+    before = _memory(device)
     task = SegdiffTask(trial, images, images, device)
     trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
-    before = _memory(device)
     seconds = trainer.trial(steps=3)
+    parameters = parameter_count(task.model)
+    grown = _memory(device) - (before if device.type == "cpu" else 0)
     return {
         "preset": preset,
-        "parameters": parameter_count(task.model),
+        "parameters": parameters,
         "images_per_second": count / seconds,
         "seconds": config.steps * config.batch_size * seconds / count,
-        "memory_gib": (_memory(device) - (before if device.type == "cpu" else 0)) / 2**30,
+        "memory_gib": max(grown, 5 * 4 * parameters) / 2**30,
         "trial_images": count,
         "steps": config.steps,
         "batch_size": config.batch_size,
@@ -179,4 +199,4 @@ def _memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)

@@ -156,6 +156,19 @@ def test_strided_ddpm_is_ddim_at_eta_one():
     )
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_eta_says_how_much_noise_is_drawn_anew(eta):
+    """Song et al. 2021, eq. 12 and 16. Where all pixels are 0, x_t is noise: its variance must be that of the level
+    whatever eta is, and what is left of the noise before tells sigma."""
+    model = Gaussian(Schedule(), 0.0, 0.0)
+    before, after, _ = draw(model, sampler="ddim", steps=3, eta=eta, trajectory=True).trajectory
+    ab, ab_next = (model.schedule.alpha_bars[step.t].item() for step in (before, after))
+    sigma = eta * math.sqrt((1 - ab_next) / (1 - ab) * (1 - ab / ab_next))
+    kept = (before.x_t * after.x_t).mean() / before.x_t.square().mean()
+    assert kept.item() == pytest.approx(math.sqrt((1 - ab_next - sigma**2) / (1 - ab)), abs=0.01)
+    assert after.x_t.var().item() == pytest.approx(1 - ab_next, abs=0.02)
+
+
 def test_start_has_the_noise_of_its_level():
     schedule = Schedule()
     model = Gaussian(schedule, 0.0, 0.5)
@@ -182,7 +195,7 @@ def test_clip_bounds_the_estimate_at_every_step():
 
 def test_last_bottleneck_comes_back_and_nothing_needs_a_gradient():
     model = Gaussian(Schedule(50), 0.0, 0.5)
-    model.scale = torch.nn.Parameter(torch.ones(()))
+    model.mu = torch.nn.Parameter(torch.zeros(()))
     result = draw(model, (1, 1, 2, 2), sampler="ddim", steps=3)
     assert result.bottleneck == 0 and result.trajectory is None and not result.images.requires_grad
 

@@ -68,12 +68,12 @@ def test_one_mapping_is_fitted_on_the_first_images_and_the_rest_are_scored():
     foreground = np.zeros((6, 4, 4), bool)
     foreground[:, 1:3, 1:3] = True
     labels = foreground.astype(int)
-    labels[4:] = 1 - labels[4:]
-    result = evaluate_masks(labels, foreground, None, regions=2, fit=3)
-    assert result["mapping"] == [1] and result["fitted_on"] == 3 and result["scored"] == 3
-    assert result["iou"] == pytest.approx(1 / 3) and result["acc"] == pytest.approx(1 / 3)
+    labels[3:] = 1 - labels[3:]
+    result = evaluate_masks(labels, foreground, None, regions=2, fit=2)
+    assert result["mapping"] == [1] and result["fitted_on"] == 2 and result["scored"] == 4
+    assert result["iou"] == pytest.approx(1 / 4) and result["acc"] == pytest.approx(1 / 4)
     assert (result["oracle_acc"], result["oracle_iou"], result["oracle_dice"]) == (1, 1, 1)
-    assert result["areas"] == pytest.approx([(12 + 4 + 4) / 48, (4 + 12 + 12) / 48])
+    assert result["areas"] == pytest.approx([(12 + 3 * 4) / 64, (4 + 3 * 12) / 64])
 
 
 def test_evaluate_scores_with_the_union_of_the_mapped_regions(masks):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from factorkit import ops
-from factorkit.ops import reference
+from factorkit.ops import compiled, reference
 from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS, POOL_FLOOR
 
 NORMS = ("group", "masked_group", "pixel")
@@ -251,13 +251,48 @@ def test_channels_last_in_channels_last_out(name):
     torch.library.opcheck(op, last)
 
 
-def test_bf16_statistics_are_taken_in_fp32():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bf16_statistics_are_taken_in_fp32(layout):
     """A mean of 100 with a spread of 1 would drown in bf16 sums."""
     torch.manual_seed(8)
-    x = (100 + torch.randn(1, 4, 64, 64)).bfloat16()
+    x = (100 + torch.randn(1, 4, 64, 64)).bfloat16().to(memory_format=layout)
     weight, bias = torch.ones(4), torch.zeros(4)
     got = ops.group_norm_silu(x, weight, bias, groups=1, activate=False).float()
     assert abs(got.mean().item()) < 0.02 and abs(got.std().item() - 1) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["group", "masked_group"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_compiled_norm_is_the_reference(dtype, norm, shared, masked, monkeypatch):
+    """The C++ of csrc/norm_cpu.cpp, on several threads, odd sizes, gradients with stride 0: against fp64."""
+    if not masked and (norm == "masked_group" or not shared):
+        pytest.skip("without masks there is one branch and no masked moments")
+    assert compiled.extension() is not None, "factorkit._C is not built"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    torch.manual_seed(9)
+    b, k, h, w = 3, 2, 7, 5
+    u, skip = 3 + rand(b if shared else b * k, 6, h, w, grad=False), rand(b, 10, h, w, grad=False)
+    masks = soft_masks(b, k, h, w) if masked else None
+    rows = b * k if masked else b
+    weight, bias, scale, shift = rand(16), rand(16), rand(rows, 16), rand(rows, 16)
+    inputs = [u.to(dtype), skip.to(dtype), *(None if x is None else x.float() for x in (masks, weight, bias, scale, shift))]
+    inputs[:2] = [x.to(memory_format=torch.channels_last) for x in inputs[:2]]
+    inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
+    assert compiled.norm_forward(*inputs, 4, norm, True) is not None
+    got = torch.ops.factorkit.masked_skip_norm_silu(*inputs, 4, norm)
+    want = reference.masked_skip_norm_silu(*exact, 4, norm)
+    loose = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 2e-5}
+    torch.testing.assert_close(got.double(), want, **loose)
+    for grad in (torch.randn_like(want), torch.randn(rows, 1, 1, 1, dtype=torch.float64).expand_as(want)):
+        grad = grad.to(dtype)
+        found = torch.autograd.grad(got, [x for x in inputs if x is not None], grad, retain_graph=True)
+        wanted = torch.autograd.grad(want, [x for x in exact if x is not None], grad.double(), retain_graph=True)
+        for f, x in zip(found, wanted, strict=True):
+            error = (f.double() - x).norm() / x.norm()
+            assert error < (1e-2 if dtype == torch.bfloat16 else 1e-5), error
 
 
 def test_empty_batch():

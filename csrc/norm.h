@@ -1,0 +1,39 @@
+// GroupNorm, modulation and SiLU over [u_k ; m_k * skip], the first half of every residual block, in two passes over
+// memory: each row is read once into cache, summed, normalised and written. The concatenation is never stored.
+#pragma once
+
+#include <cstdint>
+
+namespace factorkit {
+
+// Features lie channels last, as convolutions want them. Branch k of image b is row b * regions + k.
+struct NormProblem {
+    const void* u;         // [batch * regions, pixels, channels_u], or [batch, ...] if u_shared
+    const void* skip;      // [batch, pixels, channels_skip], null without channels_skip
+    const float* masks;    // [batch, regions, pixels], null for a plain norm of u and skip
+    const float* weight;   // [channels]
+    const float* bias;     // [channels]
+    const float* scale;    // [rows, channels], null without modulation
+    const float* shift;    // [rows, channels]
+    std::int64_t batch, regions, channels_u, channels_skip, pixels, groups;
+    bool u_shared;
+    bool masked_moments;   // moments weighted by the mask
+    bool activate;         // SiLU
+    bool is_bf16;          // of u, skip, the answer and the gradients; else float
+    float eps;
+    float mask_floor;
+};
+
+struct NormGradients {
+    const void* grad;  // [rows, pixels, channels]
+    void* u;           // like u
+    void* skip;        // like skip
+    float* masks;      // like masks, null without
+    float* summed;     // [rows, channels]: sum over pixels of the gradient of the pre-activation
+    float* moment;     // [rows, channels]: the same times the normalised value
+};
+
+void norm_silu_forward(const NormProblem& problem, void* out, int threads);
+void norm_silu_backward(const NormProblem& problem, const NormGradients& gradients, int threads);
+
+}  // namespace factorkit

@@ -1,0 +1,107 @@
+"""Train the tiny segdiff twice, ``whole`` in one go and ``killed`` by SIGKILL over and over. For test_loop.py.
+
+python killed_run.py FOLDER prints how many kills fell where. The runs are forks of this process, which has imported
+torch (and what Adam imports of it) but never used it: starting afresh after each kill would take most of the time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch._dynamo  # noqa: F401
+
+from factorkit.engine import checkpoint, loop
+from factorkit.segdiff.task import SegdiffTask
+from factorkit.segdiff.train import train_segdiff
+
+KILLS = ["step", "half a file", "step", "before the rename", "step", "after the rename"]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(out: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
+    train_segdiff(
+        images, out=out, steps=40, width=8, resolution=16, multipliers=(1, 2), blocks=1, attention=(), groups=4,
+        batch_size=4, device="cpu", checkpoint_every=2, progress=False,
+    )  # fmt: skip
+
+
+def die_in_a_step(chance: random.Random) -> None:
+    """At a random moment of one of the next few steps, or of the saves between them."""
+    loss, calls, fatal, started = SegdiffTask.loss, itertools.count(1), chance.randint(2, 4), [0.0]
+
+    def watched(*arguments):
+        call = next(calls)
+        if call == 1:
+            started[0] = time.perf_counter()
+        elif call == fatal:
+            step = (time.perf_counter() - started[0]) / (call - 1)
+            threading.Timer(chance.uniform(0, 1.5) * step, die).start()
+        return loss(*arguments)
+
+    SegdiffTask.loss = watched
+
+
+def die_in_a_save(moment: str) -> None:
+    """In the second save, so that the run gets on."""
+    write, replace, saves = checkpoint.save_file, os.replace, itertools.count(1)
+
+    def save_file(tensors, path, metadata):
+        write(tensors, path, metadata)
+        if next(saves) == 2:
+            if moment == "half a file":
+                os.truncate(path, path.stat().st_size // 2)
+                die()
+            os.replace = renamed
+
+    def renamed(source, target):
+        if moment == "after the rename":
+            replace(source, target)
+        die()
+
+    checkpoint.save_file = save_file
+
+
+def run(out: Path, kill: str | None) -> int:
+    """Train in a process of its own; answers its exit status."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
+    try:
+        SegdiffTask.inspect = lambda *arguments: {}
+        loop.write_report = lambda folder: None
+        if kill == "step":
+            die_in_a_step(random.Random())
+        elif kill:
+            die_in_a_save(kill)
+        train(out)
+        os._exit(0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+
+
+def main(folder: Path) -> None:
+    assert run(folder / "whole", None) == 0
+    for kill in KILLS:
+        status = run(folder / "killed", kill)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (kill, status)
+    assert run(folder / "killed", None) == 0
+    print(json.dumps({"in training": KILLS.count("step"), "in a save": len(KILLS) - KILLS.count("step")}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from factorkit.engine.config import EngineConfig, resolve_device
+from factorkit.errors import ConfigError
+
+
+def rates(config: EngineConfig) -> list[float]:
+    return [config.learning_rate_at(step) for step in range(config.steps)]
+
+
+def test_learning_rate_rises_stays_and_falls_to_a_tenth():
+    config = EngineConfig(steps=100, learning_rate=2.0, warmup_steps=10, decay=0.4)
+    found = rates(config)
+    assert found[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert found[10:61] == [2.0] * 51
+    assert found[80] == pytest.approx(1.0)  # halfway down
+    assert found[60:96] == pytest.approx([2.0 * (100 - i) / 40 for i in range(60, 96)])
+    assert found[96:] == pytest.approx([0.2] * 4)
+
+
+def test_without_warm_up_and_decay_the_learning_rate_is_constant():
+    assert set(rates(EngineConfig(steps=20, learning_rate=3e-4))) == {3e-4}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0},
+        {"steps": 5e4},
+        {"batch_size": -1},
+        {"micro_batch_size": 0},
+        {"warmup_steps": -1},
+        {"checkpoint_every": 0},
+        {"keep_checkpoints": 0},
+        {"sample_every": -5},
+        {"log_every": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"learning_rate": float("inf")},
+        {"gradient_clip": 0.0},
+        {"gradient_clip": float("nan")},
+        {"ema": 1.5},
+        {"ema": float("nan")},
+        {"decay": -0.1},
+        {"precision": "fp16"},
+    ],
+    ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
+)
+def test_numbers_that_cannot_work_are_refused_by_name(changes):
+    (name,) = changes
+    with pytest.raises(ConfigError, match=f"^{name}="):
+        EngineConfig(**changes).validate()
+
+
+def test_the_least_that_works_is_accepted():
+    EngineConfig(
+        steps=1, batch_size=1, micro_batch_size=1, warmup_steps=0, checkpoint_every=1, keep_checkpoints=1,
+        sample_every=0, log_every=1, ema=0.0, decay=1.0, gradient_clip=1e-9,
+    ).validate()  # fmt: skip
+    EngineConfig().validate()
+
+
+def test_a_derived_configuration_survives_json():
+    @dataclass(kw_only=True)
+    class Derived(EngineConfig):
+        multipliers: tuple[int, ...] = (1, 2)
+
+    config = Derived(steps=7, multipliers=(3, 4, 5), gradient_clip=0.5)
+    back = Derived.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert back == config and isinstance(back.multipliers, tuple)
+
+
+def test_unknown_settings_are_named_with_those_that_exist():
+    with pytest.raises(ConfigError, match=r"'stepz'.*EngineConfig.*steps"):
+        EngineConfig.from_dict({"stepz": 3})
+
+
+def test_resumable_settings_exist():
+    assert {f.name for f in dataclasses.fields(EngineConfig)} >= EngineConfig.RESUMABLE
+
+
+@pytest.mark.parametrize("name", ["quantum", "cpu:x", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match=name):
+        resolve_device(name)
+
+
+def test_devices_resolve():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,146 @@
+"""Forms, presets, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from factorkit.errors import ConfigError
+from factorkit.segdiff.config import FORMS, PRESETS, SegdiffConfig, preset_config
+
+
+def test_the_thesis_form_is_the_letter_of_chapter_2():
+    config = SegdiffConfig(form="thesis").resolved()
+    found = {name: getattr(config, name) for name in FORMS["thesis"]}
+    assert found == {
+        "prediction": "eps", "branch_norm": "group", "region_tokens": False, "normalised_logits": False,
+        "half_resolution_masks": False, "mask_learning_rate": 1.0, "t_max": 1000, "tail": 0.0, "coarse_to_fine": (0, 0),
+    }  # fmt: skip
+    assert (config.learning_rate, config.ema, config.batch_size, config.regions) == (1e-4, 0.9999, 128, 3)
+    assert (config.width, config.timesteps, config.segment_t) == (128, 1000, 30)
+
+
+def test_the_regional_form_is_the_default_and_turns_every_part_on():
+    config = SegdiffConfig().resolved()
+    assert config.form == "regional" and config.prediction == "v" and config.branch_norm == "masked_group"
+    assert config.region_tokens and config.normalised_logits and config.half_resolution_masks
+    assert config.mask_learning_rate < 1 and config.t_max < 1000 and config.tail > 0
+    assert 0 <= config.coarse_to_fine[0] < config.coarse_to_fine[1]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prediction", "eps"), ("prediction", "v"), ("branch_norm", "pixel"), ("branch_norm", "masked_group"),
+        ("region_tokens", True), ("region_tokens", False), ("normalised_logits", True), ("normalised_logits", False),
+        ("half_resolution_masks", True), ("half_resolution_masks", False), ("mask_learning_rate", 0.05), ("t_max", 444),
+        ("coarse_to_fine", (3, 9)), ("segment_t", 77),
+    ],
+)  # fmt: skip
+def test_each_part_is_its_own_argument(form, name, value):
+    plain, changed = SegdiffConfig(form=form).resolved(), SegdiffConfig(form=form, **{name: value}).resolved()
+    assert getattr(changed, name) == value
+    others = {f.name for f in dataclasses.fields(plain)} - {name}
+    assert {n: getattr(plain, n) for n in others} == {n: getattr(changed, n) for n in others}
+
+
+def test_tail_is_an_argument_too_and_vanishes_where_there_is_none():
+    assert SegdiffConfig(tail=0.25).resolved().tail == 0.25
+    assert SegdiffConfig(form="thesis", t_max=500, tail=0.25).resolved().tail == 0.25
+    assert SegdiffConfig(t_max=1000).resolved().tail == 0
+
+
+@pytest.mark.parametrize(("form", "t_max"), [("thesis", 200), ("regional", SegdiffConfig().resolved().t_max // 5)])
+def test_times_follow_the_length_of_the_schedule(form, t_max):
+    config = SegdiffConfig(form=form, timesteps=200).resolved()
+    assert config.t_max == t_max
+    assert (config.tail > 0) == (t_max < 200)
+
+
+@pytest.mark.parametrize("decoding", ["concat", "masked_mid", "unshared"])
+def test_ablations_work_in_both_forms_without_further_settings(decoding):
+    for form in FORMS:
+        config = SegdiffConfig(form=form, decoding=decoding).resolved()
+        assert config.region_tokens == (form == "regional" and decoding != "concat")
+        assert config.branch_norm == ("masked_group" if form == "regional" and decoding == "unshared" else "group")
+
+
+def test_a_resolved_configuration_survives_its_file_and_stays_as_it_is():
+    config = preset_config("fast32", form="thesis", region_tokens=True, coarse_to_fine=(1, 2)).resolved()
+    again = SegdiffConfig.from_dict(config.to_dict())
+    assert again == config == again.resolved()
+    assert isinstance(again.multipliers, tuple) and isinstance(config.to_dict()["multipliers"], list)
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "steps", "batch"),
+    [
+        ("flowers64", 64, 50_000, 128), ("flowers128", 128, 50_000, 128), ("cub64", 64, 50_000, 128),
+        ("cub128", 128, 50_000, 128), ("ffhq64", 64, 500_000, 128), ("ffhq128", 128, 500_000, 128),
+        ("imagenet64", 64, 500_000, 512),
+    ],
+)  # fmt: skip
+def test_thesis_presets_are_its_section_2_4(name, resolution, steps, batch):
+    config = preset_config(name).resolved()
+    assert (config.form, config.resolution, config.steps, config.batch_size) == ("thesis", resolution, steps, batch)
+    shape = ((1, 2, 3, 4), 3) if resolution == 64 else ((1, 1, 2, 3, 4), 2)
+    assert (config.multipliers, config.blocks) == shape
+    assert (config.width, config.regions, config.learning_rate, config.ema) == (128, 3, 1e-4, 0.9999)
+    assert (config.warmup_steps, config.decay, config.gradient_clip, config.dropout) == (0, 0.0, None, 0.0)
+
+
+def test_every_preset_is_valid_and_the_named_ones_are_there():
+    assert {"demo", "fast32", "fast64"} <= set(PRESETS)
+    for name in PRESETS:
+        assert preset_config(name).resolved().form == ("regional" if name in ("demo", "fast32", "fast64") else "thesis")
+
+
+def test_changes_win_over_the_preset():
+    config = preset_config("flowers64", steps=7, form="regional")
+    assert (config.steps, config.form, config.resolution) == (7, "regional", 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"regions": 0}, r"regions=0.*regions=1 is the plain DDPM"),
+        ({"resolution": 30}, r"resolution=30.*nearest.*resolution=32"),
+        ({"resolution": 0}, r"resolution=0 must be at least 1"),
+        ({"form": "best"}, r"form='best'.*regional, thesis"),
+        ({"decoding": "two"}, r"decoding='two'.*masked_skips, concat, masked_mid, unshared"),
+        ({"decoding": "concat", "branch_norm": "masked_group"}, r"branch_norm='group'"),
+        ({"decoding": "concat", "region_tokens": True}, r"region_tokens=False"),
+        ({"prediction": "x0"}, r"prediction='x0'.*eps, v"),
+        ({"branch_norm": "layer"}, r"branch_norm='layer'.*group, masked_group, pixel"),
+        ({"multipliers": ()}, r"multipliers=\(\)"),
+        ({"multipliers": (1, 0)}, r"multipliers=\(1, 0\)"),
+        ({"width": 7}, r"width=7 must be even"),
+        ({"blocks": 0}, r"blocks=0"),
+        ({"dropout": 1.5}, r"dropout=1.5"),
+        ({"mask_learning_rate": -1.0}, r"mask_learning_rate=-1"),
+        ({"t_max": 2000}, r"t_max=2000.*timesteps=1000"),
+        ({"t_max": 0}, r"t_max=0"),
+        ({"tail": 1.5}, r"tail=1.5"),
+        ({"t_max": 1000, "tail": 0.5}, r"tail=0.5.*t_max=1000"),
+        ({"coarse_to_fine": (150, 50)}, r"coarse_to_fine=\(150, 50\)"),
+        ({"coarse_to_fine": (1, 2, 3)}, r"coarse_to_fine=\(1, 2, 3\)"),
+        ({"timesteps": 20}, r"timesteps=20.*more than 20"),
+        ({"segment_t": 1000}, r"segment_t=1000.*999"),
+        ({"fit": 0}, r"fit=0"),
+        ({"steps": 0}, r"steps=0"),
+        ({"learning_rate": 0.0}, r"learning_rate=0"),
+        ({"precision": "fp8"}, r"precision='fp8'.*bf16 or fp32"),
+    ],
+)
+def test_bad_settings_are_named_with_the_cure(changes, says):
+    with pytest.raises(ConfigError, match=says):
+        preset_config(None, **changes).resolved()
+
+
+def test_unknown_presets_and_settings_list_the_known_ones():
+    with pytest.raises(ConfigError, match=r"preset='flowers32'.*demo, fast32, fast64, flowers64"):
+        preset_config("flowers32")
+    with pytest.raises(ConfigError, match=r"'region'.*regions.*resolution"):
+        preset_config("demo", region=3)

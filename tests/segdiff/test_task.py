@@ -1,0 +1,194 @@
+"""The training loss by hand, and what is watched."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from factorkit.engine.streams import BatchDraw
+from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.task import PROBES, SegdiffTask, noised, predict_masks, to_float, to_uint8
+
+CPU = torch.device("cpu")
+TINY = {"resolution": 8, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2, "steps": 400}
+
+
+def pictures(count=6, size=8):
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def task_of(images=None, probes=None, **changes) -> SegdiffTask:
+    config = preset_config(None, **{**TINY, **changes}).resolved()
+    images = pictures() if images is None else images
+    task = SegdiffTask(config, images, images if probes is None else probes, CPU)
+    with torch.no_grad():  # away from the zero initialisation
+        for p in task.model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
+    return task
+
+
+def draw(rows=slice(0, 16), batch=16, seed=3, seen=32) -> BatchDraw:
+    return BatchDraw(seed, seen, batch, rows, CPU)
+
+
+def by_hand(task, indices, step):
+    """The same loss from the formulas: noising, target, squared error, weight, all with their numbers written out."""
+    config, numbers = task.config, draw()
+    x0 = torch.from_numpy(task.images[indices.numpy()].astype(np.float32)).movedim(3, 1) / 127.5 - 1
+    flip = numbers.uniform() < 0.5
+    x0 = torch.stack([image.flip(-1) if f else image for image, f in zip(x0, flip, strict=True)])
+    t = numbers.integers(0, config.t_max)
+    if config.tail:
+        in_tail = numbers.uniform() < config.tail
+        t = torch.where(in_tail, numbers.integers(config.t_max, 1000), t)
+    eps = numbers.normal(3, 8, 8)
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t].float()
+    signal, noise = alpha_bar.sqrt()[:, None, None, None], (1 - alpha_bar).sqrt()[:, None, None, None]
+    target = eps if config.prediction == "eps" else signal * eps - noise * x0
+    out = task.model(signal * x0 + noise * eps, t).prediction
+    loss = (out - target).square().mean((1, 2, 3))
+    start, end = config.coarse_to_fine
+    power = 0.0 if step >= end else 1.0 if step <= start else (end - step) / (end - start)
+    return t, loss, loss * (1 - alpha_bar) ** power
+
+
+@pytest.mark.parametrize("prediction", ["v", "eps"])
+@pytest.mark.parametrize(("form", "step"), [("thesis", 1), ("regional", 1), ("regional", 100), ("regional", 390)])
+def test_the_loss_is_its_formula(prediction, form, step):
+    task = task_of(form=form, prediction=prediction, coarse_to_fine=None if form == "thesis" else (50, 150))
+    task.model.eval()
+    indices = torch.arange(16) % 6
+    with torch.no_grad():
+        found = task.loss(task.model, indices, draw(), step - 1)  # steps are counted from 0
+        t, loss, weighted = by_hand(task, indices, step)
+    torch.testing.assert_close(found.loss, loss, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.objective, weighted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.level, t / 1000)
+    if form == "regional" and step == 1:
+        assert (found.objective < found.loss).all()
+    elif step > 150 or form == "thesis":
+        assert torch.equal(found.objective, found.loss)
+
+
+@pytest.mark.parametrize(
+    ("changes", "low", "high", "beyond"),
+    [({"t_max": 300, "tail": 0.0}, 0, 300, 0.0), ({"t_max": 300, "tail": 0.25}, 0, 1000, 0.25),
+     ({"form": "thesis"}, 0, 1000, 0.7), ({"t_max": 300, "tail": 1.0}, 300, 1000, 1.0)],
+)  # fmt: skip
+def test_time_steps_lie_where_they_should(changes, low, high, beyond):
+    task = task_of(**changes, regions=1, half_resolution_masks=False)
+    seen = []
+    predict = task.model.forward
+    task.model.forward = lambda x, t: (seen.append(t), predict(x, t))[1]
+    with torch.no_grad():
+        task.loss(task.model, torch.zeros(2000, dtype=torch.int64), draw(slice(0, 2000), 2000), 0)
+    t = torch.cat(seen)
+    assert low <= t.min() and t.max() < high
+    assert (t >= 300).float().mean().item() == pytest.approx(beyond, abs=0.04)
+
+
+def test_the_loss_is_a_function_of_the_draw_and_half_of_the_pictures_are_mirrored():
+    task, indices = task_of(), torch.zeros(400, dtype=torch.int64)
+    seen = []
+    gather = task.schedule.noise
+    task.schedule.noise = lambda x0, eps, t: (seen.append(x0), gather(x0, eps, t))[1]
+    rows = slice(0, 400)
+    with torch.no_grad():
+        first, again, other = (
+            task.loss(task.model, indices, BatchDraw(seed, 0, 400, rows, CPU), 0).loss for seed in (1, 1, 2)
+        )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    upright = to_float(torch.from_numpy(task.images[:1]))
+    mirrored = (seen[0] == upright.flip(3)).all((1, 2, 3))
+    assert (mirrored | (seen[0] == upright).all((1, 2, 3))).all()
+    assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.08)
+
+
+def test_images_are_those_of_the_indices_whatever_their_order():
+    task = task_of()
+    indices = torch.tensor([5, 0, 5, 3, 1])
+    np.testing.assert_array_equal(task._gather(indices).numpy(), task.images[indices.numpy()])
+    task.images = torch.from_numpy(task.images)
+    np.testing.assert_array_equal(task._gather(indices).numpy(), task.images[indices].numpy())
+
+
+def test_watch_is_the_areas_and_the_entropy_of_the_masks():
+    task = task_of(regions=2)
+    masks = torch.tensor([0.25, 0.75])[None, :, None, None].expand(3, 2, 4, 4)
+    found = task._watch(masks)
+    assert found["areas"].tolist() == pytest.approx([0.25, 0.75])
+    expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
+    assert found["entropy"].item() == pytest.approx(expected)
+    assert task_of(regions=1)._watch(masks[:, :1]) == {}
+
+
+def test_the_mask_generator_alone_learns_at_its_own_rate():
+    task = task_of(mask_learning_rate=0.2)
+    fast, slow = task.parameter_groups()
+    assert (fast["scale"], slow["scale"]) == (1.0, 0.2)
+    names = {id(p): n for n, p in task.model.named_parameters()}
+    assert {names[id(p)].split(".")[0] for p in slow["params"]} == {"mask_generator"}
+    assert len(fast["params"]) + len(slow["params"]) == len(names)
+    assert [g["scale"] for g in task_of(regions=1).parameter_groups()] == [1.0]
+
+
+def test_weights_are_a_function_of_the_seed():
+    torch.manual_seed(77)
+    first = task_of(seed=1).model.state_dict()
+    torch.manual_seed(78)
+    again, other = task_of(seed=1).model.state_dict(), task_of(seed=2).model.state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in first.items())
+    assert not torch.equal(first["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
+
+
+def test_probes_are_bounded_and_alarms_do_not_change_from_call_to_call():
+    task = task_of(images=pictures(4), probes=pictures(PROBES + 9))
+    assert len(task.probes) == PROBES
+    task.probes = task.probes[:5]
+    task.model.eval()
+    assert task.alarms(task.model) == task.alarms(task.model)
+
+
+@pytest.mark.parametrize("changes", [{"regions": 3}, {"regions": 1}, {"decoding": "concat"}])
+@torch.no_grad()
+def test_inspect_writes_two_sheets_and_answers_the_alarms(changes, tmp_path, monkeypatch):
+    monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 2)
+    task = task_of(**changes)
+    found = task.inspect(task.model.eval(), 12, tmp_path / "samples")
+    sheets = sorted(p.name for p in (tmp_path / "samples").iterdir())
+    assert sheets == ["000012_generated.png", "000012_segmentation.png"]
+    for name in sheets:
+        assert min(Image.open(tmp_path / "samples" / name).size) > 8
+    assert ("eta_gap" in found and "failures" in found) == (changes.get("regions") != 1)
+
+
+def test_to_uint8_undoes_to_float_and_clips():
+    images = pictures()
+    np.testing.assert_array_equal(to_uint8(to_float(torch.from_numpy(images))), images)
+    assert to_float(torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)).flatten().tolist() == pytest.approx([-1, 1, -0.6])
+    assert to_uint8(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).ravel().tolist() == [0, 255]
+
+
+def test_the_noise_of_a_picture_depends_on_nothing_but_its_shape_and_the_level():
+    task = task_of()
+    images = to_float(torch.from_numpy(pictures()))
+    x_t, t = noised(images, 30, task.schedule)
+    assert (t == 30).all() and t.shape == (6,)
+    alone, _ = noised(images[4:5], 30, task.schedule)
+    torch.testing.assert_close(x_t[4:5], alone)
+    eps = (x_t - task.schedule.signal(t) * images) / task.schedule.sigma(t)
+    torch.testing.assert_close(eps, eps[:1].expand_as(eps), atol=1e-4, rtol=0)
+    assert eps.std().item() == pytest.approx(1, abs=0.2)
+
+
+def test_predicted_masks_come_in_pieces_that_change_nothing():
+    task = task_of()
+    images = to_float(torch.from_numpy(pictures(5)))
+    task.model.eval()
+    whole = predict_masks(task.model, images, 30, task.schedule)
+    assert whole.shape == (5, 3, 8, 8) and whole.dtype == torch.float32
+    torch.testing.assert_close(predict_masks(task.model, images, 30, task.schedule, batch=2), whole)
