@@ -57,14 +57,15 @@ T* at(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// (u, skip, masks, weight, bias, scale, shift), (batch, regions, channels_u, channels_skip, pixels, groups),
-// (u_shared, masked_moments, activate, is_bf16), eps, mask_floor
-factorkit::NormProblem norm_problem(const std::array<std::uintptr_t, 7>& in, const std::array<std::int64_t, 6>& sizes,
-                                    const std::array<bool, 4>& flags, float eps, float mask_floor) {
-    return {at<void>(in[0]),  at<void>(in[1]),  at<float>(in[2]), at<float>(in[3]), at<float>(in[4]),
-            at<float>(in[5]), at<float>(in[6]), sizes[0],         sizes[1],         sizes[2],
-            sizes[3],         sizes[4],         sizes[5],         flags[0],         flags[1],
-            flags[2],         flags[3],         eps,              mask_floor};
+// (u, skip, masks, weight, bias, scale, shift), (batch, regions, channels_u, channels_skip, pixels, groups, kind),
+// (u_shared, activate, is_bf16), eps, mask_floor
+factorkit::NormProblem norm_problem(const std::array<std::uintptr_t, 7>& in, const std::array<std::int64_t, 7>& sizes,
+                                    const std::array<bool, 3>& flags, float eps, float mask_floor) {
+    const auto kind = static_cast<factorkit::NormKind>(sizes[6]);
+    return {at<void>(in[0]),  at<void>(in[1]),  at<float>(in[2]), at<float>(in[3]), at<float>(in[4]), at<float>(in[5]),
+            at<float>(in[6]), sizes[0],         sizes[1],         sizes[2],         sizes[3],         sizes[4],
+            sizes[5],         kind,             flags[0],         flags[1],         flags[2],         eps,
+            mask_floor};
 }
 
 }  // namespace
@@ -82,15 +83,15 @@ Returns a list of dicts: name (str), capability ((major, minor)), memory_bytes (
 build, without a driver and without a device. Raises RuntimeError with the cause if the driver cannot be used.)");
 
     using Addresses = std::array<std::uintptr_t, 7>;
-    using Sizes = std::array<std::int64_t, 6>;
-    using Flags = std::array<bool, 4>;
+    using Sizes = std::array<std::int64_t, 7>;
+    using Flags = std::array<bool, 3>;
     m.def(
         "norm_silu_forward",
         [](const Addresses& in, const Sizes& sizes, const Flags& flags, float eps, float floor, std::uintptr_t out, int threads) {
             py::gil_scoped_release released;
             factorkit::norm_silu_forward(norm_problem(in, sizes, flags, eps, floor), at<void>(out), threads);
         },
-        "SiLU(GroupNorm([u_k ; m_k*skip])*(1+scale)+shift) on the CPU; called by factorkit.ops, see csrc/norm.h.");
+        "SiLU(norm([u_k ; m_k*skip])*(1+scale)+shift) on the CPU; called by factorkit.ops, see csrc/norm.h.");
     m.def(
         "norm_silu_backward",
         [](const Addresses& in, const Sizes& sizes, const Flags& flags, float eps, float floor,

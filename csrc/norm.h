@@ -1,10 +1,12 @@
-// GroupNorm, modulation and SiLU over [u_k ; m_k * skip], the first half of every residual block, in two passes over
+// Norm, modulation and SiLU over [u_k ; m_k * skip], the first half of every residual block, in two passes over
 // memory: each row is read once into cache, summed, normalised and written. The concatenation is never stored.
 #pragma once
 
 #include <cstdint>
 
 namespace factorkit {
+
+enum class NormKind { group, masked_group, pixel };  // as in factorkit/ops/reference.py
 
 // Features lie channels last, as convolutions want them. Branch k of image b is row b * regions + k.
 struct NormProblem {
@@ -16,8 +18,8 @@ struct NormProblem {
     const float* scale;    // [rows, channels], null without modulation
     const float* shift;    // [rows, channels]
     std::int64_t batch, regions, channels_u, channels_skip, pixels, groups;
+    NormKind kind;
     bool u_shared;
-    bool masked_moments;   // moments weighted by the mask
     bool activate;         // SiLU
     bool is_bf16;          // of u, skip, the answer and the gradients; else float
     float eps;

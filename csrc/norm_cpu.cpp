@@ -10,7 +10,8 @@ namespace {
 using std::int64_t;
 using Floats = std::vector<float>;
 
-// One row [pixels][channels] of [u_k ; m_k * skip], less the mean of each group, and what belongs to it.
+// One row [pixels][channels] of [u_k ; m_k * skip], less the mean of each group (or over the rms of each pixel), and what
+// belongs to it.
 template <class T>
 struct Row {
     const NormProblem& p;
@@ -18,7 +19,7 @@ struct Row {
     int64_t image = 0, index = 0;
     const float* mask = nullptr;      // of this branch, or null
     Floats x, rstd, slope, offset;    // values; by channel: 1/std, and the pre-activation as x * slope + offset
-    Floats share;                     // weight of each pixel in the moments, summing to 1
+    Floats share;                     // weight of each pixel in the moments, summing to 1; for the pixel norm, its 1/rms
     float total = 0;                  // what the masks were divided by
     Floats sums;
 
@@ -30,9 +31,17 @@ struct Row {
         index = row;
         image = row / p.regions;
         mask = p.masks ? p.masks + row * n : nullptr;
-        if (p.masked_moments) weigh();
+        if (p.kind == NormKind::masked_group) weigh();
         load();
-        normalise();
+        if (p.kind == NormKind::pixel)
+            normalise_pixels();
+        else
+            normalise_groups();
+        for (int64_t c = 0; c < channels; ++c) {
+            const float scale = p.scale ? 1 + p.scale[index * channels + c] : 1.0f;
+            slope[c] = p.weight[c] * scale * rstd[c];
+            offset[c] = p.bias[c] * scale + (p.shift ? p.shift[index * channels + c] : 0.0f);
+        }
     }
 
     // The mean over each group of what `sums` holds by channel, back into every channel of the group.
@@ -70,7 +79,7 @@ struct Row {
     }
 
     // Two passes, mean before variance: the row is in cache, and fp32 is spared the cancellation of E[x^2] - E[x]^2.
-    FACTORKIT_INLINE void normalise() {
+    FACTORKIT_INLINE void normalise_groups() {
         float* sum = sums.data();
         std::fill(sums.begin(), sums.end(), 0.0f);
         for (int64_t i = 0; i < n; ++i) {
@@ -92,11 +101,19 @@ struct Row {
             }
         }
         pool_groups(rstd);
-        for (int64_t c = 0; c < channels; ++c) {
-            const float scale = p.scale ? 1 + p.scale[index * channels + c] : 1.0f;
-            rstd[c] = 1 / std::sqrt(rstd[c] + p.eps);
-            slope[c] = p.weight[c] * scale * rstd[c];
-            offset[c] = p.bias[c] * scale + (p.shift ? p.shift[index * channels + c] : 0.0f);
+        for (int64_t c = 0; c < channels; ++c) rstd[c] = 1 / std::sqrt(rstd[c] + p.eps);
+    }
+
+    FACTORKIT_INLINE void normalise_pixels() {
+        std::fill(rstd.begin(), rstd.end(), 1.0f);
+        for (int64_t i = 0; i < n; ++i) {
+            float* v = x.data() + i * channels;
+            float square = 0;
+#pragma omp simd reduction(+ : square)
+            for (int64_t c = 0; c < channels; ++c) square += v[c] * v[c];
+            const float scale = share[i] = 1 / std::sqrt(square / channels + p.eps);
+#pragma omp simd
+            for (int64_t c = 0; c < channels; ++c) v[c] *= scale;
         }
     }
 };
@@ -131,7 +148,8 @@ FACTORKIT_INLINE void backward_images(const NormProblem& p, const NormGradients&
     Row<T> row(p);
     const int64_t n = p.pixels, channels = row.channels, cu = p.channels_u, cs = p.channels_skip;
     Floats inner(n * channels), first(channels), second(channels);
-    Floats d_share(p.masked_moments ? n : 0), d_u(p.u_shared ? n * cu : 0), d_skip(n * cs);
+    const bool masked = p.kind == NormKind::masked_group, pixel = p.kind == NormKind::pixel;
+    Floats d_share(masked ? n : 0), d_u(p.u_shared ? n * cu : 0), d_skip(n * cs);
     for (int64_t image = begin; image < end; ++image) {
         std::fill(d_u.begin(), d_u.end(), 0.0f);
         std::fill(d_skip.begin(), d_skip.end(), 0.0f);
@@ -173,12 +191,20 @@ FACTORKIT_INLINE void backward_images(const NormProblem& p, const NormGradients&
                 float* v = inner.data() + i * channels;
                 const float w = row.share[i];
                 float along = 0;
+                if (pixel) {
 #pragma omp simd reduction(+ : along)
-                for (int64_t c = 0; c < channels; ++c) {
-                    along += (first[c] + 0.5f * second[c] * x[c]) * x[c];
-                    v[c] = v[c] * slope[c] + (first[c] + second[c] * x[c]) * w;
+                    for (int64_t c = 0; c < channels; ++c) along += v[c] * slope[c] * x[c];
+                    along /= channels;
+#pragma omp simd
+                    for (int64_t c = 0; c < channels; ++c) v[c] = w * (v[c] * slope[c] - along * x[c]);
+                } else {
+#pragma omp simd reduction(+ : along)
+                    for (int64_t c = 0; c < channels; ++c) {
+                        along += (first[c] + 0.5f * second[c] * x[c]) * x[c];
+                        v[c] = v[c] * slope[c] + (first[c] + second[c] * x[c]) * w;
+                    }
                 }
-                if (p.masked_moments) d_share[i] = along;
+                if (masked) d_share[i] = along;
                 if (p.u_shared) {
                     float* to = d_u.data() + i * cu;
 #pragma omp simd
@@ -199,7 +225,7 @@ FACTORKIT_INLINE void backward_images(const NormProblem& p, const NormGradients&
                 }
                 if (d_mask) d_mask[i] = product;
             }
-            if (p.masked_moments) {  // through share = (mask + floor) / total
+            if (masked) {  // through share = (mask + floor) / total
                 float along = 0;
 #pragma omp simd reduction(+ : along)
                 for (int64_t i = 0; i < n; ++i) along += d_share[i] * row.share[i];

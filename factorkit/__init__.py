@@ -39,7 +39,7 @@ def load(path: str | Path, *, device: str = "auto") -> SegdiffRun:
     """A trained run from its folder or from one ``.safetensors`` file; no settings to repeat.
 
     Raises:
-        CheckpointError: nothing there, a damaged file (the previous checkpoint is taken where there is one), another model.
+        CheckpointError: nothing there, another model, or a damaged file (in a folder the previous checkpoint is taken).
     """
     from factorkit.segdiff.run import SegdiffRun
 

@@ -53,7 +53,7 @@ def saying_what_is_saved(folder: Path) -> Iterator[None]:
     """Ctrl-C and SIGTERM leave a training as exceptions, once it has saved; this gives them words."""
     try:
         yield
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, SystemExit) as stop:
         saved = f"a checkpoint is saved in {folder}, the same command goes on from there"
         if not any(folder.rglob("step_*.safetensors")):
             saved = "nothing was saved yet"
@@ -154,7 +154,8 @@ def demo(out: Path, seed: int) -> Result:
     lines = [score_table(scores), ""]
     if failed:
         lines += ["This run FAILED:", *(f"  - {failure}" for failure in failed)]
-        lines += [f"Try another seed (--seed {seed + 1} --out another folder), or `factorkit train segdiff --seeds 3`."]
+        lines += [f"Another seed: factorkit demo --seed {seed + 1} --out {out}-{seed + 1}"]
+        lines += ["Seeds that sort themselves out: factorkit train segdiff --preset demo --seeds 3 --out runs/heats"]
     else:
         lines += [f"It worked: IoU {scores['iou']:.3f}, at least {DEMO_MARK:.2f}, and no alarm went off."]
     lines += ["", f"time       {duration(found['seconds'])}"]

@@ -51,7 +51,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         if not isinstance(settings, dict):
             raise ValueError(f"it holds {type(settings).__name__}, not settings by name")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Restore it, or give another out= to begin anew") from error
+        raise CheckpointError(f"{path} cannot be read: {error}. Restore it, or give another out=") from error
     return settings
 
 

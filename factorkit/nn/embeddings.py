@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def sinusoid(t: Tensor, channels: int) -> Tensor:
-    """Sinusoidal features of ``t`` [B]: cosines and sines at geometrically spaced frequencies (Vaswani et al. 2017), [B, C]."""
+    """Cosines and sines of ``t`` [B] at geometrically spaced frequencies (Vaswani et al. 2017): [B, C], C even."""
     half = channels // 2
     frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
     angles = t.float()[:, None] * frequencies

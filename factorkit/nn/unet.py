@@ -46,7 +46,7 @@ class Encoder(nn.Module):
         self.out_channels = now
 
     def forward(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
-        """All features, conv_in's and the downsamplers' among them, finest first; the last is the coarsest level's output."""
+        """All features, conv_in's and the downsamplers' among them, finest first; the last is the coarsest level's."""
         h = self.conv_in(x)
         skips = [h]
         for level in self.levels:
@@ -75,7 +75,7 @@ class Middle(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The second half of the U-Net, one block more a level than the encoder; of K branches at once when masks are given.
+    """The second half of the U-Net, one block more a level than the encoder; K branches at once when masks are given.
 
     Args:
         channels: of h_mid.

@@ -1,7 +1,6 @@
 """The compiled CPU norm (csrc/norm_cpu.cpp) behind the ops: channels_last, fp32 or bf16.
 
-Each function answers None where the compiled code does not apply (another dtype or layout, the pixel norm, the module not
-built), and the op goes on with its PyTorch implementation.
+Each function answers None where the compiled code does not apply (another dtype or layout, the module not built), and the op goes on with its PyTorch implementation.
 """
 
 from __future__ import annotations
@@ -12,8 +11,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS
+from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS
 from factorkit.ops.dispatch import dense_format
+
+#: the order of NormKind in csrc/norm.h, and the floor under each variance
+KINDS = {"group": (0, GROUP_EPS), "masked_group": (1, MASKED_GROUP_EPS), "pixel": (2, PIXEL_EPS)}
 
 
 @lru_cache
@@ -31,11 +33,10 @@ def extension():
     return _C
 
 
-def _applies(u: Tensor, skip: Tensor | None, norm: str) -> bool:
+def _applies(u: Tensor, skip: Tensor | None) -> bool:
     alike = skip is None or skip.dtype == u.dtype
     return (
-        norm != "pixel"
-        and u.dtype in (torch.float32, torch.bfloat16)
+        u.dtype in (torch.float32, torch.bfloat16)
         and alike
         and dense_format(u) == torch.channels_last
         and u.numel() > 0
@@ -58,9 +59,11 @@ class _Problem:
         self.rows = u.shape[0] if masks is None else masks.shape[0] * masks.shape[1]
         regions = 1 if masks is None else masks.shape[1]
         self.channels = weight.shape[0]
-        sizes = [self.rows // regions, regions, u.shape[1], 0 if skip is None else skip.shape[1], u[0, 0].numel(), groups]
-        flags = [u.shape[0] != self.rows, norm == "masked_group", activate, u.dtype == torch.bfloat16]
-        eps = MASKED_GROUP_EPS if norm == "masked_group" else GROUP_EPS
+        kind, eps = KINDS[norm]
+        channels_skip = 0 if skip is None else skip.shape[1]
+        pixels = u.shape[2] * u.shape[3]
+        sizes = [self.rows // regions, regions, u.shape[1], channels_skip, pixels, groups, kind]
+        flags = [u.shape[0] != self.rows, activate, u.dtype == torch.bfloat16]
         self.numbers = ([address(x) for x in (self.u, self.skip, *self.rest)], sizes, flags, eps, MASK_FLOOR)
 
 
@@ -71,7 +74,7 @@ def address(x: Tensor | None) -> int:
 
 def norm_forward(u, skip, masks, weight, bias, scale, shift, groups, norm, activate) -> Tensor | None:
     """SiLU(norm([u_k ; m_k * skip]) * (1 + scale) + shift), or None where it does not apply."""
-    if not _applies(u, skip, norm):
+    if not _applies(u, skip):
         return None
     problem = _Problem(u, skip, masks, weight, bias, scale, shift, groups, norm, activate)
     shape = (problem.rows, problem.channels, *u.shape[2:])
@@ -82,7 +85,7 @@ def norm_forward(u, skip, masks, weight, bias, scale, shift, groups, norm, activ
 
 def norm_backward(grad, u, skip, masks, weight, bias, scale, shift, groups, norm, activate) -> tuple | None:
     """Gradients for u, skip, masks, weight, bias, scale and shift (None for what was not given), or None altogether."""
-    if not _applies(u, skip, norm):
+    if not _applies(u, skip):
         return None
     problem = _Problem(u, skip, masks, weight, bias, scale, shift, groups, norm, activate)
     grad = last(grad.to(u.dtype))

@@ -57,10 +57,11 @@ class SegdiffConfig(EngineConfig):
     t_max: int | None = None
     """Most time steps are drawn from [0, t_max); None: 600 of 1000 in the regional form, all in the thesis'."""
     tail: float | None = None
-    """Share of the samples whose time step is drawn from [t_max, T) instead, so that generation can start from pure noise;
-    None: 0.1 in the regional form, 0 in the thesis' and where t_max leaves no tail."""
+    """Share of the samples whose time step is drawn from [t_max, T) instead, so that generation can start from pure
+    noise; None: 0.1 in the regional form, 0 in the thesis' and where t_max leaves no tail."""
     coarse_to_fine: tuple[int, int] | None = None
-    """Steps between which the loss weight goes from (1 - alpha_bar) to 1; None: (50, 150) in the regional form, off else."""
+    """Steps between which the loss weight goes from (1 - alpha_bar) to 1; None: (50, 150) in the regional form, else
+    off."""
     timesteps: int = 1000
     """T, the length of the noise schedule."""
 
@@ -113,13 +114,13 @@ class SegdiffConfig(EngineConfig):
         if not 0 <= self.mask_learning_rate < math.inf:
             raise ConfigError(f"mask_learning_rate={self.mask_learning_rate} is a factor, 0 or more")
         if len(self.coarse_to_fine) != 2 or not 0 <= self.coarse_to_fine[0] <= self.coarse_to_fine[1]:
-            raise ConfigError(f"coarse_to_fine={self.coarse_to_fine} must be two steps, the start and a later or equal end")
+            raise ConfigError(f"coarse_to_fine={self.coarse_to_fine} must be two steps, the second not the earlier")
         if self.timesteps <= 20:
-            raise ConfigError(f"timesteps={self.timesteps} must be more than 20: the noise of a shorter schedule has no beta < 1")
+            raise ConfigError(f"timesteps={self.timesteps} must be more than 20: a shorter schedule needs beta >= 1")
         if not 1 <= self.t_max <= self.timesteps:
             raise ConfigError(f"t_max={self.t_max} must lie between 1 and timesteps={self.timesteps}")
         if not 0 <= self.tail <= 1 or (self.tail and self.t_max == self.timesteps):
-            raise ConfigError(f"tail={self.tail} must lie between 0 and 1, and be 0 where t_max={self.t_max} leaves no tail")
+            raise ConfigError(f"tail={self.tail} must lie between 0 and 1; 0 where t_max={self.t_max} leaves no tail")
         if not 0 <= self.segment_t < self.timesteps:
             raise ConfigError(f"segment_t={self.segment_t} must lie between 0 and timesteps-1={self.timesteps - 1}")
         check_architecture(
@@ -139,7 +140,8 @@ class SegdiffConfig(EngineConfig):
 FORMS: dict[str, dict[str, Any]] = {
     "regional": {
         "prediction": "v", "branch_norm": "masked_group", "region_tokens": True, "normalised_logits": True,
-        "half_resolution_masks": True, "mask_learning_rate": 0.3, "t_max": 600, "tail": 0.1, "coarse_to_fine": (50, 150),
+        "half_resolution_masks": True, "mask_learning_rate": 0.3, "t_max": 600, "tail": 0.1,
+        "coarse_to_fine": (50, 150),
     },
     "thesis": {
         "prediction": "eps", "branch_norm": "group", "region_tokens": False, "normalised_logits": False,

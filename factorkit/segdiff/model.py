@@ -27,20 +27,20 @@ DECODINGS = ("masked_skips", "concat", "masked_mid", "unshared")
 
 
 class Regions(NamedTuple):
-    """The bottleneck: masks [B, K, H, W] (fp32, sum to 1 over K) and, where they were run, the branches [B, K, 3, H, W]."""
+    """The bottleneck: masks [B, K, H, W] (fp32, sum to 1 over K) and, if any, the branches [B, K, 3, H, W]."""
 
     masks: Tensor
     branches: Tensor | None
 
 
 class RegionLogitNorm(nn.Module):
-    """Mask logits with zero mean and unit variance for each region, among images of like noise level, times a learned gain.
+    """Mask logits of zero mean and unit variance for each region, among images of like noise, times a learned gain.
 
-    Keeps the softmax from saturating within the first hundred steps, after which no gradient moves it. "Of like noise level"
-    because statistics over the whole batch let the regions tell noise levels apart instead of places: one region for the
-    clean images of a batch, the other for the noisy ones, and a single region at any one level (seen in 3 of 4 short runs).
-    The batch is sorted by t and cut into equal parts, each with its own moments. Statistics are shared by all processes of a
-    distributed run; in evaluation running averages for each tenth of the noise levels are used.
+    Keeps the softmax from saturating within the first hundred steps, after which no gradient moves it. "Of like noise"
+    because statistics over the whole batch let the regions tell noise levels apart instead of places: one region for
+    the clean images of a batch, the other for the noisy ones, and a single region at any one level (seen in 3 of 4
+    short runs). The batch is sorted by t and cut into equal parts, each with its own moments. Statistics are shared by
+    all processes of a distributed run; in evaluation running averages for each tenth of the noise levels are used.
     """
 
     PARTS, LEAST, LEVELS = 4, 4, 10  # parts of a batch, images in each at least, bins of the running averages
@@ -102,10 +102,10 @@ class RegionLogitNorm(nn.Module):
 
 
 class RegionTokens(nn.Module):
-    """One vector a region, added to its branch's time embedding: the mean over the region of a LOCAL feature of the image.
+    """One vector a region, added to its branch's time embedding: the mean over the region of a LOCAL image feature.
 
-    Local (5x5 pixels, no norm) on purpose: a feature that already knows the whole image gives no reward for grouping like
-    with like.
+    Local (5x5 pixels, no norm) on purpose: a feature that already knows the whole image gives no reward for grouping
+    like with like.
     """
 
     def __init__(self, channels: int, width: int, embed: int):
@@ -128,8 +128,9 @@ class FactorizedUNet(Denoiser):
         regions: K. 1 is the plain DDPM: no mask generator, one unmasked decoder.
         resolution: pixels a side; divisible by 2^(levels-1).
         width, multipliers, blocks, attention, heads, groups, dropout: of the U-Net (:class:`factorkit.nn.Encoder`).
-        decoding: how the branches see the masks (table 2.6): ``"masked_skips"`` (the model), ``"concat"`` (masks as extra
-            channels of one decoder), ``"masked_mid"`` (h_mid masked instead of the skips), ``"unshared"`` (K decoders).
+        decoding: how the branches see the masks (table 2.6): ``"masked_skips"`` (the model), ``"concat"`` (masks as
+            extra channels of one decoder), ``"masked_mid"`` (h_mid masked instead of the skips), ``"unshared"``
+            (K decoders).
         branch_norm: norm of the branch decoder, ``"group"`` (thesis), ``"masked_group"`` or ``"pixel"``.
         region_tokens: add the region tokens to the branches' time embedding.
         normalised_logits: :class:`RegionLogitNorm` before the softmax.
@@ -148,7 +149,9 @@ class FactorizedUNet(Denoiser):
         normalised_logits: bool = False, half_resolution_masks: bool = False, timesteps: int = 1000, channels: int = 3,
     ):  # fmt: skip
         super().__init__()
-        check_architecture(regions, resolution, multipliers, decoding, branch_norm, region_tokens, half_resolution_masks)
+        check_architecture(
+            regions, resolution, multipliers, decoding, branch_norm, region_tokens, half_resolution_masks
+        )
         embed = 4 * width
         common = {"heads": heads, "groups": groups, "dropout": dropout}
         self.regions, self.resolution, self.decoding = regions, resolution, decoding
@@ -264,7 +267,8 @@ def check_architecture(
         raise ConfigError("half-resolution masks need a U-Net of at least two levels; give more multipliers")
     if regions > 1 and decoding in ("concat", "masked_mid") and (branch_norm == "masked_group"):
         raise ConfigError(
-            f"decoding={decoding!r} has no masked skips whose area a masked norm could take out; use branch_norm='group'"
+            f"decoding={decoding!r} has no masked skips whose area a masked norm could take out; "
+            "use branch_norm='group'"
         )
     if decoding == "concat" and region_tokens:
         raise ConfigError("decoding='concat' has a single branch, so no region tokens; use region_tokens=False")

@@ -70,7 +70,7 @@ class Generation(NamedTuple):
 
 
 class SegdiffRun:
-    """A trained factorized diffusion model: its averaged weights after ``step`` steps and, when it has one, its run folder."""
+    """A trained factorized diffusion model: its averaged weights after ``step`` steps, and its folder if it has one."""
 
     def __init__(
         self, config: SegdiffConfig, model: FactorizedUNet, device: torch.device, step: int, folder: Path | None = None
@@ -108,12 +108,12 @@ class SegdiffRun:
         try:
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            raise CheckpointError(f"the weights in {path} do not fit the model its settings describe: {error}") from error
+            raise CheckpointError(f"the weights in {path} do not fit the model of its settings: {error}") from error
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, model, chosen, int(meta["step"]), folder)
 
     def save(self, path: str | Path) -> Path:
-        """Write the averaged weights and all settings as one ``.safetensors`` file that :func:`factorkit.load` takes."""
+        """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`."""
         weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
         return write_checkpoint(Path(path), weights, {"model": "segdiff", **self.config.to_dict(), "step": self.step})
 
@@ -130,9 +130,10 @@ class SegdiffRun:
         proportion, and the masks are brought back to the picture's own pixels.
 
         Args:
-            images: a path, folder, zip or list of them, a PIL image or list, an array [B, H, W, 3] or [H, W, 3], a tensor
-                [B, 3, H, W] or [3, H, W] (either uint8 or float in [0, 1]), or a list of arrays or tensors of any sizes.
-            t: noise level, 0 to T-1; None: the configuration's (30). Low levels show the picture, high ones blur the question.
+            images: a path, folder, zip or list of them, a PIL image or list, an array [B, H, W, 3] or [H, W, 3], a
+                tensor [B, 3, H, W] or [3, H, W] (either uint8 or float in [0, 1]), or a list of arrays or tensors of
+                any sizes.
+            t: noise level, 0 to T-1; None: the configuration's (30). Low levels show the picture, high ones blur it.
 
         Raises:
             ConfigError: t out of range, or a plain DDPM, which has no regions.
@@ -188,8 +189,8 @@ class SegdiffRun:
             raise ConfigError(f"n={n}: at least one image has to be asked for")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             drawn = draw_images(
-                self.model, self.config, n, sampler=sampler, steps=steps, seed=seed, device=self.device, progress=progress,
-                trajectory=trajectory,
+                self.model, self.config, n, sampler=sampler, steps=steps, seed=seed, device=self.device,
+                progress=progress, trajectory=trajectory,
             )  # fmt: skip
         unit = lambda x: ((x.float() + 1) / 2).clamp(0, 1).cpu()  # noqa: E731
         masks = drawn.bottleneck.masks.float().cpu()
@@ -204,13 +205,14 @@ class SegdiffRun:
     ) -> dict[str, Any]:  # fmt: skip
         """Score the regions against foreground masks: Acc, IoU, DICE per image, averaged.
 
-        One mapping from regions to foreground is fitted on the first ``fit`` labelled images and the rest are scored with it
-        (``acc, iou, dice``); ``oracle_*`` chooses the best mapping for each image by its own label, an upper bound.
-        Images and masks get the training's centred square crop. The result also goes to ``scores.json`` of the run folder.
+        One mapping from regions to foreground is fitted on the first ``fit`` labelled images and the rest are scored
+        with it (``acc, iou, dice``); ``oracle_*`` chooses the best mapping for each image by its own label, an upper
+        bound. Images and masks get the training's centred square crop. The result also goes to ``scores.json`` of the
+        run folder.
 
         Args:
-            images, masks: folders, zips, lists or arrays; matched by name, arrays by position. Foreground is every value
-                above 0 but ``ignore``.
+            images, masks: folders, zips, lists or arrays; matched by name, arrays by position. Foreground is every
+                value above 0 but ``ignore``.
             fit: labelled images that fit the mapping; None: the configuration's (16), fewer where the set is small.
             ignore: mask value that is not scored; None: the configuration's.
             baselines: score the trivial predictors and GrabCut on the same images too.
@@ -226,8 +228,9 @@ class SegdiffRun:
             raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
         t, size = self._level(t), size or config.resolution
         ignore = config.ignore if ignore is None else ignore
-        labelled = load_labelled(images, masks, size, ignore=ignore)
-        small = labelled if size == config.resolution else load_labelled(images, masks, config.resolution, ignore=ignore)
+        small = labelled = load_labelled(images, masks, size, ignore=ignore)
+        if size != config.resolution:
+            small = load_labelled(images, masks, config.resolution, ignore=ignore)
         soft = self._predict(to_float(torch.from_numpy(small.images)), t)
         if size != config.resolution:
             soft = F.interpolate(soft, size=(size, size), mode="bilinear", align_corners=False)
@@ -248,7 +251,7 @@ def as_pictures(images: Any) -> tuple[list[Image.Image], list[str]]:
     Raises:
         DataError: an array or tensor that is no picture, or nothing to read.
     """
-    if isinstance(images, (list, tuple)) and images and all(isinstance(image, (Tensor, np.ndarray)) for image in images):
+    if isinstance(images, (list, tuple)) and images and all(isinstance(i, (Tensor, np.ndarray)) for i in images):
         pictures = [picture for image in images for picture in as_pictures(image)[0]]
         return pictures, [f"{i:06d}" for i in range(len(pictures))]
     if isinstance(images, Tensor):

@@ -11,8 +11,8 @@ from factorkit.segdiff.model import FactorizedUNet
 
 
 def draw_images(
-    model: FactorizedUNet, config: SegdiffConfig, count: int, *, sampler: str = "ddim", steps: int | None = 50, seed: int = 0,
-    device: torch.device, progress: bool = False, trajectory: bool = False,
+    model: FactorizedUNet, config: SegdiffConfig, count: int, *, sampler: str = "ddim", steps: int | None = 50,
+    seed: int = 0, device: torch.device, progress: bool = False, trajectory: bool = False,
 ) -> Samples:  # fmt: skip
     """``count`` images [count, 3, R, R] in [-1, 1] with their :class:`~factorkit.segdiff.model.Regions`.
 

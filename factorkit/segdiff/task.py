@@ -25,7 +25,7 @@ SHEET_STEPS = 25  # denoising steps of the generated ones
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 [N, H, W, 3] to the network's range: float [N, 3, H, W] in [-1, 1], channels last as convolutions like it."""
+    """uint8 [N, H, W, 3] to the network's range: float [N, 3, H, W] in [-1, 1], in channels_last memory."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -102,7 +102,8 @@ class SegdiffTask:
         out = model(x_t, t)
         branches = None
         if out.bottleneck.branches is not None:
-            each = [to_x0(self.config.prediction, self.schedule, x_t, b.float(), t) for b in out.bottleneck.branches.unbind(1)]
+            outs = out.bottleneck.branches.float().unbind(1)
+            each = [to_x0(self.config.prediction, self.schedule, x_t, b, t) for b in outs]
             branches = np.stack([to_uint8(b) for b in each], 1) / 255.0
         sheet = pictures.segmentation_sheet(to_uint8(shown), out.bottleneck.masks.float().cpu().numpy(), branches)
         sheet.save(folder / f"{step:06d}_segmentation.png")
@@ -133,7 +134,7 @@ def noised(images: Tensor, t: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def predict_masks(model: FactorizedUNet, images: Tensor, t: int, schedule: Schedule, batch: int = 32) -> Tensor:
-    """Region masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]: one forward pass without decoders."""
+    """Region masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]; the decoders are not run."""
     found = []
     for part in images.split(batch):
         x_t, times = noised(part.to(schedule.device), t, schedule)

@@ -33,19 +33,20 @@ HEAT_STEPS = 400
 
 
 def train_segdiff(
-    data: Any = None, *, out: str | Path | None = None, preset: str | None = None, seeds: int = 1, progress: bool = True,
-    baselines: bool = False, **changes: Any,
+    data: Any = None, *, out: str | Path | None = None, preset: str | None = None, seeds: int = 1,
+    progress: bool = True, baselines: bool = False, **changes: Any,
 ) -> SegdiffRun:  # fmt: skip
     """Train a factorized diffusion model on unlabelled photographs; the same call again resumes, exactly.
 
     Args:
-        data: a folder of images (perhaps with ``images/`` and ``masks/``), a zip, an ``.npz``/``.npy`` array, an array, a
-            list of paths; None: the procedural flowers the package ships.
-        out: the run folder; None: ``runs/<preset or "segdiff">``.
-        preset: ``"demo"``, ``"fast32"``, ``"fast64"`` (regional form) or ``"flowers64"``, ``"flowers128"``, ``"cub64"``,
-            ``"cub128"``, ``"ffhq64"``, ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None: ``"demo"`` without
-            data, else ``"fast64"``.
-        seeds: train so many short heats from different seeds first, drop those the label-free alarms fail, go on with the best.
+        data: a folder of images (perhaps with ``images/`` and ``masks/``), a zip, an ``.npz``/``.npy`` array, an array,
+            a list of paths; None: the procedural flowers the package ships.
+        out: the run folder; None: ``runs/<preset>``.
+        preset: ``"demo"``, ``"fast32"``, ``"fast64"`` (regional form) or ``"flowers64"``, ``"flowers128"``,
+            ``"cub64"``, ``"cub128"``, ``"ffhq64"``, ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None:
+            ``"demo"`` without data, else ``"fast64"``.
+        seeds: train so many short heats from different seeds first, drop those the label-free alarms fail, go on with
+            the best.
         progress: show a progress bar with the time left.
         baselines: score trivial predictors beside the model at the end, where there are labels.
         **changes: any field of :class:`~factorkit.segdiff.config.SegdiffConfig`, such as ``regions=``, ``resolution=``,
@@ -70,7 +71,8 @@ def train_segdiff(
     distributed.join(device)
     folder = Path(out) if out is not None else Path("runs") / preset
     dataset, prepared, probes = load_data(data, config, progress)
-    settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seeds": seeds, "data": describe(dataset, prepared)}
+    settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seeds": seeds}
+    settings["data"] = describe(dataset, prepared)
     if distributed.rank() == 0:
         claim(folder, settings, config.RESUMABLE)
     distributed.barrier()
@@ -118,7 +120,7 @@ def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset
 
 
 def describe(dataset: Dataset, prepared: Prepared) -> dict[str, Any]:
-    """What identifies the training images, wherever they lie: name, number, and a hash over a sample of their pixels."""
+    """What identifies the training images, wherever they lie: name, number, a hash over a sample of their pixels."""
     digest = hashlib.sha256()
     for i in np.linspace(0, len(prepared) - 1, min(64, len(prepared))).round().astype(int):
         digest.update(np.ascontiguousarray(prepared.images[i]))
@@ -148,8 +150,8 @@ def run_heats(config: SegdiffConfig, folder: Path, seeds: int, trainer) -> Segdi
             shutil.copyfile(winner / LOG_NAME, folder / LOG_NAME)
             with RunLog(folder) as log:
                 for seed, alarms in found.items():
-                    verdict = "healthy" if alarms.ok else "; ".join(alarms.failures())
-                    log.event("restart", step=stop_at, seed=seed, message=f"heat of seed {seed}: {verdict}", **alarms.to_dict())
+                    message = f"heat of seed {seed}: {'healthy' if alarms.ok else '; '.join(alarms.failures())}"
+                    log.event("restart", step=stop_at, seed=seed, message=message, **alarms.to_dict())
                 doubt = "" if found[best].ok else ", though the alarms fail every seed"
                 message = f"going on with seed {best}, the best of {seeds}{doubt}"
                 log.event("restart", step=stop_at, restarts=seeds, seed=best, message=message)
@@ -162,9 +164,9 @@ def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> 
     """What ``--dry-run`` prints: parameters, memory and a timed trial of the training step on this machine.
 
     Returns:
-        parameters, images_per_second, seconds (of the whole run), memory_gib (of training; measured on a GPU, on a CPU the
-        growth of the process, at least the weights, their gradients, average and Adam's two moments), trial_images (the
-        micro-batch timed).
+        parameters, images_per_second, seconds (of the whole run), memory_gib (of training; measured on a GPU, on a CPU
+        the growth of the process, at least the weights, their gradients, average and Adam's two moments), trial_images
+        (the micro-batch timed).
     """
     preset = preset or ("demo" if data is None else "fast64")
     config = preset_config(preset, **changes).resolved()
@@ -173,7 +175,8 @@ def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> 
     if device.type == "cpu":
         count = min(count, 16 if config.resolution * config.width <= 2048 else 1)
     trial = dataclasses.replace(config, batch_size=count, micro_batch_size=None)
-    images = np.random.default_rng(0).integers(0, 256, (max(2, count), config.resolution, config.resolution, 3), np.uint8)
+    shape = (max(2, count), config.resolution, config.resolution, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     before = _memory(device)
     task = SegdiffTask(trial, images, images, device)
     trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)

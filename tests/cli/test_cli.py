@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -197,6 +198,20 @@ def test_a_bug_keeps_its_traceback(ask, monkeypatch):
     monkeypatch.setattr(commands, "generate", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ask("generate", "run", "--out", "x")
+
+
+def test_only_the_result_reaches_standard_output(ask, monkeypatch):
+    def chatty(*args, **kwargs):
+        print("a library's remark")
+        warnings.warn("one image is broken", stacklevel=2)
+        return {"answer": 42}, "the answer is 42"
+
+    monkeypatch.setattr(commands, "generate", chatty)
+    words = ("generate", "run", "--out", "x")
+    for flag, out in ((), "the answer is 42\n"), (("--json",), '{"answer": 42}\n'):
+        code, said, noted = ask(*words, *flag)
+        assert code == 0 and said == out
+        assert noted == "a library's remark\nwarning: one image is broken\n"
 
 
 # --- train ---

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -74,9 +75,20 @@ def test_what_a_kill_left_of_the_first_settings_is_no_foreign_folder(tmp_path):
 def test_damaged_settings_are_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     for reading in (lambda: claim(tmp_path, SETTINGS, RESUMABLE), lambda: read_settings(tmp_path)):
-        with pytest.raises(CheckpointError, match="config.json is damaged"):
+        with pytest.raises(CheckpointError, match="config.json cannot be read"):
             reading()
     assert (tmp_path / "config.json").read_bytes() == content
+
+
+def test_settings_that_may_not_be_read_are_named(tmp_path, monkeypatch):
+    claim(tmp_path, SETTINGS, RESUMABLE)
+
+    def refuse(path, encoding):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(CheckpointError, match=r"config\.json .*Permission denied"):
+        claim(tmp_path, SETTINGS, RESUMABLE)
 
 
 def test_reading_where_there_is_no_run(tmp_path):

@@ -38,6 +38,7 @@ def train(out: Path, **changes: Any) -> None:
 def start(out: Path, rank: int, world: int, port: int, terminate: bool, **changes: Any) -> int:
     if child := os.fork():
         return child
+    signal.alarm(120)  # processes that wait for each other forever are to end, and fail the test
     try:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}

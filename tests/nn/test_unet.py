@@ -8,7 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from factorkit.nn import Attention, Decoder, Downsample, Encoder, Middle, Norm, ResBlock, TimeEmbedding, Upsample, sinusoid
+from factorkit.nn import (
+    Attention,
+    Decoder,
+    Downsample,
+    Encoder,
+    Middle,
+    Norm,
+    ResBlock,
+    TimeEmbedding,
+    Upsample,
+    sinusoid,
+)
 from factorkit.nn.blocks import group_count
 
 

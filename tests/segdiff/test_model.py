@@ -1,9 +1,8 @@
-"""The factorized U-Net against its equations (thesis 2.2-2.7), written naively with the same weights."""
+"""What the factorized U-Net promises beyond its equations: what a branch sees, gradients, precision, layout, size."""
 
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -11,12 +10,11 @@ import torch.nn.functional as F
 
 from factorkit.errors import ConfigError
 from factorkit.segdiff.config import PRESETS, preset_config
-from factorkit.segdiff.model import FactorizedUNet, RegionLogitNorm, RegionTokens, parameter_count
+from factorkit.segdiff.model import RegionLogitNorm, RegionTokens, parameter_count
 
-TINY = {
-    "regions": 3, "resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "heads": 2, "groups": 4,
+REGIONAL = {
+    "branch_norm": "masked_group", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True,
 }  # fmt: skip
-REGIONAL = {"branch_norm": "masked_group", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True}
 DECODINGS = ("masked_skips", "concat", "masked_mid", "unshared")
 
 
@@ -25,188 +23,12 @@ def seeded():
     torch.manual_seed(0)
 
 
-def tiny(dtype=torch.float64, **changes) -> FactorizedUNet:
-    """A tiny network with no weight left at zero and masks far from uniform."""
-    model = FactorizedUNet(**{**TINY, **changes})
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-        if model.regions > 1:
-            model.mask_generator.conv_out.weight.mul_(3)
-        for buffer in model.buffers():  # running averages that are told apart from their initial values
-            buffer.add_(torch.rand_like(buffer) * 0.5)
-    return model.to(dtype).eval()
-
-
-def batch(dtype=torch.float64, size=(16, 16), count=2):
-    return torch.randn(count, 3, *size, dtype=dtype), torch.tensor([30, 730, 210, 5, 999, 400, 31, 600][:count])
-
-
-# --- the U-Net once more, as plainly as it can be said; skips come masked and concatenated --------------------------------
-
-
-def naive_norm(x, norm, mask=None):
-    if norm.kind == "group":
-        return F.group_norm(x, norm.groups, norm.weight, norm.bias, eps=1e-5)
-    if norm.kind == "pixel":
-        return x / (x.square().mean(1, keepdim=True) + 1e-3).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
-    weights = (mask + 1e-3) / (mask + 1e-3).sum((2, 3), keepdim=True)  # [B, 1, H, W]
-    parts = []
-    for part in x.chunk(norm.groups, 1):
-        mean = (part * weights).sum((2, 3)).mean(1)[:, None, None, None]
-        variance = ((part - mean).square() * weights).sum((2, 3)).mean(1)[:, None, None, None]
-        parts.append((part - mean) / (variance + 1e-4).sqrt())
-    return torch.cat(parts, 1) * norm.weight[:, None, None] + norm.bias[:, None, None]
-
-
-def naive_block(block, x, embedding, mask=None):
-    h = F.conv2d(F.silu(naive_norm(x, block.norm1, mask)), block.conv1.weight, block.conv1.bias, padding=1)
-    scale, shift = block.modulation(F.silu(embedding))[:, :, None, None].chunk(2, 1)
-    h = F.silu(naive_norm(h, block.norm2, mask) * (1 + scale) + shift)
-    h = F.conv2d(h, block.conv2.weight, block.conv2.bias, padding=1)
-    same = isinstance(block.shortcut, torch.nn.Identity)
-    return h + (x if same else F.conv2d(x, block.shortcut.weight, block.shortcut.bias))
-
-
-def naive_attention(attention, x, mask=None):
-    q, k, v = attention.qkv(naive_norm(x, attention.norm, mask)).flatten(2).chunk(3, 1)
-    out = []
-    for qh, kh, vh in zip(*(z.chunk(attention.heads, 1) for z in (q, k, v)), strict=True):
-        weights = (qh.transpose(1, 2) @ kh / math.sqrt(qh.shape[1])).softmax(-1)
-        out.append(vh @ weights.transpose(1, 2))
-    return x + attention.project(torch.cat(out, 1).reshape(x.shape))
-
-
-def naive_encoder(encoder, x, embedding):
-    h = F.conv2d(x, encoder.conv_in.weight, encoder.conv_in.bias, padding=1)
-    skips = [h]
-    for level in encoder.levels:
-        for i, block in enumerate(level["blocks"]):
-            h = naive_block(block, h, embedding)
-            h = naive_attention(level["attention"][i], h) if len(level["attention"]) else h
-            skips.append(h)
-        if "down" in level:
-            h = F.conv2d(h, level["down"].weight, level["down"].bias, stride=2, padding=1)
-            skips.append(h)
-    return skips
-
-
-def naive_middle(middle, h, embedding):
-    h = naive_attention(middle.attention, naive_block(middle.block1, h, embedding))
-    return naive_block(middle.block2, h, embedding)
-
-
-def naive_decoder(decoder, h, skips, embedding, mask=None):
-    """``mask`` [B, 1, H, W] only weighs masked norms."""
-    skips = list(skips)
-    for level in decoder.levels:
-        here = None if mask is None else F.interpolate(mask, h.shape[2:], mode="area")
-        for i, block in enumerate(level["blocks"]):
-            h = naive_block(block, torch.cat([h, skips.pop()], 1), embedding, here)
-            h = naive_attention(level["attention"][i], h, here) if len(level["attention"]) else h
-        if "up" in level:
-            up = level["up"]
-            h = F.conv2d(h.repeat_interleave(2, 2).repeat_interleave(2, 3), up.weight, up.bias, padding=1)
-    assert not skips, "every skip is used once"
-    return decoder.conv_out(F.silu(naive_norm(h, decoder.norm_out, mask)))
-
-
-def naive_trunk(model, x, t):
-    embedding = model.time(t)
-    skips = naive_encoder(model.encoder, x, embedding)
-    return embedding, skips, naive_middle(model.middle, skips[-1], embedding)
-
-
-def masked(skips, mask):
-    """h_enc * m_k at every resolution, the mask averaged over the area of each coarser pixel."""
-    return [s * F.interpolate(mask, s.shape[2:], mode="area") for s in skips]
-
-
-@torch.no_grad()
-def naive_thesis(model, x, t, decoding="masked_skips"):
-    embedding, skips, h = naive_trunk(model, x, t)
-    masks = naive_decoder(model.mask_generator, h, skips, embedding).softmax(1)
-    if decoding == "concat":
-        widen = lambda f: torch.cat([f, F.interpolate(masks, f.shape[2:], mode="area")], 1)  # noqa: E731
-        return masks, naive_decoder(model.decoder, widen(h), [widen(s) for s in skips], embedding)
-    prediction = 0
-    for k in range(model.regions):
-        mask = masks[:, k : k + 1]
-        decoder = model.decoder[k] if decoding == "unshared" else model.decoder
-        if decoding == "masked_mid":
-            out = naive_decoder(decoder, masked([h], mask)[0], skips, embedding)
-        else:
-            out = naive_decoder(decoder, h, masked(skips, mask), embedding, mask)
-        prediction = prediction + mask * out
-    return masks, prediction
-
-
-@torch.no_grad()
-def naive_regional(model, x, t):
-    embedding, skips, h = naive_trunk(model, x, t)
-    logits = naive_decoder(model.mask_generator, h, skips[model.blocks + 1 :], embedding)
-    logits = F.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=False)
-    logits = logits - logits.mean(1, keepdim=True)
-    norm, level = model.logit_norm, t // 100
-    mean, variance = norm.mean[level][:, :, None, None], norm.variance[level][:, :, None, None]
-    masks = (norm.gain * (logits - mean) / (variance + 1e-5).sqrt()).softmax(1)
-    feature = model.tokens.feature(x)
-    prediction = 0
-    for k in range(model.regions):
-        mask = masks[:, k : k + 1]
-        token = (mask * feature).sum((2, 3)) / (mask.sum((2, 3)) + 0.5)
-        out = naive_decoder(model.decoder, h, masked(skips, mask), embedding + model.tokens.embed(token), mask)
-        prediction = prediction + mask * out
-    return masks, prediction
-
-
-# --- the equations ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("decoding", DECODINGS)
-def test_thesis_form_is_its_equations(decoding):
-    model = tiny(decoding=decoding)
-    x, t = batch()
-    with torch.no_grad():
-        prediction, regions = model(x, t)
-    masks, expected = naive_thesis(model, x, t, decoding)
-    assert masks.amax(1).mean() > 0.5, "masks near 1/K would not tell the branches apart"
-    torch.testing.assert_close(regions.masks, masks)
-    torch.testing.assert_close(prediction, expected)
-    if decoding != "concat":
-        assert regions.branches.shape == (2, 3, 3, 16, 16)
-        torch.testing.assert_close((regions.branches * regions.masks[:, :, None]).sum(1), expected)
-
-
-@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
-def test_regional_form_is_its_formulas_also_off_the_square(size):
-    model = tiny(**REGIONAL)
-    x, t = batch(size=size)
-    with torch.no_grad():
-        prediction, regions = model(x, t)
-    masks, expected = naive_regional(model, x, t)
-    torch.testing.assert_close(regions.masks, masks)
-    torch.testing.assert_close(prediction, expected)
-
-
-@pytest.mark.parametrize("norm", ["pixel", "masked_group"])
-def test_branch_norms_are_their_formulas(norm):
-    model = tiny(branch_norm=norm)
-    kinds = {m.kind for m in model.decoder.modules() if hasattr(m, "kind")}
-    elsewhere = {m.kind for part in (model.encoder, model.middle, model.mask_generator) for m in part.modules()
-                 if hasattr(m, "kind")}  # fmt: skip
-    assert (kinds, elsewhere) == ({norm}, {"group"})
-    x, t = batch()
-    with torch.no_grad():
-        torch.testing.assert_close(model(x, t).prediction, naive_thesis(model, x, t)[1])
-
-
-def test_concat_takes_the_norm_it_is_given():
+def test_concat_takes_the_norm_it_is_given(tiny):
     kinds = {m.kind for m in tiny(decoding="concat", branch_norm="pixel").decoder.modules() if hasattr(m, "kind")}
     assert kinds == {"pixel"}
 
 
-def test_fp32_is_fp64_to_rounding():
+def test_fp32_is_fp64_to_rounding(tiny, batch):
     model, (x, t) = tiny(**REGIONAL), batch()
     with torch.no_grad():
         exact = model(x, t)
@@ -215,24 +37,13 @@ def test_fp32_is_fp64_to_rounding():
     torch.testing.assert_close(single.prediction.double(), exact.prediction, atol=1e-4, rtol=1e-4)
 
 
-def test_one_region_is_the_plain_unet():
-    model, (x, t) = tiny(regions=1), batch()
-    with torch.no_grad():
-        prediction, regions = model(x, t)
-        embedding, skips, h = naive_trunk(model, x, t)
-        torch.testing.assert_close(prediction, naive_decoder(model.decoder, h, skips, embedding))
-        in_a_row = model.decoder(model.middle(model.encoder(x, embedding)[-1], embedding), skips, embedding)
-    torch.testing.assert_close(prediction, in_a_row)
-    assert (regions.masks == 1).all() and regions.masks.shape == (2, 1, 16, 16)
-    assert not hasattr(model, "mask_generator")
-
-
 @pytest.mark.parametrize("form", [{}, REGIONAL])
-def test_masks_sum_to_one_at_every_resolution_the_decoder_sees(form, monkeypatch):
+def test_masks_sum_to_one_at_every_resolution_the_decoder_sees(tiny, batch, form, monkeypatch):
     model, (x, t) = tiny(**form), batch()
     seen = []
     inner = model.decoder.forward
-    monkeypatch.setattr(model.decoder, "forward", lambda h, s, e, pyramid: (seen.extend(pyramid), inner(h, s, e, pyramid))[1])
+    watched = lambda h, s, e, pyramid: (seen.extend(pyramid), inner(h, s, e, pyramid))[1]  # noqa: E731
+    monkeypatch.setattr(model.decoder, "forward", watched)
     with torch.no_grad():
         seen.append(model(x, t).bottleneck.masks)
         seen.append(model.segment(x, t))
@@ -244,6 +55,7 @@ def test_masks_sum_to_one_at_every_resolution_the_decoder_sees(form, monkeypatch
 
 def halves(model, monkeypatch):
     """Region 0 sees the right half of the picture, region 1 the left one, whatever the network thinks."""
+
     def logits(h, skips, embedding, pyramid=None):
         out = torch.full((len(h), 2, 16, 16), -1e4, dtype=h.dtype)
         out[:, 0, :, 8:] = out[:, 1, :, :8] = 1e4
@@ -267,7 +79,7 @@ def left(h):
 
 @pytest.mark.parametrize(("decoding", "sees_mid", "sees_skips"), [("masked_skips", 1, 0), ("masked_mid", 0, 1)])
 @torch.no_grad()
-def test_a_branch_sees_all_of_h_mid_and_only_its_part_of_the_skips(decoding, sees_mid, sees_skips, monkeypatch):
+def test_a_branch_sees_all_of_h_mid_and_its_part_of_the_skips(tiny, batch, decoding, sees_mid, sees_skips, monkeypatch):
     model, (x, t) = tiny(decoding=decoding, regions=2), batch()
     halves(model, monkeypatch)
     calm = model(x, t).bottleneck.branches
@@ -283,7 +95,7 @@ def test_a_branch_sees_all_of_h_mid_and_only_its_part_of_the_skips(decoding, see
 
 
 @torch.no_grad()
-def test_unshared_decoders_with_equal_weights_are_the_shared_one():
+def test_unshared_decoders_with_equal_weights_are_the_shared_one(tiny, batch):
     model, (x, t) = tiny(**REGIONAL), batch()
     apart = tiny(**REGIONAL, decoding="unshared")
     assert len(apart.decoder) == 3
@@ -297,9 +109,9 @@ def test_unshared_decoders_with_equal_weights_are_the_shared_one():
 
 @pytest.mark.parametrize("decoding", [*DECODINGS, "one region"])
 @pytest.mark.parametrize("form", ["thesis", "regional"])
-def test_every_parameter_learns(decoding, form):
+def test_every_parameter_learns(batch, decoding, form):
     changes = {"regions": 1} if decoding == "one region" else {"decoding": decoding}
-    small = {k: v for k, v in TINY.items() if k not in changes}
+    small = {"resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "groups": 4}
     model = preset_config(None, form=form, steps=1, **small, **changes).resolved().build().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, t = batch(torch.float32, count=8)
@@ -316,7 +128,7 @@ def test_every_parameter_learns(decoding, form):
 
 @pytest.mark.parametrize("form", [{}, REGIONAL])
 @torch.no_grad()
-def test_segmenting_runs_no_decoder_and_gives_the_masks_of_the_forward_pass(form, monkeypatch):
+def test_segmenting_runs_no_decoder_and_gives_the_masks_of_the_forward_pass(tiny, batch, form, monkeypatch):
     model, (x, t) = tiny(**form), batch()
     expected = model(x, t).bottleneck.masks
 
@@ -329,7 +141,7 @@ def test_segmenting_runs_no_decoder_and_gives_the_masks_of_the_forward_pass(form
     assert torch.equal(model.segment(x, t), expected)
 
 
-# --- normalised logits and tokens --------------------------------------------------------------------------------------------
+# --- normalised logits and tokens ---
 
 
 def test_logit_norm_normalises_each_region_among_images_of_like_noise():
@@ -367,7 +179,7 @@ def test_running_averages_of_the_logit_norm_follow_the_levels_that_occur():
 
 
 @torch.no_grad()
-def test_in_evaluation_an_image_does_not_depend_on_its_companions():
+def test_in_evaluation_an_image_does_not_depend_on_its_companions(tiny, batch):
     model, (x, t) = tiny(**REGIONAL), batch(count=8)
     before = {k: v.clone() for k, v in model.named_buffers()}
     together = model(x, t)
@@ -390,11 +202,11 @@ def test_a_region_token_does_not_depend_on_the_area_and_only_on_its_own_pixels()
     torch.testing.assert_close(tokens(image, small), tokens(elsewhere, small))
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------------------
+# --- numbers ---
 
 
 @pytest.mark.parametrize("form", [{}, {**REGIONAL}])
-def test_gradients_are_those_of_finite_differences(form):
+def test_gradients_are_those_of_finite_differences(tiny, batch, form):
     model = tiny(**form, regions=2, blocks=1).train()
     x, t = batch(count=4)
     weights = torch.randn_like(x)
@@ -405,8 +217,9 @@ def test_gradients_are_those_of_finite_differences(form):
 
     x.requires_grad_()
     value().backward()
-    entries = [(p, i) for p in model.parameters() for i in (torch.randint(p.numel(), ()).item(),)]
-    picked = [entries[i] for i in torch.randperm(len(entries))[:25]] + [(x, 17), (model.mask_generator.conv_out.weight, 3)]
+    entries = [(p, torch.randint(p.numel(), ()).item()) for p in model.parameters()]
+    picked = [entries[i] for i in torch.randperm(len(entries))[:25]]
+    picked += [(x, 17), (model.mask_generator.conv_out.weight, 3)]
     for tensor, i in picked:
         flat, step = tensor.detach().view(-1), 1e-5
         there = []
@@ -420,7 +233,7 @@ def test_gradients_are_those_of_finite_differences(form):
 
 @pytest.mark.parametrize("form", [{}, REGIONAL])
 @torch.no_grad()
-def test_channels_last_gives_the_same(form):
+def test_channels_last_gives_the_same(tiny, batch, form):
     model, (x, t) = tiny(torch.float32, **form), batch(torch.float32)
     expected = model(x, t)
     got = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t)
@@ -429,7 +242,7 @@ def test_channels_last_gives_the_same(form):
 
 
 @pytest.mark.parametrize("form", [{}, REGIONAL])
-def test_bf16_autocast_is_near_fp32(form):
+def test_bf16_autocast_is_near_fp32(tiny, batch, form):
     model, (x, t) = tiny(torch.float32, **form), batch(torch.float32)
     expected = model(x, t)
     with torch.autocast("cpu", torch.bfloat16):
@@ -443,7 +256,7 @@ def test_bf16_autocast_is_near_fp32(form):
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_the_reference_ops_give_the_same_numbers(decoding, monkeypatch):
+def test_the_reference_ops_give_the_same_numbers(tiny, batch, decoding, monkeypatch):
     form = REGIONAL if decoding in ("masked_skips", "unshared") else {}
     model, (x, t) = tiny(**form, decoding=decoding).train(), batch(count=4)
     results = []
@@ -457,17 +270,18 @@ def test_the_reference_ops_give_the_same_numbers(decoding, monkeypatch):
         torch.testing.assert_close(ours, plain)
 
 
-def test_it_compiles_without_a_graph_break():
+def test_it_compiles_without_a_graph_break(tiny, batch):
     model, (x, t) = tiny(torch.float32, **REGIONAL, attention=()).train(), batch(torch.float32, count=8)
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for run in (compiled, twin):
         run(x, t).prediction.square().mean().backward()
     for (name, ours), plain in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, plain.grad, atol=1e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        named = lambda m, name=name: f"{name}: {m}"  # noqa: E731
+        torch.testing.assert_close(ours.grad, plain.grad, atol=1e-5, rtol=1e-3, msg=named)
 
 
-# --- sizes -------------------------------------------------------------------------------------------------------------------
+# --- sizes ---
 
 
 @pytest.mark.parametrize(
@@ -504,10 +318,10 @@ def test_presets_build_and_answer_at_their_resolution(preset):
         ({"multipliers": (2,), "half_resolution_masks": True}, r"more multipliers"),
     ],
 )
-def test_parts_that_cannot_work_together_are_refused_with_the_cure(changes, says):
+def test_parts_that_cannot_work_together_are_refused_with_the_cure(tiny, changes, says):
     with pytest.raises(ConfigError, match=says):
-        FactorizedUNet(**{**TINY, **changes})
+        tiny(**changes)
 
 
-def test_one_region_does_not_mind_settings_of_masks_it_lacks():
-    FactorizedUNet(**{**TINY, "regions": 1, "multipliers": (1,), **REGIONAL})
+def test_one_region_does_not_mind_settings_of_masks_it_lacks(tiny):
+    tiny(regions=1, multipliers=(1,), **REGIONAL)

@@ -169,7 +169,8 @@ def test_inspect_writes_two_sheets_and_answers_the_alarms(changes, tmp_path, mon
 def test_to_uint8_undoes_to_float_and_clips():
     images = pictures()
     np.testing.assert_array_equal(to_uint8(to_float(torch.from_numpy(images))), images)
-    assert to_float(torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)).flatten().tolist() == pytest.approx([-1, 1, -0.6])
+    pixel = torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)
+    assert to_float(pixel).flatten().tolist() == pytest.approx([-1, 1, -0.6])
     assert to_uint8(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).ravel().tolist() == [0, 255]
 
 

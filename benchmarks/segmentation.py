@@ -1,0 +1,131 @@
+"""Does a segmentation emerge? Trains segdiff from several seeds on one data set and scores each on held-out labelled images.
+
+    python benchmarks/segmentation.py procedural --preset demo --seeds 0 1 2 3 4
+    python benchmarks/segmentation.py flowers17 --data ../shared/data/flowers17_128 --preset fast32 --ignore 128
+    python benchmarks/segmentation.py flowers17 --data ../shared/data/flowers17_128 --preset fast32 --ignore 128 --form thesis
+
+Each run is a JSON object in benchmarks/results/segmentation.json with its machine, commit and settings; a run that stands
+there is not run again. Without --seeds the table of all results is printed. Scores are of the last step, never of the best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).with_name("results") / "segmentation.json"
+WORKED = 0.8  # IoU from which a run counts as having found the object
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help="what the data set is called in the table")
+    parser.add_argument("--data", help="as train_segdiff takes it; left out: the procedural flowers")
+    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--form", default="regional", choices=("regional", "thesis"))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[])
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads a run may use")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
+    parser.add_argument("--ignore", type=int)
+    parser.add_argument("--holdout", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks")
+    parser.add_argument("--baselines", action="store_true", help="score the trivial predictors too (once is enough)")
+    args = parser.parse_args()
+    changes = {k: json.loads(v) for k, v in (entry.split("=", 1) for entry in args.set)}
+    for seed in args.seeds:
+        run_once(args, changes, seed)
+    print(table(read_results()))
+
+
+def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
+    """Train and score one seed, unless its result stands already."""
+    import torch
+
+    import factorkit
+
+    settings = {"preset": args.preset, "form": args.form, **changes}
+    key = " ".join([args.name, *(f"{k}={v}" for k, v in settings.items()), f"seed={seed}"])
+    if key in read_results():
+        return
+    torch.set_num_threads(args.threads)
+    out = args.out / key.replace(" ", "_").replace("/", "_")
+    shutil.rmtree(out, ignore_errors=True)  # a result is of one unbroken, timed run
+    holdout = int(args.holdout) if args.holdout.isdigit() else args.holdout
+    start = time.perf_counter()
+    run = factorkit.train_segdiff(
+        args.data, out=out, preset=args.preset, form=args.form, seed=seed, holdout=holdout, ignore=args.ignore,
+        baselines=args.baselines, **changes,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [e for e in events if e["event"] == "step"]
+    alarms = [e for e in events if e["event"] == "alarms"][-1]
+    record = {
+        "set": args.name, **settings, "seed": seed, "scores": run.scores,
+        "alarms": {k: v for k, v in alarms.items() if k not in ("event", "time")},
+        "training_seconds": round(sum(e["seconds"] for e in steps), 1), "seconds": round(seconds, 1),
+        "images_per_second": round(statistics.median(e["images_per_second"] for e in steps), 1),
+        "machine": machine(args.threads), "commit": commit(), "torch": torch.__version__,
+    }  # fmt: skip
+    write_result(key, record)
+    print(key, {k: round(run.scores[k], 3) for k in ("acc", "iou", "dice")}, f"{seconds:.0f} s", flush=True)
+
+
+def read_results() -> dict[str, dict]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def write_result(key: str, record: dict) -> None:
+    """Add one result; two benchmark processes may run side by side, so the file is locked while it is read and written."""
+    import fcntl
+
+    RESULTS.parent.mkdir(exist_ok=True)
+    with open(RESULTS.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = {**read_results(), key: record}
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def table(results: dict[str, dict]) -> str:
+    """One line a data set and setting: seeds tried, seeds that worked, IoU of each, time."""
+    groups: dict[str, list[dict]] = {}
+    for key, record in results.items():
+        groups.setdefault(key.rsplit(" seed=", 1)[0], []).append(record)
+    lines = ["| run | seeds | worked (IoU >= .80) | IoU a seed | mean | training, s |", "|---|---|---|---|---|---|"]
+    for name, records in sorted(groups.items()):
+        iou = [r["scores"]["iou"] for r in sorted(records, key=lambda r: r["seed"])]
+        seconds = statistics.median(r["training_seconds"] for r in records)
+        each = " ".join(f"{x:.3f}".lstrip("0") for x in iou)
+        worked = sum(x >= WORKED for x in iou)
+        lines.append(f"| {name} | {len(iou)} | {worked} | {each} | {statistics.mean(iou):.3f} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def machine(threads: int) -> str:
+    """The processor and the threads used of it."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {threads} thread(s)"
+
+
+def commit() -> str:
+    """The commit of this checkout, marked where it has changes."""
+    try:
+        asked = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+        return subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""What can be asked of a trained model; here one that was trained for three steps, or is told what to answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import factorkit
+from factorkit.data.procedural import flowers
+from factorkit.errors import CheckpointError, ConfigError, DataError
+from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.run import SegdiffRun
+from factorkit.segdiff.sampling import draw_images
+from factorkit.segdiff.task import noised, to_float
+
+CPU = torch.device("cpu")
+TINY = {
+    "resolution": 16, "regions": 3, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2,
+    "steps": 3, "batch_size": 4, "ema": 0.5, "learning_rate": 1e-3,
+    "checkpoint_every": 1, "sample_every": 0, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a run on six pictures without labels."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    images, _ = flowers(6, 16)
+    factorkit.train_segdiff(images, out=folder, preset="demo", progress=False, **TINY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(trained) -> SegdiffRun:
+    run = factorkit.load(trained, device="cpu")
+    with torch.no_grad():  # masks that differ visibly from place to place
+        run.model.mask_generator.conv_out.weight.mul_(30)
+    return run
+
+
+def untrained(folder=None, **changes) -> SegdiffRun:
+    config = preset_config("demo", **{**TINY, **changes}).resolved()
+    torch.manual_seed(0)
+    return SegdiffRun(config, config.build(), CPU, 0, folder)
+
+
+def picture(width, height, seed=0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def knows(run, monkeypatch, regions_of):
+    """``run.model`` answers regions_of(colours [B, 3, H, W] in [-1, 1]) -> labels [B, H, W] instead of thinking."""
+
+    def segment(x_t, t):
+        labels = regions_of(x_t / run.schedule.signal(t))
+        return F.one_hot(labels, run.config.regions).movedim(-1, 1).float()
+
+    monkeypatch.setattr(run.model, "segment", segment)
+
+
+# --- segment ---
+
+
+def test_segment_of_a_square_is_the_models_masks_at_level_30(run):
+    image = picture(16, 16)
+    x = to_float(torch.from_numpy(np.array(image))[None])
+    x_t, t = noised(x, 30, run.schedule)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = run.model(x_t, t).bottleneck.masks
+    seg = run.segment(image)
+    assert seg.masks.std((0, 2, 3)).min() > 0.01
+    torch.testing.assert_close(seg.masks, expected)
+    assert torch.equal(seg.labels, seg.masks.argmax(1))
+    assert seg.labels.shape == (1, 16, 16) and seg.masks.shape == (1, 3, 16, 16)
+    assert not torch.equal(run.segment(image, t=800).masks, seg.masks)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 24), (9, 31), (7, 5), (3, 50), (1, 1), (200, 17)])
+def test_masks_come_back_at_the_pictures_own_size(run, size):
+    seg = run.segment(picture(*size))
+    assert seg.masks.shape == (1, 3, size[1], size[0]) and seg.labels.shape == (1, size[1], size[0])
+    torch.testing.assert_close(seg.masks.sum(1), torch.ones(1, size[1], size[0]))
+    assert seg.labels.min() >= 0 and seg.labels.max() < 3 and seg.labels.dtype == torch.int64
+
+
+def test_the_whole_picture_is_segmented_in_its_own_proportions(monkeypatch):
+    run = untrained(regions=2)
+    seen = []
+    knows(run, monkeypatch, lambda colours: (seen.append(colours.shape), (colours[:, 0] > 0).long())[1])
+    pixels = np.zeros((24, 96, 3), np.uint8)
+    pixels[:, 72:, 0] = 255  # a bar at the right, outside of the centred square
+    pixels[:4] = 0
+    labels = run.segment(Image.fromarray(pixels)).labels[0].numpy()
+    assert seen == [(1, 3, 16, 64)]
+    assert (labels != (pixels[..., 0] > 0)).mean() < 0.03
+
+
+def test_everything_that_holds_pictures_is_accepted_and_means_the_same(run, tmp_path):
+    first, second = picture(20, 16, 1), picture(20, 16, 2)
+    pixels = np.stack([np.asarray(first), np.asarray(second)])
+    (tmp_path / "sub").mkdir()
+    paths = [tmp_path / "a.png", tmp_path / "sub" / "b.png"]
+    first.save(paths[0])
+    second.save(paths[1])
+    channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    given = {
+        "folder": tmp_path, "name of a folder": str(tmp_path), "paths": paths, "names": [*map(str, paths)],
+        "pictures": [first, second], "array": pixels, "float array": pixels.astype(np.float32) / 255,
+        "tensor": channels_first, "float tensor": channels_first.float() / 255,
+        "doubles": channels_first.double() / 255, "list of arrays": list(pixels),
+        "list of tensors": list(channels_first),
+    }  # fmt: skip
+    expected = run.segment([first, second]).masks
+    assert not torch.allclose(expected[0], expected[1])
+    for what, images in given.items():
+        seg = run.segment(images)
+        assert torch.equal(seg.masks, expected), what
+        assert len(seg.names) == 2, what
+    assert run.segment(tmp_path).names == ["a.png", "sub/b.png"]
+    half = run.segment((channels_first.float() / 255).bfloat16())
+    assert (half.labels == expected.argmax(1)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "one",
+    [lambda p: p, np.asarray, lambda p: torch.from_numpy(np.array(p)).permute(2, 0, 1)],
+    ids=["PIL", "array", "tensor"],
+)
+def test_a_single_picture_is_a_batch_of_one(run, one):
+    image = picture(18, 16)
+    assert torch.equal(run.segment(one(image)).masks, run.segment([image]).masks)
+
+
+def test_pictures_of_different_sizes_come_as_lists(run):
+    seg = run.segment([picture(20, 16), picture(16, 40)])
+    assert [tuple(m.shape) for m in seg.masks] == [(3, 16, 20), (3, 40, 16)]
+    assert [tuple(label.shape) for label in seg.labels] == [(16, 20), (40, 16)]
+
+
+def test_segmenting_is_deterministic_and_independent_of_companions(run):
+    images = [picture(16, 16, seed) for seed in range(4)]
+    together, again = run.segment(images).masks, run.segment(images).masks
+    torch.manual_seed(5)
+    assert torch.equal(together, again)
+    assert torch.equal(run.segment(images[2]).masks[0], together[2])
+
+
+@pytest.mark.parametrize("level", [-1, 1000])
+def test_a_level_out_of_range_is_refused(run, level):
+    images, masks = flowers(4, 16)
+    with pytest.raises(ConfigError, match=f"t={level} must lie between 0 and 999"):
+        run.segment(picture(16, 16), t=level)
+    with pytest.raises(ConfigError, match=f"t={level} must lie between 0 and 999"):
+        run.evaluate(images, masks, t=level)
+
+
+def test_one_region_refuses_to_segment_and_to_be_scored():
+    plain = untrained(regions=1)
+    images, masks = flowers(4, 16)
+    with pytest.raises(ConfigError, match="regions=1, the plain DDPM"):
+        plain.segment(picture(16, 16))
+    with pytest.raises(ConfigError, match="regions=1, the plain DDPM"):
+        plain.evaluate(images, masks)
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [("nowhere/at/all", "no such file or folder"), ([], "empty list"), (torch.zeros(5, 2, 8, 8), r"\(5, 2, 8, 8\)"),
+     (np.zeros((8, 8), np.uint8), "not a set of images"), (torch.full((1, 3, 8, 8), 200.0), "expected 0 to 1")],
+)  # fmt: skip
+def test_what_is_no_picture_is_refused(run, images, says):
+    with pytest.raises(DataError, match=says):
+        run.segment(images)
+
+
+def test_a_broken_file_is_named(run, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match="broken.jpg"):
+        run.segment(tmp_path)
+
+
+# --- generate ---
+
+
+def test_generated_images_are_a_function_of_the_seed(run):
+    first, again, other = (run.generate(3, steps=3, seed=seed) for seed in (1, 1, 2))
+    assert first.images.shape == (3, 3, 16, 16) and first.masks.shape == (3, 3, 16, 16)
+    assert torch.equal(first.images, again.images) and not torch.equal(first.images, other.images)
+    assert first.images.min() >= 0 and first.images.max() <= 1 and first.images.std() > 0
+    torch.testing.assert_close(first.masks.sum(1), torch.ones(3, 16, 16))
+    assert torch.equal(first.labels, first.masks.argmax(1)) and first.trajectory is None
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = draw_images(run.model, run.config, 3, steps=3, seed=1, device=CPU)
+    assert drawn.images.min() < -0.2
+    torch.testing.assert_close(first.images, drawn.images / 2 + 0.5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_the_trajectory_leads_from_noise_to_the_images(run, sampler):
+    drawn = run.generate(2, sampler=sampler, steps=4, trajectory=True)
+    assert [frame.t for frame in drawn.trajectory] == [999, 666, 333, 0]
+    for frame in drawn.trajectory:
+        assert frame.images.shape == drawn.images.shape and 0 <= frame.images.min() <= frame.images.max() <= 1
+    assert torch.equal(drawn.trajectory[-1].images, drawn.images)
+    assert torch.equal(drawn.trajectory[-1].masks, drawn.masks)
+    assert torch.equal(drawn.images, run.generate(2, sampler=sampler, steps=4).images)
+
+
+def test_a_model_that_never_saw_the_noisiest_levels_starts_below_them():
+    low = untrained(tail=0.0, t_max=40)
+    assert [frame.t for frame in low.generate(1, trajectory=True).trajectory][:2] == [39, 38], "not 50 steps either"
+    assert untrained(tail=0.1, t_max=40).generate(1, steps=2, trajectory=True).trajectory[0].t == 999
+
+
+@pytest.mark.parametrize("changes", [{"regions": 1}, {"decoding": "concat"}, {"form": "thesis"}])
+def test_every_kind_of_model_generates(changes):
+    drawn = untrained(**changes).generate(2, steps=2, trajectory=True)
+    assert drawn.masks.shape == (2, changes.get("regions", 3), 16, 16)
+    assert drawn.images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"), [({"n": 0}, "n=0"), ({"steps": 0}, "steps=0"), ({"sampler": "euler"}, "sampler 'euler'")]
+)
+def test_generate_refuses_what_it_cannot_do(run, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        run.generate(**{"n": 1, **changes})
+
+
+# --- evaluate ---
+
+
+def squares(count=8, size=16, seed=0):
+    """Bright squares on black, and their masks; the noise of level 30 does not hide them."""
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((count, size, size), np.uint8)
+    for mask in masks:
+        top, left = rng.integers(1, size // 2, 2)
+        mask[top : top + 6, left : left + 6] = 1
+    return np.repeat(masks[..., None] * np.uint8(255), 3, -1), masks
+
+
+def bright(colours):
+    return (colours.mean(1) > 0).long()
+
+
+def test_a_model_that_knows_the_masks_scores_one(monkeypatch):
+    run = untrained(regions=2)
+    knows(run, monkeypatch, lambda colours: 1 - bright(colours))
+    scores = run.evaluate(*squares(), fit=3)
+    assert {n: scores[n] for n in ("acc", "iou", "dice", "oracle_iou")} == pytest.approx(
+        {"acc": 1, "iou": 1, "dice": 1, "oracle_iou": 1}
+    )
+    assert (scores["mapping"], scores["fitted_on"], scores["scored"], scores["size"]) == ([0], 3, 5, 16)
+    assert scores["confidence"] == pytest.approx(1)
+    json.dumps(scores)
+
+
+def test_the_fixed_mapping_is_not_the_oracle(monkeypatch):
+    run = untrained(regions=2)
+    images, masks = squares(10)  # the two regions trade places from image to image
+    order = iter(range(10))
+    knows(run, monkeypatch, lambda colours: torch.stack([b if next(order) % 2 else 1 - b for b in bright(colours)]))
+    scores = run.evaluate(images, masks, fit=2)
+    assert scores["oracle_iou"] == pytest.approx(1)
+    assert scores["iou"] < 0.7
+
+
+def test_scores_by_hand_with_pixels_that_are_not_counted(monkeypatch):
+    run = untrained(regions=2)
+    knows(run, monkeypatch, lambda colours: torch.zeros_like(colours[:, 0], dtype=torch.int64))
+    images, masks = squares(4)
+    masks[:, :, 14:] = 128
+    scores = run.evaluate(images, masks, fit=1, ignore=128)
+    inside = (masks[1:] == 1).sum((1, 2)) / (16 * 14)
+    assert scores["mapping"] == [0], "all foreground is better than none"
+    assert scores["iou"] == pytest.approx(inside.mean()) == scores["acc"]
+    assert scores["dice"] == pytest.approx((2 * inside / (inside + 1)).mean())
+
+
+def test_scores_at_another_size_are_those_of_the_enlarged_masks(monkeypatch):
+    run = untrained(regions=2)
+    knows(run, monkeypatch, bright)
+    images, masks = squares(6, 64)
+    scores = run.evaluate(images, masks, fit=2, size=64)
+    assert scores["size"] == 64 and 0.4 < scores["iou"] < 1
+
+
+def test_folders_match_by_name_and_baselines_stand_beside(monkeypatch, tmp_path):
+    run = untrained(tmp_path / "run", regions=2)
+    knows(run, monkeypatch, bright)
+    images, masks = squares(5)
+    for name, stack, factor in (("images", images, 1), ("masks", masks, 255)):
+        (tmp_path / name).mkdir()
+        for i, pixels in enumerate(stack):
+            Image.fromarray(pixels * np.uint8(factor)).save(tmp_path / name / f"{(i * 3) % 5}.png")
+    scores = run.evaluate(tmp_path / "images", tmp_path / "masks", fit=2, baselines=True)
+    assert scores["iou"] == pytest.approx(1)
+    assert len(scores["baselines"]) >= 3
+    assert run.scores == json.loads((tmp_path / "run" / "scores.json").read_text()) == json.loads(json.dumps(scores))
+
+
+def test_fit_that_leaves_nothing_is_refused(run):
+    with pytest.raises(ConfigError, match="fit=4 of 4"):
+        run.evaluate(*squares(4), fit=4)
+    assert run.evaluate(*squares(4))["fitted_on"] == 2, "the default is lowered for a small set"
+
+
+# --- files ---
+
+
+def test_a_saved_file_alone_gives_identical_masks_and_images(run, tmp_path):
+    file = run.save(tmp_path / "model.safetensors")
+    again = factorkit.load(file, device="cpu")
+    assert again.config == run.config and again.step == run.step == 3 and again.folder is None and again.scores is None
+    image = picture(20, 16)
+    assert torch.equal(again.segment(image).masks, run.segment(image).masks)
+    assert torch.equal(again.generate(1, steps=2).images, run.generate(1, steps=2).images)
+
+
+def test_a_folder_needs_no_settings_and_gives_the_averaged_weights(trained):
+    run = factorkit.load(trained, device="cpu")
+    assert dataclasses.asdict(run.config) == dataclasses.asdict(preset_config("demo", **TINY).resolved())
+    assert run.folder == trained and not run.model.training
+    stored = load_file(trained / "checkpoints" / "step_00000003.safetensors")
+    weights = run.model.state_dict()
+    assert all(torch.equal(v, stored[f"ema.module.{k}"]) for k, v in weights.items())
+    assert any(not torch.equal(v, stored[f"model.{k}"]) for k, v in weights.items())
+
+
+def test_a_single_checkpoint_of_a_run_can_be_loaded_too(trained):
+    older = factorkit.load(trained / "checkpoints" / "step_00000002.safetensors", device="cpu")
+    assert older.step == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "emptied"])
+def test_of_a_damaged_checkpoint_the_previous_is_taken_and_it_says_so(trained, tmp_path, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    newest = folder / "checkpoints" / "step_00000003.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes({"truncated": content[: len(content) // 2], "altered": content, "emptied": b""}[damage])
+    with pytest.warns(UserWarning, match=r"step_00000003.*damaged.*step_00000002"):
+        run = factorkit.load(folder, device="cpu")
+    assert run.step == 2
+
+
+def test_where_all_are_damaged_nothing_is_made_up(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    for path in (folder / "checkpoints").glob("*.safetensors"):
+        path.write_bytes(b"\0" * 100)
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
+        factorkit.load(folder, device="cpu")
+
+
+def test_foreign_files_and_folders_are_refused(trained, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        factorkit.load(tmp_path / "nowhere.safetensors")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(3)}, foreign)
+    with pytest.raises(CheckpointError, match="foreign.safetensors.*factorkit"):
+        factorkit.load(foreign)
+    with pytest.raises(CheckpointError, match="no run folder"):
+        factorkit.load(tmp_path)
+    shutil.copy(trained / "config.json", tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        factorkit.load(tmp_path)
+
+
+def test_another_model_and_weights_that_do_not_fit_are_refused(run, tmp_path):
+    from factorkit.engine.checkpoint import read_checkpoint, write_checkpoint
+
+    tensors, meta = read_checkpoint(run.save(tmp_path / "model.safetensors"))
+    other = write_checkpoint(tmp_path / "other.safetensors", tensors, {**meta, "model": "nerfdiff"})
+    with pytest.raises(CheckpointError, match="'nerfdiff' model, not segdiff"):
+        factorkit.load(other)
+    wide = write_checkpoint(tmp_path / "wide.safetensors", tensors, {**meta, "width": 16})
+    with pytest.raises(CheckpointError, match="do not fit"):
+        factorkit.load(wide)

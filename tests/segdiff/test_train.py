@@ -1,0 +1,326 @@
+"""``train_segdiff`` from data to scores: folders, resuming, heats, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import factorkit
+from factorkit.data.procedural import flowers
+from factorkit.engine.log import read_log
+from factorkit.errors import CheckpointError, ConfigError, DataError
+from factorkit.segdiff import train
+from factorkit.segdiff.alarms import Alarms
+from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.train import estimate
+
+TINY = {
+    "resolution": 8, "regions": 2, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2,
+    "steps": 4, "batch_size": 4, "checkpoint_every": 2, "sample_every": 0, "log_every": 1, "device": "cpu",
+}  # fmt: skip
+HEALTHY = Alarms(
+    eta_gap=0.45, position_share=0.3, boundary_length=0.05, flip_agreement=0.95, areas=[0.4, 0.6], confidence=0.9,
+    entropy=0.1,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_places(tmp_path, monkeypatch):
+    """No test reads the user's cache or writes where it was started; what has its own tests is cut short here."""
+    monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for caller in ("engine.loop", "segdiff.train"):
+        monkeypatch.setattr(f"factorkit.{caller}.write_report", lambda folder: (Path(folder) / "report.html").touch())
+    monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
+    monkeypatch.setattr("factorkit.segdiff.run.score_baselines", lambda images, *given: {"for": len(images)})
+
+
+def fit(data=None, **changes):
+    return factorkit.train_segdiff(data, **{"preset": "demo", "progress": False, **TINY, **changes})
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(sorted((Path(folder) / "checkpoints").glob("step_*.safetensors"))[-1])
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def kinds(folder) -> list[str]:
+    return [event["event"] for event in read_log(folder)]
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """images/ and masks/: 12 flowers, every one with a mask."""
+    for name, stack, factor in zip(("images", "masks"), flowers(12, 12), (1, 255), strict=True):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i, pixels in enumerate(stack):
+            Image.fromarray(pixels.astype(np.uint8) * np.uint8(factor)).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_without_data_it_trains_on_the_procedural_flowers_and_is_scored_on_others(monkeypatch):
+    small = lambda resolution: real(resolution, train=20, test=6)  # noqa: E731
+    real = train.procedural_dataset
+    monkeypatch.setattr(train, "procedural_dataset", small)
+    run = fit(out="out")
+    assert (run.config.resolution, run.step, run.folder) == (8, 4, Path("out"))
+    settings = json.loads(Path("out/config.json").read_text())
+    assert settings["data"]["name"] == "procedural flowers" and settings["data"]["images"] == 20
+    assert settings["model"] == "segdiff" and settings["preset"] == "demo"
+    scores = json.loads(Path("out/scores.json").read_text())
+    assert scores == run.scores and scores["fitted_on"] + scores["scored"] == 6
+    assert {"acc", "iou", "dice", "oracle_acc", "oracle_iou", "oracle_dice"} <= set(scores)
+    assert run.generate(2, steps=2).images.shape == (2, 3, 8, 8)
+    assert Path("out/report.html").exists()
+    assert sorted(p.name for p in Path("out/samples").iterdir()) == [
+        "000004_generated.png", "000004_segmentation.png",
+    ]  # fmt: skip
+
+
+def test_an_array_and_a_default_folder():
+    run = fit(flowers(6, 8)[0])
+    assert run.folder == Path("runs/demo") and run.scores is None
+    assert kinds("runs/demo")[0] == "start" and kinds("runs/demo")[-1] == "end"
+    losses = [event["loss"] for event in read_log("runs/demo") if event["event"] == "step"]
+    assert len(losses) == 4 and all(np.isfinite(losses))
+
+
+def test_a_folder_with_masks_keeps_some_out_of_training_and_is_scored_on_them(photos):
+    run = fit(photos, out="out", holdout=5, fit=2, baselines=True)
+    settings = json.loads(Path("out/config.json").read_text())
+    assert settings["data"]["images"] == 7
+    scores = json.loads(Path("out/scores.json").read_text())
+    assert (scores["fitted_on"], scores["scored"], scores["step"]) == (2, 3, 4)
+    assert scores["baselines"] == {"for": 5} and run.scores == scores
+
+
+def test_unlabelled_images_can_be_broken_here_and_there_and_lie_anywhere(photos):
+    (photos / "images" / "deep").mkdir()
+    (photos / "images" / "deep" / "broken.jpg").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="1 of 13 .*broken.jpg"):
+        run = fit(photos / "images", out="out")
+    assert json.loads(Path("out/config.json").read_text())["data"]["images"] == 12
+    assert run.scores is None
+
+
+@pytest.mark.parametrize("images", ["missing", "empty", "broken"])
+def test_nothing_to_train_on_is_refused_and_leaves_no_folder(tmp_path, images):
+    if images != "missing":
+        (tmp_path / images).mkdir()
+    if images == "broken":
+        (tmp_path / images / "a.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="a.png" if images == "broken" else images):
+        fit(tmp_path / images, out="out")
+    assert not Path("out").exists()
+
+
+# --- the same call again ---
+
+
+def test_the_same_call_again_trains_nothing_and_scores_nothing(photos, monkeypatch):
+    first = fit(photos, out="out", holdout=5)
+    before, log = weights("out"), kinds("out")
+
+    def never(*given, **named):
+        raise AssertionError("trained or scored again")
+
+    monkeypatch.setattr("factorkit.segdiff.task.SegdiffTask.loss", never)
+    monkeypatch.setattr("factorkit.segdiff.run.SegdiffRun.evaluate", never)
+    again = fit(photos, out="out", holdout=5)
+    assert same(weights("out"), before) and again.scores == first.scores
+    assert kinds("out") == log
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(monkeypatch):
+    images = flowers(6, 8)[0]
+    fit(images, out="whole")
+    inner, calls = train.SegdiffTask.loss, []
+
+    def dies(self, *given):
+        calls.append(0)
+        if len(calls) == 4:
+            raise RuntimeError("power cut")
+        return inner(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("factorkit.segdiff.task.SegdiffTask.loss", dies)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(images, out="broken")
+    with pytest.raises(CheckpointError, match="other settings"):
+        fit(flowers(6, 8, seed=1)[0], out="broken")
+    fit(images, out="broken")
+    assert "resume" in kinds("broken")
+    assert same(weights("whole"), weights("broken"))
+
+
+def test_more_steps_go_on_and_are_scored_anew(photos):
+    assert fit(photos, out="out", holdout=5).scores["step"] == 4
+    longer = fit(photos, out="out", holdout=5, steps=6)
+    assert longer.step == 6 and longer.scores["step"] == 6
+    assert "baselines" not in longer.scores
+    assert "baselines" in fit(photos, out="out", holdout=5, steps=6, baselines=True).scores
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"regions": 3}, "regions: 2 there, 3 asked for"), ({"form": "thesis"}, "form: 'regional' there, 'thesis'"),
+     ({"seed": 5}, "seed: 0 there, 5"), ({"preset": "fast32"}, "preset: 'demo' there")],
+)  # fmt: skip
+def test_the_folder_of_another_run_is_refused_with_the_differences(changes, says):
+    images = flowers(6, 8)[0]
+    fit(images, out="out", steps=1)
+    with pytest.raises(CheckpointError, match=says):
+        fit(images, out="out", steps=1, **changes)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="no factorkit run"):
+        fit(flowers(6, 8)[0], out="out")
+    assert (tmp_path / "out" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"regions": 0}, "regions=0"), ({"resolution": 9}, "resolution=9"), ({"seeds": 0}, "seeds=0"),
+     ({"seeds": 2, "regions": 1}, "regions=1 has none"), ({"preset": "demos"}, "preset='demos'"),
+     ({"regons": 2}, "'regons'"), ({"holdout": 3}, "no masks"), ({"coarse_to_fine": (9, 1)}, "coarse_to_fine"),
+     ({"device": "cuda:77"}, "cuda:77")],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_refused_before_a_folder_is_made(changes, says):
+    with pytest.raises(ConfigError, match=says):
+        fit(flowers(6, 8)[0], out="out", **changes)
+    assert not Path("out").exists()
+
+
+# --- forms and ablations ---
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"form": "thesis"}, {"regions": 1}, {"decoding": "concat"}, {"decoding": "masked_mid", "prediction": "eps"},
+     {"decoding": "unshared"}, {"timesteps": 50}, {"micro_batch_size": 3, "precision": "fp32", "dropout": 0.1}],
+)  # fmt: skip
+def test_every_form_and_ablation_trains_and_is_loaded_again(changes, photos):
+    run = fit(photos, out="out", holdout=5, steps=2, **{"segment_t": 3, **changes})
+    assert (run.scores is None) == (changes.get("regions") == 1)
+    assert factorkit.load("out", device="cpu").config == run.config
+    start = preset_config("demo", **{**TINY, "segment_t": 3, **changes}).resolved()
+    blank = np.zeros((2, 8, 8, 3), np.uint8)
+    fresh = train.SegdiffTask(start, blank, blank, torch.device("cpu"))
+    moved = weights("out")
+    assert any(not torch.equal(moved[f"model.{k}"], v) for k, v in fresh.model.named_parameters())
+
+
+def test_few_labels_end_in_a_warning_and_not_in_a_lost_run(photos):
+    with pytest.warns(UserWarning, match="could not be scored.*at least 2"):
+        run = fit(photos, out="out", holdout=1)
+    assert run.step == 4 and run.scores is None
+
+
+# --- heats ---
+
+
+def alarms_by_seed(monkeypatch, gaps):
+    """The alarms of the heat of each seed, as measured by somebody who knows what comes out."""
+    measured = []
+
+    def alarms(task, model):
+        measured.append(task.config.seed)
+        return dataclasses.replace(HEALTHY, eta_gap=gaps[task.config.seed])
+
+    monkeypatch.setattr("factorkit.segdiff.task.SegdiffTask.alarms", alarms)
+    return measured
+
+
+def test_the_best_heat_is_gone_on_with_exactly(monkeypatch):
+    images = flowers(6, 8)[0]
+    measured = alarms_by_seed(monkeypatch, {10: 0.35, 11: 0.44, 12: 0.1})
+    run = fit(images, out="heats", seeds=3, seed=10)
+    assert set(measured) == {10, 11, 12}
+    assert run.config.seed == 11 and run.step == 4
+    fit(images, out="plain", seed=11)
+    assert same(weights("heats"), weights("plain")), "the heat is the beginning of the run of its seed"
+
+    log = read_log("heats")
+    restarts = [event for event in log if event["event"] == "restart"]
+    assert [event["seed"] for event in restarts] == [10, 11, 12, 11]
+    assert "healthy" in restarts[0]["message"] and "not about content" in restarts[2]["message"]
+    assert restarts[-1]["restarts"] == 3 and "seed 11" in restarts[-1]["message"]
+    assert [event["step"] for event in log if event["event"] == "step"] == [1, 2, 3, 4]
+
+
+def test_that_every_heat_failed_is_said(monkeypatch):
+    alarms_by_seed(monkeypatch, {0: 0.1, 1: 0.2})
+    assert fit(flowers(6, 8)[0], out="out", seeds=2).config.seed == 1
+    assert "fail every seed" in [event for event in read_log("out") if event["event"] == "restart"][-1]["message"]
+
+
+def test_heats_are_resumed_and_not_repeated(monkeypatch):
+    images = flowers(6, 8)[0]
+    alarms_by_seed(monkeypatch, {0: 0.1, 1: 0.4})
+    inner, seen = train.SegdiffTask.loss, []
+
+    def dies(self, model, indices, draw, step):
+        if len(seen) == 3:
+            raise RuntimeError("power cut")
+        seen.append((self.config.seed, step))
+        return inner(self, model, indices, draw, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("factorkit.segdiff.task.SegdiffTask.loss", dies)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(images, out="out", seeds=2)
+    assert seen == [(0, 0), (0, 1), (1, 0)]
+    seen.clear()
+
+    def watches(self, model, indices, draw, step):
+        seen.append((self.config.seed, step))
+        return inner(self, model, indices, draw, step)
+
+    monkeypatch.setattr("factorkit.segdiff.task.SegdiffTask.loss", watches)
+    assert fit(images, out="out", seeds=2).config.seed == 1
+    assert seen == [(1, 0), (1, 1), (1, 2), (1, 3)], "seed 0's heat was finished"
+    seen.clear()
+    assert fit(images, out="out", seeds=2).config.seed == 1
+    assert seen == []
+    fit(images, out="whole", seed=1)
+    assert same(weights("out"), weights("whole"))
+
+
+# --- before training ---
+
+
+def test_estimate_trains_nothing_that_stays_and_gives_sensible_numbers(tmp_path):
+    found = estimate(preset="demo", **TINY)
+    config = preset_config("demo", **TINY).resolved()
+    assert found["parameters"] == sum(p.numel() for p in config.build().parameters())
+    assert found["images_per_second"] > 0
+    assert found["seconds"] == pytest.approx(config.steps * config.batch_size / found["images_per_second"])
+    assert 20 * found["parameters"] / 2**30 <= found["memory_gib"] < 4
+    assert (found["steps"], found["batch_size"], found["trial_images"], found["device"]) == (4, 4, 4, "cpu")
+    assert list(tmp_path.iterdir()) == []
+    json.dumps(found)
+
+
+def test_estimate_refuses_what_training_would():
+    with pytest.raises(ConfigError, match="regions=0"):
+        estimate(preset="demo", regions=0)
+
+
+def test_the_package_names_load_lazily():
+    assert factorkit.train_segdiff is train.train_segdiff
+    assert set(factorkit.__all__) >= {"train_segdiff", "load", "SegdiffRun"}
+    with pytest.raises(AttributeError, match="train_everything"):
+        factorkit.train_everything  # noqa: B018
