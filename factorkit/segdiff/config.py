@@ -45,7 +45,7 @@ class SegdiffConfig(EngineConfig):
     prediction: Literal["eps", "v"] | None = None
     """What the network predicts; None: v for the regional form, eps for the thesis'."""
     branch_norm: Literal["group", "masked_group", "pixel"] | None = None
-    """Norm of the branch decoder; None: masked_group for the regional form, group for the thesis'."""
+    """Norm of the branch decoder; None: pixel in the regional form, group in the thesis'."""
     region_tokens: bool | None = None
     """Add each region's mean local feature to its branch's time embedding; None: in the regional form."""
     normalised_logits: bool | None = None
@@ -83,8 +83,6 @@ class SegdiffConfig(EngineConfig):
         if self.form not in FORMS:
             raise ConfigError(f"form={self.form!r} is unknown; choose one of {', '.join(FORMS)}")
         defaults = dict(FORMS[self.form])
-        if self.decoding in ("concat", "masked_mid") and self.form == "regional":
-            defaults["branch_norm"] = "group"  # nothing a masked norm could weigh by
         if self.decoding == "concat":
             defaults["region_tokens"] = False  # one branch
         # a shorter schedule ends at the same noise, so the same share of it is drawn from
@@ -132,14 +130,14 @@ class SegdiffConfig(EngineConfig):
         """The network of a resolved configuration, with fresh weights."""
         names = (
             "regions", "resolution", "width", "multipliers", "blocks", "attention", "heads", "groups", "dropout",
-            "decoding", "branch_norm", "region_tokens", "normalised_logits", "half_resolution_masks", "timesteps",
+            "decoding", "branch_norm", "region_tokens", "normalised_logits", "half_resolution_masks",
         )  # fmt: skip
         return FactorizedUNet(**{name: getattr(self, name) for name in names})
 
 
 FORMS: dict[str, dict[str, Any]] = {
     "regional": {
-        "prediction": "v", "branch_norm": "masked_group", "region_tokens": True, "normalised_logits": True,
+        "prediction": "v", "branch_norm": "pixel", "region_tokens": True, "normalised_logits": True,
         "half_resolution_masks": True, "mask_learning_rate": 0.3, "t_max": 600, "tail": 0.1,
         "coarse_to_fine": (50, 150),
     },

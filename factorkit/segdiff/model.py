@@ -34,71 +34,36 @@ class Regions(NamedTuple):
 
 
 class RegionLogitNorm(nn.Module):
-    """Mask logits of zero mean and unit variance for each region, among images of like noise, times a learned gain.
+    """Mask logits of zero mean and unit variance for each region over the batch, times a learned gain.
 
-    Keeps the softmax from saturating within the first hundred steps, after which no gradient moves it. "Of like noise"
-    because statistics over the whole batch let the regions tell noise levels apart instead of places: one region for
-    the clean images of a batch, the other for the noisy ones, and a single region at any one level (seen in 3 of 4
-    short runs). The batch is sorted by t and cut into equal parts, each with its own moments. Statistics are shared by
-    all processes of a distributed run; in evaluation running averages for each tenth of the noise levels are used.
+    Keeps the softmax from saturating within the first hundred steps, after which no gradient moves it. Statistics are
+    shared by all processes of a distributed run; in evaluation running averages are used.
     """
 
-    PARTS, LEAST, LEVELS = 4, 4, 10  # parts of a batch, images in each at least, bins of the running averages
-
-    def __init__(self, regions: int, timesteps: int, gain: float = 1.5, momentum: float = 0.05, eps: float = 1e-5):
+    def __init__(self, regions: int, gain: float = 1.5, momentum: float = 0.05, eps: float = 1e-5):
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(gain))
-        self.timesteps, self.momentum, self.eps = timesteps, momentum, eps
-        self.register_buffer("mean", torch.zeros(self.LEVELS, regions))
-        self.register_buffer("variance", torch.ones(self.LEVELS, regions))
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("mean", torch.zeros(regions))
+        self.register_buffer("variance", torch.ones(regions))
 
-    def forward(self, logits: Tensor, t: Tensor) -> Tensor:
-        """logits [B, K, H, W], t [B]; same shape out."""
+    def forward(self, logits: Tensor) -> Tensor:
+        """logits [B, K, H, W]; same shape out."""
         logits = logits - logits.mean(1, keepdim=True)
-        level = (t * self.LEVELS // self.timesteps).clamp(0, self.LEVELS - 1)
         if self.training:
-            mean, variance = self._moments(logits, t)
+            moments = torch.stack([logits.mean((0, 2, 3)), logits.square().mean((0, 2, 3))])
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                import torch.distributed.nn.functional as differentiable
+
+                moments = differentiable.all_reduce(moments) / dist.get_world_size()
+            mean, variance = moments[0], (moments[1] - moments[0].square()).clamp_min(0)
             with torch.no_grad():
-                self._remember(level, mean, variance)
+                self.mean.lerp_(mean, self.momentum)
+                self.variance.lerp_(variance, self.momentum)
         else:
-            mean, variance = self.mean[level], self.variance[level]
+            mean, variance = self.mean, self.variance
         scale = self.gain * torch.rsqrt(variance + self.eps)
-        return (logits - mean[:, :, None, None]) * scale[:, :, None, None]
-
-    def _moments(self, logits: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance [B, K] of the part of the batch that each image belongs to."""
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        everyone = t
-        if world > 1:
-            gathered = [torch.empty_like(t) for _ in range(world)]
-            dist.all_gather(gathered, t)
-            everyone = torch.cat(gathered)
-        parts = max(1, min(self.PARTS, len(everyone) // self.LEAST))
-        rank_of = everyone.argsort(stable=True).argsort()
-        first = dist.get_rank() * len(t) if world > 1 else 0
-        part = rank_of[first : first + len(t)] * parts // len(everyone)
-        each = torch.stack([logits.mean((2, 3)), logits.square().mean((2, 3))], 1)  # [B, 2, K]
-        sums = each.new_zeros(parts, *each.shape[1:]).index_add(0, part, each)
-        counts = F.one_hot(rank_of * parts // len(everyone), parts).sum(0)
-        if world > 1:
-            import torch.distributed.nn.functional as differentiable
-
-            sums = differentiable.all_reduce(sums)
-        moments = (sums / counts[:, None, None])[part]
-        return moments[:, 0], (moments[:, 1] - moments[:, 0].square()).clamp_min(0)
-
-    def _remember(self, level: Tensor, mean: Tensor, variance: Tensor) -> None:
-        """Move the running averages of the levels that occur towards the moments of their images."""
-        each = torch.stack([mean, variance], 1)
-        sums = each.new_zeros(self.LEVELS, *each.shape[1:]).index_add_(0, level, each)
-        counts = F.one_hot(level, self.LEVELS).sum(0)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(counts)
-        target = sums / counts.clamp_min(1)[:, None, None]
-        pace = ((counts > 0).to(mean.dtype) * self.momentum)[:, None].expand_as(self.mean)
-        self.mean.lerp_(target[:, 0], pace)
-        self.variance.lerp_(target[:, 1], pace)
+        return (logits - mean[:, None, None]) * scale[:, None, None]
 
 
 class RegionTokens(nn.Module):
@@ -135,7 +100,6 @@ class FactorizedUNet(Denoiser):
         region_tokens: add the region tokens to the branches' time embedding.
         normalised_logits: :class:`RegionLogitNorm` before the softmax.
         half_resolution_masks: the mask generator stops at half the resolution; its logits are upsampled bilinearly.
-        timesteps: T, the number of noise levels t can be.
         channels: of the image.
 
     Raises:
@@ -146,7 +110,7 @@ class FactorizedUNet(Denoiser):
         self, *, regions: int, resolution: int, width: int, multipliers: Sequence[int], blocks: int,
         attention: Sequence[int] = (16, 8), heads: int = 4, groups: int = 32, dropout: float = 0.0,
         decoding: str = "masked_skips", branch_norm: str = "group", region_tokens: bool = False,
-        normalised_logits: bool = False, half_resolution_masks: bool = False, timesteps: int = 1000, channels: int = 3,
+        normalised_logits: bool = False, half_resolution_masks: bool = False, channels: int = 3,
     ):  # fmt: skip
         super().__init__()
         check_architecture(
@@ -178,7 +142,7 @@ class FactorizedUNet(Denoiser):
         else:
             nn.init.normal_(self.mask_generator.conv_out.weight, std=1e-3)
         nn.init.zeros_(self.mask_generator.conv_out.bias)
-        self.logit_norm = RegionLogitNorm(regions, timesteps) if normalised_logits else None
+        self.logit_norm = RegionLogitNorm(regions) if normalised_logits else None
         if decoding == "unshared":
             self.decoder = nn.ModuleList(decoder(channels, norm=branch_norm) for _ in range(regions))
         elif decoding == "concat":
@@ -193,7 +157,7 @@ class FactorizedUNet(Denoiser):
         if self.regions == 1:
             prediction = at_least_fp32(self.decoder(h, skips, embedding))
             return Denoised(prediction, Regions(torch.ones_like(prediction[:, :1]), prediction[:, None]))
-        logits = self._logits(h, skips, embedding, t)
+        logits = self._logits(h, skips, embedding)
         masks = logits.softmax(1)
         if self.decoding == "concat":
             prediction = at_least_fp32(self._concat_decode(h, skips, embedding, masks))
@@ -207,19 +171,19 @@ class FactorizedUNet(Denoiser):
         if self.regions == 1:
             return torch.ones_like(x_t[:, :1])
         embedding, skips, h = self._encode(x_t, t)
-        return self._logits(h, skips, embedding, t).softmax(1)
+        return self._logits(h, skips, embedding).softmax(1)
 
     def _encode(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         embedding = self.time(t)
         skips = self.encoder(x_t, embedding)
         return embedding, skips, self.middle(skips[-1], embedding)
 
-    def _logits(self, h: Tensor, skips: list[Tensor], embedding: Tensor, t: Tensor) -> Tensor:
+    def _logits(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
         cut = int(self.half_resolution_masks)
         logits = at_least_fp32(self.mask_generator(h, skips[cut * (self.blocks + 1) :], embedding))
         if cut:
             logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
-        return logits if self.logit_norm is None else self.logit_norm(logits, t)
+        return logits if self.logit_norm is None else self.logit_norm(logits)
 
     def _decode(self, x_t: Tensor, h: Tensor, skips: list[Tensor], embedding: Tensor, masks: Tensor) -> Tensor:
         """The K branches, [B*K, C, H, W] with the branch index fastest."""

@@ -23,7 +23,7 @@ def test_the_thesis_form_is_the_letter_of_chapter_2():
 
 def test_the_regional_form_is_the_default_and_turns_every_part_on():
     config = SegdiffConfig().resolved()
-    assert config.form == "regional" and config.prediction == "v" and config.branch_norm == "masked_group"
+    assert config.form == "regional" and config.prediction == "v" and config.branch_norm == "pixel"
     assert config.region_tokens and config.normalised_logits and config.half_resolution_masks
     assert config.mask_learning_rate < 1 and config.t_max < 1000 and config.tail > 0
     assert 0 <= config.coarse_to_fine[0] < config.coarse_to_fine[1]
@@ -64,7 +64,7 @@ def test_ablations_work_in_both_forms_without_further_settings(decoding):
     for form in FORMS:
         config = SegdiffConfig(form=form, decoding=decoding).resolved()
         assert config.region_tokens == (form == "regional" and decoding != "concat")
-        assert config.branch_norm == ("masked_group" if form == "regional" and decoding == "unshared" else "group")
+        assert config.branch_norm == ("pixel" if form == "regional" else "group")
 
 
 def test_a_resolved_configuration_survives_its_file_and_stays_as_it_is():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 REGIONAL = {
-    "branch_norm": "masked_group", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True,
+    "branch_norm": "pixel", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True,
 }  # fmt: skip
 DECODINGS = ("masked_skips", "concat", "masked_mid", "unshared")
 
@@ -120,8 +120,8 @@ def naive_regional(model, x, t):
     logits = naive_decoder(model.mask_generator, h, skips[model.blocks + 1 :], embedding)
     logits = F.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=False)
     logits = logits - logits.mean(1, keepdim=True)
-    norm, level = model.logit_norm, t // 100
-    mean, variance = norm.mean[level][:, :, None, None], norm.variance[level][:, :, None, None]
+    norm = model.logit_norm
+    mean, variance = norm.mean[:, None, None], norm.variance[:, None, None]
     masks = (norm.gain * (logits - mean) / (variance + 1e-5).sqrt()).softmax(1)
     feature = model.tokens.feature(x)
     prediction = 0
