@@ -42,7 +42,7 @@ def flags(**changes) -> list[str]:
     return words
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def quick():
     """One thread is enough for 16 pixels, nobody looks at the report's curves, GrabCut takes half a second an image."""
     with pytest.MonkeyPatch.context() as patch:
@@ -102,7 +102,7 @@ def refused(ask):
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """A data set of 24 drawn flowers with masks."""
     folder = tmp_path_factory.mktemp("data") / "photos"
@@ -113,7 +113,7 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def run(photos, tmp_path_factory) -> Path:
     """A run trained on them for 4 steps."""
     folder = tmp_path_factory.mktemp("runs") / "run"
