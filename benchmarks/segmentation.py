@@ -1,11 +1,12 @@
-"""Does a segmentation emerge? Trains segdiff from several seeds on one data set and scores each on held-out labelled images.
+"""Does a segmentation emerge? Trains segdiff from several seeds on one data set, scores each on held-out images.
 
     python benchmarks/segmentation.py procedural --preset demo --seeds 0 1 2 3 4
-    python benchmarks/segmentation.py flowers17 --data ../shared/data/flowers17_128 --preset fast32 --ignore 128
-    python benchmarks/segmentation.py flowers17 --data ../shared/data/flowers17_128 --preset fast32 --ignore 128 --form thesis
+    python benchmarks/segmentation.py flowers17 --data PHOTOS --preset fast32 --ignore 128 --seeds 0 1 2 3 4
+    python benchmarks/segmentation.py flowers17 --data PHOTOS --preset fast32 --ignore 128 --seeds 0 --form thesis
 
-Each run is a JSON object in benchmarks/results/segmentation.json with its machine, commit and settings; a run that stands
-there is not run again. Without --seeds the table of all results is printed. Scores are of the last step, never of the best.
+Each run is a JSON object in benchmarks/results/segmentation.json with its machine, commit and settings; a run that
+stands there is not run again. Without --seeds the table of all results is printed. Scores are of the last step, never
+of the best.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def read_results() -> dict[str, dict]:
 
 
 def write_result(key: str, record: dict) -> None:
-    """Add one result; two benchmark processes may run side by side, so the file is locked while it is read and written."""
+    """Add one result. Two benchmarks may run side by side, so the file is locked while it is read and written."""
     import fcntl
 
     RESULTS.parent.mkdir(exist_ok=True)
@@ -122,7 +123,8 @@ def commit() -> str:
     """The commit of this checkout, marked where it has changes."""
     try:
         asked = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-        return subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        said = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return said.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

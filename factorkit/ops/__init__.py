@@ -23,4 +23,14 @@ IMPLEMENTATIONS = {
     )
 }
 
-__all__ = ["IMPLEMENTATIONS", "reference", *IMPLEMENTATIONS]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "group_norm_silu",
+    "mask_pyramid",
+    "masked_skip_concat",
+    "masked_skip_norm_silu",
+    "masked_skip_projection",
+    "reference",
+    "region_blend",
+    "region_pool",
+]

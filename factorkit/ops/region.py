@@ -61,7 +61,7 @@ def region_blend(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
     return run(logits, branches)
 
 
-# --- registration --------------------------------------------------------------------------------------------------------
+# --- registration ---
 
 
 @torch.library.custom_op("factorkit::mask_pyramid", mutates_args=())
