@@ -11,16 +11,13 @@ from factorkit.ops.skip import masked_skip_concat, masked_skip_norm_silu, masked
 
 #: What runs behind each op on each device, for ``factorkit doctor``.
 IMPLEMENTATIONS = {
-    name: "PyTorch (cpu, cuda)"
-    for name in (
-        "group_norm_silu",
-        "mask_pyramid",
-        "masked_skip_concat",
-        "masked_skip_norm_silu",
-        "masked_skip_projection",
-        "region_blend",
-        "region_pool",
-    )
+    "group_norm_silu": "C++ (cpu), PyTorch (cuda)",
+    "mask_pyramid": "PyTorch (cpu, cuda)",
+    "masked_skip_concat": "PyTorch (cpu, cuda)",
+    "masked_skip_norm_silu": "C++ (cpu), PyTorch (cuda)",
+    "masked_skip_projection": "PyTorch (cpu, cuda)",
+    "region_blend": "PyTorch (cpu, cuda)",
+    "region_pool": "PyTorch (cpu, cuda)",
 }
 
 __all__ = [
