@@ -31,7 +31,6 @@ def main() -> None:
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--form", default="regional", choices=("regional", "thesis"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads a run may use")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
     parser.add_argument("--ignore", type=int)
     parser.add_argument("--holdout", default="auto")
@@ -54,7 +53,6 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
     key = " ".join([args.name, *(f"{k}={v}" for k, v in settings.items()), f"seed={seed}"])
     if key in read_results():
         return
-    torch.set_num_threads(args.threads)
     out = args.out / key.replace(" ", "_").replace("/", "_")
     shutil.rmtree(out, ignore_errors=True)  # a result is of one unbroken, timed run
     holdout = int(args.holdout) if args.holdout.isdigit() else args.holdout
@@ -72,7 +70,8 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
         "alarms": {k: v for k, v in alarms.items() if k not in ("event", "time")},
         "training_seconds": round(sum(e["seconds"] for e in steps), 1), "seconds": round(seconds, 1),
         "images_per_second": round(statistics.median(e["images_per_second"] for e in steps), 1),
-        "machine": machine(args.threads), "commit": commit(), "torch": torch.__version__,
+        "machine": machine(run.config.threads or torch.get_num_threads()), "commit": commit(),
+        "torch": torch.__version__,
     }  # fmt: skip
     write_result(key, record)
     print(key, {k: round(run.scores[k], 3) for k in ("acc", "iou", "dice")}, f"{seconds:.0f} s", flush=True)
