@@ -35,12 +35,19 @@ def branch_block(regions: int, most: int = 4) -> int:
     return ceil_div(regions, ceil_div(regions, most))
 
 
-def whole_pixel(pixels: int, channels_u: int, channels_skip: int, elements: int) -> tuple[int, int, int, int]:
-    """Block of pixels, padded channels of both halves and warps, for kernels that hold all channels of a pixel."""
+def whole_pixel(
+    pixels: int, channels_u: int, channels_skip: int, elements: int, least_warps: int = 4
+) -> tuple[int, int, int, int]:
+    """Block of pixels, padded channels of both halves and warps, for kernels that hold all channels of a pixel.
+
+    ``elements`` is how many numbers of the features a warp holds: 256 are 8 for each thread, one load.
+    """
     block_u = power_of_two(channels_u)
     block_s = power_of_two(channels_skip) if channels_skip else 1
     width = block_u + (block_s if channels_skip else 0)
-    warps = 4 if width <= 1024 else 8 if width <= 4096 else 16
+    warps = least_warps
+    while warps < 16 and elements * warps < width:
+        warps *= 2
     block_p = max(1, min(power_of_two(pixels), elements * warps // width))
     return 1 << (block_p.bit_length() - 1), block_u, block_s, warps
 

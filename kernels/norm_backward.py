@@ -123,7 +123,7 @@ def branch_gradients_kernel(
             column = c < channels_u
             inside = here[:, None] & column[None, :]
             total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-            for k in tl.static_range(K):
+            for k in range(K):
                 row = image * K + k
                 z = total
                 if slope is not None:
@@ -150,7 +150,7 @@ def branch_gradients_kernel(
             inside = here[:, None] & column[None, :]
             s = load(skip + (image * pixels + p)[:, None] * channels_s + c[None, :], inside)
             total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-            for k in tl.static_range(K):
+            for k in range(K):
                 row = image * K + k
                 z = s
                 if masks is not None:
@@ -204,7 +204,7 @@ def spread_gradients(
         d_u, d_skip, d_masks, x.pixels, x.channels_u, x.channels_s, at_skip, stride_n, stride_p, stride_c,
         blocks_p, blocks_c, parts, terms, floor,
         K=x.regions, K_PAD=heuristics.power_of_two(x.regions), T_PAD=heuristics.power_of_two(terms), SHARED=x.shared,
-        ACTIVATE=activate, WEIGHTED=weighted, BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
+        ACTIVATE=activate, WEIGHTED=weighted, BLOCK_P=block_p, BLOCK_C=block_c, warps=4, registers=128,
     )  # fmt: skip
     return d_u, d_skip, d_masks
 

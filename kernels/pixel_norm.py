@@ -76,7 +76,7 @@ def pixel_forward(
     """SiLU(rms_norm([u_k ; m_k * skip]) * (1 + scale) + shift), [B*K, C, H, W] channels last; arguments as ``norm_forward``'s."""
     x = Branches(u, skip, masks)
     out = empty(x.rows, x.channels, x.u)
-    block_p, block_u, block_s, warps = heuristics.whole_pixel(x.pixels, x.channels_u, x.channels_s, 1024)
+    block_p, block_u, block_s, warps = heuristics.whole_pixel(x.pixels, x.channels_u, x.channels_s, 512)
     blocks_p = heuristics.ceil_div(x.pixels, block_p)
     launch(
         pixel_forward_kernel, x.batch * blocks_p,
@@ -103,8 +103,8 @@ def d_normal_half(
 @triton.jit
 def pixel_backward_kernel(
     grad, u, skip, masks, weight, bias, scale, shift, d_u, d_skip, d_masks, partial,
-    pixels, channels_u, channels_s, stride_n, stride_p, stride_c, chunk, chunks, parts, eps,
-    K: tl.constexpr, SHARED: tl.constexpr, ACTIVATE: tl.constexpr, CARRY: tl.constexpr,
+    pixels, channels_u, channels_s, stride_n, stride_p, stride_c, chunk, chunks, eps,
+    K: tl.constexpr, SHARED: tl.constexpr, ACTIVATE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -113,11 +113,12 @@ def pixel_backward_kernel(
     c_u, c_s = span(0, BLOCK_U), span(0, BLOCK_S)
     column_u, column_s = c_u < channels_u, c_s < channels_s
     channels = channels_u + channels_s
-    # Sums over the program's pixels, carried in registers; too many branches for that and each block writes its own.
-    plain_u = (tl.zeros([BLOCK_U], tl.float32),) * (K if CARRY else 1)
-    times_u = (tl.zeros([BLOCK_U], tl.float32),) * (K if CARRY else 1)
-    plain_s = (tl.zeros([BLOCK_S], tl.float32),) * (K if CARRY else 1)
-    times_s = (tl.zeros([BLOCK_S], tl.float32),) * (K if CARRY else 1)
+    # With one branch a program's sums over pixels stay in registers; with more of them each block writes its own.
+    carry: tl.constexpr = K == 1
+    plain_u = tl.zeros([BLOCK_U], tl.float32)
+    times_u = tl.zeros([BLOCK_U], tl.float32)
+    plain_s = tl.zeros([BLOCK_S], tl.float32)
+    times_s = tl.zeros([BLOCK_S], tl.float32)
     for p0 in tl.range(part * chunk, tl.minimum(part * chunk + chunk, pixels), BLOCK_P):
         p = span(p0, BLOCK_P)
         here = p < pixels
@@ -130,11 +131,7 @@ def pixel_backward_kernel(
             value = load(u + (image * pixels + p)[:, None] * channels_u + c_u[None, :], in_u)
             square_u = tl.sum(value * value, 1)
             total_u = tl.zeros([BLOCK_P, BLOCK_U], tl.float32)
-        more_pu = ()
-        more_tu = ()
-        more_ps = ()
-        more_ts = ()
-        for k in tl.static_range(K):
+        for k in range(K):
             row = image * K + k
             if not SHARED:
                 value = load(u + (row * pixels + p)[:, None] * channels_u + c_u[None, :], in_u)
@@ -166,42 +163,35 @@ def pixel_backward_kernel(
                 total_u += dz
             else:
                 tl.store(d_u + (row * pixels + p)[:, None] * channels_u + c_u[None, :], dz, mask=in_u)
-            at = (row * parts + (part if CARRY else p0 // BLOCK_P)) * 2 * channels
-            if CARRY:
-                more_pu = more_pu + (plain_u[k] + pu,)
-                more_tu = more_tu + (times_u[k] + tu,)
-            else:
-                tl.store(partial + at + c_u, pu, mask=column_u)
-                tl.store(partial + at + channels + c_u, tu, mask=column_u)
             if skip is not None:
                 dz = rstd[:, None] * (ds - normal_s * along[:, None])
                 total_s += dz * m[:, None]
                 if masks is not None:
                     tl.store(d_masks + row * pixels + p, tl.sum(dz * s, 1), mask=here)
-                if CARRY:
-                    more_ps = more_ps + (plain_s[k] + ps,)
-                    more_ts = more_ts + (times_s[k] + ts,)
-                else:
-                    tl.store(partial + at + channels_u + c_s, ps, mask=column_s)
-                    tl.store(partial + at + channels + channels_u + c_s, ts, mask=column_s)
-        if CARRY:
-            plain_u = more_pu
-            times_u = more_tu
-            if skip is not None:
-                plain_s = more_ps
-                times_s = more_ts
+            if carry:
+                plain_u += pu
+                times_u += tu
+                if skip is not None:
+                    plain_s += ps
+                    times_s += ts
+            else:
+                at = partial + (row * chunks + part) * 2 * channels
+                tl.store(at + c_u, pu, mask=column_u)
+                tl.store(at + channels + c_u, tu, mask=column_u)
+                if skip is not None:
+                    tl.store(at + channels_u + c_s, ps, mask=column_s)
+                    tl.store(at + channels + channels_u + c_s, ts, mask=column_s)
         if SHARED:
             tl.store(d_u + (image * pixels + p)[:, None] * channels_u + c_u[None, :], total_u, mask=in_u)
         if skip is not None:
             tl.store(d_skip + (image * pixels + p)[:, None] * channels_s + c_s[None, :], total_s, mask=in_s)
-    if CARRY:
-        for k in tl.static_range(K):
-            at = ((image * K + k) * parts + part) * 2 * channels
-            tl.store(partial + at + c_u, plain_u[k], mask=column_u)
-            tl.store(partial + at + channels + c_u, times_u[k], mask=column_u)
-            if skip is not None:
-                tl.store(partial + at + channels_u + c_s, plain_s[k], mask=column_s)
-                tl.store(partial + at + channels + channels_u + c_s, times_s[k], mask=column_s)
+    if carry:
+        at = partial + (image * chunks + part) * 2 * channels
+        tl.store(at + c_u, plain_u, mask=column_u)
+        tl.store(at + channels + c_u, times_u, mask=column_u)
+        if skip is not None:
+            tl.store(at + channels_u + c_s, plain_s, mask=column_s)
+            tl.store(at + channels + channels_u + c_s, times_s, mask=column_s)
 
 
 def pixel_backward(
@@ -216,17 +206,17 @@ def pixel_backward(
     d_skip = None if skip is None else torch.empty_like(x.skip)
     masked = skip is not None and masks is not None
     d_masks = torch.empty_like(x.masks) if masked else None
-    block_p, block_u, block_s, warps = heuristics.whole_pixel(x.pixels, x.channels_u, x.channels_s, 512)
-    chunk = heuristics.chunk_of(x.pixels, block_p, x.batch)
+    # Blocks are larger where each of them writes sums.
+    elements, least = (256, 4) if x.regions == 1 else (512, 8)
+    block_p, block_u, block_s, warps = heuristics.whole_pixel(x.pixels, x.channels_u, x.channels_s, elements, least)
+    chunk = heuristics.chunk_of(x.pixels, block_p, x.batch) if x.regions == 1 else block_p
     chunks = heuristics.ceil_div(x.pixels, chunk)
-    carry = x.regions <= 4
-    parts = chunks if carry else heuristics.ceil_div(x.pixels, block_p)
-    partial = buffer(x.rows, parts, 2, x.channels, like=u)
+    partial = buffer(x.rows, chunks, 2, x.channels, like=u)
     launch(
         pixel_backward_kernel, x.batch * chunks,
         grad, x.u, x.skip, x.masks if masked else None, *affine, d_u, d_skip, d_masks, partial,
-        x.pixels, x.channels_u, x.channels_s, stride_n, stride_p, stride_c, chunk, chunks, parts, eps,
-        K=x.regions, SHARED=x.shared, ACTIVATE=activate, CARRY=carry, BLOCK_P=block_p, BLOCK_U=block_u, BLOCK_S=block_s,
+        x.pixels, x.channels_u, x.channels_s, stride_n, stride_p, stride_c, chunk, chunks, eps,
+        K=x.regions, SHARED=x.shared, ACTIVATE=activate, BLOCK_P=block_p, BLOCK_U=block_u, BLOCK_S=block_s,
         warps=warps,
     )  # fmt: skip
     sums = gradient_sums(partial, x.pixels, *affine, 1, eps, None)

@@ -14,7 +14,7 @@ from factorkit.kernels.tiles import buffer, last, launch, load, span
 
 @triton.jit
 def tokens_kernel(
-    partial, masks, tokens, areas, channels, chunks, pixels, floor, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+    partial, masks, tokens, channels, chunks, pixels, floor, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     area = tl.zeros([BLOCK_P], tl.float32)
@@ -22,7 +22,6 @@ def tokens_kernel(
         p = span(p0, BLOCK_P)
         area += load(masks + row * pixels + p, p < pixels)
     total = tl.sum(area, 0) + floor
-    tl.store(areas + row, total)
     for c0 in range(0, channels, BLOCK_C):
         c = span(c0, BLOCK_C)
         gathered = tl.zeros([BLOCK_C], tl.float32)
@@ -31,21 +30,18 @@ def tokens_kernel(
         tl.store(tokens + row * channels + c, gathered / total, mask=c < channels)
 
 
-def _pool(features: Tensor, masks: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def pool(features: Tensor, masks: Tensor, floor: float) -> Tensor:
+    """Tokens [B, K, C] fp32 of features [B, C, H, W] and masks [B, K, H, W]."""
+    features, masks = last(features), flat(masks)
     batch, channels = features.shape[:2]
     regions, pixels = masks.shape[1], masks.shape[2] * masks.shape[3]
     partial, _ = channel_moments(features, masks, weighted=False, times_mask=True, floor=0.0, second=False)
-    tokens, areas = buffer(batch, regions, channels, like=features), buffer(batch, regions, like=features)
+    tokens = buffer(batch, regions, channels, like=features)
     launch(
-        tokens_kernel, batch * regions, partial, masks, tokens, areas, channels, partial.shape[1], pixels, floor,
+        tokens_kernel, batch * regions, partial, masks, tokens, channels, partial.shape[1], pixels, floor,
         BLOCK_C=min(256, heuristics.power_of_two(channels)), BLOCK_P=1024, warps=4,
     )  # fmt: skip
-    return tokens, areas
-
-
-def pool(features: Tensor, masks: Tensor, floor: float) -> Tensor:
-    """Tokens [B, K, C] fp32 of features [B, C, H, W] and masks [B, K, H, W]."""
-    return _pool(last(features), flat(masks), floor)[0]
+    return tokens
 
 
 @triton.jit
@@ -76,10 +72,12 @@ def pool_backward_kernel(
     tl.store(d_masks + (image * K + branch) * pixels + p[:, None], on_masks, mask=here[:, None] & (branch < K))
 
 
-def pool_backward(grad: Tensor, features: Tensor, masks: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`pool` for features (channels last) and masks (fp32) from grad [B, K, C], any strides."""
+def pool_backward(
+    grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor, floor: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`pool` for features (channels last) and masks (fp32) from its answer and grad [B, K, C], any strides."""
     features, masks = last(features), flat(masks)
-    tokens, areas = _pool(features, masks, floor)
+    areas = masks.sum((2, 3)) + floor
     batch, channels = features.shape[:2]
     regions, pixels = masks.shape[1], masks.shape[2] * masks.shape[3]
     d_features, d_masks = torch.empty_like(features), torch.empty_like(masks)
@@ -87,7 +85,7 @@ def pool_backward(grad: Tensor, features: Tensor, masks: Tensor, floor: float) -
     blocks_p = heuristics.ceil_div(pixels, block_p)
     launch(
         pool_backward_kernel, batch * blocks_p,
-        grad, features, masks, tokens, areas, d_features, d_masks, pixels, channels, *grad.stride(), blocks_p,
+        grad, features, masks, tokens.contiguous(), areas, d_features, d_masks, pixels, channels, *grad.stride(), blocks_p,
         K=regions, K_PAD=heuristics.power_of_two(regions), BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
     )  # fmt: skip
     return d_features, d_masks

@@ -69,12 +69,16 @@ def dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def start(kernel, grid: tuple[int, ...], arguments: tuple, constants: dict, warps: int) -> None:
+def start(kernel, grid: tuple[int, ...], arguments: tuple, constants: dict, options: dict) -> None:
+    kernel[grid](*arguments, **constants, **options)
+
+
+def launch(kernel, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
+    """Run ``programs`` programs of a kernel on the device of its tensors, which must be the current one.
+
+    ``registers`` is what a thread may use: the assembler, left alone, may spill a few to fit one more program.
+    """
     # Fused multiply-add is asked for by name because Triton changes its default.
-    kernel[grid](*arguments, **constants, num_warps=warps, enable_fp_fusion=True)
-
-
-def launch(kernel, programs: int, *arguments, warps: int, **constants) -> None:
-    """Run ``programs`` programs of a kernel on the device of its tensors, which must be the current one."""
+    options = {"num_warps": warps, "enable_fp_fusion": True} | ({} if registers is None else {"maxnreg": registers})
     if programs > 0:
-        start(kernel, (programs,), arguments, constants, warps)
+        start(kernel, (programs,), arguments, constants, options)
