@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
-from factorkit.kernels.tiles import buffer, launch, load, span
+from factorkit.kernels.tiles import buffer, kernel, launch, load, span
+from torch import Tensor
 
 
 @dataclass
@@ -35,7 +34,7 @@ def modulation(weight, bias, scale, shift, row, c, channels, inside):
     return gain, offset
 
 
-@triton.jit
+@kernel
 def statistics_kernel(
     partial_u, partial_s, mass_parts, weight, bias, scale, shift, slope, offset, means, rstds, mass,
     channels_u, channels_s, chunks_u, chunks_s, chunks_mass, share_u, groups, size, blocks_g, pixels, eps,
@@ -104,7 +103,7 @@ def statistics(
     return Statistics(slope, offset, mean, rstd, mass)
 
 
-@triton.jit
+@kernel
 def gradient_sums_kernel(
     partial, weight, bias, scale, shift, means, rstds, mass, summed, moment, on_value, on_square, mask_terms, d_scale,
     d_shift, channels, chunks, groups, size, blocks_g, pixels, eps, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -147,7 +146,7 @@ def gradient_sums_kernel(
         tl.store(d_shift + row * channels + c, plain, mask=inside)
 
 
-@triton.jit
+@kernel
 def affine_kernel(
     summed, moment, scale, d_weight, d_bias, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):

@@ -9,15 +9,13 @@ the concatenation that is m_k * skip.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
+from factorkit.kernels import heuristics
+from factorkit.kernels.tiles import buffer, kernel, launch, load, span
 from torch import Tensor
 
-from factorkit.kernels import heuristics
-from factorkit.kernels.tiles import buffer, launch, load, span
 
-
-@triton.jit
+@kernel
 def moments_kernel(
     x,  # [sources, pixels, channels]
     masks,  # [sources, regions, pixels] or None

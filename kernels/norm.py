@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
 from factorkit.kernels.finalise import Statistics, statistics
 from factorkit.kernels.moments import channel_moments, flat
-from factorkit.kernels.tiles import dense, empty, last, launch, load, sigmoid, span
+from factorkit.kernels.tiles import dense, empty, kernel, last, launch, load, sigmoid, span
+from torch import Tensor
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Branches:
         self.pixels = u.shape[2] * u.shape[3]
 
 
-@triton.jit
+@kernel
 def branch_pass_kernel(
     u, skip, masks, slope, offset, out, pixels, channels_u, channels_s, blocks_u, blocks_c, blocks_p,
     K: tl.constexpr, SHARED: tl.constexpr, ACTIVATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,

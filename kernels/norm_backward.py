@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
 from factorkit.kernels.finalise import GradientSums, Statistics, gradient_sums
 from factorkit.kernels.norm import Branches, branch_statistics
-from factorkit.kernels.tiles import buffer, dense, empty, launch, load, pixel_strides, silu_slope, span
+from factorkit.kernels.tiles import buffer, dense, empty, kernel, launch, load, pixel_strides, silu_slope, span
+from torch import Tensor
 
 
 @triton.jit
@@ -44,7 +43,7 @@ def sum_half(
     tl.store(to + channels, tl.sum(times, 0), mask=column)
 
 
-@triton.jit
+@kernel
 def sums_kernel(
     grad, u, skip, masks, slope, offset, partial, pixels, channels_u, channels_s, stride_n, stride_p, stride_c,
     regions, blocks_u, blocks_c, chunk, chunks, SHARED: tl.constexpr, ACTIVATE: tl.constexpr,
@@ -101,7 +100,7 @@ def d_branch(
     return tl.where(inside, d, 0.0), on_weight
 
 
-@triton.jit
+@kernel
 def branch_gradients_kernel(
     grad, u, skip, masks, slope, offset, on_value, on_square, mask_terms, d_u, d_skip, d_masks,
     pixels, channels_u, channels_s, at_skip, stride_n, stride_p, stride_c, blocks_p, blocks_c, parts, terms, floor,

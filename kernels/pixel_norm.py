@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
 from factorkit.kernels.finalise import gradient_sums, modulation
 from factorkit.kernels.norm import Branches
-from factorkit.kernels.tiles import buffer, dense, empty, launch, load, pixel_strides, sigmoid, silu_slope, span
+from factorkit.kernels.tiles import buffer, dense, empty, kernel, launch, load, pixel_strides, sigmoid, silu_slope, span
+from torch import Tensor
 
 
 @triton.jit
@@ -27,7 +26,7 @@ def forward_half(
     tl.store(out + (row * pixels + p)[:, None] * channels + c[None, :], y, mask=inside)
 
 
-@triton.jit
+@kernel
 def pixel_forward_kernel(
     u, skip, masks, weight, bias, scale, shift, out, pixels, channels_u, channels_s, blocks_p, eps,
     K: tl.constexpr, SHARED: tl.constexpr, ACTIVATE: tl.constexpr,
@@ -100,7 +99,7 @@ def d_normal_half(
     return d * gain[None, :], tl.sum(d, 0), tl.sum(d * normal, 0)
 
 
-@triton.jit
+@kernel
 def pixel_backward_kernel(
     grad, u, skip, masks, weight, bias, scale, shift, d_u, d_skip, d_masks, partial,
     pixels, channels_u, channels_s, stride_n, stride_p, stride_c, chunk, chunks, eps,

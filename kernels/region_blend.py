@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
-from factorkit.kernels.tiles import buffer, launch, load, pixel_strides, span
+from factorkit.kernels.tiles import buffer, kernel, launch, load, pixel_strides, span
+from torch import Tensor
 
 BLOCK_P = 256
 
@@ -24,7 +23,7 @@ def region_softmax(logits, image, p, pixels, K: tl.constexpr, K_PAD: tl.constexp
     return e / tl.sum(e, 0)[None, :], at, inside
 
 
-@triton.jit
+@kernel
 def blend_kernel(
     logits, branches, target, masks, prediction, errors, pixels, channels, stride_n, stride_p, stride_c,
     target_n, target_p, target_c, blocks_p, K: tl.constexpr, K_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -49,7 +48,7 @@ def blend_kernel(
         tl.store(errors + pid, tl.sum(error, 0))
 
 
-@triton.jit
+@kernel
 def blend_backward_kernel(
     logits, branches, target, d_masks, d_prediction, d_errors, d_logits, d_branches,
     pixels, channels, stride_n, stride_p, stride_c, target_n, target_p, target_c, on_masks_n, on_masks_p, on_masks_c,

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
 from factorkit.kernels.moments import channel_moments, flat
-from factorkit.kernels.tiles import buffer, last, launch, load, span
+from factorkit.kernels.tiles import buffer, kernel, last, launch, load, span
+from torch import Tensor
 
 
-@triton.jit
+@kernel
 def tokens_kernel(
     partial, masks, tokens, channels, chunks, pixels, floor, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):
@@ -44,7 +42,7 @@ def pool(features: Tensor, masks: Tensor, floor: float) -> Tensor:
     return tokens
 
 
-@triton.jit
+@kernel
 def pool_backward_kernel(
     grad, features, masks, tokens, areas, d_features, d_masks, pixels, channels, stride_b, stride_k, stride_c, blocks_p,
     K: tl.constexpr, K_PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
