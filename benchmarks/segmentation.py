@@ -1,11 +1,12 @@
-"""Does a segmentation emerge? Trains segdiff from several seeds on one data set and scores each on held-out labelled images.
+"""Does a segmentation emerge? Trains segdiff from several seeds on one data set, scores each on held-out images.
 
     python benchmarks/segmentation.py procedural --preset demo --seeds 0 1 2 3 4
-    python benchmarks/segmentation.py flowers17 --data ../shared/data/flowers17_128 --preset fast32 --ignore 128
-    python benchmarks/segmentation.py flowers17 --data ../shared/data/flowers17_128 --preset fast32 --ignore 128 --form thesis
+    python benchmarks/segmentation.py flowers17 --data PHOTOS --preset fast32 --ignore 128 --seeds 0 1 2 3 4
+    python benchmarks/segmentation.py flowers17 --data PHOTOS --preset fast32 --ignore 128 --seeds 0 --form thesis
 
-Each run is a JSON object in benchmarks/results/segmentation.json with its machine, commit and settings; a run that stands
-there is not run again. Without --seeds the table of all results is printed. Scores are of the last step, never of the best.
+Each run is a JSON object in benchmarks/results/segmentation.json with its machine, commit and settings; a run that
+stands there is not run again. Without --seeds the table of all results is printed. Scores are of the last step, never
+of the best.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ def main() -> None:
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--form", default="regional", choices=("regional", "thesis"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads a run may use")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
     parser.add_argument("--ignore", type=int)
     parser.add_argument("--holdout", default="auto")
@@ -53,7 +53,6 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
     key = " ".join([args.name, *(f"{k}={v}" for k, v in settings.items()), f"seed={seed}"])
     if key in read_results():
         return
-    torch.set_num_threads(args.threads)
     out = args.out / key.replace(" ", "_").replace("/", "_")
     shutil.rmtree(out, ignore_errors=True)  # a result is of one unbroken, timed run
     holdout = int(args.holdout) if args.holdout.isdigit() else args.holdout
@@ -71,7 +70,8 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
         "alarms": {k: v for k, v in alarms.items() if k not in ("event", "time")},
         "training_seconds": round(sum(e["seconds"] for e in steps), 1), "seconds": round(seconds, 1),
         "images_per_second": round(statistics.median(e["images_per_second"] for e in steps), 1),
-        "machine": machine(args.threads), "commit": commit(), "torch": torch.__version__,
+        "machine": machine(run.config.threads or torch.get_num_threads()), "commit": commit(),
+        "torch": torch.__version__,
     }  # fmt: skip
     write_result(key, record)
     print(key, {k: round(run.scores[k], 3) for k in ("acc", "iou", "dice")}, f"{seconds:.0f} s", flush=True)
@@ -82,7 +82,7 @@ def read_results() -> dict[str, dict]:
 
 
 def write_result(key: str, record: dict) -> None:
-    """Add one result; two benchmark processes may run side by side, so the file is locked while it is read and written."""
+    """Add one result. Two benchmarks may run side by side, so the file is locked while it is read and written."""
     import fcntl
 
     RESULTS.parent.mkdir(exist_ok=True)
@@ -122,7 +122,8 @@ def commit() -> str:
     """The commit of this checkout, marked where it has changes."""
     try:
         asked = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-        return subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        said = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return said.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

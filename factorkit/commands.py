@@ -18,6 +18,7 @@ import factorkit
 from factorkit.data.datasets import open_dataset, procedural_dataset
 from factorkit.data.images import BrokenImage
 from factorkit.data.sources import FileSource, Source, open_source
+from factorkit.engine.config import cpu_threads
 from factorkit.engine.curves import timeline
 from factorkit.engine.log import read_log
 from factorkit.engine.report import verdict, write_report
@@ -141,8 +142,9 @@ def demo(out: Path, seed: int) -> Result:
     with saying_what_is_saved(out):
         run = train_segdiff(out=out, preset="demo", seed=seed, baselines=True)
     flowers = procedural_dataset(run.config.resolution, train=1, test=DEMO_SEGMENTED).test_images
-    segmented = write_segments(run, flowers, out / "segmented", None)
-    generated = write_generated(run.generate(DEMO_GENERATED, progress=True), out / "generated")
+    with cpu_threads(run.config.threads):
+        segmented = write_segments(run, flowers, out / "segmented", None)
+        generated = write_generated(run.generate(DEMO_GENERATED, progress=True), out / "generated")
     scores, failed = run.scores, failures(out)
     if scores["iou"] < DEMO_MARK:
         failed = [f"IoU {scores['iou']:.3f} on held-out flowers, below the demo's mark of {DEMO_MARK:.2f}", *failed]

@@ -2,7 +2,7 @@
 
 
 class FactorkitError(Exception):
-    """Base of every error that stems from input rather than from a bug; the command line prints it without a traceback."""
+    """Base of every error that stems from input, not from a bug; the command line prints it without a traceback."""
 
 
 class ConfigError(FactorkitError, ValueError):

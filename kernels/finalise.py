@@ -1,4 +1,4 @@
-"""From partial sums over pixels to numbers for each (row, channel): the small step between two passes over the features."""
+"""From partial sums over pixels to numbers for each (row, channel): the small step between two passes."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def gradient_sums(
     partial: Tensor, pixels: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int,
     eps: float, known: Statistics | None,
 ) -> GradientSums:  # fmt: skip
-    """From partial [rows, chunks, 2, C]: sums of d_pre and of d_pre * z, or of d_pre * normal where ``known`` is None."""
+    """From partial [rows, chunks, 2, C]: sums of d_pre and of d_pre * z, of d_pre * normal if ``known`` is None."""
     rows, chunks, _, channels = partial.shape
     block_g, block_d = heuristics.group_tile(groups, channels // groups)
     blocks_g = heuristics.ceil_div(groups, block_g)

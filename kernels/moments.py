@@ -2,8 +2,8 @@
 
     first[k, c] = sum_p a_kp x_pc        second[k, c] = sum_p b_kp x_pc^2
 
-with (a, b) = (1, 1) for a plain norm, (w, w) with w = m + floor for the masked one, (m, m^2) and (w m, w m^2) for the half of
-the concatenation that is m_k * skip.
+with (a, b) = (1, 1) for a plain norm, (w, w) with w = m + floor for the masked one, (m, m^2) and (w m, w m^2) for the
+half of the concatenation that is m_k * skip.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ def moments_kernel(
 def channel_moments(
     x: Tensor, masks: Tensor | None, *, weighted: bool, times_mask: bool, floor: float, second: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Partial sums [R*K, chunks, 2, C] (the first moment alone without ``second``) and, where ``weighted``, of the weights.
+    """Partial sums [R*K, chunks, 2, C] (only the first moment without ``second``) and, if ``weighted``, of the weights.
 
     Args:
         x: [R, C, H, W], channels last.
-        masks: [R, K, H, W] fp32, needed by ``weighted`` (weights m + floor instead of 1) and ``times_mask`` (m x for x).
+        masks: [R, K, H, W] fp32, needed by ``weighted`` (weights m + floor, not 1) and ``times_mask`` (m x for x).
     """
     sources, channels = x.shape[:2]
     pixels = x.shape[2] * x.shape[3]

@@ -1,4 +1,4 @@
-"""SiLU(norm([u_k ; m_k * skip])) and the bare concatenation: one elementwise pass that never stores what it concatenates.
+"""SiLU(norm([u_k ; m_k * skip])) and the bare concatenation: one elementwise pass, never stored unnormed.
 
 A plain norm is the case without a skip, a plain U-Net's the case without masks (K = 1).
 """
@@ -53,7 +53,8 @@ def branch_pass_kernel(
         if SHARED:
             z = load(u + (image * pixels + p)[:, None] * channels_u + c[None, :], inside)
             for k in tl.static_range(K):
-                write_branch(z, slope, offset, out, image * K + k, p, c, pixels, channels, inside, c < channels_u, ACTIVATE)
+                row = image * K + k
+                write_branch(z, slope, offset, out, row, p, c, pixels, channels, inside, c < channels_u, ACTIVATE)
         else:
             for k in tl.static_range(K):
                 row = image * K + k
@@ -93,7 +94,8 @@ def branch_pass(x: Branches, known: Statistics | None, activate: bool) -> Tensor
     blocks_p = heuristics.ceil_div(x.pixels, block_p)
     launch(
         branch_pass_kernel, x.batch * blocks_p * blocks_c,
-        x.u, x.skip, x.masks if x.skip is not None else None, *(known.slope, known.offset) if known else (None, None), out,
+        x.u, x.skip, x.masks if x.skip is not None else None,
+        *(known.slope, known.offset) if known else (None, None), out,
         x.pixels, x.channels_u, x.channels_s, blocks_u, blocks_c, blocks_p,
         K=x.regions, SHARED=x.shared, ACTIVATE=activate, BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
     )  # fmt: skip

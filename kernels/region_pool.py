@@ -1,4 +1,4 @@
-"""Region tokens, sum_p m_k f / (sum_p m_k + floor) for all k in one read of the features, with both gradients in one more."""
+"""Region tokens, sum_p m_k f / (sum_p m_k + floor) for all k in one read of the features; both gradients in one."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def pool_backward_kernel(
 def pool_backward(
     grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor, floor: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`pool` for features (channels last) and masks (fp32) from its answer and grad [B, K, C], any strides."""
+    """Gradients of :func:`pool` for features and masks (fp32) from its answer and grad [B, K, C], any strides."""
     features, masks = last(features), flat(masks)
     areas = masks.sum((2, 3)) + floor
     batch, channels = features.shape[:2]
@@ -83,7 +83,7 @@ def pool_backward(
     blocks_p = heuristics.ceil_div(pixels, block_p)
     launch(
         pool_backward_kernel, batch * blocks_p,
-        grad, features, masks, tokens.contiguous(), areas, d_features, d_masks, pixels, channels, *grad.stride(), blocks_p,
-        K=regions, K_PAD=heuristics.power_of_two(regions), BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
+        grad, features, masks, tokens.contiguous(), areas, d_features, d_masks, pixels, channels, *grad.stride(),
+        blocks_p, K=regions, K_PAD=heuristics.power_of_two(regions), BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
     )  # fmt: skip
     return d_features, d_masks

@@ -9,8 +9,8 @@ from torch import Tensor
 
 # Numbers of blocks and the like: a kernel made anew for 1 or for a multiple of 16 would gain nothing.
 COUNTS = [
-    "blocks_c", "blocks_g", "blocks_k", "blocks_p", "blocks_u", "chunk", "chunks", "chunks_mass", "chunks_s", "chunks_u",
-    "groups", "parts", "regions", "rows", "share_u", "size", "terms", "tiles_x", "tiles_y",
+    "blocks_c", "blocks_g", "blocks_k", "blocks_p", "blocks_u", "chunk", "chunks", "chunks_mass", "chunks_s",
+    "chunks_u", "groups", "parts", "regions", "rows", "share_u", "size", "terms", "tiles_x", "tiles_y",
 ]  # fmt: skip
 
 #: decorates what is launched; ``triton.jit`` alone what those call

@@ -77,7 +77,7 @@ def open_dataset(data: Any, *, holdout: str | int = "auto") -> Dataset:
     return _split(name, layout, layout.masks, holdout)
 
 
-def procedural_dataset(resolution: int, train: int = 2000, test: int = 200, seed: int = 0) -> Dataset:
+def procedural_dataset(resolution: int, train: int = 2000, test: int = 216, seed: int = 0) -> Dataset:
     """The shipped flowers: `train` unlabelled and `test` labelled pictures, drawn from different seeds.
 
     Raises:

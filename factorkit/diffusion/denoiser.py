@@ -20,7 +20,7 @@ class Denoised(NamedTuple):
 
 
 class Denoiser(nn.Module):
-    """A model of ``x_t`` at noise level ``t``. Schedules, samplers and the training loop know nothing else of a model."""
+    """A model of ``x_t`` at noise level ``t``. Schedule, samplers and training loop know nothing else of a model."""
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Denoised:
         """Denoise ``x_t`` [B, C, H, W], in [-1, 1] plus noise, at integer steps ``t`` [B]."""

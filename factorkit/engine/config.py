@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +40,9 @@ class EngineConfig:
     """Of the weights, the data order, time steps and noise."""
     device: str = "auto"
     """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ..."""
+    threads: int | None = None
+    """CPU threads; None: torch's default, one a core. Small models run best on one: their operations are so short that
+    on a machine with anything else to do, waiting for the second thread takes many times as long as the work."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = 3
@@ -52,18 +57,18 @@ class EngineConfig:
     #: settings that may differ when a run is resumed: they change neither the model nor what it saw so far
     RESUMABLE = frozenset({
         "steps", "device", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "tensorboard",
-        "micro_batch_size",
+        "micro_batch_size", "threads",
     })  # fmt: skip
 
     def validate(self) -> None:
         """Raise ConfigError for numbers that cannot work, naming the setting."""
         least = {
-            "steps": 1, "batch_size": 1, "micro_batch_size": 1, "warmup_steps": 0, "checkpoint_every": 1,
+            "steps": 1, "batch_size": 1, "micro_batch_size": 1, "threads": 1, "warmup_steps": 0, "checkpoint_every": 1,
             "keep_checkpoints": 1, "sample_every": 0, "log_every": 1,
         }  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
-            if name == "micro_batch_size" and value is None:
+            if name in ("micro_batch_size", "threads") and value is None:
                 continue
             if not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}={value!r} must be a whole number, at least {low}")
@@ -98,6 +103,19 @@ class EngineConfig:
             near = ", ".join(sorted(known))
             raise ConfigError(f"unknown setting {', '.join(map(repr, unknown))} for {cls.__name__}; there are: {near}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Let torch use ``count`` CPU threads meanwhile; None changes nothing."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def resolve_device(name: str):

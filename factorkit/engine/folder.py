@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from factorkit.errors import CheckpointError
 
 CONFIG = "config.json"
+LOCK = ".lock"
 
 
 def claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str]) -> None:
@@ -39,6 +41,30 @@ def claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str]) -> 
         # hidden files may be what a kill left of the first config.json
         raise CheckpointError(f"{folder} exists and holds something that is no factorkit run; give another out=")
     write_json(path, settings)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine from training in ``folder`` meanwhile; a kill releases it.
+
+    Raises:
+        CheckpointError: another process trains in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(folder / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"another process is training in {folder}. Wait for it, stop it, or give another out="
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

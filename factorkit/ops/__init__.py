@@ -22,4 +22,16 @@ IMPLEMENTATIONS = {
     "region_pool": "PyTorch (cpu), Triton (cuda)",
 }
 
-__all__ = ["IMPLEMENTATIONS", "fused", "reference", *IMPLEMENTATIONS]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "fused",
+    "group_norm_silu",
+    "mask_pyramid",
+    "masked_skip_concat",
+    "masked_skip_norm_silu",
+    "masked_skip_projection",
+    "reference",
+    "region_blend",
+    "region_blend_mse",
+    "region_pool",
+]

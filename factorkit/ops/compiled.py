@@ -1,6 +1,7 @@
 """The compiled CPU norm (csrc/norm_cpu.cpp) behind the ops: channels_last, fp32 or bf16.
 
-Each function answers None where the compiled code does not apply (another dtype or layout, the module not built), and the op goes on with its PyTorch implementation.
+Each function answers None where the compiled code does not apply (another dtype or layout, the module not built), and
+the op goes on with its PyTorch implementation.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def extension():
         from factorkit import _C
     except ImportError as error:
         warnings.warn(
-            f"factorkit._C cannot be imported ({error}): norms on the CPU run several times slower. Install the package "
-            "with `pip install -e .`; `factorkit doctor` tells more",
+            f"factorkit._C cannot be imported ({error}): norms on the CPU run several times slower. Install the "
+            "package with `pip install -e .`; `factorkit doctor` tells more",
             stacklevel=2,
         )
         return None

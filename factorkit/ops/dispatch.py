@@ -16,7 +16,7 @@ def use_reference() -> bool:
 
 
 def dense_format(x: Tensor) -> torch.memory_format:
-    """channels_last for a tensor that lies so and only so, contiguous otherwise: ops answer in the layout they were asked in."""
+    """channels_last for a tensor that lies so and only so, else contiguous: ops keep the layout of their input."""
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format

@@ -80,8 +80,8 @@ def _(x, weight, bias, scale, shift, masks, groups, norm, activate):
 
 @torch.library.custom_op("factorkit::group_norm_silu_backward", mutates_args=())
 def _group_norm_silu_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, masks: Tensor | None,
-    groups: int, norm: str, activate: bool,
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
+    masks: Tensor | None, groups: int, norm: str, activate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     g, d_weight, d_bias, d_scale, d_shift, d_masks = norm_silu_vjp(
         grad, x, weight, bias, scale, shift, masks, groups, norm, activate
@@ -132,7 +132,7 @@ def _(grad, x, weight, bias, scale, shift, masks, groups, norm, activate):
 _group_norm_silu.register_autograd(_backward, setup_context=_setup)
 
 
-# --- the arithmetic, on [N, C, P] with P = H*W -------------------------------------------------------------------------
+# --- the arithmetic, on [N, C, P] with P = H*W ---
 
 
 def _normalised(x, weight, bias, scale, shift, masks, groups, norm):
@@ -173,7 +173,7 @@ def _moments(values: Tensor, masks: Tensor | None, groups: int, norm: str):
 
 @full_precision
 def norm_silu_vjp(grad, x, weight, bias, scale, shift, masks, groups, norm, activate):
-    """Gradients of :func:`group_norm_silu` for x (as [N, C, P], at least fp32), weight, bias, scale, shift and masks."""
+    """Gradients of :func:`group_norm_silu` for x ([N, C, P], at least fp32), weight, bias, scale, shift and masks."""
     values, pre, (gain, mean, rstd, weights, total) = _normalised(x, weight, bias, scale, shift, masks, groups, norm)
     d_pre = grad.flatten(2).to(values.dtype)
     if activate:

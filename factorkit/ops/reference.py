@@ -1,4 +1,4 @@
-"""What every op means, in plain differentiable PyTorch: the equation, written for reading and for checking kernels against.
+"""What every op means, in plain differentiable PyTorch: the equation, for reading and for checking kernels against.
 
 Shapes used throughout the package::
 
@@ -55,8 +55,8 @@ def group_norm_silu(
 ) -> Tensor:
     """SiLU(norm(x) * (1 + scale) + shift), statistics in at least fp32.
 
-    ``norm="group"``: GroupNorm (Wu & He 2018). ``"masked_group"``: its moments weighted by the branch's mask, so that they
-    do not depend on the region's area. ``"pixel"``: root mean square over channels at each pixel.
+    ``norm="group"``: GroupNorm (Wu & He 2018). ``"masked_group"``: its moments weighted by the branch's mask, so
+    that they do not depend on the region's area. ``"pixel"``: root mean square over channels at each pixel.
     """
     n, c = x.shape[:2]
     values = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -106,7 +106,7 @@ def mask_pyramid(masks: Tensor, levels: int) -> list[Tensor]:
 
 @full_precision
 def region_pool(features: Tensor, masks: Tensor) -> Tensor:
-    """Region tokens c_k = sum_p m_k f / (sum_p m_k + 1/2): the area-normalised mean feature of each region, [B, K, C] fp32."""
+    """Region tokens c_k = sum_p m_k f / (sum_p m_k + 1/2): each region's mean feature, [B, K, C] fp32."""
     values = features.to(torch.promote_types(features.dtype, torch.float32)).flatten(2)
     weights = masks.to(values.dtype).flatten(2)
     weights = weights / (weights.sum(-1, keepdim=True) + POOL_FLOOR)
@@ -114,13 +114,16 @@ def region_pool(features: Tensor, masks: Tensor) -> Tensor:
 
 
 def region_blend(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks m = softmax over K of the logits [B,K,H,W] and the prediction sum_k m_k * branch_k (eq. 2.7); branches [B*K,C,H,W]."""
+    """Masks m = softmax over K of the logits [B, K, H, W] and the prediction sum_k m_k * branch_k (eq. 2.7).
+
+    branches: [B*K, C, H, W].
+    """
     masks = logits.softmax(dim=1)
     outputs = branches.to(masks.dtype).unflatten(0, masks.shape[:2])
     return masks, (outputs * masks[:, :, None]).sum(1)
 
 
 def region_blend_mse(logits: Tensor, branches: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error of each image's blend, over channels and pixels: [B] (the loss of eq. 2.8 before the batch mean)."""
+    """The mean squared error of each image's blend, over channels and pixels: [B]."""
     _, prediction = region_blend(logits, branches)
     return (prediction - target.to(prediction.dtype)).square().flatten(1).mean(1)

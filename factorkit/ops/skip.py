@@ -17,7 +17,8 @@ def _branches(u: Tensor, masks: Tensor | None) -> int:
         return u.shape[0]
     batch, regions = masks.shape[:2]
     if u.shape[0] not in (batch, batch * regions):
-        raise ValueError(f"u has {u.shape[0]} rows; masks {tuple(masks.shape)} ask for {batch} (shared) or {batch * regions}")
+        wanted = f"{batch} (shared) or {batch * regions}"
+        raise ValueError(f"u has {u.shape[0]} rows; masks {tuple(masks.shape)} ask for {wanted}")
     return batch * regions
 
 
@@ -66,7 +67,8 @@ def masked_skip_norm_silu(
 def masked_skip_projection(u: Tensor, skip: Tensor, masks: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
     """The 1x1 shortcut W [u_k ; m_k * skip] + b = (W_u u_k + b) + m_k * (W_s skip): the second product once for all K.
 
-    Args: as :func:`masked_skip_concat`; ``weight`` [C_out, C_u + C_s, 1, 1], ``bias`` [C_out]. Returns [B*K, C_out, H, W].
+    Args: as :func:`masked_skip_concat`; ``weight`` [C_out, C_u + C_s, 1, 1], ``bias`` [C_out].
+    Returns [B*K, C_out, H, W].
     """
     _branches(u, masks)
     split = u.shape[1]
@@ -76,7 +78,7 @@ def masked_skip_projection(u: Tensor, skip: Tensor, masks: Tensor | None, weight
     return run(base, extra, masks)
 
 
-# --- concat ------------------------------------------------------------------------------------------------------------
+# --- concat ---
 
 
 @torch.library.custom_op("factorkit::masked_skip_concat", mutates_args=())
@@ -147,16 +149,17 @@ def _concat_autograd(ctx, grad):
 _concat.register_autograd(_concat_autograd, setup_context=_concat_setup)
 
 
-# --- norm of the concatenation -------------------------------------------------------------------------------------------
+# --- norm of the concatenation ---
 
 
 @torch.library.custom_op("factorkit::masked_skip_norm_silu", mutates_args=())
 def _norm(
-    u: Tensor, skip: Tensor, masks: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-    groups: int, norm: str,
+    u: Tensor, skip: Tensor, masks: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None,
+    shift: Tensor | None, groups: int, norm: str,
 ) -> Tensor:
     z = reference.masked_skip_concat(u, skip, masks)
-    out = torch.ops.factorkit.group_norm_silu(z, weight, bias, scale, shift, _statistics(masks, norm), groups, norm, True)
+    weights = _statistics(masks, norm)
+    out = torch.ops.factorkit.group_norm_silu(z, weight, bias, scale, shift, weights, groups, norm, True)
     return out.contiguous(memory_format=dense_format(u))
 
 
@@ -224,7 +227,7 @@ def _(grad, u, skip, masks, weight, bias, scale, shift, groups, norm):
 _norm.register_autograd(_norm_autograd, setup_context=_norm_setup)
 
 
-# --- shortcut ------------------------------------------------------------------------------------------------------------
+# --- shortcut ---
 
 
 @torch.library.custom_op("factorkit::masked_skip_add", mutates_args=())

@@ -150,7 +150,7 @@ FORMS: dict[str, dict[str, Any]] = {
 _SMALL = {
     "resolution": 32, "regions": 2, "width": 16, "multipliers": (1, 2, 3), "blocks": 1, "attention": (), "groups": 8,
     "steps": 400, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50, "decay": 0.3, "gradient_clip": 1.0,
-    "ema": 0.99, "checkpoint_every": 100, "sample_every": 200, "log_every": 20,
+    "ema": 0.99, "threads": 1, "checkpoint_every": 100, "sample_every": 200, "log_every": 20,
 }  # fmt: skip
 _THESIS64 = {"form": "thesis", "resolution": 64}
 _THESIS128 = {"form": "thesis", "resolution": 128, "multipliers": (1, 1, 2, 3, 4), "blocks": 2}

@@ -126,8 +126,8 @@ def segmentation_sheet(
     colors, areas = palette(masks.shape[1]), masks.mean(axis=(0, 2, 3))
     captions: list[Caption] = ["image", "regions"]
     captions += [] if truth is None else ["truth"]
-    captions += [(f"mask {k + 1}: {areas[k]:.0%}", colors[k]) for k in range(len(colors))]
-    captions += [] if branches is None else [(f"branch {k + 1}", colors[k]) for k in range(len(colors))]
+    captions += [(f"mask {k}: {areas[k]:.0%}", colors[k]) for k in range(len(colors))]
+    captions += [] if branches is None else [(f"branch {k}", colors[k]) for k in range(len(colors))]
     rows = []
     for n, image in enumerate(images):
         row = [image, _outlined(image, masks[n].argmax(axis=0))]
@@ -155,7 +155,7 @@ def generation_sheet(
         line = range(start, min(start + per_line, len(images)))
         rows += [[images[n] for n in line], [_outlined(images[n], labels[n]) for n in line]]
         rows += [[_grey(masks[n, k]) for n in line] for k in range(len(colors))]
-        captions += ["image", "regions", *((f"mask {k + 1}", colors[k]) for k in range(len(colors)))]
+        captions += ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
     return contact_sheet(rows, row_captions=captions)
 
 
@@ -172,7 +172,7 @@ def trajectory_sheet(
     rows, row_captions = [], []
     for n in range(len(frames[0])):
         rows.append([np.asarray(frame[n]) for frame in frames])
-        row_captions.append(f"sample {n + 1}")
+        row_captions.append(f"sample {n}")
         if labels is not None:
             rows.append([_colored(np.asarray(label[n])) for label in labels])
             row_captions.append("regions")

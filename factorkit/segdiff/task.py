@@ -97,7 +97,9 @@ class SegdiffTask:
         masks = generated.bottleneck.masks.float().cpu().numpy()
         sheet = pictures.generation_sheet(to_uint8(generated.images), masks)
         sheet.save(folder / f"{step:06d}_generated.png")
-        shown = self.probes[:SHOWN].to(self.device)
+        # evenly spaced, so that a folder sorted by class shows all of it
+        picked = torch.linspace(0, len(self.probes) - 1, min(SHOWN, len(self.probes))).round().long()
+        shown = self.probes[picked].to(self.device)
         x_t, t = noised(shown, self.config.segment_t, self.schedule)
         out = model(x_t, t)
         branches = None

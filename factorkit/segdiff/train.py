@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
 from factorkit.data.prepare import Prepared, prepare
 from factorkit.engine import distributed
-from factorkit.engine.config import resolve_device
-from factorkit.engine.folder import claim, write_json
+from factorkit.engine.config import cpu_threads, resolve_device
+from factorkit.engine.folder import claim, held, write_json
 from factorkit.engine.log import LOG_NAME, RunLog
 from factorkit.engine.loop import Trainer
 from factorkit.engine.report import write_report
@@ -82,12 +83,13 @@ def train_segdiff(
         meta = {**settings, **config.to_dict()}
         return Trainer(task, config, folder, meta, device=device, progress=progress, stop_at=stop_at)
 
-    if seeds > 1:
-        config = run_heats(config, folder, seeds, trainer)
-    trainer(config, folder).run()
-    run = SegdiffRun.load(folder, device=device)
-    if distributed.rank() == 0 and dataset.test_images is not None and config.regions > 1:
-        score(run, dataset, baselines)
+    with cpu_threads(config.threads), held(folder) if distributed.rank() == 0 else nullcontext():
+        if seeds > 1:
+            config = run_heats(config, folder, seeds, trainer)
+        trainer(config, folder).run()
+        run = SegdiffRun.load(folder, device=device)
+        if distributed.rank() == 0 and dataset.test_images is not None and config.regions > 1:
+            score(run, dataset, baselines)
     return run
 
 
@@ -180,7 +182,8 @@ def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> 
     before = _memory(device)
     task = SegdiffTask(trial, images, images, device)
     trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
-    seconds = trainer.trial(steps=3)
+    with cpu_threads(config.threads):
+        seconds = trainer.trial(steps=3)
     parameters = parameter_count(task.model)
     grown = _memory(device) - (before if device.type == "cpu" else 0)
     return {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from factorkit.engine.config import EngineConfig, resolve_device
+from factorkit.engine.config import EngineConfig, cpu_threads, resolve_device
 from factorkit.errors import ConfigError
 
 
@@ -36,6 +36,7 @@ def test_without_warm_up_and_decay_the_learning_rate_is_constant():
         {"steps": 5e4},
         {"batch_size": -1},
         {"micro_batch_size": 0},
+        {"threads": 0},
         {"warmup_steps": -1},
         {"checkpoint_every": 0},
         {"keep_checkpoints": 0},
@@ -95,3 +96,13 @@ def test_a_device_that_is_not_there_is_refused_by_name(name):
 def test_devices_resolve():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_threads_are_lent_and_given_back():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt), cpu_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyboardInterrupt
+    assert torch.get_num_threads() == before
+    with cpu_threads(None):
+        assert torch.get_num_threads() == before

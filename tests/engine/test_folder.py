@@ -3,11 +3,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from factorkit.engine.folder import claim, read_settings, write_json
+import factorkit
+from factorkit.engine.folder import claim, held, read_settings, write_json
 from factorkit.errors import CheckpointError
 
 SETTINGS = {"model": "toy", "steps": 10, "width": 8, "multipliers": [1, 2]}
@@ -119,3 +123,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_json(path, {"iou": 0.9})
     assert json.loads(path.read_text(encoding="utf-8")) == {"iou": 0.5, "name": "größe"}
     assert [p.name for p in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    take = f"with held(Path({str(tmp_path)!r})): pass"
+    script = f"from factorkit.engine.folder import held\nfrom pathlib import Path\n{take}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(factorkit.__file__).parents[1])}
+    other = partial(subprocess.run, [sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    with held(tmp_path):
+        assert "another process is training" in other().stderr
+    assert other().returncode == 0

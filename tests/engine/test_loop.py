@@ -1,26 +1,19 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-import factorkit
 from factorkit.engine import checkpoint, loop
 from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.engine.log import read_log
 from factorkit.engine.loop import Meter, StepLoss
 from factorkit.errors import CheckpointError, ConfigError, FactorkitError
-
-KILLED_RUN = Path(__file__).with_name("killed_run.py")
 
 
 @pytest.fixture(autouse=True)
@@ -236,19 +229,6 @@ def test_micro_batches_change_memory_only(toy, micro):
         torch.testing.assert_close(parts.state()[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_micro_batches_of_the_thesis_form_give_the_same_step(tmp_path):
-    """Seen in Adam's first moment, the gradient; its steps blow the rounding of tiny gradients up."""
-    found = {}
-    for micro in (None, 1, 3):
-        out = tmp_path / str(micro)
-        tiny_segdiff(out, steps=1, form="thesis", precision="fp32", micro_batch_size=micro)
-        found[micro] = {k: v for k, v in final_state(out).items() if k.startswith("adam.exp_avg.")}
-    assert sum(v.norm() for v in found[None].values()) > 0
-    for micro in (1, 3):
-        for name, value in found[None].items():
-            torch.testing.assert_close(found[micro][name], value, rtol=1e-3, atol=1e-6, msg=name)
-
-
 def test_the_learning_rate_reaches_adam_scaled_by_group(toy):
     rates = []
     trainer = toy(steps=4, warmup_steps=2, decay=0.5)
@@ -403,39 +383,3 @@ def test_a_report_that_cannot_be_written_does_not_hide_how_the_run_ended(toy, mo
     with pytest.warns(UserWarning, match=r"report\.html"), pytest.raises(SystemExit) as caught:
         toy(hook=kill_at(2, signal.SIGTERM)).run()
     assert caught.value.code == 143
-
-
-# --- the tiny segdiff, end to end ---
-
-
-def tiny_segdiff(out: Path, **changes):
-    images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
-    settings = {
-        "steps": 4, "width": 8, "resolution": 16, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4,
-        "batch_size": 4, "device": "cpu", "sample_every": 0,
-    }  # fmt: skip
-    return factorkit.train_segdiff(images, out=out, progress=False, **{**settings, **changes})
-
-
-def test_segdiff_resumes_to_the_bit_and_refuses_other_settings(tmp_path):
-    tiny_segdiff(tmp_path / "whole")
-    tiny_segdiff(tmp_path / "parts", steps=1, dropout=0.0)
-    run = tiny_segdiff(tmp_path / "parts")
-    assert_identical(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
-    loaded = factorkit.load(tmp_path / "whole", device="cpu")
-    assert_identical(run.model.state_dict(), loaded.model.state_dict())
-    with pytest.raises(CheckpointError, match=r"regions: 2 there, 3 asked for|regions: 3 there, 2 asked for"):
-        tiny_segdiff(tmp_path / "parts", regions=5 - run.config.regions)
-
-
-def test_segdiff_killed_at_random_moments_ends_with_the_bits_of_the_unbroken_run(tmp_path):
-    """SIGKILL in the steps and in the saves, over and over, until the run gets through."""
-    done = subprocess.run(
-        [sys.executable, str(KILLED_RUN), str(tmp_path)], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(factorkit.__file__).parents[1])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    kills = json.loads(done.stdout.splitlines()[-1])
-    assert kills["in training"] >= 2 and kills["in a save"] >= 2
-    assert_identical(final_state(tmp_path / "killed"), final_state(tmp_path / "whole"))
-    assert not [p.name for p in (tmp_path / "killed/checkpoints").iterdir() if not p.name.startswith("step_")]

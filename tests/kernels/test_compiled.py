@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for GPUs that are not here: every kernel with every choice the heuristics make for the presets.
+"""Ahead-of-time compilation for GPUs that are not here: every kernel, every choice made for the presets.
 
 ``pytest -s tests/kernels/test_compiled.py`` prints registers and shared memory as a table.
 """

@@ -1,4 +1,4 @@
-"""Each registered op against a loop written from its equation, with random upstream gradients, opcheck and gradcheck."""
+"""Each registered op against a loop written from its equation: random upstream gradients, opcheck, gradcheck."""
 
 from __future__ import annotations
 
@@ -276,7 +276,8 @@ def test_compiled_norm_is_the_reference(dtype, norm, shared, masked, monkeypatch
     masks = soft_masks(b, k, h, w) if masked else None
     rows = b * k if masked else b
     weight, bias, scale, shift = rand(16), rand(16), rand(rows, 16), rand(rows, 16)
-    inputs = [u.to(dtype), skip.to(dtype), *(None if x is None else x.float() for x in (masks, weight, bias, scale, shift))]
+    rest = (None if x is None else x.float() for x in (masks, weight, bias, scale, shift))
+    inputs = [u.to(dtype), skip.to(dtype), *rest]
     inputs[:2] = [x.to(memory_format=torch.channels_last) for x in inputs[:2]]
     inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
     exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]

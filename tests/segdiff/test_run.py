@@ -205,6 +205,15 @@ def test_generated_images_are_a_function_of_the_seed(run):
     torch.testing.assert_close(first.images, drawn.images / 2 + 0.5)
 
 
+def test_many_images_are_drawn_in_pieces(run, monkeypatch):
+    monkeypatch.setattr("factorkit.segdiff.sampling.PIECE", 2)
+    drawn = run.generate(5, steps=3, seed=1, trajectory=True)
+    assert len(drawn.images) == len(drawn.masks) == len(drawn.trajectory[0].images) == 5
+    assert torch.equal(drawn.images[:2], run.generate(2, steps=3, seed=1).images)
+    assert len({image.sum().item() for image in drawn.images}) == 5, "pieces repeat each other"
+    assert torch.equal(drawn.images, drawn.trajectory[-1].images)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_the_trajectory_leads_from_noise_to_the_images(run, sampler):
     drawn = run.generate(2, sampler=sampler, steps=4, trajectory=True)

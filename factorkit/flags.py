@@ -1,0 +1,302 @@
+"""The flags of every command. A command is a dataclass, its fields are the flags, its docstring is the manual page.
+
+torch takes seconds to import, so nothing that needs it is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from factorkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from factorkit.commands import Result
+
+Config = TypeVar("Config")
+OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+Level = Annotated[int | None, arg(aliases=["-t"], metavar="INT", help_behavior_hint="")]
+
+
+@dataclass(kw_only=True)
+class Command:
+    """What every command takes."""
+
+    json: bool = False
+    """Print the result as one JSON object, the only line on standard output."""
+    debug: bool = False
+    """On an error, show where in the code it arose."""
+
+    def run_command(self) -> Result:
+        """Do the work."""
+        raise NotImplementedError
+
+    @classmethod
+    def parse(cls, prog: str, args: Sequence[str]) -> Command:
+        """The command with these flags. Raises SystemExit, as parsers do, after help and for mistakes."""
+        return _read(cls, cls, prog, args)
+
+
+def _read(kind: Any, manual: type, prog: str, args: Sequence[str], **options: Any) -> Any:
+    # a description of our own: tyro would take the examples for a section of the docstring, and leave them out
+    options |= {"prog": prog, "args": args, "description": inspect.getdoc(manual)}
+    return tyro.cli(kind, config=(tyro.conf.FlagCreatePairsOff,), **options)
+
+
+@dataclass(kw_only=True)
+class Train(Command, Generic[Config]):
+    """Train a model on unlabelled photographs, or take an interrupted training up again.
+
+    The run is a folder: settings, checkpoints, sample sheets, log, scores.json and report.html, to open in a browser.
+    The same command again resumes it, exactly, from the newest checkpoint.
+
+    Data are a folder of images (nested, of any sizes, modes and formats), a .zip, a .npz or .npy array. Where there are
+    images/ and masks/ in it, labelled images are kept out of training and scored at the end.
+
+    PRESETS
+        A preset sets the defaults of the flags below; --help together with --preset shows them.
+        demo, fast32, fast64      the regional form: small models whose regions follow content within minutes
+        flowers64, flowers128, cub64, cub128, ffhq64, ffhq128, imagenet64
+                                  the thesis' settings, to the letter; they want a GPU
+
+    EXAMPLES
+        factorkit train segdiff
+        factorkit train segdiff --data photos/ --out runs/photos --preset fast64 --steps 2000
+        factorkit train segdiff --data photos/ --out runs/photos --seeds 3
+        factorkit train segdiff --data photos/ --preset flowers64 --dry-run
+        torchrun --nproc-per-node 8 -m factorkit train segdiff --data photos.zip --preset ffhq64
+    """
+
+    model: Positional[Literal["segdiff"]]
+    """What to train."""
+    data: OptionalPath = None
+    """Images to train on; without: the procedural flowers the package ships."""
+    out: OptionalPath = None
+    """The run folder; without: runs/PRESET."""
+    preset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """Settings to start from; without: fast64, or demo where no data is given."""
+    seeds: int = 1
+    """Train so many short heats first, drop those that fail the label-free alarms, go on with the best."""
+    baselines: bool = False
+    """At the end score trivial predictors beside the model, where there are labels."""
+    dry_run: bool = False
+    """Train nothing: print parameters, memory, images/s and the time the run will take here."""
+    config: OmitArgPrefixes[Config]
+
+    @classmethod
+    def parse(cls, prog: str, args: Sequence[str]) -> Train:
+        basis, _ = tyro.cli(_Basis, prog=prog, args=args, add_help=False, return_unknown_args=True)
+        from factorkit.segdiff.config import SegdiffConfig, preset_config
+
+        default = cls(model=tyro.MISSING, config=preset_config(_preset(basis)))
+        return _read(cls[SegdiffConfig], cls, prog, args, default=default)
+
+    def run_command(self) -> Result:
+        from factorkit import commands
+
+        changes = self.config.to_dict() | {"holdout": _holdout(self.config.holdout)}
+        if self.dry_run:
+            return commands.dry_run(self.data, self.preset, self.seeds, changes)
+        out = self.out or Path("runs") / _preset(self)
+        return commands.train(self.data, out, self.preset, self.seeds, self.baselines, changes)
+
+
+@dataclass(kw_only=True)
+class _Basis:
+    """The flags of `train` that decide the defaults of its others."""
+
+    data: OptionalPath = None
+    preset: str | None = None
+
+
+def _preset(flags: _Basis | Train) -> str:
+    return flags.preset or ("demo" if flags.data is None else "fast64")
+
+
+def _holdout(value: str) -> str | int:
+    # of `str | int` a parser takes the first that fits, and everything is a string
+    return int(value) if value.isdecimal() else value
+
+
+@dataclass(kw_only=True)
+class RunCommand(Command):
+    """What every command on a trained run takes."""
+
+    run: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """A run folder, or one .safetensors file."""
+    device: Annotated[str, arg(metavar="auto|cpu|cuda|cuda:N")] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+
+
+@dataclass(kw_only=True)
+class Segment(RunCommand):
+    """Segment photographs with a trained model.
+
+    For each image, at its own size, OUT receives
+        NAME_labels.png     palette image: a pixel's value is the number of its region, from 0
+        NAME_mask_K.png     grey image: how much each pixel belongs to region K
+        NAME_overlay.png    the photograph tinted by region
+        contact_sheet.png   the first 32 images beside their regions
+
+    Folders keep their structure. Images that cannot be decoded are skipped, counted and named.
+
+    EXAMPLES
+        factorkit segment runs/photos holiday.jpg --out segmented
+        factorkit segment runs/photos more_photos/ --out segmented -t 50
+    """
+
+    paths: Positional[Annotated[tuple[Path, ...], arg(metavar="PATHS...", help_behavior_hint="(required)")]]
+    """Images and folders of images; or one .zip, .npz or .npy."""
+    out: Path
+    """Where to write; made if it is not there."""
+    t: Level = None
+    """Noise level at which to look, 0 to T-1; without: the run's own (30)."""
+
+    def run_command(self) -> Result:
+        if not self.paths:
+            raise ConfigError("no images are named. The form is: factorkit segment RUN PATHS... --out DIR")
+        from factorkit import commands
+
+        return commands.segment(self.run, self.paths, self.out, self.t, self.device)
+
+
+@dataclass(kw_only=True)
+class Generate(RunCommand):
+    """Draw new images, with the masks they were made through.
+
+    OUT receives generated_0000.png, generated_0000_labels.png, generated_0000_mask_K.png and so on, and
+    contact_sheet.png of them all.
+
+    EXAMPLES
+        factorkit generate runs/photos -n 16 --out generated
+        factorkit generate runs/photos -n 4 --out generated --sampler ddpm --steps 250 --trajectory
+    """
+
+    out: Path
+    """Where to write; made if it is not there."""
+    count: Annotated[int, arg(aliases=["-n"])] = 16
+    """How many."""
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """ddim adds no noise on the way and needs few steps; ddpm is ancestral sampling."""
+    steps: int = 50
+    """Denoising steps."""
+    seed: int = 0
+    """The same seed draws the same images."""
+    trajectory: bool = False
+    """Also write trajectory.png: how the first 8 and their regions take shape while noise is removed."""
+
+    def run_command(self) -> Result:
+        from factorkit import commands
+
+        options = {"sampler": self.sampler, "steps": self.steps, "seed": self.seed, "trajectory": self.trajectory}
+        return commands.generate(self.run, self.out, self.device, n=self.count, **options)
+
+
+@dataclass(kw_only=True)
+class Evaluate(RunCommand):
+    """Score a model's regions against foreground masks: Acc, IoU and DICE, means over images.
+
+    Which regions are foreground is fitted on the first FIT labelled images and then fixed; the rest are scored. The
+    oracle chooses anew for each image by its own label: an upper bound, no result. Images and masks match by name
+    (x.jpg with x.png, x_mask.png or x_seg.png); images without a mask are left out. A run folder keeps the scores in
+    scores.json.
+
+    EXAMPLES
+        factorkit evaluate runs/flowers --images photos/ --masks masks/ --ignore 128 --fit 16
+        factorkit evaluate runs/flowers --images photos/ --masks masks/ --baselines
+    """
+
+    images: Path
+    """Folder, .zip or array of images."""
+    masks: Path
+    """Folder, .zip or array of masks; every value above 0 is foreground."""
+    fit: OptionalInt = None
+    """Labelled images that fit the mapping; without: the run's own (16), at most half of them."""
+    ignore: OptionalInt = None
+    """Mask value of pixels that are not scored; without: the run's own."""
+    baselines: bool = False
+    """Score beside it: all foreground, centre disc, mean mask, colour 2-means per image and per set, GrabCut."""
+    t: Level = None
+    """Noise level at which to segment, 0 to T-1; without: the run's own (30)."""
+    size: OptionalInt = None
+    """Pixels a side at which to score; without: the model's resolution."""
+
+    def run_command(self) -> Result:
+        from factorkit import commands
+
+        options = {"fit": self.fit, "ignore": self.ignore, "baselines": self.baselines, "t": self.t, "size": self.size}
+        return commands.evaluate(self.run, self.images, self.masks, self.device, **options)
+
+
+@dataclass(kw_only=True)
+class Demo(Command):
+    """See it work: train on flowers drawn on the spot, segment, generate, report.
+
+    Takes a few minutes on two CPU cores. The model is scored on 200 held-out flowers beside trivial baselines, 8 of
+    them are segmented, and 16 new ones generated. Where the regions did not come to follow the flowers, it says so. The
+    same command again resumes, or shows the finished run.
+
+    EXAMPLES
+        factorkit demo
+        factorkit demo --seed 3 --out runs/demo3
+    """
+
+    model: Positional[Literal["segdiff"]] = "segdiff"
+    """What to show."""
+    out: Path = Path("runs/demo")
+    """The run folder."""
+    seed: int = 0
+    """Of the weights, the data order and the noise."""
+
+    def run_command(self) -> Result:
+        from factorkit import commands
+
+        return commands.demo(self.out, self.seed)
+
+
+@dataclass(kw_only=True)
+class Prepare(Command):
+    """Decode a data set once, so that a training on it starts at once.
+
+    Crops every image to its centred square, resizes it and keeps all of them in the cache, as training would. A
+    training with the same data, resolution and holdout finds them there.
+
+    EXAMPLES
+        factorkit prepare photos/ --resolution 64
+    """
+
+    data: Positional[Annotated[Path, arg(metavar="DATA")]]
+    """Folder of images, .zip, .npz or .npy."""
+    resolution: int = 64
+    """Pixels a side."""
+    holdout: str = "auto"
+    """Labelled images kept out of training: masked, none, a number, or auto."""
+
+    def run_command(self) -> Result:
+        from factorkit import commands
+
+        return commands.prepare(self.data, self.resolution, _holdout(self.holdout))
+
+
+@dataclass(kw_only=True)
+class Doctor(Command):
+    """Say what is installed, what it runs on, what is missing, what that costs, and how to get it."""
+
+    def run_command(self) -> Result:
+        from factorkit import doctor
+
+        report = doctor.report()
+        return report, doctor.format_report(report)
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "demo": Demo, "train": Train, "segment": Segment, "generate": Generate, "evaluate": Evaluate, "prepare": Prepare,
+    "doctor": Doctor,
+}  # fmt: skip

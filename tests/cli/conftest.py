@@ -1,0 +1,119 @@
+"""A tiny trained run and what the tests of the command line ask it with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from factorkit.cli import main
+from factorkit.data import flowers
+from factorkit.metrics.baselines import BASELINES, all_foreground
+
+SMALL = {
+    "resolution": 16, "regions": 2, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4,
+    "steps": 4, "batch_size": 4, "log_every": 1, "sample_every": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small() -> dict:
+    """Settings of a tiny training."""
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def flags():
+    """flags(**changes): a tiny training as flags, over the preset demo."""
+    return tiny_training
+
+
+def tiny_training(**changes) -> list[str]:
+    values = {key: value for key, value in (SMALL | changes).items() if value != ()}
+    words = ["train", "segdiff", "--preset", "demo"]
+    for key, value in values.items():
+        words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def make_quick(patch: pytest.MonkeyPatch) -> None:
+    """Nobody looks at the report's curves, and GrabCut takes half a second an image."""
+    patch.setattr("factorkit.engine.report.draw_curves", lambda log, theme: [])
+    patch.setitem(BASELINES, "grabcut", all_foreground)
+    patch.setenv("OMP_NUM_THREADS", "1")  # of subprocesses
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    make_quick(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache, or a run in the working folder."""
+    monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+
+
+@pytest.fixture
+def ask(capsys):
+    """ask(*words): exit code, standard output, standard error."""
+
+    def run(*words) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def answer(ask):
+    """answer(*words): the JSON object, which has to be the only line on standard output."""
+
+    def run(*words) -> dict:
+        code, out, err = ask(*words, "--json")
+        assert code == 0, err
+        assert out.count("\n") == 1
+        return json.loads(out)
+
+    return run
+
+
+@pytest.fixture
+def refused(ask):
+    """refused(*words): the message of a user's mistake, which has to be the same in words and in JSON."""
+
+    def run(*words) -> str:
+        code, out, err = ask(*words, "--json")
+        assert code == 2 and "Traceback" not in err
+        message = json.loads(out)["error"]
+        assert f"error: {message}" in err
+        return message
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A data set of 24 drawn flowers with masks."""
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    for kind, pictures in zip(("images", "masks"), flowers(24, 20, seed=1), strict=True):
+        (folder / kind).mkdir(parents=True)
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(folder / kind / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(photos, tmp_path_factory) -> Path:
+    """A run trained on them for 4 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        patch.setenv("FACTORKIT_CACHE", str(folder.parent / "cache"))
+        assert main([*tiny_training(), "--data", str(photos), "--out", str(folder)]) == 0
+    return folder

@@ -1,0 +1,197 @@
+"""What the commands write and print; in this process through `main(argv)`, by subprocess where a process matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from factorkit import commands
+from factorkit.data import procedural_dataset
+from factorkit.metrics.baselines import BASELINES
+from factorkit.segdiff.config import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# --- segment ---
+
+
+def test_segment_writes_every_picture_at_its_own_size(run, answer, tmp_path):
+    inputs, out = tmp_path / "in", tmp_path / "out"
+    rng = np.random.default_rng(0)
+    sizes = {"a/x.png": (30, 20), "b/x.png": (18, 40), "ünï.bmp": (16, 16), "x.jpg": (22, 22), "x.png": (9, 33)}
+    for name, size in sizes.items():
+        (inputs / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(inputs / name)
+    (inputs / "broken.jpg").write_bytes((inputs / "x.jpg").read_bytes()[:300])
+
+    found = answer("segment", run, inputs, "--out", out, "-t", 10)
+    assert found["segmented"] == 5 and list(found["skipped"]) == ["broken.jpg"]
+    assert sum(found["areas"]) == pytest.approx(1)
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
+    names = ("a/x", "b/x", "ünï", "x", "x.png")  # the second of two equal stems keeps its suffix
+    endings = ("labels", "mask_0", "mask_1", "overlay")
+    assert written == {f"{name}_{ending}.png" for name in names for ending in endings} | {"contact_sheet.png"}
+
+    labels, masks = Image.open(out / "a/x_labels.png"), [Image.open(out / f"a/x_mask_{k}.png") for k in (0, 1)]
+    assert labels.mode == "P" and labels.size == masks[0].size == (30, 20)
+    first, second = (np.asarray(mask).astype(int) for mask in masks)
+    assert np.abs(first + second - 255).max() <= 1
+    clear = np.abs(first - second) > 2
+    assert (np.asarray(labels)[clear] == (second > first)[clear]).all()
+    assert Image.open(out / "x.png_overlay.png").size == (9, 33)
+
+
+def test_results_are_no_input_for_the_next_call(run, answer, refused, photos, tmp_path):
+    picture = tmp_path / "photo.png"
+    picture.write_bytes((photos / "images/00.png").read_bytes())
+    for _ in range(2):
+        assert answer("segment", run, tmp_path, "--out", tmp_path)["segmented"] == 1
+    picture.unlink()
+    assert "results of an earlier call" in refused("segment", run, tmp_path, "--out", tmp_path)
+
+
+def test_names_stay_apart_and_below_the_output_folder():
+    names = commands.output_names(["x.jpg", "x.png", "X.tif", "x.jpg.png", "../../up.png", "/etc/root.png", "x.jpg"])
+    assert len({name.casefold() for name in names}) == 7
+    assert names[:2] == ["x", "x.png"] and names[4:6] == ["up", "etc/root"]
+
+
+def test_pictures_in_a_zip_and_equal_files_given_twice(run, photos, answer, tmp_path):
+    pictures = sorted((photos / "images").iterdir())[:2]
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for picture in pictures:
+            archive.write(picture, f"deep/{picture.name}")
+    assert answer("segment", run, tmp_path / "pictures.zip", "--out", tmp_path / "a")["segmented"] == 2
+    assert (tmp_path / "a/deep/00_labels.png").is_file()
+    answer("segment", run, pictures[0], pictures[0], "--out", tmp_path / "b")
+    assert len(list((tmp_path / "b").glob("*_labels.png"))) == 2
+
+
+def test_the_contact_sheet_shows_the_first_and_memory_stays_flat(run, photos, answer, monkeypatch, tmp_path):
+    monkeypatch.setattr(commands, "SHEET_IMAGES", 2)
+    answer("segment", run, photos / "images", "--out", tmp_path)
+    height = Image.open(tmp_path / "contact_sheet.png").height
+    assert 2 * 120 <= height < 3 * 120
+
+
+def test_what_cannot_be_segmented_is_refused(run, refused, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    out = ("--out", tmp_path / "out")
+    assert "broken.png" in refused("segment", run, broken, *out)
+    assert "nothing.jpg" in refused("segment", run, tmp_path / "nothing.jpg", *out)
+    assert "t=1000" in refused("segment", run, run / "samples", *out, "-t", 1000)
+    assert "PATHS" in refused("segment", run, *out)
+    foreign = tmp_path / "foreign.safetensors"
+    foreign.write_bytes(b"0" * 100)
+    assert "foreign" in refused("segment", foreign, broken, *out)
+
+
+# --- generate, evaluate, prepare, demo, doctor ---
+
+
+def test_generate_writes_images_and_what_they_are_made_of(run, answer, refused, tmp_path):
+    drawn = ("generate", run, "-n", 3, "--steps", 2, "--seed", 5)
+    found = answer(*drawn, "--out", tmp_path / "a", "--trajectory")
+    assert found["generated"] == 3 and Path(found["trajectory"]).is_file() and Path(found["contact_sheet"]).is_file()
+    names = {path.name for path in (tmp_path / "a").glob("generated_*")}
+    assert names == {f"generated_000{i}{end}.png" for i in range(3) for end in ("", "_labels", "_mask_0", "_mask_1")}
+    answer(*drawn, "--out", tmp_path / "b")
+    answer(*drawn[:-1], 6, "--out", tmp_path / "c")
+    first, same, other = (np.asarray(Image.open(tmp_path / c / "generated_0002.png")) for c in "abc")
+    assert first.shape == (16, 16, 3) and (first == same).all() and (first != other).any()
+    assert "n=0" in refused("generate", run, "-n", 0, "--out", tmp_path)
+
+
+def test_a_plain_ddpm_generates_and_refuses_to_segment(photos, answer, refused, tmp_path, flags):
+    assert "scores" in answer(*flags(regions=1, steps=1), "--data", photos, "--out", tmp_path / "plain")
+    answer("generate", tmp_path / "plain", "-n", 1, "--steps", 2, "--out", tmp_path / "out", "--trajectory")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"generated_0000.png", "contact_sheet.png", "trajectory.png"}
+    assert "regions=1" in refused("segment", tmp_path / "plain", photos / "images/00.png", "--out", tmp_path / "s")
+
+
+def test_evaluate_prints_one_table_and_keeps_the_scores(run, photos, ask, answer, refused):
+    words = ("evaluate", run, "--images", photos / "images", "--masks", photos / "masks", "--fit", 20)
+    code, out, _ = ask(*words, "--baselines")
+    kept = json.loads((run / "scores.json").read_text())
+    assert code == 0 and kept["scored"] == 4 and kept["fitted_on"] == 20
+    rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
+    assert rows["model"] == [f"{kept[key]:.3f}" for key in ("acc", "iou", "dice")]
+    names = [name.replace("_", " ") for name in BASELINES]
+    assert [name for name in rows if name in names] == names
+    assert rows["mean mask"] == [f"{kept['baselines']['mean_mask'][key]:.3f}" for key in ("acc", "iou", "dice")]
+    assert answer(*words) == json.loads((run / "scores.json").read_text())
+    assert "fit=24" in refused(*words[:-1], 24)
+
+
+def test_evaluate_ignores_the_value_it_is_told_to(run, photos, answer, tmp_path):
+    """Masks whose every object pixel is ignored leave nothing to find: the all-foreground predictor scores 0."""
+    for path in (photos / "masks").iterdir():
+        Image.fromarray(np.where(np.asarray(Image.open(path)), 128, 0).astype(np.uint8)).save(tmp_path / path.name)
+    words = ("evaluate", run, "--images", photos / "images", "--masks", tmp_path, "--fit", 20, "--baselines")
+    assert answer(*words, "--ignore", 128)["baselines"]["all_foreground"]["acc"] == 0
+    assert answer(*words)["baselines"]["all_foreground"]["acc"] > 0
+
+
+def test_prepare_decodes_what_training_will_read(photos, answer, ask, tmp_path, flags):
+    (photos / "images" / "broken.png").write_bytes(b"no picture")
+    try:
+        found = answer("prepare", photos, "--resolution", 16)
+        assert list(found["skipped"]) == ["broken.png"] and found["images"] + found["held_out"] == 24
+        entries = set(Path(os.environ["FACTORKIT_CACHE"]).rglob("images.npy"))
+        assert Path(found["path"]) / "images.npy" in entries
+        assert ask(*flags(steps=1), "--data", photos, "--out", tmp_path / "run")[0] == 0
+        assert set(Path(os.environ["FACTORKIT_CACHE"]).rglob("images.npy")) == entries, "training decoded them again"
+    finally:
+        (photos / "images" / "broken.png").unlink()
+
+
+def test_the_demo_says_when_it_failed_and_when_not(ask, answer, monkeypatch, tmp_path, small):
+    monkeypatch.setitem(PRESETS, "demo", small)
+    monkeypatch.setattr("factorkit.segdiff.train.procedural_dataset", partial(procedural_dataset, train=16, test=8))
+    out = tmp_path / "demo"
+    found = answer("demo", "--out", out, "--seed", 3)
+    assert found["iou"] < 0.8 and any("below the demo's mark" in failure for failure in found["failures"])
+    assert len(found["failures"]) > 1, "four steps set off alarms too"
+    assert {"acc", "dice", "seconds"} <= set(found) and Path(found["report"]).is_file()
+    assert len(list((out / "segmented").glob("*_labels.png"))) == 8
+    assert len(list((out / "generated").glob("*_labels.png"))) == 16
+    _, text, _ = ask("demo", "segdiff", "--out", out, "--seed", 3)
+    assert "FAILED" in text and all(failure in text for failure in found["failures"]) and "centre disc" in text
+    monkeypatch.setattr(commands, "DEMO_MARK", 0.0)
+    monkeypatch.setattr(commands, "failures", lambda folder: [])
+    _, text, _ = ask("demo", "--out", out, "--seed", 3)
+    assert "It worked" in text and "FAILED" not in text
+
+
+def test_doctor_reports(ask, answer):
+    assert answer("doctor")["torch"]["version"] == torch.__version__
+    assert torch.__version__ in ask("doctor")[1]
+
+
+# --- examples ---
+
+
+def example(name: str, monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+
+def test_the_examples_run(run, photos, monkeypatch, capsys, small):
+    monkeypatch.setitem(PRESETS, "fast64", small)
+    example("train_on_a_folder.py", monkeypatch, photos, "trained")
+    assert "IoU 0." in capsys.readouterr().out
+    example("segment_and_generate.py", monkeypatch, run, photos / "images/00.png")
+    assert Image.open("region_1.png").mode == "RGBA" and Image.open("generated_3.png").size == (16, 16)
