@@ -5,6 +5,8 @@ cpu or cuda later changes no line of a model. ``factorkit.ops.reference`` holds 
 """
 
 from factorkit.ops import reference
+from factorkit.ops.frequency import frequency
+from factorkit.ops.hash_grid import annealing_weights, growing_resolutions, hash_grid
 from factorkit.ops.norm import group_norm_silu
 from factorkit.ops.region import mask_pyramid, region_blend, region_pool
 from factorkit.ops.skip import masked_skip_concat, masked_skip_norm_silu, masked_skip_projection
@@ -13,6 +15,7 @@ from factorkit.ops.skip import masked_skip_concat, masked_skip_norm_silu, masked
 IMPLEMENTATIONS = {
     name: "PyTorch (cpu, cuda)"
     for name in (
+        "frequency",
         "group_norm_silu",
         "mask_pyramid",
         "masked_skip_concat",
@@ -21,6 +24,6 @@ IMPLEMENTATIONS = {
         "region_blend",
         "region_pool",
     )
-}
+} | {"hash_grid": "C++ (cpu), CUDA where built with it; else PyTorch"}
 
-__all__ = ["IMPLEMENTATIONS", "reference", *IMPLEMENTATIONS]
+__all__ = ["IMPLEMENTATIONS", "annealing_weights", "growing_resolutions", "reference", *IMPLEMENTATIONS]

@@ -1,0 +1,208 @@
+"""The multiresolution hash encoding, compiled (csrc/hash_grid.h), with gradients for table, coordinates and level weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from factorkit.ops import compiled, reference_encoding
+from factorkit.ops.dispatch import use_reference
+
+INTERPOLATIONS = ("linear", "quintic")
+DIMS, FEATURES, MAX_LEVELS = (2, 3, 4), (1, 2, 4, 8), 32  # as in csrc/hash_grid.h and its CUDA kernels
+
+
+def hash_grid(
+    x: Tensor,
+    table: Tensor,
+    resolutions: Sequence[int],
+    level_weights: Tensor | None = None,
+    *,
+    interpolation: str = "linear",
+) -> Tensor:
+    """Features of points, interpolated in L lattices over the unit cube and concatenated: [N, L*F] (Müller et al. 2022).
+
+    A level with (R+1)^D <= T has a row for every vertex; the vertices of a finer one share rows through a hash. Outside
+    [0, 1] the nearest face answers, with no gradient for that coordinate.
+
+    Gradients reach x, table and level_weights, of second order too (an eikonal loss, a loss on normals): those are
+    computed by the PyTorch reference, slower. On CUDA the table's gradient is summed with atomics, so its last digits
+    vary, unless ``torch.use_deterministic_algorithms`` asks for the reference.
+
+    Args:
+        x: [N, D], fp32 or fp64, D in 2, 3, 4; the scene is [0, 1]^D. A NaN gives NaN features.
+        table: [L, T, F], dtype and device of x; T a power of two, F in 1, 2, 4, 8, L at most 32.
+        resolutions: L numbers of cells along an axis, each at least 1 (see :func:`growing_resolutions`).
+        level_weights: [L], multiplied onto the levels' features (see :func:`annealing_weights`); a level of weight zero
+            costs nothing. None: ones.
+        interpolation: "linear", or "quintic" (6t^5 - 15t^4 + 10t^3), whose gradient by x is smooth across cells.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, resolutions or an interpolation other than these.
+    """
+    resolutions = [int(r) for r in resolutions]
+    _check(x, table, resolutions, level_weights, interpolation)
+    weights = torch.ones(len(resolutions), dtype=x.dtype, device=x.device) if level_weights is None else level_weights
+    run = reference_encoding.hash_grid if use_reference() else torch.ops.factorkit.hash_grid
+    return run(x, table, weights, resolutions, interpolation == "quintic")
+
+
+def growing_resolutions(coarsest: int, finest: int, levels: int) -> list[int]:
+    """``levels`` resolutions in geometric progression from ``coarsest`` to ``finest`` (Müller et al. 2022, eq. 2 and 3)."""
+    growth = 0.0 if levels == 1 else math.log(finest / coarsest) / (levels - 1)
+    return [round(coarsest * math.exp(growth * level)) for level in range(levels)]
+
+
+def annealing_weights(levels: int, progress: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weights [levels] that let the levels in from coarse to fine while ``progress`` goes from 0 to 1.
+
+    w_k = (1 - cos(pi clamp(progress * levels - k, 0, 1))) / 2 (Park et al. 2021, eq. 8): all 0 at 0, all 1 at 1. For the
+    levels of :func:`hash_grid` and the bands of :func:`factorkit.ops.frequency`.
+    """
+    open_ = (progress * levels - torch.arange(levels, dtype=torch.float64)).clamp(0, 1)
+    return ((1 - torch.cos(math.pi * open_)) / 2).to(dtype)
+
+
+def _check(x: Tensor, table: Tensor, resolutions: list[int], weights: Tensor | None, interpolation: str) -> None:
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation={interpolation!r} is unknown; choose one of {', '.join(INTERPOLATIONS)}")
+    if x.dim() != 2 or x.shape[1] not in DIMS:
+        raise ValueError(f"x has shape {tuple(x.shape)}; hash_grid takes points [N, D] with D = 2, 3 or 4")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x is {x.dtype}; hash_grid computes in float32 or float64: x.float() makes it one")
+    levels = len(resolutions)
+    if not 1 <= levels <= MAX_LEVELS or min(resolutions) < 1 or max(resolutions) >= 2**24:
+        raise ValueError(f"resolutions={resolutions}; give 1 to {MAX_LEVELS} numbers of cells, each 1 to 2^24 - 1")
+    if table.dim() != 3 or table.shape[0] != levels or table.shape[2] not in FEATURES:
+        wanted = f"[{levels}, T, F] with F in {FEATURES}"
+        raise ValueError(f"table has shape {tuple(table.shape)}; {levels} resolutions ask for {wanted}")
+    rows = table.shape[1]
+    if rows < 1 or rows & (rows - 1) or rows * table.shape[2] >= 2**31:
+        raise ValueError(f"table has {rows} rows a level; give a power of two, rows * features below 2^31")
+    if weights is not None and weights.shape != (levels,):
+        raise ValueError(f"level_weights has shape {tuple(weights.shape)}; {levels} resolutions ask for [{levels}]")
+    for name, other in (("table", table), ("level_weights", weights)):
+        if other is not None and (other.dtype, other.device) != (x.dtype, x.device):
+            raise ValueError(f"{name} is {other.dtype} on {other.device}, but x is {x.dtype} on {x.device}")
+
+
+# --- registration --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("factorkit::hash_grid", mutates_args=())
+def _hash_grid(x: Tensor, table: Tensor, weights: Tensor, resolutions: list[int], quintic: bool) -> Tensor:
+    run = _compiled("forward", x)
+    if run is None:
+        return reference_encoding.hash_grid(x, table, weights, resolutions, quintic)
+    x, table, weights = x.contiguous(), table.contiguous(), weights.contiguous()
+    out = x.new_empty(x.shape[0], table.shape[0] * table.shape[2])
+    run(*_problem(x, table, weights, resolutions, quintic), out.data_ptr())
+    return out
+
+
+@_hash_grid.register_fake
+def _(x, table, weights, resolutions, quintic):
+    return x.new_empty(x.shape[0], table.shape[0] * table.shape[2])
+
+
+@torch.library.custom_op("factorkit::hash_grid_backward", mutates_args=())
+def _hash_grid_backward(
+    grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, resolutions: list[int], quintic: bool,
+    need_x: bool, need_table: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    run = _compiled("backward", x)
+    if run is None or (x.is_cuda and need_table and torch.are_deterministic_algorithms_enabled()):
+        d_x, d_table, _ = _vjp(grad, x, table, weights, resolutions, quintic)
+        return d_x if need_x else x.new_empty(0), d_table if need_table else x.new_empty(0)
+    grad, x, table, weights = grad.contiguous(), x.contiguous(), table.contiguous(), weights.contiguous()
+    d_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    # The CUDA kernel adds to the table's gradient, the CPU's writes it.
+    d_table = (torch.zeros_like if x.is_cuda else torch.empty_like)(table) if need_table else x.new_empty(0)
+    wanted = [grad.data_ptr(), d_x.data_ptr() if need_x else 0, d_table.data_ptr() if need_table else 0]
+    run(*_problem(x, table, weights, resolutions, quintic), wanted)
+    return d_x, d_table
+
+
+@_hash_grid_backward.register_fake
+def _(grad, x, table, weights, resolutions, quintic, need_x, need_table):
+    like = lambda v: torch.empty_like(v, memory_format=torch.contiguous_format)  # noqa: E731
+    return like(x) if need_x else x.new_empty(0), like(table) if need_table else x.new_empty(0)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.resolutions, ctx.quintic = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, grad):
+    x, table, weights = ctx.saved_tensors
+    need_x, need_table, need_weights = ctx.needs_input_grad[:3]
+    d_x = d_table = d_weights = None
+    if need_x or need_table:
+        d_x, d_table = torch.ops.factorkit.hash_grid_backward(
+            grad, x, table, weights, ctx.resolutions, ctx.quintic, need_x, need_table
+        )
+    if need_weights:
+        raw = torch.ops.factorkit.hash_grid(x, table, torch.ones_like(weights), ctx.resolutions, ctx.quintic)
+        d_weights = (grad * raw).unflatten(1, (len(ctx.resolutions), -1)).sum((0, 2))
+    return d_x if need_x else None, d_table if need_table else None, d_weights, None, None
+
+
+_hash_grid.register_autograd(_autograd, setup_context=_setup)
+
+
+def _setup_second(ctx, inputs, output):
+    *tensors, ctx.resolutions, ctx.quintic, _, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _second_order(ctx, on_d_x, on_d_table):
+    """Gradients of the gradients: the reference's first-order gradients are formed again, to be differentiated."""
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        d_x, d_table, _ = _vjp(*leaves, ctx.resolutions, ctx.quintic, again=True)
+    pairs = [(d, g) for d, g in ((d_x, on_d_x), (d_table, on_d_table)) if g is not None and g.numel() == d.numel()]
+    outputs, upstream = [d for d, _ in pairs], [g for _, g in pairs]
+    return *torch.autograd.grad(outputs, leaves, upstream, allow_unused=True), None, None, None, None
+
+
+_hash_grid_backward.register_autograd(_second_order, setup_context=_setup_second)
+
+
+def _vjp(grad, x, table, weights, resolutions, quintic, again: bool = False) -> tuple[Tensor, ...]:
+    """Gradients of the reference for x, table and weights; ``again``: themselves differentiable."""
+    with torch.enable_grad():
+        inputs = [v if again else v.detach().requires_grad_() for v in (x, table, weights)]
+        out = reference_encoding.hash_grid(*inputs, resolutions, quintic)
+    return torch.autograd.grad(out, inputs, grad, create_graph=again)
+
+
+# --- the compiled code ---------------------------------------------------------------------------------------------------
+
+
+def _compiled(direction: str, x: Tensor):
+    """The function of factorkit._C for this direction, dtype and device, closed over threads or stream; None without it."""
+    extension = compiled.extension()
+    name = f"hash_grid_{direction}_{'f32' if x.dtype == torch.float32 else 'f64'}"
+    if extension is None or x.device.type not in ("cpu", "cuda"):
+        return None
+    if x.device.type == "cpu":
+        run, threads = getattr(extension, name), torch.get_num_threads()
+        return lambda *given: run(*given, threads)
+    if not compiled.has_cuda():
+        return None
+    run = getattr(extension, name + "_cuda")
+
+    def launch(*given):
+        with torch.cuda.device(x.device):
+            run(*given, torch.cuda.current_stream().cuda_stream)
+
+    return launch
+
+
+def _problem(x: Tensor, table: Tensor, weights: Tensor, resolutions: list[int], quintic: bool) -> tuple:
+    addresses = [x.data_ptr(), table.data_ptr(), weights.data_ptr()]
+    return addresses, [x.shape[0], table.shape[1], x.shape[1], table.shape[2]], resolutions, quintic
