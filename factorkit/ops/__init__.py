@@ -5,8 +5,8 @@ cpu or cuda later changes no line of a model. ``factorkit.ops.reference`` holds 
 """
 
 from factorkit.ops import reference
-from factorkit.ops.frequency import frequency
-from factorkit.ops.hash_grid import annealing_weights, growing_resolutions, hash_grid
+from factorkit.ops.frequency_encoding import frequency
+from factorkit.ops.hash_encoding import annealing_weights, growing_resolutions, hash_grid
 from factorkit.ops.norm import group_norm_silu
 from factorkit.ops.region import mask_pyramid, region_blend, region_pool
 from factorkit.ops.skip import masked_skip_concat, masked_skip_norm_silu, masked_skip_projection

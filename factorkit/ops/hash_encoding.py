@@ -115,7 +115,7 @@ def _hash_grid_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     run = _compiled("backward", x)
     if run is None or (x.is_cuda and need_table and torch.are_deterministic_algorithms_enabled()):
-        d_x, d_table, _ = _vjp(grad, x, table, weights, resolutions, quintic)
+        d_x, d_table = reference_encoding.hash_grid_vjp(grad, x, table, weights, resolutions, quintic)
         return d_x if need_x else x.new_empty(0), d_table if need_table else x.new_empty(0)
     grad, x, table, weights = grad.contiguous(), x.contiguous(), table.contiguous(), weights.contiguous()
     d_x = torch.empty_like(x) if need_x else x.new_empty(0)
@@ -160,24 +160,16 @@ def _setup_second(ctx, inputs, output):
 
 
 def _second_order(ctx, on_d_x, on_d_table):
-    """Gradients of the gradients: the reference's first-order gradients are formed again, to be differentiated."""
+    """Gradients of the gradients: the first-order ones are formed again in PyTorch, to be differentiated."""
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        d_x, d_table, _ = _vjp(*leaves, ctx.resolutions, ctx.quintic, again=True)
-    pairs = [(d, g) for d, g in ((d_x, on_d_x), (d_table, on_d_table)) if g is not None and g.numel() == d.numel()]
+        formed = reference_encoding.hash_grid_vjp(*leaves, ctx.resolutions, ctx.quintic)
+    pairs = [(d, g) for d, g in zip(formed, (on_d_x, on_d_table), strict=True) if g is not None and g.shape == d.shape]
     outputs, upstream = [d for d, _ in pairs], [g for _, g in pairs]
     return *torch.autograd.grad(outputs, leaves, upstream, allow_unused=True), None, None, None, None
 
 
 _hash_grid_backward.register_autograd(_second_order, setup_context=_setup_second)
-
-
-def _vjp(grad, x, table, weights, resolutions, quintic, again: bool = False) -> tuple[Tensor, ...]:
-    """Gradients of the reference for x, table and weights; ``again``: themselves differentiable."""
-    with torch.enable_grad():
-        inputs = [v if again else v.detach().requires_grad_() for v in (x, table, weights)]
-        out = reference_encoding.hash_grid(*inputs, resolutions, quintic)
-    return torch.autograd.grad(out, inputs, grad, create_graph=again)
 
 
 # --- the compiled code ---------------------------------------------------------------------------------------------------
