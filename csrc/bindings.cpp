@@ -10,6 +10,8 @@
 
 namespace py = pybind11;
 
+void bind_rendering(py::module_& m);
+
 namespace {
 
 #if defined(__clang__)
@@ -102,4 +104,6 @@ build, without a driver and without a device. Raises RuntimeError with the cause
             factorkit::norm_silu_backward(norm_problem(in, sizes, flags, eps, floor), gradients, threads);
         },
         "Gradients of norm_silu_forward on the CPU; called by factorkit.ops, see csrc/norm.h.");
+
+    bind_rendering(m);
 }
