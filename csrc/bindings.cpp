@@ -11,6 +11,7 @@
 namespace py = pybind11;
 
 void bind_encoding(py::module_& m);
+void bind_rendering(py::module_& m);
 
 namespace {
 
@@ -106,4 +107,5 @@ build, without a driver and without a device. Raises RuntimeError with the cause
         "Gradients of norm_silu_forward on the CPU; called by factorkit.ops, see csrc/norm.h.");
 
     bind_encoding(m);
+    bind_rendering(m);
 }

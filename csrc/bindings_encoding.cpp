@@ -1,4 +1,7 @@
 // The encodings in factorkit._C: addresses and numbers in, see csrc/hash_grid.h.
+//
+// Addresses travel as integers (tensor.data_ptr()), 0 for what is absent. `place` is the number of threads on the CPU and
+// the stream on CUDA, whose functions end in _cuda.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,6 +9,7 @@
 #include <array>
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "hash_grid.h"
@@ -14,7 +18,7 @@ namespace py = pybind11;
 
 namespace {
 
-using Addresses = std::array<std::uintptr_t, 3>;  // x, table, weights; gradients: grad, d_x, d_table
+using Addresses = std::array<std::uintptr_t, 3>;  // x, table, weights; of gradients: grad, d_x, d_table
 using Sizes = std::array<std::int64_t, 4>;        // points, rows, dims, features
 using Resolutions = std::vector<std::int32_t>;
 
@@ -23,62 +27,67 @@ T* at(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+// Calls run(T{}) with the type that torch names so.
+template <class Run>
+void for_type(const std::string& dtype, const Run& run) {
+    if (dtype == "float32") return run(float{});
+    if (dtype == "float64") return run(double{});
+    throw std::invalid_argument("no kernel for " + dtype);
+}
+
 template <class T>
 factorkit::HashGrid<T> hash_grid(const Addresses& in, const Sizes& sizes, const Resolutions& resolutions, bool quintic) {
     if (resolutions.size() > factorkit::kMaxHashLevels) throw std::invalid_argument("too many levels");
-    factorkit::HashGrid<T> grid{at<T>(in[0]),   at<T>(in[1]),    at<T>(in[2]),            sizes[0],
-                                sizes[1],       int(sizes[2]),   int(resolutions.size()), int(sizes[3]),
-                                quintic,        {}};
+    factorkit::HashGrid<T> grid{};
+    grid.x = at<T>(in[0]);
+    grid.table = at<T>(in[1]);
+    grid.weights = at<T>(in[2]);
+    grid.points = sizes[0];
+    grid.rows = sizes[1];
+    grid.dims = int(sizes[2]);
+    grid.levels = int(resolutions.size());
+    grid.features = int(sizes[3]);
+    grid.quintic = quintic;
     std::copy(resolutions.begin(), resolutions.end(), grid.resolutions);
     return grid;
 }
 
-template <class T>
-void forward(const Addresses& in, const Sizes& sizes, const Resolutions& resolutions, bool quintic, std::uintptr_t out,
-             int threads) {
-    const auto grid = hash_grid<T>(in, sizes, resolutions, quintic);
+template <bool Cuda>
+void forward(const std::string& dtype, const Addresses& in, const Sizes& sizes, const Resolutions& resolutions,
+             bool quintic, std::uintptr_t out, std::uintptr_t place) {
     py::gil_scoped_release released;
-    factorkit::hash_grid_forward(grid, at<T>(out), threads);
+    for_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        const auto grid = hash_grid<T>(in, sizes, resolutions, quintic);
+        if constexpr (Cuda)
+            factorkit::hash_grid_forward_cuda(grid, at<T>(out), at<void>(place));
+        else
+            factorkit::hash_grid_forward(grid, at<T>(out), int(place));
+    });
 }
 
-template <class T>
-void backward(const Addresses& in, const Sizes& sizes, const Resolutions& resolutions, bool quintic, const Addresses& d,
-              int threads) {
-    const auto grid = hash_grid<T>(in, sizes, resolutions, quintic);
+template <bool Cuda>
+void backward(const std::string& dtype, const Addresses& in, const Sizes& sizes, const Resolutions& resolutions,
+              bool quintic, const Addresses& d, std::uintptr_t place) {
     py::gil_scoped_release released;
-    factorkit::hash_grid_backward(grid, at<const T>(d[0]), at<T>(d[1]), at<T>(d[2]), threads);
+    for_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        const auto grid = hash_grid<T>(in, sizes, resolutions, quintic);
+        if constexpr (Cuda)
+            factorkit::hash_grid_backward_cuda(grid, at<const T>(d[0]), at<T>(d[1]), at<T>(d[2]), at<void>(place));
+        else
+            factorkit::hash_grid_backward(grid, at<const T>(d[0]), at<T>(d[1]), at<T>(d[2]), int(place));
+    });
 }
-
-#ifdef FACTORKIT_CUDA_TARGETS
-template <class T>
-void forward_cuda(const Addresses& in, const Sizes& sizes, const Resolutions& resolutions, bool quintic,
-                  std::uintptr_t out, std::uintptr_t stream) {
-    const auto grid = hash_grid<T>(in, sizes, resolutions, quintic);
-    py::gil_scoped_release released;
-    factorkit::hash_grid_forward_cuda(grid, at<T>(out), at<void>(stream));
-}
-
-template <class T>
-void backward_cuda(const Addresses& in, const Sizes& sizes, const Resolutions& resolutions, bool quintic,
-                   const Addresses& d, std::uintptr_t stream) {
-    const auto grid = hash_grid<T>(in, sizes, resolutions, quintic);
-    py::gil_scoped_release released;
-    factorkit::hash_grid_backward_cuda(grid, at<const T>(d[0]), at<T>(d[1]), at<T>(d[2]), at<void>(stream));
-}
-#endif
 
 }  // namespace
 
 void bind_encoding(py::module_& m) {
     const char* doc = "Multiresolution hash encoding; called by factorkit.ops, see csrc/hash_grid.h.";
-    m.def("hash_grid_forward_f32", &forward<float>, doc);
-    m.def("hash_grid_forward_f64", &forward<double>, doc);
-    m.def("hash_grid_backward_f32", &backward<float>, doc);
-    m.def("hash_grid_backward_f64", &backward<double>, doc);
+    m.def("hash_grid_forward", &forward<false>, doc);
+    m.def("hash_grid_backward", &backward<false>, doc);
 #ifdef FACTORKIT_CUDA_TARGETS
-    m.def("hash_grid_forward_f32_cuda", &forward_cuda<float>, doc);
-    m.def("hash_grid_forward_f64_cuda", &forward_cuda<double>, doc);
-    m.def("hash_grid_backward_f32_cuda", &backward_cuda<float>, doc);
-    m.def("hash_grid_backward_f64_cuda", &backward_cuda<double>, doc);
+    m.def("hash_grid_forward_cuda", &forward<true>, doc);
+    m.def("hash_grid_backward_cuda", &backward<true>, doc);
 #endif
 }

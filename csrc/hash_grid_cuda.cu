@@ -1,17 +1,10 @@
-#include <algorithm>
-#include <stdexcept>
-#include <string>
-
-#include <cuda_runtime.h>
-
+#include "cuda_launch.h"
 #include "hash_grid.h"
 
 namespace factorkit {
 namespace {
 
 using std::int64_t;
-
-constexpr int kThreads = 256;
 
 // The vertices around one point, as in Corners of the CPU loops.
 template <class T, int D>
@@ -59,7 +52,7 @@ __device__ __forceinline__ const Features<T, F>* level_table(const HashGrid<T>& 
 // One thread a point and level; a block stays on one level, whose part of the table it keeps in cache.
 template <class T, int D, int F>
 __global__ void __launch_bounds__(kThreads) encode(const HashGrid<T> grid, Features<T, F>* out) {
-    const int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t n = thread_index();
     const int l = blockIdx.y;
     if (n >= grid.points) return;
     const T weight = grid.weights[l];
@@ -80,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) encode(const HashGrid<T> grid, Featu
 // One thread a point, over all levels: no two threads meet.
 template <class T, int D, int F>
 __global__ void __launch_bounds__(kThreads) encode_d_x(const HashGrid<T> grid, const Features<T, F>* grad, T* d_x) {
-    const int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t n = thread_index();
     if (n >= grid.points) return;
     T total[D] = {};
     for (int l = 0; l < grid.levels; ++l) {
@@ -116,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) encode_d_x(const HashGrid<T> grid, c
 template <class T, int D, int F>
 __global__ void __launch_bounds__(kThreads)
     encode_d_table(const HashGrid<T> grid, const Features<T, F>* grad, T* d_table) {
-    const int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t n = thread_index();
     const int l = blockIdx.y;
     if (n >= grid.points) return;
     const T weight = grid.weights[l];
@@ -136,13 +129,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-void check_launch(const char* kernel) {
-    const cudaError_t status = cudaGetLastError();
-    if (status != cudaSuccess)
-        throw std::runtime_error(std::string("launching the CUDA kernel ") + kernel + ": " + cudaGetErrorString(status));
-}
-
-// Calls body.template operator()<dims, features>() for those of the grid.
+// Calls body.run<dims, features>() for those of the grid.
 template <class Body, int D>
 void for_features(int features, const Body& body) {
     switch (features) {
@@ -166,7 +153,7 @@ void for_sizes(int dims, int features, const Body& body) {
 
 template <class T>
 dim3 point_blocks(const HashGrid<T>& grid, bool by_level) {
-    return dim3(unsigned((grid.points + kThreads - 1) / kThreads), by_level ? grid.levels : 1);
+    return dim3(blocks_for(grid.points), by_level ? grid.levels : 1);
 }
 
 template <class T>

@@ -25,25 +25,12 @@ def extension():
         from factorkit import _C
     except ImportError as error:
         warnings.warn(
-            f"factorkit._C cannot be imported ({error}): its ops run in plain PyTorch, several times slower. Install the "
-            "package with `pip install -e .`; `factorkit doctor` tells more",
+            f"factorkit._C cannot be imported ({error}): ops on the CPU run several times slower. Install the package "
+            "with `pip install -e .`; `factorkit doctor` tells more",
             stacklevel=2,
         )
         return None
     return _C
-
-
-@lru_cache
-def has_cuda() -> bool:
-    """Whether factorkit._C was built with CUDA; where not, one warning that says what it costs and how to get it."""
-    built = extension() is not None and extension().build_info()["cuda"]
-    if extension() is not None and not built:
-        warnings.warn(
-            "factorkit._C was built without CUDA: its ops run in plain PyTorch on the GPU, several times slower. With nvcc "
-            "on PATH, `pip install -e .` again builds it; `factorkit doctor` tells more",
-            stacklevel=2,
-        )
-    return built
 
 
 def _applies(u: Tensor, skip: Tensor | None) -> bool:

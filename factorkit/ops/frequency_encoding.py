@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from factorkit.ops import reference_encoding
+from factorkit.ops import reference_encoding as reference
 from factorkit.ops.dispatch import use_reference
 
 
@@ -35,7 +35,7 @@ def frequency(x: Tensor, bands: int, annealing: Tensor | None = None) -> Tensor:
             raise ValueError(f"annealing has shape {tuple(annealing.shape)}; {bands} bands ask for [{bands}]")
         if (annealing.dtype, annealing.device) != (x.dtype, x.device):
             raise ValueError(f"annealing is {annealing.dtype} on {annealing.device}, but x is {x.dtype} on {x.device}")
-    run = reference_encoding.frequency if use_reference() else torch.ops.factorkit.frequency
+    run = reference.frequency if use_reference() else torch.ops.factorkit.frequency
     return run(x, bands, annealing)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from factorkit.ops import compiled, reference_encoding
-from factorkit.ops.dispatch import use_reference
+from factorkit.ops import reference_encoding as reference
+from factorkit.ops.launch import call, plain
 
 INTERPOLATIONS = ("linear", "quintic")
 DIMS, FEATURES, MAX_LEVELS = (2, 3, 4), (1, 2, 4, 8), 32  # as in csrc/hash_grid.h and its CUDA kernels
@@ -46,7 +46,8 @@ def hash_grid(
     resolutions = [int(r) for r in resolutions]
     _check(x, table, resolutions, level_weights, interpolation)
     weights = torch.ones(len(resolutions), dtype=x.dtype, device=x.device) if level_weights is None else level_weights
-    run = reference_encoding.hash_grid if use_reference() else torch.ops.factorkit.hash_grid
+    by_torch = plain(x) or (x.is_cuda and torch.are_deterministic_algorithms_enabled())
+    run = reference.hash_grid if by_torch else torch.ops.factorkit.hash_grid
     return run(x, table, weights, resolutions, interpolation == "quintic")
 
 
@@ -92,15 +93,16 @@ def _check(x: Tensor, table: Tensor, resolutions: list[int], weights: Tensor | N
 # --- registration --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("factorkit::hash_grid", mutates_args=())
+@torch.library.custom_op("factorkit::hash_grid", mutates_args=(), device_types=("cpu", "cuda"))
 def _hash_grid(x: Tensor, table: Tensor, weights: Tensor, resolutions: list[int], quintic: bool) -> Tensor:
-    run = _compiled("forward", x)
-    if run is None:
-        return reference_encoding.hash_grid(x, table, weights, resolutions, quintic)
-    x, table, weights = x.contiguous(), table.contiguous(), weights.contiguous()
+    tensors = (x.contiguous(), table.contiguous(), weights.contiguous())
     out = x.new_empty(x.shape[0], table.shape[0] * table.shape[2])
-    run(*_problem(x, table, weights, resolutions, quintic), out.data_ptr())
+    call("hash_grid_forward", x, tensors, _sizes(x, table), resolutions, quintic, out)
     return out
+
+
+def _sizes(x: Tensor, table: Tensor) -> tuple[int, ...]:
+    return x.shape[0], table.shape[1], x.shape[1], table.shape[2]
 
 
 @_hash_grid.register_fake
@@ -108,28 +110,27 @@ def _(x, table, weights, resolutions, quintic):
     return x.new_empty(x.shape[0], table.shape[0] * table.shape[2])
 
 
-@torch.library.custom_op("factorkit::hash_grid_backward", mutates_args=())
+@torch.library.custom_op("factorkit::hash_grid_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def _hash_grid_backward(
     grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, resolutions: list[int], quintic: bool,
     need_x: bool, need_table: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    run = _compiled("backward", x)
-    if run is None or (x.is_cuda and need_table and torch.are_deterministic_algorithms_enabled()):
-        d_x, d_table = reference_encoding.hash_grid_vjp(grad, x, table, weights, resolutions, quintic)
-        return d_x if need_x else x.new_empty(0), d_table if need_table else x.new_empty(0)
-    grad, x, table, weights = grad.contiguous(), x.contiguous(), table.contiguous(), weights.contiguous()
-    d_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    # The CUDA kernel adds to the table's gradient, the CPU's writes it.
-    d_table = (torch.zeros_like if x.is_cuda else torch.empty_like)(table) if need_table else x.new_empty(0)
-    wanted = [grad.data_ptr(), d_x.data_ptr() if need_x else 0, d_table.data_ptr() if need_table else 0]
-    run(*_problem(x, table, weights, resolutions, quintic), wanted)
+    tensors = (x.contiguous(), table.contiguous(), weights.contiguous())
+    d_x, d_table = _gradients_like(x, table, need_x, need_table)
+    if x.is_cuda:
+        d_table.zero_()  # the CUDA kernel adds, the CPU's writes
+    wanted = (grad.contiguous(), d_x if need_x else None, d_table if need_table else None)
+    call("hash_grid_backward", x, tensors, _sizes(x, table), resolutions, quintic, wanted)
     return d_x, d_table
+
+
+def _gradients_like(x: Tensor, table: Tensor, need_x: bool, need_table: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if need_x else 0), table.new_empty(table.shape if need_table else 0)
 
 
 @_hash_grid_backward.register_fake
 def _(grad, x, table, weights, resolutions, quintic, need_x, need_table):
-    like = lambda v: torch.empty_like(v, memory_format=torch.contiguous_format)  # noqa: E731
-    return like(x) if need_x else x.new_empty(0), like(table) if need_table else x.new_empty(0)
+    return _gradients_like(x, table, need_x, need_table)
 
 
 def _setup(ctx, inputs, output):
@@ -160,10 +161,11 @@ def _setup_second(ctx, inputs, output):
 
 
 def _second_order(ctx, on_d_x, on_d_table):
-    """Gradients of the gradients: the first-order ones are formed again in PyTorch, to be differentiated."""
+    """Gradients of the gradients: the reference's are formed again, to be differentiated."""
     with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        formed = reference_encoding.hash_grid_vjp(*leaves, ctx.resolutions, ctx.quintic)
+        grad, *inputs = leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        out = reference.hash_grid(*inputs, ctx.resolutions, ctx.quintic)
+        formed = torch.autograd.grad(out, inputs[:2], grad, create_graph=True)
     pairs = [(d, g) for d, g in zip(formed, (on_d_x, on_d_table), strict=True) if g is not None and g.shape == d.shape]
     outputs, upstream = [d for d, _ in pairs], [g for _, g in pairs]
     return *torch.autograd.grad(outputs, leaves, upstream, allow_unused=True), None, None, None, None
@@ -171,30 +173,3 @@ def _second_order(ctx, on_d_x, on_d_table):
 
 _hash_grid_backward.register_autograd(_second_order, setup_context=_setup_second)
 
-
-# --- the compiled code ---------------------------------------------------------------------------------------------------
-
-
-def _compiled(direction: str, x: Tensor):
-    """The function of factorkit._C for this direction, dtype and device, closed over threads or stream; None without it."""
-    extension = compiled.extension()
-    name = f"hash_grid_{direction}_{'f32' if x.dtype == torch.float32 else 'f64'}"
-    if extension is None or x.device.type not in ("cpu", "cuda"):
-        return None
-    if x.device.type == "cpu":
-        run, threads = getattr(extension, name), torch.get_num_threads()
-        return lambda *given: run(*given, threads)
-    if not compiled.has_cuda():
-        return None
-    run = getattr(extension, name + "_cuda")
-
-    def launch(*given):
-        with torch.cuda.device(x.device):
-            run(*given, torch.cuda.current_stream().cuda_stream)
-
-    return launch
-
-
-def _problem(x: Tensor, table: Tensor, weights: Tensor, resolutions: list[int], quintic: bool) -> tuple:
-    addresses = [x.data_ptr(), table.data_ptr(), weights.data_ptr()]
-    return addresses, [x.shape[0], table.shape[1], x.shape[1], table.shape[2]], resolutions, quintic

@@ -17,19 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS, POOL_FLOOR
-from factorkit.ops.reference_encoding import frequency, hash_grid
-
-__all__ = [
-    "frequency",
-    "group_norm_silu",
-    "hash_grid",
-    "mask_pyramid",
-    "masked_skip_add",
-    "masked_skip_concat",
-    "masked_skip_norm_silu",
-    "region_blend",
-    "region_pool",
-]
 
 
 def masked_skip_concat(u: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from factorkit import ops
-from factorkit.ops import reference
+from factorkit.ops import reference_encoding as reference
 
 
 def problem(points=5, dims=3, bands=4, annealed=True):
