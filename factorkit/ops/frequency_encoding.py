@@ -1,4 +1,4 @@
-"""The frequency encoding (positional encoding) of coordinates, with a gradient that keeps nothing but its own output."""
+"""The frequency (or positional) encoding of coordinates, whose gradient is made of its own output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from factorkit.ops.dispatch import use_reference
 def frequency(x: Tensor, bands: int, annealing: Tensor | None = None) -> Tensor:
     """Sines and cosines of each coordinate in octaves: [N, D*2*K] (Mildenhall et al. 2020, eq. 4).
 
-    For each coordinate first a_k sin(2^k pi x), k = 0..K-1, then a_k cos(2^k pi x). Differentiable by x to any order and by
+    For each coordinate first a_k sin(2^k pi x), k = 0..K-1, then a_k cos(2^k pi x). Gradients of any order reach x and
     ``annealing``.
 
     Args:
@@ -27,7 +27,7 @@ def frequency(x: Tensor, bands: int, annealing: Tensor | None = None) -> Tensor:
         ValueError: other shapes or dtypes, bands < 1.
     """
     if x.dim() != 2 or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; frequency takes points [N, D] in float32 or float64")
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; frequency takes points [N, D], float32 or float64")
     if bands < 1:
         raise ValueError(f"bands={bands}; give at least 1")
     if annealing is not None:

@@ -1,4 +1,4 @@
-"""The multiresolution hash encoding, compiled (csrc/hash_grid.h), with gradients for table, coordinates and level weights."""
+"""The multiresolution hash encoding (csrc/hash_grid.h), with gradients for table, coordinates and level weights."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def hash_grid(
 ) -> Tensor:
     """Features of points, interpolated in L lattices over the unit cube and concatenated: [N, L*F] (Müller et al. 2022).
 
-    A level with (R+1)^D <= T has a row for every vertex; the vertices of a finer one share rows through a hash. Outside
-    [0, 1] the nearest face answers, with no gradient for that coordinate.
+    A level with (R+1)^D <= T has a row for every vertex; the vertices of a finer one share rows through a hash.
+    Outside [0, 1] the nearest face answers, with no gradient for that coordinate.
 
-    Gradients reach x, table and level_weights, of second order too (an eikonal loss, a loss on normals): those are
-    computed by the PyTorch reference, slower. On CUDA the table's gradient is summed with atomics, so its last digits
+    Gradients reach x, table and level_weights, of second order too (an eikonal loss, a loss on normals): those
+    are computed by the PyTorch reference, slower. On CUDA the table's gradient is summed with atomics, so its last digits
     vary, unless ``torch.use_deterministic_algorithms`` asks for the reference.
 
     Args:
@@ -52,7 +52,7 @@ def hash_grid(
 
 
 def growing_resolutions(coarsest: int, finest: int, levels: int) -> list[int]:
-    """``levels`` resolutions in geometric progression from ``coarsest`` to ``finest`` (Müller et al. 2022, eq. 2 and 3)."""
+    """``levels`` resolutions in geometric progression, ``coarsest`` to ``finest`` (Müller et al. 2022, eq. 2, 3)."""
     growth = 0.0 if levels == 1 else math.log(finest / coarsest) / (levels - 1)
     return [round(coarsest * math.exp(growth * level)) for level in range(levels)]
 
@@ -60,8 +60,8 @@ def growing_resolutions(coarsest: int, finest: int, levels: int) -> list[int]:
 def annealing_weights(levels: int, progress: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weights [levels] that let the levels in from coarse to fine while ``progress`` goes from 0 to 1.
 
-    w_k = (1 - cos(pi clamp(progress * levels - k, 0, 1))) / 2 (Park et al. 2021, eq. 8): all 0 at 0, all 1 at 1. For the
-    levels of :func:`hash_grid` and the bands of :func:`factorkit.ops.frequency`.
+    w_k = (1 - cos(pi clamp(progress * levels - k, 0, 1))) / 2 (Park et al. 2021, eq. 8): all 0 at 0, all 1 at 1. For
+    the levels of :func:`hash_grid` and the bands of :func:`factorkit.ops.frequency`.
     """
     open_ = (progress * levels - torch.arange(levels, dtype=torch.float64)).clamp(0, 1)
     return ((1 - torch.cos(math.pi * open_)) / 2).to(dtype)
@@ -90,7 +90,7 @@ def _check(x: Tensor, table: Tensor, resolutions: list[int], weights: Tensor | N
             raise ValueError(f"{name} is {other.dtype} on {other.device}, but x is {x.dtype} on {x.device}")
 
 
-# --- registration --------------------------------------------------------------------------------------------------------
+# --- registration --------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("factorkit::hash_grid", mutates_args=(), device_types=("cpu", "cuda"))

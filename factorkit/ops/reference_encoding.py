@@ -13,8 +13,8 @@ HASH_PRIMES = (1, 2_654_435_761, 805_459_861, 3_674_653_429)
 
 
 def hash_grid(x: Tensor, table: Tensor, weights: Tensor, resolutions: list[int], quintic: bool) -> Tensor:
-    """[N, L*F]: at each level the features of the 2^D vertices around x, weighted by how near they are, times the level's
-    weight (Müller et al. 2022, section 3). x [N, D], table [L, T, F], weights [L]."""
+    """[N, L*F]: at each level the features of the 2^D vertices around x, weighted by how near they are, times the
+    level's weight (Müller et al. 2022, section 3). x [N, D], table [L, T, F], weights [L]."""
     features = []
     for level, resolution in enumerate(resolutions):
         position = x.clamp(0, 1) * resolution
@@ -32,8 +32,8 @@ def hash_grid(x: Tensor, table: Tensor, weights: Tensor, resolutions: list[int],
 
 
 def vertex_rows(vertex: Tensor, resolution: int, rows: int) -> Tensor:
-    """Rows of a level's table, [N], of vertices [N, D] with coordinates 0..resolution: one for each vertex where all fit,
-    x fastest; their hash elsewhere."""
+    """Rows of a level's table, [N], of vertices [N, D] with coordinates 0..resolution: one for each vertex where all
+    fit, x fastest; their hash elsewhere."""
     dims = vertex.shape[1]
     if (resolution + 1) ** dims <= rows:
         return sum(vertex[:, d] * (resolution + 1) ** d for d in range(dims))
