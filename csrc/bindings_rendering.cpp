@@ -76,15 +76,16 @@ void intersect_backward(const std::string& dtype, const Addresses<6>& a, std::in
     });
 }
 
-// (origins, directions, near, far, occupancy), (rays, levels, resolution), the box's centre and half its size,
+// (origins, directions, near, far, occupancy, blocks), (rays, levels, resolution), the box's centre and half its size,
 // (step_min, step_max, cone), jitter, seed
 template <class S>
-factorkit::March<S> march(const Addresses<5>& a, const Sizes<3>& sizes, const Vector& centre, const Vector& half,
+factorkit::March<S> march(const Addresses<6>& a, const Sizes<3>& sizes, const Vector& centre, const Vector& half,
                           const Vector& steps, bool jitter, std::uint64_t seed) {
     return {{at<S>(a[0]), at<S>(a[1]), sizes[0]},
             at<S>(a[2]),
             at<S>(a[3]),
             at<std::uint8_t>(a[4]),
+            at<std::uint8_t>(a[5]),
             int(sizes[1]),
             int(sizes[2]),
             {S(centre[0]), S(centre[1]), S(centre[2])},
@@ -97,7 +98,7 @@ factorkit::March<S> march(const Addresses<5>& a, const Sizes<3>& sizes, const Ve
 }
 
 template <bool Cuda>
-void march_count(const std::string& dtype, const Addresses<5>& a, const Sizes<3>& sizes, const Vector& centre,
+void march_count(const std::string& dtype, const Addresses<6>& a, const Sizes<3>& sizes, const Vector& centre,
                  const Vector& half, const Vector& steps, bool jitter, std::uint64_t seed, std::uintptr_t counts,
                  std::uintptr_t place) {
     py::gil_scoped_release released;
@@ -112,7 +113,7 @@ void march_count(const std::string& dtype, const Addresses<5>& a, const Sizes<3>
 }
 
 template <bool Cuda>  // and (offsets, t_start, t_end, ray), size
-void march_write(const std::string& dtype, const Addresses<5>& a, const Sizes<3>& sizes, const Vector& centre,
+void march_write(const std::string& dtype, const Addresses<6>& a, const Sizes<3>& sizes, const Vector& centre,
                  const Vector& half, const Vector& steps, bool jitter, std::uint64_t seed, const Addresses<4>& to,
                  std::int64_t size, std::uintptr_t place) {
     py::gil_scoped_release released;

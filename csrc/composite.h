@@ -124,7 +124,7 @@ FACTORKIT_HOST_DEVICE Attenuation<float> attenuate(float tau) {
 }
 
 // What one sample's inputs owe to d_tau, the gradient of its optical depth, to d_mid and to d_length, those through its
-// midpoint and its length alone. Where nothing flows, infinite density is no reason for a NaN.
+// midpoint and its length alone. Infinite density owes nothing to its length: it is opaque over any, and nothing over none.
 template <class S>
 struct SampleGradient {
     S sigma, t_start, t_end;
@@ -132,7 +132,7 @@ struct SampleGradient {
 
 template <class S>
 FACTORKIT_HOST_DEVICE SampleGradient<S> sample_gradient(S sigma, S length, S d_tau, S d_mid, S d_length) {
-    const S along = (d_tau == S(0) ? S(0) : d_tau * sigma) + d_length;
+    const S along = (sigma == S(INFINITY) ? S(0) : d_tau * sigma) + d_length;
     return {d_tau * length, S(0.5) * d_mid - along, S(0.5) * d_mid + along};
 }
 

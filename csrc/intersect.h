@@ -87,8 +87,9 @@ FACTORKIT_HOST_DEVICE Crossing<S> cross_sphere(const S* o, const S* d, const S* 
     const S root = std::sqrt(distance), product = (root - radius) * (root + radius) / square;
     const S far = middle > S(0) ? middle + half : product / (middle - half);
     const S near = middle > S(0) ? product / far : middle - half;
-    if (!(far >= S(0) && far >= near)) return {S(0), S(0), false, -1, -1};
-    return {near > S(0) ? near : S(0), far, near > S(0), 0, 0};
+    if (!(far >= S(0))) return {S(0), S(0), false, -1, -1};
+    const bool outside = near > S(0);
+    return {outside ? (near < far ? near : far) : S(0), far, outside, 0, 0};
 }
 
 template <class S>

@@ -3,7 +3,8 @@
 // The steps of a ray do not depend on the grid: their edges are t_0 = near, t_{k+1} = t_k + clamp(cone * t_k, step_min,
 // step_max), the last one far; jitter moves each inner edge by up to half a step either way, so that the steps still
 // tile [near, far]. A step is kept if the cell at its midpoint is occupied, in the finest level whose box holds that point
-// and whose cells are not shorter than the step. Leaping only saves asking: it ends safely before the cell does.
+// and whose cells are not shorter than the step. Leaping only saves asking: it ends safely before the empty cell does, or
+// the empty block of 8^3 cells. (From 32 cells on, the box of the next finer level, the middle half, is made of whole blocks.)
 //
 // Sums of products are written as fma, so that no compiler rounds them its own way: with a fixed step CPU and GPU agree to
 // the last bit.
@@ -22,7 +23,8 @@ struct March {
     Rays<S> rays;
     const S *near, *far;             // [rays]
     const std::uint8_t* occupancy;   // [levels, resolution^3 / 8]: bit i of byte j is cell 8j+i, x slowest, z fastest
-    int levels, resolution;          // a power of two, at least 4
+    const std::uint8_t* blocks;      // [levels, (resolution / 8)^3]: zero where all 8^3 cells are empty; or null
+    int levels, resolution;          // a power of two, at least 8; at least 32 with blocks
     S centre[3], half[3];            // of level 0's box; level l is 2^l times as large about the same centre
     S step_min, step_max, cone;      // in units of t
     bool jitter;
@@ -48,7 +50,18 @@ void march_count_cuda(const March<S>& problem, std::int64_t* counts, void* strea
 template <class S>
 void march_write_cuda(const March<S>& problem, const MarchOutputs<S>& out, void* stream);
 
-// One step of a ray: the edges before jitter, and the step before it.
+// A ray on its way, and what would otherwise be worked out at every step.
+template <class S>
+struct Course {
+    std::int64_t ray;
+    S near, far;
+    const S *origin, *direction;
+    S per_direction[3], per_half[3];  // reciprocals
+    S cell_size, speed, per_step;     // shortest side of a cell of level 0; length of the direction; 1 / step_min
+    S margin;                         // far more than rounding can move a face or a point of level 0 by
+};
+
+// One step of a ray: its edges before jitter, and the size of the step before it.
 template <class S>
 struct Step {
     std::int64_t index;
@@ -79,56 +92,63 @@ FACTORKIT_HOST_DEVICE Step<S> next_step(const March<S>& p, S near, const Step<S>
 
 // The first step after `step` that ends beyond t; with growing steps also the first longer than `longest`.
 template <class S>
-FACTORKIT_HOST_DEVICE Step<S> leap(const March<S>& p, S near, Step<S> step, S t, S longest) {
+FACTORKIT_HOST_DEVICE Step<S> leap(const March<S>& p, const Course<S>& c, Step<S> step, S t, S longest) {
     if (p.cone == S(0)) {
-        const S index = std::floor((t - near) / p.step_min);
+        const S index = (t - c.near) * c.per_step;  // cut off below, and margins are wide
         const bool ahead = index > S(step.index + 1) && index < S(1e15);
-        return step_at(p, near, ahead ? std::int64_t(index) : step.index + 1);
+        return step_at(p, c.near, ahead ? std::int64_t(index) : step.index + 1);
     }
     do {
-        step = next_step(p, near, step);
+        step = next_step(p, c.near, step);
     } while (step.end <= t && step.end > step.start && step.end - step.start <= longest);
     return step;
 }
 
-// The edge at the start of step `index`, which is preceded by a step of size `previous`.
+// The edge at t, where step `index` starts and one of size `previous` ends.
 template <class S>
-FACTORKIT_HOST_DEVICE S jittered(const March<S>& p, std::int64_t ray, std::int64_t index, S t, S previous, S far) {
-    if (!p.jitter || index == 0 || t >= far) return t < far ? t : far;
-    const S u = S(counter_uniform(p.seed, std::uint64_t(ray), std::uint64_t(index)));
+FACTORKIT_HOST_DEVICE S jittered(const March<S>& p, const Course<S>& c, std::int64_t index, S t, S previous) {
+    if (!p.jitter || index == 0 || t >= c.far) return t < c.far ? t : c.far;
+    const S u = S(counter_uniform(p.seed, std::uint64_t(c.ray), std::uint64_t(index)));
     const S moved = std::fma(u - S(0.5), previous, t);
-    return moved < far ? moved : far;
+    return moved < c.far ? moved : c.far;
 }
 
-// The cell at a point, as asked for by a step of this length.
+// The cell at a point, as asked for by a step of this length in space.
 template <class S>
 struct Cell {
     bool inside, occupied;
-    int at[3];
-    S scale;  // 2^level
+    int at[3], width;  // first corner in cells of the level, and how many it spans: 1, or 8 for an empty block
+    S scale;           // 2^level
 };
 
 template <class S>
-FACTORKIT_HOST_DEVICE Cell<S> find_cell(const March<S>& p, const S* point, S length, S cell_size) {
+FACTORKIT_HOST_DEVICE Cell<S> find_cell(const March<S>& p, const Course<S>& c, S t, S length) {
     S q[3], reach = 0;
     for (int a = 0; a < 3; ++a) {
-        q[a] = (point[a] - p.centre[a]) / p.half[a];
+        q[a] = (std::fma(t, c.direction[a], c.origin[a]) - p.centre[a]) * c.per_half[a];
         const S size = q[a] < S(0) ? -q[a] : q[a];
         reach = size > reach ? size : reach;
     }
-    Cell<S> cell{true, false, {0, 0, 0}, S(1)};
+    Cell<S> cell{true, false, {0, 0, 0}, 1, S(1)};
     int level = 0;
-    while (level + 1 < p.levels && (reach >= cell.scale || cell_size * cell.scale < length)) {
+    S smaller = 1;
+    while (level + 1 < p.levels && (reach >= cell.scale || c.cell_size * cell.scale < length)) {
         ++level;
         cell.scale *= S(2);
+        smaller *= S(0.5);
     }
     for (int a = 0; a < 3; ++a) {
-        const S place = (q[a] / cell.scale + S(1)) * S(p.resolution / 2);
+        const S place = std::fma(q[a], smaller, S(1)) * S(p.resolution / 2);
         cell.inside = cell.inside && place >= S(0) && place < S(p.resolution);
         cell.at[a] = cell.inside ? int(place) : 0;
     }
     if (!cell.inside) return cell;
-    const std::int64_t r = p.resolution;
+    const std::int64_t r = p.resolution, b = r / 8;
+    if (p.blocks && !p.blocks[((level * b + cell.at[0] / 8) * b + cell.at[1] / 8) * b + cell.at[2] / 8]) {
+        for (int a = 0; a < 3; ++a) cell.at[a] &= ~7;
+        cell.width = 8;
+        return cell;
+    }
     const std::int64_t bit = ((level * r + cell.at[0]) * r + cell.at[1]) * r + cell.at[2];
     cell.occupied = p.occupancy[bit >> 3] >> (bit & 7) & 1;
     return cell;
@@ -136,13 +156,13 @@ FACTORKIT_HOST_DEVICE Cell<S> find_cell(const March<S>& p, const S* point, S len
 
 // Where the ray leaves the cell.
 template <class S>
-FACTORKIT_HOST_DEVICE S cell_exit(const March<S>& p, const Cell<S>& cell, const S* o, const S* d) {
+FACTORKIT_HOST_DEVICE S cell_exit(const March<S>& p, const Course<S>& c, const Cell<S>& cell) {
     S exit = S(INFINITY);
+    const S width = S(2) / S(p.resolution);
     for (int a = 0; a < 3; ++a) {
-        if (d[a] == S(0)) continue;
-        const S face = S(cell.at[a] + (d[a] > S(0) ? 1 : 0)) / S(p.resolution / 2) - S(1);
-        const S t = (std::fma(face * cell.scale, p.half[a], p.centre[a]) - o[a]) / d[a];
-        exit = t < exit ? t : exit;
+        const S face = std::fma(S(cell.at[a] + (c.direction[a] > S(0) ? cell.width : 0)), width, S(-1)) * cell.scale;
+        const S t = (std::fma(face, p.half[a], p.centre[a]) - c.origin[a]) * c.per_direction[a];
+        exit = c.direction[a] != S(0) && t < exit ? t : exit;
     }
     return exit;
 }
@@ -150,38 +170,40 @@ FACTORKIT_HOST_DEVICE S cell_exit(const March<S>& p, const Cell<S>& cell, const 
 // Calls emit(start, end) for each kept step, in order, until it answers false.
 template <class S, class Emit>
 FACTORKIT_HOST_DEVICE void march_ray(const March<S>& p, std::int64_t ray, Emit emit) {
-    const S *o = p.rays.origins + 3 * ray, *d = p.rays.directions + 3 * ray;
-    const S near = p.near[ray], largest = S(1 << (p.levels - 1));
-    S lower[3], upper[3], cell_size = S(INFINITY);
+    Course<S> c{ray, p.near[ray], p.far[ray], p.rays.origins + 3 * ray, p.rays.directions + 3 * ray, {}, {}, S(INFINITY),
+                S(0), S(1) / p.step_min, S(0)};
+    const S largest = S(1 << (p.levels - 1)), *d = c.direction;
+    S lower[3], upper[3];
     for (int a = 0; a < 3; ++a) {
         lower[a] = std::fma(-largest, p.half[a], p.centre[a]);
         upper[a] = std::fma(largest, p.half[a], p.centre[a]);
+        c.per_direction[a] = S(1) / d[a];
+        c.per_half[a] = S(1) / p.half[a];
         const S size = p.half[a] / S(p.resolution / 2);
-        cell_size = size < cell_size ? size : cell_size;
+        c.cell_size = size < c.cell_size ? size : c.cell_size;
     }
-    const Crossing<S> box = cross_box(o, d, lower, upper);
-    const S far = p.far[ray];
-    if (!(box.far > box.near && far > near && near - near == S(0))) return;
-    const S speed = std::sqrt(std::fma(d[0], d[0], std::fma(d[1], d[1], d[2] * d[2])));
-    const S margin = S(0.01) * cell_size / speed;  // far more than rounding can move a face or a point by
-    const S last = far < box.far + margin ? far : box.far + margin;
+    const Crossing<S> box = cross_box(c.origin, d, lower, upper);
+    if (!(box.far > box.near && c.far > c.near && c.near - c.near == S(0))) return;
+    c.speed = std::sqrt(std::fma(d[0], d[0], std::fma(d[1], d[1], d[2] * d[2])));
+    c.margin = S(0.01) * c.cell_size / c.speed;
+    const S last = c.far < box.far + c.margin ? c.far : box.far + c.margin;
 
-    Step<S> step = first_step(p, near);
-    if (step.end <= box.near - margin) step = leap(p, near, step, box.near - margin, S(INFINITY));
+    Step<S> step = first_step(p, c.near);
+    if (step.end <= box.near - c.margin) step = leap(p, c, step, box.near - c.margin, S(INFINITY));
+    std::int64_t known = -1;  // the edge that `end` holds, so that steps side by side draw it once
+    S end = 0;
     while (step.start < last && step.end > step.start) {
         const S size = step.end - step.start;
-        const S start = jittered(p, ray, step.index, step.start, step.previous, far);
-        const S end = jittered(p, ray, step.index + 1, step.end, p.cone == S(0) ? p.step_min : size, far);
-        const S middle = S(0.5) * (start + end);
-        const S point[3] = {std::fma(middle, d[0], o[0]), std::fma(middle, d[1], o[1]), std::fma(middle, d[2], o[2])};
-        const Cell<S> cell = find_cell(p, point, size * speed, cell_size);
+        const S start = known == step.index ? end : jittered(p, c, step.index, step.start, step.previous);
+        known = step.index + 1;
+        end = jittered(p, c, known, step.end, p.cone == S(0) ? p.step_min : size);
+        const Cell<S> cell = find_cell(p, c, S(0.5) * (start + end), size * c.speed);
         if (cell.occupied && end > start && !emit(start, end)) return;
         if (cell.inside && !cell.occupied) {
-            const bool coarsest = cell.scale == largest;
-            const S longest = coarsest ? S(INFINITY) : cell_size * cell.scale / speed;
-            step = leap(p, near, step, cell_exit(p, cell, o, d) - margin * cell.scale, longest);
+            const S longest = cell.scale == largest ? S(INFINITY) : c.cell_size * cell.scale / c.speed;
+            step = leap(p, c, step, cell_exit(p, c, cell) - c.margin * cell.scale, longest);
         } else {
-            step = next_step(p, near, step);
+            step = next_step(p, c.near, step);
         }
     }
 }

@@ -48,7 +48,7 @@ def march_rays(
     Args:
         origins, directions: [N, 3], fp32 or fp64; directions of any length but zero.
         near, far: [N], as :func:`intersect_box` answers; far may be infinite. No samples where far <= near.
-        occupancy: uint8 [levels, R**3 / 8], R a power of two from 4 on: bit i of byte j is cell 8*j + i, x slowest,
+        occupancy: uint8 [levels, R**3 / 8], R a power of two from 8 on: bit i of byte j is cell 8*j + i, x slowest,
             z fastest. Level l is the box scaled by 2**l about its centre, the inner part included.
         lower, upper: the corners of level 0's box, three floats each.
         step, max_step: least and greatest step, in units of t. Without cone_angle every step is ``step``.
@@ -77,6 +77,7 @@ def march_rays(
     settings = (lower, upper, float(step), float(max_step), float(cone_angle), seed)
     if plain(origins):
         return _cut(*reference.march_rays(*given, *settings), capacity)
+    given = (*given, _blocks(occupancy))
     counts = torch.ops.factorkit.march_count(*given, *settings)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     wanted = offsets[-1].clone()
@@ -93,13 +94,23 @@ def _check_occupancy(occupancy: Tensor, origins: Tensor) -> None:
         raise ValueError(f"occupancy must be uint8 [levels, R**3 / 8] on {origins.device}; got {found}")
     levels, size = occupancy.shape
     resolution = grid_resolution(size)
-    if not 1 <= levels <= 16 or resolution**3 != 8 * size or resolution < 4 or resolution & (resolution - 1):
-        raise ValueError(f"occupancy {tuple(occupancy.shape)} is not 1 to 16 levels of R**3 / 8 bytes, R = 4, 8, 16, ...")
+    if not 1 <= levels <= 16 or resolution**3 != 8 * size or resolution < 8 or resolution & (resolution - 1):
+        raise ValueError(f"occupancy {tuple(occupancy.shape)} is not 1 to 16 levels of R**3 / 8 bytes, R = 8, 16, 32, ...")
 
 
 def grid_resolution(size: int) -> int:
     """Cells along each axis of a level of so many bytes."""
     return round((8 * size) ** (1 / 3))
+
+
+def _blocks(occupancy: Tensor) -> Tensor:
+    """uint8 [levels, R/8, R/8, R/8], zero where 8^3 cells are empty (8 cells along z share a byte); empty below R = 32."""
+    levels, size = occupancy.shape
+    resolution = grid_resolution(size)
+    if resolution < 32:
+        return occupancy.new_empty(0)
+    side = resolution // 8
+    return occupancy.reshape(levels, side, 8, side, 8, side).amax(dim=(2, 4))
 
 
 def _cut(t_start: Tensor, t_end: Tensor, offsets: Tensor, ray: Tensor, capacity: int | None) -> Samples:
@@ -111,9 +122,9 @@ def _cut(t_start: Tensor, t_end: Tensor, offsets: Tensor, ray: Tensor, capacity:
     return Samples(t_start, t_end, offsets, ray, wanted)
 
 
-def _problem(origins, directions, near, far, occupancy, lower, upper, step, max_step, cone_angle, seed) -> tuple:
+def _problem(origins, directions, near, far, occupancy, blocks, lower, upper, step, max_step, cone_angle, seed):
     """The numbers of March in csrc/march.h, as csrc/bindings_rendering.cpp takes them; keeps contiguous tensors alive."""
-    tensors = tuple(x.contiguous() for x in (origins, directions, near, far, occupancy))
+    tensors = tuple(x.contiguous() for x in (origins, directions, near, far, occupancy, blocks))
     centre = [(a + b) / 2 for a, b in zip(lower, upper, strict=True)]
     half = [(b - a) / 2 for a, b in zip(lower, upper, strict=True)]
     sizes = (origins.shape[0], occupancy.shape[0], grid_resolution(occupancy.shape[1]))
@@ -122,10 +133,10 @@ def _problem(origins, directions, near, far, occupancy, lower, upper, step, max_
 
 @torch.library.custom_op("factorkit::march_count", mutates_args=(), device_types=("cpu", "cuda"))
 def _count(
-    origins: Tensor, directions: Tensor, near: Tensor, far: Tensor, occupancy: Tensor, lower: list[float],
-    upper: list[float], step: float, max_step: float, cone_angle: float, seed: int | None,
+    origins: Tensor, directions: Tensor, near: Tensor, far: Tensor, occupancy: Tensor, blocks: Tensor,
+    lower: list[float], upper: list[float], step: float, max_step: float, cone_angle: float, seed: int | None,
 ) -> Tensor:  # fmt: skip
-    problem = _problem(origins, directions, near, far, occupancy, lower, upper, step, max_step, cone_angle, seed)
+    problem = _problem(origins, directions, near, far, occupancy, blocks, lower, upper, step, max_step, cone_angle, seed)
     counts = origins.new_empty(origins.shape[0], dtype=torch.int64)
     call("march_count", origins, *problem, counts)
     return counts
@@ -138,10 +149,11 @@ def _(origins, *_):
 
 @torch.library.custom_op("factorkit::march_write", mutates_args=(), device_types=("cpu", "cuda"))
 def _write(
-    origins: Tensor, directions: Tensor, near: Tensor, far: Tensor, occupancy: Tensor, lower: list[float],
-    upper: list[float], step: float, max_step: float, cone_angle: float, seed: int | None, offsets: Tensor, size: int,
+    origins: Tensor, directions: Tensor, near: Tensor, far: Tensor, occupancy: Tensor, blocks: Tensor,
+    lower: list[float], upper: list[float], step: float, max_step: float, cone_angle: float, seed: int | None,
+    offsets: Tensor, size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = _problem(origins, directions, near, far, occupancy, lower, upper, step, max_step, cone_angle, seed)
+    problem = _problem(origins, directions, near, far, occupancy, blocks, lower, upper, step, max_step, cone_angle, seed)
     t_start, t_end = origins.new_empty(size), origins.new_empty(size)
     ray = origins.new_empty(size, dtype=torch.int64)
     call("march_write", origins, *problem, (offsets.contiguous(), t_start, t_end, ray), size)

@@ -163,8 +163,7 @@ def composite(
     sigma, rgb = sigma.to(wide), rgb.to(wide)
 
     length, middle = t_end - t_start, (t_start + t_end) / 2
-    solid = length != 0
-    tau = torch.where(solid, torch.where(solid, sigma, 0.0) * length, 0.0)
+    tau = torch.where(sigma.isinf() & (length == 0), 0.0, sigma) * length
     before = torch.cat([torch.zeros_like(tau[:, :1]), tau.cumsum(1)[:, :-1]], dim=1)
     if early_stop > 0:
         tau = torch.where(before <= -math.log(early_stop), tau, 0.0)
