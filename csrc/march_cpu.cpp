@@ -38,7 +38,7 @@ void march_count(const March<S>& p, int64_t* counts, int threads) {
 template <class S>
 void march_write(const March<S>& p, const MarchOutputs<S>& out, int threads) {
     parallel_for_uneven(p.rays.count, kRays, threads, [&](int64_t a, int64_t b) { run(p, out, a, b); });
-    for (int64_t i = out.offsets[p.rays.count]; i < out.size; ++i) clear_sample(out, i);
+    for (int64_t i = std::max<int64_t>(0, out.offsets[p.rays.count]); i < out.size; ++i) clear_sample(out, i);
 }
 
 template void march_count(const March<float>&, int64_t*, int);
