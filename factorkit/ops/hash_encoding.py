@@ -23,14 +23,14 @@ def hash_grid(
     *,
     interpolation: str = "linear",
 ) -> Tensor:
-    """Features of points, interpolated in L lattices over the unit cube and concatenated: [N, L*F] (Müller et al. 2022).
+    """Features of points, interpolated in L lattices over the unit cube and joined: [N, L*F] (Müller et al. 2022).
 
     A level with (R+1)^D <= T has a row for every vertex; the vertices of a finer one share rows through a hash.
     Outside [0, 1] the nearest face answers, with no gradient for that coordinate.
 
     Gradients reach x, table and level_weights, of second order too (an eikonal loss, a loss on normals): those
-    are computed by the PyTorch reference, slower. On CUDA the table's gradient is summed with atomics, so its last digits
-    vary, unless ``torch.use_deterministic_algorithms`` asks for the reference.
+    are computed by the PyTorch reference, slower. On CUDA the table's gradient is summed with atomics, so its last
+    digits vary, unless ``torch.use_deterministic_algorithms`` asks for the reference.
 
     Args:
         x: [N, D], fp32 or fp64, D in 2, 3, 4; the scene is [0, 1]^D. A NaN gives NaN features.
@@ -95,10 +95,16 @@ def _check(x: Tensor, table: Tensor, resolutions: list[int], weights: Tensor | N
 
 @torch.library.custom_op("factorkit::hash_grid", mutates_args=(), device_types=("cpu", "cuda"))
 def _hash_grid(x: Tensor, table: Tensor, weights: Tensor, resolutions: list[int], quintic: bool) -> Tensor:
-    tensors = (x.contiguous(), table.contiguous(), weights.contiguous())
+    tensors = (_laid_out(x), _laid_out(table), _laid_out(weights))
     out = x.new_empty(x.shape[0], table.shape[0] * table.shape[2])
     call("hash_grid_forward", x, tensors, _sizes(x, table), resolutions, quintic, out)
     return out
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """Contiguous from an address on that CUDA can load 16 bytes from, as a view into other memory may not be."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _sizes(x: Tensor, table: Tensor) -> tuple[int, ...]:
@@ -115,11 +121,11 @@ def _hash_grid_backward(
     grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, resolutions: list[int], quintic: bool,
     need_x: bool, need_table: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    tensors = (x.contiguous(), table.contiguous(), weights.contiguous())
+    tensors = (_laid_out(x), _laid_out(table), _laid_out(weights))
     d_x, d_table = _gradients_like(x, table, need_x, need_table)
     if x.is_cuda:
         d_table.zero_()  # the CUDA kernel adds, the CPU's writes
-    wanted = (grad.contiguous(), d_x if need_x else None, d_table if need_table else None)
+    wanted = (_laid_out(grad), d_x if need_x else None, d_table if need_table else None)
     call("hash_grid_backward", x, tensors, _sizes(x, table), resolutions, quintic, wanted)
     return d_x, d_table
 

@@ -23,10 +23,16 @@ constexpr int cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
-struct Index {
-    unsigned x = 0;
+struct dim3 {
+    unsigned x, y;
+    dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {}
 };
-inline Index threadIdx, blockIdx;
+inline dim3 threadIdx(0, 0), blockIdx(0, 0);
+
+template <class T>
+void atomicAdd(T* at, T value) {  // lanes take turns
+    *at += value;
+}
 
 struct Warp {
     ucontext_t scheduler, lanes[32];
@@ -74,11 +80,11 @@ inline void run_warp(unsigned first_thread) {
 }
 
 template <class Kernel>
-auto launch(const Kernel& kernel, unsigned blocks, int threads) {
+auto launch(const Kernel& kernel, dim3 blocks, int threads) {
     return [=](const auto&... arguments) {
         warp.body = [&] { kernel(arguments...); };
-        for (unsigned block = 0; block < blocks; ++block) {
-            blockIdx.x = block;
+        for (unsigned block = 0; block < blocks.x * blocks.y; ++block) {
+            blockIdx = dim3(block % blocks.x, block / blocks.x);
             for (int first = 0; first < threads; first += 32) run_warp(first);
         }
     };
