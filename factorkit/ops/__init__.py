@@ -1,7 +1,8 @@
 """The operations the models are made of, each a ``torch.library`` op: ``torch.ops.factorkit.<name>``.
 
 Importing this package registers them. The models call the functions below and nothing else, so a kernel registered for
-cpu or cuda later changes no line of a model. ``factorkit.ops.reference`` and ``factorkit.ops.reference_rendering`` hold what each op means.
+cpu or cuda later changes no line of a model. ``factorkit.ops.reference`` and ``factorkit.ops.reference_rendering`` hold
+what each op means.
 """
 
 from factorkit.ops import reference, reference_rendering

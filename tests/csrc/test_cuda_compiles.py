@@ -24,5 +24,11 @@ def test_no_kernel_spills(source, tmp_path):
     names = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)'", result.stderr)
     registers = re.findall(r"Used (\d+) registers", result.stderr)
     assert len(spills) == len(names) == len(registers) == 2 * result.stderr.count("for 'sm_90'")
-    print("\n".join(f"{target} {used:>4} registers  {name}" for (name, target), used in zip(names, registers, strict=True)))
-    assert all(pair == ("0", "0") for pair in spills), [n for n, s in zip(names, spills, strict=True) if s != ("0", "0")]
+    print(
+        "\n".join(
+            f"{target} {used:>4} registers  {name}" for (name, target), used in zip(names, registers, strict=True)
+        )
+    )
+    assert all(pair == ("0", "0") for pair in spills), [
+        n for n, s in zip(names, spills, strict=True) if s != ("0", "0")
+    ]

@@ -79,7 +79,9 @@ def test_intersections_and_resampling():
         torch.testing.assert_close([x.cpu() for x in found], list(torch.autograd.grad(want, (o, d), grads)))
     t = torch.rand(50, 31, dtype=torch.float64).cumsum(1)
     given = t[:, :-1], t[:, 1:], torch.rand(50, 30, dtype=torch.float64)
-    torch.testing.assert_close(ops.sample_pdf(*(x.cuda() for x in given), 17, seed=4).cpu(), ops.sample_pdf(*given, 17, seed=4))
+    torch.testing.assert_close(
+        ops.sample_pdf(*(x.cuda() for x in given), 17, seed=4).cpu(), ops.sample_pdf(*given, 17, seed=4)
+    )
 
 
 def test_capacity_never_waits_and_the_exact_form_waits_once():
