@@ -1,12 +1,13 @@
-"""Compositing and marching on the CPU against the PyTorch reference: both in one process, by turns, as ratios of medians.
+"""Compositing and marching on the CPU against the PyTorch reference: both in one process, by turns, as ratios of
+medians.
 
     python benchmarks/rendering.py            # runs, writes benchmarks/results/rendering.json, prints the table
     python benchmarks/rendering.py --show     # prints the table of what stands there
 
-The reference is factorkit.ops.reference_rendering in fp32, the plain vectorised PyTorch a user would write. The machine's
-load before and during the run stands beside the numbers: on a busy machine ratios hold better than times, and the scaling
-on two threads means little. "two loops at once" is what two processes of one thread each get done, that is the most
-that two threads could gain at that moment.
+The reference is factorkit.ops.reference_rendering in fp32, the plain vectorised PyTorch a user would write. The
+machine's load before and during the run stands beside the numbers: on a busy machine ratios hold better than times, and
+the scaling on two threads means little. "two loops at once" is what two processes of one thread each get done, that is
+the most that two threads could gain at that moment.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def march_case(rounds: int) -> dict:
     occupied = ((radius - 0.6).abs() < 0.045).reshape(-1, 8)
     occupancy = (occupied * 2 ** torch.arange(8)).sum(1).to(torch.uint8)[None]
     side = 64
-    grid = torch.stack(torch.meshgrid(torch.linspace(-0.5, 0.5, side), torch.linspace(-0.5, 0.5, side), indexing="ij"), -1)
+    grid = torch.stack(
+        torch.meshgrid(torch.linspace(-0.5, 0.5, side), torch.linspace(-0.5, 0.5, side), indexing="ij"), -1
+    )
     directions = torch.nn.functional.normalize(torch.cat([grid, -torch.ones(side, side, 1)], -1).reshape(-1, 3), dim=1)
     origins = torch.tensor([0.1, -0.05, 3.0]).expand_as(directions).contiguous()
     box = ([-1.0] * 3, [1.0] * 3)
@@ -146,7 +149,9 @@ def commit() -> str:
     """The commit of this checkout, marked where it has changes."""
     try:
         asked = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-        return subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

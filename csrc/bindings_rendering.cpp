@@ -1,7 +1,8 @@
-// Volume rendering in factorkit._C: addresses and numbers in, see csrc/intersect.h, march.h, resample.h and composite.h.
+// Volume rendering in factorkit._C: addresses and numbers in, see csrc/intersect.h, march.h, resample.h and
+// composite.h.
 //
-// Addresses travel as integers (tensor.data_ptr()), 0 for what is absent. `place` is the number of threads on the CPU and
-// the stream on CUDA, whose functions end in _cuda.
+// Addresses travel as integers (tensor.data_ptr()), 0 for what is absent. `place` is the number of threads on the CPU
+// and the stream on CUDA, whose functions end in _cuda.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -147,7 +148,8 @@ void resample(const std::string& dtype, const Addresses<5>& a, const Sizes<4>& s
 
 // (sigma, rgb, t_start, t_end, offsets, background), (rays, samples, per_ray, channels)
 template <class T>
-factorkit::Composite<T> composite(const Addresses<6>& a, const Sizes<4>& sizes, bool background_shared, double early_stop) {
+factorkit::Composite<T> composite(const Addresses<6>& a, const Sizes<4>& sizes, bool background_shared,
+                                  double early_stop) {
     using S = factorkit::wide_t<T>;
     if (sizes[3] < 1 || sizes[3] > factorkit::kMaxChannels) throw std::invalid_argument("composite: 1 to 32 channels");
     return {at<T>(a[0]), at<T>(a[1]), at<S>(a[2]), at<S>(a[3]), at<std::int64_t>(a[4]), at<S>(a[5]),
@@ -195,12 +197,12 @@ void bind(py::module_& m, const std::string& suffix) {
     const auto def = [&](const char* name, auto function, const char* doc) {
         m.def((name + suffix).c_str(), function, doc);
     };
-    def("intersect", &intersect<Cuda>, "Rays against a box or a sphere; called by factorkit.ops, see csrc/intersect.h.");
+    def("intersect", &intersect<Cuda>, "Box or sphere; called by factorkit.ops, see csrc/intersect.h.");
     def("intersect_backward", &intersect_backward<Cuda>, "Gradients of intersect; called by factorkit.ops.");
     def("march_count", &march_count<Cuda>, "Samples of each ray; called by factorkit.ops, see csrc/march.h.");
     def("march_write", &march_write<Cuda>, "The samples; called by factorkit.ops, see csrc/march.h.");
     def("resample", &resample<Cuda>, "Inverse-CDF sampling; called by factorkit.ops, see csrc/resample.h.");
-    def("composite_forward", &composite_forward<Cuda>, "Volume rendering; called by factorkit.ops, see csrc/composite.h.");
+    def("composite_forward", &composite_forward<Cuda>, "Rendering; called by factorkit.ops, see csrc/composite.h.");
     def("composite_backward", &composite_backward<Cuda>, "Gradients of composite_forward; called by factorkit.ops.");
 }
 

@@ -1,8 +1,8 @@
-// Volume rendering (Max 1995; Mildenhall et al. 2020) of packed or dense rays, with the distortion loss of Barron et al.
-// 2022: the quadrature of one sample and its gradient, and what walks the rays with them.
+// Volume rendering (Max 1995; Mildenhall et al. 2020) of packed or dense rays, with the distortion loss of Barron et
+// al. 2022: the quadrature of one sample and its gradient, and what walks the rays with them.
 //
-//   tau_i = sigma_i (t_end_i - t_start_i),  T_i = exp(-sum_{j<i} tau_j),  w_i = T_i (1 - exp(-tau_i)),  m_i the midpoint
-//   color = sum w_i rgb_i + T_end background,  depth = sum w_i m_i,  opacity = 1 - T_end
+//   tau_i = sigma_i (t_end_i - t_start_i),  T_i = exp(-sum_{j<i} tau_j),  w_i = T_i (1 - exp(-tau_i))
+//   color = sum w_i rgb_i + T_end background,  depth = sum w_i m_i,  opacity = 1 - T_end,  m_i the midpoint
 //   distortion = sum_ij w_i w_j |m_i - m_j| + sum_i w_i^2 (t_end_i - t_start_i) / 3
 //
 // Samples of a ray stand in order along it. Those with T_i < early_stop contribute nothing, forward and backward.
@@ -124,7 +124,8 @@ FACTORKIT_HOST_DEVICE Attenuation<float> attenuate(float tau) {
 }
 
 // What one sample's inputs owe to d_tau, the gradient of its optical depth, to d_mid and to d_length, those through its
-// midpoint and its length alone. Infinite density owes nothing to its length: it is opaque over any, and nothing over none.
+// midpoint and its length alone. Infinite density owes nothing to its length: it is opaque over any, and nothing over
+// none.
 template <class S>
 struct SampleGradient {
     S sigma, t_start, t_end;

@@ -28,7 +28,8 @@ struct Ray {
         begin = span.begin;
         count = span.count;
         if (int64_t(memory.size()) < 11 * count) memory.resize(11 * count);
-        S** const parts[] = {&sigma, &length, &mid, &before, &passed, &stopped, &weight, &value, &d_tau, &below, &spread};
+        S** const parts[] = {&sigma,  &length, &mid,   &before, &passed, &stopped,
+                             &weight, &value,  &d_tau, &below,  &spread};
         for (int i = 0; i < 11; ++i) *parts[i] = memory.data() + i * count;
         const T* density = p.sigma + begin;
         const S *t0 = p.t_start + begin, *t1 = p.t_end + begin;
@@ -72,7 +73,8 @@ struct Ray {
 };
 
 template <class T, int C>
-FACTORKIT_INLINE void forward_rays(const Composite<T>& p, const CompositeOutputs<wide_t<T>>& out, int64_t first, int64_t last) {
+FACTORKIT_INLINE void forward_rays(const Composite<T>& p, const CompositeOutputs<wide_t<T>>& out, int64_t first,
+                                   int64_t last) {
     using S = wide_t<T>;
     Ray<T> ray(p);
     const int channels = C ? C : p.channels;
@@ -110,7 +112,8 @@ FACTORKIT_INLINE void forward_rays(const Composite<T>& p, const CompositeOutputs
 }
 
 template <class T, int C>
-FACTORKIT_INLINE void backward_rays(const Composite<T>& p, const CompositeGradients<T>& d, int64_t first, int64_t last) {
+FACTORKIT_INLINE void backward_rays(const Composite<T>& p, const CompositeGradients<T>& d, int64_t first,
+                                    int64_t last) {
     using S = wide_t<T>;
     Ray<T> ray(p);
     const int channels = C ? C : p.channels;
@@ -194,12 +197,12 @@ FACTORKIT_INLINE void backward_rays(const Composite<T>& p, const CompositeGradie
 }
 
 // target_clones does not go with templates, so every type and the common channel counts are spelled out.
-#define FACTORKIT_COMPOSITE(NAME, T, C)                                                                                  \
-    FACTORKIT_CLONES void NAME(const Composite<T>& p, const CompositeOutputs<wide_t<T>>& out, int64_t a, int64_t b) {    \
-        forward_rays<T, C>(p, out, a, b);                                                                                \
-    }                                                                                                                    \
-    FACTORKIT_CLONES void NAME(const Composite<T>& p, const CompositeGradients<T>& d, int64_t a, int64_t b) {            \
-        backward_rays<T, C>(p, d, a, b);                                                                                 \
+#define FACTORKIT_COMPOSITE(NAME, T, C)                                                                             \
+    FACTORKIT_CLONES void NAME(const Composite<T>& p, const CompositeOutputs<wide_t<T>>& out, int64_t a, int64_t b) { \
+        forward_rays<T, C>(p, out, a, b);                                                                           \
+    }                                                                                                               \
+    FACTORKIT_CLONES void NAME(const Composite<T>& p, const CompositeGradients<T>& d, int64_t a, int64_t b) {       \
+        backward_rays<T, C>(p, d, a, b);                                                                            \
     }
 FACTORKIT_COMPOSITE(rays_of_one, float, 1)
 FACTORKIT_COMPOSITE(rays_of_one, bf16, 1)

@@ -8,8 +8,8 @@ using std::int64_t;
 
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
-// A warp walks one ray, 32 samples at a time. Sums over the samples before (or after) each are scans of the warp plus what
-// the chunks before (after) carry over.
+// A warp walks one ray, 32 samples at a time. Sums over the samples before (or after) each are scans of the warp plus
+// what the chunks before (after) carry over.
 template <class S>
 __device__ __forceinline__ S scan_up(S x, int lane) {  // sum over lanes 0..lane
 #pragma unroll
@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(kThreads) backward(const Composite<T> p, const
         return take(p, span.begin + chunk * 32 + lane, live, S(INFINITY), spread, carry, lane);
     };
 
-    // Forward once, so that lane k knows the sums in front of the k-th of 32 stretches: one chunk each up to 1024 samples.
-    // Longer stretches are walked again from there. The ray was just read, so this comes out of the caches.
+    // Forward once, so that lane k knows the sums in front of the k-th of 32 stretches: one chunk each up to 1024
+    // samples. Longer stretches are walked again from there. The ray was just read, so this comes out of the caches.
     const int64_t stretch = (chunks + 31) / 32;
     Carry<S> carry, mine;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -269,7 +269,8 @@ void composite_forward_cuda(const Composite<T>& p, const CompositeOutputs<wide_t
         check_launch("composite");
     }
     if (p.offsets && out.weights && p.samples > 0) {
-        clear_tail<T><<<blocks_for(p.samples), kThreads, 0, stream>>>(p, out.weights, nullptr, nullptr, nullptr, nullptr);
+        clear_tail<T><<<blocks_for(p.samples), kThreads, 0, stream>>>(p, out.weights, nullptr, nullptr, nullptr,
+                                                                      nullptr);
         check_launch("the end of composite");
     }
 }

@@ -1,13 +1,15 @@
-// Steps along rays through a multi-level occupancy grid (the cascades of Müller et al. 2022), which leap over empty cells.
+// Steps along rays through a multi-level occupancy grid (the cascades of Müller et al. 2022), which leap over empty
+// cells.
 //
 // The steps of a ray do not depend on the grid: their edges are t_0 = near, t_{k+1} = t_k + clamp(cone * t_k, step_min,
 // step_max), the last one far; jitter moves each inner edge by up to half a step either way, so that the steps still
-// tile [near, far]. A step is kept if the cell at its midpoint is occupied, in the finest level whose box holds that point
-// and whose cells are not shorter than the step. Leaping only saves asking: it ends safely before the empty cell does, or
-// the empty block of 8^3 cells. (From 32 cells on, the box of the next finer level, the middle half, is made of whole blocks.)
+// tile [near, far]. A step is kept if the cell at its midpoint is occupied, in the finest level whose box holds that
+// point and whose cells are not shorter than the step. Leaping only saves asking: it ends safely before the empty cell
+// does, or the empty block of 8^3 cells. (From 32 cells on, the box of the next finer level, the middle half, is made
+// of whole blocks.)
 //
-// Sums of products are written as fma, so that no compiler rounds them its own way: with a fixed step CPU and GPU agree to
-// the last bit.
+// Sums of products are written as fma, so that no compiler rounds them its own way: with a fixed step CPU and GPU agree
+// to the last bit.
 #pragma once
 
 #include <cmath>
@@ -170,8 +172,8 @@ FACTORKIT_HOST_DEVICE S cell_exit(const March<S>& p, const Course<S>& c, const C
 // Calls emit(start, end) for each kept step, in order, until it answers false.
 template <class S, class Emit>
 FACTORKIT_HOST_DEVICE void march_ray(const March<S>& p, std::int64_t ray, Emit emit) {
-    Course<S> c{ray, p.near[ray], p.far[ray], p.rays.origins + 3 * ray, p.rays.directions + 3 * ray, {}, {}, S(INFINITY),
-                S(0), S(1) / p.step_min, S(0)};
+    const S *origin = p.rays.origins + 3 * ray, *direction = p.rays.directions + 3 * ray;
+    Course<S> c{ray, p.near[ray], p.far[ray], origin, direction, {}, {}, S(INFINITY), S(0), S(1) / p.step_min, S(0)};
     const S largest = S(1 << (p.levels - 1)), *d = c.direction;
     S lower[3], upper[3];
     for (int a = 0; a < 3; ++a) {

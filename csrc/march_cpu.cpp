@@ -20,7 +20,9 @@ FACTORKIT_INLINE void count_rays(const March<S>& p, int64_t* counts, int64_t beg
 }
 
 FACTORKIT_CLONES void run(const March<float>& p, int64_t* counts, int64_t a, int64_t b) { count_rays(p, counts, a, b); }
-FACTORKIT_CLONES void run(const March<double>& p, int64_t* counts, int64_t a, int64_t b) { count_rays(p, counts, a, b); }
+FACTORKIT_CLONES void run(const March<double>& p, int64_t* counts, int64_t a, int64_t b) {
+    count_rays(p, counts, a, b);
+}
 FACTORKIT_CLONES void run(const March<float>& p, const MarchOutputs<float>& out, int64_t a, int64_t b) {
     write_rays(p, out, a, b);
 }

@@ -1,7 +1,9 @@
-// New steps along rays where weight lies: the inverse of the weights' distribution function (Mildenhall et al. 2020, 5.2).
+// New steps along rays where weight lies: the inverse of the weights' distribution function (Mildenhall et al. 2020,
+// 5.2).
 //
-// Weight is spread evenly over each given interval. The new edges are the quantiles 0, 1/n, ..., 1; jitter moves each inner
-// quantile by up to half a step either way. A ray without weight is divided by length, one without intervals into nothing.
+// Weight is spread evenly over each given interval. The new edges are the quantiles 0, 1/n, ..., 1; jitter moves each
+// inner quantile by up to half a step either way. A ray without weight is divided by length, one without intervals into
+// nothing.
 #pragma once
 
 #include <cstdint>

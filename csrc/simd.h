@@ -58,7 +58,8 @@ inline void parallel_for(std::int64_t count, int threads, const std::function<vo
     for (std::thread& worker : workers) worker.join();
 }
 
-// The same where the work per index varies, as over ragged rays: threads take the next `block` indices when they are free.
+// The same where the work per index varies, as over ragged rays: threads take the next `block` indices when they are
+// free.
 inline void parallel_for_uneven(std::int64_t count, std::int64_t block, int threads,
                                 const std::function<void(std::int64_t, std::int64_t)>& body) {
     const std::int64_t blocks = (count + block - 1) / block;

@@ -1,7 +1,7 @@
 """What the rendering ops refuse before any address is passed on.
 
-Values (NaN, the order of offsets) are looked at on the CPU only: on CUDA that would wait for the device. There the kernels
-themselves take no foreign address whatever the values are, and a NaN ray gets no samples.
+Values (NaN, the order of offsets) are looked at on the CPU only: on CUDA that would wait for the device. There the
+kernels themselves take no foreign address whatever the values are, and a NaN ray gets no samples.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def check_values(name: str, x: Tensor, infinite: bool = False) -> None:
     bad = x.isnan() if infinite else ~x.isfinite()
     if bad.any():
         first = bad.reshape(bad.shape[0], -1).any(1).nonzero()[0].item()
-        raise ValueError(f"{name} holds {'NaN' if infinite else 'NaN or infinity'}, first in row {first} of {x.shape[0]}")
+        raise ValueError(
+            f"{name} holds {'NaN' if infinite else 'NaN or infinity'}, first in row {first} of {x.shape[0]}"
+        )
 
 
 def check_offsets(offsets: Tensor, samples: int, device: torch.device) -> None:
@@ -75,8 +77,14 @@ def _visible(x: Tensor) -> bool:
 def check_box(lower, upper) -> tuple[list[float], list[float]]:
     """Corners as three floats each, every lower one below the upper."""
     lower, upper = [float(v) for v in lower], [float(v) for v in upper]
-    if len(lower) != 3 or len(upper) != 3 or not all(-math.inf < a < b < math.inf for a, b in zip(lower, upper, strict=True)):
-        raise ValueError(f"a box needs three finite coordinates a corner, lower < upper in each; got {lower} and {upper}")
+    if (
+        len(lower) != 3
+        or len(upper) != 3
+        or not all(-math.inf < a < b < math.inf for a, b in zip(lower, upper, strict=True))
+    ):
+        raise ValueError(
+            f"a box needs three finite coordinates a corner, lower < upper in each; got {lower} and {upper}"
+        )
     return lower, upper
 
 

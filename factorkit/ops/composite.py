@@ -36,9 +36,10 @@ def composite(
     weights: bool = False,
     distortion: bool = False,
 ) -> Rendering:
-    """Render samples: with tau_i = sigma_i (t_end_i - t_start_i), T_i = exp(-sum_{j<i} tau_j) and w_i = T_i (1 - exp(-tau_i)),
-    colour sum w_i rgb_i + T_end background, depth sum w_i m_i over midpoints, opacity 1 - T_end (Max 1995), and on request the
-    distortion sum_ij w_i w_j |m_i - m_j| + sum_i w_i^2 (t_end_i - t_start_i) / 3 (Barron et al. 2022, eq. 15).
+    """Render samples: with tau_i = sigma_i (t_end_i - t_start_i), T_i = exp(-sum_{j<i} tau_j) and w_i = T_i (1 -
+    exp(-tau_i)), colour sum w_i rgb_i + T_end background, depth sum w_i m_i over midpoints, opacity 1 - T_end (Max
+    1995), and on request the distortion sum_ij w_i w_j |m_i - m_j| + sum_i w_i^2 (t_end_i - t_start_i) / 3 (Barron et
+    al. 2022, eq. 15).
 
     Gradients reach sigma, rgb, t_start, t_end and background from all outputs. Intervals of zero length are nothing.
 
@@ -46,15 +47,15 @@ def composite(
         sigma: density, >= 0: dense [N, S], or packed [M] with ray_offsets; fp32, bf16, fp16 (summed in fp32) or fp64.
         rgb: [N, S, C] or [M, C], 1 to 32 channels of anything.
         t_start, t_end: shaped like sigma, in order along each ray; fp32, or fp64 with fp64.
-        ray_offsets: [N + 1] int64: ray r owns the samples from ray_offsets[r] to ray_offsets[r + 1]. Samples after the last
-            ray's, as a capacity leaves them, belong to none and get zeros.
+        ray_offsets: [N + 1] int64: ray r owns the samples from ray_offsets[r] to ray_offsets[r + 1]. Samples after the
+            last ray's, as a capacity leaves them, belong to none and get zeros.
         background: [C] or [N, C], black if None.
         early_stop: samples with T_i below it contribute nothing, forward and backward; from 0 to below 1.
         weights, distortion: whether to answer these.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, channels outside 1..32, early_stop outside [0, 1), offsets
-            out of order (looked at on the CPU only).
+        ValueError: shapes, dtypes or devices that do not fit, channels outside 1..32, early_stop outside [0, 1),
+            offsets out of order (looked at on the CPU only).
     """
     _check(sigma, rgb, t_start, t_end, ray_offsets)
     if not 0 <= early_stop < 1:
@@ -67,7 +68,15 @@ def composite(
             fit = f"[{rgb.shape[-1]}] or [{rays}, {rgb.shape[-1]}] on {sigma.device}"
             raise ValueError(f"background must be {fit}; got {tuple(background.shape)} on {background.device}")
         background = background.to(wide)
-    given = (sigma.to(dtype), rgb.to(dtype), t_start.to(wide), t_end.to(wide), ray_offsets, background, float(early_stop))
+    given = (
+        sigma.to(dtype),
+        rgb.to(dtype),
+        t_start.to(wide),
+        t_end.to(wide),
+        ray_offsets,
+        background,
+        float(early_stop),
+    )
     if plain(sigma):
         found = reference.composite(*given)
     else:
@@ -86,7 +95,9 @@ def _check(sigma: Tensor, rgb: Tensor, t_start: Tensor, t_end: Tensor, ray_offse
         form = "[rays, samples]" if ray_offsets is None else "[samples], packed as ray_offsets say"
         raise ValueError(f"sigma must be {form}; got {tuple(sigma.shape)}")
     if rgb.shape[:-1] != sigma.shape or not 1 <= rgb.shape[-1] <= MAX_CHANNELS:
-        raise ValueError(f"rgb must be sigma's {tuple(sigma.shape)} and 1 to {MAX_CHANNELS} channels; got {tuple(rgb.shape)}")
+        raise ValueError(
+            f"rgb must be sigma's {tuple(sigma.shape)} and 1 to {MAX_CHANNELS} channels; got {tuple(rgb.shape)}"
+        )
     for name, x in (("t_start", t_start), ("t_end", t_end)):
         if x.shape != sigma.shape:
             raise ValueError(f"{name} must be shaped like sigma, {tuple(sigma.shape)}; got {tuple(x.shape)}")

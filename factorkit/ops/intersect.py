@@ -19,8 +19,8 @@ def intersect_box(
 ) -> tuple[Tensor, Tensor]:
     """Near and far of rays ``o + t d``, t >= 0, in the box: [N] each, in units of the directions' length.
 
-    A ray that starts inside has near = 0; one that misses has near = far = 0, so ``far > near`` tells who hits. Faces belong
-    to the box, also for rays that run along them. Gradients reach origins and directions.
+    A ray that starts inside has near = 0; one that misses has near = far = 0, so ``far > near`` tells who hits. Faces
+    belong to the box, also for rays that run along them. Gradients reach origins and directions.
 
     Args:
         origins, directions: [N, 3], fp32 or fp64; directions of any length but zero.
@@ -74,7 +74,13 @@ def _(origins, directions, kind, first, second):
 
 @torch.library.custom_op("factorkit::intersect_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def _intersect_backward(
-    d_near: Tensor, d_far: Tensor, origins: Tensor, directions: Tensor, kind: int, first: list[float], second: list[float]
+    d_near: Tensor,
+    d_far: Tensor,
+    origins: Tensor,
+    directions: Tensor,
+    kind: int,
+    first: list[float],
+    second: list[float],
 ) -> tuple[Tensor, Tensor]:
     given = [x.contiguous() for x in (origins, directions, d_near, d_far)]
     found = torch.empty_like(given[0]), torch.empty_like(given[1])

@@ -1,4 +1,5 @@
-"""How an op reaches its kernel in factorkit._C: on the CPU with torch's number of threads, on CUDA on torch's current stream."""
+"""How an op reaches its kernel in factorkit._C: on the CPU with torch's number of threads, on CUDA on torch's current
+stream."""
 
 from __future__ import annotations
 

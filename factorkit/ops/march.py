@@ -41,9 +41,10 @@ def march_rays(
 ) -> Samples:
     """The steps of each ray whose midpoint lies in an occupied cell.
 
-    Steps tile [near, far] whatever the grid says: edges t_0 = near, t_{k+1} = t_k + clamp(cone_angle * t_k, step, max_step),
-    the last one far. A step asks the finest level whose box holds its midpoint and whose cells are not shorter than the
-    step (shortest side). Nothing is differentiable here: positions ``o + (t_start + t_end) / 2 * d`` are computed outside.
+    Steps tile [near, far] whatever the grid says: edges t_0 = near, t_{k+1} = t_k + clamp(cone_angle * t_k, step,
+    max_step), the last one far. A step asks the finest level whose box holds its midpoint and whose cells are not
+    shorter than the step (shortest side). Nothing is differentiable here: positions ``o + (t_start + t_end) / 2 * d``
+    are computed outside.
 
     Args:
         origins, directions: [N, 3], fp32 or fp64; directions of any length but zero.
@@ -53,8 +54,8 @@ def march_rays(
         lower, upper: the corners of level 0's box, three floats each.
         step, max_step: least and greatest step, in units of t. Without cone_angle every step is ``step``.
         cone_angle: growth of the step with t.
-        seed: moves each inner edge at random by up to half a step either way, a function of (seed, ray, step) alone, the
-            same on CPU and CUDA; None leaves the edges where they are.
+        seed: moves each inner edge at random by up to half a step either way, a function of (seed, ray, step) alone,
+            the same on CPU and CUDA; None leaves the edges where they are.
         capacity: None finds the exact number of samples, which waits once for the device. A number makes room for that
             many and never waits: rays that do not fit are cut off, the last entries may be empty (zero length, ray 0).
 
@@ -95,7 +96,9 @@ def _check_occupancy(occupancy: Tensor, origins: Tensor) -> None:
     levels, size = occupancy.shape
     resolution = grid_resolution(size)
     if not 1 <= levels <= 16 or resolution**3 != 8 * size or resolution < 8 or resolution & (resolution - 1):
-        raise ValueError(f"occupancy {tuple(occupancy.shape)} is not 1 to 16 levels of R**3 / 8 bytes, R = 8, 16, 32, ...")
+        raise ValueError(
+            f"occupancy {tuple(occupancy.shape)} is not 1 to 16 levels of R**3 / 8 bytes, R = 8, 16, 32, ..."
+        )
 
 
 def grid_resolution(size: int) -> int:
@@ -104,7 +107,8 @@ def grid_resolution(size: int) -> int:
 
 
 def _blocks(occupancy: Tensor) -> Tensor:
-    """uint8 [levels, R/8, R/8, R/8], zero where 8^3 cells are empty (8 cells along z share a byte); empty below R = 32."""
+    """uint8 [levels, R/8, R/8, R/8], zero where 8^3 cells are empty (8 cells along z share a byte); empty below R =
+    32."""
     levels, size = occupancy.shape
     resolution = grid_resolution(size)
     if resolution < 32:
@@ -123,7 +127,8 @@ def _cut(t_start: Tensor, t_end: Tensor, offsets: Tensor, ray: Tensor, capacity:
 
 
 def _problem(origins, directions, near, far, occupancy, blocks, lower, upper, step, max_step, cone_angle, seed):
-    """The numbers of March in csrc/march.h, as csrc/bindings_rendering.cpp takes them; keeps contiguous tensors alive."""
+    """The numbers of March in csrc/march.h, as csrc/bindings_rendering.cpp takes them; keeps contiguous tensors
+    alive."""
     tensors = tuple(x.contiguous() for x in (origins, directions, near, far, occupancy, blocks))
     centre = [(a + b) / 2 for a, b in zip(lower, upper, strict=True)]
     half = [(b - a) / 2 for a, b in zip(lower, upper, strict=True)]
@@ -136,7 +141,9 @@ def _count(
     origins: Tensor, directions: Tensor, near: Tensor, far: Tensor, occupancy: Tensor, blocks: Tensor,
     lower: list[float], upper: list[float], step: float, max_step: float, cone_angle: float, seed: int | None,
 ) -> Tensor:  # fmt: skip
-    problem = _problem(origins, directions, near, far, occupancy, blocks, lower, upper, step, max_step, cone_angle, seed)
+    problem = _problem(
+        origins, directions, near, far, occupancy, blocks, lower, upper, step, max_step, cone_angle, seed
+    )
     counts = origins.new_empty(origins.shape[0], dtype=torch.int64)
     call("march_count", origins, *problem, counts)
     return counts
@@ -153,7 +160,9 @@ def _write(
     lower: list[float], upper: list[float], step: float, max_step: float, cone_angle: float, seed: int | None,
     offsets: Tensor, size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = _problem(origins, directions, near, far, occupancy, blocks, lower, upper, step, max_step, cone_angle, seed)
+    problem = _problem(
+        origins, directions, near, far, occupancy, blocks, lower, upper, step, max_step, cone_angle, seed
+    )
     t_start, t_end = origins.new_empty(size), origins.new_empty(size)
     ray = origins.new_empty(size, dtype=torch.int64)
     call("march_write", origins, *problem, (offsets.contiguous(), t_start, t_end, ray), size)

@@ -1,4 +1,5 @@
-"""What the rendering ops mean, in plain PyTorch and any float dtype, written from the equations for reading and checking.
+"""What the rendering ops mean, in plain PyTorch and any float dtype, written from the equations for reading and
+checking.
 
     N rays, S samples of a dense ray, M packed samples, C channels
     packed samples of ray r are those from offsets[r] to offsets[r + 1]; offsets=None: dense, [N, S]
@@ -46,7 +47,8 @@ def _interval(near: Tensor, far: Tensor, hit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def counter_uniform(seed: int, ray: Tensor, step: Tensor) -> Tensor:
-    """pcg4d (Jarzynski & Olano 2020) of (ray, step, seed), as fp64 multiples of 2^-24 in [0, 1); integers wrap at 2^32."""
+    """pcg4d (Jarzynski & Olano 2020) of (ray, step, seed), as fp64 multiples of 2^-24 in [0, 1); integers wrap at
+    2^32."""
     mask = 0xFFFFFFFF
     ray, step = torch.broadcast_tensors(ray, step)
     words = [ray & mask, step & mask, torch.full_like(ray, seed & mask), torch.full_like(ray, seed >> 32)]
@@ -63,7 +65,8 @@ def march_rays(
     origins: Tensor, directions: Tensor, near: Tensor, far: Tensor, occupancy: Tensor, lower: list[float],
     upper: list[float], step: float, max_step: float, cone_angle: float, seed: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """t_start [M], t_end [M], offsets [N + 1], ray of each sample [M]: every step of every ray is asked for, none leapt over."""
+    """t_start [M], t_end [M], offsets [N + 1], ray of each sample [M]: every step of every ray is asked for, none leapt
+    over."""
     low, high = origins.new_tensor(lower), origins.new_tensor(upper)
     centre, half = (low + high) / 2, (high - low) / 2
     levels, resolution = occupancy.shape[0], round((occupancy.shape[1] * 8) ** (1 / 3))
@@ -100,7 +103,8 @@ def march_rays(
 
 
 def _step_edges(near: Tensor, last: Tensor, step: float, max_step: float, cone_angle: float) -> Tensor:
-    """Edges [N, K + 1] from near to beyond ``last``, before jitter; the spacing follows clamp(cone_angle t, step, max_step)."""
+    """Edges [N, K + 1] from near to beyond ``last``, before jitter; the spacing follows clamp(cone_angle t, step,
+    max_step)."""
     if near.numel() == 0:
         return near.new_zeros(0, 1)
     if cone_angle == 0:

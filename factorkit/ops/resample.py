@@ -19,21 +19,23 @@ def sample_pdf(
     *,
     seed: int | None = None,
 ) -> Tensor:
-    """Edges [N, count + 1] of ``count`` new steps a ray: the quantiles of the weights, each spread evenly over its interval
-    (Mildenhall et al. 2020, 5.2).
+    """Edges [N, count + 1] of ``count`` new steps a ray: the quantiles of the weights, each spread evenly over its
+    interval (Mildenhall et al. 2020, 5.2).
 
-    They rise from where the first weight begins to where the last ends; a step may span a gap between packed intervals. A
-    ray without weight is divided by length; one without intervals has all its edges at 0. Not differentiable.
+    They rise from where the first weight begins to where the last ends; a step may span a gap between packed intervals.
+    A ray without weight is divided by length; one without intervals has all its edges at 0. Not differentiable.
 
     Args:
         t_start, t_end, weights: [N, S] dense, or packed [M] with ray_offsets, in order along each ray; weights below 0
             count as 0.
         count: at least 1.
         ray_offsets: [N + 1] int64.
-        seed: moves each inner quantile by up to half a step either way, as in :func:`march_rays`; None leaves them even.
+        seed: moves each inner quantile by up to half a step either way, as in :func:`march_rays`; None leaves them
+            even.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, count below 1, offsets out of order (looked at on the CPU only).
+        ValueError: shapes, dtypes or devices that do not fit, count below 1, offsets out of order (looked at on the CPU
+            only).
     """
     if t_start.dtype not in (torch.float32, torch.float64) or t_start.dim() != (2 if ray_offsets is None else 1):
         form = "[rays, samples]" if ray_offsets is None else "[samples], packed as ray_offsets say"

@@ -1,5 +1,5 @@
-"""The rendering headers in a program of their own (rendering_check.cpp): under sanitizers, and through the CUDA kernels,
-emulated on the CPU warp by warp."""
+"""The rendering headers in a program of their own (rendering_check.cpp): under sanitizers, and through the CUDA
+kernels, emulated on the CPU warp by warp."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ def build(folder: Path, flags: list[str], sources: list[Path]) -> Path:
     program = folder / "check"
     includes = [f"-I{CSRC}", f"-I{HERE / 'emulation'}"]
     common = ["-std=c++17", "-O1", "-fopenmp-simd", "-pthread", "-DFACTORKIT_CLONES="]
-    command = [*CXX, *common, *flags, *includes, str(HERE / "rendering_check.cpp"), *map(str, sources), "-o", str(program)]
+    command = [
+        *CXX,
+        *common,
+        *flags,
+        *includes,
+        str(HERE / "rendering_check.cpp"),
+        *map(str, sources),
+        "-o",
+        str(program),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     return program

@@ -1,4 +1,5 @@
-"""Compositing: against loops written from the equations, closed forms, the reference's gradients, and fp64 for accuracy."""
+"""Compositing: against loops written from the equations, closed forms, the reference's gradients, and fp64 for
+accuracy."""
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ def by_loops(sigma, rgb, t_start, t_end, counts, background, early_stop):
             color = color + math.exp(-depth_before) * (background if background.dim() == 1 else background[r])
         pairs = sum(a * b * abs(m - n) for a, m in zip(w, middle, strict=True) for b, n in zip(w, middle, strict=True))
         own = sum(a * a * (t_end[at + i] - t_start[at + i]).item() for i, a in enumerate(w)) / 3
-        rows.append((color, sum(a * m for a, m in zip(w, middle, strict=True)), 1 - math.exp(-depth_before), pairs + own))
+        rows.append(
+            (color, sum(a * m for a, m in zip(w, middle, strict=True)), 1 - math.exp(-depth_before), pairs + own)
+        )
         weights += w
     color, *rest = zip(*rows, strict=True)
     return torch.stack(color), *(torch.tensor(x, dtype=rgb.dtype) for x in (rest[0], rest[1], weights, rest[2]))
@@ -136,7 +139,9 @@ def test_dense_rays(poisoned, shape):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.integers(1, 6), st.integers(0, 5), st.integers(0, 2**31))
+@given(
+    st.lists(st.integers(0, 50), min_size=1, max_size=12), st.integers(1, 6), st.integers(0, 5), st.integers(0, 2**31)
+)
 def test_any_ragged_batch(counts, channels, tail, seed):
     torch.manual_seed(seed)
     leaves, offsets, behind = batch(counts, channels, tail=tail)
@@ -146,7 +151,10 @@ def test_any_ragged_batch(counts, channels, tail, seed):
 def test_inputs_need_not_be_contiguous():
     torch.manual_seed(4)
     (sigma, rgb, t_start, t_end), _, behind = batch([6] * 5, 3, dense=True)
-    strided = [sigma.detach().t().contiguous().t().requires_grad_(), rgb.detach().transpose(0, 2).contiguous().transpose(0, 2)]
+    strided = [
+        sigma.detach().t().contiguous().t().requires_grad_(),
+        rgb.detach().transpose(0, 2).contiguous().transpose(0, 2),
+    ]
     assert not strided[0].is_contiguous()
     compare([strided[0], strided[1].requires_grad_(), t_start, t_end], None, behind, 0.0)
     grown = sigma.detach()[:1].expand(5, 6).requires_grad_()
@@ -187,7 +195,9 @@ def test_unused_outputs_and_inputs_without_gradient():
     out = ops.composite(sigma, *(x.detach() for x in leaves[1:]), offsets)
     assert out.weights is None and out.distortion is None
     (grad,) = torch.autograd.grad(out.color.sum(), [sigma])
-    torch.testing.assert_close(grad, torch.autograd.grad(reference.composite(*leaves, offsets, None, 0.0)[0].sum(), sigma)[0])
+    torch.testing.assert_close(
+        grad, torch.autograd.grad(reference.composite(*leaves, offsets, None, 0.0)[0].sum(), sigma)[0]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -216,7 +226,11 @@ def test_gradients_in_the_far_half_keep_their_digits():
     n, s = 256, 192
     edges = torch.rand(n, s + 1).cumsum(1) * (4 / s) + 2
     t = [edges[:, :-1].contiguous(), edges[:, 1:].contiguous()]
-    leaves = [(torch.rand(n, s) * 4).requires_grad_(), torch.rand(n, s, 3).requires_grad_(), *(x.requires_grad_() for x in t)]
+    leaves = [
+        (torch.rand(n, s) * 4).requires_grad_(),
+        torch.rand(n, s, 3).requires_grad_(),
+        *(x.requires_grad_() for x in t),
+    ]
     exact = [x.detach().double().requires_grad_() for x in leaves]
     out = ops.composite(*leaves, weights=True)[:4]
     want = reference.composite(*exact, None, None, 0.0)[:4]
@@ -242,7 +256,9 @@ def test_closed_forms():
     assert fading.opacity.item() == pytest.approx(1 - math.exp(math.exp(-3) - math.exp(-1)), rel=1e-6)  # density e^-t
     # exactly: integral of t 0.7 e^{-0.7 (t - 1)} from 1 to 3
     expected = 1 + 1 / 0.7 - passed * (3 + 1 / 0.7)
-    thin = ops.composite(torch.full((1, 4096), 0.7).double(), torch.ones(1, 4096, 1).double(), fine[:, :-1], fine[:, 1:])
+    thin = ops.composite(
+        torch.full((1, 4096), 0.7).double(), torch.ones(1, 4096, 1).double(), fine[:, :-1], fine[:, 1:]
+    )
     assert thin.depth.item() == pytest.approx(expected, rel=1e-6)
     wall = ops.composite(1e30 * (edges[:, :-1] >= 2), edges[:, :-1, None], *t, weights=True, distortion=True)
     assert wall.opacity.item() == 1 and wall.depth.item() == 2 + 1 / 64 and wall.color.item() == 2

@@ -71,7 +71,9 @@ def test_sphere_from_afar_keeps_its_digits():
     near, far = ops.intersect_sphere(o, torch.tensor([[0.0, 0.0, 1.0]]), [0, 0, 0], 1)
     half = math.sqrt(0.75)
     assert near.item() == pytest.approx(2000 - half, abs=2e-4) and far.item() == pytest.approx(2000 + half, abs=2e-4)
-    near, far = ops.intersect_sphere(torch.tensor([[0.0, 0.0, 0.999999]]), torch.tensor([[0.0, 0.0, 1.0]]), [0, 0, 0], 1)
+    near, far = ops.intersect_sphere(
+        torch.tensor([[0.0, 0.0, 0.999999]]), torch.tensor([[0.0, 0.0, 1.0]]), [0, 0, 0], 1
+    )
     assert near.item() == 0 and far.item() == pytest.approx(1 - torch.tensor(0.999999).item(), rel=1e-4)
 
 

@@ -83,7 +83,10 @@ def test_fp32_differs_at_most_where_a_midpoint_lies_on_a_face():
     exact = (*(x.double() for x in single[:4]), exact[4])
     got = ops.march_rays(*single, *BOX, step=0.01, seed=3)
     want = ops.march_rays(*exact, *BOX, step=0.01, seed=3)
-    keys = [set(zip(s.ray.tolist(), ((s.t_start + s.t_end) / 2).mul(1e3).round().tolist(), strict=True)) for s in (got, want)]
+    keys = [
+        set(zip(s.ray.tolist(), ((s.t_start + s.t_end) / 2).mul(1e3).round().tolist(), strict=True))
+        for s in (got, want)
+    ]
     assert len(keys[0] ^ keys[1]) < 0.01 * len(keys[1])
 
 
@@ -138,13 +141,16 @@ def test_capacity_cuts_rays_off_and_fills_up_with_nothing():
 
 
 def test_levels_are_the_boxes_scaled_about_their_centre():
-    """One occupied cell a level, at the corner of the grid nearest (low, low, low); a diagonal ray finds each in turn."""
+    """One occupied cell a level, at the corner of the grid nearest (low, low, low); a diagonal ray finds each in
+    turn."""
     r = 32
     cells = torch.zeros(3, r, r, r, dtype=torch.bool)
     cells[:, 0, 0, 0] = True
     d = torch.ones(1, 3, dtype=torch.float64)
     o = torch.full((1, 3), -5.0, dtype=torch.float64)
-    s = ops.march_rays(o, d, torch.zeros(1).double(), torch.full((1,), 9.0).double(), pack(cells), [-1] * 3, [1] * 3, step=0.01)
+    s = ops.march_rays(
+        o, d, torch.zeros(1).double(), torch.full((1,), 9.0).double(), pack(cells), [-1] * 3, [1] * 3, step=0.01
+    )
     place = -5 + (s.t_start + s.t_end) / 2
     for level in range(3):
         low, size = -(2.0**level), 2.0**level * 2 / r

@@ -1,5 +1,6 @@
-// CUDA's words, enough of them to run the kernels of csrc/ on the CPU: every lane of a warp is a fiber, and a shuffle lets
-// the other lanes catch up. Stops if lanes of a warp do not meet at the same shuffles, which a GPU would leave undefined.
+// CUDA's words, enough of them to run the kernels of csrc/ on the CPU: every lane of a warp is a fiber, and a shuffle
+// lets the other lanes catch up. Stops if lanes of a warp do not meet at the same shuffles, which a GPU would leave
+// undefined.
 #pragma once
 
 #include <ucontext.h>
