@@ -167,6 +167,11 @@ def test_cuda_build_imports_without_a_gpu(source, tmp_path):
     assert info["cuda"] and info["cuda_targets"] == ["sm_90", "compute_90"]
     assert re.fullmatch(r"\d+\.\d+", info["cuda_version"])
     assert isinstance(info["devices"], list)
+    if info["devices"]:
+        return
+    code = "import factorkit._C as c; c.intersect_cuda('float32', [0] * 4, 1, 0, [0.0] * 3, [1.0] * 3, 0)"
+    failed = run(["-c", code], tmp_path)
+    assert re.search(r"RuntimeError: launching intersect on CUDA: \w+", failed.stderr), failed.stderr
 
 
 @pytest.mark.parametrize(
