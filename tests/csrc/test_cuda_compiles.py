@@ -40,4 +40,6 @@ def test_no_kernel_spills(source, tmp_path, capsys):
         print(f"\n{source.name}: registers on sm_80 and sm_90")
         for name, counts in sorted(used.items()):
             print(f"{counts['sm_80']:>5} {counts['sm_90']:>4}  {name}")
-    assert all(pair == ("0", "0") for pair in spills), [n for n, s in zip(names, spills, strict=True) if s != ("0", "0")]
+    assert all(pair == ("0", "0") for pair in spills), [
+        n for n, s in zip(names, spills, strict=True) if s != ("0", "0")
+    ]
