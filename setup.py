@@ -68,8 +68,9 @@ class NinjaBuild(build_ext):
         targets = cuda_targets() if nvcc else []
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Not setuptools' own build folder: that one is temporary, and objects are to outlive this build.
-        folder = ROOT / "build" / f"{'cuda' if nvcc else 'cpu'}-{sysconfig.get_config_var('SOABI')}"
+        # Not setuptools' own build folder: that one is temporary, and objects are to outlive this build. With CUDA or
+        # without, it is the same one: only the bindings differ.
+        folder = ROOT / "build" / f"csrc-{sysconfig.get_config_var('SOABI')}"
         folder.mkdir(parents=True, exist_ok=True)
 
         cxx_command = [*cxx, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -99,7 +100,7 @@ class NinjaBuild(build_ext):
             for source in map(Path, ext.sources):
                 if source.suffix == ".cu" and not nvcc:
                     continue
-                flags = escape(shlex.join(bindings)) if source.name == "bindings.cpp" else ""
+                flags = escape(shlex.join(bindings)) if source.name.startswith("bindings") else ""
                 rule = "nvcc" if source.suffix == ".cu" else "cxx"
                 objects += plan.build(f"{source.name}.o", rule, str(ROOT / source), variables={"flags": flags})
             plan.build(str(output), "link", objects)
