@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).resolve().parent
 OPTIONAL = {
     "triton": (
         "the fused kernels on a GPU run as plain PyTorch; on a CPU nothing is lost",
-        "it comes with a CUDA build of torch; by itself: pip install 'triton>=3.2' (Linux)",
+        "it comes with a CUDA build of torch; by itself: pip install 'triton>=3.6' (Linux)",
     ),
     "tinycudann": (
         "no tiny-cuda-nn fields; factorkit never requires it",
@@ -87,7 +87,7 @@ def report() -> dict[str, Any]:
         "gpus": gpus,
         "extension": extension_part,
         "optional": optional,
-        "ops": _ops(),
+        "ops": _ops(extension_part, optional["triton"]),
     }
     return result | {"problems": _problems(result, gpu_cause)}
 
@@ -246,13 +246,17 @@ def _gpu(name: str, capability: Sequence[int], memory_bytes: int) -> dict[str, A
     return {"name": name, "capability": list(capability), "memory_gib": memory_gib, "bf16": tuple(capability) >= (8, 0)}
 
 
-def _ops() -> dict[str, str]:
+def _ops(extension: dict[str, Any], triton: dict[str, Any]) -> dict[str, str]:
     try:
         ops = importlib.import_module("factorkit.ops")
         dispatch = importlib.import_module("factorkit.ops.dispatch")
         if dispatch.use_reference():
             return {name: "reference, forced by FACTORKIT_REFERENCE" for name in ops.IMPLEMENTATIONS}
-        return dict(ops.IMPLEMENTATIONS)
+        present = dict(ops.IMPLEMENTATIONS)
+        for language, part in (("C++", extension), ("Triton", triton)):
+            if part["state"] != "ok":
+                present = {name: how.replace(language, "PyTorch") for name, how in present.items()}
+        return present
     except Exception as error:
         return {"(all)": f"broken: {_cause(error)}"}
 

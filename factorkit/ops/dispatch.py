@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,3 +20,14 @@ def dense_format(x: Tensor) -> torch.memory_format:
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
+
+
+def full_precision(run: Callable) -> Callable:
+    """Out of autocast's reach: it would cast the matrix products behind statistics and tokens to half precision."""
+
+    @functools.wraps(run)
+    def outside(first: Tensor, *args):
+        with torch.autocast(first.device.type, enabled=False):
+            return run(first, *args)
+
+    return outside

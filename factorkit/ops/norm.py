@@ -12,7 +12,7 @@ from torch import Tensor
 
 from factorkit.ops import compiled, reference
 from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS
-from factorkit.ops.dispatch import dense_format, use_reference
+from factorkit.ops.dispatch import dense_format, full_precision, use_reference
 
 NORMS = ("group", "masked_group", "pixel")
 
@@ -151,6 +151,7 @@ def _normalised(x, weight, bias, scale, shift, masks, groups, norm):
     return values, pre, (gain, mean, rstd, weights, total)
 
 
+@full_precision
 def _moments(values: Tensor, masks: Tensor | None, groups: int, norm: str):
     """Mean and 1/std of each channel's group, repeated to [N, C]; the pixel weights [N, P, 1] behind them."""
     n, c, p = values.shape
@@ -170,6 +171,7 @@ def _moments(values: Tensor, masks: Tensor | None, groups: int, norm: str):
     return weights, total, spread(mean), spread(torch.rsqrt(variance + eps))
 
 
+@full_precision
 def norm_silu_vjp(grad, x, weight, bias, scale, shift, masks, groups, norm, activate):
     """Gradients of :func:`group_norm_silu` for x ([N, C, P], at least fp32), weight, bias, scale, shift and masks."""
     values, pre, (gain, mean, rstd, weights, total) = _normalised(x, weight, bias, scale, shift, masks, groups, norm)

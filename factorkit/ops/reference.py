@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS, POOL_FLOOR
+from factorkit.ops.dispatch import full_precision
 
 
 def masked_skip_concat(u: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
@@ -103,6 +104,7 @@ def mask_pyramid(masks: Tensor, levels: int) -> list[Tensor]:
     return out
 
 
+@full_precision
 def region_pool(features: Tensor, masks: Tensor) -> Tensor:
     """Region tokens c_k = sum_p m_k f / (sum_p m_k + 1/2): each region's mean feature, [B, K, C] fp32."""
     values = features.to(torch.promote_types(features.dtype, torch.float32)).flatten(2)
@@ -119,3 +121,9 @@ def region_blend(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
     masks = logits.softmax(dim=1)
     outputs = branches.to(masks.dtype).unflatten(0, masks.shape[:2])
     return masks, (outputs * masks[:, :, None]).sum(1)
+
+
+def region_blend_mse(logits: Tensor, branches: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error of each image's blend, over channels and pixels: [B] (the loss of eq. 2.8 before the batch mean)."""
+    _, prediction = region_blend(logits, branches)
+    return (prediction - target.to(prediction.dtype)).square().flatten(1).mean(1)

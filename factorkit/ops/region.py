@@ -7,7 +7,7 @@ from torch import Tensor
 
 from factorkit.ops import reference
 from factorkit.ops.constants import POOL_FLOOR
-from factorkit.ops.dispatch import use_reference
+from factorkit.ops.dispatch import dense_format, full_precision, use_reference
 
 
 def mask_pyramid(masks: Tensor, levels: int) -> list[Tensor]:
@@ -59,6 +59,26 @@ def region_blend(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
     """
     run = reference.region_blend if use_reference() else torch.ops.factorkit.region_blend
     return run(logits, branches)
+
+
+def region_blend_mse(logits: Tensor, branches: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error of every image's blend against its target, with neither masks nor prediction stored.
+
+    Args:
+        logits, branches: as for :func:`region_blend`.
+        target: [B, C, H, W]; no gradient flows into it.
+
+    Returns:
+        [B], in the dtype of ``logits``: each image's error, its mean over channels and pixels.
+
+    Raises:
+        ValueError: a target of another shape than the blend.
+    """
+    shape = (logits.shape[0], branches.shape[1], *logits.shape[2:])
+    if target.shape != shape:
+        raise ValueError(f"target is {tuple(target.shape)} but the blend of the branches is {shape}")
+    run = reference.region_blend_mse if use_reference() else torch.ops.factorkit.region_blend_mse
+    return run(logits, branches, target.detach())
 
 
 # --- registration ---
@@ -115,19 +135,19 @@ def _(features, masks):
 
 
 @torch.library.custom_op("factorkit::region_pool_backward", mutates_args=())
-def _pool_backward(grad: Tensor, features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+@full_precision
+def _pool_backward(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     values, flat = features.to(grad.dtype).flatten(2), masks.to(grad.dtype).flatten(2)
     total = flat.sum(-1, keepdim=True) + POOL_FLOOR
-    weights = flat / total
-    d_features = grad.transpose(1, 2) @ weights
-    d_weights = grad @ values
-    d_masks = (d_weights - (d_weights * weights).sum(-1, keepdim=True)) / total
-    return d_features.reshape(features.shape).to(features.dtype), d_masks.reshape(masks.shape).to(masks.dtype)
+    d_features = grad.transpose(1, 2) @ (flat / total)
+    d_masks = (grad @ values - (grad * tokens).sum(-1, keepdim=True)) / total
+    d_features = torch.empty_like(features, memory_format=dense_format(features)).copy_(d_features.reshape(features.shape))
+    return d_features, d_masks.reshape(masks.shape).to(masks.dtype)
 
 
 @_pool_backward.register_fake
-def _(grad, features, masks):
-    return _contiguous_like(features), _contiguous_like(masks)
+def _(grad, features, masks, tokens):
+    return torch.empty_like(features, memory_format=dense_format(features)), _contiguous_like(masks)
 
 
 def _contiguous_like(x: Tensor) -> Tensor:
@@ -138,11 +158,15 @@ def _save_inputs(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
+def _pool_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output)
+
+
 def _pool_autograd(ctx, grad):
     return torch.ops.factorkit.region_pool_backward(grad, *ctx.saved_tensors)
 
 
-_pool.register_autograd(_pool_autograd, setup_context=_save_inputs)
+_pool.register_autograd(_pool_autograd, setup_context=_pool_setup)
 
 
 @torch.library.custom_op("factorkit::region_blend", mutates_args=())
@@ -164,12 +188,17 @@ def _blend_backward(d_masks: Tensor, d_prediction: Tensor, logits: Tensor, branc
     d_outputs = masks[:, :, None] * d_prediction[:, None]
     d_masks = d_masks + (outputs * d_prediction[:, None]).sum(2)
     d_logits = masks * (d_masks - (d_masks * masks).sum(1, keepdim=True))
-    return d_logits.contiguous(), d_outputs.flatten(0, 1).to(branches.dtype).contiguous()
+    return d_logits.contiguous(), _settled(d_outputs, branches)
+
+
+def _settled(d_outputs: Tensor, branches: Tensor) -> Tensor:
+    """[B, K, C, H, W] as a gradient for the branches, in their dtype and layout."""
+    return torch.empty_like(branches, memory_format=dense_format(branches)).copy_(d_outputs.flatten(0, 1))
 
 
 @_blend_backward.register_fake
 def _(d_masks, d_prediction, logits, branches):
-    return _contiguous_like(logits), _contiguous_like(branches)
+    return _contiguous_like(logits), torch.empty_like(branches, memory_format=dense_format(branches))
 
 
 def _blend_autograd(ctx, d_masks, d_prediction):
@@ -177,3 +206,33 @@ def _blend_autograd(ctx, d_masks, d_prediction):
 
 
 _blend.register_autograd(_blend_autograd, setup_context=_save_inputs)
+
+
+@torch.library.custom_op("factorkit::region_blend_mse", mutates_args=())
+def _mse(logits: Tensor, branches: Tensor, target: Tensor) -> Tensor:
+    return reference.region_blend_mse(logits, branches, target)
+
+
+@_mse.register_fake
+def _(logits, branches, target):
+    return logits.new_empty(logits.shape[0])
+
+
+@torch.library.custom_op("factorkit::region_blend_mse_backward", mutates_args=())
+def _mse_backward(grad: Tensor, logits: Tensor, branches: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    masks, prediction = reference.region_blend(logits, branches)
+    share = grad * (2.0 / max(1, prediction.shape[1:].numel()))
+    d_prediction = (prediction - target.to(prediction.dtype)) * share[:, None, None, None]
+    return _blend_backward._init_fn(torch.zeros_like(masks), d_prediction, logits, branches)
+
+
+@_mse_backward.register_fake
+def _(grad, logits, branches, target):
+    return _contiguous_like(logits), torch.empty_like(branches, memory_format=dense_format(branches))
+
+
+def _mse_autograd(ctx, grad):
+    return *torch.ops.factorkit.region_blend_mse_backward(grad, *ctx.saved_tensors), None
+
+
+_mse.register_autograd(_mse_autograd, setup_context=_save_inputs)

@@ -99,7 +99,7 @@ def _concat_backward(grad: Tensor, u: Tensor, skip: Tensor, masks: Tensor | None
 
 
 @_concat_backward.register_fake
-def _concat_gradients_like(grad, u, skip, masks):
+def _(grad, u, skip, masks):
     d_masks = u.new_empty(0) if masks is None else torch.empty_like(masks, memory_format=torch.contiguous_format)
     return _empty(u), _empty(skip), d_masks
 
@@ -242,12 +242,20 @@ def _(base, skip, masks):
 
 
 @torch.library.custom_op("factorkit::masked_skip_add_backward", mutates_args=())
-def _add_backward(grad: Tensor, base: Tensor, skip: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    d_skip, d_masks = _masked_vjp(grad, skip, masks)
-    return _shared_vjp(grad, base, masks), d_skip, base.new_empty(0) if d_masks is None else d_masks
+def _add_backward(grad: Tensor, base: Tensor, skip: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    d_base = _shared_vjp(grad, base, masks) if _shares(base, masks) else base.new_empty(0)
+    return d_base, *_masked_vjp(grad, skip, masks)
 
 
-_add_backward.register_fake(_concat_gradients_like)
+@_add_backward.register_fake
+def _(grad, base, skip, masks):
+    d_base = _empty(base) if _shares(base, masks) else base.new_empty(0)
+    return d_base, _empty(skip), torch.empty_like(masks, memory_format=torch.contiguous_format)
+
+
+def _shares(u: Tensor, masks: Tensor) -> bool:
+    """Whether the branches share u."""
+    return u.shape[0] != masks.shape[0] * masks.shape[1]
 
 
 def _add_setup(ctx, inputs, output):
@@ -256,8 +264,11 @@ def _add_setup(ctx, inputs, output):
 
 def _add_autograd(ctx, grad):
     base, skip, masks = ctx.saved_tensors
+    if masks is None:
+        return grad.to(base.dtype), grad.to(skip.dtype), None
     d_base, d_skip, d_masks = torch.ops.factorkit.masked_skip_add_backward(grad, base, skip, masks)
-    return d_base, d_skip, None if masks is None else d_masks
+    # A branch's own base receives the upstream gradient as it is; only a shared one costs a sum.
+    return d_base if _shares(base, masks) else grad.to(base.dtype), d_skip, d_masks
 
 
 _add.register_autograd(_add_autograd, setup_context=_add_setup)

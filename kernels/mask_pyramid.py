@@ -1,0 +1,128 @@
+"""All area averages of the masks in one read of them, and the gradient of all in one write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from factorkit.kernels import heuristics
+from factorkit.kernels.tiles import launch, load, span
+
+MOST = 5  # halvings of one launch: a program averages tiles of 2^MOST pixels a side
+
+
+@triton.jit
+def halve(x, H: tl.constexpr, W: tl.constexpr):
+    """Averages of 2x2 blocks of a tile [H, W]."""
+    return tl.sum(tl.sum(tl.reshape(x, [H // 2, 2, W // 2, 2]), 3), 1) * 0.25
+
+
+@triton.jit
+def store_level(out, x, plane, y0, x0, height, width, LEVEL: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
+    y = span(y0 // (1 << LEVEL), H)
+    c = span(x0 // (1 << LEVEL), W)
+    rows, columns = height // (1 << LEVEL), width // (1 << LEVEL)
+    inside = (y < rows)[:, None] & (c < columns)[None, :]
+    tl.store(out + (plane * rows + y)[:, None] * columns + c[None, :], x, mask=inside)
+
+
+@triton.jit
+def pyramid_kernel(
+    masks, out1, out2, out3, out4, out5, height, width, tiles_y, tiles_x, LEVELS: tl.constexpr, TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    x0 = pid % tiles_x * TILE_W
+    y0 = (pid // tiles_x) % tiles_y * TILE_H
+    plane = (pid // tiles_x // tiles_y).to(tl.int64)
+    y, c = span(y0, TILE_H), span(x0, TILE_W)
+    x = load(masks + (plane * height + y)[:, None] * width + c[None, :], (y < height)[:, None] & (c < width)[None, :])
+    x = halve(x, TILE_H, TILE_W)
+    store_level(out1, x, plane, y0, x0, height, width, 1, TILE_H // 2, TILE_W // 2)
+    if LEVELS >= 2:
+        x = halve(x, TILE_H // 2, TILE_W // 2)
+        store_level(out2, x, plane, y0, x0, height, width, 2, TILE_H // 4, TILE_W // 4)
+    if LEVELS >= 3:
+        x = halve(x, TILE_H // 4, TILE_W // 4)
+        store_level(out3, x, plane, y0, x0, height, width, 3, TILE_H // 8, TILE_W // 8)
+    if LEVELS >= 4:
+        x = halve(x, TILE_H // 8, TILE_W // 8)
+        store_level(out4, x, plane, y0, x0, height, width, 4, TILE_H // 16, TILE_W // 16)
+    if LEVELS >= 5:
+        x = halve(x, TILE_H // 16, TILE_W // 16)
+        store_level(out5, x, plane, y0, x0, height, width, 5, TILE_H // 32, TILE_W // 32)
+
+
+@triton.jit
+def level_gradient(grad, plane, y, c, height, width, inside, LEVEL: tl.constexpr):
+    rows, columns = height // (1 << LEVEL), width // (1 << LEVEL)
+    at = (plane * rows + y // (1 << LEVEL))[:, None] * columns + (c // (1 << LEVEL))[None, :]
+    return load(grad + at, inside) * (1.0 / (1 << (2 * LEVEL)))
+
+
+@triton.jit
+def pyramid_backward_kernel(
+    g1, g2, g3, g4, g5, out, height, width, tiles_y, tiles_x, LEVELS: tl.constexpr, TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    c = span(pid % tiles_x * TILE_W, TILE_W)
+    y = span((pid // tiles_x) % tiles_y * TILE_H, TILE_H)
+    plane = (pid // tiles_x // tiles_y).to(tl.int64)
+    inside = (y < height)[:, None] & (c < width)[None, :]
+    total = level_gradient(g1, plane, y, c, height, width, inside, 1)
+    if LEVELS >= 2:
+        total += level_gradient(g2, plane, y, c, height, width, inside, 2)
+    if LEVELS >= 3:
+        total += level_gradient(g3, plane, y, c, height, width, inside, 3)
+    if LEVELS >= 4:
+        total += level_gradient(g4, plane, y, c, height, width, inside, 4)
+    if LEVELS >= 5:
+        total += level_gradient(g5, plane, y, c, height, width, inside, 5)
+    tl.store(out + (plane * height + y)[:, None] * width + c[None, :], total, mask=inside)
+
+
+def _tiles(height: int, width: int, levels: int) -> tuple[int, int, int, int]:
+    """Tile height and width, and how many of them cover the image."""
+    tile_h = 1 << levels
+    tile_w = max(tile_h, min(heuristics.power_of_two(width), 1024 // tile_h))
+    return tile_h, tile_w, heuristics.ceil_div(height, tile_h), heuristics.ceil_div(width, tile_w)
+
+
+def pyramid(masks: Tensor, levels: int) -> list[Tensor]:
+    """Area averages of masks [B, K, H, W] at 1/2 ... 1/2^levels; H and W divisible by 2^levels."""
+    masks = masks.contiguous()
+    batch, regions, height, width = masks.shape
+    if levels > MOST:
+        fine = pyramid(masks, MOST)
+        return fine + pyramid(fine[-1], levels - MOST)
+    outs = [masks.new_empty(batch, regions, height >> i, width >> i) for i in range(1, levels + 1)]
+    tile_h, tile_w, tiles_y, tiles_x = _tiles(height, width, levels)
+    launch(
+        pyramid_kernel, batch * regions * tiles_y * tiles_x,
+        masks, *outs, *(None,) * (MOST - levels), height, width, tiles_y, tiles_x,
+        LEVELS=levels, TILE_H=tile_h, TILE_W=tile_w, warps=4,
+    )  # fmt: skip
+    return outs
+
+
+def pyramid_backward(grads: Sequence[Tensor]) -> Tensor:
+    """Gradient for the masks from those of every level, finest first."""
+    if len(grads) > MOST:
+        deep = pyramid_backward(grads[MOST:])
+        return pyramid_backward([*grads[: MOST - 1], grads[MOST - 1] + deep])
+    grads = [g.contiguous() for g in grads]
+    batch, regions, half_h, half_w = grads[0].shape
+    height, width = 2 * half_h, 2 * half_w
+    out = torch.empty(batch, regions, height, width, dtype=grads[0].dtype, device=grads[0].device)
+    tile_h, tile_w, tiles_y, tiles_x = _tiles(height, width, len(grads))
+    launch(
+        pyramid_backward_kernel, batch * regions * tiles_y * tiles_x,
+        *grads, *(None,) * (MOST - len(grads)), out, height, width, tiles_y, tiles_x,
+        LEVELS=len(grads), TILE_H=tile_h, TILE_W=tile_w, warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,56 @@
+"""base_k + m_k * skip: where the mask and the sum of the 1x1 shortcut meet; the skip is read once for all branches."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from factorkit.kernels import heuristics
+from factorkit.kernels.norm import Branches
+from factorkit.kernels.norm_backward import spread_gradients
+from factorkit.kernels.tiles import empty, launch, load, span
+
+
+@triton.jit
+def masked_add_kernel(
+    base, skip, masks, out, pixels, channels, blocks_c, blocks_p, K: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    c = span(pid % blocks_c * BLOCK_C, BLOCK_C)
+    p = span((pid // blocks_c) % blocks_p * BLOCK_P, BLOCK_P)
+    image = (pid // blocks_c // blocks_p).to(tl.int64)
+    inside = (p < pixels)[:, None] & (c < channels)[None, :]
+    s = load(skip + (image * pixels + p)[:, None] * channels + c[None, :], inside)
+    if SHARED:
+        common = load(base + (image * pixels + p)[:, None] * channels + c[None, :], inside)
+    for k in tl.static_range(K):
+        row = image * K + k
+        at = (row * pixels + p)[:, None] * channels + c[None, :]
+        z = s
+        if masks is not None:
+            z = s * load(masks + row * pixels + p, p < pixels)[:, None]
+        tl.store(out + at, (common if SHARED else load(base + at, inside)) + z, mask=inside)
+
+
+def masked_add(base: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
+    """base [B*K or B, C, H, W] + m_k * skip [B, C, H, W]: [B*K, C, H, W] channels last, in the dtype of base."""
+    x = Branches(base, skip, masks)
+    out = empty(x.rows, x.channels_u, x.u)
+    block_p, block_c = heuristics.tile(x.pixels, x.channels_u, x.u.element_size())
+    blocks_p, blocks_c = heuristics.ceil_div(x.pixels, block_p), heuristics.ceil_div(x.channels_u, block_c)
+    launch(
+        masked_add_kernel, x.batch * blocks_p * blocks_c,
+        x.u, x.skip, x.masks, out, x.pixels, x.channels_u, blocks_c, blocks_p,
+        K=x.regions, SHARED=x.shared, BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
+    )  # fmt: skip
+    return out
+
+
+def masked_add_backward(
+    grad: Tensor, base: Tensor, skip: Tensor, masks: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Gradients for base (None unless the branches share it: it is ``grad`` itself), skip and masks (fp32)."""
+    x = Branches(base, skip, masks)
+    return spread_gradients(grad, x, None, None, activate=False, at_skip=0, with_u=x.shared)

@@ -1,0 +1,84 @@
+"""What all kernels share: index arithmetic and activations on the device, shapes and launches on the host."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def silu_slope(x):
+    """Derivative of x * sigmoid(x)."""
+    s = sigmoid(x)
+    return s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def load(pointer, inside):
+    """Numbers as fp32, zero outside. Cast at once: the interpreter computes wrongly on bf16."""
+    return tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def span(start, size: tl.constexpr):
+    """start ... start+size-1 as 64-bit numbers, so that no product of it with a stride overflows."""
+    return start + tl.arange(0, size).to(tl.int64)
+
+
+def last(x: Tensor) -> Tensor:
+    """The same tensor with its channels last in memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def pixel_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """The tensor [N, C, H, W] and its strides from row to row, pixel to pixel and channel to channel.
+
+    Gradients come expanded, permuted or as a slice of a concatenation, and are read where they lie. Only where a single
+    stride cannot reach the next line of pixels they are copied.
+    """
+    _, _, height, width = x.shape
+    along, down = x.stride(3), x.stride(2)
+    if width == 1:
+        along = down
+    elif height > 1 and down != width * along:
+        return pixel_strides(last(x))
+    return x, x.stride(0), along, x.stride(1)
+
+
+def empty(rows: int, channels: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Features [rows, channels, H, W] of the size of ``like``, channels last."""
+    shape = (rows, channels, *like.shape[2:])
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def buffer(*shape: int, like: Tensor) -> Tensor:
+    """fp32 scratch."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def start(kernel, grid: tuple[int, ...], arguments: tuple, constants: dict, options: dict) -> None:
+    kernel[grid](*arguments, **constants, **options)
+
+
+def launch(kernel, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
+    """Run ``programs`` programs of a kernel on the device of its tensors, which must be the current one.
+
+    ``registers`` is what a thread may use: the assembler, left alone, may spill a few to fit one more program.
+    """
+    # Fused multiply-add is asked for by name because Triton changes its default.
+    options = {"num_warps": warps, "enable_fp_fusion": True} | ({} if registers is None else {"maxnreg": registers})
+    if programs > 0:
+        start(kernel, (programs,), arguments, constants, options)

@@ -1,0 +1,96 @@
+"""Compiling kernels without a GPU: note which launches a call would make, compile them, read what came out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from factorkit.kernels import tiles
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as Triton would compile it for one launch: types, divisible arguments, constants and warps."""
+
+    kernel: Callable
+    types: tuple[tuple[str, str], ...]
+    divisible: tuple[int, ...]
+    constants: tuple[tuple[str, object], ...]
+    options: tuple[tuple[str, object], ...]
+
+    def __str__(self) -> str:
+        shown = " ".join(f"{k}={v}" for k, v in self.constants if k.isupper() and v is not None)
+        dtype = next(t for _, t in self.types if t.startswith("*"))[1:]
+        return f"{self.kernel.__name__.removesuffix('_kernel')} {dtype} {shown} warps={dict(self.options)['num_warps']}"
+
+
+def variant_of(kernel, arguments: tuple, constants: dict, options: dict) -> Variant:
+    """As Triton's launcher specialises it: 1 and None become constants, multiples of 16 are known as such."""
+    types, divisible, fixed = [], [], dict(constants)
+    for position, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        if value is None or (isinstance(value, int) and value == 1):
+            fixed[name] = value
+        elif isinstance(value, torch.Tensor):
+            types.append((name, POINTERS[value.dtype]))
+            divisible.append(position)
+        elif isinstance(value, float):
+            types.append((name, "fp32"))
+        else:
+            types.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            if value % 16 == 0:
+                divisible.append(position)
+    return Variant(kernel, tuple(types), tuple(divisible), tuple(sorted(fixed.items())), tuple(options.items()))
+
+
+@contextmanager
+def recorded():
+    """Collects the variants of all launches inside; nothing runs, so tensors may be on the meta device."""
+    found: dict[Variant, None] = {}
+
+    def start(kernel, grid, arguments, constants, options):
+        found[variant_of(kernel, arguments, constants, options)] = None
+
+    original, tiles.start = tiles.start, start
+    try:
+        yield found
+    finally:
+        tiles.start = original
+
+
+@dataclass
+class Compiled:
+    registers: int
+    shared: int
+    spills: int  # instructions that store registers to local memory
+    widest_load: int  # bits
+    narrow_loads: int  # of features and gradients, in bits under 128
+
+
+def compile_for(variant: Variant, capability: int) -> Compiled:
+    signature = dict(variant.types) | {name: "constexpr" for name, _ in variant.constants}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in variant.divisible}
+    ordered = {name: signature[name] for name in variant.kernel.arg_names}
+    source = ASTSource(variant.kernel, ordered, dict(variant.constants), attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    loads = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[busf](\d+)", built.asm["ptx"])
+    widths = [int(n or 1) * int(bits) for n, bits in loads]
+    number = lambda key: int(re.search(rf"{key}:(\d+)", usage)[1])  # noqa: E731
+    return Compiled(
+        number("REG"), built.metadata.shared, len(re.findall(r"\bSTL\b", usage)), max(widths, default=0), sum(w < 128 for w in widths)
+    )

@@ -1,0 +1,109 @@
+"""The ops as torch sees them, and the whole factorized U-Net through the kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_compare import assert_close, rand, soft_masks
+
+from factorkit import ops
+from factorkit.ops import fused, reference
+from factorkit.segdiff.model import FactorizedUNet
+
+
+def cases():
+    torch.manual_seed(7)
+    u, skip, masks = rand(2, 2, 3, 2), rand(2, 4, 3, 2), soft_masks(2, 2, 3, 2)
+    weight, bias, scale, shift = rand(6), rand(6), rand(4, 6), rand(4, 6)
+    o = torch.ops.factorkit
+    for norm in ("group", "masked_group", "pixel"):
+        m = masks if norm == "masked_group" else None
+        yield f"norm-{norm}", o.group_norm_silu, (rand(4, 6, 3, 2), weight, bias, scale, shift, m, 2, norm, True)
+        yield f"skip-{norm}", o.masked_skip_norm_silu, (u, skip, masks, weight, bias, None, None, 2, norm)
+    yield "concat", o.masked_skip_concat, (u, skip, masks)
+    yield "add", o.masked_skip_add, (rand(2, 4, 3, 2), skip, masks)
+    yield "add-own", o.masked_skip_add, (rand(4, 4, 3, 2), skip, masks)
+    yield "pyramid", o.mask_pyramid, (soft_masks(1, 2, 4, 4), 2)
+    yield "pool", o.region_pool, (rand(2, 2, 3, 2), masks)
+    yield "blend", o.region_blend, (rand(2, 2, 3, 2).contiguous(), rand(4, 2, 3, 2))
+    yield "mse", o.region_blend_mse, (rand(2, 2, 3, 2).contiguous(), rand(4, 2, 3, 2), rand(2, 2, 3, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name, *_ in cases()])
+def test_opcheck(name, dtype):
+    op, args = next((op, args) for n, op, args in cases() if n == name)
+    # Values may differ in bf16 by how often they are rounded; what is checked there are schema, fakes and layouts.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    cast = [a.to(dtype).requires_grad_(name != "mse") if isinstance(a, torch.Tensor) else a for a in args]
+    if name == "mse":
+        cast[0].requires_grad_(), cast[1].requires_grad_()
+    torch.library.opcheck(op, cast, test_utils=tests + (("test_aot_dispatch_dynamic",) if dtype == torch.float32 else ()))
+
+
+def test_what_the_kernels_do_not_take_runs_as_pytorch():
+    x, w = torch.randn(2, 6, 3, 3, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    assert fused.group_norm_silu(x, w, w, None, None, None, 2, "group", True) is None
+    want = reference.group_norm_silu(x, w, w, None, None, None, 2, "group", True)
+    torch.testing.assert_close(ops.group_norm_silu(x, w, w, groups=2), want)
+    empty = torch.zeros(0, 6, 3, 3)
+    assert ops.group_norm_silu(empty, torch.ones(6), torch.ones(6), groups=2).shape == empty.shape
+    assert ops.masked_skip_concat(empty, empty, torch.zeros(0, 2, 3, 3)).shape == (0, 12, 3, 3)
+    assert ops.region_pool(empty, torch.zeros(0, 2, 3, 3)).shape == (0, 2, 6)
+    assert ops.region_blend_mse(torch.zeros(0, 2, 3, 3), empty[:, :3], empty[:, :3]).shape == (0,)
+
+
+def test_autocast_leaves_statistics_and_masks_alone():
+    masks = soft_masks(2, 2, 4, 4)
+    x, w = rand(4, 6, 4, 4), rand(6)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        tokens = ops.region_pool(x[:2], masks)
+        y = ops.group_norm_silu(x, w, w, groups=2, norm="masked_group", masks=masks)
+    assert_close(tokens, reference.region_pool(x[:2].double(), masks.double()))
+    exact = [v.double() for v in (x, w, w)]
+    assert_close(y, reference.group_norm_silu(*exact, None, None, masks.double(), 2, "masked_group", True))
+
+
+@pytest.mark.parametrize("branch_norm", ["group", "masked_group", "pixel"])
+def test_factorized_unet_through_the_kernels(branch_norm, monkeypatch):
+    """Forward and every parameter's gradient equal those of the same model on the references, in fp64."""
+    model = FactorizedUNet(
+        regions=3, resolution=8, width=8, multipliers=(1, 2), blocks=1, attention=(4,), heads=2, groups=4,
+        branch_norm=branch_norm, region_tokens=branch_norm != "group", normalised_logits=branch_norm == "pixel",
+    )  # fmt: skip
+    with torch.no_grad():
+        for p in model.parameters():  # zero-initialised layers would hide everything before them
+            p.copy_(torch.randn_like(p) * (0.3 if p.dim() < 2 else p[0].numel() ** -0.5))
+    x, t, target = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 3, 8, 8)
+
+    def step(model, x, target):
+        out = model(x, t)
+        upstream = torch.linspace(-1, 1, out.bottleneck.masks.numel(), dtype=x.dtype).reshape(out.bottleneck.masks.shape)
+        loss = (out.prediction - target).square().mean() + (out.bottleneck.masks * upstream).mean()
+        return out, torch.autograd.grad(loss, list(model.parameters()))
+
+    launched = []
+    norm = fused.OPS[ops.skip._norm]
+    assert norm is fused.masked_skip_norm_silu
+    monkeypatch.setattr(fused.kernels.tiles, "start", spy(fused.kernels.tiles.start, launched))
+    out, grads = step(model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last), target)
+    assert {"branch_gradients_kernel", "masked_add_kernel", "pyramid_kernel", "blend_kernel"} <= set(launched)
+
+    count = len(launched)
+    monkeypatch.setenv("FACTORKIT_REFERENCE", "1")
+    exact, wanted = step(model.double(), x.double(), target.double())
+    assert len(launched) == count, "the reference launched a kernel"
+    assert_close(out.prediction, exact.prediction, "prediction", size=1.0)
+    assert_close(out.bottleneck.masks, exact.bottleneck.masks, "masks")
+    largest = max(w.norm() for w in wanted)
+    for (name, _), got, want in zip(model.named_parameters(), grads, wanted, strict=True):
+        error = (got.double() - want).norm() / (want.norm() + 1e-3 * largest)
+        assert error < 2e-4, f"gradient for {name} is off by {error:.1e}"
+
+
+def spy(start, launched):
+    def record(kernel, *rest):
+        launched.append(kernel.fn.__name__)
+        start(kernel, *rest)
+
+    return record

@@ -1,0 +1,154 @@
+"""The norms, with and without a masked skip, against the fp64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_compare import compare, rand, soft_masks
+
+from factorkit import ops
+from factorkit.ops import reference
+
+NORMS = ("group", "masked_group", "pixel")
+#: batch, regions, channels of u and of the skip, height, width, groups (which straddle the two)
+SHAPES = {
+    "odd": (2, 3, 5, 7, 5, 7, 3),
+    "one pixel": (2, 2, 6, 3, 1, 1, 3),
+    "one branch": (2, 1, 3, 5, 4, 3, 1),
+    "seven branches": (1, 7, 6, 2, 3, 5, 2),
+    "blocks": (1, 2, 72, 40, 9, 8, 7),
+}
+
+
+def skip_inputs(batch, regions, c_u, c_s, height, width, *, shared, masked=True, dtype=torch.float32, modulated=True):
+    rows = batch * regions if masked else batch
+    c = c_u + c_s
+    inputs = {
+        "u": rand(batch if shared else rows, c_u, height, width, dtype=dtype) + 1,
+        "skip": rand(batch, c_s, height, width, dtype=dtype),
+        "masks": soft_masks(batch, regions, height, width) if masked else None,
+        "weight": rand(c),
+        "bias": rand(c),
+    }
+    return inputs | {name: rand(rows, c, dtype=dtype) if modulated else None for name in ("scale", "shift")}
+
+
+def check_skip(inputs, groups, norm, **more):
+    compare(
+        lambda *x: ops.masked_skip_norm_silu(*x, groups=groups, norm=norm),
+        lambda *x: reference.masked_skip_norm_silu(*x, groups, norm),
+        inputs,
+        size=1.0,  # where one pixel is the whole image, gradients cancel to nothing
+        **more,
+    )
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_masked_skip_norm(norm, shape, shared):
+    *sizes, groups = SHAPES[shape]
+    check_skip(skip_inputs(*sizes, shared=shared), groups, norm)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_half_precision_features_with_fp32_masks_and_weights(norm, dtype):
+    check_skip(skip_inputs(2, 3, 5, 7, 4, 5, shared=False, dtype=dtype, modulated=False), 3, norm)
+    check_skip(skip_inputs(1, 2, 24, 8, 3, 5, shared=True, dtype=dtype), 4, norm)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_u_and_skip_of_different_dtypes(norm):
+    inputs = skip_inputs(1, 2, 6, 4, 3, 5, shared=False)
+    check_skip(inputs | {"u": inputs["u"].bfloat16()}, 2, norm)
+    check_skip(inputs | {"skip": inputs["skip"].bfloat16()}, 2, norm)
+
+
+@pytest.mark.parametrize("norm", ["group", "pixel"])
+def test_a_plain_unets_skip(norm):
+    """No masks: the norm of [u ; skip]."""
+    check_skip(skip_inputs(2, 1, 5, 7, 5, 3, shared=False, masked=False), 3, norm)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("size", [(6, 6, 5, 7, 3), (6, 12, 1, 1, 3), (2, 130, 3, 11, 13)], ids=str)
+@pytest.mark.parametrize("activate", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norm_without_a_skip(norm, activate, size):
+    rows, channels, height, width, groups = size
+    masks = soft_masks(rows // 2, 2, height, width) if norm == "masked_group" else None
+    inputs = {"x": rand(rows, channels, height, width), "weight": rand(channels), "bias": rand(channels)}
+    inputs |= {"scale": rand(rows, channels), "shift": rand(rows, channels), "masks": masks}
+    compare(
+        lambda x, w, b, s, t, m: ops.group_norm_silu(x, w, b, s, t, groups=groups, norm=norm, masks=m, activate=activate),
+        lambda x, w, b, s, t, m: reference.group_norm_silu(x, w, b, s, t, m, groups, norm, activate),
+        inputs,
+        size=1.0,
+    )
+
+
+def strided(kind):
+    """Upstream gradients as autograd makes them: not one of them lies as the answer does."""
+
+    def make(like):
+        n, c, h, w = like.shape
+        if kind == "expanded":
+            return torch.randn(n, 1, 1, 1, dtype=like.dtype).expand_as(like)
+        if kind == "slice of a cat":
+            return rand(n, c + 16, h, w, dtype=like.dtype)[:, 8 : 8 + c]
+        if kind == "contiguous":
+            return torch.randn(n, c, h, w, dtype=like.dtype)
+        if kind == "transposed":
+            return torch.randn(n, w, h, c, dtype=like.dtype).permute(0, 3, 2, 1)
+        return torch.randn(n, c, 2 * h, 2 * w, dtype=like.dtype)[:, :, ::2, ::2]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["expanded", "slice of a cat", "contiguous", "transposed", "every other pixel"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_of_any_strides(norm, kind):
+    check_skip(skip_inputs(2, 2, 5, 3, 4, 3, shared=False), 2, norm, make_grad=strided(kind))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_gradient_that_lies_beyond_two_to_the_31st(norm):
+    """Offsets are 64-bit: the gradient's rows lie far apart in a storage of which almost nothing is ever touched."""
+    inputs = skip_inputs(1, 2, 3, 5, 2, 3, shared=False, dtype=torch.bfloat16)
+    apart = 2**31 + 64
+    storage = torch.empty(apart + 64, dtype=torch.bfloat16)
+
+    def make(like):
+        far = storage.as_strided(like.shape, (apart, 1, 24, 8))
+        return far.copy_(torch.randn_like(like))
+
+    check_skip(inputs, 2, norm, make_grad=make)
+
+
+def test_a_contiguous_input_is_answered_in_its_layout():
+    x, w = torch.randn(2, 6, 3, 5), rand(6)
+    out = ops.group_norm_silu(x, w, w, groups=2)
+    assert out.is_contiguous()
+    last = ops.group_norm_silu(x.contiguous(memory_format=torch.channels_last), w, w, groups=2)
+    assert last.is_contiguous(memory_format=torch.channels_last) and not last.is_contiguous()
+    torch.testing.assert_close(out, last)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_result_depends_on_the_run(norm):
+    inputs = [x.requires_grad_() for x in skip_inputs(1, 2, 40, 24, 9, 8, shared=False, dtype=torch.bfloat16).values()]
+    out = ops.masked_skip_norm_silu(*inputs, groups=4, norm=norm)
+    grad = torch.randn_like(out)
+    once, twice = (torch.autograd.grad(out, inputs, grad, retain_graph=True) for _ in range(2))
+    for a, b in zip(once, twice, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mean", [100.0, 1000.0])
+def test_statistics_of_bf16_are_fp32(mean):
+    x = (mean + 16 * torch.randn(1, 4, 64, 32)).bfloat16()
+    got = ops.group_norm_silu(x, torch.ones(4), torch.zeros(4), groups=1, activate=False).float()
+    assert abs(got.mean().item()) < 0.02 and abs(got.std().item() - 1) < 0.02
