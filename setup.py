@@ -99,7 +99,7 @@ class NinjaBuild(build_ext):
             for source in map(Path, ext.sources):
                 if source.suffix == ".cu" and not nvcc:
                     continue
-                flags = escape(shlex.join(bindings)) if source.name == "bindings.cpp" else ""
+                flags = escape(shlex.join(bindings)) if source.name.startswith("bindings") else ""
                 rule = "nvcc" if source.suffix == ".cu" else "cxx"
                 objects += plan.build(f"{source.name}.o", rule, str(ROOT / source), variables={"flags": flags})
             plan.build(str(output), "link", objects)

@@ -10,6 +10,9 @@
 
 namespace py = pybind11;
 
+void bind_encoding(py::module_& m);
+void bind_rendering(py::module_& m);
+
 namespace {
 
 #if defined(__clang__)
@@ -102,4 +105,7 @@ build, without a driver and without a device. Raises RuntimeError with the cause
             factorkit::norm_silu_backward(norm_problem(in, sizes, flags, eps, floor), gradients, threads);
         },
         "Gradients of norm_silu_forward on the CPU; called by factorkit.ops, see csrc/norm.h.");
+
+    bind_encoding(m);
+    bind_rendering(m);
 }

@@ -2,14 +2,18 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <thread>
 #include <vector>
 
+#include "half.h"
+
 // One copy of a function for each instruction set, chosen when the module is loaded. Needs ifunc: GCC on Linux.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(FACTORKIT_CLONES)  // tests that compile a program of their own want one copy
+#elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define FACTORKIT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FACTORKIT_CLONES
@@ -17,30 +21,6 @@
 #define FACTORKIT_INLINE inline __attribute__((always_inline))
 
 namespace factorkit {
-
-// bfloat16: the upper half of a float.
-struct bf16 {
-    std::uint16_t bits;
-};
-
-FACTORKIT_INLINE float to_float(float x) { return x; }
-
-FACTORKIT_INLINE float to_float(bf16 x) {
-    std::uint32_t wide = std::uint32_t(x.bits) << 16;
-    float out;
-    std::memcpy(&out, &wide, 4);
-    return out;
-}
-
-FACTORKIT_INLINE void store(float value, float& out) { out = value; }
-
-// Round to nearest, ties to even. A NaN stays one: its top mantissa bit is set before the carry can clear it.
-FACTORKIT_INLINE void store(float value, bf16& out) {
-    std::uint32_t wide;
-    std::memcpy(&wide, &value, 4);
-    std::uint32_t rounded = wide + 0x7FFFu + ((wide >> 16) & 1u);
-    out.bits = std::uint16_t((value != value ? (wide | 0x400000u) : rounded) >> 16);
-}
 
 // exp to about one unit in the last place for |x| < 40; beyond, the value at the end of that range. Not 87, where fp32
 // ends: a compiler that computes both sides of the clamp would then multiply denormals, a hundred times slower.
@@ -76,6 +56,17 @@ inline void parallel_for(std::int64_t count, int threads, const std::function<vo
         workers.emplace_back(body, count * i / pieces, count * (i + 1) / pieces);
     body(0, count / pieces);
     for (std::thread& worker : workers) worker.join();
+}
+
+// The same where the work per index varies, as over ragged rays: threads take the next `block` indices when they are
+// free.
+inline void parallel_for_uneven(std::int64_t count, std::int64_t block, int threads,
+                                const std::function<void(std::int64_t, std::int64_t)>& body) {
+    const std::int64_t blocks = (count + block - 1) / block;
+    std::atomic<std::int64_t> next{0};
+    parallel_for(std::min<std::int64_t>(blocks, std::max(1, threads)), threads, [&](std::int64_t, std::int64_t) {
+        for (std::int64_t i = next++; i < blocks; i = next++) body(i * block, std::min(count, (i + 1) * block));
+    });
 }
 
 }  // namespace factorkit

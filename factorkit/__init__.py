@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from factorkit.errors import CheckpointError, ConfigError, DataError, FactorkitError
 
 if TYPE_CHECKING:
+    from factorkit.rendering import render
     from factorkit.segdiff.run import SegdiffRun
     from factorkit.segdiff.train import train_segdiff
 
@@ -23,10 +24,23 @@ try:
 except PackageNotFoundError:  # a source tree on PYTHONPATH
     __version__ = "0+unknown"
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "FactorkitError", "SegdiffRun", "load", "train_segdiff"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FactorkitError",
+    "SegdiffRun",
+    "load",
+    "render",
+    "train_segdiff",
+]
 
 # torch takes seconds to import, `factorkit --help` should not
-_LAZY = {"train_segdiff": "factorkit.segdiff.train", "SegdiffRun": "factorkit.segdiff.run"}
+_LAZY = {
+    "train_segdiff": "factorkit.segdiff.train",
+    "SegdiffRun": "factorkit.segdiff.run",
+    "render": "factorkit.rendering",
+}
 
 
 def __getattr__(name: str) -> Any:

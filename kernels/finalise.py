@@ -1,4 +1,4 @@
-"""From partial sums over pixels to numbers for each (row, channel): the small step between two passes over the features."""
+"""From partial sums over pixels to numbers for each (row, channel): the small step between two passes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
-from factorkit.kernels.tiles import buffer, launch, load, span
+from factorkit.kernels.tiles import buffer, kernel, launch, load, span
+from torch import Tensor
 
 
 @dataclass
@@ -35,7 +34,7 @@ def modulation(weight, bias, scale, shift, row, c, channels, inside):
     return gain, offset
 
 
-@triton.jit
+@kernel
 def statistics_kernel(
     partial_u, partial_s, mass_parts, weight, bias, scale, shift, slope, offset, means, rstds, mass,
     channels_u, channels_s, chunks_u, chunks_s, chunks_mass, share_u, groups, size, blocks_g, pixels, eps,
@@ -104,7 +103,7 @@ def statistics(
     return Statistics(slope, offset, mean, rstd, mass)
 
 
-@triton.jit
+@kernel
 def gradient_sums_kernel(
     partial, weight, bias, scale, shift, means, rstds, mass, summed, moment, on_value, on_square, mask_terms, d_scale,
     d_shift, channels, chunks, groups, size, blocks_g, pixels, eps, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -147,7 +146,7 @@ def gradient_sums_kernel(
         tl.store(d_shift + row * channels + c, plain, mask=inside)
 
 
-@triton.jit
+@kernel
 def affine_kernel(
     summed, moment, scale, d_weight, d_bias, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -181,7 +180,7 @@ def gradient_sums(
     partial: Tensor, pixels: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int,
     eps: float, known: Statistics | None,
 ) -> GradientSums:  # fmt: skip
-    """From partial [rows, chunks, 2, C]: sums of d_pre and of d_pre * z, or of d_pre * normal where ``known`` is None."""
+    """From partial [rows, chunks, 2, C]: sums of d_pre and of d_pre * z, of d_pre * normal if ``known`` is None."""
     rows, chunks, _, channels = partial.shape
     block_g, block_d = heuristics.group_tile(groups, channels // groups)
     blocks_g = heuristics.ceil_div(groups, block_g)

@@ -1,4 +1,4 @@
-"""Block sizes and warps, as plain functions of the shapes: no tuning at run time, nothing to capture, nothing to wait for.
+"""Block sizes and warps, as plain functions of the shapes: no tuning at run time, nothing to wait for.
 
 A thread's unit is one 128-bit load; a warp should fetch whole 128-byte lines, so a block of channels is one line wide.
 """

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
-from factorkit.kernels.tiles import launch, load, span
+from factorkit.kernels.tiles import kernel, launch, load, span
+from torch import Tensor
 
 MOST = 5  # halvings of one launch: a program averages tiles of 2^MOST pixels a side
 
@@ -30,7 +29,7 @@ def store_level(out, x, plane, y0, x0, height, width, LEVEL: tl.constexpr, H: tl
     tl.store(out + (plane * rows + y)[:, None] * columns + c[None, :], x, mask=inside)
 
 
-@triton.jit
+@kernel
 def pyramid_kernel(
     masks, out1, out2, out3, out4, out5, height, width, tiles_y, tiles_x, LEVELS: tl.constexpr, TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
@@ -64,7 +63,7 @@ def level_gradient(grad, plane, y, c, height, width, inside, LEVEL: tl.constexpr
     return load(grad + at, inside) * (1.0 / (1 << (2 * LEVEL)))
 
 
-@triton.jit
+@kernel
 def pyramid_backward_kernel(
     g1, g2, g3, g4, g5, out, height, width, tiles_y, tiles_x, LEVELS: tl.constexpr, TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
 from factorkit.kernels.norm import Branches
 from factorkit.kernels.norm_backward import spread_gradients
-from factorkit.kernels.tiles import empty, launch, load, span
+from factorkit.kernels.tiles import empty, kernel, launch, load, span
+from torch import Tensor
 
 
-@triton.jit
+@kernel
 def masked_add_kernel(
     base, skip, masks, out, pixels, channels, blocks_c, blocks_p, K: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -2,22 +2,20 @@
 
     first[k, c] = sum_p a_kp x_pc        second[k, c] = sum_p b_kp x_pc^2
 
-with (a, b) = (1, 1) for a plain norm, (w, w) with w = m + floor for the masked one, (m, m^2) and (w m, w m^2) for the half of
-the concatenation that is m_k * skip.
+with (a, b) = (1, 1) for a plain norm, (w, w) with w = m + floor for the masked one, (m, m^2) and (w m, w m^2) for the
+half of the concatenation that is m_k * skip.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
+from factorkit.kernels import heuristics
+from factorkit.kernels.tiles import buffer, kernel, launch, load, span
 from torch import Tensor
 
-from factorkit.kernels import heuristics
-from factorkit.kernels.tiles import buffer, launch, load, span
 
-
-@triton.jit
+@kernel
 def moments_kernel(
     x,  # [sources, pixels, channels]
     masks,  # [sources, regions, pixels] or None
@@ -77,11 +75,11 @@ def moments_kernel(
 def channel_moments(
     x: Tensor, masks: Tensor | None, *, weighted: bool, times_mask: bool, floor: float, second: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Partial sums [R*K, chunks, 2, C] (the first moment alone without ``second``) and, where ``weighted``, of the weights.
+    """Partial sums [R*K, chunks, 2, C] (only the first moment without ``second``) and, if ``weighted``, of the weights.
 
     Args:
         x: [R, C, H, W], channels last.
-        masks: [R, K, H, W] fp32, needed by ``weighted`` (weights m + floor instead of 1) and ``times_mask`` (m x for x).
+        masks: [R, K, H, W] fp32, needed by ``weighted`` (weights m + floor, not 1) and ``times_mask`` (m x for x).
     """
     sources, channels = x.shape[:2]
     pixels = x.shape[2] * x.shape[3]

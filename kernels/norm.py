@@ -1,4 +1,4 @@
-"""SiLU(norm([u_k ; m_k * skip])) and the bare concatenation: one elementwise pass that never stores what it concatenates.
+"""SiLU(norm([u_k ; m_k * skip])) and the bare concatenation: one elementwise pass, never stored unnormed.
 
 A plain norm is the case without a skip, a plain U-Net's the case without masks (K = 1).
 """
@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
 from factorkit.kernels.finalise import Statistics, statistics
 from factorkit.kernels.moments import channel_moments, flat
-from factorkit.kernels.tiles import dense, empty, last, launch, load, sigmoid, span
+from factorkit.kernels.tiles import dense, empty, kernel, last, launch, load, sigmoid, span
+from torch import Tensor
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Branches:
         self.pixels = u.shape[2] * u.shape[3]
 
 
-@triton.jit
+@kernel
 def branch_pass_kernel(
     u, skip, masks, slope, offset, out, pixels, channels_u, channels_s, blocks_u, blocks_c, blocks_p,
     K: tl.constexpr, SHARED: tl.constexpr, ACTIVATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -54,7 +53,8 @@ def branch_pass_kernel(
         if SHARED:
             z = load(u + (image * pixels + p)[:, None] * channels_u + c[None, :], inside)
             for k in tl.static_range(K):
-                write_branch(z, slope, offset, out, image * K + k, p, c, pixels, channels, inside, c < channels_u, ACTIVATE)
+                row = image * K + k
+                write_branch(z, slope, offset, out, row, p, c, pixels, channels, inside, c < channels_u, ACTIVATE)
         else:
             for k in tl.static_range(K):
                 row = image * K + k
@@ -94,7 +94,8 @@ def branch_pass(x: Branches, known: Statistics | None, activate: bool) -> Tensor
     blocks_p = heuristics.ceil_div(x.pixels, block_p)
     launch(
         branch_pass_kernel, x.batch * blocks_p * blocks_c,
-        x.u, x.skip, x.masks if x.skip is not None else None, *(known.slope, known.offset) if known else (None, None), out,
+        x.u, x.skip, x.masks if x.skip is not None else None,
+        *(known.slope, known.offset) if known else (None, None), out,
         x.pixels, x.channels_u, x.channels_s, blocks_u, blocks_c, blocks_p,
         K=x.regions, SHARED=x.shared, ACTIVATE=activate, BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
     )  # fmt: skip

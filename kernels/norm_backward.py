@@ -1,7 +1,7 @@
 """Gradients of the norms over groups and of the bare concatenation.
 
-Two passes over features and upstream gradient: sums over pixels, then d_z for every branch, of which d_u, d_skip (a sum over
-branches) and d_masks (a sum over channels) are made in registers.
+Two passes over features and upstream gradient: sums over pixels, then d_z for every branch, of which d_u, d_skip (a sum
+over branches) and d_masks (a sum over channels) are made in registers.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
 from factorkit.kernels.finalise import GradientSums, Statistics, gradient_sums
 from factorkit.kernels.norm import Branches, branch_statistics
-from factorkit.kernels.tiles import buffer, dense, empty, launch, load, pixel_strides, silu_slope, span
+from factorkit.kernels.tiles import buffer, dense, empty, kernel, launch, load, pixel_strides, silu_slope, span
+from torch import Tensor
 
 
 @triton.jit
@@ -22,7 +21,7 @@ def sum_half(
     grad, x, mask, slope, offset, partial, begin, end, pixels, channels_x, at, c, row, part, channels,
     stride_p, stride_c, ACTIVATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Of one block of channels of one half: grad and x at their row, mask at its branch or None, c in x, at + c in z."""
+    """One block of channels of one half: grad and x at their row, mask at its branch or None; c in x is at + c in z."""
     column = c < channels_x
     a = load(slope + row * channels + at + c, column)
     b = load(offset + row * channels + at + c, column)
@@ -44,7 +43,7 @@ def sum_half(
     tl.store(to + channels, tl.sum(times, 0), mask=column)
 
 
-@triton.jit
+@kernel
 def sums_kernel(
     grad, u, skip, masks, slope, offset, partial, pixels, channels_u, channels_s, stride_n, stride_p, stride_c,
     regions, blocks_u, blocks_c, chunk, chunks, SHARED: tl.constexpr, ACTIVATE: tl.constexpr,
@@ -81,8 +80,8 @@ def sums_kernel(
 
 @triton.jit
 def d_branch(
-    grad, z, weight, slope, offset, on_value, on_square, row, p, c, channels, stride_n, stride_p, stride_c, inside, column,
-    ACTIVATE: tl.constexpr, BLOCK_P: tl.constexpr,
+    grad, z, weight, slope, offset, on_value, on_square, row, p, c, channels, stride_n, stride_p, stride_c, inside,
+    column, ACTIVATE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """d_z of a tile, and the gradient for the pixel's weight summed over the tile's channels."""
     d = load(grad + row * stride_n + p[:, None] * stride_p + c[None, :] * stride_c, inside)
@@ -101,7 +100,7 @@ def d_branch(
     return tl.where(inside, d, 0.0), on_weight
 
 
-@triton.jit
+@kernel
 def branch_gradients_kernel(
     grad, u, skip, masks, slope, offset, on_value, on_square, mask_terms, d_u, d_skip, d_masks,
     pixels, channels_u, channels_s, at_skip, stride_n, stride_p, stride_c, blocks_p, blocks_c, parts, terms, floor,
@@ -131,8 +130,8 @@ def branch_gradients_kernel(
                     z = load(u + (source * pixels + p)[:, None] * channels_u + c[None, :], inside)
                 weight = load(masks + row * pixels + p, here) + floor if WEIGHTED else None
                 d, on_weight = d_branch(
-                    grad, z, weight, slope, offset, on_value, on_square, row, p, c, channels, stride_n, stride_p, stride_c,
-                    inside, column, ACTIVATE, BLOCK_P,
+                    grad, z, weight, slope, offset, on_value, on_square, row, p, c, channels, stride_n, stride_p,
+                    stride_c, inside, column, ACTIVATE, BLOCK_P,
                 )  # fmt: skip
                 if SHARED:
                     total += d
@@ -158,8 +157,8 @@ def branch_gradients_kernel(
                     z = s * m[:, None]
                 weight = m + floor if WEIGHTED else None
                 d, on_weight = d_branch(
-                    grad, z, weight, slope, offset, on_value, on_square, row, p, at_skip + c, channels, stride_n, stride_p,
-                    stride_c, inside, column, ACTIVATE, BLOCK_P,
+                    grad, z, weight, slope, offset, on_value, on_square, row, p, at_skip + c, channels, stride_n,
+                    stride_p, stride_c, inside, column, ACTIVATE, BLOCK_P,
                 )  # fmt: skip
                 if masks is not None:
                     total += d * m[:, None]
@@ -210,8 +209,8 @@ def spread_gradients(
 
 
 def norm_backward(
-    grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, groups: int, weighted: bool, activate: bool, eps: float, floor: float,
+    grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor | None, weight: Tensor, bias: Tensor,
+    scale: Tensor | None, shift: Tensor | None, groups: int, weighted: bool, activate: bool, eps: float, floor: float,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of :func:`norm_forward` for u, skip, masks (fp32), weight, bias, scale and shift; None for none given.
 
@@ -231,13 +230,11 @@ def norm_backward(
     launch(
         sums_kernel, x.rows * blocks_c * chunks,
         grad, x.u, x.skip, x.masks if x.skip is not None else None, known.slope, known.offset, partial,
-        x.pixels, x.channels_u, x.channels_s, stride_n, stride_p, stride_c, x.regions, blocks_u, blocks_c, chunk, chunks,
-        SHARED=x.shared, ACTIVATE=activate, BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
+        x.pixels, x.channels_u, x.channels_s, stride_n, stride_p, stride_c, x.regions, blocks_u, blocks_c, chunk,
+        chunks, SHARED=x.shared, ACTIVATE=activate, BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
     )  # fmt: skip
     sums = gradient_sums(partial, x.pixels, *affine, groups, eps, known)
-    found = spread_gradients(
-        grad, x, known, sums, activate=activate, at_skip=x.channels_u, floor=floor
-    )
+    found = spread_gradients(grad, x, known, sums, activate=activate, at_skip=x.channels_u, floor=floor)
     return *found, *sums.affine
 
 

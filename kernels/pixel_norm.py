@@ -1,6 +1,6 @@
-"""The pixel norm: root mean square over the channels of [u_k ; m_k * skip] at each pixel, forward and backward in one pass each.
+"""The pixel norm: root mean square over the channels of [u_k ; m_k * skip] at each pixel; one pass each way.
 
-A program holds all channels of some pixels, so the statistics never leave its registers; the skip is read once for all branches.
+All channels of some pixels are in one program, the statistics in registers; the skip is read once by all branches.
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
 from factorkit.kernels.finalise import gradient_sums, modulation
 from factorkit.kernels.norm import Branches
-from factorkit.kernels.tiles import buffer, dense, empty, launch, load, pixel_strides, sigmoid, silu_slope, span
+from factorkit.kernels.tiles import buffer, dense, empty, kernel, launch, load, pixel_strides, sigmoid, silu_slope, span
+from torch import Tensor
 
 
 @triton.jit
@@ -27,7 +26,7 @@ def forward_half(
     tl.store(out + (row * pixels + p)[:, None] * channels + c[None, :], y, mask=inside)
 
 
-@triton.jit
+@kernel
 def pixel_forward_kernel(
     u, skip, masks, weight, bias, scale, shift, out, pixels, channels_u, channels_s, blocks_p, eps,
     K: tl.constexpr, SHARED: tl.constexpr, ACTIVATE: tl.constexpr,
@@ -64,8 +63,8 @@ def pixel_forward_kernel(
         )
         if skip is not None:
             forward_half(
-                s, rstd * m, weight, bias, scale, shift, out, row, p, channels_u + c_s, channels, pixels, in_s, column_s,
-                ACTIVATE,
+                s, rstd * m, weight, bias, scale, shift, out, row, p, channels_u + c_s, channels, pixels, in_s,
+                column_s, ACTIVATE,
             )  # fmt: skip
 
 
@@ -73,7 +72,10 @@ def pixel_forward(
     u: Tensor, skip: Tensor | None, masks: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None,
     shift: Tensor | None, activate: bool, eps: float,
 ) -> Tensor:  # fmt: skip
-    """SiLU(rms_norm([u_k ; m_k * skip]) * (1 + scale) + shift), [B*K, C, H, W] channels last; arguments as ``norm_forward``'s."""
+    """SiLU(rms_norm([u_k ; m_k * skip]) * (1 + scale) + shift), [B*K, C, H, W] channels last.
+
+    Arguments as for :func:`factorkit.kernels.norm.norm_forward`.
+    """
     x = Branches(u, skip, masks)
     out = empty(x.rows, x.channels, x.u)
     block_p, block_u, block_s, warps = heuristics.whole_pixel(x.pixels, x.channels_u, x.channels_s, 512)
@@ -92,7 +94,7 @@ def d_normal_half(
     grad, normal, weight, bias, scale, shift, row, p, c, channels, stride_n, stride_p, stride_c, inside, column,
     ACTIVATE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient for the normalised values, and its sums over pixels that the affine part wants: alone, times the values."""
+    """Gradient for the normalised values, and the affine part's sums over pixels: d_pre alone, and times the values."""
     gain, offset = modulation(weight, bias, scale, shift, row, c, channels, column)
     d = load(grad + row * stride_n + p[:, None] * stride_p + c[None, :] * stride_c, inside)
     if ACTIVATE:
@@ -100,7 +102,7 @@ def d_normal_half(
     return d * gain[None, :], tl.sum(d, 0), tl.sum(d * normal, 0)
 
 
-@triton.jit
+@kernel
 def pixel_backward_kernel(
     grad, u, skip, masks, weight, bias, scale, shift, d_u, d_skip, d_masks, partial,
     pixels, channels_u, channels_s, stride_n, stride_p, stride_c, chunk, chunks, eps,
@@ -195,10 +197,10 @@ def pixel_backward_kernel(
 
 
 def pixel_backward(
-    grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, activate: bool, eps: float,
+    grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor | None, weight: Tensor, bias: Tensor,
+    scale: Tensor | None, shift: Tensor | None, activate: bool, eps: float,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of :func:`pixel_forward` for u, skip, masks (fp32), weight, bias, scale and shift; grad has any strides."""
+    """Gradients of :func:`pixel_forward` for u, skip, masks (fp32), weight, bias, scale, shift; any strides of grad."""
     x = Branches(u, skip, masks)
     affine = tuple(dense(v) for v in (weight, bias, scale, shift))
     grad, stride_n, stride_p, stride_c = pixel_strides(grad)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
-from factorkit.kernels.tiles import buffer, launch, load, pixel_strides, span
+from factorkit.kernels.tiles import buffer, kernel, launch, load, pixel_strides, span
+from torch import Tensor
 
 BLOCK_P = 256
 
 
 @triton.jit
 def region_softmax(logits, image, p, pixels, K: tl.constexpr, K_PAD: tl.constexpr):
-    """Masks [K_PAD, BLOCK_P] of the pixels p, zero for the rows from K on, and where they lie in a tensor like logits."""
+    """Masks [K_PAD, BLOCK_P] of the pixels p, zero in rows from K on, and where they lie in a tensor like logits."""
     k = tl.arange(0, K_PAD)[:, None]
     at = (image * K + k) * pixels + p[None, :]
     inside = (k < K) & (p < pixels)[None, :]
@@ -24,7 +23,7 @@ def region_softmax(logits, image, p, pixels, K: tl.constexpr, K_PAD: tl.constexp
     return e / tl.sum(e, 0)[None, :], at, inside
 
 
-@triton.jit
+@kernel
 def blend_kernel(
     logits, branches, target, masks, prediction, errors, pixels, channels, stride_n, stride_p, stride_c,
     target_n, target_p, target_c, blocks_p, K: tl.constexpr, K_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -37,19 +36,20 @@ def blend_kernel(
         tl.store(masks + at, m, mask=inside)
     k = tl.arange(0, K_PAD)[:, None]
     error = tl.zeros([BLOCK_P], tl.float32)
-    for c in range(channels):
-        value = load(branches + (image * K + k) * stride_n + p[None, :] * stride_p + tl.cast(c, tl.int64) * stride_c, inside)
+    for c0 in range(channels):
+        c = tl.cast(c0, tl.int64)
+        value = load(branches + (image * K + k) * stride_n + p[None, :] * stride_p + c * stride_c, inside)
         blended = tl.sum(m * value, 0)
         if prediction is not None:
             tl.store(prediction + (image * channels + c) * pixels + p, blended, mask=p < pixels)
         if target is not None:
-            off = blended - load(target + image * target_n + p * target_p + tl.cast(c, tl.int64) * target_c, p < pixels)
+            off = blended - load(target + image * target_n + p * target_p + c * target_c, p < pixels)
             error += tl.where(p < pixels, off * off, 0.0)
     if errors is not None:
         tl.store(errors + pid, tl.sum(error, 0))
 
 
-@triton.jit
+@kernel
 def blend_backward_kernel(
     logits, branches, target, d_masks, d_prediction, d_errors, d_logits, d_branches,
     pixels, channels, stride_n, stride_p, stride_c, target_n, target_p, target_c, on_masks_n, on_masks_p, on_masks_c,
@@ -110,7 +110,7 @@ def blend(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def blend_mse(logits: Tensor, branches: Tensor, target: Tensor) -> Tensor:
-    """Mean over channels and pixels of (sum_k m_k branch_k - target)^2, for each image: [B] fp32; nothing else is stored."""
+    """Mean (sum_k m_k branch_k - target)^2, of each image, [B] fp32; nothing else is stored"""
     logits = logits.contiguous()
     branches, *strides = pixel_strides(branches)
     target, *target_strides = pixel_strides(target)
@@ -129,8 +129,8 @@ def blend_backward(
     logits: Tensor, branches: Tensor, *, d_masks: Tensor | None = None, d_prediction: Tensor | None = None,
     target: Tensor | None = None, d_errors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients for logits and branches: of :func:`blend` from ``d_masks`` and ``d_prediction``, of :func:`blend_mse` from
-    ``target`` and ``d_errors`` [B]. Upstream gradients have any strides; d_branches has the layout of branches."""
+    """Gradients for logits and branches: of :func:`blend` from ``d_masks`` and ``d_prediction``, of :func:`blend_mse`
+    from ``target`` and ``d_errors`` [B]. Upstream gradients have any strides; d_branches has the layout of branches."""
     logits = logits.contiguous()
     d_logits = torch.empty_like(logits)
     d_branches = torch.empty_like(branches)  # dense as branches is, contiguous if it is not
@@ -144,7 +144,7 @@ def blend_backward(
     launch(
         blend_backward_kernel, logits.shape[0] * blocks,
         logits, branches, target, d_masks, d_prediction, d_errors if d_errors is None else d_errors.contiguous(),
-        d_logits, d_branches, pixels, branches.shape[1], *strides, *target_strides, *on_masks, *on_prediction, *out_strides,
-        blocks, K=logits.shape[1], K_PAD=pad, BLOCK_P=block, warps=4,
+        d_logits, d_branches, pixels, branches.shape[1], *strides, *target_strides, *on_masks, *on_prediction,
+        *out_strides, blocks, K=logits.shape[1], K_PAD=pad, BLOCK_P=block, warps=4,
     )  # fmt: skip
     return d_logits, d_branches

@@ -1,18 +1,16 @@
-"""Region tokens, sum_p m_k f / (sum_p m_k + floor) for all k in one read of the features, with both gradients in one more."""
+"""Region tokens, sum_p m_k f / (sum_p m_k + floor) for all k in one read of the features; both gradients in one."""
 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
-from torch import Tensor
-
 from factorkit.kernels import heuristics
 from factorkit.kernels.moments import channel_moments, flat
-from factorkit.kernels.tiles import buffer, last, launch, load, span
+from factorkit.kernels.tiles import buffer, kernel, last, launch, load, span
+from torch import Tensor
 
 
-@triton.jit
+@kernel
 def tokens_kernel(
     partial, masks, tokens, channels, chunks, pixels, floor, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):
@@ -44,7 +42,7 @@ def pool(features: Tensor, masks: Tensor, floor: float) -> Tensor:
     return tokens
 
 
-@triton.jit
+@kernel
 def pool_backward_kernel(
     grad, features, masks, tokens, areas, d_features, d_masks, pixels, channels, stride_b, stride_k, stride_c, blocks_p,
     K: tl.constexpr, K_PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -75,7 +73,7 @@ def pool_backward_kernel(
 def pool_backward(
     grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor, floor: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`pool` for features (channels last) and masks (fp32) from its answer and grad [B, K, C], any strides."""
+    """Gradients of :func:`pool` for features and masks (fp32) from its answer and grad [B, K, C], any strides."""
     features, masks = last(features), flat(masks)
     areas = masks.sum((2, 3)) + floor
     batch, channels = features.shape[:2]
@@ -85,7 +83,7 @@ def pool_backward(
     blocks_p = heuristics.ceil_div(pixels, block_p)
     launch(
         pool_backward_kernel, batch * blocks_p,
-        grad, features, masks, tokens.contiguous(), areas, d_features, d_masks, pixels, channels, *grad.stride(), blocks_p,
-        K=regions, K_PAD=heuristics.power_of_two(regions), BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
+        grad, features, masks, tokens.contiguous(), areas, d_features, d_masks, pixels, channels, *grad.stride(),
+        blocks_p, K=regions, K_PAD=heuristics.power_of_two(regions), BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
     )  # fmt: skip
     return d_features, d_masks

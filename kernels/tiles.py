@@ -7,7 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Numbers of blocks and the like: a kernel made anew for 1 or for a multiple of 16 would gain nothing.
+COUNTS = [
+    "blocks_c", "blocks_g", "blocks_k", "blocks_p", "blocks_u", "chunk", "chunks", "chunks_mass", "chunks_s",
+    "chunks_u", "groups", "parts", "regions", "rows", "share_u", "size", "terms", "tiles_x", "tiles_y",
+]  # fmt: skip
+
+#: decorates what is launched; ``triton.jit`` alone what those call
+kernel = triton.jit(do_not_specialize=COUNTS)
 
 
 @triton.jit
@@ -69,11 +76,11 @@ def dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def start(kernel, grid: tuple[int, ...], arguments: tuple, constants: dict, options: dict) -> None:
-    kernel[grid](*arguments, **constants, **options)
+def start(function, grid: tuple[int, ...], arguments: tuple, constants: dict, options: dict) -> None:
+    function[grid](*arguments, **constants, **options)
 
 
-def launch(kernel, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
+def launch(function, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
     """Run ``programs`` programs of a kernel on the device of its tensors, which must be the current one.
 
     ``registers`` is what a thread may use: the assembler, left alone, may spill a few to fit one more program.
@@ -81,4 +88,4 @@ def launch(kernel, programs: int, *arguments, warps: int, registers: int | None 
     # Fused multiply-add is asked for by name because Triton changes its default.
     options = {"num_warps": warps, "enable_fp_fusion": True} | ({} if registers is None else {"maxnreg": registers})
     if programs > 0:
-        start(kernel, (programs,), arguments, constants, options)
+        start(function, (programs,), arguments, constants, options)

@@ -26,8 +26,8 @@ def extension():
         from factorkit import _C
     except ImportError as error:
         warnings.warn(
-            f"factorkit._C cannot be imported ({error}): norms on the CPU run several times slower. Install the "
-            "package with `pip install -e .`; `factorkit doctor` tells more",
+            f"factorkit._C cannot be imported ({error}): ops on the CPU run several times slower. Install the package "
+            "with `pip install -e .`; `factorkit doctor` tells more",
             stacklevel=2,
         )
         return None

@@ -1,7 +1,7 @@
 """The Triton kernels (kernels/) behind the ops on a GPU.
 
-Each function answers None where the kernels do not apply (fp64, an empty tensor, no Triton), and the op goes on with its
-PyTorch implementation on the same device.
+Each function answers None where the kernels do not apply (fp64, an empty tensor, no Triton), and the op goes on with
+its PyTorch implementation on the same device.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def available() -> bool:
     if cause is not None:
         warnings.warn(
             f"{cause}: on the GPU the ops run as plain PyTorch, with the same results, slower and with more memory. "
-            "Triton comes with a CUDA build of torch on Linux; by itself: pip install 'triton>=3.6'. `factorkit doctor` "
-            "tells more",
+            "Triton comes with a CUDA build of torch on Linux; by itself: pip install 'triton>=3.6'. "
+            "`factorkit doctor` tells more",
             stacklevel=2,
         )
     return cause is None
@@ -54,7 +54,8 @@ def _norm_forward(u, s, masks, weight, bias, scale, shift, groups, kind, activat
         out = kernels.pixel_norm.pixel_forward(u, s, masks, weight, bias, scale, shift, activate, eps)
     else:
         weighted = kind == "masked_group"
-        out = kernels.norm.norm_forward(u, s, masks, weight, bias, scale, shift, groups, weighted, activate, eps, MASK_FLOOR)
+        given = (u, s, masks, weight, bias, scale, shift, groups, weighted, activate)
+        out = kernels.norm.norm_forward(*given, eps, MASK_FLOOR)
     return _like(out, u)
 
 
@@ -67,7 +68,8 @@ def _norm_backward(grad, u, s, masks, weight, bias, scale, shift, groups, kind, 
         found = kernels.pixel_norm.pixel_backward(grad, u, s, masks, weight, bias, scale, shift, activate, eps)
     else:
         weighted = kind == "masked_group"
-        found = kernels.norm_backward.norm_backward(grad, u, s, masks, weight, bias, scale, shift, groups, weighted, activate, eps, MASK_FLOOR)
+        given = (grad, u, s, masks, weight, bias, scale, shift, groups, weighted, activate)
+        found = kernels.norm_backward.norm_backward(*given, eps, MASK_FLOOR)
     d_u, d_s, d_masks, *affine = found
     d_masks = None if d_masks is None else d_masks.to(masks.dtype)
     found = (_like(d_u, u), None if d_s is None else _like(d_s, s), d_masks, *affine)

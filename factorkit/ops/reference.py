@@ -124,6 +124,6 @@ def region_blend(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def region_blend_mse(logits: Tensor, branches: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error of each image's blend, over channels and pixels: [B] (the loss of eq. 2.8 before the batch mean)."""
+    """The mean squared error of each image's blend, over channels and pixels: [B]."""
     _, prediction = region_blend(logits, branches)
     return (prediction - target.to(prediction.dtype)).square().flatten(1).mean(1)

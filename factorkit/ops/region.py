@@ -141,8 +141,8 @@ def _pool_backward(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor
     total = flat.sum(-1, keepdim=True) + POOL_FLOOR
     d_features = grad.transpose(1, 2) @ (flat / total)
     d_masks = (grad @ values - (grad * tokens).sum(-1, keepdim=True)) / total
-    d_features = torch.empty_like(features, memory_format=dense_format(features)).copy_(d_features.reshape(features.shape))
-    return d_features, d_masks.reshape(masks.shape).to(masks.dtype)
+    out = torch.empty_like(features, memory_format=dense_format(features)).copy_(d_features.reshape(features.shape))
+    return out, d_masks.reshape(masks.shape).to(masks.dtype)
 
 
 @_pool_backward.register_fake

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from factorkit.kernels import tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from factorkit.kernels import tiles
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
@@ -29,17 +28,22 @@ class Variant:
     constants: tuple[tuple[str, object], ...]
     options: tuple[tuple[str, object], ...]
 
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.removesuffix("_kernel")
+
     def __str__(self) -> str:
         shown = " ".join(f"{k}={v}" for k, v in self.constants if k.isupper() and v is not None)
         dtype = next(t for _, t in self.types if t.startswith("*"))[1:]
-        return f"{self.kernel.__name__.removesuffix('_kernel')} {dtype} {shown} warps={dict(self.options)['num_warps']}"
+        return f"{self.name} {dtype} {shown} warps={dict(self.options)['num_warps']}"
 
 
 def variant_of(kernel, arguments: tuple, constants: dict, options: dict) -> Variant:
     """As Triton's launcher specialises it: 1 and None become constants, multiples of 16 are known as such."""
     types, divisible, fixed = [], [], dict(constants)
-    for position, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
+    for position, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
+        name, special = parameter.name, not parameter.do_not_specialize
+        if value is None or (isinstance(value, int) and value == 1 and special):
             fixed[name] = value
         elif isinstance(value, torch.Tensor):
             types.append((name, POINTERS[value.dtype]))
@@ -48,7 +52,7 @@ def variant_of(kernel, arguments: tuple, constants: dict, options: dict) -> Vari
             types.append((name, "fp32"))
         else:
             types.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if value % 16 == 0:
+            if value % 16 == 0 and special:
                 divisible.append(position)
     return Variant(kernel, tuple(types), tuple(divisible), tuple(sorted(fixed.items())), tuple(options.items()))
 
@@ -74,7 +78,6 @@ class Compiled:
     shared: int
     spills: int  # instructions that store registers to local memory
     widest_load: int  # bits
-    narrow_loads: int  # of features and gradients, in bits under 128
 
 
 def compile_for(variant: Variant, capability: int) -> Compiled:
@@ -91,6 +94,5 @@ def compile_for(variant: Variant, capability: int) -> Compiled:
     loads = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[busf](\d+)", built.asm["ptx"])
     widths = [int(n or 1) * int(bits) for n, bits in loads]
     number = lambda key: int(re.search(rf"{key}:(\d+)", usage)[1])  # noqa: E731
-    return Compiled(
-        number("REG"), built.metadata.shared, len(re.findall(r"\bSTL\b", usage)), max(widths, default=0), sum(w < 128 for w in widths)
-    )
+    spills = len(re.findall(r"\bSTL\b", usage))
+    return Compiled(number("REG"), built.metadata.shared, spills, max(widths, default=0))

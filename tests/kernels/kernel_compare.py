@@ -1,4 +1,4 @@
-"""A kernel against the fp64 reference on the same numbers: every answer and every gradient, as strict as its dtype allows."""
+"""A kernel against the fp64 reference on the same numbers: answers and gradients, as strict as the dtype allows."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def assert_close(got: Tensor, want: Tensor, name: str = "answer", size: float = 
 
 
 def compare(
-    run: Callable, reference: Callable, inputs: dict[str, Tensor | None], make_grad: Callable = torch.randn_like, size: float = 0.0
-) -> list[Tensor]:
+    run: Callable, reference: Callable, inputs: dict[str, Tensor | None], make_grad: Callable = torch.randn_like,
+    size: float = 0.0,
+) -> list[Tensor]:  # fmt: skip
     """``run`` and ``reference`` take the inputs by position; gradients for all of them under the same upstream ones."""
     leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in inputs.items()}
     exact = {n: None if x is None else x.detach().double().requires_grad_() for n, x in inputs.items()}

@@ -1,5 +1,5 @@
-"""These tests launch kernels: on a GPU (`pytest -m gpu`), or on CPU tensors where TRITON_INTERPRET=1 has Triton interpret
-them. tests/kernels/test_without_gpu.py does the latter in a process of its own."""
+"""These tests launch kernels: on a GPU (`pytest -m gpu`), or on CPU tensors where TRITON_INTERPRET=1 has Triton
+interpret them. tests/kernels/test_without_gpu.py does the latter in a process of its own."""
 
 from __future__ import annotations
 

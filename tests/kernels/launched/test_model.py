@@ -34,11 +34,12 @@ def cases():
 def test_opcheck(name, dtype):
     op, args = next((op, args) for n, op, args in cases() if n == name)
     # Values may differ in bf16 by how often they are rounded; what is checked there are schema, fakes and layouts.
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    tests += ["test_aot_dispatch_dynamic"] if dtype == torch.float32 else []
     cast = [a.to(dtype).requires_grad_(name != "mse") if isinstance(a, torch.Tensor) else a for a in args]
     if name == "mse":
         cast[0].requires_grad_(), cast[1].requires_grad_()
-    torch.library.opcheck(op, cast, test_utils=tests + (("test_aot_dispatch_dynamic",) if dtype == torch.float32 else ()))
+    torch.library.opcheck(op, cast, test_utils=tests)
 
 
 def test_what_the_kernels_do_not_take_runs_as_pytorch():
@@ -78,15 +79,17 @@ def test_factorized_unet_through_the_kernels(branch_norm, monkeypatch):
 
     def step(model, x, target):
         out = model(x, t)
-        upstream = torch.linspace(-1, 1, out.bottleneck.masks.numel(), dtype=x.dtype).reshape(out.bottleneck.masks.shape)
-        loss = (out.prediction - target).square().mean() + (out.bottleneck.masks * upstream).mean()
+        masks = out.bottleneck.masks
+        upstream = torch.linspace(-1, 1, masks.numel(), dtype=x.dtype).reshape(masks.shape)
+        loss = (out.prediction - target).square().mean() + (masks * upstream).mean()
         return out, torch.autograd.grad(loss, list(model.parameters()))
 
     launched = []
     norm = fused.OPS[ops.skip._norm]
     assert norm is fused.masked_skip_norm_silu
     monkeypatch.setattr(fused.kernels.tiles, "start", spy(fused.kernels.tiles.start, launched))
-    out, grads = step(model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last), target)
+    last = {"memory_format": torch.channels_last}
+    out, grads = step(model.to(**last), x.contiguous(**last), target)
     assert {"branch_gradients_kernel", "masked_add_kernel", "pyramid_kernel", "blend_kernel"} <= set(launched)
 
     count = len(launched)

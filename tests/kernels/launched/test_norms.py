@@ -83,7 +83,7 @@ def test_norm_without_a_skip(norm, activate, size):
     inputs = {"x": rand(rows, channels, height, width), "weight": rand(channels), "bias": rand(channels)}
     inputs |= {"scale": rand(rows, channels), "shift": rand(rows, channels), "masks": masks}
     compare(
-        lambda x, w, b, s, t, m: ops.group_norm_silu(x, w, b, s, t, groups=groups, norm=norm, masks=m, activate=activate),
+        lambda *x: ops.group_norm_silu(*x[:5], groups=groups, norm=norm, masks=x[5], activate=activate),
         lambda x, w, b, s, t, m: reference.group_norm_silu(x, w, b, s, t, m, groups, norm, activate),
         inputs,
         size=1.0,

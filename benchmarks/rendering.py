@@ -1,0 +1,160 @@
+"""Compositing and marching on the CPU against the PyTorch reference: both in one process, by turns, as ratios of
+medians.
+
+    python benchmarks/rendering.py            # runs, writes benchmarks/results/rendering.json, prints the table
+    python benchmarks/rendering.py --show     # prints the table of what stands there
+
+The reference is factorkit.ops.reference_rendering in fp32, the plain vectorised PyTorch a user would write. The
+machine's load before and during the run stands beside the numbers: on a busy machine ratios hold better than times, and
+the scaling on two threads means little. "two loops at once" is what two processes of one thread each get done, that is
+the most that two threads could gain at that moment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from factorkit import ops
+from factorkit.ops import reference_rendering as reference
+
+RESULTS = Path(__file__).with_name("results") / "rendering.json"
+RAYS, SAMPLES = 4096, 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", action="store_true")
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    if not args.show:
+        load = os.getloadavg()[0]
+        results = {"composite": composite_case(args.rounds), "march": march_case(args.rounds)}
+        results["machine"] = {
+            "processor": processor(), "logical_cores": os.cpu_count(), "load_before": round(load, 2),
+            "load_after": round(os.getloadavg()[0], 2), "torch": torch.__version__, "commit": commit(),
+        }  # fmt: skip
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(json.loads(RESULTS.read_text())))
+
+
+def composite_case(rounds: int) -> dict:
+    """Forward and backward with gradients for all inputs from colour, depth and opacity together."""
+    torch.manual_seed(0)
+    edges = torch.rand(RAYS, SAMPLES + 1).cumsum(1) * (4 / SAMPLES)
+    t_start, t_end = (x.contiguous().requires_grad_() for x in (edges[:, :-1], edges[:, 1:]))
+    sigma = (torch.rand(RAYS, SAMPLES) * 4).requires_grad_()
+    rgb = torch.rand(RAYS, SAMPLES, 3).requires_grad_()
+    background = torch.rand(3).requires_grad_()
+    inputs = (sigma, rgb, t_start, t_end, background)
+    upstream = (torch.randn(RAYS, 3), torch.randn(RAYS), torch.randn(RAYS))
+
+    def ours():
+        out = ops.composite(sigma, rgb, t_start, t_end, background=background)
+        torch.autograd.grad(out[:3], inputs, upstream)
+
+    def plain():
+        out = reference.composite(sigma, rgb, t_start, t_end, None, background, 0.0)
+        torch.autograd.grad(out[:3], inputs, upstream)
+
+    return {"rays": RAYS, "samples": SAMPLES, "channels": 3, **compare(ours, plain, rounds)}
+
+
+def march_case(rounds: int) -> dict:
+    """Rays of a camera through a 128^3 grid that holds a shell, about 5 percent of its cells, with jitter."""
+    torch.manual_seed(0)
+    line = (torch.arange(128) + 0.5) / 64 - 1
+    radius = torch.stack(torch.meshgrid(line, line, line, indexing="ij")).norm(dim=0)
+    occupied = ((radius - 0.6).abs() < 0.045).reshape(-1, 8)
+    occupancy = (occupied * 2 ** torch.arange(8)).sum(1).to(torch.uint8)[None]
+    side = 64
+    grid = torch.stack(
+        torch.meshgrid(torch.linspace(-0.5, 0.5, side), torch.linspace(-0.5, 0.5, side), indexing="ij"), -1
+    )
+    directions = torch.nn.functional.normalize(torch.cat([grid, -torch.ones(side, side, 1)], -1).reshape(-1, 3), dim=1)
+    origins = torch.tensor([0.1, -0.05, 3.0]).expand_as(directions).contiguous()
+    box = ([-1.0] * 3, [1.0] * 3)
+    near, far = ops.intersect_box(origins, directions, *box)
+    step = 2 * 3**0.5 / 1024
+
+    def ours():
+        return ops.march_rays(origins, directions, near, far, occupancy, *box, step=step, seed=1)
+
+    def plain():
+        return reference.march_rays(origins, directions, near, far, occupancy, *box, step, float("inf"), 0.0, 1)
+
+    facts = {"rays": len(origins), "step": step, "occupied": occupied.float().mean().item()}
+    return {**facts, "samples": int(ours().wanted), **compare(ours, plain, rounds)}
+
+
+def compare(ours, plain, rounds: int) -> dict:
+    """Medians in milliseconds, taking turns, and the ratio; ours on two threads too."""
+    times: dict[str, list[float]] = {"ours": [], "reference": [], "ours_2_threads": [], "one_of_two_at_once": []}
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(rounds + 2):
+            torch.set_num_threads(1)
+            times["ours"].append(timed(ours))
+            times["reference"].append(timed(plain))
+            times["one_of_two_at_once"].append(max(pool.map(timed, [ours, ours])))
+            torch.set_num_threads(2)
+            times["ours_2_threads"].append(timed(ours))
+    torch.set_num_threads(1)
+    median = {name: statistics.median(values[2:]) for name, values in times.items()}
+    return {
+        **{f"{name}_ms": round(1e3 * value, 3) for name, value in median.items()},
+        "ratio": round(median["reference"] / median["ours"], 2),
+        "scaling_2_threads": round(median["ours"] / median["ours_2_threads"], 2),
+        "two_loops_at_once": round(2 * median["ours"] / median["one_of_two_at_once"], 2),
+    }
+
+
+def timed(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def table(results: dict) -> str:
+    head = "| op | ours, ms | reference, ms | ratio | 2 threads | two loops at once |\n|---|---|---|---|---|---|"
+    rows = [
+        f"| {name} | {r['ours_ms']} | {r['reference_ms']} | {r['ratio']}x | {r['scaling_2_threads']}x "
+        f"| {r['two_loops_at_once']}x |"
+        for name, r in results.items()
+        if "ratio" in r
+    ]
+    m = results["machine"]
+    note = f"{m['processor']}, 1 thread, torch {m['torch']}, commit {m['commit']}, load {m['load_before']}"
+    return "\n".join([head, *rows, note])
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit of this checkout, marked where it has changes."""
+    try:
+        asked = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+        return subprocess.run(
+            asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    main()

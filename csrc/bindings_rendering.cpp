@@ -1,0 +1,216 @@
+// Volume rendering in factorkit._C: addresses and numbers in, see csrc/intersect.h, march.h, resample.h and
+// composite.h.
+//
+// Addresses travel as integers (tensor.data_ptr()), 0 for what is absent. `place` is the number of threads on the CPU
+// and the stream on CUDA, whose functions end in _cuda.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "composite.h"
+#include "march.h"
+#include "resample.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <std::size_t N>
+using Addresses = std::array<std::uintptr_t, N>;
+template <std::size_t N>
+using Sizes = std::array<std::int64_t, N>;
+using Vector = std::array<double, 3>;
+
+template <class T>
+T* at(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Calls run(T{}) with the type that torch names so.
+template <class Run>
+void for_type(const std::string& dtype, bool halves, const Run& run) {
+    if (dtype == "float32") return run(float{});
+    if (dtype == "float64") return run(double{});
+    if (halves && dtype == "bfloat16") return run(factorkit::bf16{});
+    if (halves && dtype == "float16") return run(factorkit::fp16{});
+    throw std::invalid_argument("no kernel for " + dtype);
+}
+
+template <class S>
+factorkit::Shape<S> shape(int kind, const Vector& a, const Vector& b) {
+    return {static_cast<factorkit::ShapeKind>(kind), {S(a[0]), S(a[1]), S(a[2])}, {S(b[0]), S(b[1]), S(b[2])}};
+}
+
+template <bool Cuda>  // (origins, directions, near, far)
+void intersect(const std::string& dtype, const Addresses<4>& a, std::int64_t count, int kind, const Vector& first,
+               const Vector& second, std::uintptr_t place) {
+    py::gil_scoped_release released;
+    for_type(dtype, false, [&](auto type) {
+        using S = factorkit::wide_t<decltype(type)>;
+        const factorkit::Rays<S> rays{at<S>(a[0]), at<S>(a[1]), count};
+        const auto solid = shape<S>(kind, first, second);
+        if constexpr (Cuda)
+            factorkit::intersect_cuda(rays, solid, at<S>(a[2]), at<S>(a[3]), at<void>(place));
+        else
+            factorkit::intersect(rays, solid, at<S>(a[2]), at<S>(a[3]), int(place));
+    });
+}
+
+template <bool Cuda>  // (origins, directions, d_near, d_far, d_origins, d_directions)
+void intersect_backward(const std::string& dtype, const Addresses<6>& a, std::int64_t count, int kind,
+                        const Vector& first, const Vector& second, std::uintptr_t place) {
+    py::gil_scoped_release released;
+    for_type(dtype, false, [&](auto type) {
+        using S = factorkit::wide_t<decltype(type)>;
+        const factorkit::Rays<S> rays{at<S>(a[0]), at<S>(a[1]), count};
+        const auto solid = shape<S>(kind, first, second);
+        const S *d_near = at<S>(a[2]), *d_far = at<S>(a[3]);
+        S *d_origins = at<S>(a[4]), *d_directions = at<S>(a[5]);
+        if constexpr (Cuda)
+            factorkit::intersect_backward_cuda(rays, solid, d_near, d_far, d_origins, d_directions, at<void>(place));
+        else
+            factorkit::intersect_backward(rays, solid, d_near, d_far, d_origins, d_directions, int(place));
+    });
+}
+
+// (origins, directions, near, far, occupancy, blocks), (rays, levels, resolution), the box's centre and half its size,
+// (step_min, step_max, cone), jitter, seed
+template <class S>
+factorkit::March<S> march(const Addresses<6>& a, const Sizes<3>& sizes, const Vector& centre, const Vector& half,
+                          const Vector& steps, bool jitter, std::uint64_t seed) {
+    return {{at<S>(a[0]), at<S>(a[1]), sizes[0]},
+            at<S>(a[2]),
+            at<S>(a[3]),
+            at<std::uint8_t>(a[4]),
+            at<std::uint8_t>(a[5]),
+            int(sizes[1]),
+            int(sizes[2]),
+            {S(centre[0]), S(centre[1]), S(centre[2])},
+            {S(half[0]), S(half[1]), S(half[2])},
+            S(steps[0]),
+            S(steps[1]),
+            S(steps[2]),
+            jitter,
+            seed};
+}
+
+template <bool Cuda>
+void march_count(const std::string& dtype, const Addresses<6>& a, const Sizes<3>& sizes, const Vector& centre,
+                 const Vector& half, const Vector& steps, bool jitter, std::uint64_t seed, std::uintptr_t counts,
+                 std::uintptr_t place) {
+    py::gil_scoped_release released;
+    for_type(dtype, false, [&](auto type) {
+        using S = factorkit::wide_t<decltype(type)>;
+        const auto problem = march<S>(a, sizes, centre, half, steps, jitter, seed);
+        if constexpr (Cuda)
+            factorkit::march_count_cuda(problem, at<std::int64_t>(counts), at<void>(place));
+        else
+            factorkit::march_count(problem, at<std::int64_t>(counts), int(place));
+    });
+}
+
+template <bool Cuda>  // and (offsets, t_start, t_end, ray), size
+void march_write(const std::string& dtype, const Addresses<6>& a, const Sizes<3>& sizes, const Vector& centre,
+                 const Vector& half, const Vector& steps, bool jitter, std::uint64_t seed, const Addresses<4>& to,
+                 std::int64_t size, std::uintptr_t place) {
+    py::gil_scoped_release released;
+    for_type(dtype, false, [&](auto type) {
+        using S = factorkit::wide_t<decltype(type)>;
+        const auto problem = march<S>(a, sizes, centre, half, steps, jitter, seed);
+        const factorkit::MarchOutputs<S> out{at<std::int64_t>(to[0]), size, at<S>(to[1]), at<S>(to[2]),
+                                             at<std::int64_t>(to[3])};
+        if constexpr (Cuda)
+            factorkit::march_write_cuda(problem, out, at<void>(place));
+        else
+            factorkit::march_write(problem, out, int(place));
+    });
+}
+
+template <bool Cuda>  // (t_start, t_end, weights, offsets, edges), (rays, samples, per_ray, count)
+void resample(const std::string& dtype, const Addresses<5>& a, const Sizes<4>& sizes, bool jitter, std::uint64_t seed,
+              std::uintptr_t place) {
+    py::gil_scoped_release released;
+    for_type(dtype, false, [&](auto type) {
+        using S = factorkit::wide_t<decltype(type)>;
+        const factorkit::Resample<S> problem{at<S>(a[0]), at<S>(a[1]), at<S>(a[2]), at<std::int64_t>(a[3]),
+                                             sizes[0],    sizes[1],    sizes[2],    sizes[3],
+                                             jitter,      seed};
+        if constexpr (Cuda)
+            factorkit::resample_cuda(problem, at<S>(a[4]), at<void>(place));
+        else
+            factorkit::resample(problem, at<S>(a[4]), int(place));
+    });
+}
+
+// (sigma, rgb, t_start, t_end, offsets, background), (rays, samples, per_ray, channels)
+template <class T>
+factorkit::Composite<T> composite(const Addresses<6>& a, const Sizes<4>& sizes, bool background_shared,
+                                  double early_stop) {
+    using S = factorkit::wide_t<T>;
+    if (sizes[3] < 1 || sizes[3] > factorkit::kMaxChannels) throw std::invalid_argument("composite: 1 to 32 channels");
+    return {at<T>(a[0]), at<T>(a[1]), at<S>(a[2]), at<S>(a[3]), at<std::int64_t>(a[4]), at<S>(a[5]),
+            sizes[0],    sizes[1],    sizes[2],    int(sizes[3]), background_shared,      S(early_stop)};
+}
+
+template <bool Cuda>  // and (color, depth, opacity, weights, distortion, used)
+void composite_forward(const std::string& dtype, const Addresses<6>& a, const Sizes<4>& sizes, bool background_shared,
+                       double early_stop, const Addresses<6>& to, std::uintptr_t place) {
+    py::gil_scoped_release released;
+    for_type(dtype, true, [&](auto type) {
+        using T = decltype(type);
+        using S = factorkit::wide_t<T>;
+        const auto problem = composite<T>(a, sizes, background_shared, early_stop);
+        const factorkit::CompositeOutputs<S> out{at<S>(to[0]), at<S>(to[1]), at<S>(to[2]),
+                                                 at<S>(to[3]), at<S>(to[4]), at<std::int64_t>(to[5])};
+        if constexpr (Cuda)
+            factorkit::composite_forward_cuda(problem, out, at<void>(place));
+        else
+            factorkit::composite_forward(problem, out, int(place));
+    });
+}
+
+// and (color, depth, opacity, weights, distortion, used; sigma, rgb, t_start, t_end, background)
+template <bool Cuda>
+void composite_backward(const std::string& dtype, const Addresses<6>& a, const Sizes<4>& sizes, bool background_shared,
+                        const Addresses<11>& d, std::uintptr_t place) {
+    py::gil_scoped_release released;
+    for_type(dtype, true, [&](auto type) {
+        using T = decltype(type);
+        using S = factorkit::wide_t<T>;
+        const auto problem = composite<T>(a, sizes, background_shared, 0.0);
+        const factorkit::CompositeGradients<T> gradients{
+            at<S>(d[0]), at<S>(d[1]), at<S>(d[2]), at<S>(d[3]), at<S>(d[4]), at<std::int64_t>(d[5]),
+            at<T>(d[6]), at<T>(d[7]), at<S>(d[8]), at<S>(d[9]), at<S>(d[10])};
+        if constexpr (Cuda)
+            factorkit::composite_backward_cuda(problem, gradients, at<void>(place));
+        else
+            factorkit::composite_backward(problem, gradients, int(place));
+    });
+}
+
+template <bool Cuda>
+void bind(py::module_& m, const std::string& suffix) {
+    const auto def = [&](const char* name, auto function, const char* doc) {
+        m.def((name + suffix).c_str(), function, doc);
+    };
+    def("intersect", &intersect<Cuda>, "Box or sphere; called by factorkit.ops, see csrc/intersect.h.");
+    def("intersect_backward", &intersect_backward<Cuda>, "Gradients of intersect; called by factorkit.ops.");
+    def("march_count", &march_count<Cuda>, "Samples of each ray; called by factorkit.ops, see csrc/march.h.");
+    def("march_write", &march_write<Cuda>, "The samples; called by factorkit.ops, see csrc/march.h.");
+    def("resample", &resample<Cuda>, "Inverse-CDF sampling; called by factorkit.ops, see csrc/resample.h.");
+    def("composite_forward", &composite_forward<Cuda>, "Rendering; called by factorkit.ops, see csrc/composite.h.");
+    def("composite_backward", &composite_backward<Cuda>, "Gradients of composite_forward; called by factorkit.ops.");
+}
+
+}  // namespace
+
+void bind_rendering(py::module_& m) {
+    bind<false>(m, "");
+#ifdef FACTORKIT_CUDA_TARGETS
+    bind<true>(m, "_cuda");
+#endif
+}

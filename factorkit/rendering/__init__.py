@@ -1,0 +1,20 @@
+"""Pictures of fields: cameras, where to sample, and volume rendering over the ops."""
+
+from factorkit.rendering.cameras import Rays, image_rays, intrinsics_from_fov, look_at, orbit, pixel_rays
+from factorkit.rendering.occupancy import OccupancyGrid
+from factorkit.rendering.render import Rendered, render
+from factorkit.rendering.sampling import EvenSampling, OccupiedSampling
+
+__all__ = [
+    "EvenSampling",
+    "OccupancyGrid",
+    "OccupiedSampling",
+    "Rays",
+    "Rendered",
+    "image_rays",
+    "intrinsics_from_fov",
+    "look_at",
+    "orbit",
+    "pixel_rays",
+    "render",
+]

@@ -1,0 +1,51 @@
+"""Every launch of a training step of the presets, found by taking the step with the models on the meta device."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from factorkit import ops
+from factorkit.nn.blocks import Norm
+from factorkit.ops import fused
+from factorkit.segdiff.config import preset_config
+
+
+class ThroughKernels(TorchDispatchMode):
+    """Runs the kernels' host side on meta tensors, where torch would ask an op's fake."""
+
+    runs = {op._opoverload: run for op, run in fused.OPS.items()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        run = self.runs.get(function)
+        return function(*args, **(kwargs or {})) if run is None else run(*args)
+
+
+def as_under_autocast(model: nn.Module) -> nn.Module:
+    """bf16 where autocast computes in it, fp32 elsewhere (the meta device has no autocast of its own)."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.bfloat16()
+            module.register_forward_pre_hook(lambda m, args: tuple(x.to(m.weight.dtype) for x in args))
+        elif isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda m, args: tuple(x.float() for x in args))
+    assert all(m.weight.dtype == torch.float32 for m in model.modules() if isinstance(m, Norm))
+    return model
+
+
+def training_step(preset: str, batch: int, half: bool = True, **changes) -> None:
+    """Forward and backward of a preset's model and of the fused loss; nothing is computed."""
+    config = preset_config(preset, **changes).resolved()
+    with torch.device("meta"):
+        model = config.build().to(memory_format=torch.channels_last)
+        model = as_under_autocast(model) if half else model
+        x = torch.empty(batch, 3, config.resolution, config.resolution).contiguous(memory_format=torch.channels_last)
+        t = torch.empty(batch, dtype=torch.long)
+        with ThroughKernels():
+            out = model(x, t)
+            loss = out.prediction.sum()
+            if out.bottleneck.branches is not None and config.regions > 1:
+                branches = out.bottleneck.branches.flatten(0, 1)
+                loss = loss + ops.region_blend_mse(out.bottleneck.masks, branches, x).sum()
+            loss.backward()

@@ -1,0 +1,51 @@
+"""Ahead-of-time compilation for GPUs that are not here: every kernel, every choice made for the presets.
+
+``pytest -s tests/kernels/test_compiled.py`` prints registers and shared memory as a table.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels' tests need triton: pip install -e '.[test]' on Linux")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton interprets in this process and compiles nothing", allow_module_level=True)
+
+from ahead_of_time import compile_for, recorded  # noqa: E402
+from preset_launches import training_step  # noqa: E402
+
+#: kernels whose loads of features must be 128 bits wide; the others read small tensors
+WIDE = {
+    "affine", "blend", "blend_backward", "branch_gradients", "branch_pass", "masked_add", "moments", "pixel_backward",
+    "pixel_forward", "pool_backward", "sums", "tokens",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def variants():
+    """One of each kernel, dtype and set of constants: what is divisible by 16 differs among the rest, spills do not."""
+    with recorded() as found:
+        training_step("flowers64", 128, branch_norm="group")
+        training_step("flowers64", 128, branch_norm="masked_group")
+        training_step("flowers64", 128, form="regional")
+        training_step("flowers128", 32, form="regional")
+        training_step("flowers64", 128, form="regional", regions=7, multipliers=(1, 2), blocks=1)
+        training_step("flowers64", 128, form="regional", multipliers=(1, 2), blocks=1, half=False)
+    return list({str(variant): variant for variant in found}.values())
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_no_spills_and_wide_loads(variants, capability):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = list(pool.map(lambda v: compile_for(v, capability), variants))
+    print(f"\nsm_{capability}: registers, shared bytes, widest load in bits")
+    for variant, c in zip(variants, compiled, strict=True):
+        print(f"{c.registers:4d} {c.shared:6d} {c.widest_load:4d}  {variant}")
+    for variant, c in zip(variants, compiled, strict=True):
+        assert c.spills == 0, f"{variant} spills on sm_{capability}"
+        narrow = variant.name in WIDE and c.widest_load < 128
+        assert not narrow, f"{variant} loads {c.widest_load} bits at most"

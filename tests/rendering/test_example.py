@@ -1,0 +1,28 @@
+"""The example runs as a user runs it, and its pictures show the scene."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "render_a_scene.py"
+
+
+def test_the_example_draws_its_scene(tmp_path):
+    command = [sys.executable, str(EXAMPLE), str(tmp_path), "--size", "48", "--frames", "3"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    scene, depth = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("scene.png", "scene_depth.png"))
+    assert scene.shape == (48, 64, 3) and depth.shape == (48, 64)
+    assert (depth[:6] == 0).all() and 0.3 < (depth > 0).mean() < 0.7  # sky above, the table across the middle
+    assert depth[44, 32] > depth[24, 32] > 0  # the table's front is nearer than its middle
+    assert scene[:6, :, 2].mean() > scene[:6, :, 0].mean() + 10  # the sky is blue
+    assert scene[depth > 0].std() > 40  # bright and dark: light, shadow and chequers
+    orbit = Image.open(tmp_path / "scene_orbit.gif")
+    assert orbit.n_frames == 3 and orbit.size == (21, 16)
+    first, second = (np.asarray((orbit.seek(i), orbit.convert("RGB"))[1]).astype(int) for i in (0, 1))
+    assert np.abs(first - second).mean() > 2  # the camera moves

@@ -1,0 +1,162 @@
+"""render against closed forms, dense against packed, chunks against the whole, and its normals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import factorkit
+from factorkit.rendering import (
+    EvenSampling,
+    OccupancyGrid,
+    OccupiedSampling,
+    Rays,
+    image_rays,
+    intrinsics_from_fov,
+    look_at,
+    render,
+)
+
+LOWER, UPPER = (-1.0, -1.0, -1.0), (1.0, 1.0, 1.0)
+
+
+def fog(positions, directions):
+    """Density 0.7 everywhere, radiance that tells the direction."""
+    return torch.full_like(positions[:, 0], 0.7), directions
+
+
+def ball(positions, directions):
+    """A soft ball of radius 0.6, coloured by place."""
+    depth = 0.6 - positions.norm(dim=1)
+    return 200 * torch.sigmoid(40 * depth), 0.5 + positions / 2
+
+
+def view(height=6, width=8, dtype=torch.float64):
+    eye, target = torch.tensor([2.5, 1.5, 1.0]), torch.tensor([0.05, 0.0, 0.1])
+    pose = look_at(eye, target, torch.tensor([0.0, 0, 1])).to(dtype)
+    return image_rays(pose, intrinsics_from_fov(45.0, height, width).to(dtype), height, width)
+
+
+def samplings(resolution=32, **changes):
+    yield EvenSampling(LOWER, UPPER, samples=400)
+    yield OccupiedSampling(OccupancyGrid(LOWER, UPPER, resolution=resolution), step=0.005, **changes)
+
+
+@pytest.mark.parametrize("sampling", list(samplings()), ids=["even", "occupied"])
+def test_fog_in_a_box_is_beer_lambert(sampling):
+    origins = torch.tensor([[-3.0, 0.2, 0.1], [0.0, 0.0, 0.0], [-3.0, 5.0, 0.0]], dtype=torch.float64)
+    directions = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    background = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    seen = render(fog, Rays(origins, directions), sampling, background=background)
+    near, length = torch.tensor([2.0, 0, 0]).double(), torch.tensor([2.0, 1.25, 0]).double()
+    left = torch.exp(-0.7 * length)
+    close = {"rtol": 0, "atol": 3e-3}  # the march's first and last steps may overlap the box's faces by half a step
+    torch.testing.assert_close(seen.opacity, 1 - left, **close)
+    torch.testing.assert_close(seen.color, (1 - left)[:, None] * directions + left[:, None] * background, **close)
+    depth = near * (1 - left) + (1 - left * (1 + 0.7 * length)) / 0.7
+    torch.testing.assert_close(seen.depth, depth, rtol=0, atol=6e-3)
+
+
+def test_occupied_sampling_sees_what_even_sampling_sees_with_fewer_samples():
+    grid = OccupancyGrid(LOWER, UPPER, resolution=32, threshold=1e-3)
+    for _ in range(8):
+        grid.update(lambda points: ball(points, points)[0])
+    rays = view()
+    even = render(ball, rays, EvenSampling(LOWER, UPPER, samples=800), normals=True)
+    packed = render(ball, rays, OccupiedSampling(grid, step=0.003), normals=True)
+    for name in ("color", "depth", "opacity", "normals"):
+        torch.testing.assert_close(getattr(packed, name), getattr(even, name), rtol=0, atol=1e-2)
+    assert packed.opacity.max() > 0.99 and packed.count < 0.7 * even.count
+
+
+def test_a_second_pass_places_its_samples_on_the_surface():
+    hard = lambda p, d: (3000 * (p.norm(dim=1) < 0.6).to(p), p)  # noqa: E731
+    rays = view()
+    exact = render(hard, rays, EvenSampling(LOWER, UPPER, samples=10_000))
+    error = lambda **count: (render(hard, rays, EvenSampling(LOWER, UPPER, **count)).depth - exact.depth).abs().mean()  # noqa: E731
+    assert error(samples=48, resampled=48) < 0.6 * error(samples=96)
+    counts = [render(hard, rays, EvenSampling(LOWER, UPPER, 48, more)).count for more in (0, 48)]
+    assert counts == [6 * 8 * 48, 6 * 8 * 96]
+
+
+def test_normals_of_a_ball_point_outwards():
+    rays = Rays(torch.tensor([[0.0, 0.1, 3.0]]), torch.tensor([[0.0, 0.0, -1.0]]))
+    seen = render(ball, rays, EvenSampling(LOWER, UPPER, samples=500), normals=True, background=torch.ones(3))
+    surface = torch.tensor([0, 0.1, math.sqrt(0.36 - 0.01)]) / 0.6
+    torch.testing.assert_close(seen.normals[0], surface, rtol=0, atol=2e-2)
+    torch.testing.assert_close(seen.color[0], torch.tensor([0.5, 0.55, 0.8]), rtol=0, atol=0.03)
+    with torch.no_grad():
+        again = render(ball, rays, EvenSampling(LOWER, UPPER, samples=500), normals=True, background=torch.ones(3))
+    torch.testing.assert_close(again.normals, seen.normals.detach())
+    assert not again.normals.requires_grad
+    with pytest.raises(ValueError):  # 30 channels leave no room for the normals
+        render(lambda p, d: (p[:, 0] * 0, p[:, :1].expand(-1, 30)), rays, EvenSampling(LOWER, UPPER), normals=True)
+
+
+def test_a_loss_on_normals_trains_the_field():
+    radius = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    squash = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
+    rays, sampling = view(), EvenSampling(LOWER, UPPER, samples=60)
+
+    def run(radius, squash):
+        stretch = torch.stack([squash, torch.ones_like(squash), torch.ones_like(squash)])
+        field = lambda p, d: (20 * torch.sigmoid(8 * (radius - (p * stretch).norm(dim=1))), p)  # noqa: E731
+        return render(field, rays, sampling, normals=True).normals
+
+    assert torch.autograd.gradcheck(run, (radius, squash))
+
+
+@pytest.mark.parametrize("sampling", list(samplings()), ids=["even", "occupied"])
+def test_chunks_make_the_same_picture_without_gradient(sampling):
+    rays = view(dtype=torch.float32)
+    gain = torch.tensor(2.0, requires_grad=True)
+    field = lambda p, d: (gain * ball(p, d)[0], ball(p, d)[1])  # noqa: E731
+    background = torch.rand(6, 8, 3)
+    whole = render(field, rays, sampling, background=background, normals=True, distortion=True)
+    parts = render(field, rays, sampling, background=background, normals=True, distortion=True, chunk=7)
+    assert whole.color.requires_grad and not parts.color.requires_grad
+    assert whole.color.shape == (6, 8, 3) and whole.depth.shape == whole.opacity.shape == (6, 8)
+    assert whole.count == parts.count
+    for name in ("color", "depth", "opacity", "normals", "distortion"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", list(samplings()), ids=["even", "occupied"])
+def test_jitter_is_a_function_of_the_seed(sampling):
+    rays = view()
+    one, same, other, still = (render(ball, rays, sampling, seed=s).depth for s in (1, 1, 2, None))
+    assert torch.equal(one, same) and not torch.equal(one, other) and not torch.equal(one, still)
+    torch.testing.assert_close(one, still, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("sampling", list(samplings()), ids=["even", "occupied"])
+def test_no_rays_and_rays_that_see_nothing(sampling):
+    none = render(ball, Rays(torch.zeros(0, 3), torch.zeros(0, 3)), sampling, chunk=4, background=torch.ones(3))
+    assert none.color.shape == (0, 3) and none.depth.shape == (0,)
+    away = Rays(torch.full((2, 3), 5.0), torch.nn.functional.normalize(torch.ones(2, 3), dim=1))
+    seen = render(ball, away, sampling, background=torch.tensor([0.1, 0.2, 0.3]), normals=True)
+    torch.testing.assert_close(seen.color, torch.tensor([[0.1, 0.2, 0.3]] * 2))
+    assert (seen.opacity == 0).all() and (seen.normals == 0).all()
+
+
+def test_a_capacity_cuts_off_and_says_what_was_wanted():
+    full, cut = (list(samplings(capacity=capacity))[1] for capacity in (None, 1000))
+    seen, short = (render(fog, view(), sampling) for sampling in (full, cut))
+    assert seen.count == short.count > 1000
+    assert short.opacity[0].sum() > 0 and short.opacity[-1].sum() == 0
+
+
+def test_render_is_exported_at_the_top():
+    assert factorkit.render is render
+
+
+def test_what_does_not_fit_is_named():
+    rays, sampling = view(), EvenSampling(LOWER, UPPER)
+    with pytest.raises(ValueError, match=r"density \(6144, 2\) and radiance \(6144, 3\) to 6144 points"):
+        render(lambda p, d: (p[:, :2], p), rays, sampling)
+    with pytest.raises(ValueError, match="chunk=0; give the number of rays"):
+        render(fog, rays, sampling, chunk=0)
+    with pytest.raises(ValueError, match="two tensors .* of one shape"):
+        render(fog, Rays(rays.origins[0], rays.directions), sampling)
