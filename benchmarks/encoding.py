@@ -4,9 +4,10 @@
     python benchmarks/encoding.py --show     # prints the table of what stands there
 
 Forward and backward with gradients for table and coordinates. The reference is factorkit.ops.reference_encoding in
-fp32, the plain vectorised PyTorch a user would write. Points lie along rays, as marching leaves them. The machine's load
-stands beside the numbers: on a busy machine ratios hold better than times, and the scaling on two threads means little.
-"two loops at once" is what two loops of one thread each get done, that is the most that two threads could gain then.
+fp32, the plain vectorised PyTorch a user would write. Points lie along rays, as marching leaves them. The machine's
+load stands beside the numbers: on a busy machine ratios hold better than times, and the scaling on two threads means
+little. "two loops at once" is what two loops of one thread each get done, that is the most that two threads could gain
+then.
 """
 
 from __future__ import annotations
