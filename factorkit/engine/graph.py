@@ -13,9 +13,9 @@ WARM_UP = 3  # runs before the capture: cuDNN, cuBLAS and Triton choose and buil
 class GraphedWork:
     """Runs ``work`` as it is for the first calls, then records it once and replays the record.
 
-    What is recorded are kernels and addresses: ``work`` may read nothing that changes from call to call but tensors that
-    stay where they are, and may not wait for the device. The random numbers of ``generators`` and of torch's default one
-    go on as if there were no graph; they may be seeded anew between calls.
+    What is recorded are kernels and addresses: ``work`` may read nothing that changes from call to call but tensors
+    that stay where they are, and may not wait for the device. The random numbers of ``generators`` and of torch's
+    default one go on as if there were no graph; they may be seeded anew between calls.
 
     Args:
         work: takes and returns nothing.
@@ -30,6 +30,7 @@ class GraphedWork:
     ):  # fmt: skip
         self.work, self.generators, self.again, self.device = work, generators, again, device
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.aside = torch.cuda.Stream(device)
         self.runs, self.possible = 0, True
 
     def __call__(self) -> None:
@@ -45,18 +46,18 @@ class GraphedWork:
 
     def _run_aside(self) -> None:
         """On a stream of its own, as the capture will be: autograd remembers the stream it first accumulated on."""
-        present, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        aside.wait_stream(present)
-        with torch.cuda.stream(aside):
+        present = torch.cuda.current_stream(self.device)
+        self.aside.wait_stream(present)
+        with torch.cuda.stream(self.aside):
             self.work()
-        present.wait_stream(aside)
+        present.wait_stream(self.aside)
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             for generator in self.generators():
                 graph.register_generator_state(generator)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.aside):
                 self.work()
         except RuntimeError as error:
             self.possible = False
