@@ -86,7 +86,6 @@ def test_memory_of_checkpointed_branches_does_not_depend_on_their_number(tiny, b
         for regions in (2, 6)
         for once_more in (False, True)
     }
-
     # what grows are masks, logits and the branches' answers: a few numbers a pixel
     assert kept[6, True] < 1.2 * kept[2, True]
     assert kept[6, False] > 1.9 * kept[2, False]
