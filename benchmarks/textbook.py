@@ -129,7 +129,5 @@ def normalise(norm: Norm, x: Tensor, masks: Tensor | None) -> Tensor:
 
 def pool(features: Tensor, masks: Tensor) -> Tensor:
     """Region tokens [B, K, C]."""
-    with torch.autocast(features.device.type, enabled=False):
-        weights = masks.flatten(2)
-        weights = weights / (weights.sum(-1, keepdim=True) + POOL_FLOOR)
-        return weights @ features.flatten(2).transpose(1, 2)
+    means = [(features * m).sum((2, 3)) / (m.sum((2, 3)) + POOL_FLOOR) for m in masks.split(1, dim=1)]
+    return torch.stack(means, dim=1)
