@@ -2,7 +2,8 @@
 
 It borrows the modules and weights of a :class:`~factorkit.segdiff.model.FactorizedUNet` with masked skips and computes
 the same function: ``folded=False`` runs the decoder once for every branch, each skip multiplied by its mask and
-concatenated; ``folded=True`` runs all branches as one batch. Norms are torch's, in fp32 as in guided-diffusion.
+concatenated; ``folded=True`` runs all branches as one batch, channels last. Norms are torch's, in fp32 as in
+guided-diffusion.
 """
 
 from __future__ import annotations
@@ -11,27 +12,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from factorkit.diffusion.denoiser import Denoised
 from factorkit.nn import Attention, Decoder, Norm, ResBlock
 from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS, POOL_FLOOR
-from factorkit.segdiff.model import FactorizedUNet, at_least_fp32
+from factorkit.segdiff.model import FactorizedUNet, Regions, at_least_fp32
 
 
 class Textbook(nn.Module):
-    """forward(x_t [B, 3, H, W], t [B]) → prediction [B, 3, H, W] and masks [B, K, H, W]."""
+    """Takes and answers what ``model`` does, without the branches. Changes the layout of its weights."""
 
     def __init__(self, model: FactorizedUNet, folded: bool):
         super().__init__()
         if model.decoding != "masked_skips":
             raise ValueError(f"the textbook model masks the skips; got decoding={model.decoding!r}")
-        self.model, self.folded = model, folded
+        self.layout = torch.channels_last if folded else torch.contiguous_format
+        self.model, self.folded = model.to(memory_format=self.layout), folded
 
-    def forward(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        net, regions = self.model, self.model.regions
+    def forward(self, x_t: Tensor, t: Tensor) -> Denoised:
+        net, regions, x_t = self.model, self.model.regions, x_t.contiguous(memory_format=self.layout)
         embedding = net.time(t)
         skips = encode(net, x_t, embedding)
         h = middle(net, skips[-1], embedding)
         if regions == 1:
-            return at_least_fp32(decode(net.decoder, h, skips, embedding, None)), torch.ones_like(x_t[:, :1])
+            prediction = at_least_fp32(decode(net.decoder, h, skips, embedding, None))
+            return Denoised(prediction, Regions(torch.ones_like(prediction[:, :1]), None))
         cut = int(net.half_resolution_masks)
         logits = at_least_fp32(decode(net.mask_generator, h, skips[cut * (net.blocks + 1) :], embedding, None))
         if cut:
@@ -51,7 +55,7 @@ class Textbook(nn.Module):
         else:
             one = lambda k: decode(net.decoder, h, skips, embeddings[:, k], [m[:, k : k + 1] for m in pyramid])  # noqa: E731
             outs = torch.stack([one(k) for k in range(regions)], dim=1)
-        return (at_least_fp32(outs) * masks[:, :, None]).sum(1), masks
+        return Denoised((at_least_fp32(outs) * masks[:, :, None]).sum(1), Regions(masks, None))
 
 
 def encode(net: FactorizedUNet, x: Tensor, embedding: Tensor) -> list[Tensor]:

@@ -156,7 +156,9 @@ def as_under_autocast(model: nn.Module) -> nn.Module:
     return model
 
 
-def step_traffic(preset: str, batch: int | None = None, half: bool = True, **changes) -> dict[str, dict[str, Traffic]]:
+def step_traffic(
+    preset: str | None, batch: int | None = None, half: bool = True, **changes
+) -> dict[str, dict[str, Traffic]]:
     """{"unfused" | "fused" | "least": {part: what it moves}} of one training step of a preset's model.
 
     Raises:

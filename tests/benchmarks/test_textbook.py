@@ -24,10 +24,9 @@ def test_the_textbook_model_is_the_model(changes, folded):
     x, t, upstream = torch.randn(2, 3, 16, 16).double(), torch.tensor([3, 700]), torch.randn(2, 4, 16, 16).double()
     found = []
     for net in (model, Textbook(model, folded)):
-        out = net(x, t)
-        masks = out[1] if isinstance(net, Textbook) else out.bottleneck.masks
-        loss = (out[0] * upstream[:, :3]).sum() + (masks[:, 0] * upstream[:, 3]).sum()
+        prediction, (masks, _) = net(x, t)
+        loss = (prediction * upstream[:, :3]).sum() + (masks[:, 0] * upstream[:, 3]).sum()
         grads = torch.autograd.grad(loss, list(model.parameters()))
-        found.append([out[0], masks, *grads])
+        found.append([prediction, masks, *grads])
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(plain, ours)
