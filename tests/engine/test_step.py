@@ -191,17 +191,41 @@ def test_a_failed_capture_leaves_the_step_as_if_it_had_not_been_tried(tmp_path, 
     assert [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])] == []
 
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+STEPS = [{}, {"form": "thesis", "micro_batch_size": 3, "dropout": 0.1}, {"checkpoint_branches": True}]
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("changes", [{}, {"form": "thesis", "micro_batch_size": 3, "dropout": 0.1}])
+@NEEDS_GPU
+@pytest.mark.parametrize("changes", STEPS)
 def test_graphed_steps_are_the_eager_ones(tmp_path, changes):
     device = torch.device("cuda", 0)
     ends = []
     for graph in (True, False):
         trainer = segdiff(tmp_path / str(graph), device, cuda_graph=graph, precision="fp32", sample_every=0, **changes)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a capture that fails warns
+            warnings.filterwarnings("error", message=".*could not be captured")
             trainer.run()
         ends.append(trainer.state())
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("changes", STEPS)
+@pytest.mark.parametrize("graph", [True, False])
+def test_no_step_waits_for_the_gpu(tmp_path, changes, graph):
+    device = torch.device("cuda", 0)
+    trainer = segdiff(tmp_path, device, cuda_graph=graph, log_every=50, **changes)
+    take = trainer._training_step(trainer.model, Meter(device))
+    for step in range(WARM_UP + 1):
+        take(step)
+    assert not graph or take.run.graph is not None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(WARM_UP + 1, WARM_UP + 4):
+            take(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert take.skipped() == [(step, False) for step in range(WARM_UP + 4)]

@@ -131,3 +131,23 @@ def test_features_lie_channels_last_from_end_to_end(changes, half):
     assert seen.turned == set()
     assert seen.last > 200
     assert "_scaled_dot_product_flash_attention_for_cpu" in seen.names
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", ["thesis", "regional"])
+def test_no_kernel_turns_a_layout_round(form):
+    """cuDNN would do so unseen by torch."""
+    sizes = {**SMALL, "width": 32, "groups": 8}
+    model = preset_config(None, **sizes, form=form, steps=1).resolved().build().cuda().train()
+    x = torch.randn(8, 3, 16, 16, device="cuda").contiguous(memory_format=torch.channels_last)
+    t = torch.arange(8, device="cuda")
+    for _ in range(2):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+            with torch.autocast("cuda", torch.bfloat16):
+                prediction = model(x, t).prediction
+            prediction.square().sum().backward()
+            torch.cuda.synchronize()
+    names = {event.key for event in profiled.key_averages()}
+    assert len(names) > 10
+    assert [n for n in names if "nchwtonhwc" in n.lower() or "nhwctonchw" in n.lower()] == []
