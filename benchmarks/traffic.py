@@ -39,12 +39,11 @@ from factorkit.ops import fused
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.model import parameter_count
 
-#: parts of the step by what the names of its operations hold, the first that fits; the branches' sums are in the last
+#: parts of the step by what the names of its operations hold, the first that fits
 PARTS = {
     "convolutions and products": ("convolution", "addmm", "mm"),
     "attention": ("attention",),
-    "masks, tokens, blend": ("blend", "pyramid", "pool", "softmax", "bilinear"),
-    "norms, skips, sums": ("",),
+    "norms, skips, masks, sums": ("",),
 }
 OPTIMISER = "clipping, Adam, average"
 #: operations that are no views and yet move nothing, and those that do not read what they overwrite

@@ -13,7 +13,7 @@ def test_operations_read_their_arguments_and_write_their_answers_and_views_are_f
         with counted(launches=False) as count:
             y = torch.nn.functional.conv2d(x.transpose(2, 3), w)
             (y[:, :2] * 2.0).view(-1).add_(1.0)
-    conv, rest = count.parts["convolutions and products"], count.parts["norms, skips, sums"]
+    conv, rest = count.parts["convolutions and products"], count.parts["norms, skips, masks, sums"]
     assert (conv.moved, conv.flops) == (4 * (2 * 3 * 64 + 15 + 2 * 5 * 64), 2 * 2 * 5 * 64 * 3)
     assert (rest.moved, rest.flops) == (4 * 4 * (2 * 2 * 64), 0)
 
@@ -26,7 +26,7 @@ def test_what_is_expanded_counts_once_and_is_found_in_lists():
 def test_a_copy_does_not_read_what_it_overwrites():
     with torch.device("meta"), Count(launches=False) as count:
         torch.empty(10).copy_(torch.empty(10))
-    assert count.parts["norms, skips, sums"].moved == 80
+    assert count.parts["norms, skips, masks, sums"].moved == 80
 
 
 @pytest.mark.parametrize("changes", [{}, {"form": "regional"}, {"branch_norm": "masked_group"}])
@@ -40,10 +40,10 @@ def test_a_step_of_the_thesis_model(changes):
     if "form" not in changes:
         assert flops["unfused"] == pytest.approx(2 * 3 * 2 * 123.7e9, rel=0.02)
     lines = table(found).splitlines()
-    assert len(lines) == 2 + 5 + 1 and lines[-1].startswith("| total | ")
+    assert len(lines) == 2 + 4 + 1 and lines[-1].startswith("| total | ")
 
 
 def test_more_branches_cost_less_than_in_proportion():
     three, six = (step_traffic("flowers64", 2, regions=k)["fused"] for k in (3, 6))
-    for kind in ("convolutions and products", "norms, skips, sums"):
+    for kind in ("convolutions and products", "norms, skips, masks, sums"):
         assert 1.3 < six[kind].moved / three[kind].moved < 1.9
