@@ -25,10 +25,11 @@ def ops_table(found: dict) -> str:
         for kind in ("forward", "both"):
             times = op[kind]
             ours = times["factorkit"]["median_ms"]
-            ratios = [times[other]["median_ms"] / ours for other in ("textbook", "compiled")]
+            others = ("textbook", "compiled")
+            ratios = [f"{times[o]['median_ms'] / ours:.2f}x" if o in times else "-" for o in others]
             share = op["bytes"][kind] / 1e6 / ours / found["roofs"]["copy_gb_s"]
-            shown = " | ".join(milliseconds(times[run]) for run in ("textbook", "compiled", "factorkit"))
-            lines.append(f"| {name} | {kind} | {shown} | {ratios[0]:.2f}x | {ratios[1]:.2f}x | {100 * share:.0f}% |")
+            shown = [milliseconds(times[o]) if o in times else off(op["errors"][o]) for o in (*others, "factorkit")]
+            lines.append("| " + " | ".join([name, kind, *shown, *ratios, f"{100 * share:.0f}%"]) + " |")
     return "\n".join(lines)
 
 
@@ -38,6 +39,9 @@ def step_table(found: dict) -> str:
     lines = ["| training step | time | faster | images/s | peak memory | of textbook | share of matrix rate |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, run in runs.items():
+        if "median_ms" not in run:
+            lines.append(f"| {name} | {off(run['errors'])} | - | - | - | - | - |")
+            continue
         ms, peak = run["median_ms"], run["peak_bytes"]
         share = flops / 1e9 / ms / found["roofs"]["matrix_tflop_s"]
         lines.append(
@@ -58,3 +62,7 @@ def rest(found: dict) -> str:
 
 def milliseconds(times: dict) -> str:
     return f"{times['median_ms']:.3g} ms ({times['low_ms']:.3g} to {times['high_ms']:.3g})"
+
+
+def off(errors: list[float]) -> str:
+    return f"off by {max(errors):.2g}, not timed"

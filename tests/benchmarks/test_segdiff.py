@@ -13,7 +13,7 @@ import torch
 from contenders import make_task, op_cases, step_contenders
 from measure import by_turns, peak_bytes, spread
 from segdiff import measure_op
-from segdiff_table import tables
+from segdiff_table import ops_table, tables
 
 from factorkit.segdiff.config import preset_config
 
@@ -55,6 +55,17 @@ def test_what_does_not_agree_is_not_timed():
     case.factorkit, right = lambda *x: 1.01 * right(*x), case.factorkit
     with pytest.raises(SystemExit, match="factorkit is off by 1.0e-02, allowed 1e-03: nothing is timed"):
         measure_op(case, CPU, 1, "eager", 1e-3)
+    case.factorkit = right
+
+    def wrong(graph, inputs):
+        return lambda *given: [x * 1.01 for x in graph(*given)]
+
+    found = measure_op(case, CPU, 1, wrong, 1e-3)
+    assert list(found["both"]) == ["textbook", "factorkit"] and max(found["errors"]["compiled"]) > 5e-3
+    machine = {"device": "x", "threads": 1, "load": 0, "torch": "", "commit": ""}
+    roofs = {"copy_gb_s": 1.0, "matrix_tflop_s": 1.0}
+    row = ops_table({"machine": machine, "roofs": roofs, "ops": {"region_pool": found}}).splitlines()[-1]
+    assert "off by 0.01, not timed" in row and row.count("|") == 9
 
 
 def test_the_contenders_take_the_same_step():
