@@ -185,6 +185,8 @@ def step_traffic(
 @contextmanager
 def counted(launches: bool):
     """Counts what is done inside, attention as one operation."""
+    if launches and (cause := kernels.unavailable()):
+        raise SystemExit(f"{cause}: the launches of its kernels are what is counted; pip install 'triton>=3.6'")
     attention = F.scaled_dot_product_attention
     F.scaled_dot_product_attention, FusedAttention.count = FusedAttention.apply, Count(launches)
     try:
