@@ -11,7 +11,7 @@ def tables(results: dict[str, dict]) -> str:
 def section(found: dict) -> str:
     machine, settings, roofs = found["machine"], found["settings"], found["roofs"]
     head = (
-        f"{machine['device']}, {machine['threads']} threads, load {machine['load']}, torch {machine['torch']}, commit "
+        f"{machine['device']}, {machine['threads']} threads, {machine['clock']} time, load {machine['load']}, torch {machine['torch']}, commit "
         f"{machine['commit']}; {', '.join(f'{k}={v}' for k, v in settings.items())}; copy {roofs['copy_gb_s']} GB/s, "
         f"matrices {roofs['matrix_tflop_s']} TFLOP/s"
     )
