@@ -11,9 +11,10 @@ factorkit  this package, on a GPU with its step as a CUDA graph
 
 All see the same images, weights, noise and precision. Answers and gradients are compared with those in fp32 before
 anything is timed; a contender of PyTorch's that is off is left out, with its error in its place. Times are medians with
-quartiles of functions that take turns, on one CPU thread of the process's own time. Rates are of the bytes that factorkit's kernels have to move
-(benchmarks/traffic.py), as a share of what a copy reaches in the same run, and of the step's matrix products, as a
-share of what a large one reaches. Memory is the most a step holds beyond what lay there before it.
+quartiles of functions that take turns, on one CPU thread of the process's own time. Rates are of the bytes that
+factorkit's kernels have to move (benchmarks/traffic.py), as a share of what a copy reaches in the same run, and of the
+step's matrix products, as a share of what a large one reaches. Memory is the most a step holds beyond what lay there
+before it.
 Results stand in benchmarks/results/segdiff.json, one entry a device.
 """
 
