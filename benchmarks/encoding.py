@@ -1,7 +1,7 @@
 """The hash grid on the CPU against its PyTorch reference: both in one process, by turns, as ratios of medians.
 
-    python benchmarks/encoding.py            # runs, writes benchmarks/results/encoding.json, prints the table
-    python benchmarks/encoding.py --show     # prints the table of what stands there
+    python -m benchmarks.encoding            # runs, writes benchmarks/results/encoding.json, prints the table
+    python -m benchmarks.encoding --show     # prints the table of what stands there
 
 Forward and backward with gradients for table and coordinates. The reference is factorkit.ops.reference_encoding in
 fp32, the plain vectorised PyTorch a user would write; beside it stands torch.compile of it (tiny-cuda-nn and the like
@@ -18,8 +18,8 @@ import os
 from pathlib import Path
 
 import torch
-from rendering import commit, compare, processor, table
 
+from benchmarks.rendering import commit, compare, processor, table
 from factorkit import ops
 from factorkit.ops import reference_encoding as reference
 

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from rendering import commit, processor
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.rendering import commit, processor
 
 FILLED = 0.02  # seconds that one timing of a short function should take on a GPU
 

@@ -1,8 +1,8 @@
 """Compositing and marching on the CPU against the PyTorch reference and against what else a user could take there: all
 in one process, by turns, as ratios of medians.
 
-    python benchmarks/rendering.py            # runs, writes benchmarks/results/rendering.json, prints the table
-    python benchmarks/rendering.py --show     # prints the table of what stands there
+    python -m benchmarks.rendering            # runs, writes benchmarks/results/rendering.json, prints the table
+    python -m benchmarks.rendering --show     # prints the table of what stands there
 
 The reference is factorkit.ops.reference_rendering in fp32, the plain vectorised PyTorch a user would write. Beside it
 stand torch.compile of the reference, nerfacc's own PyTorch path (where nerfacc is importable; it has none for marching

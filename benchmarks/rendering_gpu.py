@@ -1,8 +1,8 @@
 """Compositing and marching on a GPU: against the copy bandwidth measured in the same run, against nerfacc, and against
 the PyTorch reference.
 
-    python benchmarks/rendering_gpu.py           # runs, writes benchmarks/results/rendering_gpu.json, prints the table
-    python benchmarks/rendering_gpu.py --show    # prints the table of what stands there
+    python -m benchmarks.rendering_gpu           # runs, writes benchmarks/results/rendering_gpu.json, prints the table
+    python -m benchmarks.rendering_gpu --show    # prints the table of what stands there
 
 Forward and backward of packed rays of 128 samples, three channels, fp32, with gradients for density and colour, at 2^18
 and 2^24 samples. A sample has to move 64 bytes: density, colour and both edges are read by each pass (24 B), two
@@ -20,9 +20,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from rendering import commit, nerfacc
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.rendering import commit, nerfacc
 from factorkit import ops
 from factorkit.ops import reference_rendering as reference
 from factorkit.ops.compiled import extension

@@ -1,8 +1,8 @@
 """Ops and training step of segdiff: textbook PyTorch, the same under torch.compile, and factorkit, in one run.
 
-    python benchmarks/segdiff.py                       # the demo's size on a CPU, flowers64 on a GPU
-    python benchmarks/segdiff.py --preset fast64 --batch 8 --rounds 5
-    python benchmarks/segdiff.py --show                # prints the tables of what was measured before
+    python -m benchmarks.segdiff                       # the demo's size on a CPU, flowers64 on a GPU
+    python -m benchmarks.segdiff --preset fast64 --batch 8 --rounds 5
+    python -m benchmarks.segdiff --show                # prints the tables of what was measured before
 
 textbook   K decoders in a loop, each skip multiplied by its mask and concatenated (benchmarks/textbook.py)
 folded     the same with all branches as one batch, channels last
@@ -25,11 +25,11 @@ import json
 from pathlib import Path
 
 import torch
-from contenders import IMAGES, OpCase, OurStep, gradients, make_task, op_cases, step_contenders
-from measure import by_turns, copy_bandwidth, machine, matrix_rate, peak_bytes
-from segdiff_table import tables
-from traffic import step_traffic
 
+from benchmarks.contenders import IMAGES, OpCase, OurStep, gradients, make_task, op_cases, step_contenders
+from benchmarks.measure import by_turns, copy_bandwidth, machine, matrix_rate, peak_bytes
+from benchmarks.segdiff_table import tables
+from benchmarks.traffic import step_traffic
 from factorkit.engine.config import resolve_device
 from factorkit.engine.graph import WARM_UP
 from factorkit.segdiff.config import SegdiffConfig, preset_config

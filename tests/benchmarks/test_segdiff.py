@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from contenders import make_task, op_cases, step_contenders
-from measure import by_turns, peak_bytes, spread
-from segdiff import measure_op
-from segdiff_table import ops_table, tables
 
+from benchmarks.contenders import make_task, op_cases, step_contenders
+from benchmarks.measure import by_turns, peak_bytes, spread
+from benchmarks.segdiff import measure_op
+from benchmarks.segdiff_table import ops_table, tables
 from factorkit.segdiff.config import preset_config
 
 ROOT = Path(__file__).parents[2]
@@ -25,11 +25,11 @@ TINY = ["resolution=8", "width=8", "multipliers=[1,2]", "groups=2"]
 def test_it_runs_to_the_last_line_and_writes_what_it_prints(tmp_path):
     out = tmp_path / "results" / "segdiff.json"
     command = [
-        sys.executable, str(ROOT / "benchmarks/segdiff.py"), "--device", "cpu", "--batch", "2", "--rounds", "2",
+        sys.executable, "-m", "benchmarks.segdiff", "--device", "cpu", "--batch", "2", "--rounds", "2",
         "--compiler", "aot_eager", "--out", str(out), "--set", *TINY,
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(out.read_text())
     (found,) = results.values()

@@ -81,7 +81,7 @@ def recorded():
 class Compiled:
     registers: int
     shared: int
-    spills: int  # instructions that store registers to local memory
+    spills: int  # bytes a thread keeps in local memory, for want of registers
     widest_load: int  # bits
 
 
@@ -94,13 +94,12 @@ def compile_for(variant: Variant, capability: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     loads = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[busf](\d+)", built.asm["ptx"])
     widths = [int(n or 1) * int(bits) for n, bits in loads]
     number = lambda key: int(re.search(rf"{key}:(\d+)", usage)[1])  # noqa: E731
-    spills = len(re.findall(r"\bSTL\b", usage))
-    return Compiled(number("REG"), built.metadata.shared, spills, max(widths, default=0))
+    return Compiled(number("REG"), built.metadata.shared, number("STACK") + number("LOCAL"), max(widths, default=0))
 
 
 def compile_all(variants: list[Variant], capability: int) -> list[Compiled]:
