@@ -47,6 +47,7 @@ EVERY COMMAND TAKES
 ENVIRONMENT
     FACTORKIT_CACHE        where decoded images are kept (without: factorkit in the user's cache folder)
     FACTORKIT_REFERENCE    1 runs every operation as plain PyTorch
+    FACTORKIT_TUNE         1 measures each kernel's number of warps on this GPU, once, and keeps it in the cache folder
 
 EXIT STATUS
     0    done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from factorkit.kernels import tuning
 from torch import Tensor
 
 # Numbers of blocks and the like: a kernel made anew for 1 or for a multiple of 16 would gain nothing.
@@ -12,6 +13,8 @@ COUNTS = [
     "blocks_c", "blocks_g", "blocks_k", "blocks_p", "blocks_u", "chunk", "chunks", "chunks_mass", "chunks_s",
     "chunks_u", "groups", "parts", "regions", "rows", "share_u", "size", "terms", "tiles_x", "tiles_y",
 ]  # fmt: skip
+
+REGISTERS = 65536  # of a multiprocessor, from sm_70 on
 
 #: decorates what is launched; ``triton.jit`` alone what those call
 kernel = triton.jit(do_not_specialize=COUNTS)
@@ -82,8 +85,19 @@ def start(function, grid: tuple[int, ...], arguments: tuple, constants: dict, op
 
 def launch(function, programs: int, *arguments, warps: int, **constants) -> None:
     """Run ``programs`` programs of a kernel on the device of its tensors, which must be the current one."""
-    # The assembler, not told how many registers a thread may use, spills one or two to fit one more program. Fused
-    # multiply-add is asked for by name because Triton changes its default.
-    options = {"num_warps": warps, "maxnreg": 255, "enable_fp_fusion": True}
-    if programs > 0:
-        start(function, (programs,), arguments, constants, options)
+    if programs == 0:
+        return
+
+    def run(warps: int) -> None:
+        start(function, (programs,), arguments, constants, options(warps))
+
+    if tuning.wanted():
+        warps = tuning.best_warps(tuning.describe(function.__name__, arguments, constants), warps, run)
+    run(warps)
+
+
+def options(warps: int) -> dict:
+    """For Triton's compiler. The assembler, not told how many registers a thread may use, spills one or two to fit
+    one more program; fused multiply-add is asked for by name because Triton changes its default."""
+    registers = min(255, REGISTERS // (32 * warps))
+    return {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": True}

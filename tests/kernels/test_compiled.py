@@ -33,6 +33,8 @@ def variants():
         training_step("flowers128", 32, form="regional")
         training_step("flowers64", 128, form="regional", regions=7, multipliers=(1, 2), blocks=1)
         training_step("flowers64", 128, form="regional", multipliers=(1, 2), blocks=1, half=False)
+        training_step("demo", 16)
+        training_step("fast64", 16)
     return list({str(variant): variant for variant in found}.values())
 
 

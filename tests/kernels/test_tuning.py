@@ -1,0 +1,94 @@
+"""The number of warps by measurement: only when asked for, once for a GPU, never while a graph is captured."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels' tests need triton: pip install -e '.[test]' on Linux")
+
+from factorkit.kernels import tiles, tuning  # noqa: E402
+
+
+class Kernel:
+    """Stands for a compiled kernel; notes the warps it is launched with."""
+
+    __name__ = "sums_kernel"
+
+    def __init__(self):
+        self.warps = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, num_warps, **options: self.warps.append(num_warps)
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    """Tuning is on; a launch takes as many milliseconds as its warps are away from 2, and 16 do not fit."""
+    monkeypatch.setenv("FACTORKIT_TUNE", "1")
+    monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
+    kernel = Kernel()
+
+    def measured(run):
+        run()
+        return math.inf if kernel.warps[-1] == 16 else abs(kernel.warps[-1] - 2)
+
+    monkeypatch.setattr(tuning, "measured", measured)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # a CPU build of torch has none
+    tuning.choices.cache_clear()
+    yield kernel
+    tuning.choices.cache_clear()
+
+
+def start(kernel, rows=3):
+    tiles.launch(kernel, 7, torch.empty(4), rows, warps=4, BLOCK=8)
+
+
+def test_the_fastest_is_found_once_and_kept(tuned):
+    start(tuned)
+    assert tuned.warps == [*tuning.WARPS, 2]
+    start(tuned)
+    assert tuned.warps[-1] == 2 and len(tuned.warps) == len(tuning.WARPS) + 2
+    assert list(json.loads(tuning.device_file().read_text()).values()) == [2]
+
+    tuning.choices.cache_clear()  # another process
+    start(tuned)
+    assert len(tuned.warps) == len(tuning.WARPS) + 3 and tuned.warps[-1] == 2
+    start(tuned, rows=5)  # another shape
+    assert len(tuned.warps) == 2 * len(tuning.WARPS) + 4
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(tuned, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    start(tuned)
+    assert tuned.warps == [4]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": 3}', "\x00"])
+def test_a_damaged_file_is_written_anew(tuned, text):
+    tuning.device_file().parent.mkdir(parents=True)
+    tuning.device_file().write_text(text)
+    start(tuned)
+    assert tuned.warps[-1] == 2
+    assert list(json.loads(tuning.device_file().read_text()).values()) == [2]
+
+
+def test_a_cache_that_cannot_be_written_stops_nobody(tuned, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "file"))
+    start(tuned)
+    start(tuned)
+    assert tuned.warps == [*tuning.WARPS, 2, 2]
+
+
+def test_heuristics_decide_where_nobody_asked(tuned, monkeypatch):
+    monkeypatch.delenv("FACTORKIT_TUNE")
+    start(tuned)
+    assert tuned.warps == [4] and not tuning.device_file().exists()
+
+
+def test_a_thread_may_use_the_registers_there_are():
+    assert [tiles.options(warps)["maxnreg"] for warps in tuning.WARPS] == [255, 255, 255, 255, 128]
