@@ -1,6 +1,10 @@
 #include "composite.h"
 
+#include <algorithm>
+#include <vector>
+
 #include "simd.h"
+#include "threads.h"
 
 namespace factorkit {
 namespace {

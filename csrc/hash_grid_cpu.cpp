@@ -1,6 +1,10 @@
 #include "hash_grid.h"
 
+#include <algorithm>
+#include <vector>
+
 #include "simd.h"
+#include "threads.h"
 
 namespace factorkit {
 namespace {

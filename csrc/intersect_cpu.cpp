@@ -1,6 +1,6 @@
 #include "intersect.h"
 
-#include "simd.h"
+#include "threads.h"
 
 namespace factorkit {
 

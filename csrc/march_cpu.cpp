@@ -1,6 +1,7 @@
 #include "march.h"
 
 #include "simd.h"
+#include "threads.h"
 
 namespace factorkit {
 namespace {

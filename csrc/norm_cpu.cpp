@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "simd.h"
+#include "threads.h"
 
 namespace factorkit {
 namespace {

@@ -1,6 +1,6 @@
 #include "resample.h"
 
-#include "simd.h"
+#include "threads.h"
 
 namespace factorkit {
 

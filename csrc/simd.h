@@ -1,13 +1,8 @@
-// Arithmetic that the compiler can vectorise, and the loop over threads; shared by the CPU implementations.
+// Arithmetic that the compiler can vectorise, shared by the CPU implementations.
 #pragma once
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <thread>
-#include <vector>
 
 #include "half.h"
 
@@ -43,30 +38,5 @@ FACTORKIT_INLINE float fast_exp(float x) {
 }
 
 FACTORKIT_INLINE float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
-
-// Runs body(begin, end) over [0, count) in as many contiguous pieces as there are threads.
-inline void parallel_for(std::int64_t count, int threads, const std::function<void(std::int64_t, std::int64_t)>& body) {
-    std::int64_t pieces = std::min<std::int64_t>(count, std::max(1, threads));
-    if (pieces <= 1) {
-        if (count > 0) body(0, count);
-        return;
-    }
-    std::vector<std::thread> workers;
-    for (std::int64_t i = 1; i < pieces; ++i)
-        workers.emplace_back(body, count * i / pieces, count * (i + 1) / pieces);
-    body(0, count / pieces);
-    for (std::thread& worker : workers) worker.join();
-}
-
-// The same where the work per index varies, as over ragged rays: threads take the next `block` indices when they are
-// free.
-inline void parallel_for_uneven(std::int64_t count, std::int64_t block, int threads,
-                                const std::function<void(std::int64_t, std::int64_t)>& body) {
-    const std::int64_t blocks = (count + block - 1) / block;
-    std::atomic<std::int64_t> next{0};
-    parallel_for(std::min<std::int64_t>(blocks, std::max(1, threads)), threads, [&](std::int64_t, std::int64_t) {
-        for (std::int64_t i = next++; i < blocks; i = next++) body(i * block, std::min(count, (i + 1) * block));
-    });
-}
 
 }  // namespace factorkit

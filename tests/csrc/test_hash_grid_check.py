@@ -23,7 +23,7 @@ def build(folder: Path, flags: list[str], *sources: Path) -> Path:
     probe.write_text("int main() { return 0; }\n")
     if subprocess.run([*CXX, *common, str(probe), "-o", str(folder / "probe")], capture_output=True).returncode:
         pytest.skip(f"{CXX[0]} does not take {' '.join(flags)}")
-    files = [HERE / "hash_grid_check.cpp", CSRC / "hash_grid_cpu.cpp", *sources]
+    files = [HERE / "hash_grid_check.cpp", CSRC / "hash_grid_cpu.cpp", CSRC / "threads_cpu.cpp", *sources]
     includes = [f"-I{CSRC}", f"-I{HERE / 'emulation'}"]
     command = [*CXX, *common, *includes, *map(str, files), "-o", str(folder / "check")]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -28,6 +28,7 @@ def build(folder: Path, flags: list[str], sources: list[Path]) -> Path:
         *flags,
         *includes,
         str(HERE / "rendering_check.cpp"),
+        str(CSRC / "threads_cpu.cpp"),
         *map(str, sources),
         "-o",
         str(program),
