@@ -8,6 +8,7 @@ from factorkit.data.procedural import flowers
 from factorkit.data.procedural_scene import procedural_views
 from factorkit.data.sources import Source, open_source
 from factorkit.data.views import Views
+from factorkit.data.views_open import open_views
 
 __all__ = [
     "BrokenImage",
@@ -20,6 +21,7 @@ __all__ = [
     "load_labelled",
     "open_dataset",
     "open_source",
+    "open_views",
     "prepare",
     "procedural_dataset",
     "procedural_views",
