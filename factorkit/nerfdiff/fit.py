@@ -1,0 +1,80 @@
+"""A field fitted to views: with their poses given, free, or refined from where a search left them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from factorkit.engine.loop import StepLoss
+from factorkit.engine.streams import BatchDraw
+from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.nerfdiff.fields import Field
+from factorkit.nerfdiff.rays import Optics, render_pixels
+from factorkit.nerfdiff.scene import Scene, picked
+
+ROUGHNESS = 1e-3  # weight of the field's roughness beside the mean squared error
+FIELD_BETAS = (0.9, 0.99)  # a cell is seen by few rays a step: moments over a thousand steps would be of another scene
+
+
+class Fit(nn.Module):
+    """A field and where its views were taken from.
+
+    Args:
+        poses: a module that answers the poses [B, 4, 4] of view indices [B].
+    """
+
+    def __init__(self, field: Field, poses: nn.Module, optics: Optics, size: tuple[int, int], samples: int):
+        super().__init__()
+        self.field, self.poses = field, poses
+        self.optics, self.size, self.samples = optics, size, samples
+
+    def forward(self, indices: Tensor, pixels: Tensor, seed: int, **options: Any) -> Tensor:
+        """Colours [B, R, 3] of pixels [B, R] of views [B]; ``options`` go to the poses."""
+        poses = self.poses(indices, **options)
+        return render_pixels(self.field, poses, self.optics, pixels, self.size, self.samples, seed)
+
+
+class FitTask:
+    """Squared errors of random rays through the views.
+
+    Args:
+        config: of the stage.
+        chosen: indices of the views to fit; None: all.
+    """
+
+    capturable = False  # steps along a ray are jittered by a number the host knows
+
+    def __init__(self, config: NerfdiffConfig, scene: Scene, model: Fit, chosen: Tensor | None = None):
+        self.config, self.scene, self.model = config, scene, model
+        self.chosen = torch.arange(len(scene.images)) if chosen is None else chosen
+        self.size = len(self.chosen)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The field at the stage's learning rate; poses, where they are free, at theirs."""
+        groups = [{"params": list(self.model.field.parameters()), "scale": 1.0, "betas": FIELD_BETAS}]
+        poses = [p for p in self.model.poses.parameters() if p.requires_grad]
+        scale = self.config.pose_learning_rate / self.config.learning_rate
+        return groups + ([{"params": poses, "scale": scale, "betas": FIELD_BETAS}] if poses else [])
+
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: int) -> StepLoss:
+        which = self.chosen[indices]
+        images = self.images(int(step))[which.to(self.scene.images.device)]
+        pixels = draw.integers(0, images.shape[2] * images.shape[3], self.config.rays)
+        seen = model(which, pixels, int(step), **self.options(draw, int(step)))
+        error = (seen - picked(images, pixels)).square().mean((1, 2))
+        objective = error + ROUGHNESS * self.model.field.roughness()
+        return StepLoss(objective, error, torch.zeros_like(error), {})
+
+    def images(self, step: int) -> Tensor:
+        """What the views are compared with at this step, [V, 3, H, W]."""
+        return self.scene.images
+
+    def options(self, draw: BatchDraw, step: int) -> dict[str, Tensor]:
+        """What else the poses are to know."""
+        return {}
+
+    def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,40 @@
+"""The flip test: half of the views fit a fresh field, the other half choose where they stand by it, and in turn.
+
+Views on the wrong side of a nearly symmetric scene agree with a field that they took part in fitting, which grows two
+fronts for them. A field that never saw a view has no such comfort to give.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from factorkit.nerfdiff.fields import Field
+from factorkit.nerfdiff.poses import orbit_poses, turned
+from factorkit.nerfdiff.rays import render_views
+from factorkit.nerfdiff.scene import Scene
+
+TURNS = (0.0, 90.0, 180.0, 270.0)
+
+
+def halves(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two random halves of so many indices, each in order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[: count // 2].sort().values, order[count // 2 :].sort().values
+
+
+@torch.no_grad()
+def best_turns(field: Field, scene: Scene, direction: Tensor, chosen: Tensor, samples: int) -> Tensor:
+    """Degrees about z [len(chosen)], one of :data:`TURNS`, by which these views agree best with the field.
+
+    Args:
+        direction: of all views, [V, 3].
+        chosen: indices of the views that choose.
+    """
+    images = scene.images[chosen].movedim(1, -1)
+    errors = []
+    for turn in TURNS:
+        poses = orbit_poses(turned(direction[chosen], turn), scene.distance)
+        seen = render_views(field, poses, scene.optics, scene.size, samples).color
+        errors.append((seen - images).square().mean((1, 2, 3)))
+    return torch.tensor(TURNS).to(direction)[torch.stack(errors, 1).argmin(1)]

@@ -1,0 +1,75 @@
+"""Nerfdiff (thesis chapter 3): to denoise a view, say where it was taken from and render the scene from there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from factorkit.diffusion.denoiser import Denoised, Denoiser
+from factorkit.nerfdiff.candidates import Candidates
+from factorkit.nerfdiff.encoder import PoseEncoder
+from factorkit.nerfdiff.fields import Field
+from factorkit.nerfdiff.rays import Optics, render_views
+
+
+class Cameras(NamedTuple):
+    """The bottleneck: candidate poses [B, N, 4, 4], their scores [B, N], and the candidate of the best score [B]."""
+
+    poses: Tensor
+    scores: Tensor
+    chosen: Tensor
+
+    @property
+    def best(self) -> Tensor:
+        """The chosen poses [B, 4, 4]."""
+        return self.poses[torch.arange(len(self.chosen), device=self.chosen.device), self.chosen]
+
+
+def to_signal(images: Tensor) -> Tensor:
+    """Radiance in [0, 1] to the network's range [-1, 1]; :func:`to_radiance` leads back."""
+    return 2 * images - 1
+
+
+def to_radiance(signal: Tensor) -> Tensor:
+    """The network's range [-1, 1] to radiance in [0, 1]."""
+    return (signal + 1) / 2
+
+
+class NerfdiffModel(Denoiser):
+    """Encoder, candidates and field in one: its prediction is the clean view, seen from the camera of the best score.
+
+    Args:
+        encoder, candidates, field: the parts.
+        views: a pose for each training view, [V, 4, 4], as the search and refinement left them.
+        optics: of the scene.
+        size: height and width of the views.
+        samples: steps along a ray.
+    """
+
+    def __init__(
+        self, encoder: PoseEncoder, candidates: Candidates, field: Field, views: Tensor, optics: Optics,
+        size: tuple[int, int], samples: int,
+    ):  # fmt: skip
+        super().__init__()
+        self.encoder, self.candidates, self.field = encoder, candidates, field
+        self.size, self.samples = tuple(size), samples
+        self.register_buffer("views", views)
+        self.register_buffer("intrinsics", optics.intrinsics)
+        self.register_buffer("background", optics.background)
+
+    @property
+    def optics(self) -> Optics:
+        return Optics(self.intrinsics, self.background)
+
+    def cameras(self, x_t: Tensor, t: Tensor) -> Cameras:
+        """The candidates for views x_t [B, 3, H, W], in [-1, 1] plus noise, at times t [B]."""
+        raw, scores = self.encoder(x_t, t)
+        return Cameras(self.candidates(raw), scores, scores.argmax(1))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: None = None) -> Denoised:
+        """The clean view [B, 3, H, W] in [-1, 1] that x_t is taken for, without gradient, and its cameras."""
+        found = self.cameras(x_t, t)
+        seen = render_views(self.field, found.best, self.optics, tuple(x_t.shape[2:]), self.samples)
+        return Denoised(to_signal(seen.color.movedim(-1, 1)), found)

@@ -1,0 +1,111 @@
+"""Balanced dictionary search: every view takes one of a fixed set of directions, and a field grows that agrees.
+
+Each direction has to take its share of the views, at a temperature that falls; without that, all views end up in one
+place. Field and views begin blurred and sharpen as the temperature falls.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from factorkit.data.views import resize_area, target_size
+from factorkit.engine.streams import BatchDraw, derived_seed
+from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
+from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.nerfdiff.fields import Field
+from factorkit.nerfdiff.fit import Fit, FitTask
+from factorkit.nerfdiff.poses import orbit_poses
+from factorkit.nerfdiff.rays import Optics, render_views
+from factorkit.nerfdiff.scene import Scene, blurred
+
+ANNEALED = 0.6  # share of the steps over which temperature and blur fall to nothing
+EVERY = 10  # steps between assignments
+COMPARED = 16  # pixels along the longer side of the pictures that are compared
+TEMPERATURE = (0.02, 0.3)  # at the end and at the beginning, in units of a view's spread of errors
+BLUR = 0.094  # of the views at the beginning, in units of the longer side
+SHAKE = 0.04  # standard deviation of the directions while the temperature falls: cells are no points
+
+
+class AssignedPoses(nn.Module):
+    """Views [V] that stand at directions [D, 3] of a dictionary; which one is state, not parameter."""
+
+    def __init__(self, directions: Tensor, assigned: Tensor, distance: float):
+        super().__init__()
+        self.distance = distance
+        self.register_buffer("directions", directions)
+        self.register_buffer("assigned", assigned)
+
+    def forward(self, indices: Tensor, shake: Tensor | None = None) -> Tensor:
+        """Poses [B, 4, 4] of these views, their directions shaken by [B, 3]."""
+        direction = self.directions[self.assigned[indices]]
+        return orbit_poses(direction if shake is None else direction + shake, self.distance)
+
+
+class SearchTask(FitTask):
+    """The search. ``model.poses`` is :class:`AssignedPoses`, which starts anywhere: a first field of noise is a worse
+    guide than chance."""
+
+    def __init__(self, config: NerfdiffConfig, scene: Scene, field: Field, directions: Tensor):
+        generator = torch.Generator().manual_seed(derived_seed("first assignment", config.seed))
+        assigned = torch.randint(len(directions), (len(scene.images),), generator=generator)
+        poses = AssignedPoses(directions, assigned, scene.distance)
+        super().__init__(config, scene, Fit(field, poses, scene.optics, scene.size, config.samples))
+        self._blurred: tuple[float, Tensor] = (0.0, scene.images)
+
+    def heat(self, step: int) -> float:
+        """1 at the beginning, 0 once annealed."""
+        return max(0.0, 1 - step / (ANNEALED * self.config.steps))
+
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: int):
+        heat = self.heat(int(step))
+        self.model.field.coarseness = heat
+        if draw.rows.start == 0 and int(step) and int(step) % EVERY == 0:
+            self._assign(int(step), heat)
+        return super().loss(model, indices, draw, step)
+
+    def images(self, step: int) -> Tensor:
+        sigma = round(self.heat(step // EVERY * EVERY) * BLUR * max(self.scene.size), 2)
+        if self._blurred[0] != sigma:
+            self._blurred = sigma, blurred(self.scene.images, sigma)
+        return self._blurred[1]
+
+    def options(self, draw: BatchDraw, step: int) -> dict[str, Tensor]:
+        return {"shake": SHAKE * draw.normal(3)} if self.heat(step) else {}
+
+    @torch.no_grad()
+    def errors(self, step: int) -> Tensor:
+        """Mean squared difference [V, D] between every view and the field seen from every direction."""
+        poses = self.model.poses
+        return dictionary_errors(
+            self.model.field, poses.directions, poses.distance, self.scene.optics, self.images(step),
+            self.config.samples,
+        )  # fmt: skip
+
+    def _assign(self, step: int, heat: float) -> None:
+        errors = self.errors(step)
+        if heat == 0:
+            self.model.poses.assigned.copy_(errors.argmin(1))
+            return
+        low, high = TEMPERATURE
+        generator = torch.Generator().manual_seed(derived_seed("assign", self.config.seed, step))
+        uniform = torch.rand(len(errors), generator=generator).to(errors.device)
+        plan = balanced_plan(spread(errors), low + (high - low) * heat)
+        self.model.poses.assigned.copy_(drawn(plan, uniform))
+
+
+@torch.no_grad()
+def dictionary_errors(
+    field: Field, directions: Tensor, distance: float, optics: Optics, images: Tensor, samples: int
+) -> Tensor:
+    """Mean squared difference [V, D] of images [V, 3, H, W] and the field seen from directions [D, 3], both small."""
+    size = target_size(min(COMPARED, max(images.shape[2:])), *images.shape[2:])
+    seen = render_views(field, orbit_poses(directions, distance), optics, size, samples).color
+    small = resize_area(images, *size).movedim(1, -1)
+    return torch.cdist(small.flatten(1), seen.flatten(1)).square() / seen[0].numel()
+
+
+def directions_of(poses: Tensor) -> Tensor:
+    """Unit vectors [..., 3] from the origin to cameras [..., 4, 4]."""
+    return F.normalize(poses[..., :3, 3], dim=-1)

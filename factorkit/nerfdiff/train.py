@@ -1,0 +1,197 @@
+"""``factorkit.train_nerfdiff``: views in, a run folder with cameras, scene and model out."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from factorkit.data.procedural_scene import procedural_views
+from factorkit.data.views import Views
+from factorkit.engine import distributed
+from factorkit.engine.config import cpu_threads, resolve_device
+from factorkit.engine.folder import claim, held
+from factorkit.engine.loop import Trainer
+from factorkit.engine.streams import derived_seed
+from factorkit.errors import DataError
+from factorkit.nerfdiff.build import build_model
+from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
+from factorkit.nerfdiff.distil import DistilTask
+from factorkit.nerfdiff.fields import Field, build_field
+from factorkit.nerfdiff.fit import Fit, FitTask
+from factorkit.nerfdiff.flip import best_turns, halves
+from factorkit.nerfdiff.poses import FreePoses, OrbitPoses, dictionary, turned
+from factorkit.nerfdiff.run import NerfdiffRun
+from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
+from factorkit.nerfdiff.scoring import keep_given
+from factorkit.nerfdiff.search import SearchTask, directions_of
+
+HALF_STEPS = 100  # of the fresh fields of the flip test
+HALF_FIELD = 20  # vertices along each side of theirs
+PROCEDURAL = 80  # views where none are given
+
+
+def train_nerfdiff(
+    data: Any = None, *, out: str | Path | None = None, preset: str | None = None, progress: bool = True,
+    **changes: Any,
+) -> NerfdiffRun:  # fmt: skip
+    """Find the cameras and the scene behind views; the same call again resumes, exactly.
+
+    Args:
+        data: :class:`factorkit.data.views.Views`, or whatever :func:`factorkit.data.views.open_views` reads; None: the
+            procedural scene the package ships. Poses among the data are used with ``poses="known"`` alone, and else
+            kept to score the result by.
+        out: the run folder; None: ``runs/nerfdiff-<preset>``.
+        preset: see :data:`factorkit.nerfdiff.config.PRESETS`; None: ``"demo"`` without data, else ``"fast"``.
+        progress: show progress bars.
+        **changes: any field of :class:`~factorkit.nerfdiff.config.NerfdiffConfig`.
+
+    Returns:
+        The finished run: predict_pose, reconstruct, render_path, sample, evaluate, save.
+
+    Raises:
+        ConfigError: a setting or combination that cannot work.
+        DataError: no usable views.
+        CheckpointError: the folder holds another run, or a checkpoint cannot be written or read.
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
+    """
+    preset = preset or ("demo" if data is None else "fast")
+    config = preset_config(preset, **changes)
+    device = distributed.local_device(resolve_device(config.device))
+    distributed.join(device)
+    folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
+    views = open_data(data, config)
+    scene = open_scene(views, config.resolution, device)
+    if len(scene.images) < config.cameras:
+        raise DataError(f"{len(scene.images)} views are fewer than cameras={config.cameras} candidates; give more")
+    settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": describe(scene)}
+    if distributed.rank() == 0:
+        claim(folder, settings, config.RESUMABLE)
+        keep_given(folder, views)
+    distributed.barrier()
+    with cpu_threads(config.threads), held(folder):
+        Training(config, scene, folder, settings, progress).run()
+        return NerfdiffRun.load(folder, device=device)
+
+
+def open_data(data: Any, config: NerfdiffConfig) -> Views:
+    """The views behind what a user gave."""
+    if isinstance(data, Views):
+        return data
+    if data is None:
+        return procedural_views(PROCEDURAL, config.resolution)
+    from factorkit.data.views_open import open_views
+
+    return open_views(data, "train", config.resolution)
+
+
+def describe(scene: Scene) -> dict[str, Any]:
+    """What identifies the views, and the model's shape."""
+    digest = hashlib.sha256(scene.images.cpu().numpy().tobytes()).hexdigest()[:16]
+    return {"views": len(scene.images), "size": list(scene.size), "layout": scene.layout, "sha256": digest}
+
+
+class Training:
+    """The stages of a run, each a Trainer with checkpoints of its own under ``stages/``; the last is the run itself.
+
+    A stage that is finished is read back and passed over, so that a killed run goes on in the stage it was in.
+    """
+
+    def __init__(self, config: NerfdiffConfig, scene: Scene, folder: Path, settings: dict[str, Any], progress: bool):
+        self.config, self.scene, self.folder, self.settings = config, scene, folder, settings
+        self.progress, self.device = progress, scene.images.device
+
+    def run(self) -> None:
+        """Train every stage that is not finished yet."""
+        config, scene = self.config, self.scene
+        if config.poses == "known":
+            poses = FreePoses(require_poses(scene))
+            fitted = self.fit("fit", build_field(config.field, config.grid, config.seed), poses.requires_grad_(False))
+        elif config.poses == "learned":
+            fitted = self.fit("fit", build_field(config.field, config.grid, config.seed), self.one_start())
+        else:
+            fitted = self.dictionary_search()
+        self.distil(fitted)
+
+    def trainer(self, name: str, task, folder: Path | None = None, **changes: Any) -> nn.Module:
+        """Train a stage to its end; answers its averaged model."""
+        config = self.config.stage(name, **changes)
+        where = folder or self.folder / "stages" / name
+        meta = self.settings | {"stage": name}
+        shown = {"device": self.device, "progress": self.progress, "report": folder is not None}
+        return Trainer(task(config), config, where, meta, **shown).run()
+
+    def fit(self, name: str, field: Field, poses: nn.Module, chosen: Tensor | None = None, **changes: Any) -> Fit:
+        """Fit a field to the views, and the poses where they are free."""
+        config, scene = self.config, self.scene
+        model = Fit(field, poses, scene.optics, scene.size, config.samples)
+        changes = {
+            "steps": config.field_steps, "batch_size": config.views, "learning_rate": config.field_learning_rate,
+            "decay": 0.5, "ema": 0.0, **changes,
+        }  # fmt: skip
+        return self.trainer(name, lambda stage: FitTask(stage, scene, model, chosen), **changes)
+
+    def one_start(self) -> nn.Module:
+        """All views at one pose, free to leave it (Wang et al. 2021)."""
+        count = len(self.scene.images)
+        if self.scene.layout == "forward":
+            return FreePoses(torch.eye(4).repeat(count, 1, 1))
+        middle = sum(self.config.elevations) / 2
+        generator = torch.Generator().manual_seed(derived_seed("one start", self.config.seed))
+        start = dictionary(1, [middle]).repeat(count, 1) + 0.01 * torch.randn(count, 3, generator=generator)
+        return OrbitPoses(start, self.scene.distance, self.config.freedom)
+
+    def dictionary_search(self) -> Fit:
+        """Search, refinement and flip test."""
+        config, scene = self.config, self.scene
+        low, high = config.elevations
+        rings = [low + (high - low) * (i + 0.5) / config.rings for i in range(config.rings)]
+        directions = dictionary(config.azimuths, rings).to(self.device)
+        field = build_field(config.field, config.search_field, config.seed)
+        found = self.trainer(
+            "search", lambda stage: SearchTask(stage, scene, field, directions), steps=config.search_steps,
+            batch_size=config.views, learning_rate=config.search_learning_rate, decay=0.0, ema=0.0,
+        )  # fmt: skip
+        direction = found.poses.directions[found.poses.assigned]
+        fitted = self.refine("refine", found.field.refined(config.grid), direction)
+        direction = directions_of(fitted.poses().detach())
+        kept, moved = direction, 0
+        for number in range(config.flip_rounds):
+            direction, moved = self.flip_round(number, direction)
+            if not moved:
+                break
+        if (direction != kept).any():
+            field = build_field(config.field, config.grid, config.seed)
+            fitted = self.refine("refine again", field, direction)
+        return fitted
+
+    def refine(self, name: str, field: Field, direction: Tensor) -> Fit:
+        return self.fit(name, field, OrbitPoses(direction, self.scene.distance, self.config.freedom))
+
+    def flip_round(self, number: int, direction: Tensor) -> tuple[Tensor, int]:
+        """One round over both halves: the directions after it, and how many views were turned."""
+        config, direction, moved = self.config, direction.clone(), 0
+        both = halves(len(direction), derived_seed("halves", config.seed, number))
+        for name, (fitting, choosing) in zip("ab", (both, both[::-1]), strict=True):
+            poses = OrbitPoses(direction, self.scene.distance).requires_grad_(False)
+            field = build_field("grid", HALF_FIELD, derived_seed("half", config.seed, number) % 2**31)
+            fitted = self.fit(
+                f"flip {number}{name}", field, poses, fitting, steps=HALF_STEPS, learning_rate=0.08, decay=0.0,
+                keep_checkpoints=1,
+            )  # fmt: skip
+            turns = best_turns(fitted.field, self.scene, direction, choosing, config.samples)
+            direction[choosing] = turned(direction[choosing], turns)
+            moved += int((turns != 0).sum())
+        return direction, moved
+
+    def distil(self, fitted: Fit) -> None:
+        """Teach the encoder; the run's own checkpoints are of the whole model."""
+        torch.manual_seed(derived_seed("weights", self.config.seed))
+        scene = self.scene
+        with torch.no_grad():
+            views = fitted.poses().detach()
+        model = build_model(self.config, self.settings["scene"], scene.optics, fitted.field, views)
+        self.trainer("distil", lambda stage: DistilTask(stage, scene, model), folder=self.folder)
