@@ -32,6 +32,9 @@ class NerfdiffConfig(EngineConfig):
     timesteps: int = 100
     """T, the length of the noise schedule."""
 
+    t_power: float = 1.5
+    """Levels of noise are T u^t_power of even u; 1: all alike (the thesis)."""
+
     cameras: int = 8
     """N, candidate cameras for each view."""
     candidates: Literal["look_at", "thesis", "single"] = "look_at"
@@ -111,6 +114,8 @@ class NerfdiffConfig(EngineConfig):
             raise ConfigError(f"elevations={self.elevations} must rise and lie within -89 and 89 degrees")
         if self.width % 2:
             raise ConfigError(f"width={self.width} must be even: half of the time embedding is cosines, half sines")
+        if not 0 < self.t_power:
+            raise ConfigError(f"t_power={self.t_power} must be positive")
         if not 0 <= self.classification_weight:
             raise ConfigError(f"classification_weight={self.classification_weight} must be 0 or more")
 
@@ -132,6 +137,12 @@ _FAST = {
     "checkpoint_every": 100, "sample_every": 0, "log_every": 20, "keep_checkpoints": 2,
 }  # fmt: skip
 
+#: what search="joint" changes of a preset of the robust recipe
+_JOINT = {
+    "steps": 1500, "batch_size": 16, "decay": 0.4, "cameras": 12, "classification_weight": 0.01, "t_power": 2.0,
+    "rays": 128, "grid": 24, "samples": 28,
+}  # fmt: skip
+
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": _FAST,
     "fast": _FAST,
@@ -146,6 +157,9 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
     """
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    config = NerfdiffConfig.from_dict({**(PRESETS[preset] if preset else {}), **changes})
+    settings = PRESETS[preset] if preset else {}
+    if changes.get("search") == "joint" and settings.get("search", "dictionary") == "dictionary":
+        settings = settings | _JOINT
+    config = NerfdiffConfig.from_dict({**settings, **changes})
     config.validate()
     return config

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.loop import StepLoss
 from factorkit.engine.streams import BatchDraw, derived_seed
+from factorkit.nerfdiff.alarms import pose_alarms
 from factorkit.nerfdiff.candidates import Candidates
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.model import NerfdiffModel, to_signal
+from factorkit.nerfdiff.model import NerfdiffModel, noisy, to_signal
 from factorkit.nerfdiff.poses import directions, orbit_poses
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.scene import Scene
@@ -26,13 +27,16 @@ SHAKE = 3.0  # degrees by which the elevations of rendered views depart from fou
 class DistilTask:
     """The candidate nearest to a view's pose is to get the score, and to move there.
 
-    The field stays as it is. Levels of noise are drawn with more weight on the low ones, where a pose can be told.
+    The field stays as it is.
+
+    Args:
+        doubled: as :func:`factorkit.nerfdiff.alarms.pose_alarms` takes it.
     """
 
     capturable = False
 
-    def __init__(self, config: NerfdiffConfig, scene: Scene, model: NerfdiffModel):
-        self.config, self.scene, self.model = config, scene, model
+    def __init__(self, config: NerfdiffConfig, scene: Scene, model: NerfdiffModel, doubled: float | None = None):
+        self.config, self.scene, self.model, self.doubled = config, scene, model, doubled
         model.field.requires_grad_(False)
         self.schedule = Schedule(config.timesteps, device=scene.images.device)
         images, poses = scene.images, model.views
@@ -58,10 +62,8 @@ class DistilTask:
         config = self.config
         rows = indices.to(self.images.device)
         x0, poses = to_signal(self.images[rows]), self.poses[rows]
-        t = (draw.uniform() ** 1.5 * config.timesteps).long()
-        eps = draw.normal(*x0.shape[1:])
-        x_t = self.schedule.noise(x0, eps, t) if config.noise else x0
-        found = self.model.cameras(x_t, t if config.noise else torch.zeros_like(t))
+        x_t, t = noisy(x0, self.schedule, config, draw)
+        found = self.model.cameras(x_t, t)
         wanted = nearest_candidate(self.model.candidates, found.poses, poses)
         picked = found.poses[torch.arange(len(wanted)), wanted]
         away = pose_distance(picked, poses, self.scene.distance)
@@ -72,7 +74,8 @@ class DistilTask:
         return StepLoss(objective, away, t / config.timesteps, {"classified": right})
 
     def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
-        return {}
+        """What is wrong with the poses that were found."""
+        return pose_alarms(model.views, doubled=self.doubled) if self.scene.layout == "object" else {}
 
 
 def nearest_candidate(candidates: Candidates, found: Tensor, poses: Tensor) -> Tensor:

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from factorkit.diffusion.denoiser import Denoised, Denoiser
+from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.streams import BatchDraw
 from factorkit.nerfdiff.candidates import Candidates
+from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.encoder import PoseEncoder
 from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.rays import Optics, render_views
@@ -35,6 +38,18 @@ def to_signal(images: Tensor) -> Tensor:
 def to_radiance(signal: Tensor) -> Tensor:
     """The network's range [-1, 1] to radiance in [0, 1]."""
     return (signal + 1) / 2
+
+
+def noisy(x0: Tensor, schedule: Schedule, config: NerfdiffConfig, draw: BatchDraw) -> tuple[Tensor, Tensor]:
+    """What the encoder reads in training: views x0 [B, 3, H, W] at random levels of noise, and those levels [B].
+
+    Levels are T u^t_power of even u: above 1 the low ones, where a pose can be told, come more often. Without noise
+    the views themselves, at level 0.
+    """
+    if not config.noise:
+        return x0, torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
+    t = (draw.uniform() ** config.t_power * config.timesteps).long()
+    return schedule.noise(x0, draw.normal(*x0.shape[1:]), t), t
 
 
 class NerfdiffModel(Denoiser):

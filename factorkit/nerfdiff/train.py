@@ -16,13 +16,15 @@ from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.folder import claim, held
 from factorkit.engine.loop import Trainer
 from factorkit.engine.streams import derived_seed
-from factorkit.errors import DataError
+from factorkit.errors import ConfigError, DataError
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
 from factorkit.nerfdiff.distil import DistilTask
 from factorkit.nerfdiff.fields import Field, build_field
 from factorkit.nerfdiff.fit import Fit, FitTask
 from factorkit.nerfdiff.flip import best_turns, halves
+from factorkit.nerfdiff.joint import JointTask
+from factorkit.nerfdiff.model import NerfdiffModel
 from factorkit.nerfdiff.poses import FreePoses, OrbitPoses, dictionary, turned
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
@@ -62,6 +64,8 @@ def train_nerfdiff(
     config = preset_config(preset, **changes)
     device = distributed.local_device(resolve_device(config.device))
     distributed.join(device)
+    if distributed.world_size() > 1:
+        raise ConfigError("nerfdiff trains in one process; start it without torchrun")
     folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
     views = open_data(data, config)
     scene = open_scene(views, config.resolution, device)
@@ -106,15 +110,25 @@ class Training:
 
     def run(self) -> None:
         """Train every stage that is not finished yet."""
-        config, scene = self.config, self.scene
+        config, scene, doubled = self.config, self.scene, None
+        field = build_field(config.field, config.grid, config.seed)
+        if config.poses == "predicted" and config.search == "joint":
+            model = self.model(field, torch.eye(4, device=self.device).repeat(len(scene.images), 1, 1))
+            self.trainer("joint", lambda stage: JointTask(stage, scene, model), folder=self.folder)
+            return
         if config.poses == "known":
-            poses = FreePoses(require_poses(scene))
-            fitted = self.fit("fit", build_field(config.field, config.grid, config.seed), poses.requires_grad_(False))
+            fitted = self.fit("fit", field, FreePoses(require_poses(scene)).requires_grad_(False))
         elif config.poses == "learned":
-            fitted = self.fit("fit", build_field(config.field, config.grid, config.seed), self.one_start())
+            fitted = self.fit("fit", field, self.one_start())
         else:
-            fitted = self.dictionary_search()
-        self.distil(fitted)
+            fitted, doubled = self.dictionary_search()
+        model = self.model(fitted.field, fitted.poses().detach())
+        self.trainer("distil", lambda stage: DistilTask(stage, scene, model, doubled), folder=self.folder)
+
+    def model(self, field: Field, views: Tensor) -> NerfdiffModel:
+        """The whole model around a field, its encoder with fresh weights."""
+        torch.manual_seed(derived_seed("weights", self.config.seed))
+        return build_model(self.config, self.settings["scene"], self.scene.optics, field, views)
 
     def trainer(self, name: str, task, folder: Path | None = None, **changes: Any) -> nn.Module:
         """Train a stage to its end; answers its averaged model."""
@@ -144,8 +158,8 @@ class Training:
         start = dictionary(1, [middle]).repeat(count, 1) + 0.01 * torch.randn(count, 3, generator=generator)
         return OrbitPoses(start, self.scene.distance, self.config.freedom)
 
-    def dictionary_search(self) -> Fit:
-        """Search, refinement and flip test."""
+    def dictionary_search(self) -> tuple[Fit, float]:
+        """Search, refinement and flip test: the fit, and the share of views that the last round still turned."""
         config, scene = self.config, self.scene
         low, high = config.elevations
         rings = [low + (high - low) * (i + 0.5) / config.rings for i in range(config.rings)]
@@ -158,15 +172,15 @@ class Training:
         direction = found.poses.directions[found.poses.assigned]
         fitted = self.refine("refine", found.field.refined(config.grid), direction)
         direction = directions_of(fitted.poses().detach())
-        kept, moved = direction, 0
-        for number in range(config.flip_rounds):
+        kept = direction
+        for number in range(max(1, config.flip_rounds)):
             direction, moved = self.flip_round(number, direction)
             if not moved:
                 break
-        if (direction != kept).any():
+        if config.flip_rounds and (direction != kept).any():
             field = build_field(config.field, config.grid, config.seed)
             fitted = self.refine("refine again", field, direction)
-        return fitted
+        return fitted, moved / len(direction)
 
     def refine(self, name: str, field: Field, direction: Tensor) -> Fit:
         return self.fit(name, field, OrbitPoses(direction, self.scene.distance, self.config.freedom))
@@ -186,12 +200,3 @@ class Training:
             direction[choosing] = turned(direction[choosing], turns)
             moved += int((turns != 0).sum())
         return direction, moved
-
-    def distil(self, fitted: Fit) -> None:
-        """Teach the encoder; the run's own checkpoints are of the whole model."""
-        torch.manual_seed(derived_seed("weights", self.config.seed))
-        scene = self.scene
-        with torch.no_grad():
-            views = fitted.poses().detach()
-        model = build_model(self.config, self.settings["scene"], scene.optics, fitted.field, views)
-        self.trainer("distil", lambda stage: DistilTask(stage, scene, model), folder=self.folder)

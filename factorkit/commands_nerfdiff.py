@@ -1,0 +1,185 @@
+"""What the commands on nerfdiff runs do; see :mod:`factorkit.commands`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import factorkit
+from factorkit.command_words import duration, failures, saying_what_is_saved
+from factorkit.data.procedural_scene import procedural_views
+from factorkit.data.views import Views
+from factorkit.data.views_open import open_views
+from factorkit.engine.folder import write_json
+from factorkit.engine.report import write_report
+from factorkit.errors import ConfigError
+from factorkit.flag_types import Result
+from factorkit.nerfdiff.frames import to_uint8, write_frames
+from factorkit.nerfdiff.run import NerfdiffRun, Pictures
+from factorkit.nerfdiff.train import PROCEDURAL, train_nerfdiff
+
+DEMO_DEGREES = 1.0  # the demo's mark: median of the found cameras' rotation errors
+DEMO_HELD_OUT = 20  # further views of the procedural scene
+SHOWN = 10  # steps of a trajectory, pictures on a contact sheet
+
+
+def train(data: Path | None, out: Path, preset: str | None, changes: dict[str, Any]) -> Result:
+    """Train, or resume; see :func:`factorkit.train_nerfdiff`."""
+    start = time.perf_counter()
+    with saying_what_is_saved(out):
+        run = train_nerfdiff(data, out=out, preset=preset, **changes)
+    failed = failures(out)
+    found = {"run": str(out), "report": str(out / "report.html"), "failures": failed, "scores": run.scores}
+    lines = ["No alarm went off."] if not failed else ["This run FAILED:", *(f"  - {words}" for words in failed)]
+    lines += ["", f"run     {out}", f"report  {found['report']}", f"time    {duration(time.perf_counter() - start)}"]
+    return found, "\n".join(lines)
+
+
+def demo(out: Path, seed: int) -> Result:
+    """Find the cameras of the procedural scene and judge them."""
+    start = time.perf_counter()
+    views = procedural_views(PROCEDURAL + DEMO_HELD_OUT, 32)
+    training, held_out = views.select(slice(0, PROCEDURAL)), views.select(slice(PROCEDURAL, None))
+    with saying_what_is_saved(out):
+        run = train_nerfdiff(training, out=out, preset="demo", seed=seed)
+    scores = run.evaluate(held_out)
+    write_report(out)
+    orbit = write_frames(out / "orbit.gif", run.render_path("orbit", size=64, frames=30).images)
+    failed = failures(out)
+    if scores["rotation_median_deg"] > DEMO_DEGREES or scores["under_10_deg"] < 1:
+        failed = [f"cameras {scores['rotation_median_deg']:.2f} degrees off in the median", *failed]
+    found = {**scores, "failures": failed, "seed": seed, "seconds": time.perf_counter() - start, "orbit": str(orbit),
+             "report": str(out / "report.html")}  # fmt: skip
+    words = "It worked: every camera was found." if not failed else "This run FAILED: " + "; ".join(failed)
+    lines = [score_table(scores), "", words, "", f"time    {duration(found['seconds'])}", f"orbit   {orbit}",
+             f"report  {out / 'report.html'}"]  # fmt: skip
+    return found, "\n".join(lines)
+
+
+def evaluate(path: Path, views: Path, split: str | None, device: str) -> Result:
+    """Scores on views with true poses."""
+    run = load(path, device)
+    opened = open_views(views, split, max(run.model.size), background_of(run))
+    scores = run.evaluate(opened)
+    if run.folder is not None:
+        write_report(run.folder)
+    return scores, score_table(scores)
+
+
+def pose(path: Path, paths: Sequence[Path], out: Path | None, device: str) -> Result:
+    """Camera-to-world matrices of pictures."""
+    run = load(path, device)
+    views = pictures_of(run, paths)
+    found = run.predict_pose(views)
+    frames = [
+        {"name": name, "camera_to_world": matrix, "scores": scores}
+        for name, matrix, scores in zip(views.names, found.poses.tolist(), found.scores.tolist(), strict=True)
+    ]
+    if out is not None:
+        write_json(out, {"frames": frames})
+    lines = [f"{f['name']}: at " + ", ".join(f"{row[3]:.3f}" for row in f["camera_to_world"][:3]) for f in frames]
+    return {"frames": frames, "out": None if out is None else str(out)}, "\n".join(lines)
+
+
+def reconstruct(path: Path, paths: Sequence[Path], out: Path, size: int | None, device: str) -> Result:
+    """Renders from the predicted poses of pictures."""
+    run = load(path, device)
+    views = pictures_of(run, paths)
+    seen = run.reconstruct(views, size)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, image, depth in zip(views.names, to_uint8(seen.images), depth_images(seen), strict=True):
+        place = out / name.replace("/", "_")
+        Image.fromarray(image).save(place.with_suffix(".png"))
+        Image.fromarray(depth).save(place.with_name(place.stem + "_depth.png"))
+    rows = np.stack([to_uint8(views.resized(seen.images.shape[2:]).images), to_uint8(seen.images)])[:, :SHOWN]
+    sheet = out / "contact_sheet.png"
+    tiled(rows).save(sheet)
+    found = {"out": str(out), "reconstructed": len(views), "contact_sheet": str(sheet)}
+    return found, f"{len(views)} reconstructed: {out}\ncontact sheet: {sheet}"
+
+
+def render(path: Path, out: Path, kind: str, frames: int, size: int | None, device: str) -> Result:
+    """Frames along a camera path."""
+    write_frames(out, load(path, device).render_path(kind, size, frames).images)
+    return {"out": str(out), "frames": frames}, f"{frames} frames: {out}"
+
+
+def sample(path: Path, out: Path, device: str, **options: Any) -> Result:
+    """Views from noise; options are those of ``NerfdiffRun.sample``."""
+    drawn = load(path, device).sample(**options)
+    out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(to_uint8(drawn.images)):
+        Image.fromarray(image).save(out / f"view_{i:04d}.png")
+    write_json(out / "poses.json", {"poses": drawn.poses.tolist()})
+    found = {"out": str(out), "views": len(drawn.images), "poses": str(out / "poses.json")}
+    if drawn.trajectory is not None:
+        picked = np.linspace(0, len(drawn.trajectory) - 1, min(SHOWN, len(drawn.trajectory))).round().astype(int)
+        steps = [drawn.trajectory[i] for i in picked]
+        rows = [torch.stack(rows, 1).flatten(0, 1) for rows in zip(*(
+            ((s.noisy[:SHOWN] + 1) / 2, s.images[:SHOWN]) for s in steps
+        ), strict=True)]  # fmt: skip
+        count = min(SHOWN, len(drawn.images))
+        stacked = np.concatenate([to_uint8(r).reshape(count, len(steps), *to_uint8(r).shape[1:]) for r in rows])
+        found["trajectory"] = str(out / "trajectory.png")
+        tiled(stacked).save(found["trajectory"])
+    return found, f"{found['views']} views: {out}"
+
+
+# --- in and out ---
+
+
+def load(path: Path, device: str) -> NerfdiffRun:
+    """The run. Raises ConfigError where it is another model's."""
+    run = factorkit.load(path, device=device)
+    if not isinstance(run, NerfdiffRun):
+        raise ConfigError(f"{path} is a segdiff run; this command is for nerfdiff runs")
+    return run
+
+
+def background_of(run: NerfdiffRun) -> list[float]:
+    """What transparent pictures are put over: the colour the run was trained with."""
+    return run.model.background.tolist()
+
+
+def pictures_of(run: NerfdiffRun, paths: Sequence[Path]) -> Views:
+    """The pictures a user named, at the run's size."""
+    if not paths:
+        raise ConfigError("no pictures are named; give files or a folder after the run")
+    source = paths[0] if len(paths) == 1 else [str(path) for path in paths]
+    return open_views(source, None, max(run.model.size), background_of(run), fov=50.0)
+
+
+def depth_images(seen: Pictures) -> np.ndarray:
+    """Disparity as grey pictures, near is bright: uint8 [B, H, W]."""
+    disparity = seen.opacity / (seen.depth / seen.opacity.clamp_min(1e-3)).clamp_min(1e-3)
+    disparity = torch.where(seen.opacity > 0.5, disparity, 0.0)
+    return (disparity / disparity.amax().clamp_min(1e-9) * 255).byte().numpy()
+
+
+def tiled(rows: np.ndarray) -> Image.Image:
+    """uint8 [rows, columns, H, W, 3] as one picture."""
+    r, c, h, w, _ = rows.shape
+    return Image.fromarray(rows.swapaxes(1, 2).reshape(r * h, c * w, 3))
+
+
+def score_table(scores: dict[str, Any]) -> str:
+    """Degrees and decibels for a person."""
+    lines = []
+    if "rotation_median_deg" in scores:
+        lines.append(f"training cameras  {_degrees(scores, '')}")
+    lines.append(f"encoder's cameras {_degrees(scores, 'encoder_')}, of {scores['views']} views")
+    for name, suffix in (("true cameras", ""), ("encoder's cameras", "_encoder")):
+        parts = [f"{k.upper()} {scores[k + suffix]:.3f}" for k in ("ssim", "lpips") if k + suffix in scores]
+        lines.append(f"views from {name:<18} PSNR {scores['psnr' + suffix]:.2f} dB  " + "  ".join(parts))
+    return "\n".join(lines)
+
+
+def _degrees(scores: dict[str, Any], prefix: str) -> str:
+    median, share = scores[f"{prefix}rotation_median_deg"], scores[f"{prefix}under_10_deg"]
+    return f"{median:6.2f} degrees in the median, {share:.0%} under 10"
