@@ -51,7 +51,7 @@ def procedural_views(
     symmetric: bool = False,
     elevations: tuple[float, float] = (5.0, 65.0),
     radius: float = 4.0,
-    fov: float = 30.0,
+    fov: float = 33.0,
 ) -> Views:
     """Views of the shipped scene on white from cameras all around it that look at the origin, with their exact poses.
 
