@@ -27,7 +27,7 @@ Shape = tuple[str, tuple[float, ...], tuple[float, ...], tuple[float, float, flo
 
 # A workshop table: a slab with things of different shapes, colours and heights, none of them repeated by any turn.
 TABLE: tuple[Shape, ...] = (
-    ("box", (0.0, 0.0, -0.5), (0.78, 0.5, 0.1), (0.62, 0.60, 0.55)),
+    ("box", (0.0, 0.0, -0.5), (0.72, 0.46, 0.1), (0.62, 0.60, 0.55)),
     ("box", (-0.48, 0.05, -0.12), (0.2, 0.28, 0.3), (0.85, 0.16, 0.12)),
     ("ball", (0.42, 0.24, -0.12), (0.28,), (0.12, 0.35, 0.88)),
     ("rod", (0.55, -0.3, -0.05), (0.1, 0.46), (0.10, 0.62, 0.22)),
@@ -51,7 +51,7 @@ def procedural_views(
     symmetric: bool = False,
     elevations: tuple[float, float] = (5.0, 65.0),
     radius: float = 4.0,
-    fov: float = 30.0,
+    fov: float = 35.0,
 ) -> Views:
     """Views of the shipped scene on white from cameras all around it that look at the origin, with their exact poses.
 
