@@ -131,6 +131,12 @@ def sample(path: Path, out: Path, device: str, **options: Any) -> Result:
     return found, f"{found['views']} views: {out}"
 
 
+def export(path: Path, out: Path, kind: str | None, device: str) -> Result:
+    """Points, mesh or cameras for other programs."""
+    written = load(path, device).export(out, kind=kind)
+    return {"out": str(written)}, f"written: {written}"
+
+
 # --- in and out ---
 
 

@@ -173,3 +173,25 @@ class Sample(RunCommand):
 
         options = {"n": self.count, "steps": self.steps, "seed": self.seed, "trajectory": self.trajectory}
         return commands_nerfdiff.sample(self.run, self.out, self.device, **options)
+
+
+@dataclass(kw_only=True)
+class Export(RunCommand):
+    """Write the scene or its cameras for other programs.
+
+    EXAMPLES
+        factorkit export runs/lego scene.ply
+        factorkit export runs/lego mesh.glb
+        factorkit export runs/lego nerfstudio/transforms.json
+        factorkit export runs/lego colmap/
+    """
+
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """scene.ply (coloured points), mesh.ply (also .obj, .glb), transforms.json (nerfstudio), or a folder (COLMAP)."""
+    kind: Annotated[Literal["points", "mesh", "nerfstudio", "colmap"] | None, arg(help_behavior_hint="")] = None
+    """Without: what the path says."""
+
+    def run_command(self) -> Result:
+        from factorkit import commands_nerfdiff
+
+        return commands_nerfdiff.export(self.run, self.out, self.kind, self.device)

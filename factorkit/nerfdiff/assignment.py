@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-ROUNDS = 20
+ROUNDS = 20  # loads within a tenth at the temperatures in use; exact ones are not needed
 
 
-def balanced_plan(errors: Tensor, temperature: float) -> Tensor:
+def balanced_plan(errors: Tensor, temperature: float, rounds: int = ROUNDS) -> Tensor:
     """Log-probabilities [V, N] of candidate n for view v, every candidate with the same load (Cuturi 2013).
 
     The transport of least cost plus temperature times negative entropy, by Sinkhorn's rounds in log space; it ends with
@@ -19,10 +19,11 @@ def balanced_plan(errors: Tensor, temperature: float) -> Tensor:
     Args:
         errors: [V, N], the cost; a view's own scale does not matter where it was divided out before.
         temperature: above 0, in the units of the costs.
+        rounds: of making columns and rows fit in turn; lower temperatures take more.
     """
     plan = -errors / temperature
     load = math.log(errors.shape[0] / errors.shape[1])
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         plan = plan - plan.logsumexp(0, keepdim=True) + load
         plan = plan - plan.logsumexp(1, keepdim=True)
     return plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ from factorkit.engine.streams import derived_seed
 from factorkit.errors import CheckpointError, ConfigError, DataError
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.fields import build_field
+from factorkit.nerfdiff.given import kept_views
 from factorkit.nerfdiff.model import Cameras, NerfdiffModel, to_radiance, to_signal
 from factorkit.nerfdiff.paths import camera_path
 from factorkit.nerfdiff.rays import Optics, render_views
@@ -119,6 +122,29 @@ class NerfdiffRun:
     def poses(self) -> Tensor:
         """Where the training views were taken from, as the search found: [V, 4, 4]."""
         return self.model.views.cpu()
+
+    @property
+    def views(self) -> Views:
+        """The training views at their found poses: the pictures given where the run has a folder, else rendered."""
+        given = kept_views(self.folder)
+        if given is not None:
+            return replace(given, poses=self.poses)
+        images = self.render(self.poses).images
+        intrinsics = self.model.optics.pixels(*self.model.size).cpu().expand(len(images), 3, 3)
+        names = [f"view_{i:04d}" for i in range(len(images))]
+        background = self.model.background.cpu()
+        return Views(images, names, intrinsics, poses=self.poses, layout=self.scene["layout"], background=background)
+
+    def export(self, path: str | Path, **options: Any) -> Path:
+        """Write scene or cameras for other programs: ``scene.ply`` (coloured points), ``mesh.ply`` (also .obj, .glb),
+        ``transforms.json`` (nerfstudio) or a folder (COLMAP's text); see :func:`factorkit.nerfdiff.export.export`,
+        which ``options`` go to.
+
+        Raises:
+            ConfigError: a path that says nothing of the kind.
+            DataError: a scene without a surface.
+        """
+        return export(path, self.views, self.model.field, **options)
 
     @torch.no_grad()
     def predict_pose(self, images: Any, t: int | None = None) -> PosePrediction:

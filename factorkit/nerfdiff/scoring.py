@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from factorkit.data.views import Views
-from factorkit.engine.folder import write_json
 from factorkit.errors import ConfigError, DataError
 from factorkit.metrics.image import WINDOW, lpips, psnr, ssim
 from factorkit.metrics.pose import PoseErrors, pose_errors
+from factorkit.nerfdiff.given import kept_views
 
 if TYPE_CHECKING:
     from factorkit.nerfdiff.run import NerfdiffRun
 
-GIVEN = "views.json"  # in a run folder: names and, where they came with poses, the true poses of the training views
 FOR_ALIGNMENT = 3  # cameras below which a similarity says little
-
-
-def keep_given(folder: Path, views: Views) -> None:
-    """Write names and true poses of the training views into a run folder, for scoring alone."""
-    poses = None if views.poses is None else views.poses.tolist()
-    write_json(folder / GIVEN, {"names": list(views.names), "poses": poses})
 
 
 def training_errors(run: NerfdiffRun, views: Views | None = None) -> PoseErrors | None:
@@ -34,13 +25,13 @@ def training_errors(run: NerfdiffRun, views: Views | None = None) -> PoseErrors 
     Args:
         views: perhaps the training views themselves, by their names, with poses.
     """
-    path = None if run.folder is None else run.folder / GIVEN
-    if path is None or not path.is_file():
+    given = kept_views(run.folder)
+    if given is None:
         return None
-    given = json.loads(path.read_text(encoding="utf-8"))
-    if given["poses"] is None and views is not None and views.poses is not None and given["names"] == views.names:
-        given["poses"] = views.poses.tolist()
-    return None if given["poses"] is None else pose_errors(run.poses, torch.tensor(given["poses"]))
+    true = given.poses
+    if true is None and views is not None and given.names == views.names:
+        true = views.poses
+    return None if true is None else pose_errors(run.poses, true)
 
 
 def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from factorkit.nerfdiff.distil import DistilTask
 from factorkit.nerfdiff.fields import Field, build_field
 from factorkit.nerfdiff.fit import Fit, FitTask
 from factorkit.nerfdiff.flip import best_turns, halves
+from factorkit.nerfdiff.given import keep_views
 from factorkit.nerfdiff.joint import JointTask
 from factorkit.nerfdiff.model import NerfdiffModel
 from factorkit.nerfdiff.poses import FreePoses, OrbitPoses, dictionary, turned
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
-from factorkit.nerfdiff.scoring import keep_given
 from factorkit.nerfdiff.search import SearchTask, directions_of
 
 HALF_STEPS = 100  # of the fresh fields of the flip test
@@ -74,7 +74,7 @@ def train_nerfdiff(
     settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": describe(scene)}
     if distributed.rank() == 0:
         claim(folder, settings, config.RESUMABLE)
-        keep_given(folder, views)
+        keep_views(folder, views.resized(config.resolution))
     distributed.barrier()
     with cpu_threads(config.threads), held(folder):
         Training(config, scene, folder, settings, progress).run()

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from factorkit.errors import ConfigError
+from factorkit.nerfdiff.fields import GridField, build_field
+
+
+def filled(resolution: int, values: torch.Tensor) -> GridField:
+    field = GridField(resolution)
+    field.values.data = values
+    return field
+
+
+def test_nothing_is_outside_the_box():
+    field = GridField(6)
+    field.values.data.fill_(5.0)
+    inside = torch.tensor([[0.0, 0, 0], [0.999, -0.999, 0.999]])
+    outside = torch.tensor([[1.001, 0, 0], [0, -1.2, 0], [3.0, 3, 3]])
+    assert (field(inside, inside)[0] > 10).all()
+    assert (field(outside, outside)[0] == 0).all()
+
+
+@pytest.mark.parametrize("resolution", [5, 8])
+def test_the_grid_interpolates_between_its_vertices(resolution):
+    place = torch.linspace(-1, 1, resolution)
+    x, y, z = torch.meshgrid(place, place, place, indexing="ij")
+    field = filled(resolution, torch.stack([x, 2 * y, z - x, y + 0.5], -1).contiguous())
+    p = torch.rand(40, 3) * 2 - 1
+    raw = field.raw(p, p) / GridField.SCALE
+    found = {tuple(order) for order in ((0, 1, 2), (2, 1, 0)) if torch.allclose(
+        raw, torch.stack([p[:, order[0]], 2 * p[:, order[1]], p[:, order[2]] - p[:, order[0]], p[:, order[1]] + 0.5], -1),
+        atol=1e-4)}  # fmt: skip
+    assert found, "neither order of the axes gives the linear function back"
+
+
+def test_blur_keeps_the_middle_of_a_constant_and_spreads_a_point():
+    field = filled(17, torch.ones(17, 17, 17, 4))
+    field.coarseness = 0.5
+    assert torch.allclose(field.blurred()[8, 8, 8], torch.ones(4), atol=1e-3)
+    point = torch.zeros(17, 17, 17, 4)
+    point[8, 8, 8, 1] = 1
+    spread = filled(17, point)
+    spread.coarseness = 0.5
+    values = spread.blurred()
+    assert values[..., 0].abs().max() == 0 and values[8, 8, 8, 1] == values.max() < 0.2
+    assert torch.allclose(values, values.transpose(0, 2), atol=1e-7)
+    assert torch.allclose(values, values.transpose(0, 1), atol=1e-7)
+    spread.coarseness = 0.0
+    assert spread.blurred() is spread.values
+
+
+def test_a_refined_grid_is_the_same_field():
+    coarse = GridField(6, seed=3)
+    fine = coarse.refined(11)
+    p = torch.rand(100, 3) * 2 - 1
+    assert torch.allclose(coarse.raw(p, p), fine.raw(p, p), atol=1e-5)
+
+
+def test_gradients_of_positions_and_values_by_finite_differences():
+    torch.manual_seed(0)
+    field = GridField(4).double()
+    field.coarseness = 0.6
+    p = (torch.rand(7, 3, dtype=torch.float64) * 1.8 - 0.9).requires_grad_()
+
+    def raw(p, values):
+        field.values = torch.nn.Parameter(values) if not isinstance(values, torch.nn.Parameter) else values
+        del field.values
+        object.__setattr__(field, "values", values)
+        return field.raw(p, p)
+
+    values = torch.randn(4, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(raw, (p, values), eps=1e-6, atol=1e-4)
+
+
+def test_roughness_is_nothing_for_a_constant_and_counts_every_axis():
+    assert filled(5, torch.full((5, 5, 5, 4), 2.0)).roughness() == 0
+    for axis in range(3):
+        values = torch.zeros(5, 5, 5, 4)
+        values.transpose(0, axis)[0] = 1.0
+        assert filled(5, values).roughness().item() == pytest.approx(1 / 4)
+
+
+def test_unknown_fields_are_refused():
+    with pytest.raises(ConfigError, match="fog"):
+        build_field("fog", 8, 0)
