@@ -9,6 +9,7 @@ from typing import Any, Literal
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import ConfigError
+from factorkit.nerfdiff.fields import FIELDS
 
 
 @dataclass(kw_only=True)
@@ -55,18 +56,20 @@ class NerfdiffConfig(EngineConfig):
     flip_rounds: int = 3
     """Most rounds of the flip test, for scenes that nearly look alike from two sides; 0: none."""
 
-    field: Literal["grid"] = "grid"
-    """What holds the scene."""
+    field: Literal["grid", "hashgrid", "mlp", "siren"] = "grid"
+    """What holds the scene: a dense grid, a hash grid, NeRF's network or one of sines. The search has a grid anyway."""
     search_field: int = 24
     """Vertices along each side of the grid that is searched with."""
     grid: int = 32
-    """Vertices along each side of the final grid."""
+    """Vertices along each side of the final grid, or cells of the hash grid's finest level."""
     samples: int = 32
     """Steps along a ray."""
     views: int = 16
     """Views a step of search and refinement."""
     rays: int = 256
     """Rays of each view a step."""
+    roughness: float = 1e-3
+    """Weight of the differences of neighbouring numbers of the grid, beside the mean squared error."""
     search_steps: int = 600
     """Of the dictionary search."""
     search_learning_rate: float = 0.05
@@ -116,8 +119,9 @@ class NerfdiffConfig(EngineConfig):
             raise ConfigError(f"width={self.width} must be even: half of the time embedding is cosines, half sines")
         if not 0 < self.t_power:
             raise ConfigError(f"t_power={self.t_power} must be positive")
-        if not 0 <= self.classification_weight:
-            raise ConfigError(f"classification_weight={self.classification_weight} must be 0 or more")
+        for name in ("classification_weight", "roughness"):
+            if not 0 <= getattr(self, name):
+                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
 
     def stage(self, name: str, **changes: Any) -> NerfdiffConfig:
         """The configuration of one stage of the run, with random numbers of its own."""
@@ -128,13 +132,19 @@ CHOICES = {
     "poses": ("predicted", "known", "learned"),
     "search": ("dictionary", "joint"),
     "candidates": ("look_at", "thesis", "single"),
-    "field": ("grid",),
+    "field": FIELDS,
     "pooling": ("whole", "average"),
 }
 
 _FAST = {
     "steps": 500, "batch_size": 32, "learning_rate": 1e-3, "decay": 1.0, "ema": 0.98, "precision": "fp32", "threads": 1,
     "checkpoint_every": 100, "sample_every": 0, "log_every": 20, "keep_checkpoints": 2,
+}  # fmt: skip
+_THESIS = {
+    "search": "joint", "balance": False, "candidates": "thesis", "field": "mlp", "samples": 64, "resolution": 128,
+    "steps": 200_000, "learning_rate": 2e-5, "field_learning_rate": 1e-4, "ema": 0.9999, "precision": "fp32",
+    "batch_size": 16, "rays": 256, "t_power": 1.0, "width": 64, "multipliers": (1, 1, 2, 2, 4), "blocks": 2,
+    "pooling": "average", "encoder_resolution": 128, "roughness": 0.0,
 }  # fmt: skip
 
 #: what search="joint" changes of a preset of the robust recipe
@@ -146,6 +156,10 @@ _JOINT = {
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": _FAST,
     "fast": _FAST,
+    "lego": _THESIS | {"cameras": 12},
+    "drums": _THESIS | {"cameras": 12},
+    "car": _THESIS | {"cameras": 8, "elevations": (-70.0, 70.0)},
+    "llff": _THESIS | {"cameras": 1, "candidates": "single", "resolution": 504, "encoder_resolution": 504},
 }
 
 

@@ -92,8 +92,106 @@ class GridField(Field):
         return finer
 
 
+class HashField(Field):
+    """A hash grid of many resolutions and a small network (Müller et al. 2022); finer levels come in later.
+
+    Args:
+        resolution: cells of the finest level along each side.
+        levels, rows, features: of the table; rows is a power of two.
+    """
+
+    def __init__(
+        self, resolution: int, seed: int = 0, *, levels: int = 8, rows: int = 1 << 15, features: int = 2,
+        hidden: int = 64,
+    ):  # fmt: skip
+        super().__init__()
+        self.resolutions = ops.growing_resolutions(min(8, resolution), resolution, levels)
+        generator = torch.Generator().manual_seed(seed)
+        self.table = nn.Parameter(1e-2 * torch.randn(levels, rows, features, generator=generator))
+        self.network = _layers([levels * features, hidden, hidden, 4], generator, nn.ReLU)
+
+    def raw(self, positions: Tensor, directions: Tensor) -> Tensor:
+        weights = ops.annealing_weights(len(self.resolutions), max(0.2, 1 - self.coarseness)).to(positions)
+        return self.network(ops.hash_grid((positions + 1) / 2, self.table, self.resolutions, weights))
+
+
+class FrequencyField(Field):
+    """NeRF's network (Mildenhall et al. 2020, fig. 7): positions in 10 octaves through 8 layers of 256, again at the
+    fifth; then the direction in 4 octaves, for the colour alone."""
+
+    BANDS, DIRECTION_BANDS = 10, 4
+
+    def __init__(self, seed: int = 0, *, width: int = 256, depth: int = 8, again: int = 4):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        place, way = 3 + 6 * self.BANDS, 3 + 6 * self.DIRECTION_BANDS
+        self.first = _layers([place, *[width] * again], generator, nn.ReLU, last=True)
+        self.second = _layers([width + place, *[width] * (depth - again)], generator, nn.ReLU, last=True)
+        self.density = _layers([width, 1], generator, nn.ReLU)
+        self.feature = _layers([width, width], generator, nn.ReLU)
+        self.color = _layers([width + way, width // 2, 3], generator, nn.ReLU)
+
+    def raw(self, positions: Tensor, directions: Tensor) -> Tensor:
+        weights = ops.annealing_weights(self.BANDS, max(0.2, 1 - self.coarseness)).to(positions)
+        place = torch.cat([positions, ops.frequency(positions, self.BANDS, weights)], dim=1)
+        h = self.second(torch.cat([self.first(place), place], dim=1))
+        way = torch.cat([directions, ops.frequency(directions, self.DIRECTION_BANDS)], dim=1)
+        return torch.cat([self.density(h), self.color(torch.cat([self.feature(h), way], dim=1))], dim=1)
+
+
+class SirenField(Field):
+    """Layers of sines (Sitzmann et al. 2020)."""
+
+    FIRST, OTHER = 30.0, 30.0
+
+    def __init__(self, seed: int = 0, *, width: int = 256, depth: int = 4):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [3, *[width] * depth]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        for i, layer in enumerate(self.layers):
+            bound = 1 / 3 if i == 0 else math.sqrt(6 / width) / self.OTHER
+            for parameter in layer.parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        self.last = _layers([width, 4], generator, nn.ReLU)
+
+    def raw(self, positions: Tensor, directions: Tensor) -> Tensor:
+        h = positions
+        for i, layer in enumerate(self.layers):
+            h = torch.sin((self.FIRST if i == 0 else self.OTHER) * layer(h))
+        return self.last(h)
+
+
+def _layers(sizes: list[int], generator: torch.Generator, activation: type[nn.Module], last: bool = False):
+    """Linear layers with an activation between them, and after the last where wanted; seeded by the generator."""
+    parts: list[nn.Module] = []
+    for a, b in zip(sizes, sizes[1:], strict=False):
+        layer = nn.Linear(a, b)
+        nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
+        nn.init.zeros_(layer.bias)
+        parts += [layer, activation()]
+    return nn.Sequential(*(parts if last else parts[:-1]))
+
+
+FIELDS = ("grid", "hashgrid", "mlp", "siren")
+
+
 def build_field(kind: str, resolution: int, seed: int) -> Field:
-    """A fresh field of a kind. Raises ConfigError for one there is not."""
+    """A fresh field of a kind, one of :data:`FIELDS`.
+
+    Args:
+        resolution: vertices of the grid along each side, or cells of the hash grid's finest level; the networks have
+            none.
+
+    Raises:
+        ConfigError: a kind there is not.
+    """
     if kind == "grid":
         return GridField(resolution, seed)
-    raise ConfigError(f"field={kind!r} is unknown; choose grid")
+    if kind == "hashgrid":
+        return HashField(resolution, seed)
+    if kind == "mlp":
+        return FrequencyField(seed)
+    if kind == "siren":
+        return SirenField(seed)
+    raise ConfigError(f"field={kind!r} is unknown; choose one of {', '.join(FIELDS)}")

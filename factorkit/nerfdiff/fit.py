@@ -15,7 +15,6 @@ from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.rays import Optics, render_pixels
 from factorkit.nerfdiff.scene import Scene, picked
 
-ROUGHNESS = 1e-3  # weight of the field's roughness beside the mean squared error
 FIELD_BETAS = (0.9, 0.99)  # a cell is seen by few rays a step: moments over a thousand steps would be of another scene
 
 
@@ -65,7 +64,7 @@ class FitTask:
         pixels = draw.integers(0, images.shape[2] * images.shape[3], self.config.rays)
         seen = model(which, pixels, int(step), **self.options(draw, int(step)))
         error = (seen - picked(images, pixels)).square().mean((1, 2))
-        objective = error + ROUGHNESS * self.model.field.roughness()
+        objective = error + self.config.roughness * self.model.field.roughness()
         return StepLoss(objective, error, torch.zeros_like(error), {})
 
     def images(self, step: int) -> Tensor:

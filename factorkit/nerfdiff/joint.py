@@ -23,7 +23,7 @@ from factorkit.engine.streams import BatchDraw
 from factorkit.nerfdiff.alarms import pose_alarms
 from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fit import FIELD_BETAS, ROUGHNESS
+from factorkit.nerfdiff.fit import FIELD_BETAS
 from factorkit.nerfdiff.model import NerfdiffModel, noisy, to_signal
 from factorkit.nerfdiff.rays import render_pixels, render_views
 from factorkit.nerfdiff.scene import Scene, picked
@@ -64,7 +64,7 @@ class JointTask:
         )  # fmt: skip
         error = (seen - picked(images, pixels)).square().mean((1, 2))
         missed = F.cross_entropy(found.scores, best, reduction="none")
-        objective = error + config.classification_weight * missed + ROUGHNESS * self.model.field.roughness()
+        objective = error + config.classification_weight * missed + self.config.roughness * self.model.field.roughness()
         use = torch.bincount(best, minlength=found.scores.shape[1]) / len(best)
         right = (found.chosen == best).float().mean()
         return StepLoss(objective, error, t / config.timesteps, {"candidate_use": use, "classified": right})

@@ -111,7 +111,7 @@ class Training:
     def run(self) -> None:
         """Train every stage that is not finished yet."""
         config, scene, doubled = self.config, self.scene, None
-        field = build_field(config.field, config.grid, config.seed)
+        field = self.field()
         if config.poses == "predicted" and config.search == "joint":
             model = self.model(field, torch.eye(4, device=self.device).repeat(len(scene.images), 1, 1))
             self.trainer("joint", lambda stage: JointTask(stage, scene, model), folder=self.folder)
@@ -164,7 +164,7 @@ class Training:
         low, high = config.elevations
         rings = [low + (high - low) * (i + 0.5) / config.rings for i in range(config.rings)]
         directions = dictionary(config.azimuths, rings).to(self.device)
-        field = build_field(config.field, config.search_field, config.seed)
+        field = build_field("grid", config.search_field, config.seed)
         found = self.trainer(
             "search", lambda stage: SearchTask(stage, scene, field, directions), steps=config.search_steps,
             batch_size=config.views, learning_rate=config.search_learning_rate, decay=0.0, ema=0.0,
@@ -178,9 +178,14 @@ class Training:
             if not moved:
                 break
         if config.flip_rounds and (direction != kept).any():
-            field = build_field(config.field, config.grid, config.seed)
-            fitted = self.refine("refine again", field, direction)
+            fitted = self.refine("refine again", build_field("grid", config.grid, config.seed), direction)
+        if config.field != "grid":
+            fitted = self.fit("fit", self.field(), fitted.poses)
         return fitted, moved / len(direction)
+
+    def field(self) -> Field:
+        """A fresh field of the kind asked for."""
+        return build_field(self.config.field, self.config.grid, self.config.seed).to(self.device)
 
     def refine(self, name: str, field: Field, direction: Tensor) -> Fit:
         return self.fit(name, field, OrbitPoses(direction, self.scene.distance, self.config.freedom))

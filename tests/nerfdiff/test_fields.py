@@ -85,3 +85,37 @@ def test_roughness_is_nothing_for_a_constant_and_counts_every_axis():
 def test_unknown_fields_are_refused():
     with pytest.raises(ConfigError, match="fog"):
         build_field("fog", 8, 0)
+
+
+@pytest.mark.parametrize("kind", ["grid", "hashgrid", "mlp", "siren"])
+def test_every_field_learns_a_ball(kind):
+    torch.manual_seed(0)
+    field = build_field(kind, 16, 0)
+    optimizer = torch.optim.Adam(field.parameters(), lr=0.05 if kind == "grid" else 5e-3 if kind == "hashgrid" else 3e-4)
+    losses = []
+    for _ in range(60):
+        p = torch.rand(1024, 3) * 2 - 1
+        inside = (p.norm(dim=1) < 0.6).float()
+        sigma, color = field(p, torch.nn.functional.normalize(p, dim=1))
+        loss = (1 - torch.exp(-sigma) - inside).square().mean() + (color - inside[:, None]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.35 * losses[0], losses[::10]
+
+
+@pytest.mark.parametrize("kind", ["hashgrid", "mlp", "siren"])
+def test_the_same_seed_makes_the_same_field_whatever_was_drawn_before(kind):
+    first = build_field(kind, 16, 5).state_dict()
+    torch.rand(7)
+    again, other = build_field(kind, 16, 5).state_dict(), build_field(kind, 16, 6).state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_only_the_network_sees_directions():
+    p, a, b = torch.rand(20, 3), torch.randn(20, 3), torch.randn(20, 3)
+    field = build_field("mlp", 1, 0)
+    assert torch.equal(field(p, a)[0], field(p, b)[0]) and not torch.equal(field(p, a)[1], field(p, b)[1])
+    assert torch.equal(GridField(4)(p, a)[1], GridField(4)(p, b)[1])
