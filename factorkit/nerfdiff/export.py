@@ -26,7 +26,6 @@ def export(
     points: int = 100_000,
     resolution: int = 128,
     level: float | None = None,
-    samples: int = 192,
 ) -> Path:
     """Write one of
 
@@ -45,7 +44,6 @@ def export(
         resolution: cells of the mesh along the box's longest side.
         level: density of the mesh's surface, per unit of length; None: light is halved within a 16th of the box's
             longest side.
-        samples: steps along a ray, for the points.
 
     Returns:
         The path.
@@ -57,13 +55,13 @@ def export(
     """
     path = Path(path)
     kind = _kind(path) if kind is None else kind
-    if min(points, resolution, samples) < 1:
-        raise ConfigError(f"points={points}, resolution={resolution}, samples={samples}: give at least 1 of each")
+    if min(points, resolution) < 1:
+        raise ConfigError(f"points={points}, resolution={resolution}: give at least 1 of each")
     if kind != "mesh" and views.poses is None:
         raise DataError(f"{path}: views without poses cannot be exported as {kind}; predict their poses first")
 
     def cloud() -> Shape:
-        return point_cloud(field, views, lower, upper, points, samples)
+        return point_cloud(field, views, lower, upper, points)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "points":

@@ -14,11 +14,13 @@ from torch import Tensor
 from factorkit.data.views import Views
 from factorkit.errors import ConfigError, DataError
 from factorkit.rendering.cameras import image_rays
+from factorkit.rendering.occupancy import OccupancyGrid
 from factorkit.rendering.render import Field, render
-from factorkit.rendering.sampling import EvenSampling
+from factorkit.rendering.sampling import OccupiedSampling
 
 OPAQUE = 0.7  # of a pixel whose depth is believed
-SOLID, AROUND = 1 / 8, 4  # the optical depth that a believed place must have over so many steps
+SOLID = 1 / 8  # the optical depth that a believed place must have over two cells
+CELLS, LOOKS = 64, 4  # of the occupancy grid
 RAYS, PLACES = 1 << 14, 1 << 18  # asked at once
 HALVING = 16  # the default surface halves light within this fraction of the box
 
@@ -50,7 +52,7 @@ class Shape:
 
 @torch.no_grad()
 def point_cloud(
-    field: Field, views: Views, lower: Sequence[float], upper: Sequence[float], count: int, samples: int
+    field: Field, views: Views, lower: Sequence[float], upper: Sequence[float], count: int
 ) -> Shape:
     """About ``count`` points, at the expected depth of the pixels that all views together have in the foreground.
 
@@ -67,17 +69,19 @@ def point_cloud(
     size = max(1, round(height * scale)), max(1, round(width * scale))
     like = _device(field)
     stretch = torch.tensor([size[1] / width, size[0] / height, 1.0])[:, None]
-    sampling = EvenSampling(lower, upper, samples)
-    step = math.dist(lower, upper) / samples
+    occupancy = OccupancyGrid(lower, upper, resolution=CELLS).to(like)
+    for _ in range(LOOKS):
+        occupancy.update(lambda places: _density(field, places, torch.zeros_like(places)))
+    sampling = OccupiedSampling(occupancy, step=occupancy.cell_side / 2)
     found = []
     for pose, k in zip(views.poses.to(like), (views.intrinsics * stretch).to(like), strict=True):
         rays = image_rays(pose, k, *size)
-        seen = render(field, rays, sampling, chunk=RAYS)
+        seen = render(field, rays, sampling, early_stop=1e-3, chunk=RAYS)
         kept = seen.opacity > OPAQUE
         opacity = seen.opacity[kept]
         places = rays.origins[kept] + (seen.depth[kept] / opacity)[:, None] * rays.directions[kept]
         colors = seen.color[kept] / opacity[:, None]
-        solid = _density(field, places, rays.directions[kept]) * (AROUND * step) > SOLID
+        solid = _density(field, places, rays.directions[kept]) * (2 * occupancy.cell_side) > SOLID
         found.append((places[solid].cpu(), colors[solid].cpu()))
     places, colors = (torch.cat(parts) for parts in zip(*found, strict=True))
     if not len(places):
