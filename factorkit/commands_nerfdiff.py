@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 import factorkit
@@ -21,7 +20,8 @@ from factorkit.engine.report import write_report
 from factorkit.errors import ConfigError
 from factorkit.flag_types import Result
 from factorkit.nerfdiff.frames import to_uint8, write_frames
-from factorkit.nerfdiff.run import NerfdiffRun, Pictures
+from factorkit.nerfdiff.pictures import disparity_image, novel_sheet, views_sheet
+from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.train import PROCEDURAL, train_nerfdiff
 
 DEMO_DEGREES = 1.0  # the demo's mark: median of the found cameras' rotation errors
@@ -93,13 +93,14 @@ def reconstruct(path: Path, paths: Sequence[Path], out: Path, size: int | None, 
     views = pictures_of(run, paths)
     seen = run.reconstruct(views, size)
     out.mkdir(parents=True, exist_ok=True)
-    for name, image, depth in zip(views.names, to_uint8(seen.images), depth_images(seen), strict=True):
+    disparities = disparity_image(seen.depth, seen.opacity)
+    for name, image, depth in zip(views.names, to_uint8(seen.images), disparities, strict=True):
         place = out / name.replace("/", "_")
         Image.fromarray(image).save(place.with_suffix(".png"))
         Image.fromarray(depth).save(place.with_name(place.stem + "_depth.png"))
-    rows = np.stack([to_uint8(views.resized(seen.images.shape[2:]).images), to_uint8(seen.images)])[:, :SHOWN]
-    sheet = out / "contact_sheet.png"
-    tiled(rows).save(sheet)
+    sheet, first = out / "contact_sheet.png", slice(0, SHOWN)
+    beside = views.resized(tuple(seen.images.shape[2:])).images[first]
+    views_sheet(beside, seen.images[first], seen.depth[first], seen.opacity[first], views.names[first]).save(sheet)
     found = {"out": str(out), "reconstructed": len(views), "contact_sheet": str(sheet)}
     return found, f"{len(views)} reconstructed: {out}\ncontact sheet: {sheet}"
 
@@ -121,13 +122,11 @@ def sample(path: Path, out: Path, device: str, **options: Any) -> Result:
     if drawn.trajectory is not None:
         picked = np.linspace(0, len(drawn.trajectory) - 1, min(SHOWN, len(drawn.trajectory))).round().astype(int)
         steps = [drawn.trajectory[i] for i in picked]
-        rows = [torch.stack(rows, 1).flatten(0, 1) for rows in zip(*(
-            ((s.noisy[:SHOWN] + 1) / 2, s.images[:SHOWN]) for s in steps
-        ), strict=True)]  # fmt: skip
-        count = min(SHOWN, len(drawn.images))
-        stacked = np.concatenate([to_uint8(r).reshape(count, len(steps), *to_uint8(r).shape[1:]) for r in rows])
         found["trajectory"] = str(out / "trajectory.png")
-        tiled(stacked).save(found["trajectory"])
+        novel_sheet(
+            [s.images[:SHOWN].clamp(0, 1) for s in steps], [s.cameras.best[:SHOWN] for s in steps],
+            [s.t for s in steps], [((s.noisy[:SHOWN] + 1) / 2).clamp(0, 1) for s in steps],
+        ).save(found["trajectory"])  # fmt: skip
     return found, f"{found['views']} views: {out}"
 
 
@@ -159,19 +158,6 @@ def pictures_of(run: NerfdiffRun, paths: Sequence[Path]) -> Views:
         raise ConfigError("no pictures are named; give files or a folder after the run")
     source = paths[0] if len(paths) == 1 else [str(path) for path in paths]
     return open_views(source, None, max(run.model.size), background_of(run), fov=50.0)
-
-
-def depth_images(seen: Pictures) -> np.ndarray:
-    """Disparity as grey pictures, near is bright: uint8 [B, H, W]."""
-    disparity = seen.opacity / (seen.depth / seen.opacity.clamp_min(1e-3)).clamp_min(1e-3)
-    disparity = torch.where(seen.opacity > 0.5, disparity, 0.0)
-    return (disparity / disparity.amax().clamp_min(1e-9) * 255).byte().numpy()
-
-
-def tiled(rows: np.ndarray) -> Image.Image:
-    """uint8 [rows, columns, H, W, 3] as one picture."""
-    r, c, h, w, _ = rows.shape
-    return Image.fromarray(rows.swapaxes(1, 2).reshape(r * h, c * w, 3))
 
 
 def score_table(scores: dict[str, Any]) -> str:

@@ -15,11 +15,12 @@ from factorkit.engine.streams import BatchDraw, derived_seed
 from factorkit.nerfdiff.alarms import pose_alarms
 from factorkit.nerfdiff.candidates import Candidates
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.model import NerfdiffModel, noisy, to_signal
+from factorkit.nerfdiff.model import NerfdiffModel, look, noisy, to_signal
 from factorkit.nerfdiff.poses import directions, orbit_poses
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.search import directions_of
+from factorkit.nerfdiff.watch import cameras_sheet, renders_sheet
 
 SHAKE = 3.0  # degrees by which the elevations of rendered views depart from found ones
 
@@ -74,8 +75,13 @@ class DistilTask:
         return StepLoss(objective, away, t / config.timesteps, {"classified": right})
 
     def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
-        """What is wrong with the poses that were found."""
-        return pose_alarms(model.views, doubled=self.doubled) if self.scene.layout == "object" else {}
+        """What the model makes of the views, and where it and the search put their cameras; what is wrong with that."""
+        found = look(model, self.scene.images)
+        renders_sheet(folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples)
+        if self.scene.layout != "object":
+            return {}
+        cameras_sheet(folder / f"{step:06d}_cameras_encoder.png", found.best, found.poses)
+        return pose_alarms(model.views, doubled=self.doubled)
 
 
 def nearest_candidate(candidates: Candidates, found: Tensor, poses: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from factorkit.engine.loop import StepLoss
 from factorkit.engine.streams import BatchDraw
+from factorkit.nerfdiff.alarms import pose_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.rays import Optics, render_pixels
 from factorkit.nerfdiff.scene import Scene, picked
+from factorkit.nerfdiff.watch import cameras_sheet
 
 FIELD_BETAS = (0.9, 0.99)  # a cell is seen by few rays a step: moments over a thousand steps would be of another scene
 
@@ -42,12 +44,15 @@ class FitTask:
     Args:
         config: of the stage.
         chosen: indices of the views to fit; None: all.
+        sheets: what the stage is called on sample sheets; None: it draws none.
     """
 
     capturable = False  # steps along a ray are jittered by a number the host knows
 
-    def __init__(self, config: NerfdiffConfig, scene: Scene, model: Fit, chosen: Tensor | None = None):
-        self.config, self.scene, self.model = config, scene, model
+    def __init__(
+        self, config: NerfdiffConfig, scene: Scene, model: Fit, chosen: Tensor | None = None, sheets: str | None = None
+    ):  # fmt: skip
+        self.config, self.scene, self.model, self.sheets = config, scene, model, sheets
         self.chosen = torch.arange(len(scene.images)) if chosen is None else chosen
         self.size = len(self.chosen)
 
@@ -76,4 +81,9 @@ class FitTask:
         return {}
 
     def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:
-        return {}
+        """Where the cameras stand, drawn and in figures."""
+        if self.sheets is None or self.scene.layout != "object":
+            return {}
+        poses = model.poses(torch.arange(len(self.scene.images)))
+        cameras_sheet(folder / f"{step:06d}_cameras_{self.sheets}.png", poses)
+        return pose_alarms(poses)

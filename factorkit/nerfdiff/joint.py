@@ -24,10 +24,11 @@ from factorkit.nerfdiff.alarms import pose_alarms
 from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fit import FIELD_BETAS
-from factorkit.nerfdiff.model import NerfdiffModel, noisy, to_signal
+from factorkit.nerfdiff.model import NerfdiffModel, look, noisy, to_signal
 from factorkit.nerfdiff.rays import render_pixels, render_views
 from factorkit.nerfdiff.scene import Scene, picked
 from factorkit.nerfdiff.search import TEMPERATURE
+from factorkit.nerfdiff.watch import cameras_sheet, renders_sheet
 
 ANNEALED = 0.5  # share of the steps over which candidates are balanced
 COMPARED = 10  # pixels along the longer side of the renders that are compared
@@ -83,7 +84,10 @@ class JointTask:
 
     def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
         """Where the training views stand now, kept with the averaged model; what is wrong with that."""
-        t = torch.zeros(1, dtype=torch.int64, device=self.scene.images.device)
-        found = [model.cameras(part, t.expand(len(part))) for part in to_signal(self.scene.images).split(64)]
-        model.views.copy_(torch.cat([cameras.best for cameras in found]))
-        return pose_alarms(model.views, torch.cat([cameras.chosen for cameras in found]), model.candidates.count)
+        found = look(model, self.scene.images)
+        model.views.copy_(found.best)
+        renders_sheet(folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples)
+        if self.scene.layout != "object":
+            return {}
+        cameras_sheet(folder / f"{step:06d}_cameras_encoder.png", found.best, found.poses)
+        return pose_alarms(found.best, found.chosen, model.candidates.count)

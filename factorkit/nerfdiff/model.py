@@ -88,3 +88,12 @@ class NerfdiffModel(Denoiser):
         found = self.cameras(x_t, t)
         seen = render_views(self.field, found.best, self.optics, tuple(x_t.shape[2:]), self.samples)
         return Denoised(to_signal(seen.color.movedim(-1, 1)), found)
+
+
+@torch.no_grad()
+def look(model: NerfdiffModel, images: Tensor, batch: int = 64) -> Cameras:
+    """The cameras of clean images [V, 3, H, W] in [0, 1]."""
+    found = []
+    for part in to_signal(images).split(batch):
+        found.append(model.cameras(part, torch.zeros(len(part), dtype=torch.int64, device=part.device)))
+    return Cameras(*(torch.cat(x) for x in zip(*found, strict=True)))

@@ -6,12 +6,16 @@ place. Field and views begin blurred and sharpen as the temperature falls.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit.data.views import resize_area, target_size
 from factorkit.engine.streams import BatchDraw, derived_seed
+from factorkit.nerfdiff.alarms import pose_alarms
 from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields import Field
@@ -19,6 +23,7 @@ from factorkit.nerfdiff.fit import Fit, FitTask
 from factorkit.nerfdiff.poses import orbit_poses
 from factorkit.nerfdiff.rays import Optics, render_views
 from factorkit.nerfdiff.scene import Scene, blurred
+from factorkit.nerfdiff.watch import cameras_sheet
 
 ANNEALED = 0.6  # share of the steps over which temperature and blur fall to nothing
 EVERY = 10  # steps between assignments
@@ -53,6 +58,13 @@ class SearchTask(FitTask):
         poses = AssignedPoses(directions, assigned, scene.distance)
         super().__init__(config, scene, Fit(field, poses, scene.optics, scene.size, config.samples))
         self._blurred: tuple[float, Tensor] = (0.0, scene.images)
+
+    def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:
+        """Where the views stand among the directions, drawn and in figures."""
+        poses = model.poses
+        chosen = poses(torch.arange(len(poses.assigned)))
+        cameras_sheet(folder / f"{step:06d}_cameras_search.png", chosen, orbit_poses(poses.directions, poses.distance))
+        return pose_alarms(chosen, poses.assigned, len(poses.directions))
 
     def heat(self, step: int) -> float:
         """1 at the beginning, 0 once annealed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,15 @@ class Training:
         where = folder or self.folder / "stages" / name
         meta = self.settings | {"stage": name}
         shown = {"device": self.device, "progress": self.progress, "report": folder is not None}
-        return Trainer(task(config), config, where, meta, **shown).run()
+        trained = Trainer(task(config), config, where, meta, **shown).run()
+        if folder is None and (where / "samples").is_dir():  # the run's report shows what the stages drew
+            shutil.copytree(where / "samples", self.folder / "samples", dirs_exist_ok=True)
+        return trained
 
-    def fit(self, name: str, field: Field, poses: nn.Module, chosen: Tensor | None = None, **changes: Any) -> Fit:
+    def fit(
+        self, name: str, field: Field, poses: nn.Module, chosen: Tensor | None = None, sheets: str | None = None,
+        **changes: Any,
+    ) -> Fit:  # fmt: skip
         """Fit a field to the views, and the poses where they are free."""
         config, scene = self.config, self.scene
         model = Fit(field, poses, scene.optics, scene.size, config.samples)
@@ -146,7 +153,7 @@ class Training:
             "steps": config.field_steps, "batch_size": config.views, "learning_rate": config.field_learning_rate,
             "decay": 0.5, "ema": 0.0, **changes,
         }  # fmt: skip
-        return self.trainer(name, lambda stage: FitTask(stage, scene, model, chosen), **changes)
+        return self.trainer(name, lambda stage: FitTask(stage, scene, model, chosen, sheets), **changes)
 
     def one_start(self) -> nn.Module:
         """All views at one pose, free to leave it (Wang et al. 2021)."""
@@ -168,6 +175,7 @@ class Training:
         found = self.trainer(
             "search", lambda stage: SearchTask(stage, scene, field, directions), steps=config.search_steps,
             batch_size=config.views, learning_rate=config.search_learning_rate, decay=0.0, ema=0.0,
+            sample_every=max(1, config.search_steps // 5),
         )  # fmt: skip
         direction = found.poses.directions[found.poses.assigned]
         fitted = self.refine("refine", found.field.refined(config.grid), direction)
@@ -188,7 +196,8 @@ class Training:
         return build_field(self.config.field, self.config.grid, self.config.seed).to(self.device)
 
     def refine(self, name: str, field: Field, direction: Tensor) -> Fit:
-        return self.fit(name, field, OrbitPoses(direction, self.scene.distance, self.config.freedom))
+        poses = OrbitPoses(direction, self.scene.distance, self.config.freedom)
+        return self.fit(name, field, poses, sheets=name.replace(" ", "_"))
 
     def flip_round(self, number: int, direction: Tensor) -> tuple[Tensor, int]:
         """One round over both halves: the directions after it, and how many views were turned."""
