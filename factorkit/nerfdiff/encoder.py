@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit.nn import Encoder, TimeEmbedding
 from factorkit.nn.blocks import Norm
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least 32 bits: a pose has to be told more finely than half precision can."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class PoseEncoder(nn.Module):
@@ -54,4 +60,5 @@ class PoseEncoder(nn.Module):
             x_t = F.interpolate(x_t, size=self.size, mode="area")
         last = self.encoder(x_t, self.time(t))[-1]
         h = self.hidden(self.norm(last))
-        return self.numbers(h).float().unflatten(1, self.shape), self.scores(h).float()
+        numbers, scores = (wide(head(h)) for head in (self.numbers, self.scores))
+        return numbers.unflatten(1, self.shape), scores

@@ -36,7 +36,8 @@ class Field(nn.Module):
 
         Fog outside the box would be seen by every camera that passes it, and by no other: it must be nothing.
         """
-        raw = self.raw(positions, directions).float()
+        raw = self.raw(positions, directions)
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         inside = (positions.detach().abs().amax(-1) <= 1).to(raw.dtype)
         return DENSITY * inside * F.softplus(raw[:, 0] + BIAS), raw[:, 1:].sigmoid()
 

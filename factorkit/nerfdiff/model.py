@@ -69,14 +69,14 @@ class NerfdiffModel(Denoiser):
     ):  # fmt: skip
         super().__init__()
         self.encoder, self.candidates, self.field = encoder, candidates, field
-        self.size, self.samples = tuple(size), samples
+        self.size, self.samples, self.forward_facing = tuple(size), samples, optics.forward
         self.register_buffer("views", views)
         self.register_buffer("intrinsics", optics.intrinsics)
         self.register_buffer("background", optics.background)
 
     @property
     def optics(self) -> Optics:
-        return Optics(self.intrinsics, self.background)
+        return Optics(self.intrinsics, self.background, self.forward_facing)
 
     def cameras(self, x_t: Tensor, t: Tensor) -> Cameras:
         """The candidates for views x_t [B, 3, H, W], in [-1, 1] plus noise, at times t [B]."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from factorkit.rendering import look_at
 
+CONVERGENCE = 4.0  # how far away forward-facing cameras look at one point, in units of the nearest plane's distance
+
 #: what a view's pose may have beyond its direction, and how many numbers each takes
 FREEDOMS = {"roll": 1, "aim": 2, "distance": 1}
 
@@ -67,6 +69,18 @@ def orbit_poses(direction: Tensor, distance: Tensor | float, freedom: dict[str, 
         moved = torch.nn.functional.pad(freedom["aim"] * reach[..., None], (0, 1))
         pose = pose @ _rigid(torch.eye(3).to(moved).expand(*moved.shape, 3), moved)
     return pose
+
+
+def forward_poses(place: Tensor) -> Tensor:
+    """Cameras at ``place`` [..., 3], near the origin, that look at one point before them: poses [..., 4, 4]."""
+    point = place.new_tensor([0.0, 0.0, -CONVERGENCE])
+    return look_at(place, point, place.new_tensor([0.0, 1.0, 0.0]))
+
+
+def plane_dictionary(columns: int, rows: int, reach: float = 0.3) -> Tensor:
+    """Places [columns * rows, 3] of forward-facing cameras: a lattice from -reach to reach, right and up."""
+    up, right = torch.meshgrid(*(torch.linspace(-reach, reach, n) for n in (rows, columns)), indexing="ij")
+    return torch.stack([right, up, torch.zeros_like(up)], dim=-1).reshape(-1, 3)
 
 
 def rodrigues_poses(numbers: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class NerfdiffRun:
         config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
         prefix = "ema.module."
         weights = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        optics = Optics(weights["intrinsics"], weights["background"])
+        optics = Optics(weights["intrinsics"], weights["background"], meta["scene"]["layout"] == "forward")
         field = build_field(config.field, config.grid, config.seed)
         model = build_model(config, meta["scene"], optics, field, weights["views"])
         try:
@@ -144,6 +144,8 @@ class NerfdiffRun:
             ConfigError: a path that says nothing of the kind.
             DataError: a scene without a surface.
         """
+        if self.model.forward_facing and Path(path).suffix != ".json":
+            raise ConfigError(f"{path}: of a forward-facing scene only transforms.json can be exported")
         return export(path, self.views, self.model.field, **options)
 
     @torch.no_grad()

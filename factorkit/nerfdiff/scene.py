@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,12 +40,14 @@ class Scene:
 
     @property
     def distance(self) -> float:
-        """Of the cameras from the origin, in an object's scene."""
+        """Of the cameras from the origin, in an object's scene; of the nearest plane in a forward-facing one."""
         return scene_distance(self.optics)
 
 
 def scene_distance(optics: Optics) -> float:
-    """How far from the origin cameras of these optics stand when an object fills their pictures."""
+    """How far from the origin cameras of these optics stand when an object fills their pictures; 1 before a scene."""
+    if optics.forward:
+        return 1.0
     return natural_distance(float(optics.intrinsics.diagonal()[:2].min()))
 
 
@@ -62,7 +64,7 @@ def open_scene(views: Views, resolution: int, device: torch.device) -> Scene:
     poses = views.poses
     if poses is not None and views.layout == "object":
         poses = centred(poses, scene_distance(optics))
-    optics = Optics(optics.intrinsics.to(device), optics.background.to(device))
+    optics = replace(optics, intrinsics=optics.intrinsics.to(device), background=optics.background.to(device))
     where = None if poses is None else poses.to(device)
     return Scene(views.images.to(device), list(views.names), optics, views.layout, where)
 
@@ -78,7 +80,8 @@ def shared_optics(views: Views) -> Optics:
     mean = each.mean(0)
     if (each - mean).abs().max() > SAME_CAMERA:
         raise DataError("the views' focal lengths or image centres differ; give views of one camera")
-    return Optics(mean, torch.zeros(3) if views.background is None else views.background)
+    background = torch.zeros(3) if views.background is None else views.background
+    return Optics(mean, background, views.layout == "forward")
 
 
 def centred(poses: Tensor, distance: float) -> Tensor:

@@ -1,11 +1,12 @@
-"""Balanced dictionary search: every view takes one of a fixed set of directions, and a field grows that agrees.
+"""Balanced dictionary search: every view takes one of a fixed set of places, and a field grows that agrees.
 
-Each direction has to take its share of the views, at a temperature that falls; without that, all views end up in one
+Each place has to take its share of the views, at a temperature that falls; without that, all views end up in one
 place. Field and views begin blurred and sharpen as the temperature falls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.fit import Fit, FitTask
-from factorkit.nerfdiff.poses import orbit_poses
 from factorkit.nerfdiff.rays import Optics, render_views
 from factorkit.nerfdiff.scene import Scene, blurred
 from factorkit.nerfdiff.watch import cameras_sheet
@@ -30,41 +30,50 @@ EVERY = 10  # steps between assignments
 COMPARED = 16  # pixels along the longer side of the pictures that are compared
 TEMPERATURE = (0.02, 0.3)  # at the end and at the beginning, in units of a view's spread of errors
 BLUR = 0.094  # of the views at the beginning, in units of the longer side
-SHAKE = 0.04  # standard deviation of the directions while the temperature falls: cells are no points
+SHAKE = 0.04  # standard deviation of the places while the temperature falls: cells are no points
+
+Stand = Callable[[Tensor], Tensor]
 
 
 class AssignedPoses(nn.Module):
-    """Views [V] that stand at directions [D, 3] of a dictionary; which one is state, not parameter."""
+    """Views [V] that stand at places [D, 3] of a dictionary; which one is state, not parameter.
 
-    def __init__(self, directions: Tensor, assigned: Tensor, distance: float):
+    Args:
+        places: directions around an object, or places of forward-facing cameras.
+        assigned: int64 [V].
+        stand: places [..., 3] to poses [..., 4, 4].
+    """
+
+    def __init__(self, places: Tensor, assigned: Tensor, stand: Stand):
         super().__init__()
-        self.distance = distance
-        self.register_buffer("directions", directions)
+        self.stand = stand
+        self.register_buffer("places", places)
         self.register_buffer("assigned", assigned)
 
     def forward(self, indices: Tensor, shake: Tensor | None = None) -> Tensor:
-        """Poses [B, 4, 4] of these views, their directions shaken by [B, 3]."""
-        direction = self.directions[self.assigned[indices]]
-        return orbit_poses(direction if shake is None else direction + shake, self.distance)
+        """Poses [B, 4, 4] of these views, their places shaken by [B, 3]."""
+        place = self.places[self.assigned[indices]]
+        return self.stand(place if shake is None else place + shake)
 
 
 class SearchTask(FitTask):
-    """The search. ``model.poses`` is :class:`AssignedPoses`, which starts anywhere: a first field of noise is a worse
-    guide than chance."""
+    """The search over ``places`` [D, 3]. Views start anywhere: a first field of noise is a worse guide than chance."""
 
-    def __init__(self, config: NerfdiffConfig, scene: Scene, field: Field, directions: Tensor):
+    def __init__(self, config: NerfdiffConfig, scene: Scene, field: Field, places: Tensor, stand: Stand):
         generator = torch.Generator().manual_seed(derived_seed("first assignment", config.seed))
-        assigned = torch.randint(len(directions), (len(scene.images),), generator=generator)
-        poses = AssignedPoses(directions, assigned, scene.distance)
+        assigned = torch.randint(len(places), (len(scene.images),), generator=generator).to(places.device)
+        poses = AssignedPoses(places, assigned, stand)
         super().__init__(config, scene, Fit(field, poses, scene.optics, scene.size, config.samples))
         self._blurred: tuple[float, Tensor] = (0.0, scene.images)
 
     def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:
         """Where the views stand among the directions, drawn and in figures."""
         poses = model.poses
+        if self.scene.layout != "object":
+            return {}
         chosen = poses(torch.arange(len(poses.assigned)))
-        cameras_sheet(folder / f"{step:06d}_cameras_search.png", chosen, orbit_poses(poses.directions, poses.distance))
-        return pose_alarms(chosen, poses.assigned, len(poses.directions))
+        cameras_sheet(folder / f"{step:06d}_cameras_search.png", chosen, poses.stand(poses.places))
+        return pose_alarms(chosen, poses.assigned, len(poses.places))
 
     def heat(self, step: int) -> float:
         """1 at the beginning, 0 once annealed."""
@@ -88,12 +97,12 @@ class SearchTask(FitTask):
 
     @torch.no_grad()
     def errors(self, step: int) -> Tensor:
-        """Mean squared difference [V, D] between every view and the field seen from every direction."""
+        """Mean squared difference [V, D] between every view and the field seen from every place."""
         poses = self.model.poses
-        return dictionary_errors(
-            self.model.field, poses.directions, poses.distance, self.scene.optics, self.images(step),
-            self.config.samples,
-        )  # fmt: skip
+        candidates = poses.stand(poses.places)
+        return candidate_errors(
+            self.model.field, candidates, self.scene.optics, self.images(step), self.config.samples
+        )
 
     def _assign(self, step: int, heat: float) -> None:
         errors = self.errors(step)
@@ -108,12 +117,10 @@ class SearchTask(FitTask):
 
 
 @torch.no_grad()
-def dictionary_errors(
-    field: Field, directions: Tensor, distance: float, optics: Optics, images: Tensor, samples: int
-) -> Tensor:
-    """Mean squared difference [V, D] of images [V, 3, H, W] and the field seen from directions [D, 3], both small."""
+def candidate_errors(field: Field, poses: Tensor, optics: Optics, images: Tensor, samples: int) -> Tensor:
+    """Mean squared difference [V, D] of images [V, 3, H, W] and the field seen from poses [D, 4, 4], both small."""
     size = target_size(min(COMPARED, max(images.shape[2:])), *images.shape[2:])
-    seen = render_views(field, orbit_poses(directions, distance), optics, size, samples).color
+    seen = render_views(field, poses, optics, size, samples).color
     small = resize_area(images, *size).movedim(1, -1)
     return torch.cdist(small.flatten(1), seen.flatten(1)).square() / seen[0].numel()
 

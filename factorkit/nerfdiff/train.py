@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,20 @@ from factorkit.nerfdiff.flip import best_turns, halves
 from factorkit.nerfdiff.given import keep_views
 from factorkit.nerfdiff.joint import JointTask
 from factorkit.nerfdiff.model import NerfdiffModel
-from factorkit.nerfdiff.poses import FreePoses, OrbitPoses, dictionary, turned
+from factorkit.nerfdiff.poses import (
+    FreePoses,
+    OrbitPoses,
+    dictionary,
+    forward_poses,
+    orbit_poses,
+    plane_dictionary,
+    turned,
+)
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
 from factorkit.nerfdiff.search import SearchTask, directions_of
 
+PLANE = (6, 4)  # places of forward-facing cameras across and up
 HALF_STEPS = 100  # of the fresh fields of the flip test
 HALF_FIELD = 20  # vertices along each side of theirs
 PROCEDURAL = 80  # views where none are given
@@ -70,7 +80,7 @@ def train_nerfdiff(
     folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
     views = open_data(data, config)
     scene = open_scene(views, config.resolution, device)
-    if len(scene.images) < config.cameras:
+    if scene.layout == "object" and len(scene.images) < config.cameras:
         raise DataError(f"{len(scene.images)} views are fewer than cameras={config.cameras} candidates; give more")
     settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": describe(scene)}
     if distributed.rank() == 0:
@@ -118,9 +128,9 @@ class Training:
             self.trainer("joint", lambda stage: JointTask(stage, scene, model), folder=self.folder)
             return
         if config.poses == "known":
-            fitted = self.fit("fit", field, FreePoses(require_poses(scene)).requires_grad_(False))
+            fitted = self.fit("fit", field, FreePoses(require_poses(scene)).requires_grad_(False), sheets="fit")
         elif config.poses == "learned":
-            fitted = self.fit("fit", field, self.one_start())
+            fitted = self.fit("fit", field, self.one_start(), sheets="fit")
         else:
             fitted, doubled = self.dictionary_search()
         model = self.model(fitted.field, fitted.poses().detach())
@@ -165,20 +175,27 @@ class Training:
         start = dictionary(1, [middle]).repeat(count, 1) + 0.01 * torch.randn(count, 3, generator=generator)
         return OrbitPoses(start, self.scene.distance, self.config.freedom)
 
-    def dictionary_search(self) -> tuple[Fit, float]:
+    def dictionary_search(self) -> tuple[Fit, float | None]:
         """Search, refinement and flip test: the fit, and the share of views that the last round still turned."""
         config, scene = self.config, self.scene
-        low, high = config.elevations
-        rings = [low + (high - low) * (i + 0.5) / config.rings for i in range(config.rings)]
-        directions = dictionary(config.azimuths, rings).to(self.device)
-        field = build_field("grid", config.search_field, config.seed)
+        if scene.layout == "forward":
+            places, stand = plane_dictionary(*PLANE), forward_poses
+        else:
+            low, high = config.elevations
+            rings = [low + (high - low) * (i + 0.5) / config.rings for i in range(config.rings)]
+            places, stand = dictionary(config.azimuths, rings), partial(orbit_poses, distance=scene.distance)
+        field, places = build_field("grid", config.search_field, config.seed).to(self.device), places.to(self.device)
         found = self.trainer(
-            "search", lambda stage: SearchTask(stage, scene, field, directions), steps=config.search_steps,
+            "search", lambda stage: SearchTask(stage, scene, field, places, stand), steps=config.search_steps,
             batch_size=config.views, learning_rate=config.search_learning_rate, decay=0.0, ema=0.0,
             sample_every=max(1, config.search_steps // 5),
         )  # fmt: skip
-        direction = found.poses.directions[found.poses.assigned]
-        fitted = self.refine("refine", found.field.refined(config.grid), direction)
+        start = found.field.refined(config.grid).to(self.device)
+        direction = found.poses.places[found.poses.assigned]
+        if scene.layout == "forward":
+            fitted = self.fit("refine", start, FreePoses(forward_poses(direction)))
+            return self.with_own_field(fitted), None
+        fitted = self.refine("refine", start, direction)
         direction = directions_of(fitted.poses().detach())
         kept = direction
         for number in range(max(1, config.flip_rounds)):
@@ -187,9 +204,11 @@ class Training:
                 break
         if config.flip_rounds and (direction != kept).any():
             fitted = self.refine("refine again", build_field("grid", config.grid, config.seed), direction)
-        if config.field != "grid":
-            fitted = self.fit("fit", self.field(), fitted.poses)
-        return fitted, moved / len(direction)
+        return self.with_own_field(fitted), moved / len(direction)
+
+    def with_own_field(self, fitted: Fit) -> Fit:
+        """The poses with a field of the kind asked for; the search has a grid anyway."""
+        return fitted if self.config.field == "grid" else self.fit("fit", self.field(), fitted.poses)
 
     def field(self) -> Field:
         """A fresh field of the kind asked for."""

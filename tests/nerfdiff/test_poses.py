@@ -77,8 +77,8 @@ def test_turning_about_z_and_the_dictionary():
     assert torch.allclose(azimuths(way)[:24], torch.arange(24) * 15.0, atol=1e-3)
     assert torch.allclose(turned(way[:24], 15.0).roll(1, 0), way[:24], atol=1e-5)
     each = turned(way, torch.arange(48) * 90.0)
-    assert torch.allclose((azimuths(each) - azimuths(way) - torch.arange(48) * 90 + 180) % 360, torch.full((48,), 180.0),
-                          atol=1e-2)  # fmt: skip
+    off = (azimuths(each) - azimuths(way) - torch.arange(48) * 90 + 180) % 360
+    assert torch.allclose(off, torch.full((48,), 180.0), atol=1e-2)
 
 
 def test_anchors_fill_the_band_evenly():
@@ -96,7 +96,7 @@ def test_parameters_start_where_they_are_told_and_get_gradients():
     assert torch.allclose(poses(), orbit_poses(way, 2.5), atol=1e-6)
     poses(torch.tensor([1, 3])).square().sum().backward()
     for parameter in poses.parameters():
-        assert (parameter.grad.flatten(1) if parameter.dim() > 1 else parameter.grad[:, None])[[0, 2, 4]].abs().sum() == 0
+        assert parameter.grad[[0, 2, 4]].abs().sum() == 0 and parameter.grad.isfinite().all()
     base = orbit_poses(way, 1.0)
     free = FreePoses(base)
     assert torch.allclose(free(), base)

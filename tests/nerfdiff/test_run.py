@@ -22,7 +22,7 @@ def test_predicted_poses_are_those_of_the_best_scores(finished, scene_views):
     assert torch.allclose(alone.poses[0], found.poses[4], atol=1e-5), "a view's pose depends on its batch"
     with pytest.raises(ConfigError, match="t=100"):
         finished.predict_pose(scene_views.images, t=100)
-    with pytest.raises(DataError, match=r"\(10, 8, 8\)"):
+    with pytest.raises(DataError, match=r"\(1, 10, 8, 8\)"):
         finished.predict_pose(scene_views.images[:, 0])
 
 

@@ -1,0 +1,125 @@
+"""Are the cameras found? Trains nerfdiff from several seeds on one scene, scores cameras and held-out views.
+
+    python benchmarks/nerfdiff.py demo --seeds 0 1 2 3 4
+    python benchmarks/nerfdiff.py symmetric --seeds 0 1 2 3 4
+    python benchmarks/nerfdiff.py symmetric --seeds 0 --set flip_rounds=0
+    python benchmarks/nerfdiff.py lego --data LEGO --size 32 --ways dictionary supervised one_start --seeds 0 1 2 3 4
+    python benchmarks/nerfdiff.py lego --data LEGO --size 32 --ways joint joint_letter --seeds 0
+
+Each run is a JSON object in benchmarks/results/nerfdiff.json with its machine, commit and settings; a run that stands
+there is not run again. Without --seeds the table of all results is printed. Scores are of the last step. Beside the
+seconds on the clock stand those of the processor, as the machine may have had other things to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+from recording import commit, machine, read_results, write_result
+
+RESULTS = Path(__file__).with_name("results") / "nerfdiff.json"
+FIELD = {"field_steps": 900}  # of those that search nothing: as many steps as search and refinement have together
+WAYS = {
+    "dictionary": {},
+    "supervised": {"poses": "known", **FIELD},
+    "one_start": {"poses": "learned", **FIELD},
+    "joint": {"search": "joint"},
+    "joint_letter": {"search": "joint", "balance": False},
+}
+TRAINING, HELD_OUT = 80, 20  # views of the procedural scene
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help="demo, symmetric (procedural scenes), or what --data is called")
+    parser.add_argument("--data", help="as train_nerfdiff takes it, with poses")
+    parser.add_argument("--size", type=int, default=32, help="pixels of the longer side")
+    parser.add_argument("--every", type=int, default=8, help="every n-th test view is scored")
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=["dictionary"])
+    parser.add_argument("--preset", default="fast")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[])
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks")
+    args = parser.parse_args()
+    changes = {k: json.loads(v) for k, v in (entry.split("=", 1) for entry in args.set)}
+    for seed in args.seeds:
+        for way in args.ways:
+            run_once(args, way, changes, seed)
+    print(table(read_results(RESULTS)))
+
+
+def views_of(args: argparse.Namespace):
+    """Training views and held-out ones."""
+    from factorkit.data.procedural_scene import procedural_views
+    from factorkit.data.views_open import open_views
+
+    if args.data is None:
+        views = procedural_views(TRAINING + HELD_OUT, args.size, symmetric=args.name == "symmetric")
+        return views.select(slice(0, TRAINING)), views.select(slice(TRAINING, None))
+    held_out = open_views(args.data, "test", args.size)
+    return open_views(args.data, "train", args.size), held_out.select(slice(None, None, args.every))
+
+
+def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> None:
+    """Train and score one seed, unless its result stands already."""
+    import torch
+
+    import factorkit
+
+    words = [args.name, f"{args.size} px", way, *(f"{k}={v}" for k, v in changes.items()), f"seed={seed}"]
+    key = " ".join(words)
+    if key in read_results(RESULTS):
+        return
+    training, held_out = views_of(args)
+    out = args.out / key.replace(" ", "_").replace("/", "_")
+    shutil.rmtree(out, ignore_errors=True)  # a result is of one unbroken, timed run
+    start, busy = time.perf_counter(), time.process_time()
+    run = factorkit.train_nerfdiff(
+        training, out=out, preset=args.preset, seed=seed, progress=False,
+        **{"resolution": args.size, **WAYS[way], **changes},
+    )  # fmt: skip
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    scores = run.evaluate(held_out)
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    alarms = [e for e in events if e["event"] == "alarms"][-1]
+    record = {
+        "set": args.name, "size": args.size, "way": way, "changes": changes, "preset": args.preset, "seed": seed,
+        "scores": scores, "failures": alarms.get("failures", []), "seconds": round(seconds, 1),
+        "processor_seconds": round(busy, 1), "machine": machine(run.config.threads or torch.get_num_threads()),
+        "commit": commit(), "torch": torch.__version__,
+    }  # fmt: skip
+    write_result(RESULTS, key, record)
+    short = {k: round(v, 3) for k, v in scores.items() if isinstance(v, float) and "median" in k or "psnr" in k}
+    print(key, short, record["failures"], f"{seconds:.0f} s ({busy:.0f} s of the processor)", flush=True)
+
+
+def table(results: dict[str, dict]) -> str:
+    """One line a scene and way: medians over seeds, the worst of what is a mark."""
+    groups: dict[str, list[dict]] = {}
+    for key, record in results.items():
+        groups.setdefault(key.rsplit(" seed=", 1)[0], []).append(record)
+    lines = [
+        "| run | seeds | median degrees (worst seed) | under 10 (worst) | PSNR at true cameras (worst) | "
+        "encoder: degrees | PSNR | said to have failed | processor, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, records in sorted(groups.items()):
+        of = lambda key, records=records: [r["scores"][key] for r in records]  # noqa: E731
+        mid = lambda key, of=of: statistics.median(of(key))  # noqa: E731
+        failed = sum(bool(r["failures"]) for r in records)
+        busy = statistics.median(r["processor_seconds"] for r in records)
+        lines.append(
+            f"| {name} | {len(records)} | {mid('rotation_median_deg'):.2f} ({max(of('rotation_median_deg')):.2f}) | "
+            f"{mid('under_10_deg'):.0%} ({min(of('under_10_deg')):.0%}) | {mid('psnr'):.2f} ({min(of('psnr')):.2f}) | "
+            f"{mid('encoder_rotation_median_deg'):.2f} | {mid('psnr_encoder'):.2f} | {failed} | {busy:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

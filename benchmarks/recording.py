@@ -1,0 +1,45 @@
+"""Results of benchmarks: one JSON file each, an object of records by key."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+
+def read_results(path: Path) -> dict[str, dict]:
+    """All records of a file; none where there is no file yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_result(path: Path, key: str, record: dict) -> None:
+    """Add one record. Two benchmarks may run side by side, so the file is locked while it is read and written."""
+    import fcntl
+
+    path.parent.mkdir(exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = {**read_results(path), key: record}
+        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def machine(threads: int) -> str:
+    """The processor and the threads used of it."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {threads} thread(s)"
+
+
+def commit() -> str:
+    """The commit of this checkout, marked where it has changes."""
+    try:
+        asked = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+        said = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return said.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
