@@ -13,15 +13,13 @@ from torch import Tensor
 
 from factorkit.data.views import Views
 from factorkit.errors import ConfigError, DataError
+from factorkit.nerfdiff.occupied import PLACES, device_of, occupied_sampling
 from factorkit.rendering.cameras import image_rays
-from factorkit.rendering.occupancy import OccupancyGrid
 from factorkit.rendering.render import Field, render
-from factorkit.rendering.sampling import OccupiedSampling
 
 OPAQUE = 0.7  # of a pixel whose depth is believed
 SOLID = 1 / 8  # the optical depth that a believed place must have over two cells
-CELLS, LOOKS = 64, 4  # of the occupancy grid
-RAYS, PLACES = 1 << 14, 1 << 18  # asked at once
+RAYS = 1 << 14  # rendered at once
 HALVING = 16  # the default surface halves light within this fraction of the box
 
 
@@ -67,12 +65,10 @@ def point_cloud(
     height, width = views.size
     scale = math.sqrt(count / (len(views) * share * height * width))
     size = max(1, round(height * scale)), max(1, round(width * scale))
-    like = _device(field)
+    like = device_of(field)
     stretch = torch.tensor([size[1] / width, size[0] / height, 1.0])[:, None]
-    occupancy = OccupancyGrid(lower, upper, resolution=CELLS).to(like)
-    for _ in range(LOOKS):
-        occupancy.update(lambda places: _density(field, places, torch.zeros_like(places)))
-    sampling = OccupiedSampling(occupancy, step=occupancy.cell_side / 2)
+    sampling = occupied_sampling(field, lower, upper)
+    cell = sampling.occupancy.cell_side
     found = []
     for pose, k in zip(views.poses.to(like), (views.intrinsics * stretch).to(like), strict=True):
         rays = image_rays(pose, k, *size)
@@ -81,7 +77,7 @@ def point_cloud(
         opacity = seen.opacity[kept]
         places = rays.origins[kept] + (seen.depth[kept] / opacity)[:, None] * rays.directions[kept]
         colors = seen.color[kept] / opacity[:, None]
-        solid = _density(field, places, rays.directions[kept]) * (2 * occupancy.cell_side) > SOLID
+        solid = _density(field, places, rays.directions[kept]) * (2 * cell) > SOLID
         found.append((places[solid].cpu(), colors[solid].cpu()))
     places, colors = (torch.cat(parts) for parts in zip(*found, strict=True))
     if not len(places):
@@ -112,7 +108,7 @@ def surface_mesh(
         raise ConfigError(f"level={level}: give a density above 0")
     counts = [max(2, round(resolution * float(length) / side)) for length in upper - lower]
     axes = [torch.linspace(float(a), float(b), n + 1) for a, b, n in zip(lower, upper, counts, strict=True)]
-    places = torch.cartesian_prod(*axes).to(_device(field))
+    places = torch.cartesian_prod(*axes).to(device_of(field))
     density = _density(field, places, torch.zeros_like(places)).cpu().reshape(*(len(axis) for axis in axes))
     highest = float(density.max())
     if not highest > level:
@@ -139,11 +135,6 @@ def _ask(field: Field, places: Tensor, along: Tensor, which: int) -> Tensor:
     """The field's density or radiance at places [M, 3], in parts."""
     parts = zip(places.split(PLACES), along.split(PLACES), strict=True)
     return torch.cat([field(*part)[which].float() for part in parts])
-
-
-def _device(field: Field) -> torch.device:
-    parameters = getattr(field, "parameters", tuple)()
-    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 def _bytes(colors: Tensor) -> np.ndarray:
