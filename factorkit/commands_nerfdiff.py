@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -15,15 +17,22 @@ from factorkit.command_words import duration, failures, saying_what_is_saved
 from factorkit.data.procedural_scene import procedural_views
 from factorkit.data.views import Views
 from factorkit.data.views_open import open_views
+from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.folder import write_json
 from factorkit.engine.report import write_report
 from factorkit.errors import ConfigError
 from factorkit.flag_types import Result
 from factorkit.nerfdiff.frames import to_uint8, write_frames
+from factorkit.nerfdiff.given import kept_views
 from factorkit.nerfdiff.pictures import disparity_image, novel_sheet, views_sheet
 from factorkit.nerfdiff.run import NerfdiffRun
+from factorkit.nerfdiff.scoring import training_errors
 from factorkit.nerfdiff.train import PROCEDURAL, train_nerfdiff
 
+if TYPE_CHECKING:
+    from factorkit.nerfdiff.viewer import Shown
+
+POLL = 5.0  # seconds between looks for a later checkpoint
 DEMO_DEGREES = 1.0  # the demo's mark: median of the found cameras' rotation errors
 DEMO_HELD_OUT = 20  # further views of the procedural scene
 SHOWN = 10  # steps of a trajectory, pictures on a contact sheet
@@ -134,6 +143,32 @@ def export(path: Path, out: Path, kind: str | None, device: str) -> Result:
     """Points, mesh or cameras for other programs."""
     written = load(path, device).export(out, kind=kind)
     return {"out": str(written)}, f"written: {written}"
+
+
+def view(path: Path, host: str, port: int, device: str) -> Result:
+    """Serve the scene to a browser until Ctrl-C; a later checkpoint is shown when it is there."""
+    from factorkit.nerfdiff.viewer import Viewer
+
+    run = load(path, device)
+    with Viewer(shown(run), host=host, port=port) as viewer:
+        print(f"{path} at {viewer.url}; Ctrl-C ends it", file=sys.stderr)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(POLL)
+                newest = Checkpoints(path / "checkpoints").paths() if path.is_dir() else []
+                if newest and newest[0].stem > f"step_{run.step:08d}":
+                    run = load(path, device)
+                    viewer.show(shown(run))
+        return {"run": str(path), "url": viewer.url, "step": run.step}, f"shown up to step {run.step}"
+
+
+def shown(run: NerfdiffRun) -> Shown:
+    """What the viewer shows of a run: its scene and cameras, and where they are known the true ones."""
+    from factorkit.nerfdiff.viewer import Shown
+
+    given, errors = kept_views(run.folder), training_errors(run)
+    true = None if errors is None else errors.alignment.inverse().apply(given.poses)
+    return Shown(run.step, run.model.field, run.views, run.model.background, true)
 
 
 # --- in and out ---

@@ -195,3 +195,26 @@ class Export(RunCommand):
         from factorkit import commands_nerfdiff
 
         return commands_nerfdiff.export(self.run, self.out, self.kind, self.device)
+
+
+@dataclass(kw_only=True)
+class View(RunCommand):
+    """Look at the scene in a browser: points, found and true cameras with their pictures, live renders.
+
+    While the training goes on, what it has found is shown anew with every checkpoint. Ctrl-C ends it. Needs the extra
+    `viewer`.
+
+    EXAMPLES
+        factorkit view runs/lego
+        factorkit view runs/lego --port 9000
+    """
+
+    host: str = "127.0.0.1"
+    """Address to serve at; 0.0.0.0 lets other machines in."""
+    port: int = 8080
+    """Or the next free one."""
+
+    def run_command(self) -> Result:
+        from factorkit import commands_nerfdiff
+
+        return commands_nerfdiff.view(self.run, self.host, self.port, self.device)

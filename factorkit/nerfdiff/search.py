@@ -63,7 +63,8 @@ class SearchTask(FitTask):
         generator = torch.Generator().manual_seed(derived_seed("first assignment", config.seed))
         assigned = torch.randint(len(places), (len(scene.images),), generator=generator).to(places.device)
         poses = AssignedPoses(places, assigned, stand)
-        super().__init__(config, scene, Fit(field, poses, scene.optics, scene.size, config.samples))
+        self.samples = max(1, config.samples * 3 // 4)  # the search's grid is coarser than the one that is refined
+        super().__init__(config, scene, Fit(field, poses, scene.optics, scene.size, self.samples))
         self._blurred: tuple[float, Tensor] = (0.0, scene.images)
 
     def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:
@@ -100,9 +101,7 @@ class SearchTask(FitTask):
         """Mean squared difference [V, D] between every view and the field seen from every place."""
         poses = self.model.poses
         candidates = poses.stand(poses.places)
-        return candidate_errors(
-            self.model.field, candidates, self.scene.optics, self.images(step), self.config.samples
-        )
+        return candidate_errors(self.model.field, candidates, self.scene.optics, self.images(step), self.samples)
 
     def _assign(self, step: int, heat: float) -> None:
         errors = self.errors(step)
