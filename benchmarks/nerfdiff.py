@@ -5,6 +5,8 @@
     python benchmarks/nerfdiff.py symmetric --seeds 0 --set flip_rounds=0
     python benchmarks/nerfdiff.py lego --data LEGO --size 32 --ways dictionary supervised one_start --seeds 0 1 2 3 4
     python benchmarks/nerfdiff.py lego --data LEGO --size 32 --ways joint joint_letter --seeds 0
+    python benchmarks/nerfdiff.py lego --data LEGO --roll 10 --set 'freedom=["roll"]' --seeds 0
+    python benchmarks/nerfdiff.py fern --data FERN --size 84 --every 1 --ways supervised one_start --seeds 0
 
 Each run is a JSON object in benchmarks/results/nerfdiff.json with its machine, commit and settings; a run that stands
 there is not run again. Without --seeds the table of all results is printed. Scores are of the last step. Beside the
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import time
@@ -40,6 +43,9 @@ def main() -> None:
     parser.add_argument("--data", help="as train_nerfdiff takes it, with poses")
     parser.add_argument("--size", type=int, default=32, help="pixels of the longer side")
     parser.add_argument("--every", type=int, default=8, help="every n-th test view is scored")
+    parser.add_argument("--roll", type=float, default=0.0, help="turn training views by up to so many degrees")
+    parser.add_argument("--shift", type=float, default=0.0, help="shift them by up to this share of their side")
+    parser.add_argument("--zoom", type=float, default=0.0, help="scale them by up to this share")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=["dictionary"])
     parser.add_argument("--preset", default="fast")
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
@@ -65,17 +71,45 @@ def views_of(args: argparse.Namespace):
     return open_views(args.data, "train", args.size), held_out.select(slice(None, None, args.every))
 
 
+def disturbed(views, roll: float, shift: float, zoom: float, seed: int):
+    """The views turned, shifted and scaled at random; of their true poses the turns are known, and put in."""
+    from dataclasses import replace
+
+    import roma
+    import torch
+    import torch.nn.functional as F
+
+    generator = torch.Generator().manual_seed(seed)
+    turn, right, down, scale = 2 * torch.rand(4, len(views), generator=generator) - 1
+    turn, scale = turn * math.radians(roll), 1 + zoom * scale
+    # where each new pixel is taken from: the picture's content turns the other way, and so counter-clockwise
+    source = torch.stack([
+        torch.stack([turn.cos() / scale, -turn.sin() / scale, 2 * shift * right], 1),
+        torch.stack([turn.sin() / scale, turn.cos() / scale, 2 * shift * down], 1),
+    ], 1)  # fmt: skip
+    behind = views.background[:, None, None]
+    grid = F.affine_grid(source, list(views.images.shape), align_corners=False)
+    images = F.grid_sample(views.images - behind, grid, align_corners=False) + behind
+    poses = views.poses.clone()
+    poses[:, :3, :3] = poses[:, :3, :3] @ roma.rotvec_to_rotmat(torch.stack([0 * turn, 0 * turn, -turn], 1))
+    return replace(views, images=images.clamp(0, 1), poses=poses, masks=None)
+
+
 def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> None:
     """Train and score one seed, unless its result stands already."""
     import torch
 
     import factorkit
 
-    words = [args.name, f"{args.size} px", way, *(f"{k}={v}" for k, v in changes.items()), f"seed={seed}"]
+    disturbance = {k: getattr(args, k) for k in ("roll", "shift", "zoom") if getattr(args, k)}
+    words = [args.name, f"{args.size} px", way, *(f"{k}={v:g}" for k, v in disturbance.items())]
+    words += [*(f"{k}={v}" for k, v in changes.items()), f"seed={seed}"]
     key = " ".join(words)
     if key in read_results(RESULTS):
         return
     training, held_out = views_of(args)
+    if disturbance:
+        training = disturbed(training, args.roll, args.shift, args.zoom, seed)
     out = args.out / key.replace(" ", "_").replace("/", "_")
     shutil.rmtree(out, ignore_errors=True)  # a result is of one unbroken, timed run
     start, busy = time.perf_counter(), time.process_time()
@@ -88,7 +122,8 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     alarms = [e for e in events if e["event"] == "alarms"][-1]
     record = {
-        "set": args.name, "size": args.size, "way": way, "changes": changes, "preset": args.preset, "seed": seed,
+        "set": args.name, "size": args.size, "way": way, "changes": changes, "disturbance": disturbance,
+        "preset": args.preset, "seed": seed,
         "scores": scores, "failures": alarms.get("failures", []), "seconds": round(seconds, 1),
         "processor_seconds": round(busy, 1), "machine": machine(run.config.threads or torch.get_num_threads()),
         "commit": commit(), "torch": torch.__version__,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from factorkit.engine.curves import timeline
 from factorkit.engine.log import read_log
-from factorkit.errors import FactorkitError
+from factorkit.errors import ConfigError, FactorkitError
 
 
 class Interrupted(FactorkitError):
@@ -29,6 +30,21 @@ def saying_what_is_saved(folder: Path) -> Iterator[None]:
         if not any(folder.rglob("step_*.safetensors")):
             saved = "nothing was saved yet"
         raise Interrupted(stop.code if isinstance(stop, SystemExit) else 130, f"stopped: {saved}") from None
+
+
+def load_run(path: Path, device: str, model: str) -> Any:
+    """The run behind a folder or file.
+
+    Raises:
+        ConfigError: it is not of ``model``.
+        CheckpointError: it cannot be read.
+    """
+    import factorkit
+
+    run = factorkit.load(path, device=device)
+    if run.MODEL != model:
+        raise ConfigError(f"{path} is a {run.MODEL} run; this command is for {model} runs")
+    return run
 
 
 def failures(folder: Path) -> list[str]:

@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import factorkit
-from factorkit.command_words import duration, failures, saying_what_is_saved
+from factorkit.command_words import duration, failures, load_run, saying_what_is_saved
 from factorkit.data.datasets import open_dataset, procedural_dataset
 from factorkit.data.images import BrokenImage
 from factorkit.data.sources import FileSource, Source, open_source
@@ -74,21 +73,21 @@ def dry_run(data: Path | None, preset: str | None, seeds: int, changes: dict[str
 
 def segment(run: Path, paths: Sequence[Path], out: Path, t: int | None, device: str) -> Result:
     """Label images, masks and overlays of every picture, and one contact sheet."""
-    found = write_segments(factorkit.load(run, device=device), open_inputs(paths, out), out, t)
+    found = write_segments(load_run(run, device, "segdiff"), open_inputs(paths, out), out, t)
     skipped = f", {len(found['skipped'])} skipped" if found["skipped"] else ""
     return found, f"{found['segmented']} segmented{skipped}: {out}\ncontact sheet: {found['contact_sheet']}"
 
 
 def generate(run: Path, out: Path, device: str, **options: Any) -> Result:
     """Generated images with labels and masks, and one contact sheet; options are those of ``SegdiffRun.generate``."""
-    drawn = factorkit.load(run, device=device).generate(**options, progress=True)
+    drawn = load_run(run, device, "segdiff").generate(**options, progress=True)
     found = write_generated(drawn, out)
     return found, f"{found['generated']} generated: {out}\ncontact sheet: {found['contact_sheet']}"
 
 
 def evaluate(run: Path, images: Path, masks: Path, device: str, **options: Any) -> Result:
     """Scores; options are those of ``SegdiffRun.evaluate``."""
-    model = factorkit.load(run, device=device)
+    model = load_run(run, device, "segdiff")
     scores = model.evaluate(images, masks, **options)
     if model.folder is not None:
         write_report(model.folder)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-import factorkit
-from factorkit.command_words import duration, failures, saying_what_is_saved
+from factorkit.command_words import duration, failures, load_run, saying_what_is_saved
 from factorkit.data.procedural_scene import procedural_views
 from factorkit.data.views import Views
 from factorkit.data.views_open import open_views
@@ -176,10 +175,7 @@ def shown(run: NerfdiffRun) -> Shown:
 
 def load(path: Path, device: str) -> NerfdiffRun:
     """The run. Raises ConfigError where it is another model's."""
-    run = factorkit.load(path, device=device)
-    if not isinstance(run, NerfdiffRun):
-        raise ConfigError(f"{path} is a segdiff run; this command is for nerfdiff runs")
-    return run
+    return load_run(path, device, "nerfdiff")
 
 
 def background_of(run: NerfdiffRun) -> list[float]:

@@ -14,7 +14,6 @@ from factorkit.nerfdiff.encoder import PoseEncoder
 from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.model import NerfdiffModel
 from factorkit.nerfdiff.rays import Optics
-from factorkit.nerfdiff.scene import scene_distance
 
 
 def build_model(
@@ -30,10 +29,10 @@ def build_model(
         ConfigError: candidates that do not fit the scene.
     """
     kind = "single" if scene["layout"] == "forward" else config.candidates
-    distance = scene_distance(optics)
+    distance = scene["distance"]
     if kind == "single" and scene["layout"] == "object" and config.search == "dictionary":
         raise ConfigError('candidates="single" cannot stand around an object; use look_at')
-    candidates = build_candidates(kind, config.cameras, distance, config.elevations, config.freedom)
+    candidates = build_candidates(kind, config.cameras, distance, config.elevations, config.pose_freedom)
     size = target_size(min(config.encoder_resolution, max(scene["size"])), *scene["size"])
     encoder = PoseEncoder(
         size, config.width, config.multipliers, config.blocks, candidates.count, candidates.width,

@@ -10,6 +10,7 @@ from factorkit.engine.config import EngineConfig
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import ConfigError
 from factorkit.nerfdiff.fields import FIELDS
+from factorkit.nerfdiff.poses import FREEDOMS
 
 
 @dataclass(kw_only=True)
@@ -51,8 +52,9 @@ class NerfdiffConfig(EngineConfig):
     """Directions on each circle of the dictionary."""
     rings: int = 4
     """Circles of the dictionary."""
-    freedom: tuple[Literal["roll", "aim", "distance"], ...] = ()
-    """What a camera may do beyond looking at the origin from one distance, upright."""
+    freedom: tuple[Literal["roll", "aim", "distance", "focal"], ...] = ()
+    """What is refined and predicted beyond the direction of cameras that look at the origin from one distance, upright:
+    a turn about the viewing axis, a place aside of it, a distance for each view, and one focal length for all."""
     flip_rounds: int = 3
     """Most rounds of the flip test, for scenes that nearly look alike from two sides; 0: none."""
 
@@ -109,9 +111,10 @@ class NerfdiffConfig(EngineConfig):
             if options and getattr(self, field.name) not in options:
                 value = getattr(self, field.name)
                 raise ConfigError(f"{field.name}={value!r} is unknown; choose one of {', '.join(options)}")
-        unknown = set(self.freedom) - {"roll", "aim", "distance"}
+        unknown = set(self.freedom) - {*FREEDOMS, "focal"}
         if unknown:
-            raise ConfigError(f"freedom={self.freedom}: {', '.join(sorted(unknown))} is none of roll, aim, distance")
+            options = ", ".join([*FREEDOMS, "focal"])
+            raise ConfigError(f"freedom={self.freedom}: {', '.join(sorted(unknown))} is none of {options}")
         low, high = self.elevations
         if not -89 <= low < high <= 89:
             raise ConfigError(f"elevations={self.elevations} must rise and lie within -89 and 89 degrees")
@@ -122,6 +125,11 @@ class NerfdiffConfig(EngineConfig):
         for name in ("classification_weight", "roughness"):
             if not 0 <= getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
+
+    @property
+    def pose_freedom(self) -> tuple[str, ...]:
+        """The freedoms that every view has for itself."""
+        return tuple(name for name in self.freedom if name in FREEDOMS)
 
     def stage(self, name: str, **changes: Any) -> NerfdiffConfig:
         """The configuration of one stage of the run, with random numbers of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,28 @@ class Fit(nn.Module):
 
     Args:
         poses: a module that answers the poses [B, 4, 4] of view indices [B].
+        optics: of all views.
+        free_focal: whether their focal length is a parameter too, which starts at that of ``optics``.
     """
 
-    def __init__(self, field: Field, poses: nn.Module, optics: Optics, size: tuple[int, int], samples: int):
+    def __init__(
+        self, field: Field, poses: nn.Module, optics: Optics, size: tuple[int, int], samples: int,
+        free_focal: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.field, self.poses = field, poses
-        self.optics, self.size, self.samples = optics, size, samples
+        self.given, self.size, self.samples = optics, size, samples
+        self.log_focal = nn.Parameter(torch.zeros((), device=optics.intrinsics.device)) if free_focal else None
+
+    @property
+    def optics(self) -> Optics:
+        """Of all views, as they stand now."""
+        if self.log_focal is None:
+            return self.given
+        zoom = torch.stack([self.log_focal.exp(), self.log_focal.exp(), torch.ones_like(self.log_focal)])
+        focal = torch.diag(self.given.intrinsics.diagonal() * zoom)
+        centre = self.given.intrinsics - torch.diag(self.given.intrinsics.diagonal())
+        return replace(self.given, intrinsics=focal + centre)
 
     def forward(self, indices: Tensor, pixels: Tensor, seed: int, **options: Any) -> Tensor:
         """Colours [B, R, 3] of pixels [B, R] of views [B]; ``options`` go to the poses."""
@@ -60,6 +77,7 @@ class FitTask:
         """The field at the stage's learning rate; poses, where they are free, at theirs."""
         groups = [{"params": list(self.model.field.parameters()), "scale": 1.0, "betas": FIELD_BETAS}]
         poses = [p for p in self.model.poses.parameters() if p.requires_grad]
+        poses += [] if self.model.log_focal is None else [self.model.log_focal]
         scale = self.config.pose_learning_rate / self.config.learning_rate
         return groups + ([{"params": poses, "scale": scale, "betas": FIELD_BETAS}] if poses else [])
 

@@ -71,6 +71,8 @@ class Novel(NamedTuple):
 class NerfdiffRun:
     """A trained model: its averaged weights after ``step`` steps, and its folder if it has one."""
 
+    MODEL = "nerfdiff"
+
     def __init__(
         self, config: NerfdiffConfig, scene: dict[str, Any], model: NerfdiffModel, device: torch.device, step: int,
         folder: Path | None = None,
@@ -127,10 +129,10 @@ class NerfdiffRun:
     def views(self) -> Views:
         """The training views at their found poses: the pictures given where the run has a folder, else rendered."""
         given = kept_views(self.folder)
+        intrinsics = self.model.optics.pixels(*self.model.size).cpu().expand(len(self.poses), 3, 3)
         if given is not None:
-            return replace(given, poses=self.poses)
+            return replace(given, poses=self.poses, intrinsics=intrinsics)
         images = self.render(self.poses).images
-        intrinsics = self.model.optics.pixels(*self.model.size).cpu().expand(len(images), 3, 3)
         names = [f"view_{i:04d}" for i in range(len(images))]
         background = self.model.background.cpu()
         return Views(images, names, intrinsics, poses=self.poses, layout=self.scene["layout"], background=background)

@@ -17,13 +17,15 @@ SAME_CAMERA = 0.01  # how far focal lengths and centres may differ, relative to 
 
 @dataclass(frozen=True)
 class Scene:
-    """Views of one camera, which stands ``distance`` away from the middle of the box [-1, 1]^3.
+    """Views of one camera.
 
     Attributes:
         images: [V, 3, H, W] in [0, 1].
         names: of the views.
         optics: the camera and what lies behind everything.
         layout: "object" or "forward".
+        distance: how far from the middle of the box [-1, 1]^3 the camera stands; in a forward-facing scene the unit
+            of its places.
         poses: [V, 4, 4] as given with the views, in the model's units, or None.
     """
 
@@ -31,24 +33,13 @@ class Scene:
     names: list[str]
     optics: Optics
     layout: str
+    distance: float
     poses: Tensor | None
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self.images.shape[2], self.images.shape[3]
-
-    @property
-    def distance(self) -> float:
-        """Of the cameras from the origin, in an object's scene; of the nearest plane in a forward-facing one."""
-        return scene_distance(self.optics)
-
-
-def scene_distance(optics: Optics) -> float:
-    """How far from the origin cameras of these optics stand when an object fills their pictures; 1 before a scene."""
-    if optics.forward:
-        return 1.0
-    return natural_distance(float(optics.intrinsics.diagonal()[:2].min()))
 
 
 def open_scene(views: Views, resolution: int, device: torch.device) -> Scene:
@@ -61,12 +52,13 @@ def open_scene(views: Views, resolution: int, device: torch.device) -> Scene:
         raise DataError(f"{len(views)} view: a scene takes at least 2, and about 30 to be found well")
     views = views.resized(resolution)
     optics = shared_optics(views)
-    poses = views.poses
-    if poses is not None and views.layout == "object":
-        poses = centred(poses, scene_distance(optics))
+    poses, distance = views.poses, 1.0
+    if views.layout == "object":  # which fills the pictures
+        distance = natural_distance(float(optics.intrinsics.diagonal()[:2].min()))
+        poses = None if poses is None else centred(poses, distance)
     optics = replace(optics, intrinsics=optics.intrinsics.to(device), background=optics.background.to(device))
     where = None if poses is None else poses.to(device)
-    return Scene(views.images.to(device), list(views.names), optics, views.layout, where)
+    return Scene(views.images.to(device), list(views.names), optics, views.layout, distance, where)
 
 
 def shared_optics(views: Views) -> Optics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from factorkit.nerfdiff.poses import (
     plane_dictionary,
     turned,
 )
+from factorkit.nerfdiff.rays import Optics
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
 from factorkit.nerfdiff.search import SearchTask, directions_of
@@ -106,7 +108,10 @@ def open_data(data: Any, config: NerfdiffConfig) -> Views:
 def describe(scene: Scene) -> dict[str, Any]:
     """What identifies the views, and the model's shape."""
     digest = hashlib.sha256(scene.images.cpu().numpy().tobytes()).hexdigest()[:16]
-    return {"views": len(scene.images), "size": list(scene.size), "layout": scene.layout, "sha256": digest}
+    return {
+        "views": len(scene.images), "size": list(scene.size), "layout": scene.layout, "distance": scene.distance,
+        "sha256": digest,
+    }  # fmt: skip
 
 
 class Training:
@@ -124,22 +129,26 @@ class Training:
         config, scene, doubled = self.config, self.scene, None
         field = self.field()
         if config.poses == "predicted" and config.search == "joint":
-            model = self.model(field, torch.eye(4, device=self.device).repeat(len(scene.images), 1, 1))
+            start = torch.eye(4, device=self.device).repeat(len(scene.images), 1, 1)
+            model = self.model(field, start, scene.optics)
             self.trainer("joint", lambda stage: JointTask(stage, scene, model), folder=self.folder)
             return
         if config.poses == "known":
             fitted = self.fit("fit", field, FreePoses(require_poses(scene)).requires_grad_(False), sheets="fit")
         elif config.poses == "learned":
-            fitted = self.fit("fit", field, self.one_start(), sheets="fit")
+            fitted = self.fit("fit", field, self.one_start(), sheets="fit", free=True)
         else:
             fitted, doubled = self.dictionary_search()
-        model = self.model(fitted.field, fitted.poses().detach())
+        # the distance, which sets the scene's scale, stays that of the focal length given
+        optics = replace(scene.optics, intrinsics=fitted.optics.intrinsics.detach())
+        scene = replace(scene, optics=optics)
+        model = self.model(fitted.field, fitted.poses().detach(), optics)
         self.trainer("distil", lambda stage: DistilTask(stage, scene, model, doubled), folder=self.folder)
 
-    def model(self, field: Field, views: Tensor) -> NerfdiffModel:
+    def model(self, field: Field, views: Tensor, optics: Optics) -> NerfdiffModel:
         """The whole model around a field, its encoder with fresh weights."""
         torch.manual_seed(derived_seed("weights", self.config.seed))
-        return build_model(self.config, self.settings["scene"], self.scene.optics, field, views)
+        return build_model(self.config, self.settings["scene"], optics, field, views)
 
     def trainer(self, name: str, task, folder: Path | None = None, **changes: Any) -> nn.Module:
         """Train a stage to its end; answers its averaged model."""
@@ -154,11 +163,12 @@ class Training:
 
     def fit(
         self, name: str, field: Field, poses: nn.Module, chosen: Tensor | None = None, sheets: str | None = None,
-        **changes: Any,
+        free: bool = False, **changes: Any,
     ) -> Fit:  # fmt: skip
-        """Fit a field to the views, and the poses where they are free."""
+        """Fit a field to the views, and the poses where they are free; with ``free`` the focal length, if it may be."""
         config, scene = self.config, self.scene
-        model = Fit(field, poses, scene.optics, scene.size, config.samples)
+        free_focal = free and "focal" in config.freedom
+        model = Fit(field.to(self.device), poses.to(self.device), scene.optics, scene.size, config.samples, free_focal)
         changes = {
             "steps": config.field_steps, "batch_size": config.views, "learning_rate": config.field_learning_rate,
             "decay": 0.5, "ema": 0.0, **changes,
@@ -173,7 +183,7 @@ class Training:
         middle = sum(self.config.elevations) / 2
         generator = torch.Generator().manual_seed(derived_seed("one start", self.config.seed))
         start = dictionary(1, [middle]).repeat(count, 1) + 0.01 * torch.randn(count, 3, generator=generator)
-        return OrbitPoses(start, self.scene.distance, self.config.freedom)
+        return OrbitPoses(start, self.scene.distance, self.config.pose_freedom)
 
     def dictionary_search(self) -> tuple[Fit, float | None]:
         """Search, refinement and flip test: the fit, and the share of views that the last round still turned."""
@@ -215,8 +225,8 @@ class Training:
         return build_field(self.config.field, self.config.grid, self.config.seed).to(self.device)
 
     def refine(self, name: str, field: Field, direction: Tensor) -> Fit:
-        poses = OrbitPoses(direction, self.scene.distance, self.config.freedom)
-        return self.fit(name, field, poses, sheets=name.replace(" ", "_"))
+        poses = OrbitPoses(direction, self.scene.distance, self.config.pose_freedom)
+        return self.fit(name, field, poses, sheets=name.replace(" ", "_"), free=True)
 
     def flip_round(self, number: int, direction: Tensor) -> tuple[Tensor, int]:
         """One round over both halves: the directions after it, and how many views were turned."""

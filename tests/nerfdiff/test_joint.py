@@ -29,7 +29,7 @@ def task_of(tiny, views, **changes) -> JointTask:
     scene = open_scene(views, config.resolution, torch.device("cpu"))
     torch.manual_seed(0)
     field = build_field(config.field, config.grid, 0)
-    shape = {"size": list(scene.size), "layout": scene.layout}
+    shape = {"size": list(scene.size), "layout": scene.layout, "distance": scene.distance}
     return JointTask(config, scene, build_model(config, shape, scene.optics, field, torch.eye(4).repeat(10, 1, 1)))
 
 

@@ -105,7 +105,7 @@ def test_a_perfect_run_scores_perfectly_whatever_the_coordinates(finished, scene
 
 @pytest.mark.parametrize("name", ["scene.ply", "transforms.json", "colmap"])
 def test_exports_hold_every_view(finished, tmp_path, name):
-    path = finished.export(tmp_path / name, **({} if name == "transforms.json" else {"points": 200, "samples": 16}))
+    path = finished.export(tmp_path / name, **({} if name == "transforms.json" else {"points": 200}))
     if name == "transforms.json":
         frames = json.loads(path.read_text())["frames"]
         assert len(frames) == 10

@@ -32,6 +32,7 @@ STAGES = {
     "joint": (JointTask, {"search": "joint"}, 4),
     "joint, letter": (JointTask, {"search": "joint", "balance": False, "candidates": "thesis"}, 4),
     "learned": (FitTask, {"poses": "learned"}, 3),
+    "freedoms": (FitTask, {"freedom": ("roll", "aim", "distance", "focal")}, 22 + 3),
     "network": (FitTask, {"poses": "known", "field": "hashgrid"}, 3),
 }
 
