@@ -198,7 +198,7 @@ def spread_gradients(
     parts = blocks_c if d_masks is None else 1  # the masks' gradient is a sum over all channels
     launch(
         branch_gradients_kernel, x.batch * blocks_p * parts,
-        grad, x.u, x.skip, x.masks if d_masks is not None else None,
+        grad, x.u if known else None, x.skip, x.masks if d_masks is not None else None,
         *(known.slope, known.offset, sums.on_value, sums.on_square, sums.mask_terms) if known else (None,) * 5,
         d_u, d_skip, d_masks, x.pixels, x.channels_u, x.channels_s, at_skip, stride_n, stride_p, stride_c,
         blocks_p, blocks_c, parts, terms, floor,

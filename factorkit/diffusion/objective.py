@@ -59,17 +59,16 @@ def loss_weight(schedule: Schedule, t: Tensor, power: float | Tensor) -> Tensor:
     return (1 - schedule.alpha_bar(t)).flatten() ** power
 
 
-def coarse_to_fine_power(step: int, start: int, end: int) -> float:
+def coarse_to_fine_power(step: int | Tensor, start: int, end: int) -> Tensor:
     """The power for `loss_weight` at a training step: 1 until `start`, then linearly down to 0 at `end` and after.
 
+    A step given as a tensor on the device is answered by one there, which a captured CUDA graph follows.
     Early on the noisy times, which only coarse structure can explain, thus lead the way of the regions.
     Raises ConfigError when `end` lies before `start`.
     """
     if end < start:
         raise ConfigError(f"the coarse-to-fine weight cannot end at step {end}, before its start at step {start}")
-    if step >= end:
-        return 0.0
-    return min(1.0, (end - step) / (end - start))
+    return torch.as_tensor((end - step) / max(1, end - start)).clamp(0, 1)
 
 
 def _coefficients(prediction: str, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -43,6 +43,8 @@ class EngineConfig:
     threads: int | None = None
     """CPU threads; None: torch's default, one a core. Small models run best on one: their operations are so short that
     on a machine with anything else to do, waiting for the second thread takes many times as long as the work."""
+    cuda_graph: bool = True
+    """Run the training step as one CUDA graph where it can be: on a GPU that holds the images, in a single process."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = 3
@@ -57,7 +59,7 @@ class EngineConfig:
     #: settings that may differ when a run is resumed: they change neither the model nor what it saw so far
     RESUMABLE = frozenset({
         "steps", "device", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "tensorboard",
-        "micro_batch_size", "threads",
+        "micro_batch_size", "threads", "cuda_graph",
     })  # fmt: skip
 
     def validate(self) -> None:

@@ -7,51 +7,24 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from factorkit.engine import distributed
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import EngineConfig
+from factorkit.engine.graph import WARM_UP
 from factorkit.engine.log import RunLog, read_log
+from factorkit.engine.meter import Meter
 from factorkit.engine.report import write_report
-from factorkit.engine.streams import BatchDraw, derived_seed, image_order
+from factorkit.engine.step import NON_FINITE_LIMIT, MovingAverage, Task, TrainingStep, make_optimizer
 from factorkit.errors import CheckpointError, ConfigError, FactorkitError
-
-NON_FINITE_LIMIT = 3  # steps in a row whose gradient is not finite before the run is stopped
-
-
-class StepLoss(NamedTuple):
-    """What a task reports of one micro-batch of B samples."""
-
-    objective: Tensor  # [B] what is minimised (weighted)
-    loss: Tensor  # [B] the plain error, for the log
-    level: Tensor  # [B] noise level in [0, 1), for the loss by quarters
-    watch: dict[str, Tensor]  # means over the micro-batch, logged by name
-
-
-class Task(Protocol):
-    """What the loop asks of a model's training."""
-
-    model: nn.Module
-    size: int  # number of training images
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Adam's groups; each has "params" and "scale", the factor on the learning rate, and may have "betas"."""
-
-    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: int) -> StepLoss:
-        """Errors of the images ``indices`` at optimiser step ``step``; all randomness from ``draw``."""
-
-    def inspect(self, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
-        """Write sample sheets of the averaged model into ``folder``; the answer is logged as the event "alarms"."""
 
 
 class Trainer:
@@ -75,11 +48,8 @@ class Trainer:
                 "give a multiple of their number"
             )
         self.model = task.model.to(device)
-        self.groups = task.parameter_groups()
-        self.optimizer = torch.optim.Adam(
-            [dict(g) for g in self.groups], lr=config.learning_rate, fused=True
-        )
-        self.average = AveragedModel(self.model, multi_avg_fn=self._toward).eval()
+        self.optimizer = make_optimizer(task.parameter_groups(), config, device)
+        self.average = MovingAverage(self.model, config.ema, device)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
         self.step = 0
         self._saved: int | None = None  # the step that lies on disk
@@ -87,10 +57,6 @@ class Trainer:
         self._bad_steps = 0
 
     # --- state ---
-
-    def _toward(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        done = int(self.average.n_averaged)  # on the CPU; reading `count`, its copy on the device, would wait
-        torch._foreach_lerp_(averaged, current, 1 - min(self.config.ema, (1 + done) / (10 + done)))
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name: weights, their average, Adam's moments."""
@@ -144,13 +110,15 @@ class Trainer:
         distributed.barrier()
 
     def trial(self, steps: int) -> float:
-        """Seconds a step takes here, after one to warm up; nothing is written."""
+        """Seconds a step takes here, once warm; nothing is written."""
         meter = Meter(self.device)
-        for count in (1, steps):
+        take = self._training_step(self.model, meter)
+        for count in (WARM_UP + 1 if self.device.type == "cuda" else 1, steps):
             start = time.perf_counter()
             for _ in range(count):
-                self._optimise(self.model, meter)
+                take(self.step)
                 self.step += 1
+                take.taken.clear()
             meter.read()  # waits for the device
         return (time.perf_counter() - start) / steps
 
@@ -171,7 +139,7 @@ class Trainer:
 
         def note(kind: str, **fields: Any) -> None:
             if main:
-                log.event(kind, step=self.step, **fields)
+                log.event(kind, **{"step": self.step, **fields})
 
         if self.step < self.last or not resumed:
             note("resume" if resumed else "start", message=f"step {self.step} of {self.config.steps} on {self.device}")
@@ -201,13 +169,16 @@ class Trainer:
         config = self.config
         wrapped = DistributedDataParallel(self.model) if distributed.world_size() > 1 else self.model
         meter = Meter(self.device)
+        take = self._training_step(wrapped, meter)
         shown = {"desc": "training", "unit": "step", "disable": not self.progress, "dynamic_ncols": True}
         with tqdm(total=self.last, initial=self.step, **shown) as bar:
             # asked of all processes: one that stopped alone would leave the others waiting for its gradient
             while self.step < self.last and not distributed.greatest(self._stop, self.device):
-                self._watch_finite(self._optimise(wrapped, meter), note)
+                take(self.step)
                 self.step += 1
                 bar.update()
+                if self._waits():
+                    self._watch_finite(take.skipped(), note)
                 if self.step % config.log_every == 0 or self.step == self.last:
                     line = meter.read()
                     line["seconds_left"] = (self.last - self.step) * config.batch_size / line["images_per_second"]
@@ -220,6 +191,7 @@ class Trainer:
                 if self.step % config.checkpoint_every == 0:
                     with meter.paused():
                         self.save()
+        self._watch_finite(take.skipped(), note)
         self.save()
         finished = self.step == config.steps
         if finished and not _has_ended(self.folder, self.step):
@@ -232,59 +204,26 @@ class Trainer:
                 raise KeyboardInterrupt
             raise SystemExit(128 + stop)
 
-    def _optimise(self, wrapped: nn.Module, meter: Meter) -> bool:
-        """One step of the optimiser, unless its gradient is not finite; answers whether it is."""
-        config, seen = self.config, self.step * self.config.batch_size
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(self.step) * group["scale"]
-        torch.manual_seed(derived_seed("dropout", config.seed, seen, distributed.rank()))
-        indices = image_order(config.seed, seen, config.batch_size, self.task.size)
-        wrapped.train()
-        # running statistics move in the forward pass, before anybody knows that the step is to be skipped
-        buffers = [b.clone() for b in self.model.buffers()]
-        slices = list(self._micro_batches())
-        for i, rows in enumerate(slices):
-            draw = BatchDraw(config.seed, seen, config.batch_size, rows, self.device)
-            quiet = wrapped.no_sync() if i < len(slices) - 1 and wrapped is not self.model else nullcontext()
-            with quiet:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    found = self.task.loss(wrapped, indices[rows], draw, self.step)
-                # DDP averages over processes, the batch's mean needs a sum
-                (found.objective.sum() * (distributed.world_size() / config.batch_size)).backward()
-            meter.add(found)
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        finite = bool(norm.isfinite())  # the step's one wait for the device
-        if finite:
-            if config.gradient_clip is not None:
-                nn.utils.clip_grads_with_norm_(self.model.parameters(), config.gradient_clip, norm)
-            self.optimizer.step()
-            self.average.update_parameters(self.model)
-        else:
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-        self.optimizer.zero_grad(set_to_none=True)
-        return finite
+    def _training_step(self, wrapped: nn.Module, meter: Meter) -> TrainingStep:
+        return TrainingStep(self.task, wrapped, self.optimizer, self.average, meter, self.config, self.device)
 
-    def _micro_batches(self) -> Iterator[slice]:
-        """The rows of the batch that are this process's, in pieces that fit in memory."""
-        rank, world, batch = distributed.rank(), distributed.world_size(), self.config.batch_size
-        start, end = batch * rank // world, batch * (rank + 1) // world
-        size = self.config.micro_batch_size or max(1, end - start)
-        for low in range(start, end, size):
-            yield slice(low, min(low + size, end))
+    def _waits(self) -> bool:
+        """Whether the loop may ask the device how it fared: where it would wait for it anyway, and always on a CPU."""
+        config = self.config
+        due = [config.log_every, config.checkpoint_every] + ([config.sample_every] if config.sample_every else [])
+        return self.device.type == "cpu" or self.step == self.last or any(self.step % every == 0 for every in due)
 
-    def _watch_finite(self, finite: bool, note) -> None:
-        if finite:
-            self._bad_steps = 0
-            return
-        self._bad_steps += 1
-        note("skip", message=f"the gradient of step {self.step} was not finite; the step was skipped")
-        if self._bad_steps >= NON_FINITE_LIMIT:
-            raise FactorkitError(
-                f"the gradient was not finite in {NON_FINITE_LIMIT} steps in a row (last: step {self.step}). The last "
-                f"good checkpoint is kept in {self.checkpoints.folder}; try a lower learning_rate=, gradient_clip=1.0 "
-                "or precision='fp32'"
-            )
+    def _watch_finite(self, steps: list[tuple[int, bool]], note) -> None:
+        for step, skipped in steps:
+            self._bad_steps = self._bad_steps + 1 if skipped else 0
+            if skipped:
+                note("skip", step=step, message=f"the gradient of step {step} was not finite; the step was skipped")
+            if self._bad_steps >= NON_FINITE_LIMIT:
+                raise FactorkitError(
+                    f"the gradient was not finite in {NON_FINITE_LIMIT} steps in a row (last: step {step}). The last "
+                    f"good checkpoint is kept in {self.checkpoints.folder}; try a lower learning_rate=, "
+                    "gradient_clip=1.0 or precision='fp32'"
+                )
 
     def _inspect(self, note) -> None:
         if distributed.rank() == 0:
@@ -317,52 +256,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class Meter:
-    """Sums over the steps between two lines of the log, kept on the device and read once."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)
-        self.watch: dict[str, Tensor] = {}
-        self.rows, self.pause, self.since = 0, 0.0, time.perf_counter()
-
-    def add(self, found: StepLoss) -> None:
-        quarter = (found.level * 4).long().clamp(0, 3)
-        loss = found.loss.detach().double()
-        self.sums[0].index_add_(0, quarter, loss)
-        self.sums[1].index_add_(0, quarter, torch.ones_like(loss))
-        for name, value in found.watch.items():
-            value = value.detach().float() * len(loss)
-            self.watch[name] = self.watch[name] + value if name in self.watch else value
-        self.rows += len(loss)
-
-    @contextmanager
-    def paused(self):
-        """Time spent on sheets and checkpoints is no training time."""
-        start = time.perf_counter()
-        yield
-        self.pause += time.perf_counter() - start
-
-    def read(self) -> dict[str, Any]:
-        """Means since the last reading, over all processes."""
-        sums = distributed.average(self.sums).cpu()  # waits for the device, so the clock is read after it
-        seconds = time.perf_counter() - self.since - self.pause
-        by_quarter = [s / n if n else None for s, n in zip(*sums.tolist(), strict=True)]
-        line = {
-            "loss": (sums[0].sum() / sums[1].sum().clamp_min(1)).item(),
-            "loss_by_quarter": by_quarter,
-            "images_per_second": self.rows * distributed.world_size() / max(seconds, 1e-9),
-            "seconds": seconds,
-        }
-        for name, total in self.watch.items():
-            line[name] = distributed.average(total / self.rows).tolist()
-        self._clear()
-        return line
 
 
 def _has_ended(folder: Path, step: int) -> bool:

@@ -42,8 +42,17 @@ class BatchDraw:
     """
 
     def __init__(self, seed: int, images_seen: int, batch: int, rows: slice, device: torch.device):
-        self.generator = torch.Generator(device).manual_seed(derived_seed("draw", seed, images_seen))
-        self.batch, self.rows, self.device = batch, rows, device
+        self.seed, self.batch, self.rows, self.device = seed, batch, rows, device
+        self.generator = torch.Generator(device)
+        self.restart(images_seen)
+
+    def restart(self, images_seen: int) -> None:
+        """Begin the numbers of another step, with the same generator."""
+        self.generator.manual_seed(derived_seed("draw", self.seed, images_seen))
+
+    def fresh(self) -> BatchDraw:
+        """The same with a new generator, not yet begun."""
+        return BatchDraw(self.seed, 0, self.batch, self.rows, self.device)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers [rows, *shape]."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.loop import StepLoss
+from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw, derived_seed
 from factorkit.nerfdiff.alarms import pose_alarms
 from factorkit.nerfdiff.candidates import Candidates
@@ -59,7 +59,7 @@ class DistilTask:
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.model.encoder.parameters()), "scale": 1.0}]
 
-    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: int) -> StepLoss:
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         config = self.config
         rows = indices.to(self.images.device)
         x0, poses = to_signal(self.images[rows]), self.poses[rows]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from factorkit.engine.loop import StepLoss
+from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw
 from factorkit.nerfdiff.alarms import pose_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
@@ -81,7 +81,7 @@ class FitTask:
         scale = self.config.pose_learning_rate / self.config.learning_rate
         return groups + ([{"params": poses, "scale": scale, "betas": FIELD_BETAS}] if poses else [])
 
-    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: int) -> StepLoss:
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         which = self.chosen[indices]
         images = self.images(int(step))[which.to(self.scene.images.device)]
         pixels = draw.integers(0, images.shape[2] * images.shape[3], self.config.rays)
@@ -94,7 +94,7 @@ class FitTask:
         """What the views are compared with at this step, [V, 3, H, W]."""
         return self.scene.images
 
-    def options(self, draw: BatchDraw, step: int) -> dict[str, Tensor]:
+    def options(self, draw: BatchDraw, step: Tensor) -> dict[str, Tensor]:
         """What else the poses are to know."""
         return {}
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from factorkit.data.views import resize_area, target_size
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.loop import StepLoss
+from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw
 from factorkit.nerfdiff.alarms import pose_alarms
 from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
@@ -51,7 +51,7 @@ class JointTask:
             {"params": list(self.model.field.parameters()), "scale": scale, "betas": FIELD_BETAS},
         ]
 
-    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: int) -> StepLoss:
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         config, heat = self.config, max(0.0, 1 - int(step) / (ANNEALED * self.config.steps))
         images = self.scene.images[indices.to(self.scene.images.device)]
         x_t, t = noisy(to_signal(images), self.schedule, config, draw)

@@ -80,7 +80,7 @@ class SearchTask(FitTask):
         """1 at the beginning, 0 once annealed."""
         return max(0.0, 1 - step / (ANNEALED * self.config.steps))
 
-    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: int):
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor):
         heat = self.heat(int(step))
         self.model.field.coarseness = heat
         if draw.rows.start == 0 and int(step) and int(step) % EVERY == 0:
@@ -93,7 +93,7 @@ class SearchTask(FitTask):
             self._blurred = sigma, blurred(self.scene.images, sigma)
         return self._blurred[1]
 
-    def options(self, draw: BatchDraw, step: int) -> dict[str, Tensor]:
+    def options(self, draw: BatchDraw, step: Tensor) -> dict[str, Tensor]:
         return {"shake": SHAKE * draw.normal(3)} if self.heat(step) else {}
 
     @torch.no_grad()

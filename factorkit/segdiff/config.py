@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from factorkit.diffusion.objective import PREDICTIONS
 from factorkit.engine.config import EngineConfig
 from factorkit.errors import ConfigError
@@ -52,6 +54,8 @@ class SegdiffConfig(EngineConfig):
     """Batch-normalise the mask logits; None: in the regional form."""
     half_resolution_masks: bool | None = None
     """Predict masks at half the resolution; None: in the regional form."""
+    checkpoint_branches: bool = False
+    """Run the branches one by one in training and again in the backward pass: slower, in the memory of one branch."""
     mask_learning_rate: float | None = None
     """Factor on the mask generator's learning rate; None: 0.3 in the regional form, 1 in the thesis'."""
     t_max: int | None = None
@@ -73,6 +77,8 @@ class SegdiffConfig(EngineConfig):
     """Labelled images that fit the mapping from regions to foreground; the rest are scored."""
     segment_t: int = 30
     """Noise level at which real images are segmented."""
+
+    RESUMABLE = EngineConfig.RESUMABLE | {"checkpoint_branches"}
 
     def resolved(self) -> SegdiffConfig:
         """The same configuration with every "None: by the form" filled in, checked.
@@ -127,12 +133,15 @@ class SegdiffConfig(EngineConfig):
         )  # fmt: skip
 
     def build(self) -> FactorizedUNet:
-        """The network of a resolved configuration, with fresh weights."""
+        """The network of a resolved configuration, with fresh weights, channels last."""
         names = (
             "regions", "resolution", "width", "multipliers", "blocks", "attention", "heads", "groups", "dropout",
             "decoding", "branch_norm", "region_tokens", "normalised_logits", "half_resolution_masks",
+            "checkpoint_branches",
         )  # fmt: skip
-        return FactorizedUNet(**{name: getattr(self, name) for name in names})
+        model = FactorizedUNet(**{name: getattr(self, name) for name in names})
+        # as its features lie: a convolution would otherwise turn its weights round in every call
+        return model.to(memory_format=torch.channels_last)
 
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from factorkit import ops
 from factorkit.diffusion.denoiser import Denoised, Denoiser
@@ -100,6 +101,8 @@ class FactorizedUNet(Denoiser):
         region_tokens: add the region tokens to the branches' time embedding.
         normalised_logits: :class:`RegionLogitNorm` before the softmax.
         half_resolution_masks: the mask generator stops at half the resolution; its logits are upsampled bilinearly.
+        checkpoint_branches: in training, run the branches one after another and once more in the backward pass: the
+            memory of their activations is then that of one branch, whatever K.
         channels: of the image.
 
     Raises:
@@ -110,7 +113,8 @@ class FactorizedUNet(Denoiser):
         self, *, regions: int, resolution: int, width: int, multipliers: Sequence[int], blocks: int,
         attention: Sequence[int] = (16, 8), heads: int = 4, groups: int = 32, dropout: float = 0.0,
         decoding: str = "masked_skips", branch_norm: str = "group", region_tokens: bool = False,
-        normalised_logits: bool = False, half_resolution_masks: bool = False, channels: int = 3,
+        normalised_logits: bool = False, half_resolution_masks: bool = False, checkpoint_branches: bool = False,
+        channels: int = 3,
     ):  # fmt: skip
         super().__init__()
         check_architecture(
@@ -118,7 +122,8 @@ class FactorizedUNet(Denoiser):
         )
         embed = 4 * width
         common = {"heads": heads, "groups": groups, "dropout": dropout}
-        self.regions, self.resolution, self.decoding = regions, resolution, decoding
+        self.regions, self.resolution, self.decoding, self.dropout = regions, resolution, decoding, dropout
+        self.checkpoint_branches = checkpoint_branches
         self.levels, self.blocks, self.half_resolution_masks = len(multipliers), blocks, half_resolution_masks
         self.time = TimeEmbedding(width)
         self.encoder = Encoder(channels, width, multipliers, blocks, attention, resolution, embed, **common)
@@ -192,17 +197,26 @@ class FactorizedUNet(Denoiser):
         per_branch = embedding[:, None].expand(-1, regions, -1)
         if self.tokens is not None:
             per_branch = per_branch + self.tokens(x_t, masks).to(embedding.dtype)
-        if self.decoding == "unshared":
-            outs = [
-                decoder(h, skips, per_branch[:, k], [m[:, k : k + 1] for m in pyramid])
-                for k, decoder in enumerate(self.decoder)
-            ]
+        one_by_one = self.checkpoint_branches and self.training and torch.is_grad_enabled()
+        if self.decoding == "unshared" or one_by_one:
+            outs = [self._branch(k, h, skips, per_branch[:, k], pyramid, one_by_one) for k in range(regions)]
             return torch.stack(outs, dim=1).flatten(0, 1)
-        per_branch = per_branch.flatten(0, 1)
+        return self._branches(self.decoder, h, skips, per_branch.flatten(0, 1), pyramid)
+
+    def _branch(self, k: int, h: Tensor, skips: list[Tensor], embedding: Tensor, pyramid, recompute: bool) -> Tensor:
+        """Branch k alone, [B, C, H, W]."""
+        decoder = self.decoder[k] if self.decoding == "unshared" else self.decoder
+        given = (decoder, h, skips, embedding, [m[:, k : k + 1] for m in pyramid])
+        if not recompute:
+            return self._branches(*given)
+        # reading the state of the generators, which only dropout needs, is not possible in a CUDA graph
+        return checkpoint(self._branches, *given, use_reentrant=False, preserve_rng_state=self.dropout > 0)
+
+    def _branches(self, decoder: Decoder, h: Tensor, skips: list[Tensor], embedding: Tensor, pyramid) -> Tensor:
         if self.decoding == "masked_mid":
             h = (h[:, None] * pyramid[-1][:, :, None].to(h.dtype)).flatten(0, 1)
             pyramid = [torch.ones_like(m) for m in pyramid]
-        return self.decoder(h, skips, per_branch, pyramid)
+        return decoder(h, skips, embedding, pyramid)
 
     def _concat_decode(self, h: Tensor, skips: list[Tensor], embedding: Tensor, masks: Tensor) -> Tensor:
         """Eq. 2.5: one decoder, the masks as K more channels of h_mid and of every skip."""

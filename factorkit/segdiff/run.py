@@ -78,7 +78,7 @@ class SegdiffRun:
         self, config: SegdiffConfig, model: FactorizedUNet, device: torch.device, step: int, folder: Path | None = None
     ):
         self.config, self.device, self.step, self.folder = config, device, step, folder
-        self.model = model.to(device).eval()
+        self.model = model.to(device, memory_format=torch.channels_last).eval()
         self.schedule = Schedule(config.timesteps, device=device)
 
     @classmethod

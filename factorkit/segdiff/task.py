@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from factorkit.diffusion.objective import coarse_to_fine_power, denoising_loss, loss_weight, target, to_x0
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.loop import StepLoss
+from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw, derived_seed
 from factorkit.segdiff import pictures
 from factorkit.segdiff.alarms import measure_alarms
@@ -50,6 +50,7 @@ class SegdiffTask:
         self.model = config.build()
         self.schedule = Schedule(config.timesteps, device=device)
         self.images = resident(images, device)
+        self.capturable = isinstance(self.images, Tensor)
         self.probes = to_float(torch.from_numpy(np.array(probes[:PROBES])))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -59,7 +60,7 @@ class SegdiffTask:
         groups = [{"params": [p for p in self.model.parameters() if id(p) not in taken], "scale": 1.0}]
         return groups + ([{"params": slow, "scale": self.config.mask_learning_rate}] if slow else [])
 
-    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: int) -> StepLoss:
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         config = self.config
         x0 = to_float(self._gather(indices))
         mirrored = draw.uniform() < 0.5
@@ -71,8 +72,10 @@ class SegdiffTask:
         x_t = self.schedule.noise(x0, eps, t)
         out = model(x_t, t)
         loss = denoising_loss(out.prediction, target(config.prediction, self.schedule, x0, eps, t))
-        power = coarse_to_fine_power(step + 1, *config.coarse_to_fine)
-        weighted = loss * loss_weight(self.schedule, t, power) if power else loss
+        weighted = loss
+        if config.coarse_to_fine[1]:
+            power = coarse_to_fine_power(step + 1, *config.coarse_to_fine)
+            weighted = loss * loss_weight(self.schedule, t, power)
         return StepLoss(weighted, loss, t / config.timesteps, self._watch(out.bottleneck.masks))
 
     def _gather(self, indices: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from factorkit.engine.config import EngineConfig
-from factorkit.engine.loop import StepLoss, Trainer
+from factorkit.engine.loop import Trainer
+from factorkit.engine.step import StepLoss
 
 CPU = torch.device("cpu")
 
@@ -34,7 +35,8 @@ class ToyTask:
         rest = [p for p in self.model.parameters() if not any(p is q for q in slow)]
         return [{"params": slow, "scale": 0.5}, {"params": rest, "scale": 1.0}]
 
-    def loss(self, model: nn.Module, indices: Tensor, draw, step: int) -> StepLoss:
+    def loss(self, model: nn.Module, indices: Tensor, draw, step: Tensor) -> StepLoss:
+        step = int(step)
         self.seen.append((step, indices.tolist()))
         clean, level = self.images[indices], draw.uniform()
         noisy = clean + level[:, None, None] * draw.normal(8, 8)

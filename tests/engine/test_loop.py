@@ -12,7 +12,8 @@ import torch
 from factorkit.engine import checkpoint, loop
 from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.engine.log import read_log
-from factorkit.engine.loop import Meter, StepLoss
+from factorkit.engine.meter import Meter
+from factorkit.engine.step import StepLoss
 from factorkit.errors import CheckpointError, ConfigError, FactorkitError
 
 
@@ -232,7 +233,7 @@ def test_micro_batches_change_memory_only(toy, micro):
 def test_the_learning_rate_reaches_adam_scaled_by_group(toy):
     rates = []
     trainer = toy(steps=4, warmup_steps=2, decay=0.5)
-    trainer.optimizer.register_step_pre_hook(lambda opt, *_: rates.append([g["lr"] for g in opt.param_groups]))
+    trainer.optimizer.register_step_pre_hook(lambda opt, *_: rates.append([float(g["lr"]) for g in opt.param_groups]))
     trainer.run()
     slow, rest = zip(*rates, strict=True)
     assert slow == pytest.approx([0.0025, 0.005, 0.005, 0.0025]) and rest == pytest.approx([0.005, 0.01, 0.01, 0.005])
@@ -255,9 +256,10 @@ def test_the_gradient_is_clipped_to_its_norm(toy):
 def test_the_average_warms_up_by_its_formula(toy):
     trainer = toy(steps=30, ema=0.3)  # reached when (1 + n) / (10 + n) > 0.3, at n = 3
     weights, expected = trainer.model[1].weight, None
+    take = trainer._training_step(trainer.model, Meter(trainer.device))
     for n in range(6):
-        trainer._optimise(trainer.model, Meter(trainer.device))
-        trainer.step += 1
+        take(n)
+        assert take.skipped() == [(n, False)]
         decay = 0.0 if n == 0 else min(0.3, (1 + n) / (10 + n))
         expected = weights.detach().clone() if n == 0 else decay * expected + (1 - decay) * weights.detach()
         torch.testing.assert_close(trainer.average.module[1].weight.detach(), expected)
@@ -322,7 +324,7 @@ def test_the_loss_by_quarters():
 
 def test_time_spent_on_sheets_and_checkpoints_is_no_training_time(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
     meter = Meter(torch.device("cpu"))
 
     def train(seconds):

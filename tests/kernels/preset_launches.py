@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from traffic import as_under_autocast
 
 from factorkit import ops
-from factorkit.nn.blocks import Norm
 from factorkit.ops import fused
 from factorkit.segdiff.config import preset_config
 
@@ -20,18 +19,6 @@ class ThroughKernels(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         run = self.runs.get(function)
         return function(*args, **(kwargs or {})) if run is None else run(*args)
-
-
-def as_under_autocast(model: nn.Module) -> nn.Module:
-    """bf16 where autocast computes in it, fp32 elsewhere (the meta device has no autocast of its own)."""
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.bfloat16()
-            module.register_forward_pre_hook(lambda m, args: tuple(x.to(m.weight.dtype) for x in args))
-        elif isinstance(module, nn.LayerNorm):
-            module.register_forward_pre_hook(lambda m, args: tuple(x.float() for x in args))
-    assert all(m.weight.dtype == torch.float32 for m in model.modules() if isinstance(m, Norm))
-    return model
 
 
 def training_step(preset: str, batch: int, half: bool = True, **changes) -> None:

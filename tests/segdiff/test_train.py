@@ -275,7 +275,7 @@ def test_heats_are_resumed_and_not_repeated(monkeypatch):
     def dies(self, model, indices, draw, step):
         if len(seen) == 3:
             raise RuntimeError("power cut")
-        seen.append((self.config.seed, step))
+        seen.append((self.config.seed, int(step)))
         return inner(self, model, indices, draw, step)
 
     with monkeypatch.context() as patch:
@@ -286,7 +286,7 @@ def test_heats_are_resumed_and_not_repeated(monkeypatch):
     seen.clear()
 
     def watches(self, model, indices, draw, step):
-        seen.append((self.config.seed, step))
+        seen.append((self.config.seed, int(step)))
         return inner(self, model, indices, draw, step)
 
     monkeypatch.setattr("factorkit.segdiff.task.SegdiffTask.loss", watches)

@@ -1,0 +1,182 @@
+"""One step of the optimiser, whole: gather, noise, forward, backward, clipping, Adam, moving average.
+
+Nothing in it waits for the device, not even to learn whether the gradient is finite: a step that is not finite
+changes nothing because every update is masked on the device, and is told of when the log is written. So the very
+function that a CPU runs line by line can be one CUDA graph on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from factorkit.engine import distributed
+from factorkit.engine.config import EngineConfig
+from factorkit.engine.graph import GraphedWork
+from factorkit.engine.meter import Meter
+from factorkit.engine.streams import BatchDraw, derived_seed, image_order
+
+NON_FINITE_LIMIT = 3  # steps in a row whose gradient is not finite before the run is stopped
+
+
+class StepLoss(NamedTuple):
+    """What a task reports of one micro-batch of B samples."""
+
+    objective: Tensor  # [B] what is minimised (weighted)
+    loss: Tensor  # [B] the plain error, for the log
+    level: Tensor  # [B] noise level in [0, 1), for the loss by quarters
+    watch: dict[str, Tensor]  # means over the micro-batch, logged by name
+
+
+class Task(Protocol):
+    """What the loop asks of a model's training."""
+
+    model: nn.Module
+    size: int  # number of training images
+    capturable: bool  # whether `loss` keeps to the device: the images lie there, nothing is read back
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Adam's groups; each has "params" and "scale", the factor on the learning rate, and may have "betas"."""
+
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
+        """Errors of the images ``indices`` at optimiser step ``step`` (no dimensions, on the device, as a graph must
+        follow it); all randomness from ``draw``."""
+
+    def inspect(self, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
+        """Write sample sheets of the averaged model into ``folder``; the answer is logged as the event "alarms"."""
+
+
+class MovingAverage(AveragedModel):
+    """The moving average of the weights: after n updates it keeps min(decay, (1+n)/(10+n)) of itself.
+
+    torch's container and state, with arithmetic that leaves the count on the device and can be told to do nothing.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, device: torch.device):
+        super().__init__(model, device=device)
+        self.decay = decay
+        self.eval()
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, valid: Tensor) -> None:
+        """Take up the weights of ``model`` where ``valid`` (bool, no dimensions); its buffers are copied."""
+        done = self.n_averaged
+        share = 1 - ((1 + done) / (10 + done)).clamp_max(self.decay)
+        share = torch.where(done == 0, 1.0, share) * valid
+        averaged, current = list(self.module.parameters()), list(model.parameters())
+        # not a lerp, which takes no weight from the device; at shares 0 and 1 either side stays to the bit
+        torch._foreach_mul_(averaged, 1 - share)
+        torch._foreach_add_(averaged, torch._foreach_mul(current, share))
+        for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+        self.n_averaged += valid
+
+
+class TrainingStep:
+    """``step_of(n)`` takes the n-th step: trains ``task.model``, moves ``average``, adds to ``meter``.
+
+    Args:
+        wrapped: the model or its DistributedDataParallel. Several processes take their steps without a CUDA graph.
+    """
+
+    def __init__(
+        self, task: Task, wrapped: nn.Module, optimizer: torch.optim.Optimizer, average: MovingAverage, meter: Meter,
+        config: EngineConfig, device: torch.device,
+    ):  # fmt: skip
+        self.task, self.wrapped, self.model = task, wrapped, task.model
+        self.optimizer, self.average, self.meter, self.config = optimizer, average, meter, config
+        on_device = device.type == "cuda" and task.capturable
+        self.slices = list(_micro_batches(config))
+        self.draws = [BatchDraw(config.seed, 0, config.batch_size, rows, device) for rows in self.slices]
+        self.indices = torch.zeros(config.batch_size, dtype=torch.int64, device=device if on_device else "cpu")
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.bad = torch.zeros((), dtype=torch.int64, device=device)  # steps in a row that were not finite
+        self.history = torch.ones(config.log_every, dtype=torch.bool, device=device)  # `finite` since the last reading
+        self.taken: list[int] = []
+        self.run = self._work
+        if on_device and config.cuda_graph and wrapped is self.model:
+            self.run = GraphedWork(self._work, lambda: [d.generator for d in self.draws], self._again, device)
+
+    def __call__(self, step: int) -> None:
+        """Take the step after ``step`` finished ones; :meth:`skipped` must be asked every ``log_every`` steps."""
+        self._prepare(step)
+        self.wrapped.train()
+        self.run()
+        self.history[len(self.taken)].copy_(self.finite)
+        self.taken.append(step)
+
+    def skipped(self) -> list[tuple[int, bool]]:
+        """The steps taken since the last call and whether they were skipped, not being finite. Waits for the device."""
+        finite = self.history[: len(self.taken)].tolist()
+        steps, self.taken = self.taken, []
+        return [(step, not good) for step, good in zip(steps, finite, strict=True)]
+
+    def _prepare(self, step: int) -> None:
+        """What changes from step to step, written into tensors that stay where they are."""
+        config, seen = self.config, step * self.config.batch_size
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(config.learning_rate_at(step) * group["scale"])
+        self.step.fill_(step)
+        torch.manual_seed(derived_seed("dropout", config.seed, seen, distributed.rank()))
+        for draw in self.draws:
+            draw.restart(seen)
+        order = image_order(config.seed, seen, config.batch_size, self.task.size)
+        self.indices.copy_(order.pin_memory() if self.indices.is_cuda else order, non_blocking=True)
+
+    def _again(self) -> None:
+        """After a capture that failed: generators it has drawn from are replaced, half a gradient is dropped."""
+        step, self.draws = int(self.step), [draw.fresh() for draw in self.draws]
+        self.optimizer.zero_grad(set_to_none=True)
+        self._prepare(step)
+
+    def _work(self) -> None:
+        config, buffers = self.config, list(self.model.buffers())
+        # running statistics move in the forward pass, before anybody knows that the step is to be skipped
+        before = [b.clone() for b in buffers]
+        for i, (rows, draw) in enumerate(zip(self.slices, self.draws, strict=True)):
+            last = i == len(self.slices) - 1 or self.wrapped is self.model
+            with nullcontext() if last else self.wrapped.no_sync():
+                with torch.autocast(self.step.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    found = self.task.loss(self.wrapped, self.indices[rows], draw, self.step)
+                # DDP averages over processes, the batch's mean needs a sum
+                (found.objective.sum() * (distributed.world_size() / config.batch_size)).backward()
+            self.meter.add(found)
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None], foreach=True)
+        # once the limit is reached nothing moves any more: what the run is stopped with is what stood then
+        self.finite.copy_(norm.isfinite() & (self.bad < NON_FINITE_LIMIT))
+        self.bad.copy_(torch.where(self.finite, 0, self.bad + 1))
+        if config.gradient_clip is not None:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), config.gradient_clip, norm, foreach=True)
+        self.optimizer.found_inf = (~self.finite).float()  # fused Adam leaves weights, moments and its count alone then
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(torch.where(self.finite, buffer, old))
+        self.average.follow(self.model, self.finite)
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: EngineConfig, device: torch.device) -> torch.optim.Adam:
+    """Fused Adam whose learning rates and counts are tensors on the device."""
+    rate = lambda: torch.tensor(config.learning_rate, device=device)  # noqa: E731
+    optimizer = torch.optim.Adam(
+        [{**group, "lr": rate()} for group in groups], fused=True,
+        capturable=device.type == "cuda",
+    )  # fmt: skip
+    optimizer._warned_capturable_if_run_uncaptured = True  # it runs uncaptured while the graph warms up
+    return optimizer
+
+
+def _micro_batches(config: EngineConfig) -> Iterator[slice]:
+    """The rows of the batch that are this process's, in pieces that fit in memory."""
+    rank, world, batch = distributed.rank(), distributed.world_size(), config.batch_size
+    start, end = batch * rank // world, batch * (rank + 1) // world
+    size = config.micro_batch_size or max(1, end - start)
+    for low in range(start, end, size):
+        yield slice(low, min(low + size, end))

@@ -1,0 +1,103 @@
+"""benchmarks/segdiff.py at its tiniest: it runs to the last line, agrees before it times, writes what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from contenders import make_task, op_cases, step_contenders
+from measure import by_turns, peak_bytes, spread
+from segdiff import measure_op
+from segdiff_table import ops_table, tables
+
+from factorkit.segdiff.config import preset_config
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+TINY = ["resolution=8", "width=8", "multipliers=[1,2]", "groups=2"]
+
+
+def test_it_runs_to_the_last_line_and_writes_what_it_prints(tmp_path):
+    out = tmp_path / "results" / "segdiff.json"
+    command = [
+        sys.executable, str(ROOT / "benchmarks/segdiff.py"), "--device", "cpu", "--batch", "2", "--rounds", "2",
+        "--compiler", "aot_eager", "--out", str(out), "--set", *TINY,
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(out.read_text())
+    (found,) = results.values()
+    assert done.stdout.rstrip().endswith(tables(results))
+    assert found["machine"]["device"] in results and found["machine"]["threads"] == 1
+    assert min(found["roofs"].values()) > 0 and found["step"]["flops"] > 0
+    contenders = found["step"]["contenders"]
+    assert list(contenders) == ["textbook", "folded", "compiled", "factorkit"]
+    for run in [*contenders.values(), *found["scaling"].values(), found["segment"]]:
+        assert 0 < run["low_ms"] <= run["median_ms"] <= run["high_ms"]
+    assert all(max(run["errors"]) < 0.05 and run["peak_bytes"] > 0 for run in contenders.values())
+    assert list(found["scaling"]) == ["1", "2", "4"]
+    assert {name.split()[0] for name in found["ops"]} == {
+        "masked_skip_norm_silu", "group_norm_silu", "masked_skip_projection", "region_blend_mse", "mask_pyramid",
+        "region_pool",
+    }  # fmt: skip
+    assert all(op["bytes"]["both"] > op["bytes"]["forward"] > 0 for op in found["ops"].values())
+
+
+def test_what_does_not_agree_is_not_timed():
+    config = preset_config(None, resolution=8, width=8, multipliers=(1, 2), groups=2, regions=2, steps=1).resolved()
+    case = op_cases(config, 2, CPU, torch.float32)["region_pool"]
+    case.factorkit, right = lambda *x: 1.01 * right(*x), case.factorkit
+    with pytest.raises(SystemExit, match="factorkit is off by 1.0e-02, allowed 1e-03: nothing is timed"):
+        measure_op(case, CPU, 1, "eager", 1e-3)
+    case.factorkit = right
+
+    def wrong(graph, inputs):
+        return lambda *given: [x * 1.01 for x in graph(*given)]
+
+    found = measure_op(case, CPU, 1, wrong, 1e-3)
+    assert list(found["both"]) == ["textbook", "factorkit"] and max(found["errors"]["compiled"]) > 5e-3
+    machine = {"device": "x", "threads": 1, "load": 0, "torch": "", "commit": ""}
+    roofs = {"copy_gb_s": 1.0, "matrix_tflop_s": 1.0}
+    row = ops_table({"machine": machine, "roofs": roofs, "ops": {"region_pool": found}}).splitlines()[-1]
+    assert "off by 0.01, not timed" in row and row.count("|") == 9
+
+
+def test_the_contenders_take_the_same_step():
+    """Equal images, noise and weights; Adam's first step shows the gradient's sign only, so several are taken."""
+    config = preset_config(
+        None, resolution=8, width=8, multipliers=(1, 2), groups=2, regions=2, batch_size=4, steps=9, precision="fp32",
+        gradient_clip=1.0, learning_rate=1e-3, mask_learning_rate=1.0,
+    ).resolved()  # fmt: skip
+    start = [p.detach().clone() for p in make_task(config, CPU).model.parameters()]
+    ends = {}
+    for name, make in step_contenders(config, CPU, "eager").items():
+        step, net = make()
+        for _ in range(4):
+            step()
+        ends[name] = torch.cat([(p - s).flatten() for p, s in zip(net.parameters(), start, strict=True)]).detach()
+    for name, end in ends.items():
+        assert (end - ends["textbook"]).norm() < 0.02 * ends["textbook"].norm(), name
+
+
+def test_peak_memory_is_what_is_held_at_once():
+    def run():
+        for _ in range(3):
+            x = torch.zeros(1 << 20, dtype=torch.uint8)
+            y = x.clone()
+            del x, y
+
+    assert 2 << 20 <= peak_bytes(run, CPU) < 3 << 20
+
+
+def test_spread_is_median_and_quartiles():
+    assert spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median_ms": 3.0, "low_ms": 1.5, "high_ms": 4.5}
+    assert spread([2.0])["median_ms"] == 2.0
+    called = []
+    by_turns({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 2, CPU)
+    assert called == ["a", "b", "a", "b"]

@@ -1,0 +1,32 @@
+"""What factorkit is measured against computes the same function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from textbook import Textbook
+
+from factorkit.segdiff.config import preset_config
+
+SMALL = {"resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "groups": 4, "steps": 1}
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{"form": "thesis"}, {}, {"form": "thesis", "branch_norm": "masked_group"}, {"regions": 1}]
+)
+def test_the_textbook_model_is_the_model(changes, folded):
+    torch.manual_seed(0)
+    model = preset_config(None, **SMALL, **changes).resolved().build().double().train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    x, t, upstream = torch.randn(2, 3, 16, 16).double(), torch.tensor([3, 700]), torch.randn(2, 4, 16, 16).double()
+    found = []
+    for net in (model, Textbook(model, folded)):
+        prediction, (masks, _) = net(x, t)
+        loss = (prediction * upstream[:, :3]).sum() + (masks[:, 0] * upstream[:, 3]).sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        found.append([prediction, masks, *grads])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(plain, ours)

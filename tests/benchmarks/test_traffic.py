@@ -1,0 +1,49 @@
+"""The traffic model: what it counts on examples one can do by hand, and what a preset's table says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from traffic import Count, counted, size, step_traffic, table
+
+
+def test_operations_read_their_arguments_and_write_their_answers_and_views_are_free():
+    with torch.device("meta"):
+        x, w = torch.empty(2, 3, 8, 8), torch.empty(5, 3, 1, 1)
+        with counted(launches=False) as count:
+            y = torch.nn.functional.conv2d(x.transpose(2, 3), w)
+            (y[:, :2] * 2.0).view(-1).add_(1.0)
+    conv, rest = count.parts["convolutions and products"], count.parts["norms, skips, masks, sums"]
+    assert (conv.moved, conv.flops) == (4 * (2 * 3 * 64 + 15 + 2 * 5 * 64), 2 * 2 * 5 * 64 * 3)
+    assert (rest.moved, rest.flops) == (4 * 4 * (2 * 2 * 64), 0)
+
+
+def test_what_is_expanded_counts_once_and_is_found_in_lists():
+    assert size([torch.empty(1, 4).expand(6, 4), [torch.empty(3, dtype=torch.bfloat16)], None, 7]) == 16 + 6
+    assert size([torch.empty(0, 4)]) == 0
+
+
+def test_a_copy_does_not_read_what_it_overwrites():
+    with torch.device("meta"), Count(launches=False) as count:
+        torch.empty(10).copy_(torch.empty(10))
+    assert count.parts["norms, skips, masks, sums"].moved == 80
+
+
+@pytest.mark.parametrize("changes", [{}, {"form": "regional"}, {"branch_norm": "masked_group"}])
+def test_a_step_of_the_thesis_model(changes):
+    """123.7 G multiply-adds a sample forward (the design's figure), twice that backward."""
+    found = step_traffic("flowers64", 2, **changes)
+    total = {kind: sum(part.moved for part in parts.values()) for kind, parts in found.items()}
+    flops = {kind: sum(part.flops for part in parts.values()) for kind, parts in found.items()}
+    assert total["least"] < total["fused"] < 0.75 * total["unfused"]
+    assert flops["fused"] == flops["least"] <= flops["unfused"]
+    if "form" not in changes:
+        assert flops["unfused"] == pytest.approx(2 * 3 * 2 * 123.7e9, rel=0.02)
+    lines = table(found).splitlines()
+    assert len(lines) == 2 + 4 + 1 and lines[-1].startswith("| total | ")
+
+
+def test_more_branches_cost_less_than_in_proportion():
+    three, six = (step_traffic("flowers64", 2, regions=k)["fused"] for k in (3, 6))
+    for kind in ("convolutions and products", "norms, skips, masks, sums"):
+        assert 1.3 < six[kind].moved / three[kind].moved < 1.9

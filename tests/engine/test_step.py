@@ -1,0 +1,231 @@
+"""The step as one piece of work for the device: what a CUDA graph asks of it, and the graph's own bookkeeping."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from factorkit.engine.graph import WARM_UP, GraphedWork
+from factorkit.engine.loop import Trainer
+from factorkit.engine.meter import Meter
+from factorkit.engine.step import MovingAverage
+from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.task import SegdiffTask
+
+CPU = torch.device("cpu")
+
+
+def segdiff(folder, device=CPU, **changes) -> Trainer:
+    settings = {
+        "resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "groups": 4,
+        "batch_size": 4, "steps": 8, "log_every": 4, "gradient_clip": 1.0, "warmup_steps": 3,
+    }  # fmt: skip
+    config = preset_config(None, **{**settings, **changes}).resolved()
+    images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
+    return Trainer(SegdiffTask(config, images, images, device), config, folder, {}, device=device, progress=False)
+
+
+class Watched(TorchDispatchMode):
+    """Notes operations for which the host would wait for a GPU, and those that make a tensor of host numbers."""
+
+    WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "unique2", "masked_select", "lift_fresh", "equal"}
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__.lstrip("_") in {w.lstrip("_") for w in self.WAITING}:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"form": "thesis", "micro_batch_size": 3}, {"checkpoint_branches": True}])
+def test_nothing_in_the_step_waits_for_the_device(tmp_path, changes):
+    trainer = segdiff(tmp_path, **changes)
+    trainer.task.images, trainer.task.capturable = torch.from_numpy(trainer.task.images), True  # as on a GPU
+    take = trainer._training_step(trainer.model, Meter(CPU))
+    take(0)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with Watched() as watched:
+        take._work()
+    assert watched.found == []
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_what_changes_from_step_to_step_stays_at_its_address(tmp_path):
+    """A graph knows addresses: every tensor the step reads or updates must be the same one in every step."""
+    trainer = segdiff(tmp_path)
+    meter = Meter(CPU)
+    take = trainer._training_step(trainer.model, meter)
+
+    def addresses():
+        state = [v for s in trainer.optimizer.state.values() for v in s.values()]
+        rates = [g["lr"] for g in trainer.optimizer.param_groups]
+        own = [take.indices, take.step, take.finite, take.bad, meter.sums, *meter.watch.values()]
+        tensors = [*own, *rates, *state, *trainer.model.state_dict().values(), *trainer.average.state_dict().values()]
+        return [t.data_ptr() for t in tensors]
+
+    take(0)
+    first = addresses()
+    generators = [id(d.generator) for d in take.draws]
+    take(1), take.skipped(), meter.read()
+    take(2)
+    assert addresses() == first and [id(d.generator) for d in take.draws] == generators
+    assert float(trainer.optimizer.param_groups[0]["lr"]) == pytest.approx(trainer.config.learning_rate)
+    assert int(take.step) == 2
+
+
+def test_the_average_follows_nothing_when_told_so():
+    model = torch.nn.BatchNorm1d(3)
+    average = MovingAverage(model, 0.9, CPU)
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+    average.follow(model, torch.tensor(False))
+    assert average.n_averaged == 0 and (average.module.weight == 1).all()
+    average.follow(model, torch.tensor(True))
+    assert average.n_averaged == 1 and (average.module.weight == 5).all()
+
+
+def test_after_three_bad_steps_nothing_moves_even_if_nobody_looks(toy):
+    """On a GPU the loop learns of them at the next line of the log only."""
+    trainer = toy(steps=9, log_every=8, hook=lambda step, error: error * float("nan") if 2 <= step < 5 else error)
+    take = trainer._training_step(trainer.model, Meter(CPU))
+    for step in range(2):
+        take(step)
+    good = {name: value.clone() for name, value in trainer.state().items()}
+    for step in range(2, 8):
+        take(step)
+    assert take.skipped() == [(0, False), (1, False)] + [(step, True) for step in range(2, 8)]
+    assert [name for name, value in trainer.state().items() if not torch.equal(value, good[name])] == []
+
+
+# --- the graph ---
+
+
+class FakeGraph:
+    def __init__(self):
+        self.registered, self.replays = [], 0
+
+    def register_generator_state(self, generator):
+        self.registered.append(generator)
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    for name, value in {
+        "CUDAGraph": FakeGraph, "graph": lambda graph, stream: nullcontext(), "Stream": Stream,
+        "stream": lambda s: nullcontext(), "current_stream": Stream,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_the_work_is_warmed_up_captured_once_and_replayed(fake_cuda):
+    calls, generator = [], torch.Generator()
+    graphed = GraphedWork(lambda: calls.append(1), lambda: [generator], lambda: pytest.fail("no failure"), CPU)
+    for _ in range(WARM_UP + 4):
+        graphed()
+    assert len(calls) == WARM_UP + 1  # the last of them under capture
+    assert graphed.graph.replays == 4 and graphed.graph.registered == [generator]
+
+
+def test_where_capture_fails_the_work_goes_on_with_one_warning(fake_cuda):
+    calls, told = [], []
+
+    def work():
+        calls.append(len(calls))
+        if len(calls) == WARM_UP + 1:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    graphed = GraphedWork(work, lambda: [], lambda: told.append(len(calls)), CPU)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(WARM_UP + 3):
+            graphed()
+    assert len(calls) == WARM_UP + 4  # every call did its work, one of them twice
+    assert told == [WARM_UP + 1]
+    assert [str(w.message).count("not permitted when stream is capturing)") for w in caught] == [1]
+
+
+def test_a_failed_capture_leaves_the_step_as_if_it_had_not_been_tried(tmp_path, fake_cuda):
+    """Under capture nothing is computed, but generators have been drawn from and half a gradient stands."""
+    ends = []
+    for graph in (False, True):
+        trainer = segdiff(tmp_path / str(graph))
+        take = trainer._training_step(trainer.model, Meter(CPU))
+        calls = []
+
+        def work(take=take, model=trainer.model, calls=calls):
+            calls.append(1)
+            if len(calls) == WARM_UP + 1:
+                take.draws[0].normal(5)
+                model.eval()(torch.randn(1, 3, 16, 16), torch.tensor([3])).prediction.sum().backward()
+                model.train()
+                raise RuntimeError("operation not permitted when stream is capturing")
+            take._work()
+
+        if graph:
+            take.run = GraphedWork(work, lambda: [], take._again, CPU)
+        for step in range(WARM_UP):
+            take(step)
+        with pytest.warns(UserWarning, match="could not be captured") if graph else nullcontext():
+            take(WARM_UP)
+        assert take.skipped() == [(step, False) for step in range(WARM_UP + 1)]
+        take(WARM_UP + 1)
+        ends.append({k: v.clone() for k, v in trainer.state().items()})
+    assert [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])] == []
+
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+STEPS = [{}, {"form": "thesis", "micro_batch_size": 3, "dropout": 0.1}, {"checkpoint_branches": True}]
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("changes", STEPS)
+def test_graphed_steps_are_the_eager_ones(tmp_path, changes):
+    device = torch.device("cuda", 0)
+    ends = []
+    for graph in (True, False):
+        trainer = segdiff(tmp_path / str(graph), device, cuda_graph=graph, precision="fp32", sample_every=0, **changes)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*could not be captured")
+            trainer.run()
+        ends.append(trainer.state())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("changes", STEPS)
+@pytest.mark.parametrize("graph", [True, False])
+def test_no_step_waits_for_the_gpu(tmp_path, changes, graph):
+    device = torch.device("cuda", 0)
+    trainer = segdiff(tmp_path, device, cuda_graph=graph, log_every=50, **changes)
+    take = trainer._training_step(trainer.model, Meter(device))
+    for step in range(WARM_UP + 1):
+        take(step)
+    assert not graph or take.run.graph is not None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(WARM_UP + 1, WARM_UP + 4):
+            take(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert take.skipped() == [(step, False) for step in range(WARM_UP + 4)]
