@@ -70,21 +70,21 @@ def demo(out: Path, seed: int) -> Result:
     return found, "\n".join(lines)
 
 
-def evaluate(path: Path, views: Path, split: str | None, device: str) -> Result:
+def evaluate(path: Path, views: Path, split: str | None, refine: int, device: str) -> Result:
     """Scores on views with true poses."""
     run = load(path, device)
     opened = open_views(views, split, max(run.model.size), background_of(run))
-    scores = run.evaluate(opened)
+    scores = run.evaluate(opened, refine=refine)
     if run.folder is not None:
         write_report(run.folder)
     return scores, score_table(scores)
 
 
-def pose(path: Path, paths: Sequence[Path], out: Path | None, device: str) -> Result:
+def pose(path: Path, paths: Sequence[Path], out: Path | None, refine: int, device: str) -> Result:
     """Camera-to-world matrices of pictures."""
     run = load(path, device)
     views = pictures_of(run, paths)
-    found = run.predict_pose(views)
+    found = run.predict_pose(views, refine=refine)
     frames = [
         {"name": name, "camera_to_world": matrix, "scores": scores}
         for name, matrix, scores in zip(views.names, found.poses.tolist(), found.scores.tolist(), strict=True)

@@ -186,6 +186,8 @@ class Evaluate(RunCommand):
     """Views with true poses, of any kind that `train nerfdiff` reads."""
     split: Annotated[Literal["train", "test"] | None, arg(help_behavior_hint="")] = None
     """Which of the views; without: all."""
+    refine: int = 0
+    """Of nerfdiff: steps by which the encoder's poses are refined."""
     images: OptionalPath = None
     """Folder, .zip or array of images."""
     masks: OptionalPath = None
@@ -205,7 +207,7 @@ class Evaluate(RunCommand):
         if self.views is not None:
             from factorkit import commands_nerfdiff
 
-            return commands_nerfdiff.evaluate(self.run, self.views, self.split, self.device)
+            return commands_nerfdiff.evaluate(self.run, self.views, self.split, self.refine, self.device)
         if self.images is None or self.masks is None:
             raise ConfigError("nothing to score with: give --images and --masks, or --views for a nerfdiff run")
         from factorkit import commands

@@ -92,11 +92,13 @@ class Pose(RunCommand):
     """Pictures, a folder of them, or views of any kind that train reads."""
     out: OptionalPath = None
     """A JSON file to write."""
+    refine: int = 0
+    """Steps down the pictures' photometric error after the encoder's look; 60 take the last degrees."""
 
     def run_command(self) -> Result:
         from factorkit import commands_nerfdiff
 
-        return commands_nerfdiff.pose(self.run, self.paths, self.out, self.device)
+        return commands_nerfdiff.pose(self.run, self.paths, self.out, self.refine, self.device)
 
 
 @dataclass(kw_only=True)

@@ -95,13 +95,15 @@ class NerfdiffConfig(EngineConfig):
     """How the encoder's last features reach its heads: all of them, or their mean (fig. 3.12)."""
     rendered: int = 300
     """Further views of the found scene the encoder learns from."""
+    tuning_steps: int = 0
+    """After the encoder is distilled, so many further steps of denoising, the field held."""
 
     def validate(self) -> None:
         super().validate()
         least = {
             "resolution": 4, "timesteps": 21, "cameras": 1, "azimuths": 2, "rings": 1, "flip_rounds": 0,
             "search_field": 4, "grid": 4, "samples": 1, "views": 1, "rays": 1, "search_steps": 1, "field_steps": 1,
-            "encoder_resolution": 4, "width": 2, "blocks": 1, "rendered": 0,
+            "encoder_resolution": 4, "width": 2, "blocks": 1, "rendered": 0, "tuning_steps": 0,
         }  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -155,6 +157,13 @@ _THESIS = {
     "pooling": "average", "encoder_resolution": 128, "roughness": 0.0,
 }  # fmt: skip
 
+
+def _sized(resolution: int) -> dict[str, Any]:
+    """The robust recipe's final field at a resolution: a vertex a pixel, as many steps along a ray, and longer."""
+    side = min(max(resolution, 32), 128)
+    return {"grid": side, "samples": side, "field_steps": round(300 * side / 32)}
+
+
 #: what search="joint" changes of a preset of the robust recipe
 _JOINT = {
     "steps": 1500, "batch_size": 16, "decay": 0.4, "cameras": 12, "classification_weight": 0.01, "t_power": 2.0,
@@ -180,7 +189,9 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     settings = PRESETS[preset] if preset else {}
-    if changes.get("search") == "joint" and settings.get("search", "dictionary") == "dictionary":
+    if settings is _FAST:
+        settings = settings | _sized(changes.get("resolution", NerfdiffConfig.resolution))
+    if changes.get("search") == "joint" and preset in ("demo", "fast"):
         settings = settings | _JOINT
     config = NerfdiffConfig.from_dict({**settings, **changes})
     config.validate()

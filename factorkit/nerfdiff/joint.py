@@ -35,21 +35,24 @@ COMPARED = 10  # pixels along the longer side of the renders that are compared
 
 
 class JointTask:
-    """The thesis' training of all parts together."""
+    """The thesis' training of all parts together; of the encoder alone where the field is held.
+
+    Args:
+        found: poses of the views [V, 4, 4] that a search has found and the model is to keep; None: its own.
+    """
 
     capturable = False
 
-    def __init__(self, config: NerfdiffConfig, scene: Scene, model: NerfdiffModel):
-        self.config, self.scene, self.model, self.size = config, scene, model, len(scene.images)
+    def __init__(self, config: NerfdiffConfig, scene: Scene, model: NerfdiffModel, found: Tensor | None = None):
+        self.config, self.scene, self.model, self.size, self.found = config, scene, model, len(scene.images), found
         self.schedule = Schedule(config.timesteps, device=scene.images.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The encoder at the learning rate, the field at its own."""
         scale = self.config.field_learning_rate / self.config.learning_rate
-        return [
-            {"params": list(self.model.encoder.parameters()), "scale": 1.0},
-            {"params": list(self.model.field.parameters()), "scale": scale, "betas": FIELD_BETAS},
-        ]
+        field = [p for p in self.model.field.parameters() if p.requires_grad]
+        groups = [{"params": list(self.model.encoder.parameters()), "scale": 1.0}]
+        return groups + ([{"params": field, "scale": scale, "betas": FIELD_BETAS}] if field else [])
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         config, heat = self.config, max(0.0, 1 - int(step) / (ANNEALED * self.config.steps))
@@ -85,7 +88,7 @@ class JointTask:
     def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
         """Where the training views stand now, kept with the averaged model; what is wrong with that."""
         found = look(model, self.scene.images)
-        model.views.copy_(found.best)
+        model.views.copy_(found.best if self.found is None else self.found)
         renders_sheet(folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples)
         if self.scene.layout != "object":
             return {}

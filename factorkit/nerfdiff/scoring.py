@@ -34,7 +34,7 @@ def training_errors(run: NerfdiffRun, views: Views | None = None) -> PoseErrors 
     return None if true is None else pose_errors(run.poses, true)
 
 
-def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None) -> dict[str, Any]:
+def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None, refine: int = 0) -> dict[str, Any]:
     """Scores of a run on views with true poses; see :meth:`factorkit.nerfdiff.run.NerfdiffRun.evaluate`."""
     true = views.poses if poses is None else torch.as_tensor(poses, dtype=torch.float32)
     if true is None:
@@ -42,14 +42,14 @@ def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None) -> dic
     if true.shape != (len(views), 4, 4):
         raise DataError(f"poses of shape {tuple(true.shape)} for {len(views)} views; give [{len(views)}, 4, 4]")
     found = training_errors(run, views)
-    predicted = run.predict_pose(views).poses
+    predicted = run.predict_pose(views, refine=refine).poses
     if found is None and len(views) < FOR_ALIGNMENT:
         raise DataError(f"{len(views)} views cannot be aligned with the model's own coordinates; give at least 3")
     encoder = pose_errors(predicted, true)
     alignment = encoder.alignment if found is None else found.alignment
     views = views.resized(run.model.size)
     at_truth, at_encoder = run.render(alignment.inverse().apply(true)).images, run.render(predicted).images
-    scores: dict[str, Any] = {"views": len(views), "size": list(views.size), "step": run.step}
+    scores: dict[str, Any] = {"views": len(views), "size": list(views.size), "step": run.step, "refine": refine}
     if found is not None:
         scores |= _poses("", found)
     scores |= _poses("encoder_", encoder)

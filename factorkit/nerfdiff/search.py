@@ -63,7 +63,7 @@ class SearchTask(FitTask):
         generator = torch.Generator().manual_seed(derived_seed("first assignment", config.seed))
         assigned = torch.randint(len(places), (len(scene.images),), generator=generator).to(places.device)
         poses = AssignedPoses(places, assigned, stand)
-        self.samples = max(1, config.samples * 3 // 4)  # the search's grid is coarser than the one that is refined
+        self.samples = min(config.samples, config.search_field)
         super().__init__(config, scene, Fit(field, poses, scene.optics, scene.size, self.samples))
         self._blurred: tuple[float, Tensor] = (0.0, scene.images)
 

@@ -46,6 +46,7 @@ from factorkit.nerfdiff.search import SearchTask, directions_of
 PLANE = (6, 4)  # places of forward-facing cameras across and up
 HALF_STEPS = 100  # of the fresh fields of the flip test
 HALF_FIELD = 20  # vertices along each side of theirs
+TUNING = 0.3  # of the encoder's learning rate, for the steps after it was distilled
 PROCEDURAL = 80  # views where none are given
 
 
@@ -143,7 +144,13 @@ class Training:
         optics = replace(scene.optics, intrinsics=fitted.optics.intrinsics.detach())
         scene = replace(scene, optics=optics)
         model = self.model(fitted.field, fitted.poses().detach(), optics)
-        self.trainer("distil", lambda stage: DistilTask(stage, scene, model, doubled), folder=self.folder)
+        if not config.tuning_steps:
+            self.trainer("distil", lambda stage: DistilTask(stage, scene, model, doubled), folder=self.folder)
+            return
+        model = self.trainer("distil", lambda stage: DistilTask(stage, scene, model, doubled))
+        found = model.views.clone()
+        changes = {"steps": config.tuning_steps, "balance": False, "learning_rate": TUNING * config.learning_rate}
+        self.trainer("tune", lambda stage: JointTask(stage, scene, model, found), folder=self.folder, **changes)
 
     def model(self, field: Field, views: Tensor, optics: Optics) -> NerfdiffModel:
         """The whole model around a field, its encoder with fresh weights."""

@@ -9,8 +9,13 @@ from PIL import Image
 
 import factorkit
 from factorkit.errors import CheckpointError, ConfigError, DataError
+from factorkit.metrics.pose import rotation_errors_degrees
+from factorkit.nerfdiff.fields import GridField
 from factorkit.nerfdiff.frames import write_frames
+from factorkit.nerfdiff.localise import refined
+from factorkit.nerfdiff.model import NerfdiffModel
 from factorkit.nerfdiff.poses import directions, orbit_poses
+from factorkit.nerfdiff.rays import render_views
 
 
 def test_predicted_poses_are_those_of_the_best_scores(finished, scene_views):
@@ -123,3 +128,23 @@ def test_frames_are_written_as_pictures_and_as_a_gif(tmp_path):
         assert gif.n_frames == 3 and gif.size == (8, 6)
     with pytest.raises(ConfigError, match="xyz"):
         write_frames(tmp_path / "a.xyz", images)
+
+
+def test_refining_finds_the_pose_of_a_picture_from_near_it(finished):
+    torch.manual_seed(0)
+    field = GridField(5, seed=4)
+    field.values.data.mul_(8)
+    optics = finished.model.optics
+    model = NerfdiffModel(
+        finished.model.encoder, finished.model.candidates, field, finished.poses, optics, (16, 16), 16
+    )
+    way = directions(torch.tensor([20.0, 140.0, 260.0]), torch.tensor([30.0, 45.0, 15.0]))
+    true = orbit_poses(way, finished.scene["distance"])
+    images = render_views(field, true, optics, (16, 16), 16).color.movedim(-1, 1)
+    off = orbit_poses(way + 0.06 * torch.randn(3, 3), finished.scene["distance"])
+    before = [x.clone() for x in model.state_dict().values()]
+    found = refined(model, images, off, 40, finished.config)
+    far, near = (rotation_errors_degrees(x, true) for x in (off, found))
+    assert near.max() < 1.0 < far.min(), (far, near)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+    assert all(p.grad is None for p in field.parameters())

@@ -31,6 +31,7 @@ STAGES = {
     "distil": (DistilTask, {}, 4),
     "joint": (JointTask, {"search": "joint"}, 4),
     "joint, letter": (JointTask, {"search": "joint", "balance": False, "candidates": "thesis"}, 4),
+    "tune": (JointTask, {"tuning_steps": 5}, 4),
     "learned": (FitTask, {"poses": "learned"}, 3),
     "freedoms": (FitTask, {"freedom": ("roll", "aim", "distance", "focal")}, 22 + 3),
     "network": (FitTask, {"poses": "known", "field": "hashgrid"}, 3),
