@@ -24,6 +24,7 @@ from factorkit.flag_types import Result
 from factorkit.nerfdiff.frames import to_uint8, write_frames
 from factorkit.nerfdiff.given import kept_views
 from factorkit.nerfdiff.pictures import disparity_image, novel_sheet, views_sheet
+from factorkit.nerfdiff.reproduce import reproduce, table
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scoring import training_errors
 from factorkit.nerfdiff.train import PROCEDURAL, train_nerfdiff
@@ -52,8 +53,7 @@ def train(data: Path | None, out: Path, preset: str | None, changes: dict[str, A
 def demo(out: Path, seed: int) -> Result:
     """Find the cameras of the procedural scene and judge them."""
     start = time.perf_counter()
-    views = procedural_views(PROCEDURAL + DEMO_HELD_OUT, 32)
-    training, held_out = views.select(slice(0, PROCEDURAL)), views.select(slice(PROCEDURAL, None))
+    training, held_out = demo_views(32)
     with saying_what_is_saved(out):
         run = train_nerfdiff(training, out=out, preset="demo", seed=seed)
     scores = run.evaluate(held_out)
@@ -68,6 +68,12 @@ def demo(out: Path, seed: int) -> Result:
     lines = [score_table(scores), "", words, "", f"time    {duration(found['seconds'])}", f"orbit   {orbit}",
              f"report  {out / 'report.html'}"]  # fmt: skip
     return found, "\n".join(lines)
+
+
+def demo_views(size: int) -> tuple[Views, Views]:
+    """Views of the procedural scene to train on, and further ones."""
+    views = procedural_views(PROCEDURAL + DEMO_HELD_OUT, size)
+    return views.select(slice(0, PROCEDURAL)), views.select(slice(PROCEDURAL, None))
 
 
 def evaluate(path: Path, views: Path, split: str | None, refine: int, device: str) -> Result:
@@ -159,6 +165,17 @@ def view(path: Path, host: str, port: int, device: str) -> Result:
                     run = load(path, device)
                     viewer.show(shown(run))
         return {"run": str(path), "url": viewer.url, "step": run.step}, f"shown up to step {run.step}"
+
+
+def reproduce_experiment(name: str, data: Path | None, size: int, seeds: int, out: Path) -> Result:
+    """An ablation of the thesis; see :func:`factorkit.nerfdiff.reproduce.reproduce`."""
+    if data is None:
+        training, held_out = demo_views(size)
+    else:
+        training, held_out = open_views(data, "train", size), open_views(data, "test", size)
+    with saying_what_is_saved(out):
+        found = reproduce(name, training, held_out, out, seeds)
+    return found, table(found)
 
 
 def shown(run: NerfdiffRun) -> Shown:

@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from factorkit.errors import ConfigError
 from factorkit.flag_types import Command, OptionalInt, OptionalPath, Result, RunCommand, read_flags
-from factorkit.flags_nerfdiff import Export, Pose, Reconstruct, Render, Sample, TrainNerfdiff, View
+from factorkit.flags_nerfdiff import Export, Pose, Reconstruct, Render, Reproduce, Sample, TrainNerfdiff, View
 
 Config = TypeVar("Config")
 Level = Annotated[int | None, arg(aliases=["-t"], metavar="INT", help_behavior_hint="")]
@@ -285,6 +285,6 @@ class Doctor(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo, "train": Train, "segment": Segment, "generate": Generate, "pose": Pose, "reconstruct": Reconstruct,
-    "render": Render, "sample": Sample, "export": Export, "view": View, "evaluate": Evaluate, "prepare": Prepare,
-    "doctor": Doctor,
+    "render": Render, "sample": Sample, "export": Export, "view": View, "reproduce": Reproduce,
+    "evaluate": Evaluate, "prepare": Prepare, "doctor": Doctor,
 }  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from factorkit.cli import main
+from factorkit.errors import ConfigError
 from factorkit.nerfdiff.frames import to_uint8
 
 
@@ -96,3 +97,23 @@ def test_train_takes_flags_and_resumes(ask, posed, tmp_path, tiny):
     code, found = ask(*words)
     assert code == 0 and found["run"] == str(tmp_path / "run") and (tmp_path / "run" / "report.html").exists()
     assert ask(*words)[0] == 0
+
+
+def test_the_recipe_follows_the_resolution(capsys):
+    assert main(["train", "nerfdiff", "--preset", "fast", "--resolution", "64", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--grid INT" in said and said.split("--grid INT")[1].split("(default:")[1].startswith(" 64)")
+
+
+def test_reproduce_trains_every_setting_and_seed(tmp_path, scene_views, tiny):
+    from factorkit.nerfdiff import reproduce
+
+    settings = {k: v for k, v in tiny.items() if k not in ("preset", "cameras")}
+    found = reproduce.reproduce("fig3.13", scene_views, scene_views, tmp_path, seeds=2, cameras=3, **settings)
+    assert [(r["setting"], r["seed"]) for r in found["rows"]] == [
+        ("noise=True", 0), ("noise=True", 1), ("noise=False", 0), ("noise=False", 1)
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "fig3.13.json").read_text())["rows"] == found["rows"]
+    assert "noise=False" in reproduce.table(found)
+    with pytest.raises(ConfigError, match="fig9"):
+        reproduce.reproduce("fig9", scene_views, scene_views, tmp_path)
