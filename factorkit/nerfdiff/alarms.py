@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from factorkit.errors import FactorkitError
+from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.poses import azimuths
 
 SPREAD = 0.3  # of azimuths, 0 (all the same) to 1 (all around): below, the cameras stand in one corner
@@ -24,6 +26,25 @@ def azimuth_spread(poses: Tensor) -> float:
     """1 minus the length of the mean of the azimuths' unit vectors: 0 all the same, 1 all around."""
     angle = azimuths(poses[:, :3, 3]).deg2rad()
     return float(1 - torch.stack([angle.cos(), angle.sin()]).mean(1).norm())
+
+
+def mirrored(poses: Tensor) -> Tensor:
+    """Cameras [..., 4, 4] as a mirror across the xz plane shows them, with their own left and right exchanged."""
+    across = torch.tensor([1.0, -1.0, 1.0, 1.0]).to(poses)
+    sideways = torch.tensor([-1.0, 1.0, 1.0, 1.0]).to(poses)
+    return across[:, None] * poses * sideways
+
+
+def stop_if_asked(found: dict[str, Any], config: NerfdiffConfig) -> dict[str, Any]:
+    """The same figures, unless the run is to stop at failures and there are some.
+
+    Raises:
+        FactorkitError: there are; the checkpoints written so far stand.
+    """
+    if config.stop_on_failure and found.get("failures"):
+        words = "; ".join(found["failures"])
+        raise FactorkitError(f"stopped: {words}. The checkpoints stand; another seed= may do, or stop_on_failure=False")
+    return found
 
 
 def pose_alarms(

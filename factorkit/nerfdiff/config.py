@@ -58,6 +58,9 @@ class NerfdiffConfig(EngineConfig):
     flip_rounds: int = 3
     """Most rounds of the flip test, for scenes that nearly look alike from two sides; 0: none."""
 
+    stop_on_failure: bool = False
+    """Stop where cameras collapse or the scene is doubled, instead of saying so and going on."""
+
     field: Literal["grid", "hashgrid", "mlp", "siren"] = "grid"
     """What holds the scene: a dense grid, a hash grid, NeRF's network or one of sines. The search has a grid anyway."""
     search_field: int = 24
@@ -166,8 +169,8 @@ def _sized(resolution: int) -> dict[str, Any]:
 
 #: what search="joint" changes of a preset of the robust recipe
 _JOINT = {
-    "steps": 1500, "batch_size": 16, "decay": 0.4, "cameras": 12, "classification_weight": 0.01, "t_power": 2.0,
-    "rays": 128, "grid": 24, "samples": 28,
+    "steps": 1500, "batch_size": 16, "decay": 0.4, "cameras": 12, "classification_weight": 0.01, "t_power": 3.0,
+    "rays": 128, "grid": 24, "samples": 28, "sample_every": 300,
 }  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw, derived_seed
-from factorkit.nerfdiff.alarms import pose_alarms
+from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
 from factorkit.nerfdiff.candidates import Candidates
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.model import NerfdiffModel, look, noisy, to_signal
@@ -81,7 +81,7 @@ class DistilTask:
         if self.scene.layout != "object":
             return {}
         cameras_sheet(folder / f"{step:06d}_cameras_encoder.png", found.best, found.poses)
-        return pose_alarms(model.views, doubled=self.doubled)
+        return stop_if_asked(pose_alarms(model.views, doubled=self.doubled), self.config)
 
 
 def nearest_candidate(candidates: Candidates, found: Tensor, poses: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from factorkit.data.views import resize_area, target_size
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw
-from factorkit.nerfdiff.alarms import pose_alarms
+from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
 from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fit import FIELD_BETAS
@@ -31,6 +31,7 @@ from factorkit.nerfdiff.search import TEMPERATURE
 from factorkit.nerfdiff.watch import cameras_sheet, renders_sheet
 
 ANNEALED = 0.5  # share of the steps over which candidates are balanced
+COARSE = 0.4  # the field's coarseness at the beginning
 COMPARED = 10  # pixels along the longer side of the renders that are compared
 
 
@@ -56,6 +57,7 @@ class JointTask:
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         config, heat = self.config, max(0.0, 1 - int(step) / (ANNEALED * self.config.steps))
+        self.model.field.coarseness = COARSE * heat
         images = self.scene.images[indices.to(self.scene.images.device)]
         x_t, t = noisy(to_signal(images), self.schedule, config, draw)
         found = self.model.cameras(x_t, t)
@@ -93,4 +95,4 @@ class JointTask:
         if self.scene.layout != "object":
             return {}
         cameras_sheet(folder / f"{step:06d}_cameras_encoder.png", found.best, found.poses)
-        return pose_alarms(found.best, found.chosen, model.candidates.count)
+        return stop_if_asked(pose_alarms(found.best, found.chosen, model.candidates.count), self.config)

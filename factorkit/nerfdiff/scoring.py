@@ -11,6 +11,7 @@ from factorkit.data.views import Views
 from factorkit.errors import ConfigError, DataError
 from factorkit.metrics.image import WINDOW, lpips, psnr, ssim
 from factorkit.metrics.pose import PoseErrors, pose_errors
+from factorkit.nerfdiff.alarms import mirrored
 from factorkit.nerfdiff.given import kept_views
 
 if TYPE_CHECKING:
@@ -25,13 +26,18 @@ def training_errors(run: NerfdiffRun, views: Views | None = None) -> PoseErrors 
     Args:
         views: perhaps the training views themselves, by their names, with poses.
     """
+    true = kept_true(run, views)
+    return None if true is None else pose_errors(run.poses, true)
+
+
+def kept_true(run: NerfdiffRun, views: Views | None = None) -> Tensor | None:
+    """The training views' true poses [V, 4, 4], those they came with or those of ``views`` of the same names."""
     given = kept_views(run.folder)
     if given is None:
         return None
-    true = given.poses
-    if true is None and views is not None and given.names == views.names:
-        true = views.poses
-    return None if true is None else pose_errors(run.poses, true)
+    if given.poses is None and views is not None and given.names == views.names:
+        return views.poses
+    return given.poses
 
 
 def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None, refine: int = 0) -> dict[str, Any]:
@@ -52,6 +58,8 @@ def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None, refine
     scores: dict[str, Any] = {"views": len(views), "size": list(views.size), "step": run.step, "refine": refine}
     if found is not None:
         scores |= _poses("", found)
+        reflected = pose_errors(mirrored(run.poses), kept_true(run, views))
+        scores["mirrored_under_10_deg"] = reflected.under_10_deg
     scores |= _poses("encoder_", encoder)
     for suffix, images in (("", at_truth), ("_encoder", at_encoder)):
         scores[f"psnr{suffix}"] = psnr(images, views.images).mean().item()
