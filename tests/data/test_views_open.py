@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -151,6 +152,15 @@ def test_a_bent_picture_is_straightened(tmp_path, scene):
     torch.testing.assert_close(found[:, inner, inner], pattern(x, y).float()[:, inner, inner], atol=0.01, rtol=0)
     unbent = pattern(straight_x, straight_y).float()
     assert (unbent - pattern(x, y).float())[:, inner, inner].abs().max() > 0.08
+
+
+def test_the_lens_is_opencvs():
+    lens = Distortion(k1=-0.2, k2=0.07, k3=-0.02, p1=0.013, p2=-0.008)
+    x, y = torch.rand(2, 30, dtype=torch.float64) - 0.5
+    points = np.stack([x, y, np.ones(30)], axis=1)
+    coefficients = np.array([lens.k1, lens.k2, lens.p1, lens.p2, lens.k3])
+    expected, _ = cv2.projectPoints(points, np.zeros(3), np.zeros(3), np.eye(3), coefficients)
+    np.testing.assert_allclose(torch.stack(lens(x, y), dim=1), expected[:, 0], atol=1e-12)
 
 
 def test_shapenet_srn(tmp_path, scene):

@@ -159,6 +159,14 @@ def test_a_mirrored_arrangement_is_not_called_right():
     assert errors.alignment.scale > 0 and torch.linalg.det(errors.alignment.rotation) > 0
 
 
+def test_places_the_wrong_way_round_do_not_turn_the_scale_negative():
+    poses = forward_poses()
+    found = poses.clone()
+    found[:, :3, 3] *= -1
+    errors = pose_errors(found, poses)
+    assert errors.alignment.scale > 0 and errors.translation.median() > 0.1
+
+
 def test_total_collapse_scores_badly():
     poses = orbit(24, 4.0, 30.0).double()
     errors = pose_errors(poses[:1].expand(24, 4, 4), poses)
