@@ -114,6 +114,21 @@ def test_nerfstudio(tmp_path, scene):
     check(open_views(tmp_path / "transforms.json", "train"), scene, range(1, 8))
 
 
+def test_the_whole_file_tells_the_kind_of_scene(tmp_path, scene):
+    near = scene.poses[:, :3, 2] @ scene.poses[0, :3, 2] > 0.8
+    few = [f"images/{i}.png" for i in torch.nonzero(near).flatten().tolist()]
+    assert 2 <= len(few) < 9
+    nerfstudio_folder(tmp_path, scene, test_filenames=few)
+    views = open_views(tmp_path, "test")
+    assert views.layout == "object" and views.near == pytest.approx(2, rel=1e-4)
+    content = json.loads((tmp_path / "transforms.json").read_text())
+    content["frames"] = [frame for frame in content["frames"] if frame["file_path"] in few]
+    (tmp_path / "transforms.json").write_text(json.dumps(content))
+    views = open_views(tmp_path)
+    assert views.layout == "forward" and views.near is None
+    assert open_views(tmp_path, layout="object").layout == "object"
+
+
 def test_nerfstudio_names_its_split_masks_and_cameras(tmp_path, scene):
     content = nerfstudio_folder(tmp_path, scene, test_filenames=["images/2.png"], train_filenames=["images/4.png"])
     assert open_views(tmp_path, "test").names == ["images/2.png"]

@@ -198,17 +198,18 @@ def test_matched_pixels_satisfy_the_epipolar_constraint(tmp_path):
     assert abs(flipped @ middles[0] @ middles[5]) / np.linalg.norm((flipped @ middles[0])[:2]) > 3
 
 
-def test_real_pictures_satisfy_it_too(tmp_path, real_data):
-    """Pixels matched by their surroundings (SIFT) in renders of the Lego scene, whose poses Blender wrote."""
-    views = open_views(real_data("nerf_lego_200"), "train").select(slice(0, 40))
+@pytest.mark.parametrize("name", ["nerf_lego_200", "llff_fern_504"])
+def test_real_pictures_satisfy_it_too(tmp_path, real_data, name):
+    """Pixels matched by their surroundings (SIFT); Blender wrote the poses of the Lego scene, COLMAP those of Fern."""
+    views = open_views(real_data(name), "train").select(slice(0, 40))
     write_colmap(tmp_path, views, Shape(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8)))
     rows = [line for line in (tmp_path / "images.txt").read_text().splitlines() if line and line[0] != "#"]
     cameras = {row.split()[0]: row for row in (tmp_path / "cameras.txt").read_text().splitlines() if row[0] != "#"}
     sift = cv2.SIFT_create()
     found = [sift.detectAndCompute(cv2.imread(str(tmp_path / "images" / row.split()[9]), 0), None) for row in rows]
     errors = []
-    for i in range(40):
-        for j in range(i + 1, 40):
+    for i in range(len(views)):
+        for j in range(i + 1, len(views)):
             for first, second in cv2.BFMatcher().knnMatch(found[i][1], found[j][1], k=2):
                 if first.distance < 0.6 * second.distance:
                     here, there = ((*found[v][0][n].pt, 1.0) for v, n in ((i, first.queryIdx), (j, first.trainIdx)))
