@@ -59,7 +59,7 @@ def open_views(
 
     Raises:
         DataError: nothing there, or files that contradict themselves; the message names the file and what to do.
-        ConfigError: settings other than these.
+        ConfigError: settings other than these, or a video without the packages that read one.
     """
     if split not in (None, "train", "test"):
         raise ConfigError(f'split={split!r}: give "train", "test" or nothing')

@@ -79,6 +79,7 @@ class Viewer:
             box.on_update(lambda event, name=name: self._set_visible(name))
         self._live.on_update(lambda event: self._toggle_live())
         self.server.on_client_connect(self._connected)
+        self.server.on_client_disconnect(self.painter.forget)
         self.show(shown)
 
     def show(self, shown: Shown) -> None:
