@@ -17,6 +17,11 @@ from factorkit.data.views_srn import is_srn, read_srn
 from factorkit.data.views_transforms import is_transforms, read_transforms
 from factorkit.errors import ConfigError, DataError
 
+# What fits is read with its poses; anything else is pictures.
+POSED = (
+    (is_transforms, read_transforms), (is_llff, read_llff), (is_srn, read_srn), (is_posed_array, read_posed_array),
+)  # fmt: skip
+
 
 def open_views(
     source: Any,
@@ -54,7 +59,7 @@ def open_views(
 
     Raises:
         DataError: nothing there, or files that contradict themselves; the message names the file and what to do.
-        ConfigError: settings other than these.
+        ConfigError: settings other than these, or a video without the packages that read one.
     """
     if split not in (None, "train", "test"):
         raise ConfigError(f'split={split!r}: give "train", "test" or nothing')
@@ -65,16 +70,16 @@ def open_views(
     path = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
     if path is not None and not path.exists():
         raise DataError(f"{path}: no such file or folder (looked in {Path.cwd()}). Check the spelling of the path.")
-    readers = ((is_transforms, read_transforms), (is_llff, read_llff), (is_srn, read_srn),
-               (is_posed_array, read_posed_array))  # fmt: skip
-    reader = None if path is None else next((read for fits, read in readers if fits(path)), None)
+    reader = None if path is None else next((read for fits, read in POSED if fits(path)), None)
     if reader is not None:
         shots, known = reader(path, split)
     elif path is not None and is_video(path):
         shots, known = read_video(path, split, resolution, fov)
     else:
+        if path is not None and path.is_dir():
+            _check_one_scene(path)
         shots, known = read_pictures(source if path is None else path, split, masks, fov)
-    if masks is not None and shots[0].pose is not None:
+    if masks is not None and any(shot.pose is not None for shot in shots):
         raise ConfigError("masks= is for pictures without poses; files with poses name their masks themselves")
     if layout is not None:
         known["layout"] = layout
@@ -87,3 +92,12 @@ def _again(views: Views, split: str | None, resolution: int | None, layout: Layo
     if resolution is not None:
         views = views.resized(resolution)
     return views if layout is None else replace(views, layout=layout)
+
+
+def _check_one_scene(folder: Path) -> None:
+    """Raise DataError where the folder holds scenes instead of being one: their pictures together are no scene."""
+    children = sorted(child for child in folder.iterdir() if child.is_dir())
+    scenes = [child.name for child in children if any(fits(child) for fits, _ in POSED)]
+    if scenes:
+        some = ", ".join(scenes[:3]) + (", ..." if len(scenes) > 3 else "")
+        raise DataError(f"{folder}: not a scene, but a folder of {len(scenes)} ({some}). Give one of them.")

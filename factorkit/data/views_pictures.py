@@ -16,7 +16,7 @@ from factorkit.data.labelled import MASK_KEYS, match_masks
 from factorkit.data.sources import Source, open_source
 from factorkit.data.views import resize_area, target_size
 from factorkit.data.views_read import Shot, every_eighth, opacity, pixels
-from factorkit.errors import DataError
+from factorkit.errors import ConfigError, DataError
 
 VIDEO_SUFFIXES = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm".split())
 VIDEO_FRAMES = 120  # of a longer video so many are taken, evenly spread: neighbouring frames hardly differ
@@ -64,13 +64,14 @@ def read_video(
     """The shots of a split (every 8th is for the test) among at most 120 frames evenly spread, and their settings.
 
     Raises:
-        DataError: a video that does not decode, or holds no frame; imageio's decoder is not installed.
+        DataError: a video that does not decode, or holds no frame.
+        ConfigError: imageio's decoder is not installed.
     """
     try:
         import imageio.v3 as imageio
         from imageio.plugins.pyav import PyAVPlugin  # noqa: F401
     except ImportError as error:
-        raise DataError(f"{path}: videos need imageio and av: pip install 'factorkit[video]' ({error})") from error
+        raise ConfigError(f"{path}: videos need imageio and av: pip install 'factorkit[video]' ({error})") from error
     try:
         # Twice through the file: what it says of its length is often missing or wrong.
         count = sum(1 for _ in imageio.imiter(path, plugin="pyav"))

@@ -60,8 +60,8 @@ def read_transforms(path: Path, split: str | None) -> tuple[list[Shot], dict[str
         file = path / "transforms.json" if path.is_dir() else path
         named = any(file.stem == f"transforms_{name}" for name in ("train", "val", "test"))
         parts = [_read_file(file, None if named else split)]
-    shots = [shot for part in parts for shot in part]
-    poses = np.stack([shot.pose for shot in shots])
+    shots = [shot for part, _ in parts for shot in part]
+    poses = np.concatenate([poses for _, poses in parts])
     layout = "object" if blender else facing(poses)
     near, far = depth_range(poses) if layout == "object" else (None, None)
     return shots, {"layout": layout, "near": near, "far": far}
@@ -75,7 +75,8 @@ def facing(poses: np.ndarray) -> Layout:
     return "forward" if len(poses) > 1 and within.all() else "object"
 
 
-def _read_file(file: Path, split: str | None) -> list[Shot]:
+def _read_file(file: Path, split: str | None) -> tuple[list[Shot], np.ndarray]:
+    """The shots of a split, and the poses [F, 4, 4] of all frames, which tell what kind of scene it is."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         frames = content["frames"]
@@ -99,19 +100,19 @@ def _read_file(file: Path, split: str | None) -> list[Shot]:
         )
     names = [path.relative_to(file.parent).as_posix() if path.is_relative_to(file.parent) else str(path)
              for path in paths]  # fmt: skip
-    poses = [_matrix(entries[i][1], name, file) for i, name in zip(chosen, names, strict=True)]
-    check_rigid(torch.from_numpy(np.stack(poses)), names)
+    poses = np.stack([_matrix(matrix, name, file) for name, matrix in entries])
+    check_rigid(torch.from_numpy(poses), [name for name, _ in entries])
     shots = []
-    for i, path, name, pose in zip(chosen, paths, names, poses, strict=True):
+    for i, path, name in zip(chosen, paths, names, strict=True):
         settings = {**content, **frames[i]}
         mask = settings.get("mask_path")
         if mask is not None and not (file.parent / mask).is_file():
             raise DataError(f"{file}: the mask {mask} of {name} is missing")
         shots.append(Shot(
-            name, picture_file(path), _intrinsics(settings, name, file), pose,
+            name, picture_file(path), _intrinsics(settings, name, file), poses[i],
             mask_file(file.parent / mask) if mask is not None else None, _distortion(settings, name, file),
         ))  # fmt: skip
-    return shots
+    return shots, poses
 
 
 def _chosen(content: dict[str, Any], names: Sequence[str], split: str | None) -> list[int]:

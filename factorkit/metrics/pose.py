@@ -131,6 +131,22 @@ def under_10_share(degrees: Tensor) -> float:
     return float((degrees < NEAR_DEGREES).double().mean())
 
 
+def mirrored(found: Tensor, true: Tensor) -> bool:
+    """Whether found poses [V, 4, 4] are the true ones' mirror image: the scene turned inside out along the line of
+    sight, which pictures from afar cannot tell from the scene itself (Necker's ambiguity).
+
+    Turned inside out through its middle, a scene looks as before to a camera that is turned half about its axis: so the
+    poses are mirrored if they come within 10 degrees of the true ones after that turn, and at most half as far as
+    without it, both in the median.
+
+    Raises:
+        DataError: as :func:`align` does.
+    """
+    reversed_depth = found * found.new_tensor([-1.0, -1.0, 1.0, 1.0])
+    straight, turned = (pose_errors(x, true).rotation_median_deg for x in (found, reversed_depth))
+    return turned < NEAR_DEGREES and turned < straight / 2
+
+
 def scene_size(true: Tensor) -> float:
     """What translations are compared with: the largest distance between two of the centres of poses [V, 4, 4]; with all
     in one place, their distance from the origin, or 1 if they are there."""

@@ -41,12 +41,6 @@ def sphere_picture(chosen: Tensor, candidates: Tensor | None = None, true: Tenso
     return sheet
 
 
-def cameras_sheet(stages: Sequence[tuple[Caption, Tensor, Tensor | None]], true: Tensor | None = None) -> Image.Image:
-    """Cameras in the course of training, a row for each stage: its caption, chosen poses [V, 4, 4] and candidates."""
-    rows = [[np.asarray(sphere_picture(chosen, candidates, true))] for _, chosen, candidates in stages]
-    return contact_sheet(rows, row_captions=[caption for caption, *_ in stages], cell=2 * SPHERE)
-
-
 def views_sheet(
     images: Tensor, renders: Tensor, depth: Tensor, opacity: Tensor, names: Sequence[str] | None = None
 ) -> Image.Image:

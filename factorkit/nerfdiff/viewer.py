@@ -79,6 +79,7 @@ class Viewer:
             box.on_update(lambda event, name=name: self._set_visible(name))
         self._live.on_update(lambda event: self._toggle_live())
         self.server.on_client_connect(self._connected)
+        self.server.on_client_disconnect(self.painter.forget)
         self.show(shown)
 
     def show(self, shown: Shown) -> None:
@@ -242,38 +243,6 @@ def paint(
         colors.append(seen.color)
     picture = torch.cat(colors).reshape(height, width, -1).clamp(0, 1).mul(255).round().byte()
     return picture.cpu().numpy()
-
-
-def watch(
-    newer: Callable[[int], Shown | None], *, host: str = "127.0.0.1", port: int = 8080, every: float = 5.0,
-    opened: Callable[[str], None] = print, stop: threading.Event | None = None,
-) -> None:  # fmt: skip
-    """Show a scene, and whatever becomes of it while it is trained, until interrupted (or ``stop`` is set).
-
-    Args:
-        newer: given the step that is shown (-1 at first) answers a later state, or None while there is none.
-        host, port: where the browser finds it; 0.0.0.0 lets other machines in.
-        every: seconds between two looks for a later state.
-        opened: told the address once.
-        stop: ends it.
-
-    Raises:
-        ConfigError: nothing to show at first, viser is not installed.
-    """
-    shown = newer(-1)
-    if shown is None:
-        raise ConfigError("there is nothing to show yet: the run has no checkpoint")
-    stop = threading.Event() if stop is None else stop
-    with Viewer(shown, host=host, port=port) as viewer:
-        opened(viewer.url)
-        try:
-            while not stop.wait(every):
-                later = newer(shown.step)
-                if later is not None:
-                    shown = later
-                    viewer.show(shown)
-        except KeyboardInterrupt:
-            return
 
 
 def to_viser(pose: Tensor) -> tuple[np.ndarray, np.ndarray]:

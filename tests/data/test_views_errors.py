@@ -205,6 +205,15 @@ def test_srn(srn, file, content, message):
         open_views(srn)
 
 
+def test_a_folder_of_scenes_is_not_one_scene(srn):
+    parent = srn.parent / f"{srn.name}_cars"
+    parent.mkdir()
+    srn.rename(parent / "1a0b")
+    with pytest.raises(DataError, match=r"_cars: not a scene, but a folder of 1 \(1a0b\)"):
+        open_views(parent)
+    assert len(open_views(parent / "1a0b")) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

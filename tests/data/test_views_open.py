@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -113,6 +114,21 @@ def test_nerfstudio(tmp_path, scene):
     check(open_views(tmp_path / "transforms.json", "train"), scene, range(1, 8))
 
 
+def test_the_whole_file_tells_the_kind_of_scene(tmp_path, scene):
+    near = scene.poses[:, :3, 2] @ scene.poses[0, :3, 2] > 0.8
+    few = [f"images/{i}.png" for i in torch.nonzero(near).flatten().tolist()]
+    assert 2 <= len(few) < 9
+    nerfstudio_folder(tmp_path, scene, test_filenames=few)
+    views = open_views(tmp_path, "test")
+    assert views.layout == "object" and views.near == pytest.approx(2, rel=1e-4)
+    content = json.loads((tmp_path / "transforms.json").read_text())
+    content["frames"] = [frame for frame in content["frames"] if frame["file_path"] in few]
+    (tmp_path / "transforms.json").write_text(json.dumps(content))
+    views = open_views(tmp_path)
+    assert views.layout == "forward" and views.near is None
+    assert open_views(tmp_path, layout="object").layout == "object"
+
+
 def test_nerfstudio_names_its_split_masks_and_cameras(tmp_path, scene):
     content = nerfstudio_folder(tmp_path, scene, test_filenames=["images/2.png"], train_filenames=["images/4.png"])
     assert open_views(tmp_path, "test").names == ["images/2.png"]
@@ -151,6 +167,15 @@ def test_a_bent_picture_is_straightened(tmp_path, scene):
     torch.testing.assert_close(found[:, inner, inner], pattern(x, y).float()[:, inner, inner], atol=0.01, rtol=0)
     unbent = pattern(straight_x, straight_y).float()
     assert (unbent - pattern(x, y).float())[:, inner, inner].abs().max() > 0.08
+
+
+def test_the_lens_is_opencvs():
+    lens = Distortion(k1=-0.2, k2=0.07, k3=-0.02, p1=0.013, p2=-0.008)
+    x, y = torch.rand(2, 30, dtype=torch.float64) - 0.5
+    points = np.stack([x, y, np.ones(30)], axis=1)
+    coefficients = np.array([lens.k1, lens.k2, lens.p1, lens.p2, lens.k3])
+    expected, _ = cv2.projectPoints(points, np.zeros(3), np.zeros(3), np.eye(3), coefficients)
+    np.testing.assert_allclose(torch.stack(lens(x, y), dim=1), expected[:, 0], atol=1e-12)
 
 
 def test_shapenet_srn(tmp_path, scene):

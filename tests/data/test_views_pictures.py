@@ -135,7 +135,7 @@ def test_a_truncated_video_is_named(video):
 def test_without_the_decoder_the_cure_is_named(video, monkeypatch):
     path = video(2)
     monkeypatch.setitem(sys.modules, "imageio.v3", None)
-    with pytest.raises(DataError, match=r"factorkit\[video\]"):
+    with pytest.raises(ConfigError, match=r"factorkit\[video\]"):
         open_views(path)
 
 

@@ -10,6 +10,7 @@ from factorkit.errors import DataError
 from factorkit.metrics.pose import (
     Similarity,
     align,
+    mirrored,
     pose_errors,
     rotation_errors_degrees,
     scene_size,
@@ -157,6 +158,32 @@ def test_a_mirrored_arrangement_is_not_called_right():
     errors = pose_errors(flip @ poses @ torch.diag(torch.tensor([-1.0, 1, 1, 1])).double(), poses)
     assert errors.rotation_median_deg > 10
     assert errors.alignment.scale > 0 and torch.linalg.det(errors.alignment.rotation) > 0
+
+
+def test_a_scene_turned_inside_out_is_called_mirrored():
+    """Orthographic pictures of points and of their mirror image, each by its own cameras, are the same."""
+    poses = object_poses(30)
+    points = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    flip, inwards = torch.diag(torch.tensor([1.0, 1.0, -1.0])).double(), torch.eye(4).double()
+    inwards[2, 2] = -1
+    wrong = poses @ inwards  # x right, y up as before, and z as it must not be ...
+    wrong[:, :3, :3] = flip @ wrong[:, :3, :3]  # ... unless the world is mirrored, too
+    wrong[:, :3, 3] = 4 * wrong[:, :3, 2]
+    pictures = torch.einsum("vji,pj->vpi", poses[:, :3, :2], points)
+    torch.testing.assert_close(torch.einsum("vji,pj->vpi", wrong[:, :3, :2], points @ flip), pictures)
+    assert torch.linalg.det(wrong[:, :3, :3]).min() > 0
+    assert mirrored(random_similarity().apply(wrong), poses)
+    assert not mirrored(random_similarity().apply(poses), poses)
+    assert not mirrored(object_poses(30, seed=8), poses)
+    assert pose_errors(wrong, poses).rotation_median_deg > 30
+
+
+def test_places_the_wrong_way_round_do_not_turn_the_scale_negative():
+    poses = forward_poses()
+    found = poses.clone()
+    found[:, :3, 3] *= -1
+    errors = pose_errors(found, poses)
+    assert errors.alignment.scale > 0 and errors.translation.median() > 0.1
 
 
 def test_total_collapse_scores_badly():

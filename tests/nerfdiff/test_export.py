@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import cv2
 import numpy as np
 import pycolmap
 import pytest
@@ -16,7 +17,8 @@ from factorkit.data import open_views, procedural_views
 from factorkit.data.procedural_scene import TABLE, _distance, scene_field
 from factorkit.errors import ConfigError, DataError
 from factorkit.nerfdiff.export import export
-from factorkit.nerfdiff.export_cameras import file_names
+from factorkit.nerfdiff.export_cameras import file_names, write_colmap
+from factorkit.nerfdiff.export_surface import Shape
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,15 @@ def test_a_mesh_is_closed_faces_outwards_and_has_the_density(tmp_path, views):
     ball = _distance(TABLE[2], points)[0].abs() < 0.01
     expected = field(points[ball], points[ball])[1] * 255
     torch.testing.assert_close(colors[ball].float(), expected, atol=1, rtol=0)
+
+
+def test_a_mesh_has_the_colours_seen_from_outside(tmp_path, views):
+    def shiny_ball(positions, directions):
+        return 100 * (0.6 - positions.norm(dim=1)).clamp_min(0), (1 + directions) / 2
+
+    points, colors = vertices(export(tmp_path / "mesh.ply", views, shiny_ball, resolution=40))
+    inwards = -torch.nn.functional.normalize(points, dim=1)
+    assert ((colors / 255 * 2 - 1) - inwards).norm(dim=1).median() < 0.1
 
 
 def test_a_surface_that_the_box_cuts_is_closed_there(tmp_path, views):
@@ -185,6 +196,26 @@ def test_matched_pixels_satisfy_the_epipolar_constraint(tmp_path):
     assert np.median(errors) < 0.5 and np.max(errors) < 1.5
     flipped = fundamental(rows[::2], cameras, 0, 5) @ np.diag([1.0, -1, 1])
     assert abs(flipped @ middles[0] @ middles[5]) / np.linalg.norm((flipped @ middles[0])[:2]) > 3
+
+
+@pytest.mark.parametrize("name", ["nerf_lego_200", "llff_fern_504"])
+def test_real_pictures_satisfy_it_too(tmp_path, real_data, name):
+    """Pixels matched by their surroundings (SIFT); Blender wrote the poses of the Lego scene, COLMAP those of Fern."""
+    views = open_views(real_data(name), "train").select(slice(0, 40))
+    write_colmap(tmp_path, views, Shape(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8)))
+    rows = [line for line in (tmp_path / "images.txt").read_text().splitlines() if line and line[0] != "#"]
+    cameras = {row.split()[0]: row for row in (tmp_path / "cameras.txt").read_text().splitlines() if row[0] != "#"}
+    sift = cv2.SIFT_create()
+    found = [sift.detectAndCompute(cv2.imread(str(tmp_path / "images" / row.split()[9]), 0), None) for row in rows]
+    errors = []
+    for i in range(len(views)):
+        for j in range(i + 1, len(views)):
+            for first, second in cv2.BFMatcher().knnMatch(found[i][1], found[j][1], k=2):
+                if first.distance < 0.6 * second.distance:
+                    here, there = ((*found[v][0][n].pt, 1.0) for v, n in ((i, first.queryIdx), (j, first.trainIdx)))
+                    line = fundamental(rows, cameras, i, j) @ (np.array(here) + [0.5, 0.5, 0])
+                    errors.append(abs(line @ (np.array(there) + [0.5, 0.5, 0])) / math.hypot(line[0], line[1]))
+    assert len(errors) > 100 and np.median(errors) < 1.0
 
 
 def test_names_of_files():

@@ -8,7 +8,6 @@ import torch
 from factorkit.engine.colors import palette
 from factorkit.nerfdiff.pictures import (
     SPHERE,
-    cameras_sheet,
     disparity_image,
     novel_sheet,
     sphere_picture,
@@ -67,11 +66,6 @@ def test_candidates_are_small_and_grey():
     changed = np.abs(without - within).max(axis=2) > 30
     assert 12 * 3 < changed.sum() < 2 * 12 * 20
     assert np.ptp(within[changed].mean(0)) < 6
-
-
-def test_stages_are_rows():
-    sheet = cameras_sheet([("start", at(1.0, 1.0, 1.0), None), ("end", at(-1.0, 1.0, 1.0), orbit(4, 2.0, 30.0))])
-    assert sheet.height > 2 * SPHERE and sheet.width > 2 * SPHERE
 
 
 def test_near_is_bright_and_nothing_is_black():

@@ -16,7 +16,7 @@ from factorkit.data import procedural_views
 from factorkit.errors import ConfigError
 from factorkit.nerfdiff import viewer
 from factorkit.nerfdiff.occupied import occupied_sampling
-from factorkit.nerfdiff.viewer import Painter, Shown, Viewer, from_viser, frustum, paint, to_viser, watch
+from factorkit.nerfdiff.viewer import Painter, Shown, Viewer, from_viser, frustum, paint, to_viser
 
 BOX = (-1.0, -1.0, -1.0), (1.0, 1.0, 1.0)
 WAIT = 60  # seconds that no test takes unless something hangs
@@ -153,30 +153,6 @@ def test_an_empty_scene_is_shown_without_points(shown, small):
     with Viewer(replace(shown, field=empty), port=18090) as opened:
         assert opened.server.scene.get_handle_by_name("/points/cloud") is None
         assert opened.server.scene.get_handle_by_name("/found/0000") is not None
-
-
-def test_watching_follows_the_training(shown, small, monkeypatch):
-    from dataclasses import replace
-
-    steps, asked, stop, shows = [7, None, 12], [], threading.Event(), []
-    monkeypatch.setattr(Viewer, "show", lambda self, shown: shows.append(shown.step))
-
-    def newer(step):
-        asked.append(step)
-        if len(asked) == 4:
-            stop.set()
-            return None
-        found = steps[len(asked) - 1]
-        return None if found is None else replace(shown, step=found)
-
-    urls = []
-    watch(newer, port=18100, every=0.01, opened=urls.append, stop=stop)
-    assert asked == [-1, 7, 7, 12] and shows == [7, 12] and urls[0].startswith("http://127.0.0.1:18")
-
-
-def test_nothing_to_show_yet():
-    with pytest.raises(ConfigError, match="no checkpoint"):
-        watch(lambda step: None)
 
 
 def test_without_viser_the_cure_is_named(shown, monkeypatch):
