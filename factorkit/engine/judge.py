@@ -61,8 +61,7 @@ def _judge_cameras(log: list[dict[str, Any]], scores: dict[str, Any]) -> Verdict
         details.append(f"Cameras {median:.2f} degrees off in the median, {share:.0%} of them under 10.")
     if failures:
         return Verdict("bad", "Failed: " + failures[0].split(":")[0], details)
-    reflected = scores.get("mirrored_under_10_deg")
-    if scored and share < CAMERAS_FOUND and is_number(reflected) and reflected >= CAMERAS_FOUND:
+    if scored and share < CAMERAS_FOUND and scores.get("mirrored"):
         return Verdict("bad", "Failed: the scene is a mirror image", details)
     if scored and share < CAMERAS_FOUND:
         return Verdict("bad", "Failed: cameras found wrongly, though no alarm went off", details)

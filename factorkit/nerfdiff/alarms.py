@@ -28,13 +28,6 @@ def azimuth_spread(poses: Tensor) -> float:
     return float(1 - torch.stack([angle.cos(), angle.sin()]).mean(1).norm())
 
 
-def mirrored(poses: Tensor) -> Tensor:
-    """Cameras [..., 4, 4] as a mirror across the xz plane shows them, with their own left and right exchanged."""
-    across = torch.tensor([1.0, -1.0, 1.0, 1.0]).to(poses)
-    sideways = torch.tensor([-1.0, 1.0, 1.0, 1.0]).to(poses)
-    return across[:, None] * poses * sideways
-
-
 def stop_if_asked(found: dict[str, Any], config: NerfdiffConfig) -> dict[str, Any]:
     """The same figures, unless the run is to stop at failures and there are some.
 

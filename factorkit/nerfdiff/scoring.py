@@ -10,8 +10,7 @@ from torch import Tensor
 from factorkit.data.views import Views
 from factorkit.errors import ConfigError, DataError
 from factorkit.metrics.image import WINDOW, lpips, psnr, ssim
-from factorkit.metrics.pose import PoseErrors, pose_errors
-from factorkit.nerfdiff.alarms import mirrored
+from factorkit.metrics.pose import PoseErrors, mirrored, pose_errors
 from factorkit.nerfdiff.given import kept_views
 
 if TYPE_CHECKING:
@@ -58,8 +57,7 @@ def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None, refine
     scores: dict[str, Any] = {"views": len(views), "size": list(views.size), "step": run.step, "refine": refine}
     if found is not None:
         scores |= _poses("", found)
-        reflected = pose_errors(mirrored(run.poses), kept_true(run, views))
-        scores["mirrored_under_10_deg"] = reflected.under_10_deg
+        scores["mirrored"] = mirrored(run.poses, kept_true(run, views))
     scores |= _poses("encoder_", encoder)
     for suffix, images in (("", at_truth), ("_encoder", at_encoder)):
         scores[f"psnr{suffix}"] = psnr(images, views.images).mean().item()

@@ -28,8 +28,8 @@ def run(folder: Path, failures: list[str] | None, scores: dict | None) -> Path:
     [
         ([], FOUND, "good", "cameras were found"),
         (["collapse: one side"], FOUND, "bad", "collapse"),
-        ([], FOUND | {"under_10_deg": 0.4, "mirrored_under_10_deg": 0.1}, "bad", "wrongly"),
-        ([], FOUND | {"under_10_deg": 0.1, "mirrored_under_10_deg": 0.95}, "bad", "mirror"),
+        ([], FOUND | {"under_10_deg": 0.4, "mirrored": False}, "bad", "wrongly"),
+        ([], FOUND | {"under_10_deg": 0.1, "mirrored": True}, "bad", "mirror"),
         ([], None, "open", "No true poses"),
         (None, None, "open", "No true poses"),
     ],

@@ -5,8 +5,7 @@ import torch
 
 from factorkit.data.procedural_scene import scene_field
 from factorkit.errors import FactorkitError
-from factorkit.metrics.pose import pose_errors
-from factorkit.nerfdiff.alarms import azimuth_spread, effective_use, mirrored, pose_alarms, stop_if_asked
+from factorkit.nerfdiff.alarms import azimuth_spread, effective_use, pose_alarms, stop_if_asked
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.flip import TURNS, best_turns, halves
 from factorkit.nerfdiff.poses import dictionary, directions, orbit_poses, turned
@@ -70,15 +69,6 @@ def test_collapse_and_duplication_are_named():
     assert "few candidates" in pose_alarms(around, one, 10)["failures"][0]
     assert "duplication: 30%" in pose_alarms(around, doubled=0.3)["failures"][0]
     assert pose_alarms(around, torch.arange(20) % 10, 10, 0.0)["failures"] == []
-
-
-def test_a_mirror_image_is_a_pose_again_and_twice_the_same():
-    poses = orbit_poses(directions(torch.rand(9) * 360, torch.rand(9) * 60), 2.0)
-    other = mirrored(poses)
-    assert torch.allclose(torch.linalg.det(other[:, :3, :3]), torch.ones(9), atol=1e-5)
-    assert torch.allclose(other, orbit_poses(poses[:, :3, 3] / 2 * torch.tensor([1.0, -1, 1]), 2.0), atol=1e-5)
-    assert torch.equal(mirrored(other), poses)
-    assert pose_errors(other, poses).under_10_deg < 0.5
 
 
 def test_a_run_stops_at_a_failure_only_where_asked():
