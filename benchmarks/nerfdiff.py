@@ -147,17 +147,24 @@ def table(results: dict[str, dict]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, records in sorted(groups.items()):
-        of = lambda key, records=records: [r["scores"][key] for r in records]  # noqa: E731
-        mid = lambda key, of=of: statistics.median(of(key))  # noqa: E731
-        failed = sum(bool(r["failures"]) for r in records)
         busy = statistics.median(r["processor_seconds"] for r in records)
-        lines.append(
-            f"| {name} | {len(records)} | {mid('rotation_median_deg'):.2f} ({max(of('rotation_median_deg')):.2f}) | "
-            f"{mid('under_10_deg'):.0%} ({min(of('under_10_deg')):.0%}) | {mid('psnr'):.2f} ({min(of('psnr')):.2f}) | "
-            f"{mid('encoder_rotation_median_deg'):.2f} | {mid('psnr_encoder'):.2f} | "
-            f"{mid('refined_encoder_rotation_median_deg'):.2f} | {mid('refined_psnr_encoder'):.2f} | {failed} | {busy:.0f} |"
-        )
+        cells = [
+            name, len(records), middle(records, "rotation_median_deg", "{:.2f}", max),
+            middle(records, "under_10_deg", "{:.0%}", min), middle(records, "psnr", "{:.2f}", min),
+            middle(records, "encoder_rotation_median_deg"), middle(records, "psnr_encoder"),
+            middle(records, "refined_encoder_rotation_median_deg"), middle(records, "refined_psnr_encoder"),
+            sum(bool(r["failures"]) for r in records), round(busy),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def middle(records: list[dict], key: str, form: str = "{:.2f}", worst=None) -> str:
+    """The median over seeds, and the worst seed's in brackets; a dash where it was not measured."""
+    values = [r["scores"][key] for r in records if key in r["scores"]]
+    if not values:
+        return "-"
+    return form.format(statistics.median(values)) + (f" ({form.format(worst(values))})" if worst else "")
 
 
 if __name__ == "__main__":
