@@ -63,6 +63,6 @@ def pose_alarms(
         if doubled > DOUBLED:
             failures.append(
                 f"duplication: {doubled:.0%} of the views agree better with a field that never saw them after a turn; "
-                "the scene may stand there twice. Train with flip_rounds=3 or more"
+                "the scene may stand there twice. Train with flip_rounds=8 or more"
             )
     return {**found, "failures": failures}

@@ -55,8 +55,9 @@ class NerfdiffConfig(EngineConfig):
     freedom: tuple[Literal["roll", "aim", "distance", "focal"], ...] = ()
     """What is refined and predicted beyond the direction of cameras that look at the origin from one distance, upright:
     a turn about the viewing axis, a place aside of it, a distance for each view, and one focal length for all."""
-    flip_rounds: int = 3
-    """Most rounds of the flip test, for scenes that nearly look alike from two sides; 0: none."""
+    flip_rounds: int = 8
+    """Most rounds of the flip test, for scenes that nearly look alike from two sides and for views that went astray; it
+    ends with the first that changes nothing. 0: one round that tells and changes nothing."""
 
     stop_on_failure: bool = False
     """Stop where cameras collapse or the scene is doubled, instead of saying so and going on."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from factorkit.data.views import resize_area, target_size
 from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.poses import orbit_poses, turned
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.scene import Scene
+from factorkit.nerfdiff.search import COMPARED, candidate_errors
 
+MARGIN = 0.8  # by which share of its error a lattice's place has to be better than a refined direction
 TURNS = (0.0, 90.0, 180.0, 270.0)
 
 
@@ -38,3 +41,21 @@ def best_turns(field: Field, scene: Scene, direction: Tensor, chosen: Tensor, sa
         seen = render_views(field, poses, scene.optics, scene.size, samples).color
         errors.append((seen - images).square().mean((1, 2, 3)))
     return torch.tensor(TURNS).to(direction)[torch.stack(errors, 1).argmin(1)]
+
+
+@torch.no_grad()
+def called_back(
+    field: Field, scene: Scene, direction: Tensor, chosen: Tensor, places: Tensor, samples: int
+) -> Tensor:
+    """The directions [len(chosen), 3] of these views, those that went astray exchanged for one of ``places`` [D, 3].
+
+    A refined direction agrees better with the field than the nearest place of a lattice does, unless it is far from
+    where the view was taken: so a place has to be better by a margin.
+    """
+    images = scene.images[chosen]
+    size = target_size(min(COMPARED, max(scene.size)), *scene.size)
+    seen = render_views(field, orbit_poses(direction[chosen], scene.distance), scene.optics, size, samples).color
+    own = (seen.movedim(-1, 1) - resize_area(images, *size)).square().mean((1, 2, 3))
+    errors = candidate_errors(field, orbit_poses(places, scene.distance), scene.optics, images, samples)
+    least, which = errors.min(1)
+    return torch.where((least < MARGIN * own)[:, None], places[which], direction[chosen])

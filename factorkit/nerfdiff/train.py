@@ -25,7 +25,7 @@ from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
 from factorkit.nerfdiff.distil import DistilTask
 from factorkit.nerfdiff.fields import Field, build_field
 from factorkit.nerfdiff.fit import Fit, FitTask
-from factorkit.nerfdiff.flip import best_turns, halves
+from factorkit.nerfdiff.flip import best_turns, called_back, halves
 from factorkit.nerfdiff.given import keep_views
 from factorkit.nerfdiff.joint import JointTask
 from factorkit.nerfdiff.model import NerfdiffModel
@@ -216,7 +216,7 @@ class Training:
         direction = directions_of(fitted.poses().detach())
         kept = direction
         for number in range(max(1, config.flip_rounds)):
-            direction, moved = self.flip_round(number, direction)
+            direction, moved = self.flip_round(number, direction, places)
             if not moved:
                 break
         if config.flip_rounds and (direction != kept).any():
@@ -235,8 +235,8 @@ class Training:
         poses = OrbitPoses(direction, self.scene.distance, self.config.pose_freedom)
         return self.fit(name, field, poses, sheets=name.replace(" ", "_"), free=True)
 
-    def flip_round(self, number: int, direction: Tensor) -> tuple[Tensor, int]:
-        """One round over both halves: the directions after it, and how many views were turned."""
+    def flip_round(self, number: int, direction: Tensor, places: Tensor) -> tuple[Tensor, int]:
+        """One round over both halves: the directions after it, and how many views were turned or called back."""
         config, direction, moved = self.config, direction.clone(), 0
         both = halves(len(direction), derived_seed("halves", config.seed, number))
         for name, (fitting, choosing) in zip("ab", (both, both[::-1]), strict=True):
@@ -246,7 +246,9 @@ class Training:
                 f"flip {number}{name}", field, poses, fitting, steps=HALF_STEPS, learning_rate=0.08, decay=0.0,
                 keep_checkpoints=1,
             )  # fmt: skip
+            before = direction[choosing]
             turns = best_turns(fitted.field, self.scene, direction, choosing, config.samples)
-            direction[choosing] = turned(direction[choosing], turns)
-            moved += int((turns != 0).sum())
+            direction[choosing] = torch.where(turns[:, None] != 0, turned(before, turns), before)
+            direction[choosing] = called_back(fitted.field, self.scene, direction, choosing, places, config.samples)
+            moved += int((direction[choosing] != before).any(1).sum())
         return direction, moved

@@ -7,7 +7,7 @@ from factorkit.data.procedural_scene import scene_field
 from factorkit.errors import FactorkitError
 from factorkit.nerfdiff.alarms import azimuth_spread, effective_use, pose_alarms, stop_if_asked
 from factorkit.nerfdiff.config import preset_config
-from factorkit.nerfdiff.flip import TURNS, best_turns, halves
+from factorkit.nerfdiff.flip import TURNS, best_turns, called_back, halves
 from factorkit.nerfdiff.poses import dictionary, directions, orbit_poses, turned
 from factorkit.nerfdiff.rays import Optics, render_views
 from factorkit.nerfdiff.scene import Scene
@@ -29,6 +29,18 @@ def test_views_choose_the_side_they_were_taken_from():
     chosen = torch.tensor([0, 1, 2, 3, 5, 7, 10])
     turns = best_turns(scene_field(), scene, turned(way, -wrong), chosen, 48)
     assert torch.equal(turns, wrong[chosen])
+
+
+def test_a_view_that_went_astray_is_called_back_and_the_others_stay():
+    torch.manual_seed(1)
+    way = directions(torch.rand(6) * 360, torch.rand(6) * 30 + 20)
+    scene = Scene(seen_from(way, 24), [str(i) for i in range(6)], OPTICS, "object", DISTANCE, None)
+    wrong = way.clone()
+    wrong[2], wrong[4] = turned(way[2], 70.0), turned(way[4], 3.0)
+    chosen = torch.tensor([1, 2, 4, 5])
+    back = called_back(scene_field(), scene, wrong, chosen, dictionary(24, [15, 25, 35, 45, 55]), 48)
+    assert torch.equal(back[[0, 2, 3]], wrong[[1, 4, 5]])
+    assert (back[1] * way[2]).sum() > 0.97
 
 
 def test_halves_are_disjoint_and_another_seed_parts_otherwise():
