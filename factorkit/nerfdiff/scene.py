@@ -12,6 +12,7 @@ from factorkit.errors import ConfigError, DataError
 from factorkit.nerfdiff.poses import natural_distance
 from factorkit.nerfdiff.rays import Optics
 
+NOTHING = 2e-3  # standard deviation of the colours below which views show nothing, half a step of 8 bits
 SAME_CAMERA = 0.01  # how far focal lengths and centres may differ, relative to the image's side
 
 
@@ -46,11 +47,13 @@ def open_scene(views: Views, resolution: int, device: torch.device) -> Scene:
     """The views at ``resolution`` pixels along their longer side, ready for training.
 
     Raises:
-        DataError: one view only, or cameras whose intrinsics differ.
+        DataError: one view only, views that show nothing, or cameras whose intrinsics differ.
     """
     if len(views) < 2:
         raise DataError(f"{len(views)} view: a scene takes at least 2, and about 30 to be found well")
     views = views.resized(resolution)
+    if views.images.std((0, 2, 3)).max() < NOTHING:
+        raise DataError("no foreground anywhere: all pixels of all views are alike. Are masks or background inverted?")
     optics = shared_optics(views)
     poses, distance = views.poses, 1.0
     if views.layout == "object":  # which fills the pictures

@@ -58,7 +58,8 @@ def train_nerfdiff(
 
     Args:
         data: :class:`factorkit.data.views.Views`, or whatever :func:`factorkit.data.views.open_views` reads; None: the
-            procedural scene the package ships. Poses among the data are used with ``poses="known"`` alone, and else
+            procedural scene the package ships. Of files the training split is taken, of those without one all but
+            every 8th view. Poses among the data are used with ``poses="known"`` alone, and else
             kept to score the result by.
         out: the run folder; None: ``runs/nerfdiff-<preset>``.
         preset: see :data:`factorkit.nerfdiff.config.PRESETS`; None: ``"demo"`` without data, else ``"fast"``.
