@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from factorkit.command_words import duration, failures, load_run, saying_what_is_saved
@@ -27,6 +28,7 @@ from factorkit.nerfdiff.pictures import disparity_image, novel_sheet, views_shee
 from factorkit.nerfdiff.reproduce import reproduce, table
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scoring import training_errors
+from factorkit.nerfdiff.snapshot import newest_stage, snapshot
 from factorkit.nerfdiff.train import PROCEDURAL, train_nerfdiff
 
 if TYPE_CHECKING:
@@ -151,20 +153,46 @@ def export(path: Path, out: Path, kind: str | None, device: str) -> Result:
 
 
 def view(path: Path, host: str, port: int, device: str) -> Result:
-    """Serve the scene to a browser until Ctrl-C; a later checkpoint is shown when it is there."""
+    """Serve the scene to a browser until Ctrl-C; what a training finds is shown as it finds it."""
     from factorkit.nerfdiff.viewer import Viewer
 
-    run = load(path, device)
-    with Viewer(shown(run), host=host, port=port) as viewer:
+    seen, shown = newest(path), what_to_show(path, device)
+    with Viewer(shown, host=host, port=port) as viewer:
         print(f"{path} at {viewer.url}; Ctrl-C ends it", file=sys.stderr)
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(POLL)
-                newest = Checkpoints(path / "checkpoints").paths() if path.is_dir() else []
-                if newest and newest[0].stem > f"step_{run.step:08d}":
-                    run = load(path, device)
-                    viewer.show(shown(run))
-        return {"run": str(path), "url": viewer.url, "step": run.step}, f"shown up to step {run.step}"
+                if newest(path) != seen:
+                    seen, shown = newest(path), what_to_show(path, device)
+                    viewer.show(shown)
+        return {"run": str(path), "url": viewer.url, "step": shown.step}, f"shown up to step {shown.step}"
+
+
+def newest(path: Path) -> Path | None:
+    """The newest checkpoint of a run folder, be it of the run or of one of its stages; None for a file."""
+    for folder in (path, newest_stage(path)) if path.is_dir() else ():
+        found = [] if folder is None else Checkpoints(folder / "checkpoints").paths()
+        if found:
+            return found[0]
+    return None
+
+
+def what_to_show(path: Path, device: str) -> Shown:
+    """Scene and cameras of a run, and where they are known the true ones; of its newest stage before it has a model."""
+    from factorkit.nerfdiff.viewer import Shown
+
+    found = newest(path)
+    if found is not None and found.parent.parent != path:
+        step, field, views, true = *snapshot(path)[1:], None
+        background = torch.zeros(3) if views.background is None else views.background
+    else:
+        run = load(path, device)
+        step, field, views, background = run.step, run.model.field, run.views, run.model.background
+        given, errors = kept_views(run.folder), training_errors(run)
+        true = None if errors is None else errors.alignment.inverse().apply(given.poses)
+    if views.layout == "forward":
+        raise ConfigError(f"{path} is a forward-facing scene; the viewer shows scenes that cameras stand around")
+    return Shown(step, field, views, background, true)
 
 
 def reproduce_experiment(name: str, data: Path | None, size: int, seeds: int, out: Path) -> Result:
@@ -176,15 +204,6 @@ def reproduce_experiment(name: str, data: Path | None, size: int, seeds: int, ou
     with saying_what_is_saved(out):
         found = reproduce(name, training, held_out, out, seeds)
     return found, table(found)
-
-
-def shown(run: NerfdiffRun) -> Shown:
-    """What the viewer shows of a run: its scene and cameras, and where they are known the true ones."""
-    from factorkit.nerfdiff.viewer import Shown
-
-    given, errors = kept_views(run.folder), training_errors(run)
-    true = None if errors is None else errors.alignment.inverse().apply(given.poses)
-    return Shown(run.step, run.model.field, run.views, run.model.background, true)
 
 
 # --- in and out ---
