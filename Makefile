@@ -18,9 +18,10 @@ help: ## print this
 demo: $(VENV)/.installed ## train on procedural flowers, segment, generate, report: a few minutes on 2 CPU cores
 	$(BIN)/factorkit demo $(ARGS)
 
-# One thread: the tensors of the tests are so small that handing them to a second one takes longer than the work.
+# A process a core, of one thread: the tensors of the tests are so small that handing them to a second thread
+# takes longer than the work. ARGS="-n 0 -s" shows what tests print.
 test: $(VENV)/.installed-test ## the test suite
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --timeout=300 $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --dist loadfile --timeout=300 $(ARGS)
 
 lint: $(VENV)/.installed-test ## ruff
 	$(BIN)/ruff check .

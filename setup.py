@@ -68,8 +68,9 @@ class NinjaBuild(build_ext):
         targets = cuda_targets() if nvcc else []
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Not setuptools' own build folder: that one is temporary, and objects are to outlive this build.
-        folder = ROOT / "build" / f"{'cuda' if nvcc else 'cpu'}-{sysconfig.get_config_var('SOABI')}"
+        # Not setuptools' own build folder: that one is temporary, and objects are to outlive this build. With CUDA or
+        # without, it is the same one: only the bindings differ.
+        folder = ROOT / "build" / f"csrc-{sysconfig.get_config_var('SOABI')}"
         folder.mkdir(parents=True, exist_ok=True)
 
         cxx_command = [*cxx, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]

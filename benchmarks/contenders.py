@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from textbook import Textbook, normalise, pool, repeat
 from torch import Tensor, nn
-from traffic import counted
 
+from benchmarks.textbook import Textbook, normalise, pool, repeat
+from benchmarks.traffic import counted
 from factorkit import ops
 from factorkit.engine.meter import Meter
 from factorkit.engine.step import MovingAverage, TrainingStep, make_optimizer

@@ -1,13 +1,13 @@
 """The hash grid on the CPU against its PyTorch reference: both in one process, by turns, as ratios of medians.
 
-    python benchmarks/encoding.py            # runs, writes benchmarks/results/encoding.json, prints the table
-    python benchmarks/encoding.py --show     # prints the table of what stands there
+    python -m benchmarks.encoding            # runs, writes benchmarks/results/encoding.json, prints the table
+    python -m benchmarks.encoding --show     # prints the table of what stands there
 
 Forward and backward with gradients for table and coordinates. The reference is factorkit.ops.reference_encoding in
-fp32, the plain vectorised PyTorch a user would write. Points lie along rays, as marching leaves them. The machine's
-load stands beside the numbers: on a busy machine ratios hold better than times, and the scaling on two threads means
-little. "two loops at once" is what two loops of one thread each get done, that is the most that two threads could gain
-then.
+fp32, the plain vectorised PyTorch a user would write; beside it stands torch.compile of it (tiny-cuda-nn and the like
+have no CPU path). Points lie along rays, as marching leaves them. The machine's load stands beside the numbers: on a
+busy machine ratios hold better than times, and the scaling on two threads means little. "two loops at once" is what two
+loops of one thread each get done, that is the most that two threads could gain then.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import os
 from pathlib import Path
 
 import torch
-from rendering import commit, compare, processor, table
 
+from benchmarks.rendering import commit, compare, processor, table
 from factorkit import ops
 from factorkit.ops import reference_encoding as reference
 
@@ -65,7 +65,14 @@ def hash_grid_case(log2_rows: int, interpolation: str, rounds: int, rays: int = 
         out = reference.hash_grid(x, table_, torch.ones(16), resolutions, interpolation == "quintic")
         torch.autograd.grad(out, (x, table_), upstream)
 
-    return {"points": len(x), "levels": 16, "features": 2, **compare(ours, plain, rounds)}
+    fused = torch.compile(reference.hash_grid)
+
+    def compiled():
+        out = fused(x, table_, torch.ones(16), resolutions, interpolation == "quintic")
+        torch.autograd.grad(out, (x, table_), upstream)
+
+    others = {"torch.compile of the reference": compiled}
+    return {"points": len(x), "levels": 16, "features": 2, **compare(ours, plain, others, rounds)}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Compositing and marching on the CPU against the PyTorch reference: both in one process, by turns, as ratios of
-medians.
+"""Compositing and marching on the CPU against the PyTorch reference and against what else a user could take there: all
+in one process, by turns, as ratios of medians.
 
-    python benchmarks/rendering.py            # runs, writes benchmarks/results/rendering.json, prints the table
-    python benchmarks/rendering.py --show     # prints the table of what stands there
+    python -m benchmarks.rendering            # runs, writes benchmarks/results/rendering.json, prints the table
+    python -m benchmarks.rendering --show     # prints the table of what stands there
 
-The reference is factorkit.ops.reference_rendering in fp32, the plain vectorised PyTorch a user would write. The
-machine's load before and during the run stands beside the numbers: on a busy machine ratios hold better than times, and
-the scaling on two threads means little. "two loops at once" is what two processes of one thread each get done, that is
+The reference is factorkit.ops.reference_rendering in fp32, the plain vectorised PyTorch a user would write. Beside it
+stand torch.compile of the reference, nerfacc's own PyTorch path (where nerfacc is importable; it has none for marching
+and none for packed samples), and marching as TensoRF does it: every step of every ray looked up with grid_sample.
+
+The machine's load before and during the run stands beside the numbers: on a busy machine ratios hold better than times,
+and the scaling on two threads means little. "two loops at once" is what two loops of one thread each get done, that is
 the most that two threads could gain at that moment.
 """
 
@@ -26,6 +29,11 @@ import torch
 
 from factorkit import ops
 from factorkit.ops import reference_rendering as reference
+
+try:
+    import nerfacc
+except ImportError:
+    nerfacc = None
 
 RESULTS = Path(__file__).with_name("results") / "rendering.json"
 RAYS, SAMPLES = 4096, 128
@@ -67,7 +75,24 @@ def composite_case(rounds: int) -> dict:
         out = reference.composite(sigma, rgb, t_start, t_end, None, background, 0.0)
         torch.autograd.grad(out[:3], inputs, upstream)
 
-    return {"rays": RAYS, "samples": SAMPLES, "channels": 3, **compare(ours, plain, rounds)}
+    fused = torch.compile(reference.composite)
+
+    def compiled():
+        out = fused(sigma, rgb, t_start, t_end, None, background, 0.0)
+        torch.autograd.grad(out[:3], inputs, upstream)
+
+    others = {"torch.compile of the reference": compiled}
+    if nerfacc is not None:
+
+        def peer():
+            weights = nerfacc.render_weight_from_density(t_start, t_end, sigma)[0]
+            opacity = nerfacc.accumulate_along_rays(weights, None)
+            color = nerfacc.accumulate_along_rays(weights, rgb) + (1 - opacity) * background
+            depth = nerfacc.accumulate_along_rays(weights, ((t_start + t_end) / 2)[..., None])
+            torch.autograd.grad((color, depth[:, 0], opacity[:, 0]), inputs, upstream)
+
+        others[f"nerfacc {nerfacc.__version__}"] = peer
+    return {"rays": RAYS, "samples": SAMPLES, "channels": 3, **compare(ours, plain, others, rounds)}
 
 
 def march_case(rounds: int) -> dict:
@@ -93,28 +118,46 @@ def march_case(rounds: int) -> dict:
     def plain():
         return reference.march_rays(origins, directions, near, far, occupancy, *box, step, float("inf"), 0.0, 1)
 
-    facts = {"rays": len(origins), "step": step, "occupied": occupied.float().mean().item()}
-    return {**facts, "samples": int(ours().wanted), **compare(ours, plain, rounds)}
+    volume = occupied.reshape(1, 1, 128, 128, 128).float()
+
+    def looked_up():
+        steps = torch.arange(int((far - near).max() / step) + 1)
+        t = near[:, None] + (steps + torch.rand(len(near), 1)) * step
+        points = origins[:, None] + t[..., None] * directions[:, None]
+        places = points.flip(-1)[None, :, :, None]
+        found = torch.nn.functional.grid_sample(volume, places, "nearest", align_corners=False)
+        kept = (found[0, 0, :, :, 0] > 0.5) & (t < far[:, None])
+        return t[kept], kept.nonzero()[:, 0], kept.sum(1).cumsum(0)
+
+    samples = int(ours().wanted)
+    assert abs(len(looked_up()[0]) / samples - 1) < 0.02
+    facts = {"rays": len(origins), "step": step, "occupied": occupied.float().mean().item(), "samples": samples}
+    return {**facts, **compare(ours, plain, {"all steps through grid_sample": looked_up}, rounds)}
 
 
-def compare(ours, plain, rounds: int) -> dict:
-    """Medians in milliseconds, taking turns, and the ratio; ours on two threads too."""
+def compare(ours, plain, others: dict, rounds: int) -> dict:
+    """Medians in milliseconds, taking turns, and how many times longer the reference and the others take; ours on two
+    threads too."""
     times: dict[str, list[float]] = {"ours": [], "reference": [], "ours_2_threads": [], "one_of_two_at_once": []}
+    times |= {name: [] for name in others}
     with ThreadPoolExecutor(2) as pool:
         for _ in range(rounds + 2):
             torch.set_num_threads(1)
             times["ours"].append(timed(ours))
             times["reference"].append(timed(plain))
+            for name, run in others.items():
+                times[name].append(timed(run))
             times["one_of_two_at_once"].append(max(pool.map(timed, [ours, ours])))
             torch.set_num_threads(2)
             times["ours_2_threads"].append(timed(ours))
     torch.set_num_threads(1)
     median = {name: statistics.median(values[2:]) for name, values in times.items()}
     return {
-        **{f"{name}_ms": round(1e3 * value, 3) for name, value in median.items()},
+        **{f"{name}_ms": round(1e3 * value, 3) for name, value in median.items() if name not in others},
         "ratio": round(median["reference"] / median["ours"], 2),
         "scaling_2_threads": round(median["ours"] / median["ours_2_threads"], 2),
         "two_loops_at_once": round(2 * median["ours"] / median["one_of_two_at_once"], 2),
+        "others": {name: round(median[name] / median["ours"], 2) for name in others},
     }
 
 
@@ -125,16 +168,17 @@ def timed(run) -> float:
 
 
 def table(results: dict) -> str:
-    head = "| op | ours, ms | reference, ms | ratio | 2 threads | two loops at once |\n|---|---|---|---|---|---|"
+    head = "| op | ours, ms | reference, ms | ratio | ratio to others | 2 threads | two loops at once |"
     rows = [
-        f"| {name} | {r['ours_ms']} | {r['reference_ms']} | {r['ratio']}x | {r['scaling_2_threads']}x "
-        f"| {r['two_loops_at_once']}x |"
+        f"| {name} | {r['ours_ms']} | {r['reference_ms']} | {r['ratio']}x "
+        f"| {', '.join(f'{other} {ratio}x' for other, ratio in r['others'].items())} "
+        f"| {r['scaling_2_threads']}x | {r['two_loops_at_once']}x |"
         for name, r in results.items()
         if "ratio" in r
     ]
     m = results["machine"]
     note = f"{m['processor']}, 1 thread, torch {m['torch']}, commit {m['commit']}, load {m['load_before']}"
-    return "\n".join([head, *rows, note])
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows, note])
 
 
 def processor() -> str:

@@ -1,8 +1,8 @@
 """Ops and training step of segdiff: textbook PyTorch, the same under torch.compile, and factorkit, in one run.
 
-    python benchmarks/segdiff.py                       # the demo's size on a CPU, flowers64 on a GPU
-    python benchmarks/segdiff.py --preset fast64 --batch 8 --rounds 5
-    python benchmarks/segdiff.py --show                # prints the tables of what was measured before
+    python -m benchmarks.segdiff                       # the demo's size on a CPU, flowers64 on a GPU
+    python -m benchmarks.segdiff --preset fast64 --batch 8 --rounds 5
+    python -m benchmarks.segdiff --show                # prints the tables of what was measured before
 
 textbook   K decoders in a loop, each skip multiplied by its mask and concatenated (benchmarks/textbook.py)
 folded     the same with all branches as one batch, channels last
@@ -11,9 +11,10 @@ factorkit  this package, on a GPU with its step as a CUDA graph
 
 All see the same images, weights, noise and precision. Answers and gradients are compared with those in fp32 before
 anything is timed; a contender of PyTorch's that is off is left out, with its error in its place. Times are medians with
-quartiles of functions that take turns. Rates are of the bytes that factorkit's kernels have to move
-(benchmarks/traffic.py), as a share of what a copy reaches in the same run, and of the step's matrix products, as a
-share of what a large one reaches. Memory is the most a step holds beyond what lay there before it.
+quartiles of functions that take turns, on one CPU thread of the process's own time. Rates are of the bytes that
+factorkit's kernels have to move (benchmarks/traffic.py), as a share of what a copy reaches in the same run, and of the
+step's matrix products, as a share of what a large one reaches. Memory is the most a step holds beyond what lay there
+before it.
 Results stand in benchmarks/results/segdiff.json, one entry a device.
 """
 
@@ -24,11 +25,11 @@ import json
 from pathlib import Path
 
 import torch
-from contenders import IMAGES, OpCase, OurStep, gradients, make_task, op_cases, step_contenders
-from measure import by_turns, copy_bandwidth, machine, matrix_rate, peak_bytes
-from segdiff_table import tables
-from traffic import step_traffic
 
+from benchmarks.contenders import IMAGES, OpCase, OurStep, gradients, make_task, op_cases, step_contenders
+from benchmarks.measure import by_turns, copy_bandwidth, machine, matrix_rate, peak_bytes
+from benchmarks.segdiff_table import tables
+from benchmarks.traffic import step_traffic
 from factorkit.engine.config import resolve_device
 from factorkit.engine.graph import WARM_UP
 from factorkit.segdiff.config import SegdiffConfig, preset_config

@@ -10,10 +10,11 @@ def tables(results: dict[str, dict]) -> str:
 
 def section(found: dict) -> str:
     machine, settings, roofs = found["machine"], found["settings"], found["roofs"]
+    shown = ", ".join(f"{name}={value}" for name, value in settings.items())
     head = (
-        f"{machine['device']}, {machine['threads']} threads, load {machine['load']}, torch {machine['torch']}, commit "
-        f"{machine['commit']}; {', '.join(f'{k}={v}' for k, v in settings.items())}; copy {roofs['copy_gb_s']} GB/s, "
-        f"matrices {roofs['matrix_tflop_s']} TFLOP/s"
+        f"{machine['device']}, {machine['threads']} threads, {machine['clock']} time, load {machine['load']}, "
+        f"torch {machine['torch']}, commit {machine['commit']}; {shown}; copy {roofs['copy_gb_s']} GB/s, matrices "
+        f"{roofs['matrix_tflop_s']} TFLOP/s"
     )
     return "\n\n".join([head, ops_table(found), step_table(found), rest(found)])
 

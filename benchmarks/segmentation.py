@@ -1,8 +1,8 @@
 """Does a segmentation emerge? Trains segdiff from several seeds on one data set, scores each on held-out images.
 
-    python benchmarks/segmentation.py procedural --preset demo --seeds 0 1 2 3 4
-    python benchmarks/segmentation.py flowers17 --data PHOTOS --preset fast32 --ignore 128 --seeds 0 1 2 3 4
-    python benchmarks/segmentation.py flowers17 --data PHOTOS --preset fast32 --ignore 128 --seeds 0 --form thesis
+    python -m benchmarks.segmentation procedural --preset demo --seeds 0 1 2 3 4
+    python -m benchmarks.segmentation flowers17 --data PHOTOS --preset fast32 --ignore 128 --seeds 0 1 2 3 4
+    python -m benchmarks.segmentation flowers17 --data PHOTOS --preset fast32 --ignore 128 --seeds 0 --form thesis
 
 Each run is a JSON object in benchmarks/results/segmentation.json with its machine, commit and settings; a run that
 stands there is not run again. Without --seeds the table of all results is printed. Scores are of the last step, never

@@ -1,7 +1,7 @@
 """Bytes moved and operations of each part of a training step, counted without a GPU.
 
-    python benchmarks/traffic.py flowers64              # a preset at its batch size, bf16
-    python benchmarks/traffic.py flowers64 --batch 32 --set regions=6 form='"regional"'
+    python -m benchmarks.traffic flowers64              # a preset at its batch size, bf16
+    python -m benchmarks.traffic flowers64 --batch 32 --set regions=6 form='"regional"'
 
 The step is taken on the meta device, where shapes flow and nothing is computed, and what each operation has to fetch
 and to write is added up:
@@ -28,11 +28,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from textbook import Textbook
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.textbook import Textbook
 from factorkit import kernels
 from factorkit.nn import Norm
 from factorkit.ops import fused

@@ -1,6 +1,7 @@
 """Volume rendering of a known field on the CPU, in seconds: python examples/render_a_scene.py pictures/
 
-Writes scene.png, scene_depth.png (near is bright) and scene_orbit.gif. The field is a formula: two rings and three
+Writes scene.png, scene_depth.png (near is bright), scene_normals.png, scene_orbit.gif, and all of them on one sheet,
+scene_sheet.png. The field is a formula: two rings and three
 pearls over a chequered table. An occupancy grid learns where there is anything; colour, depth and normals come out of
 one pass, and a second pass from what is seen towards the light finds the shadows.
 """
@@ -54,8 +55,8 @@ def field(p: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     return density, albedos[which, torch.arange(len(p))]
 
 
-def picture(pose: Tensor, sampling: OccupiedSampling, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Lit colour [H, W, 3] and depth [H, W], which is NaN where nothing is seen."""
+def picture(pose: Tensor, sampling: OccupiedSampling, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lit colour [H, W, 3], depth [H, W], which is NaN where nothing is seen, and normals [H, W, 3]."""
     rays = image_rays(pose, intrinsics_from_fov(40.0, height, width), height, width)
     seen = factorkit.render(field, rays, sampling, normals=True, early_stop=1e-3, chunk=8192)
     depth = torch.where(seen.opacity > 0.5, seen.depth / seen.opacity, torch.nan)
@@ -68,11 +69,26 @@ def picture(pose: Tensor, sampling: OccupiedSampling, height: int, width: int) -
     lit = seen.color * (0.85 * facing + 0.25 * sky * seen.opacity)[..., None]
     rise = rays.directions[..., 2:].clamp(-0.6, 0.4)
     back = torch.tensor([0.62, 0.72, 0.84]) + rise * torch.tensor([0.40, 0.30, 0.15])
-    return (lit + (1 - seen.opacity[..., None]) * back).clamp(0, 1).pow(1 / 2.2), depth
+    return (lit + (1 - seen.opacity[..., None]) * back).clamp(0, 1).pow(1 / 2.2), depth, seen.normals
 
 
 def to_image(values: Tensor) -> Image.Image:
     return Image.fromarray(np.uint8(255 * values.clamp(0, 1).numpy() + 0.5))
+
+
+def sheet(still: Image.Image, small: list[Image.Image], frames: list[Image.Image]) -> Image.Image:
+    """The still with the small pictures beside it and frames of the orbit below."""
+    gap, (width, height) = 6, still.size
+    side = ((width - gap) // 2, (height - gap) // 2)
+    whole = width + gap + side[0]
+    below = (whole - gap * (len(frames) - 1)) // len(frames)
+    page = Image.new("RGB", (whole, height + gap + below * height // width), "white")
+    page.paste(still, (0, 0))
+    for i, one in enumerate(small):
+        page.paste(one.resize(side, Image.Resampling.LANCZOS), (width + gap, i * (side[1] + gap)))
+    for i, one in enumerate(frames):
+        page.paste(one.resize((below, below * height // width)), (i * (below + gap), height + gap))
+    return page
 
 
 def main() -> None:
@@ -85,7 +101,7 @@ def main() -> None:
 
     start = time.perf_counter()
     grid = OccupancyGrid((-1, -1, -1), (1, 1, 1), resolution=64, threshold=1e-3)
-    for _ in range(4):
+    for _ in range(8):
         grid.update(lambda points: field(points, points)[0])
     sampling = OccupiedSampling(grid, step=0.008)
     share = grid.share_occupied().item()
@@ -93,11 +109,16 @@ def main() -> None:
 
     height, width = args.size, args.size * 4 // 3
     eye, centre, up = torch.tensor([2.4, -1.9, 1.5]), torch.tensor([0.0, 0, -0.3]), torch.tensor([0.0, 0, 1])
-    color, depth = picture(look_at(eye, centre, up), sampling, height, width)
-    to_image(color).save(args.out / "scene.png")
+    color, depth, normals = picture(look_at(eye, centre, up), sampling, height, width)
     near, far = np.nanmin(depth), np.nanmax(depth)  # NaN is the sky
-    to_image(((far - depth) / (far - near) * 0.9 + 0.1).nan_to_num(0)).save(args.out / "scene_depth.png")
-    print(f"{time.perf_counter() - start:5.1f} s  scene.png and scene_depth.png, {width} x {height}")
+    stills = {
+        "scene.png": to_image(color),
+        "scene_depth.png": to_image(((far - depth) / (far - near) * 0.9 + 0.1).nan_to_num(0)),
+        "scene_normals.png": to_image(normals / 2 + 0.5),
+    }
+    for name, image in stills.items():
+        image.save(args.out / name)
+    print(f"{time.perf_counter() - start:5.1f} s  {', '.join(stills)}, {width} x {height}")
 
     small = OccupiedSampling(grid, step=0.012)
     poses = orbit(args.frames, 3.3, 28.0)
@@ -106,6 +127,8 @@ def main() -> None:
     first, *rest = frames
     first.save(args.out / "scene_orbit.gif", save_all=True, append_images=rest, duration=70, loop=0)
     print(f"{time.perf_counter() - start:5.1f} s  scene_orbit.gif, {args.frames} frames")
+    still, *small = (image.convert("RGB") for image in stills.values())
+    sheet(still, small, frames[:: max(1, len(frames) // 6)][:6]).save(args.out / "scene_sheet.png", optimize=True)
 
 
 if __name__ == "__main__":

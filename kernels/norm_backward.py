@@ -203,7 +203,7 @@ def spread_gradients(
         d_u, d_skip, d_masks, x.pixels, x.channels_u, x.channels_s, at_skip, stride_n, stride_p, stride_c,
         blocks_p, blocks_c, parts, terms, floor,
         K=x.regions, K_PAD=heuristics.power_of_two(x.regions), T_PAD=heuristics.power_of_two(terms), SHARED=x.shared,
-        ACTIVATE=activate, WEIGHTED=weighted, BLOCK_P=block_p, BLOCK_C=block_c, warps=4, registers=128,
+        ACTIVATE=activate, WEIGHTED=weighted, BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
     )  # fmt: skip
     return d_u, d_skip, d_masks
 

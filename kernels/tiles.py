@@ -80,12 +80,10 @@ def start(function, grid: tuple[int, ...], arguments: tuple, constants: dict, op
     function[grid](*arguments, **constants, **options)
 
 
-def launch(function, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
-    """Run ``programs`` programs of a kernel on the device of its tensors, which must be the current one.
-
-    ``registers`` is what a thread may use: the assembler, left alone, may spill a few to fit one more program.
-    """
-    # Fused multiply-add is asked for by name because Triton changes its default.
-    options = {"num_warps": warps, "enable_fp_fusion": True} | ({} if registers is None else {"maxnreg": registers})
+def launch(function, programs: int, *arguments, warps: int, **constants) -> None:
+    """Run ``programs`` programs of a kernel on the device of its tensors, which must be the current one."""
+    # The assembler, not told how many registers a thread may use, spills one or two to fit one more program. Fused
+    # multiply-add is asked for by name because Triton changes its default.
+    options = {"num_warps": warps, "maxnreg": 255, "enable_fp_fusion": True}
     if programs > 0:
         start(function, (programs,), arguments, constants, options)

@@ -144,7 +144,7 @@ def test_source_archive_holds_all_that_a_build_reads(source, tmp_path):
 def test_only_what_changed_is_compiled_again(wheel, source):
     import ninja
 
-    (folder,) = (source / "build").glob("cpu-*")
+    (folder,) = (source / "build").glob("csrc-*")
 
     def pending() -> set[str]:
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-n", "-v"]
@@ -159,14 +159,21 @@ def test_only_what_changed_is_compiled_again(wheel, source):
 
 
 @pytest.mark.skipif(not HAS_NVCC, reason="needs nvcc")
-def test_cuda_build_imports_without_a_gpu(source, tmp_path):
+def test_cuda_build_imports_without_a_gpu(wheel, source, tmp_path):
     settings = {"FACTORKIT_CUDA": "1", "FACTORKIT_CUDA_ARCHS": "sm_90 compute_90"}
     result = run(["setup.py", "-q", "build_ext", "-b", str(tmp_path)], source, **settings)
     assert result.returncode == 0, result.stdout + result.stderr
+    # The wheel was built without CUDA; its objects are taken over.
+    assert "march_cuda.cu -o" in result.stdout and "composite_cpu.cpp -o" not in result.stdout
     info = imported_from(tmp_path)
     assert info["cuda"] and info["cuda_targets"] == ["sm_90", "compute_90"]
     assert re.fullmatch(r"\d+\.\d+", info["cuda_version"])
     assert isinstance(info["devices"], list)
+    if info["devices"]:
+        return
+    code = "import factorkit._C as c; c.intersect_cuda('float32', [0] * 4, 1, 0, [0.0] * 3, [1.0] * 3, 0)"
+    failed = run(["-c", code], tmp_path)
+    assert re.search(r"RuntimeError: launching intersect on CUDA: \w+", failed.stderr), failed.stderr
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,12 @@ def _cuda_extension() -> bool:
 
 def plain(x: Tensor) -> bool:
     """True where the reference is to run: asked for by FACTORKIT_REFERENCE=1, or no kernel for the tensor's device."""
-    return use_reference() or (not _cuda_extension() if x.is_cuda else extension() is None)
+    return use_reference() or not _has_kernels(x.is_cuda)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(cuda: bool) -> bool:
+    return _cuda_extension() if cuda else extension() is not None
 
 
 def call(name: str, like: Tensor, *arguments) -> None:

@@ -38,6 +38,7 @@ def intersect_sphere(origins: Tensor, directions: Tensor, centre: list[float], r
     square = (radius**2 - (x + middle[:, None] * directions).square().sum(1)) / a
     hit = usable & (square >= 0)
     half = torch.where(square > 0, square, 1.0).sqrt() * (square > 0)
+    middle = torch.where(square > 0, middle, middle.detach())  # the roots of a ray that only touches have no slope
     return _interval(middle - half, middle + half, hit)
 
 

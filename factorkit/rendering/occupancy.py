@@ -37,7 +37,7 @@ class OccupancyGrid(nn.Module):
         """
         Args:
             lower, upper: corners of the box of level 0, three floats each.
-            resolution: cells R along each axis of a level, a power of two from 4 on.
+            resolution: cells R along each axis of a level, a power of two from 8 on.
             levels: 1 to 16; level l covers the box scaled by 2^l.
             threshold: the optical depth, density times the cell's shortest side, from which a cell is occupied; half
                 the level's mean where that is less, so that a field of faint beginnings is not cut away.
@@ -50,8 +50,8 @@ class OccupancyGrid(nn.Module):
         """
         super().__init__()
         self.lower, self.upper = check_box(lower, upper)
-        if resolution < 4 or resolution & (resolution - 1):
-            raise ValueError(f"resolution={resolution}; give a power of two from 4 on")
+        if resolution < 8 or resolution & (resolution - 1):
+            raise ValueError(f"resolution={resolution}; give a power of two from 8 on")
         if not 1 <= levels <= 16:
             raise ValueError(f"levels={levels}; give 1 to 16")
         if not 0 < decay <= 1 or not 0 <= threshold < math.inf:

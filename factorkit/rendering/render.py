@@ -85,7 +85,7 @@ def render(
             parts = [part(i, min(i + chunk, len(origins))) for i in range(0, max(1, len(origins)), chunk)]
         *images, counts = zip(*parts, strict=True)
         found = Rendered(*(None if x[0] is None else torch.cat(x) for x in images), torch.stack(counts).sum())
-    return Rendered(*(x if x is None else x.unflatten(0, shape) for x in found[:-1]), found.count)
+    return Rendered(*(x if x is None else x.reshape((*shape, *x.shape[1:])) for x in found[:-1]), found.count)
 
 
 def _render(field, origins, directions, sampling, background, early_stop, normals, distortion, seed) -> Rendered:

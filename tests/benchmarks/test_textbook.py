@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from textbook import Textbook
 
+from benchmarks.textbook import Textbook
 from factorkit.segdiff.config import preset_config
 
 SMALL = {"resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "groups": 4, "steps": 1}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from traffic import Count, counted, size, step_traffic, table
+
+from benchmarks.traffic import Count, counted, size, step_traffic, table
 
 
 def test_operations_read_their_arguments_and_write_their_answers_and_views_are_free():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from traffic import as_under_autocast
 
+from benchmarks.traffic import as_under_autocast
 from factorkit import ops
 from factorkit.ops import fused
 from factorkit.segdiff.config import preset_config

@@ -337,6 +337,18 @@ def test_reference_can_be_forced(monkeypatch):
     torch.testing.assert_close(tuple(got), tuple(want))
 
 
+@pytest.mark.filterwarnings("error")
+def test_compiles_into_one_graph():
+    torch.manual_seed(14)
+    leaves, offsets, behind = batch([3, 0, 5], 3)
+    run = lambda *x: ops.composite(*x[:4], offsets, background=x[4], distortion=True)  # noqa: E731
+    outs = [f(*leaves, behind) for f in (run, torch.compile(run, fullgraph=True, backend="aot_eager"))]
+    outs = [[x for x in out if x is not None] for out in outs]
+    grads = [torch.randn_like(x) for x in outs[0]]
+    got = [(*out, *torch.autograd.grad(out, (*leaves, behind), grads)) for out in outs]
+    torch.testing.assert_close(*got)
+
+
 def wrong(**changes):
     made = dict(sigma=torch.rand(6), rgb=torch.rand(6, 3), t_start=torch.rand(6), t_end=torch.rand(6) + 1)
     return {**made, "ray_offsets": torch.tensor([0, 2, 6]), **changes}

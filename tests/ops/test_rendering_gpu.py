@@ -1,4 +1,8 @@
-"""The rendering ops on CUDA against the same ops on the CPU, on torch's current stream, without needless waiting."""
+"""The rendering ops on CUDA against the same ops on the CPU, on torch's current stream, without needless waiting.
+
+Races and foreign addresses: PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck (then racecheck) python
+-m pytest -m gpu tests/ops
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,11 @@ def test_the_example_draws_its_scene(tmp_path):
     assert (depth[:6] == 0).all() and 0.3 < (depth > 0).mean() < 0.7  # sky above, the table across the middle
     assert depth[44, 32] > depth[24, 32] > 0  # the table's front is nearer than its middle
     assert scene[:6, :, 2].mean() > scene[:6, :, 0].mean() + 10  # the sky is blue
+    normals = np.asarray(Image.open(tmp_path / "scene_normals.png")).astype(int)
+    assert 0.1 < (abs(normals - [128, 128, 255]).max(-1) < 12).mean() < 0.5  # up, on the table
+    assert (normals[depth == 0] == 128).mean() > 0.8  # none in the sky
+    page = np.asarray(Image.open(tmp_path / "scene_sheet.png")).astype(int)
+    assert page.shape[0] > 48 and page.shape[1] > 64 and (page[:48, :64] == scene).all()
     assert scene[depth > 0].std() > 40  # bright and dark: light, shadow and chequers
     orbit = Image.open(tmp_path / "scene_orbit.gif")
     assert orbit.n_frames == 3 and orbit.size == (21, 16)

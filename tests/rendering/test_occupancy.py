@@ -131,6 +131,7 @@ def test_a_nan_density_is_no_density():
     ("change", "sentence"),
     [
         ({"resolution": 12}, "resolution=12; give a power of two"),
+        ({"resolution": 4}, "resolution=4; give a power of two from 8 on"),
         ({"levels": 0}, "levels=0; give 1 to 16"),
         ({"decay": 0.0}, "0 < decay <= 1"),
     ],

@@ -132,7 +132,11 @@ def test_jitter_is_a_function_of_the_seed(sampling):
 
 
 @pytest.mark.parametrize("sampling", list(samplings()), ids=["even", "occupied"])
-def test_no_rays_and_rays_that_see_nothing(sampling):
+def test_one_ray_no_rays_and_rays_that_see_nothing(sampling):
+    rays = view()
+    many, one = render(ball, rays, sampling), render(ball, Rays(*(x[3, 4] for x in rays)), sampling, chunk=5)
+    assert one.color.shape == (3,) and one.depth.shape == () and one.opacity > 0.5
+    torch.testing.assert_close(tuple(one[:3]), tuple(x[3, 4] for x in many[:3]))
     none = render(ball, Rays(torch.zeros(0, 3), torch.zeros(0, 3)), sampling, chunk=4, background=torch.ones(3))
     assert none.color.shape == (0, 3) and none.depth.shape == (0,)
     away = Rays(torch.full((2, 3), 5.0), torch.nn.functional.normalize(torch.ones(2, 3), dim=1))

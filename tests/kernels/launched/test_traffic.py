@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from kernel_compare import rand, soft_masks
-from traffic import size
 
+from benchmarks.traffic import size
 from factorkit import kernels, ops
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts what the interpreter does")
