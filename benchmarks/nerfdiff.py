@@ -1,12 +1,12 @@
 """Are the cameras found? Trains nerfdiff from several seeds on one scene, scores cameras and held-out views.
 
-    python benchmarks/nerfdiff.py demo --seeds 0 1 2 3 4
-    python benchmarks/nerfdiff.py symmetric --seeds 0 1 2 3 4
-    python benchmarks/nerfdiff.py symmetric --seeds 0 --set flip_rounds=0
-    python benchmarks/nerfdiff.py lego --data LEGO --size 32 --ways dictionary supervised one_start --seeds 0 1 2 3 4
-    python benchmarks/nerfdiff.py lego --data LEGO --size 32 --ways joint joint_letter --seeds 0
-    python benchmarks/nerfdiff.py lego --data LEGO --roll 10 --set 'freedom=["roll"]' --seeds 0
-    python benchmarks/nerfdiff.py fern --data FERN --size 84 --every 1 --ways supervised one_start --seeds 0
+    python -m benchmarks.nerfdiff demo --seeds 0 1 2 3 4
+    python -m benchmarks.nerfdiff symmetric --seeds 0 1 2 3 4
+    python -m benchmarks.nerfdiff symmetric --seeds 0 --set flip_rounds=0
+    python -m benchmarks.nerfdiff lego --data LEGO --size 32 --ways dictionary supervised one_start --seeds 0 1 2 3 4
+    python -m benchmarks.nerfdiff lego --data LEGO --size 32 --ways joint joint_letter --seeds 0
+    python -m benchmarks.nerfdiff lego --data LEGO --roll 10 --set 'freedom=["roll"]' --seeds 0
+    python -m benchmarks.nerfdiff fern --data FERN --size 84 --every 1 --ways supervised one_start --seeds 0
 
 Each run is a JSON object in benchmarks/results/nerfdiff.json with its machine, commit and settings; a run that stands
 there is not run again. Without --seeds the table of all results is printed. Scores are of the last step. Beside the
@@ -23,7 +23,7 @@ import statistics
 import time
 from pathlib import Path
 
-from recording import commit, machine, read_results, write_result
+from benchmarks.recording import commit, machine, read_results, write_result
 
 RESULTS = Path(__file__).with_name("results") / "nerfdiff.json"
 FIELD = {"field_steps": 900}  # of those that search nothing: as many steps as search and refinement have together

@@ -18,7 +18,7 @@ import statistics
 import time
 from pathlib import Path
 
-from recording import commit, machine, read_results, write_result
+from benchmarks.recording import commit, machine, read_results, write_result
 
 RESULTS = Path(__file__).with_name("results") / "segmentation.json"
 WORKED = 0.8  # IoU from which a run counts as having found the object
