@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from factorkit.data.views import resize_area, target_size
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw, derived_seed
@@ -43,8 +44,10 @@ class DistilTask:
         images, poses = scene.images, model.views
         if config.rendered and scene.layout == "object":
             further = self._around(config.rendered)
-            seen = render_views(model.field, further, scene.optics, scene.size, config.samples).color
-            images, poses = torch.cat([images, seen.movedim(-1, 1)]), torch.cat([poses, further])
+            # twice as fine as the encoder reads is as good to it as the views' own size
+            size = target_size(min(2 * config.encoder_resolution, max(scene.size)), *scene.size)
+            seen = render_views(model.field, further, scene.optics, size, config.samples).color.movedim(-1, 1)
+            images, poses = torch.cat([images, resize_area(seen, *scene.size)]), torch.cat([poses, further])
         self.images, self.poses, self.size = images, poses, len(images)
 
     def _around(self, count: int) -> Tensor:

@@ -17,6 +17,7 @@ from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.search import COMPARED, candidate_errors
 
 MARGIN = 0.8  # by which share of its error a lattice's place has to be better than a refined direction
+SIDES = 32  # pixels along the longer side of the pictures by which sides are told apart
 TURNS = (0.0, 90.0, 180.0, 270.0)
 
 
@@ -34,11 +35,12 @@ def best_turns(field: Field, scene: Scene, direction: Tensor, chosen: Tensor, sa
         direction: of all views, [V, 3].
         chosen: indices of the views that choose.
     """
-    images = scene.images[chosen].movedim(1, -1)
+    size = target_size(min(SIDES, max(scene.size)), *scene.size)
+    images = resize_area(scene.images[chosen], *size).movedim(1, -1)
     errors = []
     for turn in TURNS:
         poses = orbit_poses(turned(direction[chosen], turn), scene.distance)
-        seen = render_views(field, poses, scene.optics, scene.size, samples).color
+        seen = render_views(field, poses, scene.optics, size, samples).color
         errors.append((seen - images).square().mean((1, 2, 3)))
     return torch.tensor(TURNS).to(direction)[torch.stack(errors, 1).argmin(1)]
 

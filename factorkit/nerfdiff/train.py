@@ -47,6 +47,7 @@ PLANE = (6, 4)  # places of forward-facing cameras across and up
 HALF_STEPS = 100  # of the fresh fields of the flip test
 HALF_FIELD = 20  # vertices along each side of theirs
 TUNING = 0.3  # of the encoder's learning rate, for the steps after it was distilled
+HALF_SAMPLES = 32  # most steps along a ray with them
 PROCEDURAL = 80  # views where none are given
 
 
@@ -171,12 +172,13 @@ class Training:
 
     def fit(
         self, name: str, field: Field, poses: nn.Module, chosen: Tensor | None = None, sheets: str | None = None,
-        free: bool = False, **changes: Any,
+        free: bool = False, samples: int | None = None, **changes: Any,
     ) -> Fit:  # fmt: skip
         """Fit a field to the views, and the poses where they are free; with ``free`` the focal length, if it may be."""
         config, scene = self.config, self.scene
         free_focal = free and "focal" in config.freedom
-        model = Fit(field.to(self.device), poses.to(self.device), scene.optics, scene.size, config.samples, free_focal)
+        samples = samples or config.samples
+        model = Fit(field.to(self.device), poses.to(self.device), scene.optics, scene.size, samples, free_focal)
         changes = {
             "steps": config.field_steps, "batch_size": config.views, "learning_rate": config.field_learning_rate,
             "decay": 0.5, "ema": 0.0, **changes,
@@ -239,17 +241,18 @@ class Training:
     def flip_round(self, number: int, direction: Tensor, places: Tensor) -> tuple[Tensor, int]:
         """One round over both halves: the directions after it, and how many views were turned or called back."""
         config, direction, moved = self.config, direction.clone(), 0
+        samples = min(config.samples, HALF_SAMPLES)
         both = halves(len(direction), derived_seed("halves", config.seed, number))
         for name, (fitting, choosing) in zip("ab", (both, both[::-1]), strict=True):
             poses = OrbitPoses(direction, self.scene.distance).requires_grad_(False)
             field = build_field("grid", HALF_FIELD, derived_seed("half", config.seed, number) % 2**31)
             fitted = self.fit(
                 f"flip {number}{name}", field, poses, fitting, steps=HALF_STEPS, learning_rate=0.08, decay=0.0,
-                keep_checkpoints=1,
+                samples=samples, keep_checkpoints=1,
             )  # fmt: skip
             before = direction[choosing]
-            turns = best_turns(fitted.field, self.scene, direction, choosing, config.samples)
+            turns = best_turns(fitted.field, self.scene, direction, choosing, samples)
             direction[choosing] = torch.where(turns[:, None] != 0, turned(before, turns), before)
-            direction[choosing] = called_back(fitted.field, self.scene, direction, choosing, places, config.samples)
+            direction[choosing] = called_back(fitted.field, self.scene, direction, choosing, places, samples)
             moved += int((direction[choosing] != before).any(1).sum())
         return direction, moved
