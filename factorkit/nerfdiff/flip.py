@@ -11,7 +11,7 @@ from torch import Tensor
 
 from factorkit.data.views import resize_area, target_size
 from factorkit.nerfdiff.fields import Field
-from factorkit.nerfdiff.poses import orbit_poses, turned
+from factorkit.nerfdiff.poses import OrbitPoses, orbit_poses, turned
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.search import COMPARED, candidate_errors
@@ -28,26 +28,26 @@ def halves(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def best_turns(field: Field, scene: Scene, direction: Tensor, chosen: Tensor, samples: int) -> Tensor:
+def best_turns(field: Field, scene: Scene, found: OrbitPoses, chosen: Tensor, samples: int) -> Tensor:
     """Degrees about z [len(chosen)], one of :data:`TURNS`, by which these views agree best with the field.
 
     Args:
-        direction: of all views, [V, 3].
+        found: where all views stand.
         chosen: indices of the views that choose.
     """
     size = target_size(min(SIDES, max(scene.size)), *scene.size)
     images = resize_area(scene.images[chosen], *size).movedim(1, -1)
     errors = []
     for turn in TURNS:
-        poses = orbit_poses(turned(direction[chosen], turn), scene.distance)
+        poses = found.at(turned(found.direction.detach(), turn))(chosen)
         seen = render_views(field, poses, scene.optics, size, samples).color
         errors.append((seen - images).square().mean((1, 2, 3)))
-    return torch.tensor(TURNS).to(direction)[torch.stack(errors, 1).argmin(1)]
+    return torch.tensor(TURNS).to(found.direction)[torch.stack(errors, 1).argmin(1)]
 
 
 @torch.no_grad()
 def called_back(
-    field: Field, scene: Scene, direction: Tensor, chosen: Tensor, places: Tensor, samples: int
+    field: Field, scene: Scene, found: OrbitPoses, chosen: Tensor, places: Tensor, samples: int
 ) -> Tensor:
     """The directions [len(chosen), 3] of these views, those that went astray exchanged for one of ``places`` [D, 3].
 
@@ -56,8 +56,8 @@ def called_back(
     """
     images = scene.images[chosen]
     size = target_size(min(COMPARED, max(scene.size)), *scene.size)
-    seen = render_views(field, orbit_poses(direction[chosen], scene.distance), scene.optics, size, samples).color
+    seen = render_views(field, found(chosen), scene.optics, size, samples).color
     own = (seen.movedim(-1, 1) - resize_area(images, *size)).square().mean((1, 2, 3))
     errors = candidate_errors(field, orbit_poses(places, scene.distance), scene.optics, images, samples)
     least, which = errors.min(1)
-    return torch.where((least < MARGIN * own)[:, None], places[which], direction[chosen])
+    return torch.where((least < MARGIN * own)[:, None], places[which], found.direction[chosen])

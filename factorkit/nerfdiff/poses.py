@@ -114,6 +114,13 @@ class OrbitPoses(nn.Module):
         shapes = {name: (len(direction), 2) if name == "aim" else (len(direction),) for name in freedom}
         self.freedom = nn.ParameterDict({name: nn.Parameter(torch.zeros(s)) for name, s in shapes.items()})
 
+    def at(self, direction: Tensor) -> OrbitPoses:
+        """The same views with other directions [V, 3] and the same departures from them, fixed."""
+        moved = OrbitPoses(direction, self.distance, tuple(self.freedom)).to(direction.device)
+        for name, value in self.freedom.items():
+            moved.freedom[name].data.copy_(value.detach())
+        return moved.requires_grad_(False)
+
     def forward(self, indices: Tensor | slice = slice(None)) -> Tensor:
         """Poses [B, 4, 4] of these views."""
         found = {name: value[indices] for name, value in self.freedom.items()}

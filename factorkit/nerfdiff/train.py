@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit.data.procedural_scene import procedural_views
@@ -41,7 +42,7 @@ from factorkit.nerfdiff.poses import (
 from factorkit.nerfdiff.rays import Optics
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
-from factorkit.nerfdiff.search import SearchTask, directions_of
+from factorkit.nerfdiff.search import SearchTask
 
 PLANE = (6, 4)  # places of forward-facing cameras across and up
 HALF_STEPS = 100  # of the fresh fields of the flip test
@@ -172,10 +173,10 @@ class Training:
 
     def fit(
         self, name: str, field: Field, poses: nn.Module, chosen: Tensor | None = None, sheets: str | None = None,
-        free: bool = False, samples: int | None = None, **changes: Any,
+        free: bool = False, samples: int | None = None, scene: Scene | None = None, **changes: Any,
     ) -> Fit:  # fmt: skip
         """Fit a field to the views, and the poses where they are free; with ``free`` the focal length, if it may be."""
-        config, scene = self.config, self.scene
+        config, scene = self.config, scene or self.scene
         free_focal = free and "focal" in config.freedom
         samples = samples or config.samples
         model = Fit(field.to(self.device), poses.to(self.device), scene.optics, scene.size, samples, free_focal)
@@ -215,16 +216,17 @@ class Training:
         if scene.layout == "forward":
             fitted = self.fit("refine", start, FreePoses(forward_poses(direction)))
             return self.with_own_field(fitted), None
-        fitted = self.refine("refine", start, direction)
-        direction = directions_of(fitted.poses().detach())
-        kept = direction
+        fitted = self.refine("refine", start, OrbitPoses(direction, scene.distance, config.pose_freedom))
+        found = fitted.poses.at(F.normalize(fitted.poses.direction.detach(), dim=-1))
+        kept = found.direction
+        optics = replace(scene.optics, intrinsics=fitted.optics.intrinsics.detach())
         for number in range(max(1, config.flip_rounds)):
-            direction, moved = self.flip_round(number, direction, places)
+            found, moved = self.flip_round(number, found, places, replace(scene, optics=optics))
             if not moved:
                 break
-        if config.flip_rounds and (direction != kept).any():
-            fitted = self.refine("refine again", build_field("grid", config.grid, config.seed), direction)
-        return self.with_own_field(fitted), moved / len(direction)
+        if config.flip_rounds and (found.direction != kept).any():
+            fitted = self.refine("refine again", build_field("grid", config.grid, config.seed), found)
+        return self.with_own_field(fitted), moved / len(kept)
 
     def with_own_field(self, fitted: Fit) -> Fit:
         """The poses with a field of the kind asked for; the search has a grid anyway."""
@@ -234,25 +236,26 @@ class Training:
         """A fresh field of the kind asked for."""
         return build_field(self.config.field, self.config.grid, self.config.seed).to(self.device)
 
-    def refine(self, name: str, field: Field, direction: Tensor) -> Fit:
-        poses = OrbitPoses(direction, self.scene.distance, self.config.pose_freedom)
-        return self.fit(name, field, poses, sheets=name.replace(" ", "_"), free=True)
+    def refine(self, name: str, field: Field, poses: OrbitPoses) -> Fit:
+        return self.fit(name, field, poses.requires_grad_(), sheets=name.replace(" ", "_"), free=True)
 
-    def flip_round(self, number: int, direction: Tensor, places: Tensor) -> tuple[Tensor, int]:
-        """One round over both halves: the directions after it, and how many views were turned or called back."""
-        config, direction, moved = self.config, direction.clone(), 0
-        samples = min(config.samples, HALF_SAMPLES)
-        both = halves(len(direction), derived_seed("halves", config.seed, number))
+    def flip_round(self, number: int, found: OrbitPoses, places: Tensor, scene: Scene) -> tuple[OrbitPoses, int]:
+        """One round over both halves: where the views stand after it, and how many were turned or called back."""
+        seed, moved, samples = self.config.seed, 0, min(self.config.samples, HALF_SAMPLES)
+        both = halves(len(found.direction), derived_seed("halves", seed, number))
         for name, (fitting, choosing) in zip("ab", (both, both[::-1]), strict=True):
-            poses = OrbitPoses(direction, self.scene.distance).requires_grad_(False)
-            field = build_field("grid", HALF_FIELD, derived_seed("half", config.seed, number) % 2**31)
+            field = build_field("grid", HALF_FIELD, derived_seed("half", seed, number) % 2**31)
             fitted = self.fit(
-                f"flip {number}{name}", field, poses, fitting, steps=HALF_STEPS, learning_rate=0.08, decay=0.0,
-                samples=samples, keep_checkpoints=1,
+                f"flip {number}{name}", field, found, fitting, steps=HALF_STEPS, learning_rate=0.08, decay=0.0,
+                samples=samples, scene=scene, keep_checkpoints=1,
             )  # fmt: skip
-            before = direction[choosing]
-            turns = best_turns(fitted.field, self.scene, direction, choosing, samples)
+            before = found.direction[choosing]
+            turns = best_turns(fitted.field, scene, found, choosing, samples)
+            direction = found.direction.clone()
             direction[choosing] = torch.where(turns[:, None] != 0, turned(before, turns), before)
-            direction[choosing] = called_back(fitted.field, self.scene, direction, choosing, places, samples)
+            found = found.at(direction)
+            direction = direction.clone()
+            direction[choosing] = called_back(fitted.field, scene, found, choosing, places, samples)
+            found = found.at(direction)
             moved += int((direction[choosing] != before).any(1).sum())
-        return direction, moved
+        return found, moved

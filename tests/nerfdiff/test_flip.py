@@ -8,7 +8,7 @@ from factorkit.errors import FactorkitError
 from factorkit.nerfdiff.alarms import azimuth_spread, effective_use, pose_alarms, stop_if_asked
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.flip import TURNS, best_turns, called_back, halves
-from factorkit.nerfdiff.poses import dictionary, directions, orbit_poses, turned
+from factorkit.nerfdiff.poses import OrbitPoses, dictionary, directions, orbit_poses, turned
 from factorkit.nerfdiff.rays import Optics, render_views
 from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.search import AssignedPoses, candidate_errors
@@ -27,7 +27,7 @@ def test_views_choose_the_side_they_were_taken_from():
     scene = Scene(seen_from(way), [str(i) for i in range(12)], OPTICS, "object", DISTANCE, None)
     wrong = torch.tensor(TURNS)[torch.arange(12) % 4]
     chosen = torch.tensor([0, 1, 2, 3, 5, 7, 10])
-    turns = best_turns(scene_field(), scene, turned(way, -wrong), chosen, 48)
+    turns = best_turns(scene_field(), scene, OrbitPoses(turned(way, -wrong), DISTANCE), chosen, 48)
     assert torch.equal(turns, wrong[chosen])
 
 
@@ -38,7 +38,8 @@ def test_a_view_that_went_astray_is_called_back_and_the_others_stay():
     wrong = way.clone()
     wrong[2], wrong[4] = turned(way[2], 70.0), turned(way[4], 3.0)
     chosen = torch.tensor([1, 2, 4, 5])
-    back = called_back(scene_field(), scene, wrong, chosen, dictionary(24, [15, 25, 35, 45, 55]), 48)
+    places = dictionary(24, [15, 25, 35, 45, 55])
+    back = called_back(scene_field(), scene, OrbitPoses(wrong, DISTANCE), chosen, places, 48)
     assert torch.equal(back[[0, 2, 3]], wrong[[1, 4, 5]])
     assert (back[1] * way[2]).sum() > 0.97
 

@@ -117,3 +117,15 @@ def test_known_poses_are_brought_around_the_origin():
     moved = orbit_poses(way, 4.0)
     moved[:, :3, 3] += torch.tensor([5.0, -2, 1])
     assert torch.allclose(centred(moved, 2.0), orbit_poses(way, 2.0), atol=1e-3)
+
+
+def test_views_moved_elsewhere_keep_their_departures():
+    way = dictionary(4, [30])
+    poses = OrbitPoses(way, 2.5, ("roll", "aim"))
+    poses.freedom["roll"].data.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    poses.freedom["aim"].data.fill_(0.05)
+    moved = poses.at(turned(way, 90.0))
+    turn = torch.eye(4)
+    turn[:2, :2] = torch.tensor([[0.0, -1], [1, 0]])
+    assert torch.allclose(moved(), turn @ poses(), atol=1e-5)
+    assert not any(p.requires_grad for p in moved.parameters()) and all(p.requires_grad for p in poses.parameters())
