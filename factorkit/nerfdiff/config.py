@@ -165,7 +165,7 @@ _THESIS = {
 def _sized(resolution: int) -> dict[str, Any]:
     """The robust recipe's final field at a resolution: a vertex a pixel, as many steps along a ray, and longer."""
     side = min(max(resolution, 32), 128)
-    return {"grid": side, "samples": side, "field_steps": round(300 * side / 32)}
+    return {"grid": side, "samples": side, "field_steps": round(400 * side / 32)}
 
 
 #: what search="joint" changes of a preset of the robust recipe
