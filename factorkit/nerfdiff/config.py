@@ -74,17 +74,17 @@ class NerfdiffConfig(EngineConfig):
     """Views a step of search and refinement."""
     rays: int = 256
     """Rays of each view a step."""
-    roughness: float = 1e-3
+    roughness: float = 3e-4
     """Weight of the differences of neighbouring numbers of the grid, beside the mean squared error."""
     search_steps: int = 600
     """Of the dictionary search."""
     search_learning_rate: float = 0.05
     """Of the field in the search."""
-    field_steps: int = 300
+    field_steps: int = 400
     """Of the refinement of field and poses."""
     field_learning_rate: float = 0.03
     """Of the field in the refinement, and with search="joint"."""
-    pose_learning_rate: float = 0.01
+    pose_learning_rate: float = 0.005
     """Of the views' poses in the refinement."""
 
     encoder_resolution: int = 32
