@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
-import subprocess
 import time
 from pathlib import Path
+
+from benchmarks.recording import commit, machine, read_results, write_result
 
 RESULTS = Path(__file__).with_name("results") / "segmentation.json"
 WORKED = 0.8  # IoU from which a run counts as having found the object
@@ -40,7 +40,7 @@ def main() -> None:
     changes = {k: json.loads(v) for k, v in (entry.split("=", 1) for entry in args.set)}
     for seed in args.seeds:
         run_once(args, changes, seed)
-    print(table(read_results()))
+    print(table(read_results(RESULTS)))
 
 
 def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
@@ -51,7 +51,7 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
 
     settings = {"preset": args.preset, "form": args.form, **changes}
     key = " ".join([args.name, *(f"{k}={v}" for k, v in settings.items()), f"seed={seed}"])
-    if key in read_results():
+    if key in read_results(RESULTS):
         return
     out = args.out / key.replace(" ", "_").replace("/", "_")
     shutil.rmtree(out, ignore_errors=True)  # a result is of one unbroken, timed run
@@ -73,23 +73,8 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
         "machine": machine(run.config.threads or torch.get_num_threads()), "commit": commit(),
         "torch": torch.__version__,
     }  # fmt: skip
-    write_result(key, record)
+    write_result(RESULTS, key, record)
     print(key, {k: round(run.scores[k], 3) for k in ("acc", "iou", "dice")}, f"{seconds:.0f} s", flush=True)
-
-
-def read_results() -> dict[str, dict]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
-def write_result(key: str, record: dict) -> None:
-    """Add one result. Two benchmarks may run side by side, so the file is locked while it is read and written."""
-    import fcntl
-
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        results = {**read_results(), key: record}
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
 def table(results: dict[str, dict]) -> str:
@@ -105,27 +90,6 @@ def table(results: dict[str, dict]) -> str:
         worked = sum(x >= WORKED for x in iou)
         lines.append(f"| {name} | {len(iou)} | {worked} | {each} | {statistics.mean(iou):.3f} | {seconds:.0f} |")
     return "\n".join(lines)
-
-
-def machine(threads: int) -> str:
-    """The processor and the threads used of it."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{model}, {threads} thread(s)"
-
-
-def commit() -> str:
-    """The commit of this checkout, marked where it has changes."""
-    try:
-        asked = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-        said = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        return said.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

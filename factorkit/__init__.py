@@ -3,6 +3,9 @@
     run = factorkit.train_segdiff("photos/", out="runs/photos")     # the same call again resumes
     run = factorkit.load("runs/photos")
     run.segment(images);  run.generate(16);  run.evaluate(photos, masks)
+
+    run = factorkit.train_nerfdiff("lego/", out="runs/lego", preset="fast")
+    run.predict_pose(images);  run.render_path("orbit");  run.sample(4);  run.evaluate(views)
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from factorkit.errors import CheckpointError, ConfigError, DataError, FactorkitError
 
 if TYPE_CHECKING:
+    from factorkit.nerfdiff.run import NerfdiffRun
+    from factorkit.nerfdiff.train import train_nerfdiff
     from factorkit.rendering import render
     from factorkit.segdiff.run import SegdiffRun
     from factorkit.segdiff.train import train_segdiff
@@ -29,9 +34,11 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FactorkitError",
+    "NerfdiffRun",
     "SegdiffRun",
     "load",
     "render",
+    "train_nerfdiff",
     "train_segdiff",
 ]
 
@@ -39,6 +46,8 @@ __all__ = [
 _LAZY = {
     "train_segdiff": "factorkit.segdiff.train",
     "SegdiffRun": "factorkit.segdiff.run",
+    "train_nerfdiff": "factorkit.nerfdiff.train",
+    "NerfdiffRun": "factorkit.nerfdiff.run",
     "render": "factorkit.rendering",
 }
 
@@ -49,12 +58,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'factorkit' has no attribute {name!r}")
 
 
-def load(path: str | Path, *, device: str = "auto") -> SegdiffRun:
+def load(path: str | Path, *, device: str = "auto") -> SegdiffRun | NerfdiffRun:
     """A trained run from its folder or from one ``.safetensors`` file; no settings to repeat.
 
     Raises:
         CheckpointError: nothing there, another model, or a damaged file (in a folder the previous checkpoint is taken).
     """
+    from factorkit.engine.folder import model_name
+    from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.segdiff.run import SegdiffRun
 
-    return SegdiffRun.load(path, device=device)
+    kind = NerfdiffRun if model_name(Path(path)) == "nerfdiff" else SegdiffRun
+    return kind.load(path, device=device)

@@ -20,10 +20,11 @@ from collections.abc import Iterator, Sequence
 
 from factorkit import __version__
 from factorkit.errors import ConfigError, FactorkitError
-from factorkit.flags import COMMANDS, Command
+from factorkit.flag_types import Command
+from factorkit.flags import COMMANDS
 
 MANUAL = """\
-factorkit: segmentation and image generation from unlabelled photographs, learnt by denoising alone
+factorkit: segmentation, and cameras and scenes, from unlabelled pictures, learnt by denoising alone
 
 USAGE
     factorkit COMMAND [OPTIONS]
@@ -38,6 +39,8 @@ EXAMPLES
     factorkit train segdiff --data photos/ --out runs/photos --preset fast64
     factorkit segment runs/photos holiday.jpg more_photos/ --out segmented
     factorkit generate runs/photos -n 16 --out generated
+    factorkit train nerfdiff --data lego/ --out runs/lego --preset fast
+    factorkit render runs/lego --out orbit.gif
     factorkit evaluate runs/photos --images photos/ --masks masks/ --ignore 128 --fit 16 --baselines
 
 EVERY COMMAND TAKES
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without: the process's own); answers the exit code, see :data:`MANUAL`."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
-        listed = (f"    {name:<10} {inspect.getdoc(command).splitlines()[0]}" for name, command in COMMANDS.items())
+        listed = (f"    {name:<11} {inspect.getdoc(command).splitlines()[0]}" for name, command in COMMANDS.items())
         print(MANUAL.format(commands="\n".join(listed)), end="")
         return 0
     if args[0] == "--version":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,15 +13,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import factorkit
+from factorkit.command_words import duration, failures, load_run, saying_what_is_saved
 from factorkit.data.datasets import open_dataset, procedural_dataset
 from factorkit.data.images import BrokenImage
 from factorkit.data.sources import FileSource, Source, open_source
 from factorkit.engine.config import cpu_threads
-from factorkit.engine.curves import timeline
-from factorkit.engine.log import read_log
 from factorkit.engine.report import verdict, write_report
-from factorkit.errors import DataError, FactorkitError
+from factorkit.errors import DataError
+from factorkit.flag_types import Result
 from factorkit.metrics.baselines import BASELINES
 from factorkit.segdiff import pictures
 from factorkit.segdiff.config import SegdiffConfig
@@ -35,30 +33,6 @@ SHEET_IMAGES, SHEET_CELL = 32, 128  # on the contact sheet of segmented images: 
 FRAMES, FRAME_SAMPLES = 10, 8  # of a trajectory: columns and samples shown
 NAMED = 20  # skipped images named in a warning; the JSON result has them all
 RESULT_NAME = re.compile(r"_(labels|overlay|mask_\d+)\.png$|^contact_sheet\.png$")
-
-
-#: What a command found, as JSON-able data and as text for a person.
-Result = tuple[dict[str, Any], str]
-
-
-class Interrupted(FactorkitError):
-    """A training was stopped from outside; the message says what is saved."""
-
-    def __init__(self, exit_code: int, message: str):
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-@contextlib.contextmanager
-def saying_what_is_saved(folder: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM leave a training as exceptions, once it has saved; this gives them words."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        saved = f"a checkpoint is saved in {folder}, the same command goes on from there"
-        if not any(folder.rglob("step_*.safetensors")):
-            saved = "nothing was saved yet"
-        raise Interrupted(stop.code if isinstance(stop, SystemExit) else 130, f"stopped: {saved}") from None
 
 
 def train(
@@ -99,21 +73,21 @@ def dry_run(data: Path | None, preset: str | None, seeds: int, changes: dict[str
 
 def segment(run: Path, paths: Sequence[Path], out: Path, t: int | None, device: str) -> Result:
     """Label images, masks and overlays of every picture, and one contact sheet."""
-    found = write_segments(factorkit.load(run, device=device), open_inputs(paths, out), out, t)
+    found = write_segments(load_run(run, device, "segdiff"), open_inputs(paths, out), out, t)
     skipped = f", {len(found['skipped'])} skipped" if found["skipped"] else ""
     return found, f"{found['segmented']} segmented{skipped}: {out}\ncontact sheet: {found['contact_sheet']}"
 
 
 def generate(run: Path, out: Path, device: str, **options: Any) -> Result:
     """Generated images with labels and masks, and one contact sheet; options are those of ``SegdiffRun.generate``."""
-    drawn = factorkit.load(run, device=device).generate(**options, progress=True)
+    drawn = load_run(run, device, "segdiff").generate(**options, progress=True)
     found = write_generated(drawn, out)
     return found, f"{found['generated']} generated: {out}\ncontact sheet: {found['contact_sheet']}"
 
 
 def evaluate(run: Path, images: Path, masks: Path, device: str, **options: Any) -> Result:
     """Scores; options are those of ``SegdiffRun.evaluate``."""
-    model = factorkit.load(run, device=device)
+    model = load_run(run, device, "segdiff")
     scores = model.evaluate(images, masks, **options)
     if model.folder is not None:
         write_report(model.folder)
@@ -292,12 +266,6 @@ def _pixels(images) -> np.ndarray:
 # --- words ---
 
 
-def failures(folder: Path) -> list[str]:
-    """The label-free alarms that went off at the run's last sample sheet, in words."""
-    alarms = timeline(read_log(folder), "alarms")
-    return list(alarms[-1].get("failures", ())) if alarms else []
-
-
 def score_table(scores: dict[str, Any]) -> str:
     """Acc, IoU and DICE of the model, its oracle and the baselines, and what they were measured on."""
     oracle = {key: scores[f"oracle_{key}"] for key in ("acc", "iou", "dice")}
@@ -317,14 +285,6 @@ def score_table(scores: dict[str, Any]) -> str:
         f"{scores['fitted_on']} others; areas of the regions {regions}"
     )
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit a person would use."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def _report(run: SegdiffRun) -> Path:

@@ -31,6 +31,8 @@ OPTIONAL = {
         "no tiny-cuda-nn fields; factorkit never requires it",
         "build it on a machine with nvcc, as its repository (NVlabs/tiny-cuda-nn) describes",
     ),
+    "av": ("no videos are read or written", "pip install -e '.[video]' in the source checkout"),
+    "skimage": ("no meshes are exported", "pip install -e '.[mesh]' in the source checkout"),
     "viser": ("no interactive viewer", "pip install -e '.[viewer]' in the source checkout"),
     "torch_fidelity": ("no FID of generated images", "pip install -e '.[fid]' in the source checkout"),
     "tensorboard": (

@@ -5,54 +5,27 @@ torch takes seconds to import, so nothing that needs it is imported before a com
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from factorkit.errors import ConfigError
-
-if TYPE_CHECKING:
-    from factorkit.commands import Result
+from factorkit.flag_types import Command, OptionalInt, OptionalPath, Result, RunCommand, read_flags
+from factorkit.flags_nerfdiff import Export, Pose, Reconstruct, Render, Reproduce, Sample, TrainNerfdiff, View
 
 Config = TypeVar("Config")
-OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
-OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
 Level = Annotated[int | None, arg(aliases=["-t"], metavar="INT", help_behavior_hint="")]
-
-
-@dataclass(kw_only=True)
-class Command:
-    """What every command takes."""
-
-    json: bool = False
-    """Print the result as one JSON object, the only line on standard output."""
-    debug: bool = False
-    """On an error, show where in the code it arose."""
-
-    def run_command(self) -> Result:
-        """Do the work."""
-        raise NotImplementedError
-
-    @classmethod
-    def parse(cls, prog: str, args: Sequence[str]) -> Command:
-        """The command with these flags. Raises SystemExit, as parsers do, after help and for mistakes."""
-        return _read(cls, cls, prog, args)
-
-
-def _read(kind: Any, manual: type, prog: str, args: Sequence[str], **options: Any) -> Any:
-    # a description of our own: tyro would take the examples for a section of the docstring, and leave them out
-    options |= {"prog": prog, "args": args, "description": inspect.getdoc(manual)}
-    return tyro.cli(kind, config=(tyro.conf.FlagCreatePairsOff,), **options)
 
 
 @dataclass(kw_only=True)
 class Train(Command, Generic[Config]):
     """Train a model on unlabelled photographs, or take an interrupted training up again.
+
+    This page is of `train segdiff`; `factorkit train nerfdiff --help` has the other one, for views of a scene.
 
     The run is a folder: settings, checkpoints, sample sheets, log, scores.json and report.html, to open in a browser.
     The same command again resumes it, exactly, from the newest checkpoint.
@@ -91,12 +64,14 @@ class Train(Command, Generic[Config]):
     config: OmitArgPrefixes[Config]
 
     @classmethod
-    def parse(cls, prog: str, args: Sequence[str]) -> Train:
+    def parse(cls, prog: str, args: Sequence[str]) -> Command:
+        if "nerfdiff" in args[:1]:
+            return TrainNerfdiff.parse(prog, args)
         basis, _ = tyro.cli(_Basis, prog=prog, args=args, add_help=False, return_unknown_args=True)
         from factorkit.segdiff.config import SegdiffConfig, preset_config
 
         default = cls(model=tyro.MISSING, config=preset_config(_preset(basis)))
-        return _read(cls[SegdiffConfig], cls, prog, args, default=default)
+        return read_flags(cls[SegdiffConfig], cls, prog, args, default=default)
 
     def run_command(self) -> Result:
         from factorkit import commands
@@ -123,16 +98,6 @@ def _preset(flags: _Basis | Train) -> str:
 def _holdout(value: str) -> str | int:
     # of `str | int` a parser takes the first that fits, and everything is a string
     return int(value) if value.isdecimal() else value
-
-
-@dataclass(kw_only=True)
-class RunCommand(Command):
-    """What every command on a trained run takes."""
-
-    run: Positional[Annotated[Path, arg(metavar="RUN")]]
-    """A run folder, or one .safetensors file."""
-    device: Annotated[str, arg(metavar="auto|cpu|cuda|cuda:N")] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
 
 
 @dataclass(kw_only=True)
@@ -201,7 +166,10 @@ class Generate(RunCommand):
 
 @dataclass(kw_only=True)
 class Evaluate(RunCommand):
-    """Score a model's regions against foreground masks: Acc, IoU and DICE, means over images.
+    """Score a segdiff run against foreground masks, or a nerfdiff run against views with true poses.
+
+    With --images and --masks: Acc, IoU and DICE of the regions, means over images. With --views: degrees, PSNR and SSIM
+    of cameras and renders.
 
     Which regions are foreground is fitted on the first FIT labelled images and then fixed; the rest are scored. The
     oracle chooses anew for each image by its own label: an upper bound, no result. Images and masks match by name
@@ -211,11 +179,18 @@ class Evaluate(RunCommand):
     EXAMPLES
         factorkit evaluate runs/flowers --images photos/ --masks masks/ --ignore 128 --fit 16
         factorkit evaluate runs/flowers --images photos/ --masks masks/ --baselines
+        factorkit evaluate runs/lego --views lego/ --split test --json
     """
 
-    images: Path
+    views: OptionalPath = None
+    """Views with true poses, of any kind that `train nerfdiff` reads."""
+    split: Annotated[Literal["train", "test"] | None, arg(help_behavior_hint="")] = None
+    """Which of the views; without: all."""
+    refine: int = 0
+    """Of nerfdiff: steps by which the encoder's poses are refined."""
+    images: OptionalPath = None
     """Folder, .zip or array of images."""
-    masks: Path
+    masks: OptionalPath = None
     """Folder, .zip or array of masks; every value above 0 is foreground."""
     fit: OptionalInt = None
     """Labelled images that fit the mapping; without: the run's own (16), at most half of them."""
@@ -229,6 +204,12 @@ class Evaluate(RunCommand):
     """Pixels a side at which to score; without: the model's resolution."""
 
     def run_command(self) -> Result:
+        if self.views is not None:
+            from factorkit import commands_nerfdiff
+
+            return commands_nerfdiff.evaluate(self.run, self.views, self.split, self.refine, self.device)
+        if self.images is None or self.masks is None:
+            raise ConfigError("nothing to score with: give --images and --masks, or --views for a nerfdiff run")
         from factorkit import commands
 
         options = {"fit": self.fit, "ignore": self.ignore, "baselines": self.baselines, "t": self.t, "size": self.size}
@@ -237,28 +218,34 @@ class Evaluate(RunCommand):
 
 @dataclass(kw_only=True)
 class Demo(Command):
-    """See it work: train on flowers drawn on the spot, segment, generate, report.
+    """See it work: train on pictures made on the spot, use the model, report.
 
-    Takes a few minutes on two CPU cores. The model is scored on 200 held-out flowers beside trivial baselines, 8 of
-    them are segmented, and 16 new ones generated. Where the regions did not come to follow the flowers, it says so. The
-    same command again resumes, or shows the finished run.
+    Takes a few minutes on two CPU cores. Segdiff is scored on 200 held-out flowers beside trivial baselines, 8 of them
+    are segmented, and 16 new ones generated. Nerfdiff finds the cameras of 80 views of a procedural scene, is scored by
+    their true poses on 20 others, and flies around what it found. Where it did not work, it says so. The same command
+    again resumes, or shows the finished run.
 
     EXAMPLES
         factorkit demo
+        factorkit demo nerfdiff
         factorkit demo --seed 3 --out runs/demo3
     """
 
-    model: Positional[Literal["segdiff"]] = "segdiff"
+    model: Positional[Literal["segdiff", "nerfdiff"]] = "segdiff"
     """What to show."""
-    out: Path = Path("runs/demo")
-    """The run folder."""
+    out: OptionalPath = None
+    """The run folder; without: runs/demo, or runs/demo-nerfdiff."""
     seed: int = 0
     """Of the weights, the data order and the noise."""
 
     def run_command(self) -> Result:
+        if self.model == "nerfdiff":
+            from factorkit import commands_nerfdiff
+
+            return commands_nerfdiff.demo(self.out or Path("runs/demo-nerfdiff"), self.seed)
         from factorkit import commands
 
-        return commands.demo(self.out, self.seed)
+        return commands.demo(self.out or Path("runs/demo"), self.seed)
 
 
 @dataclass(kw_only=True)
@@ -297,6 +284,7 @@ class Doctor(Command):
 
 
 COMMANDS: dict[str, type[Command]] = {
-    "demo": Demo, "train": Train, "segment": Segment, "generate": Generate, "evaluate": Evaluate, "prepare": Prepare,
-    "doctor": Doctor,
+    "demo": Demo, "train": Train, "segment": Segment, "generate": Generate, "pose": Pose, "reconstruct": Reconstruct,
+    "render": Render, "sample": Sample, "export": Export, "view": View, "reproduce": Reproduce,
+    "evaluate": Evaluate, "prepare": Prepare, "doctor": Doctor,
 }  # fmt: skip

@@ -5,7 +5,10 @@ from factorkit.data.images import BrokenImage, square, to_rgb
 from factorkit.data.labelled import Labelled, load_labelled
 from factorkit.data.prepare import Prepared, prepare
 from factorkit.data.procedural import flowers
+from factorkit.data.procedural_scene import procedural_views
 from factorkit.data.sources import Source, open_source
+from factorkit.data.views import Views
+from factorkit.data.views_open import open_views
 
 __all__ = [
     "BrokenImage",
@@ -13,12 +16,15 @@ __all__ = [
     "Labelled",
     "Prepared",
     "Source",
+    "Views",
     "flowers",
     "load_labelled",
     "open_dataset",
     "open_source",
+    "open_views",
     "prepare",
     "procedural_dataset",
+    "procedural_views",
     "square",
     "to_rgb",
 ]

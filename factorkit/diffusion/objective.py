@@ -21,6 +21,7 @@ from factorkit.errors import ConfigError
 PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "eps": lambda a, s: (torch.zeros_like(a), torch.ones_like(a)),  # Ho et al. 2020, eq. 12
     "v": lambda a, s: (-s, a),  # Salimans & Ho 2022, section 4
+    "x0": lambda a, s: (torch.ones_like(a), torch.zeros_like(a)),  # the clean image itself
 }
 
 

@@ -84,6 +84,10 @@ def draw_curves(log: Iterable[dict[str, Any]], theme: Theme) -> list[tuple[str, 
         ("Area of each region", "A band that vanishes is a region that died; one that fills all is a collapse.",
          _areas, steps),
         ("Entropy of the masks", "Zero where every pixel is given to one region wholly.", _entropy, steps),
+        ("Classifier", "Share of the views whose best score lies at the candidate that was to have it.",
+         _classified, steps),
+        ("Use of the candidates", "Bands that vanish are candidates nobody takes; one that fills all is a collapse.",
+         _candidates, steps),
         ("Images per second", "", _speed, steps),
     ]  # fmt: skip
     figures = []
@@ -155,15 +159,24 @@ def _quarters(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> boo
 
 
 def _areas(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
-    k = _width(events, "areas")
-    events = [event for event in events if isinstance(event.get("areas"), list)]
+    return _stack(axes, events, "areas", "region", theme)
+
+
+def _candidates(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
+    return _stack(axes, events, "candidate_use", "", theme)
+
+
+def _stack(axes: Axes, events: Sequence[dict[str, Any]], name: str, label: str, theme: Theme) -> bool:
+    """Shares of one, a band for each entry of the list under ``name``."""
+    k = _width(events, name)
+    events = [event for event in events if isinstance(event.get(name), list)]
     if not k:
         return False
     x = [event["step"] for event in events]
-    shares = [[v if is_number(v := _entry("areas", i)(event)) else 0.0 for event in events] for i in range(k)]
+    shares = [[v if is_number(v := _entry(name, i)(event)) else 0.0 for event in events] for i in range(k)]
     if len(x) == 1:  # a stack needs two points to have a width
         x, shares = [x[0] - 0.5, x[0] + 0.5], [row * 2 for row in shares]
-    axes.stackplot(x, shares, colors=palette(k) / 255, labels=[f"region {i + 1}" for i in range(k)], alpha=0.9)
+    axes.stackplot(x, shares, colors=palette(k) / 255, labels=[f"{label} {i + 1}".strip() for i in range(k)], alpha=0.9)
     axes.set_ylim(0, 1)
     axes.margins(x=0)
     _legend(axes, theme)
@@ -172,6 +185,10 @@ def _areas(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
 
 def _entropy(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
     return _line(axes, events, "entropy", theme)
+
+
+def _classified(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
+    return _line(axes, events, "classified", theme)
 
 
 def _speed(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:

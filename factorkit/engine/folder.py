@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -79,6 +80,20 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Restore it, or give another out=") from error
     return settings
+
+
+def model_name(path: Path) -> str | None:
+    """Which model a run folder or a checkpoint file is of, as far as that can be told; what is wrong with a damaged
+    one is said by whoever reads it.
+
+    Raises:
+        CheckpointError: the path is a folder, but no run.
+    """
+    if path.is_dir():
+        return read_settings(path).get("model")
+    with suppress(CheckpointError):
+        return read_checkpoint(path)[1].get("model")
+    return None
 
 
 def write_json(path: Path, values: Any) -> None:

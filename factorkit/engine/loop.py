@@ -33,13 +33,15 @@ class Trainer:
     Args:
         meta: JSON-able facts stored with every checkpoint (the whole configuration, what the model is).
         stop_at: end (with a checkpoint) before this step instead; the schedule stays that of ``config.steps``.
+        report: write the folder's report; off where the folder is a stage of another run.
     """
 
     def __init__(self, task: Task, config: EngineConfig, folder: Path, meta: dict[str, Any], *, device: torch.device,
-                 progress: bool = True, stop_at: int | None = None):  # fmt: skip
+                 progress: bool = True, stop_at: int | None = None, report: bool = True):  # fmt: skip
         self.task, self.config, self.folder, self.meta, self.device = task, config, Path(folder), meta, device
         self.last = min(stop_at or config.steps, config.steps)
         self.progress = progress and distributed.rank() == 0
+        self.report = report
         if config.batch_size % distributed.world_size():
             raise ConfigError(
                 f"batch_size={config.batch_size} cannot be shared equally by {distributed.world_size()} processes; "
@@ -156,6 +158,8 @@ class Trainer:
         return self.average.module
 
     def _report(self) -> None:
+        if not self.report:
+            return
         try:
             write_report(self.folder)
         except CheckpointError as error:  # must not stand in for how the run itself ended

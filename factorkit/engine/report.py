@@ -12,13 +12,13 @@ import platform
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
-from factorkit.engine.curves import ALARM_LIMITS, DARK, LIGHT, draw_curves, is_number, timeline
+from factorkit.engine.curves import DARK, LIGHT, draw_curves, is_number, timeline
+from factorkit.engine.judge import Verdict, baselines_of, headline_tiles, judge, number
 from factorkit.engine.log import read_log
 from factorkit.engine.report_style import STYLE
 from factorkit.errors import CheckpointError
@@ -29,27 +29,15 @@ REPORT_NAME = "report.html"
 _SHEET_NAME = re.compile(r"(?P<step>\d+)_(?P<kind>.+)")
 _STRIP = 8  # sheets of one kind in the strip below the latest
 _STRIP_SIZE = (320, 240)
+FIRST = ("segmentation", "views")  # sheets of what is judged first, before what the alphabet would have
 _EVENTS = 200  # the newest events shown
 _SCORES = (("acc", "Acc"), ("iou", "IoU"), ("dice", "Dice"))
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether the run converged, in words.
-
-    status: "good"; "mixed" where the alarms and the scores disagree; "bad"; "open" while there is nothing to judge by.
-    headline: one sentence. details: the sentences behind it, with their figures.
-    """
-
-    status: Literal["good", "mixed", "bad", "open"]
-    headline: str
-    details: list[str]
 
 
 def verdict(folder: str | os.PathLike[str]) -> Verdict:
     """Judge the run in `folder` by its last alarms and its scores, as far as there are any."""
     folder = Path(folder)
-    return _judge(read_log(folder), _read_json(folder / "scores.json"))
+    return judge(_read_json(folder / "config.json"), read_log(folder), _read_json(folder / "scores.json"))
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
@@ -65,7 +53,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no run folder: it does not exist. Give the out= of a training run")
     config, log, scores = _read_json(folder / "config.json"), read_log(folder), _read_json(folder / "scores.json")
-    judged = _judge(log, scores)
+    judged = judge(config, log, scores)
     name = folder.resolve().name
     progress = _text(_progress(config, log))
     body = [
@@ -109,53 +97,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _judge(log: list[dict[str, Any]], scores: dict[str, Any]) -> Verdict:
-    # A model without masks logs the event without failures: nothing was judged.
-    alarms = [event for event in timeline(log, "alarms") if isinstance(event.get("failures"), list)]
-    failures = [str(failure) for failure in alarms[-1]["failures"]] if alarms else []
-    iou, best = scores.get("iou"), _best_baseline(scores)
-    details = []
-    if alarms:
-        when = f"Without labels, at step {alarms[-1]['step']:g}: "
-        details.append(when + ("; ".join(failures) if failures else "no alarm went off") + ".")
-    beaten = None
-    if is_number(iou):
-        scored = scores.get("scored")
-        sentence = f"IoU {iou:.3f}" + (f" on {scored:g} labelled images" if is_number(scored) else "")
-        if best is None:
-            sentence += "; no baseline stands beside it yet"
-        else:
-            beaten = iou > best[1]
-            sentence += f"; the best baseline, {best[0]}, has {best[1]:.3f}"
-        details.append(sentence + ".")
-    elif alarms:
-        details.append("No labelled images were scored yet; the alarms certify content, not objects.")
-
-    if not alarms and beaten is None:
-        return Verdict("open", "No verdict yet", details or ["There are neither alarms nor scores."])
-    if failures:
-        if beaten:
-            return Verdict("mixed", "The masks beat every baseline, although an alarm went off", details)
-        return Verdict("bad", "Failed: " + failures[0].split(":")[0], details)
-    if beaten is False:
-        follow = "The masks follow content, but" if alarms else "The masks"
-        return Verdict("mixed" if alarms else "bad", f"{follow} do not beat the best baseline", details)
-    return Verdict("good", "The masks follow content" if alarms else "The masks beat every baseline", details)
-
-
-def _baselines(scores: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The baselines, best IoU first, those without a score last."""
-    baselines = scores.get("baselines")
-    items = baselines.items() if isinstance(baselines, dict) else ()
-    found = [(str(name).replace("_", " "), values) for name, values in items if isinstance(values, dict)]
-    return sorted(found, key=lambda item: -item[1]["iou"] if is_number(item[1].get("iou")) else 1)
-
-
-def _best_baseline(scores: dict[str, Any]) -> tuple[str, float] | None:
-    best = next(iter(_baselines(scores)), None)
-    return (best[0], best[1]["iou"]) if best is not None and is_number(best[1].get("iou")) else None
-
-
 def _progress(config: dict[str, Any], log: list[dict[str, Any]]) -> str:
     """One sentence on how far the run is."""
     stages = [event for event in log if event.get("event") in ("start", "resume", "signal", "end")]
@@ -193,18 +134,15 @@ def _verdict_box(judged: Verdict) -> str:
 
 
 def _headline_numbers(config: dict[str, Any], log: list[dict[str, Any]], scores: dict[str, Any]) -> str:
-    steps, alarms = timeline(log, "step"), timeline(log, "alarms")
-    last, alarm = steps[-1] if steps else {}, alarms[-1] if alarms else {}
-    best = _best_baseline(scores)
+    steps = timeline(log, "step")
+    last = steps[-1] if steps else {}
     seconds = [event["seconds"] for event in steps if is_number(event.get("seconds"))]
     tiles = [
-        ("IoU", _number(scores.get("iou")), f"best baseline {best[1]:.3f}" if best else ""),
-        ("IoU, per-image oracle", _number(scores.get("oracle_iou")), "an upper bound"),
-        ("eta gap", _number(alarm.get("eta_gap")), f"alarm below {ALARM_LIMITS['eta_gap'].low}"),
-        ("loss", _number(last.get("loss"), 4), ""),
-        ("step", _number(last.get("step"), 0), f"of {_number(config.get('steps'), 0)}" if "steps" in config else ""),
-        ("images seen", _number(last.get("images"), 0), ""),
-        ("images per second", _number(last.get("images_per_second"), 1), ""),
+        *headline_tiles(config, log, scores),
+        ("loss", number(last.get("loss"), 4), ""),
+        ("step", number(last.get("step"), 0), f"of {number(config.get('steps'), 0)}" if "steps" in config else ""),
+        ("images seen", number(last.get("images"), 0), ""),
+        ("images per second", number(last.get("images_per_second"), 1), ""),
         ("training time", _duration(sum(seconds)) if seconds else "", ""),
     ]
     shown = "".join(
@@ -224,8 +162,7 @@ def _sheets_section(folder: Path) -> str:
         step, kind = (int(match["step"]), match["kind"]) if match else (-1, path.stem)
         kinds.setdefault(kind, []).append((step, path))
     blocks = []
-    # Segmentations come before generated images, as the alphabet would not have it: they are what is judged first.
-    for kind, series in sorted(kinds.items(), key=lambda item: (item[0] != "segmentation", item[0])):
+    for kind, series in sorted(kinds.items(), key=lambda item: (item[0] not in FIRST, item[0])):
         series = [(step, path) for step, path in sorted(series) if _readable(path)]
         if not series:
             continue
@@ -290,9 +227,10 @@ def _scores_section(scores: dict[str, Any]) -> str:
         ("this run, per-image oracle", {name: scores.get(f"oracle_{name}") for name, _ in _SCORES}, "oracle"),
     ]
     rows = [row for row in ours if any(is_number(value) for value in row[1].values())]
-    rows += [(name, values, "") for name, values in _baselines(scores)]
+    rows += [(name, values, "") for name, values in baselines_of(scores)]
     if not rows:
-        return _section("Scores", "", "no labelled images were scored")
+        table = _table((name, _plain(value)) for name, value in scores.items())
+        return _section("Scores", table, "nothing was scored")
     lines = "".join(_score_line(*row) for row in rows)
     head = "<tr><th></th>" + "".join(f"<th>{label}</th>" for _, label in _SCORES) + "<th></th></tr>"
     known = {"baselines", *(name for name, _ in _SCORES), *(f"oracle_{name}" for name, _ in _SCORES)}
@@ -307,7 +245,7 @@ def _score_line(name: str, values: dict[str, Any], kind: str) -> str:
         cells = f"<td colspan=4 class=missing>{_text(values['unavailable'])}</td>"
     else:
         share = min(max(values["iou"], 0), 1) if is_number(values.get("iou")) else 0
-        cells = "".join(f"<td>{_number(values.get(key)) or '–'}</td>" for key, _ in _SCORES)
+        cells = "".join(f"<td>{number(values.get(key)) or '–'}</td>" for key, _ in _SCORES)
         cells += f"<td class=bar><i style='width:{share:.1%}'></i></td>"
     return f"<tr class='{kind}'><th>{_text(name)}</th>{cells}</tr>"
 
@@ -325,7 +263,7 @@ def _events_section(log: list[dict[str, Any]]) -> str:
         else:
             said = _plain({name: value for name, value in event.items() if name not in ("event", "step", "time")})
         stamp = _clock(event["time"]) if is_number(event.get("time")) else ""
-        cells = (stamp, _number(event.get("step"), 0), kind, said)
+        cells = (stamp, number(event.get("step"), 0), kind, said)
         rows.append("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
     head = "<tr><th>time (UTC)</th><th>step</th><th>event</th><th></th></tr>"
     left_out = f"<p class=note>The newest {_EVENTS} of {len(rows)}.</p>" if len(rows) > _EVENTS else ""
@@ -351,11 +289,6 @@ def _environment_section() -> str:
 
 
 # --- words and numbers ---
-
-
-def _number(value: object, digits: int = 3) -> str:
-    """A number with so many decimals; an empty text for anything else."""
-    return f"{value:,.{digits}f}" if is_number(value) else ""
 
 
 def _plain(value: object) -> str:

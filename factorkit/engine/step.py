@@ -42,7 +42,7 @@ class Task(Protocol):
     capturable: bool  # whether `loss` keeps to the device: the images lie there, nothing is read back
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Adam's groups; each has "params" and "scale", the factor on the learning rate."""
+        """Adam's groups; each has "params" and "scale", the factor on the learning rate, and may have "betas"."""
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         """Errors of the images ``indices`` at optimiser step ``step`` (no dimensions, on the device, as a graph must
@@ -166,7 +166,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: EngineConfig, device: t
     """Fused Adam whose learning rates and counts are tensors on the device."""
     rate = lambda: torch.tensor(config.learning_rate, device=device)  # noqa: E731
     optimizer = torch.optim.Adam(
-        [{"params": g["params"], "scale": g["scale"], "lr": rate()} for g in groups], fused=True,
+        [{**group, "lr": rate()} for group in groups], fused=True,
         capturable=device.type == "cuda",
     )  # fmt: skip
     optimizer._warned_capturable_if_run_uncaptured = True  # it runs uncaptured while the graph warms up

@@ -58,10 +58,11 @@ class BatchDraw:
         """Standard normal numbers [rows, *shape]."""
         return torch.randn(self.batch, *shape, generator=self.generator, device=self.device)[self.rows]
 
-    def uniform(self) -> Tensor:
-        """Uniform numbers in [0, 1), [rows]."""
-        return torch.rand(self.batch, generator=self.generator, device=self.device)[self.rows]
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), [rows, *shape]."""
+        return torch.rand(self.batch, *shape, generator=self.generator, device=self.device)[self.rows]
 
-    def integers(self, low: int, high: int) -> Tensor:
-        """Integers in [low, high), [rows]."""
-        return torch.randint(low, high, (self.batch,), generator=self.generator, device=self.device)[self.rows]
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Integers in [low, high), [rows, *shape]."""
+        size = (self.batch, *shape)
+        return torch.randint(low, high, size, generator=self.generator, device=self.device)[self.rows]

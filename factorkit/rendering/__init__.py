@@ -1,6 +1,7 @@
 """Pictures of fields: cameras, where to sample, and volume rendering over the ops."""
 
 from factorkit.rendering.cameras import Rays, image_rays, intrinsics_from_fov, look_at, orbit, pixel_rays
+from factorkit.rendering.ndc import from_ndc, ndc_rays
 from factorkit.rendering.occupancy import OccupancyGrid
 from factorkit.rendering.render import Rendered, render
 from factorkit.rendering.sampling import EvenSampling, OccupiedSampling
@@ -11,9 +12,11 @@ __all__ = [
     "OccupiedSampling",
     "Rays",
     "Rendered",
+    "from_ndc",
     "image_rays",
     "intrinsics_from_fov",
     "look_at",
+    "ndc_rays",
     "orbit",
     "pixel_rays",
     "render",

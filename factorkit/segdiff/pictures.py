@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from factorkit.engine.colors import palette
+from factorkit.engine.sheets import CELL, Caption, contact_sheet, enlarge, grey
 
 __all__ = [
     "contact_sheet",
@@ -23,16 +24,6 @@ __all__ = [
     "segmentation_sheet",
     "trajectory_sheet",
 ]
-
-# A caption is a text, or a text with the colour of a swatch drawn before it.
-Caption = str | tuple[str, Sequence[int]]
-
-_CELL = 96  # sides shorter than this are hard to judge on a screen
-_LARGEST_CELL = 256  # without a `cell` of the caller, larger images are shrunk to this
-_FONT_SIZE = 12
-_LINE = 18  # height of a line of captions
-_PAPER = (246, 246, 244)  # neither black nor white: the edges of a mask's cell stay visible
-_INK = (40, 40, 40)
 
 
 def label_image(labels: np.ndarray) -> Image.Image:
@@ -47,7 +38,7 @@ def label_image(labels: np.ndarray) -> Image.Image:
 
 def mask_image(mask: np.ndarray) -> Image.Image:
     """A soft mask, float [H, W] in [0, 1], as a grey image ("L"): 0 is black, 1 is white."""
-    return Image.fromarray(_grey(mask))
+    return Image.fromarray(grey(mask))
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, alpha: float = 0.5) -> np.ndarray:
@@ -63,52 +54,6 @@ def overlay(image: np.ndarray, labels: np.ndarray, alpha: float = 0.5) -> np.nda
     line[:-1] |= labels[:-1] != labels[1:]
     tinted[line] = 255
     return tinted
-
-
-def contact_sheet(
-    rows: Sequence[Sequence[np.ndarray | None]],
-    captions: Sequence[Caption] | None = None,
-    row_captions: Sequence[Caption] | None = None,
-    cell: int | None = None,
-    gap: int = 2,
-) -> Image.Image:
-    """A grid of pictures, with optional captions over the columns and left of the rows.
-
-    rows: lists of uint8 images [H, W, 3] or [H, W], of any sizes; None, and the end of a row shorter than others, stay
-    empty. cell: longest side of a cell in pixels, by default the largest image enlarged by a whole factor to at least
-    96 (at most 256). Images are enlarged by whole factors without smoothing, so that a pixel stays a square; only those
-    larger than a cell are resampled. gap: pixels between cells and around the grid.
-
-    Row i and column j of the grid begin at `gap + i * (cell height + gap)` below the captions, and alike to the right.
-    """
-    present = [picture for row in rows for picture in row if picture is not None]
-    if cell is None:
-        largest = max((max(picture.shape[:2]) for picture in present), default=_CELL)
-        cell = min(largest * -(-_CELL // largest), _LARGEST_CELL)
-    fitted = [[None if picture is None else _fit(np.asarray(picture), cell) for picture in row] for row in rows]
-    sizes = [picture.size for row in fitted for picture in row if picture is not None]
-    width = max((w for w, _ in sizes), default=cell)
-    height = max((h for _, h in sizes), default=cell)
-    columns = max((len(row) for row in rows), default=0)
-
-    font = ImageFont.load_default(_FONT_SIZE)
-    left = max((_caption_width(c, font) for c in row_captions), default=0) + 6 if row_captions else 0
-    top = _LINE if captions else 0
-    sheet = Image.new(
-        "RGB", (left + gap + columns * (width + gap), top + gap + len(rows) * (height + gap)), color=_PAPER
-    )
-    draw = ImageDraw.Draw(sheet)
-    for j, caption in enumerate(captions or ()):
-        _write(draw, caption, left + gap + j * (width + gap), 0, width, _LINE, font)
-    for i, caption in enumerate(row_captions or ()):
-        _write(draw, caption, 3, top + gap + i * (height + gap), left - 6, height, font)
-    for i, row in enumerate(fitted):
-        for j, picture in enumerate(row):
-            if picture is not None:
-                x = left + gap + j * (width + gap) + (width - picture.width) // 2
-                y = top + gap + i * (height + gap) + (height - picture.height) // 2
-                sheet.paste(picture, (x, y))
-    return sheet
 
 
 def segmentation_sheet(
@@ -131,9 +76,9 @@ def segmentation_sheet(
     rows = []
     for n, image in enumerate(images):
         row = [image, _outlined(image, masks[n].argmax(axis=0))]
-        row += [] if truth is None else [_grey(truth[n])]
-        row += [_grey(mask) for mask in masks[n]]
-        row += [] if branches is None else [_grey(painted) for painted in branches[n]]
+        row += [] if truth is None else [grey(truth[n])]
+        row += [grey(mask) for mask in masks[n]]
+        row += [] if branches is None else [grey(painted) for painted in branches[n]]
         rows.append(row)
     return contact_sheet(rows, captions)
 
@@ -154,7 +99,7 @@ def generation_sheet(
     for start in range(0, len(images), per_line):
         line = range(start, min(start + per_line, len(images)))
         rows += [[images[n] for n in line], [_outlined(images[n], labels[n]) for n in line]]
-        rows += [[_grey(masks[n, k]) for n in line] for k in range(len(colors))]
+        rows += [[grey(masks[n, k]) for n in line] for k in range(len(colors))]
         captions += ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
     return contact_sheet(rows, row_captions=captions)
 
@@ -180,11 +125,6 @@ def trajectory_sheet(
     return contact_sheet(rows, captions, row_captions)
 
 
-def _grey(values: np.ndarray) -> np.ndarray:
-    """Numbers or booleans in [0, 1] as uint8 of the same shape; what lies outside is clipped."""
-    return np.round(255 * np.clip(np.asarray(values, dtype=np.float32), 0, 1)).astype(np.uint8)
-
-
 def _colored(labels: np.ndarray) -> np.ndarray:
     """Labels [H, W] in their colours, uint8 [H, W, 3]."""
     return palette(int(labels.max(initial=0)) + 1)[labels]
@@ -192,39 +132,5 @@ def _colored(labels: np.ndarray) -> np.ndarray:
 
 def _outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """An overlay for a sheet: small images are enlarged first, so that the lines stay thin beside their pixels."""
-    factor = -(-_CELL // max(labels.shape))
-    return overlay(_enlarge(image, factor), _enlarge(labels, factor), alpha=0.45)
-
-
-def _enlarge(pixels: np.ndarray, factor: int) -> np.ndarray:
-    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _fit(pixels: np.ndarray, cell: int) -> Image.Image:
-    """The picture as large as a cell allows: by a whole factor where it is smaller, resampled where it is larger."""
-    picture = Image.fromarray(_enlarge(pixels, max(1, cell // max(pixels.shape[:2])))).convert("RGB")
-    picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
-    return picture
-
-
-def _split(caption: Caption) -> tuple[str, Sequence[int] | None]:
-    return (caption, None) if isinstance(caption, str) else caption
-
-
-def _caption_width(caption: Caption, font: ImageFont.FreeTypeFont) -> int:
-    text, color = _split(caption)
-    return round(font.getlength(text)) + (0 if color is None else _FONT_SIZE)
-
-
-def _write(
-    draw: ImageDraw.ImageDraw, caption: Caption, x: int, y: int, width: int, height: int, font: ImageFont.FreeTypeFont
-) -> None:
-    """Write a caption into a box, cut short where it would leave it."""
-    text, color = _split(caption)
-    middle = y + height // 2
-    if color is not None:
-        draw.rectangle((x, middle - 4, x + 8, middle + 4), fill=tuple(int(c) for c in color))
-        x, width = x + _FONT_SIZE, width - _FONT_SIZE
-    while text and font.getlength(text) > width:
-        text = text[:-1]
-    draw.text((x, middle), text, fill=_INK, font=font, anchor="lm")
+    factor = -(-CELL // max(labels.shape))
+    return overlay(enlarge(image, factor), enlarge(labels, factor), alpha=0.45)

@@ -72,6 +72,8 @@ class Generation(NamedTuple):
 class SegdiffRun:
     """A trained factorized diffusion model: its averaged weights after ``step`` steps, and its folder if it has one."""
 
+    MODEL = "segdiff"
+
     def __init__(
         self, config: SegdiffConfig, model: FactorizedUNet, device: torch.device, step: int, folder: Path | None = None
     ):

@@ -165,7 +165,7 @@ def test_an_empty_folder_says_what_is_not_there_yet(tmp_path):
 def test_a_run_in_the_midst_says_so(tmp_path):
     page = Page(write_report(write_run(tmp_path / "run", scores=None, end=False)))
     assert "Not finished: step 40 of 40." in page.text
-    assert "Not there yet: no labelled images were scored" in page.text
+    assert "Not there yet: nothing was scored" in page.text
 
 
 def test_damaged_files_are_passed_over(tmp_path):

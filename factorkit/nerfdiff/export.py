@@ -1,0 +1,91 @@
+"""A scene and its cameras as files that other programs read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from factorkit.data.views import Views
+from factorkit.errors import ConfigError, DataError
+from factorkit.nerfdiff.export_cameras import write_colmap, write_transforms
+from factorkit.nerfdiff.export_surface import Shape, point_cloud, surface_mesh
+from factorkit.rendering.render import Field
+
+MESHES = (".ply", ".obj", ".glb")
+
+
+def export(
+    path: str | os.PathLike,
+    views: Views,
+    field: Field,
+    *,
+    kind: str | None = None,
+    lower: Sequence[float] = (-1.0, -1.0, -1.0),
+    upper: Sequence[float] = (1.0, 1.0, 1.0),
+    points: int = 100_000,
+    resolution: int = 128,
+    level: float | None = None,
+) -> Path:
+    """Write one of
+
+    - ``points`` (scene.ply): coloured points where the views see the scene's surface;
+    - ``mesh`` (mesh.ply, or any .obj or .glb): the surface of equal density, by marching cubes, coloured;
+    - ``nerfstudio`` (transforms.json): cameras, with the pictures in images/ beside it;
+    - ``colmap`` (a folder): cameras.txt, images.txt and points3D.txt with the coloured points, pictures in images/.
+
+    Args:
+        path: where to; folders are made, files of the same name replaced.
+        views: pictures, intrinsics and poses, in the field's space.
+        field: as :func:`factorkit.render` takes it.
+        kind: one of the four; None: what the path says, see above.
+        lower, upper: corners of the box outside of which the field is not asked.
+        points: how many, about; a view contributes what it sees.
+        resolution: cells of the mesh along the box's longest side.
+        level: density of the mesh's surface, per unit of length; None: light is halved within a 16th of the box's
+            longest side.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: a path that says no kind, an unknown kind, a mesh's suffix that is none of .ply, .obj and .glb,
+            numbers below 1.
+        DataError: views without poses, a scene that no view sees, a density that never reaches the level.
+    """
+    path = Path(path)
+    kind = _kind(path) if kind is None else kind
+    if min(points, resolution) < 1:
+        raise ConfigError(f"points={points}, resolution={resolution}: give at least 1 of each")
+    if kind != "mesh" and views.poses is None:
+        raise DataError(f"{path}: views without poses cannot be exported as {kind}; predict their poses first")
+
+    def cloud() -> Shape:
+        return point_cloud(field, views, lower, upper, points)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "points":
+        cloud().save(path)
+    elif kind == "mesh":
+        if path.suffix.lower() not in MESHES:
+            raise ConfigError(f"{path}: a mesh is written as {', '.join(MESHES)}")
+        surface_mesh(field, lower, upper, resolution, level).save(path)
+    elif kind == "nerfstudio":
+        write_transforms(path, views)
+    elif kind == "colmap":
+        write_colmap(path, views, cloud())
+    else:
+        raise ConfigError(f"kind={kind!r}: give points, mesh, nerfstudio or colmap")
+    return path
+
+
+def _kind(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix == ".ply":
+        return "mesh" if "mesh" in path.stem.lower() else "points"
+    if suffix in MESHES:
+        return "mesh"
+    kinds = {".json": "nerfstudio", "": "colmap"}
+    if suffix not in kinds:
+        raise ConfigError(f"{path}: end it in .ply, .obj, .glb or .json, or name a folder for COLMAP")
+    return kinds[suffix]

@@ -1,0 +1,107 @@
+"""A field fitted to views: with their poses given, free, or refined from where a search left them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from factorkit.engine.step import StepLoss
+from factorkit.engine.streams import BatchDraw
+from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
+from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.nerfdiff.fields import Field
+from factorkit.nerfdiff.rays import Optics, render_pixels
+from factorkit.nerfdiff.scene import Scene, picked
+from factorkit.nerfdiff.watch import cameras_sheet
+
+FIELD_BETAS = (0.9, 0.99)  # a cell is seen by few rays a step: moments over a thousand steps would be of another scene
+
+
+class Fit(nn.Module):
+    """A field and where its views were taken from.
+
+    Args:
+        poses: a module that answers the poses [B, 4, 4] of view indices [B].
+        optics: of all views.
+        free_focal: whether their focal length is a parameter too, which starts at that of ``optics``.
+    """
+
+    def __init__(
+        self, field: Field, poses: nn.Module, optics: Optics, size: tuple[int, int], samples: int,
+        free_focal: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.field, self.poses = field, poses
+        self.given, self.size, self.samples = optics, size, samples
+        self.log_focal = nn.Parameter(torch.zeros((), device=optics.intrinsics.device)) if free_focal else None
+
+    @property
+    def optics(self) -> Optics:
+        """Of all views, as they stand now."""
+        if self.log_focal is None:
+            return self.given
+        zoom = torch.stack([self.log_focal.exp(), self.log_focal.exp(), torch.ones_like(self.log_focal)])
+        focal = torch.diag(self.given.intrinsics.diagonal() * zoom)
+        centre = self.given.intrinsics - torch.diag(self.given.intrinsics.diagonal())
+        return replace(self.given, intrinsics=focal + centre)
+
+    def forward(self, indices: Tensor, pixels: Tensor, seed: int, **options: Any) -> Tensor:
+        """Colours [B, R, 3] of pixels [B, R] of views [B]; ``options`` go to the poses."""
+        poses = self.poses(indices, **options)
+        return render_pixels(self.field, poses, self.optics, pixels, self.size, self.samples, seed)
+
+
+class FitTask:
+    """Squared errors of random rays through the views.
+
+    Args:
+        config: of the stage.
+        chosen: indices of the views to fit; None: all.
+        sheets: what the stage is called on sample sheets; None: it draws none.
+    """
+
+    capturable = False  # steps along a ray are jittered by a number the host knows
+
+    def __init__(
+        self, config: NerfdiffConfig, scene: Scene, model: Fit, chosen: Tensor | None = None, sheets: str | None = None
+    ):  # fmt: skip
+        self.config, self.scene, self.model, self.sheets = config, scene, model, sheets
+        self.chosen = torch.arange(len(scene.images)) if chosen is None else chosen
+        self.size = len(self.chosen)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The field at the stage's learning rate; poses, where they are free, at theirs."""
+        groups = [{"params": list(self.model.field.parameters()), "scale": 1.0, "betas": FIELD_BETAS}]
+        poses = [p for p in self.model.poses.parameters() if p.requires_grad]
+        poses += [] if self.model.log_focal is None else [self.model.log_focal]
+        scale = self.config.pose_learning_rate / self.config.learning_rate
+        return groups + ([{"params": poses, "scale": scale, "betas": FIELD_BETAS}] if poses else [])
+
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
+        which = self.chosen[indices]
+        images = self.images(int(step))[which.to(self.scene.images.device)]
+        pixels = draw.integers(0, images.shape[2] * images.shape[3], self.config.rays)
+        seen = model(which, pixels, int(step), **self.options(draw, int(step)))
+        error = (seen - picked(images, pixels)).square().mean((1, 2))
+        objective = error + self.config.roughness * self.model.field.roughness()
+        return StepLoss(objective, error, torch.zeros_like(error), {})
+
+    def images(self, step: int) -> Tensor:
+        """What the views are compared with at this step, [V, 3, H, W]."""
+        return self.scene.images
+
+    def options(self, draw: BatchDraw, step: Tensor) -> dict[str, Tensor]:
+        """What else the poses are to know."""
+        return {}
+
+    def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:
+        """Where the cameras stand, drawn and in figures."""
+        if self.sheets is None or self.scene.layout != "object":
+            return {}
+        poses = model.poses(torch.arange(len(self.scene.images)))
+        cameras_sheet(folder / f"{step:06d}_cameras_{self.sheets}.png", poses)
+        return stop_if_asked(pose_alarms(poses), self.config)

@@ -1,0 +1,63 @@
+"""The flip test: half of the views fit a fresh field, the other half choose where they stand by it, and in turn.
+
+Views on the wrong side of a nearly symmetric scene agree with a field that they took part in fitting, which grows two
+fronts for them. A field that never saw a view has no such comfort to give.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from factorkit.data.views import resize_area, target_size
+from factorkit.nerfdiff.fields import Field
+from factorkit.nerfdiff.poses import OrbitPoses, orbit_poses, turned
+from factorkit.nerfdiff.rays import render_views
+from factorkit.nerfdiff.scene import Scene
+from factorkit.nerfdiff.search import COMPARED, candidate_errors
+
+MARGIN = 0.8  # by which share of its error a lattice's place has to be better than a refined direction
+SIDES = 32  # pixels along the longer side of the pictures by which sides are told apart
+TURNS = (0.0, 90.0, 180.0, 270.0)
+
+
+def halves(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two random halves of so many indices, each in order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[: count // 2].sort().values, order[count // 2 :].sort().values
+
+
+@torch.no_grad()
+def best_turns(field: Field, scene: Scene, found: OrbitPoses, chosen: Tensor, samples: int) -> Tensor:
+    """Degrees about z [len(chosen)], one of :data:`TURNS`, by which these views agree best with the field.
+
+    Args:
+        found: where all views stand.
+        chosen: indices of the views that choose.
+    """
+    size = target_size(min(SIDES, max(scene.size)), *scene.size)
+    images = resize_area(scene.images[chosen], *size).movedim(1, -1)
+    errors = []
+    for turn in TURNS:
+        poses = found.at(turned(found.direction.detach(), turn))(chosen)
+        seen = render_views(field, poses, scene.optics, size, samples).color
+        errors.append((seen - images).square().mean((1, 2, 3)))
+    return torch.tensor(TURNS).to(found.direction)[torch.stack(errors, 1).argmin(1)]
+
+
+@torch.no_grad()
+def called_back(
+    field: Field, scene: Scene, found: OrbitPoses, chosen: Tensor, places: Tensor, samples: int
+) -> Tensor:
+    """The directions [len(chosen), 3] of these views, those that went astray exchanged for one of ``places`` [D, 3].
+
+    A refined direction agrees better with the field than the nearest place of a lattice does, unless it is far from
+    where the view was taken: so a place has to be better by a margin.
+    """
+    images = scene.images[chosen]
+    size = target_size(min(COMPARED, max(scene.size)), *scene.size)
+    seen = render_views(field, found(chosen), scene.optics, size, samples).color
+    own = (seen.movedim(-1, 1) - resize_area(images, *size)).square().mean((1, 2, 3))
+    errors = candidate_errors(field, orbit_poses(places, scene.distance), scene.optics, images, samples)
+    least, which = errors.min(1)
+    return torch.where((least < MARGIN * own)[:, None], places[which], found.direction[chosen])

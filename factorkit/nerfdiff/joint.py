@@ -1,0 +1,98 @@
+"""Encoder and field from nothing, by denoising alone (thesis, algorithms 3 and 4).
+
+    L = min_i |render_i - x0|^2 + lambda cross_entropy(scores, argmin_i)                            (3.4)
+
+The candidates are compared without gradient on small renders; the best alone is rendered with gradient, along random
+rays. With ``balance`` every candidate gets its share of each batch in the first half of the training, at a temperature
+that falls: the plain minimum lets all views run to one place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from factorkit.data.views import resize_area, target_size
+from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.step import StepLoss
+from factorkit.engine.streams import BatchDraw
+from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
+from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
+from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.nerfdiff.fit import FIELD_BETAS
+from factorkit.nerfdiff.model import NerfdiffModel, look, noisy, to_signal
+from factorkit.nerfdiff.rays import render_pixels, render_views
+from factorkit.nerfdiff.scene import Scene, picked
+from factorkit.nerfdiff.search import TEMPERATURE
+from factorkit.nerfdiff.watch import cameras_sheet, renders_sheet
+
+ANNEALED = 0.5  # share of the steps over which candidates are balanced
+COARSE = 0.4  # the field's coarseness at the beginning
+COMPARED = 10  # pixels along the longer side of the renders that are compared
+
+
+class JointTask:
+    """The thesis' training of all parts together; of the encoder alone where the field is held.
+
+    Args:
+        found: poses of the views [V, 4, 4] that a search has found and the model is to keep; None: its own.
+    """
+
+    capturable = False
+
+    def __init__(self, config: NerfdiffConfig, scene: Scene, model: NerfdiffModel, found: Tensor | None = None):
+        self.config, self.scene, self.model, self.size, self.found = config, scene, model, len(scene.images), found
+        self.schedule = Schedule(config.timesteps, device=scene.images.device)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The encoder at the learning rate, the field at its own."""
+        scale = self.config.field_learning_rate / self.config.learning_rate
+        field = [p for p in self.model.field.parameters() if p.requires_grad]
+        groups = [{"params": list(self.model.encoder.parameters()), "scale": 1.0}]
+        return groups + ([{"params": field, "scale": scale, "betas": FIELD_BETAS}] if field else [])
+
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
+        config, heat = self.config, max(0.0, 1 - int(step) / (ANNEALED * self.config.steps))
+        self.model.field.coarseness = COARSE * heat
+        images = self.scene.images[indices.to(self.scene.images.device)]
+        x_t, t = noisy(to_signal(images), self.schedule, config, draw)
+        found = self.model.cameras(x_t, t)
+        rows = torch.arange(len(images), device=images.device)
+        best = self.choose(found.poses, images, heat, draw.uniform())
+        pixels = draw.integers(0, images.shape[2] * images.shape[3], config.rays)
+        seen = render_pixels(
+            self.model.field, found.poses[rows, best], self.scene.optics, pixels, self.scene.size, config.samples,
+            int(step),
+        )  # fmt: skip
+        error = (seen - picked(images, pixels)).square().mean((1, 2))
+        missed = F.cross_entropy(found.scores, best, reduction="none")
+        objective = error + config.classification_weight * missed + self.config.roughness * self.model.field.roughness()
+        use = torch.bincount(best, minlength=found.scores.shape[1]) / len(best)
+        right = (found.chosen == best).float().mean()
+        return StepLoss(objective, error, t / config.timesteps, {"candidate_use": use, "classified": right})
+
+    @torch.no_grad()
+    def choose(self, poses: Tensor, images: Tensor, heat: float, uniform: Tensor) -> Tensor:
+        """The candidate [B] that each of images [B, 3, H, W] is rendered from, of poses [B, N, 4, 4]."""
+        size = target_size(min(COMPARED, max(images.shape[2:])), *images.shape[2:])
+        seen = render_views(self.model.field, poses, self.scene.optics, size, self.config.samples).color
+        small = resize_area(images, *size).movedim(1, -1)
+        errors = (seen - small[:, None]).square().mean((2, 3, 4))
+        if not (self.config.balance and heat and errors.shape[1] > 1):
+            return errors.argmin(1)
+        low, high = TEMPERATURE
+        return drawn(balanced_plan(spread(errors), low + (high - low) * heat), uniform)
+
+    def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
+        """Where the training views stand now, kept with the averaged model; what is wrong with that."""
+        found = look(model, self.scene.images)
+        model.views.copy_(found.best if self.found is None else self.found)
+        renders_sheet(folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples)
+        if self.scene.layout != "object":
+            return {}
+        cameras_sheet(folder / f"{step:06d}_cameras_encoder.png", found.best, found.poses)
+        return stop_if_asked(pose_alarms(found.best, found.chosen, model.candidates.count), self.config)

@@ -1,0 +1,99 @@
+"""Nerfdiff (thesis chapter 3): to denoise a view, say where it was taken from and render the scene from there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from factorkit.diffusion.denoiser import Denoised, Denoiser
+from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.streams import BatchDraw
+from factorkit.nerfdiff.candidates import Candidates
+from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.nerfdiff.encoder import PoseEncoder
+from factorkit.nerfdiff.fields import Field
+from factorkit.nerfdiff.rays import Optics, render_views
+
+
+class Cameras(NamedTuple):
+    """The bottleneck: candidate poses [B, N, 4, 4], their scores [B, N], and the candidate of the best score [B]."""
+
+    poses: Tensor
+    scores: Tensor
+    chosen: Tensor
+
+    @property
+    def best(self) -> Tensor:
+        """The chosen poses [B, 4, 4]."""
+        return self.poses[torch.arange(len(self.chosen), device=self.chosen.device), self.chosen]
+
+
+def to_signal(images: Tensor) -> Tensor:
+    """Radiance in [0, 1] to the network's range [-1, 1]; :func:`to_radiance` leads back."""
+    return 2 * images - 1
+
+
+def to_radiance(signal: Tensor) -> Tensor:
+    """The network's range [-1, 1] to radiance in [0, 1]."""
+    return (signal + 1) / 2
+
+
+def noisy(x0: Tensor, schedule: Schedule, config: NerfdiffConfig, draw: BatchDraw) -> tuple[Tensor, Tensor]:
+    """What the encoder reads in training: views x0 [B, 3, H, W] at random levels of noise, and those levels [B].
+
+    Levels are T u^t_power of even u: above 1 the low ones, where a pose can be told, come more often. Without noise
+    the views themselves, at level 0.
+    """
+    if not config.noise:
+        return x0, torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
+    t = (draw.uniform() ** config.t_power * config.timesteps).long()
+    return schedule.noise(x0, draw.normal(*x0.shape[1:]), t), t
+
+
+class NerfdiffModel(Denoiser):
+    """Encoder, candidates and field in one: its prediction is the clean view, seen from the camera of the best score.
+
+    Args:
+        encoder, candidates, field: the parts.
+        views: a pose for each training view, [V, 4, 4], as the search and refinement left them.
+        optics: of the scene.
+        size: height and width of the views.
+        samples: steps along a ray.
+    """
+
+    def __init__(
+        self, encoder: PoseEncoder, candidates: Candidates, field: Field, views: Tensor, optics: Optics,
+        size: tuple[int, int], samples: int,
+    ):  # fmt: skip
+        super().__init__()
+        self.encoder, self.candidates, self.field = encoder, candidates, field
+        self.size, self.samples, self.forward_facing = tuple(size), samples, optics.forward
+        self.register_buffer("views", views)
+        self.register_buffer("intrinsics", optics.intrinsics)
+        self.register_buffer("background", optics.background)
+
+    @property
+    def optics(self) -> Optics:
+        return Optics(self.intrinsics, self.background, self.forward_facing)
+
+    def cameras(self, x_t: Tensor, t: Tensor) -> Cameras:
+        """The candidates for views x_t [B, 3, H, W], in [-1, 1] plus noise, at times t [B]."""
+        raw, scores = self.encoder(x_t, t)
+        return Cameras(self.candidates(raw), scores, scores.argmax(1))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: None = None) -> Denoised:
+        """The clean view [B, 3, H, W] in [-1, 1] that x_t is taken for, without gradient, and its cameras."""
+        found = self.cameras(x_t, t)
+        seen = render_views(self.field, found.best, self.optics, tuple(x_t.shape[2:]), self.samples)
+        return Denoised(to_signal(seen.color.movedim(-1, 1)), found)
+
+
+@torch.no_grad()
+def look(model: NerfdiffModel, images: Tensor, batch: int = 64) -> Cameras:
+    """The cameras of clean images [V, 3, H, W] in [0, 1]."""
+    found = []
+    for part in to_signal(images).split(batch):
+        found.append(model.cameras(part, torch.zeros(len(part), dtype=torch.int64, device=part.device)))
+    return Cameras(*(torch.cat(x) for x in zip(*found, strict=True)))

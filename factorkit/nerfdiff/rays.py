@@ -1,0 +1,71 @@
+"""Rays of a scene's cameras and what they see; every picture and every loss of nerfdiff is made here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from factorkit.nerfdiff.fields import Field
+from factorkit.rendering import EvenSampling, Rays, Rendered, image_rays, ndc_rays, pixel_rays, render
+
+MARGIN = 1.3  # how much more of a forward-facing scene the box holds, sideways, than the mean camera sees
+PIECE = 1 << 15  # rays rendered at once without gradient
+
+
+@dataclass(frozen=True)
+class Optics:
+    """What all cameras of a scene share.
+
+    Attributes:
+        intrinsics: [3, 3] in units of the image's width and height.
+        background: [3], the colour behind everything.
+        forward: whether the box is the space before the cameras, out to infinity, instead of something they stand
+            around.
+    """
+
+    intrinsics: Tensor
+    background: Tensor
+    forward: bool = False
+
+    def pixels(self, height: int, width: int) -> Tensor:
+        """The intrinsics in pixels of pictures of this size."""
+        return self.intrinsics * self.intrinsics.new_tensor([width, height, 1.0])[:, None]
+
+
+    def bent(self, rays: Rays, size: tuple[int, int]) -> Rays:
+        """The rays in the space of the field's box."""
+        if not self.forward:
+            return rays
+        bent = ndc_rays(rays, self.pixels(*size), *size)
+        narrow = rays.origins.new_tensor([1 / MARGIN, 1 / MARGIN, 1.0])
+        return Rays(bent.origins * narrow, bent.directions * narrow)
+
+
+def sampling(samples: int) -> EvenSampling:
+    """So many steps through the box."""
+    return EvenSampling((-1.0,) * 3, (1.0,) * 3, samples)
+
+
+def render_pixels(
+    field: Field, poses: Tensor, optics: Optics, pixels: Tensor, size: tuple[int, int], samples: int,
+    seed: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Colours [B, R, 3] of pixels [B, R] (numbered row by row) of pictures of ``size`` from poses [B, 4, 4]."""
+    height, width = size
+    place = torch.stack([pixels % width, pixels // width], dim=-1) + 0.5
+    rays = optics.bent(pixel_rays(poses, optics.pixels(height, width), place.to(poses.dtype)), size)
+    return render(field, rays, sampling(samples), background=optics.background, seed=seed).color
+
+
+@torch.no_grad()
+def render_views(field: Field, poses: Tensor, optics: Optics, size: tuple[int, int], samples: int) -> Rendered:
+    """Pictures from poses [..., 4, 4] without gradient: colour [..., H, W, 3], depth, opacity [..., H, W]."""
+    rays = optics.bent(image_rays(poses, optics.pixels(*size), *size), size)
+    seen = render(field, rays, sampling(samples), background=optics.background, chunk=PIECE)
+    if not optics.forward:
+        return seen
+    # along a bent ray t runs from 0 at the nearest plane to 1 at infinity: the depth is 1 / (1 - t)
+    mean = (seen.depth / seen.opacity.clamp_min(1e-6)).clamp(0, 0.999)
+    return seen._replace(depth=seen.opacity / (1 - mean))

@@ -1,0 +1,291 @@
+"""A trained nerfdiff model and what can be asked of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from factorkit.data.views import Views, resize_area, target_size
+from factorkit.diffusion.samplers import sample
+from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
+from factorkit.engine.config import resolve_device
+from factorkit.engine.folder import read_settings, write_json
+from factorkit.engine.streams import derived_seed
+from factorkit.errors import CheckpointError, ConfigError, DataError
+from factorkit.nerfdiff.build import build_model
+from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.nerfdiff.export import export
+from factorkit.nerfdiff.fields import build_field
+from factorkit.nerfdiff.given import kept_views
+from factorkit.nerfdiff.localise import refined
+from factorkit.nerfdiff.model import Cameras, NerfdiffModel, to_radiance, to_signal
+from factorkit.nerfdiff.paths import camera_path
+from factorkit.nerfdiff.rays import Optics, render_views
+from factorkit.nerfdiff.scoring import evaluate
+
+SCORES = "scores.json"
+POSE_LEVEL = 4  # of 100: noise at which real views are looked at
+
+
+class PosePrediction(NamedTuple):
+    """Cameras of given views: the chosen poses [B, 4, 4], scores [B, N] and all candidates [B, N, 4, 4]."""
+
+    poses: Tensor
+    scores: Tensor
+    candidates: Tensor
+
+
+class Pictures(NamedTuple):
+    """What cameras see: images [B, 3, H, W] in [0, 1], expected depth [B, H, W] (0 where there is nothing), opacity
+    [B, H, W], and the poses [B, 4, 4] they were seen from."""
+
+    images: Tensor
+    depth: Tensor
+    opacity: Tensor
+    poses: Tensor
+
+
+class Frame(NamedTuple):
+    """One step from noise to view: the noisy image and the clean one it is taken for, [n, 3, H, W], and the cameras."""
+
+    t: int
+    noisy: Tensor
+    images: Tensor
+    cameras: Cameras
+
+
+class Novel(NamedTuple):
+    """Views drawn from noise: images [n, 3, H, W] in [0, 1], their poses [n, 4, 4], each step where asked for."""
+
+    images: Tensor
+    poses: Tensor
+    trajectory: list[Frame] | None
+
+
+class NerfdiffRun:
+    """A trained model: its averaged weights after ``step`` steps, and its folder if it has one."""
+
+    MODEL = "nerfdiff"
+
+    def __init__(
+        self, config: NerfdiffConfig, scene: dict[str, Any], model: NerfdiffModel, device: torch.device, step: int,
+        folder: Path | None = None,
+    ):  # fmt: skip
+        self.config, self.scene, self.device, self.step, self.folder = config, scene, device, step, folder
+        self.model = model.to(device).eval()
+        self.schedule = Schedule(config.timesteps, device=device)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> NerfdiffRun:
+        """Load a run folder (its newest whole checkpoint) or a single ``.safetensors`` file.
+
+        Raises:
+            CheckpointError: nothing there, damaged, or not a nerfdiff model.
+        """
+        path, folder = Path(path), None
+        if path.is_dir():
+            read_settings(path)
+            folder = path
+            found = Checkpoints(path / "checkpoints").latest()
+            if found is None:
+                raise CheckpointError(f"{path} has no checkpoint yet; run the same training command again to go on")
+            tensors, meta = found
+        else:
+            tensors, meta = read_checkpoint(path)
+        if meta.get("model") != "nerfdiff":
+            raise CheckpointError(f"{path} holds a {meta.get('model')!r} model, not nerfdiff")
+        fields = {f.name for f in dataclasses.fields(NerfdiffConfig)}
+        config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
+        prefix = "ema.module."
+        weights = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        optics = Optics(weights["intrinsics"], weights["background"], meta["scene"]["layout"] == "forward")
+        field = build_field(config.field, config.grid, config.seed)
+        model = build_model(config, meta["scene"], optics, field, weights["views"])
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"the weights in {path} do not fit the model of its settings: {error}") from error
+        chosen = device if isinstance(device, torch.device) else resolve_device(device)
+        return cls(config, meta["scene"], model, chosen, int(meta["step"]), folder)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`."""
+        weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
+        meta = {"model": "nerfdiff", **self.config.to_dict(), "scene": self.scene, "step": self.step}
+        return write_checkpoint(Path(path), weights, meta)
+
+    @property
+    def poses(self) -> Tensor:
+        """Where the training views were taken from, as the search found: [V, 4, 4]."""
+        return self.model.views.cpu()
+
+    @property
+    def views(self) -> Views:
+        """The training views at their found poses: the pictures given where the run has a folder, else rendered."""
+        given = kept_views(self.folder)
+        intrinsics = self.model.optics.pixels(*self.model.size).cpu().expand(len(self.poses), 3, 3)
+        if given is not None:
+            return replace(given, poses=self.poses, intrinsics=intrinsics)
+        images = self.render(self.poses).images
+        names = [f"view_{i:04d}" for i in range(len(images))]
+        background = self.model.background.cpu()
+        return Views(images, names, intrinsics, poses=self.poses, layout=self.scene["layout"], background=background)
+
+    def export(self, path: str | Path, **options: Any) -> Path:
+        """Write scene or cameras for other programs: ``scene.ply`` (coloured points), ``mesh.ply`` (also .obj, .glb),
+        ``transforms.json`` (nerfstudio) or a folder (COLMAP's text); see :func:`factorkit.nerfdiff.export.export`,
+        which ``options`` go to.
+
+        Raises:
+            ConfigError: a path that says nothing of the kind.
+            DataError: a scene without a surface.
+        """
+        if self.model.forward_facing and Path(path).suffix != ".json":
+            raise ConfigError(f"{path}: of a forward-facing scene only transforms.json can be exported")
+        return export(path, self.views, self.model.field, **options)
+
+    def predict_pose(self, images: Any, t: int | None = None, refine: int = 0) -> PosePrediction:
+        """Where pictures were taken from, at one look of the encoder each, and perhaps refined against the scene.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1] or :class:`~factorkit.data.views.Views`, of the camera trained on.
+            t: noise added before looking, 0 to T-1; None: a little, as in training (none without noise).
+            refine: so many steps down the photometric error of each picture, the scene held: about 60 take the few
+                degrees that a look leaves; a pose that is far off stays so.
+
+        Raises:
+            ConfigError: t out of range.
+            DataError: images of another shape.
+        """
+        pictures = self._sized(images)
+        signal = to_signal(pictures)
+        level = POSE_LEVEL * self.config.timesteps // 100 if t is None else t
+        if not 0 <= level < self.config.timesteps:
+            raise ConfigError(f"t={t} must lie between 0 and {self.config.timesteps - 1}")
+        found = []
+        for part in signal.split(64):
+            times = torch.full((len(part),), level if self.config.noise else 0, device=self.device)
+            if self.config.noise:
+                generator = torch.Generator().manual_seed(derived_seed("look", level))
+                eps = torch.randn(part.shape[1:], generator=generator).to(self.device).expand_as(part)
+                part = self.schedule.noise(part, eps, times)
+            with torch.no_grad():
+                found.append(self.model.cameras(part, times))
+        cameras = Cameras(*(torch.cat(x) for x in zip(*found, strict=True)))
+        best = refined(self.model, pictures, cameras.best, refine, self.config) if refine else cameras.best
+        return PosePrediction(best.cpu(), cameras.scores.cpu(), cameras.poses.cpu())
+
+    def _sized(self, images: Any) -> Tensor:
+        """Pictures [B, 3, H, W] at the model's size, on its device."""
+        images = images.images if isinstance(images, Views) else torch.as_tensor(images)
+        if images.dim() == 3:
+            images = images[None]
+        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise DataError(f"images of shape {tuple(images.shape)} ({images.dtype}): give [B, 3, H, W] in [0, 1]")
+        return resize_area(images.float(), *self.model.size).to(self.device)
+
+    def render(self, poses: Tensor, size: int | tuple[int, int] | None = None) -> Pictures:
+        """The scene from poses [B, 4, 4] in the model's own coordinates.
+
+        Args:
+            size: of the longer side, or height and width; None: as trained.
+        """
+        size = self.model.size if size is None else target_size(size, *self.model.size)
+        seen = render_views(self.model.field, poses.to(self.device), self.model.optics, size, self.samples(size))
+        images = seen.color.movedim(-1, 1).clamp(0, 1)
+        return Pictures(images.cpu(), seen.depth.cpu(), seen.opacity.cpu(), poses)
+
+    def samples(self, size: tuple[int, int]) -> int:
+        """Steps along a ray of a picture: more than in training, as nothing is drawn at random any more."""
+        return max(2 * self.config.samples, max(size) // 2)
+
+    def reconstruct(self, images: Any, size: int | tuple[int, int] | None = None) -> Pictures:
+        """Pictures of the scene from where :meth:`predict_pose` says that ``images`` were taken."""
+        return self.render(self.predict_pose(images).poses, size)
+
+    def render_path(
+        self, path: str | Tensor = "orbit", size: int | tuple[int, int] | None = None, frames: int = 60
+    ) -> Pictures:
+        """Pictures along a camera path (thesis, fig. 3.8).
+
+        Args:
+            path: ``"orbit"``, ``"spiral"``, or poses [B, 4, 4] in the model's own coordinates.
+            size: of the longer side, or height and width; None: as trained.
+            frames: of an orbit or spiral.
+
+        Raises:
+            ConfigError: an unknown path, or no frames.
+        """
+        if isinstance(path, str):
+            path = camera_path(path, frames, self.poses, self.scene["layout"])
+        return self.render(path, size)
+
+    def evaluate(self, views: Views, poses: Tensor | None = None, refine: int = 0) -> dict[str, Any]:
+        """Score cameras and scene beside true ones; the result also goes to ``scores.json`` of the run folder.
+
+        Found and true coordinates are aligned by one similarity over the training views, where their true poses came
+        with them (the training never saw those), else over the encoder's poses of ``views``.
+
+        Args:
+            views: pictures the model was not trained on, usually.
+            poses: their true poses [B, 4, 4]; None: those that come with the views.
+            refine: steps the encoder's poses are refined by, as in :meth:`predict_pose`.
+
+        Returns:
+            rotation_median_deg, under_10_deg (a share), rotation_max_deg, translation_median (in units of the scene) of
+            the training views' found poses, and whether those are mirrored (:func:`factorkit.metrics.pose.mirrored`);
+            the first four with ``encoder_`` before them for the encoder's poses of ``views``;
+            psnr, ssim and, where its weights are there, lpips of renders at the aligned true poses, and with
+            ``_encoder`` behind it of renders at the encoder's.
+
+        Raises:
+            ConfigError: no true poses.
+            DataError: poses that do not match the views.
+        """
+        scores = evaluate(self, views, poses, refine)
+        if self.folder is not None:
+            write_json(self.folder / SCORES, scores)
+        return scores
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """What :meth:`evaluate` last wrote into the run folder."""
+        path = self.folder / SCORES if self.folder else None
+        return json.loads(path.read_text()) if path and path.exists() else None
+
+    def sample(
+        self, n: int = 4, *, seed: int = 0, steps: int | None = None, sampler: str = "ddpm", trajectory: bool = False
+    ) -> Novel:
+        """Views and their cameras from pure noise (thesis, fig. 3.9).
+
+        Args:
+            n: how many.
+            seed: the same seed, the same views.
+            steps: denoising steps; None: all T.
+            sampler: ``"ddpm"`` or ``"ddim"``.
+            trajectory: keep every step.
+
+        Raises:
+            ConfigError: n below 1, an unknown sampler, or steps out of range.
+        """
+        if n < 1:
+            raise ConfigError(f"n={n}: at least one view has to be asked for")
+        drawn = sample(
+            self.model, (n, 3, *self.model.size), schedule=self.schedule, prediction="x0", sampler=sampler,
+            steps=steps, seed=seed, trajectory=trajectory,
+        )  # fmt: skip
+        frames = None
+        if trajectory:
+            frames = [
+                Frame(s.t, s.x_t.cpu(), to_radiance(s.x0).cpu(), Cameras(*(x.cpu() for x in s.bottleneck)))
+                for s in drawn.trajectory
+            ]
+        return Novel(to_radiance(drawn.images).clamp(0, 1).cpu(), drawn.bottleneck.best.cpu(), frames)
+

@@ -1,0 +1,129 @@
+"""Balanced dictionary search: every view takes one of a fixed set of places, and a field grows that agrees.
+
+Each place has to take its share of the views, at a temperature that falls; without that, all views end up in one
+place. Field and views begin blurred and sharpen as the temperature falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from factorkit.data.views import resize_area, target_size
+from factorkit.engine.streams import BatchDraw, derived_seed
+from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
+from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
+from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.nerfdiff.fields import Field
+from factorkit.nerfdiff.fit import Fit, FitTask
+from factorkit.nerfdiff.rays import Optics, render_views
+from factorkit.nerfdiff.scene import Scene, blurred
+from factorkit.nerfdiff.watch import cameras_sheet
+
+ANNEALED = 0.6  # share of the steps over which temperature and blur fall to nothing
+EVERY = 10  # steps between assignments
+COMPARED = 16  # pixels along the longer side of the pictures that are compared
+TEMPERATURE = (0.02, 0.3)  # at the end and at the beginning, in units of a view's spread of errors
+BLUR = 0.094  # of the views at the beginning, in units of the longer side
+SHAKE = 0.04  # standard deviation of the places while the temperature falls: cells are no points
+
+Stand = Callable[[Tensor], Tensor]
+
+
+class AssignedPoses(nn.Module):
+    """Views [V] that stand at places [D, 3] of a dictionary; which one is state, not parameter.
+
+    Args:
+        places: directions around an object, or places of forward-facing cameras.
+        assigned: int64 [V].
+        stand: places [..., 3] to poses [..., 4, 4].
+    """
+
+    def __init__(self, places: Tensor, assigned: Tensor, stand: Stand):
+        super().__init__()
+        self.stand = stand
+        self.register_buffer("places", places)
+        self.register_buffer("assigned", assigned)
+
+    def forward(self, indices: Tensor, shake: Tensor | None = None) -> Tensor:
+        """Poses [B, 4, 4] of these views, their places shaken by [B, 3]."""
+        place = self.places[self.assigned[indices]]
+        return self.stand(place if shake is None else place + shake)
+
+
+class SearchTask(FitTask):
+    """The search over ``places`` [D, 3]. Views start anywhere: a first field of noise is a worse guide than chance."""
+
+    def __init__(self, config: NerfdiffConfig, scene: Scene, field: Field, places: Tensor, stand: Stand):
+        generator = torch.Generator().manual_seed(derived_seed("first assignment", config.seed))
+        assigned = torch.randint(len(places), (len(scene.images),), generator=generator).to(places.device)
+        poses = AssignedPoses(places, assigned, stand)
+        self.samples = min(config.samples, config.search_field)
+        super().__init__(config, scene, Fit(field, poses, scene.optics, scene.size, self.samples))
+        self._blurred: tuple[float, Tensor] = (0.0, scene.images)
+
+    def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:
+        """Where the views stand among the directions, drawn and in figures."""
+        poses = model.poses
+        if self.scene.layout != "object":
+            return {}
+        chosen = poses(torch.arange(len(poses.assigned)))
+        cameras_sheet(folder / f"{step:06d}_cameras_search.png", chosen, poses.stand(poses.places))
+        return stop_if_asked(pose_alarms(chosen, poses.assigned, len(poses.places)), self.config)
+
+    def heat(self, step: int) -> float:
+        """1 at the beginning, 0 once annealed."""
+        return max(0.0, 1 - step / (ANNEALED * self.config.steps))
+
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor):
+        heat = self.heat(int(step))
+        self.model.field.coarseness = heat
+        if draw.rows.start == 0 and int(step) and int(step) % EVERY == 0:
+            self._assign(int(step), heat)
+        return super().loss(model, indices, draw, step)
+
+    def images(self, step: int) -> Tensor:
+        sigma = round(self.heat(step // EVERY * EVERY) * BLUR * max(self.scene.size), 2)
+        if self._blurred[0] != sigma:
+            self._blurred = sigma, blurred(self.scene.images, sigma)
+        return self._blurred[1]
+
+    def options(self, draw: BatchDraw, step: Tensor) -> dict[str, Tensor]:
+        return {"shake": SHAKE * draw.normal(3)} if self.heat(step) else {}
+
+    @torch.no_grad()
+    def errors(self, step: int) -> Tensor:
+        """Mean squared difference [V, D] between every view and the field seen from every place."""
+        poses = self.model.poses
+        candidates = poses.stand(poses.places)
+        return candidate_errors(self.model.field, candidates, self.scene.optics, self.images(step), self.samples)
+
+    def _assign(self, step: int, heat: float) -> None:
+        errors = self.errors(step)
+        if heat == 0:
+            self.model.poses.assigned.copy_(errors.argmin(1))
+            return
+        low, high = TEMPERATURE
+        generator = torch.Generator().manual_seed(derived_seed("assign", self.config.seed, step))
+        uniform = torch.rand(len(errors), generator=generator).to(errors.device)
+        plan = balanced_plan(spread(errors), low + (high - low) * heat)
+        self.model.poses.assigned.copy_(drawn(plan, uniform))
+
+
+@torch.no_grad()
+def candidate_errors(field: Field, poses: Tensor, optics: Optics, images: Tensor, samples: int) -> Tensor:
+    """Mean squared difference [V, D] of images [V, 3, H, W] and the field seen from poses [D, 4, 4], both small."""
+    size = target_size(min(COMPARED, max(images.shape[2:])), *images.shape[2:])
+    seen = render_views(field, poses, optics, size, samples).color
+    small = resize_area(images, *size).movedim(1, -1)
+    return torch.cdist(small.flatten(1), seen.flatten(1)).square() / seen[0].numel()
+
+
+def directions_of(poses: Tensor) -> Tensor:
+    """Unit vectors [..., 3] from the origin to cameras [..., 4, 4]."""
+    return F.normalize(poses[..., :3, 3], dim=-1)

@@ -1,0 +1,261 @@
+"""``factorkit.train_nerfdiff``: views in, a run folder with cameras, scene and model out."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from factorkit.data.procedural_scene import procedural_views
+from factorkit.data.views import Views
+from factorkit.engine import distributed
+from factorkit.engine.config import cpu_threads, resolve_device
+from factorkit.engine.folder import claim, held
+from factorkit.engine.loop import Trainer
+from factorkit.engine.streams import derived_seed
+from factorkit.errors import ConfigError, DataError
+from factorkit.nerfdiff.build import build_model
+from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
+from factorkit.nerfdiff.distil import DistilTask
+from factorkit.nerfdiff.fields import Field, build_field
+from factorkit.nerfdiff.fit import Fit, FitTask
+from factorkit.nerfdiff.flip import best_turns, called_back, halves
+from factorkit.nerfdiff.given import keep_views
+from factorkit.nerfdiff.joint import JointTask
+from factorkit.nerfdiff.model import NerfdiffModel
+from factorkit.nerfdiff.poses import (
+    FreePoses,
+    OrbitPoses,
+    dictionary,
+    forward_poses,
+    orbit_poses,
+    plane_dictionary,
+    turned,
+)
+from factorkit.nerfdiff.rays import Optics
+from factorkit.nerfdiff.run import NerfdiffRun
+from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
+from factorkit.nerfdiff.search import SearchTask
+
+PLANE = (6, 4)  # places of forward-facing cameras across and up
+HALF_STEPS = 100  # of the fresh fields of the flip test
+HALF_FIELD = 20  # vertices along each side of theirs
+TUNING = 0.3  # of the encoder's learning rate, for the steps after it was distilled
+HALF_SAMPLES = 32  # most steps along a ray with them
+PROCEDURAL = 80  # views where none are given
+
+
+def train_nerfdiff(
+    data: Any = None, *, out: str | Path | None = None, preset: str | None = None, progress: bool = True,
+    **changes: Any,
+) -> NerfdiffRun:  # fmt: skip
+    """Find the cameras and the scene behind views; the same call again resumes, exactly.
+
+    Args:
+        data: :class:`factorkit.data.views.Views`, or whatever :func:`factorkit.data.views.open_views` reads; None: the
+            procedural scene the package ships. Of files the training split is taken, of those without one all but
+            every 8th view. Poses among the data are used with ``poses="known"`` alone, and else
+            kept to score the result by.
+        out: the run folder; None: ``runs/nerfdiff-<preset>``.
+        preset: see :data:`factorkit.nerfdiff.config.PRESETS`; None: ``"demo"`` without data, else ``"fast"``.
+        progress: show progress bars.
+        **changes: any field of :class:`~factorkit.nerfdiff.config.NerfdiffConfig`.
+
+    Returns:
+        The finished run: predict_pose, reconstruct, render_path, sample, evaluate, save.
+
+    Raises:
+        ConfigError: a setting or combination that cannot work.
+        DataError: no usable views.
+        CheckpointError: the folder holds another run, or a checkpoint cannot be written or read.
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
+    """
+    preset = preset or ("demo" if data is None else "fast")
+    config = preset_config(preset, **changes)
+    device = distributed.local_device(resolve_device(config.device))
+    distributed.join(device)
+    if distributed.world_size() > 1:
+        raise ConfigError("nerfdiff trains in one process; start it without torchrun")
+    folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
+    views = open_data(data, config)
+    scene = open_scene(views, config.resolution, device)
+    if scene.layout == "object" and len(scene.images) < config.cameras:
+        raise DataError(f"{len(scene.images)} views are fewer than cameras={config.cameras} candidates; give more")
+    settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": describe(scene)}
+    if distributed.rank() == 0:
+        claim(folder, settings, config.RESUMABLE)
+        keep_views(folder, views.resized(config.resolution))
+    distributed.barrier()
+    with cpu_threads(config.threads), held(folder):
+        Training(config, scene, folder, settings, progress).run()
+        return NerfdiffRun.load(folder, device=device)
+
+
+def open_data(data: Any, config: NerfdiffConfig) -> Views:
+    """The views behind what a user gave."""
+    if isinstance(data, Views):
+        return data
+    if data is None:
+        return procedural_views(PROCEDURAL, config.resolution)
+    from factorkit.data.views_open import open_views
+
+    return open_views(data, "train", config.resolution)
+
+
+def describe(scene: Scene) -> dict[str, Any]:
+    """What identifies the views, and the model's shape."""
+    digest = hashlib.sha256(scene.images.cpu().numpy().tobytes()).hexdigest()[:16]
+    return {
+        "views": len(scene.images), "size": list(scene.size), "layout": scene.layout, "distance": scene.distance,
+        "sha256": digest,
+    }  # fmt: skip
+
+
+class Training:
+    """The stages of a run, each a Trainer with checkpoints of its own under ``stages/``; the last is the run itself.
+
+    A stage that is finished is read back and passed over, so that a killed run goes on in the stage it was in.
+    """
+
+    def __init__(self, config: NerfdiffConfig, scene: Scene, folder: Path, settings: dict[str, Any], progress: bool):
+        self.config, self.scene, self.folder, self.settings = config, scene, folder, settings
+        self.progress, self.device = progress, scene.images.device
+
+    def run(self) -> None:
+        """Train every stage that is not finished yet."""
+        config, scene, doubled = self.config, self.scene, None
+        field = self.field()
+        if config.poses == "predicted" and config.search == "joint":
+            start = torch.eye(4, device=self.device).repeat(len(scene.images), 1, 1)
+            model = self.model(field, start, scene.optics)
+            self.trainer("joint", lambda stage: JointTask(stage, scene, model), folder=self.folder)
+            return
+        if config.poses == "known":
+            fitted = self.fit("fit", field, FreePoses(require_poses(scene)).requires_grad_(False), sheets="fit")
+        elif config.poses == "learned":
+            fitted = self.fit("fit", field, self.one_start(), sheets="fit", free=True)
+        else:
+            fitted, doubled = self.dictionary_search()
+        # the distance, which sets the scene's scale, stays that of the focal length given
+        optics = replace(scene.optics, intrinsics=fitted.optics.intrinsics.detach())
+        scene = replace(scene, optics=optics)
+        model = self.model(fitted.field, fitted.poses().detach(), optics)
+        if not config.tuning_steps:
+            self.trainer("distil", lambda stage: DistilTask(stage, scene, model, doubled), folder=self.folder)
+            return
+        model = self.trainer("distil", lambda stage: DistilTask(stage, scene, model, doubled))
+        found = model.views.clone()
+        changes = {"steps": config.tuning_steps, "balance": False, "learning_rate": TUNING * config.learning_rate}
+        self.trainer("tune", lambda stage: JointTask(stage, scene, model, found), folder=self.folder, **changes)
+
+    def model(self, field: Field, views: Tensor, optics: Optics) -> NerfdiffModel:
+        """The whole model around a field, its encoder with fresh weights."""
+        torch.manual_seed(derived_seed("weights", self.config.seed))
+        return build_model(self.config, self.settings["scene"], optics, field, views)
+
+    def trainer(self, name: str, task, folder: Path | None = None, **changes: Any) -> nn.Module:
+        """Train a stage to its end; answers its averaged model."""
+        config = self.config.stage(name, **changes)
+        where = folder or self.folder / "stages" / name
+        meta = self.settings | {"stage": name}
+        shown = {"device": self.device, "progress": self.progress, "report": folder is not None}
+        trained = Trainer(task(config), config, where, meta, **shown).run()
+        if folder is None and (where / "samples").is_dir():  # the run's report shows what the stages drew
+            shutil.copytree(where / "samples", self.folder / "samples", dirs_exist_ok=True)
+        return trained
+
+    def fit(
+        self, name: str, field: Field, poses: nn.Module, chosen: Tensor | None = None, sheets: str | None = None,
+        free: bool = False, samples: int | None = None, scene: Scene | None = None, **changes: Any,
+    ) -> Fit:  # fmt: skip
+        """Fit a field to the views, and the poses where they are free; with ``free`` the focal length, if it may be."""
+        config, scene = self.config, scene or self.scene
+        free_focal = free and "focal" in config.freedom
+        samples = samples or config.samples
+        model = Fit(field.to(self.device), poses.to(self.device), scene.optics, scene.size, samples, free_focal)
+        changes = {
+            "steps": config.field_steps, "batch_size": config.views, "learning_rate": config.field_learning_rate,
+            "decay": 0.5, "ema": 0.0, **changes,
+        }  # fmt: skip
+        return self.trainer(name, lambda stage: FitTask(stage, scene, model, chosen, sheets), **changes)
+
+    def one_start(self) -> nn.Module:
+        """All views at one pose, free to leave it (Wang et al. 2021)."""
+        count = len(self.scene.images)
+        if self.scene.layout == "forward":
+            return FreePoses(torch.eye(4).repeat(count, 1, 1))
+        middle = sum(self.config.elevations) / 2
+        generator = torch.Generator().manual_seed(derived_seed("one start", self.config.seed))
+        start = dictionary(1, [middle]).repeat(count, 1) + 0.01 * torch.randn(count, 3, generator=generator)
+        return OrbitPoses(start, self.scene.distance, self.config.pose_freedom)
+
+    def dictionary_search(self) -> tuple[Fit, float | None]:
+        """Search, refinement and flip test: the fit, and the share of views that the last round still turned."""
+        config, scene = self.config, self.scene
+        if scene.layout == "forward":
+            places, stand = plane_dictionary(*PLANE), forward_poses
+        else:
+            low, high = config.elevations
+            rings = [low + (high - low) * (i + 0.5) / config.rings for i in range(config.rings)]
+            places, stand = dictionary(config.azimuths, rings), partial(orbit_poses, distance=scene.distance)
+        field, places = build_field("grid", config.search_field, config.seed).to(self.device), places.to(self.device)
+        found = self.trainer(
+            "search", lambda stage: SearchTask(stage, scene, field, places, stand), steps=config.search_steps,
+            batch_size=config.views, learning_rate=config.search_learning_rate, decay=0.0, ema=0.0,
+            sample_every=max(1, config.search_steps // 5),
+        )  # fmt: skip
+        start = found.field.refined(config.grid).to(self.device)
+        direction = found.poses.places[found.poses.assigned]
+        if scene.layout == "forward":
+            fitted = self.fit("refine", start, FreePoses(forward_poses(direction)))
+            return self.with_own_field(fitted), None
+        fitted = self.refine("refine", start, OrbitPoses(direction, scene.distance, config.pose_freedom))
+        found = fitted.poses.at(F.normalize(fitted.poses.direction.detach(), dim=-1))
+        kept = found.direction
+        optics = replace(scene.optics, intrinsics=fitted.optics.intrinsics.detach())
+        for number in range(max(1, config.flip_rounds)):
+            found, moved = self.flip_round(number, found, places, replace(scene, optics=optics))
+            if not moved:
+                break
+        if config.flip_rounds and (found.direction != kept).any():
+            fitted = self.refine("refine again", build_field("grid", config.grid, config.seed), found)
+        return self.with_own_field(fitted), moved / len(kept)
+
+    def with_own_field(self, fitted: Fit) -> Fit:
+        """The poses with a field of the kind asked for; the search has a grid anyway."""
+        return fitted if self.config.field == "grid" else self.fit("fit", self.field(), fitted.poses)
+
+    def field(self) -> Field:
+        """A fresh field of the kind asked for."""
+        return build_field(self.config.field, self.config.grid, self.config.seed).to(self.device)
+
+    def refine(self, name: str, field: Field, poses: OrbitPoses) -> Fit:
+        return self.fit(name, field, poses.requires_grad_(), sheets=name.replace(" ", "_"), free=True)
+
+    def flip_round(self, number: int, found: OrbitPoses, places: Tensor, scene: Scene) -> tuple[OrbitPoses, int]:
+        """One round over both halves: where the views stand after it, and how many were turned or called back."""
+        seed, moved, samples = self.config.seed, 0, min(self.config.samples, HALF_SAMPLES)
+        both = halves(len(found.direction), derived_seed("halves", seed, number))
+        for name, (fitting, choosing) in zip("ab", (both, both[::-1]), strict=True):
+            field = build_field("grid", HALF_FIELD, derived_seed("half", seed, number) % 2**31)
+            fitted = self.fit(
+                f"flip {number}{name}", field, found, fitting, steps=HALF_STEPS, learning_rate=0.08, decay=0.0,
+                samples=samples, scene=scene, keep_checkpoints=1,
+            )  # fmt: skip
+            before = found.direction[choosing]
+            turns = best_turns(fitted.field, scene, found, choosing, samples)
+            direction = found.direction.clone()
+            direction[choosing] = torch.where(turns[:, None] != 0, turned(before, turns), before)
+            found = found.at(direction)
+            direction = direction.clone()
+            direction[choosing] = called_back(fitted.field, scene, found, choosing, places, samples)
+            found = found.at(direction)
+            moved += int((direction[choosing] != before).any(1).sum())
+        return found, moved

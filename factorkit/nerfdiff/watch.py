@@ -1,0 +1,31 @@
+"""Sample sheets of a training: where cameras stand, and what is seen from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from factorkit.nerfdiff.fields import Field
+from factorkit.nerfdiff.pictures import sphere_picture, views_sheet
+from factorkit.nerfdiff.rays import render_views
+from factorkit.nerfdiff.scene import Scene
+
+SHOWN = 8  # views on a sheet
+
+
+def cameras_sheet(path: Path, chosen: Tensor, candidates: Tensor | None = None) -> None:
+    """Cameras [V, 4, 4], and candidates for them [..., 4, 4], on a sphere (thesis, fig. 3.7)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sphere_picture(chosen, candidates).save(path)
+
+
+def renders_sheet(path: Path, field: Field, scene: Scene, poses: Tensor, samples: int) -> None:
+    """Some of the scene's views beside renders from ``poses`` [V, 4, 4], with difference and disparity."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picked = torch.linspace(0, len(poses) - 1, min(SHOWN, len(poses))).round().long().to(poses.device)
+    seen = render_views(field, poses[picked], scene.optics, scene.size, samples)
+    names = [scene.names[i] for i in picked.tolist()]
+    renders = seen.color.movedim(-1, 1).clamp(0, 1).cpu()
+    views_sheet(scene.images[picked].cpu(), renders, seen.depth.cpu(), seen.opacity.cpu(), names).save(path)

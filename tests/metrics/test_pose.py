@@ -1,0 +1,203 @@
+"""Alignment and pose errors: exact answers for moved poses, outliers that have no say, and places without an answer."""
+
+from __future__ import annotations
+
+import pytest
+import roma
+import torch
+
+from factorkit.errors import DataError
+from factorkit.metrics.pose import (
+    Similarity,
+    align,
+    mirrored,
+    pose_errors,
+    rotation_errors_degrees,
+    scene_size,
+    under_10_share,
+)
+from factorkit.rendering import look_at, orbit
+
+
+def random_similarity(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rotation = roma.rotvec_to_rotmat(2 * torch.randn(3, dtype=torch.float64, generator=generator))
+    return Similarity(rotation, torch.randn(3, dtype=torch.float64, generator=generator), torch.tensor(2.7).double())
+
+
+def object_poses(count=20, seed=0):
+    eye = torch.randn(count, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    up = torch.tensor([0.0, 0, 1]).double()
+    return look_at(4 * torch.nn.functional.normalize(eye, dim=1), torch.zeros(3).double(), up)
+
+
+def forward_poses(count=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    poses = torch.eye(4, dtype=torch.float64).repeat(count, 1, 1)
+    poses[:, :3, :3] = roma.rotvec_to_rotmat(0.1 * torch.randn(count, 3, dtype=torch.float64, generator=generator))
+    poses[:, :3, 3] = torch.randn(count, 3, dtype=torch.float64, generator=generator)
+    return poses
+
+
+def turned(poses, degrees, axis=(0.0, 0.0, 1.0)):
+    """About an axis through the origin, cameras and all."""
+    vector = torch.deg2rad(torch.as_tensor(degrees, dtype=torch.float64)) * torch.tensor(axis).double()
+    moved = poses.clone()
+    moved[:, :3] = roma.rotvec_to_rotmat(vector) @ poses[:, :3]
+    return moved
+
+
+@pytest.mark.parametrize("poses", [object_poses(), forward_poses(), object_poses(2), forward_poses(2)])
+def test_a_similarity_is_found_again_and_nothing_is_left(poses):
+    moved = random_similarity()
+    found = align(moved.apply(poses), poses)
+    for part, expected in zip(found, moved.inverse(), strict=True):
+        torch.testing.assert_close(part, expected, atol=1e-7, rtol=1e-7)
+    errors = pose_errors(moved.apply(poses), poses)
+    assert errors.rotation_degrees.max() < 1e-4 and errors.translation.max() < 1e-7
+    assert errors.under_10_deg == 1.0
+
+
+def test_applying_and_inverting():
+    moved, poses = random_similarity(), object_poses()
+    torch.testing.assert_close(moved.inverse().apply(moved.apply(poses)), poses)
+    there = moved.apply(poses)
+    torch.testing.assert_close(there[:, :3, :3].mT @ there[:, :3, :3], torch.eye(3).double().expand(20, 3, 3))
+    # A point one unit before a camera lands `scale` units before the moved camera.
+    points = poses[:, :3, 3] - poses[:, :3, 2]
+    torch.testing.assert_close(moved.apply_points(points), there[:, :3, 3] - 2.7 * there[:, :3, 2])
+    assert moved.apply(poses.float()).dtype == torch.float32
+
+
+def test_views_found_the_other_way_round_do_not_pull_the_rest():
+    poses = object_poses(40)
+    found = poses.clone()
+    found[:14] = turned(poses[:14], 180.0)
+    errors = pose_errors(random_similarity().apply(found), poses)
+    assert errors.rotation_degrees[14:].max() < 1e-3
+    assert errors.translation[14:].max() < 1e-5
+    torch.testing.assert_close(errors.rotation_degrees[:14], torch.full((14,), 180.0).double(), atol=1e-3, rtol=0)
+    assert errors.under_10_deg == pytest.approx(26 / 40)
+    assert errors.rotation_median_deg < 1e-3
+
+
+def test_scattered_outliers_beside_small_noise():
+    poses, generator = object_poses(50), torch.Generator().manual_seed(3)
+    small = roma.rotvec_to_rotmat(0.01 * torch.randn(50, 3, dtype=torch.float64, generator=generator))
+    found = poses.clone()
+    found[:, :3] = small @ poses[:, :3]
+    found[:15] = object_poses(15, seed=9)
+    errors = pose_errors(random_similarity(5).apply(found), poses)
+    own = torch.rad2deg(roma.rotmat_geodesic_distance(small, torch.eye(3).double().expand(50, 3, 3)))
+    # What is left is the noise that was put in, up to how well 35 views tell the alignment.
+    assert (errors.rotation_degrees[15:] - own[15:]).abs().max() < 0.5
+    assert errors.alignment.scale.item() == pytest.approx(1 / 2.7, rel=0.02)
+
+
+def test_known_angles_come_out_in_degrees():
+    poses = object_poses(3)
+    found = torch.stack([poses[0], turned(poses[1:2], 35.0)[0], turned(poses[2:], 180.0, (1.0, 0, 0))[0]])
+    expected = torch.tensor([0.0, 35.0, 180.0]).double()
+    torch.testing.assert_close(rotation_errors_degrees(found, poses), expected, atol=1e-5, rtol=0)
+    assert under_10_share(torch.tensor([9.9, 10.1, 0.0, 50.0])) == 0.5
+
+
+def test_translation_is_in_units_of_the_scene():
+    poses = torch.eye(4).repeat(9, 1, 1).double()
+    poses[:, 0, 3] = torch.linspace(0, 8, 9)
+    found = poses.clone()
+    found[4, 1, 3] = 2.0
+    assert scene_size(poses) == pytest.approx(8)
+    errors = pose_errors(found, poses)
+    assert errors.translation[4].item() == pytest.approx(2 / 8, rel=1e-3)
+    assert errors.translation[[0, 1, 2, 3, 5, 6, 7, 8]].max() < 1e-3
+    assert pose_errors(found, poses, size=1.0).translation[4].item() == pytest.approx(2, rel=1e-3)
+
+
+def test_rotation_alone_keeps_the_origin_and_the_scale():
+    poses = object_poses()
+    found = align(turned(poses, 73.0), poses, "rotation")
+    torch.testing.assert_close(found.rotation, turned(torch.eye(4).double()[None], -73.0)[0, :3, :3])
+    assert found.scale == 1 and not found.translation.any()
+    # What no rotation about the origin takes away stays as an error.
+    farther = poses.clone()
+    farther[:, :3, 3] *= 1.5
+    assert pose_errors(farther, poses, "rotation", size=4.0).translation.median().item() == pytest.approx(0.5, abs=1e-6)
+    assert pose_errors(farther, poses).translation.max() < 1e-7
+
+
+def test_one_camera_is_brought_home():
+    poses = object_poses(1)
+    errors = pose_errors(random_similarity().apply(poses), poses)
+    assert errors.rotation_degrees.item() < 1e-5 and errors.translation.item() < 1e-9
+    assert errors.alignment.scale == 1
+
+
+def test_cameras_on_a_line_leave_no_turn_about_it_open():
+    poses = torch.eye(4).repeat(6, 1, 1).double()
+    poses[:, 0, 3] = torch.linspace(-1, 1, 6)
+    errors = pose_errors(random_similarity(2).apply(poses), poses)
+    assert errors.rotation_degrees.max() < 1e-4 and errors.translation.max() < 1e-7
+
+
+def test_cameras_in_one_place_have_an_answer():
+    poses = forward_poses()
+    found = poses.clone()
+    found[:, :3, 3] = torch.tensor([3.0, 1.0, 2.0])
+    errors = pose_errors(found, poses)
+    assert errors.alignment.scale == 1
+    assert errors.rotation_degrees.max() < 1e-3
+    assert 0.1 < errors.translation.median() < 1
+    both = pose_errors(found, found)
+    assert both.translation.max() < 1e-9 and both.rotation_degrees.max() < 1e-5
+
+
+def test_a_mirrored_arrangement_is_not_called_right():
+    poses = object_poses(30)
+    flip = torch.diag(torch.tensor([1.0, 1.0, -1.0, 1.0])).double()
+    errors = pose_errors(flip @ poses @ torch.diag(torch.tensor([-1.0, 1, 1, 1])).double(), poses)
+    assert errors.rotation_median_deg > 10
+    assert errors.alignment.scale > 0 and torch.linalg.det(errors.alignment.rotation) > 0
+
+
+def test_a_scene_turned_inside_out_is_called_mirrored():
+    """Orthographic pictures of points and of their mirror image, each by its own cameras, are the same."""
+    poses = object_poses(30)
+    points = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    flip, inwards = torch.diag(torch.tensor([1.0, 1.0, -1.0])).double(), torch.eye(4).double()
+    inwards[2, 2] = -1
+    wrong = poses @ inwards  # x right, y up as before, and z as it must not be ...
+    wrong[:, :3, :3] = flip @ wrong[:, :3, :3]  # ... unless the world is mirrored, too
+    wrong[:, :3, 3] = 4 * wrong[:, :3, 2]
+    pictures = torch.einsum("vji,pj->vpi", poses[:, :3, :2], points)
+    torch.testing.assert_close(torch.einsum("vji,pj->vpi", wrong[:, :3, :2], points @ flip), pictures)
+    assert torch.linalg.det(wrong[:, :3, :3]).min() > 0
+    assert mirrored(random_similarity().apply(wrong), poses)
+    assert not mirrored(random_similarity().apply(poses), poses)
+    assert not mirrored(object_poses(30, seed=8), poses)
+    assert pose_errors(wrong, poses).rotation_median_deg > 30
+
+
+def test_places_the_wrong_way_round_do_not_turn_the_scale_negative():
+    poses = forward_poses()
+    found = poses.clone()
+    found[:, :3, 3] *= -1
+    errors = pose_errors(found, poses)
+    assert errors.alignment.scale > 0 and errors.translation.median() > 0.1
+
+
+def test_total_collapse_scores_badly():
+    poses = orbit(24, 4.0, 30.0).double()
+    errors = pose_errors(poses[:1].expand(24, 4, 4), poses)
+    assert errors.under_10_deg < 0.2 and errors.rotation_median_deg > 30
+
+
+@pytest.mark.parametrize("found", [torch.eye(4).expand(3, 4, 4), torch.eye(3).expand(2, 3, 3), torch.zeros(0, 4, 4)])
+def test_poses_that_do_not_match_are_refused(found):
+    with pytest.raises(DataError, match=r"\[V, 4, 4\]"):
+        align(found, torch.eye(4).expand(2, 4, 4) if len(found) else found)
+
+
+def test_values_that_are_not_finite_are_refused():
+    with pytest.raises(DataError, match="not finite"):
+        align(torch.full((2, 4, 4), torch.nan), torch.eye(4).expand(2, 4, 4))

@@ -1,0 +1,35 @@
+"""A tiny scene and a tiny run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from factorkit.data.procedural_scene import procedural_views
+from factorkit.nerfdiff.train import train_nerfdiff
+
+TINY = {
+    "preset": "demo", "resolution": 8, "cameras": 3, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 8,
+    "samples": 6, "views": 3, "rays": 8, "search_steps": 22, "field_steps": 4, "steps": 5, "batch_size": 4, "width": 8,
+    "multipliers": (1, 2), "encoder_resolution": 8, "rendered": 4, "flip_rounds": 1, "checkpoint_every": 2,
+    "log_every": 2, "device": "cpu", "progress": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny() -> dict:
+    """Settings of a training that takes a second."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def scene_views():
+    """Ten views of the procedural scene, 8 pixels a side."""
+    return procedural_views(10, 8, seed=1)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, scene_views):
+    """A finished tiny run in a folder."""
+    torch.set_num_threads(1)
+    return train_nerfdiff(scene_views, out=tmp_path_factory.mktemp("nerfdiff") / "run", **TINY)

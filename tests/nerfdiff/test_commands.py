@@ -1,0 +1,119 @@
+"""The command line on nerfdiff runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from factorkit.cli import main
+from factorkit.errors import ConfigError
+from factorkit.nerfdiff.frames import to_uint8
+
+
+@pytest.fixture
+def ask(capsys):
+    """ask(*words) runs a command with --json: exit code and the object it prints."""
+
+    def run(*words):
+        code = main([str(word) for word in words] + ["--json"])
+        return code, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, scene_views):
+    """The tiny run's views as files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, image in zip(scene_views.names, to_uint8(scene_views.images), strict=True):
+        Image.fromarray(image).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def posed(tmp_path_factory, pictures, scene_views):
+    """The same as a nerfstudio folder with poses."""
+    folder = tmp_path_factory.mktemp("posed")
+    k = scene_views.intrinsics[0]
+    frames = [
+        {"file_path": str(pictures / f"{name}.png"), "transform_matrix": pose.tolist()}
+        for name, pose in zip(scene_views.names, scene_views.poses, strict=True)
+    ]
+    content = {"fl_x": float(k[0, 0]), "fl_y": float(k[1, 1]), "cx": 4.0, "cy": 4.0, "w": 8, "h": 8, "frames": frames}
+    (folder / "transforms.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_pose_answers_what_the_run_predicts(ask, finished, pictures, scene_views, tmp_path):
+    code, found = ask("pose", finished.folder, pictures, "--out", tmp_path / "poses.json", "--device", "cpu")
+    assert code == 0 and found["frames"] == json.loads((tmp_path / "poses.json").read_text())["frames"]
+    order = sorted(range(10), key=lambda i: scene_views.names[i])
+    wanted = finished.predict_pose(scene_views.select(order)).poses
+    assert torch.allclose(torch.tensor([f["camera_to_world"] for f in found["frames"]]), wanted, atol=0.02)
+
+
+def test_reconstruct_render_sample_and_export_write_what_they_say(ask, finished, pictures, tmp_path):
+    run = finished.folder
+    code, found = ask("reconstruct", run, pictures, "--out", tmp_path / "seen", "--size", 12, "--device", "cpu")
+    assert code == 0 and found["reconstructed"] == 10 and len(list((tmp_path / "seen").glob("*_depth.png"))) == 10
+    with Image.open(tmp_path / "seen" / "view_003.png") as image:
+        assert image.size == (12, 12)
+    code, found = ask("render", run, "--out", tmp_path / "orbit.gif", "--frames", 4, "--device", "cpu")
+    with Image.open(tmp_path / "orbit.gif") as gif:
+        assert code == 0 and gif.n_frames == found["frames"] == 4
+    code, found = ask("sample", run, "-n", 2, "--steps", 4, "--trajectory", "--out", tmp_path / "s", "--device", "cpu")
+    assert code == 0 and len(json.loads((tmp_path / "s" / "poses.json").read_text())["poses"]) == 2
+    assert (tmp_path / "s" / "view_0001.png").exists() and (tmp_path / "s" / "trajectory.png").exists()
+    code, found = ask("export", run, tmp_path / "transforms.json", "--device", "cpu")
+    assert code == 0 and len(json.loads((tmp_path / "transforms.json").read_text())["frames"]) == 10
+
+
+def test_evaluate_scores_views_with_poses(ask, finished, posed):
+    code, scores = ask("evaluate", finished.folder, "--views", posed, "--device", "cpu")
+    assert code == 0 and {"rotation_median_deg", "under_10_deg", "psnr", "psnr_encoder"} <= scores.keys()
+    code, answer = ask("evaluate", finished.folder, "--device", "cpu")
+    assert code == 2 and "--views" in answer["error"]
+
+
+def test_mistakes_are_named(ask, finished, pictures, tmp_path):
+    code, answer = ask("pose", finished.folder, tmp_path / "nowhere", "--device", "cpu")
+    assert code == 2 and "nowhere" in answer["error"]
+    code, answer = ask("render", finished.folder, "--out", tmp_path / "x.avi", "--device", "cpu")
+    assert code == 2 and ".gif" in answer["error"]
+    code, answer = ask("segment", finished.folder, pictures, "--out", tmp_path / "x", "--device", "cpu")
+    assert code == 2 and "nerfdiff" in answer["error"]
+    code, answer = ask("train", "nerfdiff", "--preset", "legos")
+    assert code == 2 and "lego" in answer["error"]
+
+
+def test_train_takes_flags_and_resumes(ask, posed, tmp_path, tiny):
+    words = ["train", "nerfdiff", "--data", posed, "--out", tmp_path / "run"]
+    for key, value in tiny.items():
+        if key != "progress":
+            words += [f"--{key.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
+    code, found = ask(*words)
+    assert code == 0 and found["run"] == str(tmp_path / "run") and (tmp_path / "run" / "report.html").exists()
+    assert ask(*words)[0] == 0
+
+
+def test_the_recipe_follows_the_resolution(capsys):
+    assert main(["train", "nerfdiff", "--preset", "fast", "--resolution", "64", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--grid INT" in said and said.split("--grid INT")[1].split("(default:")[1].startswith(" 64)")
+
+
+def test_reproduce_trains_every_setting_and_seed(tmp_path, scene_views, tiny):
+    from factorkit.nerfdiff import reproduce
+
+    settings = {k: v for k, v in tiny.items() if k not in ("preset", "cameras")}
+    found = reproduce.reproduce("fig3.13", scene_views, scene_views, tmp_path, seeds=2, cameras=3, **settings)
+    assert [(r["setting"], r["seed"]) for r in found["rows"]] == [
+        ("noise=True", 0), ("noise=True", 1), ("noise=False", 0), ("noise=False", 1)
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "fig3.13.json").read_text())["rows"] == found["rows"]
+    assert "noise=False" in reproduce.table(found)
+    with pytest.raises(ConfigError, match="fig9"):
+        reproduce.reproduce("fig9", scene_views, scene_views, tmp_path)

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import factorkit
+from factorkit.errors import CheckpointError, ConfigError, DataError
+from factorkit.metrics.pose import rotation_errors_degrees
+from factorkit.nerfdiff.fields import GridField
+from factorkit.nerfdiff.frames import write_frames
+from factorkit.nerfdiff.localise import refined
+from factorkit.nerfdiff.model import NerfdiffModel
+from factorkit.nerfdiff.poses import directions, orbit_poses
+from factorkit.nerfdiff.rays import render_views
+
+
+def test_predicted_poses_are_those_of_the_best_scores(finished, scene_views):
+    found = finished.predict_pose(scene_views.images)
+    assert found.poses.shape == (10, 4, 4) and found.scores.shape == (10, 3) and found.candidates.shape == (10, 3, 4, 4)
+    best = found.scores.argmax(1)
+    assert torch.equal(found.poses, found.candidates[torch.arange(10), best])
+    alone = finished.predict_pose(scene_views.images[4])
+    assert torch.allclose(alone.poses[0], found.poses[4], atol=1e-5), "a view's pose depends on its batch"
+    with pytest.raises(ConfigError, match="t=100"):
+        finished.predict_pose(scene_views.images, t=100)
+    with pytest.raises(DataError, match=r"\(1, 10, 8, 8\)"):
+        finished.predict_pose(scene_views.images[:, 0])
+
+
+def test_larger_pictures_are_brought_to_the_models_size(finished, scene_views):
+    larger = scene_views.images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.allclose(finished.predict_pose(larger).poses, finished.predict_pose(scene_views).poses, atol=1e-4)
+
+
+def test_reconstructions_are_renders_from_the_predicted_poses(finished, scene_views):
+    seen = finished.reconstruct(scene_views, size=12)
+    again = finished.render(finished.predict_pose(scene_views).poses, 12)
+    assert torch.equal(seen.images, again.images) and seen.images.shape == (10, 3, 12, 12)
+    assert seen.depth.shape == seen.opacity.shape == (10, 12, 12)
+    assert 0 <= seen.images.min() and seen.images.max() <= 1 and torch.equal(seen.poses, again.poses)
+
+
+@pytest.mark.parametrize("path", ["orbit", "spiral"])
+def test_paths_go_around_looking_at_the_scene(finished, path):
+    seen = finished.render_path(path, size=6, frames=8)
+    assert seen.images.shape == (8, 3, 6, 6)
+    eye, back = seen.poses[:, :3, 3], seen.poses[:, :3, 2]
+    assert torch.allclose(torch.nn.functional.normalize(eye, dim=1), back, atol=1e-5)
+    heights = eye[:, 2]
+    assert (heights.std() < 1e-4) == (path == "orbit")
+    given = finished.render_path(seen.poses[:2], size=6)
+    assert torch.allclose(given.images, seen.images[:2], atol=1e-5)
+    with pytest.raises(ConfigError, match="zigzag"):
+        finished.render_path("zigzag")
+
+
+def test_samples_come_from_noise_through_renders(finished):
+    drawn = finished.sample(3, seed=1, steps=5, trajectory=True)
+    assert drawn.images.shape == (3, 3, 8, 8) and drawn.poses.shape == (3, 4, 4) and len(drawn.trajectory) == 5
+    assert [f.t for f in drawn.trajectory] == sorted((f.t for f in drawn.trajectory), reverse=True)
+    last = drawn.trajectory[-1]
+    assert torch.equal(last.cameras.best, drawn.poses) and torch.allclose(last.images, drawn.images, atol=1e-6)
+    same, other = finished.sample(3, seed=1, steps=5), finished.sample(3, seed=2, steps=5)
+    assert torch.equal(same.images, drawn.images) and not torch.equal(other.poses, drawn.poses)
+    with pytest.raises(ConfigError, match="n=0"):
+        finished.sample(0)
+
+
+def test_loading_and_saving_give_the_same_model(finished, scene_views, tmp_path):
+    folder = factorkit.load(finished.folder, device="cpu")
+    single = factorkit.load(finished.save(tmp_path / "one.safetensors"), device="cpu")
+    for other in (folder, single):
+        assert torch.equal(other.predict_pose(scene_views).poses, finished.predict_pose(scene_views).poses)
+        assert torch.equal(other.poses, finished.poses)
+    assert single.views.images.shape == (10, 3, 8, 8) and folder.views.names == scene_views.names
+    assert torch.equal(folder.views.poses, finished.poses)
+    with pytest.raises(CheckpointError, match="no run folder"):
+        factorkit.load(tmp_path)
+
+
+def test_evaluation_measures_both_cameras_and_renders(finished, scene_views):
+    scores = finished.evaluate(scene_views)
+    assert scores["psnr"] != scores["psnr_encoder"] and scores["views"] == 10
+    assert json.loads((finished.folder / "scores.json").read_text()) == finished.scores == scores
+    with pytest.raises(DataError, match="3, 4, 4"):
+        finished.evaluate(scene_views, poses=torch.eye(4).repeat(3, 1, 1))
+
+
+def test_a_perfect_run_scores_perfectly_whatever_the_coordinates(finished, scene_views, tmp_path, monkeypatch):
+    """Found poses that are the true ones, turned and scaled, have no error, and renders at them are compared there."""
+    from factorkit.metrics.pose import Similarity
+    from factorkit.nerfdiff import scoring
+
+    turn = orbit_poses(directions(torch.tensor(50.0), torch.tensor(20.0)), 1.0)[:3, :3].double()
+    moved = Similarity(turn, torch.tensor([0.3, -1, 2]).double(), torch.tensor(1.7).double())
+    true = moved.apply(finished.poses)
+    given = scene_views.__class__(scene_views.images, scene_views.names, scene_views.intrinsics, poses=true)
+    monkeypatch.setattr(scoring, "kept_views", lambda folder: given)
+    asked = []
+    plain = type(finished).render
+    monkeypatch.setattr(type(finished), "render", lambda self, poses, *a: asked.append(poses) or plain(self, poses, *a))
+    scores = scoring.evaluate(finished, given)
+    assert scores["rotation_median_deg"] < 0.01 and scores["translation_median"] < 1e-4
+    assert torch.allclose(asked[0], finished.poses, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["scene.ply", "transforms.json", "colmap"])
+def test_exports_hold_every_view(finished, tmp_path, name):
+    path = finished.export(tmp_path / name, **({} if name == "transforms.json" else {"points": 200}))
+    if name == "transforms.json":
+        frames = json.loads(path.read_text())["frames"]
+        assert len(frames) == 10
+        assert np.allclose(frames[3]["transform_matrix"], finished.poses[3].numpy(), atol=1e-5)
+    else:
+        assert path.exists()
+
+
+def test_frames_are_written_as_pictures_and_as_a_gif(tmp_path):
+    images = torch.rand(3, 3, 6, 8)
+    folder = write_frames(tmp_path / "frames", images)
+    assert [p.name for p in sorted(folder.iterdir())] == ["0000.png", "0001.png", "0002.png"]
+    assert np.abs(np.asarray(Image.open(folder / "0001.png")) / 255 - images[1].permute(1, 2, 0).numpy()).max() < 0.003
+    with Image.open(write_frames(tmp_path / "a.gif", images)) as gif:
+        assert gif.n_frames == 3 and gif.size == (8, 6)
+    with pytest.raises(ConfigError, match="xyz"):
+        write_frames(tmp_path / "a.xyz", images)
+
+
+def test_refining_finds_the_pose_of_a_picture_from_near_it(finished):
+    torch.manual_seed(0)
+    field = GridField(5, seed=4)
+    field.values.data.mul_(8)
+    optics = finished.model.optics
+    model = NerfdiffModel(
+        finished.model.encoder, finished.model.candidates, field, finished.poses, optics, (16, 16), 16
+    )
+    way = directions(torch.tensor([20.0, 140.0, 260.0]), torch.tensor([30.0, 45.0, 15.0]))
+    true = orbit_poses(way, finished.scene["distance"])
+    images = render_views(field, true, optics, (16, 16), 16).color.movedim(-1, 1)
+    off = orbit_poses(way + 0.06 * torch.randn(3, 3), finished.scene["distance"])
+    before = [x.clone() for x in model.state_dict().values()]
+    found = refined(model, images, off, 40, finished.config)
+    far, near = (rotation_errors_degrees(x, true) for x in (off, found))
+    assert near.max() < 1.0 < far.min(), (far, near)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+    assert all(p.grad is None for p in field.parameters())

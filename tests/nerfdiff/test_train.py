@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from factorkit.data.procedural_scene import procedural_views
+from factorkit.engine.checkpoint import Checkpoints
+from factorkit.engine.log import read_log
+from factorkit.errors import CheckpointError, ConfigError, DataError
+from factorkit.nerfdiff.distil import DistilTask
+from factorkit.nerfdiff.fit import FitTask
+from factorkit.nerfdiff.joint import JointTask
+from factorkit.nerfdiff.search import SearchTask
+from factorkit.nerfdiff.train import train_nerfdiff
+
+
+class Killed(BaseException):
+    pass
+
+
+def weights(folder):
+    return Checkpoints(folder / "checkpoints").latest()[0]
+
+
+STAGES = {
+    "search": (SearchTask, {}, 13),
+    "refine": (FitTask, {}, 22 + 3),
+    "flip": (FitTask, {}, 22 + 4 + 7),
+    "distil": (DistilTask, {}, 4),
+    "joint": (JointTask, {"search": "joint"}, 4),
+    "joint, letter": (JointTask, {"search": "joint", "balance": False, "candidates": "thesis"}, 4),
+    "tune": (JointTask, {"tuning_steps": 5}, 4),
+    "learned": (FitTask, {"poses": "learned"}, 3),
+    "freedoms": (FitTask, {"freedom": ("roll", "aim", "distance", "focal")}, 22 + 3),
+    "network": (FitTask, {"poses": "known", "field": "hashgrid"}, 3),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_killed_in_any_stage_goes_on_to_the_same_bits(stage, tmp_path, scene_views, tiny, monkeypatch):
+    task, changes, fatal = STAGES[stage]
+    settings = tiny | changes
+    train_nerfdiff(scene_views, out=tmp_path / "whole", **settings)
+    plain, calls = task.loss, [0]
+
+    def loss(self, *arguments):
+        calls[0] += 1
+        if calls[0] == fatal:
+            raise Killed
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(task, "loss", loss)
+    with pytest.raises(Killed):
+        train_nerfdiff(scene_views, out=tmp_path / "killed", **settings)
+    monkeypatch.setattr(task, "loss", plain)
+    train_nerfdiff(scene_views, out=tmp_path / "killed", **settings)
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    assert [k for k in whole if not torch.equal(whole[k], killed[k])] == []
+    assert sum(e["event"] == "resume" for e in all_events(tmp_path / "killed")) >= 1
+
+
+def all_events(folder):
+    return [e for log in folder.rglob("log.jsonl") for e in read_log(log.parent)]
+
+
+def test_the_same_call_again_changes_nothing_and_another_is_refused(finished, scene_views, tiny):
+    before = weights(finished.folder)
+    again = train_nerfdiff(scene_views, out=finished.folder, **tiny)
+    assert all(torch.equal(before[k], weights(finished.folder)[k]) for k in before) and again.step == tiny["steps"]
+    with pytest.raises(CheckpointError, match="grid: 8 there, 9 asked for"):
+        train_nerfdiff(scene_views, out=finished.folder, **tiny | {"grid": 9})
+    with pytest.raises(CheckpointError, match="scene"):
+        train_nerfdiff(procedural_views(10, 8, seed=2), out=finished.folder, **tiny)
+
+
+def test_true_poses_do_not_reach_the_training(scene_views, tiny, tmp_path):
+    from dataclasses import replace
+
+    shuffled = replace(scene_views, poses=scene_views.poses.flip(0))
+    a = train_nerfdiff(scene_views, out=tmp_path / "a", **tiny)
+    b = train_nerfdiff(shuffled, out=tmp_path / "b", **tiny)
+    c = train_nerfdiff(replace(scene_views, poses=None), out=tmp_path / "c", **tiny)
+    for other in (b, c):
+        assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_seeds_differ(scene_views, tiny, finished, tmp_path):
+    other = train_nerfdiff(scene_views, out=tmp_path / "other", **tiny | {"seed": 1})
+    assert not torch.equal(other.poses, finished.poses)
+
+
+def test_the_log_names_what_is_wrong(finished):
+    alarms = [e for e in read_log(finished.folder) if e["event"] == "alarms"]
+    assert {"azimuth_spread", "doubled", "failures"} <= alarms[-1].keys()
+    settings = json.loads((finished.folder / "config.json").read_text())
+    assert settings["model"] == "nerfdiff" and settings["scene"]["views"] == 10
+
+
+def test_bad_input_is_named(scene_views, tiny, tmp_path):
+    out = {"out": tmp_path / "x"}
+    with pytest.raises(DataError, match="1 view"):
+        train_nerfdiff(scene_views.select([0]), **out, **tiny)
+    with pytest.raises(DataError, match="10 views are fewer than cameras=11"):
+        train_nerfdiff(scene_views, **out, **tiny | {"cameras": 11})
+    from dataclasses import replace
+
+    with pytest.raises(ConfigError, match="without poses"):
+        train_nerfdiff(replace(scene_views, poses=None), **out, **tiny | {"poses": "known"})
+    blank = replace(scene_views, images=torch.ones(10, 3, 8, 8), masks=None)
+    with pytest.raises(DataError, match="no foreground anywhere"):
+        train_nerfdiff(blank, **out, **tiny)
+    zoomed = scene_views.intrinsics.clone()
+    zoomed[3, 0, 0] *= 1.5
+    with pytest.raises(DataError, match="one camera"):
+        train_nerfdiff(replace(scene_views, intrinsics=zoomed), **out, **tiny)
+    for change, words in (
+        ({"elevations": (50.0, 20.0)}, "elevations"), ({"field": "fog"}, "hashgrid"),
+        ({"freedom": ("wings",)}, "wings"), ({"cameras": 0}, "cameras=0"),
+        ({"t_power": 0.0}, "t_power"), ({"preset": "Lego"}, "lego"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            train_nerfdiff(scene_views, **out, **tiny | change)

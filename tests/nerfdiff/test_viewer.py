@@ -1,0 +1,161 @@
+"""The viewer serves a page, places cameras and points where they are, and renders what a visitor looks at."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import urllib.request
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from factorkit.data import procedural_views
+from factorkit.errors import ConfigError
+from factorkit.nerfdiff import viewer
+from factorkit.nerfdiff.occupied import occupied_sampling
+from factorkit.nerfdiff.viewer import Painter, Shown, Viewer, from_viser, frustum, paint, to_viser
+
+BOX = (-1.0, -1.0, -1.0), (1.0, 1.0, 1.0)
+WAIT = 60  # seconds that no test takes unless something hangs
+
+
+def ball(positions, directions):
+    """A solid ball of radius 0.6, coloured by place."""
+    return 200 * (positions.norm(dim=1) < 0.6).float(), (positions + 1) / 2
+
+
+@pytest.fixture(scope="module")
+def shown():
+    views = procedural_views(4, 12, seed=1)
+    return Shown(7, ball, views, torch.tensor([0.0, 0.0, 1.0]), true=views.poses)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(viewer, "POINTS", 300)
+    monkeypatch.setattr(viewer, "SIDES", (8, 16))
+
+
+def test_poses_to_viser_and_back(shown):
+    for pose in shown.views.poses:
+        wxyz, position = to_viser(pose)
+        torch.testing.assert_close(from_viser(wxyz, position), pose, atol=1e-5, rtol=0)
+        torch.testing.assert_close(from_viser(-3 * wxyz, position), pose, atol=1e-5, rtol=0)
+    # viser's own camera without any turn looks along z with y down.
+    looking = from_viser(np.array([1.0, 0, 0, 0]), np.zeros(3))
+    assert (-looking[:3, 2]).tolist() == [0, 0, 1] and looking[:3, 1].tolist() == [0, -1, 0]
+
+
+def test_frusta_open_as_far_as_the_pictures():
+    fov, aspect = frustum(torch.tensor([[20.0, 0, 8], [0, 10.0, 5], [0, 0, 1]]), 10, 16)
+    assert fov == pytest.approx(2 * math.atan(0.5)) and aspect == pytest.approx((16 / 20) / (10 / 10))
+
+
+def test_the_render_is_the_picture_of_that_camera():
+    from factorkit.data.procedural_scene import scene_field
+
+    views, field = procedural_views(2, 24, seed=1), scene_field()
+    shown = Shown(0, field, views, torch.ones(3))
+    fov, _ = frustum(views.intrinsics[0], 24, 24)
+    picture = paint(shown, occupied_sampling(field, *BOX), views.poses[1], fov, 24, 24)
+    apart = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - views.images[1]).abs()
+    assert apart.mean() < 0.02
+    wide = paint(shown, occupied_sampling(field, *BOX), views.poses[1], fov, 24, 40)
+    assert wide.shape == (24, 40, 3)
+    np.testing.assert_allclose(wide[:, 8:32].astype(int), picture, atol=3)
+
+
+def test_a_render_that_is_out_of_date_stops(shown, monkeypatch):
+    monkeypatch.setattr(viewer, "RAYS", 32)
+    asked = []
+
+    def stop():
+        asked.append(None)
+        return len(asked) == 3
+
+    sampling = occupied_sampling(ball, *BOX)
+    assert paint(shown, sampling, shown.views.poses[0], 0.6, 16, 16, stop) is None
+    assert len(asked) == 3
+
+
+class Client:
+    """What the painter needs of a viser client."""
+
+    def __init__(self, number, pose, aspect=1.0):
+        wxyz, position = to_viser(pose)
+        self.client_id = number
+        self.camera = SimpleNamespace(wxyz=wxyz, position=position, fov=0.6, aspect=aspect)
+        self.scene = self
+        self.pictures, self.came = [], threading.Semaphore(0)
+
+    def set_background_image(self, picture, format="auto"):
+        self.pictures.append(picture)
+        self.came.release()
+
+    def wait(self, count):
+        assert all(self.came.acquire(timeout=WAIT) for _ in range(count))
+
+
+def test_the_painter_sends_growing_pictures_to_each_client(shown, small):
+    painter = Painter()
+    try:
+        clients = [Client(0, shown.views.poses[0]), Client(1, shown.views.poses[1], aspect=0.5)]
+        painter.ask(clients[0])  # before there is anything to show: nothing is lost
+        painter.look(shown)
+        painter.ask(clients[0])
+        clients[0].wait(2)
+        painter.ask(clients[1])
+        clients[1].wait(2)
+    finally:
+        painter.close()
+    assert [picture.shape for picture in clients[0].pictures[-2:]] == [(8, 8, 3), (16, 16, 3)]
+    assert [picture.shape for picture in clients[1].pictures] == [(8, 4, 3), (16, 8, 3)]
+    middle, corner = clients[0].pictures[-1][8, 8], clients[0].pictures[-1][0, 0]
+    assert corner.tolist() == [0, 0, 255]
+    eye = shown.views.poses[0, :3, 3]
+    seen = (0.6 * eye / eye.norm() + 1) / 2 * 255
+    np.testing.assert_allclose(middle, seen, atol=12)
+
+
+def test_the_page_is_served_with_cameras_and_points(shown, small):
+    with Viewer(shown, port=18080) as opened:
+        assert b"viser" in urllib.request.urlopen(opened.url, timeout=WAIT).read()
+        scene = opened.server.scene
+        for i in range(4):
+            for name in ("/found", "/true"):
+                handle = scene.get_handle_by_name(f"{name}/{i:04d}")
+                pose = from_viser(handle.wxyz, handle.position)
+                torch.testing.assert_close(pose, shown.views.poses[i], atol=1e-5, rtol=0)
+        points = scene.get_handle_by_name("/points/cloud").points
+        assert len(points) > 50 and np.abs(np.linalg.norm(points, axis=1) - 0.6).max() < 0.05
+        assert "Step 7" in opened._step.content
+        box = opened._boxes["/true"]
+        box.value = False
+        opened._set_visible("/true")
+        assert scene.get_handle_by_name("/true").visible is False
+        from dataclasses import replace
+
+        opened.show(replace(shown, step=9, true=None, views=shown.views.select([2])))
+        assert "Step 9" in opened._step.content and scene.get_handle_by_name("/true").visible is False
+        gone = [scene.get_handle_by_name(name) for name in ("/true/0000", "/found/0001")]
+        assert gone == [None, None] and scene.get_handle_by_name("/found/0000") is not None
+
+
+def test_an_empty_scene_is_shown_without_points(shown, small):
+    from dataclasses import replace
+
+    def empty(positions, directions):
+        return torch.zeros(len(positions)), torch.zeros(len(positions), 3)
+
+    with Viewer(replace(shown, field=empty), port=18090) as opened:
+        assert opened.server.scene.get_handle_by_name("/points/cloud") is None
+        assert opened.server.scene.get_handle_by_name("/found/0000") is not None
+
+
+def test_without_viser_the_cure_is_named(shown, monkeypatch):
+    monkeypatch.setitem(sys.modules, "viser", None)
+    with pytest.raises(ConfigError, match=r"factorkit\[viewer\]"):
+        Viewer(shown)
