@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.rendering import commit, compare, processor, table
+from benchmarks.recording import commit, processor
+from benchmarks.rendering import compare, table
 from factorkit import ops
 from factorkit.ops import reference_encoding as reference
 

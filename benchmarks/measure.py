@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.rendering import commit, processor
+from benchmarks.recording import commit, processor
 
 FILLED = 0.02  # seconds that one timing of a short function should take on a GPU
 

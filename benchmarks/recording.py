@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
 from pathlib import Path
-
-from benchmarks.rendering import commit, processor
-
-__all__ = ["commit", "machine", "read_results", "write_result"]
 
 
 def read_results(path: Path) -> dict[str, dict]:
@@ -29,3 +27,22 @@ def write_result(path: Path, key: str, record: dict) -> None:
 def machine(threads: int) -> str:
     """The processor and the threads used of it."""
     return f"{processor()}, {threads} thread(s)"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit of this checkout, marked where it has changes."""
+    try:
+        asked = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+        return subprocess.run(
+            asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -18,15 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from benchmarks.recording import commit, processor
 from factorkit import ops
 from factorkit.ops import reference_rendering as reference
 
@@ -179,25 +178,6 @@ def table(results: dict) -> str:
     m = results["machine"]
     note = f"{m['processor']}, 1 thread, torch {m['torch']}, commit {m['commit']}, load {m['load_before']}"
     return "\n".join([head, "|---|---|---|---|---|---|---|", *rows, note])
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The commit of this checkout, marked where it has changes."""
-    try:
-        asked = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-        return subprocess.run(
-            asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

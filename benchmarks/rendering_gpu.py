@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.rendering import commit, nerfacc
+from benchmarks.recording import commit
+from benchmarks.rendering import nerfacc
 from factorkit import ops
 from factorkit.ops import reference_rendering as reference
 from factorkit.ops.compiled import extension
