@@ -9,7 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from factorkit.engine.checkpoint import read_checkpoint
+from torch import Tensor
+
+from factorkit.engine.checkpoint import Checkpoints, read_checkpoint
 from factorkit.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -94,6 +96,26 @@ def model_name(path: Path) -> str | None:
     with suppress(CheckpointError):
         return read_checkpoint(path)[1].get("model")
     return None
+
+
+def read_weights(path: Path, model: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The averaged weights and the settings in a run folder (its newest whole checkpoint) or a ``.safetensors`` file.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or of another model than ``model``.
+    """
+    if path.is_dir():
+        read_settings(path)
+        found = Checkpoints(path / "checkpoints").latest()
+        if found is None:
+            raise CheckpointError(f"{path} has no checkpoint yet; run the same training command again to go on")
+        tensors, meta = found
+    else:
+        tensors, meta = read_checkpoint(path)
+    if meta.get("model") != model:
+        raise CheckpointError(f"{path} holds a {meta.get('model')!r} model, not {model}")
+    prefix = "ema.module."
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}, meta
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 from factorkit.data.views import Views, resize_area, target_size
 from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
+from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import resolve_device
-from factorkit.engine.folder import read_settings, write_json
+from factorkit.engine.folder import read_weights, write_json
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import CheckpointError, ConfigError, DataError
 from factorkit.nerfdiff.build import build_model
@@ -89,31 +89,20 @@ class NerfdiffRun:
         Raises:
             CheckpointError: nothing there, damaged, or not a nerfdiff model.
         """
-        path, folder = Path(path), None
-        if path.is_dir():
-            read_settings(path)
-            folder = path
-            found = Checkpoints(path / "checkpoints").latest()
-            if found is None:
-                raise CheckpointError(f"{path} has no checkpoint yet; run the same training command again to go on")
-            tensors, meta = found
-        else:
-            tensors, meta = read_checkpoint(path)
-        if meta.get("model") != "nerfdiff":
-            raise CheckpointError(f"{path} holds a {meta.get('model')!r} model, not nerfdiff")
+        path = Path(path)
+        weights, meta = read_weights(path, "nerfdiff")
         fields = {f.name for f in dataclasses.fields(NerfdiffConfig)}
         config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
-        prefix = "ema.module."
-        weights = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        optics = Optics(weights["intrinsics"], weights["background"], meta["scene"]["layout"] == "forward")
         field = build_field(config.field, config.grid, config.seed)
-        model = build_model(config, meta["scene"], optics, field, weights["views"])
         try:
+            scene, step = meta["scene"], int(meta["step"])
+            optics = Optics(weights["intrinsics"], weights["background"], scene["layout"] == "forward")
+            model = build_model(config, scene, optics, field, weights["views"])
             model.load_state_dict(weights)
-        except RuntimeError as error:
+        except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"the weights in {path} do not fit the model of its settings: {error}") from error
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
-        return cls(config, meta["scene"], model, chosen, int(meta["step"]), folder)
+        return cls(config, scene, model, chosen, step, path if path.is_dir() else None)
 
     def save(self, path: str | Path) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`."""

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 
-from factorkit.diffusion.objective import PREDICTIONS
 from factorkit.engine.config import EngineConfig
 from factorkit.errors import ConfigError
 from factorkit.ops.norm import NORMS
@@ -109,8 +108,8 @@ class SegdiffConfig(EngineConfig):
             raise ConfigError(f"width={self.width} must be even: half of the time embedding is cosines, half sines")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ConfigError(f"multipliers={self.multipliers} must be one positive number for each level")
-        if self.prediction not in PREDICTIONS:
-            raise ConfigError(f"prediction={self.prediction!r} is unknown; choose one of {', '.join(PREDICTIONS)}")
+        if self.prediction not in ("eps", "v"):
+            raise ConfigError(f"prediction={self.prediction!r} is unknown; choose one of eps, v")
         if self.branch_norm not in NORMS:
             raise ConfigError(f"branch_norm={self.branch_norm!r} is unknown; choose one of {', '.join(NORMS)}")
         if not 0 <= self.dropout < 1:

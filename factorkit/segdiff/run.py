@@ -17,9 +17,9 @@ from factorkit.data.images import to_rgb
 from factorkit.data.labelled import load_labelled
 from factorkit.data.sources import Source, open_source
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
+from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import resolve_device
-from factorkit.engine.folder import read_settings, write_json
+from factorkit.engine.folder import read_weights, write_json
 from factorkit.errors import CheckpointError, ConfigError, DataError
 from factorkit.metrics.baselines import score_baselines
 from factorkit.metrics.segmentation import evaluate_masks
@@ -89,30 +89,17 @@ class SegdiffRun:
             CheckpointError: nothing there, damaged, or not a segdiff model.
         """
         path = Path(path)
-        folder = None
-        if path.is_dir():
-            read_settings(path)
-            folder = path
-            found = Checkpoints(path / "checkpoints").latest()
-            if found is None:
-                raise CheckpointError(f"{path} has no checkpoint yet; run the same training command again to go on")
-            tensors, meta = found
-        else:
-            tensors, meta = read_checkpoint(path)
-        if meta.get("model") != "segdiff":
-            raise CheckpointError(f"{path} holds a {meta.get('model')!r} model, not segdiff")
+        weights, meta = read_weights(path, "segdiff")
         fields = {f.name for f in dataclasses.fields(SegdiffConfig)}
         config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
         with torch.device("meta"):
             model = config.build()
-        prefix = "ema.module."
-        weights = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         try:
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise CheckpointError(f"the weights in {path} do not fit the model of its settings: {error}") from error
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
-        return cls(config, model, chosen, int(meta["step"]), folder)
+        return cls(config, model, chosen, int(meta["step"]), path if path.is_dir() else None)
 
     def save(self, path: str | Path) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`."""

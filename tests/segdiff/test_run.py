@@ -394,6 +394,8 @@ def test_another_model_and_weights_that_do_not_fit_are_refused(run, tmp_path):
     tensors, meta = read_checkpoint(run.save(tmp_path / "model.safetensors"))
     other = write_checkpoint(tmp_path / "other.safetensors", tensors, {**meta, "model": "nerfdiff"})
     with pytest.raises(CheckpointError, match="'nerfdiff' model, not segdiff"):
+        factorkit.SegdiffRun.load(other)
+    with pytest.raises(CheckpointError, match="do not fit"):
         factorkit.load(other)
     wide = write_checkpoint(tmp_path / "wide.safetensors", tensors, {**meta, "width": 16})
     with pytest.raises(CheckpointError, match="do not fit"):
