@@ -9,6 +9,7 @@ from typing import Any
 from factorkit.data.views import Views
 from factorkit.engine.folder import write_json
 from factorkit.errors import ConfigError
+from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.train import train_nerfdiff
 
 #: what each figure or table changes
@@ -21,8 +22,9 @@ SCORES = ("rotation_median_deg", "under_10_deg", "psnr", "encoder_rotation_media
 
 
 def reproduce(
-    name: str, training: Views, held_out: Views, out: Path, seeds: int = 3, preset: str = "fast", **changes: Any
-) -> dict[str, Any]:
+    name: str, training: Views, held_out: Views, out: Path, seeds: int = 3, preset: str = "fast",
+    progress: bool = True, **changes: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Train encoder and field together once for every setting and seed, and score each on held-out views.
 
     Args:
@@ -42,13 +44,15 @@ def reproduce(
         raise ConfigError(f"{name!r} is no experiment; choose one of {', '.join(EXPERIMENTS)}")
     if seeds < 1:
         raise ConfigError(f"seeds={seeds}: at least one seed has to be trained")
-    rows = []
+    rows, given = [], {"search": "joint", "resolution": max(training.size), **changes}
+    usual = preset_config(preset, **given)
     for setting in EXPERIMENTS[name]:
         words = " ".join(f"{key}={value}" for key, value in setting.items())
+        # what all experiments vary around is trained once for all of them
+        departs = any(getattr(usual, key) != value for key, value in setting.items())
         for seed in range(seeds):
-            folder = out / name / f"{words} seed={seed}"
-            given = {"search": "joint", "resolution": max(training.size), **changes, **setting}
-            run = train_nerfdiff(training, out=folder, preset=preset, seed=seed, **given)
+            folder = out / "runs" / f"{words if departs else 'usual'} seed={seed}"
+            run = train_nerfdiff(training, out=folder, preset=preset, progress=progress, seed=seed, **(given | setting))
             scores = run.evaluate(held_out)
             rows.append({"setting": words, "seed": seed, **{key: scores[key] for key in SCORES}})
             write_json(out / f"{name}.json", {"experiment": name, "rows": rows})

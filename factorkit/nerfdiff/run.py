@@ -220,7 +220,8 @@ class NerfdiffRun:
         """Score cameras and scene beside true ones; the result also goes to ``scores.json`` of the run folder.
 
         Found and true coordinates are aligned by one similarity over the training views, where their true poses came
-        with them (the training never saw those), else over the encoder's poses of ``views``.
+        with them (the training never saw those), else over the encoder's poses of ``views``. For pictures at the true
+        poses it is sharpened on the training pictures (:func:`factorkit.nerfdiff.registration.registered`).
 
         Args:
             views: pictures the model was not trained on, usually.

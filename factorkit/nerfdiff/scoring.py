@@ -10,8 +10,9 @@ from torch import Tensor
 from factorkit.data.views import Views
 from factorkit.errors import ConfigError, DataError
 from factorkit.metrics.image import WINDOW, lpips, psnr, ssim
-from factorkit.metrics.pose import PoseErrors, mirrored, pose_errors
+from factorkit.metrics.pose import PoseErrors, Similarity, mirrored, pose_errors
 from factorkit.nerfdiff.given import kept_views
+from factorkit.nerfdiff.registration import registered
 
 if TYPE_CHECKING:
     from factorkit.nerfdiff.run import NerfdiffRun
@@ -39,6 +40,12 @@ def kept_true(run: NerfdiffRun, views: Views | None = None) -> Tensor | None:
     return given.poses
 
 
+def registration(run: NerfdiffRun, views: Views | None, found: PoseErrors) -> Similarity:
+    """From the true coordinates into the scene's: by the training views' poses, and then by their pictures."""
+    true, start = kept_true(run, views), found.alignment.inverse()
+    return registered(run.model, start, true, run.views.resized(run.model.size).images)
+
+
 def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None, refine: int = 0) -> dict[str, Any]:
     """Scores of a run on views with true poses; see :meth:`factorkit.nerfdiff.run.NerfdiffRun.evaluate`."""
     true = views.poses if poses is None else torch.as_tensor(poses, dtype=torch.float32)
@@ -51,9 +58,9 @@ def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None, refine
     if found is None and len(views) < FOR_ALIGNMENT:
         raise DataError(f"{len(views)} views cannot be aligned with the model's own coordinates; give at least 3")
     encoder = pose_errors(predicted, true)
-    alignment = encoder.alignment if found is None else found.alignment
+    into_scene = encoder.alignment.inverse() if found is None else registration(run, views, found)
     views = views.resized(run.model.size)
-    at_truth, at_encoder = run.render(alignment.inverse().apply(true)).images, run.render(predicted).images
+    at_truth, at_encoder = run.render(into_scene.apply(true)).images, run.render(predicted).images
     scores: dict[str, Any] = {"views": len(views), "size": list(views.size), "step": run.step, "refine": refine}
     if found is not None:
         scores |= _poses("", found)

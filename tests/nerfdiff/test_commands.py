@@ -105,7 +105,7 @@ def test_the_recipe_follows_the_resolution(capsys):
     assert "--grid INT" in said and said.split("--grid INT")[1].split("(default:")[1].startswith(" 64)")
 
 
-def test_reproduce_trains_every_setting_and_seed(tmp_path, scene_views, tiny):
+def test_reproduce_trains_every_setting_and_seed(tmp_path, scene_views, tiny, monkeypatch):
     from factorkit.nerfdiff import reproduce
 
     settings = {k: v for k, v in tiny.items() if k not in ("preset", "cameras")}
@@ -115,5 +115,10 @@ def test_reproduce_trains_every_setting_and_seed(tmp_path, scene_views, tiny):
     ]  # fmt: skip
     assert json.loads((tmp_path / "fig3.13.json").read_text())["rows"] == found["rows"]
     assert "noise=False" in reproduce.table(found)
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"fig3.11": [{"cameras": 3}]})
+    again = reproduce.reproduce("fig3.11", scene_views, scene_views, tmp_path, seeds=2, cameras=3, **settings)
+    assert len(list((tmp_path / "runs").iterdir())) == 4, "the setting both share is not trained twice"
+    assert [r["psnr"] for r in again["rows"]] == [r["psnr"] for r in found["rows"][:2]]
+    monkeypatch.undo()
     with pytest.raises(ConfigError, match="fig9"):
         reproduce.reproduce("fig9", scene_views, scene_views, tmp_path)
