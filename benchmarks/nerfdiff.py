@@ -26,11 +26,10 @@ from pathlib import Path
 from benchmarks.recording import commit, machine, read_results, write_result
 
 RESULTS = Path(__file__).with_name("results") / "nerfdiff.json"
-FIELD = {"field_steps": 900}  # of those that search nothing: as many steps as search and refinement have together
 WAYS = {
     "dictionary": {},
-    "supervised": {"poses": "known", **FIELD},
-    "one_start": {"poses": "learned", **FIELD},
+    "supervised": {"poses": "known"},
+    "one_start": {"poses": "learned"},
     "joint": {"search": "joint"},
     "joint_letter": {"search": "joint", "balance": False},
 }
@@ -101,6 +100,7 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
     import torch
 
     import factorkit
+    from factorkit.nerfdiff.config import preset_config
 
     disturbance = {k: getattr(args, k) for k in ("roll", "shift", "zoom") if getattr(args, k)}
     words = [args.name, f"{args.size} px", way, *(f"{k}={v:g}" for k, v in disturbance.items())]
@@ -111,12 +111,15 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
     training, held_out = views_of(args)
     if disturbance:
         training = disturbed(training, args.roll, args.shift, args.zoom, seed)
+    settings = {"resolution": args.size, **WAYS[way], **changes}
+    if settings.get("poses") in ("known", "learned"):  # as many steps as search and refinement have together
+        usual = preset_config(args.preset, resolution=args.size)
+        settings = {"field_steps": usual.search_steps + usual.field_steps, **settings}
     out = args.out / key.replace(" ", "_").replace("/", "_")
     shutil.rmtree(out, ignore_errors=True)  # a result is of one unbroken, timed run
     start, busy = time.perf_counter(), time.process_time()
     run = factorkit.train_nerfdiff(
-        training, out=out, preset=args.preset, seed=seed, progress=False,
-        **{"resolution": args.size, **WAYS[way], **changes},
+        training, out=out, preset=args.preset, seed=seed, progress=False, **settings
     )  # fmt: skip
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     scores = run.evaluate(held_out)

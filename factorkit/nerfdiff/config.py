@@ -80,7 +80,7 @@ class NerfdiffConfig(EngineConfig):
     """Of the dictionary search."""
     search_learning_rate: float = 0.05
     """Of the field in the search."""
-    field_steps: int = 400
+    field_steps: int = 600
     """Of the refinement of field and poses."""
     field_learning_rate: float = 0.03
     """Of the field in the refinement, and with search="joint"."""
@@ -165,7 +165,7 @@ _THESIS = {
 def _sized(resolution: int) -> dict[str, Any]:
     """The robust recipe's final field at a resolution: a vertex a pixel, as many steps along a ray, and longer."""
     side = min(max(resolution, 32), 128)
-    return {"grid": side, "samples": side, "field_steps": round(400 * side / 32)}
+    return {"grid": side, "samples": side, "field_steps": max(600, round(400 * side / 32))}
 
 
 #: what search="joint" changes of a preset of the robust recipe
