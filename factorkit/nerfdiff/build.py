@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from factorkit.data.views import target_size
@@ -11,9 +13,34 @@ from factorkit.errors import ConfigError
 from factorkit.nerfdiff.candidates import build_candidates
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.encoder import PoseEncoder
-from factorkit.nerfdiff.fields import Field
+from factorkit.nerfdiff.fields import Field, build_field
 from factorkit.nerfdiff.model import NerfdiffModel
+from factorkit.nerfdiff.occupied import occupancy_grid
 from factorkit.nerfdiff.rays import Optics
+
+
+def restored_field(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Field:
+    """The field of a run or of one of its stages.
+
+    Args:
+        weights: of the field, by name.
+        settings: of the run, as its checkpoints and its folder have them.
+
+    Raises:
+        RuntimeError: weights that are of another field.
+        ConfigError: tiny-cuda-nn is needed and cannot be had.
+    """
+    of_grid = "values" in weights  # as the search's and refinement's are, whatever the run's
+    kind, resolution = ("grid", len(weights["values"])) if of_grid else (settings["field"], settings["grid"])
+    codes = weights.get("appearance.codes", torch.empty(0, 0))
+    field = build_field(
+        kind, resolution, settings["seed"], background=settings.get("background", "given"), views=codes.shape[0],
+        appearance=codes.shape[1],
+    )  # fmt: skip
+    if "occupancy.density" in weights:
+        field.occupancy = occupancy_grid(round(weights["occupancy.density"].shape[1] ** (1 / 3)))
+    field.load_state_dict(weights)
+    return field
 
 
 def build_model(
@@ -39,5 +66,3 @@ def build_model(
         pooling=config.pooling,
     )  # fmt: skip
     return NerfdiffModel(encoder, candidates, field, views, optics, tuple(scene["size"]), config.samples)
-
-

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import ConfigError
+from factorkit.nerfdiff.backgrounds import BACKGROUNDS
 from factorkit.nerfdiff.fields import FIELDS
 from factorkit.nerfdiff.poses import FREEDOMS
 
@@ -62,8 +63,17 @@ class NerfdiffConfig(EngineConfig):
     stop_on_failure: bool = False
     """Stop where cameras collapse or the scene is doubled, instead of saying so and going on."""
 
-    field: Literal["grid", "hashgrid", "mlp", "siren"] = "grid"
-    """What holds the scene: a dense grid, a hash grid, NeRF's network or one of sines. The search has a grid anyway."""
+    field: Literal["grid", "hashgrid", "mlp", "siren", "tcnn"] = "grid"
+    """What holds the scene: a dense grid, a hash grid, NeRF's network, one of sines, or tiny-cuda-nn's hash grid and
+    fused networks where those can be imported. The search has a grid anyway."""
+    occupancy: bool = False
+    """Leave out of training and pictures the steps through space that the field has found empty."""
+    background: Literal["given", "learned", "field"] = "given"
+    """What lies behind everything: the one colour that comes with the views (black where none does), one to be learned,
+    or a colour to be learned for every viewing direction."""
+    appearance: int = 0
+    """Numbers of a code that each training view has for its tone, for collections from many cameras or hours; 0: all
+    views are of one tone."""
     search_field: int = 24
     """Vertices along each side of the grid that is searched with."""
     grid: int = 32
@@ -107,7 +117,7 @@ class NerfdiffConfig(EngineConfig):
         least = {
             "resolution": 4, "timesteps": 21, "cameras": 1, "azimuths": 2, "rings": 1, "flip_rounds": 0,
             "search_field": 4, "grid": 4, "samples": 1, "views": 1, "rays": 1, "search_steps": 1, "field_steps": 1,
-            "encoder_resolution": 4, "width": 2, "blocks": 1, "rendered": 0, "tuning_steps": 0,
+            "encoder_resolution": 4, "width": 2, "blocks": 1, "rendered": 0, "tuning_steps": 0, "appearance": 0,
         }  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -147,6 +157,7 @@ CHOICES = {
     "search": ("dictionary", "joint"),
     "candidates": ("look_at", "thesis", "single"),
     "field": FIELDS,
+    "background": BACKGROUNDS,
     "pooling": ("whole", "average"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from factorkit import ops
 from factorkit.errors import ConfigError
+from factorkit.nerfdiff.appearance import Appearance
+from factorkit.nerfdiff.backgrounds import build_background
 
 DENSITY = 13.0  # density where a field's raw answer is about 1: opaque within a sixth of the box's half side
 BIAS = -2.0  # of the raw density at the beginning: a thin fog, which every ray sees and every gradient can thicken
@@ -19,13 +22,32 @@ class Field(nn.Module):
     """What :func:`factorkit.render` takes. A subclass answers raw numbers; here they become density and colour.
 
     ``coarseness`` in [0, 1] blurs the field for training from coarse to fine: 1 shows only its large shapes.
+
+    Attributes:
+        background: directions [..., 3] to what lies behind, or None where the views' own background does.
+        appearance: the tones of the training views, or None where all are alike.
+        occupancy: where there is anything, or None where everywhere is to be looked.
     """
 
     coarseness: float = 0.0
 
+    def __init__(self):
+        super().__init__()
+        for name in ("background", "appearance", "occupancy"):
+            self.register_module(name, None)
+
     def raw(self, positions: Tensor, directions: Tensor) -> Tensor:
         """[M, 4]: density's and colour's raw numbers at positions [M, 3] in [-1, 1]."""
         raise NotImplementedError
+
+    def rates(self, rate: float) -> list[tuple[list[nn.Parameter], float]]:
+        """What is free to move, and how fast: the scene at ``rate``, background and tones at their own."""
+        apart = [part for part in (self.background, self.appearance) if part is not None]
+        others = {id(p) for part in apart for p in part.parameters()}
+        found = [([p for p in self.parameters() if id(p) not in others], rate)]
+        found += [(list(part.parameters()), part.RATE) for part in apart]
+        found = [([p for p in part if p.requires_grad], speed) for part, speed in found]
+        return [(part, speed) for part, speed in found if part]
 
     def roughness(self) -> Tensor:
         """A penalty on detail that no view asks for."""
@@ -90,6 +112,7 @@ class GridField(Field):
         values = self.values.detach().permute(3, 0, 1, 2)[None]
         values = F.interpolate(values, size=(resolution,) * 3, mode="trilinear", align_corners=True)
         finer.values.data = values[0].permute(1, 2, 3, 0).contiguous()
+        finer.background, finer.appearance = copy.deepcopy(self.background), copy.deepcopy(self.appearance)
         return finer
 
 
@@ -174,19 +197,31 @@ def _layers(sizes: list[int], generator: torch.Generator, activation: type[nn.Mo
     return nn.Sequential(*(parts if last else parts[:-1]))
 
 
-FIELDS = ("grid", "hashgrid", "mlp", "siren")
+FIELDS = ("grid", "hashgrid", "mlp", "siren", "tcnn")
 
 
-def build_field(kind: str, resolution: int, seed: int) -> Field:
+def build_field(
+    kind: str, resolution: int, seed: int, *, background: str = "given", views: int = 0, appearance: int = 0
+) -> Field:  # fmt: skip
     """A fresh field of a kind, one of :data:`FIELDS`.
 
     Args:
         resolution: vertices of the grid along each side, or cells of the hash grid's finest level; the networks have
             none.
+        background: one of :data:`factorkit.nerfdiff.backgrounds.BACKGROUNDS`.
+        views, appearance: numbers of the code of each of so many views; 0: all views are of one tone.
 
     Raises:
-        ConfigError: a kind there is not.
+        ConfigError: a kind there is not, or tiny-cuda-nn asked for where it cannot be had.
     """
+    field = _bare(kind, resolution, seed)
+    field.background = build_background(background, seed)
+    if appearance:
+        field.appearance = Appearance(views, appearance, seed)
+    return field
+
+
+def _bare(kind: str, resolution: int, seed: int) -> Field:
     if kind == "grid":
         return GridField(resolution, seed)
     if kind == "hashgrid":
@@ -195,4 +230,8 @@ def build_field(kind: str, resolution: int, seed: int) -> Field:
         return FrequencyField(seed)
     if kind == "siren":
         return SirenField(seed)
+    if kind == "tcnn":
+        from factorkit.nerfdiff.tcnn import TcnnField
+
+        return TcnnField(resolution, seed)
     raise ConfigError(f"field={kind!r} is unknown; choose one of {', '.join(FIELDS)}")

@@ -14,6 +14,7 @@ from factorkit.engine.streams import BatchDraw
 from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields import Field
+from factorkit.nerfdiff.occupied import look_again
 from factorkit.nerfdiff.rays import Optics, render_pixels
 from factorkit.nerfdiff.scene import Scene, picked
 from factorkit.nerfdiff.watch import cameras_sheet
@@ -52,7 +53,12 @@ class Fit(nn.Module):
     def forward(self, indices: Tensor, pixels: Tensor, seed: int, **options: Any) -> Tensor:
         """Colours [B, R, 3] of pixels [B, R] of views [B]; ``options`` go to the poses."""
         poses = self.poses(indices, **options)
-        return render_pixels(self.field, poses, self.optics, pixels, self.size, self.samples, seed)
+        return render_pixels(self.field, poses, self.optics, pixels, self.size, self.samples, seed, indices)
+
+
+def field_groups(field: Field, rate: float, base: float) -> list[dict[str, Any]]:
+    """Adam's groups of a field that learns at ``rate``, in units of the learning rate ``base``."""
+    return [{"params": part, "scale": speed / base, "betas": FIELD_BETAS} for part, speed in field.rates(rate)]
 
 
 class FitTask:
@@ -75,7 +81,7 @@ class FitTask:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The field at the stage's learning rate; poses, where they are free, at theirs."""
-        groups = [{"params": list(self.model.field.parameters()), "scale": 1.0, "betas": FIELD_BETAS}]
+        groups = field_groups(self.model.field, self.config.learning_rate, self.config.learning_rate)
         poses = [p for p in self.model.poses.parameters() if p.requires_grad]
         poses += [] if self.model.log_focal is None else [self.model.log_focal]
         scale = self.config.pose_learning_rate / self.config.learning_rate
@@ -83,6 +89,8 @@ class FitTask:
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         which = self.chosen[indices]
+        if draw.rows.start == 0:
+            look_again(self.model.field, int(step))
         images = self.images(int(step))[which.to(self.scene.images.device)]
         pixels = draw.integers(0, images.shape[2] * images.shape[3], self.config.rays)
         seen = model(which, pixels, int(step), **self.options(draw, int(step)))

@@ -23,8 +23,9 @@ from factorkit.engine.streams import BatchDraw
 from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
 from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fit import FIELD_BETAS
+from factorkit.nerfdiff.fit import field_groups
 from factorkit.nerfdiff.model import NerfdiffModel, look, noisy, to_signal
+from factorkit.nerfdiff.occupied import look_again
 from factorkit.nerfdiff.rays import render_pixels, render_views
 from factorkit.nerfdiff.scene import Scene, picked
 from factorkit.nerfdiff.search import TEMPERATURE
@@ -50,23 +51,25 @@ class JointTask:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The encoder at the learning rate, the field at its own."""
-        scale = self.config.field_learning_rate / self.config.learning_rate
-        field = [p for p in self.model.field.parameters() if p.requires_grad]
+        rate, base = self.config.field_learning_rate, self.config.learning_rate
         groups = [{"params": list(self.model.encoder.parameters()), "scale": 1.0}]
-        return groups + ([{"params": field, "scale": scale, "betas": FIELD_BETAS}] if field else [])
+        return groups + field_groups(self.model.field, rate, base)
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         config, heat = self.config, max(0.0, 1 - int(step) / (ANNEALED * self.config.steps))
         self.model.field.coarseness = COARSE * heat
-        images = self.scene.images[indices.to(self.scene.images.device)]
+        if draw.rows.start == 0 and self.found is None:
+            look_again(self.model.field, int(step))
+        indices = indices.to(self.scene.images.device)
+        images = self.scene.images[indices]
         x_t, t = noisy(to_signal(images), self.schedule, config, draw)
         found = self.model.cameras(x_t, t)
         rows = torch.arange(len(images), device=images.device)
-        best = self.choose(found.poses, images, heat, draw.uniform())
+        best = self.choose(found.poses, images, heat, draw.uniform(), indices)
         pixels = draw.integers(0, images.shape[2] * images.shape[3], config.rays)
         seen = render_pixels(
             self.model.field, found.poses[rows, best], self.scene.optics, pixels, self.scene.size, config.samples,
-            int(step),
+            int(step), indices,
         )  # fmt: skip
         error = (seen - picked(images, pixels)).square().mean((1, 2))
         missed = F.cross_entropy(found.scores, best, reduction="none")
@@ -76,10 +79,13 @@ class JointTask:
         return StepLoss(objective, error, t / config.timesteps, {"candidate_use": use, "classified": right})
 
     @torch.no_grad()
-    def choose(self, poses: Tensor, images: Tensor, heat: float, uniform: Tensor) -> Tensor:
-        """The candidate [B] that each of images [B, 3, H, W] is rendered from, of poses [B, N, 4, 4]."""
+    def choose(
+        self, poses: Tensor, images: Tensor, heat: float, uniform: Tensor, views: Tensor | None = None
+    ) -> Tensor:
+        """The candidate [B] that each of images [B, 3, H, W] is rendered from, of poses [B, N, 4, 4]; ``views`` [B] are
+        their indices, for their tones."""
         size = target_size(min(COMPARED, max(images.shape[2:])), *images.shape[2:])
-        seen = render_views(self.model.field, poses, self.scene.optics, size, self.config.samples).color
+        seen = render_views(self.model.field, poses, self.scene.optics, size, self.config.samples, views).color
         small = resize_area(images, *size).movedim(1, -1)
         errors = (seen - small[:, None]).square().mean((2, 3, 4))
         if not (self.config.balance and heat and errors.shape[1] > 1):

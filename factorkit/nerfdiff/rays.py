@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from factorkit.nerfdiff.fields import Field
-from factorkit.rendering import EvenSampling, Rays, Rendered, image_rays, ndc_rays, pixel_rays, render
+from factorkit.rendering import EvenSampling, OccupiedSampling, Rays, Rendered, image_rays, ndc_rays, pixel_rays, render
 
 MARGIN = 1.3  # how much more of a forward-facing scene the box holds, sideways, than the mean camera sees
 PIECE = 1 << 15  # rays rendered at once without gradient
@@ -20,7 +20,7 @@ class Optics:
 
     Attributes:
         intrinsics: [3, 3] in units of the image's width and height.
-        background: [3], the colour behind everything.
+        background: [3], the colour behind everything, unless the field has a background of its own.
         forward: whether the box is the space before the cameras, out to infinity, instead of something they stand
             around.
     """
@@ -33,7 +33,6 @@ class Optics:
         """The intrinsics in pixels of pictures of this size."""
         return self.intrinsics * self.intrinsics.new_tensor([width, height, 1.0])[:, None]
 
-
     def bent(self, rays: Rays, size: tuple[int, int]) -> Rays:
         """The rays in the space of the field's box."""
         if not self.forward:
@@ -43,29 +42,65 @@ class Optics:
         return Rays(bent.origins * narrow, bent.directions * narrow)
 
 
-def sampling(samples: int) -> EvenSampling:
-    """So many steps through the box."""
-    return EvenSampling((-1.0,) * 3, (1.0,) * 3, samples)
+def sampling(field: Field, samples: int, forward: bool = False) -> EvenSampling | OccupiedSampling:
+    """So many steps through the box; as long ones, where there is anything, if the field knows where."""
+    grid = getattr(field, "occupancy", None)
+    if grid is None:
+        return EvenSampling((-1.0,) * 3, (1.0,) * 3, samples)
+    return OccupiedSampling(grid, step=(1.0 if forward else 2.0) / samples)  # bent rays cross the box within t = 1
 
 
 def render_pixels(
     field: Field, poses: Tensor, optics: Optics, pixels: Tensor, size: tuple[int, int], samples: int,
-    seed: int | None = None,
+    seed: int | None = None, views: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Colours [B, R, 3] of pixels [B, R] (numbered row by row) of pictures of ``size`` from poses [B, 4, 4]."""
+    """Colours [B, R, 3] of pixels [B, R] (numbered row by row) of pictures of ``size`` from poses [B, 4, 4].
+
+    Args:
+        views: whose tones the colours are to have, indices [B] of training views; None: the mean one.
+    """
     height, width = size
     place = torch.stack([pixels % width, pixels // width], dim=-1) + 0.5
-    rays = optics.bent(pixel_rays(poses, optics.pixels(height, width), place.to(poses.dtype)), size)
-    return render(field, rays, sampling(samples), background=optics.background, seed=seed).color
+    rays = pixel_rays(poses, optics.pixels(height, width), place.to(poses.dtype))
+    behind = backdrop(field, rays.directions, optics)
+    how = sampling(field, samples, optics.forward)
+    seen = render(field, optics.bent(rays, size), how, background=behind, seed=seed)
+    return toned(field, seen, optics, views)
 
 
 @torch.no_grad()
-def render_views(field: Field, poses: Tensor, optics: Optics, size: tuple[int, int], samples: int) -> Rendered:
-    """Pictures from poses [..., 4, 4] without gradient: colour [..., H, W, 3], depth, opacity [..., H, W]."""
-    rays = optics.bent(image_rays(poses, optics.pixels(*size), *size), size)
-    seen = render(field, rays, sampling(samples), background=optics.background, chunk=PIECE)
+def render_views(
+    field: Field, poses: Tensor, optics: Optics, size: tuple[int, int], samples: int, views: Tensor | None = None
+) -> Rendered:
+    """Pictures from poses [..., 4, 4] without gradient: colour [..., H, W, 3], depth, opacity [..., H, W].
+
+    Args:
+        views: as :func:`render_pixels` takes them, [B] for poses [B, 4, 4].
+    """
+    rays = image_rays(poses, optics.pixels(*size), *size)
+    behind = backdrop(field, rays.directions, optics)
+    how = sampling(field, samples, optics.forward)
+    seen = render(field, optics.bent(rays, size), how, background=behind, chunk=PIECE)
+    seen = seen._replace(color=toned(field, seen, optics, views))
     if not optics.forward:
         return seen
     # along a bent ray t runs from 0 at the nearest plane to 1 at infinity: the depth is 1 / (1 - t)
     mean = (seen.depth / seen.opacity.clamp_min(1e-6)).clamp(0, 0.999)
     return seen._replace(depth=seen.opacity / (1 - mean))
+
+
+def backdrop(field: Field, directions: Tensor, optics: Optics) -> Tensor:
+    """The colours [..., 3] behind everything along directions [..., 3] of length one, or the one colour [3] given."""
+    own = getattr(field, "background", None)
+    return optics.background if own is None else own(directions)
+
+
+def toned(field: Field, seen: Rendered, optics: Optics, views: Tensor | None) -> Tensor:
+    """The colours [B, ..., 3] in the tones of these views [B]. A background that was given is as it was given."""
+    tone = getattr(field, "appearance", None)
+    if tone is None or views is None:
+        return seen.color
+    if field.background is not None:
+        return tone(views, seen.color, 1.0)
+    fixed = (1 - seen.opacity)[..., None] * optics.background
+    return tone(views, seen.color - fixed, seen.opacity) + fixed

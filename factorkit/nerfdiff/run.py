@@ -19,10 +19,9 @@ from factorkit.engine.config import resolve_device
 from factorkit.engine.folder import read_weights, write_json
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import CheckpointError, ConfigError, DataError
-from factorkit.nerfdiff.build import build_model
+from factorkit.nerfdiff.build import build_model, restored_field
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.export import export
-from factorkit.nerfdiff.fields import build_field
 from factorkit.nerfdiff.given import kept_views
 from factorkit.nerfdiff.localise import refined
 from factorkit.nerfdiff.model import Cameras, NerfdiffModel, to_radiance, to_signal
@@ -93,8 +92,8 @@ class NerfdiffRun:
         weights, meta = read_weights(path, "nerfdiff")
         fields = {f.name for f in dataclasses.fields(NerfdiffConfig)}
         config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
-        field = build_field(config.field, config.grid, config.seed)
         try:
+            field = restored_field({k[6:]: v for k, v in weights.items() if k.startswith("field.")}, meta)
             scene, step = meta["scene"], int(meta["step"])
             optics = Optics(weights["intrinsics"], weights["background"], scene["layout"] == "forward")
             model = build_model(config, scene, optics, field, weights["views"])
@@ -124,7 +123,7 @@ class NerfdiffRun:
             return replace(given, poses=self.poses, intrinsics=intrinsics)
         images = self.render(self.poses).images
         names = [f"view_{i:04d}" for i in range(len(images))]
-        background = self.model.background.cpu()
+        background = None if self.model.field.background is not None else self.model.background.cpu()
         return Views(images, names, intrinsics, poses=self.poses, layout=self.scene["layout"], background=background)
 
     def export(self, path: str | Path, **options: Any) -> Path:
@@ -180,14 +179,26 @@ class NerfdiffRun:
             raise DataError(f"images of shape {tuple(images.shape)} ({images.dtype}): give [B, 3, H, W] in [0, 1]")
         return resize_area(images.float(), *self.model.size).to(self.device)
 
-    def render(self, poses: Tensor, size: int | tuple[int, int] | None = None) -> Pictures:
+    def render(self, poses: Tensor, size: int | tuple[int, int] | None = None, tone: int | None = None) -> Pictures:
         """The scene from poses [B, 4, 4] in the model's own coordinates.
 
         Args:
             size: of the longer side, or height and width; None: as trained.
+            tone: number of the training view whose tone the pictures are to have, with ``appearance=``; None: the mean
+                of all.
+
+        Raises:
+            ConfigError: a tone where there are none, or of a view that is not there.
         """
         size = self.model.size if size is None else target_size(size, *self.model.size)
-        seen = render_views(self.model.field, poses.to(self.device), self.model.optics, size, self.samples(size))
+        field, views = self.model.field, None
+        if tone is not None:
+            if field.appearance is None or not 0 <= tone < len(self.poses):
+                had = "all views are of one tone: train with appearance=4" if field.appearance is None else (
+                    f"there are views 0 to {len(self.poses) - 1}")  # fmt: skip
+                raise ConfigError(f"tone={tone}: {had}")
+            views = torch.full((len(poses),), tone, device=self.device)
+        seen = render_views(field, poses.to(self.device), self.model.optics, size, self.samples(size), views)
         images = seen.color.movedim(-1, 1).clamp(0, 1)
         return Pictures(images.cpu(), seen.depth.cpu(), seen.opacity.cpu(), poses)
 
@@ -200,21 +211,23 @@ class NerfdiffRun:
         return self.render(self.predict_pose(images).poses, size)
 
     def render_path(
-        self, path: str | Tensor = "orbit", size: int | tuple[int, int] | None = None, frames: int = 60
-    ) -> Pictures:
+        self, path: str | Tensor = "orbit", size: int | tuple[int, int] | None = None, frames: int = 60,
+        tone: int | None = None,
+    ) -> Pictures:  # fmt: skip
         """Pictures along a camera path (thesis, fig. 3.8).
 
         Args:
             path: ``"orbit"``, ``"spiral"``, or poses [B, 4, 4] in the model's own coordinates.
             size: of the longer side, or height and width; None: as trained.
             frames: of an orbit or spiral.
+            tone: as for :meth:`render`.
 
         Raises:
-            ConfigError: an unknown path, or no frames.
+            ConfigError: an unknown path, no frames, or a tone there is not.
         """
         if isinstance(path, str):
             path = camera_path(path, frames, self.poses, self.scene["layout"])
-        return self.render(path, size)
+        return self.render(path, size, tone)
 
     def evaluate(self, views: Views, poses: Tensor | None = None, refine: int = 0) -> dict[str, Any]:
         """Score cameras and scene beside true ones; the result also goes to ``scores.json`` of the run folder.
@@ -278,4 +291,3 @@ class NerfdiffRun:
                 for s in drawn.trajectory
             ]
         return Novel(to_radiance(drawn.images).clamp(0, 1).cpu(), drawn.bottleneck.best.cpu(), frames)
-

@@ -21,7 +21,7 @@ from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.fit import Fit, FitTask
-from factorkit.nerfdiff.rays import Optics, render_views
+from factorkit.nerfdiff.rays import Optics, render_views, toned
 from factorkit.nerfdiff.scene import Scene, blurred
 from factorkit.nerfdiff.watch import cameras_sheet
 
@@ -101,7 +101,9 @@ class SearchTask(FitTask):
         """Mean squared difference [V, D] between every view and the field seen from every place."""
         poses = self.model.poses
         candidates = poses.stand(poses.places)
-        return candidate_errors(self.model.field, candidates, self.scene.optics, self.images(step), self.samples)
+        images = self.images(step)
+        views = torch.arange(len(images), device=images.device)
+        return candidate_errors(self.model.field, candidates, self.scene.optics, images, self.samples, views)
 
     def _assign(self, step: int, heat: float) -> None:
         errors = self.errors(step)
@@ -116,12 +118,18 @@ class SearchTask(FitTask):
 
 
 @torch.no_grad()
-def candidate_errors(field: Field, poses: Tensor, optics: Optics, images: Tensor, samples: int) -> Tensor:
-    """Mean squared difference [V, D] of images [V, 3, H, W] and the field seen from poses [D, 4, 4], both small."""
+def candidate_errors(
+    field: Field, poses: Tensor, optics: Optics, images: Tensor, samples: int, views: Tensor | None = None
+) -> Tensor:
+    """Mean squared difference [V, D] of images [V, 3, H, W] and the field seen from poses [D, 4, 4], both small; in the
+    tones of these ``views`` [V] or in the mean one."""
     size = target_size(min(COMPARED, max(images.shape[2:])), *images.shape[2:])
-    seen = render_views(field, poses, optics, size, samples).color
+    seen = render_views(field, poses, optics, size, samples)
     small = resize_area(images, *size).movedim(1, -1)
-    return torch.cdist(small.flatten(1), seen.flatten(1)).square() / seen[0].numel()
+    if field.appearance is None or views is None:
+        return torch.cdist(small.flatten(1), seen.color.flatten(1)).square() / seen.color[0].numel()
+    each = (toned(field, seen, optics, view.expand(len(poses))) - x for view, x in zip(views, small, strict=True))
+    return torch.stack([difference.square().mean((1, 2, 3)) for difference in each])
 
 
 def directions_of(poses: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from factorkit.data.views import Views
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.folder import read_settings
 from factorkit.errors import CheckpointError
-from factorkit.nerfdiff.fields import Field, GridField, build_field
+from factorkit.nerfdiff.build import restored_field
+from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.given import kept_views
 from factorkit.nerfdiff.poses import FreePoses, OrbitPoses, forward_poses, orbit_poses
 
@@ -50,11 +51,7 @@ def snapshot(folder: Path) -> Snapshot:
     weights = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
     field = {k.removeprefix("field."): v for k, v in weights.items() if k.startswith("field.")}
     where = {k.removeprefix("poses."): v for k, v in weights.items() if k.startswith("poses.")}
-    if "values" in field:
-        model: Field = GridField(len(field["values"]))
-    else:
-        model = build_field(settings["field"], settings["grid"], 0)
-    model.load_state_dict(field)
+    model = restored_field(field, settings)
     poses = _poses(where, settings["scene"]["distance"], views.layout)
     return Snapshot(stage.name, int(meta["step"]), model.requires_grad_(False), replace(views, poses=poses))
 

@@ -24,12 +24,13 @@ from factorkit.errors import ConfigError, DataError
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
 from factorkit.nerfdiff.distil import DistilTask
-from factorkit.nerfdiff.fields import Field, build_field
+from factorkit.nerfdiff.fields import Field, GridField, build_field
 from factorkit.nerfdiff.fit import Fit, FitTask
 from factorkit.nerfdiff.flip import best_turns, called_back, halves
 from factorkit.nerfdiff.given import keep_views
 from factorkit.nerfdiff.joint import JointTask
 from factorkit.nerfdiff.model import NerfdiffModel
+from factorkit.nerfdiff.occupied import cells_for, occupancy_grid
 from factorkit.nerfdiff.poses import (
     FreePoses,
     OrbitPoses,
@@ -131,7 +132,7 @@ class Training:
     def run(self) -> None:
         """Train every stage that is not finished yet."""
         config, scene, doubled = self.config, self.scene, None
-        field = self.field()
+        field = self.own_field()
         if config.poses == "predicted" and config.search == "joint":
             start = torch.eye(4, device=self.device).repeat(len(scene.images), 1, 1)
             model = self.model(field, start, scene.optics)
@@ -205,13 +206,13 @@ class Training:
             low, high = config.elevations
             rings = [low + (high - low) * (i + 0.5) / config.rings for i in range(config.rings)]
             places, stand = dictionary(config.azimuths, rings), partial(orbit_poses, distance=scene.distance)
-        field, places = build_field("grid", config.search_field, config.seed).to(self.device), places.to(self.device)
+        field, places = self.field("grid", config.search_field), places.to(self.device)
         found = self.trainer(
             "search", lambda stage: SearchTask(stage, scene, field, places, stand), steps=config.search_steps,
             batch_size=config.views, learning_rate=config.search_learning_rate, decay=0.0, ema=0.0,
             sample_every=max(1, config.search_steps // 5),
         )  # fmt: skip
-        start = found.field.refined(config.grid).to(self.device)
+        start = self.with_occupancy(found.field.refined(config.grid))
         direction = found.poses.places[found.poses.assigned]
         if scene.layout == "forward":
             fitted = self.fit("refine", start, FreePoses(forward_poses(direction)))
@@ -225,16 +226,30 @@ class Training:
             if not moved:
                 break
         if config.flip_rounds and (found.direction != kept).any():
-            fitted = self.refine("refine again", build_field("grid", config.grid, config.seed), found)
+            fitted = self.refine("refine again", self.with_occupancy(self.field("grid", config.grid)), found)
         return self.with_own_field(fitted), moved / len(kept)
 
     def with_own_field(self, fitted: Fit) -> Fit:
         """The poses with a field of the kind asked for; the search has a grid anyway."""
-        return fitted if self.config.field == "grid" else self.fit("fit", self.field(), fitted.poses)
+        return fitted if self.config.field == "grid" else self.fit("fit", self.own_field(), fitted.poses)
 
-    def field(self) -> Field:
+    def own_field(self) -> Field:
         """A fresh field of the kind asked for."""
-        return build_field(self.config.field, self.config.grid, self.config.seed).to(self.device)
+        return self.with_occupancy(self.field(self.config.field, self.config.grid))
+
+    def field(self, kind: str, resolution: int, seed: int | None = None) -> Field:
+        """A fresh field of a kind, before the background and in the tones asked for."""
+        config = self.config
+        return build_field(
+            kind, resolution, config.seed if seed is None else seed, background=config.background,
+            views=len(self.scene.images), appearance=config.appearance,
+        ).to(self.device)  # fmt: skip
+
+    def with_occupancy(self, field: Field) -> Field:
+        """The field with an occupancy grid, if it is of the kind asked for and is to have one."""
+        if self.config.occupancy and isinstance(field, GridField) == (self.config.field == "grid"):
+            field.occupancy = occupancy_grid(cells_for(self.config.samples))
+        return field.to(self.device)
 
     def refine(self, name: str, field: Field, poses: OrbitPoses) -> Fit:
         return self.fit(name, field, poses.requires_grad_(), sheets=name.replace(" ", "_"), free=True)
@@ -244,7 +259,7 @@ class Training:
         seed, moved, samples = self.config.seed, 0, min(self.config.samples, HALF_SAMPLES)
         both = halves(len(found.direction), derived_seed("halves", seed, number))
         for name, (fitting, choosing) in zip("ab", (both, both[::-1]), strict=True):
-            field = build_field("grid", HALF_FIELD, derived_seed("half", seed, number) % 2**31)
+            field = self.field("grid", HALF_FIELD, derived_seed("half", seed, number) % 2**31)
             fitted = self.fit(
                 f"flip {number}{name}", field, found, fitting, steps=HALF_STEPS, learning_rate=0.08, decay=0.0,
                 samples=samples, scene=scene, keep_checkpoints=1,

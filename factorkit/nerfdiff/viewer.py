@@ -41,7 +41,7 @@ class Shown:
         step: of the training.
         field: as :func:`factorkit.render` takes it.
         views: the pictures at their found poses, in the field's space.
-        background: [3], behind everything.
+        background: [3], behind everything, unless the field has a background of its own.
         true: the true poses [V, 4, 4] of the same views, brought into the field's space, or None.
         lower, upper: corners of the box outside of which the field is not asked.
     """
@@ -239,7 +239,9 @@ def paint(
     for part in zip(origins.split(RAYS), directions.split(RAYS), strict=True):
         if stop is not None and stop():
             return None
-        seen = render(shown.field, type(rays)(*part), sampling, background=shown.background.to(device), early_stop=1e-2)
+        own = getattr(shown.field, "background", None)
+        behind = shown.background.to(device) if own is None else own(part[1])
+        seen = render(shown.field, type(rays)(*part), sampling, background=behind, early_stop=1e-2)
         colors.append(seen.color)
     picture = torch.cat(colors).reshape(height, width, -1).clamp(0, 1).mul(255).round().byte()
     return picture.cpu().numpy()

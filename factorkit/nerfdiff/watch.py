@@ -25,7 +25,7 @@ def renders_sheet(path: Path, field: Field, scene: Scene, poses: Tensor, samples
     """Some of the scene's views beside renders from ``poses`` [V, 4, 4], with difference and disparity."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picked = torch.linspace(0, len(poses) - 1, min(SHOWN, len(poses))).round().long().to(poses.device)
-    seen = render_views(field, poses[picked], scene.optics, scene.size, samples)
+    seen = render_views(field, poses[picked], scene.optics, scene.size, samples, picked)
     names = [scene.names[i] for i in picked.tolist()]
     renders = seen.color.movedim(-1, 1).clamp(0, 1).cpu()
     views_sheet(scene.images[picked].cpu(), renders, seen.depth.cpu(), seen.opacity.cpu(), names).save(path)

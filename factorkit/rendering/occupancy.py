@@ -18,8 +18,8 @@ class OccupancyGrid(nn.Module):
     new density takes its place where it is larger (Müller et al. 2022, appendix E.2). :attr:`bits` is what
     :func:`factorkit.ops.march_rays` takes. All cells are occupied until the first update.
 
-    ``state_dict`` holds everything, so saving and loading is that of any module; updates after loading go on as if
-    never interrupted.
+    ``state_dict`` holds everything, as tensors: saving and loading is that of any module, and updates after loading go
+    on as if never interrupted.
     """
 
     def __init__(
@@ -61,7 +61,17 @@ class OccupancyGrid(nn.Module):
         cells = resolution**3
         self.register_buffer("density", torch.zeros(levels, cells))  #: [levels, R^3], the memory
         self.register_buffer("bits", torch.full((levels, cells // 8), 255, dtype=torch.uint8))
-        self.updates = 0
+        self.register_buffer("looks", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("box", torch.tensor([self.lower, self.upper], dtype=torch.float64))
+
+    @property
+    def updates(self) -> int:
+        """How often the grid has looked; asking waits for the device."""
+        return int(self.looks)
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self.looks.fill_(count)
 
     @property
     def cell_side(self) -> float:
@@ -79,10 +89,10 @@ class OccupancyGrid(nn.Module):
         Raises:
             ValueError: the answer has another shape.
         """
-        generator = torch.Generator(self.density.device)
-        generator.manual_seed(self.seed * 1_000_003 + self.updates)
+        generator, done = torch.Generator(self.density.device), self.updates
+        generator.manual_seed(self.seed * 1_000_003 + done)
         for level in range(self.levels):
-            cells = self._cells(level, generator)
+            cells = self._cells(level, generator, everywhere=done < self.warmup)
             found = density(self._places(level, cells, generator))
             if found.numel() != cells.numel():
                 wanted = f"[{cells.numel()}] for as many points"
@@ -92,7 +102,7 @@ class OccupancyGrid(nn.Module):
             faded[cells] = self.density[level, cells] * self.decay
             found = found.reshape(-1).to(faded.dtype).nan_to_num(nan=0.0)
             self.density[level] = faded.scatter_reduce(0, cells, found, "amax")
-        self.updates += 1
+        self.updates = done + 1
         self._mark()
 
     def occupied(self, points: Tensor) -> Tensor:
@@ -113,19 +123,17 @@ class OccupancyGrid(nn.Module):
         counts = (self.bits[:, :, None] >> torch.arange(8, device=self.bits.device, dtype=torch.uint8)) & 1
         return counts.float().mean((1, 2))
 
-    def get_extra_state(self) -> dict:
-        return {"updates": self.updates, "lower": self.lower, "upper": self.upper}
-
-    def set_extra_state(self, state: dict) -> None:
-        if (state["lower"], state["upper"]) != (self.lower, self.upper):
-            saved, here = (state["lower"], state["upper"]), (self.lower, self.upper)
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest) -> None:
+        saved = state.get(f"{prefix}box")
+        if saved is not None and not torch.equal(saved.to(self.box), self.box):
+            saved, here = (tuple(map(tuple, box.tolist())) for box in (saved, self.box))
             raise ValueError(f"the saved grid covers the box {saved}, this one {here}; make it with the saved corners")
-        self.updates = state["updates"]
+        super()._load_from_state_dict(state, prefix, *rest)
 
-    def _cells(self, level: int, generator: torch.Generator) -> Tensor:
+    def _cells(self, level: int, generator: torch.Generator, everywhere: bool) -> Tensor:
         """The cells to look at."""
         cells, device = self.resolution**3, self.density.device
-        if self.updates < self.warmup:
+        if everywhere:
             return torch.arange(cells, device=device)
         quarter = cells // 4
         anywhere = torch.randint(cells, (quarter,), generator=generator, device=device)
