@@ -35,6 +35,9 @@ STAGES = {
     "learned": (FitTask, {"poses": "learned"}, 3),
     "freedoms": (FitTask, {"freedom": ("roll", "aim", "distance", "focal")}, 22 + 3),
     "network": (FitTask, {"poses": "known", "field": "hashgrid"}, 3),
+    "occupancy": (FitTask, {"poses": "known", "occupancy": True, "field_steps": 24}, 15),
+    "occupancy, joint": (JointTask, {"search": "joint", "occupancy": True, "steps": 24}, 22),
+    "surroundings": (FitTask, {"background": "field", "appearance": 2}, 22 + 3),
 }
 
 

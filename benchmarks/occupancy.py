@@ -1,0 +1,68 @@
+"""What leaving out empty space saves a field's training: one thread, the procedural scene, true poses.
+
+    python -m benchmarks.occupancy grid hashgrid mlp
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from factorkit.data.procedural_scene import procedural_views
+from factorkit.nerfdiff.train import Training, train_nerfdiff
+
+#: what a short training of each field takes on a CPU
+SETTINGS = {
+    "grid": {},
+    "hashgrid": {"field_learning_rate": 0.01, "roughness": 0.0, "views": 4, "field_steps": 200},
+    "mlp": {"field_learning_rate": 5e-4, "roughness": 0.0, "views": 4, "rays": 64, "field_steps": 200},
+    "siren": {"field_learning_rate": 2e-4, "roughness": 0.0, "views": 4, "rays": 64, "field_steps": 200},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("fields", nargs="+", choices=SETTINGS)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=32)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    training, held_out = procedural_views(80, args.size), procedural_views(12, args.size, seed=1)
+    for field in args.fields:
+        for occupancy in (False, True):
+            with tempfile.TemporaryDirectory() as folder:
+                settings = {"field": field, "samples": args.samples, "occupancy": occupancy, **SETTINGS[field]}
+                print(measured(training, held_out, Path(folder), settings), flush=True)
+
+
+def measured(training, held_out, folder: Path, settings: dict) -> str:
+    """A line: milliseconds of the processor a step, and the held-out PSNR."""
+    taken, plain = {}, Training.trainer
+
+    def timed(self, name, *rest, **more):
+        start = time.process_time()
+        found = plain(self, name, *rest, **more)
+        taken[name] = time.process_time() - start
+        return found
+
+    Training.trainer = timed
+    try:
+        run = train_nerfdiff(
+            training, out=folder, preset="fast", resolution=max(training.size), poses="known", steps=1, rendered=0,
+            progress=False, **settings,
+        )  # fmt: skip
+    finally:
+        Training.trainer = plain
+    grid, steps = run.model.field.occupancy, run.config.field_steps
+    share = "" if grid is None else f", {float(grid.share_occupied()):.0%} of the box left"
+    score = run.evaluate(held_out)["psnr"]
+    words = f"{settings['field']:<9} occupancy={str(grid is not None):<5}"
+    return f"{words} {1e3 * taken['fit'] / steps:7.1f} ms a step, {score:.2f} dB after {steps}{share}"
+
+
+if __name__ == "__main__":
+    main()
