@@ -126,7 +126,7 @@ def candidate_errors(
     size = target_size(min(COMPARED, max(images.shape[2:])), *images.shape[2:])
     seen = render_views(field, poses, optics, size, samples)
     small = resize_area(images, *size).movedim(1, -1)
-    if field.appearance is None or views is None:
+    if views is None or field.appearance is None:
         return torch.cdist(small.flatten(1), seen.color.flatten(1)).square() / seen.color[0].numel()
     each = (toned(field, seen, optics, view.expand(len(poses))) - x for view, x in zip(views, small, strict=True))
     return torch.stack([difference.square().mean((1, 2, 3)) for difference in each])
