@@ -52,7 +52,7 @@ class TrainNerfdiff(Command, Generic[Config]):
         basis, _ = tyro.cli(_Basis, prog=prog, args=args, add_help=False, return_unknown_args=True)
         from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
 
-        given = {name: getattr(basis, name) for name in ("search", "resolution")}
+        given = {name: getattr(basis, name) for name in ("search", "resolution", "field")}
         given = {name: value for name, value in given.items() if value is not None}
         default = cls(model=tyro.MISSING, config=preset_config(_preset(basis), **given))
         return read_flags(cls[NerfdiffConfig], cls, prog, args, default=default)
@@ -72,6 +72,7 @@ class _Basis:
     preset: str | None = None
     search: str | None = None
     resolution: int | None = None
+    field: str | None = None
 
 
 def _preset(flags: _Basis | TrainNerfdiff) -> str:

@@ -67,7 +67,8 @@ class NerfdiffConfig(EngineConfig):
     """What holds the scene: a dense grid, a hash grid, NeRF's network, one of sines, or tiny-cuda-nn's hash grid and
     fused networks where those can be imported. The search has a grid anyway."""
     occupancy: bool = False
-    """Leave out of training and pictures the steps through space that the field has found empty."""
+    """Leave out of training and pictures the steps through space that the field has found empty. The robust recipe's
+    presets do so for all fields but the grid, whose steps cost little."""
     background: Literal["given", "learned", "field"] = "given"
     """What lies behind everything: the one colour that comes with the views (black where none does), one to be learned,
     or a colour to be learned for every viewing direction."""
@@ -206,6 +207,7 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
     settings = PRESETS[preset] if preset else {}
     if settings is _FAST:
         settings = settings | _sized(changes.get("resolution", NerfdiffConfig.resolution))
+        settings = settings | {"occupancy": changes.get("field", NerfdiffConfig.field) != "grid"}
     if changes.get("search") == "joint" and preset in ("demo", "fast"):
         settings = settings | _JOINT
     config = NerfdiffConfig.from_dict({**settings, **changes})

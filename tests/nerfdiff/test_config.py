@@ -48,6 +48,13 @@ def test_the_recipe_grows_with_the_resolution_unless_told():
     assert preset_config("lego", search="joint").steps == 200_000
 
 
+def test_the_recipe_leaves_empty_space_out_where_a_sample_costs_much():
+    assert not preset_config("fast").occupancy and not preset_config("demo", resolution=64).occupancy
+    assert all(preset_config("fast", field=field).occupancy for field in ("hashgrid", "mlp", "siren", "tcnn"))
+    assert not preset_config("fast", field="mlp", occupancy=False).occupancy
+    assert not preset_config("lego").occupancy, "the thesis' settings, to the letter"
+
+
 def test_stages_draw_numbers_of_their_own():
     config = preset_config("fast", seed=3)
     seeds = {config.stage(name).seed for name in ("search", "refine", "distil")}
