@@ -1,6 +1,6 @@
 """What leaving out empty space saves a field's training: one thread, the procedural scene, true poses.
 
-    python -m benchmarks.occupancy grid hashgrid mlp
+python -m benchmarks.occupancy grid hashgrid mlp
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def test_runs_find_and_keep_it(background, changes, tmp_path, scene_views, tiny)
     way = torch.nn.functional.normalize(torch.randn(20, 3), dim=1)
     behind = run.model.field.background(way)
     if "search" not in changes:  # whose few steps are fewer
-        assert ((behind - SEA).abs().mean() < 0.8 * (0.5 - SEA).abs().mean()), behind.mean(0)
+        assert (behind - SEA).abs().mean() < 0.8 * (0.5 - SEA).abs().mean(), behind.mean(0)
     single = factorkit.load(run.save(tmp_path / "one.safetensors"), device="cpu")
     assert torch.equal(single.model.field.background(way), behind)
     assert torch.equal(single.render(run.poses).images, run.render(run.poses).images)
