@@ -100,8 +100,10 @@ class FitTask:
 
     def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:
         """Where the cameras stand, drawn and in figures."""
-        if self.sheets is None or self.scene.layout != "object":
+        if self.sheets is None:
             return {}
         poses = model.poses(torch.arange(len(self.scene.images)))
-        cameras_sheet(folder / f"{step:06d}_cameras_{self.sheets}.png", poses)
+        cameras_sheet(folder / f"{step:06d}_cameras_{self.sheets}.png", self.scene.layout, poses)
+        if self.scene.layout != "object":
+            return {}
         return stop_if_asked(pose_alarms(poses), self.config)

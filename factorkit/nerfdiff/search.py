@@ -70,10 +70,11 @@ class SearchTask(FitTask):
     def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:
         """Where the views stand among the directions, drawn and in figures."""
         poses = model.poses
+        chosen = poses(torch.arange(len(poses.assigned)))
+        path = folder / f"{step:06d}_cameras_search.png"
+        cameras_sheet(path, self.scene.layout, chosen, poses.stand(poses.places))
         if self.scene.layout != "object":
             return {}
-        chosen = poses(torch.arange(len(poses.assigned)))
-        cameras_sheet(folder / f"{step:06d}_cameras_search.png", chosen, poses.stand(poses.places))
         return stop_if_asked(pose_alarms(chosen, poses.assigned, len(poses.places)), self.config)
 
     def heat(self, step: int) -> float:

@@ -214,7 +214,7 @@ class Training:
         start = found.field.refined(config.grid).to(self.device)
         direction = found.poses.places[found.poses.assigned]
         if scene.layout == "forward":
-            fitted = self.fit("refine", start, FreePoses(forward_poses(direction)))
+            fitted = self.fit("refine", start, FreePoses(forward_poses(direction)), sheets="refine")
             return self.with_own_field(fitted), None
         fitted = self.refine("refine", start, OrbitPoses(direction, scene.distance, config.pose_freedom))
         found = fitted.poses.at(F.normalize(fitted.poses.direction.detach(), dim=-1))
