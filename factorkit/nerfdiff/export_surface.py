@@ -63,8 +63,9 @@ def point_cloud(field: Field, views: Views, lower: Sequence[float], upper: Seque
     Raises:
         DataError: no view sees anything, or forward-facing views of different cameras.
     """
-    # The pictures' size that gives so many pixels, if nothing tells how much of them is foreground: half.
-    share = 0.5 if views.masks is None else max(0.02, float((views.masks > 0.5).float().mean()))
+    # The pictures' size that gives so many pixels, if nothing tells how much of them is foreground: of an object half.
+    share = 1.0 if views.layout == "forward" else 0.5
+    share = share if views.masks is None else max(0.02, float((views.masks > 0.5).float().mean()))
     height, width = views.size
     scale = math.sqrt(count / (len(views) * share * height * width))
     size = max(1, round(height * scale)), max(1, round(width * scale))
