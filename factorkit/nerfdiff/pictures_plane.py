@@ -62,7 +62,7 @@ class Plane:
         found = places(chosen)
         ahead = found + drawn(TICK * -_flat(chosen)[:, :3, 2] @ across)
         for start, end in zip(found.tolist(), ahead.tolist(), strict=True):
-            draw.line((*start, *end), fill=_BLUE, width=_FINE)
+            draw.line((*start, *end), fill=_BLUE, width=2 * _FINE)
         dots(found, _BLUE, 2.2 * _FINE)
         return sheet.resize((SIDE, SIDE), Image.Resampling.BOX)
 
