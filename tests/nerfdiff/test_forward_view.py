@@ -93,4 +93,3 @@ def test_views_from_noise_have_their_cameras_in_the_plane():
     cameras = [forward_poses(torch.tensor([[0.1 * i, 0.2, 0.0], [-0.3, 0.0, 0.0]])) for i in range(3)]
     sheets = [np.asarray(novel_sheet(frames, cameras, [9, 5, 0], layout=x)) for x in ("object", "forward")]
     assert sheets[0].shape == sheets[1].shape and (sheets[0] != sheets[1]).any()
-
