@@ -32,6 +32,7 @@ WAYS = {
     "one_start": {"poses": "learned"},
     "joint": {"search": "joint"},
     "joint_letter": {"search": "joint", "balance": False},
+    "single": {"search": "joint", "candidates": "single", "cameras": 1},
 }
 REFINED = 100  # steps down the photometric error of held-out views, after the encoder's look
 TRAINING, HELD_OUT = 80, 20  # views of the procedural scene

@@ -129,7 +129,8 @@ def render(path: Path, out: Path, kind: str, frames: int, size: int | None, devi
 
 def sample(path: Path, out: Path, device: str, **options: Any) -> Result:
     """Views from noise; options are those of ``NerfdiffRun.sample``."""
-    drawn = load(path, device).sample(**options)
+    run = load(path, device)
+    drawn, layout = run.sample(**options), run.scene["layout"]
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(to_uint8(drawn.images)):
         Image.fromarray(image).save(out / f"view_{i:04d}.png")
@@ -141,7 +142,7 @@ def sample(path: Path, out: Path, device: str, **options: Any) -> Result:
         found["trajectory"] = str(out / "trajectory.png")
         novel_sheet(
             [s.images[:SHOWN].clamp(0, 1) for s in steps], [s.cameras.best[:SHOWN] for s in steps],
-            [s.t for s in steps], [((s.noisy[:SHOWN] + 1) / 2).clamp(0, 1) for s in steps],
+            [s.t for s in steps], [((s.noisy[:SHOWN] + 1) / 2).clamp(0, 1) for s in steps], layout,
         ).save(found["trajectory"])  # fmt: skip
     return found, f"{found['views']} views: {out}"
 
@@ -190,8 +191,6 @@ def what_to_show(path: Path, device: str) -> Shown:
         step, field, views, background = run.step, run.model.field, run.views, run.model.background
         given, errors = kept_views(run.folder), training_errors(run)
         true = None if errors is None else errors.alignment.inverse().apply(given.poses)
-    if views.layout == "forward":
-        raise ConfigError(f"{path} is a forward-facing scene; the viewer shows scenes that cameras stand around")
     return Shown(step, field, views, background, true)
 
 

@@ -183,8 +183,9 @@ def _sized(resolution: int) -> dict[str, Any]:
 #: what search="joint" changes of a preset of the robust recipe
 _JOINT = {
     "steps": 1500, "batch_size": 16, "decay": 0.4, "cameras": 12, "classification_weight": 0.01, "t_power": 3.0,
-    "rays": 128, "grid": 24, "samples": 28, "sample_every": 300,
+    "rays": 128, "sample_every": 300,
 }  # fmt: skip
+_JOINT_SHARES = {"grid": 3 / 4, "samples": 7 / 8}  # of the robust recipe's
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": _FAST,
@@ -209,7 +210,7 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
         settings = settings | _sized(changes.get("resolution", NerfdiffConfig.resolution))
         settings = settings | {"occupancy": changes.get("field", NerfdiffConfig.field) != "grid"}
     if changes.get("search") == "joint" and preset in ("demo", "fast"):
-        settings = settings | _JOINT
+        settings = settings | _JOINT | {k: round(share * settings[k]) for k, share in _JOINT_SHARES.items()}
     config = NerfdiffConfig.from_dict({**settings, **changes})
     config.validate()
     return config

@@ -81,9 +81,10 @@ class DistilTask:
         """What the model makes of the views, and where it and the search put their cameras; what is wrong with that."""
         found = look(model, self.scene.images)
         renders_sheet(folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples)
+        path = folder / f"{step:06d}_cameras_encoder.png"
+        cameras_sheet(path, self.scene.layout, found.best, found.poses)
         if self.scene.layout != "object":
             return {}
-        cameras_sheet(folder / f"{step:06d}_cameras_encoder.png", found.best, found.poses)
         return stop_if_asked(pose_alarms(model.views, doubled=self.doubled), self.config)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from factorkit.data.views import Views
 from factorkit.errors import ConfigError, DataError
 from factorkit.nerfdiff.occupied import PLACES, device_of, occupied_sampling
+from factorkit.nerfdiff.rays import Optics
+from factorkit.nerfdiff.scene import field_space
 from factorkit.rendering.cameras import image_rays
 from factorkit.rendering.render import Field, render
 
@@ -21,6 +23,8 @@ OPAQUE = 0.7  # of a pixel whose depth is believed
 SOLID = 1 / 8  # the optical depth that a believed place must have over two cells
 RAYS = 1 << 14  # rendered at once
 HALVING = 16  # the default surface halves light within this fraction of the box
+FAR = 30.0  # depth in units of the nearest plane's beyond which forward-facing scenes are left out
+AHEAD = 2.0  # of the box's length, how much a ray of a forward-facing scene covers while its t grows by 1
 
 
 @dataclass(frozen=True)
@@ -49,36 +53,37 @@ class Shape:
 
 
 @torch.no_grad()
-def point_cloud(
-    field: Field, views: Views, lower: Sequence[float], upper: Sequence[float], count: int
-) -> Shape:
+def point_cloud(field: Field, views: Views, lower: Sequence[float], upper: Sequence[float], count: int) -> Shape:
     """About ``count`` points, at the expected depth of the pixels that all views together have in the foreground.
 
     Only pixels that are opaque count, and only where the field is dense at the place itself: at a silhouette the
-    expected depth lies in the empty space between what is before and what is behind.
+    expected depth lies in the empty space between what is before and what is behind. Forward-facing views' places are
+    those of the world.
 
     Raises:
-        DataError: no view sees anything.
+        DataError: no view sees anything, or forward-facing views of different cameras.
     """
-    # The pictures' size that gives so many pixels, if nothing tells how much of them is foreground: half.
-    share = 0.5 if views.masks is None else max(0.02, float((views.masks > 0.5).float().mean()))
+    # The pictures' size that gives so many pixels, if nothing tells how much of them is foreground: of an object half.
+    share = 1.0 if views.layout == "forward" else 0.5
+    share = share if views.masks is None else max(0.02, float((views.masks > 0.5).float().mean()))
     height, width = views.size
     scale = math.sqrt(count / (len(views) * share * height * width))
     size = max(1, round(height * scale)), max(1, round(width * scale))
     like = device_of(field)
     stretch = torch.tensor([size[1] / width, size[0] / height, 1.0])[:, None]
     sampling = occupied_sampling(field, lower, upper)
-    cell = sampling.occupancy.cell_side
+    space = field_space(views)
+    cell = sampling.occupancy.cell_side / (AHEAD if space.forward else 1.0)  # in units of t
     found = []
     for pose, k in zip(views.poses.to(like), (views.intrinsics * stretch).to(like), strict=True):
-        rays = image_rays(pose, k, *size)
+        rays = space.bent(image_rays(pose, k, *size), size)
         seen = render(field, rays, sampling, early_stop=1e-3, chunk=RAYS)
         kept = seen.opacity > OPAQUE
         opacity = seen.opacity[kept]
         places = rays.origins[kept] + (seen.depth[kept] / opacity)[:, None] * rays.directions[kept]
         colors = seen.color[kept] / opacity[:, None]
         solid = _density(field, places, rays.directions[kept]) * (2 * cell) > SOLID
-        found.append((places[solid].cpu(), colors[solid].cpu()))
+        found.append((space.unbent(places[solid]).cpu(), colors[solid].cpu()))
     places, colors = (torch.cat(parts) for parts in zip(*found, strict=True))
     if not len(places):
         raise DataError("no view sees anything solid: there are no points to export. Train longer, or look at a render "
@@ -88,10 +93,13 @@ def point_cloud(
 
 @torch.no_grad()
 def surface_mesh(
-    field: Field, lower: Sequence[float], upper: Sequence[float], resolution: int, level: float | None
+    field: Field, lower: Sequence[float], upper: Sequence[float], resolution: int, level: float | None, space: Optics
 ) -> Shape:
     """The surface where the density is ``level``, by marching cubes (Lorensen & Cline 1987) over a lattice, closed at
-    the box's walls; each vertex coloured as seen from straight outside.
+    the box's walls; each vertex coloured as seen from straight outside, or in a forward-facing scene from before it.
+
+    Args:
+        space: what leads from the field's box to the world.
 
     Raises:
         ConfigError: scikit-image is not installed, or a level not above 0.
@@ -103,7 +111,8 @@ def surface_mesh(
         raise ConfigError(f"a mesh needs scikit-image: pip install 'factorkit[mesh]' ({error})") from error
     lower, upper = (torch.tensor(corner, dtype=torch.float32) for corner in (lower, upper))
     side = float((upper - lower).max())
-    level = math.log(2) * HALVING / side if level is None else level
+    if level is None:
+        level = math.log(2) * HALVING / side * (AHEAD if space.forward else 1.0)
     if not level > 0:
         raise ConfigError(f"level={level}: give a density above 0")
     counts = [max(2, round(resolution * float(length) / side)) for length in upper - lower]
@@ -123,8 +132,10 @@ def surface_mesh(
     faces = merged.reshape(-1)[faces]
     faces = faces[(faces != np.roll(faces, 1, axis=1)).all(1)]
     inwards = torch.from_numpy(-normals[first])
+    if space.forward:  # the map to the world turns the box inside out: what is far ahead has the highest z
+        inwards, faces = torch.tensor([0.0, 0.0, AHEAD]).expand_as(inwards), faces[:, ::-1]
     colors = _ask(field, torch.from_numpy(found).to(places), inwards.to(places), 1)
-    return Shape(found, _bytes(colors), faces)
+    return Shape(space.unbent(torch.from_numpy(found)).numpy(), _bytes(colors), faces)
 
 
 def _density(field: Field, places: Tensor, along: Tensor) -> Tensor:

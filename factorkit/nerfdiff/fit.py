@@ -16,10 +16,13 @@ from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.occupied import look_again
 from factorkit.nerfdiff.rays import Optics, render_pixels
-from factorkit.nerfdiff.scene import Scene, picked
+from factorkit.nerfdiff.scene import Scene, blurred, picked
 from factorkit.nerfdiff.watch import cameras_sheet
 
 FIELD_BETAS = (0.9, 0.99)  # a cell is seen by few rays a step: moments over a thousand steps would be of another scene
+ANNEALED = 0.6  # share of the steps over which what is coarse at the beginning sharpens
+BLUR = 0.094  # of the views where all is as coarse as can be, in units of the longer side
+EVERY = 10  # steps between changes of the blur
 
 
 class Fit(nn.Module):
@@ -68,14 +71,17 @@ class FitTask:
         config: of the stage.
         chosen: indices of the views to fit; None: all.
         sheets: what the stage is called on sample sheets; None: it draws none.
+        hot: how coarse field and views are at the beginning, 0 (as they are) to 1: for poses that are far off.
     """
 
     capturable = False  # steps along a ray are jittered by a number the host knows
 
     def __init__(
-        self, config: NerfdiffConfig, scene: Scene, model: Fit, chosen: Tensor | None = None, sheets: str | None = None
+        self, config: NerfdiffConfig, scene: Scene, model: Fit, chosen: Tensor | None = None,
+        sheets: str | None = None, hot: float = 0.0,
     ):  # fmt: skip
-        self.config, self.scene, self.model, self.sheets = config, scene, model, sheets
+        self.config, self.scene, self.model, self.sheets, self.hot = config, scene, model, sheets, hot
+        self._blurred: tuple[float, Tensor] = (0.0, scene.images)
         self.chosen = torch.arange(len(scene.images)) if chosen is None else chosen
         self.size = len(self.chosen)
 
@@ -88,6 +94,7 @@ class FitTask:
         return groups + ([{"params": poses, "scale": scale, "betas": FIELD_BETAS}] if poses else [])
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
+        self.model.field.coarseness = self.heat(int(step))
         which = self.chosen[indices]
         if draw.rows.start == 0:
             look_again(self.model.field, int(step))
@@ -98,9 +105,16 @@ class FitTask:
         objective = error + self.config.roughness * self.model.field.roughness()
         return StepLoss(objective, error, torch.zeros_like(error), {})
 
+    def heat(self, step: int) -> float:
+        """``hot`` at the beginning, 0 once all is sharp."""
+        return self.hot * max(0.0, 1 - step / (ANNEALED * self.config.steps))
+
     def images(self, step: int) -> Tensor:
         """What the views are compared with at this step, [V, 3, H, W]."""
-        return self.scene.images
+        sigma = round(self.heat(step // EVERY * EVERY) * BLUR * max(self.scene.size), 2)
+        if self._blurred[0] != sigma:
+            self._blurred = sigma, blurred(self.scene.images, sigma)
+        return self._blurred[1]
 
     def options(self, draw: BatchDraw, step: Tensor) -> dict[str, Tensor]:
         """What else the poses are to know."""
@@ -108,8 +122,10 @@ class FitTask:
 
     def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:
         """Where the cameras stand, drawn and in figures."""
-        if self.sheets is None or self.scene.layout != "object":
+        if self.sheets is None:
             return {}
         poses = model.poses(torch.arange(len(self.scene.images)))
-        cameras_sheet(folder / f"{step:06d}_cameras_{self.sheets}.png", poses)
+        cameras_sheet(folder / f"{step:06d}_cameras_{self.sheets}.png", self.scene.layout, poses)
+        if self.scene.layout != "object":
+            return {}
         return stop_if_asked(pose_alarms(poses), self.config)

@@ -98,7 +98,8 @@ class JointTask:
         found = look(model, self.scene.images)
         model.views.copy_(found.best if self.found is None else self.found)
         renders_sheet(folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples)
+        path = folder / f"{step:06d}_cameras_encoder.png"
+        cameras_sheet(path, self.scene.layout, found.best, found.poses)
         if self.scene.layout != "object":
             return {}
-        cameras_sheet(folder / f"{step:06d}_cameras_encoder.png", found.best, found.poses)
         return stop_if_asked(pose_alarms(found.best, found.chosen, model.candidates.count), self.config)

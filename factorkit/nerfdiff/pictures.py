@@ -12,6 +12,7 @@ from torch import Tensor
 
 from factorkit.engine.colors import palette
 from factorkit.engine.sheets import INK, PAPER, Caption, contact_sheet, grey
+from factorkit.nerfdiff.pictures_plane import FROM_BEHIND, Plane
 
 SPHERE = 240  # pixels a side
 ELEVATION = 25.0  # degrees above the horizon from which the sphere is seen
@@ -75,8 +76,9 @@ def disparity_image(depth: Tensor, opacity: Tensor) -> np.ndarray:
 
 
 def novel_sheet(
-    frames: Sequence[Tensor], cameras: Sequence[Tensor], times: Sequence[int], noisy: Sequence[Tensor] | None = None
-) -> Image.Image:
+    frames: Sequence[Tensor], cameras: Sequence[Tensor], times: Sequence[int], noisy: Sequence[Tensor] | None = None,
+    layout: str = "object",
+) -> Image.Image:  # fmt: skip
     """Views as they take shape out of noise, and where their cameras are (the dissertation's figure 3.9).
 
     Args:
@@ -84,7 +86,15 @@ def novel_sheet(
         cameras: S tensors of poses [n, 4, 4].
         times: the S time steps.
         noisy: S tensors [n, 3, H, W] in [0, 1], shown above the clean ones.
+        layout: "object" or "forward".
     """
+    plane = Plane(torch.cat(list(cameras)))
+
+    def camera(pose: Tensor) -> np.ndarray:
+        if layout == "object":
+            return np.asarray(_sphere(math.radians(ELEVATION), pose, None, None))
+        return np.asarray(plane.half(FROM_BEHIND, pose))
+
     rows: list[list[np.ndarray]] = []
     captions: list[Caption] = []
     for n in range(len(frames[0])):
@@ -93,7 +103,7 @@ def novel_sheet(
             captions.append(f"view {n}, noisy")
         rows.append([_pixels(x[n : n + 1])[0] for x in frames])
         captions.append(f"view {n}")
-        rows.append([np.asarray(_sphere(math.radians(ELEVATION), poses[n : n + 1], None, None)) for poses in cameras])
+        rows.append([camera(poses[n : n + 1]) for poses in cameras])
         captions.append("its camera")
     return contact_sheet(rows, [f"t = {t}" for t in times], captions, cell=SPHERE // 2)
 

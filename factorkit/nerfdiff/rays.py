@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from factorkit.nerfdiff.fields import Field
-from factorkit.rendering import EvenSampling, OccupiedSampling, Rays, Rendered, image_rays, ndc_rays, pixel_rays, render
+from factorkit.rendering import (
+    EvenSampling,
+    OccupiedSampling,
+    Rays,
+    Rendered,
+    from_ndc,
+    image_rays,
+    ndc_rays,
+    pixel_rays,
+    render,
+)
 
 MARGIN = 1.3  # how much more of a forward-facing scene the box holds, sideways, than the mean camera sees
 PIECE = 1 << 15  # rays rendered at once without gradient
@@ -34,12 +45,31 @@ class Optics:
         return self.intrinsics * self.intrinsics.new_tensor([width, height, 1.0])[:, None]
 
     def bent(self, rays: Rays, size: tuple[int, int]) -> Rays:
-        """The rays in the space of the field's box."""
+        """The rays in the space of the field's box, from the nearest plane on, or from where they begin beyond it."""
         if not self.forward:
             return rays
-        bent = ndc_rays(rays, self.pixels(*size), *size)
+        bent = ndc_rays(rays, self.pixels(*size).to(rays.origins), *size)
         narrow = rays.origins.new_tensor([1 / MARGIN, 1 / MARGIN, 1.0])
-        return Rays(bent.origins * narrow, bent.directions * narrow)
+        passed = 1 - 1 / reached(rays.origins)[..., None]
+        origins = bent.origins + passed * bent.directions
+        return Rays(origins * narrow, bent.directions * narrow)
+
+    def unbent(self, places: Tensor) -> Tensor:
+        """World coordinates [..., 3] of places in the field's box; what lies at its far wall is at infinity."""
+        if not self.forward:
+            return places
+        wide = places * places.new_tensor([MARGIN, MARGIN, 1.0])
+        return from_ndc(wide, self.intrinsics.to(places), 1, 1)
+
+
+def within(upper: Sequence[float], far: float, optics: Optics) -> tuple[float, ...]:
+    """The box's upper corner, before forward-facing cameras drawn nearer to leave out what is deeper than ``far``."""
+    return (*upper[:2], min(upper[2], 1 - 2 / far)) if optics.forward else tuple(upper)
+
+
+def reached(origins: Tensor) -> Tensor:
+    """How far ahead [...] rays of a forward-facing scene begin: at the nearest plane, 1, or where their camera is."""
+    return (-origins[..., 2]).clamp_min(1.0)
 
 
 def sampling(field: Field, samples: int, forward: bool = False) -> EvenSampling | OccupiedSampling:
@@ -84,9 +114,9 @@ def render_views(
     seen = seen._replace(color=toned(field, seen, optics, views))
     if not optics.forward:
         return seen
-    # along a bent ray t runs from 0 at the nearest plane to 1 at infinity: the depth is 1 / (1 - t)
-    mean = (seen.depth / seen.opacity.clamp_min(1e-6)).clamp(0, 0.999)
-    return seen._replace(depth=seen.opacity / (1 - mean))
+    # along a bent ray t grows by 1 from the nearest plane to infinity, as 1 / depth falls from 1 to 0
+    inverse = (1 / reached(rays.origins) - seen.depth / seen.opacity.clamp_min(1e-6)).clamp(1e-3, 1)
+    return seen._replace(depth=seen.opacity / inverse)
 
 
 def backdrop(field: Field, directions: Tensor, optics: Optics) -> Tensor:

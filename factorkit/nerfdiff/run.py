@@ -135,8 +135,6 @@ class NerfdiffRun:
             ConfigError: a path that says nothing of the kind.
             DataError: a scene without a surface.
         """
-        if self.model.forward_facing and Path(path).suffix != ".json":
-            raise ConfigError(f"{path}: of a forward-facing scene only transforms.json can be exported")
         return export(path, self.views, self.model.field, **options)
 
     def predict_pose(self, images: Any, t: int | None = None, refine: int = 0) -> PosePrediction:

@@ -79,6 +79,15 @@ def shared_optics(views: Views) -> Optics:
     return Optics(mean, background, views.layout == "forward")
 
 
+def field_space(views: Views) -> Optics:
+    """What leads between the world of views and the box of their field: for an object nothing has to.
+
+    Raises:
+        DataError: forward-facing views that are not taken with one camera.
+    """
+    return shared_optics(views) if views.layout == "forward" else Optics(torch.eye(3), torch.zeros(3))
+
+
 def centred(poses: Tensor, distance: float) -> Tensor:
     """Poses [V, 4, 4] moved and scaled so that the point they look at is the origin, at ``distance`` on average."""
     eye, axis = poses[:, :3, 3], poses[:, :3, 2]

@@ -20,16 +20,13 @@ from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
 from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields import Field
-from factorkit.nerfdiff.fit import Fit, FitTask
+from factorkit.nerfdiff.fit import EVERY, Fit, FitTask
 from factorkit.nerfdiff.rays import Optics, render_views, toned
-from factorkit.nerfdiff.scene import Scene, blurred
+from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.watch import cameras_sheet
 
-ANNEALED = 0.6  # share of the steps over which temperature and blur fall to nothing
-EVERY = 10  # steps between assignments
 COMPARED = 16  # pixels along the longer side of the pictures that are compared
 TEMPERATURE = (0.02, 0.3)  # at the end and at the beginning, in units of a view's spread of errors
-BLUR = 0.094  # of the views at the beginning, in units of the longer side
 SHAKE = 0.04  # standard deviation of the places while the temperature falls: cells are no points
 
 Stand = Callable[[Tensor], Tensor]
@@ -64,21 +61,17 @@ class SearchTask(FitTask):
         assigned = torch.randint(len(places), (len(scene.images),), generator=generator).to(places.device)
         poses = AssignedPoses(places, assigned, stand)
         self.samples = min(config.samples, config.search_field)
-        super().__init__(config, scene, Fit(field, poses, scene.optics, scene.size, self.samples))
-        self._blurred: tuple[float, Tensor] = (0.0, scene.images)
+        super().__init__(config, scene, Fit(field, poses, scene.optics, scene.size, self.samples), hot=1.0)
 
     def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:
         """Where the views stand among the directions, drawn and in figures."""
         poses = model.poses
+        chosen = poses(torch.arange(len(poses.assigned)))
+        path = folder / f"{step:06d}_cameras_search.png"
+        cameras_sheet(path, self.scene.layout, chosen, poses.stand(poses.places))
         if self.scene.layout != "object":
             return {}
-        chosen = poses(torch.arange(len(poses.assigned)))
-        cameras_sheet(folder / f"{step:06d}_cameras_search.png", chosen, poses.stand(poses.places))
         return stop_if_asked(pose_alarms(chosen, poses.assigned, len(poses.places)), self.config)
-
-    def heat(self, step: int) -> float:
-        """1 at the beginning, 0 once annealed."""
-        return max(0.0, 1 - step / (ANNEALED * self.config.steps))
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor):
         heat = self.heat(int(step))
@@ -86,12 +79,6 @@ class SearchTask(FitTask):
         if draw.rows.start == 0 and int(step) and int(step) % EVERY == 0:
             self._assign(int(step), heat)
         return super().loss(model, indices, draw, step)
-
-    def images(self, step: int) -> Tensor:
-        sigma = round(self.heat(step // EVERY * EVERY) * BLUR * max(self.scene.size), 2)
-        if self._blurred[0] != sigma:
-            self._blurred = sigma, blurred(self.scene.images, sigma)
-        return self._blurred[1]
 
     def options(self, draw: BatchDraw, step: Tensor) -> dict[str, Tensor]:
         return {"shake": SHAKE * draw.normal(3)} if self.heat(step) else {}

@@ -46,6 +46,7 @@ from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
 from factorkit.nerfdiff.search import SearchTask
 
 PLANE = (6, 4)  # places of forward-facing cameras across and up
+FORWARD_HEAT = 0.5  # how coarse all is when their poses begin to move: a place of the plane is many pixels off
 HALF_STEPS = 100  # of the fresh fields of the flip test
 HALF_FIELD = 20  # vertices along each side of theirs
 TUNING = 0.3  # of the encoder's learning rate, for the steps after it was distilled
@@ -89,6 +90,9 @@ def train_nerfdiff(
     scene = open_scene(views, config.resolution, device)
     if scene.layout == "object" and len(scene.images) < config.cameras:
         raise DataError(f"{len(scene.images)} views are fewer than cameras={config.cameras} candidates; give more")
+    if scene.layout == "forward" and config.pose_freedom:
+        raise ConfigError(f"freedom={config.freedom}: forward-facing cameras turn and move in every way as it is; give "
+                          "focal or nothing")  # fmt: skip
     settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": describe(scene)}
     if distributed.rank() == 0:
         claim(folder, settings, config.RESUMABLE)
@@ -141,7 +145,8 @@ class Training:
         if config.poses == "known":
             fitted = self.fit("fit", field, FreePoses(require_poses(scene)).requires_grad_(False), sheets="fit")
         elif config.poses == "learned":
-            fitted = self.fit("fit", field, self.one_start(), sheets="fit", free=True)
+            hot = FORWARD_HEAT if scene.layout == "forward" else 0.0
+            fitted = self.fit("fit", field, self.one_start(), sheets="fit", free=True, hot=hot)
         else:
             fitted, doubled = self.dictionary_search()
         # the distance, which sets the scene's scale, stays that of the focal length given
@@ -174,7 +179,7 @@ class Training:
 
     def fit(
         self, name: str, field: Field, poses: nn.Module, chosen: Tensor | None = None, sheets: str | None = None,
-        free: bool = False, samples: int | None = None, scene: Scene | None = None, **changes: Any,
+        free: bool = False, samples: int | None = None, scene: Scene | None = None, hot: float = 0.0, **changes: Any,
     ) -> Fit:  # fmt: skip
         """Fit a field to the views, and the poses where they are free; with ``free`` the focal length, if it may be."""
         config, scene = self.config, scene or self.scene
@@ -185,7 +190,7 @@ class Training:
             "steps": config.field_steps, "batch_size": config.views, "learning_rate": config.field_learning_rate,
             "decay": 0.5, "ema": 0.0, **changes,
         }  # fmt: skip
-        return self.trainer(name, lambda stage: FitTask(stage, scene, model, chosen, sheets), **changes)
+        return self.trainer(name, lambda stage: FitTask(stage, scene, model, chosen, sheets, hot), **changes)
 
     def one_start(self) -> nn.Module:
         """All views at one pose, free to leave it (Wang et al. 2021)."""
@@ -215,7 +220,8 @@ class Training:
         start = self.with_occupancy(found.field.refined(config.grid))
         direction = found.poses.places[found.poses.assigned]
         if scene.layout == "forward":
-            fitted = self.fit("refine", start, FreePoses(forward_poses(direction)))
+            poses = FreePoses(forward_poses(direction))
+            fitted = self.fit("refine", start, poses, sheets="refine", free=True, hot=FORWARD_HEAT)
             return self.with_own_field(fitted), None
         fitted = self.refine("refine", start, OrbitPoses(direction, scene.distance, config.pose_freedom))
         found = fitted.poses.at(F.normalize(fitted.poses.direction.detach(), dim=-1))

@@ -16,9 +16,12 @@ from torch import Tensor
 from factorkit.data.views import Views
 from factorkit.engine.colors import palette
 from factorkit.errors import ConfigError, DataError
-from factorkit.nerfdiff.export_surface import point_cloud
+from factorkit.nerfdiff.export_surface import FAR, point_cloud
 from factorkit.nerfdiff.occupied import device_of, occupied_sampling
+from factorkit.nerfdiff.rays import Optics, within
+from factorkit.nerfdiff.scene import field_space
 from factorkit.rendering.cameras import image_rays
+from factorkit.rendering.ndc import SIDEWAYS
 from factorkit.rendering.render import Field, render
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 POINTS = 30_000
 SIDES = (64, 128, 256, 512)  # pixels along the longer side: the first is there at once, the next while one stands still
 PICTURE = 64  # pixels of the pictures in the frusta
-FRUSTUM = 0.06  # of the cameras' distance
+FRUSTUM = 0.06  # of the cameras' distance, or of the nearest plane's
 RAYS = 1 << 14  # rendered at once; between two such parts a newer viewpoint is noticed
 TO_OPENCV = torch.tensor([1.0, -1.0, -1.0])  # viser's cameras look along z, y down
 FOUND, TRUE = (tuple(int(x) for x in color) for color in palette(2))
@@ -40,10 +43,10 @@ class Shown:
     Attributes:
         step: of the training.
         field: as :func:`factorkit.render` takes it.
-        views: the pictures at their found poses, in the field's space.
+        views: the pictures at their found poses, in the space of ``true`` too.
         background: [3], behind everything, unless the field has a background of its own.
-        true: the true poses [V, 4, 4] of the same views, brought into the field's space, or None.
-        lower, upper: corners of the box outside of which the field is not asked.
+        true: the true poses [V, 4, 4] of the same views, brought over the found ones, or None.
+        lower, upper: corners of the field's box outside of which it is not asked.
     """
 
     step: int
@@ -53,6 +56,11 @@ class Shown:
     true: Tensor | None = None
     lower: Sequence[float] = (-1.0, -1.0, -1.0)
     upper: Sequence[float] = (1.0, 1.0, 1.0)
+
+    @property
+    def space(self) -> Optics:
+        """What leads from the cameras' space to the field's box."""
+        return field_space(self.views)
 
 
 class Viewer:
@@ -113,16 +121,20 @@ class Viewer:
 
     def _points(self, shown: Shown) -> None:
         try:
-            cloud = point_cloud(shown.field, shown.views, shown.lower, shown.upper, POINTS)
+            upper = within(shown.upper, FAR, shown.space)
+            cloud = point_cloud(shown.field, shown.views, shown.lower, upper, POINTS)
         except DataError:  # early in training nothing is solid yet
             return
         side = max(b - a for a, b in zip(shown.lower, shown.upper, strict=True))
+        if shown.space.forward:
+            side = float(np.median(-cloud.points[:, 2]))
         self.server.scene.add_point_cloud("/points/cloud", cloud.points, cloud.colors, point_size=side / 300)
 
     def _cameras(self, name: str, poses: Tensor, views: Views, color: tuple[int, ...]) -> None:
         small = views.resized(min(PICTURE, max(views.size)))
         pictures = small.images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        scale = FRUSTUM * float(poses[:, :3, 3].norm(dim=1).median()) or FRUSTUM
+        away = float(poses[:, :3, 3].norm(dim=1).median()) if views.layout == "object" else 1.0
+        scale = FRUSTUM * away or FRUSTUM
         for i, pose in enumerate(poses.cpu()):
             fov, aspect = frustum(views.intrinsics[i], *views.size)
             wxyz, position = to_viser(pose)
@@ -232,19 +244,21 @@ def paint(
     where ``stop`` said so on the way."""
     focal = height / (2 * math.tan(fov / 2))
     k = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
-    device = device_of(shown.field)
-    rays = image_rays(pose.to(device), k.to(device), height, width)
-    origins, directions = rays.origins.reshape(-1, 3), rays.directions.reshape(-1, 3)
+    device, background = device_of(shown.field), shown.background.to(device_of(shown.field))
+    rays, space = image_rays(pose.to(device), k.to(device), height, width), shown.space
+    lost = space.forward & (rays.directions[..., 2] > SIDEWAYS)  # there is nothing behind forward-facing cameras
+    bent = space.bent(rays, (height, width))
+    each = (x.reshape(-1, 3).split(RAYS) for x in (bent.origins, bent.directions, rays.directions))
     colors = []
-    for part in zip(origins.split(RAYS), directions.split(RAYS), strict=True):
+    for part in zip(*each, strict=True):
         if stop is not None and stop():
             return None
         own = getattr(shown.field, "background", None)
-        behind = shown.background.to(device) if own is None else own(part[1])
-        seen = render(shown.field, type(rays)(*part), sampling, background=behind, early_stop=1e-2)
+        behind = background if own is None else own(part[2])
+        seen = render(shown.field, type(rays)(*part[:2]), sampling, background=behind, early_stop=1e-2)
         colors.append(seen.color)
-    picture = torch.cat(colors).reshape(height, width, -1).clamp(0, 1).mul(255).round().byte()
-    return picture.cpu().numpy()
+    picture = torch.where(lost[..., None], background, torch.cat(colors).reshape(height, width, -1))
+    return picture.clamp(0, 1).mul(255).round().byte().cpu().numpy()
 
 
 def to_viser(pose: Tensor) -> tuple[np.ndarray, np.ndarray]:

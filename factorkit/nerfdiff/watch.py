@@ -9,16 +9,19 @@ from torch import Tensor
 
 from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.pictures import sphere_picture, views_sheet
+from factorkit.nerfdiff.pictures_plane import plane_picture
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.scene import Scene
 
 SHOWN = 8  # views on a sheet
 
 
-def cameras_sheet(path: Path, chosen: Tensor, candidates: Tensor | None = None) -> None:
-    """Cameras [V, 4, 4], and candidates for them [..., 4, 4], on a sphere (thesis, fig. 3.7)."""
+def cameras_sheet(path: Path, layout: str, chosen: Tensor, candidates: Tensor | None = None) -> None:
+    """Cameras [V, 4, 4], and candidates for them [..., 4, 4], on a sphere (thesis, fig. 3.7), or in their plane where
+    they face forward."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sphere_picture(chosen, candidates).save(path)
+    picture = sphere_picture if layout == "object" else plane_picture
+    picture(chosen, candidates).save(path)
 
 
 def renders_sheet(path: Path, field: Field, scene: Scene, poses: Tensor, samples: int) -> None:

@@ -229,3 +229,14 @@ def test_llff(tmp_path, scene):
     torch.testing.assert_close(views.poses[:, :3, 3].mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     assert open_views(tmp_path, "test").names == ["images_8/image000.png", "images_8/image008.png"]
     torch.testing.assert_close(open_views(tmp_path, "train").poses, views.poses[1:8])
+
+
+def test_llff_names_the_height_first(tmp_path, scene):
+    poses = scene.poses[:2].double().numpy()
+    llff_file(tmp_path, poses, np.array([[1.0, 9.0], [1.5, 4.0]]), 30.0, 24, 40)
+    for i in range(2):
+        save_rgb(tmp_path / "images_4" / f"{i}.png", torch.rand(3, 12, 20))
+    views = open_views(tmp_path)
+    expected = torch.tensor([[15.0, 0, 10], [0, 15, 6], [0, 0, 1]])
+    torch.testing.assert_close(views.intrinsics, expected.expand(2, 3, 3))
+    assert views.size == (12, 20) and views.far == pytest.approx(9 / 0.75)

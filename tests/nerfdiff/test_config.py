@@ -44,6 +44,8 @@ def test_the_recipe_grows_with_the_resolution_unless_told():
     assert preset_config("fast", resolution=96, grid=40).grid == 40
     joint = preset_config("fast", search="joint")
     assert joint.steps == 1500 and joint.classification_weight == 0.01
+    large_joint = preset_config("fast", search="joint", resolution=96)
+    assert (joint.grid, joint.samples, large_joint.grid, large_joint.samples) == (24, 28, 72, 84)
     assert preset_config("fast", search="joint", steps=7).steps == 7
     assert preset_config("lego", search="joint").steps == 200_000
 

@@ -1,0 +1,135 @@
+"""Training on forward-facing views, in every way, and what can be asked of such a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pycolmap
+import pytest
+import torch
+from PIL import Image
+
+from factorkit.cli import main
+from factorkit.commands_nerfdiff import what_to_show
+from factorkit.errors import ConfigError
+from factorkit.nerfdiff.frames import to_uint8
+from factorkit.nerfdiff.train import train_nerfdiff
+from tests.nerfdiff.forward import forward_views
+
+WAYS = {
+    "dictionary": {},
+    "single": {"search": "joint", "candidates": "single", "cameras": 1},
+    "known": {"poses": "known", "field_steps": 30},
+    "learned": {"poses": "learned"},
+    "tuned": {"tuning_steps": 3, "noise": False},
+    "hashgrid": {"field": "hashgrid"},
+    "mlp": {"field": "mlp", "poses": "known", "field_steps": 2, "samples": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def views():
+    return forward_views(size=(9, 12), columns=3, rows=3)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, views, tiny):
+    """Tiny runs by the way they were trained; each is trained when it is first asked for."""
+    found = {}
+
+    def get(way):
+        if way not in found:
+            settings = {**tiny, "resolution": 12, "encoder_resolution": 12, **WAYS[way]}
+            found[way] = train_nerfdiff(views, out=tmp_path_factory.mktemp(way) / "run", **settings)
+        return found[way]
+
+    return get
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_answers_everything(way, runs, views):
+    run = runs(way)
+    assert run.poses.shape == (9, 4, 4) and run.poses.isfinite().all()
+    if WAYS[way].get("poses") == "known":
+        assert torch.equal(run.poses, views.poses)
+    found = run.predict_pose(views.select([0, 1]), refine=2)
+    turns = found.poses[:, :3, :3]
+    assert torch.allclose(turns @ turns.mT, torch.eye(3).expand(2, 3, 3), atol=1e-5)
+    assert found.candidates.shape == (2, 1, 4, 4)
+    for path in ("orbit", "spiral"):
+        seen = run.render_path(path, frames=3, size=8)
+        assert seen.images.shape == (3, 3, 6, 8) and seen.depth.isfinite().all() and seen.images.isfinite().all()
+    assert run.sample(1, steps=2).images.shape == (1, 3, 9, 12)
+    scores = run.evaluate(views.select([2, 4, 6]))
+    assert all(np.isfinite(scores[key]) for key in ("psnr", "psnr_encoder", "rotation_median_deg"))
+    sheets = {path.name.split("_", 1)[1] for path in (run.folder / "samples").iterdir()}
+    assert {"views.png", "cameras_encoder.png"} <= sheets
+    assert type(run).load(run.save(run.folder / "one.safetensors"), device="cpu").views.layout == "forward"
+
+
+def test_known_poses_make_a_scene_that_can_be_exported(runs, tmp_path):
+    run = runs("known")
+    run.export(tmp_path / "colmap", points=500)
+    model = pycolmap.Reconstruction()
+    model.read_text(tmp_path / "colmap")
+    depths = -np.array([point.xyz[2] for point in model.points3D.values()])
+    assert len(depths) > 50 and depths.min() >= 0.99 and depths.max() <= 30.1
+    assert (tmp_path / "colmap" / "images" / "view_00.png").is_file()
+
+
+def test_the_stages_can_be_watched(runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs("dictionary").folder, folder)
+    assert {"cameras_search.png", "cameras_refine.png"} <= {
+        path.name.split("_", 1)[1] for path in (folder / "samples").iterdir()
+    }
+    done = what_to_show(folder, "cpu")
+    assert done.views.layout == "forward" and done.true is not None and done.space.forward
+    shutil.rmtree(folder / "checkpoints")
+    for stage in ("refine", "search"):
+        shown = what_to_show(folder, "cpu")
+        assert shown.views.poses.shape == (9, 4, 4) and shown.step == (4 if stage == "refine" else 22)
+        shutil.rmtree(folder / "stages" / stage)
+
+
+def test_the_command_line_on_a_forward_run(runs, views, tmp_path, capsys):
+    folder = runs("dictionary").folder
+    for name, image in zip(views.names, to_uint8(views.images), strict=True):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "in" / f"{name}.png")
+
+    def ask(*words):
+        code = main([*map(str, words), "--device", "cpu", "--json"])
+        return code, json.loads(capsys.readouterr().out)
+
+    code, found = ask("pose", folder, tmp_path / "in", "--refine", 2)
+    assert code == 0 and len(found["frames"]) == 9
+    code, _ = ask("render", folder, "--path", "spiral", "--frames", 3, "--out", tmp_path / "spiral.gif")
+    with Image.open(tmp_path / "spiral.gif") as gif:
+        assert code == 0 and gif.n_frames == 3 and gif.size == (12, 9)
+    code, _ = ask("reconstruct", folder, tmp_path / "in", "--out", tmp_path / "seen")
+    assert code == 0 and (tmp_path / "seen" / "view_08.png").is_file()
+    code, _ = ask("sample", folder, "-n", 1, "--steps", 2, "--trajectory", "--out", tmp_path / "drawn")
+    assert code == 0 and (tmp_path / "drawn" / "trajectory.png").is_file()
+    code, _ = ask("export", folder, tmp_path / "transforms.json")
+    assert code == 0 and len(json.loads((tmp_path / "transforms.json").read_text())["frames"]) == 9
+
+
+def test_the_thesis_preset_trains(views, tmp_path, tiny):
+    """A 6th of its size; that of 378 x 504 is built in test_config."""
+    small = {"resolution": 24, "encoder_resolution": 24, "width": 8, "multipliers": (1, 2), "batch_size": 2, "rays": 8,
+             "samples": 4, "steps": 2, "blocks": 1, "checkpoint_every": 2, "log_every": 1}  # fmt: skip
+    run = train_nerfdiff(
+        views.resized((18, 24)), out=tmp_path / "run", preset="llff", device="cpu", progress=False, **small
+    )
+    assert run.step == 2 and run.config.search == "joint" and run.model.candidates.count == 1
+    assert run.model.forward_facing and run.scene["size"] == [18, 24]
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert any(event["event"] == "finished" or event.get("step") == 2 for event in events)
+
+
+def test_freedoms_of_an_orbit_are_refused(views, tmp_path, tiny):
+    with pytest.raises(ConfigError, match="freedom"):
+        train_nerfdiff(views, out=tmp_path / "run", **{**tiny, "resolution": 12, "freedom": ("roll",)})
