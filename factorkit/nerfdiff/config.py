@@ -59,9 +59,6 @@ class NerfdiffConfig(EngineConfig):
     """Most rounds of the flip test, for scenes that nearly look alike from two sides and for views that went astray; it
     ends with the first that changes nothing. 0: one round that tells and changes nothing."""
 
-    stop_on_failure: bool = False
-    """Stop where cameras collapse or the scene is doubled, instead of saying so and going on."""
-
     field: Literal["grid", "hashgrid", "mlp", "siren"] = "grid"
     """What holds the scene: a dense grid, a hash grid, NeRF's network or one of sines. The search has a grid anyway."""
     search_field: int = 24

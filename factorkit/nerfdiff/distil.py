@@ -13,7 +13,7 @@ from factorkit.data.views import resize_area, target_size
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw, derived_seed
-from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
+from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.candidates import Candidates
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.model import NerfdiffModel, look, noisy, to_signal
@@ -84,7 +84,7 @@ class DistilTask:
         if self.scene.layout != "object":
             return {}
         cameras_sheet(folder / f"{step:06d}_cameras_encoder.png", found.best, found.poses)
-        return stop_if_asked(pose_alarms(model.views, doubled=self.doubled), self.config)
+        return scene_alarms(self.config, self.scene, model.field, model.views, doubled=self.doubled)
 
 
 def nearest_candidate(candidates: Candidates, found: Tensor, poses: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw
-from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
+from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.rays import Optics, render_pixels
@@ -104,4 +104,4 @@ class FitTask:
             return {}
         poses = model.poses(torch.arange(len(self.scene.images)))
         cameras_sheet(folder / f"{step:06d}_cameras_{self.sheets}.png", poses)
-        return stop_if_asked(pose_alarms(poses), self.config)
+        return scene_alarms(self.config, self.scene, model.field, poses, settled=step == self.config.steps)

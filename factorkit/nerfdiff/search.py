@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from factorkit.data.views import resize_area, target_size
 from factorkit.engine.streams import BatchDraw, derived_seed
-from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
+from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields import Field
@@ -74,7 +74,10 @@ class SearchTask(FitTask):
             return {}
         chosen = poses(torch.arange(len(poses.assigned)))
         cameras_sheet(folder / f"{step:06d}_cameras_search.png", chosen, poses.stand(poses.places))
-        return stop_if_asked(pose_alarms(chosen, poses.assigned, len(poses.places)), self.config)
+        return scene_alarms(
+            self.config, self.scene, model.field, chosen, chosen=poses.assigned, count=len(poses.places),
+            settled=not self.heat(step), exact=False,
+        )  # fmt: skip
 
     def heat(self, step: int) -> float:
         """1 at the beginning, 0 once annealed."""
