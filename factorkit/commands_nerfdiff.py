@@ -88,11 +88,11 @@ def evaluate(path: Path, views: Path, split: str | None, refine: int, device: st
     return scores, score_table(scores)
 
 
-def pose(path: Path, paths: Sequence[Path], out: Path | None, refine: int, device: str) -> Result:
+def pose(path: Path, paths: Sequence[Path], out: Path | None, refine: int, check: bool, device: str) -> Result:
     """Camera-to-world matrices of pictures."""
     run = load(path, device)
     views = pictures_of(run, paths)
-    found = run.predict_pose(views, refine=refine)
+    found = run.predict_pose(views, refine=refine, check=check)
     frames = [
         {"name": name, "camera_to_world": matrix, "scores": scores}
         for name, matrix, scores in zip(views.names, found.poses.tolist(), found.scores.tolist(), strict=True)

@@ -96,12 +96,14 @@ class Pose(RunCommand):
     out: OptionalPath = None
     """A JSON file to write."""
     refine: int = 0
-    """Steps down the pictures' photometric error after the encoder's look; 60 take the last degrees."""
+    """Steps down the pictures' photometric error, from where --check leads; 60 take the last degrees."""
+    check: bool = False
+    """Choose the candidate from which the scene looks most like the picture, instead of the best score."""
 
     def run_command(self) -> Result:
         from factorkit import commands_nerfdiff
 
-        return commands_nerfdiff.pose(self.run, self.paths, self.out, self.refine, self.device)
+        return commands_nerfdiff.pose(self.run, self.paths, self.out, self.refine, self.check, self.device)
 
 
 @dataclass(kw_only=True)

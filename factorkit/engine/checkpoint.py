@@ -23,6 +23,7 @@ from torch import Tensor
 from factorkit.errors import CheckpointError
 
 FORMAT = "factorkit-1"
+BEST = "best.json"
 _NAME = re.compile(r"step_(\d+)\.safetensors$")
 
 
@@ -101,7 +102,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of a run: ``<folder>/step_00000400.safetensors`` ..., the newest ``keep`` of them."""
+    """The checkpoints of a run: ``<folder>/step_00000400.safetensors`` ..., the newest ``keep`` and the best."""
 
     def __init__(self, folder: Path, keep: int = 3):
         self.folder, self.keep = Path(folder), keep
@@ -112,19 +113,47 @@ class Checkpoints:
         return [p for _, p in sorted(found, reverse=True)]
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of ``step`` and drop those beyond the newest ``keep``.
+        """Write the checkpoint of ``step`` and drop those beyond the newest ``keep``, but for the best.
 
         Those of later steps go as well: they were damaged, or this step would not have been reached again.
         """
-        path = write_checkpoint(self.folder / f"step_{step:08d}.safetensors", tensors, {**meta, "step": step})
+        path = write_checkpoint(self._path(step), tensors, {**meta, "step": step})
         paths = self.paths()
-        newer = paths.index(path)
-        for stale in paths[:newer] + paths[newer + self.keep :]:
+        newer, best = paths.index(path), self.best()
+        kept = None if best is None else self._path(best[0])
+        for stale in paths[:newer] + [p for p in paths[newer + self.keep :] if p != kept]:
             stale.unlink(missing_ok=True)
         # what killed saves left: our temporary name, and safetensors' own beneath it
         for leftover in [*self.folder.glob(".step_*.tmp"), *self.folder.glob(".tmp??????")]:
             leftover.unlink(missing_ok=True)
         return path
+
+    def keep_best(self, step: int, error: float) -> None:
+        """Keep the checkpoint of ``step``, which must lie there, beyond its time if none kept so has a lower error.
+
+        Raises:
+            CheckpointError: the note of it cannot be written.
+        """
+        best = self.best()
+        if best is not None and best[1] < error:
+            return
+        temporary = self.folder / f".step_best.{os.getpid()}.tmp"
+        try:
+            temporary.write_text(json.dumps({"step": step, "error": error}))
+            os.replace(temporary, self.folder / BEST)
+        except OSError as failure:
+            raise CheckpointError(f"could not write {self.folder / BEST}: {failure}. Free some space") from failure
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and error of the checkpoint that :meth:`keep_best` keeps; None where none is."""
+        with suppress(OSError, ValueError, KeyError, TypeError):  # as if there was none
+            noted = json.loads((self.folder / BEST).read_text())
+            step, error = int(noted["step"]), float(noted["error"])
+            return (step, error) if self._path(step).exists() else None
+        return None
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}.safetensors"
 
     def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest checkpoint that is whole, passing over damaged ones with a warning; None where there is none.

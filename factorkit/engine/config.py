@@ -51,6 +51,8 @@ class EngineConfig:
     """Newest checkpoints kept."""
     sample_every: int = 1000
     """Steps between sample sheets and label-free alarms; 0 only at the end."""
+    stop_on_failure: bool = False
+    """Stop where an alarm names a failure, instead of saying so and going on."""
     log_every: int = 50
     """Steps between lines of the log."""
     tensorboard: bool = False
@@ -59,7 +61,7 @@ class EngineConfig:
     #: settings that may differ when a run is resumed: they change neither the model nor what it saw so far
     RESUMABLE = frozenset({
         "steps", "device", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "tensorboard",
-        "micro_batch_size", "threads", "cuda_graph",
+        "stop_on_failure", "micro_batch_size", "threads", "cuda_graph",
     })  # fmt: skip
 
     def validate(self) -> None:

@@ -131,7 +131,7 @@ class Trainer:
             KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, once a checkpoint is written.
             CheckpointError: a checkpoint or another file of the run could not be written; earlier checkpoints stand.
             ConfigError: the run that lies in the folder has gone further than ``config.steps``.
-            FactorkitError: three steps in a row were not finite.
+            FactorkitError: three steps in a row were not finite, or an alarm named a failure and the run was to stop.
         """
         resumed = self.restore()
         main = distributed.rank() == 0
@@ -226,6 +226,7 @@ class Trainer:
                 )
 
     def _inspect(self, note) -> None:
+        found: dict[str, Any] = {}
         if distributed.rank() == 0:
             self.average.eval()
             precision = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -236,7 +237,19 @@ class Trainer:
                 tqdm.write(f"step {self.step}: {failure}", file=sys.stderr)
             if self.step < self.last:  # the end of the run writes one anyway
                 self._report()
+        failures = found.get("failures")
+        if distributed.greatest(int(failures == []), self.device):  # kept for the case that one comes
+            self.save()
+            if distributed.rank() == 0:
+                self.checkpoints.keep_best(self.step, found.get("error", 0.0))
         distributed.barrier()
+        if self.config.stop_on_failure and distributed.greatest(int(bool(failures)), self.device):
+            best, folder = self.checkpoints.best(), self.checkpoints.folder
+            kept = f"the best of them is of step {best[0]}" if best else "none of them was free of alarms"
+            raise FactorkitError(
+                f"stopped at step {self.step}: {'; '.join(failures or ())}. Earlier checkpoints are kept in {folder}; "
+                f"{kept}. Another seed= with another out= may do, or go on with stop_on_failure=False"
+            )
 
     @contextmanager
     def _signals(self):

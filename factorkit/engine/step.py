@@ -49,7 +49,10 @@ class Task(Protocol):
         follow it); all randomness from ``draw``."""
 
     def inspect(self, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
-        """Write sample sheets of the averaged model into ``folder``; the answer is logged as the event "alarms"."""
+        """Write sample sheets of the averaged model into ``folder``; the answer is logged as the event "alarms".
+
+        Two of its keys are known to the loop: "failures", what is wrong in words, and "error", less of which is better.
+        """
 
 
 class MovingAverage(AveragedModel):

@@ -60,9 +60,6 @@ class NerfdiffConfig(EngineConfig):
     """Most rounds of the flip test, for scenes that nearly look alike from two sides and for views that went astray; it
     ends with the first that changes nothing. 0: one round that tells and changes nothing."""
 
-    stop_on_failure: bool = False
-    """Stop where cameras collapse or the scene is doubled, instead of saying so and going on."""
-
     field: Literal["grid", "hashgrid", "mlp", "siren", "tcnn"] = "grid"
     """What holds the scene: a dense grid, a hash grid, NeRF's network, one of sines, or tiny-cuda-nn's hash grid and
     fused networks where those can be imported. The search has a grid anyway."""
@@ -177,7 +174,7 @@ _THESIS = {
 def _sized(resolution: int) -> dict[str, Any]:
     """The robust recipe's final field at a resolution: a vertex a pixel, as many steps along a ray, and longer."""
     side = min(max(resolution, 32), 128)
-    return {"grid": side, "samples": side, "field_steps": max(600, round(400 * side / 32))}
+    return {"grid": side, "samples": side, "field_steps": round(600 * side / 32)}
 
 
 #: what search="joint" changes of a preset of the robust recipe

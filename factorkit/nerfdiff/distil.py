@@ -13,7 +13,7 @@ from factorkit.data.views import resize_area, target_size
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw, derived_seed
-from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
+from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.candidates import Candidates
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.model import NerfdiffModel, look, noisy, to_signal
@@ -85,7 +85,7 @@ class DistilTask:
         cameras_sheet(path, self.scene.layout, found.best, found.poses)
         if self.scene.layout != "object":
             return {}
-        return stop_if_asked(pose_alarms(model.views, doubled=self.doubled), self.config)
+        return scene_alarms(self.config, self.scene, model.field, model.views, doubled=self.doubled)
 
 
 def nearest_candidate(candidates: Candidates, found: Tensor, poses: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw
-from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
+from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.occupied import look_again
@@ -128,4 +128,4 @@ class FitTask:
         cameras_sheet(folder / f"{step:06d}_cameras_{self.sheets}.png", self.scene.layout, poses)
         if self.scene.layout != "object":
             return {}
-        return stop_if_asked(pose_alarms(poses), self.config)
+        return scene_alarms(self.config, self.scene, model.field, poses, settled=step == self.config.steps)

@@ -20,7 +20,7 @@ from factorkit.data.views import resize_area, target_size
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw
-from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
+from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fit import field_groups
@@ -41,12 +41,17 @@ class JointTask:
 
     Args:
         found: poses of the views [V, 4, 4] that a search has found and the model is to keep; None: its own.
+        doubled: as :func:`factorkit.nerfdiff.alarms.pose_alarms` takes it.
     """
 
     capturable = False
 
-    def __init__(self, config: NerfdiffConfig, scene: Scene, model: NerfdiffModel, found: Tensor | None = None):
+    def __init__(
+        self, config: NerfdiffConfig, scene: Scene, model: NerfdiffModel, found: Tensor | None = None,
+        doubled: float | None = None,
+    ):  # fmt: skip
         self.config, self.scene, self.model, self.size, self.found = config, scene, model, len(scene.images), found
+        self.doubled = doubled
         self.schedule = Schedule(config.timesteps, device=scene.images.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -102,4 +107,9 @@ class JointTask:
         cameras_sheet(path, self.scene.layout, found.best, found.poses)
         if self.scene.layout != "object":
             return {}
-        return stop_if_asked(pose_alarms(found.best, found.chosen, model.candidates.count), self.config)
+        # past the annealing there is nothing random about it; half of what is left it gets to settle
+        settled = step > (1 + ANNEALED) / 2 * self.config.steps
+        return scene_alarms(
+            self.config, self.scene, model.field, found.best, chosen=found.chosen, count=model.candidates.count,
+            doubled=self.doubled, settled=settled,
+        )  # fmt: skip

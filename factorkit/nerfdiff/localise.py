@@ -1,20 +1,43 @@
-"""The pose of a picture in a known scene, from a guess down the photometric error (Yen-Chen et al. 2021)."""
+"""The pose of a picture in a known scene: the best of some guesses, and down the photometric error from there
+(Yen-Chen et al. 2021)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from factorkit.data.views import resize_area, target_size
 from factorkit.engine.streams import derived_seed
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.model import NerfdiffModel
 from factorkit.nerfdiff.poses import FreePoses, OrbitPoses
-from factorkit.nerfdiff.rays import render_pixels
+from factorkit.nerfdiff.rays import render_pixels, render_views
 from factorkit.nerfdiff.scene import picked
 from factorkit.nerfdiff.search import directions_of
 
 RAYS = 512  # of each picture a step
 RATE = 0.01  # in radians, or in units of the distance
+# a glance at all guesses, a look at the best few: pixels along the longer side, and how many go on from there
+GLANCE, FEW, LOOK = 16, 4, 32
+
+
+@torch.no_grad()
+def checked(model: NerfdiffModel, images: Tensor, poses: Tensor) -> Tensor:
+    """The poses [B, 4, 4] from which the scene looks most like images [B, 3, H, W], among [B, N, 4, 4].
+
+    Around an object each guess turned half about z is one more: the other side of a scene that nearly looks alike from
+    both is where an encoder errs.
+    """
+    if not model.forward_facing:
+        half = poses.new_tensor([-1.0, -1.0, 1.0, 1.0])[:, None]
+        poses = torch.cat([poses, half * poses], dim=1)
+    for side, keep in ((GLANCE, FEW), (LOOK, 1)):
+        size = target_size(min(side, max(images.shape[2:])), *images.shape[2:])
+        seen = render_views(model.field, poses, model.optics, size, model.samples).color
+        errors = (seen - resize_area(images, *size).movedim(1, -1)[:, None]).square().mean((2, 3, 4))
+        best = errors.topk(min(keep, errors.shape[1]), dim=1, largest=False).indices
+        poses = poses.gather(1, best[:, :, None, None].expand(-1, -1, 4, 4))
+    return poses[:, 0]
 
 
 def refined(model: NerfdiffModel, images: Tensor, poses: Tensor, steps: int, config: NerfdiffConfig) -> Tensor:

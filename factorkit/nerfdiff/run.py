@@ -23,7 +23,7 @@ from factorkit.nerfdiff.build import build_model, restored_field
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.given import kept_views
-from factorkit.nerfdiff.localise import refined
+from factorkit.nerfdiff.localise import checked, refined
 from factorkit.nerfdiff.model import Cameras, NerfdiffModel, to_radiance, to_signal
 from factorkit.nerfdiff.paths import camera_path
 from factorkit.nerfdiff.rays import Optics, render_views
@@ -137,14 +137,17 @@ class NerfdiffRun:
         """
         return export(path, self.views, self.model.field, **options)
 
-    def predict_pose(self, images: Any, t: int | None = None, refine: int = 0) -> PosePrediction:
-        """Where pictures were taken from, at one look of the encoder each, and perhaps refined against the scene.
+    def predict_pose(self, images: Any, t: int | None = None, refine: int = 0, check: bool = False) -> PosePrediction:
+        """Where pictures were taken from, at one look of the encoder each, and perhaps compared with the scene.
 
         Args:
             images: [B, 3, H, W] in [0, 1] or :class:`~factorkit.data.views.Views`, of the camera trained on.
             t: noise added before looking, 0 to T-1; None: a little, as in training (none without noise).
-            refine: so many steps down the photometric error of each picture, the scene held: about 60 take the few
-                degrees that a look leaves; a pose that is far off stays so.
+            refine: so many steps down the photometric error of each picture, the scene held, from where ``check``
+                leads: about 60 take the few degrees that a look leaves.
+            check: choose, instead of the best score, the candidate from which the scene looks most like the picture, in
+                small renders; around an object each turned half about z is one more. Scenes that nearly look alike from
+                two sides need it.
 
         Raises:
             ConfigError: t out of range.
@@ -165,7 +168,9 @@ class NerfdiffRun:
             with torch.no_grad():
                 found.append(self.model.cameras(part, times))
         cameras = Cameras(*(torch.cat(x) for x in zip(*found, strict=True)))
-        best = refined(self.model, pictures, cameras.best, refine, self.config) if refine else cameras.best
+        best = checked(self.model, pictures, cameras.poses) if check or refine else cameras.best
+        if refine:
+            best = refined(self.model, pictures, best, refine, self.config)
         return PosePrediction(best.cpu(), cameras.scores.cpu(), cameras.poses.cpu())
 
     def _sized(self, images: Any) -> Tensor:

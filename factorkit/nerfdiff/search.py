@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from factorkit.data.views import resize_area, target_size
 from factorkit.engine.streams import BatchDraw, derived_seed
-from factorkit.nerfdiff.alarms import pose_alarms, stop_if_asked
+from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields import Field
@@ -71,7 +71,10 @@ class SearchTask(FitTask):
         cameras_sheet(path, self.scene.layout, chosen, poses.stand(poses.places))
         if self.scene.layout != "object":
             return {}
-        return stop_if_asked(pose_alarms(chosen, poses.assigned, len(poses.places)), self.config)
+        return scene_alarms(
+            self.config, self.scene, model.field, chosen, chosen=poses.assigned, count=len(poses.places),
+            settled=not self.heat(step), exact=False,
+        )  # fmt: skip
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor):
         heat = self.heat(int(step))

@@ -159,7 +159,8 @@ class Training:
         model = self.trainer("distil", lambda stage: DistilTask(stage, scene, model, doubled))
         found = model.views.clone()
         changes = {"steps": config.tuning_steps, "balance": False, "learning_rate": TUNING * config.learning_rate}
-        self.trainer("tune", lambda stage: JointTask(stage, scene, model, found), folder=self.folder, **changes)
+        tune = lambda stage: JointTask(stage, scene, model, found, doubled)  # noqa: E731
+        self.trainer("tune", tune, folder=self.folder, **changes)
 
     def model(self, field: Field, views: Tensor, optics: Optics) -> NerfdiffModel:
         """The whole model around a field, its encoder with fresh weights."""

@@ -35,7 +35,7 @@ def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
 
 
 def steps_in(folder: Path) -> list[int]:
-    return sorted(int(p.stem.split("_")[1]) for p in folder.iterdir())
+    return sorted(int(p.stem.split("_")[1]) for p in folder.glob("step_*"))
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -216,3 +216,28 @@ def test_a_kill_during_the_write_leaves_only_what_the_next_save_clears(tmp_path)
     assert list(tmp_path.iterdir()), "the write was to die halfway"
     saved(tmp_path, 2)
     assert steps_in(tmp_path) == [2]
+
+
+def test_the_best_outlives_the_newest(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2, keep=1)
+    assert checkpoints.best() is None
+    checkpoints.keep_best(2, 0.3)
+    saved(tmp_path, 3, keep=1).keep_best(3, 0.5)
+    saved(tmp_path, 4, keep=1)
+    assert steps_in(tmp_path) == [2, 4] and checkpoints.best() == (2, 0.3)
+    checkpoints.keep_best(4, 0.3)  # as good, and further on
+    saved(tmp_path, 5, keep=1)
+    assert steps_in(tmp_path) == [4, 5] and checkpoints.best() == (4, 0.3)
+    assert checkpoints.latest()[1]["step"] == 5
+
+
+def test_a_best_that_is_not_reached_any_more_or_cannot_be_read_is_none(tmp_path):
+    checkpoints = saved(tmp_path, 1, 5)
+    checkpoints.keep_best(5, 0.1)
+    saved(tmp_path, 3)
+    assert steps_in(tmp_path) == [1, 3] and checkpoints.best() is None
+    checkpoints.keep_best(3, 0.2)
+    (tmp_path / checkpoint.BEST).write_text("{")
+    assert checkpoints.best() is None
+    checkpoints.keep_best(3, 0.9)
+    assert checkpoints.best() == (3, 0.9)

@@ -129,8 +129,41 @@ def test_memory_layouts_survive_a_resume(toy):
 def test_checkpoints_are_written_and_kept_as_asked(toy, tmp_path):
     toy(steps=9, checkpoint_every=2, keep_checkpoints=3).run()
     folder = tmp_path / "run/checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == [f"step_0000000{step}.safetensors" for step in (6, 8, 9)]
+    assert sorted(p.name for p in folder.glob("step_*")) == [f"step_0000000{step}.safetensors" for step in (6, 8, 9)]
     assert read_checkpoint(folder / "step_00000008.safetensors")[1] == {"toy": 1, "step": 8}
+
+
+def alarmed(trainer, monkeypatch, errors: dict[int, float | None]):
+    """The trainer, inspected at these steps with these errors; a failure is named where there is none."""
+
+    def inspect(model, step, folder):
+        return {"failures": ["toy: it failed"]} if errors[step] is None else {"failures": [], "error": errors[step]}
+
+    monkeypatch.setattr(trainer.task, "inspect", inspect)
+    return trainer
+
+
+def test_the_best_checkpoint_without_a_failure_survives(toy, tmp_path, monkeypatch):
+    whole = toy(folder="whole", checkpoint_every=1, keep_checkpoints=9)
+    whole.run()
+    errors = {1: 0.5, 2: 0.2, 3: 0.3, 4: None, 5: None, 6: None}
+    alarmed(toy(sample_every=1, checkpoint_every=6, keep_checkpoints=1), monkeypatch, errors).run()
+    folder = tmp_path / "run/checkpoints"
+    assert sorted(p.name for p in folder.glob("step_*")) == [f"step_0000000{step}.safetensors" for step in (2, 6)]
+    best = "step_00000002.safetensors"
+    assert_identical(read_checkpoint(folder / best)[0], read_checkpoint(tmp_path / "whole/checkpoints" / best)[0])
+
+
+def test_a_failure_stops_the_run_only_where_asked(toy, tmp_path, monkeypatch):
+    errors, settings = {2: 0.2, 4: None, 6: None}, {"sample_every": 2, "checkpoint_every": 1, "keep_checkpoints": 1}
+    with pytest.raises(FactorkitError, match="stopped at step 4: toy: it failed.*the best of them is of step 2"):
+        alarmed(toy(**settings, stop_on_failure=True), monkeypatch, errors).run()
+    assert events(tmp_path / "run")[-1] == ("alarms", 4), "what it stopped for is in the log"
+    alarmed(toy(**settings), monkeypatch, errors).run()
+    assert events(tmp_path / "run")[-1] == ("end", 6)
+    with pytest.raises(FactorkitError, match="none of them was free of alarms"):
+        failing = toy(folder="other", **settings, stop_on_failure=True)
+        alarmed(failing, monkeypatch, dict.fromkeys(errors)).run()
 
 
 # --- signals ---

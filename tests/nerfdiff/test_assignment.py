@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, linprog
 
 from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
 
@@ -41,3 +41,16 @@ def test_draws_follow_the_plan():
     assert counts[1] == 0 and torch.allclose(counts / 4000, torch.tensor([0.1, 0, 0.6, 0.3]), atol=0.03)
     assert drawn(plan[:1], torch.tensor([0.9999999])).item() == 3
     assert drawn(plan[:1], torch.tensor([0.0])).item() == 0
+
+
+def test_uneven_loads_are_those_of_the_linear_programme():
+    """Seven views to three candidates, each with a load of 7 / 3: no assignment, a transport."""
+    torch.manual_seed(1)
+    views, candidates = 7, 3
+    errors = torch.rand(views, candidates, dtype=torch.float64)
+    rows = torch.eye(views, dtype=torch.float64).repeat_interleave(candidates, 1)
+    columns = torch.eye(candidates, dtype=torch.float64).repeat(1, views)
+    loads = torch.tensor([1.0] * views + [views / candidates] * candidates, dtype=torch.float64)
+    best = linprog(errors.flatten().numpy(), A_eq=torch.cat([rows, columns]).numpy(), b_eq=loads.numpy())
+    plan = balanced_plan(errors, 0.003, rounds=5000).exp()
+    assert best.status == 0 and torch.allclose(plan, torch.from_numpy(best.x).reshape(views, candidates), atol=0.02)

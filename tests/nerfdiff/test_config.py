@@ -40,7 +40,7 @@ def test_the_thesis_settings_are_the_texts():
 def test_the_recipe_grows_with_the_resolution_unless_told():
     small, large = preset_config("fast"), preset_config("fast", resolution=96)
     assert (small.grid, small.samples, small.field_steps) == (32, 32, 600)
-    assert (large.grid, large.samples, large.field_steps) == (96, 96, 1200)
+    assert (large.grid, large.samples, large.field_steps) == (96, 96, 1800)
     assert preset_config("fast", resolution=96, grid=40).grid == 40
     joint = preset_config("fast", search="joint")
     assert joint.steps == 1500 and joint.classification_weight == 0.01

@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from factorkit.data.procedural_scene import scene_field
-from factorkit.errors import FactorkitError
-from factorkit.nerfdiff.alarms import azimuth_spread, effective_use, pose_alarms, stop_if_asked
-from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.flip import TURNS, best_turns, called_back, halves
 from factorkit.nerfdiff.poses import OrbitPoses, dictionary, directions, orbit_poses, turned
 from factorkit.nerfdiff.rays import Optics, render_views
@@ -69,24 +65,3 @@ def test_assigned_views_stand_where_they_are_told():
     shaken = poses(torch.tensor([0]), torch.tensor([[0.1, 0, 0]]))
     assert not torch.allclose(shaken[:, :3, 3], 2 * way[[1]], atol=1e-3)
     assert "assigned" in poses.state_dict(), "a resumed search goes on from it"
-
-
-def test_collapse_and_duplication_are_named():
-    around = orbit_poses(dictionary(20, [30]), 2.0)
-    aside = orbit_poses(directions(torch.rand(20) * 20, torch.full((20,), 30.0)), 2.0)
-    assert azimuth_spread(around) > 0.99 and azimuth_spread(aside) < 0.05
-    assert pose_alarms(around)["failures"] == []
-    assert "one side" in pose_alarms(aside)["failures"][0]
-    one = torch.zeros(20, dtype=torch.int64)
-    assert abs(effective_use(one, 10) - 0.1) < 1e-6 and effective_use(torch.arange(20) % 10, 10) > 0.999
-    assert "few candidates" in pose_alarms(around, one, 10)["failures"][0]
-    assert "duplication: 30%" in pose_alarms(around, doubled=0.3)["failures"][0]
-    assert pose_alarms(around, torch.arange(20) % 10, 10, 0.0)["failures"] == []
-
-
-def test_a_run_stops_at_a_failure_only_where_asked():
-    bad = {"failures": ["collapse: all on one side"], "azimuth_spread": 0.1}
-    assert stop_if_asked(bad, preset_config("demo")) is bad
-    with pytest.raises(FactorkitError, match="one side"):
-        stop_if_asked(bad, preset_config("demo", stop_on_failure=True))
-    assert stop_if_asked({"failures": []}, preset_config("demo", stop_on_failure=True)) == {"failures": []}

@@ -50,6 +50,15 @@ def test_orbiting_cameras_look_at_the_origin_upright():
     assert torch.allclose(length, poses, atol=1e-5), "a direction's length says nothing"
 
 
+def test_looking_at_the_origin_is_scipys_rotations_one_after_the_other():
+    """Azimuth and elevation as Euler angles: tipped from straight down, then turned about z."""
+    azimuth = torch.tensor([0.0, 90, 180, 270, 359.9, *(torch.rand(20) * 360).tolist()]).double()
+    elevation = torch.tensor([0.0, -89.9, 89.9, 45, -30, *(torch.rand(20) * 170 - 85).tolist()]).double()
+    angles = torch.stack([azimuth + 90, 90 - elevation], 1).numpy()
+    wanted = torch.from_numpy(Rotation.from_euler("ZX", angles, degrees=True).as_matrix())
+    assert torch.allclose(orbit_poses(directions(azimuth, elevation), 2.0)[:, :3, :3], wanted, atol=1e-9)
+
+
 def test_a_camera_at_the_zenith_is_refused_and_near_it_has_a_gradient():
     with pytest.raises(ValueError, match="sideways"):
         orbit_poses(torch.tensor([0.0, 0, 1]), 1.0)

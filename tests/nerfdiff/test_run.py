@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from factorkit.errors import CheckpointError, ConfigError, DataError
 from factorkit.metrics.pose import rotation_errors_degrees
 from factorkit.nerfdiff.fields import GridField
 from factorkit.nerfdiff.frames import write_frames
-from factorkit.nerfdiff.localise import refined
+from factorkit.nerfdiff.localise import checked, refined
 from factorkit.nerfdiff.model import NerfdiffModel
 from factorkit.nerfdiff.poses import directions, orbit_poses
 from factorkit.nerfdiff.rays import render_views
@@ -129,6 +130,49 @@ def test_frames_are_written_as_pictures_and_as_a_gif(tmp_path):
         assert gif.n_frames == 3 and gif.size == (8, 6)
     with pytest.raises(ConfigError, match="xyz"):
         write_frames(tmp_path / "a.xyz", images)
+
+
+@pytest.fixture(scope="module")
+def half_symmetric():
+    """A field that looks nearly alike after half a turn, and eight pictures of it from known directions."""
+    torch.manual_seed(0)
+    field = GridField(7, seed=4)
+    values = 8 * field.values.data
+    turned = values.flip(-2, -3) if values.shape[-1] == 4 else values.flip(-1, -2)
+    field.values.data.copy_(0.5 * (values + turned) + 0.04 * values)
+    way = directions(torch.arange(8) * 45.0 + 10, torch.tensor([15.0, 30, 45, 20] * 2))
+    return field, way
+
+
+def test_checking_tells_the_sides_of_a_scene_that_looks_alike_from_both(finished, half_symmetric):
+    field, way = half_symmetric
+    optics, parts = finished.model.optics, (finished.model.encoder, finished.model.candidates)
+    model = NerfdiffModel(*parts, field, finished.poses, optics, (32, 32), 16)
+    true = orbit_poses(way, finished.scene["distance"])
+    images = render_views(field, true, optics, (32, 32), 16).color.movedim(-1, 1)
+    half = torch.tensor([-1.0, -1, 1, 1])[:, None]
+    anywhere = orbit_poses(torch.nn.functional.normalize(torch.randn(8, 2, 3), dim=-1), finished.scene["distance"])
+    near = orbit_poses(way + 0.02 * torch.randn(8, 3), finished.scene["distance"])
+    sides = torch.stack([near, half * near], 1)
+    there = render_views(field, sides, optics, (32, 32), 16).color.movedim(-1, 2)
+    assert (there[:, 0] - there[:, 1]).square().mean() < 0.05 * images.var(), "the sides look nearly alike"
+    for given in (near[:, None], (half * near)[:, None], torch.cat([anywhere, half * near[:, None]], 1)):
+        found = checked(model, images, given)
+        assert rotation_errors_degrees(found, true).max() < 5
+    forward = NerfdiffModel(*parts, field, finished.poses, replace(optics, forward=True), (32, 32), 16)
+    assert torch.equal(checked(forward, images, near[:, None]), near), "one candidate, and no other side to look from"
+
+
+def test_checked_poses_are_candidates_or_their_other_side(finished, scene_views):
+    plain, found = finished.predict_pose(scene_views), finished.predict_pose(scene_views, check=True)
+    assert torch.equal(plain.candidates, found.candidates) and torch.equal(plain.scores, found.scores)
+    half = torch.tensor([-1.0, -1, 1, 1])[:, None]
+    among = torch.cat([plain.candidates, half * plain.candidates], 1)
+    assert ((among - found.poses[:, None]).abs().amax((2, 3)).amin(1) < 1e-6).all()
+    model = finished.model
+    seen = render_views(model.field, among, model.optics, (8, 8), model.samples).color.movedim(-1, 2)
+    least = (seen - scene_views.images[:, None]).square().mean((2, 3, 4)).argmin(1)
+    assert torch.allclose(found.poses, among[torch.arange(10), least], atol=1e-6)
 
 
 def test_refining_finds_the_pose_of_a_picture_from_near_it(finished):

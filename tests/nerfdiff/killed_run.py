@@ -1,0 +1,115 @@
+"""Train the tiny nerfdiff twice, ``whole`` in one go and ``killed`` by SIGKILL in every stage. For test_kill.py.
+
+python killed_run.py FOLDER prints in which stages kills fell. The runs are forks of this process, which has imported
+torch but never used it: starting afresh after each kill would take most of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch._dynamo  # noqa: F401
+
+from factorkit.data.views import Views
+from factorkit.engine import loop
+from factorkit.nerfdiff import distil, fit, joint, search, train
+
+#: by run: its settings, and the stages it is killed in, in their order
+RUNS = {
+    "dictionary": ({"tuning_steps": 6}, ["search", "refine", "flip 0a", "flip 0b", "refine again", "distil", "tune"]),
+    "own field": ({"field": "mlp", "flip_rounds": 0}, ["fit"]),
+    "joint": ({"search": "joint"}, ["joint"]),
+    "supervised": ({"poses": "learned"}, ["fit"]),
+}
+TINY = {
+    "preset": "demo", "resolution": 8, "cameras": 3, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 8,
+    "samples": 4, "views": 3, "rays": 8, "search_steps": 12, "field_steps": 6, "steps": 6, "batch_size": 4, "width": 8,
+    "multipliers": (1, 2), "encoder_resolution": 8, "rendered": 4, "flip_rounds": 1, "checkpoint_every": 2,
+    "log_every": 2, "device": "cpu", "progress": False,
+}  # fmt: skip
+FATAL = 4  # the step of a stage that the kill falls into, or shortly after it: of at least six
+
+
+def views() -> Views:
+    """Ten pictures of noise; where their cameras are found does not matter, that it is the same place does."""
+    images = torch.from_numpy(np.random.default_rng(0).random((10, 3, 8, 8), np.float32))
+    intrinsics = torch.tensor([[12.0, 0, 4], [0, 12, 4], [0, 0, 1]]).expand(10, 3, 3)
+    return Views(images, [str(i) for i in range(10)], intrinsics)
+
+
+def die_in(stage: str) -> None:
+    """At a random moment of a step of that stage, or of the save after it."""
+    plain, started = train.Training.trainer, [0, 0.0]
+
+    def trainer(self, name, task, *rest, **changes):
+        if name != stage:
+            return plain(self, name, task, *rest, **changes)
+
+        def watched(config):
+            made = task(config)
+            loss = made.loss
+
+            def counted(*arguments):
+                started[0] += 1
+                if started[0] == 1:
+                    started[1] = time.perf_counter()
+                if started[0] == FATAL:
+                    step = (time.perf_counter() - started[1]) / (FATAL - 1)
+                    threading.Timer(random.uniform(0, step), os.kill, (os.getpid(), signal.SIGKILL)).start()
+                return loss(*arguments)
+
+            made.loss = counted
+            return made
+
+        return plain(self, name, watched, *rest, **changes)
+
+    train.Training.trainer = trainer
+
+
+def run(out: Path, changes: dict, stage: str | None) -> int:
+    """Train in a process of its own; answers its exit status."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
+    try:
+        warnings.filterwarnings("error", message=".*Taking the previous")  # no kill may damage anything
+        torch.set_num_threads(1)
+        loop.write_report = lambda folder: None
+        train.HALF_STEPS = 6
+        for module in (distil, fit, joint, search):
+            for sheet in {"cameras_sheet", "renders_sheet"} & vars(module).keys():
+                setattr(module, sheet, lambda *arguments: None)
+        if stage:
+            die_in(stage)
+        train.train_nerfdiff(views(), out=out, **TINY | changes)
+        os._exit(0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+
+
+def main(folder: Path) -> None:
+    kills = []
+    for name, (changes, stages) in RUNS.items():
+        assert run(folder / name / "whole", changes, None) == 0
+        for stage in stages:
+            status = run(folder / name / "killed", changes, stage)
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, stage, status)
+            kills.append(f"{name}: {stage}")
+        assert run(folder / name / "killed", changes, None) == 0
+    print(json.dumps(kills))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

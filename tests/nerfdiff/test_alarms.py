@@ -1,0 +1,188 @@
+"""Cameras found wrongly are named, and those found rightly are not; limits on both sides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from factorkit.data.procedural_scene import scene_field
+from factorkit.engine import loop
+from factorkit.engine.log import read_log
+from factorkit.errors import FactorkitError
+from factorkit.nerfdiff import joint
+from factorkit.nerfdiff.alarms import (
+    azimuth_spread,
+    effective_use,
+    inverted_share,
+    offsets,
+    pose_alarms,
+    scene_alarms,
+    sector_use,
+    unexplained,
+)
+from factorkit.nerfdiff.config import preset_config
+from factorkit.nerfdiff.poses import dictionary, directions, orbit_poses, turned
+from factorkit.nerfdiff.rays import Optics, render_views
+from factorkit.nerfdiff.run import NerfdiffRun
+from factorkit.nerfdiff.scene import Scene
+from factorkit.nerfdiff.train import train_nerfdiff
+
+DISTANCE = 3.6
+
+
+def around(azimuth: torch.Tensor, elevation: float = 30.0) -> torch.Tensor:
+    return orbit_poses(directions(azimuth, torch.full_like(azimuth, elevation)), DISTANCE)
+
+
+def evenly(count: int, arc: float) -> torch.Tensor:
+    return around(torch.arange(count) * (arc / count))
+
+
+def names(found: dict) -> list[str]:
+    return [failure.split(":")[0] for failure in found["failures"]]
+
+
+@pytest.fixture(scope="module")
+def field():
+    return scene_field()
+
+
+@pytest.fixture(scope="module")
+def scene(field):
+    """Forty views from all around, 16 pixels a side, with their true poses."""
+    optics = Optics(torch.tensor([[1.6, 0, 0.5], [0, 1.6, 0.5], [0, 0, 1]]), torch.ones(3))
+    draw = torch.Generator().manual_seed(0)
+    azimuth = torch.arange(40) * 9.0 + 4 * torch.rand(40, generator=draw)
+    poses = orbit_poses(directions(azimuth, 10 + 40 * torch.rand(40, generator=draw)), DISTANCE)
+    images = render_views(field, poses, optics, (16, 16), 32).color.movedim(-1, 1)
+    return Scene(images, [str(i) for i in range(40)], optics, "object", DISTANCE, poses)
+
+
+CONFIG = preset_config("demo", samples=32)
+
+
+def test_cameras_on_one_side_are_a_collapse_and_most_of_a_circle_is_none():
+    assert azimuth_spread(evenly(40, 360)) > 0.99 and azimuth_spread(evenly(40, 10)) < 0.05
+    assert names(pose_alarms(evenly(40, 360))) == names(pose_alarms(evenly(40, 250))) == []
+    assert "one side" in pose_alarms(evenly(40, 180))["failures"][0]
+    # as joint training without balance left Lego's: an arc of 142 degrees, some cameras beyond it
+    squeezed = torch.cat([torch.linspace(0, 142, 90), torch.linspace(142, 360, 10)])
+    assert "one side" in pose_alarms(around(squeezed))["failures"][0]
+
+
+def test_two_opposite_crowds_are_a_collapse_though_their_spread_is_full():
+    crowds = around(torch.cat([torch.rand(30) * 30, 180 + torch.rand(30) * 30]))
+    assert azimuth_spread(crowds) > 0.9
+    assert "few places" in pose_alarms(crowds)["failures"][0]
+    torch.manual_seed(0)
+    for count in (40, 80):  # views anywhere on the circle crowd by chance, and that is no failure
+        assert all(names(pose_alarms(around(360 * torch.rand(count)))) == [] for _ in range(20)), count
+    assert abs(sector_use(evenly(48, 360)) - 1) < 1e-5
+
+
+def test_few_candidates_in_use_are_a_collapse():
+    one = torch.zeros(20, dtype=torch.int64)
+    assert abs(effective_use(one, 10) - 0.1) < 1e-6 and effective_use(torch.arange(20) % 10, 10) > 0.999
+    assert "few candidates" in pose_alarms(evenly(20, 360), one, 10)["failures"][0]
+    assert names(pose_alarms(evenly(20, 360), torch.arange(20) % 10, 10)) == []
+
+
+def test_a_share_of_turned_views_is_a_duplication():
+    assert "duplication: 30%" in pose_alarms(evenly(20, 360), doubled=0.3)["failures"][0]
+    assert names(pose_alarms(evenly(20, 360), doubled=0.0)) == []
+
+
+def test_offsets_between_views_that_look_alike():
+    images = torch.zeros(4, 3, 8, 8)
+    images[1], images[2], images[3] = 0.1, 0.7, 0.75
+    apart = offsets(around(torch.tensor([350.0, 20, 100, 260])), images)
+    assert torch.allclose(apart, torch.tensor([30.0, 30, 160, 160]), atol=1e-2)
+
+
+def test_right_cameras_raise_no_alarm(scene, field):
+    found = scene_alarms(CONFIG, scene, field, scene.poses)
+    assert found["failures"] == [] and not found["mirrored"] and found["inverted"] == 0
+    assert found["error"] < 0.05 and found["offset_median"] < 15 and found["offset_opposite"] == 0
+
+
+def test_cameras_anywhere_scatter_views_and_explain_nothing(scene, field):
+    torch.manual_seed(0)
+    wrong = scene.poses[torch.randperm(40)]
+    found = scene_alarms(CONFIG, scene, field, wrong)
+    assert names(found) == ["scatter", "unexplained"] and found["error"] > 0.8 and found["offset_quartile"] > 30
+    early = scene_alarms(CONFIG, scene, field, wrong, settled=False)
+    assert early["failures"] == [] and early["error"] == found["error"], "an early search is no failure, but is logged"
+    assert names(scene_alarms(CONFIG, scene, field, wrong, exact=False)) == ["scatter"]
+
+
+def test_a_few_views_beside_their_place_are_no_failure(scene, field):
+    some = scene.poses.clone()
+    way = torch.nn.functional.normalize(some[:4, :3, 3], dim=1)
+    some[:4] = orbit_poses(turned(way, 20.0), scene.distance)
+    assert names(scene_alarms(CONFIG, scene, field, some)) == []
+
+
+def test_the_error_is_a_share_of_the_views_variance(scene, field):
+    assert unexplained(field, scene, scene.poses, 32) < 0.05
+    same = scene.poses[:1].expand(40, 4, 4)
+    assert 0.8 < unexplained(field, scene, same, 32) < 3
+    faint = replace(scene, images=1 - (1 - scene.images) * 0.1)
+    assert unexplained(field, faint, scene.poses, 32) > 5, "in units of what is there to explain"
+
+
+def test_a_scene_turned_inside_out_is_a_mirror(scene):
+    """Two ways it shows: cameras at minus their elevation, as upright ones take it, or upside down."""
+    way = torch.nn.functional.normalize(scene.poses[:, :3, 3], dim=1)
+    below = orbit_poses(way * torch.tensor([1.0, -1, -1]), scene.distance)
+    rolled = scene.poses * torch.tensor([-1.0, -1, 1, 1])
+    for mirror in (below, rolled):
+        assert inverted_share(mirror, 5.0) > 0.9 and inverted_share(scene.poses, 5.0) == 0
+        assert names(pose_alarms(mirror, lowest=5.0)) == ["mirror"]
+        assert names(pose_alarms(mirror, true=scene.poses)) == ["mirror"]
+        assert pose_alarms(mirror, true=scene.poses)["mirrored"]
+    # with both signs of elevation allowed the poses alone do not tell
+    assert names(pose_alarms(below, lowest=-70.0)) == []
+    assert names(pose_alarms(scene.poses, true=scene.poses, lowest=5.0)) == []
+    # the circle run through the other way round is another mistake than depth turned inside out
+    assert not pose_alarms(orbit_poses(way * torch.tensor([1.0, -1, 1]), scene.distance), true=scene.poses)["mirrored"]
+
+
+def collapsing(tiny, monkeypatch, after: int) -> dict:
+    """Settings of a joint training whose cameras all run to one place after so many inspections."""
+    plain, count = joint.scene_alarms, [0]
+
+    def alarms(config, scene, field, poses, **rest):
+        count[0] += 1
+        poses = evenly(len(poses), 10) if count[0] > after else orbit_poses(dictionary(len(poses), [30]), DISTANCE)
+        return plain(config, scene, field, poses, **rest | {"settled": False, "count": 1})
+
+    monkeypatch.setattr(joint, "scene_alarms", alarms)
+    for drawn in ("renders_sheet", "cameras_sheet"):  # which take most of the time
+        monkeypatch.setattr(joint, drawn, lambda *given: None)
+    monkeypatch.setattr(loop, "write_report", lambda folder: None)
+    return tiny | {"search": "joint", "sample_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "steps": 6}
+
+
+def test_a_collapsing_scene_is_named_and_the_best_checkpoint_kept(tiny, scene_views, tmp_path, monkeypatch, capsys):
+    settings = collapsing(tiny, monkeypatch, after=3)
+    run = train_nerfdiff(scene_views, out=tmp_path / "run", **settings)
+    assert "step 4: collapse" in capsys.readouterr().err
+    alarms = [e for e in read_log(run.folder) if e["event"] == "alarms"]
+    assert [bool(e["failures"]) for e in alarms] == [False] * 3 + [True] * 3
+    best = min(alarms[:3], key=lambda e: e["error"])["step"]
+    kept = sorted(p.name for p in (run.folder / "checkpoints").glob("step_*"))
+    assert kept == [f"step_{best:08d}.safetensors", "step_00000006.safetensors"]
+    before = NerfdiffRun.load(run.folder / "checkpoints" / kept[0], device="cpu")
+    assert before.step == best and before.predict_pose(scene_views).poses.isfinite().all()
+
+
+def test_a_collapsing_scene_stops_where_asked_and_goes_on_where_asked(tiny, scene_views, tmp_path, monkeypatch):
+    settings = collapsing(tiny, monkeypatch, after=3)
+    with pytest.raises(FactorkitError, match="stopped at step 4: collapse.*Earlier checkpoints are kept.*the best of"):
+        train_nerfdiff(scene_views, out=tmp_path / "run", stop_on_failure=True, **settings)
+    alarms = [e for e in read_log(tmp_path / "run") if e["event"] == "alarms"]
+    assert alarms[-1]["step"] == 4 and alarms[-1]["failures"], "what it stopped for stands in the log"
+    assert NerfdiffRun.load(tmp_path / "run", device="cpu").step == 3
+    assert train_nerfdiff(scene_views, out=tmp_path / "run", stop_on_failure=False, **settings).step == 6
