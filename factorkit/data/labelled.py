@@ -30,12 +30,14 @@ class Labelled:
         foreground: bool [N, R, R].
         valid: bool [N, R, R], False where the mask says to ignore the pixel (foreground is False there too).
         names: the images' names.
+        labels: int32 [N, R, R], the masks' values as they are.
     """
 
     images: np.ndarray
     foreground: np.ndarray
     valid: np.ndarray
     names: list[str]
+    labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.names)
@@ -46,7 +48,8 @@ def load_labelled(images: Any, masks: Any, resolution: int, *, ignore: int | Non
 
     Images and masks are anything `open_source` takes and are matched as `match_masks` does. A mask holds labels: a
     grey, palette (its indices count) or 1-bit picture, or a colour one whose channels agree. Foreground is every
-    label above 0 but `ignore`. A mask of another size than its image is first brought to the image's size.
+    label above 0 but `ignore` (None: the one the masks' maker ignores, if any). A mask of another size than its image
+    is first brought to the image's size.
 
     Raises:
         ConfigError: a resolution below 1.
@@ -62,9 +65,10 @@ def load_labelled(images: Any, masks: Any, resolution: int, *, ignore: int | Non
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         loaded = list(pool.map(load, pairs))
     labels = np.stack([label for _, label in loaded])
+    ignore = mask_source.ignore if ignore is None else ignore
     valid = np.ones(labels.shape, bool) if ignore is None else labels != ignore
     pixels = np.stack([picture for picture, _ in loaded])
-    return Labelled(pixels, (labels > 0) & valid, valid, [image_source.names[i] for i, _ in pairs])
+    return Labelled(pixels, (labels > 0) & valid, valid, [image_source.names[i] for i, _ in pairs], labels)
 
 
 def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
