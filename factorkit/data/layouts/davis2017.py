@@ -10,7 +10,7 @@ from factorkit.data.layouts.base import Labels, Layout, Reader, existing, folder
 from factorkit.data.sources import FileSource, image_names
 from factorkit.errors import DataError
 
-SETS = {"train": "train", "val": "val", "test": "test-dev"}
+SETS = ("train", "val", "test-dev")
 SIZES = ("480p", "Full-Resolution")  # the first that is there is read
 
 
@@ -23,8 +23,8 @@ def read(data: Any) -> Layout | None:
     names: list[str] = []
     clips: dict[str, np.ndarray] = {}
     splits = {}
-    for split, listed in SETS.items():
-        path = root / "ImageSets" / "2017" / f"{listed}.txt"
+    for split in SETS:
+        path = root / "ImageSets" / "2017" / f"{split}.txt"
         if not path.is_file():
             continue
         first = len(names)
@@ -49,7 +49,7 @@ READER = Reader(
     url="https://davischallenge.org/davis2017/code.html",
     expects="JPEGImages/480p/bear/00000.jpg ... (or Full-Resolution)\nAnnotations/480p/bear/00000.png ...\n"
     "ImageSets/2017/train.txt, val.txt",
-    splits="the authors': train 60 videos, val 30; test is test-dev where it is there",
+    splits="the authors': train 60 videos, val 30, test-dev 30",
     masks="objects (0 background, 1, 2, ... objects); clips: the frames of each video, in order",
     read=read,
 )

@@ -16,6 +16,7 @@ from factorkit.errors import DataError
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MASKS = frozenset("mask seg segmentation".split())  # x.seg.png, x.mask.png
+MOST_CLASSES = 10**6  # a number beyond is no class
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -56,13 +57,12 @@ def read(data: Any) -> Layout | None:
 def _labels(keys: Sequence[str], classes: dict[str, int]) -> tuple[np.ndarray | None, list[str] | None]:
     if not classes:
         return None, None
-    return np.array([classes.get(key, -1) for key in keys], np.int64), [
-        str(i) for i in range(max(classes.values()) + 1)
-    ]
+    labels = np.array([classes.get(key, -1) for key in keys], np.int64)
+    return labels, [str(i) for i in range(labels.max() + 1)]
 
 
 def _shards(data: Any) -> list[Path]:
-    """The .tar files behind a path, a pattern `name-{000..012}.tar`, or a folder of nothing but them; none otherwise."""
+    """The .tar files behind a path, a pattern `name-{000..012}.tar`, or a folder of nothing but them."""
     if not isinstance(data, (str, Path)):
         return []
     path = Path(data).expanduser()
@@ -100,11 +100,11 @@ def _class(shard: Path, member: str, first: int, size: int) -> int:
         text = file.read(min(size, 64))
     try:
         number = int(text)
-        if number < 0:
-            raise ValueError("negative")
-        return number
-    except ValueError as error:
-        raise DataError(f"{shard}: {shown(member)} holds no number of a class: {text!r}. Mend this shard.") from error
+    except ValueError:
+        number = -1
+    if not 0 <= number < MOST_CLASSES:
+        raise DataError(f"{shard}: {shown(member)} holds no number of a class: {text!r}. Mend this shard.")
+    return number
 
 
 def _split_of(shard: Path) -> str:
