@@ -78,9 +78,8 @@ def _open(data: Any) -> Any:
         try:
             return datasets.load_dataset(name, part or None)
         except Exception as error:  # the library and the hub raise some thirty kinds
-            raise DataError(
-                f"{data}: cannot be loaded: {str(error).splitlines()[0] if str(error) else error!r}"
-            ) from error
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise DataError(f"{data}: cannot be loaded: {reason}") from error
     root = Path(data).expanduser()
     saved = (root / "dataset_dict.json").is_file() or (root / "state.json").is_file() and _is_arrow(root)
     if not saved:
