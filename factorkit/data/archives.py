@@ -12,8 +12,8 @@ from factorkit.data.images import BrokenImage
 from factorkit.data.source_base import MOST_BYTES, EncodedSource, digest, is_image, said, shown, stamp, too_large
 from factorkit.errors import DataError
 
-BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks these by no more than it is asked for
-PIECE = 4096  # packed bytes of the other methods that are unpacked at once
+# zipfile unpacks these by no more than it is asked for; of the others a hundred bytes may become a gigabyte at once
+BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 class ZipSource(EncodedSource):
@@ -26,23 +26,17 @@ class ZipSource(EncodedSource):
             raise DataError(f"{path}: not a readable .zip: {error}. Download or pack it again.") from error
         self.path, self.under = path, under
         found = (member for member in self.archive.infolist() if member.filename.startswith(under))
-        self.members = sorted((m for m in found if is_image(m.filename)), key=lambda m: m.filename)
+        self.members = sorted((m for m in found if is_image(inside(m.filename))), key=lambda m: m.filename)
         self.names = [inside(member.filename[len(under) :]) for member in self.members]
 
     def _bytes(self, index: int) -> bytes:
         member = self.members[index]  # by member, not by name: two of one name are two pictures
         if member.file_size > MOST_BYTES:
             raise BrokenImage(too_large(member.file_size))
-        # what the header says may be a lie, so what comes out is bounded too
-        piece = member.file_size + 1 if member.compress_type in BOUNDED else PIECE
-        pieces, size = [], 0
+        if member.compress_type not in BOUNDED:
+            raise BrokenImage("refused, packed by a method that cannot be bounded. Pack it again with deflate")
         with self.archive.open(member) as packed:
-            while chunk := packed.read(piece):
-                pieces.append(chunk)
-                size += len(chunk)
-                if size > member.file_size:
-                    raise BrokenImage("cannot be unpacked: it is longer than its archive says")
-        return b"".join(pieces)
+            return packed.read(member.file_size)  # no more, whatever there is: the size may be a lie
 
     def fingerprint(self) -> str:
         return digest("zip", str(self.path), self.under, stamp(self.path))

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import os
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,11 @@ from factorkit.errors import DataError
 IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jpe .jpeg .jpg .jp2 .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 )
+LARGE = 2**24  # pixels; pictures beyond are decoded one at a time, lest as many as there are threads fill the memory
 MOST_BYTES = 2**29  # of one encoded picture: 179 million pixels, Pillow's own limit, take as much without compression
+
+
+_one_at_a_time = threading.Lock()
 
 
 class Source(ABC):
@@ -63,7 +68,8 @@ class Source(ABC):
         try:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
-            return to_rgb(image)
+            with _one_at_a_time if image.width * image.height > LARGE else contextlib.nullcontext():
+                return to_rgb(image)
         except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
             raise BrokenImage(f"{shown(self.names[index])}: cannot be decoded: {error}") from error
 
@@ -139,7 +145,7 @@ def shown(name: str) -> str:
 
 def too_large(size: int) -> str:
     """What is said of a picture whose encoded bytes are beyond `MOST_BYTES`."""
-    return f"refused, it unpacks to {size / 2**20:.0f} MiB, more than any picture takes ({MOST_BYTES / 2**20:.0f} MiB)"
+    return f"refused, it takes {size / 2**20:.0f} MiB, more than any picture ({MOST_BYTES / 2**20:.0f} MiB)"
 
 
 def stamp(path: Path) -> tuple[int, int]:

@@ -46,6 +46,8 @@ def read(data: Any) -> Layout | None:
     if found is None:
         return None
     datasets = needs("datasets", "huggingface", "reading this")
+    if not isinstance(found, (Mapping, datasets.Dataset)):
+        raise DataError(f"{_name(data)}: a stream, whose images have no places. Load it without streaming=True.")
     parts = dict(found) if isinstance(found, Mapping) else {str(found.split or "all"): found}
     parts = {split if "val" in parts else SPLIT_NAMES.get(split, split): part for split, part in parts.items()}
     features = next(iter(parts.values())).features
