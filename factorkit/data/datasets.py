@@ -79,9 +79,10 @@ def _read_folder_with_masks(data: Any) -> Layout | None:
 def _read_zip_with_masks(data: Any) -> Layout | None:
     if not isinstance(data, (str, os.PathLike)):
         return None
-    path = Path(data).expanduser().resolve()
-    if path.suffix.lower() != ".zip" or not zipfile.is_zipfile(path):
+    path = Path(data).expanduser()
+    if path.suffix.lower() != ".zip" or not zipfile.is_zipfile(path):  # False for links in circles, where resolve fails
         return None
+    path = path.resolve()
     with zipfile.ZipFile(path) as archive:
         folders = {"/".join(n.split("/")[:depth]) for n in archive.namelist() for depth in range(1, n.count("/") + 1)}
         tops = sorted(f.removesuffix("images") for f in folders if f"/{f}".endswith("/images"))

@@ -42,6 +42,12 @@ def test_every_reader_passes_over_what_is_not_its_own(tmp_path):
         assert [reader.read(data) for reader in LAYOUTS] == [None] * len(LAYOUTS)
 
 
+def test_a_link_in_circles(refused, tmp_path):
+    for name in ("x.zip", "photos"):
+        (tmp_path / name).symlink_to(name)
+        assert "no such file or folder" in refused("prepare", tmp_path / name)
+
+
 def test_nothing_named(refused):
     assert "--list" in refused("prepare")
 

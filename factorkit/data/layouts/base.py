@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from factorkit.data.source_base import Source, digest, shown
+from factorkit.data.source_base import Source, digest, said, shown
 from factorkit.errors import ConfigError, DataError
 
 SPLITS = ("train", "val", "test")  # the names every reader gives to the splits that have a customary use
@@ -88,7 +89,7 @@ class Labels(Source):
     def decode(self, index: int) -> Image.Image:
         image, name = self.stored.decode(index), shown(self.names[index])
         try:
-            values = np.asarray(image)
+            values = np.asarray(image.convert("L") if image.mode == "1" else image)
         except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
             raise DataError(f"{name}: cannot be decoded: {error}. Replace the file or take it out.") from error
         labels = self.to_labels(values)
@@ -158,7 +159,8 @@ def existing(root: Path, names: Iterable[str]) -> list[str]:
         parent, _, base = name.rpartition("/")
         if parent not in listed:
             place = root / parent
-            listed[parent] = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
+            with said(place, "so its files cannot be listed. Mend its permissions."):
+                listed[parent] = set(os.listdir(place)) if place.is_dir() else set()
         if base in listed[parent]:
             found.append(name)
     return found

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from factorkit.data import load_labelled, open_dataset
 from factorkit.errors import DataError
@@ -100,6 +101,9 @@ def test_ecssd(tmp_path, draw, photo):
     assert not dataset.splits
     foreground = load_labelled(dataset.test_images, dataset.test_masks, 12).foreground
     assert foreground[:, :6].all() and not foreground[:, 6:].any()
+    for path in (root / "ground_truth_mask").iterdir():
+        Image.open(path).convert("1").save(path)
+    assert (load_labelled(dataset.test_images, dataset.test_masks, 12).foreground == foreground).all()
     for path in (root / "ground_truth_mask").iterdir():
         path.unlink()
     with pytest.raises(DataError, match="no image has a mask of its name"):
