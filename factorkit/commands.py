@@ -23,9 +23,8 @@ from factorkit.errors import DataError
 from factorkit.flag_types import Result
 from factorkit.metrics.baselines import BASELINES
 from factorkit.segdiff import pictures
-from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.run import Generation, SegdiffRun
-from factorkit.segdiff.train import estimate, load_data, train_segdiff
+from factorkit.segdiff.train import estimate, train_segdiff
 
 DEMO_MARK = 0.80  # IoU on the held-out procedural flowers
 DEMO_SEGMENTED, DEMO_GENERATED = 8, 16
@@ -55,7 +54,7 @@ def dry_run(data: Path | None, preset: str | None, seeds: int, changes: dict[str
     """What a training would take; a few steps are timed on noise, nothing is written."""
     found = {}
     if data is not None:
-        dataset = open_dataset(data, holdout=changes["holdout"])
+        dataset = open_dataset(data, holdout=changes["holdout"], mask_set=changes["mask_set"])
         found = {"images": len(dataset.train), "held_out": len(dataset.test_images or ())}
     found |= estimate(data, preset=preset, **changes)
     lines = [
@@ -92,22 +91,6 @@ def evaluate(run: Path, images: Path, masks: Path, device: str, **options: Any) 
     if model.folder is not None:
         write_report(model.folder)
     return scores, score_table(scores)
-
-
-def prepare(data: Path, resolution: int, holdout: str | int) -> Result:
-    """Decode a data set into the cache, split as training will split it."""
-    dataset, prepared, _ = load_data(data, SegdiffConfig(resolution=resolution, holdout=holdout), progress=True)
-    held_out = len(dataset.test_images or ())
-    where = str(prepared.path) if prepared.path else None
-    found = {
-        "path": where, "images": len(prepared), "held_out": held_out, "resolution": resolution,
-        "skipped": dict(prepared.skipped),
-    }  # fmt: skip
-    lines = [
-        f"{len(prepared)} images of {resolution} px to train on, {held_out} labelled ones held out",
-        f"kept in {where}" if where else "used where they are: the array has this size already",
-    ]
-    return found, "\n".join(lines)
 
 
 def demo(out: Path, seed: int) -> Result:

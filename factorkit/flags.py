@@ -31,7 +31,8 @@ class Train(Command, Generic[Config]):
     The same command again resumes it, exactly, from the newest checkpoint.
 
     Data are a folder of images (nested, of any sizes, modes and formats), a .zip, a .npz or .npy array. Where there are
-    images/ and masks/ in it, labelled images are kept out of training and scored at the end.
+    images/ and masks/ in it, labelled images are kept out of training and scored at the end. Published data sets are
+    read in their authors' layout and splits: factorkit prepare --list.
 
     PRESETS
         A preset sets the defaults of the flags below; --help together with --preset shows them.
@@ -253,23 +254,32 @@ class Prepare(Command):
     """Decode a data set once, so that a training on it starts at once.
 
     Crops every image to its centred square, resizes it and keeps all of them in the cache, as training would. A
-    training with the same data, resolution and holdout finds them there.
+    training with the same data, resolution and holdout finds them there. Where the data changed since, they are
+    decoded again.
 
     EXAMPLES
         factorkit prepare photos/ --resolution 64
+        factorkit prepare CUB_200_2011/ --resolution 128 --holdout val
+        factorkit prepare --list
     """
 
-    data: Positional[Annotated[Path, arg(metavar="DATA")]]
-    """Folder of images, .zip, .npz or .npy."""
+    data: Positional[Annotated[Path | None, arg(metavar="DATA", help_behavior_hint="")]] = None
+    """Folder of images, .zip, .npz, .npy, or a data set in the layout its authors publish (--list)."""
     resolution: int = 64
     """Pixels a side."""
     holdout: str = "auto"
-    """Labelled images kept out of training: masked, none, a number, or auto."""
+    """Labelled images kept out of training: masked, none, a number, the name of an official split, or auto."""
+    list: bool = False
+    """Say which published data sets are known, what each expects on the disk and where it is published."""
 
     def run_command(self) -> Result:
-        from factorkit import commands
+        if not self.list and self.data is None:
+            raise ConfigError("nothing to prepare: give a folder, or --list to see which data sets are known")
+        from factorkit import commands_data
 
-        return commands.prepare(self.data, self.resolution, _holdout(self.holdout))
+        if self.list:
+            return commands_data.list_layouts()
+        return commands_data.prepare(self.data, self.resolution, _holdout(self.holdout))
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,9 @@
 """Images, masks and data sets, from wherever they lie to arrays of one resolution."""
 
-from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
+from factorkit.data.datasets import Dataset, Split, open_dataset, procedural_dataset
 from factorkit.data.images import BrokenImage, square, to_rgb
 from factorkit.data.labelled import Labelled, load_labelled
+from factorkit.data.layouts import LAYOUTS
 from factorkit.data.prepare import Prepared, prepare
 from factorkit.data.procedural import flowers
 from factorkit.data.procedural_scene import procedural_views
@@ -11,11 +12,13 @@ from factorkit.data.views import Views
 from factorkit.data.views_open import open_views
 
 __all__ = [
+    "LAYOUTS",
     "BrokenImage",
     "Dataset",
     "Labelled",
     "Prepared",
     "Source",
+    "Split",
     "Views",
     "flowers",
     "load_labelled",

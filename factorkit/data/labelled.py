@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from factorkit.data.images import square, square_labels
-from factorkit.data.sources import Source, open_source
+from factorkit.data.source_base import Source, shown
+from factorkit.data.sources import open_source
 from factorkit.errors import DataError
 
 MASK_KEYS = ("masks", "M")  # the names looked for in an .npz, in this order
@@ -30,12 +31,14 @@ class Labelled:
         foreground: bool [N, R, R].
         valid: bool [N, R, R], False where the mask says to ignore the pixel (foreground is False there too).
         names: the images' names.
+        labels: int32 [N, R, R], the masks' values as they are.
     """
 
     images: np.ndarray
     foreground: np.ndarray
     valid: np.ndarray
     names: list[str]
+    labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.names)
@@ -46,7 +49,8 @@ def load_labelled(images: Any, masks: Any, resolution: int, *, ignore: int | Non
 
     Images and masks are anything `open_source` takes and are matched as `match_masks` does. A mask holds labels: a
     grey, palette (its indices count) or 1-bit picture, or a colour one whose channels agree. Foreground is every
-    label above 0 but `ignore`. A mask of another size than its image is first brought to the image's size.
+    label above 0 but `ignore` (None: the one the masks' maker ignores, if any). A mask of another size than its image
+    is first brought to the image's size.
 
     Raises:
         ConfigError: a resolution below 1.
@@ -62,9 +66,10 @@ def load_labelled(images: Any, masks: Any, resolution: int, *, ignore: int | Non
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         loaded = list(pool.map(load, pairs))
     labels = np.stack([label for _, label in loaded])
+    ignore = mask_source.ignore if ignore is None else ignore
     valid = np.ones(labels.shape, bool) if ignore is None else labels != ignore
     pixels = np.stack([picture for picture, _ in loaded])
-    return Labelled(pixels, (labels > 0) & valid, valid, [image_source.names[i] for i, _ in pairs])
+    return Labelled(pixels, (labels > 0) & valid, valid, [image_source.names[i] for i, _ in pairs], labels)
 
 
 def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
@@ -90,10 +95,12 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
         if key is None:
             orphans.append(name)
         elif key in mask_of:
-            raise DataError(f"{masks.names[mask_of[key]]} and {name}: two masks of one image. Keep one of them.")
+            raise DataError(
+                f"{shown(masks.names[mask_of[key]])} and {shown(name)}: two masks of one image. Keep one of them."
+            )
         elif len(images_by_stem[key]) > 1:
-            twins = " and ".join(images.names[i] for i in images_by_stem[key])
-            raise DataError(f"{twins}: the mask {name} fits each of these images. Rename all but one.")
+            twins = " and ".join(shown(images.names[i]) for i in images_by_stem[key])
+            raise DataError(f"{twins}: the mask {shown(name)} fits each of these images. Rename all but one.")
         else:
             mask_of[key] = j
     if orphans:
@@ -115,7 +122,7 @@ def _mask_stems(name: str) -> list[str]:
 
 
 def _examples(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    return ", ".join(map(shown, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
 
 
 def _load_pair(images: Source, masks: Source, i: int, j: int, resolution: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,8 +132,8 @@ def _load_pair(images: Source, masks: Source, i: int, j: int, resolution: int) -
     if (width, height) != picture.size:
         if abs(width * picture.height / (height * picture.width) - 1) > ASPECT_TOLERANCE:
             raise DataError(
-                f"{masks.names[j]}: a mask of {width} x {height} pixels on an image of {picture.width} x "
-                f"{picture.height} ({images.names[i]}). Crop or draw it to the image's shape."
+                f"{shown(masks.names[j])}: a mask of {width} x {height} pixels on an image of {picture.width} x "
+                f"{picture.height} ({shown(images.names[i])}). Crop or draw it to the image's shape."
             )
         labels = np.asarray(Image.fromarray(labels).resize(picture.size, Image.Resampling.NEAREST))
     return square(picture, resolution), square_labels(labels, resolution)
@@ -134,7 +141,7 @@ def _load_pair(images: Source, masks: Source, i: int, j: int, resolution: int) -
 
 def _labels(masks: Source, index: int) -> np.ndarray:
     """The labels of one mask, int32 [H, W]."""
-    name = masks.names[index]
+    name = shown(masks.names[index])
     image = masks.decode(index)
     try:
         if image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema() == (255, 255):

@@ -23,12 +23,14 @@ from numpy.lib import format as npy
 from tqdm import tqdm
 
 from factorkit.data.images import BrokenImage, square
+from factorkit.data.source_base import shown
 from factorkit.data.sources import ArraySource, Source, open_source
 from factorkit.errors import ConfigError, DataError
 
-LAYOUT = 1  # raise it whenever decoding, cropping or the files of an entry change: it is part of every key
+LAYOUT = 2  # raise it whenever decoding, cropping or the files of an entry change: it is part of every key
 BLOCK = 1024  # images in flight at once: bounds memory on sets of millions
 ABANDONED_AFTER = 24 * 3600  # seconds; a killed preparation leaves its temporary folder to the next one to clear
+TRIES = 3  # at images that somebody changes while they are prepared
 NAMED = 5  # how many broken images a message names
 PARTIAL = ".partial-"
 
@@ -41,12 +43,15 @@ class Prepared:
         images: uint8 [N, R, R, 3], read-only; a memory map wherever they lie on disk.
         names: one for each row.
         skipped: (name, reason) of each image that could not be decoded.
+        kept: the position of each row in the source, int64 [N]: what belongs to the images, such as their classes, is
+            taken from there.
         path: the folder in the cache, or None where the data needed no preparation.
     """
 
     images: np.ndarray
     names: list[str]
     skipped: list[tuple[str, str]]
+    kept: np.ndarray
     path: Path | None
 
     def __len__(self) -> int:
@@ -65,7 +70,8 @@ def prepare(
 
     An array that is already uint8 [N, R, R, 3] is used as it is. Otherwise the result lies under `cache`, keyed by
     the source's fingerprint and the resolution, so a source that changed is prepared anew. It appears there whole or
-    not at all, also when two processes prepare the same source at the same time.
+    not at all, also when two processes prepare the same source at the same time; one that changes meanwhile is
+    prepared again. A preparation that failed leaves every earlier one as it was.
 
     Args:
         data: anything `open_source` takes.
@@ -79,7 +85,8 @@ def prepare(
 
     Raises:
         ConfigError: a resolution or number of workers below 1.
-        DataError: the data cannot be opened or read, none of the images can be decoded, or the cache has no room.
+        DataError: the data cannot be opened or read, none of the images can be decoded, the cache has no room, or the
+            data do not stop changing.
     """
     if resolution < 1 or (workers is not None and workers < 1):
         raise ConfigError(f"resolution={resolution}, workers={workers}: both must be 1 or more.")
@@ -87,20 +94,33 @@ def prepare(
     if isinstance(source, ArraySource) and _is_ready(source.array, resolution):
         images = source.array.view()
         images.flags.writeable = False
-        return Prepared(images, source.names, [], None)
-    key = hashlib.sha256(f"{LAYOUT} {resolution} {source.fingerprint()}".encode()).hexdigest()[:32]
-    entry = (cache or cache_folder()) / "prepared" / key
-    prepared = _open(entry, resolution)
-    if prepared is None:
-        try:
-            _make(entry, source, resolution, workers or os.cpu_count() or 1, progress)
-        except OSError as error:  # a source reports its own as DataError, so this one is the cache's
-            raise _cache_error(entry.parent, error, len(source) * resolution * resolution * 3) from error
-        prepared = _open(entry, resolution)
-        if prepared is None:
-            raise DataError(f"{entry}: written, but unreadable. Check that disk, or set FACTORKIT_CACHE to another.")
+        return Prepared(images, source.names, [], np.arange(len(images)), None)
+    place = (cache or cache_folder()) / "prepared"
+    for _ in range(TRIES):
+        fingerprint = source.fingerprint()
+        entry = place / hashlib.sha256(f"{LAYOUT} {resolution} {fingerprint}".encode()).hexdigest()[:32]
+        prepared = _open(entry, resolution) or _prepare(entry, source, fingerprint, resolution, workers, progress)
+        if prepared is not None:
+            break
+    else:
+        raise DataError("the images change faster than they are prepared. Wait until whoever writes them is done.")
     if prepared.skipped:
         warnings.warn(_report(prepared.skipped, len(source)), UserWarning, stacklevel=2)
+    return prepared
+
+
+def _prepare(
+    entry: Path, source: Source, fingerprint: str, resolution: int, workers: int | None, progress: bool
+) -> Prepared | None:
+    """A new entry, or None where the source changed while it was made."""
+    try:
+        if not _make(entry, source, fingerprint, resolution, workers or os.cpu_count() or 1, progress):
+            return None
+    except OSError as error:  # a source reports its own as DataError, so this one is the cache's
+        raise _cache_error(entry.parent, error, len(source) * resolution * resolution * 3) from error
+    prepared = _open(entry, resolution)
+    if prepared is None:
+        raise DataError(f"{entry}: written, but unreadable. Check that disk, or set FACTORKIT_CACHE to another.")
     return prepared
 
 
@@ -121,22 +141,26 @@ def _open(entry: Path, resolution: int) -> Prepared | None:
         index = json.loads((entry / "index.json").read_text(encoding="utf-8"))
         images = np.load(entry / "images.npy", mmap_mode="r", allow_pickle=False)
         names, skipped = index["names"], [(name, reason) for name, reason in index["skipped"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        rows = np.array(index["skipped_rows"], np.int64)
+        kept = np.delete(np.arange(len(names) + len(rows)), rows)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
-    if not _is_ready(images, resolution) or len(images) != len(names):
+    if not _is_ready(images, resolution) or not len(images) == len(names) == len(kept):
         return None
-    return Prepared(images, names, skipped, entry)
+    return Prepared(images, names, skipped, kept, entry)
 
 
-def _make(entry: Path, source: Source, resolution: int, workers: int, progress: bool) -> None:
-    """Write an entry into a folder of its own and rename it into place."""
+def _make(entry: Path, source: Source, fingerprint: str, resolution: int, workers: int, progress: bool) -> bool:
+    """Write an entry into a folder of its own and rename it into place; not where the source changed meanwhile."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(entry.parent)
     partial_entry = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=entry.parent))
     try:
         with open(partial_entry / "images.npy", "wb") as file:
-            names, skipped = _write_images(file, source, resolution, workers, progress)
-        index = {"names": names, "skipped": skipped, "resolution": resolution}
+            names, skipped, rows = _write_images(file, source, resolution, workers, progress)
+        if source.fingerprint() != fingerprint:
+            return False
+        index = {"names": names, "skipped": skipped, "skipped_rows": rows, "resolution": resolution}
         (partial_entry / "index.json").write_text(json.dumps(index), encoding="utf-8")
         partial_entry.chmod(0o755)  # mkdtemp's 0o700 would lock others out of a shared cache
         if entry.exists() and _open(entry, resolution) is None:
@@ -146,23 +170,26 @@ def _make(entry: Path, source: Source, resolution: int, workers: int, progress: 
         except OSError:
             if _open(entry, resolution) is None:  # otherwise another process was faster, and its entry is as good
                 raise
+        return True
     finally:
         shutil.rmtree(partial_entry, ignore_errors=True)
 
 
 def _write_images(
     file: BinaryIO, source: Source, resolution: int, workers: int, progress: bool
-) -> tuple[list[str], list[tuple[str, str]]]:
+) -> tuple[list[str], list[tuple[str, str]], list[int]]:
     """Write the .npy image by image: on a full disk a write fails cleanly where a memory map would kill the process."""
     names: list[str] = []
     skipped: list[tuple[str, str]] = []
+    rows: list[int] = []  # of the skipped ones
     _write_header(file, len(source), resolution)
     start = file.tell()
     bar = tqdm(desc=f"preparing {resolution} px", total=len(source), unit=" images", disable=not progress)
     with bar, closing(_decode_all(source, resolution, workers)) as squares:
-        for name, pixels in zip(source.names, squares, strict=True):
+        for row, (name, pixels) in enumerate(zip(source.names, squares, strict=True)):
             if isinstance(pixels, BrokenImage):
-                skipped.append((name, str(pixels).removeprefix(f"{name}: ")))
+                skipped.append((name, str(pixels).removeprefix(f"{shown(name)}: ")))
+                rows.append(row)
             else:
                 file.write(pixels)
                 names.append(name)
@@ -174,7 +201,7 @@ def _write_images(
     assert file.tell() == start, "a smaller count must not move the first image"
     file.flush()
     os.fsync(file.fileno())
-    return names, skipped
+    return names, skipped, rows
 
 
 def _write_header(file: BinaryIO, count: int, resolution: int) -> None:
@@ -208,7 +235,7 @@ def _clear_abandoned(folder: Path) -> None:
 
 
 def _report(skipped: list[tuple[str, str]], total: int) -> str:
-    named = "; ".join(f"{name} ({reason})" for name, reason in skipped[:NAMED])
+    named = "; ".join(f"{shown(name)} ({reason})" for name, reason in skipped[:NAMED])
     more = f"; and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
     return f"{len(skipped)} of {total} images could not be decoded and were left out: {named}{more}."
 

@@ -95,12 +95,12 @@ def load(
 
 def picture_file(path: Path) -> Callable[[], np.ndarray]:
     """Reads an image file as :class:`Shot` wants it; BrokenImage or DataError where it cannot be decoded or read."""
-    return lambda: pixels(FileSource(path.parent, [path]).decode(0), path.name)
+    return lambda: pixels(FileSource(path.parent, [path.name]).decode(0), path.name)
 
 
 def mask_file(path: Path) -> Callable[[], np.ndarray]:
     """Reads a mask file: grey levels as opacity, labels 0 and 1 as what they are."""
-    return lambda: opacity(FileSource(path.parent, [path]).decode(0), path.name)
+    return lambda: opacity(FileSource(path.parent, [path.name]).decode(0), path.name)
 
 
 def pixels(image: Image.Image, name: str) -> np.ndarray:
@@ -186,9 +186,7 @@ def meeting_point(poses: np.ndarray) -> np.ndarray | None:
     return np.linalg.solve(normal, (across @ eyes[..., None]).mean(0)[:, 0])
 
 
-def _decode(
-    shot: Shot, resolution: int | None, cut_out: bool
-) -> tuple[tuple[int, int], Tensor, Tensor | None, Tensor]:
+def _decode(shot: Shot, resolution: int | None, cut_out: bool) -> tuple[tuple[int, int], Tensor, Tensor | None, Tensor]:
     """The size it had, colours [3, H, W] (times the opacity if `cut_out`), opacity [1, H, W] or None, K [3, 3]."""
     found = shot.picture()
     height, width = found.shape[:2]

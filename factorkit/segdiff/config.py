@@ -69,7 +69,9 @@ class SegdiffConfig(EngineConfig):
     """T, the length of the noise schedule."""
 
     holdout: str | int = "auto"
-    """Labelled images kept out of training: "masked", "none", a number, or "auto"."""
+    """Labelled images kept out of training: "masked", "none", a number, the name of an official split, or "auto"."""
+    mask_set: str | None = None
+    """Which masks are scored, of a data set that has several; None: its first. See factorkit prepare --list."""
     ignore: int | None = None
     """Mask value of pixels that are not scored."""
     fit: int = 16

@@ -108,7 +108,10 @@ def score(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
 
 def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, Prepared, np.ndarray]:
     """The data set, its training images decoded at the model's resolution, and images to watch the run on."""
-    dataset = procedural_dataset(config.resolution) if data is None else open_dataset(data, holdout=config.holdout)
+    if data is None:
+        dataset = procedural_dataset(config.resolution)
+    else:
+        dataset = open_dataset(data, holdout=config.holdout, mask_set=config.mask_set)
     prepared = prepare(dataset.train, config.resolution, progress=progress)
     watched = prepared
     if dataset.test_images is not None and len(dataset.test_images) >= 2:

@@ -46,7 +46,7 @@ def test_auto_keeps_a_fifth_out_where_most_have_masks(make_set):
 
 
 def test_auto_holds_out_at_most_200(make_set, monkeypatch):
-    monkeypatch.setattr("factorkit.data.datasets.AUTO_MOST", 2)
+    monkeypatch.setattr("factorkit.data.dataset_splits.AUTO_MOST", 2)
     assert len(open_dataset(make_set(20, 20)).test_images) == 2
 
 

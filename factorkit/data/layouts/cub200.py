@@ -1,0 +1,94 @@
+"""CUB-200-2011 with its segmentations, split into 10000, 788 and 1000."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from factorkit.data.layouts.base import (
+    FETCH,
+    SPLITS,
+    Labels,
+    Layout,
+    Reader,
+    existing,
+    first_channel,
+    folder,
+    lines,
+    require,
+    with_suffix,
+)
+from factorkit.data.sources import FileSource
+from factorkit.errors import DataError
+
+IMAGES, VAL, TEST = 11788, 788, 1000
+SPLIT_FILE = "train_val_test_split.txt"  # of ReDO's repository; IEM and later work use the same
+HALF = 127  # of 255: the grey of a mask is the share of annotators who saw the bird there
+
+
+def read(data: Any) -> Layout | None:
+    root = folder(data, ("", "CUB_200_2011"), holding=("images", "images.txt", "classes.txt"))
+    if root is None:
+        return None
+    listed = lines(root / "images.txt", columns=2)
+    names = [name for _, name in listed]
+    require(root / "images", names, "images of images.txt")
+    class_names = [name for _, name in lines(root / "classes.txt", columns=2)]
+    labels = _by_id(root / "image_class_labels.txt", listed) - 1
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise DataError(f"{root / 'image_class_labels.txt'}: a class that classes.txt does not have. {FETCH}")
+    masks = {}
+    place = next((p for p in (root / "segmentations", root.parent / "segmentations") if p.is_dir()), None)
+    if place is not None:
+        stored = FileSource(place, existing(place, [with_suffix(name, ".png") for name in names]))
+        masks["segmentation"] = Labels(stored, lambda values: first_channel(values) > HALF)
+    if (root / SPLIT_FILE).is_file():
+        parts = _by_id(root / SPLIT_FILE, listed)
+        if not np.isin(parts, (0, 1, 2)).all():
+            raise DataError(f"{root / SPLIT_FILE}: only 0 (train), 1 (val) and 2 (test) are known. {FETCH}")
+        note = f"the split is that of {SPLIT_FILE}"
+    else:
+        parts = draw(names)
+        note = (
+            f"the split is drawn by a hash of the names; for the literature's lay ReDO's {SPLIT_FILE} beside images.txt"
+        )
+    splits = {split: np.flatnonzero(parts == i) for i, split in enumerate(SPLITS)}
+    return Layout(FileSource(root / "images", names), masks, splits, labels, class_names, notes=(note,))
+
+
+def draw(names: Sequence[str]) -> np.ndarray:
+    """0 for train, 1 for val, 2 for test: of the names in the order of their SHA-256 the first 1000 of 11788 are test,
+    the next 788 val; of fewer names, the same shares."""
+    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+    test, val = (round(len(names) * part / IMAGES) for part in (TEST, VAL))
+    parts = np.zeros(len(names), np.int64)
+    parts[order[:test]] = 2
+    parts[order[test : test + val]] = 1
+    return parts
+
+
+def _by_id(path: Path, listed: list[list[str]]) -> np.ndarray:
+    """The number that a file gives to each image, in the order of images.txt."""
+    try:
+        value = {key: int(number) for key, number in lines(path, columns=2)}
+        return np.array([value[key] for key, _ in listed], np.int64)
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{path}: not one number for each image of images.txt: {error}. {FETCH}") from error
+
+
+READER = Reader(
+    name="cub-200-2011",
+    title="Caltech-UCSD Birds-200-2011 with segmentations",
+    url="https://www.vision.caltech.edu/datasets/cub_200_2011/",
+    expects="images/001.Black_footed_Albatross/*.jpg ...\nimages.txt, classes.txt, image_class_labels.txt\n"
+    "segmentations/001.Black_footed_Albatross/*.png ... (here or one folder up)\n"
+    f"{SPLIT_FILE} (from ReDO's repository; without it a split of the same sizes is drawn)",
+    splits="train 10000, val 788, test 1000",
+    masks="segmentation (more than half of the annotators)",
+    labels="200 classes",
+    read=read,
+)

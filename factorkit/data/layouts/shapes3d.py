@@ -1,0 +1,75 @@
+"""3D Shapes: 480,000 rendered rooms of 64 px, in one HDF5 file."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from factorkit.data.layouts.base import FETCH, Layout, Reader, needs
+from factorkit.data.source_base import Source, digest, stamp
+from factorkit.errors import DataError
+
+FILE = "3dshapes.h5"
+FACTORS = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")  # the columns of `labels`
+
+
+class H5Images(Source):
+    """The rows of a uint8 array [N, H, W, 3] in an HDF5 file, opened when the first is asked for."""
+
+    def __init__(self, path: Path, key: str, count: int) -> None:
+        self.path, self.key = path, key
+        self.names = [f"{i:06d}" for i in range(count)]
+        self.rows: Any = None
+        self.lock = threading.Lock()
+
+    def decode(self, index: int) -> Image.Image:
+        with self.lock:
+            if self.rows is None:
+                self.rows = needs("h5py", "layouts", "reading HDF5").File(self.path, "r")[self.key]
+            try:
+                return Image.fromarray(self.rows[index])
+            except OSError as error:
+                raise DataError(f"{self.path}: row {index} cannot be read: {error}. {FETCH}") from error
+
+    def fingerprint(self) -> str:
+        return digest("hdf5", str(self.path), self.key, stamp(self.path))
+
+
+def read(data: Any) -> Layout | None:
+    if not isinstance(data, (str, Path)):
+        return None
+    path = Path(data).expanduser()
+    path = path / FILE if (path / FILE).is_file() else path
+    if path.suffix.lower() not in (".h5", ".hdf5") or not path.is_file():
+        return None
+    h5py = needs("h5py", "layouts", f"reading {path.name}")
+    try:
+        with h5py.File(path.resolve(), "r") as file:
+            images, factors = file["images"], file["labels"][:]
+            shape, kind = images.shape, images.dtype
+    except (OSError, KeyError, RuntimeError) as error:
+        raise DataError(f"{path}: no readable HDF5 file with 'images' and 'labels': {error}. {FETCH}") from error
+    if kind != np.uint8 or len(shape) != 4 or shape[-1] != 3 or factors.shape != (shape[0], len(FACTORS)):
+        raise DataError(
+            f"{path}: images {kind} {list(shape)} and labels {list(factors.shape)}, expected uint8 [N, H, W, 3] and "
+            f"[N, {len(FACTORS)}]. {FETCH}"
+        )
+    shapes, labels = np.unique(factors[:, FACTORS.index("shape")], return_inverse=True)
+    names = [f"shape {value:g}" for value in shapes]
+    return Layout(H5Images(path.resolve(), "images", shape[0]), labels=labels.astype(np.int64), class_names=names)
+
+
+READER = Reader(
+    name="3d-shapes",
+    title="3D Shapes",
+    url="https://github.com/google-deepmind/3d-shapes",
+    expects=f"{FILE} (or a folder that holds it), with images uint8 [480000, 64, 64, 3] and labels [480000, 6]",
+    splits="none by the authors",
+    labels="the 4 shapes of the object",
+    read=read,
+    extra="layouts",
+)

@@ -1,0 +1,94 @@
+"""`factorkit prepare`: the list of data sets, official layouts, and disks and archives that resist."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from factorkit.data.layouts import LAYOUTS
+
+
+def test_the_list_says_what_is_expected_and_where_it_is_published(ask, answer):
+    code, out, _ = ask("prepare", "--list")
+    assert code == 0
+    for word in (
+        "segmim/segmim_00001.jpg",
+        "tstid",
+        "CelebAMask-HQ-mask-anno",
+        "ImageSets/2017/train.txt",
+        "3dshapes.h5",
+    ):
+        assert word in out
+    listed = answer("prepare", "--list")["layouts"]
+    names = ["flowers-102", "cub-200-2011", "celebamask-hq", "ffhq", "imagenet", "voc-2012", "davis-2017"]
+    assert [entry["name"] for entry in listed] == [*names, "3d-shapes", "ecssd", "huggingface", "webdataset"]
+    for entry in listed:
+        assert entry["url"].startswith("http") and entry["expects"] and entry["splits"]
+    assert [entry["name"] for entry in listed if entry["extra"]] == ["flowers-102", "3d-shapes", "huggingface"]
+
+
+def test_every_reader_passes_over_what_is_not_its_own(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    for data in (tmp_path, tmp_path / "file.txt", tmp_path / "nowhere", str(tmp_path), np.zeros(3), None, 5, ["a"]):
+        assert [reader.read(data) for reader in LAYOUTS] == [None] * len(LAYOUTS)
+
+
+def test_a_link_in_circles(refused, tmp_path):
+    for name in ("x.zip", "photos"):
+        (tmp_path / name).symlink_to(name)
+        assert "no such file or folder" in refused("prepare", tmp_path / name)
+
+
+def test_nothing_named(refused):
+    assert "--list" in refused("prepare")
+
+
+@pytest.fixture
+def ecssd(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for i in range(1, 11):
+        for kind, pixels, suffix in (("images", rng.integers(0, 256, (8, 8, 3)), "jpg"),
+                                     ("ground_truth_mask", np.eye(8) * 255, "png")):  # fmt: skip
+            (tmp_path / "ECSSD" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"ECSSD/{kind}/{i:04d}.{suffix}")
+    return tmp_path / "ECSSD"
+
+
+def test_an_official_layout_is_named_with_its_splits(ecssd, answer, ask):
+    found = answer("prepare", ecssd, "--resolution", 8)
+    assert (found["layout"], found["images"], found["held_out"], found["splits"]) == ("ecssd", 8, 2, {})
+    assert "ecssd: no official splits" in ask("prepare", ecssd, "--resolution", 8)[1]
+
+
+def test_a_run_is_trained_and_scored_on_an_official_layout(ecssd, answer, flags, tmp_path):
+    found = answer(*flags(resolution=8, fit=1), "--data", ecssd, "--out", tmp_path / "run")
+    assert 0 <= found["scores"]["iou"] <= 1
+
+
+def test_bombs_and_broken_names_end_in_one_clear_line(refused, ask, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("../bo\nmb.png", bytes(10**6))
+    message = refused("prepare", tmp_path / "x.zip", "--resolution", 8)
+    assert "1 of 1 images" in message and "packed by a method" in message and message.isprintable()
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="this system limits no file's size")
+def test_a_disk_without_room(ecssd, tmp_path):
+    """A real write that fails half way, by the limit a process may set for its files."""
+    environment = {**os.environ, "FACTORKIT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    limit += "; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
+    run = f"{limit}; from factorkit.cli import main; raise SystemExit(main(['prepare', {str(ecssd)!r}]))"
+    ended = subprocess.run([sys.executable, "-c", run], env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "cannot be kept here" in ended.stderr and "FACTORKIT_CACHE" in ended.stderr
+    assert not list((tmp_path / "cache/prepared").iterdir())

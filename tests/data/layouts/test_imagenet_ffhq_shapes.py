@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from factorkit.data import load_labelled, open_dataset, prepare
+from factorkit.errors import ConfigError, DataError
+
+TENCH, GOLDFISH, OSTRICH = "n01440764", "n01443537", "n01518878"
+
+
+@pytest.fixture
+def imagenet(tmp_path, photo):
+    """Three classes of 3 training images, and 3 validation images in one folder."""
+    root = tmp_path / "ILSVRC2012"
+    for c, wnid in enumerate((TENCH, GOLDFISH, OSTRICH)):
+        for i in range(3):
+            photo(root / f"train/{wnid}/{wnid}_{i}.JPEG", 50 * c + i)
+    for i in (1, 2, 3):
+        photo(root / f"val/ILSVRC2012_val_{i:08d}.JPEG", 200 + i)
+    return root
+
+
+def test_folders_are_classes_in_the_order_of_their_ids(imagenet):
+    dataset = open_dataset(imagenet)
+    assert dataset.layout == "imagenet" and dataset.class_names == [TENCH, GOLDFISH, OSTRICH]
+    assert dataset.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 and dataset.labels.dtype == np.int64
+    assert dataset.train.names[3] == f"train/{GOLDFISH}/{GOLDFISH}_0.JPEG"
+    assert dataset.test_images is None
+    assert dataset.splits["val"].labels.tolist() == [-1] * 3 and "val/ has no classes" in dataset.notes[0]
+
+
+def test_validation_classes_of_the_development_kit(imagenet, text):
+    savemat = pytest.importorskip("scipy.io").savemat
+    kit = imagenet / "ILSVRC2012_devkit_t12/data"
+    text(kit / "ILSVRC2012_validation_ground_truth.txt", "2", "1", "9")
+    kinds = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O")]
+    synsets = np.array([(1, OSTRICH, "ostrich"), (2, TENCH, "tench"), (9, "n00000009", "a kind of animal")], kinds)
+    savemat(kit / "meta.mat", {"synsets": synsets})
+    dataset = open_dataset(imagenet)
+    assert dataset.splits["val"].labels.tolist() == [0, 2, -1] and not dataset.notes
+    text(kit / "ILSVRC2012_validation_ground_truth.txt", "2")
+    with pytest.raises(DataError, match="1 classes for 3 images"):
+        open_dataset(imagenet)
+
+
+def test_validation_classes_of_the_layout_of_kaggle(imagenet, tmp_path, text):
+    (tmp_path / "k/ILSVRC/Data").mkdir(parents=True)
+    imagenet.rename(tmp_path / "k/ILSVRC/Data/CLS-LOC")
+    rows = [f"ILSVRC2012_val_{i:08d},{wnid} 111 1 2 3 " for i, wnid in ((2, GOLDFISH), (1, OSTRICH), (3, TENCH))]
+    text(tmp_path / "k/LOC_val_solution.csv", "ImageId,PredictionString", *rows)
+    text(tmp_path / "k/LOC_synset_mapping.txt", f"{TENCH} tench, Tinca tinca", f"{OSTRICH} ostrich, Struthio camelus")
+    dataset = open_dataset(tmp_path / "k")
+    assert dataset.splits["val"].labels.tolist() == [2, 1, 0]
+    assert dataset.class_names == [f"{TENCH} tench", GOLDFISH, f"{OSTRICH} ostrich"]
+
+
+def test_validation_in_folders_too(imagenet, photo):
+    for path in (imagenet / "val").iterdir():
+        path.unlink()
+    photo(imagenet / f"val/{OSTRICH}/ILSVRC2012_val_00000007.JPEG", 9)
+    assert open_dataset(imagenet).splits["val"].labels.tolist() == [2]
+
+
+def test_pixel_imagenet_is_scored_on_a_few_of_each_class(imagenet, draw, monkeypatch):
+    monkeypatch.setattr("factorkit.data.layouts.imagenet.PER_CLASS", 2)
+    values = np.zeros((12, 16))
+    values[:6, :8], values[:6, 8:] = 1, 2
+    for wnid, count in ((TENCH, 3), (OSTRICH, 1)):
+        for i in range(count):
+            draw(imagenet.parent / f"pixel-imagenet-v2/{wnid}/{wnid}_{i}.png", values)
+    dataset = open_dataset(imagenet)
+    found = sorted(name.split("/")[1] for name in dataset.test_images.names)
+    assert found == [TENCH, TENCH, OSTRICH]
+    assert not set(dataset.train.names) & set(dataset.test_images.names) and len(dataset.train) == 6
+    assert sorted(dataset.labels.tolist()) == [0, 1, 1, 1, 2, 2]
+    labels = load_labelled(dataset.test_images, dataset.test_masks, 12).labels
+    assert (labels[:, 6:] == 0).all() and set(np.unique(labels[:, :6])) == {1, 2}
+
+
+def test_masks_of_other_images(imagenet, draw):
+    draw(imagenet / f"pixel-imagenet/{TENCH}/{TENCH}_77.png", np.ones((4, 4)))
+    with pytest.raises(DataError, match="none of its 1 masks has an image"):
+        open_dataset(imagenet)
+
+
+@pytest.mark.parametrize("size", ["images1024x1024", "thumbnails128x128"])
+def test_ffhq(tmp_path, photo, size):
+    root = tmp_path / "ffhq"
+    for number in (0, 1, 59999, 60000):
+        photo(root / f"{size}/{number // 1000 * 1000:05d}/{number:05d}.png", number % 200, (8, 8))
+    dataset = open_dataset(root)
+    assert dataset.layout == "ffhq" and dataset.train.names == ["00000/00000.png", "00000/00001.png", "59000/59999.png"]
+    assert dataset.splits["val"].images.names == ["60000/60000.png"] and dataset.notes == (f"read from {size}",)
+    assert len(open_dataset(root, holdout="none").train) == 4 and dataset.test_images is None
+    photo(root / f"{size}/readme.png")
+    with pytest.raises(DataError, match="expected 00000/00000.png"):
+        open_dataset(root)
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    labels = np.zeros((8, 6))
+    labels[:, 4], labels[:, 5] = np.arange(8) % 4, -30.0
+    with h5py.File(tmp_path / "3dshapes.h5", "w") as file:
+        file["images"], file["labels"] = images, labels
+    return tmp_path / "3dshapes.h5", images
+
+
+def test_3d_shapes(shapes):
+    path, images = shapes
+    for data in (path, path.parent):
+        dataset = open_dataset(data)
+        assert dataset.layout == "3d-shapes" and dataset.labels.tolist() == [0, 1, 2, 3] * 2
+    assert dataset.class_names == ["shape 0", "shape 1", "shape 2", "shape 3"] and dataset.test_images is None
+    prepared = prepare(dataset.train, 64, workers=4, progress=False)
+    np.testing.assert_array_equal(prepared.images, images)
+
+
+def test_3d_shapes_damaged(shapes, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    path, images = shapes
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="3dshapes.h5: no readable HDF5 file"):
+        open_dataset(path)
+    with h5py.File(path, "w") as file:
+        file["images"], file["labels"] = images.astype(np.float32), np.zeros((8, 6))
+    with pytest.raises(DataError, match=r"images float32 \[8, 64, 64, 3\]"):
+        open_dataset(path)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ConfigError, match=r"3dshapes.h5 needs h5py: pip install 'factorkit\[layouts\]'"):
+        open_dataset(path)

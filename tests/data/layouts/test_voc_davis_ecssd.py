@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from factorkit.data import load_labelled, open_dataset
+from factorkit.errors import DataError
+
+SHEEP, VOID = 17, 255
+
+
+@pytest.fixture
+def voc(tmp_path, draw, photo, text):
+    """Two images to train on and two to score: a sheep on the left, void between; only 2007_000004 shows it."""
+    root = tmp_path / "VOCdevkit/VOC2012"
+    mask = np.repeat([[SHEEP] * 4 + [VOID] * 4 + [0] * 4], 12, 0)
+    for i in range(1, 6):  # the fifth belongs to other challenges
+        photo(root / f"JPEGImages/2007_00000{i}.jpg", 40 * i, (12, 12))
+    for i in range(1, 5):
+        values = np.where(mask == SHEEP, 0, mask) if i == 3 else mask
+        draw(root / f"SegmentationClass/2007_00000{i}.png", values, palette=True)
+        draw(root / f"SegmentationObject/2007_00000{i}.png", np.where(mask == SHEEP, 2, mask), palette=True)
+    text(root / "ImageSets/Segmentation/train.txt", "2007_000002", "2007_000001")
+    text(root / "ImageSets/Segmentation/val.txt", "2007_000003", "2007_000004")
+    text(root / "ImageSets/Main/sheep_val.txt", "2007_000003 -1", "2007_000004  1", "2007_000005  1")
+    return root
+
+
+def test_voc(voc, tmp_path):
+    for path in (voc, tmp_path / "VOCdevkit", tmp_path):
+        dataset = open_dataset(path)
+        assert dataset.layout == "voc-2012"
+        assert dataset.train.names == ["2007_000001.jpg", "2007_000002.jpg"]
+        assert dataset.test_images.names == ["2007_000003.jpg", "2007_000004.jpg"]
+    labelled = load_labelled(dataset.test_images, dataset.test_masks, 12)
+    assert (labelled.labels[1, :, :4] == SHEEP).all() and labelled.foreground[1, :, :4].all()
+    assert not labelled.valid[:, :, 4:8].any(), "void is not scored, without being told"
+    assert not labelled.foreground[0].any() and labelled.valid[0, :, :4].all()
+
+
+def test_voc_one_class_at_a_time(voc):
+    dataset = open_dataset(voc, holdout="val-sheep", mask_set="sheep")
+    assert dataset.test_images.names == ["2007_000004.jpg"] and len(dataset.train) == 2
+    labelled = load_labelled(dataset.test_images, dataset.test_masks, 12)
+    assert (labelled.labels[0, :, :4] == 1).all() and not labelled.valid[0, :, 4:8].any()
+    other = open_dataset(voc, mask_set="dog")
+    assert not load_labelled(other.test_images, other.test_masks, 12).foreground.any()
+    objects = open_dataset(voc, mask_set="object")
+    assert (load_labelled(objects.test_images, objects.test_masks, 12).labels[:, :, :4] == 2).all()
+
+
+def test_voc_unknown_label(voc, draw):
+    draw(voc / "SegmentationClass/2007_000003.png", np.full((12, 12), 33), palette=True)
+    dataset = open_dataset(voc)
+    with pytest.raises(DataError, match=r"2007_000003.png: label 33 is none of this data set's \(0 to 255\)"):
+        load_labelled(dataset.test_images, dataset.test_masks, 12)
+
+
+@pytest.fixture
+def davis(tmp_path, draw, photo, text):
+    """Videos bear (2 frames, two objects) and judo (3) to train, camel (2) to score; eel is in no list."""
+    root = tmp_path / "DAVIS"
+    for video, frames in {"bear": 2, "judo": 3, "camel": 2, "eel": 1}.items():
+        for i in range(frames):
+            photo(root / f"JPEGImages/480p/{video}/{i:05d}.jpg", 10 * frames + i)
+            values = np.zeros((12, 16))
+            values[:, :4], values[:, 4:8] = 1, 2
+            draw(root / f"Annotations/480p/{video}/{i:05d}.png", values, palette=True)
+    text(root / "ImageSets/2017/train.txt", "judo", "bear")
+    text(root / "ImageSets/2017/val.txt", "camel")
+    return root
+
+
+def test_davis_frames_and_videos(davis, grey):
+    dataset = open_dataset(davis)
+    assert dataset.layout == "davis-2017" and dataset.test_images.names == ["camel/00000.jpg", "camel/00001.jpg"]
+    train = dataset.splits["train"]
+    assert {clip: rows.tolist() for clip, rows in train.clips.items()} == {"judo": [0, 1, 2], "bear": [3, 4]}
+    assert set(dataset.splits["val"].clips) == {"camel"}
+    assert grey(train.images.subset(train.clips["bear"])) == [20, 21], "a video's frames, in order"
+    labels = load_labelled(train.images, train.masks, 12).labels
+    assert labels.shape == (5, 12, 12) and set(np.unique(labels)) == {0, 1, 2}
+
+
+def test_davis_list_of_a_video_that_is_not_there(davis, text):
+    text(davis / "ImageSets/2017/val.txt", "camel", "zebra")
+    with pytest.raises(DataError, match="val.txt names zebra"):
+        open_dataset(davis)
+
+
+def test_ecssd(tmp_path, draw, photo):
+    root = tmp_path / "ECSSD"
+    for i in range(1, 11):
+        photo(root / f"images/{i:04d}.jpg", 20 * i)
+        values = np.zeros((12, 16))
+        values[:6] = 255
+        draw(root / f"ground_truth_mask/{i:04d}.png", values)
+    dataset = open_dataset(root)
+    assert dataset.layout == "ecssd" and len(dataset.test_images) == 2 and len(dataset.train) == 8
+    assert not dataset.splits
+    foreground = load_labelled(dataset.test_images, dataset.test_masks, 12).foreground
+    assert foreground[:, :6].all() and not foreground[:, 6:].any()
+    for path in (root / "ground_truth_mask").iterdir():
+        Image.open(path).convert("1").save(path)
+    assert (load_labelled(dataset.test_images, dataset.test_masks, 12).foreground == foreground).all()
+    for path in (root / "ground_truth_mask").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="no image has a mask of its name"):
+        open_dataset(root)
