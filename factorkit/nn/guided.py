@@ -42,8 +42,9 @@ def fit_guidance(guide: Tensor, values: Tensor, radius: int, eps: float) -> Guid
     Raises:
         ValueError: shapes that do not fit, radius or eps out of range.
     """
-    if guide.dim() != 4 or values.dim() != 4 or (guide.shape[0], *guide.shape[2:]) != (values.shape[0], *values.shape[2:]):
-        raise ValueError(f"guide {tuple(guide.shape)} and values {tuple(values.shape)} must be [B, C, h, w], [B, K, h, w]")
+    if guide.dim() != 4 or values.dim() != 4 or guide[:, 0].shape != values[:, 0].shape:
+        shapes = f"{tuple(guide.shape)} and {tuple(values.shape)}"
+        raise ValueError(f"guide and values must be [B, C, h, w] and [B, K, h, w] of one grid; they are {shapes}")
     if not 1 <= guide.shape[1] <= 3:
         raise ValueError(f"the guide has {guide.shape[1]} channels; it may have 1 to 3")
     if radius < 1 or not eps > 0:
@@ -80,7 +81,7 @@ def apply_guidance(found: Guidance, guide: Tensor, rows: slice | None = None, he
     bands = []
     for low in range(rows.start, rows.stop, step := max(1, BAND // guide.shape[3])):
         band = slice(low, min(low + step, rows.stop))
-        stretched = _stretch(coefficients, height, band, guide.shape[3])
+        stretched = stretch(coefficients, height, band, guide.shape[3])
         answer, colours = stretched[:, regions * channels :], guide[:, :, low - rows.start : band.stop - rows.start]
         for c in range(channels):
             answer = torch.addcmul(answer, stretched[:, c : regions * channels : channels], colours[:, c : c + 1])
@@ -130,8 +131,9 @@ def _solve(matrix: list[list[Tensor]], right: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def _stretch(x: Tensor, height: int, rows: slice, width: int) -> Tensor:
-    """These rows of [B, C, h, w] after bilinear interpolation to [B, C, height, width], pixel centres kept."""
+def stretch(x: Tensor, height: int, rows: slice, width: int) -> Tensor:
+    """The ``rows`` of what bilinear interpolation makes of x [B, C, h, w] at [B, C, height, width], pixel centres kept,
+    as ``torch.nn.functional.interpolate`` does."""
     old = x.shape[2]
     at = torch.arange(rows.start, rows.stop, device=x.device, dtype=torch.float64)
     at = ((at + 0.5) * (old / height) - 0.5).clamp(0, old - 1)

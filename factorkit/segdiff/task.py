@@ -21,6 +21,7 @@ from factorkit.segdiff.sampling import draw_images
 
 PROBES = 96  # images the alarms are measured on; the position share of N independent masks is 1/N by chance
 SHOWN = 8  # images on a sample sheet
+AT_ONCE = 32  # squares of the training resolution that are segmented together
 SHEET_STEPS = 25  # denoising steps of the generated ones
 
 
@@ -138,9 +139,10 @@ def noised(images: Tensor, t: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def predict_masks(model: FactorizedUNet, images: Tensor, t: int, schedule: Schedule, batch: int = 32) -> Tensor:
+def predict_masks(model: FactorizedUNet, images: Tensor, t: int, schedule: Schedule) -> Tensor:
     """Region masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]; the decoders are not run."""
     found = []
+    batch = max(1, AT_ONCE * model.resolution**2 // (images.shape[2] * images.shape[3]))
     for part in images.split(batch):
         x_t, times = noised(part.to(schedule.device), t, schedule)
         found.append(model.segment(x_t, times).float().cpu())
