@@ -52,10 +52,11 @@ def fit_guidance(guide: Tensor, values: Tensor, radius: int, eps: float) -> Guid
     guide, values = guide.double(), values.double()  # variances are differences of almost equal numbers
     mean, mean_values = _box_mean(guide, radius), _box_mean(values, radius)
     channels = range(guide.shape[1])
-    covariance = [
-        [_box_mean(guide[:, i] * guide[:, j], radius) - mean[:, i] * mean[:, j] + eps * (i == j) for j in channels]
-        for i in channels
-    ]
+    pairs = [(i, j) for i in channels for j in channels if i <= j]
+    products = _box_mean(torch.stack([guide[:, i] * guide[:, j] for i, j in pairs], 1), radius).unbind(1)
+    covariance = [[torch.empty(0)] * len(channels) for _ in channels]
+    for (i, j), product in zip(pairs, products, strict=True):
+        covariance[i][j] = covariance[j][i] = product - mean[:, i] * mean[:, j] + eps * (i == j)
     shared = _box_mean(guide[:, None] * values[:, :, None], radius) - mean[:, None] * mean_values[:, :, None]
     slope = torch.stack(_solve(covariance, list(shared.unbind(2))), 2)
     offset = mean_values - (slope * mean[:, None]).sum(2)
@@ -96,9 +97,9 @@ def guided_filter(guide: Tensor, values: Tensor, radius: int, eps: float) -> Ten
 
 def _box_mean(x: Tensor, radius: int) -> Tensor:
     """Means over windows of the last two axes, cut off at the border."""
-    planes = x.flatten(0, -3)
-    means = [_line_mean(_line_mean(plane, radius).mT.contiguous(), radius).mT for plane in planes]
-    return torch.stack(means).view(x.shape)
+    at_once = max(1, BAND // max(1, x.shape[-2] * x.shape[-1]))
+    parts = x.flatten(0, -3).split(at_once)
+    return torch.cat([_line_mean(_line_mean(part, radius).mT.contiguous(), radius).mT for part in parts]).view(x.shape)
 
 
 def _line_mean(x: Tensor, radius: int) -> Tensor:

@@ -191,7 +191,7 @@ def write_picture(
     path.parent.mkdir(parents=True, exist_ok=True)
     sizes = {}
     for end, image in files.items():
-        save_image(image, Path(f"{path}_{end}"), compress_level=1 if end == "overlay.png" else 6)
+        save_image(image, Path(f"{path}_{end}"), compress_level=6 if end == "labels.png" else 1)
         sizes[end] = os.path.getsize(f"{path}_{end}")
     return sizes
 

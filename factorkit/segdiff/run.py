@@ -187,8 +187,8 @@ class SegdiffRun:
     def _masks_of(self, picture: Image.Image, t: int, size: int, upsample: str) -> Tensor:
         try:
             seen = see(picture, self.config, size, upsample)
-            masks = small_masks(lambda images: self._predict(images, t), seen.small, self.config.resolution)
-            return torch.cat([band for _, band in own_pixels(masks, seen)], 1)
+            masks = small_masks(lambda images: self._predict(images, t), seen.small[None], self.config.resolution)
+            return torch.cat([band for _, band in own_pixels(masks[0], seen)], 1)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

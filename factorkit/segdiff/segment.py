@@ -64,7 +64,7 @@ def see(picture: Image.Image, config: SegdiffConfig, size: int, upsample: str) -
 
 
 def small_masks(predict: Callable[[Tensor], Tensor], small: np.ndarray, resolution: int) -> Tensor:
-    """Masks [K, h, w] of what the network sees, uint8 [h, w, 3]: at once, or in overlapping tiles.
+    """Masks [N, K, h, w] of what the network sees, uint8 [N, h, w, 3]: at once, or in overlapping tiles.
 
     Where tiles share pixels their masks are averaged, each weighed less towards its own edge; they still sum to 1.
 
@@ -72,20 +72,19 @@ def small_masks(predict: Callable[[Tensor], Tensor], small: np.ndarray, resoluti
         predict: images [N, 3, h, w] in [-1, 1] to masks [N, K, h, w].
         resolution: the training's; a tile is at most four times as wide and high.
     """
-    image = to_float(torch.from_numpy(small)[None])
-    (height, width), tile, overlap = image.shape[2:], TILE * resolution, OVERLAP * resolution
+    images = to_float(torch.from_numpy(small))
+    (height, width), tile, overlap = images.shape[2:], TILE * resolution, OVERLAP * resolution
     if height <= tile and width <= tile:
-        return predict(image)[0]
-    tops, lefts = _starts(height, tile, overlap), _starts(width, tile, overlap)
+        return predict(images)
     weight = _tent(min(height, tile), overlap)[:, None] * _tent(min(width, tile), overlap)
-    total, weights = None, torch.zeros(height, width)
-    for top in tops:
-        rows = slice(top, top + tile)
-        masks = predict(torch.cat([image[:, :, rows, left : left + tile] for left in lefts]))
-        total = masks.new_zeros(masks.shape[1], height, width) if total is None else total
-        for left, mask in zip(lefts, masks, strict=True):
-            total[:, rows, left : left + tile] += weight * mask
-            weights[rows, left : left + tile] += weight
+    total, weights = torch.zeros(()), torch.zeros(height, width)
+    for top in _starts(height, tile, overlap):
+        for left in _starts(width, tile, overlap):
+            place = (..., slice(top, top + tile), slice(left, left + tile))
+            masks = predict(images[place])
+            total = total if total.dim() else masks.new_zeros(*masks.shape[:2], height, width)
+            total[place] += weight * masks
+            weights[place] += weight
     return total / weights
 
 

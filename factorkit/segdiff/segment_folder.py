@@ -94,6 +94,12 @@ def segment_folder(
         ) from error
 
 
+class _Picture(NamedTuple):
+    index: int
+    stamp: Any  # of the file that was read
+    seen: Seen | str | None  # what is wrong with it, where it cannot be read; None once it is handed on to be written
+
+
 class _Job:
     def __init__(
         self, config: SegdiffConfig, predict: Callable[[Tensor], Tensor], source: Source, manifest: Manifest,
@@ -140,33 +146,56 @@ class _Job:
         readers = ThreadPoolExecutor(self.workers, initializer=_alone)
         writers = ThreadPoolExecutor(self.workers, initializer=_alone)
         try:
-            writing: deque[tuple[int, Any, Future]] = deque()
-            for index, stamp, seen in self._ahead(readers, todo):
-                if isinstance(seen, str):
-                    self._skip(index, stamp, seen)
-                    yield index
-                    continue
-                try:
-                    masks = small_masks(self.predict, seen.small, self.config.resolution)
-                except Exception as error:
-                    self._give_up(index, stamp, seen, error)
-                    yield index
-                    continue
-                writing.append((index, stamp, writers.submit(self._write, index, seen, masks)))
-                del seen, masks  # held by the thread that writes them, and by nobody else
-                while len(writing) >= self._room() or (writing and writing[0][2].done()):
-                    yield self._finish(*writing.popleft())
+            batch: list[_Picture] = []
+            writing: deque[tuple[_Picture, Future]] = deque()
+            for picture in self._ahead(readers, todo):
+                batch.append(picture)
+                if len(batch) >= self._room():
+                    yield from self._segment_batch(batch, writers, writing)
+                    batch = []
+            yield from self._segment_batch(batch, writers, writing)
             while writing:
                 yield self._finish(*writing.popleft())
         finally:
             readers.shutdown(cancel_futures=True)
             writers.shutdown(cancel_futures=True)
 
+    def _segment_batch(
+        self, batch: list[_Picture], writers: ThreadPoolExecutor, writing: deque[tuple[_Picture, Future]]
+    ) -> Iterator[int]:
+        """Those of one size go through the network together; gives the pictures that were finished meanwhile."""
+        groups: dict[Any, list[_Picture]] = {}
+        for picture in batch:
+            if isinstance(picture.seen, str):
+                self._skip(picture, picture.seen)
+                yield picture.index
+            else:
+                groups.setdefault(picture.seen.small.shape, []).append(picture)
+        for group in groups.values():
+            for picture, masks in zip(group, self._masks(group), strict=True):
+                if masks is None:
+                    yield picture.index
+                    continue
+                while writing and (len(writing) >= self._room() or writing[0][1].done()):
+                    yield self._finish(*writing.popleft())
+                writing.append((picture._replace(seen=None), writers.submit(self._write, picture, masks)))
+
+    def _masks(self, group: list[_Picture]) -> list[Tensor | None]:
+        """What the network says of pictures of one size; None for one that memory has no room for, which is skipped."""
+        small = np.stack([picture.seen.small for picture in group])
+        try:
+            return list(small_masks(self.predict, small, self.config.resolution))
+        except Exception as error:
+            if len(group) > 1 and is_out_of_memory(error):
+                return [self._masks([picture])[0] for picture in group]
+            self._give_up(group[0], error)
+            return [None]
+
     def _room(self) -> int:
         """How many pictures may wait for a reader or a writer, by how large the last ones were."""
         return max(1, min(AHEAD, PIXELS_AHEAD // max(self.held_pixels)))
 
-    def _ahead(self, readers: ThreadPoolExecutor, todo: Iterable[int]) -> Iterator[tuple[int, Any, Seen | str]]:
+    def _ahead(self, readers: ThreadPoolExecutor, todo: Iterable[int]) -> Iterator[_Picture]:
         """The pictures in order, or what is wrong with them, while the next ones are read already."""
         todo, waiting = iter(todo), deque()
         while True:
@@ -178,7 +207,7 @@ class _Job:
             seen = future.result()
             if isinstance(seen, Seen):
                 self.held_pixels.append(seen.picture.width * seen.picture.height)
-            yield index, stamp, seen
+            yield _Picture(index, stamp, seen)
 
     def _read(self, index: int) -> Seen | str:
         try:
@@ -186,8 +215,9 @@ class _Job:
         except (DataError, MemoryError, OSError) as error:
             return str(error).removeprefix(f"{self.source.names[index]}: ") or type(error).__name__
 
-    def _write(self, index: int, seen: Seen, masks: Tensor) -> dict[str, Any]:
+    def _write(self, picture: _Picture, masks: Tensor) -> dict[str, Any]:
         """A picture's files, and what the manifest says of it."""
+        index, seen = picture.index, picture.seen
         width, height = seen.picture.size
         shown = index < SHEET_IMAGES
         soft = np.empty((len(masks), height, width), np.uint8) if "masks" in self.formats or shown else None
@@ -203,27 +233,28 @@ class _Job:
         found = annotations(labels, len(masks)) if "coco" in self.formats else None
         return {"width": width, "height": height, "areas": areas.tolist(), "files": files, "annotations": found}
 
-    def _finish(self, index: int, stamp: Any, future: Future) -> int:
+    def _finish(self, picture: _Picture, future: Future) -> int:
         try:
             record = future.result()
         except Exception as error:
-            self._give_up(index, stamp, None, error)
+            self._give_up(picture, error)
         else:
-            self.manifest.add(index, stamp, record)
-        return index
+            self.manifest.add(picture.index, picture.stamp, record)
+        return picture.index
 
-    def _give_up(self, index: int, stamp: Any, seen: Seen | None, error: Exception) -> None:
+    def _give_up(self, picture: _Picture, error: Exception) -> None:
         """Leave out a picture for what is its own fault: its size, or a name too long to add to."""
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            self._skip(index, stamp, "its name is too long to name results after it; shorten it")
+            self._skip(picture, "its name is too long to name results after it; shorten it")
         elif is_out_of_memory(error):
-            self._skip(index, stamp, no_room(seen.picture, self.size) if seen else "out of memory; scale it down")
+            known = isinstance(picture.seen, Seen)
+            self._skip(picture, no_room(picture.seen.picture, self.size) if known else "out of memory; scale it down")
         else:
             raise error
 
-    def _skip(self, index: int, stamp: Any, reason: str) -> None:
-        self.skipped[self.source.names[index]] = reason
-        self.manifest.add(index, stamp, {"skipped": reason})
+    def _skip(self, picture: _Picture, reason: str) -> None:
+        self.skipped[self.source.names[picture.index]] = reason
+        self.manifest.add(picture.index, picture.stamp, {"skipped": reason})
 
     def _report(self, count: int) -> None:
         if not self.skipped:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from factorkit.diffusion.objective import coarse_to_fine_power, denoising_loss, loss_weight, target, to_x0
 from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.atomic import save_image
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw, derived_seed
 from factorkit.segdiff import pictures
@@ -100,7 +101,7 @@ class SegdiffTask:
         generated = draw_images(model, self.config, SHOWN, steps=SHEET_STEPS, seed=0, device=self.device)
         masks = generated.bottleneck.masks.float().cpu().numpy()
         sheet = pictures.generation_sheet(to_uint8(generated.images), masks)
-        sheet.save(folder / f"{step:06d}_generated.png")
+        save_image(sheet, folder / f"{step:06d}_generated.png")
         # evenly spaced, so that a folder sorted by class shows all of it
         picked = torch.linspace(0, len(self.probes) - 1, min(SHOWN, len(self.probes))).round().long()
         shown = self.probes[picked].to(self.device)
@@ -112,7 +113,7 @@ class SegdiffTask:
             each = [to_x0(self.config.prediction, self.schedule, x_t, b, t) for b in outs]
             branches = np.stack([to_uint8(b) for b in each], 1) / 255.0
         sheet = pictures.segmentation_sheet(to_uint8(shown), out.bottleneck.masks.float().cpu().numpy(), branches)
-        sheet.save(folder / f"{step:06d}_segmentation.png")
+        save_image(sheet, folder / f"{step:06d}_segmentation.png")
         return {} if self.config.regions == 1 else self.alarms(model).to_dict()
 
     def alarms(self, model: FactorizedUNet):
