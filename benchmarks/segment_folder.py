@@ -3,9 +3,9 @@
     python -m benchmarks.segment_folder                       # 10,000 generated photographs of 96 x 72 pixels
     python -m benchmarks.segment_folder --count 2000 --width 640 --height 480
 
-The photographs are JPEGs made on the spot, the model is untrained (preset fast32, three regions): what it finds does not
-change what it costs. Rates are of the first and of the last tenth, in pictures a second and in milliseconds of processor
-time a picture, which other programs of a busy machine hardly change. One JSON object in
+The photographs are JPEGs made on the spot, the model is untrained (preset fast32, three regions): what it finds does
+not change what it costs. Rates are of the first and of the last tenth, in pictures a second and in milliseconds of
+processor time a picture, which other programs of a busy machine hardly change. One JSON object in
 benchmarks/results/segment_folder.json.
 """
 
@@ -118,9 +118,9 @@ class Watch:
         slope = np.polyfit(done[late], memory[late], 1)[0]
         found["memory_mb"] = {
             "after_first_tenth": round(when(memory, 0.1 * count) / 1e6, 1),
-            "at_the_end": round(memory[-1] / 1e6, 1),
-            "most": round(memory.max() / 1e6, 1),
-            "slope_kb_per_1000": round(slope, 1),
+            "at_the_end": round(float(memory[-1]) / 1e6, 1),
+            "most": round(float(memory.max()) / 1e6, 1),
+            "slope_kb_per_1000": round(float(slope), 1),
         }
         return found
 

@@ -17,7 +17,7 @@ def inputs(height=9, width=12, channels=3, regions=2, batch=2, dtype=torch.float
 
 def by_definition(guide, values, radius, eps):
     """Equations 14 to 16 of the paper, one least-squares problem a window."""
-    (batch, channels, height, width), regions = guide.shape, values.shape[1]
+    batch, channels, height, width = guide.shape
     total, count = torch.zeros_like(values), torch.zeros(height, width, dtype=values.dtype)
     for b in range(batch):
         for y in range(height):
