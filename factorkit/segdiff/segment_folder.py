@@ -265,7 +265,7 @@ class _Job:
         more = f"; and {len(self.skipped) - NAMED} more" if len(self.skipped) > NAMED else ""
         warnings.warn(
             f"{len(self.skipped)} of {count} images could not be segmented and were left out: {named}{more}",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def _write_sheet(self) -> None:
