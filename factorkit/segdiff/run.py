@@ -154,7 +154,7 @@ class SegdiffRun:
     ) -> FolderSegments:  # fmt: skip
         """Segment any number of pictures into files, picture by picture; the same call again goes on where it stopped.
 
-        Memory does not grow with their number. Pictures are read ahead and results written by threads; each file
+        Only few of them are in memory at once. Pictures are read ahead and results written by threads; each file
         appears whole or not at all. A picture is done again where it, the model, t, size or upsample have changed or
         a file is missing. Pictures that cannot be read are left out, named in the answer and in a warning, and tried
         again next time.
