@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from factorkit import __version__
-from factorkit.errors import ConfigError, FactorkitError
+from factorkit.errors import ConfigError, FactorkitError, is_out_of_memory
 from factorkit.flag_types import Command
 from factorkit.flags import COMMANDS
 
@@ -149,8 +149,7 @@ def explain(error: BaseException) -> tuple[int | None, str]:
         return getattr(error, "exit_code", 2), str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+    if is_out_of_memory(error):
         cure = "In training lower --micro-batch-size (same result) or --batch-size; elsewhere ask for fewer images"
         return 1, f"out of memory. {cure}. {str(error).partition('.')[0]}".rstrip()
     if isinstance(error, OSError):

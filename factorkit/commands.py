@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import re
 import time
-import warnings
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from factorkit.command_words import duration, failures, load_run, saying_what_is_saved
 from factorkit.data.datasets import open_dataset, procedural_dataset
-from factorkit.data.images import BrokenImage
-from factorkit.data.sources import FileSource, Source, open_source
+from factorkit.data.sources import Source, open_source
+from factorkit.engine.atomic import save_image
 from factorkit.engine.config import cpu_threads
 from factorkit.engine.report import verdict, write_report
-from factorkit.errors import DataError
 from factorkit.flag_types import Result
 from factorkit.metrics.baselines import BASELINES
 from factorkit.segdiff import pictures
+from factorkit.segdiff.results import without_results
 from factorkit.segdiff.run import Generation, SegdiffRun
 from factorkit.segdiff.train import estimate, train_segdiff
 
 DEMO_MARK = 0.80  # IoU on the held-out procedural flowers
 DEMO_SEGMENTED, DEMO_GENERATED = 8, 16
-SHEET_IMAGES, SHEET_CELL = 32, 128  # on the contact sheet of segmented images: at most so many, of so many pixels
 FRAMES, FRAME_SAMPLES = 10, 8  # of a trajectory: columns and samples shown
-NAMED = 20  # skipped images named in a warning; the JSON result has them all
-RESULT_NAME = re.compile(r"_(labels|overlay|mask_\d+)\.png$|^contact_sheet\.png$")
 
 
 def train(
@@ -70,11 +64,20 @@ def dry_run(data: Path | None, preset: str | None, seeds: int, changes: dict[str
     return found, "\n".join(lines)
 
 
-def segment(run: Path, paths: Sequence[Path], out: Path, t: int | None, device: str) -> Result:
-    """Label images, masks and overlays of every picture, and one contact sheet."""
-    found = write_segments(load_run(run, device, "segdiff"), open_inputs(paths, out), out, t)
-    skipped = f", {len(found['skipped'])} skipped" if found["skipped"] else ""
-    return found, f"{found['segmented']} segmented{skipped}: {out}\ncontact sheet: {found['contact_sheet']}"
+def segment(run: Path, paths: Sequence[Path], out: Path, device: str, **options: Any) -> Result:
+    """Label images, masks and overlays of every picture, and one contact sheet; options are those of
+    ``SegdiffRun.segment_folder``."""
+    segments = load_run(run, device, "segdiff").segment_folder(open_inputs(paths, out), out, **options)
+    found = segments._asdict() | {"out": str(out)}
+    lines = [f"{segments.segmented} segmented"]
+    lines[0] += f", {segments.already} of them before" if segments.already else ""
+    lines[0] += f", {len(segments.skipped)} skipped" if segments.skipped else ""
+    lines[0] += f": {out}"
+    for name in ("contact_sheet", "annotations"):
+        if found[name] is not None:
+            found[name] = str(found[name])
+            lines.append(f"{name.replace('_', ' ')}: {found[name]}")
+    return found, "\n".join(lines)
 
 
 def generate(run: Path, out: Path, device: str, **options: Any) -> Result:
@@ -100,7 +103,7 @@ def demo(out: Path, seed: int) -> Result:
         run = train_segdiff(out=out, preset="demo", seed=seed, baselines=True)
     flowers = procedural_dataset(run.config.resolution, train=1, test=DEMO_SEGMENTED).test_images
     with cpu_threads(run.config.threads):
-        segmented = write_segments(run, flowers, out / "segmented", None)
+        segmented = run.segment_folder(flowers, out / "segmented")
         generated = write_generated(run.generate(DEMO_GENERATED, progress=True), out / "generated")
     scores, failed = run.scores, failures(out)
     if scores["iou"] < DEMO_MARK:
@@ -108,7 +111,7 @@ def demo(out: Path, seed: int) -> Result:
     found = {
         **{name: scores[name] for name in ("acc", "iou", "dice")}, "failures": failed, "seed": seed,
         "seconds": time.perf_counter() - start, "report": str(_report(run)), "scores": scores,
-        "segmented": segmented["contact_sheet"], "generated": generated["contact_sheet"],
+        "segmented": str(segmented.contact_sheet), "generated": generated["contact_sheet"],
     }  # fmt: skip
     lines = [score_table(scores), ""]
     if failed:
@@ -131,74 +134,7 @@ def open_inputs(paths: Sequence[Path], out: Path) -> Source:
     Raises:
         DataError: nothing there, or nothing but results.
     """
-    source = open_source(paths[0] if len(paths) == 1 else list(paths))
-    if not isinstance(source, FileSource) or not out.exists():
-        return source
-    written = out.resolve()
-    fresh = [
-        i for i, path in enumerate(source.paths)
-        if not (RESULT_NAME.search(path.name) and written in path.resolve().parents)
-    ]  # fmt: skip
-    if not fresh:
-        raise DataError(f"{out}: nothing but results of an earlier call to segment. Give the folder of photographs.")
-    return source.subset(fresh)
-
-
-def output_names(names: Sequence[str]) -> list[str]:
-    """For each image the path its results begin with: its own without the suffix, made distinct where two are equal."""
-    taken: set[str] = set()
-    found = []
-    for name in names:
-        # a zip may name its members as it likes, the results stay below --out
-        path = PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
-        choices = (path.with_suffix("").as_posix(), path.as_posix(), *(f"{path}-{i}" for i in range(2, len(names) + 2)))
-        chosen = next(choice for choice in choices if choice.casefold() not in taken)  # some disks fold case
-        taken.add(chosen.casefold())
-        found.append(chosen)
-    return found
-
-
-def write_segments(run: SegdiffRun, source: Source, out: Path, t: int | None) -> dict[str, Any]:
-    """Segment picture by picture, so that memory does not grow with their number.
-
-    Raises:
-        DataError: none of the pictures can be decoded.
-    """
-    skipped: dict[str, str] = {}
-    rows: list[list[np.ndarray]] = []
-    captions: list[str] = []
-    areas = np.zeros(run.config.regions)
-    for i, name in enumerate(tqdm(output_names(source.names), desc="segmenting", unit="image")):
-        try:
-            picture = source.read(i)
-        except BrokenImage as error:
-            skipped[source.names[i]] = str(error).removeprefix(f"{source.names[i]}: ")
-            continue
-        masks = run.segment(picture, t=t).masks[0].numpy()
-        labels = masks.argmax(0)
-        areas += np.bincount(labels.ravel(), minlength=len(masks)) / labels.size
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_regions(path, labels, masks)
-        Image.fromarray(pictures.overlay(np.asarray(picture), labels)).save(f"{path}_overlay.png")
-        if len(rows) < SHEET_IMAGES:
-            rows.append(_sheet_row(picture, masks))
-            captions.append(PurePosixPath(source.names[i]).name[-24:])
-    named = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:NAMED])
-    if not rows:
-        raise DataError(f"none of {len(source)} images could be decoded: {named}. Check the files.")
-    if skipped:
-        more = f"; and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
-        warnings.warn(f"{len(skipped)} of {len(source)} images could not be decoded: {named}{more}", stacklevel=2)
-    colors = pictures.palette(len(areas))
-    columns = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(areas)))]
-    sheet = out / "contact_sheet.png"
-    pictures.contact_sheet(rows, columns, captions, cell=SHEET_CELL).save(sheet)
-    segmented = len(source) - len(skipped)
-    return {
-        "out": str(out), "segmented": segmented, "skipped": skipped, "regions": len(areas),
-        "areas": (areas / segmented).tolist(), "contact_sheet": str(sheet),
-    }  # fmt: skip
+    return without_results(open_source(paths[0] if len(paths) == 1 else list(paths)), out)
 
 
 def write_generated(drawn: Generation, out: Path) -> dict[str, Any]:
@@ -208,37 +144,28 @@ def write_generated(drawn: Generation, out: Path) -> dict[str, Any]:
     plain = masks.shape[1] == 1
     for i, image in enumerate(images):
         path = out / f"generated_{i:04d}"
-        Image.fromarray(image).save(f"{path}.png")
+        save_image(Image.fromarray(image), Path(f"{path}.png"))
         if not plain:
             _write_regions(path, labels[i], masks[i])
     rows = [list(images[first : first + 8]) for first in range(0, len(images), 8)]
     sheet = pictures.contact_sheet(rows) if plain else pictures.generation_sheet(images, masks, labels)
     found = {"out": str(out), "generated": len(images), "contact_sheet": str(out / "contact_sheet.png")}
-    sheet.save(found["contact_sheet"])
+    save_image(sheet, Path(found["contact_sheet"]))
     if drawn.trajectory is not None:
         picked = np.linspace(0, len(drawn.trajectory) - 1, min(FRAMES, len(drawn.trajectory))).round().astype(int)
         frames = [drawn.trajectory[i] for i in picked]
         regions = None if plain else [frame.masks[:FRAME_SAMPLES].argmax(1).numpy() for frame in frames]
         found["trajectory"] = str(out / "trajectory.png")
         shown = [_pixels(frame.images[:FRAME_SAMPLES]) for frame in frames]
-        pictures.trajectory_sheet(shown, regions, [frame.t for frame in frames]).save(found["trajectory"])
+        sheet = pictures.trajectory_sheet(shown, regions, [frame.t for frame in frames])
+        save_image(sheet, Path(found["trajectory"]))
     return found
 
 
 def _write_regions(path: Path, labels: np.ndarray, masks: np.ndarray) -> None:
-    pictures.label_image(labels).save(f"{path}_labels.png")
+    save_image(pictures.label_image(labels), Path(f"{path}_labels.png"))
     for k, mask in enumerate(masks):
-        pictures.mask_image(mask).save(f"{path}_mask_{k}.png")
-
-
-def _sheet_row(picture: Image.Image, masks: np.ndarray) -> list[np.ndarray]:
-    """A picture, its regions and its masks at the size of the sheet's cells; small ones grow by whole factors."""
-    longest = max(picture.size)
-    scale = SHEET_CELL / longest if longest > SHEET_CELL else SHEET_CELL // longest
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    resize = lambda image: np.asarray(image.resize(size, Image.Resampling.BOX))  # noqa: E731
-    image, small = resize(picture), np.stack([resize(Image.fromarray(mask)) for mask in masks])
-    return [image, pictures.overlay(image, small.argmax(0)), *(np.asarray(pictures.mask_image(mask)) for mask in small)]
+        save_image(pictures.mask_image(mask), Path(f"{path}_mask_{k}.png"))
 
 
 def _pixels(images) -> np.ndarray:

@@ -15,3 +15,26 @@ class DataError(FactorkitError, ValueError):
 
 class CheckpointError(FactorkitError, RuntimeError):
     """A checkpoint or run folder that is damaged, foreign, or in the way."""
+
+
+class WriteError(FactorkitError, RuntimeError):
+    """Results that could not be written; what was finished before stands."""
+
+    exit_code = 1
+
+
+class OutOfMemory(FactorkitError, MemoryError):
+    """Work that does not fit into memory; the message names the settings that make it smaller."""
+
+    exit_code = 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is of the memory: Python's, torch's on a GPU, or torch's on a CPU, a mere RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
+
+
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "CUDA out of memory", "std::bad_alloc")

@@ -110,12 +110,16 @@ class Segment(RunCommand):
         NAME_mask_K.png     grey image: how much each pixel belongs to region K
         NAME_overlay.png    the photograph tinted by region
         contact_sheet.png   the first 32 images beside their regions
+        annotations.json    with --formats coco: run lengths, areas and boxes in COCO's form
+        segments.jsonl      what is finished
 
-    Folders keep their structure. Images that cannot be decoded are skipped, counted and named.
+    Folders keep their structure. Images that cannot be read are skipped, counted and named. The same command again
+    goes on where the first one stopped, and does again only what has changed.
 
     EXAMPLES
         factorkit segment runs/photos holiday.jpg --out segmented
         factorkit segment runs/photos more_photos/ --out segmented -t 50
+        factorkit segment runs/photos archive/ --out segmented --formats labels coco --size 128
     """
 
     paths: Positional[Annotated[tuple[Path, ...], arg(metavar="PATHS...", help_behavior_hint="(required)")]]
@@ -124,13 +128,22 @@ class Segment(RunCommand):
     """Where to write; made if it is not there."""
     t: Level = None
     """Noise level at which to look, 0 to T-1; without: the run's own (30)."""
+    size: OptionalInt = None
+    """Pixels of the short side at which the network looks; without: the training's. More shows it smaller things."""
+    upsample: Literal["guided", "bilinear"] = "guided"
+    """guided: masks follow the edges of large photographs; bilinear: they stay smooth."""
+    formats: tuple[Literal["labels", "masks", "overlays", "coco"], ...] = ("labels", "masks", "overlays")
+    """What to write of each image."""
+    workers: OptionalInt = None
+    """Threads that read, and as many that write; without: one a core, at most 8."""
 
     def run_command(self) -> Result:
         if not self.paths:
             raise ConfigError("no images are named. The form is: factorkit segment RUN PATHS... --out DIR")
         from factorkit import commands
 
-        return commands.segment(self.run, self.paths, self.out, self.t, self.device)
+        options = {"t": self.t, "size": self.size, "upsample": self.upsample, "formats": self.formats}
+        return commands.segment(self.run, self.paths, self.out, self.device, workers=self.workers, **options)
 
 
 @dataclass(kw_only=True)

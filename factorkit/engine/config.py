@@ -94,6 +94,10 @@ class EngineConfig:
             rate *= max(0.1, (self.steps - step) / tail)
         return rate
 
+    def memory_advice(self, at_once: int) -> str:
+        """What makes a step of ``at_once`` images need less memory, in words."""
+        return "Make the step or the model smaller"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in config.json."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

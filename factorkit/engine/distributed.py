@@ -7,6 +7,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from factorkit.errors import ConfigError
+
 
 def join(device: torch.device) -> None:
     """Join the processes torchrun started, if it did (NCCL on GPUs, gloo on CPUs)."""
@@ -24,6 +26,17 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes of the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def check_batch(batch_size: int) -> None:
+    """Raise ConfigError where the processes of the run cannot share a batch equally."""
+    if batch_size % world_size():
+        less, more = batch_size // world_size() * world_size(), -(-batch_size // world_size()) * world_size()
+        near = f"{less} or {more}" if less else str(more)
+        raise ConfigError(
+            f"batch_size={batch_size} cannot be shared equally by {world_size()} processes; give a multiple of their "
+            f"number, such as batch_size={near} (micro_batch_size is each one's own and need divide nothing)"
+        )
 
 
 def average(values: torch.Tensor) -> torch.Tensor:

@@ -47,11 +47,12 @@ def claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str]) -> 
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other processes of this machine from training in ``folder`` meanwhile; a kill releases it.
+def held(folder: Path, doing: str = "training in") -> Iterator[None]:
+    """Keep other processes of this machine from training in ``folder``, or what else they are ``doing``, meanwhile; a
+    kill releases it.
 
     Raises:
-        CheckpointError: another process trains in it.
+        CheckpointError: another process does.
     """
     try:
         import fcntl
@@ -63,7 +64,7 @@ def held(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                f"another process is training in {folder}. Wait for it, stop it, or give another out="
+                f"another process is {doing} {folder}. Wait for it, stop it, or give another out="
             ) from None
         except OSError:  # a file system without locks
             pass

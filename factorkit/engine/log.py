@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+from factorkit.engine.lines import JsonLines, read_lines
 
 LOG_NAME = "log.jsonl"
 
@@ -19,26 +20,13 @@ def read_log(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Lines that are no JSON object are passed over: the last one may be half written, by a run that was killed or by one
     that is writing at this moment.
     """
-    path = Path(folder) / LOG_NAME
-    if not path.exists():
-        return []
-    events = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
+    return [event for _, event in read_lines(Path(folder) / LOG_NAME)]
 
 
 class RunLog:
     """Appends events to `folder/log.jsonl`, which `read_log` reads back.
 
-    Opening creates the folder and drops a half-written last line left by a killed run, so that the next event starts on
-    a line of its own. Each event reaches the operating system in one unbuffered write before `event` returns: a process
-    killed afterwards loses nothing, and a reader sees whole lines.
+    Opening creates the folder. Each event has reached the operating system when `event` returns (see `JsonLines`).
 
     `tensorboard=True` also mirrors every number that comes with a `step` to `folder/tensorboard`; without the package
     it warns and the run goes on.
@@ -48,8 +36,7 @@ class RunLog:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOG_NAME
-        _drop_half_line(self.path)
-        self._file = open(self.path, "ab", buffering=0)
+        self._lines = JsonLines(self.path)
         self._mirror = _tensorboard_writer(folder / "tensorboard") if tensorboard else None
 
     def event(self, kind: str, /, **fields: Any) -> None:
@@ -59,14 +46,14 @@ class RunLog:
         else JSON does not know its `str`.
         """
         record = {"event": kind, "time": round(time.time(), 3), **_plain(fields)}
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._lines.append(record)
         if self._mirror is not None and isinstance(record.get("step"), int):
             for name, value in _numbers(record):
                 self._mirror.add_scalar(f"{kind}/{name}", value, record["step"])
 
     def close(self) -> None:
         """Close the file and the mirror; a second call does nothing."""
-        self._file.close()
+        self._lines.close()
         if self._mirror is not None:
             self._mirror.close()
 
@@ -75,16 +62,6 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _drop_half_line(path: Path) -> None:
-    """Cut the file after its last newline."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
 
 
 def _plain(value: Any) -> Any:

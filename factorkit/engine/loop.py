@@ -24,7 +24,7 @@ from factorkit.engine.log import RunLog, read_log
 from factorkit.engine.meter import Meter
 from factorkit.engine.report import write_report
 from factorkit.engine.step import NON_FINITE_LIMIT, MovingAverage, Task, TrainingStep, make_optimizer
-from factorkit.errors import CheckpointError, ConfigError, FactorkitError
+from factorkit.errors import CheckpointError, ConfigError, FactorkitError, OutOfMemory, is_out_of_memory
 
 
 class Trainer:
@@ -42,11 +42,7 @@ class Trainer:
         self.last = min(stop_at or config.steps, config.steps)
         self.progress = progress and distributed.rank() == 0
         self.report = report
-        if config.batch_size % distributed.world_size():
-            raise ConfigError(
-                f"batch_size={config.batch_size} cannot be shared equally by {distributed.world_size()} processes; "
-                "give a multiple of their number"
-            )
+        distributed.check_batch(config.batch_size)
         self.model = task.model.to(device)
         self.optimizer = make_optimizer(task.parameter_groups(), config, device)
         self.average = MovingAverage(self.model, config.ema, device)
@@ -132,6 +128,7 @@ class Trainer:
             CheckpointError: a checkpoint or another file of the run could not be written; earlier checkpoints stand.
             ConfigError: the run that lies in the folder has gone further than ``config.steps``.
             FactorkitError: three steps in a row were not finite, or an alarm named a failure and the run was to stop.
+            OutOfMemory: the step does not fit; the message names the settings that make it smaller.
         """
         resumed = self.restore()
         main = distributed.rank() == 0
@@ -151,11 +148,24 @@ class Trainer:
                 f"the run in {self.folder} stopped at step {self.step}: {error}. Its checkpoints stand; "
                 "mend that and run the same command again to go on"
             ) from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(self._no_room(error)) from error
         finally:
             if main:
                 log.close()
                 self._report()
         return self.average.module
+
+    def _no_room(self, error: BaseException) -> str:
+        config, share = self.config, self.config.batch_size // distributed.world_size()
+        at_once = min(config.micro_batch_size or share, share)
+        stands = " Its checkpoints stand; the same command with these goes on." if self._saved else ""
+        return (
+            f"the run in {self.folder} stopped at step {self.step}: out of memory on {self.device} with {at_once} "
+            f"images at once. {config.memory_advice(at_once)}.{stands} ({(str(error) or repr(error)).splitlines()[0]})"
+        )
 
     def _report(self) -> None:
         if not self.report:

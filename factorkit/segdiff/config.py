@@ -133,6 +133,12 @@ class SegdiffConfig(EngineConfig):
             self.half_resolution_masks,
         )  # fmt: skip
 
+    def memory_advice(self, at_once: int) -> str:
+        cures = [f"micro_batch_size={at_once // 2}, which changes memory only"] if at_once > 1 else []
+        if self.regions > 1 and self.decoding != "concat" and not self.checkpoint_branches:
+            cures.append("checkpoint_branches=True, for the memory of one branch at a slower pace")
+        return "Give " + " or ".join(cures or ["a smaller width= or resolution= in another out="])
+
     def build(self) -> FactorizedUNet:
         """The network of a resolved configuration, with fresh weights, channels last."""
         names = (

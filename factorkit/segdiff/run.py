@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +19,17 @@ from factorkit.data.labelled import load_labelled
 from factorkit.data.sources import Source, open_source
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.checkpoint import write_checkpoint
-from factorkit.engine.config import resolve_device
+from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.folder import read_weights, write_json
-from factorkit.errors import CheckpointError, ConfigError, DataError
+from factorkit.errors import CheckpointError, ConfigError, DataError, OutOfMemory, is_out_of_memory
 from factorkit.metrics.baselines import score_baselines
 from factorkit.metrics.segmentation import evaluate_masks
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.model import FactorizedUNet
+from factorkit.segdiff.results import DEFAULT_FORMATS
 from factorkit.segdiff.sampling import draw_images
+from factorkit.segdiff.segment import check_segmenting, no_room, own_pixels, see, small_masks
+from factorkit.segdiff.segment_folder import FolderSegments, segment_folder
 from factorkit.segdiff.task import predict_masks, to_float
 
 SCORES = "scores.json"
@@ -112,41 +116,83 @@ class SegdiffRun:
         path = self.folder / SCORES if self.folder else None
         return json.loads(path.read_text()) if path and path.exists() else None
 
-    def segment(self, images: Any, t: int | None = None) -> Segmentation:
+    def segment(
+        self, images: Any, t: int | None = None, *, size: int | None = None, upsample: str = "guided"
+    ) -> Segmentation:
         """Regions of real images, one forward pass each; the decoders are never run.
 
-        The whole picture is segmented: its short side is brought to the training resolution, the long side kept in
-        proportion, and the masks are brought back to the picture's own pixels.
+        The whole picture is segmented: its short side is brought to ``size``, the long side kept in proportion, and the
+        masks are brought back to the picture's own pixels. More than four training resolutions to a side are seen in
+        overlapping tiles. All masks are kept in memory: :meth:`segment_folder` is for many or for huge pictures.
 
         Args:
             images: a path, folder, zip or list of them, a PIL image or list, an array [B, H, W, 3] or [H, W, 3], a
                 tensor [B, 3, H, W] or [3, H, W] (either uint8 or float in [0, 1]), or a list of arrays or tensors of
                 any sizes.
             t: noise level, 0 to T-1; None: the configuration's (30). Low levels show the picture, high ones blur it.
+            size: pixels of the short side at which the network looks; None: the training resolution. More shows it
+                smaller things.
+            upsample: ``"guided"`` lets the masks take over the picture's edges (:mod:`factorkit.nn.guided`) where it
+                has more pixels than the network saw, ``"bilinear"`` only interpolates them.
 
         Raises:
             ConfigError: t out of range, or a plain DDPM, which has no regions.
             DataError: nothing to read, or an image that cannot be decoded.
+            OutOfMemory: an image too large for the machine.
         """
-        t = self._level(t)
-        if self.config.regions == 1:
-            raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to segment with")
+        t, size = self._level(t), check_segmenting(self.config, size, upsample)
         pictures, names = as_pictures(images)
-        masks = [self._masks_of(picture, t) for picture in pictures]
+        masks = [self._masks_of(picture, t, size, upsample) for picture in pictures]
         labels = [m.argmax(0) for m in masks]
         if len({m.shape for m in masks}) == 1:
             return Segmentation(torch.stack(labels), torch.stack(masks), names)
         return Segmentation(labels, masks, names)
 
-    def _masks_of(self, picture: Image.Image, t: int) -> Tensor:
-        width, height = picture.size
-        scale = self.config.resolution / min(width, height)
-        step = 2 ** max(len(self.config.multipliers) - 1, int(self.config.half_resolution_masks))
-        fit = lambda side: max(step, round(side * scale / step) * step)  # noqa: E731
-        small = np.asarray(picture.resize((fit(width), fit(height)), Image.Resampling.LANCZOS))
-        masks = self._predict(to_float(torch.from_numpy(small.copy())[None]), t)
-        masks = F.interpolate(masks, size=(height, width), mode="bilinear", align_corners=False)
-        return masks[0]
+    def segment_folder(
+        self, images: Any, out: str | Path, *, formats: Sequence[str] = DEFAULT_FORMATS, t: int | None = None,
+        size: int | None = None, upsample: str = "guided", workers: int | None = None, progress: bool = True,
+    ) -> FolderSegments:  # fmt: skip
+        """Segment any number of pictures into files, picture by picture; the same call again goes on where it stopped.
+
+        Only few of them are in memory at once. Pictures are read ahead and results written by threads; each file
+        appears whole or not at all. A picture is done again where it, the model, t, size or upsample have changed or
+        a file is missing. Pictures that cannot be read are left out, named in the answer and in a warning, and tried
+        again next time.
+
+        Args:
+            images: as :meth:`segment` takes them; results of an earlier call that lie among them are passed over.
+            out: the folder to write to, made if it is not there; folders of pictures keep their structure below it.
+            formats: ``"labels"`` (NAME_labels.png, palette), ``"masks"`` (NAME_mask_K.png, grey, 8 bits),
+                ``"overlays"`` (NAME_overlay.png), ``"coco"`` (annotations.json, run lengths in COCO's form).
+                contact_sheet.png with the first pictures comes with any of them.
+            t, size, upsample: as in :meth:`segment`.
+            workers: threads that read, and as many that write; None: one a core, at most 8.
+            progress: show a progress bar with the time left.
+
+        Raises:
+            ConfigError: a setting out of range, or a plain DDPM.
+            DataError: nothing to read, or none of the pictures can be.
+            WriteError: the disk is full or ``out`` cannot be written; what is finished stands.
+            CheckpointError: another process segments into ``out``.
+        """
+        t, size = self._level(t), check_segmenting(self.config, size, upsample)
+        predict = lambda images: self._predict(images, t)  # noqa: E731
+        source = images if isinstance(images, Source) else open_source(images)
+        settings = {"t": t, "size": size, "upsample": upsample}
+        with cpu_threads(self.config.threads):
+            return segment_folder(
+                self.model, self.config, predict, source, Path(out), settings, formats, workers, progress
+            )
+
+    def _masks_of(self, picture: Image.Image, t: int, size: int, upsample: str) -> Tensor:
+        try:
+            seen = see(picture, self.config, size, upsample)
+            masks = small_masks(lambda images: self._predict(images, t), seen.small[None], self.config.resolution)
+            return torch.cat([band for _, band in own_pixels(masks[0], seen)], 1)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(no_room(picture, size)) from error
 
     def _level(self, t: int | None) -> int:
         t = self.config.segment_t if t is None else t

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from factorkit.diffusion.objective import coarse_to_fine_power, denoising_loss, loss_weight, target, to_x0
 from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.atomic import save_image
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw, derived_seed
 from factorkit.segdiff import pictures
@@ -21,6 +22,7 @@ from factorkit.segdiff.sampling import draw_images
 
 PROBES = 96  # images the alarms are measured on; the position share of N independent masks is 1/N by chance
 SHOWN = 8  # images on a sample sheet
+AT_ONCE = 32  # squares of the training resolution that are segmented together
 SHEET_STEPS = 25  # denoising steps of the generated ones
 
 
@@ -99,7 +101,7 @@ class SegdiffTask:
         generated = draw_images(model, self.config, SHOWN, steps=SHEET_STEPS, seed=0, device=self.device)
         masks = generated.bottleneck.masks.float().cpu().numpy()
         sheet = pictures.generation_sheet(to_uint8(generated.images), masks)
-        sheet.save(folder / f"{step:06d}_generated.png")
+        save_image(sheet, folder / f"{step:06d}_generated.png")
         # evenly spaced, so that a folder sorted by class shows all of it
         picked = torch.linspace(0, len(self.probes) - 1, min(SHOWN, len(self.probes))).round().long()
         shown = self.probes[picked].to(self.device)
@@ -111,7 +113,7 @@ class SegdiffTask:
             each = [to_x0(self.config.prediction, self.schedule, x_t, b, t) for b in outs]
             branches = np.stack([to_uint8(b) for b in each], 1) / 255.0
         sheet = pictures.segmentation_sheet(to_uint8(shown), out.bottleneck.masks.float().cpu().numpy(), branches)
-        sheet.save(folder / f"{step:06d}_segmentation.png")
+        save_image(sheet, folder / f"{step:06d}_segmentation.png")
         return {} if self.config.regions == 1 else self.alarms(model).to_dict()
 
     def alarms(self, model: FactorizedUNet):
@@ -138,9 +140,10 @@ def noised(images: Tensor, t: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def predict_masks(model: FactorizedUNet, images: Tensor, t: int, schedule: Schedule, batch: int = 32) -> Tensor:
+def predict_masks(model: FactorizedUNet, images: Tensor, t: int, schedule: Schedule) -> Tensor:
     """Region masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]; the decoders are not run."""
     found = []
+    batch = max(1, AT_ONCE * model.resolution**2 // (images.shape[2] * images.shape[3]))
     for part in images.split(batch):
         x_t, times = noised(part.to(schedule.device), t, schedule)
         found.append(model.segment(x_t, times).float().cpu())

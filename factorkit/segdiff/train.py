@@ -70,6 +70,7 @@ def train_segdiff(
         raise ConfigError(f"seeds={seeds} chooses among masks; regions=1 has none, use seeds=1")
     device = distributed.local_device(resolve_device(config.device))
     distributed.join(device)
+    distributed.check_batch(config.batch_size)  # before the images are prepared, which may take long
     folder = Path(out) if out is not None else Path("runs") / preset
     dataset, prepared, probes = load_data(data, config, progress)
     settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seeds": seeds}

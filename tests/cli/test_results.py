@@ -19,6 +19,7 @@ from factorkit import commands
 from factorkit.data import procedural_dataset
 from factorkit.metrics.baselines import BASELINES
 from factorkit.segdiff.config import PRESETS
+from factorkit.segdiff.results import output_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,7 +63,7 @@ def test_results_are_no_input_for_the_next_call(run, answer, refused, photos, tm
 
 
 def test_names_stay_apart_and_below_the_output_folder():
-    names = commands.output_names(["x.jpg", "x.png", "X.tif", "x.jpg.png", "../../up.png", "/etc/root.png", "x.jpg"])
+    names = output_names(["x.jpg", "x.png", "X.tif", "x.jpg.png", "../../up.png", "/etc/root.png", "x.jpg"])
     assert len({name.casefold() for name in names}) == 7
     assert names[:2] == ["x", "x.png"] and names[4:6] == ["up", "etc/root"]
 
@@ -79,7 +80,7 @@ def test_pictures_in_a_zip_and_equal_files_given_twice(run, photos, answer, tmp_
 
 
 def test_the_contact_sheet_shows_the_first_and_memory_stays_flat(run, photos, answer, monkeypatch, tmp_path):
-    monkeypatch.setattr(commands, "SHEET_IMAGES", 2)
+    monkeypatch.setattr("factorkit.segdiff.segment_folder.SHEET_IMAGES", 2)
     answer("segment", run, photos / "images", "--out", tmp_path)
     height = Image.open(tmp_path / "contact_sheet.png").height
     assert 2 * 120 <= height < 3 * 120

@@ -61,8 +61,13 @@ def test_a_signal_to_one_process_stops_all_of_them_together(runs):
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(toy, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    with pytest.raises(ConfigError, match="batch_size=4 .* 3 processes"):
+    with pytest.raises(ConfigError, match="batch_size=4 .* 3 processes.* batch_size=3 or 6"):
         toy(batch_size=4)
+    with pytest.raises(ConfigError, match="such as batch_size=3 "):
+        toy(batch_size=2)
+    monkeypatch.setattr("factorkit.segdiff.train.prepare", lambda *given, **options: pytest.fail("prepared already"))
+    with pytest.raises(ConfigError, match="batch_size=16 .* 3 processes"):
+        factorkit.train_segdiff(out="runs", preset="demo", device="cpu")
 
 
 def test_alone_nothing_is_joined_or_changed(monkeypatch):

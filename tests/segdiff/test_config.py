@@ -144,3 +144,10 @@ def test_unknown_presets_and_settings_list_the_known_ones():
         preset_config("flowers32")
     with pytest.raises(ConfigError, match=r"'region'.*regions.*resolution"):
         preset_config("demo", region=3)
+
+
+def test_what_makes_a_step_smaller_is_named_with_numbers():
+    advice = lambda at_once=8, **changes: preset_config("demo", **changes).resolved().memory_advice(at_once)  # noqa: E731
+    assert "micro_batch_size=4" in advice() and "checkpoint_branches=True" in advice()
+    assert "checkpoint_branches" not in advice(checkpoint_branches=True) + advice(regions=1) + advice(decoding="concat")
+    assert "micro" not in advice(1) and "width=" in advice(1, regions=1)

@@ -1,0 +1,37 @@
+"""`factorkit segment` on folders as they may be."""
+
+from __future__ import annotations
+
+import json
+
+from PIL import Image
+
+
+def test_flags_reach_the_work_and_a_second_call_goes_on(run, photos, answer, ask, tmp_path):
+    words = ("segment", run, photos / "images", "--out", tmp_path, "--formats", "labels", "coco", "--size", 24)
+    found = answer(*words, "--upsample", "bilinear", "--workers", 1)
+    assert found["segmented"] == 24 and found["already"] == 0
+    annotated = json.loads((tmp_path / "annotations.json").read_text())
+    assert found["annotations"] == str(tmp_path / "annotations.json") and len(annotated["images"]) == 24
+    assert {path.name.rsplit("_", 1)[1] for path in tmp_path.glob("*.png")} == {"labels.png", "sheet.png"}
+    code, out, _ = ask(*words, "--upsample", "bilinear")
+    assert code == 0 and "24 segmented, 24 of them before" in out and "annotations: " in out
+
+
+def test_mistakes_and_a_full_disk_are_told_without_a_traceback(run, photos, ask, refused, monkeypatch, tmp_path):
+    words = ("segment", run, photos / "images", "--out", tmp_path / "out")
+    assert "size=0" in refused(*words, "--size", 0)
+    assert "workers=0" in refused(*words, "--workers", 0)
+    assert "gif" in refused(*words, "--formats", "gif")
+    (tmp_path / "file").write_text("mine")
+    code, _, err = ask("segment", run, photos / "images", "--out", tmp_path / "file")
+    assert code == 1 and "Traceback" not in err and "file" in err
+
+    def full(image, path, **options):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, out, err = ask(*words, "--json")
+    assert code == 1 and "Traceback" not in err
+    assert "No space left" in json.loads(out)["error"] and "same command again" in err
+    monkeypatch.undo()

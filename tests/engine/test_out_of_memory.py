@@ -1,0 +1,44 @@
+"""A training that memory has no room for says what helps, and loses nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from factorkit.engine.checkpoint import read_checkpoint
+from factorkit.errors import OutOfMemory
+
+LAST = "checkpoints/step_00000006.safetensors"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_told_with_what_helps_and_can_be_resumed(toy, tmp_path, error):
+    toy(folder="whole", checkpoint_every=2).run()
+
+    def full(step, loss):
+        if step == 3:
+            raise error
+        return loss
+
+    with pytest.raises(OutOfMemory, match=r"stopped at step 3: out of memory on cpu with 4 images at once") as caught:
+        toy(checkpoint_every=2, hook=full).run()
+    assert "Its checkpoints stand" in str(caught.value)
+    toy(checkpoint_every=2).run()
+    found, whole = (read_checkpoint(tmp_path / name / LAST)[0] for name in ("run", "whole"))
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in found)
+
+
+def test_other_runtime_errors_are_no_lack_of_memory(toy):
+    def broken(step, loss):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug") as caught:
+        toy(hook=broken).run()
+    assert type(caught.value) is RuntimeError
