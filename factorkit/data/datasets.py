@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from factorkit.data.labelled import match_masks, stem
 from factorkit.data.procedural import flowers
 from factorkit.data.sources import ArraySource, Source, ZipSource, open_source
@@ -29,12 +31,16 @@ class Dataset:
         train: the images used for training; their masks, if any, are never shown to it.
         test_images: labelled images, None where there are no masks. Not in `train`, unless `holdout` was "none".
         test_masks: one for each of `test_images`, for `load_labelled`.
+        labels: int64, the class of each image of `train` (-1: none), None where the data do not say.
+        class_names: what `labels` index.
     """
 
     name: str
     train: Source
     test_images: Source | None
     test_masks: Source | None
+    labels: np.ndarray | None = None
+    class_names: list[str] | None = None
 
 
 @dataclass(frozen=True)
