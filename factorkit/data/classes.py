@@ -57,7 +57,7 @@ def read_classes(
         ConfigError: a spec that is none of these, or needs what the data have not.
         DataError: a file that cannot be read, images it does not name, or fewer than two classes.
     """
-    if spec is True or spec == "auto":
+    if spec is True or (isinstance(spec, str) and spec == "auto"):
         if known is not None:
             return _numbered([known.names[i] if i >= 0 else "" for i in known.labels], "the data set")
         spec = "folders"
