@@ -117,7 +117,6 @@ def test_guidance_sharpens_a_gaussian_as_its_formula_says():
     is the exact denoiser of N(w m, 1)."""
     from factorkit.diffusion.samplers import sample
     from factorkit.diffusion.schedule import Schedule
-
     from tests.diffusion.closed_forms import Gaussian
 
     schedule = Schedule(100)
