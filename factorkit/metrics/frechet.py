@@ -61,4 +61,4 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     mixed = torch.linalg.eigvalsh(root @ second @ root).clamp_min(0).sqrt().sum()  # A B is similar to a symmetric one
     apart = (a.mean(0) - b.mean(0)).square().sum()
-    return float(apart + first.trace() + second.trace() - 2 * mixed)
+    return max(0.0, float(apart + first.trace() + second.trace() - 2 * mixed))
