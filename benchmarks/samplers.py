@@ -1,7 +1,8 @@
-"""What does a sampler make of how many steps? Trains one model, draws the same number of images with each sampler.
+"""What does a sampler make of how many steps? Draws the same number of images from one run with each sampler.
 
-    python -m benchmarks.samplers procedural --samplers ddpm ddim heun dpm++ --steps 5 10 20 50 100 250
-    python -m benchmarks.samplers procedural --set prediction='"flow"' --samplers ddpm euler heun dpm++ --steps 5 10
+    factorkit train segdiff --preset demo --out runs/demo
+    python -m benchmarks.samplers procedural --run runs/demo --samplers ddpm ddim heun dpm++ --steps 5 10 20 50 100 250
+    python -m benchmarks.samplers kinds --run runs/kinds --data KINDS --samplers ddim dpm++ --steps 10 --classes all
     python -m benchmarks.samplers
 
 Quality is the Frechet distance to the training images on fixed random convolutions (factorkit.metrics.frechet): no FID,
@@ -13,7 +14,6 @@ floor is what as many held-out images have, which a perfect sampler of a perfect
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -25,14 +25,14 @@ RESULTS = Path(__file__).with_name("results") / "samplers.json"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="what the data set is called in the table")
-    parser.add_argument("--data", help="as train_segdiff takes it; left out: the procedural flowers")
-    parser.add_argument("--preset", default="demo")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
+    parser.add_argument("--run", type=Path, help="a trained run")
+    parser.add_argument("--data", help="what it was trained on; left out: the procedural flowers")
+    parser.add_argument("--classes", nargs="*", help="what to draw, of a run with classes")
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--samplers", nargs="*", default=[])
     parser.add_argument("--steps", type=int, nargs="*", default=[])
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--run", type=Path, default=Path("runs") / "benchmarks" / "samplers", help="where to train")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.name:
@@ -41,23 +41,25 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Train, or take up what is trained, and draw every cell that is not there yet, the cheapest first."""
+    """Draw every cell that is not there yet, the cheapest first."""
     import torch
 
     import factorkit
     from factorkit.diffusion.samplers import evaluations
     from factorkit.metrics.frechet import frechet_distance, random_features
-    from factorkit.segdiff.config import preset_config
     from factorkit.segdiff.train import load_data
 
-    changes = {k: json.loads(v) for k, v in (entry.split("=", 1) for entry in args.set)}
-    model = " ".join([args.name, f"preset={args.preset}", *(f"{k}={v}" for k, v in changes.items())])
-    run = factorkit.train_segdiff(args.data, out=args.run / model.replace(" ", "_"), preset=args.preset, **changes)
-    dataset, prepared, _ = load_data(args.data, preset_config(args.preset, **changes).resolved(), progress=False)
+    run = factorkit.load(args.run)
+    names = ("form", "regions", "resolution", "width", "prediction", "schedule", "t_max", "tail", "loss_weighting")
+    settings = {name: getattr(run.config, name) for name in names} | {"steps": run.step, "seed": run.config.seed}
+    asked = {"classes": " ".join(args.classes), "guidance": args.guidance} if args.classes else {}
+    model = " ".join([args.name, *(f"{k}={v}" for k, v in (settings | asked).items())])
+    told = {"classes": "all" if args.classes == ["all"] else args.classes, "guidance": args.guidance}
+    dataset, prepared, _ = load_data(args.data, run.config, progress=False)
     unit = lambda images: torch.from_numpy(images.copy()).movedim(3, 1).float() / 255  # noqa: E731
     real = random_features(unit(prepared.images))
     facts = {
-        "model": model, "images": args.images, "seed": args.seed, "training_steps": run.step,
+        "model": model, "images": args.images, "seed": args.seed,
         "machine": machine(torch.get_num_threads()), "commit": commit(), "torch": torch.__version__,
     }  # fmt: skip
 
@@ -76,7 +78,7 @@ def measure(args: argparse.Namespace) -> None:
             if key in read_results(args.out):
                 continue
             start = time.perf_counter()
-            images = run.generate(args.images, sampler=sampler, steps=steps, seed=args.seed).images
+            images = run.generate(args.images, sampler=sampler, steps=steps, seed=args.seed, **told).images
             seconds = round(time.perf_counter() - start, 1)
             cost = {"steps": steps, "evaluations": evaluations(sampler, steps), "seconds": seconds}
             write(key, frechet_distance(random_features(images), real), sampler=sampler, **cost)
