@@ -73,6 +73,8 @@ def train_segdiff(
     config = preset_config(preset, **changes).resolved()
     if seeds > 1 and config.regions == 1:
         raise ConfigError(f"seeds={seeds} chooses among masks; regions=1 has none, use seeds=1")
+    if config.class_names:
+        raise ConfigError("class_names= is what train_segdiff(classes=...) finds; give classes= instead")
     device = distributed.local_device(resolve_device(config.device))
     distributed.join(device)
     folder = Path(out) if out is not None else Path("runs") / preset

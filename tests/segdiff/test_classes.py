@@ -198,6 +198,8 @@ def test_labels_of_the_data_set_itself_are_used_when_asked_for(monkeypatch):
 def test_labels_that_do_not_fit_are_refused_before_anything_is_written():
     with pytest.raises(DataError, match="3 entries"):
         fit(classes=["a", "b", "c"])
+    with pytest.raises(ConfigError, match="give classes= instead"):
+        fit(class_names=("a", "b"))
     assert not Path("out").exists()
 
 
