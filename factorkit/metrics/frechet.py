@@ -25,10 +25,10 @@ def random_features(images: Tensor, seed: int = 0) -> Tensor:
     deviation over the picture.
 
     Raises:
-        DataError: another shape, or a side below 8 pixels.
+        DataError: another shape, or a side below 9 pixels.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 8:
-        raise DataError(f"pictures of shape {tuple(images.shape)}: give [N, 3, H, W] with sides of 8 pixels or more")
+    if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 9:
+        raise DataError(f"pictures of shape {tuple(images.shape)}: give [N, 3, H, W] with sides of 9 pixels or more")
     generator = torch.Generator().manual_seed(seed)
     weights, channels = [], 3
     for width in WIDTHS:
