@@ -39,7 +39,8 @@ def test_every_cell_is_drawn_once_and_stands_in_the_table(tmp_path, monkeypatch,
     said = ask(*words, "--samplers", "ddim", "heun")
     results = json.loads((tmp_path / "results.json").read_text())
     cells = {(r["sampler"], r.get("steps")): r for r in results.values()}
-    assert set(cells) == {("ddim", 1), ("ddim", 2), ("heun", 1), ("heun", 2)}
+    assert set(cells) == {("held-out images", None), ("ddim", 1), ("ddim", 2), ("heun", 1), ("heun", 2)}
+    assert f"held-out images {cells['held-out images', None]['frechet']:.3f}" in said
     assert [cells["heun", n]["evaluations"] for n in (1, 2)] == [1, 3]
     # of one step both are the estimate of the clean image, so the figures are those of the same images
     assert cells["ddim", 1]["frechet"] == pytest.approx(cells["heun", 1]["frechet"]) != cells["ddim", 2]["frechet"]
