@@ -19,9 +19,10 @@ from factorkit.engine.report import verdict, write_report
 from factorkit.flag_types import Result
 from factorkit.metrics.baselines import BASELINES
 from factorkit.segdiff import pictures
+from factorkit.segdiff.classes import class_sheet
 from factorkit.segdiff.results import without_results
 from factorkit.segdiff.run import Generation, SegdiffRun
-from factorkit.segdiff.train import estimate, train_segdiff
+from factorkit.segdiff.train import estimate, find_classes, train_segdiff
 
 DEMO_MARK = 0.80  # IoU on the held-out procedural flowers
 DEMO_SEGMENTED, DEMO_GENERATED = 8, 16
@@ -29,11 +30,12 @@ FRAMES, FRAME_SAMPLES = 10, 8  # of a trajectory: columns and samples shown
 
 
 def train(
-    data: Path | None, out: Path, preset: str | None, seeds: int, baselines: bool, changes: dict[str, Any]
-) -> Result:
+    data: Path | None, out: Path, preset: str | None, seeds: int, baselines: bool, classes: str | None,
+    changes: dict[str, Any],
+) -> Result:  # fmt: skip
     """Train, or resume; see :func:`factorkit.train_segdiff`."""
     with saying_what_is_saved(out):
-        run = train_segdiff(data, out=out, preset=preset, seeds=seeds, baselines=baselines, **changes)
+        run = train_segdiff(data, out=out, preset=preset, seeds=seeds, baselines=baselines, classes=classes, **changes)
     judged = verdict(run.folder)
     found = {
         "run": str(run.folder), "report": str(_report(run)), "steps": run.config.steps, "scores": run.scores,
@@ -44,13 +46,16 @@ def train(
     return found, "\n".join(lines)
 
 
-def dry_run(data: Path | None, preset: str | None, seeds: int, changes: dict[str, Any]) -> Result:
+def dry_run(
+    data: Path | None, preset: str | None, seeds: int, classes: str | None, changes: dict[str, Any]
+) -> Result:  # fmt: skip
     """What a training would take; a few steps are timed on noise, nothing is written."""
-    found = {}
+    found, known = {}, None
     if data is not None:
         dataset = open_dataset(data, holdout=changes["holdout"], mask_set=changes["mask_set"])
+        known = find_classes(classes, dataset, dataset.train.names)
         found = {"images": len(dataset.train), "held_out": len(dataset.test_images or ())}
-    found |= estimate(data, preset=preset, **changes)
+    found |= estimate(data, preset=preset, known=known, **changes)
     lines = [
         f"model   {found['parameters'] / 1e6:.2f} M parameters (preset {found['preset']})",
         f"memory  {found['memory_gib']:.2f} GiB with {found['trial_images']} images at once, on {found['device']}",
@@ -138,7 +143,10 @@ def open_inputs(paths: Sequence[Path], out: Path) -> Source:
 
 
 def write_generated(drawn: Generation, out: Path) -> dict[str, Any]:
-    """Write generated images; labels and masks too where there is more than one region."""
+    """Write generated images; labels and masks too where there is more than one region.
+
+    The sheet has a row for each class where classes were asked for.
+    """
     out.mkdir(parents=True, exist_ok=True)
     images, masks, labels = _pixels(drawn.images), drawn.masks.numpy(), drawn.labels.numpy()
     plain = masks.shape[1] == 1
@@ -148,9 +156,14 @@ def write_generated(drawn: Generation, out: Path) -> dict[str, Any]:
         if not plain:
             _write_regions(path, labels[i], masks[i])
     rows = [list(images[first : first + 8]) for first in range(0, len(images), 8)]
-    sheet = pictures.contact_sheet(rows) if plain else pictures.generation_sheet(images, masks, labels)
+    if drawn.classes is not None:
+        sheet = class_sheet(images, masks, drawn.classes)
+    else:
+        sheet = pictures.contact_sheet(rows) if plain else pictures.generation_sheet(images, masks, labels)
     found = {"out": str(out), "generated": len(images), "contact_sheet": str(out / "contact_sheet.png")}
     save_image(sheet, Path(found["contact_sheet"]))
+    if drawn.classes is not None:
+        found["classes"] = drawn.classes
     if drawn.trajectory is not None:
         picked = np.linspace(0, len(drawn.trajectory) - 1, min(FRAMES, len(drawn.trajectory))).round().astype(int)
         frames = [drawn.trajectory[i] for i in picked]

@@ -56,6 +56,9 @@ class Train(Command, Generic[Config]):
     """The run folder; without: runs/PRESET."""
     preset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """Settings to start from; without: fast64, or demo where no data is given."""
+    classes: Annotated[str | None, arg(metavar="folders|auto|FILE", help_behavior_hint="")] = None
+    """Tell the model of what class each image is: by its folder, by a .csv, .tsv or .json of names and classes, or as
+    the data set says; without: of none."""
     seeds: int = 1
     """Train so many short heats first, drop those that fail the label-free alarms, go on with the best."""
     baselines: bool = False
@@ -79,9 +82,9 @@ class Train(Command, Generic[Config]):
 
         changes = self.config.to_dict() | {"holdout": _holdout(self.config.holdout)}
         if self.dry_run:
-            return commands.dry_run(self.data, self.preset, self.seeds, changes)
+            return commands.dry_run(self.data, self.preset, self.seeds, self.classes, changes)
         out = self.out or Path("runs") / _preset(self)
-        return commands.train(self.data, out, self.preset, self.seeds, self.baselines, changes)
+        return commands.train(self.data, out, self.preset, self.seeds, self.baselines, self.classes, changes)
 
 
 @dataclass(kw_only=True)
@@ -156,18 +159,25 @@ class Generate(RunCommand):
     EXAMPLES
         factorkit generate runs/photos -n 16 --out generated
         factorkit generate runs/photos -n 4 --out generated --sampler ddpm --steps 250 --trajectory
+        factorkit generate runs/photos -n 16 --out generated --sampler dpm++ --steps 20
+        factorkit generate runs/kinds -n 64 --out generated --classes all --guidance 2
     """
 
     out: Path
     """Where to write; made if it is not there."""
     count: Annotated[int, arg(aliases=["-n"])] = 16
     """How many."""
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """ddim adds no noise on the way and needs few steps; ddpm is ancestral sampling."""
+    sampler: Literal["ddim", "ddpm", "euler", "heun", "dpm++"] = "ddim"
+    """ddim (the same as euler) adds no noise on the way and needs few steps; dpm++ is of second order; heun too, at two
+    calls of the network a step; ddpm is ancestral sampling. Each goes with whatever the model predicts."""
     steps: int = 50
     """Denoising steps."""
     seed: int = 0
     """The same seed draws the same images."""
+    classes: Annotated[tuple[str, ...], arg(metavar="NAMES...", help_behavior_hint="")] = ()
+    """Of a run with classes: what the images are to be of, taken in turn, or all; without: of anything."""
+    guidance: float = 1.0
+    """How strongly they are pushed to their class: 1 is not at all, 2 to 4 is usual, at twice the cost."""
     trajectory: bool = False
     """Also write trajectory.png: how the first 8 and their regions take shape while noise is removed."""
 
@@ -175,7 +185,8 @@ class Generate(RunCommand):
         from factorkit import commands
 
         options = {"sampler": self.sampler, "steps": self.steps, "seed": self.seed, "trajectory": self.trajectory}
-        return commands.generate(self.run, self.out, self.device, n=self.count, **options)
+        options["classes"] = "all" if self.classes == ("all",) else self.classes or None
+        return commands.generate(self.run, self.out, self.device, n=self.count, guidance=self.guidance, **options)
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,6 @@
 """Images, masks and data sets, from wherever they lie to arrays of one resolution."""
 
+from factorkit.data.classes import Classes, read_classes
 from factorkit.data.datasets import Dataset, Split, open_dataset, procedural_dataset
 from factorkit.data.images import BrokenImage, square, to_rgb
 from factorkit.data.labelled import Labelled, load_labelled
@@ -14,6 +15,7 @@ from factorkit.data.views_open import open_views
 __all__ = [
     "LAYOUTS",
     "BrokenImage",
+    "Classes",
     "Dataset",
     "Labelled",
     "Prepared",
@@ -28,6 +30,7 @@ __all__ = [
     "prepare",
     "procedural_dataset",
     "procedural_views",
+    "read_classes",
     "square",
     "to_rgb",
 ]

@@ -23,5 +23,8 @@ class Denoiser(nn.Module):
     """A model of ``x_t`` at noise level ``t``. Schedule, samplers and training loop know nothing else of a model."""
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Denoised:
-        """Denoise ``x_t`` [B, C, H, W], in [-1, 1] plus noise, at integer steps ``t`` [B]."""
+        """Denoise ``x_t`` [B, C, H, W], in [-1, 1] plus noise, at integer steps ``t`` [B].
+
+        cond: what the image is to be of, where the model can be told (class labels, int64 [B], -1 for none).
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how it denoises")

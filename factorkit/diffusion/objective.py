@@ -1,6 +1,6 @@
 """What the network is asked to predict, and how its error is weighed.
 
-With a = sqrt(ab_t) and s = sqrt(1 - ab_t), every parametrisation in use is a linear mix of the two unknowns,
+With a = a_t and s = s_t of the schedule, every parametrisation in use is a linear mix of the two unknowns,
 
     x_t = a x0 + s eps,        out = p x0 + q eps,
 
@@ -22,7 +22,19 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "eps": lambda a, s: (torch.zeros_like(a), torch.ones_like(a)),  # Ho et al. 2020, eq. 12
     "v": lambda a, s: (-s, a),  # Salimans & Ho 2022, section 4
     "x0": lambda a, s: (torch.ones_like(a), torch.zeros_like(a)),  # the clean image itself
+    "flow": lambda a, s: (-torch.ones_like(a), torch.ones_like(a)),  # the straight path's velocity, Lipman et al. 2023
 }
+
+
+def check_objective(prediction: str, schedule: str) -> None:
+    """Raise ConfigError where no image can be read off a perfect prediction at every time of the kind of schedule."""
+    if prediction not in PREDICTIONS:
+        raise ConfigError(f"prediction={prediction!r} is unknown; choose one of {', '.join(PREDICTIONS)}")
+    if prediction == "eps" and schedule == "flow":
+        raise ConfigError(
+            "prediction='eps' cannot work with schedule='flow': its last time is pure noise, of which the noise says "
+            "nothing about the image; use prediction='flow', 'v' or 'x0', or schedule='linear' or 'cosine'"
+        )
 
 
 def target(prediction: str, schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -59,6 +71,16 @@ def loss_weight(schedule: Schedule, t: Tensor, power: float | Tensor) -> Tensor:
     return (1 - schedule.alpha_bar(t)).flatten() ** power
 
 
+def min_snr_weight(prediction: str, schedule: Schedule, t: Tensor, gamma: float = 5.0) -> Tensor:
+    """The weight [B] that makes each sample's loss min(SNR, gamma) times its squared error in x0 (Hang et al. 2023).
+
+    SNR = a^2 / s^2. For a given x_t an error in x0 is one of (s p - a q) / s times it in the output, so the weight is
+    min(SNR, gamma) s^2 / (a q - s p)^2: min(SNR, gamma) over SNR for eps, over SNR + 1 for v, over 1 for x0.
+    """
+    a, s, p, q = (c.flatten() for c in _coefficients(prediction, schedule, t))
+    return torch.minimum(a.square(), gamma * s.square()) / (a * q - s * p).square()
+
+
 def coarse_to_fine_power(step: int | Tensor, start: int, end: int) -> Tensor:
     """The power for `loss_weight` at a training step: 1 until `start`, then linearly down to 0 at `end` and after.
 
@@ -73,6 +95,6 @@ def coarse_to_fine_power(step: int | Tensor, start: int, end: int) -> Tensor:
 
 def _coefficients(prediction: str, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if prediction not in PREDICTIONS:
-        raise ConfigError(f"prediction {prediction!r} is not known; use one of {', '.join(PREDICTIONS)}")
+        raise ConfigError(f"prediction={prediction!r} is unknown; choose one of {', '.join(PREDICTIONS)}")
     a, s = schedule.signal(t), schedule.sigma(t)
     return a, s, *PREDICTIONS[prediction](a, s)

@@ -1,7 +1,7 @@
 """Blocks both models are made of: the layout of guided-diffusion's U-Net over factorkit's ops."""
 
 from factorkit.nn.blocks import Attention, Downsample, Norm, ResBlock, Upsample
-from factorkit.nn.embeddings import TimeEmbedding, sinusoid
+from factorkit.nn.embeddings import LabelEmbedding, TimeEmbedding, sinusoid
 from factorkit.nn.unet import Decoder, Encoder, Middle
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Decoder",
     "Downsample",
     "Encoder",
+    "LabelEmbedding",
     "Middle",
     "Norm",
     "ResBlock",

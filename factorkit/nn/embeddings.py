@@ -25,3 +25,17 @@ class TimeEmbedding(nn.Sequential):
 
     def forward(self, t: Tensor) -> Tensor:
         return super().forward(sinusoid(t, self.channels).to(self[0].weight.dtype))
+
+
+class LabelEmbedding(nn.Module):
+    """A vector for each class, and one for "no label", which unlabelled and dropped labels share."""
+
+    def __init__(self, classes: int, channels: int):
+        super().__init__()
+        self.classes = classes
+        self.table = nn.Embedding(classes + 1, channels)
+        nn.init.normal_(self.table.weight, std=0.02)  # next to nothing beside the time: labels begin as a hint
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """labels [B], int64, below 0 where there is none; [B, channels]."""
+        return self.table(torch.where(labels < 0, self.classes, labels))

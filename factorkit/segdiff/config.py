@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from tyro.conf import Suppress
 
+from factorkit.diffusion.objective import check_objective
+from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.config import EngineConfig
 from factorkit.errors import ConfigError
 from factorkit.ops.norm import NORMS
@@ -43,8 +46,15 @@ class SegdiffConfig(EngineConfig):
     dropout: float = 0.0
     """In the residual blocks."""
 
-    prediction: Literal["eps", "v"] | None = None
-    """What the network predicts; None: v for the regional form, eps for the thesis'."""
+    prediction: Literal["eps", "v", "x0", "flow"] | None = None
+    """What the network predicts: the noise, v, the clean image, or the velocity of flow matching; None: v for the
+    regional form, eps for the thesis'."""
+    schedule: Literal["linear", "cosine", "flow"] | None = None
+    """The path from image to noise; None: flow, the straight one, where the flow is predicted, else linear."""
+    loss_weighting: Literal["uniform", "min_snr"] = "uniform"
+    """What each noise level counts in the loss; min_snr is min(SNR, gamma) times the error of the clean image."""
+    min_snr_gamma: float = 5.0
+    """Gamma of min_snr."""
     branch_norm: Literal["group", "masked_group", "pixel"] | None = None
     """Norm of the branch decoder; None: pixel in the regional form, group in the thesis'."""
     region_tokens: bool | None = None
@@ -58,7 +68,8 @@ class SegdiffConfig(EngineConfig):
     mask_learning_rate: float | None = None
     """Factor on the mask generator's learning rate; None: 0.3 in the regional form, 1 in the thesis'."""
     t_max: int | None = None
-    """Most time steps are drawn from [0, t_max); None: 600 of 1000 in the regional form, all in the thesis'."""
+    """Most time steps are drawn from [0, t_max); None: 600 of 1000 in the regional form, on another schedule than the
+    linear one up to the same noise; all in the thesis'."""
     tail: float | None = None
     """Share of the samples whose time step is drawn from [t_max, T) instead, so that generation can start from pure
     noise; None: 0.1 in the regional form, 0 in the thesis' and where t_max leaves no tail."""
@@ -76,8 +87,13 @@ class SegdiffConfig(EngineConfig):
     """Mask value of pixels that are not scored."""
     fit: int = 16
     """Labelled images that fit the mapping from regions to foreground; the rest are scored."""
-    segment_t: int = 30
-    """Noise level at which real images are segmented."""
+    segment_t: int | None = None
+    """Noise level at which real images are segmented; None: that of 30 on the linear schedule of 1000."""
+
+    class_names: Suppress[tuple[str, ...]] = ()
+    """The classes the model can be told of, in the order of their labels; `train_segdiff(classes=)` fills it."""
+    label_dropout: float = 0.1
+    """Share of the labels that are left out in training, so that generation can be guided; where there are classes."""
 
     RESUMABLE = EngineConfig.RESUMABLE | {"checkpoint_branches"}
 
@@ -92,8 +108,21 @@ class SegdiffConfig(EngineConfig):
         defaults = dict(FORMS[self.form])
         if self.decoding == "concat":
             defaults["region_tokens"] = False  # one branch
-        # a shorter schedule ends at the same noise, so the same share of it is drawn from
-        t_max = defaults["t_max"] = max(1, defaults["t_max"] * self.timesteps // 1000)
+        prediction = self.prediction or defaults["prediction"]
+        kind = defaults["schedule"] = self.schedule or ("flow" if prediction == "flow" else "linear")
+        check_objective(prediction, kind)
+        if kind == "linear" and self.timesteps <= 20:
+            raise ConfigError(
+                f"timesteps={self.timesteps} must be more than 20 with schedule='linear': a shorter one needs beta >= 1"
+            )
+        path, reference = Schedule(self.timesteps, kind), Schedule()
+        defaults["segment_t"] = path.as_noisy_as(30, reference)
+        # another length or kind of schedule is drawn from up to the same noise
+        if defaults["t_max"] < 1000 and kind != "linear":
+            defaults["t_max"] = max(1, path.as_noisy_as(defaults["t_max"], reference))
+        else:
+            defaults["t_max"] = max(1, defaults["t_max"] * self.timesteps // 1000)
+        t_max = defaults["t_max"]
         if (t_max if self.t_max is None else self.t_max) >= self.timesteps:
             defaults["tail"] = 0.0
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
@@ -110,8 +139,13 @@ class SegdiffConfig(EngineConfig):
             raise ConfigError(f"width={self.width} must be even: half of the time embedding is cosines, half sines")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ConfigError(f"multipliers={self.multipliers} must be one positive number for each level")
-        if self.prediction not in ("eps", "v"):
-            raise ConfigError(f"prediction={self.prediction!r} is unknown; choose one of eps, v")
+        check_objective(self.prediction, self.schedule)
+        if self.loss_weighting not in ("uniform", "min_snr"):
+            raise ConfigError(f"loss_weighting={self.loss_weighting!r} is unknown; choose uniform or min_snr")
+        if not 0 < self.min_snr_gamma < math.inf:
+            raise ConfigError(f"min_snr_gamma={self.min_snr_gamma} must be positive and finite")
+        if not 0 <= self.label_dropout < 1:
+            raise ConfigError(f"label_dropout={self.label_dropout} must lie between 0 and 1, without 1")
         if self.branch_norm not in NORMS:
             raise ConfigError(f"branch_norm={self.branch_norm!r} is unknown; choose one of {', '.join(NORMS)}")
         if not 0 <= self.dropout < 1:
@@ -120,8 +154,6 @@ class SegdiffConfig(EngineConfig):
             raise ConfigError(f"mask_learning_rate={self.mask_learning_rate} is a factor, 0 or more")
         if len(self.coarse_to_fine) != 2 or not 0 <= self.coarse_to_fine[0] <= self.coarse_to_fine[1]:
             raise ConfigError(f"coarse_to_fine={self.coarse_to_fine} must be two steps, the second not the earlier")
-        if self.timesteps <= 20:
-            raise ConfigError(f"timesteps={self.timesteps} must be more than 20: a shorter schedule needs beta >= 1")
         if not 1 <= self.t_max <= self.timesteps:
             raise ConfigError(f"t_max={self.t_max} must lie between 1 and timesteps={self.timesteps}")
         if not 0 <= self.tail <= 1 or (self.tail and self.t_max == self.timesteps):
@@ -139,6 +171,10 @@ class SegdiffConfig(EngineConfig):
             cures.append("checkpoint_branches=True, for the memory of one branch at a slower pace")
         return "Give " + " or ".join(cures or ["a smaller width= or resolution= in another out="])
 
+    def noising(self, device: torch.device | str = "cpu") -> Schedule:
+        """The path from image to noise of a resolved configuration."""
+        return Schedule(self.timesteps, self.schedule, device)
+
     def build(self) -> FactorizedUNet:
         """The network of a resolved configuration, with fresh weights, channels last."""
         names = (
@@ -146,7 +182,7 @@ class SegdiffConfig(EngineConfig):
             "decoding", "branch_norm", "region_tokens", "normalised_logits", "half_resolution_masks",
             "checkpoint_branches",
         )  # fmt: skip
-        model = FactorizedUNet(**{name: getattr(self, name) for name in names})
+        model = FactorizedUNet(**{name: getattr(self, name) for name in names}, classes=len(self.class_names))
         # as its features lie: a convolution would otherwise turn its weights round in every call
         return model.to(memory_format=torch.channels_last)
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from factorkit import ops
 from factorkit.diffusion.denoiser import Denoised, Denoiser
 from factorkit.errors import ConfigError
-from factorkit.nn import Decoder, Encoder, Middle, TimeEmbedding
+from factorkit.nn import Decoder, Encoder, LabelEmbedding, Middle, TimeEmbedding
 
 DECODINGS = ("masked_skips", "concat", "masked_mid", "unshared")
 
@@ -104,6 +104,7 @@ class FactorizedUNet(Denoiser):
         checkpoint_branches: in training, run the branches one after another and once more in the backward pass: the
             memory of their activations is then that of one branch, whatever K.
         channels: of the image.
+        classes: how many the model can be told of, by labels added to the time embedding; 0 is none.
 
     Raises:
         ConfigError: a resolution that cannot be halved often enough, or parts that do not go together.
@@ -114,7 +115,7 @@ class FactorizedUNet(Denoiser):
         attention: Sequence[int] = (16, 8), heads: int = 4, groups: int = 32, dropout: float = 0.0,
         decoding: str = "masked_skips", branch_norm: str = "group", region_tokens: bool = False,
         normalised_logits: bool = False, half_resolution_masks: bool = False, checkpoint_branches: bool = False,
-        channels: int = 3,
+        channels: int = 3, classes: int = 0,
     ):  # fmt: skip
         super().__init__()
         check_architecture(
@@ -137,6 +138,7 @@ class FactorizedUNet(Denoiser):
                 embed, out, norm=norm, **common,
             )  # fmt: skip
 
+        self.labels = LabelEmbedding(classes, embed) if classes else None
         if regions == 1:
             self.decoder = decoder(channels)
             return
@@ -156,9 +158,12 @@ class FactorizedUNet(Denoiser):
             self.decoder = decoder(channels, norm=branch_norm)
         self.tokens = RegionTokens(channels, width, embed) if region_tokens else None
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: None = None) -> Denoised:
-        """Prediction [B, C, H, W] and :class:`Regions`; for ``regions=1`` the mask is one everywhere."""
-        embedding, skips, h = self._encode(x_t, t)
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
+        """Prediction [B, C, H, W] and :class:`Regions`; for ``regions=1`` the mask is one everywhere.
+
+        cond: labels int64 [B], -1 where there is none; None is no label for all.
+        """
+        embedding, skips, h = self._encode(x_t, t, cond)
         if self.regions == 1:
             prediction = at_least_fp32(self.decoder(h, skips, embedding))
             return Denoised(prediction, Regions(torch.ones_like(prediction[:, :1]), prediction[:, None]))
@@ -171,15 +176,18 @@ class FactorizedUNet(Denoiser):
         masks, prediction = ops.region_blend(logits, branches)
         return Denoised(prediction, Regions(masks, branches.unflatten(0, masks.shape[:2])))
 
-    def segment(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def segment(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """The masks alone, [B, K, H, W]: encoder, middle and mask generator; the decoders are never run."""
         if self.regions == 1:
             return torch.ones_like(x_t[:, :1])
-        embedding, skips, h = self._encode(x_t, t)
+        embedding, skips, h = self._encode(x_t, t, cond)
         return self._logits(h, skips, embedding).softmax(1)
 
-    def _encode(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    def _encode(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
         embedding = self.time(t)
+        if self.labels is not None:
+            labels = torch.full_like(t, -1) if cond is None else cond
+            embedding = embedding + self.labels(labels).to(embedding.dtype)
         skips = self.encoder(x_t, embedding)
         return embedding, skips, self.middle(skips[-1], embedding)
 

@@ -75,7 +75,7 @@ def segmentation_sheet(
     captions += [] if branches is None else [(f"branch {k}", colors[k]) for k in range(len(colors))]
     rows = []
     for n, image in enumerate(images):
-        row = [image, _outlined(image, masks[n].argmax(axis=0))]
+        row = [image, outlined(image, masks[n].argmax(axis=0))]
         row += [] if truth is None else [grey(truth[n])]
         row += [grey(mask) for mask in masks[n]]
         row += [] if branches is None else [grey(painted) for painted in branches[n]]
@@ -98,7 +98,7 @@ def generation_sheet(
     captions: list[Caption] = []
     for start in range(0, len(images), per_line):
         line = range(start, min(start + per_line, len(images)))
-        rows += [[images[n] for n in line], [_outlined(images[n], labels[n]) for n in line]]
+        rows += [[images[n] for n in line], [outlined(images[n], labels[n]) for n in line]]
         rows += [[grey(masks[n, k]) for n in line] for k in range(len(colors))]
         captions += ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
     return contact_sheet(rows, row_captions=captions)
@@ -130,7 +130,7 @@ def _colored(labels: np.ndarray) -> np.ndarray:
     return palette(int(labels.max(initial=0)) + 1)[labels]
 
 
-def _outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """An overlay for a sheet: small images are enlarged first, so that the lines stay thin beside their pixels."""
     factor = -(-CELL // max(labels.shape))
     return overlay(enlarge(image, factor), enlarge(labels, factor), alpha=0.45)

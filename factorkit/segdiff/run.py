@@ -17,13 +17,13 @@ from torch import Tensor
 from factorkit.data.images import to_rgb
 from factorkit.data.labelled import load_labelled
 from factorkit.data.sources import Source, open_source
-from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.folder import read_weights, write_json
 from factorkit.errors import CheckpointError, ConfigError, DataError, OutOfMemory, is_out_of_memory
 from factorkit.metrics.baselines import score_baselines
 from factorkit.metrics.segmentation import evaluate_masks
+from factorkit.segdiff.classes import chosen_labels
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.model import FactorizedUNet
 from factorkit.segdiff.results import DEFAULT_FORMATS
@@ -65,12 +65,14 @@ class Generation(NamedTuple):
         masks: [n, K, R, R].
         labels: int64 [n, R, R].
         trajectory: every denoising step, noise first, where it was asked for.
+        classes: what each image was asked to be of, None for anything; None where nothing was asked.
     """
 
     images: Tensor
     masks: Tensor
     labels: Tensor
     trajectory: list[Frame] | None
+    classes: list[str | None] | None = None
 
 
 class SegdiffRun:
@@ -83,7 +85,7 @@ class SegdiffRun:
     ):
         self.config, self.device, self.step, self.folder = config, device, step, folder
         self.model = model.to(device, memory_format=torch.channels_last).eval()
-        self.schedule = Schedule(config.timesteps, device=device)
+        self.schedule = config.noising(device)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> SegdiffRun:
@@ -95,7 +97,7 @@ class SegdiffRun:
         path = Path(path)
         weights, meta = read_weights(path, "segdiff")
         fields = {f.name for f in dataclasses.fields(SegdiffConfig)}
-        config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
+        config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields}).resolved()
         with torch.device("meta"):
             model = config.build()
         try:
@@ -206,33 +208,41 @@ class SegdiffRun:
 
     def generate(
         self, n: int = 16, *, sampler: str = "ddim", steps: int | None = 50, seed: int = 0, trajectory: bool = False,
-        progress: bool = False,
+        progress: bool = False, classes: Any = None, guidance: float = 1.0,
     ) -> Generation:  # fmt: skip
         """Draw images and their masks from noise (thesis, algorithm 2).
 
         Args:
             n: how many.
-            sampler: ``"ddim"`` (few steps) or ``"ddpm"`` (ancestral).
+            sampler: ``"ddim"`` (the same as ``"euler"``), ``"heun"`` or ``"dpm++"`` for few steps, ``"ddpm"`` for many;
+                see :func:`factorkit.diffusion.samplers.sample`. Each goes with whatever the model predicts.
             steps: denoising steps; None: every one.
             seed: the same seed, the same images.
             trajectory: keep every step (fig. 2.10).
+            classes: what the images are to be of, where the run has classes (``config.class_names``): a name or label,
+                a list of them, taken in turn (None in it is no class), or ``"all"``; None: of anything.
+            guidance: how strongly they are pushed to their class; 1 is not at all, 2 to 4 is usual, at twice the cost.
 
         Raises:
-            ConfigError: an unknown sampler, or n or steps out of range.
+            ConfigError: an unknown sampler or class, guidance without classes, or n or steps out of range.
         """
         if n < 1:
             raise ConfigError(f"n={n}: at least one image has to be asked for")
+        labels = chosen_labels(classes, self.config.class_names, n, guidance)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             drawn = draw_images(
                 self.model, self.config, n, sampler=sampler, steps=steps, seed=seed, device=self.device,
-                progress=progress, trajectory=trajectory,
+                progress=progress, trajectory=trajectory, labels=labels, guidance=guidance,
             )  # fmt: skip
         unit = lambda x: ((x.float() + 1) / 2).clamp(0, 1).cpu()  # noqa: E731
         masks = drawn.bottleneck.masks.float().cpu()
         frames = None
         if trajectory:
             frames = [Frame(s.t, unit(s.x0), s.bottleneck.masks.float().cpu()) for s in drawn.trajectory]
-        return Generation(unit(drawn.images), masks, masks.argmax(1), frames)
+        asked = None
+        if labels is not None:
+            asked = [self.config.class_names[i] if i >= 0 else None for i in labels.tolist()]
+        return Generation(unit(drawn.images), masks, masks.argmax(1), frames, asked)
 
     def evaluate(
         self, images: Any, masks: Any, *, fit: int | None = None, ignore: int | None = None, baselines: bool = False,

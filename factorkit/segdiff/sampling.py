@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from factorkit.diffusion.denoiser import Denoiser
+from factorkit.diffusion.guidance import Guided
 from factorkit.diffusion.samplers import Samples, Step, sample
-from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import ConfigError
 from factorkit.segdiff.config import SegdiffConfig
@@ -17,11 +19,13 @@ PIECE = 64  # images drawn at once
 def draw_images(
     model: FactorizedUNet, config: SegdiffConfig, count: int, *, sampler: str = "ddim", steps: int | None = 50,
     seed: int = 0, device: torch.device, progress: bool = False, trajectory: bool = False,
+    labels: Tensor | None = None, guidance: float = 1.0,
 ) -> Samples:  # fmt: skip
     """``count`` images [count, 3, R, R] in [-1, 1] with their :class:`~factorkit.segdiff.model.Regions`.
 
     A model trained on t < t_max alone starts there instead of at T. Many images are drawn in pieces, so that memory
-    does not grow with their number.
+    does not grow with their number. labels: int64 [count], -1 for none, what the images are to be of; guidance: the
+    scale of :class:`~factorkit.diffusion.guidance.Guided`.
 
     Raises:
         ConfigError: an unknown sampler, or steps out of range.
@@ -29,11 +33,15 @@ def draw_images(
     if steps is not None and not 1 <= steps <= config.timesteps:
         raise ConfigError(f"steps={steps}: this model's schedule has 1 to {config.timesteps} of them")
     start = config.timesteps if config.tail else config.t_max
+
+    def told(first: int) -> Denoiser:
+        return model if labels is None else Guided(model, labels[first : first + PIECE].to(device), guidance)
+
     pieces = [
         sample(
-            model,
+            told(first),
             (min(PIECE, count - first), 3, config.resolution, config.resolution),
-            schedule=Schedule(config.timesteps, device=device),
+            schedule=config.noising(device),
             prediction=config.prediction,
             sampler=sampler,
             steps=min(steps, start) if steps else steps,

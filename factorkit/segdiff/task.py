@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from factorkit.diffusion.objective import coarse_to_fine_power, denoising_loss, loss_weight, target, to_x0
+from factorkit.diffusion.objective import (
+    coarse_to_fine_power,
+    denoising_loss,
+    loss_weight,
+    min_snr_weight,
+    target,
+    to_x0,
+)
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.atomic import save_image
 from factorkit.engine.step import StepLoss
@@ -44,13 +51,18 @@ class SegdiffTask:
         images: uint8 [N, R, R, 3], usually a memory map.
         probes: uint8 [M, R, R, 3], M >= 2, images for sheets and alarms, held-out ones where there are any.
         device: where to train; the images are kept there too when it is a GPU with room for them.
+        labels: int64 [N], -1 where an image has none, for a configuration with classes.
     """
 
-    def __init__(self, config: SegdiffConfig, images: np.ndarray, probes: np.ndarray, device: torch.device):
+    def __init__(
+        self, config: SegdiffConfig, images: np.ndarray, probes: np.ndarray, device: torch.device,
+        labels: np.ndarray | None = None,
+    ):  # fmt: skip
         torch.manual_seed(derived_seed("weights", config.seed))
         self.config, self.device, self.size = config, device, len(images)
         self.model = config.build()
-        self.schedule = Schedule(config.timesteps, device=device)
+        self.schedule = config.noising(device)
+        self.labels = None if labels is None else torch.from_numpy(labels).to(device)
         self.images = resident(images, device)
         self.capturable = isinstance(self.images, Tensor)
         self.probes = to_float(torch.from_numpy(np.array(probes[:PROBES])))
@@ -72,13 +84,21 @@ class SegdiffTask:
             t = torch.where(draw.uniform() < config.tail, draw.integers(config.t_max, config.timesteps), t)
         eps = draw.normal(*x0.shape[1:])
         x_t = self.schedule.noise(x0, eps, t)
-        out = model(x_t, t)
+        out = model(x_t, t, *self._told(indices, draw))
         loss = denoising_loss(out.prediction, target(config.prediction, self.schedule, x0, eps, t))
         weighted = loss
         if config.coarse_to_fine[1]:
             power = coarse_to_fine_power(step + 1, *config.coarse_to_fine)
             weighted = loss * loss_weight(self.schedule, t, power)
+        if config.loss_weighting == "min_snr":
+            weighted = weighted * min_snr_weight(config.prediction, self.schedule, t, config.min_snr_gamma)
         return StepLoss(weighted, loss, t / config.timesteps, self._watch(out.bottleneck.masks))
+
+    def _told(self, indices: Tensor, draw: BatchDraw) -> tuple[Tensor, ...]:
+        """The labels of the images, some of them left out; nothing where the model has no classes."""
+        if self.labels is None:
+            return ()
+        return (torch.where(draw.uniform() < self.config.label_dropout, -1, self.labels[indices.to(self.device)]),)
 
     def _gather(self, indices: Tensor) -> Tensor:
         if isinstance(self.images, Tensor):
@@ -98,7 +118,8 @@ class SegdiffTask:
     def inspect(self, model: FactorizedUNet, step: int, folder: Path) -> dict[str, Any]:
         """Sheets of segmented and of generated images; the label-free alarms (nothing for ``regions=1``)."""
         folder.mkdir(parents=True, exist_ok=True)
-        generated = draw_images(model, self.config, SHOWN, steps=SHEET_STEPS, seed=0, device=self.device)
+        shown = torch.arange(SHOWN) % len(self.config.class_names) if self.config.class_names else None
+        generated = draw_images(model, self.config, SHOWN, steps=SHEET_STEPS, seed=0, device=self.device, labels=shown)
         masks = generated.bottleneck.masks.float().cpu().numpy()
         sheet = pictures.generation_sheet(to_uint8(generated.images), masks)
         save_image(sheet, folder / f"{step:06d}_generated.png")

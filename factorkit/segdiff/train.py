@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from factorkit.data.classes import Classes, read_classes
 from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
 from factorkit.data.prepare import Prepared, prepare
 from factorkit.engine import distributed
@@ -35,7 +37,7 @@ HEAT_STEPS = 400
 
 def train_segdiff(
     data: Any = None, *, out: str | Path | None = None, preset: str | None = None, seeds: int = 1,
-    progress: bool = True, baselines: bool = False, **changes: Any,
+    progress: bool = True, baselines: bool = False, classes: Any = None, **changes: Any,
 ) -> SegdiffRun:  # fmt: skip
     """Train a factorized diffusion model on unlabelled photographs; the same call again resumes, exactly.
 
@@ -50,6 +52,9 @@ def train_segdiff(
             the best.
         progress: show a progress bar with the time left.
         baselines: score trivial predictors beside the model at the end, where there are labels.
+        classes: tell the model of what class each image is, so that it generates by class; ``"folders"``, a .csv,
+            .tsv or .json file, a mapping of names to classes, a list for arrays, or True for what the data set itself
+            says (:func:`factorkit.data.read_classes`). Segmenting stays without labels.
         **changes: any field of :class:`~factorkit.segdiff.config.SegdiffConfig`, such as ``regions=``, ``resolution=``,
             ``form=``, ``decoding=``, ``prediction=``, ``steps=``, ``seed=``, ``device=``.
 
@@ -68,19 +73,25 @@ def train_segdiff(
     config = preset_config(preset, **changes).resolved()
     if seeds > 1 and config.regions == 1:
         raise ConfigError(f"seeds={seeds} chooses among masks; regions=1 has none, use seeds=1")
+    if config.class_names:
+        raise ConfigError("class_names= is what train_segdiff(classes=...) finds; give classes= instead")
     device = distributed.local_device(resolve_device(config.device))
     distributed.join(device)
     distributed.check_batch(config.batch_size)  # before the images are prepared, which may take long
     folder = Path(out) if out is not None else Path("runs") / preset
     dataset, prepared, probes = load_data(data, config, progress)
+    known = find_classes(classes, dataset, prepared.names)
+    if known is not None:
+        config = dataclasses.replace(config, class_names=tuple(known.names))
+    labels = None if known is None else known.labels
     settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seeds": seeds}
-    settings["data"] = describe(dataset, prepared)
+    settings["data"] = describe(dataset, prepared, labels)
     if distributed.rank() == 0:
         claim(folder, settings, config.RESUMABLE)
     distributed.barrier()
 
     def trainer(config: SegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
-        task = SegdiffTask(config, prepared.images, probes, device)
+        task = SegdiffTask(config, prepared.images, probes, device, labels)
         meta = {**settings, **config.to_dict()}
         return Trainer(task, config, folder, meta, device=device, progress=progress, stop_at=stop_at)
 
@@ -125,12 +136,31 @@ def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset
     return dataset, prepared, probes
 
 
-def describe(dataset: Dataset, prepared: Prepared) -> dict[str, Any]:
-    """What identifies the training images, wherever they lie: name, number, a hash over a sample of their pixels."""
+def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classes | None:
+    """The classes of the training images ``names``, of those in ``dataset.train``; None where none are wanted.
+
+    Raises:
+        ConfigError, DataError: as :func:`factorkit.data.read_classes`.
+    """
+    if classes is None or classes is False:
+        return None
+    known = None
+    if dataset.labels is not None:  # images that could not be decoded are not among the names
+        label_of = dict(zip(dataset.train.names, dataset.labels, strict=True))
+        known = Classes(np.array([label_of[name] for name in names], np.int64), list(dataset.class_names))
+    return read_classes(classes, names, positional=dataset.train.positional, known=known)
+
+
+def describe(dataset: Dataset, prepared: Prepared, labels: np.ndarray | None = None) -> dict[str, Any]:
+    """What identifies the training images, wherever they lie: name, number, a hash over a sample of their pixels, and
+    one over all labels."""
     digest = hashlib.sha256()
     for i in np.linspace(0, len(prepared) - 1, min(64, len(prepared))).round().astype(int):
         digest.update(np.ascontiguousarray(prepared.images[i]))
-    return {"name": dataset.name, "images": len(prepared), "sha256": digest.hexdigest()[:16]}
+    found = {"name": dataset.name, "images": len(prepared), "sha256": digest.hexdigest()[:16]}
+    if labels is not None:
+        found["labels_sha256"] = hashlib.sha256(np.ascontiguousarray(labels)).hexdigest()[:16]
+    return found
 
 
 def run_heats(config: SegdiffConfig, folder: Path, seeds: int, trainer) -> SegdiffConfig:
@@ -166,8 +196,12 @@ def run_heats(config: SegdiffConfig, folder: Path, seeds: int, trainer) -> Segdi
     return dataclasses.replace(config, seed=json.loads(chosen.read_text())["seed"])
 
 
-def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> dict[str, Any]:
+def estimate(
+    data: Any = None, *, preset: str | None = None, known: Classes | None = None, **changes: Any
+) -> dict[str, Any]:
     """What ``--dry-run`` prints: parameters, memory and a timed trial of the training step on this machine.
+
+    known: the classes of the images, as :func:`find_classes` answers them.
 
     Returns:
         parameters, images_per_second, seconds (of the whole run), memory_gib (of training; measured on a GPU, on a CPU
@@ -176,6 +210,8 @@ def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> 
     """
     preset = preset or ("demo" if data is None else "fast64")
     config = preset_config(preset, **changes).resolved()
+    if known is not None:
+        config = dataclasses.replace(config, class_names=tuple(known.names))
     device = resolve_device(config.device)
     count = min(config.micro_batch_size or config.batch_size, config.batch_size)
     if device.type == "cpu":
@@ -184,7 +220,7 @@ def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> 
     shape = (max(2, count), config.resolution, config.resolution, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     before = _memory(device)
-    task = SegdiffTask(trial, images, images, device)
+    task = SegdiffTask(trial, images, images, device, None if known is None else np.zeros(len(images), np.int64))
     trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
     with cpu_threads(config.threads):
         seconds = trainer.trial(steps=3)

@@ -5,9 +5,11 @@ import torch
 
 from factorkit.diffusion.objective import (
     PREDICTIONS,
+    check_objective,
     coarse_to_fine_power,
     denoising_loss,
     loss_weight,
+    min_snr_weight,
     target,
     to_eps,
     to_x0,
@@ -16,19 +18,29 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.errors import ConfigError
 
 
-@pytest.fixture
-def noised():
+@pytest.fixture(params=["linear", "cosine", "flow"])
+def noised(request):
     torch.manual_seed(0)
-    schedule, t = Schedule(), torch.tensor([0, 300, 700, 950])
+    schedule, t = Schedule(kind=request.param), torch.tensor([1, 300, 700, 950])
     x0, eps = torch.rand(4, 3, 5, 7) * 2 - 1, torch.randn(4, 3, 5, 7)
     return schedule, x0, eps, t, schedule.noise(x0, eps, t)
 
 
 def test_targets_are_those_of_the_papers(noised):
     schedule, x0, eps, t, _ = noised
-    ab = schedule.alpha_bar(t)
+    a, s = schedule.signal(t), schedule.sigma(t)
     torch.testing.assert_close(target("eps", schedule, x0, eps, t), eps)
-    torch.testing.assert_close(target("v", schedule, x0, eps, t), ab.sqrt() * eps - (1 - ab).sqrt() * x0)
+    torch.testing.assert_close(target("v", schedule, x0, eps, t), a * eps - s * x0)
+    torch.testing.assert_close(target("x0", schedule, x0, eps, t), x0)
+    torch.testing.assert_close(target("flow", schedule, x0, eps, t), eps - x0)
+
+
+def test_the_flow_target_is_the_velocity_of_the_straight_path():
+    schedule = Schedule(1000, "flow")
+    x0, eps = torch.rand(1, 3, 2, 2, dtype=torch.float64), torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    later, now = (schedule.signals[t] * x0 + schedule.sigmas[t] * eps for t in (401, 400))
+    velocity = (later - now) / (schedule.sigmas[401] - schedule.sigmas[400])
+    torch.testing.assert_close(target("flow", schedule, x0, eps, torch.tensor([400])), velocity)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -54,6 +66,34 @@ def test_loss_is_the_mean_of_each_sample_in_float32():
     torch.testing.assert_close(loss, torch.tensor([0.01, 9.0]))
 
 
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_is_hang_et_als_for_each_prediction(kind, gamma):
+    schedule, t = Schedule(kind=kind), torch.tensor([0, 20, 250, 600, 990])
+    ab = schedule.alpha_bars[t]
+    snr = ab / (1 - ab)
+    capped = snr.clamp_max(gamma)
+    for prediction, weight in {"x0": capped, "eps": capped / snr, "v": capped / (snr + 1)}.items():
+        found = min_snr_weight(prediction, schedule, t, gamma).double()
+        torch.testing.assert_close(found, weight, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_weighs_the_error_of_the_image_alike_whatever_is_predicted(noised, prediction):
+    schedule, x0, eps, t, x_t = noised
+    out = target(prediction, schedule, x0, eps, t)
+    wrong = out + 0.1 * torch.randn_like(out)
+    error = denoising_loss(to_x0(prediction, schedule, x_t, wrong, t), to_x0(prediction, schedule, x_t, out, t))
+    snr = (schedule.signals[t] / schedule.sigmas[t]).square().float()
+    weighted = min_snr_weight(prediction, schedule, t, 5.0) * denoising_loss(wrong, out)
+    torch.testing.assert_close(weighted, snr.clamp_max(5) * error, rtol=2e-3, atol=0)
+
+
+def test_min_snr_of_pure_noise_is_nothing():
+    schedule = Schedule(10, "flow")
+    assert min_snr_weight("flow", schedule, torch.tensor([9])).tolist() == [0]
+
+
 def test_weight_goes_from_coarse_to_even():
     schedule, t = Schedule(), torch.tensor([0, 999])
     ab = schedule.alpha_bars[t].float()
@@ -66,7 +106,12 @@ def test_weight_goes_from_coarse_to_even():
 
 def test_mistakes_are_named(noised):
     schedule, x0, eps, t, _ = noised
-    with pytest.raises(ConfigError, match="'score'.*eps, v"):
+    with pytest.raises(ConfigError, match="'score'.*eps, v, x0, flow"):
         target("score", schedule, x0, eps, t)
     with pytest.raises(ConfigError, match="step 10.*step 20"):
         coarse_to_fine_power(0, 20, 10)
+    with pytest.raises(ConfigError, match="'eps'.*'flow'.*pure noise"):
+        check_objective("eps", "flow")
+    for kind in ("linear", "cosine", "flow"):
+        for prediction in ("v", "x0", "flow"):
+            check_objective(prediction, kind)

@@ -6,62 +6,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from factorkit.diffusion.denoiser import Denoised, Denoiser
-from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
 from factorkit.errors import ConfigError
-
-
-class Optimal(Denoiser):
-    """A denoiser that knows the posterior mean of the clean pixel; its bottleneck is the time it was called with."""
-
-    def __init__(self, schedule: Schedule, prediction: str = "v") -> None:
-        super().__init__()
-        self.schedule, self.prediction_name, self.calls = schedule, prediction, []
-
-    def posterior_mean(self, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: object = None) -> Denoised:
-        ab = self.schedule.alpha_bars[t].view(-1, 1, 1, 1)
-        a, s, x = ab.sqrt(), (1 - ab).sqrt(), x_t.double()
-        x0 = self.posterior_mean(x, a, s)
-        eps = (x - a * x0) / s
-        self.calls.append(int(t[0]))
-        return Denoised((eps if self.prediction_name == "eps" else a * eps - s * x0).float(), int(t[0]))
-
-
-class Gaussian(Optimal):
-    """Pixels are independent N(mu, sd^2)."""
-
-    def __init__(self, schedule: Schedule, mu: float, sd: float, prediction: str = "v") -> None:
-        super().__init__(schedule, prediction)
-        self.mu, self.sd = mu, sd
-
-    def posterior_mean(self, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
-        return self.mu + a * self.sd**2 / (a**2 * self.sd**2 + s**2) * (x - a * self.mu)
-
-
-class TwoPoints(Optimal):
-    """Pixels are independent, +value with probability p and -value otherwise."""
-
-    def __init__(self, schedule: Schedule, value: float, p: float) -> None:
-        super().__init__(schedule)
-        self.value, self.log_odds = value, math.log(p / (1 - p))
-
-    def posterior_mean(self, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
-        return self.value * torch.tanh(self.log_odds / 2 + a * self.value * x / s**2)
-
-
-def draw(model: Optimal, shape=(1, 1, 256, 256), **options):
-    options = {"schedule": model.schedule, "prediction": model.prediction_name, "clip": False} | options
-    return sample(model, shape, **options)
-
-
-def moments(x: Tensor) -> tuple[float, float]:
-    return x.double().mean().item(), x.double().std().item()
+from tests.diffusion.closed_forms import Gaussian, TwoPoints, draw, moments
 
 
 @pytest.mark.parametrize(("mu", "sd"), [(0.3, 0.2), (-0.5, 1.5)])
@@ -109,25 +57,6 @@ def test_ddpm_keeps_unit_variance_exactly():
 def test_ddpm_reaches_the_moments_of_the_data():
     images = draw(Gaussian(Schedule(400), 0.3, 0.2), seed=2).images
     assert moments(images) == pytest.approx((0.3, 0.2), abs=0.01)
-
-
-def test_strided_ddpm_takes_mean_and_variance_of_the_posterior():
-    """Ho et al. 2020, eq. 6-7, written for a pair of times: a linear denoiser makes the moments a recursion."""
-    mu, sd, schedule = 0.3, 0.5, Schedule()
-    model = Gaussian(schedule, mu, sd)
-    images = draw(model, sampler="ddpm", steps=12, seed=4).images
-
-    levels = [schedule.alpha_bars[t].item() for t in model.calls] + [1.0]
-    mean, variance = 0.0, 1 - levels[0]
-    for ab, ab_next in zip(levels, levels[1:], strict=False):
-        alpha = ab / ab_next
-        of_x0 = math.sqrt(ab_next) * (1 - alpha) / (1 - ab)
-        of_x = math.sqrt(alpha) * (1 - ab_next) / (1 - ab)
-        slope = math.sqrt(ab) * sd**2 / (ab * sd**2 + 1 - ab)  # of E[x0 | x_t] in x_t
-        offset = mu * (1 - slope * math.sqrt(ab))
-        mean = (of_x0 * slope + of_x) * mean + of_x0 * offset
-        variance = (of_x0 * slope + of_x) ** 2 * variance + (1 - alpha) * (1 - ab_next) / (1 - ab)
-    assert moments(images) == pytest.approx((mean, math.sqrt(variance)), abs=0.006)
 
 
 @pytest.mark.parametrize("options", [{"sampler": "ddpm"}, {"sampler": "ddpm", "steps": 50}, {"sampler": "ddim"}])
@@ -203,7 +132,8 @@ def test_last_bottleneck_comes_back_and_nothing_needs_a_gradient():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "euler"}, "'euler'"),
+        ({"sampler": "rk4"}, "'rk4'.*ddpm.*heun"),
+        ({"sampler": "heun", "eta": 0.5}, "eta.*'heun'"),
         ({"steps": 0}, "steps=0"),
         ({"steps": 31, "t_start": 30}, "steps=31.*t_start=30"),
         ({"t_start": 51}, "t_start=51.*50"),

@@ -50,6 +50,43 @@ def test_every_length_ends_at_about_the_same_noise(steps):
 def test_schedules_that_cannot_work_are_refused():
     with pytest.raises(ConfigError, match="20 steps"):
         Schedule(20)
-    with pytest.raises(ConfigError, match="cosine"):
-        Schedule(kind="cosine")
+    with pytest.raises(ConfigError, match="'exponential'.*linear, cosine, flow"):
+        Schedule(kind="exponential")
+    with pytest.raises(ConfigError, match="0 steps"):
+        Schedule(0, "flow")
     assert (Schedule(21).alpha_bars > 0).all()
+
+
+@pytest.mark.parametrize("steps", [1, 7, 1000])
+def test_cosine_is_nichol_and_dhariwals(steps):
+    left = lambda t: math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2  # noqa: E731
+    got = Schedule(steps, "cosine").alpha_bars
+    # up to the last time, which alone is kept from having no signal at all, alpha_bar is the ratio they give
+    expected = [left(t + 1) / left(0) for t in range(steps - 1)]
+    torch.testing.assert_close(got[:-1], torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
+    before = got[-2] if steps > 1 else 1.0
+    assert 0 < got[-1] <= 1.001e-3 * before
+
+
+@pytest.mark.parametrize("steps", [1, 7, 1000])
+def test_flow_is_the_straight_path(steps):
+    schedule = Schedule(steps, "flow")
+    torch.testing.assert_close(schedule.signals + schedule.sigmas, torch.ones(steps, dtype=torch.float64))
+    assert schedule.sigmas[0] == 1 / steps and schedule.signals[-1] == 0
+    x0, eps, t = torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), -1.0), torch.tensor([steps // 2])
+    tau = (steps // 2 + 1) / steps
+    assert schedule.noise(x0, eps, t).item() == pytest.approx(3 * (1 - tau) - tau)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "flow"])
+def test_as_noisy_as_finds_the_time_of_equal_snr(kind):
+    reference, schedule = Schedule(), Schedule(kind=kind)
+    for t in (0, 30, 600, 998):
+        found = schedule.as_noisy_as(t, reference)
+        ratio = schedule.sigmas[found] / schedule.signals[found]
+        wanted = reference.sigmas[t] / reference.signals[t]
+        neighbours = (schedule.sigmas / schedule.signals)[[max(found - 1, 0), min(found + 1, 999)]]
+        assert neighbours[0] <= wanted * 1.0001 or found == 0
+        assert ratio / wanted == pytest.approx(1, abs=0.1) or found == 0
+        if kind == "linear":
+            assert found == t

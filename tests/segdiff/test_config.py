@@ -112,7 +112,7 @@ def test_changes_win_over_the_preset():
         ({"decoding": "two"}, r"decoding='two'.*masked_skips, concat, masked_mid, unshared"),
         ({"decoding": "concat", "branch_norm": "masked_group"}, r"branch_norm='group'"),
         ({"decoding": "concat", "region_tokens": True}, r"region_tokens=False"),
-        ({"prediction": "x0"}, r"prediction='x0'.*eps, v"),
+        ({"prediction": "score"}, r"prediction='score'.*eps, v, x0, flow"),
         ({"branch_norm": "layer"}, r"branch_norm='layer'.*group, masked_group, pixel"),
         ({"multipliers": ()}, r"multipliers=\(\)"),
         ({"multipliers": (1, 0)}, r"multipliers=\(1, 0\)"),

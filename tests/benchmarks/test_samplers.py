@@ -1,0 +1,52 @@
+"""benchmarks/samplers.py at its tiniest: every cell once, its cost, a table of what was written."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import factorkit
+from benchmarks import samplers
+from factorkit.data import flowers
+
+TINY = {
+    "resolution": 16, "regions": 2, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2,
+    "steps": 1, "batch_size": 4, "sample_every": 0, "device": "cpu",
+}  # fmt: skip
+
+
+def test_every_cell_is_drawn_once_and_stands_in_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("factorkit.engine.loop.write_report", lambda folder: None)
+    photos = tmp_path / "photos"
+    for name, stack, factor in zip(("images", "masks"), flowers(12, 16), (1, 255), strict=True):
+        (photos / name).mkdir(parents=True)
+        for i, pixels in enumerate(stack):
+            Image.fromarray(pixels.astype(np.uint8) * np.uint8(factor)).save(photos / name / f"{i}.png")
+    factorkit.train_segdiff(photos, out=tmp_path / "run", preset="demo", progress=False, holdout=4, **TINY)
+
+    def ask(*words) -> str:
+        out = ["--out", str(tmp_path / "results.json")]
+        monkeypatch.setattr(sys, "argv", ["samplers", *map(str, words), *out])
+        samplers.main()
+        return capsys.readouterr().out
+
+    words = ["tiny", "--run", tmp_path / "run", "--data", photos, "--images", 4, "--steps", 2, 1]
+    said = ask(*words, "--samplers", "ddim", "heun")
+    results = json.loads((tmp_path / "results.json").read_text())
+    cells = {(r["sampler"], r.get("steps")): r for r in results.values()}
+    assert set(cells) == {("held-out images", None), ("ddim", 1), ("ddim", 2), ("heun", 1), ("heun", 2)}
+    assert f"held-out images {cells['held-out images', None]['frechet']:.3f}" in said
+    assert [cells["heun", n]["evaluations"] for n in (1, 2)] == [1, 3]
+    # of one step both are the estimate of the clean image, so the figures are those of the same images
+    assert cells["ddim", 1]["frechet"] == pytest.approx(cells["heun", 1]["frechet"]) != cells["ddim", 2]["frechet"]
+    assert "| sampler | 1 steps | 2 steps |" in said
+    assert f"| heun | {cells['heun', 1]['frechet']:.3f} (1) | {cells['heun', 2]['frechet']:.3f} (3) |" in said
+
+    first = (tmp_path / "results.json").read_text()
+    assert ask(*words, "--samplers", "ddim").count(": ") == 0  # nothing is drawn again
+    assert (tmp_path / "results.json").read_text() == first

@@ -1,0 +1,58 @@
+"""Objectives, classes and guidance from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from factorkit.data import flowers
+
+
+@pytest.fixture
+def kinds(tmp_path) -> Path:
+    """Two folders, of three flowers each."""
+    for kind, seed in (("iris", 1), ("rose", 2)):
+        (tmp_path / "kinds" / kind).mkdir(parents=True)
+        for i, picture in enumerate(flowers(3, 16, seed)[0]):
+            Image.fromarray(picture).save(tmp_path / "kinds" / kind / f"{i}.png")
+    return tmp_path / "kinds"
+
+
+def test_a_run_with_classes_is_trained_asked_and_shown(kinds, answer, refused, flags, tmp_path):
+    out = tmp_path / "run"
+    settings = {"prediction": "flow", "loss_weighting": "min_snr", "label_dropout": 0.2}
+    words = [*flags(**settings), "--data", kinds, "--classes", "folders"]
+    assert answer(*words, "--out", out)["steps"] == 4
+    config = json.loads((out / "config.json").read_text())
+    assert (config["class_names"], config["schedule"]) == (["iris", "rose"], "flow")
+    assert (config["loss_weighting"], config["label_dropout"]) == ("min_snr", 0.2)
+    assert answer(*words, "--out", out)["steps"] == 4  # the same command resumes
+
+    ask = ["generate", out, "--steps", "2", "-n", "4"]
+    found = answer(*ask, "--out", tmp_path / "all", "--classes", "all", "--guidance", "2", "--sampler", "heun")
+    assert found["classes"] == ["iris", "rose", "iris", "rose"]
+    found = answer(*ask, "--out", tmp_path / "two", "--classes", "rose", "iris", "--sampler", "dpm++")
+    assert found["classes"][:2] == ["rose", "iris"]
+    assert Image.open(found["contact_sheet"]).height > 2 * 90
+    assert "classes" not in answer(*ask, "--out", tmp_path / "any")
+    assert "'rosee'" in refused(*ask, "--out", tmp_path / "x", "--classes", "rosee")
+    assert "say which" in refused(*ask, "--out", tmp_path / "x", "--guidance", "3")
+
+
+def test_a_file_of_classes_and_a_dry_run(kinds, answer, refused, flags, tmp_path):
+    table = tmp_path / "classes.csv"
+    table.write_text("".join(f"{p.relative_to(kinds)},{'odd' if int(p.stem) % 2 else 'even'}\n"
+                             for p in sorted(kinds.rglob("*.png"))))  # fmt: skip
+    words = [*flags(), "--data", kinds, "--dry-run"]
+    assert answer(*words, "--classes", table)["parameters"] == answer(*words)["parameters"] + 3 * 32
+    table.write_text("iris/0.png,even\n")
+    assert "are not named" in refused(*words, "--classes", table)
+    assert "positions" in refused(*flags(), "--classes", "folders")  # the procedural flowers have none
+
+
+def test_combinations_that_cannot_work_are_refused(photos, refused, flags):
+    said = refused(*flags(prediction="eps", schedule="flow"), "--data", photos)
+    assert "pure noise" in said

@@ -1,0 +1,124 @@
+"""Which class each image is of."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from factorkit.data import Classes, read_classes
+from factorkit.errors import ConfigError, DataError
+
+FILES = ["image_1.jpg", "image_2.jpg", "image_10.jpg"]
+
+
+def words(found: Classes) -> list[str]:
+    return [found.names[i] if i >= 0 else "" for i in found.labels]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["rose/a.jpg", "iris/a.jpg", "rose/b.jpg"], ["rose", "iris", "rose"]),
+        (["train/rose/a.jpg", "train/iris/b.jpg"], ["rose", "iris"]),
+        (["rose/wild/a.jpg", "rose/b.jpg", "iris/x/y/c.jpg"], ["rose", "rose", "iris"]),
+        (["rose 10/a.jpg", "rose 9/b.jpg"], ["rose 10", "rose 9"]),
+    ],
+)
+def test_folders_are_classes_from_where_they_part(names, expected):
+    found = read_classes("folders", names)
+    assert words(found) == expected and found.labels.dtype == np.int64
+    assert read_classes(True, names).names == read_classes("auto", names).names == found.names
+
+
+def test_names_are_sorted_and_numbers_as_numbers():
+    assert read_classes("folders", ["10/a.jpg", "9/a.jpg", "1/a.jpg"]).names == ["1", "9", "10"]
+    assert read_classes({"a": "b", "c": "a"}, ["a.png", "c.png"]).names == ["a", "b"]
+
+
+def test_a_folder_of_one_class_deep_down_is_refused_and_loose_files_too():
+    with pytest.raises(DataError, match="only 'rose'"):
+        read_classes("folders", ["x/rose/a.jpg", "x/rose/b.jpg"])
+    with pytest.raises(ConfigError, match="1 .b.jpg. lie in no folder"):
+        read_classes("folders", ["rose/a.jpg", "b.jpg"])
+    with pytest.raises(ConfigError, match="x/b.jpg. lie beside"):
+        read_classes("folders", ["x/rose/a.jpg", "x/iris/c.jpg", "x/b.jpg"])
+    with pytest.raises(ConfigError, match="positions, no folders"):
+        read_classes("folders", ["000000"], positional=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.csv", "width,Name,class,x\n5,image_1,rose,\n5,image_2,,\n5,image_10,iris,\n5,image_99,tulip,\n"),
+        ("c.csv", "image_1.jpg,rose\n\nimage_2.jpg,\nimage_10.jpg,iris\n"),
+        ("c.csv", "\ufefffile,label\n sub/image_1.png , rose\nimage_2.jpg,\nimage_10,iris\n"),
+        ("c.tsv", "path\tcategory\nimage_1.jpg\trose\nimage_2.jpg\t\nimage_10.jpg\tiris\n"),
+        ("c.json", json.dumps({"image_1.jpg": "rose", "image_2": None, "image_10.jpg": "iris"})),
+    ],
+)
+def test_a_file_names_images_by_path_stem_or_last_part(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    names = ["sub/image_1.jpg", "image_2.jpg", "image_10.jpg"] if "sub" in text else FILES
+    if name == "c.csv" and "sub" not in text:
+        names = [f"deep/{n}" for n in FILES]
+    found = read_classes(tmp_path / name, names)
+    assert words(found) == ["rose", "", "iris"] and found.names == ["iris", "rose"]
+    assert found.labels.tolist() == [1, -1, 0]
+
+
+def test_the_last_part_counts_only_where_it_is_unique():
+    with pytest.raises(DataError, match=r"2 \(x/a.jpg, y/a.jpg\)"):
+        read_classes({"a.jpg": "rose", "b": "iris"}, ["x/a.jpg", "y/a.jpg", "b.jpg"])
+    assert words(read_classes({"x/a": "rose", "y/a": "iris"}, ["x/a.jpg", "y/a.jpg"])) == ["rose", "iris"]
+
+
+def test_two_files_of_one_stem_are_told_apart_by_their_suffix():
+    found = read_classes({"a.jpg": "rose", "a.png": "iris"}, ["a.png", "a.jpg"])
+    assert words(found) == ["iris", "rose"]
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_list_goes_by_position_in_the_whole_set(kind):
+    found = read_classes(kind([7, 3, 7, -1, 12]), ["000000", "000003", "000004", "000001"], positional=True)
+    assert words(found) == ["7", "", "12", "3"] and found.names == ["3", "7", "12"]
+
+
+def test_what_the_data_set_says_comes_first_and_only_classes_that_are_there_are_kept():
+    known = Classes(np.array([2, -1, 0]), ["iris", "lily", "rose"])
+    found = read_classes("auto", ["x/a.jpg", "y/b.jpg", "z/c.jpg"], known=known)
+    assert words(found) == ["rose", "", "iris"] and found.names == ["iris", "rose"]
+    assert words(read_classes("folders", ["x/a.jpg", "y/b.jpg", "z/c.jpg"], known=known)) == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("c.csv", "name,class\nimage_1,rose\n", r"2 \(image_2.jpg, image_10.jpg\) of 3 images are not named"),
+        ("c.csv", "name,class\nimage_1,rose\nimage_1,iris\n", "two classes, 'rose' and 'iris'"),
+        ("c.csv", "image_1,rose\nimage_2\n", r"\['image_2'\] has no class"),
+        ("c.csv", "image_1,a\nimage_2,a\nimage_10,a\n", "only 'a'"),
+        ("c.csv", b"\xff\xfe\x00", "cannot be read"),
+        ("c.json", "[1, 2]", "holds list"),
+        ("c.json", "{", "cannot be read"),
+        ("c.txt", "image_1 rose", "give a .csv, .tsv or .json"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(tmp_path, name, text, says):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises((ConfigError, DataError), match=says) as caught:
+        read_classes(str(tmp_path / name), FILES)
+    assert name in str(caught.value)
+
+
+def test_other_mistakes_are_named(tmp_path):
+    with pytest.raises(DataError, match="nowhere.csv"):
+        read_classes(tmp_path / "nowhere.csv", FILES)
+    with pytest.raises(ConfigError, match="for files give a .csv"):
+        read_classes([0, 1, 0], FILES)
+    with pytest.raises(DataError, match="2 entries, but there is an image 4"):
+        read_classes([0, 1], ["000001", "000004"], positional=True)
+    with pytest.raises(ConfigError, match="classes=3"):
+        read_classes(3, FILES)

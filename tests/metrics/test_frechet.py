@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from factorkit.errors import DataError
+from factorkit.metrics.frechet import frechet_distance, random_features
+
+
+def cloud(count=50, features=5, seed=0):
+    return torch.randn(count, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def whitened(x):
+    """The same points with sample mean 0 and sample covariance exactly 1."""
+    x = x - x.mean(0)
+    return x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+
+
+def test_closed_forms_of_gaussians_with_common_axes():
+    """Where the covariances commute, it is the sum over the axes of (m - m')^2 + (s - s')^2."""
+    x, y = whitened(cloud(seed=1)), whitened(cloud(70, seed=2))
+    s, r = torch.tensor([0.1, 1, 2, 3, 0.5]).double(), torch.tensor([1, 0.2, 2, 0.0, 4]).double()
+    m = torch.tensor([0, 1, -2, 0, 0.3]).double()
+    turn = torch.linalg.qr(cloud(5, seed=3))[0]
+    expected = (m.square() + (s - r).square()).sum().item()
+    assert frechet_distance(x * s @ turn, (y * r + m) @ turn) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance((y * r + m) @ turn, x * s @ turn) == pytest.approx(expected, rel=1e-6)
+
+
+def test_it_is_nothing_between_equals_and_fewer_rows_than_features_do_no_harm():
+    few = cloud(3, 8)
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(few, few + 2) == pytest.approx(32, rel=1e-6)
+    assert frechet_distance(cloud(9, 1), 3 * cloud(9, 1)) > 0
+
+
+def test_covariances_that_do_not_commute():
+    """tr (A B)^(1/2) from the eigenvalues of A B itself."""
+    a, b = cloud(40, 3, 1) @ cloud(3, 3, 2), cloud(40, 3, 3) @ cloud(3, 3, 4)
+    first, second = a.T.cov(), b.T.cov()
+    mixed = torch.linalg.eigvals(first @ second).real.sqrt().sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + first.trace() + second.trace() - 2 * mixed
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-8)
+
+
+def test_features_rank_what_was_done_to_pictures_and_do_not_depend_on_the_company():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.nn.functional.interpolate(torch.rand(400, 3, 4, 4, generator=generator), 16, mode="bilinear")
+    noise = torch.rand(200, 3, 16, 16, generator=generator) - 0.5
+    features = random_features(real)
+    assert features.shape == (400, 64) and features.std(0).min() > 0
+    torch.testing.assert_close(random_features(real[7:9]), features[7:9])
+    assert torch.equal(random_features(real), features) and not torch.equal(random_features(real, 1), features)
+    distances = [
+        frechet_distance(features[:200], random_features((real[200:] + share * noise).clamp(0, 1)))
+        for share in (0, 0.2, 0.5, 1)
+    ]
+    assert distances == sorted(distances) and distances[3] > 2 * distances[0]
+    blurred = torch.nn.functional.avg_pool2d(real[200:], 5, 1, 2)
+    assert frechet_distance(features[:200], random_features(blurred)) > 1.2 * distances[0]
+
+
+def test_mistakes_are_named():
+    with pytest.raises(DataError, match=r"\(2, 1, 16, 16\)"):
+        random_features(torch.zeros(2, 1, 16, 16))
+    with pytest.raises(DataError, match=r"\(1, 4\) and \(9, 4\)"):
+        frechet_distance(cloud(1, 4), cloud(9, 4))
