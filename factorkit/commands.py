@@ -32,7 +32,7 @@ DEMO_SEGMENTED, DEMO_GENERATED = 8, 16
 SHEET_IMAGES, SHEET_CELL = 32, 128  # on the contact sheet of segmented images: at most so many, of so many pixels
 FRAMES, FRAME_SAMPLES = 10, 8  # of a trajectory: columns and samples shown
 NAMED = 20  # skipped images named in a warning; the JSON result has them all
-RESULT_NAME = re.compile(r"_(labels|overlay|mask_\d+)\.png$|^contact_sheet\.png$")
+RESULT_NAME = re.compile(r"_(labels|overlay|recomposed|estimate|(mask|branch)_\d+)\.png$|^contact_sheet\.png$")
 
 
 def train(

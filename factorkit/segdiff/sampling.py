@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from factorkit.diffusion.objective import to_x0
 from factorkit.diffusion.samplers import Samples, Step, sample
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.streams import derived_seed
@@ -14,13 +16,40 @@ from factorkit.segdiff.model import FactorizedUNet, Regions
 PIECE = 64  # images drawn at once
 
 
+def levels(config: SegdiffConfig) -> int:
+    """How many noise levels the model was trained on; generation begins at the last of them."""
+    return config.timesteps if config.tail else config.t_max
+
+
+def edit_level(config: SegdiffConfig, t: int | None) -> int:
+    """A level that pictures can be taken to and denoised from; None: a quarter of the schedule.
+
+    Raises:
+        ConfigError: the model was not trained at level t.
+    """
+    t = levels(config) // 4 if t is None else t
+    if not 0 <= t < levels(config):
+        raise ConfigError(
+            f"t={t} must lie between 0 and {levels(config) - 1}, the noisiest level this model was trained on"
+        )
+    return t
+
+
+def branch_estimates(prediction: str, schedule: Schedule, x_t: Tensor, branches: Tensor, t: Tensor) -> Tensor:
+    """The clean images [B, K, 3, H, W] that the branches' outputs, of the same shape, stand for.
+
+    The clean image is affine in the output and the masks sum to one, so sum_k m_k x0_k is the model's own estimate.
+    """
+    return torch.stack([to_x0(prediction, schedule, x_t, out.float(), t) for out in branches.unbind(1)], dim=1)
+
+
 def draw_images(
     model: FactorizedUNet, config: SegdiffConfig, count: int, *, sampler: str = "ddim", steps: int | None = 50,
     seed: int = 0, device: torch.device, progress: bool = False, trajectory: bool = False,
 ) -> Samples:  # fmt: skip
     """``count`` images [count, 3, R, R] in [-1, 1] with their :class:`~factorkit.segdiff.model.Regions`.
 
-    A model trained on t < t_max alone starts there instead of at T. Many images are drawn in pieces, so that memory
+    Many images are drawn in pieces, so that memory
     does not grow with their number.
 
     Raises:
@@ -28,7 +57,7 @@ def draw_images(
     """
     if steps is not None and not 1 <= steps <= config.timesteps:
         raise ConfigError(f"steps={steps}: this model's schedule has 1 to {config.timesteps} of them")
-    start = config.timesteps if config.tail else config.t_max
+    start = levels(config)
     pieces = [
         sample(
             model,
