@@ -29,7 +29,7 @@ def interpolate(run: Path, a: Path, b: Path, out: Path, device: str, **options: 
         Image.fromarray(images[i, j]).save(f"{path}.png")
         pictures.label_image(labels[i, j]).save(f"{path}_labels.png")
     regions = None if way.masks.shape[2] == 1 else labels
-    sheet = edit_sheets.interpolation_sheet(images, regions, way.shares.tolist())
+    sheet = edit_sheets.interpolation_sheet(_pixels(way.a), _pixels(way.b), images, regions, way.shares.tolist())
     return _told(sheet, out, pairs=len(images), frames=images.shape[1])
 
 

@@ -11,13 +11,18 @@ from factorkit.engine.sheets import PAPER, Caption, contact_sheet, grey
 from factorkit.segdiff.pictures import outlined, palette, strip_rows
 
 
-def interpolation_sheet(images: np.ndarray, labels: np.ndarray | None, shares: Sequence[float]) -> Image.Image:
+def interpolation_sheet(
+    a: np.ndarray, b: np.ndarray, images: np.ndarray, labels: np.ndarray | None, shares: Sequence[float]
+) -> Image.Image:
     """The way from one picture to another (the dissertation's figure 2.12): a row for each pair, then its regions.
 
-    images: [n, frames, H, W, 3]; labels: integers [n, frames, H, W]; shares: [frames], of the second picture.
+    a, b: [n, H, W, 3], the pictures; images: [n, frames, H, W, 3], between them; labels: integers [n, frames, H, W];
+    shares: [frames], of the second picture.
     """
     rows, names = strip_rows(images, labels, "pair")
-    return contact_sheet(rows, [f"{share:.0%}" for share in shares], names)
+    each = len(rows) // len(images)
+    rows = [[a[i // each], *row, b[i // each]] if i % each == 0 else [None, *row] for i, row in enumerate(rows)]
+    return contact_sheet(rows, ["a", *(f"{share:.0%}" for share in shares), "b"], names)
 
 
 def branches_sheet(noisy: np.ndarray, images: np.ndarray, masks: np.ndarray, branches: np.ndarray) -> Image.Image:

@@ -24,12 +24,15 @@ class Interpolation(NamedTuple):
         masks: [n, frames, K, R, R].
         labels: int64 [n, frames, R, R].
         shares: [frames], how much of b is in each frame, from 0 to 1.
+        a, b: [n, 3, R, R] in [0, 1], the pictures as the model saw them.
     """
 
     images: Tensor
     masks: Tensor
     labels: Tensor
     shares: Tensor
+    a: Tensor
+    b: Tensor
 
 
 @torch.no_grad()
@@ -59,7 +62,8 @@ def interpolate_pictures(
     eps = torch.randn(a.shape[1:], generator=generator)
     shares = torch.linspace(0, 1, frames)
     images, masks = [], []
-    for start, end in zip(*paired(a, b), strict=True):
+    a, b = paired(a, b)
+    for start, end in zip(a, b, strict=True):
         mixed = torch.lerp(start, end, shares[:, None, None, None])
         x_t = schedule.noise(mixed.to(schedule.device), eps.to(schedule.device), torch.full((frames,), t))
         way = sample(
@@ -69,7 +73,7 @@ def interpolate_pictures(
         images.append(to_unit(way.images))
         masks.append(way.bottleneck.masks.float().cpu())
     masks = torch.stack(masks)
-    return Interpolation(torch.stack(images), masks, masks.argmax(2), shares)
+    return Interpolation(torch.stack(images), masks, masks.argmax(2), shares, to_unit(a), to_unit(b))
 
 
 def paired(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.diffusion.denoiser import Denoised, Denoiser
@@ -17,10 +18,11 @@ from factorkit.errors import ConfigError
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.interpolate import paired
 from factorkit.segdiff.model import FactorizedUNet
-from factorkit.segdiff.sampling import PIECE, branch_estimates, edit_level, levels
+from factorkit.segdiff.sampling import PIECE, edit_level, levels
 from factorkit.segdiff.task import predict_masks, to_unit
 
 EDGE = math.log(4)  # a pixel is no edge where its region is four times as probable as any other
+TILT = 7.0  # in log-odds: a region that the model finds a thousand times less probable is painted all the same
 
 
 class Recomposition(NamedTuple):
@@ -28,7 +30,7 @@ class Recomposition(NamedTuple):
 
     Attributes:
         images: [n, 3, R, R] in [0, 1].
-        masks: [n, K, R, R], of the edited pictures.
+        masks: [n, K, R, R], what :meth:`SegdiffRun.segment` finds in them.
         labels: int64 [n, R, R].
         originals: [n, 3, R, R] in [0, 1], the pictures as the model saw them.
         sources: [n, 3, R, R] in [0, 1], the pictures the region was brought from, or None.
@@ -51,42 +53,46 @@ class Weights(NamedTuple):
     hole: Tensor  # where the region was and no longer is
 
 
-def region_share(masks: Tensor, region: int, shift: float = 0.0) -> Tensor:
+def region_share(masks: Tensor, region: int) -> Tensor:
     """How far each pixel belongs to ``region``, [B, 1, R, R] from masks [B, K, R, R]: exactly 0 and 1 but at edges.
 
     The soft masks of a trained model are seldom quite 0, so weighing by them would keep nothing as it was. With the
-    log-odds l = log m_region - log max_{j != region} m_j,
-
-        w = clamp(1/2 + (l + shift) / (2 log 4), 0, 1)
+    log-odds l = log m_region - log max_{j != region} m_j, the share is clamp(1/2 + l / (2 log 4), 0, 1).
     """
     others = torch.cat([masks[:, :region], masks[:, region + 1 :]], dim=1).amax(1, keepdim=True)
     tiny = torch.finfo(torch.float32).tiny
     odds = masks[:, region : region + 1].clamp_min(tiny).log() - others.clamp_min(tiny).log()
-    return (0.5 + (odds + shift) / (2 * EDGE)).clamp(0, 1)
+    return (0.5 + odds / (2 * EDGE)).clamp(0, 1)
 
 
 def edit_weights(masks: Tensor, brought: Tensor | None, region: int) -> Weights:
     """Weights of an edit, from the original's masks and those of the picture that the region comes from.
 
-    With w the share of the region where it will be, and g the share of it where it was, somewhat larger (an edge pixel
-    still has the colour of what is taken away): region w, hole (1 - w) g, kept (1 - w)(1 - g). Without ``brought`` the
+    With w the share of the region where it will be, and g the share of it where it was, one pixel larger (the pixels
+    beside it still have some of its colour): region w, hole (1 - w) g, kept (1 - w)(1 - g). Without ``brought`` the
     region is taken away: w = 0.
     """
-    gone = region_share(masks, region, shift=EDGE)
+    gone = F.max_pool2d(region_share(masks, region), kernel_size=3, stride=1, padding=1)
     new = torch.zeros_like(gone) if brought is None else region_share(brought, region)
     return Weights((1 - new) * (1 - gone), new, (1 - new) * gone)
 
 
 class Recomposer(Denoiser):
-    """A model whose estimate of the clean image is edited on its way to the sampler; predicts ``"x0"``.
+    """A model whose masks, and then whose estimate of the clean image, are edited on the way to the sampler.
 
-    Of the branches' estimates x0_j and the masks m_j at x_t,
+    Let l_j be its mask logits at x_t and k the region. The regions that shall be somewhere are asked for in the masks,
 
-        x0 = kept A + region P + hole sum_{j != k} m_j x0_j / sum_{j != k} m_j,     P = S at t >= free, else x0_k
+        m = softmax_j(l_j + [j = k] TILT (region - hole)),
 
-    so each place is painted by the branches of the regions that shall be there, and the original A and the source S
-    enter as clean images. For the kept pixels the sampler's step then is the exact posterior q(x_r | x_t, A): they
-    stay the original under noise, and show the rest what it has to fit.
+    which masks the branches' skips and blends their outputs: a place is painted by the branch that learnt to paint such
+    places, from features it was taught on. (A branch outside of its mask is not: what it says there is noise.) Of the
+    clean image x0 that comes of it only the free part is taken,
+
+        x0' = kept A + region (S if t >= free else x0) + hole x0,
+
+    with the original A and the source S as clean images. For a kept pixel the sampler's step then is the exact
+    posterior q(x_r | x_t, A): it stays the original under noise, and shows the rest what it has to fit. The prediction
+    is x0', whatever the model predicts.
     """
 
     def __init__(
@@ -94,26 +100,18 @@ class Recomposer(Denoiser):
         original: Tensor, source: Tensor, free: int,
     ):  # fmt: skip
         super().__init__()
-        self.model, self.prediction, self.schedule, self.region, self.free = model, prediction, schedule, region, free
+        self.model, self.prediction, self.schedule, self.free = model, prediction, schedule, free
         self.weights, self.original, self.source = weights, original, source
+        wanted = TILT * (weights.region - weights.hole)
+        is_region = torch.arange(model.regions, device=wanted.device) == region
+        self.tilt = torch.where(is_region[:, None, None], wanted, 0.0)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Denoised:
-        out = self.model(x_t, t, cond)
-        masks, branches = out.bottleneck
-        if branches is None:  # one decoder for all regions: it paints everything
-            mine = others = to_x0(self.prediction, self.schedule, x_t, out.prediction.float(), t).clamp(-1, 1)
-        else:
-            each = branch_estimates(self.prediction, self.schedule, x_t, branches, t).clamp(-1, 1)
-            mine, others = each[:, self.region], self._without(masks.float(), each)
-        if int(t[0]) >= self.free:
-            mine = self.source
+        out = self.model(x_t, t, cond, tilt=self.tilt)
+        x0 = to_x0(self.prediction, self.schedule, x_t, out.prediction, t).clamp(-1, 1)
+        painted = self.source if int(t[0]) >= self.free else x0
         kept, region, hole = self.weights
-        return Denoised(kept * self.original + region * mine + hole * others, out.bottleneck)
-
-    def _without(self, masks: Tensor, each: Tensor) -> Tensor:
-        rest = [j for j in range(masks.shape[1]) if j != self.region]
-        share = masks[:, rest] / masks[:, rest].sum(1, keepdim=True).clamp_min(1e-6)
-        return (share[:, :, None] * each[:, rest]).sum(1)
+        return Denoised(kept * self.original + region * painted + hole * x0, out.bottleneck)
 
 
 @torch.no_grad()
@@ -126,7 +124,7 @@ def recompose_pictures(
 
     Sampling begins at the last level the model was trained on, where kept and brought pixels are those of the pictures
     under noise and all else is noise. Below level t (see :meth:`SegdiffRun.recompose`) the region is no longer held to
-    its source, but painted by its own branch: :class:`Recomposer`.
+    its source, but painted: :class:`Recomposer`.
 
     Raises:
         ConfigError: nothing to edit, a region or level that is not there, sources with ``remove``, steps out of range,
@@ -166,7 +164,10 @@ def recompose_pictures(
             edited, original.shape, schedule=schedule, prediction="x0", sampler=sampler, steps=steps, t_start=top,
             x_start=schedule.noise(held, eps, last), shared_noise=True, seed=derived_seed("recompose", seed, "steps"),
         )  # fmt: skip
-        parts.append((to_unit(drawn.images), drawn.bottleneck.masks.float().cpu(), weights.kept[:, 0].cpu()))
+        # kept to the last digit: the way through the sampler's formulas rounds
+        images = torch.where(weights.kept == 1, original, drawn.images)
+        masks = predict_masks(model, images, config.segment_t, schedule)
+        parts.append((to_unit(images), masks, weights.kept[:, 0].cpu()))
     images, masks, kept = map(torch.cat, zip(*parts, strict=True))
     seen = to_unit(sources) if brought else None
     return Recomposition(images, masks, masks.argmax(1), to_unit(originals), seen, kept)
