@@ -156,17 +156,13 @@ class FactorizedUNet(Denoiser):
             self.decoder = decoder(channels, norm=branch_norm)
         self.tokens = RegionTokens(channels, width, embed) if region_tokens else None
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: None = None, tilt: Tensor | None = None) -> Denoised:
-        """Prediction [B, C, H, W] and :class:`Regions`; for ``regions=1`` the mask is one everywhere.
-
-        tilt: [B, K, H, W], added to the mask logits: regions that someone other than the model wants somewhere.
-        """
+    def forward(self, x_t: Tensor, t: Tensor, cond: None = None) -> Denoised:
+        """Prediction [B, C, H, W] and :class:`Regions`; for ``regions=1`` the mask is one everywhere."""
         embedding, skips, h = self._encode(x_t, t)
         if self.regions == 1:
             prediction = at_least_fp32(self.decoder(h, skips, embedding))
             return Denoised(prediction, Regions(torch.ones_like(prediction[:, :1]), prediction[:, None]))
         logits = self._logits(h, skips, embedding)
-        logits = logits if tilt is None else logits + tilt
         masks = logits.softmax(1)
         if self.decoding == "concat":
             prediction = at_least_fp32(self._concat_decode(h, skips, embedding, masks))

@@ -31,7 +31,7 @@ def test_ways_lead_from_a_to_b_and_are_a_function_of_the_seed(stirred_run, pictu
 
 
 def test_the_mixture_is_taken_under_noise_that_both_share(stirred_run, pictures, monkeypatch):
-    """x_t of a frame is (1 - s) x_t^a + s x_t^b, x_t^a - x_t^b = sqrt(ab_t) (a - b), and the noise has unit variance."""
+    """x_t of a frame is (1 - s) x_t^a + s x_t^b, x_t^a - x_t^b = sqrt(ab_t) (a - b), and the noise has variance 1."""
     run, seen = stirred_run(), []
     forward = run.model.forward
     monkeypatch.setattr(run.model, "forward", lambda x, t, *rest: seen.append((x, t)) or forward(x, t, *rest))

@@ -12,7 +12,7 @@ from factorkit.diffusion.denoiser import Denoised
 from factorkit.diffusion.schedule import Schedule
 from factorkit.errors import ConfigError, DataError
 from factorkit.segdiff.model import Regions
-from factorkit.segdiff.recompose import TILT, Recomposer, Weights, edit_weights, region_share
+from factorkit.segdiff.recompose import Recomposer, Weights, edit_weights, region_share
 
 KINDS = pytest.mark.parametrize(
     "changes", [{}, {"form": "thesis"}, {"regions": 2}, {"regions": 5, "form": "thesis"}, {"decoding": "concat"}]
@@ -85,9 +85,8 @@ def test_level_zero_pastes_and_higher_levels_paint(parted, pictures):
     there = torch.from_numpy(source).movedim(-1, 1) / 255
     pasted = run.recompose(pictures(2), 0, from_=source, t=0, steps=4)
     torch.testing.assert_close(pasted.sources, there)
-    # the last step is at level 0, so the one that paints begins above it
     torch.testing.assert_close(pasted.images.movedim(1, -1)[brought == 1], there.movedim(1, -1)[brought == 1])
-    fitted = run.recompose(pictures(2), 0, from_=source, t=1, steps=4)
+    fitted = run.recompose(pictures(2), 0, from_=source, t=500, steps=4)
     assert (fitted.images - there).abs().movedim(1, -1)[brought == 1].mean() > 0.02
     assert run.recompose(pictures(2), 0, from_=source[0], steps=2).images.shape == (2, 3, 16, 16)
     assert run.recompose(pictures(1), 0, from_=source, steps=2).images.shape == (2, 3, 16, 16)
@@ -129,45 +128,32 @@ def test_weights_sum_to_one_and_cover_what_the_region_leaves():
     assert (region.sum(), hole.sum(), kept.sum()) == (0, 9, 16)
 
 
-class Constant(nn.Module):
-    """Answers x0 = 0.5 whatever it sees, and masks of the tilt alone."""
+class Told(nn.Module):
+    """Answers x0 = -0.6, 0.2 and 0.8 in its three branches, with masks 0.5, 0.1 and 0.4, whatever it sees."""
 
-    regions = 2
+    def __init__(self, branches=True):
+        super().__init__()
+        self.branches = branches
 
-    def forward(self, x_t, t, cond=None, tilt=None):
-        return Denoised(torch.full_like(x_t, 0.5), Regions(tilt.softmax(1), None))
+    def forward(self, x_t, t, cond=None):
+        says, masks = torch.tensor([-0.6, 0.2, 0.8]), torch.tensor([0.5, 0.1, 0.4])
+        each = says[:, None, None, None].expand(len(x_t), 3, *x_t.shape[1:])
+        whole = torch.full_like(x_t, (says * masks).sum())
+        masks = masks[:, None, None].expand(len(x_t), 3, *x_t.shape[2:])
+        return Denoised(whole, Regions(masks, each if self.branches else None))
 
 
-def test_an_estimate_is_mixed_of_original_source_and_what_the_model_paints():
-    kept, region, hole = torch.rand(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).softmax(0)
+@pytest.mark.parametrize(("branches", "mine", "others"), [(True, 0.2, 0.02 / 0.9), (False, 0.04, 0.04)])
+def test_each_place_is_painted_by_the_branches_of_what_shall_be_there(branches, mine, others):
+    weights = Weights(*torch.rand(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).softmax(0))
     original, source = torch.full((2, 3, 4, 4), -1.0), torch.full((2, 3, 4, 4), 1.0)
     edited = Recomposer(
-        Constant(), "x0", Schedule(100), region=1, weights=Weights(kept, region, hole), original=original,
-        source=source, free=50,
-    )  # fmt: skip
-    x_t = torch.zeros(2, 3, 4, 4)
-    for level, painted in ((49, 0.5), (50, 1.0)):
-        prediction, found = edited(x_t, torch.full((2,), level))
-        torch.testing.assert_close(prediction, (-kept + region * painted + hole * 0.5).expand(2, 3, 4, 4))
-        torch.testing.assert_close(found.masks[:, 1:].logit(), TILT * (region - hole))
-
-
-@pytest.mark.parametrize("form", ["regional", "thesis"])
-def test_a_tilt_moves_the_masks_and_what_the_branches_see(stirred_run, form):
-    """The prediction is the blend of branches that were given the tilted masks, not of those of the masks before."""
-    run = stirred_run(form=form)
-    x_t, t = torch.randn(2, 3, 16, 16), torch.tensor([30, 500])
-    tilt = torch.zeros(2, 3, 16, 16)
-    tilt[:, 1, :, :8], tilt[:, 1, :, 8:] = 7, -7
-    with torch.no_grad():
-        plain, tilted = run.model(x_t, t), run.model(x_t, t, tilt=tilt)
-        level = run.model(x_t, t, tilt=torch.zeros(2, 3, 16, 16))
-    torch.testing.assert_close(level, plain)
-    logits = plain.bottleneck.masks.log() + tilt
-    torch.testing.assert_close(tilted.bottleneck.masks, logits.softmax(1), atol=1e-5, rtol=1e-4)
-    blend = (tilted.bottleneck.masks[:, :, None] * tilted.bottleneck.branches).sum(1)
-    torch.testing.assert_close(tilted.prediction, blend, atol=1e-5, rtol=1e-4)
-    assert (tilted.bottleneck.branches - plain.bottleneck.branches).abs().max() > 1e-2
+        Told(branches), "x0", Schedule(100), region=1, weights=weights, original=original, source=source, free=50
+    )
+    for level, painted in ((49, mine), (50, 1.0)):
+        prediction, _ = edited(torch.zeros(2, 3, 4, 4), torch.full((2,), level))
+        expected = -weights.kept + weights.region * painted + weights.hole * others
+        torch.testing.assert_close(prediction, expected.expand(2, 3, 4, 4))
 
 
 # --- mistakes ---
