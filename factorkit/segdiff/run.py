@@ -202,7 +202,8 @@ class SegdiffRun:
         Args:
             a, b: pictures as :meth:`segment` takes them, cut to their centred squares; as many of each, or one.
             frames: pictures along the way, both ends included.
-            t: level of the mixing; None: a quarter of the schedule (250 of 1000). The higher, the freer.
+            t: level of the mixing; None: a quarter of those it was trained on (250 of 1000). The
+                higher, the freer.
             steps: denoising steps, at most t + 1.
             sampler, seed: as in :meth:`generate`.
 
@@ -220,7 +221,7 @@ class SegdiffRun:
 
         Args:
             images: as :meth:`segment` takes them, cut to their centred squares.
-            t: noise level; None: a quarter of the schedule. At low levels every branch can copy what it sees.
+            t: noise level; None: a quarter of those it was trained on. At low levels every branch can copy what it sees.
 
         Raises:
             ConfigError: t out of range, or a model without branches (``decoding="concat"``).
@@ -245,7 +246,7 @@ class SegdiffRun:
             from_: the pictures to bring it from, as many as images, or one; the place it leaves is filled.
             remove: take the region away and fill its place.
             t: the region is held to its pixels down to this level, and painted freely below it. None: with ``from_``
-                a twentieth of the schedule, which fits it in but leaves it what it is, else all of it: made from noise.
+                a twentieth of the levels, which fits it in but leaves it what it is; else all: it is made from noise.
                 0 pastes.
             steps: denoising steps.
             sampler, seed: as in :meth:`generate`.

@@ -22,7 +22,7 @@ def levels(config: SegdiffConfig) -> int:
 
 
 def edit_level(config: SegdiffConfig, t: int | None) -> int:
-    """A level that pictures can be taken to and denoised from; None: a quarter of the schedule.
+    """A level that pictures can be taken to and denoised from; None: a quarter of the way up.
 
     Raises:
         ConfigError: the model was not trained at level t.
@@ -49,7 +49,7 @@ def draw_images(
 ) -> Samples:  # fmt: skip
     """``count`` images [count, 3, R, R] in [-1, 1] with their :class:`~factorkit.segdiff.model.Regions`.
 
-    Many images are drawn in pieces, so that memory
+    A model trained on t < t_max alone starts there instead of at T. Many images are drawn in pieces, so that memory
     does not grow with their number.
 
     Raises:

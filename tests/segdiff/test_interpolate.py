@@ -76,7 +76,7 @@ def test_the_default_level_is_a_quarter_of_what_the_model_was_trained_on(stirred
 @pytest.mark.parametrize(
     ("changes", "says"),
     [({"frames": 1}, "frames=1"), ({"t": 1000}, "t=1000 must lie between 0 and 999"), ({"t": -1}, "t=-1"),
-     ({"steps": 0}, "steps=0"), ({"sampler": "euler"}, "sampler 'euler'")],
+     ({"steps": 0}, "steps=0"), ({"sampler": "magic"}, "sampler 'magic'")],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(stirred_run, pictures, changes, says):
     with pytest.raises(ConfigError, match=says):

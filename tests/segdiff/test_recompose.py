@@ -162,7 +162,7 @@ def test_each_place_is_painted_by_the_branches_of_what_shall_be_there(branches, 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [({"region": 3}, "region=3: this run has regions 0 to 2"), ({"region": -1}, "region=-1"),
-     ({"t": 1000}, "t=1000"), ({"steps": 0}, "steps=0"), ({"sampler": "euler"}, "sampler 'euler'"),
+     ({"t": 1000}, "t=1000"), ({"steps": 0}, "steps=0"), ({"sampler": "magic"}, "sampler 'magic'"),
      ({"remove": True, "t": 5}, "not both")],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(stirred_run, pictures, changes, says):
