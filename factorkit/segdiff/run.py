@@ -221,7 +221,7 @@ class SegdiffRun:
 
         Args:
             images: as :meth:`segment` takes them, cut to their centred squares.
-            t: noise level; None: a quarter of those it was trained on. At low levels every branch can copy what it sees.
+            t: noise level; None: a quarter of those it was trained on. At low ones every branch can copy what it sees.
 
         Raises:
             ConfigError: t out of range, or a model without branches (``decoding="concat"``).
