@@ -77,6 +77,7 @@ def sample(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     x_start: Tensor | None = None,
+    shared_noise: bool = False,
     clip: bool = True,
     progress: bool = False,
     trajectory: bool = False,
@@ -98,6 +99,8 @@ def sample(
     seed, generator: the same seed gives the same images on the same machine; a generator is used in its place.
     device: where to compute; None is the schedule's device. The schedule must lie there too.
     x_start: the image to begin with, taken to be at level t_start - 1; None draws noise of that level's variance.
+    shared_noise: draw one image's noise and use it for every image, so that an image depends on its own start alone,
+        not on its place among others.
     clip: keep each estimate of the clean image within [-1, 1].
     trajectory: also return every step; all of them stay in memory, so ask for few steps.
 
@@ -115,7 +118,8 @@ def sample(
         generator = torch.Generator(device).manual_seed(seed)
 
     def unit_noise() -> Tensor:
-        return torch.randn(tuple(shape), generator=generator, device=generator.device).to(device)
+        drawn = (1 if shared_noise else shape[0], *shape[1:])
+        return torch.randn(drawn, generator=generator, device=generator.device).to(device).expand(tuple(shape))
 
     def estimate(x: Tensor, t: int) -> tuple[Tensor, object]:
         t_batch = torch.full((shape[0],), t, dtype=torch.int64, device=device)

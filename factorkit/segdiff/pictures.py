@@ -19,9 +19,11 @@ __all__ = [
     "generation_sheet",
     "label_image",
     "mask_image",
+    "outlined",
     "overlay",
     "palette",
     "segmentation_sheet",
+    "strip_rows",
     "trajectory_sheet",
 ]
 
@@ -114,15 +116,26 @@ def trajectory_sheet(
     frames: S arrays uint8 [N, H, W, 3], from noise to image; labels: S arrays of integers [N, H, W]; times: the S time
     steps. Samples in rows, each followed by its regions when given; denoising steps in columns.
     """
-    rows, row_captions = [], []
-    for n in range(len(frames[0])):
-        rows.append([np.asarray(frame[n]) for frame in frames])
-        row_captions.append(f"sample {n}")
-        if labels is not None:
-            rows.append([_colored(np.asarray(label[n])) for label in labels])
-            row_captions.append("regions")
+    by_sample = np.stack([np.asarray(frame) for frame in frames], axis=1)
+    regions = None if labels is None else np.stack([np.asarray(label) for label in labels], axis=1)
+    rows, row_captions = strip_rows(by_sample, regions, "sample")
     captions = None if times is None else [f"t = {t}" for t in times]
     return contact_sheet(rows, captions, row_captions)
+
+
+def strip_rows(
+    images: np.ndarray, labels: np.ndarray | None, name: str
+) -> tuple[list[list[np.ndarray]], list[Caption]]:
+    """Rows and their captions of strips of pictures, uint8 [n, S, H, W, 3], each strip followed by its regions."""
+    rows: list[list[np.ndarray]] = []
+    captions: list[Caption] = []
+    for n, strip in enumerate(images):
+        rows.append(list(strip))
+        captions.append(f"{name} {n}")
+        if labels is not None:
+            rows.append([_colored(label) for label in labels[n]])
+            captions.append("regions")
+    return rows, captions
 
 
 def _colored(labels: np.ndarray) -> np.ndarray:

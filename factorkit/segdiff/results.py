@@ -23,7 +23,7 @@ from factorkit.segdiff import pictures
 FORMATS = ("labels", "masks", "overlays", "coco")
 DEFAULT_FORMATS = FORMATS[:3]
 MANIFEST, ANNOTATIONS, SHEET = "segments.jsonl", "annotations.json", "contact_sheet.png"
-RESULT_NAME = re.compile(r"_(labels|overlay|mask_\d+)\.png$|^contact_sheet\.png$")
+RESULT_NAME = re.compile(r"_(labels|overlay|recomposed|estimate|(mask|branch)_\d+)\.png$|^contact_sheet\.png$")
 BAND = 1 << 18  # pixels tinted at a time
 
 
@@ -67,11 +67,6 @@ def output_names(names: Sequence[str]) -> list[str]:
         taken.add(chosen.casefold())
         found.append(chosen)
     return found
-
-
-def one_line(name: str) -> str:
-    """A file name as it can be printed: line breaks and bytes that are no text are escaped."""
-    return name if name.isprintable() else name.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def fingerprint(model: torch.nn.Module, settings: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from factorkit.data.images import to_rgb
+from factorkit.data.images import square, to_rgb
 from factorkit.data.labelled import load_labelled
 from factorkit.data.sources import Source, open_source
 from factorkit.engine.checkpoint import write_checkpoint
@@ -23,14 +23,17 @@ from factorkit.engine.folder import read_weights, write_json
 from factorkit.errors import CheckpointError, ConfigError, DataError, OutOfMemory, is_out_of_memory
 from factorkit.metrics.baselines import score_baselines
 from factorkit.metrics.segmentation import evaluate_masks
+from factorkit.segdiff.branches import Branches, take_apart
 from factorkit.segdiff.classes import chosen_labels
 from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.interpolate import Interpolation, interpolate_pictures
 from factorkit.segdiff.model import FactorizedUNet
+from factorkit.segdiff.recompose import Recomposition, recompose_pictures
 from factorkit.segdiff.results import DEFAULT_FORMATS
-from factorkit.segdiff.sampling import draw_images
+from factorkit.segdiff.sampling import draw_images, edit_level
 from factorkit.segdiff.segment import check_segmenting, no_room, own_pixels, see, small_masks
 from factorkit.segdiff.segment_folder import FolderSegments, segment_folder
-from factorkit.segdiff.task import predict_masks, to_float
+from factorkit.segdiff.task import predict_masks, to_float, to_unit
 
 SCORES = "scores.json"
 
@@ -203,8 +206,11 @@ class SegdiffRun:
         return t
 
     def _predict(self, images: Tensor, t: int) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with self._precision():
             return predict_masks(self.model, images, t, self.schedule)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def generate(
         self, n: int = 16, *, sampler: str = "ddim", steps: int | None = 50, seed: int = 0, trajectory: bool = False,
@@ -229,20 +235,92 @@ class SegdiffRun:
         if n < 1:
             raise ConfigError(f"n={n}: at least one image has to be asked for")
         labels = chosen_labels(classes, self.config.class_names, n, guidance)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with self._precision():
             drawn = draw_images(
                 self.model, self.config, n, sampler=sampler, steps=steps, seed=seed, device=self.device,
                 progress=progress, trajectory=trajectory, labels=labels, guidance=guidance,
             )  # fmt: skip
-        unit = lambda x: ((x.float() + 1) / 2).clamp(0, 1).cpu()  # noqa: E731
         masks = drawn.bottleneck.masks.float().cpu()
         frames = None
         if trajectory:
-            frames = [Frame(s.t, unit(s.x0), s.bottleneck.masks.float().cpu()) for s in drawn.trajectory]
+            frames = [Frame(s.t, to_unit(s.x0), s.bottleneck.masks.float().cpu()) for s in drawn.trajectory]
         asked = None
         if labels is not None:
             asked = [self.config.class_names[i] if i >= 0 else None for i in labels.tolist()]
-        return Generation(unit(drawn.images), masks, masks.argmax(1), frames, asked)
+        return Generation(to_unit(drawn.images), masks, masks.argmax(1), frames, asked)
+
+    def interpolate(
+        self, a: Any, b: Any, *, frames: int = 9, t: int | None = None, steps: int = 50, sampler: str = "ddpm",
+        seed: int = 0,
+    ) -> Interpolation:  # fmt: skip
+        """The way from pictures a to pictures b, mixed at level t with shared noise and denoised (fig. 2.12).
+
+        Args:
+            a, b: pictures as :meth:`segment` takes them, cut to their centred squares; as many of each, or one.
+            frames: pictures along the way, both ends included.
+            t: level of the mixing; None: a quarter of those it was trained on (250 of 1000). The
+                higher, the freer.
+            steps: denoising steps, at most t + 1.
+            sampler, seed: as in :meth:`generate`.
+
+        Raises:
+            ConfigError: frames, steps or t out of range, or an unknown sampler.
+            DataError: nothing to read, or pictures that cannot be paired.
+        """
+        options = {"frames": frames, "t": edit_level(self.config, t), "steps": steps, "sampler": sampler, "seed": seed}
+        a, b = self._squares(a), self._squares(b)
+        with self._precision():
+            return interpolate_pictures(self.model, self.config, self.schedule, a, b, **options)
+
+    def branches(self, images: Any, t: int | None = None) -> Branches:
+        """What each branch makes of pictures at one noise level, and its mask (fig. 2.9).
+
+        Args:
+            images: as :meth:`segment` takes them, cut to their centred squares.
+            t: noise level; None: a quarter of those it was trained on. At low ones every branch can copy what it sees.
+
+        Raises:
+            ConfigError: t out of range, or a model without branches (``decoding="concat"``).
+            DataError: nothing to read.
+        """
+        t = edit_level(self.config, t)
+        with self._precision():
+            return take_apart(self.model, self.config, self.schedule, self._squares(images), t)
+
+    def recompose(
+        self, images: Any, region: int, *, from_: Any = None, remove: bool = False, t: int | None = None,
+        steps: int = 50, sampler: str = "ddpm", seed: int = 0,
+    ) -> Recomposition:  # fmt: skip
+        """Edit pictures by region: make one anew (the default), bring it from other pictures, or take it away.
+
+        Places are painted by the branches of the regions that shall be there, everything else stays as it is, to the
+        last digit (:class:`~factorkit.segdiff.recompose.Recomposer` has the formulas).
+
+        Args:
+            images: as :meth:`segment` takes them, cut to their centred squares.
+            region: which region, 0 to K-1; :meth:`segment` tells what each of them found.
+            from_: the pictures to bring it from, as many as images, or one; the place it leaves is filled.
+            remove: take the region away and fill its place.
+            t: the region is held to its pixels down to this level, and painted freely below it. None: with ``from_``
+                a twentieth of the levels, which fits it in but leaves it what it is; else all: it is made from noise.
+                0 pastes.
+            steps: denoising steps.
+            sampler, seed: as in :meth:`generate`.
+
+        Raises:
+            ConfigError: a plain DDPM, a region or level that is not there, ``from_`` with ``remove``, steps out of
+                range, or an unknown sampler.
+            DataError: nothing to read, or pictures that cannot be paired.
+        """
+        options = {"region": region, "remove": remove, "t": t, "steps": steps, "sampler": sampler, "seed": seed}
+        originals, sources = self._squares(images), None if from_ is None else self._squares(from_)
+        with self._precision():
+            return recompose_pictures(self.model, self.config, self.schedule, originals, sources, **options)
+
+    def _squares(self, images: Any) -> Tensor:
+        """Pictures as the training saw them, [n, 3, R, R] in [-1, 1]."""
+        pictures, _ = as_pictures(images)
+        return to_float(torch.from_numpy(np.stack([square(p, self.config.resolution) for p in pictures])))
 
     def evaluate(
         self, images: Any, masks: Any, *, fit: int | None = None, ignore: int | None = None, baselines: bool = False,

@@ -7,13 +7,42 @@ from torch import Tensor
 
 from factorkit.diffusion.denoiser import Denoiser
 from factorkit.diffusion.guidance import Guided
+from factorkit.diffusion.objective import to_x0
 from factorkit.diffusion.samplers import Samples, Step, sample
+from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import ConfigError
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.model import FactorizedUNet, Regions
 
 PIECE = 64  # images drawn at once
+
+
+def levels(config: SegdiffConfig) -> int:
+    """How many noise levels the model was trained on; generation begins at the last of them."""
+    return config.timesteps if config.tail else config.t_max
+
+
+def edit_level(config: SegdiffConfig, t: int | None) -> int:
+    """A level that pictures can be taken to and denoised from; None: a quarter of the way up.
+
+    Raises:
+        ConfigError: the model was not trained at level t.
+    """
+    t = levels(config) // 4 if t is None else t
+    if not 0 <= t < levels(config):
+        raise ConfigError(
+            f"t={t} must lie between 0 and {levels(config) - 1}, the noisiest level this model was trained on"
+        )
+    return t
+
+
+def branch_estimates(prediction: str, schedule: Schedule, x_t: Tensor, branches: Tensor, t: Tensor) -> Tensor:
+    """The clean images [B, K, 3, H, W] that the branches' outputs, of the same shape, stand for.
+
+    The clean image is affine in the output and the masks sum to one, so sum_k m_k x0_k is the model's own estimate.
+    """
+    return torch.stack([to_x0(prediction, schedule, x_t, out.float(), t) for out in branches.unbind(1)], dim=1)
 
 
 def draw_images(
@@ -32,7 +61,7 @@ def draw_images(
     """
     if steps is not None and not 1 <= steps <= config.timesteps:
         raise ConfigError(f"steps={steps}: this model's schedule has 1 to {config.timesteps} of them")
-    start = config.timesteps if config.tail else config.t_max
+    start = levels(config)
 
     def told(first: int) -> Denoiser:
         return model if labels is None else Guided(model, labels[first : first + PIECE].to(device), guidance)

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from factorkit.data.source_base import shown
 from factorkit.data.sources import Source
 from factorkit.engine.atomic import clear_unfinished, save_image
 from factorkit.engine.folder import held
@@ -30,7 +31,6 @@ from factorkit.segdiff.results import (
     Manifest,
     check_formats,
     fingerprint,
-    one_line,
     output_names,
     without_results,
     write_annotations,
@@ -87,7 +87,7 @@ def segment_folder(
                 job = _Job(config, predict, source, manifest, settings, formats, workers, progress)
                 return job.run()
     except OSError as error:  # a source reports its own as DataError, so this one is the results'
-        where = one_line(str(error.filename or out))
+        where = shown(str(error.filename or out))
         raise WriteError(
             f"{where}: cannot be written: {error.strerror or error}. What is finished in {out} stands; free some space "
             "or mend the permissions (or give another out=) and run the same command again to go on"
@@ -219,15 +219,15 @@ class _Job:
         """A picture's files, and what the manifest says of it."""
         index, seen = picture.index, picture.seen
         width, height = seen.picture.size
-        shown = index < SHEET_IMAGES
-        soft = np.empty((len(masks), height, width), np.uint8) if "masks" in self.formats or shown else None
+        pictured = index < SHEET_IMAGES
+        soft = np.empty((len(masks), height, width), np.uint8) if "masks" in self.formats or pictured else None
         labels = np.empty((height, width), np.uint8)
         for rows, band in own_pixels(masks, seen):
             labels[rows] = band.argmax(0).byte().numpy()
             if soft is not None:
                 soft[:, rows] = (band * 255).round().byte().numpy()
         files = write_picture(self.out / self.paths[index], seen.picture, labels, soft, self.formats)
-        if shown:
+        if pictured:
             self.rows[index] = _sheet_row(seen.picture, soft)
         areas = np.bincount(labels.ravel(), minlength=len(masks)) / labels.size
         found = annotations(labels, len(masks)) if "coco" in self.formats else None
@@ -259,7 +259,7 @@ class _Job:
     def _report(self, count: int) -> None:
         if not self.skipped:
             return
-        named = "; ".join(f"{one_line(n)} ({one_line(reason)})" for n, reason in list(self.skipped.items())[:NAMED])
+        named = "; ".join(f"{shown(n)} ({shown(reason)})" for n, reason in list(self.skipped.items())[:NAMED])
         if len(self.skipped) == count:
             raise DataError(f"none of {count} images could be segmented: {named}. Check the files.")
         more = f"; and {len(self.skipped) - NAMED} more" if len(self.skipped) > NAMED else ""
@@ -272,7 +272,7 @@ class _Job:
         shown = sorted(self.rows)
         colors = pictures.palette(self.config.regions)
         columns = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
-        captions = [one_line(PurePosixPath(self.source.names[i]).name)[-24:] for i in shown]
+        captions = [shown(PurePosixPath(self.source.names[i]).name)[-24:] for i in shown]
         rows = [self.rows[i] for i in shown]
         save_image(pictures.contact_sheet(rows, columns, captions, cell=SHEET_CELL), self.sheet)
 

@@ -15,7 +15,6 @@ from factorkit.diffusion.objective import (
     loss_weight,
     min_snr_weight,
     target,
-    to_x0,
 )
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.atomic import save_image
@@ -25,7 +24,7 @@ from factorkit.segdiff import pictures
 from factorkit.segdiff.alarms import measure_alarms
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.model import FactorizedUNet
-from factorkit.segdiff.sampling import draw_images
+from factorkit.segdiff.sampling import branch_estimates, draw_images
 
 PROBES = 96  # images the alarms are measured on; the position share of N independent masks is 1/N by chance
 SHOWN = 8  # images on a sample sheet
@@ -41,6 +40,11 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> np.ndarray:
     """The network's range back to uint8 [N, H, W, 3]."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """The network's range to float in [0, 1], same shape, on the CPU."""
+    return ((images.float() + 1) / 2).clamp(0, 1).cpu()
 
 
 class SegdiffTask:
@@ -130,9 +134,8 @@ class SegdiffTask:
         out = model(x_t, t)
         branches = None
         if out.bottleneck.branches is not None:
-            outs = out.bottleneck.branches.float().unbind(1)
-            each = [to_x0(self.config.prediction, self.schedule, x_t, b, t) for b in outs]
-            branches = np.stack([to_uint8(b) for b in each], 1) / 255.0
+            each = branch_estimates(self.config.prediction, self.schedule, x_t, out.bottleneck.branches, t)
+            branches = np.stack([to_uint8(b) for b in each.unbind(1)], 1) / 255.0
         sheet = pictures.segmentation_sheet(to_uint8(shown), out.bottleneck.masks.float().cpu().numpy(), branches)
         save_image(sheet, folder / f"{step:06d}_segmentation.png")
         return {} if self.config.regions == 1 else self.alarms(model).to_dict()

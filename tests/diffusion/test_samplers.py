@@ -116,6 +116,18 @@ def test_result_is_a_function_of_the_seed():
     assert torch.equal(one, given)
 
 
+def test_with_shared_noise_an_image_depends_on_its_start_alone():
+    """Every image of the batch goes the way it would go by itself; with noise of its own, none but the first does."""
+    model = Gaussian(Schedule(50), 0.0, 0.5)
+    start = torch.randn(1, 3, 4, 4).expand(3, -1, -1, -1)
+    shared = draw(model, start.shape, x_start=start, shared_noise=True, seed=7).images
+    alone = draw(model, (1, 3, 4, 4), x_start=start[:1], seed=7).images
+    torch.testing.assert_close(shared, alone.expand(3, -1, -1, -1))
+    assert not torch.allclose(draw(model, start.shape, x_start=start, seed=7).images[1], alone[0], atol=1e-2)
+    noise = draw(model, (3, 3, 4, 4), shared_noise=True, seed=7).images
+    torch.testing.assert_close(noise, draw(model, (1, 3, 4, 4), seed=7).images.expand(3, -1, -1, -1))
+
+
 def test_clip_bounds_the_estimate_at_every_step():
     result = draw(Gaussian(Schedule(50), 1.0, 0.5), (1, 1, 16, 16), clip=True, trajectory=True)
     assert max(step.x0.max().item() for step in result.trajectory) == 1.0 == result.images.max().item()

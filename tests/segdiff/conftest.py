@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.model import FactorizedUNet
+from factorkit.segdiff.run import SegdiffRun
 
 TINY = {
     "regions": 3, "resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "heads": 2,
@@ -17,15 +21,42 @@ def tiny():
 
     def make(dtype=torch.float64, **changes) -> FactorizedUNet:
         torch.manual_seed(0)
-        model = FactorizedUNet(**{**TINY, **changes})
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(torch.randn_like(p) * 0.1)
-            if model.regions > 1:
-                model.mask_generator.conv_out.weight.mul_(3)
-            for buffer in model.buffers():  # running averages that are told apart from their initial values
-                buffer.add_(torch.rand_like(buffer) * 0.5)
-        return model.to(dtype).eval()
+        return stirred(FactorizedUNet(**{**TINY, **changes})).to(dtype).eval()
+
+    return make
+
+
+def stirred(model: FactorizedUNet) -> FactorizedUNet:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+        if model.regions > 1:
+            model.mask_generator.conv_out.weight.mul_(3)
+        for buffer in model.buffers():  # running averages that are told apart from their initial values
+            buffer.add_(torch.rand_like(buffer) * 0.5)
+    return model
+
+
+@pytest.fixture
+def stirred_run():
+    """stirred_run(**changes): a run that was never trained, in fp32, its weights and masks as those of `tiny`."""
+
+    def make(**changes) -> SegdiffRun:
+        torch.manual_seed(0)
+        config = preset_config("demo", **{**TINY, "precision": "fp32", "device": "cpu", **changes}).resolved()
+        return SegdiffRun(config, stirred(config.build()), torch.device("cpu"), 0)
+
+    return make
+
+
+@pytest.fixture
+def pictures():
+    """pictures(count, seed): smooth random pictures, uint8 [count, 16, 16, 3]."""
+
+    def make(count=2, seed=0) -> np.ndarray:
+        small = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
+        grown = [Image.fromarray(p).resize((16, 16), Image.Resampling.BICUBIC) for p in small]
+        return np.stack([np.asarray(p) for p in grown])
 
     return make
 

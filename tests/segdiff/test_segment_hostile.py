@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from factorkit.data.source_base import shown
 from factorkit.errors import DataError, WriteError
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.results import one_line
 from factorkit.segdiff.run import SegdiffRun
 
 TINY = {
@@ -109,7 +109,7 @@ def test_names_with_line_breaks_and_bytes_that_are_no_text(run, folder):
     assert listed == {*names, "good.jpg"}
     with pytest.warns(UserWarning, match="1 of 6"):
         assert segmented(run, folder, formats=ALL).already == 5, "their lines in the list are read back"
-    assert one_line("plain ünï.png") == "plain ünï.png" and one_line("a\nb") == "a\\nb"
+    assert shown("plain ünï.png") == "plain ünï.png" and shown("a\nb") == "a\\nb"
 
 
 def test_a_name_too_long_to_add_to_is_left_out_by_itself(run, folder):
