@@ -39,13 +39,14 @@ class Schedule:
         if steps < 1:
             raise ConfigError(f"a schedule of {steps} steps has no time to train at; use 1 step or more")
         self.steps, self.kind = steps, kind
-        if kind == "flow":
-            self.sigmas = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-            self.signals = 1 - self.sigmas
-            self.alpha_bars = self.signals**2 / (self.signals**2 + self.sigmas**2)
-        else:
-            self.alpha_bars = torch.cumprod(1 - _betas(steps, kind), 0)
-            self.signals, self.sigmas = self.alpha_bars.sqrt(), (1 - self.alpha_bars).sqrt()
+        with torch.device("cpu"):  # whatever the default device is
+            if kind == "flow":
+                self.sigmas = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+                self.signals = 1 - self.sigmas
+                self.alpha_bars = self.signals**2 / (self.signals**2 + self.sigmas**2)
+            else:
+                self.alpha_bars = torch.cumprod(1 - _betas(steps, kind), 0)
+                self.signals, self.sigmas = self.alpha_bars.sqrt(), (1 - self.alpha_bars).sqrt()
         self.to(device)
 
     def to(self, device: torch.device | str) -> Schedule:

@@ -269,11 +269,11 @@ class _Job:
         )
 
     def _write_sheet(self) -> None:
-        shown = sorted(self.rows)
+        order = sorted(self.rows)
         colors = pictures.palette(self.config.regions)
         columns = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
-        captions = [shown(PurePosixPath(self.source.names[i]).name)[-24:] for i in shown]
-        rows = [self.rows[i] for i in shown]
+        captions = [shown(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
+        rows = [self.rows[i] for i in order]
         save_image(pictures.contact_sheet(rows, columns, captions, cell=SHEET_CELL), self.sheet)
 
 

@@ -186,7 +186,7 @@ def test_a_run_without_classes_has_none_and_says_so():
 
 def test_labels_of_the_data_set_itself_are_used_when_asked_for(monkeypatch):
     labels = np.array([2, 0, -1, 1, 0, 2])
-    dataset = Dataset("official", ArraySource(pictures()), None, None, labels, NAMES)
+    dataset = Dataset("official", ArraySource(pictures()), None, None, labels=labels, class_names=NAMES)
     found = train.find_classes(True, dataset, ["000005", "000001"])  # the others could not be decoded
     assert found.names == ["iris", "rose"] and found.labels.tolist() == [1, 0]
     assert train.find_classes(None, dataset, dataset.train.names) is None

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from factorkit.engine.streams import BatchDraw
+from factorkit.segdiff import task as task_module
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.task import PROBES, SegdiffTask, noised, predict_masks, to_float, to_uint8
 
@@ -186,10 +187,11 @@ def test_the_noise_of_a_picture_depends_on_nothing_but_its_shape_and_the_level()
     assert eps.std().item() == pytest.approx(1, abs=0.2)
 
 
-def test_predicted_masks_come_in_pieces_that_change_nothing():
+def test_predicted_masks_come_in_pieces_that_change_nothing(monkeypatch):
     task = task_of()
     images = to_float(torch.from_numpy(pictures(5)))
     task.model.eval()
     whole = predict_masks(task.model, images, 30, task.schedule)
     assert whole.shape == (5, 3, 8, 8) and whole.dtype == torch.float32
-    torch.testing.assert_close(predict_masks(task.model, images, 30, task.schedule, batch=2), whole)
+    monkeypatch.setattr(task_module, "AT_ONCE", 2)
+    torch.testing.assert_close(predict_masks(task.model, images, 30, task.schedule), whole)
