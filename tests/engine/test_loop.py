@@ -194,7 +194,15 @@ def test_a_signal_in_the_last_step_is_not_lost(toy, tmp_path):
     assert events(tmp_path / "run")[-1] == ("end", 6)
 
 
-def test_a_second_interrupt_does_not_wait(toy, tmp_path):
+@pytest.fixture
+def interruptible():
+    """Python's own way with Ctrl-C, which a process that was started in the background does not have."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+def test_a_second_interrupt_does_not_wait(toy, tmp_path, interruptible):
     def hook(step, error):
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
