@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from factorkit.engine.atomic import replacing
 from factorkit.errors import CheckpointError
 
 FORMAT = "factorkit-1"
@@ -137,10 +138,9 @@ class Checkpoints:
         best = self.best()
         if best is not None and best[1] < error:
             return
-        temporary = self.folder / f".step_best.{os.getpid()}.tmp"
         try:
-            temporary.write_text(json.dumps({"step": step, "error": error}))
-            os.replace(temporary, self.folder / BEST)
+            with replacing(self.folder / BEST) as temporary:
+                temporary.write_text(json.dumps({"step": step, "error": error}))
         except OSError as failure:
             raise CheckpointError(f"could not write {self.folder / BEST}: {failure}. Free some space") from failure
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views import Views
+from factorkit.engine.atomic import replacing
 from factorkit.errors import CheckpointError
 
 GIVEN = "views.npz"
@@ -29,13 +29,11 @@ def keep_views(folder: Path, views: Views) -> None:
         value = getattr(views, name)
         if value is not None:
             arrays[name] = value.numpy()
-    path, temporary = folder / GIVEN, folder / f".{GIVEN}.{os.getpid()}.tmp"
+    path = folder / GIVEN
     try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            np.savez_compressed(temporary, **arrays)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"could not write {path}: {error}. Free some space, or give another out=") from error
 
 
