@@ -46,6 +46,14 @@ def turned(direction: Tensor, degrees: Tensor | float) -> Tensor:
     return torch.stack([turn.cos() * x - turn.sin() * y, turn.sin() * x + turn.cos() * y, z.expand_as(x)], dim=-1)
 
 
+def raised(direction: Tensor, angle: Tensor) -> Tensor:
+    """Unit vectors [..., 3], none along z, moved up the circle through the zenith by ``angle`` [...] in radians."""
+    x, y, z = direction.unbind(-1)
+    flat = torch.hypot(x, y)
+    tangent = torch.stack([-x / flat * z, -y / flat * z, flat], dim=-1)
+    return angle.cos()[..., None] * direction + angle.sin()[..., None] * tangent
+
+
 def orbit_poses(direction: Tensor, distance: Tensor | float, freedom: dict[str, Tensor] | None = None) -> Tensor:
     """Cameras that look at the origin from ``distance`` times ``direction`` [..., 3], z upwards: poses [..., 4, 4].
 
@@ -101,8 +109,11 @@ def _rigid(rotation: Tensor, place: Tensor) -> Tensor:
 class OrbitPoses(nn.Module):
     """A pose for each of V views of an object, as parameters: its direction and what ``freedom`` names.
 
+    A direction moves by two angles of its own, along its circle of elevation and up. As a vector in space it would
+    hardly climb near the zenith, where going round turns the picture far more than going up moves it.
+
     Args:
-        direction: where they start, [V, 3].
+        direction: where they start, unit vectors [V, 3].
         distance: of all cameras, which "distance" departs from.
         freedom: some of :data:`FREEDOMS`.
     """
@@ -110,9 +121,16 @@ class OrbitPoses(nn.Module):
     def __init__(self, direction: Tensor, distance: float, freedom: Sequence[str] = ()):
         super().__init__()
         self.distance = distance
-        self.direction = nn.Parameter(direction.clone())
+        self.register_buffer("start", direction.clone())
+        self.angles = nn.Parameter(torch.zeros(len(direction), 2).to(direction))  # azimuth, elevation; radians
         shapes = {name: (len(direction), 2) if name == "aim" else (len(direction),) for name in freedom}
         self.freedom = nn.ParameterDict({name: nn.Parameter(torch.zeros(s)) for name, s in shapes.items()})
+
+    @property
+    def direction(self) -> Tensor:
+        """Where the views stand now, unit vectors [V, 3]."""
+        azimuth, elevation = self.angles.unbind(-1)
+        return turned(raised(self.start, elevation), azimuth.rad2deg())
 
     def at(self, direction: Tensor) -> OrbitPoses:
         """The same views with other directions [V, 3] and the same departures from them, fixed."""

@@ -66,6 +66,6 @@ def _poses(where: dict[str, Tensor], distance: float, layout: str) -> Tensor:
         free = FreePoses(where["base"])
     else:
         names = [k.removeprefix("freedom.") for k in where if k.startswith("freedom.")]
-        free = OrbitPoses(where["direction"], distance, names)
+        free = OrbitPoses(where["start"], distance, names)
     free.load_state_dict(where)
     return free()

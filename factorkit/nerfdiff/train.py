@@ -201,7 +201,7 @@ class Training:
         middle = sum(self.config.elevations) / 2
         generator = torch.Generator().manual_seed(derived_seed("one start", self.config.seed))
         start = dictionary(1, [middle]).repeat(count, 1) + 0.01 * torch.randn(count, 3, generator=generator)
-        return OrbitPoses(start, self.scene.distance, self.config.pose_freedom)
+        return OrbitPoses(F.normalize(start, dim=-1), self.scene.distance, self.config.pose_freedom)
 
     def dictionary_search(self) -> tuple[Fit, float | None]:
         """Search, refinement and flip test: the fit, and the share of views that the last round still turned."""
@@ -225,7 +225,7 @@ class Training:
             fitted = self.fit("refine", start, poses, sheets="refine", free=True, hot=FORWARD_HEAT)
             return self.with_own_field(fitted), None
         fitted = self.refine("refine", start, OrbitPoses(direction, scene.distance, config.pose_freedom))
-        found = fitted.poses.at(F.normalize(fitted.poses.direction.detach(), dim=-1))
+        found = fitted.poses.at(fitted.poses.direction.detach())
         kept = found.direction
         optics = replace(scene.optics, intrinsics=fitted.optics.intrinsics.detach())
         for number in range(max(1, config.flip_rounds)):

@@ -112,6 +112,30 @@ def test_parameters_start_where_they_are_told_and_get_gradients():
     assert len(list(free.requires_grad_(False).parameters())) == 1 and torch.allclose(free(torch.tensor([4])), base[4:])
 
 
+def test_directions_move_along_their_circle_and_up_over_the_zenith():
+    way = dictionary(5, [30])
+    poses = OrbitPoses(way, 2.5)
+    assert torch.equal(poses.direction, way)
+    poses.angles.data.copy_(torch.tensor([0.3, 0.4]).expand(5, 2))
+    up = math.degrees(0.4)
+    expected = dictionary(5, [30 + up]), math.degrees(0.3)
+    assert torch.allclose(poses.direction, turned(*expected), atol=1e-6)
+    poses.angles.data.copy_(torch.tensor([0.0, math.radians(100)]).expand(5, 2))  # 30 + 100 is 50 on the other side
+    assert torch.allclose(poses.direction, turned(dictionary(5, [50]), 180.0), atol=1e-6)
+
+
+def test_a_view_near_the_zenith_climbs_although_going_round_turns_the_picture_more():
+    true = directions(torch.tensor([40.0]), torch.tensor([89.0]))
+    poses = OrbitPoses(directions(torch.tensor([38.0]), torch.tensor([70.0])), 2.5)
+    goal = orbit_poses(true, 2.5)
+    optimizer = torch.optim.Adam(poses.parameters(), lr=0.005)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (poses() - goal).square().sum().backward()
+        optimizer.step()
+    assert (poses.direction * true).sum() > math.cos(math.radians(0.2))
+
+
 def test_the_natural_distance_shows_a_ninth_more_than_the_box():
     focal = 1.3
     pose = orbit_poses(torch.tensor([1.0, 0, 0]), natural_distance(focal))

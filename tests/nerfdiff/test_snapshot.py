@@ -8,7 +8,7 @@ import torch
 from factorkit.commands_nerfdiff import newest, what_to_show
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.errors import CheckpointError
-from factorkit.nerfdiff.poses import orbit_poses
+from factorkit.nerfdiff.poses import OrbitPoses, orbit_poses
 from factorkit.nerfdiff.snapshot import snapshot
 
 
@@ -32,7 +32,10 @@ def test_the_newest_stage_is_shown_until_there_is_a_model(begun, finished):
         if stage == "search":
             places = tensors["ema.module.poses.places"][tensors["ema.module.poses.assigned"]]
         else:
-            places = tensors["ema.module.poses.direction"]
+            where = {k: tensors[f"ema.module.poses.{k}"] for k in ("start", "angles")}
+            free = OrbitPoses(where["start"], 1.0)
+            free.load_state_dict(where)
+            places = free.direction.detach()
         assert torch.allclose(found.views.poses, orbit_poses(places, finished.scene["distance"]), atol=1e-5)
         shown = what_to_show(begun, "cpu")
         assert shown.step == found.step and shown.true is None
