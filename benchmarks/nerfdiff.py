@@ -6,6 +6,7 @@
     python -m benchmarks.nerfdiff lego --data LEGO --size 32 --ways dictionary supervised one_start --seeds 0 1 2 3 4
     python -m benchmarks.nerfdiff lego --data LEGO --size 32 --ways joint joint_letter --seeds 0
     python -m benchmarks.nerfdiff lego --data LEGO --roll 10 --set 'freedom=["roll"]' --seeds 0
+    python -m benchmarks.nerfdiff lego --data LEGO --focal 0.2 --set 'freedom=["focal"]' --seeds 0
     python -m benchmarks.nerfdiff fern --data FERN --size 84 --every 1 --ways supervised one_start --seeds 0
 
 Each run is a JSON object in benchmarks/results/nerfdiff.json with its machine, commit and settings; a run that stands
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--roll", type=float, default=0.0, help="turn training views by up to so many degrees")
     parser.add_argument("--shift", type=float, default=0.0, help="shift them by up to this share of their side")
     parser.add_argument("--zoom", type=float, default=0.0, help="scale them by up to this share")
+    parser.add_argument("--focal", type=float, default=0.0, help="tell a focal length that is off by this share")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=["dictionary"])
     parser.add_argument("--preset", default="fast")
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
@@ -72,8 +74,9 @@ def views_of(args: argparse.Namespace):
     return open_views(args.data, "train", args.size), held_out.select(slice(None, None, args.every))
 
 
-def disturbed(views, roll: float, shift: float, zoom: float, seed: int):
-    """The views turned, shifted and scaled at random; of their true poses the turns are known, and put in."""
+def disturbed(views, seed: int, roll: float = 0.0, shift: float = 0.0, zoom: float = 0.0, focal: float = 0.0):
+    """The views turned, shifted and scaled at random, and told to be of another focal length than they are; of their
+    true poses the turns are known, and put in."""
     from dataclasses import replace
 
     import roma
@@ -93,7 +96,9 @@ def disturbed(views, roll: float, shift: float, zoom: float, seed: int):
     images = F.grid_sample(views.images - behind, grid, align_corners=False) + behind
     poses = views.poses.clone()
     poses[:, :3, :3] = poses[:, :3, :3] @ roma.rotvec_to_rotmat(torch.stack([0 * turn, 0 * turn, -turn], 1))
-    return replace(views, images=images.clamp(0, 1), poses=poses, masks=None)
+    intrinsics = views.intrinsics.clone()
+    intrinsics[:, [0, 1], [0, 1]] *= 1 + focal
+    return replace(views, images=images.clamp(0, 1), poses=poses, intrinsics=intrinsics, masks=None)
 
 
 def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> None:
@@ -103,7 +108,7 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
     import factorkit
     from factorkit.nerfdiff.config import preset_config
 
-    disturbance = {k: getattr(args, k) for k in ("roll", "shift", "zoom") if getattr(args, k)}
+    disturbance = {k: getattr(args, k) for k in ("roll", "shift", "zoom", "focal") if getattr(args, k)}
     words = [args.name, f"{args.size} px", way, *(f"{k}={v:g}" for k, v in disturbance.items())]
     words += [*(f"{k}={v}" for k, v in changes.items()), f"seed={seed}"]
     key = " ".join(words)
@@ -111,7 +116,7 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
         return
     training, held_out = views_of(args)
     if disturbance:
-        training = disturbed(training, args.roll, args.shift, args.zoom, seed)
+        training = disturbed(training, seed, **disturbance)
     settings = {"resolution": args.size, **WAYS[way], **changes}
     if settings.get("poses") in ("known", "learned"):  # as many steps as search and refinement have together
         usual = preset_config(args.preset, resolution=args.size)
