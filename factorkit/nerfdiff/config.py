@@ -84,6 +84,8 @@ class NerfdiffConfig(EngineConfig):
     """Rays of each view a step."""
     roughness: float = 3e-4
     """Weight of the differences of neighbouring numbers of the grid, beside the mean squared error."""
+    fog: float = 1e-3
+    """Weight of the mean opacity seen, where cameras stand around an object, beside the mean squared error."""
     search_steps: int = 600
     """Of the dictionary search."""
     search_learning_rate: float = 0.05
@@ -136,7 +138,7 @@ class NerfdiffConfig(EngineConfig):
             raise ConfigError(f"width={self.width} must be even: half of the time embedding is cosines, half sines")
         if not 0 < self.t_power:
             raise ConfigError(f"t_power={self.t_power} must be positive")
-        for name in ("classification_weight", "roughness"):
+        for name in ("classification_weight", "roughness", "fog"):
             if not 0 <= getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
 
@@ -167,7 +169,7 @@ _THESIS = {
     "search": "joint", "balance": False, "candidates": "thesis", "field": "mlp", "samples": 64, "resolution": 128,
     "steps": 200_000, "learning_rate": 2e-5, "field_learning_rate": 1e-4, "ema": 0.9999, "precision": "fp32",
     "batch_size": 16, "rays": 256, "t_power": 1.0, "width": 64, "multipliers": (1, 1, 2, 2, 4), "blocks": 2,
-    "pooling": "average", "encoder_resolution": 128, "roughness": 0.0,
+    "pooling": "average", "encoder_resolution": 128, "roughness": 0.0, "fog": 0.0,
 }  # fmt: skip
 
 

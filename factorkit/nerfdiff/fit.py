@@ -18,6 +18,7 @@ from factorkit.nerfdiff.occupied import look_again
 from factorkit.nerfdiff.rays import Optics, render_pixels
 from factorkit.nerfdiff.scene import Scene, blurred, picked
 from factorkit.nerfdiff.watch import cameras_sheet
+from factorkit.rendering import Rendered
 
 FIELD_BETAS = (0.9, 0.99)  # a cell is seen by few rays a step: moments over a thousand steps would be of another scene
 ANNEALED = 0.6  # share of the steps over which what is coarse at the beginning sharpens
@@ -53,8 +54,8 @@ class Fit(nn.Module):
         centre = self.given.intrinsics - torch.diag(self.given.intrinsics.diagonal())
         return replace(self.given, intrinsics=focal + centre)
 
-    def forward(self, indices: Tensor, pixels: Tensor, seed: int, **options: Any) -> Tensor:
-        """Colours [B, R, 3] of pixels [B, R] of views [B]; ``options`` go to the poses."""
+    def forward(self, indices: Tensor, pixels: Tensor, seed: int, **options: Any) -> Rendered:
+        """What is seen at pixels [B, R] of views [B]; ``options`` go to the poses."""
         poses = self.poses(indices, **options)
         return render_pixels(self.field, poses, self.optics, pixels, self.size, self.samples, seed, indices)
 
@@ -62,6 +63,15 @@ class Fit(nn.Module):
 def field_groups(field: Field, rate: float, base: float) -> list[dict[str, Any]]:
     """Adam's groups of a field that learns at ``rate``, in units of the learning rate ``base``."""
     return [{"params": part, "scale": speed / base, "betas": FIELD_BETAS} for part, speed in field.rates(rate)]
+
+
+def prior(config: NerfdiffConfig, scene: Scene, field: Field, seen: Rendered) -> Tensor:
+    """What the objective [B] has beside the views' errors: the field's roughness, and around an object the fog seen.
+
+    Fog of the background's colour shows in no picture that a field is fitted to, but in those of other cameras it does.
+    """
+    rough = config.roughness * field.roughness()
+    return rough + config.fog * seen.opacity.mean(1) if scene.layout == "object" else rough
 
 
 class FitTask:
@@ -101,8 +111,8 @@ class FitTask:
         images = self.images(int(step))[which.to(self.scene.images.device)]
         pixels = draw.integers(0, images.shape[2] * images.shape[3], self.config.rays)
         seen = model(which, pixels, int(step), **self.options(draw, int(step)))
-        error = (seen - picked(images, pixels)).square().mean((1, 2))
-        objective = error + self.config.roughness * self.model.field.roughness()
+        error = (seen.color - picked(images, pixels)).square().mean((1, 2))
+        objective = error + prior(self.config, self.scene, self.model.field, seen)
         return StepLoss(objective, error, torch.zeros_like(error), {})
 
     def heat(self, step: int) -> float:

@@ -23,7 +23,7 @@ from factorkit.engine.streams import BatchDraw
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fit import field_groups
+from factorkit.nerfdiff.fit import field_groups, prior
 from factorkit.nerfdiff.model import NerfdiffModel, look, noisy, to_signal
 from factorkit.nerfdiff.occupied import look_again
 from factorkit.nerfdiff.rays import render_pixels, render_views
@@ -76,9 +76,9 @@ class JointTask:
             self.model.field, found.poses[rows, best], self.scene.optics, pixels, self.scene.size, config.samples,
             int(step), indices,
         )  # fmt: skip
-        error = (seen - picked(images, pixels)).square().mean((1, 2))
+        error = (seen.color - picked(images, pixels)).square().mean((1, 2))
         missed = F.cross_entropy(found.scores, best, reduction="none")
-        objective = error + config.classification_weight * missed + self.config.roughness * self.model.field.roughness()
+        objective = error + config.classification_weight * missed + prior(config, self.scene, self.model.field, seen)
         use = torch.bincount(best, minlength=found.scores.shape[1]) / len(best)
         right = (found.chosen == best).float().mean()
         return StepLoss(objective, error, t / config.timesteps, {"candidate_use": use, "classified": right})

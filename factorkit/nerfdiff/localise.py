@@ -59,7 +59,7 @@ def refined(model: NerfdiffModel, images: Tensor, poses: Tensor, steps: int, con
         pixels = torch.randint(height * width, (min(RAYS, height * width),), generator=generator).to(images.device)
         pixels = pixels.expand(len(images), -1)
         seen = render_pixels(model.field, free(), model.optics, pixels, (height, width), model.samples)
-        error = (seen - picked(images, pixels)).square().mean((1, 2)).sum()
+        error = (seen.color - picked(images, pixels)).square().mean((1, 2)).sum()
         numbers = list(free.parameters())
         for number, slope in zip(numbers, torch.autograd.grad(error, numbers), strict=True):
             number.grad = slope

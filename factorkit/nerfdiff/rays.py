@@ -83,8 +83,9 @@ def sampling(field: Field, samples: int, forward: bool = False) -> EvenSampling 
 def render_pixels(
     field: Field, poses: Tensor, optics: Optics, pixels: Tensor, size: tuple[int, int], samples: int,
     seed: int | None = None, views: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Colours [B, R, 3] of pixels [B, R] (numbered row by row) of pictures of ``size`` from poses [B, 4, 4].
+) -> Rendered:  # fmt: skip
+    """What is seen, colour [B, R, 3] and opacity [B, R], at pixels [B, R] (numbered row by row) of pictures of ``size``
+    from poses [B, 4, 4].
 
     Args:
         views: whose tones the colours are to have, indices [B] of training views; None: the mean one.
@@ -95,7 +96,7 @@ def render_pixels(
     behind = backdrop(field, rays.directions, optics)
     how = sampling(field, samples, optics.forward)
     seen = render(field, optics.bent(rays, size), how, background=behind, seed=seed)
-    return toned(field, seen, optics, views)
+    return seen._replace(color=toned(field, seen, optics, views))
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def registered(model: NerfdiffModel, start: Similarity, poses: Tensor, images: T
         pixels = torch.randint(height * width, (VIEWS, RAYS), generator=generator).to(device)
         moved = _moved(base[rows], roma.rotvec_to_rotmat(turn), shift * reach, zoom.exp())
         seen = render_pixels(model.field, moved, model.optics, pixels, (height, width), model.samples, step)
-        error = (seen - picked(images[rows], pixels)).square().mean()
+        error = (seen.color - picked(images[rows], pixels)).square().mean()
         numbers = [turn, shift, zoom]
         for number, slope in zip(numbers, torch.autograd.grad(error, numbers), strict=True):
             number.grad = slope

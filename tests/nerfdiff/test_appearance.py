@@ -82,7 +82,7 @@ def test_pixels_and_comparisons_have_their_views_tones():
     field, views = toned_field(), torch.tensor([1, 3, 0])
     pixels = torch.tensor([[0, 7], [3, 19], [11, 2]])
     seen = render_views(field, POSES, OPTICS, (4, 5), 24, views).color.flatten(1, 2)
-    some = render_pixels(field, POSES, OPTICS, pixels, (4, 5), 24, views=views)
+    some = render_pixels(field, POSES, OPTICS, pixels, (4, 5), 24, views=views).color
     assert torch.allclose(some, torch.stack([s[p] for s, p in zip(seen, pixels, strict=True)]), atol=1e-5)
     images = render_views(field, POSES, OPTICS, (4, 5), 24, views).color.movedim(-1, 1)
     errors = candidate_errors(field, POSES, OPTICS, images, 24, views)

@@ -33,7 +33,7 @@ def test_one_colour_is_learned_and_nothing_else_lies_behind():
     field = empty("learned")
     optimizer = torch.optim.Adam(field.background.parameters(), 0.1)
     for _ in range(100):
-        seen = render_pixels(field, POSES, OPTICS, torch.arange(12).expand(3, 12), (4, 4), 6)
+        seen = render_pixels(field, POSES, OPTICS, torch.arange(12).expand(3, 12), (4, 4), 6).color
         optimizer.zero_grad()
         (seen - SEA).square().mean().backward()
         optimizer.step()
@@ -55,7 +55,8 @@ def test_a_background_field_is_of_the_viewing_direction_alone(forward):
     way = image_rays(moved[:1], optics.pixels(5, 4), 5, 4).directions
     assert torch.allclose(seen[:1], field.background(way), atol=1e-6)
     pixels = torch.tensor([[3, 17], [3, 17]])
-    assert torch.allclose(render_pixels(field, moved, optics, pixels, (5, 4), 6), seen.flatten(1, 2)[:, pixels[0]])
+    some = render_pixels(field, moved, optics, pixels, (5, 4), 6).color
+    assert torch.allclose(some, seen.flatten(1, 2)[:, pixels[0]])
 
 
 def test_gradients_reach_background_and_pose_through_what_is_transparent():
@@ -66,7 +67,7 @@ def test_gradients_reach_background_and_pose_through_what_is_transparent():
 
     def loss(direction):
         pixels = torch.arange(12).expand(3, 12)
-        return render_pixels(field, orbit_poses(direction, 3.3), optics, pixels, (4, 4), 9).sum()
+        return render_pixels(field, orbit_poses(direction, 3.3), optics, pixels, (4, 4), 9).color.sum()
 
     slope, change = torch.autograd.grad(loss(direction), (direction, field.background.last.bias))
     way = torch.randn_like(direction)

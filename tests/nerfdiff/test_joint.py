@@ -74,7 +74,7 @@ def test_without_balance_the_least_error_is_chosen(tiny, scene_views):
         pixels = torch.arange(64).expand(4, 64)
         errors = []
         for n in range(3):
-            seen = render_pixels(task.model.field, found.poses[:, n], task.scene.optics, pixels, (8, 8), 6)
+            seen = render_pixels(task.model.field, found.poses[:, n], task.scene.optics, pixels, (8, 8), 6).color
             errors.append((seen - task.scene.images[INDICES].flatten(2).transpose(1, 2)).square().mean((1, 2)))
     assert torch.equal(best, torch.stack(errors, 1).argmin(1))
 
@@ -99,7 +99,7 @@ def test_the_whole_chain_by_finite_differences(tiny, scene_views):
 
     def loss() -> torch.Tensor:
         found = model.cameras(x_t, t)
-        seen = render_pixels(model.field, found.poses[[0, 1], [1, 0]], optics, pixels, (8, 8), 6)
+        seen = render_pixels(model.field, found.poses[[0, 1], [1, 0]], optics, pixels, (8, 8), 6).color
         return (seen * torch.arange(1, 19).reshape(2, 3, 3)).sum()
 
     value = loss()

@@ -57,7 +57,7 @@ def test_gradients_of_poses_and_field_are_those_of_finite_differences():
     pixels, weight = torch.randint(0, 12 * 12, (3, 20)), torch.randn(3, 20, 3).double()
 
     def loss(direction):
-        return (render_pixels(field, orbit_poses(direction, 3.3), optics, pixels, (12, 12), 24, 5) * weight).sum()
+        return (render_pixels(field, orbit_poses(direction, 3.3), optics, pixels, (12, 12), 24, 5).color * weight).sum()
 
     found = loss(direction)
     slope, change = torch.autograd.grad(found, (direction, field.values))

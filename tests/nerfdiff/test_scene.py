@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ import torch
 from factorkit.data.procedural_scene import procedural_views, scene_field
 from factorkit.errors import DataError
 from factorkit.nerfdiff.candidates import LookAtCandidates, SingleCandidate
+from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.distil import nearest_candidate, pose_distance
+from factorkit.nerfdiff.fields import GridField
+from factorkit.nerfdiff.fit import prior
 from factorkit.nerfdiff.given import keep_views, kept_views
 from factorkit.nerfdiff.poses import (
     CONVERGENCE,
@@ -21,6 +25,7 @@ from factorkit.nerfdiff.poses import (
 )
 from factorkit.nerfdiff.rays import MARGIN, Optics, render_pixels, render_views
 from factorkit.nerfdiff.scene import blurred, open_scene, picked, shared_optics
+from factorkit.rendering import Rendered
 
 CPU = torch.device("cpu")
 
@@ -31,7 +36,7 @@ def test_pixels_are_those_of_the_picture():
     poses = orbit_poses(dictionary(3, [25]), 3.3)
     whole = render_views(scene_field(), poses, optics, (6, 9), 32).color
     pixels = torch.tensor([[0, 53, 13], [8, 9, 27], [1, 2, 40]])
-    some = render_pixels(scene_field(), poses, optics, pixels, (6, 9), 32)
+    some = render_pixels(scene_field(), poses, optics, pixels, (6, 9), 32).color
     assert torch.allclose(some, picked(whole.movedim(-1, 1), pixels), atol=1e-5)
     assert torch.allclose(picked(whole.movedim(-1, 1), pixels)[1, 2], whole[1, 3, 0])
 
@@ -125,3 +130,16 @@ def test_a_view_is_taught_to_the_candidate_next_to_it():
     single = SingleCandidate()
     free = rodrigues_poses(torch.randn(3, 6))
     assert nearest_candidate(single, single(torch.zeros(3, 1, 6)), free).tolist() == [0, 0, 0]
+
+
+def test_fog_costs_where_cameras_stand_around_an_object():
+    field = GridField(4)
+    opacity = torch.tensor([[0.1, 0.3], [1.0, 0.0]], requires_grad=True)
+    seen = Rendered(torch.zeros(2, 2, 3), torch.zeros(2, 2), opacity, None, None, torch.tensor(0))
+    config = preset_config("fast", fog=0.5)
+    around, ahead = (SimpleNamespace(layout=layout) for layout in ("object", "forward"))
+    rough = config.roughness * field.roughness()
+    assert rough > 0 and torch.equal(prior(config, ahead, field, seen), rough)
+    found = prior(config, around, field, seen)
+    assert torch.allclose(found, rough + torch.tensor([0.1, 0.25]))
+    assert torch.equal(torch.autograd.grad(found.sum(), opacity)[0], torch.full((2, 2), 0.25))
