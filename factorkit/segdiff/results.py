@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -62,7 +63,8 @@ def output_names(names: Sequence[str]) -> list[str]:
     for name in names:
         # a zip may name its members as it likes, the results stay below the output folder
         path = PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
-        choices = (path.with_suffix("").as_posix(), path.as_posix(), *(f"{path}-{i}" for i in range(2, len(names) + 2)))
+        numbered = (f"{path}-{i}" for i in itertools.count(2))
+        choices = itertools.chain((path.with_suffix("").as_posix(), path.as_posix()), numbered)
         chosen = next(choice for choice in choices if choice.casefold() not in taken)  # some disks fold case
         taken.add(chosen.casefold())
         found.append(chosen)
