@@ -50,12 +50,11 @@ class FileSource(EncodedSource):
         self.root, self.files = root, list(files)
         self.names = self.files if names is None else list(names)
 
-    @property
-    def paths(self) -> list[Path]:
-        return [self.root / file for file in self.files]
+    def path(self, index: int) -> Path:
+        return self.root / self.files[index]
 
     def _bytes(self, index: int) -> bytes:
-        path = self.root / self.files[index]
+        path = self.path(index)
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise BrokenImage(too_large(size))

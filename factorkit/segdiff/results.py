@@ -48,8 +48,8 @@ def without_results(source: Source, out: Path) -> Source:
         return source
     written = out.resolve()
     fresh = [
-        i for i, path in enumerate(source.paths)
-        if not (RESULT_NAME.search(path.name) and written in path.resolve().parents)
+        i for i, file in enumerate(source.files)
+        if not (RESULT_NAME.search(PurePosixPath(file).name) and written in source.path(i).resolve().parents)
     ]  # fmt: skip
     if not fresh:
         raise DataError(f"{out}: nothing but results of an earlier call to segment. Give the folder of photographs.")
@@ -105,7 +105,7 @@ class Manifest:
         if self._whole is not None:
             return self._whole
         try:
-            status = self.source.paths[index].stat()
+            status = self.source.path(index).stat()
         except OSError:
             return None
         return [status.st_size, status.st_mtime_ns]

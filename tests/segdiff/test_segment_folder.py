@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 import warnings
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -240,3 +241,21 @@ def test_progress_counts_what_was_done_before(run, photos, tmp_path, capsys):
         warnings.simplefilter("error")
         quiet(run, folder, tmp_path / "out")
     assert capsys.readouterr().err == ""
+
+
+def test_what_is_asked_of_each_picture_does_not_grow_with_the_folder(run, photos, tmp_path, monkeypatch):
+    calls = {}
+    for count in (10, 30):
+        folder, out = photos(count), tmp_path / f"out{count}"
+        made, plain = [0], Path._make_child if hasattr(Path, "_make_child") else Path.with_segments
+
+        def counted(self, *given, made=made, plain=plain):
+            made[0] += 1
+            return plain(self, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PurePath, plain.__name__, counted)
+            quiet(run, folder, out, formats="labels")
+            assert quiet(run, folder, out, formats="labels").already == count
+        calls[count] = made[0] / count
+    assert calls[10] > 1 and calls[30] < 1.5 * calls[10]
