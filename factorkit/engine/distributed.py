@@ -1,13 +1,25 @@
-"""Processes of one run: torchrun starts them, torch.distributed joins them, nothing of our own in between."""
+"""Processes of one run: torchrun starts them, torch.distributed joins them, nothing of our own in between.
+
+What they must agree upon is said on the CPU, by gloo, so that no process waits for its GPU to hear it.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from factorkit.errors import ConfigError
+from factorkit.errors import ConfigError, FactorkitError
+
+PATIENCE = timedelta(hours=4)  # with the process that decodes a data set or draws sheets while the others wait for it
 
 
 def join(device: torch.device) -> None:
@@ -15,7 +27,7 @@ def join(device: torch.device) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)  # NCCL's collectives run on the current one
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
 
 def rank() -> int:
@@ -28,18 +40,34 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def check_batch(batch_size: int) -> None:
-    """Raise ConfigError where the processes of the run cannot share a batch equally."""
+def data_parallel(module: nn.Module, device: torch.device, pieces: int) -> DistributedDataParallel:
+    """The module, its gradients averaged over all processes as they arise.
+
+    Its buffers are left alone: every process finds the same ones. A backward pass in several ``pieces`` is told so: in
+    its first step a static graph would send what the first of them found.
+    """
+    # a 1x1 kernel in channels_last is told from none by its strides alone
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    return DistributedDataParallel(
+        module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+        static_graph=pieces == 1, **{buffers: False},
+    )  # fmt: skip
+
+
+def check_batch(batch_size: int, name: str = "batch_size") -> None:
+    """Raise ConfigError where the processes of the run cannot share a batch equally; ``name`` is the setting's."""
     if batch_size % world_size():
         less, more = batch_size // world_size() * world_size(), -(-batch_size // world_size()) * world_size()
         near = f"{less} or {more}" if less else str(more)
         raise ConfigError(
-            f"batch_size={batch_size} cannot be shared equally by {world_size()} processes; give a multiple of their "
-            f"number, such as batch_size={near} (micro_batch_size is each one's own and need divide nothing)"
+            f"{name}={batch_size} cannot be shared equally by {world_size()} processes; give a multiple of their "
+            f"number, such as {name}={near} (micro_batch_size is each one's own and need divide nothing)"
         )
 
 
-def average(values: torch.Tensor) -> torch.Tensor:
+def average(values: Tensor) -> Tensor:
     """Mean of a tensor over all processes."""
     if world_size() > 1:
         values = values.clone()
@@ -48,10 +76,37 @@ def average(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def greatest(number: int, device: torch.device) -> int:
+def in_shares(work: Callable[[slice], Tensor], count: int) -> Tensor:
+    """``work(slice(0, count))`` [count, ...], each process working on its share of the rows: all of them must ask.
+
+    Rows must not depend on each other. Where there are fewer rows than processes, each works on all of them.
+    """
+    world = world_size()
+    if world == 1 or count < world:
+        return work(slice(0, count))
+    edges = [count * i // world for i in range(world + 1)]
+    mine = work(slice(edges[rank()], edges[rank() + 1]))
+    room = max(b - a for a, b in zip(edges, edges[1:], strict=False))
+    sent = mine.new_zeros(room, *mine.shape[1:])
+    sent[: len(mine)] = mine
+    found = [torch.empty_like(sent) for _ in range(world)]
+    dist.all_gather(found, sent)
+    return torch.cat([part[: b - a] for part, a, b in zip(found, edges, edges[1:], strict=False)])
+
+
+def gathered(values: Tensor) -> tuple[Tensor, slice]:
+    """The rows of all processes, which have as many each, one after the other; and which of them are this one's."""
+    if world_size() == 1:
+        return values, slice(0, len(values))
+    found = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(found, values.contiguous())
+    return torch.cat(found), slice(rank() * len(values), (rank() + 1) * len(values))
+
+
+def greatest(number: int) -> int:
     """The greatest of the processes' numbers, for decisions that all of them must take alike."""
     if world_size() > 1:
-        values = torch.tensor(number, device=device)
+        values = torch.tensor(number)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         number = int(values)
     return number
@@ -59,8 +114,34 @@ def greatest(number: int, device: torch.device) -> int:
 
 def barrier() -> None:
     """Wait for all processes."""
-    if world_size() > 1:
-        dist.barrier()
+    greatest(0)
+
+
+def on_first(work: Callable[[], None]) -> None:
+    """Let process 0 do something while the others wait; where it fails, all of them do."""
+    told: list[str | None] = [None]
+    try:
+        if rank() == 0:
+            work()
+    except Exception as error:
+        told = [str(error)]
+        raise
+    finally:
+        if world_size() > 1:
+            dist.broadcast_object_list(told, device=torch.device("cpu"))
+    if told[0] is not None:
+        raise FactorkitError(told[0])
+
+
+@contextmanager
+def first_of_machine() -> Iterator[None]:
+    """What is done here is done by one process of each machine first, and then by its others, who find it done."""
+    others = int(os.environ.get("LOCAL_RANK", "0")) > 0
+    if others:
+        barrier()
+    yield
+    if not others:
+        barrier()
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -68,3 +149,8 @@ def local_device(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error is that of a process whose fellow is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from factorkit.engine import distributed
+from factorkit.engine.background import Background
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.graph import WARM_UP
@@ -25,6 +25,8 @@ from factorkit.engine.meter import Meter
 from factorkit.engine.report import write_report
 from factorkit.engine.step import NON_FINITE_LIMIT, MovingAverage, Task, TrainingStep, make_optimizer
 from factorkit.errors import CheckpointError, ConfigError, FactorkitError, OutOfMemory, is_out_of_memory
+
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 
 class Trainer:
@@ -48,7 +50,8 @@ class Trainer:
         self.average = MovingAverage(self.model, config.ema, device)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
         self.step = 0
-        self._saved: int | None = None  # the step that lies on disk
+        self._saved: int | None = None  # the step that lies on disk, or is on its way there
+        self._writing = Background()
         self._stop = 0  # the signal that asked for an end
         self._bad_steps = 0
 
@@ -71,8 +74,13 @@ class Trainer:
             ConfigError: the run has gone further than ``config.steps``.
         """
         found = self.checkpoints.latest()
-        if found is None:
+        if not distributed.greatest(int(found is not None)):
             return False
+        if found is None:
+            raise CheckpointError(
+                f"process {distributed.rank()} sees no checkpoint in {self.checkpoints.folder}, but others do; it must "
+                "lie on a disk that all of their machines share"
+            )
         tensors, meta = found
         part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
         try:
@@ -89,6 +97,11 @@ class Trainer:
                     **{k: torch.empty_like(parameter).copy_(tensors[f"adam.{k}.{name}"]) for k in moments},
                 }
         self.step = self._saved = int(meta["step"])
+        if distributed.greatest(self.step) != -distributed.greatest(-self.step):
+            raise CheckpointError(
+                f"the processes of this run see different checkpoints in {self.checkpoints.folder}; it must lie on a "
+                "disk that all of their machines share"
+            )
         if self.step > self.config.steps:
             raise ConfigError(
                 f"the run in {self.folder} has taken {self.step} steps already, more than steps={self.config.steps}; "
@@ -97,18 +110,33 @@ class Trainer:
         return True
 
     def save(self) -> None:
-        """Write a checkpoint of the present step (process 0 writes), unless it lies on disk already."""
+        """Begin to write a checkpoint of the present step (process 0 writes), unless it is written already.
+
+        The state is copied, the rest is done behind the training's back; one that failed is told of by the next.
+
+        Raises:
+            CheckpointError: the checkpoint before this one could not be written.
+        """
         if self.step == self._saved:
             return
+        self.finish_writing()
         if distributed.rank() == 0:
-            self.checkpoints.save(self.step, self.state(), self.meta)
+            step, state = self.step, {k: v.detach().to("cpu", copy=True) for k, v in self.state().items()}
+            self._writing.submit(lambda: self.checkpoints.save(step, state, self.meta))
         self._saved = self.step
-        distributed.barrier()
+
+    def finish_writing(self) -> None:
+        """Wait until what was to be saved is on disk, in all processes alike. Raises CheckpointError where it cannot
+        be."""
+        error = self._writing.finish()
+        if distributed.greatest(int(error is not None)):
+            self._saved = None
+            raise error or CheckpointError("process 0 of this run could not write a checkpoint, and says why")
 
     def trial(self, steps: int) -> float:
         """Seconds a step takes here, once warm; nothing is written."""
         meter = Meter(self.device)
-        take = self._training_step(self.model, meter)
+        take = self._training_step(meter)
         for count in (WARM_UP + 1 if self.device.type == "cuda" else 1, steps):
             start = time.perf_counter()
             for _ in range(count):
@@ -124,10 +152,12 @@ class Trainer:
         """Train to the end; answers the averaged model.
 
         Raises:
-            KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, once a checkpoint is written.
+            KeyboardInterrupt, SystemExit(128 + number): after Ctrl-C, or after SIGTERM or SIGUSR1, once a checkpoint is
+                written.
             CheckpointError: a checkpoint or another file of the run could not be written; earlier checkpoints stand.
             ConfigError: the run that lies in the folder has gone further than ``config.steps``.
-            FactorkitError: three steps in a row were not finite, or an alarm named a failure and the run was to stop.
+            FactorkitError: three steps in a row were not finite, an alarm named a failure and the run was to stop, or
+                another process of the run is gone.
             OutOfMemory: the step does not fit; the message names the settings that make it smaller.
         """
         resumed = self.restore()
@@ -149,10 +179,18 @@ class Trainer:
                 "mend that and run the same command again to go on"
             ) from error
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemory(self._no_room(error)) from error
+            if is_out_of_memory(error):
+                raise OutOfMemory(self._no_room(error)) from error
+            if distributed.world_size() > 1 and distributed.is_lost(error):
+                raise FactorkitError(
+                    f"another process of the run in {self.folder} is gone, at step {self.step}. Under torchrun "
+                    "--max-restarts=N all of them start again by themselves, from the newest checkpoint"
+                ) from error
+            raise
         finally:
+            failed = self._writing.close()
+            if failed is not None:  # must not stand in for how the run itself ended
+                warnings.warn(str(failed), stacklevel=2)
             if main:
                 log.close()
                 self._report()
@@ -177,13 +215,12 @@ class Trainer:
 
     def _train(self, note) -> None:
         config = self.config
-        wrapped = DistributedDataParallel(self.model) if distributed.world_size() > 1 else self.model
         meter = Meter(self.device)
-        take = self._training_step(wrapped, meter)
+        take = self._training_step(meter, synchronised=distributed.world_size() > 1)
         shown = {"desc": "training", "unit": "step", "disable": not self.progress, "dynamic_ncols": True}
         with tqdm(total=self.last, initial=self.step, **shown) as bar:
             # asked of all processes: one that stopped alone would leave the others waiting for its gradient
-            while self.step < self.last and not distributed.greatest(self._stop, self.device):
+            while self.step < self.last and not distributed.greatest(self._stop):
                 take(self.step)
                 self.step += 1
                 bar.update()
@@ -203,10 +240,11 @@ class Trainer:
                         self.save()
         self._watch_finite(take.skipped(), note)
         self.save()
+        self.finish_writing()
         finished = self.step == config.steps
         if finished and not _has_ended(self.folder, self.step):
             note("end", message="finished")
-        if stop := distributed.greatest(self._stop, self.device):
+        if stop := distributed.greatest(self._stop):
             if not finished:
                 name = signal.Signals(stop).name
                 note("signal", message=f"{name}: saved at step {self.step}; the same command again goes on from there")
@@ -214,8 +252,10 @@ class Trainer:
                 raise KeyboardInterrupt
             raise SystemExit(128 + stop)
 
-    def _training_step(self, wrapped: nn.Module, meter: Meter) -> TrainingStep:
-        return TrainingStep(self.task, wrapped, self.optimizer, self.average, meter, self.config, self.device)
+    def _training_step(self, meter: Meter, synchronised: bool = False) -> TrainingStep:
+        return TrainingStep(
+            self.task, self.optimizer, self.average, meter, self.config, self.device, synchronised=synchronised
+        )
 
     def _waits(self) -> bool:
         """Whether the loop may ask the device how it fared: where it would wait for it anyway, and always on a CPU."""
@@ -248,12 +288,13 @@ class Trainer:
             if self.step < self.last:  # the end of the run writes one anyway
                 self._report()
         failures = found.get("failures")
-        if distributed.greatest(int(failures == []), self.device):  # kept for the case that one comes
+        if distributed.greatest(int(failures == [])):  # kept for the case that one comes
             self.save()
             if distributed.rank() == 0:
-                self.checkpoints.keep_best(self.step, found.get("error", 0.0))
-        distributed.barrier()
-        if self.config.stop_on_failure and distributed.greatest(int(bool(failures)), self.device):
+                step, error = self.step, found.get("error", 0.0)
+                self._writing.submit(lambda: self.checkpoints.keep_best(step, error))
+        if self.config.stop_on_failure and distributed.greatest(int(bool(failures))):
+            self.finish_writing()
             best, folder = self.checkpoints.best(), self.checkpoints.folder
             kept = f"the best of them is of step {best[0]}" if best else "none of them was free of alarms"
             raise FactorkitError(
@@ -263,7 +304,8 @@ class Trainer:
 
     @contextmanager
     def _signals(self):
-        """SIGTERM and the first Ctrl-C end the loop after the present step; a second Ctrl-C interrupts at once."""
+        """SIGTERM, SIGUSR1 (what Slurm may be asked to warn with) and the first Ctrl-C end the loop after the present
+        step; a second Ctrl-C interrupts at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -273,7 +315,7 @@ class Trainer:
             signal.signal(number, before[number])
 
         self._stop = 0
-        before = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: signal.signal(s, remember) for s in ENDING}
         try:
             yield
         finally:

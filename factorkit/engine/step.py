@@ -55,6 +55,17 @@ class Task(Protocol):
         """
 
 
+class Objective(nn.Module):
+    """A task's loss as a forward pass of its own: what DistributedDataParallel is put around."""
+
+    def __init__(self, task: Task):
+        super().__init__()
+        self.model, self.task = task.model, task
+
+    def forward(self, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
+        return self.task.loss(self.model, indices, draw, step)
+
+
 class MovingAverage(AveragedModel):
     """The moving average of the weights: after n updates it keeps min(decay, (1+n)/(10+n)) of itself.
 
@@ -85,18 +96,24 @@ class TrainingStep:
     """``step_of(n)`` takes the n-th step: trains ``task.model``, moves ``average``, adds to ``meter``.
 
     Args:
-        wrapped: the model or its DistributedDataParallel. Several processes take their steps without a CUDA graph.
+        synchronised: average gradients over all processes. Several processes take their steps without a CUDA graph.
     """
 
     def __init__(
-        self, task: Task, wrapped: nn.Module, optimizer: torch.optim.Optimizer, average: MovingAverage, meter: Meter,
-        config: EngineConfig, device: torch.device,
+        self, task: Task, optimizer: torch.optim.Optimizer, average: MovingAverage, meter: Meter, config: EngineConfig,
+        device: torch.device, synchronised: bool = False,
     ):  # fmt: skip
-        self.task, self.wrapped, self.model = task, wrapped, task.model
+        self.task, self.model = task, task.model
         self.optimizer, self.average, self.meter, self.config = optimizer, average, meter, config
         on_device = device.type == "cuda" and task.capturable
         self.slices = list(_micro_batches(config))
-        self.draws = [BatchDraw(config.seed, 0, config.batch_size, rows, device) for rows in self.slices]
+        self.draws = [
+            BatchDraw(config.seed, 0, config.batch_size, rows, device, first=i == 0)
+            for i, rows in enumerate(self.slices)
+        ]
+        self.objective = Objective(task)
+        if synchronised:
+            self.objective = distributed.data_parallel(self.objective, device, pieces=len(self.slices))
         self.indices = torch.zeros(config.batch_size, dtype=torch.int64, device=device if on_device else "cpu")
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
@@ -104,13 +121,14 @@ class TrainingStep:
         self.history = torch.ones(config.log_every, dtype=torch.bool, device=device)  # `finite` since the last reading
         self.taken: list[int] = []
         self.run = self._work
-        if on_device and config.cuda_graph and wrapped is self.model:
+        self.synchronised = synchronised
+        if on_device and config.cuda_graph and not synchronised:
             self.run = GraphedWork(self._work, lambda: [d.generator for d in self.draws], self._again, device)
 
     def __call__(self, step: int) -> None:
         """Take the step after ``step`` finished ones; :meth:`skipped` must be asked every ``log_every`` steps."""
         self._prepare(step)
-        self.wrapped.train()
+        self.model.train()
         self.run()
         self.history[len(self.taken)].copy_(self.finite)
         self.taken.append(step)
@@ -144,10 +162,10 @@ class TrainingStep:
         # running statistics move in the forward pass, before anybody knows that the step is to be skipped
         before = [b.clone() for b in buffers]
         for i, (rows, draw) in enumerate(zip(self.slices, self.draws, strict=True)):
-            last = i == len(self.slices) - 1 or self.wrapped is self.model
-            with nullcontext() if last else self.wrapped.no_sync():
+            last = i == len(self.slices) - 1 or not self.synchronised
+            with nullcontext() if last else self.objective.no_sync():
                 with torch.autocast(self.step.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    found = self.task.loss(self.wrapped, self.indices[rows], draw, self.step)
+                    found = self.objective(self.indices[rows], draw, self.step)
                 # DDP averages over processes, the batch's mean needs a sum
                 (found.objective.sum() * (distributed.world_size() / config.batch_size)).backward()
             self.meter.add(found)
@@ -159,7 +177,8 @@ class TrainingStep:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), config.gradient_clip, norm, foreach=True)
         self.optimizer.found_inf = (~self.finite).float()  # fused Adam leaves weights, moments and its count alone then
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # gradients that are views of what is sent stay where they are
+        self.optimizer.zero_grad(set_to_none=not self.synchronised)
         for buffer, old in zip(buffers, before, strict=True):
             buffer.copy_(torch.where(self.finite, buffer, old))
         self.average.follow(self.model, self.finite)

@@ -39,10 +39,13 @@ class BatchDraw:
         batch: images in the whole batch.
         rows: the slice of it that is wanted.
         device: where the numbers are drawn; CPU and GPU draw different ones.
+        first: whether this is the first micro-batch of a step in this process.
     """
 
-    def __init__(self, seed: int, images_seen: int, batch: int, rows: slice, device: torch.device):
-        self.seed, self.batch, self.rows, self.device = seed, batch, rows, device
+    def __init__(
+        self, seed: int, images_seen: int, batch: int, rows: slice, device: torch.device, first: bool = True
+    ):  # fmt: skip
+        self.seed, self.batch, self.rows, self.device, self.first = seed, batch, rows, device, first
         self.generator = torch.Generator(device)
         self.restart(images_seen)
 
@@ -52,7 +55,7 @@ class BatchDraw:
 
     def fresh(self) -> BatchDraw:
         """The same with a new generator, not yet begun."""
-        return BatchDraw(self.seed, 0, self.batch, self.rows, self.device)
+        return BatchDraw(self.seed, 0, self.batch, self.rows, self.device, self.first)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers [rows, *shape]."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from factorkit.data.views import resize_area, target_size
 from factorkit.diffusion.schedule import Schedule
+from factorkit.engine import distributed
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw, derived_seed
 from factorkit.nerfdiff.alarms import scene_alarms
@@ -46,7 +47,11 @@ class DistilTask:
             further = self._around(config.rendered)
             # twice as fine as the encoder reads is as good to it as the views' own size
             size = target_size(min(2 * config.encoder_resolution, max(scene.size)), *scene.size)
-            seen = render_views(model.field, further, scene.optics, size, config.samples).color.movedim(-1, 1)
+
+            def render(rows: slice) -> Tensor:
+                return render_views(model.field, further[rows], scene.optics, size, config.samples).color
+
+            seen = distributed.in_shares(render, len(further)).movedim(-1, 1)
             images, poses = torch.cat([images, resize_area(seen, *scene.size)]), torch.cat([poses, further])
         self.images, self.poses, self.size = images, poses, len(images)
 

@@ -54,10 +54,11 @@ class Fit(nn.Module):
         centre = self.given.intrinsics - torch.diag(self.given.intrinsics.diagonal())
         return replace(self.given, intrinsics=focal + centre)
 
-    def forward(self, indices: Tensor, pixels: Tensor, seed: int, **options: Any) -> Rendered:
-        """What is seen at pixels [B, R] of views [B]; ``options`` go to the poses."""
+    def forward(self, indices: Tensor, pixels: Tensor, seed: int, first: int = 0, **options: Any) -> Rendered:
+        """What is seen at pixels [B, R] of views [B]; ``options`` go to the poses, seed and first as
+        :func:`factorkit.nerfdiff.rays.render_pixels` takes them."""
         poses = self.poses(indices, **options)
-        return render_pixels(self.field, poses, self.optics, pixels, self.size, self.samples, seed, indices)
+        return render_pixels(self.field, poses, self.optics, pixels, self.size, self.samples, seed, indices, first)
 
 
 def field_groups(field: Field, rate: float, base: float) -> list[dict[str, Any]]:
@@ -106,11 +107,12 @@ class FitTask:
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         self.model.field.coarseness = self.heat(int(step))
         which = self.chosen[indices]
-        if draw.rows.start == 0:
+        if draw.first:
             look_again(self.model.field, int(step))
         images = self.images(int(step))[which.to(self.scene.images.device)]
         pixels = draw.integers(0, images.shape[2] * images.shape[3], self.config.rays)
-        seen = model(which, pixels, int(step), **self.options(draw, int(step)))
+        first = draw.rows.start * self.config.rays
+        seen = model(which, pixels, int(step), first, **self.options(draw, int(step)))
         error = (seen.color - picked(images, pixels)).square().mean((1, 2))
         objective = error + prior(self.config, self.scene, self.model.field, seen)
         return StepLoss(objective, error, torch.zeros_like(error), {})

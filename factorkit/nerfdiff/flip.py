@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views import resize_area, target_size
+from factorkit.engine import distributed
 from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.poses import OrbitPoses, orbit_poses, turned
 from factorkit.nerfdiff.rays import render_views
@@ -37,12 +38,17 @@ def best_turns(field: Field, scene: Scene, found: OrbitPoses, chosen: Tensor, sa
     """
     size = target_size(min(SIDES, max(scene.size)), *scene.size)
     images = resize_area(scene.images[chosen], *size).movedim(1, -1)
-    errors = []
-    for turn in TURNS:
-        poses = found.at(turned(found.direction.detach(), turn))(chosen)
-        seen = render_views(field, poses, scene.optics, size, samples).color
-        errors.append((seen - images).square().mean((1, 2, 3)))
-    return torch.tensor(TURNS).to(found.direction)[torch.stack(errors, 1).argmin(1)]
+
+    def errors(rows: slice) -> Tensor:
+        each = []
+        for turn in TURNS:
+            poses = found.at(turned(found.direction.detach(), turn))(chosen[rows])
+            seen = render_views(field, poses, scene.optics, size, samples).color
+            each.append((seen - images[rows]).square().mean((1, 2, 3)))
+        return torch.stack(each, 1)
+
+    least = distributed.in_shares(errors, len(chosen)).argmin(1)
+    return torch.tensor(TURNS).to(found.direction)[least]
 
 
 @torch.no_grad()
@@ -56,8 +62,16 @@ def called_back(
     """
     images = scene.images[chosen]
     size = target_size(min(COMPARED, max(scene.size)), *scene.size)
-    seen = render_views(field, found(chosen), scene.optics, size, samples).color
-    own = (seen.movedim(-1, 1) - resize_area(images, *size)).square().mean((1, 2, 3))
-    errors = candidate_errors(field, orbit_poses(places, scene.distance), scene.optics, images, samples)
+    candidates = orbit_poses(places, scene.distance)
+
+    def own_errors(rows: slice) -> Tensor:
+        seen = render_views(field, found(chosen[rows]), scene.optics, size, samples).color
+        return (seen.movedim(-1, 1) - resize_area(images[rows], *size)).square().mean((1, 2, 3))
+
+    def errors_from(rows: slice) -> Tensor:
+        return candidate_errors(field, candidates[rows], scene.optics, images, samples).T
+
+    own = distributed.in_shares(own_errors, len(chosen))
+    errors = distributed.in_shares(errors_from, len(candidates)).T
     least, which = errors.min(1)
     return torch.where((least < MARGIN * own)[:, None], places[which], found.direction[chosen])

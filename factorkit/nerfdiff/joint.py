@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from factorkit.data.views import resize_area, target_size
 from factorkit.diffusion.schedule import Schedule
+from factorkit.engine import distributed
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw
 from factorkit.nerfdiff.alarms import scene_alarms
@@ -63,7 +64,7 @@ class JointTask:
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         config, heat = self.config, max(0.0, 1 - int(step) / (ANNEALED * self.config.steps))
         self.model.field.coarseness = COARSE * heat
-        if draw.rows.start == 0 and self.found is None:
+        if draw.first and self.found is None:
             look_again(self.model.field, int(step))
         indices = indices.to(self.scene.images.device)
         images = self.scene.images[indices]
@@ -74,7 +75,7 @@ class JointTask:
         pixels = draw.integers(0, images.shape[2] * images.shape[3], config.rays)
         seen = render_pixels(
             self.model.field, found.poses[rows, best], self.scene.optics, pixels, self.scene.size, config.samples,
-            int(step), indices,
+            int(step), indices, draw.rows.start * config.rays,
         )  # fmt: skip
         error = (seen.color - picked(images, pixels)).square().mean((1, 2))
         missed = F.cross_entropy(found.scores, best, reduction="none")
@@ -96,7 +97,8 @@ class JointTask:
         if not (self.config.balance and heat and errors.shape[1] > 1):
             return errors.argmin(1)
         low, high = TEMPERATURE
-        return drawn(balanced_plan(spread(errors), low + (high - low) * heat), uniform)
+        everyone, mine = distributed.gathered(spread(errors))  # every candidate's share is of the whole batch
+        return drawn(balanced_plan(everyone, low + (high - low) * heat)[mine], uniform)
 
     def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
         """Where the training views stand now, kept with the averaged model; what is wrong with that."""

@@ -82,20 +82,22 @@ def sampling(field: Field, samples: int, forward: bool = False) -> EvenSampling 
 
 def render_pixels(
     field: Field, poses: Tensor, optics: Optics, pixels: Tensor, size: tuple[int, int], samples: int,
-    seed: int | None = None, views: Tensor | None = None,
+    seed: int | None = None, views: Tensor | None = None, first: int = 0,
 ) -> Rendered:  # fmt: skip
     """What is seen, colour [B, R, 3] and opacity [B, R], at pixels [B, R] (numbered row by row) of pictures of ``size``
     from poses [B, 4, 4].
 
     Args:
+        seed: moves the steps along rays at random; None leaves them in place.
         views: whose tones the colours are to have, indices [B] of training views; None: the mean one.
+        first: number of the first ray among those of all processes and micro-batches, whose steps move differently.
     """
     height, width = size
     place = torch.stack([pixels % width, pixels // width], dim=-1) + 0.5
     rays = pixel_rays(poses, optics.pixels(height, width), place.to(poses.dtype))
     behind = backdrop(field, rays.directions, optics)
     how = sampling(field, samples, optics.forward)
-    seen = render(field, optics.bent(rays, size), how, background=behind, seed=seed)
+    seen = render(field, optics.bent(rays, size), how, background=behind, seed=seed, first_ray=first)
     return seen._replace(color=toned(field, seen, optics, views))
 
 

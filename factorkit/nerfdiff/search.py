@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit.data.views import resize_area, target_size
+from factorkit.engine import distributed
 from factorkit.engine.streams import BatchDraw, derived_seed
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.assignment import balanced_plan, drawn, spread
@@ -79,7 +80,7 @@ class SearchTask(FitTask):
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor):
         heat = self.heat(int(step))
         self.model.field.coarseness = heat
-        if draw.rows.start == 0 and int(step) and int(step) % EVERY == 0:
+        if draw.first and int(step) and int(step) % EVERY == 0:
             self._assign(int(step), heat)
         return super().loss(model, indices, draw, step)
 
@@ -93,7 +94,11 @@ class SearchTask(FitTask):
         candidates = poses.stand(poses.places)
         images = self.images(step)
         views = torch.arange(len(images), device=images.device)
-        return candidate_errors(self.model.field, candidates, self.scene.optics, images, self.samples, views)
+        return distributed.in_shares(  # of the places, for to render them is most of the work
+            lambda rows: candidate_errors(
+                self.model.field, candidates[rows], self.scene.optics, images, self.samples, views
+            ).T, len(candidates),
+        ).T  # fmt: skip
 
     def _assign(self, step: int, heat: float) -> None:
         errors = self.errors(step)

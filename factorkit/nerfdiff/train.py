@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -83,8 +84,8 @@ def train_nerfdiff(
     config = preset_config(preset, **changes)
     device = distributed.local_device(resolve_device(config.device))
     distributed.join(device)
-    if distributed.world_size() > 1:
-        raise ConfigError("nerfdiff trains in one process; start it without torchrun")
+    distributed.check_batch(config.batch_size)
+    distributed.check_batch(config.views, "views")
     folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
     views = open_data(data, config)
     scene = open_scene(views, config.resolution, device)
@@ -94,11 +95,13 @@ def train_nerfdiff(
         raise ConfigError(f"freedom={config.freedom}: forward-facing cameras turn and move in every way as it is; give "
                           "focal or nothing")  # fmt: skip
     settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": describe(scene)}
-    if distributed.rank() == 0:
+
+    def begin() -> None:
         claim(folder, settings, config.RESUMABLE)
         keep_views(folder, views.resized(config.resolution))
-    distributed.barrier()
-    with cpu_threads(config.threads), held(folder):
+
+    distributed.on_first(begin)
+    with cpu_threads(config.threads), held(folder) if distributed.rank() == 0 else nullcontext():
         Training(config, scene, folder, settings, progress).run()
         return NerfdiffRun.load(folder, device=device)
 
@@ -174,8 +177,9 @@ class Training:
         meta = self.settings | {"stage": name}
         shown = {"device": self.device, "progress": self.progress, "report": folder is not None}
         trained = Trainer(task(config), config, where, meta, **shown).run()
-        if folder is None and (where / "samples").is_dir():  # the run's report shows what the stages drew
-            shutil.copytree(where / "samples", self.folder / "samples", dirs_exist_ok=True)
+        drawn = where / "samples"
+        if folder is None and distributed.rank() == 0 and drawn.is_dir():  # the run's report shows what the stages drew
+            shutil.copytree(drawn, self.folder / "samples", dirs_exist_ok=True)
         return trained
 
     def fit(

@@ -37,6 +37,7 @@ def march_rays(
     max_step: float = math.inf,
     cone_angle: float = 0.0,
     seed: int | None = None,
+    first_ray: int = 0,
     capacity: int | None = None,
 ) -> Samples:
     """The steps of each ray whose midpoint lies in an occupied cell.
@@ -56,6 +57,7 @@ def march_rays(
         cone_angle: growth of the step with t.
         seed: moves each inner edge at random by up to half a step either way, a function of (seed, ray, step) alone,
             the same on CPU and CUDA; None leaves the edges where they are.
+        first_ray: the number of the first ray: rays in parts move as they do in one.
         capacity: None finds the exact number of samples, which waits once for the device. A number makes room for that
             many and never waits: rays that do not fit are cut off, the last entries may be empty (zero length, ray 0).
 
@@ -75,6 +77,14 @@ def march_rays(
     if capacity is not None and capacity < 0:
         raise ValueError(f"capacity={capacity}; it must be 0 or more, or None for as many as there are")
     given = tuple(x.detach() for x in (origins, directions, near, far, occupancy))
+    if seed is not None and first_ray and len(origins):  # kernels number rays from 0: some without samples go before
+        given = (*(torch.cat([x[:1].expand(first_ray, *x.shape[1:]), x]) for x in given[:3]), given[3], given[4])
+        far = torch.cat([near.new_full((first_ray,), -math.inf), given[3]])
+        found = march_rays(
+            *given[:3], far, occupancy, lower, upper, step=step, max_step=max_step, cone_angle=cone_angle, seed=seed,
+            capacity=capacity,
+        )  # fmt: skip
+        return found._replace(ray_offsets=found.ray_offsets[first_ray:], ray=found.ray - first_ray)
     settings = (lower, upper, float(step), float(max_step), float(cone_angle), seed)
     if plain(origins):
         return _cut(*reference.march_rays(*given, *settings), capacity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.ops import reference_rendering as reference
@@ -18,6 +19,7 @@ def sample_pdf(
     ray_offsets: Tensor | None = None,
     *,
     seed: int | None = None,
+    first_ray: int = 0,
 ) -> Tensor:
     """Edges [N, count + 1] of ``count`` new steps a ray: the quantiles of the weights, each spread evenly over its
     interval (Mildenhall et al. 2020, 5.2).
@@ -32,6 +34,7 @@ def sample_pdf(
         ray_offsets: [N + 1] int64.
         seed: moves each inner quantile by up to half a step either way, as in :func:`march_rays`; None leaves them
             even.
+        first_ray: dense, the number of the first ray: rays in parts move as they do in one.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, count below 1, offsets out of order (looked at on the CPU
@@ -48,7 +51,12 @@ def sample_pdf(
     if ray_offsets is not None:
         check_offsets(ray_offsets, t_start.shape[0], t_start.device)
     given = (t_start.detach(), t_end.detach(), weights.detach(), ray_offsets, count, seed)
-    return reference.sample_pdf(*given) if plain(t_start) else torch.ops.factorkit.sample_pdf(*given)
+    if seed is not None and first_ray:  # kernels number rays from 0: empty ones go before them
+        if ray_offsets is not None:
+            raise ValueError(f"first_ray={first_ray} goes with dense weights only")
+        given = (*(F.pad(x, (0, 0, first_ray, 0)) for x in given[:3]), *given[3:])
+    edges = reference.sample_pdf(*given) if plain(t_start) else torch.ops.factorkit.sample_pdf(*given)
+    return edges[len(edges) - len(t_start) :] if ray_offsets is None else edges
 
 
 @torch.library.custom_op("factorkit::sample_pdf", mutates_args=(), device_types=("cpu", "cuda"))

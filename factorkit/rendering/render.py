@@ -39,6 +39,7 @@ def render(
     normals: bool = False,
     distortion: bool = False,
     seed: int | None = None,
+    first_ray: int = 0,
     chunk: int | None = None,
 ) -> Rendered:
     """Volume rendering of a field along rays (Max 1995; Mildenhall et al. 2020).
@@ -56,6 +57,7 @@ def render(
         normals: also -grad density / |grad density|, by autograd through the field, with gradient where that is on.
         distortion: also the distortion loss.
         seed: moves the steps at random, a function of it alone (training); None leaves them in place (pictures).
+        first_ray: the number of the first ray, of which too its move is a function: a batch in parts moves as a whole.
         chunk: rays at once, without gradient, for whole images; None renders all at once, with gradient where it is on.
 
     Raises:
@@ -73,8 +75,8 @@ def render(
         behind = background[begin:end] if background is not None and background.dim() > 1 else background
         # Steps are numbered from the chunk's first ray; another seed keeps two chunks from jittering alike.
         moved = None if seed is None else seed + begin
-        given = origins[begin:end], directions[begin:end], sampling, behind, early_stop, normals, distortion, moved
-        return _render(field, *given)
+        given = origins[begin:end], directions[begin:end], sampling, behind, early_stop, normals, distortion
+        return _render(field, *given, moved, first_ray)
 
     if chunk is None:
         found = part(0, len(origins))
@@ -88,13 +90,13 @@ def render(
     return Rendered(*(x if x is None else x.reshape((*shape, *x.shape[1:])) for x in found[:-1]), found.count)
 
 
-def _render(field, origins, directions, sampling, background, early_stop, normals, distortion, seed) -> Rendered:
+def _render(field, origins, directions, sampling, background, early_stop, normals, distortion, seed, first) -> Rendered:
     def ask(steps: Intervals, normals: bool) -> tuple[Tensor, Tensor]:
         """Density and radiance at the middle of each step, shaped like the steps."""
         sigma, radiance = _answer(field, *_places(origins, directions, steps), normals)
         return sigma.reshape(steps.t_start.shape), radiance.reshape(*steps.t_start.shape, radiance.shape[-1])
 
-    steps = sampling(origins, directions, lambda steps: ask(steps, False)[0], seed)
+    steps = sampling(origins, directions, lambda steps: ask(steps, False)[0], seed, first)
     sigma, radiance = ask(steps, normals)
     if normals and background is not None:
         background = torch.cat([background, background.new_zeros(*background.shape[:-1], NORMAL_CHANNELS)], dim=-1)

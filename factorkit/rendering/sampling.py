@@ -44,10 +44,12 @@ class EvenSampling:
     samples: int = 128
     resampled: int = 0
 
-    def __call__(self, origins: Tensor, directions: Tensor, density: Density, seed: int | None) -> Intervals:
+    def __call__(
+        self, origins: Tensor, directions: Tensor, density: Density, seed: int | None, first_ray: int = 0
+    ) -> Intervals:
         """Intervals of rays [N, 3]. The evenly placed edges carry gradients for the rays, the further ones are held."""
         near, far = ops.intersect_box(origins, directions, self.lower, self.upper)
-        edges = near[:, None] + (far - near)[:, None] * self._unit_edges(near, seed)
+        edges = near[:, None] + (far - near)[:, None] * self._unit_edges(near, seed, first_ray)
         found = _dense(edges)
         if not self.resampled:
             return found
@@ -56,14 +58,15 @@ class EvenSampling:
             black = sigma.new_zeros(*sigma.shape, 1)
             weights = ops.composite(sigma, black, found.t_start, found.t_end, weights=True).weights.to(edges.dtype)
             # Of so many steps and one more, the inner edges: the outer ones are edges of the first look already.
-            finer = ops.sample_pdf(found.t_start, found.t_end, weights, self.resampled + 1, seed=seed)[:, 1:-1]
+            given = found.t_start, found.t_end, weights, self.resampled + 1
+            finer = ops.sample_pdf(*given, seed=seed, first_ray=first_ray)[:, 1:-1]
         return _dense(torch.cat([edges, finer], dim=1).sort(dim=1).values)
 
-    def _unit_edges(self, near: Tensor, seed: int | None) -> Tensor:
+    def _unit_edges(self, near: Tensor, seed: int | None, first_ray: int) -> Tensor:
         if seed is None:
             return torch.linspace(0, 1, self.samples + 1, dtype=near.dtype, device=near.device)
         zero = torch.zeros_like(near)[:, None].detach()
-        return ops.sample_pdf(zero, zero + 1, zero + 1, self.samples, seed=seed)
+        return ops.sample_pdf(zero, zero + 1, zero + 1, self.samples, seed=seed, first_ray=first_ray)
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,16 @@ class OccupiedSampling:
     far: float = math.inf
     capacity: int | None = None
 
-    def __call__(self, origins: Tensor, directions: Tensor, density: Density, seed: int | None) -> Intervals:
+    def __call__(
+        self, origins: Tensor, directions: Tensor, density: Density, seed: int | None, first_ray: int = 0
+    ) -> Intervals:
         """Intervals of rays [N, 3], without gradient."""
         grid = self.occupancy
         near, far = (origins.new_full((len(origins),), bound) for bound in (self.near, self.far))
         found = ops.march_rays(
             origins, directions, near, far, grid.bits, grid.lower, grid.upper,
             step=grid.cell_side if self.step is None else self.step, max_step=self.max_step,
-            cone_angle=self.cone_angle, seed=seed, capacity=self.capacity,
+            cone_angle=self.cone_angle, seed=seed, first_ray=first_ray, capacity=self.capacity,
         )  # fmt: skip
         return Intervals(found.t_start, found.t_end, found.ray_offsets, found.ray, found.wanted)
 

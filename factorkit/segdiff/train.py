@@ -79,16 +79,15 @@ def train_segdiff(
     distributed.join(device)
     distributed.check_batch(config.batch_size)  # before the images are prepared, which may take long
     folder = Path(out) if out is not None else Path("runs") / preset
-    dataset, prepared, probes = load_data(data, config, progress)
+    with distributed.first_of_machine():
+        dataset, prepared, probes = load_data(data, config, progress)
     known = find_classes(classes, dataset, prepared.names)
     if known is not None:
         config = dataclasses.replace(config, class_names=tuple(known.names))
     labels = None if known is None else known.labels
     settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seeds": seeds}
     settings["data"] = describe(dataset, prepared, labels)
-    if distributed.rank() == 0:
-        claim(folder, settings, config.RESUMABLE)
-    distributed.barrier()
+    distributed.on_first(lambda: claim(folder, settings, config.RESUMABLE))
 
     def trainer(config: SegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
         task = SegdiffTask(config, prepared.images, probes, device, labels)

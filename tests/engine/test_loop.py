@@ -300,7 +300,7 @@ def test_the_gradient_is_clipped_to_its_norm(toy):
 def test_the_average_warms_up_by_its_formula(toy):
     trainer = toy(steps=30, ema=0.3)  # reached when (1 + n) / (10 + n) > 0.3, at n = 3
     weights, expected = trainer.model[1].weight, None
-    take = trainer._training_step(trainer.model, Meter(trainer.device))
+    take = trainer._training_step(Meter(trainer.device))
     for n in range(6):
         take(n)
         assert take.skipped() == [(n, False)]

@@ -49,7 +49,7 @@ class Watched(TorchDispatchMode):
 def test_nothing_in_the_step_waits_for_the_device(tmp_path, changes):
     trainer = segdiff(tmp_path, **changes)
     trainer.task.images, trainer.task.capturable = torch.from_numpy(trainer.task.images), True  # as on a GPU
-    take = trainer._training_step(trainer.model, Meter(CPU))
+    take = trainer._training_step(Meter(CPU))
     take(0)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     with Watched() as watched:
@@ -62,7 +62,7 @@ def test_what_changes_from_step_to_step_stays_at_its_address(tmp_path):
     """A graph knows addresses: every tensor the step reads or updates must be the same one in every step."""
     trainer = segdiff(tmp_path)
     meter = Meter(CPU)
-    take = trainer._training_step(trainer.model, meter)
+    take = trainer._training_step(meter)
 
     def addresses():
         state = [v for s in trainer.optimizer.state.values() for v in s.values()]
@@ -95,7 +95,7 @@ def test_the_average_follows_nothing_when_told_so():
 def test_after_three_bad_steps_nothing_moves_even_if_nobody_looks(toy):
     """On a GPU the loop learns of them at the next line of the log only."""
     trainer = toy(steps=9, log_every=8, hook=lambda step, error: error * float("nan") if 2 <= step < 5 else error)
-    take = trainer._training_step(trainer.model, Meter(CPU))
+    take = trainer._training_step(Meter(CPU))
     for step in range(2):
         take(step)
     good = {name: value.clone() for name, value in trainer.state().items()}
@@ -167,7 +167,7 @@ def test_a_failed_capture_leaves_the_step_as_if_it_had_not_been_tried(tmp_path, 
     ends = []
     for graph in (False, True):
         trainer = segdiff(tmp_path / str(graph))
-        take = trainer._training_step(trainer.model, Meter(CPU))
+        take = trainer._training_step(Meter(CPU))
         calls = []
 
         def work(take=take, model=trainer.model, calls=calls):
@@ -218,7 +218,7 @@ def test_graphed_steps_are_the_eager_ones(tmp_path, changes):
 def test_no_step_waits_for_the_gpu(tmp_path, changes, graph):
     device = torch.device("cuda", 0)
     trainer = segdiff(tmp_path, device, cuda_graph=graph, log_every=50, **changes)
-    take = trainer._training_step(trainer.model, Meter(device))
+    take = trainer._training_step(Meter(device))
     for step in range(WARM_UP + 1):
         take(step)
     assert not graph or take.run.graph is not None

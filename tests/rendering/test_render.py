@@ -131,6 +131,24 @@ def test_jitter_is_a_function_of_the_seed(sampling):
     torch.testing.assert_close(one, still, rtol=0, atol=2e-2)
 
 
+@pytest.mark.parametrize(
+    "sampling", [*samplings(), EvenSampling(LOWER, UPPER, samples=20, resampled=7)], ids=["even", "occupied", "finer"]
+)
+def test_rays_in_parts_move_as_they_do_in_one(sampling):
+    """A batch is shared by processes; what each step's jitter is must not depend on by how many."""
+    rays = Rays(*(x.reshape(-1, 3) for x in view()))
+    whole = render(ball, rays, sampling, seed=5)
+    parts = [
+        render(ball, Rays(*(x[rows] for x in rays)), sampling, seed=5, first_ray=rows.start)
+        for rows in (slice(0, 17), slice(17, 40), slice(40, 48))
+    ]
+    assert torch.equal(torch.cat([part.color for part in parts]), whole.color)
+    assert torch.equal(torch.cat([part.depth for part in parts]), whole.depth)
+    assert sum(part.count for part in parts) == whole.count
+    again = render(ball, Rays(*(x[17:40] for x in rays)), sampling, seed=5)
+    assert not torch.equal(again.color, parts[1].color)
+
+
 @pytest.mark.parametrize("sampling", list(samplings()), ids=["even", "occupied"])
 def test_one_ray_no_rays_and_rays_that_see_nothing(sampling):
     rays = view()
