@@ -57,7 +57,7 @@ EXIT STATUS
     0    done
     2    something to be mended in the command or in the files it names
     1    disk or memory full, or a bug
-    130  Ctrl-C; 143 SIGTERM. A training has saved by then, and the same command goes on from there.
+    130  Ctrl-C; 143 SIGTERM; 138 SIGUSR1. A training has saved by then, and the same command goes on from there.
 """
 
 

@@ -15,9 +15,12 @@ _counter = itertools.count()
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, lasting: bool = False) -> Iterator[Path]:
     """A temporary path of the same suffix beside ``path``: what is written there takes the place of ``path`` when the
     block ends, and goes away when it fails, so that a full disk or a kill leaves what was there before.
+
+    Args:
+        lasting: wait for the disk, so that a machine which loses its power too leaves the one or the other.
 
     Raises:
         OSError: what the block raises, and a folder that cannot be written.
@@ -27,11 +30,28 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{UNFINISHED}{os.getpid()}-{next(_counter)}{path.suffix}")
     try:
         yield temporary
+        if lasting:
+            _sync(temporary)
         os.replace(temporary, path)
+        if lasting:
+            _sync(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _sync(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():  # some platforms open no folders; the rename is all they offer
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save_image(image: Image.Image, path: Path, **options) -> None:

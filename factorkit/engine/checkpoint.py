@@ -1,13 +1,14 @@
 """One checkpoint is one safetensors file, written so that a kill at any moment leaves the old or the new one whole.
 
-The metadata carries the step, the configuration and a SHA-256 of the tensors; a file whose hash differs is damaged.
+The metadata carries the format's version, the step, the configuration and a SHA-256 of all of it and of the tensors; a
+file whose hash differs is damaged. Whoever changes what lies in a file raises the version, and keeps reading the old
+ones (tests/engine/stored holds one of each).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -20,16 +21,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from factorkit.engine.atomic import replacing
+from factorkit.engine.atomic import clear_unfinished, replacing
 from factorkit.errors import CheckpointError
 
-FORMAT = "factorkit-1"
+FORMAT, VERSION = "factorkit", 1
 BEST = "best.json"
 _NAME = re.compile(r"step_(\d+)\.safetensors$")
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-    """Write tensors and JSON-able ``meta`` to ``path``: a temporary file, fsync, rename, fsync of the folder.
+    """Write tensors and JSON-able ``meta`` to ``path``, whole or not at all, and wait until they are on the disk.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; what was there before still stands.
@@ -37,21 +38,15 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[st
     path = Path(path)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps(dict(meta), sort_keys=True)
-    header = {"format": FORMAT, "meta": text, "sha256": _digest(tensors, text)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    header = {"format": f"{FORMAT}-{VERSION}", "meta": text, "sha256": _digest(tensors, text)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors renames a file of its own into place, which nobody else may read
-        save_file(tensors, temporary, metadata=header)
-        temporary.chmod(mode)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with replacing(path, lasting=True) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # safetensors renames its own file into place, which nobody else may read
+            save_file(tensors, temporary, metadata=header)
+            temporary.chmod(mode)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise CheckpointError(
             f"could not write {path}: {error}. Earlier checkpoints are untouched; free some space (or give another "
             "out=) and run the same command again to go on"
@@ -63,7 +58,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and metadata of a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing, truncated, altered, or not one of factorkit's.
+        CheckpointError: the file is missing, truncated, altered, not one of factorkit's, or of a later factorkit.
     """
     path = Path(path)
     if not path.is_file():
@@ -75,8 +70,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is a safetensors file, but not factorkit's (format {header.get('format')!r})")
+    _check_version(path, str(header.get("format")))
     if header.get("sha256") != _digest(tensors, header.get("meta", "")):
         raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
     return tensors, json.loads(header["meta"])
@@ -91,15 +85,12 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # some platforms open no folders; the rename is all they offer
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _check_version(path: Path, found: str) -> None:
+    name, _, version = found.rpartition("-")
+    if name != FORMAT or not version.isdecimal() or int(version) < 1:
+        raise CheckpointError(f"{path} is a safetensors file, but not factorkit's (format {found!r})")
+    if int(version) > VERSION:
+        raise CheckpointError(f"{path} was written by a later factorkit (format {found}); upgrade this one to read it")
 
 
 class Checkpoints:
@@ -118,16 +109,36 @@ class Checkpoints:
 
         Those of later steps go as well: they were damaged, or this step would not have been reached again.
         """
-        path = write_checkpoint(self._path(step), tensors, {**meta, "step": step})
+        path = write_checkpoint(self.path(step), tensors, {**meta, "step": step})
         paths = self.paths()
-        newer, best = paths.index(path), self.best()
-        kept = None if best is None else self._path(best[0])
-        for stale in paths[:newer] + [p for p in paths[newer + self.keep :] if p != kept]:
-            stale.unlink(missing_ok=True)
-        # what killed saves left: our temporary name, and safetensors' own beneath it
-        for leftover in [*self.folder.glob(".step_*.tmp"), *self.folder.glob(".tmp??????")]:
-            leftover.unlink(missing_ok=True)
+        newer = paths.index(path)
+        self._drop(paths[:newer] + self._beyond(paths[newer:], self.keep))
         return path
+
+    def prune(self, keep: int) -> list[Path]:
+        """Drop all but the newest ``keep`` that are whole, and the best, where at least one is whole; answers which."""
+        whole, damaged = [], []
+        for path in self.paths():
+            try:
+                read_checkpoint(path)
+                whole.append(path)
+            except CheckpointError:
+                damaged.append(path)
+        stale = self._beyond(whole, keep) + damaged if whole else []
+        self._drop(stale)
+        return stale
+
+    def _beyond(self, paths: list[Path], keep: int) -> list[Path]:
+        best = self.best()
+        kept = None if best is None else self.path(best[0])
+        return [path for path in paths[keep:] if path != kept]
+
+    def _drop(self, paths: list[Path]) -> None:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        clear_unfinished(self.folder)
+        for leftover in self.folder.glob(".tmp??????"):  # safetensors' own, of a save that was killed
+            leftover.unlink(missing_ok=True)
 
     def keep_best(self, step: int, error: float) -> None:
         """Keep the checkpoint of ``step``, which must lie there, beyond its time if none kept so has a lower error.
@@ -139,7 +150,7 @@ class Checkpoints:
         if best is not None and best[1] < error:
             return
         try:
-            with replacing(self.folder / BEST) as temporary:
+            with replacing(self.folder / BEST, lasting=True) as temporary:
                 temporary.write_text(json.dumps({"step": step, "error": error}))
         except OSError as failure:
             raise CheckpointError(f"could not write {self.folder / BEST}: {failure}. Free some space") from failure
@@ -149,10 +160,11 @@ class Checkpoints:
         with suppress(OSError, ValueError, KeyError, TypeError):  # as if there was none
             noted = json.loads((self.folder / BEST).read_text())
             step, error = int(noted["step"]), float(noted["error"])
-            return (step, error) if self._path(step).exists() else None
+            return (step, error) if self.path(step).exists() else None
         return None
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies, if it does."""
         return self.folder / f"step_{step:08d}.safetensors"
 
     def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from factorkit.engine.atomic import replacing
 from factorkit.engine.checkpoint import Checkpoints, read_checkpoint
 from factorkit.errors import CheckpointError
 
@@ -121,15 +121,10 @@ def read_weights(path: Path, model: str) -> tuple[dict[str, Tensor], dict[str, A
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON so that a reader finds the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path, lasting=True) as temporary:
+            text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise CheckpointError(f"could not write {path}: {error}; give an out= that can be written") from error

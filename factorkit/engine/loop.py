@@ -263,14 +263,14 @@ class Trainer:
         due = [config.log_every, config.checkpoint_every] + ([config.sample_every] if config.sample_every else [])
         return self.device.type == "cpu" or self.step == self.last or any(self.step % every == 0 for every in due)
 
-    def _watch_finite(self, steps: list[tuple[int, bool]], note) -> None:
-        for step, skipped in steps:
-            self._bad_steps = self._bad_steps + 1 if skipped else 0
-            if skipped:
-                note("skip", step=step, message=f"the gradient of step {step} was not finite; the step was skipped")
+    def _watch_finite(self, steps: list[tuple[int, str | None]], note) -> None:
+        for step, culprit in steps:
+            self._bad_steps = self._bad_steps + 1 if culprit else 0
+            if culprit:
+                note("skip", step=step, message=f"{culprit} in step {step}; the step was skipped")
             if self._bad_steps >= NON_FINITE_LIMIT:
                 raise FactorkitError(
-                    f"the gradient was not finite in {NON_FINITE_LIMIT} steps in a row (last: step {step}). The last "
+                    f"{NON_FINITE_LIMIT} steps in a row could not be taken (in step {step} {culprit}). The last "
                     f"good checkpoint is kept in {self.checkpoints.folder}; try a lower learning_rate=, "
                     "gradient_clip=1.0 or precision='fp32'"
                 )

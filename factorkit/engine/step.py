@@ -118,7 +118,10 @@ class TrainingStep:
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.bad = torch.zeros((), dtype=torch.int64, device=device)  # steps in a row that were not finite
-        self.history = torch.ones(config.log_every, dtype=torch.bool, device=device)  # `finite` since the last reading
+        # the first row of the batch whose loss, and the first parameter whose gradient, is not finite; None is -1
+        self.culprits = torch.full((2,), -1, device=device)
+        self.names: list[str] = []  # of the parameters that have a gradient
+        self.history = torch.zeros(config.log_every, 3, dtype=torch.int64, device=device)  # `finite` and those, by step
         self.taken: list[int] = []
         self.run = self._work
         self.synchronised = synchronised
@@ -130,14 +133,27 @@ class TrainingStep:
         self._prepare(step)
         self.model.train()
         self.run()
-        self.history[len(self.taken)].copy_(self.finite)
+        self.history[len(self.taken)].copy_(torch.cat([self.finite[None], self.culprits]))
         self.taken.append(step)
 
-    def skipped(self) -> list[tuple[int, bool]]:
-        """The steps taken since the last call and whether they were skipped, not being finite. Waits for the device."""
-        finite = self.history[: len(self.taken)].tolist()
+    def skipped(self) -> list[tuple[int, str | None]]:
+        """The steps taken since the last call and, of those that were skipped, what was not finite in them: in words,
+        None for the others. Waits for the device."""
+        found = self.history[: len(self.taken)].tolist()
         steps, self.taken = self.taken, []
-        return [(step, not good) for step, good in zip(steps, finite, strict=True)]
+        return [
+            (step, None if finite else self._blamed(step, *culprits))
+            for step, (finite, *culprits) in zip(steps, found, strict=True)
+        ]
+
+    def _blamed(self, step: int, row: int, parameter: int) -> str:
+        config = self.config
+        if row >= 0:
+            order = image_order(config.seed, step * config.batch_size, config.batch_size, self.task.size)
+            return f"the loss of image {int(order[row])} was not finite"
+        if parameter >= 0:
+            return f"the gradient of {self.names[parameter]} was not finite"
+        return "the gradient was not finite"
 
     def _prepare(self, step: int) -> None:
         """What changes from step to step, written into tensors that stay where they are."""
@@ -161,6 +177,7 @@ class TrainingStep:
         config, buffers = self.config, list(self.model.buffers())
         # running statistics move in the forward pass, before anybody knows that the step is to be skipped
         before = [b.clone() for b in buffers]
+        self.culprits.fill_(-1)
         for i, (rows, draw) in enumerate(zip(self.slices, self.draws, strict=True)):
             last = i == len(self.slices) - 1 or not self.synchronised
             with nullcontext() if last else self.objective.no_sync():
@@ -169,7 +186,11 @@ class TrainingStep:
                 # DDP averages over processes, the batch's mean needs a sum
                 (found.objective.sum() * (distributed.world_size() / config.batch_size)).backward()
             self.meter.add(found)
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None], foreach=True)
+            self._blame(0, ~found.objective.detach().isfinite(), rows.start)
+        trained = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        norms = torch.stack(torch._foreach_norm(list(trained.values())))
+        norm, self.names = torch.linalg.vector_norm(norms), list(trained)
+        self._blame(1, ~norms.isfinite(), 0)
         # once the limit is reached nothing moves any more: what the run is stopped with is what stood then
         self.finite.copy_(norm.isfinite() & (self.bad < NON_FINITE_LIMIT))
         self.bad.copy_(torch.where(self.finite, 0, self.bad + 1))
@@ -182,6 +203,12 @@ class TrainingStep:
         for buffer, old in zip(buffers, before, strict=True):
             buffer.copy_(torch.where(self.finite, buffer, old))
         self.average.follow(self.model, self.finite)
+
+    def _blame(self, kind: int, bad: Tensor, first: int) -> None:
+        """Note the first of ``bad``, counted from ``first``, unless one was noted before."""
+        found = torch.where(bad.any(), bad.int().argmax() + first, -1)
+        self.culprits[kind].copy_(torch.where(self.culprits[kind] < 0, found, self.culprits[kind]))
+
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: EngineConfig, device: torch.device) -> torch.optim.Adam:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from factorkit.engine import loop
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.loop import Trainer
 from factorkit.engine.step import StepLoss
@@ -61,3 +62,9 @@ def toy(tmp_path):
         return Trainer(task, config, tmp_path / folder, {"toy": 1}, device=CPU, progress=progress, stop_at=stop_at)
 
     return make
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """The page is tested elsewhere and takes longer than the toy's training."""
+    monkeypatch.setattr(loop, "write_report", lambda folder: None)

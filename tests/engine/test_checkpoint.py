@@ -56,10 +56,10 @@ def test_others_may_read_it_as_any_file(tmp_path):
 @pytest.mark.parametrize(
     ("target", "error"),
     [
-        ("save_file", OSError(errno.ENOSPC, "No space left on device")),
-        ("save_file", SafetensorError("I/O error: No space left on device")),
-        ("os.fsync", OSError(errno.EIO, "Input/output error")),
-        ("os.replace", OSError(errno.EACCES, "Permission denied")),
+        ("checkpoint.save_file", OSError(errno.ENOSPC, "No space left on device")),
+        ("checkpoint.save_file", SafetensorError("I/O error: No space left on device")),
+        ("atomic.os.fsync", OSError(errno.EIO, "Input/output error")),
+        ("atomic.os.replace", OSError(errno.EACCES, "Permission denied")),
     ],
 )
 def test_a_failed_write_leaves_the_previous_one_and_says_what_to_do(tmp_path, monkeypatch, target, error):
@@ -69,7 +69,7 @@ def test_a_failed_write_leaves_the_previous_one_and_says_what_to_do(tmp_path, mo
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(f"{checkpoint.__name__}.{target}", fail)
+    monkeypatch.setattr(f"factorkit.engine.{target}", fail)
     for step in (1, 2):
         with pytest.raises(CheckpointError, match=rf"could not write .*{step}\.safetensors: .*run the same command"):
             checkpoints.save(step, tensors(2), META)
@@ -190,7 +190,7 @@ def test_a_damaged_newer_one_does_not_push_out_the_one_just_saved(tmp_path):
 
 
 def test_what_killed_saves_left_is_cleared_away(tmp_path):
-    for name in (".step_00000001.safetensors.123.tmp", ".tmpAb3xYz"):
+    for name in (".unfinished-123-0.safetensors", ".tmpAb3xYz"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "notes.txt").write_text("mine")
     saved(tmp_path, 2)

@@ -1,54 +1,16 @@
 from __future__ import annotations
 
-import errno
-import os
-import signal
-import threading
-import time
-from pathlib import Path
-
 import pytest
 import torch
 
-from factorkit.engine import checkpoint, loop
 from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.engine.log import read_log
 from factorkit.engine.meter import Meter
 from factorkit.engine.step import StepLoss
 from factorkit.errors import CheckpointError, ConfigError, FactorkitError
+from tests.engine.trained import assert_identical, events, final_state
 
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """The page is tested elsewhere and takes longer than the toy's training."""
-    monkeypatch.setattr(loop, "write_report", lambda folder: None)
-
-
-def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    newest = max((folder / "checkpoints").glob("step_*.safetensors"))
-    return read_checkpoint(newest)[0]
-
-
-def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-def events(folder: Path) -> list[tuple[str, int]]:
-    return [(e["event"], e["step"]) for e in read_log(folder)]
-
-
-def kill_at(step: int, number: int):
-    def hook(at, error):
-        if at == step:
-            os.kill(os.getpid(), number)
-        return error
-
-    return hook
-
-
-def spoil(*steps: int):
-    return lambda step, error: error * float("nan") if step in steps else error
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 # --- resuming ---
@@ -167,100 +129,6 @@ def test_a_failure_stops_the_run_only_where_asked(toy, tmp_path, monkeypatch):
         alarmed(failing, monkeypatch, dict.fromkeys(errors)).run()
 
 
-# --- signals ---
-
-
-@pytest.mark.parametrize(
-    ("number", "outcome"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
-)
-def test_a_signal_saves_ends_and_can_be_resumed(toy, tmp_path, number, outcome):
-    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    toy(folder="whole").run()
-    with pytest.raises(outcome) as caught:
-        toy(hook=kill_at(2, number)).run()
-    if outcome is SystemExit:
-        assert caught.value.code == 143
-    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000003.safetensors"]
-    assert events(tmp_path / "run")[-1] == ("signal", 3)
-    assert number.name in read_log(tmp_path / "run")[-1]["message"]
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
-    toy().run()
-    assert_identical(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
-
-
-def test_a_signal_in_the_last_step_is_not_lost(toy, tmp_path):
-    with pytest.raises(SystemExit):
-        toy(hook=kill_at(5, signal.SIGTERM)).run()
-    assert events(tmp_path / "run")[-1] == ("end", 6)
-
-
-@pytest.fixture
-def interruptible():
-    """Python's own way with Ctrl-C, which a process that was started in the background does not have."""
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, inherited)
-
-
-def test_a_second_interrupt_does_not_wait(toy, tmp_path, interruptible):
-    def hook(step, error):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)  # two at once are one
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-            raise AssertionError("the second Ctrl-C was to interrupt")
-        return error
-
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        toy(hook=hook, checkpoint_every=2).run()
-    assert signal.getsignal(signal.SIGINT) is before
-    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002.safetensors"]
-
-
-def test_training_works_outside_the_main_thread(toy):
-    trainer = toy()
-    thread = threading.Thread(target=trainer.run)
-    thread.start()
-    thread.join()
-    assert trainer.step == 6
-
-
-# --- gradients that are not finite ---
-
-
-def test_a_step_that_is_not_finite_changes_nothing(toy, tmp_path):
-    toy(stop_at=3).run()
-    before = final_state(tmp_path / "run")
-    toy(stop_at=4, hook=spoil(3)).run()
-    assert_identical(final_state(tmp_path / "run"), before)  # batch statistics, averages and moments too
-    skips = [e for e in read_log(tmp_path / "run") if e["event"] == "skip"]
-    assert [e["step"] for e in skips] == [3] and "not finite" in skips[0]["message"]
-
-
-def test_infinite_gradients_are_skipped_too(toy, tmp_path):
-    toy(hook=lambda step, error: error * 1e38 * 1e38 if step == 1 else error, steps=3).run()
-    assert ("skip", 1) in events(tmp_path / "run")
-    assert all(t.isfinite().all() for t in final_state(tmp_path / "run").values())
-
-
-def test_three_in_a_row_stop_the_run_with_the_last_good_checkpoint(toy, tmp_path):
-    trainer = toy(steps=9, checkpoint_every=2, hook=spoil(4, 5, 6, 7))
-    with pytest.raises(FactorkitError, match=r"3 steps in a row \(last: step 6\).*checkpoints; try a lower learning_"):
-        trainer.run()
-    found = final_state(tmp_path / "run")
-    assert all(t.isfinite().all() for t in found.values())
-    assert found["ema.n_averaged"] == 4
-    assert [e for e in events(tmp_path / "run") if e[0] == "skip"] == [("skip", 4), ("skip", 5), ("skip", 6)]
-
-
-def test_one_good_step_between_resets_the_count(toy, tmp_path):
-    toy(steps=9, hook=spoil(0, 1, 3, 4, 6, 7)).run()
-    found = final_state(tmp_path / "run")
-    assert found["ema.n_averaged"] == 3 and found["adam.step.1.weight"] == 3
-
-
 # --- the step ---
 
 
@@ -303,7 +171,7 @@ def test_the_average_warms_up_by_its_formula(toy):
     take = trainer._training_step(Meter(trainer.device))
     for n in range(6):
         take(n)
-        assert take.skipped() == [(n, False)]
+        assert take.skipped() == [(n, None)]
         decay = 0.0 if n == 0 else min(0.3, (1 + n) / (10 + n))
         expected = weights.detach().clone() if n == 0 else decay * expected + (1 - decay) * weights.detach()
         torch.testing.assert_close(trainer.average.module[1].weight.detach(), expected)
@@ -385,47 +253,3 @@ def test_time_spent_on_sheets_and_checkpoints_is_no_training_time(monkeypatch):
         now[0] += 70.0
     train(1.0)
     assert meter.read()["seconds"] == pytest.approx(1.0)
-
-
-# --- a full disk ---
-
-
-def test_a_disk_that_fills_at_a_checkpoint_stops_the_run_and_can_be_resumed(toy, tmp_path, monkeypatch):
-    toy(folder="whole", checkpoint_every=2).run()
-    write = checkpoint.save_file
-
-    def full(tensors, path, metadata):
-        if "00000004" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(tensors, path, metadata)
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(CheckpointError, match=r"step_00000004.*No space left.*free some space"):
-        toy(checkpoint_every=2).run()
-    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002.safetensors"]
-    assert signal.getsignal(signal.SIGTERM) is before
-    monkeypatch.setattr(checkpoint, "save_file", write)
-    toy(checkpoint_every=2).run()
-    assert_identical(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
-
-
-def test_a_disk_that_fills_at_a_sheet_is_told_without_a_traceback(toy, monkeypatch):
-    trainer = toy(sample_every=2)
-
-    def full(model, step, folder):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(trainer.task, "inspect", full)
-    with pytest.raises(CheckpointError, match=r"stopped at step 2: .*No space left.*run the same command again"):
-        trainer.run()
-
-
-def test_a_report_that_cannot_be_written_does_not_hide_how_the_run_ended(toy, monkeypatch):
-    def refuse(folder):
-        raise CheckpointError("could not write report.html")
-
-    monkeypatch.setattr(loop, "write_report", refuse)
-    with pytest.warns(UserWarning, match=r"report\.html"), pytest.raises(SystemExit) as caught:
-        toy(hook=kill_at(2, signal.SIGTERM)).run()
-    assert caught.value.code == 143

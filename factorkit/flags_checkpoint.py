@@ -1,0 +1,55 @@
+"""The flags of `factorkit checkpoint`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from factorkit.flag_types import Command, OptionalInt, OptionalPath, Result
+
+
+@dataclass(kw_only=True)
+class Checkpoint(Command):
+    """List, verify, thin out or export the checkpoints of a run.
+
+    ls       what there is: steps, sizes, ages, and which is the best by the alarms' error
+    verify   read every one and compare it with its checksum; exit status 2 where one is damaged
+    prune    keep the newest --keep that are whole, and the best; of the stages of a run too
+    export   write the averaged weights of one as a small file for factorkit.load and all commands
+
+    A training resumes from the newest checkpoint that is whole, whatever lies there.
+
+    EXAMPLES
+        factorkit checkpoint ls runs/photos
+        factorkit checkpoint verify runs/photos --json
+        factorkit checkpoint prune runs/photos --keep 1
+        factorkit checkpoint export runs/photos --out photos.safetensors
+        factorkit checkpoint export runs/photos --best --out photos.safetensors
+    """
+
+    action: Positional[Literal["ls", "verify", "prune", "export"]]
+    """What to do."""
+    run: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """A run folder."""
+    keep: int = 1
+    """prune: how many of the newest stay."""
+    out: OptionalPath = None
+    """export: the .safetensors file to write."""
+    step: OptionalInt = None
+    """export: of which step; without: the newest that is whole."""
+    best: bool = False
+    """export: the best instead."""
+
+    def run_command(self) -> Result:
+        from factorkit import commands_checkpoint as commands
+
+        if self.action == "ls":
+            return commands.list_all(self.run)
+        if self.action == "verify":
+            return commands.verify(self.run)
+        if self.action == "prune":
+            return commands.prune(self.run, self.keep)
+        return commands.export(self.run, self.out, self.step, self.best)

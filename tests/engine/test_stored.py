@@ -1,0 +1,59 @@
+"""Files of every version of the checkpoint format go on loading: ``stored/<what>_<version>.safetensors``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import factorkit
+from factorkit.engine import checkpoint
+from factorkit.engine.checkpoint import read_checkpoint
+from factorkit.errors import CheckpointError
+
+STORED = Path(__file__).with_name("stored")
+VERSIONS = range(1, checkpoint.VERSION + 1)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_segdiff_file_loads_and_sees_what_it_saw(version):
+    run = factorkit.load(STORED / f"segdiff_{version}.safetensors", device="cpu")
+    image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    assert run.step == 2 and run.segment(image).masks.std().item() == pytest.approx(0.1206, rel=1e-2)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_nerfdiff_file_loads_and_sees_what_it_saw(version):
+    run = factorkit.load(STORED / f"nerfdiff_{version}.safetensors", device="cpu")
+    place = run.predict_pose(torch.linspace(0, 1, 192).view(1, 3, 8, 8)).poses[0, :3, 3]
+    torch.testing.assert_close(place, torch.tensor([1.0821, 3.0194, 0.9074]), rtol=1e-3, atol=1e-3)
+    assert run.step == 2 and run.render(run.poses[:1]).images.mean().item() == pytest.approx(0.4457, rel=1e-2)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_run_resumes_from_it(toy, tmp_path, version, no_report):
+    stored = STORED / f"toy_{version}.safetensors"
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    shutil.copyfile(stored, tmp_path / "run/checkpoints/step_00000003.safetensors")
+    trainer, tensors = toy(), read_checkpoint(stored)[0]
+    assert trainer.restore() and trainer.step == 3
+    state = trainer.state()
+    assert state.keys() == tensors.keys()
+    assert [name for name in state if not torch.equal(state[name], tensors[name])] == []
+    trainer.run()
+    assert trainer.step == 6
+
+
+def test_a_file_of_a_later_version_says_what_to_do(tmp_path):
+    with safe_open(STORED / "toy_1.safetensors", framework="pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    for written in ("factorkit-2", "factorkit-0", "somebody-1", "factorkit-x"):
+        save_file(tensors, tmp_path / "later.safetensors", metadata=header | {"format": written})
+        reason = "later factorkit .*upgrade" if written == f"factorkit-{checkpoint.VERSION + 1}" else written
+        with pytest.raises(CheckpointError, match=reason):
+            read_checkpoint(tmp_path / "later.safetensors")

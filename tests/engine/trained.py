@@ -1,0 +1,59 @@
+"""What tests of the loop ask of runs, and do to them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import torch
+
+from factorkit.engine import checkpoint
+from factorkit.engine.checkpoint import read_checkpoint
+from factorkit.engine.log import read_log
+
+
+def final_state(folder: Path) -> dict[str, torch.Tensor]:
+    newest = max((folder / "checkpoints").glob("step_*.safetensors"))
+    return read_checkpoint(newest)[0]
+
+
+def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def events(folder: Path) -> list[tuple[str, int]]:
+    return [(e["event"], e["step"]) for e in read_log(folder)]
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return sorted(int(p.stem.removeprefix("step_")) for p in (folder / "checkpoints").glob("step_*.safetensors"))
+
+
+def kill_at(step: int, number: int):
+    """A hook for the toy that raises a signal in a step."""
+
+    def hook(at, error):
+        if at == step:
+            os.kill(os.getpid(), number)
+        return error
+
+    return hook
+
+
+def spoil(*steps: int):
+    """A hook for the toy that makes these steps' losses NaN."""
+    return lambda step, error: error * float("nan") if step in steps else error
+
+
+def full_at(monkeypatch, step: int) -> None:
+    """The disk is full when the toy's checkpoint of this step is written."""
+    write = checkpoint.save_file
+
+    def full(tensors, path, metadata):
+        if f'"step": {step},' in metadata["meta"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
