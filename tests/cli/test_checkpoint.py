@@ -1,0 +1,92 @@
+"""factorkit checkpoint ls, verify, prune, export."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import factorkit
+from factorkit.engine.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
+from factorkit.engine.folder import held
+
+NAMES = [f"checkpoints/step_{step:08d}.safetensors" for step in (4, 3, 2, 1)]
+
+
+@pytest.fixture
+def four(run, tmp_path) -> Path:
+    """A copy of the run with four checkpoints, the second of them the best, and one in a stage."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    tensors, meta = read_checkpoint(copy / NAMES[0])
+    for step in (1, 2, 3):
+        shifted = {k: v + step if k.startswith("ema.module.") else v for k, v in tensors.items()}
+        write_checkpoint(copy / NAMES[4 - step], shifted, {**meta, "step": step})
+    Checkpoints(copy / "checkpoints").keep_best(2, -1.0)
+    write_checkpoint(copy / "stages/search" / NAMES[0], {"w": torch.ones(3)}, {"step": 4})
+    return copy
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+
+
+def test_ls_lists_all_with_the_best(four, answer, ask):
+    found = answer("checkpoint", "ls", four)["checkpoints"]
+    assert [c["path"] for c in found] == [*NAMES, f"stages/search/{NAMES[0]}"]
+    assert [c["step"] for c in found] == [4, 3, 2, 1, 4] and [c["best"] for c in found] == [0, 0, 1, 0, 0]
+    assert found[0]["bytes"] == (four / NAMES[0]).stat().st_size
+    text = ask("checkpoint", "ls", four)[1]
+    assert [line.split("  ")[-1] for line in text.splitlines()][2] == "best" and text.count("MiB") == 5
+
+
+def test_verify_reads_them_all(four, answer, refused):
+    assert len(answer("checkpoint", "verify", four)["whole"]) == 5
+    damage(four / NAMES[1])
+    message = refused("checkpoint", "verify", four)
+    assert "step_00000003.safetensors is damaged" in message and f"{NAMES[0]}, {NAMES[2]}" in message
+
+
+def test_prune_keeps_the_newest_whole_ones_and_the_best(four, answer):
+    damage(four / NAMES[0])
+    (four / "checkpoints/.unfinished-1-0.safetensors").write_bytes(b"half")
+    found = answer("checkpoint", "prune", four)
+    assert found["kept"] == [NAMES[1], NAMES[2], f"stages/search/{NAMES[0]}"]  # 3 is the newest whole one, 2 the best
+    assert sorted(found["dropped"]) == [NAMES[3], NAMES[0]]
+    left = {p.name for p in (four / "checkpoints").iterdir()}
+    assert left == {Path(NAMES[1]).name, Path(NAMES[2]).name, "best.json"}
+
+
+def test_prune_leaves_damaged_ones_where_none_is_whole(four, answer):
+    damage(four / "stages/search" / NAMES[0])
+    assert f"stages/search/{NAMES[0]}" in answer("checkpoint", "prune", four, "--keep", 9)["kept"]
+
+
+def test_prune_does_not_work_under_a_training(four, refused):
+    with held(four):
+        assert "another process is training" in refused("checkpoint", "prune", four)
+    assert "at least one has to stay" in refused("checkpoint", "prune", four, "--keep", 0)
+
+
+def test_export_writes_the_averaged_weights_of_one(four, answer, refused, tmp_path):
+    for flags, step in (([], 4), (["--best"], 2), (["--step", 3], 3)):
+        found = answer("checkpoint", "export", four, "--out", tmp_path / "small.safetensors", *flags)
+        run, source = factorkit.load(found["out"], device="cpu"), read_checkpoint(four / NAMES[4 - step])[0]
+        assert found["step"] == run.step == step
+        for name, value in run.model.state_dict().items():
+            assert torch.equal(value, source[f"ema.module.{name}"]), name
+    assert "there are: 1, 2, 3, 4" in refused("checkpoint", "export", four, "--out", "x.safetensors", "--step", 7)
+    assert "--out FILE" in refused("checkpoint", "export", four)
+    assert "two checkpoints" in refused("checkpoint", "export", four, "--out", "x", "--best", "--step", 2)
+    (four / "checkpoints/best.json").unlink()
+    assert "no best" in refused("checkpoint", "export", four, "--out", "x.safetensors", "--best")
+
+
+def test_what_is_no_run_is_named(tmp_path, refused):
+    for action in ("ls", "verify", "prune", "export"):
+        flags = ["--out", "x"] if action == "export" else []
+        assert "is no run folder" in refused("checkpoint", action, tmp_path, *flags)
