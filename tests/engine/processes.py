@@ -15,16 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch._dynamo  # noqa: F401
 
-from factorkit.data.views import Views
-from factorkit.engine import loop
-from factorkit.nerfdiff import distil, fit, joint, search
-from factorkit.nerfdiff import train as nerfdiff
+from benchmarks import tiny_runs
 from factorkit.segdiff.task import SegdiffTask
-from factorkit.segdiff.train import train_segdiff
 
 #: by name: the training, its settings, and in how many processes beside one, with what changes of settings
 RUNS: dict[str, tuple[str, dict[str, Any], dict[int, dict[str, Any]]]] = {
@@ -36,30 +31,9 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[int, dict[str, Any]]]] = {
 
 
 def train(model: str, out: Path, **changes: Any) -> None:
-    """A few steps of a tiny model on noise."""
-    SegdiffTask.inspect = lambda *arguments: {}
-    loop.write_report = lambda folder: None
-    if model == "segdiff":
-        images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
-        train_segdiff(
-            images, out=out, width=8, resolution=16, multipliers=(1, 2), blocks=1, attention=(), groups=4,
-            batch_size=8, device="cpu", precision="fp32", log_every=1, progress=False, **{"steps": 3, **changes},
-        )  # fmt: skip
-        return
-    nerfdiff.HALF_STEPS = 3
-    for module in (distil, fit, joint, search):
-        for sheet in {"cameras_sheet", "renders_sheet"} & vars(module).keys():
-            setattr(module, sheet, lambda *arguments: None)
-    images = torch.from_numpy(np.random.default_rng(0).random((10, 3, 8, 8), np.float32))
-    intrinsics = torch.tensor([[12.0, 0, 4], [0, 12, 4], [0, 0, 1]]).expand(10, 3, 3)
-    settings = {
-        "preset": "demo", "resolution": 8, "cameras": 3, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 8,
-        "samples": 4, "views": 4, "rays": 8, "search_steps": 22, "field_steps": 12, "steps": 12, "batch_size": 4,
-        "width": 8, "multipliers": (1, 2), "encoder_resolution": 8, "rendered": 5, "flip_rounds": 1, "log_every": 1,
-        "device": "cpu", "progress": False, "threads": 1,
-    }  # fmt: skip
-    views = Views(images, [str(i) for i in range(10)], intrinsics)
-    nerfdiff.train_nerfdiff(views, out=out, **settings | changes)
+    """A few steps of a tiny model, every one of which is logged."""
+    steps = {"steps": 3, "precision": "fp32"} if model == "segdiff" else {}
+    tiny_runs.train(model, out, **{"log_every": 1, "sample_every": 0, **steps, **changes})
 
 
 def start(work: Callable[[], None], rank: int, world: int, port: int) -> int:
