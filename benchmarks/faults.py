@@ -158,7 +158,8 @@ def run(name: str, folder: Path, notes: Notes, kill: Kill | None = None) -> bool
 def differing(one: Path, other: Path) -> list[str]:
     """Names of what differs in the newest checkpoints of two runs; nothing where they are the same to the last bit."""
     (a, facts), (b, other_facts) = (Checkpoints(folder / "run/checkpoints").latest() for folder in (one, other))
-    names = [name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])]
+    same = [name for name in a.keys() & b.keys() if torch.equal(a[name], b[name])]
+    names = sorted((a.keys() | b.keys()) - set(same))
     return names + [k for k in facts.keys() | other_facts.keys() if facts.get(k) != other_facts.get(k)]
 
 

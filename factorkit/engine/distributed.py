@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,16 +17,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from factorkit.errors import ConfigError, FactorkitError
-
-PATIENCE = timedelta(hours=4)  # with the process that decodes a data set or draws sheets while the others wait for it
-
-
-def join(device: torch.device) -> None:
-    """Join the processes torchrun started, if it did (NCCL on GPUs, gloo on CPUs)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # NCCL's collectives run on the current one
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
 
 def rank() -> int:

@@ -19,6 +19,7 @@ from factorkit.data.views import Views
 from factorkit.engine import distributed
 from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.folder import claim, held
+from factorkit.engine.joining import join
 from factorkit.engine.loop import Trainer
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import ConfigError, DataError
@@ -83,7 +84,7 @@ def train_nerfdiff(
     preset = preset or ("demo" if data is None else "fast")
     config = preset_config(preset, **changes)
     device = distributed.local_device(resolve_device(config.device))
-    distributed.join(device)
+    join(device)
     distributed.check_batch(config.batch_size)
     distributed.check_batch(config.views, "views")
     folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"

@@ -22,6 +22,7 @@ from factorkit.data.prepare import Prepared, prepare
 from factorkit.engine import distributed
 from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.folder import claim, held, write_json
+from factorkit.engine.joining import join
 from factorkit.engine.log import LOG_NAME, RunLog
 from factorkit.engine.loop import Trainer
 from factorkit.engine.report import write_report
@@ -76,7 +77,7 @@ def train_segdiff(
     if config.class_names:
         raise ConfigError("class_names= is what train_segdiff(classes=...) finds; give classes= instead")
     device = distributed.local_device(resolve_device(config.device))
-    distributed.join(device)
+    join(device)
     distributed.check_batch(config.batch_size)  # before the images are prepared, which may take long
     folder = Path(out) if out is not None else Path("runs") / preset
     with distributed.first_of_machine():

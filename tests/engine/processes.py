@@ -1,7 +1,8 @@
 """Train tiny models in one process and in several, joined by gloo as torchrun would. For test_distributed.py.
 
-python processes.py FOLDER leaves the runs ``<name>_<processes>`` there, and ``stopped``: two processes of which one
-gets SIGTERM. The processes are forks of this one, which has imported torch but never used it.
+python processes.py FOLDER leaves the runs ``<name>_<processes>`` there; ``stopped``: two processes of which one gets
+SIGTERM; ``restarted``: two of which one gets SIGKILL, under torchrun's agent; ``grown``: one, and then four. The
+processes are forks of this one, which has imported torch but never used it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def start(work: Callable[[], None], rank: int, world: int, port: int) -> int:
     """Do ``work`` in a process of its own, one of ``world``; answers its id."""
     if child := os.fork():
         return child
-    signal.alarm(120)  # processes that wait for each other forever are to end, and fail the test
+    signal.alarm(200)  # processes that wait for each other forever are to end, and fail the test
     try:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
@@ -54,13 +55,13 @@ def start(work: Callable[[], None], rank: int, world: int, port: int) -> int:
         os._exit(1)
 
 
-def stop_in(step: int) -> None:
-    """SIGTERM in a step of segdiff's training."""
+def signal_in(step: int, number: int) -> None:
+    """Send this process a signal in a step of segdiff's training."""
     loss = SegdiffTask.loss
 
     def watched(task, model, indices, draw, at):
         if at == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return loss(task, model, indices, draw, at)
 
     SegdiffTask.loss = watched
@@ -77,8 +78,27 @@ def run(world: int, work: Callable[[int], None]) -> list[int]:
 
 def stopped(out: Path, rank: int) -> None:
     if rank == 1:
-        stop_in(2)
+        signal_in(2, signal.SIGTERM)
     train("segdiff", out, steps=50)
+
+
+def lost(out: Path) -> None:
+    """The work of a process of which the second dies in its fourth step, unless torchrun has started it again."""
+    torch.set_num_threads(1)
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        signal_in(3, signal.SIGKILL)
+    train("segdiff", out, steps=5, checkpoint_every=1)
+
+
+def restarted(out: Path) -> None:
+    """What ``torchrun --nproc-per-node 2 --max-restarts 1`` does, but that processes are forked."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="restarted", rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0", max_restarts=1, monitor_interval=0.1, start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, lost)(out)
 
 
 def main(folder: Path) -> None:
@@ -89,6 +109,11 @@ def main(folder: Path) -> None:
             assert codes == [0] * world, (name, world, codes)
     codes = run(2, lambda rank: stopped(folder / "stopped", rank))
     assert codes == [143, 143], codes
+    assert run(2, lambda rank: train("segdiff", folder / "unbroken", steps=5, checkpoint_every=1)) == [0, 0]
+    assert run(1, lambda rank: restarted(folder / "restarted")) == [0]
+    for world, steps in ((1, 2), (4, 3)):
+        codes = run(world, lambda rank, steps=steps: train("segdiff", folder / "grown", steps=steps))
+        assert codes == [0] * world, codes
 
 
 if __name__ == "__main__":

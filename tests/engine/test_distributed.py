@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 import factorkit
 from factorkit.engine import distributed
 from factorkit.engine.checkpoint import Checkpoints
+from factorkit.engine.joining import join, meet
 from factorkit.engine.log import read_log
 from factorkit.errors import ConfigError
 
@@ -39,6 +42,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return Checkpoints(folder / "checkpoints").latest()[0]
 
 
+def close(one: str, other: str, runs: Path) -> None:
+    expected, found = weights(runs / one), weights(runs / other)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        # Adam divides by the gradient's size: of a gradient that is only rounding, it makes a whole step
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=5e-4, msg=name)
+
+
 @pytest.mark.parametrize(
     ("name", "world"),
     [("regional", 2), ("regional", 4), ("thesis", 2), ("dictionary", 2), ("dictionary", 4), ("joint", 2)],
@@ -54,16 +65,25 @@ def test_several_processes_train_as_one(runs, name, world):
                 found, wanted = (np.array(line[key], float) for line in (other, one))  # an empty quarter's None is NaN
                 close = {"rtol": 1e-4, "atol": 1e-6, "err_msg": f"{key} at step {one['step']} of {stage}"}
                 np.testing.assert_allclose(found, wanted, **close)
-    expected, found = weights(runs / f"{name}_1"), weights(runs / f"{name}_{world}")
-    assert expected.keys() == found.keys()
-    for name in expected:
-        # Adam divides by the gradient's size: of a gradient that is only rounding, it makes a whole step
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=5e-4, msg=name)
+    close(f"{name}_1", f"{name}_{world}", runs)
 
 
 def test_a_signal_to_one_process_stops_all_of_them_together(runs):
     assert [p.name for p in (runs / "stopped/checkpoints").iterdir()] == ["step_00000003.safetensors"]
     assert [e["step"] for e in read_log(runs / "stopped") if e["event"] == "signal"] == [3]
+
+
+def test_when_one_process_is_lost_torchrun_starts_all_again_and_the_result_is_the_same(runs):
+    resumed = [e["step"] for e in read_log(runs / "restarted") if e["event"] == "resume"]
+    assert resumed and set(resumed) <= {2, 3}  # of the checkpoint that was written, or being written, as it died
+    expected, found = weights(runs / "unbroken"), weights(runs / "restarted")
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_a_run_goes_on_in_more_processes(runs):
+    resumed = [e["step"] for e in read_log(runs / "grown") if e["event"] == "resume"]
+    assert resumed == [2]
+    close("regional_1", "grown", runs)
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(toy, monkeypatch):
@@ -80,7 +100,7 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(toy, monkeypatch):
 def test_alone_nothing_is_joined_or_changed(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     cpu = torch.device("cpu")
-    distributed.join(cpu)
+    join(cpu)
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     values = torch.tensor([1.0, 2.0])
     assert torch.equal(distributed.average(values), values)
@@ -93,3 +113,23 @@ def test_each_process_of_a_machine_takes_its_gpu(monkeypatch):
     assert distributed.local_device(torch.device("cuda")) == torch.device("cuda", 2)
     assert distributed.local_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
     assert distributed.local_device(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_processes_that_meet_again_do_not_take_earlier_words_for_theirs():
+    """One store and three meetings; in the second, one process is late and another is gone before it is answered."""
+    store = torch.distributed.HashStore()
+
+    def together(world: int) -> set[str]:
+        with ThreadPoolExecutor(world) as threads:
+            return set(threads.map(lambda rank: meet(store, rank, world), range(world)))
+
+    (first,) = together(3)
+    store.set("factorkit/hello/1", "of one that died")
+    with ThreadPoolExecutor(3) as threads:
+        early = [threads.submit(meet, store, rank, 3) for rank in (0, 2)]
+        time.sleep(0.2)
+        assert not early[0].done()
+        late = threads.submit(meet, store, 1, 3)
+        (second,) = {future.result(10) for future in (*early, late)}
+    (third,) = together(2)
+    assert len({first, second, third}) == 3
