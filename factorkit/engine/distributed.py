@@ -56,13 +56,21 @@ def check_batch(batch_size: int, name: str = "batch_size") -> None:
         )
 
 
-def average(values: Tensor) -> Tensor:
-    """Mean of a tensor over all processes."""
-    if world_size() > 1:
+class _Average(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
-        values /= world_size()
-    return values
+        return values / world_size()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _Average.apply(gradient)  # each process' loss depends on all processes' values
+
+
+def average(values: Tensor) -> Tensor:
+    """Mean of a tensor over all processes; gradients go back to all of them."""
+    return _Average.apply(values) if world_size() > 1 else values
 
 
 def in_shares(work: Callable[[slice], Tensor], count: int) -> Tensor:

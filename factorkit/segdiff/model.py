@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from factorkit import ops
 from factorkit.diffusion.denoiser import Denoised, Denoiser
+from factorkit.engine import distributed
 from factorkit.errors import ConfigError
 from factorkit.nn import Decoder, Encoder, LabelEmbedding, Middle, TimeEmbedding
 
@@ -52,11 +52,7 @@ class RegionLogitNorm(nn.Module):
         """logits [B, K, H, W]; same shape out."""
         logits = logits - logits.mean(1, keepdim=True)
         if self.training:
-            moments = torch.stack([logits.mean((0, 2, 3)), logits.square().mean((0, 2, 3))])
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                import torch.distributed.nn.functional as differentiable
-
-                moments = differentiable.all_reduce(moments) / dist.get_world_size()
+            moments = distributed.average(torch.stack([logits.mean((0, 2, 3)), logits.square().mean((0, 2, 3))]))
             mean, variance = moments[0], (moments[1] - moments[0].square()).clamp_min(0)
             with torch.no_grad():
                 self.mean.lerp_(mean, self.momentum)

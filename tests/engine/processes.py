@@ -26,15 +26,17 @@ from factorkit.segdiff.task import SegdiffTask
 RUNS: dict[str, tuple[str, dict[str, Any], dict[int, dict[str, Any]]]] = {
     "regional": ("segdiff", {}, {2: {}, 4: {}}),
     "thesis": ("segdiff", {"form": "thesis"}, {2: {"micro_batch_size": 3}}),  # of 4: the last piece is smaller
-    "dictionary": ("nerfdiff", {"tuning_steps": 3}, {2: {}, 4: {}}),
+    "dictionary": ("nerfdiff", {"tuning_steps": 2}, {2: {}, 4: {}}),
     "joint": ("nerfdiff", {"search": "joint", "field": "hashgrid", "occupancy": True}, {2: {}}),
 }
 
 
 def train(model: str, out: Path, **changes: Any) -> None:
     """A few steps of a tiny model, every one of which is logged."""
-    steps = {"steps": 3, "precision": "fp32"} if model == "segdiff" else {}
-    tiny_runs.train(model, out, **{"log_every": 1, "sample_every": 0, **steps, **changes})
+    few = {"steps": 3, "precision": "fp32"}
+    if model == "nerfdiff":
+        few = {"search_steps": 12, "field_steps": 4, "steps": 4}
+    tiny_runs.train(model, out, **{"log_every": 1, "sample_every": 0, **few, **changes})
 
 
 def start(work: Callable[[], None], rank: int, world: int, port: int) -> int:

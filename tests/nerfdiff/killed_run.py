@@ -37,7 +37,7 @@ TINY = {
     "multipliers": (1, 2), "encoder_resolution": 8, "rendered": 4, "flip_rounds": 1, "checkpoint_every": 2,
     "log_every": 2, "device": "cpu", "progress": False,
 }  # fmt: skip
-FATAL = 4  # the step of a stage that the kill falls into, or shortly after it: of at least six
+FATAL = 5  # the step of a stage, of at least six, that the kill falls into or after: the first save is over by then
 
 
 def views() -> Views:

@@ -1,0 +1,70 @@
+"""The scripts that launch large runs, with commands in place of Slurm's and torchrun that note how they were called."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+COMMANDS = {
+    "scontrol": 'echo scontrol "$@" >> calls; echo alpha; echo beta',
+    "srun": 'echo srun "$@" >> calls; echo $$ > srun.pid; trap "echo saved >> calls; exit 143" TERM\n'
+    "while [ -e running ]; do sleep 0.02; done; exit 3",
+    "scancel": 'echo scancel "$@" >> calls; kill -TERM $(cat srun.pid)',
+    "torchrun": 'echo torchrun "$@" >> calls',
+    "nvidia-smi": "echo GPU 0; echo GPU 1; echo GPU 2",
+}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(script, *words): the script's process, in a folder where ``calls`` lists the commands it called."""
+    for name, body in COMMANDS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "running").touch()
+    slurm = {"SLURM_JOB_NODELIST": "alpha,beta", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "77"}
+
+    def run(script: str, *words: str) -> subprocess.Popen:
+        environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        return subprocess.Popen(["bash", EXAMPLES / script, *words], cwd=tmp_path, env=environment)
+
+    return run
+
+
+def calls(folder: Path) -> list[str]:
+    return (folder / "calls").read_text().splitlines()
+
+
+TRAINING = "srun torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-id 77 "
+TRAINING += "--rdzv-endpoint alpha:29500 -m factorkit train segdiff --out runs/a b"
+
+
+def test_slurms_warning_lets_the_training_save_and_queues_the_job_again(start, tmp_path):
+    job = start("slurm.sbatch", "train", "segdiff", "--out", "runs/a b")
+    while not (tmp_path / "srun.pid").exists():
+        time.sleep(0.02)
+    time.sleep(0.3)  # the script waits by then
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) != 0
+    first, *rest = calls(tmp_path)
+    assert first == "scontrol show hostnames alpha,beta"
+    assert rest == [TRAINING, "scancel --signal=TERM 77", "saved", "scontrol requeue 77"]
+
+
+def test_a_job_that_ends_by_itself_has_the_trainings_exit_status(start, tmp_path):
+    (tmp_path / "running").unlink()
+    assert start("slurm.sbatch", "train", "segdiff", "--out", "runs/a b").wait(20) == 3
+    assert calls(tmp_path)[1:] == [TRAINING]
+
+
+def test_each_of_two_machines_starts_a_process_a_gpu(start, tmp_path):
+    assert start("two_machines.sh", "alpha", "train", "nerfdiff", "--out", "a b").wait(20) == 0
+    expected = "torchrun --nnodes 2 --nproc-per-node 3 --max-restarts 3 --rdzv-backend c10d --rdzv-id factorkit "
+    assert calls(tmp_path) == [f"{expected}--rdzv-endpoint alpha:29500 -m factorkit train nerfdiff --out a b"]
