@@ -29,7 +29,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def data_parallel(module: nn.Module, device: torch.device, pieces: int) -> DistributedDataParallel:
+def data_parallel(module: nn.Module, pieces: int) -> DistributedDataParallel:
     """The module, its gradients averaged over all processes as they arise.
 
     Its buffers are left alone: every process finds the same ones. A backward pass in several ``pieces`` is told so: in
@@ -39,10 +39,10 @@ def data_parallel(module: nn.Module, device: torch.device, pieces: int) -> Distr
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    # without device_ids, with which it would move all arguments to the GPU: indices are read on the CPU
     return DistributedDataParallel(
-        module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
-        static_graph=pieces == 1, **{buffers: False},
-    )  # fmt: skip
+        module, gradient_as_bucket_view=True, static_graph=pieces == 1, **{buffers: False}
+    )
 
 
 def check_batch(batch_size: int, name: str = "batch_size") -> None:

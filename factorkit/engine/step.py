@@ -113,7 +113,7 @@ class TrainingStep:
         ]
         self.objective = Objective(task)
         if synchronised:
-            self.objective = distributed.data_parallel(self.objective, device, pieces=len(self.slices))
+            self.objective = distributed.data_parallel(self.objective, pieces=len(self.slices))
         self.indices = torch.zeros(config.batch_size, dtype=torch.int64, device=device if on_device else "cpu")
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
