@@ -88,12 +88,14 @@ def watch(notes: Notes, kill: Kill | None) -> None:
         def done(*arguments, **options):
             fatal = kill is not None and next(count) == kill.operation
             before = notes.doing(1)
-            notes.doing(1, f"{what}, {kill.moment}" if fatal else what)
-            if fatal and kill.moment == "before":
+            halves = fatal and kill.moment == "half-way" and what == "a write"
+            when = "half-way" if halves else "before" if fatal and kill.moment == "before" else "after"
+            notes.doing(1, f"{what}, {when}" if fatal else what)
+            if fatal and when == "before":
                 die()
             answer = work(*arguments, **options)
             if fatal:
-                if what == "a write" and kill.moment == "half-way":
+                if halves:
                     os.truncate(arguments[1], random.randrange(os.path.getsize(arguments[1])))
                 die()
             notes.doing(1, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from datetime import timedelta
@@ -32,6 +33,13 @@ def join(device: torch.device) -> None:
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, timeout=PATIENCE,
         store=dist.PrefixStore(meet(store, rank, world), store),
     )  # fmt: skip
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Part from the other processes: threads that still listen to them may crash a process that ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def meet(store: dist.Store, rank: int, world: int) -> str:

@@ -26,7 +26,7 @@ def test_what_is_sent_is_four_bytes_a_parameter():
     try:
         sent = []
 
-        def note(state, bucket: dist.GradBucket):
+        def note(state, bucket):
             sent.append(bucket.buffer().nbytes)
             done = torch.futures.Future()
             done.set_result(bucket.buffer())
