@@ -45,6 +45,7 @@ from factorkit.segdiff import train as segdiff
 
 RESULTS = Path(__file__).with_name("results") / "faults.json"
 OPERATIONS = 30  # the last of a process's file operations that a kill may choose
+FIRST = 5  # a third of the kills choose among so many, most of them of the preparation
 COMMON = {"checkpoint_every": 2, "keep_checkpoints": 2, "sample_every": 3, "log_every": 2}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "segdiff": ("segdiff", {"steps": 40}),
@@ -88,9 +89,10 @@ def watch(notes: Notes, kill: Kill | None) -> None:
         def done(*arguments, **options):
             fatal = kill is not None and next(count) == kill.operation
             before = notes.doing(1)
+            which = f"preparing data, {what}" if notes.doing(0) == "preparing data" else what
             halves = fatal and kill.moment == "half-way" and what == "a write"
             when = "half-way" if halves else "before" if fatal and kill.moment == "before" else "after"
-            notes.doing(1, f"{what}, {when}" if fatal else what)
+            notes.doing(1, f"{which}, {when}" if fatal else which)
             if fatal and when == "before":
                 die()
             answer = work(*arguments, **options)
@@ -177,7 +179,8 @@ def endure(name: str, kills: int, folder: Path, chance: random.Random, notes: No
         if left and chance.random() < 0.5:
             kill = Kill(seconds=chance.uniform(0, length / (1 + here)))
         elif left:
-            kill = Kill(operation=chance.randint(1, OPERATIONS), moment=chance.choice(("before", "half-way", "after")))
+            last = chance.choice((FIRST, OPERATIONS, OPERATIONS))
+            kill = Kill(operation=chance.randint(1, last), moment=chance.choice(("before", "half-way", "after")))
         ended = run(name, broken, notes, kill)
         if not ended:
             what = notes.doing(1) or notes.doing(0)
@@ -202,6 +205,7 @@ def main() -> None:
     flags = parser.parse_args()
     seed = int(time.time()) if flags.seed is None else flags.seed
     chance, notes, found, processor = random.Random(seed), Notes(), {}, time.process_time()
+    measured = commit()  # before it may change
     shares = {name: flags.kills * (i + 1) // len(RUNS) - flags.kills * i // len(RUNS) for i, name in enumerate(RUNS)}
     with tempfile.TemporaryDirectory() as folder:
         for name, kills in shares.items():
@@ -211,7 +215,7 @@ def main() -> None:
                 print(f"  {count:4} {what}")
     times = os.times()
     record = {
-        "runs": found, "kills": sum(f["kills"] for f in found.values()), "seed": seed, "commit": commit(),
+        "runs": found, "kills": sum(f["kills"] for f in found.values()), "seed": seed, "commit": measured,
         "machine": machine(1), "torch": torch.__version__,
         "processor_seconds": round(time.process_time() - processor + times.children_user + times.children_system),
     }  # fmt: skip

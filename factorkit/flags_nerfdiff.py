@@ -35,6 +35,7 @@ class TrainNerfdiff(Command, Generic[Config]):
         factorkit train nerfdiff --data lego/ --out runs/lego --preset fast
         factorkit train nerfdiff --data lego/ --out runs/supervised --preset fast --poses known
         factorkit train nerfdiff --data lego/ --out runs/thesis --preset lego
+        torchrun --nproc-per-node 8 -m factorkit train nerfdiff --data lego/ --preset lego
     """
 
     model: Positional[Literal["nerfdiff"]]

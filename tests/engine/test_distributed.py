@@ -42,7 +42,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return Checkpoints(folder / "checkpoints").latest()[0]
 
 
-def close(one: str, other: str, runs: Path) -> None:
+def assert_close(one: str, other: str, runs: Path) -> None:
     expected, found = weights(runs / one), weights(runs / other)
     assert expected.keys() == found.keys()
     for name in expected:
@@ -65,7 +65,7 @@ def test_several_processes_train_as_one(runs, name, world):
                 found, wanted = (np.array(line[key], float) for line in (other, one))  # an empty quarter's None is NaN
                 close = {"rtol": 1e-4, "atol": 1e-6, "err_msg": f"{key} at step {one['step']} of {stage}"}
                 np.testing.assert_allclose(found, wanted, **close)
-    close(f"{name}_1", f"{name}_{world}", runs)
+    assert_close(f"{name}_1", f"{name}_{world}", runs)
 
 
 def test_a_signal_to_one_process_stops_all_of_them_together(runs):
@@ -83,7 +83,7 @@ def test_when_one_process_is_lost_torchrun_starts_all_again_and_the_result_is_th
 def test_a_run_goes_on_in_more_processes(runs):
     resumed = [e["step"] for e in read_log(runs / "grown") if e["event"] == "resume"]
     assert resumed == [2]
-    close("regional_1", "grown", runs)
+    assert_close("regional_1", "grown", runs)
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(toy, monkeypatch):
