@@ -147,7 +147,7 @@ class TrainingStep:
         ]
 
     def _blamed(self, step: int, row: int, parameter: int) -> str:
-        config = self.config
+        config, row = self.config, distributed.greatest(row)  # it may be another process's, which asks as well
         if row >= 0:
             order = image_order(config.seed, step * config.batch_size, config.batch_size, self.task.size)
             return f"the loss of image {int(order[row])} was not finite"
