@@ -55,6 +55,9 @@ class SegdiffConfig(EngineConfig):
     """What each noise level counts in the loss; min_snr is min(SNR, gamma) times the error of the clean image."""
     min_snr_gamma: float = 5.0
     """Gamma of min_snr."""
+    masks: Literal["network", "competition"] = "network"
+    """What proposes the regions: the U-Net, or a learned place of each, by whose colours in the picture at hand they
+    compete for its pixels. For objects that colour does not tell, in photographs that are all framed alike."""
     branch_norm: Literal["group", "masked_group", "pixel"] | None = None
     """Norm of the branch decoder; None: pixel in the regional form, group in the thesis'."""
     region_tokens: bool | None = None
@@ -66,7 +69,8 @@ class SegdiffConfig(EngineConfig):
     checkpoint_branches: bool = False
     """Run the branches one by one in training and again in the backward pass: slower, in the memory of one branch."""
     mask_learning_rate: float | None = None
-    """Factor on the mask generator's learning rate; None: 0.3 in the regional form, 1 in the thesis'."""
+    """Factor on the learning rate of what makes the masks; None: 0.3 in the regional form, 1 in the thesis', 30 of a
+    competition."""
     t_max: int | None = None
     """Most time steps are drawn from [0, t_max); None: 600 of 1000 in the regional form, on another schedule than the
     linear one up to the same noise; all in the thesis'."""
@@ -78,6 +82,8 @@ class SegdiffConfig(EngineConfig):
     off."""
     timesteps: int = 1000
     """T, the length of the noise schedule."""
+    mirror: bool = True
+    """Show half of the pictures mirrored; False where left and right mean something, as when all face one way."""
 
     holdout: str | int = "auto"
     """Labelled images kept out of training: "masked", "none", a number, the name of an official split, or "auto"."""
@@ -108,6 +114,8 @@ class SegdiffConfig(EngineConfig):
         defaults = dict(FORMS[self.form])
         if self.decoding == "concat":
             defaults["region_tokens"] = False  # one branch
+        if self.masks == "competition":
+            defaults |= {"normalised_logits": False, "half_resolution_masks": False, "mask_learning_rate": 30.0}
         prediction = self.prediction or defaults["prediction"]
         kind = defaults["schedule"] = self.schedule or ("flow" if prediction == "flow" else "linear")
         check_objective(prediction, kind)
@@ -162,7 +170,7 @@ class SegdiffConfig(EngineConfig):
             raise ConfigError(f"segment_t={self.segment_t} must lie between 0 and timesteps-1={self.timesteps - 1}")
         check_architecture(
             self.regions, self.resolution, self.multipliers, self.decoding, self.branch_norm, self.region_tokens,
-            self.half_resolution_masks,
+            self.half_resolution_masks, self.masks, self.normalised_logits,
         )  # fmt: skip
 
     def memory_advice(self, at_once: int) -> str:
@@ -180,7 +188,7 @@ class SegdiffConfig(EngineConfig):
         names = (
             "regions", "resolution", "width", "multipliers", "blocks", "attention", "heads", "groups", "dropout",
             "decoding", "branch_norm", "region_tokens", "normalised_logits", "half_resolution_masks",
-            "checkpoint_branches",
+            "checkpoint_branches", "masks",
         )  # fmt: skip
         model = FactorizedUNet(**{name: getattr(self, name) for name in names}, classes=len(self.class_names))
         # as its features lie: a convolution would otherwise turn its weights round in every call

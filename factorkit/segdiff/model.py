@@ -23,15 +23,19 @@ from factorkit.diffusion.denoiser import Denoised, Denoiser
 from factorkit.engine import distributed
 from factorkit.errors import ConfigError
 from factorkit.nn import Decoder, Encoder, LabelEmbedding, Middle, TimeEmbedding
+from factorkit.segdiff.competition import Contest, RegionCompetition
 
 DECODINGS = ("masked_skips", "concat", "masked_mid", "unshared")
+MASKS = ("network", "competition")
 
 
 class Regions(NamedTuple):
-    """The bottleneck: masks [B, K, H, W] (fp32, sum to 1 over K) and, if any, the branches [B, K, 3, H, W]."""
+    """The bottleneck: masks [B, K, H, W] (fp32, sum to 1 over K) and, if any, the branches [B, K, 3, H, W] and the
+    score [B, 3, H, W] of the colours that the regions competed by."""
 
     masks: Tensor
     branches: Tensor | None
+    score: Tensor | None = None
 
 
 class RegionLogitNorm(nn.Module):
@@ -99,6 +103,8 @@ class FactorizedUNet(Denoiser):
         half_resolution_masks: the mask generator stops at half the resolution; its logits are upsampled bilinearly.
         checkpoint_branches: in training, run the branches one after another and once more in the backward pass: the
             memory of their activations is then that of one branch, whatever K.
+        masks: what proposes them, the ``"network"`` (a decoder of its own) or a ``"competition"`` of the regions
+            (:class:`~factorkit.segdiff.competition.RegionCompetition`).
         channels: of the image.
         classes: how many the model can be told of, by labels added to the time embedding; 0 is none.
 
@@ -111,12 +117,13 @@ class FactorizedUNet(Denoiser):
         attention: Sequence[int] = (16, 8), heads: int = 4, groups: int = 32, dropout: float = 0.0,
         decoding: str = "masked_skips", branch_norm: str = "group", region_tokens: bool = False,
         normalised_logits: bool = False, half_resolution_masks: bool = False, checkpoint_branches: bool = False,
-        channels: int = 3, classes: int = 0,
+        masks: str = "network", channels: int = 3, classes: int = 0,
     ):  # fmt: skip
         super().__init__()
         check_architecture(
-            regions, resolution, multipliers, decoding, branch_norm, region_tokens, half_resolution_masks
-        )
+            regions, resolution, multipliers, decoding, branch_norm, region_tokens, half_resolution_masks, masks,
+            normalised_logits,
+        )  # fmt: skip
         embed = 4 * width
         common = {"heads": heads, "groups": groups, "dropout": dropout}
         self.regions, self.resolution, self.decoding, self.dropout = regions, resolution, decoding, dropout
@@ -138,13 +145,15 @@ class FactorizedUNet(Denoiser):
         if regions == 1:
             self.decoder = decoder(channels)
             return
-        self.mask_generator = decoder(regions, cut=int(half_resolution_masks))
-        # An exactly zero mask head is a saddle: equal branches send it no gradient.
-        if normalised_logits:
-            self.mask_generator.conv_out.reset_parameters()
-        else:
-            nn.init.normal_(self.mask_generator.conv_out.weight, std=1e-3)
-        nn.init.zeros_(self.mask_generator.conv_out.bias)
+        self.competition = RegionCompetition(regions) if masks == "competition" else None
+        if self.competition is None:
+            self.mask_generator = decoder(regions, cut=int(half_resolution_masks))
+            # An exactly zero mask head is a saddle: equal branches send it no gradient.
+            if normalised_logits:
+                self.mask_generator.conv_out.reset_parameters()
+            else:
+                nn.init.normal_(self.mask_generator.conv_out.weight, std=1e-3)
+            nn.init.zeros_(self.mask_generator.conv_out.bias)
         self.logit_norm = RegionLogitNorm(regions) if normalised_logits else None
         if decoding == "unshared":
             self.decoder = nn.ModuleList(decoder(channels, norm=branch_norm) for _ in range(regions))
@@ -163,19 +172,22 @@ class FactorizedUNet(Denoiser):
         if self.regions == 1:
             prediction = at_least_fp32(self.decoder(h, skips, embedding))
             return Denoised(prediction, Regions(torch.ones_like(prediction[:, :1]), prediction[:, None]))
-        logits = self._logits(h, skips, embedding)
-        masks = logits.softmax(1)
+        contest = self._contest(x_t, h, skips, embedding)
+        masks = contest.logits.softmax(1)
         if self.decoding == "concat":
             prediction = at_least_fp32(self._concat_decode(h, skips, embedding, masks))
-            return Denoised(prediction, Regions(masks, None))
+            return Denoised(prediction, Regions(masks, None, contest.score))
         branches = self._decode(x_t, h, skips, embedding, masks)
-        masks, prediction = ops.region_blend(logits, branches)
-        return Denoised(prediction, Regions(masks, branches.unflatten(0, masks.shape[:2])))
+        masks, prediction = ops.region_blend(contest.logits, branches)
+        return Denoised(prediction, Regions(masks, branches.unflatten(0, masks.shape[:2]), contest.score))
 
     def segment(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """The masks alone, [B, K, H, W]: encoder, middle and mask generator; the decoders are never run."""
+        """The masks alone, [B, K, H, W]: encoder, middle and mask generator, or the competition of the regions without
+        any of them; the decoders are never run."""
         if self.regions == 1:
             return torch.ones_like(x_t[:, :1])
+        if self.competition is not None:
+            return self.competition(x_t).logits.softmax(1)
         embedding, skips, h = self._encode(x_t, t, cond)
         return self._logits(h, skips, embedding).softmax(1)
 
@@ -186,6 +198,11 @@ class FactorizedUNet(Denoiser):
             embedding = embedding + self.labels(labels).to(embedding.dtype)
         skips = self.encoder(x_t, embedding)
         return embedding, skips, self.middle(skips[-1], embedding)
+
+    def _contest(self, x_t: Tensor, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Contest:
+        if self.competition is not None:
+            return self.competition(x_t)
+        return Contest(self._logits(h, skips, embedding), None)
 
     def _logits(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
         cut = int(self.half_resolution_masks)
@@ -231,13 +248,20 @@ class FactorizedUNet(Denoiser):
 
 def check_architecture(
     regions: int, resolution: int, multipliers: Sequence[int], decoding: str, branch_norm: str, region_tokens: bool,
-    half_resolution_masks: bool,
+    half_resolution_masks: bool, masks: str = "network", normalised_logits: bool = False,
 ) -> None:  # fmt: skip
     """Raise ConfigError where the parts of a factorized U-Net cannot work together."""
     if regions < 1:
         raise ConfigError(f"regions={regions}: a picture has at least one region; regions=1 is the plain DDPM")
     if decoding not in DECODINGS:
         raise ConfigError(f"decoding={decoding!r} is unknown; choose one of {', '.join(DECODINGS)}")
+    if masks not in MASKS:
+        raise ConfigError(f"masks={masks!r} is unknown; choose one of {', '.join(MASKS)}")
+    if masks == "competition" and (normalised_logits or half_resolution_masks):
+        raise ConfigError(
+            "masks='competition' has no mask generator whose logits could be normalised or at half resolution; "
+            "leave normalised_logits= and half_resolution_masks= out"
+        )
     halvings = len(multipliers) - 1
     if resolution < 1 or resolution % 2**halvings:
         near = max(1, round(resolution / 2**halvings)) * 2**halvings

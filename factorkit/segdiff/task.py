@@ -72,8 +72,12 @@ class SegdiffTask:
         self.probes = to_float(torch.from_numpy(np.array(probes[:PROBES])))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The mask generator learns slower: masks that saturate early never move again."""
-        slow = list(self.model.mask_generator.parameters()) if self.config.regions > 1 else []
+        """The mask generator learns slower: masks that saturate early never move again. Places learn faster: each of
+        their numbers hears of a few pixels only."""
+        slow = []
+        if self.config.regions > 1:
+            maker = self.model.mask_generator if self.model.competition is None else self.model.competition
+            slow = list(maker.parameters())
         taken = {id(p) for p in slow}
         groups = [{"params": [p for p in self.model.parameters() if id(p) not in taken], "scale": 1.0}]
         return groups + ([{"params": slow, "scale": self.config.mask_learning_rate}] if slow else [])
@@ -82,7 +86,8 @@ class SegdiffTask:
         config = self.config
         x0 = to_float(self._gather(indices))
         mirrored = draw.uniform() < 0.5
-        x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
+        if config.mirror:
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
         t = draw.integers(0, config.t_max)
         if config.tail:
             t = torch.where(draw.uniform() < config.tail, draw.integers(config.t_max, config.timesteps), t)
@@ -96,6 +101,9 @@ class SegdiffTask:
             weighted = loss * loss_weight(self.schedule, t, power)
         if config.loss_weighting == "min_snr":
             weighted = weighted * min_snr_weight(config.prediction, self.schedule, t, config.min_snr_gamma)
+        if out.bottleneck.score is not None:
+            # Tweedie: what the regions' colours alone take the noise to be; this is what teaches them their places
+            weighted = weighted + denoising_loss(-self.schedule.sigma(t) * out.bottleneck.score, eps)
         return StepLoss(weighted, loss, t / config.timesteps, self._watch(out.bottleneck.masks))
 
     def _told(self, indices: Tensor, draw: BatchDraw) -> tuple[Tensor, ...]:
