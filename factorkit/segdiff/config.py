@@ -69,7 +69,7 @@ class SegdiffConfig(EngineConfig):
     checkpoint_branches: bool = False
     """Run the branches one by one in training and again in the backward pass: slower, in the memory of one branch."""
     mask_learning_rate: float | None = None
-    """Factor on the learning rate of what makes the masks; None: 0.3 in the regional form, 1 in the thesis', 30 of a
+    """Factor on the learning rate of what makes the masks; None: 0.3 in the regional form, 1 in the thesis', 100 of a
     competition."""
     t_max: int | None = None
     """Most time steps are drawn from [0, t_max); None: 600 of 1000 in the regional form, on another schedule than the
@@ -115,7 +115,7 @@ class SegdiffConfig(EngineConfig):
         if self.decoding == "concat":
             defaults["region_tokens"] = False  # one branch
         if self.masks == "competition":
-            defaults |= {"normalised_logits": False, "half_resolution_masks": False, "mask_learning_rate": 30.0}
+            defaults |= {"normalised_logits": False, "half_resolution_masks": False, "mask_learning_rate": 100.0}
         prediction = self.prediction or defaults["prediction"]
         kind = defaults["schedule"] = self.schedule or ("flow" if prediction == "flow" else "linear")
         check_objective(prediction, kind)

@@ -101,7 +101,7 @@ def test_a_thing_of_another_colour_in_each_picture_is_one_region():
 
 def test_masks_of_any_size_need_neither_the_network_nor_half_precision():
     config = preset_config(None, **TINY, masks="competition").resolved()
-    assert not (config.normalised_logits or config.half_resolution_masks) and config.mask_learning_rate == 30
+    assert not (config.normalised_logits or config.half_resolution_masks) and config.mask_learning_rate == 100
     model = config.build()
     x, t = torch.randn(2, 3, 24, 16), torch.full((2,), 30)
     model.encoder = None
@@ -118,7 +118,7 @@ def test_places_learn_from_denoising_by_colour_alone_and_by_the_branches(decodin
     pictures, _ = things(16, 8)
     task = SegdiffTask(config, pictures, pictures, torch.device("cpu"))
     fast = task.parameter_groups()[1]
-    assert [id(p) for p in fast["params"]] == [id(task.model.competition.place)] and fast["scale"] == 30
+    assert [id(p) for p in fast["params"]] == [id(task.model.competition.place)] and fast["scale"] == 100
     found = task.loss(task.model, torch.arange(16), BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu")), 399)
     numbers = BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu"))
     mirrored, t = numbers.uniform() < 0.5, numbers.integers(0, config.t_max)
