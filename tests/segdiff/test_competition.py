@@ -117,6 +117,7 @@ def test_places_learn_from_denoising_by_colour_alone(decoding):
     config = preset_config(None, **TINY, masks="competition", decoding=decoding).resolved()
     pictures, _ = things(16, 8)
     task = SegdiffTask(config, pictures, pictures, torch.device("cpu"))
+    torch.nn.init.normal_(task.model.decoder.conv_out.weight)  # else no gradient comes back from the branches
     fast = task.parameter_groups()[1]
     assert [id(p) for p in fast["params"]] == [id(task.model.competition.place)] and fast["scale"] == 100
     found = task.loss(task.model, torch.arange(16), BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu")), 399)
