@@ -62,10 +62,11 @@ class Citation:
 
 @dataclass(frozen=True)
 class Found:
-    """What fills a cell: numbers for the table, arrays for the pictures."""
+    """What fills a cell: numbers for the table, arrays for pictures of several cells, pictures of its own by name."""
 
-    scores: Mapping[str, float]
+    scores: Mapping[str, float] = field(default_factory=dict)
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    pictures: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.baseline_datasetddpm import DatasetDDPM
 from factorkit.segdiff.baseline_supervised import ClassUNet, predict_classes, train_supervised
 from factorkit.segdiff.pictures import outlined
+from factorkit.segdiff.run import SegdiffRun
 
 if TYPE_CHECKING:
     from factorkit.reproduce.runner import Cells
@@ -31,10 +32,10 @@ SUPERVISED, CLUSTERING, OURS = "supervised U-Net", "DatasetDDPM-unsup.", "ours"
 COLUMNS = (percent("acc", "Acc"), percent("miou", "mIoU"))
 NOTES = (
     "Acc and mIoU over all pixels of the scored images. Regions and clusters are matched to classes by the Hungarian "
-    "method on the first half of the labelled images, left-over ones to the class they share most with; the second half "
-    "is scored.",
-    "The supervised U-Net is taught with the split train where the data have one with masks, else with that first half. "
-    "DatasetDDPM clusters the features of a plain DDPM trained here for as many steps as ours.",
+    "method on the first half of the labelled images, left-over ones to the class they share most with; the second "
+    "half is scored.",
+    "The supervised U-Net is taught with the split train where the data have one with masks, else with that first "
+    "half. DatasetDDPM clusters the features of a plain DDPM trained here for as many steps as ours.",
 )
 
 
@@ -50,7 +51,8 @@ class Classes:
     def score(self, labels: np.ndarray, regions: int) -> tuple[dict[str, float], np.ndarray]:
         """Acc and mIoU of label maps [N, R, R] of all labelled images, and the class of each region."""
         mapping = match_classes(overlaps(labels[: self.half], self.truth[: self.half], regions, self.count))
-        return class_scores(overlaps(labels[self.half :], self.truth[self.half :], regions, self.count), mapping), mapping
+        counts = overlaps(labels[self.half :], self.truth[self.half :], regions, self.count)
+        return class_scores(counts, mapping), mapping
 
     @property
     def shown(self) -> slice:
@@ -91,18 +93,17 @@ def taught(setup: Setup, seed: int, full: str) -> ClassUNet:
     return train_supervised(images, truth, known.count, config, folder, setup.progress)
 
 
-def plain(setup: Setup, seed: int, full: str):
+def plain(setup: Setup, seed: int, full: str) -> SegdiffRun:
     """The plain DDPM of as many steps as ours, trained or taken up."""
     return train(setup, "plain", seed, full, regions=1)
 
 
-def clusters(setup: Setup, seed: int, full: str) -> DatasetDDPM:
-    """DatasetDDPM's clusters, fitted on unlabelled training images.
+def clusters(setup: Setup, run: SegdiffRun, seed: int, full: str) -> DatasetDDPM:
+    """Clusters of a plain DDPM's features, fitted on unlabelled training images.
 
     Raises:
         NotRun: scikit-learn is not installed.
     """
-    run = plain(setup, seed, full)
     images = prepare(photos(setup, full).dataset.train, run.config.resolution, progress=setup.progress).images
     picked = np.linspace(0, len(images) - 1, min(CLUSTERED, len(images))).round().astype(int)
     try:
@@ -116,7 +117,7 @@ def our_regions(setup: Setup, full: str) -> int:
     return max(config_of(setup, full).regions, classes_of(setup, full).count)
 
 
-def our_run(setup: Setup, seed: int, full: str):
+def our_run(setup: Setup, seed: int, full: str) -> SegdiffRun:
     """The factorized model with a region for every class; where it is the scale's own, that of table 2.1."""
     regions = our_regions(setup, full)
     if regions == config_of(setup, full).regions:
@@ -140,7 +141,7 @@ def rows(setup: Setup, full: str) -> list[Row]:
         return Found(class_scores(counts, np.arange(known.count)), {"classes": labels[known.shown]})
 
     def clustered(s: Setup, seed: int) -> Found:
-        return cell(clusters(s, seed, full).segment(photos(s, full).labelled.images), CLUSTERS, s)
+        return cell(clusters(s, plain(s, seed, full), seed, full).segment(photos(s, full).labelled.images), CLUSTERS, s)
 
     def ours(s: Setup, seed: int) -> Found:
         run = our_run(s, seed, full)

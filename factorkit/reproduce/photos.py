@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
 from factorkit.data.labelled import Labelled, load_labelled
@@ -15,6 +16,7 @@ from factorkit.reproduce.experiment import Found, NotRun, percent
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.run import SegdiffRun
+from factorkit.segdiff.task import predict_masks, to_float
 from factorkit.segdiff.train import train_segdiff
 
 SHOWN = 8  # images in a picture
@@ -92,7 +94,9 @@ def _photos(data: str | None, resolution: int, holdout: str | int, mask_set: str
 
 def region_labels(run: SegdiffRun, images: np.ndarray, t: int | None = None) -> np.ndarray:
     """The most probable region of each pixel, int64 [N, R, R], of pictures uint8 [N, R, R, 3], at level t."""
-    return run.segment(images, t, upsample="bilinear").labels.numpy()
+    t = run.config.segment_t if t is None else t
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+        return predict_masks(run.model, to_float(torch.from_numpy(images)), t, run.schedule).argmax(1).numpy()
 
 
 def score_regions(photos: Photos, labels: np.ndarray, regions: int) -> Found:

@@ -31,7 +31,7 @@ class Cells:
     Attributes:
         folder: where they lie.
         rows: the rows, each with the seeds that were asked for.
-        found: {"scores", "seconds", ...} by row and seed.
+        found: {"scores", "pictures", "seconds", ...} by row and seed.
         missing: why a cell is not there, by row and seed.
     """
 
@@ -58,8 +58,10 @@ class Cells:
         if found.arrays:
             with replacing(path.with_suffix(".npz")) as temporary:
                 np.savez_compressed(temporary, **found.arrays)
-        record = {"row": row, "seed": seed, "scores": dict(found.scores), "seconds": round(seconds, 1),
-                  "factorkit": factorkit.__version__, "torch": torch.__version__}  # fmt: skip
+        record = {
+            "row": row, "seed": seed, "scores": dict(found.scores), "pictures": list(found.pictures),
+            "seconds": round(seconds, 1), "factorkit": factorkit.__version__, "torch": torch.__version__,
+        }  # fmt: skip
         write_json(path, record)
         self.found[row, seed] = record
 
@@ -151,7 +153,8 @@ def _fill(experiment: Experiment, setup: Setup, rows: list[Row], seeds: int, wan
 
 
 def _write(experiment: Experiment, setup: Setup, cells: Cells, drawn: Sequence[str]) -> Report:
-    data = as_json(experiment, setup, cells) | {"pictures": list(drawn)}
+    own = [picture for cell in cells.found.values() for picture in cell["pictures"]]
+    data = as_json(experiment, setup, cells) | {"pictures": [*drawn, *own]}
     write_json(setup.folder / "table.json", data)
     with replacing(setup.folder / "table.md") as temporary:
         temporary.write_text(as_markdown(experiment, data), encoding="utf-8")

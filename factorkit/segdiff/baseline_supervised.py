@@ -107,7 +107,7 @@ def train_supervised(
     if images.shape != (len(images), side, side, 3) or truth.shape != images.shape[:3] or not len(images):
         raise DataError(f"images {images.shape} and truth {truth.shape}: give [N, {side}, {side}, 3] and the same N")
     if truth.max() >= classes or truth.min() < IGNORED:
-        raise DataError(f"truth runs from {truth.min()} to {truth.max()}, there are {classes} classes: 0 to {classes - 1}")
+        raise DataError(f"truth runs from {truth.min()} to {truth.max()}, the classes from 0 to {classes - 1}")
     device, folder = resolve_device(config.device), Path(out)
     digest = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:16]
     settings = {"model": "supervised", **config.to_dict(), "classes": classes, "images": len(images), "sha256": digest}
