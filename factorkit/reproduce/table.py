@@ -21,7 +21,7 @@ def as_json(experiment: Experiment, setup: Setup, cells: Cells) -> dict[str, Any
     rows = []
     for name, seeds in cells.rows:
         done = [cells.found[name, seed] for seed in seeds if (name, seed) in cells.found]
-        reasons = {seed: cells.missing.get((name, seed), "not run yet") for seed in seeds
+        reasons = {str(seed): cells.missing.get((name, seed), "not run yet") for seed in seeds
                    if (name, seed) not in cells.found}  # fmt: skip
         row: dict[str, Any] = {"row": name, "cells": done, "not_run": reasons, "mean": {}, "spread": {}}
         for column in experiment.columns:
@@ -93,7 +93,7 @@ def _unfinished(data: dict[str, Any]) -> Sequence[str]:
     lines = []
     for row in data["rows"]:
         for reason in dict.fromkeys(row["not_run"].values()):
-            seeds = ", ".join(str(seed) for seed, why in row["not_run"].items() if why == reason)
+            seeds = ", ".join(seed for seed, why in row["not_run"].items() if why == reason)
             lines.append(f"- not run: {row['row']}, seed {seeds}: {reason}")
     return ["", *lines] if lines else []
 
