@@ -10,6 +10,7 @@ from PIL import Image
 from factorkit.data import flowers
 from factorkit.metrics.baselines import BASELINES, all_foreground
 from factorkit.reproduce import generation, reproduce, views
+from factorkit.reproduce.experiments import fig2_10, fig2_12
 
 SEGDIFF = {
     "resolution": 16, "regions": 2, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4,
@@ -24,13 +25,17 @@ NERFDIFF = {
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path_factory, monkeypatch):
-    """No curves, no second-long GrabCut, few pictures and views, no cache of the user's."""
+    """No curves, no second-long GrabCut, few pictures, views and steps, no alignment sharpened on the pictures, no
+    cache of the user's."""
     torch.set_num_threads(1)
     monkeypatch.setattr("factorkit.engine.report.draw_curves", lambda log, theme: [])
     monkeypatch.setitem(BASELINES, "grabcut", all_foreground)
     monkeypatch.setitem(generation.DRAWN, "small", (12, 2))
+    monkeypatch.setattr(fig2_10, "STEPS", 3)
+    monkeypatch.setattr(fig2_12, "STEPS", 3)
     monkeypatch.setattr(views, "PROCEDURAL", 14)
     monkeypatch.setattr(views, "HELD_OUT", 6)
+    monkeypatch.setattr("factorkit.nerfdiff.scoring.registered", lambda model, start, true, images: start)
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
 

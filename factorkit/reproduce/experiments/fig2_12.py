@@ -9,14 +9,14 @@ from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.edit_sheets import interpolation_sheet
 
 FULL = "ffhq64"
-PAIRS, FRAMES = 3, 9
+PAIRS, FRAMES, STEPS = 3, 9, 50
 
 
 def cell(setup: Setup, seed: int) -> Found:
     run = train(setup, "ours", seed, FULL)
     real = as_pixels(real_pictures(setup, run.config, 2 * PAIRS))
     pairs = len(real) // 2
-    way = run.interpolate(real[:pairs], real[pairs : 2 * pairs], frames=FRAMES, seed=seed)
+    way = run.interpolate(real[:pairs], real[pairs : 2 * pairs], frames=FRAMES, steps=STEPS, seed=seed)
     frames = as_pixels(way.images.flatten(0, 1)).reshape(pairs, FRAMES, *real.shape[1:])
     sheet = interpolation_sheet(real[:pairs], real[pairs : 2 * pairs], frames, way.labels.numpy(), way.shares.tolist())
     return Found(pictures=[setup.save(sheet, f"interpolation-seed{seed}.png")])
