@@ -32,6 +32,7 @@ def list_experiments() -> Result:
         also = f"  (draws {', '.join(experiment.figures)})" if experiment.figures else ""
         lines += [f"{experiment.name}  {experiment.title}{also}", f"    data    {experiment.data}"]
         lines += [f"    {scale:<6}  {words}" for scale, words in experiment.duration.items()]
-        lines += [f"    prints  {', '.join(prints)}, {experiment.seeds} seeds" if prints else "    prints  pictures"]
+        seeds = f"{experiment.seeds} seed{'s' * (experiment.seeds != 1)}"
+        lines += [f"    prints  {', '.join([*prints, seeds])}" if prints else "    prints  pictures"]
         lines += [f"    cited   {words}" for words in cited] + [""]
     return {"experiments": found}, "\n".join(lines).rstrip()

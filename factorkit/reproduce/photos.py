@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,12 +76,11 @@ def photos(setup: Setup, full: str = "flowers64", **changes: Any) -> Photos:
         NotRun: the data have no masks.
     """
     config = config_of(setup, full, **changes)
-    data = setup.data if setup.data is None or isinstance(setup.data, np.ndarray) else str(setup.data)
-    return _photos(data, config.resolution, config.holdout, config.mask_set, config.ignore, config.fit)
+    return _photos(setup.data, config.resolution, config.holdout, config.mask_set, config.ignore, config.fit)
 
 
 @functools.lru_cache(maxsize=2)
-def _photos(data: str | None, resolution: int, holdout: str | int, mask_set: str | None, ignore: int | None,
+def _photos(data: Path | None, resolution: int, holdout: str | int, mask_set: str | None, ignore: int | None,
             fit: int) -> Photos:  # fmt: skip
     if data is None:
         dataset = procedural_dataset(resolution)

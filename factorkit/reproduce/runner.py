@@ -84,9 +84,9 @@ class Report:
 
 
 def reproduce(
-    name: str, data: Any = None, *, scale: str = "small", out: str | Path = "runs/reproduce", seeds: int | None = None,
-    rows: Sequence[str] = (), device: str = "auto", ignore: int | None = None, holdout: str | int | None = None,
-    progress: bool = True, **changes: Any,
+    name: str, data: str | Path | None = None, *, scale: str = "small", out: str | Path = "runs/reproduce",
+    seeds: int | None = None, rows: Sequence[str] = (), device: str = "auto", ignore: int | None = None,
+    holdout: str | int | None = None, progress: bool = True, **changes: Any,
 ) -> Report:  # fmt: skip
     """Run a table or figure of the dissertation; the same call again goes on where it stopped.
 
@@ -95,7 +95,7 @@ def reproduce(
 
     Args:
         name: of an experiment, or of a figure that one draws (:func:`factorkit.reproduce.experiments`).
-        data: as the model's training takes it; None: the procedural set of the package.
+        data: a folder or file as the model's training takes it; None: the procedural set of the package.
         scale: ``"small"`` (this machine, 32 px), ``"gpu"`` (64 px, C=128) or ``"full"`` (the thesis' settings).
         out: the folder of all experiments of one data set and scale.
         seeds: how many, from 0 on; None: the experiment's own number.
@@ -115,7 +115,8 @@ def reproduce(
     if seeds < 1:
         raise ConfigError(f"seeds={seeds}: at least one seed has to be run")
     options = {k: v for k, v in (("ignore", ignore), ("holdout", holdout)) if v is not None}
-    setup = Setup(experiment.name, data, scale, Path(out), device, progress, options, changes)
+    place = None if data is None else Path(data)
+    setup = Setup(experiment.name, place, scale, Path(out), device, progress, options, changes)
     every = list(experiment.rows(setup))
     unknown = [row for row in rows if row not in {r.name for r in every}]
     if unknown:

@@ -19,7 +19,7 @@ class Setup:
 
     Attributes:
         name: of the experiment.
-        data: what the user gave; None for the procedural set of the package.
+        data: what is trained on and scored; None for the procedural set of the package.
         scale: of :data:`factorkit.reproduce.experiment.SCALES`.
         out: the folder that experiments share: a training that two of them need lies there once.
         options: how the data are read, ``ignore`` and ``holdout``, where they were given.
@@ -27,7 +27,7 @@ class Setup:
     """
 
     name: str
-    data: Any
+    data: Path | None
     scale: str
     out: Path
     device: str = "auto"
@@ -38,10 +38,7 @@ class Setup:
     @property
     def data_name(self) -> str:
         """What to call the data in names of files."""
-        if self.data is None:
-            return "procedural"
-        is_path = isinstance(self.data, (str, Path))
-        return Path(self.data).expanduser().resolve().stem if is_path else type(self.data).__name__
+        return "procedural" if self.data is None else self.data.expanduser().resolve().stem
 
     @property
     def folder(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from factorkit.data.procedural_scene import procedural_views
@@ -52,7 +53,7 @@ def views(setup: Setup) -> tuple[Views, Views]:
 
 
 @functools.lru_cache(maxsize=2)
-def _views(data: Any, size: int | None) -> tuple[Views, Views]:
+def _views(data: Path | None, size: int | None) -> tuple[Views, Views]:
     if data is not None:
         return open_views(data, "train", size), open_views(data, "test", size)
     drawn = procedural_views(PROCEDURAL + HELD_OUT, size or 128)

@@ -34,7 +34,7 @@ def test_list_shows_data_duration_columns_and_the_dissertations_numbers(ask, ans
     assert found["table2.6"]["citations"][-1] == "ours: IoU 56.1, FID 10.28 (dissertation, table 2.6, on CUB)"
     code, out, _ = ask("reproduce", "--list")
     assert code == 0 and "table2.1  unsupervised foreground on Flower  (draws fig2.3, fig2.19)" in out
-    assert "small   3 minutes a seed" in out and "prints  Acc, mIoU, 1 seeds" in out
+    assert "small   3 minutes a seed" in out and "prints  Acc, mIoU, 1 seed\n" in out
 
 
 def test_a_run_prints_its_table_and_where_it_lies(one, ask, answer, tmp_path):

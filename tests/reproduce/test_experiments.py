@@ -12,6 +12,7 @@ from PIL import Image
 import factorkit
 from factorkit.reproduce import experiments, generation
 from factorkit.reproduce.experiment import SCALES
+from factorkit.reproduce.photos import config_of
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import preset_config
 
@@ -35,8 +36,20 @@ def test_every_experiment_says_what_it_takes():
         assert experiment.name == name and set(experiment.duration) == set(SCALES) and experiment.data
         keys = {column.key for column in experiment.columns}
         assert all(set(cited.values) <= keys for cited in experiment.citations)
-        rows = [row.name for row in experiment.rows(Setup(name, None, "small", Path("nowhere")))]
-        assert rows and len(set(rows)) == len(rows)
+        for scale in SCALES:
+            rows = [row.name for row in experiment.rows(Setup(name, None, scale, Path("nowhere")))]
+            assert rows and len(set(rows)) == len(rows)
+
+
+def test_the_scales_are_what_they_say():
+    def at(scale, full="cub64"):
+        return config_of(Setup("table2.2", None, scale, Path("nowhere")), full)
+
+    small, gpu, full = map(at, SCALES)
+    assert (small.resolution, small.width, small.steps, small.form) == (32, 16, 800, "regional")
+    assert (gpu.resolution, gpu.width, gpu.blocks, gpu.form) == (64, 128, 3, "regional")
+    assert (full.resolution, full.width, full.batch_size, full.steps, full.form) == (64, 128, 128, 50_000, "thesis")
+    assert full.regions == 3 and at("full", "imagenet64").batch_size == 512
 
 
 def test_table_2_1_scores_as_the_run_itself_does(small, tmp_path):

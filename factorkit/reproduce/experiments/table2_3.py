@@ -27,6 +27,6 @@ EXPERIMENT = Experiment(
     ),
     figures=("fig2.5", "fig2.21"),
     seeds=1,
-    notes=labels.NOTES,
+    notes=(*labels.NOTES, "The dissertation trains on FFHQ and scores on CelebAMask-HQ; here both are splits of the data."),
     draw=partial(labels.draw, full=FULL),
 )
