@@ -10,6 +10,7 @@ from PIL import Image
 from factorkit.engine.sheets import contact_sheet
 from factorkit.nerfdiff.frames import to_uint8
 from factorkit.nerfdiff.pictures import novel_sheet, sphere_picture, views_sheet
+from factorkit.nerfdiff.pictures_plane import plane_picture
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scoring import training_errors
 from factorkit.reproduce import views
@@ -43,15 +44,11 @@ def reconstructions(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:
 
 
 def cameras(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:
-    """Where the found cameras stand beside the true ones.
-
-    Raises:
-        NotRun: cameras that all look one way have no sphere.
-    """
-    if run.scene["layout"] != "object":
-        raise NotRun("the scene is forward-facing; its cameras are drawn in the report of the run, under OUT/runs")
+    """Where the found cameras stand beside the true ones: on a sphere, those that face forward in their plane."""
     true = training_errors(run).alignment.inverse().apply(views.views(setup)[0].poses)
-    return [setup.save(sphere_picture(run.poses, true=true), f"cameras-seed{seed}.png")]
+    forward = run.scene["layout"] == "forward"
+    picture = plane_picture(run.poses, candidates=true) if forward else sphere_picture(run.poses, true=true)
+    return [setup.save(picture, f"cameras-seed{seed}.png")]
 
 
 def evolution(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Table 2.3 and figures 2.5, 2.21: parts of faces on CelebA."""
+"""Table 2.3 and figures 2.5, 2.21, 2.22: parts of faces on CelebA."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ EXPERIMENT = Experiment(
         Citation("DatasetDDPM-unsup.", THESIS, {"acc": 0.785, "miou": 0.693}),
         Citation("ours", THESIS, {"acc": 0.879, "miou": 0.803}),
     ),
-    figures=("fig2.5", "fig2.21"),
+    figures=("fig2.5", "fig2.21", "fig2.22"),
     seeds=1,
-    notes=(*labels.NOTES, "The dissertation trains on FFHQ and scores on CelebAMask-HQ; here both are splits of the data."),
+    notes=(
+        *labels.NOTES,
+        "The dissertation trains on FFHQ and scores on CelebAMask-HQ; here both are splits of the data given.",
+    ),
     draw=partial(labels.draw, full=FULL),
 )

@@ -1,4 +1,4 @@
-"""Table 2.4 and figure 2.6: objects on ImageNet."""
+"""Table 2.4 and figures 2.6, 2.23: objects on ImageNet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXPERIMENT = Experiment(
         Citation("DatasetDDPM-unsup.", THESIS, {"acc": 0.741, "miou": 0.604}),
         Citation("ours", THESIS, {"acc": 0.807, "miou": 0.677}),
     ),
-    figures=("fig2.6",),
+    figures=("fig2.6", "fig2.23"),
     seeds=1,
     notes=labels.NOTES,
     draw=partial(labels.draw, full=FULL),

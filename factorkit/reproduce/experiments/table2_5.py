@@ -1,4 +1,4 @@
-"""Table 2.5 and figures 2.7, 2.8, 2.24, 2.25: pictures and masks drawn from noise, beside the plain DDPM."""
+"""Table 2.5 and figures 2.7, 2.8, 2.24 to 2.26: pictures and masks drawn from noise, beside the plain DDPM."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ EXPERIMENT = Experiment(
         Citation(f"{row}, {name}", THESIS, {"fid": value})
         for row, values in CITED.items() for name, value in zip(SETS, values, strict=True)
     ),
-    figures=("fig2.7", "fig2.8", "fig2.24", "fig2.25"),
+    figures=("fig2.7", "fig2.8", "fig2.24", "fig2.25", "fig2.26"),
     seeds=1,
     notes=(
         NOTE,
