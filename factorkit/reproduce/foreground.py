@@ -51,11 +51,13 @@ def ours(setup: Setup, seed: int, full: str, label: str = "ours", **changes: obj
 def rows(setup: Setup, full: str) -> list[Row]:
     """The rows of both tables; ``full`` is the thesis' preset for the data."""
     found = [Row(title, lambda s, _, name=name: trivial(name, s, full), seeds=1) for title, name in TRIVIAL.items()]
-    # at the full scale "ours" is the letter of the thesis, and the regional form comes beside it
-    other = {"form": "thesis" if setup.scale != "full" else "regional"}
-    names = (OURS, THESIS) if setup.scale != "full" else (THESIS, OURS)
-    found.append(Row(names[0], lambda s, seed: ours(s, seed, full)))
-    return [*found, Row(names[1], lambda s, seed: ours(s, seed, full, other["form"], **other), seeds=1)]
+    # the scale's own form from every seed, the other one beside it from one: at full scale the thesis' comes first
+    name, other, form = (THESIS, OURS, "regional") if setup.scale == "full" else (OURS, THESIS, "thesis")
+    return [
+        *found,
+        Row(name, lambda s, seed: ours(s, seed, full)),
+        Row(other, lambda s, seed: ours(s, seed, full, form, form=form), seeds=1),
+    ]
 
 
 def draw(setup: Setup, cells: Cells, full: str) -> Sequence[str]:
