@@ -6,6 +6,8 @@ features where they train a classifier.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ LEVELS = (50, 150, 250)  # noise levels of a schedule of 1000
 BLOCKS = (5, 6, 7, 8, 12)  # of the 18 blocks of their decoder, the coarsest first
 OF_BLOCKS = 18
 FITTED = 20_000  # pixels the clusters are fitted on
-PIECE = 16  # images at once
+PIECE = 16  # images of 32 pixels a side at once: a pixel of the widest model has some 5000 features
 
 
 def chosen_blocks(run: SegdiffRun) -> list[ResBlock]:
@@ -78,8 +80,8 @@ class DatasetDDPM:
         chosen = np.random.default_rng(seed)
         each = max(1, FITTED // len(images))
         pixels = []
-        for start in range(0, len(images), PIECE):
-            rows = _rows(pixel_features(run, images[start : start + PIECE]))
+        for part in _pieces(images):
+            rows = _rows(pixel_features(run, part))
             pixels += [rows[i][chosen.permutation(rows.shape[1])[:each]] for i in range(len(rows))]
         taken = np.concatenate(pixels)
         # blocks differ in scale, and the largest would decide alone
@@ -89,11 +91,16 @@ class DatasetDDPM:
     def segment(self, images: np.ndarray) -> np.ndarray:
         """The cluster of each pixel, int64 [N, R, R], of pictures uint8 [N, R, R, 3]."""
         found = []
-        for start in range(0, len(images), PIECE):
-            rows = _rows(pixel_features(self.run, images[start : start + PIECE]))
+        for part in _pieces(images):
+            rows = _rows(pixel_features(self.run, part))
             labels = self.clusters.predict((rows.reshape(-1, rows.shape[2]) - self.mean) / self.scale)
             found.append(labels.reshape(-1, *images.shape[1:3]))
         return np.concatenate(found).astype(np.int64)
+
+
+def _pieces(images: np.ndarray) -> Iterator[np.ndarray]:
+    step = max(1, PIECE * 32**2 // (images.shape[1] * images.shape[2]))
+    return (images[start : start + step] for start in range(0, len(images), step))
 
 
 def _rows(features: Tensor) -> np.ndarray:
