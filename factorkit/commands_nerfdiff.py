@@ -25,7 +25,6 @@ from factorkit.flag_types import Result
 from factorkit.nerfdiff.frames import to_uint8, write_frames
 from factorkit.nerfdiff.given import kept_views
 from factorkit.nerfdiff.pictures import disparity_image, novel_sheet, views_sheet
-from factorkit.nerfdiff.reproduce import reproduce, table
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scoring import training_errors
 from factorkit.nerfdiff.snapshot import newest_stage, snapshot
@@ -192,17 +191,6 @@ def what_to_show(path: Path, device: str) -> Shown:
         given, errors = kept_views(run.folder), training_errors(run)
         true = None if errors is None else errors.alignment.inverse().apply(given.poses)
     return Shown(step, field, views, background, true)
-
-
-def reproduce_experiment(name: str, data: Path | None, size: int, seeds: int, out: Path) -> Result:
-    """An ablation of the thesis; see :func:`factorkit.nerfdiff.reproduce.reproduce`."""
-    if data is None:
-        training, held_out = demo_views(size)
-    else:
-        training, held_out = open_views(data, "train", size), open_views(data, "test", size)
-    with saying_what_is_saved(out):
-        found = reproduce(name, training, held_out, out, seeds)
-    return found, table(found)
 
 
 # --- in and out ---

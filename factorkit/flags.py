@@ -17,7 +17,8 @@ from factorkit.errors import ConfigError
 from factorkit.flag_types import Command, OptionalInt, OptionalPath, Result, RunCommand, read_flags
 from factorkit.flags_checkpoint import Checkpoint
 from factorkit.flags_editing import Branches, Interpolate, Recompose
-from factorkit.flags_nerfdiff import Export, Pose, Reconstruct, Render, Reproduce, Sample, TrainNerfdiff, View
+from factorkit.flags_nerfdiff import Export, Pose, Reconstruct, Render, Sample, TrainNerfdiff, View
+from factorkit.flags_reproduce import Reproduce
 
 Config = TypeVar("Config")
 Level = Annotated[int | None, arg(aliases=["-t"], metavar="INT", help_behavior_hint="")]

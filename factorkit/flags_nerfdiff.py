@@ -226,37 +226,3 @@ class View(RunCommand):
         from factorkit import commands_nerfdiff
 
         return commands_nerfdiff.view(self.run, self.host, self.port, self.device)
-
-
-@dataclass(kw_only=True)
-class Reproduce(Command):
-    """Repeat an ablation of the thesis at small size, from several seeds.
-
-    EXPERIMENTS
-        fig3.11     4, 8 or 12 candidate cameras
-        table3.2    the classifier's weight, 0.01 to 1
-        fig3.13     with noise, and without: the autoencoder
-
-    Every run trains encoder and field together from nothing. OUT receives a run folder for each, and NAME.json. The
-    same command again goes on.
-
-    EXAMPLES
-        factorkit reproduce fig3.11
-        factorkit reproduce table3.2 --data lego/ --size 32 --seeds 1
-    """
-
-    name: Positional[Literal["fig3.11", "table3.2", "fig3.13"]]
-    """What to repeat."""
-    data: OptionalPath = None
-    """Views with true poses; without: the procedural scene."""
-    size: int = 32
-    """Pixels of the longer side."""
-    seeds: int = 3
-    """From 0 on."""
-    out: Path = Path("runs/reproduce")
-    """The folder of the runs."""
-
-    def run_command(self) -> Result:
-        from factorkit import commands_nerfdiff
-
-        return commands_nerfdiff.reproduce_experiment(self.name, self.data, self.size, self.seeds, self.out)

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from factorkit.cli import main
-from factorkit.errors import ConfigError
 from factorkit.nerfdiff.frames import to_uint8
 
 
@@ -103,22 +102,3 @@ def test_the_recipe_follows_the_resolution(capsys):
     assert main(["train", "nerfdiff", "--preset", "fast", "--resolution", "64", "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "--grid INT" in said and said.split("--grid INT")[1].split("(default:")[1].startswith(" 64)")
-
-
-def test_reproduce_trains_every_setting_and_seed(tmp_path, scene_views, tiny, monkeypatch):
-    from factorkit.nerfdiff import reproduce
-
-    settings = {k: v for k, v in tiny.items() if k not in ("preset", "cameras")}
-    found = reproduce.reproduce("fig3.13", scene_views, scene_views, tmp_path, seeds=2, cameras=3, **settings)
-    assert [(r["setting"], r["seed"]) for r in found["rows"]] == [
-        ("noise=True", 0), ("noise=True", 1), ("noise=False", 0), ("noise=False", 1)
-    ]  # fmt: skip
-    assert json.loads((tmp_path / "fig3.13.json").read_text())["rows"] == found["rows"]
-    assert "noise=False" in reproduce.table(found)
-    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"fig3.11": [{"cameras": 3}]})
-    again = reproduce.reproduce("fig3.11", scene_views, scene_views, tmp_path, seeds=2, cameras=3, **settings)
-    assert len(list((tmp_path / "runs").iterdir())) == 4, "the setting both share is not trained twice"
-    assert [r["psnr"] for r in again["rows"]] == [r["psnr"] for r in found["rows"][:2]]
-    monkeypatch.undo()
-    with pytest.raises(ConfigError, match="fig9"):
-        reproduce.reproduce("fig9", scene_views, scene_views, tmp_path)

@@ -1,0 +1,1 @@
+"""One file an experiment: a module here with an ``EXPERIMENT`` is known to ``factorkit reproduce``."""

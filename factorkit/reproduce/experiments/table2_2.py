@@ -1,0 +1,36 @@
+"""Table 2.2 and figures 2.4, 2.20: foreground on CUB."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from factorkit.reproduce import foreground
+from factorkit.reproduce.experiment import Experiment
+from factorkit.reproduce.experiments.table2_1 import cited
+from factorkit.reproduce.photos import BEST, FIXED
+
+FULL = "cub64"
+THESIS = "dissertation, table 2.2"
+
+EXPERIMENT = Experiment(
+    name="table2.2",
+    title="unsupervised foreground on CUB",
+    data="birds: CUB-200-2011 with its segmentations, or a folder with images/ and masks/; without: drawn flowers",
+    duration={
+        "small": "3 minutes a seed on one CPU core", "gpu": "not measured",
+        "full": "not measured (thesis: 50 000 steps on 8 V100)",
+    },
+    columns=(*FIXED, *BEST),
+    rows=partial(foreground.rows, full=FULL),
+    citations=(
+        cited("GrabCut", THESIS, 0.723, 0.360, 0.487),
+        cited("PerturbGAN", "Bielski and Favaro 2019, in the " + THESIS, None, 0.380, None),
+        cited("ReDO", "Chen et al. 2019, in the " + THESIS, 0.845, 0.426, None),
+        cited("IEM", "Savarese et al. 2021, in the " + THESIS, 0.886, 0.522, 0.660),
+        cited("IEM+SegNet", "Savarese et al. 2021, in the " + THESIS, 0.893, 0.551, 0.687),
+        cited("ours", THESIS, 0.896, 0.561, 0.694),
+    ),
+    figures=("fig2.4", "fig2.20"),
+    notes=foreground.NOTES,
+    draw=partial(foreground.draw, full=FULL),
+)

@@ -1,0 +1,70 @@
+"""Tables 2.1 and 2.2: foreground found without labels, beside predictors that learn nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from factorkit.engine.sheets import contact_sheet, grey
+from factorkit.metrics.baselines import BASELINES
+from factorkit.reproduce.experiment import Found, NotRun, Row
+from factorkit.reproduce.photos import photos, region_labels, score_foreground, score_regions, train
+from factorkit.reproduce.setup import Setup
+
+if TYPE_CHECKING:
+    from factorkit.reproduce.runner import Cells
+
+TRIVIAL = {
+    "all foreground": "all_foreground", "mean mask of the fitting images": "mean_mask", "GrabCut": "grabcut",
+    "2-means of an image": "two_means_image", "2-means of the set": "two_means_set",
+}  # fmt: skip
+OURS, THESIS = "ours, regional form", "ours, the thesis' form"
+
+NOTES = (
+    "Acc, IoU, DICE: one mapping from regions to foreground for the whole set, fitted on the first labelled images, "
+    "which are not scored. Best: the better of the two for each image by its own label, as ReDO and IEM score, and "
+    "with K regions the best union of them; an upper bound beside the first.",
+    "The cited rows are of their own splits and resolutions, in the best-polarity protocol.",
+)
+
+
+def trivial(name: str, setup: Setup, full: str) -> Found:
+    """Score a predictor of :data:`factorkit.metrics.baselines.BASELINES`."""
+    known = photos(setup, full)
+    labelled, fit = known.labelled, known.fit
+    try:
+        predicted = BASELINES[name](labelled.images, labelled.foreground[:fit], labelled.valid[:fit])
+    except ImportError as error:
+        raise NotRun(f"{error}; install the extra: pip install 'factorkit[baselines]'") from error
+    return score_foreground(known, np.asarray(predicted))
+
+
+def ours(setup: Setup, seed: int, full: str, label: str = "ours", **changes: object) -> Found:
+    """Train a factorized model and score its regions."""
+    run = train(setup, label, seed, full, **changes)
+    known = photos(setup, full, **changes)
+    return score_regions(known, region_labels(run, known.labelled.images), run.config.regions)
+
+
+def rows(setup: Setup, full: str) -> list[Row]:
+    """The rows of both tables; ``full`` is the thesis' preset for the data."""
+    found = [Row(title, lambda s, _, name=name: trivial(name, s, full), seeds=1) for title, name in TRIVIAL.items()]
+    # the scale's own form from every seed, the other one beside it from one: at full scale the thesis' comes first
+    name, other, form = (THESIS, OURS, "regional") if setup.scale == "full" else (OURS, THESIS, "thesis")
+    return [
+        *found,
+        Row(name, lambda s, seed: ours(s, seed, full)),
+        Row(other, lambda s, seed: ours(s, seed, full, form, form=form), seeds=1),
+    ]
+
+
+def draw(setup: Setup, cells: Cells, full: str) -> Sequence[str]:
+    """The first scored images with the truth and every row's foreground of seed 0 (figures 2.3, 2.4)."""
+    known = photos(setup, full)
+    shown = [(name, cells.arrays(name)["foreground"]) for name, _ in cells.rows if cells.arrays(name)]
+    images, truth = known.labelled.images[known.shown], known.labelled.foreground[known.shown]
+    lines = [list(images), [grey(t) for t in truth], *([grey(mask) for mask in masks] for _, masks in shown)]
+    sheet = contact_sheet(lines, None, ["image", "truth", *(name for name, _ in shown)])
+    return [setup.save(sheet, "foreground.png")]

@@ -1,0 +1,82 @@
+"""What tables 2.5 and 2.6 share: drawing pictures, and how far they are from real ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from factorkit.data.datasets import open_dataset, procedural_dataset
+from factorkit.data.prepare import prepare
+from factorkit.errors import ConfigError
+from factorkit.metrics.fid import inception_distance
+from factorkit.metrics.frechet import frechet_distance, random_features
+from factorkit.reproduce.experiment import Column, NotRun
+from factorkit.reproduce.setup import Setup
+from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.run import Generation, SegdiffRun
+
+#: pictures drawn, and denoising steps for each
+DRAWN = {"small": (256, 25), "gpu": (5000, 50), "full": (50_000, None)}
+
+DISTANCE = Column("frechet", "Fréchet, random features", 1.0, 3, lower=True)
+FID = Column("fid", "FID", 1.0, 2, lower=True)
+NOTE = (
+    "Fréchet, random features: the distance of Heusel et al. 2017 between as many generated and training pictures, on "
+    "a network of fixed random weights in place of Inception's. It is no FID: only the rows of one table compare. FID "
+    "stands in rows of its own, for it needs Inception's weights."
+)
+
+
+def draw(setup: Setup, run: SegdiffRun, seed: int) -> Generation:
+    """The pictures of the scale from noise, by DDIM where it draws in few steps."""
+    count, steps = DRAWN[setup.scale]
+    if steps is None:
+        return run.generate(count, steps=None, sampler="ddpm", seed=seed)
+    return run.generate(count, steps=min(steps, run.config.timesteps), seed=seed)
+
+
+def real_pictures(setup: Setup, config: SegdiffConfig, count: int) -> Tensor:
+    """Training pictures [count, 3, R, R] in [0, 1], evenly spaced; fewer where there are no more."""
+    if setup.data is None:
+        source = procedural_dataset(config.resolution).train
+    else:
+        source = open_dataset(setup.data, holdout=config.holdout, mask_set=config.mask_set).train
+    images = prepare(source, config.resolution, progress=setup.progress).images
+    picked = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
+    return torch.from_numpy(np.array(images[picked])).permute(0, 3, 1, 2).float() / 255
+
+
+def as_pixels(images: Tensor) -> np.ndarray:
+    """[N, 3, R, R] in [0, 1] as uint8 [N, R, R, 3]."""
+    return np.ascontiguousarray((images * 255).round().byte().permute(0, 2, 3, 1).numpy())
+
+
+def random_distance(setup: Setup, run: SegdiffRun, images: Tensor) -> float:
+    """Fréchet distance of drawn pictures [N, 3, R, R] to as many training pictures, in random features."""
+    real = real_pictures(setup, run.config, len(images))
+    return frechet_distance(random_features(images[: len(real)]), random_features(real))
+
+
+def fid(setup: Setup, run: SegdiffRun, images: Tensor) -> float:
+    """FID of drawn pictures to as many training pictures.
+
+    Raises:
+        NotRun: torch-fidelity or its weights are not here; the message says which file goes where.
+    """
+    real = real_pictures(setup, run.config, len(images))
+    try:
+        return inception_distance(real, images[: len(real)], run.device)
+    except ConfigError as error:
+        raise NotRun(str(error)) from error
+
+
+def multiply_adds(config: SegdiffConfig) -> int:
+    """Of one forward pass of one picture, convolutions and matrix products alone."""
+    with torch.device("meta"):
+        model = config.build().eval()
+        picture = torch.empty(1, 3, config.resolution, config.resolution)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(picture, torch.zeros(1, dtype=torch.int64))
+    return counter.get_total_flops() // 2

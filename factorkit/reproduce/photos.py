@@ -1,0 +1,117 @@
+"""What the experiments of chapter 2 share: photographs, trainings, labelled images and their scores."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
+from factorkit.data.labelled import Labelled, load_labelled
+from factorkit.metrics.segmentation import evaluate_masks, scores
+from factorkit.reproduce.experiment import Found, NotRun, percent
+from factorkit.reproduce.setup import Setup
+from factorkit.segdiff.config import SegdiffConfig, preset_config
+from factorkit.segdiff.run import SegdiffRun
+from factorkit.segdiff.task import predict_masks, to_float
+from factorkit.segdiff.train import train_segdiff
+
+SHOWN = 8  # images in a picture
+
+#: The protocol of this package: one mapping from regions to foreground, fitted on labelled images that are not scored.
+FIXED = (percent("acc", "Acc"), percent("iou", "IoU"), percent("dice", "DICE"))
+#: The protocol of ReDO and IEM: the better polarity of every image, by its own label.
+BEST = (percent("best_acc", "best Acc"), percent("best_iou", "best IoU"), percent("best_dice", "best DICE"))
+
+# At 64 px and C = 128 a step of 32 images is about 23 TFLOP, so that this many fit in a few minutes of a fast GPU.
+_GPU: dict[str, Any] = {
+    "width": 128, "blocks": 3, "attention": (16, 8), "groups": 32, "threads": None, "steps": 2000, "batch_size": 32,
+    "learning_rate": 3e-4, "warmup_steps": 100, "ema": 0.995, "checkpoint_every": 500, "sample_every": 1000,
+}  # fmt: skip
+
+
+def recipe(setup: Setup, full: str = "flowers64") -> tuple[str, dict[str, Any]]:
+    """Preset and changes of a training at the setup's scale; ``full`` is the thesis' own preset."""
+    preset, changes = {"small": ("fast32", {}), "gpu": ("fast64", _GPU), "full": (full, {})}[setup.scale]
+    return preset, {**changes, "device": setup.device, **setup.options, **setup.changes}
+
+
+def config_of(setup: Setup, full: str = "flowers64", **changes: Any) -> SegdiffConfig:
+    """The resolved configuration of :func:`train` with the same arguments."""
+    preset, settings = recipe(setup, full)
+    return preset_config(preset, **{**settings, **changes}).resolved()
+
+
+def train(setup: Setup, label: str, seed: int, full: str = "flowers64", **changes: Any) -> SegdiffRun:
+    """Train, or take up, the run that every experiment of this folder calls ``label``."""
+    preset, settings = recipe(setup, full)
+    return train_segdiff(
+        setup.data, out=setup.run_folder(label, seed), preset=preset, seed=seed, progress=setup.progress,
+        **{**settings, **changes},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The labelled images that are scored, at the model's resolution; the first ``fit`` of them fit the mapping."""
+
+    dataset: Dataset
+    labelled: Labelled
+    fit: int
+
+    @property
+    def shown(self) -> slice:
+        """The scored images that pictures show."""
+        return slice(self.fit, self.fit + SHOWN)
+
+
+def photos(setup: Setup, full: str = "flowers64", **changes: Any) -> Photos:
+    """The labelled images, kept out of training.
+
+    Raises:
+        NotRun: the data have no masks.
+    """
+    config = config_of(setup, full, **changes)
+    return _photos(setup.data, config.resolution, config.holdout, config.mask_set, config.ignore, config.fit)
+
+
+@functools.lru_cache(maxsize=2)
+def _photos(data: Path | None, resolution: int, holdout: str | int, mask_set: str | None, ignore: int | None,
+            fit: int) -> Photos:  # fmt: skip
+    if data is None:
+        dataset = procedural_dataset(resolution)
+    else:
+        dataset = open_dataset(data, holdout=holdout, mask_set=mask_set)
+    if dataset.test_images is None:
+        raise NotRun(f"{dataset.name} has no masks to score with; give a folder with images/ and masks/")
+    labelled = load_labelled(dataset.test_images, dataset.test_masks, resolution, ignore=ignore)
+    return Photos(dataset, labelled, max(1, min(fit, len(labelled) // 2)))
+
+
+def region_labels(run: SegdiffRun, images: np.ndarray, t: int | None = None) -> np.ndarray:
+    """The most probable region of each pixel, int64 [N, R, R], of pictures uint8 [N, R, R, 3], at level t."""
+    t = run.config.segment_t if t is None else t
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+        return predict_masks(run.model, to_float(torch.from_numpy(images)), t, run.schedule).argmax(1).numpy()
+
+
+def score_regions(photos: Photos, labels: np.ndarray, regions: int) -> Found:
+    """Both protocols for label maps [N, R, R] of all labelled images; what the mapping calls foreground is shown."""
+    labelled = photos.labelled
+    found = evaluate_masks(labels, labelled.foreground, labelled.valid, regions, photos.fit)
+    numbers = {key: found[key] for key in ("acc", "iou", "dice")}
+    numbers |= {f"best_{key}": found[f"oracle_{key}"] for key in ("acc", "iou", "dice")}
+    return Found(numbers, {"foreground": np.isin(labels[photos.shown], found["mapping"])})
+
+
+def score_foreground(photos: Photos, predicted: np.ndarray) -> Found:
+    """Both protocols for boolean masks [N, R, R] that say themselves what is foreground."""
+    labelled, fit = photos.labelled, photos.fit
+    numbers = scores(predicted[fit:], labelled.foreground[fit:], labelled.valid[fit:])
+    best = evaluate_masks(predicted.astype(np.int64), labelled.foreground, labelled.valid, 2, fit)
+    numbers |= {f"best_{key}": best[f"oracle_{key}"] for key in ("acc", "iou", "dice")}
+    return Found(numbers, {"foreground": predicted[photos.shown]})

@@ -1,0 +1,54 @@
+"""factorkit reproduce on the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from factorkit.reproduce import registry
+from factorkit.reproduce.experiment import Citation, Experiment, Found, Row, percent
+
+
+@pytest.fixture
+def one(monkeypatch):
+    """A registry of one experiment; answers the setups it was run with."""
+    seen = []
+
+    def work(setup, seed):
+        seen.append(setup)
+        return Found({"iou": 0.25 * (seed + 1)})
+
+    experiment = Experiment(
+        name="table9.1", title="numbers", data="none", duration={"small": "no time", "gpu": "-", "full": "-"},
+        columns=(percent("iou", "IoU"),), rows=lambda setup: [Row("ours", work)],
+        citations=(Citation("theirs", "a paper", {"iou": 0.5}),),
+    )  # fmt: skip
+    monkeypatch.setattr(registry, "experiments", lambda: {"table9.1": experiment})
+    return seen
+
+
+def test_list_shows_data_duration_columns_and_the_dissertations_numbers(ask, answer):
+    found = {e["name"]: e for e in answer("reproduce", "--list")["experiments"]}
+    assert {"table2.1", "table2.3", "table2.5", "table3.1", "fig2.18", "fig3.11"} <= set(found)
+    assert found["table2.6"]["citations"][-1] == "ours: IoU 56.1, FID 10.28 (dissertation, table 2.6, on CUB)"
+    code, out, _ = ask("reproduce", "--list")
+    assert code == 0 and "table2.1  unsupervised foreground on Flower  (draws fig2.3, fig2.19)" in out
+    assert "small   3 minutes a seed" in out and "prints  Acc, mIoU, 1 seed\n" in out
+
+
+def test_a_run_prints_its_table_and_where_it_lies(one, ask, answer, tmp_path):
+    words = ("reproduce", "table9.1", "--seeds", 2, "--out", tmp_path, "--ignore", 128, "--holdout", 40)
+    code, out, err = ask(*words)
+    assert code == 0 and "37.5 +- 17.7" in out and "theirs (cited: a paper)" in out
+    assert "seed 1" in err and f"table  {tmp_path / 'table9.1' / 'table.md'}" in out
+    assert one[0].options == {"ignore": 128, "holdout": 40} and one[0].device == "auto"
+    found = answer(*words)
+    assert found["folder"] == str(tmp_path / "table9.1") and len(one) == 2
+    assert found["rows"] == json.loads((tmp_path / "table9.1" / "table.json").read_text())["rows"]
+
+
+def test_mistakes_are_named(one, refused, tmp_path):
+    assert "--list" in refused("reproduce") and "'table9.2'" in refused("reproduce", "table9.2")
+    assert "'huge'" in refused("reproduce", "table9.1", "--scale", "huge")
+    assert "no row 'hers'" in refused("reproduce", "table9.1", "--rows", "hers", "--out", tmp_path)

@@ -1,0 +1,77 @@
+"""Tiny settings and data, on which every experiment is run from end to end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from factorkit.data import flowers
+from factorkit.metrics.baselines import BASELINES, all_foreground
+from factorkit.reproduce import generation, reproduce, views
+from factorkit.reproduce.experiments import fig2_10, fig2_12
+
+SEGDIFF = {
+    "resolution": 16, "regions": 2, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4,
+    "steps": 2, "batch_size": 4, "log_every": 2, "sample_every": 0, "fit": 4, "threads": 1,
+}  # fmt: skip
+NERFDIFF = {
+    "resolution": 12, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 6, "samples": 4, "views": 3, "rays": 8,
+    "search_steps": 11, "field_steps": 2, "steps": 2, "batch_size": 4, "width": 8, "multipliers": (1, 2),
+    "encoder_resolution": 8, "rendered": 4, "flip_rounds": 1, "log_every": 2, "sample_every": 2, "threads": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path_factory, monkeypatch):
+    """No curves, no second-long GrabCut, few pictures, views and steps, no alignment sharpened on the pictures, no
+    cache of the user's."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr("factorkit.engine.report.draw_curves", lambda log, theme: [])
+    monkeypatch.setitem(BASELINES, "grabcut", all_foreground)
+    monkeypatch.setitem(generation.DRAWN, "small", (12, 2))
+    monkeypatch.setattr(fig2_10, "STEPS", 3)
+    monkeypatch.setattr(fig2_12, "STEPS", 3)
+    monkeypatch.setattr(views, "PROCEDURAL", 14)
+    monkeypatch.setattr(views, "HELD_OUT", 6)
+    monkeypatch.setattr("factorkit.nerfdiff.scoring.registered", lambda model, start, true, images: start)
+    monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> str:
+    """24 drawn flowers, 12 of them with masks of the values 0, 128 and 255."""
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    images, masks = flowers(24, 20, seed=1)
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        Image.fromarray(image).save(folder / "images" / f"{i:02d}.png")
+        if i % 2:
+            values = np.where(mask > 0, 255, 0).astype(np.uint8)
+            values[:2] = 128
+            Image.fromarray(values).save(folder / "masks" / f"{i:02d}.png")
+    return str(folder)
+
+
+@pytest.fixture
+def small(photos, tmp_path):
+    """small(name, **options): an experiment of chapter 2 on the drawn flowers, in one folder."""
+
+    def run(name, **options):
+        given = {"seeds": 1, "out": tmp_path, "ignore": 128, "progress": False, **SEGDIFF, **options}
+        return reproduce(name, photos, **given)
+
+    return run
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """scene(name, **options): an experiment of chapter 3 on the procedural scene."""
+
+    def run(name, **options):
+        return reproduce(name, None, **{"seeds": 1, "out": tmp_path, "progress": False, **NERFDIFF, **options})
+
+    return run

@@ -1,0 +1,136 @@
+"""Every experiment from end to end, tiny; what it prints is compared with what was computed another way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import factorkit
+from factorkit.reproduce import experiments, generation
+from factorkit.reproduce.experiment import SCALES
+from factorkit.reproduce.photos import config_of
+from factorkit.reproduce.setup import Setup
+from factorkit.segdiff.config import preset_config
+
+
+def pictures(report) -> list[Path]:
+    found = [report.folder / name for name in report.data["pictures"]]
+    for path in found:
+        with Image.open(path) as picture:
+            assert min(picture.size) > 50
+    return found
+
+
+def means(report) -> dict[str, dict[str, float]]:
+    return {row["row"]: row["mean"] for row in report.data["rows"]}
+
+
+def test_every_experiment_says_what_it_takes():
+    names = list(experiments())
+    assert names.index("table2.1") < names.index("table2.6") < names.index("table3.1") and "fig3.13" in names
+    for name, experiment in experiments().items():
+        assert experiment.name == name and set(experiment.duration) == set(SCALES) and experiment.data
+        keys = {column.key for column in experiment.columns}
+        assert all(set(cited.values) <= keys for cited in experiment.citations)
+        for scale in SCALES:
+            rows = [row.name for row in experiment.rows(Setup(name, None, scale, Path("nowhere")))]
+            assert rows and len(set(rows)) == len(rows)
+
+
+def test_the_scales_are_what_they_say():
+    def at(scale, full="cub64"):
+        return config_of(Setup("table2.2", None, scale, Path("nowhere")), full)
+
+    small, gpu, full = map(at, SCALES)
+    assert (small.resolution, small.width, small.steps, small.form) == (32, 16, 800, "regional")
+    assert (gpu.resolution, gpu.width, gpu.blocks, gpu.form) == (64, 128, 3, "regional")
+    assert (full.resolution, full.width, full.batch_size, full.steps, full.form) == (64, 128, 128, 50_000, "thesis")
+    assert full.regions == 3 and at("full", "imagenet64").batch_size == 512
+
+
+def test_table_2_1_scores_as_the_run_itself_does(small, tmp_path):
+    report = small("table2.1", seeds=2)
+    found = means(report)
+    run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
+    ours = report.data["rows"][-2]
+    assert ours["row"] == "ours, regional form" and len(ours["cells"]) == 2
+    for key in ("acc", "iou", "dice"):
+        assert ours["cells"][0]["scores"][key] == pytest.approx(run.scores[key])
+        assert ours["cells"][0]["scores"][f"best_{key}"] == pytest.approx(run.scores[f"oracle_{key}"])
+    thesis = factorkit.load(tmp_path / "runs" / "small-photos-thesis-seed0", device="cpu")
+    assert thesis.config.form == "thesis" and len(report.data["rows"][-1]["cells"]) == 1
+    # the better polarity of everything is everything or nothing
+    every = found["all foreground"]
+    assert every["best_iou"] == every["iou"] and every["acc"] < 0.5 < 1 - every["acc"]
+    assert len(pictures(report)) == 1
+    with np.load(report.folder / "cells" / "all_foreground-seed0.npz") as stored:
+        assert stored["foreground"].all() and stored["foreground"].shape == (8, 16, 16)
+
+
+def test_tables_2_3_and_2_5_share_their_trainings(small, tmp_path):
+    report = small("table2.3")
+    found = means(report)
+    assert set(found) == {"supervised U-Net", "DatasetDDPM-unsup.", "ours"} and len(pictures(report)) == 1
+    assert all(0 < row["acc"] <= 1 and 0 < row["miou"] <= row["acc"] for row in found.values())
+    before = {path.parent.name for path in (tmp_path / "runs").glob("*/config.json")}
+    assert before == {f"small-photos-{label}-seed0" for label in ("supervised", "plain", "ours")}
+
+    with pytest.warns(UserWarning, match="FID cannot be computed"):
+        report = small("table2.5")
+    after = {path.parent.name for path in (tmp_path / "runs").glob("*/config.json")}
+    assert after - before == {"small-photos-plain-compute-seed0"}
+    found = means(report)
+    settings = json.loads((tmp_path / "runs" / "small-photos-plain-compute-seed0" / "config.json").read_text())
+    assert settings["steps"] == found["plain DDPM, equal compute"]["steps"] > found["ours"]["steps"] == 2
+    assert all(found[row]["frechet"] > 0 and 0 <= found[row]["consistency"] <= 1 for row in list(found)[:3])
+    weights = [row for row in report.data["rows"] if row["row"].endswith(": FID")]
+    assert len(weights) == 3 and all("weights-inception" in row["not_run"]["0"] for row in weights)
+
+
+def test_table_2_6_changes_the_decoding_alone(small, tmp_path):
+    with pytest.warns(UserWarning, match="FID cannot be computed"):
+        report = small("table2.6")
+    rows = {"concat": "concat", "masked_mid": "masked_mid", "unshared": "unshared", "ours": "masked_skips"}
+    for label, decoding in rows.items():
+        config = json.loads((tmp_path / "runs" / f"small-photos-{label}-seed0" / "config.json").read_text())
+        assert config["decoding"] == decoding and config["form"] == "regional"
+    assert all({"iou", "frechet"} <= set(means(report)[row]) for row in ("concat", "w/o weight sharing", "ours"))
+    assert len(pictures(report)) == 1
+
+
+def test_figures_of_chapter_2_come_from_one_training(small, tmp_path):
+    for name in ("fig2.9", "fig2.10", "fig2.12"):
+        assert len(pictures(small(name))) == 1
+    with pytest.warns(UserWarning, match="takes pictures with classes"):
+        assert small("fig2.11").data["rows"][0]["not_run"]
+    found = means(small("fig2.18"))
+    assert list(found) == [f"t = {t}" for t in range(0, 70, 10)]
+    runs = [path.parent.name for path in (tmp_path / "runs").glob("*/checkpoints")]
+    assert runs == ["small-photos-ours-seed0"]
+
+
+def test_table_3_1_and_the_ablations(scene, tmp_path):
+    found = means(scene("table3.1"))
+    assert found["supervised"]["rotation_median_deg"] < 1e-2 < found["NeRF--"]["rotation_median_deg"]
+    assert all({"psnr", "ssim", "psnr_encoder"} <= set(row) for row in found.values())
+    joint = found["ours, joint as in the thesis"]
+    found = means(scene("fig3.10"))
+    assert found["noise"] == joint, "what experiments vary around is trained once"
+    assert found["no noise (autoencoder)"] != joint
+    runs = {path.parent.name for path in (tmp_path / "runs").glob("*/config.json")}
+    ends = ("poses=known", "poses=learned", "usual", "search=dictionary", "noise=False")
+    assert runs == {f"small-procedural-{end}-seed0" for end in ends}
+    for name in ("fig3.4", "fig3.6", "fig3.7", "fig3.8", "fig3.9"):
+        assert pictures(scene(name))
+    assert len(list((tmp_path / "runs").iterdir())) == len(runs)
+
+
+def test_multiply_adds_are_those_of_the_design():
+    """64 px, C = 128, counted elsewhere: 39.7 G for the plain DDPM, 123.7 G for three branches, there with the skips'
+    part of each shortcut for every branch."""
+    counts = [generation.multiply_adds(preset_config("flowers64", regions=k).resolved()) for k in (1, 3)]
+    assert np.array(counts) / 1e9 == pytest.approx([39.7, 123.7], rel=0.015)

@@ -1,0 +1,104 @@
+"""Cells, tables and mistakes, with an experiment of numbers."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from factorkit.errors import CheckpointError, ConfigError
+from factorkit.reproduce import registry, reproduce
+from factorkit.reproduce.experiment import Citation, Column, Experiment, Found, NotRun, Row, percent
+
+
+@pytest.fixture
+def numbers(monkeypatch):
+    """An experiment whose rows count how often they are worked; `numbers.fail` names a cell that is killed."""
+
+    class Numbers:
+        worked: list = []
+        fail = None
+
+    state = Numbers()
+    state.worked = []
+
+    def work(name, value):
+        def cell(setup, seed):
+            if state.fail == (name, seed):
+                raise KeyboardInterrupt
+            state.worked.append((name, seed))
+            return Found({"share": value + seed / 10, "odd": 2.0}, {"squares": np.full(2, seed)})
+
+        return cell
+
+    def absent(setup, seed):
+        raise NotRun("put weights.pth there")
+
+    rows = [Row("still", work("still", 0.5), seeds=1), Row("ours, new", work("ours, new", 0.3)), Row("weights", absent)]
+    drawn = []
+    experiment = Experiment(
+        name="table9.1", title="numbers", data="none", duration={"small": "no time"},
+        columns=(percent("share", "Share"), Column("odd", "Odd", lower=True)), rows=lambda setup: rows,
+        citations=(Citation("theirs", "a paper", {"share": 0.123}),), figures=("fig9.2",), seeds=2, notes=("A note.",),
+        draw=lambda setup, cells: drawn.append(cells.arrays("ours, new", 1)) or ["pictures/x.png"],
+    )  # fmt: skip
+    state.drawn = drawn
+    monkeypatch.setattr(registry, "experiments", lambda: {"table9.1": experiment})
+    return state
+
+
+def test_a_table_has_mean_spread_citations_and_what_is_missing(numbers, tmp_path):
+    with pytest.warns(UserWarning, match="put weights.pth there"):
+        report = reproduce("fig9.2", out=tmp_path, seeds=3, progress=False)
+    found = json.loads((report.folder / "table.json").read_text())
+    assert found == report.data and report.folder == tmp_path / "table9.1"
+    still, ours, weights = found["rows"]
+    assert ours["mean"]["share"] == pytest.approx(0.4) and ours["spread"]["share"] == pytest.approx(0.1)
+    assert [cell["seed"] for cell in ours["cells"]] == [0, 1, 2]
+    assert len(still["cells"]) == 1 and still["spread"]["share"] is None, "nothing random in it: one seed"
+    assert weights["cells"] == [] and set(weights["not_run"].values()) == {"put weights.pth there"}
+    page = (report.folder / "table.md").read_text()
+    assert "| ours, new | 3 | 40.0 ± 10.0 | 2.00 ± 0.00 |" in page
+    assert "| weights | 0 of 3 | not run | not run |" in page
+    assert "| theirs (cited: a paper) |  | 12.3 | - |" in page
+    assert "not run: weights, seed 0, 1, 2: put weights.pth there" in page and "A note." in page
+    assert numbers.drawn[0]["squares"].tolist() == [1, 1] and "![pictures/x.png](pictures/x.png)" in page
+
+
+@pytest.mark.filterwarnings("ignore:weights")
+def test_after_a_kill_finished_cells_are_not_run_again(numbers, tmp_path):
+    numbers.fail = ("ours, new", 1)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("table9.1", out=tmp_path, progress=False)
+    page = (tmp_path / "table9.1" / "table.md").read_text()
+    assert "1 of 2" in page and "not run: ours, new, seed 1: not run yet" in page
+    assert numbers.worked == [("still", 0), ("ours, new", 0)]
+    numbers.fail = None
+    report = reproduce("table9.1", out=tmp_path, progress=False)
+    assert numbers.worked == [("still", 0), ("ours, new", 0), ("ours, new", 1)]
+    assert report.data["rows"][1]["mean"]["share"] == pytest.approx(0.35)
+    reproduce("table9.1", out=tmp_path, progress=False)
+    assert len(numbers.worked) == 3
+
+
+def test_rows_that_were_not_asked_for_say_so(numbers, tmp_path):
+    report = reproduce("table9.1", out=tmp_path, rows=["ours, new"], progress=False)
+    assert numbers.worked == [("ours, new", 0), ("ours, new", 1)]
+    assert report.data["rows"][0]["not_run"] == {"0": "not asked for"} and "still, seed 0: not asked for" in report.text
+
+
+def test_mistakes_are_named(numbers, tmp_path):
+    with pytest.raises(ConfigError, match="'table9.7'.*table9.1"):
+        reproduce("table9.7", out=tmp_path)
+    with pytest.raises(ConfigError, match="'tiny'.*small, gpu, full"):
+        reproduce("table9.1", out=tmp_path, scale="tiny")
+    with pytest.raises(ConfigError, match="seeds=0"):
+        reproduce("table9.1", out=tmp_path, seeds=0)
+    with pytest.raises(ConfigError, match="no row 'hers'.*'ours, new'"):
+        reproduce("table9.1", out=tmp_path, rows=["hers"])
+    reproduce("table9.1", out=tmp_path, rows=["still"], progress=False)
+    with pytest.raises(CheckpointError, match="steps: None there, 7 asked for"):
+        reproduce("table9.1", out=tmp_path, rows=["still"], steps=7)
+    with pytest.raises(CheckpointError, match="data: 'procedural' there, 'x' asked for"):
+        reproduce("table9.1", tmp_path / "x", out=tmp_path, rows=["still"])
