@@ -73,7 +73,7 @@ class SegdiffTask:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The mask generator learns slower: masks that saturate early never move again."""
-        slow = list(self.model.mask_generator.parameters()) if self.config.regions > 1 else []
+        slow = self.model.mask_parameters()
         taken = {id(p) for p in slow}
         groups = [{"params": [p for p in self.model.parameters() if id(p) not in taken], "scale": 1.0}]
         return groups + ([{"params": slow, "scale": self.config.mask_learning_rate}] if slow else [])
@@ -113,10 +113,10 @@ class SegdiffTask:
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
     def _watch(self, masks: Tensor) -> dict[str, Tensor]:
-        if self.config.regions == 1:
+        if self.config.leaves == 1:
             return {}
         masks = masks.detach()
-        entropy = -(masks * masks.clamp_min(1e-8).log()).sum(1).mean() / np.log(self.config.regions)
+        entropy = -(masks * masks.clamp_min(1e-8).log()).sum(1).mean() / np.log(self.config.leaves)
         return {"areas": masks.mean((0, 2, 3)), "entropy": entropy}
 
     def inspect(self, model: FactorizedUNet, step: int, folder: Path) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class SegdiffTask:
             branches = np.stack([to_uint8(b) for b in each.unbind(1)], 1) / 255.0
         sheet = pictures.segmentation_sheet(to_uint8(shown), out.bottleneck.masks.float().cpu().numpy(), branches)
         save_image(sheet, folder / f"{step:06d}_segmentation.png")
-        return {} if self.config.regions == 1 else self.alarms(model).to_dict()
+        return {} if self.config.leaves == 1 else self.alarms(model).to_dict()
 
     def alarms(self, model: FactorizedUNet):
         """The label-free alarms of ``model`` on the probe images."""
