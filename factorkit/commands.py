@@ -191,6 +191,8 @@ def _pixels(images) -> np.ndarray:
 
 def score_table(scores: dict[str, Any]) -> str:
     """Acc, IoU and DICE of the model, its oracle and the baselines, and what they were measured on."""
+    if "within" in scores:
+        return nested_table(scores)
     oracle = {key: scores[f"oracle_{key}"] for key in ("acc", "iou", "dice")}
     rows = [("model", scores), ("  oracle, best for each image", oracle)]
     baselines = scores.get("baselines", {})
@@ -207,6 +209,16 @@ def score_table(scores: dict[str, Any]) -> str:
         f"{scores['scored']} images scored at {scores['size']} px; foreground is region {foreground}, fitted on "
         f"{scores['fitted_on']} others; areas of the regions {regions}"
     )
+    return "\n".join(lines)
+
+
+def nested_table(scores: dict[str, Any]) -> str:
+    """Accuracy at each level of a hierarchy."""
+    lines = [f"{'':<10} {'accuracy':>9} {'within':>7} {'largest class':>14}"]
+    figures = zip(scores["accuracy"], scores["within"], scores["chance"], strict=True)
+    lines += [f"level {n:<4} {a:9.3f} {w:7.3f} {c:14.3f}" for n, (a, w, c) in enumerate(figures, start=1)]
+    lines.append("accuracy: right at this level and all above; within: right among those right at the level above")
+    lines.append(f"{scores['scored']} images scored at {scores['size']} px; matched on {scores['fitted_on']} others")
     return "\n".join(lines)
 
 

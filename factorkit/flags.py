@@ -39,6 +39,7 @@ class Train(Command, Generic[Config]):
     PRESETS
         A preset sets the defaults of the flags below; --help together with --preset shows them.
         demo, fast32, fast64      the regional form: small models whose regions follow content within minutes
+        rooms32                   regions within regions (--regions 3 3); without --data: procedural rooms
         flowers64, flowers128, cub64, cub128, ffhq64, ffhq128, imagenet64
                                   the thesis' settings, to the letter; they want a GPU
 
@@ -229,6 +230,9 @@ class Evaluate(RunCommand):
     """Noise level at which to segment, 0 to T-1; without: the run's own (30)."""
     size: OptionalInt = None
     """Pixels a side at which to score; without: the model's resolution."""
+    nesting: Annotated[tuple[int, ...], arg(metavar="INT INT...", help_behavior_hint="")] = ()
+    """The masks are labels within labels, so many at each level: score every level of a hierarchy. 3 3: label 3 i + j
+    is part j of class i."""
 
     def run_command(self) -> Result:
         if self.views is not None:
@@ -240,6 +244,7 @@ class Evaluate(RunCommand):
         from factorkit import commands
 
         options = {"fit": self.fit, "ignore": self.ignore, "baselines": self.baselines, "t": self.t, "size": self.size}
+        options["nesting"] = self.nesting or None
         return commands.evaluate(self.run, self.images, self.masks, self.device, **options)
 
 

@@ -1,8 +1,8 @@
 """Procedural rooms: scenes of floor, wall and object, each of three parts, with exact labels at both levels.
 
-Made after 3D Shapes (Burgess and Kim 2018), on which the dissertation shows its hierarchy: one object on a floor before a
-wall, each in a colour of its own, but here with parts in shades of that colour. Each picture is drawn at twice its
-resolution and box-averaged; lengths are fractions of the picture's side.
+Made after 3D Shapes (Burgess and Kim 2018), on which the dissertation shows its hierarchy: one object on a floor
+before a wall, each in a colour of its own, but here with parts in shades of that colour. Each picture is drawn at twice
+its resolution and box-averaged; lengths are fractions of the picture's side.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from factorkit.metrics.segmentation import check_fit
 
 
 def nested_accuracy(
-    found: ArrayLike, truth: ArrayLike, regions: Sequence[int], classes: Sequence[int], *, valid: ArrayLike | None = None,
-    fit: int = 16,
+    found: ArrayLike, truth: ArrayLike, regions: Sequence[int], classes: Sequence[int], *,
+    valid: ArrayLike | None = None, fit: int = 16,
 ) -> dict[str, Any]:  # fmt: skip
     """Pixel accuracy of every level of a hierarchy: the first `fit` images fit the mapping, the REST are scored.
 
@@ -70,8 +70,11 @@ def nested_accuracy(
     return {
         "accuracy": [float(r / right[0]) for r in right[1:]],
         "within": [float(r / max(above, 1)) for above, r in zip(right, right[1:], strict=False)],
-        "chance": chance, "mapping": [mapping.tolist() for mapping in mappings], "fitted_on": fit, "scored": len(found) - fit,
-    }  # fmt: skip
+        "chance": chance,
+        "mapping": [mapping.tolist() for mapping in mappings],
+        "fitted_on": fit,
+        "scored": len(found) - fit,
+    }
 
 
 def match_nested(counts: NDArray, regions: Sequence[int], classes: Sequence[int]) -> list[NDArray[np.int64]]:

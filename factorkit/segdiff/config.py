@@ -26,8 +26,8 @@ class SegdiffConfig(EngineConfig):
     resolution: int = 64
     """Pixels a side the model works at; photos are cropped to their centred square and resized."""
     regions: int | tuple[int, ...] = 3
-    """K, the number of soft regions; 1 is the plain DDPM. Several numbers are a hierarchy: 3 3 splits into 3 regions, and
-    each of them into 3."""
+    """K, the number of soft regions; 1 is the plain DDPM. Several numbers are a hierarchy: 3 3 splits into 3 regions,
+    and each of them into 3."""
     form: Literal["regional", "thesis"] = "regional"
     """"thesis" is the letter of chapter 2; "regional" adds what makes the regions follow content at modest budgets."""
     decoding: Literal["masked_skips", "concat", "masked_mid", "unshared"] = "masked_skips"
@@ -229,6 +229,8 @@ _THESIS128 = {"form": "thesis", "resolution": 128, "multipliers": (1, 1, 2, 3, 4
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": _SMALL,
     "fast32": _SMALL | {"steps": 800},
+    # regions within regions, on the procedural rooms
+    "rooms32": _SMALL | {"regions": (3, 3), "steps": 800},
     # twice the pixels a side show the same shapes through twice the noise, hence the later t_max
     "fast64": _SMALL | {"resolution": 64, "multipliers": (1, 2, 3, 4), "steps": 1500, "t_max": 720},
     "flowers64": _THESIS64 | {"steps": 50_000},

@@ -2,14 +2,14 @@
 
     O_l(x) = sum_i m_i (h_i + O_{l+1}(m_i x)) / 2      and at the deepest level      O_L(x) = sum_j m_j h_j
 
-with m_i and h_i the masks and branches that level l finds in its input x; the model answers O_1(x_t). For two levels this
-is the text's sum_i m_i (h_i + sum_j h_ij m_ij) / 2; for more, the h of each further level counts half as much as the one
-before (1/2, 1/4, ... and the two deepest alike), because the nested level takes the place of the sum over j.
+with m_i and h_i the masks and branches that level l finds in its input x; the model answers O_1(x_t). For two levels
+this is the text's sum_i m_i (h_i + sum_j h_ij m_ij) / 2; for more, a nested level takes the place of the sum over j, so
+that each further level counts half as much as the one before (1/2, 1/4, ..., and the two deepest alike).
 
 A level is one network for all regions of the last, folded into the batch, as the branches of a decoder share theirs.
-Multiplied out, a region of the deepest level has the mask M = m_i m_ij ... and the branch H = (h_i + (h_ij + ...) / 2) / 2,
-and O_1 = sum M H: seen from outside, a hierarchy is a factorized model of as many regions as it has leaves, and whatever
-reads masks and branches reads these. The masks of a coarser level are sums over children.
+Multiplied out, a region of the deepest level has the mask M = m_i m_ij ... and the branch
+H = (h_i + (h_ij + ...) / 2) / 2, and O_1 = sum M H: seen from outside, a hierarchy is a factorized model of as many
+regions as it has leaves, and whatever reads masks and branches reads these. The masks of a coarser level are sums.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def check_nesting(regions: Sequence[int], decoding: str) -> None:
     """Raise ConfigError where regions within regions cannot be had."""
     if len(regions) < 2 or min(regions) < 2:
         raise ConfigError(
-            f"regions={tuple(regions)}: each level of a hierarchy splits into at least 2; a number alone is a single level"
+            f"regions={tuple(regions)}: each level of a hierarchy splits into at least 2 regions; give one number for "
+            "a single level"
         )
     if decoding == "concat":
         raise ConfigError("decoding='concat' has a single branch, so nothing to nest in it; give one number of regions")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,13 @@ from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.folder import read_weights, write_json
 from factorkit.errors import CheckpointError, ConfigError, DataError, OutOfMemory, is_out_of_memory
 from factorkit.metrics.baselines import score_baselines
+from factorkit.metrics.nested import nested_accuracy
 from factorkit.metrics.segmentation import evaluate_masks
+from factorkit.segdiff.answers import Frame, Generation, Segmentation
 from factorkit.segdiff.branches import Branches, take_apart
 from factorkit.segdiff.classes import chosen_labels
 from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.interpolate import Interpolation, interpolate_pictures
 from factorkit.segdiff.model import FactorizedUNet
 from factorkit.segdiff.recompose import Recomposition, recompose_pictures
@@ -36,46 +39,6 @@ from factorkit.segdiff.segment_folder import FolderSegments, segment_folder
 from factorkit.segdiff.task import predict_masks, to_float, to_unit
 
 SCORES = "scores.json"
-
-
-class Segmentation(NamedTuple):
-    """Regions of real images, at their own sizes.
-
-    Attributes:
-        labels: the most probable region of each pixel, int64 [B, H, W]; a list of [H, W] where sizes differ.
-        masks: its soft masks, fp32 [B, K, H, W], summing to 1 over K; a list of [K, H, W] where sizes differ.
-        names: where each image came from.
-    """
-
-    labels: Tensor | list[Tensor]
-    masks: Tensor | list[Tensor]
-    names: list[str]
-
-
-class Frame(NamedTuple):
-    """One step of the refinement from noise to image (fig. 2.10)."""
-
-    t: int
-    images: Tensor  # [n, 3, R, R] in [0, 1], the clean image as the model guesses it at level t
-    masks: Tensor  # [n, K, R, R]
-
-
-class Generation(NamedTuple):
-    """Images drawn from noise, with the masks they were made through.
-
-    Attributes:
-        images: [n, 3, R, R] in [0, 1].
-        masks: [n, K, R, R].
-        labels: int64 [n, R, R].
-        trajectory: every denoising step, noise first, where it was asked for.
-        classes: what each image was asked to be of, None for anything; None where nothing was asked.
-    """
-
-    images: Tensor
-    masks: Tensor
-    labels: Tensor
-    trajectory: list[Frame] | None
-    classes: list[str | None] | None = None
 
 
 class SegdiffRun:
@@ -148,10 +111,10 @@ class SegdiffRun:
         t, size = self._level(t), check_segmenting(self.config, size, upsample)
         pictures, names = as_pictures(images)
         masks = [self._masks_of(picture, t, size, upsample) for picture in pictures]
-        labels = [m.argmax(0) for m in masks]
+        labels = [hard_labels(m, self.config.nesting) for m in masks]
         if len({m.shape for m in masks}) == 1:
-            return Segmentation(torch.stack(labels), torch.stack(masks), names)
-        return Segmentation(labels, masks, names)
+            return Segmentation(torch.stack(labels), torch.stack(masks), names, self.config.nesting)
+        return Segmentation(labels, masks, names, self.config.nesting)
 
     def segment_folder(
         self, images: Any, out: str | Path, *, formats: Sequence[str] = DEFAULT_FORMATS, t: int | None = None,
@@ -247,7 +210,7 @@ class SegdiffRun:
         asked = None
         if labels is not None:
             asked = [self.config.class_names[i] if i >= 0 else None for i in labels.tolist()]
-        return Generation(to_unit(drawn.images), masks, masks.argmax(1), frames, asked)
+        return Generation(to_unit(drawn.images), masks, hard_labels(masks, self.config.nesting), frames, asked)
 
     def interpolate(
         self, a: Any, b: Any, *, frames: int = 9, t: int | None = None, steps: int = 50, sampler: str = "ddpm",
@@ -324,7 +287,7 @@ class SegdiffRun:
 
     def evaluate(
         self, images: Any, masks: Any, *, fit: int | None = None, ignore: int | None = None, baselines: bool = False,
-        t: int | None = None, size: int | None = None,
+        t: int | None = None, size: int | None = None, nesting: Sequence[int] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Score the regions against foreground masks: Acc, IoU, DICE per image, averaged.
 
@@ -341,13 +304,16 @@ class SegdiffRun:
             baselines: score the trivial predictors and GrabCut on the same images too.
             t: noise level; None: the configuration's.
             size: pixels a side at which to score; None: the model's resolution.
+            nesting: the masks are labels within labels, of so many classes at each level (label 3 i + j of (3, 3) is
+                part j of class i): score each level of a hierarchy by :func:`~factorkit.metrics.nested.nested_accuracy`
+                instead.
 
         Raises:
             ConfigError: ``fit`` leaves nothing to score, t out of range, or a plain DDPM.
             DataError: images and masks that do not go together.
         """
         config = self.config
-        if config.regions == 1:
+        if config.leaves == 1:
             raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
         t, size = self._level(t), size or config.resolution
         ignore = config.ignore if ignore is None else ignore
@@ -359,9 +325,13 @@ class SegdiffRun:
             soft = F.interpolate(soft, size=(size, size), mode="bilinear", align_corners=False)
         if fit is None:
             fit = max(1, min(config.fit, len(labelled) // 2))
-        scores = evaluate_masks(soft.argmax(1).numpy(), labelled.foreground, labelled.valid, config.regions, fit)
+        found = hard_labels(soft, config.nesting).numpy()
+        if nesting is None:
+            scores = evaluate_masks(found, labelled.foreground, labelled.valid, config.leaves, fit)
+        else:
+            scores = nested_accuracy(found, labelled.labels, config.nesting, nesting, valid=labelled.valid, fit=fit)
         scores |= {"confidence": soft.amax(1).mean().item(), "size": size, "step": self.step}
-        if baselines:
+        if baselines and nesting is None:
             scores["baselines"] = score_baselines(labelled.images, labelled.foreground, labelled.valid, fit)
         if self.folder is not None:
             write_json(self.folder / SCORES, scores)

@@ -23,6 +23,7 @@ from factorkit.engine.streams import BatchDraw, derived_seed
 from factorkit.segdiff import pictures
 from factorkit.segdiff.alarms import measure_alarms
 from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.hierarchy import hard_labels, level_labels
 from factorkit.segdiff.model import FactorizedUNet
 from factorkit.segdiff.sampling import branch_estimates, draw_images
 
@@ -136,7 +137,10 @@ class SegdiffTask:
         if out.bottleneck.branches is not None:
             each = branch_estimates(self.config.prediction, self.schedule, x_t, out.bottleneck.branches, t)
             branches = np.stack([to_uint8(b) for b in each.unbind(1)], 1) / 255.0
-        sheet = pictures.segmentation_sheet(to_uint8(shown), out.bottleneck.masks.float().cpu().numpy(), branches)
+        masks, nesting = out.bottleneck.masks.float().cpu(), self.config.nesting
+        labels = hard_labels(masks, nesting)
+        coarser = [level_labels(labels, nesting, level).numpy() for level in range(1, len(nesting))]
+        sheet = pictures.segmentation_sheet(to_uint8(shown), masks.numpy(), branches, coarser=coarser)
         save_image(sheet, folder / f"{step:06d}_segmentation.png")
         return {} if self.config.leaves == 1 else self.alarms(model).to_dict()
 
