@@ -16,7 +16,6 @@ from factorkit.errors import ConfigError
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels, level_labels, level_masks
 from factorkit.segdiff.model import RegionLogitNorm
-
 from tests.segdiff.conftest import TINY, stirred
 
 
