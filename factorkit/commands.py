@@ -16,6 +16,7 @@ from factorkit.data.sources import Source, open_source
 from factorkit.engine.atomic import save_image
 from factorkit.engine.config import cpu_threads
 from factorkit.engine.report import verdict, write_report
+from factorkit.errors import ConfigError
 from factorkit.flag_types import Result
 from factorkit.metrics.baselines import BASELINES
 from factorkit.segdiff import pictures
@@ -83,6 +84,23 @@ def segment(run: Path, paths: Sequence[Path], out: Path, device: str, **options:
             found[name] = str(found[name])
             lines.append(f"{name.replace('_', ' ')}: {found[name]}")
     return found, "\n".join(lines)
+
+
+def segment_video(run: Path, paths: Sequence[Path], out: Path, device: str, **options: Any) -> Result:
+    """A video with the regions laid over it; options are those of ``SegdiffRun.segment_video``.
+
+    Raises:
+        ConfigError: more than one path.
+    """
+    if len(paths) > 1:
+        raise ConfigError(f"--video takes one video or one folder of frames, not {len(paths)} paths")
+    made = load_run(run, device, "segdiff").segment_video(paths[0], out, **options)
+    areas = "/".join(f"{area:.2f}" for area in made.areas)
+    text = (
+        f"{made.frames} frames segmented: {out}\nareas of the regions {areas}; {made.changes:.1%} of the pixels change "
+        "region from frame to frame"
+    )
+    return made._asdict() | {"out": str(out)}, text
 
 
 def generate(run: Path, out: Path, device: str, **options: Any) -> Result:

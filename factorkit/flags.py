@@ -118,6 +118,7 @@ class Segment(RunCommand):
         contact_sheet.png   the first 32 images beside their regions
         annotations.json    with --formats coco: run lengths, areas and boxes in COCO's form
         segments.jsonl      what is finished
+    With --video a moving picture becomes a video with its regions laid over it, in colours that stay.
 
     Folders keep their structure. Images that cannot be read are skipped, counted and named. The same command again
     goes on where the first one stopped, and does again only what has changed.
@@ -126,6 +127,7 @@ class Segment(RunCommand):
         factorkit segment runs/photos holiday.jpg --out segmented
         factorkit segment runs/photos more_photos/ --out segmented -t 50
         factorkit segment runs/photos archive/ --out segmented --formats labels coco --size 128
+        factorkit segment runs/photos walk.mp4 --video --out walk_regions.mp4
     """
 
     paths: Positional[Annotated[tuple[Path, ...], arg(metavar="PATHS...", help_behavior_hint="(required)")]]
@@ -142,14 +144,21 @@ class Segment(RunCommand):
     """What to write of each image."""
     workers: OptionalInt = None
     """Threads that read, and as many that write; without: one a core, at most 8."""
+    video: bool = False
+    """PATHS is one video, or a folder of frames in the order of their names; OUT an .mp4, .mkv or .mov."""
+    smooth: float = 0.8
+    """With --video: how much masks are averaged over time where the picture stands still, from 0 to below 1."""
 
     def run_command(self) -> Result:
         if not self.paths:
             raise ConfigError("no images are named. The form is: factorkit segment RUN PATHS... --out DIR")
         from factorkit import commands
 
-        options = {"t": self.t, "size": self.size, "upsample": self.upsample, "formats": self.formats}
-        return commands.segment(self.run, self.paths, self.out, self.device, workers=self.workers, **options)
+        options = {"t": self.t, "size": self.size, "upsample": self.upsample}
+        if self.video:
+            return commands.segment_video(self.run, self.paths, self.out, self.device, smooth=self.smooth, **options)
+        options |= {"formats": self.formats, "workers": self.workers}
+        return commands.segment(self.run, self.paths, self.out, self.device, **options)
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from factorkit.data.clips import open_clip
 from factorkit.data.images import square, to_rgb
 from factorkit.data.labelled import load_labelled
 from factorkit.data.sources import Source, open_source
@@ -27,6 +28,7 @@ from factorkit.metrics.segmentation import evaluate_masks
 from factorkit.segdiff.answers import Frame, Generation, Segmentation
 from factorkit.segdiff.branches import Branches, take_apart
 from factorkit.segdiff.classes import chosen_labels
+from factorkit.segdiff.clips import VideoSegments, segment_frames, write_video
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.interpolate import Interpolation, interpolate_pictures
@@ -151,6 +153,41 @@ class SegdiffRun:
             return segment_folder(
                 self.model, self.config, predict, source, Path(out), settings, formats, workers, progress
             )
+
+    def segment_video(
+        self, video: Any, out: str | Path, *, smooth: float = 0.8, t: int | None = None, size: int | None = None,
+        upsample: str = "guided", progress: bool = True,
+    ) -> VideoSegments:  # fmt: skip
+        """Segment a moving picture into a video with the regions laid over it, frame by frame; memory does not grow.
+
+        Regions keep their numbers and colours from frame to frame, being the model's own. The video appears whole or
+        not at all.
+
+        Args:
+            video: a video file, or a folder of frames (or whatever else :meth:`segment` takes), in the order of names.
+            out: an .mp4, .mkv or .mov.
+            smooth: how much masks are averaged over time where the picture stands still
+                (:class:`~factorkit.segdiff.clips.Smoother`), in [0, 1); 0 not at all.
+            t, size, upsample: as in :meth:`segment`.
+            progress: show a progress bar.
+
+        Raises:
+            ConfigError: a setting out of range, a plain DDPM, or imageio is not installed.
+            DataError: nothing to read, frames of several sizes, or a video that does not decode to its end.
+            WriteError: the disk is full or ``out`` cannot be written.
+            OutOfMemory: frames too large for the machine.
+        """
+        clip = open_clip(video)
+        options = {"size": check_segmenting(self.config, size, upsample), "upsample": upsample, "smooth": smooth}
+        predict = self._predictor(t)
+        with cpu_threads(self.config.threads):
+            found = segment_frames(clip.frames, self.config, predict, **options)
+            return write_video(clip, found, Path(out), self.config.leaves, progress)
+
+    def _predictor(self, t: int | None) -> Callable[[Tensor], Tensor]:
+        """Images [N, 3, h, w] in [-1, 1] to their masks at level t."""
+        t = self._level(t)
+        return lambda images: self._predict(images, t)
 
     def _masks_of(self, picture: Image.Image, t: int, size: int, upsample: str) -> Tensor:
         try:
