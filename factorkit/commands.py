@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,6 +118,31 @@ def evaluate(run: Path, images: Path, masks: Path, device: str, **options: Any) 
     if model.folder is not None:
         write_report(model.folder)
     return scores, score_table(scores)
+
+
+def zero_shot(run: Path, data: Path, device: str, *, label_map: Path | None, **options: Any) -> Result:
+    """Scores of each class of another data set; options are those of ``SegdiffRun.evaluate_zero_shot``.
+
+    Raises:
+        ConfigError: a label map that is no JSON object.
+    """
+    told = None
+    if label_map is not None:
+        try:
+            told = json.loads(label_map.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{label_map}: no JSON: {error}") from error
+        if not isinstance(told, dict):
+            raise ConfigError(f"{label_map}: give an object of classes, such as {{\"dog\": \"Maltese dog\"}}")
+    found = load_run(run, device, "segdiff").evaluate_zero_shot(data, label_map=told, **options)
+    lines = [f"{'class':<20} {'told':<20} {'images':>6} {'Acc':>6} {'IoU':>6} {'mIoU':>6}"]
+    for name, one in found["classes"].items():
+        figures = " ".join(f"{one[key]:6.3f}" for key in ("acc", "iou", "miou"))
+        lines.append(f"{name:<20} {one['told'] or '-':<20} {one['images']:6} {figures}")
+    lines.append(f"{'mean':<48} " + " ".join(f"{found[key]:6.3f}" for key in ("acc", "iou", "miou")))
+    if found["missing"]:
+        lines.append("too few pictures to score: " + ", ".join(found["missing"]))
+    return found, "\n".join(lines)
 
 
 def demo(out: Path, seed: int) -> Result:

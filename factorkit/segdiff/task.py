@@ -158,9 +158,9 @@ def resident(images: np.ndarray, device: torch.device) -> Tensor | np.ndarray:
     return images
 
 
-def noised(images: Tensor, t: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """``images`` [B, 3, H, W] at level t, with noise that depends on nothing but their shape; and t as [B]."""
-    generator = torch.Generator().manual_seed(derived_seed("segment", t))
+def noised(images: Tensor, t: int, schedule: Schedule, draw: int = 0) -> tuple[Tensor, Tensor]:
+    """``images`` [B, 3, H, W] at level t, with noise that depends on nothing but ``draw`` and their shape; t as [B]."""
+    generator = torch.Generator().manual_seed(derived_seed("segment", t, *([draw] if draw else [])))
     # one picture's noise for all of them: an image's masks must not depend on its place in the batch
     eps = torch.randn(images.shape[1:], generator=generator).to(images.device).expand_as(images)
     times = torch.full((len(images),), t, dtype=torch.int64, device=images.device)
@@ -168,11 +168,17 @@ def noised(images: Tensor, t: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def predict_masks(model: FactorizedUNet, images: Tensor, t: int, schedule: Schedule) -> Tensor:
-    """Region masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]; the decoders are not run."""
+def predict_masks(
+    model: FactorizedUNet, images: Tensor, t: int, schedule: Schedule, draw: int = 0, label: int | None = None
+) -> Tensor:
+    """Region masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]; the decoders are not run.
+
+    draw: of the noise; label: the class the model is told, None for none.
+    """
     found = []
     batch = max(1, AT_ONCE * model.resolution**2 // (images.shape[2] * images.shape[3]))
     for part in images.split(batch):
-        x_t, times = noised(part.to(schedule.device), t, schedule)
-        found.append(model.segment(x_t, times).float().cpu())
+        x_t, times = noised(part.to(schedule.device), t, schedule, draw)
+        told = () if label is None else (torch.full_like(times, label),)
+        found.append(model.segment(x_t, times, *told).float().cpu())
     return torch.cat(found)
