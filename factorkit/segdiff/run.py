@@ -59,20 +59,23 @@ class SegdiffRun:
         self.schedule = config.noising(device)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> SegdiffRun:
+    def load(cls, path: str | Path, *, device: str | torch.device = "auto", weights: str = "average") -> SegdiffRun:
         """Load a run folder (its newest whole checkpoint) or a single ``.safetensors`` file.
+
+        weights: ``"average"``, the moving average, or ``"last"``, of a folder, those of its last step.
 
         Raises:
             CheckpointError: nothing there, damaged, or not a segdiff model.
+            ConfigError: other ``weights``, or the last ones of a file.
         """
         path = Path(path)
-        weights, meta = read_weights(path, "segdiff")
+        found, meta = read_weights(path, "segdiff", weights)
         fields = {f.name for f in dataclasses.fields(SegdiffConfig)}
         config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields}).resolved()
         with torch.device("meta"):
             model = config.build()
         try:
-            model.load_state_dict(weights, assign=True)
+            model.load_state_dict(found, assign=True)
         except RuntimeError as error:
             raise CheckpointError(f"the weights in {path} do not fit the model of its settings: {error}") from error
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
@@ -200,9 +203,7 @@ class SegdiffRun:
 
         return predict
 
-    def _masks_of(
-        self, picture: Image.Image, predict: Callable[[Tensor], Tensor], size: int, upsample: str
-    ) -> Tensor:
+    def _masks_of(self, picture: Image.Image, predict: Callable[[Tensor], Tensor], size: int, upsample: str) -> Tensor:
         try:
             seen = see(picture, self.config, size, upsample)
             masks = small_masks(predict, seen.small[None], self.config.resolution)

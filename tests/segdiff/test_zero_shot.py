@@ -20,7 +20,7 @@ SIZE = 16
 
 @pytest.fixture
 def voc(tmp_path):
-    """Two cats and a dog to train on, three cats and two dogs to score; animals lie left, void between, ground right."""
+    """Two cats and a dog to train on, three cats and two dogs to score: animals left, void between, ground right."""
     root = tmp_path / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
