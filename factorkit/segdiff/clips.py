@@ -1,8 +1,8 @@
 """Segmenting moving pictures frame by frame, in memory that does not grow with their length.
 
 A region has the same number in every frame because it has it in every picture: the model's regions are its own. What
-is left is flicker, against which all frames get the same noise (:func:`~factorkit.segdiff.task.noised`) and masks are
-averaged over time where the picture stands still.
+is left is flicker, against which all frames get the same noise (:func:`~factorkit.segdiff.task.noised`), and frames
+and masks are averaged over time where the picture stands still.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.segment import Seen, no_room, own_pixels, see, small_masks
 
 FRAMES_AT_ONCE, PIXELS_AT_ONCE = 16, 1 << 24
-STILL = 0.06  # of [0, 1]: where smoothed colours change by so much between frames, masks follow at once
+STILL = 0.03  # of [0, 1]: a mean colour that has changed by much more is another thing's
 CODEC = "libx264"
 
 
@@ -51,10 +51,11 @@ class VideoSegments(NamedTuple):
 
 
 class Smoother:
-    """Masks averaged over time, ``s <- a s + (1 - a) m``, where the picture stands still.
+    """Frames and masks averaged over time, ``s <- a s + (1 - a) x``, where the picture stands still.
 
-    With d the distance between a pixel's colour and the running colour there, blurred by 3 x 3 and averaged over the
-    channels in the mean square, ``a = keep exp(-d^2 / 2 STILL^2)``: a moving edge or a cut takes its new masks at once.
+    With d the difference between a frame and the running one, averaged over 5 x 5 pixels, and d^2 its mean square over
+    the channels, ``a = keep exp(-d^2 / 2 STILL^2)`` for each pixel: what moves, and all of a cut, is taken at once. The
+    frames too, because the guided filter carries a sensor's noise into masks that stand still.
 
     Args:
         keep: in [0, 1); 0 does not smooth. At rest the average spans about 1 / (1 - keep) frames.
@@ -64,21 +65,26 @@ class Smoother:
         if not 0 <= keep < 1:
             raise ConfigError(f"smooth={keep} must lie between 0 and 1, without 1; 0 does not smooth")
         self.keep = keep
-        self.masks: Tensor | None = None
-        self.colours = torch.empty(0)
+        self._frame: Tensor | None = None
+        self._masks: Tensor | None = None
 
-    def __call__(self, masks: Tensor, small: np.ndarray) -> Tensor:
-        """Masks [K, h, w] of a frame seen as uint8 [h, w, 3]; the averaged ones, which still sum to 1."""
-        seen = torch.from_numpy(small).permute(2, 0, 1).float() / 255
-        seen = F.avg_pool2d(F.pad(seen[None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
-        if self.masks is None:
-            self.masks, self.colours = masks, seen
-            return masks
-        apart = (seen - self.colours).square().mean(0)
-        keep = self.keep * torch.exp(-apart / (2 * STILL**2))
-        self.masks = keep * self.masks + (1 - keep) * masks
-        self.colours = keep * self.colours + (1 - keep) * seen
-        return self.masks
+    def frame(self, frame: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """The averaged frame, uint8 [H, W, 3], and the weights a, [H, W], with which its masks are to be averaged."""
+        seen = torch.from_numpy(np.array(frame)).permute(2, 0, 1).float()
+        if self._frame is None or self.keep == 0:
+            self._frame = seen
+            return frame, torch.zeros(seen.shape[1:])
+        apart = F.avg_pool2d(F.pad((seen - self._frame)[None], (2, 2, 2, 2), mode="replicate"), 5, 1)[0] / 255
+        keep = self.keep * torch.exp(-apart.square().mean(0) / (2 * STILL**2))
+        self._frame = torch.lerp(seen, self._frame, keep)
+        return self._frame.round().byte().permute(1, 2, 0).numpy(), keep
+
+    def masks(self, masks: Tensor, keep: Tensor) -> Tensor:
+        """Masks [K, h, w] of the frame that ``keep`` came with; the averaged ones, which still sum to 1."""
+        if self._masks is not None:
+            masks = torch.lerp(masks, self._masks, F.adaptive_avg_pool2d(keep[None], masks.shape[1:]))
+        self._masks = masks
+        return masks
 
 
 def segment_frames(
@@ -103,10 +109,11 @@ def segment_frames(
     at_once = max(1, min(FRAMES_AT_ONCE, PIXELS_AT_ONCE // pixels))
     while batch := batch + list(islice(frames, at_once - len(batch))):
         try:
-            seen = [see(Image.fromarray(frame), config, size, upsample) for frame in batch]
+            calm = [smoother.frame(frame) for frame in batch]
+            seen = [see(Image.fromarray(frame), config, size, upsample) for frame, _ in calm]
             masks = small_masks(predict, np.stack([one.small for one in seen]), config.resolution)
-            for frame, one, soft in zip(batch, seen, masks, strict=True):
-                yield frame, _labels(smoother(soft, one.small), one, config)
+            for frame, one, soft, (_, keep) in zip(batch, seen, masks, calm, strict=True):
+                yield frame, _labels(smoother.masks(soft, keep), one, config)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
