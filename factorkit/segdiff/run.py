@@ -119,7 +119,7 @@ class SegdiffRun:
             DataError: nothing to read, or an image that cannot be decoded.
             OutOfMemory: an image too large for the machine.
         """
-        predict, size = self._predictor(t, quality), check_segmenting(self.config, size, upsample)
+        predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
         pictures, names = as_pictures(images)
         masks = [self._masks_of(picture, predict, size, upsample) for picture in pictures]
         labels = [hard_labels(m, self.config.nesting) for m in masks]
@@ -155,7 +155,7 @@ class SegdiffRun:
             WriteError: the disk is full or ``out`` cannot be written; what is finished stands.
             CheckpointError: another process segments into ``out``.
         """
-        predict, size = self._predictor(t, quality), check_segmenting(self.config, size, upsample)
+        predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
         source = images if isinstance(images, Source) else open_source(images)
         settings = {"t": self._level(t), "size": size, "upsample": upsample, "quality": quality}
         with cpu_threads(self.config.threads):
@@ -188,12 +188,12 @@ class SegdiffRun:
         """
         clip = open_clip(video)
         options = {"size": check_segmenting(self.config, size, upsample), "upsample": upsample, "smooth": smooth}
-        predict = self._predictor(t, quality)
+        predict = self.predictor(t, quality)
         with cpu_threads(self.config.threads):
             found = segment_frames(clip.frames, self.config, predict, **options)
             return write_video(clip, found, Path(out), self.config.leaves, progress)
 
-    def _predictor(self, t: int | None, quality: str, label: int | None = None) -> Callable[[Tensor], Tensor]:
+    def predictor(self, t: int | None, quality: str, label: int | None = None) -> Callable[[Tensor], Tensor]:
         """Images [N, 3, h, w] in [-1, 1] to their masks at level t, told that they are of class ``label``."""
         t, looks = self._level(t), quality_of(quality)
 
@@ -363,7 +363,7 @@ class SegdiffRun:
         config = self.config
         if config.leaves == 1:
             raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
-        predict, size = self._predictor(t, quality), size or config.resolution
+        predict, size = self.predictor(t, quality), size or config.resolution
         ignore = config.ignore if ignore is None else ignore
         small = labelled = load_labelled(images, masks, size, ignore=ignore)
         if size != config.resolution:
@@ -394,6 +394,6 @@ class SegdiffRun:
         if self.config.leaves == 1:
             raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
         return zero_shot_scores(
-            self.config, lambda label: self._predictor(t, quality, label), data, split=split, label_map=label_map,
+            self.config, lambda label: self.predictor(t, quality, label), data, split=split, label_map=label_map,
             fit=fit or self.config.fit, mask_set=mask_set,
         )  # fmt: skip

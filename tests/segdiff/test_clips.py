@@ -32,7 +32,7 @@ def still(count, seed=0, noise=10.0, size=(36, 46)):
 
 
 def labels_of(run, frames, smooth):
-    found = segment_frames(frames, run.config, run._predictor(None, "fast"), size=16, upsample="guided", smooth=smooth)
+    found = segment_frames(frames, run.config, run.predictor(None, "fast"), size=16, upsample="guided", smooth=smooth)
     return np.stack([labels for _, labels in found])
 
 
@@ -88,7 +88,7 @@ def test_frames_are_taken_as_they_are_needed(run):
             taken += 1
             yield frame
 
-    found = segment_frames(frames(), run.config, run._predictor(None, "fast"), size=16, upsample="guided", smooth=0.5)
+    found = segment_frames(frames(), run.config, run.predictor(None, "fast"), size=16, upsample="guided", smooth=0.5)
     next(found)
     assert taken <= 16
     assert sum(1 for _ in found) == 39

@@ -115,5 +115,5 @@ def test_the_model_is_told_the_class(stirred_run, voc, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert code == 0 and printed["classes"]["cat"]["told"] == "tabby" and printed["classes"]["dog"]["told"] is None
     images = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
-    masks = [run._predictor(None, "fast", label)(images) for label in (None, 0, 1)]
+    masks = [run.predictor(None, "fast", label)(images) for label in (None, 0, 1)]
     assert not torch.allclose(masks[0], masks[1]) and not torch.allclose(masks[1], masks[2])

@@ -34,7 +34,7 @@ def cell(setup: Setup, seed: int, smooth: float) -> Found:
     run = train(setup, "ours", seed, FULL)
     path = os.environ.get(CLIP)
     frames = panning(setup, run.config.resolution) if path is None else open_clip(path).frames
-    predict = run._predictor(None, "fast")
+    predict = run.predictor(None, "fast")
     options = {"size": run.config.resolution, "upsample": "guided", "smooth": smooth}
     changed, shown, last, count = 0.0, [], None, 0
     for frame, labels in segment_frames(frames, run.config, predict, **options):
