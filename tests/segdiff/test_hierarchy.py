@@ -96,6 +96,17 @@ def test_region_tokens_of_a_level_are_taken_inside_the_region(batch):
     torch.testing.assert_close(seen[0], masks * within)
 
 
+def test_the_third_level_splits_within_both_above(batch):
+    model, seen = nested((2, 2, 2)), []
+    third = model.levels[2].forward
+    model.levels[2].forward = lambda x, t, cond, within: seen.append((x, within)) or third(x, t, cond, within)
+    x, t = batch()
+    masks = model(x, t).bottleneck.masks
+    within = level_masks(masks, (2, 2, 2), 2)
+    torch.testing.assert_close(seen[0][1], within.flatten(0, 1)[:, None])
+    torch.testing.assert_close(seen[0][0], (within[:, :, None] * x[:, None]).flatten(0, 1))
+
+
 def test_labels_go_level_by_level():
     # three of five parts of region 0 share it; region 1 has one certain part of less
     masks = torch.tensor([0.2, 0.2, 0.2, 0.38, 0.01, 0.01]).view(6, 1, 1)
