@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from tyro.conf import Suppress
+from tyro.conf import Suppress, arg
 
 from factorkit.diffusion.objective import check_objective
 from factorkit.diffusion.schedule import Schedule
@@ -25,7 +25,7 @@ class SegdiffConfig(EngineConfig):
 
     resolution: int = 64
     """Pixels a side the model works at; photos are cropped to their centred square and resized."""
-    regions: int | tuple[int, ...] = 3
+    regions: Annotated[int | tuple[int, ...], arg(metavar="INT [INT ...]")] = 3
     """K, the number of soft regions; 1 is the plain DDPM. Several numbers are a hierarchy: 3 3 splits into 3 regions,
     and each of them into 3."""
     form: Literal["regional", "thesis"] = "regional"

@@ -139,8 +139,9 @@ class SegdiffTask:
             branches = np.stack([to_uint8(b) for b in each.unbind(1)], 1) / 255.0
         masks, nesting = out.bottleneck.masks.float().cpu(), self.config.nesting
         labels = hard_labels(masks, nesting)
-        coarser = [level_labels(labels, nesting, level).numpy() for level in range(1, len(nesting))]
-        sheet = pictures.segmentation_sheet(to_uint8(shown), masks.numpy(), branches, coarser=coarser)
+        levels = [level_labels(labels, nesting, level + 1).numpy() for level in range(len(nesting))]
+        levels = levels if len(nesting) > 1 else ()
+        sheet = pictures.segmentation_sheet(to_uint8(shown), masks.numpy(), branches, levels=levels)
         save_image(sheet, folder / f"{step:06d}_segmentation.png")
         return {} if self.config.leaves == 1 else self.alarms(model).to_dict()
 
