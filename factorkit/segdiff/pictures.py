@@ -68,8 +68,9 @@ def segmentation_sheet(
     """How images are taken apart: a row for each image; in columns the image, its regions, masks and branches.
 
     images: uint8 [N, H, W, 3]; masks: float [N, K, H, W] in [0, 1]; branches: float [N, K, H, W, 3] in [0, 1], what
-    each branch paints; truth: bool [N, H, W]; levels: of a hierarchy the labels of each level, integers
-    [N, H, W], the coarsest first; else the argmax of the masks is shown. The captions tell each region's colour and its mean share of the area.
+    each branch paints; truth: bool [N, H, W]; levels: of a hierarchy the labels of each level, integers [N, H, W], the
+    coarsest first; else the argmax of the masks is shown. The captions tell each region's colour and its mean share of
+    the area.
     """
     images, masks = np.asarray(images), np.asarray(masks)
     colors, areas = palette(masks.shape[1]), masks.mean(axis=(0, 2, 3))
