@@ -1,8 +1,9 @@
 """Procedural rooms: scenes of floor, wall and object, each of three parts, with exact labels at both levels.
 
 Made after 3D Shapes (Burgess and Kim 2018), on which the dissertation shows its hierarchy: one object on a floor
-before a wall, each in a colour of its own, but here with parts in shades of that colour. Each picture is drawn at twice
-its resolution and box-averaged; lengths are fractions of the picture's side.
+before a wall, but each in a range of hues of its own (which hue is floor and which is wall would else be for every
+picture to say), with parts in shades of it. Each picture is drawn at twice its resolution and box-averaged; lengths are
+fractions of the picture's side.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ THINGS = ("floor", "wall", "object")
 PARTS = (("ground", "rug", "strip"), ("plain", "window", "wainscot"), ("body", "lid", "band"))
 NESTING = (3, 3)  # things, and parts of each
 SHAPES = ("box", "cylinder", "cone", "dome")
-SHADES = (0.72, 0.4, 1.0)  # brightness of a thing's parts, give or take a little
-HUE_GAP = 0.17  # between the things of a picture, of the circle of hues
+HUES, HUE_SPREAD = (0.09, 0.43, 0.77), 0.07  # of the things, and how far a picture's may lie to either side
+SHADES = (0.75, 0.48, 1.0)  # brightness of a thing's parts, give or take a little
 
 
 def rooms(count: int, resolution: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -92,16 +93,13 @@ def _object(rng: np.random.Generator, labels: np.ndarray, x: np.ndarray, y: np.n
 def _paint(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     """Colours float32 [size, size, 3], about [0, 1] but not clipped: a hue for each thing, a shade for each part."""
     size = len(labels)
-    first = rng.uniform(0, 1)
-    spread = rng.uniform(0, 1 - 3 * HUE_GAP)
-    cut = rng.uniform(0, 1)
-    hues = np.array([first, first + HUE_GAP + spread * cut, first + 2 * HUE_GAP + spread])[rng.permutation(3)]
     colours = np.empty((9, 3), np.float32)
-    for thing, hue in enumerate(hues):
+    for thing, usual in enumerate(HUES):
+        hue = usual + rng.uniform(-HUE_SPREAD, HUE_SPREAD)
         saturation, value = rng.uniform(0.6, 0.95), rng.uniform(0.75, 1.0)
         for part, shade in enumerate(SHADES):
             brightness = value * shade * rng.uniform(0.93, 1.07)
-            colours[3 * thing + part] = colorsys.hsv_to_rgb(hue % 1, saturation, min(1.0, brightness))
+            colours[3 * thing + part] = colorsys.hsv_to_rgb(hue, saturation, min(1.0, brightness))
     picture = colours[labels] * (1 + 0.06 * _smooth_noise(rng, size, 3))
     return picture + 0.02 * rng.standard_normal(picture.shape, np.float32)
 

@@ -9,7 +9,7 @@ import pytest
 
 from factorkit.data.datasets import procedural_dataset
 from factorkit.data.labelled import load_labelled
-from factorkit.data.procedural_nested import HUE_GAP, rooms
+from factorkit.data.procedural_nested import HUE_SPREAD, HUES, rooms
 from factorkit.errors import ConfigError
 
 
@@ -37,15 +37,14 @@ def test_parts_share_their_things_hue_and_things_do_not():
         for axis in (0, 1):
             for step in (1, -1):
                 inner &= np.roll(label, step, axis) == label
-        hues = {}
-        for part in range(9):
-            here = inner & (label == part)
-            if here.sum() >= 8:
-                hues[part] = colorsys.rgb_to_hsv(*picture[here].mean(0) / 255)[0]
-        for a, of_a in hues.items():
-            for b, of_b in hues.items():
-                apart = abs((of_a - of_b + 0.5) % 1 - 0.5)
-                assert apart < 0.03 if a // 3 == b // 3 else apart > HUE_GAP - 0.03
+        for thing, usual in enumerate(HUES):
+            hues = [
+                colorsys.rgb_to_hsv(*picture[here].mean(0) / 255)[0]
+                for part in range(3)
+                if (here := inner & (label == 3 * thing + part)).sum() >= 8
+            ]
+            assert max(hues) - min(hues) < 0.03
+            assert all(abs(hue - usual) < HUE_SPREAD + 0.02 for hue in hues)
 
 
 def test_the_data_set_scores_both_levels():
