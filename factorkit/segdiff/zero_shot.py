@@ -115,9 +115,9 @@ def _of_class(
     told: int | None, fit: int,
 ) -> dict[str, Any] | None:  # fmt: skip
     """The scores of one class; None where there are too few pictures of it."""
-    shown = _showing(labelled, number)
+    shown = showing(labelled, number)
     rows = shown
-    if fitted is not None and len(known := _showing(fitted, number)):
+    if fitted is not None and len(known := showing(fitted, number)):
         source, chosen = fitted, known[:fit]
     else:
         source, chosen = labelled, shown[: min(fit, len(shown) // 2)]
@@ -140,6 +140,6 @@ def _of_class(
     }  # fmt: skip
 
 
-def _showing(labelled: Labelled, number: int) -> np.ndarray:
+def showing(labelled: Labelled, number: int) -> np.ndarray:
     """The pictures in which a class is seen."""
     return np.flatnonzero(((labelled.labels == number) & labelled.valid).any((1, 2)))
