@@ -52,7 +52,7 @@ class RegionLogitNorm(nn.Module):
         """logits [B, K, H, W]; same shape out. within: weights of the pixels [B, 1, H, W]; None: all count alike."""
         logits = logits - logits.mean(1, keepdim=True)
         if self.training:
-            weights = 1.0 if within is None else within / within.mean().clamp_min(1e-6)
+            weights = 1.0 if within is None else within / distributed.average(within.mean()).clamp_min(1e-6)
             moments = torch.stack([(logits * weights).mean((0, 2, 3)), (logits.square() * weights).mean((0, 2, 3))])
             moments = distributed.average(moments)
             mean, variance = moments[0], (moments[1] - moments[0].square()).clamp_min(0)
