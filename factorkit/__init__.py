@@ -58,15 +58,21 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'factorkit' has no attribute {name!r}")
 
 
-def load(path: str | Path, *, device: str = "auto") -> SegdiffRun | NerfdiffRun:
+def load(path: str | Path, *, device: str = "auto", weights: str = "average") -> SegdiffRun | NerfdiffRun:
     """A trained run from its folder or from one ``.safetensors`` file; no settings to repeat.
 
+    weights: of a segdiff run, the moving ``"average"``, or, from its folder, those of the ``"last"`` step.
+
     Raises:
+        ConfigError: the last weights of a file, or of a nerfdiff run.
         CheckpointError: nothing there, another model, or a damaged file (in a folder the previous checkpoint is taken).
     """
     from factorkit.engine.folder import model_name
     from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.segdiff.run import SegdiffRun
 
-    kind = NerfdiffRun if model_name(Path(path)) == "nerfdiff" else SegdiffRun
-    return kind.load(path, device=device)
+    if model_name(Path(path)) != "nerfdiff":
+        return SegdiffRun.load(path, device=device, weights=weights)
+    if weights != "average":
+        raise ConfigError(f"weights={weights!r}: {path} is a nerfdiff run; only its averaged weights can be loaded")
+    return NerfdiffRun.load(path, device=device)

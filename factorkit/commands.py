@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from factorkit.data.sources import Source, open_source
 from factorkit.engine.atomic import save_image
 from factorkit.engine.config import cpu_threads
 from factorkit.engine.report import verdict, write_report
+from factorkit.errors import ConfigError
 from factorkit.flag_types import Result
 from factorkit.metrics.baselines import BASELINES
 from factorkit.segdiff import pictures
@@ -85,6 +87,23 @@ def segment(run: Path, paths: Sequence[Path], out: Path, device: str, **options:
     return found, "\n".join(lines)
 
 
+def segment_video(run: Path, paths: Sequence[Path], out: Path, device: str, **options: Any) -> Result:
+    """A video with the regions laid over it; options are those of ``SegdiffRun.segment_video``.
+
+    Raises:
+        ConfigError: more than one path.
+    """
+    if len(paths) > 1:
+        raise ConfigError(f"--video takes one video or one folder of frames, not {len(paths)} paths")
+    made = load_run(run, device, "segdiff").segment_video(paths[0], out, **options)
+    areas = "/".join(f"{area:.2f}" for area in made.areas)
+    text = (
+        f"{made.frames} frames segmented: {out}\nareas of the regions {areas}; {made.changes:.1%} of the pixels change "
+        "region from frame to frame"
+    )
+    return made._asdict() | {"out": str(out)}, text
+
+
 def generate(run: Path, out: Path, device: str, **options: Any) -> Result:
     """Generated images with labels and masks, and one contact sheet; options are those of ``SegdiffRun.generate``."""
     drawn = load_run(run, device, "segdiff").generate(**options, progress=True)
@@ -99,6 +118,31 @@ def evaluate(run: Path, images: Path, masks: Path, device: str, **options: Any) 
     if model.folder is not None:
         write_report(model.folder)
     return scores, score_table(scores)
+
+
+def zero_shot(run: Path, data: Path, device: str, *, label_map: Path | None, **options: Any) -> Result:
+    """Scores of each class of another data set; options are those of ``SegdiffRun.evaluate_zero_shot``.
+
+    Raises:
+        ConfigError: a label map that is no JSON object.
+    """
+    told = None
+    if label_map is not None:
+        try:
+            told = json.loads(label_map.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{label_map}: no JSON: {error}") from error
+        if not isinstance(told, dict):
+            raise ConfigError(f"{label_map}: give an object of classes, such as {{\"dog\": \"Maltese dog\"}}")
+    found = load_run(run, device, "segdiff").evaluate_zero_shot(data, label_map=told, **options)
+    lines = [f"{'class':<20} {'told':<20} {'images':>6} {'Acc':>6} {'IoU':>6} {'mIoU':>6}"]
+    for name, one in found["classes"].items():
+        figures = " ".join(f"{one[key]:6.3f}" for key in ("acc", "iou", "miou"))
+        lines.append(f"{name:<20} {one['told'] or '-':<20} {one['images']:6} {figures}")
+    lines.append(f"{'mean':<48} " + " ".join(f"{found[key]:6.3f}" for key in ("acc", "iou", "miou")))
+    if found["missing"]:
+        lines.append("too few pictures to score: " + ", ".join(found["missing"]))
+    return found, "\n".join(lines)
 
 
 def demo(out: Path, seed: int) -> Result:
@@ -191,6 +235,8 @@ def _pixels(images) -> np.ndarray:
 
 def score_table(scores: dict[str, Any]) -> str:
     """Acc, IoU and DICE of the model, its oracle and the baselines, and what they were measured on."""
+    if "within" in scores:
+        return nested_table(scores)
     oracle = {key: scores[f"oracle_{key}"] for key in ("acc", "iou", "dice")}
     rows = [("model", scores), ("  oracle, best for each image", oracle)]
     baselines = scores.get("baselines", {})
@@ -207,6 +253,16 @@ def score_table(scores: dict[str, Any]) -> str:
         f"{scores['scored']} images scored at {scores['size']} px; foreground is region {foreground}, fitted on "
         f"{scores['fitted_on']} others; areas of the regions {regions}"
     )
+    return "\n".join(lines)
+
+
+def nested_table(scores: dict[str, Any]) -> str:
+    """Accuracy at each level of a hierarchy."""
+    lines = [f"{'':<10} {'accuracy':>9} {'within':>7} {'largest class':>14}"]
+    figures = zip(scores["accuracy"], scores["within"], scores["chance"], strict=True)
+    lines += [f"level {n:<4} {a:9.3f} {w:7.3f} {c:14.3f}" for n, (a, w, c) in enumerate(figures, start=1)]
+    lines.append("accuracy: right at this level and all above; within: right among those right at the level above")
+    lines.append(f"{scores['scored']} images scored at {scores['size']} px; matched on {scores['fitted_on']} others")
     return "\n".join(lines)
 
 

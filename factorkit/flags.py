@@ -40,6 +40,7 @@ class Train(Command, Generic[Config]):
     PRESETS
         A preset sets the defaults of the flags below; --help together with --preset shows them.
         demo, fast32, fast64      the regional form: small models whose regions follow content within minutes
+        rooms32                   regions within regions (--regions 3 3); without --data: procedural rooms
         flowers64, flowers128, cub64, cub128, ffhq64, ffhq128, imagenet64
                                   the thesis' settings, to the letter; they want a GPU
 
@@ -118,6 +119,7 @@ class Segment(RunCommand):
         contact_sheet.png   the first 32 images beside their regions
         annotations.json    with --formats coco: run lengths, areas and boxes in COCO's form
         segments.jsonl      what is finished
+    With --video a moving picture becomes a video with its regions laid over it, in colours that stay.
 
     Folders keep their structure. Images that cannot be read are skipped, counted and named. The same command again
     goes on where the first one stopped, and does again only what has changed.
@@ -126,6 +128,7 @@ class Segment(RunCommand):
         factorkit segment runs/photos holiday.jpg --out segmented
         factorkit segment runs/photos more_photos/ --out segmented -t 50
         factorkit segment runs/photos archive/ --out segmented --formats labels coco --size 128
+        factorkit segment runs/photos walk.mp4 --video --out walk_regions.mp4
     """
 
     paths: Positional[Annotated[tuple[Path, ...], arg(metavar="PATHS...", help_behavior_hint="(required)")]]
@@ -138,18 +141,27 @@ class Segment(RunCommand):
     """Pixels of the short side at which the network looks; without: the training's. More shows it smaller things."""
     upsample: Literal["guided", "bilinear"] = "guided"
     """guided: masks follow the edges of large photographs; bilinear: they stay smooth."""
+    quality: Literal["fast", "best"] = "fast"
+    """best averages masks over draws of noise, noise levels and the mirror image, at twelve times the cost."""
     formats: tuple[Literal["labels", "masks", "overlays", "coco"], ...] = ("labels", "masks", "overlays")
     """What to write of each image."""
     workers: OptionalInt = None
     """Threads that read, and as many that write; without: one a core, at most 8."""
+    video: bool = False
+    """PATHS is one video, or a folder of frames in the order of their names; OUT an .mp4, .mkv or .mov."""
+    smooth: float = 0.8
+    """With --video: how much masks are averaged over time where the picture stands still, from 0 to below 1."""
 
     def run_command(self) -> Result:
         if not self.paths:
             raise ConfigError("no images are named. The form is: factorkit segment RUN PATHS... --out DIR")
         from factorkit import commands
 
-        options = {"t": self.t, "size": self.size, "upsample": self.upsample, "formats": self.formats}
-        return commands.segment(self.run, self.paths, self.out, self.device, workers=self.workers, **options)
+        options = {"t": self.t, "size": self.size, "upsample": self.upsample, "quality": self.quality}
+        if self.video:
+            return commands.segment_video(self.run, self.paths, self.out, self.device, smooth=self.smooth, **options)
+        options |= {"formats": self.formats, "workers": self.workers}
+        return commands.segment(self.run, self.paths, self.out, self.device, **options)
 
 
 @dataclass(kw_only=True)
@@ -197,7 +209,8 @@ class Evaluate(RunCommand):
     """Score a segdiff run against foreground masks, or a nerfdiff run against views with true poses.
 
     With --images and --masks: Acc, IoU and DICE of the regions, means over images. With --views: degrees, PSNR and SSIM
-    of cameras and renders.
+    of cameras and renders. With --data: of a data set whose masks hold classes, such as PASCAL VOC, each class by
+    itself, over the pictures that show it (zero-shot transfer, table 2.7).
 
     Which regions are foreground is fitted on the first FIT labelled images and then fixed; the rest are scored. The
     oracle chooses anew for each image by its own label: an upper bound, no result. Images and masks match by name
@@ -207,13 +220,21 @@ class Evaluate(RunCommand):
     EXAMPLES
         factorkit evaluate runs/flowers --images photos/ --masks masks/ --ignore 128 --fit 16
         factorkit evaluate runs/flowers --images photos/ --masks masks/ --baselines
+        factorkit evaluate runs/imagenet --data VOCdevkit/ --split val
         factorkit evaluate runs/lego --views lego/ --split test --json
     """
 
     views: OptionalPath = None
     """Views with true poses, of any kind that `train nerfdiff` reads."""
-    split: Annotated[Literal["train", "test"] | None, arg(help_behavior_hint="")] = None
-    """Which of the views; without: all."""
+    data: OptionalPath = None
+    """A data set with masks of classes, of any layout that `factorkit prepare --list` names."""
+    label_map: OptionalPath = None
+    """With --data: a .json of the data set's classes and the run's class the model is told for each; without: the
+    dissertation's for VOC and a run on ImageNet, nothing for others."""
+    mask_set: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """With --data: which set of masks, of a data set that has several."""
+    split: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """Which of the views, train or test; without: all. With --data: whose pictures are scored; without: val."""
     refine: int = 0
     """Of nerfdiff: steps by which the encoder's poses are refined."""
     images: OptionalPath = None
@@ -230,17 +251,31 @@ class Evaluate(RunCommand):
     """Noise level at which to segment, 0 to T-1; without: the run's own (30)."""
     size: OptionalInt = None
     """Pixels a side at which to score; without: the model's resolution."""
+    quality: Literal["fast", "best"] = "fast"
+    """As of factorkit segment."""
+    nesting: Annotated[tuple[int, ...], arg(metavar="INT INT...", help_behavior_hint="")] = ()
+    """The masks are labels within labels, so many at each level: score every level of a hierarchy. 3 3: label 3 i + j
+    is part j of class i."""
 
     def run_command(self) -> Result:
         if self.views is not None:
             from factorkit import commands_nerfdiff
 
+            if self.split not in (None, "train", "test"):
+                raise ConfigError(f"--split {self.split}: views have the splits train and test")
             return commands_nerfdiff.evaluate(self.run, self.views, self.split, self.refine, self.device)
+        if self.data is not None:
+            from factorkit import commands
+
+            options = {"fit": self.fit, "t": self.t, "quality": self.quality, "mask_set": self.mask_set}
+            options |= {"split": self.split or "val", "label_map": self.label_map}
+            return commands.zero_shot(self.run, self.data, self.device, **options)
         if self.images is None or self.masks is None:
-            raise ConfigError("nothing to score with: give --images and --masks, or --views for a nerfdiff run")
+            raise ConfigError("nothing to score with: give --images and --masks, --data, or --views for a nerfdiff run")
         from factorkit import commands
 
         options = {"fit": self.fit, "ignore": self.ignore, "baselines": self.baselines, "t": self.t, "size": self.size}
+        options |= {"quality": self.quality, "nesting": self.nesting or None}
         return commands.evaluate(self.run, self.images, self.masks, self.device, **options)
 
 

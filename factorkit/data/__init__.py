@@ -7,6 +7,7 @@ from factorkit.data.labelled import Labelled, load_labelled
 from factorkit.data.layouts import LAYOUTS
 from factorkit.data.prepare import Prepared, prepare
 from factorkit.data.procedural import flowers
+from factorkit.data.procedural_nested import rooms
 from factorkit.data.procedural_scene import procedural_views
 from factorkit.data.sources import Source, open_source
 from factorkit.data.views import Views
@@ -31,6 +32,7 @@ __all__ = [
     "procedural_dataset",
     "procedural_views",
     "read_classes",
+    "rooms",
     "square",
     "to_rgb",
 ]

@@ -48,6 +48,7 @@ class Dataset:
         class_names: one for each class; None with `labels`.
         splits: every split of an official layout by name, those that are not used here too.
         notes: what a user should know about how it was read, a sentence each.
+        nesting: where the masks are labels within labels, how many classes each level has, the coarsest first.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Dataset:
     class_names: list[str] | None = None
     splits: Mapping[str, Split] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    nesting: tuple[int, ...] | None = None
 
 
 def divide(name: str, layout: Layout, holdout: str | int, mask_set: str | None, known: str | None = None) -> Dataset:

@@ -11,6 +11,7 @@ from typing import Any
 from factorkit.data.dataset_splits import Dataset, Split, divide
 from factorkit.data.layouts import Layout, read_layout
 from factorkit.data.procedural import flowers
+from factorkit.data.procedural_nested import NESTING, rooms
 from factorkit.data.sources import ArraySource, ZipSource, open_source
 from factorkit.errors import ConfigError, DataError
 
@@ -52,17 +53,22 @@ def open_dataset(data: Any, *, holdout: str | int = "auto", mask_set: str | None
     return divide(name, layout, holdout, mask_set, known)
 
 
-def procedural_dataset(resolution: int, train: int = 2000, test: int = 216, seed: int = 0) -> Dataset:
+def procedural_dataset(
+    resolution: int, train: int = 2000, test: int = 216, seed: int = 0, nested: bool = False
+) -> Dataset:
     """The shipped flowers: `train` unlabelled and `test` labelled pictures, drawn from different seeds.
+
+    With `nested` the shipped rooms instead, whose masks are labels within labels.
 
     Raises:
         ConfigError: no training or test pictures, or what `flowers` refuses.
     """
     if train < 1 or test < 1:
         raise ConfigError(f"train={train}, test={test}: both must be 1 or more.")
-    train_images, _ = flowers(train, resolution, seed)
-    test_images, test_masks = flowers(test, resolution, TEST_SEED_OFFSET + seed)
-    return Dataset("procedural flowers", ArraySource(train_images), ArraySource(test_images), ArraySource(test_masks))
+    draw, name = (rooms, "procedural rooms") if nested else (flowers, "procedural flowers")
+    train_images, _ = draw(train, resolution, seed)
+    images, masks = map(ArraySource, draw(test, resolution, TEST_SEED_OFFSET + seed))
+    return Dataset(name, ArraySource(train_images), images, masks, nesting=NESTING if nested else None)
 
 
 def _read_folder_with_masks(data: Any) -> Layout | None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from factorkit.engine.atomic import replacing
 from factorkit.engine.checkpoint import Checkpoints, read_checkpoint
-from factorkit.errors import CheckpointError
+from factorkit.errors import CheckpointError, ConfigError
 
 CONFIG = "config.json"
 LOCK = ".lock"
+WEIGHTS = {"average": "ema.module.", "last": "model."}  # where a checkpoint keeps them
 
 
 def claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str]) -> None:
@@ -99,12 +100,17 @@ def model_name(path: Path) -> str | None:
     return None
 
 
-def read_weights(path: Path, model: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The averaged weights and the settings in a run folder (its newest whole checkpoint) or a ``.safetensors`` file.
+def read_weights(path: Path, model: str, weights: str = "average") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and the settings in a run folder (its newest whole checkpoint) or a ``.safetensors`` file.
+
+    weights: "average", the moving average, or "last", those of the last step themselves, which only checkpoints hold.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another model than ``model``.
+        ConfigError: other ``weights``, or the last ones of a file that was saved without them.
     """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights={weights!r} is unknown; choose one of {', '.join(WEIGHTS)}")
     if path.is_dir():
         read_settings(path)
         found = Checkpoints(path / "checkpoints").latest()
@@ -115,8 +121,11 @@ def read_weights(path: Path, model: str) -> tuple[dict[str, Tensor], dict[str, A
         tensors, meta = read_checkpoint(path)
     if meta.get("model") != model:
         raise CheckpointError(f"{path} holds a {meta.get('model')!r} model, not {model}")
-    prefix = "ema.module."
-    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}, meta
+    prefix = WEIGHTS[weights]
+    found = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    if not found:
+        raise ConfigError(f"{path} holds no weights of the {weights} step: load the run folder, or weights='average'")
+    return found, meta
 
 
 def write_json(path: Path, values: Any) -> None:

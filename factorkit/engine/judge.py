@@ -89,6 +89,9 @@ def _judge_regions(log: list[dict[str, Any]], scores: dict[str, Any]) -> Verdict
             beaten = iou > best[1]
             sentence += f"; the best baseline, {best[0]}, has {best[1]:.3f}"
         details.append(sentence + ".")
+    elif isinstance(levels := scores.get("accuracy"), list):
+        found = ", ".join(f"{value:.3f} at level {n}" for n, value in enumerate(levels, start=1))
+        details.append(f"Accuracy {found}, on {scores.get('scored')} labelled images.")
     elif alarms:
         details.append("No labelled images were scored yet; the alarms certify content, not objects.")
 

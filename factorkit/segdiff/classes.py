@@ -37,13 +37,14 @@ def chosen_labels(classes: Any, names: Sequence[str], count: int, guidance: floa
         chosen = list(range(len(names)))
     else:
         asked = [classes] if isinstance(classes, (str, int, np.integer)) else list(classes)
-        chosen = [_label(one, names) for one in asked]
+        chosen = [label_of(one, names) for one in asked]
     if not chosen:
         raise ConfigError("classes= is an empty list; name a class, or leave it out")
     return torch.tensor(chosen, dtype=torch.int64).repeat(-(-count // len(chosen)))[:count]
 
 
-def _label(asked: Any, names: Sequence[str]) -> int:
+def label_of(asked: Any, names: Sequence[str]) -> int:
+    """The label of a class given by name or number, -1 for None. Raises ConfigError for one that is not there."""
     if asked is None:
         return -1
     if isinstance(asked, str) and asked in names:

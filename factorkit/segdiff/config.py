@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from tyro.conf import Suppress
+from tyro.conf import Suppress, arg
 
 from factorkit.diffusion.objective import check_objective
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.config import EngineConfig
 from factorkit.errors import ConfigError
 from factorkit.ops.norm import NORMS
+from factorkit.segdiff.hierarchy import HierarchicalUNet, check_nesting, nesting_of
 from factorkit.segdiff.model import FactorizedUNet, check_architecture
 
 
@@ -24,8 +25,9 @@ class SegdiffConfig(EngineConfig):
 
     resolution: int = 64
     """Pixels a side the model works at; photos are cropped to their centred square and resized."""
-    regions: int = 3
-    """K, the number of soft regions; 1 is the plain DDPM."""
+    regions: Annotated[int | tuple[int, ...], arg(metavar="INT [INT ...]")] = 3
+    """K, the number of soft regions; 1 is the plain DDPM. Several numbers are a hierarchy: 3 3 splits into 3 regions,
+    and each of them into 3."""
     form: Literal["regional", "thesis"] = "regional"
     """"thesis" is the letter of chapter 2; "regional" adds what makes the regions follow content at modest budgets."""
     decoding: Literal["masked_skips", "concat", "masked_mid", "unshared"] = "masked_skips"
@@ -103,6 +105,16 @@ class SegdiffConfig(EngineConfig):
 
     RESUMABLE = EngineConfig.RESUMABLE | {"checkpoint_branches"}
 
+    @property
+    def nesting(self) -> tuple[int, ...]:
+        """How many regions each level splits into, the coarsest first."""
+        return nesting_of(self.regions)
+
+    @property
+    def leaves(self) -> int:
+        """How many regions the deepest level has in all; K where there is one level."""
+        return math.prod(self.nesting)
+
     def resolved(self) -> SegdiffConfig:
         """The same configuration with every "None: by the form" filled in, checked.
 
@@ -112,6 +124,8 @@ class SegdiffConfig(EngineConfig):
         if self.form not in FORMS:
             raise ConfigError(f"form={self.form!r} is unknown; choose one of {', '.join(FORMS)}")
         defaults = dict(FORMS[self.form])
+        if len(self.nesting) == 1:
+            self = dataclasses.replace(self, regions=self.nesting[0])  # (3,) and 3 are one setting
         if self.decoding == "concat":
             defaults["region_tokens"] = False  # one branch
         if self.masks == "competition":
@@ -168,14 +182,17 @@ class SegdiffConfig(EngineConfig):
             raise ConfigError(f"tail={self.tail} must lie between 0 and 1; 0 where t_max={self.t_max} leaves no tail")
         if not 0 <= self.segment_t < self.timesteps:
             raise ConfigError(f"segment_t={self.segment_t} must lie between 0 and timesteps-1={self.timesteps - 1}")
-        check_architecture(
-            self.regions, self.resolution, self.multipliers, self.decoding, self.branch_norm, self.region_tokens,
-            self.half_resolution_masks, self.masks, self.normalised_logits,
-        )  # fmt: skip
+        if len(self.nesting) != 1:
+            check_nesting(self.nesting, self.decoding, self.masks)
+        for regions in self.nesting:
+            check_architecture(
+                regions, self.resolution, self.multipliers, self.decoding, self.branch_norm, self.region_tokens,
+                self.half_resolution_masks, self.masks, self.normalised_logits,
+            )  # fmt: skip
 
     def memory_advice(self, at_once: int) -> str:
         cures = [f"micro_batch_size={at_once // 2}, which changes memory only"] if at_once > 1 else []
-        if self.regions > 1 and self.decoding != "concat" and not self.checkpoint_branches:
+        if self.leaves > 1 and self.decoding != "concat" and not self.checkpoint_branches:
             cures.append("checkpoint_branches=True, for the memory of one branch at a slower pace")
         return "Give " + " or ".join(cures or ["a smaller width= or resolution= in another out="])
 
@@ -183,14 +200,15 @@ class SegdiffConfig(EngineConfig):
         """The path from image to noise of a resolved configuration."""
         return Schedule(self.timesteps, self.schedule, device)
 
-    def build(self) -> FactorizedUNet:
+    def build(self) -> FactorizedUNet | HierarchicalUNet:
         """The network of a resolved configuration, with fresh weights, channels last."""
         names = (
             "regions", "resolution", "width", "multipliers", "blocks", "attention", "heads", "groups", "dropout",
             "decoding", "branch_norm", "region_tokens", "normalised_logits", "half_resolution_masks",
             "checkpoint_branches", "masks",
         )  # fmt: skip
-        model = FactorizedUNet(**{name: getattr(self, name) for name in names}, classes=len(self.class_names))
+        kind = FactorizedUNet if isinstance(self.regions, int) else HierarchicalUNet
+        model = kind(**{name: getattr(self, name) for name in names}, classes=len(self.class_names))
         # as its features lie: a convolution would otherwise turn its weights round in every call
         return model.to(memory_format=torch.channels_last)
 
@@ -219,6 +237,8 @@ _THESIS128 = {"form": "thesis", "resolution": 128, "multipliers": (1, 1, 2, 3, 4
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": _SMALL,
     "fast32": _SMALL | {"steps": 800},
+    # regions within regions, on the procedural rooms
+    "rooms32": _SMALL | {"regions": (3, 3), "steps": 800},
     # twice the pixels a side show the same shapes through twice the noise, hence the later t_max
     "fast64": _SMALL | {"resolution": 64, "multipliers": (1, 2, 3, 4), "steps": 1500, "t_max": 720},
     "flowers64": _THESIS64 | {"steps": 50_000},

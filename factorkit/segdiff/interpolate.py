@@ -12,6 +12,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import ConfigError, DataError
 from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.model import FactorizedUNet
 from factorkit.segdiff.task import to_unit
 
@@ -73,7 +74,7 @@ def interpolate_pictures(
         images.append(to_unit(way.images))
         masks.append(way.bottleneck.masks.float().cpu())
     masks = torch.stack(masks)
-    return Interpolation(torch.stack(images), masks, masks.argmax(2), shares, to_unit(a), to_unit(b))
+    return Interpolation(torch.stack(images), masks, hard_labels(masks, config.nesting), shares, to_unit(a), to_unit(b))
 
 
 def paired(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

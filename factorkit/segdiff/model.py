@@ -52,11 +52,13 @@ class RegionLogitNorm(nn.Module):
         self.register_buffer("mean", torch.zeros(regions))
         self.register_buffer("variance", torch.ones(regions))
 
-    def forward(self, logits: Tensor) -> Tensor:
-        """logits [B, K, H, W]; same shape out."""
+    def forward(self, logits: Tensor, within: Tensor | None = None) -> Tensor:
+        """logits [B, K, H, W]; same shape out. within: weights of the pixels [B, 1, H, W]; None: all count alike."""
         logits = logits - logits.mean(1, keepdim=True)
         if self.training:
-            moments = distributed.average(torch.stack([logits.mean((0, 2, 3)), logits.square().mean((0, 2, 3))]))
+            weights = 1.0 if within is None else within / distributed.average(within.mean()).clamp_min(1e-6)
+            moments = torch.stack([(logits * weights).mean((0, 2, 3)), (logits.square() * weights).mean((0, 2, 3))])
+            moments = distributed.average(moments)
             mean, variance = moments[0], (moments[1] - moments[0].square()).clamp_min(0)
             with torch.no_grad():
                 self.mean.lerp_(mean, self.momentum)
@@ -163,21 +165,25 @@ class FactorizedUNet(Denoiser):
             self.decoder = decoder(channels, norm=branch_norm)
         self.tokens = RegionTokens(channels, width, embed) if region_tokens else None
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, within: Tensor | None = None
+    ) -> Denoised:
         """Prediction [B, C, H, W] and :class:`Regions`; for ``regions=1`` the mask is one everywhere.
 
         cond: labels int64 [B], -1 where there is none; None is no label for all.
+        within: [B, 1, H, W] in [0, 1], the part of the picture that is to be split, of a level of a hierarchy; logits
+            are normalised and region tokens taken within it.
         """
         embedding, skips, h = self._encode(x_t, t, cond)
         if self.regions == 1:
             prediction = at_least_fp32(self.decoder(h, skips, embedding))
             return Denoised(prediction, Regions(torch.ones_like(prediction[:, :1]), prediction[:, None]))
-        contest = self._contest(x_t, h, skips, embedding)
+        contest = self._contest(x_t, h, skips, embedding, within)
         masks = contest.logits.softmax(1)
         if self.decoding == "concat":
             prediction = at_least_fp32(self._concat_decode(h, skips, embedding, masks))
             return Denoised(prediction, Regions(masks, None, contest.score))
-        branches = self._decode(x_t, h, skips, embedding, masks)
+        branches = self._decode(x_t, h, skips, embedding, masks, within)
         masks, prediction = ops.region_blend(contest.logits, branches)
         return Denoised(prediction, Regions(masks, branches.unflatten(0, masks.shape[:2]), contest.score))
 
@@ -191,6 +197,12 @@ class FactorizedUNet(Denoiser):
         embedding, skips, h = self._encode(x_t, t, cond)
         return self._logits(h, skips, embedding).softmax(1)
 
+    def mask_parameters(self) -> list[nn.Parameter]:
+        """What the masks alone are made by; nothing for ``regions=1``."""
+        if self.regions == 1:
+            return []
+        return list((self.mask_generator if self.competition is None else self.competition).parameters())
+
     def _encode(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
         embedding = self.time(t)
         if self.labels is not None:
@@ -199,27 +211,32 @@ class FactorizedUNet(Denoiser):
         skips = self.encoder(x_t, embedding)
         return embedding, skips, self.middle(skips[-1], embedding)
 
-    def _contest(self, x_t: Tensor, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Contest:
+    def _contest(
+        self, x_t: Tensor, h: Tensor, skips: list[Tensor], embedding: Tensor, within: Tensor | None
+    ) -> Contest:
         if self.competition is not None:
             contest = self.competition(x_t)
             # The places learn by the score alone: the branches' gradient leads them astray (horses .65 instead of .67)
             return contest._replace(logits=contest.logits.detach())
-        return Contest(self._logits(h, skips, embedding), None)
+        return Contest(self._logits(h, skips, embedding, within), None)
 
-    def _logits(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+    def _logits(self, h: Tensor, skips: list[Tensor], embedding: Tensor, within: Tensor | None = None) -> Tensor:
         cut = int(self.half_resolution_masks)
         logits = at_least_fp32(self.mask_generator(h, skips[cut * (self.blocks + 1) :], embedding))
         if cut:
             logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
-        return logits if self.logit_norm is None else self.logit_norm(logits)
+        return logits if self.logit_norm is None else self.logit_norm(logits, within)
 
-    def _decode(self, x_t: Tensor, h: Tensor, skips: list[Tensor], embedding: Tensor, masks: Tensor) -> Tensor:
+    def _decode(
+        self, x_t: Tensor, h: Tensor, skips: list[Tensor], embedding: Tensor, masks: Tensor, within: Tensor | None
+    ) -> Tensor:
         """The K branches, [B*K, C, H, W] with the branch index fastest."""
         regions = self.regions
         pyramid = ops.mask_pyramid(masks, self.levels - 1)
         per_branch = embedding[:, None].expand(-1, regions, -1)
         if self.tokens is not None:
-            per_branch = per_branch + self.tokens(x_t, masks).to(embedding.dtype)
+            pooled = masks if within is None else masks * within
+            per_branch = per_branch + self.tokens(x_t, pooled).to(embedding.dtype)
         one_by_one = self.checkpoint_branches and self.training and torch.is_grad_enabled()
         if self.decoding == "unshared" or one_by_one:
             outs = [self._branch(k, h, skips, per_branch[:, k], pyramid, one_by_one) for k in range(regions)]

@@ -63,21 +63,25 @@ def segmentation_sheet(
     masks: np.ndarray,
     branches: np.ndarray | None = None,
     truth: np.ndarray | None = None,
+    levels: Sequence[np.ndarray] = (),
 ) -> Image.Image:
     """How images are taken apart: a row for each image; in columns the image, its regions, masks and branches.
 
     images: uint8 [N, H, W, 3]; masks: float [N, K, H, W] in [0, 1]; branches: float [N, K, H, W, 3] in [0, 1], what
-    each branch paints; truth: bool [N, H, W]. The captions tell each region's colour and its mean share of the area.
+    each branch paints; truth: bool [N, H, W]; levels: of a hierarchy the labels of each level, integers [N, H, W], the
+    coarsest first; else the argmax of the masks is shown. The captions tell each region's colour and its mean share of
+    the area.
     """
     images, masks = np.asarray(images), np.asarray(masks)
     colors, areas = palette(masks.shape[1]), masks.mean(axis=(0, 2, 3))
-    captions: list[Caption] = ["image", "regions"]
+    captions: list[Caption] = ["image", *([f"level {n + 1}" for n in range(len(levels))] or ["regions"])]
+    levels = levels or [masks.argmax(axis=1)]
     captions += [] if truth is None else ["truth"]
     captions += [(f"mask {k}: {areas[k]:.0%}", colors[k]) for k in range(len(colors))]
     captions += [] if branches is None else [(f"branch {k}", colors[k]) for k in range(len(colors))]
     rows = []
     for n, image in enumerate(images):
-        row = [image, outlined(image, masks[n].argmax(axis=0))]
+        row = [image, *(outlined(image, labels[n]) for labels in levels)]
         row += [] if truth is None else [grey(truth[n])]
         row += [grey(mask) for mask in masks[n]]
         row += [] if branches is None else [grey(painted) for painted in branches[n]]

@@ -16,6 +16,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import ConfigError
 from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.interpolate import paired
 from factorkit.segdiff.model import FactorizedUNet
 from factorkit.segdiff.sampling import PIECE, branch_estimates, edit_level, levels
@@ -134,10 +135,10 @@ def recompose_pictures(
         DataError: so many pictures cannot be paired.
     """
     top = levels(config)
-    if config.regions == 1:
+    if config.leaves == 1:
         raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to edit")
-    if not 0 <= region < config.regions:
-        raise ConfigError(f"region={region}: this run has regions 0 to {config.regions - 1}")
+    if not 0 <= region < config.leaves:
+        raise ConfigError(f"region={region}: this run has regions 0 to {config.leaves - 1}")
     if remove and (sources is not None or t is not None):
         raise ConfigError("a region is removed or brought from elsewhere: give remove, or from and t, not both")
     if not 1 <= steps <= top:
@@ -172,4 +173,4 @@ def recompose_pictures(
         parts.append((to_unit(images), masks, weights.kept[:, 0].cpu()))
     images, masks, kept = map(torch.cat, zip(*parts, strict=True))
     seen = to_unit(sources) if brought else None
-    return Recomposition(images, masks, masks.argmax(1), to_unit(originals), seen, kept)
+    return Recomposition(images, masks, hard_labels(masks, config.nesting), to_unit(originals), seen, kept)

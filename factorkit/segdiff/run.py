@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,68 +14,36 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from factorkit.data.images import square, to_rgb
+from factorkit.data.clips import open_clip
+from factorkit.data.images import square
 from factorkit.data.labelled import load_labelled
 from factorkit.data.sources import Source, open_source
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.folder import read_weights, write_json
-from factorkit.errors import CheckpointError, ConfigError, DataError, OutOfMemory, is_out_of_memory
+from factorkit.errors import CheckpointError, ConfigError, OutOfMemory, is_out_of_memory
 from factorkit.metrics.baselines import score_baselines
+from factorkit.metrics.nested import nested_accuracy
 from factorkit.metrics.segmentation import evaluate_masks
+from factorkit.segdiff.answers import Frame, Generation, Segmentation
 from factorkit.segdiff.branches import Branches, take_apart
 from factorkit.segdiff.classes import chosen_labels
+from factorkit.segdiff.clips import VideoSegments, segment_frames, write_video
 from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.hierarchy import hard_labels
+from factorkit.segdiff.inputs import as_pictures
 from factorkit.segdiff.interpolate import Interpolation, interpolate_pictures
 from factorkit.segdiff.model import FactorizedUNet
+from factorkit.segdiff.quality import averaged_masks, quality_of
 from factorkit.segdiff.recompose import Recomposition, recompose_pictures
 from factorkit.segdiff.results import DEFAULT_FORMATS
 from factorkit.segdiff.sampling import draw_images, edit_level
 from factorkit.segdiff.segment import check_segmenting, no_room, own_pixels, see, small_masks
 from factorkit.segdiff.segment_folder import FolderSegments, segment_folder
-from factorkit.segdiff.task import predict_masks, to_float, to_unit
+from factorkit.segdiff.task import to_float, to_unit
+from factorkit.segdiff.zero_shot import zero_shot_scores
 
 SCORES = "scores.json"
-
-
-class Segmentation(NamedTuple):
-    """Regions of real images, at their own sizes.
-
-    Attributes:
-        labels: the most probable region of each pixel, int64 [B, H, W]; a list of [H, W] where sizes differ.
-        masks: its soft masks, fp32 [B, K, H, W], summing to 1 over K; a list of [K, H, W] where sizes differ.
-        names: where each image came from.
-    """
-
-    labels: Tensor | list[Tensor]
-    masks: Tensor | list[Tensor]
-    names: list[str]
-
-
-class Frame(NamedTuple):
-    """One step of the refinement from noise to image (fig. 2.10)."""
-
-    t: int
-    images: Tensor  # [n, 3, R, R] in [0, 1], the clean image as the model guesses it at level t
-    masks: Tensor  # [n, K, R, R]
-
-
-class Generation(NamedTuple):
-    """Images drawn from noise, with the masks they were made through.
-
-    Attributes:
-        images: [n, 3, R, R] in [0, 1].
-        masks: [n, K, R, R].
-        labels: int64 [n, R, R].
-        trajectory: every denoising step, noise first, where it was asked for.
-        classes: what each image was asked to be of, None for anything; None where nothing was asked.
-    """
-
-    images: Tensor
-    masks: Tensor
-    labels: Tensor
-    trajectory: list[Frame] | None
-    classes: list[str | None] | None = None
 
 
 class SegdiffRun:
@@ -91,20 +59,23 @@ class SegdiffRun:
         self.schedule = config.noising(device)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> SegdiffRun:
+    def load(cls, path: str | Path, *, device: str | torch.device = "auto", weights: str = "average") -> SegdiffRun:
         """Load a run folder (its newest whole checkpoint) or a single ``.safetensors`` file.
+
+        weights: ``"average"``, the moving average, or ``"last"``, of a folder, those of its last step.
 
         Raises:
             CheckpointError: nothing there, damaged, or not a segdiff model.
+            ConfigError: other ``weights``, or the last ones of a file.
         """
         path = Path(path)
-        weights, meta = read_weights(path, "segdiff")
+        found, meta = read_weights(path, "segdiff", weights)
         fields = {f.name for f in dataclasses.fields(SegdiffConfig)}
         config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields}).resolved()
         with torch.device("meta"):
             model = config.build()
         try:
-            model.load_state_dict(weights, assign=True)
+            model.load_state_dict(found, assign=True)
         except RuntimeError as error:
             raise CheckpointError(f"the weights in {path} do not fit the model of its settings: {error}") from error
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
@@ -122,8 +93,9 @@ class SegdiffRun:
         return json.loads(path.read_text()) if path and path.exists() else None
 
     def segment(
-        self, images: Any, t: int | None = None, *, size: int | None = None, upsample: str = "guided"
-    ) -> Segmentation:
+        self, images: Any, t: int | None = None, *, size: int | None = None, upsample: str = "guided",
+        quality: str = "fast",
+    ) -> Segmentation:  # fmt: skip
         """Regions of real images, one forward pass each; the decoders are never run.
 
         The whole picture is segmented: its short side is brought to ``size``, the long side kept in proportion, and the
@@ -139,28 +111,31 @@ class SegdiffRun:
                 smaller things.
             upsample: ``"guided"`` lets the masks take over the picture's edges (:mod:`factorkit.nn.guided`) where it
                 has more pixels than the network saw, ``"bilinear"`` only interpolates them.
+            quality: ``"best"`` averages the masks of several draws of noise, of several levels around t and of the
+                mirror image (:mod:`factorkit.segdiff.quality`), at twelve times the cost of ``"fast"``, one look.
 
         Raises:
             ConfigError: t out of range, or a plain DDPM, which has no regions.
             DataError: nothing to read, or an image that cannot be decoded.
             OutOfMemory: an image too large for the machine.
         """
-        t, size = self._level(t), check_segmenting(self.config, size, upsample)
+        predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
         pictures, names = as_pictures(images)
-        masks = [self._masks_of(picture, t, size, upsample) for picture in pictures]
-        labels = [m.argmax(0) for m in masks]
+        masks = [self._masks_of(picture, predict, size, upsample) for picture in pictures]
+        labels = [hard_labels(m, self.config.nesting) for m in masks]
         if len({m.shape for m in masks}) == 1:
-            return Segmentation(torch.stack(labels), torch.stack(masks), names)
-        return Segmentation(labels, masks, names)
+            return Segmentation(torch.stack(labels), torch.stack(masks), names, self.config.nesting)
+        return Segmentation(labels, masks, names, self.config.nesting)
 
     def segment_folder(
         self, images: Any, out: str | Path, *, formats: Sequence[str] = DEFAULT_FORMATS, t: int | None = None,
-        size: int | None = None, upsample: str = "guided", workers: int | None = None, progress: bool = True,
+        size: int | None = None, upsample: str = "guided", quality: str = "fast", workers: int | None = None,
+        progress: bool = True,
     ) -> FolderSegments:  # fmt: skip
         """Segment any number of pictures into files, picture by picture; the same call again goes on where it stopped.
 
         Only few of them are in memory at once. Pictures are read ahead and results written by threads; each file
-        appears whole or not at all. A picture is done again where it, the model, t, size or upsample have changed or
+        appears whole or not at all. A picture is done again where it, the model or one of the settings has changed or
         a file is missing. Pictures that cannot be read are left out, named in the answer and in a warning, and tried
         again next time.
 
@@ -170,7 +145,7 @@ class SegdiffRun:
             formats: ``"labels"`` (NAME_labels.png, palette), ``"masks"`` (NAME_mask_K.png, grey, 8 bits),
                 ``"overlays"`` (NAME_overlay.png), ``"coco"`` (annotations.json, run lengths in COCO's form).
                 contact_sheet.png with the first pictures comes with any of them.
-            t, size, upsample: as in :meth:`segment`.
+            t, size, upsample, quality: as in :meth:`segment`.
             workers: threads that read, and as many that write; None: one a core, at most 8.
             progress: show a progress bar with the time left.
 
@@ -180,19 +155,58 @@ class SegdiffRun:
             WriteError: the disk is full or ``out`` cannot be written; what is finished stands.
             CheckpointError: another process segments into ``out``.
         """
-        t, size = self._level(t), check_segmenting(self.config, size, upsample)
-        predict = lambda images: self._predict(images, t)  # noqa: E731
+        predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
         source = images if isinstance(images, Source) else open_source(images)
-        settings = {"t": t, "size": size, "upsample": upsample}
+        settings = {"t": self._level(t), "size": size, "upsample": upsample, "quality": quality}
         with cpu_threads(self.config.threads):
             return segment_folder(
                 self.model, self.config, predict, source, Path(out), settings, formats, workers, progress
             )
 
-    def _masks_of(self, picture: Image.Image, t: int, size: int, upsample: str) -> Tensor:
+    def segment_video(
+        self, video: Any, out: str | Path, *, smooth: float = 0.8, t: int | None = None, size: int | None = None,
+        upsample: str = "guided", quality: str = "fast", progress: bool = True,
+    ) -> VideoSegments:  # fmt: skip
+        """Segment a moving picture into a video with the regions laid over it, frame by frame; memory does not grow.
+
+        Regions keep their numbers and colours from frame to frame, being the model's own. The video appears whole or
+        not at all.
+
+        Args:
+            video: a video file, or a folder of frames (or whatever else :meth:`segment` takes), in the order of names.
+            out: an .mp4, .mkv or .mov.
+            smooth: how much masks are averaged over time where the picture stands still
+                (:class:`~factorkit.segdiff.clips.Smoother`), in [0, 1); 0 not at all.
+            t, size, upsample, quality: as in :meth:`segment`.
+            progress: show a progress bar.
+
+        Raises:
+            ConfigError: a setting out of range, a plain DDPM, or imageio is not installed.
+            DataError: nothing to read, frames of several sizes, or a video that does not decode to its end.
+            WriteError: the disk is full or ``out`` cannot be written.
+            OutOfMemory: frames too large for the machine.
+        """
+        clip = open_clip(video)
+        options = {"size": check_segmenting(self.config, size, upsample), "upsample": upsample, "smooth": smooth}
+        predict = self.predictor(t, quality)
+        with cpu_threads(self.config.threads):
+            found = segment_frames(clip.frames, self.config, predict, **options)
+            return write_video(clip, found, Path(out), self.config.leaves, progress)
+
+    def predictor(self, t: int | None, quality: str, label: int | None = None) -> Callable[[Tensor], Tensor]:
+        """Images [N, 3, h, w] in [-1, 1] to their masks at level t, told that they are of class ``label``."""
+        t, looks = self._level(t), quality_of(quality)
+
+        def predict(images: Tensor) -> Tensor:
+            with self._precision():
+                return averaged_masks(self.model, images, t, self.schedule, looks, label)
+
+        return predict
+
+    def _masks_of(self, picture: Image.Image, predict: Callable[[Tensor], Tensor], size: int, upsample: str) -> Tensor:
         try:
             seen = see(picture, self.config, size, upsample)
-            masks = small_masks(lambda images: self._predict(images, t), seen.small[None], self.config.resolution)
+            masks = small_masks(predict, seen.small[None], self.config.resolution)
             return torch.cat([band for _, band in own_pixels(masks[0], seen)], 1)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -204,10 +218,6 @@ class SegdiffRun:
         if not 0 <= t < self.config.timesteps:
             raise ConfigError(f"t={t} must lie between 0 and {self.config.timesteps - 1}")
         return t
-
-    def _predict(self, images: Tensor, t: int) -> Tensor:
-        with self._precision():
-            return predict_masks(self.model, images, t, self.schedule)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -247,7 +257,7 @@ class SegdiffRun:
         asked = None
         if labels is not None:
             asked = [self.config.class_names[i] if i >= 0 else None for i in labels.tolist()]
-        return Generation(to_unit(drawn.images), masks, masks.argmax(1), frames, asked)
+        return Generation(to_unit(drawn.images), masks, hard_labels(masks, self.config.nesting), frames, asked)
 
     def interpolate(
         self, a: Any, b: Any, *, frames: int = 9, t: int | None = None, steps: int = 50, sampler: str = "ddpm",
@@ -324,7 +334,7 @@ class SegdiffRun:
 
     def evaluate(
         self, images: Any, masks: Any, *, fit: int | None = None, ignore: int | None = None, baselines: bool = False,
-        t: int | None = None, size: int | None = None,
+        t: int | None = None, size: int | None = None, quality: str = "fast", nesting: Sequence[int] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Score the regions against foreground masks: Acc, IoU, DICE per image, averaged.
 
@@ -341,53 +351,49 @@ class SegdiffRun:
             baselines: score the trivial predictors and GrabCut on the same images too.
             t: noise level; None: the configuration's.
             size: pixels a side at which to score; None: the model's resolution.
+            quality: as in :meth:`segment`.
+            nesting: the masks are labels within labels, of so many classes at each level (label 3 i + j of (3, 3) is
+                part j of class i): score each level of a hierarchy by :func:`~factorkit.metrics.nested.nested_accuracy`
+                instead.
 
         Raises:
             ConfigError: ``fit`` leaves nothing to score, t out of range, or a plain DDPM.
             DataError: images and masks that do not go together.
         """
         config = self.config
-        if config.regions == 1:
+        if config.leaves == 1:
             raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
-        t, size = self._level(t), size or config.resolution
+        predict, size = self.predictor(t, quality), size or config.resolution
         ignore = config.ignore if ignore is None else ignore
         small = labelled = load_labelled(images, masks, size, ignore=ignore)
         if size != config.resolution:
             small = load_labelled(images, masks, config.resolution, ignore=ignore)
-        soft = self._predict(to_float(torch.from_numpy(small.images)), t)
+        soft = predict(to_float(torch.from_numpy(small.images)))
         if size != config.resolution:
             soft = F.interpolate(soft, size=(size, size), mode="bilinear", align_corners=False)
         if fit is None:
             fit = max(1, min(config.fit, len(labelled) // 2))
-        scores = evaluate_masks(soft.argmax(1).numpy(), labelled.foreground, labelled.valid, config.regions, fit)
+        found = hard_labels(soft, config.nesting).numpy()
+        if nesting is None:
+            scores = evaluate_masks(found, labelled.foreground, labelled.valid, config.leaves, fit)
+        else:
+            scores = nested_accuracy(found, labelled.labels, config.nesting, nesting, valid=labelled.valid, fit=fit)
         scores |= {"confidence": soft.amax(1).mean().item(), "size": size, "step": self.step}
-        if baselines:
+        if baselines and nesting is None:
             scores["baselines"] = score_baselines(labelled.images, labelled.foreground, labelled.valid, fit)
         if self.folder is not None:
             write_json(self.folder / SCORES, scores)
         return scores
 
-
-def as_pictures(images: Any) -> tuple[list[Image.Image], list[str]]:
-    """Whatever a user has, as upright RGB pictures at their own sizes, with names.
-
-    Raises:
-        DataError: an array or tensor that is no picture, or nothing to read.
-    """
-    if isinstance(images, (list, tuple)) and images and all(isinstance(i, (Tensor, np.ndarray)) for i in images):
-        pictures = [picture for image in images for picture in as_pictures(image)[0]]
-        return pictures, [f"{i:06d}" for i in range(len(pictures))]
-    if isinstance(images, Tensor):
-        images = images.detach().cpu()
-        images = images.float() if images.is_floating_point() else images  # numpy has no bfloat16
-        if images.dim() == 3:
-            images = images[None]
-        if images.dim() != 4 or images.shape[1] not in (1, 3):
-            raise DataError(f"a tensor of images is [B, 3, H, W] or [3, H, W]; this one is {tuple(images.shape)}")
-        images = images.permute(0, 2, 3, 1).numpy()
-    elif isinstance(images, Image.Image):
-        return [to_rgb(images)], ["image"]
-    elif isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[-1] in (1, 3):
-        images = images[None]
-    source = images if isinstance(images, Source) else open_source(images)
-    return [source.read(i) for i in range(len(source))], list(source.names)
+    def evaluate_zero_shot(
+        self, data: Any, *, split: str = "val", label_map: Mapping[str, Any] | None = None, fit: int | None = None,
+        t: int | None = None, quality: str = "fast", mask_set: str | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Score the run on another data set's classes, each by itself (table 2.7); see
+        :func:`~factorkit.segdiff.zero_shot.zero_shot_scores`, which also says what is raised."""
+        if self.config.leaves == 1:
+            raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
+        return zero_shot_scores(
+            self.config, lambda label: self.predictor(t, quality, label), data, split=split, label_map=label_map,
+            fit=fit or self.config.fit, mask_set=mask_set,
+        )  # fmt: skip

@@ -114,7 +114,7 @@ def check_segmenting(config: SegdiffConfig, size: int | None, upsample: str) -> 
     Raises:
         ConfigError: a plain DDPM, a size below the training's levels, an unknown way of upsampling.
     """
-    if config.regions == 1:
+    if config.leaves == 1:
         raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to segment with")
     if upsample not in UPSAMPLINGS:
         raise ConfigError(f"upsample={upsample!r} is unknown; choose one of {', '.join(UPSAMPLINGS)}")

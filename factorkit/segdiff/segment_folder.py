@@ -25,6 +25,7 @@ from factorkit.engine.folder import held
 from factorkit.errors import ConfigError, DataError, WriteError, is_out_of_memory
 from factorkit.segdiff import pictures
 from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.model import FactorizedUNet
 from factorkit.segdiff.results import (
     SHEET,
@@ -116,7 +117,7 @@ class _Job:
         self.held_pixels = deque([GUESSED], maxlen=AHEAD)
 
     def run(self) -> FolderSegments:
-        count, regions = len(self.source), self.config.regions
+        count, regions = len(self.source), self.config.leaves
         done = [self.manifest.has(i, self.paths[i], self.formats, regions) for i in range(count)]
         first = range(min(SHEET_IMAGES, count))
         sheet_due = not self.sheet.exists() or any(not done[i] and not self.manifest.failed(i) for i in first)
@@ -223,7 +224,7 @@ class _Job:
         soft = np.empty((len(masks), height, width), np.uint8) if "masks" in self.formats or pictured else None
         labels = np.empty((height, width), np.uint8)
         for rows, band in own_pixels(masks, seen):
-            labels[rows] = band.argmax(0).byte().numpy()
+            labels[rows] = hard_labels(band, self.config.nesting).byte().numpy()
             if soft is not None:
                 soft[:, rows] = (band * 255).round().byte().numpy()
         files = write_picture(self.out / self.paths[index], seen.picture, labels, soft, self.formats)
@@ -270,7 +271,7 @@ class _Job:
 
     def _write_sheet(self) -> None:
         order = sorted(self.rows)
-        colors = pictures.palette(self.config.regions)
+        colors = pictures.palette(self.config.leaves)
         columns = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
         captions = [shown(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
         rows = [self.rows[i] for i in order]

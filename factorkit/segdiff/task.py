@@ -23,6 +23,7 @@ from factorkit.engine.streams import BatchDraw, derived_seed
 from factorkit.segdiff import pictures
 from factorkit.segdiff.alarms import measure_alarms
 from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.hierarchy import hard_labels, level_labels
 from factorkit.segdiff.model import FactorizedUNet
 from factorkit.segdiff.sampling import branch_estimates, draw_images
 
@@ -74,10 +75,7 @@ class SegdiffTask:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The mask generator learns slower: masks that saturate early never move again. Places learn faster: each of
         their numbers hears of a few pixels only."""
-        slow = []
-        if self.config.regions > 1:
-            maker = self.model.mask_generator if self.model.competition is None else self.model.competition
-            slow = list(maker.parameters())
+        slow = self.model.mask_parameters()
         taken = {id(p) for p in slow}
         groups = [{"params": [p for p in self.model.parameters() if id(p) not in taken], "scale": 1.0}]
         return groups + ([{"params": slow, "scale": self.config.mask_learning_rate}] if slow else [])
@@ -121,10 +119,10 @@ class SegdiffTask:
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
     def _watch(self, masks: Tensor) -> dict[str, Tensor]:
-        if self.config.regions == 1:
+        if self.config.leaves == 1:
             return {}
         masks = masks.detach()
-        entropy = -(masks * masks.clamp_min(1e-8).log()).sum(1).mean() / np.log(self.config.regions)
+        entropy = -(masks * masks.clamp_min(1e-8).log()).sum(1).mean() / np.log(self.config.leaves)
         return {"areas": masks.mean((0, 2, 3)), "entropy": entropy}
 
     def inspect(self, model: FactorizedUNet, step: int, folder: Path) -> dict[str, Any]:
@@ -144,9 +142,13 @@ class SegdiffTask:
         if out.bottleneck.branches is not None:
             each = branch_estimates(self.config.prediction, self.schedule, x_t, out.bottleneck.branches, t)
             branches = np.stack([to_uint8(b) for b in each.unbind(1)], 1) / 255.0
-        sheet = pictures.segmentation_sheet(to_uint8(shown), out.bottleneck.masks.float().cpu().numpy(), branches)
+        masks, nesting = out.bottleneck.masks.float().cpu(), self.config.nesting
+        labels = hard_labels(masks, nesting)
+        levels = [level_labels(labels, nesting, level + 1).numpy() for level in range(len(nesting))]
+        levels = levels if len(nesting) > 1 else ()
+        sheet = pictures.segmentation_sheet(to_uint8(shown), masks.numpy(), branches, levels=levels)
         save_image(sheet, folder / f"{step:06d}_segmentation.png")
-        return {} if self.config.regions == 1 else self.alarms(model).to_dict()
+        return {} if self.config.leaves == 1 else self.alarms(model).to_dict()
 
     def alarms(self, model: FactorizedUNet):
         """The label-free alarms of ``model`` on the probe images."""
@@ -162,9 +164,9 @@ def resident(images: np.ndarray, device: torch.device) -> Tensor | np.ndarray:
     return images
 
 
-def noised(images: Tensor, t: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """``images`` [B, 3, H, W] at level t, with noise that depends on nothing but their shape; and t as [B]."""
-    generator = torch.Generator().manual_seed(derived_seed("segment", t))
+def noised(images: Tensor, t: int, schedule: Schedule, draw: int = 0) -> tuple[Tensor, Tensor]:
+    """``images`` [B, 3, H, W] at level t, with noise that depends on nothing but ``draw`` and their shape; t as [B]."""
+    generator = torch.Generator().manual_seed(derived_seed("segment", t, *([draw] if draw else [])))
     # one picture's noise for all of them: an image's masks must not depend on its place in the batch
     eps = torch.randn(images.shape[1:], generator=generator).to(images.device).expand_as(images)
     times = torch.full((len(images),), t, dtype=torch.int64, device=images.device)
@@ -172,11 +174,17 @@ def noised(images: Tensor, t: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def predict_masks(model: FactorizedUNet, images: Tensor, t: int, schedule: Schedule) -> Tensor:
-    """Region masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]; the decoders are not run."""
+def predict_masks(
+    model: FactorizedUNet, images: Tensor, t: int, schedule: Schedule, draw: int = 0, label: int | None = None
+) -> Tensor:
+    """Region masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]; the decoders are not run.
+
+    draw: of the noise; label: the class the model is told, None for none.
+    """
     found = []
     batch = max(1, AT_ONCE * model.resolution**2 // (images.shape[2] * images.shape[3]))
     for part in images.split(batch):
-        x_t, times = noised(part.to(schedule.device), t, schedule)
-        found.append(model.segment(x_t, times).float().cpu())
+        x_t, times = noised(part.to(schedule.device), t, schedule, draw)
+        told = () if label is None else (torch.full_like(times, label),)
+        found.append(model.segment(x_t, times, *told).float().cpu())
     return torch.cat(found)

@@ -44,7 +44,7 @@ def train_segdiff(
 
     Args:
         data: a folder of images (perhaps with ``images/`` and ``masks/``), a zip, an ``.npz``/``.npy`` array, an array,
-            a list of paths; None: the procedural flowers the package ships.
+            a list of paths; None: the procedural flowers the package ships, for nested regions its rooms.
         out: the run folder; None: ``runs/<preset>``.
         preset: ``"demo"``, ``"fast32"``, ``"fast64"`` (regional form) or ``"flowers64"``, ``"flowers128"``,
             ``"cub64"``, ``"cub128"``, ``"ffhq64"``, ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None:
@@ -72,7 +72,7 @@ def train_segdiff(
         raise ConfigError(f"seeds={seeds}: at least one seed has to be trained")
     preset = preset or ("demo" if data is None else "fast64")
     config = preset_config(preset, **changes).resolved()
-    if seeds > 1 and config.regions == 1:
+    if seeds > 1 and config.leaves == 1:
         raise ConfigError(f"seeds={seeds} chooses among masks; regions=1 has none, use seeds=1")
     if config.class_names:
         raise ConfigError("class_names= is what train_segdiff(classes=...) finds; give classes= instead")
@@ -100,7 +100,7 @@ def train_segdiff(
             config = run_heats(config, folder, seeds, trainer)
         trainer(config, folder).run()
         run = SegdiffRun.load(folder, device=device)
-        if distributed.rank() == 0 and dataset.test_images is not None and config.regions > 1:
+        if distributed.rank() == 0 and dataset.test_images is not None and config.leaves > 1:
             score(run, dataset, baselines)
     return run
 
@@ -111,7 +111,9 @@ def score(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
     if known.get("step") == run.step and ("baselines" in known or not baselines):
         return
     try:
-        run.evaluate(dataset.test_images, dataset.test_masks, baselines=baselines)
+        # labels within labels are scored so by models of as many levels, else as foreground
+        nesting = dataset.nesting if len(dataset.nesting or ()) == len(run.config.nesting) else None
+        run.evaluate(dataset.test_images, dataset.test_masks, baselines=baselines, nesting=nesting)
     except (ConfigError, DataError) as error:  # a run that took hours is not lost for a mask that cannot be read
         warnings.warn(f"the run is finished, but could not be scored: {error}", stacklevel=3)
         return
@@ -121,7 +123,7 @@ def score(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
 def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, Prepared, np.ndarray]:
     """The data set, its training images decoded at the model's resolution, and images to watch the run on."""
     if data is None:
-        dataset = procedural_dataset(config.resolution)
+        dataset = procedural_dataset(config.resolution, nested=len(config.nesting) > 1)
     else:
         dataset = open_dataset(data, holdout=config.holdout, mask_set=config.mask_set)
     prepared = prepare(dataset.train, config.resolution, progress=progress)

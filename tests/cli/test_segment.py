@@ -35,3 +35,14 @@ def test_mistakes_and_a_full_disk_are_told_without_a_traceback(run, photos, ask,
     assert code == 1 and "Traceback" not in err
     assert "No space left" in json.loads(out)["error"] and "same command again" in err
     monkeypatch.undo()
+
+
+def test_a_clip_becomes_a_video_of_its_regions(run, photos, answer, refused, tmp_path):
+    out = tmp_path / "regions.mp4"
+    words = ("segment", run, photos / "images", "--video", "--out", out, "--smooth", 0.5, "--quality", "best")
+    found = answer(*words)
+    assert found["out"] == str(out) and out.exists() and found["frames"] == 24
+    assert len(found["areas"]) == 2 and 0 <= found["changes"] <= 1
+    assert "takes one video" in refused("segment", run, photos, photos, "--video", "--out", out)
+    assert "smooth=1.5" in refused("segment", run, photos, "--video", "--out", out, "--smooth", 1.5)
+    assert ".mp4" in refused("segment", run, photos, "--video", "--out", tmp_path / "regions")

@@ -94,7 +94,8 @@ def test_thesis_presets_are_its_section_2_4(name, resolution, steps, batch):
 def test_every_preset_is_valid_and_the_named_ones_are_there():
     assert {"demo", "fast32", "fast64"} <= set(PRESETS)
     for name in PRESETS:
-        assert preset_config(name).resolved().form == ("regional" if name in ("demo", "fast32", "fast64") else "thesis")
+        regional = name in ("demo", "fast32", "rooms32", "fast64")
+        assert preset_config(name).resolved().form == ("regional" if regional else "thesis")
 
 
 def test_changes_win_over_the_preset():
@@ -140,7 +141,7 @@ def test_bad_settings_are_named_with_the_cure(changes, says):
 
 
 def test_unknown_presets_and_settings_list_the_known_ones():
-    with pytest.raises(ConfigError, match=r"preset='flowers32'.*demo, fast32, fast64, flowers64"):
+    with pytest.raises(ConfigError, match=r"preset='flowers32'.*demo, fast32, rooms32, fast64, flowers64"):
         preset_config("flowers32")
     with pytest.raises(ConfigError, match=r"'region'.*regions.*resolution"):
         preset_config("demo", region=3)

@@ -294,7 +294,7 @@ def test_presets_build_and_answer_at_their_resolution(preset):
         x = torch.empty(1, 3, config.resolution, config.resolution)
         out = config.build()(x, torch.zeros(1, dtype=torch.int64))
     assert out.prediction.shape == x.shape
-    assert out.bottleneck.masks.shape == (1, config.regions, config.resolution, config.resolution)
+    assert out.bottleneck.masks.shape == (1, config.leaves, config.resolution, config.resolution)
 
 
 @pytest.mark.parametrize(

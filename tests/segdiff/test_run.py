@@ -400,3 +400,15 @@ def test_another_model_and_weights_that_do_not_fit_are_refused(run, tmp_path):
     wide = write_checkpoint(tmp_path / "wide.safetensors", tensors, {**meta, "width": 16})
     with pytest.raises(CheckpointError, match="do not fit"):
         factorkit.load(wide)
+
+
+def test_the_last_weights_and_their_average(trained, run, tmp_path):
+    average, last = (factorkit.load(trained, device="cpu", weights=weights) for weights in ("average", "last"))
+    stored = load_file(sorted((trained / "checkpoints").glob("step_*.safetensors"))[-1])
+    for loaded, prefix in ((average, "ema.module."), (last, "model.")):
+        assert all(torch.equal(value, stored[prefix + name]) for name, value in loaded.model.state_dict().items())
+    assert any(not torch.equal(a, b) for a, b in zip(average.model.parameters(), last.model.parameters(), strict=True))
+    with pytest.raises(ConfigError, match="holds no weights of the last step"):
+        factorkit.load(run.save(tmp_path / "model.safetensors"), device="cpu", weights="last")
+    with pytest.raises(ConfigError, match="weights='best' is unknown"):
+        factorkit.load(trained, device="cpu", weights="best")

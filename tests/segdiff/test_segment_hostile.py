@@ -14,6 +14,7 @@ from PIL import Image
 
 from factorkit.data.source_base import shown
 from factorkit.errors import DataError, WriteError
+from factorkit.segdiff import quality
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.run import SegdiffRun
 
@@ -147,16 +148,16 @@ def test_a_picture_that_goes_away_meanwhile(run, folder, monkeypatch):
 def test_memory_that_lacks_for_one_picture_is_not_lacking_for_all(run, folder, monkeypatch):
     for name, size in (("large.png", (90, 60)), ("other.png", (30, 20))):
         Image.new("RGB", size).save(folder / name)
-    predict = SegdiffRun._predict
+    predict = quality.predict_masks
 
-    def limited(self, images, t):
+    def limited(model, images, *settings):
         if images.shape[2] > 16 or len(images) > 1:
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 5 bytes")
-        return predict(self, images, t)
+        return predict(model, images, *settings)
 
-    monkeypatch.setattr(SegdiffRun, "_predict", limited)
+    monkeypatch.setattr(quality, "predict_masks", limited)
     assert segmented(run, folder).segmented == 3, "one by one they fit"
-    monkeypatch.setattr(SegdiffRun, "_predict", lambda self, images, t: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(quality, "predict_masks", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(DataError, match=r"none of 3.*out of memory for 30 x 20 pixels; scale it down, or .*size=20"):
         segmented(run, folder, size=20)
 

@@ -1,0 +1,184 @@
+"""Regions within regions: the equations against a direct loop, labels by level, a run from training to files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import factorkit
+from factorkit.data.procedural_nested import rooms
+from factorkit.engine.report import write_report
+from factorkit.errors import ConfigError
+from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels, level_labels, level_masks
+from factorkit.segdiff.model import RegionLogitNorm
+from tests.segdiff.conftest import TINY, stirred
+
+
+def nested(regions, **changes) -> HierarchicalUNet:
+    torch.manual_seed(0)
+    settings = {name: value for name, value in TINY.items() if name != "regions"}
+    model = HierarchicalUNet(regions, **{**settings, **changes})
+    for level in model.levels:
+        stirred(level)
+    return model.double().eval()
+
+
+def by_hand(model, x, t, depth=0):
+    """The text's sum for one picture at a time, region by region: prediction, masks and branches of the leaves."""
+    out = model.levels[depth](x, t)
+    masks, branches = out.bottleneck
+    if depth == len(model.levels) - 1:
+        return (masks[:, :, None] * branches).sum(1), masks, branches
+    total, all_masks, all_branches = 0, [], []
+    for i in range(masks.shape[1]):
+        m, h = masks[:, i : i + 1], branches[:, i]
+        inner, inner_masks, inner_branches = by_hand(model, m * x, t, depth + 1)
+        total = total + m * (h + inner) / 2
+        all_masks.append(m * inner_masks)
+        all_branches.append((h[:, None] + inner_branches) / 2)
+    return total, torch.cat(all_masks, 1), torch.cat(all_branches, 1)
+
+
+@pytest.mark.parametrize("regions", [(3, 2), (2, 2, 3)])
+@pytest.mark.parametrize("form", ["thesis", "regional"])
+def test_the_nested_sum_of_the_text(regions, form, batch):
+    regional = {"branch_norm": "pixel", "normalised_logits": True, "half_resolution_masks": True}
+    model = nested(regions, **(regional if form == "regional" else {}))
+    x, t = batch()
+    out = model(x, t)
+    prediction, masks, branches = by_hand(model, x, t)
+    torch.testing.assert_close(out.prediction, prediction)
+    torch.testing.assert_close(out.bottleneck.masks, masks)
+    torch.testing.assert_close(out.bottleneck.branches, branches)
+    torch.testing.assert_close(model.segment(x, t), masks)
+    # from outside it is a flat factorized model of its leaves
+    torch.testing.assert_close((masks[:, :, None] * branches).sum(1), out.prediction)
+    assert masks.std() > 0.01, "masks of one value would hide an exchange of regions"
+
+
+def test_classes_are_told_to_every_level(batch):
+    model = nested((2, 2), classes=3)
+    x, t = batch()
+    told = torch.tensor([2, 0])
+    both = model(x, t, told)
+    for n in range(2):
+        alone = model(x[n : n + 1], t[n : n + 1], told[n : n + 1])
+        torch.testing.assert_close(both.prediction[n : n + 1], alone.prediction)
+    assert not torch.allclose(model.segment(x, t, told), model.segment(x, t))
+
+
+def test_a_level_looks_only_where_it_splits():
+    norm = RegionLogitNorm(2).train()
+    torch.manual_seed(0)
+    logits = torch.randn(4, 2, 8, 8)
+    within = torch.zeros(4, 1, 8, 8)
+    within[..., :4] = 1
+    inside = norm(logits, within)[..., :4]
+    logits[..., 4:] *= 100  # what lies outside of the region
+    torch.testing.assert_close(norm(logits, within)[..., :4], inside)
+    torch.testing.assert_close(norm(logits[..., :4]), inside)
+
+
+def test_region_tokens_of_a_level_are_taken_inside_the_region(batch):
+    torch.manual_seed(0)
+    model = stirred(preset_config("demo", **{**TINY, "multipliers": (1, 2), "regions": 2}).resolved().build()).eval()
+    seen = []
+    pooled = model.tokens.forward
+    model.tokens.forward = lambda x, masks: seen.append(masks) or pooled(x, masks)
+    x, t = batch(torch.float32)
+    within = torch.rand(2, 1, 16, 16)
+    masks = model(x, t, None, within).bottleneck.masks
+    torch.testing.assert_close(seen[0], masks * within)
+
+
+def test_the_third_level_splits_within_both_above(batch):
+    model, seen = nested((2, 2, 2)), []
+    third = model.levels[2].forward
+    model.levels[2].forward = lambda x, t, cond, within: seen.append((x, within)) or third(x, t, cond, within)
+    x, t = batch()
+    masks = model(x, t).bottleneck.masks
+    within = level_masks(masks, (2, 2, 2), 2)
+    torch.testing.assert_close(seen[0][1], within.flatten(0, 1)[:, None])
+    torch.testing.assert_close(seen[0][0], (within[:, :, None] * x[:, None]).flatten(0, 1))
+
+
+def test_labels_go_level_by_level():
+    # three of five parts of region 0 share it; region 1 has one certain part of less
+    masks = torch.tensor([0.2, 0.2, 0.2, 0.38, 0.01, 0.01]).view(6, 1, 1)
+    assert hard_labels(masks, 6).item() == 3
+    assert hard_labels(masks, (2, 3)).item() == 0, "region 0 first, then its part"
+    assert hard_labels(masks, (3, 2)).item() == 3
+    torch.testing.assert_close(level_masks(masks, (2, 3), 1).flatten(), torch.tensor([0.6, 0.4]))
+    many = torch.rand(2, 12, 5, 5).softmax(1)
+    labels = hard_labels(many, (2, 3, 2))
+    for level, count in ((1, 2), (2, 6), (3, 12)):
+        coarse = level_masks(many, (2, 3, 2), level)
+        assert coarse.shape[1] == count
+        found = level_labels(labels, (2, 3, 2), level)
+        if level == 1:
+            assert torch.equal(found, coarse.argmax(1))
+        else:
+            assert torch.equal(found, hard_labels(coarse, (2, 3, 2)[:level]))
+    with pytest.raises(ConfigError, match="levels 1 to 3"):
+        level_masks(many, (2, 3, 2), 4)
+
+
+def test_one_number_in_a_list_is_that_number():
+    listed, plain = (preset_config("demo", regions=regions).resolved() for regions in ((3,), 3))
+    assert listed.to_dict() == plain.to_dict()
+    config = preset_config("demo", regions=[3, 2]).resolved()
+    assert config.nesting == (3, 2) and config.leaves == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"regions": (3, 1)}, "at least 2"), ({"regions": ()}, "at least 2"),
+     ({"regions": (2, 2), "decoding": "concat"}, "single branch")],
+)  # fmt: skip
+def test_what_cannot_nest_is_refused(changes, says):
+    with pytest.raises(ConfigError, match=says):
+        preset_config("demo", **changes).resolved()
+
+
+def test_a_run_from_training_to_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
+    monkeypatch.setattr("factorkit.engine.loop.write_report", lambda folder: None)
+    images, labels = rooms(12, 16)
+    settings = {
+        "resolution": 16, "regions": (2, 3), "width": 8, "multipliers": (1, 2), "groups": 2, "batch_size": 4,
+        "checkpoint_every": 2, "sample_every": 4, "log_every": 1, "device": "cpu", "progress": False,
+    }  # fmt: skip
+    out = tmp_path / "run"
+    train = lambda steps: factorkit.train_segdiff(images, out=out, preset="demo", steps=steps, **settings)  # noqa: E731
+    train(2)
+    resumed = train(4)
+    straight = factorkit.train_segdiff(images, out=tmp_path / "straight", preset="demo", steps=4, **settings)
+    weights = straight.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
+
+    run = factorkit.load(out, device="cpu")
+    found = run.segment(images[:2])
+    assert found.masks.shape == (2, 6, 16, 16) and found.nesting == (2, 3)
+    coarse = found.level(1)
+    torch.testing.assert_close(coarse.masks, found.masks.unflatten(1, (2, 3)).sum(2))
+    assert torch.equal(coarse.labels, found.labels // 3) and torch.equal(coarse.labels, coarse.masks.argmax(1))
+    saved = factorkit.load(run.save(tmp_path / "model.safetensors"), device="cpu")
+    assert torch.equal(saved.segment(images[:2]).masks, found.masks)
+    assert run.generate(1, steps=1).masks.shape == (1, 6, 16, 16)
+    assert run.branches(images[:1]).branches.shape == (1, 6, 3, 16, 16)
+
+    scores = run.evaluate(images, labels, nesting=(3, 3), fit=6)
+    assert scores["scored"] == 6 and scores["accuracy"][1] <= scores["accuracy"][0] <= 1
+    assert json.loads((out / "scores.json").read_text())["within"] == scores["within"]
+    written = run.segment_folder(images[:2], tmp_path / "files", progress=False)
+    assert written.regions == 6 and len(written.areas) == 6
+    stored = np.asarray(Image.open(tmp_path / "files" / "000000_labels.png"))
+    assert np.array_equal(stored, found.labels[0].numpy())
+    assert (out / "samples" / "000004_segmentation.png").exists()
+    assert "at level 2" in write_report(out).read_text()
