@@ -50,8 +50,10 @@ EVERY COMMAND TAKES
 
 ENVIRONMENT
     FACTORKIT_CACHE        where decoded images are kept (without: factorkit in the user's cache folder)
+    FACTORKIT_CLIP         the video, or folder of frames, that `reproduce fig2.14` shows
     FACTORKIT_REFERENCE    1 runs every operation as plain PyTorch
     FACTORKIT_TUNE         1 measures each kernel's number of warps on this GPU, once, and keeps it in the cache folder
+    FACTORKIT_VOC          PASCAL VOC 2012, on which `reproduce table2.7` scores
 
 EXIT STATUS
     0    done

@@ -1,0 +1,63 @@
+"""Experiments that need more than one data set, or levels: zero-shot transfer, clips, hierarchies; tiny, end to end."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import factorkit
+from factorkit.reproduce import reproduce
+from factorkit.reproduce.experiments import fig2_14
+
+CAT, VOID = 8, 255
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Four cats to train on and three to score."""
+    root = tmp_path / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for split, count in (("train", 4), ("val", 3)):
+        for n in range(count):
+            values = np.zeros((20, 20), np.uint8)
+            values[4:14, n : n + 9], values[0] = CAT, VOID
+            Image.fromarray(values).save(root / f"SegmentationClass/{split}{n}.png")
+            Image.fromarray(values * 20).convert("RGB").save(root / f"JPEGImages/{split}{n}.jpg")
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(f"{split}{n}" for n in range(count)))
+    return root
+
+
+def test_table_2_7_scores_the_classes_that_are_shown(small, voc, tmp_path, monkeypatch):
+    with pytest.warns(UserWarning, match="FACTORKIT_VOC"):
+        small("table2.7", rows=["cat"])
+    monkeypatch.setenv("FACTORKIT_VOC", str(voc))
+    with pytest.warns(UserWarning, match="too few pictures of VOC show dog"):
+        report = small("table2.7", rows=["cat", "dog"])
+    found = {row["row"]: row for row in report.data["rows"]}
+    run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
+    expected = run.evaluate_zero_shot(voc)["classes"]["cat"]
+    assert found["cat"]["cells"][0]["scores"]["miou"] == pytest.approx(expected["miou"])
+    assert found["cat"]["cells"][0]["scores"]["images"] == 3
+    assert report.data["pictures"] == ["pictures/cat-seed0.png"]
+    assert json.dumps(report.data).count("0.66") >= 1, "the dissertation's mIoU of cats stands beside it"
+
+
+def test_figure_2_14_shows_frames_and_less_flicker(small, monkeypatch):
+    monkeypatch.setattr(fig2_14, "FRAMES", 12)
+    report = small("fig2.14")
+    single, averaged = (row["cells"][0]["scores"] for row in report.data["rows"])
+    assert single["frames"] == averaged["frames"] == 12 and averaged["changes"] <= single["changes"]
+    assert len(report.data["pictures"]) == 2
+
+
+def test_figure_2_16_scores_both_levels(tmp_path, photos):
+    tiny = {"resolution": 16, "width": 8, "multipliers": (1, 2), "steps": 2, "batch_size": 4, "sample_every": 0}
+    report = reproduce("fig2.16", None, out=tmp_path, progress=False, groups=2, **tiny)
+    scores = report.data["rows"][0]["cells"][0]["scores"]
+    assert scores["level2"] == pytest.approx(scores["level1"] * scores["within"])
+    with Image.open(report.folder / report.data["pictures"][0]) as sheet:
+        assert sheet.width > sheet.height
