@@ -31,7 +31,7 @@ def nested(regions, **changes) -> HierarchicalUNet:
 def by_hand(model, x, t, depth=0):
     """The text's sum for one picture at a time, region by region: prediction, masks and branches of the leaves."""
     out = model.levels[depth](x, t)
-    masks, branches = out.bottleneck
+    masks, branches, _ = out.bottleneck
     if depth == len(model.levels) - 1:
         return (masks[:, :, None] * branches).sum(1), masks, branches
     total, all_masks, all_branches = 0, [], []
