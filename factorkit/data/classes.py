@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from factorkit.data.labelled import stem
 from factorkit.errors import ConfigError, DataError
+from factorkit.reading import read_json
 
 NAME_COLUMNS = ("name", "file", "filename", "path", "image", "image_id", "id")
 CLASS_COLUMNS = ("class", "label", "category", "class_name")
@@ -107,7 +107,7 @@ def _folders(names: Sequence[str], positional: bool) -> list[str]:
 def _read_table(path: Path) -> dict[str, str]:
     try:
         if path.suffix.lower() == ".json":
-            table = json.loads(path.read_text(encoding="utf-8"))
+            table = read_json(path)
             if not isinstance(table, dict):
                 raise DataError(f"{path}: holds {type(table).__name__}. Give an object of image names to classes.")
             return {name: _word(value) for name, value in table.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from factorkit.data.source_base import (
     too_large,
 )
 from factorkit.errors import DataError
+from factorkit.reading import read_arrays
 
 IMAGE_KEYS = ("images", "X")  # the names looked for in an .npz, in this order
 CHANNELS = (1, 3)
@@ -241,18 +241,15 @@ def _open_list(paths: Sequence[Path]) -> FileSource:
 
 def _load_array(path: Path, keys: Sequence[str]) -> np.ndarray:
     try:
-        loaded = np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            wanted = [key for key in keys if key in loaded.files] or (loaded.files if len(loaded.files) == 1 else [])
-            if wanted:
-                return loaded[wanted[0]]
-            found = ", ".join(loaded.files) or "nothing"
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        loaded = read_arrays(path, keys)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable array: {error} Save plain numbers, with numpy.save.") from error
-    except MemoryError as error:
-        raise DataError(f"{path}: {error}. Save it as .npy, which is read where it lies, or in parts.") from error
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    wanted = [key for key in keys if key in loaded] or (list(loaded) if len(loaded) == 1 else [])
+    if wanted:
+        return loaded[wanted[0]]
+    found = ", ".join(map(shown, loaded)) or "nothing"
     raise DataError(f"{path}: none of its arrays ({found}) is named {' or '.join(keys)}. Save it under that name.")
 
 

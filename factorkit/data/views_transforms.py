@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from factorkit.data.views_read import (
     scaled_intrinsics,
 )
 from factorkit.errors import DataError
+from factorkit.reading import read_json
 
 SPLITS = {"train": ("train",), "test": ("test",), None: ("train", "val", "test")}
 PINHOLES = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
@@ -78,7 +78,7 @@ def facing(poses: np.ndarray) -> Layout:
 def _read_file(file: Path, split: str | None) -> tuple[list[Shot], np.ndarray]:
     """The shots of a split, and the poses [F, 4, 4] of all frames, which tell what kind of scene it is."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         frames = content["frames"]
         entries = [(frame["file_path"], frame["transform_matrix"]) for frame in frames]
     except (OSError, ValueError, KeyError, TypeError) as error:

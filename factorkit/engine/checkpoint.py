@@ -23,6 +23,7 @@ from torch import Tensor
 
 from factorkit.engine.atomic import clear_unfinished, replacing
 from factorkit.errors import CheckpointError
+from factorkit.reading import read_json
 
 FORMAT, VERSION = "factorkit", 1
 BEST = "best.json"
@@ -158,7 +159,7 @@ class Checkpoints:
     def best(self) -> tuple[int, float] | None:
         """Step and error of the checkpoint that :meth:`keep_best` keeps; None where none is."""
         with suppress(OSError, ValueError, KeyError, TypeError):  # as if there was none
-            noted = json.loads((self.folder / BEST).read_text())
+            noted = read_json(self.folder / BEST)
             step, error = int(noted["step"]), float(noted["error"])
             return (step, error) if self.path(step).exists() else None
         return None

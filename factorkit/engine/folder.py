@@ -13,6 +13,7 @@ from torch import Tensor
 from factorkit.engine.atomic import replacing
 from factorkit.engine.checkpoint import Checkpoints, read_checkpoint
 from factorkit.errors import CheckpointError
+from factorkit.reading import read_json
 
 CONFIG = "config.json"
 LOCK = ".lock"
@@ -77,7 +78,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
         if not isinstance(settings, dict):
             raise ValueError(f"it holds {type(settings).__name__}, not settings by name")
     except (OSError, ValueError) as error:
