@@ -26,7 +26,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_json(path: Path) -> Any:
     """What a JSON file says. Raises OSError where it cannot be read, else as :func:`parse_json`."""
-    return parse_json(path.read_bytes())
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def read_arrays(path: Path, keys: Collection[str] = ()) -> np.ndarray | dict[str, np.ndarray]:

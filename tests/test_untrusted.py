@@ -11,9 +11,9 @@ import factorkit
 
 PACKAGE = Path(factorkit.__file__).parent
 RUNS_CODE = {
-    "eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load",
-    "marshal.loads", "shelve.open", "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter", "dill.load",
-    "joblib.load", "yaml.load", "yaml.unsafe_load", "subprocess.getoutput", "subprocess.getstatusoutput",
+    "eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler",
+    "marshal.load", "marshal.loads", "shelve.open", "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter",
+    "dill.load", "joblib.load", "yaml.load", "yaml.unsafe_load", "subprocess.getoutput", "subprocess.getstatusoutput",
 }  # fmt: skip
 UNPACKS = {"extract", "extractall", "unpack_archive"}
 
@@ -45,10 +45,17 @@ def offences(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("line", [
-    "eval('1')", "import os\nos.system('ls')", "from os import system as s\ns('ls')", "import subprocess\nsubprocess.run('ls', "
-    "shell=True)", "import pickle as p\np.load(f)", "import numpy as np\nnp.load(f)", "import numpy as np\nnp.load(f, "
-    "allow_pickle=True)", "import torch\ntorch.load(f)", "import torch\ntorch.load(f, weights_only=False)",
-    "import zipfile\nzipfile.ZipFile(f).extractall()", "from PIL import Image\nImage.open(f)",
+    "eval('1')",
+    "import os\nos.system('ls')",
+    "from os import system as s\ns('ls')",
+    "import subprocess\nsubprocess.run('ls', shell=True)",
+    "import pickle as p\np.load(f)",
+    "import numpy as np\nnp.load(f)",
+    "import numpy as np\nnp.load(f, allow_pickle=True)",
+    "import torch\ntorch.load(f)",
+    "import torch\ntorch.load(f, weights_only=False)",
+    "import zipfile\nzipfile.ZipFile(f).extractall()",
+    "from PIL import Image\nImage.open(f)",
 ])  # fmt: skip
 def test_the_scan_sees(line):
     assert len(offences(line)) == 1

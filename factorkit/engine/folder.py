@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,21 @@ def read_weights(path: Path, model: str) -> tuple[dict[str, Tensor], dict[str, A
         raise CheckpointError(f"{path} holds a {meta.get('model')!r} model, not {model}")
     prefix = "ema.module."
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}, meta
+
+
+def check_plausible(path: Path, weights: Mapping[str, Tensor], **numbers: int) -> None:
+    """Refuse sizes that no model with these weights can have before one is built, which might take any memory or time.
+
+    Args:
+        numbers: counts of layers, channels and the like: none is beyond the longest side of a weight and their number.
+
+    Raises:
+        CheckpointError: one is beyond that; or there are no weights.
+    """
+    most = max([len(weights), *(side for t in weights.values() for side in t.shape)])
+    for name, number in numbers.items():
+        if not 0 < number <= most:
+            raise CheckpointError(f"{path} is damaged: a model of {name}={number} has other weights than lie there")
 
 
 def write_json(path: Path, values: Any) -> None:

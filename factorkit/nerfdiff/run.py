@@ -16,10 +16,10 @@ from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import resolve_device
-from factorkit.engine.folder import read_weights, write_json
+from factorkit.engine.folder import check_plausible, read_weights, write_json
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import CheckpointError, ConfigError, DataError
-from factorkit.nerfdiff.build import build_model, restored_field
+from factorkit.nerfdiff.build import build_model, checked_scene, restored_field
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.given import kept_views
@@ -91,14 +91,23 @@ class NerfdiffRun:
         path = Path(path)
         weights, meta = read_weights(path, "nerfdiff")
         fields = {f.name for f in dataclasses.fields(NerfdiffConfig)}
-        config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
         try:
+            config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
+            config.validate()
+            scene, step = checked_scene(meta["scene"]), int(meta["step"])
+            levels = len(config.multipliers)
+            check_plausible(
+                path, weights, blocks=config.blocks, levels=levels, cameras=config.cameras,
+                channels=config.width * max(config.multipliers),
+                size=min(config.encoder_resolution, max(scene["size"])) >> min(levels, 30) or 1,
+            )  # fmt: skip
             field = restored_field({k[6:]: v for k, v in weights.items() if k.startswith("field.")}, meta)
-            scene, step = meta["scene"], int(meta["step"])
             optics = Optics(weights["intrinsics"], weights["background"], scene["layout"] == "forward")
             model = build_model(config, scene, optics, field, weights["views"])
             model.load_state_dict(weights)
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"the weights in {path} do not fit the model of its settings: {error}") from error
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, scene, model, chosen, step, path if path.is_dir() else None)

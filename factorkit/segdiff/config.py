@@ -12,7 +12,7 @@ from tyro.conf import Suppress
 
 from factorkit.diffusion.objective import check_objective
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.config import EngineConfig
+from factorkit.engine.config import MOST_STEPS, EngineConfig
 from factorkit.errors import ConfigError
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.model import FactorizedUNet, check_architecture
@@ -166,6 +166,8 @@ class SegdiffConfig(EngineConfig):
             raise ConfigError(f"t_max={self.t_max} must lie between 1 and timesteps={self.timesteps}")
         if not 0 <= self.tail <= 1 or (self.tail and self.t_max == self.timesteps):
             raise ConfigError(f"tail={self.tail} must lie between 0 and 1; 0 where t_max={self.t_max} leaves no tail")
+        if self.timesteps > MOST_STEPS:
+            raise ConfigError(f"timesteps={self.timesteps} must be at most {MOST_STEPS}")
         if not 0 <= self.segment_t < self.timesteps:
             raise ConfigError(f"segment_t={self.segment_t} must lie between 0 and timesteps-1={self.timesteps - 1}")
         check_architecture(

@@ -19,7 +19,7 @@ from factorkit.data.labelled import load_labelled
 from factorkit.data.sources import Source, open_source
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.folder import read_weights, write_json
+from factorkit.engine.folder import check_plausible, read_weights, write_json
 from factorkit.errors import CheckpointError, ConfigError, DataError, OutOfMemory, is_out_of_memory
 from factorkit.metrics.baselines import score_baselines
 from factorkit.metrics.segmentation import evaluate_masks
@@ -100,15 +100,22 @@ class SegdiffRun:
         path = Path(path)
         weights, meta = read_weights(path, "segdiff")
         fields = {f.name for f in dataclasses.fields(SegdiffConfig)}
-        config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields}).resolved()
-        with torch.device("meta"):
-            model = config.build()
         try:
+            config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields}).resolved()
+            check_plausible(
+                path, weights, blocks=config.blocks, levels=len(config.multipliers), regions=config.regions,
+                channels=config.width * max(config.multipliers),
+            )  # fmt: skip
+            with torch.device("meta"):
+                model = config.build()
             model.load_state_dict(weights, assign=True)
-        except RuntimeError as error:
+            step = int(meta["step"])
+        except (ConfigError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"the weights in {path} do not fit the model of its settings: {error}") from error
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
-        return cls(config, model, chosen, int(meta["step"]), path if path.is_dir() else None)
+        return cls(config, model, chosen, step, path if path.is_dir() else None)
 
     def save(self, path: str | Path) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`."""
