@@ -153,7 +153,7 @@ def damage_array(array: np.ndarray, rng: Rng) -> np.ndarray:
     if how == 2:
         return array[None]
     if how == 3:
-        return array[:0]
+        return array.reshape(1, -1)[:, :0]
     if how == 4:
         return np.array(pick(rng, (0, -1, 1.5, "x", np.nan, True, 2**63)))
     if how == 5 and array.ndim:
@@ -173,6 +173,12 @@ def damage_array(array: np.ndarray, rng: Rng) -> np.ndarray:
 def encode_npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def encode_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
 
 
@@ -204,9 +210,7 @@ def damage_npz(arrays: Mapping[str, np.ndarray], rng: Rng) -> bytes:
         changed[name + "_"] = changed.pop(name)
     elif how < 0.7:
         changed[name] = damage_array(changed[name], rng)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **changed)
-    return buffer.getvalue() if how < 0.7 else damage(buffer.getvalue(), rng)
+    return encode_npz(changed) if how < 0.7 else damage(encode_npz(changed), rng)
 
 
 # --- command lines ---

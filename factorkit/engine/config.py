@@ -121,6 +121,8 @@ class EngineConfig:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         types = get_type_hints(cls)
         for name, value in values.items():
+            if isinstance(value, str) and "Literal" in str(types[name]):
+                continue  # validate() knows the choices
             try:
                 check_type(value, types[name])
             except TypeCheckError as error:
