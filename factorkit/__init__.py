@@ -20,7 +20,7 @@ from factorkit.errors import CheckpointError, ConfigError, DataError, FactorkitE
 if TYPE_CHECKING:
     from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.nerfdiff.train import train_nerfdiff
-    from factorkit.rendering import render
+    from factorkit.rendering.render import render
     from factorkit.segdiff.run import SegdiffRun
     from factorkit.segdiff.train import train_segdiff
 

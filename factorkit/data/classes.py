@@ -126,14 +126,14 @@ def _read_table(path: Path) -> dict[str, str]:
         name_at, class_at = 0, 1
     else:
         rows = rows[1:]
-    table: dict[str, str] = {}
+    named: dict[str, str] = {}
     for row in rows:
         if len(row) <= max(name_at, class_at):
             raise DataError(f"{path}: the row {row} has no class. Give each row a name and a class.")
         name, word = row[name_at].strip(), row[class_at].strip()
-        if table.setdefault(name, word) != word:
-            raise DataError(f"{path}: {name} is of two classes, {table[name]!r} and {word!r}. Keep one of them.")
-    return table
+        if named.setdefault(name, word) != word:
+            raise DataError(f"{path}: {name} is of two classes, {named[name]!r} and {word!r}. Keep one of them.")
+    return named
 
 
 def _looked_up(table: Mapping[str, str], names: Sequence[str], where: str) -> list[str]:
@@ -160,7 +160,7 @@ def _looked_up(table: Mapping[str, str], names: Sequence[str], where: str) -> li
             f"{where}: {_some(missing)} of {len(names)} images are not named there, which names {_some(list(table))}. "
             "Add them, with an empty class if they have none."
         )
-    return found
+    return [word for word in found if word is not None]
 
 
 def _by_position(spec: Any, names: Sequence[str], positional: bool) -> list[str]:

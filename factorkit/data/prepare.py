@@ -192,7 +192,7 @@ def _write_images(
                 skipped.append((name, str(pixels).removeprefix(f"{shown(name)}: ")))
                 rows.append(row)
             else:
-                file.write(pixels)
+                file.write(pixels.data)
                 names.append(name)
             bar.update()
     if not names:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from factorkit.data.images import BrokenImage, to_rgb
@@ -81,7 +82,7 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """A hash that changes when the images do: of path, names, sizes and times, or of an array's content."""
 
-    def subset(self, indices: Sequence[int]) -> Source:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Source:
         """The images at these indices, in this order."""
         return Subset(self, indices)
 
@@ -89,7 +90,7 @@ class Source(ABC):
 class Subset(Source):
     """Some images of a source."""
 
-    def __init__(self, whole: Source, indices: Sequence[int]) -> None:
+    def __init__(self, whole: Source, indices: Sequence[int] | np.ndarray) -> None:
         self.whole, self.indices = whole, [int(i) for i in indices]
         self.names = [whole.names[i] for i in self.indices]
         self.positional, self.ignore = whole.positional, whole.ignore

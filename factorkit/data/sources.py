@@ -66,7 +66,7 @@ class FileSource(EncodedSource):
             content.update(repr((name, *stamp(self.root / file))).encode("utf-8", "surrogateescape"))
         return content.hexdigest()
 
-    def subset(self, indices: Sequence[int]) -> FileSource:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> FileSource:
         names = None if self.names is self.files else [self.names[i] for i in indices]
         return FileSource(self.root, [self.files[i] for i in indices], names)
 
@@ -100,7 +100,7 @@ class ArraySource(Source):
             self._fingerprint = digest("array", str(self.array.dtype), self.array.shape, content.hexdigest())
         return self._fingerprint
 
-    def subset(self, indices: Sequence[int]) -> ArraySource:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> ArraySource:
         part = ArraySource(self.array[list(indices)])
         part.names = [self.names[i] for i in indices]
         return part
@@ -176,7 +176,9 @@ def image_names(folder: Path) -> list[str]:
         with said(Path(error.filename), "so its images cannot be listed. Mend its permissions, or take it out."):
             raise error
 
-    found, astray, entered = [], [], set()
+    found: list[str] = []
+    astray: list[str] = []
+    entered: set[str] = set()
     for here, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         true_path = os.path.realpath(here)
         if true_path in entered:  # a loop of links would never end

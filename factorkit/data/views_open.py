@@ -71,7 +71,7 @@ def open_views(
     if path is not None and not path.exists():
         raise DataError(f"{path}: no such file or folder (looked in {Path.cwd()}). Check the spelling of the path.")
     reader = None if path is None else next((read for fits, read in POSED if fits(path)), None)
-    if reader is not None:
+    if path is not None and reader is not None:
         shots, known = reader(path, split)
     elif path is not None and is_video(path):
         shots, known = read_video(path, split, resolution, fov)

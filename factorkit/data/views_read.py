@@ -82,13 +82,13 @@ def load(
     masks, color = None, border_color(images)
     if any(opacity is not None for opacity in opacities):
         masks, color = torch.stack([torch.ones_like(images[0, :1]) if x is None else x for x in opacities]), None
-        if cut_out:
+        if background is not None:
             behind, color = backdrop(background, images.shape, seed)
             images = images + (1 - masks) * behind
-    known = all(shot.pose is not None for shot in shots)
+    poses = [shot.pose for shot in shots if shot.pose is not None]
     return Views(
         images=images.clamp(0, 1), names=names, intrinsics=torch.stack(intrinsics), masks=masks,
-        poses=torch.from_numpy(np.stack([shot.pose for shot in shots])).float() if known else None,
+        poses=torch.from_numpy(np.stack(poses)).float() if len(poses) == len(shots) else None,
         near=near, far=far, layout=layout, background=color,
     )  # fmt: skip
 
@@ -210,5 +210,5 @@ def _decode(shot: Shot, resolution: int | None, cut_out: bool) -> tuple[tuple[in
         values = undistort(values, k, shot.distortion)
     new = target_size(resolution or max(height, width), height, width)
     values = resize_area(values, *new)
-    k = torch.from_numpy(k * np.array([new[1] / width, new[0] / height, 1.0])[:, None]).float()
-    return (height, width), values[:3], values[3:].clamp(0, 1) if len(values) == 4 else None, k
+    scaled = torch.from_numpy(k * np.array([new[1] / width, new[0] / height, 1.0])[:, None]).float()
+    return (height, width), values[:3], values[3:].clamp(0, 1) if len(values) == 4 else None, scaled

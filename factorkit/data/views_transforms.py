@@ -91,8 +91,9 @@ def _read_file(file: Path, split: str | None) -> tuple[list[Shot], np.ndarray]:
     chosen = _chosen(content, [name for name, _ in entries], split)
     if not chosen:
         raise DataError(f"{file}: no frame belongs to the split {split!r}")
-    paths = [_picture(file.parent, entries[i][0]) for i in chosen]
-    missing = [entries[i][0] for i, path in zip(chosen, paths, strict=True) if path is None]
+    sought = [_picture(file.parent, entries[i][0]) for i in chosen]
+    paths = [path for path in sought if path is not None]
+    missing = [entries[i][0] for i, path in zip(chosen, sought, strict=True) if path is None]
     if missing:
         raise DataError(
             f"{file}: {len(missing)} of {len(chosen)} pictures are missing, the first is {missing[0]} (looked in "

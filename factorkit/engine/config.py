@@ -80,9 +80,9 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}={value!r} must be a whole number, at least {low}")
-        for name, low, high in (("ema", 0.0, 1.0), ("decay", 0.0, 1.0)):
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name}={getattr(self, name)} must lie between {low:g} and {high:g}")
+        for name in ("ema", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie between 0 and 1")
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate={self.learning_rate} must be positive and finite")
         if self.gradient_clip is not None and not self.gradient_clip > 0:

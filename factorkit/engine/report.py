@@ -191,8 +191,8 @@ def _readable(path: Path) -> bool:
 
 
 def _small(path: Path) -> bytes:
-    with Image.open(path, formats=["PNG"]) as picture:
-        picture = picture.convert("RGB")
+    with Image.open(path, formats=["PNG"]) as stored:
+        picture = stored.convert("RGB")
     picture.thumbnail(_STRIP_SIZE, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
@@ -278,7 +278,7 @@ def _settings_section(config: dict[str, Any]) -> str:
 
 def _environment_section() -> str:
     rows = [("report written", _clock(time.time()) + " UTC"), ("python", platform.python_version())]
-    rows += [("platform", platform.platform()), ("processors", os.cpu_count())]
+    rows += [("platform", platform.platform()), ("processors", str(os.cpu_count()))]
     for package in ("factorkit", "torch", "triton", "numpy"):
         try:
             rows.append((package, importlib.metadata.version(package)))

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -196,7 +196,8 @@ class Training:
             "steps": config.field_steps, "batch_size": config.views, "learning_rate": config.field_learning_rate,
             "decay": 0.5, "ema": 0.0, **changes,
         }  # fmt: skip
-        return self.trainer(name, lambda stage: FitTask(stage, scene, model, chosen, sheets, hot), **changes)
+        fitted = self.trainer(name, lambda stage: FitTask(stage, scene, model, chosen, sheets, hot), **changes)
+        return cast(Fit, fitted)
 
     def one_start(self) -> nn.Module:
         """All views at one pose, free to leave it (Wang et al. 2021)."""

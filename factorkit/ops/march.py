@@ -87,7 +87,7 @@ def march_rays(
         return found._replace(ray_offsets=found.ray_offsets[first_ray:], ray=found.ray - first_ray)
     settings = (lower, upper, float(step), float(max_step), float(cone_angle), seed)
     if plain(origins):
-        return _cut(*reference.march_rays(*given, *settings), capacity)
+        return _cut(*reference.march_rays(*given, *settings), capacity)  # type: ignore[call-arg]
     given = (*given, _blocks(occupancy))
     counts = torch.ops.factorkit.march_count(*given, *settings)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

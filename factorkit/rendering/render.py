@@ -86,8 +86,9 @@ def render(
         with torch.no_grad():
             parts = [part(i, min(i + chunk, len(origins))) for i in range(0, max(1, len(origins)), chunk)]
         *images, counts = zip(*parts, strict=True)
-        found = Rendered(*(None if x[0] is None else torch.cat(x) for x in images), torch.stack(counts).sum())
-    return Rendered(*(x if x is None else x.reshape((*shape, *x.shape[1:])) for x in found[:-1]), found.count)
+        found = Rendered._make([*(None if x[0] is None else torch.cat(x) for x in images), torch.stack(counts).sum()])
+    images = (x if x is None else x.reshape((*shape, *x.shape[1:])) for x in found[:-1])
+    return Rendered._make([*images, found.count])
 
 
 def _render(field, origins, directions, sampling, background, early_stop, normals, distortion, seed, first) -> Rendered:
@@ -137,7 +138,7 @@ def _answer(field: Field, positions: Tensor, along: Tensor, normals: bool) -> tu
             slope = torch.zeros_like(positions)  # a density that is the same everywhere
         facing = -torch.nn.functional.normalize(slope, dim=-1, eps=1e-10)
         answer = sigma, torch.cat([radiance, facing.to(radiance.dtype)], dim=-1)
-    return answer if graph else tuple(x.detach() for x in answer)
+    return answer if graph else (answer[0].detach(), answer[1].detach())
 
 
 def _checked(sigma: Tensor, radiance: Tensor, count: int) -> tuple[Tensor, Tensor]:

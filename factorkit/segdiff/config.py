@@ -194,7 +194,7 @@ class SegdiffConfig(EngineConfig):
         )  # fmt: skip
         model = FactorizedUNet(**{name: getattr(self, name) for name in names}, classes=len(self.class_names))
         # as its features lie: a convolution would otherwise turn its weights round in every call
-        return model.to(memory_format=torch.channels_last)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -87,7 +87,7 @@ class SegdiffRun:
         self, config: SegdiffConfig, model: FactorizedUNet, device: torch.device, step: int, folder: Path | None = None
     ):
         self.config, self.device, self.step, self.folder = config, device, step, folder
-        self.model = model.to(device, memory_format=torch.channels_last).eval()
+        self.model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.schedule = config.noising(device)
 
     @classmethod

@@ -23,7 +23,9 @@ class Column(EncodedSource):
 
     def __init__(self, parts: Mapping[str, Any], key: str) -> None:
         image = needs("datasets", "huggingface", "reading this").Image(decode=False)
-        self.key, self.parts, self.rows = key, [], []
+        self.key = key
+        self.parts: list[Any] = []
+        self.rows: list[tuple[int, int]] = []
         self.names = []
         for split, part in parts.items():
             self.rows += [(len(self.parts), i) for i in range(len(part))]
