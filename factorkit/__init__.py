@@ -61,8 +61,16 @@ def __getattr__(name: str) -> Any:
 def load(path: str | Path, *, device: str = "auto") -> SegdiffRun | NerfdiffRun:
     """A trained run from its folder or from one ``.safetensors`` file; no settings to repeat.
 
+    Args:
+        path: either of them.
+        device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+
     Raises:
         CheckpointError: nothing there, another model, or a damaged file (in a folder the previous checkpoint is taken).
+
+    Example:
+        >>> type(factorkit.load("runs/flowers")).__name__, type(factorkit.load("runs/scene")).__name__
+        ('SegdiffRun', 'NerfdiffRun')
     """
     from factorkit.engine.folder import model_name
     from factorkit.nerfdiff.run import NerfdiffRun

@@ -40,6 +40,11 @@ def open_dataset(data: Any, *, holdout: str | int = "auto", mask_set: str | None
         ConfigError: a holdout that is none of these, or more than there are masks; a set of masks that is not there;
             a layout whose extra is not installed.
         DataError: the data cannot be opened, masks do not match, or nothing is left to train on.
+
+    Example:
+        >>> dataset = factorkit.data.open_dataset(pictures)
+        >>> len(dataset.train), dataset.test_images is None
+        (24, True)
     """
     if data is None:
         raise ConfigError("open_dataset needs a path or images. The shipped flowers: procedural_dataset(resolution).")

@@ -60,6 +60,10 @@ def open_views(
     Raises:
         DataError: nothing there, or files that contradict themselves; the message names the file and what to do.
         ConfigError: settings other than these, or a video without the packages that read one.
+
+    Example:
+        >>> factorkit.data.open_views(pictures[:5], resolution=8).images.shape
+        torch.Size([5, 3, 8, 8])
     """
     if split not in (None, "train", "test"):
         raise ConfigError(f'split={split!r}: give "train", "test" or nothing')

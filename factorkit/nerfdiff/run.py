@@ -85,6 +85,10 @@ class NerfdiffRun:
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> NerfdiffRun:
         """Load a run folder (its newest whole checkpoint) or a single ``.safetensors`` file.
 
+        Args:
+            path: either of them.
+            device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a torch device.
+
         Raises:
             CheckpointError: nothing there, damaged, or not a nerfdiff model.
         """
@@ -113,7 +117,11 @@ class NerfdiffRun:
         return cls(config, scene, model, chosen, step, path if path.is_dir() else None)
 
     def save(self, path: str | Path) -> Path:
-        """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`."""
+        """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
+
+        Raises:
+            CheckpointError: ``path`` cannot be written; what stood there before stands.
+        """
         weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
         meta = {"model": "nerfdiff", **self.config.to_dict(), "scene": self.scene, "step": self.step}
         return write_checkpoint(Path(path), weights, meta)
@@ -161,6 +169,11 @@ class NerfdiffRun:
         Raises:
             ConfigError: t out of range.
             DataError: images of another shape.
+
+        Example:
+            >>> found = scene.predict_pose(views)
+            >>> found.poses.shape, found.scores.shape
+            (torch.Size([10, 4, 4]), torch.Size([10, 3]))
         """
         pictures = self._sized(images)
         signal = to_signal(pictures)
@@ -219,7 +232,15 @@ class NerfdiffRun:
         return max(2 * self.config.samples, max(size) // 2)
 
     def reconstruct(self, images: Any, size: int | tuple[int, int] | None = None) -> Pictures:
-        """Pictures of the scene from where :meth:`predict_pose` says that ``images`` were taken."""
+        """Pictures of the scene from where :meth:`predict_pose` says that ``images`` were taken.
+
+        Args:
+            images: as :meth:`predict_pose` takes them.
+            size: as for :meth:`render`.
+
+        Raises:
+            DataError: images of another shape.
+        """
         return self.render(self.predict_pose(images).poses, size)
 
     def render_path(
@@ -236,6 +257,11 @@ class NerfdiffRun:
 
         Raises:
             ConfigError: an unknown path, no frames, or a tone there is not.
+
+        Example:
+            >>> film = scene.render_path("orbit", frames=3, size=12)
+            >>> film.images.shape, film.depth.shape
+            (torch.Size([3, 3, 12, 12]), torch.Size([3, 12, 12]))
         """
         if isinstance(path, str):
             path = camera_path(path, frames, self.poses, self.scene["layout"])

@@ -62,6 +62,18 @@ def render(
 
     Raises:
         ValueError: rays of two shapes, a field's answer of another shape, chunk < 1, or what the ops refuse.
+
+    Example:
+        >>> import torch
+        >>> from factorkit import rendering
+        >>> def ball(positions, directions):                            # of radius 1/2, red, nearly solid
+        ...     inside = positions.norm(dim=-1) < 0.5
+        ...     return 50.0 * inside, torch.tensor([1.0, 0.0, 0.0]).expand(len(positions), 3)
+        >>> pose, lens = rendering.orbit(1, radius=3.0, elevation=30.0)[0], rendering.intrinsics_from_fov(40.0, 9, 9)
+        >>> rays = rendering.image_rays(pose, lens, 9, 9)
+        >>> seen = factorkit.render(ball, rays, rendering.EvenSampling((-1, -1, -1), (1, 1, 1), samples=64))
+        >>> seen.color.shape, round(seen.opacity[4, 4].item(), 3), round(seen.opacity[0, 0].item(), 3)
+        (torch.Size([9, 9, 3]), 1.0, 0.0)
     """
     shape = rays.origins.shape[:-1]
     if rays.origins.shape != rays.directions.shape or rays.origins.shape[-1:] != (3,):

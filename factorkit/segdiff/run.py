@@ -94,8 +94,17 @@ class SegdiffRun:
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> SegdiffRun:
         """Load a run folder (its newest whole checkpoint) or a single ``.safetensors`` file.
 
+        Args:
+            path: either of them.
+            device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a torch device.
+
         Raises:
             CheckpointError: nothing there, damaged, or not a segdiff model.
+
+        Example:
+            >>> run = factorkit.SegdiffRun.load("runs/flowers", device="cpu")
+            >>> run.config.regions
+            2
         """
         path = Path(path)
         weights, meta = read_weights(path, "segdiff")
@@ -118,7 +127,15 @@ class SegdiffRun:
         return cls(config, model, chosen, step, path if path.is_dir() else None)
 
     def save(self, path: str | Path) -> Path:
-        """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`."""
+        """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
+
+        Raises:
+            CheckpointError: ``path`` cannot be written; what stood there before stands.
+
+        Example:
+            >>> factorkit.load(run.save("flowers.safetensors")).step
+            2
+        """
         weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
         return write_checkpoint(Path(path), weights, {"model": "segdiff", **self.config.to_dict(), "step": self.step})
 
@@ -151,6 +168,13 @@ class SegdiffRun:
             ConfigError: t out of range, or a plain DDPM, which has no regions.
             DataError: nothing to read, or an image that cannot be decoded.
             OutOfMemory: an image too large for the machine.
+
+        Example:
+            >>> seg = run.segment(pictures[:4])
+            >>> seg.labels.shape, seg.masks.shape
+            (torch.Size([4, 16, 16]), torch.Size([4, 2, 16, 16]))
+            >>> bool((seg.masks.sum(1) - 1).abs().max() < 0.01)
+            True
         """
         t, size = self._level(t), check_segmenting(self.config, size, upsample)
         pictures, names = as_pictures(images)
@@ -186,6 +210,11 @@ class SegdiffRun:
             DataError: nothing to read, or none of the pictures can be.
             WriteError: the disk is full or ``out`` cannot be written; what is finished stands.
             CheckpointError: another process segments into ``out``.
+
+        Example:
+            >>> done = run.segment_folder(pictures[:4], "segmented", formats=("labels",), progress=False)
+            >>> done.segmented, done.skipped
+            (4, {})
         """
         t, size = self._level(t), check_segmenting(self.config, size, upsample)
         predict = lambda images: self._predict(images, t)  # noqa: E731
@@ -232,12 +261,19 @@ class SegdiffRun:
             steps: denoising steps; None: every one.
             seed: the same seed, the same images.
             trajectory: keep every step (fig. 2.10).
+            progress: show a progress bar.
+
             classes: what the images are to be of, where the run has classes (``config.class_names``): a name or label,
                 a list of them, taken in turn (None in it is no class), or ``"all"``; None: of anything.
             guidance: how strongly they are pushed to their class; 1 is not at all, 2 to 4 is usual, at twice the cost.
 
         Raises:
             ConfigError: an unknown sampler or class, guidance without classes, or n or steps out of range.
+
+        Example:
+            >>> drawn_again = run.generate(2, steps=3, seed=1)
+            >>> drawn_again.images.shape, drawn_again.labels.shape
+            (torch.Size([2, 3, 16, 16]), torch.Size([2, 16, 16]))
         """
         if n < 1:
             raise ConfigError(f"n={n}: at least one image has to be asked for")
@@ -352,6 +388,11 @@ class SegdiffRun:
         Raises:
             ConfigError: ``fit`` leaves nothing to score, t out of range, or a plain DDPM.
             DataError: images and masks that do not go together.
+
+        Example:
+            >>> scores = run.evaluate(pictures, drawn, fit=8)
+            >>> sorted(scores)[:3], 0 <= scores["iou"] <= 1
+            (['acc', 'areas', 'confidence'], True)
         """
         config = self.config
         if config.regions == 1:
