@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -84,21 +85,29 @@ def signature(thing: Any) -> str:
     """As it is written, in lines that a page can hold; of a property its type."""
     if isinstance(thing, property):
         return f" -> {inspect.signature(thing.fget).return_annotation}"
-    thing = getattr(thing, "__func__", thing)
-    parameters = [p for p in inspect.signature(thing).parameters.values() if p.name not in ("self", "cls")]
-    found = str(inspect.Signature(parameters)).replace("'", "")
-    returned = "" if isinstance(thing, type) else inspect.signature(thing).return_annotation
-    said = f"{found} -> {returned}" if returned not in ("", inspect.Signature.empty) else found
-    if len(said) <= 100:
-        return said
+    found = inspect.signature(getattr(thing, "__func__", thing))
     words, star = [], False
-    for parameter in parameters:
+    for parameter in found.parameters.values():
+        if parameter.name in ("self", "cls"):
+            continue
         if parameter.kind is parameter.KEYWORD_ONLY and not star:
             words.append("*")
-            star = True
-        star |= parameter.kind is parameter.VAR_POSITIONAL
-        words.append(str(parameter).replace("'", ""))
-    return "(\n" + "".join(f"    {word},\n" for word in words) + ")" + said[len(found) :]
+        star |= parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
+        words.append(written(parameter))
+    returned = "" if isinstance(thing, type) else f" -> {found.return_annotation}"
+    line = f"({', '.join(words)}){returned}"
+    return line if len(line) <= 100 else "(\n" + "".join(f"    {word},\n" for word in words) + f"){returned}"
+
+
+def written(parameter: inspect.Parameter) -> str:
+    """`name: type = default`, the same in every version of Python."""
+    kind = getattr(parameter.annotation, "__forward_arg__", parameter.annotation)
+    name = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "") + parameter.name
+    default = parameter.default
+    if default is inspect.Parameter.empty:
+        return f"{name}: {kind}"
+    said = json.dumps(default) if isinstance(default, str) else repr(default)
+    return f"{name}: {kind} = {'...' if '<' in said else said}"  # a default_factory has no words
 
 
 def markdown(docstring: str) -> str:
@@ -112,7 +121,7 @@ def markdown(docstring: str) -> str:
             found.append(line.removeprefix("    "))
         elif section and re.match(r" {4}\S", line):
             name, colon, rest = line.strip().partition(": ")
-            named = colon and re.fullmatch(r"[\w*., ]+", name)
+            named = section != "Returns" and colon and re.fullmatch(r"[\w*., ]+", name)
             found.append(f"- `{name}`: {prose(rest)}" if named else f"- {prose(line.strip())}")
         elif section and line.startswith("        "):
             found.append(f"  {prose(line.strip())}")

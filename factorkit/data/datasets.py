@@ -42,7 +42,8 @@ def open_dataset(data: Any, *, holdout: str | int = "auto", mask_set: str | None
         DataError: the data cannot be opened, masks do not match, or nothing is left to train on.
 
     Example:
-        >>> dataset = factorkit.data.open_dataset(pictures)
+        >>> from factorkit.data import open_dataset
+        >>> dataset = open_dataset(pictures)
         >>> len(dataset.train), dataset.test_images is None
         (24, True)
     """

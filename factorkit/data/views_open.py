@@ -62,7 +62,8 @@ def open_views(
         ConfigError: settings other than these, or a video without the packages that read one.
 
     Example:
-        >>> factorkit.data.open_views(pictures[:5], resolution=8).images.shape
+        >>> from factorkit.data import open_views
+        >>> open_views(pictures[:5], resolution=8).images.shape
         torch.Size([5, 3, 8, 8])
     """
     if split not in (None, "train", "test"):

@@ -82,11 +82,12 @@ def train_nerfdiff(
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
 
     Example:
-        >>> views = factorkit.data.procedural_views(10, 8, seed=1)      # ten pictures of 8 x 8 pixels, with true poses
+        >>> from factorkit.data import procedural_views
+        >>> views = procedural_views(10, 8, seed=1)    # ten pictures of 8 x 8 pixels, with true poses
         >>> tiny = {"resolution": 8, "cameras": 3, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 8}
         >>> tiny |= {"width": 8, "multipliers": (1, 2), "encoder_resolution": 8, "rendered": 4, "samples": 6}
         >>> tiny |= {"search_steps": 4, "field_steps": 2, "steps": 2, "views": 3, "rays": 8, "flip_rounds": 0}
-        >>> scene = factorkit.train_nerfdiff(views, out="runs/scene", progress=False, preset="demo", batch_size=4, **tiny)
+        >>> scene = factorkit.train_nerfdiff(views, out="runs/scene", progress=False, batch_size=4, **tiny)
         >>> scene.poses.shape
         torch.Size([10, 4, 4])
     """
