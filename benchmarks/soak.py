@@ -5,8 +5,8 @@
 
 The training is the demo's own command with more steps than it will ever take, in a process of its own, with one thread;
 this process looks at it through /proc and ends it by SIGTERM, as a scheduler would. The slope is a straight line
-fitted by least squares to the resident memory after the first tenth of the time, in which libraries allocate what they
-keep. Linux only.
+fitted by least squares to the resident memory after the second sample sheet and report (and at least a tenth of the
+time), until when libraries are imported and allocate what they keep. Linux only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from pathlib import Path
 from benchmarks.recording import commit, machine, write_result
 
 RESULTS = Path(__file__).with_name("results") / "soak.json"
-WARM_UP = 0.1  # of the time
+WARM_UP, SHEETS = 0.1, 2  # of the time; sample sheets
+PATIENCE = 3600  # seconds for the last step, checkpoint and report, on a machine that may have better to do
 KEPT = 60  # points of each curve that the result keeps
 ENDED = 128 + signal.SIGTERM
 
@@ -50,19 +51,21 @@ def soak(model: str, seconds: float, every: float, folder: Path) -> dict:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FACTORKIT_CACHE": str(folder / "cache")}
     seen: list[tuple[float, float, int]] = []
     with open(folder / "said", "w") as said:
-        start = time.monotonic()
+        start, began = time.monotonic(), time.time()
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         while process.poll() is None and (now := time.monotonic() - start) < seconds:
             seen.append((now, *look(process.pid)))
             time.sleep(every)
         used = processor_seconds(process.pid) if process.poll() is None else 0.0
         process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=600)
+        code = process.wait(timeout=PATIENCE)
     if code != ENDED:
         raise SystemExit(f"the training ended with {code}:\n{(folder / 'said').read_text()[-2000:]}")
     lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    steps = max(line["step"] for line in lines)
-    return summary(seen, seconds) | {"steps": steps, "processor_seconds": round(used), "exit_code": code}
+    sheets = [line["time"] - began for line in lines if line["event"] == "alarms"]
+    settled = max([WARM_UP * seconds, *sheets[SHEETS - 1 : SHEETS]])
+    found = summary(seen, seconds, settled) | {"sheets": len(sheets)}
+    return found | {"steps": max(line["step"] for line in lines), "processor_seconds": round(used), "exit_code": code}
 
 
 def look(pid: int) -> tuple[float, int]:
@@ -77,14 +80,14 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def summary(seen: list[tuple[float, float, int]], seconds: float) -> dict:
-    """Slopes and extremes of (seconds, MiB, files), the warm-up left out; and thinned curves of everything."""
-    settled = [point for point in seen if point[0] >= WARM_UP * seconds]
+def summary(seen: list[tuple[float, float, int]], seconds: float, since: float) -> dict:
+    """Slopes and extremes of (seconds, MiB, files) from `since` on; and thinned curves of everything."""
+    settled = [point for point in seen if point[0] >= since]
     hours, memory, files = [t / 3600 for t, _, _ in settled], [m for _, m, _ in settled], [f for _, _, f in settled]
     quarter = max(1, len(settled) // 4)
     thin = seen[:: max(1, len(seen) // KEPT)]
     return {
-        "seconds": seconds, "looks": len(seen), "after_warm_up": len(settled),
+        "seconds": seconds, "looks": len(seen), "settled_after": round(since), "settled_looks": len(settled),
         "memory_slope_mib_per_hour": round(statistics.linear_regression(hours, memory).slope, 2),
         "memory_mib": {
             "least": round(min(memory), 1), "most": round(max(memory), 1),
@@ -100,7 +103,8 @@ def summary(seen: list[tuple[float, float, int]], seconds: float) -> dict:
 def words(record: dict) -> str:
     memory, files = record["memory_mib"], record["files"]
     return "\n".join([
-        f"{record['seconds'] / 60:g} minutes, {record['steps']} steps, {record['looks']} looks",
+        f"{record['seconds'] / 60:g} minutes, {record['steps']} steps, {record['sheets']} sheets; "
+        f"{record['settled_looks']} of {record['looks']} looks are after second {record['settled_after']}",
         f"resident memory   {memory['least']} to {memory['most']} MiB, slope {record['memory_slope_mib_per_hour']} "
         f"MiB/h (median of the first quarter {memory['median_first_quarter']}, of the last "
         f"{memory['median_last_quarter']})",
