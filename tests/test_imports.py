@@ -24,7 +24,8 @@ def python(*words: str) -> str:
 
 @pytest.mark.parametrize("act", [
     "import factorkit", "import factorkit.cli", "import factorkit.cli; factorkit.cli.main(['--help'])",
-    "import factorkit.cli; factorkit.cli.main(['--version'])", "import factorkit.cli; factorkit.cli.main(['segment', '-h'])",
+    "import factorkit.cli; factorkit.cli.main(['--version'])",
+    "import factorkit.cli; factorkit.cli.main(['segment', '-h'])",
 ])  # fmt: skip
 def test_neither_importing_nor_help_imports_what_takes_long(act):
     said = python("-W", "error", "-c", f"{act}\nimport sys\nprint('imported', *sys.modules)")
@@ -33,7 +34,7 @@ def test_neither_importing_nor_help_imports_what_takes_long(act):
 
 
 def test_what_is_imported_later_is_neither_triton_nor_matplotlib():
-    act = "import factorkit, sys\nfactorkit.SegdiffRun, factorkit.NerfdiffRun, factorkit.train_segdiff, factorkit.render"
+    act = "import factorkit, sys\nfactorkit.SegdiffRun, factorkit.NerfdiffRun, factorkit.train_segdiff"
     names = {name.partition(".")[0] for name in python("-c", f"{act}\nprint(*sys.modules)").split()}
     assert "torch" in names and not names & {"triton", "matplotlib", "cv2", "sklearn", "viser"}
 

@@ -8,14 +8,15 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import methodcaller
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from factorkit.engine.colors import palette
+
+if TYPE_CHECKING:  # takes as long to import as all else here, for who draws no report
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def draw_curves(log: Iterable[dict[str, Any]], theme: Theme) -> list[tuple[str, str, bytes]]:
     """The figures for which a log has numbers, as (title, what to look for, PNG with a transparent ground)."""
+    from matplotlib.figure import Figure
+
     log = list(log)
     steps, alarms = timeline(log, "step"), timeline(log, "alarms")
     single = [
@@ -240,6 +243,8 @@ def _log_scale(axes: Axes, values: np.ndarray) -> None:
     """Logarithmic where the values span more than a factor of five: the beginning would hide the rest."""
     if values.min() > 0 and values.max() > 5 * values.min():
         axes.set_yscale("log")
+        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.yaxis.set_minor_formatter(NullFormatter())
