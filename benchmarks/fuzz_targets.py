@@ -8,7 +8,7 @@ import json
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,7 @@ FORMATS = (
     ("jpg", "CMYK"), ("gif", "P"), ("bmp", "RGB"), ("bmp", "P"), ("tif", "RGB"), ("tif", "F"), ("tif", "I;16"),
     ("webp", "RGBA"), ("tga", "RGB"), ("ppm", "RGB"), ("jp2", "RGB"),
 )  # fmt: skip
+MASKS = (("png", "L"), ("png", "P"), ("png", "1"), ("png", "I;16"), ("gif", "P"), ("bmp", "L"), ("jpg", "L"))
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 20\nshowpage\n"
 FOREIGN = (POSTSCRIPT, b"<svg/>", b"\x7fELF", b"", b"MZ", b"%PDF-1.7")
 
@@ -223,7 +224,7 @@ def encoded(suffix: str, mode: str) -> bytes:
     else:
         picture = picture.convert(mode)
     kind = {"jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000"}.get(suffix, suffix.upper())
-    picture.save(buffer, kind, **({"exif": exif()} if suffix in ("jpg", "webp", "png") else {}))
+    picture.save(buffer, kind, **({"exif": exif()} if suffix in ("jpg", "webp") else {}))
     return buffer.getvalue()
 
 
@@ -242,8 +243,8 @@ def make_picture(place: Path, rng: Rng) -> None:
     bad_picture(place / "in", rng)
 
 
-def bad_picture(folder: Path, rng: Rng, name: str = "bad") -> None:
-    suffix, mode = pick(rng, FORMATS)
+def bad_picture(folder: Path, rng: Rng, name: str = "bad", formats: Sequence[tuple[str, str]] = FORMATS) -> None:
+    suffix, mode = pick(rng, formats)
     data = pick(rng, FOREIGN) if rng.random() < 0.05 else damage(encoded(suffix, mode), rng)
     if suffix == "png" and rng.random() < 0.5:
         data = mend_png(data)
@@ -255,15 +256,16 @@ def bad_picture(folder: Path, rng: Rng, name: str = "bad") -> None:
 def make_mask(place: Path, rng: Rng) -> None:
     labelled(place / "in", 3)
     (place / "in/masks/1.png").unlink()
-    bad_picture(place / "in/masks", rng, "1")
+    bad_picture(place / "in/masks", rng, "1", MASKS)
 
 
 def make_zip(place: Path, rng: Rng) -> None:
-    labelled(place / "in", 2)
+    labelled(place / "in", 4)
+    masked = rng.random() < 0.7
     method = pick(rng, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
     with zipfile.ZipFile(place / "x.zip", "w", method) as archive:
         for path in sorted((place / "in").rglob("*.png")):
-            if path.parent.name == "images" or rng.random() < 0.7:
+            if path.parent.name == "images" or masked and path.stem in "01":
                 archive.write(path, path.relative_to(place / "in").as_posix())
         archive.writestr("near_duplicates.txt", pick(rng, ("0 1\n", "0\n", "a b c\n", "\xff")))
     (place / "x.zip").write_bytes(damage((place / "x.zip").read_bytes(), rng))
@@ -323,7 +325,8 @@ def make_srn(place: Path, rng: Rng) -> None:
     path = pick(rng, (folder / "intrinsics.txt", folder / "pose/000001.txt"))
     found = path.read_text().split(" ")
     if rng.random() < 0.6:
-        found[int(rng.integers(len(found)))] = pick(rng, ("nan", "inf", "0", "-1", "1e400", "x", "", "\n", "1_0", "٣"))
+        at = int(rng.integers(len(found)))
+        found[at] = pick(rng, (found[at], "nan", "inf", "0", "-1", "1e400", "x", "", "\n", "1_0", "٣"))
         path.write_text(" ".join(found))
     else:
         path.write_bytes(damage(path.read_bytes(), rng))

@@ -147,7 +147,8 @@ def damage_array(array: np.ndarray, rng: Rng) -> np.ndarray:
     """Another type, shape or value."""
     how = int(rng.integers(10))
     if how == 0:
-        return array.astype(pick(rng, ("f2", "f4", "f8", "i1", "i8", "u2", "c16", "?", "U4", "S3", ">i4", ">f8")))
+        numbers = ("f2", "f4", "f8", "i1", "i8", "u2", "c16", "?", "U4", "S3", ">i4", ">f8")
+        return array.astype(pick(rng, ("U1", "S3", "O") if array.dtype.kind == "U" else numbers))
     if how == 1:
         return array.reshape(-1)
     if how == 2:

@@ -13,11 +13,12 @@ import torch
 
 import factorkit
 from benchmarks import fuzz, fuzz_targets, malformed
-from factorkit.data import open_source, open_views, prepare, read_classes
+from factorkit.data import open_dataset, open_source, open_views, prepare, read_classes
 from factorkit.engine.checkpoint import read_checkpoint, write_checkpoint
 from factorkit.engine.config import MOST_STEPS
 from factorkit.errors import CheckpointError, ConfigError, DataError
 from factorkit.reading import read_arrays
+from factorkit.rendering import orbit
 from factorkit.segdiff.config import preset_config
 
 COUNT = 153  # nine of each kind
@@ -168,3 +169,51 @@ def test_kept_views_without_what_they_need(good, tmp_path):
     np.savez(tmp_path / "run/views.npz", **arrays)
     with pytest.raises(CheckpointError, match=r"views\.npz cannot be read"):
         _ = factorkit.load(tmp_path / "run").views
+
+
+def test_near_duplicates_that_are_no_text(tmp_path):
+    fuzz_targets.labelled(tmp_path, 2)
+    (tmp_path / "near_duplicates.txt").write_bytes(b"\xff\xfe 0 1")
+    with pytest.raises(DataError, match=r"near_duplicates\.txt: no text in UTF-8"):
+        open_dataset(tmp_path)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for path in [*tmp_path.rglob("*.png"), tmp_path / "near_duplicates.txt"]:
+            archive.write(path, path.relative_to(tmp_path).as_posix())
+    data = bytearray((tmp_path / "x.zip").read_bytes())
+    data[data.rindex(b"PK\x03\x04")] = 0
+    (tmp_path / "x.zip").write_bytes(data)
+    with pytest.raises(DataError, match=r"near_duplicates\.txt in it cannot be unpacked"):
+        open_dataset(tmp_path / "x.zip")
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"frames": [{"file_path": 5, "transform_matrix": []}]}, "something else than text"),
+    ({"train_filenames": [[1]]}, "something else than text"),
+    ({"w": 0}, "0 x 20 pixels"),
+    ({"k1": "a"}, "distortion of .* is no number"),
+    ({"k1": float("nan")}, "distortion of .* is not finite"),
+    ({"fl_x": 10**400}, "no focal length"),
+    ({"camera_angle_x": 0.0, "fl_x": None}, "no focal length"),
+])  # fmt: skip
+def test_transforms_of_other_kinds(tmp_path, change, said):
+    poses = orbit(2, 4.0, 30.0).tolist()
+    frames = [{"file_path": f"{i}.png", "transform_matrix": pose} for i, pose in enumerate(poses)]
+    for i in range(2):
+        fuzz_targets.small(tmp_path / f"{i}.png", i)
+    content = {"fl_x": 30.0, "w": 24, "h": 20, "frames": frames, **change}
+    (tmp_path / "transforms.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=said):
+        open_views(tmp_path, "train")
+
+
+def test_srn_camera_of_no_size(tmp_path):
+    fuzz_targets.make_srn(tmp_path, np.random.default_rng(0))
+    (tmp_path / "in/pose/000001.txt").write_text((tmp_path / "in/pose/000000.txt").read_text())
+    (tmp_path / "in/intrinsics.txt").write_text("30 12 10 0.\n0. 0. 0.\n1.\n0 24\n")
+    with pytest.raises(DataError, match="24 x 0 pixels"):
+        open_views(tmp_path / "in")
+
+
+def test_class_of_a_name_that_is_empty(tmp_path):
+    (tmp_path / "x.csv").write_text("name,class\n,a\na.png,a\nb.png,b\n")
+    assert read_classes(tmp_path / "x.csv", ["a.png", "b.png"]).names == ["a", "b"]

@@ -126,7 +126,10 @@ def opacity(image: Image.Image, name: str) -> np.ndarray:
 
 
 def scaled_intrinsics(k: np.ndarray, height: float, width: float, name: str) -> Callable[[int, int], np.ndarray]:
-    """K of a picture of these sides, for the same picture at any size; DataError where it has another shape."""
+    """K of a picture of these sides, for the same picture at any size; DataError where it has another shape, or where
+    the sides are none."""
+    if not (0 < height < math.inf and 0 < width < math.inf):
+        raise DataError(f"{name}: its camera is described for a picture of {width:g} x {height:g} pixels")
 
     def at(actual_height: int, actual_width: int) -> np.ndarray:
         x, y = actual_width / width, actual_height / height

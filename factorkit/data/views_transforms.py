@@ -152,8 +152,6 @@ def _intrinsics(settings: dict[str, Any], name: str, file: Path):
     try:
         if "fl_x" in settings:
             width, height, fx = (float(settings[key]) for key in ("w", "h", "fl_x"))
-            if not (0 < width < math.inf and 0 < height < math.inf):
-                raise ValueError(f"a picture of {width:g} x {height:g} pixels")
             fy = float(settings.get("fl_y", fx))
             cx, cy = float(settings.get("cx", width / 2)), float(settings.get("cy", height / 2))
             return scaled_intrinsics(np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), height, width, name)
