@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,11 @@ def test_no_code_from_files_is_run_anywhere_in_the_package():
     assert len(files) > 100
     found = [f"{file.relative_to(PACKAGE.parent)}:{what}" for file in files for what in offences(file.read_text())]
     assert not found, "\n".join(found)
+
+
+def test_viewer_serves_this_machine_alone_unless_told_otherwise():
+    from factorkit.flags_nerfdiff import View
+    from factorkit.nerfdiff.viewer import Viewer
+
+    assert inspect.signature(Viewer).parameters["host"].default == "127.0.0.1"
+    assert View.parse("factorkit view", ["runs/x"]).host == "127.0.0.1"
