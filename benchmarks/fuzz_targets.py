@@ -168,7 +168,8 @@ def command(*words: object) -> tuple[str, str]:
     text = said.getvalue()
     errors = text.split("error: ")[1:] if code or text.startswith("error: ") else []
     silent = len(errors) != (code != 0) or any(len(error) < 15 for error in errors)
-    if silent or code not in (0, 1, 2) or "Traceback" in text:
+    shown = "Traceback" in text and "--debug" not in words  # which asks for it
+    if silent or code not in (0, 1, 2) or shown:
         raise Unclear(f"exit code {code} of {words}:\n{text}")
     return ("refused" if code else "skipped" if "warning: " in text else "read"), text
 
