@@ -23,11 +23,12 @@ demo: $(VENV)/.installed ## train on procedural flowers, segment, generate, repo
 test: $(VENV)/.installed-test ## the test suite
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --dist loadfile --timeout=300 $(ARGS)
 
-lint: $(VENV)/.installed-test ## ruff
+lint: $(VENV)/.installed-test ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info factorkit/_C.*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info factorkit/_C.*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # Cleared first, should an earlier attempt have been interrupted halfway.
 $(VENV)/.created:

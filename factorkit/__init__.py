@@ -20,7 +20,7 @@ from factorkit.errors import CheckpointError, ConfigError, DataError, FactorkitE
 if TYPE_CHECKING:
     from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.nerfdiff.train import train_nerfdiff
-    from factorkit.rendering import render
+    from factorkit.rendering.render import render
     from factorkit.segdiff.run import SegdiffRun
     from factorkit.segdiff.train import train_segdiff
 
@@ -61,11 +61,18 @@ def __getattr__(name: str) -> Any:
 def load(path: str | Path, *, device: str = "auto", weights: str = "average") -> SegdiffRun | NerfdiffRun:
     """A trained run from its folder or from one ``.safetensors`` file; no settings to repeat.
 
-    weights: of a segdiff run, the moving ``"average"``, or, from its folder, those of the ``"last"`` step.
+    Args:
+        path: either of them.
+        device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+        weights: of a segdiff run, the moving ``"average"``, or, from its folder, those of the ``"last"`` step.
 
     Raises:
         ConfigError: the last weights of a file, or of a nerfdiff run.
         CheckpointError: nothing there, another model, or a damaged file (in a folder the previous checkpoint is taken).
+
+    Example:
+        >>> type(factorkit.load("runs/flowers")).__name__, type(factorkit.load("runs/scene")).__name__
+        ('SegdiffRun', 'NerfdiffRun')
     """
     from factorkit.engine.folder import model_name
     from factorkit.nerfdiff.run import NerfdiffRun

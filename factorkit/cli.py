@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without: the process's own); answers the exit code, see :data:`MANUAL`."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
-        listed = (f"    {name:<11} {inspect.getdoc(command).splitlines()[0]}" for name, command in COMMANDS.items())
+        manuals = ((name, inspect.getdoc(command) or "") for name, command in COMMANDS.items())
+        listed = (f"    {name:<11} {manual.splitlines()[0]}" for name, manual in manuals)
         print(MANUAL.format(commands="\n".join(listed)), end="")
         return 0
     if args[0] == "--version":

@@ -29,7 +29,7 @@ def saying_what_is_saved(folder: Path) -> Iterator[None]:
         saved = f"a checkpoint is saved in {folder}, the same command goes on from there"
         if not any(folder.rglob("step_*.safetensors")):
             saved = "nothing was saved yet"
-        raise Interrupted(stop.code if isinstance(stop, SystemExit) else 130, f"stopped: {saved}") from None
+        raise Interrupted(int(stop.code or 0) if isinstance(stop, SystemExit) else 130, f"stopped: {saved}") from None
 
 
 def load_run(path: Path, device: str, model: str) -> Any:

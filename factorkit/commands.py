@@ -204,7 +204,7 @@ def write_generated(drawn: Generation, out: Path) -> dict[str, Any]:
         sheet = class_sheet(images, masks, drawn.classes)
     else:
         sheet = pictures.contact_sheet(rows) if plain else pictures.generation_sheet(images, masks, labels)
-    found = {"out": str(out), "generated": len(images), "contact_sheet": str(out / "contact_sheet.png")}
+    found: dict[str, Any] = {"out": str(out), "generated": len(images), "contact_sheet": str(out / "contact_sheet.png")}
     save_image(sheet, Path(found["contact_sheet"]))
     if drawn.classes is not None:
         found["classes"] = drawn.classes

@@ -16,7 +16,6 @@ import subprocess
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
@@ -163,8 +162,8 @@ def _ask(question: Callable[[], Any], otherwise: Any = None) -> Any:
         return otherwise
 
 
-def _probe(name: str) -> tuple[ModuleType | None, dict[str, Any]]:
-    """Import a module and say how that went."""
+def _probe(name: str) -> tuple[Any, dict[str, Any]]:
+    """Import a module, None where that fails, and say how it went."""
     part: dict[str, Any] = {"state": "ok", "version": None, "cause": None}
     try:
         # Some packages greet on import, and `--json` promises one JSON object.
@@ -194,7 +193,7 @@ def _commit() -> str:
     return result.stdout.strip() if result is not None and result.returncode == 0 else "unknown"
 
 
-def _cpu(torch: ModuleType | None, built: dict[str, Any]) -> dict[str, Any]:
+def _cpu(torch: Any, built: dict[str, Any]) -> dict[str, Any]:
     # Linux only; elsewhere these stay unknown.
     info = _ask(Path("/proc/cpuinfo").read_text, "")
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
@@ -216,7 +215,7 @@ def _driver() -> str | None:
     return match[0] if match else None
 
 
-def _gpus(torch: ModuleType | None, extension: ModuleType | None) -> tuple[list[dict[str, Any]], str | None]:
+def _gpus(torch: Any, extension: Any) -> tuple[list[dict[str, Any]], str | None]:
     """The GPUs torch sees, or else those the extension sees, and the cause if looking failed."""
 
     def from_torch() -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from factorkit.data.images import BrokenImage
 from factorkit.data.source_base import MOST_BYTES, EncodedSource, digest, is_image, said, shown, stamp, too_large
 from factorkit.errors import DataError
@@ -68,7 +70,7 @@ class TarSource(EncodedSource):
     def fingerprint(self) -> str:
         return digest("tar", [(str(path), stamp(path)) for path in self.paths], self.members)
 
-    def subset(self, indices: Sequence[int]) -> TarSource:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> TarSource:
         return TarSource(self.paths, [self.members[i] for i in indices], [self.names[i] for i in indices])
 
 

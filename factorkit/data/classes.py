@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from factorkit.data.labelled import stem
 from factorkit.errors import ConfigError, DataError
+from factorkit.reading import read_json
 
 NAME_COLUMNS = ("name", "file", "filename", "path", "image", "image_id", "id")
 CLASS_COLUMNS = ("class", "label", "category", "class_name")
@@ -107,7 +107,7 @@ def _folders(names: Sequence[str], positional: bool) -> list[str]:
 def _read_table(path: Path) -> dict[str, str]:
     try:
         if path.suffix.lower() == ".json":
-            table = json.loads(path.read_text(encoding="utf-8"))
+            table = read_json(path)
             if not isinstance(table, dict):
                 raise DataError(f"{path}: holds {type(table).__name__}. Give an object of image names to classes.")
             return {name: _word(value) for name, value in table.items()}
@@ -126,14 +126,14 @@ def _read_table(path: Path) -> dict[str, str]:
         name_at, class_at = 0, 1
     else:
         rows = rows[1:]
-    table: dict[str, str] = {}
+    named: dict[str, str] = {}
     for row in rows:
         if len(row) <= max(name_at, class_at):
             raise DataError(f"{path}: the row {row} has no class. Give each row a name and a class.")
         name, word = row[name_at].strip(), row[class_at].strip()
-        if table.setdefault(name, word) != word:
-            raise DataError(f"{path}: {name} is of two classes, {table[name]!r} and {word!r}. Keep one of them.")
-    return table
+        if named.setdefault(name, word) != word:
+            raise DataError(f"{path}: {name} is of two classes, {named[name]!r} and {word!r}. Keep one of them.")
+    return named
 
 
 def _looked_up(table: Mapping[str, str], names: Sequence[str], where: str) -> list[str]:
@@ -160,7 +160,7 @@ def _looked_up(table: Mapping[str, str], names: Sequence[str], where: str) -> li
             f"{where}: {_some(missing)} of {len(names)} images are not named there, which names {_some(list(table))}. "
             "Add them, with an empty class if they have none."
         )
-    return found
+    return [word for word in found if word is not None]
 
 
 def _by_position(spec: Any, names: Sequence[str], positional: bool) -> list[str]:

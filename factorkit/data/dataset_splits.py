@@ -69,7 +69,7 @@ def divide(name: str, layout: Layout, holdout: str | int, mask_set: str | None, 
     holdout = _holdout(name, layout, masks, holdout)
     images, labels = layout.images, layout.labels
     mask_of = {} if masks is None else dict(match_masks(images, masks))
-    if holdout in layout.splits:
+    if isinstance(holdout, str) and holdout in layout.splits:
         held_out = layout.splits[holdout]
         test = [int(i) for i in held_out if int(i) in mask_of]
         train = np.setdiff1d(layout.splits.get("train", np.arange(len(images))), held_out)
@@ -84,7 +84,7 @@ def divide(name: str, layout: Layout, holdout: str | int, mask_set: str | None, 
             'any, are their near-duplicates. Set holdout to fewer, or to "none" to train on all of them.'
         )
 
-    def part(rows: Sequence[int]) -> Split:
+    def part(rows: Sequence[int] | np.ndarray) -> Split:
         stored = None if masks is None else masks.subset([mask_of[int(i)] for i in rows if int(i) in mask_of])
         return Split(images.subset(rows), stored, None if labels is None else labels[rows], _clips(layout, rows))
 
@@ -133,7 +133,7 @@ def _holdout(name: str, layout: Layout, masks: Source | None, holdout: str | int
     return holdout
 
 
-def _clips(layout: Layout, rows: Sequence[int]) -> Mapping[str, np.ndarray] | None:
+def _clips(layout: Layout, rows: Sequence[int] | np.ndarray) -> Mapping[str, np.ndarray] | None:
     """The layout's clips in the rows of one split; those that are not in it are left out."""
     if layout.clips is None:
         return None

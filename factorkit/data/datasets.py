@@ -17,6 +17,7 @@ from factorkit.errors import ConfigError, DataError
 
 TEST_SEED_OFFSET = 2**32  # procedural test pictures come from seeds nobody trains with
 PAIRS_FILE = "near_duplicates.txt"
+MOST_PAIRS = 2**26  # bytes of it that are read
 
 
 def open_dataset(data: Any, *, holdout: str | int = "auto", mask_set: str | None = None) -> Dataset:
@@ -41,6 +42,12 @@ def open_dataset(data: Any, *, holdout: str | int = "auto", mask_set: str | None
         ConfigError: a holdout that is none of these, or more than there are masks; a set of masks that is not there;
             a layout whose extra is not installed.
         DataError: the data cannot be opened, masks do not match, or nothing is left to train on.
+
+    Example:
+        >>> from factorkit.data import open_dataset
+        >>> dataset = open_dataset(pictures)
+        >>> len(dataset.train), dataset.test_images is None
+        (24, True)
     """
     if data is None:
         raise ConfigError("open_dataset needs a path or images. The shipped flowers: procedural_dataset(resolution).")
@@ -78,7 +85,7 @@ def _read_folder_with_masks(data: Any) -> Layout | None:
     if not ((root / "images").is_dir() and (root / "masks").is_dir()):
         return None
     listed = root / PAIRS_FILE
-    pairs = _parse_pairs(listed.read_text(encoding="utf-8"), str(listed)) if listed.is_file() else []
+    pairs = _parse_pairs(listed.read_bytes(), str(listed)) if listed.is_file() else []
     return Layout(open_source(root / "images"), {"masks": open_source(root / "masks")}, pairs=pairs)
 
 
@@ -96,7 +103,7 @@ def _read_zip_with_masks(data: Any) -> Layout | None:
         if top is None:
             return None
         listed = f"{top}{PAIRS_FILE}"
-        text = archive.read(listed).decode() if listed in archive.namelist() else ""
+        text = _read_pairs(archive, listed, path) if listed in archive.namelist() else b""
     images, masks = ZipSource(path, f"{top}images/"), ZipSource(path, f"{top}masks/")
     if not images.names or not masks.names:
         raise DataError(f"{path}: its images/ or masks/ folder holds no pictures. Pack it again with both.")
@@ -107,9 +114,21 @@ def _read_zip_with_masks(data: Any) -> Layout | None:
 READERS: tuple[Callable[[Any], Layout | None], ...] = (_read_folder_with_masks, _read_zip_with_masks)
 
 
-def _parse_pairs(text: str, where: str) -> list[tuple[str, str]]:
+def _read_pairs(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
+    try:
+        with archive.open(name) as packed:
+            return packed.read(MOST_PAIRS)
+    except Exception as error:  # BadZipFile, zlib.error, RuntimeError for encrypted members, NotImplementedError, ...
+        raise DataError(f"{path}: {name} in it cannot be unpacked: {error}. Pack it again.") from error
+
+
+def _parse_pairs(text: bytes, where: str) -> list[tuple[str, str]]:
+    try:
+        lines = text.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: no text in UTF-8: {error}. It lists two names a line.") from error
     pairs = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         words = line.split("#")[0].split()
         if len(words) not in (0, 2):
             raise DataError(f"{where}, line {number}: expected two names without suffix, found '{line.strip()}'.")

@@ -113,7 +113,8 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
 
 def stem(name: str) -> str:
     """A name without its suffix, with its folders."""
-    return PurePosixPath(name).with_suffix("").as_posix()
+    path = PurePosixPath(name)
+    return path.with_suffix("").as_posix() if path.name else name
 
 
 def _mask_stems(name: str) -> list[str]:

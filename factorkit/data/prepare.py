@@ -26,6 +26,7 @@ from factorkit.data.images import BrokenImage, square
 from factorkit.data.source_base import shown
 from factorkit.data.sources import ArraySource, Source, open_source
 from factorkit.errors import ConfigError, DataError
+from factorkit.reading import read_json
 
 LAYOUT = 2  # raise it whenever decoding, cropping or the files of an entry change: it is part of every key
 BLOCK = 1024  # images in flight at once: bounds memory on sets of millions
@@ -138,7 +139,7 @@ def _is_ready(array: np.ndarray, resolution: int) -> bool:
 def _open(entry: Path, resolution: int) -> Prepared | None:
     """A finished entry, or None where there is none or it is damaged."""
     try:
-        index = json.loads((entry / "index.json").read_text(encoding="utf-8"))
+        index = read_json(entry / "index.json")
         images = np.load(entry / "images.npy", mmap_mode="r", allow_pickle=False)
         names, skipped = index["names"], [(name, reason) for name, reason in index["skipped"]]
         rows = np.array(index["skipped_rows"], np.int64)
@@ -191,7 +192,7 @@ def _write_images(
                 skipped.append((name, str(pixels).removeprefix(f"{shown(name)}: ")))
                 rows.append(row)
             else:
-                file.write(pixels)
+                file.write(pixels.data)
                 names.append(name)
             bar.update()
     if not names:

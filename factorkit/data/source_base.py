@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import os
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from factorkit.data.images import BrokenImage, to_rgb
@@ -22,6 +24,9 @@ from factorkit.errors import DataError
 IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jpe .jpeg .jpg .jp2 .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 )
+# The formats behind those suffixes and no other, whatever a file is called: Pillow reads some forty, among them
+# PostScript, which it gives to Ghostscript to run.
+FORMATS = frozenset("AVIF BMP DIB GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split())
 LARGE = 2**24  # pixels; pictures beyond are decoded one at a time, lest as many as there are threads fill the memory
 MOST_BYTES = 2**29  # of one encoded picture: 179 million pixels, Pillow's own limit, take as much without compression
 
@@ -77,7 +82,7 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """A hash that changes when the images do: of path, names, sizes and times, or of an array's content."""
 
-    def subset(self, indices: Sequence[int]) -> Source:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Source:
         """The images at these indices, in this order."""
         return Subset(self, indices)
 
@@ -85,7 +90,7 @@ class Source(ABC):
 class Subset(Source):
     """Some images of a source."""
 
-    def __init__(self, whole: Source, indices: Sequence[int]) -> None:
+    def __init__(self, whole: Source, indices: Sequence[int] | np.ndarray) -> None:
         self.whole, self.indices = whole, [int(i) for i in indices]
         self.names = [whole.names[i] for i in self.indices]
         self.positional, self.ignore = whole.positional, whole.ignore
@@ -117,13 +122,20 @@ class EncodedSource(Source):
         try:
             with warnings.catch_warnings():  # between half of its limit and the limit Pillow only warns
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                return Image.open(io.BytesIO(data))
+                return Image.open(io.BytesIO(data), formats=formats())
         except Image.UnidentifiedImageError as error:
             raise BrokenImage(f"{name}: not an image ({len(data)} bytes that no reader recognises)") from error
         except Image.DecompressionBombError as error:
             raise BrokenImage(f"{name}: refused, too many pixels: {error} Scale it down first.") from error
         except Exception as error:
             raise BrokenImage(f"{name}: cannot be decoded: {error}") from error
+
+
+@functools.cache
+def formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow reads."""
+    Image.init()
+    return [name for name in Image.ID if name in FORMATS]
 
 
 def is_image(name: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from factorkit.data.source_base import (
     too_large,
 )
 from factorkit.errors import DataError
+from factorkit.reading import read_arrays
 
 IMAGE_KEYS = ("images", "X")  # the names looked for in an .npz, in this order
 CHANNELS = (1, 3)
@@ -66,7 +66,7 @@ class FileSource(EncodedSource):
             content.update(repr((name, *stamp(self.root / file))).encode("utf-8", "surrogateescape"))
         return content.hexdigest()
 
-    def subset(self, indices: Sequence[int]) -> FileSource:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> FileSource:
         names = None if self.names is self.files else [self.names[i] for i in indices]
         return FileSource(self.root, [self.files[i] for i in indices], names)
 
@@ -100,7 +100,7 @@ class ArraySource(Source):
             self._fingerprint = digest("array", str(self.array.dtype), self.array.shape, content.hexdigest())
         return self._fingerprint
 
-    def subset(self, indices: Sequence[int]) -> ArraySource:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> ArraySource:
         part = ArraySource(self.array[list(indices)])
         part.names = [self.names[i] for i in indices]
         return part
@@ -176,7 +176,9 @@ def image_names(folder: Path) -> list[str]:
         with said(Path(error.filename), "so its images cannot be listed. Mend its permissions, or take it out."):
             raise error
 
-    found, astray, entered = [], [], set()
+    found: list[str] = []
+    astray: list[str] = []
+    entered: set[str] = set()
     for here, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         true_path = os.path.realpath(here)
         if true_path in entered:  # a loop of links would never end
@@ -241,18 +243,15 @@ def _open_list(paths: Sequence[Path]) -> FileSource:
 
 def _load_array(path: Path, keys: Sequence[str]) -> np.ndarray:
     try:
-        loaded = np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            wanted = [key for key in keys if key in loaded.files] or (loaded.files if len(loaded.files) == 1 else [])
-            if wanted:
-                return loaded[wanted[0]]
-            found = ", ".join(loaded.files) or "nothing"
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        loaded = read_arrays(path, keys)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable array: {error} Save plain numbers, with numpy.save.") from error
-    except MemoryError as error:
-        raise DataError(f"{path}: {error}. Save it as .npy, which is read where it lies, or in parts.") from error
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    wanted = [key for key in keys if key in loaded] or (list(loaded) if len(loaded) == 1 else [])
+    if wanted:
+        return loaded[wanted[0]]
+    found = ", ".join(map(shown, loaded)) or "nothing"
     raise DataError(f"{path}: none of its arrays ({found}) is named {' or '.join(keys)}. Save it under that name.")
 
 

@@ -12,6 +12,7 @@ import torch
 from factorkit.data.views import check_rigid
 from factorkit.data.views_read import Shot, depth_range, every_eighth
 from factorkit.errors import DataError
+from factorkit.reading import read_arrays
 
 KEYS = ("images", "poses", "focal")
 TRAINING_VIEWS = 100  # tiny_nerf_data.npz is used with its first 100 views for training, the rest for the test
@@ -37,19 +38,20 @@ def read_posed_array(path: Path, split: str | None) -> tuple[list[Shot], dict[st
             rigid or not finite.
     """
     try:
-        with np.load(path, allow_pickle=False) as loaded:
-            missing = [key for key in KEYS if key not in loaded.files]
-            if missing:
-                raise DataError(f"{path}: no array named {missing[0]}; this layout has {', '.join(KEYS)}")
-            images, poses, focal = (loaded[key] for key in KEYS)
-            names = [str(name) for name in loaded["names"]] if "names" in loaded.files else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, DataError):
-            raise
+        loaded = read_arrays(path, (*KEYS, "names"))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable array: {error}") from error
-    count = len(images)
-    if images.ndim != 4 or images.shape[3] not in (3, 4) or not count:
+    missing = [key for key in KEYS if key not in loaded]
+    if missing:
+        raise DataError(f"{path}: no array named {missing[0]}; this layout has {', '.join(KEYS)}")
+    images, poses, focal = (loaded[key] for key in KEYS)
+    names = [str(name) for name in loaded["names"].reshape(-1)] if "names" in loaded else None
+    if images.ndim != 4 or images.shape[3] not in (3, 4) or 0 in images.shape:
         raise DataError(f"{path}: images of shape {list(images.shape)}, expected [N, H, W, 3] or [N, H, W, 4]")
+    for name, values in (("poses", poses), ("focal", focal)):
+        if values.dtype.kind not in "fiu":
+            raise DataError(f"{path}: {name} of type {values.dtype}, expected numbers")
+    count = len(images)
     if poses.shape != (count, 4, 4) or names is not None and len(names) != count or focal.size != 1:
         found = f"poses of shape {list(poses.shape)} and focal of shape {list(focal.shape)}"
         raise DataError(f"{path}: {count} images, but {found}. Give a pose [4, 4] for each, one focal length for all, "
@@ -63,7 +65,7 @@ def read_posed_array(path: Path, split: str | None) -> tuple[list[Shot], dict[st
     poses = poses.astype(np.float64)
     check_rigid(torch.from_numpy(poses), names)
     height, width = images.shape[1:3]
-    k = np.array([[float(focal), 0, width / 2], [0, float(focal), height / 2], [0, 0, 1]])
+    k = np.array([[float(focal.item()), 0, width / 2], [0, float(focal.item()), height / 2], [0, 0, 1]])
     if count > TRAINING_VIEWS and split is not None:
         chosen = list(range(TRAINING_VIEWS) if split == "train" else range(TRAINING_VIEWS, count))
     else:

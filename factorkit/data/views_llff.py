@@ -12,6 +12,7 @@ from factorkit.data.sources import find_images
 from factorkit.data.views import check_rigid
 from factorkit.data.views_read import Shot, every_eighth, picture_file, scaled_intrinsics
 from factorkit.errors import DataError
+from factorkit.reading import read_arrays
 
 FOLDERS = ("images_8", "images_4", "images_2", "images")
 NEAREST = 0.75  # the scene is scaled to put its nearest point at 1 / NEAREST, a little beyond NDC's near plane at 1
@@ -38,9 +39,12 @@ def read_llff(path: Path, split: str | None) -> tuple[list[Shot], dict[str, Any]
     if folder is None:
         raise DataError(f"{path}: none of the folders {', '.join(FOLDERS)} is there")
     try:
-        values = np.load(file, allow_pickle=False).astype(np.float64)
-    except (OSError, ValueError, EOFError) as error:
+        values = read_arrays(file)
+    except (OSError, ValueError) as error:
         raise DataError(f"{file}: not a readable array: {error}") from error
+    if isinstance(values, dict) or values.dtype.kind not in "fiu":
+        raise DataError(f"{file}: no array of numbers; LLFF's has 17 for each picture")
+    values = values.astype(np.float64)
     if values.ndim != 2 or values.shape[1] != 17 or not len(values):
         raise DataError(f"{file}: an array of shape {list(values.shape)}; LLFF's has 17 numbers for each picture")
     pictures = find_images(folder)

@@ -60,6 +60,11 @@ def open_views(
     Raises:
         DataError: nothing there, or files that contradict themselves; the message names the file and what to do.
         ConfigError: settings other than these, or a video without the packages that read one.
+
+    Example:
+        >>> from factorkit.data import open_views
+        >>> open_views(pictures[:5], resolution=8).images.shape
+        torch.Size([5, 3, 8, 8])
     """
     if split not in (None, "train", "test"):
         raise ConfigError(f'split={split!r}: give "train", "test" or nothing')
@@ -71,7 +76,7 @@ def open_views(
     if path is not None and not path.exists():
         raise DataError(f"{path}: no such file or folder (looked in {Path.cwd()}). Check the spelling of the path.")
     reader = None if path is None else next((read for fits, read in POSED if fits(path)), None)
-    if reader is not None:
+    if path is not None and reader is not None:
         shots, known = reader(path, split)
     elif path is not None and is_video(path):
         shots, known = read_video(path, split, resolution, fov)

@@ -42,10 +42,10 @@ def read_pictures(source: Any, split: str | None, masks: Any, fov: float | None)
         source, masks = source / "images", source / "masks"
     pictures = open_source(source)
     if masks is None:
-        pairs = [(i, None) for i in range(len(pictures))]
+        pairs: list[tuple[int, int | None]] = [(i, None) for i in range(len(pictures))]
     else:
         mask_source = open_source(masks, keys=MASK_KEYS)
-        pairs = match_masks(pictures, mask_source)
+        pairs = [*match_masks(pictures, mask_source)]
     shots = []
     for at in every_eighth(len(pairs), split):
         i, j = pairs[at]

@@ -82,13 +82,13 @@ def load(
     masks, color = None, border_color(images)
     if any(opacity is not None for opacity in opacities):
         masks, color = torch.stack([torch.ones_like(images[0, :1]) if x is None else x for x in opacities]), None
-        if cut_out:
+        if background is not None:
             behind, color = backdrop(background, images.shape, seed)
             images = images + (1 - masks) * behind
-    known = all(shot.pose is not None for shot in shots)
+    poses = [shot.pose for shot in shots if shot.pose is not None]
     return Views(
         images=images.clamp(0, 1), names=names, intrinsics=torch.stack(intrinsics), masks=masks,
-        poses=torch.from_numpy(np.stack([shot.pose for shot in shots])).float() if known else None,
+        poses=torch.from_numpy(np.stack(poses)).float() if len(poses) == len(shots) else None,
         near=near, far=far, layout=layout, background=color,
     )  # fmt: skip
 
@@ -126,7 +126,10 @@ def opacity(image: Image.Image, name: str) -> np.ndarray:
 
 
 def scaled_intrinsics(k: np.ndarray, height: float, width: float, name: str) -> Callable[[int, int], np.ndarray]:
-    """K of a picture of these sides, for the same picture at any size; DataError where it has another shape."""
+    """K of a picture of these sides, for the same picture at any size; DataError where it has another shape, or where
+    the sides are none."""
+    if not (0 < height < math.inf and 0 < width < math.inf):
+        raise DataError(f"{name}: its camera is described for a picture of {width:g} x {height:g} pixels")
 
     def at(actual_height: int, actual_width: int) -> np.ndarray:
         x, y = actual_width / width, actual_height / height
@@ -210,5 +213,5 @@ def _decode(shot: Shot, resolution: int | None, cut_out: bool) -> tuple[tuple[in
         values = undistort(values, k, shot.distortion)
     new = target_size(resolution or max(height, width), height, width)
     values = resize_area(values, *new)
-    k = torch.from_numpy(k * np.array([new[1] / width, new[0] / height, 1.0])[:, None]).float()
-    return (height, width), values[:3], values[3:].clamp(0, 1) if len(values) == 4 else None, k
+    scaled = torch.from_numpy(k * np.array([new[1] / width, new[0] / height, 1.0])[:, None]).float()
+    return (height, width), values[:3], values[3:].clamp(0, 1) if len(values) == 4 else None, scaled

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from factorkit.data.views_read import (
     scaled_intrinsics,
 )
 from factorkit.errors import DataError
+from factorkit.reading import read_json
 
 SPLITS = {"train": ("train",), "test": ("test",), None: ("train", "val", "test")}
 PINHOLES = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
@@ -78,10 +78,14 @@ def facing(poses: np.ndarray) -> Layout:
 def _read_file(file: Path, split: str | None) -> tuple[list[Shot], np.ndarray]:
     """The shots of a split, and the poses [F, 4, 4] of all frames, which tell what kind of scene it is."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         frames = content["frames"]
         entries = [(frame["file_path"], frame["transform_matrix"]) for frame in frames]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        texts = [frame[key] for frame in frames for key in ("file_path", "mask_path") if frame.get(key) is not None]
+        listed = [name for key in content if key.endswith("_filenames") for name in content[key]]
+        if not all(isinstance(text, str) for text in [*texts, *listed]):
+            raise TypeError("a file is named by something else than text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{file}: not a transforms file ({type(error).__name__}: {error}). It needs `frames`, each with "
             "`file_path` and `transform_matrix`."
@@ -91,8 +95,9 @@ def _read_file(file: Path, split: str | None) -> tuple[list[Shot], np.ndarray]:
     chosen = _chosen(content, [name for name, _ in entries], split)
     if not chosen:
         raise DataError(f"{file}: no frame belongs to the split {split!r}")
-    paths = [_picture(file.parent, entries[i][0]) for i in chosen]
-    missing = [entries[i][0] for i, path in zip(chosen, paths, strict=True) if path is None]
+    sought = [_picture(file.parent, entries[i][0]) for i in chosen]
+    paths = [path for path in sought if path is not None]
+    missing = [entries[i][0] for i, path in zip(chosen, sought, strict=True) if path is None]
     if missing:
         raise DataError(
             f"{file}: {len(missing)} of {len(chosen)} pictures are missing, the first is {missing[0]} (looked in "
@@ -134,7 +139,7 @@ def _matrix(values: Any, name: str, file: Path) -> np.ndarray:
     """A pose with its last row, which some writers leave out."""
     try:
         matrix = np.array(values, dtype=np.float64)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise DataError(f"{file}: the transform_matrix of {name} is no matrix of numbers: {error}") from error
     if matrix.shape == (3, 4):
         matrix = np.concatenate([matrix, [[0.0, 0, 0, 1]]])
@@ -150,8 +155,11 @@ def _intrinsics(settings: dict[str, Any], name: str, file: Path):
             fy = float(settings.get("fl_y", fx))
             cx, cy = float(settings.get("cx", width / 2)), float(settings.get("cy", height / 2))
             return scaled_intrinsics(np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), height, width, name)
-        return fov_intrinsics(float(settings["camera_angle_x"]))
-    except (KeyError, ValueError, TypeError) as error:
+        angle = float(settings["camera_angle_x"])
+        if not 0 < angle < math.pi:
+            raise ValueError(f"an angle of {angle:g} radians")
+        return fov_intrinsics(angle)
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise DataError(
             f"{file}: no focal length for {name} ({type(error).__name__}: {error}). It needs `camera_angle_x`, or "
             "`fl_x` with `w` and `h`."
@@ -163,5 +171,10 @@ def _distortion(settings: dict[str, Any], name: str, file: Path) -> Distortion |
     if model not in PINHOLES:
         raise DataError(f"{file}: {name} was taken by a camera of the model {model}; only {', '.join(PINHOLES)} are "
                         "read. Undistort the pictures first.")  # fmt: skip
-    values = {key: float(settings.get(key, 0.0)) for key in ("k1", "k2", "k3", "p1", "p2")}
+    try:
+        values = {key: float(settings.get(key, 0.0)) for key in ("k1", "k2", "k3", "p1", "p2")}
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"{file}: the distortion of {name} is no number: {error}") from error
+    if not all(math.isfinite(value) for value in values.values()):
+        raise DataError(f"{file}: the distortion of {name} is not finite: {values}")
     return Distortion(**values) if any(values.values()) else None

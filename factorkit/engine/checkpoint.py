@@ -23,6 +23,7 @@ from torch import Tensor
 
 from factorkit.engine.atomic import clear_unfinished, replacing
 from factorkit.errors import CheckpointError
+from factorkit.reading import parse_json, read_json
 
 FORMAT, VERSION = "factorkit", 1
 BEST = "best.json"
@@ -73,7 +74,13 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     _check_version(path, str(header.get("format")))
     if header.get("sha256") != _digest(tensors, header.get("meta", "")):
         raise CheckpointError(f"{path} is damaged: its contents do not match its checksum")
-    return tensors, json.loads(header["meta"])
+    try:
+        meta = parse_json(header["meta"])
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: its settings cannot be read: {error}") from error
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path} is damaged: it holds {type(meta).__name__}, not settings by name")
+    return tensors, meta
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
@@ -158,7 +165,7 @@ class Checkpoints:
     def best(self) -> tuple[int, float] | None:
         """Step and error of the checkpoint that :meth:`keep_best` keeps; None where none is."""
         with suppress(OSError, ValueError, KeyError, TypeError):  # as if there was none
-            noted = json.loads((self.folder / BEST).read_text())
+            noted = read_json(self.folder / BEST)
             step, error = int(noted["step"]), float(noted["error"])
             return (step, error) if self.path(step).exists() else None
         return None

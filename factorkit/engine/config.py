@@ -7,9 +7,13 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
+
+from typeguard import TypeCheckError, check_type
 
 from factorkit.errors import ConfigError
+
+MOST_STEPS = 1_000_000  # T of a noise schedule: it lies in memory, and a setting may come with a file
 
 
 @dataclass(kw_only=True)
@@ -76,9 +80,9 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}={value!r} must be a whole number, at least {low}")
-        for name, low, high in (("ema", 0.0, 1.0), ("decay", 0.0, 1.0)):
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name}={getattr(self, name)} must lie between {low:g} and {high:g}")
+        for name in ("ema", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie between 0 and 1")
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate={self.learning_rate} must be positive and finite")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
@@ -104,13 +108,26 @@ class EngineConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
-        """The configuration behind :meth:`to_dict`; settings this version does not know are refused by name."""
+        """The configuration behind :meth:`to_dict`.
+
+        Raises:
+            ConfigError: settings this version does not know, or values of another type than the setting's.
+        """
         known = {f.name: f for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
             near = ", ".join(sorted(known))
             raise ConfigError(f"unknown setting {', '.join(map(repr, unknown))} for {cls.__name__}; there are: {near}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        types = get_type_hints(cls)
+        for name, value in values.items():
+            if isinstance(value, str) and "Literal" in str(types[name]):
+                continue  # validate() knows the choices
+            try:
+                check_type(value, types[name])
+            except TypeCheckError as error:
+                raise ConfigError(f"{name}={value!r:.80}: {' '.join(str(error).split())}") from error
+        return cls(**values)
 
 
 @contextlib.contextmanager

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from factorkit.engine.colors import palette
+
+if TYPE_CHECKING:  # takes as long to import as all else here, for who draws no report
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,15 @@ def timeline(log: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return kept
 
 
-def is_number(value: object) -> bool:
-    """Whether `value` is a finite number; booleans are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a number that a float can hold; booleans are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def draw_curves(log: Iterable[dict[str, Any]], theme: Theme) -> list[tuple[str, str, bytes]]:
     """The figures for which a log has numbers, as (title, what to look for, PNG with a transparent ground)."""
+    from matplotlib.figure import Figure
+
     log = list(log)
     steps, alarms = timeline(log, "step"), timeline(log, "alarms")
     single = [
@@ -210,7 +215,7 @@ def _alarms(figure: Figure, events: Sequence[dict[str, Any]], theme: Theme) -> b
     for place, (name, limits) in enumerate(ALARM_LIMITS.items(), start=1):
         axes = _axes(figure, theme, (2, 2, place))
         axes.set_title(limits.title, color=theme.ink, fontsize=8, loc="left")
-        x, y = _series(events, lambda event, name=name: event.get(name))
+        x, y = _series(events, methodcaller("get", name))
         some |= bool(len(x))
         axes.plot(x, y, color=theme.accent, linewidth=1.5, marker=".", markersize=5)
         bottom, top = min(0.0, y.min(initial=0.0)) - 0.03, max(1.0, y.max(initial=0.0)) + 0.03
@@ -238,6 +243,8 @@ def _log_scale(axes: Axes, values: np.ndarray) -> None:
     """Logarithmic where the values span more than a factor of five: the beginning would hide the rest."""
     if values.min() > 0 and values.max() > 5 * values.min():
         axes.set_yscale("log")
+        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.yaxis.set_minor_formatter(NullFormatter())

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,9 +41,8 @@ def data_parallel(module: nn.Module, pieces: int) -> DistributedDataParallel:
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
     # without device_ids, with which it would move all arguments to the GPU: indices are read on the CPU
-    return DistributedDataParallel(
-        module, gradient_as_bucket_view=True, static_graph=pieces == 1, **{buffers: False}
-    )
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, "static_graph": pieces == 1, buffers: False}
+    return DistributedDataParallel(module, **options)
 
 
 def check_batch(batch_size: int, name: str = "batch_size") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from factorkit.engine.atomic import replacing
 from factorkit.engine.checkpoint import Checkpoints, read_checkpoint
 from factorkit.errors import CheckpointError, ConfigError
+from factorkit.reading import read_json
 
 CONFIG = "config.json"
 LOCK = ".lock"
@@ -78,7 +79,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
         if not isinstance(settings, dict):
             raise ValueError(f"it holds {type(settings).__name__}, not settings by name")
     except (OSError, ValueError) as error:
@@ -126,6 +127,21 @@ def read_weights(path: Path, model: str, weights: str = "average") -> tuple[dict
     if not found:
         raise ConfigError(f"{path} holds no weights of the {weights} step: load the run folder, or weights='average'")
     return found, meta
+
+
+def check_plausible(path: Path, weights: Mapping[str, Tensor], **numbers: int) -> None:
+    """Refuse sizes that no model with these weights can have before one is built, which might take any memory or time.
+
+    Args:
+        numbers: counts of layers, channels and the like: none is beyond the longest side of a weight and their number.
+
+    Raises:
+        CheckpointError: one is beyond that; or there are no weights.
+    """
+    most = max([len(weights), *(side for t in weights.values() for side in t.shape)])
+    for name, number in numbers.items():
+        if not 0 < number <= most:
+            raise CheckpointError(f"{path} is damaged: a model of {name}={number} has other weights than lie there")
 
 
 def write_json(path: Path, values: Any) -> None:

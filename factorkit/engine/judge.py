@@ -52,7 +52,8 @@ def headline_tiles(config: dict[str, Any], log: list[dict[str, Any]], scores: di
 def _judge_cameras(log: list[dict[str, Any]], scores: dict[str, Any]) -> Verdict:
     alarms = [event for event in timeline(log, "alarms") if isinstance(event.get("failures"), list)]
     failures = [str(failure) for failure in alarms[-1]["failures"]] if alarms else []
-    median, share = scores.get("rotation_median_deg"), scores.get("under_10_deg")
+    median: Any = scores.get("rotation_median_deg")
+    share: Any = scores.get("under_10_deg")
     details = []
     if alarms:
         details.append("Without true poses: " + ("; ".join(failures) if failures else "no alarm went off") + ".")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from factorkit.reading import parse_json
+
 _BLOCK = 1 << 16
 
 
@@ -73,7 +75,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """The JSON object of a line, or None."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) else None

@@ -165,7 +165,7 @@ class Trainer:
         log = RunLog(self.folder, tensorboard=self.config.tensorboard) if main else None
 
         def note(kind: str, **fields: Any) -> None:
-            if main:
+            if log is not None:
                 log.event(kind, **{"step": self.step, **fields})
 
         if self.step < self.last or not resumed:
@@ -191,7 +191,7 @@ class Trainer:
             failed = self._writing.close()
             if failed is not None:  # must not stand in for how the run itself ended
                 warnings.warn(str(failed), stacklevel=2)
-            if main:
+            if log is not None:
                 log.close()
                 self._report()
         return self.average.module

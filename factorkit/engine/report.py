@@ -6,7 +6,6 @@ import base64
 import html
 import importlib.metadata
 import io
-import json
 import os
 import platform
 import re
@@ -22,6 +21,7 @@ from factorkit.engine.judge import Verdict, baselines_of, headline_tiles, judge,
 from factorkit.engine.log import read_log
 from factorkit.engine.report_style import STYLE
 from factorkit.errors import CheckpointError
+from factorkit.reading import read_json
 
 __all__ = ["Verdict", "read_log", "verdict", "write_report"]
 
@@ -91,7 +91,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty where it is missing, damaged or something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -183,7 +183,7 @@ def _at(step: int) -> str:
 
 def _readable(path: Path) -> bool:
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=["PNG"]) as picture:
             picture.load()
     except (OSError, SyntaxError, ValueError):  # Pillow raises SyntaxError for some broken PNGs
         return False
@@ -191,8 +191,8 @@ def _readable(path: Path) -> bool:
 
 
 def _small(path: Path) -> bytes:
-    with Image.open(path) as picture:
-        picture = picture.convert("RGB")
+    with Image.open(path, formats=["PNG"]) as stored:
+        picture = stored.convert("RGB")
     picture.thumbnail(_STRIP_SIZE, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
@@ -278,7 +278,7 @@ def _settings_section(config: dict[str, Any]) -> str:
 
 def _environment_section() -> str:
     rows = [("report written", _clock(time.time()) + " UTC"), ("python", platform.python_version())]
-    rows += [("platform", platform.platform()), ("processors", os.cpu_count())]
+    rows += [("platform", platform.platform()), ("processors", str(os.cpu_count()))]
     for package in ("factorkit", "torch", "triton", "numpy"):
         try:
             rows.append((package, importlib.metadata.version(package)))

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # A caption is a text, or a text with the colour of a swatch drawn before it.
 Caption = str | tuple[str, Sequence[int]]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 CELL = 96  # sides shorter than this are hard to judge on a screen
 _LARGEST_CELL = 256  # without a `cell` of the caller, larger images are shrunk to this
@@ -85,13 +86,13 @@ def _split(caption: Caption) -> tuple[str, Sequence[int] | None]:
     return (caption, None) if isinstance(caption, str) else caption
 
 
-def _caption_width(caption: Caption, font: ImageFont.FreeTypeFont) -> int:
+def _caption_width(caption: Caption, font: Font) -> int:
     text, color = _split(caption)
     return round(font.getlength(text)) + (0 if color is None else _FONT_SIZE)
 
 
 def _write(
-    draw: ImageDraw.ImageDraw, caption: Caption, x: int, y: int, width: int, height: int, font: ImageFont.FreeTypeFont
+    draw: ImageDraw.ImageDraw, caption: Caption, x: int, y: int, width: int, height: int, font: Font
 ) -> None:
     """Write a caption into a box, cut short where it would leave it."""
     text, color = _split(caption)

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -83,7 +84,7 @@ def grabcut(images: NDArray, foreground: NDArray, valid: NDArray) -> NDArray:
         state[top : large_height - top, left : large_width - left] = cv2.GC_PR_FGD
         models = np.zeros((1, 65)), np.zeros((1, 65))  # filled in from the rectangle's inside and outside
         cv2.setRNGSeed(0)  # of this thread
-        cv2.grabCut(large, state, None, *models, 5, cv2.GC_INIT_WITH_MASK)
+        cv2.grabCut(large, state, (0, 0, 0, 0), *models, 5, cv2.GC_INIT_WITH_MASK)
         inside = (state == cv2.GC_FGD) | (state == cv2.GC_PR_FGD)
         return inside.reshape(height, scale, width, scale).mean((1, 3)) > 0.5
 
@@ -127,7 +128,7 @@ def score_baselines(
     if unknown:
         raise ConfigError(f"baseline(s) {', '.join(unknown)} are not known; use any of {', '.join(BASELINES)}")
 
-    rows: dict[str, dict[str, float] | dict[str, str]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in BASELINES if names is None else names:
         try:
             predicted = BASELINES[name](images, foreground[:fit], valid[:fit])

@@ -26,6 +26,11 @@ def scores(
     are empty, iou and dice are 1: nothing was to be found and nothing was.
 
     Raises DataError for masks whose shapes differ, and for images without a valid pixel.
+
+    Example:
+        >>> from factorkit.metrics.segmentation import scores
+        >>> scores([[[True, True], [False, False]]], [[[True, False], [False, False]]])
+        {'acc': 0.75, 'iou': 0.5, 'dice': 0.6666666666666666}
     """
     predicted, foreground, valid = _masks(predicted, foreground, valid)
     counts = _Counts.of(predicted[:, None], foreground, valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,23 @@ def restored_field(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -
         field.occupancy = occupancy_grid(round(weights["occupancy.density"].shape[1] ** (1 / 3)))
     field.load_state_dict(weights)
     return field
+
+
+def checked_scene(scene: Any) -> dict[str, Any]:
+    """What a file says of its scene, as :func:`factorkit.nerfdiff.train.describe` gives it.
+
+    Raises:
+        ValueError: it cannot be of a scene.
+    """
+    if not isinstance(scene, dict) or scene.get("layout") not in ("object", "forward"):
+        raise ValueError(f"scene={scene!r:.80} has no layout")
+    distance, size = scene.get("distance"), scene.get("size")
+    if not isinstance(distance, (int, float)) or not 0 < distance < math.inf:
+        raise ValueError(f"the scene's distance={distance!r:.80} is no positive number")
+    sides = isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**15 for side in size)
+    if not sides:
+        raise ValueError(f"the scene's size={size!r:.80} is no height and width")
+    return scene
 
 
 def build_model(

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from factorkit.engine.config import EngineConfig
+from factorkit.engine.config import MOST_STEPS, EngineConfig
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import ConfigError
 from factorkit.nerfdiff.backgrounds import BACKGROUNDS
@@ -131,6 +131,8 @@ class NerfdiffConfig(EngineConfig):
         if unknown:
             options = ", ".join([*FREEDOMS, "focal"])
             raise ConfigError(f"freedom={self.freedom}: {', '.join(sorted(unknown))} is none of {options}")
+        if self.timesteps > MOST_STEPS:
+            raise ConfigError(f"timesteps={self.timesteps} must be at most {MOST_STEPS}")
         low, high = self.elevations
         if not -89 <= low < high <= 89:
             raise ConfigError(f"elevations={self.elevations} must rise and lie within -89 and 89 degrees")

@@ -45,7 +45,7 @@ class Field(nn.Module):
         apart = [part for part in (self.background, self.appearance) if part is not None]
         others = {id(p) for part in apart for p in part.parameters()}
         found = [([p for p in self.parameters() if id(p) not in others], rate)]
-        found += [(list(part.parameters()), part.RATE) for part in apart]
+        found += [(list(part.parameters()), part.RATE) for part in apart]  # type: ignore[misc]
         found = [([p for p in part if p.requires_grad], speed) for part, speed in found]
         return [(part, speed) for part, speed in found if part]
 
@@ -104,7 +104,7 @@ class GridField(Field):
         """Mean squared difference of neighbours, summed over the axes."""
         v = self.values
         steps = (v[1:] - v[:-1], v[:, 1:] - v[:, :-1], v[:, :, 1:] - v[:, :, :-1])
-        return sum(step.square().mean() for step in steps)
+        return torch.stack([step.square().mean() for step in steps]).sum()
 
     def refined(self, resolution: int) -> GridField:
         """The same field on a lattice of another resolution."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from factorkit.data.views import Views
 from factorkit.engine.atomic import replacing
 from factorkit.errors import CheckpointError
+from factorkit.reading import read_arrays
 
 GIVEN = "views.npz"
 
@@ -47,12 +48,11 @@ def kept_views(folder: Path | None) -> Views | None:
     if path is None or not path.is_file():
         return None
     try:
-        with np.load(path) as arrays:
-            found = dict(arrays)
-    except (OSError, ValueError) as error:
+        found = read_arrays(path)
+        optional: dict[str, Tensor] = {k: torch.from_numpy(found[k]) for k in ("poses", "background") if k in found}
+        return Views(
+            torch.from_numpy(found["images"]).float() / 255, [str(name) for name in found["names"]],
+            torch.from_numpy(found["intrinsics"]), layout=str(found["layout"]), **optional,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:  # of shapes, types and names
         raise CheckpointError(f"{path} cannot be read: {error}. The training command again restores it") from error
-    optional: dict[str, Tensor] = {k: torch.from_numpy(found[k]) for k in ("poses", "background") if k in found}
-    return Views(
-        torch.from_numpy(found["images"]).float() / 255, found["names"].tolist(), torch.from_numpy(found["intrinsics"]),
-        layout=str(found["layout"]), **optional,
-    )  # fmt: skip

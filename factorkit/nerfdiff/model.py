@@ -63,6 +63,8 @@ class NerfdiffModel(Denoiser):
         samples: steps along a ray.
     """
 
+    views: Tensor
+
     def __init__(
         self, encoder: PoseEncoder, candidates: Candidates, field: Field, views: Tensor, optics: Optics,
         size: tuple[int, int], samples: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,5 +56,5 @@ def density(field: Field, places: Tensor) -> Tensor:
 
 def device_of(field: Field) -> torch.device:
     """Where a field's parameters lie; a formula is asked on the CPU."""
-    parameters = getattr(field, "parameters", tuple)()
+    parameters: Iterable[Tensor] = getattr(field, "parameters", tuple)()
     return next((parameter.device for parameter in parameters), torch.device("cpu"))

@@ -16,10 +16,10 @@ from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import resolve_device
-from factorkit.engine.folder import read_weights, write_json
+from factorkit.engine.folder import check_plausible, read_weights, write_json
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import CheckpointError, ConfigError, DataError
-from factorkit.nerfdiff.build import build_model, restored_field
+from factorkit.nerfdiff.build import build_model, checked_scene, restored_field
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.given import kept_views
@@ -85,26 +85,43 @@ class NerfdiffRun:
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> NerfdiffRun:
         """Load a run folder (its newest whole checkpoint) or a single ``.safetensors`` file.
 
+        Args:
+            path: either of them.
+            device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a torch device.
+
         Raises:
             CheckpointError: nothing there, damaged, or not a nerfdiff model.
         """
         path = Path(path)
         weights, meta = read_weights(path, "nerfdiff")
         fields = {f.name for f in dataclasses.fields(NerfdiffConfig)}
-        config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
         try:
+            config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
+            config.validate()
+            scene, step = checked_scene(meta["scene"]), int(meta["step"])
+            levels = len(config.multipliers)
+            check_plausible(
+                path, weights, blocks=config.blocks, levels=levels, cameras=config.cameras,
+                channels=config.width * max(config.multipliers),
+                size=min(config.encoder_resolution, max(scene["size"])) >> min(levels, 30) or 1,
+            )  # fmt: skip
             field = restored_field({k[6:]: v for k, v in weights.items() if k.startswith("field.")}, meta)
-            scene, step = meta["scene"], int(meta["step"])
             optics = Optics(weights["intrinsics"], weights["background"], scene["layout"] == "forward")
             model = build_model(config, scene, optics, field, weights["views"])
             model.load_state_dict(weights)
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"the weights in {path} do not fit the model of its settings: {error}") from error
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, scene, model, chosen, step, path if path.is_dir() else None)
 
     def save(self, path: str | Path) -> Path:
-        """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`."""
+        """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
+
+        Raises:
+            CheckpointError: ``path`` cannot be written; what stood there before stands.
+        """
         weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
         meta = {"model": "nerfdiff", **self.config.to_dict(), "scene": self.scene, "step": self.step}
         return write_checkpoint(Path(path), weights, meta)
@@ -152,6 +169,11 @@ class NerfdiffRun:
         Raises:
             ConfigError: t out of range.
             DataError: images of another shape.
+
+        Example:
+            >>> found = scene.predict_pose(views)
+            >>> found.poses.shape, found.scores.shape
+            (torch.Size([10, 4, 4]), torch.Size([10, 3]))
         """
         pictures = self._sized(images)
         signal = to_signal(pictures)
@@ -210,7 +232,15 @@ class NerfdiffRun:
         return max(2 * self.config.samples, max(size) // 2)
 
     def reconstruct(self, images: Any, size: int | tuple[int, int] | None = None) -> Pictures:
-        """Pictures of the scene from where :meth:`predict_pose` says that ``images`` were taken."""
+        """Pictures of the scene from where :meth:`predict_pose` says that ``images`` were taken.
+
+        Args:
+            images: as :meth:`predict_pose` takes them.
+            size: as for :meth:`render`.
+
+        Raises:
+            DataError: images of another shape.
+        """
         return self.render(self.predict_pose(images).poses, size)
 
     def render_path(
@@ -227,6 +257,11 @@ class NerfdiffRun:
 
         Raises:
             ConfigError: an unknown path, no frames, or a tone there is not.
+
+        Example:
+            >>> film = scene.render_path("orbit", frames=3, size=12)
+            >>> film.images.shape, film.depth.shape
+            (torch.Size([3, 3, 12, 12]), torch.Size([3, 12, 12]))
         """
         if isinstance(path, str):
             path = camera_path(path, frames, self.poses, self.scene["layout"])

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,16 @@ def train_nerfdiff(
         DataError: no usable views.
         CheckpointError: the folder holds another run, or a checkpoint cannot be written or read.
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
+
+    Example:
+        >>> from factorkit.data import procedural_views
+        >>> views = procedural_views(10, 8, seed=1)    # ten pictures of 8 x 8 pixels, with true poses
+        >>> tiny = {"resolution": 8, "cameras": 3, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 8}
+        >>> tiny |= {"width": 8, "multipliers": (1, 2), "encoder_resolution": 8, "rendered": 4, "samples": 6}
+        >>> tiny |= {"search_steps": 4, "field_steps": 2, "steps": 2, "views": 3, "rays": 8, "flip_rounds": 0}
+        >>> scene = factorkit.train_nerfdiff(views, out="runs/scene", progress=False, batch_size=4, **tiny)
+        >>> scene.poses.shape
+        torch.Size([10, 4, 4])
     """
     preset = preset or ("demo" if data is None else "fast")
     config = preset_config(preset, **changes)
@@ -196,7 +206,8 @@ class Training:
             "steps": config.field_steps, "batch_size": config.views, "learning_rate": config.field_learning_rate,
             "decay": 0.5, "ema": 0.0, **changes,
         }  # fmt: skip
-        return self.trainer(name, lambda stage: FitTask(stage, scene, model, chosen, sheets, hot), **changes)
+        fitted = self.trainer(name, lambda stage: FitTask(stage, scene, model, chosen, sheets, hot), **changes)
+        return cast(Fit, fitted)
 
     def one_start(self) -> nn.Module:
         """All views at one pose, free to leave it (Wang et al. 2021)."""

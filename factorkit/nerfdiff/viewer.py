@@ -84,7 +84,7 @@ class Viewer:
         }  # fmt: skip
         self._nodes: dict[str, Any] = {}
         for name, box in self._boxes.items():
-            box.on_update(lambda event, name=name: self._set_visible(name))
+            box.on_update(lambda event, name=name: self._set_visible(name))  # type: ignore[misc]
         self._live.on_update(lambda event: self._toggle_live())
         self.server.on_client_connect(self._connected)
         self.server.on_client_disconnect(self.painter.forget)
@@ -221,7 +221,7 @@ class Painter:
                     shown, sampling = self._shown, None
             if sampling is None:
                 sampling = occupied_sampling(shown.field, shown.lower, shown.upper)
-            self._paint(shown, sampling, client, lambda asked=asked: self._asked != asked)
+            self._paint(shown, sampling, client, lambda asked=asked: self._asked != asked)  # type: ignore[misc]
 
     def _paint(self, shown: Shown, sampling, client: Any, newer: Callable[[], bool]) -> None:
         """Send pictures of growing size until one of them is out of date, the first one in any case."""

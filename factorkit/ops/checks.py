@@ -64,7 +64,7 @@ def check_offsets(offsets: Tensor, samples: int, device: torch.device) -> None:
 
 
 def _smallest_step(offsets: Tensor) -> int | None:
-    return offsets.diff().min().item() if offsets.shape[0] > 1 else None
+    return int(offsets.diff().min()) if offsets.shape[0] > 1 else None
 
 
 def _visible(x: Tensor) -> bool:

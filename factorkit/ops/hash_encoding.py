@@ -170,7 +170,7 @@ def _second_order(ctx, on_d_x, on_d_table):
     """Gradients of the gradients: the reference's are formed again, to be differentiated."""
     with torch.enable_grad():
         grad, *inputs = leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        out = reference.hash_grid(*inputs, ctx.resolutions, ctx.quintic)
+        out = reference.hash_grid(*inputs, ctx.resolutions, ctx.quintic)  # type: ignore[call-arg]
         formed = torch.autograd.grad(out, inputs[:2], grad, create_graph=True)
     pairs = [(d, g) for d, g in zip(formed, (on_d_x, on_d_table), strict=True) if g is not None and g.shape == d.shape]
     outputs, upstream = [d for d, _ in pairs], [g for _, g in pairs]

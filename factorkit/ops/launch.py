@@ -33,9 +33,12 @@ def plain(x: Tensor) -> bool:
     return use_reference() or not _has_kernels(x.is_cuda)
 
 
-@torch.compiler.assume_constant_result
 def _has_kernels(cuda: bool) -> bool:
     return _cuda_extension() if cuda else extension() is not None
+
+
+# what torch.compiler.assume_constant_result does, which imports the whole compiler, and with it Triton, to say so
+_has_kernels._dynamo_marked_constant = True
 
 
 def call(name: str, like: Tensor, *arguments) -> None:

@@ -80,14 +80,14 @@ def march_rays(
     if seed is not None and first_ray and len(origins):  # kernels number rays from 0: some without samples go before
         given = (*(torch.cat([x[:1].expand(first_ray, *x.shape[1:]), x]) for x in given[:3]), given[3], given[4])
         far = torch.cat([near.new_full((first_ray,), -math.inf), given[3]])
-        found = march_rays(
+        found = march_rays(  # type: ignore[misc]
             *given[:3], far, occupancy, lower, upper, step=step, max_step=max_step, cone_angle=cone_angle, seed=seed,
             capacity=capacity,
         )  # fmt: skip
         return found._replace(ray_offsets=found.ray_offsets[first_ray:], ray=found.ray - first_ray)
     settings = (lower, upper, float(step), float(max_step), float(cone_angle), seed)
     if plain(origins):
-        return _cut(*reference.march_rays(*given, *settings), capacity)
+        return _cut(*reference.march_rays(*given, *settings), capacity)  # type: ignore[call-arg]
     given = (*given, _blocks(occupancy))
     counts = torch.ops.factorkit.march_count(*given, *settings)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

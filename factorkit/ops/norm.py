@@ -87,7 +87,7 @@ def _group_norm_silu_backward(
         grad, x, weight, bias, scale, shift, masks, groups, norm, activate
     )
     g = g.to(x.dtype).reshape(x.shape).contiguous(memory_format=dense_format(x))
-    return tuple(x.new_empty(0) if d is None else d for d in (g, d_weight, d_bias, d_scale, d_shift, d_masks))
+    return tuple(x.new_empty(0) if d is None else d for d in (g, d_weight, d_bias, d_scale, d_shift, d_masks))  # type: ignore[return-value]
 
 
 @_group_norm_silu_backward.register_fake

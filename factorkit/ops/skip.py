@@ -187,7 +187,7 @@ def _norm_backward(
     if d_masks is not None and d_moments is not None:
         d_masks = d_masks + d_moments
     found = (d_u, d_skip, d_masks, d_weight, d_bias, d_scale, d_shift)
-    return tuple(u.new_empty(0) if d is None else d for d in found)
+    return tuple(u.new_empty(0) if d is None else d for d in found)  # type: ignore[return-value]
 
 
 @_norm_backward.register_fake

@@ -51,8 +51,8 @@ def pixel_rays(camera_to_world: Tensor, intrinsics: Tensor, pixels: Tensor) -> R
 
 def image_rays(camera_to_world: Tensor, intrinsics: Tensor, height: int, width: int) -> Rays:
     """The rays through the centres of all pixels, [..., height, width, 3]; else as :func:`pixel_rays`."""
-    like = {"dtype": camera_to_world.dtype, "device": camera_to_world.device}
-    down, right = torch.meshgrid(torch.arange(height, **like), torch.arange(width, **like), indexing="ij")
+    down, right = (torch.arange(side).to(camera_to_world) for side in (height, width))
+    down, right = torch.meshgrid(down, right, indexing="ij")
     rays = pixel_rays(camera_to_world, intrinsics, torch.stack([right, down], dim=-1).reshape(-1, 2) + 0.5)
     return Rays(*(x.unflatten(-2, (height, width)) for x in rays))
 

@@ -62,6 +62,18 @@ def render(
 
     Raises:
         ValueError: rays of two shapes, a field's answer of another shape, chunk < 1, or what the ops refuse.
+
+    Example:
+        >>> import torch
+        >>> from factorkit import rendering
+        >>> def ball(positions, directions):                            # of radius 1/2, red, nearly solid
+        ...     inside = positions.norm(dim=-1) < 0.5
+        ...     return 50.0 * inside, torch.tensor([1.0, 0.0, 0.0]).expand(len(positions), 3)
+        >>> pose, lens = rendering.orbit(1, radius=3.0, elevation=30.0)[0], rendering.intrinsics_from_fov(40.0, 9, 9)
+        >>> rays = rendering.image_rays(pose, lens, 9, 9)
+        >>> seen = factorkit.render(ball, rays, rendering.EvenSampling((-1, -1, -1), (1, 1, 1), samples=64))
+        >>> seen.color.shape, round(seen.opacity[4, 4].item(), 3), round(seen.opacity[0, 0].item(), 3)
+        (torch.Size([9, 9, 3]), 1.0, 0.0)
     """
     shape = rays.origins.shape[:-1]
     if rays.origins.shape != rays.directions.shape or rays.origins.shape[-1:] != (3,):
@@ -86,8 +98,9 @@ def render(
         with torch.no_grad():
             parts = [part(i, min(i + chunk, len(origins))) for i in range(0, max(1, len(origins)), chunk)]
         *images, counts = zip(*parts, strict=True)
-        found = Rendered(*(None if x[0] is None else torch.cat(x) for x in images), torch.stack(counts).sum())
-    return Rendered(*(x if x is None else x.reshape((*shape, *x.shape[1:])) for x in found[:-1]), found.count)
+        found = Rendered._make([*(None if x[0] is None else torch.cat(x) for x in images), torch.stack(counts).sum()])
+    images = (x if x is None else x.reshape((*shape, *x.shape[1:])) for x in found[:-1])
+    return Rendered._make([*images, found.count])
 
 
 def _render(field, origins, directions, sampling, background, early_stop, normals, distortion, seed, first) -> Rendered:
@@ -137,7 +150,7 @@ def _answer(field: Field, positions: Tensor, along: Tensor, normals: bool) -> tu
             slope = torch.zeros_like(positions)  # a density that is the same everywhere
         facing = -torch.nn.functional.normalize(slope, dim=-1, eps=1e-10)
         answer = sigma, torch.cat([radiance, facing.to(radiance.dtype)], dim=-1)
-    return answer if graph else tuple(x.detach() for x in answer)
+    return answer if graph else (answer[0].detach(), answer[1].detach())
 
 
 def _checked(sigma: Tensor, radiance: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from tyro.conf import Suppress, arg
 
 from factorkit.diffusion.objective import check_objective
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.config import EngineConfig
+from factorkit.engine.config import MOST_STEPS, EngineConfig
 from factorkit.errors import ConfigError
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.hierarchy import HierarchicalUNet, check_nesting, nesting_of
@@ -180,6 +180,8 @@ class SegdiffConfig(EngineConfig):
             raise ConfigError(f"t_max={self.t_max} must lie between 1 and timesteps={self.timesteps}")
         if not 0 <= self.tail <= 1 or (self.tail and self.t_max == self.timesteps):
             raise ConfigError(f"tail={self.tail} must lie between 0 and 1; 0 where t_max={self.t_max} leaves no tail")
+        if self.timesteps > MOST_STEPS:
+            raise ConfigError(f"timesteps={self.timesteps} must be at most {MOST_STEPS}")
         if not 0 <= self.segment_t < self.timesteps:
             raise ConfigError(f"segment_t={self.segment_t} must lie between 0 and timesteps-1={self.timesteps - 1}")
         if len(self.nesting) != 1:
@@ -210,7 +212,7 @@ class SegdiffConfig(EngineConfig):
         kind = FactorizedUNet if isinstance(self.regions, int) else HierarchicalUNet
         model = kind(**{name: getattr(self, name) for name in names}, classes=len(self.class_names))
         # as its features lie: a convolution would otherwise turn its weights round in every call
-        return model.to(memory_format=torch.channels_last)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 FORMS: dict[str, dict[str, Any]] = {

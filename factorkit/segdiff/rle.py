@@ -4,8 +4,6 @@ Pixels are counted column by column, beginning with those outside: "size": [H, W
 length takes as many characters as it needs (the compressed form of pycocotools' `encode`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from factorkit.data.labelled import load_labelled
 from factorkit.data.sources import Source, open_source
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.folder import read_weights, write_json
+from factorkit.engine.folder import check_plausible, read_weights, write_json
 from factorkit.errors import CheckpointError, ConfigError, OutOfMemory, is_out_of_memory
 from factorkit.metrics.baselines import score_baselines
 from factorkit.metrics.nested import nested_accuracy
@@ -55,34 +56,57 @@ class SegdiffRun:
         self, config: SegdiffConfig, model: FactorizedUNet, device: torch.device, step: int, folder: Path | None = None
     ):
         self.config, self.device, self.step, self.folder = config, device, step, folder
-        self.model = model.to(device, memory_format=torch.channels_last).eval()
+        self.model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.schedule = config.noising(device)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto", weights: str = "average") -> SegdiffRun:
         """Load a run folder (its newest whole checkpoint) or a single ``.safetensors`` file.
 
-        weights: ``"average"``, the moving average, or ``"last"``, of a folder, those of its last step.
+        Args:
+            path: either of them.
+            device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a torch device.
+            weights: ``"average"``, the moving average, or ``"last"``, of a folder, those of its last step.
 
         Raises:
             CheckpointError: nothing there, damaged, or not a segdiff model.
             ConfigError: other ``weights``, or the last ones of a file.
+
+        Example:
+            >>> run = factorkit.SegdiffRun.load("runs/flowers", device="cpu")
+            >>> run.config.regions
+            2
         """
         path = Path(path)
         found, meta = read_weights(path, "segdiff", weights)
         fields = {f.name for f in dataclasses.fields(SegdiffConfig)}
-        config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields}).resolved()
-        with torch.device("meta"):
-            model = config.build()
         try:
+            config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields}).resolved()
+            check_plausible(
+                path, found, blocks=config.blocks, levels=len(config.multipliers), regions=math.prod(config.nesting),
+                channels=config.width * max(config.multipliers),
+            )  # fmt: skip
+            with torch.device("meta"):
+                model = config.build()
             model.load_state_dict(found, assign=True)
-        except RuntimeError as error:
+            step = int(meta["step"])
+        except (ConfigError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"the weights in {path} do not fit the model of its settings: {error}") from error
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
-        return cls(config, model, chosen, int(meta["step"]), path if path.is_dir() else None)
+        return cls(config, model, chosen, step, path if path.is_dir() else None)
 
     def save(self, path: str | Path) -> Path:
-        """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`."""
+        """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
+
+        Raises:
+            CheckpointError: ``path`` cannot be written; what stood there before stands.
+
+        Example:
+            >>> factorkit.load(run.save("flowers.safetensors")).step
+            2
+        """
         weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
         return write_checkpoint(Path(path), weights, {"model": "segdiff", **self.config.to_dict(), "step": self.step})
 
@@ -118,6 +142,13 @@ class SegdiffRun:
             ConfigError: t out of range, or a plain DDPM, which has no regions.
             DataError: nothing to read, or an image that cannot be decoded.
             OutOfMemory: an image too large for the machine.
+
+        Example:
+            >>> seg = run.segment(pictures[:4])
+            >>> seg.labels.shape, seg.masks.shape
+            (torch.Size([4, 16, 16]), torch.Size([4, 2, 16, 16]))
+            >>> bool((seg.masks.sum(1) - 1).abs().max() < 0.01)
+            True
         """
         predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
         pictures, names = as_pictures(images)
@@ -154,6 +185,11 @@ class SegdiffRun:
             DataError: nothing to read, or none of the pictures can be.
             WriteError: the disk is full or ``out`` cannot be written; what is finished stands.
             CheckpointError: another process segments into ``out``.
+
+        Example:
+            >>> done = run.segment_folder(pictures[:4], "segmented", formats=("labels",), progress=False)
+            >>> done.segmented, done.skipped
+            (4, {})
         """
         predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
         source = images if isinstance(images, Source) else open_source(images)
@@ -235,12 +271,19 @@ class SegdiffRun:
             steps: denoising steps; None: every one.
             seed: the same seed, the same images.
             trajectory: keep every step (fig. 2.10).
+            progress: show a progress bar.
+
             classes: what the images are to be of, where the run has classes (``config.class_names``): a name or label,
                 a list of them, taken in turn (None in it is no class), or ``"all"``; None: of anything.
             guidance: how strongly they are pushed to their class; 1 is not at all, 2 to 4 is usual, at twice the cost.
 
         Raises:
             ConfigError: an unknown sampler or class, guidance without classes, or n or steps out of range.
+
+        Example:
+            >>> drawn_again = run.generate(2, steps=3, seed=1)
+            >>> drawn_again.images.shape, drawn_again.labels.shape
+            (torch.Size([2, 3, 16, 16]), torch.Size([2, 16, 16]))
         """
         if n < 1:
             raise ConfigError(f"n={n}: at least one image has to be asked for")
@@ -359,6 +402,11 @@ class SegdiffRun:
         Raises:
             ConfigError: ``fit`` leaves nothing to score, t out of range, or a plain DDPM.
             DataError: images and masks that do not go together.
+
+        Example:
+            >>> scores = run.evaluate(pictures, drawn, fit=8)
+            >>> sorted(scores)[:3], 0 <= scores["iou"] <= 1
+            (['acc', 'areas', 'confidence'], True)
         """
         config = self.config
         if config.leaves == 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -87,11 +89,11 @@ def draw_images(
         frames = [
             Step(
                 level[0].t, torch.cat([s.x_t for s in level]), torch.cat([s.x0 for s in level]),
-                _joined([s.bottleneck for s in level]),
+                _joined([cast(Regions, s.bottleneck) for s in level]),
             )
             for level in zip(*(piece.trajectory for piece in pieces), strict=True)
         ]  # fmt: skip
-    return Samples(images, _joined([piece.bottleneck for piece in pieces]), frames)
+    return Samples(images, _joined([cast(Regions, piece.bottleneck) for piece in pieces]), frames)
 
 
 def _joined(parts: list[Regions]) -> Regions:

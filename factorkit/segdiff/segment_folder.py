@@ -198,7 +198,8 @@ class _Job:
 
     def _ahead(self, readers: ThreadPoolExecutor, todo: Iterable[int]) -> Iterator[_Picture]:
         """The pictures in order, or what is wrong with them, while the next ones are read already."""
-        todo, waiting = iter(todo), deque()
+        waiting: deque[Any] = deque()
+        todo = iter(todo)
         while True:
             while len(waiting) < self._room() and (index := next(todo, None)) is not None:
                 waiting.append((index, self.manifest.stamp(index), readers.submit(self._read, index)))

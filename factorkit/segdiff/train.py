@@ -67,6 +67,15 @@ def train_segdiff(
         DataError: no usable images.
         CheckpointError: the folder holds another run, or a checkpoint cannot be written or read.
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
+
+    Example:
+        >>> import factorkit
+        >>> from factorkit.data import flowers
+        >>> pictures, drawn = flowers(24, 16, seed=0)    # uint8 [24, 16, 16, 3], bool [24, 16, 16]
+        >>> tiny = {"resolution": 16, "regions": 2, "width": 8, "multipliers": (1, 2), "batch_size": 4, "steps": 2}
+        >>> run = factorkit.train_segdiff(pictures, out="runs/flowers", preset="demo", progress=False, **tiny)
+        >>> run.step
+        2
     """
     if seeds < 1:
         raise ConfigError(f"seeds={seeds}: at least one seed has to be trained")

@@ -76,11 +76,11 @@ def read(data: Any) -> Layout | None:
         "segments": PartMasks(anno, stems, three),
         "parts": PartMasks(anno, stems, {part: i for i, part in enumerate(PARTS, start=1)}),
     }
-    splits, notes = {}, ()
+    splits, notes = {}, []
     if (root / MAPPING).is_file():
         splits = _splits(root / MAPPING, stems)
     else:
-        notes = (f"without {MAPPING} beside the images there are no official splits",)
+        notes = [f"without {MAPPING} beside the images there are no official splits"]
     return Layout(FileSource(root / "CelebA-HQ-img", names), masks, splits, notes=notes)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from factorkit.data.layouts.base import Labels, Layout, Reader, needs
 from factorkit.data.source_base import EncodedSource, digest
 from factorkit.errors import DataError
+from factorkit.reading import read_json
 
 PREFIX = "hf:"
 MASKS = ("mask", "masks", "segmentation", "segmentation_mask", "annotation", "label")
@@ -23,7 +23,9 @@ class Column(EncodedSource):
 
     def __init__(self, parts: Mapping[str, Any], key: str) -> None:
         image = needs("datasets", "huggingface", "reading this").Image(decode=False)
-        self.key, self.parts, self.rows = key, [], []
+        self.key = key
+        self.parts: list[Any] = []
+        self.rows: list[tuple[int, int]] = []
         self.names = []
         for split, part in parts.items():
             self.rows += [(len(self.parts), i) for i in range(len(part))]
@@ -95,7 +97,7 @@ def _open(data: Any) -> Any:
 
 def _is_arrow(root: Path) -> bool:
     try:
-        return "_data_files" in json.loads((root / "state.json").read_text(encoding="utf-8"))
+        return "_data_files" in read_json(root / "state.json")
     except (OSError, ValueError):
         return False
 

@@ -27,7 +27,8 @@ def read(data: Any) -> Layout | None:
     if root is None or not _classes(root / "train"):
         return None
     wnids = _classes(root / "train")
-    names, labels, splits = [], [], {}
+    names: list[str] = []
+    labels, splits = [], {}
     for split in ("train", "val"):
         found, classes, notes = _split(root, split, wnids)
         splits[split] = np.arange(len(names), len(names) + len(found))

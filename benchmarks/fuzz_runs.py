@@ -1,0 +1,38 @@
+"""Two runs trained for seconds, for inputs that lie in a run folder or need a model beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from factorkit.data.procedural import flowers
+from factorkit.data.procedural_scene import procedural_views
+from factorkit.nerfdiff.train import train_nerfdiff
+from factorkit.segdiff.train import train_segdiff
+
+SEGDIFF = {
+    "preset": "demo", "regions": 2, "resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "groups": 4,
+    "steps": 2, "batch_size": 4, "checkpoint_every": 1, "sample_every": 1, "log_every": 1, "fit": 2, "device": "cpu",
+    "progress": False,
+}  # fmt: skip
+NERFDIFF = {
+    "preset": "demo", "resolution": 8, "cameras": 3, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 8,
+    "samples": 6, "views": 3, "rays": 8, "search_steps": 4, "field_steps": 2, "steps": 2, "batch_size": 4, "width": 8,
+    "multipliers": (1, 2), "encoder_resolution": 8, "rendered": 4, "flip_rounds": 0, "log_every": 2, "device": "cpu",
+    "progress": False,
+}  # fmt: skip
+
+
+def good_runs(folder: Path) -> dict[str, Path]:
+    """The folders of a segdiff and a nerfdiff run; beside the former its weights alone, as segdiff.safetensors."""
+    images, masks = flowers(12, 16, 0)
+    for kind, values in (("images", images), ("masks", masks.astype(np.uint8))):
+        (folder / "data" / kind).mkdir(parents=True)
+        for i, value in enumerate(values):
+            Image.fromarray(value).save(folder / "data" / kind / f"{i:02d}.png")
+    segdiff = train_segdiff(folder / "data", out=folder / "segdiff", holdout=6, **SEGDIFF)
+    segdiff.save(folder / "segdiff.safetensors")
+    train_nerfdiff(procedural_views(8, 8, seed=1), out=folder / "nerfdiff", **NERFDIFF)
+    return {"segdiff": folder / "segdiff", "nerfdiff": folder / "nerfdiff"}
