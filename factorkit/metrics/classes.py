@@ -22,17 +22,17 @@ def overlaps(labels: ArrayLike, truth: ArrayLike, regions: int, classes: int) ->
     Raises:
         DataError: maps of different shapes, values out of range, or no pixel that counts.
     """
-    labels, truth = np.asarray(labels), np.asarray(truth)
-    if labels.shape != truth.shape or labels.ndim != 3:
-        raise DataError(f"labels {labels.shape} and truth {truth.shape} must be [N, H, W] of the same sizes")
-    kept = truth != IGNORED
-    labels, truth = labels[kept].astype(np.int64), truth[kept].astype(np.int64)
-    if not len(labels):
+    given, true = np.asarray(labels), np.asarray(truth)
+    if given.shape != true.shape or given.ndim != 3:
+        raise DataError(f"labels {given.shape} and truth {true.shape} must be [N, H, W] of the same sizes")
+    kept = true != IGNORED
+    given, true = given[kept].astype(np.int64), true[kept].astype(np.int64)
+    if not len(given):
         raise DataError("every pixel is ignored, so there is nothing to score")
-    for name, values, count in (("labels", labels, regions), ("truth", truth, classes)):
+    for name, values, count in (("labels", given, regions), ("truth", true, classes)):
         if values.min() < 0 or values.max() >= count:
             raise DataError(f"{name} run from {values.min()} to {values.max()}, there are {count}: 0 to {count - 1}")
-    return np.bincount(labels * classes + truth, minlength=regions * classes).reshape(regions, classes)
+    return np.bincount(given * classes + true, minlength=regions * classes).reshape(regions, classes)
 
 
 def match_classes(counts: NDArray[np.int64]) -> NDArray[np.int64]:
