@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -157,7 +157,7 @@ class Segment(RunCommand):
             raise ConfigError("no images are named. The form is: factorkit segment RUN PATHS... --out DIR")
         from factorkit import commands
 
-        options = {"t": self.t, "size": self.size, "upsample": self.upsample, "quality": self.quality}
+        options: dict[str, Any] = {"t": self.t, "size": self.size, "upsample": self.upsample, "quality": self.quality}
         if self.video:
             return commands.segment_video(self.run, self.paths, self.out, self.device, smooth=self.smooth, **options)
         options |= {"formats": self.formats, "workers": self.workers}
@@ -267,15 +267,15 @@ class Evaluate(RunCommand):
         if self.data is not None:
             from factorkit import commands
 
-            options = {"fit": self.fit, "t": self.t, "quality": self.quality, "mask_set": self.mask_set}
+            options: dict[str, Any] = {"fit": self.fit, "t": self.t, "quality": self.quality, "mask_set": self.mask_set}
             options |= {"split": self.split or "val", "label_map": self.label_map}
             return commands.zero_shot(self.run, self.data, self.device, **options)
         if self.images is None or self.masks is None:
             raise ConfigError("nothing to score with: give --images and --masks, --data, or --views for a nerfdiff run")
         from factorkit import commands
 
-        options = {"fit": self.fit, "ignore": self.ignore, "baselines": self.baselines, "t": self.t, "size": self.size}
-        options |= {"quality": self.quality, "nesting": self.nesting or None}
+        options = {"fit": self.fit, "ignore": self.ignore, "baselines": self.baselines, "t": self.t, "size": self.size,
+                   "quality": self.quality, "nesting": self.nesting or None}  # fmt: skip
         return commands.evaluate(self.run, self.images, self.masks, self.device, **options)
 
 

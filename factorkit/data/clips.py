@@ -22,13 +22,13 @@ class Clip(NamedTuple):
     Attributes:
         name: of its file or folder, without suffix.
         rate: frames a second.
-        count: how many frames there are, where that is known before they are read.
+        length: how many frames there are, where that is known before they are read.
         frames: uint8 [H, W, 3], all of one size, decoded as they are asked for; once.
     """
 
     name: str
     rate: float
-    count: int | None
+    length: int | None
     frames: Iterator[np.ndarray]
 
 

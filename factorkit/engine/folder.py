@@ -123,10 +123,10 @@ def read_weights(path: Path, model: str, weights: str = "average") -> tuple[dict
     if meta.get("model") != model:
         raise CheckpointError(f"{path} holds a {meta.get('model')!r} model, not {model}")
     prefix = WEIGHTS[weights]
-    found = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-    if not found:
+    chosen = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    if not chosen:
         raise ConfigError(f"{path} holds no weights of the {weights} step: load the run folder, or weights='average'")
-    return found, meta
+    return chosen, meta
 
 
 def check_plausible(path: Path, weights: Mapping[str, Tensor], **numbers: int) -> None:

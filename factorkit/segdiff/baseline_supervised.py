@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -61,7 +61,8 @@ class SupervisedTask:
     ):
         torch.manual_seed(derived_seed("weights", config.seed))
         self.config, self.device, self.size = config, device, len(images)
-        self.model = ClassUNet(config, classes).to(memory_format=torch.channels_last)
+        self.model = ClassUNet(config, classes)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.images, self.truth = resident(images, device), torch.from_numpy(truth.astype(np.int64)).to(device)
         self.capturable = isinstance(self.images, Tensor)
 
@@ -114,7 +115,8 @@ def train_supervised(
     claim(folder, settings, config.RESUMABLE)
     task = SupervisedTask(config, images, truth, classes, device)
     with cpu_threads(config.threads), held(folder):
-        return Trainer(task, config, folder, settings, device=device, progress=progress, report=False).run().eval()
+        trained = Trainer(task, config, folder, settings, device=device, progress=progress, report=False).run()
+        return cast(ClassUNet, trained.eval())
 
 
 @torch.no_grad()

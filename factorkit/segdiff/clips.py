@@ -143,7 +143,7 @@ def write_video(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as temporary, imageio.imopen(temporary, "w", plugin="pyav") as file:
-            for frame, labels in tqdm(found, total=clip.count, desc="segmenting", unit="frame", disable=not progress):
+            for frame, labels in tqdm(found, total=clip.length, desc="segmenting", unit="frame", disable=not progress):
                 if last is None:
                     file.init_video_stream(CODEC, fps=clip.rate)
                 file.write_frame(_even(pictures.overlay(frame, labels)))

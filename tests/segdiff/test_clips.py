@@ -109,7 +109,7 @@ def test_a_folder_of_frames_in_the_order_of_its_names(run, tmp_path):
     for number, frame in enumerate(still(3)):
         Image.fromarray(frame).save(tmp_path / f"{number}.png")
     clip = open_clip(tmp_path)
-    assert clip.count == 3 and clip.rate == 24
+    assert clip.length == 3 and clip.rate == 24
     assert np.array_equal(np.stack(list(clip.frames)), still(3))
     assert run.segment_video(tmp_path, tmp_path / "out" / "x.mp4", progress=False).frames == 3
 
