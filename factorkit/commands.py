@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from factorkit.engine.report import verdict, write_report
 from factorkit.errors import ConfigError
 from factorkit.flag_types import Result
 from factorkit.metrics.baselines import BASELINES
+from factorkit.reading import read_json
 from factorkit.segdiff import pictures
 from factorkit.segdiff.classes import class_sheet
 from factorkit.segdiff.results import without_results
@@ -129,7 +129,7 @@ def zero_shot(run: Path, data: Path, device: str, *, label_map: Path | None, **o
     told = None
     if label_map is not None:
         try:
-            told = json.loads(label_map.read_text(encoding="utf-8"))
+            told = read_json(label_map)
         except ValueError as error:
             raise ConfigError(f"{label_map}: no JSON: {error}") from error
         if not isinstance(told, dict):

@@ -78,13 +78,22 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
+    return read_object(path, "give another out=")
+
+
+def read_object(path: Path, otherwise: str = "delete it") -> dict[str, Any]:
+    """The values by name in a JSON file that a run has written.
+
+    Raises:
+        CheckpointError: it cannot be read; ``otherwise`` says what helps where it cannot be restored.
+    """
     try:
-        settings = read_json(path)
-        if not isinstance(settings, dict):
-            raise ValueError(f"it holds {type(settings).__name__}, not settings by name")
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {type(values).__name__}, not values by name")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Restore it, or give another out=") from error
-    return settings
+        raise CheckpointError(f"{path} cannot be read: {error}. Restore it, or {otherwise}") from error
+    return values
 
 
 def model_name(path: Path) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import resolve_device
-from factorkit.engine.folder import check_plausible, read_weights, write_json
+from factorkit.engine.folder import check_plausible, read_object, read_weights, write_json
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import CheckpointError, ConfigError, DataError
 from factorkit.nerfdiff.build import build_model, checked_scene, restored_field
@@ -297,9 +296,13 @@ class NerfdiffRun:
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """What :meth:`evaluate` last wrote into the run folder."""
+        """What :meth:`evaluate` last wrote into the run folder; None where it did not.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
         path = self.folder / SCORES if self.folder else None
-        return json.loads(path.read_text()) if path and path.exists() else None
+        return read_object(path) if path and path.exists() else None
 
     def sample(
         self, n: int = 4, *, seed: int = 0, steps: int | None = None, sampler: str = "ddpm", trajectory: bool = False

@@ -16,7 +16,7 @@ import torch
 
 import factorkit
 from factorkit.engine.atomic import replacing
-from factorkit.engine.folder import claim, held, write_json
+from factorkit.engine.folder import claim, held, read_object, write_json
 from factorkit.errors import ConfigError
 from factorkit.reproduce.experiment import SCALES, Experiment, Found, NotRun, Row
 from factorkit.reproduce.registry import find
@@ -49,7 +49,7 @@ class Cells:
         for row, seeds in self.rows:
             for seed in seeds:
                 if (path := self.path(row, seed)).exists():
-                    self.found[row, seed] = json.loads(path.read_text(encoding="utf-8"))
+                    self.found[row, seed] = read_object(path)
 
     def keep(self, row: str, seed: int, found: Found, seconds: float) -> None:
         """Write a cell; its numbers last, for they say that it is finished."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from factorkit.data.labelled import load_labelled
 from factorkit.data.sources import Source, open_source
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.folder import check_plausible, read_weights, write_json
+from factorkit.engine.folder import check_plausible, read_object, read_weights, write_json
 from factorkit.errors import CheckpointError, ConfigError, OutOfMemory, is_out_of_memory
 from factorkit.metrics.baselines import score_baselines
 from factorkit.metrics.nested import nested_accuracy
@@ -112,9 +111,13 @@ class SegdiffRun:
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """What :meth:`evaluate` last wrote into the run folder."""
+        """What :meth:`evaluate` last wrote into the run folder; None where it did not.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
         path = self.folder / SCORES if self.folder else None
-        return json.loads(path.read_text()) if path and path.exists() else None
+        return read_object(path) if path and path.exists() else None
 
     def segment(
         self, images: Any, t: int | None = None, *, size: int | None = None, upsample: str = "guided",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import shutil
 import sys
 import warnings
@@ -21,7 +20,7 @@ from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
 from factorkit.data.prepare import Prepared, prepare
 from factorkit.engine import distributed
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.folder import claim, held, write_json
+from factorkit.engine.folder import claim, held, read_object, write_json
 from factorkit.engine.joining import join
 from factorkit.engine.log import LOG_NAME, RunLog
 from factorkit.engine.loop import Trainer
@@ -204,7 +203,7 @@ def run_heats(config: SegdiffConfig, folder: Path, seeds: int, trainer) -> Segdi
                 log.event("restart", step=stop_at, restarts=seeds, seed=best, message=message)
             write_json(chosen, {"seed": best})
         distributed.barrier()
-    return dataclasses.replace(config, seed=json.loads(chosen.read_text())["seed"])
+    return dataclasses.replace(config, seed=read_object(chosen)["seed"])
 
 
 def estimate(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import factorkit
-from factorkit.engine.folder import claim, held, read_settings, write_json
+from factorkit.engine.folder import claim, held, read_object, read_settings, write_json
 from factorkit.errors import CheckpointError
 
 SETTINGS = {"model": "toy", "steps": 10, "width": 8, "multipliers": [1, 2]}
@@ -133,3 +133,13 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
     with held(tmp_path):
         assert "another process is training" in other().stderr
     assert other().returncode == 0
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\ufffe"])
+def test_a_damaged_file_of_a_run_is_named_with_what_to_do(tmp_path, text):
+    path = tmp_path / "scores.json"
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(CheckpointError, match=r"scores\.json cannot be read: .* delete it"):
+        read_object(path)
+    write_json(path, {"iou": 0.5})
+    assert read_object(path) == {"iou": 0.5}
