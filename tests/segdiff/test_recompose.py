@@ -30,8 +30,8 @@ def parted(stirred_run, monkeypatch):
         run = stirred_run(**changes)
         logits = run.model._logits
 
-        def placed(h, skips, embedding):
-            found = 0.1 * logits(h, skips, embedding)
+        def placed(h, skips, embedding, within=None):
+            found = 0.1 * logits(h, skips, embedding, within)
             across = torch.linspace(-12, 12, found.shape[-1])[None, None] + 4 * skips[0].mean((1, 2, 3))[:, None, None]
             found[:, 0] -= across
             found[:, -1] += across
