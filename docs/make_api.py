@@ -25,8 +25,8 @@ bottom and are run by the tests, so they are tiny: trained for two steps, nothin
 SECTIONS = ("Args", "Attributes", "Returns", "Warns", "Raises", "Example")
 RUNS = {
     factorkit.SegdiffRun: (
-        "load", "segment", "segment_folder", "generate", "recompose", "interpolate", "branches", "evaluate", "scores",
-        "save",
+        "load", "segment", "segment_folder", "segment_video", "predictor", "generate", "recompose", "interpolate",
+        "branches", "evaluate", "evaluate_zero_shot", "scores", "save",
     ),
     factorkit.NerfdiffRun: (
         "load", "poses", "views", "predict_pose", "reconstruct", "render", "render_path", "sample", "evaluate",

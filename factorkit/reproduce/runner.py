@@ -17,7 +17,8 @@ import torch
 import factorkit
 from factorkit.engine.atomic import replacing
 from factorkit.engine.folder import claim, held, read_object, write_json
-from factorkit.errors import ConfigError
+from factorkit.errors import CheckpointError, ConfigError
+from factorkit.reading import read_arrays
 from factorkit.reproduce.experiment import SCALES, Experiment, Found, NotRun, Row
 from factorkit.reproduce.registry import find
 from factorkit.reproduce.setup import Setup, slug
@@ -70,8 +71,13 @@ class Cells:
         path = self.path(row, seed).with_suffix(".npz")
         if (row, seed) not in self.found or not path.exists():
             return {}
-        with np.load(path) as stored:
-            return dict(stored)
+        try:
+            found = read_arrays(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {error}. Restore it, or delete it and the .json beside it"
+            ) from error
+        return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True)

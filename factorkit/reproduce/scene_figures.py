@@ -62,7 +62,7 @@ def evolution(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:
         raise NotRun("the training drew no cameras on its way; it takes sample_every above 0")
     names = []
     for path in drawn:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=("PNG",)) as picture:
             names.append(setup.save(picture.convert("RGB"), f"seed{seed}-{path.name}"))
     return names
 

@@ -233,7 +233,16 @@ class SegdiffRun:
             return write_video(clip, found, Path(out), self.config.leaves, progress)
 
     def predictor(self, t: int | None, quality: str, label: int | None = None) -> Callable[[Tensor], Tensor]:
-        """Images [N, 3, h, w] in [-1, 1] to their masks at level t, told that they are of class ``label``."""
+        """What takes images [N, 3, h, w] in [-1, 1] to their masks [N, K, h, w].
+
+        Args:
+            t: the level of noise; None: ``segment_t`` of the settings.
+            quality: ``"fast"`` or ``"best"``, as in :meth:`segment`.
+            label: the class that all images are told to be of, by its number; None: none.
+
+        Raises:
+            ConfigError: t out of range, or another quality.
+        """
         t, looks = self._level(t), quality_of(quality)
 
         def predict(images: Tensor) -> Tensor:
@@ -440,8 +449,24 @@ class SegdiffRun:
         self, data: Any, *, split: str = "val", label_map: Mapping[str, Any] | None = None, fit: int | None = None,
         t: int | None = None, quality: str = "fast", mask_set: str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Score the run on another data set's classes, each by itself (table 2.7); see
-        :func:`~factorkit.segdiff.zero_shot.zero_shot_scores`, which also says what is raised."""
+        """Score the run on another data set's classes, each by itself (table 2.7).
+
+        Args:
+            data: a data set with class masks, as :func:`factorkit.data.open_dataset` reads it, such as VOC 2012.
+            split: the one scored.
+            label_map: the run's class that the model is told, for each of the data set's; None: the dissertation's
+                for VOC and a run on ImageNet.
+            fit: so many pictures of each class fit the mapping from regions to foreground; None: the setting's.
+            t, quality: as in :meth:`segment`.
+            mask_set: which of the data set's masks; None: its default.
+
+        Returns:
+            As :func:`~factorkit.segdiff.zero_shot.zero_shot_scores`: the scores of every class, and their means.
+
+        Raises:
+            ConfigError: the plain DDPM, a split or classes that are not there, t or quality out of range.
+            DataError: nothing to score.
+        """
         if self.config.leaves == 1:
             raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
         return zero_shot_scores(

@@ -24,7 +24,7 @@ def test_the_textbook_model_is_the_model(changes, folded):
     x, t, upstream = torch.randn(2, 3, 16, 16).double(), torch.tensor([3, 700]), torch.randn(2, 4, 16, 16).double()
     found = []
     for net in (model, Textbook(model, folded)):
-        prediction, (masks, _) = net(x, t)
+        prediction, (masks, *_) = net(x, t)
         loss = (prediction * upstream[:, :3]).sum() + (masks[:, 0] * upstream[:, 3]).sum()
         grads = torch.autograd.grad(loss, list(model.parameters()))
         found.append([prediction, masks, *grads])

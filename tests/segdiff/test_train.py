@@ -69,7 +69,7 @@ def photos(tmp_path) -> Path:
 
 
 def test_without_data_it_trains_on_the_procedural_flowers_and_is_scored_on_others(monkeypatch):
-    small = lambda resolution: real(resolution, train=20, test=6)  # noqa: E731
+    small = lambda resolution, nested: real(resolution, train=20, test=6, nested=nested)  # noqa: E731
     real = train.procedural_dataset
     monkeypatch.setattr(train, "procedural_dataset", small)
     run = fit(out="out")
