@@ -79,12 +79,12 @@ def demo_views(size: int) -> tuple[Views, Views]:
 
 def evaluate(path: Path, views: Path, split: str | None, refine: int, device: str) -> Result:
     """Scores on views with true poses."""
-    run = load(path, device)
+    start, run = time.perf_counter(), load(path, device)
     opened = open_views(views, split, max(run.model.size), background_of(run))
     scores = run.evaluate(opened, refine=refine)
     if run.folder is not None:
         write_report(run.folder)
-    return scores, score_table(scores)
+    return {**scores, "seconds": time.perf_counter() - start}, score_table(scores)
 
 
 def pose(path: Path, paths: Sequence[Path], out: Path | None, refine: int, check: bool, device: str) -> Result:

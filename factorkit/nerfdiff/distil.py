@@ -22,7 +22,7 @@ from factorkit.nerfdiff.poses import directions, orbit_poses
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.search import directions_of
-from factorkit.nerfdiff.watch import cameras_sheet, renders_sheet
+from factorkit.nerfdiff.watch import cameras_sheet, points_sheet, renders_sheet
 
 SHAKE = 3.0  # degrees by which the elevations of rendered views depart from found ones
 
@@ -88,6 +88,8 @@ class DistilTask:
         renders_sheet(folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples)
         path = folder / f"{step:06d}_cameras_encoder.png"
         cameras_sheet(path, self.scene.layout, found.best, found.poses)
+        if step == self.config.steps:
+            points_sheet(folder / f"{step:06d}_points.png", model.field, self.scene, model.views)
         if self.scene.layout != "object":
             return {}
         return scene_alarms(self.config, self.scene, model.field, model.views, doubled=self.doubled)

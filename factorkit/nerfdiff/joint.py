@@ -30,7 +30,7 @@ from factorkit.nerfdiff.occupied import look_again
 from factorkit.nerfdiff.rays import render_pixels, render_views
 from factorkit.nerfdiff.scene import Scene, picked
 from factorkit.nerfdiff.search import TEMPERATURE
-from factorkit.nerfdiff.watch import cameras_sheet, renders_sheet
+from factorkit.nerfdiff.watch import cameras_sheet, points_sheet, renders_sheet
 
 ANNEALED = 0.5  # share of the steps over which candidates are balanced
 COARSE = 0.4  # the field's coarseness at the beginning
@@ -107,6 +107,8 @@ class JointTask:
         renders_sheet(folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples)
         path = folder / f"{step:06d}_cameras_encoder.png"
         cameras_sheet(path, self.scene.layout, found.best, found.poses)
+        if step == self.config.steps:
+            points_sheet(folder / f"{step:06d}_points.png", model.field, self.scene, model.views)
         if self.scene.layout != "object":
             return {}
         # past the annealing there is nothing random about it; half of what is left it gets to settle

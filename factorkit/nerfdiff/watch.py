@@ -7,13 +7,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from factorkit.data.views import Views
+from factorkit.errors import DataError
+from factorkit.nerfdiff.export_surface import FAR, point_cloud
 from factorkit.nerfdiff.fields import Field
 from factorkit.nerfdiff.pictures import sphere_picture, views_sheet
 from factorkit.nerfdiff.pictures_plane import plane_picture
-from factorkit.nerfdiff.rays import render_views
+from factorkit.nerfdiff.pictures_points import points_picture
+from factorkit.nerfdiff.rays import render_views, within
 from factorkit.nerfdiff.scene import Scene
 
 SHOWN = 8  # views on a sheet
+POINTS = 20_000  # about as many as a sheet has room for
 
 
 def cameras_sheet(path: Path, layout: str, chosen: Tensor, candidates: Tensor | None = None) -> None:
@@ -32,3 +37,17 @@ def renders_sheet(path: Path, field: Field, scene: Scene, poses: Tensor, samples
     names = [scene.names[i] for i in picked.tolist()]
     renders = seen.color.movedim(-1, 1).clamp(0, 1).cpu()
     views_sheet(scene.images[picked].cpu(), renders, seen.depth.cpu(), seen.opacity.cpu(), names).save(path)
+
+
+def points_sheet(path: Path, field: Field, scene: Scene, poses: Tensor) -> None:
+    """The scene as the coloured points that ``export`` writes, from several sides; nothing where nothing is solid."""
+    optics = scene.optics
+    intrinsics = optics.pixels(*scene.size).cpu().expand(len(poses), 3, 3)
+    views = Views(scene.images.cpu(), scene.names, intrinsics, poses=poses.cpu(), layout=scene.layout)
+    lower, upper = (-1.0,) * 3, within((1.0,) * 3, FAR, optics)
+    try:
+        cloud = point_cloud(field, views, lower, upper, POINTS)
+    except DataError:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    points_picture(cloud, optics.forward).save(path)

@@ -72,7 +72,7 @@ def test_reconstruct_render_sample_and_export_write_what_they_say(ask, finished,
 
 def test_evaluate_scores_views_with_poses(ask, finished, posed):
     code, scores = ask("evaluate", finished.folder, "--views", posed, "--device", "cpu")
-    assert code == 0 and {"rotation_median_deg", "under_10_deg", "psnr", "psnr_encoder"} <= scores.keys()
+    assert code == 0 and {"rotation_median_deg", "under_10_deg", "psnr", "psnr_encoder", "seconds"} <= scores.keys()
     code, answer = ask("evaluate", finished.folder, "--device", "cpu")
     assert code == 2 and "--views" in answer["error"]
 
