@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from factorkit.data.clips import open_clip
 from factorkit.data.images import square
-from factorkit.data.labelled import load_labelled
 from factorkit.data.sources import Source, open_source
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.folder import check_plausible, read_object, read_weights, write_json
-from factorkit.errors import CheckpointError, ConfigError, OutOfMemory, is_out_of_memory
-from factorkit.metrics.baselines import score_baselines
-from factorkit.metrics.nested import nested_accuracy
-from factorkit.metrics.segmentation import evaluate_masks
+from factorkit.engine.folder import read_object, write_json
+from factorkit.errors import ConfigError, OutOfMemory, is_out_of_memory
 from factorkit.segdiff.answers import Frame, Generation, Segmentation
 from factorkit.segdiff.branches import Branches, take_apart
 from factorkit.segdiff.classes import chosen_labels
@@ -38,10 +31,11 @@ from factorkit.segdiff.quality import averaged_masks, quality_of
 from factorkit.segdiff.recompose import Recomposition, recompose_pictures
 from factorkit.segdiff.results import DEFAULT_FORMATS
 from factorkit.segdiff.sampling import draw_images, edit_level
+from factorkit.segdiff.scoring import class_scores, label_scores
 from factorkit.segdiff.segment import check_segmenting, no_room, own_pixels, see, small_masks
 from factorkit.segdiff.segment_folder import FolderSegments, segment_folder
+from factorkit.segdiff.stored import stored_model
 from factorkit.segdiff.task import to_float, to_unit
-from factorkit.segdiff.zero_shot import zero_shot_scores
 
 SCORES = "scores.json"
 
@@ -77,22 +71,7 @@ class SegdiffRun:
             2
         """
         path = Path(path)
-        found, meta = read_weights(path, "segdiff", weights)
-        fields = {f.name for f in dataclasses.fields(SegdiffConfig)}
-        try:
-            config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields}).resolved()
-            check_plausible(
-                path, found, blocks=config.blocks, levels=len(config.multipliers), regions=math.prod(config.nesting),
-                channels=config.width * max(config.multipliers),
-            )  # fmt: skip
-            with torch.device("meta"):
-                model = config.build()
-            model.load_state_dict(found, assign=True)
-            step = int(meta["step"])
-        except (ConfigError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"the weights in {path} do not fit the model of its settings: {error}") from error
+        config, model, step = stored_model(path, weights)
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, model, chosen, step, path if path.is_dir() else None)
 
@@ -420,27 +399,10 @@ class SegdiffRun:
             >>> sorted(scores)[:3], 0 <= scores["iou"] <= 1
             (['acc', 'areas', 'confidence'], True)
         """
-        config = self.config
-        if config.leaves == 1:
-            raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
-        predict, size = self.predictor(t, quality), size or config.resolution
-        ignore = config.ignore if ignore is None else ignore
-        small = labelled = load_labelled(images, masks, size, ignore=ignore)
-        if size != config.resolution:
-            small = load_labelled(images, masks, config.resolution, ignore=ignore)
-        soft = predict(to_float(torch.from_numpy(small.images)))
-        if size != config.resolution:
-            soft = F.interpolate(soft, size=(size, size), mode="bilinear", align_corners=False)
-        if fit is None:
-            fit = max(1, min(config.fit, len(labelled) // 2))
-        found = hard_labels(soft, config.nesting).numpy()
-        if nesting is None:
-            scores = evaluate_masks(found, labelled.foreground, labelled.valid, config.leaves, fit)
-        else:
-            scores = nested_accuracy(found, labelled.labels, config.nesting, nesting, valid=labelled.valid, fit=fit)
-        scores |= {"confidence": soft.amax(1).mean().item(), "size": size, "step": self.step}
-        if baselines and nesting is None:
-            scores["baselines"] = score_baselines(labelled.images, labelled.foreground, labelled.valid, fit)
+        scores = label_scores(
+            self, images, masks, fit=fit, ignore=ignore, baselines=baselines, t=t, size=size, quality=quality,
+            nesting=nesting,
+        )  # fmt: skip
         if self.folder is not None:
             write_json(self.folder / SCORES, scores)
         return scores
@@ -467,9 +429,5 @@ class SegdiffRun:
             ConfigError: the plain DDPM, a split or classes that are not there, t or quality out of range.
             DataError: nothing to score.
         """
-        if self.config.leaves == 1:
-            raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
-        return zero_shot_scores(
-            self.config, lambda label: self.predictor(t, quality, label), data, split=split, label_map=label_map,
-            fit=fit or self.config.fit, mask_set=mask_set,
-        )  # fmt: skip
+        options = {"split": split, "label_map": label_map, "mask_set": mask_set}
+        return class_scores(self, data, fit=fit, t=t, quality=quality, **options)

@@ -39,7 +39,7 @@ def own_places(tmp_path, monkeypatch):
     for caller in ("engine.loop", "segdiff.train"):
         monkeypatch.setattr(f"factorkit.{caller}.write_report", lambda folder: (Path(folder) / "report.html").touch())
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
-    monkeypatch.setattr("factorkit.segdiff.run.score_baselines", lambda images, *given: {"for": len(images)})
+    monkeypatch.setattr("factorkit.segdiff.scoring.score_baselines", lambda images, *given: {"for": len(images)})
 
 
 def fit(data=None, **changes):

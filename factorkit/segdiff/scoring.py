@@ -1,0 +1,64 @@
+"""How well a run's regions go with labels, those of its own kind of pictures and those of another data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from factorkit.data.labelled import load_labelled
+from factorkit.errors import ConfigError
+from factorkit.metrics.baselines import score_baselines
+from factorkit.metrics.nested import nested_accuracy
+from factorkit.metrics.segmentation import evaluate_masks
+from factorkit.segdiff.hierarchy import hard_labels
+from factorkit.segdiff.task import to_float
+from factorkit.segdiff.zero_shot import zero_shot_scores
+
+if TYPE_CHECKING:
+    from factorkit.segdiff.run import SegdiffRun
+
+
+def label_scores(
+    run: SegdiffRun, images: Any, masks: Any, *, fit: int | None, ignore: int | None, baselines: bool, t: int | None,
+    size: int | None, quality: str, nesting: Sequence[int] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What :meth:`~factorkit.segdiff.run.SegdiffRun.evaluate` answers."""
+    config = run.config
+    check_scorable(run)
+    predict, size = run.predictor(t, quality), size or config.resolution
+    ignore = config.ignore if ignore is None else ignore
+    small = labelled = load_labelled(images, masks, size, ignore=ignore)
+    if size != config.resolution:
+        small = load_labelled(images, masks, config.resolution, ignore=ignore)
+    soft = predict(to_float(torch.from_numpy(small.images)))
+    if size != config.resolution:
+        soft = F.interpolate(soft, size=(size, size), mode="bilinear", align_corners=False)
+    if fit is None:
+        fit = max(1, min(config.fit, len(labelled) // 2))
+    found = hard_labels(soft, config.nesting).numpy()
+    if nesting is None:
+        scores = evaluate_masks(found, labelled.foreground, labelled.valid, config.leaves, fit)
+    else:
+        scores = nested_accuracy(found, labelled.labels, config.nesting, nesting, valid=labelled.valid, fit=fit)
+    scores |= {"confidence": soft.amax(1).mean().item(), "size": size, "step": run.step}
+    if baselines and nesting is None:
+        scores["baselines"] = score_baselines(labelled.images, labelled.foreground, labelled.valid, fit)
+    return scores
+
+
+def class_scores(
+    run: SegdiffRun, data: Any, *, fit: int | None, t: int | None, quality: str, **options: Any
+) -> dict[str, Any]:
+    """What :meth:`~factorkit.segdiff.run.SegdiffRun.evaluate_zero_shot` answers."""
+    check_scorable(run)
+    told = {**options, "fit": fit or run.config.fit}
+    return zero_shot_scores(run.config, lambda label: run.predictor(t, quality, label), data, **told)
+
+
+def check_scorable(run: SegdiffRun) -> None:
+    """Refuse the plain DDPM in words."""
+    if run.config.leaves == 1:
+        raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
