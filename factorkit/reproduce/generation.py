@@ -1,6 +1,8 @@
-"""What tables 2.5 and 2.6 share: drawing pictures, and how far they are from real ones."""
+"""What tables 2.5 and 2.6 and the figures of drawn pictures share: drawing, and how far from real ones it is."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,13 +14,14 @@ from factorkit.data.prepare import prepare
 from factorkit.errors import ConfigError
 from factorkit.metrics.fid import inception_distance
 from factorkit.metrics.frechet import frechet_distance, random_features
-from factorkit.reproduce.experiment import Column, NotRun
+from factorkit.reproduce.experiment import TRAINED_ONCE, Column, Experiment, Found, NotRun, Row
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.run import Generation, SegdiffRun
 
 #: pictures drawn, and denoising steps for each
 DRAWN = {"small": (256, 25), "gpu": (5000, 50), "full": (50_000, None)}
+FACES = "ffhq64"  # the preset, at full scale, of figures of faces
 
 DISTANCE = Column("frechet", "Fréchet, random features", 1.0, 3, lower=True)
 FID = Column("fid", "FID", 1.0, 2, lower=True)
@@ -80,3 +83,9 @@ def multiply_adds(config: SegdiffConfig) -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(picture, torch.zeros(1, dtype=torch.int64))
     return counter.get_total_flops() // 2
+
+
+def faces_experiment(name: str, title: str, cell: Callable[[Setup, int], Found]) -> Experiment:
+    """A figure that the dissertation draws of FFHQ, and ``cell`` of table 2.1's training."""
+    data = "faces: FFHQ, or any pictures; without: drawn flowers"
+    return Experiment(name, title, data, TRAINED_ONCE, (), lambda setup: [Row("ours", cell)], seeds=1)

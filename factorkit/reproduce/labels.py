@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from factorkit.engine.sheets import contact_sheet
 from factorkit.errors import ConfigError
 from factorkit.metrics.classes import IGNORED, class_scores, match_classes, overlaps
 from factorkit.metrics.segmentation import MAX_REGIONS
-from factorkit.reproduce.experiment import Found, NotRun, Row, percent
+from factorkit.reproduce.experiment import TRAINED_ONCE, Citation, Experiment, Found, NotRun, Row, percent
 from factorkit.reproduce.photos import SHOWN, Photos, config_of, photos, region_labels, train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.baseline_datasetddpm import DatasetDDPM
@@ -157,3 +158,17 @@ def draw(setup: Setup, cells: Cells, full: str) -> Sequence[str]:
     shown = {name: cells.arrays(name)["classes"] for name, _ in cells.rows if cells.arrays(name)}
     lines = [[outlined(i, c) for i, c in zip(images, found, strict=True)] for found in (truth, *shown.values())]
     return [setup.save(contact_sheet([list(images), *lines], None, ["image", "truth", *shown]), "classes.png")]
+
+
+def cited(row: str, source: str, acc: float, miou: float) -> Citation:
+    """A published row."""
+    return Citation(row, source, {"acc": acc, "miou": miou})
+
+
+def experiment(*, full: str, gpus: str, notes: Sequence[str] = (), **told: Any) -> Experiment:
+    """One of the two tables; ``told`` are the fields that are its own."""
+    small, thesis = "5 minutes a seed on one CPU core", f"not measured (thesis: {gpus})"
+    return Experiment(
+        duration={**TRAINED_ONCE, "small": small, "full": thesis}, columns=COLUMNS, rows=partial(rows, full=full),
+        seeds=1, notes=(*NOTES, *notes), draw=partial(draw, full=full), **told,
+    )  # fmt: skip

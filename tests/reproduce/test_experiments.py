@@ -56,13 +56,16 @@ def test_table_2_1_scores_as_the_run_itself_does(small, tmp_path):
     report = small("table2.1", seeds=2)
     found = means(report)
     run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
-    ours = report.data["rows"][-2]
-    assert ours["row"] == "ours, regional form" and len(ours["cells"]) == 2
+    cells = {row["row"]: row["cells"] for row in report.data["rows"]}
+    ours = cells["ours, regional form"]
+    assert len(ours) == len(cells["ours, masks by competition, K = 3"]) == 2
     for key in ("acc", "iou", "dice"):
-        assert ours["cells"][0]["scores"][key] == pytest.approx(run.scores[key])
-        assert ours["cells"][0]["scores"][f"best_{key}"] == pytest.approx(run.scores[f"oracle_{key}"])
+        assert ours[0]["scores"][key] == pytest.approx(run.scores[key])
+        assert ours[0]["scores"][f"best_{key}"] == pytest.approx(run.scores[f"oracle_{key}"])
     thesis = factorkit.load(tmp_path / "runs" / "small-photos-thesis-seed0", device="cpu")
-    assert thesis.config.form == "thesis" and len(report.data["rows"][-1]["cells"]) == 1
+    assert thesis.config.form == "thesis" and len(cells["ours, the thesis' form"]) == 1
+    other = factorkit.load(tmp_path / "runs" / "small-photos-competition-seed1", device="cpu").config
+    assert (other.masks, other.regions) == ("competition", 3)
     # the better polarity of everything is everything or nothing
     every = found["all foreground"]
     assert every["best_iou"] == every["iou"] and every["acc"] < 0.5 < 1 - every["acc"]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from factorkit.reproduce.experiment import Experiment, Found, Row
-from factorkit.reproduce.generation import as_pixels
+from factorkit.reproduce.experiment import Found
+from factorkit.reproduce.generation import FACES, as_pixels, faces_experiment
 from factorkit.reproduce.photos import train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.pictures import trajectory_sheet
 
-FULL = "ffhq64"
 SHOWN, STEPS, COLUMNS = 4, 50, 10
 
 
 def cell(setup: Setup, seed: int) -> Found:
-    run = train(setup, "ours", seed, FULL)
+    run = train(setup, "ours", seed, FACES)
     frames = run.generate(SHOWN, steps=min(STEPS, run.config.timesteps), seed=seed, trajectory=True).trajectory
     picked = [frames[i] for i in np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)]
     images, labels = [as_pixels(f.images) for f in picked], [f.masks.argmax(1).numpy() for f in picked]
@@ -23,13 +22,4 @@ def cell(setup: Setup, seed: int) -> Found:
     return Found(pictures=[setup.save(sheet, f"trajectory-seed{seed}.png")])
 
 
-EXPERIMENT = Experiment(
-    name="fig2.10",
-    title="refinement of pictures and masks along the diffusion",
-    data="faces: FFHQ, or any pictures; without: drawn flowers",
-    duration={"small": "3 minutes a seed on one CPU core, none after table2.1", "gpu": "not measured",
-              "full": "not measured"},
-    columns=(),
-    rows=lambda setup: [Row("ours", cell)],
-    seeds=1,
-)  # fmt: skip
+EXPERIMENT = faces_experiment("fig2.10", "refinement of pictures and masks along the diffusion", cell)

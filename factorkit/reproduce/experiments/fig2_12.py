@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from factorkit.reproduce.experiment import Experiment, Found, Row
-from factorkit.reproduce.generation import as_pixels, real_pictures
+from factorkit.reproduce.experiment import Found
+from factorkit.reproduce.generation import FACES, as_pixels, faces_experiment, real_pictures
 from factorkit.reproduce.photos import train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.edit_sheets import interpolation_sheet
 
-FULL = "ffhq64"
 PAIRS, FRAMES, STEPS = 3, 9, 50
 
 
 def cell(setup: Setup, seed: int) -> Found:
-    run = train(setup, "ours", seed, FULL)
+    run = train(setup, "ours", seed, FACES)
     real = as_pixels(real_pictures(setup, run.config, 2 * PAIRS))
     pairs = len(real) // 2
     way = run.interpolate(real[:pairs], real[pairs : 2 * pairs], frames=FRAMES, steps=STEPS, seed=seed)
@@ -22,13 +21,5 @@ def cell(setup: Setup, seed: int) -> Found:
     return Found(pictures=[setup.save(sheet, f"interpolation-seed{seed}.png")])
 
 
-EXPERIMENT = Experiment(
-    name="fig2.12",
-    title="interpolation between real pictures, mixed at a quarter of the noise levels",
-    data="faces: FFHQ, or any pictures; without: drawn flowers",
-    duration={"small": "3 minutes a seed on one CPU core, none after table2.1", "gpu": "not measured",
-              "full": "not measured"},
-    columns=(),
-    rows=lambda setup: [Row("ours", cell)],
-    seeds=1,
-)  # fmt: skip
+TITLE = "interpolation between real pictures, mixed at a quarter of the noise levels"
+EXPERIMENT = faces_experiment("fig2.12", TITLE, cell)

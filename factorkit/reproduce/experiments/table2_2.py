@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
+from factorkit.reproduce.foreground import cited, experiment
 
-from factorkit.reproduce import foreground
-from factorkit.reproduce.experiment import Experiment
-from factorkit.reproduce.experiments.table2_1 import cited
-from factorkit.reproduce.photos import BEST, FIXED
-
-FULL = "cub64"
 THESIS = "dissertation, table 2.2"
 
-EXPERIMENT = Experiment(
+EXPERIMENT = experiment(
     name="table2.2",
     title="unsupervised foreground on CUB",
     data="birds: CUB-200-2011 with its segmentations, or a folder with images/ and masks/; without: drawn flowers",
-    duration={
-        "small": "3 minutes a seed on one CPU core", "gpu": "not measured",
-        "full": "not measured (thesis: 50 000 steps on 8 V100)",
-    },
-    columns=(*FIXED, *BEST),
-    rows=partial(foreground.rows, full=FULL),
+    full="cub64",
     citations=(
         cited("GrabCut", THESIS, 0.723, 0.360, 0.487),
         cited("PerturbGAN", "Bielski and Favaro 2019, in the " + THESIS, None, 0.380, None),
@@ -31,6 +20,4 @@ EXPERIMENT = Experiment(
         cited("ours", THESIS, 0.896, 0.561, 0.694),
     ),
     figures=("fig2.4", "fig2.20"),
-    notes=foreground.NOTES,
-    draw=partial(foreground.draw, full=FULL),
 )

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
+from factorkit.reproduce.labels import cited, experiment
 
-from factorkit.reproduce import labels
-from factorkit.reproduce.experiment import Citation, Experiment
-
-FULL = "ffhq64"
 THESIS = "dissertation, table 2.3"
 
-EXPERIMENT = Experiment(
+EXPERIMENT = experiment(
     name="table2.3",
     title="parts of faces on CelebA",
     data="faces: CelebAMask-HQ with its three segments, or a folder with images/ and masks/; without: drawn flowers",
-    duration={
-        "small": "5 minutes a seed on one CPU core", "gpu": "not measured",
-        "full": "not measured (thesis: 500 000 steps on 8 V100)",
-    },
-    columns=labels.COLUMNS,
-    rows=partial(labels.rows, full=FULL),
+    full="ffhq64",
+    gpus="500 000 steps on 8 V100",
     citations=(
-        Citation("supervised U-Net", THESIS, {"acc": 0.957, "miou": 0.902}),
-        Citation("DatasetDDPM-unsup.", THESIS, {"acc": 0.785, "miou": 0.693}),
-        Citation("ours", THESIS, {"acc": 0.879, "miou": 0.803}),
+        cited("supervised U-Net", THESIS, 0.957, 0.902),
+        cited("DatasetDDPM-unsup.", THESIS, 0.785, 0.693),
+        cited("ours", THESIS, 0.879, 0.803),
     ),
     figures=("fig2.5", "fig2.21", "fig2.22"),
-    seeds=1,
-    notes=(
-        *labels.NOTES,
-        "The dissertation trains on FFHQ and scores on CelebAMask-HQ; here both are splits of the data given.",
-    ),
-    draw=partial(labels.draw, full=FULL),
+    notes=("The dissertation trains on FFHQ and scores on CelebAMask-HQ; here both are splits of the data given.",),
 )
