@@ -142,11 +142,7 @@ def pose_alarms(
         failures.append(f"unexplained: renders from these cameras leave {error:.0%} of the views' variance")
     if doubled is not None:
         found["doubled"] = doubled
-        if doubled > DOUBLED:
-            failures.append(
-                f"duplication: {doubled:.0%} of the views agree better with a field that never saw them after a turn; "
-                "the scene may stand there twice. Train with flip_rounds=8 or more"
-            )
+        failures += duplication(doubled)
     if lowest is not None:
         found["inverted"] = inverted_share(poses, lowest)
         if found["inverted"] > 0.5:
@@ -157,3 +153,11 @@ def pose_alarms(
     if true is not None:
         found["mirrored"] = mirrored(poses, true)  # no failure: true poses have no say in the training
     return {**found, "failures": failures}
+
+
+def duplication(doubled: float) -> list[str]:
+    """What it gives away, in words, that so large a share of the views agrees better after a turn; perhaps nothing."""
+    if doubled <= DOUBLED:
+        return []
+    seen = f"{doubled:.0%} of the views agree better with a field that never saw them after a turn"
+    return [f"duplication: {seen}; the scene may stand there twice. Search with flip_rounds=8 or more"]

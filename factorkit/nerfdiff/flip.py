@@ -12,7 +12,7 @@ from torch import Tensor
 from factorkit.data.views import resize_area, target_size
 from factorkit.engine import distributed
 from factorkit.nerfdiff.fields import Field
-from factorkit.nerfdiff.poses import OrbitPoses, orbit_poses, turned
+from factorkit.nerfdiff.poses import OrbitPoses, orbit_poses, turned_poses
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.search import COMPARED, candidate_errors
@@ -29,11 +29,11 @@ def halves(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def best_turns(field: Field, scene: Scene, found: OrbitPoses, chosen: Tensor, samples: int) -> Tensor:
+def best_turns(field: Field, scene: Scene, poses: Tensor, chosen: Tensor, samples: int) -> Tensor:
     """Degrees about z [len(chosen)], one of :data:`TURNS`, by which these views agree best with the field.
 
     Args:
-        found: where all views stand.
+        poses: of all views, [V, 4, 4].
         chosen: indices of the views that choose.
     """
     size = target_size(min(SIDES, max(scene.size)), *scene.size)
@@ -42,13 +42,12 @@ def best_turns(field: Field, scene: Scene, found: OrbitPoses, chosen: Tensor, sa
     def errors(rows: slice) -> Tensor:
         each = []
         for turn in TURNS:
-            poses = found.at(turned(found.direction.detach(), turn))(chosen[rows])
-            seen = render_views(field, poses, scene.optics, size, samples).color
+            seen = render_views(field, turned_poses(poses[chosen[rows]], turn), scene.optics, size, samples).color
             each.append((seen - images[rows]).square().mean((1, 2, 3)))
         return torch.stack(each, 1)
 
     least = distributed.in_shares(errors, len(chosen)).argmin(1)
-    return torch.tensor(TURNS).to(found.direction)[least]
+    return torch.tensor(TURNS).to(poses)[least]
 
 
 @torch.no_grad()

@@ -46,6 +46,13 @@ def turned(direction: Tensor, degrees: Tensor | float) -> Tensor:
     return torch.stack([turn.cos() * x - turn.sin() * y, turn.sin() * x + turn.cos() * y, z.expand_as(x)], dim=-1)
 
 
+def turned_poses(poses: Tensor, degrees: float) -> Tensor:
+    """Camera-to-world poses [..., 4, 4] turned about the world's z axis."""
+    rotation = torch.eye(4).to(poses)
+    rotation[:3, :3] = turned(torch.eye(3).to(poses), degrees).T
+    return rotation @ poses
+
+
 def raised(direction: Tensor, angle: Tensor) -> Tensor:
     """Unit vectors [..., 3], none along z, moved up the circle through the zenith by ``angle`` [...] in radians."""
     x, y, z = direction.unbind(-1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,16 +15,21 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from factorkit.data.procedural_scene import procedural_views
 from factorkit.data.views import Views
 from factorkit.engine import distributed
 from factorkit.engine.config import cpu_threads, resolve_device
+from factorkit.engine.curves import timeline
 from factorkit.engine.folder import claim, held
 from factorkit.engine.joining import join
+from factorkit.engine.log import RunLog, read_log
 from factorkit.engine.loop import Trainer
+from factorkit.engine.report import write_report
 from factorkit.engine.streams import derived_seed
 from factorkit.errors import ConfigError, DataError
+from factorkit.nerfdiff.alarms import duplication
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
 from factorkit.nerfdiff.distil import DistilTask
@@ -154,13 +161,15 @@ class Training:
         if config.poses == "predicted" and config.search == "joint":
             start = torch.eye(4, device=self.device).repeat(len(scene.images), 1, 1)
             model = self.model(field, start, scene.optics)
-            self.trainer("joint", lambda stage: JointTask(stage, scene, model), folder=self.folder)
+            trained = self.trainer("joint", lambda stage: JointTask(stage, scene, model), folder=self.folder)
+            self.tell_doubled(trained.views)
             return
         if config.poses == "known":
             fitted = self.fit("fit", field, FreePoses(require_poses(scene)).requires_grad_(False), sheets="fit")
         elif config.poses == "learned":
             hot = FORWARD_HEAT if scene.layout == "forward" else 0.0
             fitted = self.fit("fit", field, self.one_start(), sheets="fit", free=True, hot=hot)
+            doubled = self.doubled(fitted.poses().detach())
         else:
             fitted, doubled = self.dictionary_search()
         # the distance, which sets the scene's scale, stays that of the focal length given
@@ -279,21 +288,55 @@ class Training:
 
     def flip_round(self, number: int, found: OrbitPoses, places: Tensor, scene: Scene) -> tuple[OrbitPoses, int]:
         """One round over both halves: where the views stand after it, and how many were turned or called back."""
-        seed, moved, samples = self.config.seed, 0, min(self.config.samples, HALF_SAMPLES)
-        both = halves(len(found.direction), derived_seed("halves", seed, number))
-        for name, (fitting, choosing) in zip("ab", (both, both[::-1]), strict=True):
-            field = self.field("grid", HALF_FIELD, derived_seed("half", seed, number) % 2**31)
-            fitted = self.fit(
-                f"flip {number}{name}", field, found, fitting, steps=HALF_STEPS, learning_rate=0.08, decay=0.0,
-                samples=samples, scene=scene, keep_checkpoints=1,
-            )  # fmt: skip
+        moved = 0
+        for name, fitting, choosing in self.both_ways(len(found.direction), number):
+            fitted = self.half_fit(f"flip {number}{name}", number, found, fitting, scene)
             before = found.direction[choosing]
-            turns = best_turns(fitted.field, scene, found, choosing, samples)
+            turns = best_turns(fitted.field, scene, found().detach(), choosing, fitted.samples)
             direction = found.direction.clone()
             direction[choosing] = torch.where(turns[:, None] != 0, turned(before, turns), before)
             found = found.at(direction)
             direction = direction.clone()
-            direction[choosing] = called_back(fitted.field, scene, found, choosing, places, samples)
+            direction[choosing] = called_back(fitted.field, scene, found, choosing, places, fitted.samples)
             found = found.at(direction)
             moved += int((direction[choosing] != before).any(1).sum())
         return found, moved
+
+    def doubled(self, poses: Tensor) -> float | None:
+        """Share of the views, at poses [V, 4, 4], that agree better after a turn with a field of the other half."""
+        if self.scene.layout != "object":
+            return None
+        poses = distributed.gathered(poses)[0][: len(poses)]  # those of process 0, which alone draws sheets
+        held, elsewhere = FreePoses(poses).requires_grad_(False), 0
+        for name, fitting, choosing in self.both_ways(len(poses), 0):
+            fitted = self.half_fit(f"half {name}", 0, held, fitting, self.scene)
+            elsewhere += int(best_turns(fitted.field, self.scene, poses, choosing, fitted.samples).ne(0).sum())
+        return elsewhere / len(poses)
+
+    def tell_doubled(self, poses: Tensor) -> None:
+        """Log the last alarms of the run once more, the share of doubled views at these poses among them."""
+        last = timeline(read_log(self.folder), "alarms")[-1:]
+        if distributed.greatest(int("doubled" in dict(*last))) or (doubled := self.doubled(poses)) is None:
+            return
+        if distributed.rank() == 0 and last:
+            told, failures = dict(*last), duplication(doubled)
+            with RunLog(self.folder) as log:
+                kind = told.pop("event")
+                del told["time"]
+                log.event(kind, **{**told, "doubled": doubled, "failures": [*told.get("failures", ()), *failures]})
+            write_report(self.folder)
+            for failure in failures:
+                tqdm.write(failure, file=sys.stderr)
+
+    def both_ways(self, count: int, number: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Of so many views, in one round: those that fit and those that choose, and the other way round."""
+        one, other = halves(count, derived_seed("halves", self.config.seed, number))
+        yield from (("a", one, other), ("b", other, one))
+
+    def half_fit(self, name: str, number: int, poses: nn.Module, fitting: Tensor, scene: Scene) -> Fit:
+        """A small fresh field of half of the views."""
+        field = self.field("grid", HALF_FIELD, derived_seed("half", self.config.seed, number) % 2**31)
+        return self.fit(
+            name, field, poses, fitting, steps=HALF_STEPS, learning_rate=0.08, decay=0.0, scene=scene,
+            samples=min(self.config.samples, HALF_SAMPLES), keep_checkpoints=1,
+        )  # fmt: skip

@@ -23,7 +23,7 @@ def test_views_choose_the_side_they_were_taken_from():
     scene = Scene(seen_from(way), [str(i) for i in range(12)], OPTICS, "object", DISTANCE, None)
     wrong = torch.tensor(TURNS)[torch.arange(12) % 4]
     chosen = torch.tensor([0, 1, 2, 3, 5, 7, 10])
-    turns = best_turns(scene_field(), scene, OrbitPoses(turned(way, -wrong), DISTANCE), chosen, 48)
+    turns = best_turns(scene_field(), scene, OrbitPoses(turned(way, -wrong), DISTANCE)().detach(), chosen, 48)
     assert torch.equal(turns, wrong[chosen])
 
 

@@ -17,6 +17,7 @@ from factorkit.nerfdiff.poses import (
     orbit_poses,
     rodrigues_poses,
     turned,
+    turned_poses,
 )
 from factorkit.nerfdiff.scene import centred
 from factorkit.rendering import pixel_rays
@@ -161,4 +162,5 @@ def test_views_moved_elsewhere_keep_their_departures():
     turn = torch.eye(4)
     turn[:2, :2] = torch.tensor([[0.0, -1], [1, 0]])
     assert torch.allclose(moved(), turn @ poses(), atol=1e-5)
+    assert torch.allclose(turned_poses(poses(), 90.0), moved(), atol=1e-5)
     assert not any(p.requires_grad for p in moved.parameters()) and all(p.requires_grad for p in poses.parameters())

@@ -11,20 +11,10 @@ import pytest
 import torch
 
 import factorkit
-from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.errors import CheckpointError
+from tests.engine.trained import assert_identical, final_state
 
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
-
-
-def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    newest = max((folder / "checkpoints").glob("step_*.safetensors"))
-    return read_checkpoint(newest)[0]
-
-
-def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def tiny_segdiff(out: Path, **changes):
