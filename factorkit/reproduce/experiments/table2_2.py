@@ -14,6 +14,8 @@ EXPERIMENT = experiment(
     citations=(
         cited("GrabCut", THESIS, 0.723, 0.360, 0.487),
         cited("PerturbGAN", "Bielski and Favaro 2019, in the " + THESIS, None, 0.380, None),
+        # on CUB, beside these methods, but its numbers stand in no text that was at hand
+        cited("Layered GAN: numbers not at hand", "Yang et al. 2022, not in the dissertation", None, None, None),
         cited("ReDO", "Chen et al. 2019, in the " + THESIS, 0.845, 0.426, None),
         cited("IEM", "Savarese et al. 2021, in the " + THESIS, 0.886, 0.522, 0.660),
         cited("IEM+SegNet", "Savarese et al. 2021, in the " + THESIS, 0.893, 0.551, 0.687),
