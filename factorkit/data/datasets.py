@@ -96,7 +96,11 @@ def _read_zip_with_masks(data: Any) -> Layout | None:
     if path.suffix.lower() != ".zip" or not zipfile.is_zipfile(path):  # False for links in circles, where resolve fails
         return None
     path = path.resolve()
-    with zipfile.ZipFile(path) as archive:
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception:  # BadZipFile, and what a damaged directory leads to: who reads its pictures says so
+        return None
+    with archive:
         folders = {"/".join(n.split("/")[:depth]) for n in archive.namelist() for depth in range(1, n.count("/") + 1)}
         tops = sorted(f.removesuffix("images") for f in folders if f"/{f}".endswith("/images"))
         top = next((top for top in tops if f"{top}masks" in folders), None)

@@ -92,6 +92,18 @@ def test_zip_bomb_that_lies_about_its_size_fills_no_memory(tmp_path, method):
     assert peak.bytes < 2**20
 
 
+def test_a_zip_whose_directory_is_damaged_is_refused(tmp_path):
+    """Its end says that it is a zip, and whoever believes that gets to the directory."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("images/a.png", b"a")
+        archive.writestr("masks/a.png", b"a")
+    data = (tmp_path / "x.zip").read_bytes()
+    (tmp_path / "x.zip").write_bytes(data.replace(b"PK\x01\x02", b"PK\x01\x03"))
+    assert zipfile.is_zipfile(tmp_path / "x.zip")
+    with pytest.raises(DataError, match="not a readable .zip"):
+        open_dataset(tmp_path / "x.zip")
+
+
 def test_paths_that_climb_out_of_a_zip_stay_inside(tmp_path, save, own_cache):
     save(tmp_path / "in/good.png")
     climbing = ("../../evil.png", "/tmp/evil.png", "..\\..\\evil.png", "a/../../evil.png", "C:\\evil.png")

@@ -190,7 +190,10 @@ def test_odd_values_break_nothing(tmp_path):
         log.event("step", loss=1.0)
         log.event("alarms", step=1, eta_gap=None, failures=None)
         log.event("end", step=None, message=None)
+    with open(tmp_path / "log.jsonl", "a") as lines:
+        lines.write('{"event": "resume", "step": 1, "time": 1e300, "message": "in the year 3e292"}\n')
     page = Page(write_report(tmp_path))
+    assert "in the year 3e292" in page.text
     assert "Area of each region" in page.headings and "Loss" not in page.headings
 
 
