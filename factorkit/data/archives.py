@@ -24,7 +24,7 @@ class ZipSource(EncodedSource):
     def __init__(self, path: Path, under: str = "") -> None:
         try:
             self.archive = zipfile.ZipFile(path)
-        except Exception as error:  # BadZipFile, struct.error, OverflowError, ...: whatever a damaged directory leads to
+        except Exception as error:  # BadZipFile, struct.error, ...: whatever a damaged directory leads to
             raise DataError(f"{path}: not a readable .zip: {error}. Download or pack it again.") from error
         self.path, self.under = path, under
         found = (member for member in self.archive.infolist() if member.filename.startswith(under))
