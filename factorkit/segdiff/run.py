@@ -53,17 +53,19 @@ class SegdiffRun:
         self.schedule = config.noising(device)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device = "auto", weights: str = "average") -> SegdiffRun:
+    def load(cls, path: str | Path, *, device: str | torch.device = "auto", weights: str | float = "average") -> SegdiffRun:
         """Load a run folder (its newest whole checkpoint) or a single ``.safetensors`` file.
 
         Args:
             path: either of them.
             device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a torch device.
-            weights: ``"average"``, the moving average, or ``"last"``, of a folder, those of its last step.
+            weights: ``"average"``, the moving average; of a folder also the decay of another one that the training kept
+                (``ema_also=``), or ``"last"``, those of its last step. Scores of others than the average are not kept
+                in the folder.
 
         Raises:
             CheckpointError: nothing there, damaged, or not a segdiff model.
-            ConfigError: other ``weights``, or the last ones of a file.
+            ConfigError: other ``weights``, or ones that are not there.
 
         Example:
             >>> run = factorkit.SegdiffRun.load("runs/flowers", device="cpu")
@@ -73,7 +75,7 @@ class SegdiffRun:
         path = Path(path)
         config, model, step = stored_model(path, weights)
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
-        return cls(config, model, chosen, step, path if path.is_dir() else None)
+        return cls(config, model, chosen, step, path if path.is_dir() and weights == "average" else None)
 
     def save(self, path: str | Path) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
