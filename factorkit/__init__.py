@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.nerfdiff.train import train_nerfdiff
     from factorkit.rendering.render import render
+    from factorkit.segdiff.choose import choose_regions
     from factorkit.segdiff.run import SegdiffRun
     from factorkit.segdiff.train import train_segdiff
 
@@ -36,6 +37,7 @@ __all__ = [
     "FactorkitError",
     "NerfdiffRun",
     "SegdiffRun",
+    "choose_regions",
     "load",
     "render",
     "train_nerfdiff",
@@ -46,6 +48,7 @@ __all__ = [
 _LAZY = {
     "train_segdiff": "factorkit.segdiff.train",
     "SegdiffRun": "factorkit.segdiff.run",
+    "choose_regions": "factorkit.segdiff.choose",
     "train_nerfdiff": "factorkit.nerfdiff.train",
     "NerfdiffRun": "factorkit.nerfdiff.run",
     "render": "factorkit.rendering",

@@ -81,7 +81,9 @@ class NerfdiffRun:
         self.schedule = Schedule(config.timesteps, device=device)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device = "auto", weights: str | float = "average") -> NerfdiffRun:
+    def load(
+        cls, path: str | Path, *, device: str | torch.device = "auto", weights: str | float = "average"
+    ) -> NerfdiffRun:
         """Load a run folder (its newest whole checkpoint) or a single ``.safetensors`` file.
 
         Args:

@@ -53,7 +53,9 @@ class SegdiffRun:
         self.schedule = config.noising(device)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device = "auto", weights: str | float = "average") -> SegdiffRun:
+    def load(
+        cls, path: str | Path, *, device: str | torch.device = "auto", weights: str | float = "average"
+    ) -> SegdiffRun:
         """Load a run folder (its newest whole checkpoint) or a single ``.safetensors`` file.
 
         Args:

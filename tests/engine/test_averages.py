@@ -53,7 +53,8 @@ def test_one_that_is_new_on_resuming_begins_there_and_one_left_out_goes(toy, tmp
 
 def test_the_reader_takes_one_by_its_decay(tmp_path):
     value = lambda number: torch.full((2,), float(number))  # noqa: E731
-    tensors = {"model.w": value(1), "ema.module.w": value(2), "ema_0.999.module.w": value(3), "ema_0.5.module.w": value(4)}
+    names = ("model.w", "ema.module.w", "ema_0.999.module.w", "ema_0.5.module.w")
+    tensors = {name: value(number) for number, name in enumerate(names, start=1)}
     write_json(tmp_path / "run/config.json", {})
     meta = {"model": "toy", "step": 3, "ema": 0.99}
     file = write_checkpoint(tmp_path / "run/checkpoints/step_00000003.safetensors", tensors, meta)

@@ -261,6 +261,19 @@ def test_the_best_heat_is_gone_on_with_exactly(monkeypatch):
     assert [event["step"] for event in log if event["event"] == "step"] == [1, 2, 3, 4]
 
 
+def test_heats_of_a_competition_are_ranked_by_the_noise_they_leave(monkeypatch):
+    alarms = {0: 0.25, 1: 0.21, 2: 0.22}
+    monkeypatch.setattr("factorkit.segdiff.task.measure_alarms", lambda *given: HEALTHY)
+    errors = iter(alarms.values())
+    monkeypatch.setattr("factorkit.segdiff.task.unexplained_noise", lambda *given: next(errors))
+    with monkeypatch.context() as patch:
+        patch.setattr("factorkit.segdiff.task.SegdiffTask.inspect", lambda *given: {})
+        run = fit(flowers(6, 8)[0], out="out", seeds=3, masks="competition")
+    assert run.config.seed == 1
+    restarts = [event for event in read_log("out") if event["event"] == "restart"]
+    assert [event.get("error") for event in restarts] == [0.25, 0.21, 0.22, None]
+
+
 def test_that_every_heat_failed_is_said(monkeypatch):
     alarms_by_seed(monkeypatch, {0: 0.1, 1: 0.2})
     assert fit(flowers(6, 8)[0], out="out", seeds=2).config.seed == 1
