@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -116,8 +117,8 @@ def read_weights(
     """The weights and the settings in a run folder (its newest whole checkpoint) or a ``.safetensors`` file.
 
     weights: "average", the moving average; its decay, or one of ``ema_also``; or "last", those of the last step
-        themselves. Only checkpoints hold more than one average, and the last. The setting ``ema`` answered is the
-        decay of the average that was read.
+        themselves. Only checkpoints hold more than one average, and the last. Where a decay is asked for, the
+        settings answered are those of a training that kept no other.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another model than ``model``.
@@ -140,10 +141,10 @@ def read_weights(
     else:
         main = weights == meta.get("ema")
         prefix, what = WEIGHTS["average"] if main else f"{average_name(weights)}.module.", f"average of decay {weights}"
-        meta = {**meta, "ema": float(weights)}
+        meta = {**meta, "ema": float(weights), "ema_also": []}
     chosen = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
     if not chosen:
-        decays = {k.split(".module.")[0].removeprefix("ema_") for k in tensors if k.startswith("ema_")}
+        decays = {k.split(".module.")[0].removeprefix("ema_") for k in tensors if re.match(r"ema_[\d.e-]+\.module", k)}
         there = f", or weights={' or '.join(sorted(decays))}" if decays else ""
         raise ConfigError(f"{path} holds no {what}: load the run folder, or weights='average'{there}")
     return chosen, meta

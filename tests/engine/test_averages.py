@@ -54,15 +54,16 @@ def test_one_that_is_new_on_resuming_begins_there_and_one_left_out_goes(toy, tmp
 def test_the_reader_takes_one_by_its_decay(tmp_path):
     value = lambda number: torch.full((2,), float(number))  # noqa: E731
     names = ("model.w", "ema.module.w", "ema_0.999.module.w", "ema_0.5.module.w")
-    tensors = {name: value(number) for number, name in enumerate(names, start=1)}
+    tensors = {name: value(number) for number, name in enumerate(names, start=1)} | {"ema_0.5.n_averaged": value(0)}
     write_json(tmp_path / "run/config.json", {})
-    meta = {"model": "toy", "step": 3, "ema": 0.99}
+    meta = {"model": "toy", "step": 3, "ema": 0.99, "ema_also": [0.999, 0.5]}
     file = write_checkpoint(tmp_path / "run/checkpoints/step_00000003.safetensors", tensors, meta)
     for path in (tmp_path / "run", file):
         for weights, number, decay in (("last", 1, 0.99), ("average", 2, 0.99), (0.99, 2, 0.99), (0.999, 3, 0.999)):
             found, settings = read_weights(path, "toy", weights)
             assert found.keys() == {"w"} and found["w"][0] == number and settings["ema"] == decay
-    with pytest.raises(ConfigError, match=r"no average of decay 0.9: .* or weights=0.5 or 0.999"):
+            assert settings["ema_also"] == ([] if isinstance(weights, float) else [0.999, 0.5])
+    with pytest.raises(ConfigError, match=r"no average of decay 0.9: .* or weights=0.5 or 0.999$"):
         read_weights(file, "toy", 0.9)
     with pytest.raises(ConfigError, match=r"unknown; choose one of average, last, or a decay"):
         read_weights(file, "toy", "0.999")
