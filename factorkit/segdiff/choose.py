@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -143,20 +143,21 @@ def choose_regions(
     settings = {"model": "choose_regions", **configs[0].to_dict(), "data": describe(dataset, prepared)}
     claim(folder, settings, SegdiffConfig.RESUMABLE | {"regions"})
     with held(folder), cpu_threads(configs[0].threads):
-        errors, best = {}, []
-        for config in configs:
-            found = {}
+        errors: dict[int, list[float]] = {}
+        best: list[RegionCompetition] = []
+        for k, config in zip(candidates, configs, strict=True):
+            found: list[tuple[float, RegionCompetition]] = []
             for seed in range(seeds):
                 task = PlacesTask(dataclasses.replace(config, seed=seed), images, probes, chosen)
-                where, meta = folder / f"k{config.regions}_seed{seed}", {"model": "places", **task.config.to_dict()}
+                where, meta = folder / f"k{k}_seed{seed}", {"model": "places", **task.config.to_dict()}
                 trainer = Trainer(task, task.config, where, meta, device=chosen, progress=progress, report=False)
-                model = trainer.run()
-                found[seed] = unexplained_noise(model, task.probes, task.schedule), model
-            errors[config.regions] = [error for error, _ in found.values()]
-            best.append(min(found.values(), key=lambda pair: pair[0])[1])
+                model = cast(RegionCompetition, trainer.run())
+                found.append((unexplained_noise(model, task.probes, task.schedule), model))
+            errors[k] = [error for error, _ in found]
+            best.append(min(found, key=lambda pair: pair[0])[1])
         falls, regions, reason = recommended({k: min(each) for k, each in errors.items()}, least_fall)
-        found = {"regions": regions, "errors": errors, "falls": falls, "reason": reason, "steps": steps}
-        write_json(folder / CHOICE, found)
+        facts = {"regions": regions, "errors": errors, "falls": falls, "reason": reason, "steps": steps}
+        write_json(folder / CHOICE, facts)
         save_image(sheet(best, task, candidates, regions), folder / SHEET)
     return RegionChoice(regions, errors, falls, reason, folder)
 
