@@ -40,8 +40,8 @@ class ChooseRegions(Command):
     """Share of the error that a further region must take off."""
     resolution: int = 32
     """Pixels a side."""
-    no_mirror: bool = False
-    """Show no photograph mirrored: for things that all face one way."""
+    mirror: bool = True
+    """Show half of the photographs mirrored; not for things that all face one way."""
     steps: int = 200
     """Of each training."""
     holdout: str = "auto"
@@ -55,6 +55,6 @@ class ChooseRegions(Command):
         holdout = int(self.holdout) if self.holdout.isdecimal() else self.holdout
         return commands.choose(
             self.data, self.out, candidates=self.candidates, seeds=self.seeds, least_fall=self.least_fall,
-            resolution=self.resolution, mirror=not self.no_mirror, steps=self.steps, holdout=holdout,
+            resolution=self.resolution, mirror=self.mirror, steps=self.steps, holdout=holdout,
             device=self.device,
         )  # fmt: skip
