@@ -143,7 +143,7 @@ class OurStep:
         model, self.step = task.model.to(device), 0
         optimizer = make_optimizer(task.parameter_groups(), config, device)
         average = MovingAverage(model, config.ema, device)
-        self.take = TrainingStep(task, optimizer, average, Meter(device), config, device)
+        self.take = TrainingStep(task, optimizer, [average], Meter(device), config, device)
 
     def __call__(self) -> None:
         self.take(self.step)

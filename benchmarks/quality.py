@@ -3,14 +3,14 @@
     python -m benchmarks.quality RUN... --data PHOTOS
 
 Every run (a folder of segdiff) is asked for the regions of the labelled pictures it was not trained on: as it is by
-default, with one thing changed, and with ``quality="best"``. One mapping from regions to foreground is fitted on the
-first pictures for each. Results go to benchmarks/results/quality.json.
+default ("fast"), with one thing changed, with ``quality="best"``, and with each average of its weights that it keeps
+(``ema_also=``) and the masks of all of them together. One mapping from regions to foreground is fitted on the first
+pictures for each. Results go to benchmarks/results/quality.json.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,8 @@ from benchmarks.recording import commit, machine, read_results, write_result
 
 RESULTS = Path(__file__).with_name("results") / "quality.json"
 LOOKS = {
-    "fast": {}, "draws": {"draws": 4}, "mirror": {"mirror": True}, "levels": {"levels": (1 / 3, 1.0, 2.0)},
-    "mirror, draws": {"mirror": True, "draws": 4},
+    "fast": {}, "mirror": {"mirror": True}, "draws": {"draws": 4}, "levels": {"levels": (1 / 3, 1.0, 2.0)},
+    "all twelve": {"levels": (1 / 3, 1.0, 2.0), "draws": 2, "mirror": True},
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def measure(folder: Path, data: str) -> None:
     from factorkit.data.datasets import open_dataset
     from factorkit.data.labelled import load_labelled
     from factorkit.metrics.segmentation import evaluate_masks
-    from factorkit.segdiff import quality
+    from factorkit.segdiff.quality import Quality
 
     torch.set_num_threads(1)
     run = factorkit.load(folder, device="cpu")
@@ -56,39 +56,42 @@ def measure(folder: Path, data: str) -> None:
     fit = max(1, min(config.fit, len(known) // 2))
 
     def iou(asked=run, **options) -> float:
-        labels = asked.segment(known.images, **options).labels.numpy()
-        return evaluate_masks(labels, known.foreground, known.valid, config.leaves, fit)["iou"]
+        return score(asked.segment(known.images, **options).labels)
+
+    def score(labels: torch.Tensor) -> float:
+        return evaluate_masks(labels.numpy(), known.foreground, known.valid, config.leaves, fit)["iou"]
 
     found = {"bilinear": iou(upsample="bilinear")}
-    for name, looks in named_looks(quality):
-        quality.QUALITIES["measured"] = looks
-        found[name] = iou(quality="measured")
-    found["best"] = iou(quality="best")
-    found["last weights"] = iou(factorkit.load(folder, device="cpu", weights="last"))
+    for name, looks in LOOKS.items():
+        found[name] = iou(quality=Quality(**looks))
+    found |= {"best": iou(quality="best"), "t = 0": iou(t=0)}
+    others = {f"average {decay}": decay for decay in config.ema_also} | {"last weights": "last"}
+    masks = [run.segment(known.images).masks]
+    for name, weights in others.items():
+        masks.append(factorkit.load(folder, device="cpu", weights=weights).segment(known.images).masks)
+        found[name] = score(masks[-1].argmax(1))
+    if config.ema_also:
+        found["all averages"] = score(torch.stack(masks[:-1]).mean(0).argmax(1))
     record = {
         "iou": {name: round(value, 4) for name, value in found.items()}, "regions": config.regions,
-        "resolution": config.resolution, "size": own, "scored": len(known) - fit, "step": run.step,
-        "machine": machine(1), "commit": commit(),
+        "resolution": config.resolution, "t": config.segment_t, "size": own, "scored": len(known) - fit,
+        "step": run.step, "machine": machine(1), "commit": commit(),
     }  # fmt: skip
     write_result(RESULTS, key, record)
     print(key, record["iou"], flush=True)
-
-
-def named_looks(quality) -> Iterator[tuple]:
-    for name, changes in LOOKS.items():
-        yield name, quality.Quality(**changes)
 
 
 def table(results: dict[str, dict]) -> str:
     """A line a run."""
     if not results:
         return "nothing measured yet"
-    names = list(next(iter(results.values()))["iou"])
+    names = list(dict.fromkeys(name for record in results.values() for name in record["iou"]))
     lines = ["| run | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for key, record in results.items():
-        lines.append(f"| {key} | " + " | ".join(f"{record['iou'][name]:.3f}".lstrip("0") for name in names) + " |")
-    gains = {name: np.mean([r["iou"][name] - r["iou"]["fast"] for r in results.values()]) for name in names}
-    lines.append("| mean difference to fast | " + " | ".join(f"{gains[name]:+.4f}" for name in names) + " |")
+        figures = [f"{record['iou'][name]:.3f}".lstrip("0") if name in record["iou"] else "" for name in names]
+        lines.append(f"| {key} | " + " | ".join(figures) + " |")
+    gains = {name: [r["iou"][name] - r["iou"]["fast"] for r in results.values() if name in r["iou"]] for name in names}
+    lines.append("| mean difference to fast | " + " | ".join(f"{np.mean(gains[name]):+.4f}" for name in names) + " |")
     return "\n".join(lines)
 
 

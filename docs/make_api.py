@@ -34,7 +34,7 @@ RUNS = {
     ),
 }  # fmt: skip
 NAMES = {
-    "Segmentation: `factorkit`": (factorkit, ("train_segdiff", "SegdiffRun")),
+    "Segmentation: `factorkit`": (factorkit, ("train_segdiff", "SegdiffRun", "choose_regions")),
     "Cameras and scenes: `factorkit`": (factorkit, ("train_nerfdiff", "NerfdiffRun")),
     "Loading, errors: `factorkit`": (factorkit, (
         "load", "FactorkitError", "ConfigError", "DataError", "CheckpointError",

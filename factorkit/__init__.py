@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.nerfdiff.train import train_nerfdiff
     from factorkit.rendering.render import render
+    from factorkit.segdiff.choose import choose_regions
     from factorkit.segdiff.run import SegdiffRun
     from factorkit.segdiff.train import train_segdiff
 
@@ -36,6 +37,7 @@ __all__ = [
     "FactorkitError",
     "NerfdiffRun",
     "SegdiffRun",
+    "choose_regions",
     "load",
     "render",
     "train_nerfdiff",
@@ -46,6 +48,7 @@ __all__ = [
 _LAZY = {
     "train_segdiff": "factorkit.segdiff.train",
     "SegdiffRun": "factorkit.segdiff.run",
+    "choose_regions": "factorkit.segdiff.choose",
     "train_nerfdiff": "factorkit.nerfdiff.train",
     "NerfdiffRun": "factorkit.nerfdiff.run",
     "render": "factorkit.rendering",
@@ -58,16 +61,17 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'factorkit' has no attribute {name!r}")
 
 
-def load(path: str | Path, *, device: str = "auto", weights: str = "average") -> SegdiffRun | NerfdiffRun:
+def load(path: str | Path, *, device: str = "auto", weights: str | float = "average") -> SegdiffRun | NerfdiffRun:
     """A trained run from its folder or from one ``.safetensors`` file; no settings to repeat.
 
     Args:
         path: either of them.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-        weights: of a segdiff run, the moving ``"average"``, or, from its folder, those of the ``"last"`` step.
+        weights: the moving ``"average"``; from a folder also the decay of another average that the training kept
+            (``ema_also=``), or those of the ``"last"`` step.
 
     Raises:
-        ConfigError: the last weights of a file, or of a nerfdiff run.
+        ConfigError: weights that are not there.
         CheckpointError: nothing there, another model, or a damaged file (in a folder the previous checkpoint is taken).
 
     Example:
@@ -78,8 +82,5 @@ def load(path: str | Path, *, device: str = "auto", weights: str = "average") ->
     from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.segdiff.run import SegdiffRun
 
-    if model_name(Path(path)) != "nerfdiff":
-        return SegdiffRun.load(path, device=device, weights=weights)
-    if weights != "average":
-        raise ConfigError(f"weights={weights!r}: {path} is a nerfdiff run; only its averaged weights can be loaded")
-    return NerfdiffRun.load(path, device=device)
+    kind = NerfdiffRun if model_name(Path(path)) == "nerfdiff" else SegdiffRun
+    return kind.load(path, device=device, weights=weights)

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         manuals = ((name, inspect.getdoc(command) or "") for name, command in COMMANDS.items())
-        listed = (f"    {name:<11} {manual.splitlines()[0]}" for name, manual in manuals)
+        listed = (f"    {name:<15} {manual.splitlines()[0]}" for name, manual in manuals)
         print(MANUAL.format(commands="\n".join(listed)), end="")
         return 0
     if args[0] == "--version":

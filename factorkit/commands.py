@@ -21,6 +21,7 @@ from factorkit.flag_types import Result
 from factorkit.metrics.baselines import BASELINES
 from factorkit.reading import read_json
 from factorkit.segdiff import pictures
+from factorkit.segdiff.choose import SHEET, choose_regions
 from factorkit.segdiff.classes import class_sheet
 from factorkit.segdiff.results import without_results
 from factorkit.segdiff.run import Generation, SegdiffRun
@@ -69,6 +70,16 @@ def dry_run(
     if data is not None:
         lines.append(f"data    {found['images']} images to train on, {found['held_out']} labelled ones held out")
     return found, "\n".join(lines)
+
+
+def choose(data: Path | None, out: Path, **options: Any) -> Result:
+    """The number of regions; options are those of :func:`factorkit.choose_regions`."""
+    with saying_what_is_saved(out):
+        choice = choose_regions(data, out=out, **options)
+    found = {"regions": choice.regions, "errors": choice.errors, "falls": choice.falls, "reason": choice.reason}
+    picture = out / SHEET
+    text = f"{choice.table()}\n\n{choice.reason}\nregions  {choice.regions}\npicture  {picture}"
+    return {**found, "out": str(out), "picture": str(picture)}, text
 
 
 def segment(run: Path, paths: Sequence[Path], out: Path, device: str, **options: Any) -> Result:

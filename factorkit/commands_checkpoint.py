@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,11 @@ def prune(run: Path, keep: int) -> Result:
     return {"dropped": dropped, "kept": left}, "\n".join([*dropped, f"{len(dropped)} dropped, {len(left)} kept"])
 
 
-def export(run: Path, out: Path | None, step: int | None, best: bool) -> Result:
-    """The averaged weights of one checkpoint in a file of their own.
+def export(run: Path, out: Path | None, step: int | None, best: bool, weights: str) -> Result:
+    """The averaged weights of one checkpoint, or others of its, in a file of their own.
 
     Raises:
-        ConfigError: no file to write to, or two different checkpoints asked for.
+        ConfigError: no file to write to, two different checkpoints asked for, or weights that are not there.
         CheckpointError: the checkpoint is not there, or damaged.
     """
     if out is None:
@@ -103,6 +104,9 @@ def export(run: Path, out: Path | None, step: int | None, best: bool) -> Result:
         if not source.exists():
             there = ", ".join(str(int(p.stem.removeprefix("step_"))) for p in reversed(checkpoints.paths())) or "none"
             raise CheckpointError(f"{run} has no checkpoint of step {step}; there are: {there}")
-    loaded = factorkit.load(source, device="cpu")
+    asked: str | float = weights
+    with suppress(ValueError):
+        asked = float(weights)
+    loaded = factorkit.load(source, device="cpu", weights=asked)
     written = loaded.save(out)
     return {"out": str(written), "step": loaded.step}, f"written: {written} (step {loaded.step})"

@@ -16,6 +16,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from factorkit.errors import ConfigError
 from factorkit.flag_types import Command, OptionalInt, OptionalPath, Result, RunCommand, read_flags
 from factorkit.flags_checkpoint import Checkpoint
+from factorkit.flags_choose import ChooseRegions
 from factorkit.flags_editing import Branches, Interpolate, Recompose
 from factorkit.flags_nerfdiff import Export, Pose, Reconstruct, Render, Sample, TrainNerfdiff, View
 from factorkit.flags_reproduce import Reproduce
@@ -142,7 +143,7 @@ class Segment(RunCommand):
     upsample: Literal["guided", "bilinear"] = "guided"
     """guided: masks follow the edges of large photographs; bilinear: they stay smooth."""
     quality: Literal["fast", "best"] = "fast"
-    """best averages masks over draws of noise, noise levels and the mirror image, at twelve times the cost."""
+    """best looks at the mirror image too, where training showed any, and averages the masks."""
     formats: tuple[Literal["labels", "masks", "overlays", "coco"], ...] = ("labels", "masks", "overlays")
     """What to write of each image."""
     workers: OptionalInt = None
@@ -359,5 +360,6 @@ COMMANDS: dict[str, type[Command]] = {
     "demo": Demo, "train": Train, "segment": Segment, "generate": Generate, "interpolate": Interpolate,
     "branches": Branches, "recompose": Recompose, "pose": Pose, "reconstruct": Reconstruct,
     "render": Render, "sample": Sample, "export": Export, "view": View, "reproduce": Reproduce,
-    "evaluate": Evaluate, "checkpoint": Checkpoint, "prepare": Prepare, "doctor": Doctor,
+    "evaluate": Evaluate, "choose-regions": ChooseRegions, "checkpoint": Checkpoint, "prepare": Prepare,
+    "doctor": Doctor,
 }  # fmt: skip

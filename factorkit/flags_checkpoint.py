@@ -18,7 +18,8 @@ class Checkpoint(Command):
     ls       what there is: steps, sizes, ages, and which is the best by the alarms' error
     verify   read every one and compare it with its checksum; exit status 2 where one is damaged
     prune    keep the newest --keep that are whole, and the best; of the stages of a run too
-    export   write the averaged weights of one as a small file for factorkit.load and all commands
+    export   write the averaged weights of one, or others that it holds (--weights), as a small file for factorkit.load
+             and all commands
 
     A training resumes from the newest checkpoint that is whole, whatever lies there.
 
@@ -28,6 +29,7 @@ class Checkpoint(Command):
         factorkit checkpoint prune runs/photos --keep 1
         factorkit checkpoint export runs/photos --out photos.safetensors
         factorkit checkpoint export runs/photos --best --out photos.safetensors
+        factorkit checkpoint export runs/photos --weights 0.999 --out smooth.safetensors
     """
 
     action: Positional[Literal["ls", "verify", "prune", "export"]]
@@ -42,6 +44,8 @@ class Checkpoint(Command):
     """export: of which step; without: the newest that is whole."""
     best: bool = False
     """export: the best instead."""
+    weights: Annotated[str, arg(metavar="average|last|DECAY")] = "average"
+    """export: the moving average, one of --ema-also by its decay, or the weights of the last step themselves."""
 
     def run_command(self) -> Result:
         from factorkit import commands_checkpoint as commands
@@ -52,4 +56,4 @@ class Checkpoint(Command):
             return commands.verify(self.run)
         if self.action == "prune":
             return commands.prune(self.run, self.keep)
-        return commands.export(self.run, self.out, self.step, self.best)
+        return commands.export(self.run, self.out, self.step, self.best, self.weights)

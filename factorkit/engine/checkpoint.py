@@ -30,6 +30,11 @@ BEST = "best.json"
 _NAME = re.compile(r"step_(\d+)\.safetensors$")
 
 
+def average_name(decay: float) -> str:
+    """Under which a checkpoint keeps a moving average of ``ema_also``; that of ``ema`` is "ema"."""
+    return f"ema_{float(decay)}"
+
+
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
     """Write tensors and JSON-able ``meta`` to ``path``, whole or not at all, and wait until they are on the disk.
 

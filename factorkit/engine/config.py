@@ -38,6 +38,9 @@ class EngineConfig:
     ema: float = 0.9999
     """Decay of the moving average of the weights, the one that segments and generates. After n steps it is
     (1+n)/(10+n), until that reaches this number."""
+    ema_also: tuple[float, ...] = ()
+    """Decays of further moving averages of the same training, each one more copy of the weights in memory and in every
+    checkpoint; factorkit.load(run, weights=DECAY) takes one. One that is new on resuming begins there."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of activations, by autocast; weights, statistics and masks stay fp32."""
     seed: int = 0
@@ -65,7 +68,7 @@ class EngineConfig:
     #: settings that may differ when a run is resumed: they change neither the model nor what it saw so far
     RESUMABLE = frozenset({
         "steps", "device", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "tensorboard",
-        "stop_on_failure", "micro_batch_size", "threads", "cuda_graph",
+        "stop_on_failure", "micro_batch_size", "threads", "cuda_graph", "ema_also",
     })  # fmt: skip
 
     def validate(self) -> None:
@@ -83,6 +86,10 @@ class EngineConfig:
         for name in ("ema", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie between 0 and 1")
+        if not all(0 <= decay <= 1 for decay in self.ema_also):
+            raise ConfigError(f"ema_also={self.ema_also} must lie between 0 and 1")
+        if len({self.ema, *self.ema_also}) != 1 + len(self.ema_also):
+            raise ConfigError(f"ema_also={self.ema_also} must be decays that differ from ema={self.ema} and each other")
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate={self.learning_rate} must be positive and finite")
         if self.gradient_clip is not None and not self.gradient_clip > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from factorkit.engine.atomic import replacing
-from factorkit.engine.checkpoint import Checkpoints, read_checkpoint
+from factorkit.engine.checkpoint import Checkpoints, average_name, read_checkpoint
 from factorkit.errors import CheckpointError, ConfigError
 from factorkit.reading import read_json
 
@@ -110,17 +111,21 @@ def model_name(path: Path) -> str | None:
     return None
 
 
-def read_weights(path: Path, model: str, weights: str = "average") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(
+    path: Path, model: str, weights: str | float = "average"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights and the settings in a run folder (its newest whole checkpoint) or a ``.safetensors`` file.
 
-    weights: "average", the moving average, or "last", those of the last step themselves, which only checkpoints hold.
+    weights: "average", the moving average; its decay, or one of ``ema_also``; or "last", those of the last step
+        themselves. Only checkpoints hold more than one average, and the last. Where a decay is asked for, the
+        settings answered are those of a training that kept no other.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another model than ``model``.
-        ConfigError: other ``weights``, or the last ones of a file that was saved without them.
+        ConfigError: other ``weights``, or ones that the file was saved without.
     """
-    if weights not in WEIGHTS:
-        raise ConfigError(f"weights={weights!r} is unknown; choose one of {', '.join(WEIGHTS)}")
+    if isinstance(weights, str) and weights not in WEIGHTS:
+        raise ConfigError(f"weights={weights!r} is unknown; choose one of {', '.join(WEIGHTS)}, or a decay of ema_also")
     if path.is_dir():
         read_settings(path)
         found = Checkpoints(path / "checkpoints").latest()
@@ -131,10 +136,17 @@ def read_weights(path: Path, model: str, weights: str = "average") -> tuple[dict
         tensors, meta = read_checkpoint(path)
     if meta.get("model") != model:
         raise CheckpointError(f"{path} holds a {meta.get('model')!r} model, not {model}")
-    prefix = WEIGHTS[weights]
+    if isinstance(weights, str):
+        prefix, what = WEIGHTS[weights], f"weights of the {weights} step"
+    else:
+        main = weights == meta.get("ema")
+        prefix, what = WEIGHTS["average"] if main else f"{average_name(weights)}.module.", f"average of decay {weights}"
+        meta = {**meta, "ema": float(weights), "ema_also": []}
     chosen = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
     if not chosen:
-        raise ConfigError(f"{path} holds no weights of the {weights} step: load the run folder, or weights='average'")
+        decays = {k.split(".module.")[0].removeprefix("ema_") for k in tensors if re.match(r"ema_[\d.e-]+\.module", k)}
+        there = f", or weights={' or '.join(sorted(decays))}" if decays else ""
+        raise ConfigError(f"{path} holds no {what}: load the run folder, or weights='average'{there}")
     return chosen, meta
 
 

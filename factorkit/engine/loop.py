@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from factorkit.engine import distributed
 from factorkit.engine.background import Background
-from factorkit.engine.checkpoint import Checkpoints
+from factorkit.engine.checkpoint import Checkpoints, average_name
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.graph import WARM_UP
 from factorkit.engine.log import RunLog, read_log
@@ -48,6 +48,8 @@ class Trainer:
         self.model = task.model.to(device)
         self.optimizer = make_optimizer(task.parameter_groups(), config, device)
         self.average = MovingAverage(self.model, config.ema, device)
+        further = {average_name(decay): MovingAverage(self.model, decay, device) for decay in config.ema_also}
+        self.averages = {"ema": self.average, **further}
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
         self.step = 0
         self._saved: int | None = None  # the step that lies on disk, or is on its way there
@@ -58,9 +60,10 @@ class Trainer:
     # --- state ---
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, by name: weights, their average, Adam's moments."""
+        """Everything a resumed run needs, by name: weights, their averages, Adam's moments."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors.update({f"ema.{k}": v for k, v in self.average.state_dict().items()})
+        for name, average in self.averages.items():
+            tensors.update({f"{name}.{k}": v for k, v in average.state_dict().items()})
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{key}.{name}"] = value
@@ -85,7 +88,11 @@ class Trainer:
         part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
         try:
             self.model.load_state_dict(part("model."))
-            self.average.load_state_dict(part("ema."))
+            for name, average in self.averages.items():
+                if name == "ema" or part(f"{name}."):
+                    average.load_state_dict(part(f"{name}."))
+                else:  # asked for from here on
+                    average.module.load_state_dict(self.model.state_dict())
         except RuntimeError as error:
             folder = self.checkpoints.folder
             raise CheckpointError(f"the checkpoints in {folder} are of another model: {error}") from error
@@ -254,8 +261,9 @@ class Trainer:
 
     def _training_step(self, meter: Meter, synchronised: bool = False) -> TrainingStep:
         return TrainingStep(
-            self.task, self.optimizer, self.average, meter, self.config, self.device, synchronised=synchronised
-        )
+            self.task, self.optimizer, list(self.averages.values()), meter, self.config, self.device,
+            synchronised=synchronised,
+        )  # fmt: skip
 
     def _waits(self) -> bool:
         """Whether the loop may ask the device how it fared: where it would wait for it anyway, and always on a CPU."""

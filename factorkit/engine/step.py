@@ -7,7 +7,7 @@ function that a CPU runs line by line can be one CUDA graph on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -93,18 +93,18 @@ class MovingAverage(AveragedModel):
 
 
 class TrainingStep:
-    """``step_of(n)`` takes the n-th step: trains ``task.model``, moves ``average``, adds to ``meter``.
+    """``step_of(n)`` takes the n-th step: trains ``task.model``, moves the ``averages``, adds to ``meter``.
 
     Args:
         synchronised: average gradients over all processes. Several processes take their steps without a CUDA graph.
     """
 
     def __init__(
-        self, task: Task, optimizer: torch.optim.Optimizer, average: MovingAverage, meter: Meter, config: EngineConfig,
-        device: torch.device, synchronised: bool = False,
+        self, task: Task, optimizer: torch.optim.Optimizer, averages: Sequence[MovingAverage], meter: Meter,
+        config: EngineConfig, device: torch.device, synchronised: bool = False,
     ):  # fmt: skip
         self.task, self.model = task, task.model
-        self.optimizer, self.average, self.meter, self.config = optimizer, average, meter, config
+        self.optimizer, self.averages, self.meter, self.config = optimizer, averages, meter, config
         on_device = device.type == "cuda" and task.capturable
         self.slices = list(_micro_batches(config))
         self.draws = [
@@ -202,7 +202,8 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=not self.synchronised)
         for buffer, old in zip(buffers, before, strict=True):
             buffer.copy_(torch.where(self.finite, buffer, old))
-        self.average.follow(self.model, self.finite)
+        for average in self.averages:
+            average.follow(self.model, self.finite)
 
     def _blame(self, kind: int, bad: Tensor, first: int) -> None:
         """Note the first of ``bad``, counted from ``first``, unless one was noted before."""

@@ -81,18 +81,22 @@ class NerfdiffRun:
         self.schedule = Schedule(config.timesteps, device=device)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> NerfdiffRun:
+    def load(
+        cls, path: str | Path, *, device: str | torch.device = "auto", weights: str | float = "average"
+    ) -> NerfdiffRun:
         """Load a run folder (its newest whole checkpoint) or a single ``.safetensors`` file.
 
         Args:
             path: either of them.
             device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a torch device.
+            weights: as of :func:`factorkit.load`.
 
         Raises:
             CheckpointError: nothing there, damaged, or not a nerfdiff model.
+            ConfigError: other ``weights``, or ones that are not there.
         """
         path = Path(path)
-        weights, meta = read_weights(path, "nerfdiff")
+        found, meta = read_weights(path, "nerfdiff", weights)
         fields = {f.name for f in dataclasses.fields(NerfdiffConfig)}
         try:
             config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
@@ -100,20 +104,20 @@ class NerfdiffRun:
             scene, step = checked_scene(meta["scene"]), int(meta["step"])
             levels = len(config.multipliers)
             check_plausible(
-                path, weights, blocks=config.blocks, levels=levels, cameras=config.cameras,
+                path, found, blocks=config.blocks, levels=levels, cameras=config.cameras,
                 channels=config.width * max(config.multipliers),
                 size=min(config.encoder_resolution, max(scene["size"])) >> min(levels, 30) or 1,
             )  # fmt: skip
-            field = restored_field({k[6:]: v for k, v in weights.items() if k.startswith("field.")}, meta)
-            optics = Optics(weights["intrinsics"], weights["background"], scene["layout"] == "forward")
-            model = build_model(config, scene, optics, field, weights["views"])
-            model.load_state_dict(weights)
+            field = restored_field({k[6:]: v for k, v in found.items() if k.startswith("field.")}, meta)
+            optics = Optics(found["intrinsics"], found["background"], scene["layout"] == "forward")
+            model = build_model(config, scene, optics, field, found["views"])
+            model.load_state_dict(found)
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"the weights in {path} do not fit the model of its settings: {error}") from error
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
-        return cls(config, scene, model, chosen, step, path if path.is_dir() else None)
+        return cls(config, scene, model, chosen, step, path if path.is_dir() and weights == "average" else None)
 
     def save(self, path: str | Path) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.

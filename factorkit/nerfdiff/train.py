@@ -192,7 +192,8 @@ class Training:
 
     def trainer(self, name: str, task, folder: Path | None = None, **changes: Any) -> nn.Module:
         """Train a stage to its end; answers its averaged model."""
-        config = self.config.stage(name, **changes)
+        kept = () if folder is None else self.config.ema_also  # of the run alone, not of its stages
+        config = self.config.stage(name, ema_also=kept, **changes)
         where = folder or self.folder / "stages" / name
         meta = self.settings | {"stage": name}
         shown = {"device": self.device, "progress": self.progress, "report": folder is not None}

@@ -38,6 +38,9 @@ class Alarms:
     areas: share of all pixels in each region [K].
     confidence: mean probability of the most probable region; in [1/K, 1].
     entropy: mean entropy of the soft masks as a share of log K; in [0, 1].
+    error: of regions that compete by their colours, the noise they cannot tell from the picture
+        (:func:`~factorkit.segdiff.competition.unexplained_noise`); None of others. Such regions have no colours of
+        their own and good ones a low eta gap, so that it is neither judged nor ranked by where there is an error.
     """
 
     eta_gap: float
@@ -47,6 +50,7 @@ class Alarms:
     areas: list[float]
     confidence: float
     entropy: float
+    error: float | None = None
 
     def failures(self) -> list[str]:
         """Each failure in words with its figures; empty when the regions seem to follow the content."""
@@ -77,7 +81,7 @@ class Alarms:
                 f"masks do not turn with the image: agreement with the mirror image's is {self.flip_agreement:.2f} < "
                 f"{MIN_FLIP_AGREEMENT}"
             )
-        if self.eta_gap < MIN_ETA_GAP:
+        if self.error is None and self.eta_gap < MIN_ETA_GAP:
             found.append(
                 f"masks are not about content: they explain {self.eta_gap:.2f} < {MIN_ETA_GAP} more of their image's "
                 "colour than another image's masks do (a good run may be lower where colour does not tell objects)"
@@ -90,12 +94,15 @@ class Alarms:
         return not self.failures()
 
     def score(self) -> float:
-        """A number to rank seeds by, higher is better: the eta gap, with every failed seed below every healthy one."""
-        return self.eta_gap if self.ok else self.eta_gap - 2
+        """A number to rank seeds by, higher is better: the eta gap, or less the error where there is one, with every
+        failed seed below every healthy one."""
+        rank = self.eta_gap if self.error is None else -self.error
+        return rank if self.ok else rank - 2
 
     def to_dict(self) -> dict[str, float | list[float] | list[str]]:
         """The quantities by name and `failures`, fit for a line of the log."""
-        return asdict(self) | {"failures": self.failures()}
+        found = asdict(self) | {"failures": self.failures()}
+        return found if self.error is not None else {k: v for k, v in found.items() if k != "error"}
 
 
 @torch.no_grad()

@@ -15,11 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from factorkit.diffusion.objective import denoising_loss
+from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.streams import derived_seed
+
 GRID = 16  # sides of the learned map of places
 ROUNDS = 3  # of expectation and maximisation; with 8 horses came out at .60 IoU, with 3 and 5 at .64
 SHARE = 0.05  # of every place goes to all regions alike, so that none is shut out of it for good
 PIXELS, VARIANCE = 20.0, 0.1  # a region's colours are measured as if it had so many more pixels, that much spread
 FLOOR = 0.02  # least variance of a region's colours, which are in [-1, 1]
+JUDGED = (30, 100, 200, 300, 400, 550)  # levels, of the linear schedule of 1000, at which competitions are compared
+AT_ONCE = 32  # pictures
 
 
 class Contest(NamedTuple):
@@ -88,6 +94,31 @@ def colour_evidence(x: Tensor, squares: Tensor, masks: Tensor) -> tuple[Tensor, 
     away = x[:, None] - mean[:, :, None]
     slopes = -away @ inverse
     return 0.5 * ((slopes * away).sum(-1) - determinant.log()[..., None]), slopes
+
+
+def noise_error(score: Tensor, schedule: Schedule, eps: Tensor, t: Tensor) -> Tensor:
+    """A competition's score as a denoiser: squared error [B] of the noise that, by Tweedie, it takes pictures to bear.
+
+    score, and eps, the noise that is in them: [B, 3, H, W]; t [B] its level.
+    """
+    return denoising_loss(-schedule.sigma(t) * score, eps)
+
+
+@torch.no_grad()
+def unexplained_noise(competition: RegionCompetition, images: Tensor, schedule: Schedule) -> float:
+    """The share of the noise in ``images`` [N, 3, H, W] that the competition cannot tell from the picture; the less,
+    the better its regions explain what it is shown. Mean of :func:`noise_error` over levels, always of the same noise.
+    """
+    total = 0.0
+    for level in JUDGED:
+        t = schedule.as_noisy_as(level, Schedule())
+        eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(derived_seed("judge", level)))
+        for part, noise in zip(images.split(AT_ONCE), eps.split(AT_ONCE), strict=True):
+            part, noise = part.to(schedule.device), noise.to(schedule.device)
+            times = torch.full((len(part),), t, dtype=torch.int64, device=schedule.device)
+            score = competition(schedule.noise(part, noise, times)).score
+            total += noise_error(score, schedule, noise, times).sum().item()
+    return total / (len(JUDGED) * len(images))
 
 
 def invert(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """How often the network looks at a picture before its masks are settled.
 
 The thesis segments by one draw of noise at one level. Masks of several draws, of several levels and of the mirror image
-are estimates of the same thing, and their mean still sums to 1 over the regions.
+are estimates of the same thing, and their mean still sums to 1 over the regions. Of the three only the mirror image was
+found to gain anything (docs/results.md), so that ``"best"`` is one further look; the others can be asked for.
 """
 
 from __future__ import annotations
@@ -31,14 +32,25 @@ class Quality(NamedTuple):
     mirror: bool = False
 
 
-QUALITIES = {"fast": Quality(), "best": Quality(levels=(1 / 3, 1.0, 2.0), draws=2, mirror=True)}
+QUALITIES = {"fast": Quality(), "best": Quality(mirror=True)}
 
 
-def quality_of(name: str) -> Quality:
-    """The looks behind a name. Raises ConfigError for an unknown one."""
-    if name not in QUALITIES:
-        raise ConfigError(f"quality={name!r} is unknown; choose one of {', '.join(QUALITIES)}")
-    return QUALITIES[name]
+def quality_of(quality: str | Quality, mirrored: bool) -> Quality:
+    """The looks behind a name, or those given.
+
+    mirrored: whether the training showed mirror images. Where it did not, as left and right mean something, the best
+        look is the only one: regions in the mirror image of a horse that faces left are nothing the model has learned.
+
+    Raises:
+        ConfigError: an unknown name, or looks that are none.
+    """
+    if isinstance(quality, Quality):
+        if quality.draws < 1 or not quality.levels or min(quality.levels) < 0:
+            raise ConfigError(f"{quality}: at least one draw and one level, none below 0, are a look")
+        return quality
+    if quality not in QUALITIES:
+        raise ConfigError(f"quality={quality!r} is unknown; choose one of {', '.join(QUALITIES)}, or give a Quality")
+    return QUALITIES[quality]._replace(mirror=QUALITIES[quality].mirror and mirrored)
 
 
 def averaged_masks(

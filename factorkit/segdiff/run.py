@@ -27,7 +27,7 @@ from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.inputs import as_pictures
 from factorkit.segdiff.interpolate import Interpolation, interpolate_pictures
 from factorkit.segdiff.model import FactorizedUNet
-from factorkit.segdiff.quality import averaged_masks, quality_of
+from factorkit.segdiff.quality import Quality, averaged_masks, quality_of
 from factorkit.segdiff.recompose import Recomposition, recompose_pictures
 from factorkit.segdiff.results import DEFAULT_FORMATS
 from factorkit.segdiff.sampling import draw_images, edit_level
@@ -53,17 +53,21 @@ class SegdiffRun:
         self.schedule = config.noising(device)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device = "auto", weights: str = "average") -> SegdiffRun:
+    def load(
+        cls, path: str | Path, *, device: str | torch.device = "auto", weights: str | float = "average"
+    ) -> SegdiffRun:
         """Load a run folder (its newest whole checkpoint) or a single ``.safetensors`` file.
 
         Args:
             path: either of them.
             device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a torch device.
-            weights: ``"average"``, the moving average, or ``"last"``, of a folder, those of its last step.
+            weights: ``"average"``, the moving average; of a folder also the decay of another one that the training kept
+                (``ema_also=``), or ``"last"``, those of its last step. Scores of others than the average are not kept
+                in the folder.
 
         Raises:
             CheckpointError: nothing there, damaged, or not a segdiff model.
-            ConfigError: other ``weights``, or the last ones of a file.
+            ConfigError: other ``weights``, or ones that are not there.
 
         Example:
             >>> run = factorkit.SegdiffRun.load("runs/flowers", device="cpu")
@@ -73,7 +77,7 @@ class SegdiffRun:
         path = Path(path)
         config, model, step = stored_model(path, weights)
         chosen = device if isinstance(device, torch.device) else resolve_device(device)
-        return cls(config, model, chosen, step, path if path.is_dir() else None)
+        return cls(config, model, chosen, step, path if path.is_dir() and weights == "average" else None)
 
     def save(self, path: str | Path) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
@@ -100,7 +104,7 @@ class SegdiffRun:
 
     def segment(
         self, images: Any, t: int | None = None, *, size: int | None = None, upsample: str = "guided",
-        quality: str = "fast",
+        quality: str | Quality = "fast",
     ) -> Segmentation:  # fmt: skip
         """Regions of real images, one forward pass each; the decoders are never run.
 
@@ -117,8 +121,9 @@ class SegdiffRun:
                 smaller things.
             upsample: ``"guided"`` lets the masks take over the picture's edges (:mod:`factorkit.nn.guided`) where it
                 has more pixels than the network saw, ``"bilinear"`` only interpolates them.
-            quality: ``"best"`` averages the masks of several draws of noise, of several levels around t and of the
-                mirror image (:mod:`factorkit.segdiff.quality`), at twelve times the cost of ``"fast"``, one look.
+            quality: ``"fast"``, one look; ``"best"``, the mean of the masks of the picture and of its mirror image,
+                where training showed any; or a :class:`~factorkit.segdiff.quality.Quality`, of several draws of noise
+                and levels around t.
 
         Raises:
             ConfigError: t out of range, or a plain DDPM, which has no regions.
@@ -142,7 +147,7 @@ class SegdiffRun:
 
     def segment_folder(
         self, images: Any, out: str | Path, *, formats: Sequence[str] = DEFAULT_FORMATS, t: int | None = None,
-        size: int | None = None, upsample: str = "guided", quality: str = "fast", workers: int | None = None,
+        size: int | None = None, upsample: str = "guided", quality: str | Quality = "fast", workers: int | None = None,
         progress: bool = True,
     ) -> FolderSegments:  # fmt: skip
         """Segment any number of pictures into files, picture by picture; the same call again goes on where it stopped.
@@ -175,7 +180,7 @@ class SegdiffRun:
         """
         predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
         source = images if isinstance(images, Source) else open_source(images)
-        settings = {"t": self._level(t), "size": size, "upsample": upsample, "quality": quality}
+        settings = {"t": self._level(t), "size": size, "upsample": upsample, "quality": str(quality)}
         with cpu_threads(self.config.threads):
             return segment_folder(
                 self.model, self.config, predict, source, Path(out), settings, formats, workers, progress
@@ -183,7 +188,7 @@ class SegdiffRun:
 
     def segment_video(
         self, video: Any, out: str | Path, *, smooth: float = 0.8, t: int | None = None, size: int | None = None,
-        upsample: str = "guided", quality: str = "fast", progress: bool = True,
+        upsample: str = "guided", quality: str | Quality = "fast", progress: bool = True,
     ) -> VideoSegments:  # fmt: skip
         """Segment a moving picture into a video with the regions laid over it, frame by frame; memory does not grow.
 
@@ -211,18 +216,20 @@ class SegdiffRun:
             found = segment_frames(clip.frames, self.config, predict, **options)
             return write_video(clip, found, Path(out), self.config.leaves, progress)
 
-    def predictor(self, t: int | None, quality: str, label: int | None = None) -> Callable[[Tensor], Tensor]:
+    def predictor(
+        self, t: int | None, quality: str | Quality, label: int | None = None
+    ) -> Callable[[Tensor], Tensor]:
         """What takes images [N, 3, h, w] in [-1, 1] to their masks [N, K, h, w].
 
         Args:
             t: the level of noise; None: ``segment_t`` of the settings.
-            quality: ``"fast"`` or ``"best"``, as in :meth:`segment`.
+            quality: as in :meth:`segment`.
             label: the class that all images are told to be of, by its number; None: none.
 
         Raises:
-            ConfigError: t out of range, or another quality.
+            ConfigError: t out of range, or no such quality.
         """
-        t, looks = self._level(t), quality_of(quality)
+        t, looks = self._level(t), quality_of(quality, self.config.mirror)
 
         def predict(images: Tensor) -> Tensor:
             with self._precision():
@@ -368,7 +375,8 @@ class SegdiffRun:
 
     def evaluate(
         self, images: Any, masks: Any, *, fit: int | None = None, ignore: int | None = None, baselines: bool = False,
-        t: int | None = None, size: int | None = None, quality: str = "fast", nesting: Sequence[int] | None = None,
+        t: int | None = None, size: int | None = None, quality: str | Quality = "fast",
+        nesting: Sequence[int] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Score the regions against foreground masks: Acc, IoU, DICE per image, averaged.
 
@@ -409,7 +417,7 @@ class SegdiffRun:
 
     def evaluate_zero_shot(
         self, data: Any, *, split: str = "val", label_map: Mapping[str, Any] | None = None, fit: int | None = None,
-        t: int | None = None, quality: str = "fast", mask_set: str | None = None,
+        t: int | None = None, quality: str | Quality = "fast", mask_set: str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Score the run on another data set's classes, each by itself (table 2.7).
 

@@ -14,6 +14,7 @@ from factorkit.metrics.baselines import score_baselines
 from factorkit.metrics.nested import nested_accuracy
 from factorkit.metrics.segmentation import evaluate_masks
 from factorkit.segdiff.hierarchy import hard_labels
+from factorkit.segdiff.quality import Quality
 from factorkit.segdiff.task import to_float
 from factorkit.segdiff.zero_shot import zero_shot_scores
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def label_scores(
     run: SegdiffRun, images: Any, masks: Any, *, fit: int | None, ignore: int | None, baselines: bool, t: int | None,
-    size: int | None, quality: str, nesting: Sequence[int] | None,
+    size: int | None, quality: str | Quality, nesting: Sequence[int] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What :meth:`~factorkit.segdiff.run.SegdiffRun.evaluate` answers."""
     config = run.config
@@ -50,7 +51,7 @@ def label_scores(
 
 
 def class_scores(
-    run: SegdiffRun, data: Any, *, fit: int | None, t: int | None, quality: str, **options: Any
+    run: SegdiffRun, data: Any, *, fit: int | None, t: int | None, quality: str | Quality, **options: Any
 ) -> dict[str, Any]:
     """What :meth:`~factorkit.segdiff.run.SegdiffRun.evaluate_zero_shot` answers."""
     check_scorable(run)

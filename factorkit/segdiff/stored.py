@@ -14,7 +14,7 @@ from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.model import FactorizedUNet
 
 
-def stored_model(path: Path, weights: str) -> tuple[SegdiffConfig, FactorizedUNet, int]:
+def stored_model(path: Path, weights: str | float) -> tuple[SegdiffConfig, FactorizedUNet, int]:
     """Settings, model and step of what lies at ``path``; nothing is allocated before its settings are found plausible.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from factorkit.engine.atomic import save_image
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw, derived_seed
 from factorkit.segdiff import pictures
-from factorkit.segdiff.alarms import measure_alarms
+from factorkit.segdiff.alarms import Alarms, measure_alarms
+from factorkit.segdiff.competition import noise_error, unexplained_noise
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels, level_labels
 from factorkit.segdiff.model import FactorizedUNet
@@ -82,14 +84,7 @@ class SegdiffTask:
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         config = self.config
-        x0 = to_float(self._gather(indices))
-        mirrored = draw.uniform() < 0.5
-        if config.mirror:
-            x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
-        t = draw.integers(0, config.t_max)
-        if config.tail:
-            t = torch.where(draw.uniform() < config.tail, draw.integers(config.t_max, config.timesteps), t)
-        eps = draw.normal(*x0.shape[1:])
+        x0, eps, t = self._drawn(indices, draw)
         x_t = self.schedule.noise(x0, eps, t)
         out = model(x_t, t, *self._told(indices, draw))
         loss = denoising_loss(out.prediction, target(config.prediction, self.schedule, x0, eps, t))
@@ -100,9 +95,20 @@ class SegdiffTask:
         if config.loss_weighting == "min_snr":
             weighted = weighted * min_snr_weight(config.prediction, self.schedule, t, config.min_snr_gamma)
         if out.bottleneck.score is not None:
-            # Tweedie: what the regions' colours alone take the noise to be; this is what teaches them their places
-            weighted = weighted + denoising_loss(-self.schedule.sigma(t) * out.bottleneck.score, eps)
+            # what the regions' colours alone take the noise to be: this is what teaches them their places
+            weighted = weighted + noise_error(out.bottleneck.score, self.schedule, eps, t)
         return StepLoss(weighted, loss, t / config.timesteps, self._watch(out.bottleneck.masks))
+
+    def _drawn(self, indices: Tensor, draw: BatchDraw) -> tuple[Tensor, Tensor, Tensor]:
+        """The pictures [B, 3, R, R], their noise, and its levels [B]."""
+        config, x0 = self.config, to_float(self._gather(indices))
+        mirrored = draw.uniform() < 0.5
+        if config.mirror:
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
+        t = draw.integers(0, config.t_max)
+        if config.tail:
+            t = torch.where(draw.uniform() < config.tail, draw.integers(config.t_max, config.timesteps), t)
+        return x0, draw.normal(*x0.shape[1:]), t
 
     def _told(self, indices: Tensor, draw: BatchDraw) -> tuple[Tensor, ...]:
         """The labels of the images, some of them left out; nothing where the model has no classes."""
@@ -150,11 +156,14 @@ class SegdiffTask:
         save_image(sheet, folder / f"{step:06d}_segmentation.png")
         return {} if self.config.leaves == 1 else self.alarms(model).to_dict()
 
-    def alarms(self, model: FactorizedUNet):
+    def alarms(self, model: FactorizedUNet) -> Alarms:
         """The label-free alarms of ``model`` on the probe images."""
         masks = predict_masks(model, self.probes, self.config.segment_t, self.schedule)
         flipped = predict_masks(model, self.probes.flip(3), self.config.segment_t, self.schedule)
-        return measure_alarms(self.probes, masks, flipped)
+        found = measure_alarms(self.probes, masks, flipped)
+        if self.config.masks != "competition":
+            return found
+        return dataclasses.replace(found, error=unexplained_noise(model.competition, self.probes, self.schedule))
 
 
 def resident(images: np.ndarray, device: torch.device) -> Tensor | np.ndarray:

@@ -49,7 +49,7 @@ def train_segdiff(
             ``"cub64"``, ``"cub128"``, ``"ffhq64"``, ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None:
             ``"demo"`` without data, else ``"fast64"``.
         seeds: train so many short heats from different seeds first, drop those the label-free alarms fail, go on with
-            the best.
+            the best: by the eta gap, or of a competition by the noise it leaves unexplained.
         progress: show a progress bar with the time left.
         baselines: score trivial predictors beside the model at the end, where there are labels.
         classes: tell the model of what class each image is, so that it generates by class; ``"folders"``, a .csv,

@@ -79,6 +79,11 @@ def test_export_writes_the_averaged_weights_of_one(four, answer, refused, tmp_pa
         assert found["step"] == run.step == step
         for name, value in run.model.state_dict().items():
             assert torch.equal(value, source[f"ema.module.{name}"]), name
+    last = answer("checkpoint", "export", four, "--out", tmp_path / "last.safetensors", "--weights", "last")
+    run, source = factorkit.load(last["out"], device="cpu"), read_checkpoint(four / NAMES[0])[0]
+    assert all(torch.equal(value, source[f"model.{name}"]) for name, value in run.model.state_dict().items())
+    said = refused("checkpoint", "export", four, "--out", "x.safetensors", "--weights", 0.5)
+    assert "no average of decay 0.5" in said
     assert "there are: 1, 2, 3, 4" in refused("checkpoint", "export", four, "--out", "x.safetensors", "--step", 7)
     assert "--out FILE" in refused("checkpoint", "export", four)
     assert "two checkpoints" in refused("checkpoint", "export", four, "--out", "x", "--best", "--step", 2)

@@ -45,7 +45,9 @@ class Watched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("changes", [{}, {"form": "thesis", "micro_batch_size": 3}, {"checkpoint_branches": True}])
+@pytest.mark.parametrize(
+    "changes", [{"ema_also": (0.5,)}, {"form": "thesis", "micro_batch_size": 3}, {"checkpoint_branches": True}]
+)
 def test_nothing_in_the_step_waits_for_the_device(tmp_path, changes):
     trainer = segdiff(tmp_path, **changes)
     trainer.task.images, trainer.task.capturable = torch.from_numpy(trainer.task.images), True  # as on a GPU

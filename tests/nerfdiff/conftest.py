@@ -32,4 +32,5 @@ def scene_views():
 def finished(tmp_path_factory, scene_views):
     """A finished tiny run in a folder."""
     torch.set_num_threads(1)
-    return train_nerfdiff(scene_views, out=tmp_path_factory.mktemp("nerfdiff") / "run", **TINY)
+    folder = tmp_path_factory.mktemp("nerfdiff") / "run"
+    return train_nerfdiff(scene_views, out=folder, ema_also=(0.5,), **TINY)

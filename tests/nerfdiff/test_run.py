@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import factorkit
+from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.errors import CheckpointError, ConfigError, DataError
 from factorkit.metrics.pose import rotation_errors_degrees
 from factorkit.nerfdiff.fields import GridField
@@ -81,6 +82,17 @@ def test_loading_and_saving_give_the_same_model(finished, scene_views, tmp_path)
     assert torch.equal(folder.views.poses, finished.poses)
     with pytest.raises(CheckpointError, match="no run folder"):
         factorkit.load(tmp_path)
+
+
+def test_other_weights_than_the_average(finished):
+    tensors = read_checkpoint(max((finished.folder / "checkpoints").glob("step_*")))[0]
+    for weights, prefix in ((0.5, "ema_0.5.module."), ("last", "model.")):
+        other = factorkit.load(finished.folder, device="cpu", weights=weights)
+        assert all(torch.equal(v, tensors[prefix + k]) for k, v in other.model.state_dict().items())
+    pairs = zip(other.model.parameters(), finished.model.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+    stages = [read_checkpoint(path)[0] for path in finished.folder.glob("stages/*/checkpoints/step_*")]
+    assert stages and not any(name.startswith("ema_") for stage in stages for name in stage), "the run's own alone"
 
 
 def test_evaluation_measures_both_cameras_and_renders(finished, scene_views):

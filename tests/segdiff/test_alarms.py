@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -47,6 +48,18 @@ def test_masks_of_the_object_raise_no_alarm(scene):
     assert alarms.eta_gap > 0.4 and 0.1 < alarms.position_share < 0.7 and alarms.boundary_length < 0.08
     assert alarms.areas == pytest.approx([1 - inside.float().mean().item(), inside.float().mean().item()])
     assert alarms.score() == alarms.eta_gap
+
+
+def test_regions_without_colours_of_their_own_are_judged_by_their_error(scene):
+    images, inside = scene
+    found = measure_alarms(images, soft(inside), soft(inside.flip(2)))
+    pale = dataclasses.replace(found, eta_gap=0.27)
+    assert any("not about content" in failure for failure in pale.failures())
+    competing, worse = dataclasses.replace(pale, error=0.21), dataclasses.replace(pale, error=0.23, eta_gap=0.5)
+    assert competing.ok and competing.score() > worse.score()
+    assert competing.to_dict()["error"] == 0.21 and "error" not in pale.to_dict()
+    dithered = dataclasses.replace(competing, boundary_length=0.5, error=0.1)
+    assert not dithered.ok and dithered.score() < worse.score()
 
 
 def test_region_numbers_do_not_matter(scene):

@@ -102,6 +102,7 @@ def test_a_thing_of_another_colour_in_each_picture_is_one_region():
 def test_masks_of_any_size_need_neither_the_network_nor_half_precision():
     config = preset_config(None, **TINY, masks="competition").resolved()
     assert not (config.normalised_logits or config.half_resolution_masks) and config.mask_learning_rate == 100
+    assert config.segment_t == 0 and preset_config(None, **TINY).resolved().segment_t == 30
     model = config.build()
     x, t = torch.randn(2, 3, 24, 16), torch.full((2,), 30)
     model.encoder = None

@@ -229,6 +229,21 @@ def test_few_labels_end_in_a_warning_and_not_in_a_lost_run(photos):
     assert run.step == 4 and run.scores is None
 
 
+def test_every_average_can_be_used_and_taken_along(photos):
+    run = fit(photos, out="out", holdout=5, ema_also=(0.25, 0.5))
+    stored = weights("out")
+    for decay in (0.25, 0.5):
+        other = factorkit.load("out", device="cpu", weights=decay)
+        again = factorkit.load(other.save(f"{decay}.safetensors"), device="cpu")
+        for one in (other, again):
+            assert all(torch.equal(v, stored[f"ema_{decay}.module.{k}"]) for k, v in one.model.state_dict().items())
+            assert (one.config.ema, one.config.ema_also, one.folder) == (decay, (), None)
+    assert run.config.ema_also == (0.25, 0.5)
+    before = Path("out/scores.json").read_text()
+    other.evaluate(photos / "images", photos / "masks")
+    assert Path("out/scores.json").read_text() == before
+
+
 # --- heats ---
 
 
@@ -259,6 +274,19 @@ def test_the_best_heat_is_gone_on_with_exactly(monkeypatch):
     assert "healthy" in restarts[0]["message"] and "not about content" in restarts[2]["message"]
     assert restarts[-1]["restarts"] == 3 and "seed 11" in restarts[-1]["message"]
     assert [event["step"] for event in log if event["event"] == "step"] == [1, 2, 3, 4]
+
+
+def test_heats_of_a_competition_are_ranked_by_the_noise_they_leave(monkeypatch):
+    alarms = {0: 0.25, 1: 0.21, 2: 0.22}
+    monkeypatch.setattr("factorkit.segdiff.task.measure_alarms", lambda *given: HEALTHY)
+    errors = iter(alarms.values())
+    monkeypatch.setattr("factorkit.segdiff.task.unexplained_noise", lambda *given: next(errors))
+    with monkeypatch.context() as patch:
+        patch.setattr("factorkit.segdiff.task.SegdiffTask.inspect", lambda *given: {})
+        run = fit(flowers(6, 8)[0], out="out", seeds=3, masks="competition")
+    assert run.config.seed == 1
+    restarts = [event for event in read_log("out") if event["event"] == "restart"]
+    assert [event.get("error") for event in restarts] == [0.25, 0.21, 0.22, None]
 
 
 def test_that_every_heat_failed_is_said(monkeypatch):
