@@ -316,15 +316,15 @@ class Training:
 
     def tell_doubled(self, poses: Tensor) -> None:
         """Log the last alarms of the run once more, the share of doubled views at these poses among them."""
-        last = timeline(read_log(self.folder), "alarms")[-1:]
-        if distributed.greatest(int("doubled" in dict(*last))) or (doubled := self.doubled(poses)) is None:
+        told: dict[str, Any] = (timeline(read_log(self.folder), "alarms") or [{}])[-1]
+        if distributed.greatest(int("doubled" in told)) or (doubled := self.doubled(poses)) is None:
             return
-        if distributed.rank() == 0 and last:
-            told, failures = dict(*last), duplication(doubled)
+        if distributed.rank() == 0 and told:
+            failures = duplication(doubled)
+            told = {key: value for key, value in told.items() if key not in ("event", "time")}
+            told |= {"doubled": doubled, "failures": [*told.get("failures", ()), *failures]}
             with RunLog(self.folder) as log:
-                kind = told.pop("event")
-                del told["time"]
-                log.event(kind, **{**told, "doubled": doubled, "failures": [*told.get("failures", ()), *failures]})
+                log.event("alarms", **told)
             write_report(self.folder)
             for failure in failures:
                 tqdm.write(failure, file=sys.stderr)

@@ -57,7 +57,7 @@ def assert_close(one: str, other: str, runs: Path) -> None:
 def test_several_processes_train_as_one(runs, name, world):
     """The thesis' form in pieces too: it has no statistics over the batch."""
     alone, together = lines(runs / f"{name}_1"), lines(runs / f"{name}_{world}")
-    assert alone.keys() == together.keys() and len(alone) == {"dictionary": 7}.get(name, 1)
+    assert alone.keys() == together.keys() and len(alone) == {"dictionary": 7, "joint": 3}.get(name, 1)
     for stage, expected in alone.items():
         assert [line["step"] for line in together[stage]] == list(range(1, len(expected) + 1))  # one process writes
         for one, other in zip(expected, together[stage], strict=True):
