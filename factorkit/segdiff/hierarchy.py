@@ -42,7 +42,10 @@ class HierarchicalUNet(Denoiser):
         self.nesting = tuple(regions)
         check_nesting(self.nesting, settings.get("decoding", "masked_skips"), settings.get("masks", "network"))
         self.regions, self.resolution = math.prod(self.nesting), settings["resolution"]
-        self.levels = nn.ModuleList(FactorizedUNet(regions=count, **settings) for count in self.nesting)
+        self.levels = nn.ModuleList(
+            FactorizedUNet(regions=count, parents=math.prod(self.nesting[:level]), **settings)
+            for level, count in enumerate(self.nesting)
+        )
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
         """Prediction [B, C, H, W] and the :class:`~factorkit.segdiff.model.Regions` of the deepest level.

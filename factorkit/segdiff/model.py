@@ -43,30 +43,41 @@ class RegionLogitNorm(nn.Module):
 
     Keeps the softmax from saturating within the first hundred steps, after which no gradient moves it. Statistics are
     shared by all processes of a distributed run; in evaluation running averages are used.
+
+    Args:
+        regions: K.
+        parents: how many regions of the level above are split, each picture's one after another in the batch. Each has
+            statistics of its own: with common ones, "which of them is this" is a split that has the variance.
     """
 
-    def __init__(self, regions: int, gain: float = 1.5, momentum: float = 0.05, eps: float = 1e-5):
+    def __init__(
+        self, regions: int, gain: float = 1.5, momentum: float = 0.05, eps: float = 1e-5, parents: int = 1
+    ):
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(gain))
-        self.momentum, self.eps = momentum, eps
-        self.register_buffer("mean", torch.zeros(regions))
-        self.register_buffer("variance", torch.ones(regions))
+        self.momentum, self.eps, self.parents = momentum, eps, parents
+        self.register_buffer("mean", torch.zeros(parents * regions))
+        self.register_buffer("variance", torch.ones(parents * regions))
 
     def forward(self, logits: Tensor, within: Tensor | None = None) -> Tensor:
-        """logits [B, K, H, W]; same shape out. within: weights of the pixels [B, 1, H, W]; None: all count alike."""
-        logits = logits - logits.mean(1, keepdim=True)
+        """logits [B*P, K, H, W], P the parents; same shape out. within: weights of the pixels [B*P, 1, H, W]; None: all
+        count alike."""
+        logits = (logits - logits.mean(1, keepdim=True)).unflatten(0, (-1, self.parents))
         if self.training:
-            weights = 1.0 if within is None else within / distributed.average(within.mean()).clamp_min(1e-6)
-            moments = torch.stack([(logits * weights).mean((0, 2, 3)), (logits.square() * weights).mean((0, 2, 3))])
+            weights = 1.0
+            if within is not None:
+                within = within.unflatten(0, (-1, self.parents))
+                weights = within / distributed.average(within.mean((0, 2, 3, 4), keepdim=True)).clamp_min(1e-6)
+            moments = torch.stack([(logits * weights).mean((0, 3, 4)), (logits.square() * weights).mean((0, 3, 4))])
             moments = distributed.average(moments)
             mean, variance = moments[0], (moments[1] - moments[0].square()).clamp_min(0)
             with torch.no_grad():
-                self.mean.lerp_(mean, self.momentum)
-                self.variance.lerp_(variance, self.momentum)
+                self.mean.lerp_(mean.flatten(), self.momentum)
+                self.variance.lerp_(variance.flatten(), self.momentum)
         else:
-            mean, variance = self.mean, self.variance
+            mean, variance = (s.unflatten(0, (self.parents, -1)) for s in (self.mean, self.variance))
         scale = self.gain * torch.rsqrt(variance + self.eps)
-        return (logits - mean[:, None, None]) * scale[:, None, None]
+        return ((logits - mean[..., None, None]) * scale[..., None, None]).flatten(0, 1)
 
 
 class RegionTokens(nn.Module):
@@ -109,6 +120,7 @@ class FactorizedUNet(Denoiser):
             (:class:`~factorkit.segdiff.competition.RegionCompetition`).
         channels: of the image.
         classes: how many the model can be told of, by labels added to the time embedding; 0 is none.
+        parents: of a level of a hierarchy, how many regions it splits (:class:`RegionLogitNorm`).
 
     Raises:
         ConfigError: a resolution that cannot be halved often enough, or parts that do not go together.
@@ -119,7 +131,7 @@ class FactorizedUNet(Denoiser):
         attention: Sequence[int] = (16, 8), heads: int = 4, groups: int = 32, dropout: float = 0.0,
         decoding: str = "masked_skips", branch_norm: str = "group", region_tokens: bool = False,
         normalised_logits: bool = False, half_resolution_masks: bool = False, checkpoint_branches: bool = False,
-        masks: str = "network", channels: int = 3, classes: int = 0,
+        masks: str = "network", channels: int = 3, classes: int = 0, parents: int = 1,
     ):  # fmt: skip
         super().__init__()
         check_architecture(
@@ -156,7 +168,7 @@ class FactorizedUNet(Denoiser):
             else:
                 nn.init.normal_(self.mask_generator.conv_out.weight, std=1e-3)
             nn.init.zeros_(self.mask_generator.conv_out.bias)
-        self.logit_norm = RegionLogitNorm(regions) if normalised_logits else None
+        self.logit_norm = RegionLogitNorm(regions, parents=parents) if normalised_logits else None
         if decoding == "unshared":
             self.decoder = nn.ModuleList(decoder(channels, norm=branch_norm) for _ in range(regions))
         elif decoding == "concat":

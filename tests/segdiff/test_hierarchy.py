@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -28,16 +29,19 @@ def nested(regions, **changes) -> HierarchicalUNet:
     return model.double().eval()
 
 
-def by_hand(model, x, t, depth=0):
-    """The text's sum for one picture at a time, region by region: prediction, masks and branches of the leaves."""
-    out = model.levels[depth](x, t)
+def by_hand(model, x, t, depth=0, parent=0):
+    """The text's sum for one region of a level at a time: prediction, masks and branches of the leaves."""
+    # logits are normalised by the place of a region among its picture's, so each is shown in its own
+    parents = math.prod(model.nesting[:depth])
+    out = model.levels[depth](x.repeat_interleave(parents, 0), t.repeat_interleave(parents))
     masks, branches, _ = out.bottleneck
+    masks, branches = masks[parent::parents], branches[parent::parents]
     if depth == len(model.levels) - 1:
         return (masks[:, :, None] * branches).sum(1), masks, branches
     total, all_masks, all_branches = 0, [], []
     for i in range(masks.shape[1]):
         m, h = masks[:, i : i + 1], branches[:, i]
-        inner, inner_masks, inner_branches = by_hand(model, m * x, t, depth + 1)
+        inner, inner_masks, inner_branches = by_hand(model, m * x, t, depth + 1, parent * masks.shape[1] + i)
         total = total + m * (h + inner) / 2
         all_masks.append(m * inner_masks)
         all_branches.append((h[:, None] + inner_branches) / 2)
@@ -82,6 +86,25 @@ def test_a_level_looks_only_where_it_splits():
     logits[..., 4:] *= 100  # what lies outside of the region
     torch.testing.assert_close(norm(logits, within)[..., :4], inside)
     torch.testing.assert_close(norm(logits[..., :4]), inside)
+
+
+def test_every_region_that_is_split_has_statistics_of_its_own():
+    # of two pictures with three regions each; "which region is it" would else pass for a split of unit variance
+    norm = RegionLogitNorm(2, parents=3).train()
+    torch.manual_seed(0)
+    logits = torch.randn(6, 2, 8, 8)
+    logits[1::3, 0] += 40
+    logits[2::3] *= 0.01
+    within = torch.rand(6, 1, 8, 8)
+    together = norm(logits, within)
+    for parent in range(3):
+        alone = RegionLogitNorm(2).train()
+        expected = alone(logits[parent::3], within[parent::3])
+        torch.testing.assert_close(together[parent::3], expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(norm.mean.view(3, 2)[parent], alone.mean)
+    norm.eval()
+    torch.testing.assert_close(norm(logits)[2::3], norm(logits.roll(3, 0))[2::3].roll(1, 0))
+    assert not torch.allclose(norm(logits), norm(logits.roll(1, 0)).roll(-1, 0)), "the running ones go by place"
 
 
 def test_region_tokens_of_a_level_are_taken_inside_the_region(batch):
