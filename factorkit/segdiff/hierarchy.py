@@ -59,13 +59,19 @@ class HierarchicalUNet(Denoiser):
         out = self.levels[level](x, t, cond, within)
         if level == len(self.levels) - 1:
             return out
-        masks, branches, _ = out.bottleneck
+        masks, branches = out.bottleneck.masks, out.bottleneck.branches
         inner = self._denoise(level + 1, *_inside(x, masks, t, cond, within))
-        prediction, parts = inner.prediction.unflatten(0, masks.shape[:2]), inner.bottleneck
+        parts = inner.bottleneck
+        # what the next level predicts when cut off below each of its own levels, and whole: [B*K, L-l, C, H, W]
+        deeper = inner.prediction[:, None]
+        if parts.coarser is not None:
+            deeper = torch.cat([parts.coarser, deeper], 1)
         # sum_i m_i h_i is what the level predicts by itself
-        prediction = (out.prediction + (masks[:, :, None] * prediction).sum(1)) / 2
+        deeper = (deeper.unflatten(0, masks.shape[:2]) * masks[:, :, None, None]).sum(1)
+        *coarser, prediction = ((out.prediction[:, None] + deeper) / 2).unbind(1)
         painted = (branches[:, :, None] + parts.branches.unflatten(0, masks.shape[:2])) / 2
-        return Denoised(prediction, Regions(_joined(masks, parts.masks), painted.flatten(1, 2)))
+        coarser = torch.stack([out.prediction, *coarser], 1)
+        return Denoised(prediction, Regions(_joined(masks, parts.masks), painted.flatten(1, 2), None, coarser))
 
     def segment(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """The masks of the deepest level alone, [B, prod(nesting), H, W]; no decoder is run."""

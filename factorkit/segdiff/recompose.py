@@ -103,7 +103,7 @@ class Recomposer(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Denoised:
         out = self.model(x_t, t, cond)
-        masks, branches, _ = out.bottleneck
+        masks, branches = out.bottleneck.masks, out.bottleneck.branches
         if branches is None:
             mine = others = to_x0(self.prediction, self.schedule, x_t, out.prediction, t).clamp(-1, 1)
         else:

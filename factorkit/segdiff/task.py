@@ -87,11 +87,15 @@ class SegdiffTask:
         x0, eps, t = self._drawn(indices, draw)
         x_t = self.schedule.noise(x0, eps, t)
         out = model(x_t, t, *self._told(indices, draw))
-        loss = denoising_loss(out.prediction, target(config.prediction, self.schedule, x0, eps, t))
-        weighted = loss
+        wanted = target(config.prediction, self.schedule, x0, eps, t)
+        loss = weighted = denoising_loss(out.prediction, wanted)
+        if out.bottleneck.coarser is not None:
+            # each level of a hierarchy denoises without those below it too, or it would settle no sooner than they do
+            each = [loss, *(denoising_loss(cut, wanted) for cut in out.bottleneck.coarser.unbind(1))]
+            weighted = torch.stack(each).mean(0)
         if config.coarse_to_fine[1]:
             power = coarse_to_fine_power(step + 1, *config.coarse_to_fine)
-            weighted = loss * loss_weight(self.schedule, t, power)
+            weighted = weighted * loss_weight(self.schedule, t, power)
         if config.loss_weighting == "min_snr":
             weighted = weighted * min_snr_weight(config.prediction, self.schedule, t, config.min_snr_gamma)
         if out.bottleneck.score is not None:

@@ -34,7 +34,7 @@ def by_hand(model, x, t, depth=0, parent=0):
     # logits are normalised by the place of a region among its picture's, so each is shown in its own
     parents = math.prod(model.nesting[:depth])
     out = model.levels[depth](x.repeat_interleave(parents, 0), t.repeat_interleave(parents))
-    masks, branches, _ = out.bottleneck
+    masks, branches = out.bottleneck.masks, out.bottleneck.branches
     masks, branches = masks[parent::parents], branches[parent::parents]
     if depth == len(model.levels) - 1:
         return (masks[:, :, None] * branches).sum(1), masks, branches
@@ -63,6 +63,12 @@ def test_the_nested_sum_of_the_text(regions, form, batch):
     # from outside it is a flat factorized model of its leaves
     torch.testing.assert_close((masks[:, :, None] * branches).sum(1), out.prediction)
     assert masks.std() > 0.01, "masks of one value would hide an exchange of regions"
+    # cut off below a level it is the hierarchy of the levels above
+    levels, coarser = model.levels, out.bottleneck.coarser.unbind(1)
+    assert len(coarser) == len(regions) - 1
+    for depth, prediction in enumerate(coarser, start=1):
+        model.levels = levels[:depth]
+        torch.testing.assert_close(prediction, by_hand(model, x, t)[0])
 
 
 def test_classes_are_told_to_every_level(batch):
