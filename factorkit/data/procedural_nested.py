@@ -1,9 +1,10 @@
 """Procedural rooms: scenes of floor, wall and object, each of three parts, with exact labels at both levels.
 
 Made after 3D Shapes (Burgess and Kim 2018), on which the dissertation shows its hierarchy: one object on a floor
-before a wall, but each in a range of hues of its own (which hue is floor and which is wall would else be for every
-picture to say), with parts in shades of it. Each picture is drawn at twice its resolution and box-averaged; lengths are
-fractions of the picture's side.
+before a wall. Each thing has a third of the colour circle to itself (which hue is floor and which is wall would else be
+for every picture to say), and its parts differ in shade and a little in hue. Where a thing ends and where its parts are
+varies from picture to picture: with a horizon that hardly moves, a mask that never looks is right at most pixels.
+Each picture is drawn at twice its resolution and box-averaged; lengths are fractions of the picture's side.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from factorkit.data.procedural import OVERSAMPLING, _box_average, _smooth_noise
 from factorkit.errors import ConfigError
 
 THINGS = ("floor", "wall", "object")
-PARTS = (("ground", "rug", "strip"), ("plain", "window", "wainscot"), ("body", "lid", "band"))
+PARTS = (("ground", "rug", "path"), ("plain", "window", "pillar"), ("body", "lid", "band"))
 NESTING = (3, 3)  # things, and parts of each
 SHAPES = ("box", "cylinder", "cone", "dome")
-HUES, HUE_SPREAD = (0.09, 0.43, 0.77), 0.07  # of the things, and how far a picture's may lie to either side
-SHADES = (0.75, 0.48, 1.0)  # brightness of a thing's parts, give or take a little
+HUES, HUE_SPREAD = (0.09, 0.43, 0.77), 0.03  # of the things, and how far a picture's may lie to either side
+TURNS = (0.0, -0.06, 0.06)  # of a thing's hue, for each of its parts
+SHADES = (0.75, 0.45, 1.0)  # brightness of a thing's parts, give or take a little
 
 
 def rooms(count: int, resolution: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -56,24 +58,27 @@ def _layout(rng: np.random.Generator, size: int) -> np.ndarray:
     """Labels int [size, size] of one room."""
     pixels = (np.arange(size) + 0.5) / size
     x, y = pixels[None, :], pixels[:, None]
-    horizon = rng.uniform(0.4, 0.6) + rng.uniform(-0.12, 0.12) * (x - 0.5)
-    below = y - horizon  # above 0 on the floor
-    labels = np.where(below > 0, _code("floor", "ground"), _code("wall", "plain"))
-    labels = _put(labels, (below <= 0) & (below > -rng.uniform(0.08, 0.16)), "wall", "wainscot")
-    labels = _put(labels, (below > 0) & (1 - y < rng.uniform(0.08, 0.16)), "floor", "strip")
-    wide, high, left, top = rng.uniform(0.2, 0.4), rng.uniform(0.14, 0.22), rng.uniform(0.02, 0.7), rng.uniform(0, 0.1)
-    labels = _put(labels, (x > left) & (x < left + wide) & (y > top) & (y < top + high), "wall", "window")
-    middle, across = rng.uniform(0.2, 0.8), rng.uniform(0.3, 0.45)
-    depth = 1 - (1 - horizon) * rng.uniform(0.35, 0.55)
-    rug = ((x - middle) / across) ** 2 + ((y - depth) / 0.14) ** 2 < 1
-    labels = _put(labels, rug & (labels == _code("floor", "ground")), "floor", "rug")
-    return _object(rng, labels, x, y)
+    middle = rng.uniform(0.3, 0.7)
+    horizon = middle + rng.uniform(-0.25, 0.25) * (x - 0.5)
+    floor = y > horizon
+    labels = np.where(floor, _code("floor", "ground"), _code("wall", "plain"))
+    at, wide = rng.uniform(0.1, 0.9), rng.uniform(0.09, 0.13)
+    labels = _put(labels, ~floor & (abs(x - at) < wide), "wall", "pillar")
+    at, wide, high = (at + rng.uniform(0.35, 0.65)) % 1, rng.uniform(0.14, 0.2), 0.35 * middle
+    window = (abs(x - at) < wide) & (abs(y - middle * rng.uniform(0.35, 0.6)) < high)
+    labels = _put(labels, ~floor & window, "wall", "window")
+    at, slant, wide = rng.uniform(0.1, 0.9), rng.uniform(-0.6, 0.6), rng.uniform(0.09, 0.13)
+    labels = _put(labels, floor & (abs(x - at - slant * (y - 0.8)) < wide), "floor", "path")
+    at, across, deep = (at + rng.uniform(0.35, 0.65)) % 1, rng.uniform(0.18, 0.26), 0.35 * (1 - middle)
+    rug = ((x - at) / across) ** 2 + ((y - 1 + (1 - middle) * rng.uniform(0.3, 0.5)) / deep) ** 2 < 1
+    labels = _put(labels, floor & rug, "floor", "rug")
+    return _object(rng, labels, x, y, middle)
 
 
-def _object(rng: np.random.Generator, labels: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _object(rng: np.random.Generator, labels: np.ndarray, x: np.ndarray, y: np.ndarray, horizon: float) -> np.ndarray:
     """One of `SHAPES` upon what is there: a lid above, a band around it."""
-    half, tall = rng.uniform(0.19, 0.28), rng.uniform(0.42, 0.56)
-    centre, foot = rng.uniform(0.28, 0.72), rng.uniform(0.78, 0.92)
+    half, tall = rng.uniform(0.19, 0.28), rng.uniform(0.42, 0.6)
+    centre, foot = rng.uniform(0.2, 0.8), rng.uniform(max(0.6, horizon + 0.08), 0.95)
     up = (foot - y) / tall  # 0 at the foot, 1 at the top
     shape = rng.choice(SHAPES)
     if shape == "cone":
@@ -85,21 +90,21 @@ def _object(rng: np.random.Generator, labels: np.ndarray, x: np.ndarray, y: np.n
     round_foot = 0 if shape == "box" else 0.1 * np.clip(1 - ((x - centre) / half) ** 2, 0, 1)
     inside = (abs(x - centre) < reach) & (up > -round_foot) & (up < 1)
     labels = _put(labels, inside, "object", "body")
-    labels = _put(labels, inside & (up > rng.uniform(0.68, 0.78)), "object", "lid")
+    labels = _put(labels, inside & (up > rng.uniform(0.66, 0.76)), "object", "lid")
     low = rng.uniform(0.12, 0.3)
     return _put(labels, inside & (up > low) & (up < low + rng.uniform(0.18, 0.26)), "object", "band")
 
 
 def _paint(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
-    """Colours float32 [size, size, 3], about [0, 1] but not clipped: a hue for each thing, a shade for each part."""
+    """Colours float32 [size, size, 3], about [0, 1] but not clipped: hues by thing, shades by part."""
     size = len(labels)
     colours = np.empty((9, 3), np.float32)
     for thing, usual in enumerate(HUES):
         hue = usual + rng.uniform(-HUE_SPREAD, HUE_SPREAD)
-        saturation, value = rng.uniform(0.6, 0.95), rng.uniform(0.75, 1.0)
-        for part, shade in enumerate(SHADES):
-            brightness = value * shade * rng.uniform(0.93, 1.07)
-            colours[3 * thing + part] = colorsys.hsv_to_rgb(hue, saturation, min(1.0, brightness))
+        saturation, value = rng.uniform(0.75, 0.95), rng.uniform(0.88, 1.0)
+        for part, (turn, shade) in enumerate(zip(TURNS, SHADES, strict=True)):
+            brightness = value * shade * rng.uniform(0.95, 1.05)
+            colours[3 * thing + part] = colorsys.hsv_to_rgb(hue + turn, saturation, min(1.0, brightness))
     picture = colours[labels] * (1 + 0.06 * _smooth_noise(rng, size, 3))
     return picture + 0.02 * rng.standard_normal(picture.shape, np.float32)
 

@@ -9,7 +9,7 @@ import pytest
 
 from factorkit.data.datasets import procedural_dataset
 from factorkit.data.labelled import load_labelled
-from factorkit.data.procedural_nested import HUE_SPREAD, HUES, rooms
+from factorkit.data.procedural_nested import HUE_SPREAD, HUES, SHADES, TURNS, rooms
 from factorkit.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ def test_a_picture_depends_on_seed_and_number_alone():
     assert not np.array_equal(rooms(5, 16, seed=4)[0], images)
 
 
-def test_parts_share_their_things_hue_and_things_do_not():
+def test_hues_tell_the_things_and_shades_the_parts():
     images, labels = rooms(20, 64)
     for picture, label in zip(images, labels, strict=True):
         inner = np.ones(label.shape, bool)  # pixels whose neighbours are of the same part: no mixed colours
@@ -38,13 +38,23 @@ def test_parts_share_their_things_hue_and_things_do_not():
             for step in (1, -1):
                 inner &= np.roll(label, step, axis) == label
         for thing, usual in enumerate(HUES):
-            hues = [
-                colorsys.rgb_to_hsv(*picture[here].mean(0) / 255)[0]
+            parts = {
+                part: colorsys.rgb_to_hsv(*picture[here].mean(0) / 255)
                 for part in range(3)
                 if (here := inner & (label == 3 * thing + part)).sum() >= 8
-            ]
-            assert max(hues) - min(hues) < 0.03
-            assert all(abs(hue - usual) < HUE_SPREAD + 0.02 for hue in hues)
+            }
+            own = [hue - TURNS[part] for part, (hue, _, _) in parts.items()]
+            assert max(own) - min(own) < 0.03
+            assert all(abs(hue - usual) < HUE_SPREAD + 0.02 for hue in own)
+            by_shade = [parts[part][2] for part in np.argsort(SHADES) if part in parts]
+            assert all(darker + 0.05 < lighter for darker, lighter in zip(by_shade, by_shade[1:], strict=False))
+
+
+def test_places_alone_tell_little():
+    _, labels = rooms(200, 32)
+    for depth, most in ((3, 0.8), (1, 0.5)):  # of things, of parts: right if every pixel is told its usual label
+        usual = np.stack([labels // depth == k for k in range(9 // depth)], 1).mean(0).max(0)
+        assert usual.mean() < most
 
 
 def test_the_data_set_scores_both_levels():
