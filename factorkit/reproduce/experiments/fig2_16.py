@@ -32,31 +32,33 @@ def nested(setup: Setup, seed: int) -> SegdiffRun:
 
 def cell(setup: Setup, seed: int) -> Found:
     run = nested(setup, seed)
+    truth, numbers = None, {}
     if setup.data is None:
         dataset = procedural_dataset(run.config.resolution, nested=True)
-        images = load_labelled(dataset.test_images, dataset.test_masks, run.config.resolution).images[-SHOWN:]
+        labelled = load_labelled(dataset.test_images, dataset.test_masks, run.config.resolution)
+        images, truth = labelled.images[-SHOWN:], labelled.labels[-SHOWN:]
         scores = run.scores or {}
         numbers = {f"level{n}": value for n, value in enumerate(scores.get("accuracy", ()), start=1)}
         numbers |= {"within": scores["within"][-1]} if numbers else {}
     else:
-        images, numbers = as_pixels(real_pictures(setup, run.config, SHOWN)), {}
+        images = as_pixels(real_pictures(setup, run.config, SHOWN))
     found = run.segment(images)
-    masks, lines = found.level(1).masks, []
+    labels, masks = found.labels.numpy(), found.level(1).masks.numpy()
+    if numbers:  # regions in the colours of the classes they are matched with
+        order = np.argsort(scores["mapping"][0])
+        labels, masks = np.asarray(scores["mapping"][1])[labels], masks[:, order]
+    lines = []
     for n, image in enumerate(images):
-        parts = [_parts(found.labels[n].numpy(), i) for i in range(NESTING[0])]
-        coarse = level_labels(found.labels[n], NESTING, 1).numpy()
-        lines.append([
-            image, outlined(image, coarse), *(grey(mask) for mask in masks[n].numpy()),
-            *(outlined(image, part) for part in parts), outlined(image, found.labels[n].numpy()),
-        ])  # fmt: skip
-    columns = ["image", "level 1", *(f"mask {i}" for i in range(NESTING[0]))]
-    columns += [f"level 2-{i + 1}" for i in range(NESTING[0])] + ["level 2"]
+        true = [] if truth is None else _levels(image, truth[n])
+        lines.append([image, *true, *_levels(image, labels[n]), *(grey(mask) for mask in masks[n])])
+    columns = ["image", *([] if truth is None else ["things", "parts"]), "level 1", "level 2"]
+    columns += [f"mask {i + 1}" for i in range(NESTING[0])]
     return Found(numbers, pictures=[setup.save(contact_sheet(lines, columns), f"levels-seed{seed}.png")])
 
 
-def _parts(labels: np.ndarray, region: int) -> np.ndarray:
-    """The parts of one region, and 0 elsewhere; integers [H, W]."""
-    return np.where(labels // NESTING[1] == region, 1 + labels % NESTING[1], 0)
+def _levels(image: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+    """The image with the regions of each level upon it."""
+    return [outlined(image, level_labels(labels, NESTING, level)) for level in (1, 2)]
 
 
 EXPERIMENT = Experiment(
