@@ -174,6 +174,23 @@ def test_what_cannot_nest_is_refused(changes, says):
         preset_config("demo", **changes).resolved()
 
 
+def test_three_levels_train_and_are_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr("factorkit.engine.loop.write_report", lambda folder: None)
+    images, labels = rooms(8, 16)
+    run = factorkit.train_segdiff(
+        images, out=tmp_path / "run", preset="demo", steps=3, resolution=16, regions=(2, 2, 2), width=8, groups=2,
+        multipliers=(1, 2), batch_size=2, sample_every=0, device="cpu", progress=False,
+    )  # fmt: skip
+    found = run.segment(images[:2])
+    assert found.masks.shape == (2, 8, 16, 16) and found.level(2).masks.shape == (2, 4, 16, 16)
+    assert torch.equal(found.level(2).labels, found.labels // 2)
+    eighths = labels % 8
+    scores = run.evaluate(images, eighths, nesting=(2, 2, 2), fit=4)
+    first, second, third = scores["accuracy"]
+    assert 0 < third <= second <= first <= 1 and len(scores["mapping"][2]) == 8
+    assert third == pytest.approx(first * scores["within"][1] * scores["within"][2])
+
+
 def test_a_run_from_training_to_files(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
