@@ -62,14 +62,14 @@ def _layout(rng: np.random.Generator, size: int) -> np.ndarray:
     horizon = middle + rng.uniform(-0.25, 0.25) * (x - 0.5)
     floor = y > horizon
     labels = np.where(floor, _code("floor", "ground"), _code("wall", "plain"))
-    at, wide = rng.uniform(0.1, 0.9), rng.uniform(0.09, 0.13)
+    at, wide = rng.uniform(0.1, 0.9), rng.uniform(0.11, 0.15)
     labels = _put(labels, ~floor & (abs(x - at) < wide), "wall", "pillar")
-    at, wide, high = (at + rng.uniform(0.35, 0.65)) % 1, rng.uniform(0.14, 0.2), 0.35 * middle
+    at, wide, high = (at + rng.uniform(0.35, 0.65)) % 1, rng.uniform(0.16, 0.22), 0.38 * middle
     window = (abs(x - at) < wide) & (abs(y - middle * rng.uniform(0.35, 0.6)) < high)
     labels = _put(labels, ~floor & window, "wall", "window")
-    at, slant, wide = rng.uniform(0.1, 0.9), rng.uniform(-0.6, 0.6), rng.uniform(0.09, 0.13)
+    at, slant, wide = rng.uniform(0.1, 0.9), rng.uniform(-0.6, 0.6), rng.uniform(0.11, 0.15)
     labels = _put(labels, floor & (abs(x - at - slant * (y - 0.8)) < wide), "floor", "path")
-    at, across, deep = (at + rng.uniform(0.35, 0.65)) % 1, rng.uniform(0.18, 0.26), 0.35 * (1 - middle)
+    at, across, deep = (at + rng.uniform(0.35, 0.65)) % 1, rng.uniform(0.2, 0.28), 0.42 * (1 - middle)
     rug = ((x - at) / across) ** 2 + ((y - 1 + (1 - middle) * rng.uniform(0.3, 0.5)) / deep) ** 2 < 1
     labels = _put(labels, floor & rug, "floor", "rug")
     return _object(rng, labels, x, y, middle)
@@ -90,9 +90,9 @@ def _object(rng: np.random.Generator, labels: np.ndarray, x: np.ndarray, y: np.n
     round_foot = 0 if shape == "box" else 0.1 * np.clip(1 - ((x - centre) / half) ** 2, 0, 1)
     inside = (abs(x - centre) < reach) & (up > -round_foot) & (up < 1)
     labels = _put(labels, inside, "object", "body")
-    labels = _put(labels, inside & (up > rng.uniform(0.66, 0.76)), "object", "lid")
+    labels = _put(labels, inside & (up > rng.uniform(0.64, 0.72)), "object", "lid")
     low = rng.uniform(0.12, 0.3)
-    return _put(labels, inside & (up > low) & (up < low + rng.uniform(0.18, 0.26)), "object", "band")
+    return _put(labels, inside & (up > low) & (up < low + rng.uniform(0.22, 0.3)), "object", "band")
 
 
 def _paint(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
