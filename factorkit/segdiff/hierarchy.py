@@ -62,16 +62,12 @@ class HierarchicalUNet(Denoiser):
         masks, branches = out.bottleneck.masks, out.bottleneck.branches
         inner = self._denoise(level + 1, *_inside(x, masks, t, cond, within))
         parts = inner.bottleneck
-        # what the next level predicts when cut off below each of its own levels, and whole: [B*K, L-l, C, H, W]
-        deeper = inner.prediction[:, None]
-        if parts.coarser is not None:
-            deeper = torch.cat([parts.coarser, deeper], 1)
+        nested = inner.prediction[:, None] if parts.levels is None else parts.levels
+        levels = torch.cat([out.prediction[:, None], _within(masks, nested)], 1)
         # sum_i m_i h_i is what the level predicts by itself
-        deeper = (deeper.unflatten(0, masks.shape[:2]) * masks[:, :, None, None]).sum(1)
-        *coarser, prediction = ((out.prediction[:, None] + deeper) / 2).unbind(1)
+        prediction = (out.prediction + _within(masks, inner.prediction)) / 2
         painted = (branches[:, :, None] + parts.branches.unflatten(0, masks.shape[:2])) / 2
-        coarser = torch.stack([out.prediction, *coarser], 1)
-        return Denoised(prediction, Regions(_joined(masks, parts.masks), painted.flatten(1, 2), None, coarser))
+        return Denoised(prediction, Regions(_joined(masks, parts.masks), painted.flatten(1, 2), levels=levels))
 
     def segment(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """The masks of the deepest level alone, [B, prod(nesting), H, W]; no decoder is run."""
@@ -98,6 +94,11 @@ def _inside(
     area = masks if within is None else masks * within
     again = lambda values: None if values is None else values.repeat_interleave(count)  # noqa: E731
     return parts, again(t), again(cond), area.flatten(0, 1)[:, None]
+
+
+def _within(masks: Tensor, found: Tensor) -> Tensor:
+    """sum_i m_i f_i [B, ..., H, W] of what was found in each region, [B*K, ..., H, W], with masks [B, K, H, W]."""
+    return torch.einsum("bkhw,bk...hw->b...hw", masks, found.unflatten(0, masks.shape[:2]))
 
 
 def _joined(masks: Tensor, parts: Tensor) -> Tensor:

@@ -31,13 +31,13 @@ MASKS = ("network", "competition")
 
 class Regions(NamedTuple):
     """The bottleneck: masks [B, K, H, W] (fp32, sum to 1 over K) and, if any, the branches [B, K, 3, H, W], the score
-    [B, 3, H, W] of the colours that the regions competed by, and what a hierarchy cut off below each level but the
-    last predicts, [B, L-1, 3, H, W]."""
+    [B, 3, H, W] of the colours that the regions competed by, and what each level of a hierarchy predicts by itself,
+    [B, L, 3, H, W]."""
 
     masks: Tensor
     branches: Tensor | None
     score: Tensor | None = None
-    coarser: Tensor | None = None
+    levels: Tensor | None = None
 
 
 class RegionLogitNorm(nn.Module):

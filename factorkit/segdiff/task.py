@@ -89,10 +89,10 @@ class SegdiffTask:
         out = model(x_t, t, *self._told(indices, draw))
         wanted = target(config.prediction, self.schedule, x0, eps, t)
         loss = weighted = denoising_loss(out.prediction, wanted)
-        if out.bottleneck.coarser is not None:
-            # each level of a hierarchy denoises without those below it too, or it would settle no sooner than they do
-            each = [loss, *(denoising_loss(cut, wanted) for cut in out.bottleneck.coarser.unbind(1))]
-            weighted = torch.stack(each).mean(0)
+        if out.bottleneck.levels is not None:
+            # A hierarchy's prediction is a mean over what its levels predict, and its error at most the mean of theirs.
+            # Of the mean alone a level would hear what the others leave of twice the noise.
+            weighted = torch.stack([denoising_loss(each, wanted) for each in out.bottleneck.levels.unbind(1)]).mean(0)
         if config.coarse_to_fine[1]:
             power = coarse_to_fine_power(step + 1, *config.coarse_to_fine)
             weighted = weighted * loss_weight(self.schedule, t, power)

@@ -63,12 +63,12 @@ def test_the_nested_sum_of_the_text(regions, form, batch):
     # from outside it is a flat factorized model of its leaves
     torch.testing.assert_close((masks[:, :, None] * branches).sum(1), out.prediction)
     assert masks.std() > 0.01, "masks of one value would hide an exchange of regions"
-    # cut off below a level it is the hierarchy of the levels above
-    levels, coarser = model.levels, out.bottleneck.coarser.unbind(1)
-    assert len(coarser) == len(regions) - 1
-    for depth, prediction in enumerate(coarser, start=1):
-        model.levels = levels[:depth]
-        torch.testing.assert_close(prediction, by_hand(model, x, t)[0])
+    # a mean over what each level predicts by itself, the first of them without any of the others
+    levels = out.bottleneck.levels
+    shares = [0.5**level for level in range(1, len(regions))]
+    shares = torch.tensor([*shares, shares[-1]], dtype=x.dtype)
+    torch.testing.assert_close((shares.view(-1, 1, 1, 1) * levels).sum(1), out.prediction)
+    torch.testing.assert_close(levels[:, 0], model.levels[0](x, t).prediction)
 
 
 def test_classes_are_told_to_every_level(batch):
