@@ -62,13 +62,15 @@ class RegionLogitNorm(nn.Module):
         self.register_buffer("variance", torch.ones(parents * regions))
 
     def forward(self, logits: Tensor, within: Tensor | None = None) -> Tensor:
-        """logits [B*P, K, H, W], P the parents; same shape out. within: weights of the pixels [B*P, 1, H, W]; None: all
-        count alike."""
+        """logits [B*P, K, H, W], P the parents; same shape out. within: weights of the pixels [B*P, 1, H, W], of which
+        those up to 1/2 do not count; None: all count alike."""
         logits = (logits - logits.mean(1, keepdim=True)).unflatten(0, (-1, self.parents))
         if self.training:
             weights = 1.0
             if within is not None:
                 within = within.unflatten(0, (-1, self.parents))
+                # the soft rim is left out, or "rim or inside" is a split that has the variance
+                within = within * (within > 0.5)
                 weights = within / distributed.average(within.mean((0, 2, 3, 4), keepdim=True)).clamp_min(1e-6)
             moments = torch.stack([(logits * weights).mean((0, 3, 4)), (logits.square() * weights).mean((0, 3, 4))])
             moments = distributed.average(moments)

@@ -89,6 +89,7 @@ def test_a_level_looks_only_where_it_splits():
     within = torch.zeros(4, 1, 8, 8)
     within[..., :4] = 1
     inside = norm(logits, within)[..., :4]
+    within[..., 4] = 0.4  # its rim
     logits[..., 4:] *= 100  # what lies outside of the region
     torch.testing.assert_close(norm(logits, within)[..., :4], inside)
     torch.testing.assert_close(norm(logits[..., :4]), inside)
@@ -184,8 +185,8 @@ def test_three_levels_train_and_are_scored(tmp_path, monkeypatch):
     found = run.segment(images[:2])
     assert found.masks.shape == (2, 8, 16, 16) and found.level(2).masks.shape == (2, 4, 16, 16)
     assert torch.equal(found.level(2).labels, found.labels // 2)
-    eighths = labels % 8
-    scores = run.evaluate(images, eighths, nesting=(2, 2, 2), fit=4)
+    eighths = np.arange(16)[:, None] // 8 * 4 + np.arange(16) // 8 * 2 + labels % 2
+    scores = run.evaluate(images, eighths.astype(np.uint8), nesting=(2, 2, 2), fit=4)
     first, second, third = scores["accuracy"]
     assert 0 < third <= second <= first <= 1 and len(scores["mapping"][2]) == 8
     assert third == pytest.approx(first * scores["within"][1] * scores["within"][2])
