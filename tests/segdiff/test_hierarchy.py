@@ -12,11 +12,14 @@ from PIL import Image
 
 import factorkit
 from factorkit.data.procedural_nested import rooms
+from factorkit.diffusion.denoiser import Denoised
 from factorkit.engine.report import write_report
+from factorkit.engine.streams import BatchDraw
 from factorkit.errors import ConfigError
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels, level_labels, level_masks
 from factorkit.segdiff.model import RegionLogitNorm
+from factorkit.segdiff.task import SegdiffTask
 from tests.segdiff.conftest import TINY, stirred
 
 
@@ -229,3 +232,25 @@ def test_a_run_from_training_to_files(tmp_path, monkeypatch):
     assert np.array_equal(stored, found.labels[0].numpy())
     assert (out / "samples" / "000004_segmentation.png").exists()
     assert "at level 2" in write_report(out).read_text()
+
+
+@torch.no_grad()
+def test_every_level_is_asked_for_the_whole_target():
+    settings = {**TINY, "multipliers": (1, 2), "regions": (2, 2), "coarse_to_fine": (0, 0), "precision": "fp32"}
+    images = rooms(4, 16)[0]
+    task = SegdiffTask(preset_config("demo", **settings).resolved(), images, images, torch.device("cpu"))
+    for level in task.model.levels:
+        stirred(level)
+    answers, forward = [], task.model.forward
+    task.model.forward = lambda x, t: answers.append(forward(x, t)) or answers[-1]
+    found = lambda: task.loss(  # noqa: E731
+        task.model, torch.arange(4), BatchDraw(0, 0, 4, slice(0, 4), torch.device("cpu")), torch.zeros(())
+    )
+    trained = found()
+    alone = []
+    for level in range(2):  # the plain error of a model that answers what the level answered
+        each = answers[0].bottleneck.levels[:, level]
+        task.model.forward = lambda x, t, each=each: Denoised(each, answers[0].bottleneck._replace(levels=None))
+        alone.append(found().loss)
+    torch.testing.assert_close(trained.objective, (alone[0] + alone[1]) / 2)
+    assert (trained.loss <= trained.objective).all(), "the error of a mean is at most the mean of the errors"
