@@ -115,6 +115,8 @@ def test_every_region_that_is_split_has_statistics_of_its_own():
     norm.eval()
     torch.testing.assert_close(norm(logits)[2::3], norm(logits.roll(3, 0))[2::3].roll(1, 0))
     assert not torch.allclose(norm(logits), norm(logits.roll(1, 0)).roll(-1, 0)), "the running ones go by place"
+    model = nested((3, 2, 2), normalised_logits=True)
+    assert [level.logit_norm.mean.numel() for level in model.levels] == [3, 3 * 2, 3 * 2 * 2]
 
 
 def test_region_tokens_of_a_level_are_taken_inside_the_region(batch):
