@@ -13,6 +13,9 @@ question, or the run's log), so the batch grows with the GPUs. The model, all of
 - A step of the ring costs its bytes over the speed of the narrowest link it uses, and a latency; each bucket of 25 MiB
   takes 2 (N-1) of them.
 - Buckets are sent while the backward pass goes on, but for the last one, which is full when nothing is left to do.
+- With shard=True (FSDP2) every GPU gathers the others' shards of the weights in the forward and again in the backward
+  pass, and the gradients are reduce-scattered: 3 (N-1)/N times their bytes, half as much again. What of that is not
+  hidden is not modelled.
 - Every checkpoint stops the training for the copy of the state from the GPU to main memory, and for that alone.
 """
 
@@ -43,6 +46,11 @@ class Links:
 def volume(gradient_bytes: int, gpus: int) -> float:
     """Bytes that every GPU sends in a step, and receives."""
     return 2 * (gpus - 1) / gpus * gradient_bytes
+
+
+def sharded_volume(gradient_bytes: int, gpus: int) -> float:
+    """The same with weights, gradients and moments in shards."""
+    return 3 * (gpus - 1) / gpus * gradient_bytes
 
 
 def all_reduce_seconds(size: float, gpus: int, links: Links) -> float:
@@ -115,14 +123,15 @@ def main() -> None:
         f"machines, {flags.host:g} GB/s to main memory; {flags.latency:g} us a message; buckets of {BUCKET >> 20} MiB; "
         f"{BACKWARD:.0%} of a step is its backward pass; a checkpoint every {flags.checkpoint_every} steps"
     )
-    print("\n  GPUs   sent and received   all-reduce   not hidden   predicted efficiency")
+    print("\n  GPUs   sent and received   in shards   all-reduce   not hidden   predicted efficiency")
     for gpus in flags.gpus:
         count = -(-gradient // BUCKET)
         reduce = count * all_reduce_seconds(gradient / count, gpus, links)
         left = exposed_seconds(gradient, seconds, gpus, links)
         share = efficiency(parameters, seconds, gpus, links, flags.checkpoint_every)
-        sent = volume(gradient, gpus) / 1e6
-        print(f"  {gpus:4}   {sent:14.0f} MB   {1e3 * reduce:7.1f} ms   {1e3 * left:7.1f} ms   {share:20.1%}")
+        sent, in_shards = volume(gradient, gpus) / 1e6, sharded_volume(gradient, gpus) / 1e6
+        times = f"{1e3 * reduce:7.1f} ms   {1e3 * left:7.1f} ms"
+        print(f"  {gpus:4}   {sent:14.0f} MB   {in_shards:6.0f} MB   {times}   {share:20.1%}")
 
 
 if __name__ == "__main__":

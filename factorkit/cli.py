@@ -147,6 +147,15 @@ def notes_on_stderr() -> Iterator[None]:
         yield
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether an error is that of one of several processes whose fellow is gone."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    from factorkit.engine import distributed
+
+    return distributed.is_lost(error)
+
+
 def explain(error: BaseException) -> tuple[int | None, str]:
     """Exit code and words for an error; no code for a bug, whose traceback has to be seen."""
     if isinstance(error, FactorkitError):
@@ -156,6 +165,8 @@ def explain(error: BaseException) -> tuple[int | None, str]:
     if is_out_of_memory(error):
         cure = "In training lower --micro-batch-size (same result) or --batch-size; elsewhere ask for fewer images"
         return 1, f"out of memory. {cure}. {str(error).partition('.')[0]}".rstrip()
+    if is_lost(error):
+        return 1, "another process of this run is gone, so this one cannot go on; what became of it is said there"
     if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

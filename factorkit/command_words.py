@@ -33,15 +33,20 @@ def saying_what_is_saved(folder: Path) -> Iterator[None]:
 
 
 def load_run(path: Path, device: str, model: str) -> Any:
-    """The run behind a folder or file.
+    """The run behind a folder or file, in each of the processes that torchrun started.
 
     Raises:
         ConfigError: it is not of ``model``.
         CheckpointError: it cannot be read.
     """
     import factorkit
+    from factorkit.engine import distributed
+    from factorkit.engine.config import resolve_device
+    from factorkit.engine.joining import join
 
-    run = factorkit.load(path, device=device)
+    chosen = distributed.local_device(resolve_device(device))
+    join(chosen)
+    run = factorkit.load(path, device=str(chosen))
     if run.MODEL != model:
         raise ConfigError(f"{path} is a {run.MODEL} run; this command is for {model} runs")
     return run

@@ -13,6 +13,7 @@ from PIL import Image
 from factorkit.command_words import duration, failures, load_run, saying_what_is_saved
 from factorkit.data.datasets import open_dataset, procedural_dataset
 from factorkit.data.sources import Source, open_source
+from factorkit.engine import distributed
 from factorkit.engine.atomic import save_image
 from factorkit.engine.config import cpu_threads
 from factorkit.engine.report import verdict, write_report
@@ -118,7 +119,7 @@ def segment_video(run: Path, paths: Sequence[Path], out: Path, device: str, **op
 def generate(run: Path, out: Path, device: str, **options: Any) -> Result:
     """Generated images with labels and masks, and one contact sheet; options are those of ``SegdiffRun.generate``."""
     drawn = load_run(run, device, "segdiff").generate(**options, progress=True)
-    found = write_generated(drawn, out)
+    found = distributed.on_first(lambda: write_generated(drawn, out))
     return found, f"{found['generated']} generated: {out}\ncontact sheet: {found['contact_sheet']}"
 
 
@@ -127,7 +128,7 @@ def evaluate(run: Path, images: Path, masks: Path, device: str, **options: Any) 
     model = load_run(run, device, "segdiff")
     scores = model.evaluate(images, masks, **options)
     if model.folder is not None:
-        write_report(model.folder)
+        distributed.on_first(lambda: write_report(model.folder))
     return scores, score_table(scores)
 
 
@@ -164,7 +165,8 @@ def demo(out: Path, seed: int) -> Result:
     flowers = procedural_dataset(run.config.resolution, train=1, test=DEMO_SEGMENTED).test_images
     with cpu_threads(run.config.threads):
         segmented = run.segment_folder(flowers, out / "segmented")
-        generated = write_generated(run.generate(DEMO_GENERATED, progress=True), out / "generated")
+        drawn = run.generate(DEMO_GENERATED, progress=True)
+        generated = distributed.on_first(lambda: write_generated(drawn, out / "generated"))
     scores, failed = run.scores, failures(out)
     if scores["iou"] < DEMO_MARK:
         failed = [f"IoU {scores['iou']:.3f} on held-out flowers, below the demo's mark of {DEMO_MARK:.2f}", *failed]

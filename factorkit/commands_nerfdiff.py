@@ -17,6 +17,7 @@ from factorkit.command_words import duration, failures, load_run, saying_what_is
 from factorkit.data.procedural_scene import procedural_views
 from factorkit.data.views import Views
 from factorkit.data.views_open import open_views
+from factorkit.engine import distributed
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.folder import write_json
 from factorkit.engine.report import write_report
@@ -58,8 +59,13 @@ def demo(out: Path, seed: int) -> Result:
     with saying_what_is_saved(out):
         run = train_nerfdiff(training, out=out, preset="demo", seed=seed)
     scores = run.evaluate(held_out)
-    write_report(out)
-    orbit = write_frames(out / "orbit.gif", run.render_path("orbit", size=64, frames=30).images)
+    around = run.render_path("orbit", size=64, frames=30).images
+
+    def write() -> Path:
+        write_report(out)
+        return write_frames(out / "orbit.gif", around)
+
+    orbit = distributed.on_first(write)
     failed = failures(out)
     if scores["rotation_median_deg"] > DEMO_DEGREES or scores["under_10_deg"] < 1:
         failed = [f"cameras {scores['rotation_median_deg']:.2f} degrees off in the median", *failed]
@@ -83,7 +89,7 @@ def evaluate(path: Path, views: Path, split: str | None, refine: int, device: st
     opened = open_views(views, split, max(run.model.size), background_of(run))
     scores = run.evaluate(opened, refine=refine)
     if run.folder is not None:
-        write_report(run.folder)
+        distributed.on_first(lambda: write_report(run.folder))
     return {**scores, "seconds": time.perf_counter() - start}, score_table(scores)
 
 
@@ -97,7 +103,7 @@ def pose(path: Path, paths: Sequence[Path], out: Path | None, refine: int, check
         for name, matrix, scores in zip(views.names, found.poses.tolist(), found.scores.tolist(), strict=True)
     ]
     if out is not None:
-        write_json(out, {"frames": frames})
+        distributed.on_first(lambda: write_json(out, {"frames": frames}))
     lines = [f"{f['name']}: at " + ", ".join(f"{row[3]:.3f}" for row in f["camera_to_world"][:3]) for f in frames]
     return {"frames": frames, "out": None if out is None else str(out)}, "\n".join(lines)
 
@@ -107,22 +113,27 @@ def reconstruct(path: Path, paths: Sequence[Path], out: Path, size: int | None, 
     run = load(path, device)
     views = pictures_of(run, paths)
     seen = run.reconstruct(views, size)
-    out.mkdir(parents=True, exist_ok=True)
-    disparities = disparity_image(seen.depth, seen.opacity)
-    for name, image, depth in zip(views.names, to_uint8(seen.images), disparities, strict=True):
-        place = out / name.replace("/", "_")
-        Image.fromarray(image).save(place.with_suffix(".png"))
-        Image.fromarray(depth).save(place.with_name(place.stem + "_depth.png"))
     sheet, first = out / "contact_sheet.png", slice(0, SHOWN)
-    beside = views.resized(tuple(seen.images.shape[2:])).images[first]
-    views_sheet(beside, seen.images[first], seen.depth[first], seen.opacity[first], views.names[first]).save(sheet)
+
+    def write() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        disparities = disparity_image(seen.depth, seen.opacity)
+        for name, image, depth in zip(views.names, to_uint8(seen.images), disparities, strict=True):
+            place = out / name.replace("/", "_")
+            Image.fromarray(image).save(place.with_suffix(".png"))
+            Image.fromarray(depth).save(place.with_name(place.stem + "_depth.png"))
+        beside = views.resized(tuple(seen.images.shape[2:])).images[first]
+        views_sheet(beside, seen.images[first], seen.depth[first], seen.opacity[first], views.names[first]).save(sheet)
+
+    distributed.on_first(write)
     found = {"out": str(out), "reconstructed": len(views), "contact_sheet": str(sheet)}
     return found, f"{len(views)} reconstructed: {out}\ncontact sheet: {sheet}"
 
 
 def render(path: Path, out: Path, kind: str, frames: int, size: int | None, device: str) -> Result:
     """Frames along a camera path."""
-    write_frames(out, load(path, device).render_path(kind, size, frames).images)
+    images = load(path, device).render_path(kind, size, frames).images
+    distributed.on_first(lambda: write_frames(out, images))
     return {"out": str(out), "frames": frames}, f"{frames} frames: {out}"
 
 
@@ -130,19 +141,26 @@ def sample(path: Path, out: Path, device: str, **options: Any) -> Result:
     """Views from noise; options are those of ``NerfdiffRun.sample``."""
     run = load(path, device)
     drawn, layout = run.sample(**options), run.scene["layout"]
-    out.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(to_uint8(drawn.images)):
-        Image.fromarray(image).save(out / f"view_{i:04d}.png")
-    write_json(out / "poses.json", {"poses": drawn.poses.tolist()})
     found = {"out": str(out), "views": len(drawn.images), "poses": str(out / "poses.json")}
+    sheet = None
     if drawn.trajectory is not None:
         picked = np.linspace(0, len(drawn.trajectory) - 1, min(SHOWN, len(drawn.trajectory))).round().astype(int)
         steps = [drawn.trajectory[i] for i in picked]
         found["trajectory"] = str(out / "trajectory.png")
-        novel_sheet(
+        sheet = novel_sheet(
             [s.images[:SHOWN].clamp(0, 1) for s in steps], [s.cameras.best[:SHOWN] for s in steps],
             [s.t for s in steps], [((s.noisy[:SHOWN] + 1) / 2).clamp(0, 1) for s in steps], layout,
-        ).save(found["trajectory"])  # fmt: skip
+        )  # fmt: skip
+
+    def write() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(to_uint8(drawn.images)):
+            Image.fromarray(image).save(out / f"view_{i:04d}.png")
+        write_json(out / "poses.json", {"poses": drawn.poses.tolist()})
+        if sheet is not None:
+            sheet.save(found["trajectory"])
+
+    distributed.on_first(write)
     return found, f"{found['views']} views: {out}"
 
 

@@ -78,6 +78,7 @@ def sample(
     device: torch.device | str | None = None,
     x_start: Tensor | None = None,
     shared_noise: bool = False,
+    rows: slice | None = None,
     clip: bool = True,
     progress: bool = False,
     trajectory: bool = False,
@@ -101,6 +102,8 @@ def sample(
     x_start: the image to begin with, taken to be at level t_start - 1; None draws noise of that level's variance.
     shared_noise: draw one image's noise and use it for every image, so that an image depends on its own start alone,
         not on its place among others.
+    rows: compute only these of the images, each the one that it is among all of them; `shape` and `x_start` are theirs
+        all. For processes that share the work.
     clip: keep each estimate of the clean image within [-1, 1].
     trajectory: also return every step; all of them stay in memory, so ask for few steps.
 
@@ -114,15 +117,17 @@ def sample(
     times = (even_snr if sampler == "dpm++" else even_times)(schedule, t_start, steps)
     levels = [Level.of(schedule, t) for t in times]
     device = torch.device(schedule.device if device is None else device)
+    rows = slice(None) if rows is None else rows
     if generator is None:
         generator = torch.Generator(device).manual_seed(seed)
 
     def unit_noise() -> Tensor:
         drawn = (1 if shared_noise else shape[0], *shape[1:])
-        return torch.randn(drawn, generator=generator, device=generator.device).to(device).expand(tuple(shape))
+        noise = torch.randn(drawn, generator=generator, device=generator.device).to(device)
+        return noise.expand(tuple(shape))[rows]
 
     def estimate(x: Tensor, t: int) -> tuple[Tensor, object]:
-        t_batch = torch.full((shape[0],), t, dtype=torch.int64, device=device)
+        t_batch = torch.full((len(x),), t, dtype=torch.int64, device=device)
         out, bottleneck = denoiser(x, t_batch)
         x0 = to_x0(prediction, schedule, x, out.float(), t_batch)
         return (x0.clamp(-1, 1) if clip else x0), bottleneck
@@ -132,7 +137,7 @@ def sample(
     elif tuple(x_start.shape) != tuple(shape):
         raise ConfigError(f"x_start has shape {tuple(x_start.shape)}, but images of shape {tuple(shape)} are asked for")
     else:
-        x = x_start.to(device, torch.float32)
+        x = x_start[rows].to(device, torch.float32)
 
     full_chain = sampler == "ddpm" and len(times) == t_start
     draw = _Draw(estimate, unit_noise, 1.0 if sampler == "ddpm" else eta, full_chain)

@@ -110,6 +110,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 3):
         self.folder, self.keep = Path(folder), keep
+        self.awaited: set[int] = set()  # steps of which nobody knows yet whether they are to be kept
 
     def paths(self) -> list[Path]:
         """Newest first."""
@@ -142,8 +143,8 @@ class Checkpoints:
 
     def _beyond(self, paths: list[Path], keep: int) -> list[Path]:
         best = self.best()
-        kept = None if best is None else self.path(best[0])
-        return [path for path in paths[keep:] if path != kept]
+        kept = {self.path(step) for step in self.awaited.copy()} | ({self.path(best[0])} if best else set())
+        return [path for path in paths[keep:] if path not in kept]
 
     def _drop(self, paths: list[Path]) -> None:
         for path in paths:
@@ -158,6 +159,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the note of it cannot be written.
         """
+        self.awaited.discard(step)
         best = self.best()
         if best is not None and best[1] < error:
             return

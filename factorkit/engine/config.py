@@ -52,6 +52,9 @@ class EngineConfig:
     on a machine with anything else to do, waiting for the second thread takes many times as long as the work."""
     cuda_graph: bool = True
     """Run the training step as one CUDA graph where it can be: on a GPU that holds the images, in a single process."""
+    shard: bool = False
+    """Hold of each weight, its average and Adam's moments only a part in each process (FSDP2), for models that do not
+    fit on one GPU. The losses are the same; one process alone holds everything anyway."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = 3
@@ -68,7 +71,7 @@ class EngineConfig:
     #: settings that may differ when a run is resumed: they change neither the model nor what it saw so far
     RESUMABLE = frozenset({
         "steps", "device", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "tensorboard",
-        "stop_on_failure", "micro_batch_size", "threads", "cuda_graph", "ema_also",
+        "stop_on_failure", "micro_batch_size", "threads", "cuda_graph", "ema_also", "shard",
     })  # fmt: skip
 
     def validate(self) -> None:

@@ -10,14 +10,18 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from factorkit import errors
 from factorkit.errors import ConfigError, FactorkitError
+
+Answer = TypeVar("Answer")
 
 
 def rank() -> int:
@@ -43,6 +47,18 @@ def data_parallel(module: nn.Module, pieces: int) -> DistributedDataParallel:
     # without device_ids, with which it would move all arguments to the GPU: indices are read on the CPU
     options: dict[str, Any] = {"gradient_as_bucket_view": True, "static_graph": pieces == 1, buffers: False}
     return DistributedDataParallel(module, **options)
+
+
+@contextmanager
+def unsynchronised(module: Any) -> Iterator[None]:
+    """A piece of the backward pass of a module in several processes, whose gradients wait for the next one's."""
+    if isinstance(module, DistributedDataParallel):
+        with module.no_sync():
+            yield
+        return
+    module.set_requires_gradient_sync(False)
+    yield
+    module.set_requires_gradient_sync(True)
 
 
 def check_batch(batch_size: int, name: str = "batch_size") -> None:
@@ -73,22 +89,29 @@ def average(values: Tensor) -> Tensor:
     return _Average.apply(values) if world_size() > 1 else values
 
 
-def in_shares(work: Callable[[slice], Tensor], count: int) -> Tensor:
-    """``work(slice(0, count))`` [count, ...], each process working on its share of the rows: all of them must ask.
+def in_shares(work: Callable[[slice], Answer], count: int) -> Answer:
+    """``work(slice(0, count))``, each process working on its share of the rows: all of them must ask, and all are told.
 
-    Rows must not depend on each other. Where there are fewer rows than processes, each works on all of them.
+    The answer is a tensor [rows, ...] or holds such tensors in tuples, lists and dictionaries; what else it holds is
+    each process's own. Rows must not depend on each other. Where there are fewer rows than processes, each works on all
+    of them.
     """
     world = world_size()
     if world == 1 or count < world:
         return work(slice(0, count))
     edges = [count * i // world for i in range(world + 1)]
-    mine = work(slice(edges[rank()], edges[rank() + 1]))
-    room = max(b - a for a, b in zip(edges, edges[1:], strict=False))
-    sent = mine.new_zeros(room, *mine.shape[1:])
+    sizes = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    held, form = tree_flatten(work(slice(edges[rank()], edges[rank() + 1])))
+    return tree_unflatten([_put_together(part, sizes) if isinstance(part, Tensor) else part for part in held], form)
+
+
+def _put_together(mine: Tensor, sizes: list[int]) -> Tensor:
+    """The rows of all processes, of which each has so many, in all of them."""
+    sent = mine.new_zeros(max(sizes), *mine.shape[1:])
     sent[: len(mine)] = mine
-    found = [torch.empty_like(sent) for _ in range(world)]
+    found = [torch.empty_like(sent) for _ in sizes]
     dist.all_gather(found, sent)
-    return torch.cat([part[: b - a] for part, a, b in zip(found, edges, edges[1:], strict=False)])
+    return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
 
 
 def gathered(values: Tensor) -> tuple[Tensor, slice]:
@@ -114,20 +137,51 @@ def barrier() -> None:
     greatest(0)
 
 
-def on_first(work: Callable[[], None]) -> None:
-    """Let process 0 do something while the others wait; where it fails, all of them do."""
-    told: list[str | None] = [None]
+def on_first(work: Callable[[], Answer]) -> Answer:
+    """What process 0 makes of ``work`` while the others wait, in all of them; where it fails, all of them do."""
+    told: list[Any] = [(None, ("FactorkitError", "process 0 of this run was interrupted"))]
     try:
         if rank() == 0:
-            work()
+            told = [(work(), None)]
     except Exception as error:
-        told = [str(error)]
+        told = [(None, _named(error))]
         raise
     finally:
         if world_size() > 1:
             dist.broadcast_object_list(told, device=torch.device("cpu"))
-    if told[0] is not None:
-        raise FactorkitError(told[0])
+    answer, failure = told[0]
+    _raise(failure)
+    return answer
+
+
+def everyones(work: Callable[[], Answer]) -> list[Answer]:
+    """What each process makes of ``work``, in their order, in all of them; where one fails, all of them do."""
+    if world_size() == 1:
+        return [work()]
+    mine: tuple[Any, Any] = None, None
+    failure: Exception | None = None
+    try:
+        mine = work(), None
+    except Exception as error:
+        failure, mine = error, (None, _named(error))
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, mine)
+    if failure is not None:
+        raise failure
+    for _, elsewhere in found:
+        _raise(elsewhere)
+    return [answer for answer, _ in found]
+
+
+def _named(error: Exception) -> tuple[str, str]:
+    """What the other processes are told of an error."""
+    return ("WriteError" if isinstance(error, OSError) else type(error).__name__), str(error)
+
+
+def _raise(failure: tuple[str, str] | None) -> None:
+    """The error of another process, by its name and words."""
+    if failure is not None:
+        raise getattr(errors, failure[0], FactorkitError)(failure[1])
 
 
 @contextmanager

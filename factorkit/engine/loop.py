@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import sys
 import threading
@@ -15,17 +16,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from factorkit.engine import distributed
+from factorkit.engine import distributed, sharding
 from factorkit.engine.background import Background
 from factorkit.engine.checkpoint import Checkpoints, average_name
 from factorkit.engine.config import EngineConfig
+from factorkit.engine.curves import timeline
 from factorkit.engine.graph import WARM_UP
+from factorkit.engine.inspection import Sheet, Sheets, looking, reason
 from factorkit.engine.log import RunLog, read_log
 from factorkit.engine.meter import Meter
 from factorkit.engine.report import write_report
-from factorkit.engine.step import NON_FINITE_LIMIT, MovingAverage, Task, TrainingStep, make_optimizer
+from factorkit.engine.step import NON_FINITE_LIMIT, MovingAverage, Objective, Task, TrainingStep, make_optimizer
 from factorkit.errors import CheckpointError, ConfigError, FactorkitError, OutOfMemory, is_out_of_memory
 
+BAD_SHEET = 1000  # beside the numbers of signals, why the loop ends
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 
@@ -45,15 +49,26 @@ class Trainer:
         self.progress = progress and distributed.rank() == 0
         self.report = report
         distributed.check_batch(config.batch_size)
-        self.model = task.model.to(device)
-        self.optimizer = make_optimizer(task.parameter_groups(), config, device)
-        self.average = MovingAverage(self.model, config.ema, device)
-        further = {average_name(decay): MovingAverage(self.model, decay, device) for decay in config.ema_also}
+        cut = config.shard and distributed.world_size() > 1
+        place = torch.device("cpu") if cut else device  # where weights are whole before they are cut
+        self.model = task.model.to(place)
+        self.average = MovingAverage(self.model, config.ema, place)
+        further = {average_name(decay): MovingAverage(self.model, decay, place) for decay in config.ema_also}
         self.averages = {"ema": self.average, **further}
+        self.sharded: nn.Module | None = None  # the task's objective, if it is
+        if cut:
+            self._form = sharding.hollow(self.model)
+            self.sharded = sharding.shard(Objective(task), device)
+            for average in self.averages.values():
+                sharding.shard(average.module, device)
+                average.n_averaged = average.n_averaged.to(device)
+        self.optimizer = make_optimizer(task.parameter_groups(), config, device)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
         self.step = 0
         self._saved: int | None = None  # the step that lies on disk, or is on its way there
         self._writing = Background()
+        self._sheets = Sheets(task, config, self.folder / "samples", device, behind=distributed.world_size() > 1)
+        self._bad_sheet: Sheet | None = None  # one that is to end the run
         self._stop = 0  # the signal that asked for an end
         self._bad_steps = 0
 
@@ -68,6 +83,14 @@ class Trainer:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{key}.{name}"] = value
         return tensors
+
+    def _averaged(self) -> nn.Module:
+        """The averaged model, whole in all processes: itself, or a copy of its shards."""
+        if self.sharded is None:
+            return self.average.module
+        # buffers are whole already, and must not change with those of the average
+        tensors = {k: v.clone() for k, v in sharding.wholes(self.average.module.state_dict())}
+        return sharding.filled(self._form, tensors).eval()
 
     def restore(self) -> bool:
         """Take up the newest whole checkpoint; False where there is none.
@@ -87,10 +110,10 @@ class Trainer:
         tensors, meta = found
         part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
         try:
-            self.model.load_state_dict(part("model."))
+            self.model.load_state_dict(sharding.cut_like(part("model."), self.model.state_dict()))
             for name, average in self.averages.items():
                 if name == "ema" or part(f"{name}."):
-                    average.load_state_dict(part(f"{name}."))
+                    average.load_state_dict(sharding.cut_like(part(f"{name}."), average.state_dict()))
                 else:  # asked for from here on
                     average.module.load_state_dict(self.model.state_dict())
         except RuntimeError as error:
@@ -98,10 +121,11 @@ class Trainer:
             raise CheckpointError(f"the checkpoints in {folder} are of another model: {error}") from error
         for name, parameter in self.model.named_parameters():
             if f"adam.step.{name}" in tensors:
-                moments = ("exp_avg", "exp_avg_sq")
+                moments = {k: tensors[f"adam.{k}.{name}"] for k in ("exp_avg", "exp_avg_sq")}
+                moments = sharding.cut_like(moments, dict.fromkeys(moments, parameter))
                 self.optimizer.state[parameter] = {
                     "step": tensors[f"adam.step.{name}"].to(self.device),  # with the parameter, as fused Adam keeps it
-                    **{k: torch.empty_like(parameter).copy_(tensors[f"adam.{k}.{name}"]) for k in moments},
+                    **{k: torch.empty_like(parameter).copy_(moment) for k, moment in moments.items()},
                 }
         self.step = self._saved = int(meta["step"])
         if distributed.greatest(self.step) != -distributed.greatest(-self.step):
@@ -127,8 +151,8 @@ class Trainer:
         if self.step == self._saved:
             return
         self.finish_writing()
+        step, state = self.step, sharding.copied(self.state())
         if distributed.rank() == 0:
-            step, state = self.step, {k: v.detach().to("cpu", copy=True) for k, v in self.state().items()}
             self._writing.submit(lambda: self.checkpoints.save(step, state, self.meta))
         self._saved = self.step
 
@@ -195,13 +219,14 @@ class Trainer:
                 ) from error
             raise
         finally:
+            self._sheets.close()
             failed = self._writing.close()
             if failed is not None:  # must not stand in for how the run itself ended
                 warnings.warn(str(failed), stacklevel=2)
             if log is not None:
                 log.close()
                 self._report()
-        return self.average.module
+        return self._averaged()
 
     def _no_room(self, error: BaseException) -> str:
         config, share = self.config, self.config.batch_size // distributed.world_size()
@@ -224,10 +249,13 @@ class Trainer:
         config = self.config
         meter = Meter(self.device)
         take = self._training_step(meter, synchronised=distributed.world_size() > 1)
+        if distributed.greatest(int(self._lacks_sheet())):
+            with meter.paused():
+                self._inspect(note)
         shown = {"desc": "training", "unit": "step", "disable": not self.progress, "dynamic_ncols": True}
         with tqdm(total=self.last, initial=self.step, **shown) as bar:
             # asked of all processes: one that stopped alone would leave the others waiting for its gradient
-            while self.step < self.last and not distributed.greatest(self._stop):
+            while self.step < self.last and not self._ending():
                 take(self.step)
                 self.step += 1
                 bar.update()
@@ -239,19 +267,25 @@ class Trainer:
                     rate = config.learning_rate_at(self.step - 1)
                     note("step", images=self.step * config.batch_size, lr=rate, **line)
                     bar.set_postfix_str(_summary(line))
-                if self.step == self.last or (config.sample_every and self.step % config.sample_every == 0):
+                self._tell_of_sheet(note)
+                if self._sheet_due():
                     with meter.paused():
                         self._inspect(note)
                 if self.step % config.checkpoint_every == 0:
                     with meter.paused():
                         self.save()
         self._watch_finite(take.skipped(), note)
-        self.save()
+        if self._ending() != BAD_SHEET:
+            self.save()
+            self._tell_of_sheet(note, wait=True)
         self.finish_writing()
+        stop = self._ending()
+        if stop == BAD_SHEET:
+            raise reason(self._bad_sheet, self.step, self.checkpoints)
         finished = self.step == config.steps
         if finished and not _has_ended(self.folder, self.step):
             note("end", message="finished")
-        if stop := distributed.greatest(self._stop):
+        if stop:
             if not finished:
                 name = signal.Signals(stop).name
                 note("signal", message=f"{name}: saved at step {self.step}; the same command again goes on from there")
@@ -262,7 +296,7 @@ class Trainer:
     def _training_step(self, meter: Meter, synchronised: bool = False) -> TrainingStep:
         return TrainingStep(
             self.task, self.optimizer, list(self.averages.values()), meter, self.config, self.device,
-            synchronised=synchronised,
+            synchronised, self.sharded,
         )  # fmt: skip
 
     def _waits(self) -> bool:
@@ -283,32 +317,65 @@ class Trainer:
                     "gradient_clip=1.0 or precision='fp32'"
                 )
 
+    # --- sheets: process 0 draws them, behind the training's back where others would wait ---
+
+    def _sheet_due(self) -> bool:
+        every = self.config.sample_every
+        return self.step == self.last or bool(every and self.step % every == 0)
+
+    def _lacks_sheet(self) -> bool:
+        """Whether the step that was resumed is one whose sheet a kill has left undone."""
+        if distributed.rank() or not self.step or not self._sheet_due():
+            return False
+        return all(event["step"] != self.step for event in timeline(read_log(self.folder), "alarms"))
+
     def _inspect(self, note) -> None:
-        found: dict[str, Any] = {}
-        if distributed.rank() == 0:
-            self.average.eval()
-            precision = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-            with torch.no_grad(), precision:
-                found = self.task.inspect(self.average.module, self.step, self.folder / "samples")
-            note("alarms", **found)
-            for failure in found.get("failures", ()):
-                tqdm.write(f"step {self.step}: {failure}", file=sys.stderr)
-            if self.step < self.last:  # the end of the run writes one anyway
-                self._report()
-        failures = found.get("failures")
-        if distributed.greatest(int(failures == [])):  # kept for the case that one comes
+        self.average.eval()
+        self._tell_of_sheet(note, wait=True)
+        model = self._averaged()
+        if settle := getattr(self.task, "settle", None):
+            with looking(self.config, self.device):
+                settle(model)
+            for kept, settled in zip(self.average.module.buffers(), model.buffers(), strict=True):
+                kept.copy_(settled)
+        if self._sheets.behind:  # before anybody knows whether it is worth keeping
+            self.checkpoints.awaited.add(self.step)
             self.save()
-            if distributed.rank() == 0:
-                step, error = self.step, found.get("error", 0.0)
-                self._writing.submit(lambda: self.checkpoints.keep_best(step, error))
-        if self.config.stop_on_failure and distributed.greatest(int(bool(failures))):
-            self.finish_writing()
-            best, folder = self.checkpoints.best(), self.checkpoints.folder
-            kept = f"the best of them is of step {best[0]}" if best else "none of them was free of alarms"
-            raise FactorkitError(
-                f"stopped at step {self.step}: {'; '.join(failures or ())}. Earlier checkpoints are kept in {folder}; "
-                f"{kept}. Another seed= with another out= may do, or go on with stop_on_failure=False"
-            )
+        if distributed.rank() == 0:
+            still = self._sheets.behind and self.sharded is None
+            self._sheets.begin(copy.deepcopy(model) if still else model, self.step)
+        if not self._sheets.behind:
+            self._tell_of_sheet(note)
+            if self._bad_sheet is not None:
+                if self._bad_sheet.error is None:
+                    self.finish_writing()
+                raise reason(self._bad_sheet, self.step, self.checkpoints)
+
+    def _tell_of_sheet(self, note, wait: bool = False) -> None:
+        """Log what a sheet has found, once it is done, and what follows from that: process 0 has them, so that nothing
+        here may be said among all."""
+        sheet = self._sheets.take(wait)
+        if sheet is None:
+            return
+        failures = sheet.found.get("failures")
+        if sheet.error is None:
+            note("alarms", **{"step": sheet.step, **sheet.found})
+            for failure in failures or ():
+                tqdm.write(f"step {sheet.step}: {failure}", file=sys.stderr)
+            if sheet.step < self.last:  # the end of the run writes one anyway
+                self._sheets.then(sheet.step, self._report)
+        if failures == []:
+            if not self._sheets.behind:  # kept for the case that an alarm comes
+                self.save()
+            self._writing.submit(lambda: self.checkpoints.keep_best(sheet.step, sheet.found.get("error", 0.0)))
+        else:
+            self.checkpoints.awaited.discard(sheet.step)
+        if sheet.error is not None or (failures and self.config.stop_on_failure):
+            self._bad_sheet = sheet
+
+    def _ending(self) -> int:
+        """Why the run is to end before its time, in all processes alike: a signal's number, BAD_SHEET, or 0."""
+        return distributed.greatest(self._stop if self._bad_sheet is None else BAD_SHEET)
 
     @contextmanager
     def _signals(self):

@@ -20,6 +20,7 @@ from factorkit.engine import distributed
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.graph import GraphedWork
 from factorkit.engine.meter import Meter
+from factorkit.engine.sharding import alike, average_whole, held, norms
 from factorkit.engine.streams import BatchDraw, derived_seed, image_order
 
 NON_FINITE_LIMIT = 3  # steps in a row whose gradient is not finite before the run is stopped
@@ -51,19 +52,24 @@ class Task(Protocol):
     def inspect(self, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
         """Write sample sheets of the averaged model into ``folder``; the answer is logged as the event "alarms".
 
+        Process 0 alone does it, where there are others in a thread of its own while the training goes on: it may touch
+        nothing that the training reads or writes, nor speak to other processes. What the averaged model is to keep of
+        its views goes into ``settle(model)``, which a task may have; all processes call it before.
+
         Two of its keys are known to the loop: "failures", what is wrong in words, and "error", less of which is better.
         """
 
 
 class Objective(nn.Module):
-    """A task's loss as a forward pass of its own: what DistributedDataParallel is put around."""
+    """A task's loss as a forward pass of its own: what DistributedDataParallel or FSDP is put around."""
 
     def __init__(self, task: Task):
         super().__init__()
         self.model, self.task = task.model, task
+        self.indices = torch.zeros(0, dtype=torch.int64)  # of the batch; given as they are, FSDP would move them
 
-    def forward(self, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
-        return self.task.loss(self.model, indices, draw, step)
+    def forward(self, rows: slice, draw: BatchDraw, step: Tensor) -> StepLoss:
+        return self.task.loss(self.model, self.indices[rows], draw, step)
 
 
 class MovingAverage(AveragedModel):
@@ -83,7 +89,7 @@ class MovingAverage(AveragedModel):
         done = self.n_averaged
         share = 1 - ((1 + done) / (10 + done)).clamp_max(self.decay)
         share = torch.where(done == 0, 1.0, share) * valid
-        averaged, current = list(self.module.parameters()), list(model.parameters())
+        averaged, current = held(self.module.parameters()), held(model.parameters())
         # not a lerp, which takes no weight from the device; at shares 0 and 1 either side stays to the bit
         torch._foreach_mul_(averaged, 1 - share)
         torch._foreach_add_(averaged, torch._foreach_mul(current, share))
@@ -97,11 +103,12 @@ class TrainingStep:
 
     Args:
         synchronised: average gradients over all processes. Several processes take their steps without a CUDA graph.
+        sharded: the task's :class:`Objective`, where its weights are sharded.
     """
 
     def __init__(
         self, task: Task, optimizer: torch.optim.Optimizer, averages: Sequence[MovingAverage], meter: Meter,
-        config: EngineConfig, device: torch.device, synchronised: bool = False,
+        config: EngineConfig, device: torch.device, synchronised: bool = False, sharded: nn.Module | None = None,
     ):  # fmt: skip
         self.task, self.model = task, task.model
         self.optimizer, self.averages, self.meter, self.config = optimizer, averages, meter, config
@@ -111,10 +118,12 @@ class TrainingStep:
             BatchDraw(config.seed, 0, config.batch_size, rows, device, first=i == 0)
             for i, rows in enumerate(self.slices)
         ]
-        self.objective = Objective(task)
-        if synchronised:
-            self.objective = distributed.data_parallel(self.objective, pieces=len(self.slices))
+        objective = Objective(task) if sharded is None else sharded
         self.indices = torch.zeros(config.batch_size, dtype=torch.int64, device=device if on_device else "cpu")
+        objective.indices = self.indices
+        if synchronised and sharded is None:
+            objective = distributed.data_parallel(objective, pieces=len(self.slices))
+        self.objective, self.sharded = objective, sharded is not None
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.bad = torch.zeros((), dtype=torch.int64, device=device)  # steps in a row that were not finite
@@ -180,26 +189,29 @@ class TrainingStep:
         self.culprits.fill_(-1)
         for i, (rows, draw) in enumerate(zip(self.slices, self.draws, strict=True)):
             last = i == len(self.slices) - 1 or not self.synchronised
-            with nullcontext() if last else self.objective.no_sync():
+            with nullcontext() if last else distributed.unsynchronised(self.objective):
                 with torch.autocast(self.step.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    found = self.objective(self.indices[rows], draw, self.step)
-                # DDP averages over processes, the batch's mean needs a sum
+                    found = self.objective(rows, draw, self.step)
+                # both average over processes, the batch's mean needs a sum
                 (found.objective.sum() * (distributed.world_size() / config.batch_size)).backward()
             self.meter.add(found)
             self._blame(0, ~found.objective.detach().isfinite(), rows.start)
         trained = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        norms = torch.stack(torch._foreach_norm(list(trained.values())))
-        norm, self.names = torch.linalg.vector_norm(norms), list(trained)
-        self._blame(1, ~norms.isfinite(), 0)
+        if self.sharded:
+            average_whole(trained.values())
+        each = norms(list(trained.values()))
+        norm, self.names = torch.linalg.vector_norm(each), list(trained)
+        self._blame(1, ~each.isfinite(), 0)
         # once the limit is reached nothing moves any more: what the run is stopped with is what stood then
         self.finite.copy_(norm.isfinite() & (self.bad < NON_FINITE_LIMIT))
         self.bad.copy_(torch.where(self.finite, 0, self.bad + 1))
         if config.gradient_clip is not None:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), config.gradient_clip, norm, foreach=True)
+            for part in alike(self.model.parameters()):
+                nn.utils.clip_grads_with_norm_(part, config.gradient_clip, norm, foreach=True)
         self.optimizer.found_inf = (~self.finite).float()  # fused Adam leaves weights, moments and its count alone then
         self.optimizer.step()
         # gradients that are views of what is sent stay where they are
-        self.optimizer.zero_grad(set_to_none=not self.synchronised)
+        self.optimizer.zero_grad(set_to_none=self.sharded or not self.synchronised)
         for buffer, old in zip(buffers, before, strict=True):
             buffer.copy_(torch.where(self.finite, buffer, old))
         for average in self.averages:
@@ -216,7 +228,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: EngineConfig, device: t
     """Fused Adam whose learning rates and counts are tensors on the device."""
     rate = lambda: torch.tensor(config.learning_rate, device=device)  # noqa: E731
     optimizer = torch.optim.Adam(
-        [{**group, "lr": rate()} for group in groups], fused=True,
+        [{**group, "params": part, "lr": rate()} for group in groups for part in alike(group["params"])], fused=True,
         capturable=device.type == "cuda",
     )  # fmt: skip
     optimizer._warned_capturable_if_run_uncaptured = True  # it runs uncaptured while the graph warms up

@@ -100,10 +100,13 @@ class JointTask:
         everyone, mine = distributed.gathered(spread(errors))  # every candidate's share is of the whole batch
         return drawn(balanced_plan(everyone, low + (high - low) * heat)[mine], uniform)
 
+    def settle(self, model: NerfdiffModel) -> None:
+        """Keep where the training views stand now."""
+        model.views.copy_(look(model, self.scene.images).best if self.found is None else self.found)
+
     def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
-        """Where the training views stand now, kept with the averaged model; what is wrong with that."""
+        """Where the training views stand now; what is wrong with that."""
         found = look(model, self.scene.images)
-        model.views.copy_(found.best if self.found is None else self.found)
         renders_sheet(folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples)
         path = folder / f"{step:06d}_cameras_encoder.png"
         cameras_sheet(path, self.scene.layout, found.best, found.poses)

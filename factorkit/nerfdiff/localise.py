@@ -40,15 +40,16 @@ def checked(model: NerfdiffModel, images: Tensor, poses: Tensor) -> Tensor:
     return poses[:, 0]
 
 
-def refined(model: NerfdiffModel, images: Tensor, poses: Tensor, steps: int, config: NerfdiffConfig) -> Tensor:
+def refined(
+    model: NerfdiffModel, images: Tensor, poses: Tensor, steps: int, config: NerfdiffConfig, distance: float
+) -> Tensor:
     """Poses [B, 4, 4] of images [B, 3, H, W] in [0, 1], moved by so many steps of Adam; the model is not touched.
 
-    Cameras around an object keep to the freedoms they were trained with.
+    Cameras around an object stand at ``distance`` and keep to the freedoms they were trained with.
     """
     if model.forward_facing:
         free = FreePoses(poses)
     else:
-        distance = float(poses[:, :3, 3].norm(dim=1).mean())
         free = OrbitPoses(directions_of(poses), distance, config.pose_freedom)
     free = free.to(images.device)
     optimizer = torch.optim.Adam(free.parameters(), lr=RATE)

@@ -13,6 +13,7 @@ from torch import Tensor
 from factorkit.data.views import Views, resize_area, target_size
 from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
+from factorkit.engine import distributed
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import resolve_device
 from factorkit.engine.folder import check_plausible, read_object, read_weights, write_json
@@ -183,19 +184,28 @@ class NerfdiffRun:
         level = POSE_LEVEL * self.config.timesteps // 100 if t is None else t
         if not 0 <= level < self.config.timesteps:
             raise ConfigError(f"t={t} must lie between 0 and {self.config.timesteps - 1}")
-        found = []
-        for part in signal.split(64):
-            times = torch.full((len(part),), level if self.config.noise else 0, device=self.device)
-            if self.config.noise:
-                generator = torch.Generator().manual_seed(derived_seed("look", level))
-                eps = torch.randn(part.shape[1:], generator=generator).to(self.device).expand_as(part)
-                part = self.schedule.noise(part, eps, times)
-            with torch.no_grad():
-                found.append(self.model.cameras(part, times))
-        cameras = Cameras(*(torch.cat(x) for x in zip(*found, strict=True)))
-        best = checked(self.model, pictures, cameras.poses) if check or refine else cameras.best
+
+        def looked(rows: slice) -> tuple[Tensor, Cameras]:
+            found = []
+            for part in signal[rows].split(64):
+                times = torch.full((len(part),), level if self.config.noise else 0, device=self.device)
+                if self.config.noise:
+                    generator = torch.Generator().manual_seed(derived_seed("look", level))
+                    eps = torch.randn(part.shape[1:], generator=generator).to(self.device).expand_as(part)
+                    part = self.schedule.noise(part, eps, times)
+                with torch.no_grad():
+                    found.append(self.model.cameras(part, times))
+            cameras = Cameras(*(torch.cat(x) for x in zip(*found, strict=True)))
+            chosen = checked(self.model, pictures[rows], cameras.poses) if check or refine else cameras.best
+            return chosen, cameras
+
+        best, cameras = distributed.in_shares(looked, len(pictures))
         if refine:
-            best = refined(self.model, pictures, best, refine, self.config)
+            distance = float(best[:, :3, 3].norm(dim=1).mean())
+            best = distributed.in_shares(
+                lambda rows: refined(self.model, pictures[rows], best[rows], refine, self.config, distance),
+                len(pictures),
+            )
         return PosePrediction(best.cpu(), cameras.scores.cpu(), cameras.poses.cpu())
 
     def _sized(self, images: Any) -> Tensor:
@@ -226,9 +236,13 @@ class NerfdiffRun:
                     f"there are views 0 to {len(self.poses) - 1}")  # fmt: skip
                 raise ConfigError(f"tone={tone}: {had}")
             views = torch.full((len(poses),), tone, device=self.device)
-        seen = render_views(field, poses.to(self.device), self.model.optics, size, self.samples(size), views)
-        images = seen.color.movedim(-1, 1).clamp(0, 1)
-        return Pictures(images.cpu(), seen.depth.cpu(), seen.opacity.cpu(), poses)
+
+        def pictured(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            there, toned = poses[rows].to(self.device), None if views is None else views[rows]
+            seen = render_views(field, there, self.model.optics, size, self.samples(size), toned)
+            return seen.color.movedim(-1, 1).clamp(0, 1).cpu(), seen.depth.cpu(), seen.opacity.cpu()
+
+        return Pictures(*distributed.in_shares(pictured, len(poses)), poses)
 
     def samples(self, size: tuple[int, int]) -> int:
         """Steps along a ray of a picture: more than in training, as nothing is drawn at random any more."""
@@ -295,7 +309,7 @@ class NerfdiffRun:
         """
         scores = evaluate(self, views, poses, refine)
         if self.folder is not None:
-            write_json(self.folder / SCORES, scores)
+            distributed.on_first(lambda: write_json(self.folder / SCORES, scores))
         return scores
 
     @property
@@ -325,10 +339,11 @@ class NerfdiffRun:
         """
         if n < 1:
             raise ConfigError(f"n={n}: at least one view has to be asked for")
-        drawn = sample(
+        draw = lambda rows: sample(  # noqa: E731
             self.model, (n, 3, *self.model.size), schedule=self.schedule, prediction="x0", sampler=sampler,
-            steps=steps, seed=seed, trajectory=trajectory,
+            steps=steps, seed=seed, rows=rows, trajectory=trajectory,
         )  # fmt: skip
+        drawn = distributed.in_shares(draw, n)
         frames = None
         if trajectory:
             frames = [

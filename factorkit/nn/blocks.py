@@ -51,6 +51,8 @@ class ResBlock(nn.Module):
     With ``skip_channels`` its input is [u ; skip], or [u_k ; m_k*skip] for every branch k when masks are given.
     """
 
+    gathered_alone = True  # its weights are read in its own forward pass and nowhere else
+
     def __init__(
         self, channels: int, out: int, embed: int, *, skip_channels: int = 0, groups: int = 32, norm: str = "group",
         dropout: float = 0.0,
@@ -79,6 +81,8 @@ class ResBlock(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention over all pixels, with a zero-initialised projection."""
+
+    gathered_alone = True  # its weights are read in its own forward pass and nowhere else
 
     def __init__(self, channels: int, *, heads: int = 4, groups: int = 32, norm: str = "group"):
         super().__init__()

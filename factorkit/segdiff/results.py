@@ -24,6 +24,7 @@ from factorkit.segdiff import pictures
 FORMATS = ("labels", "masks", "overlays", "coco")
 DEFAULT_FORMATS = FORMATS[:3]
 MANIFEST, ANNOTATIONS, SHEET = "segments.jsonl", "annotations.json", "contact_sheet.png"
+SHARE = "segments.{}.jsonl"  # of a process beside the first, until it is done
 RESULT_NAME = re.compile(r"_(labels|overlay|recomposed|estimate|(mask|branch)_\d+)\.png$|^contact_sheet\.png$")
 BAND = 1 << 18  # pixels tinted at a time
 
@@ -87,18 +88,21 @@ class Manifest:
         out: the folder.
         key: :func:`fingerprint` of the model and the settings; lines of others do not count.
         source: the pictures.
+        part: the number of the process: only the first one's lines are the manifest, which takes in the others' when
+            they are done, and what killed ones left.
     """
 
-    def __init__(self, out: Path, key: str, source: Source):
+    def __init__(self, out: Path, key: str, source: Source, part: int = 0):
         self.out, self.key, self.source = out, key, source
         self._whole = None if isinstance(source, FileSource) else source.fingerprint()
         self._lines: dict[str, int] = {}  # where each picture's last line begins: their text may be much
         self._done: dict[str, tuple[Any, dict[str, int], bool]] = {}
         self._failed: dict[str, Any] = {}
         for at, line in read_lines(out / MANIFEST):
-            if line.get("key") == key and isinstance(line.get("name"), str):
-                self._remember(at, line)
-        self._file = JsonLines(out / MANIFEST)
+            self._remember(at, line)
+        self._file = JsonLines(out / (SHARE.format(part) if part else MANIFEST))
+        if not part:
+            self.take_in()
 
     def stamp(self, index: int) -> list[int] | str | None:
         """What says that a picture is still the same: bytes and time of change of a file, a hash of what else."""
@@ -130,10 +134,14 @@ class Manifest:
 
     def add(self, index: int, stamp: Any, record: Mapping[str, Any]) -> None:
         """Note that a picture's files are there, or ``{"skipped": reason}``. Raises OSError where the disk is full."""
-        line = {"name": self.source.names[index], "key": self.key, "stamp": stamp, **record}
-        at = os.path.getsize(self.out / MANIFEST)
-        self._file.append(line)
-        self._remember(at, line)
+        self._append({"name": self.source.names[index], "key": self.key, "stamp": stamp, **record})
+
+    def take_in(self) -> None:
+        """Add what other processes finished. Raises OSError where the disk is full."""
+        for share in sorted(self.out.glob(SHARE.format("*"))):
+            for _, line in read_lines(share):
+                self._append(line)
+            share.unlink()
 
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The finished pictures in the order of the source: index and line, read one by one."""
@@ -148,8 +156,15 @@ class Manifest:
     def close(self) -> None:
         self._file.close()
 
+    def _append(self, line: dict[str, Any]) -> None:
+        at = os.path.getsize(self._file.path)
+        self._file.append(line)
+        self._remember(at, line)
+
     def _remember(self, at: int, line: dict[str, Any]) -> None:
-        name, stamp = line["name"], line.get("stamp")
+        name, stamp = line.get("name"), line.get("stamp")
+        if line.get("key") != self.key or not isinstance(name, str):
+            return
         for known in (self._lines, self._done, self._failed):
             known.pop(name, None)
         if "skipped" in line:

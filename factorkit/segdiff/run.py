@@ -14,6 +14,7 @@ from torch import Tensor
 from factorkit.data.clips import open_clip
 from factorkit.data.images import square
 from factorkit.data.sources import Source, open_source
+from factorkit.engine import distributed
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.folder import read_object, write_json
@@ -286,11 +287,13 @@ class SegdiffRun:
         if n < 1:
             raise ConfigError(f"n={n}: at least one image has to be asked for")
         labels = chosen_labels(classes, self.config.class_names, n, guidance)
+        draw = lambda rows: draw_images(  # noqa: E731
+            self.model, self.config, n, sampler=sampler, steps=steps, seed=seed, device=self.device,
+            progress=progress and distributed.rank() == 0, trajectory=trajectory, labels=labels, guidance=guidance,
+            rows=rows,
+        )  # fmt: skip
         with self._precision():
-            drawn = draw_images(
-                self.model, self.config, n, sampler=sampler, steps=steps, seed=seed, device=self.device,
-                progress=progress, trajectory=trajectory, labels=labels, guidance=guidance,
-            )  # fmt: skip
+            drawn = distributed.in_shares(draw, n)
         masks = drawn.bottleneck.masks.float().cpu()
         frames = None
         if trajectory:
@@ -412,7 +415,7 @@ class SegdiffRun:
             nesting=nesting,
         )  # fmt: skip
         if self.folder is not None:
-            write_json(self.folder / SCORES, scores)
+            distributed.on_first(lambda: write_json(self.folder / SCORES, scores))
         return scores
 
     def evaluate_zero_shot(

@@ -50,27 +50,27 @@ def branch_estimates(prediction: str, schedule: Schedule, x_t: Tensor, branches:
 def draw_images(
     model: FactorizedUNet, config: SegdiffConfig, count: int, *, sampler: str = "ddim", steps: int | None = 50,
     seed: int = 0, device: torch.device, progress: bool = False, trajectory: bool = False,
-    labels: Tensor | None = None, guidance: float = 1.0,
+    labels: Tensor | None = None, guidance: float = 1.0, rows: slice | None = None,
 ) -> Samples:  # fmt: skip
     """``count`` images [count, 3, R, R] in [-1, 1] with their :class:`~factorkit.segdiff.model.Regions`.
 
     A model trained on t < t_max alone starts there instead of at T. Many images are drawn in pieces, so that memory
     does not grow with their number. labels: int64 [count], -1 for none, what the images are to be of; guidance: the
-    scale of :class:`~factorkit.diffusion.guidance.Guided`.
+    scale of :class:`~factorkit.diffusion.guidance.Guided`. rows: draw only these of them, as they are among all.
 
     Raises:
         ConfigError: an unknown sampler, or steps out of range.
     """
     if steps is not None and not 1 <= steps <= config.timesteps:
         raise ConfigError(f"steps={steps}: this model's schedule has 1 to {config.timesteps} of them")
-    start = levels(config)
+    start, (begin, end, _) = levels(config), (rows or slice(None)).indices(count)
 
-    def told(first: int) -> Denoiser:
-        return model if labels is None else Guided(model, labels[first : first + PIECE].to(device), guidance)
+    def told(drawn: slice) -> Denoiser:
+        return model if labels is None else Guided(model, labels[drawn].to(device), guidance)
 
     pieces = [
         sample(
-            told(first),
+            told(slice(max(begin, first), min(end, first + PIECE))),
             (min(PIECE, count - first), 3, config.resolution, config.resolution),
             schedule=config.noising(device),
             prediction=config.prediction,
@@ -78,10 +78,11 @@ def draw_images(
             steps=min(steps, start) if steps else steps,
             t_start=start,
             seed=derived_seed("generate", seed, first),
+            rows=slice(max(begin - first, 0), min(end - first, PIECE)),
             progress=progress,
             trajectory=trajectory,
         )
-        for first in range(0, count, PIECE)
+        for first in range(begin // PIECE * PIECE, end, PIECE)
     ]
     images = torch.cat([piece.images for piece in pieces])
     frames = None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from factorkit.data.labelled import load_labelled
+from factorkit.engine import distributed
 from factorkit.errors import ConfigError
 from factorkit.metrics.baselines import score_baselines
 from factorkit.metrics.nested import nested_accuracy
@@ -29,7 +31,7 @@ def label_scores(
     """What :meth:`~factorkit.segdiff.run.SegdiffRun.evaluate` answers."""
     config = run.config
     check_scorable(run)
-    predict, size = run.predictor(t, quality), size or config.resolution
+    predict, size = in_shares(run.predictor(t, quality)), size or config.resolution
     ignore = config.ignore if ignore is None else ignore
     small = labelled = load_labelled(images, masks, size, ignore=ignore)
     if size != config.resolution:
@@ -46,7 +48,9 @@ def label_scores(
         scores = nested_accuracy(found, labelled.labels, config.nesting, nesting, valid=labelled.valid, fit=fit)
     scores |= {"confidence": soft.amax(1).mean().item(), "size": size, "step": run.step}
     if baselines and nesting is None:
-        scores["baselines"] = score_baselines(labelled.images, labelled.foreground, labelled.valid, fit)
+        scores["baselines"] = distributed.on_first(
+            lambda: score_baselines(labelled.images, labelled.foreground, labelled.valid, fit)
+        )
     return scores
 
 
@@ -56,7 +60,12 @@ def class_scores(
     """What :meth:`~factorkit.segdiff.run.SegdiffRun.evaluate_zero_shot` answers."""
     check_scorable(run)
     told = {**options, "fit": fit or run.config.fit}
-    return zero_shot_scores(run.config, lambda label: run.predictor(t, quality, label), data, **told)
+    return zero_shot_scores(run.config, lambda label: in_shares(run.predictor(t, quality, label)), data, **told)
+
+
+def in_shares(predict: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same, each process of a run looking at its share of the images."""
+    return lambda images: distributed.in_shares(lambda rows: predict(images[rows]), len(images))
 
 
 def check_scorable(run: SegdiffRun) -> None:

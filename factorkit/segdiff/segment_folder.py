@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from factorkit.data.source_base import shown
 from factorkit.data.sources import Source
+from factorkit.engine import distributed
 from factorkit.engine.atomic import clear_unfinished, save_image
 from factorkit.engine.folder import held
 from factorkit.errors import ConfigError, DataError, WriteError, is_out_of_memory
@@ -79,14 +80,21 @@ def segment_folder(
     formats = check_formats(formats)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers}: at least one thread has to read")
-    source = without_results(source, out)
+    source, key = without_results(source, out), fingerprint(model, settings)
+    opened: list[Manifest] = []
+    distributed.barrier()  # nobody writes where another still looks for pictures
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with held(out, "segmenting into"):
-            manifest = Manifest(out, fingerprint(model, settings), source)
-            with closing(manifest):
-                job = _Job(config, predict, source, manifest, settings, formats, workers, progress)
-                return job.run()
+        with ExitStack() as stack:
+
+            def begin() -> None:
+                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(held(out, "segmenting into"))
+                opened.append(stack.enter_context(closing(Manifest(out, key, source))))
+
+            distributed.on_first(begin)
+            if part := distributed.rank():
+                opened.append(stack.enter_context(closing(Manifest(out, key, source, part))))
+            return _Job(config, predict, source, opened[0], settings, formats, workers, progress).run()
     except OSError as error:  # a source reports its own as DataError, so this one is the results'
         where = shown(str(error.filename or out))
         raise WriteError(
@@ -117,6 +125,17 @@ class _Job:
         self.held_pixels = deque([GUESSED], maxlen=AHEAD)
 
     def run(self) -> FolderSegments:
+        count = len(self.source)
+        todo, sheet_due = distributed.on_first(self._plan)
+        for rows, skipped in distributed.everyones(lambda: self._share(todo)):
+            self.rows |= rows
+            self.skipped |= skipped
+        self.skipped = {name: self.skipped[name] for name in self.source.names if name in self.skipped}
+        self._report(count)
+        return distributed.on_first(lambda: self._complete(count - len(todo), sheet_due))
+
+    def _plan(self) -> tuple[list[int], bool]:
+        """The pictures to be segmented, and whether the sheet is to be drawn."""
         count, regions = len(self.source), self.config.leaves
         done = [self.manifest.has(i, self.paths[i], self.formats, regions) for i in range(count)]
         first = range(min(SHEET_IMAGES, count))
@@ -126,20 +145,30 @@ class _Job:
         todo = [i for i in range(count) if not done[i]]
         for folder in {(self.out / self.paths[i]).parent for i in todo} | {self.out}:
             clear_unfinished(folder)
+        return todo, sheet_due
+
+    def _share(self, todo: Sequence[int]) -> tuple[dict[int, list[np.ndarray]], dict[str, str]]:
+        """Segment what is this process's of the pictures; rows for the sheet, and what was left out."""
+        mine, before = todo[distributed.rank() :: distributed.world_size()], len(self.source) - len(todo)
+        silent = not self.progress or distributed.rank() > 0
         with tqdm(
-            total=count, initial=count - len(todo), desc="segmenting", unit="image", disable=not self.progress
+            total=before + len(mine), initial=before, desc="segmenting", unit="image", disable=silent
         ) as bar:
-            for _ in self._segment(todo):
+            for _ in self._segment(mine):
                 bar.update()
-        self._report(count)
+        return self.rows, self.skipped
+
+    def _complete(self, already: int, sheet_due: bool) -> FolderSegments:
+        """What is left to do when all pictures are done."""
+        self.manifest.take_in()
         if sheet_due and self.rows:
             self._write_sheet()
+        regions = self.config.leaves
         annotated = write_annotations(self.manifest, regions) if "coco" in self.formats else None
         areas = [line["areas"] for _, line in self.manifest.records()]
-        sheet = self.sheet if self.sheet.exists() else None
         return FolderSegments(
-            self.out, count - len(self.skipped), count - len(todo), self.skipped, regions,
-            np.mean(areas, 0).tolist(), sheet, annotated,
+            self.out, len(self.source) - len(self.skipped), already, self.skipped, regions,
+            np.mean(areas, 0).tolist(), self.sheet if self.sheet.exists() else None, annotated,
         )  # fmt: skip
 
     def _segment(self, todo: Sequence[int]) -> Iterator[int]:
@@ -264,6 +293,8 @@ class _Job:
         named = "; ".join(f"{shown(n)} ({shown(reason)})" for n, reason in list(self.skipped.items())[:NAMED])
         if len(self.skipped) == count:
             raise DataError(f"none of {count} images could be segmented: {named}. Check the files.")
+        if distributed.rank():
+            return
         more = f"; and {len(self.skipped) - NAMED} more" if len(self.skipped) > NAMED else ""
         warnings.warn(
             f"{len(self.skipped)} of {count} images could not be segmented and were left out: {named}{more}",

@@ -108,14 +108,14 @@ def train_segdiff(
             config = run_heats(config, folder, seeds, trainer)
         trainer(config, folder).run()
         run = SegdiffRun.load(folder, device=device)
-        if distributed.rank() == 0 and dataset.test_images is not None and config.leaves > 1:
+        if dataset.test_images is not None and config.leaves > 1:
             score(run, dataset, baselines)
     return run
 
 
 def score(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
     """Score a finished run on its held-out images, unless scores.json already tells how these very weights did."""
-    known = run.scores or {}
+    known = distributed.on_first(lambda: run.scores) or {}
     if known.get("step") == run.step and ("baselines" in known or not baselines):
         return
     try:
@@ -125,7 +125,7 @@ def score(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
     except (ConfigError, DataError) as error:  # a run that took hours is not lost for a mask that cannot be read
         warnings.warn(f"the run is finished, but could not be scored: {error}", stacklevel=3)
         return
-    write_report(run.folder)
+    distributed.on_first(lambda: write_report(run.folder))
 
 
 def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, Prepared, np.ndarray]:

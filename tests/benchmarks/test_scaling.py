@@ -12,6 +12,7 @@ from benchmarks.scaling import (
     all_reduce_seconds,
     efficiency,
     exposed_seconds,
+    sharded_volume,
     trained_parameters,
     volume,
 )
@@ -51,6 +52,7 @@ def test_the_parameters_of_presets():
 
 def test_a_ring_by_its_formula():
     assert volume(1000, 2) == 1000 and volume(1000, 1) == 0
+    assert sharded_volume(1000, 2) == 1500 and sharded_volume(1000, 1) == 0
     assert all_reduce_seconds(8e9, 8, LINKS) == pytest.approx(volume(8e9, 8) / 200e9)
     assert all_reduce_seconds(8e9, 64, LINKS) == pytest.approx(volume(8e9, 64) / 25e9)  # the narrowest link counts
     slow = Links(200e9, 25e9, 10e9, 1e-5, 8)

@@ -128,6 +128,16 @@ def test_with_shared_noise_an_image_depends_on_its_start_alone():
     torch.testing.assert_close(noise, draw(model, (1, 3, 4, 4), seed=7).images.expand(3, -1, -1, -1))
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "heun", "dpm++"])
+@pytest.mark.parametrize("start", [None, torch.linspace(-1, 1, 20).reshape(5, 1, 2, 2)])
+def test_rows_are_those_of_the_whole(sampler, start):
+    model = Gaussian(Schedule(50), 0.0, 0.5)
+    options = {"sampler": sampler, "steps": 5, "x_start": start, "seed": 7}
+    everything = draw(model, (5, 1, 2, 2), **options).images
+    for rows in (slice(0, 2), slice(2, 5), slice(4, 5)):
+        assert torch.equal(draw(model, (5, 1, 2, 2), rows=rows, **options).images, everything[rows])
+
+
 def test_clip_bounds_the_estimate_at_every_step():
     result = draw(Gaussian(Schedule(50), 1.0, 0.5), (1, 1, 16, 16), clip=True, trajectory=True)
     assert max(step.x0.max().item() for step in result.trajectory) == 1.0 == result.images.max().item()

@@ -1,8 +1,10 @@
 """Train tiny models in one process and in several, joined by gloo as torchrun would. For test_distributed.py.
 
 python processes.py FOLDER leaves the runs ``<name>_<processes>`` there; ``stopped``: two processes of which one gets
-SIGTERM; ``restarted``: two of which one gets SIGKILL, under torchrun's agent; ``grown``: one, and then four. The
-processes are forks of this one, which has imported torch but never used it.
+SIGTERM; ``aside``: two, in shards, of which the first draws a sheet until the second is two steps further; ``spoilt``:
+two of which the first cannot draw a sheet; ``restarted``: two of which one gets SIGKILL, under torchrun's agent;
+``grown``: one, and then four; ``resharded``: two in shards, one, and two in shards. The processes are forks of this
+one, which has imported torch but never used it.
 """
 
 from __future__ import annotations
@@ -11,15 +13,21 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo
+import torch.distributed.fsdp
+import torch.distributed.tensor  # noqa: F401
 
 from benchmarks import tiny_runs
+from factorkit.engine import sharding
+from factorkit.engine.step import StepLoss
+from factorkit.errors import DataError
 from factorkit.segdiff.task import SegdiffTask
 
 #: by name: the training, its settings, and in how many processes beside one, with what changes of settings
@@ -28,7 +36,12 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[int, dict[str, Any]]]] = {
     "thesis": ("segdiff", {"form": "thesis"}, {2: {"micro_batch_size": 3}}),  # of 4: the last piece is smaller
     "dictionary": ("nerfdiff", {"tuning_steps": 2}, {2: {}, 4: {}}),
     "joint": ("nerfdiff", {"search": "joint", "field": "hashgrid", "occupancy": True}, {2: {}}),
-}
+    "clipped": (
+        "segdiff", {"form": "thesis", "checkpoint_branches": True, "gradient_clip": 0.05, "steps": 2, "ema_also": (0.5,)},
+        {2: {"shard": True, "micro_batch_size": 3}},
+    ),
+    "learned": ("nerfdiff", {"poses": "learned", "freedom": ("focal",)}, {2: {"shard": True}}),
+}  # fmt: skip
 
 
 def train(model: str, out: Path, **changes: Any) -> None:
@@ -43,7 +56,7 @@ def start(work: Callable[[], None], rank: int, world: int, port: int) -> int:
     """Do ``work`` in a process of its own, one of ``world``; answers its id."""
     if child := os.fork():
         return child
-    signal.alarm(200)  # processes that wait for each other forever are to end, and fail the test
+    signal.alarm(400)  # processes that wait for each other forever are to end, and fail the test
     try:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
@@ -78,6 +91,57 @@ def run(world: int, work: Callable[[int], None]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
+def drawing(out: Path, inspect: Callable[[int], dict[str, Any]], loss: Callable[..., StepLoss], **changes: Any) -> None:
+    """Train with these sheets, to which the size of the averaged weights is added, and this loss."""
+    tiny_runs.without_sheets()
+    weigh = lambda model: float(sum(x.double().abs().sum() for x in model.state_dict().values()))  # noqa: E731
+    SegdiffTask.inspect = lambda task, model, step, folder: inspect(step) | {"weighed": weigh(model)}
+    SegdiffTask.loss = loss
+    settings = tiny_runs.SEGDIFF | {"steps": 6, "precision": "fp32", "log_every": 1, "sample_every": 2} | changes
+    tiny_runs.train_segdiff(tiny_runs.noise_images(), out=out, **settings)
+
+
+def aside(out: Path, rank: int, world: int) -> None:
+    """Two processes train in shards; in the fifth step the loss of an image of the last one's is not finite."""
+    passed, cut, shard, loss = out.with_name("passed"), [], sharding.shard, SegdiffTask.loss
+
+    def inspect(step: int) -> dict[str, Any]:
+        if step == 2 and world == 2:
+            for _ in range(1000):
+                if passed.exists():
+                    break
+                time.sleep(0.05)
+            else:
+                raise TimeoutError("the other process waits for this sheet")
+        return {"failures": ["bad"] if step == 4 else [], "error": 0.5 - step / 100 if step < 5 else 0.6}
+
+    def watched(task, model, indices, draw, at):
+        if rank == 1 and at == 3:  # the fourth step: two are taken since the sheet was begun
+            passed.touch()
+        found = loss(task, model, indices, draw, at)
+        last = torch.arange(draw.rows.start, draw.rows.stop) == draw.batch - 1
+        return found._replace(objective=found.objective * torch.where(last & (at == 4), torch.nan, 1.0))
+
+    def watched_shard(module, *given, **options):
+        cut.append(shard(module, *given, **options))
+        return cut[-1]
+
+    sharding.shard = watched_shard
+    drawing(out, inspect, watched, keep_checkpoints=1, shard=True)
+    assert len(cut) == (2 if world == 2 else 0)  # the model and its average
+    for module in cut:
+        mine = sum(p.to_local().numel() for p in module.parameters() if sharding.is_cut(p))
+        most = sum(p.numel() for p in module.parameters())
+        assert 0.4 * most < mine < 0.6 * most, (mine, most)
+
+
+def spoilt(out: Path) -> None:
+    def inspect(step: int) -> dict[str, Any]:
+        raise DataError(f"no picture at step {step}")
+
+    drawing(out, inspect, SegdiffTask.loss, steps=50)
+
+
 def stopped(out: Path, rank: int) -> None:
     if rank == 1:
         signal_in(2, signal.SIGTERM)
@@ -109,13 +173,19 @@ def main(folder: Path) -> None:
             out, chosen = folder / f"{name}_{world}", settings | changes
             codes = run(world, lambda rank, out=out, model=model, chosen=chosen: train(model, out, **chosen))
             assert codes == [0] * world, (name, world, codes)
+    for world in (1, 2):
+        assert run(world, lambda rank, world=world: aside(folder / f"aside_{world}", rank, world)) == [0] * world
+    assert run(2, lambda rank: spoilt(folder / "spoilt")) == [1, 1]
     codes = run(2, lambda rank: stopped(folder / "stopped", rank))
     assert codes == [143, 143], codes
     assert run(2, lambda rank: train("segdiff", folder / "unbroken", steps=5, checkpoint_every=1)) == [0, 0]
     assert run(1, lambda rank: restarted(folder / "restarted")) == [0]
-    for world, steps in ((1, 2), (4, 3)):
-        codes = run(world, lambda rank, steps=steps: train("segdiff", folder / "grown", steps=steps))
-        assert codes == [0] * world, codes
+    chains = {"grown": [(1, {}), (4, {})], "resharded": [(2, {"shard": True}), (1, {}), (2, {"shard": True})]}
+    for name, chain in chains.items():
+        for steps, (world, changes) in enumerate(chain, start=4 - len(chain)):
+            changes = changes | {"steps": steps}
+            codes = run(world, lambda rank, name=name, changes=changes: train("segdiff", folder / name, **changes))
+            assert codes == [0] * world, (name, codes)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ PROCESSES = Path(__file__).with_name("processes.py")
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     done = subprocess.run(
-        [sys.executable, str(PROCESSES), str(folder)], capture_output=True, text=True, timeout=240,
+        [sys.executable, str(PROCESSES), str(folder)], capture_output=True, text=True, timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(factorkit.__file__).parents[1])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    (folder / "stderr.txt").write_text(done.stderr)
     return folder
 
 
@@ -52,12 +53,13 @@ def assert_close(one: str, other: str, runs: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "world"),
-    [("regional", 2), ("regional", 4), ("thesis", 2), ("dictionary", 2), ("dictionary", 4), ("joint", 2)],
-)
+    [("regional", 2), ("regional", 4), ("thesis", 2), ("dictionary", 2), ("dictionary", 4), ("joint", 2),
+     ("clipped", 2), ("learned", 2)],
+)  # fmt: skip
 def test_several_processes_train_as_one(runs, name, world):
-    """The thesis' form in pieces too: it has no statistics over the batch."""
+    """The thesis' form in pieces too: it has no statistics over the batch. The last two in shards (processes.py)."""
     alone, together = lines(runs / f"{name}_1"), lines(runs / f"{name}_{world}")
-    assert alone.keys() == together.keys() and len(alone) == {"dictionary": 7, "joint": 3}.get(name, 1)
+    assert alone.keys() == together.keys() and len(alone) == {"dictionary": 7, "learned": 4, "joint": 3}.get(name, 1)
     for stage, expected in alone.items():
         assert [line["step"] for line in together[stage]] == list(range(1, len(expected) + 1))  # one process writes
         for one, other in zip(expected, together[stage], strict=True):
@@ -73,6 +75,28 @@ def test_a_signal_to_one_process_stops_all_of_them_together(runs):
     assert [e["step"] for e in read_log(runs / "stopped") if e["event"] == "signal"] == [3]
 
 
+def test_no_process_waits_for_a_sheet(runs):
+    """That of step 2 ended after the other process had begun its fourth step (processes.py). What follows from sheets
+    is the same as alone."""
+    alone, together = ([e for e in read_log(runs / f"aside_{n}") if e["event"] in ("step", "alarms")] for n in (1, 2))
+    order = [(e["event"], e["step"]) for e in together]
+    assert order.index(("alarms", 2)) > order.index(("step", 3))
+    told = [[(e["step"], e["failures"], e["error"]) for e in log if e["event"] == "alarms"]
+            for log in (alone, together)]  # fmt: skip
+    assert told[0] == told[1] and [step for step, *_ in told[0]] == [2, 4, 6]
+    weighed = [[e["weighed"] for e in log if e["event"] == "alarms"] for log in (alone, together)]
+    assert weighed[1] == pytest.approx(weighed[0], rel=1e-6) and len(set(weighed[0])) == 3
+    assert order[-1] == ("alarms", 6)
+    left = [sorted(p.name for p in (runs / f"aside_{n}/checkpoints").iterdir()) for n in (1, 2)]
+    assert left[0] == left[1] == ["best.json", "step_00000002.safetensors", "step_00000006.safetensors"]
+    assert (runs / "aside_1/checkpoints/best.json").read_text() == (runs / "aside_2/checkpoints/best.json").read_text()
+
+
+def test_a_sheet_that_cannot_be_drawn_ends_all_processes_and_is_named(runs):
+    said = (runs / "stderr.txt").read_text()
+    assert "DataError: no picture at step 2" in said and "FactorkitError: process 0 of this run ended it" in said
+
+
 def test_when_one_process_is_lost_torchrun_starts_all_again_and_the_result_is_the_same(runs):
     resumed = [e["step"] for e in read_log(runs / "restarted") if e["event"] == "resume"]
     assert resumed and set(resumed) <= {2, 3}  # of the checkpoint that was written, or being written, as it died
@@ -80,10 +104,17 @@ def test_when_one_process_is_lost_torchrun_starts_all_again_and_the_result_is_th
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
-def test_a_run_goes_on_in_more_processes(runs):
-    resumed = [e["step"] for e in read_log(runs / "grown") if e["event"] == "resume"]
-    assert resumed == [2]
-    assert_close("regional_1", "grown", runs)
+@pytest.mark.parametrize(("name", "steps"), [("grown", [2]), ("resharded", [1, 2])])
+def test_a_run_goes_on_in_another_number_of_processes_and_shards(runs, name, steps):
+    resumed = [e["step"] for e in read_log(runs / name) if e["event"] == "resume"]
+    assert resumed == steps
+    assert_close("regional_1", name, runs)
+
+
+def test_a_step_that_is_not_finite_in_one_shard_is_skipped_in_all(runs):
+    skipped = [[e["message"] for e in read_log(runs / f"aside_{n}") if e["event"] == "skip"] for n in (1, 2)]
+    assert skipped[0] == skipped[1] and "the loss of image" in skipped[0][0] and len(skipped[0]) == 1
+    assert_close("aside_1", "aside_2", runs)
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(toy, monkeypatch):

@@ -200,7 +200,7 @@ def test_refining_finds_the_pose_of_a_picture_from_near_it(finished):
     images = render_views(field, true, optics, (16, 16), 16).color.movedim(-1, 1)
     off = orbit_poses(way + 0.06 * torch.randn(3, 3), finished.scene["distance"])
     before = [x.clone() for x in model.state_dict().values()]
-    found = refined(model, images, off, 40, finished.config)
+    found = refined(model, images, off, 40, finished.config, finished.scene["distance"])
     far, near = (rotation_errors_degrees(x, true) for x in (off, found))
     assert near.max() < 1.0 < far.min(), (far, near)
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))

@@ -128,6 +128,19 @@ def test_a_second_call_does_nothing_and_what_changed_is_done_again(run, photos, 
         assert quiet(run, folder, out, **changes).already == 0, changes
 
 
+def test_what_another_process_had_finished_when_it_was_killed_counts(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(segment_folder, "SHEET_IMAGES", 1)
+    out = tmp_path / "out"
+    quiet(run, photos(), out)
+    lines = (out / "segments.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "segments.jsonl").write_bytes(b"".join(lines[:3]))
+    (out / "segments.1.jsonl").write_bytes(lines[3])
+    (out / "segments.2.jsonl").write_bytes(lines[4] + lines[5][:40])  # killed while it wrote
+    found = quiet(run, tmp_path / "photos", out)
+    assert (found.already, found.segmented) == (5, 6)
+    assert sorted(p.name for p in out.glob("*.jsonl")) == ["segments.jsonl"]
+
+
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_call_that_was_stopped_goes_on(run, photos, tmp_path, monkeypatch, end):
     """Whatever stopped it, what is there is whole, and the next call ends with the files of an unbroken one."""

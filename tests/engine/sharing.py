@@ -1,0 +1,102 @@
+"""Generate, evaluate, segment and render in one process and in three, joined by gloo as torchrun would. For
+test_sharing.py.
+
+python sharing.py FOLDER leaves FOLDER/1 and FOLDER/3 with what each command wrote, and <command>.<process>.txt with
+what each process printed; in FOLDER/lost is what two processes left of which one could not write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch._dynamo  # noqa: F401
+from PIL import Image
+
+from benchmarks import tiny_runs
+from factorkit.cli import main as command_line
+from factorkit.data import procedural_views
+from factorkit.segdiff import segment_folder
+from tests.engine.processes import run
+
+PICTURES = 7
+
+
+def prepare(folder: Path) -> None:
+    """A run of each model, and pictures: one of them broken, some of another size, masks for the rest."""
+    tiny_runs.train("segdiff", folder / "segdiff", steps=2)
+    tiny_runs.without_sheets()
+    views = procedural_views(12, 8, seed=1)
+    few = {"search_steps": 4, "field_steps": 2, "steps": 2}
+    tiny_runs.nerfdiff.train_nerfdiff(views.select(slice(0, 8)), out=folder / "nerfdiff", **tiny_runs.NERFDIFF | few)
+    noise = np.random.default_rng(1)
+    for kind in ("pictures", "scored", "masks"):
+        (folder / kind).mkdir()
+    for i in range(PICTURES):
+        size = (16, 24 if i % 3 else 16)
+        Image.fromarray(noise.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"pictures/{i}.png")
+        Image.fromarray(noise.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"scored/{i}.png")
+        Image.fromarray(noise.integers(0, 2, (16, 16), np.uint8) * 255).save(folder / f"masks/{i}.png")
+    (folder / "pictures/3.png").write_bytes(b"no picture")
+
+
+def commands(folder: Path, out: Path) -> dict[str, list[str]]:
+    segdiff, nerfdiff = str(folder / "segdiff"), str(folder / "nerfdiff")
+    return {
+        # more than are drawn at once, and with noise at every step
+        "generate": ["generate", segdiff, "-n", "67", "--sampler", "ddpm", "--steps", "3", "--trajectory"],
+        "few": ["generate", segdiff, "-n", "2", "--steps", "2"],
+        "evaluate": ["evaluate", segdiff, "--images", str(folder / "scored"), "--masks", str(folder / "masks"),
+                     "--fit", "2", "--baselines"],
+        "segment": ["segment", segdiff, str(folder / "pictures"), "--formats", "labels", "masks", "coco"],
+        "again": ["segment", segdiff, str(folder / "pictures"), "--formats", "labels", "masks", "coco"],
+        "render": ["render", nerfdiff, "--frames", "4", "--size", "12"],
+        "sample": ["sample", nerfdiff, "-n", "5", "--steps", "3", "--trajectory"],
+        "pose": ["pose", nerfdiff, str(folder / "scored"), "--refine", "2"],
+    }  # fmt: skip
+
+
+def told(arguments: list[str], printed: Path) -> None:
+    """A command line, and what this process says of it."""
+    with open(printed, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(sys.stderr):
+        code = command_line([*arguments, "--device", "cpu", "--json"])
+    if code:
+        raise SystemExit(code)
+
+
+def work(folder: Path, out: Path, rank: int) -> None:
+    for name, arguments in commands(folder, out).items():
+        where = {"again": "segment", "pose": "pose.json"}.get(name, name)
+        place = [] if name == "evaluate" else ["--out", str(out / where)]
+        told(arguments + place, out / f"{name}.{rank}.txt")
+
+
+def full(folder: Path, rank: int) -> None:
+    """The disk is full for one process alone."""
+
+    def write(*given):
+        raise OSError(28, "No space left on device", "here")
+
+    if rank == 1:
+        segment_folder.write_picture = write
+    told(["segment", str(folder / "segdiff"), str(folder / "pictures"), "--out", str(folder / "lost")],
+         folder / f"lost.{rank}.txt")  # fmt: skip
+
+
+def main(folder: Path) -> None:
+    assert run(1, lambda rank: prepare(folder)) == [0]
+    for world in (1, 3):
+        out = folder / str(world)
+        out.mkdir()
+        codes = run(world, lambda rank, out=out: work(folder, out, rank))
+        assert codes == [0] * world, (world, codes)
+    codes = run(2, lambda rank: full(folder, rank))
+    assert codes == [1, 1], codes
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

@@ -1,0 +1,97 @@
+"""What three processes generate, score, segment and render together is what one does alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import factorkit
+from factorkit.engine import distributed
+from factorkit.errors import ConfigError
+
+SHARING = Path(__file__).with_name("sharing.py")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    folder, source = tmp_path_factory.mktemp("sharing"), Path(factorkit.__file__).parents[1]
+    ran = subprocess.run(
+        [sys.executable, str(SHARING), str(folder)], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source)},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    (folder / "stderr.txt").write_text(ran.stderr)
+    return folder
+
+
+def printed(done: Path, world: int, name: str) -> dict:
+    """What process 0 printed; the others say nothing."""
+    assert all(not (done / f"{world}/{name}.{rank}.txt").read_text() for rank in range(1, world))
+    return json.loads((done / f"{world}/{name}.0.txt").read_text().replace(str(done / str(world)), "OUT"))
+
+
+def assert_alike(one, other) -> None:
+    """Numbers to rounding, everything else exactly."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"seconds", "stamp", "time"}:
+            assert_alike(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_alike(a, b)
+    elif isinstance(one, float):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-3)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("name", ["generate", "few", "evaluate", "segment", "again", "render", "sample", "pose"])
+def test_one_process_speaks_and_says_what_it_would_alone(done, name):
+    assert_alike(printed(done, 1, name), printed(done, 3, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures"), [("generate", 67), ("few", 2), ("segment", 6), ("render", 4), ("sample", 5)]
+)
+def test_three_processes_write_what_one_does(done, name, pictures):
+    alone, together = (done / f"{world}/{name}" for world in (1, 3))
+    names = sorted(path.name for path in alone.iterdir())
+    assert names == sorted(path.name for path in together.iterdir())
+    assert sum(name.endswith(".png") for name in names) >= pictures
+    for path in alone.glob("*.png"):
+        one, other = (np.asarray(Image.open(p)).astype(int) for p in (path, together / path.name))
+        apart = abs(one - other)
+        assert one.shape == other.shape and (apart > 1).mean() < 2e-3, (path.name, apart.max())
+
+
+def test_each_picture_is_segmented_once_and_noted_in_one_manifest(done):
+    lines = [json.loads(line) for line in (done / "3/segment/segments.jsonl").read_text().splitlines()]
+    assert sorted(line["name"] for line in lines if "files" in line) == [f"{i}.png" for i in (0, 1, 2, 4, 5, 6)]
+    assert [printed(done, world, "again")["already"] for world in (1, 3)] == [6, 6]
+    found = [json.loads((done / f"{world}/segment/annotations.json").read_text()) for world in (1, 3)]
+    assert_alike(*found)
+
+
+def test_what_one_process_cannot_write_ends_all_and_the_rest_stands(done):
+    """The exit codes are 1 (sharing.py); what the other process finished counts the next time."""
+    assert "No space left on device" in (done / "stderr.txt").read_text()
+    assert all("No space left" in (done / f"lost.{rank}.txt").read_text() for rank in (0, 1))
+    left = sorted(path.name for path in (done / "lost").glob("*_labels.png"))
+    assert left == [f"{i}_labels.png" for i in (0, 2, 4, 6)]
+
+
+def test_alone_sharing_is_the_work_itself():
+    rows = torch.arange(5)
+    assert torch.equal(distributed.in_shares(lambda share: {"a": [rows[share]]}, 5)["a"][0], rows)
+    assert distributed.everyones(lambda: 3) == [3] and distributed.on_first(lambda: 4) == 4
+    with pytest.raises(ConfigError, match="mine"):
+        distributed.everyones(lambda: (_ for _ in ()).throw(ConfigError("mine")))
