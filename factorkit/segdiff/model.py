@@ -40,6 +40,9 @@ class Regions(NamedTuple):
     levels: Tensor | None = None
 
 
+LEAST_INSIDE = 1e-3  # share of a batch's pixels that must lie in a region for more than half to stand for it
+
+
 class RegionLogitNorm(nn.Module):
     """Mask logits of zero mean and unit variance for each region over the batch, times a learned gain.
 
@@ -63,15 +66,16 @@ class RegionLogitNorm(nn.Module):
 
     def forward(self, logits: Tensor, within: Tensor | None = None) -> Tensor:
         """logits [B*P, K, H, W], P the parents; same shape out. within: weights of the pixels [B*P, 1, H, W], of which
-        those up to 1/2 do not count; None: all count alike."""
+        those up to 1/2 do not count, unless there are no others; None: all count alike."""
         logits = (logits - logits.mean(1, keepdim=True)).unflatten(0, (-1, self.parents))
         if self.training:
             weights = 1.0
             if within is not None:
                 within = within.unflatten(0, (-1, self.parents))
-                # the soft rim is left out, or "rim or inside" is a split that has the variance
-                within = within * (within > 0.5)
-                weights = within / distributed.average(within.mean((0, 2, 3, 4), keepdim=True)).clamp_min(1e-6)
+                # the soft rim is left out, or "rim or inside" is a split that has the variance; unless all is rim
+                inside = within * (within > 0.5)
+                within = torch.where(_share(inside) > LEAST_INSIDE, inside, within)
+                weights = within / _share(within).clamp_min(1e-6)
             moments = torch.stack([(logits * weights).mean((0, 3, 4)), (logits.square() * weights).mean((0, 3, 4))])
             moments = distributed.average(moments)
             mean, variance = moments[0], (moments[1] - moments[0].square()).clamp_min(0)
@@ -82,6 +86,11 @@ class RegionLogitNorm(nn.Module):
             mean, variance = (s.unflatten(0, (self.parents, -1)) for s in (self.mean, self.variance))
         scale = self.gain * torch.rsqrt(variance + self.eps)
         return ((logits - mean[..., None, None]) * scale[..., None, None]).flatten(0, 1)
+
+
+def _share(within: Tensor) -> Tensor:
+    """Of all processes' pixels, what lies in each parent: of weights [B, P, 1, H, W], [1, P, 1, 1, 1]."""
+    return distributed.average(within.mean((0, 2, 3, 4), keepdim=True))
 
 
 class RegionTokens(nn.Module):

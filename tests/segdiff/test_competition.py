@@ -11,7 +11,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.streams import BatchDraw
 from factorkit.errors import ConfigError
 from factorkit.segdiff import competition as module
-from factorkit.segdiff.competition import RegionCompetition, colour_evidence, invert
+from factorkit.segdiff.competition import ROUNDS, SHARE, RegionCompetition, colour_evidence, invert
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.task import SegdiffTask, noised, to_float
 
@@ -160,3 +160,25 @@ def test_a_competition_has_no_generator_to_normalise(changes):
 def test_masks_are_made_one_of_two_ways():
     with pytest.raises(ConfigError, match="choose one of network, competition"):
         preset_config(None, **TINY, masks="colours").resolved()
+
+
+def test_no_region_is_shut_out_of_a_place():
+    competition = RegionCompetition(3)
+    competition.place.data[0] = 100.0
+    places = competition.places(20, 24)
+    assert places.min() >= SHARE / 3 - 1e-6 and torch.allclose(places.sum(0), torch.ones(20, 24), atol=1e-6)
+
+
+def test_the_colours_are_measured_anew_in_every_round():
+    torch.manual_seed(0)
+    competition, x = RegionCompetition(2), torch.rand(2, 3, 12, 12) * 2 - 1
+    pixels = x.flatten(2).transpose(1, 2)
+    squares = (pixels[..., :, None] * pixels[..., None, :]).flatten(2)
+    prior = competition.places(12, 12).log().flatten(1).expand(2, -1, -1)
+    masks = prior.softmax(1)
+    for _ in range(ROUNDS):
+        logits = prior + colour_evidence(pixels, squares, masks)[0]
+        masks = logits.softmax(1)
+    assert torch.allclose(competition(x).logits.flatten(2), logits, atol=1e-4)
+    once = (prior + colour_evidence(pixels, squares, prior.softmax(1))[0]).softmax(1)
+    assert not torch.allclose(masks, once, atol=1e-2)

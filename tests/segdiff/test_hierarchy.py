@@ -119,6 +119,15 @@ def test_every_region_that_is_split_has_statistics_of_its_own():
     assert [level.logit_norm.mean.numel() for level in model.levels] == [3, 3 * 2, 3 * 2 * 2]
 
 
+def test_a_region_that_is_all_rim_is_measured_there():
+    """Nine uncertain regions have a ninth of every pixel; with nothing to measure, logits would grow without bound."""
+    norm = RegionLogitNorm(2, parents=9).train()
+    logits = torch.randn(18, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = norm(logits, torch.full((18, 1, 8, 8), 1 / 9)).unflatten(0, (-1, 9))
+    assert torch.allclose(found, RegionLogitNorm(2, parents=9).train()(logits).unflatten(0, (-1, 9)), atol=1e-5)
+    assert torch.allclose(found.std((0, 3, 4)), torch.tensor(1.5), atol=0.02)
+
+
 def test_region_tokens_of_a_level_are_taken_inside_the_region(batch):
     torch.manual_seed(0)
     model = stirred(preset_config("demo", **{**TINY, "multipliers": (1, 2), "regions": 2}).resolved().build()).eval()
