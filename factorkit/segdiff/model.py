@@ -58,8 +58,8 @@ class RegionLogitNorm(nn.Module):
         self.register_buffer("variance", torch.ones(regions))
 
     def forward(self, logits: Tensor, within: Tensor | None = None) -> Tensor:
-        """logits [B, K, H, W]; same shape out. within: weights of the pixels [B, 1, H, W], of the region of each picture
-        that is split; None: all of it is."""
+        """logits [B, K, H, W]; same shape out. within: weights of the pixels [B, 1, H, W], those of the region of each
+        picture that is split; None: all of it is."""
         logits = logits - logits.mean(1, keepdim=True)
         if within is not None:
             weights = _inside(within)
