@@ -42,10 +42,7 @@ class HierarchicalUNet(Denoiser):
         self.nesting = tuple(regions)
         check_nesting(self.nesting, settings.get("decoding", "masked_skips"), settings.get("masks", "network"))
         self.regions, self.resolution = math.prod(self.nesting), settings["resolution"]
-        self.levels = nn.ModuleList(
-            FactorizedUNet(regions=count, parents=math.prod(self.nesting[:level]), **settings)
-            for level, count in enumerate(self.nesting)
-        )
+        self.levels = nn.ModuleList(FactorizedUNet(regions=count, **settings) for count in self.nesting)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
         """Prediction [B, C, H, W] and the :class:`~factorkit.segdiff.model.Regions` of the deepest level.
@@ -71,14 +68,13 @@ class HierarchicalUNet(Denoiser):
 
     def segment(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """The masks of the deepest level alone, [B, prod(nesting), H, W]; no decoder is run."""
-        return self._segment(0, x_t, t, cond)
+        return self._segment(0, x_t, t, cond, None)
 
-    def _segment(self, level: int, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
-        masks = self.levels[level].segment(x, t, cond)
+    def _segment(self, level: int, x: Tensor, t: Tensor, cond: Tensor | None, within: Tensor | None) -> Tensor:
+        masks = self.levels[level].segment(x, t, cond, within)
         if level == len(self.levels) - 1:
             return masks
-        inside, times, told, _ = _inside(x, masks, t, cond, None)
-        return _joined(masks, self._segment(level + 1, inside, times, told))
+        return _joined(masks, self._segment(level + 1, *_inside(x, masks, t, cond, within)))
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """What the masks alone are made by."""

@@ -40,57 +40,51 @@ class Regions(NamedTuple):
     levels: Tensor | None = None
 
 
-LEAST_INSIDE = 1e-3  # share of a batch's pixels that must lie in a region for more than half to stand for it
-
-
 class RegionLogitNorm(nn.Module):
     """Mask logits of zero mean and unit variance for each region over the batch, times a learned gain.
 
     Keeps the softmax from saturating within the first hundred steps, after which no gradient moves it. Statistics are
     shared by all processes of a distributed run; in evaluation running averages are used.
 
-    Args:
-        regions: K.
-        parents: how many regions of the level above are split, each picture's one after another in the batch. Each has
-            statistics of its own: with common ones, "which of them is this" is a split that has the variance.
+    Within a region of the level above they are those of that region in the picture at hand: over a batch, "which region
+    is it" and "how noisy is it" have all the variance that is asked for and split nothing.
     """
 
-    def __init__(
-        self, regions: int, gain: float = 1.5, momentum: float = 0.05, eps: float = 1e-5, parents: int = 1
-    ):
+    def __init__(self, regions: int, gain: float = 1.5, momentum: float = 0.05, eps: float = 1e-5):
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(gain))
-        self.momentum, self.eps, self.parents = momentum, eps, parents
-        self.register_buffer("mean", torch.zeros(parents * regions))
-        self.register_buffer("variance", torch.ones(parents * regions))
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("mean", torch.zeros(regions))
+        self.register_buffer("variance", torch.ones(regions))
 
     def forward(self, logits: Tensor, within: Tensor | None = None) -> Tensor:
-        """logits [B*P, K, H, W], P the parents; same shape out. within: weights of the pixels [B*P, 1, H, W], of which
-        those up to 1/2 do not count, unless there are no others; None: all count alike."""
-        logits = (logits - logits.mean(1, keepdim=True)).unflatten(0, (-1, self.parents))
+        """logits [B, K, H, W]; same shape out. within: weights of the pixels [B, 1, H, W], those of the region of each
+        picture that is split; None: all of it is."""
+        logits = logits - logits.mean(1, keepdim=True)
+        if within is not None:
+            weights = _inside(within)
+            mean = (logits * weights).sum((2, 3), keepdim=True)
+            variance = ((logits - mean).square() * weights).sum((2, 3), keepdim=True)
+            return (logits - mean) * (self.gain * torch.rsqrt(variance + self.eps))
         if self.training:
-            weights = 1.0
-            if within is not None:
-                within = within.unflatten(0, (-1, self.parents))
-                # the soft rim is left out, or "rim or inside" is a split that has the variance; unless all is rim
-                inside = within * (within > 0.5)
-                within = torch.where(_share(inside) > LEAST_INSIDE, inside, within)
-                weights = within / _share(within).clamp_min(1e-6)
-            moments = torch.stack([(logits * weights).mean((0, 3, 4)), (logits.square() * weights).mean((0, 3, 4))])
+            moments = torch.stack([logits.mean((0, 2, 3)), logits.square().mean((0, 2, 3))])
             moments = distributed.average(moments)
             mean, variance = moments[0], (moments[1] - moments[0].square()).clamp_min(0)
             with torch.no_grad():
-                self.mean.lerp_(mean.flatten(), self.momentum)
-                self.variance.lerp_(variance.flatten(), self.momentum)
+                self.mean.lerp_(mean, self.momentum)
+                self.variance.lerp_(variance, self.momentum)
         else:
-            mean, variance = (s.unflatten(0, (self.parents, -1)) for s in (self.mean, self.variance))
+            mean, variance = self.mean, self.variance
         scale = self.gain * torch.rsqrt(variance + self.eps)
-        return ((logits - mean[..., None, None]) * scale[..., None, None]).flatten(0, 1)
+        return (logits - mean[:, None, None]) * scale[:, None, None]
 
 
-def _share(within: Tensor) -> Tensor:
-    """Of all processes' pixels, what lies in each parent: of weights [B, P, 1, H, W], [1, P, 1, 1, 1]."""
-    return distributed.average(within.mean((0, 2, 3, 4), keepdim=True))
+def _inside(within: Tensor) -> Tensor:
+    """Weights [B, 1, H, W] that sum to 1 over each picture, of pixels more than half in its region. "Soft rim or
+    inside" is one more split that has the variance; only where there is nothing else the rim counts."""
+    inside = within * (within > 0.5)
+    weights = torch.where(inside.sum((2, 3), keepdim=True) > 1, inside, within)
+    return weights / weights.sum((2, 3), keepdim=True).clamp_min(1e-3)
 
 
 class RegionTokens(nn.Module):
@@ -133,7 +127,6 @@ class FactorizedUNet(Denoiser):
             (:class:`~factorkit.segdiff.competition.RegionCompetition`).
         channels: of the image.
         classes: how many the model can be told of, by labels added to the time embedding; 0 is none.
-        parents: of a level of a hierarchy, how many regions it splits (:class:`RegionLogitNorm`).
 
     Raises:
         ConfigError: a resolution that cannot be halved often enough, or parts that do not go together.
@@ -144,7 +137,7 @@ class FactorizedUNet(Denoiser):
         attention: Sequence[int] = (16, 8), heads: int = 4, groups: int = 32, dropout: float = 0.0,
         decoding: str = "masked_skips", branch_norm: str = "group", region_tokens: bool = False,
         normalised_logits: bool = False, half_resolution_masks: bool = False, checkpoint_branches: bool = False,
-        masks: str = "network", channels: int = 3, classes: int = 0, parents: int = 1,
+        masks: str = "network", channels: int = 3, classes: int = 0,
     ):  # fmt: skip
         super().__init__()
         check_architecture(
@@ -181,7 +174,7 @@ class FactorizedUNet(Denoiser):
             else:
                 nn.init.normal_(self.mask_generator.conv_out.weight, std=1e-3)
             nn.init.zeros_(self.mask_generator.conv_out.bias)
-        self.logit_norm = RegionLogitNorm(regions, parents=parents) if normalised_logits else None
+        self.logit_norm = RegionLogitNorm(regions) if normalised_logits else None
         if decoding == "unshared":
             self.decoder = nn.ModuleList(decoder(channels, norm=branch_norm) for _ in range(regions))
         elif decoding == "concat":
@@ -212,7 +205,9 @@ class FactorizedUNet(Denoiser):
         masks, prediction = ops.region_blend(contest.logits, branches)
         return Denoised(prediction, Regions(masks, branches.unflatten(0, masks.shape[:2]), contest.score))
 
-    def segment(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def segment(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, within: Tensor | None = None
+    ) -> Tensor:
         """The masks alone, [B, K, H, W]: encoder, middle and mask generator, or the competition of the regions without
         any of them; the decoders are never run."""
         if self.regions == 1:
@@ -220,7 +215,7 @@ class FactorizedUNet(Denoiser):
         if self.competition is not None:
             return self.competition(x_t).logits.softmax(1)
         embedding, skips, h = self._encode(x_t, t, cond)
-        return self._logits(h, skips, embedding).softmax(1)
+        return self._logits(h, skips, embedding, within).softmax(1)
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """What the masks alone are made by; nothing for ``regions=1``."""

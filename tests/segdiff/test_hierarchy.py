@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -32,19 +31,17 @@ def nested(regions, **changes) -> HierarchicalUNet:
     return model.double().eval()
 
 
-def by_hand(model, x, t, depth=0, parent=0):
+def by_hand(model, x, t, depth=0, within=None):
     """The text's sum for one region of a level at a time: prediction, masks and branches of the leaves."""
-    # logits are normalised by the place of a region among its picture's, so each is shown in its own
-    parents = math.prod(model.nesting[:depth])
-    out = model.levels[depth](x.repeat_interleave(parents, 0), t.repeat_interleave(parents))
+    out = model.levels[depth](x, t, None, within)
     masks, branches = out.bottleneck.masks, out.bottleneck.branches
-    masks, branches = masks[parent::parents], branches[parent::parents]
     if depth == len(model.levels) - 1:
         return (masks[:, :, None] * branches).sum(1), masks, branches
     total, all_masks, all_branches = 0, [], []
     for i in range(masks.shape[1]):
         m, h = masks[:, i : i + 1], branches[:, i]
-        inner, inner_masks, inner_branches = by_hand(model, m * x, t, depth + 1, parent * masks.shape[1] + i)
+        area = m if within is None else m * within
+        inner, inner_masks, inner_branches = by_hand(model, m * x, t, depth + 1, area)
         total = total + m * (h + inner) / 2
         all_masks.append(m * inner_masks)
         all_branches.append((h[:, None] + inner_branches) / 2)
@@ -95,37 +92,30 @@ def test_a_level_looks_only_where_it_splits():
     within[..., 4] = 0.4  # its rim
     logits[..., 4:] *= 100  # what lies outside of the region
     torch.testing.assert_close(norm(logits, within)[..., :4], inside)
-    torch.testing.assert_close(norm(logits[..., :4]), inside)
+    torch.testing.assert_close(inside.mean((2, 3)), torch.zeros(4, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inside.std((2, 3), unbiased=False), torch.full((4, 2), 1.5), atol=1e-3, rtol=0)
 
 
 def test_every_region_that_is_split_has_statistics_of_its_own():
-    # of two pictures with three regions each; "which region is it" would else pass for a split of unit variance
-    norm = RegionLogitNorm(2, parents=3).train()
+    # "which region is it" and "how noisy is it" would else pass for splits of unit variance
+    norm = RegionLogitNorm(2).train()
     torch.manual_seed(0)
-    logits = torch.randn(6, 2, 8, 8)
+    logits, within = torch.randn(6, 2, 8, 8), torch.rand(6, 1, 8, 8)
     logits[1::3, 0] += 40
-    logits[2::3] *= 0.01
-    within = torch.rand(6, 1, 8, 8)
+    logits[2::3] *= 0.1
     together = norm(logits, within)
-    for parent in range(3):
-        alone = RegionLogitNorm(2).train()
-        expected = alone(logits[parent::3], within[parent::3])
-        torch.testing.assert_close(together[parent::3], expected, atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(norm.mean.view(3, 2)[parent], alone.mean)
-    norm.eval()
-    torch.testing.assert_close(norm(logits)[2::3], norm(logits.roll(3, 0))[2::3].roll(1, 0))
-    assert not torch.allclose(norm(logits), norm(logits.roll(1, 0)).roll(-1, 0)), "the running ones go by place"
-    model = nested((3, 2, 2), normalised_logits=True)
-    assert [level.logit_norm.mean.numel() for level in model.levels] == [3, 3 * 2, 3 * 2 * 2]
+    for row in range(6):
+        torch.testing.assert_close(together[row], norm(logits[row : row + 1], within[row : row + 1])[0])
+    torch.testing.assert_close(together[2], norm(10 * logits, within)[2], atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(norm.eval()(logits, within), together)
+    assert norm(logits, torch.zeros_like(within)).isfinite().all(), "a region may be nowhere in a picture"
 
 
 def test_a_region_that_is_all_rim_is_measured_there():
-    """Nine uncertain regions have a ninth of every pixel; with nothing to measure, logits would grow without bound."""
-    norm = RegionLogitNorm(2, parents=9).train()
-    logits = torch.randn(18, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = norm(logits, torch.full((18, 1, 8, 8), 1 / 9)).unflatten(0, (-1, 9))
-    assert torch.allclose(found, RegionLogitNorm(2, parents=9).train()(logits).unflatten(0, (-1, 9)), atol=1e-5)
-    assert torch.allclose(found.std((0, 3, 4)), torch.tensor(1.5), atol=0.02)
+    """Of nine uncertain regions each has a ninth of every pixel; with nothing to measure, logits would be no split."""
+    logits = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = RegionLogitNorm(2).train()(logits, torch.full((6, 1, 8, 8), 1 / 9))
+    torch.testing.assert_close(found, RegionLogitNorm(2)(logits, torch.ones(6, 1, 8, 8)), atol=1e-4, rtol=0)
 
 
 def test_region_tokens_of_a_level_are_taken_inside_the_region(batch):
