@@ -18,7 +18,7 @@ from factorkit.nerfdiff.rays import render_views, within
 from factorkit.nerfdiff.scene import Scene
 
 SHOWN = 8  # views on a sheet
-POINTS = 20_000  # about as many as a sheet has room for
+POINTS = 20_000  # at most, about as many as a sheet has room for; few pixels tell of few points
 
 
 def cameras_sheet(path: Path, layout: str, chosen: Tensor, candidates: Tensor | None = None) -> None:
@@ -46,7 +46,7 @@ def points_sheet(path: Path, field: Field, scene: Scene, poses: Tensor) -> None:
     views = Views(scene.images.cpu(), scene.names, intrinsics, poses=poses.cpu(), layout=scene.layout)
     lower, upper = (-1.0,) * 3, within((1.0,) * 3, FAR, optics)
     try:
-        cloud = point_cloud(field, views, lower, upper, POINTS)
+        cloud = point_cloud(field, views, lower, upper, min(POINTS, scene.images[:, 0].numel()))
     except DataError:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
