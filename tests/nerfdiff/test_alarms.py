@@ -9,6 +9,7 @@ import torch
 
 from factorkit.data.procedural_scene import scene_field
 from factorkit.engine import loop
+from factorkit.engine.curves import timeline
 from factorkit.engine.log import read_log
 from factorkit.errors import FactorkitError
 from factorkit.nerfdiff import joint
@@ -158,7 +159,7 @@ def collapsing(tiny, monkeypatch, after: int) -> dict:
         return plain(config, scene, field, poses, **rest | {"settled": False, "count": 1})
 
     monkeypatch.setattr(joint, "scene_alarms", alarms)
-    for drawn in ("renders_sheet", "cameras_sheet"):  # which take most of the time
+    for drawn in ("renders_sheet", "cameras_sheet", "points_sheet"):  # which take most of the time
         monkeypatch.setattr(joint, drawn, lambda *given: None)
     monkeypatch.setattr(loop, "write_report", lambda folder: None)
     return tiny | {"search": "joint", "sample_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "steps": 6}
@@ -168,7 +169,7 @@ def test_a_collapsing_scene_is_named_and_the_best_checkpoint_kept(tiny, scene_vi
     settings = collapsing(tiny, monkeypatch, after=3)
     run = train_nerfdiff(scene_views, out=tmp_path / "run", **settings)
     assert "step 4: collapse" in capsys.readouterr().err
-    alarms = [e for e in read_log(run.folder) if e["event"] == "alarms"]
+    alarms = timeline(read_log(run.folder), "alarms")
     assert [bool(e["failures"]) for e in alarms] == [False] * 3 + [True] * 3
     best = min(alarms[:3], key=lambda e: e["error"])["step"]
     kept = sorted(p.name for p in (run.folder / "checkpoints").glob("step_*"))

@@ -97,7 +97,7 @@ def test_the_branches_images_blend_to_the_models_whatever_is_predicted(form, pre
     t = torch.tensor([20, 400, 900])
     x_t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     out = task.model(x_t, t)
-    masks, branches, _ = out.bottleneck
+    masks, branches = out.bottleneck.masks, out.bottleneck.branches
     assert masks.std((0, 2, 3)).min() > 1e-3
     whole = to_x0(prediction, task.schedule, x_t, out.prediction, t)
     each = torch.stack([to_x0(prediction, task.schedule, x_t, b.float(), t) for b in branches.unbind(1)], 1)
