@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.joining import join, meet
 from factorkit.engine.log import read_log
 from factorkit.errors import ConfigError
+from tests.engine.trained import scripts_environment
 
 PROCESSES = Path(__file__).with_name("processes.py")
 
@@ -26,7 +26,7 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     done = subprocess.run(
         [sys.executable, str(PROCESSES), str(folder)], capture_output=True, text=True, timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(factorkit.__file__).parents[1])},
+        env=scripts_environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (folder / "stderr.txt").write_text(done.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-import factorkit
 from factorkit.engine import distributed
 from factorkit.errors import ConfigError
+from tests.engine.trained import scripts_environment
 
 SHARING = Path(__file__).with_name("sharing.py")
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
-    folder, source = tmp_path_factory.mktemp("sharing"), Path(factorkit.__file__).parents[1]
+    folder = tmp_path_factory.mktemp("sharing")
     ran = subprocess.run(
         [sys.executable, str(SHARING), str(folder)], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source)},
+        env=scripts_environment(),
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     (folder / "stderr.txt").write_text(ran.stderr)

@@ -8,9 +8,16 @@ from pathlib import Path
 
 import torch
 
+import factorkit
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.engine.log import read_log
+
+
+def scripts_environment() -> dict[str, str]:
+    """For scripts of the tests, which import the package that the tests do, and the benchmarks beside the tests."""
+    places = [Path(factorkit.__file__).parents[1], Path(__file__).parents[2]]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, places))}
 
 
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
