@@ -19,6 +19,15 @@ OUTLINES = ("petal", "star", "ellipse")
 OUTLINE_SHARES = (0.6, 0.2, 0.2)
 
 
+def check_drawable(name: str, count: int, resolution: int, seed: int) -> None:
+    """Raise ConfigError where no such pictures can be drawn by the function of that name."""
+    if count < 0 or seed < 0 or resolution < 1:
+        raise ConfigError(
+            f"{name}(count={count}, resolution={resolution}, seed={seed}): "
+            "count and seed must be 0 or more, resolution 1 or more."
+        )
+
+
 def flowers(count: int, resolution: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Draw flowers on green backgrounds, with their exact masks.
 
@@ -32,11 +41,7 @@ def flowers(count: int, resolution: int = 32, seed: int = 0) -> tuple[np.ndarray
     Raises:
         ConfigError: a negative count or seed, or a resolution below 1.
     """
-    if count < 0 or seed < 0 or resolution < 1:
-        raise ConfigError(
-            f"flowers(count={count}, resolution={resolution}, seed={seed}): "
-            "count and seed must be 0 or more, resolution 1 or more."
-        )
+    check_drawable("flowers", count, resolution, seed)
     images = np.empty((count, resolution, resolution, 3), np.uint8)
     masks = np.empty((count, resolution, resolution), bool)
     for i in range(count):

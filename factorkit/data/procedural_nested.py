@@ -13,8 +13,7 @@ import colorsys
 
 import numpy as np
 
-from factorkit.data.procedural import OVERSAMPLING, _box_average, _smooth_noise
-from factorkit.errors import ConfigError
+from factorkit.data.procedural import OVERSAMPLING, _box_average, _smooth_noise, check_drawable
 
 THINGS = ("floor", "wall", "object")
 PARTS = (("ground", "rug", "path"), ("plain", "window", "pillar"), ("body", "lid", "band"))
@@ -38,11 +37,7 @@ def rooms(count: int, resolution: int = 32, seed: int = 0) -> tuple[np.ndarray, 
     Raises:
         ConfigError: a negative count or seed, or a resolution below 1.
     """
-    if count < 0 or seed < 0 or resolution < 1:
-        raise ConfigError(
-            f"rooms(count={count}, resolution={resolution}, seed={seed}): "
-            "count and seed must be 0 or more, resolution 1 or more."
-        )
+    check_drawable("rooms", count, resolution, seed)
     images = np.empty((count, resolution, resolution, 3), np.uint8)
     labels = np.empty((count, resolution, resolution), np.uint8)
     for i in range(count):

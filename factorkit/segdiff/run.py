@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from factorkit.data.clips import open_clip
@@ -18,7 +17,7 @@ from factorkit.engine import distributed
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.folder import read_object, write_json
-from factorkit.errors import ConfigError, OutOfMemory, is_out_of_memory
+from factorkit.errors import ConfigError
 from factorkit.segdiff.answers import Frame, Generation, Segmentation
 from factorkit.segdiff.branches import Branches, take_apart
 from factorkit.segdiff.classes import chosen_labels
@@ -33,7 +32,7 @@ from factorkit.segdiff.recompose import Recomposition, recompose_pictures
 from factorkit.segdiff.results import DEFAULT_FORMATS
 from factorkit.segdiff.sampling import draw_images, edit_level
 from factorkit.segdiff.scoring import class_scores, label_scores
-from factorkit.segdiff.segment import check_segmenting, no_room, own_pixels, see, small_masks
+from factorkit.segdiff.segment import check_segmenting, masks_of
 from factorkit.segdiff.segment_folder import FolderSegments, segment_folder
 from factorkit.segdiff.stored import stored_model
 from factorkit.segdiff.task import to_float, to_unit
@@ -140,7 +139,7 @@ class SegdiffRun:
         """
         predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
         pictures, names = as_pictures(images)
-        masks = [self._masks_of(picture, predict, size, upsample) for picture in pictures]
+        masks = [masks_of(self.config, picture, predict, size, upsample) for picture in pictures]
         labels = [hard_labels(m, self.config.nesting) for m in masks]
         if len({m.shape for m in masks}) == 1:
             return Segmentation(torch.stack(labels), torch.stack(masks), names, self.config.nesting)
@@ -237,16 +236,6 @@ class SegdiffRun:
                 return averaged_masks(self.model, images, t, self.schedule, looks, label)
 
         return predict
-
-    def _masks_of(self, picture: Image.Image, predict: Callable[[Tensor], Tensor], size: int, upsample: str) -> Tensor:
-        try:
-            seen = see(picture, self.config, size, upsample)
-            masks = small_masks(predict, seen.small[None], self.config.resolution)
-            return torch.cat([band for _, band in own_pixels(masks[0], seen)], 1)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemory(no_room(picture, size)) from error
 
     def _level(self, t: int | None) -> int:
         t = self.config.segment_t if t is None else t

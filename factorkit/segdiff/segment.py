@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from factorkit.errors import ConfigError
+from factorkit.errors import ConfigError, OutOfMemory, is_out_of_memory
 from factorkit.nn.guided import apply_guidance, fit_guidance, stretch
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.task import to_float
@@ -151,3 +151,21 @@ def _tent(length: int, overlap: int) -> Tensor:
     """Weights that fall along a line within ``overlap`` of either end."""
     at = torch.arange(length) + 0.5
     return torch.minimum(at, length - at).clamp_max(overlap) / overlap
+
+
+def masks_of(
+    config: SegdiffConfig, picture: Image.Image, predict: Callable[[Tensor], Tensor], size: int, upsample: str
+) -> Tensor:
+    """Masks [K, H, W] of a picture, in its own pixels; ``predict`` as :func:`small_masks` takes it.
+
+    Raises:
+        OutOfMemory: the picture is too large for the machine.
+    """
+    try:
+        seen = see(picture, config, size, upsample)
+        masks = small_masks(predict, seen.small[None], config.resolution)
+        return torch.cat([band for _, band in own_pixels(masks[0], seen)], 1)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(no_room(picture, size)) from error

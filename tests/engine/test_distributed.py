@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,21 +14,12 @@ from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.joining import join, meet
 from factorkit.engine.log import read_log
 from factorkit.errors import ConfigError
-from tests.engine.trained import scripts_environment
-
-PROCESSES = Path(__file__).with_name("processes.py")
+from tests.engine.trained import run_script
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("distributed")
-    done = subprocess.run(
-        [sys.executable, str(PROCESSES), str(folder)], capture_output=True, text=True, timeout=900,
-        env=scripts_environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (folder / "stderr.txt").write_text(done.stderr)
-    return folder
+    return run_script("processes.py", tmp_path_factory.mktemp("distributed"), timeout=900)
 
 
 def lines(folder: Path) -> dict[str, list[dict]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +12,12 @@ from PIL import Image
 
 from factorkit.engine import distributed
 from factorkit.errors import ConfigError
-from tests.engine.trained import scripts_environment
-
-SHARING = Path(__file__).with_name("sharing.py")
+from tests.engine.trained import run_script
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sharing")
-    ran = subprocess.run(
-        [sys.executable, str(SHARING), str(folder)], capture_output=True, text=True, timeout=240,
-        env=scripts_environment(),
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    (folder / "stderr.txt").write_text(ran.stderr)
-    return folder
+    return run_script("sharing.py", tmp_path_factory.mktemp("sharing"), timeout=240)
 
 
 def printed(done: Path, world: int, name: str) -> dict:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -14,10 +16,16 @@ from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.engine.log import read_log
 
 
-def scripts_environment() -> dict[str, str]:
-    """For scripts of the tests, which import the package that the tests do, and the benchmarks beside the tests."""
+def run_script(script: str, folder: Path, timeout: float) -> Path:
+    """What a script beside the tests leaves in a folder, with its words in stderr.txt; it imports the package that the
+    tests do, and the benchmarks beside them."""
     places = [Path(factorkit.__file__).parents[1], Path(__file__).parents[2]]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, places))}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, places))}
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    assert done.returncode == 0, done.stderr
+    (folder / "stderr.txt").write_text(done.stderr)
+    return folder
 
 
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
