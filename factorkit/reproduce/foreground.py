@@ -27,7 +27,8 @@ NOTES = (
     "Acc, IoU, DICE: one mapping from regions to foreground for the whole set, fitted on the first labelled images, "
     "which are not scored. Best: the better of the two for each image by its own label, as ReDO and IEM score, and "
     "with K regions the best union of them; an upper bound beside the first.",
-    "The cited rows are of their own splits and resolutions, in the best-polarity protocol.",
+    "The cited rows are of their own splits and resolutions, each scored as its paper did: ReDO and IEM by the better "
+    "polarity.",
 )
 
 
