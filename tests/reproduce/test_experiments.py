@@ -36,7 +36,7 @@ def test_every_experiment_says_what_it_takes():
         assert experiment.name == name and set(experiment.duration) == set(SCALES) and experiment.data
         keys = {column.key for column in experiment.columns}
         assert all(set(cited.values) <= keys for cited in experiment.citations)
-        assert all(cited.values or "no poses found" in cited.row for cited in experiment.citations), "a row of no number"
+        assert all(cited.values or "no poses found" in cited.row for cited in experiment.citations), "no number"
         for scale in SCALES:
             rows = [row.name for row in experiment.rows(Setup(name, None, scale, Path("nowhere")))]
             assert rows and len(set(rows)) == len(rows)
