@@ -2,18 +2,19 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+WHEEL ?= .venv-wheel
 ARGS ?=
 
 BIN := $(VENV)/bin
 # What an installation depends on: until one of these changes, it is not repeated.
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test wheel-test lint clean
 .DEFAULT_GOAL := help
 
 help: ## print this
-	@echo "Variables: PYTHON=$(PYTHON) (makes the environment), VENV=$(VENV), ARGS= (passed on: make test ARGS='-k doctor')"
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+	@echo "Variables: PYTHON=$(PYTHON) (makes the environment), VENV=$(VENV), WHEEL=$(WHEEL), ARGS= (passed on: make test ARGS='-k doctor')"
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
 demo: $(VENV)/.installed ## train on procedural flowers, segment, generate, report: a few minutes on 2 CPU cores
 	$(BIN)/factorkit demo $(ARGS)
@@ -23,12 +24,24 @@ demo: $(VENV)/.installed ## train on procedural flowers, segment, generate, repo
 test: $(VENV)/.installed-test ## the test suite
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --dist loadfile --timeout=300 $(ARGS)
 
+# Everything but the package is copied away from it, so that nothing but the wheel can be imported;
+# tests/test_build.py is about a checkout. PYTHON=python3.13 tries another Python.
+wheel-test: ## build a wheel, install it into an environment of its own (WHEEL=), run the test suite there
+	rm -rf $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)
+	mkdir $(WHEEL)/tree
+	$(WHEEL)/bin/python -m pip wheel --disable-pip-version-check --no-deps -w $(WHEEL)/wheels .
+	$(WHEEL)/bin/python -m pip install --disable-pip-version-check -c constraints.txt "$$(echo $(WHEEL)/wheels/factorkit-*.whl)[test]"
+	git ls-files -z -- ':!factorkit' ':!kernels' | tar -c --null -T - | tar -x -C $(WHEEL)/tree
+	cd $(WHEEL)/tree && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(abspath $(WHEEL))/bin/python -m pytest -n logical --dist loadfile \
+		--timeout=300 --ignore tests/test_build.py $(ARGS)
+
 lint: $(VENV)/.installed-test ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info factorkit/_C.*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(WHEEL) build dist *.egg-info factorkit/_C.*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # Cleared first, should an earlier attempt have been interrupted halfway.
 $(VENV)/.created:
