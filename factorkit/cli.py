@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from factorkit import __version__
-from factorkit.errors import ConfigError, FactorkitError, is_out_of_memory
+from factorkit.errors import ConfigError, FactorkitError, first_line, is_out_of_memory
 from factorkit.flag_types import Command
 from factorkit.flags import COMMANDS
 
@@ -95,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in args or os.environ.get("FACTORKIT_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         print(f"error: {message}", file=sys.stderr)
+        if several_processes():
+            from factorkit.engine.joining import end_at_once
+
+            end_at_once(code)
         return code
 
 
@@ -147,9 +151,14 @@ def notes_on_stderr() -> Iterator[None]:
         yield
 
 
+def several_processes() -> bool:
+    """Whether torchrun started this process beside others."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def is_lost(error: BaseException) -> bool:
-    """Whether an error is that of one of several processes whose fellow is gone."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    """Whether an error is that of one of several processes whose fellow is gone or was never reached."""
+    if not several_processes():
         return False
     from factorkit.engine import distributed
 
@@ -166,7 +175,8 @@ def explain(error: BaseException) -> tuple[int | None, str]:
         cure = "In training lower --micro-batch-size (same result) or --batch-size; elsewhere ask for fewer images"
         return 1, f"out of memory. {cure}. {str(error).partition('.')[0]}".rstrip()
     if is_lost(error):
-        return 1, "another process of this run is gone, so this one cannot go on; what became of it is said there"
+        lost = "another process of this run is gone or out of reach, so this one cannot go on"
+        return 1, f"{lost}; what became of it is said there ({first_line(error)})"
     if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -37,4 +37,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of torch or the system says before it goes into detail."""
+    return (str(error) or repr(error)).splitlines()[0]
+
+
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "CUDA out of memory", "std::bad_alloc")

@@ -9,7 +9,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -154,6 +154,18 @@ def on_first(work: Callable[[], Answer]) -> Answer:
     return answer
 
 
+@contextmanager
+def first_within(context: AbstractContextManager[object]) -> Iterator[None]:
+    """Process 0 is in ``context`` meanwhile, and no other; where it cannot enter it, all processes fail."""
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(context)
+
+        on_first(enter)
+        yield
+
+
 def everyones(work: Callable[[], Answer]) -> list[Answer]:
     """What each process makes of ``work``, in their order, in all of them; where one fails, all of them do."""
     if world_size() == 1:
@@ -196,12 +208,29 @@ def first_of_machine() -> Iterator[None]:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process on its machine (torchrun's LOCAL_RANK)."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    """The GPU of this process on its machine (torchrun's LOCAL_RANK).
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes on it, or all of them were told to share one.
+    """
+    if device.type != "cuda":
+        return device
+    number, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.index is None:
+        if number >= torch.cuda.device_count():
+            raise ConfigError(
+                f"this is process {number + 1} of {processes} on this machine, but torch sees "
+                f"{torch.cuda.device_count()} GPU(s) here; give torchrun --nproc-per-node no more than that"
+            )
+        return torch.device("cuda", number)
+    if processes > 1:
+        raise ConfigError(
+            f"device='{device}' is one GPU, but {processes} processes run on this machine, each on a GPU of its own; "
+            "give device='cuda'"
+        )
     return device
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error is that of a process whose fellow is gone."""
+    """Whether an error is that of a process whose fellow is gone or was never reached."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,12 @@ def claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str]) -> 
     Raises:
         CheckpointError: the folder holds another run (the differing settings are named) or something else altogether.
     """
+    check_claim(folder, settings, resumable)
+    write_json(folder / CONFIG, settings)
+
+
+def check_claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str]) -> None:
+    """Raise what :func:`claim` would; nothing is written."""
     path = folder / CONFIG
     if path.exists():
         old = read_settings(folder)
@@ -46,7 +53,21 @@ def claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str]) -> 
     elif folder.exists() and not all(p.name.startswith(".") for p in folder.iterdir()):
         # hidden files may be what a kill left of the first config.json
         raise CheckpointError(f"{folder} exists and holds something that is no factorkit run; give another out=")
-    write_json(path, settings)
+
+
+@contextmanager
+def claimed(
+    folder: Path, settings: dict[str, Any], resumable: frozenset[str], doing: str = "training in"
+) -> Iterator[None]:
+    """:func:`claim` a folder and keep others from it meanwhile (:func:`held`); where one fails, nothing has changed."""
+    check_claim(folder, settings, resumable)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    with held(folder, doing):
+        claim(folder, settings, resumable)
+        yield
 
 
 @contextmanager
@@ -55,14 +76,18 @@ def held(folder: Path, doing: str = "training in") -> Iterator[None]:
     kill releases it.
 
     Raises:
-        CheckpointError: another process does.
+        CheckpointError: another process does, or the folder cannot be written.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    with open(folder / LOCK, "w") as lock:
+    try:
+        lock = open(folder / LOCK, "w")
+    except OSError as error:
+        raise unwritable(folder / LOCK, error) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -173,4 +198,20 @@ def write_json(path: Path, values: Any) -> None:
             text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error}; give an out= that can be written") from error
+        raise unwritable(path, error) from error
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy what lies in a folder into another. Raises CheckpointError where it cannot be."""
+    try:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    except OSError as error:  # shutil's own lists every file with its reason
+        first = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        raise CheckpointError(
+            f"could not copy {source} to {target}: {first}. Mend that and run the same command again to go on"
+        ) from error
+
+
+def unwritable(path: Path, error: OSError) -> CheckpointError:
+    """What is said of a place in a run folder that cannot be written."""
+    return CheckpointError(f"could not write {path}: {error}; give an out= that can be written")

@@ -89,7 +89,7 @@ class Sheets:
             self._done.append(Sheet(step, {}, error))
 
     def _draw(self, model: nn.Module, step: int, ready: Any = None) -> None:
-        with own_stream(self.device, ready), looking(self.config, self.device):
+        with own_stream(self.device, ready), own_autocast(), looking(self.config, self.device):
             found = self.task.inspect(model, step, self.folder)
         self._done.append(Sheet(step, found))
 
@@ -108,6 +108,17 @@ def own_stream(device: torch.device, ready: Any) -> Iterator[None]:
             yield
     finally:
         stream.synchronize()  # before the memory of what was drawn from is the training's again
+
+
+@contextmanager
+def own_autocast() -> Iterator[None]:
+    """Autocast that begins and ends within leaves alone what the training has cast: threads count their nesting each by
+    itself, but share the casts, and the outermost to end drops all of them, in the midst of the other's step."""
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.autocast_decrement_nesting()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import time
 from datetime import timedelta
 from uuid import uuid4
@@ -38,8 +39,22 @@ def join(device: torch.device) -> None:
 
 def leave() -> None:
     """Part from the other processes: threads that still listen to them may crash a process that ends."""
+    if getattr(sys, "last_value", None) is not None:  # the error that ends it has been shown
+        end_at_once(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_at_once(code: int) -> None:
+    """End this process where it failed and has others by NCCL; else nothing.
+
+    NCCL's farewell waits for the others, which wait for this process in the midst of a step: torchrun, which is to end
+    them all or to start them again, would hear of nothing.
+    """
+    if dist.is_initialized() and "nccl" in dist.get_backend_config():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def meet(store: dist.Store, rank: int, world: int) -> str:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import signal
 import sys
-import threading
 import time
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +19,16 @@ from factorkit.engine.background import Background
 from factorkit.engine.checkpoint import Checkpoints, average_name
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.curves import timeline
+from factorkit.engine.ending import Asked
 from factorkit.engine.graph import WARM_UP
 from factorkit.engine.inspection import Sheet, Sheets, looking, reason
 from factorkit.engine.log import RunLog, read_log
 from factorkit.engine.meter import Meter
 from factorkit.engine.report import write_report
 from factorkit.engine.step import NON_FINITE_LIMIT, MovingAverage, Objective, Task, TrainingStep, make_optimizer
-from factorkit.errors import CheckpointError, ConfigError, FactorkitError, OutOfMemory, is_out_of_memory
+from factorkit.errors import CheckpointError, ConfigError, FactorkitError, OutOfMemory, first_line, is_out_of_memory
 
 BAD_SHEET = 1000  # beside the numbers of signals, why the loop ends
-ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 
 class Trainer:
@@ -69,7 +67,7 @@ class Trainer:
         self._writing = Background()
         self._sheets = Sheets(task, config, self.folder / "samples", device, behind=distributed.world_size() > 1)
         self._bad_sheet: Sheet | None = None  # one that is to end the run
-        self._stop = 0  # the signal that asked for an end
+        self._asked = Asked()  # by a signal, to end
         self._bad_steps = 0
 
     # --- state ---
@@ -84,13 +82,13 @@ class Trainer:
                 tensors[f"adam.{key}.{name}"] = value
         return tensors
 
-    def _averaged(self) -> nn.Module:
-        """The averaged model, whole in all processes: itself, or a copy of its shards."""
+    def _averaged(self, wanted: bool = True) -> nn.Module:
+        """The averaged model, whole: itself, or a copy of its shards where it is ``wanted``; all must ask for those."""
         if self.sharded is None:
             return self.average.module
         # buffers are whole already, and must not change with those of the average
-        tensors = {k: v.clone() for k, v in sharding.wholes(self.average.module.state_dict())}
-        return sharding.filled(self._form, tensors).eval()
+        tensors = {k: v.clone() for k, v in sharding.wholes(self.average.module.state_dict()) if wanted}
+        return sharding.filled(self._form, tensors).eval() if wanted else self._form
 
     def restore(self) -> bool:
         """Take up the newest whole checkpoint; False where there is none.
@@ -143,26 +141,37 @@ class Trainer:
     def save(self) -> None:
         """Begin to write a checkpoint of the present step (process 0 writes), unless it is written already.
 
-        The state is copied, the rest is done behind the training's back; one that failed is told of by the next.
+        The state is copied, the rest is done behind the training's back. Where the one before could not be written,
+        this one is waited for: the disk may have room again.
 
         Raises:
-            CheckpointError: the checkpoint before this one could not be written.
+            CheckpointError: neither of them could be written.
         """
         if self.step == self._saved:
             return
-        self.finish_writing()
+        failed = self._failed_to_write()
         step, state = self.step, sharding.copied(self.state())
         if distributed.rank() == 0:
             self._writing.submit(lambda: self.checkpoints.save(step, state, self.meta))
         self._saved = self.step
+        if failed is not None:
+            self.finish_writing()
+            if distributed.rank() == 0:
+                warnings.warn(f"{failed} (the checkpoint of step {step} is written)", stacklevel=2)
 
     def finish_writing(self) -> None:
         """Wait until what was to be saved is on disk, in all processes alike. Raises CheckpointError where it cannot
         be."""
+        if (failed := self._failed_to_write()) is not None:
+            self._saved = None
+            raise failed
+
+    def _failed_to_write(self) -> Exception | None:
+        """What went wrong with what was to be saved, which is waited for, in all processes alike."""
         error = self._writing.finish()
         if distributed.greatest(int(error is not None)):
-            self._saved = None
-            raise error or CheckpointError("process 0 of this run could not write a checkpoint, and says why")
+            return error or CheckpointError("process 0 of this run could not write a checkpoint, and says why")
+        return None
 
     def trial(self, steps: int) -> float:
         """Seconds a step takes here, once warm; nothing is written."""
@@ -202,7 +211,7 @@ class Trainer:
         if self.step < self.last or not resumed:
             note("resume" if resumed else "start", message=f"step {self.step} of {self.config.steps} on {self.device}")
         try:
-            with self._signals():
+            with self._asked.listening():
                 self._train(note)
         except OSError as error:
             raise CheckpointError(
@@ -214,8 +223,9 @@ class Trainer:
                 raise OutOfMemory(self._no_room(error)) from error
             if distributed.world_size() > 1 and distributed.is_lost(error):
                 raise FactorkitError(
-                    f"another process of the run in {self.folder} is gone, at step {self.step}. Under torchrun "
-                    "--max-restarts=N all of them start again by themselves, from the newest checkpoint"
+                    f"another process of the run in {self.folder} is gone or out of reach, at step {self.step}. Under "
+                    "torchrun --max-restarts=N all of them start again by themselves, from the newest checkpoint "
+                    f"({first_line(error)})"
                 ) from error
             raise
         finally:
@@ -231,10 +241,14 @@ class Trainer:
     def _no_room(self, error: BaseException) -> str:
         config, share = self.config, self.config.batch_size // distributed.world_size()
         at_once = min(config.micro_batch_size or share, share)
+        doing, advice = f"with {at_once} images at once", config.memory_advice(at_once)
+        if self._bad_sheet is not None and self._bad_sheet.error is error:
+            doing = f"drawing the sample sheet of step {self._bad_sheet.step}"
+            advice = "sample_every=0 draws none before the end" if config.sample_every else "Make the model smaller"
         stands = " Its checkpoints stand; the same command with these goes on." if self._saved else ""
         return (
-            f"the run in {self.folder} stopped at step {self.step}: out of memory on {self.device} with {at_once} "
-            f"images at once. {config.memory_advice(at_once)}.{stands} ({(str(error) or repr(error)).splitlines()[0]})"
+            f"the run in {self.folder} stopped at step {self.step}: out of memory on {self.device} {doing}. "
+            f"{advice}.{stands} ({first_line(error)})"
         )
 
     def _report(self) -> None:
@@ -332,8 +346,9 @@ class Trainer:
     def _inspect(self, note) -> None:
         self.average.eval()
         self._tell_of_sheet(note, wait=True)
-        model = self._averaged()
-        if settle := getattr(self.task, "settle", None):
+        settle = getattr(self.task, "settle", None)
+        model = self._averaged(wanted=settle is not None or distributed.rank() == 0)
+        if settle:
             with looking(self.config, self.device):
                 settle(model)
             for kept, settled in zip(self.average.module.buffers(), model.buffers(), strict=True):
@@ -347,8 +362,9 @@ class Trainer:
         if not self._sheets.behind:
             self._tell_of_sheet(note)
             if self._bad_sheet is not None:
-                if self._bad_sheet.error is None:
-                    self.finish_writing()
+                if self._bad_sheet.error is not None:  # no fault of the weights
+                    self.save()
+                self.finish_writing()
                 raise reason(self._bad_sheet, self.step, self.checkpoints)
 
     def _tell_of_sheet(self, note, wait: bool = False) -> None:
@@ -375,27 +391,7 @@ class Trainer:
 
     def _ending(self) -> int:
         """Why the run is to end before its time, in all processes alike: a signal's number, BAD_SHEET, or 0."""
-        return distributed.greatest(self._stop if self._bad_sheet is None else BAD_SHEET)
-
-    @contextmanager
-    def _signals(self):
-        """SIGTERM, SIGUSR1 (what Slurm may be asked to warn with) and the first Ctrl-C end the loop after the present
-        step; a second Ctrl-C interrupts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def remember(number, frame):
-            self._stop = number
-            signal.signal(number, before[number])
-
-        self._stop = 0
-        before = {s: signal.signal(s, remember) for s in ENDING}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return distributed.greatest(self._asked.number if self._bad_sheet is None else BAD_SHEET)
 
 
 def _has_ended(folder: Path, step: int) -> bool:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ from factorkit.data.views import Views
 from factorkit.engine import distributed
 from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.curves import timeline
-from factorkit.engine.folder import claim, held
+from factorkit.engine.folder import claimed, copy_folder
 from factorkit.engine.joining import join
 from factorkit.engine.log import RunLog, read_log
 from factorkit.engine.loop import Trainer
@@ -114,12 +112,9 @@ def train_nerfdiff(
                           "focal or nothing")  # fmt: skip
     settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": describe(scene)}
 
-    def begin() -> None:
-        claim(folder, settings, config.RESUMABLE)
-        keep_views(folder, views.resized(config.resolution))
-
-    distributed.on_first(begin)
-    with cpu_threads(config.threads), held(folder) if distributed.rank() == 0 else nullcontext():
+    run_folder = claimed(folder, settings, config.RESUMABLE)
+    with cpu_threads(config.threads), distributed.first_within(run_folder):
+        distributed.on_first(lambda: keep_views(folder, views.resized(config.resolution)))
         Training(config, scene, folder, settings, progress).run()
         return NerfdiffRun.load(folder, device=device)
 
@@ -200,7 +195,7 @@ class Training:
         trained = Trainer(task(config), config, where, meta, **shown).run()
         drawn = where / "samples"
         if folder is None and distributed.rank() == 0 and drawn.is_dir():  # the run's report shows what the stages drew
-            shutil.copytree(drawn, self.folder / "samples", dirs_exist_ok=True)
+            copy_folder(drawn, self.folder / "samples")
         return trained
 
     def fit(

@@ -16,7 +16,7 @@ import torch
 
 import factorkit
 from factorkit.engine.atomic import replacing
-from factorkit.engine.folder import claim, held, read_object, write_json
+from factorkit.engine.folder import claimed, read_object, write_json
 from factorkit.errors import CheckpointError, ConfigError
 from factorkit.reading import read_arrays
 from factorkit.reproduce.experiment import SCALES, Experiment, Found, NotRun, Row
@@ -129,8 +129,7 @@ def reproduce(
         there = ", ".join(repr(row.name) for row in every)
         raise ConfigError(f"{experiment.name} has no row {', '.join(map(repr, unknown))}; there are {there}")
     settings = {"experiment": experiment.name, "scale": scale, "data": setup.data_name, **options, **changes}
-    claim(setup.folder, json.loads(json.dumps(settings)), frozenset())
-    with held(setup.folder, "filling the cells of"):
+    with claimed(setup.folder, json.loads(json.dumps(settings)), frozenset(), "filling the cells of"):
         return _fill(experiment, setup, every, seeds, set(rows))
 
 

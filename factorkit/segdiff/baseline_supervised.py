@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from factorkit.engine.atomic import save_image
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.folder import claim, held
+from factorkit.engine.folder import claimed
 from factorkit.engine.loop import Trainer
 from factorkit.engine.sheets import contact_sheet
 from factorkit.engine.step import StepLoss
@@ -112,9 +112,8 @@ def train_supervised(
     device, folder = resolve_device(config.device), Path(out)
     digest = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:16]
     settings = {"model": "supervised", **config.to_dict(), "classes": classes, "images": len(images), "sha256": digest}
-    claim(folder, settings, config.RESUMABLE)
     task = SupervisedTask(config, images, truth, classes, device)
-    with cpu_threads(config.threads), held(folder):
+    with cpu_threads(config.threads), claimed(folder, settings, config.RESUMABLE):
         trained = Trainer(task, config, folder, settings, device=device, progress=progress, report=False).run()
         return cast(ClassUNet, trained.eval())
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from factorkit.engine.atomic import save_image
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.folder import claim, held, write_json
+from factorkit.engine.folder import claimed, write_json
 from factorkit.engine.loop import Trainer
 from factorkit.engine.step import StepLoss
 from factorkit.engine.streams import BatchDraw
@@ -141,8 +141,7 @@ def choose_regions(
         apart = np.linspace(0, len(images) - 1, min(PROBES, len(images) // 4)).round().astype(int)
         probes, images = images[apart], np.delete(images, apart, 0)
     settings = {"model": "choose_regions", **configs[0].to_dict(), "data": describe(dataset, prepared)}
-    claim(folder, settings, SegdiffConfig.RESUMABLE | {"regions"})
-    with held(folder), cpu_threads(configs[0].threads):
+    with claimed(folder, settings, SegdiffConfig.RESUMABLE | {"regions"}), cpu_threads(configs[0].threads):
         errors: dict[int, list[float]] = {}
         best: list[RegionCompetition] = []
         for k, config in zip(candidates, configs, strict=True):

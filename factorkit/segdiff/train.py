@@ -8,7 +8,6 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
 from factorkit.data.prepare import Prepared, prepare
 from factorkit.engine import distributed
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.folder import claim, held, read_object, write_json
+from factorkit.engine.folder import claimed, copy_folder, read_object, write_json
 from factorkit.engine.joining import join
 from factorkit.engine.log import LOG_NAME, RunLog
 from factorkit.engine.loop import Trainer
@@ -96,14 +95,14 @@ def train_segdiff(
     labels = None if known is None else known.labels
     settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seeds": seeds}
     settings["data"] = describe(dataset, prepared, labels)
-    distributed.on_first(lambda: claim(folder, settings, config.RESUMABLE))
 
     def trainer(config: SegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
         task = SegdiffTask(config, prepared.images, probes, device, labels)
         meta = {**settings, **config.to_dict()}
         return Trainer(task, config, folder, meta, device=device, progress=progress, stop_at=stop_at)
 
-    with cpu_threads(config.threads), held(folder) if distributed.rank() == 0 else nullcontext():
+    run_folder = claimed(folder, settings, config.RESUMABLE)
+    with cpu_threads(config.threads), distributed.first_within(run_folder):
         if seeds > 1:
             config = run_heats(config, folder, seeds, trainer)
         trainer(config, folder).run()
@@ -192,7 +191,7 @@ def run_heats(config: SegdiffConfig, folder: Path, seeds: int, trainer) -> Segdi
         best = max(found, key=lambda seed: found[seed].score())
         if distributed.rank() == 0:
             winner = heats / f"seed_{best}"
-            shutil.copytree(winner / "checkpoints", folder / "checkpoints", dirs_exist_ok=True)
+            copy_folder(winner / "checkpoints", folder / "checkpoints")
             shutil.copyfile(winner / LOG_NAME, folder / LOG_NAME)
             with RunLog(folder) as log:
                 for seed, alarms in found.items():

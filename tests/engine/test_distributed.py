@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -130,9 +132,37 @@ def test_alone_nothing_is_joined_or_changed(monkeypatch):
 
 def test_each_process_of_a_machine_takes_its_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert distributed.local_device(torch.device("cuda")) == torch.device("cuda", 2)
     assert distributed.local_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
     assert distributed.local_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="'cuda:1' is one GPU, but 4 processes"):
+        distributed.local_device(torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="process 3 of 4 on this machine, but torch sees 2"):
+        distributed.local_device(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("backends", ["gloo", "cpu:gloo,cuda:nccl"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_an_error_nobody_waits_for_nccl(backends, fails):
+    """NCCL's farewell waits for processes that wait for the one which failed."""
+    script = f"""
+import torch.distributed as dist
+from factorkit.engine import joining
+import atexit
+atexit.register(lambda: print("others"))
+atexit.register(joining.leave)
+dist.is_initialized, dist.get_backend_config = lambda: True, lambda: {backends!r}
+dist.destroy_process_group = lambda: print("farewell")
+if {fails}:
+    raise ValueError("a bug")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    at_once = fails and "nccl" in backends
+    assert done.stdout.split() == ([] if at_once else ["farewell", "others"])
+    assert done.returncode == int(fails) and ("ValueError: a bug" in done.stderr) == fails
 
 
 def test_processes_that_meet_again_do_not_take_earlier_words_for_theirs():

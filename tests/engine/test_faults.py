@@ -81,7 +81,7 @@ def test_a_disk_that_fills_at_a_checkpoint_stops_the_run_and_can_be_resumed(toy,
     write = checkpoint.save_file
     full_at(monkeypatch, 4)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(CheckpointError, match=r"step_00000004.*No space left.*free some space"):
+    with pytest.raises(CheckpointError, match=r"step_00000006.*No space left.*free some space"):
         toy(checkpoint_every=2).run()
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002.safetensors"]
     assert signal.getsignal(signal.SIGTERM) is before
@@ -90,8 +90,8 @@ def test_a_disk_that_fills_at_a_checkpoint_stops_the_run_and_can_be_resumed(toy,
     assert_identical(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
 
 
-def test_a_disk_that_fills_at_a_sheet_is_told_without_a_traceback(toy, monkeypatch):
-    trainer = toy(sample_every=2)
+def test_a_disk_that_fills_at_a_sheet_is_told_without_a_traceback_and_costs_no_step(toy, tmp_path, monkeypatch):
+    trainer = toy(sample_every=2, checkpoint_every=2)
 
     def full(model, step, folder):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -99,6 +99,7 @@ def test_a_disk_that_fills_at_a_sheet_is_told_without_a_traceback(toy, monkeypat
     monkeypatch.setattr(trainer.task, "inspect", full)
     with pytest.raises(CheckpointError, match=r"stopped at step 2: .*No space left.*run the same command again"):
         trainer.run()
+    assert saved_steps(tmp_path / "run") == [2]
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_how_the_run_ended(toy, monkeypatch):
@@ -124,7 +125,7 @@ def test_a_write_that_the_system_cuts_short_in_the_midst_of_training(toy, tmp_pa
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
             toy(checkpoint_every=3).run()
         except CheckpointError as error:
-            status = 0 if "step_00000003" in str(error) and "free some space" in str(error) else 2
+            status = 0 if "step_00000006" in str(error) and "free some space" in str(error) else 2
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import factorkit
-from factorkit.engine.folder import claim, held, read_object, read_settings, write_json
+from factorkit.engine.folder import claim, claimed, copy_folder, held, read_object, read_settings, write_json
 from factorkit.errors import CheckpointError
 
 SETTINGS = {"model": "toy", "steps": 10, "width": 8, "multipliers": [1, 2]}
@@ -133,6 +134,40 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
     with held(tmp_path):
         assert "another process is training" in other().stderr
     assert other().returncode == 0
+
+
+def test_who_is_refused_changes_nothing(tmp_path, monkeypatch):
+    with claimed(tmp_path, SETTINGS, RESUMABLE):
+        assert read_settings(tmp_path) == SETTINGS
+        with (
+            pytest.raises(CheckpointError, match="another process is training"),
+            claimed(tmp_path, {**SETTINGS, "steps": 99}, RESUMABLE),
+        ):
+            pytest.fail("two at once")
+        assert read_settings(tmp_path) == SETTINGS
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("mine")
+    with pytest.raises(CheckpointError, match="no factorkit run"), claimed(tmp_path / "other", SETTINGS, RESUMABLE):
+        pytest.fail("somebody else's")
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+    monkeypatch.setattr(Path, "mkdir", lambda *given, **options: os.mkdir("/proc/nowhere"))
+    new = claimed(tmp_path / "new", SETTINGS, RESUMABLE)
+    with pytest.raises(CheckpointError, match="could not write .*new.*out="), new:
+        pytest.fail("not there")
+
+
+def test_a_copy_that_finds_no_room_says_why(tmp_path, monkeypatch):
+    (tmp_path / "from/deep").mkdir(parents=True)
+    (tmp_path / "from/deep/a").write_text("a")
+    copy_folder(tmp_path / "from", tmp_path / "to")
+    assert (tmp_path / "to/deep/a").read_text() == "a"
+
+    def full(*given, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(CheckpointError, match=r"could not copy .*from to .*to: .*No space left on device\. Mend"):
+        copy_folder(tmp_path / "from", tmp_path / "to")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\ufffe"])

@@ -7,6 +7,7 @@ import torch
 
 from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.errors import OutOfMemory
+from tests.engine.trained import saved_steps
 
 LAST = "checkpoints/step_00000006.safetensors"
 
@@ -33,6 +34,18 @@ def test_out_of_memory_is_told_with_what_helps_and_can_be_resumed(toy, tmp_path,
     toy(checkpoint_every=2).run()
     found, whole = (read_checkpoint(tmp_path / name / LAST)[0] for name in ("run", "whole"))
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in found)
+
+
+def test_a_sheet_without_room_is_told_from_a_step_and_costs_none(toy, tmp_path):
+    trainer = toy(sample_every=3)
+
+    def full(model, step, folder):
+        raise MemoryError
+
+    trainer.task.inspect = full
+    with pytest.raises(OutOfMemory, match=r"out of memory on cpu drawing the sample sheet of step 3\. sample_every=0"):
+        trainer.run()
+    assert saved_steps(tmp_path / "run") == [3]
 
 
 def test_other_runtime_errors_are_no_lack_of_memory(toy):

@@ -41,10 +41,17 @@ def test_training_goes_on_during_a_write_which_is_of_the_step_it_was_begun_at(to
 def test_a_failed_write_is_told_of_by_the_next_or_at_the_end(toy, tmp_path, monkeypatch, step, reached):
     full_at(monkeypatch, step)
     trainer = toy(checkpoint_every=2)
-    with pytest.raises(CheckpointError, match=f"step_0000000{step}.*No space left"):
+    with pytest.raises(CheckpointError, match=f"step_0000000{reached}.*No space left"):
         trainer.run()
     assert trainer.step == reached
     assert saved_steps(tmp_path / "run") == list(range(2, step, 2))
+
+
+def test_a_disk_that_has_room_again_costs_one_checkpoint_and_a_warning(toy, tmp_path, monkeypatch):
+    full_at(monkeypatch, 2, last=2)
+    with pytest.warns(UserWarning, match="step_00000002.*No space left.*step 4 is written"):
+        toy(checkpoint_every=2, keep_checkpoints=9).run()
+    assert saved_steps(tmp_path / "run") == [4, 6]
 
 
 def test_a_failed_write_does_not_hide_what_else_ended_the_run(toy, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 
@@ -66,6 +67,30 @@ def test_training_goes_on_during_a_sheet_which_is_of_the_step_it_was_begun_at(to
     best = [json.loads((tmp_path / name / "checkpoints/best.json").read_text()) for name in ("run", "whole")]
     assert best == [{"step": 2, "error": 0.1}] * 2
     assert saved_steps(tmp_path / "run") == saved_steps(tmp_path / "whole") == [2, 6]
+
+
+def test_a_sheet_beside_a_step_leaves_alone_what_that_has_cast(aside):
+    """A weight used twice in a step is cast once, whoever's autocast ends meanwhile."""
+    begun, may, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def inspect(model, step, folder):
+        begun.set()
+        may.wait(10)
+        model(torch.zeros(1, 8, 8))
+        return {"failures": []}
+
+    trainer = aside(inspect, precision="bf16")
+    trainer._sheets.begin(copy.deepcopy(trainer.model).eval(), 0)
+    trainer._sheets._thread.submit(ended.set)
+    weight, x = torch.nn.Parameter(torch.randn(4, 4)), torch.randn(2, 4)
+    assert begun.wait(10)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = x @ weight
+        may.set()
+        assert ended.wait(10)
+        second = x @ weight
+    assert first.grad_fn.next_functions[1][0] is second.grad_fn.next_functions[1][0]
+    assert trainer._sheets.take(wait=True).error is None
 
 
 def test_what_goes_wrong_in_a_sheet_ends_the_run_and_is_named(aside, tmp_path):

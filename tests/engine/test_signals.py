@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from factorkit.engine import checkpoint, loop
+from factorkit.engine import checkpoint, ending
 from factorkit.engine.log import read_log
-from tests.engine.trained import assert_identical, events, final_state, kill_at
+from tests.engine.trained import assert_identical, events, final_state, kill_at, saved_steps
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
     [(signal.SIGTERM, SystemExit), (signal.SIGUSR1, SystemExit), (signal.SIGINT, KeyboardInterrupt)],
 )
 def test_a_signal_saves_ends_and_can_be_resumed(toy, tmp_path, number, outcome):
-    before = [signal.getsignal(s) for s in loop.ENDING]
+    before = [signal.getsignal(s) for s in ending.NUMBERS]
     toy(folder="whole").run()
     with pytest.raises(outcome) as caught:
         toy(hook=kill_at(2, number)).run()
@@ -28,7 +28,7 @@ def test_a_signal_saves_ends_and_can_be_resumed(toy, tmp_path, number, outcome):
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000003.safetensors"]
     assert events(tmp_path / "run")[-1] == ("signal", 3)
     assert number.name in read_log(tmp_path / "run")[-1]["message"]
-    assert [signal.getsignal(s) for s in loop.ENDING] == before
+    assert [signal.getsignal(s) for s in ending.NUMBERS] == before
     toy().run()
     assert_identical(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
 
@@ -62,6 +62,21 @@ def test_a_second_interrupt_does_not_wait(toy, tmp_path, interruptible):
         toy(hook=hook, checkpoint_every=2).run()
     assert signal.getsignal(signal.SIGINT) is before
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002.safetensors"]
+
+
+def test_a_second_sigterm_does_wait(toy, tmp_path):
+    """A supervisor's, and torchrun's that hands its own on."""
+
+    def hook(step, error):
+        if step == 2:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)  # two at once are one
+        return error
+
+    with pytest.raises(SystemExit):
+        toy(hook=hook).run()
+    assert saved_steps(tmp_path / "run") == [3]
 
 
 def test_training_works_outside_the_main_thread(toy):

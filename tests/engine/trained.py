@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -62,12 +63,12 @@ def spoil(*steps: int):
     return lambda step, error: error * float("nan") if step in steps else error
 
 
-def full_at(monkeypatch, step: int) -> None:
-    """The disk is full when the toy's checkpoint of this step is written."""
+def full_at(monkeypatch, step: int, last: int = 999) -> None:
+    """The disk is full when the toy's checkpoints of these steps are written."""
     write = checkpoint.save_file
 
     def full(tensors, path, metadata):
-        if f'"step": {step},' in metadata["meta"]:
+        if step <= json.loads(metadata["meta"])["step"] <= last:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, path, metadata)
 
