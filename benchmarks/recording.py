@@ -38,11 +38,14 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, marked where it has changes."""
+    """The commit of this checkout, marked where it has changes, but for the results themselves."""
+
+    def git(*asked: str) -> str:
+        done = subprocess.run(["git", *asked], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        asked = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-        return subprocess.run(
-            asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
