@@ -6,7 +6,6 @@ Results go to standard output, everything else (progress, notes, errors) to stan
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import inspect
 import io
@@ -19,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from factorkit import __version__
-from factorkit.errors import ConfigError, FactorkitError, first_line, is_out_of_memory
+from factorkit.errors import ConfigError, FactorkitError, did_you_mean, first_line, is_out_of_memory
 from factorkit.flag_types import Command
 from factorkit.flags import COMMANDS
 
@@ -109,8 +108,7 @@ def parse(name: str, args: Sequence[str]) -> Command | None:
         ConfigError: no such command, flags it does not take, or a preset there is not.
     """
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=2)
-        meant = f"Did you mean {' or '.join(near)}? " if near else ""
+        meant = did_you_mean(name, COMMANDS)
         raise ConfigError(f"{name!r} is no command. {meant}There are {', '.join(COMMANDS)}; see factorkit --help")
     said = io.StringIO()
     try:

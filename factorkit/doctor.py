@@ -279,7 +279,7 @@ def _problems(report: dict[str, Any], gpu_cause: str | None) -> list[dict[str, s
         add("there is an NVIDIA GPU, but this torch is built without CUDA", costs, "install a CUDA build of torch")
     elif not gpus:
         why = f" ({gpu_cause})" if gpu_cause else ""
-        costs = "training on the CPU: the presets demo and fast32 are made for it, the thesis' presets are out of reach"
+        costs = "training on the CPU: the small presets are made for it, those of the thesis are out of reach"
         cure = "an NVIDIA GPU of capability 8.0 or newer, its driver, and a CUDA build of torch"
         if driver:
             cure = f"driver {driver} is loaded: see that this process is shown a GPU (CUDA_VISIBLE_DEVICES, container)"

@@ -1,6 +1,10 @@
 """Errors a user can mend: each message says what was wrong, where, and what to do."""
 
 
+import difflib
+from collections.abc import Iterable
+
+
 class FactorkitError(Exception):
     """Base of every error that stems from input, not from a bug; the command line prints it without a traceback."""
 
@@ -35,6 +39,12 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question about a misspelt name, with a space behind it; nothing where none of the known ones is near."""
+    near = difflib.get_close_matches(name, list(known), n=2)
+    return f"Did you mean {' or '.join(near)}? " if near else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 #: What a command found, as JSON-able data and as text for a person.
 Result = tuple[dict[str, Any], str]
 
 OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+#: Given or not, on a command; a setting of a training has its --no- beside it.
+Flag = FlagCreatePairsOff[bool]
 OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
 
 
@@ -22,9 +24,9 @@ OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
 class Command:
     """What every command takes."""
 
-    json: bool = False
+    json: Flag = False
     """Print the result as one JSON object, the only line on standard output."""
-    debug: bool = False
+    debug: Flag = False
     """On an error, show where in the code it arose."""
 
     def run_command(self) -> Result:
@@ -41,7 +43,7 @@ def read_flags(kind: Any, manual: type, prog: str, args: Sequence[str], **option
     """``kind`` with the flags of a command line, its page taken from ``manual``."""
     # a description of our own: tyro would take the examples for a section of the docstring, and leave them out
     options |= {"prog": prog, "args": args, "description": inspect.getdoc(manual)}
-    return tyro.cli(kind, config=(tyro.conf.FlagCreatePairsOff,), **options)
+    return tyro.cli(kind, **options)
 
 
 @dataclass(kw_only=True)

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from factorkit.errors import ConfigError
-from factorkit.flag_types import Command, OptionalInt, OptionalPath, Result, RunCommand, read_flags
+from factorkit.errors import ConfigError, did_you_mean
+from factorkit.flag_types import Command, Flag, OptionalInt, OptionalPath, Result, RunCommand, read_flags
 from factorkit.flags_checkpoint import Checkpoint
 from factorkit.flags_choose import ChooseRegions
 from factorkit.flags_editing import Branches, Interpolate, Recompose
@@ -66,16 +66,25 @@ class Train(Command, Generic[Config]):
     the data set says; without: of none."""
     seeds: int = 1
     """Train so many short heats first, drop those that fail the label-free alarms, go on with the best."""
-    baselines: bool = False
+    baselines: Flag = False
     """At the end score trivial predictors beside the model, where there are labels."""
-    dry_run: bool = False
+    dry_run: Flag = False
     """Train nothing: print parameters, memory, images/s and the time the run will take here."""
     config: OmitArgPrefixes[Config]
 
     @classmethod
     def parse(cls, prog: str, args: Sequence[str]) -> Command:
-        if "nerfdiff" in args[:1]:
-            return TrainNerfdiff.parse(prog, args)
+        model = next(iter(args), "")
+        if model == "nerfdiff":
+            return TrainNerfdiff.parse(f"{prog} {model}", args)
+        if model == "segdiff":
+            prog = f"{prog} {model}"
+        elif not {"-h", "--help"} & {*args}:
+            named = model and not model.startswith("-")
+            said = f"{model!r} is no model. {did_you_mean(model, ('segdiff', 'nerfdiff'))}" if named else ""
+            raise ConfigError(
+                f"{said}Say first what to train: segdiff, on photographs, or nerfdiff, on views of a scene"
+            )
         basis, _ = tyro.cli(_Basis, prog=prog, args=args, add_help=False, return_unknown_args=True)
         from factorkit.segdiff.config import SegdiffConfig, preset_config
 
@@ -120,6 +129,7 @@ class Segment(RunCommand):
         contact_sheet.png   the first 32 images beside their regions
         annotations.json    with --formats coco: run lengths, areas and boxes in COCO's form
         segments.jsonl      what is finished
+
     With --video a moving picture becomes a video with its regions laid over it, in colours that stay.
 
     Folders keep their structure. Images that cannot be read are skipped, counted and named. The same command again
@@ -137,7 +147,8 @@ class Segment(RunCommand):
     out: Path
     """Where to write; made if it is not there."""
     t: Level = None
-    """Noise level at which to look, 0 to T-1; without: the run's own (30)."""
+    """Noise level at which to look, 0 to T-1; without: the run's own, 30 on the linear schedule and 0 of a
+    competition."""
     size: OptionalInt = None
     """Pixels of the short side at which the network looks; without: the training's. More shows it smaller things."""
     upsample: Literal["guided", "bilinear"] = "guided"
@@ -148,7 +159,7 @@ class Segment(RunCommand):
     """What to write of each image."""
     workers: OptionalInt = None
     """Threads that read, and as many that write; without: one a core, at most 8."""
-    video: bool = False
+    video: Flag = False
     """PATHS is one video, or a folder of frames in the order of their names; OUT an .mp4, .mkv or .mov."""
     smooth: float = 0.8
     """With --video: how much masks are averaged over time where the picture stands still, from 0 to below 1."""
@@ -194,7 +205,7 @@ class Generate(RunCommand):
     """Of a run with classes: what the images are to be of, taken in turn, or all; without: of anything."""
     guidance: float = 1.0
     """How strongly they are pushed to their class: 1 is not at all, 2 to 4 is usual, at twice the cost."""
-    trajectory: bool = False
+    trajectory: Flag = False
     """Also write trajectory.png: how the first 8 and their regions take shape while noise is removed."""
 
     def run_command(self) -> Result:
@@ -246,10 +257,11 @@ class Evaluate(RunCommand):
     """Labelled images that fit the mapping; without: the run's own (16), at most half of them."""
     ignore: OptionalInt = None
     """Mask value of pixels that are not scored; without: the run's own."""
-    baselines: bool = False
+    baselines: Flag = False
     """Score beside it: all foreground, centre disc, mean mask, colour 2-means per image and per set, GrabCut."""
     t: Level = None
-    """Noise level at which to segment, 0 to T-1; without: the run's own (30)."""
+    """Noise level at which to segment, 0 to T-1; without: the run's own, 30 on the linear schedule and 0 of a
+    competition."""
     size: OptionalInt = None
     """Pixels a side at which to score; without: the model's resolution."""
     quality: Literal["fast", "best"] = "fast"
@@ -332,7 +344,7 @@ class Prepare(Command):
     """Pixels a side."""
     holdout: str = "auto"
     """Labelled images kept out of training: masked, none, a number, the name of an official split, or auto."""
-    list: bool = False
+    list: Flag = False
     """Say which published data sets are known, what each expects on the disk and where it is published."""
 
     def run_command(self) -> Result:

@@ -8,18 +8,18 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from factorkit.flag_types import Command, OptionalInt, OptionalPath, Result
+from factorkit.flag_types import Command, Flag, OptionalInt, OptionalPath, Result
 
 
 @dataclass(kw_only=True)
 class Checkpoint(Command):
     """List, verify, thin out or export the checkpoints of a run.
 
-    ls       what there is: steps, sizes, ages, and which is the best by the alarms' error
-    verify   read every one and compare it with its checksum; exit status 2 where one is damaged
-    prune    keep the newest --keep that are whole, and the best; of the stages of a run too
-    export   write the averaged weights of one, or others that it holds (--weights), as a small file for factorkit.load
-             and all commands
+    What to do with them:
+        ls       what there is: steps, sizes, ages, and which is the best by the alarms' error
+        verify   read every one and compare it with its checksum; exit status 2 where one is damaged
+        prune    keep the newest --keep that are whole, and the best; of the stages of a run too
+        export   write the averaged weights of one, or others that it holds (--weights), as a small file of their own
 
     A training resumes from the newest checkpoint that is whole, whatever lies there.
 
@@ -42,7 +42,7 @@ class Checkpoint(Command):
     """export: the .safetensors file to write."""
     step: OptionalInt = None
     """export: of which step; without: the newest that is whole."""
-    best: bool = False
+    best: Flag = False
     """export: the best instead."""
     weights: Annotated[str, arg(metavar="average|last|DECAY")] = "average"
     """export: the moving average, one of --ema-also by its decay, or the weights of the last step themselves."""

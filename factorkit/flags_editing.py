@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from factorkit.flag_types import OptionalPath, Result, RunCommand
+from factorkit.flag_types import Flag, OptionalPath, Result, RunCommand
 
 Level = Annotated[int | None, arg(aliases=["-t"], metavar="INT", help_behavior_hint="")]
 Pictures = Positional[Annotated[tuple[Path, ...], arg(metavar="PICTURES...", help_behavior_hint="(required)")]]
@@ -99,7 +99,7 @@ class Recompose(RunCommand):
     """Where to write; made if it is not there."""
     from_: Annotated[OptionalPath, arg(name="from")] = None
     """The picture to bring the region from, or as many as there are pictures; the place it leaves is filled."""
-    remove: bool = False
+    remove: Flag = False
     """Take the region away and fill its place."""
     t: Level = None
     """Level down to which the region is held to its pixels, and below which it is painted freely; without: none of them

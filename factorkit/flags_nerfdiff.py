@@ -10,7 +10,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from factorkit.flag_types import Command, OptionalInt, OptionalPath, Result, RunCommand, read_flags
+from factorkit.flag_types import Command, Flag, OptionalInt, OptionalPath, Result, RunCommand, read_flags
 
 Config = TypeVar("Config")
 Paths = Positional[Annotated[tuple[Path, ...], arg(metavar="PATHS...", help_behavior_hint="(required)")]]
@@ -98,7 +98,7 @@ class Pose(RunCommand):
     """A JSON file to write."""
     refine: int = 0
     """Steps down the pictures' photometric error, from where --check leads; 60 take the last degrees."""
-    check: bool = False
+    check: Flag = False
     """Choose the candidate from which the scene looks most like the picture, instead of the best score."""
 
     def run_command(self) -> Result:
@@ -173,7 +173,7 @@ class Sample(RunCommand):
     """Denoising steps; without: all of the schedule."""
     seed: int = 0
     """The same seed draws the same views."""
-    trajectory: bool = False
+    trajectory: Flag = False
     """Also show every tenth step."""
 
     def run_command(self) -> Result:

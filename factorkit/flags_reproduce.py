@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from factorkit.errors import ConfigError
-from factorkit.flag_types import Command, OptionalInt, OptionalPath, Result
+from factorkit.flag_types import Command, Flag, OptionalInt, OptionalPath, Result
 
 
 @dataclass(kw_only=True)
@@ -29,7 +29,7 @@ class Reproduce(Command):
 
     name: Positional[Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]] = None
     """Which; see --list."""
-    list: bool = False
+    list: Flag = False
     """Show every table and figure: data, duration, what it prints, the dissertation's numbers."""
     scale: Literal["small", "gpu", "full"] = "small"
     """small: 32 pixels, for a CPU; gpu: 64 pixels and C=128; full: the dissertation's settings."""

@@ -41,6 +41,9 @@ def check_claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str
     path = folder / CONFIG
     if path.exists():
         old = read_settings(folder)
+        kind, asked = (of.get("model") or of.get("experiment") for of in (old, settings))
+        if kind != asked:
+            raise CheckpointError(f"{folder} holds a run of {kind}, not of {asked}; give another out=")
         names = sorted(k for k in {*old, *settings} - resumable if old.get(k) != settings.get(k))
         if names:
             listed = "; ".join(f"{k}: {old.get(k)!r} there, {settings.get(k)!r} asked for" for k in names)

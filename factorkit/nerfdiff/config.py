@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from factorkit.engine.config import MOST_STEPS, EngineConfig
 from factorkit.engine.streams import derived_seed
-from factorkit.errors import ConfigError
+from factorkit.errors import ConfigError, did_you_mean
 from factorkit.nerfdiff.backgrounds import BACKGROUNDS
 from factorkit.nerfdiff.fields import FIELDS
 from factorkit.nerfdiff.poses import FREEDOMS
@@ -205,7 +205,8 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
         ConfigError: an unknown preset or setting, or one that cannot work.
     """
     if preset is not None and preset not in PRESETS:
-        raise ConfigError(f"preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+        meant = did_you_mean(preset, PRESETS)
+        raise ConfigError(f"preset={preset!r} is unknown. {meant}Choose one of {', '.join(PRESETS)}")
     settings = PRESETS[preset] if preset else {}
     if settings is _FAST:
         settings = settings | _sized(changes.get("resolution", NerfdiffConfig.resolution))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import pkgutil
 from importlib import import_module
 
-from factorkit.errors import ConfigError
+from factorkit.errors import ConfigError, did_you_mean
 from factorkit.reproduce import experiments as shelf
 from factorkit.reproduce.experiment import Experiment
 
@@ -29,8 +28,7 @@ def find(name: str) -> Experiment:
     known = experiments()
     drawn = {figure: e for e in known.values() for figure in e.figures}
     if name not in known and name not in drawn:
-        near = difflib.get_close_matches(name, [*known, *drawn], n=3)
-        meant = f"Did you mean {' or '.join(near)}? " if near else ""
+        meant = did_you_mean(name, [*known, *drawn])
         raise ConfigError(f"{name!r} is no experiment. {meant}factorkit reproduce --list shows them all")
     return known.get(name) or drawn[name]
 

@@ -116,7 +116,8 @@ class SegdiffRun:
             images: a path, folder, zip or list of them, a PIL image or list, an array [B, H, W, 3] or [H, W, 3], a
                 tensor [B, 3, H, W] or [3, H, W] (either uint8 or float in [0, 1]), or a list of arrays or tensors of
                 any sizes.
-            t: noise level, 0 to T-1; None: the configuration's (30). Low levels show the picture, high ones blur it.
+            t: noise level, 0 to T-1; None: the configuration's, 30 on the linear schedule and 0 of a competition. Low
+                levels show the picture, high ones blur it.
             size: pixels of the short side at which the network looks; None: the training resolution. More shows it
                 smaller things.
             upsample: ``"guided"`` lets the masks take over the picture's edges (:mod:`factorkit.nn.guided`) where it

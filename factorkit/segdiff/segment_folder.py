@@ -81,6 +81,8 @@ def segment_folder(
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers}: at least one thread has to read")
     source, key = without_results(source, out), fingerprint(model, settings)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; give another out=, a folder")
     opened: list[Manifest] = []
     distributed.barrier()  # nobody writes where another still looks for pictures
     try:

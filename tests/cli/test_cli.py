@@ -55,6 +55,10 @@ def test_other_models_are_refused(refused):
     for command in ("train", "demo"):
         message = refused(command, "nerf")
         assert "nerf" in message and "segdiff" in message
+    assert "Did you mean nerfdiff? Say first what to train: segdiff, " in refused("train", "nerfdif")
+    assert refused("train").startswith("Say first what to train: segdiff, ")
+    for model in ("segdiff", "nerfdiff"):
+        assert f"run factorkit train {model} --help" in refused("train", model, "--nothing")
 
 
 def test_a_preset_sets_the_defaults_that_help_shows(ask, refused):
@@ -62,7 +66,15 @@ def test_a_preset_sets_the_defaults_that_help_shows(ask, refused):
     _, own_data, _ = ask("train", "segdiff", "--data", "photos", "--help")
     assert code == 0 and "(default: thesis)" in thesis and "(default: 50000)" in thesis
     assert "(default: 64)" in own_data and "(default: regional)" in own_data  # fast64
-    assert "flowers128" in refused("train", "segdiff", "--preset", "flowers99")
+    assert "Did you mean flowers" in refused("train", "segdiff", "--preset", "flowers99")
+    assert "'fats' is unknown. Did you mean fast? Choose one of demo, " in refused("train", "nerfdiff", "--preset=fats")
+
+
+def test_help_shows_settings_with_their_opposites_and_lists_as_lists(ask):
+    _, page, _ = ask("train", "segdiff", "--help")
+    assert "--mirror, --no-mirror" in page and "--dry-run " in page and "--no-dry-run" not in page
+    assert "\n    verify   read" in ask("checkpoint", "--help")[1]
+    assert "what is finished\n\nWith --video" in ask("segment", "--help")[1]
 
 
 def test_a_mistake_shows_a_traceback_only_on_request(ask, monkeypatch, tmp_path):
@@ -81,6 +93,7 @@ def test_a_mistake_shows_a_traceback_only_on_request(ask, monkeypatch, tmp_path)
         (PermissionError(13, "Permission denied", "/root/x"), 2, ("/root/x", "permissions")),
         (torch.OutOfMemoryError("CUDA out of memory. Tried much."), 1, ("--micro-batch-size", "CUDA out of memory")),
         (KeyboardInterrupt(), 130, ("interrupted",)),
+        (torch.distributed.DistBackendError("Duplicate GPU\nat x.cpp"), 1, ("out of reach", "(Duplicate GPU)")),
     ],
 )
 def test_failures_of_the_machine_get_words_and_codes(ask, monkeypatch, error, code, words):
@@ -88,6 +101,7 @@ def test_failures_of_the_machine_get_words_and_codes(ask, monkeypatch, error, co
         raise error
 
     monkeypatch.setattr(commands, "generate", fail)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     found, out, err = ask("generate", "run", "--out", "x", "--json")
     assert found == code and "Traceback" not in err
     assert all(word in err and word in json.loads(out)["error"] for word in words)

@@ -43,6 +43,12 @@ def test_other_settings_are_refused_and_only_they_are_named(tmp_path):
     assert read_settings(tmp_path) == SETTINGS  # a refused claim changes nothing
 
 
+def test_a_run_of_another_kind_is_named_without_its_settings(tmp_path):
+    claim(tmp_path, SETTINGS, RESUMABLE)
+    with pytest.raises(CheckpointError, match=r"holds a run of toy, not of nerfdiff; give another out=$"):
+        claim(tmp_path, {"model": "nerfdiff", "rays": 5}, RESUMABLE)
+
+
 def test_a_setting_that_is_gone_is_a_difference(tmp_path):
     claim(tmp_path, SETTINGS, RESUMABLE)
     with pytest.raises(CheckpointError, match="width: 8 there, None asked for"):

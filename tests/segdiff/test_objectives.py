@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -122,10 +124,12 @@ def test_it_trains_segments_and_draws_with_every_sampler(form, prediction, kind,
 def test_levels_by_default_have_the_noise_they_have_on_the_linear_schedule():
     reference = Schedule()
     ratio = lambda path, t: (path.sigmas[t] / path.signals[t]).item()  # noqa: E731
-    assert SegdiffConfig().resolved().t_max == 600 and SegdiffConfig().resolved().segment_t == 30
-    for changes in ({"schedule": "cosine"}, {"prediction": "flow"}, {"schedule": "flow", "timesteps": 500}):
-        config = SegdiffConfig(**changes).resolved()
-        assert ratio(config.noising(), config.t_max) == pytest.approx(ratio(reference, 600), rel=0.02)
+    for preset, most in (("fast32", 600), ("fast64", 720)):
+        assert preset_config(preset).resolved().t_max == most and preset_config(preset).resolved().segment_t == 30
+    cases = ({"schedule": "cosine"}, {"prediction": "flow"}, {"schedule": "flow", "timesteps": 500})
+    for changes, (preset, most) in itertools.product(cases, (("fast32", 600), ("fast64", 720))):
+        config = preset_config(preset, **changes).resolved()
+        assert ratio(config.noising(), config.t_max) == pytest.approx(ratio(reference, most), rel=0.02)
         assert ratio(config.noising(), config.segment_t) == pytest.approx(ratio(reference, 30), rel=0.02)
         assert config.tail == 0.1
         thesis = SegdiffConfig(form="thesis", **{"prediction": "v", **changes}).resolved()
