@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from factorkit.data.views import resize_area, target_size
 from factorkit.engine.streams import derived_seed
-from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.model import NerfdiffModel
-from factorkit.nerfdiff.poses import FreePoses, OrbitPoses
+from factorkit.nerfdiff.poses import FreePoses, OrbitPoses, orbit_poses
 from factorkit.nerfdiff.rays import render_pixels, render_views
 from factorkit.nerfdiff.scene import picked
 from factorkit.nerfdiff.search import directions_of
 
 RAYS = 512  # of each picture a step
+NEAR = 0.03
 RATE = 0.01  # in radians, or in units of the distance
 # a glance at all guesses, a look at the best few: pixels along the longer side, and how many go on from there
 GLANCE, FEW, LOOK = 16, 4, 32
@@ -40,17 +40,27 @@ def checked(model: NerfdiffModel, images: Tensor, poses: Tensor) -> Tensor:
     return poses[:, 0]
 
 
+def in_orbit(poses: Tensor) -> bool:
+    """Whether cameras [V, 4, 4] look at the origin from one distance, upright, but for a degree or two."""
+    way, distance = directions_of(poses), poses[:, :3, 3].norm(dim=1).mean()
+    if (way[:, :2].norm(dim=1) < 1e-4).any():  # at the zenith nothing is upright
+        return False
+    off = (orbit_poses(way, distance) - poses).abs()
+    return bool((off[:, :3, :3] < NEAR).all() and (off[:, :3, 3] < NEAR * distance).all())
+
+
 def refined(
-    model: NerfdiffModel, images: Tensor, poses: Tensor, steps: int, config: NerfdiffConfig, distance: float
+    model: NerfdiffModel, images: Tensor, poses: Tensor, steps: int, distance: float
 ) -> Tensor:
     """Poses [B, 4, 4] of images [B, 3, H, W] in [0, 1], moved by so many steps of Adam; the model is not touched.
 
-    Cameras around an object stand at ``distance`` and keep to the freedoms they were trained with.
+    Where the training's cameras all look at an object's middle from one distance, upright, so do these, from
+    ``distance``; else they are free.
     """
-    if model.forward_facing:
-        free = FreePoses(poses)
+    if not model.forward_facing and in_orbit(model.views):
+        free: nn.Module = OrbitPoses(directions_of(poses), distance)
     else:
-        free = OrbitPoses(directions_of(poses), distance, config.pose_freedom)
+        free = FreePoses(poses)
     free = free.to(images.device)
     optimizer = torch.optim.Adam(free.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -38,11 +38,11 @@ def look_again(field: Field, step: int) -> None:
 
 @torch.no_grad()
 def occupied_sampling(field: Field, lower: Sequence[float], upper: Sequence[float]) -> OccupiedSampling:
-    """Steps of 1/128 of the box through the occupied cells of the field's own grid, else of one of 64^3 made now for a
-    field that stays as it is."""
+    """Steps of 1/128 of the box through the occupied cells of the field's own grid, else, and in a part of the field's
+    box, of one of 64^3 made now for a field that stays as it is."""
     grid = getattr(field, "occupancy", None)
-    if grid is not None:
-        return OccupiedSampling(grid, step=min(b - a for a, b in zip(lower, upper, strict=True)) / (2 * CELLS))
+    if grid is not None and (*lower, *upper) == (-1.0,) * 3 + (1.0,) * 3:
+        return OccupiedSampling(grid, step=1 / CELLS)
     grid = OccupancyGrid(lower, upper, resolution=CELLS).to(device_of(field))
     for _ in range(LOOKS):
         grid.update(lambda places: density(field, places))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from factorkit.errors import ConfigError
 from factorkit.nerfdiff.fields import Field
 from factorkit.rendering import (
     EvenSampling,
@@ -22,7 +23,7 @@ from factorkit.rendering import (
 )
 
 MARGIN = 1.3  # how much more of a forward-facing scene the box holds, sideways, than the mean camera sees
-PIECE = 1 << 15  # rays rendered at once without gradient
+PIECE = 1 << 20  # places asked at once without gradient
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,23 @@ class Optics:
         """The intrinsics in pixels of pictures of this size."""
         return self.intrinsics * self.intrinsics.new_tensor([width, height, 1.0])[:, None]
 
+    def shaped(self, taken: tuple[int, int], size: tuple[int, int]) -> Optics:
+        """The optics of pictures of ``size`` whose pixels are as wide as high where those of pictures of ``taken`` are:
+        these themselves, or with more or less to be seen to the left and right.
+
+        Raises:
+            ConfigError: another shape of pictures of a forward-facing scene, whose box is made after theirs.
+        """
+        if same_shape(taken, size):
+            return self
+        if self.forward:
+            raise ConfigError(f"size={size}: those of a forward-facing scene have the shape of {taken}; give a number")
+        intrinsics = self.intrinsics.clone()
+        narrower = (taken[1] / taken[0]) / (size[1] / size[0])
+        intrinsics[0, 0] *= narrower
+        intrinsics[0, 2] = 0.5 + (intrinsics[0, 2] - 0.5) * narrower
+        return replace(self, intrinsics=intrinsics)
+
     def bent(self, rays: Rays, size: tuple[int, int]) -> Rays:
         """The rays in the space of the field's box, from the nearest plane on, or from where they begin beyond it."""
         if not self.forward:
@@ -60,6 +78,12 @@ class Optics:
             return places
         wide = places * places.new_tensor([MARGIN, MARGIN, 1.0])
         return from_ndc(wide, self.intrinsics.to(places), 1, 1)
+
+
+def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether heights and widths have one ratio, but for whole pixels."""
+    (height, width), (high, wide) = one, other
+    return abs(height * wide - width * high) <= max(*one, *other)
 
 
 def within(upper: Sequence[float], far: float, optics: Optics) -> tuple[float, ...]:
@@ -113,7 +137,7 @@ def render_views(
     rays = image_rays(poses, optics.pixels(*size), *size)
     behind = backdrop(field, rays.directions, optics)
     how = sampling(field, samples, optics.forward)
-    seen = render(field, optics.bent(rays, size), how, background=behind, chunk=PIECE)
+    seen = render(field, optics.bent(rays, size), how, background=behind, chunk=max(1, PIECE // samples))
     seen = seen._replace(color=toned(field, seen, optics, views))
     if not optics.forward:
         return seen

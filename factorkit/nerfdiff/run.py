@@ -26,10 +26,11 @@ from factorkit.nerfdiff.given import kept_views
 from factorkit.nerfdiff.localise import checked, refined
 from factorkit.nerfdiff.model import Cameras, NerfdiffModel, to_radiance, to_signal
 from factorkit.nerfdiff.paths import camera_path
-from factorkit.nerfdiff.rays import Optics, render_views
+from factorkit.nerfdiff.rays import Optics, render_views, same_shape
 from factorkit.nerfdiff.scoring import evaluate
 
 SCORES = "scores.json"
+RAYS = 1 << 18  # of whole pictures held at once
 POSE_LEVEL = 4  # of 100: noise at which real views are looked at
 
 
@@ -203,7 +204,7 @@ class NerfdiffRun:
         if refine:
             distance = float(best[:, :3, 3].norm(dim=1).mean())
             best = distributed.in_shares(
-                lambda rows: refined(self.model, pictures[rows], best[rows], refine, self.config, distance),
+                lambda rows: refined(self.model, pictures[rows], best[rows], refine, distance),
                 len(pictures),
             )
         return PosePrediction(best.cpu(), cameras.scores.cpu(), cameras.poses.cpu())
@@ -215,20 +216,34 @@ class NerfdiffRun:
             images = images[None]
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise DataError(f"images of shape {tuple(images.shape)} ({images.dtype}): give [B, 3, H, W] in [0, 1]")
+        if len(images) and not -0.01 <= float(images.min()) <= float(images.max()) <= 1.01:
+            raise DataError(f"images from {float(images.min()):g} to {float(images.max()):g}: give colours in [0, 1]")
+        (height, width), size = images.shape[2:], self.model.size
+        if not same_shape((height, width), size):
+            raise DataError(
+                f"pictures of {height} x {width} pixels, but this scene's cameras take {size[0]} x {size[1]}: crop "
+                "them to that shape"
+            )
         return resize_area(images.float(), *self.model.size).to(self.device)
 
     def render(self, poses: Tensor, size: int | tuple[int, int] | None = None, tone: int | None = None) -> Pictures:
         """The scene from poses [B, 4, 4] in the model's own coordinates.
 
         Args:
-            size: of the longer side, or height and width; None: as trained.
+            size: of the longer side, or height and width; None: as trained. Another shape than the training's shows
+                more or less to the left and right.
             tone: number of the training view whose tone the pictures are to have, with ``appearance=``; None: the mean
                 of all.
 
         Raises:
-            ConfigError: a tone where there are none, or of a view that is not there.
+            ConfigError: a tone where there are none, or of a view that is not there; another shape of pictures of a
+                forward-facing scene.
+            DataError: poses that are none.
         """
         size = self.model.size if size is None else target_size(size, *self.model.size)
+        if poses.dim() != 3 or poses.shape[1:] != (4, 4) or not poses.isfinite().all():
+            raise DataError(f"poses of shape {tuple(poses.shape)}: give [B, 4, 4], all of them finite")
+        optics = self.model.optics.shaped(self.model.size, size)
         field, views = self.model.field, None
         if tone is not None:
             if field.appearance is None or not 0 <= tone < len(self.poses):
@@ -238,9 +253,13 @@ class NerfdiffRun:
             views = torch.full((len(poses),), tone, device=self.device)
 
         def pictured(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-            there, toned = poses[rows].to(self.device), None if views is None else views[rows]
-            seen = render_views(field, there, self.model.optics, size, self.samples(size), toned)
-            return seen.color.movedim(-1, 1).clamp(0, 1).cpu(), seen.depth.cpu(), seen.opacity.cpu()
+            found = []
+            for some in torch.arange(len(poses))[rows].split(max(1, RAYS // (size[0] * size[1]))):
+                toned = None if views is None else views[some]
+                seen = render_views(field, poses[some].to(self.device), optics, size, self.samples(size), toned)
+                found.append((seen.color.movedim(-1, 1).clamp(0, 1).cpu(), seen.depth.cpu(), seen.opacity.cpu()))
+            color, depth, opacity = (torch.cat(x) for x in zip(*found, strict=True))
+            return color, depth, opacity
 
         return Pictures(*distributed.in_shares(pictured, len(poses)), poses)
 

@@ -84,7 +84,7 @@ def march_rays(
             *given[:3], far, occupancy, lower, upper, step=step, max_step=max_step, cone_angle=cone_angle, seed=seed,
             capacity=capacity,
         )  # fmt: skip
-        return found._replace(ray_offsets=found.ray_offsets[first_ray:], ray=found.ray - first_ray)
+        return found._replace(ray_offsets=found.ray_offsets[first_ray:], ray=(found.ray - first_ray).clamp_min(0))
     settings = (lower, upper, float(step), float(max_step), float(cone_angle), seed)
     if plain(origins):
         return _cut(*reference.march_rays(*given, *settings), capacity)  # type: ignore[call-arg]

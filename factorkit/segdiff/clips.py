@@ -111,7 +111,7 @@ def segment_frames(
         try:
             calm = [smoother.frame(frame) for frame in batch]
             seen = [see(Image.fromarray(frame), config, size, upsample) for frame, _ in calm]
-            masks = small_masks(predict, np.stack([one.small for one in seen]), config.resolution)
+            masks = small_masks(predict, np.stack([one.small for one in seen]), config)
             for frame, one, soft, (_, keep) in zip(batch, seen, masks, calm, strict=True):
                 yield frame, _labels(smoother.masks(soft, keep), one, config)
         except Exception as error:

@@ -54,9 +54,10 @@ def draw_images(
 ) -> Samples:  # fmt: skip
     """``count`` images [count, 3, R, R] in [-1, 1] with their :class:`~factorkit.segdiff.model.Regions`.
 
-    A model trained on t < t_max alone starts there instead of at T. Many images are drawn in pieces, so that memory
-    does not grow with their number. labels: int64 [count], -1 for none, what the images are to be of; guidance: the
-    scale of :class:`~factorkit.diffusion.guidance.Guided`. rows: draw only these of them, as they are among all.
+    A model trained on t < t_max alone starts there instead of at T. Many images are drawn in pieces, of which nothing
+    but images and masks is kept, on the CPU. labels: int64 [count], -1 for none, what the images are to be of;
+    guidance: the scale of :class:`~factorkit.diffusion.guidance.Guided`. rows: draw only these of them, as they are
+    among all.
 
     Raises:
         ConfigError: an unknown sampler, or steps out of range.
@@ -69,7 +70,7 @@ def draw_images(
         return model if labels is None else Guided(model, labels[drawn].to(device), guidance)
 
     pieces = [
-        sample(
+        _kept(sample(
             told(slice(max(begin, first), min(end, first + PIECE))),
             (min(PIECE, count - first), 3, config.resolution, config.resolution),
             schedule=config.noising(device),
@@ -81,9 +82,9 @@ def draw_images(
             rows=slice(max(begin - first, 0), min(end - first, PIECE)),
             progress=progress,
             trajectory=trajectory,
-        )
+        ))
         for first in range(begin // PIECE * PIECE, end, PIECE)
-    ]
+    ]  # fmt: skip
     images = torch.cat([piece.images for piece in pieces])
     frames = None
     if trajectory:
@@ -97,6 +98,14 @@ def draw_images(
     return Samples(images, _joined([cast(Regions, piece.bottleneck) for piece in pieces]), frames)
 
 
+def _kept(piece: Samples) -> Samples:
+    """What is wanted of a piece, where there is room for many."""
+    masks = lambda bottleneck: Regions(cast(Regions, bottleneck).masks.cpu(), None)  # noqa: E731
+    frames = None
+    if piece.trajectory is not None:
+        frames = [Step(s.t, s.x_t.cpu(), s.x0.cpu(), masks(s.bottleneck)) for s in piece.trajectory]
+    return Samples(piece.images.cpu(), masks(piece.bottleneck), frames)
+
+
 def _joined(parts: list[Regions]) -> Regions:
-    branches = None if parts[0].branches is None else torch.cat([part.branches for part in parts])
-    return Regions(torch.cat([part.masks for part in parts]), branches)
+    return Regions(torch.cat([part.masks for part in parts]), None)

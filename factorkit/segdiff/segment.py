@@ -63,18 +63,19 @@ def see(picture: Image.Image, config: SegdiffConfig, size: int, upsample: str) -
     return Seen(picture, small, _resized(picture, grid, Image.Resampling.BOX), radius)
 
 
-def small_masks(predict: Callable[[Tensor], Tensor], small: np.ndarray, resolution: int) -> Tensor:
+def small_masks(predict: Callable[[Tensor], Tensor], small: np.ndarray, config: SegdiffConfig) -> Tensor:
     """Masks [N, K, h, w] of what the network sees, uint8 [N, h, w, 3]: at once, or in overlapping tiles.
 
-    Where tiles share pixels their masks are averaged, each weighed less towards its own edge; they still sum to 1.
+    A tile is at most four times as wide and high as the pictures of the training. Where tiles share pixels their masks
+    are averaged, each weighed less towards its own edge; they still sum to 1. Regions that compete are never looked at
+    in tiles: their places and colours are those of whole pictures.
 
     Args:
         predict: images [N, 3, h, w] in [-1, 1] to masks [N, K, h, w].
-        resolution: the training's; a tile is at most four times as wide and high.
     """
     images = to_float(torch.from_numpy(small))
-    (height, width), tile, overlap = images.shape[2:], TILE * resolution, OVERLAP * resolution
-    if height <= tile and width <= tile:
+    (height, width), tile, overlap = images.shape[2:], TILE * config.resolution, OVERLAP * config.resolution
+    if max(height, width) <= tile or config.masks == "competition":
         return predict(images)
     weight = _tent(min(height, tile), overlap)[:, None] * _tent(min(width, tile), overlap)
     total, weights = torch.zeros(()), torch.zeros(height, width)
@@ -163,7 +164,7 @@ def masks_of(
     """
     try:
         seen = see(picture, config, size, upsample)
-        masks = small_masks(predict, seen.small[None], config.resolution)
+        masks = small_masks(predict, seen.small[None], config)
         return torch.cat([band for _, band in own_pixels(masks[0], seen)], 1)
     except Exception as error:
         if not is_out_of_memory(error):

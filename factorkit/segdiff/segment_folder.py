@@ -216,7 +216,7 @@ class _Job:
         """What the network says of pictures of one size; None for one that memory has no room for, which is skipped."""
         small = np.stack([picture.seen.small for picture in group])
         try:
-            return list(small_masks(self.predict, small, self.config.resolution))
+            return list(small_masks(self.predict, small, self.config))
         except Exception as error:
             if len(group) > 1 and is_out_of_memory(error):
                 return [self._masks([picture])[0] for picture in group]

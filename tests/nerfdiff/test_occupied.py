@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import factorkit
+from factorkit.data.views import Views
+from factorkit.nerfdiff.export_surface import point_cloud
 from factorkit.nerfdiff.fields import GridField, build_field
 from factorkit.nerfdiff.occupied import EVERY, cells_for, look_again, occupancy_grid, occupied_sampling
 from factorkit.nerfdiff.poses import dictionary, orbit_poses
@@ -47,6 +49,14 @@ def test_the_picture_is_the_plain_one(forward):
         assert (a - b).abs().max() < 0.05 and (a - b).abs().mean() < 0.003
     solid = plain.opacity > 0.95
     assert (seen.depth - plain.depth)[solid].abs().max() < (0.5 if forward else 0.02)
+
+
+def test_a_part_of_the_box_is_looked_at_anew():
+    field = looked(ball())
+    assert occupied_sampling(field, (-1.0,) * 3, (1.0,) * 3).occupancy is field.occupancy
+    views = Views(torch.ones(3, 3, 16, 16), list("abc"), OPTICS.pixels(16, 16).expand(3, 3, 3), poses=POSES)
+    points = point_cloud(field, views, (0.0, -1.0, -1.0), (1.0, 1.0, 1.0), 500).points
+    assert len(points) and points[:, 0].min() > -0.02
 
 
 def test_gradients_of_poses_and_field_are_those_of_finite_differences():

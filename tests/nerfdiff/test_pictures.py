@@ -76,6 +76,8 @@ def test_near_is_bright_and_nothing_is_black():
     # Disparity, not depth: half as near is a third of the way from a quarter to all.
     assert abs((middle - far) / (near - far) - 1 / 3) < 0.03
     assert not disparity_image(depth, opacity * 0).any()
+    many = torch.rand(1, 4100, 4100) + 1  # more than torch takes quantiles of
+    assert disparity_image(many, torch.ones_like(many)).max() == 255
 
 
 def test_sheets_of_views():

@@ -38,6 +38,31 @@ def test_larger_pictures_are_brought_to_the_models_size(finished, scene_views):
     assert torch.allclose(finished.predict_pose(larger).poses, finished.predict_pose(scene_views).poses, atol=1e-4)
 
 
+def test_pictures_that_the_camera_cannot_have_taken_are_refused(finished, scene_views):
+    images = scene_views.images
+    for wrong, words in (
+        (images[:, :, 2:], "6 x 8 pixels, but this scene's cameras take 8 x 8"),
+        (images * 255, r"give colours in \[0, 1\]"),
+        (torch.full_like(images, torch.nan), "nan to nan: give colours"),
+    ):
+        with pytest.raises(DataError, match=words):
+            finished.predict_pose(wrong)
+    with pytest.raises(DataError, match="6 x 8 pixels"):
+        finished.evaluate(replace(scene_views, images=images[:, :, 2:], masks=scene_views.masks[:, :, 2:]))
+    for wrong in (finished.poses[0], torch.full((1, 4, 4), torch.nan)):
+        with pytest.raises(DataError, match=r"give \[B, 4, 4\], all of them finite"):
+            finished.render(wrong)
+
+
+def test_wider_pictures_show_more_and_stretch_nothing(finished, monkeypatch):
+    square, wide, high = (finished.render(finished.poses, size) for size in (12, (12, 20), (20, 12)))
+    torch.testing.assert_close(wide.images[..., 4:16], square.images, atol=1e-3, rtol=0)
+    taller = finished.render(finished.poses, 20)
+    torch.testing.assert_close(high.images, taller.images[..., 4:16], atol=1e-3, rtol=0)
+    monkeypatch.setattr("factorkit.nerfdiff.run.RAYS", 300)  # two pictures at a time
+    assert torch.equal(finished.render(finished.poses, 12).depth, square.depth)
+
+
 def test_reconstructions_are_renders_from_the_predicted_poses(finished, scene_views):
     seen = finished.reconstruct(scene_views, size=12)
     again = finished.render(finished.predict_pose(scene_views).poses, 12)
@@ -200,8 +225,16 @@ def test_refining_finds_the_pose_of_a_picture_from_near_it(finished):
     images = render_views(field, true, optics, (16, 16), 16).color.movedim(-1, 1)
     off = orbit_poses(way + 0.06 * torch.randn(3, 3), finished.scene["distance"])
     before = [x.clone() for x in model.state_dict().values()]
-    found = refined(model, images, off, 40, finished.config, finished.scene["distance"])
+    found = refined(model, images, off, 40, finished.scene["distance"])
     far, near = (rotation_errors_degrees(x, true) for x in (off, found))
     assert near.max() < 1.0 < far.min(), (far, near)
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
     assert all(p.grad is None for p in field.parameters())
+    # cameras that lean and stand nearer or farther are not brought to an orbit
+    leaning = orbit_poses(way, finished.scene["distance"], {"roll": torch.tensor([0.7, -0.7, 0.6])})
+    leaning[:, :3, 3] *= torch.tensor([0.9, 1.0, 1.1])[:, None]
+    model.views.copy_(leaning[torch.arange(len(model.views)) % 3])
+    images = render_views(field, leaning, optics, (16, 16), 16).color.movedim(-1, 1)
+    kept = refined(model, images, leaning, 5, finished.scene["distance"])
+    assert rotation_errors_degrees(kept, leaning).max() < 1.0
+    assert (kept - leaning)[:, :3, 3].norm(dim=1).max() < 0.1

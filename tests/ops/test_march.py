@@ -138,6 +138,8 @@ def test_capacity_cuts_rays_off_and_fills_up_with_nothing():
         assert part.wanted == m and torch.equal(part.ray_offsets, whole.ray_offsets.clamp_max(capacity))
         for a, b in zip(part[:2] + part[3:4], whole[:2] + whole[3:4], strict=True):
             assert a.shape == (capacity,) and torch.equal(a[:k], b[:k]) and (a[k:] == 0).all()
+        later = ops.march_rays(*given, *BOX, step=0.05, seed=1, capacity=capacity, first_ray=5)
+        assert len(later.ray) == capacity and not (later.ray < 0).any()
 
 
 def test_levels_are_the_boxes_scaled_about_their_centre():

@@ -201,6 +201,7 @@ def test_generated_images_are_a_function_of_the_seed(run):
     assert torch.equal(first.labels, first.masks.argmax(1)) and first.trajectory is None
     with torch.autocast("cpu", torch.bfloat16):
         drawn = draw_images(run.model, run.config, 3, steps=3, seed=1, device=CPU)
+        assert drawn.bottleneck.branches is None  # nobody asked for them
     assert drawn.images.min() < -0.2
     torch.testing.assert_close(first.images, drawn.images / 2 + 0.5)
 

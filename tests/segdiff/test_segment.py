@@ -9,7 +9,7 @@ from PIL import Image
 
 from factorkit.errors import ConfigError, OutOfMemory
 from factorkit.segdiff import segment
-from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.segment import own_pixels, see, small_masks
 
@@ -81,18 +81,32 @@ def test_tiles_of_what_depends_on_a_pixel_alone_are_the_whole(size):
         shapes.append(part.shape[2:])
         return ((part + 1) / 2)[:, :2] / ((part + 1) / 2)[:, :2].sum(1, keepdim=True).clamp_min(1e-6)
 
-    found = small_masks(predict, images, 16)
+    found = small_masks(predict, images, SegdiffConfig(resolution=16))
     whole = predict(segment.to_float(torch.from_numpy(images)))
     torch.testing.assert_close(found, whole)
     assert max(max(shape) for shape in shapes[:-1]) <= 64
     assert (len(shapes) > 2) == (max(size) > 64)
 
 
+def test_regions_that_compete_see_whole_pictures():
+    """Their places are those of a picture, and so are the colours they compete by."""
+    config = SegdiffConfig(resolution=16, masks="competition")
+    shapes = []
+
+    def predict(images):
+        shapes.append(tuple(images.shape[2:]))
+        return images[:, :2]
+
+    assert small_masks(predict, np.zeros((1, 80, 200, 3), np.uint8), config).shape == (1, 2, 80, 200)
+    assert shapes == [(80, 200)]
+
+
 def test_tiles_are_blended_without_a_seam():
     """Tiles that disagree (each answers its own number) meet in a ramp, not in a step."""
     count = iter(range(100))
     found = small_masks(
-        lambda part: torch.full((1, 1, *part.shape[2:]), float(next(count))), np.zeros((1, 16, 112, 3), np.uint8), 16
+        lambda part: torch.full((1, 1, *part.shape[2:]), float(next(count))), np.zeros((1, 16, 112, 3), np.uint8),
+        SegdiffConfig(resolution=16),
     )
     line = found[0, 0, 8]
     assert line[0] == 0 and line[-1] == 1 and next(count) == 2
