@@ -94,32 +94,37 @@ def load(
 
 
 def picture_file(path: Path) -> Callable[[], np.ndarray]:
-    """Reads an image file as :class:`Shot` wants it; BrokenImage or DataError where it cannot be decoded or read."""
-    return lambda: pixels(FileSource(path.parent, [path.name]).decode(0), path.name)
+    """Reads an image file with a camera as :class:`Shot` wants it: as stored, whatever its EXIF orientation, since the
+    cameras of nerfstudio and COLMAP are of stored pixels; BrokenImage or DataError where it cannot be decoded or read.
+    """
+    return lambda: pixels(FileSource(path.parent, [path.name]).decode(0), path.name, upright=False)
 
 
 def mask_file(path: Path) -> Callable[[], np.ndarray]:
-    """Reads a mask file: grey levels as opacity, labels 0 and 1 as what they are."""
-    return lambda: opacity(FileSource(path.parent, [path.name]).decode(0), path.name)
+    """Reads the mask of a picture with a camera, as stored like the picture; see `opacity`."""
+    return lambda: opacity(FileSource(path.parent, [path.name]).decode(0), path.name, upright=False)
 
 
-def pixels(image: Image.Image, name: str) -> np.ndarray:
-    """A picture upright, float32 [H, W, 3], or [H, W, 4] where any of it is transparent."""
+def pixels(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
+    """A picture float32 [H, W, 3], or [H, W, 4] where any of it is transparent; upright by its EXIF orientation, or as
+    stored."""
     try:
         if image.has_transparency_data:
-            found = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
+            found = np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGBA"))
             found = found if found[..., 3].min() < 255 else found[..., :3]
         else:
-            found = np.asarray(to_rgb(image))
+            found = np.asarray(to_rgb(image, upright))
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise BrokenImage(f"{name}: cannot be decoded: {error}") from error
     return found.astype(np.float32) / 255
 
 
-def opacity(image: Image.Image, name: str) -> np.ndarray:
-    """A mask upright, float32 [H, W] in [0, 1]."""
+def opacity(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
+    """A mask float32 [H, W] in [0, 1], grey levels as opacity, labels 0 and 1 as what they are; upright by its EXIF
+    orientation, or as stored."""
     try:
-        found = np.asarray(ImageOps.exif_transpose(image).convert("L")).astype(np.float32)
+        image = ImageOps.exif_transpose(image) if upright else image
+        found = np.asarray(image.convert("L")).astype(np.float32)
     except Exception as error:  # as above
         raise BrokenImage(f"{name}: cannot be decoded: {error}") from error
     return found / 255 if found.max() > 1 else found

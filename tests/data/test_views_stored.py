@@ -1,0 +1,60 @@
+"""What picture files hold beside plain 8-bit pixels: an orientation, more bits, and what cameras say of them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from factorkit.data import open_views
+from factorkit.rendering import orbit
+
+HEIGHT, WIDTH = 8, 12
+
+
+def posed_folder(folder, count=3, **settings):
+    """A transforms.json beside pictures images/0.png ... that are yet to be written."""
+    poses = orbit(count, 4.0, 30.0).tolist()
+    frames = [{"file_path": f"images/{i}.png", "transform_matrix": poses[i]} for i in range(count)]
+    content = {"frames": frames, **({"fl_x": 9.0, "w": WIDTH, "h": HEIGHT} if not settings else settings)}
+    (folder / "transforms.json").write_text(json.dumps(content))
+    return content
+
+
+def save(path, pixels, orientation=None):
+    path.parent.mkdir(exist_ok=True)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+
+
+def picture(seed=0, channels=3):
+    return np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, channels), np.uint8)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_cameras_are_of_stored_pixels_and_pictures_alone_are_turned_upright(tmp_path, channels):
+    turned = 6  # shown turned by 90 degrees clockwise
+    mask = (picture(7)[..., 0] > 100).astype(np.uint8) * 255
+    content = posed_folder(tmp_path)
+    for i in range(3):
+        save(tmp_path / f"images/{i}.png", picture(i, channels), turned)
+        if channels == 3:
+            save(tmp_path / f"masks/{i}.png", mask, turned)
+            content["frames"][i]["mask_path"] = f"masks/{i}.png"
+    (tmp_path / "transforms.json").write_text(json.dumps(content))
+    posed = open_views(tmp_path, background="black")
+    assert posed.size == (HEIGHT, WIDTH)
+    opacity = mask[..., None] if channels == 3 else picture(1, 4)[..., 3:]
+    expected = picture(1, channels)[..., :3] * (opacity / 255) / 255
+    np.testing.assert_allclose(posed.images[1].permute(1, 2, 0), expected, atol=1e-5)
+    np.testing.assert_allclose(posed.masks[1, 0], opacity[..., 0] / 255, atol=1e-6)
+    (tmp_path / "transforms.json").unlink()
+    alone = open_views(tmp_path if channels == 3 else tmp_path / "images", background="black")
+    assert alone.poses is None and alone.size == (WIDTH, HEIGHT)
+    torch.testing.assert_close(alone.images, posed.images.rot90(-1, (2, 3)))
+    torch.testing.assert_close(alone.masks, posed.masks.rot90(-1, (2, 3)))
