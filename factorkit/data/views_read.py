@@ -22,6 +22,7 @@ from factorkit.errors import ConfigError, DataError
 
 BORDER_SHARE, BORDER_TOLERANCE = 0.9, 2 / 255
 ASPECT_TOLERANCE = 0.01
+MASK_RANGES = (1, 255, 65535)
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,18 @@ def pixels(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
 
 
 def opacity(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
-    """A mask float32 [H, W] in [0, 1], grey levels as opacity, labels 0 and 1 as what they are; upright by its EXIF
-    orientation, or as stored."""
+    """A mask float32 [H, W] in [0, 1]; upright by its EXIF orientation, or as stored. Its values count to the least of
+    1 (labels, float pictures), 255 and 65535 (16 bits) that none of them is above."""
     try:
         image = ImageOps.exif_transpose(image) if upright else image
-        found = np.asarray(image.convert("L")).astype(np.float32)
+        wide = image.mode == "F" or image.mode.startswith("I")  # to "L" Pillow clips or truncates these
+        found = np.asarray(image if wide else image.convert("L")).astype(np.float32)
     except Exception as error:  # as above
         raise BrokenImage(f"{name}: cannot be decoded: {error}") from error
-    return found / 255 if found.max() > 1 else found
+    low, high = found.min(), found.max()
+    if not (low >= 0 and high <= MASK_RANGES[-1]):  # written so that NaN is refused too
+        raise BrokenImage(f"{name}: mask values from {low} to {high}; convert it to [0, 1] or to 8 bits")
+    return found / next(top for top in MASK_RANGES if high <= top)
 
 
 def scaled_intrinsics(k: np.ndarray, height: float, width: float, name: str) -> Callable[[int, int], np.ndarray]:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from factorkit.data import open_views
+from factorkit.errors import DataError
 from factorkit.rendering import orbit
 
 HEIGHT, WIDTH = 8, 12
@@ -58,3 +59,36 @@ def test_cameras_are_of_stored_pixels_and_pictures_alone_are_turned_upright(tmp_
     assert alone.poses is None and alone.size == (WIDTH, HEIGHT)
     torch.testing.assert_close(alone.images, posed.images.rot90(-1, (2, 3)))
     torch.testing.assert_close(alone.masks, posed.masks.rot90(-1, (2, 3)))
+
+
+LEVELS = np.linspace(0, 1, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("bits.png", np.rint(LEVELS * 65535).astype(np.uint16), LEVELS),
+        ("labels.png", (LEVELS > 0.5).astype(np.uint16), LEVELS > 0.5),
+        ("bytes.png", np.rint(LEVELS * 255).astype(np.uint16), LEVELS),
+        ("ints.tif", np.rint(LEVELS * 65535).astype(np.int32), LEVELS),
+        ("floats.tif", LEVELS.astype(np.float32), LEVELS),
+        ("upto255.tif", (255 * LEVELS).astype(np.float32), LEVELS),
+    ],
+)
+def test_masks_of_more_than_8_bits_keep_their_levels(tmp_path, name, values, expected):
+    content = posed_folder(tmp_path, 1)
+    save(tmp_path / "images/0.png", picture())
+    Image.fromarray(values).save(tmp_path / name)
+    content["frames"][0]["mask_path"] = name
+    (tmp_path / "transforms.json").write_text(json.dumps(content))
+    np.testing.assert_allclose(open_views(tmp_path).masks[0, 0], expected, atol=0.5 / 255)
+    alone = open_views([Image.fromarray(picture())], masks=[Image.open(tmp_path / name)])
+    np.testing.assert_allclose(alone.masks[0, 0], expected, atol=0.5 / 255)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 70000.0, np.nan])
+def test_masks_beyond_any_range_are_refused(wrong):
+    values = LEVELS.astype(np.float32)
+    values[0, 0] = wrong
+    with pytest.raises(DataError, match="mask values from"):
+        open_views([Image.fromarray(picture())], masks=[Image.fromarray(values)])
