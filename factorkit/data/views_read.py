@@ -153,12 +153,20 @@ def scaled_intrinsics(k: np.ndarray, height: float, width: float, name: str) -> 
     return at
 
 
-def fov_intrinsics(fov_x: float) -> Callable[[int, int], np.ndarray]:
-    """K of a picture that spans `fov_x` radians from left to right, looked at through its centre, square pixels."""
+def fov_intrinsics(
+    fov_x: float, fov_y: float | None = None, cx: float | None = None, cy: float | None = None
+) -> Callable[[int, int], np.ndarray]:
+    """K of a picture that spans `fov_x` radians from left to right and `fov_y` from top to bottom (None: square
+    pixels), its optical axis at (cx, cy) (None: its centre).
+
+    The angles are those of nerfstudio and instant-ngp, 2 atan(side / 2f), wherever the axis lies.
+    """
 
     def at(height: int, width: int) -> np.ndarray:
-        focal = width / (2 * math.tan(fov_x / 2))
-        return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+        fx = width / (2 * math.tan(fov_x / 2))
+        fy = fx if fov_y is None else height / (2 * math.tan(fov_y / 2))
+        x, y = width / 2 if cx is None else cx, height / 2 if cy is None else cy
+        return np.array([[fx, 0, x], [0, fy, y], [0, 0, 1]])
 
     return at
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -92,3 +93,49 @@ def test_masks_beyond_any_range_are_refused(wrong):
     values[0, 0] = wrong
     with pytest.raises(DataError, match="mask values from"):
         open_views([Image.fromarray(picture())], masks=[Image.fromarray(values)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),  # fx, fy, cx, cy in pixels of the file, 12 x 8
+    [
+        ({}, (6, 6, 6, 4)),
+        ({"camera_angle_y": 2 * math.atan(0.5)}, (6, 8, 6, 4)),
+        ({"cx": 5.0, "cy": 4.5}, (6, 6, 5, 4.5)),
+        ({"cx": 10.0, "cy": 9.0, "w": 24, "h": 16}, (6, 6, 5, 4.5)),
+        ({"camera_angle_y": 2 * math.atan(0.5), "w": 24, "h": 16}, (6, 8, 6, 4)),
+    ],
+)
+def test_angles_stand_with_what_else_is_said_of_the_camera(tmp_path, settings, expected):
+    posed_folder(tmp_path, 1, camera_angle_x=math.pi / 2, **settings)
+    save(tmp_path / "images/0.png", picture())
+    k = open_views(tmp_path).intrinsics[0]
+    torch.testing.assert_close(torch.stack([k[0, 0], k[1, 1], k[0, 2], k[1, 2]]), torch.tensor(expected).float())
+    assert k[0, 1] == k[1, 0] == 0 and k[2].tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"w": 12, "h": 12}, "described for 12 x 12"),
+        ({"w": 12}, "no focal length .* 'h'"),
+        ({"camera_angle_y": 40.0}, "between 0 and pi"),
+        ({"camera_angle_y": math.nan}, "between 0 and pi"),
+        ({"cx": math.inf}, "intrinsics: values that are not finite"),
+    ],
+)
+def test_angles_that_contradict_the_picture(tmp_path, settings, message):
+    posed_folder(tmp_path, 1, camera_angle_x=1.0, **settings)
+    save(tmp_path / "images/0.png", picture())
+    with pytest.raises(DataError, match=message):
+        open_views(tmp_path)
+
+
+def test_a_split_names_files_however_it_writes_their_paths(tmp_path):
+    content = posed_folder(tmp_path)
+    for i in range(3):
+        save(tmp_path / f"images/{i}.png", picture(i))
+        content["frames"][i]["file_path"] = ("./images/0.png", "images//1.png", "images/2.png")[i]
+    content |= {"train_filenames": ["images/0.png", "images/1.png"], "test_filenames": ["./images/2.png"]}
+    (tmp_path / "transforms.json").write_text(json.dumps(content))
+    assert open_views(tmp_path, "train").names == ["images/0.png", "images/1.png"]
+    assert open_views(tmp_path, "test").names == ["images/2.png"]
