@@ -158,9 +158,7 @@ def _intrinsics(settings: dict[str, Any], name: str, file: Path):
             cx, cy = float(settings.get("cx", width / 2)), float(settings.get("cy", height / 2))
             return scaled_intrinsics(np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), height, width, name)
         angle = float(settings["camera_angle_x"])
-        angle_y, cx, cy = (
-            float(settings[key]) if key in settings else None for key in ("camera_angle_y", "cx", "cy")
-        )
+        angle_y, cx, cy = (float(settings[key]) if key in settings else None for key in ("camera_angle_y", "cx", "cy"))
         if not all(0 < value < math.pi for value in (angle, angle_y) if value is not None):
             raise ValueError("an angle that is not between 0 and pi radians")
         k = fov_intrinsics(angle, angle_y, cx, cy)
