@@ -155,14 +155,14 @@ def scaled_intrinsics(k: np.ndarray, height: float, width: float, name: str) -> 
 
 def fov_intrinsics(
     fov_x: float, fov_y: float | None = None, cx: float | None = None, cy: float | None = None
-) -> Callable[[int, int], np.ndarray]:
+) -> Callable[[float, float], np.ndarray]:
     """K of a picture that spans `fov_x` radians from left to right and `fov_y` from top to bottom (None: square
     pixels), its optical axis at (cx, cy) (None: its centre).
 
     The angles are those of nerfstudio and instant-ngp, 2 atan(side / 2f), wherever the axis lies.
     """
 
-    def at(height: int, width: int) -> np.ndarray:
+    def at(height: float, width: float) -> np.ndarray:
         fx = width / (2 * math.tan(fov_x / 2))
         fy = fx if fov_y is None else height / (2 * math.tan(fov_y / 2))
         x, y = width / 2 if cx is None else cx, height / 2 if cy is None else cy

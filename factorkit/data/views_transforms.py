@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -149,7 +149,7 @@ def _matrix(values: Any, name: str, file: Path) -> np.ndarray:
     return matrix
 
 
-def _intrinsics(settings: dict[str, Any], name: str, file: Path):
+def _intrinsics(settings: dict[str, Any], name: str, file: Path) -> Callable[[int, int], np.ndarray]:
     """K from `fl_x`, else from `camera_angle_x`: in pixels of a picture of `w` by `h`, without them of the file's."""
     try:
         if "fl_x" in settings:
@@ -157,20 +157,24 @@ def _intrinsics(settings: dict[str, Any], name: str, file: Path):
             fy = float(settings.get("fl_y", fx))
             cx, cy = float(settings.get("cx", width / 2)), float(settings.get("cy", height / 2))
             return scaled_intrinsics(np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), height, width, name)
-        angle = float(settings["camera_angle_x"])
-        angle_y, cx, cy = (float(settings[key]) if key in settings else None for key in ("camera_angle_y", "cx", "cy"))
-        if not all(0 < value < math.pi for value in (angle, angle_y) if value is not None):
-            raise ValueError("an angle that is not between 0 and pi radians")
-        k = fov_intrinsics(angle, angle_y, cx, cy)
-        if "w" not in settings and "h" not in settings:
-            return k
-        width, height = (float(settings[key]) for key in ("w", "h"))
-        return scaled_intrinsics(k(height, width), height, width, name)
+        return _from_angle(settings, name)
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise DataError(
             f"{file}: no focal length for {name} ({type(error).__name__}: {error}). It needs `camera_angle_x`, "
             "alone or with both `w` and `h`, or `fl_x` with `w` and `h`."
         ) from error
+
+
+def _from_angle(settings: dict[str, Any], name: str) -> Callable[[int, int], np.ndarray]:
+    angle = float(settings["camera_angle_x"])
+    angle_y, cx, cy = (float(settings[key]) if key in settings else None for key in ("camera_angle_y", "cx", "cy"))
+    if not all(0 < value < math.pi for value in (angle, angle_y) if value is not None):
+        raise ValueError("an angle that is not between 0 and pi radians")
+    k = fov_intrinsics(angle, angle_y, cx, cy)
+    if "w" not in settings and "h" not in settings:
+        return k
+    width, height = (float(settings[key]) for key in ("w", "h"))
+    return scaled_intrinsics(k(height, width), height, width, name)
 
 
 def _distortion(settings: dict[str, Any], name: str, file: Path) -> Distortion | None:
