@@ -1,4 +1,4 @@
-"""One picture: from whatever a file holds to upright 8-bit RGB, and to a square of the training resolution."""
+"""One picture: from whatever a file holds to 8-bit RGB, and to a square of the training resolution."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ class BrokenImage(DataError):
     """One picture that cannot be decoded; where many are read, it may be left out."""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
     """The picture as a person sees it: upright by its EXIF orientation, mode RGB, transparency composited over white.
+    Not `upright`: with its pixels where they are stored.
 
     Integer pictures of more than 8 bits (modes I;16 and I) are divided by 256. Float pictures (mode F) are taken to
     run over [0, 1], or over [0, 255] where any value is above 1.
@@ -22,7 +23,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         BrokenImage: a float picture with values that are not finite or outside [0, 255].
         OSError, and whatever else Pillow raises: a truncated or damaged file.
     """
-    image = ImageOps.exif_transpose(image)
+    if upright:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # before transparency: Pillow clips these modes instead of scaling them
         image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
     elif image.mode == "F":

@@ -14,6 +14,7 @@ from factorkit.errors import ConfigError, DataError
 Layout = Literal["object", "forward"]
 
 RIGIDITY = 1e-3  # how far the columns of a rotation may be from orthonormal; files with few digits stay below it
+SKEW = 1e-4  # what K may hold, in focal lengths, where it should hold nothing: rounding
 COLORS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}
 
 
@@ -33,7 +34,7 @@ class Views:
 
     Raises:
         DataError: no view, counts or shapes that do not fit, values that are not finite, a pose that is not rigid,
-            near not below far, masks without any foreground.
+            intrinsics with skew or another last row than 0 0 1, near not below far, masks without any foreground.
     """
 
     images: Tensor
@@ -174,12 +175,24 @@ def _check(views: Views) -> None:
         check_rigid(views.poses, views.names)
     if (views.intrinsics.diagonal(dim1=1, dim2=2)[:, :2] <= 0).any():
         raise DataError("intrinsics: a focal length is not positive")
+    _check_no_skew(views.intrinsics, views.names)
     if views.near is not None and views.far is not None and not 0 <= views.near < views.far:
         raise DataError(f"near={views.near:g} and far={views.far:g}: need 0 <= near < far")
     if views.masks is not None and not (views.masks > 0.5).any():
         raise DataError("no foreground anywhere: every mask is empty. Is black meant to be the foreground?")
     if views.layout not in ("object", "forward"):
         raise DataError(f'layout={views.layout!r}: give "object" or "forward"')
+
+
+def _check_no_skew(intrinsics: Tensor, names: Sequence[str]) -> None:
+    focal = intrinsics[:, 0, 0]
+    skewed = intrinsics[:, [0, 1], [1, 0]].abs().amax(1) > SKEW * focal
+    if skewed.any():
+        raise DataError(f"intrinsics: skew in {_first(names, skewed)}: rows and columns of pixels must be at right "
+                        "angles. Undistort the pictures first, for cameras without skew.")  # fmt: skip
+    last = (intrinsics[:, 2] - intrinsics.new_tensor([0.0, 0, 1])).abs().amax(1) > SKEW
+    if last.any():
+        raise DataError(f"intrinsics: the last row of {_first(names, last)} is not 0 0 1. Divide K by its last number.")
 
 
 def check_rigid(poses: Tensor, names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from factorkit.errors import ConfigError, DataError
 POSED = (
     (is_transforms, read_transforms), (is_llff, read_llff), (is_srn, read_srn), (is_posed_array, read_posed_array),
 )  # fmt: skip
+COLMAP = (".", "sparse/0", "sparse", "colmap/sparse/0")  # where its models lie in the folder of a scene
 
 
 def open_views(
@@ -44,7 +46,8 @@ def open_views(
             a folder with rgb/, pose/ and intrinsics.txt (one instance of ShapeNet-SRN);
             an .npz with images, poses and focal (as tiny_nerf_data.npz);
             a video, or pictures without poses: a folder (with images/ and masks/ in it, or without), a .zip, an array,
-            whatever :func:`factorkit.data.open_source` takes;
+            whatever :func:`factorkit.data.open_source` takes; COLMAP's cameras in such a folder are not read, which a
+            warning says;
             Views, which are only split and resized.
         split: "train" or "test" as the files say; where they say nothing every 8th view, from the first on, is for the
             test. None: all views.
@@ -83,6 +86,7 @@ def open_views(
     else:
         if path is not None and path.is_dir():
             _check_one_scene(path)
+            _warn_of_colmap(path)
         shots, known = read_pictures(source if path is None else path, split, masks, fov)
     if masks is not None and any(shot.pose is not None for shot in shots):
         raise ConfigError("masks= is for pictures without poses; files with poses name their masks themselves")
@@ -106,3 +110,17 @@ def _check_one_scene(folder: Path) -> None:
     if scenes:
         some = ", ".join(scenes[:3]) + (", ..." if len(scenes) > 3 else "")
         raise DataError(f"{folder}: not a scene, but a folder of {len(scenes)} ({some}). Give one of them.")
+
+
+def _warn_of_colmap(folder: Path) -> None:
+    """Warn where the folder holds cameras of COLMAP's: no reader takes them."""
+    for name in COLMAP:
+        for suffix in ("bin", "txt"):
+            if all((folder / name / f"{part}.{suffix}").is_file() for part in ("cameras", "images")):
+                warnings.warn(
+                    f"{folder}: COLMAP's cameras ({(Path(name) / f'cameras.{suffix}').as_posix()}) are not read, these "
+                    "are pictures without poses, which training will search for; to use COLMAP's, convert them to "
+                    "nerfstudio's transforms.json (ns-process-data images --skip-colmap).",
+                    stacklevel=3,
+                )
+                return

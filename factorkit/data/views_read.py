@@ -22,6 +22,7 @@ from factorkit.errors import ConfigError, DataError
 
 BORDER_SHARE, BORDER_TOLERANCE = 0.9, 2 / 255
 ASPECT_TOLERANCE = 0.01
+MASK_RANGES = (1, 255, 65535)
 
 
 @dataclass(frozen=True)
@@ -94,35 +95,44 @@ def load(
 
 
 def picture_file(path: Path) -> Callable[[], np.ndarray]:
-    """Reads an image file as :class:`Shot` wants it; BrokenImage or DataError where it cannot be decoded or read."""
-    return lambda: pixels(FileSource(path.parent, [path.name]).decode(0), path.name)
+    """Reads an image file with a camera as :class:`Shot` wants it: as stored, whatever its EXIF orientation, since the
+    cameras of nerfstudio and COLMAP are of stored pixels; BrokenImage or DataError where it cannot be decoded or read.
+    """
+    return lambda: pixels(FileSource(path.parent, [path.name]).decode(0), path.name, upright=False)
 
 
 def mask_file(path: Path) -> Callable[[], np.ndarray]:
-    """Reads a mask file: grey levels as opacity, labels 0 and 1 as what they are."""
-    return lambda: opacity(FileSource(path.parent, [path.name]).decode(0), path.name)
+    """Reads the mask of a picture with a camera, as stored like the picture; see `opacity`."""
+    return lambda: opacity(FileSource(path.parent, [path.name]).decode(0), path.name, upright=False)
 
 
-def pixels(image: Image.Image, name: str) -> np.ndarray:
-    """A picture upright, float32 [H, W, 3], or [H, W, 4] where any of it is transparent."""
+def pixels(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
+    """A picture float32 [H, W, 3], or [H, W, 4] where any of it is transparent; upright by its EXIF orientation, or as
+    stored."""
     try:
         if image.has_transparency_data:
-            found = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
+            found = np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGBA"))
             found = found if found[..., 3].min() < 255 else found[..., :3]
         else:
-            found = np.asarray(to_rgb(image))
+            found = np.asarray(to_rgb(image, upright))
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise BrokenImage(f"{name}: cannot be decoded: {error}") from error
     return found.astype(np.float32) / 255
 
 
-def opacity(image: Image.Image, name: str) -> np.ndarray:
-    """A mask upright, float32 [H, W] in [0, 1]."""
+def opacity(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
+    """A mask float32 [H, W] in [0, 1]; upright by its EXIF orientation, or as stored. Its values count to the least of
+    1 (labels, float pictures), 255 and 65535 (16 bits) that none of them is above."""
     try:
-        found = np.asarray(ImageOps.exif_transpose(image).convert("L")).astype(np.float32)
+        image = ImageOps.exif_transpose(image) if upright else image
+        wide = image.mode == "F" or image.mode.startswith("I")  # to "L" Pillow clips or truncates these
+        found = np.asarray(image if wide else image.convert("L")).astype(np.float32)
     except Exception as error:  # as above
         raise BrokenImage(f"{name}: cannot be decoded: {error}") from error
-    return found / 255 if found.max() > 1 else found
+    low, high = found.min(), found.max()
+    if not (low >= 0 and high <= MASK_RANGES[-1]):  # written so that NaN is refused too
+        raise BrokenImage(f"{name}: mask values from {low} to {high}; convert it to [0, 1] or to 8 bits")
+    return found / next(top for top in MASK_RANGES if high <= top)
 
 
 def scaled_intrinsics(k: np.ndarray, height: float, width: float, name: str) -> Callable[[int, int], np.ndarray]:
@@ -143,12 +153,20 @@ def scaled_intrinsics(k: np.ndarray, height: float, width: float, name: str) -> 
     return at
 
 
-def fov_intrinsics(fov_x: float) -> Callable[[int, int], np.ndarray]:
-    """K of a picture that spans `fov_x` radians from left to right, looked at through its centre, square pixels."""
+def fov_intrinsics(
+    fov_x: float, fov_y: float | None = None, cx: float | None = None, cy: float | None = None
+) -> Callable[[float, float], np.ndarray]:
+    """K of a picture that spans `fov_x` radians from left to right and `fov_y` from top to bottom (None: square
+    pixels), its optical axis at (cx, cy) (None: its centre).
 
-    def at(height: int, width: int) -> np.ndarray:
-        focal = width / (2 * math.tan(fov_x / 2))
-        return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+    The angles are those of nerfstudio and instant-ngp, 2 atan(side / 2f), wherever the axis lies.
+    """
+
+    def at(height: float, width: float) -> np.ndarray:
+        fx = width / (2 * math.tan(fov_x / 2))
+        fy = fx if fov_y is None else height / (2 * math.tan(fov_y / 2))
+        x, y = width / 2 if cx is None else cx, height / 2 if cy is None else cy
+        return np.array([[fx, 0, x], [0, fy, y], [0, 0, 1]])
 
     return at
 

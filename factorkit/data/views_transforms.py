@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,8 @@ def _read_file(file: Path, split: str | None) -> tuple[list[Shot], np.ndarray]:
 def _chosen(content: dict[str, Any], names: Sequence[str], split: str | None) -> list[int]:
     listed = content.get(f"{split}_filenames")
     if listed is not None:
-        return [i for i, name in enumerate(names) if name in set(listed)]
+        wanted = {PurePosixPath(name) for name in listed}  # ./images/0.png is images/0.png
+        return [i for i, name in enumerate(names) if PurePosixPath(name) in wanted]
     return every_eighth(len(names), split)
 
 
@@ -148,22 +149,32 @@ def _matrix(values: Any, name: str, file: Path) -> np.ndarray:
     return matrix
 
 
-def _intrinsics(settings: dict[str, Any], name: str, file: Path):
+def _intrinsics(settings: dict[str, Any], name: str, file: Path) -> Callable[[int, int], np.ndarray]:
+    """K from `fl_x`, else from `camera_angle_x`: in pixels of a picture of `w` by `h`, without them of the file's."""
     try:
         if "fl_x" in settings:
             width, height, fx = (float(settings[key]) for key in ("w", "h", "fl_x"))
             fy = float(settings.get("fl_y", fx))
             cx, cy = float(settings.get("cx", width / 2)), float(settings.get("cy", height / 2))
             return scaled_intrinsics(np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), height, width, name)
-        angle = float(settings["camera_angle_x"])
-        if not 0 < angle < math.pi:
-            raise ValueError(f"an angle of {angle:g} radians")
-        return fov_intrinsics(angle)
+        return _from_angle(settings, name)
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise DataError(
-            f"{file}: no focal length for {name} ({type(error).__name__}: {error}). It needs `camera_angle_x`, or "
-            "`fl_x` with `w` and `h`."
+            f"{file}: no focal length for {name} ({type(error).__name__}: {error}). It needs `camera_angle_x`, "
+            "alone or with both `w` and `h`, or `fl_x` with `w` and `h`."
         ) from error
+
+
+def _from_angle(settings: dict[str, Any], name: str) -> Callable[[int, int], np.ndarray]:
+    angle = float(settings["camera_angle_x"])
+    angle_y, cx, cy = (float(settings[key]) if key in settings else None for key in ("camera_angle_y", "cx", "cy"))
+    if not all(0 < value < math.pi for value in (angle, angle_y) if value is not None):
+        raise ValueError("an angle that is not between 0 and pi radians")
+    k = fov_intrinsics(angle, angle_y, cx, cy)
+    if "w" not in settings and "h" not in settings:
+        return k
+    width, height = (float(settings[key]) for key in ("w", "h"))
+    return scaled_intrinsics(k(height, width), height, width, name)
 
 
 def _distortion(settings: dict[str, Any], name: str, file: Path) -> Distortion | None:

@@ -34,14 +34,16 @@ def export(
 
     - ``points`` (scene.ply): coloured points where the views see the scene's surface;
     - ``mesh`` (mesh.ply, or any .obj or .glb): the surface of equal density, by marching cubes, coloured;
-    - ``nerfstudio`` (transforms.json): cameras, with the pictures in images/ beside it;
-    - ``colmap`` (a folder): cameras.txt, images.txt and points3D.txt with the coloured points, pictures in images/.
+    - ``nerfstudio`` (transforms.json): cameras, with the pictures in images_factorkit/ beside it;
+    - ``colmap`` (a folder): cameras.txt, images.txt and points3D.txt with the coloured points, pictures in
+      images_factorkit/.
 
     The field of forward-facing views lies in normalised device coordinates; points and mesh are brought back to the
     space of the cameras.
 
     Args:
-        path: where to; folders are made, files of the same name replaced.
+        path: where to; folders are made, files of the same name replaced; pictures only in images_factorkit/, which no
+            one else writes.
         views: pictures, intrinsics and poses, in the field's space.
         field: as :func:`factorkit.render` takes it.
         kind: one of the four; None: what the path says, see above.

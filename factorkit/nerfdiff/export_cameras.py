@@ -15,21 +15,22 @@ from factorkit.data.views import Views
 from factorkit.nerfdiff.export_surface import Shape
 
 TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # y down, looking along z
+PICTURES = "images_factorkit"  # a folder that only exports write: in images/ may lie the pictures the scene was made of
 NO_TRACK = -1  # COLMAP's error of a point that no one has triangulated
 
 
 def write_transforms(path: Path, views: Views) -> None:
-    """A transforms.json in nerfstudio's data format (docs.nerf.studio, "Data conventions") and its pictures in images/:
-    OpenGL's axes, intrinsics in pixels, for all frames at once where they are the same."""
+    """A transforms.json in nerfstudio's data format (docs.nerf.studio, "Data conventions") and its pictures in
+    images_factorkit/: OpenGL's axes, intrinsics in pixels, for all frames at once where they are the same."""
     height, width = views.size
     lenses = [
         {"fl_x": k[0, 0].item(), "fl_y": k[1, 1].item(), "cx": k[0, 2].item(), "cy": k[1, 2].item(), "w": width,
          "h": height} for k in views.intrinsics
     ]  # fmt: skip
     shared = lenses[0] if all(lens == lenses[0] for lens in lenses) else {}
-    names = write_pictures(path.parent / "images", views)
+    names = write_pictures(path.parent / PICTURES, views)
     frames = [
-        {"file_path": f"images/{name}", **({} if shared else lens), "transform_matrix": pose.tolist()}
+        {"file_path": f"{PICTURES}/{name}", **({} if shared else lens), "transform_matrix": pose.tolist()}
         for name, lens, pose in zip(names, lenses, views.poses.double(), strict=True)
     ]
     content = {"camera_model": "OPENCV", **shared, "frames": frames}
@@ -38,8 +39,8 @@ def write_transforms(path: Path, views: Views) -> None:
 
 def write_colmap(folder: Path, views: Views, cloud: Shape) -> None:
     """COLMAP's text format (colmap.github.io, "Output Format"): a PINHOLE camera for each distinct K, world-to-camera
-    quaternions and translations in OpenCV's axes, the points without tracks; pictures in images/."""
-    names = write_pictures(folder / "images", views)
+    quaternions and translations in OpenCV's axes, the points without tracks; pictures in images_factorkit/."""
+    names = write_pictures(folder / PICTURES, views)
     height, width = views.size
     distinct, camera = torch.unique(views.intrinsics.double(), dim=0, return_inverse=True)
     lines = ["# CAMERA_ID, MODEL, WIDTH, HEIGHT, PARAMS[]"]

@@ -15,7 +15,7 @@ from factorkit.nerfdiff.scene import picked
 from factorkit.nerfdiff.search import directions_of
 
 RAYS = 512  # of each picture a step
-NEAR = 0.03
+NEAR = 0.03  # in entries of a rotation, and of the distance
 RATE = 0.01  # in radians, or in units of the distance
 # a glance at all guesses, a look at the best few: pixels along the longer side, and how many go on from there
 GLANCE, FEW, LOOK = 16, 4, 32

@@ -40,6 +40,22 @@ def test_a_bare_folder(tmp_path):
     assert torch.equal(open_views(array).images, views.images)
 
 
+@pytest.mark.parametrize("model", ["sparse/0/{}.bin", "sparse/{}.txt", "{}.txt", "colmap/sparse/0/{}.bin"])
+def test_cameras_of_colmap_are_not_passed_over_in_silence(tmp_path, model, recwarn):
+    (tmp_path / "images").mkdir()
+    Image.fromarray(photo(0)).save(tmp_path / "images/a.png")
+    for part in ("images", "points3D"):
+        file = tmp_path / model.format(part)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    open_views(tmp_path)
+    assert not recwarn.list  # images.txt alone may be anything
+    (tmp_path / model.format("cameras")).touch()
+    with pytest.warns(UserWarning, match=rf"{model.format('cameras')}\) are not read.*transforms.json") as said:
+        views = open_views(tmp_path)
+    assert views.poses is None and len(said) == 1 and said[0].filename == __file__
+
+
 def test_what_a_phone_writes_of_its_lens_counts(tmp_path):
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0xA405] = 26

@@ -17,7 +17,7 @@ from factorkit.data import open_views, procedural_views
 from factorkit.data.procedural_scene import TABLE, _distance, scene_field
 from factorkit.errors import ConfigError, DataError
 from factorkit.nerfdiff.export import export
-from factorkit.nerfdiff.export_cameras import file_names, write_colmap
+from factorkit.nerfdiff.export_cameras import PICTURES, file_names, write_colmap
 from factorkit.nerfdiff.export_surface import Shape
 
 
@@ -117,6 +117,23 @@ def test_transforms_are_what_nerfstudio_documents_and_come_back(tmp_path, views)
     torch.testing.assert_close(back.masks, views.masks, atol=0.003, rtol=0)
 
 
+def test_exports_beside_pictures_leave_them_alone(tmp_path, views):
+    own = [tmp_path / "images" / f"{name}.png" for name in views.names]
+    own[0].parent.mkdir()
+    for path in own:
+        path.write_bytes(b"all there is of it")
+    for name in ("transforms.json", ""):
+        export(tmp_path / name, views, scene_field(), kind=None if name else "colmap", points=100)
+        written = sorted((tmp_path / PICTURES).iterdir())
+        assert len(written) == 10
+        for path in own:
+            assert path.read_bytes() == b"all there is of it"
+        for path in written:  # an earlier export's own are replaced
+            path.write_bytes(b"")
+    export(tmp_path / "transforms.json", views, scene_field())
+    assert all(path.stat().st_size > 0 for path in written)
+
+
 def test_transforms_of_cameras_that_differ(tmp_path, views):
     from dataclasses import replace
 
@@ -142,7 +159,7 @@ def test_colmap_reads_cameras_images_and_points(tmp_path, views):
     assert len(points) > 1000 and distance(torch.tensor(points).float()).abs().max() < 0.1
     for i, name in enumerate(views.names):
         image = model.images[i + 1]
-        assert image.name == f"{name}.png" and (folder / "images" / image.name).is_file()
+        assert image.name == f"{name}.png" and (folder / PICTURES / image.name).is_file()
         world_to_camera = image.cam_from_world().matrix()
         expected = np.linalg.inv(views.poses[i].double().numpy() @ np.diag([1.0, -1, -1, 1]))[:3]
         np.testing.assert_allclose(world_to_camera, expected, atol=1e-5)
@@ -206,7 +223,7 @@ def test_real_pictures_satisfy_it_too(tmp_path, real_data, name):
     rows = [line for line in (tmp_path / "images.txt").read_text().splitlines() if line and line[0] != "#"]
     cameras = {row.split()[0]: row for row in (tmp_path / "cameras.txt").read_text().splitlines() if row[0] != "#"}
     sift = cv2.SIFT_create()
-    found = [sift.detectAndCompute(cv2.imread(str(tmp_path / "images" / row.split()[9]), 0), None) for row in rows]
+    found = [sift.detectAndCompute(cv2.imread(str(tmp_path / PICTURES / row.split()[9]), 0), None) for row in rows]
     errors = []
     for i in range(len(views)):
         for j in range(i + 1, len(views)):

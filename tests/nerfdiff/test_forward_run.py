@@ -76,7 +76,7 @@ def test_known_poses_make_a_scene_that_can_be_exported(runs, tmp_path):
     model.read_text(tmp_path / "colmap")
     depths = -np.array([point.xyz[2] for point in model.points3D.values()])
     assert len(depths) > 50 and depths.min() >= 0.99 and depths.max() <= 30.1
-    assert (tmp_path / "colmap" / "images" / "view_00.png").is_file()
+    assert (tmp_path / "colmap" / "images_factorkit" / "view_00.png").is_file()
 
 
 def test_the_stages_can_be_watched(runs, tmp_path):
