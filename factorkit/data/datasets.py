@@ -10,23 +10,24 @@ from typing import Any
 
 from factorkit.data.dataset_splits import Dataset, Split, divide
 from factorkit.data.layouts import Layout, read_layout
+from factorkit.data.near_duplicates import PAIRS_FILE, parse_pairs
 from factorkit.data.procedural import flowers
 from factorkit.data.procedural_nested import NESTING, rooms
 from factorkit.data.sources import ArraySource, ZipSource, open_source
 from factorkit.errors import ConfigError, DataError
 
 TEST_SEED_OFFSET = 2**32  # procedural test pictures come from seeds nobody trains with
-PAIRS_FILE = "near_duplicates.txt"
-MOST_PAIRS = 2**26  # bytes of it that are read
+MOST_PAIRS = 2**26  # bytes of such a file that are read
 
 
 def open_dataset(data: Any, *, holdout: str | int = "auto", mask_set: str | None = None) -> Dataset:
     """Open images and, where they lie beside them, masks; keep labelled images out of training.
 
     Args:
-        data: a folder or .zip with `images/` and `masks/` in it (and perhaps `near_duplicates.txt`: two stems a line,
-            `#` for comments), a data set in the layout its authors publish (`factorkit.data.layouts`), or anything
-            that `open_source` takes, which then has no masks.
+        data: a folder or .zip with `images/` and `masks/` in it (and perhaps `near_duplicates.txt`: two names a line,
+            with or without suffix, a tab between them where they hold spaces; `#` for comments), a data set in the
+            layout its authors publish (`factorkit.data.layouts`), or anything that `open_source` takes, which then has
+            no masks.
         holdout: "masked" keeps every image with a mask out of training. A number keeps that many, chosen by a hash
             of their names, so that files added later do not reshuffle them; near-duplicates stay on one side, and
             fewer are held out where the last group of them does not fit. "none" trains on all images and offers the
@@ -85,8 +86,9 @@ def _read_folder_with_masks(data: Any) -> Layout | None:
     if not ((root / "images").is_dir() and (root / "masks").is_dir()):
         return None
     listed = root / PAIRS_FILE
-    pairs = _parse_pairs(listed.read_bytes(), str(listed)) if listed.is_file() else []
-    return Layout(open_source(root / "images"), {"masks": open_source(root / "masks")}, pairs=pairs)
+    images, masks = open_source(root / "images"), open_source(root / "masks")
+    pairs = parse_pairs(listed.read_bytes(), images, str(listed)) if listed.is_file() else []
+    return Layout(images, {"masks": masks}, pairs=pairs)
 
 
 def _read_zip_with_masks(data: Any) -> Layout | None:
@@ -111,7 +113,7 @@ def _read_zip_with_masks(data: Any) -> Layout | None:
     images, masks = ZipSource(path, f"{top}images/"), ZipSource(path, f"{top}masks/")
     if not images.names or not masks.names:
         raise DataError(f"{path}: its images/ or masks/ folder holds no pictures. Pack it again with both.")
-    return Layout(images, {"masks": masks}, pairs=_parse_pairs(text, f"{path}/{listed}"))
+    return Layout(images, {"masks": masks}, pairs=parse_pairs(text, images, f"{path}/{listed}"))
 
 
 # Tried in order, before the official layouts.
@@ -124,21 +126,6 @@ def _read_pairs(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
             return packed.read(MOST_PAIRS)
     except Exception as error:  # BadZipFile, zlib.error, RuntimeError for encrypted members, NotImplementedError, ...
         raise DataError(f"{path}: {name} in it cannot be unpacked: {error}. Pack it again.") from error
-
-
-def _parse_pairs(text: bytes, where: str) -> list[tuple[str, str]]:
-    try:
-        lines = text.decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: no text in UTF-8: {error}. It lists two names a line.") from error
-    pairs = []
-    for number, line in enumerate(lines, start=1):
-        words = line.split("#")[0].split()
-        if len(words) not in (0, 2):
-            raise DataError(f"{where}, line {number}: expected two names without suffix, found '{line.strip()}'.")
-        if words:
-            pairs.append((words[0], words[1]))
-    return pairs
 
 
 __all__ = ["Dataset", "Split", "open_dataset", "procedural_dataset"]

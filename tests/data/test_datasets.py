@@ -80,8 +80,26 @@ def test_near_duplicates_never_cross_the_split(make_set):
 
 
 def test_unlabelled_near_duplicate_of_a_test_image_leaves_training(make_set):
-    dataset = open_dataset(make_set(6, 2, "i01 i04  # the same flower\ni99 i00"), holdout="masked")
+    with pytest.warns(UserWarning, match="1 of its 4 names are of no image, the first is i99; .* like i00.jpg"):
+        dataset = open_dataset(make_set(6, 2, "i01 i04  # the same flower\ni99 i00"), holdout="masked")
     assert stems(dataset.train) == {"i02", "i03", "i05"} and stems(dataset.test_images) == {"i00", "i01"}
+
+
+@pytest.mark.parametrize("pair", ["i01.jpg i04.JPG", "i01\ti04", "i01.jpg \t i04 # twins"])
+def test_near_duplicates_are_named_with_or_without_suffix(make_set, pair):
+    assert stems(open_dataset(make_set(6, 2, pair), holdout="masked").train) == {"i02", "i03", "i05"}
+
+
+def test_near_duplicates_whose_names_hold_spaces_or_dots(make_set, save):
+    root = make_set(4, 2, "i00.jpg\tmy twin\ni01 v1.png")
+    save(root / "images/my twin.jpg")
+    save(root / "images/v1.png.jpg")
+    assert stems(open_dataset(root, holdout="masked").train) == {"i02", "i03"}
+
+
+def test_near_duplicates_of_other_pictures_are_refused(make_set):
+    with pytest.raises(DataError, match="near_duplicates.txt: 2 of its 2 names are of no image, the first is img1;"):
+        open_dataset(make_set(4, 2, "img1 img3"))
 
 
 def test_none_trains_on_everything(make_set):
