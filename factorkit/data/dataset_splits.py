@@ -168,7 +168,6 @@ def _groups(stems: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[str]
         return s
 
     for a, b in pairs:
-        if a in parent and b in parent:
-            low, high = sorted((root(a), root(b)))
-            parent[high] = low
+        low, high = sorted((root(a), root(b)))
+        parent[high] = low
     return [root(s) for s in stems]

@@ -32,7 +32,7 @@ from factorkit.errors import DataError
 from factorkit.reading import read_arrays
 
 IMAGE_KEYS = ("images", "X")  # the names looked for in an .npz, in this order
-CHANNELS = (1, 3)
+CHANNELS = (1, 3, 4)  # grey, RGB, RGB with alpha
 NAMED = 3  # how many examples a message names
 
 
@@ -72,7 +72,7 @@ class FileSource(EncodedSource):
 
 
 class ArraySource(Source):
-    """An array of images: [N, H, W], [N, H, W, C] or [N, C, H, W] with C in {1, 3}.
+    """An array of images: [N, H, W], [N, H, W, C] or [N, C, H, W] with C in {1, 3, 4}; the fourth channel is alpha.
 
     Values are integers from 0 to 255 or floats from 0 to 1; booleans where there is one channel.
     """
@@ -257,21 +257,21 @@ def _load_array(path: Path, keys: Sequence[str]) -> np.ndarray:
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:
     """The array as [N, H, W, C], its values checked."""
-    layouts = "Give [N, H, W], [N, H, W, 3] or [N, 3, H, W]."
+    layouts = "Give [N, H, W], [N, H, W, C] or [N, C, H, W], C being 1, 3 or 4."
     where = f"{name} of shape {list(array.shape)}"
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise DataError(f"{where}: not a set of images. {layouts}")
-    last = array.shape[-1] in CHANNELS
     if array.ndim == 3:
-        if last:
+        if array.shape[-1] <= (1 if array.dtype.kind == "b" else max(CHANNELS)):  # booleans have no colours
             raise DataError(f"{where}: one image [H, W, C], or {len(array)} thin ones? {layouts}")
         array = array[..., None]
     else:
-        first = array.shape[1] in CHANNELS
+        # pictures of 4 x 4 pixels are commoner than alpha: a fourth channel counts where no axis has 1 or 3
+        first, last = ((n in CHANNELS) + (n in CHANNELS[:2]) for n in (array.shape[1], array.shape[-1]))
         if first == last:
             problem = "channels first or last?" if first else f"no axis of {CHANNELS} channels."
             raise DataError(f"{where}: {problem} {layouts}")
-        array = np.moveaxis(array, 1, -1) if first else array
+        array = np.moveaxis(array, 1, -1) if first > last else array
     if array.dtype.kind not in ("uif" if array.shape[-1] > 1 else "buif"):
         raise DataError(f"{where}: values of type {array.dtype} are no pixels. Give uint8, or floats in [0, 1].")
     if array.dtype.kind != "b" and array.dtype != np.uint8:

@@ -113,9 +113,9 @@ class SegdiffRun:
         overlapping tiles. All masks are kept in memory: :meth:`segment_folder` is for many or for huge pictures.
 
         Args:
-            images: a path, folder, zip or list of them, a PIL image or list, an array [B, H, W, 3] or [H, W, 3], a
-                tensor [B, 3, H, W] or [3, H, W] (either uint8 or float in [0, 1]), or a list of arrays or tensors of
-                any sizes.
+            images: a path, folder, zip or list of them, a PIL image or list, an array [B, H, W, C] or [H, W, C], a
+                tensor [B, C, H, W] or [C, H, W] (either uint8 or float in [0, 1]; C is 1, 3, or 4 with alpha, which is
+                composited over white as that of a file is), or a list of arrays or tensors of any sizes.
             t: noise level, 0 to T-1; None: the configuration's, 30 on the linear schedule and 0 of a competition. Low
                 levels show the picture, high ones blur it.
             size: pixels of the short side at which the network looks; None: the training resolution. More shows it

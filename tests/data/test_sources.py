@@ -88,6 +88,22 @@ def test_grey_arrays(array):
     np.testing.assert_array_equal(np.asarray(open_source(array).read(1))[..., 2], GREY[1])
 
 
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_alpha_of_arrays_is_composited_like_that_of_files(layout, tmp_path):
+    alpha = np.random.default_rng(3).integers(0, 256, (4, 5, 6, 1), np.uint8)
+    array = np.concatenate([np.broadcast_to(GREY[0, :5, :6, None], (4, 5, 6, 3)), alpha], -1)
+    Image.fromarray(array[2]).save(tmp_path / "x.png")
+    stored = open_source(array if layout == "NHWC" else array.transpose(0, 3, 1, 2))
+    assert len(stored) == 4
+    np.testing.assert_array_equal(np.asarray(stored.read(2)), np.asarray(open_source(tmp_path).read(0)))
+
+
+def test_pictures_of_four_pixels_a_side_have_no_alpha():
+    assert open_source(np.zeros((2, 4, 4, 3), np.uint8)).decode(0).mode == "RGB"
+    assert open_source(np.zeros((2, 3, 4, 4), np.uint8)).decode(0).mode == "RGB"
+    assert len(open_source(np.zeros((2, 4, 4), bool))) == 2
+
+
 def test_bool_array_keeps_its_values():
     stored = open_source(GREY > 30).decode(1)
     np.testing.assert_array_equal(np.asarray(stored), GREY[1] > 30)
@@ -125,6 +141,9 @@ def test_pickles_are_never_loaded(tmp_path):
     [
         (np.zeros((2, 3, 8, 3), np.uint8), "channels first or last"),
         (np.zeros((8, 8, 3), np.uint8), "one image"),
+        (np.zeros((8, 8, 4), np.uint8), "one image"),
+        (np.zeros((8, 8, 2), np.uint8), "one image"),
+        (np.zeros((2, 4, 8, 4), np.uint8), "channels first or last"),
         (np.zeros((2, 8, 8, 2), np.uint8), "channels"),
         (np.zeros((8, 8), np.uint8), "not a set of images"),
         (np.zeros((0, 8, 8), np.uint8), "not a set of images"),
