@@ -10,8 +10,8 @@ import numpy as np
 
 from factorkit.data.source_base import Source, shown
 from factorkit.data.sources import open_source
-from factorkit.data.views_pictures import is_video
-from factorkit.errors import ConfigError, DataError
+from factorkit.data.videos import is_video, video_frames, video_rate
+from factorkit.errors import DataError
 
 ASSUMED_RATE = 24.0  # frames a second of pictures in a folder, and of videos that do not say
 
@@ -21,7 +21,7 @@ class Clip(NamedTuple):
 
     Attributes:
         name: of its file or folder, without suffix.
-        rate: frames a second.
+        rate: frames a second, on average.
         length: how many frames there are, where that is known before they are read.
         frames: uint8 [H, W, 3], all of one size, decoded as they are asked for; once.
     """
@@ -39,58 +39,17 @@ def open_clip(source: Any) -> Clip:
 
     Raises:
         DataError: no such file, or nothing in it that is a picture.
-        ConfigError: imageio's decoder is not installed.
+        ConfigError: the decoder of videos is not installed.
     """
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
     if path is not None and is_video(path):
         if not path.is_file():
             raise DataError(f"{shown(str(path))}: there is no such video. Check the path.")
-        return Clip(path.stem, _rate(path), None, _of_one_size(_decoded(path), path.name))
+        return Clip(path.stem, video_rate(path) or ASSUMED_RATE, None, _of_one_size(video_frames(path), path.name))
     pictures = source if isinstance(source, Source) else open_source(source)
     name = path.stem if path is not None else "clip"
     read = (np.asarray(pictures.read(i)) for i in range(len(pictures)))
     return Clip(name, ASSUMED_RATE, len(pictures), _of_one_size(read, name))
-
-
-def video_library(path: Path):
-    """imageio with its decoder. Raises ConfigError where either is missing."""
-    try:
-        import imageio.v3 as imageio
-        from imageio.plugins.pyav import PyAVPlugin  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"{shown(str(path))}: videos need imageio and av: pip install 'factorkit[video]' ({error})"
-        ) from error
-    return imageio
-
-
-def _rate(path: Path) -> float:
-    imageio = video_library(path)
-    try:
-        rate = float(imageio.immeta(path, plugin="pyav").get("fps") or ASSUMED_RATE)
-    except Exception as error:  # av raises errors of its own and OSError, imageio others
-        raise _undecodable(path, error, 0) from error
-    return rate if rate > 0 else ASSUMED_RATE
-
-
-def _decoded(path: Path) -> Iterator[np.ndarray]:
-    imageio, count = video_library(path), 0
-    try:
-        for frame in imageio.imiter(path, plugin="pyav"):
-            yield frame
-            count += 1
-    except Exception as error:
-        raise _undecodable(path, error, count) from error
-    if not count:
-        raise DataError(f"{shown(str(path))}: a video without a single frame")
-
-
-def _undecodable(path: Path, error: Exception, after: int) -> DataError:
-    where = f" after {after} frames" if after else ""
-    return DataError(
-        f"{shown(str(path))}: this video cannot be decoded{where}: {error}. Convert it, or give its frames as pictures "
-        "in a folder."
-    )
 
 
 def _of_one_size(frames: Iterator[np.ndarray], name: str) -> Iterator[np.ndarray]:

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from factorkit.data.videos import is_video
 from factorkit.data.views import Layout, Views
 from factorkit.data.views_arrays import is_posed_array, read_posed_array
 from factorkit.data.views_llff import is_llff, read_llff
-from factorkit.data.views_pictures import is_video, read_pictures, read_video
+from factorkit.data.views_pictures import read_pictures, read_video
 from factorkit.data.views_read import every_eighth, load
 from factorkit.data.views_srn import is_srn, read_srn
 from factorkit.data.views_transforms import is_transforms, read_transforms

@@ -14,20 +14,14 @@ from PIL import Image
 
 from factorkit.data.labelled import MASK_KEYS, match_masks
 from factorkit.data.sources import Source, open_source
+from factorkit.data.videos import video_frames
 from factorkit.data.views import resize_area, target_size
 from factorkit.data.views_read import Shot, every_eighth, opacity, pixels
-from factorkit.errors import ConfigError, DataError
 
-VIDEO_SUFFIXES = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm".split())
 VIDEO_FRAMES = 120  # of a longer video so many are taken, evenly spread: neighbouring frames hardly differ
 ASSUMED_FOV = 50.0  # degrees along the longer side
 EXIF_IFD, FOCAL_LENGTH_35MM = 0x8769, 0xA405
 FILM_DIAGONAL = math.hypot(36.0, 24.0)  # mm
-
-
-def is_video(path: Path) -> bool:
-    """Whether the suffix is that of a video."""
-    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def read_pictures(source: Any, split: str | None, masks: Any, fov: float | None) -> tuple[list[Shot], dict[str, Any]]:
@@ -65,24 +59,12 @@ def read_video(
 
     Raises:
         DataError: a video that does not decode, or holds no frame.
-        ConfigError: imageio's decoder is not installed.
+        ConfigError: the decoder of videos is not installed.
     """
-    try:
-        import imageio.v3 as imageio
-        from imageio.plugins.pyav import PyAVPlugin  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"{path}: videos need imageio and av: pip install 'factorkit[video]' ({error})") from error
-    try:
-        # Twice through the file: what it says of its length is often missing or wrong.
-        count = sum(1 for _ in imageio.imiter(path, plugin="pyav"))
-        wanted = set(np.linspace(0, count - 1, min(count, VIDEO_FRAMES)).round().astype(int).tolist())
-        frames = [(i, _reduced(frame, resolution)) for i, frame in enumerate(imageio.imiter(path, plugin="pyav"))
-                  if i in wanted]  # fmt: skip
-    except Exception as error:  # av raises errors of its own and OSError, imageio others
-        raise DataError(f"{path}: this video cannot be decoded: {error}. Convert it, or give its frames as pictures in "
-                        "a folder.") from error  # fmt: skip
-    if not frames:
-        raise DataError(f"{path}: a video without a single frame")
+    # Twice through the file: what it says of its length is often missing or wrong.
+    count = sum(1 for _ in video_frames(path))
+    wanted = set(np.linspace(0, count - 1, min(count, VIDEO_FRAMES)).round().astype(int).tolist())
+    frames = [(i, _reduced(frame, resolution)) for i, frame in enumerate(video_frames(path)) if i in wanted]
     digits = len(str(frames[-1][0]))
     shots = [Shot(f"{path.stem}_{frames[i][0]:0{digits}d}.png", partial(_as_float, frames[i][1]), _assumed(fov))
              for i in every_eighth(len(frames), split)]  # fmt: skip

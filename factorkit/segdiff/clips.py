@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from factorkit.data.clips import Clip, video_library
+from factorkit.data.clips import Clip
+from factorkit.data.videos import video_libraries
 from factorkit.engine.atomic import replacing
 from factorkit.errors import ConfigError, DataError, FactorkitError, OutOfMemory, WriteError, is_out_of_memory
 from factorkit.segdiff import pictures
@@ -138,7 +139,7 @@ def write_video(
     """
     if out.suffix.lower() not in (".mp4", ".mkv", ".mov"):
         raise ConfigError(f"{out}: a video is written as .mp4, .mkv or .mov; name the file so")
-    imageio = video_library(out)
+    _, imageio = video_libraries(out)
     areas, changed, count, last = np.zeros(regions), 0.0, 0, None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
