@@ -206,8 +206,10 @@ def _open_path(path: Path, keys: Sequence[str]) -> Source:
         raise DataError(
             f"{shown(str(path))}: no such file or folder (looked in {Path.cwd()}). Check the spelling of the path."
         )
+    if suffix in IMAGE_SUFFIXES and not path.is_dir():
+        return _open_list([path])  # by the name it was given: what a link leads to may have no suffix
     path = path.resolve()
-    if path.is_dir() or suffix in IMAGE_SUFFIXES:
+    if path.is_dir():
         return _open_list([path])
     if suffix == ".zip":
         source = ZipSource(path)
@@ -277,7 +279,13 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype.kind != "b" and array.dtype != np.uint8:
         low, high, top = array.min(), array.max(), 1 if array.dtype.kind == "f" else 255
         if not (low >= 0 and high <= top):  # written so that NaN is refused too
-            raise DataError(f"{where}: {array.dtype} values from {low} to {high}, expected 0 to {top}. Rescale them.")
+            advice = "Rescale them."
+            if top == 255 and array.shape[-1] == 1:
+                advice = (
+                    "Rescale them if they are pictures. Labels of masks would not survive it: number those from 0 to "
+                    "255, and where -1 means to ignore, use one of them instead and name it with ignore=."
+                )
+            raise DataError(f"{where}: {array.dtype} values from {low} to {high}, expected 0 to {top}. {advice}")
     return array
 
 

@@ -48,6 +48,10 @@ def test_link_to_a_folder_is_followed(tmp_path, save):
 def test_single_file_and_list_of_files_and_folders(tmp_path, save):
     a, b = save(tmp_path / "one/a.png"), save(tmp_path / "two/sub/b.png", colour=(1, 2, 3))
     assert open_source(str(a)).names == ["a.png"]
+    (tmp_path / "blob").write_bytes(a.read_bytes())
+    (tmp_path / "link.png").symlink_to(tmp_path / "blob")  # as Hugging Face's cache has them
+    assert open_source(tmp_path / "link.png").names == ["link.png"]
+    assert open_source(tmp_path / "link.png").read(0).size == open_source(a).read(0).size
     both = open_source([b, str(a)])
     assert both.names == ["two/sub/b.png", "one/a.png"] and both.read(0).getpixel((0, 0)) == (1, 2, 3)
     assert open_source([a, tmp_path / "two"]).names == ["one/a.png", "two/sub/b.png"]
@@ -149,7 +153,9 @@ def test_pickles_are_never_loaded(tmp_path):
         (np.zeros((0, 8, 8), np.uint8), "not a set of images"),
         (np.full((1, 8, 8), -1.0), "values from -1.0"),
         (np.full((1, 8, 8), np.nan), "values from nan"),
-        (np.full((1, 8, 8), 256), "values from 256"),
+        (np.full((1, 8, 8), 256), "values from 256.*Labels of masks"),
+        (np.full((1, 8, 8), -1), "values from -1 .*with ignore="),
+        (np.full((1, 8, 8, 3), 256), "Rescale them.$"),
         (np.zeros((1, 8, 8), complex), "complex128"),
         (np.zeros((1, 8, 8, 3), bool), "bool"),
     ],
