@@ -12,7 +12,9 @@ from PIL import Image
 
 from factorkit.command_words import duration, failures, load_run, saying_what_is_saved
 from factorkit.data.datasets import open_dataset, procedural_dataset
+from factorkit.data.source_base import shown
 from factorkit.data.sources import Source, open_source
+from factorkit.data.videos import is_video
 from factorkit.engine import distributed
 from factorkit.engine.atomic import save_image
 from factorkit.engine.config import cpu_threads
@@ -85,7 +87,13 @@ def choose(data: Path | None, out: Path, **options: Any) -> Result:
 
 def segment(run: Path, paths: Sequence[Path], out: Path, device: str, **options: Any) -> Result:
     """Label images, masks and overlays of every picture, and one contact sheet; options are those of
-    ``SegdiffRun.segment_folder``."""
+    ``SegdiffRun.segment_folder``.
+
+    Raises:
+        ConfigError: one of the paths is a video.
+    """
+    if videos := [path for path in paths if is_video(path)]:
+        raise ConfigError(f"{shown(str(videos[0]))} is a video: add --video, and let --out be an .mp4, .mkv or .mov")
     segments = load_run(run, device, "segdiff").segment_folder(open_inputs(paths, out), out, **options)
     found = segments._asdict() | {"out": str(out)}
     lines = [f"{segments.segmented} segmented"]

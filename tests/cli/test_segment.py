@@ -42,6 +42,7 @@ def test_a_clip_becomes_a_video_of_its_regions(run, photos, answer, refused, tmp
     found = answer(*words)
     assert found["out"] == str(out) and out.exists() and found["frames"] == 24
     assert len(found["areas"]) == 2 and 0 <= found["changes"] <= 1
+    assert "walk.MP4 is a video: add --video" in refused("segment", run, tmp_path / "walk.MP4", "--out", out)
     assert "takes one video" in refused("segment", run, photos, photos, "--video", "--out", out)
     assert "smooth=1.5" in refused("segment", run, photos, "--video", "--out", out, "--smooth", 1.5)
     assert ".mp4" in refused("segment", run, photos, "--video", "--out", tmp_path / "regions")
