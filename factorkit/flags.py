@@ -160,7 +160,8 @@ class Segment(RunCommand):
     workers: OptionalInt = None
     """Threads that read, and as many that write; without: one a core, at most 8."""
     video: Flag = False
-    """PATHS is one video, or a folder of frames in the order of their names; OUT an .mp4, .mkv or .mov."""
+    """PATHS is one video, an animated GIF or WebP, or a folder of frames in the order of their names, 2 before 10; OUT
+    an .mp4, .mkv or .mov."""
     smooth: float = 0.8
     """With --video: how much masks are averaged over time where the picture stands still, from 0 to below 1."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from factorkit.data.labelled import stem
+from factorkit.data.source_base import natural
 from factorkit.errors import ConfigError, DataError
 from factorkit.reading import read_json
 
@@ -77,16 +77,12 @@ def read_classes(
 
 
 def _numbered(found: Sequence[str], where: str) -> Classes:
-    names = sorted({name for name in found if name}, key=_natural)
+    names = sorted({name for name in found if name}, key=natural)
     if len(names) < 2:
         listed = f"only {names[0]!r}" if names else "none"
         raise DataError(f"{where}: {listed} is there as a class of {len(found)} images; two or more make sense")
     number = {name: i for i, name in enumerate(names)} | {"": -1}
     return Classes(np.array([number[name] for name in found], np.int64), names)
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def _folders(names: Sequence[str], positional: bool) -> list[str]:

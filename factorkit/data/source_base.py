@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 import threading
 import warnings
 from abc import ABC, abstractmethod
@@ -153,6 +154,14 @@ def suffixes() -> str:
 def shown(name: str) -> str:
     """A file's name as a message can hold it: on one line, without what would steer a terminal."""
     return name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """A key that sorts names as people do, numbers in them by their value: 2 before 10."""
+    parts = [part for part in re.split(r"([0-9]+)", name) if part]
+    # by their length first, as Python refuses to read numbers of thousands of digits
+    numbers = [part.lstrip("0") if part[0] in "0123456789" else None for part in parts]
+    return [(1, 0, part) if n is None else (0, len(n), n) for part, n in zip(parts, numbers, strict=True)], name
 
 
 def too_large(size: int) -> str:

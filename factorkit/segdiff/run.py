@@ -197,7 +197,8 @@ class SegdiffRun:
         not at all.
 
         Args:
-            video: a video file, or a folder of frames (or whatever else :meth:`segment` takes), in the order of names.
+            video: a video file, an animated GIF or WebP, or a folder of frames, in the order of their names (2 before
+                10), or whatever else :func:`factorkit.data.open_source` takes.
             out: an .mp4, .mkv or .mov.
             smooth: how much masks are averaged over time where the picture stands still
                 (:class:`~factorkit.segdiff.clips.Smoother`), in [0, 1); 0 not at all.

@@ -114,6 +114,26 @@ def test_a_folder_of_frames_in_the_order_of_its_names(run, tmp_path):
     assert run.segment_video(tmp_path, tmp_path / "out" / "x.mp4", progress=False).frames == 3
 
 
+def test_frames_of_a_folder_are_counted_as_people_do(tmp_path):
+    colours = {f"frame{number}.png": 20 * number for number in (1, 2, 10, 11)}
+    for name, colour in colours.items():
+        Image.new("RGB", (4, 4), (colour,) * 3).save(tmp_path / name)
+    assert [frame[0, 0, 0] for frame in open_clip(tmp_path).frames] == [20, 40, 200, 220]
+    listed = [tmp_path / "frame10.png", tmp_path / "frame2.png"]
+    assert [frame[0, 0, 0] for frame in open_clip(listed).frames] == [200, 40], "a list has an order of its own"
+
+
+@pytest.mark.parametrize("name", ["walk.gif", "walk.webp", "walk.png"])
+def test_an_animated_picture_is_its_frames(tmp_path, name):
+    first, *rest = [Image.new("RGB", (8, 6), (colour,) * 3) for colour in (30, 90, 200, 150)]
+    durations = [100, 100, 100, 500]
+    first.save(tmp_path / name, save_all=True, append_images=rest, duration=durations, lossless=True)
+    for source in (tmp_path / name, Image.open(tmp_path / name)):
+        clip = open_clip(source)
+        assert clip.length == 4 and clip.rate == pytest.approx(5)
+        assert [frame[2, 3].tolist() for frame in clip.frames] == [[v] * 3 for v in (30, 90, 200, 150)]
+
+
 def test_what_cannot_be_segmented_leaves_nothing_behind(run, tmp_path):
     (tmp_path / "noise.mp4").write_bytes(b"no video at all" * 100)
     out = tmp_path / "out.mp4"
