@@ -48,9 +48,10 @@ def load_labelled(images: Any, masks: Any, resolution: int, *, ignore: int | Non
     """Load the images that have masks, both cropped to the centred square and resized (masks by nearest neighbour).
 
     Images and masks are anything `open_source` takes and are matched as `match_masks` does. A mask holds labels: a
-    grey, palette (its indices count) or 1-bit picture, or a colour one whose channels agree. Foreground is every
-    label above 0 but `ignore` (None: the one the masks' maker ignores, if any). A mask of another size than its image
-    is first brought to the image's size.
+    grey, palette or 1-bit picture, or a colour one whose channels agree. Of a palette the indices count; but where the
+    picture uses just black and white, and black is not 0, its grey values do. Foreground is every label above 0 but
+    `ignore` (None: the one the masks' maker ignores, if any). A mask of another size than its image is first brought to
+    the image's size.
 
     Raises:
         ConfigError: a resolution below 1.
@@ -147,6 +148,8 @@ def _labels(masks: Source, index: int) -> np.ndarray:
     try:
         if image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema() == (255, 255):
             image = image.convert(image.mode.removesuffix("A"))
+        if _black_is_a_label(image):
+            image = image.convert("L")
         values = np.asarray(ImageOps.exif_transpose(image))
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise DataError(f"{name}: cannot be decoded: {error}. Replace the file or take it out.") from error
@@ -159,3 +162,15 @@ def _labels(masks: Source, index: int) -> np.ndarray:
     if values.dtype.kind == "f":
         raise DataError(f"{name}: a mask of {values.dtype} values. Save labels as 8-bit integers.")
     return values.astype(np.int32)
+
+
+def _black_is_a_label(image: Image.Image) -> bool:
+    """Whether a palette picture is black and white alone, with an index other than 0 for black.
+
+    Editors that reduce a black and white mask to a palette put its colours in any order.
+    """
+    if image.mode != "P" or len(colours := image.getcolors() or []) != 2:
+        return False
+    palette = image.getpalette() or []
+    index_of = {tuple(palette[3 * i : 3 * i + 3]): i for _, i in colours}
+    return set(index_of) == {(0, 0, 0), (255, 255, 255)} and index_of[0, 0, 0] != 0

@@ -148,6 +148,23 @@ def test_palette_mask_counts_by_index(tmp_path):
     assert labelled.valid[0].sum() == 56
 
 
+@pytest.mark.parametrize("palette, values", [
+    ([255, 255, 255, 0, 0, 0], (255, 0)),
+    ([9, 9, 9, 255, 255, 255, 0, 0, 0], (255, 0)),
+    ([0, 0, 0, 255, 255, 255], (0, 1)),
+    ([255, 0, 0, 0, 0, 0], (0, 1)),
+    ([255, 255, 255, 1, 1, 1], (0, 1)),
+], ids=["white first", "neither first", "black first", "red", "nearly black"])  # fmt: skip
+def test_palette_mask_of_black_and_white_is_white_in_front(tmp_path, palette, values):
+    """`values` of the left half, which has the palette's last colour but one, and of the rest."""
+    first = len(palette) // 3 - 2
+    mask = Image.new("P", (8, 8), first + 1)
+    mask.putpalette(palette)
+    mask.paste(first, (0, 0, 4, 8))
+    labelled = load_one(tmp_path, mask)
+    assert (labelled.labels[0, :, :4] == values[0]).all() and (labelled.labels[0, :, 4:] == values[1]).all()
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "LA", "RGBA", "I;16"])
 def test_other_modes_of_masks(tmp_path, mode):
     grey = Image.new("L", (8, 8), 0)
