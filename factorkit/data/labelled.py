@@ -169,8 +169,8 @@ def _black_is_a_label(image: Image.Image) -> bool:
 
     Editors that reduce a black and white mask to a palette put its colours in any order.
     """
-    if image.mode != "P" or len(colours := image.getcolors() or []) != 2:
+    if image.mode != "P" or len(used := np.unique(np.asarray(image)).tolist()) != 2:
         return False
     palette = image.getpalette() or []
-    index_of = {tuple(palette[3 * i : 3 * i + 3]): i for _, i in colours}
+    index_of = {tuple(palette[3 * i : 3 * i + 3]): i for i in used}
     return set(index_of) == {(0, 0, 0), (255, 255, 255)} and index_of[0, 0, 0] != 0
