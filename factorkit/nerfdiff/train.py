@@ -105,14 +105,14 @@ def train_nerfdiff(
     distributed.check_batch(config.views, "views")
     folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
     views = open_data(data, config).resized(config.resolution)
-    scene = open_scene(views, config.resolution, device)
+    known = config.poses == "known"
+    scene = open_scene(views, config.resolution, device, known)
     if scene.layout == "object" and len(scene.images) < config.cameras:
         raise DataError(f"{len(scene.images)} views are fewer than cameras={config.cameras} candidates; give more")
     if scene.layout == "forward" and config.pose_freedom:
         raise ConfigError(f"freedom={config.freedom}: forward-facing cameras turn and move in every way as it is; give "
                           "focal or nothing")  # fmt: skip
-    about = describe(scene, views, config.poses == "known")
-    settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": about}
+    settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": describe(scene, views, known)}
 
     complete = partial(completed, folder=folder, asked=settings)
     run_folder = claimed(folder, settings, config.RESUMABLE, completed=complete)
