@@ -76,9 +76,13 @@ def read_llff(path: Path, split: str | None) -> tuple[list[Shot], dict[str, Any]
 
 
 def mean_pose(poses: np.ndarray) -> np.ndarray:
-    """A pose [4, 4] at the mean of the places, that looks along the mean direction with the mean of the ups upwards."""
+    """A pose [4, 4] at the mean of the places, that looks along the mean direction with the mean of the ups upwards, or
+    the first one's up where they are rolled all ways."""
     back = _unit(poses[:, :3, 2].sum(0))
-    right = _unit(np.cross(poses[:, :3, 1].sum(0), back))
+    right = np.cross(poses[:, :3, 1].sum(0), back)
+    if np.linalg.norm(right) < 0.05 * len(poses):
+        right = np.cross(poses[0, :3, 1], back)
+    right = _unit(right)
     mean = np.eye(4)
     mean[:3] = np.stack([right, np.cross(back, right), back, poses[:, :3, 3].mean(0)], axis=1)
     return mean

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,29 @@ LOCK = ".lock"
 WEIGHTS = {"average": "ema.module.", "last": "model."}  # where a checkpoint keeps them
 
 
-def claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str]) -> None:
+Completion = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def claim(
+    folder: Path, settings: dict[str, Any], resumable: frozenset[str], completed: Completion | None = None
+) -> None:
     """Make ``folder`` the run of these settings, or find that it already is.
 
     Args:
         settings: everything the run is defined by, JSON-able.
         resumable: settings that may differ from those of the run that lies there.
+        completed: what makes the settings found there, perhaps of an older version, as full as today's.
 
     Raises:
         CheckpointError: the folder holds another run (the differing settings are named) or something else altogether.
     """
-    check_claim(folder, settings, resumable)
+    check_claim(folder, settings, resumable, completed)
     write_json(folder / CONFIG, settings)
 
 
-def check_claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str]) -> None:
+def check_claim(
+    folder: Path, settings: dict[str, Any], resumable: frozenset[str], completed: Completion | None = None
+) -> None:
     """Raise what :func:`claim` would; nothing is written."""
     path = folder / CONFIG
     if path.exists():
@@ -44,9 +52,10 @@ def check_claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str
         kind, asked = (of.get("model") or of.get("experiment") for of in (old, settings))
         if kind != asked:
             raise CheckpointError(f"{folder} holds a run of {kind}, not of {asked}; give another out=")
-        names = sorted(k for k in {*old, *settings} - resumable if old.get(k) != settings.get(k))
+        there, wanted = (_flat(of) for of in (old if completed is None else completed(old), settings))
+        names = sorted(k for k in {*there, *wanted} - resumable if there.get(k) != wanted.get(k))
         if names:
-            listed = "; ".join(f"{k}: {old.get(k)!r} there, {settings.get(k)!r} asked for" for k in names)
+            listed = "; ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} asked for" for k in names)
             raise CheckpointError(
                 f"{folder} holds a run with other settings ({listed}). Give another out=, or the same settings to "
                 "resume it"
@@ -58,18 +67,27 @@ def check_claim(folder: Path, settings: dict[str, Any], resumable: frozenset[str
         raise CheckpointError(f"{folder} exists and holds something that is no factorkit run; give another out=")
 
 
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """What settings in groups hold under ``group.name``, the others as they are."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
 @contextmanager
 def claimed(
-    folder: Path, settings: dict[str, Any], resumable: frozenset[str], doing: str = "training in"
-) -> Iterator[None]:
+    folder: Path, settings: dict[str, Any], resumable: frozenset[str], doing: str = "training in",
+    completed: Completion | None = None,
+) -> Iterator[None]:  # fmt: skip
     """:func:`claim` a folder and keep others from it meanwhile (:func:`held`); where one fails, nothing has changed."""
-    check_claim(folder, settings, resumable)
+    check_claim(folder, settings, resumable, completed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error) from error
     with held(folder, doing):
-        claim(folder, settings, resumable)
+        claim(folder, settings, resumable, completed)
         yield
 
 

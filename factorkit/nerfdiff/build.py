@@ -45,7 +45,7 @@ def restored_field(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -
 
 
 def checked_scene(scene: Any) -> dict[str, Any]:
-    """What a file says of its scene, as :func:`factorkit.nerfdiff.train.describe` gives it.
+    """What a file says of its scene, as :func:`factorkit.nerfdiff.identity.describe` gives it.
 
     Raises:
         ValueError: it cannot be of a scene.

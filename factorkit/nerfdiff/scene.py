@@ -9,6 +9,7 @@ from torch import Tensor
 
 from factorkit.data.views import Views
 from factorkit.errors import ConfigError, DataError
+from factorkit.nerfdiff.placement import ahead, centred, upright
 from factorkit.nerfdiff.poses import natural_distance
 from factorkit.nerfdiff.rays import Optics
 
@@ -27,7 +28,7 @@ class Scene:
         layout: "object" or "forward".
         distance: how far from the middle of the box [-1, 1]^3 the camera stands; in a forward-facing scene the unit
             of its places.
-        poses: [V, 4, 4] as given with the views, in the model's units, or None.
+        poses: [V, 4, 4] as given with the views, in the model's space if they are trained with, or None.
     """
 
     images: Tensor
@@ -43,11 +44,15 @@ class Scene:
         return self.images.shape[2], self.images.shape[3]
 
 
-def open_scene(views: Views, resolution: int, device: torch.device) -> Scene:
+def open_scene(views: Views, resolution: int, device: torch.device, known: bool = True) -> Scene:
     """The views at ``resolution`` pixels along their longer side, ready for training.
 
+    Args:
+        known: whether poses that come with the views are trained with; else they may be any and stay as they are.
+
     Raises:
-        DataError: one view only, views that show nothing, or cameras whose intrinsics differ.
+        DataError: one view only, views that show nothing, cameras whose intrinsics differ, or known poses of cameras
+            that are all in one place around an object, or look all ways where they are to face forward.
     """
     if len(views) < 2:
         raise DataError(f"{len(views)} view: a scene takes at least 2, and about 30 to be found well")
@@ -58,7 +63,8 @@ def open_scene(views: Views, resolution: int, device: torch.device) -> Scene:
     poses, distance = views.poses, 1.0
     if views.layout == "object":  # which fills the pictures
         distance = natural_distance(float(optics.intrinsics.diagonal()[:2].min()))
-        poses = None if poses is None else centred(poses, distance)
+    if known and poses is not None:
+        poses = centred(upright(poses), distance) if views.layout == "object" else ahead(poses, views.near)
     optics = replace(optics, intrinsics=optics.intrinsics.to(device), background=optics.background.to(device))
     where = None if poses is None else poses.to(device)
     return Scene(views.images.to(device), list(views.names), optics, views.layout, distance, where)
@@ -86,19 +92,6 @@ def field_space(views: Views) -> Optics:
         DataError: forward-facing views that are not taken with one camera.
     """
     return shared_optics(views) if views.layout == "forward" else Optics(torch.eye(3), torch.zeros(3))
-
-
-def centred(poses: Tensor, distance: float) -> Tensor:
-    """Poses [V, 4, 4] moved and scaled so that the point they look at is the origin, at ``distance`` on average."""
-    eye, axis = poses[:, :3, 3], poses[:, :3, 2]
-    across = torch.eye(3).to(poses) - axis[:, :, None] * axis[:, None]
-    # nearest to all viewing axes in the least squares; a little weight on the cameras' mean where they are parallel
-    weight = 1e-6 * torch.eye(3).to(poses) * len(poses)
-    matrix, side = across.sum(0) + weight, (across @ eye[..., None]).sum(0) + weight @ eye.mean(0)[:, None]
-    point = torch.linalg.solve(matrix, side)[:, 0]
-    found = poses.clone()
-    found[:, :3, 3] = (eye - point) * (distance / (eye - point).norm(dim=1).mean())
-    return found
 
 
 def require_poses(scene: Scene) -> Tensor:

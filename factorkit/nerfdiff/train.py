@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,6 +34,7 @@ from factorkit.nerfdiff.fields import Field, GridField, build_field
 from factorkit.nerfdiff.fit import Fit, FitTask
 from factorkit.nerfdiff.flip import best_turns, called_back, halves
 from factorkit.nerfdiff.given import keep_views
+from factorkit.nerfdiff.identity import completed, describe
 from factorkit.nerfdiff.joint import JointTask
 from factorkit.nerfdiff.model import NerfdiffModel
 from factorkit.nerfdiff.occupied import cells_for, occupancy_grid
@@ -83,7 +83,8 @@ def train_nerfdiff(
     Raises:
         ConfigError: a setting or combination that cannot work.
         DataError: no usable views.
-        CheckpointError: the folder holds another run, or a checkpoint cannot be written or read.
+        CheckpointError: the folder holds another run (other settings, pictures or cameras), or a checkpoint cannot be
+            written or read.
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
 
     Example:
@@ -103,18 +104,20 @@ def train_nerfdiff(
     distributed.check_batch(config.batch_size)
     distributed.check_batch(config.views, "views")
     folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
-    views = open_data(data, config)
-    scene = open_scene(views, config.resolution, device)
+    views = open_data(data, config).resized(config.resolution)
+    known = config.poses == "known"
+    scene = open_scene(views, config.resolution, device, known)
     if scene.layout == "object" and len(scene.images) < config.cameras:
         raise DataError(f"{len(scene.images)} views are fewer than cameras={config.cameras} candidates; give more")
     if scene.layout == "forward" and config.pose_freedom:
         raise ConfigError(f"freedom={config.freedom}: forward-facing cameras turn and move in every way as it is; give "
                           "focal or nothing")  # fmt: skip
-    settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": describe(scene)}
+    settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": describe(scene, views, known)}
 
-    run_folder = claimed(folder, settings, config.RESUMABLE)
+    complete = partial(completed, folder=folder, asked=settings)
+    run_folder = claimed(folder, settings, config.RESUMABLE, completed=complete)
     with cpu_threads(config.threads), distributed.first_within(run_folder):
-        distributed.on_first(lambda: keep_views(folder, views.resized(config.resolution)))
+        distributed.on_first(lambda: keep_views(folder, views))
         Training(config, scene, folder, settings, progress).run()
         return NerfdiffRun.load(folder, device=device)
 
@@ -128,15 +131,6 @@ def open_data(data: Any, config: NerfdiffConfig) -> Views:
     from factorkit.data.views_open import open_views
 
     return open_views(data, "train", config.resolution)
-
-
-def describe(scene: Scene) -> dict[str, Any]:
-    """What identifies the views, and the model's shape."""
-    digest = hashlib.sha256(scene.images.cpu().numpy().tobytes()).hexdigest()[:16]
-    return {
-        "views": len(scene.images), "size": list(scene.size), "layout": scene.layout, "distance": scene.distance,
-        "sha256": digest,
-    }  # fmt: skip
 
 
 class Training:

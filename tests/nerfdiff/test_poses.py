@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from factorkit.nerfdiff.placement import centred
 from factorkit.nerfdiff.poses import (
     FreePoses,
     OrbitPoses,
@@ -19,7 +20,6 @@ from factorkit.nerfdiff.poses import (
     turned,
     turned_poses,
 )
-from factorkit.nerfdiff.scene import centred
 from factorkit.rendering import pixel_rays
 
 
