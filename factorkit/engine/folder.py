@@ -56,9 +56,10 @@ def check_claim(
         names = sorted(k for k in {*there, *wanted} - resumable if there.get(k) != wanted.get(k))
         if names:
             listed = "; ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} asked for" for k in names)
+            kinds = {"data" if k.split(".")[0] == "data" else "settings" for k in names}
+            what = " and ".join(sorted(kinds))
             raise CheckpointError(
-                f"{folder} holds a run with other settings ({listed}). Give another out=, or the same settings to "
-                "resume it"
+                f"{folder} holds a run with other {what} ({listed}). Give another out=, or the same {what} to resume it"
             )
     elif folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give another out=")

@@ -76,12 +76,13 @@ def photos(setup: Setup, full: str = "flowers64", **changes: Any) -> Photos:
         NotRun: the data have no masks.
     """
     config = config_of(setup, full, **changes)
-    return _photos(setup.data, config.resolution, config.holdout, config.mask_set, config.ignore, config.fit)
+    options = (config.resolution, config.holdout, config.mask_set, config.ignore, config.fit)
+    return _photos(setup.data, setup.identity, *options)
 
 
 @functools.lru_cache(maxsize=2)
-def _photos(data: Path | None, resolution: int, holdout: str | int, mask_set: str | None, ignore: int | None,
-            fit: int) -> Photos:  # fmt: skip
+def _photos(data: Path | None, identity: str, resolution: int, holdout: str | int, mask_set: str | None,
+            ignore: int | None, fit: int) -> Photos:  # fmt: skip
     if data is None:
         dataset = procedural_dataset(resolution)
     else:

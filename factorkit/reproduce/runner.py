@@ -20,6 +20,7 @@ from factorkit.engine.folder import claimed, read_object, write_json
 from factorkit.errors import CheckpointError, ConfigError
 from factorkit.reading import read_arrays
 from factorkit.reproduce.experiment import SCALES, Experiment, Found, NotRun, Row
+from factorkit.reproduce.identity import identify
 from factorkit.reproduce.registry import find
 from factorkit.reproduce.setup import Setup, slug
 from factorkit.reproduce.table import as_json, as_markdown, as_text
@@ -112,6 +113,7 @@ def reproduce(
 
     Raises:
         ConfigError: an unknown experiment, scale or row, or no seeds.
+        DataError: the data, or what a variable that the experiment reads names, are not there.
         CheckpointError: the folder holds cells of other data or settings, or another process fills them.
     """
     experiment = find(name)
@@ -122,14 +124,18 @@ def reproduce(
         raise ConfigError(f"seeds={seeds}: at least one seed has to be run")
     options = {k: v for k, v in (("ignore", ignore), ("holdout", holdout)) if v is not None}
     place = None if data is None else Path(data)
-    setup = Setup(experiment.name, place, scale, Path(out), device, progress, options, changes)
+    known = identify(place, experiment.variables, Path(out))
+    setup = Setup(experiment.name, place, scale, Path(out), device, progress, options, changes, json.dumps(known))
     every = list(experiment.rows(setup))
     unknown = [row for row in rows if row not in {r.name for r in every}]
     if unknown:
         there = ", ".join(repr(row.name) for row in every)
         raise ConfigError(f"{experiment.name} has no row {', '.join(map(repr, unknown))}; there are {there}")
-    settings = {"experiment": experiment.name, "scale": scale, "data": setup.data_name, **options, **changes}
-    with claimed(setup.folder, json.loads(json.dumps(settings)), frozenset(), "filling the cells of"):
+    settings = {"experiment": experiment.name, "scale": scale, "data": known, **options, **changes}
+    settings = json.loads(json.dumps(settings))
+    empty = not any((setup.folder / "cells").glob("*.json"))  # nobody's yet, whatever it was begun with
+    anew = (lambda there: settings) if empty else None
+    with claimed(setup.folder, settings, frozenset(), "filling the cells of", anew):
         return _fill(experiment, setup, every, seeds, set(rows))
 
 

@@ -24,6 +24,8 @@ class Setup:
         out: the folder that experiments share: a training that two of them need lies there once.
         options: how the data are read, ``ignore`` and ``holdout``, where they were given.
         changes: settings of all trainings, over those of the scale.
+        identity: what tells the data from others (:func:`factorkit.reproduce.identity.identify`), as one word, for
+            what is kept in memory.
     """
 
     name: str
@@ -34,11 +36,12 @@ class Setup:
     progress: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)
+    identity: str = ""
 
     @property
     def data_name(self) -> str:
         """What to call the data in names of files."""
-        return "procedural" if self.data is None else self.data.expanduser().resolve().stem
+        return "procedural" if self.data is None else self.data.expanduser().resolve().name
 
     @property
     def folder(self) -> Path:

@@ -46,14 +46,14 @@ def views(setup: Setup) -> tuple[Views, Views]:
     Raises:
         NotRun: views without poses, beside which nothing can be scored.
     """
-    found = _views(setup.data, setup.changes.get("resolution", RESOLUTIONS[setup.scale]))
+    found = _views(setup.data, setup.identity, setup.changes.get("resolution", RESOLUTIONS[setup.scale]))
     if any(part.poses is None for part in found):
         raise NotRun("the views come without poses, so there is nothing to score with; give a scene that has them")
     return found
 
 
 @functools.lru_cache(maxsize=2)
-def _views(data: Path | None, size: int | None) -> tuple[Views, Views]:
+def _views(data: Path | None, identity: str, size: int | None) -> tuple[Views, Views]:
     if data is not None:
         return open_views(data, "train", size), open_views(data, "test", size)
     drawn = procedural_views(PROCEDURAL + HELD_OUT, size or 128)

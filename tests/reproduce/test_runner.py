@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from factorkit.errors import CheckpointError, ConfigError
+from factorkit.errors import CheckpointError, ConfigError, DataError
 from factorkit.reproduce import registry, reproduce
 from factorkit.reproduce.experiment import Citation, Column, Experiment, Found, NotRun, Row, percent
 
@@ -100,5 +100,5 @@ def test_mistakes_are_named(numbers, tmp_path):
     reproduce("table9.1", out=tmp_path, rows=["still"], progress=False)
     with pytest.raises(CheckpointError, match="steps: None there, 7 asked for"):
         reproduce("table9.1", out=tmp_path, rows=["still"], steps=7)
-    with pytest.raises(CheckpointError, match="data: 'procedural' there, 'x' asked for"):
+    with pytest.raises(DataError, match="x: no such file or folder"):
         reproduce("table9.1", tmp_path / "x", out=tmp_path, rows=["still"])

@@ -71,5 +71,6 @@ EXPERIMENT = Experiment(
     rows=rows,
     figures=("fig2.29", "fig2.30", "fig2.31"),
     seeds=1,
+    variables=(CLIP,),
     notes=("Changes are motion and flicker together. The dissertation shows pictures alone, of DAVIS-2017.",),
 )  # fmt: skip

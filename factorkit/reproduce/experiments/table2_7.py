@@ -65,13 +65,13 @@ class _Scored:
     scores: dict[str, Any]
 
 
-_known: dict[tuple[Path, str], _Scored] = {}  # every row asks for one class of the same
+_known: dict[tuple[Path, str, str], _Scored] = {}  # every row asks for one class of the same
 
 
 def _scored(setup: Setup, seed: int, voc: str) -> _Scored:
     named = setup.data is not None and open_dataset(setup.data, holdout="none").class_names is not None
-    label = "told classes" if named else "ours"
-    key = (setup.run_folder(label, seed), voc)
+    label = "classes" if named else "ours"
+    key = (setup.run_folder(label, seed), voc, setup.identity)
     if key not in _known:
         run = train(setup, label, seed, FULL, **({"classes": True} if named else {}))
         val = open_dataset(voc, holdout="none").splits["val"]
@@ -105,6 +105,7 @@ EXPERIMENT = Experiment(
     ),
     figures=("fig2.13", "fig2.28"),
     seeds=1,
+    variables=(VOC,),
     notes=(
         "The pictures of val that show a class, cut to their centred square; one mapping from regions to the class, "
         "fitted on up to 16 pictures of train. mIoU: the mean of the IoU of the class and of all else.",
