@@ -110,8 +110,9 @@ def train_supervised(
     if truth.max() >= classes or truth.min() < IGNORED:
         raise DataError(f"truth runs from {truth.min()} to {truth.max()}, the classes from 0 to {classes - 1}")
     device, folder = resolve_device(config.device), Path(out)
-    digest = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:16]
-    settings = {"model": "supervised", **config.to_dict(), "classes": classes, "images": len(images), "sha256": digest}
+    digests = [hashlib.sha256(np.ascontiguousarray(a)).hexdigest()[:16] for a in (images, truth.astype(np.int64))]
+    data = {"classes": classes, "images": len(images), "sha256": digests[0], "truth_sha256": digests[1]}
+    settings = {"model": "supervised", **config.to_dict(), "data": data}
     task = SupervisedTask(config, images, truth, classes, device)
     with cpu_threads(config.threads), claimed(folder, settings, config.RESUMABLE):
         trained = Trainer(task, config, folder, settings, device=device, progress=progress, report=False).run()

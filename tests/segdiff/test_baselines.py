@@ -46,8 +46,9 @@ def test_the_taught_network_learns_what_it_is_taught_and_is_not_taught_twice(qua
     again = train_supervised(images, given, 2, config, tmp_path / "run", progress=False)
     assert np.array_equal(predict_classes(again, unseen), found)
     assert (tmp_path / "run" / "log.jsonl").read_text() == before
-    with pytest.raises(CheckpointError, match="sha256"):
-        train_supervised(images[:, ::-1], given, 2, config, tmp_path / "run", progress=False)
+    for other in ((images[:, ::-1], given), (images, 1 - given.clip(0))):
+        with pytest.raises(CheckpointError, match="other data .*sha256"):
+            train_supervised(*other, 2, config, tmp_path / "run", progress=False)
     with pytest.raises(DataError, match="classes from 0 to 0"):
         train_supervised(images, given, 1, config, tmp_path / "other", progress=False)
 
