@@ -16,7 +16,7 @@ from factorkit.errors import ConfigError
 from factorkit.metrics.classes import IGNORED, class_scores, match_classes, overlaps
 from factorkit.metrics.segmentation import MAX_REGIONS
 from factorkit.reproduce.experiment import TRAINED_ONCE, Citation, Experiment, Found, NotRun, Row, percent
-from factorkit.reproduce.photos import SHOWN, Photos, config_of, photos, region_labels, train
+from factorkit.reproduce.photos import SHOWN, Photos, config_of, photos, region_labels, run_folder, train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.baseline_datasetddpm import DatasetDDPM
 from factorkit.segdiff.baseline_supervised import ClassUNet, predict_classes, train_supervised
@@ -90,7 +90,7 @@ def taught(setup: Setup, seed: int, full: str) -> ClassUNet:
         labelled = load_labelled(split.images, split.masks, config.resolution, ignore=config.ignore)
         values = np.unique(known.photos.labelled.labels[known.photos.labelled.valid])
         images, truth = labelled.images, _truth(labelled.labels, labelled.valid, values)[0]
-    folder = setup.run_folder("supervised", seed)
+    folder = run_folder(setup, "supervised", seed, full)
     return train_supervised(images, truth, known.count, config, folder, setup.progress)
 
 

@@ -15,7 +15,7 @@ from factorkit.data.labelled import Labelled, load_labelled
 from factorkit.metrics.segmentation import evaluate_masks, scores
 from factorkit.reproduce.experiment import Found, NotRun, percent
 from factorkit.reproduce.setup import Setup
-from factorkit.segdiff.config import SegdiffConfig, preset_config
+from factorkit.segdiff.config import PRESETS, SegdiffConfig, preset_config
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import predict_masks, to_float
 from factorkit.segdiff.train import train_segdiff
@@ -35,8 +35,12 @@ _GPU: dict[str, Any] = {
 
 
 def recipe(setup: Setup, full: str = "flowers64") -> tuple[str, dict[str, Any]]:
-    """Preset and changes of a training at the setup's scale; ``full`` is the thesis' own preset."""
-    preset, changes = {"small": ("fast32", {}), "gpu": ("fast64", _GPU), "full": (full, {})}[setup.scale]
+    """Preset and changes of a training at the setup's scale; ``full`` is the thesis' own preset.
+
+    Of presets with equal settings (cub64 is flowers64) it is the first, so that equal trainings are one.
+    """
+    first = next(name for name, settings in PRESETS.items() if settings == PRESETS[full])
+    preset, changes = {"small": ("fast32", {}), "gpu": ("fast64", _GPU), "full": (first, {})}[setup.scale]
     return preset, {**changes, "device": setup.device, **setup.options, **setup.changes}
 
 
@@ -46,11 +50,17 @@ def config_of(setup: Setup, full: str = "flowers64", **changes: Any) -> SegdiffC
     return preset_config(preset, **{**settings, **changes}).resolved()
 
 
+def run_folder(setup: Setup, label: str, seed: int, full: str = "flowers64") -> Path:
+    """Where the training ``label`` lies; at the full scale, where experiments differ in their preset, by that too."""
+    preset, _ = recipe(setup, full)
+    return setup.run_folder(f"{preset}-{label}" if setup.scale == "full" else label, seed)
+
+
 def train(setup: Setup, label: str, seed: int, full: str = "flowers64", **changes: Any) -> SegdiffRun:
-    """Train, or take up, the run that every experiment of this folder calls ``label``."""
+    """Train, or take up, the run that every experiment of this folder and preset calls ``label``."""
     preset, settings = recipe(setup, full)
     return train_segdiff(
-        setup.data, out=setup.run_folder(label, seed), preset=preset, seed=seed, progress=setup.progress,
+        setup.data, out=run_folder(setup, label, seed, full), preset=preset, seed=seed, progress=setup.progress,
         **{**settings, **changes},
     )  # fmt: skip
 

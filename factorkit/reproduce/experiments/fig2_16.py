@@ -9,7 +9,7 @@ from factorkit.data.labelled import load_labelled
 from factorkit.engine.sheets import contact_sheet, grey
 from factorkit.reproduce.experiment import Experiment, Found, Row, percent
 from factorkit.reproduce.generation import as_pixels, real_pictures
-from factorkit.reproduce.photos import recipe
+from factorkit.reproduce.photos import recipe, run_folder
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.hierarchy import level_labels
 from factorkit.segdiff.pictures import outlined
@@ -22,10 +22,10 @@ SHOWN = 6
 
 def nested(setup: Setup, seed: int) -> SegdiffRun:
     """The run of two levels; at the small scale by the preset made for it."""
-    preset, settings = recipe(setup, "flowers64")
+    preset, settings = recipe(setup)
     preset = "rooms32" if setup.scale == "small" else preset
     return train_segdiff(
-        setup.data, out=setup.run_folder("two levels", seed), preset=preset, seed=seed, progress=setup.progress,
+        setup.data, out=run_folder(setup, "two levels", seed), preset=preset, seed=seed, progress=setup.progress,
         **{**settings, "regions": NESTING},
     )  # fmt: skip
 

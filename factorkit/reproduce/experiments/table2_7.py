@@ -21,7 +21,7 @@ from factorkit.data.labelled import Labelled, load_labelled
 from factorkit.data.layouts import voc2012
 from factorkit.engine.sheets import contact_sheet
 from factorkit.reproduce.experiment import Citation, Column, Experiment, Found, NotRun, Row, percent
-from factorkit.reproduce.photos import train
+from factorkit.reproduce.photos import run_folder, train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.pictures import outlined
@@ -71,7 +71,7 @@ _known: dict[tuple[Path, str, str], _Scored] = {}  # every row asks for one clas
 def _scored(setup: Setup, seed: int, voc: str) -> _Scored:
     named = setup.data is not None and open_dataset(setup.data, holdout="none").class_names is not None
     label = "classes" if named else "ours"
-    key = (setup.run_folder(label, seed), voc, setup.identity)
+    key = (run_folder(setup, label, seed, FULL), voc, setup.identity)
     if key not in _known:
         run = train(setup, label, seed, FULL, **({"classes": True} if named else {}))
         val = open_dataset(voc, holdout="none").splits["val"]

@@ -1,0 +1,72 @@
+"""Which trainings experiments ask for, without training: equal ones lie in one folder, others never do."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from factorkit.reproduce import experiments, labels
+from factorkit.reproduce import photos as chapter2
+from factorkit.reproduce.experiment import NotRun
+from factorkit.reproduce.experiments import fig2_16, table2_7
+from factorkit.reproduce.setup import Setup
+from factorkit.segdiff.config import preset_config
+
+# all but what tells the presets apart at the full scale
+TINY = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4, "fit": 4}
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """asked(name, data, **changes): what the rows of an experiment would train, [(folder, settings), ...]."""
+    found = []
+
+    def train(data, *, out, preset, seed, progress, classes=None, **changes):
+        config = preset_config(preset, **changes, seed=seed).resolved().to_dict()
+        found.append((out.name, {**config, "preset": preset, "classes": classes}))
+        raise NotRun("not trained")
+
+    def taught(images, truth, classes, config, folder, progress):
+        found.append((folder.name, {**config.to_dict(), "preset": "supervised"}))
+        raise NotRun("not trained")
+
+    monkeypatch.setattr(chapter2, "train_segdiff", train)
+    monkeypatch.setattr(fig2_16, "train_segdiff", train)
+    monkeypatch.setattr(labels, "train_supervised", taught)
+    monkeypatch.setattr(table2_7, "_known", {})
+    monkeypatch.setenv(table2_7.VOC, "somewhere")
+
+    def ask(name, data, scale="full", **changes):
+        found.clear()
+        setup = Setup(name, Path(data), scale, tmp_path, progress=False, changes={**TINY, **changes})
+        for row in experiments()[name].rows(setup):
+            with suppress(NotRun):
+                row.work(setup, 0)
+        return list(found)
+
+    return ask
+
+
+@pytest.mark.parametrize("scale", ["small", "full"])
+def test_experiments_share_equal_trainings_and_no_others(asked, photos, scale):
+    names = [name for name in experiments() if not name.startswith(("fig3", "table3"))]
+    every = [one for name in names for one in asked(name, photos, scale)]
+    by_folder, by_settings = {}, {}
+    for folder, settings in every:
+        text = json.dumps(settings, sort_keys=True)
+        by_folder.setdefault(folder, set()).add(text)
+        by_settings.setdefault(text, set()).add(folder)
+    assert len(every) > 3 * len(by_folder), "most rows need what another has trained"
+    for folder, settings in by_folder.items():
+        assert len(settings) == 1, f"{folder} would be claimed by {len(settings)} trainings"
+    for folders in by_settings.values():
+        assert len(folders) == 1, f"{sorted(folders)} would be one training"
+
+
+def test_at_the_full_scale_the_preset_is_in_the_name(asked, photos):
+    assert {folder for folder, _ in asked("fig2.9", photos)} == {"full-photos-ffhq64-ours-seed0"}
+    birds, flowers = asked("fig2.18", photos), asked("table2.1", photos)
+    assert birds[0] in flowers, "the presets of birds and flowers are the same settings"
