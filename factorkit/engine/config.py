@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
@@ -128,7 +129,7 @@ class EngineConfig:
         if unknown:
             near = ", ".join(sorted(known))
             raise ConfigError(f"unknown setting {', '.join(map(repr, unknown))} for {cls.__name__}; there are: {near}")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        values = {k: plain(v) for k, v in values.items()}
         types = get_type_hints(cls)
         for name, value in values.items():
             if isinstance(value, str) and "Literal" in str(types[name]):
@@ -138,6 +139,16 @@ class EngineConfig:
             except TypeCheckError as error:
                 raise ConfigError(f"{name}={value!r:.80}: {' '.join(str(error).split())}") from error
         return cls(**values)
+
+
+def plain(value: Any) -> Any:
+    """A setting as Python's own: whole numbers of numpy and torch as int, lists as tuples; all else as it is."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(plain, value))
+    if not isinstance(value, int):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    return value
 
 
 @contextlib.contextmanager

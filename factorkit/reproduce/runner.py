@@ -16,6 +16,7 @@ import torch
 
 import factorkit
 from factorkit.engine.atomic import replacing
+from factorkit.engine.config import plain
 from factorkit.engine.folder import claimed, read_object, write_json
 from factorkit.errors import CheckpointError, ConfigError
 from factorkit.reading import read_arrays
@@ -116,7 +117,7 @@ def reproduce(
         DataError: the data, or what a variable that the experiment reads names, are not there.
         CheckpointError: the folder holds cells of other data or settings, or another process fills them.
     """
-    experiment = find(name)
+    experiment, changes = find(name), {key: plain(value) for key, value in changes.items()}
     if scale not in SCALES:
         raise ConfigError(f"scale={scale!r} is unknown; choose one of {', '.join(SCALES)}")
     seeds = experiment.seeds if seeds is None else seeds

@@ -18,6 +18,8 @@ from factorkit.ops.norm import NORMS
 from factorkit.segdiff.hierarchy import HierarchicalUNet, check_nesting, nesting_of
 from factorkit.segdiff.model import FactorizedUNet, check_architecture
 
+MOST_REGIONS = 256  # a label is a byte in every file
+
 
 @dataclass(kw_only=True)
 class SegdiffConfig(EngineConfig):
@@ -188,6 +190,11 @@ class SegdiffConfig(EngineConfig):
             raise ConfigError(f"timesteps={self.timesteps} must be at most {MOST_STEPS}")
         if not 0 <= self.segment_t < self.timesteps:
             raise ConfigError(f"segment_t={self.segment_t} must lie between 0 and timesteps-1={self.timesteps - 1}")
+        if self.leaves > MOST_REGIONS:
+            raise ConfigError(
+                f"regions={self.regions}: {self.leaves} regions in all, but label pictures and videos tell at most "
+                f"{MOST_REGIONS} apart; give fewer"
+            )
         if len(self.nesting) != 1:
             check_nesting(self.nesting, self.decoding, self.masks)
         for regions in self.nesting:

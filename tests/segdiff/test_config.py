@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 
 from factorkit.errors import ConfigError
 from factorkit.segdiff.config import FORMS, PRESETS, SegdiffConfig, preset_config
@@ -106,6 +108,8 @@ def test_changes_win_over_the_preset():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"regions": (7, 7, 7)}, r"regions=\(7, 7, 7\): 343 regions.*at most 256"),
+        ({"regions": 257}, r"257 regions in all"),
         ({"regions": 0}, r"regions=0.*regions=1 is the plain DDPM"),
         ({"resolution": 30}, r"resolution=30.*nearest.*resolution=32"),
         ({"resolution": 0}, r"resolution=0 must be at least 1"),
@@ -152,3 +156,14 @@ def test_what_makes_a_step_smaller_is_named_with_numbers():
     assert "micro_batch_size=4" in advice() and "checkpoint_branches=True" in advice()
     assert "checkpoint_branches" not in advice(checkpoint_branches=True) + advice(regions=1) + advice(decoding="concat")
     assert "micro" not in advice(1) and "width=" in advice(1, regions=1)
+
+
+def test_whole_numbers_of_numpy_and_torch_are_whole_numbers():
+    given = {"regions": np.int64(2), "seed": torch.tensor(7), "multipliers": [np.int32(1), 2], "ema": np.float64(0.5)}
+    config = preset_config("demo", **given).resolved()
+    assert (config.regions, config.seed, config.multipliers) == (2, 7, (1, 2))
+    assert {type(n) for n in (config.regions, config.seed, *config.multipliers)} == {int}
+    assert preset_config("demo", regions=(np.int64(2), 3)).resolved().leaves == 6
+    for wrong in (np.float32(2), np.array([2, 2]), True + 0.5):
+        with pytest.raises(ConfigError, match="regions="):
+            preset_config("demo", regions=wrong).resolved()
