@@ -270,6 +270,8 @@ def score_table(scores: dict[str, Any]) -> str:
             lines.append(f"{name:<30} " + " ".join(f"{values[key]:6.3f}" for key in ("acc", "iou", "dice")))
     foreground = ", ".join(map(str, scores["mapping"]))
     regions = "/".join(f"{area:.2f}" for area in scores["areas"])
+    if "level" in scores:
+        foreground += f" of level {scores['level']}"
     lines.append(
         f"{scores['scored']} images scored at {scores['size']} px; foreground is region {foreground}, fitted on "
         f"{scores['fitted_on']} others; areas of the regions {regions}"

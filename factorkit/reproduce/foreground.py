@@ -47,7 +47,7 @@ def ours(setup: Setup, seed: int, full: str, label: str = "ours", **changes: obj
     """Train a factorized model and score its regions."""
     run = train(setup, label, seed, full, **changes)
     known = photos(setup, full, **changes)
-    return score_regions(known, region_labels(run, known.labelled.images), run.config.regions)
+    return score_regions(known, region_labels(run, known.labelled.images), run.config.nesting)
 
 
 def rows(setup: Setup, full: str) -> list[Row]:

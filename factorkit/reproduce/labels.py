@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -113,9 +114,13 @@ def clusters(setup: Setup, run: SegdiffRun, seed: int, full: str) -> DatasetDDPM
         raise NotRun(str(error)) from error
 
 
-def our_regions(setup: Setup, full: str) -> int:
-    """K of ours: the scale's own, and no fewer than there are classes."""
-    return max(config_of(setup, full).regions, classes_of(setup, full).count)
+def our_regions(setup: Setup, full: str) -> int | tuple[int, ...]:
+    """K of ours: the scale's own, and no fewer than there are classes; a hierarchy gets more at its deepest level."""
+    config, count = config_of(setup, full), classes_of(setup, full).count
+    if config.leaves >= count:
+        return config.regions
+    *coarser, _ = config.nesting
+    return (*coarser, -(-count // math.prod(coarser))) if coarser else count
 
 
 def our_run(setup: Setup, seed: int, full: str) -> SegdiffRun:
@@ -123,7 +128,8 @@ def our_run(setup: Setup, seed: int, full: str) -> SegdiffRun:
     regions = our_regions(setup, full)
     if regions == config_of(setup, full).regions:
         return train(setup, "ours", seed, full)
-    return train(setup, f"regions={regions}", seed, full, regions=regions)
+    named = regions if isinstance(regions, int) else "x".join(map(str, regions))
+    return train(setup, f"regions={named}", seed, full, regions=regions)
 
 
 def rows(setup: Setup, full: str) -> list[Row]:
@@ -146,7 +152,7 @@ def rows(setup: Setup, full: str) -> list[Row]:
 
     def ours(s: Setup, seed: int) -> Found:
         run = our_run(s, seed, full)
-        return cell(region_labels(run, photos(s, full).labelled.images), run.config.regions, s)
+        return cell(region_labels(run, photos(s, full).labelled.images), run.config.leaves, s)
 
     return [Row(SUPERVISED, supervised), Row(CLUSTERING, clustered), Row(OURS, ours)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from factorkit.metrics.segmentation import evaluate_masks, scores
 from factorkit.reproduce.experiment import Found, NotRun, percent
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import PRESETS, SegdiffConfig, preset_config
+from factorkit.segdiff.hierarchy import hard_labels, level_labels
 from factorkit.segdiff.run import SegdiffRun
+from factorkit.segdiff.scoring import foreground_scores
 from factorkit.segdiff.task import predict_masks, to_float
 from factorkit.segdiff.train import train_segdiff
 
@@ -107,15 +110,19 @@ def region_labels(run: SegdiffRun, images: np.ndarray, t: int | None = None) -> 
     """The most probable region of each pixel, int64 [N, R, R], of pictures uint8 [N, R, R, 3], at level t."""
     t = run.config.segment_t if t is None else t
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
-        return predict_masks(run.model, to_float(torch.from_numpy(images)), t, run.schedule).argmax(1).numpy()
+        masks = predict_masks(run.model, to_float(torch.from_numpy(images)), t, run.schedule)
+    return hard_labels(masks, run.config.nesting).numpy()
 
 
-def score_regions(photos: Photos, labels: np.ndarray, regions: int) -> Found:
-    """Both protocols for label maps [N, R, R] of all labelled images; what the mapping calls foreground is shown."""
-    labelled = photos.labelled
-    found = evaluate_masks(labels, labelled.foreground, labelled.valid, regions, photos.fit)
+def score_regions(photos: Photos, labels: np.ndarray, nesting: Sequence[int]) -> Found:
+    """Both protocols for a run's label maps [N, R, R] of all labelled images; what the mapping calls foreground is
+    shown. A hierarchy is scored at the level that ``level`` among the scores says."""
+    found = foreground_scores(labels, photos.labelled, nesting, photos.fit)
     numbers = {key: found[key] for key in ("acc", "iou", "dice")}
     numbers |= {f"best_{key}": found[f"oracle_{key}"] for key in ("acc", "iou", "dice")}
+    if "level" in found:
+        numbers["level"] = found["level"]
+        labels = level_labels(labels, nesting, found["level"])
     return Found(numbers, {"foreground": np.isin(labels[photos.shown], found["mapping"])})
 
 

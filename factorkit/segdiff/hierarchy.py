@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from factorkit.diffusion.denoiser import Denoised, Denoiser
 from factorkit.errors import ConfigError
+from factorkit.metrics.segmentation import MAX_REGIONS
 from factorkit.segdiff.model import FactorizedUNet, Regions
 
 
@@ -145,6 +146,17 @@ def hard_labels(masks: Tensor, regions: int | Sequence[int]) -> Tensor:
         best = families.argmax(-3)  # of each family [..., families, H, W]
         found = found * count + best.gather(-3, found.unsqueeze(-3)).squeeze(-3)
     return found
+
+
+def scored_level(regions: int | Sequence[int]) -> tuple[int, int]:
+    """The deepest level whose regions can be mapped to foreground, and how many it has; level 1 where none can.
+
+    All subsets of them are tried, so that :data:`~factorkit.metrics.segmentation.MAX_REGIONS` are the most.
+    """
+    nesting = nesting_of(regions)
+    fitting = [n for n in range(1, len(nesting) + 1) if math.prod(nesting[:n]) <= MAX_REGIONS]
+    level = max(fitting, default=1)
+    return level, math.prod(nesting[:level])
 
 
 def level_labels(labels: Tensor, regions: int | Sequence[int], level: int) -> Tensor:

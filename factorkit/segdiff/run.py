@@ -376,8 +376,9 @@ class SegdiffRun:
 
         One mapping from regions to foreground is fitted on the first ``fit`` labelled images and the rest are scored
         with it (``acc, iou, dice``); ``oracle_*`` chooses the best mapping for each image by its own label, an upper
-        bound. Images and masks get the training's centred square crop. The result also goes to ``scores.json`` of the
-        run folder.
+        bound. Of a hierarchy the regions of one level are mapped, which ``level`` says: the deepest with at most 12.
+        Images and masks get the training's centred square crop. The result also goes to ``scores.json`` of the run
+        folder.
 
         Args:
             images, masks: folders, zips, lists or arrays; matched by name, arrays by position. Foreground is every
@@ -393,7 +394,7 @@ class SegdiffRun:
                 instead.
 
         Raises:
-            ConfigError: ``fit`` leaves nothing to score, t out of range, or a plain DDPM.
+            ConfigError: ``fit`` leaves nothing to score, t out of range, a plain DDPM, or more than 12 regions.
             DataError: images and masks that do not go together.
 
         Example:

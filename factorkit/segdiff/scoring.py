@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.data.labelled import load_labelled
+from factorkit.data.labelled import Labelled, load_labelled
 from factorkit.engine import distributed
 from factorkit.errors import ConfigError
 from factorkit.metrics.baselines import score_baselines
 from factorkit.metrics.nested import nested_accuracy
 from factorkit.metrics.segmentation import evaluate_masks
-from factorkit.segdiff.hierarchy import hard_labels
+from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.segdiff.quality import Quality
 from factorkit.segdiff.task import to_float
 from factorkit.segdiff.zero_shot import zero_shot_scores
@@ -43,7 +44,7 @@ def label_scores(
         fit = max(1, min(config.fit, len(labelled) // 2))
     found = hard_labels(soft, config.nesting).numpy()
     if nesting is None:
-        scores = evaluate_masks(found, labelled.foreground, labelled.valid, config.leaves, fit)
+        scores = foreground_scores(found, labelled, config.nesting, fit)
     else:
         scores = nested_accuracy(found, labelled.labels, config.nesting, nesting, valid=labelled.valid, fit=fit)
     scores |= {"confidence": soft.amax(1).mean().item(), "size": size, "step": run.step}
@@ -52,6 +53,18 @@ def label_scores(
             lambda: score_baselines(labelled.images, labelled.foreground, labelled.valid, fit)
         )
     return scores
+
+
+def foreground_scores(found: np.ndarray, labelled: Labelled, nesting: Sequence[int], fit: int) -> dict[str, Any]:
+    """:func:`~factorkit.metrics.segmentation.evaluate_masks` of labels [N, R, R] of the deepest level.
+
+    Of a hierarchy they are scored, and ``mapping`` and ``areas`` said, at the level that ``level`` names: the deepest
+    with few enough regions (:func:`~factorkit.segdiff.hierarchy.scored_level`).
+    """
+    level, count = scored_level(nesting)
+    labels = level_labels(found, nesting, level)
+    scores = evaluate_masks(labels, labelled.foreground, labelled.valid, count, fit)
+    return scores if len(nesting) == 1 else scores | {"level": level}
 
 
 def class_scores(

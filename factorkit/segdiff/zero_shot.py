@@ -23,7 +23,7 @@ from factorkit.errors import ConfigError, DataError
 from factorkit.metrics.segmentation import fit_mapping, scores
 from factorkit.segdiff.classes import label_of
 from factorkit.segdiff.config import SegdiffConfig
-from factorkit.segdiff.hierarchy import hard_labels
+from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.segdiff.task import to_float
 
 #: Table 2.7: for each class of VOC the class of ImageNet (ILSVRC 2012, counted from 0 in the order of the synsets).
@@ -56,7 +56,8 @@ def zero_shot_scores(
     Returns:
         A dictionary fit for JSON: ``classes``, by name: images, fitted_on, told, mapping (the regions that are this
         class), acc, iou, and miou, the mean of the IoU of the object and of everything else, each the mean over images;
-        ``missing``, classes without enough pictures to score; acc, iou and miou, means over the classes scored.
+        ``missing``, classes without enough pictures to score; acc, iou and miou, means over the classes scored; and of
+        a hierarchy ``level``, whose regions are mapped.
 
     Raises:
         ConfigError: no such split, or a label map that does not fit the data or the run.
@@ -86,7 +87,8 @@ def zero_shot_scores(
     if not found:
         raise DataError(f"{dataset.name}: no class has two pictures, one to fit a mapping and one to score")
     means = {key: float(np.mean([one[key] for one in found.values()])) for key in ("acc", "iou", "miou")}
-    return {"classes": found, "missing": missing, "split": split, "data": dataset.name, **means}
+    level = {"level": scored_level(config.nesting)[0]} if len(config.nesting) > 1 else {}
+    return {"classes": found, "missing": missing, "split": split, "data": dataset.name, **means, **level}
 
 
 def _names(layout: str | None, mask_set: str | None, labelled: Labelled) -> dict[int, str]:
@@ -125,12 +127,14 @@ def _of_class(
     if not len(chosen) or not len(rows):
         return None
     predict = predictor(told)
+    level, count = scored_level(config.nesting)
 
     def regions(of: Labelled, at: np.ndarray) -> np.ndarray:
-        return hard_labels(predict(to_float(torch.from_numpy(of.images[at]))), config.nesting).numpy()
+        labels = hard_labels(predict(to_float(torch.from_numpy(of.images[at]))), config.nesting)
+        return level_labels(labels, config.nesting, level).numpy()
 
     truth = lambda of, at: (of.labels[at] == number, of.valid[at])  # noqa: E731
-    mapping = fit_mapping(regions(source, chosen), *truth(source, chosen), config.leaves)
+    mapping = fit_mapping(regions(source, chosen), *truth(source, chosen), count)
     predicted = np.isin(regions(labelled, rows), mapping)
     foreground, valid = truth(labelled, rows)
     of_object, of_rest = scores(predicted, foreground, valid), scores(~predicted, ~foreground & valid, valid)

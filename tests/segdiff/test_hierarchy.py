@@ -10,14 +10,16 @@ import torch
 from PIL import Image
 
 import factorkit
+from factorkit.commands import score_table
 from factorkit.data.procedural_nested import rooms
 from factorkit.diffusion.denoiser import Denoised
 from factorkit.engine.report import write_report
 from factorkit.engine.streams import BatchDraw
 from factorkit.errors import ConfigError
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels, level_labels, level_masks
+from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels, level_labels, level_masks, scored_level
 from factorkit.segdiff.model import RegionLogitNorm
+from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import SegdiffTask
 from tests.segdiff.conftest import TINY, stirred
 
@@ -29,6 +31,11 @@ def nested(regions, **changes) -> HierarchicalUNet:
     for level in model.levels:
         stirred(level)
     return model.double().eval()
+
+
+def untrained(regions) -> SegdiffRun:
+    config = preset_config("demo", **{**TINY, "regions": regions, "device": "cpu"}).resolved()
+    return SegdiffRun(config, config.build(), torch.device("cpu"), 0)
 
 
 def by_hand(model, x, t, depth=0, within=None):
@@ -194,6 +201,34 @@ def test_three_levels_train_and_are_scored(tmp_path, monkeypatch):
     first, second, third = scores["accuracy"]
     assert 0 < third <= second <= first <= 1 and len(scores["mapping"][2]) == 8
     assert third == pytest.approx(first * scores["within"][1] * scores["within"][2])
+
+
+@pytest.mark.parametrize(
+    ("regions", "level"), [(3, (1, 3)), ((3, 4), (2, 12)), ((4, 4), (1, 4)), ((3, 3, 3), (2, 9)), ((13, 2), (1, 13))]
+)
+def test_the_level_that_is_scored(regions, level):
+    assert scored_level(regions) == level
+
+
+def test_many_leaves_are_scored_at_a_coarser_level(monkeypatch):
+    """16 leaves of (4, 4): those of region 2 are the square, by turns."""
+    truth = np.zeros((6, 16, 16), np.uint8)
+    truth[:, 3:9, 4:12] = 1
+    images = np.repeat(truth[..., None] * np.uint8(255), 3, -1)
+    run = untrained((4, 4))
+
+    def segment(x_t, t):
+        bright = x_t.mean(1) > 0
+        leaves = torch.where(bright, 8, 0) + torch.arange(16) % 4
+        return torch.nn.functional.one_hot(leaves, 16).movedim(-1, 1).float()
+
+    monkeypatch.setattr(run.model, "segment", segment)
+    scores = run.evaluate(images, truth, fit=2)
+    assert (scores["level"], scores["mapping"], scores["iou"]) == (1, [2], 1)
+    assert scores["areas"] == pytest.approx([1 - truth.mean(), 0, truth.mean(), 0])
+    assert "foreground is region 2 of level 1" in score_table(scores)
+    with pytest.raises(ConfigError, match="13 regions cannot be mapped"):
+        untrained((13, 2)).evaluate(images, truth, fit=2)
 
 
 def test_a_run_from_training_to_files(tmp_path, monkeypatch):

@@ -60,6 +60,20 @@ def found_by(told_masks):
     return predictor
 
 
+def test_of_many_leaves_a_coarser_level_is_mapped(voc):
+    """Of (4, 4) regions the leaves of region 1 are the animal, in stripes."""
+
+    def predictor(label):
+        def predict(images):
+            leaves = torch.arange(SIZE) % 4 + torch.where(torch.arange(SIZE) < 8, 4, 12)
+            return torch.nn.functional.one_hot(leaves, 16).T[None, :, None].expand(len(images), 16, SIZE, SIZE).float()
+
+        return predict
+
+    scores = zero_shot_scores(config((), regions=(4, 4)), predictor, voc, label_map=None, fit=16)
+    assert scores["level"] == 1 and scores["iou"] == 1 and scores["classes"]["cat"]["mapping"] == [1]
+
+
 def test_each_class_is_scored_by_itself_told_its_own_class(voc):
     label_map = {"cat": "tabby", "dog": 0}
     scores = zero_shot_scores(config(), found_by({1: 8, 0: 5}), voc, label_map=label_map, fit=16)

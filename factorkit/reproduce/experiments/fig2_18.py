@@ -24,7 +24,7 @@ def rows(setup: Setup) -> list[Row]:
 def cell(setup: Setup, seed: int, level: int) -> Found:
     run, known = train(setup, "ours", seed, FULL), photos(setup, FULL)
     t = level * run.config.timesteps // 1000
-    return score_regions(known, region_labels(run, known.labelled.images, t), run.config.regions)
+    return score_regions(known, region_labels(run, known.labelled.images, t), run.config.nesting)
 
 
 def sheet(setup: Setup, cells: Cells) -> Sequence[str]:

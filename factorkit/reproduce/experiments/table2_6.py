@@ -39,7 +39,7 @@ def trained(setup: Setup, seed: int, label: str, decoding: str):
 
 def cell(setup: Setup, seed: int, label: str, decoding: str) -> Found:
     run, known = trained(setup, seed, label, decoding), photos(setup, FULL)
-    found = score_regions(known, region_labels(run, known.labelled.images), run.config.regions)
+    found = score_regions(known, region_labels(run, known.labelled.images), run.config.nesting)
     drawn = draw(setup, run, seed)
     generated = as_pixels(drawn.images[:SHOWN])
     numbers = {**found.scores, DISTANCE.key: random_distance(setup, run, drawn.images)}

@@ -23,7 +23,7 @@ from factorkit.engine.sheets import contact_sheet
 from factorkit.reproduce.experiment import Citation, Column, Experiment, Found, NotRun, Row, percent
 from factorkit.reproduce.photos import run_folder, train
 from factorkit.reproduce.setup import Setup
-from factorkit.segdiff.hierarchy import hard_labels
+from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.segdiff.pictures import outlined
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import to_float
@@ -87,7 +87,8 @@ def _sheet(found: _Scored, name: str, one: dict[str, Any]) -> Image.Image:
     images = found.labelled.images[rows]
     told = None if one["told"] is None else config.class_names.index(one["told"])
     masks = found.run.predictor(None, "fast", told)(to_float(torch.from_numpy(images)))
-    taken = np.isin(hard_labels(masks, config.nesting).numpy(), one["mapping"]).astype(np.int64)
+    labels = level_labels(hard_labels(masks, config.nesting), config.nesting, scored_level(config.nesting)[0])
+    taken = np.isin(labels.numpy(), one["mapping"]).astype(np.int64)
     lines = [list(images), [outlined(image, labels) for image, labels in zip(images, taken, strict=True)]]
     return contact_sheet(lines, None, ["image", name])
 

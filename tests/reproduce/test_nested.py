@@ -1,0 +1,64 @@
+"""reproduce(..., regions=(2, 2)): tables of foreground and classes, of a hierarchy's regions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import factorkit
+from factorkit.data.labelled import Labelled
+from factorkit.errors import ConfigError
+from factorkit.reproduce import labels
+from factorkit.reproduce import photos as chapter2
+from factorkit.reproduce.setup import Setup
+
+NESTED = {"regions": (2, 2), "groups": 2}
+
+
+def test_foreground_of_a_hierarchy_is_that_of_its_run(small, tmp_path):
+    report = small("table2.1", rows=["ours, regional form"], **NESTED)
+    run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
+    found = report.data["rows"][5]["cells"][0]["scores"]
+    assert run.config.leaves == 4 and run.scores["level"] == found["level"] == 2
+    for key in ("acc", "iou", "dice"):
+        assert found[key] == pytest.approx(run.scores[key])
+        assert found[f"best_{key}"] == pytest.approx(run.scores[f"oracle_{key}"])
+    small("fig2.18", rows=["t = 0"], **NESTED)
+    small("table2.6", rows=["ours"], **NESTED)
+    with pytest.raises(ConfigError, match="one number of regions"):
+        small("table2.6", rows=["concat"], **NESTED)
+    assert len(list((tmp_path / "runs").glob("*/checkpoints"))) == 1
+
+
+def test_classes_of_a_hierarchy(small):
+    for name, row in (("table2.3", "ours"), ("table2.5", "ours")):
+        (found,) = [one for one in small(name, rows=[row], **NESTED).data["rows"] if one["row"] == row]
+        assert found["cells"] and 0 < found["cells"][0]["scores"].get("acc", 1) <= 1
+
+
+def test_a_hierarchy_with_fewer_regions_than_classes_gets_more_parts(monkeypatch, tmp_path):
+    class Known:
+        count = 5
+
+    monkeypatch.setattr(labels, "classes_of", lambda setup, full: Known)
+    setup = lambda **changes: Setup("table2.3", None, "small", tmp_path, changes=changes)  # noqa: E731
+    assert labels.our_regions(setup(regions=(2, 2)), "ffhq64") == (2, 3)
+    assert labels.our_regions(setup(regions=(2, 3)), "ffhq64") == (2, 3)
+    assert labels.our_regions(setup(), "ffhq64") == 5
+
+
+def test_what_is_drawn_as_foreground_is_of_the_scored_level():
+    """16 leaves of (4, 4): level 1 is scored, whose region 2 is the foreground."""
+    truth = np.zeros((10, 8, 8), bool)
+    truth[:, 2:5, 3:7] = True
+    leaves = np.where(truth, 8, 3) + np.arange(8) % 4 * truth
+    known = Labelled(np.zeros((10, 8, 8, 3), np.uint8), truth, np.ones_like(truth), [""] * 10, truth.astype(np.int32))
+    found = chapter2.score_regions(chapter2.Photos(None, known, 2), leaves, (4, 4))
+    assert found.scores["iou"] == 1 and found.scores["level"] == 1
+    assert np.array_equal(found.arrays["foreground"], truth[2:10])
+
+
+def test_the_figure_of_two_levels_is_of_its_own(small, tmp_path):
+    with pytest.raises(ConfigError, match="leave regions= out"):
+        small("fig2.16", **NESTED)
+    assert not (tmp_path / "runs").exists()
