@@ -17,11 +17,12 @@ from factorkit.nerfdiff.train import Training, describe, train_nerfdiff
 @pytest.mark.parametrize("astray", [0, 6])
 def test_views_on_the_wrong_side_are_counted_and_others_are_not(astray, tmp_path):
     config = preset_config("demo", resolution=24, device="cpu", views=8)
-    scene = open_scene(procedural_views(30, 24), 24, torch.device("cpu"))
+    views = procedural_views(30, 24)
+    scene = open_scene(views, 24, torch.device("cpu"))
     poses = scene.poses.clone()
     for i in range(astray):
         poses[5 * i] = turned_poses(poses[5 * i], TURNS[1 + i % 3])
-    settings = {"scene": describe(scene)}
+    settings = {"scene": describe(scene, views, known=True)}
     found = Training(config, scene, tmp_path, settings, False).doubled(poses)
     assert found == pytest.approx(astray / 30, abs=0.034)
 

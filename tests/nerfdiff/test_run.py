@@ -218,7 +218,7 @@ def test_refining_finds_the_pose_of_a_picture_from_near_it(finished):
     field.values.data.mul_(8)
     optics = finished.model.optics
     model = NerfdiffModel(
-        finished.model.encoder, finished.model.candidates, field, finished.poses, optics, (16, 16), 16
+        finished.model.encoder, finished.model.candidates, field, finished.poses.clone(), optics, (16, 16), 16
     )
     way = directions(torch.tensor([20.0, 140.0, 260.0]), torch.tensor([30.0, 45.0, 15.0]))
     true = orbit_poses(way, finished.scene["distance"])
