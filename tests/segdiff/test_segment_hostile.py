@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from factorkit.data.source_base import shown
-from factorkit.errors import DataError, WriteError
+from factorkit.errors import ConfigError, DataError, WriteError
 from factorkit.segdiff import quality
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.run import SegdiffRun
@@ -164,6 +164,8 @@ def test_memory_that_lacks_for_one_picture_is_not_lacking_for_all(run, folder, m
 
 def test_an_output_that_cannot_be_made(run, folder):
     (folder.parent / "file").write_text("mine")
-    with pytest.raises(WriteError, match=r"file.*cannot be written"):
+    with pytest.raises(ConfigError, match="file is a file; give another out=, a folder"):
         run.segment_folder(folder, folder.parent / "file", progress=False)
+    with pytest.raises(WriteError, match=r"file.*cannot be written"):
+        run.segment_folder(folder, folder.parent / "file/below", progress=False)
     assert (folder.parent / "file").read_text() == "mine"
