@@ -9,9 +9,10 @@ from factorkit.data.procedural_scene import procedural_views
 from factorkit.engine.log import read_log
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.flip import TURNS
+from factorkit.nerfdiff.identity import describe
 from factorkit.nerfdiff.poses import turned_poses
 from factorkit.nerfdiff.scene import open_scene
-from factorkit.nerfdiff.train import Training, describe, train_nerfdiff
+from factorkit.nerfdiff.train import Training, train_nerfdiff
 
 
 @pytest.mark.parametrize("astray", [0, 6])
