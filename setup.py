@@ -20,7 +20,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
@@ -118,6 +118,8 @@ def csrc(*suffixes: str) -> list[str]:
 
 
 setup(
+    # kernels/ lies beside the package and is installed as factorkit.kernels ([tool.setuptools.package-dir])
+    packages=[*find_packages(include=["factorkit", "factorkit.*"]), "factorkit.kernels"],
     ext_modules=[Extension("factorkit._C", sources=csrc(".cpp", ".cu"), depends=csrc(".h"))],
     cmdclass={"build_ext": NinjaBuild},
 )

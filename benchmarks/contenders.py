@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from benchmarks.textbook import Textbook, normalise, pool, repeat
 from benchmarks.traffic import counted
 from factorkit import ops
-from factorkit.engine.meter import Meter
-from factorkit.engine.step import MovingAverage, TrainingStep, make_optimizer
-from factorkit.engine.streams import BatchDraw, image_order
+from factorkit.engine.step import Meter, MovingAverage, TrainingStep, make_optimizer
 from factorkit.nn import Norm
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.task import SegdiffTask
+from factorkit.utils.rng import BatchDraw, image_order
 
 IMAGES = 512  # of the training set, noise
 
@@ -54,8 +53,10 @@ def op_cases(config: SegdiffConfig, batch: int, device: torch.device, dtype: tor
 
     def vectors(channels: int, n: int | None = None) -> list[Tensor]:
         shape = (channels,) if n is None else (n, channels)
-        return [torch.randn(*shape, device=device).to(torch.float32 if n is None else dtype).requires_grad_()
-                for _ in range(2)]  # fmt: skip
+        return [
+            torch.randn(*shape, device=device).to(torch.float32 if n is None else dtype).requires_grad_()
+            for _ in range(2)
+        ]
 
     def masks() -> Tensor:
         return torch.randn(batch, k, size, size, device=device).softmax(1).requires_grad_()
@@ -95,10 +96,9 @@ def op_cases(config: SegdiffConfig, batch: int, device: torch.device, dtype: tor
     )
     cases["region_blend_mse"] = OpCase(
         [torch.randn(batch, k, size, size, device=device).requires_grad_(), features(rows, 3)],
-        lambda x, y: ((y.float().unflatten(0, (batch, k)) * x.softmax(1)[:, :, None]).sum(1) - 0.5)
-        .square()
-        .flatten(1)
-        .mean(1),
+        lambda x, y: (
+            ((y.float().unflatten(0, (batch, k)) * x.softmax(1)[:, :, None]).sum(1) - 0.5).square().flatten(1).mean(1)
+        ),
         lambda x, y: ops.region_blend_mse(x, y, torch.full_like(x[:, :1], 0.5).expand(-1, 3, -1, -1)),
     )
     levels = len(config.multipliers) - 1

@@ -40,9 +40,13 @@ def main() -> None:
         load = os.getloadavg()[0]
         results = {name: hash_grid_case(*case, args.rounds) for name, case in CASES.items()}
         results["machine"] = {
-            "processor": processor(), "logical_cores": os.cpu_count(), "load_before": round(load, 2),
-            "load_after": round(os.getloadavg()[0], 2), "torch": torch.__version__, "commit": commit(),
-        }  # fmt: skip
+            "processor": processor(),
+            "logical_cores": os.cpu_count(),
+            "load_before": round(load, 2),
+            "load_after": round(os.getloadavg()[0], 2),
+            "torch": torch.__version__,
+            "commit": commit(),
+        }
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(json.loads(RESULTS.read_text())))

@@ -38,8 +38,8 @@ from benchmarks import tiny_runs
 from benchmarks.recording import commit, machine, write_result
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import Checkpoints
-from factorkit.engine.loop import Trainer
 from factorkit.engine.step import TrainingStep
+from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff import train as nerfdiff
 from factorkit.segdiff import train as segdiff
 
@@ -215,10 +215,14 @@ def main() -> None:
                 print(f"  {count:4} {what}")
     times = os.times()
     record = {
-        "runs": found, "kills": sum(f["kills"] for f in found.values()), "seed": seed, "commit": measured,
-        "machine": machine(1), "torch": torch.__version__,
+        "runs": found,
+        "kills": sum(f["kills"] for f in found.values()),
+        "seed": seed,
+        "commit": measured,
+        "machine": machine(1),
+        "torch": torch.__version__,
         "processor_seconds": round(time.process_time() - processor + times.children_user + times.children_system),
-    }  # fmt: skip
+    }
     broken = [what for f in found.values() for what in f["differing"]]
     print(f"{record['kills']} kills survived, {len(broken)} differences, {record['processor_seconds']} s of processor")
     print(json.dumps(record | {"runs": None}), file=sys.stderr)

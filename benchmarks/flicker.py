@@ -39,7 +39,7 @@ def measure(folder: Path, data: str) -> None:
 
     import factorkit
     from factorkit.data.datasets import open_dataset
-    from factorkit.segdiff.clips import segment_frames
+    from factorkit.segdiff.inference.video import segment_frames
 
     torch.set_num_threads(1)
     run = factorkit.load(folder, device="cpu")

@@ -33,7 +33,7 @@ import numpy as np
 
 from benchmarks.fuzz_targets import Target, Unclear, targets
 from benchmarks.recording import commit, machine, write_result
-from factorkit.errors import FactorkitError
+from factorkit.utils.errors import FactorkitError
 
 RESULTS = Path(__file__).with_name("results") / "fuzz.json"
 SECONDS = 10  # of processor for one input

@@ -7,22 +7,52 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from factorkit.data.procedural import flowers
-from factorkit.data.procedural_scene import procedural_views
+from factorkit.data.procedural.flowers import flowers
+from factorkit.data.procedural.scene import procedural_views
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.segdiff.train import train_segdiff
 
 SEGDIFF = {
-    "preset": "demo", "regions": 2, "resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "groups": 4,
-    "steps": 2, "batch_size": 4, "checkpoint_every": 1, "sample_every": 1, "log_every": 1, "fit": 2, "device": "cpu",
+    "preset": "demo",
+    "regions": 2,
+    "resolution": 16,
+    "width": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "groups": 4,
+    "steps": 2,
+    "batch_size": 4,
+    "checkpoint_every": 1,
+    "sample_every": 1,
+    "log_every": 1,
+    "fit": 2,
+    "device": "cpu",
     "progress": False,
-}  # fmt: skip
+}
 NERFDIFF = {
-    "preset": "demo", "resolution": 8, "cameras": 3, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 8,
-    "samples": 6, "views": 3, "rays": 8, "search_steps": 4, "field_steps": 2, "steps": 2, "batch_size": 4, "width": 8,
-    "multipliers": (1, 2), "encoder_resolution": 8, "rendered": 4, "flip_rounds": 0, "log_every": 2, "device": "cpu",
+    "preset": "demo",
+    "resolution": 8,
+    "cameras": 3,
+    "azimuths": 6,
+    "rings": 2,
+    "search_field": 6,
+    "grid": 8,
+    "samples": 6,
+    "views": 3,
+    "rays": 8,
+    "search_steps": 4,
+    "field_steps": 2,
+    "steps": 2,
+    "batch_size": 4,
+    "width": 8,
+    "multipliers": (1, 2),
+    "encoder_resolution": 8,
+    "rendered": 4,
+    "flip_rounds": 0,
+    "log_every": 2,
+    "device": "cpu",
     "progress": False,
-}  # fmt: skip
+}
 
 
 def good_runs(folder: Path) -> dict[str, Path]:

@@ -27,20 +27,35 @@ from benchmarks.malformed import (
     mend_png,
     pick,
 )
-from factorkit import cli
+from factorkit.cli import main as cli
 from factorkit.data import open_views, read_classes
 from factorkit.data.datasets import open_dataset
 from factorkit.engine.checkpoint import read_checkpoint, write_checkpoint
-from factorkit.engine.report import write_report
 from factorkit.rendering import orbit
+from factorkit.report.html import write_report
 
 Told = tuple[str, str] | None  # outcome and words, where what reads the input says them itself
 GOOD = "a_good.png"  # beside a malformed picture
 FORMATS = (
-    ("png", "RGB"), ("png", "P"), ("png", "I;16"), ("png", "RGBA"), ("png", "1"), ("jpg", "RGB"), ("jpg", "L"),
-    ("jpg", "CMYK"), ("gif", "P"), ("bmp", "RGB"), ("bmp", "P"), ("tif", "RGB"), ("tif", "F"), ("tif", "I;16"),
-    ("webp", "RGBA"), ("tga", "RGB"), ("ppm", "RGB"), ("jp2", "RGB"),
-)  # fmt: skip
+    ("png", "RGB"),
+    ("png", "P"),
+    ("png", "I;16"),
+    ("png", "RGBA"),
+    ("png", "1"),
+    ("jpg", "RGB"),
+    ("jpg", "L"),
+    ("jpg", "CMYK"),
+    ("gif", "P"),
+    ("bmp", "RGB"),
+    ("bmp", "P"),
+    ("tif", "RGB"),
+    ("tif", "F"),
+    ("tif", "I;16"),
+    ("webp", "RGBA"),
+    ("tga", "RGB"),
+    ("ppm", "RGB"),
+    ("jp2", "RGB"),
+)
 MASKS = (("png", "L"), ("png", "P"), ("png", "1"), ("png", "I;16"), ("gif", "P"), ("bmp", "L"), ("jpg", "L"))
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 20\nshowpage\n"
 FOREIGN = (POSTSCRIPT, b"<svg/>", b"\x7fELF", b"", b"MZ", b"%PDF-1.7")
@@ -180,18 +195,24 @@ def command_lines(weights: Path, nerfdiff: Path, place: Path) -> list[list[str]]
     images, masks = str(place / "in/images"), str(place / "in/masks")
     first = f"{images}/0.png"
     return [
-        ["segment", run, images, "--out", out, "-t", "40", "--size", "16"], ["prepare", images, "--resolution", "8"],
+        ["segment", run, images, "--out", out, "-t", "40", "--size", "16"],
+        ["prepare", images, "--resolution", "8"],
         ["generate", run, "-n", "1", "--steps", "2", "--seed", "1", "--out", out],
         ["evaluate", run, "--images", images, "--masks", masks, "--fit", "1", "--ignore", "7", "--t", "3"],
         ["recompose", run, first, "--region", "1", "--steps", "2", "--out", out, "--from", first],
-        ["interpolate", run, first, first, "--frames", "3", "--steps", "2", "--out", out], ["doctor", "--json"],
-        ["branches", run, first, "--out", out, "-t", "10"], ["pose", scene, first, "--refine", "1", "--json"],
+        ["interpolate", run, first, first, "--frames", "3", "--steps", "2", "--out", out],
+        ["doctor", "--json"],
+        ["branches", run, first, "--out", out, "-t", "10"],
+        ["pose", scene, first, "--refine", "1", "--json"],
         ["render", scene, "--frames", "2", "--size", "8", "--out", f"{out}.gif"],
-        ["sample", scene, "-n", "1", "--steps", "2", "--out", out], ["export", scene, f"{out}.ply"],
+        ["sample", scene, "-n", "1", "--steps", "2", "--out", out],
+        ["export", scene, f"{out}.ply"],
         ["train", "segdiff", "--data", images, "--preset", "demo", "--steps", "3", "--regions", "2"],
-        ["train", "nerfdiff", "--data", images, "--preset", "fast", "--field", "grid"], ["demo", "--seed", "1"],
-        ["evaluate", scene, "--views", images], ["reconstruct", scene, first, "--out", out, "--size", "8"],
-    ]  # fmt: skip
+        ["train", "nerfdiff", "--data", images, "--preset", "fast", "--field", "grid"],
+        ["demo", "--seed", "1"],
+        ["evaluate", scene, "--views", images],
+        ["reconstruct", scene, first, "--out", out, "--size", "8"],
+    ]
 
 
 # --- good files ---
@@ -295,11 +316,20 @@ def make_tar(place: Path, rng: Rng) -> None:
 def make_transforms(place: Path, rng: Rng) -> None:
     names = [small(place / "in/images" / f"{i}.png", i).name for i in range(3)]
     content = {
-        "camera_model": "OPENCV", "fl_x": 30.0, "fl_y": 30.0, "cx": 12.0, "cy": 10.0, "w": 24, "h": 20, "k1": 0.01,
-        "frames": [{"file_path": f"images/{name}", "transform_matrix": pose.tolist()}
-                   for name, pose in zip(names, orbit(3, 4.0, 30.0), strict=True)],
+        "camera_model": "OPENCV",
+        "fl_x": 30.0,
+        "fl_y": 30.0,
+        "cx": 12.0,
+        "cy": 10.0,
+        "w": 24,
+        "h": 20,
+        "k1": 0.01,
+        "frames": [
+            {"file_path": f"images/{name}", "transform_matrix": pose.tolist()}
+            for name, pose in zip(names, orbit(3, 4.0, 30.0), strict=True)
+        ],
         "train_filenames": [f"images/{name}" for name in names],
-    }  # fmt: skip
+    }
     if rng.random() < 0.3:
         content = {"camera_angle_x": 0.7, "frames": content["frames"]}
     name = pick(rng, ("transforms.json", "transforms_train.json"))
@@ -335,9 +365,11 @@ def make_srn(place: Path, rng: Rng) -> None:
 
 def make_posed(place: Path, rng: Rng) -> None:
     arrays = {
-        "images": np.stack([pixels(i) for i in range(4)]), "poses": orbit(4, 4.0, 30.0).numpy(),
-        "focal": np.array(30.0), "names": np.array(list("abcd")),
-    }  # fmt: skip
+        "images": np.stack([pixels(i) for i in range(4)]),
+        "poses": orbit(4, 4.0, 30.0).numpy(),
+        "focal": np.array(30.0),
+        "names": np.array(list("abcd")),
+    }
     (place / "x.npz").write_bytes(damage_npz(arrays, rng))
 
 

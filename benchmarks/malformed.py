@@ -91,11 +91,41 @@ def mend_png(data: bytes) -> bytes:
 
 def strange_value(rng: Rng) -> Any:
     """A value that JSON can hold and no setting wants."""
-    return pick(rng, (
-        None, True, "", "x", "\0", "../../../etc/passwd", "a" * 5000, "ä\ud800", "NaN", -1, 0, 1, 2**31, 2**63, 10**400,
-        -(10**9), 0.5, 1e308, -1e-308, float("nan"), float("inf"), [], {}, [[]], [None], {"": ""}, [1, "a", None],
-        [[1.0] * 4] * 4, {"a": {"b": []}}, nested(200),
-    ))  # fmt: skip
+    return pick(
+        rng,
+        (
+            None,
+            True,
+            "",
+            "x",
+            "\0",
+            "../../../etc/passwd",
+            "a" * 5000,
+            "ä\ud800",
+            "NaN",
+            -1,
+            0,
+            1,
+            2**31,
+            2**63,
+            10**400,
+            -(10**9),
+            0.5,
+            1e308,
+            -1e-308,
+            float("nan"),
+            float("inf"),
+            [],
+            {},
+            [[]],
+            [None],
+            {"": ""},
+            [1, "a", None],
+            [[1.0] * 4] * 4,
+            {"a": {"b": []}},
+            nested(200),
+        ),
+    )
 
 
 def nested(depth: int) -> list:
@@ -190,14 +220,23 @@ def damage_npy(array: np.ndarray, rng: Rng) -> bytes:
         return encode_npy(damage_array(array, rng))
     if how < 0.8:
         return damage(encode_npy(array), rng)
-    header = pick(rng, (
-        "{'descr': '|u1', 'fortran_order': False, 'shape': (4611686018427387904, 8), }", "{'descr': '<f8'}", "{", "",
-        "{'descr': '|O', 'fortran_order': False, 'shape': (3,), }", "[" * 3000,
-        "{'descr': '<f8', 'fortran_order': True, 'shape': (-1, 17), }", "__import__('os')", "1" + "+1" * 3000,
-        "{'descr': '|V0', 'fortran_order': False, 'shape': (3, 8, 8, 3), }",
-        "{'descr': '<M8[ns]', 'fortran_order': False, 'shape': (3, 17), }",
-        "{'descr': '|u1', 'fortran_order': False, 'shape': (100000, 1000, 1000, 3), }",
-    )).encode()  # fmt: skip
+    header = pick(
+        rng,
+        (
+            "{'descr': '|u1', 'fortran_order': False, 'shape': (4611686018427387904, 8), }",
+            "{'descr': '<f8'}",
+            "{",
+            "",
+            "{'descr': '|O', 'fortran_order': False, 'shape': (3,), }",
+            "[" * 3000,
+            "{'descr': '<f8', 'fortran_order': True, 'shape': (-1, 17), }",
+            "__import__('os')",
+            "1" + "+1" * 3000,
+            "{'descr': '|V0', 'fortran_order': False, 'shape': (3, 8, 8, 3), }",
+            "{'descr': '<M8[ns]', 'fortran_order': False, 'shape': (3, 17), }",
+            "{'descr': '|u1', 'fortran_order': False, 'shape': (100000, 1000, 1000, 3), }",
+        ),
+    ).encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + array.tobytes()
 
 
@@ -217,12 +256,67 @@ def damage_npz(arrays: Mapping[str, np.ndarray], rng: Rng) -> bytes:
 # --- command lines ---
 
 WORDS = (
-    "", "-", "--", "--out", "--json", "--debug", "--help", "-h", "-n", "-t", "--steps", "--seed", "--data", "--preset",
-    "--device", "--size", "--formats", "labels", "coco", "nan", "inf", "-1", "0", "1e9", "99999999999999999999", "None",
-    "True", "[]", "{}", "a=b", "--out=", "--steps=x", "\x00", "\x1b[31m", "ä\ud800", "%s%n", "../..", "/dev/null", "*",
-    "x" * 3000, "cuda:99", "meta", "mps", "cpu", "--regions", "--no-such-flag", "--resolution", "--holdout", "--masks",
-    "--images", "--ignore", "--fit", "--views", "--region", "--from", "--guidance", "--classes", "all", "@file", "--t",
-)  # fmt: skip
+    "",
+    "-",
+    "--",
+    "--out",
+    "--json",
+    "--debug",
+    "--help",
+    "-h",
+    "-n",
+    "-t",
+    "--steps",
+    "--seed",
+    "--data",
+    "--preset",
+    "--device",
+    "--size",
+    "--formats",
+    "labels",
+    "coco",
+    "nan",
+    "inf",
+    "-1",
+    "0",
+    "1e9",
+    "99999999999999999999",
+    "None",
+    "True",
+    "[]",
+    "{}",
+    "a=b",
+    "--out=",
+    "--steps=x",
+    "\x00",
+    "\x1b[31m",
+    "ä\ud800",
+    "%s%n",
+    "../..",
+    "/dev/null",
+    "*",
+    "x" * 3000,
+    "cuda:99",
+    "meta",
+    "mps",
+    "cpu",
+    "--regions",
+    "--no-such-flag",
+    "--resolution",
+    "--holdout",
+    "--masks",
+    "--images",
+    "--ignore",
+    "--fit",
+    "--views",
+    "--region",
+    "--from",
+    "--guidance",
+    "--classes",
+    "all",
+    "@file",
+    "--t",
+)
 
 
 def damage_words(words: Sequence[str], rng: Rng) -> list[str]:

@@ -98,7 +98,11 @@ def machine(device: torch.device) -> dict[str, object]:
     """What the numbers were measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
-        "device": name, "threads": torch.get_num_threads(), "logical_cores": os.cpu_count(),
-        "clock": clock_of(device), "load": round(os.getloadavg()[0], 2), "torch": torch.__version__,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "logical_cores": os.cpu_count(),
+        "clock": clock_of(device),
+        "load": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
         "commit": commit(),
-    }  # fmt: skip
+    }

@@ -64,8 +64,8 @@ def main() -> None:
 
 def views_of(args: argparse.Namespace):
     """Training views and held-out ones."""
-    from factorkit.data.procedural_scene import procedural_views
-    from factorkit.data.views_open import open_views
+    from factorkit.data.procedural.scene import procedural_views
+    from factorkit.data.views.open import open_views
 
     if args.data is None:
         views = procedural_views(TRAINING + HELD_OUT, args.size, symmetric=args.name == "symmetric")
@@ -87,10 +87,13 @@ def disturbed(views, seed: int, roll: float = 0.0, shift: float = 0.0, zoom: flo
     turn, right, down, scale = 2 * torch.rand(4, len(views), generator=generator) - 1
     turn, scale = turn * math.radians(roll), 1 + zoom * scale
     # where each new pixel is taken from: the picture's content turns the other way, and so counter-clockwise
-    source = torch.stack([
-        torch.stack([turn.cos() / scale, -turn.sin() / scale, 2 * shift * right], 1),
-        torch.stack([turn.sin() / scale, turn.cos() / scale, 2 * shift * down], 1),
-    ], 1)  # fmt: skip
+    source = torch.stack(
+        [
+            torch.stack([turn.cos() / scale, -turn.sin() / scale, 2 * shift * right], 1),
+            torch.stack([turn.sin() / scale, turn.cos() / scale, 2 * shift * down], 1),
+        ],
+        1,
+    )
     behind = views.background[:, None, None]
     grid = F.affine_grid(source, list(views.images.shape), align_corners=False)
     images = F.grid_sample(views.images - behind, grid, align_corners=False) + behind
@@ -124,9 +127,7 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
     out = args.out / key.replace(" ", "_").replace("/", "_")
     shutil.rmtree(out, ignore_errors=True)  # a result is of one unbroken, timed run
     start, busy = time.perf_counter(), time.process_time()
-    run = factorkit.train_nerfdiff(
-        training, out=out, preset=args.preset, seed=seed, progress=False, **settings
-    )  # fmt: skip
+    run = factorkit.train_nerfdiff(training, out=out, preset=args.preset, seed=seed, progress=False, **settings)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     scores = run.evaluate(held_out)
     refined = run.evaluate(held_out, refine=REFINED)
@@ -134,12 +135,21 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     alarms = [e for e in events if e["event"] == "alarms"][-1]
     record = {
-        "set": args.name, "size": args.size, "way": way, "changes": changes, "disturbance": disturbance,
-        "preset": args.preset, "seed": seed,
-        "scores": scores, "failures": alarms.get("failures", []), "seconds": round(seconds, 1),
-        "processor_seconds": round(busy, 1), "machine": machine(run.config.threads or torch.get_num_threads()),
-        "commit": commit(), "torch": torch.__version__,
-    }  # fmt: skip
+        "set": args.name,
+        "size": args.size,
+        "way": way,
+        "changes": changes,
+        "disturbance": disturbance,
+        "preset": args.preset,
+        "seed": seed,
+        "scores": scores,
+        "failures": alarms.get("failures", []),
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(busy, 1),
+        "machine": machine(run.config.threads or torch.get_num_threads()),
+        "commit": commit(),
+        "torch": torch.__version__,
+    }
     write_result(RESULTS, key, record)
     short = {k: round(v, 3) for k, v in scores.items() if isinstance(v, float) and "median" in k or "psnr" in k}
     print(key, short, record["failures"], f"{seconds:.0f} s ({busy:.0f} s of the processor)", flush=True)
@@ -158,12 +168,18 @@ def table(results: dict[str, dict]) -> str:
     for name, records in sorted(groups.items()):
         busy = statistics.median(r["processor_seconds"] for r in records)
         cells = [
-            name, len(records), middle(records, "rotation_median_deg", "{:.2f}", max),
-            middle(records, "under_10_deg", "{:.0%}", min), middle(records, "psnr", "{:.2f}", min),
-            middle(records, "encoder_rotation_median_deg"), middle(records, "psnr_encoder"),
-            middle(records, "refined_encoder_rotation_median_deg"), middle(records, "refined_psnr_encoder"),
-            sum(bool(r["failures"]) for r in records), round(busy),
-        ]  # fmt: skip
+            name,
+            len(records),
+            middle(records, "rotation_median_deg", "{:.2f}", max),
+            middle(records, "under_10_deg", "{:.0%}", min),
+            middle(records, "psnr", "{:.2f}", min),
+            middle(records, "encoder_rotation_median_deg"),
+            middle(records, "psnr_encoder"),
+            middle(records, "refined_encoder_rotation_median_deg"),
+            middle(records, "refined_psnr_encoder"),
+            sum(bool(r["failures"]) for r in records),
+            round(busy),
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from factorkit.data.procedural_scene import procedural_views
+from factorkit.data.procedural.scene import procedural_views
 from factorkit.nerfdiff.train import Training, train_nerfdiff
 
 #: what a short training of each field takes on a CPU
@@ -52,9 +52,16 @@ def measured(training, held_out, folder: Path, settings: dict) -> str:
     Training.trainer = timed
     try:
         run = train_nerfdiff(
-            training, out=folder, preset="fast", resolution=max(training.size), poses="known", steps=1, rendered=0,
-            progress=False, **settings,
-        )  # fmt: skip
+            training,
+            out=folder,
+            preset="fast",
+            resolution=max(training.size),
+            poses="known",
+            steps=1,
+            rendered=0,
+            progress=False,
+            **settings,
+        )
     finally:
         Training.trainer = plain
     grid, steps = run.model.field.occupancy, run.config.field_steps

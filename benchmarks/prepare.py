@@ -87,8 +87,13 @@ def child(what: str, folder: Path) -> dict:
         size = 0
     seconds = time.perf_counter() - start
     images = len(dataset.train)
-    return {"images": images, "peak_mib": peak(), "growth_mib": peak() - before, "written_mib": size / 2**20,
-            "seconds": round(seconds, 1)}  # fmt: skip
+    return {
+        "images": images,
+        "peak_mib": peak(),
+        "growth_mib": peak() - before,
+        "written_mib": size / 2**20,
+        "seconds": round(seconds, 1),
+    }
 
 
 def peak() -> float:

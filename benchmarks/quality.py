@@ -19,9 +19,12 @@ from benchmarks.recording import commit, machine, read_results, write_result
 
 RESULTS = Path(__file__).with_name("results") / "quality.json"
 LOOKS = {
-    "fast": {}, "mirror": {"mirror": True}, "draws": {"draws": 4}, "levels": {"levels": (1 / 3, 1.0, 2.0)},
+    "fast": {},
+    "mirror": {"mirror": True},
+    "draws": {"draws": 4},
+    "levels": {"levels": (1 / 3, 1.0, 2.0)},
     "all twelve": {"levels": (1 / 3, 1.0, 2.0), "draws": 2, "mirror": True},
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -40,9 +43,9 @@ def measure(folder: Path, data: str) -> None:
 
     import factorkit
     from factorkit.data.datasets import open_dataset
-    from factorkit.data.labelled import load_labelled
+    from factorkit.data.masks import load_labelled
     from factorkit.metrics.segmentation import evaluate_masks
-    from factorkit.segdiff.quality import Quality
+    from factorkit.segdiff.inference.segment import Quality
 
     torch.set_num_threads(1)
     run = factorkit.load(folder, device="cpu")
@@ -73,10 +76,16 @@ def measure(folder: Path, data: str) -> None:
     if config.ema_also:
         found["all averages"] = score(torch.stack(masks[:-1]).mean(0).argmax(1))
     record = {
-        "iou": {name: round(value, 4) for name, value in found.items()}, "regions": config.regions,
-        "resolution": config.resolution, "t": config.segment_t, "size": own, "scored": len(known) - fit,
-        "step": run.step, "machine": machine(1), "commit": commit(),
-    }  # fmt: skip
+        "iou": {name: round(value, 4) for name, value in found.items()},
+        "regions": config.regions,
+        "resolution": config.resolution,
+        "t": config.segment_t,
+        "size": own,
+        "scored": len(known) - fit,
+        "step": run.step,
+        "machine": machine(1),
+        "commit": commit(),
+    }
     write_result(RESULTS, key, record)
     print(key, record["iou"], flush=True)
 

@@ -59,13 +59,18 @@ def main() -> None:
         for name, case, usual, large in (("composite", composite_case, 4096, 16384), ("march", march_case, 64, 256)):
             found = case(usual)
             results[name] = {
-                **found.facts, **compare(found.ours, found.plain, found.others, args.rounds),
+                **found.facts,
+                **compare(found.ours, found.plain, found.others, args.rounds),
                 "scaling_2_threads": gain_of_a_thread(case(large).ours, args.rounds),
-            }  # fmt: skip
+            }
         results["machine"] = {
-            "processor": processor(), "logical_cores": os.cpu_count(), "load_before": round(load, 2),
-            "load_after": round(os.getloadavg()[0], 2), "torch": torch.__version__, "commit": commit(),
-        }  # fmt: skip
+            "processor": processor(),
+            "logical_cores": os.cpu_count(),
+            "load_before": round(load, 2),
+            "load_after": round(os.getloadavg()[0], 2),
+            "torch": torch.__version__,
+            "commit": commit(),
+        }
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(json.loads(RESULTS.read_text())))

@@ -44,9 +44,12 @@ def main() -> None:
         results = {f"2^{power}": composite_case(2**power, bandwidth, args.rounds) for power in (18, 24)}
         results["step"] = step_counts()
         results["machine"] = {
-            "device": torch.cuda.get_device_name(), "copy_gb_s": round(bandwidth / 1e9, 1),
-            "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit(),
-        }  # fmt: skip
+            "device": torch.cuda.get_device_name(),
+            "copy_gb_s": round(bandwidth / 1e9, 1),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "commit": commit(),
+        }
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(json.loads(RESULTS.read_text())))

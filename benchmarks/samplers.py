@@ -59,9 +59,13 @@ def measure(args: argparse.Namespace) -> None:
     unit = lambda images: torch.from_numpy(images.copy()).movedim(3, 1).float() / 255  # noqa: E731
     real = random_features(unit(prepared.images))
     facts = {
-        "model": model, "images": args.images, "seed": args.seed,
-        "machine": machine(torch.get_num_threads()), "commit": commit(), "torch": torch.__version__,
-    }  # fmt: skip
+        "model": model,
+        "images": args.images,
+        "seed": args.seed,
+        "machine": machine(torch.get_num_threads()),
+        "commit": commit(),
+        "torch": torch.__version__,
+    }
 
     def write(key: str, frechet: float, **more) -> None:
         write_result(args.out, key, {**facts, "frechet": frechet, **more})

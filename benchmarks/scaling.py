@@ -89,7 +89,7 @@ def trained_parameters(preset: str) -> int:
 
 def _nerfdiff_parameters(config) -> int:
     from factorkit.nerfdiff.build import build_model
-    from factorkit.nerfdiff.fields import build_field
+    from factorkit.nerfdiff.fields.grid import build_field
     from factorkit.nerfdiff.rays import Optics
 
     layout = "forward" if config.candidates == "single" else "object"
@@ -111,9 +111,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=10.0, help="microseconds before a message arrives")
     parser.add_argument("--checkpoint-every", type=int, default=1000, help="steps")
     flags = parser.parse_args()
-    links = Links(
-        flags.inside * 1e9, flags.network * 1e9, flags.host * 1e9, flags.latency * 1e-6, flags.machine
-    )
+    links = Links(flags.inside * 1e9, flags.network * 1e9, flags.host * 1e9, flags.latency * 1e-6, flags.machine)
     parameters = trained_parameters(flags.preset)
     gradient, seconds = 4 * parameters, flags.step_seconds
     print(f"{flags.preset}: {parameters / 1e6:.1f} M parameters, {gradient / 1e6:.0f} MB of gradients a step (counted)")

@@ -53,11 +53,11 @@ def main() -> None:
 def competitions(args: argparse.Namespace) -> dict[str, list[dict]]:
     import torch
 
-    from factorkit.data.labelled import load_labelled
-    from factorkit.engine.loop import Trainer
-    from factorkit.segdiff.choose import SETTINGS, PlacesTask
-    from factorkit.segdiff.competition import unexplained_noise
+    from factorkit.data.masks import load_labelled
+    from factorkit.engine.trainer import Trainer
+    from factorkit.segdiff.choose_regions import SETTINGS, PlacesTask
     from factorkit.segdiff.config import preset_config
+    from factorkit.segdiff.masks.mixture import unexplained_noise
     from factorkit.segdiff.task import to_float
     from factorkit.segdiff.train import load_data
 
@@ -85,7 +85,7 @@ def finished(args: argparse.Namespace) -> dict[str, list[dict]]:
 
     import factorkit
     from factorkit.data.datasets import open_dataset
-    from factorkit.data.labelled import load_labelled
+    from factorkit.data.masks import load_labelled
     from factorkit.engine.log import read_log
     from factorkit.segdiff.task import to_float
 

@@ -31,7 +31,7 @@ from benchmarks.measure import by_turns, copy_bandwidth, machine, matrix_rate, p
 from benchmarks.segdiff_table import tables
 from benchmarks.traffic import step_traffic
 from factorkit.engine.config import resolve_device
-from factorkit.engine.graph import WARM_UP
+from factorkit.engine.cuda_graph import WARM_UP
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 
 RESULTS = Path(__file__).with_name("results") / "segdiff.json"

@@ -20,8 +20,10 @@ def section(found: dict) -> str:
 
 
 def ops_table(found: dict) -> str:
-    lines = ["| op | pass | textbook | compiled | factorkit | against textbook | against compiled | share of copy |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| op | pass | textbook | compiled | factorkit | against textbook | against compiled | share of copy |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, op in found["ops"].items():
         for kind in ("forward", "both"):
             times = op[kind]
@@ -37,8 +39,10 @@ def ops_table(found: dict) -> str:
 def step_table(found: dict) -> str:
     runs, flops = found["step"]["contenders"], found["step"]["flops"]
     first, batch = runs["textbook"], found["settings"]["batch"]
-    lines = ["| training step | time | faster | images/s | peak memory | of textbook | share of matrix rate |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| training step | time | faster | images/s | peak memory | of textbook | share of matrix rate |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, run in runs.items():
         if "median_ms" not in run:
             lines.append(f"| {name} | {off(run['errors'])} | - | - | - | - | - |")

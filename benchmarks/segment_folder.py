@@ -24,7 +24,7 @@ from PIL import Image
 
 from benchmarks.recording import commit, machine, write_result
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.results import MANIFEST
+from factorkit.segdiff.inference.outputs import MANIFEST
 from factorkit.segdiff.run import SegdiffRun
 
 RESULTS = Path(__file__).with_name("results") / "segment_folder.json"
@@ -53,9 +53,14 @@ def main() -> None:
         second = time.perf_counter() - start
     record = {
         **{k: getattr(args, k) for k in ("count", "width", "height", "preset", "formats", "workers")},
-        **watch.summary(args.count), "second_call_s": round(second, 2), "already": again.already,
-        "machine": machine(1), "cores": os.cpu_count(), "commit": commit(), "torch": torch.__version__,
-    }  # fmt: skip
+        **watch.summary(args.count),
+        "second_call_s": round(second, 2),
+        "already": again.already,
+        "machine": machine(1),
+        "cores": os.cpu_count(),
+        "commit": commit(),
+        "torch": torch.__version__,
+    }
     write_result(RESULTS, f"{args.preset} {args.count} photos of {args.width}x{args.height}", record)
     for name, value in record.items():
         print(f"{name:<22} {value}")

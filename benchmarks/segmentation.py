@@ -58,21 +58,33 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
     holdout = int(args.holdout) if args.holdout.isdigit() else args.holdout
     start = time.perf_counter()
     run = factorkit.train_segdiff(
-        args.data, out=out, preset=args.preset, form=args.form, seed=seed, holdout=holdout, ignore=args.ignore,
-        baselines=args.baselines, **changes,
-    )  # fmt: skip
+        args.data,
+        out=out,
+        preset=args.preset,
+        form=args.form,
+        seed=seed,
+        holdout=holdout,
+        ignore=args.ignore,
+        baselines=args.baselines,
+        **changes,
+    )
     seconds = time.perf_counter() - start
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [e for e in events if e["event"] == "step"]
     alarms = [e for e in events if e["event"] == "alarms"][-1]
     record = {
-        "set": args.name, **settings, "seed": seed, "scores": run.scores,
+        "set": args.name,
+        **settings,
+        "seed": seed,
+        "scores": run.scores,
         "alarms": {k: v for k, v in alarms.items() if k not in ("event", "time")},
-        "training_seconds": round(sum(e["seconds"] for e in steps), 1), "seconds": round(seconds, 1),
+        "training_seconds": round(sum(e["seconds"] for e in steps), 1),
+        "seconds": round(seconds, 1),
         "images_per_second": round(statistics.median(e["images_per_second"] for e in steps), 1),
-        "machine": machine(run.config.threads or torch.get_num_threads()), "commit": commit(),
+        "machine": machine(run.config.threads or torch.get_num_threads()),
+        "commit": commit(),
         "torch": torch.__version__,
-    }  # fmt: skip
+    }
     write_result(RESULTS, key, record)
     print(key, {k: round(run.scores[k], 3) for k in ("acc", "iou", "dice")}, f"{seconds:.0f} s", flush=True)
 

@@ -87,29 +87,35 @@ def summary(seen: list[tuple[float, float, int]], seconds: float, since: float) 
     quarter = max(1, len(settled) // 4)
     thin = seen[:: max(1, len(seen) // KEPT)]
     return {
-        "seconds": seconds, "looks": len(seen), "settled_after": round(since), "settled_looks": len(settled),
+        "seconds": seconds,
+        "looks": len(seen),
+        "settled_after": round(since),
+        "settled_looks": len(settled),
         "memory_slope_mib_per_hour": round(statistics.linear_regression(hours, memory).slope, 2),
         "memory_mib": {
-            "least": round(min(memory), 1), "most": round(max(memory), 1),
+            "least": round(min(memory), 1),
+            "most": round(max(memory), 1),
             "median_first_quarter": round(statistics.median(memory[:quarter]), 1),
             "median_last_quarter": round(statistics.median(memory[-quarter:]), 1),
         },
         "files_slope_per_hour": round(statistics.linear_regression(hours, files).slope, 3),
         "files": {"least": min(files), "most": max(files), "first": files[0], "last": files[-1]},
         "curve": [[round(t), round(m, 1), f] for t, m, f in thin],
-    }  # fmt: skip
+    }
 
 
 def words(record: dict) -> str:
     memory, files = record["memory_mib"], record["files"]
-    return "\n".join([
-        f"{record['seconds'] / 60:g} minutes, {record['steps']} steps, {record['sheets']} sheets; "
-        f"{record['settled_looks']} of {record['looks']} looks are after second {record['settled_after']}",
-        f"resident memory   {memory['least']} to {memory['most']} MiB, slope {record['memory_slope_mib_per_hour']} "
-        f"MiB/h (median of the first quarter {memory['median_first_quarter']}, of the last "
-        f"{memory['median_last_quarter']})",
-        f"open files        {files['least']} to {files['most']}, slope {record['files_slope_per_hour']} an hour",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"{record['seconds'] / 60:g} minutes, {record['steps']} steps, {record['sheets']} sheets; "
+            f"{record['settled_looks']} of {record['looks']} looks are after second {record['settled_after']}",
+            f"resident memory   {memory['least']} to {memory['most']} MiB, slope {record['memory_slope_mib_per_hour']} "
+            f"MiB/h (median of the first quarter {memory['median_first_quarter']}, of the last "
+            f"{memory['median_last_quarter']})",
+            f"open files        {files['least']} to {files['most']}, slope {record['files_slope_per_hour']} an hour",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -9,23 +9,51 @@ import numpy as np
 import torch
 from PIL import Image
 
-from factorkit.data.views import Views
-from factorkit.engine import loop
-from factorkit.nerfdiff import distil, fit, joint, search
+from factorkit.data.views.views import Views
+from factorkit.engine import trainer as loop
 from factorkit.nerfdiff import train as nerfdiff
+from factorkit.nerfdiff.stages import dictionary as search
+from factorkit.nerfdiff.stages import distil, joint
+from factorkit.nerfdiff.stages import refine as fit
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.train import train_segdiff
 
 SEGDIFF = {
-    "width": 8, "resolution": 16, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4, "batch_size": 8,
-    "device": "cpu", "progress": False, "threads": 1,
-}  # fmt: skip
+    "width": 8,
+    "resolution": 16,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (),
+    "groups": 4,
+    "batch_size": 8,
+    "device": "cpu",
+    "progress": False,
+    "threads": 1,
+}
 NERFDIFF = {
-    "preset": "demo", "resolution": 8, "cameras": 3, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 8,
-    "samples": 4, "views": 4, "rays": 8, "search_steps": 22, "field_steps": 12, "steps": 12, "batch_size": 4,
-    "width": 8, "multipliers": (1, 2), "encoder_resolution": 8, "rendered": 5, "flip_rounds": 1, "device": "cpu",
-    "progress": False, "threads": 1,
-}  # fmt: skip
+    "preset": "demo",
+    "resolution": 8,
+    "cameras": 3,
+    "azimuths": 6,
+    "rings": 2,
+    "search_field": 6,
+    "grid": 8,
+    "samples": 4,
+    "views": 4,
+    "rays": 8,
+    "search_steps": 22,
+    "field_steps": 12,
+    "steps": 12,
+    "batch_size": 4,
+    "width": 8,
+    "multipliers": (1, 2),
+    "encoder_resolution": 8,
+    "rendered": 5,
+    "flip_rounds": 1,
+    "device": "cpu",
+    "progress": False,
+    "threads": 1,
+}
 HALF_STEPS = 4  # of the flip test
 
 

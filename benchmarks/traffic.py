@@ -37,7 +37,7 @@ from factorkit import kernels
 from factorkit.nn import Norm
 from factorkit.ops import fused
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.model import parameter_count
+from factorkit.segdiff.network import parameter_count
 
 #: parts of the step by what the names of its operations hold, the first that fits
 PARTS = {
@@ -198,8 +198,10 @@ def counted(launches: bool):
 
 def table(found: dict[str, dict[str, Traffic]]) -> str:
     lines = ["| part | TFLOP | unfused, GB | fused, GB | least, GB | saved |", "|---|---|---|---|---|---|"]
-    sums = {kind: Traffic(sum(p.moved for p in parts.values()), sum(p.flops for p in parts.values()))
-            for kind, parts in found.items()}  # fmt: skip
+    sums = {
+        kind: Traffic(sum(p.moved for p in parts.values()), sum(p.flops for p in parts.values()))
+        for kind, parts in found.items()
+    }
     for part in (*found["fused"], "total"):
         unfused, ours, least = (sums[kind] if part == "total" else found[kind][part] for kind in found)
         saved = 1 - ours.moved / max(1, unfused.moved)

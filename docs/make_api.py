@@ -1,6 +1,6 @@
 """Writes docs/api.md, the public functions and classes on one page, from their docstrings.
 
-    python docs/make_api.py            # a test says where the page is out of date, and runs its examples
+python docs/make_api.py            # a test says where the page is out of date, and runs its examples
 """
 
 from __future__ import annotations
@@ -25,30 +25,69 @@ bottom and are run by the tests, so they are tiny: trained for two steps, nothin
 SECTIONS = ("Args", "Attributes", "Returns", "Warns", "Raises", "Example")
 RUNS = {
     factorkit.SegdiffRun: (
-        "load", "segment", "segment_folder", "segment_video", "predictor", "generate", "recompose", "interpolate",
-        "branches", "evaluate", "evaluate_zero_shot", "scores", "save",
+        "load",
+        "segment",
+        "segment_folder",
+        "segment_video",
+        "predictor",
+        "generate",
+        "recompose",
+        "interpolate",
+        "branches",
+        "evaluate",
+        "evaluate_zero_shot",
+        "scores",
+        "save",
     ),
     factorkit.NerfdiffRun: (
-        "load", "poses", "views", "predict_pose", "reconstruct", "render", "render_path", "sample", "evaluate",
-        "scores", "export", "save",
+        "load",
+        "poses",
+        "views",
+        "predict_pose",
+        "reconstruct",
+        "render",
+        "render_path",
+        "sample",
+        "evaluate",
+        "scores",
+        "export",
+        "save",
     ),
-}  # fmt: skip
+}
 NAMES = {
     "Segmentation: `factorkit`": (factorkit, ("train_segdiff", "SegdiffRun", "choose_regions")),
     "Cameras and scenes: `factorkit`": (factorkit, ("train_nerfdiff", "NerfdiffRun")),
-    "Loading, errors: `factorkit`": (factorkit, (
-        "load", "FactorkitError", "ConfigError", "DataError", "CheckpointError",
-    )),
-    "Volume rendering: `factorkit.rendering`": (rendering, (
-        "render", *(name for name in rendering.__all__ if name != "render"),
-    )),
-    "Data: `factorkit.data`": (data, (
-        "open_dataset", "open_source", "open_views", "load_labelled", "prepare", "read_classes", "procedural_dataset",
-        "procedural_views", "flowers", "Dataset", "Split", "Labelled", "Prepared", "Classes", "Views",
-    )),
+    "Loading, errors: `factorkit`": (
+        factorkit,
+        ("load", "FactorkitError", "ConfigError", "DataError", "CheckpointError"),
+    ),
+    "Volume rendering: `factorkit.rendering`": (
+        rendering,
+        ("render", *(name for name in rendering.__all__ if name != "render")),
+    ),
+    "Data: `factorkit.data`": (
+        data,
+        (
+            "open_dataset",
+            "open_source",
+            "open_views",
+            "load_labelled",
+            "prepare",
+            "read_classes",
+            "procedural_dataset",
+            "procedural_views",
+            "flowers",
+            "Dataset",
+            "Split",
+            "Labelled",
+            "Prepared",
+            "Classes",
+            "Views",
+        ),
+    ),
     "Scores of regions: `factorkit.metrics.segmentation`": (segmentation, ("scores", "fit_mapping", "evaluate_masks")),
     "Scores of cameras: `factorkit.metrics.pose`": (pose, ("pose_errors", "align", "mirrored")),
-}  # fmt: skip
+}
 
 
 def page() -> str:

@@ -21,10 +21,16 @@ import factorkit
 from factorkit.rendering import OccupancyGrid, OccupiedSampling, Rays, image_rays, intrinsics_from_fov, look_at, orbit
 
 LIGHT = torch.nn.functional.normalize(torch.tensor([-0.5, -0.7, 0.6]), dim=0)
-PAINTS = torch.tensor([
-    [0.86, 0.20, 0.05], [0.95, 0.80, 0.55], [0.02, 0.30, 0.36],
-    [0.95, 0.58, 0.12], [0.85, 0.84, 0.80], [0.08, 0.10, 0.15],
-])  # fmt: skip
+PAINTS = torch.tensor(
+    [
+        [0.86, 0.20, 0.05],
+        [0.95, 0.80, 0.55],
+        [0.02, 0.30, 0.36],
+        [0.95, 0.58, 0.12],
+        [0.85, 0.84, 0.80],
+        [0.08, 0.10, 0.15],
+    ]
+)
 SOFTNESS = 0.006  # of every surface, in units of length
 PEARLS = torch.tensor([[-0.62, 0.0, -0.31], [0.31, 0.54, -0.31], [0.31, -0.54, -0.31]])
 
@@ -49,9 +55,9 @@ def field(p: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         stripes = (0.5 + 0.5 * torch.sin(9 * turn))[:, None]
         checks = ((5 * p[:, 0]).floor() + (5 * p[:, 1]).floor()).remainder(2)[:, None]
         warm, cream, teal, gold, white, slate = PAINTS
-        albedos = torch.stack([
-            torch.lerp(cream, warm, stripes), teal.expand_as(p), gold.expand_as(p), torch.lerp(slate, white, checks),
-        ])  # fmt: skip
+        albedos = torch.stack(
+            [torch.lerp(cream, warm, stripes), teal.expand_as(p), gold.expand_as(p), torch.lerp(slate, white, checks)]
+        )
     return density, albedos[which, torch.arange(len(p))]
 
 

@@ -1,11 +1,11 @@
 """factorkit: segmentation and 3D out of nothing but unlabelled pictures.
 
-    run = factorkit.train_segdiff("photos/", out="runs/photos")     # the same call again resumes
-    run = factorkit.load("runs/photos")
-    run.segment(images);  run.generate(16);  run.evaluate(photos, masks)
+run = factorkit.train_segdiff("photos/", out="runs/photos")     # the same call again resumes
+run = factorkit.load("runs/photos")
+run.segment(images);  run.generate(16);  run.evaluate(photos, masks)
 
-    run = factorkit.train_nerfdiff("lego/", out="runs/lego", preset="fast")
-    run.predict_pose(images);  run.render_path("orbit");  run.sample(4);  run.evaluate(views)
+run = factorkit.train_nerfdiff("lego/", out="runs/lego", preset="fast")
+run.predict_pose(images);  run.render_path("orbit");  run.sample(4);  run.evaluate(views)
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from factorkit.errors import CheckpointError, ConfigError, DataError, FactorkitError
+from factorkit.utils.errors import CheckpointError, ConfigError, DataError, FactorkitError
 
 if TYPE_CHECKING:
     from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.nerfdiff.train import train_nerfdiff
     from factorkit.rendering.render import render
-    from factorkit.segdiff.choose import choose_regions
+    from factorkit.segdiff.choose_regions import choose_regions
     from factorkit.segdiff.run import SegdiffRun
     from factorkit.segdiff.train import train_segdiff
 
@@ -48,7 +48,7 @@ __all__ = [
 _LAZY = {
     "train_segdiff": "factorkit.segdiff.train",
     "SegdiffRun": "factorkit.segdiff.run",
-    "choose_regions": "factorkit.segdiff.choose",
+    "choose_regions": "factorkit.segdiff.choose_regions",
     "train_nerfdiff": "factorkit.nerfdiff.train",
     "NerfdiffRun": "factorkit.nerfdiff.run",
     "render": "factorkit.rendering",
@@ -78,7 +78,7 @@ def load(path: str | Path, *, device: str = "auto", weights: str | float = "aver
         >>> type(factorkit.load("runs/flowers")).__name__, type(factorkit.load("runs/scene")).__name__
         ('SegdiffRun', 'NerfdiffRun')
     """
-    from factorkit.engine.folder import model_name
+    from factorkit.engine.run_folder import model_name
     from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.segdiff.run import SegdiffRun
 

@@ -36,10 +36,32 @@ def modulation(weight, bias, scale, shift, row, c, channels, inside):
 
 @kernel
 def statistics_kernel(
-    partial_u, partial_s, mass_parts, weight, bias, scale, shift, slope, offset, means, rstds, mass,
-    channels_u, channels_s, chunks_u, chunks_s, chunks_mass, share_u, groups, size, blocks_g, pixels, eps,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    partial_u,
+    partial_s,
+    mass_parts,
+    weight,
+    bias,
+    scale,
+    shift,
+    slope,
+    offset,
+    means,
+    rstds,
+    mass,
+    channels_u,
+    channels_s,
+    chunks_u,
+    chunks_s,
+    chunks_mass,
+    share_u,
+    groups,
+    size,
+    blocks_g,
+    pixels,
+    eps,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     pid = tl.program_id(0)
     row = (pid // blocks_g).to(tl.int64)
     g = span(pid % blocks_g * BLOCK_G, BLOCK_G)
@@ -81,9 +103,17 @@ def statistics_kernel(
 
 
 def statistics(
-    parts_u: tuple[Tensor, Tensor | None], parts_s: Tensor | None, rows: int, pixels: int, weight: Tensor, bias: Tensor,
-    scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
-) -> Statistics:  # fmt: skip
+    parts_u: tuple[Tensor, Tensor | None],
+    parts_s: Tensor | None,
+    rows: int,
+    pixels: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+) -> Statistics:
     """Statistics from the partial sums of u (with those of the weights, for the masked norm) and of the masked skip."""
     partial_u, mass_parts = parts_u
     channels = weight.shape[0]
@@ -93,21 +123,65 @@ def statistics(
     mean, rstd = buffer(rows, groups, like=partial_u), buffer(rows, groups, like=partial_u)
     mass = None if mass_parts is None else buffer(rows, like=partial_u)
     launch(
-        statistics_kernel, rows * blocks_g,
-        partial_u, parts_s, mass_parts, weight, bias, scale, shift, slope, offset, mean, rstd, mass,
-        partial_u.shape[-1], 0 if parts_s is None else parts_s.shape[-1], partial_u.shape[1],
-        0 if parts_s is None else parts_s.shape[1], 0 if mass_parts is None else mass_parts.shape[1],
-        rows // partial_u.shape[0], groups, channels // groups, blocks_g, pixels, eps,
-        BLOCK_G=block_g, BLOCK_D=block_d, warps=2,
-    )  # fmt: skip
+        statistics_kernel,
+        rows * blocks_g,
+        partial_u,
+        parts_s,
+        mass_parts,
+        weight,
+        bias,
+        scale,
+        shift,
+        slope,
+        offset,
+        mean,
+        rstd,
+        mass,
+        partial_u.shape[-1],
+        0 if parts_s is None else parts_s.shape[-1],
+        partial_u.shape[1],
+        0 if parts_s is None else parts_s.shape[1],
+        0 if mass_parts is None else mass_parts.shape[1],
+        rows // partial_u.shape[0],
+        groups,
+        channels // groups,
+        blocks_g,
+        pixels,
+        eps,
+        BLOCK_G=block_g,
+        BLOCK_D=block_d,
+        warps=2,
+    )
     return Statistics(slope, offset, mean, rstd, mass)
 
 
 @kernel
 def gradient_sums_kernel(
-    partial, weight, bias, scale, shift, means, rstds, mass, summed, moment, on_value, on_square, mask_terms, d_scale,
-    d_shift, channels, chunks, groups, size, blocks_g, pixels, eps, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    partial,
+    weight,
+    bias,
+    scale,
+    shift,
+    means,
+    rstds,
+    mass,
+    summed,
+    moment,
+    on_value,
+    on_square,
+    mask_terms,
+    d_scale,
+    d_shift,
+    channels,
+    chunks,
+    groups,
+    size,
+    blocks_g,
+    pixels,
+    eps,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     pid = tl.program_id(0)
     row = (pid // blocks_g).to(tl.int64)
     g = span(pid % blocks_g * BLOCK_G, BLOCK_G)
@@ -177,9 +251,16 @@ class GradientSums:
 
 
 def gradient_sums(
-    partial: Tensor, pixels: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int,
-    eps: float, known: Statistics | None,
-) -> GradientSums:  # fmt: skip
+    partial: Tensor,
+    pixels: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    known: Statistics | None,
+) -> GradientSums:
     """From partial [rows, chunks, 2, C]: sums of d_pre and of d_pre * z, of d_pre * normal if ``known`` is None."""
     rows, chunks, _, channels = partial.shape
     block_g, block_d = heuristics.group_tile(groups, channels // groups)
@@ -191,14 +272,45 @@ def gradient_sums(
     mask_terms = buffer(rows, blocks_g, like=partial) if masked else None
     d_scale, d_shift = (None, None) if scale is None else (scale.new_empty(scale.shape), shift.new_empty(shift.shape))
     launch(
-        gradient_sums_kernel, rows * blocks_g,
-        partial, weight, bias, scale, shift, *((None,) * 3 if known is None else (known.mean, known.rstd, known.mass)),
-        summed, moment, on_value, on_square, mask_terms, d_scale, d_shift,
-        channels, chunks, groups, channels // groups, blocks_g, pixels, eps, BLOCK_G=block_g, BLOCK_D=block_d, warps=2,
-    )  # fmt: skip
+        gradient_sums_kernel,
+        rows * blocks_g,
+        partial,
+        weight,
+        bias,
+        scale,
+        shift,
+        *((None,) * 3 if known is None else (known.mean, known.rstd, known.mass)),
+        summed,
+        moment,
+        on_value,
+        on_square,
+        mask_terms,
+        d_scale,
+        d_shift,
+        channels,
+        chunks,
+        groups,
+        channels // groups,
+        blocks_g,
+        pixels,
+        eps,
+        BLOCK_G=block_g,
+        BLOCK_D=block_d,
+        warps=2,
+    )
     d_weight, d_bias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
     launch(
-        affine_kernel, heuristics.ceil_div(channels, 16), summed, moment, scale, d_weight, d_bias, rows, channels,
-        BLOCK_R=64, BLOCK_C=16, warps=4,
-    )  # fmt: skip
+        affine_kernel,
+        heuristics.ceil_div(channels, 16),
+        summed,
+        moment,
+        scale,
+        d_weight,
+        d_bias,
+        rows,
+        channels,
+        BLOCK_R=64,
+        BLOCK_C=16,
+        warps=4,
+    )
     return GradientSums(on_value, on_square, mask_terms, (d_weight, d_bias, d_scale, d_shift))

@@ -31,9 +31,20 @@ def store_level(out, x, plane, y0, x0, height, width, LEVEL: tl.constexpr, H: tl
 
 @kernel
 def pyramid_kernel(
-    masks, out1, out2, out3, out4, out5, height, width, tiles_y, tiles_x, LEVELS: tl.constexpr, TILE_H: tl.constexpr,
+    masks,
+    out1,
+    out2,
+    out3,
+    out4,
+    out5,
+    height,
+    width,
+    tiles_y,
+    tiles_x,
+    LEVELS: tl.constexpr,
+    TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
-):  # fmt: skip
+):
     pid = tl.program_id(0)
     x0 = pid % tiles_x * TILE_W
     y0 = (pid // tiles_x) % tiles_y * TILE_H
@@ -65,9 +76,20 @@ def level_gradient(grad, plane, y, c, height, width, inside, LEVEL: tl.constexpr
 
 @kernel
 def pyramid_backward_kernel(
-    g1, g2, g3, g4, g5, out, height, width, tiles_y, tiles_x, LEVELS: tl.constexpr, TILE_H: tl.constexpr,
+    g1,
+    g2,
+    g3,
+    g4,
+    g5,
+    out,
+    height,
+    width,
+    tiles_y,
+    tiles_x,
+    LEVELS: tl.constexpr,
+    TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
-):  # fmt: skip
+):
     pid = tl.program_id(0)
     c = span(pid % tiles_x * TILE_W, TILE_W)
     y = span((pid // tiles_x) % tiles_y * TILE_H, TILE_H)
@@ -102,10 +124,20 @@ def pyramid(masks: Tensor, levels: int) -> list[Tensor]:
     outs = [masks.new_empty(batch, regions, height >> i, width >> i) for i in range(1, levels + 1)]
     tile_h, tile_w, tiles_y, tiles_x = _tiles(height, width, levels)
     launch(
-        pyramid_kernel, batch * regions * tiles_y * tiles_x,
-        masks, *outs, *(None,) * (MOST - levels), height, width, tiles_y, tiles_x,
-        LEVELS=levels, TILE_H=tile_h, TILE_W=tile_w, warps=4,
-    )  # fmt: skip
+        pyramid_kernel,
+        batch * regions * tiles_y * tiles_x,
+        masks,
+        *outs,
+        *(None,) * (MOST - levels),
+        height,
+        width,
+        tiles_y,
+        tiles_x,
+        LEVELS=levels,
+        TILE_H=tile_h,
+        TILE_W=tile_w,
+        warps=4,
+    )
     return outs
 
 
@@ -120,8 +152,18 @@ def pyramid_backward(grads: Sequence[Tensor]) -> Tensor:
     out = torch.empty(batch, regions, height, width, dtype=grads[0].dtype, device=grads[0].device)
     tile_h, tile_w, tiles_y, tiles_x = _tiles(height, width, len(grads))
     launch(
-        pyramid_backward_kernel, batch * regions * tiles_y * tiles_x,
-        *grads, *(None,) * (MOST - len(grads)), out, height, width, tiles_y, tiles_x,
-        LEVELS=len(grads), TILE_H=tile_h, TILE_W=tile_w, warps=4,
-    )  # fmt: skip
+        pyramid_backward_kernel,
+        batch * regions * tiles_y * tiles_x,
+        *grads,
+        *(None,) * (MOST - len(grads)),
+        out,
+        height,
+        width,
+        tiles_y,
+        tiles_x,
+        LEVELS=len(grads),
+        TILE_H=tile_h,
+        TILE_W=tile_w,
+        warps=4,
+    )
     return out

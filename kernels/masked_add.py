@@ -12,9 +12,19 @@ from torch import Tensor
 
 @kernel
 def masked_add_kernel(
-    base, skip, masks, out, pixels, channels, blocks_c, blocks_p, K: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    base,
+    skip,
+    masks,
+    out,
+    pixels,
+    channels,
+    blocks_c,
+    blocks_p,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     pid = tl.program_id(0)
     c = span(pid % blocks_c * BLOCK_C, BLOCK_C)
     p = span((pid // blocks_c) % blocks_p * BLOCK_P, BLOCK_P)
@@ -39,10 +49,22 @@ def masked_add(base: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
     block_p, block_c = heuristics.tile(x.pixels, x.channels_u, x.u.element_size())
     blocks_p, blocks_c = heuristics.ceil_div(x.pixels, block_p), heuristics.ceil_div(x.channels_u, block_c)
     launch(
-        masked_add_kernel, x.batch * blocks_p * blocks_c,
-        x.u, x.skip, x.masks, out, x.pixels, x.channels_u, blocks_c, blocks_p,
-        K=x.regions, SHARED=x.shared, BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
-    )  # fmt: skip
+        masked_add_kernel,
+        x.batch * blocks_p * blocks_c,
+        x.u,
+        x.skip,
+        x.masks,
+        out,
+        x.pixels,
+        x.channels_u,
+        blocks_c,
+        blocks_p,
+        K=x.regions,
+        SHARED=x.shared,
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        warps=4,
+    )
     return out
 
 

@@ -21,10 +21,21 @@ def moments_kernel(
     masks,  # [sources, regions, pixels] or None
     partial,  # [sources * regions, chunks, 2 or 1, channels]
     mass,  # [sources * regions, chunks] or None: sum of w
-    pixels, channels, regions, chunk, chunks, blocks_c, blocks_k, floor,
-    K: tl.constexpr, WEIGHTED: tl.constexpr, TIMES_MASK: tl.constexpr, SECOND: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    pixels,
+    channels,
+    regions,
+    chunk,
+    chunks,
+    blocks_c,
+    blocks_k,
+    floor,
+    K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    TIMES_MASK: tl.constexpr,
+    SECOND: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     pid = tl.program_id(0)
     part = (pid // (blocks_k * blocks_c)) % chunks
     source = (pid // (blocks_k * blocks_c) // chunks).to(tl.int64)
@@ -93,11 +104,28 @@ def channel_moments(
     partial = buffer(sources * regions, chunks, 2 if second else 1, channels, like=x)
     mass = buffer(sources * regions, chunks, like=x) if weighted else None
     launch(
-        moments_kernel, sources * chunks * blocks_c * blocks_k,
-        x, masks if weighted or times_mask else None, partial, mass,
-        pixels, channels, regions, chunk, chunks, blocks_c, blocks_k, floor,
-        K=block_k, WEIGHTED=weighted, TIMES_MASK=times_mask, SECOND=second, BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
-    )  # fmt: skip
+        moments_kernel,
+        sources * chunks * blocks_c * blocks_k,
+        x,
+        masks if weighted or times_mask else None,
+        partial,
+        mass,
+        pixels,
+        channels,
+        regions,
+        chunk,
+        chunks,
+        blocks_c,
+        blocks_k,
+        floor,
+        K=block_k,
+        WEIGHTED=weighted,
+        TIMES_MASK=times_mask,
+        SECOND=second,
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        warps=4,
+    )
     return partial, mass
 
 

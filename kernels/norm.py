@@ -39,9 +39,24 @@ class Branches:
 
 @kernel
 def branch_pass_kernel(
-    u, skip, masks, slope, offset, out, pixels, channels_u, channels_s, blocks_u, blocks_c, blocks_p,
-    K: tl.constexpr, SHARED: tl.constexpr, ACTIVATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    u,
+    skip,
+    masks,
+    slope,
+    offset,
+    out,
+    pixels,
+    channels_u,
+    channels_s,
+    blocks_u,
+    blocks_c,
+    blocks_p,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     pid = tl.program_id(0)
     block = pid % blocks_c
     p = span((pid // blocks_c) % blocks_p * BLOCK_P, BLOCK_P)
@@ -93,12 +108,26 @@ def branch_pass(x: Branches, known: Statistics | None, activate: bool) -> Tensor
     blocks_c = blocks_u + heuristics.ceil_div(x.channels_s, block_c)
     blocks_p = heuristics.ceil_div(x.pixels, block_p)
     launch(
-        branch_pass_kernel, x.batch * blocks_p * blocks_c,
-        x.u, x.skip, x.masks if x.skip is not None else None,
-        *(known.slope, known.offset) if known else (None, None), out,
-        x.pixels, x.channels_u, x.channels_s, blocks_u, blocks_c, blocks_p,
-        K=x.regions, SHARED=x.shared, ACTIVATE=activate, BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
-    )  # fmt: skip
+        branch_pass_kernel,
+        x.batch * blocks_p * blocks_c,
+        x.u,
+        x.skip,
+        x.masks if x.skip is not None else None,
+        *(known.slope, known.offset) if known else (None, None),
+        out,
+        x.pixels,
+        x.channels_u,
+        x.channels_s,
+        blocks_u,
+        blocks_c,
+        blocks_p,
+        K=x.regions,
+        SHARED=x.shared,
+        ACTIVATE=activate,
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        warps=4,
+    )
     return out
 
 
@@ -115,9 +144,19 @@ def branch_statistics(x: Branches, weight, bias, scale, shift, groups: int, weig
 
 
 def norm_forward(
-    u: Tensor, skip: Tensor | None, masks: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, groups: int, weighted: bool, activate: bool, eps: float, floor: float,
-) -> Tensor:  # fmt: skip
+    u: Tensor,
+    skip: Tensor | None,
+    masks: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    weighted: bool,
+    activate: bool,
+    eps: float,
+    floor: float,
+) -> Tensor:
     """SiLU(norm([u_k ; m_k * skip]) * (1 + scale) + shift) with statistics over groups of channels and all pixels.
 
     Args:

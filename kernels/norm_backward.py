@@ -18,9 +18,27 @@ from torch import Tensor
 
 @triton.jit
 def sum_half(
-    grad, x, mask, slope, offset, partial, begin, end, pixels, channels_x, at, c, row, part, channels,
-    stride_p, stride_c, ACTIVATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    grad,
+    x,
+    mask,
+    slope,
+    offset,
+    partial,
+    begin,
+    end,
+    pixels,
+    channels_x,
+    at,
+    c,
+    row,
+    part,
+    channels,
+    stride_p,
+    stride_c,
+    ACTIVATE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """One block of channels of one half: grad and x at their row, mask at its branch or None; c in x is at + c in z."""
     column = c < channels_x
     a = load(slope + row * channels + at + c, column)
@@ -45,10 +63,29 @@ def sum_half(
 
 @kernel
 def sums_kernel(
-    grad, u, skip, masks, slope, offset, partial, pixels, channels_u, channels_s, stride_n, stride_p, stride_c,
-    regions, blocks_u, blocks_c, chunk, chunks, SHARED: tl.constexpr, ACTIVATE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    grad,
+    u,
+    skip,
+    masks,
+    slope,
+    offset,
+    partial,
+    pixels,
+    channels_u,
+    channels_s,
+    stride_n,
+    stride_p,
+    stride_c,
+    regions,
+    blocks_u,
+    blocks_c,
+    chunk,
+    chunks,
+    SHARED: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     pid = tl.program_id(0)
     k = pid % regions  # fastest: the branches read the same skip side by side
     block = pid // regions % blocks_c
@@ -64,25 +101,77 @@ def sums_kernel(
         c = span(block * BLOCK_C, BLOCK_C)
         from_u = u + (image if SHARED else row) * pixels * channels_u
         sum_half(
-            source, from_u, None, slope, offset, partial, begin, end, pixels, channels_u, 0, c, row, part, channels,
-            stride_p, stride_c, ACTIVATE, BLOCK_P, BLOCK_C,
-        )  # fmt: skip
+            source,
+            from_u,
+            None,
+            slope,
+            offset,
+            partial,
+            begin,
+            end,
+            pixels,
+            channels_u,
+            0,
+            c,
+            row,
+            part,
+            channels,
+            stride_p,
+            stride_c,
+            ACTIVATE,
+            BLOCK_P,
+            BLOCK_C,
+        )
     else:
         if skip is not None:
             c = span((block - blocks_u) * BLOCK_C, BLOCK_C)
             from_s = skip + image * pixels * channels_s
             mask = None if masks is None else masks + row * pixels
             sum_half(
-                source, from_s, mask, slope, offset, partial, begin, end, pixels, channels_s, channels_u, c, row, part,
-                channels, stride_p, stride_c, ACTIVATE, BLOCK_P, BLOCK_C,
-            )  # fmt: skip
+                source,
+                from_s,
+                mask,
+                slope,
+                offset,
+                partial,
+                begin,
+                end,
+                pixels,
+                channels_s,
+                channels_u,
+                c,
+                row,
+                part,
+                channels,
+                stride_p,
+                stride_c,
+                ACTIVATE,
+                BLOCK_P,
+                BLOCK_C,
+            )
 
 
 @triton.jit
 def d_branch(
-    grad, z, weight, slope, offset, on_value, on_square, row, p, c, channels, stride_n, stride_p, stride_c, inside,
-    column, ACTIVATE: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+    grad,
+    z,
+    weight,
+    slope,
+    offset,
+    on_value,
+    on_square,
+    row,
+    p,
+    c,
+    channels,
+    stride_n,
+    stride_p,
+    stride_c,
+    inside,
+    column,
+    ACTIVATE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
     """d_z of a tile, and the gradient for the pixel's weight summed over the tile's channels."""
     d = load(grad + row * stride_n + p[:, None] * stride_p + c[None, :] * stride_c, inside)
     on_weight = tl.zeros([BLOCK_P], tl.float32)
@@ -102,11 +191,39 @@ def d_branch(
 
 @kernel
 def branch_gradients_kernel(
-    grad, u, skip, masks, slope, offset, on_value, on_square, mask_terms, d_u, d_skip, d_masks,
-    pixels, channels_u, channels_s, at_skip, stride_n, stride_p, stride_c, blocks_p, blocks_c, parts, terms, floor,
-    K: tl.constexpr, K_PAD: tl.constexpr, T_PAD: tl.constexpr, SHARED: tl.constexpr, ACTIVATE: tl.constexpr,
-    WEIGHTED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    grad,
+    u,
+    skip,
+    masks,
+    slope,
+    offset,
+    on_value,
+    on_square,
+    mask_terms,
+    d_u,
+    d_skip,
+    d_masks,
+    pixels,
+    channels_u,
+    channels_s,
+    at_skip,
+    stride_n,
+    stride_p,
+    stride_c,
+    blocks_p,
+    blocks_c,
+    parts,
+    terms,
+    floor,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    T_PAD: tl.constexpr,
+    SHARED: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     pid = tl.program_id(0)
     first_block = pid % parts  # a program takes every parts-th block of channels
     p = span((pid // parts) % blocks_p * BLOCK_P, BLOCK_P)
@@ -130,9 +247,25 @@ def branch_gradients_kernel(
                     z = load(u + (source * pixels + p)[:, None] * channels_u + c[None, :], inside)
                 weight = load(masks + row * pixels + p, here) + floor if WEIGHTED else None
                 d, on_weight = d_branch(
-                    grad, z, weight, slope, offset, on_value, on_square, row, p, c, channels, stride_n, stride_p,
-                    stride_c, inside, column, ACTIVATE, BLOCK_P,
-                )  # fmt: skip
+                    grad,
+                    z,
+                    weight,
+                    slope,
+                    offset,
+                    on_value,
+                    on_square,
+                    row,
+                    p,
+                    c,
+                    channels,
+                    stride_n,
+                    stride_p,
+                    stride_c,
+                    inside,
+                    column,
+                    ACTIVATE,
+                    BLOCK_P,
+                )
                 if SHARED:
                     total += d
                 else:
@@ -157,9 +290,25 @@ def branch_gradients_kernel(
                     z = s * m[:, None]
                 weight = m + floor if WEIGHTED else None
                 d, on_weight = d_branch(
-                    grad, z, weight, slope, offset, on_value, on_square, row, p, at_skip + c, channels, stride_n,
-                    stride_p, stride_c, inside, column, ACTIVATE, BLOCK_P,
-                )  # fmt: skip
+                    grad,
+                    z,
+                    weight,
+                    slope,
+                    offset,
+                    on_value,
+                    on_square,
+                    row,
+                    p,
+                    at_skip + c,
+                    channels,
+                    stride_n,
+                    stride_p,
+                    stride_c,
+                    inside,
+                    column,
+                    ACTIVATE,
+                    BLOCK_P,
+                )
                 if masks is not None:
                     total += d * m[:, None]
                     on_masks += tl.where(branch == k, (tl.sum(d * s, 1) + on_weight)[:, None], 0.0)
@@ -179,9 +328,16 @@ def branch_gradients_kernel(
 
 
 def spread_gradients(
-    grad: Tensor, x: Branches, known: Statistics | None, sums: GradientSums | None, *, activate: bool, at_skip: int,
-    with_u: bool = True, floor: float = 0.0,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    grad: Tensor,
+    x: Branches,
+    known: Statistics | None,
+    sums: GradientSums | None,
+    *,
+    activate: bool,
+    at_skip: int,
+    with_u: bool = True,
+    floor: float = 0.0,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """d_u, d_skip and d_masks (fp32) of the concatenation (``known`` None) or of its norm, from grad [B*K, C, H, W].
 
     ``at_skip`` is the channel of grad at which the skip's half begins.
@@ -197,21 +353,56 @@ def spread_gradients(
     terms = sums.mask_terms.shape[1] if sums is not None and sums.mask_terms is not None else 1
     parts = blocks_c if d_masks is None else 1  # the masks' gradient is a sum over all channels
     launch(
-        branch_gradients_kernel, x.batch * blocks_p * parts,
-        grad, x.u if known else None, x.skip, x.masks if d_masks is not None else None,
+        branch_gradients_kernel,
+        x.batch * blocks_p * parts,
+        grad,
+        x.u if known else None,
+        x.skip,
+        x.masks if d_masks is not None else None,
         *(known.slope, known.offset, sums.on_value, sums.on_square, sums.mask_terms) if known else (None,) * 5,
-        d_u, d_skip, d_masks, x.pixels, x.channels_u, x.channels_s, at_skip, stride_n, stride_p, stride_c,
-        blocks_p, blocks_c, parts, terms, floor,
-        K=x.regions, K_PAD=heuristics.power_of_two(x.regions), T_PAD=heuristics.power_of_two(terms), SHARED=x.shared,
-        ACTIVATE=activate, WEIGHTED=weighted, BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
-    )  # fmt: skip
+        d_u,
+        d_skip,
+        d_masks,
+        x.pixels,
+        x.channels_u,
+        x.channels_s,
+        at_skip,
+        stride_n,
+        stride_p,
+        stride_c,
+        blocks_p,
+        blocks_c,
+        parts,
+        terms,
+        floor,
+        K=x.regions,
+        K_PAD=heuristics.power_of_two(x.regions),
+        T_PAD=heuristics.power_of_two(terms),
+        SHARED=x.shared,
+        ACTIVATE=activate,
+        WEIGHTED=weighted,
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        warps=4,
+    )
     return d_u, d_skip, d_masks
 
 
 def norm_backward(
-    grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor | None, weight: Tensor, bias: Tensor,
-    scale: Tensor | None, shift: Tensor | None, groups: int, weighted: bool, activate: bool, eps: float, floor: float,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    grad: Tensor,
+    u: Tensor,
+    skip: Tensor | None,
+    masks: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    weighted: bool,
+    activate: bool,
+    eps: float,
+    floor: float,
+) -> tuple[Tensor | None, ...]:
     """Gradients of :func:`norm_forward` for u, skip, masks (fp32), weight, bias, scale and shift; None for none given.
 
     Args:
@@ -228,11 +419,32 @@ def norm_backward(
     chunks = heuristics.ceil_div(x.pixels, chunk)
     partial = buffer(x.rows, chunks, 2, x.channels, like=u)
     launch(
-        sums_kernel, x.rows * blocks_c * chunks,
-        grad, x.u, x.skip, x.masks if x.skip is not None else None, known.slope, known.offset, partial,
-        x.pixels, x.channels_u, x.channels_s, stride_n, stride_p, stride_c, x.regions, blocks_u, blocks_c, chunk,
-        chunks, SHARED=x.shared, ACTIVATE=activate, BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
-    )  # fmt: skip
+        sums_kernel,
+        x.rows * blocks_c * chunks,
+        grad,
+        x.u,
+        x.skip,
+        x.masks if x.skip is not None else None,
+        known.slope,
+        known.offset,
+        partial,
+        x.pixels,
+        x.channels_u,
+        x.channels_s,
+        stride_n,
+        stride_p,
+        stride_c,
+        x.regions,
+        blocks_u,
+        blocks_c,
+        chunk,
+        chunks,
+        SHARED=x.shared,
+        ACTIVATE=activate,
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        warps=4,
+    )
     sums = gradient_sums(partial, x.pixels, *affine, groups, eps, known)
     found = spread_gradients(grad, x, known, sums, activate=activate, at_skip=x.channels_u, floor=floor)
     return *found, *sums.affine

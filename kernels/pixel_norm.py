@@ -28,10 +28,26 @@ def forward_half(
 
 @kernel
 def pixel_forward_kernel(
-    u, skip, masks, weight, bias, scale, shift, out, pixels, channels_u, channels_s, blocks_p, eps,
-    K: tl.constexpr, SHARED: tl.constexpr, ACTIVATE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    u,
+    skip,
+    masks,
+    weight,
+    bias,
+    scale,
+    shift,
+    out,
+    pixels,
+    channels_u,
+    channels_s,
+    blocks_p,
+    eps,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     pid = tl.program_id(0)
     p = span(pid % blocks_p * BLOCK_P, BLOCK_P)
     image = (pid // blocks_p).to(tl.int64)
@@ -63,15 +79,35 @@ def pixel_forward_kernel(
         )
         if skip is not None:
             forward_half(
-                s, rstd * m, weight, bias, scale, shift, out, row, p, channels_u + c_s, channels, pixels, in_s,
-                column_s, ACTIVATE,
-            )  # fmt: skip
+                s,
+                rstd * m,
+                weight,
+                bias,
+                scale,
+                shift,
+                out,
+                row,
+                p,
+                channels_u + c_s,
+                channels,
+                pixels,
+                in_s,
+                column_s,
+                ACTIVATE,
+            )
 
 
 def pixel_forward(
-    u: Tensor, skip: Tensor | None, masks: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, activate: bool, eps: float,
-) -> Tensor:  # fmt: skip
+    u: Tensor,
+    skip: Tensor | None,
+    masks: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activate: bool,
+    eps: float,
+) -> Tensor:
     """SiLU(rms_norm([u_k ; m_k * skip]) * (1 + scale) + shift), [B*K, C, H, W] channels last.
 
     Arguments as for :func:`factorkit.kernels.norm.norm_forward`.
@@ -81,19 +117,48 @@ def pixel_forward(
     block_p, block_u, block_s, warps = heuristics.whole_pixel(x.pixels, x.channels_u, x.channels_s, 512)
     blocks_p = heuristics.ceil_div(x.pixels, block_p)
     launch(
-        pixel_forward_kernel, x.batch * blocks_p,
-        x.u, x.skip, x.masks if x.skip is not None else None, *(dense(v) for v in (weight, bias, scale, shift)), out,
-        x.pixels, x.channels_u, x.channels_s, blocks_p, eps,
-        K=x.regions, SHARED=x.shared, ACTIVATE=activate, BLOCK_P=block_p, BLOCK_U=block_u, BLOCK_S=block_s, warps=warps,
-    )  # fmt: skip
+        pixel_forward_kernel,
+        x.batch * blocks_p,
+        x.u,
+        x.skip,
+        x.masks if x.skip is not None else None,
+        *(dense(v) for v in (weight, bias, scale, shift)),
+        out,
+        x.pixels,
+        x.channels_u,
+        x.channels_s,
+        blocks_p,
+        eps,
+        K=x.regions,
+        SHARED=x.shared,
+        ACTIVATE=activate,
+        BLOCK_P=block_p,
+        BLOCK_U=block_u,
+        BLOCK_S=block_s,
+        warps=warps,
+    )
     return out
 
 
 @triton.jit
 def d_normal_half(
-    grad, normal, weight, bias, scale, shift, row, p, c, channels, stride_n, stride_p, stride_c, inside, column,
+    grad,
+    normal,
+    weight,
+    bias,
+    scale,
+    shift,
+    row,
+    p,
+    c,
+    channels,
+    stride_n,
+    stride_p,
+    stride_c,
+    inside,
+    column,
     ACTIVATE: tl.constexpr,
-):  # fmt: skip
+):
     """Gradient for the normalised values, and the affine part's sums over pixels: d_pre alone, and times the values."""
     gain, offset = modulation(weight, bias, scale, shift, row, c, channels, column)
     d = load(grad + row * stride_n + p[:, None] * stride_p + c[None, :] * stride_c, inside)
@@ -104,11 +169,34 @@ def d_normal_half(
 
 @kernel
 def pixel_backward_kernel(
-    grad, u, skip, masks, weight, bias, scale, shift, d_u, d_skip, d_masks, partial,
-    pixels, channels_u, channels_s, stride_n, stride_p, stride_c, chunk, chunks, eps,
-    K: tl.constexpr, SHARED: tl.constexpr, ACTIVATE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    grad,
+    u,
+    skip,
+    masks,
+    weight,
+    bias,
+    scale,
+    shift,
+    d_u,
+    d_skip,
+    d_masks,
+    partial,
+    pixels,
+    channels_u,
+    channels_s,
+    stride_n,
+    stride_p,
+    stride_c,
+    chunk,
+    chunks,
+    eps,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     pid = tl.program_id(0)
     part = (pid % chunks).to(tl.int64)
     image = (pid // chunks).to(tl.int64)
@@ -148,16 +236,44 @@ def pixel_backward_kernel(
 
             normal_u = value * rstd[:, None]
             du, pu, tu = d_normal_half(
-                grad, normal_u, weight, bias, scale, shift, row, p, c_u, channels, stride_n, stride_p, stride_c, in_u,
-                column_u, ACTIVATE,
-            )  # fmt: skip
+                grad,
+                normal_u,
+                weight,
+                bias,
+                scale,
+                shift,
+                row,
+                p,
+                c_u,
+                channels,
+                stride_n,
+                stride_p,
+                stride_c,
+                in_u,
+                column_u,
+                ACTIVATE,
+            )
             along = tl.sum(du * normal_u, 1)
             if skip is not None:
                 normal_s = s * (rstd * m)[:, None]
                 ds, ps, ts = d_normal_half(
-                    grad, normal_s, weight, bias, scale, shift, row, p, channels_u + c_s, channels, stride_n, stride_p,
-                    stride_c, in_s, column_s, ACTIVATE,
-                )  # fmt: skip
+                    grad,
+                    normal_s,
+                    weight,
+                    bias,
+                    scale,
+                    shift,
+                    row,
+                    p,
+                    channels_u + c_s,
+                    channels,
+                    stride_n,
+                    stride_p,
+                    stride_c,
+                    in_s,
+                    column_s,
+                    ACTIVATE,
+                )
                 along += tl.sum(ds * normal_s, 1)
             along = along / channels
             dz = rstd[:, None] * (du - normal_u * along[:, None])
@@ -197,9 +313,17 @@ def pixel_backward_kernel(
 
 
 def pixel_backward(
-    grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor | None, weight: Tensor, bias: Tensor,
-    scale: Tensor | None, shift: Tensor | None, activate: bool, eps: float,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    grad: Tensor,
+    u: Tensor,
+    skip: Tensor | None,
+    masks: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activate: bool,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
     """Gradients of :func:`pixel_forward` for u, skip, masks (fp32), weight, bias, scale, shift; any strides of grad."""
     x = Branches(u, skip, masks)
     affine = tuple(dense(v) for v in (weight, bias, scale, shift))
@@ -215,11 +339,33 @@ def pixel_backward(
     chunks = heuristics.ceil_div(x.pixels, chunk)
     partial = buffer(x.rows, chunks, 2, x.channels, like=u)
     launch(
-        pixel_backward_kernel, x.batch * chunks,
-        grad, x.u, x.skip, x.masks if masked else None, *affine, d_u, d_skip, d_masks, partial,
-        x.pixels, x.channels_u, x.channels_s, stride_n, stride_p, stride_c, chunk, chunks, eps,
-        K=x.regions, SHARED=x.shared, ACTIVATE=activate, BLOCK_P=block_p, BLOCK_U=block_u, BLOCK_S=block_s,
+        pixel_backward_kernel,
+        x.batch * chunks,
+        grad,
+        x.u,
+        x.skip,
+        x.masks if masked else None,
+        *affine,
+        d_u,
+        d_skip,
+        d_masks,
+        partial,
+        x.pixels,
+        x.channels_u,
+        x.channels_s,
+        stride_n,
+        stride_p,
+        stride_c,
+        chunk,
+        chunks,
+        eps,
+        K=x.regions,
+        SHARED=x.shared,
+        ACTIVATE=activate,
+        BLOCK_P=block_p,
+        BLOCK_U=block_u,
+        BLOCK_S=block_s,
         warps=warps,
-    )  # fmt: skip
+    )
     sums = gradient_sums(partial, x.pixels, *affine, 1, eps, None)
     return d_u, d_skip, d_masks, *sums.affine

@@ -25,9 +25,25 @@ def region_softmax(logits, image, p, pixels, K: tl.constexpr, K_PAD: tl.constexp
 
 @kernel
 def blend_kernel(
-    logits, branches, target, masks, prediction, errors, pixels, channels, stride_n, stride_p, stride_c,
-    target_n, target_p, target_c, blocks_p, K: tl.constexpr, K_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+    logits,
+    branches,
+    target,
+    masks,
+    prediction,
+    errors,
+    pixels,
+    channels,
+    stride_n,
+    stride_p,
+    stride_c,
+    target_n,
+    target_p,
+    target_c,
+    blocks_p,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
     pid = tl.program_id(0)
     p = span(pid % blocks_p * BLOCK_P, BLOCK_P)
     image = (pid // blocks_p).to(tl.int64)
@@ -51,11 +67,36 @@ def blend_kernel(
 
 @kernel
 def blend_backward_kernel(
-    logits, branches, target, d_masks, d_prediction, d_errors, d_logits, d_branches,
-    pixels, channels, stride_n, stride_p, stride_c, target_n, target_p, target_c, on_masks_n, on_masks_p, on_masks_c,
-    on_pred_n, on_pred_p, on_pred_c, out_n, out_p, out_c, blocks_p, K: tl.constexpr, K_PAD: tl.constexpr,
+    logits,
+    branches,
+    target,
+    d_masks,
+    d_prediction,
+    d_errors,
+    d_logits,
+    d_branches,
+    pixels,
+    channels,
+    stride_n,
+    stride_p,
+    stride_c,
+    target_n,
+    target_p,
+    target_c,
+    on_masks_n,
+    on_masks_p,
+    on_masks_c,
+    on_pred_n,
+    on_pred_p,
+    on_pred_c,
+    out_n,
+    out_p,
+    out_c,
+    blocks_p,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
     BLOCK_P: tl.constexpr,
-):  # fmt: skip
+):
     pid = tl.program_id(0)
     p = span(pid % blocks_p * BLOCK_P, BLOCK_P)
     image = (pid // blocks_p).to(tl.int64)
@@ -102,10 +143,26 @@ def blend(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
     masks = torch.empty_like(logits)
     prediction = logits.new_empty(batch, branches.shape[1], height, width)
     launch(
-        blend_kernel, batch * blocks,
-        logits, branches, None, masks, prediction, None, pixels, branches.shape[1], *strides, 0, 0, 0, blocks,
-        K=regions, K_PAD=pad, BLOCK_P=block, warps=4,
-    )  # fmt: skip
+        blend_kernel,
+        batch * blocks,
+        logits,
+        branches,
+        None,
+        masks,
+        prediction,
+        None,
+        pixels,
+        branches.shape[1],
+        *strides,
+        0,
+        0,
+        0,
+        blocks,
+        K=regions,
+        K_PAD=pad,
+        BLOCK_P=block,
+        warps=4,
+    )
     return masks, prediction
 
 
@@ -118,17 +175,36 @@ def blend_mse(logits: Tensor, branches: Tensor, target: Tensor) -> Tensor:
     batch, regions = logits.shape[:2]
     errors = buffer(batch, blocks, like=logits)
     launch(
-        blend_kernel, batch * blocks,
-        logits, branches, target, None, None, errors, pixels, branches.shape[1], *strides, *target_strides, blocks,
-        K=regions, K_PAD=pad, BLOCK_P=block, warps=4,
-    )  # fmt: skip
+        blend_kernel,
+        batch * blocks,
+        logits,
+        branches,
+        target,
+        None,
+        None,
+        errors,
+        pixels,
+        branches.shape[1],
+        *strides,
+        *target_strides,
+        blocks,
+        K=regions,
+        K_PAD=pad,
+        BLOCK_P=block,
+        warps=4,
+    )
     return errors.sum(1) / (branches.shape[1] * pixels)
 
 
 def blend_backward(
-    logits: Tensor, branches: Tensor, *, d_masks: Tensor | None = None, d_prediction: Tensor | None = None,
-    target: Tensor | None = None, d_errors: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    branches: Tensor,
+    *,
+    d_masks: Tensor | None = None,
+    d_prediction: Tensor | None = None,
+    target: Tensor | None = None,
+    d_errors: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Gradients for logits and branches: of :func:`blend` from ``d_masks`` and ``d_prediction``, of :func:`blend_mse`
     from ``target`` and ``d_errors`` [B]. Upstream gradients have any strides; d_branches has the layout of branches."""
     logits = logits.contiguous()
@@ -142,9 +218,27 @@ def blend_backward(
     d_prediction, *on_prediction = nothing if d_prediction is None else pixel_strides(d_prediction)
     pixels, block, blocks, pad = _sizes(logits)
     launch(
-        blend_backward_kernel, logits.shape[0] * blocks,
-        logits, branches, target, d_masks, d_prediction, d_errors if d_errors is None else d_errors.contiguous(),
-        d_logits, d_branches, pixels, branches.shape[1], *strides, *target_strides, *on_masks, *on_prediction,
-        *out_strides, blocks, K=logits.shape[1], K_PAD=pad, BLOCK_P=block, warps=4,
-    )  # fmt: skip
+        blend_backward_kernel,
+        logits.shape[0] * blocks,
+        logits,
+        branches,
+        target,
+        d_masks,
+        d_prediction,
+        d_errors if d_errors is None else d_errors.contiguous(),
+        d_logits,
+        d_branches,
+        pixels,
+        branches.shape[1],
+        *strides,
+        *target_strides,
+        *on_masks,
+        *on_prediction,
+        *out_strides,
+        blocks,
+        K=logits.shape[1],
+        K_PAD=pad,
+        BLOCK_P=block,
+        warps=4,
+    )
     return d_logits, d_branches

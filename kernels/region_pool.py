@@ -36,17 +36,42 @@ def pool(features: Tensor, masks: Tensor, floor: float) -> Tensor:
     partial, _ = channel_moments(features, masks, weighted=False, times_mask=True, floor=0.0, second=False)
     tokens = buffer(batch, regions, channels, like=features)
     launch(
-        tokens_kernel, batch * regions, partial, masks, tokens, channels, partial.shape[1], pixels, floor,
-        BLOCK_C=min(256, heuristics.power_of_two(channels)), BLOCK_P=1024, warps=4,
-    )  # fmt: skip
+        tokens_kernel,
+        batch * regions,
+        partial,
+        masks,
+        tokens,
+        channels,
+        partial.shape[1],
+        pixels,
+        floor,
+        BLOCK_C=min(256, heuristics.power_of_two(channels)),
+        BLOCK_P=1024,
+        warps=4,
+    )
     return tokens
 
 
 @kernel
 def pool_backward_kernel(
-    grad, features, masks, tokens, areas, d_features, d_masks, pixels, channels, stride_b, stride_k, stride_c, blocks_p,
-    K: tl.constexpr, K_PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    grad,
+    features,
+    masks,
+    tokens,
+    areas,
+    d_features,
+    d_masks,
+    pixels,
+    channels,
+    stride_b,
+    stride_k,
+    stride_c,
+    blocks_p,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     pid = tl.program_id(0)
     p = span(pid % blocks_p * BLOCK_P, BLOCK_P)
     image = (pid // blocks_p).to(tl.int64)
@@ -70,9 +95,7 @@ def pool_backward_kernel(
     tl.store(d_masks + (image * K + branch) * pixels + p[:, None], on_masks, mask=here[:, None] & (branch < K))
 
 
-def pool_backward(
-    grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor, floor: float
-) -> tuple[Tensor, Tensor]:
+def pool_backward(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`pool` for features and masks (fp32) from its answer and grad [B, K, C], any strides."""
     features, masks = last(features), flat(masks)
     areas = masks.sum((2, 3)) + floor
@@ -82,8 +105,23 @@ def pool_backward(
     block_p, block_c = heuristics.tile(pixels, channels, features.element_size(), 1024)
     blocks_p = heuristics.ceil_div(pixels, block_p)
     launch(
-        pool_backward_kernel, batch * blocks_p,
-        grad, features, masks, tokens.contiguous(), areas, d_features, d_masks, pixels, channels, *grad.stride(),
-        blocks_p, K=regions, K_PAD=heuristics.power_of_two(regions), BLOCK_P=block_p, BLOCK_C=block_c, warps=4,
-    )  # fmt: skip
+        pool_backward_kernel,
+        batch * blocks_p,
+        grad,
+        features,
+        masks,
+        tokens.contiguous(),
+        areas,
+        d_features,
+        d_masks,
+        pixels,
+        channels,
+        *grad.stride(),
+        blocks_p,
+        K=regions,
+        K_PAD=heuristics.power_of_two(regions),
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        warps=4,
+    )
     return d_features, d_masks

@@ -10,9 +10,26 @@ from torch import Tensor
 
 # Numbers of blocks and the like: a kernel made anew for 1 or for a multiple of 16 would gain nothing.
 COUNTS = [
-    "blocks_c", "blocks_g", "blocks_k", "blocks_p", "blocks_u", "chunk", "chunks", "chunks_mass", "chunks_s",
-    "chunks_u", "groups", "parts", "regions", "rows", "share_u", "size", "terms", "tiles_x", "tiles_y",
-]  # fmt: skip
+    "blocks_c",
+    "blocks_g",
+    "blocks_k",
+    "blocks_p",
+    "blocks_u",
+    "chunk",
+    "chunks",
+    "chunks_mass",
+    "chunks_s",
+    "chunks_u",
+    "groups",
+    "parts",
+    "regions",
+    "rows",
+    "share_u",
+    "size",
+    "terms",
+    "tiles_x",
+    "tiles_y",
+]
 
 REGISTERS = 65536  # of a multiprocessor, from sm_70 on
 

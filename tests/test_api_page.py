@@ -47,8 +47,11 @@ def test_docstrings_name_every_argument_of_the_runs(maker):
             if isinstance(method, property):
                 continue
             method = getattr(method, "__func__", method)
-            missing = [p for p in inspect.signature(method).parameters
-                       if p not in ("self", "cls") and not re.search(rf"\b{p}\b", inspect.getdoc(method))]  # fmt: skip
+            missing = [
+                p
+                for p in inspect.signature(method).parameters
+                if p not in ("self", "cls") and not re.search(rf"\b{p}\b", inspect.getdoc(method))
+            ]
             assert not missing and "Raises" in inspect.getdoc(method), (kind.__name__, name, missing)
 
 

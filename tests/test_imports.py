@@ -22,11 +22,16 @@ def python(*words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("act", [
-    "import factorkit", "import factorkit.cli", "import factorkit.cli; factorkit.cli.main(['--help'])",
-    "import factorkit.cli; factorkit.cli.main(['--version'])",
-    "import factorkit.cli; factorkit.cli.main(['segment', '-h'])",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "act",
+    [
+        "import factorkit",
+        "import factorkit.cli.main",
+        "import factorkit.cli.main; factorkit.cli.main(['--help'])",
+        "import factorkit.cli.main; factorkit.cli.main(['--version'])",
+        "import factorkit.cli.main; factorkit.cli.main(['segment', '-h'])",
+    ],
+)
 def test_neither_importing_nor_help_imports_what_takes_long(act):
     said = python("-W", "error", "-c", f"{act}\nimport sys\nprint('imported', *sys.modules)")
     names = {name.partition(".")[0] for name in said.split("imported")[-1].split()}

@@ -16,10 +16,10 @@ from benchmarks import fuzz, fuzz_targets, malformed
 from factorkit.data import open_dataset, open_source, open_views, prepare, read_classes
 from factorkit.engine.checkpoint import read_checkpoint, write_checkpoint
 from factorkit.engine.config import MOST_STEPS
-from factorkit.errors import CheckpointError, ConfigError, DataError
-from factorkit.reading import read_arrays
 from factorkit.rendering import orbit
 from factorkit.segdiff.config import preset_config
+from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.safe_reading import read_arrays
 
 COUNT = 153  # nine of each kind
 
@@ -81,9 +81,9 @@ def test_postscript_called_a_png_is_no_image(tmp_path):
         assert prepare(tmp_path, 8, progress=False).names == ["good.png"]
 
 
-@pytest.mark.parametrize("array", [
-    np.zeros((4, 17), [("a", "f4"), ("b", "i2")]), np.full((4, 17), "x"), np.zeros((4, 17), "c16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 17), [("a", "f4"), ("b", "i2")]), np.full((4, 17), "x"), np.zeros((4, 17), "c16")]
+)
 def test_llff_of_other_things_than_numbers(tmp_path, array):
     for i in range(4):
         fuzz_targets.small(tmp_path / "images" / f"{i}.png", i)
@@ -100,7 +100,7 @@ def test_npy_that_claims_more_than_the_file_holds_is_not_allocated(tmp_path):
 
 
 def test_npz_bomb_is_refused_by_its_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("factorkit.reading.memory", lambda: 2**20)
+    monkeypatch.setattr("factorkit.utils.safe_reading.memory", lambda: 2**20)
     np.savez_compressed(tmp_path / "x.npz", images=np.zeros((2, 1024, 1024, 3), np.uint8), X=np.zeros(3))
     with pytest.raises(DataError, match=r"x\.npz.*more memory than this machine has"):
         open_source(tmp_path / "x.npz")
@@ -118,9 +118,10 @@ def test_damaged_member_of_an_npz_is_a_value_error(tmp_path):
         read_arrays(tmp_path / "x.npz")
 
 
-@pytest.mark.parametrize("setting, value", [
-    ("min_snr_gamma", [1, 2]), ("width", "64"), ("multipliers", 3), ("steps", 2.5), ("device", None), ("blocks", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "setting, value",
+    [("min_snr_gamma", [1, 2]), ("width", "64"), ("multipliers", 3), ("steps", 2.5), ("device", None), ("blocks", {})],
+)
 def test_settings_of_another_type(setting, value):
     with pytest.raises(ConfigError, match=f"^{setting}="):
         preset_config("demo", **{setting: value})
@@ -131,10 +132,19 @@ def test_timesteps_beyond_all_sense():
         preset_config("demo", timesteps=MOST_STEPS + 1).resolved()
 
 
-@pytest.mark.parametrize("changes", [
-    {"width": 10**9}, {"blocks": 10**9}, {"multipliers": [1] * 10**5}, {"regions": 10**9}, {"step": "x"},
-    {"step": None}, {"width": [8]}, {"multipliers": []},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"width": 10**9},
+        {"blocks": 10**9},
+        {"multipliers": [1] * 10**5},
+        {"regions": 10**9},
+        {"step": "x"},
+        {"step": None},
+        {"width": [8]},
+        {"multipliers": []},
+    ],
+)
 def test_checkpoint_whose_settings_are_not_of_its_weights(good, tmp_path, changes):
     tensors, meta = read_checkpoint(good[0] / "segdiff.safetensors")
     path = write_checkpoint(tmp_path / "x.safetensors", tensors, {**meta, **changes})
@@ -142,10 +152,17 @@ def test_checkpoint_whose_settings_are_not_of_its_weights(good, tmp_path, change
         factorkit.load(path)
 
 
-@pytest.mark.parametrize("changes", [
-    {"scene": None}, {"scene": {"layout": "object", "distance": "far", "size": [8, 8]}}, {"width": 10**9},
-    {"scene": {"layout": "object", "distance": 3.5, "size": [8, 10**9]}}, {"cameras": 10**9}, {"step": []},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scene": None},
+        {"scene": {"layout": "object", "distance": "far", "size": [8, 8]}},
+        {"width": 10**9},
+        {"scene": {"layout": "object", "distance": 3.5, "size": [8, 10**9]}},
+        {"cameras": 10**9},
+        {"step": []},
+    ],
+)
 def test_checkpoint_of_a_scene_that_cannot_be(good, tmp_path, changes):
     newest = max((good[0] / "nerfdiff/checkpoints").glob("*.safetensors"))
     tensors, meta = read_checkpoint(newest)
@@ -186,15 +203,18 @@ def test_near_duplicates_that_are_no_text(tmp_path):
         open_dataset(tmp_path / "x.zip")
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"frames": [{"file_path": 5, "transform_matrix": []}]}, "something else than text"),
-    ({"train_filenames": [[1]]}, "something else than text"),
-    ({"w": 0}, "0 x 20 pixels"),
-    ({"k1": "a"}, "distortion of .* is no number"),
-    ({"k1": float("nan")}, "distortion of .* is not finite"),
-    ({"fl_x": 10**400}, "no focal length"),
-    ({"camera_angle_x": 0.0, "fl_x": None}, "no focal length"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"frames": [{"file_path": 5, "transform_matrix": []}]}, "something else than text"),
+        ({"train_filenames": [[1]]}, "something else than text"),
+        ({"w": 0}, "0 x 20 pixels"),
+        ({"k1": "a"}, "distortion of .* is no number"),
+        ({"k1": float("nan")}, "distortion of .* is not finite"),
+        ({"fl_x": 10**400}, "no focal length"),
+        ({"camera_angle_x": 0.0, "fl_x": None}, "no focal length"),
+    ],
+)
 def test_transforms_of_other_kinds(tmp_path, change, said):
     poses = orbit(2, 4.0, 30.0).tolist()
     frames = [{"file_path": f"{i}.png", "transform_matrix": pose} for i, pose in enumerate(poses)]

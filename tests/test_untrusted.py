@@ -12,10 +12,27 @@ import factorkit
 
 PACKAGE = Path(factorkit.__file__).parent
 RUNS_CODE = {
-    "eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler",
-    "marshal.load", "marshal.loads", "shelve.open", "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter",
-    "dill.load", "joblib.load", "yaml.load", "yaml.unsafe_load", "subprocess.getoutput", "subprocess.getstatusoutput",
-}  # fmt: skip
+    "eval",
+    "exec",
+    "compile",
+    "os.system",
+    "os.popen",
+    "pickle.load",
+    "pickle.loads",
+    "pickle.Unpickler",
+    "marshal.load",
+    "marshal.loads",
+    "shelve.open",
+    "torch.jit.load",
+    "torch.hub.load",
+    "torch.package.PackageImporter",
+    "dill.load",
+    "joblib.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+}
 UNPACKS = {"extract", "extractall", "unpack_archive"}
 
 
@@ -24,8 +41,10 @@ def offences(source: str) -> list[str]:
     tree, known, found = ast.parse(source), {}, []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            known |= {alias.asname or alias.name.split(".")[0]: alias.asname and alias.name or alias.name.split(".")[0]
-                      for alias in node.names}  # fmt: skip
+            known |= {
+                alias.asname or alias.name.split(".")[0]: alias.asname and alias.name or alias.name.split(".")[0]
+                for alias in node.names
+            }
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
     for node in ast.walk(tree):
@@ -45,19 +64,22 @@ def offences(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("line", [
-    "eval('1')",
-    "import os\nos.system('ls')",
-    "from os import system as s\ns('ls')",
-    "import subprocess\nsubprocess.run('ls', shell=True)",
-    "import pickle as p\np.load(f)",
-    "import numpy as np\nnp.load(f)",
-    "import numpy as np\nnp.load(f, allow_pickle=True)",
-    "import torch\ntorch.load(f)",
-    "import torch\ntorch.load(f, weights_only=False)",
-    "import zipfile\nzipfile.ZipFile(f).extractall()",
-    "from PIL import Image\nImage.open(f)",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "eval('1')",
+        "import os\nos.system('ls')",
+        "from os import system as s\ns('ls')",
+        "import subprocess\nsubprocess.run('ls', shell=True)",
+        "import pickle as p\np.load(f)",
+        "import numpy as np\nnp.load(f)",
+        "import numpy as np\nnp.load(f, allow_pickle=True)",
+        "import torch\ntorch.load(f)",
+        "import torch\ntorch.load(f, weights_only=False)",
+        "import zipfile\nzipfile.ZipFile(f).extractall()",
+        "from PIL import Image\nImage.open(f)",
+    ],
+)
 def test_the_scan_sees(line):
     assert len(offences(line)) == 1
 
@@ -71,7 +93,7 @@ def test_no_code_from_files_is_run_anywhere_in_the_package():
 
 
 def test_viewer_serves_this_machine_alone_unless_told_otherwise():
-    from factorkit.flags_nerfdiff import View
+    from factorkit.cli.flags_nerfdiff import View
     from factorkit.nerfdiff.viewer import Viewer
 
     assert inspect.signature(Viewer).parameters["host"].default == "127.0.0.1"

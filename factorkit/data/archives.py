@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from factorkit.data.images import BrokenImage
-from factorkit.data.source_base import MOST_BYTES, EncodedSource, digest, is_image, said, shown, stamp, too_large
-from factorkit.errors import DataError
+from factorkit.data.decode import BrokenImage
+from factorkit.data.sources import MOST_BYTES, EncodedSource, digest, is_image, said, shown, stamp, too_large
+from factorkit.utils.errors import DataError
 
 # zipfile unpacks these by no more than it is asked for; of the others a hundred bytes may become a gigabyte at once
 BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

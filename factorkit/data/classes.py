@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from factorkit.data.labelled import stem
-from factorkit.data.source_base import natural
-from factorkit.errors import ConfigError, DataError
-from factorkit.reading import read_json
+from factorkit.data.masks import stem
+from factorkit.data.sources import natural
+from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.safe_reading import read_json
 
 NAME_COLUMNS = ("name", "file", "filename", "path", "image", "image_id", "id")
 CLASS_COLUMNS = ("class", "label", "category", "class_name")
@@ -33,9 +33,7 @@ class Classes(NamedTuple):
     names: list[str]
 
 
-def read_classes(
-    spec: Any, names: Sequence[str], *, positional: bool = False, known: Classes | None = None
-) -> Classes:  # fmt: skip
+def read_classes(spec: Any, names: Sequence[str], *, positional: bool = False, known: Classes | None = None) -> Classes:
     """The class of each image.
 
     Args:

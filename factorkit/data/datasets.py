@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from factorkit.data.dataset_splits import Dataset, Split, divide
+from factorkit.data.archives import ZipSource
 from factorkit.data.layouts import Layout, read_layout
-from factorkit.data.near_duplicates import PAIRS_FILE, parse_pairs
-from factorkit.data.procedural import flowers
-from factorkit.data.procedural_nested import NESTING, rooms
-from factorkit.data.sources import ArraySource, ZipSource, open_source
-from factorkit.errors import ConfigError, DataError
+from factorkit.data.open_source import open_source
+from factorkit.data.procedural.flowers import flowers
+from factorkit.data.procedural.rooms import NESTING, rooms
+from factorkit.data.sources import ArraySource
+from factorkit.data.splits import PAIRS_FILE, Dataset, Split, divide, parse_pairs
+from factorkit.utils.errors import ConfigError, DataError
 
 TEST_SEED_OFFSET = 2**32  # procedural test pictures come from seeds nobody trains with
 MOST_PAIRS = 2**26  # bytes of such a file that are read

@@ -22,11 +22,11 @@ import numpy as np
 from numpy.lib import format as npy
 from tqdm import tqdm
 
-from factorkit.data.images import BrokenImage, square
-from factorkit.data.source_base import shown
-from factorkit.data.sources import ArraySource, Source, open_source
-from factorkit.errors import ConfigError, DataError
-from factorkit.reading import read_json
+from factorkit.data.decode import BrokenImage, square
+from factorkit.data.open_source import open_source
+from factorkit.data.sources import ArraySource, Source, shown
+from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.safe_reading import read_json
 
 LAYOUT = 2  # raise it whenever decoding, cropping or the files of an entry change: it is part of every key
 BLOCK = 1024  # images in flight at once: bounds memory on sets of millions
@@ -60,12 +60,7 @@ class Prepared:
 
 
 def prepare(
-    data: Any,
-    resolution: int,
-    *,
-    cache: Path | None = None,
-    workers: int | None = None,
-    progress: bool = True,
+    data: Any, resolution: int, *, cache: Path | None = None, workers: int | None = None, progress: bool = True
 ) -> Prepared:
     """Crop every image to its centred square, resize it and keep the result; a second call opens that at once.
 

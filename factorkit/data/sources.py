@@ -2,36 +2,195 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import hashlib
+import io
 import os
+import re
+import threading
 import warnings
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from factorkit.data.archives import ZipSource
-from factorkit.data.images import BrokenImage
-from factorkit.data.source_base import (
-    IMAGE_SUFFIXES,
-    MOST_BYTES,
-    EncodedSource,
-    Source,
-    digest,
-    is_image,
-    said,
-    shown,
-    stamp,
-    suffixes,
-    too_large,
-)
-from factorkit.errors import DataError
-from factorkit.reading import read_arrays
+from factorkit.data.decode import BrokenImage, to_rgb
+from factorkit.utils.errors import DataError
 
-IMAGE_KEYS = ("images", "X")  # the names looked for in an .npz, in this order
+IMAGE_SUFFIXES = frozenset(
+    ".avif .bmp .gif .jfif .jpe .jpeg .jpg .jp2 .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+)
+# The formats behind those suffixes and no other, whatever a file is called: Pillow reads some forty, among them
+# PostScript, which it gives to Ghostscript to run.
+FORMATS = frozenset("AVIF BMP DIB GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split())
+LARGE = 2**24  # pixels; pictures beyond are decoded one at a time, lest as many as there are threads fill the memory
+MOST_BYTES = 2**29  # of one encoded picture: 179 million pixels, Pillow's own limit, take as much without compression
+
+
+_one_at_a_time = threading.Lock()
+
+
+class Source(ABC):
+    """Images that have names and can be read one by one, from any thread.
+
+    Attributes:
+        names: one for each image: a path relative to the source, with forward slashes, or a made-up one.
+        positional: True where names are made up, so that only its position says which image is which.
+        ignore: of masks whose maker says so, the label that is not scored.
+    """
+
+    names: list[str]
+    positional: bool = False
+    ignore: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def decode(self, index: int) -> Image.Image:
+        """The picture as it is stored: of any mode, not yet turned upright.
+
+        Raises:
+            BrokenImage: the bytes are no image, or one of a size that only an attack has.
+            DataError: the bytes cannot be read from the disk.
+        """
+
+    def read(self, index: int, at_least: int | None = None) -> Image.Image:
+        """The picture upright and in RGB.
+
+        With `at_least`, a JPEG may come at 1/2, 1/4 or 1/8 of its size, which decodes several times faster, but with
+        no side below that many pixels.
+
+        Raises:
+            BrokenImage: it cannot be decoded; the message names it and says why.
+            DataError: it cannot be read from the disk.
+        """
+        image = self.decode(index)
+        try:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
+            with _one_at_a_time if image.width * image.height > LARGE else contextlib.nullcontext():
+                return to_rgb(image)
+        except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
+            raise BrokenImage(f"{shown(self.names[index])}: cannot be decoded: {error}") from error
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash that changes when the images do: of path, names, sizes and times, or of an array's content."""
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Source:
+        """The images at these indices, in this order."""
+        return Subset(self, indices)
+
+
+class Subset(Source):
+    """Some images of a source."""
+
+    def __init__(self, whole: Source, indices: Sequence[int] | np.ndarray) -> None:
+        self.whole, self.indices = whole, [int(i) for i in indices]
+        self.names = [whole.names[i] for i in self.indices]
+        self.positional, self.ignore = whole.positional, whole.ignore
+
+    def decode(self, index: int) -> Image.Image:
+        return self.whole.decode(self.indices[index])
+
+    def fingerprint(self) -> str:
+        return digest("subset", self.whole.fingerprint(), self.indices)
+
+
+class EncodedSource(Source):
+    """Images as encoded bytes: files on disk or members of an archive."""
+
+    @abstractmethod
+    def _bytes(self, index: int) -> bytes: ...
+
+    def decode(self, index: int) -> Image.Image:
+        name = shown(self.names[index])
+        try:
+            data = self._bytes(index)
+        except BrokenImage as error:
+            raise BrokenImage(f"{name}: {error}") from error
+        except OSError as error:  # the disk's fault, not the picture's: leaving it out would hide it
+            reason = error.strerror or str(error)
+            raise DataError(f"{name}: cannot be read: {reason}. Mend the file or its permissions.") from error
+        except Exception as error:  # zipfile: BadZipFile, zlib.error, RuntimeError for encrypted members, ...
+            raise BrokenImage(f"{name}: cannot be unpacked: {error}") from error
+        try:
+            with warnings.catch_warnings():  # between half of its limit and the limit Pillow only warns
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                return Image.open(io.BytesIO(data), formats=formats())
+        except Image.UnidentifiedImageError as error:
+            raise BrokenImage(f"{name}: not an image ({len(data)} bytes that no reader recognises)") from error
+        except Image.DecompressionBombError as error:
+            raise BrokenImage(f"{name}: refused, too many pixels: {error} Scale it down first.") from error
+        except Exception as error:
+            raise BrokenImage(f"{name}: cannot be decoded: {error}") from error
+
+
+@functools.cache
+def formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow reads."""
+    Image.init()
+    return [name for name in Image.ID if name in FORMATS]
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name, relative to what a user gave, is taken for an image."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+
+
+def suffixes() -> str:
+    """The suffixes of images, for a message."""
+    return ", ".join(sorted(IMAGE_SUFFIXES))
+
+
+def shown(name: str) -> str:
+    """A file's name as a message can hold it: on one line, without what would steer a terminal."""
+    return name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """A key that sorts names as people do, numbers in them by their value: 2 before 10."""
+    parts = [part for part in re.split(r"([0-9]+)", name) if part]
+    # by their length first, as Python refuses to read numbers of thousands of digits
+    numbers = [part.lstrip("0") if part[0] in "0123456789" else None for part in parts]
+    return [(1, 0, part) if n is None else (0, len(n), n) for part, n in zip(parts, numbers, strict=True)], name
+
+
+def too_large(size: int) -> str:
+    """What is said of a picture whose encoded bytes are beyond `MOST_BYTES`."""
+    return f"refused, it takes {size / 2**20:.0f} MiB, more than any picture ({MOST_BYTES / 2**20:.0f} MiB)"
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """(bytes, time of change in ns): what says cheaply that a file is no longer what it was."""
+    with said(path, "though it was listed. Try again."):
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def said(path: Path, advice: str) -> Iterator[None]:
+    """Turns an error of the disk into a DataError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno or errno.EIO)
+        raise DataError(f"{shown(str(path))}: {reason}, {advice}") from error
+
+
+def digest(*parts: Any) -> str:
+    """A hash over the representations of some values."""
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 CHANNELS = (1, 3, 4)  # grey, RGB, RGB with alpha
 NAMED = 3  # how many examples a message names
 
@@ -123,140 +282,6 @@ class PictureSource(Source):
         return digest("pictures", pixels)
 
 
-def open_source(data: Any, *, keys: Sequence[str] = IMAGE_KEYS) -> Source:
-    """Open images wherever they lie.
-
-    Args:
-        data: a folder (searched to any depth, sorted by relative path; hidden files and files that are no images are
-            passed over), an image file, a .zip of images, a .npy or .npz array, a numpy array or torch tensor (see
-            `ArraySource`), a Pillow image, a list of files and folders, a list of Pillow images, or a `Source`.
-        keys: the arrays looked for in an .npz; its only array is taken whatever its name.
-
-    Raises:
-        DataError: there is nothing there, nothing that can be read, or an array whose layout is ambiguous.
-    """
-    if isinstance(data, Source):
-        return data
-    if isinstance(data, (str, os.PathLike)):
-        return _open_path(Path(data).expanduser(), keys)
-    if isinstance(data, torch.Tensor):
-        data = data.detach().cpu()
-        return ArraySource((data.float() if data.is_floating_point() else data).numpy(), "tensor")
-    if isinstance(data, np.ndarray):
-        return ArraySource(data)
-    if isinstance(data, Image.Image):
-        return PictureSource([data])
-    if isinstance(data, Sequence) and data:
-        if all(isinstance(item, Image.Image) for item in data):
-            return PictureSource(data)
-        if all(isinstance(item, (str, os.PathLike)) for item in data):
-            return _open_list([Path(item).expanduser() for item in data])
-    raise DataError(
-        f"Cannot read images from {_describe(data)}: give a folder, a file, a .zip, .npy or .npz, an array or tensor "
-        "[N, H, W, 3], a list of paths or a list of Pillow images."
-    )
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Every image file below a folder, sorted by relative path; see :func:`image_names`."""
-    return [folder / name for name in image_names(folder)]
-
-
-def image_names(folder: Path) -> list[str]:
-    """The relative path of every image file below a folder, sorted; links are followed, each folder is entered once.
-
-    Warns:
-        UserWarning: of links to pictures that are not there, or that lead to themselves.
-
-    Raises:
-        DataError: one of the folders cannot be listed.
-    """
-
-    def refuse(error: OSError) -> None:  # os.walk would pass over what it may not read, and its images be missing
-        with said(Path(error.filename), "so its images cannot be listed. Mend its permissions, or take it out."):
-            raise error
-
-    found: list[str] = []
-    astray: list[str] = []
-    entered: set[str] = set()
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        true_path = os.path.realpath(here)
-        if true_path in entered:  # a loop of links would never end
-            folders.clear()
-            continue
-        entered.add(true_path)
-        folders.sort()
-        below = Path(here).relative_to(folder).as_posix()
-        for name in files:
-            relative = name if below == "." else f"{below}/{name}"
-            if is_image(relative):
-                (found if os.path.isfile(os.path.join(here, name)) else astray).append(relative)
-    if astray:
-        named = ", ".join(map(shown, sorted(astray)[:NAMED])) + (", ..." if len(astray) > NAMED else "")
-        warnings.warn(
-            f"{folder}: {len(astray)} images are links to files that are not there, and were left out: {named}",
-            UserWarning, stacklevel=2,
-        )  # fmt: skip
-    return sorted(found)
-
-
-def _open_path(path: Path, keys: Sequence[str]) -> Source:
-    suffix = path.suffix.lower()
-    if not path.exists():
-        raise DataError(
-            f"{shown(str(path))}: no such file or folder (looked in {Path.cwd()}). Check the spelling of the path."
-        )
-    if suffix in IMAGE_SUFFIXES and not path.is_dir():
-        return _open_list([path])  # by the name it was given: what a link leads to may have no suffix
-    path = path.resolve()
-    if path.is_dir():
-        return _open_list([path])
-    if suffix == ".zip":
-        source = ZipSource(path)
-        if not source.names:
-            raise DataError(f"{path}: no images in this .zip. Looked for {suffixes()}.")
-        return source
-    if suffix in (".npy", ".npz"):
-        return ArraySource(_load_array(path, keys), str(path), digest("array file", str(path), *keys, stamp(path)))
-    raise DataError(f"{path}: suffix '{suffix}' is none of {suffixes()}, .zip, .npy, .npz. Convert it to one of them.")
-
-
-def _open_list(paths: Sequence[Path]) -> FileSource:
-    """Files and folders together; names are relative to the deepest folder that holds them all."""
-    paths = [Path(os.path.abspath(path)) for path in paths]
-    for path in paths:
-        if not path.exists():
-            raise DataError(f"{shown(str(path))}: no such file or folder. Check the spelling of the path.")
-        if not path.is_dir() and path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise DataError(
-                f"{shown(str(path))}: not an image ({suffixes()}). In a list, give image files and folders only."
-            )
-    root = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in paths]))
-    found: list[str] = []
-    for path in paths:
-        relative = path.relative_to(root).as_posix()
-        below = image_names(path) if path.is_dir() else [""]
-        if not below:
-            raise DataError(f"{path}: no images in this folder or below it. Looked for {suffixes()}.")
-        prefix = "" if relative == "." else f"{relative}/"
-        found += [prefix + name if name else relative for name in below]
-    return FileSource(root, found)
-
-
-def _load_array(path: Path, keys: Sequence[str]) -> np.ndarray:
-    try:
-        loaded = read_arrays(path, keys)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable array: {error} Save plain numbers, with numpy.save.") from error
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    wanted = [key for key in keys if key in loaded] or (list(loaded) if len(loaded) == 1 else [])
-    if wanted:
-        return loaded[wanted[0]]
-    found = ", ".join(map(shown, loaded)) or "nothing"
-    raise DataError(f"{path}: none of its arrays ({found}) is named {' or '.join(keys)}. Save it under that name.")
-
-
 def _checked(array: np.ndarray, name: str) -> np.ndarray:
     """The array as [N, H, W, C], its values checked."""
     layouts = "Give [N, H, W], [N, H, W, C] or [N, C, H, W], C being 1, 3 or 4."
@@ -287,7 +312,3 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
                 )
             raise DataError(f"{where}: {array.dtype} values from {low} to {high}, expected 0 to {top}. {advice}")
     return array
-
-
-def _describe(data: Any) -> str:
-    return f"an empty {type(data).__name__}" if isinstance(data, Sequence) and not data else type(data).__name__

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from factorkit.diffusion.schedule import Schedule
-from factorkit.errors import ConfigError
+from factorkit.utils.errors import ConfigError
 
 PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "eps": lambda a, s: (torch.zeros_like(a), torch.ones_like(a)),  # Ho et al. 2020, eq. 12

@@ -14,7 +14,7 @@ from factorkit.diffusion.denoiser import Denoiser
 from factorkit.diffusion.objective import check_objective, to_x0
 from factorkit.diffusion.schedule import Schedule
 from factorkit.diffusion.times import Level, check_steps, even_snr, even_times
-from factorkit.errors import ConfigError
+from factorkit.utils.errors import ConfigError
 
 SAMPLERS = ("ddpm", "ddim", "euler", "heun", "dpm++")
 

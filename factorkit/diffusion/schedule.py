@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from factorkit.errors import ConfigError
+from factorkit.utils.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine", "flow")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from factorkit.diffusion.schedule import Schedule
-from factorkit.errors import ConfigError
+from factorkit.utils.errors import ConfigError
 
 NOISE = -5.0  # log(a / s) below which an image tells nothing; a linear schedule ends there
 

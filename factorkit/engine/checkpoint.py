@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from factorkit.engine.atomic import clear_unfinished, replacing
-from factorkit.errors import CheckpointError
-from factorkit.reading import parse_json, read_json
+from factorkit.utils.atomic import clear_unfinished, replacing
+from factorkit.utils.errors import CheckpointError
+from factorkit.utils.safe_reading import parse_json, read_json
 
 FORMAT, VERSION = "factorkit", 1
 BEST = "best.json"

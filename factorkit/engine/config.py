@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 from typeguard import TypeCheckError, check_type
 
-from factorkit.errors import ConfigError
+from factorkit.utils.errors import ConfigError
 
 MOST_STEPS = 1_000_000  # T of a noise schedule: it lies in memory, and a setting may come with a file
 
@@ -70,17 +70,37 @@ class EngineConfig:
     """Mirror the log for TensorBoard (needs the extra `tensorboard`)."""
 
     #: settings that may differ when a run is resumed: they change neither the model nor what it saw so far
-    RESUMABLE = frozenset({
-        "steps", "device", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "tensorboard",
-        "stop_on_failure", "micro_batch_size", "threads", "cuda_graph", "ema_also", "shard",
-    })  # fmt: skip
+    RESUMABLE = frozenset(
+        {
+            "steps",
+            "device",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "sample_every",
+            "log_every",
+            "tensorboard",
+            "stop_on_failure",
+            "micro_batch_size",
+            "threads",
+            "cuda_graph",
+            "ema_also",
+            "shard",
+        }
+    )
 
     def validate(self) -> None:
         """Raise ConfigError for numbers that cannot work, naming the setting."""
         least = {
-            "steps": 1, "batch_size": 1, "micro_batch_size": 1, "threads": 1, "warmup_steps": 0, "checkpoint_every": 1,
-            "keep_checkpoints": 1, "sample_every": 0, "log_every": 1,
-        }  # fmt: skip
+            "steps": 1,
+            "batch_size": 1,
+            "micro_batch_size": 1,
+            "threads": 1,
+            "warmup_steps": 0,
+            "checkpoint_every": 1,
+            "keep_checkpoints": 1,
+            "sample_every": 0,
+            "log_every": 1,
+        }
         for name, low in least.items():
             value = getattr(self, name)
             if name in ("micro_batch_size", "threads") and value is None:

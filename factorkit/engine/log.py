@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from factorkit.engine.lines import JsonLines, read_lines
+from factorkit.utils.jsonl import JsonLines, read_lines
 
 LOG_NAME = "log.jsonl"
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from factorkit.engine import distributed
-from factorkit.errors import ConfigError
+from factorkit.utils import distributed
+from factorkit.utils.errors import ConfigError
 
 BUNDLE = 1 << 24  # numbers that are gathered at once
 

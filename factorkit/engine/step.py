@@ -7,21 +7,21 @@ function that a CPU runs line by line can be one CUDA graph on a GPU.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from factorkit.engine import distributed
 from factorkit.engine.config import EngineConfig
-from factorkit.engine.graph import GraphedWork
-from factorkit.engine.meter import Meter
+from factorkit.engine.cuda_graph import GraphedWork
 from factorkit.engine.sharding import alike, average_whole, held, norms
-from factorkit.engine.streams import BatchDraw, derived_seed, image_order
+from factorkit.utils import distributed
+from factorkit.utils.rng import BatchDraw, derived_seed, image_order
 
 NON_FINITE_LIMIT = 3  # steps in a row whose gradient is not finite before the run is stopped
 
@@ -107,9 +107,16 @@ class TrainingStep:
     """
 
     def __init__(
-        self, task: Task, optimizer: torch.optim.Optimizer, averages: Sequence[MovingAverage], meter: Meter,
-        config: EngineConfig, device: torch.device, synchronised: bool = False, sharded: nn.Module | None = None,
-    ):  # fmt: skip
+        self,
+        task: Task,
+        optimizer: torch.optim.Optimizer,
+        averages: Sequence[MovingAverage],
+        meter: Meter,
+        config: EngineConfig,
+        device: torch.device,
+        synchronised: bool = False,
+        sharded: nn.Module | None = None,
+    ):
         self.task, self.model = task, task.model
         self.optimizer, self.averages, self.meter, self.config = optimizer, averages, meter, config
         on_device = device.type == "cuda" and task.capturable
@@ -223,14 +230,14 @@ class TrainingStep:
         self.culprits[kind].copy_(torch.where(self.culprits[kind] < 0, found, self.culprits[kind]))
 
 
-
 def make_optimizer(groups: list[dict[str, Any]], config: EngineConfig, device: torch.device) -> torch.optim.Adam:
     """Fused Adam whose learning rates and counts are tensors on the device."""
     rate = lambda: torch.tensor(config.learning_rate, device=device)  # noqa: E731
     optimizer = torch.optim.Adam(
-        [{**group, "params": part, "lr": rate()} for group in groups for part in alike(group["params"])], fused=True,
+        [{**group, "params": part, "lr": rate()} for group in groups for part in alike(group["params"])],
+        fused=True,
         capturable=device.type == "cuda",
-    )  # fmt: skip
+    )
     optimizer._warned_capturable_if_run_uncaptured = True  # it runs uncaptured while the graph warms up
     return optimizer
 
@@ -242,3 +249,59 @@ def _micro_batches(config: EngineConfig) -> Iterator[slice]:
     size = config.micro_batch_size or max(1, end - start)
     for low in range(start, end, size):
         yield slice(low, min(low + size, end))
+
+
+if TYPE_CHECKING:
+    from factorkit.engine.step import StepLoss
+
+
+class Meter:
+    """Sums over the steps between two lines of the log, kept on the device and read once.
+
+    They are added to in place, so that a CUDA graph may do it.
+    """
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(2, 4, dtype=torch.float64, device=device)  # loss, samples; by quarters of the level
+        self.watch: dict[str, Tensor] = {}
+        self._restart()
+
+    def _restart(self) -> None:
+        self.pause, self.since = 0.0, time.perf_counter()
+
+    def add(self, found: StepLoss) -> None:
+        quarter = (found.level * 4).long().clamp(0, 3)
+        loss = found.loss.detach().double()
+        self.sums[0].index_add_(0, quarter, loss)
+        self.sums[1].index_add_(0, quarter, torch.ones_like(loss))
+        for name, value in found.watch.items():
+            value = value.detach().float() * len(loss)
+            if name not in self.watch:
+                self.watch[name] = torch.zeros_like(value)
+            self.watch[name].add_(value)
+
+    @contextmanager
+    def paused(self):
+        """Time spent on sheets and checkpoints is no training time."""
+        start = time.perf_counter()
+        yield
+        self.pause += time.perf_counter() - start
+
+    def read(self) -> dict[str, Any]:
+        """Means since the last reading, over all processes."""
+        sums = distributed.average(self.sums).cpu()  # waits for the device, so the clock is read after it
+        seconds = time.perf_counter() - self.since - self.pause
+        rows = sums[1].sum().item()  # of each process
+        by_quarter = [s / n if n else None for s, n in zip(*sums.tolist(), strict=True)]
+        line = {
+            "loss": sums[0].sum().item() / max(rows, 1),
+            "loss_by_quarter": by_quarter,
+            "images_per_second": rows * distributed.world_size() / max(seconds, 1e-9),
+            "seconds": seconds,
+        }
+        for name, total in self.watch.items():
+            line[name] = distributed.average(total / rows).tolist()
+        for total in (self.sums, *self.watch.values()):
+            total.zero_()
+        self._restart()
+        return line

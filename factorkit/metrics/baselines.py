@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from factorkit.errors import ConfigError, DataError
 from factorkit.metrics.segmentation import check_fit, fit_mapping, scores
+from factorkit.utils.errors import ConfigError, DataError
 
 Predictor = Callable[[NDArray[np.uint8], NDArray[np.bool_], NDArray[np.bool_]], NDArray[np.bool_]]
 

@@ -8,12 +8,13 @@ of images by colour and texture; between kinds, sizes or numbers they say nothin
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.errors import DataError
+from factorkit.utils.errors import ConfigError, DataError
 
 WIDTHS = (16, 32, 32)  # channels of the three convolutions
 PIECE = 512  # images at once
@@ -62,3 +63,42 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     mixed = torch.linalg.eigvalsh(root @ second @ root).clamp_min(0).sqrt().sum()  # A B is similar to a symmetric one
     apart = (a.mean(0) - b.mean(0)).square().sum()
     return max(0.0, float(apart + first.trace() + second.trace() - 2 * mixed))
+
+
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's releases
+FID_BATCH = 64  # images at once
+
+
+def weights_path() -> Path:
+    """Where the Inception weights are looked for: among torch's own downloads."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
+
+
+def inception_distance(real: Tensor, generated: Tensor, device: str | torch.device = "cpu") -> float:
+    """FID of two sets of pictures [N, 3, H, W] in [0, 1]. Nothing is downloaded.
+
+    Raises:
+        ConfigError: torch-fidelity or its Inception weights are missing; the message says which file goes where.
+        DataError: fewer than two pictures on either side.
+    """
+    if min(len(real), len(generated)) < 2:
+        raise DataError(f"{len(real)} and {len(generated)} pictures: a distance needs at least 2 of each")
+    path = weights_path()
+    missing = ""
+    if not path.is_file():
+        missing = f"its weights are not there: put {WEIGHTS} (a release of torch-fidelity) at {path}"
+    try:
+        import torch_fidelity  # noqa: F401
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError as error:
+        missing = f"{error}: pip install 'factorkit[fid]'" + (f", and {missing}" if missing else "")
+    if missing:
+        raise ConfigError(
+            f"FID cannot be computed, {missing}. Without it there is the distance in random features "
+            "(factorkit.metrics.frechet), which is no FID"
+        )
+    metric = FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=str(path)).to(device)
+    for images, is_real in ((real, True), (generated, False)):
+        for part in images.split(FID_BATCH):
+            metric.update(part.float().to(device), real=is_real)
+    return float(metric.compute())

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from factorkit.errors import DataError
+from factorkit.utils.errors import DataError
 
 WINDOW, DEVIATION = 11, 1.5  # of SSIM's Gaussian, in pixels
 STABILISERS = (0.01**2, 0.03**2)
@@ -85,5 +85,6 @@ def _lpips_network():
 
 def _check(found: Tensor, true: Tensor) -> None:
     if found.shape != true.shape or found.dim() != 4 or found.shape[1] != 3 or found.numel() == 0:
-        raise DataError(f"pictures {tuple(found.shape)} and {tuple(true.shape)}: give two tensors [V, 3, H, W] of one "
-                        "shape")  # fmt: skip
+        raise DataError(
+            f"pictures {tuple(found.shape)} and {tuple(true.shape)}: give two tensors [V, 3, H, W] of one shape"
+        )

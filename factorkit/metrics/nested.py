@@ -12,14 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from factorkit.errors import ConfigError, DataError
 from factorkit.metrics.segmentation import check_fit
+from factorkit.utils.errors import ConfigError, DataError
 
 
 def nested_accuracy(
-    found: ArrayLike, truth: ArrayLike, regions: Sequence[int], classes: Sequence[int], *,
-    valid: ArrayLike | None = None, fit: int = 16,
-) -> dict[str, Any]:  # fmt: skip
+    found: ArrayLike,
+    truth: ArrayLike,
+    regions: Sequence[int],
+    classes: Sequence[int],
+    *,
+    valid: ArrayLike | None = None,
+    fit: int = 16,
+) -> dict[str, Any]:
     """Pixel accuracy of every level of a hierarchy: the first `fit` images fit the mapping, the REST are scored.
 
     The mapping goes from the top: coarse regions are matched one to one with coarse classes, so that most pixels agree

@@ -12,7 +12,7 @@ import roma
 import torch
 from torch import Tensor
 
-from factorkit.errors import DataError
+from factorkit.utils.errors import DataError
 
 ROUNDS = 50  # of reweighting; it settles within ten, but for ties
 SMALLEST_RESIDUAL = 1e-6  # of the weights 1 / residual: radians and shares of the spread
@@ -84,9 +84,7 @@ def pose_errors(
     return PoseErrors(rotation_errors_degrees(moved, true), apart / (size or scene_size(true)), alignment)
 
 
-def align(
-    found: Tensor, true: Tensor, motion: Literal["similarity", "rotation"] = "similarity"
-) -> Similarity:
+def align(found: Tensor, true: Tensor, motion: Literal["similarity", "rotation"] = "similarity") -> Similarity:
     """The similarity that brings found poses over true ones, both [V, 4, 4], with the least SUM of residuals, not of
     their squares: views that went wrong altogether (a part of the scene found the other way round) do not pull it.
 
@@ -104,8 +102,9 @@ def align(
         DataError: no views, other shapes, or values that are not finite.
     """
     if found.shape != true.shape or found.shape[1:] != (4, 4) or not len(found):
-        raise DataError(f"poses {tuple(found.shape)} and {tuple(true.shape)}: give two tensors [V, 4, 4] of the same "
-                        "views")  # fmt: skip
+        raise DataError(
+            f"poses {tuple(found.shape)} and {tuple(true.shape)}: give two tensors [V, 4, 4] of the same views"
+        )
     if not (found.isfinite().all() and true.isfinite().all()):
         raise DataError("poses to align hold values that are not finite")
     problem = _Alignment(found.detach().double().cpu(), true.detach().double().cpu(), motion == "rotation")
@@ -180,8 +179,10 @@ class _Alignment:
     def solve(self, weights: Tensor) -> Similarity:
         """Weighted least squares over orientations and centres."""
         weights = weights / weights.sum()
-        middle, true_middle = (torch.zeros(3, dtype=torch.float64) if self.about_origin else weights @ x
-                               for x in (self.centre, self.true_centre))  # fmt: skip
+        middle, true_middle = (
+            torch.zeros(3, dtype=torch.float64) if self.about_origin else weights @ x
+            for x in (self.centre, self.true_centre)
+        )
         centre, true_centre = self.centre - middle, self.true_centre - true_middle
         spread, true_spread = (self._spread(x, weights) for x in (self.centre, self.true_centre))
         moments = torch.einsum("v,vij->ij", weights, self.relative)

@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from factorkit.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError
 
 MAX_REGIONS = 12  # every subset of the regions is tried
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factorkit.data.views import resize_area, target_size
+from factorkit.data.views.views import resize_area, target_size
 from factorkit.metrics.pose import mirrored
+from factorkit.nerfdiff.cameras.poses import azimuths
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields import Field
-from factorkit.nerfdiff.poses import azimuths
+from factorkit.nerfdiff.fields.grid import Field
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.scene import Scene
 
@@ -84,9 +84,17 @@ def inverted_share(poses: Tensor, lowest: float) -> float:
 
 
 def scene_alarms(
-    config: NerfdiffConfig, scene: Scene, field: Field, poses: Tensor, *, chosen: Tensor | None = None, count: int = 1,
-    doubled: float | None = None, settled: bool = True, exact: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    config: NerfdiffConfig,
+    scene: Scene,
+    field: Field,
+    poses: Tensor,
+    *,
+    chosen: Tensor | None = None,
+    count: int = 1,
+    doubled: float | None = None,
+    settled: bool = True,
+    exact: bool = True,
+) -> dict[str, Any]:
     """The alarms of an object scene in training: the figures, and "failures", which names in words what they give away.
 
     Args:
@@ -97,17 +105,31 @@ def scene_alarms(
     error = unexplained(field, scene, poses, config.samples)
     lowest = None if config.poses == "known" else config.elevations[0]
     found = pose_alarms(
-        poses, chosen, count, doubled, images=scene.images, error=error if exact else None, lowest=lowest,
-        true=scene.poses, settled=settled,
-    )  # fmt: skip
+        poses,
+        chosen,
+        count,
+        doubled,
+        images=scene.images,
+        error=error if exact else None,
+        lowest=lowest,
+        true=scene.poses,
+        settled=settled,
+    )
     return {"error": error, **found}
 
 
 def pose_alarms(
-    poses: Tensor, chosen: Tensor | None = None, count: int = 1, doubled: float | None = None, *,
-    images: Tensor | None = None, error: float | None = None, lowest: float | None = None, true: Tensor | None = None,
+    poses: Tensor,
+    chosen: Tensor | None = None,
+    count: int = 1,
+    doubled: float | None = None,
+    *,
+    images: Tensor | None = None,
+    error: float | None = None,
+    lowest: float | None = None,
+    true: Tensor | None = None,
     settled: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Figures and, in words, what they give away; for cameras around an object.
 
     Args:

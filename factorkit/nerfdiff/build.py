@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factorkit.data.views import target_size
-from factorkit.errors import ConfigError
-from factorkit.nerfdiff.candidates import build_candidates
+from factorkit.data.views.views import target_size
+from factorkit.nerfdiff.cameras.candidates import build_candidates
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.encoder import PoseEncoder
-from factorkit.nerfdiff.fields import Field, build_field
-from factorkit.nerfdiff.model import NerfdiffModel
-from factorkit.nerfdiff.occupied import occupancy_grid
+from factorkit.nerfdiff.fields.grid import Field, build_field
+from factorkit.nerfdiff.fields.occupancy import occupancy_grid
+from factorkit.nerfdiff.network import NerfdiffModel, PoseEncoder
 from factorkit.nerfdiff.rays import Optics
+from factorkit.utils.errors import ConfigError
 
 
 def restored_field(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Field:
@@ -35,9 +34,13 @@ def restored_field(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -
     kind, resolution = ("grid", len(weights["values"])) if of_grid else (settings["field"], settings["grid"])
     codes = weights.get("appearance.codes", torch.empty(0, 0))
     field = build_field(
-        kind, resolution, settings["seed"], background=settings.get("background", "given"), views=codes.shape[0],
+        kind,
+        resolution,
+        settings["seed"],
+        background=settings.get("background", "given"),
+        views=codes.shape[0],
         appearance=codes.shape[1],
-    )  # fmt: skip
+    )
     if "occupancy.density" in weights:
         field.occupancy = occupancy_grid(round(weights["occupancy.density"].shape[1] ** (1 / 3)))
     field.load_state_dict(weights)
@@ -45,7 +48,7 @@ def restored_field(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -
 
 
 def checked_scene(scene: Any) -> dict[str, Any]:
-    """What a file says of its scene, as :func:`factorkit.nerfdiff.identity.describe` gives it.
+    """What a file says of its scene, as :func:`factorkit.nerfdiff.fingerprint.describe` gives it.
 
     Raises:
         ValueError: it cannot be of a scene.
@@ -80,7 +83,12 @@ def build_model(
     candidates = build_candidates(kind, config.cameras, distance, config.elevations, config.pose_freedom)
     size = target_size(min(config.encoder_resolution, max(scene["size"])), *scene["size"])
     encoder = PoseEncoder(
-        size, config.width, config.multipliers, config.blocks, candidates.count, candidates.width,
+        size,
+        config.width,
+        config.multipliers,
+        config.blocks,
+        candidates.count,
+        candidates.width,
         pooling=config.pooling,
-    )  # fmt: skip
+    )
     return NerfdiffModel(encoder, candidates, field, views, optics, tuple(scene["size"]), config.samples)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from factorkit.engine.config import MOST_STEPS, EngineConfig
-from factorkit.engine.streams import derived_seed
-from factorkit.errors import ConfigError, did_you_mean
-from factorkit.nerfdiff.backgrounds import BACKGROUNDS
-from factorkit.nerfdiff.fields import FIELDS
-from factorkit.nerfdiff.poses import FREEDOMS
+from factorkit.nerfdiff.cameras.poses import FREEDOMS
+from factorkit.nerfdiff.fields.background import BACKGROUNDS
+from factorkit.nerfdiff.fields.grid import FIELDS
+from factorkit.utils.errors import ConfigError, did_you_mean
+from factorkit.utils.rng import derived_seed
 
 
 @dataclass(kw_only=True)
@@ -115,10 +115,26 @@ class NerfdiffConfig(EngineConfig):
     def validate(self) -> None:
         super().validate()
         least = {
-            "resolution": 4, "timesteps": 21, "cameras": 1, "azimuths": 2, "rings": 1, "flip_rounds": 0,
-            "search_field": 4, "grid": 4, "samples": 1, "views": 1, "rays": 1, "search_steps": 1, "field_steps": 1,
-            "encoder_resolution": 4, "width": 2, "blocks": 1, "rendered": 0, "tuning_steps": 0, "appearance": 0,
-        }  # fmt: skip
+            "resolution": 4,
+            "timesteps": 21,
+            "cameras": 1,
+            "azimuths": 2,
+            "rings": 1,
+            "flip_rounds": 0,
+            "search_field": 4,
+            "grid": 4,
+            "samples": 1,
+            "views": 1,
+            "rays": 1,
+            "search_steps": 1,
+            "field_steps": 1,
+            "encoder_resolution": 4,
+            "width": 2,
+            "blocks": 1,
+            "rendered": 0,
+            "tuning_steps": 0,
+            "appearance": 0,
+        }
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {low}")
@@ -164,15 +180,41 @@ CHOICES = {
 }
 
 _FAST = {
-    "steps": 500, "batch_size": 32, "learning_rate": 1e-3, "decay": 1.0, "ema": 0.98, "precision": "fp32", "threads": 1,
-    "checkpoint_every": 100, "sample_every": 0, "log_every": 20, "keep_checkpoints": 2,
-}  # fmt: skip
+    "steps": 500,
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "decay": 1.0,
+    "ema": 0.98,
+    "precision": "fp32",
+    "threads": 1,
+    "checkpoint_every": 100,
+    "sample_every": 0,
+    "log_every": 20,
+    "keep_checkpoints": 2,
+}
 _THESIS = {
-    "search": "joint", "balance": False, "candidates": "thesis", "field": "mlp", "samples": 64, "resolution": 128,
-    "steps": 200_000, "learning_rate": 2e-5, "field_learning_rate": 1e-4, "ema": 0.9999, "precision": "fp32",
-    "batch_size": 16, "rays": 256, "t_power": 1.0, "width": 64, "multipliers": (1, 1, 2, 2, 4), "blocks": 2,
-    "pooling": "average", "encoder_resolution": 128, "roughness": 0.0, "fog": 0.0,
-}  # fmt: skip
+    "search": "joint",
+    "balance": False,
+    "candidates": "thesis",
+    "field": "mlp",
+    "samples": 64,
+    "resolution": 128,
+    "steps": 200_000,
+    "learning_rate": 2e-5,
+    "field_learning_rate": 1e-4,
+    "ema": 0.9999,
+    "precision": "fp32",
+    "batch_size": 16,
+    "rays": 256,
+    "t_power": 1.0,
+    "width": 64,
+    "multipliers": (1, 1, 2, 2, 4),
+    "blocks": 2,
+    "pooling": "average",
+    "encoder_resolution": 128,
+    "roughness": 0.0,
+    "fog": 0.0,
+}
 
 
 def _sized(resolution: int) -> dict[str, Any]:
@@ -183,9 +225,15 @@ def _sized(resolution: int) -> dict[str, Any]:
 
 #: what search="joint" changes of a preset of the robust recipe
 _JOINT = {
-    "steps": 1500, "batch_size": 16, "decay": 0.4, "cameras": 12, "classification_weight": 0.01, "t_power": 3.0,
-    "rays": 128, "sample_every": 300,
-}  # fmt: skip
+    "steps": 1500,
+    "batch_size": 16,
+    "decay": 0.4,
+    "cameras": 12,
+    "classification_weight": 0.01,
+    "t_power": 3.0,
+    "rays": 128,
+    "sample_every": 300,
+}
 _JOINT_SHARES = {"grid": 3 / 4, "samples": 7 / 8}  # of the robust recipe's
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from factorkit.errors import ConfigError
-from factorkit.nerfdiff.fields import Field
+from factorkit.nerfdiff.fields.grid import Field
 from factorkit.rendering import (
     EvenSampling,
     OccupiedSampling,
@@ -21,6 +20,7 @@ from factorkit.rendering import (
     pixel_rays,
     render,
 )
+from factorkit.utils.errors import ConfigError
 
 MARGIN = 1.3  # how much more of a forward-facing scene the box holds, sideways, than the mean camera sees
 PIECE = 1 << 20  # places asked at once without gradient
@@ -105,9 +105,16 @@ def sampling(field: Field, samples: int, forward: bool = False) -> EvenSampling 
 
 
 def render_pixels(
-    field: Field, poses: Tensor, optics: Optics, pixels: Tensor, size: tuple[int, int], samples: int,
-    seed: int | None = None, views: Tensor | None = None, first: int = 0,
-) -> Rendered:  # fmt: skip
+    field: Field,
+    poses: Tensor,
+    optics: Optics,
+    pixels: Tensor,
+    size: tuple[int, int],
+    samples: int,
+    seed: int | None = None,
+    views: Tensor | None = None,
+    first: int = 0,
+) -> Rendered:
     """What is seen, colour [B, R, 3] and opacity [B, R], at pixels [B, R] (numbered row by row) of pictures of ``size``
     from poses [B, 4, 4].
 

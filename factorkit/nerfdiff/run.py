@@ -10,24 +10,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from factorkit.data.views import Views, resize_area, target_size
+from factorkit.data.views.views import Views, resize_area, target_size
 from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine import distributed
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import resolve_device
-from factorkit.engine.folder import check_plausible, read_object, read_weights, write_json
-from factorkit.engine.streams import derived_seed
-from factorkit.errors import CheckpointError, ConfigError, DataError
+from factorkit.engine.run_folder import check_plausible, read_object, read_weights, write_json
 from factorkit.nerfdiff.build import build_model, checked_scene, restored_field
+from factorkit.nerfdiff.cameras.localise import checked, refined
+from factorkit.nerfdiff.cameras.paths import camera_path
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.export import export
-from factorkit.nerfdiff.given import kept_views
-from factorkit.nerfdiff.localise import checked, refined
-from factorkit.nerfdiff.model import Cameras, NerfdiffModel, to_radiance, to_signal
-from factorkit.nerfdiff.paths import camera_path
+from factorkit.nerfdiff.evaluate import evaluate
+from factorkit.nerfdiff.export.points import export
+from factorkit.nerfdiff.network import Cameras, NerfdiffModel, to_radiance, to_signal
 from factorkit.nerfdiff.rays import Optics, render_views, same_shape
-from factorkit.nerfdiff.scoring import evaluate
+from factorkit.nerfdiff.training_views import kept_views
+from factorkit.utils import distributed
+from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.rng import derived_seed
 
 SCORES = "scores.json"
 RAYS = 1 << 18  # of whole pictures held at once
@@ -75,9 +75,14 @@ class NerfdiffRun:
     MODEL = "nerfdiff"
 
     def __init__(
-        self, config: NerfdiffConfig, scene: dict[str, Any], model: NerfdiffModel, device: torch.device, step: int,
+        self,
+        config: NerfdiffConfig,
+        scene: dict[str, Any],
+        model: NerfdiffModel,
+        device: torch.device,
+        step: int,
         folder: Path | None = None,
-    ):  # fmt: skip
+    ):
         self.config, self.scene, self.device, self.step, self.folder = config, scene, device, step, folder
         self.model = model.to(device).eval()
         self.schedule = Schedule(config.timesteps, device=device)
@@ -106,10 +111,14 @@ class NerfdiffRun:
             scene, step = checked_scene(meta["scene"]), int(meta["step"])
             levels = len(config.multipliers)
             check_plausible(
-                path, found, blocks=config.blocks, levels=levels, cameras=config.cameras,
+                path,
+                found,
+                blocks=config.blocks,
+                levels=levels,
+                cameras=config.cameras,
                 channels=config.width * max(config.multipliers),
                 size=min(config.encoder_resolution, max(scene["size"])) >> min(levels, 30) or 1,
-            )  # fmt: skip
+            )
             field = restored_field({k[6:]: v for k, v in found.items() if k.startswith("field.")}, meta)
             optics = Optics(found["intrinsics"], found["background"], scene["layout"] == "forward")
             model = build_model(config, scene, optics, field, found["views"])
@@ -150,7 +159,7 @@ class NerfdiffRun:
 
     def export(self, path: str | Path, **options: Any) -> Path:
         """Write scene or cameras for other programs: ``scene.ply`` (coloured points), ``mesh.ply`` (also .obj, .glb),
-        ``transforms.json`` (nerfstudio) or a folder (COLMAP's text); see :func:`factorkit.nerfdiff.export.export`,
+        ``transforms.json`` (nerfstudio) or a folder (COLMAP's text); see :func:`factorkit.nerfdiff.export.points.export`,
         which ``options`` go to.
 
         Raises:
@@ -163,7 +172,7 @@ class NerfdiffRun:
         """Where pictures were taken from, at one look of the encoder each, and perhaps compared with the scene.
 
         Args:
-            images: [B, 3, H, W] in [0, 1] or :class:`~factorkit.data.views.Views`, of the camera trained on.
+            images: [B, 3, H, W] in [0, 1] or :class:`~factorkit.data.views.views.Views`, of the camera trained on.
             t: noise added before looking, 0 to T-1; None: a little, as in training (none without noise).
             refine: so many steps down the photometric error of each picture, the scene held, from where ``check``
                 leads: about 60 take the few degrees that a look leaves.
@@ -204,8 +213,7 @@ class NerfdiffRun:
         if refine:
             distance = float(best[:, :3, 3].norm(dim=1).mean())
             best = distributed.in_shares(
-                lambda rows: refined(self.model, pictures[rows], best[rows], refine, distance),
-                len(pictures),
+                lambda rows: refined(self.model, pictures[rows], best[rows], refine, distance), len(pictures)
             )
         return PosePrediction(best.cpu(), cameras.scores.cpu(), cameras.poses.cpu())
 
@@ -247,8 +255,11 @@ class NerfdiffRun:
         field, views = self.model.field, None
         if tone is not None:
             if field.appearance is None or not 0 <= tone < len(self.poses):
-                had = "all views are of one tone: train with appearance=4" if field.appearance is None else (
-                    f"there are views 0 to {len(self.poses) - 1}")  # fmt: skip
+                had = (
+                    "all views are of one tone: train with appearance=4"
+                    if field.appearance is None
+                    else (f"there are views 0 to {len(self.poses) - 1}")
+                )
                 raise ConfigError(f"tone={tone}: {had}")
             views = torch.full((len(poses),), tone, device=self.device)
 
@@ -280,9 +291,12 @@ class NerfdiffRun:
         return self.render(self.predict_pose(images).poses, size)
 
     def render_path(
-        self, path: str | Tensor = "orbit", size: int | tuple[int, int] | None = None, frames: int = 60,
+        self,
+        path: str | Tensor = "orbit",
+        size: int | tuple[int, int] | None = None,
+        frames: int = 60,
         tone: int | None = None,
-    ) -> Pictures:  # fmt: skip
+    ) -> Pictures:
         """Pictures along a camera path (thesis, fig. 3.8).
 
         Args:
@@ -308,7 +322,7 @@ class NerfdiffRun:
 
         Found and true coordinates are aligned by one similarity over the training views, where their true poses came
         with them (the training never saw those), else over the encoder's poses of ``views``. For pictures at the true
-        poses it is sharpened on the training pictures (:func:`factorkit.nerfdiff.registration.registered`).
+        poses it is sharpened on the training pictures (:func:`factorkit.nerfdiff.cameras.registration.registered`).
 
         Args:
             views: pictures the model was not trained on, usually.
@@ -359,9 +373,16 @@ class NerfdiffRun:
         if n < 1:
             raise ConfigError(f"n={n}: at least one view has to be asked for")
         draw = lambda rows: sample(  # noqa: E731
-            self.model, (n, 3, *self.model.size), schedule=self.schedule, prediction="x0", sampler=sampler,
-            steps=steps, seed=seed, rows=rows, trajectory=trajectory,
-        )  # fmt: skip
+            self.model,
+            (n, 3, *self.model.size),
+            schedule=self.schedule,
+            prediction="x0",
+            sampler=sampler,
+            steps=steps,
+            seed=seed,
+            rows=rows,
+            trajectory=trajectory,
+        )
         drawn = distributed.in_shares(draw, n)
         frames = None
         if trajectory:

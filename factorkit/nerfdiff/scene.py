@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from factorkit.data.views import Views
-from factorkit.errors import ConfigError, DataError
-from factorkit.nerfdiff.placement import ahead, centred, upright
-from factorkit.nerfdiff.poses import natural_distance
+from factorkit.data.views.views import Views
+from factorkit.nerfdiff.cameras.normalise import ahead, centred, upright
+from factorkit.nerfdiff.cameras.poses import natural_distance
 from factorkit.nerfdiff.rays import Optics
+from factorkit.utils.errors import ConfigError, DataError
 
 NOTHING = 2e-3  # standard deviation of the colours below which views show nothing, half a step of 8 bits
 SAME_CAMERA = 0.01  # how far focal lengths and centres may differ, relative to the image's side

@@ -14,31 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from factorkit.data.procedural_scene import procedural_views
-from factorkit.data.views import Views
-from factorkit.engine import distributed
+from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.views.views import Views
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.curves import timeline
-from factorkit.engine.folder import claimed, copy_folder
-from factorkit.engine.joining import join
 from factorkit.engine.log import RunLog, read_log
-from factorkit.engine.loop import Trainer
-from factorkit.engine.report import write_report
-from factorkit.engine.streams import derived_seed
-from factorkit.errors import ConfigError, DataError
+from factorkit.engine.run_folder import claimed, copy_folder
+from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.alarms import duplication
 from factorkit.nerfdiff.build import build_model
-from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
-from factorkit.nerfdiff.distil import DistilTask
-from factorkit.nerfdiff.fields import Field, GridField, build_field
-from factorkit.nerfdiff.fit import Fit, FitTask
-from factorkit.nerfdiff.flip import best_turns, called_back, halves
-from factorkit.nerfdiff.given import keep_views
-from factorkit.nerfdiff.identity import completed, describe
-from factorkit.nerfdiff.joint import JointTask
-from factorkit.nerfdiff.model import NerfdiffModel
-from factorkit.nerfdiff.occupied import cells_for, occupancy_grid
-from factorkit.nerfdiff.poses import (
+from factorkit.nerfdiff.cameras.poses import (
     FreePoses,
     OrbitPoses,
     dictionary,
@@ -47,10 +31,26 @@ from factorkit.nerfdiff.poses import (
     plane_dictionary,
     turned,
 )
+from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
+from factorkit.nerfdiff.fields.grid import Field, GridField, build_field
+from factorkit.nerfdiff.fields.occupancy import cells_for, occupancy_grid
+from factorkit.nerfdiff.fingerprint import completed, describe
+from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import Optics
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
-from factorkit.nerfdiff.search import SearchTask
+from factorkit.nerfdiff.stages.dictionary import SearchTask
+from factorkit.nerfdiff.stages.distil import DistilTask
+from factorkit.nerfdiff.stages.flip_test import best_turns, called_back, halves
+from factorkit.nerfdiff.stages.joint import JointTask
+from factorkit.nerfdiff.stages.refine import Fit, FitTask
+from factorkit.nerfdiff.training_views import keep_views
+from factorkit.report.curves import timeline
+from factorkit.report.html import write_report
+from factorkit.utils import distributed
+from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.rendezvous import join
+from factorkit.utils.rng import derived_seed
 
 PLANE = (6, 4)  # places of forward-facing cameras across and up
 FORWARD_HEAT = 0.5  # how coarse all is when their poses begin to move: a place of the plane is many pixels off
@@ -62,13 +62,12 @@ PROCEDURAL = 80  # views where none are given
 
 
 def train_nerfdiff(
-    data: Any = None, *, out: str | Path | None = None, preset: str | None = None, progress: bool = True,
-    **changes: Any,
-) -> NerfdiffRun:  # fmt: skip
+    data: Any = None, *, out: str | Path | None = None, preset: str | None = None, progress: bool = True, **changes: Any
+) -> NerfdiffRun:
     """Find the cameras and the scene behind views; the same call again resumes, exactly.
 
     Args:
-        data: :class:`factorkit.data.views.Views`, or whatever :func:`factorkit.data.views.open_views` reads; None: the
+        data: :class:`factorkit.data.views.views.Views`, or whatever :func:`factorkit.data.views.views.open_views` reads; None: the
             procedural scene the package ships. Of files the training split is taken, of those without one all but
             every 8th view. Poses among the data are used with ``poses="known"`` alone, and else
             kept to score the result by.
@@ -110,8 +109,10 @@ def train_nerfdiff(
     if scene.layout == "object" and len(scene.images) < config.cameras:
         raise DataError(f"{len(scene.images)} views are fewer than cameras={config.cameras} candidates; give more")
     if scene.layout == "forward" and config.pose_freedom:
-        raise ConfigError(f"freedom={config.freedom}: forward-facing cameras turn and move in every way as it is; give "
-                          "focal or nothing")  # fmt: skip
+        raise ConfigError(
+            f"freedom={config.freedom}: forward-facing cameras turn and move in every way as it is; give "
+            "focal or nothing"
+        )
     settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": describe(scene, views, known)}
 
     complete = partial(completed, folder=folder, asked=settings)
@@ -128,7 +129,7 @@ def open_data(data: Any, config: NerfdiffConfig) -> Views:
         return data
     if data is None:
         return procedural_views(PROCEDURAL, config.resolution)
-    from factorkit.data.views_open import open_views
+    from factorkit.data.views.open import open_views
 
     return open_views(data, "train", config.resolution)
 
@@ -193,18 +194,31 @@ class Training:
         return trained
 
     def fit(
-        self, name: str, field: Field, poses: nn.Module, chosen: Tensor | None = None, sheets: str | None = None,
-        free: bool = False, samples: int | None = None, scene: Scene | None = None, hot: float = 0.0, **changes: Any,
-    ) -> Fit:  # fmt: skip
+        self,
+        name: str,
+        field: Field,
+        poses: nn.Module,
+        chosen: Tensor | None = None,
+        sheets: str | None = None,
+        free: bool = False,
+        samples: int | None = None,
+        scene: Scene | None = None,
+        hot: float = 0.0,
+        **changes: Any,
+    ) -> Fit:
         """Fit a field to the views, and the poses where they are free; with ``free`` the focal length, if it may be."""
         config, scene = self.config, scene or self.scene
         free_focal = free and "focal" in config.freedom
         samples = samples or config.samples
         model = Fit(field.to(self.device), poses.to(self.device), scene.optics, scene.size, samples, free_focal)
         changes = {
-            "steps": config.field_steps, "batch_size": config.views, "learning_rate": config.field_learning_rate,
-            "decay": 0.5, "ema": 0.0, **changes,
-        }  # fmt: skip
+            "steps": config.field_steps,
+            "batch_size": config.views,
+            "learning_rate": config.field_learning_rate,
+            "decay": 0.5,
+            "ema": 0.0,
+            **changes,
+        }
         fitted = self.trainer(name, lambda stage: FitTask(stage, scene, model, chosen, sheets, hot), **changes)
         return cast(Fit, fitted)
 
@@ -229,10 +243,15 @@ class Training:
             places, stand = dictionary(config.azimuths, rings), partial(orbit_poses, distance=scene.distance)
         field, places = self.field("grid", config.search_field), places.to(self.device)
         found = self.trainer(
-            "search", lambda stage: SearchTask(stage, scene, field, places, stand), steps=config.search_steps,
-            batch_size=config.views, learning_rate=config.search_learning_rate, decay=0.0, ema=0.0,
+            "search",
+            lambda stage: SearchTask(stage, scene, field, places, stand),
+            steps=config.search_steps,
+            batch_size=config.views,
+            learning_rate=config.search_learning_rate,
+            decay=0.0,
+            ema=0.0,
             sample_every=max(1, config.search_steps // 5),
-        )  # fmt: skip
+        )
         start = self.with_occupancy(found.field.refined(config.grid))
         direction = found.poses.places[found.poses.assigned]
         if scene.layout == "forward":
@@ -263,9 +282,13 @@ class Training:
         """A fresh field of a kind, before the background and in the tones asked for."""
         config = self.config
         return build_field(
-            kind, resolution, config.seed if seed is None else seed, background=config.background,
-            views=len(self.scene.images), appearance=config.appearance,
-        ).to(self.device)  # fmt: skip
+            kind,
+            resolution,
+            config.seed if seed is None else seed,
+            background=config.background,
+            views=len(self.scene.images),
+            appearance=config.appearance,
+        ).to(self.device)
 
     def with_occupancy(self, field: Field) -> Field:
         """The field with an occupancy grid, if it is of the kind asked for and is to have one."""
@@ -327,6 +350,14 @@ class Training:
         """A small fresh field of half of the views."""
         field = self.field("grid", HALF_FIELD, derived_seed("half", self.config.seed, number) % 2**31)
         return self.fit(
-            name, field, poses, fitting, steps=HALF_STEPS, learning_rate=0.08, decay=0.0, scene=scene,
-            samples=min(self.config.samples, HALF_SAMPLES), keep_checkpoints=1,
-        )  # fmt: skip
+            name,
+            field,
+            poses,
+            fitting,
+            steps=HALF_STEPS,
+            learning_rate=0.08,
+            decay=0.0,
+            scene=scene,
+            samples=min(self.config.samples, HALF_SAMPLES),
+            keep_checkpoints=1,
+        )

@@ -13,16 +13,16 @@ import roma
 import torch
 from torch import Tensor
 
-from factorkit.data.views import Views
-from factorkit.engine.colors import palette
-from factorkit.errors import ConfigError, DataError
-from factorkit.nerfdiff.export_surface import FAR, point_cloud
-from factorkit.nerfdiff.occupied import device_of, occupied_sampling
+from factorkit.data.views.views import Views
+from factorkit.nerfdiff.export.mesh import FAR, point_cloud
+from factorkit.nerfdiff.fields.occupancy import device_of, occupied_sampling
 from factorkit.nerfdiff.rays import Optics, within
 from factorkit.nerfdiff.scene import field_space
 from factorkit.rendering.cameras import image_rays
 from factorkit.rendering.ndc import SIDEWAYS
 from factorkit.rendering.render import Field, render
+from factorkit.report.image_grid import palette
+from factorkit.utils.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import viser
@@ -79,9 +79,10 @@ class Viewer:
         self._step = gui.add_markdown("")
         self._live = gui.add_checkbox("Live render", True, hint="Render the scene from where you stand")
         self._boxes = {
-            "/points": gui.add_checkbox("Points", False), "/found": gui.add_checkbox("Found cameras (blue)", True),
+            "/points": gui.add_checkbox("Points", False),
+            "/found": gui.add_checkbox("Found cameras (blue)", True),
             "/true": gui.add_checkbox("True cameras (orange)", True),
-        }  # fmt: skip
+        }
         self._nodes: dict[str, Any] = {}
         for name, box in self._boxes.items():
             box.on_update(lambda event, name=name: self._set_visible(name))  # type: ignore[misc]
@@ -139,9 +140,16 @@ class Viewer:
             fov, aspect = frustum(views.intrinsics[i], *views.size)
             wxyz, position = to_viser(pose)
             self.server.scene.add_camera_frustum(
-                f"{name}/{i:04d}", fov, aspect, scale=scale, thickness=0.05 * scale, color=color, image=pictures[i],
-                wxyz=wxyz, position=position,
-            )  # fmt: skip
+                f"{name}/{i:04d}",
+                fov,
+                aspect,
+                scale=scale,
+                thickness=0.05 * scale,
+                color=color,
+                image=pictures[i],
+                wxyz=wxyz,
+                position=position,
+            )
 
     def _aim(self, views: Views) -> None:
         """Newcomers begin a little behind the first camera."""
@@ -228,8 +236,11 @@ class Painter:
         camera = client.camera
         pose = from_viser(camera.wxyz, camera.position)
         for side in SIDES:
-            height, width = (side, max(1, round(side * camera.aspect))) if camera.aspect < 1 else (
-                max(1, round(side / camera.aspect)), side)  # fmt: skip
+            height, width = (
+                (side, max(1, round(side * camera.aspect)))
+                if camera.aspect < 1
+                else (max(1, round(side / camera.aspect)), side)
+            )
             picture = paint(shown, sampling, pose, camera.fov, height, width, newer if side > SIDES[0] else None)
             if picture is None:
                 return

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from factorkit.data.views import Views
-from factorkit.errors import DataError
-from factorkit.nerfdiff.export_surface import FAR, point_cloud
-from factorkit.nerfdiff.fields import Field
-from factorkit.nerfdiff.pictures import sphere_picture, views_sheet
-from factorkit.nerfdiff.pictures_plane import plane_picture
-from factorkit.nerfdiff.pictures_points import points_picture
+from factorkit.data.views.views import Views
+from factorkit.nerfdiff.export.mesh import FAR, point_cloud
+from factorkit.nerfdiff.fields.grid import Field
+from factorkit.nerfdiff.previews.plane import plane_picture
+from factorkit.nerfdiff.previews.points import points_picture
+from factorkit.nerfdiff.previews.views import sphere_picture, views_sheet
 from factorkit.nerfdiff.rays import render_views, within
 from factorkit.nerfdiff.scene import Scene
+from factorkit.utils.errors import DataError
 
 SHOWN = 8  # views on a sheet
 POINTS = 20_000  # at most, about as many as a sheet has room for; few pixels tell of few points

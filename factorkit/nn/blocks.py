@@ -37,9 +37,7 @@ class Norm(nn.Module):
 
     def of_skip(self, u: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
         """SiLU(norm([u_k ; m_k * skip])) without the concatenation in sight."""
-        return ops.masked_skip_norm_silu(
-            u, skip, masks, self.weight, self.bias, groups=self.groups, norm=self.kind
-        )
+        return ops.masked_skip_norm_silu(u, skip, masks, self.weight, self.bias, groups=self.groups, norm=self.kind)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, groups={self.groups}, kind={self.kind!r}"
@@ -54,9 +52,16 @@ class ResBlock(nn.Module):
     gathered_alone = True  # its weights are read in its own forward pass and nowhere else
 
     def __init__(
-        self, channels: int, out: int, embed: int, *, skip_channels: int = 0, groups: int = 32, norm: str = "group",
+        self,
+        channels: int,
+        out: int,
+        embed: int,
+        *,
+        skip_channels: int = 0,
+        groups: int = 32,
+        norm: str = "group",
         dropout: float = 0.0,
-    ):  # fmt: skip
+    ):
         super().__init__()
         total = channels + skip_channels
         self.norm1 = Norm(total, groups, norm)

@@ -22,9 +22,19 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, channels: int, width: int, multipliers: Sequence[int], blocks: int, attention: Sequence[int],
-        resolution: int, embed: int, *, heads: int = 4, groups: int = 32, dropout: float = 0.0,
-    ):  # fmt: skip
+        self,
+        channels: int,
+        width: int,
+        multipliers: Sequence[int],
+        blocks: int,
+        attention: Sequence[int],
+        resolution: int,
+        embed: int,
+        *,
+        heads: int = 4,
+        groups: int = 32,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
         self.levels = nn.ModuleList()
@@ -87,10 +97,22 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, channels: int, skip_channels: Sequence[int], width: int, multipliers: Sequence[int], blocks: int,
-        attention: Sequence[int], resolution: int, embed: int, out_channels: int, *, heads: int = 4, groups: int = 32,
-        norm: str = "group", dropout: float = 0.0,
-    ):  # fmt: skip
+        self,
+        channels: int,
+        skip_channels: Sequence[int],
+        width: int,
+        multipliers: Sequence[int],
+        blocks: int,
+        attention: Sequence[int],
+        resolution: int,
+        embed: int,
+        out_channels: int,
+        *,
+        heads: int = 4,
+        groups: int = 32,
+        norm: str = "group",
+        dropout: float = 0.0,
+    ):
         super().__init__()
         remaining = list(skip_channels)
         self.levels = nn.ModuleList()

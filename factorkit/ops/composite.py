@@ -114,9 +114,16 @@ def _layout(sigma: Tensor, rgb: Tensor, offsets: Tensor | None) -> tuple[int, li
 
 @torch.library.custom_op("factorkit::composite", mutates_args=(), device_types=("cpu", "cuda"))
 def _composite(
-    sigma: Tensor, rgb: Tensor, t_start: Tensor, t_end: Tensor, offsets: Tensor | None, background: Tensor | None,
-    early_stop: float, weights: bool, distortion: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    sigma: Tensor,
+    rgb: Tensor,
+    t_start: Tensor,
+    t_end: Tensor,
+    offsets: Tensor | None,
+    background: Tensor | None,
+    early_stop: float,
+    weights: bool,
+    distortion: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = [x if x is None else x.contiguous() for x in (sigma, rgb, t_start, t_end, offsets, background)]
     found = _like_outputs(sigma, rgb, t_start, offsets, weights, distortion)
     _, sizes = _layout(sigma, rgb, offsets)
@@ -139,10 +146,22 @@ def _(sigma, rgb, t_start, t_end, offsets, background, early_stop, weights, dist
 
 @torch.library.custom_op("factorkit::composite_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def _composite_backward(
-    d_color: Tensor | None, d_depth: Tensor | None, d_opacity: Tensor | None, d_weights: Tensor | None,
-    d_distortion: Tensor | None, used: Tensor, sigma: Tensor, rgb: Tensor, t_start: Tensor, t_end: Tensor,
-    offsets: Tensor | None, background: Tensor | None, for_rgb: bool, for_t: bool, for_background: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_color: Tensor | None,
+    d_depth: Tensor | None,
+    d_opacity: Tensor | None,
+    d_weights: Tensor | None,
+    d_distortion: Tensor | None,
+    used: Tensor,
+    sigma: Tensor,
+    rgb: Tensor,
+    t_start: Tensor,
+    t_end: Tensor,
+    offsets: Tensor | None,
+    background: Tensor | None,
+    for_rgb: bool,
+    for_t: bool,
+    for_background: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dense = lambda x: x if x is None else x.contiguous()  # noqa: E731
     given = [dense(x) for x in (sigma, rgb, t_start, t_end, offsets, background)]
     upstream = [dense(x) for x in (d_color, d_depth, d_opacity, d_weights, d_distortion, used)]
@@ -162,8 +181,23 @@ def _like_gradients(sigma, rgb, t_start, for_rgb, for_t):
 
 
 @_composite_backward.register_fake
-def _(d_color, d_depth, d_opacity, d_weights, d_distortion, used, sigma, rgb, t_start, t_end, offsets, background,
-      for_rgb, for_t, for_background):  # fmt: skip
+def _(
+    d_color,
+    d_depth,
+    d_opacity,
+    d_weights,
+    d_distortion,
+    used,
+    sigma,
+    rgb,
+    t_start,
+    t_end,
+    offsets,
+    background,
+    for_rgb,
+    for_t,
+    for_background,
+):
     d_background = t_start.new_empty(background.shape if for_background else 0)
     return *_like_gradients(sigma, rgb, t_start, for_rgb, for_t), d_background
 

@@ -118,9 +118,15 @@ def _(x, table, weights, resolutions, quintic):
 
 @torch.library.custom_op("factorkit::hash_grid_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def _hash_grid_backward(
-    grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, resolutions: list[int], quintic: bool,
-    need_x: bool, need_table: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    weights: Tensor,
+    resolutions: list[int],
+    quintic: bool,
+    need_x: bool,
+    need_table: bool,
+) -> tuple[Tensor, Tensor]:
     tensors = (_laid_out(x), _laid_out(table), _laid_out(weights))
     d_x, d_table = _gradients_like(x, table, need_x, need_table)
     if x.is_cuda:
@@ -178,4 +184,3 @@ def _second_order(ctx, on_d_x, on_d_table):
 
 
 _hash_grid_backward.register_autograd(_second_order, setup_context=_setup_second)
-

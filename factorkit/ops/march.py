@@ -81,9 +81,17 @@ def march_rays(
         given = (*(torch.cat([x[:1].expand(first_ray, *x.shape[1:]), x]) for x in given[:3]), given[3], given[4])
         far = torch.cat([near.new_full((first_ray,), -math.inf), given[3]])
         found = march_rays(  # type: ignore[misc]
-            *given[:3], far, occupancy, lower, upper, step=step, max_step=max_step, cone_angle=cone_angle, seed=seed,
+            *given[:3],
+            far,
+            occupancy,
+            lower,
+            upper,
+            step=step,
+            max_step=max_step,
+            cone_angle=cone_angle,
+            seed=seed,
             capacity=capacity,
-        )  # fmt: skip
+        )
         return found._replace(ray_offsets=found.ray_offsets[first_ray:], ray=(found.ray - first_ray).clamp_min(0))
     settings = (lower, upper, float(step), float(max_step), float(cone_angle), seed)
     if plain(origins):
@@ -148,9 +156,19 @@ def _problem(origins, directions, near, far, occupancy, blocks, lower, upper, st
 
 @torch.library.custom_op("factorkit::march_count", mutates_args=(), device_types=("cpu", "cuda"))
 def _count(
-    origins: Tensor, directions: Tensor, near: Tensor, far: Tensor, occupancy: Tensor, blocks: Tensor,
-    lower: list[float], upper: list[float], step: float, max_step: float, cone_angle: float, seed: int | None,
-) -> Tensor:  # fmt: skip
+    origins: Tensor,
+    directions: Tensor,
+    near: Tensor,
+    far: Tensor,
+    occupancy: Tensor,
+    blocks: Tensor,
+    lower: list[float],
+    upper: list[float],
+    step: float,
+    max_step: float,
+    cone_angle: float,
+    seed: int | None,
+) -> Tensor:
     problem = _problem(
         origins, directions, near, far, occupancy, blocks, lower, upper, step, max_step, cone_angle, seed
     )
@@ -166,10 +184,21 @@ def _(origins, *_):
 
 @torch.library.custom_op("factorkit::march_write", mutates_args=(), device_types=("cpu", "cuda"))
 def _write(
-    origins: Tensor, directions: Tensor, near: Tensor, far: Tensor, occupancy: Tensor, blocks: Tensor,
-    lower: list[float], upper: list[float], step: float, max_step: float, cone_angle: float, seed: int | None,
-    offsets: Tensor, size: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    origins: Tensor,
+    directions: Tensor,
+    near: Tensor,
+    far: Tensor,
+    occupancy: Tensor,
+    blocks: Tensor,
+    lower: list[float],
+    upper: list[float],
+    step: float,
+    max_step: float,
+    cone_angle: float,
+    seed: int | None,
+    offsets: Tensor,
+    size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(
         origins, directions, near, far, occupancy, blocks, lower, upper, step, max_step, cone_angle, seed
     )

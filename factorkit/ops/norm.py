@@ -65,8 +65,15 @@ def _check(shape, weight: Tensor, groups: int, norm: str, masks: Tensor | None, 
 
 @torch.library.custom_op("factorkit::group_norm_silu", mutates_args=())
 def _group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, masks: Tensor | None,
-    groups: int, norm: str, activate: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    masks: Tensor | None,
+    groups: int,
+    norm: str,
+    activate: bool,
 ) -> Tensor:
     values, pre, _ = _normalised(x, weight, bias, scale, shift, masks, groups, norm)
     out = F.silu(pre, inplace=True) if activate else pre
@@ -80,8 +87,16 @@ def _(x, weight, bias, scale, shift, masks, groups, norm, activate):
 
 @torch.library.custom_op("factorkit::group_norm_silu_backward", mutates_args=())
 def _group_norm_silu_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-    masks: Tensor | None, groups: int, norm: str, activate: bool,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    masks: Tensor | None,
+    groups: int,
+    norm: str,
+    activate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     g, d_weight, d_bias, d_scale, d_shift, d_masks = norm_silu_vjp(
         grad, x, weight, bias, scale, shift, masks, groups, norm, activate

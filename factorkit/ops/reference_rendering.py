@@ -63,9 +63,18 @@ def counter_uniform(seed: int, ray: Tensor, step: Tensor) -> Tensor:
 
 
 def march_rays(
-    origins: Tensor, directions: Tensor, near: Tensor, far: Tensor, occupancy: Tensor, lower: list[float],
-    upper: list[float], step: float, max_step: float, cone_angle: float, seed: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    origins: Tensor,
+    directions: Tensor,
+    near: Tensor,
+    far: Tensor,
+    occupancy: Tensor,
+    lower: list[float],
+    upper: list[float],
+    step: float,
+    max_step: float,
+    cone_angle: float,
+    seed: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """t_start [M], t_end [M], offsets [N + 1], ray of each sample [M]: every step of every ray is asked for, none leapt
     over."""
     low, high = origins.new_tensor(lower), origins.new_tensor(upper)
@@ -155,9 +164,14 @@ def sample_pdf(
 
 
 def composite(
-    sigma: Tensor, rgb: Tensor, t_start: Tensor, t_end: Tensor, offsets: Tensor | None, background: Tensor | None,
+    sigma: Tensor,
+    rgb: Tensor,
+    t_start: Tensor,
+    t_end: Tensor,
+    offsets: Tensor | None,
+    background: Tensor | None,
     early_stop: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Color [N, C], depth [N], opacity [N], weights as sigma, distortion [N]; the equations are in csrc/composite.h."""
     wide = torch.promote_types(sigma.dtype, torch.float32)
     samples = sigma.shape[0]

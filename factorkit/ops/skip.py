@@ -154,8 +154,15 @@ _concat.register_autograd(_concat_autograd, setup_context=_concat_setup)
 
 @torch.library.custom_op("factorkit::masked_skip_norm_silu", mutates_args=())
 def _norm(
-    u: Tensor, skip: Tensor, masks: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, groups: int, norm: str,
+    u: Tensor,
+    skip: Tensor,
+    masks: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    norm: str,
 ) -> Tensor:
     z = reference.masked_skip_concat(u, skip, masks)
     weights = _statistics(masks, norm)
@@ -175,8 +182,16 @@ def _(u, skip, masks, weight, bias, scale, shift, groups, norm):
 
 @torch.library.custom_op("factorkit::masked_skip_norm_silu_backward", mutates_args=())
 def _norm_backward(
-    grad: Tensor, u: Tensor, skip: Tensor, masks: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, groups: int, norm: str,
+    grad: Tensor,
+    u: Tensor,
+    skip: Tensor,
+    masks: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    norm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # The concatenation is formed again rather than kept: it is K times the skip, the largest tensor of the decoder.
     z = reference.masked_skip_concat(u, skip, masks)

@@ -114,9 +114,15 @@ def _render(field, origins, directions, sampling, background, early_stop, normal
     if normals and background is not None:
         background = torch.cat([background, background.new_zeros(*background.shape[:-1], NORMAL_CHANNELS)], dim=-1)
     seen = ops.composite(
-        sigma, radiance, steps.t_start, steps.t_end, steps.ray_offsets, background=background, early_stop=early_stop,
+        sigma,
+        radiance,
+        steps.t_start,
+        steps.t_end,
+        steps.ray_offsets,
+        background=background,
+        early_stop=early_stop,
         distortion=distortion,
-    )  # fmt: skip
+    )
     color, facing = seen.color, None
     if normals:
         color, facing = color[:, :-NORMAL_CHANNELS], color[:, -NORMAL_CHANNELS:]

@@ -98,10 +98,20 @@ class OccupiedSampling:
         grid = self.occupancy
         near, far = (origins.new_full((len(origins),), bound) for bound in (self.near, self.far))
         found = ops.march_rays(
-            origins, directions, near, far, grid.bits, grid.lower, grid.upper,
-            step=grid.cell_side if self.step is None else self.step, max_step=self.max_step,
-            cone_angle=self.cone_angle, seed=seed, first_ray=first_ray, capacity=self.capacity,
-        )  # fmt: skip
+            origins,
+            directions,
+            near,
+            far,
+            grid.bits,
+            grid.lower,
+            grid.upper,
+            step=grid.cell_side if self.step is None else self.step,
+            max_step=self.max_step,
+            cone_angle=self.cone_angle,
+            seed=seed,
+            first_ray=first_ray,
+            capacity=self.capacity,
+        )
         return Intervals(found.t_start, found.t_end, found.ray_offsets, found.ray, found.wanted)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from factorkit.errors import FactorkitError
+from factorkit.utils.errors import FactorkitError
 
 if TYPE_CHECKING:
     from factorkit.reproduce.runner import Cells
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 SCALES = ("small", "gpu", "full")
 #: how long what shares table 2.1's training takes
 TRAINED_ONCE = {
-    "small": "3 minutes a seed on one CPU core, none after table2.1", "gpu": "not measured", "full": "not measured",
-}  # fmt: skip
+    "small": "3 minutes a seed on one CPU core, none after table2.1",
+    "gpu": "not measured",
+    "full": "not measured",
+}
 
 
 class NotRun(FactorkitError):

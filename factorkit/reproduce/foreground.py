@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from factorkit.engine.sheets import contact_sheet, grey
 from factorkit.metrics.baselines import BASELINES
+from factorkit.report.image_grid import contact_sheet, grey
 from factorkit.reproduce.experiment import TRAINED_ONCE, Citation, Experiment, Found, NotRun, Row
 from factorkit.reproduce.photos import BEST, FIXED, photos, region_labels, score_foreground, score_regions, train
 from factorkit.reproduce.setup import Setup
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from factorkit.reproduce.runner import Cells
 
 TRIVIAL = {
-    "all foreground": "all_foreground", "mean mask of the fitting images": "mean_mask", "GrabCut": "grabcut",
-    "2-means of an image": "two_means_image", "2-means of the set": "two_means_set",
-}  # fmt: skip
+    "all foreground": "all_foreground",
+    "mean mask of the fitting images": "mean_mask",
+    "GrabCut": "grabcut",
+    "2-means of an image": "two_means_image",
+    "2-means of the set": "two_means_set",
+}
 OURS, THESIS, COMPETITION = "ours, regional form", "ours, the thesis' form", "ours, masks by competition, K = 3"
 
 NOTES = (
@@ -83,6 +86,10 @@ def experiment(*, full: str, **told: Any) -> Experiment:
     """One of the two tables; ``told`` are the fields that are its own."""
     small, thesis = "7 minutes a seed on one CPU core", "not measured (thesis: 50 000 steps on 8 V100)"
     return Experiment(
-        duration={**TRAINED_ONCE, "small": small, "full": thesis}, columns=(*FIXED, *BEST), notes=NOTES,
-        rows=partial(rows, full=full), draw=partial(draw, full=full), **told,
-    )  # fmt: skip
+        duration={**TRAINED_ONCE, "small": small, "full": thesis},
+        columns=(*FIXED, *BEST),
+        notes=NOTES,
+        rows=partial(rows, full=full),
+        draw=partial(draw, full=full),
+        **told,
+    )

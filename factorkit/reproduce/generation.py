@@ -11,13 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from factorkit.data.datasets import open_dataset, procedural_dataset
 from factorkit.data.prepare import prepare
-from factorkit.errors import ConfigError
-from factorkit.metrics.fid import inception_distance
-from factorkit.metrics.frechet import frechet_distance, random_features
+from factorkit.metrics.frechet import frechet_distance, inception_distance, random_features
 from factorkit.reproduce.experiment import TRAINED_ONCE, Column, Experiment, Found, NotRun, Row
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.run import Generation, SegdiffRun
+from factorkit.utils.errors import ConfigError
 
 #: pictures drawn, and denoising steps for each
 DRAWN = {"small": (256, 25), "gpu": (5000, 50), "full": (50_000, None)}

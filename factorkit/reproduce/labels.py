@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from factorkit.data.labelled import load_labelled
+from factorkit.data.masks import load_labelled
 from factorkit.data.prepare import prepare
-from factorkit.engine.sheets import contact_sheet
-from factorkit.errors import ConfigError
-from factorkit.metrics.classes import IGNORED, class_scores, match_classes, overlaps
+from factorkit.metrics.class_scores import IGNORED, class_scores, match_classes, overlaps
 from factorkit.metrics.segmentation import MAX_REGIONS
+from factorkit.report.image_grid import contact_sheet
 from factorkit.reproduce.experiment import TRAINED_ONCE, Citation, Experiment, Found, NotRun, Row, percent
 from factorkit.reproduce.photos import SHOWN, Photos, config_of, photos, region_labels, run_folder, train
 from factorkit.reproduce.setup import Setup
-from factorkit.segdiff.baseline_datasetddpm import DatasetDDPM
-from factorkit.segdiff.baseline_supervised import ClassUNet, predict_classes, train_supervised
-from factorkit.segdiff.pictures import outlined
+from factorkit.segdiff.baselines.datasetddpm import DatasetDDPM
+from factorkit.segdiff.baselines.supervised import ClassUNet, predict_classes, train_supervised
+from factorkit.segdiff.previews import outlined
 from factorkit.segdiff.run import SegdiffRun
+from factorkit.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from factorkit.reproduce.runner import Cells
@@ -175,6 +175,11 @@ def experiment(*, full: str, gpus: str, notes: Sequence[str] = (), **told: Any) 
     """One of the two tables; ``told`` are the fields that are its own."""
     small, thesis = "5 minutes a seed on one CPU core", f"not measured (thesis: {gpus})"
     return Experiment(
-        duration={**TRAINED_ONCE, "small": small, "full": thesis}, columns=COLUMNS, rows=partial(rows, full=full),
-        seeds=1, notes=(*NOTES, *notes), draw=partial(draw, full=full), **told,
-    )  # fmt: skip
+        duration={**TRAINED_ONCE, "small": small, "full": thesis},
+        columns=COLUMNS,
+        rows=partial(rows, full=full),
+        seeds=1,
+        notes=(*NOTES, *notes),
+        draw=partial(draw, full=full),
+        **told,
+    )

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
-from factorkit.data.labelled import Labelled, load_labelled
+from factorkit.data.masks import Labelled, load_labelled
 from factorkit.metrics.segmentation import evaluate_masks, scores
 from factorkit.reproduce.experiment import Found, NotRun, percent
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import PRESETS, SegdiffConfig, preset_config
+from factorkit.segdiff.evaluate import foreground_scores
 from factorkit.segdiff.hierarchy import hard_labels, level_labels
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.scoring import foreground_scores
 from factorkit.segdiff.task import predict_masks, to_float
 from factorkit.segdiff.train import train_segdiff
 
@@ -32,9 +32,19 @@ BEST = (percent("best_acc", "best Acc"), percent("best_iou", "best IoU"), percen
 
 # At 64 px and C = 128 a step of 32 images is about 23 TFLOP, so that this many fit in a few minutes of a fast GPU.
 _GPU: dict[str, Any] = {
-    "width": 128, "blocks": 3, "attention": (16, 8), "groups": 32, "threads": None, "steps": 2000, "batch_size": 32,
-    "learning_rate": 3e-4, "warmup_steps": 100, "ema": 0.995, "checkpoint_every": 500, "sample_every": 1000,
-}  # fmt: skip
+    "width": 128,
+    "blocks": 3,
+    "attention": (16, 8),
+    "groups": 32,
+    "threads": None,
+    "steps": 2000,
+    "batch_size": 32,
+    "learning_rate": 3e-4,
+    "warmup_steps": 100,
+    "ema": 0.995,
+    "checkpoint_every": 500,
+    "sample_every": 1000,
+}
 
 
 def recipe(setup: Setup, full: str = "flowers64") -> tuple[str, dict[str, Any]]:
@@ -63,9 +73,13 @@ def train(setup: Setup, label: str, seed: int, full: str = "flowers64", **change
     """Train, or take up, the run that every experiment of this folder and preset calls ``label``."""
     preset, settings = recipe(setup, full)
     return train_segdiff(
-        setup.data, out=run_folder(setup, label, seed, full), preset=preset, seed=seed, progress=setup.progress,
+        setup.data,
+        out=run_folder(setup, label, seed, full),
+        preset=preset,
+        seed=seed,
+        progress=setup.progress,
         **{**settings, **changes},
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -94,8 +108,15 @@ def photos(setup: Setup, full: str = "flowers64", **changes: Any) -> Photos:
 
 
 @functools.lru_cache(maxsize=2)
-def _photos(data: Path | None, identity: str, resolution: int, holdout: str | int, mask_set: str | None,
-            ignore: int | None, fit: int) -> Photos:  # fmt: skip
+def _photos(
+    data: Path | None,
+    identity: str,
+    resolution: int,
+    holdout: str | int,
+    mask_set: str | None,
+    ignore: int | None,
+    fit: int,
+) -> Photos:
     if data is None:
         dataset = procedural_dataset(resolution)
     else:

@@ -6,9 +6,9 @@ import functools
 import pkgutil
 from importlib import import_module
 
-from factorkit.errors import ConfigError, did_you_mean
 from factorkit.reproduce import experiments as shelf
 from factorkit.reproduce.experiment import Experiment
+from factorkit.utils.errors import ConfigError, did_you_mean
 
 
 @functools.cache

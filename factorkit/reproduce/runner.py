@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 import factorkit
-from factorkit.engine.atomic import replacing
 from factorkit.engine.config import plain
-from factorkit.engine.folder import claimed, read_object, write_json
-from factorkit.errors import CheckpointError, ConfigError
-from factorkit.reading import read_arrays
+from factorkit.engine.run_folder import claimed, read_object, write_json
+from factorkit.reproduce.cell_keys import identify
 from factorkit.reproduce.experiment import SCALES, Experiment, Found, NotRun, Row
-from factorkit.reproduce.identity import identify
 from factorkit.reproduce.registry import find
 from factorkit.reproduce.setup import Setup, slug
 from factorkit.reproduce.table import as_json, as_markdown, as_text
+from factorkit.utils.atomic import replacing
+from factorkit.utils.errors import CheckpointError, ConfigError
+from factorkit.utils.safe_reading import read_arrays
 
 
 @dataclass
@@ -62,9 +62,14 @@ class Cells:
             with replacing(path.with_suffix(".npz")) as temporary:
                 np.savez_compressed(temporary, **found.arrays)
         record = {
-            "row": row, "seed": seed, "scores": dict(found.scores), "pictures": list(found.pictures),
-            "seconds": round(seconds, 1), "factorkit": factorkit.__version__, "torch": torch.__version__,
-        }  # fmt: skip
+            "row": row,
+            "seed": seed,
+            "scores": dict(found.scores),
+            "pictures": list(found.pictures),
+            "seconds": round(seconds, 1),
+            "factorkit": factorkit.__version__,
+            "torch": torch.__version__,
+        }
         write_json(path, record)
         self.found[row, seed] = record
 
@@ -92,10 +97,19 @@ class Report:
 
 
 def reproduce(
-    name: str, data: str | Path | None = None, *, scale: str = "small", out: str | Path = "runs/reproduce",
-    seeds: int | None = None, rows: Sequence[str] = (), device: str = "auto", ignore: int | None = None,
-    holdout: str | int | None = None, progress: bool = True, **changes: Any,
-) -> Report:  # fmt: skip
+    name: str,
+    data: str | Path | None = None,
+    *,
+    scale: str = "small",
+    out: str | Path = "runs/reproduce",
+    seeds: int | None = None,
+    rows: Sequence[str] = (),
+    device: str = "auto",
+    ignore: int | None = None,
+    holdout: str | int | None = None,
+    progress: bool = True,
+    **changes: Any,
+) -> Report:
     """Run a table or figure of the dissertation; the same call again goes on where it stopped.
 
     One seed of every row first, so that what is there early is a whole table. Cells that stand in

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from factorkit.engine.sheets import contact_sheet
-from factorkit.nerfdiff.frames import to_uint8
-from factorkit.nerfdiff.pictures import novel_sheet, sphere_picture, views_sheet
-from factorkit.nerfdiff.pictures_plane import plane_picture
+from factorkit.nerfdiff.evaluate import training_errors
+from factorkit.nerfdiff.export.frames import to_uint8
+from factorkit.nerfdiff.previews.plane import plane_picture
+from factorkit.nerfdiff.previews.views import novel_sheet, sphere_picture, views_sheet
 from factorkit.nerfdiff.run import NerfdiffRun
-from factorkit.nerfdiff.scoring import training_errors
+from factorkit.report.image_grid import contact_sheet
 from factorkit.reproduce import views
 from factorkit.reproduce.experiment import Experiment, Found, NotRun, Row
 from factorkit.reproduce.setup import Setup
@@ -29,9 +29,15 @@ def figure(
         return Found(pictures=work(setup, views.train(setup, seed, views.JOINT), seed))
 
     return Experiment(
-        name=name, title=title, data=views.DATA, duration=views.DURATION, columns=(),
-        rows=lambda setup: [Row("ours", cell)], figures=figures, seeds=1,
-    )  # fmt: skip
+        name=name,
+        title=title,
+        data=views.DATA,
+        duration=views.DURATION,
+        columns=(),
+        rows=lambda setup: [Row("ours", cell)],
+        figures=figures,
+        seeds=1,
+    )
 
 
 def reconstructions(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:
@@ -79,7 +85,10 @@ def from_noise(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:
     steps = run.sample(3, seed=seed, trajectory=True).trajectory
     picked = [steps[i] for i in np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)]
     sheet = novel_sheet(
-        [s.images.clamp(0, 1) for s in picked], [s.cameras.best for s in picked], [s.t for s in picked],
-        [((s.noisy + 1) / 2).clamp(0, 1) for s in picked], run.scene["layout"],
-    )  # fmt: skip
+        [s.images.clamp(0, 1) for s in picked],
+        [s.cameras.best for s in picked],
+        [s.t for s in picked],
+        [((s.noisy + 1) / 2).clamp(0, 1) for s in picked],
+        run.scene["layout"],
+    )
     return [setup.save(sheet, f"noise-seed{seed}.png")]

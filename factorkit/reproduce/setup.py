@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from factorkit.engine.atomic import save_image
+from factorkit.utils.atomic import save_image
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Setup:
         out: the folder that experiments share: a training that two of them need lies there once.
         options: how the data are read, ``ignore`` and ``holdout``, where they were given.
         changes: settings of all trainings, over those of the scale.
-        identity: what tells the data from others (:func:`factorkit.reproduce.identity.identify`), as one word, for
+        identity: what tells the data from others (:func:`factorkit.reproduce.cell_keys.identify`), as one word, for
             what is kept in memory.
     """
 

@@ -21,8 +21,11 @@ def as_json(experiment: Experiment, setup: Setup, cells: Cells) -> dict[str, Any
     rows = []
     for name, seeds in cells.rows:
         done = [cells.found[name, seed] for seed in seeds if (name, seed) in cells.found]
-        reasons = {str(seed): cells.missing.get((name, seed), "not run yet") for seed in seeds
-                   if (name, seed) not in cells.found}  # fmt: skip
+        reasons = {
+            str(seed): cells.missing.get((name, seed), "not run yet")
+            for seed in seeds
+            if (name, seed) not in cells.found
+        }
         row: dict[str, Any] = {"row": name, "cells": done, "not_run": reasons, "mean": {}, "spread": {}}
         for column in experiment.columns:
             values = [c["scores"][column.key] for c in done if c["scores"].get(column.key) is not None]
@@ -32,10 +35,15 @@ def as_json(experiment: Experiment, setup: Setup, cells: Cells) -> dict[str, Any
         rows.append(row)
     cited = [{"row": c.row, "source": c.source, "values": dict(c.values)} for c in experiment.citations]
     return {
-        "experiment": experiment.name, "title": experiment.title, "scale": setup.scale, "data": setup.data_name,
-        "settings": {**setup.options, **setup.changes}, "rows": rows, "citations": cited,
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "scale": setup.scale,
+        "data": setup.data_name,
+        "settings": {**setup.options, **setup.changes},
+        "rows": rows,
+        "citations": cited,
         "notes": list(experiment.notes),
-    }  # fmt: skip
+    }
 
 
 def as_markdown(experiment: Experiment, data: dict[str, Any]) -> str:

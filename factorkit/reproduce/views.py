@@ -8,9 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from factorkit.data.procedural_scene import procedural_views
-from factorkit.data.views import Views
-from factorkit.data.views_open import open_views
+from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.views.open import open_views
+from factorkit.data.views.views import Views
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.train import PROCEDURAL, train_nerfdiff
@@ -25,18 +25,20 @@ CAMERAS = (Column("rotation_median_deg", "cameras, degrees", lower=True), percen
 AT_TRUTH = (Column("psnr", "PSNR"), Column("ssim", "SSIM"), Column("lpips", "LPIPS", lower=True))
 AT_ENCODER = (
     Column("encoder_rotation_median_deg", "encoder, degrees", lower=True),
-    Column("psnr_encoder", "PSNR, its pose"), Column("ssim_encoder", "SSIM, its pose"),
+    Column("psnr_encoder", "PSNR, its pose"),
+    Column("ssim_encoder", "SSIM, its pose"),
     Column("lpips_encoder", "LPIPS, its pose", lower=True),
-)  # fmt: skip
+)
 NOTE = (
     "cameras: rotation errors of the training views, their median and the share under 10 degrees. PSNR, SSIM, LPIPS: "
     "unseen views rendered from their true poses, aligned; with 'its pose' from where the encoder sees them taken. "
     "LPIPS only where its weights are."
 )
 DURATION = {
-    "small": "2 to 6 minutes a training on one CPU core", "gpu": "not measured",
+    "small": "2 to 6 minutes a training on one CPU core",
+    "gpu": "not measured",
     "full": "not measured (thesis: 200 000 steps for each)",
-}  # fmt: skip
+}
 DATA = "views with true poses: NeRF's Lego or Drums, a car, LLFF's scenes; without: the procedural scene"
 
 
@@ -72,8 +74,11 @@ def train(setup: Setup, seed: int, setting: Mapping[str, Any]) -> NerfdiffRun:
     given = common | setting
     usual = preset_config(preset, **common, **JOINT)
     asked = preset_config(preset, **given)
-    departs = {f.name: getattr(asked, f.name) for f in fields(asked)
-               if f.name in setting and getattr(asked, f.name) != getattr(usual, f.name)}  # fmt: skip
+    departs = {
+        f.name: getattr(asked, f.name)
+        for f in fields(asked)
+        if f.name in setting and getattr(asked, f.name) != getattr(usual, f.name)
+    }
     label = " ".join(f"{key}={value}" for key, value in departs.items()) or "usual"
     return train_nerfdiff(
         training, out=setup.run_folder(label, seed), preset=preset, seed=seed, progress=setup.progress, **given
@@ -97,6 +102,11 @@ def ablation(name: str, title: str, settings: Mapping[str, Mapping[str, Any]], *
         ]
 
     return Experiment(
-        name=name, title=title, data=DATA, duration=DURATION, columns=(*CAMERAS, *AT_TRUTH, *AT_ENCODER), rows=rows,
+        name=name,
+        title=title,
+        data=DATA,
+        duration=DURATION,
+        columns=(*CAMERAS, *AT_TRUTH, *AT_ENCODER),
+        rows=rows,
         **{"notes": (NOTE,), **more},
-    )  # fmt: skip
+    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from factorkit.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError
 
 MIN_ETA_GAP = 0.3  # success .40-.51, failure 0-.15
 MIN_POSITION_SHARE, MAX_POSITION_SHARE = 0.05, 0.8  # success .20-.42, positional .91-1, collapsed about 0
@@ -39,7 +39,7 @@ class Alarms:
     confidence: mean probability of the most probable region; in [1/K, 1].
     entropy: mean entropy of the soft masks as a share of log K; in [0, 1].
     error: of regions that compete by their colours, the noise they cannot tell from the picture
-        (:func:`~factorkit.segdiff.competition.unexplained_noise`); None of others. Such regions have no colours of
+        (:func:`~factorkit.segdiff.masks.mixture.unexplained_noise`); None of others. Such regions have no colours of
         their own and good ones a low eta gap, so that it is neither judged nor ranked by where there is an error.
     """
 

@@ -13,10 +13,10 @@ from tyro.conf import Suppress, arg
 from factorkit.diffusion.objective import check_objective
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.config import MOST_STEPS, EngineConfig
-from factorkit.errors import ConfigError, did_you_mean
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.hierarchy import HierarchicalUNet, check_nesting, nesting_of
-from factorkit.segdiff.model import FactorizedUNet, check_architecture
+from factorkit.segdiff.network import FactorizedUNet, check_architecture
+from factorkit.utils.errors import ConfigError, did_you_mean
 
 MOST_REGIONS = 256  # a label is a byte in every file
 
@@ -199,9 +199,16 @@ class SegdiffConfig(EngineConfig):
             check_nesting(self.nesting, self.decoding, self.masks)
         for regions in self.nesting:
             check_architecture(
-                regions, self.resolution, self.multipliers, self.decoding, self.branch_norm, self.region_tokens,
-                self.half_resolution_masks, self.masks, self.normalised_logits,
-            )  # fmt: skip
+                regions,
+                self.resolution,
+                self.multipliers,
+                self.decoding,
+                self.branch_norm,
+                self.region_tokens,
+                self.half_resolution_masks,
+                self.masks,
+                self.normalised_logits,
+            )
 
     def memory_advice(self, at_once: int) -> str:
         cures = [f"micro_batch_size={at_once // 2}, which changes memory only"] if at_once > 1 else []
@@ -216,10 +223,23 @@ class SegdiffConfig(EngineConfig):
     def build(self) -> FactorizedUNet | HierarchicalUNet:
         """The network of a resolved configuration, with fresh weights, channels last."""
         names = (
-            "regions", "resolution", "width", "multipliers", "blocks", "attention", "heads", "groups", "dropout",
-            "decoding", "branch_norm", "region_tokens", "normalised_logits", "half_resolution_masks",
-            "checkpoint_branches", "masks",
-        )  # fmt: skip
+            "regions",
+            "resolution",
+            "width",
+            "multipliers",
+            "blocks",
+            "attention",
+            "heads",
+            "groups",
+            "dropout",
+            "decoding",
+            "branch_norm",
+            "region_tokens",
+            "normalised_logits",
+            "half_resolution_masks",
+            "checkpoint_branches",
+            "masks",
+        )
         kind = FactorizedUNet if isinstance(self.regions, int) else HierarchicalUNet
         model = kind(**{name: getattr(self, name) for name in names}, classes=len(self.class_names))
         # as its features lie: a convolution would otherwise turn its weights round in every call
@@ -228,21 +248,49 @@ class SegdiffConfig(EngineConfig):
 
 FORMS: dict[str, dict[str, Any]] = {
     "regional": {
-        "prediction": "v", "branch_norm": "pixel", "region_tokens": True, "normalised_logits": True,
-        "half_resolution_masks": True, "mask_learning_rate": 0.3, "t_max": 600, "tail": 0.1,
+        "prediction": "v",
+        "branch_norm": "pixel",
+        "region_tokens": True,
+        "normalised_logits": True,
+        "half_resolution_masks": True,
+        "mask_learning_rate": 0.3,
+        "t_max": 600,
+        "tail": 0.1,
         "coarse_to_fine": (50, 150),
     },
     "thesis": {
-        "prediction": "eps", "branch_norm": "group", "region_tokens": False, "normalised_logits": False,
-        "half_resolution_masks": False, "mask_learning_rate": 1.0, "t_max": 1000, "tail": 0.0, "coarse_to_fine": (0, 0),
+        "prediction": "eps",
+        "branch_norm": "group",
+        "region_tokens": False,
+        "normalised_logits": False,
+        "half_resolution_masks": False,
+        "mask_learning_rate": 1.0,
+        "t_max": 1000,
+        "tail": 0.0,
+        "coarse_to_fine": (0, 0),
     },
-}  # fmt: skip
+}
 
 _SMALL = {
-    "resolution": 32, "regions": 2, "width": 16, "multipliers": (1, 2, 3), "blocks": 1, "attention": (), "groups": 8,
-    "steps": 400, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50, "decay": 0.3, "gradient_clip": 1.0,
-    "ema": 0.99, "threads": 1, "checkpoint_every": 100, "sample_every": 200, "log_every": 20,
-}  # fmt: skip
+    "resolution": 32,
+    "regions": 2,
+    "width": 16,
+    "multipliers": (1, 2, 3),
+    "blocks": 1,
+    "attention": (),
+    "groups": 8,
+    "steps": 400,
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+    "warmup_steps": 50,
+    "decay": 0.3,
+    "gradient_clip": 1.0,
+    "ema": 0.99,
+    "threads": 1,
+    "checkpoint_every": 100,
+    "sample_every": 200,
+    "log_every": 20,
+}
 _THESIS64 = {"form": "thesis", "resolution": 64}
 _THESIS128 = {"form": "thesis", "resolution": 128, "multipliers": (1, 1, 2, 3, 4), "blocks": 2}
 

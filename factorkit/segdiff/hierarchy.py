@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from factorkit.diffusion.denoiser import Denoised, Denoiser
-from factorkit.errors import ConfigError
 from factorkit.metrics.segmentation import MAX_REGIONS
-from factorkit.segdiff.model import FactorizedUNet, Regions
+from factorkit.segdiff.network import FactorizedUNet, Regions
+from factorkit.utils.errors import ConfigError
 
 
 class HierarchicalUNet(Denoiser):
@@ -32,7 +32,7 @@ class HierarchicalUNet(Denoiser):
 
     Args:
         regions: into how many regions each level splits a region of the last, the coarsest first; two levels at least.
-        settings: of every level's :class:`~factorkit.segdiff.model.FactorizedUNet`.
+        settings: of every level's :class:`~factorkit.segdiff.network.FactorizedUNet`.
 
     Raises:
         ConfigError: as :func:`check_nesting` and FactorizedUNet do.
@@ -46,7 +46,7 @@ class HierarchicalUNet(Denoiser):
         self.levels = nn.ModuleList(FactorizedUNet(regions=count, **settings) for count in self.nesting)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
-        """Prediction [B, C, H, W] and the :class:`~factorkit.segdiff.model.Regions` of the deepest level.
+        """Prediction [B, C, H, W] and the :class:`~factorkit.segdiff.network.Regions` of the deepest level.
 
         These are numbered with the deepest level fastest: of (3, 2) regions, number 2 i + j is part j of region i.
         cond: labels int64 [B], -1 where there is none; None is no label for all.

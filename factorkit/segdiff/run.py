@@ -10,32 +10,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorkit.data.clips import open_clip
-from factorkit.data.images import square
-from factorkit.data.sources import Source, open_source
-from factorkit.engine import distributed
+from factorkit.data.decode import square
+from factorkit.data.open_source import open_source
+from factorkit.data.sources import Source
+from factorkit.data.video import open_clip
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.folder import read_object, write_json
-from factorkit.errors import ConfigError
-from factorkit.segdiff.answers import Frame, Generation, Segmentation
-from factorkit.segdiff.branches import Branches, take_apart
-from factorkit.segdiff.classes import chosen_labels
-from factorkit.segdiff.clips import VideoSegments, segment_frames, write_video
+from factorkit.engine.run_folder import read_object, write_json
+from factorkit.segdiff.class_labels import chosen_labels
 from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.editing.branches import Branches, take_apart
+from factorkit.segdiff.editing.interpolate import Interpolation, interpolate_pictures
+from factorkit.segdiff.editing.recompose import Recomposition, recompose_pictures
+from factorkit.segdiff.evaluate import class_scores, label_scores
 from factorkit.segdiff.hierarchy import hard_labels
-from factorkit.segdiff.inputs import as_pictures
-from factorkit.segdiff.interpolate import Interpolation, interpolate_pictures
-from factorkit.segdiff.model import FactorizedUNet
-from factorkit.segdiff.quality import Quality, averaged_masks, quality_of
-from factorkit.segdiff.recompose import Recomposition, recompose_pictures
-from factorkit.segdiff.results import DEFAULT_FORMATS
+from factorkit.segdiff.inference.folder import FolderSegments, segment_folder
+from factorkit.segdiff.inference.outputs import DEFAULT_FORMATS, Frame, Generation, Segmentation
+from factorkit.segdiff.inference.segment import (
+    Quality,
+    as_pictures,
+    averaged_masks,
+    check_segmenting,
+    masks_of,
+    quality_of,
+)
+from factorkit.segdiff.inference.video import VideoSegments, segment_frames, write_video
+from factorkit.segdiff.load import stored_model
+from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import draw_images, edit_level
-from factorkit.segdiff.scoring import class_scores, label_scores
-from factorkit.segdiff.segment import check_segmenting, masks_of
-from factorkit.segdiff.segment_folder import FolderSegments, segment_folder
-from factorkit.segdiff.stored import stored_model
 from factorkit.segdiff.task import to_float, to_unit
+from factorkit.utils import distributed
+from factorkit.utils.errors import ConfigError
 
 SCORES = "scores.json"
 
@@ -103,9 +108,14 @@ class SegdiffRun:
         return read_object(path) if path and path.exists() else None
 
     def segment(
-        self, images: Any, t: int | None = None, *, size: int | None = None, upsample: str = "guided",
+        self,
+        images: Any,
+        t: int | None = None,
+        *,
+        size: int | None = None,
+        upsample: str = "guided",
         quality: str | Quality = "fast",
-    ) -> Segmentation:  # fmt: skip
+    ) -> Segmentation:
         """Regions of real images, one forward pass each; the decoders are never run.
 
         The whole picture is segmented: its short side is brought to ``size``, the long side kept in proportion, and the
@@ -123,7 +133,7 @@ class SegdiffRun:
             upsample: ``"guided"`` lets the masks take over the picture's edges (:mod:`factorkit.nn.guided`) where it
                 has more pixels than the network saw, ``"bilinear"`` only interpolates them.
             quality: ``"fast"``, one look; ``"best"``, the mean of the masks of the picture and of its mirror image,
-                where training showed any; or a :class:`~factorkit.segdiff.quality.Quality`, of several draws of noise
+                where training showed any; or a :class:`~factorkit.segdiff.inference.segment.Quality`, of several draws of noise
                 and levels around t.
 
         Raises:
@@ -147,10 +157,18 @@ class SegdiffRun:
         return Segmentation(labels, masks, names, self.config.nesting)
 
     def segment_folder(
-        self, images: Any, out: str | Path, *, formats: Sequence[str] = DEFAULT_FORMATS, t: int | None = None,
-        size: int | None = None, upsample: str = "guided", quality: str | Quality = "fast", workers: int | None = None,
+        self,
+        images: Any,
+        out: str | Path,
+        *,
+        formats: Sequence[str] = DEFAULT_FORMATS,
+        t: int | None = None,
+        size: int | None = None,
+        upsample: str = "guided",
+        quality: str | Quality = "fast",
+        workers: int | None = None,
         progress: bool = True,
-    ) -> FolderSegments:  # fmt: skip
+    ) -> FolderSegments:
         """Segment any number of pictures into files, picture by picture; the same call again goes on where it stopped.
 
         Only few of them are in memory at once. Pictures are read ahead and results written by threads; each file
@@ -188,9 +206,17 @@ class SegdiffRun:
             )
 
     def segment_video(
-        self, video: Any, out: str | Path, *, smooth: float = 0.8, t: int | None = None, size: int | None = None,
-        upsample: str = "guided", quality: str | Quality = "fast", progress: bool = True,
-    ) -> VideoSegments:  # fmt: skip
+        self,
+        video: Any,
+        out: str | Path,
+        *,
+        smooth: float = 0.8,
+        t: int | None = None,
+        size: int | None = None,
+        upsample: str = "guided",
+        quality: str | Quality = "fast",
+        progress: bool = True,
+    ) -> VideoSegments:
         """Segment a moving picture into a video with the regions laid over it, frame by frame; memory does not grow.
 
         Regions keep their numbers and colours from frame to frame, being the model's own. The video appears whole or
@@ -201,7 +227,7 @@ class SegdiffRun:
                 10), or whatever else :func:`factorkit.data.open_source` takes.
             out: an .mp4, .mkv or .mov.
             smooth: how much masks are averaged over time where the picture stands still
-                (:class:`~factorkit.segdiff.clips.Smoother`), in [0, 1); 0 not at all.
+                (:class:`~factorkit.segdiff.inference.video.Smoother`), in [0, 1); 0 not at all.
             t, size, upsample, quality: as in :meth:`segment`.
             progress: show a progress bar.
 
@@ -218,9 +244,7 @@ class SegdiffRun:
             found = segment_frames(clip.frames, self.config, predict, **options)
             return write_video(clip, found, Path(out), self.config.leaves, progress)
 
-    def predictor(
-        self, t: int | None, quality: str | Quality, label: int | None = None
-    ) -> Callable[[Tensor], Tensor]:
+    def predictor(self, t: int | None, quality: str | Quality, label: int | None = None) -> Callable[[Tensor], Tensor]:
         """What takes images [N, 3, h, w] in [-1, 1] to their masks [N, K, h, w].
 
         Args:
@@ -249,9 +273,17 @@ class SegdiffRun:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def generate(
-        self, n: int = 16, *, sampler: str = "ddim", steps: int | None = 50, seed: int = 0, trajectory: bool = False,
-        progress: bool = False, classes: Any = None, guidance: float = 1.0,
-    ) -> Generation:  # fmt: skip
+        self,
+        n: int = 16,
+        *,
+        sampler: str = "ddim",
+        steps: int | None = 50,
+        seed: int = 0,
+        trajectory: bool = False,
+        progress: bool = False,
+        classes: Any = None,
+        guidance: float = 1.0,
+    ) -> Generation:
         """Draw images and their masks from noise (thesis, algorithm 2).
 
         Args:
@@ -279,10 +311,19 @@ class SegdiffRun:
             raise ConfigError(f"n={n}: at least one image has to be asked for")
         labels = chosen_labels(classes, self.config.class_names, n, guidance)
         draw = lambda rows: draw_images(  # noqa: E731
-            self.model, self.config, n, sampler=sampler, steps=steps, seed=seed, device=self.device,
-            progress=progress and distributed.rank() == 0, trajectory=trajectory, labels=labels, guidance=guidance,
+            self.model,
+            self.config,
+            n,
+            sampler=sampler,
+            steps=steps,
+            seed=seed,
+            device=self.device,
+            progress=progress and distributed.rank() == 0,
+            trajectory=trajectory,
+            labels=labels,
+            guidance=guidance,
             rows=rows,
-        )  # fmt: skip
+        )
         with self._precision():
             drawn = distributed.in_shares(draw, n)
         masks = drawn.bottleneck.masks.float().cpu()
@@ -295,9 +336,16 @@ class SegdiffRun:
         return Generation(to_unit(drawn.images), masks, hard_labels(masks, self.config.nesting), frames, asked)
 
     def interpolate(
-        self, a: Any, b: Any, *, frames: int = 9, t: int | None = None, steps: int = 50, sampler: str = "ddpm",
+        self,
+        a: Any,
+        b: Any,
+        *,
+        frames: int = 9,
+        t: int | None = None,
+        steps: int = 50,
+        sampler: str = "ddpm",
         seed: int = 0,
-    ) -> Interpolation:  # fmt: skip
+    ) -> Interpolation:
         """The way from pictures a to pictures b, mixed at level t with shared noise and denoised (fig. 2.12).
 
         Args:
@@ -333,13 +381,21 @@ class SegdiffRun:
             return take_apart(self.model, self.config, self.schedule, self._squares(images), t)
 
     def recompose(
-        self, images: Any, region: int, *, from_: Any = None, remove: bool = False, t: int | None = None,
-        steps: int = 50, sampler: str = "ddpm", seed: int = 0,
-    ) -> Recomposition:  # fmt: skip
+        self,
+        images: Any,
+        region: int,
+        *,
+        from_: Any = None,
+        remove: bool = False,
+        t: int | None = None,
+        steps: int = 50,
+        sampler: str = "ddpm",
+        seed: int = 0,
+    ) -> Recomposition:
         """Edit pictures by region: make one anew (the default), bring it from other pictures, or take it away.
 
         Places are painted by the branches of the regions that shall be there, everything else stays as it is, to the
-        last digit (:class:`~factorkit.segdiff.recompose.Recomposer` has the formulas).
+        last digit (:class:`~factorkit.segdiff.editing.recompose.Recomposer` has the formulas).
 
         Args:
             images: as :meth:`segment` takes them, cut to their centred squares.
@@ -368,10 +424,18 @@ class SegdiffRun:
         return to_float(torch.from_numpy(np.stack([square(p, self.config.resolution) for p in pictures])))
 
     def evaluate(
-        self, images: Any, masks: Any, *, fit: int | None = None, ignore: int | None = None, baselines: bool = False,
-        t: int | None = None, size: int | None = None, quality: str | Quality = "fast",
+        self,
+        images: Any,
+        masks: Any,
+        *,
+        fit: int | None = None,
+        ignore: int | None = None,
+        baselines: bool = False,
+        t: int | None = None,
+        size: int | None = None,
+        quality: str | Quality = "fast",
         nesting: Sequence[int] | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """Score the regions against foreground masks: Acc, IoU, DICE per image, averaged.
 
         One mapping from regions to foreground is fitted on the first ``fit`` labelled images and the rest are scored
@@ -403,17 +467,32 @@ class SegdiffRun:
             (['acc', 'areas', 'confidence'], True)
         """
         scores = label_scores(
-            self, images, masks, fit=fit, ignore=ignore, baselines=baselines, t=t, size=size, quality=quality,
+            self,
+            images,
+            masks,
+            fit=fit,
+            ignore=ignore,
+            baselines=baselines,
+            t=t,
+            size=size,
+            quality=quality,
             nesting=nesting,
-        )  # fmt: skip
+        )
         if self.folder is not None:
             distributed.on_first(lambda: write_json(self.folder / SCORES, scores))
         return scores
 
     def evaluate_zero_shot(
-        self, data: Any, *, split: str = "val", label_map: Mapping[str, Any] | None = None, fit: int | None = None,
-        t: int | None = None, quality: str | Quality = "fast", mask_set: str | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        data: Any,
+        *,
+        split: str = "val",
+        label_map: Mapping[str, Any] | None = None,
+        fit: int | None = None,
+        t: int | None = None,
+        quality: str | Quality = "fast",
+        mask_set: str | None = None,
+    ) -> dict[str, Any]:
         """Score the run on another data set's classes, each by itself (table 2.7).
 
         Args:
@@ -426,7 +505,7 @@ class SegdiffRun:
             mask_set: which of the data set's masks; None: its default.
 
         Returns:
-            As :func:`~factorkit.segdiff.zero_shot.zero_shot_scores`: the scores of every class, and their means.
+            As :func:`~factorkit.segdiff.inference.zero_shot.zero_shot_scores`: the scores of every class, and their means.
 
         Raises:
             ConfigError: the plain DDPM, a split or classes that are not there, t or quality out of range.

@@ -12,10 +12,10 @@ from factorkit.diffusion.guidance import Guided
 from factorkit.diffusion.objective import to_x0
 from factorkit.diffusion.samplers import Samples, Step, sample
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.streams import derived_seed
-from factorkit.errors import ConfigError
 from factorkit.segdiff.config import SegdiffConfig
-from factorkit.segdiff.model import FactorizedUNet, Regions
+from factorkit.segdiff.network import FactorizedUNet, Regions
+from factorkit.utils.errors import ConfigError
+from factorkit.utils.rng import derived_seed
 
 PIECE = 64  # images drawn at once
 
@@ -48,11 +48,21 @@ def branch_estimates(prediction: str, schedule: Schedule, x_t: Tensor, branches:
 
 
 def draw_images(
-    model: FactorizedUNet, config: SegdiffConfig, count: int, *, sampler: str = "ddim", steps: int | None = 50,
-    seed: int = 0, device: torch.device, progress: bool = False, trajectory: bool = False,
-    labels: Tensor | None = None, guidance: float = 1.0, rows: slice | None = None,
-) -> Samples:  # fmt: skip
-    """``count`` images [count, 3, R, R] in [-1, 1] with their :class:`~factorkit.segdiff.model.Regions`.
+    model: FactorizedUNet,
+    config: SegdiffConfig,
+    count: int,
+    *,
+    sampler: str = "ddim",
+    steps: int | None = 50,
+    seed: int = 0,
+    device: torch.device,
+    progress: bool = False,
+    trajectory: bool = False,
+    labels: Tensor | None = None,
+    guidance: float = 1.0,
+    rows: slice | None = None,
+) -> Samples:
+    """``count`` images [count, 3, R, R] in [-1, 1] with their :class:`~factorkit.segdiff.network.Regions`.
 
     A model trained on t < t_max alone starts there instead of at T. Many images are drawn in pieces, of which nothing
     but images and masks is kept, on the CPU. labels: int64 [count], -1 for none, what the images are to be of;
@@ -70,31 +80,35 @@ def draw_images(
         return model if labels is None else Guided(model, labels[drawn].to(device), guidance)
 
     pieces = [
-        _kept(sample(
-            told(slice(max(begin, first), min(end, first + PIECE))),
-            (min(PIECE, count - first), 3, config.resolution, config.resolution),
-            schedule=config.noising(device),
-            prediction=config.prediction,
-            sampler=sampler,
-            steps=min(steps, start) if steps else steps,
-            t_start=start,
-            seed=derived_seed("generate", seed, first),
-            rows=slice(max(begin - first, 0), min(end - first, PIECE)),
-            progress=progress,
-            trajectory=trajectory,
-        ))
+        _kept(
+            sample(
+                told(slice(max(begin, first), min(end, first + PIECE))),
+                (min(PIECE, count - first), 3, config.resolution, config.resolution),
+                schedule=config.noising(device),
+                prediction=config.prediction,
+                sampler=sampler,
+                steps=min(steps, start) if steps else steps,
+                t_start=start,
+                seed=derived_seed("generate", seed, first),
+                rows=slice(max(begin - first, 0), min(end - first, PIECE)),
+                progress=progress,
+                trajectory=trajectory,
+            )
+        )
         for first in range(begin // PIECE * PIECE, end, PIECE)
-    ]  # fmt: skip
+    ]
     images = torch.cat([piece.images for piece in pieces])
     frames = None
     if trajectory:
         frames = [
             Step(
-                level[0].t, torch.cat([s.x_t for s in level]), torch.cat([s.x0 for s in level]),
+                level[0].t,
+                torch.cat([s.x_t for s in level]),
+                torch.cat([s.x0 for s in level]),
                 _joined([cast(Regions, s.bottleneck) for s in level]),
             )
             for level in zip(*(piece.trajectory for piece in pieces), strict=True)
-        ]  # fmt: skip
+        ]
     return Samples(images, _joined([cast(Regions, piece.bottleneck) for piece in pieces]), frames)
 
 

@@ -10,24 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from factorkit.diffusion.objective import (
-    coarse_to_fine_power,
-    denoising_loss,
-    loss_weight,
-    min_snr_weight,
-    target,
-)
+from factorkit.diffusion.objective import coarse_to_fine_power, denoising_loss, loss_weight, min_snr_weight, target
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.atomic import save_image
 from factorkit.engine.step import StepLoss
-from factorkit.engine.streams import BatchDraw, derived_seed
-from factorkit.segdiff import pictures
+from factorkit.segdiff import previews as pictures
 from factorkit.segdiff.alarms import Alarms, measure_alarms
-from factorkit.segdiff.competition import noise_error, unexplained_noise
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels, level_labels
-from factorkit.segdiff.model import FactorizedUNet
+from factorkit.segdiff.masks.mixture import noise_error, unexplained_noise
+from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import branch_estimates, draw_images
+from factorkit.utils.atomic import save_image
+from factorkit.utils.rng import BatchDraw, derived_seed
 
 PROBES = 96  # images the alarms are measured on; the position share of N independent masks is 1/N by chance
 SHOWN = 8  # images on a sample sheet
@@ -62,9 +56,13 @@ class SegdiffTask:
     """
 
     def __init__(
-        self, config: SegdiffConfig, images: np.ndarray, probes: np.ndarray, device: torch.device,
+        self,
+        config: SegdiffConfig,
+        images: np.ndarray,
+        probes: np.ndarray,
+        device: torch.device,
         labels: np.ndarray | None = None,
-    ):  # fmt: skip
+    ):
         torch.manual_seed(derived_seed("weights", config.seed))
         self.config, self.device, self.size = config, device, len(images)
         self.model = config.build()

@@ -17,27 +17,34 @@ import torch
 from factorkit.data.classes import Classes, read_classes
 from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
 from factorkit.data.prepare import Prepared, prepare
-from factorkit.engine import distributed
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.folder import claimed, copy_folder, read_object, write_json
-from factorkit.engine.joining import join
 from factorkit.engine.log import LOG_NAME, RunLog
-from factorkit.engine.loop import Trainer
-from factorkit.engine.report import write_report
-from factorkit.errors import ConfigError, DataError
+from factorkit.engine.run_folder import claimed, copy_folder, read_object, write_json
+from factorkit.engine.trainer import Trainer
+from factorkit.report.html import write_report
 from factorkit.segdiff.config import SegdiffConfig, preset_config
-from factorkit.segdiff.model import parameter_count
+from factorkit.segdiff.network import parameter_count
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import PROBES, SegdiffTask
+from factorkit.utils import distributed
+from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.rendezvous import join
 
 HEAT_SHARE = 0.5  # of the steps, at most HEAT_STEPS: by then the recipe's masks have settled
 HEAT_STEPS = 400
 
 
 def train_segdiff(
-    data: Any = None, *, out: str | Path | None = None, preset: str | None = None, seeds: int = 1,
-    progress: bool = True, baselines: bool = False, classes: Any = None, **changes: Any,
-) -> SegdiffRun:  # fmt: skip
+    data: Any = None,
+    *,
+    out: str | Path | None = None,
+    preset: str | None = None,
+    seeds: int = 1,
+    progress: bool = True,
+    baselines: bool = False,
+    classes: Any = None,
+    **changes: Any,
+) -> SegdiffRun:
     """Train a factorized diffusion model on unlabelled photographs; the same call again resumes, exactly.
 
     Args:

@@ -14,14 +14,23 @@ from benchmarks import samplers
 from factorkit.data import flowers
 
 TINY = {
-    "resolution": 16, "regions": 2, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2,
-    "steps": 1, "batch_size": 4, "sample_every": 0, "device": "cpu",
-}  # fmt: skip
+    "resolution": 16,
+    "regions": 2,
+    "width": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (),
+    "groups": 2,
+    "steps": 1,
+    "batch_size": 4,
+    "sample_every": 0,
+    "device": "cpu",
+}
 
 
 def test_every_cell_is_drawn_once_and_stands_in_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("factorkit.engine.loop.write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.engine.trainer.write_report", lambda folder: None)
     photos = tmp_path / "photos"
     for name, stack, factor in zip(("images", "masks"), flowers(12, 16), (1, 255), strict=True):
         (photos / name).mkdir(parents=True)

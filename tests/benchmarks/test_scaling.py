@@ -16,8 +16,8 @@ from benchmarks.scaling import (
     trained_parameters,
     volume,
 )
-from factorkit.engine import distributed
 from factorkit.segdiff.config import preset_config
+from factorkit.utils import distributed
 
 LINKS = Links(inside=200e9, network=25e9, host=10e9, latency=0.0, machine=8)
 

@@ -25,9 +25,22 @@ TINY = ["resolution=8", "width=8", "multipliers=[1,2]", "groups=2"]
 def test_it_runs_to_the_last_line_and_writes_what_it_prints(tmp_path):
     out = tmp_path / "results" / "segdiff.json"
     command = [
-        sys.executable, "-m", "benchmarks.segdiff", "--device", "cpu", "--batch", "2", "--rounds", "2",
-        "--compiler", "aot_eager", "--out", str(out), "--set", *TINY,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "benchmarks.segdiff",
+        "--device",
+        "cpu",
+        "--batch",
+        "2",
+        "--rounds",
+        "2",
+        "--compiler",
+        "aot_eager",
+        "--out",
+        str(out),
+        "--set",
+        *TINY,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -43,9 +56,13 @@ def test_it_runs_to_the_last_line_and_writes_what_it_prints(tmp_path):
     assert all(max(run["errors"]) < 0.05 and run["peak_bytes"] > 0 for run in contenders.values())
     assert list(found["scaling"]) == ["1", "2", "4"]
     assert {name.split()[0] for name in found["ops"]} == {
-        "masked_skip_norm_silu", "group_norm_silu", "masked_skip_projection", "region_blend_mse", "mask_pyramid",
+        "masked_skip_norm_silu",
+        "group_norm_silu",
+        "masked_skip_projection",
+        "region_blend_mse",
+        "mask_pyramid",
         "region_pool",
-    }  # fmt: skip
+    }
     assert all(op["bytes"]["both"] > op["bytes"]["forward"] > 0 for op in found["ops"].values())
 
 
@@ -70,9 +87,19 @@ def test_what_does_not_agree_is_not_timed():
 def test_the_contenders_take_the_same_step():
     """Equal images, noise and weights; Adam's first step shows the gradient's sign only, so several are taken."""
     config = preset_config(
-        None, resolution=8, width=8, multipliers=(1, 2), groups=2, regions=2, batch_size=4, steps=9, precision="fp32",
-        gradient_clip=1.0, learning_rate=1e-3, mask_learning_rate=1.0,
-    ).resolved()  # fmt: skip
+        None,
+        resolution=8,
+        width=8,
+        multipliers=(1, 2),
+        groups=2,
+        regions=2,
+        batch_size=4,
+        steps=9,
+        precision="fp32",
+        gradient_clip=1.0,
+        learning_rate=1e-3,
+        mask_learning_rate=1.0,
+    ).resolved()
     start = [p.detach().clone() for p in make_task(config, CPU).model.parameters()]
     ends = {}
     for name, make in step_contenders(config, CPU, "eager").items():

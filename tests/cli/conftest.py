@@ -8,14 +8,23 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from factorkit.cli import main
+from factorkit.cli.main import main
 from factorkit.data import flowers
 from factorkit.metrics.baselines import BASELINES, all_foreground
 
 SMALL = {
-    "resolution": 16, "regions": 2, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4,
-    "steps": 4, "batch_size": 4, "log_every": 1, "sample_every": 0,
-}  # fmt: skip
+    "resolution": 16,
+    "regions": 2,
+    "width": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (),
+    "groups": 4,
+    "steps": 4,
+    "batch_size": 4,
+    "log_every": 1,
+    "sample_every": 0,
+}
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +49,7 @@ def tiny_training(**changes) -> list[str]:
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
     """Nobody looks at the report's curves, and GrabCut takes half a second an image."""
-    patch.setattr("factorkit.engine.report.draw_curves", lambda log, theme: [])
+    patch.setattr("factorkit.report.html.draw_curves", lambda log, theme: [])
     patch.setitem(BASELINES, "grabcut", all_foreground)
     patch.setenv("OMP_NUM_THREADS", "1")  # of subprocesses
 

@@ -10,7 +10,7 @@ import torch
 
 import factorkit
 from factorkit.engine.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
-from factorkit.engine.folder import held
+from factorkit.engine.run_folder import held
 
 NAMES = [f"checkpoints/step_{step:08d}.safetensors" for step in (4, 3, 2, 1)]
 

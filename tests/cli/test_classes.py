@@ -44,8 +44,11 @@ def test_a_run_with_classes_is_trained_asked_and_shown(kinds, answer, refused, f
 
 def test_a_file_of_classes_and_a_dry_run(kinds, answer, refused, flags, tmp_path):
     table = tmp_path / "classes.csv"
-    table.write_text("".join(f"{p.relative_to(kinds)},{'odd' if int(p.stem) % 2 else 'even'}\n"
-                             for p in sorted(kinds.rglob("*.png"))))  # fmt: skip
+    table.write_text(
+        "".join(
+            f"{p.relative_to(kinds)},{'odd' if int(p.stem) % 2 else 'even'}\n" for p in sorted(kinds.rglob("*.png"))
+        )
+    )
     words = [*flags(), "--data", kinds, "--dry-run"]
     assert answer(*words, "--classes", table)["parameters"] == answer(*words)["parameters"] + 3 * 32
     table.write_text("iris/0.png,even\n")

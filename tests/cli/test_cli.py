@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from factorkit import commands
-from factorkit.cli import COMMANDS
+from factorkit.cli import commands
+from factorkit.cli.main import COMMANDS
 from factorkit.data import flowers
 from factorkit.engine.log import read_log
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_help_and_mistakes_are_answered_without_torch():
     script = """if True:
         import sys
-        from factorkit.cli import main
+        from factorkit.cli.main import main
         assert main(["--help"]) == main(["segment", "--help"]) == main([]) == 0
         assert main(["segment", "run", "--out", "x"]) == main(["generate", "run"]) == main(["sgement"]) == 2
         assert not {"torch", "matplotlib", "numpy"} & set(sys.modules), "something heavy was imported"

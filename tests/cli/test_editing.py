@@ -55,8 +55,19 @@ def test_recompose_writes_edited_pictures(run, photos, answer, tmp_path):
         results[name] = read(tmp_path / name / "01_recomposed.png")
         assert results[name].shape == (16, 16, 3)
     assert all((results["anew"] != results[name]).any() for name in ("seed", "from", "gone"))
-    found = answer("recompose", run, pictures[0], "--region", 1, "--from", photos / "images", "--steps", 1, "--out",
-                   tmp_path / "many")  # fmt: skip
+    found = answer(
+        "recompose",
+        run,
+        pictures[0],
+        "--region",
+        1,
+        "--from",
+        photos / "images",
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "many",
+    )
     assert found["pictures"] == 24 and (tmp_path / "many/00_0023_recomposed.png").is_file()
 
 

@@ -56,8 +56,10 @@ def test_nothing_named(refused):
 def ecssd(tmp_path) -> Path:
     rng = np.random.default_rng(0)
     for i in range(1, 11):
-        for kind, pixels, suffix in (("images", rng.integers(0, 256, (8, 8, 3)), "jpg"),
-                                     ("ground_truth_mask", np.eye(8) * 255, "png")):  # fmt: skip
+        for kind, pixels, suffix in (
+            ("images", rng.integers(0, 256, (8, 8, 3)), "jpg"),
+            ("ground_truth_mask", np.eye(8) * 255, "png"),
+        ):
             (tmp_path / "ECSSD" / kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"ECSSD/{kind}/{i:04d}.{suffix}")
     return tmp_path / "ECSSD"
@@ -87,7 +89,7 @@ def test_a_disk_without_room(ecssd, tmp_path):
     environment = {**os.environ, "FACTORKIT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
     limit += "; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
-    run = f"{limit}; from factorkit.cli import main; raise SystemExit(main(['prepare', {str(ecssd)!r}]))"
+    run = f"{limit}; from factorkit.cli.main import main; raise SystemExit(main(['prepare', {str(ecssd)!r}]))"
     ended = subprocess.run([sys.executable, "-c", run], env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "cannot be kept here" in ended.stderr and "FACTORKIT_CACHE" in ended.stderr

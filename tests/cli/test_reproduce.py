@@ -20,10 +20,14 @@ def one(monkeypatch):
         return Found({"iou": 0.25 * (seed + 1)})
 
     experiment = Experiment(
-        name="table9.1", title="numbers", data="none", duration={"small": "no time", "gpu": "-", "full": "-"},
-        columns=(percent("iou", "IoU"),), rows=lambda setup: [Row("ours", work)],
+        name="table9.1",
+        title="numbers",
+        data="none",
+        duration={"small": "no time", "gpu": "-", "full": "-"},
+        columns=(percent("iou", "IoU"),),
+        rows=lambda setup: [Row("ours", work)],
         citations=(Citation("theirs", "a paper", {"iou": 0.5}),),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(registry, "experiments", lambda: {"table9.1": experiment})
     return seen
 

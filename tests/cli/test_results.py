@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit import commands
+from factorkit.cli import commands
 from factorkit.data import procedural_dataset
 from factorkit.metrics.baselines import BASELINES
 from factorkit.segdiff.config import PRESETS
-from factorkit.segdiff.results import output_names
+from factorkit.segdiff.inference.outputs import output_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,7 +80,7 @@ def test_pictures_in_a_zip_and_equal_files_given_twice(run, photos, answer, tmp_
 
 
 def test_the_contact_sheet_shows_the_first_and_memory_stays_flat(run, photos, answer, monkeypatch, tmp_path):
-    monkeypatch.setattr("factorkit.segdiff.segment_folder.SHEET_IMAGES", 2)
+    monkeypatch.setattr("factorkit.segdiff.inference.folder.SHEET_IMAGES", 2)
     answer("segment", run, photos / "images", "--out", tmp_path)
     height = Image.open(tmp_path / "contact_sheet.png").height
     assert 2 * 120 <= height < 3 * 120

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from factorkit.data import Classes, read_classes
-from factorkit.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError
 
 FILES = ["image_1.jpg", "image_2.jpg", "image_10.jpg"]
 

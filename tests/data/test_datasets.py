@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from factorkit.data import load_labelled, open_dataset, prepare, procedural_dataset
-from factorkit.data.labelled import stem
-from factorkit.errors import ConfigError, DataError
+from factorkit.data.masks import stem
+from factorkit.utils.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_auto_keeps_a_fifth_out_where_most_have_masks(make_set):
 
 
 def test_auto_holds_out_at_most_200(make_set, monkeypatch):
-    monkeypatch.setattr("factorkit.data.dataset_splits.AUTO_MOST", 2)
+    monkeypatch.setattr("factorkit.data.splits.AUTO_MOST", 2)
     assert len(open_dataset(make_set(20, 20)).test_images) == 2
 
 

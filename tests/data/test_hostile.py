@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from factorkit.data import BrokenImage, load_labelled, open_dataset, open_source, prepare
-from factorkit.errors import DataError
+from factorkit.utils.errors import DataError
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_a_large_picture_is_no_warning(tmp_path):
 
 
 def test_large_pictures_are_decoded_one_at_a_time(tmp_path, save, monkeypatch):
-    import factorkit.data.source_base as base
+    import factorkit.data.sources as base
 
     for i in range(6):
         save(tmp_path / f"{i}.png", size=(40, 40))

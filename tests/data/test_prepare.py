@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from factorkit.data import open_source, prepare, square
-from factorkit.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError
 
 module = importlib.import_module("factorkit.data.prepare")  # `import ... as` would give the function of that name
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from factorkit.data import open_source, prepare
-from factorkit.errors import DataError
+from factorkit.utils.errors import DataError
 
 module = importlib.import_module("factorkit.data.prepare")  # `import ... as` would give the function of that name
 

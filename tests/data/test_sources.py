@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from factorkit.data import BrokenImage, open_source
-from factorkit.errors import DataError
+from factorkit.utils.errors import DataError
 
 GREY = np.arange(2 * 5 * 6, dtype=np.uint8).reshape(2, 5, 6)
 COLOUR = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)

@@ -11,7 +11,7 @@ from factorkit.diffusion.objective import PREDICTIONS
 from factorkit.diffusion.samplers import SAMPLERS, evaluations
 from factorkit.diffusion.schedule import SCHEDULES, Schedule
 from factorkit.diffusion.times import even_snr, even_times
-from factorkit.errors import ConfigError
+from factorkit.utils.errors import ConfigError
 from tests.diffusion.closed_forms import Gaussian, TwoPoints, draw, moments
 
 PAIRS = [(p, s) for p in PREDICTIONS for s in SCHEDULES if (p, s) != ("eps", "flow")]

@@ -15,7 +15,7 @@ from factorkit.diffusion.objective import (
     to_x0,
 )
 from factorkit.diffusion.schedule import Schedule
-from factorkit.errors import ConfigError
+from factorkit.utils.errors import ConfigError
 
 
 @pytest.fixture(params=["linear", "cosine", "flow"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from factorkit.diffusion.schedule import Schedule
-from factorkit.errors import ConfigError
+from factorkit.utils.errors import ConfigError
 from tests.diffusion.closed_forms import Gaussian, TwoPoints, draw, moments
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from factorkit.diffusion.schedule import Schedule
-from factorkit.errors import ConfigError
+from factorkit.utils.errors import ConfigError
 
 
 def test_alpha_bar_is_the_product_of_one_minus_beta():

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from factorkit.engine import loop
+from factorkit.engine import trainer as loop
 from factorkit.engine.config import EngineConfig
-from factorkit.engine.loop import Trainer
 from factorkit.engine.step import StepLoss
+from factorkit.engine.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -23,9 +23,14 @@ class ToyTask:
         torch.manual_seed(7)
         norm = nn.BatchNorm1d(16) if statistics else nn.Identity()
         self.model = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 16), norm, nn.ReLU(), nn.Dropout(0.1 if statistics else 0.0), nn.Linear(16, 64),
+            nn.Flatten(),
+            nn.Linear(64, 16),
+            norm,
+            nn.ReLU(),
+            nn.Dropout(0.1 if statistics else 0.0),
+            nn.Linear(16, 64),
             nn.Unflatten(1, (8, 8)),
-        )  # fmt: skip
+        )
         self.images = torch.randn(10, 8, 8)
         self.size, self.hook = 10, hook
         self.seen: list[tuple[int, list[int]]] = []

@@ -27,8 +27,8 @@ import torch.distributed.tensor  # noqa: F401
 from benchmarks import tiny_runs
 from factorkit.engine import sharding
 from factorkit.engine.step import StepLoss
-from factorkit.errors import DataError
 from factorkit.segdiff.task import SegdiffTask
+from factorkit.utils.errors import DataError
 
 #: by name: the training, its settings, and in how many processes beside one, with what changes of settings
 RUNS: dict[str, tuple[str, dict[str, Any], dict[int, dict[str, Any]]]] = {
@@ -42,7 +42,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[int, dict[str, Any]]]] = {
         {2: {"shard": True, "micro_batch_size": 3}},
     ),
     "learned": ("nerfdiff", {"poses": "learned", "freedom": ("focal",)}, {2: {"shard": True}}),
-}  # fmt: skip
+}
 
 
 def train(model: str, out: Path, **changes: Any) -> None:
@@ -162,9 +162,16 @@ def restarted(out: Path) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="restarted", rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0", max_restarts=1, monitor_interval=0.1, start_method="fork",
-    )  # fmt: skip
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="restarted",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=1,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
     elastic_launch(config, lost)(out)
 
 

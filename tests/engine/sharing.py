@@ -17,9 +17,9 @@ import torch._dynamo  # noqa: F401
 from PIL import Image
 
 from benchmarks import tiny_runs
-from factorkit.cli import main as command_line
+from factorkit.cli.main import main as command_line
 from factorkit.data import procedural_views
-from factorkit.segdiff import segment_folder
+from factorkit.segdiff.inference import folder as segment_folder
 from tests.engine.processes import run
 
 PICTURES = 7
@@ -49,14 +49,23 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
         # more than are drawn at once, and with noise at every step
         "generate": ["generate", segdiff, "-n", "67", "--sampler", "ddpm", "--steps", "3", "--trajectory"],
         "few": ["generate", segdiff, "-n", "2", "--steps", "2"],
-        "evaluate": ["evaluate", segdiff, "--images", str(folder / "scored"), "--masks", str(folder / "masks"),
-                     "--fit", "2", "--baselines"],
+        "evaluate": [
+            "evaluate",
+            segdiff,
+            "--images",
+            str(folder / "scored"),
+            "--masks",
+            str(folder / "masks"),
+            "--fit",
+            "2",
+            "--baselines",
+        ],
         "segment": ["segment", segdiff, str(folder / "pictures"), "--formats", "labels", "masks", "coco"],
         "again": ["segment", segdiff, str(folder / "pictures"), "--formats", "labels", "masks", "coco"],
         "render": ["render", nerfdiff, "--frames", "4", "--size", "12"],
         "sample": ["sample", nerfdiff, "-n", "5", "--steps", "3", "--trajectory"],
         "pose": ["pose", nerfdiff, str(folder / "scored"), "--refine", "2"],
-    }  # fmt: skip
+    }
 
 
 def told(arguments: list[str], printed: Path) -> None:
@@ -82,8 +91,10 @@ def full(folder: Path, rank: int) -> None:
 
     if rank == 1:
         segment_folder.write_picture = write
-    told(["segment", str(folder / "segdiff"), str(folder / "pictures"), "--out", str(folder / "lost")],
-         folder / f"lost.{rank}.txt")  # fmt: skip
+    told(
+        ["segment", str(folder / "segdiff"), str(folder / "pictures"), "--out", str(folder / "lost")],
+        folder / f"lost.{rank}.txt",
+    )
 
 
 def main(folder: Path) -> None:

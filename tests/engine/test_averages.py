@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from factorkit.engine.checkpoint import write_checkpoint
-from factorkit.engine.folder import read_weights, write_json
-from factorkit.engine.meter import Meter
-from factorkit.errors import ConfigError
+from factorkit.engine.run_folder import read_weights, write_json
+from factorkit.engine.step import Meter
+from factorkit.utils.errors import ConfigError
 from tests.engine.trained import assert_identical, final_state
 
 ALSO = {"ema": 0.9, "ema_also": (0.3, 0.0)}

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
-from factorkit.errors import CheckpointError
+from factorkit.utils.errors import CheckpointError
 
 META = {"model": "toy", "width": 8, "note": "größe"}
 
@@ -124,9 +124,17 @@ def damage(path: Path, how: str) -> None:
 
 
 DAMAGES = [
-    "truncated in the length", "truncated in the header", "truncated after the header", "truncated by a byte", "empty",
-    "foreign", "text", "flipped in the header", "flipped at the start", "flipped at the end",
-]  # fmt: skip
+    "truncated in the length",
+    "truncated in the header",
+    "truncated after the header",
+    "truncated by a byte",
+    "empty",
+    "foreign",
+    "text",
+    "flipped in the header",
+    "flipped at the start",
+    "flipped at the end",
+]
 
 
 @pytest.mark.parametrize("how", DAMAGES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from factorkit.engine.config import EngineConfig, cpu_threads, resolve_device
-from factorkit.errors import ConfigError
+from factorkit.utils.errors import ConfigError
 
 
 def rates(config: EngineConfig) -> list[float]:
@@ -62,9 +62,18 @@ def test_numbers_that_cannot_work_are_refused_by_name(changes):
 
 def test_the_least_that_works_is_accepted():
     EngineConfig(
-        steps=1, batch_size=1, micro_batch_size=1, warmup_steps=0, checkpoint_every=1, keep_checkpoints=1,
-        sample_every=0, log_every=1, ema=0.0, decay=1.0, gradient_clip=1e-9,
-    ).validate()  # fmt: skip
+        steps=1,
+        batch_size=1,
+        micro_batch_size=1,
+        warmup_steps=0,
+        checkpoint_every=1,
+        keep_checkpoints=1,
+        sample_every=0,
+        log_every=1,
+        ema=0.0,
+        decay=1.0,
+        gradient_clip=1e-9,
+    ).validate()
     EngineConfig().validate()
 
 

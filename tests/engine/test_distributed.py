@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import factorkit
-from factorkit.engine import distributed
 from factorkit.engine.checkpoint import Checkpoints
-from factorkit.engine.joining import join, meet
 from factorkit.engine.log import read_log
-from factorkit.errors import ConfigError
+from factorkit.utils import distributed
+from factorkit.utils.errors import ConfigError
+from factorkit.utils.rendezvous import join, meet
 from tests.engine.trained import run_script
 
 
@@ -44,9 +44,17 @@ def assert_close(one: str, other: str, runs: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "world"),
-    [("regional", 2), ("regional", 4), ("thesis", 2), ("dictionary", 2), ("dictionary", 4), ("joint", 2),
-     ("clipped", 2), ("learned", 2)],
-)  # fmt: skip
+    [
+        ("regional", 2),
+        ("regional", 4),
+        ("thesis", 2),
+        ("dictionary", 2),
+        ("dictionary", 4),
+        ("joint", 2),
+        ("clipped", 2),
+        ("learned", 2),
+    ],
+)
 def test_several_processes_train_as_one(runs, name, world):
     """The thesis' form in pieces too: it has no statistics over the batch. The last two in shards (processes.py)."""
     alone, together = lines(runs / f"{name}_1"), lines(runs / f"{name}_{world}")
@@ -72,8 +80,9 @@ def test_no_process_waits_for_a_sheet(runs):
     alone, together = ([e for e in read_log(runs / f"aside_{n}") if e["event"] in ("step", "alarms")] for n in (1, 2))
     order = [(e["event"], e["step"]) for e in together]
     assert order.index(("alarms", 2)) > order.index(("step", 3))
-    told = [[(e["step"], e["failures"], e["error"]) for e in log if e["event"] == "alarms"]
-            for log in (alone, together)]  # fmt: skip
+    told = [
+        [(e["step"], e["failures"], e["error"]) for e in log if e["event"] == "alarms"] for log in (alone, together)
+    ]
     assert told[0] == told[1] and [step for step, *_ in told[0]] == [2, 4, 6]
     weighed = [[e["weighed"] for e in log if e["event"] == "alarms"] for log in (alone, together)]
     assert weighed[1] == pytest.approx(weighed[0], rel=1e-6) and len(set(weighed[0])) == 3
@@ -150,7 +159,7 @@ def test_after_an_error_nobody_waits_for_nccl(backends, fails):
     """NCCL's farewell waits for processes that wait for the one which failed."""
     script = f"""
 import torch.distributed as dist
-from factorkit.engine import joining
+from factorkit.utils import rendezvous as joining
 import atexit
 atexit.register(lambda: print("others"))
 atexit.register(joining.leave)

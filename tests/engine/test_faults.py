@@ -11,10 +11,11 @@ import warnings
 import pytest
 import torch
 
-from factorkit.engine import checkpoint, loop
+from factorkit.engine import checkpoint
+from factorkit.engine import trainer as loop
 from factorkit.engine.checkpoint import Checkpoints, read_checkpoint
 from factorkit.engine.log import read_log
-from factorkit.errors import CheckpointError, FactorkitError
+from factorkit.utils.errors import CheckpointError, FactorkitError
 from tests.engine.trained import assert_identical, events, final_state, full_at, kill_at, saved_steps, spoil
 
 pytestmark = pytest.mark.usefixtures("no_report")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from factorkit.engine.checkpoint import read_checkpoint
-from factorkit.errors import OutOfMemory
+from factorkit.utils.errors import OutOfMemory
 from tests.engine.trained import saved_steps
 
 LAST = "checkpoints/step_00000006.safetensors"

@@ -7,9 +7,9 @@ import threading
 import pytest
 
 from factorkit.engine import checkpoint
-from factorkit.engine.background import Background
 from factorkit.engine.checkpoint import read_checkpoint
-from factorkit.errors import CheckpointError
+from factorkit.utils.background_worker import Background
+from factorkit.utils.errors import CheckpointError
 from tests.engine.trained import assert_identical, full_at, saved_steps
 
 pytestmark = pytest.mark.usefixtures("no_report")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.engine import distributed
-from factorkit.errors import ConfigError
+from factorkit.utils import distributed
+from factorkit.utils.errors import ConfigError
 from tests.engine.trained import run_script
 
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from factorkit.engine import checkpoint, ending
+from factorkit.engine import checkpoint
+from factorkit.engine import signals as ending
 from factorkit.engine.log import read_log
 from tests.engine.trained import assert_identical, events, final_state, kill_at, saved_steps
 

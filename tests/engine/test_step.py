@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from factorkit.engine.graph import WARM_UP, GraphedWork
-from factorkit.engine.loop import Trainer
-from factorkit.engine.meter import Meter
-from factorkit.engine.step import MovingAverage
+from factorkit.engine.cuda_graph import WARM_UP, GraphedWork
+from factorkit.engine.step import Meter, MovingAverage
+from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.task import SegdiffTask
 
@@ -22,9 +21,18 @@ CPU = torch.device("cpu")
 
 def segdiff(folder, device=CPU, **changes) -> Trainer:
     settings = {
-        "resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "groups": 4,
-        "batch_size": 4, "steps": 8, "log_every": 4, "gradient_clip": 1.0, "warmup_steps": 3,
-    }  # fmt: skip
+        "resolution": 16,
+        "width": 8,
+        "multipliers": (1, 2),
+        "blocks": 1,
+        "attention": (8,),
+        "groups": 4,
+        "batch_size": 4,
+        "steps": 8,
+        "log_every": 4,
+        "gradient_clip": 1.0,
+        "warmup_steps": 3,
+    }
     config = preset_config(None, **{**settings, **changes}).resolved()
     images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
     return Trainer(SegdiffTask(config, images, images, device), config, folder, {}, device=device, progress=False)
@@ -131,9 +139,12 @@ def fake_cuda(monkeypatch):
             pass
 
     for name, value in {
-        "CUDAGraph": FakeGraph, "graph": lambda graph, stream: nullcontext(), "Stream": Stream,
-        "stream": lambda s: nullcontext(), "current_stream": Stream,
-    }.items():  # fmt: skip
+        "CUDAGraph": FakeGraph,
+        "graph": lambda graph, stream: nullcontext(),
+        "Stream": Stream,
+        "stream": lambda s: nullcontext(),
+        "current_stream": Stream,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import factorkit
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import read_checkpoint
-from factorkit.errors import CheckpointError
+from factorkit.utils.errors import CheckpointError
 
 STORED = Path(__file__).with_name("stored")
 VERSIONS = range(1, checkpoint.VERSION + 1)

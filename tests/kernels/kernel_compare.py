@@ -30,9 +30,12 @@ def assert_close(got: Tensor, want: Tensor, name: str = "answer", size: float = 
 
 
 def compare(
-    run: Callable, reference: Callable, inputs: dict[str, Tensor | None], make_grad: Callable = torch.randn_like,
+    run: Callable,
+    reference: Callable,
+    inputs: dict[str, Tensor | None],
+    make_grad: Callable = torch.randn_like,
     size: float = 0.0,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """``run`` and ``reference`` take the inputs by position; gradients for all of them under the same upstream ones."""
     leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in inputs.items()}
     exact = {n: None if x is None else x.detach().double().requires_grad_() for n, x in inputs.items()}

@@ -18,9 +18,19 @@ from preset_launches import training_step  # noqa: E402
 
 #: kernels whose loads of features must be 128 bits wide; the others read small tensors
 WIDE = {
-    "affine", "blend", "blend_backward", "branch_gradients", "branch_pass", "masked_add", "moments", "pixel_backward",
-    "pixel_forward", "pool_backward", "sums", "tokens",
-}  # fmt: skip
+    "affine",
+    "blend",
+    "blend_backward",
+    "branch_gradients",
+    "branch_pass",
+    "masked_add",
+    "moments",
+    "pixel_backward",
+    "pixel_forward",
+    "pool_backward",
+    "sums",
+    "tokens",
+}
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from factorkit.errors import ConfigError, DataError
 from factorkit.metrics.baselines import BASELINES, score_baselines
 from factorkit.metrics.segmentation import scores
+from factorkit.utils.errors import ConfigError, DataError
 
 N, FIT, SIZE = 10, 4, 24
 

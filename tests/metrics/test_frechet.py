@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.errors import DataError
 from factorkit.metrics.frechet import frechet_distance, random_features
+from factorkit.utils.errors import DataError
 
 
 def cloud(count=50, features=5, seed=0):

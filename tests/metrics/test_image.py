@@ -8,9 +8,9 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from factorkit.errors import DataError
 from factorkit.metrics import image
 from factorkit.metrics.image import lpips, psnr, ssim
+from factorkit.utils.errors import DataError
 
 
 def pair(shape=(3, 3, 21, 34), seed=0):
@@ -30,9 +30,14 @@ def test_ssim_is_scikit_images():
     found, true = pair()
     for picture, other, value in zip(found.double(), true.double(), ssim(found, true), strict=True):
         expected = structural_similarity(
-            picture.numpy(), other.numpy(), channel_axis=0, data_range=1.0,
-            gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-        )  # fmt: skip
+            picture.numpy(),
+            other.numpy(),
+            channel_axis=0,
+            data_range=1.0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
         assert value.item() == pytest.approx(expected, abs=1e-9)
     assert ssim(true, true).min() > 1 - 1e-12
 

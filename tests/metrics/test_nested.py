@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from factorkit.errors import ConfigError, DataError
 from factorkit.metrics.nested import nested_accuracy
+from factorkit.utils.errors import ConfigError, DataError
 
 
 def truth(seed=0, count=6, classes=9):

@@ -6,7 +6,6 @@ import pytest
 import roma
 import torch
 
-from factorkit.errors import DataError
 from factorkit.metrics.pose import (
     Similarity,
     align,
@@ -17,6 +16,7 @@ from factorkit.metrics.pose import (
     under_10_share,
 )
 from factorkit.rendering import look_at, orbit
+from factorkit.utils.errors import DataError
 
 
 def random_similarity(seed=0):

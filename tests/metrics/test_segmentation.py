@@ -7,8 +7,8 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_accuracy, binary_f1_score, binary_jaccard_index
 
-from factorkit.errors import ConfigError, DataError
 from factorkit.metrics.segmentation import evaluate_masks, fit_mapping, scores
+from factorkit.utils.errors import ConfigError, DataError
 
 
 @pytest.fixture

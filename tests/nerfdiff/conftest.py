@@ -5,15 +5,34 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.data.procedural_scene import procedural_views
+from factorkit.data.procedural.scene import procedural_views
 from factorkit.nerfdiff.train import train_nerfdiff
 
 TINY = {
-    "preset": "demo", "resolution": 8, "cameras": 3, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 8,
-    "samples": 6, "views": 3, "rays": 8, "search_steps": 22, "field_steps": 4, "steps": 5, "batch_size": 4, "width": 8,
-    "multipliers": (1, 2), "encoder_resolution": 8, "rendered": 4, "flip_rounds": 1, "checkpoint_every": 2,
-    "log_every": 2, "device": "cpu", "progress": False,
-}  # fmt: skip
+    "preset": "demo",
+    "resolution": 8,
+    "cameras": 3,
+    "azimuths": 6,
+    "rings": 2,
+    "search_field": 6,
+    "grid": 8,
+    "samples": 6,
+    "views": 3,
+    "rays": 8,
+    "search_steps": 22,
+    "field_steps": 4,
+    "steps": 5,
+    "batch_size": 4,
+    "width": 8,
+    "multipliers": (1, 2),
+    "encoder_resolution": 8,
+    "rendered": 4,
+    "flip_rounds": 1,
+    "checkpoint_every": 2,
+    "log_every": 2,
+    "device": "cpu",
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="session")

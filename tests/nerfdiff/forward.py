@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from factorkit.data.views import Views
-from factorkit.nerfdiff.poses import forward_poses, plane_dictionary
+from factorkit.data.views.views import Views
+from factorkit.nerfdiff.cameras.poses import forward_poses, plane_dictionary
 from factorkit.nerfdiff.rays import Optics, render_views
 
 OPTICS = Optics(torch.tensor([[0.9, 0, 0.5], [0, 1.2, 0.5], [0, 0, 1]]), torch.tensor([0.0, 0.0, 1.0]), forward=True)

@@ -20,9 +20,12 @@ import numpy as np
 import torch
 import torch._dynamo  # noqa: F401
 
-from factorkit.data.views import Views
-from factorkit.engine import loop
-from factorkit.nerfdiff import distil, fit, joint, search, train
+from factorkit.data.views.views import Views
+from factorkit.engine import trainer as loop
+from factorkit.nerfdiff import train
+from factorkit.nerfdiff.stages import dictionary as search
+from factorkit.nerfdiff.stages import distil, joint
+from factorkit.nerfdiff.stages import refine as fit
 
 #: by run: its settings, and the stages it is killed in, in their order
 RUNS = {
@@ -32,11 +35,30 @@ RUNS = {
     "supervised": ({"poses": "learned"}, ["fit"]),
 }
 TINY = {
-    "preset": "demo", "resolution": 8, "cameras": 3, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 8,
-    "samples": 4, "views": 3, "rays": 8, "search_steps": 12, "field_steps": 6, "steps": 6, "batch_size": 4, "width": 8,
-    "multipliers": (1, 2), "encoder_resolution": 8, "rendered": 4, "flip_rounds": 1, "checkpoint_every": 2,
-    "log_every": 2, "device": "cpu", "progress": False,
-}  # fmt: skip
+    "preset": "demo",
+    "resolution": 8,
+    "cameras": 3,
+    "azimuths": 6,
+    "rings": 2,
+    "search_field": 6,
+    "grid": 8,
+    "samples": 4,
+    "views": 3,
+    "rays": 8,
+    "search_steps": 12,
+    "field_steps": 6,
+    "steps": 6,
+    "batch_size": 4,
+    "width": 8,
+    "multipliers": (1, 2),
+    "encoder_resolution": 8,
+    "rendered": 4,
+    "flip_rounds": 1,
+    "checkpoint_every": 2,
+    "log_every": 2,
+    "device": "cpu",
+    "progress": False,
+}
 FATAL = 5  # the step of a stage, of at least six, that the kill falls into or after: the first save is over by then
 
 

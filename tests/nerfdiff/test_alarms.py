@@ -7,12 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from factorkit.data.procedural_scene import scene_field
-from factorkit.engine import loop
-from factorkit.engine.curves import timeline
+from factorkit.data.procedural.scene import scene_field
+from factorkit.engine import trainer as loop
 from factorkit.engine.log import read_log
-from factorkit.errors import FactorkitError
-from factorkit.nerfdiff import joint
 from factorkit.nerfdiff.alarms import (
     azimuth_spread,
     effective_use,
@@ -23,12 +20,15 @@ from factorkit.nerfdiff.alarms import (
     sector_use,
     unexplained,
 )
+from factorkit.nerfdiff.cameras.poses import dictionary, directions, orbit_poses, turned
 from factorkit.nerfdiff.config import preset_config
-from factorkit.nerfdiff.poses import dictionary, directions, orbit_poses, turned
 from factorkit.nerfdiff.rays import Optics, render_views
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene
+from factorkit.nerfdiff.stages import joint
 from factorkit.nerfdiff.train import train_nerfdiff
+from factorkit.report.curves import timeline
+from factorkit.utils.errors import FactorkitError
 
 DISTANCE = 3.6
 

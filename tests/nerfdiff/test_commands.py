@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.cli import main
-from factorkit.nerfdiff.frames import to_uint8
+from factorkit.cli.main import main
+from factorkit.nerfdiff.export.frames import to_uint8
 
 
 @pytest.fixture

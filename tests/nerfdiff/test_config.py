@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.errors import ConfigError
 from factorkit.nerfdiff.build import build_model
-from factorkit.nerfdiff.candidates import LookAtCandidates, OctantCandidates, SingleCandidate
+from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, OctantCandidates, SingleCandidate
 from factorkit.nerfdiff.config import PRESETS, NerfdiffConfig, preset_config
-from factorkit.nerfdiff.fields import FrequencyField, build_field
+from factorkit.nerfdiff.fields.grid import FrequencyField, build_field
 from factorkit.nerfdiff.rays import Optics
+from factorkit.utils.errors import ConfigError
 
 
 @pytest.mark.parametrize("preset", PRESETS)

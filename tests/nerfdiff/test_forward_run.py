@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.cli import main
-from factorkit.commands_nerfdiff import what_to_show
-from factorkit.errors import ConfigError
-from factorkit.nerfdiff.frames import to_uint8
+from factorkit.cli.commands_nerfdiff import what_to_show
+from factorkit.cli.main import main
+from factorkit.nerfdiff.export.frames import to_uint8
 from factorkit.nerfdiff.train import train_nerfdiff
+from factorkit.utils.errors import ConfigError
 from tests.nerfdiff.forward import forward_views
 
 WAYS = {
@@ -119,8 +119,19 @@ def test_the_command_line_on_a_forward_run(runs, views, tmp_path, capsys):
 
 def test_the_thesis_preset_trains(views, tmp_path, tiny):
     """A 6th of its size; that of 378 x 504 is built in test_config."""
-    small = {"resolution": 24, "encoder_resolution": 24, "width": 8, "multipliers": (1, 2), "batch_size": 2, "rays": 8,
-             "samples": 4, "steps": 2, "blocks": 1, "checkpoint_every": 2, "log_every": 1}  # fmt: skip
+    small = {
+        "resolution": 24,
+        "encoder_resolution": 24,
+        "width": 8,
+        "multipliers": (1, 2),
+        "batch_size": 2,
+        "rays": 8,
+        "samples": 4,
+        "steps": 2,
+        "blocks": 1,
+        "checkpoint_every": 2,
+        "log_every": 1,
+    }
     run = train_nerfdiff(
         views.resized((18, 24)), out=tmp_path / "run", preset="llff", device="cpu", progress=False, **small
     )

@@ -10,14 +10,14 @@ from PIL import Image
 
 import factorkit
 from factorkit.engine.checkpoint import read_checkpoint
-from factorkit.errors import CheckpointError, ConfigError, DataError
 from factorkit.metrics.pose import rotation_errors_degrees
-from factorkit.nerfdiff.fields import GridField
-from factorkit.nerfdiff.frames import write_frames
-from factorkit.nerfdiff.localise import checked, refined
-from factorkit.nerfdiff.model import NerfdiffModel
-from factorkit.nerfdiff.poses import directions, orbit_poses
+from factorkit.nerfdiff.cameras.localise import checked, refined
+from factorkit.nerfdiff.cameras.poses import directions, orbit_poses
+from factorkit.nerfdiff.export.frames import write_frames
+from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import render_views
+from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
 
 def test_predicted_poses_are_those_of_the_best_scores(finished, scene_views):
@@ -131,7 +131,7 @@ def test_evaluation_measures_both_cameras_and_renders(finished, scene_views):
 def test_a_perfect_run_scores_perfectly_whatever_the_coordinates(finished, scene_views, tmp_path, monkeypatch):
     """Found poses that are the true ones, turned and scaled, have no error, and renders at them are compared there."""
     from factorkit.metrics.pose import Similarity
-    from factorkit.nerfdiff import scoring
+    from factorkit.nerfdiff import evaluate as scoring
 
     turn = orbit_poses(directions(torch.tensor(50.0), torch.tensor(20.0)), 1.0)[:3, :3].double()
     moved = Similarity(turn, torch.tensor([0.3, -1, 2]).double(), torch.tensor(1.7).double())

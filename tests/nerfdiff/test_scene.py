@@ -6,15 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from factorkit.data.procedural_scene import procedural_views, scene_field
-from factorkit.errors import DataError
-from factorkit.nerfdiff.candidates import LookAtCandidates, SingleCandidate
-from factorkit.nerfdiff.config import preset_config
-from factorkit.nerfdiff.distil import nearest_candidate, pose_distance
-from factorkit.nerfdiff.fields import GridField
-from factorkit.nerfdiff.fit import prior
-from factorkit.nerfdiff.given import keep_views, kept_views
-from factorkit.nerfdiff.poses import (
+from factorkit.data.procedural.scene import procedural_views, scene_field
+from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, SingleCandidate
+from factorkit.nerfdiff.cameras.poses import (
     CONVERGENCE,
     dictionary,
     directions,
@@ -23,9 +17,15 @@ from factorkit.nerfdiff.poses import (
     plane_dictionary,
     rodrigues_poses,
 )
+from factorkit.nerfdiff.config import preset_config
+from factorkit.nerfdiff.fields.grid import GridField
 from factorkit.nerfdiff.rays import MARGIN, Optics, render_pixels, render_views
 from factorkit.nerfdiff.scene import blurred, open_scene, picked, shared_optics
+from factorkit.nerfdiff.stages.distil import nearest_candidate, pose_distance
+from factorkit.nerfdiff.stages.refine import prior
+from factorkit.nerfdiff.training_views import keep_views, kept_views
 from factorkit.rendering import Rendered
+from factorkit.utils.errors import DataError
 
 CPU = torch.device("cpu")
 

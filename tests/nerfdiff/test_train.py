@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
-from factorkit.data.procedural_scene import procedural_views
+from factorkit.data.procedural.scene import procedural_views
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.log import read_log
-from factorkit.errors import CheckpointError, ConfigError, DataError
-from factorkit.nerfdiff.distil import DistilTask
-from factorkit.nerfdiff.fit import FitTask
-from factorkit.nerfdiff.joint import JointTask
-from factorkit.nerfdiff.search import SearchTask
+from factorkit.nerfdiff.stages.dictionary import SearchTask
+from factorkit.nerfdiff.stages.distil import DistilTask
+from factorkit.nerfdiff.stages.joint import JointTask
+from factorkit.nerfdiff.stages.refine import FitTask
 from factorkit.nerfdiff.train import train_nerfdiff
+from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
 
 class Killed(BaseException):
@@ -120,9 +120,12 @@ def test_bad_input_is_named(scene_views, tiny, tmp_path):
     with pytest.raises(DataError, match="one camera"):
         train_nerfdiff(replace(scene_views, intrinsics=zoomed), **out, **tiny)
     for change, words in (
-        ({"elevations": (50.0, 20.0)}, "elevations"), ({"field": "fog"}, "hashgrid"),
-        ({"freedom": ("wings",)}, "wings"), ({"cameras": 0}, "cameras=0"),
-        ({"t_power": 0.0}, "t_power"), ({"preset": "Lego"}, "lego"),
-    ):  # fmt: skip
+        ({"elevations": (50.0, 20.0)}, "elevations"),
+        ({"field": "fog"}, "hashgrid"),
+        ({"freedom": ("wings",)}, "wings"),
+        ({"cameras": 0}, "cameras=0"),
+        ({"t_power": 0.0}, "t_power"),
+        ({"preset": "Lego"}, "lego"),
+    ):
         with pytest.raises(ConfigError, match=words):
             train_nerfdiff(scene_views, **out, **tiny | change)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from factorkit.data import procedural_views
-from factorkit.errors import ConfigError
 from factorkit.nerfdiff import viewer
-from factorkit.nerfdiff.occupied import occupied_sampling
+from factorkit.nerfdiff.fields.occupancy import occupied_sampling
 from factorkit.nerfdiff.viewer import Painter, Shown, Viewer, from_viser, frustum, paint, to_viser
+from factorkit.utils.errors import ConfigError
 
 BOX = (-1.0, -1.0, -1.0), (1.0, 1.0, 1.0)
 WAIT = 60  # seconds that no test takes unless something hangs
@@ -55,7 +55,7 @@ def test_frusta_open_as_far_as_the_pictures():
 
 
 def test_the_render_is_the_picture_of_that_camera():
-    from factorkit.data.procedural_scene import scene_field
+    from factorkit.data.procedural.scene import scene_field
 
     views, field = procedural_views(2, 24, seed=1), scene_field()
     shown = Shown(0, field, views, torch.ones(3))

@@ -96,10 +96,13 @@ def compare(leaves, offsets, behind, early_stop, kind="random"):
     grads = upstream(want, kind)
     torch.testing.assert_close(
         torch.autograd.grad(got, wanted, grads, allow_unused=True),
-        tuple(torch.zeros_like(x) if g is None else g for x, g in zip(
-            wanted, torch.autograd.grad(want, wanted, grads, allow_unused=True), strict=True)),
-        rtol=1e-8, atol=1e-10,
-    )  # fmt: skip
+        tuple(
+            torch.zeros_like(x) if g is None else g
+            for x, g in zip(wanted, torch.autograd.grad(want, wanted, grads, allow_unused=True), strict=True)
+        ),
+        rtol=1e-8,
+        atol=1e-10,
+    )
 
 
 @pytest.fixture

@@ -165,8 +165,15 @@ def test_levels_are_the_boxes_scaled_about_their_centre():
     cells[0, x, y, z] = True
     assert pack(cells)[0].nonzero().item() == ((x * 8 + y) * 8 + z) // 8
     o = (torch.tensor([[x + 0.5, y + 0.5, -4.0]]) / 4 - 1).double()
-    s = ops.march_rays(o, torch.tensor([[0.0, 0, 1]]).double(), *torch.tensor([[0.0], [9.0]]).double(), pack(cells),
-                       [-1] * 3, [1] * 3, step=0.25)  # fmt: skip
+    s = ops.march_rays(
+        o,
+        torch.tensor([[0.0, 0, 1]]).double(),
+        *torch.tensor([[0.0], [9.0]]).double(),
+        pack(cells),
+        [-1] * 3,
+        [1] * 3,
+        step=0.25,
+    )
     assert (o[0, 2] + s.t_start).tolist() == [z / 4 - 1] and s.ray.tolist() == [0]
 
 

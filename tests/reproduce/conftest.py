@@ -13,14 +13,42 @@ from factorkit.reproduce import generation, reproduce, views
 from factorkit.reproduce.experiments import fig2_10, fig2_12
 
 SEGDIFF = {
-    "resolution": 16, "regions": 2, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4,
-    "steps": 2, "batch_size": 4, "log_every": 2, "sample_every": 0, "fit": 4, "threads": 1,
-}  # fmt: skip
+    "resolution": 16,
+    "regions": 2,
+    "width": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (),
+    "groups": 4,
+    "steps": 2,
+    "batch_size": 4,
+    "log_every": 2,
+    "sample_every": 0,
+    "fit": 4,
+    "threads": 1,
+}
 NERFDIFF = {
-    "resolution": 12, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 6, "samples": 4, "views": 3, "rays": 8,
-    "search_steps": 11, "field_steps": 2, "steps": 2, "batch_size": 4, "width": 8, "multipliers": (1, 2),
-    "encoder_resolution": 8, "rendered": 4, "flip_rounds": 1, "log_every": 2, "sample_every": 2, "threads": 1,
-}  # fmt: skip
+    "resolution": 12,
+    "azimuths": 6,
+    "rings": 2,
+    "search_field": 6,
+    "grid": 6,
+    "samples": 4,
+    "views": 3,
+    "rays": 8,
+    "search_steps": 11,
+    "field_steps": 2,
+    "steps": 2,
+    "batch_size": 4,
+    "width": 8,
+    "multipliers": (1, 2),
+    "encoder_resolution": 8,
+    "rendered": 4,
+    "flip_rounds": 1,
+    "log_every": 2,
+    "sample_every": 2,
+    "threads": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -28,14 +56,14 @@ def quick(tmp_path_factory, monkeypatch):
     """No curves, no second-long GrabCut, few pictures, views and steps, no alignment sharpened on the pictures, no
     cache of the user's."""
     torch.set_num_threads(1)
-    monkeypatch.setattr("factorkit.engine.report.draw_curves", lambda log, theme: [])
+    monkeypatch.setattr("factorkit.report.html.draw_curves", lambda log, theme: [])
     monkeypatch.setitem(BASELINES, "grabcut", all_foreground)
     monkeypatch.setitem(generation.DRAWN, "small", (12, 2))
     monkeypatch.setattr(fig2_10, "STEPS", 3)
     monkeypatch.setattr(fig2_12, "STEPS", 3)
     monkeypatch.setattr(views, "PROCEDURAL", 14)
     monkeypatch.setattr(views, "HELD_OUT", 6)
-    monkeypatch.setattr("factorkit.nerfdiff.scoring.registered", lambda model, start, true, images: start)
+    monkeypatch.setattr("factorkit.nerfdiff.evaluate.registered", lambda model, start, true, images: start)
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import factorkit
-from factorkit.data.labelled import Labelled
-from factorkit.errors import ConfigError
+from factorkit.data.masks import Labelled
 from factorkit.reproduce import labels
 from factorkit.reproduce import photos as chapter2
 from factorkit.reproduce.setup import Setup
+from factorkit.utils.errors import ConfigError
 
 NESTED = {"regions": (2, 2), "groups": 2}
 

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from factorkit.errors import CheckpointError, ConfigError, DataError
 from factorkit.reproduce import registry, reproduce
 from factorkit.reproduce.experiment import Citation, Column, Experiment, Found, NotRun, Row, percent
+from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
 
 @pytest.fixture
@@ -38,11 +38,18 @@ def numbers(monkeypatch):
     rows = [Row("still", work("still", 0.5), seeds=1), Row("ours, new", work("ours, new", 0.3)), Row("weights", absent)]
     drawn = []
     experiment = Experiment(
-        name="table9.1", title="numbers", data="none", duration={"small": "no time"},
-        columns=(percent("share", "Share"), Column("odd", "Odd", lower=True)), rows=lambda setup: rows,
-        citations=(Citation("theirs", "a paper", {"share": 0.123}),), figures=("fig9.2",), seeds=2, notes=("A note.",),
+        name="table9.1",
+        title="numbers",
+        data="none",
+        duration={"small": "no time"},
+        columns=(percent("share", "Share"), Column("odd", "Odd", lower=True)),
+        rows=lambda setup: rows,
+        citations=(Citation("theirs", "a paper", {"share": 0.123}),),
+        figures=("fig9.2",),
+        seeds=2,
+        notes=("A note.",),
         draw=lambda setup, cells: drawn.append(cells.arrays("ours, new", 1)) or ["pictures/x.png"],
-    )  # fmt: skip
+    )
     state.drawn = drawn
     monkeypatch.setattr(registry, "experiments", lambda: {"table9.1": experiment})
     return state

@@ -6,13 +6,19 @@ import torch
 from PIL import Image
 
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.model import FactorizedUNet
+from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.run import SegdiffRun
 
 TINY = {
-    "regions": 3, "resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "heads": 2,
+    "regions": 3,
+    "resolution": 16,
+    "width": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (8,),
+    "heads": 2,
     "groups": 4,
-}  # fmt: skip
+}
 
 
 @pytest.fixture

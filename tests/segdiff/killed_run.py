@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch._dynamo  # noqa: F401
 
-from factorkit.engine import checkpoint, loop
+from factorkit.engine import checkpoint
+from factorkit.engine import trainer as loop
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.train import train_segdiff
 
@@ -34,9 +35,20 @@ def die() -> None:
 def train(out: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
     train_segdiff(
-        images, out=out, steps=40, width=8, resolution=16, multipliers=(1, 2), blocks=1, attention=(), groups=4,
-        batch_size=4, device="cpu", checkpoint_every=2, progress=False,
-    )  # fmt: skip
+        images,
+        out=out,
+        steps=40,
+        width=8,
+        resolution=16,
+        multipliers=(1, 2),
+        blocks=1,
+        attention=(),
+        groups=4,
+        batch_size=4,
+        device="cpu",
+        checkpoint_every=2,
+        progress=False,
+    )
 
 
 def die_in_a_step(chance: random.Random) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from factorkit.errors import ConfigError, DataError
 from factorkit.segdiff.alarms import measure_alarms
+from factorkit.utils.errors import ConfigError, DataError
 
 N, SIZE = 48, 32
 
@@ -86,11 +86,7 @@ def test_a_fixed_split_is_named_positional(scene):
     assert alarms.position_share == pytest.approx(1) and alarms.eta_gap == pytest.approx(0, abs=0.01)
     assert alarms.flip_agreement == pytest.approx(-1)
     assert alarms.boundary_length == pytest.approx(0.5 / (SIZE - 1))
-    assert named(alarms) == {
-        "split by position",
-        "masks do not turn with the image",
-        "masks are not about content",
-    }
+    assert named(alarms) == {"split by position", "masks do not turn with the image", "masks are not about content"}
 
 
 def test_noise_is_named_dithered(scene):

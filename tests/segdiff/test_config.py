@@ -8,17 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from factorkit.errors import ConfigError
 from factorkit.segdiff.config import FORMS, PRESETS, SegdiffConfig, preset_config
+from factorkit.utils.errors import ConfigError
 
 
 def test_the_thesis_form_is_the_letter_of_chapter_2():
     config = SegdiffConfig(form="thesis").resolved()
     found = {name: getattr(config, name) for name in FORMS["thesis"]}
     assert found == {
-        "prediction": "eps", "branch_norm": "group", "region_tokens": False, "normalised_logits": False,
-        "half_resolution_masks": False, "mask_learning_rate": 1.0, "t_max": 1000, "tail": 0.0, "coarse_to_fine": (0, 0),
-    }  # fmt: skip
+        "prediction": "eps",
+        "branch_norm": "group",
+        "region_tokens": False,
+        "normalised_logits": False,
+        "half_resolution_masks": False,
+        "mask_learning_rate": 1.0,
+        "t_max": 1000,
+        "tail": 0.0,
+        "coarse_to_fine": (0, 0),
+    }
     assert (config.learning_rate, config.ema, config.batch_size, config.regions) == (1e-4, 0.9999, 128, 3)
     assert (config.width, config.timesteps, config.segment_t) == (128, 1000, 30)
 
@@ -35,12 +42,22 @@ def test_the_regional_form_is_the_default_and_turns_every_part_on():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("prediction", "eps"), ("prediction", "v"), ("branch_norm", "pixel"), ("branch_norm", "masked_group"),
-        ("region_tokens", True), ("region_tokens", False), ("normalised_logits", True), ("normalised_logits", False),
-        ("half_resolution_masks", True), ("half_resolution_masks", False), ("mask_learning_rate", 0.05), ("t_max", 444),
-        ("coarse_to_fine", (3, 9)), ("segment_t", 77),
+        ("prediction", "eps"),
+        ("prediction", "v"),
+        ("branch_norm", "pixel"),
+        ("branch_norm", "masked_group"),
+        ("region_tokens", True),
+        ("region_tokens", False),
+        ("normalised_logits", True),
+        ("normalised_logits", False),
+        ("half_resolution_masks", True),
+        ("half_resolution_masks", False),
+        ("mask_learning_rate", 0.05),
+        ("t_max", 444),
+        ("coarse_to_fine", (3, 9)),
+        ("segment_t", 77),
     ],
-)  # fmt: skip
+)
 def test_each_part_is_its_own_argument(form, name, value):
     plain, changed = SegdiffConfig(form=form).resolved(), SegdiffConfig(form=form, **{name: value}).resolved()
     assert getattr(changed, name) == value
@@ -79,11 +96,15 @@ def test_a_resolved_configuration_survives_its_file_and_stays_as_it_is():
 @pytest.mark.parametrize(
     ("name", "resolution", "steps", "batch"),
     [
-        ("flowers64", 64, 50_000, 128), ("flowers128", 128, 50_000, 128), ("cub64", 64, 50_000, 128),
-        ("cub128", 128, 50_000, 128), ("ffhq64", 64, 500_000, 128), ("ffhq128", 128, 500_000, 128),
+        ("flowers64", 64, 50_000, 128),
+        ("flowers128", 128, 50_000, 128),
+        ("cub64", 64, 50_000, 128),
+        ("cub128", 128, 50_000, 128),
+        ("ffhq64", 64, 500_000, 128),
+        ("ffhq128", 128, 500_000, 128),
         ("imagenet64", 64, 500_000, 512),
     ],
-)  # fmt: skip
+)
 def test_thesis_presets_are_its_section_2_4(name, resolution, steps, batch):
     config = preset_config(name).resolved()
     assert (config.form, config.resolution, config.steps, config.batch_size) == ("thesis", resolution, steps, batch)

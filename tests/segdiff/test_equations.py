@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-REGIONAL = {
-    "branch_norm": "pixel", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True,
-}  # fmt: skip
+REGIONAL = {"branch_norm": "pixel", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True}
 DECODINGS = ("masked_skips", "concat", "masked_mid", "unshared")
 
 
@@ -166,8 +164,12 @@ def test_regional_form_is_its_formulas_also_off_the_square(tiny, batch, size):
 def test_branch_norms_are_their_formulas(tiny, batch, norm):
     model = tiny(branch_norm=norm)
     kinds = {m.kind for m in model.decoder.modules() if hasattr(m, "kind")}
-    elsewhere = {m.kind for part in (model.encoder, model.middle, model.mask_generator) for m in part.modules()
-                 if hasattr(m, "kind")}  # fmt: skip
+    elsewhere = {
+        m.kind
+        for part in (model.encoder, model.middle, model.mask_generator)
+        for m in part.modules()
+        if hasattr(m, "kind")
+    }
     assert (kinds, elsewhere) == ({norm}, {"group"})
     x, t = batch()
     with torch.no_grad():

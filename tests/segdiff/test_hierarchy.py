@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 
 import factorkit
-from factorkit.commands import score_table
-from factorkit.data.procedural_nested import rooms
+from factorkit.cli.commands import score_table
+from factorkit.data.procedural.rooms import rooms
 from factorkit.diffusion.denoiser import Denoised
-from factorkit.engine.report import write_report
-from factorkit.engine.streams import BatchDraw
-from factorkit.errors import ConfigError
+from factorkit.report.html import write_report
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels, level_labels, level_masks, scored_level
-from factorkit.segdiff.model import RegionLogitNorm
+from factorkit.segdiff.network import RegionLogitNorm
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import SegdiffTask
+from factorkit.utils.errors import ConfigError
+from factorkit.utils.rng import BatchDraw
 from tests.segdiff.conftest import TINY, stirred
 
 
@@ -178,21 +178,35 @@ def test_one_number_in_a_list_is_that_number():
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"regions": (3, 1)}, "at least 2"), ({"regions": ()}, "at least 2"),
-     ({"regions": (2, 2), "decoding": "concat"}, "single branch")],
-)  # fmt: skip
+    [
+        ({"regions": (3, 1)}, "at least 2"),
+        ({"regions": ()}, "at least 2"),
+        ({"regions": (2, 2), "decoding": "concat"}, "single branch"),
+    ],
+)
 def test_what_cannot_nest_is_refused(changes, says):
     with pytest.raises(ConfigError, match=says):
         preset_config("demo", **changes).resolved()
 
 
 def test_three_levels_train_and_are_scored(tmp_path, monkeypatch):
-    monkeypatch.setattr("factorkit.engine.loop.write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.engine.trainer.write_report", lambda folder: None)
     images, labels = rooms(8, 16)
     run = factorkit.train_segdiff(
-        images, out=tmp_path / "run", preset="demo", steps=3, resolution=16, regions=(2, 2, 2), width=8, groups=2,
-        multipliers=(1, 2), batch_size=2, sample_every=0, device="cpu", progress=False,
-    )  # fmt: skip
+        images,
+        out=tmp_path / "run",
+        preset="demo",
+        steps=3,
+        resolution=16,
+        regions=(2, 2, 2),
+        width=8,
+        groups=2,
+        multipliers=(1, 2),
+        batch_size=2,
+        sample_every=0,
+        device="cpu",
+        progress=False,
+    )
     found = run.segment(images[:2])
     assert found.masks.shape == (2, 8, 16, 16) and found.level(2).masks.shape == (2, 4, 16, 16)
     assert torch.equal(found.level(2).labels, found.labels // 2)
@@ -234,12 +248,21 @@ def test_many_leaves_are_scored_at_a_coarser_level(monkeypatch):
 def test_a_run_from_training_to_files(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
-    monkeypatch.setattr("factorkit.engine.loop.write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.engine.trainer.write_report", lambda folder: None)
     images, labels = rooms(12, 16)
     settings = {
-        "resolution": 16, "regions": (2, 3), "width": 8, "multipliers": (1, 2), "groups": 2, "batch_size": 4,
-        "checkpoint_every": 2, "sample_every": 4, "log_every": 1, "device": "cpu", "progress": False,
-    }  # fmt: skip
+        "resolution": 16,
+        "regions": (2, 3),
+        "width": 8,
+        "multipliers": (1, 2),
+        "groups": 2,
+        "batch_size": 4,
+        "checkpoint_every": 2,
+        "sample_every": 4,
+        "log_every": 1,
+        "device": "cpu",
+        "progress": False,
+    }
     out = tmp_path / "run"
     train = lambda steps: factorkit.train_segdiff(images, out=out, preset="demo", steps=steps, **settings)  # noqa: E731
     train(2)

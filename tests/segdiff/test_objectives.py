@@ -12,16 +12,26 @@ import factorkit
 from factorkit.diffusion.objective import to_x0
 from factorkit.diffusion.samplers import SAMPLERS
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.streams import BatchDraw
-from factorkit.errors import ConfigError
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.task import SegdiffTask
+from factorkit.utils.errors import ConfigError
+from factorkit.utils.rng import BatchDraw
 
 CPU = torch.device("cpu")
 TINY = {
-    "resolution": 8, "regions": 3, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2,
-    "steps": 3, "batch_size": 4, "sample_every": 0, "log_every": 1, "device": "cpu",
-}  # fmt: skip
+    "resolution": 8,
+    "regions": 3,
+    "width": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (),
+    "groups": 2,
+    "steps": 3,
+    "batch_size": 4,
+    "sample_every": 0,
+    "log_every": 1,
+    "device": "cpu",
+}
 PAIRS = [(p, s) for p in ("eps", "v", "x0", "flow") for s in ("linear", "cosine", "flow") if (p, s) != ("eps", "flow")]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import factorkit
-from factorkit.errors import CheckpointError
+from factorkit.utils.errors import CheckpointError
 from tests.engine.trained import assert_identical, final_state
 
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
@@ -20,9 +20,17 @@ KILLED_RUN = Path(__file__).with_name("killed_run.py")
 def tiny_segdiff(out: Path, **changes):
     images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
     settings = {
-        "steps": 4, "width": 8, "resolution": 16, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4,
-        "batch_size": 4, "device": "cpu", "sample_every": 0,
-    }  # fmt: skip
+        "steps": 4,
+        "width": 8,
+        "resolution": 16,
+        "multipliers": (1, 2),
+        "blocks": 1,
+        "attention": (),
+        "groups": 4,
+        "batch_size": 4,
+        "device": "cpu",
+        "sample_every": 0,
+    }
     return factorkit.train_segdiff(images, out=out, progress=False, **{**settings, **changes})
 
 
@@ -40,9 +48,12 @@ def test_segdiff_resumes_to_the_bit_and_refuses_other_settings(tmp_path):
 def test_segdiff_killed_at_random_moments_ends_with_the_bits_of_the_unbroken_run(tmp_path):
     """SIGKILL in the steps and in the saves, over and over, until the run gets through."""
     done = subprocess.run(
-        [sys.executable, str(KILLED_RUN), str(tmp_path)], capture_output=True, text=True, timeout=240,
+        [sys.executable, str(KILLED_RUN), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(factorkit.__file__).parents[1])},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     kills = json.loads(done.stdout.splitlines()[-1])
     assert kills["in training"] >= 2 and kills["in a save"] >= 2

@@ -15,19 +15,30 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import factorkit
-from factorkit.data.procedural import flowers
-from factorkit.errors import CheckpointError, ConfigError, DataError
+from factorkit.data.procedural.flowers import flowers
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.sampling import draw_images
 from factorkit.segdiff.task import noised, to_float
+from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
 CPU = torch.device("cpu")
 TINY = {
-    "resolution": 16, "regions": 3, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2,
-    "steps": 3, "batch_size": 4, "ema": 0.5, "learning_rate": 1e-3,
-    "checkpoint_every": 1, "sample_every": 0, "device": "cpu",
-}  # fmt: skip
+    "resolution": 16,
+    "regions": 3,
+    "width": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (),
+    "groups": 2,
+    "steps": 3,
+    "batch_size": 4,
+    "ema": 0.5,
+    "learning_rate": 1e-3,
+    "checkpoint_every": 1,
+    "sample_every": 0,
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +125,19 @@ def test_everything_that_holds_pictures_is_accepted_and_means_the_same(run, tmp_
     second.save(paths[1])
     channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     given = {
-        "folder": tmp_path, "name of a folder": str(tmp_path), "paths": paths, "names": [*map(str, paths)],
-        "pictures": [first, second], "array": pixels, "float array": pixels.astype(np.float32) / 255,
-        "tensor": channels_first, "float tensor": channels_first.float() / 255,
-        "doubles": channels_first.double() / 255, "list of arrays": list(pixels),
+        "folder": tmp_path,
+        "name of a folder": str(tmp_path),
+        "paths": paths,
+        "names": [*map(str, paths)],
+        "pictures": [first, second],
+        "array": pixels,
+        "float array": pixels.astype(np.float32) / 255,
+        "tensor": channels_first,
+        "float tensor": channels_first.float() / 255,
+        "doubles": channels_first.double() / 255,
+        "list of arrays": list(pixels),
         "list of tensors": list(channels_first),
-    }  # fmt: skip
+    }
     expected = run.segment([first, second]).masks
     assert not torch.allclose(expected[0], expected[1])
     for what, images in given.items():
@@ -175,9 +193,14 @@ def test_one_region_refuses_to_segment_and_to_be_scored():
 
 @pytest.mark.parametrize(
     ("images", "says"),
-    [("nowhere/at/all", "no such file or folder"), ([], "empty list"), (torch.zeros(5, 2, 8, 8), r"\(5, 2, 8, 8\)"),
-     (np.zeros((8, 8), np.uint8), "not a set of images"), (torch.full((1, 3, 8, 8), 200.0), "expected 0 to 1")],
-)  # fmt: skip
+    [
+        ("nowhere/at/all", "no such file or folder"),
+        ([], "empty list"),
+        (torch.zeros(5, 2, 8, 8), r"\(5, 2, 8, 8\)"),
+        (np.zeros((8, 8), np.uint8), "not a set of images"),
+        (torch.full((1, 3, 8, 8), 200.0), "expected 0 to 1"),
+    ],
+)
 def test_what_is_no_picture_is_refused(run, images, says):
     with pytest.raises(DataError, match=says):
         run.segment(images)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.engine.streams import BatchDraw
 from factorkit.segdiff import task as task_module
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.task import PROBES, SegdiffTask, noised, predict_masks, to_float, to_uint8
+from factorkit.utils.rng import BatchDraw
 
 CPU = torch.device("cpu")
 TINY = {"resolution": 8, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2, "steps": 400}
@@ -77,9 +77,13 @@ def test_the_loss_is_its_formula(prediction, form, step):
 
 @pytest.mark.parametrize(
     ("changes", "low", "high", "beyond"),
-    [({"t_max": 300, "tail": 0.0}, 0, 300, 0.0), ({"t_max": 300, "tail": 0.25}, 0, 1000, 0.25),
-     ({"form": "thesis"}, 0, 1000, 0.7), ({"t_max": 300, "tail": 1.0}, 300, 1000, 1.0)],
-)  # fmt: skip
+    [
+        ({"t_max": 300, "tail": 0.0}, 0, 300, 0.0),
+        ({"t_max": 300, "tail": 0.25}, 0, 1000, 0.25),
+        ({"form": "thesis"}, 0, 1000, 0.7),
+        ({"t_max": 300, "tail": 1.0}, 300, 1000, 1.0),
+    ],
+)
 def test_time_steps_lie_where_they_should(changes, low, high, beyond):
     task = task_of(**changes, regions=1, half_resolution_masks=False)
     seen = []

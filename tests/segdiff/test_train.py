@@ -13,22 +13,38 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import factorkit
-from factorkit.data.procedural import flowers
+from factorkit.data.procedural.flowers import flowers
 from factorkit.engine.log import read_log
-from factorkit.errors import CheckpointError, ConfigError, DataError
 from factorkit.segdiff import train
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.train import estimate
+from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
 TINY = {
-    "resolution": 8, "regions": 2, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2,
-    "steps": 4, "batch_size": 4, "checkpoint_every": 2, "sample_every": 0, "log_every": 1, "device": "cpu",
-}  # fmt: skip
+    "resolution": 8,
+    "regions": 2,
+    "width": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (),
+    "groups": 2,
+    "steps": 4,
+    "batch_size": 4,
+    "checkpoint_every": 2,
+    "sample_every": 0,
+    "log_every": 1,
+    "device": "cpu",
+}
 HEALTHY = Alarms(
-    eta_gap=0.45, position_share=0.3, boundary_length=0.05, flip_agreement=0.95, areas=[0.4, 0.6], confidence=0.9,
+    eta_gap=0.45,
+    position_share=0.3,
+    boundary_length=0.05,
+    flip_agreement=0.95,
+    areas=[0.4, 0.6],
+    confidence=0.9,
     entropy=0.1,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +55,7 @@ def own_places(tmp_path, monkeypatch):
     for caller in ("engine.loop", "segdiff.train"):
         monkeypatch.setattr(f"factorkit.{caller}.write_report", lambda folder: (Path(folder) / "report.html").touch())
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
-    monkeypatch.setattr("factorkit.segdiff.scoring.score_baselines", lambda images, *given: {"for": len(images)})
+    monkeypatch.setattr("factorkit.segdiff.evaluate.score_baselines", lambda images, *given: {"for": len(images)})
 
 
 def fit(data=None, **changes):
@@ -82,9 +98,7 @@ def test_without_data_it_trains_on_the_procedural_flowers_and_is_scored_on_other
     assert {"acc", "iou", "dice", "oracle_acc", "oracle_iou", "oracle_dice"} <= set(scores)
     assert run.generate(2, steps=2).images.shape == (2, 3, 8, 8)
     assert Path("out/report.html").exists()
-    assert sorted(p.name for p in Path("out/samples").iterdir()) == [
-        "000004_generated.png", "000004_segmentation.png",
-    ]  # fmt: skip
+    assert sorted(p.name for p in Path("out/samples").iterdir()) == ["000004_generated.png", "000004_segmentation.png"]
 
 
 def test_an_array_and_a_default_folder():
@@ -173,9 +187,13 @@ def test_more_steps_go_on_and_are_scored_anew(photos):
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"regions": 3}, "regions: 2 there, 3 asked for"), ({"form": "thesis"}, "form: 'regional' there, 'thesis'"),
-     ({"seed": 5}, "seed: 0 there, 5"), ({"preset": "fast32"}, "preset: 'demo' there")],
-)  # fmt: skip
+    [
+        ({"regions": 3}, "regions: 2 there, 3 asked for"),
+        ({"form": "thesis"}, "form: 'regional' there, 'thesis'"),
+        ({"seed": 5}, "seed: 0 there, 5"),
+        ({"preset": "fast32"}, "preset: 'demo' there"),
+    ],
+)
 def test_the_folder_of_another_run_is_refused_with_the_differences(changes, says):
     images = flowers(6, 8)[0]
     fit(images, out="out", steps=1)
@@ -193,11 +211,18 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"regions": 0}, "regions=0"), ({"resolution": 9}, "resolution=9"), ({"seeds": 0}, "seeds=0"),
-     ({"seeds": 2, "regions": 1}, "regions=1 has none"), ({"preset": "demos"}, "preset='demos'"),
-     ({"regons": 2}, "'regons'"), ({"holdout": 3}, "no masks"), ({"coarse_to_fine": (9, 1)}, "coarse_to_fine"),
-     ({"device": "cuda:77"}, "cuda:77")],
-)  # fmt: skip
+    [
+        ({"regions": 0}, "regions=0"),
+        ({"resolution": 9}, "resolution=9"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"seeds": 2, "regions": 1}, "regions=1 has none"),
+        ({"preset": "demos"}, "preset='demos'"),
+        ({"regons": 2}, "'regons'"),
+        ({"holdout": 3}, "no masks"),
+        ({"coarse_to_fine": (9, 1)}, "coarse_to_fine"),
+        ({"device": "cuda:77"}, "cuda:77"),
+    ],
+)
 def test_settings_that_cannot_work_are_refused_before_a_folder_is_made(changes, says):
     with pytest.raises(ConfigError, match=says):
         fit(flowers(6, 8)[0], out="out", **changes)
@@ -209,9 +234,16 @@ def test_settings_that_cannot_work_are_refused_before_a_folder_is_made(changes, 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"form": "thesis"}, {"regions": 1}, {"decoding": "concat"}, {"decoding": "masked_mid", "prediction": "eps"},
-     {"decoding": "unshared"}, {"timesteps": 50}, {"micro_batch_size": 3, "precision": "fp32", "dropout": 0.1}],
-)  # fmt: skip
+    [
+        {"form": "thesis"},
+        {"regions": 1},
+        {"decoding": "concat"},
+        {"decoding": "masked_mid", "prediction": "eps"},
+        {"decoding": "unshared"},
+        {"timesteps": 50},
+        {"micro_batch_size": 3, "precision": "fp32", "dropout": 0.1},
+    ],
+)
 def test_every_form_and_ablation_trains_and_is_loaded_again(changes, photos):
     run = fit(photos, out="out", holdout=5, steps=2, **{"segment_t": 3, **changes})
     assert (run.scores is None) == (changes.get("regions") == 1)

@@ -10,9 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from factorkit.segdiff.config import preset_config
 
-REGIONAL = {
-    "branch_norm": "pixel", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True,
-}  # fmt: skip
+REGIONAL = {"branch_norm": "pixel", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True}
 SMALL = {"resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "groups": 4}
 
 

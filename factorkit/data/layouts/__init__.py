@@ -21,9 +21,18 @@ from factorkit.data.layouts.base import Layout, Reader
 
 #: In the order they are tried; each knows its own by the files that only it has.
 LAYOUTS: tuple[Reader, ...] = (
-    flowers102.READER, cub200.READER, celebamask.READER, ffhq.READER, imagenet.READER, voc2012.READER,
-    davis2017.READER, shapes3d.READER, ecssd.READER, huggingface.READER, webdataset.READER,
-)  # fmt: skip
+    flowers102.READER,
+    cub200.READER,
+    celebamask.READER,
+    ffhq.READER,
+    imagenet.READER,
+    voc2012.READER,
+    davis2017.READER,
+    shapes3d.READER,
+    ecssd.READER,
+    huggingface.READER,
+    webdataset.READER,
+)
 
 
 def read_layout(data: Any) -> tuple[Reader, Layout] | None:

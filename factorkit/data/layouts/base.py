@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from factorkit.data.source_base import Source, digest, said, shown
-from factorkit.errors import ConfigError, DataError
+from factorkit.data.sources import Source, digest, said, shown
+from factorkit.utils.errors import ConfigError, DataError
 
 SPLITS = ("train", "val", "test")  # the names every reader gives to the splits that have a customary use
 

@@ -10,14 +10,29 @@ import numpy as np
 from PIL import Image
 
 from factorkit.data.layouts.base import FETCH, Layout, Reader, as_image, first_channel, folder, lines, require
-from factorkit.data.source_base import Source, digest, said, stamp
-from factorkit.data.sources import FileSource
-from factorkit.errors import DataError
+from factorkit.data.sources import FileSource, Source, digest, said, stamp
+from factorkit.utils.errors import DataError
 
 PARTS = (
-    "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear", "mouth", "u_lip", "l_lip", "hair",
-    "hat", "ear_r", "neck_l", "neck", "cloth",
-)  # fmt: skip
+    "skin",
+    "nose",
+    "eye_g",
+    "l_eye",
+    "r_eye",
+    "l_brow",
+    "r_brow",
+    "l_ear",
+    "r_ear",
+    "mouth",
+    "u_lip",
+    "l_lip",
+    "hair",
+    "hat",
+    "ear_r",
+    "neck_l",
+    "neck",
+    "cloth",
+)
 #: Labels of the three segments of the dissertation's table 2.3; the rest of the parts is background.
 SKIN, HAIR = 1, 2
 FACE = frozenset(PARTS[: PARTS.index("hair")]) | {"neck"}

@@ -23,7 +23,7 @@ from factorkit.data.layouts.base import (
     with_suffix,
 )
 from factorkit.data.sources import FileSource
-from factorkit.errors import DataError
+from factorkit.utils.errors import DataError
 
 IMAGES, VAL, TEST = 11788, 788, 1000
 SPLIT_FILE = "train_val_test_split.txt"  # of ReDO's repository; IEM and later work use the same

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from factorkit.data.layouts.base import Labels, Layout, Reader, existing, folder, lines, with_suffix
-from factorkit.data.sources import FileSource, image_names
-from factorkit.errors import DataError
+from factorkit.data.open_source import image_names
+from factorkit.data.sources import FileSource
+from factorkit.utils.errors import DataError
 
 SETS = ("train", "val", "test-dev")
 SIZES = ("480p", "Full-Resolution")  # the first that is there is read

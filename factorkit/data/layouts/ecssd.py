@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from factorkit.data.layouts.base import Labels, Layout, Reader, existing, first_channel, folder, with_suffix
-from factorkit.data.sources import FileSource, image_names
-from factorkit.errors import DataError
+from factorkit.data.open_source import image_names
+from factorkit.data.sources import FileSource
+from factorkit.utils.errors import DataError
 
 HALF = 127
 

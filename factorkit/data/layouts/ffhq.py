@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from factorkit.data.layouts.base import Layout, Reader, folder
-from factorkit.data.sources import FileSource, image_names
-from factorkit.errors import DataError
+from factorkit.data.open_source import image_names
+from factorkit.data.sources import FileSource
+from factorkit.utils.errors import DataError
 
 TRAIN = 60000  # the authors' readme: the first 60,000 for training, the last 10,000 for validation
 SIZES = ("images1024x1024", "thumbnails128x128", "in-the-wild-images")  # the first that is there is read

@@ -9,7 +9,7 @@ import numpy as np
 
 from factorkit.data.layouts.base import FETCH, Labels, Layout, Reader, existing, folder, needs, require
 from factorkit.data.sources import FileSource
-from factorkit.errors import DataError
+from factorkit.utils.errors import DataError
 
 CLASSES = 102
 BLUE = np.array((0, 0, 254))  # what the authors painted over the background

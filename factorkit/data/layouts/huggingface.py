@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from factorkit.data.layouts.base import Labels, Layout, Reader, needs
-from factorkit.data.source_base import EncodedSource, digest
-from factorkit.errors import DataError
-from factorkit.reading import read_json
+from factorkit.data.sources import EncodedSource, digest
+from factorkit.utils.errors import DataError
+from factorkit.utils.safe_reading import read_json
 
 PREFIX = "hf:"
 MASKS = ("mask", "masks", "segmentation", "segmentation_mask", "annotation", "label")

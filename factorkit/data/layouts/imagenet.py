@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from factorkit.data.layouts.base import FETCH, Labels, Layout, Reader, first_channel, folder, lines, needs
-from factorkit.data.source_base import said
-from factorkit.data.sources import FileSource
-from factorkit.errors import DataError
+from factorkit.data.sources import FileSource, said
+from factorkit.utils.errors import DataError
 
 WNID = re.compile(r"n\d{8}")
 INSIDE = ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "imagenet")

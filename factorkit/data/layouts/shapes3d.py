@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from factorkit.data.layouts.base import FETCH, Layout, Reader, needs
-from factorkit.data.source_base import Source, digest, stamp
-from factorkit.errors import DataError
+from factorkit.data.sources import Source, digest, stamp
+from factorkit.utils.errors import DataError
 
 FILE = "3dshapes.h5"
 FACTORS = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")  # the columns of `labels`

@@ -11,8 +11,8 @@ import numpy as np
 
 from factorkit.data.archives import TarSource, inside, tar_members
 from factorkit.data.layouts.base import Labels, Layout, Reader
-from factorkit.data.source_base import IMAGE_SUFFIXES, is_image, shown
-from factorkit.errors import DataError
+from factorkit.data.sources import IMAGE_SUFFIXES, is_image, shown
+from factorkit.utils.errors import DataError
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MASKS = frozenset("mask seg segmentation".split())  # x.seg.png, x.mask.png

@@ -9,7 +9,7 @@ from factorkit.reproduce.generation import FACES, as_pixels, faces_experiment
 from factorkit.reproduce.photos import train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.hierarchy import hard_labels
-from factorkit.segdiff.pictures import trajectory_sheet
+from factorkit.segdiff.previews import trajectory_sheet
 
 SHOWN, STEPS, COLUMNS = 4, 50, 10
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from factorkit.errors import ConfigError, DataError
 from factorkit.reproduce.experiment import Experiment, Found, NotRun, Row
 from factorkit.reproduce.generation import as_pixels
 from factorkit.reproduce.photos import train
 from factorkit.reproduce.setup import Setup
-from factorkit.segdiff.pictures import generation_sheet
+from factorkit.segdiff.previews import generation_sheet
+from factorkit.utils.errors import ConfigError, DataError
 
 FULL = "imagenet64"
 SHOWN, STEPS, GUIDANCE = 16, 50, 2.0
@@ -28,10 +28,13 @@ EXPERIMENT = Experiment(
     name="fig2.11",
     title="pictures of asked-for classes, with their masks",
     data="ImageNet, Flowers-102 or CUB in their authors' layout, which says the classes",
-    duration={"small": "3 minutes a seed on one CPU core", "gpu": "not measured",
-              "full": "not measured (thesis: 500 000 steps on 32 V100)"},
+    duration={
+        "small": "3 minutes a seed on one CPU core",
+        "gpu": "not measured",
+        "full": "not measured (thesis: 500 000 steps on 32 V100)",
+    },
     columns=(),
     rows=lambda setup: [Row("ours", cell)],
     figures=("fig2.27",),
     seeds=1,
-)  # fmt: skip
+)

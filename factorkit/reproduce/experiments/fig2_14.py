@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from factorkit.data.clips import open_clip
-from factorkit.engine.sheets import contact_sheet
-from factorkit.errors import DataError
+from factorkit.data.video import open_clip
+from factorkit.report.image_grid import contact_sheet
 from factorkit.reproduce.experiment import Column, Experiment, Found, Row, percent
 from factorkit.reproduce.generation import as_pixels, real_pictures
 from factorkit.reproduce.photos import train
 from factorkit.reproduce.setup import Setup
-from factorkit.segdiff.clips import segment_frames
-from factorkit.segdiff.pictures import outlined
+from factorkit.segdiff.inference.video import segment_frames
+from factorkit.segdiff.previews import outlined
+from factorkit.utils.errors import DataError
 
 FULL = "imagenet64"
 CLIP = "FACTORKIT_CLIP"  # the variable that names a video, or a folder of frames
@@ -65,12 +65,11 @@ EXPERIMENT = Experiment(
     name="fig2.14",
     title="frames of a video and their regions",
     data=f"any pictures to train on; the video, or folder of frames, that {CLIP} names; without: a drawn pan",
-    duration={"small": "that of table2.1, whose training it shares", "gpu": "not measured",
-              "full": "not measured"},
+    duration={"small": "that of table2.1, whose training it shares", "gpu": "not measured", "full": "not measured"},
     columns=(percent("changes", "pixels that change region, %"), Column("frames", "frames", 1, 0)),
     rows=rows,
     figures=("fig2.29", "fig2.30", "fig2.31"),
     seeds=1,
     variables=(CLIP,),
     notes=("Changes are motion and flicker together. The dissertation shows pictures alone, of DAVIS-2017.",),
-)  # fmt: skip
+)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from factorkit.data.datasets import procedural_dataset
-from factorkit.data.labelled import load_labelled
-from factorkit.engine.sheets import contact_sheet, grey
-from factorkit.errors import ConfigError
+from factorkit.data.masks import load_labelled
+from factorkit.report.image_grid import contact_sheet, grey
 from factorkit.reproduce.experiment import Experiment, Found, Row, percent
 from factorkit.reproduce.generation import as_pixels, real_pictures
 from factorkit.reproduce.photos import recipe, run_folder
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.hierarchy import level_labels
-from factorkit.segdiff.pictures import outlined
+from factorkit.segdiff.previews import outlined
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.train import train_segdiff
+from factorkit.utils.errors import ConfigError
 
 NESTING = (3, 3)
 SHOWN = 6
@@ -26,9 +26,13 @@ def nested(setup: Setup, seed: int) -> SegdiffRun:
     preset, settings = recipe(setup)
     preset = "rooms32" if setup.scale == "small" else preset
     return train_segdiff(
-        setup.data, out=run_folder(setup, "two levels", seed), preset=preset, seed=seed, progress=setup.progress,
+        setup.data,
+        out=run_folder(setup, "two levels", seed),
+        preset=preset,
+        seed=seed,
+        progress=setup.progress,
         **{**settings, "regions": NESTING},
-    )  # fmt: skip
+    )
 
 
 def rows(setup: Setup) -> list[Row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from factorkit.engine.sheets import contact_sheet, grey
+from factorkit.report.image_grid import contact_sheet, grey
 from factorkit.reproduce.experiment import Experiment, Found, Row
 from factorkit.reproduce.photos import FIXED, photos, region_labels, score_regions, train
 from factorkit.reproduce.setup import Setup
@@ -38,10 +38,13 @@ EXPERIMENT = Experiment(
     name="fig2.18",
     title="segmentation against the noise level t",
     data="birds: CUB-200-2011, or any folder with images/ and masks/; without: drawn flowers",
-    duration={"small": "3 minutes a seed on one CPU core, none after table2.1", "gpu": "not measured",
-              "full": "not measured"},
+    duration={
+        "small": "3 minutes a seed on one CPU core, none after table2.1",
+        "gpu": "not measured",
+        "full": "not measured",
+    },
     columns=FIXED,
     rows=rows,
     notes=("The dissertation shows pictures alone.",),
     draw=sheet,
-)  # fmt: skip
+)

@@ -6,7 +6,7 @@ from factorkit.reproduce.experiment import Found
 from factorkit.reproduce.generation import FACES, as_pixels, faces_experiment, real_pictures
 from factorkit.reproduce.photos import train
 from factorkit.reproduce.setup import Setup
-from factorkit.segdiff.edit_sheets import branches_sheet
+from factorkit.segdiff.editing.grids import branches_sheet
 
 SHOWN = 6
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from factorkit.reproduce import views
 
 EXPERIMENT = views.ablation(
-    "fig3.13", "training with noise beside the autoencoder",
-    {"noise": {"noise": True}, "no noise (autoencoder)": {"noise": False}}, figures=("fig3.10",),
-)  # fmt: skip
+    "fig3.13",
+    "training with noise beside the autoencoder",
+    {"noise": {"noise": True}, "no noise (autoencoder)": {"noise": False}},
+    figures=("fig3.10",),
+)

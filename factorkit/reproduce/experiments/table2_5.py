@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from factorkit.engine.sheets import contact_sheet
-from factorkit.metrics.classes import class_scores, overlaps
+from factorkit.metrics.class_scores import class_scores, overlaps
+from factorkit.report.image_grid import contact_sheet
 from factorkit.reproduce import labels
 from factorkit.reproduce.experiment import Citation, Column, Experiment, Found, Row, percent
 from factorkit.reproduce.generation import DISTANCE, FID, NOTE, as_pixels, draw, fid, multiply_adds, random_distance
 from factorkit.reproduce.photos import SHOWN, config_of, region_labels, train
 from factorkit.reproduce.setup import Setup
-from factorkit.segdiff.baseline_supervised import predict_classes
-from factorkit.segdiff.pictures import outlined
+from factorkit.segdiff.baselines.supervised import predict_classes
+from factorkit.segdiff.previews import outlined
 from factorkit.segdiff.run import SegdiffRun
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ FULL = "flowers64"
 THESIS = "dissertation, table 2.5"
 SETS = ("Flower-64", "Flower-128", "CUB-64", "CUB-128", "FFHQ-64", "FFHQ-128", "ImageNet-64")
 CITED = {
-    "DDPM": (15.81, 14.62, 14.45, 14.01, 13.72, 13.35, 7.02), "ours": (13.33, 11.50, 10.91, 10.28, 12.02, 10.79, 6.54),
-}  # fmt: skip
+    "DDPM": (15.81, 14.62, 14.45, 14.01, 13.72, 13.35, 7.02),
+    "ours": (13.33, 11.50, 10.91, 10.28, 12.02, 10.79, 6.54),
+}
 STEPS, COMPUTE, OURS = "plain DDPM, equal steps", "plain DDPM, equal compute", "ours"
 
 
@@ -40,9 +41,10 @@ def plain_compute(setup: Setup, seed: int) -> SegdiffRun:
 
 def rows(setup: Setup) -> list[Row]:
     runs = {
-        STEPS: lambda s, seed: labels.plain(s, seed, FULL), COMPUTE: plain_compute,
+        STEPS: lambda s, seed: labels.plain(s, seed, FULL),
+        COMPUTE: plain_compute,
         OURS: lambda s, seed: labels.our_run(s, seed, FULL),
-    }  # fmt: skip
+    }
     found = [Row(name, lambda s, seed, run=run: cell(s, seed, run(s, seed))) for name, run in runs.items()]
     return found + [
         Row(f"{name}: FID", lambda s, seed, run=run: fid_cell(s, seed, run(s, seed)), seeds=1)
@@ -63,8 +65,7 @@ def cell(setup: Setup, seed: int, run: SegdiffRun) -> Found:
         regions, found, on_real = labels.CLUSTERS, training.segment(pixels), training.segment(real)
     _, mapping = known.score(on_real, regions)
     agreement = class_scores(overlaps(found, reference, regions, known.count), mapping)["acc"]
-    numbers = {DISTANCE.key: random_distance(setup, run, drawn.images), "consistency": agreement,
-               "steps": run.step}  # fmt: skip
+    numbers = {DISTANCE.key: random_distance(setup, run, drawn.images), "consistency": agreement, "steps": run.step}
     return Found(numbers, {"images": pixels[:SHOWN], "classes": mapping[found[:SHOWN]]})
 
 
@@ -87,14 +88,16 @@ EXPERIMENT = Experiment(
     title="pictures and masks drawn from noise",
     data="any of Flower, CUB, FFHQ, ImageNet, or a folder with images/ and masks/; without: drawn flowers",
     duration={
-        "small": "12 minutes a seed on one CPU core", "gpu": "not measured",
+        "small": "12 minutes a seed on one CPU core",
+        "gpu": "not measured",
         "full": "not measured (thesis: 50 000 to 500 000 steps on 8 to 32 V100)",
     },
     columns=(DISTANCE, FID, percent("consistency", "Acc of masks"), Column("steps", "steps", 1.0, 0)),
     rows=rows,
     citations=tuple(
         Citation(f"{row}, {name}", THESIS, {"fid": value})
-        for row, values in CITED.items() for name, value in zip(SETS, values, strict=True)
+        for row, values in CITED.items()
+        for name, value in zip(SETS, values, strict=True)
     ),
     figures=("fig2.7", "fig2.8", "fig2.24", "fig2.25", "fig2.26"),
     seeds=1,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from factorkit.engine.sheets import contact_sheet, grey
+from factorkit.report.image_grid import contact_sheet, grey
 from factorkit.reproduce.experiment import Citation, Experiment, Found, Row
 from factorkit.reproduce.generation import DISTANCE, FID, NOTE, as_pixels, draw, fid, random_distance
 from factorkit.reproduce.photos import FIXED, photos, region_labels, score_regions, train
@@ -20,16 +20,20 @@ FULL = "cub64"
 THESIS = "dissertation, table 2.6, on CUB"
 #: the row's name, what its training is called, and the argument; ours is table 2.1's and 2.2's own training
 VARIANTS = (
-    ("concat", "concat", "concat"), ("masking h_mid", "masked_mid", "masked_mid"),
-    ("w/o weight sharing", "unshared", "unshared"), ("ours", "ours", "masked_skips"),
-)  # fmt: skip
+    ("concat", "concat", "concat"),
+    ("masking h_mid", "masked_mid", "masked_mid"),
+    ("w/o weight sharing", "unshared", "unshared"),
+    ("ours", "ours", "masked_skips"),
+)
 SHOWN = 8
 
 
 def rows(setup: Setup) -> list[Row]:
     found = [Row(name, lambda s, seed, v=(label, way): cell(s, seed, *v)) for name, label, way in VARIANTS]
-    return found + [Row(f"{name}: FID", lambda s, seed, v=(label, way): fid_cell(s, seed, *v), seeds=1)
-                    for name, label, way in VARIANTS]  # fmt: skip
+    return found + [
+        Row(f"{name}: FID", lambda s, seed, v=(label, way): fid_cell(s, seed, *v), seeds=1)
+        for name, label, way in VARIANTS
+    ]
 
 
 def trained(setup: Setup, seed: int, label: str, decoding: str):
@@ -67,7 +71,8 @@ EXPERIMENT = Experiment(
     title="ablations of the decoding scheme",
     data="birds: CUB-200-2011, or any folder with images/ and masks/; without: drawn flowers",
     duration={
-        "small": "10 minutes a seed on one CPU core", "gpu": "not measured",
+        "small": "10 minutes a seed on one CPU core",
+        "gpu": "not measured",
         "full": "not measured (thesis: 50 000 steps on 8 V100 for each)",
     },
     columns=(*FIXED, DISTANCE, FID),
@@ -79,8 +84,6 @@ EXPERIMENT = Experiment(
         Citation("ours", THESIS, {"iou": 0.561, "fid": 10.28}),
     ),
     seeds=2,
-    notes=(
-        "At the scales small and gpu all rows share the regional form and change the decoding alone.", NOTE,
-    ),
+    notes=("At the scales small and gpu all rows share the regional form and change the decoding alone.", NOTE),
     draw=sheet,
 )

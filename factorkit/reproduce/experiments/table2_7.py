@@ -17,26 +17,43 @@ import torch
 from PIL import Image
 
 from factorkit.data.datasets import open_dataset
-from factorkit.data.labelled import Labelled, load_labelled
 from factorkit.data.layouts import voc2012
-from factorkit.engine.sheets import contact_sheet
+from factorkit.data.masks import Labelled, load_labelled
+from factorkit.report.image_grid import contact_sheet
 from factorkit.reproduce.experiment import Citation, Column, Experiment, Found, NotRun, Row, percent
 from factorkit.reproduce.photos import run_folder, train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
-from factorkit.segdiff.pictures import outlined
+from factorkit.segdiff.inference.zero_shot import showing
+from factorkit.segdiff.previews import outlined
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import to_float
-from factorkit.segdiff.zero_shot import showing
 
 FULL = "imagenet64"
 VOC = "FACTORKIT_VOC"  # the variable that names its folder
 SHOWN = 6  # pictures of each class
 THESIS = (
-    (0.82, 0.57), (0.79, 0.47), (0.83, 0.58), (0.81, 0.51), (0.76, 0.47), (0.73, 0.54), (0.74, 0.48), (0.82, 0.66),
-    (0.75, 0.64), (0.82, 0.45), (0.69, 0.62), (0.82, 0.67), (0.84, 0.53), (0.76, 0.52), (0.77, 0.46), (0.74, 0.46),
-    (0.84, 0.64), (0.73, 0.51), (0.76, 0.56), (0.73, 0.47),
-)  # fmt: skip
+    (0.82, 0.57),
+    (0.79, 0.47),
+    (0.83, 0.58),
+    (0.81, 0.51),
+    (0.76, 0.47),
+    (0.73, 0.54),
+    (0.74, 0.48),
+    (0.82, 0.66),
+    (0.75, 0.64),
+    (0.82, 0.45),
+    (0.69, 0.62),
+    (0.82, 0.67),
+    (0.84, 0.53),
+    (0.76, 0.52),
+    (0.77, 0.46),
+    (0.74, 0.46),
+    (0.84, 0.64),
+    (0.73, 0.51),
+    (0.76, 0.56),
+    (0.73, 0.47),
+)
 SOURCE = "dissertation, table 2.7, a model of 64 px and 500 000 steps"
 
 

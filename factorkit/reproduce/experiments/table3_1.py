@@ -8,9 +8,11 @@ from factorkit.reproduce.setup import Setup
 
 THESIS = "dissertation, table 3.1"
 ROWS = {
-    "supervised": {"poses": "known"}, "NeRF--": {"poses": "learned"}, "ours, joint as in the thesis": views.JOINT,
+    "supervised": {"poses": "known"},
+    "NeRF--": {"poses": "learned"},
+    "ours, joint as in the thesis": views.JOINT,
     "ours, balanced search": {"search": "dictionary"},
-}  # fmt: skip
+}
 #: PSNR, SSIM and LPIPS of supervised NeRF, NeRF-- and ours; None where it found no poses
 CITED: dict[str, tuple[tuple[float, float, float] | None, ...]] = {
     "Fern": ((22.22, 0.64, 0.47), (21.67, 0.61, 0.50), (17.02, 0.42, 0.55)),

@@ -5,7 +5,7 @@ import pytest
 
 from factorkit.data import load_labelled, open_dataset
 from factorkit.data.layouts.celebamask import PARTS
-from factorkit.errors import DataError
+from factorkit.utils.errors import DataError
 
 
 @pytest.fixture

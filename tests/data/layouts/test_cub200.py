@@ -5,10 +5,14 @@ import pytest
 
 from factorkit.data import load_labelled, open_dataset
 from factorkit.data.layouts.cub200 import draw as draw_split
-from factorkit.errors import DataError
+from factorkit.utils.errors import DataError
 
-BIRDS = [("001.Black_footed_Albatross", "Black_Footed_Albatross_0046_18"), ("001.Black_footed_Albatross", "B_0009_34"),
-         ("002.Laysan_Albatross", "L_0001_55"), ("002.Laysan_Albatross", "L_0002_1027")]  # fmt: skip
+BIRDS = [
+    ("001.Black_footed_Albatross", "Black_Footed_Albatross_0046_18"),
+    ("001.Black_footed_Albatross", "B_0009_34"),
+    ("002.Laysan_Albatross", "L_0001_55"),
+    ("002.Laysan_Albatross", "L_0002_1027"),
+]
 
 
 @pytest.fixture
@@ -62,13 +66,16 @@ def test_without_a_split_file_one_is_drawn_and_said(cub):
     assert sum(len(split.images) for split in dataset.splits.values()) == 4
 
 
-@pytest.mark.parametrize(("file", "line", "message"), [
-    ("images.txt", "5 nowhere.jpg", "1 of 5 images of images.txt are not there, the first is nowhere.jpg"),
-    ("images.txt", "5", "line 5: expected 2 words"),
-    ("image_class_labels.txt", "1 3", "a class that classes.txt does not have"),
-    ("image_class_labels.txt", "1 bird", "not one number for each image"),
-    ("train_val_test_split.txt", "1 0", "not one number for each image"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("images.txt", "5 nowhere.jpg", "1 of 5 images of images.txt are not there, the first is nowhere.jpg"),
+        ("images.txt", "5", "line 5: expected 2 words"),
+        ("image_class_labels.txt", "1 3", "a class that classes.txt does not have"),
+        ("image_class_labels.txt", "1 bird", "not one number for each image"),
+        ("train_val_test_split.txt", "1 0", "not one number for each image"),
+    ],
+)
 def test_damaged(cub, file, line, message):
     with open(cub / file, "a") as listed:
         listed.write(f"{line}\n")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from factorkit.data import load_labelled, open_dataset, prepare
-from factorkit.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError
 
 savemat = pytest.importorskip("scipy.io").savemat
 TRNID, VALID, TSTID = [6, 1], [2], [5, 3, 4, 7]
@@ -32,8 +32,10 @@ def test_redo_trains_on_the_test_ids(flowers):
     assert dataset.labels.tolist() == [29, 39, 49, 69] and dataset.labels.dtype == np.int64
     assert len(dataset.class_names) == 102
     assert {name: split.images.names for name, split in dataset.splits.items()} == {
-        "train": dataset.train.names, "val": ["image_00002.jpg"], "test": dataset.test_images.names,
-    }  # fmt: skip
+        "train": dataset.train.names,
+        "val": ["image_00002.jpg"],
+        "test": dataset.test_images.names,
+    }
     assert dataset.splits["val"].labels.tolist() == [19]
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from factorkit.data import load_labelled, open_dataset, prepare
-from factorkit.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError
 
 
 def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
@@ -24,9 +24,14 @@ def flowers(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hf = pytest.importorskip("datasets")
-    features = hf.Features({
-        "id": hf.Value("int64"), "image": hf.Image(), "mask": hf.Image(), "kind": hf.ClassLabel(names=["rose", "iris"]),
-    })  # fmt: skip
+    features = hf.Features(
+        {
+            "id": hf.Value("int64"),
+            "image": hf.Image(),
+            "mask": hf.Image(),
+            "kind": hf.ClassLabel(names=["rose", "iris"]),
+        }
+    )
 
     def part(values):
         rows = {

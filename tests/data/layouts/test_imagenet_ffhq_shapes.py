@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from factorkit.data import load_labelled, open_dataset, prepare
-from factorkit.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError
 
 TENCH, GOLDFISH, OSTRICH = "n01440764", "n01443537", "n01518878"
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from factorkit.data import load_labelled, open_dataset
-from factorkit.errors import DataError
+from factorkit.utils.errors import DataError
 
 SHEEP, VOID = 17, 255
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from factorkit.data import load_labelled, open_dataset, prepare
-from factorkit.errors import DataError
+from factorkit.utils.errors import DataError
 
 
 def encoded(value, kind="PNG", shape=(12, 16, 3)):

@@ -8,7 +8,7 @@ from kernel_compare import assert_close, rand, soft_masks
 
 from factorkit import ops
 from factorkit.ops import fused, reference
-from factorkit.segdiff.model import FactorizedUNet
+from factorkit.segdiff.network import FactorizedUNet
 
 
 def cases():
@@ -69,9 +69,18 @@ def test_autocast_leaves_statistics_and_masks_alone():
 def test_factorized_unet_through_the_kernels(branch_norm, monkeypatch):
     """Forward and every parameter's gradient equal those of the same model on the references, in fp64."""
     model = FactorizedUNet(
-        regions=3, resolution=8, width=8, multipliers=(1, 2), blocks=1, attention=(4,), heads=2, groups=4,
-        branch_norm=branch_norm, region_tokens=branch_norm != "group", normalised_logits=branch_norm == "pixel",
-    )  # fmt: skip
+        regions=3,
+        resolution=8,
+        width=8,
+        multipliers=(1, 2),
+        blocks=1,
+        attention=(4,),
+        heads=2,
+        groups=4,
+        branch_norm=branch_norm,
+        region_tokens=branch_norm != "group",
+        normalised_logits=branch_norm == "pixel",
+    )
     with torch.no_grad():
         for p in model.parameters():  # zero-initialised layers would hide everything before them
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() < 2 else p[0].numel() ** -0.5))

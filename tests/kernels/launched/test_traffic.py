@@ -110,6 +110,7 @@ CASES = {
     **{n: (region_ops, n) for n in ("concat", "add", "pyramid", "pool", "blend", "mse")},
 }
 
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_counted_is_what_the_kernels_touch(case, monkeypatch):
     make, *given = CASES[case]

@@ -1,0 +1,373 @@
+"""The report of a run: one HTML file that needs nothing beside it, written from what lies in the run folder."""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib.metadata
+import io
+import os
+import platform
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from factorkit.engine.log import read_log
+from factorkit.report.curves import DARK, LIGHT, draw_curves, is_number, timeline
+from factorkit.report.verdict import Verdict, baselines_of, headline_tiles, judge, number
+from factorkit.utils.errors import CheckpointError
+from factorkit.utils.safe_reading import read_json
+
+__all__ = ["Verdict", "read_log", "verdict", "write_report"]
+
+REPORT_NAME = "report.html"
+_SHEET_NAME = re.compile(r"(?P<step>\d+)_(?P<kind>.+)")
+_STRIP = 8  # sheets of one kind in the strip below the latest
+_STRIP_SIZE = (320, 240)
+FIRST = ("segmentation", "views")  # sheets of what is judged first, before what the alphabet would have
+_EVENTS = 200  # the newest events shown
+_SCORES = (("acc", "Acc"), ("iou", "IoU"), ("dice", "Dice"))
+
+
+def verdict(folder: str | os.PathLike[str]) -> Verdict:
+    """Judge the run in `folder` by its last alarms and its scores, as far as there are any."""
+    folder = Path(folder)
+    return judge(_read_json(folder / "config.json"), read_log(folder), _read_json(folder / "scores.json"))
+
+
+def write_report(folder: str | os.PathLike[str]) -> Path:
+    """Write `folder/report.html` from the files in the run folder, and return its path.
+
+    Read are `config.json`, `log.jsonl`, `scores.json` and `samples/<step>_<kind>.png`; what is missing, unknown or half
+    written is left out, so it works at any moment of a run. The old report stands until the new one is whole. The page
+    has no scripts and refers to nothing outside itself.
+
+    Raises CheckpointError when there is no such folder or the file cannot be written.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no run folder: it does not exist. Give the out= of a training run")
+    config, log, scores = _read_json(folder / "config.json"), read_log(folder), _read_json(folder / "scores.json")
+    judged = judge(config, log, scores)
+    name = folder.resolve().name
+    progress = _text(_progress(config, log))
+    body = [
+        f"<header><p class='kicker'>factorkit run</p><h1>{_text(name)}</h1><p>{progress}</p></header>",
+        _verdict_box(judged),
+        _headline_numbers(config, log, scores),
+        _sheets_section(folder / "samples"),
+        _curves_section(log),
+        _scores_section(scores),
+        _events_section(log),
+        _settings_section(config),
+        _environment_section(),
+    ]
+    page = (
+        "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{_text(name)}: {_text(judged.headline)}</title><style>{STYLE}</style></head>\n"
+        "<body><main>\n" + "\n".join(body) + "\n</main></body></html>\n"
+    )
+    path = folder / REPORT_NAME
+    temporary = folder / f".{REPORT_NAME}.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        advice = "Free some space, or make the folder writable"
+        raise CheckpointError(f"could not write {path}: {error}. {advice}") from error
+    return path
+
+
+# --- reading and judging ---
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where it is missing, damaged or something else."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _progress(config: dict[str, Any], log: list[dict[str, Any]]) -> str:
+    """One sentence on how far the run is."""
+    stages = [event for event in log if event.get("event") in ("start", "resume", "signal", "end")]
+    steps = timeline(log, "step")
+    step = steps[-1]["step"] if steps else 0
+    place = f"step {step:,g}" + (f" of {config['steps']:,g}" if is_number(config.get("steps")) else "")
+    last = stages[-1]["event"] if stages else None
+    if last == "end":
+        return f"Finished at {place}."
+    if last == "signal":
+        return f"Stopped by a signal at {place}; the same command again goes on from there."
+    return f"Not finished: {place}." if last or steps else "Not started: the log holds no step yet."
+
+
+# --- the page ---
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _section(title: str, body: str, missing: str) -> str:
+    """A section; without a body, one line that says what is not there yet."""
+    return f"<section><h2>{title}</h2>{body or f'<p class=missing>Not there yet: {_text(missing)}.</p>'}</section>"
+
+
+def _table(rows: Iterable[tuple[object, object]]) -> str:
+    lines = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows)
+    return f"<div class=scroll><table>{lines}</table></div>" if lines else ""
+
+
+def _verdict_box(judged: Verdict) -> str:
+    details = "".join(f"<p>{_text(sentence)}</p>" for sentence in judged.details)
+    return f"<section class='verdict {judged.status}'><h2>{_text(judged.headline)}</h2>{details}</section>"
+
+
+def _headline_numbers(config: dict[str, Any], log: list[dict[str, Any]], scores: dict[str, Any]) -> str:
+    steps = timeline(log, "step")
+    last = steps[-1] if steps else {}
+    seconds = [event["seconds"] for event in steps if is_number(event.get("seconds"))]
+    tiles = [
+        *headline_tiles(config, log, scores),
+        ("loss", number(last.get("loss"), 4), ""),
+        ("step", number(last.get("step"), 0), f"of {number(config.get('steps'), 0)}" if "steps" in config else ""),
+        ("images seen", number(last.get("images"), 0), ""),
+        ("images per second", number(last.get("images_per_second"), 1), ""),
+        ("training time", _duration(sum(seconds)) if seconds else "", ""),
+    ]
+    shown = "".join(
+        f"<div class=tile><span>{label}</span><b>{value}</b><small>{note}</small></div>"
+        for label, value, note in tiles
+        if value
+    )
+    body = f"<div class=tiles>{shown}</div>" if shown else ""
+    return _section("Headline numbers", body, "the run has logged no step")
+
+
+def _sheets_section(folder: Path) -> str:
+    """The latest sheet of each kind, over a strip of how it came to be."""
+    kinds: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(folder.glob("*.png")):
+        match = _SHEET_NAME.fullmatch(path.stem)
+        step, kind = (int(match["step"]), match["kind"]) if match else (-1, path.stem)
+        kinds.setdefault(kind, []).append((step, path))
+    blocks = []
+    for kind, series in sorted(kinds.items(), key=lambda item: (item[0] not in FIRST, item[0])):
+        series = [(step, path) for step, path in sorted(series) if _readable(path)]
+        if not series:
+            continue
+        step, latest = series[-1]
+        block = f"<h3>{_text(kind)}{_at(step)}</h3>" + _figure(latest.read_bytes(), f"{kind}{_at(step)}")
+        if len(series) > 1:
+            chosen = sorted({round(i * (len(series) - 1) / (_STRIP - 1)) for i in range(_STRIP)})
+            block += "<div class=strip>"
+            block += "".join(_figure(_small(series[i][1]), f"step {series[i][0]}", caption=True) for i in chosen)
+            block += "</div>"
+        blocks.append(f"<article>{block}</article>")
+    return _section("Latest sheets", "".join(blocks), "no sample sheet was drawn")
+
+
+def _at(step: int) -> str:
+    return f", step {step}" if step >= 0 else ""
+
+
+def _readable(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError):  # Pillow raises SyntaxError for some broken PNGs
+        return False
+    return True
+
+
+def _small(path: Path) -> bytes:
+    with Image.open(path, formats=["PNG"]) as stored:
+        picture = stored.convert("RGB")
+    picture.thumbnail(_STRIP_SIZE, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _figure(png: bytes, label: str, caption: bool = False) -> str:
+    below = f"<figcaption>{_text(label)}</figcaption>" if caption else ""
+    return f"<figure><img src='{_uri(png)}' alt='{_text(label)}'>{below}</figure>"
+
+
+def _curves_section(log: list[dict[str, Any]]) -> str:
+    blocks = []
+    for (title, note, light), (_, _, dark) in zip(draw_curves(log, LIGHT), draw_curves(log, DARK), strict=True):
+        picture = (
+            f"<picture><source media='(prefers-color-scheme: dark)' srcset='{_uri(dark)}'>"
+            f"<img src='{_uri(light)}' alt='{_text(title)}'></picture>"
+        )
+        caption = f"<figcaption>{_text(note)}</figcaption>"
+        blocks.append(f"<figure class=curve><h3>{_text(title)}</h3>{picture}{caption}</figure>")
+    body = f"<div class=curves>{''.join(blocks)}</div>" if blocks else ""
+    return _section("Curves", body, "the run has logged no step")
+
+
+def _scores_section(scores: dict[str, Any]) -> str:
+    ours = [
+        ("this run", {name: scores.get(name) for name, _ in _SCORES}, "ours"),
+        ("this run, per-image oracle", {name: scores.get(f"oracle_{name}") for name, _ in _SCORES}, "oracle"),
+    ]
+    rows = [row for row in ours if any(is_number(value) for value in row[1].values())]
+    rows += [(name, values, "") for name, values in baselines_of(scores)]
+    if not rows:
+        table = _table((name, _plain(value)) for name, value in scores.items())
+        return _section("Scores", table, "nothing was scored")
+    lines = "".join(_score_line(*row) for row in rows)
+    head = "<tr><th></th>" + "".join(f"<th>{label}</th>" for _, label in _SCORES) + "<th></th></tr>"
+    known = {"baselines", *(name for name, _ in _SCORES), *(f"oracle_{name}" for name, _ in _SCORES)}
+    rest = _table((name, _plain(value)) for name, value in scores.items() if name not in known)
+    note = "The oracle maps regions to the object for each image by its own label: an upper bound, not a score."
+    table = f"<div class=scroll><table class=scores>{head}{lines}</table></div><p class=note>{note}</p>"
+    return _section("Scores", table + rest, "")
+
+
+def _score_line(name: str, values: dict[str, Any], kind: str) -> str:
+    if "unavailable" in values:
+        cells = f"<td colspan=4 class=missing>{_text(values['unavailable'])}</td>"
+    else:
+        share = min(max(values["iou"], 0), 1) if is_number(values.get("iou")) else 0
+        cells = "".join(f"<td>{number(values.get(key)) or '–'}</td>" for key, _ in _SCORES)
+        cells += f"<td class=bar><i style='width:{share:.1%}'></i></td>"
+    return f"<tr class='{kind}'><th>{_text(name)}</th>{cells}</tr>"
+
+
+def _events_section(log: list[dict[str, Any]]) -> str:
+    rows = []
+    for event in log:
+        kind = event.get("event")
+        if kind == "step":
+            continue
+        if "message" in event:
+            said = str(event["message"])
+        elif isinstance(event.get("failures"), list):
+            said = "; ".join(map(str, event["failures"])) or "no alarm"
+        else:
+            said = _plain({name: value for name, value in event.items() if name not in ("event", "step", "time")})
+        stamp = _clock(event["time"]) if is_number(event.get("time")) else ""
+        cells = (stamp, number(event.get("step"), 0), kind, said)
+        rows.append("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
+    head = "<tr><th>time (UTC)</th><th>step</th><th>event</th><th></th></tr>"
+    left_out = f"<p class=note>The newest {_EVENTS} of {len(rows)}.</p>" if len(rows) > _EVENTS else ""
+    table = f"<div class=scroll><table class=events>{head}{''.join(rows[-_EVENTS:])}</table></div>{left_out}"
+    return _section("Events", table if rows else "", "the log is empty")
+
+
+def _settings_section(config: dict[str, Any]) -> str:
+    rows = ((name, _plain(value)) for name, value in _flat(config))
+    return _section("Settings", _table(rows), "there is no config.json")
+
+
+def _environment_section() -> str:
+    rows = [("report written", _clock(time.time()) + " UTC"), ("python", platform.python_version())]
+    rows += [("platform", platform.platform()), ("processors", str(os.cpu_count()))]
+    for package in ("factorkit", "torch", "triton", "numpy"):
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    note = "Of the process that wrote this report: the training itself, unless it was written again later."
+    return _section("Environment", f"{_table(rows)}<p class=note>{note}</p>", "")
+
+
+# --- words and numbers ---
+
+
+def _plain(value: object) -> str:
+    """A setting or field as a person would write it."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    return str(value)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Settings by name, those of nested groups as `group.name`."""
+    flat = []
+    for name, value in config.items():
+        flat += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return flat
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _clock(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    except (OverflowError, ValueError, OSError):  # of a damaged log: no time of this world
+        return ""
+
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #23272b; --faint: #6a7178; --line: #e2e5e8; --panel: #f6f7f8;
+  --good: #1a7f4b; --mixed: #b26a00; --bad: #b3261e; --open: #6a7178; --accent: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --paper: #16181a; --ink: #dfe3e6; --faint: #98a0a7; --line: #2c3135;
+  --panel: #1d2023; --good: #57c78b; --mixed: #e9a84a; --bad: #ff7b6b; --open: #98a0a7; --accent: #56b4e9; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
+  Roboto, sans-serif; font-variant-numeric: tabular-nums; }
+main { max-width: 1120px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+header p { margin: 0; color: var(--faint); }
+h1 { margin: 0; font-size: 1.7rem; font-weight: 600; line-height: 1.25; overflow-wrap: anywhere; }
+h2 { margin: 2.5rem 0 .75rem; font-size: 1.1rem; font-weight: 600; }
+h3 { margin: 1.25rem 0 .4rem; font-size: .9rem; font-weight: 600; }
+.kicker { font-size: .8rem; letter-spacing: .04em; }
+.missing, .note, small, figcaption { color: var(--faint); font-size: .85rem; }
+.verdict { margin-top: 1.25rem; padding: .9rem 1.1rem; border-left: 4px solid var(--tone); background: var(--panel); }
+.verdict h2 { margin: 0 0 .25rem; font-size: 1.25rem; color: var(--tone); }
+.verdict p { margin: .15rem 0; overflow-wrap: anywhere; }
+.good { --tone: var(--good); } .mixed { --tone: var(--mixed); } .bad { --tone: var(--bad); }
+.open { --tone: var(--open); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(155px, 1fr)); gap: .75rem; }
+.tile { padding: .6rem .8rem; border: 1px solid var(--line); border-radius: 4px; }
+.tile span, .tile b, .tile small { display: block; }
+.tile span { color: var(--faint); font-size: .8rem; }
+.tile b { font-size: 1.35rem; font-weight: 600; }
+figure { margin: 0; }
+img { max-width: 100%; height: auto; display: block; }
+article > figure img { border: 1px solid var(--line); }
+.strip { display: flex; gap: .6rem; overflow-x: auto; padding: .6rem 0; }
+.strip figure { flex: none; }
+.strip img { height: 150px; width: auto; max-width: none; }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1rem 1.5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; }
+th, td { padding: .28rem .9rem .28rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
+  overflow-wrap: anywhere; }
+th { font-weight: 500; color: var(--faint); white-space: nowrap; }
+.scores { min-width: 560px; }
+.scores th { color: inherit; }
+.ours > * { font-weight: 700; }
+.oracle > * { color: var(--faint) !important; }
+.bar { width: 200px; vertical-align: middle; }
+.bar i { display: block; height: 8px; background: var(--faint); opacity: .55; }
+.ours .bar i { background: var(--accent); opacity: 1; }
+.events td:first-child, .events td:nth-child(3) { white-space: nowrap; }
+@media (max-width: 420px) { .curves { grid-template-columns: 1fr; } }
+"""

@@ -1,0 +1,69 @@
+"""Randomness as a function of (seed, images seen), so that resuming needs no saved generator and is exact.
+
+The whole batch's numbers are drawn in every process and each keeps its rows: the same run on any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 63-bit seed from any parts; equal parts, equal seed, on every platform."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derived_seed("order", seed, epoch))
+    return torch.randperm(size, generator=generator)
+
+
+def image_order(seed: int, images_seen: int, count: int, size: int) -> Tensor:
+    """Indices of the next ``count`` images after ``images_seen``: a new shuffle of all ``size`` images every epoch."""
+    positions = torch.arange(images_seen, images_seen + count)
+    epochs = positions // size
+    return torch.cat([_permutation(seed, int(e), size)[positions[epochs == e] % size] for e in epochs.unique()])
+
+
+class BatchDraw:
+    """The random numbers of one step, restricted to the rows of one process's micro-batch.
+
+    Args:
+        seed, images_seen: what the numbers are a function of.
+        batch: images in the whole batch.
+        rows: the slice of it that is wanted.
+        device: where the numbers are drawn; CPU and GPU draw different ones.
+        first: whether this is the first micro-batch of a step in this process.
+    """
+
+    def __init__(self, seed: int, images_seen: int, batch: int, rows: slice, device: torch.device, first: bool = True):
+        self.seed, self.batch, self.rows, self.device, self.first = seed, batch, rows, device, first
+        self.generator = torch.Generator(device)
+        self.restart(images_seen)
+
+    def restart(self, images_seen: int) -> None:
+        """Begin the numbers of another step, with the same generator."""
+        self.generator.manual_seed(derived_seed("draw", self.seed, images_seen))
+
+    def fresh(self) -> BatchDraw:
+        """The same with a new generator, not yet begun."""
+        return BatchDraw(self.seed, 0, self.batch, self.rows, self.device, self.first)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers [rows, *shape]."""
+        return torch.randn(self.batch, *shape, generator=self.generator, device=self.device)[self.rows]
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), [rows, *shape]."""
+        return torch.rand(self.batch, *shape, generator=self.generator, device=self.device)[self.rows]
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Integers in [low, high), [rows, *shape]."""
+        size = (self.batch, *shape)
+        return torch.randint(low, high, size, generator=self.generator, device=self.device)[self.rows]

@@ -1,0 +1,101 @@
+"""The shipped scene: its cameras are where they say, the same seed draws the same, half a turn is nearly a symmetry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from factorkit.data import procedural_views
+from factorkit.data.procedural.scene import LAMP, TABLE, scene_field
+from factorkit.metrics.image import psnr
+from factorkit.utils.errors import ConfigError
+
+
+def project(views, point):
+    """Pixels [V, 2] (right, down) at which the views see a point."""
+    local = torch.einsum("vji,vj->vi", views.poses[:, :3, :3], torch.tensor(point) - views.poses[:, :3, 3])
+    image = torch.einsum("vij,vj->vi", views.intrinsics, local * torch.tensor([1.0, -1.0, -1.0]))
+    return image[:, :2] / image[:, 2:]
+
+
+def test_the_yellow_ball_is_where_the_poses_say():
+    views = procedural_views(12, 48, seed=5)
+    ball = TABLE[4]
+    places = project(views, ball[1]).long()
+    for image, mask, (right, down) in zip(views.images, views.masks, places.tolist(), strict=True):
+        red, green, blue = image[:, down, right].tolist()
+        assert mask[0, down, right] > 0.95
+        # Nothing else in the scene is so much more red and green than blue.
+        assert min(red, green) > 3 * blue
+    assert views.background.tolist() == [1, 1, 1] and views.layout == "object"
+    corners = views.images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
+    torch.testing.assert_close(corners, torch.ones_like(corners), atol=1e-3, rtol=0)
+
+
+def test_everything_lies_inside_the_picture_and_between_near_and_far():
+    views = procedural_views(16, 32, elevations=(-80.0, 85.0))
+    border = torch.cat([views.masks[..., [0, -1], :].flatten(1), views.masks[..., [0, -1]].flatten(1)], dim=1)
+    assert border.max() < 0.01 and 0.1 < views.masks.mean() < 0.5
+    corner = torch.tensor([1.0, 1, 1]).norm()
+    assert views.near == pytest.approx(4 - corner) and views.far == pytest.approx(4 + corner)
+
+
+def test_cameras_look_at_the_origin_within_the_elevations():
+    views = procedural_views(40, 4, elevations=(-10.0, 30.0), radius=3.0)
+    eyes, back = views.poses[:, :3, 3], views.poses[:, :3, 2]
+    torch.testing.assert_close(eyes, 3 * back)
+    elevation = torch.rad2deg(torch.asin(back[:, 2]))
+    assert -10 <= elevation.min() < -6 and 26 < elevation.max() <= 30
+    azimuth = torch.rad2deg(torch.atan2(eyes[:, 1], eyes[:, 0])).sort().values
+    assert azimuth.diff().max() < 2 * 360 / 40
+
+
+def test_the_seed_decides_and_nothing_else():
+    first, again, other = (procedural_views(6, 16, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.images, again.images) and torch.equal(first.poses, again.poses)
+    assert not torch.equal(first.poses, other.poses)
+
+
+def half_turn(views):
+    turn = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0]))
+    return turn @ views.poses
+
+
+@pytest.mark.parametrize(("symmetric", "least", "most"), [(True, 20.0, 50.0), (False, 0.0, 17.0)])
+def test_half_a_turn(symmetric, least, most, monkeypatch):
+    from factorkit.data.procedural import scene as procedural_scene
+
+    views = procedural_views(8, 24, symmetric=symmetric)
+    monkeypatch.setattr(procedural_scene, "_cameras", lambda *settings: half_turn(views))
+    turned = procedural_views(8, 24, symmetric=symmetric)
+    alike = psnr(views.images, turned.images)
+    assert least < alike.min() and alike.min() < most
+    if symmetric:  # the lamp is what differs, and from most sides it can be seen
+        assert (alike < 32).float().mean() >= 0.5
+
+
+def test_the_lamp_alone_breaks_the_symmetry():
+    points = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    field = scene_field(symmetric=True)
+    density, turned = (field(p, p)[0] for p in (points, points * torch.tensor([-1.0, -1, 1])))
+    centre, size = torch.tensor(LAMP[1]).abs(), torch.tensor(LAMP[2])
+    near_lamp = ((points * torch.tensor([-1.0, 1, 1])).abs() - centre).abs().sub(size).amax(1) < 0.2
+    torch.testing.assert_close(density[~near_lamp], turned[~near_lamp])
+    assert (density - turned).abs().max() > 10
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"count": 0},
+        {"size": 0},
+        {"seed": -1},
+        {"elevations": (30.0, 10.0)},
+        {"elevations": (0.0, 89.0)},
+        {"radius": 1.0},
+        {"fov": 180.0},
+    ],
+)
+def test_settings_that_cannot_be(settings):
+    with pytest.raises(ConfigError):
+        procedural_views(**{"count": 2, "size": 4, **settings})

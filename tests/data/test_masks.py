@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from factorkit.data import load_labelled
+from factorkit.data.masks import match_masks
+from factorkit.data.open_source import open_source
+from factorkit.utils.errors import DataError
+
+
+@pytest.fixture
+def folders(tmp_path, save):
+    """Three images and masks of two of them: `a` all foreground, `c` left half."""
+    for name in "abc":
+        save(tmp_path / f"images/{name}.jpg", size=(16, 16))
+    save(tmp_path / "masks/a.png", 255, (16, 16), "L")
+    half = Image.new("L", (16, 16), 0)
+    half.paste(255, (0, 0, 8, 16))
+    half.save(tmp_path / "masks/c.png")
+    return tmp_path / "images", tmp_path / "masks"
+
+
+def load_one(tmp_path, mask: Image.Image, size=(8, 8), resolution=8, **options):
+    """The labels as loaded with one image of that size."""
+    (tmp_path / "m").mkdir()
+    mask.save(tmp_path / "m/x.png")
+    image = Image.new("RGB", size, "blue")
+    (tmp_path / "i").mkdir()
+    image.save(tmp_path / "i/x.png")
+    return load_labelled(tmp_path / "i", tmp_path / "m", resolution, **options)
+
+
+def test_images_without_a_mask_are_left_out(folders):
+    labelled = load_labelled(*folders, 8)
+    assert labelled.names == ["a.jpg", "c.jpg"] and len(labelled) == 2
+    assert labelled.images.shape == (2, 8, 8, 3) and labelled.images.dtype == np.uint8
+    assert labelled.foreground[0].all() and labelled.valid.all()
+    expected = np.zeros((8, 8), bool)
+    expected[:, :4] = True
+    np.testing.assert_array_equal(labelled.foreground[1], expected)
+
+
+@pytest.mark.parametrize("name", ["x_mask.png", "x_seg.png", "x.gif"])
+def test_names_that_match(tmp_path, save, name):
+    save(tmp_path / "i/sub/x.jpg")
+    save(tmp_path / "m/sub" / name, 1, mode="L")
+    assert len(load_labelled(tmp_path / "i", tmp_path / "m", 4)) == 1
+
+
+def test_full_name_wins_over_stripped_ending(tmp_path, save):
+    for name in ("x", "x_seg"):
+        save(tmp_path / f"i/{name}.jpg")
+        save(tmp_path / f"m/{name}.png", 1, mode="L")
+    assert match_masks(open_source(tmp_path / "i"), open_source(tmp_path / "m")) == [(0, 0), (1, 1)]
+
+
+def test_masks_without_image_and_doubles_are_named(folders, save):
+    images, masks = folders
+    save(masks / "d.png", 1, mode="L")
+    with pytest.raises(DataError, match=r"1 of 3 masks have no image: d\.png.*a\.jpg"):
+        load_labelled(images, masks, 8)
+    (masks / "d.png").unlink()
+    save(masks / "a_mask.png", 1, mode="L")
+    with pytest.raises(DataError, match=r"a\.png and a_mask\.png: two masks of one image"):
+        load_labelled(images, masks, 8)
+    (masks / "a_mask.png").unlink()
+    save(images / "a.png")
+    with pytest.raises(DataError, match=r"a\.jpg and a\.png: the mask a\.png fits each"):
+        load_labelled(images, masks, 8)
+
+
+def test_zip_of_masks(folders, tmp_path):
+    images, masks = folders
+    with zipfile.ZipFile(tmp_path / "masks.zip", "w") as archive:
+        for path in masks.iterdir():
+            archive.write(path, path.name)
+    np.testing.assert_array_equal(
+        load_labelled(images, tmp_path / "masks.zip", 8).foreground, load_labelled(images, masks, 8).foreground
+    )
+
+
+def test_arrays_match_by_position(tmp_path):
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    labels = np.random.default_rng(0).integers(0, 3, (3, 8, 8))
+    for masks in (labels, labels > 0):
+        labelled = load_labelled(images, masks, 8)
+        np.testing.assert_array_equal(labelled.foreground, labels > 0)
+    with pytest.raises(DataError, match="3 images but 2 masks"):
+        load_labelled(images, labels[:2], 8)
+    np.savez(tmp_path / "both.npz", images=images, masks=labels.astype(np.uint8))
+    both = load_labelled(tmp_path / "both.npz", tmp_path / "both.npz", 8)
+    np.testing.assert_array_equal(both.foreground, labels > 0)
+
+
+def test_ignored_pixels_are_neither_foreground_nor_valid(tmp_path):
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:4], pixels[4] = 255, 128
+    labelled = load_one(tmp_path, Image.fromarray(pixels), ignore=128)
+    np.testing.assert_array_equal(labelled.foreground[0], pixels == 255)
+    np.testing.assert_array_equal(labelled.valid[0], pixels != 128)
+    assert load_labelled(tmp_path / "i", tmp_path / "m", 8).foreground[0, 4].all()  # without ignore it is a label
+
+
+def test_labels_are_never_interpolated(tmp_path):
+    """Between 0 and 255 lies the ignored 128: any blending at the edges would show up as invalid pixels."""
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, 20:43] = 255
+    labelled = load_one(tmp_path, Image.fromarray(stripes), size=(64, 64), resolution=10, ignore=128)
+    assert labelled.valid.all() and 0.3 < labelled.foreground.mean() < 0.5
+
+
+def test_mask_is_cropped_like_its_image(tmp_path):
+    wide = np.zeros((8, 24), np.uint8)
+    wide[:, 8:12] = 1
+    labelled = load_one(tmp_path, Image.fromarray(wide), size=(24, 8))
+    assert labelled.foreground[0, :, :4].all() and not labelled.foreground[0, :, 4:].any()
+
+
+def test_mask_of_another_size(tmp_path):
+    part = np.zeros((20, 30), np.uint8)
+    part[:, 10:] = 1  # from column 20 of 60 in the image, 10 of 40 in its square
+    labelled = load_one(tmp_path, Image.fromarray(part), size=(60, 40))
+    assert labelled.foreground[0, :, 2:].all() and not labelled.foreground[0, :, :2].any()
+
+
+def test_mask_of_nearly_the_same_shape(tmp_path):
+    labelled = load_one(tmp_path, Image.new("L", (199, 100), 1), size=(100, 50))
+    assert labelled.foreground.all()
+
+
+@pytest.mark.parametrize("size", [(30, 20), (51, 50)])
+def test_mask_of_another_shape_is_refused_with_both_sizes(tmp_path, size):
+    with pytest.raises(DataError, match=rf"x\.png: a mask of {size[0]} x {size[1]} pixels on an image of 40 x 40"):
+        load_one(tmp_path, Image.new("L", size, 1), size=(40, 40))
+
+
+def test_palette_mask_counts_by_index(tmp_path):
+    mask = Image.new("P", (8, 8), 0)
+    mask.putpalette([255, 255, 255, 0, 0, 0, 9, 9, 9])  # the background is white, label 1 is black
+    mask.paste(1, (0, 0, 4, 8))
+    mask.paste(2, (7, 0, 8, 8))
+    labelled = load_one(tmp_path, mask, ignore=2)
+    assert labelled.foreground[0].sum() == 32 and labelled.foreground[0, :, :4].all()
+    assert labelled.valid[0].sum() == 56
+
+
+@pytest.mark.parametrize(
+    "palette, values",
+    [
+        ([255, 255, 255, 0, 0, 0], (255, 0)),
+        ([9, 9, 9, 255, 255, 255, 0, 0, 0], (255, 0)),
+        ([0, 0, 0, 255, 255, 255], (0, 1)),
+        ([255, 0, 0, 0, 0, 0], (0, 1)),
+        ([255, 255, 255, 1, 1, 1], (0, 1)),
+    ],
+    ids=["white first", "neither first", "black first", "red", "nearly black"],
+)
+def test_palette_mask_of_black_and_white_is_white_in_front(tmp_path, palette, values):
+    """`values` of the left half, which has the palette's last colour but one, and of the rest."""
+    first = len(palette) // 3 - 2
+    mask = Image.new("P", (8, 8), first + 1)
+    mask.putpalette(palette)
+    mask.paste(first, (0, 0, 4, 8))
+    labelled = load_one(tmp_path, mask)
+    assert (labelled.labels[0, :, :4] == values[0]).all() and (labelled.labels[0, :, 4:] == values[1]).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "LA", "RGBA", "I;16"])
+def test_other_modes_of_masks(tmp_path, mode):
+    grey = Image.new("L", (8, 8), 0)
+    grey.paste(255, (0, 0, 8, 2))
+    mask = Image.fromarray(np.asarray(grey).astype(np.uint16) * 100) if mode == "I;16" else grey.convert(mode)
+    labelled = load_one(tmp_path, mask)
+    assert labelled.foreground[0, :2].all() and not labelled.foreground[0, 2:].any()
+
+
+def test_masks_whose_labels_cannot_be_told(tmp_path, save):
+    save(tmp_path / "i/x.png", size=(16, 16))
+    save(tmp_path / "m/x.png", (255, 0, 0), size=(16, 16))
+    with pytest.raises(DataError, match=r"x\.png: a mask in colour \(mode RGB\)"):
+        load_labelled(tmp_path / "i", tmp_path / "m", 8)
+    (tmp_path / "m/x.png").unlink()
+    disc = Image.new("L", (16, 16), 0)
+    disc.paste(255, (3, 3, 11, 12))
+    disc.save(tmp_path / "m/x.jpg", quality=50)
+    with pytest.raises(DataError, match=r"x\.jpg: JPEG compression has blurred these labels"):
+        load_labelled(tmp_path / "i", tmp_path / "m", 8)
+
+
+def test_broken_labelled_picture_is_an_error(folders, break_jpeg):
+    break_jpeg(folders[0] / "a.jpg")
+    with pytest.raises(DataError, match=r"^a\.jpg: cannot be decoded"):
+        load_labelled(*folders, 8)
+
+
+def test_real_masks(real_data):
+    root = real_data("flowers17_128")
+    images = sorted((root / "images").glob("image_000*.jpg"))
+    labelled = load_labelled(images, sorted((root / "masks").glob("image_000*.png")), 32, ignore=128)
+    assert len(labelled) >= 5 and 0.1 < labelled.foreground.mean() < 0.6 and 0.7 < labelled.valid.mean() < 1
+    inside, outside = labelled.foreground, ~labelled.foreground & labelled.valid
+    yellow = labelled.images.astype(float) @ (0.5, 0.5, -1)  # daffodils: misaligned masks would level this out
+    assert yellow[inside].mean() > yellow[outside].mean() + 40

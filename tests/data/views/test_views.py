@@ -1,0 +1,136 @@
+"""Views: what they refuse, resizing that keeps the camera, and other backgrounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from factorkit.data.views.views import Views, backdrop, resize_area, target_size
+from factorkit.rendering import intrinsics_from_fov, orbit, pixel_rays
+from factorkit.utils.errors import ConfigError, DataError
+
+
+def some_views(count=4, height=12, width=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(count, 1, height, width, generator=generator)
+    colors = torch.rand(count, 3, height, width, generator=generator)
+    return Views(
+        images=colors * masks + (1 - masks),
+        masks=masks,
+        poses=orbit(count, 3.0, 20.0),
+        near=1.0,
+        far=5.0,
+        intrinsics=intrinsics_from_fov(40.0, height, width).repeat(count, 1, 1),
+        background=torch.ones(3),
+        names=[f"v{i}" for i in range(count)],
+    )
+
+
+def test_selecting_takes_everything_along():
+    views = some_views()
+    part = views.select([2, 0])
+    assert part.names == ["v2", "v0"] and len(part) == 2 and part.size == (12, 16)
+    for name in ("images", "masks", "poses", "intrinsics"):
+        torch.testing.assert_close(getattr(part, name), getattr(views, name)[[2, 0]])
+    assert views.select(slice(1, 3)).names == ["v1", "v2"]
+    assert views.select(torch.tensor([False, True, False, True])).names == ["v1", "v3"]
+    assert views.select(3).names == ["v3"]
+    bare = replace(views, masks=None, poses=None).select([1])
+    assert bare.masks is None and bare.poses is None
+
+
+@pytest.mark.parametrize("sizes", [((12, 16), (6, 8)), ((12, 16), (5, 7)), ((7, 9), (14, 27)), ((9, 9), (1, 4))])
+def test_resizing_is_the_mean_over_the_area(sizes):
+    (height, width), (new_height, new_width) = sizes
+    pixels = np.random.default_rng(0).random((height, width), np.float32)
+    found = resize_area(torch.from_numpy(pixels), new_height, new_width)
+    box = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BOX)
+    if height % new_height == 0 and width % new_width == 0:
+        torch.testing.assert_close(found, torch.from_numpy(np.array(box)))
+    # Every old pixel has the same weight in all new ones together.
+    assert found.mean().item() == pytest.approx(pixels.mean(), rel=1e-5)
+    fine = np.kron(pixels, np.ones((new_height, new_width)))
+    blocks = fine.reshape(new_height, height, new_width, width).mean((1, 3))
+    np.testing.assert_allclose(found, blocks, rtol=1e-5)
+
+
+def test_a_resized_view_sees_along_the_same_rays():
+    views = some_views()
+    small = views.resized((4, 10))
+    assert small.size == (4, 10) and small.images.shape == (4, 3, 4, 10) and small.masks.shape == (4, 1, 4, 10)
+    corners = torch.tensor([[0.0, 0], [16, 12], [4, 9]])
+    before = pixel_rays(views.poses[1], views.intrinsics[1], corners).directions
+    after = pixel_rays(small.poses[1], small.intrinsics[1], corners * torch.tensor([10 / 16, 4 / 12])).directions
+    torch.testing.assert_close(before, after)
+    assert views.resized(8).size == (6, 8)
+    torch.testing.assert_close(views.resized(8).images.mean((2, 3)), views.images.mean((2, 3)))
+
+
+def test_sizes():
+    assert target_size(100, 378, 504) == (75, 100)
+    assert target_size(1, 10, 1000) == (1, 1)
+    for wrong in (0, -3, (0, 4)):
+        with pytest.raises(ConfigError, match="at least 1 pixel"):
+            target_size(wrong, 10, 10)
+
+
+def test_another_background_stands_where_the_mask_is_open():
+    views = some_views()
+    red = views.over((1.0, 0.0, 0.0))
+    less = torch.tensor([0.0, -1.0, -1.0])[:, None, None]
+    torch.testing.assert_close(red.images - views.images, (1 - views.masks) * less)
+    torch.testing.assert_close(red.over("white").images, views.images)
+    assert red.background.tolist() == [1, 0, 0]
+    noisy = views.over("noise", seed=3)
+    assert noisy.background is None and noisy.images.shape == views.images.shape
+    torch.testing.assert_close(noisy.images, views.over("noise", seed=3).images)
+    behind, _ = backdrop("noise", views.images.shape, 3)
+    torch.testing.assert_close(noisy.images, views.images + (1 - views.masks) * (behind - 1))
+    assert behind.std() > 0.25
+    with pytest.raises(ConfigError, match="background colour"):
+        noisy.over("black")
+    with pytest.raises(ConfigError, match="masks"):
+        replace(views, masks=None).over("black")
+    for wrong in ("pink", (1.0, 2.0, 0.0), (0.0, 0.0)):
+        with pytest.raises(ConfigError, match="three numbers"):
+            views.over(wrong)
+
+
+def moved(tensor, index, value):
+    changed = tensor.clone()
+    changed[index] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: {"images": v.images[:0], "names": []}, "at least one view"),
+        (lambda v: {"names": v.names[:3]}, r"3 names"),
+        (lambda v: {"poses": v.poses[:3]}, r"poses of shape \(3, 4, 4\)"),
+        (lambda v: {"masks": v.masks[..., :5]}, "masks of shape"),
+        (lambda v: {"images": moved(v.images, (1, 0, 0, 0), torch.nan)}, "images: values that are not finite in v1"),
+        (lambda v: {"images": moved(v.images, (1, 0, 0, 0), 255.0)}, "expected|need 0 to 1"),
+        (lambda v: {"names": ["a", "b", "a", "c"]}, "named a"),
+        (lambda v: {"poses": moved(v.poses, (2, 0, 3), torch.inf)}, "poses: values that are not finite in v2"),
+        (lambda v: {"poses": moved(v.poses, (1, slice(3), 0), 2 * v.poses[1, :3, 0])}, "v1 is not rigid: it stretches"),
+        (lambda v: {"poses": moved(v.poses, (3, slice(3), 0), -v.poses[3, :3, 0])}, "v3 is not rigid: it mirrors"),
+        (lambda v: {"poses": moved(v.poses, (0, 3, 3), 2.0)}, "last row"),
+        (lambda v: {"intrinsics": moved(v.intrinsics, (0, 1, 1), -5.0)}, "focal length"),
+        (lambda v: {"intrinsics": moved(v.intrinsics, (2, 0, 1), 0.5)}, "skew in v2"),
+        (lambda v: {"intrinsics": moved(v.intrinsics, (1, 1, 0), -0.5)}, "skew in v1"),
+        (lambda v: {"intrinsics": moved(v.intrinsics, (3, 2, 2), 2.0)}, "last row of v3 is not 0 0 1"),
+        (lambda v: {"near": 5.0}, "near=5 and far=5"),
+        (lambda v: {"near": -1.0}, "need 0 <= near"),
+        (lambda v: {"masks": v.masks * 0}, "no foreground anywhere"),
+        (lambda v: {"layout": "inward"}, "layout"),
+    ],
+)
+def test_what_cannot_be_is_refused(change, message):
+    views = some_views()
+    with pytest.raises(DataError, match=message):
+        replace(views, **change(views))

@@ -1,0 +1,142 @@
+"""Sheets drawn behind the training's back, as process 0 of several draws them (test_distributed.py has two of them)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+
+import pytest
+import torch
+
+from factorkit.engine.log import read_log
+from factorkit.utils.errors import DataError, FactorkitError
+from tests.engine.trained import assert_identical, final_state, saved_steps
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+@pytest.fixture
+def aside(toy):
+    """As ``toy``, with ``inspect``, in a thread of its own."""
+
+    def make(inspect, **changes):
+        trainer = toy(**{"sample_every": 2, "keep_checkpoints": 1, **changes})
+        trainer._sheets.behind = True
+        trainer.task.inspect = inspect
+        return trainer
+
+    return make
+
+
+def alarms(folder):
+    return [(e["step"], e["failures"], e["error"]) for e in read_log(folder) if e["event"] == "alarms"]
+
+
+def test_training_goes_on_during_a_sheet_which_is_of_the_step_it_was_begun_at(toy, aside, tmp_path):
+    """The checkpoint of the step outlives newer ones until the sheet has told whether it is worth keeping."""
+    seen, may = {}, threading.Event()
+
+    def found(step):
+        return {"failures": ["bad"] if step == 4 else [], "error": [0, 0, 0.1, 0, 0.3, 0, 0.2][step]}
+
+    def at_once(model, step, folder):
+        seen[step] = [x.clone() for x in model.state_dict().values()]
+        return found(step)
+
+    def slow(model, step, folder):
+        assert threading.current_thread() is not threading.main_thread() and not torch.is_grad_enabled()
+        assert step != 2 or may.wait(10)
+        for one, other in zip(model.state_dict().values(), seen[step], strict=True):
+            assert torch.equal(one, other)
+        return found(step)
+
+    def hook(step, error):
+        if step == 3:  # the sheet begun after step 2 cannot end before this
+            assert alarms(tmp_path / "run") == []
+            assert 2 in saved_steps(tmp_path / "run")
+            may.set()
+        return error
+
+    whole = toy(folder="whole", sample_every=2, keep_checkpoints=1)
+    whole.task.inspect = at_once
+    whole.run()
+    aside(slow, hook=hook, checkpoint_every=1).run()
+    assert alarms(tmp_path / "run") == alarms(tmp_path / "whole") == [(2, [], 0.1), (4, ["bad"], 0.3), (6, [], 0.2)]
+    assert_identical(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
+    best = [json.loads((tmp_path / name / "checkpoints/best.json").read_text()) for name in ("run", "whole")]
+    assert best == [{"step": 2, "error": 0.1}] * 2
+    assert saved_steps(tmp_path / "run") == saved_steps(tmp_path / "whole") == [2, 6]
+
+
+def test_a_sheet_beside_a_step_leaves_alone_what_that_has_cast(aside):
+    """A weight used twice in a step is cast once, whoever's autocast ends meanwhile."""
+    begun, may, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def inspect(model, step, folder):
+        begun.set()
+        may.wait(10)
+        model(torch.zeros(1, 8, 8))
+        return {"failures": []}
+
+    trainer = aside(inspect, precision="bf16")
+    trainer._sheets.begin(copy.deepcopy(trainer.model).eval(), 0)
+    trainer._sheets._thread.submit(ended.set)
+    weight, x = torch.nn.Parameter(torch.randn(4, 4)), torch.randn(2, 4)
+    assert begun.wait(10)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = x @ weight
+        may.set()
+        assert ended.wait(10)
+        second = x @ weight
+    assert first.grad_fn.next_functions[1][0] is second.grad_fn.next_functions[1][0]
+    assert trainer._sheets.take(wait=True).error is None
+
+
+def test_what_goes_wrong_in_a_sheet_ends_the_run_and_is_named(aside, tmp_path):
+    def broken(model, step, folder):
+        raise DataError(f"no picture at step {step}")
+
+    with pytest.raises(DataError, match="no picture at step 2"):
+        aside(broken, steps=50).run()
+    assert saved_steps(tmp_path / "run") and alarms(tmp_path / "run") == []
+
+
+def test_an_alarm_stops_the_run_where_that_is_asked_for(aside, tmp_path):
+    def bad(model, step, folder):
+        return {"failures": ["collapsed"] if step == 4 else [], "error": 1.0}
+
+    with pytest.raises(FactorkitError, match="stopped at step 6 by the sample sheet of step 4: collapsed.* of step 2"):
+        trainer = aside(bad, stop_on_failure=True)
+        begin = trainer._sheets.take
+        trainer._sheets.take = lambda wait=False: begin(wait) if wait else None  # as if each took two steps
+        trainer.run()
+    assert saved_steps(tmp_path / "run") == [2, 6]
+
+
+def test_a_run_that_is_interrupted_for_good_does_not_wait_for_its_sheet(aside, tmp_path):
+    begun, ended = threading.Event(), []
+
+    def endless(model, step, folder):
+        try:
+            while True:
+                begun.set()
+                model(torch.zeros(1, 8, 8))
+        except Exception as error:
+            ended.append(type(error).__name__)
+            raise
+
+    def hook(step, error):
+        if step == 3:
+            assert begun.wait(10)
+            raise KeyboardInterrupt  # as of a second Ctrl-C
+        return error
+
+    with pytest.raises(KeyboardInterrupt):
+        aside(endless, hook=hook).run()
+    assert ended == ["Abandoned"] and saved_steps(tmp_path / "run") == [2]
+
+    found = []
+    aside(lambda model, step, folder: found.append(step) or {"failures": [], "error": 0.5}).run()
+    assert found == [2, 4, 6] and [step for step, *_ in alarms(tmp_path / "run")] == [2, 4, 6]
+    aside(lambda *given: pytest.fail("drawn already")).run()

@@ -1,0 +1,53 @@
+"""A similarity that is a little off is mended by the pictures."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import roma
+import torch
+
+from factorkit.metrics.pose import Similarity
+from factorkit.nerfdiff.cameras.poses import dictionary, orbit_poses
+from factorkit.nerfdiff.cameras.registration import registered
+from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.rays import Optics, render_views
+
+DISTANCE = 3.0
+
+
+def blobs() -> GridField:
+    """Coloured blobs that no turn takes into one another."""
+    field = GridField(20)
+    axis = torch.linspace(-1, 1, 20)
+    place = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1)
+    raw = torch.full((20, 20, 20, 4), -1.5)
+    for centre, colour in (((0.4, 0, 0.2), 0), ((-0.3, 0.4, -0.2), 1), ((0, -0.5, 0.3), 2), ((0, 0, -0.4), 0)):
+        near = (-(place - torch.tensor(centre)).square().sum(-1) / 0.03).exp()
+        raw[..., 0] += 3 * near
+        raw[..., 1 + colour] += 4 * near
+    field.values.data.copy_(raw)
+    return field.requires_grad_(False)
+
+
+def test_the_pictures_tell_what_the_poses_left_open():
+    optics = Optics(torch.tensor([[1.4, 0, 0.5], [0, 1.4, 0.5], [0, 0, 1]]), torch.ones(3))
+    model = SimpleNamespace(field=blobs(), optics=optics, samples=24)
+    in_scene = orbit_poses(dictionary(8, [20.0, 50.0]), DISTANCE)
+    images = render_views(model.field, in_scene, optics, (24, 24), 48).color.movedim(-1, 1)
+    # the poses' own coordinates are another world's; what leads back from there is the answer
+    turn = roma.rotvec_to_rotmat(torch.tensor([0.3, -0.8, 0.5])).double()
+    truth = Similarity(turn, torch.tensor([0.2, 1.0, -0.4]).double(), torch.tensor(0.7).double())
+    poses = truth.inverse().apply(in_scene)
+    off = roma.rotvec_to_rotmat(torch.tensor([0.01, -0.02, 0.015])).double()
+    start = Similarity(off @ turn, truth.translation + torch.tensor([0.03, -0.02, 0.04]), truth.scale * 1.01)
+
+    found = registered(model, start, poses, images)
+
+    def away(s: Similarity) -> tuple[float, float]:
+        moved = s.apply(poses)
+        angle = roma.rotmat_geodesic_distance(moved[:, :3, :3], in_scene[:, :3, :3]).rad2deg().max()
+        return float(angle), float((moved[:, :3, 3] - in_scene[:, :3, 3]).norm(dim=1).max())
+
+    assert away(start)[0] > 1.4 and away(start)[1] > 0.04
+    assert away(found)[0] < 0.15 and away(found)[1] < 0.02, (away(start), away(found))

@@ -1,0 +1,119 @@
+"""Backgrounds nobody told the trainer of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import factorkit
+from factorkit.nerfdiff.cameras.poses import dictionary, orbit_poses
+from factorkit.nerfdiff.fields.background import BACKGROUNDS, build_background
+from factorkit.nerfdiff.fields.grid import GridField, build_field
+from factorkit.nerfdiff.rays import Optics, render_pixels, render_views
+from factorkit.nerfdiff.stages.refine import field_groups
+from factorkit.nerfdiff.train import train_nerfdiff
+from factorkit.rendering import image_rays
+from factorkit.utils.errors import ConfigError
+
+OPTICS = Optics(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
+POSES = orbit_poses(dictionary(3, [25]), 3.3)
+SEA = torch.tensor([0.1, 0.4, 0.6])
+
+
+def empty(background: str) -> GridField:
+    """Nothing before a background."""
+    field = build_field("grid", 4, 0, background=background)
+    field.values.data.fill_(-20.0)
+    return field
+
+
+def test_one_colour_is_learned_and_nothing_else_lies_behind():
+    field = empty("learned")
+    optimizer = torch.optim.Adam(field.background.parameters(), 0.1)
+    for _ in range(100):
+        seen = render_pixels(field, POSES, OPTICS, torch.arange(12).expand(3, 12), (4, 4), 6).color
+        optimizer.zero_grad()
+        (seen - SEA).square().mean().backward()
+        optimizer.step()
+    seen = render_views(field, POSES, OPTICS, (4, 4), 6)
+    assert torch.allclose(seen.color, SEA.expand_as(seen.color), atol=0.01)
+    assert torch.allclose(render_views(empty("given"), POSES, OPTICS, (4, 4), 6).color[0, 0, 0], OPTICS.background)
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_a_background_field_is_of_the_viewing_direction_alone(forward):
+    """Also of a forward-facing scene, whose rays are bent before the field sees them."""
+    torch.manual_seed(0)
+    field, optics = empty("field"), Optics(OPTICS.intrinsics, OPTICS.background, forward)
+    field.background.last.weight.data.normal_()
+    moved = torch.eye(4).repeat(2, 1, 1)
+    moved[1, :3, 3] = torch.tensor([0.1, 0.2, -0.1])
+    seen = render_views(field, moved, optics, (5, 4), 6).color
+    assert torch.allclose(seen[0], seen[1], atol=1e-6) and seen[0].std() > 0.01
+    way = image_rays(moved[:1], optics.pixels(5, 4), 5, 4).directions
+    assert torch.allclose(seen[:1], field.background(way), atol=1e-6)
+    pixels = torch.tensor([[3, 17], [3, 17]])
+    some = render_pixels(field, moved, optics, pixels, (5, 4), 6).color
+    assert torch.allclose(some, seen.flatten(1, 2)[:, pixels[0]])
+
+
+def test_gradients_reach_background_and_pose_through_what_is_transparent():
+    field = build_field("grid", 5, 0, background="field").double()
+    torch.nn.init.normal_(field.background.last.weight)
+    optics = Optics(OPTICS.intrinsics.double(), OPTICS.background.double())
+    direction = dictionary(3, [25]).double().requires_grad_()
+
+    def loss(direction):
+        pixels = torch.arange(12).expand(3, 12)
+        return render_pixels(field, orbit_poses(direction, 3.3), optics, pixels, (4, 4), 9).color.sum()
+
+    slope, change = torch.autograd.grad(loss(direction), (direction, field.background.last.bias))
+    way = torch.randn_like(direction)
+    rise = (loss(direction + 1e-6 * way) - loss(direction - 1e-6 * way)) / 2e-6
+    assert rise.item() == pytest.approx((slope * way).sum().item(), rel=1e-5) and (change != 0).all()
+
+
+def test_a_background_keeps_a_pace_of_its_own():
+    field = build_field("hashgrid", 8, 0, background="learned", views=4, appearance=2)
+    groups = field_groups(field, 1e-4, 1e-3)
+    assert [g["scale"] for g in groups] == pytest.approx([0.1, 30.0, 10.0])
+    assert sum(len(g["params"]) for g in groups) == len(list(field.parameters()))
+    field.requires_grad_(False)
+    assert field_groups(field, 1e-4, 1e-3) == []
+
+
+def test_a_refined_grid_takes_its_surroundings_along():
+    field = build_field("grid", 4, 0, background="learned", views=3, appearance=2)
+    field.background.raw.data.fill_(0.7)
+    field.appearance.codes.data.fill_(0.3)
+    finer = field.refined(6)
+    assert torch.equal(finer.background.raw, field.background.raw) and finer.background is not field.background
+    assert torch.equal(finer.appearance.codes, field.appearance.codes)
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS[1:])
+@pytest.mark.parametrize("changes", [{}, {"search": "joint"}, {"poses": "known", "field": "hashgrid"}])
+def test_runs_find_and_keep_it(background, changes, tmp_path, scene_views, tiny):
+    views = replace(scene_views.over(SEA), background=None, masks=None)
+    settings = tiny | {"background": background, "field_steps": 20} | changes
+    run = train_nerfdiff(views, out=tmp_path / "run", **settings)
+    way = torch.nn.functional.normalize(torch.randn(20, 3), dim=1)
+    behind = run.model.field.background(way)
+    if "search" not in changes:  # whose few steps are fewer
+        assert (behind - SEA).abs().mean() < 0.8 * (0.5 - SEA).abs().mean(), behind.mean(0)
+    single = factorkit.load(run.save(tmp_path / "one.safetensors"), device="cpu")
+    assert torch.equal(single.model.field.background(way), behind)
+    assert torch.equal(single.render(run.poses).images, run.render(run.poses).images)
+    assert single.views.background is None
+    if not changes:
+        from factorkit.nerfdiff.partial_run import snapshot
+
+        assert snapshot(tmp_path / "run").field.background is not None
+        run.export(tmp_path / "colmap", points=100)
+
+
+def test_an_unknown_background_is_refused():
+    with pytest.raises(ConfigError, match="background='forest' is unknown; choose one of given, learned, field"):
+        build_background("forest", 0)

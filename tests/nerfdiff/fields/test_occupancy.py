@@ -1,0 +1,144 @@
+"""Empty space left out: the same picture, the same gradients, and a grid that follows the training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import factorkit
+from factorkit.data.views.views import Views
+from factorkit.nerfdiff.cameras.poses import dictionary, orbit_poses
+from factorkit.nerfdiff.export.mesh import point_cloud
+from factorkit.nerfdiff.fields.grid import GridField, build_field
+from factorkit.nerfdiff.fields.occupancy import EVERY, cells_for, look_again, occupancy_grid, occupied_sampling
+from factorkit.nerfdiff.rays import Optics, render_pixels, render_views
+from factorkit.nerfdiff.train import train_nerfdiff
+from factorkit.rendering import EvenSampling, OccupiedSampling
+
+OPTICS = Optics(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
+POSES = orbit_poses(dictionary(3, [25]), 3.3)
+
+
+def ball(resolution: int = 11) -> GridField:
+    """A solid ball of many colours and nothing around it."""
+    place = torch.linspace(-1, 1, resolution)
+    where = torch.stack(torch.meshgrid(place, place, place, indexing="ij"), -1)
+    inside = (where.norm(dim=-1, keepdim=True) < 0.55).float()
+    field = GridField(resolution)
+    field.values.data = torch.cat([5 * inside - 3, where], -1)
+    return field
+
+
+def looked(field: GridField, cells: int = 32) -> GridField:
+    field.occupancy = occupancy_grid(cells)
+    for _ in range(8):
+        field.occupancy.update(lambda p: field(p, p)[0])
+    return field
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_the_picture_is_the_plain_one(forward):
+    optics = Optics(OPTICS.intrinsics, OPTICS.background, forward)
+    poses = torch.eye(4)[None] if forward else POSES
+    plain = render_views(ball(), poses, optics, (14, 12), 256)
+    field = looked(ball())
+    seen = render_views(field, poses, optics, (14, 12), 256)
+    assert field.occupancy.share_occupied() < 0.3 and seen.count < 0.4 * plain.count
+    assert (seen.opacity > 0.9).any() and (seen.opacity < 0.01).any()
+    for a, b in ((seen.color, plain.color), (seen.opacity, plain.opacity)):
+        assert (a - b).abs().max() < 0.05 and (a - b).abs().mean() < 0.003
+    solid = plain.opacity > 0.95
+    assert (seen.depth - plain.depth)[solid].abs().max() < (0.5 if forward else 0.02)
+
+
+def test_a_part_of_the_box_is_looked_at_anew():
+    field = looked(ball())
+    assert occupied_sampling(field, (-1.0,) * 3, (1.0,) * 3).occupancy is field.occupancy
+    views = Views(torch.ones(3, 3, 16, 16), list("abc"), OPTICS.pixels(16, 16).expand(3, 3, 3), poses=POSES)
+    points = point_cloud(field, views, (0.0, -1.0, -1.0), (1.0, 1.0, 1.0), 500).points
+    assert len(points) and points[:, 0].min() > -0.02
+
+
+def test_gradients_of_poses_and_field_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    field = looked(ball(9)).double()
+    optics = Optics(OPTICS.intrinsics.double(), OPTICS.background.double())
+    direction = dictionary(3, [25]).double().requires_grad_()
+    pixels, weight = torch.randint(0, 12 * 12, (3, 20)), torch.randn(3, 20, 3).double()
+
+    def loss(direction):
+        return (render_pixels(field, orbit_poses(direction, 3.3), optics, pixels, (12, 12), 24, 5).color * weight).sum()
+
+    found = loss(direction)
+    slope, change = torch.autograd.grad(found, (direction, field.values))
+    assert slope.abs().max() > 0.1
+    for _ in range(3):
+        way = torch.randn_like(direction)
+        step = 1e-7 * way
+        rise = (loss(direction + step) - loss(direction - step)) / 2e-7
+        assert rise.item() == pytest.approx((slope * way).sum().item(), rel=1e-4, abs=1e-5)
+    way = torch.randn_like(field.values)
+    with torch.no_grad():
+        field.values += 1e-6 * way
+        above = loss(direction)
+        field.values -= 2e-6 * way
+        below = loss(direction)
+    assert ((above - below) / 2e-6).item() == pytest.approx((change * way).sum().item(), rel=1e-4)
+
+
+def test_it_looks_now_and_then_and_not_while_the_field_is_blurred():
+    field = ball()
+    look_again(field, EVERY)  # has no grid
+    field.occupancy = occupancy_grid(32)
+    for step in (0, EVERY - 1, EVERY + 1):
+        look_again(field, step)
+    field.coarseness = 0.5
+    look_again(field, EVERY)
+    assert field.occupancy.updates == 0 and field.occupancy.share_occupied() == 1
+    field.coarseness = 0.0
+    look_again(field, EVERY)
+    look_again(field, 2 * EVERY)
+    assert field.occupancy.updates == 2 and 0.02 < field.occupancy.share_occupied() < 0.3
+
+
+def test_steps_are_as_long_as_without():
+    field = ball()
+    field.occupancy = occupancy_grid(32)  # all of it occupied
+    plain, seen = (render_views(f, POSES, OPTICS, (6, 6), 64) for f in (ball(), field))
+    assert (seen.color - plain.color).abs().max() < 0.05
+    from factorkit.nerfdiff.rays import sampling
+
+    assert isinstance(sampling(ball(), 64), EvenSampling)
+    assert sampling(field, 64) == OccupiedSampling(field.occupancy, step=2 / 64)
+    assert sampling(field, 64, forward=True).step == 1 / 64
+    assert (cells_for(32), cells_for(64), cells_for(128)) == (32, 64, 64)
+
+
+def test_exports_and_the_viewer_use_the_grid_that_was_trained():
+    field, corners = looked(ball()), ((-1.0,) * 3, (1.0,) * 3)
+    own, made = occupied_sampling(field, *corners), occupied_sampling(ball(), *corners)
+    assert own.occupancy is field.occupancy and own.step == made.step
+
+
+@pytest.mark.parametrize("changes", [{}, {"search": "joint"}, {"poses": "known", "field": "hashgrid"}])
+def test_a_run_trains_with_it_and_keeps_it(changes, tmp_path, scene_views, tiny):
+    settings = tiny | {"occupancy": True, "field_steps": 2 * EVERY + 2, "steps": 2 * EVERY + 2} | changes
+    run = train_nerfdiff(scene_views, out=tmp_path / "run", **settings)
+    grid = run.model.field.occupancy
+    assert grid.updates == (1 if "search" in changes else 2), "the joint training is blurred in its first half"
+    again = factorkit.load(tmp_path / "run", device="cpu")
+    assert torch.equal(again.model.field.occupancy.bits, grid.bits)
+    assert torch.equal(again.render(run.poses).images, run.render(run.poses).images)
+    single = factorkit.load(run.save(tmp_path / "one.safetensors"), device="cpu")
+    assert torch.equal(single.model.field.occupancy.density, grid.density)
+
+
+def test_the_grid_of_a_kind_there_is_not_asked_for_has_none(tmp_path, scene_views, tiny, monkeypatch):
+    """With another kind of field asked for, the refinement's lattice goes without: it gains nothing."""
+    from factorkit.nerfdiff.partial_run import snapshot
+
+    run = train_nerfdiff(scene_views, out=tmp_path / "run", **tiny | {"occupancy": True, "field": "hashgrid"})
+    assert run.model.field.occupancy is not None
+    stages = {path.name for path in (tmp_path / "run" / "stages").iterdir()}
+    assert {"refine", "fit"} <= stages and snapshot(tmp_path / "run").field.occupancy is not None
+    assert build_field("grid", 4, 0).occupancy is None

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from factorkit.data.procedural.scene import procedural_views
+from factorkit.diffusion.schedule import Schedule
+from factorkit.nerfdiff.build import build_model
+from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, OctantCandidates, SingleCandidate, build_candidates
+from factorkit.nerfdiff.cameras.poses import band_anchors, rodrigues_poses
+from factorkit.nerfdiff.config import preset_config
+from factorkit.nerfdiff.fields.grid import build_field
+from factorkit.nerfdiff.network import look, noisy, to_radiance, to_signal
+from factorkit.nerfdiff.rays import render_pixels
+from factorkit.nerfdiff.scene import open_scene
+from factorkit.nerfdiff.stages.joint import JointTask
+from factorkit.utils.errors import ConfigError
+from factorkit.utils.rng import BatchDraw
+
+
+def task_of(tiny, views, **changes) -> JointTask:
+    settings = {k: v for k, v in tiny.items() if k != "progress"} | {"search": "joint"} | changes
+    config = preset_config(settings.pop("preset"), **settings)
+    scene = open_scene(views, config.resolution, torch.device("cpu"))
+    torch.manual_seed(0)
+    field = build_field(config.field, config.grid, 0)
+    shape = {"size": list(scene.size), "layout": scene.layout, "distance": scene.distance}
+    return JointTask(config, scene, build_model(config, shape, scene.optics, field, torch.eye(4).repeat(10, 1, 1)))
+
+
+def draw() -> BatchDraw:
+    return BatchDraw(0, 0, 4, slice(0, 4), torch.device("cpu"))
+
+
+INDICES = torch.tensor([0, 3, 5, 9])
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_only_the_best_candidate_is_taught(tiny, scene_views, balance, monkeypatch):
+    task = task_of(tiny, scene_views, balance=balance, roughness=0.0, classification_weight=0.5)
+    chosen = torch.tensor([2, 0, 0, 1])
+    monkeypatch.setattr(task, "choose", lambda *given: chosen)
+    raws = []
+    plain = task.model.encoder.forward
+
+    def forward(x_t, t):
+        numbers, scores = plain(x_t, t)
+        for x in (numbers, scores):
+            x.retain_grad()
+        raws.append((numbers, scores))
+        return numbers, scores
+
+    monkeypatch.setattr(task.model.encoder, "forward", forward)
+    found = task.loss(task.model, INDICES, draw(), 1)
+    found.objective.sum().backward()
+    (numbers, scores) = raws[0]
+    moved = numbers.grad.abs().sum(2) > 0
+    assert torch.equal(moved, torch.nn.functional.one_hot(chosen, 3).bool())
+    target = scores.detach().softmax(1) - torch.nn.functional.one_hot(chosen, 3)
+    assert torch.allclose(scores.grad, 0.5 * target, atol=1e-6), "the classifier's target is the chosen candidate"
+    assert task.model.field.values.grad.abs().sum() > 0
+
+
+def test_without_balance_the_least_error_is_chosen(tiny, scene_views):
+    task = task_of(tiny, scene_views, balance=False)
+    with torch.no_grad():
+        found = look(task.model, task.scene.images[INDICES])
+        best = task.choose(found.poses, task.scene.images[INDICES], 1.0, torch.rand(4))
+        pixels = torch.arange(64).expand(4, 64)
+        errors = []
+        for n in range(3):
+            seen = render_pixels(task.model.field, found.poses[:, n], task.scene.optics, pixels, (8, 8), 6).color
+            errors.append((seen - task.scene.images[INDICES].flatten(2).transpose(1, 2)).square().mean((1, 2)))
+    assert torch.equal(best, torch.stack(errors, 1).argmin(1))
+
+
+def test_with_balance_candidates_share_views_that_one_would_take(tiny, scene_views):
+    task = task_of(tiny, scene_views, cameras=2)
+    images = task.scene.images[:1].repeat(100, 1, 1, 1)
+    poses = look(task.model, images).poses
+    hot = task.choose(poses, images, 1.0, torch.rand(100))
+    cold = task.choose(poses, images, 0.0, torch.rand(100))
+    assert 40 <= hot.sum() <= 60 and len(cold.unique()) == 1
+
+
+def test_the_whole_chain_by_finite_differences(tiny, scene_views):
+    """encoder, candidates, rays, field and compositing, all in float64"""
+    task = task_of(tiny, scene_views, cameras=2, freedom=("roll", "aim", "distance"))
+    model = task.model.double()
+    optics = model.optics
+    images = task.scene.images[:2].double()
+    x_t, t = to_signal(images), torch.tensor([3, 40])
+    pixels = torch.tensor([[27, 36, 10], [28, 19, 45]])
+
+    def loss() -> torch.Tensor:
+        found = model.cameras(x_t, t)
+        seen = render_pixels(model.field, found.poses[[0, 1], [1, 0]], optics, pixels, (8, 8), 6).color
+        return (seen * torch.arange(1, 19).reshape(2, 3, 3)).sum()
+
+    value = loss()
+    for name, parameter in (
+        ("numbers", model.encoder.numbers.weight),
+        ("field", model.field.values),
+        ("first", model.encoder.encoder.conv_in.weight),
+    ):
+        (slope,) = torch.autograd.grad(loss(), parameter)
+        way = torch.randn_like(parameter)
+        with torch.no_grad():
+            values = []
+            for sign in (1, -1):
+                parameter.add_(sign * 1e-6 * way)
+                values.append(loss())
+                parameter.sub_(sign * 1e-6 * way)
+        measured = (values[0] - values[1]) / 2e-6
+        assert torch.allclose((slope * way).sum(), measured, rtol=2e-4, atol=1e-7), name
+        assert slope.abs().sum() > 0, name
+    assert value.isfinite()
+
+
+def test_candidates_beyond_the_first_cost_no_memory(scene_views, tiny):
+    """Candidates are compared without gradient, in pieces: what a step keeps does not grow with their number."""
+    views = procedural_views(12, 32, seed=0)
+
+    def kept(cameras: int) -> int:
+        changes = {"rays": 256, "samples": 28, "resolution": 32, "encoder_resolution": 32}
+        task, sizes = task_of(tiny, views, cameras=cameras, **changes), []
+
+        def keep(x):
+            sizes.append(x.numel() * x.element_size())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            task.loss(task.model, INDICES, draw(), 1)
+        return sum(sizes)
+
+    assert kept(12) <= 1.3 * kept(1)
+
+
+def test_candidates_stand_in_cells_of_their_own():
+    octants = OctantCandidates(12, 2.0, upper_half=True)
+    poses = octants(torch.randn(50, 12, 3) * 3)
+    eye = poses[..., :3, 3]
+    assert torch.allclose(eye.norm(dim=-1), torch.full((50, 12), 2.0), atol=1e-4)
+    assert torch.equal(eye.sign(), octants.signs.expand(50, 12, 3)) and len(octants.signs.unique(dim=0)) == 4
+    assert len(OctantCandidates(8, 2.0, upper_half=False).signs.unique(dim=0)) == 8
+    anchors = band_anchors(6, (0.0, 60.0))
+    near = LookAtCandidates(anchors, 3.0)
+    assert torch.allclose(near(torch.zeros(1, 6, 3))[0, :, :3, 3], 3 * anchors, atol=1e-5)
+    assert torch.equal(near.nearest(near(torch.zeros(1, 6, 3))[0]), torch.arange(6))
+    far = near(torch.tensor([0.0, 0, 9]).expand(1, 6, 3) + 0.01)[0, :, :3, 3]
+    assert (far[:, 2] > 2.9).all(), "cells overlap: any candidate can reach any place"
+    raw = torch.randn(4, 1, 6)
+    assert torch.equal(SingleCandidate()(raw), rodrigues_poses(raw))
+
+
+def test_freedoms_are_read_in_order():
+    candidates = build_candidates("look_at", 3, 2.0, (0.0, 60.0), ("aim", "roll"))
+    assert candidates.width == 6
+    raw = torch.zeros(1, 3, 6)
+    raw[..., 3] = 0.1  # aim to the right
+    moved = candidates(raw)[0, :, :3, 3] - candidates(torch.zeros(1, 3, 6))[0, :, :3, 3]
+    right = candidates(raw)[0, :, :3, 0]
+    assert torch.allclose(moved, 0.2 * right, atol=1e-5)
+    with pytest.raises(ConfigError, match="freedom"):
+        build_candidates("thesis", 3, 2.0, (0.0, 60.0), ("roll",))
+    with pytest.raises(ConfigError, match="owl"):
+        build_candidates("owl", 3, 2.0, (0.0, 60.0), ())
+
+
+def test_noise_levels_and_ranges(tiny, scene_views):
+    task = task_of(tiny, scene_views)
+    x0 = to_signal(scene_views.images)
+    assert torch.allclose(to_radiance(x0), scene_views.images, atol=1e-6) and x0.min() >= -1 and x0.max() <= 1
+    many = BatchDraw(0, 0, 4000, slice(0, 4000), torch.device("cpu"))
+    small = torch.zeros(4000, 3, 1, 1)
+    x_t, t = noisy(small, Schedule(100), task.config, many)
+    assert 0 <= t.min() and t.max() == 99 and abs(float((t < 50).float().mean()) - 0.5 ** (1 / 3.0)) < 0.03
+    quiet = preset_config("demo", noise=False)
+    same, zero = noisy(x0, Schedule(100), quiet, draw())
+    assert torch.equal(same, x0) and (zero == 0).all()

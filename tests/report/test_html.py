@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from factorkit.engine.log import RunLog, read_log
+from factorkit.report.curves import ALARM_LIMITS, DARK, LIGHT, draw_curves, timeline
+from factorkit.report.html import verdict, write_report
+from factorkit.segdiff import alarms as segdiff_alarms
+from factorkit.utils.errors import CheckpointError
+
+SECTIONS = ["Headline numbers", "Latest sheets", "Curves", "Scores", "Events", "Settings", "Environment"]
+SPLIT = "split by position: position alone explains 0.95 > 0.8 of the masks' variance"
+HEALTHY = {"eta_gap": 0.45, "position_share": 0.3, "boundary_length": 0.05, "flip_agreement": 0.9}
+SCORES = {
+    "acc": 0.94,
+    "iou": 0.874,
+    "dice": 0.93,
+    "oracle_acc": 0.95,
+    "oracle_iou": 0.885,
+    "oracle_dice": 0.94,
+    "fitted_on": 16,
+    "scored": 55,
+    "areas": [0.36, 0.64],
+    "confidence": 0.97,
+    "baselines": {
+        "centre_disc": {"acc": 0.7, "iou": 0.571, "dice": 0.7},
+        "2-means": {"acc": 0.9, "iou": 0.866, "dice": 0.9},
+        "GrabCut": {"unavailable": "opencv is not installed"},
+    },
+}
+
+
+class Page(HTMLParser):
+    """What the tests ask of a page: its headings, its tags, its addresses and its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags, self.attributes, self.addresses, self.headings, self.words = [], set(), [], [], []
+        self.feed(self.source)
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attributes}
+        self.addresses += [v for k, v in attributes if k in ("src", "srcset", "href", "action", "data")]
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] in ("h2", "h3"):
+            self.headings.append(data)
+        if "style" not in self.tags[-1:]:
+            self.words.append(data)
+
+    def pictures(self) -> list[Image.Image]:
+        prefix = "data:image/png;base64,"
+        return [Image.open(io.BytesIO(base64.b64decode(a[len(prefix) :]))) for a in self.addresses]
+
+
+def write_run(folder: Path, failures: list[str] = [], scores: dict | None = SCORES, end: bool = True) -> Path:  # noqa: B006
+    (folder / "samples").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"steps": 40, "preset": "fast32", "data": {"name": "daffodils"}}))
+    with RunLog(folder) as log:
+        log.event("start", step=0, message="on cpu")
+        for step in (10, 20, 30, 40):
+            log.event(
+                "step",
+                step=step,
+                images=16 * step,
+                loss=1 / step,
+                loss_by_quarter=[0.4, None, 0.2, 0.1],
+                areas=[0.4, 0.6],
+                entropy=0.3,
+                images_per_second=120.5,
+                lr=1e-3,
+                seconds=30.0,
+                novelty={"a": 1},
+            )
+        log.event("alarms", step=40, **HEALTHY, areas=[0.4, 0.6], failures=failures)
+        log.event("surprise", step=40, something="else")
+        if end:
+            log.event("end", step=40, message="finished")
+    if scores is not None:
+        (folder / "scores.json").write_text(json.dumps(scores))
+    for step in range(0, 44, 4):
+        Image.new("RGB", (300, 200), (step, 0, 0)).save(folder / "samples" / f"{step:06d}_segmentation.png")
+    Image.new("RGB", (50, 70)).save(folder / "samples" / "000040_generated.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> Page:
+    return Page(write_report(write_run(tmp_path_factory.mktemp("runs") / "daffodils")))
+
+
+def test_a_complete_run_has_every_section(complete):
+    assert [h for h in complete.headings if h in SECTIONS] == SECTIONS
+    assert "Not there yet" not in complete.text
+    assert {"Alarms", "Loss", "Loss by quarter of t", "Area of each region", "Entropy of the masks"} <= set(
+        complete.headings
+    )
+    assert "Finished at step 40 of 40." in complete.text
+    for said in ("daffodils", "2 min 00 s", "120.5", "data.name", "0.874", "0.885", "opencv is not", "confidence"):
+        assert said in complete.text
+
+
+def test_the_page_refers_to_nothing_outside_itself(complete):
+    assert complete.addresses and all(a.startswith("data:image/png;base64,") for a in complete.addresses)
+    assert not re.search(r"https?://|url\(|@import", complete.source)
+    assert not {"script", "link", "iframe", "a"} & set(complete.tags)
+
+
+def test_the_latest_sheet_of_each_kind_is_large_and_the_series_is_thinned(complete):
+    pictures = complete.pictures()
+    steps = [picture.convert("RGB").getpixel((0, 0))[0] for picture in pictures if picture.size == (300, 200)]
+    assert steps[0] == 40 and steps[1:] == sorted(steps[1:])
+    assert len(steps) == 1 + 8 and steps[1] == 0 and steps[-1] == 40
+    assert [picture.size for picture in pictures].count((50, 70)) == 1
+    assert "segmentation, step 40" in complete.headings
+
+
+def test_baselines_stand_below_the_run_best_first(complete):
+    rows = [complete.text.index(name) for name in ("this run ", "2-means 0.9", "centre disc 0.7", "GrabCut opencv")]
+    assert rows == sorted(rows)
+
+
+def test_both_colour_schemes_have_their_curves(complete):
+    assert complete.tags.count("source") == 6
+    assert "prefers-color-scheme: dark" in complete.source
+
+
+@pytest.mark.parametrize(
+    ("failures", "iou", "status", "words"),
+    [
+        ([], 0.874, "good", "The masks follow content"),
+        ([], 0.5, "mixed", "do not beat the best baseline"),
+        ([SPLIT], 0.874, "mixed", "although an alarm went off"),
+        ([SPLIT], 0.5, "bad", "Failed: split by position"),
+        ([SPLIT], None, "bad", "Failed: split by position"),
+        ([], None, "good", "The masks follow content"),
+    ],
+)
+def test_the_verdict_weighs_alarms_and_scores(tmp_path, failures, iou, status, words):
+    scores = None if iou is None else {**SCORES, "iou": iou}
+    judged = verdict(write_run(tmp_path / "run", failures, scores))
+    assert judged.status == status and words in judged.headline
+    assert any((SPLIT if failures else "no alarm went off") in sentence for sentence in judged.details)
+    said = "No labelled images were scored" if iou is None else f"IoU {iou:.3f} on 55 labelled images"
+    assert any(said in sentence for sentence in judged.details)
+
+
+def test_only_the_last_alarms_count(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.event("alarms", step=10, failures=[SPLIT])
+        log.event("alarms", step=20, failures=[])
+    assert verdict(tmp_path).status == "good"
+
+
+def test_a_model_without_masks_is_not_praised_for_them(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.event("step", step=10, loss=0.2)
+        log.event("alarms", step=10)
+    assert verdict(tmp_path).status == "open"
+    assert "No verdict yet" in Page(write_report(tmp_path)).headings
+
+
+def test_an_empty_folder_says_what_is_not_there_yet(tmp_path):
+    page = Page(write_report(tmp_path))
+    assert [h for h in page.headings if h in SECTIONS] == SECTIONS
+    assert page.text.count("Not there yet") == len(SECTIONS) - 1  # the environment is always there
+    assert "No verdict yet" in page.headings and "Not started" in page.text
+
+
+def test_a_run_in_the_midst_says_so(tmp_path):
+    page = Page(write_report(write_run(tmp_path / "run", scores=None, end=False)))
+    assert "Not finished: step 40 of 40." in page.text
+    assert "Not there yet: nothing was scored" in page.text
+
+
+def test_damaged_files_are_passed_over(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "config.json").write_text('{"steps": 4')
+    (folder / "scores.json").write_text("[1, 2]")
+    with open(folder / "log.jsonl", "ab") as file:
+        file.write(b'{"event": "step", "step": 50, "lo')
+    whole = (folder / "samples" / "000040_segmentation.png").read_bytes()
+    (folder / "samples" / "000044_segmentation.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "samples" / "garbage.png").write_bytes(b"no picture")
+    page = Page(write_report(folder))
+    assert "segmentation, step 40" in page.headings and "garbage" not in page.text
+    assert page.text.count("Not there yet") == 2
+
+
+def test_odd_values_break_nothing(tmp_path):
+    (tmp_path / "scores.json").write_text(json.dumps({"iou": None, "acc": "high", "baselines": {"a": 3, "b": {}}}))
+    with RunLog(tmp_path) as log:
+        log.event("step", step=1, loss=None, areas=[None, 0.5], loss_by_quarter="none", entropy=float("nan"))
+        log.event("step", step="two", loss=[1])
+        log.event("step", loss=1.0)
+        log.event("alarms", step=1, eta_gap=None, failures=None)
+        log.event("end", step=None, message=None)
+    with open(tmp_path / "log.jsonl", "a") as lines:
+        lines.write('{"event": "resume", "step": 1, "time": 1e300, "message": "in the year 3e292"}\n')
+    page = Page(write_report(tmp_path))
+    assert "in the year 3e292" in page.text
+    assert "Area of each region" in page.headings and "Loss" not in page.headings
+
+
+def test_hostile_names_are_escaped(tmp_path):
+    evil = "<script>alert('\"&')</script>"
+    folder = write_run(tmp_path / "<script>run", [f"{evil}: {evil}"], {**SCORES, "iou": 0.1, evil: evil})
+    (folder / "config.json").write_text(json.dumps({evil: evil}))
+    (folder / "scores.json").write_text(
+        json.dumps({**SCORES, "iou": 0.1, evil: [evil], "baselines": {evil: {"iou": 0.5}, "x": {"unavailable": evil}}})
+    )
+    with RunLog(folder) as log:
+        log.event(evil, step=41, message=evil)
+    Image.new("RGB", (9, 9)).save(folder / "samples" / "000040_<script>' onerror='x.png")
+    page = Page(write_report(folder))
+    assert "script" not in page.tags and "<script" not in page.source
+    assert not any(name.startswith("on") for name in page.attributes)
+    assert page.text.count(evil) > 6
+    assert page.addresses and all(a.startswith("data:") for a in page.addresses)
+
+
+def test_the_old_report_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    path = write_report(tmp_path)
+    before = path.read_bytes()
+
+    def full(*arguments):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("factorkit.report.html.os.replace", full)
+    with pytest.raises(CheckpointError, match="no space left.*writable"):
+        write_report(tmp_path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_of_repeated_steps_the_later_line_wins(tmp_path):
+    with RunLog(tmp_path) as log:
+        for step, loss in ((10, 1.0), (20, 2.0), (30, 3.0)):
+            log.event("step", step=step, loss=loss)
+        log.event("resume", step=15)
+        for step, loss in ((20, 2.5), (30, 3.5)):
+            log.event("step", step=step, loss=loss)
+    steps = timeline(read_log(tmp_path), "step")
+    assert [(e["step"], e["loss"]) for e in steps] == [(10, 1.0), (20, 2.5), (30, 3.5)]
+
+
+def test_what_followed_a_repeated_step_is_dropped_with_it():
+    lines = [(10, 0), (20, 0), (30, 0), (40, 0), (20, 1)]
+    log = [{"event": "step", "step": step, "run": run} for step, run in lines]
+    assert [(e["step"], e["run"]) for e in timeline(log, "step")] == [(10, 0), (20, 1)]
+
+
+def test_curves_follow_the_colour_scheme_and_leave_the_ground_open():
+    log = [{"event": "step", "step": s, "loss": 1 / s, "areas": [0.2, 0.8]} for s in (1, 2, 3)]
+    light, dark = draw_curves(log, LIGHT), draw_curves(log, DARK)
+    assert [f[0] for f in light] == [f[0] for f in dark] == ["Loss", "Area of each region"]
+    for (_, _, a), (_, _, b) in zip(light, dark, strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(a)).convert("RGBA"))
+        assert pixels[0, 0, 3] == 0 and (pixels[..., 3] == 255).any()
+        assert a != b
+
+
+def test_areas_are_stacked_in_the_colours_of_the_sheets():
+    log = [{"event": "step", "step": s, "areas": [0.25, 0.75]} for s in (1, 2)]
+    pixels = np.asarray(Image.open(io.BytesIO(draw_curves(log, LIGHT)[0][2])).convert("RGBA")).astype(int)
+    blue = (np.abs(pixels[..., :3] - (0, 114, 178)).sum(-1) < 40) & (pixels[..., 3] > 200)
+    orange = (np.abs(pixels[..., :3] - (230, 159, 0)).sum(-1) < 40) & (pixels[..., 3] > 200)
+    assert 2.7 < orange.sum() / blue.sum() < 3.3
+
+
+def test_the_limits_drawn_are_those_the_model_judges_by():
+    assert ALARM_LIMITS["eta_gap"].low == segdiff_alarms.MIN_ETA_GAP
+    assert ALARM_LIMITS["position_share"].low == segdiff_alarms.MIN_POSITION_SHARE
+    assert ALARM_LIMITS["position_share"].high == segdiff_alarms.MAX_POSITION_SHARE
+    assert ALARM_LIMITS["boundary_length"].high == segdiff_alarms.MAX_BOUNDARY_LENGTH
+    assert ALARM_LIMITS["flip_agreement"].low == segdiff_alarms.MIN_FLIP_AGREEMENT

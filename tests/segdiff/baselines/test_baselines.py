@@ -1,0 +1,111 @@
+"""The taught U-Net and the clusters of a plain DDPM's features."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from factorkit.metrics.class_scores import IGNORED
+from factorkit.segdiff.baselines.datasetddpm import DatasetDDPM, chosen_blocks, pixel_features
+from factorkit.segdiff.baselines.supervised import SupervisedTask, predict_classes, train_supervised
+from factorkit.segdiff.config import preset_config
+from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.rng import BatchDraw
+
+TINY = {
+    "resolution": 16,
+    "width": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (),
+    "groups": 4,
+    "batch_size": 8,
+    "warmup_steps": 0,
+    "decay": 0.0,
+    "ema": 0.9,
+    "sample_every": 0,
+    "log_every": 20,
+    "checkpoint_every": 100,
+}
+
+
+@pytest.fixture
+def quadrants():
+    """quadrants(count): noise that is bright in one half, and which half each pixel lies in."""
+
+    def make(count, seed=0):
+        rng = np.random.default_rng(seed)
+        truth = np.zeros((count, 16, 16), np.int64)
+        for i, edge in enumerate(rng.integers(4, 12, count)):
+            truth[i, :, edge:] = 1
+        images = rng.integers(0, 120, (count, 16, 16, 3)) + 120 * truth[..., None]
+        return images.astype(np.uint8), truth
+
+    return make
+
+
+def test_the_taught_network_learns_what_it_is_taught_and_is_not_taught_twice(quadrants, tmp_path):
+    images, truth = quadrants(16)
+    given = np.where(np.random.default_rng(2).random(truth.shape) < 0.25, IGNORED, truth)
+    config = preset_config("demo", **TINY, steps=60, learning_rate=3e-3).resolved()
+    model = train_supervised(images, given, 2, config, tmp_path / "run", progress=False)
+    unseen, wanted = quadrants(8, seed=1)
+    found = predict_classes(model, unseen)
+    assert found.shape == wanted.shape and (found == wanted).mean() > 0.95
+    before = (tmp_path / "run" / "log.jsonl").read_text()
+    again = train_supervised(images, given, 2, config, tmp_path / "run", progress=False)
+    assert np.array_equal(predict_classes(again, unseen), found)
+    assert (tmp_path / "run" / "log.jsonl").read_text() == before
+    for other in ((images[:, ::-1], given), (images, 1 - given.clip(0))):
+        with pytest.raises(CheckpointError, match="other data .*sha256"):
+            train_supervised(*other, 2, config, tmp_path / "run", progress=False)
+    with pytest.raises(DataError, match="classes from 0 to 0"):
+        train_supervised(images, given, 1, config, tmp_path / "other", progress=False)
+
+
+def test_the_loss_is_a_mean_over_the_pixels_that_count(quadrants):
+    """Rows 0 to 3 and the rest, each with the other one ignored, weighed by their pixels, make the whole."""
+    images, truth = quadrants(4)
+    config = preset_config("demo", **TINY).resolved()
+
+    def loss(rows):
+        given = np.full_like(truth, IGNORED)
+        given[:, rows] = truth[:, rows]
+        task = SupervisedTask(config, images, given, 2, torch.device("cpu"))
+        task.model.decoder.conv_out.reset_parameters()
+        torch.nn.init.constant_(task.model.decoder.conv_out.weight, 0.1)
+        task.model.decoder.conv_out.bias.data = torch.tensor([0.3, -0.2])
+        draw = BatchDraw(0, 0, 4, slice(0, 4), torch.device("cpu"))
+        draw.restart(0)
+        return task.loss(task.model, torch.arange(4), draw, torch.zeros(())).objective
+
+    whole = loss(slice(None))
+    assert whole.std() > 0
+    torch.testing.assert_close(0.25 * loss(slice(0, 4)) + 0.75 * loss(slice(4, None)), whole)
+    assert loss(slice(0, 0)).tolist() == [0.0] * 4
+
+
+def test_features_lie_at_the_papers_places_of_the_decoder(stirred_run, pictures):
+    run = stirred_run(regions=1, multipliers=(1, 2), blocks=2)
+    blocks = [block for level in run.model.decoder.levels for block in level["blocks"]]
+    assert len(blocks) == 6 and chosen_blocks(run) == [blocks[1], blocks[2], blocks[4]]
+    features = pixel_features(run, pictures(3))
+    channels = sum(block.conv2.out_channels for block in chosen_blocks(run))
+    assert features.shape == (3, 3 * channels, 16, 16)
+    alone = pixel_features(run, pictures(3)[1:2])[0]
+    torch.testing.assert_close(alone, features[1], rtol=1e-4, atol=1e-4, msg="a picture's features are its own")
+    assert not blocks[1]._forward_hooks
+    with pytest.raises(ConfigError, match="regions=3"):
+        chosen_blocks(stirred_run())
+
+
+def test_clusters_part_what_looks_different(stirred_run, quadrants):
+    run = stirred_run(regions=1)
+    images, truth = quadrants(6)
+    model = DatasetDDPM(run, images, regions=2, seed=0)
+    found = model.segment(images)
+    assert found.shape == truth.shape and set(np.unique(found)) == {0, 1}
+    agreement = (found == truth).mean()
+    assert max(agreement, 1 - agreement) > 0.8
+    assert np.array_equal(DatasetDDPM(run, images, regions=2, seed=0).segment(images[2:4]), found[2:4])

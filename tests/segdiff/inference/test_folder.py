@@ -1,0 +1,281 @@
+"""A folder of pictures into files: what is written, and that a stopped call goes on, whatever stopped it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+import warnings
+from pathlib import Path, PurePath
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from factorkit.data.sources import FileSource
+from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.inference import folder as segment_folder
+from factorkit.segdiff.inference.outputs import MANIFEST
+from factorkit.segdiff.run import SegdiffRun
+from factorkit.utils.errors import CheckpointError, ConfigError, WriteError
+
+TINY = {
+    "resolution": 16,
+    "regions": 3,
+    "width": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (),
+    "groups": 2,
+    "device": "cpu",
+    "threads": 1,
+}
+SIZES = [(30, 20), (18, 40), (16, 16), (9, 33), (64, 48), (64, 48)]
+
+
+@pytest.fixture(scope="module")
+def run():
+    config = preset_config("demo", **TINY).resolved()
+    torch.manual_seed(0)
+    model = config.build()
+    with torch.no_grad():  # masks that differ visibly from place to place
+        model.mask_generator.conv_out.weight.mul_(30)
+    return SegdiffRun(config, model, torch.device("cpu"), 0)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """photos(count): a folder of noise photographs of several sizes, nested."""
+
+    def make(count=6):
+        rng = np.random.default_rng(0)
+        for i in range(count):
+            path = tmp_path / "photos" / ("a" if i % 2 else "b/c") / f"{i:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
+            coarse.resize(SIZES[i % len(SIZES)], Image.Resampling.BICUBIC).save(path)
+        return tmp_path / "photos"
+
+    return make
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.png")}
+
+
+def quiet(run, *given, **options):
+    return run.segment_folder(*given, progress=False, **options)
+
+
+def test_files_say_what_segment_says(run, photos, tmp_path):
+    folder, out = photos(), tmp_path / "out"
+    found = quiet(run, folder, out, formats=("labels", "masks", "overlays", "coco"))
+    assert (found.segmented, found.already, found.skipped, found.regions) == (6, 0, {}, 3)
+    annotated = json.loads((out / "annotations.json").read_text())
+    names = {image["file_name"]: image for image in annotated["images"]}
+    areas = []
+    for path in sorted(folder.rglob("*.png")):
+        name = path.relative_to(folder).as_posix()
+        expected = run.segment(path)
+        stem = (out / name).with_suffix("")
+        labels = np.asarray(Image.open(f"{stem}_labels.png"))
+        masks = expected.masks[0].sort(0).values
+        sure = (masks[-1] - masks[-2] > 0.01).numpy()  # pictures go through the network together: last bits differ
+        assert (labels == expected.labels[0].numpy())[sure].all() and sure.mean() > 0.9
+        for k in range(3):
+            grey = np.asarray(Image.open(f"{stem}_mask_{k}.png")).astype(float) / 255
+            assert np.abs(grey - expected.masks[0, k].numpy()).max() < 0.01
+        assert Image.open(f"{stem}_overlay.png").size == Image.open(path).size
+        image = names[name]
+        of_it = {a["category_id"]: a for a in annotated["annotations"] if a["image_id"] == image["id"]}
+        counted = np.bincount(labels.ravel(), minlength=3)
+        assert {k - 1: a["area"] for k, a in of_it.items()} == {k: n for k, n in enumerate(counted) if n}
+        assert all(a["segmentation"]["size"] == [image["height"], image["width"]] for a in of_it.values())
+        areas.append(counted / labels.size)
+    assert found.areas == pytest.approx(np.mean(areas, 0))
+    assert len({a["id"] for a in annotated["annotations"]}) == len(annotated["annotations"])
+    assert [c["name"] for c in annotated["categories"]] == ["region 0", "region 1", "region 2"]
+    assert found.contact_sheet.is_file() and not list(out.rglob(".unfinished*"))
+
+
+def test_only_the_formats_asked_for_are_written_and_more_can_be_asked_for(run, photos, tmp_path):
+    folder, out = photos(2), tmp_path / "out"
+    quiet(run, folder, out, formats="labels")
+    assert {name.rsplit("_", 1)[1] for name in contents(out)} == {"labels.png", "sheet.png"}
+    assert quiet(run, folder, out, formats=("labels",)).already == 2
+    found = quiet(run, folder, out, formats=("labels", "coco"))
+    assert found.already == 0 and found.annotations.is_file()
+    for formats in ((), ("labels", "gif")):
+        with pytest.raises(ConfigError, match="formats"):
+            quiet(run, folder, out, formats=formats)
+    with pytest.raises(ConfigError, match="workers=0"):
+        quiet(run, folder, out, workers=0)
+
+
+def test_a_second_call_does_nothing_and_what_changed_is_done_again(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(segment_folder, "SHEET_IMAGES", 1)
+    folder, out = photos(), tmp_path / "out"
+    quiet(run, folder, out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
+    seen = []
+    monkeypatch.setattr(
+        FileSource, "read", lambda self, i, f=FileSource.read: (seen.append(self.names[i]), f(self, i))[1]
+    )
+    assert quiet(run, folder, out).already == 6 and not seen
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
+    shutil.copy(folder / "a/01.png", folder / "b/c/02.png")
+    (out / "a/03_mask_1.png").unlink()
+    (out / "a/05_labels.png").write_bytes(b"cut")
+    assert quiet(run, folder, out).already == 3
+    assert sorted(seen) == ["a/03.png", "a/05.png", "b/c/02.png"]
+    assert Image.open(out / "a/05_labels.png").size == SIZES[5]
+    for changes in ({"t": 500}, {"size": 24}, {"upsample": "bilinear"}):
+        assert quiet(run, folder, out, **changes).already == 0, changes
+
+
+def test_what_another_process_had_finished_when_it_was_killed_counts(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(segment_folder, "SHEET_IMAGES", 1)
+    out = tmp_path / "out"
+    quiet(run, photos(), out)
+    lines = (out / "segments.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "segments.jsonl").write_bytes(b"".join(lines[:3]))
+    (out / "segments.1.jsonl").write_bytes(lines[3])
+    (out / "segments.2.jsonl").write_bytes(lines[4] + lines[5][:40])  # killed while it wrote
+    found = quiet(run, tmp_path / "photos", out)
+    assert (found.already, found.segmented) == (5, 6)
+    assert sorted(p.name for p in out.glob("*.jsonl")) == ["segments.jsonl"]
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_call_that_was_stopped_goes_on(run, photos, tmp_path, monkeypatch, end):
+    """Whatever stopped it, what is there is whole, and the next call ends with the files of an unbroken one."""
+    monkeypatch.setattr(segment_folder, "SHEET_IMAGES", 2)
+    monkeypatch.setattr(segment_folder, "AHEAD", 1)
+    folder, out, whole = photos(12), tmp_path / "out", tmp_path / "whole"
+    quiet(run, folder, whole)
+    save, count = Image.Image.save, iter(range(1000))
+
+    def fail(image, path, **options):
+        if next(count) == 33:  # in the middle of a picture's files
+            path.write_bytes(b"half of a")
+            raise end
+        save(image, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(WriteError if isinstance(end, OSError) else KeyboardInterrupt) as caught:
+        quiet(run, folder, out, workers=1)
+    if isinstance(end, OSError):
+        assert "No space left" in str(caught.value) and "same command again" in str(caught.value)
+        assert caught.value.exit_code == 1
+    monkeypatch.setattr(Image.Image, "save", save)
+    written = contents(out)
+    assert 0 < len(written) < len(contents(whole)) and not list(out.rglob(".unfinished*"))
+    for name in written:
+        Image.open(out / name).load()
+    found = quiet(run, folder, out)
+    assert 0 < found.already < 12 and found.segmented == 12
+    again, expected = contents(out), contents(whole)
+    assert again.keys() == expected.keys()
+    for name in expected:
+        first, second = (np.asarray(Image.open(place / name)).astype(int) for place in (out, whole))
+        assert (np.abs(first - second) > 2).mean() < 0.02, name
+
+
+def test_a_disk_that_fills_in_the_list_of_what_is_done(run, photos, tmp_path, monkeypatch):
+    folder, out = photos(3), tmp_path / "out"
+    add = segment_folder.Manifest.add
+
+    def full(self, index, stamp, record):
+        if index == 1:
+            raise OSError(28, "No space left on device", str(self.out / MANIFEST))
+        add(self, index, stamp, record)
+
+    monkeypatch.setattr(segment_folder.Manifest, "add", full)
+    with pytest.raises(WriteError, match=r"segments\.jsonl.*No space left"):
+        quiet(run, folder, out)
+    monkeypatch.setattr(segment_folder.Manifest, "add", add)
+    assert quiet(run, folder, out).segmented == 3
+
+
+def test_a_sheet_and_annotations_that_do_not_fit_leave_the_old_ones(run, photos, tmp_path, monkeypatch):
+    folder, out = photos(2), tmp_path / "out"
+    quiet(run, folder, out, formats=("labels", "coco"))
+    before = (out / "annotations.json").read_bytes(), (out / "contact_sheet.png").read_bytes()
+    Image.new("RGB", (20, 20), "blue").save(folder / "a/new.png")
+    monkeypatch.setattr("os.replace", lambda a, b: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(WriteError):
+        quiet(run, folder, out, formats=("labels", "coco"))
+    assert before == ((out / "annotations.json").read_bytes(), (out / "contact_sheet.png").read_bytes())
+    monkeypatch.undo()
+    assert len(json.loads(quiet(run, folder, out, formats=("labels", "coco")).annotations.read_text())["images"]) == 3
+
+
+def test_two_processes_do_not_write_into_one_folder(run, photos, tmp_path):
+    from factorkit.engine.run_folder import held
+
+    (tmp_path / "out").mkdir()
+    with held(tmp_path / "out"), pytest.raises(CheckpointError, match="segmenting into"):
+        quiet(run, photos(1), tmp_path / "out")
+
+
+def test_few_pictures_are_in_memory_however_many_there_are(run, photos, tmp_path, monkeypatch):
+    """Reading runs ahead of slow writing only so far, and less far for large pictures."""
+    folder = photos(40)
+    held, most, lock = [0], [0], threading.Lock()
+    read, write = segment_folder._Job._read, segment_folder._Job._write
+
+    def counted_read(job, index):
+        with lock:
+            held[0] += 1
+            most[0] = max(most[0], held[0])
+        return read(job, index)
+
+    def slow_write(job, picture, masks):
+        time.sleep(0.01)
+        try:
+            return write(job, picture, masks)
+        finally:
+            with lock:
+                held[0] -= 1
+
+    monkeypatch.setattr(segment_folder._Job, "_read", counted_read)
+    monkeypatch.setattr(segment_folder._Job, "_write", slow_write)
+    monkeypatch.setattr(segment_folder, "AHEAD", 4)
+    quiet(run, folder, tmp_path / "a")
+    assert 4 < most[0] <= 3 * 4 + 1
+    held[0] = most[0] = 0
+    monkeypatch.setattr(segment_folder, "PIXELS_AHEAD", 1000)  # less than a picture has
+    quiet(run, folder, tmp_path / "b")
+    assert most[0] <= 4
+
+
+def test_progress_counts_what_was_done_before(run, photos, tmp_path, capsys):
+    folder = photos(3)
+    run.segment_folder(folder, tmp_path / "out")
+    assert "3/3" in capsys.readouterr().err
+    run.segment_folder(folder, tmp_path / "out")
+    assert "3/3" in capsys.readouterr().err
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet(run, folder, tmp_path / "out")
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_asked_of_each_picture_does_not_grow_with_the_folder(run, photos, tmp_path, monkeypatch):
+    calls = {}
+    for count in (10, 30):
+        folder, out = photos(count), tmp_path / f"out{count}"
+        made, plain = [0], Path._make_child if hasattr(Path, "_make_child") else Path.with_segments
+
+        def counted(self, *given, made=made, plain=plain):
+            made[0] += 1
+            return plain(self, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PurePath, plain.__name__, counted)
+            quiet(run, folder, out, formats="labels")
+            assert quiet(run, folder, out, formats="labels").already == count
+        calls[count] = made[0] / count
+    assert calls[10] > 1 and calls[30] < 1.5 * calls[10]

@@ -1,0 +1,178 @@
+"""A folder as it may really be: what cannot be segmented is named and left out, the rest is done, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from factorkit.data.sources import shown
+from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.inference import segment as quality
+from factorkit.segdiff.run import SegdiffRun
+from factorkit.utils.errors import ConfigError, DataError, WriteError
+
+TINY = {
+    "resolution": 16,
+    "regions": 2,
+    "width": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (),
+    "groups": 2,
+    "device": "cpu",
+    "threads": 1,
+}
+ALL = ("labels", "masks", "overlays", "coco")
+
+
+@pytest.fixture(scope="module")
+def run():
+    config = preset_config("demo", **TINY).resolved()
+    torch.manual_seed(0)
+    return SegdiffRun(config, config.build(), torch.device("cpu"), 0)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """One good photograph, for others to lie beside."""
+    place = tmp_path / "photos"
+    place.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(noise).save(place / "good.jpg")
+    return place
+
+
+def segmented(run, folder, **options):
+    return run.segment_folder(folder, folder.parent / "out", progress=False, **options)
+
+
+def test_one_pixel_and_30000_in_a_row(run, folder):
+    for name, size in (("pixel", (1, 1)), ("wide", (30_000, 2)), ("high", (3, 30_000))):
+        Image.new("RGB", size, "green").save(folder / f"{name}.png")
+    found = segmented(run, folder, formats=ALL)
+    assert found.segmented == 4 and not found.skipped
+    assert Image.open(found.out / "wide_mask_1.png").size == (30_000, 2)
+    sizes = {i["file_name"]: i["width"] for i in json.loads(found.annotations.read_text())["images"]}
+    assert sizes == {"good.jpg": 30, "pixel.png": 1, "wide.png": 30_000, "high.png": 3}
+
+
+def test_broken_pictures_are_named_and_tried_again(run, folder, monkeypatch):
+    whole = (folder / "good.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("no picture")
+    Image.new("RGB", (60, 60)).save(folder / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # of which twice as many are refused
+    with pytest.warns(UserWarning, match=r"4 of 5 images could not be segmented.*cut\.jpg \(.*[Tt]runcated"):
+        found = segmented(run, folder)
+    assert set(found.skipped) == {"cut.jpg", "empty.png", "text.png", "bomb.png"} and found.segmented == 1
+    assert "too many pixels" in found.skipped["bomb.png"]
+    (folder / "cut.jpg").write_bytes(whole)
+    with pytest.warns(UserWarning, match="3 of 5"):
+        assert segmented(run, folder).segmented == 2
+
+
+def test_where_nothing_can_be_read_that_is_an_error(run, folder):
+    (folder / "good.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of 1 images could be segmented: good\.jpg \("):
+        segmented(run, folder)
+
+
+def test_a_file_that_may_not_be_read(run, folder, monkeypatch):
+    Image.new("RGB", (9, 9)).save(folder / "secret.png")
+    read = Path.read_bytes
+
+    def refuse(path):  # a chmod does not keep root out
+        if path.name == "secret.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.warns(UserWarning, match=r"secret\.png \(.*Permission denied"):
+        found = segmented(run, folder)
+    assert found.segmented == 1 and set(found.skipped) == {"secret.png"}
+    monkeypatch.undo()
+    assert segmented(run, folder).segmented == 2, "with the same time of change, it is tried again"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="such names need a file system that takes any bytes")
+def test_names_with_line_breaks_and_bytes_that_are_no_text(run, folder):
+    names = ["two\nlines.png", "tab\there.png", os.fsdecode(b"caf\xe9.png"), "\u202egnp.png"]
+    for name in names:
+        Image.new("RGB", (9, 9)).save(folder / name)
+    (folder / "bad\nnews.png").write_bytes(b"")
+    with pytest.warns(UserWarning) as said:
+        found = segmented(run, folder, formats=ALL)
+    assert "bad\\nnews.png" in str(said[0].message) and "\n" not in str(said[0].message)
+    assert found.segmented == 5 and "bad\nnews.png" in found.skipped
+    assert (found.out / "two\nlines_labels.png").is_file() and found.contact_sheet.is_file()
+    listed = {image["file_name"] for image in json.loads(found.annotations.read_text())["images"]}
+    assert listed == {*names, "good.jpg"}
+    with pytest.warns(UserWarning, match="1 of 6"):
+        assert segmented(run, folder, formats=ALL).already == 5, "their lines in the list are read back"
+    assert shown("plain ünï.png") == "plain ünï.png" and shown("a\nb") == "a\\nb"
+
+
+def test_a_name_too_long_to_add_to_is_left_out_by_itself(run, folder):
+    name = "x" * 247 + ".png"
+    Image.new("RGB", (9, 9)).save(folder / name)
+    with pytest.warns(UserWarning, match="too long"):
+        found = segmented(run, folder)
+    assert found.segmented == 1 and set(found.skipped) == {name}
+
+
+def test_loops_of_links_end(run, folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "up").symlink_to(folder, target_is_directory=True)
+    (folder / "self.png").symlink_to(folder / "self.png")
+    (folder / "there.png").symlink_to(folder / "back.png")
+    (folder / "back.png").symlink_to(folder / "there.png")
+    found = segmented(run, folder)
+    assert found.segmented == 1 and {p.name for p in found.out.glob("*_labels.png")} == {"good_labels.png"}
+
+
+def test_a_picture_that_goes_away_meanwhile(run, folder, monkeypatch):
+    Image.new("RGB", (9, 9)).save(folder / "later.png")
+    read = Path.read_bytes
+
+    def gone(path):
+        if path.name == "later.png":
+            path.unlink(missing_ok=True)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", gone)
+    with pytest.warns(UserWarning, match=r"later\.png"):
+        assert segmented(run, folder).segmented == 1
+
+
+def test_memory_that_lacks_for_one_picture_is_not_lacking_for_all(run, folder, monkeypatch):
+    for name, size in (("large.png", (90, 60)), ("other.png", (30, 20))):
+        Image.new("RGB", size).save(folder / name)
+    predict = quality.predict_masks
+
+    def limited(model, images, *settings):
+        if images.shape[2] > 16 or len(images) > 1:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 5 bytes")
+        return predict(model, images, *settings)
+
+    monkeypatch.setattr(quality, "predict_masks", limited)
+    assert segmented(run, folder).segmented == 3, "one by one they fit"
+    monkeypatch.setattr(quality, "predict_masks", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(DataError, match=r"none of 3.*out of memory for 30 x 20 pixels; scale it down, or .*size=20"):
+        segmented(run, folder, size=20)
+
+
+def test_an_output_that_cannot_be_made(run, folder):
+    (folder.parent / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="file is a file; give another out=, a folder"):
+        run.segment_folder(folder, folder.parent / "file", progress=False)
+    with pytest.raises(WriteError, match=r"file.*cannot be written"):
+        run.segment_folder(folder, folder.parent / "file/below", progress=False)
+    assert (folder.parent / "file").read_text() == "mine"

@@ -1,0 +1,196 @@
+"""One real picture: what the network sees of it, tiles, and the way back to its own pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from factorkit.segdiff.config import SegdiffConfig, preset_config
+from factorkit.segdiff.inference import segment
+from factorkit.segdiff.inference.segment import own_pixels, see, small_masks
+from factorkit.segdiff.run import SegdiffRun
+from factorkit.utils.errors import ConfigError, OutOfMemory
+
+TINY = {
+    "resolution": 16,
+    "regions": 2,
+    "width": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (),
+    "groups": 2,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return preset_config("demo", **TINY).resolved()
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    torch.manual_seed(0)
+    return SegdiffRun(config, config.build(), torch.device("cpu"), 0)
+
+
+def bright(images):
+    """Masks of what is bright, as a network might see them: [N, 2, h, w]."""
+    inside = (images.mean(1, keepdim=True) > 0).float()
+    return torch.cat([1 - inside, inside], 1)
+
+
+def disc(width, height):
+    y, x = np.mgrid[:height, :width]
+    inside = (x - 0.4 * width) ** 2 + (y - 0.55 * height) ** 2 < (0.3 * min(width, height)) ** 2
+    return np.where(inside[..., None], [250, 230, 40], [20, 60, 30]).astype(np.uint8), inside
+
+
+# --- what the network sees ---
+
+
+@pytest.mark.parametrize(
+    ("size", "seen"),
+    [
+        ((16, 16), (16, 16)),
+        ((640, 480), (22, 16)),
+        ((1, 1), (16, 16)),
+        ((30_000, 20), (1024, 16)),
+        ((40, 1), (640, 16)),
+    ],
+)
+def test_the_short_side_decides_and_slivers_are_squeezed(config, size, seen):
+    small = see(Image.new("RGB", size), config, 16, "guided").small
+    assert small.shape[1::-1] == seen
+
+
+def test_a_guide_is_made_where_the_picture_has_more_pixels(config):
+    look = lambda size, upsample="guided": see(Image.new("RGB", size), config, 16, upsample)  # noqa: E731
+    assert look((16, 16)).guide is None and look((10, 7)).guide is None and look((200, 100), "bilinear").guide is None
+    large = look((200, 100))
+    assert large.guide.shape == (32, 64, 3) and large.radius == 4
+    assert look((20, 17)).guide.shape == (17, 20, 3)
+
+
+# --- tiles ---
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 200), (130, 90), (66, 64)])
+def test_tiles_of_what_depends_on_a_pixel_alone_are_the_whole(size):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, *size, 3), np.uint8)
+    shapes = []
+
+    def predict(part):
+        shapes.append(part.shape[2:])
+        return ((part + 1) / 2)[:, :2] / ((part + 1) / 2)[:, :2].sum(1, keepdim=True).clamp_min(1e-6)
+
+    found = small_masks(predict, images, SegdiffConfig(resolution=16))
+    whole = predict(segment.to_float(torch.from_numpy(images)))
+    torch.testing.assert_close(found, whole)
+    assert max(max(shape) for shape in shapes[:-1]) <= 64
+    assert (len(shapes) > 2) == (max(size) > 64)
+
+
+def test_regions_that_compete_see_whole_pictures():
+    """Their places are those of a picture, and so are the colours they compete by."""
+    config = SegdiffConfig(resolution=16, masks="competition")
+    shapes = []
+
+    def predict(images):
+        shapes.append(tuple(images.shape[2:]))
+        return images[:, :2]
+
+    assert small_masks(predict, np.zeros((1, 80, 200, 3), np.uint8), config).shape == (1, 2, 80, 200)
+    assert shapes == [(80, 200)]
+
+
+def test_tiles_are_blended_without_a_seam():
+    """Tiles that disagree (each answers its own number) meet in a ramp, not in a step."""
+    count = iter(range(100))
+    found = small_masks(
+        lambda part: torch.full((1, 1, *part.shape[2:]), float(next(count))),
+        np.zeros((1, 16, 112, 3), np.uint8),
+        SegdiffConfig(resolution=16),
+    )
+    line = found[0, 0, 8]
+    assert line[0] == 0 and line[-1] == 1 and next(count) == 2
+    assert (line.diff() >= 0).all() and line.diff().max() < 0.1
+    assert (line[:48] == 0).all() and (line[64:] == 1).all()
+
+
+# --- the picture's own pixels ---
+
+
+@pytest.mark.parametrize("upsample", ["guided", "bilinear"])
+@pytest.mark.parametrize("size", [(161, 97), (16, 16), (9, 7), (400, 1)])
+def test_bands_sum_to_one_and_do_not_depend_on_their_height(config, size, upsample, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    seen = see(Image.fromarray(pixels), config, 16, upsample)
+    masks = torch.rand(3, *seen.small.shape[:2]).softmax(0)
+    whole = torch.cat([band for _, band in own_pixels(masks, seen)], 1)
+    assert whole.shape == (3, *size[::-1]) and whole.min() >= 0 and whole.dtype == torch.float32
+    torch.testing.assert_close(whole.sum(0), torch.ones(size[::-1]))
+    monkeypatch.setattr(segment, "BAND", 3 * size[0])
+    bands = list(own_pixels(masks, seen))
+    assert len(bands) > 1 or size[1] <= 3
+    torch.testing.assert_close(torch.cat([band for _, band in bands], 1), whole)
+
+
+def test_guided_masks_follow_the_edge_that_bilinear_ones_blur(run, monkeypatch):
+    pixels, inside = disc(320, 240)
+    monkeypatch.setattr(run.model, "segment", lambda x_t, t: bright(x_t))
+    wrong = {}
+    for upsample in ("guided", "bilinear"):
+        found = run.segment(pixels, upsample=upsample)
+        wrong[upsample] = (found.labels[0].numpy() != inside).mean()
+        soft = found.masks[0, 1].numpy()
+        wrong[upsample, "soft"] = np.abs(soft - inside).mean()
+    assert wrong["guided"] < 0.004 and wrong["guided", "soft"] < 0.03
+    assert wrong["guided"] < 0.2 * wrong["bilinear"] and wrong["guided", "soft"] < 0.9 * wrong["bilinear", "soft"]
+
+
+def test_size_is_what_the_network_sees(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run.model, "segment", lambda x_t, t: (seen.append(tuple(x_t.shape[2:])), bright(x_t))[1])
+    pixels, _ = disc(120, 90)
+    run.segment(pixels)
+    run.segment(pixels, size=40)
+    assert seen == [(16, 22), (40, 54)]
+    run.segment(pixels, size=90)
+    assert set(seen[2:]) == {(64, 64)} and len(seen) == 2 + 2 * 3, "90 x 120 in tiles of four training resolutions"
+    for changes, says in (({"size": 0}, "size=0"), ({"upsample": "cubic"}, "upsample='cubic'")):
+        with pytest.raises(ConfigError, match=says):
+            run.segment(pixels, **changes)
+
+
+# --- pictures that are hard on a machine ---
+
+
+@pytest.mark.parametrize("size", [(1, 1), (30_000, 3), (2, 30_000)])
+def test_single_pixels_and_30000_of_them_in_a_row(run, size):
+    found = run.segment(Image.new("RGB", size, "red"))
+    assert found.masks.shape == (1, 2, size[1], size[0])
+    torch.testing.assert_close(found.masks.sum(1), torch.ones(1, size[1], size[0]))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_what_helps(run, monkeypatch, error):
+    def full(x_t, t):
+        raise error
+
+    monkeypatch.setattr(run.model, "segment", full)
+    with pytest.raises(OutOfMemory, match="out of memory for 50 x 40 pixels; scale it down, or give less than size=20"):
+        run.segment(Image.new("RGB", (50, 40)), size=20)
+    monkeypatch.setattr(run.model, "segment", lambda x_t, t: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.segment(Image.new("RGB", (50, 40)))

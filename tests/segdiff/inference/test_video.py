@@ -1,0 +1,168 @@
+"""Moving pictures: read frame by frame, segmented without flicker, written whole or not at all."""
+
+from __future__ import annotations
+
+import sys
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from factorkit.data.video import open_clip
+from factorkit.segdiff.inference.video import STILL, Smoother, segment_frames
+from factorkit.utils.errors import ConfigError, DataError, WriteError
+
+
+@pytest.fixture
+def run(stirred_run):
+    run = stirred_run(regions=3)
+    with torch.no_grad():
+        run.model.mask_generator.conv_out.weight.mul_(30)
+    return run
+
+
+def still(count, seed=0, noise=10.0, size=(36, 46)):
+    """A still scene under a sensor's noise, uint8 [count, H, W, 3]."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(40, 216, (5, 6, 3), np.uint8)
+    scene = np.asarray(Image.fromarray(small).resize(size[::-1], Image.Resampling.BICUBIC), np.float32)
+    return np.clip(scene + noise * rng.standard_normal((count, *scene.shape)), 0, 255).astype(np.uint8)
+
+
+def labels_of(run, frames, smooth):
+    found = segment_frames(frames, run.config, run.predictor(None, "fast"), size=16, upsample="guided", smooth=smooth)
+    return np.stack([labels for _, labels in found])
+
+
+def test_without_smoothing_a_frame_is_segmented_as_a_picture(run):
+    frames = still(3)
+    found = labels_of(run, frames, 0.0)
+    assert np.array_equal(found, run.segment(frames).labels.numpy())
+    assert len(np.unique(found)) > 1
+
+
+def test_smoothing_takes_the_flicker_out_of_a_still_scene(run):
+    frames = still(24)
+    flicker = lambda labels: (labels[13:] != labels[12:-1]).mean()  # noqa: E731
+    before, after = (flicker(labels_of(run, frames, smooth)) for smooth in (0.0, 0.8))
+    assert before > 0.002, "without flicker there is nothing to show"
+    assert after < 0.4 * before
+
+
+def test_the_average_is_the_formula_and_a_cut_starts_anew():
+    torch.manual_seed(0)
+    a, b, c = torch.rand(3, 2, 10, 10).softmax(1)
+    flat = lambda value: np.full((20, 20, 3), value, np.uint8)  # noqa: E731
+    smoother = Smoother(0.75)
+
+    def step(frame, masks):
+        calm, keep = smoother.frame(frame)
+        return calm, smoother.masks(masks, keep)
+
+    calm, found = step(flat(20), a)
+    assert torch.equal(found, a) and (calm == 20).all()
+    calm, found = step(flat(24), b)
+    weight = 0.75 * np.exp(-((4 / 255) ** 2) / (2 * STILL**2))
+    assert (calm == round(weight * 20 + (1 - weight) * 24)).all()
+    torch.testing.assert_close(found, (weight * a + (1 - weight) * b).float())
+    calm, found = step(flat(230), c)
+    assert (calm == 230).all()
+    torch.testing.assert_close(found, c, msg="the picture has changed: nothing of the old masks stays")
+    half = flat(230)
+    half[:, :10] = 20  # a thing moves on the left, the right stands still
+    calm, found = step(half, a)
+    assert np.array_equal(calm, half)
+    torch.testing.assert_close(found[..., :4], a[..., :4])
+    torch.testing.assert_close(found[..., 6:], (0.75 * c + 0.25 * a)[..., 6:])
+    torch.testing.assert_close(found.sum(0), torch.ones(10, 10))
+
+
+def test_frames_are_taken_as_they_are_needed(run):
+    taken = 0
+
+    def frames():
+        nonlocal taken
+        for frame in still(40):
+            taken += 1
+            yield frame
+
+    found = segment_frames(frames(), run.config, run.predictor(None, "fast"), size=16, upsample="guided", smooth=0.5)
+    next(found)
+    assert taken <= 16
+    assert sum(1 for _ in found) == 39
+
+
+def test_a_video_in_and_one_out(run, tmp_path):
+    frames = still(5, size=(35, 47))
+    imageio.imwrite(tmp_path / "in.mkv", frames, plugin="pyav", codec="ffv1", fps=12)
+    made = run.segment_video(tmp_path / "in.mkv", tmp_path / "new" / "out.mp4", progress=False)
+    assert made.frames == 5 and made.rate == 12 and abs(sum(made.areas) - 1) < 1e-6 and 0 <= made.changes < 1
+    seen = imageio.imread(made.out, plugin="pyav")
+    assert seen.shape == (5, 36, 48, 3), "odd sides gain a row and a column"
+    assert imageio.immeta(made.out, plugin="pyav")["fps"] == 12
+    assert [path.name for path in made.out.parent.iterdir()] == ["out.mp4"]
+
+
+def test_a_folder_of_frames_in_the_order_of_its_names(run, tmp_path):
+    for number, frame in enumerate(still(3)):
+        Image.fromarray(frame).save(tmp_path / f"{number}.png")
+    clip = open_clip(tmp_path)
+    assert clip.length == 3 and clip.rate == 24
+    assert np.array_equal(np.stack(list(clip.frames)), still(3))
+    assert run.segment_video(tmp_path, tmp_path / "out" / "x.mp4", progress=False).frames == 3
+
+
+def test_frames_of_a_folder_are_counted_as_people_do(tmp_path):
+    colours = {f"frame{number}.png": 20 * number for number in (1, 2, 10, 11)}
+    for name, colour in colours.items():
+        Image.new("RGB", (4, 4), (colour,) * 3).save(tmp_path / name)
+    assert [frame[0, 0, 0] for frame in open_clip(tmp_path).frames] == [20, 40, 200, 220]
+    listed = [tmp_path / "frame10.png", tmp_path / "frame2.png"]
+    assert [frame[0, 0, 0] for frame in open_clip(listed).frames] == [200, 40], "a list has an order of its own"
+
+
+@pytest.mark.parametrize("name", ["walk.gif", "walk.webp", "walk.png"])
+def test_an_animated_picture_is_its_frames(tmp_path, name):
+    first, *rest = [Image.new("RGB", (8, 6), (colour,) * 3) for colour in (30, 90, 200, 150)]
+    durations = [100, 100, 100, 500]
+    first.save(tmp_path / name, save_all=True, append_images=rest, duration=durations, lossless=True)
+    for source in (tmp_path / name, Image.open(tmp_path / name)):
+        clip = open_clip(source)
+        assert clip.length == 4 and clip.rate == pytest.approx(5)
+        assert [frame[2, 3].tolist() for frame in clip.frames] == [[v] * 3 for v in (30, 90, 200, 150)]
+
+
+def test_what_cannot_be_segmented_leaves_nothing_behind(run, tmp_path):
+    (tmp_path / "noise.mp4").write_bytes(b"no video at all" * 100)
+    out = tmp_path / "out.mp4"
+    with pytest.raises(DataError, match="noise.mp4: this video cannot be decoded"):
+        run.segment_video(tmp_path / "noise.mp4", out, progress=False)
+    with pytest.raises(DataError, match="no such video"):
+        run.segment_video(tmp_path / "none.mp4", out, progress=False)
+    frames = [Image.fromarray(frame) for frame in (*still(2), *still(1, size=(20, 20)))]
+    with pytest.raises(DataError, match="frame 2 has 20 x 20 pixels, the first 46 x 36"):
+        run.segment_video(frames, out, progress=False)
+    with pytest.raises(ConfigError, match=r"\.mp4"):
+        run.segment_video(still(2), tmp_path / "out.gif", progress=False)
+    with pytest.raises(ConfigError, match="smooth=1"):
+        run.segment_video(still(2), out, smooth=1.0, progress=False)
+    with pytest.raises(WriteError, match="cannot be written"):
+        run.segment_video(still(2), tmp_path / "noise.mp4" / "out.mp4", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["noise.mp4"]
+
+
+def test_a_video_cut_off_in_the_middle_is_told_or_ends(run, tmp_path):
+    imageio.imwrite(tmp_path / "in.mp4", still(30), plugin="pyav", codec="libx264", fps=12)
+    whole = (tmp_path / "in.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="cannot be decoded"):
+        run.segment_video(tmp_path / "cut.mp4", tmp_path / "out.mp4", progress=False)
+
+
+def test_without_imageio_the_cure_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "imageio.v3", None)
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(ConfigError, match=r"factorkit\[video\]"):
+        open_clip(tmp_path / "a.mp4")

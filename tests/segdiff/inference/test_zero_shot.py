@@ -1,0 +1,133 @@
+"""Zero-shot transfer: a run told one class of its own for each class of another data set, scored class by class."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from factorkit.cli.main import main
+from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.inference.zero_shot import THESIS_LABELS, zero_shot_scores
+from factorkit.utils.errors import ConfigError
+
+DOG, CAT, VOID = 12, 8, 255
+SIZE = 16
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Two cats and a dog to train on, three cats and two dogs to score: animals left, void between, ground right."""
+    root = tmp_path / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    of_split = {"train": [CAT, CAT, DOG], "val": [CAT, CAT, CAT, DOG, DOG]}
+    for split, classes in of_split.items():
+        stems = []
+        for number, label in enumerate(classes):
+            stems.append(f"{split}_{number}")
+            values = np.zeros((SIZE, SIZE), np.uint8)
+            values[:, :8], values[:, 8:10] = label, VOID
+            mask = Image.fromarray(values)
+            mask.putpalette(list(range(256)) * 3)
+            mask.save(root / f"SegmentationClass/{stems[-1]}.png")
+            picture = np.full((SIZE, SIZE, 3), 10 * label, np.uint8)
+            Image.fromarray(picture).save(root / f"JPEGImages/{stems[-1]}.jpg")
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(stems))
+    return root
+
+
+def config(names=("beagle", "tabby"), **changes):
+    changes = {"resolution": SIZE, "regions": 3, "class_names": names, **changes}
+    return preset_config("demo", multipliers=(1, 2), **changes).resolved()
+
+
+def found_by(told_masks):
+    """A predictor that answers by the class it is told: of each label the columns that are region 1, the rest is 0."""
+
+    def predictor(label):
+        def predict(images):
+            masks = torch.zeros(len(images), 3, SIZE, SIZE)
+            masks[:, 0] = 1
+            masks[:, :2, :, : told_masks[label]] = torch.tensor([0.0, 1.0])[:, None, None]
+            return masks
+
+        return predict
+
+    return predictor
+
+
+def test_of_many_leaves_a_coarser_level_is_mapped(voc):
+    """Of (4, 4) regions the leaves of region 1 are the animal, in stripes."""
+
+    def predictor(label):
+        def predict(images):
+            leaves = torch.arange(SIZE) % 4 + torch.where(torch.arange(SIZE) < 8, 4, 12)
+            return torch.nn.functional.one_hot(leaves, 16).T[None, :, None].expand(len(images), 16, SIZE, SIZE).float()
+
+        return predict
+
+    scores = zero_shot_scores(config((), regions=(4, 4)), predictor, voc, label_map=None, fit=16)
+    assert scores["level"] == 1 and scores["iou"] == 1 and scores["classes"]["cat"]["mapping"] == [1]
+
+
+def test_each_class_is_scored_by_itself_told_its_own_class(voc):
+    label_map = {"cat": "tabby", "dog": 0}
+    scores = zero_shot_scores(config(), found_by({1: 8, 0: 5}), voc, label_map=label_map, fit=16)
+    assert set(scores["classes"]) == {"cat", "dog"} and len(scores["missing"]) == 18
+    cat, dog = scores["classes"]["cat"], scores["classes"]["dog"]
+    assert cat == {"told": "tabby", "images": 3, "fitted_on": 2, "mapping": [1], "acc": 1, "iou": 1, "miou": 1}
+    # of the dog's 8 columns 5 are found, of 14 that are valid; of the ground's 6 all, and 3 too many
+    assert dog["told"] == "beagle" and dog["images"] == 2 and dog["fitted_on"] == 1
+    assert dog["acc"] == pytest.approx(11 / 14) and dog["iou"] == pytest.approx(5 / 8)
+    assert dog["miou"] == pytest.approx((5 / 8 + 6 / 9) / 2)
+    assert scores["iou"] == pytest.approx((1 + 5 / 8) / 2) and scores["miou"] == pytest.approx((1 + dog["miou"]) / 2)
+
+
+def test_where_all_is_one_split_the_first_half_fits(voc):
+    everywhere = found_by({None: 8})
+    scores = zero_shot_scores(config(), everywhere, voc, split="all", label_map=None, fit=16)
+    assert scores["classes"]["cat"]["fitted_on"] == 2 and scores["classes"]["cat"]["images"] == 3
+    train = zero_shot_scores(config(), everywhere, voc, split="train", label_map=None, fit=16)
+    assert "dog" in train["missing"], "one picture cannot fit and be scored"
+    assert train["classes"]["cat"]["told"] is None
+
+
+def test_the_dissertations_mapping_is_for_a_run_on_imagenet(voc):
+    assert len(THESIS_LABELS) == 20 and THESIS_LABELS["cat"] == 281 and THESIS_LABELS["tvmonitor"] == 664
+    told = []
+
+    def predictor(label):
+        told.append(label)
+        return found_by({label: 8})(label)
+
+    names = tuple(f"synset {n}" for n in range(1000))
+    scores = zero_shot_scores(config(names), predictor, voc, label_map=None, fit=16)
+    assert told == [281, 153] and scores["classes"]["dog"]["told"] == "synset 153"
+
+
+def test_what_does_not_fit_is_refused(voc):
+    with pytest.raises(ConfigError, match="names 'wolf', but the data set's classes are aeroplane"):
+        zero_shot_scores(config(), found_by({}), voc, label_map={"wolf": "beagle"}, fit=16)
+    with pytest.raises(ConfigError, match="did you mean beagle"):
+        zero_shot_scores(config(), found_by({}), voc, label_map={"dog": "beagles"}, fit=16)
+    with pytest.raises(ConfigError, match="knows no classes"):
+        zero_shot_scores(config(()), found_by({}), voc, label_map={"dog": 0}, fit=16)
+    with pytest.raises(ConfigError, match="split='test': VOC2012 has train, val, all"):
+        zero_shot_scores(config(), found_by({}), voc, split="test", label_map=None, fit=16)
+
+
+def test_the_model_is_told_the_class(stirred_run, voc, tmp_path, capsys):
+    run = stirred_run(class_names=("beagle", "tabby"))
+    label_map = tmp_path / "map.json"
+    label_map.write_text(json.dumps({"cat": "tabby"}))
+    saved = run.save(tmp_path / "run.safetensors")
+    code = main(["evaluate", str(saved), "--data", str(voc), "--label-map", str(label_map), "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert code == 0 and printed["classes"]["cat"]["told"] == "tabby" and printed["classes"]["dog"]["told"] is None
+    images = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
+    masks = [run.predictor(None, "fast", label)(images) for label in (None, 0, 1)]
+    assert not torch.allclose(masks[0], masks[1]) and not torch.allclose(masks[1], masks[2])

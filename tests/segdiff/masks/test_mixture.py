@@ -1,0 +1,184 @@
+"""Regions that compete by place and colour: the closed form against torch's, and what makes them regions of things."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+
+from factorkit.diffusion.schedule import Schedule
+from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.masks import mixture as module
+from factorkit.segdiff.masks.mixture import ROUNDS, SHARE, RegionCompetition, colour_evidence, invert
+from factorkit.segdiff.task import SegdiffTask, noised, to_float
+from factorkit.utils.errors import ConfigError
+from factorkit.utils.rng import BatchDraw
+
+TINY = {"resolution": 8, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2, "steps": 400}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def things(count, size=16):
+    """A thing of any colour in the middle of a ground of any other: uint8 [count, size, size, 3] and where it is."""
+    rng = np.random.default_rng(0)
+    inside = np.zeros((size, size), bool)
+    inside[size // 4 : -size // 4, size // 4 : -size // 4] = True
+    colours = rng.integers(0, 256, (2, count, 1, 1, 3))
+    pictures = np.where(inside[..., None], colours[0], colours[1]) + rng.normal(0, 8, (count, size, size, 3))
+    return pictures.clip(0, 255).astype(np.uint8), inside
+
+
+def test_the_inverse_is_torchs():
+    roots = torch.randn(5, 3, 3, dtype=torch.float64)
+    spread = roots @ roots.mT + 0.1 * torch.eye(3)
+    inverse, determinant = invert(spread)
+    torch.testing.assert_close(inverse, torch.linalg.inv(spread))
+    torch.testing.assert_close(determinant, torch.linalg.det(spread))
+
+
+def test_evidence_is_the_gaussian_of_each_regions_own_colours(monkeypatch):
+    monkeypatch.setattr(module, "PIXELS", 0.0)
+    x, masks = torch.rand(2, 40, 3), torch.rand(2, 3, 40)
+    evidence, slopes = colour_evidence(x, (x[..., :, None] * x[..., None, :]).flatten(2), masks)
+    for n in range(2):
+        for k in range(3):
+            spread = torch.cov(x[n].T, correction=0, aweights=masks[n, k]) + module.FLOOR * torch.eye(3)
+            mean = (masks[n, k, :, None] * x[n]).sum(0) / masks[n, k].sum()
+            at = x[n].clone().requires_grad_()
+            expected = MultivariateNormal(mean, spread).log_prob(at)
+            constant = 1.5 * np.log(2 * np.pi)
+            torch.testing.assert_close(evidence[n, k], expected.detach() + constant, atol=1e-3, rtol=1e-3)
+            expected.sum().backward()
+            torch.testing.assert_close(slopes[n, k], at.grad, atol=1e-2, rtol=1e-3)
+
+
+def test_the_score_is_the_slope_of_the_mixture(monkeypatch):
+    monkeypatch.setattr(module, "ROUNDS", 1)  # the colours are then those of the places themselves
+    competition, x = RegionCompetition(2), torch.randn(1, 3, 8, 8)
+    contest = competition(x)
+    shares = competition.places(8, 8).flatten(1)
+    assert torch.allclose(shares.sum(0), torch.ones(64)) and shares.min() >= module.SHARE / 2
+    pixels = x[0].flatten(1).T
+    area = shares.sum(1)
+    means = shares @ pixels / (area[:, None] + 1e-3)
+    spreads = []
+    for k in range(2):
+        away = (pixels - means[k]) * shares[k, :, None].sqrt()
+        prior = module.PIXELS * module.VARIANCE * torch.eye(3)
+        spreads.append((away.T @ away + prior) / (area[k] + module.PIXELS) + module.FLOOR * torch.eye(3))
+    at = pixels.clone().requires_grad_()
+    each = MultivariateNormal(means.expand(64, 2, 3), torch.stack(spreads).expand(64, 2, 3, 3))
+    mixture = MixtureSameFamily(Categorical(shares.T.detach()), each)
+    mixture.log_prob(at[:, :]).sum().backward()
+    torch.testing.assert_close(contest.score[0].flatten(1).T, at.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_a_thing_of_another_colour_in_each_picture_is_one_region():
+    pictures, inside = things(24)
+    competition, x = RegionCompetition(2), to_float(torch.from_numpy(pictures))
+    schedule = Schedule()
+    optimizer = torch.optim.Adam(competition.parameters(), 0.03)
+    for step in range(40):
+        generator = torch.Generator().manual_seed(step)
+        t = torch.randint(0, 600, (len(x),), generator=generator)
+        eps = torch.randn(x.shape, generator=generator)
+        contest = competition(schedule.noise(x, eps, t))
+        loss = (schedule.sigma(t) * contest.score + eps).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = competition(noised(x, 30, schedule)[0]).logits.argmax(1).numpy() == 0
+    agree = (found == inside).mean((1, 2))
+    assert max(agree.mean(), 1 - agree.mean()) > 0.95  # one region for all, whatever the colours
+    places = competition.places(16, 16)[int(agree.mean() < 0.5)].detach().numpy()
+    assert places[inside].mean() > places[~inside].mean() + 0.5
+
+
+def test_masks_of_any_size_need_neither_the_network_nor_half_precision():
+    config = preset_config(None, **TINY, masks="competition").resolved()
+    assert not (config.normalised_logits or config.half_resolution_masks) and config.mask_learning_rate == 100
+    assert config.segment_t == 0 and preset_config(None, **TINY).resolved().segment_t == 30
+    model = config.build()
+    x, t = torch.randn(2, 3, 24, 16), torch.full((2,), 30)
+    model.encoder = None
+    with torch.autocast("cpu", torch.bfloat16):
+        masks = model.segment(x, t)
+    assert masks.shape == (2, 3, 24, 16) and masks.dtype == torch.float32
+    torch.testing.assert_close(masks, model.segment(x, t))
+    torch.testing.assert_close(masks.sum(1), torch.ones(2, 24, 16))
+
+
+@pytest.mark.parametrize("decoding", ["masked_skips", "concat"])
+def test_places_learn_from_denoising_by_colour_alone(decoding):
+    config = preset_config(None, **TINY, masks="competition", decoding=decoding).resolved()
+    pictures, _ = things(16, 8)
+    task = SegdiffTask(config, pictures, pictures, torch.device("cpu"))
+    torch.nn.init.normal_(task.model.decoder.conv_out.weight)  # else no gradient comes back from the branches
+    fast = task.parameter_groups()[1]
+    assert [id(p) for p in fast["params"]] == [id(task.model.competition.place)] and fast["scale"] == 100
+    found = task.loss(task.model, torch.arange(16), BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu")), 399)
+    numbers = BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu"))
+    mirrored, t = numbers.uniform() < 0.5, numbers.integers(0, config.t_max)
+    t = torch.where(numbers.uniform() < config.tail, numbers.integers(config.t_max, 1000), t)
+    eps = numbers.normal(3, 8, 8)
+    x0 = to_float(torch.from_numpy(pictures))
+    x_t = task.schedule.noise(torch.where(mirrored[:, None, None, None], x0.flip(3), x0), eps, t)
+    score = task.model.competition(x_t).score
+    own = (task.schedule.sigma(t) * score + eps).square().mean((1, 2, 3))
+    torch.testing.assert_close(found.objective, found.loss + own, atol=1e-5, rtol=1e-4)
+    (expected,) = torch.autograd.grad(own.sum(), task.model.competition.place)
+    found.objective.sum().backward()
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(task.model.competition.place.grad, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_pictures_stay_as_they_are_where_left_and_right_mean_something():
+    pictures = np.zeros((4, 8, 8, 3), np.uint8)
+    pictures[:, :, :4] = 255
+    seen = {}
+    for mirror in (True, False):
+        config = preset_config(None, **TINY, masks="competition", mirror=mirror, t_max=1, tail=0.0).resolved()
+        task = SegdiffTask(config, pictures, pictures, torch.device("cpu"))
+        watch = task.model.forward
+        task.model.forward = lambda x_t, t, watch=watch, mirror=mirror: (seen.update({mirror: x_t}), watch(x_t, t))[1]
+        task.loss(task.model, torch.arange(16) % 4, BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu")), 399)
+    left = {mirror: x[:, :, :, :4].mean((1, 2, 3)) > 0 for mirror, x in seen.items()}
+    assert left[False].all() and 0 < left[True].sum() < 16
+
+
+@pytest.mark.parametrize("changes", [{"normalised_logits": True}, {"half_resolution_masks": True}])
+def test_a_competition_has_no_generator_to_normalise(changes):
+    with pytest.raises(ConfigError, match="no mask generator"):
+        preset_config(None, **TINY, masks="competition", **changes).resolved()
+
+
+def test_masks_are_made_one_of_two_ways():
+    with pytest.raises(ConfigError, match="choose one of network, competition"):
+        preset_config(None, **TINY, masks="colours").resolved()
+
+
+def test_no_region_is_shut_out_of_a_place():
+    competition = RegionCompetition(3)
+    competition.place.data[0] = 100.0
+    places = competition.places(20, 24)
+    assert places.min() >= SHARE / 3 - 1e-6 and torch.allclose(places.sum(0), torch.ones(20, 24), atol=1e-6)
+
+
+def test_the_colours_are_measured_anew_in_every_round():
+    torch.manual_seed(0)
+    competition, x = RegionCompetition(2), torch.rand(2, 3, 12, 12) * 2 - 1
+    pixels = x.flatten(2).transpose(1, 2)
+    squares = (pixels[..., :, None] * pixels[..., None, :]).flatten(2)
+    prior = competition.places(12, 12).log().flatten(1).expand(2, -1, -1)
+    masks = prior.softmax(1)
+    for _ in range(ROUNDS):
+        logits = prior + colour_evidence(pixels, squares, masks)[0]
+        masks = logits.softmax(1)
+    assert torch.allclose(competition(x).logits.flatten(2), logits, atol=1e-4)
+    once = (prior + colour_evidence(pixels, squares, prior.softmax(1))[0]).softmax(1)
+    assert not torch.allclose(masks, once, atol=1e-2)

@@ -1,0 +1,136 @@
+"""K without labels: the rule, the error it goes by, and pictures whose number of regions is known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import factorkit
+from factorkit.diffusion.schedule import Schedule
+from factorkit.segdiff import choose_regions as module
+from factorkit.segdiff.choose_regions import choose_regions, recommended
+from factorkit.segdiff.masks.mixture import JUDGED, RegionCompetition, unexplained_noise
+from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.rng import derived_seed
+
+QUICK = {"resolution": 16, "steps": 60, "seeds": 1, "device": "cpu", "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def own_places(tmp_path, monkeypatch):
+    monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The regions and seed of every step that is taken."""
+    steps, inner = [], module.PlacesTask.loss
+
+    def watched(task, model, *given):
+        steps.append((task.config.regions, task.config.seed))
+        return inner(task, model, *given)
+
+    monkeypatch.setattr(module.PlacesTask, "loss", watched)
+    return steps
+
+
+def layers(regions: int, count: int = 40, size: int = 16) -> np.ndarray:
+    """Pictures of as many bands, each of any colour in each picture: uint8 [count, size, size, 3]."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (count, regions, 3))
+    band = np.arange(size) * regions // size
+    pictures = np.repeat(colours[:, band][:, :, None], size, 2) + rng.normal(0, 6, (count, size, size, 3))
+    return pictures.clip(0, 255).astype(np.uint8)
+
+
+def test_the_rule():
+    horses = {2: 0.2231, 3: 0.2086, 4: 0.2075, 5: 0.2074}
+    falls, chosen, reason = recommended(horses, 0.02)
+    assert chosen == 3 and "the next, 4, lowers the error by 0.5%: under 2.0%" in reason
+    assert falls == pytest.approx({2: 0.065, 3: 0.0053, 4: 0.0005}, abs=1e-4)
+    assert recommended(horses, 0.07)[1] == 2 and recommended(horses, 0.001)[1] == 4
+    assert recommended({2: 0.20, 4: 0.21}, 0.02)[1:] == (
+        2,
+        "K = 2 is the smallest after which the next, 4, raises the error by 5.0%: under 2.0%",
+    )
+    _, chosen, reason = recommended({2: 0.4, 3: 0.3, 4: 0.2}, 0.02)
+    assert chosen == 4 and "try larger" in reason
+
+
+def test_the_error_is_the_noise_that_is_left():
+    torch.manual_seed(0)
+    competition, schedule = RegionCompetition(2), Schedule()
+    images = torch.rand(40, 3, 8, 8) * 2 - 1  # more than are looked at together
+    expected = []
+    for level in JUDGED:
+        eps = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(derived_seed("judge", level)))
+        share = schedule.alpha_bar(torch.tensor([level])).sqrt()
+        x_t, sigma = share * images + (1 - share**2).sqrt() * eps, (1 - share**2).sqrt()
+        denoised = (x_t + sigma**2 * competition(x_t).score) / share  # Tweedie
+        expected.append((((x_t - share * denoised) / sigma - eps) ** 2).mean().item())
+    found = unexplained_noise(competition, images, schedule)
+    assert found == pytest.approx(np.mean(expected), rel=1e-4)
+    assert found == unexplained_noise(competition, images, schedule)
+
+
+@pytest.mark.parametrize("regions", [2, 3])
+def test_pictures_of_known_parts_get_as_many_regions(regions):
+    choice = factorkit.choose_regions(layers(regions), out="out", candidates=(4, 2, 3), **QUICK)
+    assert choice.regions == regions and list(choice.errors) == [2, 3, 4]
+    written = json.loads((choice.folder / "choice.json").read_text())
+    assert written["regions"] == regions and written["errors"]["2"] == choice.errors[2]
+    assert (choice.folder / "regions.png").exists()
+    line = choice.table().splitlines()[regions - 1]
+    assert line.split()[0] == str(regions) and line.endswith("<") and choice.table().count("<") == 1
+
+
+def test_what_is_finished_is_not_trained_again(trained, monkeypatch):
+    changes = {**QUICK, "steps": 3}
+    first = choose_regions(layers(2), out="out", candidates=(2, 3), **changes)
+    assert set(trained) == {(2, 0), (3, 0)} and len(trained) == 6
+    trained.clear()
+    assert choose_regions(layers(2), out="out", candidates=(2, 3), **changes).errors == first.errors
+    assert trained == []
+    more = choose_regions(layers(2), out="out", candidates=(2, 3, 5), **{**changes, "seeds": 2})
+    assert set(trained) == {(2, 1), (3, 1), (5, 0), (5, 1)}
+    assert more.errors[2][0] == first.errors[2][0] and len(more.errors[5]) == 2
+    with pytest.raises(CheckpointError, match="mirror: True there, False"):
+        choose_regions(layers(2), out="out", candidates=(2, 3), mirror=False, **changes)
+    with pytest.raises(CheckpointError, match="sha256"):
+        choose_regions(layers(3), out="out", candidates=(2, 3), **changes)
+
+
+def test_it_is_judged_on_pictures_it_was_not_trained_on(monkeypatch):
+    seen, inner = [], module.PlacesTask.__init__
+    monkeypatch.setattr(
+        module.PlacesTask, "__init__", lambda self, *given: (seen.append(given[1:3]), inner(self, *given))[0] and None
+    )
+    pictures = layers(2)
+    choose_regions(pictures, out="out", candidates=(2, 3), **{**QUICK, "steps": 1})
+    images, held_out = seen[0]
+    assert len(images) == 30 and len(held_out) == 10
+    assert {p.tobytes() for p in images} | {p.tobytes() for p in held_out} == {p.tobytes() for p in pictures}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"candidates": (3,)}, "two numbers"),
+        ({"candidates": (1, 2)}, "at least 2"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"least_fall": 2.0}, "least_fall=2.0"),
+        ({"steps": 0}, "steps=0"),
+    ],
+)
+def test_what_cannot_be_asked(changes, says):
+    with pytest.raises(ConfigError, match=says):
+        choose_regions(layers(2), out="out", **{**QUICK, **changes})
+
+
+def test_few_pictures_are_refused():
+    with pytest.raises(DataError, match="7 images are too few.*give 8"):
+        choose_regions(layers(2, count=7), out="out", **QUICK)
