@@ -46,12 +46,12 @@ def to_radiance(signal: Tensor) -> Tensor:
 def noisy(x0: Tensor, schedule: Schedule, config: NerfdiffConfig, draw: BatchDraw) -> tuple[Tensor, Tensor]:
     """What the encoder reads in training: views x0 [B, 3, H, W] at random levels of noise, and those levels [B].
 
-    Levels are T u^t_power of even u: above 1 the low ones, where a pose can be told, come more often. Without noise
+    Levels are T u^timestep_power of even u: above 1 the low ones, where a pose can be told, come more often. Without noise
     the views themselves, at level 0.
     """
     if not config.noise:
         return x0, torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
-    t = (draw.uniform() ** config.t_power * config.timesteps).long()
+    t = (draw.uniform() ** config.timestep_power * config.timesteps).long()
     return schedule.noise(x0, draw.normal(*x0.shape[1:]), t), t
 
 
