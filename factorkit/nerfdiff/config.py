@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from factorkit.engine.config import MOST_STEPS, EngineConfig
+from factorkit.engine.migration import register_renamed_settings
 from factorkit.nerfdiff.cameras.poses import FREEDOMS
 from factorkit.nerfdiff.fields.background import BACKGROUNDS
 from factorkit.nerfdiff.fields.grid import FIELDS
@@ -264,3 +265,6 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
     config = NerfdiffConfig.from_dict({**settings, **changes})
     config.validate()
     return config
+
+# Settings of stored runs that have changed since: old name -> name of today; (name of today, old value) -> new value.
+register_renamed_settings(["nerfdiff"], names={}, values={}, removed={})
