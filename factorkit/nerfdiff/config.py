@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from factorkit.engine.config import MOST_STEPS, EngineConfig
+from factorkit.engine.migration import register_renamed_settings
 from factorkit.nerfdiff.cameras.poses import FREEDOMS
 from factorkit.nerfdiff.fields.background import BACKGROUNDS
 from factorkit.nerfdiff.fields.grid import FIELDS
@@ -112,8 +113,8 @@ class NerfdiffConfig(EngineConfig):
     """Channels of each level, in units of C."""
     blocks: int = 1
     """Residual blocks a level."""
-    encoder_pooling: Literal["whole", "average"] = "whole"
-    """How the encoder's last feature map reaches its heads: flattened ("whole"), or averaged over space (fig. 3.12). Small
+    encoder_pooling: Literal["flatten", "average"] = "flatten"
+    """How the encoder's last feature map reaches its heads: flattened, or averaged over space (fig. 3.12). Small
     encoders need the positions that the average discards."""
     num_rendered_views: int = 300
     """Number of rendered views of the fitted scene that are added to the encoder's training data."""
@@ -186,15 +187,15 @@ CHOICES = {
     "candidate_type": ("look_at", "thesis", "single"),
     "field": FIELDS,
     "background": BACKGROUNDS,
-    "encoder_pooling": ("whole", "average"),
+    "encoder_pooling": ("flatten", "average"),
 }
 
 _FAST = {
     "steps": 500,
     "batch_size": 32,
     "learning_rate": 1e-3,
-    "decay": 1.0,
-    "ema": 0.98,
+    "lr_decay_fraction": 1.0,
+    "ema_decay": 0.98,
     "precision": "fp32",
     "threads": 1,
     "checkpoint_every": 100,
@@ -212,7 +213,7 @@ _THESIS = {
     "steps": 200_000,
     "learning_rate": 2e-5,
     "field_learning_rate": 1e-4,
-    "ema": 0.9999,
+    "ema_decay": 0.9999,
     "precision": "fp32",
     "batch_size": 16,
     "rays_per_view": 256,
@@ -237,7 +238,7 @@ def _sized(resolution: int) -> dict[str, Any]:
 _JOINT = {
     "steps": 1500,
     "batch_size": 16,
-    "decay": 0.4,
+    "lr_decay_fraction": 0.4,
     "num_candidates": 12,
     "classification_weight": 0.01,
     "timestep_power": 3.0,
@@ -274,3 +275,31 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
     config = NerfdiffConfig.from_dict({**settings, **changes})
     config.validate()
     return config
+
+
+# Settings of stored runs that have changed since: old name -> name of today; (name of today, old value) -> new value.
+register_renamed_settings(
+    ["nerfdiff"],
+    names={
+        "cameras": "num_candidates",
+        "candidates": "candidate_type",
+        "balance": "balance_candidates",
+        "elevations": "elevation_range",
+        "azimuths": "num_azimuths",
+        "rings": "num_elevations",
+        "freedom": "optimize_camera",
+        "appearance": "appearance_dim",
+        "search_field": "search_grid_resolution",
+        "grid": "grid_resolution",
+        "samples": "samples_per_ray",
+        "views": "views_per_step",
+        "rays": "rays_per_view",
+        "roughness": "tv_weight",
+        "fog": "opacity_weight",
+        "rendered": "num_rendered_views",
+        "tuning_steps": "finetune_steps",
+        "pooling": "encoder_pooling",
+        "t_power": "timestep_power",
+    },
+    values={("encoder_pooling", "whole"): "flatten"},
+)
