@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from factorkit.engine.config import MOST_STEPS, EngineConfig
+from factorkit.engine.migration import register_renamed_settings
 from factorkit.nerfdiff.cameras.poses import FREEDOMS
 from factorkit.nerfdiff.fields.background import BACKGROUNDS
 from factorkit.nerfdiff.fields.grid import FIELDS
@@ -183,8 +184,8 @@ _FAST = {
     "steps": 500,
     "batch_size": 32,
     "learning_rate": 1e-3,
-    "decay": 1.0,
-    "ema": 0.98,
+    "lr_decay_fraction": 1.0,
+    "ema_decay": 0.98,
     "precision": "fp32",
     "threads": 1,
     "checkpoint_every": 100,
@@ -202,7 +203,7 @@ _THESIS = {
     "steps": 200_000,
     "learning_rate": 2e-5,
     "field_learning_rate": 1e-4,
-    "ema": 0.9999,
+    "ema_decay": 0.9999,
     "precision": "fp32",
     "batch_size": 16,
     "rays": 256,
@@ -227,7 +228,7 @@ def _sized(resolution: int) -> dict[str, Any]:
 _JOINT = {
     "steps": 1500,
     "batch_size": 16,
-    "decay": 0.4,
+    "lr_decay_fraction": 0.4,
     "cameras": 12,
     "classification_weight": 0.01,
     "t_power": 3.0,
@@ -264,3 +265,6 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
     config = NerfdiffConfig.from_dict({**settings, **changes})
     config.validate()
     return config
+
+# Settings of stored runs that have changed since: old name -> name of today; (name of today, old value) -> new value.
+register_renamed_settings(["nerfdiff"], names={}, values={}, removed={})

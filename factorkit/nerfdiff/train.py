@@ -182,8 +182,8 @@ class Training:
 
     def trainer(self, name: str, task, folder: Path | None = None, **changes: Any) -> nn.Module:
         """Train a stage to its end; answers its averaged model."""
-        kept = () if folder is None else self.config.ema_also  # of the run alone, not of its stages
-        config = self.config.stage(name, ema_also=kept, **changes)
+        kept = () if folder is None else self.config.extra_ema_decays  # of the run alone, not of its stages
+        config = self.config.stage(name, extra_ema_decays=kept, **changes)
         where = folder or self.folder / "stages" / name
         meta = self.settings | {"stage": name}
         shown = {"device": self.device, "progress": self.progress, "report": folder is not None}
@@ -215,8 +215,8 @@ class Training:
             "steps": config.field_steps,
             "batch_size": config.views,
             "learning_rate": config.field_learning_rate,
-            "decay": 0.5,
-            "ema": 0.0,
+            "lr_decay_fraction": 0.5,
+            "ema_decay": 0.0,
             **changes,
         }
         fitted = self.trainer(name, lambda stage: FitTask(stage, scene, model, chosen, sheets, hot), **changes)
@@ -248,8 +248,8 @@ class Training:
             steps=config.search_steps,
             batch_size=config.views,
             learning_rate=config.search_learning_rate,
-            decay=0.0,
-            ema=0.0,
+            lr_decay_fraction=0.0,
+            ema_decay=0.0,
             sample_every=max(1, config.search_steps // 5),
         )
         start = self.with_occupancy(found.field.refined(config.grid))
@@ -356,7 +356,7 @@ class Training:
             fitting,
             steps=HALF_STEPS,
             learning_rate=0.08,
-            decay=0.0,
+            lr_decay_fraction=0.0,
             scene=scene,
             samples=min(self.config.samples, HALF_SAMPLES),
             keep_checkpoints=1,

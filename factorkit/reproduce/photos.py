@@ -41,7 +41,7 @@ _GPU: dict[str, Any] = {
     "batch_size": 32,
     "learning_rate": 3e-4,
     "warmup_steps": 100,
-    "ema": 0.995,
+    "ema_decay": 0.995,
     "checkpoint_every": 500,
     "sample_every": 1000,
 }

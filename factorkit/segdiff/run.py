@@ -67,8 +67,8 @@ class SegdiffRun:
             path: either of them.
             device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a torch device.
             weights: ``"average"``, the moving average; of a folder also the decay of another one that the training kept
-                (``ema_also=``), or ``"last"``, those of its last step. Scores of others than the average are not kept
-                in the folder.
+                (``extra_ema_decays=``), or ``"last"``, those of its last step. Only scores of the average are
+                written to the folder.
 
         Raises:
             CheckpointError: nothing there, damaged, or not a segdiff model.

@@ -38,7 +38,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[int, dict[str, Any]]]] = {
     "joint": ("nerfdiff", {"search": "joint", "field": "hashgrid", "occupancy": True}, {2: {}}),
     "clipped": (
         "segdiff",
-        {"form": "thesis", "checkpoint_branches": True, "gradient_clip": 0.05, "ema_also": (0.5,), "steps": 2},
+        {"form": "thesis", "checkpoint_branches": True, "gradient_clip": 0.05, "extra_ema_decays": (0.5,), "steps": 2},
         {2: {"shard": True, "micro_batch_size": 3}},
     ),
     "learned": ("nerfdiff", {"poses": "learned", "freedom": ("focal",)}, {2: {"shard": True}}),

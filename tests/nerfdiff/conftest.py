@@ -52,4 +52,4 @@ def finished(tmp_path_factory, scene_views):
     """A finished tiny run in a folder."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("nerfdiff") / "run"
-    return train_nerfdiff(scene_views, out=folder, ema_also=(0.5,), **TINY)
+    return train_nerfdiff(scene_views, out=folder, extra_ema_decays=(0.5,), **TINY)
