@@ -1,7 +1,7 @@
 """Regions found without labels, scored against classes: accuracy and mean IoU after Hungarian matching.
 
-Label maps are integer arrays [N, H, W]. Unlike :mod:`factorkit.metrics.segmentation`, which averages over images, pixels
-are counted over the whole set, as semantic segmentation does (tables 2.3 and 2.4 of the thesis).
+Label maps are integer arrays [N, H, W]. Pixels are counted over the whole set, as in semantic segmentation (thesis,
+tables 2.3 and 2.4), unlike in :mod:`factorkit.metrics.segmentation`, which averages over images.
 
 In a hierarchy the labels of the deepest level hold all levels: with splits (3, 3), label 3 i + j is part j of region i.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def count_overlaps(labels: ArrayLike, truth: ArrayLike, num_regions: int, num_cl
         raise DataError("every pixel is ignored, so there is nothing to score")
     for name, values, count in (("labels", labels, num_regions), ("truth", truth, num_classes)):
         if values.min() < 0 or values.max() >= count:
-            raise DataError(f"{name} run from {values.min()} to {values.max()}; use 0 to {count - 1}, there are {count}")
+            raise DataError(f"{name} run from {values.min()} to {values.max()}; use 0 to {count - 1}")
     return _bin_pairs(labels, truth, num_regions, num_classes)
 
 
@@ -114,11 +115,11 @@ def nested_accuracy(
             f"{tuple(classes)}; give labels of as many levels"
         )
     if labels.ndim != 3 or not labels.shape == truth.shape == valid.shape:
-        raise DataError(f"labels {labels.shape}, truth {truth.shape} and valid {valid.shape} must be one shape [N, H, W]")
+        raise DataError(f"labels {labels.shape}, truth {truth.shape}, valid {valid.shape}: give one shape [N, H, W]")
     num_regions, num_classes = math.prod(regions), math.prod(classes)
     for name, values, count in (("labels", labels, num_regions), ("truth", truth[valid], num_classes)):
         if values.size == 0 or values.min() < 0 or values.max() >= count:
-            raise DataError(f"{name} must lie in 0 to {count - 1}, the product of their levels, with at least one pixel")
+            raise DataError(f"{name} must be in 0 to {count - 1}, the product of their levels, and not empty")
     check_fit(fit, len(labels))
 
     def count(part: slice) -> NDArray[np.int64]:
@@ -136,7 +137,7 @@ def nested_accuracy(
         chance.append(float(coarse.sum(0).max() / coarse.sum()))
     return {
         "accuracy": [float(pixels / correct[0]) for pixels in correct[1:]],
-        "within": [float(pixels / max(above, 1)) for above, pixels in zip(correct, correct[1:], strict=False)],
+        "within": [float(pixels / max(above, 1)) for above, pixels in pairwise(correct)],
         "chance": chance,
         "mapping": [mapping.tolist() for mapping in mappings],
         "fitted_on": fit,

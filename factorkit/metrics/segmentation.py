@@ -22,7 +22,7 @@ def score_masks(
 ) -> dict[str, Any]:
     """Compute accuracy, IoU and Dice of boolean masks [N, H, W], each in [0, 1]: means over images, or arrays [N].
 
-    acc is the share of valid pixels that agree; iou is |A∩B| / |A∪B|; dice is 2|A∩B| / (|A| + |B|). If both masks of an
+    acc is the share of valid pixels that agree; iou is intersection over union; dice is twice the intersection over the sum of areas. If both masks of an
     image are empty, its iou and dice are 1.
 
     Raises:
@@ -38,9 +38,7 @@ def score_masks(
     return result if per_image else {name: float(values.mean()) for name, values in result.items()}
 
 
-def fit_mapping(
-    labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None, num_regions: int
-) -> tuple[int, ...]:
+def fit_mapping(labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None, num_regions: int) -> tuple[int, ...]:
     """Choose the regions that are foreground: one choice for the whole set, fitted on labelled images.
 
     Of all subsets of the regions except the empty and the full one, return the one whose union has the greatest mean
