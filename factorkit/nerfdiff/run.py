@@ -331,7 +331,7 @@ class NerfdiffRun:
 
         Returns:
             rotation_median_deg, under_10_deg (a share), rotation_max_deg, translation_median (in units of the scene) of
-            the training views' found poses, and whether those are mirrored (:func:`factorkit.metrics.pose.mirrored`);
+            the training views' found poses, and whether those are mirrored (:func:`factorkit.metrics.pose.is_mirrored`);
             the first four with ``encoder_`` before them for the encoder's poses of ``views``;
             psnr, ssim and, where its weights are there, lpips of renders at the aligned true poses, and with
             ``_encoder`` behind it of renders at the encoder's.
