@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from factorkit.engine.config import MOST_STEPS, EngineConfig
 from factorkit.engine.migration import register_renamed_settings
-from factorkit.nerfdiff.cameras.poses import FREEDOMS
+from factorkit.nerfdiff.cameras.poses import POSE_PARAMETERS
 from factorkit.nerfdiff.fields.background import BACKGROUNDS
-from factorkit.nerfdiff.fields.grid import FIELDS
+from factorkit.nerfdiff.fields.build import FIELDS
 from factorkit.utils.errors import ConfigError, did_you_mean
 from factorkit.utils.rng import derived_seed
 
@@ -152,9 +152,9 @@ class NerfdiffConfig(EngineConfig):
             if options and getattr(self, field.name) not in options:
                 value = getattr(self, field.name)
                 raise ConfigError(f"{field.name}={value!r} is unknown; choose one of {', '.join(options)}")
-        unknown = set(self.optimize_camera) - {*FREEDOMS, "focal"}
+        unknown = set(self.optimize_camera) - {*POSE_PARAMETERS, "focal"}
         if unknown:
-            options = ", ".join([*FREEDOMS, "focal"])
+            options = ", ".join([*POSE_PARAMETERS, "focal"])
             raise ConfigError(
                 f"optimize_camera={self.optimize_camera}: {', '.join(sorted(unknown))} is none of {options}"
             )
@@ -172,9 +172,9 @@ class NerfdiffConfig(EngineConfig):
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
 
     @property
-    def pose_freedom(self) -> tuple[str, ...]:
+    def pose_parameters(self) -> tuple[str, ...]:
         """The freedoms that every view has for itself."""
-        return tuple(name for name in self.optimize_camera if name in FREEDOMS)
+        return tuple(name for name in self.optimize_camera if name in POSE_PARAMETERS)
 
     def stage(self, name: str, **changes: Any) -> NerfdiffConfig:
         """The configuration of one stage of the run, with random numbers of its own."""
