@@ -323,6 +323,7 @@ def preset_config(preset: str | None, **changes: Any) -> SegdiffConfig:
         raise ConfigError(f"preset={preset!r} is unknown. {meant}Choose one of {', '.join(PRESETS)}")
     return SegdiffConfig.from_dict({**(PRESETS[preset] if preset else {}), **changes})
 
+
 # Settings of stored runs that have changed since: old name -> name of today; (name of today, old value) -> new value.
 _STORED_AS = ("segdiff", "choose_regions", "places", "supervised")
 register_renamed_settings(_STORED_AS, names={}, values={}, removed={})
