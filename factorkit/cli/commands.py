@@ -18,13 +18,13 @@ from factorkit.data.sources import Source, shown
 from factorkit.data.video import is_video
 from factorkit.engine.config import cpu_threads
 from factorkit.metrics.baselines import BASELINES
-from factorkit.report.html import verdict, write_report
 from factorkit.segdiff import previews as pictures
 from factorkit.segdiff.choose_regions import SHEET, choose_regions
 from factorkit.segdiff.class_labels import class_sheet
 from factorkit.segdiff.inference.outputs import without_results
 from factorkit.segdiff.run import Generation, SegdiffRun
 from factorkit.segdiff.train import estimate, find_classes, train_segdiff
+from factorkit.segdiff.verdict import read_verdict, write_report
 from factorkit.utils import distributed
 from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import ConfigError
@@ -47,7 +47,7 @@ def train(
     """Train, or resume; see :func:`factorkit.train_segdiff`."""
     with saying_what_is_saved(out):
         run = train_segdiff(data, out=out, preset=preset, seeds=seeds, baselines=baselines, classes=classes, **changes)
-    judged = verdict(run.folder)
+    judged = read_verdict(run.folder)
     found = {
         "run": str(run.folder),
         "report": str(_report(run)),

@@ -27,7 +27,7 @@ from factorkit.nerfdiff.previews.views import disparity_image, novel_sheet, view
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.train import PROCEDURAL, train_nerfdiff
 from factorkit.nerfdiff.training_views import kept_views
-from factorkit.report.html import write_report
+from factorkit.nerfdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
 

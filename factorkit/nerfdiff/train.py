@@ -17,7 +17,7 @@ from tqdm import tqdm
 from factorkit.data.procedural.scene import procedural_views
 from factorkit.data.views.views import Views
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.log import RunLog, read_log
+from factorkit.engine.log import RunLog
 from factorkit.engine.run_folder import claimed, copy_folder
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.alarms import duplication
@@ -45,10 +45,10 @@ from factorkit.nerfdiff.stages.flip_test import best_turns, called_back, halves
 from factorkit.nerfdiff.stages.joint import JointTask
 from factorkit.nerfdiff.stages.refine import Fit, FitTask
 from factorkit.nerfdiff.training_views import keep_views
-from factorkit.report.curves import timeline
-from factorkit.report.html import write_report
+from factorkit.nerfdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.jsonl import read_log, timeline
 from factorkit.utils.rendezvous import join
 from factorkit.utils.rng import derived_seed
 
@@ -193,7 +193,7 @@ class Training:
         config = self.config.stage(name, extra_ema_decays=kept, **changes)
         where = folder or self.folder / "stages" / name
         meta = self.settings | {"stage": name}
-        shown = {"device": self.device, "progress": self.progress, "report": folder is not None}
+        shown = {"device": self.device, "progress": self.progress, "report": write_report if folder else None}
         trained = Trainer(task(config), config, where, meta, **shown).run()
         drawn = where / "samples"
         if folder is None and distributed.rank() == 0 and drawn.is_dir():  # the run's report shows what the stages drew

@@ -18,16 +18,17 @@ from factorkit.data.classes import Classes, read_classes
 from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
 from factorkit.data.prepare import Prepared, prepare
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.log import LOG_NAME, RunLog
+from factorkit.engine.log import RunLog
 from factorkit.engine.run_folder import claimed, copy_folder, read_object, write_json
 from factorkit.engine.trainer import Trainer
-from factorkit.report.html import write_report
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.network import parameter_count
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import PROBES, SegdiffTask
+from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.jsonl import LOG_NAME
 from factorkit.utils.rendezvous import join
 
 HEAT_SHARE = 0.5  # of the steps, at most HEAT_STEPS: by then the recipe's masks have settled
@@ -106,7 +107,8 @@ def train_segdiff(
     def trainer(config: SegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
         task = SegdiffTask(config, prepared.images, probes, device, labels)
         meta = {**settings, **config.to_dict()}
-        return Trainer(task, config, folder, meta, device=device, progress=progress, stop_at=stop_at)
+        options = {"device": device, "progress": progress, "stop_at": stop_at, "report": write_report}
+        return Trainer(task, config, folder, meta, **options)
 
     run_folder = claimed(folder, settings, config.RESUMABLE)
     with cpu_threads(config.threads), distributed.first_within(run_folder):

@@ -17,7 +17,7 @@ import torch
 from factorkit.cli import commands
 from factorkit.cli.main import COMMANDS
 from factorkit.data import flowers
-from factorkit.engine.log import read_log
+from factorkit.utils.jsonl import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,12 +13,12 @@ import factorkit
 from factorkit.cli.commands import score_table
 from factorkit.data.procedural.rooms import rooms
 from factorkit.diffusion.denoiser import Denoised
-from factorkit.report.html import write_report
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels, level_labels, level_masks, scored_level
 from factorkit.segdiff.network import RegionLogitNorm
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import SegdiffTask
+from factorkit.segdiff.verdict import write_report
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.rng import BatchDraw
 from tests.segdiff.conftest import TINY, stirred
@@ -190,7 +190,7 @@ def test_what_cannot_nest_is_refused(changes, says):
 
 
 def test_three_levels_train_and_are_scored(tmp_path, monkeypatch):
-    monkeypatch.setattr("factorkit.engine.trainer.write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
     images, labels = rooms(8, 16)
     run = factorkit.train_segdiff(
         images,
@@ -248,7 +248,7 @@ def test_many_leaves_are_scored_at_a_coarser_level(monkeypatch):
 def test_a_run_from_training_to_files(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
-    monkeypatch.setattr("factorkit.engine.trainer.write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
     images, labels = rooms(12, 16)
     settings = {
         "resolution": 16,

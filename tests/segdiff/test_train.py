@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 import factorkit
 from factorkit.data.procedural.flowers import flowers
-from factorkit.engine.log import read_log
 from factorkit.segdiff import train
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.train import estimate
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.jsonl import read_log
 
 TINY = {
     "resolution": 8,
@@ -52,8 +52,7 @@ def own_places(tmp_path, monkeypatch):
     """No test reads the user's cache or writes where it was started; what has its own tests is cut short here."""
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    for caller in ("engine.loop", "segdiff.train"):
-        monkeypatch.setattr(f"factorkit.{caller}.write_report", lambda folder: (Path(folder) / "report.html").touch())
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: (Path(folder) / "report.html").touch())
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
     monkeypatch.setattr("factorkit.segdiff.evaluate.score_baselines", lambda images, *given: {"for": len(images)})
 
