@@ -288,7 +288,7 @@ class SegdiffRun:
 
         Args:
             n: how many.
-            sampler: ``"ddim"`` (the same as ``"euler"``), ``"heun"`` or ``"dpm++"`` for few steps, ``"ddpm"`` for many;
+            sampler: ``"ddim"``, ``"heun"`` or ``"dpm++"`` for few steps, ``"ddpm"`` for many;
                 see :func:`factorkit.diffusion.samplers.sample`. Each goes with whatever the model predicts.
             steps: denoising steps; None: every one.
             seed: the same seed, the same images.
