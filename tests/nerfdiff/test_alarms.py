@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from factorkit.data.procedural.scene import scene_field
+from factorkit.data.procedural.scene import make_scene_field
 from factorkit.engine import trainer as loop
 from factorkit.engine.log import read_log
 from factorkit.nerfdiff.alarms import (
@@ -47,7 +47,7 @@ def names(found: dict) -> list[str]:
 
 @pytest.fixture(scope="module")
 def field():
-    return scene_field()
+    return make_scene_field()
 
 
 @pytest.fixture(scope="module")
