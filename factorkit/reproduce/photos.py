@@ -13,7 +13,7 @@ import torch
 
 from factorkit.data.datasets import Dataset, make_procedural_dataset, open_dataset
 from factorkit.data.masks import LabelledImages, load_labelled
-from factorkit.metrics.segmentation import evaluate_masks, scores
+from factorkit.metrics.segmentation import evaluate_masks, score_masks
 from factorkit.reproduce.experiment import Found, NotRun, percent
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import PRESETS, SegdiffConfig, preset_config
@@ -41,7 +41,7 @@ _GPU: dict[str, Any] = {
     "batch_size": 32,
     "learning_rate": 3e-4,
     "warmup_steps": 100,
-    "ema": 0.995,
+    "ema_decay": 0.995,
     "checkpoint_every": 500,
     "sample_every": 1000,
 }
@@ -150,7 +150,7 @@ def score_regions(photos: Photos, labels: np.ndarray, nesting: Sequence[int]) ->
 def score_foreground(photos: Photos, predicted: np.ndarray) -> Found:
     """Both protocols for boolean masks [N, R, R] that say themselves what is foreground."""
     labelled, fit = photos.labelled, photos.fit
-    numbers = scores(predicted[fit:], labelled.foreground[fit:], labelled.valid[fit:])
+    numbers = score_masks(predicted[fit:], labelled.foreground[fit:], labelled.valid[fit:])
     best = evaluate_masks(predicted.astype(np.int64), labelled.foreground, labelled.valid, 2, fit)
     numbers |= {f"best_{key}": best[f"oracle_{key}"] for key in ("acc", "iou", "dice")}
     return Found(numbers, {"foreground": predicted[photos.shown]})

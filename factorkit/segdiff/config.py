@@ -13,6 +13,7 @@ from tyro.conf import Suppress, arg
 from factorkit.diffusion.objective import check_objective
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.config import MOST_STEPS, EngineConfig
+from factorkit.engine.migration import register_renamed_settings
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.hierarchy import HierarchicalUNet, check_nesting, nesting_of
 from factorkit.segdiff.network import FactorizedUNet, check_architecture
@@ -283,9 +284,9 @@ _SMALL = {
     "batch_size": 16,
     "learning_rate": 1e-3,
     "warmup_steps": 50,
-    "decay": 0.3,
+    "lr_decay_fraction": 0.3,
     "gradient_clip": 1.0,
-    "ema": 0.99,
+    "ema_decay": 0.99,
     "threads": 1,
     "checkpoint_every": 100,
     "sample_every": 200,
@@ -321,3 +322,8 @@ def preset_config(preset: str | None, **changes: Any) -> SegdiffConfig:
         meant = did_you_mean(preset, PRESETS)
         raise ConfigError(f"preset={preset!r} is unknown. {meant}Choose one of {', '.join(PRESETS)}")
     return SegdiffConfig.from_dict({**(PRESETS[preset] if preset else {}), **changes})
+
+
+# Settings of stored runs that have changed since: old name -> name of today; (name of today, old value) -> new value.
+_STORED_AS = ("segdiff", "choose_regions", "places", "supervised")
+register_renamed_settings(_STORED_AS, names={}, values={}, removed={})

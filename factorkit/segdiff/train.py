@@ -75,8 +75,8 @@ def train_segdiff(
 
     Example:
         >>> import factorkit
-        >>> from factorkit.data import flowers
-        >>> pictures, drawn = flowers(24, 16, seed=0)    # uint8 [24, 16, 16, 3], bool [24, 16, 16]
+        >>> from factorkit.data import draw_flowers
+        >>> pictures, drawn = draw_flowers(24, 16, seed=0)    # uint8 [24, 16, 16, 3], bool [24, 16, 16]
         >>> tiny = {"resolution": 16, "regions": 2, "width": 8, "multipliers": (1, 2), "batch_size": 4, "steps": 2}
         >>> run = factorkit.train_segdiff(pictures, out="runs/flowers", preset="demo", progress=False, **tiny)
         >>> run.step

@@ -26,7 +26,7 @@ def test_the_thesis_form_is_the_letter_of_chapter_2():
         "tail": 0.0,
         "coarse_to_fine": (0, 0),
     }
-    assert (config.learning_rate, config.ema, config.batch_size, config.regions) == (1e-4, 0.9999, 128, 3)
+    assert (config.learning_rate, config.ema_decay, config.batch_size, config.regions) == (1e-4, 0.9999, 128, 3)
     assert (config.width, config.timesteps, config.segment_t) == (128, 1000, 30)
 
 
@@ -110,8 +110,8 @@ def test_thesis_presets_are_its_section_2_4(name, resolution, steps, batch):
     assert (config.form, config.resolution, config.steps, config.batch_size) == ("thesis", resolution, steps, batch)
     shape = ((1, 2, 3, 4), 3) if resolution == 64 else ((1, 1, 2, 3, 4), 2)
     assert (config.multipliers, config.blocks) == shape
-    assert (config.width, config.regions, config.learning_rate, config.ema) == (128, 3, 1e-4, 0.9999)
-    assert (config.warmup_steps, config.decay, config.gradient_clip, config.dropout) == (0, 0.0, None, 0.0)
+    assert (config.width, config.regions, config.learning_rate, config.ema_decay) == (128, 3, 1e-4, 0.9999)
+    assert (config.warmup_steps, config.lr_decay_fraction, config.gradient_clip, config.dropout) == (0, 0.0, None, 0.0)
 
 
 def test_every_preset_is_valid_and_the_named_ones_are_there():
@@ -180,7 +180,12 @@ def test_what_makes_a_step_smaller_is_named_with_numbers():
 
 
 def test_whole_numbers_of_numpy_and_torch_are_whole_numbers():
-    given = {"regions": np.int64(2), "seed": torch.tensor(7), "multipliers": [np.int32(1), 2], "ema": np.float64(0.5)}
+    given = {
+        "regions": np.int64(2),
+        "seed": torch.tensor(7),
+        "multipliers": [np.int32(1), 2],
+        "ema_decay": np.float64(0.5),
+    }
     config = preset_config("demo", **given).resolved()
     assert (config.regions, config.seed, config.multipliers) == (2, 7, (1, 2))
     assert {type(n) for n in (config.regions, config.seed, *config.multipliers)} == {int}
