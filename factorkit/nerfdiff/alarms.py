@@ -102,8 +102,8 @@ def scene_alarms(
         chosen, count, doubled, settled: as :func:`pose_alarms` takes them.
         exact: whether views stand where they please: on a lattice, a large error says little.
     """
-    error = unexplained(field, scene, poses, config.samples)
-    lowest = None if config.poses == "known" else config.elevations[0]
+    error = unexplained(field, scene, poses, config.samples_per_ray)
+    lowest = None if config.poses == "known" else config.elevation_range[0]
     found = pose_alarms(
         poses,
         chosen,
@@ -170,7 +170,7 @@ def pose_alarms(
         if found["inverted"] > 0.5:
             failures.append(
                 f"mirror: {found['inverted']:.0%} of the cameras stand below the elevations asked for or upside down, "
-                "as those of a scene turned inside out do; narrow elevations=, or train from another seed="
+                "as those of a scene turned inside out do; narrow elevation_range=, or train from another seed="
             )
     if true is not None:
         found["mirrored"] = is_mirrored(poses, true)  # no failure: true poses have no say in the training

@@ -115,7 +115,7 @@ class NerfdiffRun:
                 found,
                 blocks=config.blocks,
                 levels=levels,
-                cameras=config.cameras,
+                cameras=config.num_candidates,
                 channels=config.width * max(config.multipliers),
                 size=min(config.encoder_resolution, max(scene["size"])) >> min(levels, 30) or 1,
             )
@@ -240,7 +240,7 @@ class NerfdiffRun:
         Args:
             size: of the longer side, or height and width; None: as trained. Another shape than the training's shows
                 more or less to the left and right.
-            tone: number of the training view whose tone the pictures are to have, with ``appearance=``; None: the mean
+            tone: number of the training view whose tone the pictures are to have, with ``appearance_dim=``; None: the mean
                 of all.
 
         Raises:
@@ -256,7 +256,7 @@ class NerfdiffRun:
         if tone is not None:
             if field.appearance is None or not 0 <= tone < len(self.poses):
                 had = (
-                    "all views are of one tone: train with appearance=4"
+                    "all views are of one tone: train with appearance_dim=4"
                     if field.appearance is None
                     else (f"there are views 0 to {len(self.poses) - 1}")
                 )
@@ -276,7 +276,7 @@ class NerfdiffRun:
 
     def samples(self, size: tuple[int, int]) -> int:
         """Steps along a ray of a picture: more than in training, as nothing is drawn at random any more."""
-        return max(2 * self.config.samples, max(size) // 2)
+        return max(2 * self.config.samples_per_ray, max(size) // 2)
 
     def reconstruct(self, images: Any, size: int | tuple[int, int] | None = None) -> Pictures:
         """Pictures of the scene from where :meth:`predict_pose` says that ``images`` were taken.

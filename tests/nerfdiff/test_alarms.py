@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from factorkit.data.procedural.scene import scene_field
+from factorkit.data.procedural.scene import make_scene_field
 from factorkit.engine import trainer as loop
 from factorkit.engine.log import read_log
 from factorkit.nerfdiff.alarms import (
@@ -47,7 +47,7 @@ def names(found: dict) -> list[str]:
 
 @pytest.fixture(scope="module")
 def field():
-    return scene_field()
+    return make_scene_field()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def scene(field):
     return Scene(images, [str(i) for i in range(40)], optics, "object", DISTANCE, poses)
 
 
-CONFIG = preset_config("demo", samples=32)
+CONFIG = preset_config("demo", samples_per_ray=32)
 
 
 def test_cameras_on_one_side_are_a_collapse_and_most_of_a_circle_is_none():
