@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from factorkit.data.procedural.scene import scene_field
+from factorkit.data.procedural.scene import make_scene_field
 from factorkit.nerfdiff.alarms import (
     azimuth_spread,
     effective_use,
@@ -45,7 +45,7 @@ def names(found: dict) -> list[str]:
 
 @pytest.fixture(scope="module")
 def field():
-    return scene_field()
+    return make_scene_field()
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,6 @@ def test_it_trains_segments_and_draws_with_every_sampler(form, prediction, kind,
     assert run.segment(pictures()).masks.shape == (6, 3, 8, 8)
     seen = [again.generate(2, sampler=sampler, steps=4).images for sampler in SAMPLERS]
     assert all(images.isfinite().all() and images.std() > 0 for images in seen)
-    assert torch.equal(seen[SAMPLERS.index("euler")], seen[SAMPLERS.index("ddim")])
     assert not torch.equal(seen[SAMPLERS.index("heun")], seen[SAMPLERS.index("ddim")])
 
 
