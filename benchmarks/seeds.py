@@ -58,14 +58,15 @@ def competitions(args: argparse.Namespace) -> dict[str, list[dict]]:
     from factorkit.segdiff.choose_regions import SETTINGS, PlacesTask
     from factorkit.segdiff.config import preset_config
     from factorkit.segdiff.masks.mixture import unexplained_noise
-    from factorkit.segdiff.task import to_float
     from factorkit.segdiff.train import load_data
 
     settings = SETTINGS | {"mirror": args.mirror, "steps": args.stops[-1], "device": "cpu", "regions": args.regions}
     config = preset_config(**settings, resolution=32).resolved()
     dataset, prepared, probes = load_data(args.data, config, False)
     known = load_labelled(dataset.test_images, dataset.test_masks, 32)
-    images, found = to_float(torch.from_numpy(known.images)), {}
+    from factorkit.utils.images import pixels_to_signed
+
+    images, found = pixels_to_signed(torch.from_numpy(known.images)), {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
             for stop in args.stops:
@@ -86,7 +87,7 @@ def finished(args: argparse.Namespace) -> dict[str, list[dict]]:
     import factorkit
     from factorkit.data.datasets import open_dataset
     from factorkit.data.masks import load_labelled
-    from factorkit.segdiff.task import to_float
+    from factorkit.utils.images import pixels_to_signed
     from factorkit.utils.jsonl import read_log
 
     rows = []
@@ -95,7 +96,7 @@ def finished(args: argparse.Namespace) -> dict[str, list[dict]]:
         config = run.config
         dataset = open_dataset(args.data, holdout=config.holdout)
         known = load_labelled(dataset.test_images, dataset.test_masks, config.resolution, ignore=config.ignore)
-        images, predict = to_float(torch.from_numpy(known.images)), run.predictor(None, "fast")
+        images, predict = pixels_to_signed(torch.from_numpy(known.images)), run.predictor(None, "fast")
         losses = [event["loss"] for event in read_log(folder) if event["event"] == "step"]
         row = {"seed": config.seed, "loss": float(np.mean(losses[-LAST:]))}
         rows.append(row | figures(known, images, predict(images), predict(images.flip(3)), config.leaves, config.fit))

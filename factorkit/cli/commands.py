@@ -28,6 +28,7 @@ from factorkit.segdiff.verdict import read_verdict, write_report
 from factorkit.utils import distributed
 from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import images_to_pixels
 from factorkit.utils.safe_reading import read_json
 
 DEMO_MARK = 0.80  # IoU on the held-out procedural flowers
@@ -227,7 +228,7 @@ def write_generated(drawn: Generation, out: Path) -> dict[str, Any]:
     The sheet has a row for each class where classes were asked for.
     """
     out.mkdir(parents=True, exist_ok=True)
-    images, masks, labels = _pixels(drawn.images), drawn.masks.numpy(), drawn.labels.numpy()
+    images, masks, labels = images_to_pixels(drawn.images), drawn.masks.numpy(), drawn.labels.numpy()
     plain = masks.shape[1] == 1
     for i, image in enumerate(images):
         path = out / f"generated_{i:04d}"
@@ -248,7 +249,7 @@ def write_generated(drawn: Generation, out: Path) -> dict[str, Any]:
         frames = [drawn.trajectory[i] for i in picked]
         regions = None if plain else [frame.masks[:FRAME_SAMPLES].argmax(1).numpy() for frame in frames]
         found["trajectory"] = str(out / "trajectory.png")
-        escape_name = [_pixels(frame.images[:FRAME_SAMPLES]) for frame in frames]
+        escape_name = [images_to_pixels(frame.images[:FRAME_SAMPLES]) for frame in frames]
         sheet = pictures.trajectory_sheet(escape_name, regions, [frame.t for frame in frames])
         save_image(sheet, Path(found["trajectory"]))
     return found
@@ -258,11 +259,6 @@ def _write_regions(path: Path, labels: np.ndarray, masks: np.ndarray) -> None:
     save_image(pictures.label_image(labels), Path(f"{path}_labels.png"))
     for k, mask in enumerate(masks):
         save_image(pictures.mask_image(mask), Path(f"{path}_mask_{k}.png"))
-
-
-def _pixels(images) -> np.ndarray:
-    """[n, 3, R, R] in [0, 1] to uint8 [n, R, R, 3]."""
-    return (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 # --- words ---

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from factorkit.metrics.baselines import BASELINES
-from factorkit.report.image_grid import contact_sheet, grey
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import TRAINED_ONCE, Citation, Experiment, Found, NotRun, Row
 from factorkit.reproduce.photos import BEST, FIXED, photos, region_labels, score_foreground, score_regions, train
 from factorkit.reproduce.setup import Setup
+from factorkit.utils.images import unit_to_uint8
 
 if TYPE_CHECKING:
     from factorkit.reproduce.runner import Cells
@@ -71,8 +72,12 @@ def draw(setup: Setup, cells: Cells, full: str) -> Sequence[str]:
     known = photos(setup, full)
     shown = [(name, cells.arrays(name)["foreground"]) for name, _ in cells.rows if cells.arrays(name)]
     images, truth = known.labelled.images[known.shown], known.labelled.foreground[known.shown]
-    lines = [list(images), [grey(t) for t in truth], *([grey(mask) for mask in masks] for _, masks in shown)]
-    sheet = contact_sheet(lines, None, ["image", "truth", *(name for name, _ in shown)])
+    lines = [
+        list(images),
+        [unit_to_uint8(t) for t in truth],
+        *([unit_to_uint8(mask) for mask in masks] for _, masks in shown),
+    ]
+    sheet = draw_image_grid(lines, None, ["image", "truth", *(name for name, _ in shown)])
     return [setup.save(sheet, "foreground.png")]
 
 

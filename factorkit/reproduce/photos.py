@@ -20,8 +20,9 @@ from factorkit.segdiff.config import PRESETS, SegdiffConfig, preset_config
 from factorkit.segdiff.evaluate import foreground_scores
 from factorkit.segdiff.hierarchy import hard_labels, level_labels
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.task import predict_masks, to_float
+from factorkit.segdiff.task import predict_masks
 from factorkit.segdiff.train import train_segdiff
+from factorkit.utils.images import pixels_to_signed
 
 SHOWN = 8  # images in a picture
 
@@ -131,7 +132,7 @@ def region_labels(run: SegdiffRun, images: np.ndarray, t: int | None = None) -> 
     """The most probable region of each pixel, int64 [N, R, R], of pictures uint8 [N, R, R, 3], at level t."""
     t = run.config.segment_t if t is None else t
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
-        masks = predict_masks(run.model, to_float(torch.from_numpy(images)), t, run.schedule)
+        masks = predict_masks(run.model, pixels_to_signed(torch.from_numpy(images)), t, run.schedule)
     return hard_labels(masks, run.config.nesting).numpy()
 
 

@@ -24,10 +24,11 @@ from factorkit.engine.trainer import Trainer
 from factorkit.segdiff import previews as pictures
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.masks.mixture import RegionCompetition, noise_error, unexplained_noise
-from factorkit.segdiff.task import PROBES, SegdiffTask, noised, to_uint8
+from factorkit.segdiff.task import PROBES, SegdiffTask, noised
 from factorkit.segdiff.train import describe, load_data
 from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import signed_to_pixels
 from factorkit.utils.rng import BatchDraw
 
 CHOICE, SHEET = "choice.json", "regions.png"
@@ -192,7 +193,7 @@ def sheet(best: list[RegionCompetition], task: PlacesTask, candidates: Sequence[
     """Photographs kept out of training, and how the best seed of every K parts them."""
     picked = torch.linspace(0, len(task.probes) - 1, min(SHOWN, len(task.probes))).round().long()
     shown = task.probes[picked]
-    photos = to_uint8(shown)
+    photos = signed_to_pixels(shown)
     x_t, _ = noised(shown.to(task.device), task.config.segment_t, task.schedule)
     rows = [list(photos)]
     for model in best:

@@ -17,9 +17,9 @@ from factorkit.metrics.segmentation import evaluate_masks
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.segdiff.inference.segment import Quality
 from factorkit.segdiff.inference.zero_shot import zero_shot_scores
-from factorkit.segdiff.task import to_float
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import pixels_to_signed
 
 if TYPE_CHECKING:
     from factorkit.segdiff.run import SegdiffRun
@@ -46,7 +46,7 @@ def label_scores(
     small = labelled = load_labelled(images, masks, size, ignore_label=ignore)
     if size != config.resolution:
         small = load_labelled(images, masks, config.resolution, ignore_label=ignore)
-    soft = predict(to_float(torch.from_numpy(small.images)))
+    soft = predict(pixels_to_signed(torch.from_numpy(small.images)))
     if size != config.resolution:
         soft = F.interpolate(soft, size=(size, size), mode="bilinear", align_corners=False)
     if fit is None:

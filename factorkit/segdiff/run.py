@@ -38,9 +38,9 @@ from factorkit.segdiff.inference.video import VideoSegments, segment_frames, wri
 from factorkit.segdiff.load import stored_model
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import draw_images, edit_level
-from factorkit.segdiff.task import to_float, to_unit
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import pixels_to_signed, signed_to_unit
 
 SCORES = "scores.json"
 
@@ -329,11 +329,11 @@ class SegdiffRun:
         masks = drawn.bottleneck.masks.float().cpu()
         frames = None
         if trajectory:
-            frames = [Frame(s.t, to_unit(s.x0), s.bottleneck.masks.float().cpu()) for s in drawn.trajectory]
+            frames = [Frame(s.t, signed_to_unit(s.x0), s.bottleneck.masks.float().cpu()) for s in drawn.trajectory]
         asked = None
         if labels is not None:
             asked = [self.config.class_names[i] if i >= 0 else None for i in labels.tolist()]
-        return Generation(to_unit(drawn.images), masks, hard_labels(masks, self.config.nesting), frames, asked)
+        return Generation(signed_to_unit(drawn.images), masks, hard_labels(masks, self.config.nesting), frames, asked)
 
     def interpolate(
         self,
@@ -421,7 +421,7 @@ class SegdiffRun:
     def _squares(self, images: Any) -> Tensor:
         """Pictures as the training saw them, [n, 3, R, R] in [-1, 1]."""
         pictures, _ = as_pictures(images)
-        return to_float(torch.from_numpy(np.stack([crop_square(p, self.config.resolution) for p in pictures])))
+        return pixels_to_signed(torch.from_numpy(np.stack([crop_square(p, self.config.resolution) for p in pictures])))
 
     def evaluate(
         self,

@@ -19,8 +19,9 @@ from factorkit.data.procedural.flowers import draw_flowers
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.sampling import draw_images
-from factorkit.segdiff.task import noised, to_float
+from factorkit.segdiff.task import noised
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.images import pixels_to_signed
 
 CPU = torch.device("cpu")
 TINY = {
@@ -84,7 +85,7 @@ def knows(run, monkeypatch, regions_of):
 
 def test_segment_of_a_square_is_the_models_masks_at_level_30(run):
     image = picture(16, 16)
-    x = to_float(torch.from_numpy(np.array(image))[None])
+    x = pixels_to_signed(torch.from_numpy(np.array(image))[None])
     x_t, t = noised(x, 30, run.schedule)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = run.model(x_t, t).bottleneck.masks

@@ -11,7 +11,8 @@ from PIL import Image
 
 from factorkit.segdiff import task as task_module
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.task import PROBES, SegdiffTask, noised, predict_masks, to_float, to_uint8
+from factorkit.segdiff.task import PROBES, SegdiffTask, noised, predict_masks
+from factorkit.utils.images import pixels_to_signed, signed_to_pixels
 from factorkit.utils.rng import BatchDraw
 
 CPU = torch.device("cpu")
@@ -107,7 +108,7 @@ def test_the_loss_is_a_function_of_the_draw_and_half_of_the_pictures_are_mirrore
             task.loss(task.model, indices, BatchDraw(seed, 0, 400, rows, CPU), 0).loss for seed in (1, 1, 2)
         )
     assert torch.equal(first, again) and not torch.equal(first, other)
-    upright = to_float(torch.from_numpy(task.images[:1]))
+    upright = pixels_to_signed(torch.from_numpy(task.images[:1]))
     mirrored = (seen[0] == upright.flip(3)).all((1, 2, 3))
     assert (mirrored | (seen[0] == upright).all((1, 2, 3))).all()
     assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.08)
@@ -173,15 +174,15 @@ def test_inspect_writes_two_sheets_and_answers_the_alarms(changes, tmp_path, mon
 
 def test_to_uint8_undoes_to_float_and_clips():
     images = pictures()
-    np.testing.assert_array_equal(to_uint8(to_float(torch.from_numpy(images))), images)
+    np.testing.assert_array_equal(signed_to_pixels(pixels_to_signed(torch.from_numpy(images))), images)
     pixel = torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)
-    assert to_float(pixel).flatten().tolist() == pytest.approx([-1, 1, -0.6])
-    assert to_uint8(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).ravel().tolist() == [0, 255]
+    assert pixels_to_signed(pixel).flatten().tolist() == pytest.approx([-1, 1, -0.6])
+    assert signed_to_pixels(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).ravel().tolist() == [0, 255]
 
 
 def test_the_noise_of_a_picture_depends_on_nothing_but_its_shape_and_the_level():
     task = task_of()
-    images = to_float(torch.from_numpy(pictures()))
+    images = pixels_to_signed(torch.from_numpy(pictures()))
     x_t, t = noised(images, 30, task.schedule)
     assert (t == 30).all() and t.shape == (6,)
     alone, _ = noised(images[4:5], 30, task.schedule)
@@ -193,7 +194,7 @@ def test_the_noise_of_a_picture_depends_on_nothing_but_its_shape_and_the_level()
 
 def test_predicted_masks_come_in_pieces_that_change_nothing(monkeypatch):
     task = task_of()
-    images = to_float(torch.from_numpy(pictures(5)))
+    images = pixels_to_signed(torch.from_numpy(pictures(5)))
     task.model.eval()
     whole = predict_masks(task.model, images, 30, task.schedule)
     assert whole.shape == (5, 3, 8, 8) and whole.dtype == torch.float32

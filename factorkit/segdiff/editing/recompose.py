@@ -18,8 +18,9 @@ from factorkit.segdiff.editing.interpolate import paired
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import PIECE, branch_estimates, edit_level, levels
-from factorkit.segdiff.task import predict_masks, to_unit
+from factorkit.segdiff.task import predict_masks
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import signed_to_unit
 from factorkit.utils.rng import derived_seed
 
 EDGE = math.log(4)  # a pixel is no edge where its region is four times as probable as any other
@@ -202,7 +203,7 @@ def recompose_pictures(
         # kept to the last digit: the way through the sampler's formulas rounds
         images = torch.where(weights.kept == 1, original, drawn.images)
         masks = predict_masks(model, images, config.segment_t, schedule)
-        parts.append((to_unit(images), masks, weights.kept[:, 0].cpu()))
+        parts.append((signed_to_unit(images), masks, weights.kept[:, 0].cpu()))
     images, masks, kept = map(torch.cat, zip(*parts, strict=True))
-    seen = to_unit(sources) if brought else None
-    return Recomposition(images, masks, hard_labels(masks, config.nesting), to_unit(originals), seen, kept)
+    seen = signed_to_unit(sources) if brought else None
+    return Recomposition(images, masks, hard_labels(masks, config.nesting), signed_to_unit(originals), seen, kept)

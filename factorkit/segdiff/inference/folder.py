@@ -39,6 +39,7 @@ from factorkit.segdiff.network import FactorizedUNet
 from factorkit.utils import distributed
 from factorkit.utils.atomic import clear_unfinished, save_image
 from factorkit.utils.errors import ConfigError, DataError, WriteError, is_out_of_memory
+from factorkit.utils.images import unit_to_uint8
 
 SHEET_IMAGES, SHEET_CELL = 32, 128  # on the contact sheet: at most so many pictures, of so many pixels
 NAMED = 20  # pictures that are left out and named in a warning; the answer has them all
@@ -275,7 +276,7 @@ class _Job:
         for rows, band in own_pixels(masks, seen):
             labels[rows] = hard_labels(band, self.config.nesting).byte().numpy()
             if soft is not None:
-                soft[:, rows] = (band * 255).round().byte().numpy()
+                soft[:, rows] = unit_to_uint8(band)
         files = write_picture(self.out / self.paths[index], seen.picture, labels, soft, self.formats)
         if pictured:
             self.rows[index] = _sheet_row(seen.picture, soft)

@@ -20,8 +20,9 @@ from factorkit.data.sources import CHANNEL_COUNTS, Source
 from factorkit.diffusion.schedule import Schedule
 from factorkit.nn.guided_filter import apply_guidance, fit_guidance, stretch
 from factorkit.segdiff.config import SegdiffConfig
-from factorkit.segdiff.task import predict_masks, to_float
+from factorkit.segdiff.task import predict_masks
 from factorkit.utils.errors import ConfigError, DataError, OutOfMemory, is_out_of_memory
+from factorkit.utils.images import pixels_to_images, pixels_to_signed
 
 UPSAMPLINGS = ("guided", "bilinear")
 TILE, OVERLAP = 4, 1  # sides of a tile and of what neighbours share, in training resolutions
@@ -78,7 +79,7 @@ def small_masks(predict: Callable[[Tensor], Tensor], small: np.ndarray, config: 
     Args:
         predict: images [N, 3, h, w] in [-1, 1] to masks [N, K, h, w].
     """
-    images = to_float(torch.from_numpy(small))
+    images = pixels_to_signed(torch.from_numpy(small))
     (height, width), tile, overlap = images.shape[2:], TILE * config.resolution, OVERLAP * config.resolution
     if max(height, width) <= tile or config.masks == "competition":
         return predict(images)
@@ -142,7 +143,7 @@ def _resized(picture: Image.Image, size: tuple[int, int], filter: Image.Resampli
 
 def _colours(pixels: np.ndarray) -> Tensor:
     """uint8 [h, w, 3] to fp32 [1, 3, h, w] in [0, 1]."""
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 255
+    return pixels_to_images(pixels)[None]
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:

@@ -22,8 +22,8 @@ from factorkit.metrics.segmentation import fit_mapping, score_masks
 from factorkit.segdiff.class_labels import label_of
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
-from factorkit.segdiff.task import to_float
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import pixels_to_signed
 
 #: Table 2.7: for each class of VOC the class of ImageNet (ILSVRC 2012, counted from 0 in the order of the synsets).
 THESIS_LABELS = dict(
@@ -140,7 +140,7 @@ def _of_class(
     level, count = scored_level(config.nesting)
 
     def regions(of: LabelledImages, at: np.ndarray) -> np.ndarray:
-        labels = hard_labels(predict(to_float(torch.from_numpy(of.images[at]))), config.nesting)
+        labels = hard_labels(predict(pixels_to_signed(torch.from_numpy(of.images[at]))), config.nesting)
         return level_labels(labels, config.nesting, level).numpy()
 
     truth = lambda of, at: (of.labels[at] == number, of.valid[at])  # noqa: E731

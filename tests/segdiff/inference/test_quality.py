@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from factorkit.segdiff.inference.segment import QUALITIES, Quality, averaged_masks
-from factorkit.segdiff.task import noised, predict_masks, to_float
+from factorkit.segdiff.task import noised, predict_masks
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import pixels_to_signed
 
 
 @pytest.fixture
 def looked(stirred_run, pictures):
-    return stirred_run(), to_float(torch.from_numpy(pictures(3)))
+    return stirred_run(), pixels_to_signed(torch.from_numpy(pictures(3)))
 
 
 def test_a_fast_look_is_one_pass_at_the_level_asked_for(looked):

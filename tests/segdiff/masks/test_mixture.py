@@ -11,8 +11,9 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.masks import mixture as module
 from factorkit.segdiff.masks.mixture import ROUNDS, SHARE, RegionCompetition, colour_evidence, invert
-from factorkit.segdiff.task import SegdiffTask, noised, to_float
+from factorkit.segdiff.task import SegdiffTask, noised
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
 
 TINY = {"resolution": 8, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2, "steps": 400}
@@ -80,7 +81,7 @@ def test_the_score_is_the_slope_of_the_mixture(monkeypatch):
 
 def test_a_thing_of_another_colour_in_each_picture_is_one_region():
     pictures, inside = things(24)
-    competition, x = RegionCompetition(2), to_float(torch.from_numpy(pictures))
+    competition, x = RegionCompetition(2), pixels_to_signed(torch.from_numpy(pictures))
     schedule = Schedule()
     optimizer = torch.optim.Adam(competition.parameters(), 0.03)
     for step in range(40):
@@ -126,7 +127,7 @@ def test_places_learn_from_denoising_by_colour_alone(decoding):
     mirrored, t = numbers.uniform() < 0.5, numbers.integers(0, config.t_max)
     t = torch.where(numbers.uniform() < config.tail, numbers.integers(config.t_max, 1000), t)
     eps = numbers.normal(3, 8, 8)
-    x0 = to_float(torch.from_numpy(pictures))
+    x0 = pixels_to_signed(torch.from_numpy(pictures))
     x_t = task.schedule.noise(torch.where(mirrored[:, None, None, None], x0.flip(3), x0), eps, t)
     score = task.model.competition(x_t).score
     own = (task.schedule.sigma(t) * score + eps).square().mean((1, 2, 3))
