@@ -106,15 +106,15 @@ def score_baselines(
     images: ArrayLike,
     foreground: ArrayLike,
     valid: ArrayLike | None = None,
-    fit: int = 16,
+    num_fit_images: int = 16,
     names: Sequence[str] | None = None,
 ) -> dict[str, dict[str, float] | dict[str, str]]:
-    """Score trivial predictors as `evaluate_masks` scores a model: the first `fit` images fit, the rest are scored.
+    """Score trivial predictors as `evaluate_masks` scores a model: the first `num_fit_images` fit, the rest are scored.
 
     images: uint8 [N,H,W,3]; foreground, valid: bool [N,H,W]; names: keys of BASELINES, None for all of them.
     Returns acc, iou, dice for each name, or {"unavailable": why and what to install} where its library is missing.
 
-    Raises ConfigError for an unknown name or unless 1 <= fit < N, DataError for images that do not fit the masks.
+    Raises ConfigError for an unknown name or unless 1 <= num_fit_images < N, DataError for images that do not fit the masks.
     """
     images, foreground = np.asarray(images), np.asarray(foreground).astype(bool)
     valid = np.ones_like(foreground) if valid is None else np.asarray(valid).astype(bool)
@@ -123,7 +123,7 @@ def score_baselines(
             f"baselines need uint8 images [N,H,W,3] and masks [N,H,W] of the same sizes; got {images.dtype} images "
             f"{images.shape}, foreground {foreground.shape}, valid {valid.shape}"
         )
-    check_fit(fit, len(images))
+    check_fit(num_fit_images, len(images))
     unknown = [name for name in names or () if name not in BASELINES]
     if unknown:
         raise ConfigError(f"baseline(s) {', '.join(unknown)} are not known; use any of {', '.join(BASELINES)}")
@@ -131,11 +131,11 @@ def score_baselines(
     rows: dict[str, dict[str, Any]] = {}
     for name in BASELINES if names is None else names:
         try:
-            predicted = BASELINES[name](images, foreground[:fit], valid[:fit])
+            predicted = BASELINES[name](images, foreground[:num_fit_images], valid[:num_fit_images])
         except ImportError as error:
             rows[name] = {"unavailable": f"{error}; install the extra: pip install 'factorkit[baselines]'"}
         else:
-            rows[name] = scores(predicted[fit:], foreground[fit:], valid[fit:])
+            rows[name] = scores(predicted[num_fit_images:], foreground[num_fit_images:], valid[num_fit_images:])
     return rows
 
 

@@ -23,9 +23,9 @@ def nested_accuracy(
     classes: Sequence[int],
     *,
     valid: ArrayLike | None = None,
-    fit: int = 16,
+    num_fit_images: int = 16,
 ) -> dict[str, Any]:
-    """Pixel accuracy of every level of a hierarchy: the first `fit` images fit the mapping, the REST are scored.
+    """Pixel accuracy of every level of a hierarchy: the first `num_fit_images` fit the mapping, the REST are scored.
 
     The mapping goes from the top: coarse regions are matched one to one with coarse classes, so that most pixels agree
     (Hungarian), then the parts of each region with the parts of its class, and so on. A region without a partner, and
@@ -46,7 +46,7 @@ def nested_accuracy(
         and fitted_on, scored: numbers of images.
 
     Raises:
-        ConfigError: levels that do not pair up, or `fit` out of range.
+        ConfigError: levels that do not pair up, or `num_fit_images` out of range.
         DataError: shapes that differ, no valid pixel, or labels out of range.
     """
     found, truth = np.asarray(found), np.asarray(truth)
@@ -61,10 +61,12 @@ def nested_accuracy(
     for name, labels, most in (("labels", found, math.prod(regions)), ("classes", truth[valid], math.prod(classes))):
         if labels.size == 0 or labels.min() < 0 or labels.max() >= most:
             raise DataError(f"{name} must be there and lie in 0 to {most - 1}, the product of their levels")
-    check_fit(fit, len(found))
-    counts = _confusion(found[:fit], truth[:fit], valid[:fit], math.prod(regions), math.prod(classes))
+    check_fit(num_fit_images, len(found))
+    counts = _confusion(
+        found[:num_fit_images], truth[:num_fit_images], valid[:num_fit_images], math.prod(regions), math.prod(classes)
+    )
     mappings = match_nested(counts, regions, classes)
-    counts = _confusion(found[fit:], truth[fit:], valid[fit:], *counts.shape)
+    counts = _confusion(found[num_fit_images:], truth[num_fit_images:], valid[num_fit_images:], *counts.shape)
     right = [counts.sum()]
     chance = []
     for level, mapping in enumerate(mappings, start=1):
@@ -77,8 +79,8 @@ def nested_accuracy(
         "within": [float(r / max(above, 1)) for above, r in zip(right, right[1:], strict=False)],
         "chance": chance,
         "mapping": [mapping.tolist() for mapping in mappings],
-        "fitted_on": fit,
-        "scored": len(found) - fit,
+        "fitted_on": num_fit_images,
+        "scored": len(found) - num_fit_images,
     }
 
 

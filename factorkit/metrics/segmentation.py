@@ -55,9 +55,9 @@ def fit_mapping(labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | Non
 
 
 def evaluate_masks(
-    labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None, regions: int, fit: int = 16
+    labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None, regions: int, num_fit_images: int = 16
 ) -> dict[str, float | int | list[int] | list[float]]:
-    """Score label maps int [N,H,W] in [0, regions): the first `fit` images fit the mapping, the REST are scored.
+    """Score label maps int [N,H,W] in [0, regions): the first `num_fit_images` fit the mapping, the REST are scored.
 
     Returns a dictionary fit for JSON:
         acc, iou, dice: with the one fixed mapping, see `fit_mapping`;
@@ -66,27 +66,32 @@ def evaluate_masks(
         mapping: the regions that are foreground; fitted_on, scored: numbers of images;
         areas: share of all pixels of the scored images in each region.
 
-    Raises ConfigError unless 1 <= fit < N, and otherwise as `fit_mapping` does.
+    Raises ConfigError unless 1 <= num_fit_images < N, and otherwise as `fit_mapping` does.
     """
     labels, foreground, valid = _masks(labels, foreground, valid, regions)
-    check_fit(fit, len(labels))
-    mapping = fit_mapping(labels[:fit], foreground[:fit], valid[:fit], regions)
+    check_fit(num_fit_images, len(labels))
+    mapping = fit_mapping(labels[:num_fit_images], foreground[:num_fit_images], valid[:num_fit_images], regions)
 
-    labels, foreground, valid = labels[fit:], foreground[fit:], valid[fit:]
+    labels, foreground, valid = labels[num_fit_images:], foreground[num_fit_images:], valid[num_fit_images:]
     subsets = _subsets(regions)
     each = _Counts.of_subsets(labels, foreground, valid, regions, subsets).scores()
     fixed, best = subsets.index(mapping), each["iou"].argmax(1)
     result = {name: float(values[:, fixed].mean()) for name, values in each.items()}
     result |= {f"oracle_{name}": float(values[np.arange(len(labels)), best].mean()) for name, values in each.items()}
     areas = np.bincount(labels.ravel(), minlength=regions) / labels.size
-    return result | {"mapping": list(mapping), "fitted_on": fit, "scored": len(labels), "areas": areas.tolist()}
+    return result | {
+        "mapping": list(mapping),
+        "fitted_on": num_fit_images,
+        "scored": len(labels),
+        "areas": areas.tolist(),
+    }
 
 
-def check_fit(fit: int, images: int) -> None:
-    """Raise ConfigError unless `fit` of the labelled images leave at least one on either side."""
-    if not 1 <= fit < images:
+def check_fit(num_fit_images: int, images: int) -> None:
+    """Raise ConfigError unless ``num_fit_images`` of the labelled images leave at least one on either side."""
+    if not 1 <= num_fit_images < images:
         raise ConfigError(
-            f"fit={fit} of {images} labelled images: the first `fit` choose the mapping and the rest are scored; "
+            f"num_fit_images={num_fit_images} of {images} labelled images: these choose the mapping, the rest are scored; "
             f"use 1 to {images - 1}"
             if images > 1
             else f"{images} labelled image(s): at least 2 are needed, one to choose the mapping and one to score"

@@ -13,6 +13,9 @@ from factorkit.nerfdiff.fields.grid import FIELDS
 from factorkit.utils.errors import ConfigError, did_you_mean
 from factorkit.utils.rng import derived_seed
 
+#: old name -> name today, of settings in stored runs
+RENAMED_SETTINGS = {"width": "model_channels", "multipliers": "channel_mult", "blocks": "num_res_blocks"}
+
 
 @dataclass(kw_only=True)
 class NerfdiffConfig(EngineConfig):
@@ -99,11 +102,11 @@ class NerfdiffConfig(EngineConfig):
 
     encoder_resolution: int = 32
     """Pixels along the longer side the encoder reads at."""
-    width: int = 16
+    model_channels: int = 16
     """C, the encoder's channels at the first level."""
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     """Channels of each level, in units of C."""
-    blocks: int = 1
+    num_res_blocks: int = 1
     """Residual blocks a level."""
     pooling: Literal["whole", "average"] = "whole"
     """How the encoder's last features reach its heads: all of them, or their mean (fig. 3.12)."""
@@ -129,8 +132,8 @@ class NerfdiffConfig(EngineConfig):
             "search_steps": 1,
             "field_steps": 1,
             "encoder_resolution": 4,
-            "width": 2,
-            "blocks": 1,
+            "model_channels": 2,
+            "num_res_blocks": 1,
             "rendered": 0,
             "tuning_steps": 0,
             "appearance": 0,
@@ -152,8 +155,10 @@ class NerfdiffConfig(EngineConfig):
         low, high = self.elevations
         if not -89 <= low < high <= 89:
             raise ConfigError(f"elevations={self.elevations} must rise and lie within -89 and 89 degrees")
-        if self.width % 2:
-            raise ConfigError(f"width={self.width} must be even: half of the time embedding is cosines, half sines")
+        if self.model_channels % 2:
+            raise ConfigError(
+                f"model_channels={self.model_channels} must be even: half of the time embedding is cosines, half sines"
+            )
         if not 0 < self.t_power:
             raise ConfigError(f"t_power={self.t_power} must be positive")
         for name in ("classification_weight", "roughness", "fog"):
@@ -207,9 +212,9 @@ _THESIS = {
     "batch_size": 16,
     "rays": 256,
     "t_power": 1.0,
-    "width": 64,
-    "multipliers": (1, 1, 2, 2, 4),
-    "blocks": 2,
+    "model_channels": 64,
+    "channel_mult": (1, 1, 2, 2, 4),
+    "num_res_blocks": 2,
     "pooling": "average",
     "encoder_resolution": 128,
     "roughness": 0.0,

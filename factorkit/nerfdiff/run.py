@@ -19,7 +19,7 @@ from factorkit.engine.run_folder import check_plausible, read_object, read_weigh
 from factorkit.nerfdiff.build import build_model, checked_scene, restored_field
 from factorkit.nerfdiff.cameras.localise import checked, refined
 from factorkit.nerfdiff.cameras.paths import camera_path
-from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.nerfdiff.config import RENAMED_SETTINGS, NerfdiffConfig
 from factorkit.nerfdiff.evaluate import evaluate
 from factorkit.nerfdiff.export.points import export
 from factorkit.nerfdiff.network import Cameras, NerfdiffModel, to_radiance, to_signal
@@ -104,19 +104,20 @@ class NerfdiffRun:
         """
         path = Path(path)
         found, meta = read_weights(path, "nerfdiff", weights)
+        meta = {RENAMED_SETTINGS.get(k, k): v for k, v in meta.items()}
         fields = {f.name for f in dataclasses.fields(NerfdiffConfig)}
         try:
             config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
             config.validate()
             scene, step = checked_scene(meta["scene"]), int(meta["step"])
-            levels = len(config.multipliers)
+            levels = len(config.channel_mult)
             check_plausible(
                 path,
                 found,
-                blocks=config.blocks,
+                blocks=config.num_res_blocks,
                 levels=levels,
                 cameras=config.cameras,
-                channels=config.width * max(config.multipliers),
+                channels=config.model_channels * max(config.channel_mult),
                 size=min(config.encoder_resolution, max(scene["size"])) >> min(levels, 30) or 1,
             )
             field = restored_field({k[6:]: v for k, v in found.items() if k.startswith("field.")}, meta)

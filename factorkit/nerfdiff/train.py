@@ -90,7 +90,7 @@ def train_nerfdiff(
         >>> from factorkit.data import procedural_views
         >>> views = procedural_views(10, 8, seed=1)    # ten pictures of 8 x 8 pixels, with true poses
         >>> tiny = {"resolution": 8, "cameras": 3, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 8}
-        >>> tiny |= {"width": 8, "multipliers": (1, 2), "encoder_resolution": 8, "rendered": 4, "samples": 6}
+        >>> tiny |= {"model_channels": 8, "channel_mult": (1, 2), "encoder_resolution": 8, "rendered": 4, "samples": 6}
         >>> tiny |= {"search_steps": 4, "field_steps": 2, "steps": 2, "views": 3, "rays": 8, "flip_rounds": 0}
         >>> scene = factorkit.train_nerfdiff(views, out="runs/scene", progress=False, batch_size=4, **tiny)
         >>> scene.poses.shape

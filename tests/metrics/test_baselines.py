@@ -28,7 +28,7 @@ def discs():
 def rows(discs):
     pytest.importorskip("sklearn", reason="scikit-learn is missing")
     pytest.importorskip("cv2", reason="opencv is missing")
-    return score_baselines(*discs, fit=FIT)
+    return score_baselines(*discs, num_fit_images=FIT)
 
 
 def test_every_baseline_has_its_three_scores(rows):
@@ -51,7 +51,7 @@ def test_labels_of_scored_images_reach_no_prediction(discs):
     images, inside = discs
     turned = np.concatenate([inside[:FIT], ~inside[FIT:]])
     names = ["centre_disc", "mean_mask", "all_foreground"]
-    rows, turned_rows = (score_baselines(images, m, fit=FIT, names=names) for m in (inside, turned))
+    rows, turned_rows = (score_baselines(images, m, num_fit_images=FIT, names=names) for m in (inside, turned))
     for name in names:
         assert turned_rows[name]["acc"] == pytest.approx(1 - rows[name]["acc"])
 
@@ -63,7 +63,7 @@ def test_position_baselines_take_the_best_of_their_kind():
     valid = np.ones_like(inside)
     valid[:, 11, 11] = False
     rows = score_baselines(
-        np.zeros((3, SIZE, SIZE, 3), np.uint8), inside, valid, fit=1, names=["centre_disc", "mean_mask"]
+        np.zeros((3, SIZE, SIZE, 3), np.uint8), inside, valid, num_fit_images=1, names=["centre_disc", "mean_mask"]
     )
     assert rows["centre_disc"]["iou"] == rows["mean_mask"]["iou"] == 1
 
@@ -93,7 +93,7 @@ def test_two_means_of_the_image_calls_the_cluster_off_the_border_object(discs):
 @pytest.mark.parametrize(("module", "name"), [("cv2", "grabcut"), ("sklearn.cluster", "two_means_image")])
 def test_a_missing_library_leaves_a_row_that_says_so(discs, monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)
-    rows = score_baselines(*discs, fit=FIT, names=["all_foreground", name])
+    rows = score_baselines(*discs, num_fit_images=FIT, names=["all_foreground", name])
     assert "iou" in rows["all_foreground"]
     assert module in rows[name]["unavailable"] and "factorkit[baselines]" in rows[name]["unavailable"]
 
@@ -102,17 +102,17 @@ def test_images_of_one_colour_are_no_obstacle(discs):
     pytest.importorskip("sklearn", reason="scikit-learn is missing")
     pytest.importorskip("cv2", reason="opencv is missing")
     images, inside = discs
-    rows = score_baselines(np.full_like(images[:3], 90), inside[:3], fit=1)
+    rows = score_baselines(np.full_like(images[:3], 90), inside[:3], num_fit_images=1)
     assert all(0 <= row["iou"] <= 1 for row in rows.values())
 
 
 def test_mistakes_are_named(discs):
     images, inside = discs
     with pytest.raises(ConfigError, match="magic.*all_foreground"):
-        score_baselines(images, inside, fit=FIT, names=["magic"])
-    with pytest.raises(ConfigError, match="fit=10 of 10"):
-        score_baselines(images, inside, fit=10)
+        score_baselines(images, inside, num_fit_images=FIT, names=["magic"])
+    with pytest.raises(ConfigError, match="num_fit_images=10 of 10"):
+        score_baselines(images, inside, num_fit_images=10)
     with pytest.raises(DataError, match="float64"):
-        score_baselines(images / 255, inside, fit=FIT)
+        score_baselines(images / 255, inside, num_fit_images=FIT)
     with pytest.raises(DataError, match=r"\(9, 24, 24\)"):
-        score_baselines(images, inside[:9], fit=FIT)
+        score_baselines(images, inside[:9], num_fit_images=FIT)

@@ -69,7 +69,7 @@ def test_one_mapping_is_fitted_on_the_first_images_and_the_rest_are_scored():
     foreground[:, 1:3, 1:3] = True
     labels = foreground.astype(int)
     labels[3:] = 1 - labels[3:]
-    result = evaluate_masks(labels, foreground, None, regions=2, fit=2)
+    result = evaluate_masks(labels, foreground, None, regions=2, num_fit_images=2)
     assert result["mapping"] == [1] and result["fitted_on"] == 2 and result["scored"] == 4
     assert result["iou"] == pytest.approx(1 / 4) and result["acc"] == pytest.approx(1 / 4)
     assert (result["oracle_acc"], result["oracle_iou"], result["oracle_dice"]) == (1, 1, 1)
@@ -79,17 +79,17 @@ def test_one_mapping_is_fitted_on_the_first_images_and_the_rest_are_scored():
 def test_evaluate_scores_with_the_union_of_the_mapped_regions(masks):
     _, foreground, valid = masks
     labels = np.random.default_rng(3).integers(0, 3, foreground.shape)
-    result = evaluate_masks(labels, foreground, valid, 3, fit=2)
+    result = evaluate_masks(labels, foreground, valid, 3, num_fit_images=2)
     fixed = scores(np.isin(labels, result["mapping"])[2:], foreground[2:], valid[2:])
     assert {name: result[name] for name in fixed} == pytest.approx(fixed)
     assert result["oracle_iou"] >= result["iou"]
 
 
-@pytest.mark.parametrize("fit", [0, 6, 9])
-def test_fitting_on_none_or_all_is_refused(masks, fit):
+@pytest.mark.parametrize("num_fit_images", [0, 6, 9])
+def test_fitting_on_none_or_all_is_refused(masks, num_fit_images):
     labels, foreground, valid = masks
-    with pytest.raises(ConfigError, match=f"fit={fit} of 6"):
-        evaluate_masks(labels, foreground, valid, 2, fit=fit)
+    with pytest.raises(ConfigError, match=f"num_fit_images={num_fit_images} of 6"):
+        evaluate_masks(labels, foreground, valid, 2, num_fit_images=num_fit_images)
 
 
 def test_mistakes_are_named(masks):
@@ -103,4 +103,4 @@ def test_mistakes_are_named(masks):
     with pytest.raises(ConfigError, match="1 regions"):
         fit_mapping(np.zeros(foreground.shape, int), foreground, valid, 1)
     with pytest.raises(ConfigError, match="1 labelled image"):
-        evaluate_masks(predicted[:1], foreground[:1], valid[:1], 2, fit=1)
+        evaluate_masks(predicted[:1], foreground[:1], valid[:1], 2, num_fit_images=1)

@@ -67,7 +67,7 @@ def test_one_picture_goes_with_all_of_the_others(stirred_run, pictures):
 
 def test_the_default_level_is_a_quarter_of_what_the_model_was_trained_on(stirred_run, pictures):
     a, b = pictures(2)
-    for run, t in ((stirred_run(), 250), (stirred_run(tail=0.0, t_max=40), 10)):
+    for run, t in ((stirred_run(), 250), (stirred_run(high_noise_fraction=0.0, t_max=40), 10)):
         by_default = run.interpolate(a, b, frames=2, steps=2)
         assert torch.equal(by_default.images, run.interpolate(a, b, frames=2, steps=2, t=t).images)
         assert not torch.equal(by_default.images, run.interpolate(a, b, frames=2, steps=2, t=t + 5).images)
@@ -90,7 +90,7 @@ def test_settings_that_cannot_work_are_refused(stirred_run, pictures, changes, s
 
 def test_levels_that_were_never_trained_are_refused(stirred_run, pictures):
     with pytest.raises(ConfigError, match="between 0 and 39, the noisiest level"):
-        stirred_run(tail=0.0, t_max=40).interpolate(*pictures(2), t=40)
+        stirred_run(high_noise_fraction=0.0, t_max=40).interpolate(*pictures(2), t=40)
 
 
 def test_pictures_that_cannot_be_paired_are_refused(stirred_run, pictures):
