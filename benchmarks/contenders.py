@@ -132,7 +132,7 @@ class PlainStep:
             nn.utils.clip_grad_norm_(self.parameters, config.gradient_clip)
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, 1 - config.ema)
+            torch._foreach_lerp_(self.average, self.parameters, 1 - config.ema_decay)
         self.step += 1
 
 
@@ -142,7 +142,7 @@ class OurStep:
     def __init__(self, task: SegdiffTask, config: SegdiffConfig, device: torch.device):
         model, self.step = task.model.to(device), 0
         optimizer = make_optimizer(task.parameter_groups(), config, device)
-        average = MovingAverage(model, config.ema, device)
+        average = MovingAverage(model, config.ema_decay, device)
         self.take = TrainingStep(task, optimizer, [average], Meter(device), config, device)
 
     def __call__(self) -> None:

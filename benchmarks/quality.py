@@ -4,7 +4,7 @@
 
 Every run (a folder of segdiff) is asked for the regions of the labelled pictures it was not trained on: as it is by
 default ("fast"), with one thing changed, with ``quality="best"``, and with each average of its weights that it keeps
-(``ema_also=``) and the masks of all of them together. One mapping from regions to foreground is fitted on the first
+(``extra_ema_decays=``) and the masks of all of them together. One mapping from regions to foreground is fitted on the first
 pictures for each. Results go to benchmarks/results/quality.json.
 """
 
@@ -70,12 +70,12 @@ def measure(folder: Path, data: str) -> None:
     for name, looks in LOOKS.items():
         found[name] = iou(quality=Quality(**looks))
     found |= {"best": iou(quality="best"), "t = 0": iou(t=0)}
-    others = {f"average {decay}": decay for decay in config.ema_also} | {"last weights": "last"}
+    others = {f"average {decay}": decay for decay in config.extra_ema_decays} | {"last weights": "last"}
     masks = [run.segment(known.images).masks]
     for name, weights in others.items():
         masks.append(factorkit.load(folder, device="cpu", weights=weights).segment(known.images).masks)
         found[name] = score(masks[-1].argmax(1))
-    if config.ema_also:
+    if config.extra_ema_decays:
         found["all averages"] = score(torch.stack(masks[:-1]).mean(0).argmax(1))
     record = {
         "iou": {name: round(value, 4) for name, value in found.items()},

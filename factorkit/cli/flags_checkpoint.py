@@ -45,7 +45,7 @@ class Checkpoint(Command):
     best: Flag = False
     """export: the best instead."""
     weights: Annotated[str, arg(metavar="average|last|DECAY")] = "average"
-    """export: the moving average, one of --ema-also by its decay, or the weights of the last step themselves."""
+    """export: the moving average ("average"), one of --extra-ema-decays by its decay, or "last": those of the last step."""
 
     def run_command(self) -> Result:
         from factorkit.cli import commands_checkpoint as commands

@@ -67,8 +67,8 @@ class Trainer:
         cut = config.shard and distributed.world_size() > 1
         place = torch.device("cpu") if cut else device  # where weights are whole before they are cut
         self.model = task.model.to(place)
-        self.average = MovingAverage(self.model, config.ema, place)
-        further = {average_name(decay): MovingAverage(self.model, decay, place) for decay in config.ema_also}
+        self.average = MovingAverage(self.model, config.ema_decay, place)
+        further = {average_name(decay): MovingAverage(self.model, decay, place) for decay in config.extra_ema_decays}
         self.averages = {"ema": self.average, **further}
         self.sharded: nn.Module | None = None  # the task's objective, if it is
         if cut:

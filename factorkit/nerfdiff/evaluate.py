@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views.views import Views
-from factorkit.metrics.image import WINDOW, lpips, psnr, ssim
-from factorkit.metrics.pose import PoseErrors, Similarity, mirrored, pose_errors
+from factorkit.metrics.image import SSIM_WINDOW, lpips, psnr, ssim
+from factorkit.metrics.pose import PoseErrors, Similarity, is_mirrored, pose_errors
 from factorkit.nerfdiff.cameras.registration import registered
 from factorkit.nerfdiff.training_views import kept_views
 from factorkit.utils.errors import ConfigError, DataError
@@ -64,11 +64,11 @@ def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None, refine
     scores: dict[str, Any] = {"views": len(views), "size": list(views.size), "step": run.step, "refine": refine}
     if found is not None:
         scores |= _poses("", found)
-        scores["mirrored"] = mirrored(run.poses, kept_true(run, views))
+        scores["mirrored"] = is_mirrored(run.poses, kept_true(run, views))
     scores |= _poses("encoder_", encoder)
     for suffix, images in (("", at_truth), ("_encoder", at_encoder)):
         scores[f"psnr{suffix}"] = psnr(images, views.images).mean().item()
-        if min(views.size) >= WINDOW:
+        if min(views.size) >= SSIM_WINDOW:
             scores[f"ssim{suffix}"] = ssim(images, views.images).mean().item()
         distance = lpips(images, views.images)
         if distance is not None:

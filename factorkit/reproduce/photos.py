@@ -13,7 +13,7 @@ import torch
 
 from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
 from factorkit.data.masks import Labelled, load_labelled
-from factorkit.metrics.segmentation import evaluate_masks, scores
+from factorkit.metrics.segmentation import evaluate_masks, score_masks
 from factorkit.reproduce.experiment import Found, NotRun, percent
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import PRESETS, SegdiffConfig, preset_config
@@ -41,7 +41,7 @@ _GPU: dict[str, Any] = {
     "batch_size": 32,
     "learning_rate": 3e-4,
     "warmup_steps": 100,
-    "ema": 0.995,
+    "ema_decay": 0.995,
     "checkpoint_every": 500,
     "sample_every": 1000,
 }
@@ -150,7 +150,9 @@ def score_regions(photos: Photos, labels: np.ndarray, nesting: Sequence[int]) ->
 def score_foreground(photos: Photos, predicted: np.ndarray) -> Found:
     """Both protocols for boolean masks [N, R, R] that say themselves what is foreground."""
     labelled, num_fit_images = photos.labelled, photos.num_fit_images
-    numbers = scores(predicted[num_fit_images:], labelled.foreground[num_fit_images:], labelled.valid[num_fit_images:])
+    numbers = score_masks(
+        predicted[num_fit_images:], labelled.foreground[num_fit_images:], labelled.valid[num_fit_images:]
+    )
     best = evaluate_masks(predicted.astype(np.int64), labelled.foreground, labelled.valid, 2, num_fit_images)
     numbers |= {f"best_{key}": best[f"oracle_{key}"] for key in ("acc", "iou", "dice")}
     return Found(numbers, {"foreground": predicted[photos.shown]})

@@ -70,7 +70,7 @@ def train(setup: Setup, seed: int, setting: Mapping[str, Any]) -> NerfdiffRun:
     common = {"device": setup.device, **({} if setup.scale == "full" else {"resolution": max(training.size)})}
     common |= setup.changes
     if forward and setting.get("search") == "joint":
-        setting = {"candidates": "single", "cameras": 1} | setting
+        setting = {"candidate_type": "single", "num_candidates": 1} | setting
     given = common | setting
     usual = preset_config(preset, **common, **JOINT)
     asked = preset_config(preset, **given)

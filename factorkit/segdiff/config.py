@@ -13,26 +13,12 @@ from tyro.conf import Suppress, arg
 from factorkit.diffusion.objective import check_objective
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.config import MOST_STEPS, EngineConfig
+from factorkit.engine.migration import register_renamed_settings
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.hierarchy import HierarchicalUNet, check_nesting, nesting_of
 from factorkit.segdiff.network import FactorizedUNet, check_architecture
 from factorkit.utils.errors import ConfigError, did_you_mean
 
-#: old name -> name today, of settings in stored runs
-RENAMED_SETTINGS = {
-    "width": "model_channels",
-    "multipliers": "channel_mult",
-    "blocks": "num_res_blocks",
-    "attention": "attention_resolutions",
-    "heads": "num_heads",
-    "groups": "norm_groups",
-    "mirror": "random_flip",
-    "tail": "high_noise_fraction",
-    "fit": "num_fit_images",
-    "seeds": "seed_trials",
-}
-#: (name today, old value) -> value today
-RENAMED_VALUES = {("masks", "competition"): "mixture"}
 MOST_REGIONS = 256  # a label is a byte in every file
 
 
@@ -303,9 +289,9 @@ _SMALL = {
     "batch_size": 16,
     "learning_rate": 1e-3,
     "warmup_steps": 50,
-    "decay": 0.3,
+    "lr_decay_fraction": 0.3,
     "gradient_clip": 1.0,
-    "ema": 0.99,
+    "ema_decay": 0.99,
     "threads": 1,
     "checkpoint_every": 100,
     "sample_every": 200,
@@ -341,3 +327,23 @@ def preset_config(preset: str | None, **changes: Any) -> SegdiffConfig:
         meant = did_you_mean(preset, PRESETS)
         raise ConfigError(f"preset={preset!r} is unknown. {meant}Choose one of {', '.join(PRESETS)}")
     return SegdiffConfig.from_dict({**(PRESETS[preset] if preset else {}), **changes})
+
+
+# Settings of stored runs that have changed since: old name -> name of today; (name of today, old value) -> new value.
+_STORED_AS = ("segdiff", "choose_regions", "places", "supervised")
+register_renamed_settings(
+    _STORED_AS,
+    names={
+        "width": "model_channels",
+        "multipliers": "channel_mult",
+        "blocks": "num_res_blocks",
+        "attention": "attention_resolutions",
+        "heads": "num_heads",
+        "groups": "norm_groups",
+        "mirror": "random_flip",
+        "tail": "high_noise_fraction",
+        "fit": "num_fit_images",
+        "seeds": "seed_trials",
+    },
+    values={("masks", "competition"): "mixture"},
+)

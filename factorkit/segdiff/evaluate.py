@@ -12,7 +12,7 @@ from torch import Tensor
 
 from factorkit.data.masks import Labelled, load_labelled
 from factorkit.metrics.baselines import score_baselines
-from factorkit.metrics.nested import nested_accuracy
+from factorkit.metrics.class_matching import nested_accuracy
 from factorkit.metrics.segmentation import evaluate_masks
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.segdiff.inference.segment import Quality

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from factorkit.engine.run_folder import check_plausible, read_weights
-from factorkit.segdiff.config import RENAMED_SETTINGS, SegdiffConfig
+from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.utils.errors import CheckpointError, ConfigError
 
@@ -22,7 +22,6 @@ def stored_model(path: Path, weights: str | float) -> tuple[SegdiffConfig, Facto
         ConfigError: other ``weights`` than there are.
     """
     found, meta = read_weights(path, "segdiff", weights)
-    meta = {RENAMED_SETTINGS.get(k, k): v for k, v in meta.items()}
     fields = {f.name for f in dataclasses.fields(SegdiffConfig)}
     try:
         config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields}).resolved()

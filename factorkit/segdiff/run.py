@@ -67,8 +67,8 @@ class SegdiffRun:
             path: either of them.
             device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a torch device.
             weights: ``"average"``, the moving average; of a folder also the decay of another one that the training kept
-                (``ema_also=``), or ``"last"``, those of its last step. Scores of others than the average are not kept
-                in the folder.
+                (``extra_ema_decays=``), or ``"last"``, those of its last step. Only scores of the average are
+                written to the folder.
 
         Raises:
             CheckpointError: nothing there, damaged, or not a segdiff model.
@@ -130,7 +130,7 @@ class SegdiffRun:
                 levels show the picture, high ones blur it.
             size: pixels of the short side at which the network looks; None: the training resolution. More shows it
                 smaller things.
-            upsample: ``"guided"`` lets the masks take over the picture's edges (:mod:`factorkit.nn.guided`) where it
+            upsample: ``"guided"`` lets the masks take over the picture's edges (:mod:`factorkit.nn.guided_filter`) where it
                 has more pixels than the network saw, ``"bilinear"`` only interpolates them.
             quality: ``"fast"``, one look; ``"best"``, the mean of the masks of the picture and of its mirror image,
                 where training showed any; or a :class:`~factorkit.segdiff.inference.segment.Quality`, of several draws
@@ -454,7 +454,7 @@ class SegdiffRun:
             size: pixels a side at which to score; None: the model's resolution.
             quality: as in :meth:`segment`.
             nesting: the masks are labels within labels, of so many classes at each level (label 3 i + j of (3, 3) is
-                part j of class i): score each level of a hierarchy by :func:`~factorkit.metrics.nested.nested_accuracy`
+                part j of class i): score each level of a hierarchy by :func:`~factorkit.metrics.class_matching.nested_accuracy`
                 instead.
 
         Raises:

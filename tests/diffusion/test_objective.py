@@ -26,7 +26,7 @@ def noised(request):
     return schedule, x0, eps, t, schedule.noise(x0, eps, t)
 
 
-def test_targets_are_those_of_the_papers(noised):
+def test_training_target_equals_published_definitions(noised):
     schedule, x0, eps, t, _ = noised
     a, s = schedule.signal(t), schedule.sigma(t)
     torch.testing.assert_close(target("eps", schedule, x0, eps, t), eps)
@@ -35,7 +35,7 @@ def test_targets_are_those_of_the_papers(noised):
     torch.testing.assert_close(target("flow", schedule, x0, eps, t), eps - x0)
 
 
-def test_the_flow_target_is_the_velocity_of_the_straight_path():
+def test_training_target_flow_is_the_path_velocity():
     schedule = Schedule(1000, "flow")
     x0, eps = torch.rand(1, 3, 2, 2, dtype=torch.float64), torch.randn(1, 3, 2, 2, dtype=torch.float64)
     later, now = (schedule.signals[t] * x0 + schedule.sigmas[t] * eps for t in (401, 400))
@@ -44,7 +44,7 @@ def test_the_flow_target_is_the_velocity_of_the_straight_path():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_perfect_output_gives_back_image_and_noise(noised, prediction):
+def test_to_x0_and_to_eps_perfect_output_recovers_both(noised, prediction):
     schedule, x0, eps, t, x_t = noised
     out = target(prediction, schedule, x0, eps, t)
     torch.testing.assert_close(to_x0(prediction, schedule, x_t, out, t), x0, rtol=0, atol=1e-4)
@@ -52,14 +52,14 @@ def test_a_perfect_output_gives_back_image_and_noise(noised, prediction):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_any_output_splits_x_t_consistently(noised, prediction):
+def test_to_x0_and_to_eps_any_output_recombine_to_x_t(noised, prediction):
     schedule, _, _, t, x_t = noised
     out = torch.randn_like(x_t)
     x0, eps = (f(prediction, schedule, x_t, out, t) for f in (to_x0, to_eps))
     torch.testing.assert_close(schedule.noise(x0, eps, t), x_t, rtol=1e-4, atol=1e-4)
 
 
-def test_loss_is_the_mean_of_each_sample_in_float32():
+def test_denoising_loss_half_precision_is_float32_mean_per_sample():
     out = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16)
     loss = denoising_loss(out, torch.stack([torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 3.0)]))
     assert loss.dtype == torch.float32
@@ -68,7 +68,7 @@ def test_loss_is_the_mean_of_each_sample_in_float32():
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_is_hang_et_als_for_each_prediction(kind, gamma):
+def test_min_snr_weight_equals_published_formulas(kind, gamma):
     schedule, t = Schedule(kind=kind), torch.tensor([0, 20, 250, 600, 990])
     ab = schedule.alpha_bars[t]
     snr = ab / (1 - ab)
@@ -79,7 +79,7 @@ def test_min_snr_is_hang_et_als_for_each_prediction(kind, gamma):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_min_snr_weighs_the_error_of_the_image_alike_whatever_is_predicted(noised, prediction):
+def test_min_snr_weight_gives_equal_x0_weight_for_all_predictions(noised, prediction):
     schedule, x0, eps, t, x_t = noised
     out = target(prediction, schedule, x0, eps, t)
     wrong = out + 0.1 * torch.randn_like(out)
@@ -89,12 +89,12 @@ def test_min_snr_weighs_the_error_of_the_image_alike_whatever_is_predicted(noise
     torch.testing.assert_close(weighted, snr.clamp_max(5) * error, rtol=2e-3, atol=0)
 
 
-def test_min_snr_of_pure_noise_is_nothing():
+def test_min_snr_weight_pure_noise_is_zero():
     schedule = Schedule(10, "flow")
     assert min_snr_weight("flow", schedule, torch.tensor([9])).tolist() == [0]
 
 
-def test_weight_goes_from_coarse_to_even():
+def test_coarse_to_fine_power_decreases_linearly():
     schedule, t = Schedule(), torch.tensor([0, 999])
     ab = schedule.alpha_bars[t].float()
     torch.testing.assert_close(loss_weight(schedule, t, 1.0), 1 - ab, rtol=1e-3, atol=0)
@@ -104,7 +104,7 @@ def test_weight_goes_from_coarse_to_even():
     assert [coarse_to_fine_power(step, 0, 0) for step in (0, 1)] == [0, 0]
 
 
-def test_mistakes_are_named(noised):
+def test_objective_invalid_arguments_raise(noised):
     schedule, x0, eps, t, _ = noised
     with pytest.raises(ConfigError, match="'score'.*eps, v, x0, flow"):
         target("score", schedule, x0, eps, t)

@@ -61,7 +61,14 @@ def toy(tmp_path):
 
     def make(*, folder="run", hook=None, statistics=True, stop_at=None, progress=False, **changes) -> Trainer:
         task = ToyTask(statistics=statistics) if hook is None else ToyTask(hook, statistics)
-        settings = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "ema": 0.9, "log_every": 2, "sample_every": 0}
+        settings = {
+            "steps": 6,
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "ema_decay": 0.9,
+            "log_every": 2,
+            "sample_every": 0,
+        }
         config = EngineConfig(**{**settings, **changes})
         config.validate()
         return Trainer(task, config, tmp_path / folder, {"toy": 1}, device=CPU, progress=progress, stop_at=stop_at)

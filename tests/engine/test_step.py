@@ -54,7 +54,7 @@ class Watched(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"ema_also": (0.5,)}, {"form": "thesis", "micro_batch_size": 3}, {"checkpoint_branches": True}]
+    "changes", [{"extra_ema_decays": (0.5,)}, {"form": "thesis", "micro_batch_size": 3}, {"checkpoint_branches": True}]
 )
 def test_nothing_in_the_step_waits_for_the_device(tmp_path, changes):
     trainer = segdiff(tmp_path, **changes)

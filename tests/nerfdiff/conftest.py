@@ -11,14 +11,14 @@ from factorkit.nerfdiff.train import train_nerfdiff
 TINY = {
     "preset": "demo",
     "resolution": 8,
-    "cameras": 3,
-    "azimuths": 6,
-    "rings": 2,
-    "search_field": 6,
-    "grid": 8,
-    "samples": 6,
-    "views": 3,
-    "rays": 8,
+    "num_candidates": 3,
+    "num_azimuths": 6,
+    "num_elevations": 2,
+    "search_grid_resolution": 6,
+    "grid_resolution": 8,
+    "samples_per_ray": 6,
+    "views_per_step": 3,
+    "rays_per_view": 8,
     "search_steps": 22,
     "field_steps": 4,
     "steps": 5,
@@ -26,7 +26,7 @@ TINY = {
     "model_channels": 8,
     "channel_mult": (1, 2),
     "encoder_resolution": 8,
-    "rendered": 4,
+    "num_rendered_views": 4,
     "flip_rounds": 1,
     "checkpoint_every": 2,
     "log_every": 2,
@@ -52,4 +52,4 @@ def finished(tmp_path_factory, scene_views):
     """A finished tiny run in a folder."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("nerfdiff") / "run"
-    return train_nerfdiff(scene_views, out=folder, ema_also=(0.5,), **TINY)
+    return train_nerfdiff(scene_views, out=folder, extra_ema_decays=(0.5,), **TINY)

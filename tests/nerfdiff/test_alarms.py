@@ -61,7 +61,7 @@ def scene(field):
     return Scene(images, [str(i) for i in range(40)], optics, "object", DISTANCE, poses)
 
 
-CONFIG = preset_config("demo", samples=32)
+CONFIG = preset_config("demo", samples_per_ray=32)
 
 
 def test_cameras_on_one_side_are_a_collapse_and_most_of_a_circle_is_none():

@@ -20,12 +20,12 @@ from tests.nerfdiff.forward import forward_views
 
 WAYS = {
     "dictionary": {},
-    "single": {"search": "joint", "candidates": "single", "cameras": 1},
+    "single": {"search": "joint", "candidate_type": "single", "num_candidates": 1},
     "known": {"poses": "known", "field_steps": 30},
     "learned": {"poses": "learned"},
-    "tuned": {"tuning_steps": 3, "noise": False},
+    "tuned": {"finetune_steps": 3, "noise": False},
     "hashgrid": {"field": "hashgrid"},
-    "mlp": {"field": "mlp", "poses": "known", "field_steps": 2, "samples": 3},
+    "mlp": {"field": "mlp", "poses": "known", "field_steps": 2, "samples_per_ray": 3},
 }
 
 
@@ -125,8 +125,8 @@ def test_the_thesis_preset_trains(views, tmp_path, tiny):
         "model_channels": 8,
         "channel_mult": (1, 2),
         "batch_size": 2,
-        "rays": 8,
-        "samples": 4,
+        "rays_per_view": 8,
+        "samples_per_ray": 4,
         "steps": 2,
         "num_res_blocks": 1,
         "checkpoint_every": 2,
@@ -142,5 +142,5 @@ def test_the_thesis_preset_trains(views, tmp_path, tiny):
 
 
 def test_freedoms_of_an_orbit_are_refused(views, tmp_path, tiny):
-    with pytest.raises(ConfigError, match="freedom"):
-        train_nerfdiff(views, out=tmp_path / "run", **{**tiny, "resolution": 12, "freedom": ("roll",)})
+    with pytest.raises(ConfigError, match="optimize_camera"):
+        train_nerfdiff(views, out=tmp_path / "run", **{**tiny, "resolution": 12, "optimize_camera": ("roll",)})

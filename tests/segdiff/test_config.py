@@ -26,7 +26,7 @@ def test_the_thesis_form_is_the_letter_of_chapter_2():
         "high_noise_fraction": 0.0,
         "coarse_to_fine": (0, 0),
     }
-    assert (config.learning_rate, config.ema, config.batch_size, config.regions) == (1e-4, 0.9999, 128, 3)
+    assert (config.learning_rate, config.ema_decay, config.batch_size, config.regions) == (1e-4, 0.9999, 128, 3)
     assert (config.model_channels, config.timesteps, config.segment_t) == (128, 1000, 30)
 
 
@@ -110,8 +110,8 @@ def test_thesis_presets_are_its_section_2_4(name, resolution, steps, batch):
     assert (config.form, config.resolution, config.steps, config.batch_size) == ("thesis", resolution, steps, batch)
     shape = ((1, 2, 3, 4), 3) if resolution == 64 else ((1, 1, 2, 3, 4), 2)
     assert (config.channel_mult, config.num_res_blocks) == shape
-    assert (config.model_channels, config.regions, config.learning_rate, config.ema) == (128, 3, 1e-4, 0.9999)
-    assert (config.warmup_steps, config.decay, config.gradient_clip, config.dropout) == (0, 0.0, None, 0.0)
+    assert (config.model_channels, config.regions, config.learning_rate, config.ema_decay) == (128, 3, 1e-4, 0.9999)
+    assert (config.warmup_steps, config.lr_decay_fraction, config.gradient_clip, config.dropout) == (0, 0.0, None, 0.0)
 
 
 def test_every_preset_is_valid_and_the_named_ones_are_there():
@@ -180,11 +180,16 @@ def test_what_makes_a_step_smaller_is_named_with_numbers():
 
 
 def test_whole_numbers_of_numpy_and_torch_are_whole_numbers():
-    given = {"regions": np.int64(2), "seed": torch.tensor(7), "channel_mult": [np.int32(1), 2], "ema": np.float64(0.5)}
+    given = {
+        "regions": np.int64(2),
+        "seed": torch.tensor(7),
+        "channel_mult": [np.int32(1), 2],
+        "ema_decay": np.float64(0.5),
+    }
     config = preset_config("demo", **given).resolved()
     assert (config.regions, config.seed, config.channel_mult) == (2, 7, (1, 2))
     assert {type(n) for n in (config.regions, config.seed, *config.channel_mult)} == {int}
-    assert preset_config("demo", regions=(np.int64(2), 3)).resolved().leaves == 6
+    assert preset_config("demo", regions=(np.int64(2), 3)).resolved().num_leaf_regions == 6
     for wrong in (np.float32(2), np.array([2, 2]), True + 0.5):
         with pytest.raises(ConfigError, match="regions="):
             preset_config("demo", regions=wrong).resolved()

@@ -33,7 +33,7 @@ TINY = {
     "norm_groups": 2,
     "steps": 3,
     "batch_size": 4,
-    "ema": 0.5,
+    "ema_decay": 0.5,
     "learning_rate": 1e-3,
     "checkpoint_every": 1,
     "sample_every": 0,

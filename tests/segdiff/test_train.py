@@ -262,15 +262,15 @@ def test_few_labels_end_in_a_warning_and_not_in_a_lost_run(photos):
 
 
 def test_every_average_can_be_used_and_taken_along(photos):
-    run = fit(photos, out="out", holdout=5, ema_also=(0.25, 0.5))
+    run = fit(photos, out="out", holdout=5, extra_ema_decays=(0.25, 0.5))
     stored = weights("out")
     for decay in (0.25, 0.5):
         other = factorkit.load("out", device="cpu", weights=decay)
         again = factorkit.load(other.save(f"{decay}.safetensors"), device="cpu")
         for one in (other, again):
             assert all(torch.equal(v, stored[f"ema_{decay}.module.{k}"]) for k, v in one.model.state_dict().items())
-            assert (one.config.ema, one.config.ema_also, one.folder) == (decay, (), None)
-    assert run.config.ema_also == (0.25, 0.5)
+            assert (one.config.ema_decay, one.config.extra_ema_decays, one.folder) == (decay, (), None)
+    assert run.config.extra_ema_decays == (0.25, 0.5)
     before = Path("out/scores.json").read_text()
     other.evaluate(photos / "images", photos / "masks")
     assert Path("out/scores.json").read_text() == before

@@ -18,7 +18,7 @@ from factorkit.data.decode import to_rgb
 from factorkit.data.open_source import open_source
 from factorkit.data.sources import CHANNELS, Source
 from factorkit.diffusion.schedule import Schedule
-from factorkit.nn.guided import apply_guidance, fit_guidance, stretch
+from factorkit.nn.guided_filter import apply_guidance, fit_guidance, stretch
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.task import predict_masks, to_float
 from factorkit.utils.errors import ConfigError, DataError, OutOfMemory, is_out_of_memory

@@ -19,7 +19,7 @@ from factorkit.data.datasets import open_dataset
 from factorkit.data.layouts import voc2012
 from factorkit.data.masks import Labelled, load_labelled
 from factorkit.data.splits import Split
-from factorkit.metrics.segmentation import fit_mapping, scores
+from factorkit.metrics.segmentation import fit_mapping, score_masks
 from factorkit.segdiff.class_labels import label_of
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
@@ -148,7 +148,7 @@ def _of_class(
     mapping = fit_mapping(regions(source, chosen), *truth(source, chosen), count)
     predicted = np.isin(regions(labelled, rows), mapping)
     foreground, valid = truth(labelled, rows)
-    of_object, of_rest = scores(predicted, foreground, valid), scores(~predicted, ~foreground & valid, valid)
+    of_object, of_rest = score_masks(predicted, foreground, valid), score_masks(~predicted, ~foreground & valid, valid)
     return {
         "images": len(rows),
         "fitted_on": len(chosen),

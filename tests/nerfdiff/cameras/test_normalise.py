@@ -10,7 +10,7 @@ import torch
 
 from factorkit.data.procedural.scene import procedural_views
 from factorkit.metrics.image import psnr
-from factorkit.metrics.pose import align
+from factorkit.metrics.pose import align_poses
 from factorkit.nerfdiff.cameras.normalise import SPREAD, ahead, centred, spread, upright
 from factorkit.nerfdiff.cameras.poses import dictionary, directions, forward_poses, orbit_poses, plane_dictionary
 from factorkit.nerfdiff.scene import open_scene
@@ -99,5 +99,5 @@ def test_a_forward_scene_is_as_good_wherever_its_world_lies(tiny, tmp_path):
     assert torch.allclose(run.poses, views.poses, atol=1e-5)
     scores = run.evaluate(elsewhere)  # beside the poses as they were given
     assert scores["rotation_max_deg"] < 0.1 and scores["translation_median"] < 1e-3 and not scores["mirrored"]
-    assert torch.allclose(align(run.poses, elsewhere.poses).apply(run.poses), elsewhere.poses, atol=1e-4)  # and back
+    assert torch.allclose(align_poses(run.poses, elsewhere.poses).apply(run.poses), elsewhere.poses, atol=1e-4)
     assert scores["psnr"] > psnr(run.render(run.poses).images, views.images).mean() - 0.5

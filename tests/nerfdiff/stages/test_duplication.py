@@ -17,7 +17,7 @@ from factorkit.nerfdiff.train import Training, train_nerfdiff
 
 @pytest.mark.parametrize("astray", [0, 6])
 def test_views_on_the_wrong_side_are_counted_and_others_are_not(astray, tmp_path):
-    config = preset_config("demo", resolution=24, device="cpu", views=8)
+    config = preset_config("demo", resolution=24, device="cpu", views_per_step=8)
     views = procedural_views(30, 24)
     scene = open_scene(views, 24, torch.device("cpu"))
     poses = scene.poses.clone()
