@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from factorkit.data.procedural.flowers import flowers
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.flowers import draw_flowers
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.segdiff.train import train_segdiff
 
@@ -57,12 +57,12 @@ NERFDIFF = {
 
 def good_runs(folder: Path) -> dict[str, Path]:
     """The folders of a segdiff and a nerfdiff run; beside the former its weights alone, as segdiff.safetensors."""
-    images, masks = flowers(12, 16, 0)
+    images, masks = draw_flowers(12, 16, 0)
     for kind, values in (("images", images), ("masks", masks.astype(np.uint8))):
         (folder / "data" / kind).mkdir(parents=True)
         for i, value in enumerate(values):
             Image.fromarray(value).save(folder / "data" / kind / f"{i:02d}.png")
     segdiff = train_segdiff(folder / "data", out=folder / "segdiff", holdout=6, **SEGDIFF)
     segdiff.save(folder / "segdiff.safetensors")
-    train_nerfdiff(procedural_views(8, 8, seed=1), out=folder / "nerfdiff", **NERFDIFF)
+    train_nerfdiff(make_procedural_views(8, 8, seed=1), out=folder / "nerfdiff", **NERFDIFF)
     return {"segdiff": folder / "segdiff", "nerfdiff": folder / "nerfdiff"}

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from factorkit.data.views.views import Views
-from factorkit.engine import trainer as loop
 from factorkit.nerfdiff import train as nerfdiff
 from factorkit.nerfdiff.stages import dictionary as search
 from factorkit.nerfdiff.stages import distil, joint
 from factorkit.nerfdiff.stages import refine as fit
+from factorkit.segdiff import train as segdiff
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.train import train_segdiff
 
@@ -64,7 +64,7 @@ def without_sheets() -> None:
         return {"failures": [] if step % 4 else ["tiny"], "error": 1 / (1 + step)}
 
     SegdiffTask.inspect = inspect
-    loop.write_report = lambda folder: None
+    segdiff.write_report = nerfdiff.write_report = lambda folder: None
     nerfdiff.HALF_STEPS = HALF_STEPS
     for module in (distil, fit, joint, search):
         for sheet in {"cameras_sheet", "renders_sheet"} & vars(module).keys():

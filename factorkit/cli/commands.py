@@ -12,19 +12,19 @@ from PIL import Image
 
 from factorkit.cli.flag_types import Result
 from factorkit.cli.words import duration, failures, load_run, saying_what_is_saved
-from factorkit.data.datasets import open_dataset, procedural_dataset
-from factorkit.data.open_source import open_source
-from factorkit.data.sources import Source, shown
+from factorkit.data.datasets import make_procedural_dataset, open_dataset
+from factorkit.data.open import open_source
+from factorkit.data.sources import Source, escape_name
 from factorkit.data.video import is_video
 from factorkit.engine.config import cpu_threads
 from factorkit.metrics.baselines import BASELINES
-from factorkit.report.html import verdict, write_report
 from factorkit.segdiff import previews as pictures
 from factorkit.segdiff.choose_regions import SHEET, choose_regions
 from factorkit.segdiff.class_labels import class_sheet
 from factorkit.segdiff.inference.outputs import without_results
 from factorkit.segdiff.run import Generation, SegdiffRun
 from factorkit.segdiff.train import estimate, find_classes, train_segdiff
+from factorkit.segdiff.verdict import read_verdict, write_report
 from factorkit.utils import distributed
 from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import ConfigError
@@ -49,7 +49,7 @@ def train(
         run = train_segdiff(
             data, out=out, preset=preset, seed_trials=seed_trials, baselines=baselines, classes=classes, **changes
         )
-    judged = verdict(run.folder)
+    judged = read_verdict(run.folder)
     found = {
         "run": str(run.folder),
         "report": str(_report(run)),
@@ -104,7 +104,9 @@ def segment(run: Path, paths: Sequence[Path], out: Path, device: str, **options:
         ConfigError: one of the paths is a video.
     """
     if videos := [path for path in paths if is_video(path)]:
-        raise ConfigError(f"{shown(str(videos[0]))} is a video: add --video, and let --out be an .mp4, .mkv or .mov")
+        raise ConfigError(
+            f"{escape_name(str(videos[0]))} is a video: add --video, and let --out be an .mp4, .mkv or .mov"
+        )
     segments = load_run(run, device, "segdiff").segment_folder(open_inputs(paths, out), out, **options)
     found = segments._asdict() | {"out": str(out)}
     lines = [f"{segments.segmented} segmented"]
@@ -181,7 +183,7 @@ def demo(out: Path, seed: int) -> Result:
     start = time.perf_counter()
     with saying_what_is_saved(out):
         run = train_segdiff(out=out, preset="demo", seed=seed, baselines=True)
-    flowers = procedural_dataset(run.config.resolution, train=1, test=DEMO_SEGMENTED).test_images
+    flowers = make_procedural_dataset(run.config.resolution, train=1, test=DEMO_SEGMENTED).test_images
     with cpu_threads(run.config.threads):
         segmented = run.segment_folder(flowers, out / "segmented")
         drawn = run.generate(DEMO_GENERATED, progress=True)
@@ -252,8 +254,8 @@ def write_generated(drawn: Generation, out: Path) -> dict[str, Any]:
         frames = [drawn.trajectory[i] for i in picked]
         regions = None if plain else [frame.masks[:FRAME_SAMPLES].argmax(1).numpy() for frame in frames]
         found["trajectory"] = str(out / "trajectory.png")
-        shown = [_pixels(frame.images[:FRAME_SAMPLES]) for frame in frames]
-        sheet = pictures.trajectory_sheet(shown, regions, [frame.t for frame in frames])
+        escape_name = [_pixels(frame.images[:FRAME_SAMPLES]) for frame in frames]
+        sheet = pictures.trajectory_sheet(escape_name, regions, [frame.t for frame in frames])
         save_image(sheet, Path(found["trajectory"]))
     return found
 

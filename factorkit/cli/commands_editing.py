@@ -13,7 +13,7 @@ from torch import Tensor
 from factorkit.cli.commands import open_inputs
 from factorkit.cli.flag_types import Result
 from factorkit.cli.words import load_run
-from factorkit.data.open_source import open_source
+from factorkit.data.open import open_source
 from factorkit.data.sources import Source
 from factorkit.report.image_grid import grey
 from factorkit.segdiff import previews as pictures

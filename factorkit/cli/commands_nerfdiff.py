@@ -15,7 +15,7 @@ from PIL import Image
 
 from factorkit.cli.flag_types import Result
 from factorkit.cli.words import duration, failures, load_run, saying_what_is_saved
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.data.views.open import open_views
 from factorkit.data.views.views import Views
 from factorkit.engine.checkpoint import Checkpoints
@@ -27,7 +27,7 @@ from factorkit.nerfdiff.previews.views import disparity_image, novel_sheet, view
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.train import PROCEDURAL, train_nerfdiff
 from factorkit.nerfdiff.training_views import kept_views
-from factorkit.report.html import write_report
+from factorkit.nerfdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
 
@@ -92,7 +92,7 @@ def demo(out: Path, seed: int) -> Result:
 
 def demo_views(size: int) -> tuple[Views, Views]:
     """Views of the procedural scene to train on, and further ones."""
-    views = procedural_views(PROCEDURAL + DEMO_HELD_OUT, size)
+    views = make_procedural_views(PROCEDURAL + DEMO_HELD_OUT, size)
     return views.select(slice(0, PROCEDURAL)), views.select(slice(PROCEDURAL, None))
 
 
@@ -135,7 +135,7 @@ def reconstruct(path: Path, paths: Sequence[Path], out: Path, size: int | None, 
             place = out / name.replace("/", "_")
             Image.fromarray(image).save(place.with_suffix(".png"))
             Image.fromarray(depth).save(place.with_name(place.stem + "_depth.png"))
-        beside = views.resized(tuple(seen.images.shape[2:])).images[first]
+        beside = views.resize(tuple(seen.images.shape[2:])).images[first]
         views_sheet(beside, seen.images[first], seen.depth[first], seen.opacity[first], views.names[first]).save(sheet)
 
     distributed.on_first(write)

@@ -195,8 +195,8 @@ class Generate(RunCommand):
     """Where to write; made if it is not there."""
     count: Annotated[int, arg(aliases=["-n"])] = 16
     """How many."""
-    sampler: Literal["ddim", "ddpm", "euler", "heun", "dpm++"] = "ddim"
-    """ddim (the same as euler) adds no noise on the way and needs few steps; dpm++ is of second order; heun too, at two
+    sampler: Literal["ddim", "ddpm", "heun", "dpm++"] = "ddim"
+    """ddim adds no noise on the way and needs few steps; dpm++ is of second order; heun too, at two
     calls of the network a step; ddpm is ancestral sampling. Each goes with whatever the model predicts."""
     steps: int = 50
     """Denoising steps."""

@@ -22,8 +22,8 @@ def score_masks(
 ) -> dict[str, Any]:
     """Compute accuracy, IoU and Dice of boolean masks [N, H, W], each in [0, 1]: means over images, or arrays [N].
 
-    acc is the share of valid pixels that agree; iou is intersection over union; dice is twice the intersection over the sum of areas. If both masks of an
-    image are empty, its iou and dice are 1.
+    acc is the share of valid pixels that agree; iou is intersection over union; dice is twice the
+    intersection over the sum of the areas. If both masks of an image are empty, its iou and dice are 1.
 
     Raises:
         DataError: masks whose shapes differ, or an image without a valid pixel.

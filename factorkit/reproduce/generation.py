@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from factorkit.data.datasets import open_dataset, procedural_dataset
+from factorkit.data.datasets import make_procedural_dataset, open_dataset
 from factorkit.data.prepare import prepare
 from factorkit.metrics.frechet import fid, frechet_distance, random_features
 from factorkit.reproduce.experiment import TRAINED_ONCE, Column, Experiment, Found, NotRun, Row
@@ -42,7 +42,7 @@ def draw(setup: Setup, run: SegdiffRun, seed: int) -> Generation:
 def real_pictures(setup: Setup, config: SegdiffConfig, count: int) -> Tensor:
     """Training pictures [count, 3, R, R] in [0, 1], evenly spaced; fewer where there are no more."""
     if setup.data is None:
-        source = procedural_dataset(config.resolution).train
+        source = make_procedural_dataset(config.resolution).train
     else:
         source = open_dataset(setup.data, holdout=config.holdout, mask_set=config.mask_set).train
     images = prepare(source, config.resolution, progress=setup.progress).images

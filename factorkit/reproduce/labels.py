@@ -88,7 +88,7 @@ def taught(setup: Setup, seed: int, full: str) -> ClassUNet:
     images, truth = known.photos.labelled.images[: known.half], known.truth[: known.half]
     split = known.photos.dataset.splits.get("train")
     if split is not None and split.masks is not None:
-        labelled = load_labelled(split.images, split.masks, config.resolution, ignore=config.ignore)
+        labelled = load_labelled(split.images, split.masks, config.resolution, ignore_label=config.ignore)
         values = np.unique(known.photos.labelled.labels[known.photos.labelled.valid])
         images, truth = labelled.images, _truth(labelled.labels, labelled.valid, values)[0]
     folder = run_folder(setup, "supervised", seed, full)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
-from factorkit.data.masks import Labelled, load_labelled
+from factorkit.data.datasets import Dataset, make_procedural_dataset, open_dataset
+from factorkit.data.masks import LabelledImages, load_labelled
 from factorkit.metrics.segmentation import evaluate_masks, score_masks
 from factorkit.reproduce.experiment import Found, NotRun, percent
 from factorkit.reproduce.setup import Setup
@@ -87,7 +87,7 @@ class Photos:
     """The labelled images that are scored, at the model's resolution; the first ``fit`` of them fit the mapping."""
 
     dataset: Dataset
-    labelled: Labelled
+    labelled: LabelledImages
     num_fit_images: int
 
     @property
@@ -118,12 +118,12 @@ def _photos(
     num_fit_images: int,
 ) -> Photos:
     if data is None:
-        dataset = procedural_dataset(resolution)
+        dataset = make_procedural_dataset(resolution)
     else:
         dataset = open_dataset(data, holdout=holdout, mask_set=mask_set)
     if dataset.test_images is None:
         raise NotRun(f"{dataset.name} has no masks to score with; give a folder with images/ and masks/")
-    labelled = load_labelled(dataset.test_images, dataset.test_masks, resolution, ignore=ignore)
+    labelled = load_labelled(dataset.test_images, dataset.test_masks, resolution, ignore_label=ignore)
     return Photos(dataset, labelled, max(1, min(num_fit_images, len(labelled) // 2)))
 
 

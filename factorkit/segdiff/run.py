@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorkit.data.decode import square
-from factorkit.data.open_source import open_source
+from factorkit.data.decode import crop_square
+from factorkit.data.open import open_source
 from factorkit.data.sources import Source
-from factorkit.data.video import open_clip
+from factorkit.data.video import open_video
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.run_folder import read_object, write_json
@@ -237,7 +237,7 @@ class SegdiffRun:
             WriteError: the disk is full or ``out`` cannot be written.
             OutOfMemory: frames too large for the machine.
         """
-        clip = open_clip(video)
+        clip = open_video(video)
         options = {"size": check_segmenting(self.config, size, upsample), "upsample": upsample, "smooth": smooth}
         predict = self.predictor(t, quality)
         with cpu_threads(self.config.threads):
@@ -288,7 +288,7 @@ class SegdiffRun:
 
         Args:
             n: how many.
-            sampler: ``"ddim"`` (the same as ``"euler"``), ``"heun"`` or ``"dpm++"`` for few steps, ``"ddpm"`` for many;
+            sampler: ``"ddim"``, ``"heun"`` or ``"dpm++"`` for few steps, ``"ddpm"`` for many;
                 see :func:`factorkit.diffusion.samplers.sample`. Each goes with whatever the model predicts.
             steps: denoising steps; None: every one.
             seed: the same seed, the same images.
@@ -421,7 +421,7 @@ class SegdiffRun:
     def _squares(self, images: Any) -> Tensor:
         """Pictures as the training saw them, [n, 3, R, R] in [-1, 1]."""
         pictures, _ = as_pictures(images)
-        return to_float(torch.from_numpy(np.stack([square(p, self.config.resolution) for p in pictures])))
+        return to_float(torch.from_numpy(np.stack([crop_square(p, self.config.resolution) for p in pictures])))
 
     def evaluate(
         self,

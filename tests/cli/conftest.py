@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from factorkit.cli.main import main
-from factorkit.data import flowers
+from factorkit.data import draw_flowers
 from factorkit.metrics.baselines import BASELINES, all_foreground
 
 SMALL = {
@@ -110,7 +110,7 @@ def refused(ask):
 def photos(tmp_path_factory) -> Path:
     """A data set of 24 drawn flowers with masks."""
     folder = tmp_path_factory.mktemp("data") / "photos"
-    for kind, pictures in zip(("images", "masks"), flowers(24, 20, seed=1), strict=True):
+    for kind, pictures in zip(("images", "masks"), draw_flowers(24, 20, seed=1), strict=True):
         (folder / kind).mkdir(parents=True)
         for i, picture in enumerate(pictures):
             Image.fromarray(picture).save(folder / kind / f"{i:02d}.png")

@@ -70,7 +70,8 @@ def test_position_baselines_same_disc_everywhere_are_exact():
 
 def test_mean_mask_is_cut_at_the_best_threshold():
     """Two of three fitting masks are the left half, one is everything: the level of 2/3 gives (.5 + .5 + 1) / 3 for
-    everything and (1 + 1 + .5) / 3 for the left half, so the left half it is."""
+    everything and (1 + 1 + .5) / 3 for the left half, so the left half it is.
+    """
     masks = np.zeros((4, 4, 4), bool)
     masks[:, :, :2] = True
     masks[2] = True
@@ -108,7 +109,7 @@ def test_score_baselines_images_of_one_colour_are_scored(discs):
 
 def test_score_baselines_invalid_arguments_raise(discs):
     images, inside = discs
-    with pytest.raises(ConfigError, match="magic.*all_foreground"):
+    with pytest.raises(ConfigError, match=r"magic.*all_foreground"):
         score_baselines(images, inside, num_fit_images=FIT, names=["magic"])
     with pytest.raises(ConfigError, match="num_fit_images=10 of 10"):
         score_baselines(images, inside, num_fit_images=10)

@@ -133,7 +133,7 @@ def test_the_thesis_preset_trains(views, tmp_path, tiny):
         "log_every": 1,
     }
     run = train_nerfdiff(
-        views.resized((18, 24)), out=tmp_path / "run", preset="llff", device="cpu", progress=False, **small
+        views.resize((18, 24)), out=tmp_path / "run", preset="llff", device="cpu", progress=False, **small
     )
     assert run.step == 2 and run.config.search == "joint" and run.model.candidates.count == 1
     assert run.model.forward_facing and run.scene["size"] == [18, 24]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data import flowers
+from factorkit.data import draw_flowers
 from factorkit.metrics.baselines import BASELINES, all_foreground
 from factorkit.reproduce import generation, reproduce, views
 from factorkit.reproduce.experiments import fig2_10, fig2_12
@@ -72,7 +72,7 @@ def quick(tmp_path_factory, monkeypatch):
 def photos(tmp_path_factory) -> str:
     """24 drawn flowers, 12 of them with masks of the values 0, 128 and 255."""
     folder = tmp_path_factory.mktemp("data") / "photos"
-    images, masks = flowers(24, 20, seed=1)
+    images, masks = draw_flowers(24, 20, seed=1)
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir()
     for i, (image, mask) in enumerate(zip(images, masks, strict=True)):

@@ -122,7 +122,7 @@ def train_supervised(
     settings = {"model": "supervised", **config.to_dict(), "data": data}
     task = SupervisedTask(config, images, truth, classes, device)
     with cpu_threads(config.threads), claimed(folder, settings, config.RESUMABLE):
-        trained = Trainer(task, config, folder, settings, device=device, progress=progress, report=False).run()
+        trained = Trainer(task, config, folder, settings, device=device, progress=progress).run()
         return cast(ClassUNet, trained.eval())
 
 
