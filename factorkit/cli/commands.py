@@ -40,14 +40,16 @@ def train(
     data: Path | None,
     out: Path,
     preset: str | None,
-    seeds: int,
+    seed_trials: int,
     baselines: bool,
     classes: str | None,
     changes: dict[str, Any],
 ) -> Result:
     """Train, or resume; see :func:`factorkit.train_segdiff`."""
     with saying_what_is_saved(out):
-        run = train_segdiff(data, out=out, preset=preset, seeds=seeds, baselines=baselines, classes=classes, **changes)
+        run = train_segdiff(
+            data, out=out, preset=preset, seed_trials=seed_trials, baselines=baselines, classes=classes, **changes
+        )
     judged = read_verdict(run.folder)
     found = {
         "run": str(run.folder),
@@ -62,7 +64,9 @@ def train(
     return found, "\n".join(lines)
 
 
-def dry_run(data: Path | None, preset: str | None, seeds: int, classes: str | None, changes: dict[str, Any]) -> Result:
+def dry_run(
+    data: Path | None, preset: str | None, seed_trials: int, classes: str | None, changes: dict[str, Any]
+) -> Result:
     """What a training would take; a few steps are timed on noise, nothing is written."""
     found, known = {}, None
     if data is not None:
@@ -76,8 +80,8 @@ def dry_run(data: Path | None, preset: str | None, seeds: int, classes: str | No
         f"speed   {found['images_per_second']:.1f} images/s",
         f"time    {duration(found['seconds'])} for {found['steps']} steps of {found['batch_size']} images",
     ]
-    if seeds > 1:
-        lines.append(f"        and up to half of that for each further one of the {seeds} heats")
+    if seed_trials > 1:
+        lines.append(f"        and up to half of that for each further one of the {seed_trials} seed trials")
     if data is not None:
         lines.append(f"data    {found['images']} images to train on, {found['held_out']} labelled ones held out")
     return found, "\n".join(lines)
@@ -202,7 +206,9 @@ def demo(out: Path, seed: int) -> Result:
     if failed:
         lines += ["This run FAILED:", *(f"  - {failure}" for failure in failed)]
         lines += [f"Another seed: factorkit demo --seed {seed + 1} --out {out}-{seed + 1}"]
-        lines += ["Seeds that sort themselves out: factorkit train segdiff --preset demo --seeds 3 --out runs/heats"]
+        lines += [
+            "Let the best of three seeds continue: factorkit train segdiff --preset demo --seed-trials 3 --out runs/trials"
+        ]
     else:
         lines += [f"It worked: IoU {scores['iou']:.3f}, at least {DEMO_MARK:.2f}, and no alarm went off."]
     lines += ["", f"time       {duration(found['seconds'])}"]

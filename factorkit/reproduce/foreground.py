@@ -25,7 +25,7 @@ TRIVIAL = {
     "2-means of an image": "two_means_image",
     "2-means of the set": "two_means_set",
 }
-OURS, THESIS, COMPETITION = "ours, regional form", "ours, the thesis' form", "ours, masks by competition, K = 3"
+OURS, THESIS, MIXTURE = "ours, regional form", "ours, the thesis' form", "ours, masks by mixture, K = 3"
 
 NOTES = (
     "Acc, IoU, DICE: one mapping from regions to foreground for the whole set, fitted on the first labelled images, "
@@ -39,9 +39,11 @@ NOTES = (
 def trivial(name: str, setup: Setup, full: str) -> Found:
     """Score a predictor of :data:`factorkit.metrics.baselines.BASELINES`."""
     known = photos(setup, full)
-    labelled, fit = known.labelled, known.fit
+    labelled, num_fit_images = known.labelled, known.num_fit_images
     try:
-        predicted = BASELINES[name](labelled.images, labelled.foreground[:fit], labelled.valid[:fit])
+        predicted = BASELINES[name](
+            labelled.images, labelled.foreground[:num_fit_images], labelled.valid[:num_fit_images]
+        )
     except ImportError as error:
         raise NotRun(f"{error}; install the extra: pip install 'factorkit[baselines]'") from error
     return score_foreground(known, np.asarray(predicted))
@@ -63,7 +65,7 @@ def rows(setup: Setup, full: str) -> list[Row]:
         *found,
         Row(name, lambda s, seed: ours(s, seed, full)),
         Row(other, lambda s, seed: ours(s, seed, full, form, form=form), seeds=1),
-        Row(COMPETITION, lambda s, seed: ours(s, seed, full, "competition", masks="competition", regions=3)),
+        Row(MIXTURE, lambda s, seed: ours(s, seed, full, "mixture", masks="mixture", regions=3)),
     ]
 
 

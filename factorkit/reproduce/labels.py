@@ -117,7 +117,7 @@ def clusters(setup: Setup, run: SegdiffRun, seed: int, full: str) -> DatasetDDPM
 def our_regions(setup: Setup, full: str) -> int | tuple[int, ...]:
     """K of ours: the scale's own, and no fewer than there are classes; a hierarchy gets more at its deepest level."""
     config, count = config_of(setup, full), classes_of(setup, full).count
-    if config.leaves >= count:
+    if config.num_leaf_regions >= count:
         return config.regions
     *coarser, _ = config.nesting
     return (*coarser, -(-count // math.prod(coarser))) if coarser else count
@@ -152,7 +152,7 @@ def rows(setup: Setup, full: str) -> list[Row]:
 
     def ours(s: Setup, seed: int) -> Found:
         run = our_run(s, seed, full)
-        return cell(region_labels(run, photos(s, full).labelled.images), run.config.leaves, s)
+        return cell(region_labels(run, photos(s, full).labelled.images), run.config.num_leaf_regions, s)
 
     return [Row(SUPERVISED, supervised), Row(CLUSTERING, clustered), Row(OURS, ours)]
 

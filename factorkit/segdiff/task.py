@@ -97,11 +97,13 @@ class SegdiffTask:
         """The pictures [B, 3, R, R], their noise, and its levels [B]."""
         config, x0 = self.config, pixels_to_signed(self._gather(indices))
         mirrored = draw.uniform() < 0.5
-        if config.mirror:
+        if config.random_flip:
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
         t = draw.integers(0, config.t_max)
-        if config.tail:
-            t = torch.where(draw.uniform() < config.tail, draw.integers(config.t_max, config.timesteps), t)
+        if config.high_noise_fraction:
+            t = torch.where(
+                draw.uniform() < config.high_noise_fraction, draw.integers(config.t_max, config.timesteps), t
+            )
         return x0, draw.normal(*x0.shape[1:]), t
 
     def _told(self, indices: Tensor, draw: BatchDraw) -> tuple[Tensor, ...]:
@@ -119,10 +121,10 @@ class SegdiffTask:
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
     def _watch(self, masks: Tensor) -> dict[str, Tensor]:
-        if self.config.leaves == 1:
+        if self.config.num_leaf_regions == 1:
             return {}
         masks = masks.detach()
-        entropy = -(masks * masks.clamp_min(1e-8).log()).sum(1).mean() / np.log(self.config.leaves)
+        entropy = -(masks * masks.clamp_min(1e-8).log()).sum(1).mean() / np.log(self.config.num_leaf_regions)
         return {"areas": masks.mean((0, 2, 3)), "entropy": entropy}
 
     def inspect(self, model: FactorizedUNet, step: int, folder: Path) -> dict[str, Any]:
@@ -148,14 +150,14 @@ class SegdiffTask:
         levels = levels if len(nesting) > 1 else ()
         sheet = pictures.segmentation_sheet(signed_to_pixels(shown), masks.numpy(), branches, levels=levels)
         save_image(sheet, folder / f"{step:06d}_segmentation.png")
-        return {} if self.config.leaves == 1 else self.alarms(model).to_dict()
+        return {} if self.config.num_leaf_regions == 1 else self.alarms(model).to_dict()
 
     def alarms(self, model: FactorizedUNet) -> Alarms:
         """The label-free alarms of ``model`` on the probe images."""
         masks = predict_masks(model, self.probes, self.config.segment_t, self.schedule)
         flipped = predict_masks(model, self.probes.flip(3), self.config.segment_t, self.schedule)
         found = measure_alarms(self.probes, masks, flipped)
-        if self.config.masks != "competition":
+        if self.config.masks != "mixture":
             return found
         return dataclasses.replace(found, error=unexplained_noise(model.competition, self.probes, self.schedule))
 

@@ -122,13 +122,13 @@ def test_the_thesis_preset_trains(views, tmp_path, tiny):
     small = {
         "resolution": 24,
         "encoder_resolution": 24,
-        "width": 8,
-        "multipliers": (1, 2),
+        "model_channels": 8,
+        "channel_mult": (1, 2),
         "batch_size": 2,
         "rays_per_view": 8,
         "samples_per_ray": 4,
         "steps": 2,
-        "blocks": 1,
+        "num_res_blocks": 1,
         "checkpoint_every": 2,
         "log_every": 1,
     }

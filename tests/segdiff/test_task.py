@@ -16,7 +16,15 @@ from factorkit.utils.images import pixels_to_signed, signed_to_pixels
 from factorkit.utils.rng import BatchDraw
 
 CPU = torch.device("cpu")
-TINY = {"resolution": 8, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2, "steps": 400}
+TINY = {
+    "resolution": 8,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
+    "steps": 400,
+}
 
 
 def pictures(count=6, size=8):
@@ -44,8 +52,8 @@ def by_hand(task, indices, step):
     flip = numbers.uniform() < 0.5
     x0 = torch.stack([image.flip(-1) if f else image for image, f in zip(x0, flip, strict=True)])
     t = numbers.integers(0, config.t_max)
-    if config.tail:
-        in_tail = numbers.uniform() < config.tail
+    if config.high_noise_fraction:
+        in_tail = numbers.uniform() < config.high_noise_fraction
         t = torch.where(in_tail, numbers.integers(config.t_max, 1000), t)
     eps = numbers.normal(3, 8, 8)
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t].float()
@@ -79,10 +87,10 @@ def test_the_loss_is_its_formula(prediction, form, step):
 @pytest.mark.parametrize(
     ("changes", "low", "high", "beyond"),
     [
-        ({"t_max": 300, "tail": 0.0}, 0, 300, 0.0),
-        ({"t_max": 300, "tail": 0.25}, 0, 1000, 0.25),
+        ({"t_max": 300, "high_noise_fraction": 0.0}, 0, 300, 0.0),
+        ({"t_max": 300, "high_noise_fraction": 0.25}, 0, 1000, 0.25),
         ({"form": "thesis"}, 0, 1000, 0.7),
-        ({"t_max": 300, "tail": 1.0}, 300, 1000, 1.0),
+        ({"t_max": 300, "high_noise_fraction": 1.0}, 300, 1000, 1.0),
     ],
 )
 def test_time_steps_lie_where_they_should(changes, low, high, beyond):

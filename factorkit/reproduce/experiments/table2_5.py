@@ -59,8 +59,8 @@ def cell(setup: Setup, seed: int, run: SegdiffRun) -> Found:
     pixels = images_to_pixels(drawn.images)
     known, reference = labels.classes_of(setup, FULL), predict_classes(labels.taught(setup, seed, FULL), pixels)
     real = known.photos.labelled.images
-    if run.config.leaves > 1:
-        regions, found, on_real = run.config.leaves, drawn.labels.numpy(), region_labels(run, real)
+    if run.config.num_leaf_regions > 1:
+        regions, found, on_real = run.config.num_leaf_regions, drawn.labels.numpy(), region_labels(run, real)
     else:
         training = labels.clusters(setup, run, seed, FULL)
         regions, found, on_real = labels.CLUSTERS, training.segment(pixels), training.segment(real)

@@ -34,10 +34,17 @@ class ClassUNet(nn.Module):
 
     def __init__(self, config: SegdiffConfig, classes: int):
         super().__init__()
-        common = {"heads": config.heads, "groups": config.groups, "dropout": config.dropout}
-        embed = 4 * config.width
-        shape = (config.width, config.multipliers, config.blocks, config.attention, config.resolution, embed)
-        self.time = TimeEmbedding(config.width)
+        common = {"num_heads": config.num_heads, "norm_groups": config.norm_groups, "dropout": config.dropout}
+        embed = 4 * config.model_channels
+        shape = (
+            config.model_channels,
+            config.channel_mult,
+            config.num_res_blocks,
+            config.attention_resolutions,
+            config.resolution,
+            embed,
+        )
+        self.time = TimeEmbedding(config.model_channels)
         self.encoder = Encoder(3, *shape, **common)
         channels = self.encoder.out_channels
         self.middle = Middle(channels, embed, **common)

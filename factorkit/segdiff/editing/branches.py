@@ -42,7 +42,7 @@ def take_apart(model: FactorizedUNet, config: SegdiffConfig, schedule: Schedule,
     Raises:
         ConfigError: the model has no branches (``decoding="concat"``).
     """
-    if config.decoding == "concat" and config.leaves > 1:
+    if config.decoding == "concat" and config.num_leaf_regions > 1:
         raise ConfigError(
             "this run was trained with decoding='concat': one decoder sees all masks, so there are no branches to show"
         )

@@ -154,10 +154,10 @@ def recompose_pictures(
         DataError: so many pictures cannot be paired.
     """
     top = levels(config)
-    if config.leaves == 1:
+    if config.num_leaf_regions == 1:
         raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to edit")
-    if not 0 <= region < config.leaves:
-        raise ConfigError(f"region={region}: this run has regions 0 to {config.leaves - 1}")
+    if not 0 <= region < config.num_leaf_regions:
+        raise ConfigError(f"region={region}: this run has regions 0 to {config.num_leaf_regions - 1}")
     if remove and (sources is not None or t is not None):
         raise ConfigError("a region is removed or brought from elsewhere: give remove, or from and t, not both")
     if not 1 <= steps <= top:

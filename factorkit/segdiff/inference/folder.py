@@ -152,7 +152,7 @@ class _Job:
 
     def _plan(self) -> tuple[list[int], bool]:
         """The pictures to be segmented, and whether the sheet is to be drawn."""
-        count, regions = len(self.source), self.config.leaves
+        count, regions = len(self.source), self.config.num_leaf_regions
         done = [self.manifest.has(i, self.paths[i], self.formats, regions) for i in range(count)]
         first = range(min(SHEET_IMAGES, count))
         sheet_due = not self.sheet.exists() or any(not done[i] and not self.manifest.failed(i) for i in first)
@@ -177,7 +177,7 @@ class _Job:
         self.manifest.take_in()
         if sheet_due and self.rows:
             self._write_sheet()
-        regions = self.config.leaves
+        regions = self.config.num_leaf_regions
         annotated = write_annotations(self.manifest, regions) if "coco" in self.formats else None
         areas = [line["areas"] for _, line in self.manifest.records()]
         return FolderSegments(
@@ -325,7 +325,7 @@ class _Job:
 
     def _write_sheet(self) -> None:
         order = sorted(self.rows)
-        colors = pictures.palette(self.config.leaves)
+        colors = pictures.palette(self.config.num_leaf_regions)
         columns = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
         captions = [escape_name(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
         rows = [self.rows[i] for i in order]

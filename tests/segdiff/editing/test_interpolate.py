@@ -67,7 +67,7 @@ def test_interpolate_one_image_pairs_with_all_others(stirred_run, pictures):
 
 def test_interpolate_default_level_is_a_quarter_of_the_trained_levels(stirred_run, pictures):
     a, b = pictures(2)
-    for run, t in ((stirred_run(), 250), (stirred_run(tail=0.0, t_max=40), 10)):
+    for run, t in ((stirred_run(), 250), (stirred_run(high_noise_fraction=0.0, t_max=40), 10)):
         by_default = run.interpolate(a, b, frames=2, steps=2)
         assert torch.equal(by_default.images, run.interpolate(a, b, frames=2, steps=2, t=t).images)
         assert not torch.equal(by_default.images, run.interpolate(a, b, frames=2, steps=2, t=t + 5).images)
@@ -90,7 +90,7 @@ def test_interpolate_invalid_settings_raise(stirred_run, pictures, changes, says
 
 def test_interpolate_untrained_level_raises(stirred_run, pictures):
     with pytest.raises(ConfigError, match="between 0 and 39, the noisiest level"):
-        stirred_run(tail=0.0, t_max=40).interpolate(*pictures(2), t=40)
+        stirred_run(high_noise_fraction=0.0, t_max=40).interpolate(*pictures(2), t=40)
 
 
 def test_interpolate_unpairable_images_raise(stirred_run, pictures):
