@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.nerfdiff.train import Training, train_nerfdiff
 
 #: what a short training of each field takes on a CPU
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    training, held_out = procedural_views(80, args.size), procedural_views(12, args.size, seed=1)
+    training, held_out = make_procedural_views(80, args.size), make_procedural_views(12, args.size, seed=1)
     for field in args.fields:
         for occupancy in (False, True):
             with tempfile.TemporaryDirectory() as folder:

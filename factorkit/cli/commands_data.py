@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 
 from factorkit.cli.flag_types import Result
-from factorkit.data.layouts import LAYOUTS, Reader
+from factorkit.data.layouts import READERS, Reader
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.train import load_data
 
@@ -47,9 +47,9 @@ def list_layouts() -> Result:
     """The data sets whose published layout is read where it lies."""
     found = [
         {"name": r.name, "title": r.title, "expects": r.expects, "extra": r.extra} | {f: getattr(r, f) for f in FIELDS}
-        for r in LAYOUTS
+        for r in READERS
     ]
-    return {"layouts": found}, "\n\n".join(map(_described, LAYOUTS))
+    return {"layouts": found}, "\n\n".join(map(_described, READERS))
 
 
 def _described(reader: Reader) -> str:

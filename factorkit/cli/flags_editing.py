@@ -38,7 +38,7 @@ class Interpolate(RunCommand):
     """Noise level at which they are mixed; without: a quarter of the model's (250). The higher, the freer."""
     steps: int = 50
     """Denoising steps."""
-    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm++"] = "ddpm"
+    sampler: Literal["ddpm", "ddim", "heun", "dpm++"] = "ddpm"
     """As of generate."""
     seed: int = 0
     """The same seed draws the same pictures."""
@@ -106,7 +106,7 @@ class Recompose(RunCommand):
     is held, or with --from all but the last twentieth (50). 0 pastes."""
     steps: int = 50
     """Denoising steps."""
-    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm++"] = "ddpm"
+    sampler: Literal["ddpm", "ddim", "heun", "dpm++"] = "ddpm"
     """As of generate; ddpm fits what is new to what is kept better."""
     seed: int = 0
     """The same seed draws the same pictures."""

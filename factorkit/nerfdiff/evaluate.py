@@ -43,7 +43,7 @@ def kept_true(run: NerfdiffRun, views: Views | None = None) -> Tensor | None:
 def registration(run: NerfdiffRun, views: Views | None, found: PoseErrors) -> Similarity:
     """From the true coordinates into the scene's: by the training views' poses, and then by their pictures."""
     true, start = kept_true(run, views), found.alignment.inverse()
-    return registered(run.model, start, true, run.views.resized(run.model.size).images)
+    return registered(run.model, start, true, run.views.resize(run.model.size).images)
 
 
 def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None, refine: int = 0) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None, refine
         raise DataError(f"{len(views)} views cannot be aligned with the model's own coordinates; give at least 3")
     encoder = pose_errors(predicted, true)
     into_scene = encoder.alignment.inverse() if found is None else registration(run, views, found)
-    views = views.resized(run.model.size)
+    views = views.resize(run.model.size)
     at_truth, at_encoder = run.render(into_scene.apply(true)).images, run.render(predicted).images
     scores: dict[str, Any] = {"views": len(views), "size": list(views.size), "step": run.step, "refine": refine}
     if found is not None:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.data.views.open import open_views
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.config import preset_config
@@ -58,7 +58,7 @@ def views(setup: Setup) -> tuple[Views, Views]:
 def _views(data: Path | None, identity: str, size: int | None) -> tuple[Views, Views]:
     if data is not None:
         return open_views(data, "train", size), open_views(data, "test", size)
-    drawn = procedural_views(PROCEDURAL + HELD_OUT, size or 128)
+    drawn = make_procedural_views(PROCEDURAL + HELD_OUT, size or 128)
     return drawn.select(slice(0, PROCEDURAL)), drawn.select(slice(PROCEDURAL, None))
 
 

@@ -36,7 +36,7 @@ def test_frechet_distance_equal_sets_is_zero_even_with_few_rows():
 
 
 def test_frechet_distance_noncommuting_covariances_equals_eigenvalue_form():
-    """tr (A B)^(1/2) from the eigenvalues of A B itself."""
+    """Tr (A B)^(1/2) from the eigenvalues of A B itself."""
     a, b = cloud(40, 3, 1) @ cloud(3, 3, 2), cloud(40, 3, 3) @ cloud(3, 3, 4)
     first, second = a.T.cov(), b.T.cov()
     mixed = torch.linalg.eigvals(first @ second).real.sqrt().sum()

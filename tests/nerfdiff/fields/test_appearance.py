@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import factorkit
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.nerfdiff.cameras.poses import dictionary, orbit_poses
 from factorkit.nerfdiff.fields.appearance import Appearance
 from factorkit.nerfdiff.fields.grid import GridField, build_field
@@ -93,7 +93,7 @@ def test_pixels_and_comparisons_have_their_views_tones():
 @pytest.fixture(scope="module")
 def tinted():
     """Views of the procedural scene, half of them of twice the red and half the blue of the others."""
-    views = procedural_views(24, 16, seed=1)
+    views = make_procedural_views(24, 16, seed=1)
     gain = torch.ones(24, 3, 1, 1)
     gain[::2] = torch.tensor([1.4, 1.0, 0.7])[:, None, None]
     gain[1::2] = torch.tensor([0.7, 1.0, 1.4])[:, None, None]

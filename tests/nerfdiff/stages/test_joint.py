@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.diffusion.schedule import Schedule
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, OctantCandidates, SingleCandidate, build_candidates
@@ -119,7 +119,7 @@ def test_the_whole_chain_by_finite_differences(tiny, scene_views):
 
 def test_candidates_beyond_the_first_cost_no_memory(scene_views, tiny):
     """Candidates are compared without gradient, in pieces: what a step keeps does not grow with their number."""
-    views = procedural_views(12, 32, seed=0)
+    views = make_procedural_views(12, 32, seed=0)
 
     def kept(cameras: int) -> int:
         changes = {"rays_per_view": 256, "samples_per_ray": 28, "resolution": 32, "encoder_resolution": 32}
