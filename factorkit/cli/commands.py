@@ -18,16 +18,17 @@ from factorkit.data.sources import Source, escape_name
 from factorkit.data.video import is_video
 from factorkit.engine.config import cpu_threads
 from factorkit.metrics.baselines import BASELINES
-from factorkit.report.html import verdict, write_report
 from factorkit.segdiff import previews as pictures
 from factorkit.segdiff.choose_regions import SHEET, choose_regions
 from factorkit.segdiff.class_labels import class_sheet
 from factorkit.segdiff.inference.outputs import without_results
 from factorkit.segdiff.run import Generation, SegdiffRun
 from factorkit.segdiff.train import estimate, find_classes, train_segdiff
+from factorkit.segdiff.verdict import read_verdict, write_report
 from factorkit.utils import distributed
 from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import images_to_pixels
 from factorkit.utils.safe_reading import read_json
 
 DEMO_MARK = 0.80  # IoU on the held-out procedural flowers
@@ -39,15 +40,17 @@ def train(
     data: Path | None,
     out: Path,
     preset: str | None,
-    seeds: int,
+    seed_trials: int,
     baselines: bool,
     classes: str | None,
     changes: dict[str, Any],
 ) -> Result:
     """Train, or resume; see :func:`factorkit.train_segdiff`."""
     with saying_what_is_saved(out):
-        run = train_segdiff(data, out=out, preset=preset, seeds=seeds, baselines=baselines, classes=classes, **changes)
-    judged = verdict(run.folder)
+        run = train_segdiff(
+            data, out=out, preset=preset, seed_trials=seed_trials, baselines=baselines, classes=classes, **changes
+        )
+    judged = read_verdict(run.folder)
     found = {
         "run": str(run.folder),
         "report": str(_report(run)),
@@ -61,7 +64,9 @@ def train(
     return found, "\n".join(lines)
 
 
-def dry_run(data: Path | None, preset: str | None, seeds: int, classes: str | None, changes: dict[str, Any]) -> Result:
+def dry_run(
+    data: Path | None, preset: str | None, seed_trials: int, classes: str | None, changes: dict[str, Any]
+) -> Result:
     """What a training would take; a few steps are timed on noise, nothing is written."""
     found, known = {}, None
     if data is not None:
@@ -75,8 +80,8 @@ def dry_run(data: Path | None, preset: str | None, seeds: int, classes: str | No
         f"speed   {found['images_per_second']:.1f} images/s",
         f"time    {duration(found['seconds'])} for {found['steps']} steps of {found['batch_size']} images",
     ]
-    if seeds > 1:
-        lines.append(f"        and up to half of that for each further one of the {seeds} heats")
+    if seed_trials > 1:
+        lines.append(f"        and up to half of that for each further one of the {seed_trials} seed trials")
     if data is not None:
         lines.append(f"data    {found['images']} images to train on, {found['held_out']} labelled ones held out")
     return found, "\n".join(lines)
@@ -201,7 +206,9 @@ def demo(out: Path, seed: int) -> Result:
     if failed:
         lines += ["This run FAILED:", *(f"  - {failure}" for failure in failed)]
         lines += [f"Another seed: factorkit demo --seed {seed + 1} --out {out}-{seed + 1}"]
-        lines += ["Seeds that sort themselves out: factorkit train segdiff --preset demo --seeds 3 --out runs/heats"]
+        lines += [
+            "Let the best of three seeds continue: factorkit train segdiff --preset demo --seed-trials 3 --out runs/trials"
+        ]
     else:
         lines += [f"It worked: IoU {scores['iou']:.3f}, at least {DEMO_MARK:.2f}, and no alarm went off."]
     lines += ["", f"time       {duration(found['seconds'])}"]
@@ -227,7 +234,7 @@ def write_generated(drawn: Generation, out: Path) -> dict[str, Any]:
     The sheet has a row for each class where classes were asked for.
     """
     out.mkdir(parents=True, exist_ok=True)
-    images, masks, labels = _pixels(drawn.images), drawn.masks.numpy(), drawn.labels.numpy()
+    images, masks, labels = images_to_pixels(drawn.images), drawn.masks.numpy(), drawn.labels.numpy()
     plain = masks.shape[1] == 1
     for i, image in enumerate(images):
         path = out / f"generated_{i:04d}"
@@ -248,7 +255,7 @@ def write_generated(drawn: Generation, out: Path) -> dict[str, Any]:
         frames = [drawn.trajectory[i] for i in picked]
         regions = None if plain else [frame.masks[:FRAME_SAMPLES].argmax(1).numpy() for frame in frames]
         found["trajectory"] = str(out / "trajectory.png")
-        escape_name = [_pixels(frame.images[:FRAME_SAMPLES]) for frame in frames]
+        escape_name = [images_to_pixels(frame.images[:FRAME_SAMPLES]) for frame in frames]
         sheet = pictures.trajectory_sheet(escape_name, regions, [frame.t for frame in frames])
         save_image(sheet, Path(found["trajectory"]))
     return found
@@ -258,11 +265,6 @@ def _write_regions(path: Path, labels: np.ndarray, masks: np.ndarray) -> None:
     save_image(pictures.label_image(labels), Path(f"{path}_labels.png"))
     for k, mask in enumerate(masks):
         save_image(pictures.mask_image(mask), Path(f"{path}_mask_{k}.png"))
-
-
-def _pixels(images) -> np.ndarray:
-    """[n, 3, R, R] in [0, 1] to uint8 [n, R, R, 3]."""
-    return (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 # --- words ---

@@ -16,7 +16,7 @@ from factorkit.utils.errors import CheckpointError, ConfigError
 
 
 def folders_of(run: Path) -> list[Checkpoints]:
-    """The checkpoints of a run, and those of its stages and heats.
+    """The checkpoints of a run, and those of its stages and seed trials.
 
     Raises:
         CheckpointError: it is no run folder.

@@ -21,15 +21,16 @@ from factorkit.data.views.views import Views
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.run_folder import write_json
 from factorkit.nerfdiff.evaluate import training_errors
-from factorkit.nerfdiff.export.frames import to_uint8, write_frames
+from factorkit.nerfdiff.export.frames import write_frames
 from factorkit.nerfdiff.partial_run import newest_stage, snapshot
 from factorkit.nerfdiff.previews.views import disparity_image, novel_sheet, views_sheet
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.train import PROCEDURAL, train_nerfdiff
 from factorkit.nerfdiff.training_views import kept_views
-from factorkit.report.html import write_report
+from factorkit.nerfdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import images_to_pixels
 
 if TYPE_CHECKING:
     from factorkit.nerfdiff.viewer import Shown
@@ -131,7 +132,7 @@ def reconstruct(path: Path, paths: Sequence[Path], out: Path, size: int | None, 
     def write() -> None:
         out.mkdir(parents=True, exist_ok=True)
         disparities = disparity_image(seen.depth, seen.opacity)
-        for name, image, depth in zip(views.names, to_uint8(seen.images), disparities, strict=True):
+        for name, image, depth in zip(views.names, images_to_pixels(seen.images), disparities, strict=True):
             place = out / name.replace("/", "_")
             Image.fromarray(image).save(place.with_suffix(".png"))
             Image.fromarray(depth).save(place.with_name(place.stem + "_depth.png"))
@@ -170,7 +171,7 @@ def sample(path: Path, out: Path, device: str, **options: Any) -> Result:
 
     def write() -> None:
         out.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(to_uint8(drawn.images)):
+        for i, image in enumerate(images_to_pixels(drawn.images)):
             Image.fromarray(image).save(out / f"view_{i:04d}.png")
         write_json(out / "poses.json", {"poses": drawn.poses.tolist()})
         if sheet is not None:

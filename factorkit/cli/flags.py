@@ -48,7 +48,7 @@ class Train(Command, Generic[Config]):
     EXAMPLES
         factorkit train segdiff
         factorkit train segdiff --data photos/ --out runs/photos --preset fast64 --steps 2000
-        factorkit train segdiff --data photos/ --out runs/photos --seeds 3
+        factorkit train segdiff --data photos/ --out runs/photos --seed-trials 3
         factorkit train segdiff --data photos/ --preset flowers64 --dry-run
         torchrun --nproc-per-node 8 -m factorkit train segdiff --data photos.zip --preset ffhq64
     """
@@ -64,8 +64,8 @@ class Train(Command, Generic[Config]):
     classes: Annotated[str | None, arg(metavar="folders|auto|FILE", help_behavior_hint="")] = None
     """Tell the model of what class each image is: by its folder, by a .csv, .tsv or .json of names and classes, or as
     the data set says; without: of none."""
-    seeds: int = 1
-    """Train so many short heats first, drop those that fail the label-free alarms, go on with the best."""
+    seed_trials: int = 1
+    """Number of short trainings from different seeds; the best by the label-free alarms continues."""
     baselines: Flag = False
     """At the end score trivial predictors beside the model, where there are labels."""
     dry_run: Flag = False
@@ -96,9 +96,9 @@ class Train(Command, Generic[Config]):
 
         changes = self.config.to_dict() | {"holdout": _holdout(self.config.holdout)}
         if self.dry_run:
-            return commands.dry_run(self.data, self.preset, self.seeds, self.classes, changes)
+            return commands.dry_run(self.data, self.preset, self.seed_trials, self.classes, changes)
         out = self.out or Path("runs") / _preset(self)
-        return commands.train(self.data, out, self.preset, self.seeds, self.baselines, self.classes, changes)
+        return commands.train(self.data, out, self.preset, self.seed_trials, self.baselines, self.classes, changes)
 
 
 @dataclass(kw_only=True)
@@ -148,7 +148,7 @@ class Segment(RunCommand):
     """Where to write; made if it is not there."""
     t: Level = None
     """Noise level at which to look, 0 to T-1; without: the run's own, 30 on the linear schedule and 0 of a
-    competition."""
+    mixture."""
     size: OptionalInt = None
     """Pixels of the short side at which the network looks; without: the training's. More shows it smaller things."""
     upsample: Literal["guided", "bilinear"] = "guided"
@@ -231,7 +231,7 @@ class Evaluate(RunCommand):
     scores.json.
 
     EXAMPLES
-        factorkit evaluate runs/flowers --images photos/ --masks masks/ --ignore 128 --fit 16
+        factorkit evaluate runs/flowers --images photos/ --masks masks/ --ignore 128 --num-fit-images 16
         factorkit evaluate runs/flowers --images photos/ --masks masks/ --baselines
         factorkit evaluate runs/imagenet --data VOCdevkit/ --split val
         factorkit evaluate runs/lego --views lego/ --split test --json
@@ -254,7 +254,7 @@ class Evaluate(RunCommand):
     """Folder, .zip or array of images."""
     masks: OptionalPath = None
     """Folder, .zip or array of masks; every value above 0 is foreground."""
-    fit: OptionalInt = None
+    num_fit_images: OptionalInt = None
     """Labelled images that fit the mapping; without: the run's own (16), at most half of them."""
     ignore: OptionalInt = None
     """Mask value of pixels that are not scored; without: the run's own."""
@@ -262,7 +262,7 @@ class Evaluate(RunCommand):
     """Score beside it: all foreground, centre disc, mean mask, colour 2-means per image and per set, GrabCut."""
     t: Level = None
     """Noise level at which to segment, 0 to T-1; without: the run's own, 30 on the linear schedule and 0 of a
-    competition."""
+    mixture."""
     size: OptionalInt = None
     """Pixels a side at which to score; without: the model's resolution."""
     quality: Literal["fast", "best"] = "fast"
@@ -281,7 +281,12 @@ class Evaluate(RunCommand):
         if self.data is not None:
             from factorkit.cli import commands
 
-            options: dict[str, Any] = {"fit": self.fit, "t": self.t, "quality": self.quality, "mask_set": self.mask_set}
+            options: dict[str, Any] = {
+                "num_fit_images": self.num_fit_images,
+                "t": self.t,
+                "quality": self.quality,
+                "mask_set": self.mask_set,
+            }
             options |= {"split": self.split or "val", "label_map": self.label_map}
             return commands.zero_shot(self.run, self.data, self.device, **options)
         if self.images is None or self.masks is None:
@@ -289,7 +294,7 @@ class Evaluate(RunCommand):
         from factorkit.cli import commands
 
         options = {
-            "fit": self.fit,
+            "num_fit_images": self.num_fit_images,
             "ignore": self.ignore,
             "baselines": self.baselines,
             "t": self.t,

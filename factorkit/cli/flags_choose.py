@@ -25,7 +25,7 @@ class ChooseRegions(Command):
 
     EXAMPLES
         factorkit choose-regions photos/
-        factorkit choose-regions horses/ --no-mirror --candidates 2 3 4 5 6 --seeds 3
+        factorkit choose-regions horses/ --no-random-flip --candidates 2 3 4 5 6 --seed-trials 3
     """
 
     data: Positional[Annotated[Path | None, arg(metavar="DATA", help_behavior_hint="")]] = None
@@ -34,13 +34,13 @@ class ChooseRegions(Command):
     """Where to write."""
     candidates: Annotated[tuple[int, ...], arg(metavar="K K...")] = (2, 3, 4, 5)
     """Numbers of regions to try."""
-    seeds: int = 2
+    seed_trials: int = 2
     """Trainings of each; the best stands for it."""
-    least_fall: float = 0.02
+    min_improvement: float = 0.02
     """Share of the error that a further region must take off."""
     resolution: int = 32
     """Pixels a side."""
-    mirror: bool = True
+    random_flip: bool = True
     """Show half of the photographs mirrored; not for things that all face one way."""
     steps: int = 200
     """Of each training."""
@@ -57,10 +57,10 @@ class ChooseRegions(Command):
             self.data,
             self.out,
             candidates=self.candidates,
-            seeds=self.seeds,
-            least_fall=self.least_fall,
+            seed_trials=self.seed_trials,
+            min_improvement=self.min_improvement,
             resolution=self.resolution,
-            mirror=self.mirror,
+            random_flip=self.random_flip,
             steps=self.steps,
             holdout=holdout,
             device=self.device,

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from factorkit.engine.log import read_log
-from factorkit.report.curves import timeline
 from factorkit.utils.errors import ConfigError, FactorkitError
+from factorkit.utils.jsonl import read_log, timeline
 
 
 class Interrupted(FactorkitError):

@@ -7,13 +7,13 @@ import torch
 
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.engine.checkpoint import Checkpoints
-from factorkit.engine.log import read_log
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.distil import DistilTask
 from factorkit.nerfdiff.stages.joint import JointTask
 from factorkit.nerfdiff.stages.refine import FitTask
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.jsonl import read_log
 
 
 class Killed(BaseException):

@@ -25,11 +25,11 @@ CPU = torch.device("cpu")
 TINY = {
     "resolution": 8,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "steps": 4,
     "batch_size": 4,
     "checkpoint_every": 2,
@@ -46,8 +46,7 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 2)
-    for caller in ("engine.loop", "segdiff.train"):
-        monkeypatch.setattr(f"factorkit.{caller}.write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
 
 
 def pictures(count=6) -> np.ndarray:
