@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from factorkit.data.datasets import make_procedural_dataset, open_dataset
 from factorkit.data.prepare import prepare
-from factorkit.metrics.frechet import fid, frechet_distance, random_features
+from factorkit.metrics.frechet import compute_fid, frechet_distance, random_features
 from factorkit.reproduce.experiment import TRAINED_ONCE, Column, Experiment, Found, NotRun, Row
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import SegdiffConfig
@@ -65,7 +65,7 @@ def fid(setup: Setup, run: SegdiffRun, images: Tensor) -> float:
     """
     real = real_pictures(setup, run.config, len(images))
     try:
-        return fid(real, images[: len(real)], run.device)
+        return compute_fid(real, images[: len(real)], run.device)
     except ConfigError as error:
         raise NotRun(str(error)) from error
 
