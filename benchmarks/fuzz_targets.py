@@ -32,7 +32,7 @@ from factorkit.data import open_views, read_classes
 from factorkit.data.datasets import open_dataset
 from factorkit.engine.checkpoint import read_checkpoint, write_checkpoint
 from factorkit.rendering import orbit
-from factorkit.report.html import write_report
+from factorkit.segdiff.verdict import write_report
 
 Told = tuple[str, str] | None  # outcome and words, where what reads the input says them itself
 GOOD = "a_good.png"  # beside a malformed picture

@@ -86,8 +86,8 @@ def finished(args: argparse.Namespace) -> dict[str, list[dict]]:
     import factorkit
     from factorkit.data.datasets import open_dataset
     from factorkit.data.masks import load_labelled
-    from factorkit.engine.log import read_log
     from factorkit.segdiff.task import to_float
+    from factorkit.utils.jsonl import read_log
 
     rows = []
     for folder in args.runs:

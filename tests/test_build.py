@@ -26,9 +26,8 @@ HAS_NVCC = shutil.which("nvcc") is not None
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a build reads, so that building here touches nothing of the checkout or of its installation."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
     for name in ("factorkit", "kernels", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return folder

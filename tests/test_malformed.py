@@ -159,7 +159,7 @@ def test_checkpoint_whose_settings_are_not_of_its_weights(good, tmp_path, change
         {"scene": {"layout": "object", "distance": "far", "size": [8, 8]}},
         {"width": 10**9},
         {"scene": {"layout": "object", "distance": 3.5, "size": [8, 10**9]}},
-        {"cameras": 10**9},
+        {"num_candidates": 10**9},
         {"step": []},
     ],
 )

@@ -78,11 +78,11 @@ def parse_holdout(value: str | int) -> str | int:
 
 
 def _list_layouts() -> Result:
-    from factorkit.data.layouts import LAYOUTS
+    from factorkit.data.layouts import READERS
 
     fields = ("name", "title", "expects", "extra", "url", "splits", "masks", "labels")
-    data = [{field: getattr(reader, field) for field in fields} for reader in LAYOUTS]
-    return {"layouts": data}, "\n\n".join(map(_describe, LAYOUTS))
+    data = [{field: getattr(reader, field) for field in fields} for reader in READERS]
+    return {"layouts": data}, "\n\n".join(map(_describe, READERS))
 
 
 def _describe(reader: Reader) -> str:

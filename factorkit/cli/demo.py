@@ -47,7 +47,7 @@ class Demo(Command):
         from factorkit.cli.evaluate import format_scores
         from factorkit.cli.generate import write_generated
         from factorkit.cli.train import format_duration, read_failures, report_interruption
-        from factorkit.data.datasets import procedural_dataset
+        from factorkit.data.datasets import make_procedural_dataset
         from factorkit.engine.config import cpu_threads
         from factorkit.segdiff.train import train_segdiff
         from factorkit.utils import distributed
@@ -55,7 +55,7 @@ class Demo(Command):
         start = time.perf_counter()
         with report_interruption(out):
             run = train_segdiff(out=out, preset="demo", seed=self.seed, baselines=True)
-        flowers = procedural_dataset(run.config.resolution, train=1, test=SEGMENTED_IMAGES).test_images
+        flowers = make_procedural_dataset(run.config.resolution, train=1, test=SEGMENTED_IMAGES).test_images
         with cpu_threads(run.config.threads):
             segmented = run.segment_folder(flowers, out / "segmented")
             generation = run.generate(GENERATED_IMAGES, progress=True)
@@ -87,14 +87,14 @@ class Demo(Command):
     def _show_nerfdiff(self, out: Path) -> Result:
         from factorkit.cli.evaluate import format_pose_scores
         from factorkit.cli.train import format_duration, read_failures, report_interruption
-        from factorkit.data.procedural.scene import procedural_views
+        from factorkit.data.procedural.scene import make_procedural_views
         from factorkit.nerfdiff.export.frames import write_frames
         from factorkit.nerfdiff.train import PROCEDURAL, train_nerfdiff
-        from factorkit.report.html import write_report
+        from factorkit.nerfdiff.verdict import write_report
         from factorkit.utils import distributed
 
         start = time.perf_counter()
-        views = procedural_views(PROCEDURAL + 20, 32)
+        views = make_procedural_views(PROCEDURAL + 20, 32)
         with report_interruption(out):
             run = train_nerfdiff(views.select(slice(0, PROCEDURAL)), out=out, preset="demo", seed=self.seed)
         scores = run.evaluate(views.select(slice(PROCEDURAL, None)))

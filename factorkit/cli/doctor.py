@@ -64,7 +64,8 @@ def report() -> dict[str, Any]:
 
         - ``factorkit``: version, commit (``git describe`` of a source checkout, else "unknown"), location
         - ``python``: version, platform
-        - ``cpu``: model, cores (physical), logical (usable by this process), threads (of torch), simd, bf16 (in hardware)
+        - ``cpu``: model, cores (physical), logical (usable by this process), threads (of torch), simd, bf16 (in
+          hardware)
         - ``torch``, ``extension`` (``factorkit._C``) and each entry of ``optional``: state ("ok", "missing" or
           "broken"), version, cause (if broken); torch also cuda; the extension also compiler, cuda, cuda_version,
           cuda_targets

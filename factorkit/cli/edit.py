@@ -53,7 +53,7 @@ class Interpolate(RunCommand):
         import numpy as np
         from PIL import Image
 
-        from factorkit.data.open_source import open_source
+        from factorkit.data.open import open_source
         from factorkit.segdiff.editing.grids import interpolation_sheet
         from factorkit.segdiff.previews import label_image
         from factorkit.segdiff.run import SegdiffRun
@@ -127,8 +127,8 @@ class Recompose(RunCommand):
     """Edit one region of images: generate it anew, take it from another image, or remove it.
 
     The other regions stay as they are. Images are cropped to their centred square at the model's resolution. For each
-    image, OUT receives NAME_recomposed.png and NAME_labels.png; contact_sheet.png shows all of them. `factorkit segment`
-    shows the number of each region.
+    image, OUT receives NAME_recomposed.png and NAME_labels.png; contact_sheet.png shows all of them. The command
+    `factorkit segment` shows the number of each region.
 
     EXAMPLES
         factorkit recompose runs/photos garden.jpg --region 1 --out anew --seed 3
@@ -143,7 +143,7 @@ class Recompose(RunCommand):
     out: Path
     """Folder to write to. It is created if needed."""
     from_: Annotated[OptionalPath, arg(name="from")] = None
-    """Image to take the region from, or a folder with as many images as PATHS. What the old region covered is filled."""
+    """Image to take the region from, or a folder with as many images as PATHS. The area of the old region is filled."""
     remove: Flag = False
     """Remove the region and fill its area."""
     t: NoiseLevel = None
@@ -159,7 +159,7 @@ class Recompose(RunCommand):
     def execute(self) -> Result:
         from PIL import Image
 
-        from factorkit.data.open_source import open_source
+        from factorkit.data.open import open_source
         from factorkit.segdiff.editing.grids import recomposition_sheet
         from factorkit.segdiff.inference.outputs import output_names
         from factorkit.segdiff.previews import label_image

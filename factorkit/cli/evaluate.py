@@ -66,7 +66,20 @@ class Evaluate(RunCommand):
     refine: int = 0
     """With --views: steps that refine the poses that the encoder predicts."""
 
-    BASIC = ("run", "images", "masks", "data", "views", "split", "fit", "ignore", "baselines", "device", "json", "debug")
+    BASIC = (
+        "run",
+        "images",
+        "masks",
+        "data",
+        "views",
+        "split",
+        "fit",
+        "ignore",
+        "baselines",
+        "device",
+        "json",
+        "debug",
+    )
 
     def execute(self) -> Result:
         if self.views is not None:
@@ -76,6 +89,8 @@ class Evaluate(RunCommand):
         if self.images is None or self.masks is None:
             raise ConfigError("nothing to score with: give --images and --masks, --data, or --views for a nerfdiff run")
         from factorkit.segdiff.run import SegdiffRun
+        from factorkit.segdiff.verdict import write_report
+        from factorkit.utils import distributed
 
         run = SegdiffRun.load(self.run, device=self.device)
         scores = run.evaluate(
@@ -89,7 +104,8 @@ class Evaluate(RunCommand):
             quality=self.quality,
             nesting=self.nesting or None,
         )
-        _write_report(run.folder)
+        if (folder := run.folder) is not None:
+            distributed.on_first(lambda: write_report(folder))
         return scores, format_scores(scores)
 
     def _score_views(self, path: Path) -> Result:
@@ -97,13 +113,16 @@ class Evaluate(RunCommand):
 
         from factorkit.data.views.open import open_views
         from factorkit.nerfdiff.run import NerfdiffRun
+        from factorkit.nerfdiff.verdict import write_report
+        from factorkit.utils import distributed
 
         if self.split not in (None, "train", "test"):
             raise ConfigError(f"--split {self.split}: views have the splits train and test")
         start, run = time.perf_counter(), NerfdiffRun.load(self.run, device=self.device)
         views = open_views(path, self.split, max(run.model.size), run.model.background.tolist())
         scores = run.evaluate(views, refine=self.refine)
-        _write_report(run.folder)
+        if (folder := run.folder) is not None:
+            distributed.on_first(lambda: write_report(folder))
         return {**scores, "seconds": time.perf_counter() - start}, format_pose_scores(scores)
 
     def _score_classes(self, data: Path) -> Result:
@@ -187,11 +206,3 @@ def _read_label_map(path: Path) -> dict[str, Any]:
     if not isinstance(label_map, dict):
         raise ConfigError(f'{path}: give an object of classes, such as {{"dog": "Maltese dog"}}')
     return label_map
-
-
-def _write_report(folder: Path | None) -> None:
-    from factorkit.report.html import write_report
-    from factorkit.utils import distributed
-
-    if folder is not None:
-        distributed.on_first(lambda: write_report(folder))

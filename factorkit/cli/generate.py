@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TRAJECTORY_COLUMNS, TRAJECTORY_SAMPLES = 10, 8  # denoising steps and images in trajectory.png
 GRID_COLUMNS = 8
 
-Sampler = Literal["ddim", "ddpm", "euler", "heun", "dpm++"]
+Sampler = Literal["ddim", "ddpm", "heun", "dpm++"]
 
 
 @dataclass(kw_only=True)
@@ -41,7 +41,7 @@ class Generate(RunCommand):
     count: Annotated[int, arg(aliases=["-n"])] = 16
     """Number of images."""
     sampler: Sampler = "ddim"
-    """ddim (the same as euler) is deterministic and needs few steps. dpm++ and heun are of second order; heun calls the
+    """ddim is deterministic and needs few steps. dpm++ and heun are of second order; heun calls the
     network twice per step. ddpm is ancestral sampling. Each of them works with every prediction type."""
     steps: int = 50
     """Denoising steps."""

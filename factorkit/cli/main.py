@@ -51,7 +51,7 @@ OPTIONS OF EVERY COMMAND
 ENVIRONMENT
     FACTORKIT_CACHE        folder of decoded images (default: factorkit in the user's cache folder)
     FACTORKIT_REFERENCE    1 runs every operation as plain PyTorch
-    FACTORKIT_TUNE         1 measures the best number of warps of each kernel on this GPU once and stores it in the cache
+    FACTORKIT_TUNE         1 measures the best number of warps of each kernel once and stores it in the cache
 
 EXIT STATUS
     0    success

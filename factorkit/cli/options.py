@@ -40,16 +40,16 @@ SYNONYMS: tuple[tuple[str, str, str], ...] = (
         "It is the number of images in memory at once; gradients are accumulated over the rest of the batch.",
     ),
     ("gradient-clip", "grad-clip clip-grad clip-grad-norm max-grad-norm gradient-clip-val grad-norm", ""),
-    ("resolution", "image-size img-size imgsize imagesize imgsz image-resolution img-resolution res size crop-size downscale", ""),
+    ("resolution", "image-size img-size imgsize imagesize imgsz image-resolution img-resolution res size", ""),
     ("size", "resolution image-size img-size imgsz res", ""),
     ("workers", "num-workers n-workers dataloader-num-workers n-threads", ""),
     ("threads", "workers num-workers n-workers dataloader-num-workers n-threads", ""),
-    ("out", "output output-dir outdir out-dir save-dir save-path logdir log-dir results-dir run-dir workspace dest", ""),
+    ("out", "output output-dir outdir out-dir save-dir save-path logdir log-dir results-dir run-dir workspace", ""),
     ("data", "dataset data-dir datadir data-path data-root dataset-dir train-dir input inputs source images root", ""),
     ("images", "data input image-dir images-dir", ""),
     ("masks", "labels annotations mask-dir masks-dir ground-truth gt", ""),
     ("paths", "input inputs images image source data files path", ""),
-    ("run", "checkpoint ckpt ckpt-path weights model model-path model-dir load network run-dir resume-from pretrained", ""),
+    ("run", "checkpoint ckpt ckpt-path weights model model-path model-dir load network run-dir pretrained", ""),
     ("", "resume resume-from resume-from-checkpoint continue", "The same command with the same --out resumes the run."),
     ("preset", "config cfg model-size arch architecture recipe", ""),
     ("device", "gpu gpus gpu-id gpu-ids cuda accelerator no-cuda cpu", ""),
@@ -106,7 +106,9 @@ def print_help(command: type[Command], prog: str, defaults: Command | None, *, a
         page.append((name, hint, dataclasses.field(**options)))
     description = inspect.getdoc(command)
     if advanced:
-        description = "The advanced options. Most users keep the defaults." if others else "There are no advanced options."
+        description = (
+            "The advanced options. Most users keep the defaults." if others else "There are no advanced options."
+        )
     view = dataclasses.make_dataclass(command.__name__, page, kw_only=True)
     with suppress(SystemExit):
         tyro.cli(view, prog=prog, args=["--help"], description=description)

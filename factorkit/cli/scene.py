@@ -102,7 +102,7 @@ class Reconstruct(RunCommand):
                 Image.fromarray(depth).save(place.with_name(place.stem + "_depth.png"))
             n = slice(0, GRID_VIEWS)
             height, width = renders.images.shape[2:]
-            originals = views.resized((height, width)).images[n]
+            originals = views.resize((height, width)).images[n]
             views_sheet(originals, renders.images[n], renders.depth[n], renders.opacity[n], views.names[n]).save(path)
 
         distributed.on_first(write)
@@ -170,7 +170,11 @@ class Sample(RunCommand):
 
         run = _load(self)
         result = run.sample(n=self.count, steps=self.steps, seed=self.seed, trajectory=self.trajectory)
-        data: dict[str, Any] = {"out": str(self.out), "views": len(result.images), "poses": str(self.out / "poses.json")}
+        data: dict[str, Any] = {
+            "out": str(self.out),
+            "views": len(result.images),
+            "poses": str(self.out / "poses.json"),
+        }
         grid: Image.Image | None = None
         if result.trajectory is not None:
             count = len(result.trajectory)
@@ -189,7 +193,7 @@ class Sample(RunCommand):
             self.out.mkdir(parents=True, exist_ok=True)
             for i, image in enumerate(to_uint8(result.images)):
                 Image.fromarray(image).save(self.out / f"view_{i:04d}.png")
-            write_json(self.out / "poses.json", {"poses": result.poses.tolist()})
+            write_json(Path(data["poses"]), {"poses": result.poses.tolist()})
             if grid is not None:
                 grid.save(data["trajectory"])
 

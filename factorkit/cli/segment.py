@@ -72,10 +72,12 @@ class Segment(RunCommand):
         return self._segment_video(run, options) if self.video else self._segment_images(run, options)
 
     def _segment_images(self, run: SegdiffRun, options: dict[str, Any]) -> Result:
+        from factorkit.data.sources import escape_name
         from factorkit.data.video import is_video
 
         if videos := [path for path in self.paths if is_video(path)]:
-            raise ConfigError(f"{videos[0]} is a video: add --video, and let --out be an .mp4, .mkv or .mov")
+            name = escape_name(str(videos[0]))
+            raise ConfigError(f"{name} is a video: add --video, and let --out be an .mp4, .mkv or .mov")
         images = open_inputs(self.paths, self.out)
         segments = run.segment_folder(images, self.out, formats=self.formats, workers=self.workers, **options)
         data = segments._asdict() | {"out": str(self.out)}
@@ -106,7 +108,7 @@ def open_inputs(paths: Sequence[Path], out: Path) -> Source:
     Raises:
         DataError: there are no images, or only results.
     """
-    from factorkit.data.open_source import open_source
+    from factorkit.data.open import open_source
     from factorkit.segdiff.inference.outputs import without_results
 
     return without_results(open_source(paths[0] if len(paths) == 1 else list(paths)), out)

@@ -73,9 +73,9 @@ class TrainSegdiff(Command):
     BASIC = (*COMMON, "model", "seeds", "regions", "form", "json")
 
     def execute(self) -> Result:
-        from factorkit.report.html import verdict
         from factorkit.segdiff.config import SegdiffConfig
         from factorkit.segdiff.train import train_segdiff
+        from factorkit.segdiff.verdict import read_verdict
 
         settings = _settings(self, SegdiffConfig)
         settings["holdout"] = parse_holdout(settings["holdout"])
@@ -85,7 +85,7 @@ class TrainSegdiff(Command):
         options = {"preset": self.preset, "seeds": self.seeds, "baselines": self.baselines, "classes": self.classes}
         with report_interruption(out):
             run = train_segdiff(self.data, out=out, **options, **settings)
-        judgement, report = verdict(out), str(out / "report.html")
+        judgement, report = read_verdict(out), str(out / "report.html")
         data = {
             "run": str(out),
             "report": report,
@@ -248,7 +248,9 @@ def training_options(args: Sequence[str], *, show_help: bool) -> tuple[str, Any,
             raise ConfigError(
                 f"{problem}Name the model to train first: segdiff for images, nerfdiff for views of a scene"
             )
-    early, _ = tyro.cli(_EarlyOptions, prog=f"factorkit train {model}", args=args, add_help=False, return_unknown_args=True)
+    early, _ = tyro.cli(
+        _EarlyOptions, prog=f"factorkit train {model}", args=args, add_help=False, return_unknown_args=True
+    )
     command: type[Command]
     config: type[EngineConfig]
     if model == "segdiff":
@@ -319,8 +321,7 @@ def report_interruption(folder: Path) -> Iterator[None]:
 
 def read_failures(folder: Path) -> list[str]:
     """Read the messages of the label-free alarms at the last sample grid of a run."""
-    from factorkit.engine.log import read_log
-    from factorkit.report.curves import timeline
+    from factorkit.utils.jsonl import read_log, timeline
 
     alarms = timeline(read_log(folder), "alarms")
     return list(alarms[-1].get("failures", ())) if alarms else []

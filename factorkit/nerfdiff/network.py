@@ -46,12 +46,12 @@ def to_radiance(signal: Tensor) -> Tensor:
 def noisy(x0: Tensor, schedule: Schedule, config: NerfdiffConfig, draw: BatchDraw) -> tuple[Tensor, Tensor]:
     """What the encoder reads in training: views x0 [B, 3, H, W] at random levels of noise, and those levels [B].
 
-    Levels are T u^t_power of even u: above 1 the low ones, where a pose can be told, come more often. Without noise
+    Levels are T u^timestep_power of even u: above 1 the low ones, where a pose can be told, come more often. Without noise
     the views themselves, at level 0.
     """
     if not config.noise:
         return x0, torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
-    t = (draw.uniform() ** config.t_power * config.timesteps).long()
+    t = (draw.uniform() ** config.timestep_power * config.timesteps).long()
     return schedule.noise(x0, draw.normal(*x0.shape[1:]), t), t
 
 
@@ -123,8 +123,8 @@ class PoseEncoder(nn.Module):
         width, multipliers, blocks: of the U-Net.
         candidates: N.
         numbers: raw ones for each candidate.
-        pooling: "average" over the last features (fig. 3.12) loses where things are, which small networks need: "whole"
-            takes them all.
+        pooling: "average" over the last features (fig. 3.12) discards positions, which small networks
+            need; "flatten" keeps them.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class PoseEncoder(nn.Module):
         numbers: int,
         *,
         groups: int = 32,
-        pooling: str = "whole",
+        pooling: str = "flatten",
     ):
         super().__init__()
         self.size, self.pooling = tuple(size), pooling
@@ -146,7 +146,7 @@ class PoseEncoder(nn.Module):
         self.encoder = Encoder(3, width, multipliers, blocks, (), max(size), 4 * width, groups=groups)
         channels = self.encoder.out_channels
         self.norm = Norm(channels, groups)
-        if pooling == "whole":
+        if pooling == "flatten":
             for _ in multipliers[1:]:
                 size = tuple((side + 1) // 2 for side in size)
             hidden = 128

@@ -132,7 +132,7 @@ class Viewer:
         self.server.scene.add_point_cloud("/points/cloud", cloud.points, cloud.colors, point_size=side / 300)
 
     def _cameras(self, name: str, poses: Tensor, views: Views, color: tuple[int, ...]) -> None:
-        small = views.resized(min(PICTURE, max(views.size)))
+        small = views.resize(min(PICTURE, max(views.size)))
         pictures = small.images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         away = float(poses[:, :3, 3].norm(dim=1).median()) if views.layout == "object" else 1.0
         scale = FRUSTUM * away or FRUSTUM

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from factorkit.data.sources import said, shown
+from factorkit.data.sources import escape_name, wrap_os_errors
 from factorkit.utils.errors import DataError
 
 READ_FILES = 20_000  # files that are looked into; of the others name and size are told
@@ -27,7 +27,8 @@ def identify(data: Path | None, inputs: Mapping[str, Path] | None = None, out: P
     not count, nor do times, the folder's own place, and what lies below ``out``, where that is in it.
 
     Returns:
-        {"name", "files", "bytes", "sha256"}, and the same again by the name of each further input; "procedural" without any data.
+        {"name", "files", "bytes", "sha256"}, and the same again by the name of each further
+        input; "procedural" without any data.
 
     Raises:
         DataError: there is nothing there, or it cannot be read.
@@ -41,10 +42,10 @@ def _identity(place: Path, out: Path | None) -> dict[str, Any]:
     path = place.expanduser().resolve()
     if not path.exists():
         raise DataError(
-            f"{shown(str(place))}: no such file or folder (looked in {Path.cwd()}). Check the spelling of the path."
+            f"{escape_name(str(place))}: no such file or folder (looked in {Path.cwd()}). Check the spelling."
         )
     content, total = hashlib.sha256(), 0
-    with said(path, "so its data cannot be told from others. Mend its permissions."):
+    with wrap_os_errors(path, "so its data cannot be told from others. Mend its permissions."):
         files = sorted(_below(path, out)) if path.is_dir() else [""]
         step = max(1, -(-len(files) // READ_FILES))
         for number, name in enumerate(files):

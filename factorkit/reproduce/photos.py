@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
-from factorkit.data.masks import Labelled, load_labelled
-from factorkit.metrics.segmentation import evaluate_masks, scores
+from factorkit.data.datasets import Dataset, make_procedural_dataset, open_dataset
+from factorkit.data.masks import LabelledImages, load_labelled
+from factorkit.metrics.segmentation import evaluate_masks, score_masks
 from factorkit.reproduce.experiment import Found, NotRun, percent
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import PRESETS, SegdiffConfig, preset_config
@@ -87,7 +87,7 @@ class Photos:
     """The labelled images that are scored, at the model's resolution; the first ``fit`` of them fit the mapping."""
 
     dataset: Dataset
-    labelled: Labelled
+    labelled: LabelledImages
     fit: int
 
     @property
@@ -118,12 +118,12 @@ def _photos(
     fit: int,
 ) -> Photos:
     if data is None:
-        dataset = procedural_dataset(resolution)
+        dataset = make_procedural_dataset(resolution)
     else:
         dataset = open_dataset(data, holdout=holdout, mask_set=mask_set)
     if dataset.test_images is None:
         raise NotRun(f"{dataset.name} has no masks to score with; give a folder with images/ and masks/")
-    labelled = load_labelled(dataset.test_images, dataset.test_masks, resolution, ignore=ignore)
+    labelled = load_labelled(dataset.test_images, dataset.test_masks, resolution, ignore_label=ignore)
     return Photos(dataset, labelled, max(1, min(fit, len(labelled) // 2)))
 
 
@@ -150,7 +150,7 @@ def score_regions(photos: Photos, labels: np.ndarray, nesting: Sequence[int]) ->
 def score_foreground(photos: Photos, predicted: np.ndarray) -> Found:
     """Both protocols for boolean masks [N, R, R] that say themselves what is foreground."""
     labelled, fit = photos.labelled, photos.fit
-    numbers = scores(predicted[fit:], labelled.foreground[fit:], labelled.valid[fit:])
+    numbers = score_masks(predicted[fit:], labelled.foreground[fit:], labelled.valid[fit:])
     best = evaluate_masks(predicted.astype(np.int64), labelled.foreground, labelled.valid, 2, fit)
     numbers |= {f"best_{key}": best[f"oracle_{key}"] for key in ("acc", "iou", "dice")}
     return Found(numbers, {"foreground": predicted[photos.shown]})

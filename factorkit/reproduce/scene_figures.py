@@ -44,7 +44,7 @@ def reconstructions(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:
     """Unseen views, what the scene looks like from their predicted poses, and its depth."""
     unseen = views.views(setup)[1].select(slice(0, SHOWN))
     seen = run.reconstruct(unseen)
-    given = unseen.resized(tuple(seen.images.shape[2:])).images
+    given = unseen.resize(tuple(seen.images.shape[2:])).images
     sheet = views_sheet(given, seen.images, seen.depth, seen.opacity, unseen.names)
     return [setup.save(sheet, f"reconstructions-seed{seed}.png")]
 

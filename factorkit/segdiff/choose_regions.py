@@ -163,7 +163,7 @@ def choose_regions(
             for seed in range(seeds):
                 task = PlacesTask(dataclasses.replace(config, seed=seed), images, probes, chosen)
                 where, meta = folder / f"k{k}_seed{seed}", {"model": "places", **task.config.to_dict()}
-                trainer = Trainer(task, task.config, where, meta, device=chosen, progress=progress, report=False)
+                trainer = Trainer(task, task.config, where, meta, device=chosen, progress=progress)
                 model = cast(RegionCompetition, trainer.run())
                 found.append((unexplained_noise(model, task.probes, task.schedule), model))
             errors[k] = [error for error, _ in found]

@@ -143,12 +143,12 @@ class SegdiffConfig(EngineConfig):
                 f"timesteps={self.timesteps} must be more than 20 with schedule='linear': a shorter one needs beta >= 1"
             )
         path, reference = Schedule(self.timesteps, kind), Schedule()
-        defaults.setdefault("segment_t", path.as_noisy_as(30, reference))
+        defaults.setdefault("segment_t", path.find_matching_time(30, reference))
         if self.form == "regional" and self.resolution >= 64:
             defaults["t_max"] = 720  # more pixels show the same shapes through more noise
         # another length or kind of schedule is drawn from up to the same noise
         if defaults["t_max"] < 1000 and kind != "linear":
-            defaults["t_max"] = max(1, path.as_noisy_as(defaults["t_max"], reference))
+            defaults["t_max"] = max(1, path.find_matching_time(defaults["t_max"], reference))
         else:
             defaults["t_max"] = max(1, defaults["t_max"] * self.timesteps // 1000)
         t_max = defaults["t_max"]
@@ -322,6 +322,7 @@ def preset_config(preset: str | None, **changes: Any) -> SegdiffConfig:
         meant = did_you_mean(preset, PRESETS)
         raise ConfigError(f"preset={preset!r} is unknown. {meant}Choose one of {', '.join(PRESETS)}")
     return SegdiffConfig.from_dict({**(PRESETS[preset] if preset else {}), **changes})
+
 
 # Settings of stored runs that have changed since: old name -> name of today; (name of today, old value) -> new value.
 _STORED_AS = ("segdiff", "choose_regions", "places", "supervised")

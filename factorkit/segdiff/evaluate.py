@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.data.masks import Labelled, load_labelled
+from factorkit.data.masks import LabelledImages, load_labelled
 from factorkit.metrics.baselines import score_baselines
-from factorkit.metrics.nested import nested_accuracy
+from factorkit.metrics.class_matching import nested_accuracy
 from factorkit.metrics.segmentation import evaluate_masks
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.segdiff.inference.segment import Quality
@@ -43,9 +43,9 @@ def label_scores(
     check_scorable(run)
     predict, size = in_shares(run.predictor(t, quality)), size or config.resolution
     ignore = config.ignore if ignore is None else ignore
-    small = labelled = load_labelled(images, masks, size, ignore=ignore)
+    small = labelled = load_labelled(images, masks, size, ignore_label=ignore)
     if size != config.resolution:
-        small = load_labelled(images, masks, config.resolution, ignore=ignore)
+        small = load_labelled(images, masks, config.resolution, ignore_label=ignore)
     soft = predict(to_float(torch.from_numpy(small.images)))
     if size != config.resolution:
         soft = F.interpolate(soft, size=(size, size), mode="bilinear", align_corners=False)
@@ -64,7 +64,7 @@ def label_scores(
     return scores
 
 
-def foreground_scores(found: np.ndarray, labelled: Labelled, nesting: Sequence[int], fit: int) -> dict[str, Any]:
+def foreground_scores(found: np.ndarray, labelled: LabelledImages, nesting: Sequence[int], fit: int) -> dict[str, Any]:
     """:func:`~factorkit.metrics.segmentation.evaluate_masks` of labels [N, R, R] of the deepest level.
 
     Of a hierarchy they are scored, and ``mapping`` and ``areas`` said, at the level that ``level`` names: the deepest

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorkit.data.decode import square
-from factorkit.data.open_source import open_source
+from factorkit.data.decode import crop_square
+from factorkit.data.open import open_source
 from factorkit.data.sources import Source
-from factorkit.data.video import open_clip
+from factorkit.data.video import open_video
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.run_folder import read_object, write_json
@@ -130,7 +130,7 @@ class SegdiffRun:
                 levels show the picture, high ones blur it.
             size: pixels of the short side at which the network looks; None: the training resolution. More shows it
                 smaller things.
-            upsample: ``"guided"`` lets the masks take over the picture's edges (:mod:`factorkit.nn.guided`) where it
+            upsample: ``"guided"`` lets the masks take over the picture's edges (:mod:`factorkit.nn.guided_filter`) where it
                 has more pixels than the network saw, ``"bilinear"`` only interpolates them.
             quality: ``"fast"``, one look; ``"best"``, the mean of the masks of the picture and of its mirror image,
                 where training showed any; or a :class:`~factorkit.segdiff.inference.segment.Quality`, of several draws of noise
@@ -237,7 +237,7 @@ class SegdiffRun:
             WriteError: the disk is full or ``out`` cannot be written.
             OutOfMemory: frames too large for the machine.
         """
-        clip = open_clip(video)
+        clip = open_video(video)
         options = {"size": check_segmenting(self.config, size, upsample), "upsample": upsample, "smooth": smooth}
         predict = self.predictor(t, quality)
         with cpu_threads(self.config.threads):
@@ -288,7 +288,7 @@ class SegdiffRun:
 
         Args:
             n: how many.
-            sampler: ``"ddim"`` (the same as ``"euler"``), ``"heun"`` or ``"dpm++"`` for few steps, ``"ddpm"`` for many;
+            sampler: ``"ddim"``, ``"heun"`` or ``"dpm++"`` for few steps, ``"ddpm"`` for many;
                 see :func:`factorkit.diffusion.samplers.sample`. Each goes with whatever the model predicts.
             steps: denoising steps; None: every one.
             seed: the same seed, the same images.
@@ -421,7 +421,7 @@ class SegdiffRun:
     def _squares(self, images: Any) -> Tensor:
         """Pictures as the training saw them, [n, 3, R, R] in [-1, 1]."""
         pictures, _ = as_pictures(images)
-        return to_float(torch.from_numpy(np.stack([square(p, self.config.resolution) for p in pictures])))
+        return to_float(torch.from_numpy(np.stack([crop_square(p, self.config.resolution) for p in pictures])))
 
     def evaluate(
         self,
@@ -454,7 +454,7 @@ class SegdiffRun:
             size: pixels a side at which to score; None: the model's resolution.
             quality: as in :meth:`segment`.
             nesting: the masks are labels within labels, of so many classes at each level (label 3 i + j of (3, 3) is
-                part j of class i): score each level of a hierarchy by :func:`~factorkit.metrics.nested.nested_accuracy`
+                part j of class i): score each level of a hierarchy by :func:`~factorkit.metrics.class_matching.nested_accuracy`
                 instead.
 
         Raises:

@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from factorkit.diffusion.objective import coarse_to_fine_power, denoising_loss, loss_weight, min_snr_weight, target
+from factorkit.diffusion.objective import (
+    coarse_to_fine_power,
+    denoising_loss,
+    loss_weight,
+    min_snr_weight,
+    training_target,
+)
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.segdiff import previews as pictures
@@ -85,7 +91,7 @@ class SegdiffTask:
         x0, eps, t = self._drawn(indices, draw)
         x_t = self.schedule.noise(x0, eps, t)
         out = model(x_t, t, *self._told(indices, draw))
-        wanted = target(config.prediction, self.schedule, x0, eps, t)
+        wanted = training_target(config.prediction, self.schedule, x0, eps, t)
         loss = weighted = denoising_loss(out.prediction, wanted)
         if out.bottleneck.levels is not None:
             # A hierarchy's prediction is a mean over what its levels predict, and its error at most the mean of theirs.

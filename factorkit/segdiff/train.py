@@ -15,19 +15,20 @@ import numpy as np
 import torch
 
 from factorkit.data.classes import Classes, read_classes
-from factorkit.data.datasets import Dataset, open_dataset, procedural_dataset
-from factorkit.data.prepare import Prepared, prepare
+from factorkit.data.datasets import Dataset, make_procedural_dataset, open_dataset
+from factorkit.data.prepare import PreparedImages, prepare
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.log import LOG_NAME, RunLog
+from factorkit.engine.log import RunLog
 from factorkit.engine.run_folder import claimed, copy_folder, read_object, write_json
 from factorkit.engine.trainer import Trainer
-from factorkit.report.html import write_report
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.network import parameter_count
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import PROBES, SegdiffTask
+from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.jsonl import LOG_NAME
 from factorkit.utils.rendezvous import join
 
 HEAT_SHARE = 0.5  # of the steps, at most HEAT_STEPS: by then the recipe's masks have settled
@@ -75,8 +76,8 @@ def train_segdiff(
 
     Example:
         >>> import factorkit
-        >>> from factorkit.data import flowers
-        >>> pictures, drawn = flowers(24, 16, seed=0)    # uint8 [24, 16, 16, 3], bool [24, 16, 16]
+        >>> from factorkit.data import draw_flowers
+        >>> pictures, drawn = draw_flowers(24, 16, seed=0)    # uint8 [24, 16, 16, 3], bool [24, 16, 16]
         >>> tiny = {"resolution": 16, "regions": 2, "width": 8, "multipliers": (1, 2), "batch_size": 4, "steps": 2}
         >>> run = factorkit.train_segdiff(pictures, out="runs/flowers", preset="demo", progress=False, **tiny)
         >>> run.step
@@ -106,7 +107,8 @@ def train_segdiff(
     def trainer(config: SegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
         task = SegdiffTask(config, prepared.images, probes, device, labels)
         meta = {**settings, **config.to_dict()}
-        return Trainer(task, config, folder, meta, device=device, progress=progress, stop_at=stop_at)
+        options = {"device": device, "progress": progress, "stop_at": stop_at, "report": write_report}
+        return Trainer(task, config, folder, meta, **options)
 
     run_folder = claimed(folder, settings, config.RESUMABLE)
     with cpu_threads(config.threads), distributed.first_within(run_folder):
@@ -134,10 +136,10 @@ def score(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
     distributed.on_first(lambda: write_report(run.folder))
 
 
-def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, Prepared, np.ndarray]:
+def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, PreparedImages, np.ndarray]:
     """The data set, its training images decoded at the model's resolution, and images to watch the run on."""
     if data is None:
-        dataset = procedural_dataset(config.resolution, nested=len(config.nesting) > 1)
+        dataset = make_procedural_dataset(config.resolution, nested=len(config.nesting) > 1)
     else:
         dataset = open_dataset(data, holdout=config.holdout, mask_set=config.mask_set)
     prepared = prepare(dataset.train, config.resolution, progress=progress)
@@ -167,7 +169,7 @@ def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classe
     return read_classes(classes, names, positional=dataset.train.positional, known=known)
 
 
-def describe(dataset: Dataset, prepared: Prepared, labels: np.ndarray | None = None) -> dict[str, Any]:
+def describe(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:
     """What identifies the training images, wherever they lie: name, number, a hash over a sample of their pixels, and
     one over all labels."""
     digest = hashlib.sha256()

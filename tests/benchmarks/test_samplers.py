@@ -11,7 +11,7 @@ from PIL import Image
 
 import factorkit
 from benchmarks import samplers
-from factorkit.data import flowers
+from factorkit.data import draw_flowers
 
 TINY = {
     "resolution": 16,
@@ -30,9 +30,9 @@ TINY = {
 
 def test_every_cell_is_drawn_once_and_stands_in_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("factorkit.engine.trainer.write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
     photos = tmp_path / "photos"
-    for name, stack, factor in zip(("images", "masks"), flowers(12, 16), (1, 255), strict=True):
+    for name, stack, factor in zip(("images", "masks"), draw_flowers(12, 16), (1, 255), strict=True):
         (photos / name).mkdir(parents=True)
         for i, pixels in enumerate(stack):
             Image.fromarray(pixels.astype(np.uint8) * np.uint8(factor)).save(photos / name / f"{i}.png")

@@ -16,8 +16,8 @@ import torch
 
 from factorkit.cli.generate import Generate
 from factorkit.cli.main import COMMANDS
-from factorkit.data import flowers
-from factorkit.engine.log import read_log
+from factorkit.data import draw_flowers
+from factorkit.utils.jsonl import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -173,7 +173,7 @@ def test_dry_run_estimates_and_writes_nothing(ask, answer, flags):
 
 def test_sigterm_saves_and_the_same_command_resumes(tmp_path, ask, flags):
     out = tmp_path / "run"
-    np.save(tmp_path / "data.npy", flowers(8, 16)[0])
+    np.save(tmp_path / "data.npy", draw_flowers(8, 16)[0])
     words = [*flags(steps=100_000), "--data", str(tmp_path / "data.npy"), "--out", str(out)]
     command = [sys.executable, "-m", "factorkit", *words, "--json"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from factorkit.data.layouts import LAYOUTS
+from factorkit.data.layouts import READERS
 
 
 def test_the_list_says_what_is_expected_and_where_it_is_published(ask, answer):
@@ -39,7 +39,7 @@ def test_every_reader_passes_over_what_is_not_its_own(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "file.txt").write_text("x")
     for data in (tmp_path, tmp_path / "file.txt", tmp_path / "nowhere", str(tmp_path), np.zeros(3), None, 5, ["a"]):
-        assert [reader.read(data) for reader in LAYOUTS] == [None] * len(LAYOUTS)
+        assert [reader.read(data) for reader in READERS] == [None] * len(READERS)
 
 
 def test_a_link_in_circles(refused, tmp_path):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from factorkit.cli import demo
-from factorkit.data import procedural_dataset
+from factorkit.data import make_procedural_dataset
 from factorkit.metrics.baselines import BASELINES
 from factorkit.segdiff.config import PRESETS
 from factorkit.segdiff.inference.outputs import output_names
@@ -161,7 +161,9 @@ def test_prepare_decodes_what_training_will_read(photos, answer, ask, tmp_path, 
 
 def test_the_demo_says_when_it_failed_and_when_not(ask, answer, monkeypatch, tmp_path, small):
     monkeypatch.setitem(PRESETS, "demo", small)
-    monkeypatch.setattr("factorkit.segdiff.train.procedural_dataset", partial(procedural_dataset, train=16, test=8))
+    monkeypatch.setattr(
+        "factorkit.segdiff.train.make_procedural_dataset", partial(make_procedural_dataset, train=16, test=8)
+    )
     out = tmp_path / "demo"
     found = answer("demo", "--out", out, "--seed", 3)
     assert found["iou"] < 0.8 and any("below the required" in failure for failure in found["failures"])

@@ -20,12 +20,12 @@ from tests.nerfdiff.forward import forward_views
 
 WAYS = {
     "dictionary": {},
-    "single": {"search": "joint", "candidates": "single", "cameras": 1},
+    "single": {"search": "joint", "candidate_type": "single", "num_candidates": 1},
     "known": {"poses": "known", "field_steps": 30},
     "learned": {"poses": "learned"},
-    "tuned": {"tuning_steps": 3, "noise": False},
+    "tuned": {"finetune_steps": 3, "noise": False},
     "hashgrid": {"field": "hashgrid"},
-    "mlp": {"field": "mlp", "poses": "known", "field_steps": 2, "samples": 3},
+    "mlp": {"field": "mlp", "poses": "known", "field_steps": 2, "samples_per_ray": 3},
 }
 
 
@@ -125,15 +125,15 @@ def test_the_thesis_preset_trains(views, tmp_path, tiny):
         "width": 8,
         "multipliers": (1, 2),
         "batch_size": 2,
-        "rays": 8,
-        "samples": 4,
+        "rays_per_view": 8,
+        "samples_per_ray": 4,
         "steps": 2,
         "blocks": 1,
         "checkpoint_every": 2,
         "log_every": 1,
     }
     run = train_nerfdiff(
-        views.resized((18, 24)), out=tmp_path / "run", preset="llff", device="cpu", progress=False, **small
+        views.resize((18, 24)), out=tmp_path / "run", preset="llff", device="cpu", progress=False, **small
     )
     assert run.step == 2 and run.config.search == "joint" and run.model.candidates.count == 1
     assert run.model.forward_facing and run.scene["size"] == [18, 24]
@@ -142,5 +142,5 @@ def test_the_thesis_preset_trains(views, tmp_path, tiny):
 
 
 def test_freedoms_of_an_orbit_are_refused(views, tmp_path, tiny):
-    with pytest.raises(ConfigError, match="freedom"):
-        train_nerfdiff(views, out=tmp_path / "run", **{**tiny, "resolution": 12, "freedom": ("roll",)})
+    with pytest.raises(ConfigError, match="optimize_camera"):
+        train_nerfdiff(views, out=tmp_path / "run", **{**tiny, "resolution": 12, "optimize_camera": ("roll",)})

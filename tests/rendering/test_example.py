@@ -12,7 +12,7 @@ from PIL import Image
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "render_a_scene.py"
 
 
-def test_the_example_draws_its_scene(tmp_path):
+def test_example_render_a_scene_writes_its_image(tmp_path):
     command = [sys.executable, str(EXAMPLE), str(tmp_path), "--size", "48", "--frames", "3"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

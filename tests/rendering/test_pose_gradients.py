@@ -63,7 +63,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_pose_gradient_equals_finite_differences(name):
+def test_render_pose_gradient_equals_finite_differences(name):
     field, sampling, seed = CASES[name]()
     torch.manual_seed(1)
     weights = [torch.randn(5, 6, 3).double(), torch.randn(5, 6).double(), torch.randn(5, 6).double()]
@@ -89,7 +89,7 @@ def test_pose_gradient_equals_finite_differences(name):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_pose_is_found_by_following_its_gradient():
+def test_render_pose_gradient_descent_recovers_the_pose():
     """A camera that is off by several degrees walks back to where the picture was taken."""
     field, sampling, _ = occupied(None)
     with torch.no_grad():

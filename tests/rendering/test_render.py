@@ -45,7 +45,7 @@ def samplings(resolution=32, **changes):
 
 
 @pytest.mark.parametrize("sampling", list(samplings()), ids=["even", "occupied"])
-def test_fog_in_a_box_is_beer_lambert(sampling):
+def test_render_uniform_density_follows_beer_lambert(sampling):
     origins = torch.tensor([[-3.0, 0.2, 0.1], [0.0, 0.0, 0.0], [-3.0, 5.0, 0.0]], dtype=torch.float64)
     directions = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8], [1.0, 0.0, 0.0]], dtype=torch.float64)
     background = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
@@ -59,7 +59,7 @@ def test_fog_in_a_box_is_beer_lambert(sampling):
     torch.testing.assert_close(seen.depth, depth, rtol=0, atol=6e-3)
 
 
-def test_occupied_sampling_sees_what_even_sampling_sees_with_fewer_samples():
+def test_occupancy_sampling_equals_uniform_with_fewer_samples():
     grid = OccupancyGrid(LOWER, UPPER, resolution=32, threshold=1e-3)
     for _ in range(8):
         grid.update(lambda points: ball(points, points)[0])
@@ -71,7 +71,7 @@ def test_occupied_sampling_sees_what_even_sampling_sees_with_fewer_samples():
     assert packed.opacity.max() > 0.99 and packed.count < 0.7 * even.count
 
 
-def test_a_second_pass_places_its_samples_on_the_surface():
+def test_uniform_sampling_fine_samples_lie_on_the_surface():
     hard = lambda p, d: (3000 * (p.norm(dim=1) < 0.6).to(p), p)  # noqa: E731
     rays = view()
     exact = render(hard, rays, EvenSampling(LOWER, UPPER, samples=10_000))
@@ -81,7 +81,7 @@ def test_a_second_pass_places_its_samples_on_the_surface():
     assert counts == [6 * 8 * 48, 6 * 8 * 96]
 
 
-def test_normals_of_a_ball_point_outwards():
+def test_render_normals_of_a_ball_point_outwards():
     rays = Rays(torch.tensor([[0.0, 0.1, 3.0]]), torch.tensor([[0.0, 0.0, -1.0]]))
     seen = render(ball, rays, EvenSampling(LOWER, UPPER, samples=500), normals=True, background=torch.ones(3))
     surface = torch.tensor([0, 0.1, math.sqrt(0.36 - 0.01)]) / 0.6
@@ -95,7 +95,7 @@ def test_normals_of_a_ball_point_outwards():
         render(lambda p, d: (p[:, 0] * 0, p[:, :1].expand(-1, 30)), rays, EvenSampling(LOWER, UPPER), normals=True)
 
 
-def test_a_loss_on_normals_trains_the_field():
+def test_render_normal_loss_trains_the_field():
     radius = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
     squash = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
     rays, sampling = view(), EvenSampling(LOWER, UPPER, samples=60)
@@ -109,7 +109,7 @@ def test_a_loss_on_normals_trains_the_field():
 
 
 @pytest.mark.parametrize("sampling", list(samplings()), ids=["even", "occupied"])
-def test_chunks_make_the_same_picture_without_gradient(sampling):
+def test_render_chunks_equal_the_whole_without_gradient(sampling):
     rays = view(dtype=torch.float32)
     gain = torch.tensor(2.0, requires_grad=True)
     field = lambda p, d: (gain * ball(p, d)[0], ball(p, d)[1])  # noqa: E731
@@ -124,7 +124,7 @@ def test_chunks_make_the_same_picture_without_gradient(sampling):
 
 
 @pytest.mark.parametrize("sampling", list(samplings()), ids=["even", "occupied"])
-def test_jitter_is_a_function_of_the_seed(sampling):
+def test_render_jitter_is_a_function_of_the_seed(sampling):
     rays = view()
     one, same, other, still = (render(ball, rays, sampling, seed=s).depth for s in (1, 1, 2, None))
     assert torch.equal(one, same) and not torch.equal(one, other) and not torch.equal(one, still)
@@ -134,7 +134,7 @@ def test_jitter_is_a_function_of_the_seed(sampling):
 @pytest.mark.parametrize(
     "sampling", [*samplings(), EvenSampling(LOWER, UPPER, samples=20, resampled=7)], ids=["even", "occupied", "finer"]
 )
-def test_rays_in_parts_move_as_they_do_in_one(sampling):
+def test_render_first_ray_makes_parts_equal_the_whole(sampling):
     """A batch is shared by processes; what each step's jitter is must not depend on by how many."""
     rays = Rays(*(x.reshape(-1, 3) for x in view()))
     whole = render(ball, rays, sampling, seed=5)
@@ -150,7 +150,7 @@ def test_rays_in_parts_move_as_they_do_in_one(sampling):
 
 
 @pytest.mark.parametrize("sampling", list(samplings()), ids=["even", "occupied"])
-def test_one_ray_no_rays_and_rays_that_see_nothing(sampling):
+def test_render_one_zero_or_missing_rays_work(sampling):
     rays = view()
     many, one = render(ball, rays, sampling), render(ball, Rays(*(x[3, 4] for x in rays)), sampling, chunk=5)
     assert one.color.shape == (3,) and one.depth.shape == () and one.opacity > 0.5
@@ -163,18 +163,18 @@ def test_one_ray_no_rays_and_rays_that_see_nothing(sampling):
     assert (seen.opacity == 0).all() and (seen.normals == 0).all()
 
 
-def test_a_capacity_cuts_off_and_says_what_was_wanted():
+def test_occupancy_sampling_capacity_truncates_and_reports_count():
     full, cut = (list(samplings(capacity=capacity))[1] for capacity in (None, 1000))
     seen, short = (render(fog, view(), sampling) for sampling in (full, cut))
     assert seen.count == short.count > 1000
     assert short.opacity[0].sum() > 0 and short.opacity[-1].sum() == 0
 
 
-def test_render_is_exported_at_the_top():
+def test_render_is_exported_by_factorkit():
     assert factorkit.render is render
 
 
-def test_what_does_not_fit_is_named():
+def test_render_invalid_arguments_raise():
     rays, sampling = view(), EvenSampling(LOWER, UPPER)
     with pytest.raises(ValueError, match=r"density \(6144, 2\) and radiance \(6144, 3\) to 6144 points"):
         render(lambda p, d: (p[:, :2], p), rays, sampling)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import factorkit
-from factorkit.data.masks import Labelled
+from factorkit.data.masks import LabelledImages
 from factorkit.reproduce import labels
 from factorkit.reproduce import photos as chapter2
 from factorkit.reproduce.setup import Setup
@@ -52,7 +52,9 @@ def test_what_is_drawn_as_foreground_is_of_the_scored_level():
     truth = np.zeros((10, 8, 8), bool)
     truth[:, 2:5, 3:7] = True
     leaves = np.where(truth, 8, 3) + np.arange(8) % 4 * truth
-    known = Labelled(np.zeros((10, 8, 8, 3), np.uint8), truth, np.ones_like(truth), [""] * 10, truth.astype(np.int32))
+    known = LabelledImages(
+        np.zeros((10, 8, 8, 3), np.uint8), truth, np.ones_like(truth), [""] * 10, truth.astype(np.int32)
+    )
     found = chapter2.score_regions(chapter2.Photos(None, known, 2), leaves, (4, 4))
     assert found.scores["iou"] == 1 and found.scores["level"] == 1
     assert np.array_equal(found.arrays["foreground"], truth[2:10])

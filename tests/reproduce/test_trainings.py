@@ -40,7 +40,9 @@ def asked(monkeypatch, tmp_path):
 
     def ask(name, data, scale="full", **changes):
         found.clear()
-        setup = Setup(name, Path(data), scale, tmp_path, progress=False, changes={**TINY, **changes}, inputs={"voc": Path("x")})
+        setup = Setup(
+            name, Path(data), scale, tmp_path, progress=False, changes={**TINY, **changes}, inputs={"voc": Path("x")}
+        )
         for row in experiments()[name].rows(setup):
             with suppress(NotRun):
                 row.work(setup, 0)

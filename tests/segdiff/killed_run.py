@@ -21,7 +21,7 @@ import numpy as np
 import torch._dynamo  # noqa: F401
 
 from factorkit.engine import checkpoint
-from factorkit.engine import trainer as loop
+from factorkit.segdiff import train as training
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.train import train_segdiff
 
@@ -95,7 +95,7 @@ def run(out: Path, kill: str | None) -> int:
         # the way back from damage is tested elsewhere; no kill may damage anything
         warnings.filterwarnings("error", message=".*Taking the previous")
         SegdiffTask.inspect = lambda *arguments: {}
-        loop.write_report = lambda folder: None
+        training.write_report = lambda folder: None
         if kill == "step":
             die_in_a_step(random.Random())
         elif kill:

@@ -11,14 +11,14 @@ from PIL import Image
 
 import factorkit
 from factorkit.cli.evaluate import format_scores
-from factorkit.data.procedural.rooms import rooms
+from factorkit.data.procedural.rooms import draw_rooms
 from factorkit.diffusion.denoiser import Denoised
-from factorkit.report.html import write_report
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels, level_labels, level_masks, scored_level
 from factorkit.segdiff.network import RegionLogitNorm
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import SegdiffTask
+from factorkit.segdiff.verdict import write_report
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.rng import BatchDraw
 from tests.segdiff.conftest import TINY, stirred
@@ -190,8 +190,8 @@ def test_what_cannot_nest_is_refused(changes, says):
 
 
 def test_three_levels_train_and_are_scored(tmp_path, monkeypatch):
-    monkeypatch.setattr("factorkit.engine.trainer.write_report", lambda folder: None)
-    images, labels = rooms(8, 16)
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
+    images, labels = draw_rooms(8, 16)
     run = factorkit.train_segdiff(
         images,
         out=tmp_path / "run",
@@ -248,8 +248,8 @@ def test_many_leaves_are_scored_at_a_coarser_level(monkeypatch):
 def test_a_run_from_training_to_files(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
-    monkeypatch.setattr("factorkit.engine.trainer.write_report", lambda folder: None)
-    images, labels = rooms(12, 16)
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
+    images, labels = draw_rooms(12, 16)
     settings = {
         "resolution": 16,
         "regions": (2, 3),
@@ -296,7 +296,7 @@ def test_a_run_from_training_to_files(tmp_path, monkeypatch):
 @torch.no_grad()
 def test_every_level_is_asked_for_the_whole_target():
     settings = {**TINY, "multipliers": (1, 2), "regions": (2, 2), "coarse_to_fine": (0, 0), "precision": "fp32"}
-    images = rooms(4, 16)[0]
+    images = draw_rooms(4, 16)[0]
     task = SegdiffTask(preset_config("demo", **settings).resolved(), images, images, torch.device("cpu"))
     for level in task.model.levels:
         stirred(level)

@@ -39,8 +39,7 @@ PAIRS = [(p, s) for p in ("eps", "v", "x0", "flow") for s in ("linear", "cosine"
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 2)
-    for caller in ("engine.loop", "segdiff.train"):
-        monkeypatch.setattr(f"factorkit.{caller}.write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
 
 
 def pictures(count=6) -> np.ndarray:
@@ -127,7 +126,6 @@ def test_it_trains_segments_and_draws_with_every_sampler(form, prediction, kind,
     assert run.segment(pictures()).masks.shape == (6, 3, 8, 8)
     seen = [again.generate(2, sampler=sampler, steps=4).images for sampler in SAMPLERS]
     assert all(images.isfinite().all() and images.std() > 0 for images in seen)
-    assert torch.equal(seen[SAMPLERS.index("euler")], seen[SAMPLERS.index("ddim")])
     assert not torch.equal(seen[SAMPLERS.index("heun")], seen[SAMPLERS.index("ddim")])
 
 

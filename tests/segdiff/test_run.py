@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import factorkit
-from factorkit.data.procedural.flowers import flowers
+from factorkit.data.procedural.flowers import draw_flowers
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.sampling import draw_images
@@ -45,7 +45,7 @@ TINY = {
 def trained(tmp_path_factory) -> Path:
     """The folder of a run on six pictures without labels."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    images, _ = flowers(6, 16)
+    images, _ = draw_flowers(6, 16)
     factorkit.train_segdiff(images, out=folder, preset="demo", progress=False, **TINY)
     return folder
 
@@ -175,7 +175,7 @@ def test_segmenting_is_deterministic_and_independent_of_companions(run):
 
 @pytest.mark.parametrize("level", [-1, 1000])
 def test_a_level_out_of_range_is_refused(run, level):
-    images, masks = flowers(4, 16)
+    images, masks = draw_flowers(4, 16)
     with pytest.raises(ConfigError, match=f"t={level} must lie between 0 and 999"):
         run.segment(picture(16, 16), t=level)
     with pytest.raises(ConfigError, match=f"t={level} must lie between 0 and 999"):
@@ -184,7 +184,7 @@ def test_a_level_out_of_range_is_refused(run, level):
 
 def test_one_region_refuses_to_segment_and_to_be_scored():
     plain = untrained(regions=1)
-    images, masks = flowers(4, 16)
+    images, masks = draw_flowers(4, 16)
     with pytest.raises(ConfigError, match="regions=1, the plain DDPM"):
         plain.segment(picture(16, 16))
     with pytest.raises(ConfigError, match="regions=1, the plain DDPM"):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from factorkit.data.views.loading import Shot, depth_range, every_eighth
+from factorkit.data.views.cameras import estimate_depth_range
+from factorkit.data.views.loading import Shot, every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError
 from factorkit.utils.safe_reading import read_arrays
@@ -74,7 +75,7 @@ def read_posed_array(path: Path, split: str | None) -> tuple[list[Shot], dict[st
         chosen = list(range(TRAINING_VIEWS) if split == "train" else range(TRAINING_VIEWS, count))
     else:
         chosen = every_eighth(count, split)
-    near, far = depth_range(poses)
+    near, far = estimate_depth_range(poses)
     shots = [Shot(names[i], _reader(images[i]), lambda height, width: k, poses[i]) for i in chosen]
     return shots, {"layout": "object", "near": near, "far": far}
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from factorkit.data.masks import MASK_KEYS, match_masks
-from factorkit.data.open_source import open_source
+from factorkit.data.open import open_source
 from factorkit.data.sources import Source
 from factorkit.data.video import video_frames
 from factorkit.data.views.loading import Shot, every_eighth, opacity, pixels

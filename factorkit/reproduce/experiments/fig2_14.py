@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from factorkit.data.video import open_clip
+from factorkit.data.video import open_video
 from factorkit.report.image_grid import contact_sheet
 from factorkit.reproduce.experiment import Column, Experiment, Found, Row, percent
 from factorkit.reproduce.generation import as_pixels, real_pictures
@@ -31,7 +31,7 @@ def rows(setup: Setup) -> list[Row]:
 def cell(setup: Setup, seed: int, smooth: float) -> Found:
     run = train(setup, "ours", seed, FULL)
     path = setup.inputs.get("video")
-    frames = panning(setup, run.config.resolution) if path is None else open_clip(path).frames
+    frames = panning(setup, run.config.resolution) if path is None else open_video(path).frames
     predict = run.predictor(None, "fast")
     options = {"size": run.config.resolution, "upsample": "guided", "smooth": smooth}
     changed, shown, last, count = 0.0, [], None, 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from factorkit.data.datasets import procedural_dataset
+from factorkit.data.datasets import make_procedural_dataset
 from factorkit.data.masks import load_labelled
 from factorkit.report.image_grid import contact_sheet, grey
 from factorkit.reproduce.experiment import Experiment, Found, Row, percent
@@ -46,7 +46,7 @@ def cell(setup: Setup, seed: int) -> Found:
     run = nested(setup, seed)
     truth, numbers = None, {}
     if setup.data is None:
-        dataset = procedural_dataset(run.config.resolution, nested=True)
+        dataset = make_procedural_dataset(run.config.resolution, nested=True)
         labelled = load_labelled(dataset.test_images, dataset.test_masks, run.config.resolution)
         images, truth = labelled.images[-SHOWN:], labelled.labels[-SHOWN:]
         scores = run.scores or {}

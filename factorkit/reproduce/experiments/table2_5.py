@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from factorkit.metrics.class_scores import class_scores, overlaps
+from factorkit.metrics.class_matching import count_overlaps, score_classes
 from factorkit.report.image_grid import contact_sheet
 from factorkit.reproduce import labels
 from factorkit.reproduce.experiment import Citation, Column, Experiment, Found, Row, percent
@@ -64,7 +64,7 @@ def cell(setup: Setup, seed: int, run: SegdiffRun) -> Found:
         training = labels.clusters(setup, run, seed, FULL)
         regions, found, on_real = labels.CLUSTERS, training.segment(pixels), training.segment(real)
     _, mapping = known.score(on_real, regions)
-    agreement = class_scores(overlaps(found, reference, regions, known.count), mapping)["acc"]
+    agreement = score_classes(count_overlaps(found, reference, regions, known.count), mapping)["acc"]
     numbers = {DISTANCE.key: random_distance(setup, run, drawn.images), "consistency": agreement, "steps": run.step}
     return Found(numbers, {"images": pixels[:SHOWN], "classes": mapping[found[:SHOWN]]})
 

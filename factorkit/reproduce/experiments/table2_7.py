@@ -17,7 +17,7 @@ from PIL import Image
 
 from factorkit.data.datasets import open_dataset
 from factorkit.data.layouts import voc2012
-from factorkit.data.masks import Labelled, load_labelled
+from factorkit.data.masks import LabelledImages, load_labelled
 from factorkit.report.image_grid import contact_sheet
 from factorkit.reproduce.experiment import Citation, Column, Experiment, Found, NotRun, Row, percent
 from factorkit.reproduce.photos import run_folder, train
@@ -76,7 +76,7 @@ class _Scored:
     """A run, the pictures it was scored on, and its scores of all classes."""
 
     run: SegdiffRun
-    labelled: Labelled
+    labelled: LabelledImages
     scores: dict[str, Any]
 
 

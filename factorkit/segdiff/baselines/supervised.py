@@ -15,7 +15,7 @@ from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.step import StepLoss
 from factorkit.engine.trainer import Trainer
-from factorkit.metrics.class_scores import IGNORED
+from factorkit.metrics.class_matching import IGNORE_LABEL
 from factorkit.nn import Decoder, Encoder, Middle, TimeEmbedding
 from factorkit.report.image_grid import contact_sheet
 from factorkit.segdiff.config import SegdiffConfig
@@ -53,7 +53,7 @@ class SupervisedTask:
     """Cross-entropy of pixels, mirrored images among them.
 
     Args:
-        images: uint8 [N, R, R, 3]; truth: int [N, R, R], classes or IGNORED.
+        images: uint8 [N, R, R, 3]; truth: int [N, R, R], classes or IGNORE_LABEL.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class SupervisedTask:
         mirrored = draw.uniform() < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         truth = torch.where(mirrored[:, None, None], truth.flip(2), truth)
-        each = F.cross_entropy(model(images), truth, ignore_index=IGNORED, reduction="none")
-        counted = (truth != IGNORED).sum((1, 2)).clamp_min(1)
+        each = F.cross_entropy(model(images), truth, ignore_index=IGNORE_LABEL, reduction="none")
+        counted = (truth != IGNORE_LABEL).sum((1, 2)).clamp_min(1)
         loss = each.sum((1, 2)) / counted
         return StepLoss(loss, loss, torch.zeros_like(loss), {})
 
@@ -97,7 +97,7 @@ def train_supervised(
 
     Args:
         images: uint8 [N, R, R, 3] at the configuration's resolution.
-        truth: int [N, R, R] in [0, classes), IGNORED where a pixel does not count.
+        truth: int [N, R, R] in [0, classes), IGNORE_LABEL where a pixel does not count.
         config: resolved; its architecture, optimiser and seed are used, its regions and noise are not.
 
     Raises:
@@ -107,7 +107,7 @@ def train_supervised(
     side = config.resolution
     if images.shape != (len(images), side, side, 3) or truth.shape != images.shape[:3] or not len(images):
         raise DataError(f"images {images.shape} and truth {truth.shape}: give [N, {side}, {side}, 3] and the same N")
-    if truth.max() >= classes or truth.min() < IGNORED:
+    if truth.max() >= classes or truth.min() < IGNORE_LABEL:
         raise DataError(f"truth runs from {truth.min()} to {truth.max()}, the classes from 0 to {classes - 1}")
     device, folder = resolve_device(config.device), Path(out)
     digests = [hashlib.sha256(np.ascontiguousarray(a)).hexdigest()[:16] for a in (images, truth.astype(np.int64))]
@@ -115,7 +115,7 @@ def train_supervised(
     settings = {"model": "supervised", **config.to_dict(), "data": data}
     task = SupervisedTask(config, images, truth, classes, device)
     with cpu_threads(config.threads), claimed(folder, settings, config.RESUMABLE):
-        trained = Trainer(task, config, folder, settings, device=device, progress=progress, report=False).run()
+        trained = Trainer(task, config, folder, settings, device=device, progress=progress).run()
         return cast(ClassUNet, trained.eval())
 
 

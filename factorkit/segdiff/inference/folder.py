@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from factorkit.data.sources import Source, shown
+from factorkit.data.sources import Source, escape_name
 from factorkit.engine.run_folder import held
 from factorkit.segdiff import previews as pictures
 from factorkit.segdiff.config import SegdiffConfig
@@ -104,7 +104,7 @@ def segment_folder(
                 opened.append(stack.enter_context(closing(Manifest(out, key, source, part))))
             return _Job(config, predict, source, opened[0], settings, formats, workers, progress).run()
     except OSError as error:  # a source reports its own as DataError, so this one is the results'
-        where = shown(str(error.filename or out))
+        where = escape_name(str(error.filename or out))
         raise WriteError(
             f"{where}: cannot be written: {error.strerror or error}. What is finished in {out} stands; free some space "
             "or mend the permissions (or give another out=) and run the same command again to go on"
@@ -309,7 +309,9 @@ class _Job:
     def _report(self, count: int) -> None:
         if not self.skipped:
             return
-        named = "; ".join(f"{shown(n)} ({shown(reason)})" for n, reason in list(self.skipped.items())[:NAMED])
+        named = "; ".join(
+            f"{escape_name(n)} ({escape_name(reason)})" for n, reason in list(self.skipped.items())[:NAMED]
+        )
         if len(self.skipped) == count:
             raise DataError(f"none of {count} images could be segmented: {named}. Check the files.")
         if distributed.rank():
@@ -324,7 +326,7 @@ class _Job:
         order = sorted(self.rows)
         colors = pictures.palette(self.config.leaves)
         columns = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
-        captions = [shown(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
+        captions = [escape_name(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
         rows = [self.rows[i] for i in order]
         save_image(pictures.contact_sheet(rows, columns, captions, cell=SHEET_CELL), self.sheet)
 

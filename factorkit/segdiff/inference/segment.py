@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from factorkit.data.decode import to_rgb
-from factorkit.data.open_source import open_source
-from factorkit.data.sources import CHANNELS, Source
+from factorkit.data.open import open_source
+from factorkit.data.sources import CHANNEL_COUNTS, Source
 from factorkit.diffusion.schedule import Schedule
-from factorkit.nn.guided import apply_guidance, fit_guidance, stretch
+from factorkit.nn.guided_filter import apply_guidance, fit_guidance, stretch
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.task import predict_masks, to_float
 from factorkit.utils.errors import ConfigError, DataError, OutOfMemory, is_out_of_memory
@@ -244,14 +244,14 @@ def as_pictures(images: Any) -> tuple[list[Image.Image], list[str]]:
         images = images.float() if images.is_floating_point() else images  # numpy has no bfloat16
         if images.dim() == 3:
             images = images[None]
-        if images.dim() != 4 or images.shape[1] not in CHANNELS:
+        if images.dim() != 4 or images.shape[1] not in CHANNEL_COUNTS:
             raise DataError(
                 f"a tensor of images is [B, C, H, W] or [C, H, W], C being 1, 3 or 4; this one is {tuple(images.shape)}"
             )
         images = images.permute(0, 2, 3, 1).numpy()
     elif isinstance(images, Image.Image):
         return [to_rgb(images)], ["image"]
-    elif isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[-1] in CHANNELS:
+    elif isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[-1] in CHANNEL_COUNTS:
         images = images[None]
     source = images if isinstance(images, Source) else open_source(images)
     return [source.read(i) for i in range(len(source))], list(source.names)

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorkit.data.datasets import open_dataset
+from factorkit.data.datasets import Split, open_dataset
 from factorkit.data.layouts import voc2012
-from factorkit.data.masks import Labelled, load_labelled
-from factorkit.data.splits import Split
-from factorkit.metrics.segmentation import fit_mapping, scores
+from factorkit.data.masks import LabelledImages, load_labelled
+from factorkit.metrics.segmentation import fit_mapping, score_masks
 from factorkit.segdiff.class_labels import label_of
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
@@ -76,11 +75,11 @@ def zero_shot_scores(
     scored = splits[split]
     if scored.images is None or scored.masks is None or not len(scored.masks):
         raise DataError(f"{dataset.name}: {split!r} has no masks to score with")
-    labelled = load_labelled(scored.images, scored.masks, config.resolution, ignore=config.ignore)
+    labelled = load_labelled(scored.images, scored.masks, config.resolution, ignore_label=config.ignore)
     other = dataset.splits.get("train") if split not in ("train", "all") else None
     fitted = None
     if other is not None and other.masks is not None and len(other.masks):
-        fitted = load_labelled(other.images, other.masks, config.resolution, ignore=config.ignore)
+        fitted = load_labelled(other.images, other.masks, config.resolution, ignore_label=config.ignore)
     names = _names(dataset.layout, mask_set, labelled)
     told = _told(config, names, label_map)
     found, missing = {}, []
@@ -97,7 +96,7 @@ def zero_shot_scores(
     return {"classes": found, "missing": missing, "split": split, "data": dataset.name, **means, **level}
 
 
-def _names(layout: str | None, mask_set: str | None, labelled: Labelled) -> dict[int, str]:
+def _names(layout: str | None, mask_set: str | None, labelled: LabelledImages) -> dict[int, str]:
     """The names of the labels; where nobody says them, of those that are there."""
     if layout == "voc-2012" and mask_set in (None, "class"):
         return dict(enumerate(voc2012.CLASSES, start=1))
@@ -121,8 +120,8 @@ def _told(config: SegdiffConfig, names: Mapping[int, str], label_map: Mapping[st
 def _of_class(
     config: SegdiffConfig,
     predictor: Predictor,
-    labelled: Labelled,
-    fitted: Labelled | None,
+    labelled: LabelledImages,
+    fitted: LabelledImages | None,
     number: int,
     told: int | None,
     fit: int,
@@ -140,7 +139,7 @@ def _of_class(
     predict = predictor(told)
     level, count = scored_level(config.nesting)
 
-    def regions(of: Labelled, at: np.ndarray) -> np.ndarray:
+    def regions(of: LabelledImages, at: np.ndarray) -> np.ndarray:
         labels = hard_labels(predict(to_float(torch.from_numpy(of.images[at]))), config.nesting)
         return level_labels(labels, config.nesting, level).numpy()
 
@@ -148,7 +147,7 @@ def _of_class(
     mapping = fit_mapping(regions(source, chosen), *truth(source, chosen), count)
     predicted = np.isin(regions(labelled, rows), mapping)
     foreground, valid = truth(labelled, rows)
-    of_object, of_rest = scores(predicted, foreground, valid), scores(~predicted, ~foreground & valid, valid)
+    of_object, of_rest = score_masks(predicted, foreground, valid), score_masks(~predicted, ~foreground & valid, valid)
     return {
         "images": len(rows),
         "fitted_on": len(chosen),
@@ -159,6 +158,6 @@ def _of_class(
     }
 
 
-def showing(labelled: Labelled, number: int) -> np.ndarray:
+def showing(labelled: LabelledImages, number: int) -> np.ndarray:
     """The pictures in which a class is seen."""
     return np.flatnonzero(((labelled.labels == number) & labelled.valid).any((1, 2)))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data.procedural.scene import procedural_views, scene_field
+from factorkit.data.procedural.scene import make_procedural_views, make_scene_field
 from factorkit.nerfdiff.export.mesh import Shape
 from factorkit.nerfdiff.fields.grid import GridField
 from factorkit.nerfdiff.previews.points import RISE, SIDE, _look, _side, points_picture
@@ -74,8 +74,8 @@ def test_every_look_is_on_the_sheet(forward, looks):
 
 
 def test_a_runs_sheet_shows_the_scene_and_an_empty_one_shows_none(tmp_path):
-    scene = open_scene(procedural_views(12, 24), 24, torch.device("cpu"))
-    points_sheet(tmp_path / "s" / "points.png", scene_field(), scene, scene.poses)
+    scene = open_scene(make_procedural_views(12, 24), 24, torch.device("cpu"))
+    points_sheet(tmp_path / "s" / "points.png", make_scene_field(), scene, scene.poses)
     with Image.open(tmp_path / "s" / "points.png") as sheet:
         assert (np.asarray(sheet)[20:] != PAPER).any(-1).mean() > 0.02
     empty = GridField(4)

@@ -12,7 +12,7 @@ FORMS = pytest.mark.parametrize("changes", [{}, {"form": "thesis"}, {"regions": 
 
 
 @FORMS
-def test_ways_lead_from_a_to_b_and_are_a_function_of_the_seed(stirred_run, pictures, changes):
+def test_interpolate_goes_from_a_to_b_and_depends_on_the_seed(stirred_run, pictures, changes):
     run = stirred_run(**changes)
     a, b = pictures(2, 1), pictures(2, 2)
     way = run.interpolate(a, b, frames=3, steps=3, seed=4)
@@ -30,7 +30,7 @@ def test_ways_lead_from_a_to_b_and_are_a_function_of_the_seed(stirred_run, pictu
     assert not torch.allclose(way.images[:, 0], way.images[:, 2], atol=1e-2)
 
 
-def test_the_mixture_is_taken_under_noise_that_both_share(stirred_run, pictures, monkeypatch):
+def test_interpolate_mixes_under_shared_noise(stirred_run, pictures, monkeypatch):
     """x_t of a frame is (1 - s) x_t^a + s x_t^b, x_t^a - x_t^b = sqrt(ab_t) (a - b), and the noise has variance 1."""
     run, seen = stirred_run(), []
     forward = run.model.forward
@@ -47,7 +47,7 @@ def test_the_mixture_is_taken_under_noise_that_both_share(stirred_run, pictures,
     assert abs(eps.mean()) < 0.1 and 0.9 < eps.std() < 1.1
 
 
-def test_the_ends_do_not_depend_on_each_other_nor_on_other_pairs(stirred_run, pictures):
+def test_interpolate_ends_are_independent_of_other_images(stirred_run, pictures):
     run = stirred_run()
     a, b, c = pictures(3, 3)
     together = run.interpolate([a, b], [b, c], frames=2, steps=3)
@@ -56,7 +56,7 @@ def test_the_ends_do_not_depend_on_each_other_nor_on_other_pairs(stirred_run, pi
     torch.testing.assert_close(together.images[1, 1], alone.images[0, 1], atol=1e-4, rtol=0)
 
 
-def test_one_picture_goes_with_all_of_the_others(stirred_run, pictures):
+def test_interpolate_one_image_pairs_with_all_others(stirred_run, pictures):
     run = stirred_run()
     many, one = pictures(3, 1), pictures(1, 2)
     way = run.interpolate(many, one, frames=2, steps=2)
@@ -65,7 +65,7 @@ def test_one_picture_goes_with_all_of_the_others(stirred_run, pictures):
     assert run.interpolate(one, many, frames=2, steps=2).images.shape[:2] == (3, 2)
 
 
-def test_the_default_level_is_a_quarter_of_what_the_model_was_trained_on(stirred_run, pictures):
+def test_interpolate_default_level_is_a_quarter_of_the_trained_levels(stirred_run, pictures):
     a, b = pictures(2)
     for run, t in ((stirred_run(), 250), (stirred_run(tail=0.0, t_max=40), 10)):
         by_default = run.interpolate(a, b, frames=2, steps=2)
@@ -83,17 +83,17 @@ def test_the_default_level_is_a_quarter_of_what_the_model_was_trained_on(stirred
         ({"sampler": "magic"}, "sampler 'magic'"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(stirred_run, pictures, changes, says):
+def test_interpolate_invalid_settings_raise(stirred_run, pictures, changes, says):
     with pytest.raises(ConfigError, match=says):
         stirred_run().interpolate(*pictures(2), **changes)
 
 
-def test_levels_that_were_never_trained_are_refused(stirred_run, pictures):
+def test_interpolate_untrained_level_raises(stirred_run, pictures):
     with pytest.raises(ConfigError, match="between 0 and 39, the noisiest level"):
         stirred_run(tail=0.0, t_max=40).interpolate(*pictures(2), t=40)
 
 
-def test_pictures_that_cannot_be_paired_are_refused(stirred_run, pictures):
+def test_interpolate_unpairable_images_raise(stirred_run, pictures):
     with pytest.raises(DataError, match="2 pictures cannot be paired with 3"):
         stirred_run().interpolate(pictures(2), pictures(3))
     with pytest.raises(DataError, match="no such file"):

@@ -63,7 +63,7 @@ def test_the_best_is_the_mirror_image_too_where_training_showed_any(looked, stir
         run.segment(pictures(1), quality=Quality(draws=0))
 
 
-def test_the_quality_reaches_every_way_of_segmenting(looked, pictures, tmp_path):
+def test_quality_reaches_every_segmentation_method(looked, pictures, tmp_path):
     run, images = looked
     best = averaged_masks(run.model, images, 30, run.schedule, QUALITIES["best"])
     torch.testing.assert_close(run.segment(pictures(3), quality="best").masks, best)

@@ -60,7 +60,7 @@ def found_by(told_masks):
     return predictor
 
 
-def test_of_many_leaves_a_coarser_level_is_mapped(voc):
+def test_zero_shot_many_leaf_regions_map_a_coarser_level(voc):
     """Of (4, 4) regions the leaves of region 1 are the animal, in stripes."""
 
     def predictor(label):
@@ -74,7 +74,7 @@ def test_of_many_leaves_a_coarser_level_is_mapped(voc):
     assert scores["level"] == 1 and scores["iou"] == 1 and scores["classes"]["cat"]["mapping"] == [1]
 
 
-def test_each_class_is_scored_by_itself_told_its_own_class(voc):
+def test_zero_shot_scores_each_class_with_its_label(voc):
     label_map = {"cat": "tabby", "dog": 0}
     scores = zero_shot_scores(config(), found_by({1: 8, 0: 5}), voc, label_map=label_map, fit=16)
     assert set(scores["classes"]) == {"cat", "dog"} and len(scores["missing"]) == 18
@@ -87,7 +87,7 @@ def test_each_class_is_scored_by_itself_told_its_own_class(voc):
     assert scores["iou"] == pytest.approx((1 + 5 / 8) / 2) and scores["miou"] == pytest.approx((1 + dog["miou"]) / 2)
 
 
-def test_where_all_is_one_split_the_first_half_fits(voc):
+def test_zero_shot_single_split_fits_on_the_first_half(voc):
     everywhere = found_by({None: 8})
     scores = zero_shot_scores(config(), everywhere, voc, split="all", label_map=None, fit=16)
     assert scores["classes"]["cat"]["fitted_on"] == 2 and scores["classes"]["cat"]["images"] == 3
@@ -96,7 +96,7 @@ def test_where_all_is_one_split_the_first_half_fits(voc):
     assert train["classes"]["cat"]["told"] is None
 
 
-def test_the_dissertations_mapping_is_for_a_run_on_imagenet(voc):
+def test_zero_shot_default_label_map_needs_imagenet_classes(voc):
     assert len(THESIS_LABELS) == 20 and THESIS_LABELS["cat"] == 281 and THESIS_LABELS["tvmonitor"] == 664
     told = []
 
@@ -109,7 +109,7 @@ def test_the_dissertations_mapping_is_for_a_run_on_imagenet(voc):
     assert told == [281, 153] and scores["classes"]["dog"]["told"] == "synset 153"
 
 
-def test_what_does_not_fit_is_refused(voc):
+def test_zero_shot_invalid_arguments_raise(voc):
     with pytest.raises(ConfigError, match="names 'wolf', but the data set's classes are aeroplane"):
         zero_shot_scores(config(), found_by({}), voc, label_map={"wolf": "beagle"}, fit=16)
     with pytest.raises(ConfigError, match="did you mean beagle"):
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused(voc):
         zero_shot_scores(config(), found_by({}), voc, split="test", label_map=None, fit=16)
 
 
-def test_the_model_is_told_the_class(stirred_run, voc, tmp_path, capsys):
+def test_zero_shot_conditions_the_model_on_the_class(stirred_run, voc, tmp_path, capsys):
     run = stirred_run(class_names=("beagle", "tabby"))
     label_map = tmp_path / "map.json"
     label_map.write_text(json.dumps({"cat": "tabby"}))

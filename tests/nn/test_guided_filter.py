@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from factorkit.nn.guided import apply_guidance, fit_guidance, guided_filter, stretch
+from factorkit.nn.guided_filter import apply_guidance, fit_guidance, guided_filter, stretch
 
 
 def inputs(height=9, width=12, channels=3, regions=2, batch=2, dtype=torch.float64):
@@ -37,7 +37,7 @@ def by_definition(guide, values, radius, eps):
 
 
 @pytest.mark.parametrize(("height", "width", "channels", "radius"), [(9, 12, 3, 2), (5, 7, 1, 1), (4, 6, 2, 9)])
-def test_it_is_the_ridge_regression_of_every_window_averaged(height, width, channels, radius):
+def test_guided_filter_equals_averaged_ridge_regressions(height, width, channels, radius):
     """The definition averages what windows say of a pixel, with each window's own functions; the average of the
     functions is the same thing, for they are linear."""
     guide, values = inputs(height, width, channels)
@@ -48,12 +48,12 @@ def test_it_is_the_ridge_regression_of_every_window_averaged(height, width, chan
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 30), (17, 1), (3, 2)])
-def test_pictures_smaller_than_a_window(size):
+def test_guided_filter_image_below_window_works(size):
     guide, values = inputs(*size)
     torch.testing.assert_close(guided_filter(guide, values, 8, 1e-3), by_definition(guide, values, 8, 1e-3))
 
 
-def test_constant_values_stay_and_a_constant_guide_is_a_box_blur_twice():
+def test_guided_filter_constant_inputs_keep_or_blur():
     guide, values = inputs()
     constant = torch.full_like(values, 0.37)
     torch.testing.assert_close(guided_filter(guide, constant, 2, 1e-3), constant)
@@ -61,7 +61,7 @@ def test_constant_values_stay_and_a_constant_guide_is_a_box_blur_twice():
     torch.testing.assert_close(guided_filter(torch.full_like(guide, 0.6), values, 2, 1e-3), blur(blur(values)))
 
 
-def test_it_is_linear_in_the_values_and_keeps_their_sum():
+def test_guided_filter_is_linear_and_keeps_the_sum():
     guide, values = inputs()
     other = inputs(regions=2, dtype=torch.float64)[1].flip(2)
     run = lambda v: guided_filter(guide, v, 2, 1e-3)  # noqa: E731
@@ -69,13 +69,13 @@ def test_it_is_linear_in_the_values_and_keeps_their_sum():
     torch.testing.assert_close(run(values).sum(1), torch.ones(2, 9, 12, dtype=torch.float64))
 
 
-def test_a_linear_function_of_the_colours_is_given_back():
+def test_guided_filter_linear_function_of_colours_is_reproduced():
     guide, _ = inputs()
     values = (0.3 * guide[:, :1] - 0.2 * guide[:, 1:2] + 0.5 * guide[:, 2:] + 0.1).expand(-1, 2, -1, -1)
     torch.testing.assert_close(guided_filter(guide, values, 2, 1e-12), values, rtol=1e-6, atol=1e-6)
 
 
-def test_a_blurred_mask_takes_over_the_edge_of_its_picture():
+def test_guided_filter_blurred_mask_follows_the_image_edge():
     guide = torch.zeros(1, 3, 40, 40)
     guide[..., 20:] = torch.tensor([0.7, 0.2, 0.1])[:, None, None]
     edge = (guide[:, :1] > 0).float()
@@ -87,7 +87,7 @@ def test_a_blurred_mask_takes_over_the_edge_of_its_picture():
     assert (grey - edge).abs().max() > 0.4, "without an edge in the picture there is none to take over"
 
 
-def test_functions_found_on_a_small_grid_draw_the_large_pictures_edge():
+def test_apply_guided_filter_coarse_fit_follows_the_fine_edge():
     """Joint upsampling: the mask knows 8 pixels a side, the picture 67, and its edge cuts through the mask's cells."""
     large = torch.zeros(1, 3, 67, 67)
     large[..., 30:] = 0.8
@@ -100,7 +100,7 @@ def test_functions_found_on_a_small_grid_draw_the_large_pictures_edge():
 
 
 @pytest.mark.parametrize("size", [(50, 70), (7, 5), (9, 12)])
-def test_bands_are_rows_of_the_whole_and_bilinear_between_grid_points(size, monkeypatch):
+def test_apply_guided_filter_bands_equal_the_whole(size, monkeypatch):
     guide, values = inputs(dtype=torch.float32)
     found = fit_guidance(guide, values, 2, 1e-3)
     large = torch.rand(2, 3, *size)
@@ -110,7 +110,7 @@ def test_bands_are_rows_of_the_whole_and_bilinear_between_grid_points(size, monk
     )
     expected = (interpolated[:, :6].unflatten(1, (2, 3)) * large[:, None]).sum(2) + interpolated[:, 6:]
     torch.testing.assert_close(whole, expected)
-    monkeypatch.setattr("factorkit.nn.guided.BAND", 2 * size[1])
+    monkeypatch.setattr("factorkit.nn.guided_filter.BAND", 2 * size[1])
     torch.testing.assert_close(apply_guidance(found, large), expected)
     part = apply_guidance(found, large[:, :, 3:6], slice(3, 6), size[0])
     torch.testing.assert_close(part, expected[:, :, 3:6])
@@ -118,14 +118,14 @@ def test_bands_are_rows_of_the_whole_and_bilinear_between_grid_points(size, monk
     torch.testing.assert_close(rows, F.interpolate(values, size=size, mode="bilinear")[:, :, 2:5])
 
 
-def test_gradients():
+def test_guided_filter_gradients_are_correct():
     guide, values = (x.requires_grad_() for x in inputs(4, 5, batch=1))
     large = torch.rand(1, 3, 6, 7, dtype=torch.float64, requires_grad=True)
     fit_and_apply = lambda g, v, full: apply_guidance(fit_guidance(g, v, 1, 1e-2), full)  # noqa: E731
     assert torch.autograd.gradcheck(fit_and_apply, (guide, values, large))
 
 
-def test_what_does_not_fit_is_refused():
+def test_guided_filter_invalid_arguments_raise():
     guide, values = inputs()
     with pytest.raises(ValueError, match="one grid"):
         fit_guidance(guide, values[:, :, 1:], 1, 1e-3)

@@ -18,14 +18,14 @@ from factorkit.data.sources import (
     NAMED,
     ArraySource,
     FileSource,
-    PictureSource,
+    PillowSource,
     Source,
-    digest,
+    escape_name,
+    hash_values,
     is_image,
-    said,
-    shown,
-    stamp,
-    suffixes,
+    list_suffixes,
+    stat_file,
+    wrap_os_errors,
 )
 from factorkit.utils.errors import DataError
 from factorkit.utils.safe_reading import read_arrays
@@ -55,10 +55,10 @@ def open_source(data: Any, *, keys: Sequence[str] = IMAGE_KEYS) -> Source:
     if isinstance(data, np.ndarray):
         return ArraySource(data)
     if isinstance(data, Image.Image):
-        return PictureSource([data])
+        return PillowSource([data])
     if isinstance(data, Sequence) and data:
         if all(isinstance(item, Image.Image) for item in data):
-            return PictureSource(data)
+            return PillowSource(data)
         if all(isinstance(item, (str, os.PathLike)) for item in data):
             return _open_list([Path(item).expanduser() for item in data])
     raise DataError(
@@ -67,12 +67,12 @@ def open_source(data: Any, *, keys: Sequence[str] = IMAGE_KEYS) -> Source:
     )
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Every image file below a folder, sorted by relative path; see :func:`image_names`."""
-    return [folder / name for name in image_names(folder)]
+def list_images(folder: Path) -> list[Path]:
+    """Every image file below a folder, sorted by relative path; see :func:`list_image_names`."""
+    return [folder / name for name in list_image_names(folder)]
 
 
-def image_names(folder: Path) -> list[str]:
+def list_image_names(folder: Path) -> list[str]:
     """The relative path of every image file below a folder, sorted; links are followed, each folder is entered once.
 
     Warns:
@@ -83,7 +83,9 @@ def image_names(folder: Path) -> list[str]:
     """
 
     def refuse(error: OSError) -> None:  # os.walk would pass over what it may not read, and its images be missing
-        with said(Path(error.filename), "so its images cannot be listed. Mend its permissions, or take it out."):
+        with wrap_os_errors(
+            Path(error.filename), "so its images cannot be listed. Mend its permissions, or take it out."
+        ):
             raise error
 
     found: list[str] = []
@@ -102,7 +104,7 @@ def image_names(folder: Path) -> list[str]:
             if is_image(relative):
                 (found if os.path.isfile(os.path.join(here, name)) else astray).append(relative)
     if astray:
-        named = ", ".join(map(shown, sorted(astray)[:NAMED])) + (", ..." if len(astray) > NAMED else "")
+        named = ", ".join(map(escape_name, sorted(astray)[:NAMED])) + (", ..." if len(astray) > NAMED else "")
         warnings.warn(
             f"{folder}: {len(astray)} images are links to files that are not there, and were left out: {named}",
             UserWarning,
@@ -115,7 +117,7 @@ def _open_path(path: Path, keys: Sequence[str]) -> Source:
     suffix = path.suffix.lower()
     if not path.exists():
         raise DataError(
-            f"{shown(str(path))}: no such file or folder (looked in {Path.cwd()}). Check the spelling of the path."
+            f"{escape_name(str(path))}: no such file or folder (looked in {Path.cwd()}). Check the spelling of the path."
         )
     if suffix in IMAGE_SUFFIXES and not path.is_dir():
         return _open_list([path])  # by the name it was given: what a link leads to may have no suffix
@@ -125,11 +127,15 @@ def _open_path(path: Path, keys: Sequence[str]) -> Source:
     if suffix == ".zip":
         source = ZipSource(path)
         if not source.names:
-            raise DataError(f"{path}: no images in this .zip. Looked for {suffixes()}.")
+            raise DataError(f"{path}: no images in this .zip. Looked for {list_suffixes()}.")
         return source
     if suffix in (".npy", ".npz"):
-        return ArraySource(_load_array(path, keys), str(path), digest("array file", str(path), *keys, stamp(path)))
-    raise DataError(f"{path}: suffix '{suffix}' is none of {suffixes()}, .zip, .npy, .npz. Convert it to one of them.")
+        return ArraySource(
+            _load_array(path, keys), str(path), hash_values("array file", str(path), *keys, stat_file(path))
+        )
+    raise DataError(
+        f"{path}: suffix '{suffix}' is none of {list_suffixes()}, .zip, .npy, .npz. Convert it to one of them."
+    )
 
 
 def _open_list(paths: Sequence[Path]) -> FileSource:
@@ -137,18 +143,18 @@ def _open_list(paths: Sequence[Path]) -> FileSource:
     paths = [Path(os.path.abspath(path)) for path in paths]
     for path in paths:
         if not path.exists():
-            raise DataError(f"{shown(str(path))}: no such file or folder. Check the spelling of the path.")
+            raise DataError(f"{escape_name(str(path))}: no such file or folder. Check the spelling of the path.")
         if not path.is_dir() and path.suffix.lower() not in IMAGE_SUFFIXES:
             raise DataError(
-                f"{shown(str(path))}: not an image ({suffixes()}). In a list, give image files and folders only."
+                f"{escape_name(str(path))}: not an image ({list_suffixes()}). In a list, give image files and folders only."
             )
     root = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in paths]))
     found: list[str] = []
     for path in paths:
         relative = path.relative_to(root).as_posix()
-        below = image_names(path) if path.is_dir() else [""]
+        below = list_image_names(path) if path.is_dir() else [""]
         if not below:
-            raise DataError(f"{path}: no images in this folder or below it. Looked for {suffixes()}.")
+            raise DataError(f"{path}: no images in this folder or below it. Looked for {list_suffixes()}.")
         prefix = "" if relative == "." else f"{relative}/"
         found += [prefix + name if name else relative for name in below]
     return FileSource(root, found)
@@ -164,7 +170,7 @@ def _load_array(path: Path, keys: Sequence[str]) -> np.ndarray:
     wanted = [key for key in keys if key in loaded] or (list(loaded) if len(loaded) == 1 else [])
     if wanted:
         return loaded[wanted[0]]
-    found = ", ".join(map(shown, loaded)) or "nothing"
+    found = ", ".join(map(escape_name, loaded)) or "nothing"
     raise DataError(f"{path}: none of its arrays ({found}) is named {' or '.join(keys)}. Save it under that name.")
 
 
