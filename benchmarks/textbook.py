@@ -37,7 +37,7 @@ class Textbook(nn.Module):
             prediction = at_least_fp32(decode(net.decoder, h, skips, embedding, None))
             return Denoised(prediction, Regions(torch.ones_like(prediction[:, :1]), None))
         cut = int(net.half_resolution_masks)
-        logits = at_least_fp32(decode(net.mask_generator, h, skips[cut * (net.blocks + 1) :], embedding, None))
+        logits = at_least_fp32(decode(net.mask_generator, h, skips[cut * (net.num_res_blocks + 1) :], embedding, None))
         if cut:
             logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
         if net.logit_norm is not None:
@@ -110,7 +110,7 @@ def residual(block: ResBlock, x: Tensor, embedding: Tensor, masks: Tensor | None
 def attend(attention: Attention, x: Tensor, masks: Tensor | None) -> Tensor:
     n, c, h, w = x.shape
     qkv = attention.qkv(normalise(attention.norm, x, masks))
-    q, k, v = qkv.reshape(n, 3, attention.heads, c // attention.heads, h * w).transpose(3, 4).unbind(1)
+    q, k, v = qkv.reshape(n, 3, attention.num_heads, c // attention.num_heads, h * w).transpose(3, 4).unbind(1)
     out = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c, h, w)
     return x + attention.project(out)
 

@@ -19,12 +19,12 @@ from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.train import train_segdiff
 
 SEGDIFF = {
-    "width": 8,
+    "model_channels": 8,
     "resolution": 16,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 4,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 4,
     "batch_size": 8,
     "device": "cpu",
     "progress": False,
@@ -45,8 +45,8 @@ NERFDIFF = {
     "field_steps": 12,
     "steps": 12,
     "batch_size": 4,
-    "width": 8,
-    "multipliers": (1, 2),
+    "model_channels": 8,
+    "channel_mult": (1, 2),
     "encoder_resolution": 8,
     "num_rendered_views": 5,
     "flip_rounds": 1,

@@ -77,7 +77,9 @@ class Demo(Command):
         if failures:
             lines += ["This run FAILED:", *(f"  - {failure}" for failure in failures)]
             lines += [f"Try another seed: factorkit demo --seed {self.seed + 1} --out {out}-{self.seed + 1}"]
-            lines += ["Or let it choose among seeds: factorkit train segdiff --preset demo --seeds 3 --out runs/trials"]
+            lines += [
+                "Or let it choose among seeds: factorkit train segdiff --preset demo --seed-trials 3 --out runs/trials"
+            ]
         else:
             lines += [f"It worked: IoU {scores['iou']:.3f}, at least {MIN_IOU:.2f}, and no alarm."]
         lines += ["", f"time       {format_duration(data['seconds'])}"]

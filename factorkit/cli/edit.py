@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from factorkit.cli.base import Flag, NoiseLevel, OptionalPath, Paths, Result, RunCommand
-from factorkit.cli.generate import Sampler, to_pixels
+from factorkit.cli.generate import Sampler
 from factorkit.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Interpolate(RunCommand):
         from factorkit.segdiff.previews import label_image
         from factorkit.segdiff.run import SegdiffRun
         from factorkit.utils.atomic import save_image
+        from factorkit.utils.images import images_to_pixels
 
         result = SegdiffRun.load(self.run, device=self.device).interpolate(
             open_source(self.a),
@@ -68,13 +69,15 @@ class Interpolate(RunCommand):
             sampler=self.sampler,
             seed=self.seed,
         )
-        images, labels = to_pixels(result.images), result.labels.numpy()
+        images, labels = images_to_pixels(result.images), result.labels.numpy()
         for i, j in np.ndindex(labels.shape[:2]):
             path = _output_path(self.out, f"pair_{i:04d}_{j:02d}")
             save_image(Image.fromarray(images[i, j]), Path(f"{path}.png"))
             save_image(label_image(labels[i, j]), Path(f"{path}_labels.png"))
         regions = None if result.masks.shape[2] == 1 else labels
-        grid = interpolation_sheet(to_pixels(result.a), to_pixels(result.b), images, regions, result.shares.tolist())
+        grid = interpolation_sheet(
+            images_to_pixels(result.a), images_to_pixels(result.b), images, regions, result.shares.tolist()
+        )
         return _write_grid(grid, self.out, len(images), pairs=len(images), frames=images.shape[1])
 
 
@@ -103,21 +106,27 @@ class Branches(RunCommand):
         import numpy as np
         from PIL import Image
 
-        from factorkit.report.image_grid import grey
         from factorkit.segdiff.editing.grids import branches_sheet
         from factorkit.segdiff.inference.outputs import output_names
         from factorkit.segdiff.run import SegdiffRun
         from factorkit.utils.atomic import save_image
+        from factorkit.utils.images import images_to_pixels, unit_to_uint8
 
         source = _open_images(self.paths, self.out, "branches RUN PATHS... --out DIR")
         result = SegdiffRun.load(self.run, device=self.device).branches(source, t=self.t)
-        images, masks, branches = to_pixels(result.images), result.masks.numpy(), to_pixels(result.branches)
+        images, masks, branches = (
+            images_to_pixels(result.images),
+            result.masks.numpy(),
+            images_to_pixels(result.branches),
+        )
         for n, name in enumerate(output_names(source.names)):
             path = _output_path(self.out, name)
             save_image(Image.fromarray(images[n]), Path(f"{path}_estimate.png"))
             for k, branch in enumerate(branches[n]):
-                save_image(Image.fromarray(np.dstack([branch, grey(masks[n, k])])), Path(f"{path}_branch_{k}.png"))
-        grid = branches_sheet(to_pixels(result.noisy), images, masks, branches)
+                save_image(
+                    Image.fromarray(np.dstack([branch, unit_to_uint8(masks[n, k])])), Path(f"{path}_branch_{k}.png")
+                )
+        grid = branches_sheet(images_to_pixels(result.noisy), images, masks, branches)
         areas = masks.mean((0, 2, 3)).tolist()
         return _write_grid(grid, self.out, len(images), images=len(images), regions=masks.shape[1], areas=areas)
 
@@ -165,6 +174,7 @@ class Recompose(RunCommand):
         from factorkit.segdiff.previews import label_image
         from factorkit.segdiff.run import SegdiffRun
         from factorkit.utils.atomic import save_image
+        from factorkit.utils.images import images_to_pixels
 
         source = _open_images(self.paths, self.out, "recompose RUN PATHS... --region K --out DIR")
         result = SegdiffRun.load(self.run, device=self.device).recompose(
@@ -177,7 +187,7 @@ class Recompose(RunCommand):
             sampler=self.sampler,
             seed=self.seed,
         )
-        images, labels, kept = to_pixels(result.images), result.labels.numpy(), result.kept.numpy()
+        images, labels, kept = images_to_pixels(result.images), result.labels.numpy(), result.kept.numpy()
         names = output_names(source.names)
         if len(names) < len(images):  # one image, recomposed with each of several others
             names = [f"{names[0]}_{n:04d}" for n in range(len(images))]
@@ -185,8 +195,8 @@ class Recompose(RunCommand):
             path = _output_path(self.out, name)
             save_image(Image.fromarray(images[n]), Path(f"{path}_recomposed.png"))
             save_image(label_image(labels[n]), Path(f"{path}_labels.png"))
-        sources = None if result.sources is None else to_pixels(result.sources)
-        grid = recomposition_sheet(to_pixels(result.originals), sources, kept, images, labels)
+        sources = None if result.sources is None else images_to_pixels(result.sources)
+        grid = recomposition_sheet(images_to_pixels(result.originals), sources, kept, images, labels)
         shares = kept.mean((1, 2)).tolist()
         return _write_grid(grid, self.out, len(images), images=len(images), region=self.region, kept=shares)
 

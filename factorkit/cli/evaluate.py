@@ -21,13 +21,13 @@ class Evaluate(RunCommand):
     2.7). Each class is scored on the images that show it.
     --views: errors of the cameras in degrees, PSNR and SSIM of the renders.
 
-    The mapping from regions to foreground is fitted on the first FIT labelled images and then fixed; the other images
-    are scored. The oracle chooses the mapping for each image by its own label: it is an upper bound, not a result.
+    The mapping from regions to foreground is fitted on the first --num-fit-images labelled images and then fixed; the
+    other images are scored. The oracle chooses the mapping for each image by its own label: it is an upper bound, not a result.
     Images and masks match by name (x.jpg with x.png, x_mask.png or x_seg.png); images without a mask are left out. A
     run folder keeps the scores in scores.json.
 
     EXAMPLES
-        factorkit evaluate runs/flowers --images photos/ --masks masks/ --ignore 128 --fit 16
+        factorkit evaluate runs/flowers --images photos/ --masks masks/ --ignore 128 --num-fit-images 16
         factorkit evaluate runs/flowers --images photos/ --masks masks/ --baselines
         factorkit evaluate runs/imagenet --data VOCdevkit/ --split val
         factorkit evaluate runs/lego --views lego/ --split test --json
@@ -43,7 +43,7 @@ class Evaluate(RunCommand):
     """Views with true poses, in any format that `factorkit train nerfdiff` reads."""
     split: OptionalName = None
     """With --views: train or test; the default is all views. With --data: the split to score; the default is val."""
-    fit: OptionalInt = None
+    num_fit_images: OptionalInt = None
     """Labelled images that fit the mapping, at most half of them. The default is the run's own (16)."""
     ignore: OptionalInt = None
     """Mask value of pixels that are not scored. The default is the run's own."""
@@ -73,7 +73,7 @@ class Evaluate(RunCommand):
         "data",
         "views",
         "split",
-        "fit",
+        "num_fit_images",
         "ignore",
         "baselines",
         "device",
@@ -96,7 +96,7 @@ class Evaluate(RunCommand):
         scores = run.evaluate(
             self.images,
             self.masks,
-            fit=self.fit,
+            num_fit_images=self.num_fit_images,
             ignore=self.ignore,
             baselines=self.baselines,
             t=self.t,
@@ -131,7 +131,7 @@ class Evaluate(RunCommand):
         label_map = None if self.label_map is None else _read_label_map(self.label_map)
         scores = SegdiffRun.load(self.run, device=self.device).evaluate_zero_shot(
             data,
-            fit=self.fit,
+            num_fit_images=self.num_fit_images,
             t=self.t,
             quality=self.quality,
             mask_set=self.mask_set,

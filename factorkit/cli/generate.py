@@ -11,9 +11,6 @@ from tyro.conf import arg
 from factorkit.cli.base import Flag, Result, RunCommand
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
     from factorkit.segdiff.run import Generation
 
 TRAJECTORY_COLUMNS, TRAJECTORY_SAMPLES = 10, 8  # denoising steps and images in trajectory.png
@@ -84,9 +81,10 @@ def write_generated(generation: Generation, out: Path) -> dict[str, Any]:
     from factorkit.segdiff import previews
     from factorkit.segdiff.class_labels import class_sheet
     from factorkit.utils.atomic import save_image
+    from factorkit.utils.images import images_to_pixels
 
     out.mkdir(parents=True, exist_ok=True)
-    images, masks, labels = to_pixels(generation.images), generation.masks.numpy(), generation.labels.numpy()
+    images, masks, labels = images_to_pixels(generation.images), generation.masks.numpy(), generation.labels.numpy()
     has_regions = masks.shape[1] > 1
     for i, image in enumerate(images):
         path = out / f"generated_{i:04d}"
@@ -109,15 +107,8 @@ def write_generated(generation: Generation, out: Path) -> dict[str, Any]:
         columns = np.linspace(0, count - 1, min(TRAJECTORY_COLUMNS, count)).round().astype(int)
         steps = [generation.trajectory[i] for i in columns]
         regions = [step.masks[:TRAJECTORY_SAMPLES].argmax(1).numpy() for step in steps] if has_regions else None
-        images_of_steps = [to_pixels(step.images[:TRAJECTORY_SAMPLES]) for step in steps]
+        images_of_steps = [images_to_pixels(step.images[:TRAJECTORY_SAMPLES]) for step in steps]
         data["trajectory"] = str(out / "trajectory.png")
         grid = previews.trajectory_sheet(images_of_steps, regions, [step.t for step in steps])
         save_image(grid, Path(data["trajectory"]))
     return data
-
-
-def to_pixels(images: Tensor) -> np.ndarray:
-    """Convert [..., 3, R, R] in [0, 1] to uint8 [..., R, R, 3]."""
-    from factorkit.report.image_grid import grey
-
-    return grey(images.movedim(-3, -1).numpy())

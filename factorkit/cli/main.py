@@ -42,7 +42,7 @@ EXAMPLES
     factorkit recompose runs/photos garden.jpg --region 1 --from rose.jpg --out with_rose
     factorkit train nerfdiff --data lego/ --out runs/lego --preset fast
     factorkit render runs/lego --out orbit.gif
-    factorkit evaluate runs/photos --images photos/ --masks masks/ --ignore 128 --fit 16 --baselines
+    factorkit evaluate runs/photos --images photos/ --masks masks/ --ignore 128 --num-fit-images 16 --baselines
 
 OPTIONS OF EVERY COMMAND
     --json     print the result as one JSON object, the only line on standard output

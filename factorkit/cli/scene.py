@@ -84,9 +84,9 @@ class Reconstruct(RunCommand):
     def execute(self) -> Result:
         from PIL import Image
 
-        from factorkit.nerfdiff.export.frames import to_uint8
         from factorkit.nerfdiff.previews.views import disparity_image, views_sheet
         from factorkit.utils import distributed
+        from factorkit.utils.images import images_to_pixels
 
         run = _load(self)
         views = open_images(run, self.paths)
@@ -96,7 +96,7 @@ class Reconstruct(RunCommand):
         def write() -> None:
             self.out.mkdir(parents=True, exist_ok=True)
             disparities = disparity_image(renders.depth, renders.opacity)
-            for name, image, depth in zip(views.names, to_uint8(renders.images), disparities, strict=True):
+            for name, image, depth in zip(views.names, images_to_pixels(renders.images), disparities, strict=True):
                 place = self.out / name.replace("/", "_")
                 Image.fromarray(image).save(place.with_suffix(".png"))
                 Image.fromarray(depth).save(place.with_name(place.stem + "_depth.png"))
@@ -164,9 +164,9 @@ class Sample(RunCommand):
         from PIL import Image
 
         from factorkit.engine.run_folder import write_json
-        from factorkit.nerfdiff.export.frames import to_uint8
         from factorkit.nerfdiff.previews.views import novel_sheet
         from factorkit.utils import distributed
+        from factorkit.utils.images import images_to_pixels
 
         run = _load(self)
         result = run.sample(n=self.count, steps=self.steps, seed=self.seed, trajectory=self.trajectory)
@@ -191,7 +191,7 @@ class Sample(RunCommand):
 
         def write() -> None:
             self.out.mkdir(parents=True, exist_ok=True)
-            for i, image in enumerate(to_uint8(result.images)):
+            for i, image in enumerate(images_to_pixels(result.images)):
                 Image.fromarray(image).save(self.out / f"view_{i:04d}.png")
             write_json(Path(data["poses"]), {"poses": result.poses.tolist()})
             if grid is not None:

@@ -46,7 +46,7 @@ class TrainSegdiff(Command):
     EXAMPLES
         factorkit train segdiff
         factorkit train segdiff --data photos/ --out runs/photos --preset fast64 --steps 2000
-        factorkit train segdiff --data photos/ --out runs/photos --seeds 3
+        factorkit train segdiff --data photos/ --out runs/photos --seed-trials 3
         factorkit train segdiff --data photos/ --preset flowers64 --dry-run
         torchrun --nproc-per-node 8 -m factorkit train segdiff --data photos.zip --preset ffhq64
     """
@@ -61,7 +61,7 @@ class TrainSegdiff(Command):
     """Settings to start from. The default is fast64, or demo without --data."""
     dry_run: Flag = False
     """Train nothing: print parameters, memory, images/s and the duration of the run on this machine."""
-    seeds: int = 1
+    seed_trials: int = 1
     """Number of short seed trials to train first. Those that fail the label-free alarms are dropped, and the best one
     is continued."""
     classes: Annotated[str | None, arg(metavar="folders|auto|FILE", help_behavior_hint="")] = None
@@ -70,7 +70,7 @@ class TrainSegdiff(Command):
     baselines: Flag = False
     """Also score trivial predictors at the end, if there are labels."""
 
-    BASIC = (*COMMON, "model", "seeds", "regions", "form", "json")
+    BASIC = (*COMMON, "model", "seed_trials", "regions", "form", "json")
 
     def execute(self) -> Result:
         from factorkit.segdiff.config import SegdiffConfig
@@ -82,7 +82,12 @@ class TrainSegdiff(Command):
         if self.dry_run:
             return self._estimate(settings)
         out = self.out or Path("runs") / _preset_name(self, "fast64")
-        options = {"preset": self.preset, "seeds": self.seeds, "baselines": self.baselines, "classes": self.classes}
+        options = {
+            "preset": self.preset,
+            "seed_trials": self.seed_trials,
+            "baselines": self.baselines,
+            "classes": self.classes,
+        }
         with report_interruption(out):
             run = train_segdiff(self.data, out=out, **options, **settings)
         judgement, report = read_verdict(out), str(out / "report.html")
@@ -113,8 +118,8 @@ class TrainSegdiff(Command):
             data = {"images": len(dataset.train), "held_out": len(dataset.test_images or ())}
         data |= estimate(self.data, preset=self.preset, known=classes, **settings)
         lines = _format_estimate(data)
-        if self.seeds > 1:
-            lines.append(f"        and up to half of that for each of the other {self.seeds - 1} seed trials")
+        if self.seed_trials > 1:
+            lines.append(f"        and up to half of that for each of the other {self.seed_trials - 1} seed trials")
         if self.data is not None:
             lines.append(f"data    {data['images']} images to train on, {data['held_out']} labelled ones held out")
         return data, "\n".join(lines)
@@ -183,7 +188,7 @@ class ChooseRegions(Command):
 
     EXAMPLES
         factorkit choose-regions photos/
-        factorkit choose-regions horses/ --no-random-flip --candidates 2 3 4 5 6 --seeds 3
+        factorkit choose-regions horses/ --no-random-flip --candidates 2 3 4 5 6 --seed-trials 3
     """
 
     data: Positional[Annotated[Path | None, arg(metavar="DATA", help_behavior_hint="")]] = None
@@ -192,13 +197,13 @@ class ChooseRegions(Command):
     """Folder to write to."""
     candidates: Annotated[tuple[int, ...], arg(metavar="K K...")] = (2, 3, 4, 5)
     """Numbers of regions to try."""
-    seeds: int = 2
+    seed_trials: int = 2
     """Trainings of each candidate; the best one counts."""
-    least_fall: float = 0.02
+    min_improvement: float = 0.02
     """Share of the error that one more region must remove."""
     resolution: int = 32
     """Pixels a side."""
-    mirror: bool = True
+    random_flip: bool = True
     """Mirror half of the training images. Turn it off for objects that all face one way."""
     steps: int = 200
     """Steps of each training."""
@@ -215,10 +220,10 @@ class ChooseRegions(Command):
                 self.data,
                 out=self.out,
                 candidates=self.candidates,
-                seeds=self.seeds,
-                least_fall=self.least_fall,
+                seed_trials=self.seed_trials,
+                min_improvement=self.min_improvement,
                 resolution=self.resolution,
-                mirror=self.mirror,
+                random_flip=self.random_flip,
                 steps=self.steps,
                 holdout=parse_holdout(self.holdout),
                 device=self.device,

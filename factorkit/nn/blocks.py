@@ -58,16 +58,16 @@ class ResBlock(nn.Module):
         embed: int,
         *,
         skip_channels: int = 0,
-        groups: int = 32,
+        norm_groups: int = 32,
         norm: str = "group",
         dropout: float = 0.0,
     ):
         super().__init__()
         total = channels + skip_channels
-        self.norm1 = Norm(total, groups, norm)
+        self.norm1 = Norm(total, norm_groups, norm)
         self.conv1 = nn.Conv2d(total, out, 3, padding=1)
         self.modulation = nn.Linear(embed, 2 * out)
-        self.norm2 = Norm(out, groups, norm)
+        self.norm2 = Norm(out, norm_groups, norm)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out, out, 3, padding=1))
         self.shortcut = nn.Conv2d(total, out, 1) if total != out or skip_channels else nn.Identity()
@@ -89,10 +89,10 @@ class Attention(nn.Module):
 
     gathered_alone = True  # its weights are read in its own forward pass and nowhere else
 
-    def __init__(self, channels: int, *, heads: int = 4, groups: int = 32, norm: str = "group"):
+    def __init__(self, channels: int, *, num_heads: int = 4, norm_groups: int = 32, norm: str = "group"):
         super().__init__()
-        self.heads = heads if channels % heads == 0 else 1
-        self.norm = Norm(channels, groups, norm)
+        self.num_heads = num_heads if channels % num_heads == 0 else 1
+        self.norm = Norm(channels, norm_groups, norm)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.project = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         n, c, h, w = x.shape
         qkv = self.qkv(self.norm(x, masks=masks, activate=False))
         # pixels before channels on the way in and out, as they lie: no copy, and none in the backward pass
-        parts = qkv.permute(0, 2, 3, 1).reshape(n, h * w, 3, self.heads, c // self.heads).unbind(2)
+        parts = qkv.permute(0, 2, 3, 1).reshape(n, h * w, 3, self.num_heads, c // self.num_heads).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in parts)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
         return x + self.project(out)

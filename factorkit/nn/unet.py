@@ -14,9 +14,9 @@ class Encoder(nn.Module):
 
     Args:
         channels: of the input image.
-        width: C; level i has C * multipliers[i] channels at resolution / 2^i.
-        blocks: residual blocks a level.
-        attention: resolutions (pixels a side) at which every block is followed by attention.
+        model_channels: C; level i has C * channel_mult[i] channels at resolution / 2^i.
+        num_res_blocks: residual blocks a level.
+        attention_resolutions: resolutions (pixels a side) at which every block is followed by attention.
         resolution: pixels a side of the input.
         embed: length of the time embedding.
     """
@@ -24,32 +24,34 @@ class Encoder(nn.Module):
     def __init__(
         self,
         channels: int,
-        width: int,
-        multipliers: Sequence[int],
-        blocks: int,
-        attention: Sequence[int],
+        model_channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
         resolution: int,
         embed: int,
         *,
-        heads: int = 4,
-        groups: int = 32,
+        num_heads: int = 4,
+        norm_groups: int = 32,
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels, model_channels, 3, padding=1)
         self.levels = nn.ModuleList()
         #: channels of each skip, in the order the encoder makes them; the decoder takes them from the end
-        self.skip_channels = [width]
-        now = width
-        for i, multiplier in enumerate(multipliers):
+        self.skip_channels = [model_channels]
+        now = model_channels
+        for i, multiplier in enumerate(channel_mult):
             level = nn.ModuleDict({"blocks": nn.ModuleList(), "attention": nn.ModuleList()})
-            for _ in range(blocks):
-                level["blocks"].append(ResBlock(now, width * multiplier, embed, groups=groups, dropout=dropout))
-                now = width * multiplier
-                if resolution >> i in attention:
-                    level["attention"].append(Attention(now, heads=heads, groups=groups))
+            for _ in range(num_res_blocks):
+                level["blocks"].append(
+                    ResBlock(now, model_channels * multiplier, embed, norm_groups=norm_groups, dropout=dropout)
+                )
+                now = model_channels * multiplier
+                if resolution >> i in attention_resolutions:
+                    level["attention"].append(Attention(now, num_heads=num_heads, norm_groups=norm_groups))
                 self.skip_channels.append(now)
-            if i < len(multipliers) - 1:
+            if i < len(channel_mult) - 1:
                 level["down"] = Downsample(now)
                 self.skip_channels.append(now)
             self.levels.append(level)
@@ -74,11 +76,11 @@ class Encoder(nn.Module):
 class Middle(nn.Module):
     """ResBlock, attention, ResBlock at the coarsest resolution."""
 
-    def __init__(self, channels: int, embed: int, *, heads: int = 4, groups: int = 32, dropout: float = 0.0):
+    def __init__(self, channels: int, embed: int, *, num_heads: int = 4, norm_groups: int = 32, dropout: float = 0.0):
         super().__init__()
-        self.block1 = ResBlock(channels, channels, embed, groups=groups, dropout=dropout)
-        self.attention = Attention(channels, heads=heads, groups=groups)
-        self.block2 = ResBlock(channels, channels, embed, groups=groups, dropout=dropout)
+        self.block1 = ResBlock(channels, channels, embed, norm_groups=norm_groups, dropout=dropout)
+        self.attention = Attention(channels, num_heads=num_heads, norm_groups=norm_groups)
+        self.block2 = ResBlock(channels, channels, embed, norm_groups=norm_groups, dropout=dropout)
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         return self.block2(self.attention(self.block1(h, embedding)), embedding)
@@ -90,7 +92,7 @@ class Decoder(nn.Module):
     Args:
         channels: of h_mid.
         skip_channels: as the encoder lists them (finest first).
-        multipliers, blocks: the encoder's; a decoder over ``multipliers[1:]`` stops at half the resolution.
+        channel_mult, num_res_blocks: the encoder's; a decoder over ``channel_mult[1:]`` stops at half the resolution.
         out_channels: of the answer.
         resolution: pixels a side of the answer.
         norm: ``"group"`` | ``"masked_group"`` | ``"pixel"``, all norms of this decoder.
@@ -100,16 +102,16 @@ class Decoder(nn.Module):
         self,
         channels: int,
         skip_channels: Sequence[int],
-        width: int,
-        multipliers: Sequence[int],
-        blocks: int,
-        attention: Sequence[int],
+        model_channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
         resolution: int,
         embed: int,
         out_channels: int,
         *,
-        heads: int = 4,
-        groups: int = 32,
+        num_heads: int = 4,
+        norm_groups: int = 32,
         norm: str = "group",
         dropout: float = 0.0,
     ):
@@ -117,20 +119,28 @@ class Decoder(nn.Module):
         remaining = list(skip_channels)
         self.levels = nn.ModuleList()
         now = channels
-        for i in reversed(range(len(multipliers))):
+        for i in reversed(range(len(channel_mult))):
             level = nn.ModuleDict({"blocks": nn.ModuleList(), "attention": nn.ModuleList()})
-            out = width * multipliers[i]
-            for _ in range(blocks + 1):
+            out = model_channels * channel_mult[i]
+            for _ in range(num_res_blocks + 1):
                 level["blocks"].append(
-                    ResBlock(now, out, embed, skip_channels=remaining.pop(), groups=groups, norm=norm, dropout=dropout)
+                    ResBlock(
+                        now,
+                        out,
+                        embed,
+                        skip_channels=remaining.pop(),
+                        norm_groups=norm_groups,
+                        norm=norm,
+                        dropout=dropout,
+                    )
                 )
                 now = out
-                if resolution >> i in attention:
-                    level["attention"].append(Attention(now, heads=heads, groups=groups, norm=norm))
+                if resolution >> i in attention_resolutions:
+                    level["attention"].append(Attention(now, num_heads=num_heads, norm_groups=norm_groups, norm=norm))
             if i > 0:
                 level["up"] = Upsample(now)
             self.levels.append(level)
-        self.norm_out = Norm(now, groups, norm)
+        self.norm_out = Norm(now, norm_groups, norm)
         self.conv_out = zero_init(nn.Conv2d(now, out_channels, 3, padding=1))
 
     def forward(

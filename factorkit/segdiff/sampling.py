@@ -21,7 +21,7 @@ PIECE = 64  # images drawn at once
 
 def levels(config: SegdiffConfig) -> int:
     """How many noise levels the model was trained on; generation begins at the last of them."""
-    return config.timesteps if config.tail else config.t_max
+    return config.timesteps if config.high_noise_fraction else config.t_max
 
 
 def edit_level(config: SegdiffConfig, t: int | None) -> int:

@@ -78,7 +78,7 @@ def test_help_shows_settings_with_their_opposites_and_lists_as_lists(ask):
     _, page, _ = ask("train", "segdiff", "--help")
     assert "--dry-run " in page and "--no-dry-run" not in page
     _, page, _ = ask("train", "segdiff", "--help-advanced")
-    assert "--mirror, --no-mirror" in page and "--dry-run" not in page
+    assert "--random-flip, --no-random-flip" in page and "--dry-run" not in page
     assert "\n    verify   read" in ask("checkpoint", "--help")[1]
     assert "list of finished images\n\nWith --video" in ask("segment", "--help")[1]
 
@@ -139,7 +139,7 @@ def test_only_the_result_reaches_standard_output(ask, monkeypatch):
 
 def test_training_leaves_a_run_with_scores(run, photos, answer, ask, flags):
     settings = json.loads((run / "config.json").read_text())
-    assert settings["steps"] == 4 and settings["multipliers"] == [1, 2] and settings["preset"] == "demo"
+    assert settings["steps"] == 4 and settings["channel_mult"] == [1, 2] and settings["preset"] == "demo"
     assert settings["prediction"] == "v", "what no flag gave is left to the form"
     again = answer(*flags(), "--data", photos, "--out", run)
     assert [event["event"] for event in read_log(run)].count("start") == 1, "the same command resumes"
@@ -150,7 +150,7 @@ def test_training_leaves_a_run_with_scores(run, photos, answer, ask, flags):
 
 
 def test_settings_that_cannot_work_are_refused(run, photos, refused, flags):
-    assert "width" in refused(*flags(width=16), "--data", photos, "--out", run)
+    assert "model_channels" in refused(*flags(model_channels=16), "--data", photos, "--out", run)
     assert "regions=0" in refused(*flags(regions=0), "--out", "new")
     assert "resolution=17" in refused(*flags(resolution=17), "--out", "new")
     assert "nowhere" in refused(*flags(), "--data", "nowhere", "--out", "new")

@@ -72,7 +72,7 @@ def test_an_official_layout_is_named_with_its_splits(ecssd, answer, ask):
 
 
 def test_a_run_is_trained_and_scored_on_an_official_layout(ecssd, answer, flags, tmp_path):
-    found = answer(*flags(resolution=8, fit=1), "--data", ecssd, "--out", tmp_path / "run")
+    found = answer(*flags(resolution=8, num_fit_images=1), "--data", ecssd, "--out", tmp_path / "run")
     assert 0 <= found["scores"]["iou"] <= 1
 
 

@@ -124,7 +124,7 @@ def test_a_plain_ddpm_generates_and_refuses_to_segment(photos, answer, refused, 
 
 
 def test_evaluate_prints_one_table_and_keeps_the_scores(run, photos, ask, answer, refused):
-    words = ("evaluate", run, "--images", photos / "images", "--masks", photos / "masks", "--fit", 20)
+    words = ("evaluate", run, "--images", photos / "images", "--masks", photos / "masks", "--num-fit-images", 20)
     code, out, _ = ask(*words, "--baselines")
     kept = json.loads((run / "scores.json").read_text())
     assert code == 0 and kept["scored"] == 4 and kept["fitted_on"] == 20
@@ -134,14 +134,14 @@ def test_evaluate_prints_one_table_and_keeps_the_scores(run, photos, ask, answer
     assert [name for name in rows if name in names] == names
     assert rows["mean mask"] == [f"{kept['baselines']['mean_mask'][key]:.3f}" for key in ("acc", "iou", "dice")]
     assert answer(*words) == json.loads((run / "scores.json").read_text())
-    assert "fit=24" in refused(*words[:-1], 24)
+    assert "num_fit_images=24" in refused(*words[:-1], 24)
 
 
 def test_evaluate_ignores_the_value_it_is_told_to(run, photos, answer, tmp_path):
     """Masks whose every object pixel is ignored leave nothing to find: the all-foreground predictor scores 0."""
     for path in (photos / "masks").iterdir():
         Image.fromarray(np.where(np.asarray(Image.open(path)), 128, 0).astype(np.uint8)).save(tmp_path / path.name)
-    words = ("evaluate", run, "--images", photos / "images", "--masks", tmp_path, "--fit", 20, "--baselines")
+    words = ("evaluate", run, "--images", photos / "images", "--masks", tmp_path, "--num-fit-images", 20, "--baselines")
     assert answer(*words, "--ignore", 128)["baselines"]["all_foreground"]["acc"] == 0
     assert answer(*words)["baselines"]["all_foreground"]["acc"] > 0
 

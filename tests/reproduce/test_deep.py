@@ -54,8 +54,15 @@ def test_figure_2_14_shows_frames_and_less_flicker(small, monkeypatch):
 
 
 def test_figure_2_16_scores_both_levels(tmp_path, photos):
-    tiny = {"resolution": 16, "width": 8, "multipliers": (1, 2), "steps": 2, "batch_size": 4, "sample_every": 0}
-    report = reproduce("fig2.16", None, out=tmp_path, progress=False, groups=2, **tiny)
+    tiny = {
+        "resolution": 16,
+        "model_channels": 8,
+        "channel_mult": (1, 2),
+        "steps": 2,
+        "batch_size": 4,
+        "sample_every": 0,
+    }
+    report = reproduce("fig2.16", None, out=tmp_path, progress=False, norm_groups=2, **tiny)
     scores = report.data["rows"][0]["cells"][0]["scores"]
     assert scores["level2"] == pytest.approx(scores["level1"] * scores["within"])
     with Image.open(report.folder / report.data["pictures"][0]) as sheet:

@@ -16,7 +16,14 @@ from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import preset_config
 
 # all but what tells the presets apart at the full scale
-TINY = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4, "fit": 4}
+TINY = {
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 4,
+    "num_fit_images": 4,
+}
 
 
 @pytest.fixture

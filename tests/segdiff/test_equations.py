@@ -42,7 +42,7 @@ def naive_block(block, x, embedding, mask=None):
 def naive_attention(attention, x, mask=None):
     q, k, v = attention.qkv(naive_norm(x, attention.norm, mask)).flatten(2).chunk(3, 1)
     out = []
-    for qh, kh, vh in zip(*(z.chunk(attention.heads, 1) for z in (q, k, v)), strict=True):
+    for qh, kh, vh in zip(*(z.chunk(attention.num_heads, 1) for z in (q, k, v)), strict=True):
         weights = (qh.transpose(1, 2) @ kh / math.sqrt(qh.shape[1])).softmax(-1)
         out.append(vh @ weights.transpose(1, 2))
     return x + attention.project(torch.cat(out, 1).reshape(x.shape))
@@ -115,7 +115,7 @@ def naive_thesis(model, x, t, decoding="masked_skips"):
 @torch.no_grad()
 def naive_regional(model, x, t):
     embedding, skips, h = naive_trunk(model, x, t)
-    logits = naive_decoder(model.mask_generator, h, skips[model.blocks + 1 :], embedding)
+    logits = naive_decoder(model.mask_generator, h, skips[model.num_res_blocks + 1 :], embedding)
     logits = F.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=False)
     logits = logits - logits.mean(1, keepdim=True)
     norm = model.logit_norm

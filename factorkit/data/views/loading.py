@@ -18,6 +18,7 @@ from factorkit.data.sources import FileSource
 from factorkit.data.views.cameras import Distortion, undistort
 from factorkit.data.views.views import SceneLayout, Views, make_background, resize_area, target_size
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import uint8_to_unit
 
 BORDER_SHARE, BORDER_TOLERANCE = 0.9, 2 / 255
 MASK_RANGES = (1, 255, 65535)
@@ -121,7 +122,7 @@ def pixels(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
             found = np.asarray(to_rgb(image, upright))
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise ImageDecodeError(f"{name}: cannot be decoded: {error}") from error
-    return found.astype(np.float32) / 255
+    return uint8_to_unit(found)
 
 
 def opacity(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from factorkit.data.video import open_video
-from factorkit.report.image_grid import contact_sheet
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import Column, Experiment, Found, Row, percent
-from factorkit.reproduce.generation import as_pixels, real_pictures
+from factorkit.reproduce.generation import real_pictures
 from factorkit.reproduce.photos import train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.inference.video import segment_frames
 from factorkit.segdiff.previews import outlined
 from factorkit.utils.errors import DataError
+from factorkit.utils.images import images_to_pixels
 
 FULL = "imagenet64"
 FRAMES, SHOWN = 60, 6
@@ -42,7 +43,7 @@ def cell(setup: Setup, seed: int, smooth: float) -> Found:
         last, count = labels, count + 1
     if not count:
         raise DataError(f"{path}: a clip without frames")
-    sheet = contact_sheet([[f for f, _ in shown], [o for _, o in shown]], None, ["frame", "regions"])
+    sheet = draw_image_grid([[f for f, _ in shown], [o for _, o in shown]], None, ["frame", "regions"])
     name = f"frames-{'averaged' if smooth else 'single'}-seed{seed}.png"
     return Found({"changes": changed / max(1, count - 1), "frames": float(count)}, pictures=[setup.save(sheet, name)])
 
@@ -50,7 +51,7 @@ def cell(setup: Setup, seed: int, smooth: float) -> Found:
 def panning(setup: Setup, resolution: int) -> Iterator[np.ndarray]:
     """A camera that stands still for half of the time, then pans over a training picture, under a sensor's noise."""
     config = train(setup, "ours", 0, FULL).config
-    (picture,) = as_pixels(real_pictures(setup, config, 1))
+    (picture,) = images_to_pixels(real_pictures(setup, config, 1))
     wide = np.pad(picture, ((0, 0), (resolution // 2, resolution // 2), (0, 0)), mode="reflect")
     noise = np.random.default_rng(0)
     for n in range(FRAMES):

@@ -18,7 +18,7 @@ from PIL import Image
 from factorkit.data.datasets import open_dataset
 from factorkit.data.layouts import voc2012
 from factorkit.data.masks import LabelledImages, load_labelled
-from factorkit.report.image_grid import contact_sheet
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import Citation, Column, Experiment, Found, NotRun, Row, percent
 from factorkit.reproduce.photos import run_folder, train
 from factorkit.reproduce.setup import Setup
@@ -26,7 +26,7 @@ from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.segdiff.inference.zero_shot import showing
 from factorkit.segdiff.previews import outlined
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.task import to_float
+from factorkit.utils.images import pixels_to_signed
 
 FULL = "imagenet64"
 SHOWN = 6  # pictures of each class
@@ -101,11 +101,11 @@ def _sheet(found: _Scored, name: str, one: dict[str, Any]) -> Image.Image:
     rows = showing(found.labelled, voc2012.CLASSES.index(name) + 1)[-SHOWN:]
     images = found.labelled.images[rows]
     told = None if one["told"] is None else config.class_names.index(one["told"])
-    masks = found.run.predictor(None, "fast", told)(to_float(torch.from_numpy(images)))
+    masks = found.run.predictor(None, "fast", told)(pixels_to_signed(torch.from_numpy(images)))
     labels = level_labels(hard_labels(masks, config.nesting), config.nesting, scored_level(config.nesting)[0])
     taken = np.isin(labels.numpy(), one["mapping"]).astype(np.int64)
     lines = [list(images), [outlined(image, labels) for image, labels in zip(images, taken, strict=True)]]
-    return contact_sheet(lines, None, ["image", name])
+    return draw_image_grid(lines, None, ["image", name])
 
 
 EXPERIMENT = Experiment(
