@@ -78,6 +78,7 @@ def write_generated(generation: Generation, out: Path) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
+    from factorkit.report.image_grid import draw_image_grid
     from factorkit.segdiff import previews
     from factorkit.segdiff.class_labels import class_sheet
     from factorkit.utils.atomic import save_image
@@ -100,7 +101,7 @@ def write_generated(generation: Generation, out: Path) -> dict[str, Any]:
     elif has_regions:
         grid = previews.generation_sheet(images, masks, labels)
     else:
-        grid = previews.contact_sheet([list(images[i : i + GRID_COLUMNS]) for i in range(0, len(images), GRID_COLUMNS)])
+        grid = draw_image_grid([list(images[i : i + GRID_COLUMNS]) for i in range(0, len(images), GRID_COLUMNS)])
     save_image(grid, Path(data["contact_sheet"]))
     if generation.trajectory is not None:
         count = len(generation.trajectory)
