@@ -131,9 +131,9 @@ def train_segdiff(folder: Path) -> Callable[[], object]:
 
 
 def train_nerfdiff(folder: Path) -> Callable[[], object]:
-    from factorkit.data.procedural.scene import procedural_views
+    from factorkit.data.procedural.scene import make_procedural_views
 
-    views = procedural_views(12, 16)
+    views = make_procedural_views(12, 16)
     return until_first_step(lambda: factorkit.train_nerfdiff(views, out=folder / "run", **SETTINGS))
 
 

@@ -122,7 +122,7 @@ def watch(notes: Notes, kill: Kill | None) -> None:
     TrainingStep.__call__ = noted("a step", TrainingStep.__call__)
     Trainer.state, Trainer.restore = noted("a copy of the state", Trainer.state), noted("resuming", Trainer.restore)
     segdiff.prepare = noted("preparing data", segdiff.prepare)
-    nerfdiff.keep_views = noted("preparing data", nerfdiff.keep_views)
+    nerfdiff.store_views = noted("preparing data", nerfdiff.store_views)
 
 
 def run(name: str, folder: Path, notes: Notes, kill: Kill | None = None) -> bool:

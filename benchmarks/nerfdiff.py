@@ -64,11 +64,11 @@ def main() -> None:
 
 def views_of(args: argparse.Namespace):
     """Training views and held-out ones."""
-    from factorkit.data.procedural.scene import procedural_views
+    from factorkit.data.procedural.scene import make_procedural_views
     from factorkit.data.views.open import open_views
 
     if args.data is None:
-        views = procedural_views(TRAINING + HELD_OUT, args.size, symmetric=args.name == "symmetric")
+        views = make_procedural_views(TRAINING + HELD_OUT, args.size, symmetric=args.name == "symmetric")
         return views.select(slice(0, TRAINING)), views.select(slice(TRAINING, None))
     held_out = open_views(args.data, "test", args.size)
     return open_views(args.data, "train", args.size), held_out.select(slice(None, None, args.every))

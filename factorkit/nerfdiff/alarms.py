@@ -104,7 +104,10 @@ def scene_alarms(
         scene: the training views.
         field: of the scene.
         poses: of the views, [V, 4, 4].
-        candidates: see :func:`pose_alarms`, as are ``count``, ``duplication`` and ``settled``.
+        candidates: see :func:`pose_alarms`.
+        count: see :func:`pose_alarms`.
+        duplication: see :func:`pose_alarms`.
+        settled: see :func:`pose_alarms`.
         exact: whether poses are continuous; on a grid of positions a large error is no failure.
     """
     error = unexplained_variance(field, scene, poses, config.samples_per_ray)

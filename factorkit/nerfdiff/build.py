@@ -85,7 +85,10 @@ def load_partial_run(folder: Path) -> PartialRun:
     if stage is None or views is None:
         raise CheckpointError(f"{folder} has no checkpoint yet: training has just started")
     settings = read_settings(folder)
-    tensors, meta = Checkpoints(stage / "checkpoints").latest()
+    latest = Checkpoints(stage / "checkpoints").latest()
+    if latest is None:
+        raise CheckpointError(f"{stage} has no intact checkpoint")
+    tensors, meta = latest
     field = restore_field(_strip_prefix(tensors, "ema.module.field."), settings).requires_grad_(False)
     poses = _stage_poses(_strip_prefix(tensors, "ema.module.poses."), settings["scene"]["distance"], views.layout)
     return PartialRun(stage.name, int(meta["step"]), field, replace(views, poses=poses))

@@ -27,11 +27,18 @@ class EvaluatedRun(Protocol):
     step: int
 
     @property
-    def poses(self) -> Tensor: ...
+    def poses(self) -> Tensor:
+        """See NerfdiffRun, as for all members."""
+
     @property
-    def views(self) -> Views: ...
-    def predict_pose(self, images: Any, t: int | None = None, refine: int = 0) -> Any: ...
-    def render(self, poses: Tensor) -> Any: ...
+    def views(self) -> Views:
+        """Training views with the run's poses."""
+
+    def predict_pose(self, images: Any, t: int | None = None, refine: int = 0) -> Any:
+        """Predict the cameras of images."""
+
+    def render(self, poses: Tensor) -> Any:
+        """Render the scene from poses."""
 
 
 def true_training_poses(run: EvaluatedRun, views: Views | None = None) -> Tensor | None:

@@ -13,8 +13,7 @@ from factorkit.diffusion.denoiser import Denoised, Denoiser
 from factorkit.nerfdiff.cameras.candidates import Candidates
 from factorkit.nerfdiff.fields.base import Field
 from factorkit.nerfdiff.rays import CameraModel, render_views
-from factorkit.nn import Encoder, TimeEmbedding
-from factorkit.nn.blocks import Norm
+from factorkit.nn.unet import Encoder, Norm, TimeEmbedding
 
 HIDDEN_UNITS = 128  # between the flattened feature map and the heads
 HEAD_STD = 0.01  # of the heads' initial weights: the first candidates are near their anchors, but not equal

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from factorkit.nerfdiff.fields.base import Field
 from factorkit.rendering import (
-    EvenSampling,
-    OccupiedSampling,
+    OccupancySampling,
     Rays,
     Rendered,
+    UniformSampling,
     from_ndc,
     image_rays,
     ndc_rays,
@@ -99,12 +99,12 @@ def start_depth(origins: Tensor) -> Tensor:
     return (-origins[..., 2]).clamp_min(1.0)
 
 
-def build_sampling(field: Field, samples: int, forward_facing: bool = False) -> EvenSampling | OccupiedSampling:
-    """Build sampling with ``samples`` steps through the box, restricted to the field's occupied cells if it has a grid."""
+def build_sampling(field: Field, samples: int, forward_facing: bool = False) -> UniformSampling | OccupancySampling:
+    """Build sampling with ``samples`` steps through the box, only in occupied cells if the field has a grid."""
     grid = getattr(field, "occupancy", None)
     if grid is None:
-        return EvenSampling((-1.0,) * 3, (1.0,) * 3, samples)
-    return OccupiedSampling(grid, step=(1.0 if forward_facing else 2.0) / samples)  # NDC rays cross the box at t = 1
+        return UniformSampling((-1.0,) * 3, (1.0,) * 3, samples)
+    return OccupancySampling(grid, step=(1.0 if forward_facing else 2.0) / samples)  # NDC rays cross the box at t = 1
 
 
 def render_pixels(

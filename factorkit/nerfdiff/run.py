@@ -45,7 +45,7 @@ class PosePrediction(NamedTuple):
 
 
 class RenderedViews(NamedTuple):
-    """Rendered images [B, 3, H, W] in [0, 1], expected depth [B, H, W] (0 where empty), opacity [B, H, W], and poses."""
+    """Images [B, 3, H, W] in [0, 1], depth [B, H, W] (expected; 0 where empty), opacity [B, H, W], poses [B, 4, 4]."""
 
     images: Tensor
     depth: Tensor
@@ -328,8 +328,8 @@ class NerfdiffRun:
         """Score cameras and scene against true poses, and write the scores to ``scores.json`` of the run folder.
 
         True and predicted coordinates are aligned by one similarity, over the training views if their true poses are
-        known (training never uses them), else over the encoder's poses of ``views``. For renders at the true poses it is
-        refined on the training images (:func:`factorkit.nerfdiff.cameras.registration.register_scene`).
+        known (training never uses them), else over the encoder's poses of ``views``. For renders at the true poses it
+        is refined on the training images (:func:`factorkit.nerfdiff.cameras.registration.register_scene`).
 
         Args:
             views: usually held out from training.

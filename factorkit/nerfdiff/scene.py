@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from factorkit.data.views.views import Views
+from factorkit.data.views.views import SceneLayout, Views
 from factorkit.nerfdiff.cameras.normalise import align_forward, align_up_axis, center_poses
 from factorkit.nerfdiff.cameras.poses import framing_distance
 from factorkit.nerfdiff.rays import CameraModel
@@ -34,7 +34,7 @@ class Scene:
     images: Tensor
     names: list[str]
     camera: CameraModel
-    layout: str
+    layout: SceneLayout
     distance: float
     poses: Tensor | None
 
@@ -51,7 +51,7 @@ def open_scene(views: Views, resolution: int, device: torch.device, known_poses:
         views: what was read.
         resolution: longer side in pixels.
         device: where the images are kept.
-        known_poses: whether the poses of the views are used in training. Otherwise they are kept unchanged, for scoring.
+        known_poses: whether the poses of the views are used in training; otherwise they stay unchanged, for scoring.
 
     Raises:
         DataError: fewer than two views, empty views, differing intrinsics, or known poses that cannot be normalised.
@@ -97,6 +97,17 @@ def box_camera(views: Views) -> CameraModel:
         DataError: the intrinsics of forward-facing views differ.
     """
     return shared_camera(views) if views.layout == "forward" else CameraModel(torch.eye(3), torch.zeros(3))
+
+
+def view_poses(views: Views) -> Tensor:
+    """Return the poses of views.
+
+    Raises:
+        DataError: they have none.
+    """
+    if views.poses is None:
+        raise DataError("the views have no poses; predict them first")
+    return views.poses
 
 
 def gather_pixels(images: Tensor, pixels: Tensor) -> Tensor:

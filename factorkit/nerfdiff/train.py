@@ -96,9 +96,9 @@ def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> 
     The arguments are those of :func:`train_nerfdiff`.
 
     Returns:
-        preset, views, parameters (of encoder and field), memory_gib (peak; of the process on a CPU), device, stages (for
-        each stage its name, steps, views_per_second and seconds), and seconds, the sum. Rounds of the flip test are
-        counted up to their maximum.
+        preset, views, parameters (of encoder and field), memory_gib (peak; of the process on a CPU), device, stages
+        (each with name, steps, views_per_second and seconds), and seconds, their sum. The flip test is counted with its
+        maximum number of rounds.
     """
     preset = preset or default_preset(data)
     config = preset_config(preset, **changes)

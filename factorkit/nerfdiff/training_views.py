@@ -1,4 +1,4 @@
-"""The training views of a run: stored in its folder, and described so that a folder resumes only with the same views."""
+"""The training views of a run: stored in its folder, and described so that it resumes only with the same views."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import hashlib
 import math
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from factorkit.data.views.views import Views
+from factorkit.data.views.views import SceneLayout, Views
 from factorkit.nerfdiff.scene import Scene, shared_camera
 from factorkit.utils.atomic import replacing
 from factorkit.utils.errors import CheckpointError
@@ -41,7 +41,7 @@ def store_views(folder: Path, views: Views) -> None:
     path = folder / FILE_NAME
     try:
         with replacing(path) as temporary:
-            np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]  # numpy types the keywords as bool
+            np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]  # numpy types all keywords as bool
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}. Free some space, or give another out=") from error
 
@@ -57,12 +57,12 @@ def load_views(folder: Path | None) -> Views | None:
         return None
     try:
         arrays = read_arrays(path)
-        optional = {k: torch.from_numpy(arrays[k]) for k in ("poses", "background") if k in arrays}
+        optional: dict[str, Any] = {k: torch.from_numpy(arrays[k]) for k in ("poses", "background") if k in arrays}
         return Views(
             torch.from_numpy(arrays["images"]).float() / 255,
             [str(name) for name in arrays["names"]],
             torch.from_numpy(arrays["intrinsics"]),
-            layout=str(arrays["layout"]),
+            layout=cast(SceneLayout, str(arrays["layout"])),
             **optional,
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:  # of shapes, types and names

@@ -17,11 +17,11 @@ from factorkit.data.views.views import Views
 from factorkit.nerfdiff.export.points import MAX_DEPTH, point_cloud
 from factorkit.nerfdiff.fields.occupancy import field_device, occupied_sampling
 from factorkit.nerfdiff.rays import CameraModel, limit_depth
-from factorkit.nerfdiff.scene import box_camera
+from factorkit.nerfdiff.scene import box_camera, view_poses
 from factorkit.rendering.cameras import image_rays
-from factorkit.rendering.ndc import SIDEWAYS
+from factorkit.rendering.ndc import MAX_DIRECTION_Z
 from factorkit.rendering.render import Field, render
-from factorkit.rendering.sampling import OccupiedSampling
+from factorkit.rendering.sampling import OccupancySampling
 from factorkit.report.image_grid import palette
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import images_to_pixels, unit_to_uint8
@@ -35,7 +35,7 @@ FRUSTUM_SIDE = 64  # longer side in pixels of the images in the frusta
 FRUSTUM_SCALE = 0.06  # of the cameras' distance, or of the near plane's
 RAYS_PER_CHUNK = 1 << 14  # between two chunks a render checks for a newer viewpoint
 OPENGL_TO_OPENCV = torch.tensor([1.0, -1.0, -1.0])  # viser's cameras look along z with y down
-CAMERA_COLOR, TRUE_COLOR = (tuple(int(x) for x in color) for color in palette(2))
+CAMERA_COLOR, TRUE_COLOR = ((int(r), int(g), int(b)) for r, g, b in palette(2))
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Viewer:
                 if name in self._nodes:
                     self._nodes[name].remove()
                 self._nodes[name] = nodes.add_frame(name, show_axes=False, visible=box.value)
-            self._add_frusta("/predicted", views.poses, views, CAMERA_COLOR)
+            self._add_frusta("/predicted", view_poses(views), views, CAMERA_COLOR)
             if scene.true is not None:
                 self._add_frusta("/true", scene.true, views, TRUE_COLOR)
         self.renderer.set_scene(scene)
@@ -138,7 +138,7 @@ class Viewer:
             side = float(np.median(-cloud.points[:, 2]))
         self.server.scene.add_point_cloud("/points/cloud", cloud.points, cloud.colors, point_size=side / 300)
 
-    def _add_frusta(self, name: str, poses: Tensor, views: Views, color: tuple[int, ...]) -> None:
+    def _add_frusta(self, name: str, poses: Tensor, views: Views, color: tuple[int, int, int]) -> None:
         pixels = images_to_pixels(views.resize(min(FRUSTUM_SIDE, max(views.size))).images)
         distance = float(poses[:, :3, 3].norm(dim=1).median()) if views.layout == "object" else 1.0
         scale = FRUSTUM_SCALE * distance or FRUSTUM_SCALE
@@ -159,7 +159,7 @@ class Viewer:
 
     def _set_initial_camera(self, views: Views) -> None:
         """Place new clients a little behind the first camera."""
-        pose, camera = views.poses[0].cpu(), self.server.initial_camera
+        pose, camera = view_poses(views)[0].cpu(), self.server.initial_camera
         eye, backward = pose[:3, 3], pose[:3, 2]
         distance = float(eye.norm()) if views.layout == "object" else 1.0
         camera.position = tuple((eye + 0.3 * distance * backward).tolist())
@@ -225,7 +225,7 @@ class RenderThread:
 
     def _work(self) -> None:
         scene: ViewerScene | None = None
-        sampling: OccupiedSampling | None = None
+        sampling: OccupancySampling | None = None
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._closed or (self._waiting and self._scene is not None))
@@ -239,7 +239,7 @@ class RenderThread:
                 sampling = occupied_sampling(scene.field, scene.lower, scene.upper)
             self._render_for(client, scene, sampling, version)
 
-    def _render_for(self, client: Any, scene: ViewerScene, sampling: OccupiedSampling, version: int) -> None:
+    def _render_for(self, client: Any, scene: ViewerScene, sampling: OccupancySampling, version: int) -> None:
         """Send renders of growing size until one is out of date; the first one is always sent."""
         camera = client.camera
         pose = from_viser(camera.wxyz, camera.position)
@@ -258,7 +258,7 @@ class RenderThread:
 @torch.no_grad()
 def render_viewpoint(
     scene: ViewerScene,
-    sampling: OccupiedSampling,
+    sampling: OccupancySampling,
     pose: Tensor,
     fov: float,
     height: int,
@@ -281,7 +281,7 @@ def render_viewpoint(
     device = field_device(scene.field)
     fixed_background, camera = scene.background.to(device), scene.camera
     rays = image_rays(pose.to(device), intrinsics.to(device), height, width)
-    behind = camera.forward_facing & (rays.directions[..., 2] > SIDEWAYS)  # empty in forward-facing scenes
+    behind = camera.forward_facing & (rays.directions[..., 2] > MAX_DIRECTION_Z)  # empty in forward-facing scenes
     ndc = camera.to_ndc(rays, (height, width))
     chunks = (x.reshape(-1, 3).split(RAYS_PER_CHUNK) for x in (ndc.origins, ndc.directions, rays.directions))
     colors = []

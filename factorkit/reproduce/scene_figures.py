@@ -8,14 +8,14 @@ import numpy as np
 from PIL import Image
 
 from factorkit.nerfdiff.evaluate import training_errors
-from factorkit.nerfdiff.export.frames import to_uint8
-from factorkit.nerfdiff.previews.plane import plane_picture
-from factorkit.nerfdiff.previews.views import novel_sheet, sphere_picture, views_sheet
+from factorkit.nerfdiff.previews.cameras import draw_plane, draw_sphere
+from factorkit.nerfdiff.previews.views import draw_denoising_grid, draw_view_grid
 from factorkit.nerfdiff.run import NerfdiffRun
-from factorkit.report.image_grid import contact_sheet
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce import views
 from factorkit.reproduce.experiment import Experiment, Found, NotRun, Row
 from factorkit.reproduce.setup import Setup
+from factorkit.utils.images import images_to_pixels
 
 SHOWN, FRAMES, STEPS = 6, 12, 10
 
@@ -44,8 +44,8 @@ def reconstructions(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:
     """Unseen views, what the scene looks like from their predicted poses, and its depth."""
     unseen = views.views(setup)[1].select(slice(0, SHOWN))
     seen = run.reconstruct(unseen)
-    given = unseen.resized(tuple(seen.images.shape[2:])).images
-    sheet = views_sheet(given, seen.images, seen.depth, seen.opacity, unseen.names)
+    given = unseen.resize(tuple(seen.images.shape[2:])).images
+    sheet = draw_view_grid(given, seen.images, seen.depth, seen.opacity, unseen.names)
     return [setup.save(sheet, f"reconstructions-seed{seed}.png")]
 
 
@@ -53,7 +53,7 @@ def cameras(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:
     """Where the found cameras stand beside the true ones: on a sphere, those that face forward in their plane."""
     true = training_errors(run).alignment.inverse().apply(views.views(setup)[0].poses)
     forward = run.scene["layout"] == "forward"
-    picture = plane_picture(run.poses, candidates=true) if forward else sphere_picture(run.poses, true=true)
+    picture = draw_plane(run.poses, candidates=true) if forward else draw_sphere(run.poses, true=true)
     return [setup.save(picture, f"cameras-seed{seed}.png")]
 
 
@@ -75,8 +75,8 @@ def evolution(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:
 
 def trajectory(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:
     """New views along a circle."""
-    frames = list(to_uint8(run.render_path("orbit", frames=FRAMES).images))
-    sheet = contact_sheet([frames[: FRAMES // 2], frames[FRAMES // 2 :]])
+    frames = list(images_to_pixels(run.render_path("orbit", frames=FRAMES).images))
+    sheet = draw_image_grid([frames[: FRAMES // 2], frames[FRAMES // 2 :]])
     return [setup.save(sheet, f"orbit-seed{seed}.png")]
 
 
@@ -84,9 +84,9 @@ def from_noise(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:
     """Views and their cameras out of noise, step by step."""
     steps = run.sample(3, seed=seed, trajectory=True).trajectory
     picked = [steps[i] for i in np.linspace(0, len(steps) - 1, min(STEPS, len(steps))).round().astype(int)]
-    sheet = novel_sheet(
+    sheet = draw_denoising_grid(
         [s.images.clamp(0, 1) for s in picked],
-        [s.cameras.best for s in picked],
+        [s.cameras.best_poses for s in picked],
         [s.t for s in picked],
         [((s.noisy + 1) / 2).clamp(0, 1) for s in picked],
         run.scene["layout"],

@@ -8,12 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.data.views.open import open_views
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.run import NerfdiffRun
-from factorkit.nerfdiff.train import PROCEDURAL, train_nerfdiff
+from factorkit.nerfdiff.train import NUM_PROCEDURAL_VIEWS, train_nerfdiff
 from factorkit.reproduce.experiment import Column, Experiment, Found, NotRun, Row, percent
 from factorkit.reproduce.setup import Setup
 
@@ -58,8 +58,8 @@ def views(setup: Setup) -> tuple[Views, Views]:
 def _views(data: Path | None, identity: str, size: int | None) -> tuple[Views, Views]:
     if data is not None:
         return open_views(data, "train", size), open_views(data, "test", size)
-    drawn = procedural_views(PROCEDURAL + HELD_OUT, size or 128)
-    return drawn.select(slice(0, PROCEDURAL)), drawn.select(slice(PROCEDURAL, None))
+    drawn = make_procedural_views(NUM_PROCEDURAL_VIEWS + HELD_OUT, size or 128)
+    return drawn.select(slice(0, NUM_PROCEDURAL_VIEWS)), drawn.select(slice(NUM_PROCEDURAL_VIEWS, None))
 
 
 def train(setup: Setup, seed: int, setting: Mapping[str, Any]) -> NerfdiffRun:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.nerfdiff.train import train_nerfdiff
 
 TINY = {
@@ -23,8 +23,8 @@ TINY = {
     "field_steps": 4,
     "steps": 5,
     "batch_size": 4,
-    "width": 8,
-    "multipliers": (1, 2),
+    "model_channels": 8,
+    "channel_mult": (1, 2),
     "encoder_resolution": 8,
     "num_rendered_views": 4,
     "flip_rounds": 1,
@@ -44,7 +44,7 @@ def tiny() -> dict:
 @pytest.fixture(scope="session")
 def scene_views():
     """Ten views of the procedural scene, 8 pixels a side."""
-    return procedural_views(10, 8, seed=1)
+    return make_procedural_views(10, 8, seed=1)
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,9 @@ import torch
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, OctantCandidates, SingleCandidate
 from factorkit.nerfdiff.config import PRESETS, NerfdiffConfig, preset_config
-from factorkit.nerfdiff.fields.grid import FrequencyField, build_field
-from factorkit.nerfdiff.rays import Optics
+from factorkit.nerfdiff.fields.build import build_field
+from factorkit.nerfdiff.fields.mlp import FrequencyField
+from factorkit.nerfdiff.rays import CameraModel
 from factorkit.utils.errors import ConfigError
 
 
@@ -16,7 +17,7 @@ def test_every_preset_is_a_model(preset):
     config = preset_config(preset)
     forward = preset == "llff"
     size = [378, 504] if forward else [config.resolution] * 2
-    optics = Optics(torch.eye(3), torch.zeros(3), forward)
+    optics = CameraModel(torch.eye(3), torch.zeros(3), forward)
     scene = {"size": size, "layout": "forward" if forward else "object", "distance": 1.0 if forward else 2.0}
     field = build_field(config.field, min(config.grid_resolution, 8), 0)
     model = build_model(config, scene, optics, field, torch.eye(4)[None])
@@ -39,7 +40,12 @@ def test_the_thesis_settings_are_the_texts():
     )
     assert (lego.field_learning_rate, lego.learning_rate, lego.classification_weight) == (1e-4, 2e-5, 0.1)
     assert lego.search == "joint" and not lego.balance_candidates and lego.noise and lego.timestep_power == 1
-    assert (lego.width, lego.multipliers, lego.blocks, lego.encoder_pooling) == (64, (1, 1, 2, 2, 4), 2, "average")
+    assert (lego.model_channels, lego.channel_mult, lego.num_res_blocks, lego.encoder_pooling) == (
+        64,
+        (1, 1, 2, 2, 4),
+        2,
+        "average",
+    )
     assert isinstance(build_field(lego.field, 1, 0), FrequencyField)
 
 

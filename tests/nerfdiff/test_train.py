@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.engine.checkpoint import Checkpoints
-from factorkit.engine.log import read_log
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.distil import DistilTask
 from factorkit.nerfdiff.stages.joint import JointTask
 from factorkit.nerfdiff.stages.refine import FitTask
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.jsonl import read_log
 
 
 class Killed(BaseException):
@@ -76,7 +76,7 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused(finished, sc
     with pytest.raises(CheckpointError, match="grid_resolution: 8 there, 9 asked for"):
         train_nerfdiff(scene_views, out=finished.folder, **tiny | {"grid_resolution": 9})
     with pytest.raises(CheckpointError, match="scene"):
-        train_nerfdiff(procedural_views(10, 8, seed=2), out=finished.folder, **tiny)
+        train_nerfdiff(make_procedural_views(10, 8, seed=2), out=finished.folder, **tiny)
 
 
 def test_true_poses_do_not_reach_the_training(scene_views, tiny, tmp_path):

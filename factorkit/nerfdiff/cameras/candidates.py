@@ -47,6 +47,7 @@ class LookAtCandidates(Candidates):
         self.count, self.raw_size = len(anchors), 3 + sum(POSE_PARAMETERS[name] for name in parameters)
 
     def forward(self, raw: Tensor) -> Tensor:
+        """Return poses [B, N, 4, 4] of raw outputs [B, N, raw_size]."""
         direction, rest, offsets = self.anchors + raw[..., :3], raw[..., 3:], {}
         for name in self.parameter_names:
             size = POSE_PARAMETERS[name]
@@ -77,6 +78,7 @@ class OctantCandidates(LookAtCandidates):
         self.register_buffer("signs", signs)
 
     def forward(self, raw: Tensor) -> Tensor:
+        """Return poses [B, N, 4, 4] of raw outputs [B, N, raw_size]."""
         return orbit_poses(raw.sigmoid() * self.signs, self.distance)
 
 
@@ -86,6 +88,7 @@ class SingleCandidate(Candidates):
     count, raw_size = 1, 6
 
     def forward(self, raw: Tensor) -> Tensor:
+        """Return poses [B, N, 4, 4] of raw outputs [B, N, raw_size]."""
         return rodrigues_poses(raw)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.export.points import Shape
+from factorkit.nerfdiff.scene import view_poses
 from factorkit.utils.images import images_to_pixels
 
 TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # y down, looking along z
@@ -40,7 +41,7 @@ def write_transforms(path: Path, views: Views) -> None:
     names = write_images(path.parent / IMAGE_FOLDER, views)
     frames = [
         {"file_path": f"{IMAGE_FOLDER}/{name}", **({} if shared else k), "transform_matrix": pose.tolist()}
-        for name, k, pose in zip(names, intrinsics, views.poses.double(), strict=True)
+        for name, k, pose in zip(names, intrinsics, view_poses(views).double(), strict=True)
     ]
     content = {"camera_model": "OPENCV", **shared, "frames": frames}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -61,7 +62,7 @@ def write_colmap(folder: Path, views: Views, cloud: Shape) -> None:
         lines.append(f"{i} PINHOLE {width} {height} {_format_numbers(parameters)}")
     _write_lines(folder / "cameras.txt", lines)
 
-    world_to_camera = torch.linalg.inv(views.poses.double() @ TO_OPENCV)
+    world_to_camera = torch.linalg.inv(view_poses(views).double() @ TO_OPENCV)
     rotations = roma.special_procrustes(world_to_camera[:, :3, :3])
     quaternions = roma.quat_xyzw_to_wxyz(roma.rotmat_to_unitquat(rotations))
     lines = ["# IMAGE_ID, QW, QX, QY, QZ, TX, TY, TZ, CAMERA_ID, NAME, and on a line of its own POINTS2D[]: none"]

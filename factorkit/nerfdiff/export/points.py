@@ -13,7 +13,7 @@ from torch import Tensor
 
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.fields.occupancy import MAX_POSITIONS, field_device, occupied_sampling
-from factorkit.nerfdiff.scene import box_camera
+from factorkit.nerfdiff.scene import box_camera, view_poses
 from factorkit.rendering.cameras import image_rays
 from factorkit.rendering.render import Field, render
 from factorkit.utils.errors import DataError
@@ -81,7 +81,7 @@ def point_cloud(field: Field, views: Views, lower: Sequence[float], upper: Seque
     camera = box_camera(views)
     cell = sampling.occupancy.cell_side / (NDC_LENGTH if camera.forward_facing else 1.0)  # in units of t
     positions, colors = [], []
-    for pose, intrinsics in zip(views.poses.to(device), (views.intrinsics * stretch).to(device), strict=True):
+    for pose, intrinsics in zip(view_poses(views).to(device), (views.intrinsics * stretch).to(device), strict=True):
         rays = camera.to_ndc(image_rays(pose, intrinsics, *size), size)
         rendered = render(field, rays, sampling, early_stop=1e-3, chunk=RAYS_PER_CHUNK)
         opaque = rendered.opacity > MIN_OPACITY

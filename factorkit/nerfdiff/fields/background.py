@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -35,10 +37,11 @@ class DirectionalBackground(nn.Module):
         super().__init__()
         sizes = [3 + 6 * self.BANDS, hidden, hidden]
         generator = torch.Generator().manual_seed(seed)
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
-        for layer in self.hidden:
+        layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+        for layer in layers:
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
             nn.init.zeros_(layer.bias)
+        self.hidden = nn.ModuleList(layers)
         self.last = nn.Linear(hidden, 3)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)

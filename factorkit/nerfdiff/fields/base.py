@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +43,7 @@ class Field(nn.Module):
         raise NotImplementedError
 
     def parameter_rates(self, rate: float) -> list[tuple[list[nn.Parameter], float]]:
-        """Return trainable parameters and learning rates: the field at ``rate``, background and appearance at theirs."""
+        """Return the trainable parameters, each group with its learning rate; the field has ``rate``."""
         parts = [part for part in (self.background, self.appearance) if part is not None]
         separate = {id(p) for part in parts for p in part.parameters()}
         groups = [([p for p in self.parameters() if id(p) not in separate], rate)]
@@ -64,7 +66,7 @@ class Field(nn.Module):
 def linear_layers(sizes: list[int], generator: torch.Generator, activation_after_last: bool = False) -> nn.Sequential:
     """Build linear layers with ReLUs between them, initialised from ``generator``."""
     modules: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in pairwise(sizes):
         layer = nn.Linear(inputs, outputs)
         nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
         nn.init.zeros_(layer.bias)

@@ -34,6 +34,7 @@ class GridField(Field):
         self.values = nn.Parameter(0.1 * torch.randn(shape, generator=generator))
 
     def raw(self, positions: Tensor, directions: Tensor) -> Tensor:
+        """Return interpolated raw values [M, 4]; see :class:`Field`."""
         table = self.blurred_values().flatten(0, 2)
         rows = 1 << (len(table) - 1).bit_length()
         table = F.pad(table, (0, 0, 0, rows - len(table)))

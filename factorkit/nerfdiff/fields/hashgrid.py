@@ -40,6 +40,7 @@ class HashField(Field):
         self.network = linear_layers([levels * features, hidden, hidden, 4], generator)
 
     def raw(self, positions: Tensor, directions: Tensor) -> Tensor:
+        """Return raw values [M, 4] of the network on hash grid features; see :class:`Field`."""
         shown = max(MIN_LEVEL_SHARE, 1 - self.coarseness)
         weights = ops.annealing_weights(len(self.resolutions), shown).to(positions)
         raw: Tensor = self.network(ops.hash_grid((positions + 1) / 2, self.table, self.resolutions, weights))

@@ -37,6 +37,7 @@ class FrequencyField(Field):
         self.color = linear_layers([width + direction_size, width // 2, 3], generator)
 
     def raw(self, positions: Tensor, directions: Tensor) -> Tensor:
+        """Return raw values [M, 4] of the network on encoded positions; see :class:`Field`."""
         weights = ops.annealing_weights(self.BANDS, max(MIN_BAND_SHARE, 1 - self.coarseness)).to(positions)
         encoded = torch.cat([positions, ops.frequency(positions, self.BANDS, weights)], dim=1)
         h = self.second(torch.cat([self.first(encoded), encoded], dim=1))

@@ -10,7 +10,7 @@ from torch import Tensor
 from factorkit.nerfdiff.fields.base import Field as TrainedField
 from factorkit.rendering.occupancy import OccupancyGrid
 from factorkit.rendering.render import Field
-from factorkit.rendering.sampling import OccupiedSampling
+from factorkit.rendering.sampling import OccupancySampling
 
 CELLS = 64  # along each side of the grid of a field that is not trained any more
 UPDATES = 4  # evaluations of each of its cells
@@ -39,18 +39,18 @@ def update_occupancy(field: TrainedField, step: int) -> None:
 
 
 @torch.no_grad()
-def occupied_sampling(field: Field, lower: Sequence[float], upper: Sequence[float]) -> OccupiedSampling:
+def occupied_sampling(field: Field, lower: Sequence[float], upper: Sequence[float]) -> OccupancySampling:
     """Build sampling of the occupied cells between two corners of the field's box.
 
     Uses the field's own grid for the whole box, else a new grid of 64^3 cells.
     """
     grid = getattr(field, "occupancy", None)
     if grid is not None and (*lower, *upper) == (-1.0,) * 3 + (1.0,) * 3:
-        return OccupiedSampling(grid, step=1 / CELLS)
+        return OccupancySampling(grid, step=1 / CELLS)
     grid = OccupancyGrid(lower, upper, resolution=CELLS).to(field_device(field))
     for _ in range(UPDATES):
         grid.update(lambda positions: density(field, positions))
-    return OccupiedSampling(grid, step=grid.cell_side / 2)
+    return OccupancySampling(grid, step=grid.cell_side / 2)
 
 
 def density(field: Field, positions: Tensor) -> Tensor:

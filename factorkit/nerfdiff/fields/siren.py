@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class SirenField(Field):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         sizes = [3, *[width] * depth]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         for i, layer in enumerate(self.layers):
             bound = 1 / 3 if i == 0 else math.sqrt(6 / width) / self.OMEGA
             for parameter in layer.parameters():
@@ -27,6 +28,7 @@ class SirenField(Field):
         self.last = linear_layers([width, 4], generator)
 
     def raw(self, positions: Tensor, directions: Tensor) -> Tensor:
+        """Return raw values [M, 4] of the network; see :class:`Field`."""
         h = positions
         for layer in self.layers:
             h = torch.sin(self.OMEGA * layer(h))

@@ -53,6 +53,7 @@ class TcnnField(Field):
         self.color = network(inputs, 3, both, _network_config(2), seed=(seed + 1) % MAX_SEED)
 
     def raw(self, positions: Tensor, directions: Tensor) -> Tensor:
+        """Return raw values [M, 4] in fp32; see :class:`Field`."""
         if not len(positions):  # tiny-cuda-nn rejects empty batches
             return positions.new_zeros(0, 4)
         geometry = self.geometry((positions + 1) / 2).float()

@@ -37,8 +37,8 @@ def draw_view_grid(
         names: captions.
     """
     difference = 2 * (images - renders).abs()
-    disparity = list(disparity_pixels(depth, opacity))
-    rows = [images_to_pixels(images), images_to_pixels(renders), images_to_pixels(difference), disparity]
+    rows = [list(images_to_pixels(x)) for x in (images, renders, difference)]
+    rows.append(list(disparity_pixels(depth, opacity)))
     return draw_image_grid(rows, names, row_captions=["image", "render", "2 x difference", "disparity"])
 
 
@@ -100,20 +100,20 @@ def draw_points(cloud: Shape, forward_facing: bool) -> Image.Image:
     """Draw coloured points in orthographic projection.
 
     Args:
-        cloud: points of an object with z up, drawn from four sides; or of a forward-facing scene, drawn from the cameras
-            and from above.
+        cloud: points of an object with z up, drawn from four sides; or of a forward-facing scene, drawn from the
+            cameras and from above.
         forward_facing: which of them.
     """
     if forward_facing:
         axes = {"ahead": np.eye(3), "from above": np.array([[1.0, 0, 0], [0, 0, -1.0], [0, 1.0, 0]])}
     else:
-        axes = {f"from {azimuth} degrees": _viewer_axes(math.radians(azimuth)) for azimuth in POINT_AZIMUTHS}
+        elevation = math.radians(POINT_ELEVATION)
+        axes = {f"from {azimuth} degrees": _viewer_axes(math.radians(azimuth), elevation) for azimuth in POINT_AZIMUTHS}
     return draw_image_grid([[_project_points(cloud, x) for x in axes.values()]], list(axes), cell=POINT_SIDE)
 
 
-def _viewer_axes(azimuth: float) -> np.ndarray:
+def _viewer_axes(azimuth: float, elevation: float) -> np.ndarray:
     """Return the axes right, up and backward, as rows, of a viewer who looks at the origin."""
-    elevation = math.radians(POINT_ELEVATION)
     flat = math.cos(elevation)
     backward = np.array([flat * math.cos(azimuth), flat * math.sin(azimuth), math.sin(elevation)])
     right = np.array([-math.sin(azimuth), math.cos(azimuth), 0.0])

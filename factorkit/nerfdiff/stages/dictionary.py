@@ -90,6 +90,7 @@ class SearchTask(FitTask):
         )
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
+        """Return the photometric loss; reassign the views where the step is due."""
         coarseness = self.coarseness_at(int(step))
         self.model.field.coarseness = coarseness
         if draw.first and int(step) and int(step) % UPDATE_EVERY == 0:
@@ -97,6 +98,7 @@ class SearchTask(FitTask):
         return super().loss(model, indices, draw, step)
 
     def pose_options(self, draw: BatchDraw, step: int) -> dict[str, Tensor]:
+        """Return the jitter of the positions while the temperature falls."""
         return {"jitter": POSITION_JITTER * draw.normal(3)} if self.coarseness_at(step) else {}
 
     @torch.no_grad()

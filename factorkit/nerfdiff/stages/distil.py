@@ -67,9 +67,11 @@ class DistilTask:
         return orbit_poses(directions, self.scene.distance).to(self.scene.images.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the encoder at the learning rate."""
         return [{"params": list(self.model.encoder.parameters()), "scale": 1.0}]
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
+        """Return the pose loss of the nearest candidates and the classification loss."""
         config = self.config
         rows = indices.to(self.images.device)
         x0, poses = to_signal(self.images[rows]), self.poses[rows]

@@ -80,6 +80,7 @@ class JointTask:
         return groups + field_parameter_groups(self.model.field, rate, base_rate)
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
+        """Return the photometric loss of the selected candidates and the classification loss (eq. 3.4)."""
         config, field, scene = self.config, self.model.field, self.scene
         temperature_share = max(0.0, 1 - int(step) / (BALANCED_SHARE * config.steps))
         field.coarseness = INITIAL_COARSENESS * temperature_share

@@ -107,10 +107,10 @@ class Training:
             self.train_stage("distil", task, folder=self.folder)
             return
         model = self.train_stage("distil", task)
-        poses = model.views.clone()
+        kept_poses = model.views.clone()
         self.train_stage(
             "tune",
-            lambda stage: JointTask(stage, scene, model, poses, duplication),
+            lambda stage: JointTask(stage, scene, model, kept_poses, duplication),
             folder=self.folder,
             steps=config.finetune_steps,
             balance_candidates=False,
@@ -237,8 +237,8 @@ class Training:
         place = found.poses.places[found.poses.assigned]
         refine = partial(self.fit, optimize_focal=True)
         if scene.layout == "forward":
-            poses = FreePoses(forward_facing_poses(place))
-            fitted = refine("refine", start, poses, preview_name="refine", initial_coarseness=FORWARD_COARSENESS)
+            free = FreePoses(forward_facing_poses(place))
+            fitted = refine("refine", start, free, preview_name="refine", initial_coarseness=FORWARD_COARSENESS)
             return self.with_final_field(fitted), None
         orbit = OrbitPoses(place, scene.distance, config.pose_parameters)
         fitted = refine("refine", start, orbit.requires_grad_(), preview_name="refine")

@@ -129,6 +129,7 @@ class FitTask:
         return groups
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
+        """Return the photometric loss of random rays."""
         self.model.field.coarseness = self.coarseness_at(int(step))
         rows = self.views[indices]
         if draw.first:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data.sources import shown
+from factorkit.data.sources import escape_name
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.inference import segment as quality
 from factorkit.segdiff.run import SegdiffRun
@@ -21,11 +21,11 @@ from factorkit.utils.errors import ConfigError, DataError, WriteError
 TINY = {
     "resolution": 16,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "device": "cpu",
     "threads": 1,
 }
@@ -117,7 +117,7 @@ def test_segment_folder_unprintable_names_work(run, folder):
     assert listed == {*names, "good.jpg"}
     with pytest.warns(UserWarning, match="1 of 6"):
         assert segmented(run, folder, formats=ALL).already == 5, "their lines in the list are read back"
-    assert shown("plain ünï.png") == "plain ünï.png" and shown("a\nb") == "a\\nb"
+    assert escape_name("plain ünï.png") == "plain ünï.png" and escape_name("a\nb") == "a\\nb"
 
 
 def test_segment_folder_too_long_name_is_skipped(run, folder):

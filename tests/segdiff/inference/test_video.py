@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data.video import open_clip
+from factorkit.data.video import open_video
 from factorkit.segdiff.inference.video import STILL, Smoother, segment_frames
 from factorkit.utils.errors import ConfigError, DataError, WriteError
 
@@ -108,7 +108,7 @@ def test_segment_video_writes_a_video(run, tmp_path):
 def test_segment_video_folder_uses_name_order(run, tmp_path):
     for number, frame in enumerate(still(3)):
         Image.fromarray(frame).save(tmp_path / f"{number}.png")
-    clip = open_clip(tmp_path)
+    clip = open_video(tmp_path)
     assert clip.length == 3 and clip.rate == 24
     assert np.array_equal(np.stack(list(clip.frames)), still(3))
     assert run.segment_video(tmp_path, tmp_path / "out" / "x.mp4", progress=False).frames == 3
@@ -118,9 +118,9 @@ def test_segment_video_folder_uses_natural_order(tmp_path):
     colours = {f"frame{number}.png": 20 * number for number in (1, 2, 10, 11)}
     for name, colour in colours.items():
         Image.new("RGB", (4, 4), (colour,) * 3).save(tmp_path / name)
-    assert [frame[0, 0, 0] for frame in open_clip(tmp_path).frames] == [20, 40, 200, 220]
+    assert [frame[0, 0, 0] for frame in open_video(tmp_path).frames] == [20, 40, 200, 220]
     listed = [tmp_path / "frame10.png", tmp_path / "frame2.png"]
-    assert [frame[0, 0, 0] for frame in open_clip(listed).frames] == [200, 40], "a list has an order of its own"
+    assert [frame[0, 0, 0] for frame in open_video(listed).frames] == [200, 40], "a list has an order of its own"
 
 
 @pytest.mark.parametrize("name", ["walk.gif", "walk.webp", "walk.png"])
@@ -129,7 +129,7 @@ def test_segment_video_animated_image_uses_its_frames(tmp_path, name):
     durations = [100, 100, 100, 500]
     first.save(tmp_path / name, save_all=True, append_images=rest, duration=durations, lossless=True)
     for source in (tmp_path / name, Image.open(tmp_path / name)):
-        clip = open_clip(source)
+        clip = open_video(source)
         assert clip.length == 4 and clip.rate == pytest.approx(5)
         assert [frame[2, 3].tolist() for frame in clip.frames] == [[v] * 3 for v in (30, 90, 200, 150)]
 
@@ -165,4 +165,4 @@ def test_segment_video_without_imageio_error_names_the_extra(monkeypatch, tmp_pa
     monkeypatch.setitem(sys.modules, "imageio.v3", None)
     (tmp_path / "a.mp4").touch()
     with pytest.raises(ConfigError, match=r"factorkit\[video\]"):
-        open_clip(tmp_path / "a.mp4")
+        open_video(tmp_path / "a.mp4")
