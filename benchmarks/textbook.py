@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from factorkit.diffusion.denoiser import Denoised
 from factorkit.nn import Attention, Decoder, Norm, ResBlock
-from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS, POOL_FLOOR
+from factorkit.ops.norm import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS
+from factorkit.ops.region import POOL_FLOOR
 from factorkit.segdiff.network import FactorizedUNet, Regions, at_least_fp32
 
 
