@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # What an installation depends on: until one of these changes, it is not repeated.
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: help demo test wheel-test lint clean
+.PHONY: help demo test test-fast wheel-test lint docs clean
 .DEFAULT_GOAL := help
 
 help: ## print this
@@ -36,12 +36,20 @@ wheel-test: ## build a wheel, install it into an environment of its own (WHEEL=)
 	cd $(WHEEL)/tree && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(abspath $(WHEEL))/bin/python -m pytest -n logical --dist loadfile \
 		--timeout=300 --ignore tests/test_build.py $(ARGS)
 
-lint: $(VENV)/.installed-test ## ruff and mypy
+test-fast: $(VENV)/.installed-test ## the tests without those marked slow: what to run before every commit
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --dist loadfile --timeout=300 -m "not slow" $(ARGS)
+
+lint: $(VENV)/.installed-test ## ruff (rules and format), the import contracts, mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-test ## the documentation site, into site/: without network, a warning fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) $(WHEEL) build dist *.egg-info factorkit/_C.*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(WHEEL) build dist site *.egg-info factorkit/_C.*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # Cleared first, should an earlier attempt have been interrupted halfway.
 $(VENV)/.created:
@@ -54,5 +62,5 @@ $(VENV)/.installed: $(INPUTS) $(VENV)/.created
 
 # It holds all that .installed asks for, so that `make demo` after `make test` installs nothing.
 $(VENV)/.installed-test: $(INPUTS) $(VENV)/.created
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test,docs]"
 	touch $(VENV)/.installed $@

@@ -49,7 +49,7 @@ FIRST = 5  # a third of the kills choose among so many, most of them of the prep
 COMMON = {"checkpoint_every": 2, "keep_checkpoints": 2, "sample_every": 3, "log_every": 2}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "segdiff": ("segdiff", {"steps": 40}),
-    "nerfdiff, dictionary": ("nerfdiff", {"tuning_steps": 6, "search_steps": 12}),
+    "nerfdiff, dictionary": ("nerfdiff", {"finetune_steps": 6, "search_steps": 12}),
     "nerfdiff, joint": ("nerfdiff", {"search": "joint", "steps": 24, "field": "hashgrid", "occupancy": True}),
 }
 

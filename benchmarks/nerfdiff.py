@@ -5,8 +5,8 @@
     python -m benchmarks.nerfdiff symmetric --seeds 0 --set flip_rounds=0
     python -m benchmarks.nerfdiff lego --data LEGO --size 32 --ways dictionary supervised one_start --seeds 0 1 2 3 4
     python -m benchmarks.nerfdiff lego --data LEGO --size 32 --ways joint joint_letter --seeds 0
-    python -m benchmarks.nerfdiff lego --data LEGO --roll 10 --set 'freedom=["roll"]' --seeds 0
-    python -m benchmarks.nerfdiff lego --data LEGO --focal 0.2 --set 'freedom=["focal"]' --seeds 0
+    python -m benchmarks.nerfdiff lego --data LEGO --roll 10 --set 'optimize_camera=["roll"]' --seeds 0
+    python -m benchmarks.nerfdiff lego --data LEGO --focal 0.2 --set 'optimize_camera=["focal"]' --seeds 0
     python -m benchmarks.nerfdiff fern --data FERN --size 84 --every 1 --ways supervised one_start --seeds 0
 
 Each run is a JSON object in benchmarks/results/nerfdiff.json with its machine, commit and settings; a run that stands
@@ -32,8 +32,8 @@ WAYS = {
     "supervised": {"poses": "known"},
     "one_start": {"poses": "learned"},
     "joint": {"search": "joint"},
-    "joint_letter": {"search": "joint", "balance": False},
-    "single": {"search": "joint", "candidates": "single", "cameras": 1},
+    "joint_letter": {"search": "joint", "balance_candidates": False},
+    "single": {"search": "joint", "candidate_type": "single", "num_candidates": 1},
 }
 REFINED = 100  # steps down the photometric error of held-out views, after the encoder's look
 TRAINING, HELD_OUT = 80, 20  # views of the procedural scene
@@ -64,11 +64,11 @@ def main() -> None:
 
 def views_of(args: argparse.Namespace):
     """Training views and held-out ones."""
-    from factorkit.data.procedural.scene import procedural_views
+    from factorkit.data.procedural.scene import make_procedural_views
     from factorkit.data.views.open import open_views
 
     if args.data is None:
-        views = procedural_views(TRAINING + HELD_OUT, args.size, symmetric=args.name == "symmetric")
+        views = make_procedural_views(TRAINING + HELD_OUT, args.size, symmetric=args.name == "symmetric")
         return views.select(slice(0, TRAINING)), views.select(slice(TRAINING, None))
     held_out = open_views(args.data, "test", args.size)
     return open_views(args.data, "train", args.size), held_out.select(slice(None, None, args.every))

@@ -12,15 +12,27 @@ from pathlib import Path
 
 import torch
 
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.nerfdiff.train import Training, train_nerfdiff
 
 #: what a short training of each field takes on a CPU
 SETTINGS = {
     "grid": {},
-    "hashgrid": {"field_learning_rate": 0.01, "roughness": 0.0, "views": 4, "field_steps": 200},
-    "mlp": {"field_learning_rate": 5e-4, "roughness": 0.0, "views": 4, "rays": 64, "field_steps": 200},
-    "siren": {"field_learning_rate": 2e-4, "roughness": 0.0, "views": 4, "rays": 64, "field_steps": 200},
+    "hashgrid": {"field_learning_rate": 0.01, "tv_weight": 0.0, "views_per_step": 4, "field_steps": 200},
+    "mlp": {
+        "field_learning_rate": 5e-4,
+        "tv_weight": 0.0,
+        "views_per_step": 4,
+        "rays_per_view": 64,
+        "field_steps": 200,
+    },
+    "siren": {
+        "field_learning_rate": 2e-4,
+        "tv_weight": 0.0,
+        "views_per_step": 4,
+        "rays_per_view": 64,
+        "field_steps": 200,
+    },
 }
 
 
@@ -31,11 +43,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    training, held_out = procedural_views(80, args.size), procedural_views(12, args.size, seed=1)
+    training, held_out = make_procedural_views(80, args.size), make_procedural_views(12, args.size, seed=1)
     for field in args.fields:
         for occupancy in (False, True):
             with tempfile.TemporaryDirectory() as folder:
-                settings = {"field": field, "samples": args.samples, "occupancy": occupancy, **SETTINGS[field]}
+                settings = {"field": field, "samples_per_ray": args.samples, "occupancy": occupancy, **SETTINGS[field]}
                 print(measured(training, held_out, Path(folder), settings), flush=True)
 
 
@@ -58,7 +70,7 @@ def measured(training, held_out, folder: Path, settings: dict) -> str:
             resolution=max(training.size),
             poses="known",
             steps=1,
-            rendered=0,
+            num_rendered_views=0,
             progress=False,
             **settings,
         )

@@ -92,9 +92,9 @@ def _nerfdiff_parameters(config) -> int:
     from factorkit.nerfdiff.fields.grid import build_field
     from factorkit.nerfdiff.rays import Optics
 
-    layout = "forward" if config.candidates == "single" else "object"
+    layout = "forward" if config.candidate_type == "single" else "object"
     scene = {"layout": layout, "distance": 3.0, "size": [config.resolution] * 2}
-    field, optics = build_field(config.field, config.grid, 0), Optics(torch.eye(3), torch.zeros(3))
+    field, optics = build_field(config.field, config.grid_resolution, 0), Optics(torch.eye(3), torch.zeros(3))
     model = build_model(config, scene, optics, field, torch.eye(4)[None])
     return sum(p.numel() for p in model.parameters())
 

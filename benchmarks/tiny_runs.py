@@ -10,21 +10,21 @@ import torch
 from PIL import Image
 
 from factorkit.data.views.views import Views
-from factorkit.engine import trainer as loop
 from factorkit.nerfdiff import train as nerfdiff
 from factorkit.nerfdiff.stages import dictionary as search
 from factorkit.nerfdiff.stages import distil, joint
 from factorkit.nerfdiff.stages import refine as fit
+from factorkit.segdiff import train as segdiff
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.train import train_segdiff
 
 SEGDIFF = {
-    "width": 8,
+    "model_channels": 8,
     "resolution": 16,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 4,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 4,
     "batch_size": 8,
     "device": "cpu",
     "progress": False,
@@ -33,22 +33,22 @@ SEGDIFF = {
 NERFDIFF = {
     "preset": "demo",
     "resolution": 8,
-    "cameras": 3,
-    "azimuths": 6,
-    "rings": 2,
-    "search_field": 6,
-    "grid": 8,
-    "samples": 4,
-    "views": 4,
-    "rays": 8,
+    "num_candidates": 3,
+    "num_azimuths": 6,
+    "num_elevations": 2,
+    "search_grid_resolution": 6,
+    "grid_resolution": 8,
+    "samples_per_ray": 4,
+    "views_per_step": 4,
+    "rays_per_view": 8,
     "search_steps": 22,
     "field_steps": 12,
     "steps": 12,
     "batch_size": 4,
-    "width": 8,
-    "multipliers": (1, 2),
+    "model_channels": 8,
+    "channel_mult": (1, 2),
     "encoder_resolution": 8,
-    "rendered": 5,
+    "num_rendered_views": 5,
     "flip_rounds": 1,
     "device": "cpu",
     "progress": False,
@@ -64,7 +64,7 @@ def without_sheets() -> None:
         return {"failures": [] if step % 4 else ["tiny"], "error": 1 / (1 + step)}
 
     SegdiffTask.inspect = inspect
-    loop.write_report = lambda folder: None
+    segdiff.write_report = nerfdiff.write_report = lambda folder: None
     nerfdiff.HALF_STEPS = HALF_STEPS
     for module in (distil, fit, joint, search):
         for sheet in {"cameras_sheet", "renders_sheet"} & vars(module).keys():

@@ -68,7 +68,7 @@ def load(path: str | Path, *, device: str = "auto", weights: str | float = "aver
         path: either of them.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         weights: the moving ``"average"``; from a folder also the decay of another average that the training kept
-            (``ema_also=``), or those of the ``"last"`` step.
+            (``extra_ema_decays=``), or those of the ``"last"`` step.
 
     Raises:
         ConfigError: weights that are not there.

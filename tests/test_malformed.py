@@ -120,7 +120,14 @@ def test_damaged_member_of_an_npz_is_a_value_error(tmp_path):
 
 @pytest.mark.parametrize(
     "setting, value",
-    [("min_snr_gamma", [1, 2]), ("width", "64"), ("multipliers", 3), ("steps", 2.5), ("device", None), ("blocks", {})],
+    [
+        ("min_snr_gamma", [1, 2]),
+        ("model_channels", "64"),
+        ("channel_mult", 3),
+        ("steps", 2.5),
+        ("device", None),
+        ("num_res_blocks", {}),
+    ],
 )
 def test_settings_of_another_type(setting, value):
     with pytest.raises(ConfigError, match=f"^{setting}="):
@@ -135,14 +142,14 @@ def test_timesteps_beyond_all_sense():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"width": 10**9},
-        {"blocks": 10**9},
-        {"multipliers": [1] * 10**5},
+        {"model_channels": 10**9},
+        {"num_res_blocks": 10**9},
+        {"channel_mult": [1] * 10**5},
         {"regions": 10**9},
         {"step": "x"},
         {"step": None},
-        {"width": [8]},
-        {"multipliers": []},
+        {"model_channels": [8]},
+        {"channel_mult": []},
     ],
 )
 def test_checkpoint_whose_settings_are_not_of_its_weights(good, tmp_path, changes):
@@ -157,9 +164,9 @@ def test_checkpoint_whose_settings_are_not_of_its_weights(good, tmp_path, change
     [
         {"scene": None},
         {"scene": {"layout": "object", "distance": "far", "size": [8, 8]}},
-        {"width": 10**9},
+        {"model_channels": 10**9},
         {"scene": {"layout": "object", "distance": 3.5, "size": [8, 10**9]}},
-        {"cameras": 10**9},
+        {"num_candidates": 10**9},
         {"step": []},
     ],
 )

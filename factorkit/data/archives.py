@@ -10,8 +10,17 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from factorkit.data.decode import BrokenImage
-from factorkit.data.sources import MOST_BYTES, EncodedSource, digest, is_image, said, shown, stamp, too_large
+from factorkit.data.decode import ImageDecodeError
+from factorkit.data.sources import (
+    MOST_BYTES,
+    EncodedSource,
+    escape_name,
+    hash_values,
+    is_image,
+    stat_file,
+    too_large,
+    wrap_os_errors,
+)
 from factorkit.utils.errors import DataError
 
 # zipfile unpacks these by no more than it is asked for; of the others a hundred bytes may become a gigabyte at once
@@ -34,14 +43,14 @@ class ZipSource(EncodedSource):
     def _bytes(self, index: int) -> bytes:
         member = self.members[index]  # by member, not by name: two of one name are two pictures
         if member.file_size > MOST_BYTES:
-            raise BrokenImage(too_large(member.file_size))
+            raise ImageDecodeError(too_large(member.file_size))
         if member.compress_type not in BOUNDED:
-            raise BrokenImage("refused, packed by a method that cannot be bounded. Pack it again with deflate")
+            raise ImageDecodeError("refused, packed by a method that cannot be bounded. Pack it again with deflate")
         with self.archive.open(member) as packed:
             return packed.read(member.file_size)  # no more, whatever there is: the size may be a lie
 
     def fingerprint(self) -> str:
-        return digest("zip", str(self.path), self.under, stamp(self.path))
+        return hash_values("zip", str(self.path), self.under, stat_file(self.path))
 
 
 class TarSource(EncodedSource):
@@ -59,16 +68,16 @@ class TarSource(EncodedSource):
     def _bytes(self, index: int) -> bytes:
         archive, start, size = self.members[index]
         if size > MOST_BYTES:
-            raise BrokenImage(too_large(size))
+            raise ImageDecodeError(too_large(size))
         with open(self.paths[archive], "rb") as file:
             file.seek(start)
             data = file.read(size)
         if len(data) < size:
-            raise BrokenImage(f"the archive {self.paths[archive].name} ends in the middle of it")
+            raise ImageDecodeError(f"the archive {self.paths[archive].name} ends in the middle of it")
         return data
 
     def fingerprint(self) -> str:
-        return digest("tar", [(str(path), stamp(path)) for path in self.paths], self.members)
+        return hash_values("tar", [(str(path), stat_file(path)) for path in self.paths], self.members)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> TarSource:
         return TarSource(self.paths, [self.members[i] for i in indices], [self.names[i] for i in indices])
@@ -83,7 +92,10 @@ def tar_members(path: Path) -> list[tuple[str, int, int]]:
         DataError: no .tar, compressed, cut off, or unreadable.
     """
     try:
-        with said(path, "so it cannot be opened. Check its permissions."), tarfile.open(path, "r:") as archive:
+        with (
+            wrap_os_errors(path, "so it cannot be opened. Check its permissions."),
+            tarfile.open(path, "r:") as archive,
+        ):
             found = [(m.name, m.offset_data, m.size) for m in archive if m.isreg() and not m.issparse()]
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise DataError(
@@ -91,7 +103,7 @@ def tar_members(path: Path) -> list[tuple[str, int, int]]:
             "fetched again."
         ) from error
     if found and found[-1][1] + found[-1][2] > path.stat().st_size:
-        raise DataError(f"{path}: it ends in the middle of {shown(found[-1][0])}. Fetch this archive again.")
+        raise DataError(f"{path}: it ends in the middle of {escape_name(found[-1][0])}. Fetch this archive again.")
     return found
 
 

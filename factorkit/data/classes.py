@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from factorkit.data.masks import stem
-from factorkit.data.sources import natural
+from factorkit.data.masks import strip_suffix
+from factorkit.data.sources import natural_sort_key
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.safe_reading import read_json
 
@@ -75,7 +75,7 @@ def read_classes(spec: Any, names: Sequence[str], *, positional: bool = False, k
 
 
 def _numbered(found: Sequence[str], where: str) -> Classes:
-    names = sorted({name for name in found if name}, key=natural)
+    names = sorted({name for name in found if name}, key=natural_sort_key)
     if len(names) < 2:
         listed = f"only {names[0]!r}" if names else "none"
         raise DataError(f"{where}: {listed} is there as a class of {len(found)} images; two or more make sense")
@@ -133,13 +133,13 @@ def _read_table(path: Path) -> dict[str, str]:
 def _looked_up(table: Mapping[str, str], names: Sequence[str], where: str) -> list[str]:
     by_stem: dict[str, str] = {}
     for name, word in table.items():
-        if by_stem.setdefault(stem(name), word) != word:
-            by_stem[stem(name)] = "\0"  # a.jpg and a.png of two classes: the stem tells nothing
+        if by_stem.setdefault(strip_suffix(name), word) != word:
+            by_stem[strip_suffix(name)] = "\0"  # a.jpg and a.png of two classes: the stem tells nothing
     ends = [PurePosixPath(name).name for name in names]
     unique = {end for end in ends if ends.count(end) == 1} if len(set(ends)) < len(ends) else set(ends)
 
     def find(name: str, end: str) -> str | None:
-        keys = [name, stem(name)] + ([end, stem(end)] if end in unique else [])
+        keys = [name, strip_suffix(name)] + ([end, strip_suffix(end)] if end in unique else [])
         for key in keys:
             if key in table:
                 return table[key]

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from factorkit.utils.errors import ConfigError, DataError
 
 
-class BrokenImage(DataError):
+class ImageDecodeError(DataError):
     """One picture that cannot be decoded; where many are read, it may be left out."""
 
 
@@ -20,7 +20,7 @@ def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
     run over [0, 1], or over [0, 255] where any value is above 1.
 
     Raises:
-        BrokenImage: a float picture with values that are not finite or outside [0, 255].
+        ImageDecodeError: a float picture with values that are not finite or outside [0, 255].
         OSError, and whatever else Pillow raises: a truncated or damaged file.
     """
     if upright:
@@ -36,7 +36,7 @@ def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(image: Image.Image, resolution: int) -> np.ndarray:
+def crop_square(image: Image.Image, resolution: int) -> np.ndarray:
     """The largest centred square of an RGB picture, resized with antialiasing (Lanczos); uint8 [R, R, 3].
 
     Raises:
@@ -45,7 +45,7 @@ def square(image: Image.Image, resolution: int) -> np.ndarray:
     return np.asarray(_centre(image, resolution, Image.Resampling.LANCZOS))
 
 
-def square_labels(labels: np.ndarray, resolution: int) -> np.ndarray:
+def crop_square_labels(labels: np.ndarray, resolution: int) -> np.ndarray:
     """The same square of an integer label map [H, W], resized by nearest neighbour; int32 [R, R]."""
     return np.asarray(_centre(Image.fromarray(labels.astype(np.int32)), resolution, Image.Resampling.NEAREST))
 
@@ -62,5 +62,5 @@ def _centre(image: Image.Image, resolution: int, resampling: Image.Resampling) -
 def _from_float(values: np.ndarray) -> Image.Image:
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= 255):  # written so that NaN is refused too
-        raise BrokenImage(f"float values from {low} to {high}; convert the picture to [0, 1] or to 8 bits")
+        raise ImageDecodeError(f"float values from {low} to {high}; convert the picture to [0, 1] or to 8 bits")
     return Image.fromarray(np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8))

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from factorkit.data.decode import square, square_labels
-from factorkit.data.open_source import open_source
-from factorkit.data.sources import Source, shown
+from factorkit.data.decode import crop_square, crop_square_labels
+from factorkit.data.open import open_source
+from factorkit.data.sources import Source, escape_name
 from factorkit.utils.errors import DataError
 
 MASK_KEYS = ("masks", "M")  # the names looked for in an .npz, in this order
@@ -23,13 +23,13 @@ NAMED = 3  # how many examples a message names
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledImages:
     """Images with their masks.
 
     Attributes:
         images: uint8 [N, R, R, 3].
         foreground: bool [N, R, R].
-        valid: bool [N, R, R], False where the mask says to ignore the pixel (foreground is False there too).
+        valid: bool [N, R, R], False where the mask says to ignore_label the pixel (foreground is False there too).
         names: the images' names.
         labels: int32 [N, R, R], the masks' values as they are.
     """
@@ -44,13 +44,13 @@ class Labelled:
         return len(self.names)
 
 
-def load_labelled(images: Any, masks: Any, resolution: int, *, ignore: int | None = None) -> Labelled:
+def load_labelled(images: Any, masks: Any, resolution: int, *, ignore_label: int | None = None) -> LabelledImages:
     """Load the images that have masks, both cropped to the centred square and resized (masks by nearest neighbour).
 
     Images and masks are anything `open_source` takes and are matched as `match_masks` does. A mask holds labels: a
     grey, palette or 1-bit picture, or a colour one whose channels agree. Of a palette the indices count; but where the
     picture uses just black and white, and black is not 0, its grey values do. Foreground is every label above 0 but
-    `ignore` (None: the one the masks' maker ignores, if any). A mask of another size than its image is first brought to
+    `ignore_label` (None: the one the masks' maker ignores, if any). A mask of another size than its image is first brought to
     the image's size.
 
     Raises:
@@ -67,10 +67,10 @@ def load_labelled(images: Any, masks: Any, resolution: int, *, ignore: int | Non
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         loaded = list(pool.map(load, pairs))
     labels = np.stack([label for _, label in loaded])
-    ignore = mask_source.ignore if ignore is None else ignore
-    valid = np.ones(labels.shape, bool) if ignore is None else labels != ignore
+    ignore_label = mask_source.ignore_label if ignore_label is None else ignore_label
+    valid = np.ones(labels.shape, bool) if ignore_label is None else labels != ignore_label
     pixels = np.stack([picture for picture, _ in loaded])
-    return Labelled(pixels, (labels > 0) & valid, valid, [image_source.names[i] for i, _ in pairs], labels)
+    return LabelledImages(pixels, (labels > 0) & valid, valid, [image_source.names[i] for i, _ in pairs], labels)
 
 
 def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
@@ -88,7 +88,7 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
         return [(i, i) for i in range(len(images))]
     images_by_stem: dict[str, list[int]] = {}
     for i, name in enumerate(images.names):
-        images_by_stem.setdefault(stem(name), []).append(i)
+        images_by_stem.setdefault(strip_suffix(name), []).append(i)
     mask_of: dict[str, int] = {}
     orphans = []
     for j, name in enumerate(masks.names):
@@ -97,11 +97,11 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
             orphans.append(name)
         elif key in mask_of:
             raise DataError(
-                f"{shown(masks.names[mask_of[key]])} and {shown(name)}: two masks of one image. Keep one of them."
+                f"{escape_name(masks.names[mask_of[key]])} and {escape_name(name)}: two masks of one image. Keep one of them."
             )
         elif len(images_by_stem[key]) > 1:
-            twins = " and ".join(shown(images.names[i]) for i in images_by_stem[key])
-            raise DataError(f"{twins}: the mask {shown(name)} fits each of these images. Rename all but one.")
+            twins = " and ".join(escape_name(images.names[i]) for i in images_by_stem[key])
+            raise DataError(f"{twins}: the mask {escape_name(name)} fits each of these images. Rename all but one.")
         else:
             mask_of[key] = j
     if orphans:
@@ -109,22 +109,22 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
             f"{len(orphans)} of {len(masks)} masks have no image: {_examples(orphans)}. The images are named "
             f"{_examples(images.names)}. Give a mask its image's name, with or without {' or '.join(MASK_ENDINGS)}."
         )
-    return [(i, mask_of[stem(name)]) for i, name in enumerate(images.names) if stem(name) in mask_of]
+    return [(i, mask_of[strip_suffix(name)]) for i, name in enumerate(images.names) if strip_suffix(name) in mask_of]
 
 
-def stem(name: str) -> str:
+def strip_suffix(name: str) -> str:
     """A name without its suffix, with its folders."""
     path = PurePosixPath(name)
     return path.with_suffix("").as_posix() if path.name else name
 
 
 def _mask_stems(name: str) -> list[str]:
-    full = stem(name)
+    full = strip_suffix(name)
     return [full] + [full.removesuffix(ending) for ending in MASK_ENDINGS if full.endswith(ending)]
 
 
 def _examples(names: list[str]) -> str:
-    return ", ".join(map(shown, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
+    return ", ".join(map(escape_name, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
 
 
 def _load_pair(images: Source, masks: Source, i: int, j: int, resolution: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,16 +134,16 @@ def _load_pair(images: Source, masks: Source, i: int, j: int, resolution: int) -
     if (width, height) != picture.size:
         if abs(width * picture.height / (height * picture.width) - 1) > ASPECT_TOLERANCE:
             raise DataError(
-                f"{shown(masks.names[j])}: a mask of {width} x {height} pixels on an image of {picture.width} x "
-                f"{picture.height} ({shown(images.names[i])}). Crop or draw it to the image's shape."
+                f"{escape_name(masks.names[j])}: a mask of {width} x {height} pixels on an image of {picture.width} x "
+                f"{picture.height} ({escape_name(images.names[i])}). Crop or draw it to the image's shape."
             )
         labels = np.asarray(Image.fromarray(labels).resize(picture.size, Image.Resampling.NEAREST))
-    return square(picture, resolution), square_labels(labels, resolution)
+    return crop_square(picture, resolution), crop_square_labels(labels, resolution)
 
 
 def _labels(masks: Source, index: int) -> np.ndarray:
     """The labels of one mask, int32 [H, W]."""
-    name = shown(masks.names[index])
+    name = escape_name(masks.names[index])
     image = masks.decode(index)
     try:
         if image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema() == (255, 255):

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.lib import format as npy
 from tqdm import tqdm
 
-from factorkit.data.decode import BrokenImage, square
-from factorkit.data.open_source import open_source
-from factorkit.data.sources import ArraySource, Source, shown
+from factorkit.data.decode import ImageDecodeError, crop_square
+from factorkit.data.open import open_source
+from factorkit.data.sources import ArraySource, Source, escape_name
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.safe_reading import read_json
 
@@ -37,14 +37,14 @@ PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedImages:
     """Images ready for training.
 
     Attributes:
         images: uint8 [N, R, R, 3], read-only; a memory map wherever they lie on disk.
         names: one for each row.
         skipped: (name, reason) of each image that could not be decoded.
-        kept: the position of each row in the source, int64 [N]: what belongs to the images, such as their classes, is
+        source_rows: the position of each row in the source, int64 [N]: what belongs to the images, such as their classes, is
             taken from there.
         path: the folder in the cache, or None where the data needed no preparation.
     """
@@ -52,7 +52,7 @@ class Prepared:
     images: np.ndarray
     names: list[str]
     skipped: list[tuple[str, str]]
-    kept: np.ndarray
+    source_rows: np.ndarray
     path: Path | None
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class Prepared:
 
 def prepare(
     data: Any, resolution: int, *, cache: Path | None = None, workers: int | None = None, progress: bool = True
-) -> Prepared:
+) -> PreparedImages:
     """Crop every image to its centred square, resize it and keep the result; a second call opens that at once.
 
     An array that is already uint8 [N, R, R, 3] is used as it is. Otherwise the result lies under `cache`, keyed by
@@ -90,7 +90,7 @@ def prepare(
     if isinstance(source, ArraySource) and _is_ready(source.array, resolution):
         images = source.array.view()
         images.flags.writeable = False
-        return Prepared(images, source.names, [], np.arange(len(images)), None)
+        return PreparedImages(images, source.names, [], np.arange(len(images)), None)
     place = (cache or cache_folder()) / "prepared"
     for _ in range(TRIES):
         fingerprint = source.fingerprint()
@@ -107,7 +107,7 @@ def prepare(
 
 def _prepare(
     entry: Path, source: Source, fingerprint: str, resolution: int, workers: int | None, progress: bool
-) -> Prepared | None:
+) -> PreparedImages | None:
     """A new entry, or None where the source changed while it was made."""
     try:
         if not _make(entry, source, fingerprint, resolution, workers or os.cpu_count() or 1, progress):
@@ -131,19 +131,19 @@ def _is_ready(array: np.ndarray, resolution: int) -> bool:
     return array.dtype == np.uint8 and array.shape[1:] == (resolution, resolution, 3)
 
 
-def _open(entry: Path, resolution: int) -> Prepared | None:
+def _open(entry: Path, resolution: int) -> PreparedImages | None:
     """A finished entry, or None where there is none or it is damaged."""
     try:
         index = read_json(entry / "index.json")
         images = np.load(entry / "images.npy", mmap_mode="r", allow_pickle=False)
         names, skipped = index["names"], [(name, reason) for name, reason in index["skipped"]]
         rows = np.array(index["skipped_rows"], np.int64)
-        kept = np.delete(np.arange(len(names) + len(rows)), rows)
+        source_rows = np.delete(np.arange(len(names) + len(rows)), rows)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
-    if not _is_ready(images, resolution) or not len(images) == len(names) == len(kept):
+    if not _is_ready(images, resolution) or not len(images) == len(names) == len(source_rows):
         return None
-    return Prepared(images, names, skipped, kept, entry)
+    return PreparedImages(images, names, skipped, source_rows, entry)
 
 
 def _make(entry: Path, source: Source, fingerprint: str, resolution: int, workers: int, progress: bool) -> bool:
@@ -183,8 +183,8 @@ def _write_images(
     bar = tqdm(desc=f"preparing {resolution} px", total=len(source), unit=" images", disable=not progress)
     with bar, closing(_decode_all(source, resolution, workers)) as squares:
         for row, (name, pixels) in enumerate(zip(source.names, squares, strict=True)):
-            if isinstance(pixels, BrokenImage):
-                skipped.append((name, str(pixels).removeprefix(f"{shown(name)}: ")))
+            if isinstance(pixels, ImageDecodeError):
+                skipped.append((name, str(pixels).removeprefix(f"{escape_name(name)}: ")))
                 rows.append(row)
             else:
                 file.write(pixels.data)
@@ -205,7 +205,7 @@ def _write_header(file: BinaryIO, count: int, resolution: int) -> None:
     npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def _decode_all(source: Source, resolution: int, workers: int) -> Generator[np.ndarray | BrokenImage, None, None]:
+def _decode_all(source: Source, resolution: int, workers: int) -> Generator[np.ndarray | ImageDecodeError, None, None]:
     """The squares in order, decoded by threads: Pillow releases the interpreter lock."""
     with ThreadPoolExecutor(workers) as pool:
         for first in range(0, len(source), BLOCK):
@@ -213,10 +213,10 @@ def _decode_all(source: Source, resolution: int, workers: int) -> Generator[np.n
             yield from pool.map(partial(_decode, source, resolution), block)
 
 
-def _decode(source: Source, resolution: int, index: int) -> np.ndarray | BrokenImage:
+def _decode(source: Source, resolution: int, index: int) -> np.ndarray | ImageDecodeError:
     try:
-        return square(source.read(index, at_least=2 * resolution), resolution)  # 2: Lanczos still does the work
-    except BrokenImage as error:
+        return crop_square(source.read(index, at_least=2 * resolution), resolution)  # 2: Lanczos still does the work
+    except ImageDecodeError as error:
         return error
 
 
@@ -231,7 +231,7 @@ def _clear_abandoned(folder: Path) -> None:
 
 
 def _report(skipped: list[tuple[str, str]], total: int) -> str:
-    named = "; ".join(f"{shown(name)} ({reason})" for name, reason in skipped[:NAMED])
+    named = "; ".join(f"{escape_name(name)} ({reason})" for name, reason in skipped[:NAMED])
     more = f"; and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
     return f"{len(skipped)} of {total} images could not be decoded and were left out: {named}{more}."
 
@@ -239,6 +239,6 @@ def _report(skipped: list[tuple[str, str]], total: int) -> str:
 def _cache_error(folder: Path, error: OSError, needed: int) -> DataError:
     cause = "no room left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
     return DataError(
-        f"{folder}: the prepared images cannot be kept here: {cause}. They take {needed / 2**20:.0f} MiB; make room, "
+        f"{folder}: the prepared images cannot be stored here: {cause}. They take {needed / 2**20:.0f} MiB; make room, "
         "or set FACTORKIT_CACHE to a folder on another disk."
     )

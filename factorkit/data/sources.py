@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from factorkit.data.decode import BrokenImage, to_rgb
+from factorkit.data.decode import ImageDecodeError, to_rgb
 from factorkit.utils.errors import DataError
 
 IMAGE_SUFFIXES = frozenset(
@@ -41,12 +41,12 @@ class Source(ABC):
     Attributes:
         names: one for each image: a path relative to the source, with forward slashes, or a made-up one.
         positional: True where names are made up, so that only its position says which image is which.
-        ignore: of masks whose maker says so, the label that is not scored.
+        ignore_label: label of pixels of a mask that are not scored, if the data set defines one.
     """
 
     names: list[str]
     positional: bool = False
-    ignore: int | None = None
+    ignore_label: int | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,7 +56,7 @@ class Source(ABC):
         """The picture as it is stored: of any mode, not yet turned upright.
 
         Raises:
-            BrokenImage: the bytes are no image, or one of a size that only an attack has.
+            ImageDecodeError: the bytes are no image, or one of a size that only an attack has.
             DataError: the bytes cannot be read from the disk.
         """
 
@@ -67,7 +67,7 @@ class Source(ABC):
         no side below that many pixels.
 
         Raises:
-            BrokenImage: it cannot be decoded; the message names it and says why.
+            ImageDecodeError: it cannot be decoded; the message names it and says why.
             DataError: it cannot be read from the disk.
         """
         image = self.decode(index)
@@ -77,7 +77,7 @@ class Source(ABC):
             with _one_at_a_time if image.width * image.height > LARGE else contextlib.nullcontext():
                 return to_rgb(image)
         except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-            raise BrokenImage(f"{shown(self.names[index])}: cannot be decoded: {error}") from error
+            raise ImageDecodeError(f"{escape_name(self.names[index])}: cannot be decoded: {error}") from error
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -94,13 +94,13 @@ class Subset(Source):
     def __init__(self, whole: Source, indices: Sequence[int] | np.ndarray) -> None:
         self.whole, self.indices = whole, [int(i) for i in indices]
         self.names = [whole.names[i] for i in self.indices]
-        self.positional, self.ignore = whole.positional, whole.ignore
+        self.positional, self.ignore_label = whole.positional, whole.ignore_label
 
     def decode(self, index: int) -> Image.Image:
         return self.whole.decode(self.indices[index])
 
     def fingerprint(self) -> str:
-        return digest("subset", self.whole.fingerprint(), self.indices)
+        return hash_values("subset", self.whole.fingerprint(), self.indices)
 
 
 class EncodedSource(Source):
@@ -110,26 +110,26 @@ class EncodedSource(Source):
     def _bytes(self, index: int) -> bytes: ...
 
     def decode(self, index: int) -> Image.Image:
-        name = shown(self.names[index])
+        name = escape_name(self.names[index])
         try:
             data = self._bytes(index)
-        except BrokenImage as error:
-            raise BrokenImage(f"{name}: {error}") from error
+        except ImageDecodeError as error:
+            raise ImageDecodeError(f"{name}: {error}") from error
         except OSError as error:  # the disk's fault, not the picture's: leaving it out would hide it
             reason = error.strerror or str(error)
             raise DataError(f"{name}: cannot be read: {reason}. Mend the file or its permissions.") from error
         except Exception as error:  # zipfile: BadZipFile, zlib.error, RuntimeError for encrypted members, ...
-            raise BrokenImage(f"{name}: cannot be unpacked: {error}") from error
+            raise ImageDecodeError(f"{name}: cannot be unpacked: {error}") from error
         try:
             with warnings.catch_warnings():  # between half of its limit and the limit Pillow only warns
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 return Image.open(io.BytesIO(data), formats=formats())
         except Image.UnidentifiedImageError as error:
-            raise BrokenImage(f"{name}: not an image ({len(data)} bytes that no reader recognises)") from error
+            raise ImageDecodeError(f"{name}: not an image ({len(data)} bytes that no reader recognises)") from error
         except Image.DecompressionBombError as error:
-            raise BrokenImage(f"{name}: refused, too many pixels: {error} Scale it down first.") from error
+            raise ImageDecodeError(f"{name}: refused, too many pixels: {error} Scale it down first.") from error
         except Exception as error:
-            raise BrokenImage(f"{name}: cannot be decoded: {error}") from error
+            raise ImageDecodeError(f"{name}: cannot be decoded: {error}") from error
 
 
 @functools.cache
@@ -146,17 +146,17 @@ def is_image(name: str) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 
-def suffixes() -> str:
+def list_suffixes() -> str:
     """The suffixes of images, for a message."""
     return ", ".join(sorted(IMAGE_SUFFIXES))
 
 
-def shown(name: str) -> str:
+def escape_name(name: str) -> str:
     """A file's name as a message can hold it: on one line, without what would steer a terminal."""
     return name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
-def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
+def natural_sort_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """A key that sorts names as people do, numbers in them by their value: 2 before 10."""
     parts = [part for part in re.split(r"([0-9]+)", name) if part]
     # by their length first, as Python refuses to read numbers of thousands of digits
@@ -169,29 +169,29 @@ def too_large(size: int) -> str:
     return f"refused, it takes {size / 2**20:.0f} MiB, more than any picture ({MOST_BYTES / 2**20:.0f} MiB)"
 
 
-def stamp(path: Path) -> tuple[int, int]:
+def stat_file(path: Path) -> tuple[int, int]:
     """(bytes, time of change in ns): what says cheaply that a file is no longer what it was."""
-    with said(path, "though it was listed. Try again."):
+    with wrap_os_errors(path, "though it was listed. Try again."):
         status = path.stat()
         return status.st_size, status.st_mtime_ns
 
 
 @contextlib.contextmanager
-def said(path: Path, advice: str) -> Iterator[None]:
+def wrap_os_errors(path: Path, advice: str) -> Iterator[None]:
     """Turns an error of the disk into a DataError that names the path."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno or errno.EIO)
-        raise DataError(f"{shown(str(path))}: {reason}, {advice}") from error
+        raise DataError(f"{escape_name(str(path))}: {reason}, {advice}") from error
 
 
-def digest(*parts: Any) -> str:
+def hash_values(*parts: Any) -> str:
     """A hash over the representations of some values."""
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-CHANNELS = (1, 3, 4)  # grey, RGB, RGB with alpha
+CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 NAMED = 3  # how many examples a message names
 
 
@@ -216,13 +216,13 @@ class FileSource(EncodedSource):
         path = self.path(index)
         size = path.stat().st_size
         if size > MOST_BYTES:
-            raise BrokenImage(too_large(size))
+            raise ImageDecodeError(too_large(size))
         return path.read_bytes()
 
     def fingerprint(self) -> str:
         content = hashlib.sha256(repr(("files", str(self.root))).encode("utf-8", "surrogateescape"))
         for name, file in zip(self.names, self.files, strict=True):
-            content.update(repr((name, *stamp(self.root / file))).encode("utf-8", "surrogateescape"))
+            content.update(repr((name, *stat_file(self.root / file))).encode("utf-8", "surrogateescape"))
         return content.hexdigest()
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> FileSource:
@@ -256,7 +256,7 @@ class ArraySource(Source):
             content = hashlib.sha256()
             for picture in self.array:
                 content.update(np.ascontiguousarray(picture))
-            self._fingerprint = digest("array", str(self.array.dtype), self.array.shape, content.hexdigest())
+            self._fingerprint = hash_values("array", str(self.array.dtype), self.array.shape, content.hexdigest())
         return self._fingerprint
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> ArraySource:
@@ -265,7 +265,7 @@ class ArraySource(Source):
         return part
 
 
-class PictureSource(Source):
+class PillowSource(Source):
     """Pillow images held in memory."""
 
     positional = True
@@ -279,7 +279,7 @@ class PictureSource(Source):
 
     def fingerprint(self) -> str:
         pixels = [(p.mode, p.size, hashlib.sha256(p.tobytes()).hexdigest()) for p in self.pictures]
-        return digest("pictures", pixels)
+        return hash_values("pictures", pixels)
 
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:
@@ -289,14 +289,14 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise DataError(f"{where}: not a set of images. {layouts}")
     if array.ndim == 3:
-        if array.shape[-1] <= (1 if array.dtype.kind == "b" else max(CHANNELS)):  # booleans have no colours
+        if array.shape[-1] <= (1 if array.dtype.kind == "b" else max(CHANNEL_COUNTS)):  # booleans have no colours
             raise DataError(f"{where}: one image [H, W, C], or {len(array)} thin ones? {layouts}")
         array = array[..., None]
     else:
         # pictures of 4 x 4 pixels are commoner than alpha: a fourth channel counts where no axis has 1 or 3
-        first, last = ((n in CHANNELS) + (n in CHANNELS[:2]) for n in (array.shape[1], array.shape[-1]))
+        first, last = ((n in CHANNEL_COUNTS) + (n in CHANNEL_COUNTS[:2]) for n in (array.shape[1], array.shape[-1]))
         if first == last:
-            problem = "channels first or last?" if first else f"no axis of {CHANNELS} channels."
+            problem = "channels first or last?" if first else f"no axis of {CHANNEL_COUNTS} channels."
             raise DataError(f"{where}: {problem} {layouts}")
         array = np.moveaxis(array, 1, -1) if first > last else array
     if array.dtype.kind not in ("uif" if array.shape[-1] > 1 else "buif"):

@@ -12,15 +12,15 @@ import numpy as np
 from PIL import Image
 
 from factorkit.data.decode import to_rgb
-from factorkit.data.open_source import open_source
-from factorkit.data.sources import Source, natural, shown
+from factorkit.data.open import open_source
+from factorkit.data.sources import Source, escape_name, natural_sort_key
 from factorkit.utils.errors import ConfigError, DataError
 
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # formats whose frames share one canvas
 ASSUMED_RATE = 24.0  # frames a second of pictures in a folder, and of videos that do not say
 
 
-class Clip(NamedTuple):
+class Video(NamedTuple):
     """A moving picture.
 
     Attributes:
@@ -36,7 +36,7 @@ class Clip(NamedTuple):
     frames: Iterator[np.ndarray]
 
 
-def open_clip(source: Any) -> Clip:
+def open_video(source: Any) -> Video:
     """The frames of a video, an animated GIF, WebP, PNG or AVIF, or of whatever else
     :func:`factorkit.data.open_source` takes.
 
@@ -52,17 +52,17 @@ def open_clip(source: Any) -> Clip:
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
     if path is not None and is_video(path):
         if not path.is_file():
-            raise DataError(f"{shown(str(path))}: there is no such video. Check the path.")
-        return Clip(path.stem, video_rate(path) or ASSUMED_RATE, None, _of_one_size(video_frames(path), path.name))
+            raise DataError(f"{escape_name(str(path))}: there is no such video. Check the path.")
+        return Video(path.stem, video_rate(path) or ASSUMED_RATE, None, _of_one_size(video_frames(path), path.name))
     pictures = source if isinstance(source, Source) else open_source(source)
     name = path.stem if path is not None else "clip"
     if len(pictures) == 1 and (image := _animated(pictures, source, name)) is not None:
-        return Clip(name, _rate(image, name), image.n_frames, _of_one_size(_frames(image, name), name))
+        return Video(name, _rate(image, name), image.n_frames, _of_one_size(_frames(image, name), name))
     order: Sequence[int] = range(len(pictures))
     if path is not None:
-        order = sorted(order, key=lambda i: natural(pictures.names[i]))
+        order = sorted(order, key=lambda i: natural_sort_key(pictures.names[i]))
     read = (np.asarray(pictures.read(i)) for i in order)
-    return Clip(name, ASSUMED_RATE, len(pictures), _of_one_size(read, name))
+    return Video(name, ASSUMED_RATE, len(pictures), _of_one_size(read, name))
 
 
 def _animated(pictures: Source, source: Any, name: str) -> Any:
@@ -71,7 +71,7 @@ def _animated(pictures: Source, source: Any, name: str) -> Any:
     try:
         return image if image.format in ANIMATED and getattr(image, "n_frames", 1) > 1 else None
     except Exception as error:  # a GIF's frames are counted by going through the file
-        raise DataError(f"{shown(name)}: its frames cannot be counted: {error}. Replace the file.") from error
+        raise DataError(f"{escape_name(name)}: its frames cannot be counted: {error}. Replace the file.") from error
 
 
 def _rate(image: Any, name: str) -> float:
@@ -88,7 +88,9 @@ def _frames(image: Any, name: str) -> Iterator[np.ndarray]:
             image.seek(number)
             frame = np.asarray(to_rgb(image))
         except Exception as error:  # on damaged files Pillow raises OSError, EOFError, SyntaxError, ValueError, ...
-            raise DataError(f"{shown(name)}: frame {number} cannot be decoded: {error}. Replace the file.") from error
+            raise DataError(
+                f"{escape_name(name)}: frame {number} cannot be decoded: {error}. Replace the file."
+            ) from error
         yield frame
 
 
@@ -99,7 +101,7 @@ def _of_one_size(frames: Iterator[np.ndarray], name: str) -> Iterator[np.ndarray
         if frame.shape != first:
             (height, width), (old_height, old_width) = frame.shape[:2], first[:2]
             raise DataError(
-                f"{shown(name)}: frame {number} has {width} x {height} pixels, the first {old_width} x {old_height}. "
+                f"{escape_name(name)}: frame {number} has {width} x {height} pixels, the first {old_width} x {old_height}. "
                 "Give the pictures of one clip alone, all of one size."
             )
         yield frame
@@ -121,7 +123,7 @@ def video_libraries(path: Path) -> tuple[ModuleType, ModuleType]:
         from imageio.plugins.pyav import PyAVPlugin  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"{shown(str(path))}: videos need imageio and av: pip install 'factorkit[video]' ({error})"
+            f"{escape_name(str(path))}: videos need imageio and av: pip install 'factorkit[video]' ({error})"
         ) from error
     return av, imageio
 
@@ -159,7 +161,7 @@ def video_frames(path: Path) -> Iterator[np.ndarray]:
             yield picture
             count += 1
     if not count:
-        raise DataError(f"{shown(str(path))}: a video without a single frame")
+        raise DataError(f"{escape_name(str(path))}: a video without a single frame")
 
 
 @contextlib.contextmanager
@@ -174,7 +176,7 @@ def _opened(path: Path) -> Iterator[Any]:
         except Exception as error:
             raise _undecodable(path, error, 0) from error
         if not streams:
-            raise DataError(f"{shown(str(path))}: this video cannot be decoded: it has no pictures")
+            raise DataError(f"{escape_name(str(path))}: this video cannot be decoded: it has no pictures")
         yield streams[0]
 
 
@@ -186,6 +188,6 @@ def _upright(frame: np.ndarray, degrees: float) -> np.ndarray:
 def _undecodable(path: Path, error: Exception, after: int) -> DataError:
     where = f" after {after} frames" if after else ""
     return DataError(
-        f"{shown(str(path))}: this video cannot be decoded{where}: {error}. Convert it, or give its frames as pictures "
+        f"{escape_name(str(path))}: this video cannot be decoded{where}: {error}. Convert it, or give its frames as pictures "
         "in a folder."
     )

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from factorkit.engine.migration import migrate_settings
 from factorkit.utils.atomic import clear_unfinished, replacing
 from factorkit.utils.errors import CheckpointError
 from factorkit.utils.safe_reading import parse_json, read_json
@@ -31,7 +32,7 @@ _NAME = re.compile(r"step_(\d+)\.safetensors$")
 
 
 def average_name(decay: float) -> str:
-    """Under which a checkpoint keeps a moving average of ``ema_also``; that of ``ema`` is "ema"."""
+    """Under which a checkpoint keeps a moving average of ``extra_ema_decays``; that of ``ema_decay`` is "ema"."""
     return f"ema_{float(decay)}"
 
 
@@ -85,7 +86,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is damaged: its settings cannot be read: {error}") from error
     if not isinstance(meta, dict):
         raise CheckpointError(f"{path} is damaged: it holds {type(meta).__name__}, not settings by name")
-    return tensors, meta
+    return tensors, migrate_settings(meta, path)
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -22,54 +22,57 @@ class EngineConfig:
     """Training settings common to all models."""
 
     steps: int = 50_000
-    """Optimiser steps of the whole run."""
+    """Total number of optimiser steps. 50,000 is enough for 64-pixel images at the default batch size."""
     batch_size: int = 128
-    """Images a step, over all processes together."""
+    """Images per optimiser step, over all processes together."""
     micro_batch_size: int | None = None
-    """Images in memory at once in each process; None means the process's whole share of the batch.
-    Statistics over the batch, where a model has any, are then those of the piece."""
+    """Images in memory at once in each process. None uses the process's whole share of the batch. A smaller value needs
+    less memory; batch statistics of the model, if any, are then those of the micro-batch."""
     learning_rate: float = 1e-4
-    """Of Adam."""
+    """Peak learning rate of Adam. 1e-4 is the usual value for diffusion models."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
-    decay: float = 0.0
-    """Last share of the steps, over which the learning rate falls along a line to 0 that is cut off at a tenth."""
+    """Number of first steps over which the learning rate rises linearly from 0. 0 starts at the peak."""
+    lr_decay_fraction: float = 0.0
+    """Fraction of the steps, at the end of training, over which the learning rate decays linearly, floored at 10% of
+    the peak. 0 keeps the learning rate constant."""
     gradient_clip: float | None = None
-    """Greatest norm of the gradient; None does not clip."""
-    ema: float = 0.9999
-    """Decay of the moving average of the weights, the one that segments and generates. After n steps it is
-    (1+n)/(10+n), until that reaches this number."""
-    ema_also: tuple[float, ...] = ()
-    """Decays of further moving averages of the same training, each one more copy of the weights in memory and in every
-    checkpoint; factorkit.load(run, weights=DECAY) takes one. One that is new on resuming begins there."""
+    """Upper bound on the norm of the gradient. None does not clip."""
+    ema_decay: float = 0.9999
+    """Decay of the exponential moving average of the weights, which is used for segmentation and generation. After n
+    steps the decay is min(ema_decay, (1+n)/(10+n)), so that short runs are not dominated by the initial weights."""
+    extra_ema_decays: tuple[float, ...] = ()
+    """Decays of additional moving averages of the same training. Each is one more copy of the weights in memory and in
+    every checkpoint. factorkit.load(run, weights=DECAY) loads one. A decay added on resuming starts at that step."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of activations, by autocast; weights, statistics and masks stay fp32."""
+    """Precision of the activations, by autocast. Weights, statistics and masks are always fp32. bf16 is faster on a
+    GPU and needs half the memory."""
     seed: int = 0
-    """Of the weights, the data order, time steps and noise."""
+    """Seed of the weights, the data order, the time steps and the noise."""
     device: str = "auto"
-    """"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ..."""
+    """Device to train on: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" and so on."""
     threads: int | None = None
-    """CPU threads; None: torch's default, one a core. Small models run best on one: their operations are so short that
-    on a machine with anything else to do, waiting for the second thread takes many times as long as the work."""
+    """Number of CPU threads. None uses torch's default, one per core. Small models run best on one thread: their
+    operations are too short to be worth synchronising threads."""
     cuda_graph: bool = True
-    """Run the training step as one CUDA graph where it can be: on a GPU that holds the images, in a single process."""
+    """Run the training step as one CUDA graph where possible: in a single process on a GPU that holds the images. This
+    removes the cost of launching kernels one by one."""
     shard: bool = False
-    """Hold of each weight, its average and Adam's moments only a part in each process (FSDP2), for models that do not
-    fit on one GPU. The losses are the same; one process alone holds everything anyway."""
+    """Shard the weights, their average and Adam's moments over the processes (FSDP2), for models that do not fit on
+    one GPU. The losses do not change. A single process ignores this setting."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints. The last step always writes one."""
     keep_checkpoints: int = 3
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     sample_every: int = 1000
-    """Steps between sample sheets and label-free alarms; 0 only at the end."""
+    """Steps between sample grids and label-free alarms. 0 computes them only at the end."""
     stop_on_failure: bool = False
-    """Stop where an alarm names a failure, instead of saying so and going on."""
+    """Stop training when an alarm reports a failure, instead of logging it and continuing."""
     log_every: int = 50
     """Steps between lines of the log."""
     tensorboard: bool = False
-    """Mirror the log for TensorBoard (needs the extra `tensorboard`)."""
+    """Also write the log for TensorBoard (needs the extra `tensorboard`)."""
 
-    #: settings that may differ when a run is resumed: they change neither the model nor what it saw so far
+    #: settings that may differ when a run is resumed: they affect neither the model nor the steps already trained
     RESUMABLE = frozenset(
         {
             "steps",
@@ -83,7 +86,7 @@ class EngineConfig:
             "micro_batch_size",
             "threads",
             "cuda_graph",
-            "ema_also",
+            "extra_ema_decays",
             "shard",
         }
     )
@@ -107,13 +110,15 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}={value!r} must be a whole number, at least {low}")
-        for name in ("ema", "decay"):
+        for name in ("ema_decay", "lr_decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie between 0 and 1")
-        if not all(0 <= decay <= 1 for decay in self.ema_also):
-            raise ConfigError(f"ema_also={self.ema_also} must lie between 0 and 1")
-        if len({self.ema, *self.ema_also}) != 1 + len(self.ema_also):
-            raise ConfigError(f"ema_also={self.ema_also} must be decays that differ from ema={self.ema} and each other")
+        if not all(0 <= decay <= 1 for decay in self.extra_ema_decays):
+            raise ConfigError(f"extra_ema_decays={self.extra_ema_decays} must lie between 0 and 1")
+        if len({self.ema_decay, *self.extra_ema_decays}) != 1 + len(self.extra_ema_decays):
+            raise ConfigError(
+                f"extra_ema_decays={self.extra_ema_decays} must differ from ema_decay={self.ema_decay} and each other"
+            )
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate={self.learning_rate} must be positive and finite")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
@@ -124,7 +129,7 @@ class EngineConfig:
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the step that follows ``step`` finished ones."""
         rate = self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
-        tail = self.decay * self.steps
+        tail = self.lr_decay_fraction * self.steps
         if tail > 0 and step >= self.steps - tail:
             rate *= max(0.1, (self.steps - step) / tail)
         return rate

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from factorkit.engine.checkpoint import Checkpoints, average_name, read_checkpoint
+from factorkit.engine.migration import migrate_settings
 from factorkit.utils.atomic import replacing
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.safe_reading import read_json
@@ -129,7 +130,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
-    return read_object(path, "give another out=")
+    return migrate_settings(read_object(path, "give another out="), path)
 
 
 def read_object(path: Path, otherwise: str = "delete it") -> dict[str, Any]:
@@ -164,7 +165,7 @@ def model_name(path: Path) -> str | None:
 def read_weights(path: Path, model: str, weights: str | float = "average") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights and the settings in a run folder (its newest whole checkpoint) or a ``.safetensors`` file.
 
-    weights: "average", the moving average; its decay, or one of ``ema_also``; or "last", those of the last step
+    weights: "average", the moving average; its decay, or one of ``extra_ema_decays``; or "last", those of the last step
         themselves. Only checkpoints hold more than one average, and the last. Where a decay is asked for, the
         settings answered are those of a training that kept no other.
 
@@ -173,7 +174,9 @@ def read_weights(path: Path, model: str, weights: str | float = "average") -> tu
         ConfigError: other ``weights``, or ones that the file was saved without.
     """
     if isinstance(weights, str) and weights not in WEIGHTS:
-        raise ConfigError(f"weights={weights!r} is unknown; choose one of {', '.join(WEIGHTS)}, or a decay of ema_also")
+        raise ConfigError(
+            f"weights={weights!r} is unknown; choose one of {', '.join(WEIGHTS)}, or a decay of extra_ema_decays"
+        )
     if path.is_dir():
         read_settings(path)
         found = Checkpoints(path / "checkpoints").latest()
@@ -187,9 +190,9 @@ def read_weights(path: Path, model: str, weights: str | float = "average") -> tu
     if isinstance(weights, str):
         prefix, what = WEIGHTS[weights], f"weights of the {weights} step"
     else:
-        main = weights == meta.get("ema")
+        main = weights == meta.get("ema_decay")
         prefix, what = WEIGHTS["average"] if main else f"{average_name(weights)}.module.", f"average of decay {weights}"
-        meta = {**meta, "ema": float(weights), "ema_also": []}
+        meta = {**meta, "ema_decay": float(weights), "extra_ema_decays": []}
     chosen = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
     if not chosen:
         decays = {k.split(".module.")[0].removeprefix("ema_") for k in tensors if re.match(r"ema_[\d.e-]+\.module", k)}

@@ -1,13 +1,13 @@
-"""How well regions found without labels match a foreground mask.
+"""Regions found without labels, scored against a foreground mask.
 
-All masks are arrays or tensors [N,H,W]; `foreground` and `valid` are boolean, and pixels that are not valid count
-nowhere. A score is computed for each image and then averaged over images, as ReDO (Chen et al. 2019) and IEM
-(Savarese et al. 2021) do.
+All masks are arrays or tensors [N, H, W]; `foreground` and `valid` are boolean, and invalid pixels are not counted. A
+score is computed per image and then averaged over images, as in ReDO (Chen et al. 2019) and IEM (Savarese et al. 2021).
 """
 
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,114 +17,129 @@ from factorkit.utils.errors import ConfigError, DataError
 MAX_REGIONS = 12  # every subset of the regions is tried
 
 
-def scores(
+def score_masks(
     predicted: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None = None, *, per_image: bool = False
-) -> dict[str, float] | dict[str, NDArray[np.float64]]:
-    """Accuracy, IoU and DICE of boolean masks [N,H,W], each in [0, 1]: means over images, or arrays [N].
+) -> dict[str, Any]:
+    """Compute accuracy, IoU and Dice of boolean masks [N, H, W], each in [0, 1]: means over images, or arrays [N].
 
-    acc is the share of valid pixels that agree; iou is |A∩B| / |A∪B|; dice is 2|A∩B| / (|A| + |B|). Where both masks
-    are empty, iou and dice are 1: nothing was to be found and nothing was.
+    acc is the share of valid pixels that agree; iou is intersection over union; dice is twice the
+    intersection over the sum of the areas. If both masks of an image are empty, its iou and dice are 1.
 
-    Raises DataError for masks whose shapes differ, and for images without a valid pixel.
+    Raises:
+        DataError: masks whose shapes differ, or an image without a valid pixel.
 
     Example:
-        >>> from factorkit.metrics.segmentation import scores
-        >>> scores([[[True, True], [False, False]]], [[[True, False], [False, False]]])
+        >>> from factorkit.metrics.segmentation import score_masks
+        >>> score_masks([[[True, True], [False, False]]], [[[True, False], [False, False]]])
         {'acc': 0.75, 'iou': 0.5, 'dice': 0.6666666666666666}
     """
-    predicted, foreground, valid = _masks(predicted, foreground, valid)
-    counts = _Counts.of(predicted[:, None], foreground, valid)
-    result = {name: values[:, 0] for name, values in counts.scores().items()}
+    predicted, foreground, valid = _as_masks(predicted, foreground, valid)
+    result = {k: v[:, 0] for k, v in _PixelCounts.of_masks(predicted[:, None], foreground, valid).scores().items()}
     return result if per_image else {name: float(values.mean()) for name, values in result.items()}
 
 
-def fit_mapping(labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None, regions: int) -> tuple[int, ...]:
-    """Which of the regions are foreground: ONE answer for the whole set, fitted on labelled images.
+def fit_mapping(labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None, num_regions: int) -> tuple[int, ...]:
+    """Choose the regions that are foreground: one choice for the whole set, fitted on labelled images.
 
-    Of all subsets of the regions but the empty and the full one, the subset whose union has the greatest mean IoU on
-    these images; the smaller one on a tie. With two regions this is Hungarian matching of regions to {background,
-    foreground}; with more it is its many-to-one form, each region matched to one of the two.
+    Of all subsets of the regions except the empty and the full one, return the one whose union has the greatest mean
+    IoU on these images; the smaller one on a tie. With two regions this is Hungarian matching to {background,
+    foreground}; with more it is the many-to-one form.
 
-    labels: int [N,H,W] in [0, regions). Raises ConfigError unless 2 <= regions <= MAX_REGIONS, DataError as `scores`
-    does and for labels out of range.
+    Args:
+        labels: int [N, H, W] in [0, num_regions).
+        foreground: bool [N, H, W].
+        valid: bool [N, H, W]; None: all pixels.
+        num_regions: K.
+
+    Raises:
+        ConfigError: not 2 <= num_regions <= MAX_REGIONS.
+        DataError: as `score_masks` does, or labels out of range.
     """
-    labels, foreground, valid = _masks(labels, foreground, valid, regions)
-    subsets = _subsets(regions)
-    iou = _Counts.of_subsets(labels, foreground, valid, regions, subsets).scores()["iou"]
+    labels, foreground, valid = _as_masks(labels, foreground, valid, num_regions)
+    subsets = _subsets(num_regions)
+    iou = _PixelCounts.of_subsets(labels, foreground, valid, num_regions, subsets).scores()["iou"]
     return subsets[int(iou.mean(0).argmax())]
 
 
 def evaluate_masks(
-    labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None, regions: int, fit: int = 16
-) -> dict[str, float | int | list[int] | list[float]]:
-    """Score label maps int [N,H,W] in [0, regions): the first `fit` images fit the mapping, the REST are scored.
+    labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None, num_regions: int, num_fit_images: int = 16
+) -> dict[str, Any]:
+    """Score label maps int [N, H, W] in [0, num_regions): the first `num_fit_images` fit the mapping, the REST are scored.
 
-    Returns a dictionary fit for JSON:
-        acc, iou, dice: with the one fixed mapping, see `fit_mapping`;
-        oracle_acc, oracle_iou, oracle_dice: with the subset of greatest IoU chosen for each image by its own label,
-            which no user could do: an upper bound, not a result;
-        mapping: the regions that are foreground; fitted_on, scored: numbers of images;
-        areas: share of all pixels of the scored images in each region.
+    Returns:
+        A JSON-serialisable dictionary:
+            acc, iou, dice: with the one fixed mapping, see `fit_mapping`;
+            oracle_acc, oracle_iou, oracle_dice: with the best subset chosen per image by its own label: an upper
+                bound that no user can reach, not a result;
+            mapping: the regions that are foreground; fitted_on, scored: numbers of images;
+            areas: share of all pixels of the scored images in each region.
 
-    Raises ConfigError unless 1 <= fit < N, and otherwise as `fit_mapping` does.
+    Raises:
+        ConfigError: not 1 <= num_fit_images < N, or as `fit_mapping` does.
+        DataError: as `fit_mapping` does.
     """
-    labels, foreground, valid = _masks(labels, foreground, valid, regions)
-    check_fit(fit, len(labels))
-    mapping = fit_mapping(labels[:fit], foreground[:fit], valid[:fit], regions)
+    labels, foreground, valid = _as_masks(labels, foreground, valid, num_regions)
+    check_fit(num_fit_images, len(labels))
+    mapping = fit_mapping(labels[:num_fit_images], foreground[:num_fit_images], valid[:num_fit_images], num_regions)
 
-    labels, foreground, valid = labels[fit:], foreground[fit:], valid[fit:]
-    subsets = _subsets(regions)
-    each = _Counts.of_subsets(labels, foreground, valid, regions, subsets).scores()
-    fixed, best = subsets.index(mapping), each["iou"].argmax(1)
-    result = {name: float(values[:, fixed].mean()) for name, values in each.items()}
-    result |= {f"oracle_{name}": float(values[np.arange(len(labels)), best].mean()) for name, values in each.items()}
-    areas = np.bincount(labels.ravel(), minlength=regions) / labels.size
-    return result | {"mapping": list(mapping), "fitted_on": fit, "scored": len(labels), "areas": areas.tolist()}
+    labels, foreground, valid = labels[num_fit_images:], foreground[num_fit_images:], valid[num_fit_images:]
+    subsets = _subsets(num_regions)
+    scores = _PixelCounts.of_subsets(labels, foreground, valid, num_regions, subsets).scores()
+    fixed, best = subsets.index(mapping), scores["iou"].argmax(1)
+    result: dict[str, Any] = {name: float(values[:, fixed].mean()) for name, values in scores.items()}
+    result |= {f"oracle_{name}": float(values[np.arange(len(labels)), best].mean()) for name, values in scores.items()}
+    areas = np.bincount(labels.ravel(), minlength=num_regions) / labels.size
+    return result | {
+        "mapping": list(mapping),
+        "fitted_on": num_fit_images,
+        "scored": len(labels),
+        "areas": areas.tolist(),
+    }
 
 
-def check_fit(fit: int, images: int) -> None:
-    """Raise ConfigError unless `fit` of the labelled images leave at least one on either side."""
-    if not 1 <= fit < images:
+def check_fit(num_fit_images: int, num_images: int) -> None:
+    """Raise ConfigError unless `num_fit_images` of the labelled images leave at least one on either side."""
+    if num_images < 2:
+        raise ConfigError(f"{num_images} labelled image(s): at least 2 are needed, to fit the mapping and to score it")
+    if not 1 <= num_fit_images < num_images:
         raise ConfigError(
-            f"fit={fit} of {images} labelled images: the first `fit` choose the mapping and the rest are scored; "
-            f"use 1 to {images - 1}"
-            if images > 1
-            else f"{images} labelled image(s): at least 2 are needed, one to choose the mapping and one to score"
+            f"num_fit_images={num_fit_images} of {num_images} labelled images choose the mapping, the rest are scored; "
+            f"use 1 to {num_images - 1}"
         )
 
 
-class _Counts:
-    """Pixels of M candidate masks of each image against its foreground, valid ones only; all arrays [N,M]."""
+class _PixelCounts:
+    """Numbers of valid pixels of M candidate masks of each image against its foreground; all arrays [N, M]."""
 
-    def __init__(self, hit: NDArray, false_alarm: NDArray, foreground: NDArray, valid: NDArray) -> None:
-        self.hit, self.false_alarm = hit, false_alarm
-        self.missed = foreground[:, None] - hit
+    def __init__(self, hits: NDArray, false_alarms: NDArray, foreground: NDArray, valid: NDArray) -> None:
+        self.hits, self.false_alarms = hits, false_alarms
+        self.misses = foreground[:, None] - hits
         self.valid = valid[:, None]
 
     @classmethod
-    def of(cls, candidates: NDArray, foreground: NDArray, valid: NDArray) -> _Counts:
-        """candidates: bool [N,M,H,W]."""
+    def of_masks(cls, candidates: NDArray, foreground: NDArray, valid: NDArray) -> _PixelCounts:
+        """Count candidates bool [N, M, H, W]."""
         inside, outside = foreground & valid, ~foreground & valid
-        hit = np.einsum("nmhw,nhw->nm", candidates, inside, dtype=np.int64)
-        false_alarm = np.einsum("nmhw,nhw->nm", candidates, outside, dtype=np.int64)
-        return cls(hit, false_alarm, inside.sum((1, 2)), valid.sum((1, 2)))
+        hits = np.einsum("nmhw,nhw->nm", candidates, inside, dtype=np.int64)
+        false_alarms = np.einsum("nmhw,nhw->nm", candidates, outside, dtype=np.int64)
+        return cls(hits, false_alarms, inside.sum((1, 2)), valid.sum((1, 2)))
 
     @classmethod
     def of_subsets(
-        cls, labels: NDArray, foreground: NDArray, valid: NDArray, regions: int, subsets: list[tuple[int, ...]]
-    ) -> _Counts:
-        """The candidates are the unions of the regions in each subset; counts add up, so no union is formed."""
-        single = cls.of(np.stack([labels == k for k in range(regions)], 1), foreground, valid)
-        member = np.array([[k in subset for k in range(regions)] for subset in subsets], dtype=np.int64)
-        foreground_area = single.hit[:, 0] + single.missed[:, 0]
-        return cls(single.hit @ member.T, single.false_alarm @ member.T, foreground_area, single.valid[:, 0])
+        cls, labels: NDArray, foreground: NDArray, valid: NDArray, num_regions: int, subsets: list[tuple[int, ...]]
+    ) -> _PixelCounts:
+        """Count the unions of the regions of each subset; counts add up, so no union is formed."""
+        single = cls.of_masks(np.stack([labels == k for k in range(num_regions)], 1), foreground, valid)
+        member = np.array([[k in subset for k in range(num_regions)] for subset in subsets], dtype=np.int64)
+        foreground_area = single.hits[:, 0] + single.misses[:, 0]
+        return cls(single.hits @ member.T, single.false_alarms @ member.T, foreground_area, single.valid[:, 0])
 
     def scores(self) -> dict[str, NDArray[np.float64]]:
-        wrong = self.false_alarm + self.missed
+        wrong = self.false_alarms + self.misses
         return {
             "acc": 1 - wrong / self.valid,
-            "iou": _ratio(self.hit, self.hit + wrong),
-            "dice": _ratio(2 * self.hit, 2 * self.hit + wrong),
+            "iou": _ratio(self.hits, self.hits + wrong),
+            "dice": _ratio(2 * self.hits, 2 * self.hits + wrong),
         }
 
 
@@ -132,29 +147,31 @@ def _ratio(part: NDArray, whole: NDArray) -> NDArray[np.float64]:
     return np.where(whole == 0, 1.0, part / np.maximum(whole, 1))
 
 
-def _subsets(regions: int) -> list[tuple[int, ...]]:
-    """All subsets but the empty and the full one, the small ones first."""
-    if not 2 <= regions <= MAX_REGIONS:
-        raise ConfigError(f"{regions} regions cannot be mapped to foreground and background; use 2 to {MAX_REGIONS}")
-    return [subset for size in range(1, regions) for subset in combinations(range(regions), size)]
+def _subsets(num_regions: int) -> list[tuple[int, ...]]:
+    """Return all subsets except the empty and the full one, the small ones first."""
+    if not 2 <= num_regions <= MAX_REGIONS:
+        raise ConfigError(f"{num_regions} regions cannot be mapped to foreground; use 2 to {MAX_REGIONS}")
+    return [subset for size in range(1, num_regions) for subset in combinations(range(num_regions), size)]
 
 
-def _masks(
-    found: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None, regions: int | None = None
+def _as_masks(
+    masks: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None, num_regions: int | None = None
 ) -> tuple[NDArray, NDArray, NDArray]:
-    """The three as arrays of one shape: bool masks, or int labels where `regions` is given."""
-    found, foreground = np.asarray(found), np.asarray(foreground).astype(bool)
+    """Return the three as arrays of one shape: bool masks, or int labels where `num_regions` is given."""
+    masks, foreground = np.asarray(masks), np.asarray(foreground).astype(bool)
     valid = np.ones_like(foreground) if valid is None else np.asarray(valid).astype(bool)
-    if found.ndim != 3 or len(found) == 0 or not found.shape == foreground.shape == valid.shape:
+    if masks.ndim != 3 or len(masks) == 0 or not masks.shape == foreground.shape == valid.shape:
         raise DataError(
-            f"predicted masks {found.shape}, foreground {foreground.shape} and valid {valid.shape} must all be "
-            "[N,H,W] of the same sizes, with N at least 1"
+            f"predicted masks {masks.shape}, foreground {foreground.shape} and valid {valid.shape} must all be "
+            "[N, H, W] of the same sizes, with N at least 1"
         )
     empty = np.flatnonzero(~valid.any((1, 2)))
     if len(empty):
-        raise DataError(f"image(s) {empty[:8].tolist()} have no valid pixel to score; leave them out")
-    if regions is None:
-        return found.astype(bool), foreground, valid
-    if found.min() < 0 or found.max() >= regions:
-        raise DataError(f"labels run from {found.min()} to {found.max()}, but there are {regions} regions: 0 to K-1")
-    return found.astype(np.int64), foreground, valid
+        raise DataError(f"images {empty[:8].tolist()} have no valid pixel to score; leave them out")
+    if num_regions is None:
+        return masks.astype(bool), foreground, valid
+    if masks.min() < 0 or masks.max() >= num_regions:
+        raise DataError(
+            f"labels run from {masks.min()} to {masks.max()}, but there are {num_regions} regions: use 0 to K-1"
+        )
+    return masks.astype(np.int64), foreground, valid

@@ -7,7 +7,7 @@ that never saw them agrees better with views after a turn).
 Mirror: turned inside out along the lines of sight, a scene keeps its pictures but for perspective, and its cameras
 stand at minus their elevation (or upside down). So cameras below the lowest elevation that was asked for tell of it;
 where both signs of elevation are allowed, the poses alone cannot. With true poses,
-:func:`factorkit.metrics.pose.mirrored` tells.
+:func:`factorkit.metrics.pose.is_mirrored` tells.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views.views import resize_area, target_size
-from factorkit.metrics.pose import mirrored
+from factorkit.metrics.pose import is_mirrored
 from factorkit.nerfdiff.cameras.poses import azimuths
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.grid import Field
@@ -102,8 +102,8 @@ def scene_alarms(
         chosen, count, doubled, settled: as :func:`pose_alarms` takes them.
         exact: whether views stand where they please: on a lattice, a large error says little.
     """
-    error = unexplained(field, scene, poses, config.samples)
-    lowest = None if config.poses == "known" else config.elevations[0]
+    error = unexplained(field, scene, poses, config.samples_per_ray)
+    lowest = None if config.poses == "known" else config.elevation_range[0]
     found = pose_alarms(
         poses,
         chosen,
@@ -170,10 +170,10 @@ def pose_alarms(
         if found["inverted"] > 0.5:
             failures.append(
                 f"mirror: {found['inverted']:.0%} of the cameras stand below the elevations asked for or upside down, "
-                "as those of a scene turned inside out do; narrow elevations=, or train from another seed="
+                "as those of a scene turned inside out do; narrow elevation_range=, or train from another seed="
             )
     if true is not None:
-        found["mirrored"] = mirrored(poses, true)  # no failure: true poses have no say in the training
+        found["mirrored"] = is_mirrored(poses, true)  # no failure: true poses have no say in the training
     return {**found, "failures": failures}
 
 

@@ -31,7 +31,7 @@ def restored_field(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -
         ConfigError: tiny-cuda-nn is needed and cannot be had.
     """
     of_grid = "values" in weights  # as the search's and refinement's are, whatever the run's
-    kind, resolution = ("grid", len(weights["values"])) if of_grid else (settings["field"], settings["grid"])
+    kind, resolution = ("grid", len(weights["values"])) if of_grid else (settings["field"], settings["grid_resolution"])
     codes = weights.get("appearance.codes", torch.empty(0, 0))
     field = build_field(
         kind,
@@ -76,19 +76,19 @@ def build_model(
     Raises:
         ConfigError: candidates that do not fit the scene.
     """
-    kind = "single" if scene["layout"] == "forward" else config.candidates
+    kind = "single" if scene["layout"] == "forward" else config.candidate_type
     distance = scene["distance"]
     if kind == "single" and scene["layout"] == "object" and config.search == "dictionary":
-        raise ConfigError('candidates="single" cannot stand around an object; use look_at')
-    candidates = build_candidates(kind, config.cameras, distance, config.elevations, config.pose_freedom)
+        raise ConfigError('candidate_type="single" cannot stand around an object; use look_at')
+    candidates = build_candidates(kind, config.num_candidates, distance, config.elevation_range, config.pose_freedom)
     size = target_size(min(config.encoder_resolution, max(scene["size"])), *scene["size"])
     encoder = PoseEncoder(
         size,
-        config.width,
-        config.multipliers,
-        config.blocks,
+        config.model_channels,
+        config.channel_mult,
+        config.num_res_blocks,
         candidates.count,
         candidates.width,
-        pooling=config.pooling,
+        pooling=config.encoder_pooling,
     )
-    return NerfdiffModel(encoder, candidates, field, views, optics, tuple(scene["size"]), config.samples)
+    return NerfdiffModel(encoder, candidates, field, views, optics, tuple(scene["size"]), config.samples_per_ray)

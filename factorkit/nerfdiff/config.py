@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from factorkit.engine.config import MOST_STEPS, EngineConfig
+from factorkit.engine.migration import register_renamed_settings
 from factorkit.nerfdiff.cameras.poses import FREEDOMS
 from factorkit.nerfdiff.fields.background import BACKGROUNDS
 from factorkit.nerfdiff.fields.grid import FIELDS
@@ -23,117 +24,125 @@ class NerfdiffConfig(EngineConfig):
     """
 
     resolution: int = 32
-    """Pixels along the longer side the views are brought to."""
+    """Longer side of the views in pixels; larger views are averaged down to it. 32 trains in minutes on a CPU."""
     poses: Literal["predicted", "known", "learned"] = "predicted"
-    """Where a training view's pose comes from: the model finds it (the thesis), it comes with the views (a supervised
-    field), or it is a free parameter from the start (NeRF--)."""
+    """Where the poses of the training views come from. "predicted": the model finds them (the thesis). "known": they
+    come with the views (supervised NeRF). "learned": they are free parameters from the start (NeRF--)."""
     search: Literal["dictionary", "joint"] = "dictionary"
-    """How poses are found: by a balanced search over fixed directions, refinement, flip test and an encoder distilled
-    from the result; or by encoder and field trained together from nothing (algorithms 3 and 4)."""
+    """How poses are found. "dictionary": a balanced search over fixed directions, then refinement, the flip test and an
+    encoder distilled from the result. "joint": encoder and field trained together from scratch (algorithms 3 and 4);
+    the default is "dictionary" because "joint" depends on the seed."""
     noise: bool = True
-    """Off: the encoder reads clean views, an autoencoder."""
+    """Add noise to the views that the encoder reads. False trains an autoencoder, the ablation of the thesis."""
     timesteps: int = 100
-    """T, the length of the noise schedule."""
+    """Length T of the noise schedule. The thesis uses 100."""
 
-    t_power: float = 1.5
-    """Levels of noise are T u^t_power of even u; 1: all alike (the thesis)."""
+    timestep_power: float = 1.5
+    """Noise levels are sampled as T * u**timestep_power with u uniform in [0, 1). Above 1, low noise levels, where the
+    pose is still visible, are sampled more often; 1 is uniform (the thesis)."""
 
-    cameras: int = 8
-    """N, candidate cameras for each view."""
-    candidates: Literal["look_at", "thesis", "single"] = "look_at"
-    """How candidates are parametrised: overlapping cells around anchors, the thesis' octants (code 3.3), or one camera
-    by Rodrigues' formula (algorithm 3)."""
+    num_candidates: int = 8
+    """Number N of candidate cameras for each view. 8 cells cover the directions around an object."""
+    candidate_type: Literal["look_at", "thesis", "single"] = "look_at"
+    """Parametrisation of the candidate cameras. "look_at": overlapping cells around distinct anchors. "thesis": one octant
+    each (code 3.3). "single": one camera by Rodrigues' formula (algorithm 3)."""
     classification_weight: float = 0.1
-    """Lambda of eq. 3.4, beside errors of colours in [0, 1] or of unit directions."""
-    balance: bool = True
-    """With search="joint": in the first half every candidate gets its share of the views; off: plain best-of-N."""
-    elevations: tuple[float, float] = (5.0, 70.0)
-    """Lowest and highest elevation of the cameras, degrees above the horizon."""
-    azimuths: int = 24
-    """Directions on each circle of the dictionary."""
-    rings: int = 4
-    """Circles of the dictionary."""
-    freedom: tuple[Literal["roll", "aim", "distance", "focal"], ...] = ()
-    """What is refined and predicted beyond the direction of cameras that look at the origin from one distance, upright:
-    a turn about the viewing axis, a place aside of it, a distance for each view, and one focal length for all."""
+    """Weight lambda of the candidate classification loss (eq. 3.4). 0.1 is the value of the thesis."""
+    balance_candidates: bool = True
+    """With search="joint", assign every candidate an equal share of the views during the first half of training. False
+    always takes the best of N (the thesis), which collapsed in 15 of 15 small runs."""
+    elevation_range: tuple[float, float] = (5.0, 70.0)
+    """Lowest and highest elevation of the cameras in degrees above the horizon. The default excludes the zenith."""
+    num_azimuths: int = 24
+    """Number of directions on each elevation of the search dictionary. 24 directions are 15 degrees apart."""
+    num_elevations: int = 4
+    """Number of elevations in the search dictionary, evenly spaced over elevation_range."""
+    optimize_camera: tuple[Literal["roll", "aim", "distance", "focal"], ...] = ()
+    """Camera parameters that are optimised in addition to the direction: "roll" about the viewing axis, "aim" off the
+    origin and "distance" for each view, and one "focal" length for all views. The default assumes upright cameras that
+    look at the origin from one distance."""
     flip_rounds: int = 8
-    """Most rounds of the flip test, for scenes that nearly look alike from two sides and for views that went astray; it
-    ends with the first that changes nothing. 0: one round that tells and changes nothing."""
+    """Maximum number of rounds of the flip test, which corrects views placed on the wrong side of a nearly symmetric
+    scene. It stops at the first round that changes nothing. 0 runs one round that only reports."""
 
     field: Literal["grid", "hashgrid", "mlp", "siren", "tcnn"] = "grid"
-    """What holds the scene: a dense grid, a hash grid, NeRF's network, one of sines, or tiny-cuda-nn's hash grid and
-    fused networks where those can be imported. The search has a grid anyway."""
+    """Representation of the scene: a dense voxel grid, a hash grid, NeRF's MLP, a SIREN, or tiny-cuda-nn's hash grid and
+    fused MLPs (needs tinycudann). The grid is the fastest on a CPU. The pose search always uses a grid."""
     occupancy: bool = False
-    """Leave out of training and pictures the steps through space that the field has found empty. The robust recipe's
-    presets do so for all fields but the grid, whose steps cost little."""
+    """Skip empty space with an occupancy grid in training and rendering. The presets "demo" and "fast" enable it for all
+    fields except the grid, whose samples are cheap."""
     background: Literal["given", "learned", "field"] = "given"
-    """What lies behind everything: the one colour that comes with the views (black where none does), one to be learned,
-    or a colour to be learned for every viewing direction."""
-    appearance: int = 0
-    """Numbers of a code that each training view has for its tone, for collections from many cameras or hours; 0: all
-    views are of one tone."""
-    search_field: int = 24
-    """Vertices along each side of the grid that is searched with."""
-    grid: int = 32
-    """Vertices along each side of the final grid, or cells of the hash grid's finest level."""
-    samples: int = 32
-    """Steps along a ray."""
-    views: int = 16
-    """Views a step of search and refinement."""
-    rays: int = 256
-    """Rays of each view a step."""
-    roughness: float = 3e-4
-    """Weight of the differences of neighbouring numbers of the grid, beside the mean squared error."""
-    fog: float = 1e-3
-    """Weight of the mean opacity seen, where cameras stand around an object, beside the mean squared error."""
+    """Background behind the scene. "given": the colour stored with the views, black by default. "learned": one learned
+    colour. "field": a learned colour for each viewing direction."""
+    appearance_dim: int = 0
+    """Size of the appearance code of each training view, for collections with varying exposure or time of day. 0 gives
+    all views the same appearance."""
+    search_grid_resolution: int = 24
+    """Vertices along each side of the voxel grid used in the pose search. A coarse grid suffices to compare poses."""
+    grid_resolution: int = 32
+    """Vertices along each side of the final voxel grid, or cells of the finest level of the hash grid. The default
+    matches resolution."""
+    samples_per_ray: int = 32
+    """Samples along each ray. The default matches grid_resolution."""
+    views_per_step: int = 16
+    """Views in each step of search and refinement, over all processes together."""
+    rays_per_view: int = 256
+    """Rays of each view in each step."""
+    tv_weight: float = 3e-4
+    """Weight of the total variation of the voxel grid (mean squared difference of neighbours) beside the mean squared
+    error. It suppresses detail that no view shows; the thesis presets use 0."""
+    opacity_weight: float = 1e-3
+    """Weight of the mean opacity of the rays of object scenes beside the mean squared error. It removes fog in
+    front of the background that no training view shows; on Lego, ten times as much cost 0.6 dB."""
     search_steps: int = 600
-    """Of the dictionary search."""
+    """Steps of the dictionary search."""
     search_learning_rate: float = 0.05
-    """Of the field in the search."""
+    """Learning rate of the field in the dictionary search."""
     field_steps: int = 600
-    """Of the refinement of field and poses."""
+    """Steps of the refinement of field and poses."""
     field_learning_rate: float = 0.03
-    """Of the field in the refinement, and with search="joint"."""
+    """Learning rate of the field in the refinement, and with search="joint"."""
     pose_learning_rate: float = 0.005
-    """Of the views' poses in the refinement."""
+    """Learning rate of the poses of the views in the refinement."""
 
     encoder_resolution: int = 32
-    """Pixels along the longer side the encoder reads at."""
-    width: int = 16
+    """Longer side in pixels at which the encoder reads the views."""
+    model_channels: int = 16
     """C, the encoder's channels at the first level."""
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     """Channels of each level, in units of C."""
-    blocks: int = 1
+    num_res_blocks: int = 1
     """Residual blocks a level."""
-    pooling: Literal["whole", "average"] = "whole"
-    """How the encoder's last features reach its heads: all of them, or their mean (fig. 3.12)."""
-    rendered: int = 300
-    """Further views of the found scene the encoder learns from."""
-    tuning_steps: int = 0
-    """After the encoder is distilled, so many further steps of denoising, the field held."""
+    encoder_pooling: Literal["flatten", "average"] = "flatten"
+    """How the encoder's last feature map reaches its heads: flattened, or averaged over space (fig. 3.12). Small
+    encoders need the positions that the average discards."""
+    num_rendered_views: int = 300
+    """Number of rendered views of the fitted scene that are added to the encoder's training data."""
+    finetune_steps: int = 0
+    """Steps of denoising that finetune the distilled encoder while the field stays fixed. 0 skips the stage."""
 
     def validate(self) -> None:
         super().validate()
         least = {
             "resolution": 4,
             "timesteps": 21,
-            "cameras": 1,
-            "azimuths": 2,
-            "rings": 1,
+            "num_candidates": 1,
+            "num_azimuths": 2,
+            "num_elevations": 1,
             "flip_rounds": 0,
-            "search_field": 4,
-            "grid": 4,
-            "samples": 1,
-            "views": 1,
-            "rays": 1,
+            "search_grid_resolution": 4,
+            "grid_resolution": 4,
+            "samples_per_ray": 1,
+            "views_per_step": 1,
+            "rays_per_view": 1,
             "search_steps": 1,
             "field_steps": 1,
             "encoder_resolution": 4,
-            "width": 2,
-            "blocks": 1,
-            "rendered": 0,
-            "tuning_steps": 0,
-            "appearance": 0,
+            "model_channels": 2,
+            "num_res_blocks": 1,
+            "num_rendered_views": 0,
+            "finetune_steps": 0,
+            "appearance_dim": 0,
         }
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -143,27 +152,31 @@ class NerfdiffConfig(EngineConfig):
             if options and getattr(self, field.name) not in options:
                 value = getattr(self, field.name)
                 raise ConfigError(f"{field.name}={value!r} is unknown; choose one of {', '.join(options)}")
-        unknown = set(self.freedom) - {*FREEDOMS, "focal"}
+        unknown = set(self.optimize_camera) - {*FREEDOMS, "focal"}
         if unknown:
             options = ", ".join([*FREEDOMS, "focal"])
-            raise ConfigError(f"freedom={self.freedom}: {', '.join(sorted(unknown))} is none of {options}")
+            raise ConfigError(
+                f"optimize_camera={self.optimize_camera}: {', '.join(sorted(unknown))} is none of {options}"
+            )
         if self.timesteps > MOST_STEPS:
             raise ConfigError(f"timesteps={self.timesteps} must be at most {MOST_STEPS}")
-        low, high = self.elevations
+        low, high = self.elevation_range
         if not -89 <= low < high <= 89:
-            raise ConfigError(f"elevations={self.elevations} must rise and lie within -89 and 89 degrees")
-        if self.width % 2:
-            raise ConfigError(f"width={self.width} must be even: half of the time embedding is cosines, half sines")
-        if not 0 < self.t_power:
-            raise ConfigError(f"t_power={self.t_power} must be positive")
-        for name in ("classification_weight", "roughness", "fog"):
+            raise ConfigError(f"elevation_range={self.elevation_range} must rise and lie within -89 and 89 degrees")
+        if self.model_channels % 2:
+            raise ConfigError(
+                f"model_channels={self.model_channels} must be even: half of the time embedding is cosines, half sines"
+            )
+        if not 0 < self.timestep_power:
+            raise ConfigError(f"timestep_power={self.timestep_power} must be positive")
+        for name in ("classification_weight", "tv_weight", "opacity_weight"):
             if not 0 <= getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
 
     @property
     def pose_freedom(self) -> tuple[str, ...]:
         """The freedoms that every view has for itself."""
-        return tuple(name for name in self.freedom if name in FREEDOMS)
+        return tuple(name for name in self.optimize_camera if name in FREEDOMS)
 
     def stage(self, name: str, **changes: Any) -> NerfdiffConfig:
         """The configuration of one stage of the run, with random numbers of its own."""
@@ -173,18 +186,18 @@ class NerfdiffConfig(EngineConfig):
 CHOICES = {
     "poses": ("predicted", "known", "learned"),
     "search": ("dictionary", "joint"),
-    "candidates": ("look_at", "thesis", "single"),
+    "candidate_type": ("look_at", "thesis", "single"),
     "field": FIELDS,
     "background": BACKGROUNDS,
-    "pooling": ("whole", "average"),
+    "encoder_pooling": ("flatten", "average"),
 }
 
 _FAST = {
     "steps": 500,
     "batch_size": 32,
     "learning_rate": 1e-3,
-    "decay": 1.0,
-    "ema": 0.98,
+    "lr_decay_fraction": 1.0,
+    "ema_decay": 0.98,
     "precision": "fp32",
     "threads": 1,
     "checkpoint_every": 100,
@@ -194,55 +207,55 @@ _FAST = {
 }
 _THESIS = {
     "search": "joint",
-    "balance": False,
-    "candidates": "thesis",
+    "balance_candidates": False,
+    "candidate_type": "thesis",
     "field": "mlp",
-    "samples": 64,
+    "samples_per_ray": 64,
     "resolution": 128,
     "steps": 200_000,
     "learning_rate": 2e-5,
     "field_learning_rate": 1e-4,
-    "ema": 0.9999,
+    "ema_decay": 0.9999,
     "precision": "fp32",
     "batch_size": 16,
-    "rays": 256,
-    "t_power": 1.0,
-    "width": 64,
-    "multipliers": (1, 1, 2, 2, 4),
-    "blocks": 2,
-    "pooling": "average",
+    "rays_per_view": 256,
+    "timestep_power": 1.0,
+    "model_channels": 64,
+    "channel_mult": (1, 1, 2, 2, 4),
+    "num_res_blocks": 2,
+    "encoder_pooling": "average",
     "encoder_resolution": 128,
-    "roughness": 0.0,
-    "fog": 0.0,
+    "tv_weight": 0.0,
+    "opacity_weight": 0.0,
 }
 
 
 def _sized(resolution: int) -> dict[str, Any]:
     """The robust recipe's final field at a resolution: a vertex a pixel, as many steps along a ray, and longer."""
     side = min(max(resolution, 32), 128)
-    return {"grid": side, "samples": side, "field_steps": round(600 * side / 32)}
+    return {"grid_resolution": side, "samples_per_ray": side, "field_steps": round(600 * side / 32)}
 
 
 #: what search="joint" changes of a preset of the robust recipe
 _JOINT = {
     "steps": 1500,
     "batch_size": 16,
-    "decay": 0.4,
-    "cameras": 12,
+    "lr_decay_fraction": 0.4,
+    "num_candidates": 12,
     "classification_weight": 0.01,
-    "t_power": 3.0,
-    "rays": 128,
+    "timestep_power": 3.0,
+    "rays_per_view": 128,
     "sample_every": 300,
 }
-_JOINT_SHARES = {"grid": 3 / 4, "samples": 7 / 8}  # of the robust recipe's
+_JOINT_SHARES = {"grid_resolution": 3 / 4, "samples_per_ray": 7 / 8}  # of the robust recipe's
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": _FAST,
     "fast": _FAST,
-    "lego": _THESIS | {"cameras": 12},
-    "drums": _THESIS | {"cameras": 12},
-    "car": _THESIS | {"cameras": 8, "elevations": (-70.0, 70.0)},
-    "llff": _THESIS | {"cameras": 1, "candidates": "single", "resolution": 504, "encoder_resolution": 504},
+    "lego": _THESIS | {"num_candidates": 12},
+    "drums": _THESIS | {"num_candidates": 12},
+    "car": _THESIS | {"num_candidates": 8, "elevation_range": (-70.0, 70.0)},
+    "llff": _THESIS | {"num_candidates": 1, "candidate_type": "single", "resolution": 504, "encoder_resolution": 504},
 }
 
 
@@ -264,3 +277,34 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
     config = NerfdiffConfig.from_dict({**settings, **changes})
     config.validate()
     return config
+
+
+# Settings of stored runs that have changed since: old name -> name of today; (name of today, old value) -> new value.
+register_renamed_settings(
+    ["nerfdiff"],
+    names={
+        "width": "model_channels",
+        "multipliers": "channel_mult",
+        "blocks": "num_res_blocks",
+        "cameras": "num_candidates",
+        "candidates": "candidate_type",
+        "balance": "balance_candidates",
+        "elevations": "elevation_range",
+        "azimuths": "num_azimuths",
+        "rings": "num_elevations",
+        "freedom": "optimize_camera",
+        "appearance": "appearance_dim",
+        "search_field": "search_grid_resolution",
+        "grid": "grid_resolution",
+        "samples": "samples_per_ray",
+        "views": "views_per_step",
+        "rays": "rays_per_view",
+        "roughness": "tv_weight",
+        "fog": "opacity_weight",
+        "rendered": "num_rendered_views",
+        "tuning_steps": "finetune_steps",
+        "pooling": "encoder_pooling",
+        "t_power": "timestep_power",
+    },
+    values={("encoder_pooling", "whole"): "flatten"},
+)

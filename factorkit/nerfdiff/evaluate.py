@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views.views import Views
-from factorkit.metrics.image import WINDOW, lpips, psnr, ssim
-from factorkit.metrics.pose import PoseErrors, Similarity, mirrored, pose_errors
+from factorkit.metrics.image import SSIM_WINDOW, lpips, psnr, ssim
+from factorkit.metrics.pose import PoseErrors, Similarity, is_mirrored, pose_errors
 from factorkit.nerfdiff.cameras.registration import registered
 from factorkit.nerfdiff.training_views import kept_views
 from factorkit.utils.errors import ConfigError, DataError
@@ -43,7 +43,7 @@ def kept_true(run: NerfdiffRun, views: Views | None = None) -> Tensor | None:
 def registration(run: NerfdiffRun, views: Views | None, found: PoseErrors) -> Similarity:
     """From the true coordinates into the scene's: by the training views' poses, and then by their pictures."""
     true, start = kept_true(run, views), found.alignment.inverse()
-    return registered(run.model, start, true, run.views.resized(run.model.size).images)
+    return registered(run.model, start, true, run.views.resize(run.model.size).images)
 
 
 def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None, refine: int = 0) -> dict[str, Any]:
@@ -59,16 +59,16 @@ def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None, refine
         raise DataError(f"{len(views)} views cannot be aligned with the model's own coordinates; give at least 3")
     encoder = pose_errors(predicted, true)
     into_scene = encoder.alignment.inverse() if found is None else registration(run, views, found)
-    views = views.resized(run.model.size)
+    views = views.resize(run.model.size)
     at_truth, at_encoder = run.render(into_scene.apply(true)).images, run.render(predicted).images
     scores: dict[str, Any] = {"views": len(views), "size": list(views.size), "step": run.step, "refine": refine}
     if found is not None:
         scores |= _poses("", found)
-        scores["mirrored"] = mirrored(run.poses, kept_true(run, views))
+        scores["mirrored"] = is_mirrored(run.poses, kept_true(run, views))
     scores |= _poses("encoder_", encoder)
     for suffix, images in (("", at_truth), ("_encoder", at_encoder)):
         scores[f"psnr{suffix}"] = psnr(images, views.images).mean().item()
-        if min(views.size) >= WINDOW:
+        if min(views.size) >= SSIM_WINDOW:
             scores[f"ssim{suffix}"] = ssim(images, views.images).mean().item()
         distance = lpips(images, views.images)
         if distance is not None:

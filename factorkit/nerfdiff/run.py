@@ -109,14 +109,14 @@ class NerfdiffRun:
             config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
             config.validate()
             scene, step = checked_scene(meta["scene"]), int(meta["step"])
-            levels = len(config.multipliers)
+            levels = len(config.channel_mult)
             check_plausible(
                 path,
                 found,
-                blocks=config.blocks,
+                blocks=config.num_res_blocks,
                 levels=levels,
-                cameras=config.cameras,
-                channels=config.width * max(config.multipliers),
+                cameras=config.num_candidates,
+                channels=config.model_channels * max(config.channel_mult),
                 size=min(config.encoder_resolution, max(scene["size"])) >> min(levels, 30) or 1,
             )
             field = restored_field({k[6:]: v for k, v in found.items() if k.startswith("field.")}, meta)
@@ -240,7 +240,7 @@ class NerfdiffRun:
         Args:
             size: of the longer side, or height and width; None: as trained. Another shape than the training's shows
                 more or less to the left and right.
-            tone: number of the training view whose tone the pictures are to have, with ``appearance=``; None: the mean
+            tone: number of the training view whose tone the pictures are to have, with ``appearance_dim=``; None: the mean
                 of all.
 
         Raises:
@@ -256,7 +256,7 @@ class NerfdiffRun:
         if tone is not None:
             if field.appearance is None or not 0 <= tone < len(self.poses):
                 had = (
-                    "all views are of one tone: train with appearance=4"
+                    "all views are of one tone: train with appearance_dim=4"
                     if field.appearance is None
                     else (f"there are views 0 to {len(self.poses) - 1}")
                 )
@@ -276,7 +276,7 @@ class NerfdiffRun:
 
     def samples(self, size: tuple[int, int]) -> int:
         """Steps along a ray of a picture: more than in training, as nothing is drawn at random any more."""
-        return max(2 * self.config.samples, max(size) // 2)
+        return max(2 * self.config.samples_per_ray, max(size) // 2)
 
     def reconstruct(self, images: Any, size: int | tuple[int, int] | None = None) -> Pictures:
         """Pictures of the scene from where :meth:`predict_pose` says that ``images`` were taken.
@@ -331,7 +331,7 @@ class NerfdiffRun:
 
         Returns:
             rotation_median_deg, under_10_deg (a share), rotation_max_deg, translation_median (in units of the scene) of
-            the training views' found poses, and whether those are mirrored (:func:`factorkit.metrics.pose.mirrored`);
+            the training views' found poses, and whether those are mirrored (:func:`factorkit.metrics.pose.is_mirrored`);
             the first four with ``encoder_`` before them for the encoder's poses of ``views``;
             psnr, ssim and, where its weights are there, lpips of renders at the aligned true poses, and with
             ``_encoder`` behind it of renders at the encoder's.

@@ -56,7 +56,7 @@ def open_scene(views: Views, resolution: int, device: torch.device, known: bool 
     """
     if len(views) < 2:
         raise DataError(f"{len(views)} view: a scene takes at least 2, and about 30 to be found well")
-    views = views.resized(resolution)
+    views = views.resize(resolution)
     if views.images.std((0, 2, 3)).max() < NOTHING:
         raise DataError("no foreground anywhere: all pixels of all views are alike. Are masks or background inverted?")
     optics = shared_optics(views)

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.data.views.views import Views
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.log import RunLog, read_log
+from factorkit.engine.log import RunLog
 from factorkit.engine.run_folder import claimed, copy_folder
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.alarms import duplication
@@ -45,10 +45,10 @@ from factorkit.nerfdiff.stages.flip_test import best_turns, called_back, halves
 from factorkit.nerfdiff.stages.joint import JointTask
 from factorkit.nerfdiff.stages.refine import Fit, FitTask
 from factorkit.nerfdiff.training_views import keep_views
-from factorkit.report.curves import timeline
-from factorkit.report.html import write_report
+from factorkit.nerfdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.jsonl import read_log, timeline
 from factorkit.utils.rendezvous import join
 from factorkit.utils.rng import derived_seed
 
@@ -87,12 +87,13 @@ def train_nerfdiff(
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
 
     Example:
-        >>> from factorkit.data import procedural_views
-        >>> views = procedural_views(10, 8, seed=1)    # ten pictures of 8 x 8 pixels, with true poses
-        >>> tiny = {"resolution": 8, "cameras": 3, "azimuths": 6, "rings": 2, "search_field": 6, "grid": 8}
-        >>> tiny |= {"width": 8, "multipliers": (1, 2), "encoder_resolution": 8, "rendered": 4, "samples": 6}
-        >>> tiny |= {"search_steps": 4, "field_steps": 2, "steps": 2, "views": 3, "rays": 8, "flip_rounds": 0}
-        >>> scene = factorkit.train_nerfdiff(views, out="runs/scene", progress=False, batch_size=4, **tiny)
+        >>> from factorkit.data import make_procedural_views
+        >>> views = make_procedural_views(10, 8, seed=1)    # ten pictures of 8 x 8 pixels, with true poses
+        >>> tiny = {"resolution": 8, "num_candidates": 3, "num_azimuths": 6, "num_elevations": 2, "flip_rounds": 0}
+        >>> tiny |= {"search_grid_resolution": 6, "grid_resolution": 8, "samples_per_ray": 6, "encoder_resolution": 8}
+        >>> tiny |= {"model_channels": 8, "channel_mult": (1, 2), "num_rendered_views": 4, "batch_size": 4}
+        >>> tiny |= {"search_steps": 4, "field_steps": 2, "steps": 2, "views_per_step": 3, "rays_per_view": 8}
+        >>> scene = factorkit.train_nerfdiff(views, out="runs/scene", progress=False, **tiny)
         >>> scene.poses.shape
         torch.Size([10, 4, 4])
     """
@@ -101,16 +102,18 @@ def train_nerfdiff(
     device = distributed.local_device(resolve_device(config.device))
     join(device)
     distributed.check_batch(config.batch_size)
-    distributed.check_batch(config.views, "views")
+    distributed.check_batch(config.views_per_step, "views_per_step")
     folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
-    views = open_data(data, config).resized(config.resolution)
+    views = open_data(data, config).resize(config.resolution)
     known = config.poses == "known"
     scene = open_scene(views, config.resolution, device, known)
-    if scene.layout == "object" and len(scene.images) < config.cameras:
-        raise DataError(f"{len(scene.images)} views are fewer than cameras={config.cameras} candidates; give more")
+    if scene.layout == "object" and len(scene.images) < config.num_candidates:
+        raise DataError(
+            f"{len(scene.images)} views are fewer than num_candidates={config.num_candidates} candidates; give more"
+        )
     if scene.layout == "forward" and config.pose_freedom:
         raise ConfigError(
-            f"freedom={config.freedom}: forward-facing cameras turn and move in every way as it is; give "
+            f"optimize_camera={config.optimize_camera}: forward-facing cameras turn and move in every way as it is; give "
             "focal or nothing"
         )
     settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": describe(scene, views, known)}
@@ -128,7 +131,7 @@ def open_data(data: Any, config: NerfdiffConfig) -> Views:
     if isinstance(data, Views):
         return data
     if data is None:
-        return procedural_views(PROCEDURAL, config.resolution)
+        return make_procedural_views(PROCEDURAL, config.resolution)
     from factorkit.data.views.open import open_views
 
     return open_views(data, "train", config.resolution)
@@ -166,12 +169,16 @@ class Training:
         optics = replace(scene.optics, intrinsics=fitted.optics.intrinsics.detach())
         scene = replace(scene, optics=optics)
         model = self.model(fitted.field, fitted.poses().detach(), optics)
-        if not config.tuning_steps:
+        if not config.finetune_steps:
             self.trainer("distil", lambda stage: DistilTask(stage, scene, model, doubled), folder=self.folder)
             return
         model = self.trainer("distil", lambda stage: DistilTask(stage, scene, model, doubled))
         found = model.views.clone()
-        changes = {"steps": config.tuning_steps, "balance": False, "learning_rate": TUNING * config.learning_rate}
+        changes = {
+            "steps": config.finetune_steps,
+            "balance_candidates": False,
+            "learning_rate": TUNING * config.learning_rate,
+        }
         tune = lambda stage: JointTask(stage, scene, model, found, doubled)  # noqa: E731
         self.trainer("tune", tune, folder=self.folder, **changes)
 
@@ -182,11 +189,11 @@ class Training:
 
     def trainer(self, name: str, task, folder: Path | None = None, **changes: Any) -> nn.Module:
         """Train a stage to its end; answers its averaged model."""
-        kept = () if folder is None else self.config.ema_also  # of the run alone, not of its stages
-        config = self.config.stage(name, ema_also=kept, **changes)
+        kept = () if folder is None else self.config.extra_ema_decays  # of the run alone, not of its stages
+        config = self.config.stage(name, extra_ema_decays=kept, **changes)
         where = folder or self.folder / "stages" / name
         meta = self.settings | {"stage": name}
-        shown = {"device": self.device, "progress": self.progress, "report": folder is not None}
+        shown = {"device": self.device, "progress": self.progress, "report": write_report if folder else None}
         trained = Trainer(task(config), config, where, meta, **shown).run()
         drawn = where / "samples"
         if folder is None and distributed.rank() == 0 and drawn.is_dir():  # the run's report shows what the stages drew
@@ -208,15 +215,15 @@ class Training:
     ) -> Fit:
         """Fit a field to the views, and the poses where they are free; with ``free`` the focal length, if it may be."""
         config, scene = self.config, scene or self.scene
-        free_focal = free and "focal" in config.freedom
-        samples = samples or config.samples
+        free_focal = free and "focal" in config.optimize_camera
+        samples = samples or config.samples_per_ray
         model = Fit(field.to(self.device), poses.to(self.device), scene.optics, scene.size, samples, free_focal)
         changes = {
             "steps": config.field_steps,
-            "batch_size": config.views,
+            "batch_size": config.views_per_step,
             "learning_rate": config.field_learning_rate,
-            "decay": 0.5,
-            "ema": 0.0,
+            "lr_decay_fraction": 0.5,
+            "ema_decay": 0.0,
             **changes,
         }
         fitted = self.trainer(name, lambda stage: FitTask(stage, scene, model, chosen, sheets, hot), **changes)
@@ -227,7 +234,7 @@ class Training:
         count = len(self.scene.images)
         if self.scene.layout == "forward":
             return FreePoses(torch.eye(4).repeat(count, 1, 1))
-        middle = sum(self.config.elevations) / 2
+        middle = sum(self.config.elevation_range) / 2
         generator = torch.Generator().manual_seed(derived_seed("one start", self.config.seed))
         start = dictionary(1, [middle]).repeat(count, 1) + 0.01 * torch.randn(count, 3, generator=generator)
         return OrbitPoses(F.normalize(start, dim=-1), self.scene.distance, self.config.pose_freedom)
@@ -238,21 +245,21 @@ class Training:
         if scene.layout == "forward":
             places, stand = plane_dictionary(*PLANE), forward_poses
         else:
-            low, high = config.elevations
-            rings = [low + (high - low) * (i + 0.5) / config.rings for i in range(config.rings)]
-            places, stand = dictionary(config.azimuths, rings), partial(orbit_poses, distance=scene.distance)
-        field, places = self.field("grid", config.search_field), places.to(self.device)
+            low, high = config.elevation_range
+            rings = [low + (high - low) * (i + 0.5) / config.num_elevations for i in range(config.num_elevations)]
+            places, stand = dictionary(config.num_azimuths, rings), partial(orbit_poses, distance=scene.distance)
+        field, places = self.field("grid", config.search_grid_resolution), places.to(self.device)
         found = self.trainer(
             "search",
             lambda stage: SearchTask(stage, scene, field, places, stand),
             steps=config.search_steps,
-            batch_size=config.views,
+            batch_size=config.views_per_step,
             learning_rate=config.search_learning_rate,
-            decay=0.0,
-            ema=0.0,
+            lr_decay_fraction=0.0,
+            ema_decay=0.0,
             sample_every=max(1, config.search_steps // 5),
         )
-        start = self.with_occupancy(found.field.refined(config.grid))
+        start = self.with_occupancy(found.field.refined(config.grid_resolution))
         direction = found.poses.places[found.poses.assigned]
         if scene.layout == "forward":
             poses = FreePoses(forward_poses(direction))
@@ -267,7 +274,7 @@ class Training:
             if not moved:
                 break
         if config.flip_rounds and (found.direction != kept).any():
-            fitted = self.refine("refine again", self.with_occupancy(self.field("grid", config.grid)), found)
+            fitted = self.refine("refine again", self.with_occupancy(self.field("grid", config.grid_resolution)), found)
         return self.with_own_field(fitted), moved / len(kept)
 
     def with_own_field(self, fitted: Fit) -> Fit:
@@ -276,7 +283,7 @@ class Training:
 
     def own_field(self) -> Field:
         """A fresh field of the kind asked for."""
-        return self.with_occupancy(self.field(self.config.field, self.config.grid))
+        return self.with_occupancy(self.field(self.config.field, self.config.grid_resolution))
 
     def field(self, kind: str, resolution: int, seed: int | None = None) -> Field:
         """A fresh field of a kind, before the background and in the tones asked for."""
@@ -287,13 +294,13 @@ class Training:
             config.seed if seed is None else seed,
             background=config.background,
             views=len(self.scene.images),
-            appearance=config.appearance,
+            appearance=config.appearance_dim,
         ).to(self.device)
 
     def with_occupancy(self, field: Field) -> Field:
         """The field with an occupancy grid, if it is of the kind asked for and is to have one."""
         if self.config.occupancy and isinstance(field, GridField) == (self.config.field == "grid"):
-            field.occupancy = occupancy_grid(cells_for(self.config.samples))
+            field.occupancy = occupancy_grid(cells_for(self.config.samples_per_ray))
         return field.to(self.device)
 
     def refine(self, name: str, field: Field, poses: OrbitPoses) -> Fit:
@@ -356,8 +363,8 @@ class Training:
             fitting,
             steps=HALF_STEPS,
             learning_rate=0.08,
-            decay=0.0,
+            lr_decay_fraction=0.0,
             scene=scene,
-            samples=min(self.config.samples, HALF_SAMPLES),
+            samples=min(self.config.samples_per_ray, HALF_SAMPLES),
             keep_checkpoints=1,
         )

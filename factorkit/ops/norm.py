@@ -4,7 +4,7 @@
     y = SiLU(a * (z - mean) / std + b),  a = weight * (1 + scale),  b = bias * (1 + scale) + shift
 
 ``"group"`` is GroupNorm (Wu & He 2018). ``"masked_group"`` weights its moments by m_k / sum(m_k) instead of 1 / (H*W),
-so that they do not depend on the region's area. ``"pixel"`` divides by the root mean square over channels at each pixel.
+independent of the region's area. ``"pixel"`` divides by the root mean square over channels at each pixel.
 Shapes are those of :mod:`factorkit.ops.skip`.
 """
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from factorkit.data.masks import load_labelled
 from factorkit.data.prepare import prepare
-from factorkit.metrics.class_scores import IGNORED, class_scores, match_classes, overlaps
+from factorkit.metrics.class_matching import IGNORE_LABEL, count_overlaps, match_classes, score_classes
 from factorkit.metrics.segmentation import MAX_REGIONS
-from factorkit.report.image_grid import contact_sheet
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import TRAINED_ONCE, Citation, Experiment, Found, NotRun, Row, percent
 from factorkit.reproduce.photos import SHOWN, Photos, config_of, photos, region_labels, run_folder, train
 from factorkit.reproduce.setup import Setup
@@ -52,9 +52,9 @@ class Classes:
 
     def score(self, labels: np.ndarray, regions: int) -> tuple[dict[str, float], np.ndarray]:
         """Acc and mIoU of label maps [N, R, R] of all labelled images, and the class of each region."""
-        mapping = match_classes(overlaps(labels[: self.half], self.truth[: self.half], regions, self.count))
-        counts = overlaps(labels[self.half :], self.truth[self.half :], regions, self.count)
-        return class_scores(counts, mapping), mapping
+        mapping = match_classes(count_overlaps(labels[: self.half], self.truth[: self.half], regions, self.count))
+        counts = count_overlaps(labels[self.half :], self.truth[self.half :], regions, self.count)
+        return score_classes(counts, mapping), mapping
 
     @property
     def shown(self) -> slice:
@@ -78,7 +78,7 @@ def classes_of(setup: Setup, full: str) -> Classes:
 def _truth(labels: np.ndarray, valid: np.ndarray, values: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     values = np.unique(labels[valid]) if values is None else values
     places = np.searchsorted(values, labels).clip(0, len(values) - 1)
-    return np.where(valid & (values[places] == labels), places, IGNORED), values
+    return np.where(valid & (values[places] == labels), places, IGNORE_LABEL), values
 
 
 def taught(setup: Setup, seed: int, full: str) -> ClassUNet:
@@ -88,7 +88,7 @@ def taught(setup: Setup, seed: int, full: str) -> ClassUNet:
     images, truth = known.photos.labelled.images[: known.half], known.truth[: known.half]
     split = known.photos.dataset.splits.get("train")
     if split is not None and split.masks is not None:
-        labelled = load_labelled(split.images, split.masks, config.resolution, ignore=config.ignore)
+        labelled = load_labelled(split.images, split.masks, config.resolution, ignore_label=config.ignore)
         values = np.unique(known.photos.labelled.labels[known.photos.labelled.valid])
         images, truth = labelled.images, _truth(labelled.labels, labelled.valid, values)[0]
     folder = run_folder(setup, "supervised", seed, full)
@@ -117,7 +117,7 @@ def clusters(setup: Setup, run: SegdiffRun, seed: int, full: str) -> DatasetDDPM
 def our_regions(setup: Setup, full: str) -> int | tuple[int, ...]:
     """K of ours: the scale's own, and no fewer than there are classes; a hierarchy gets more at its deepest level."""
     config, count = config_of(setup, full), classes_of(setup, full).count
-    if config.leaves >= count:
+    if config.num_leaf_regions >= count:
         return config.regions
     *coarser, _ = config.nesting
     return (*coarser, -(-count // math.prod(coarser))) if coarser else count
@@ -144,15 +144,15 @@ def rows(setup: Setup, full: str) -> list[Row]:
         model, known = taught(s, seed, full), classes_of(s, full)
         labels = predict_classes(model, known.photos.labelled.images)
         rest = slice(known.half, None)
-        counts = overlaps(labels[rest], known.truth[rest], known.count, known.count)
-        return Found(class_scores(counts, np.arange(known.count)), {"classes": labels[known.shown]})
+        counts = count_overlaps(labels[rest], known.truth[rest], known.count, known.count)
+        return Found(score_classes(counts, np.arange(known.count)), {"classes": labels[known.shown]})
 
     def clustered(s: Setup, seed: int) -> Found:
         return cell(clusters(s, plain(s, seed, full), seed, full).segment(photos(s, full).labelled.images), CLUSTERS, s)
 
     def ours(s: Setup, seed: int) -> Found:
         run = our_run(s, seed, full)
-        return cell(region_labels(run, photos(s, full).labelled.images), run.config.leaves, s)
+        return cell(region_labels(run, photos(s, full).labelled.images), run.config.num_leaf_regions, s)
 
     return [Row(SUPERVISED, supervised), Row(CLUSTERING, clustered), Row(OURS, ours)]
 
@@ -163,7 +163,7 @@ def draw(setup: Setup, cells: Cells, full: str) -> Sequence[str]:
     images, truth = known.photos.labelled.images[known.shown], known.truth[known.shown].clip(0)
     shown = {name: cells.arrays(name)["classes"] for name, _ in cells.rows if cells.arrays(name)}
     lines = [[outlined(i, c) for i, c in zip(images, found, strict=True)] for found in (truth, *shown.values())]
-    return [setup.save(contact_sheet([list(images), *lines], None, ["image", "truth", *shown]), "classes.png")]
+    return [setup.save(draw_image_grid([list(images), *lines], None, ["image", "truth", *shown]), "classes.png")]
 
 
 def cited(row: str, source: str, acc: float, miou: float) -> Citation:

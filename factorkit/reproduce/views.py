@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.data.views.open import open_views
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.config import preset_config
@@ -58,7 +58,7 @@ def views(setup: Setup) -> tuple[Views, Views]:
 def _views(data: Path | None, identity: str, size: int | None) -> tuple[Views, Views]:
     if data is not None:
         return open_views(data, "train", size), open_views(data, "test", size)
-    drawn = procedural_views(PROCEDURAL + HELD_OUT, size or 128)
+    drawn = make_procedural_views(PROCEDURAL + HELD_OUT, size or 128)
     return drawn.select(slice(0, PROCEDURAL)), drawn.select(slice(PROCEDURAL, None))
 
 
@@ -70,7 +70,7 @@ def train(setup: Setup, seed: int, setting: Mapping[str, Any]) -> NerfdiffRun:
     common = {"device": setup.device, **({} if setup.scale == "full" else {"resolution": max(training.size)})}
     common |= setup.changes
     if forward and setting.get("search") == "joint":
-        setting = {"candidates": "single", "cameras": 1} | setting
+        setting = {"candidate_type": "single", "num_candidates": 1} | setting
     given = common | setting
     usual = preset_config(preset, **common, **JOINT)
     asked = preset_config(preset, **given)

@@ -9,17 +9,17 @@ import pytest
 from PIL import Image
 
 from factorkit.cli.main import main
-from factorkit.data import flowers
+from factorkit.data import draw_flowers
 from factorkit.metrics.baselines import BASELINES, all_foreground
 
 SMALL = {
     "resolution": 16,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 4,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 4,
     "steps": 4,
     "batch_size": 4,
     "log_every": 1,
@@ -49,7 +49,7 @@ def tiny_training(**changes) -> list[str]:
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
     """Nobody looks at the report's curves, and GrabCut takes half a second an image."""
-    patch.setattr("factorkit.report.html.draw_curves", lambda log, theme: [])
+    patch.setattr("factorkit.report.html.draw_curves", lambda *args: [])
     patch.setitem(BASELINES, "grabcut", all_foreground)
     patch.setenv("OMP_NUM_THREADS", "1")  # of subprocesses
 
@@ -110,7 +110,7 @@ def refused(ask):
 def photos(tmp_path_factory) -> Path:
     """A data set of 24 drawn flowers with masks."""
     folder = tmp_path_factory.mktemp("data") / "photos"
-    for kind, pictures in zip(("images", "masks"), flowers(24, 20, seed=1), strict=True):
+    for kind, pictures in zip(("images", "masks"), draw_flowers(24, 20, seed=1), strict=True):
         (folder / kind).mkdir(parents=True)
         for i, picture in enumerate(pictures):
             Image.fromarray(picture).save(folder / kind / f"{i:02d}.png")

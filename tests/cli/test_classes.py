@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from factorkit.data import flowers
+from factorkit.data import draw_flowers
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def kinds(tmp_path) -> Path:
     """Two folders, of three flowers each."""
     for kind, seed in (("iris", 1), ("rose", 2)):
         (tmp_path / "kinds" / kind).mkdir(parents=True)
-        for i, picture in enumerate(flowers(3, 16, seed)[0]):
+        for i, picture in enumerate(draw_flowers(3, 16, seed)[0]):
             Image.fromarray(picture).save(tmp_path / "kinds" / kind / f"{i}.png")
     return tmp_path / "kinds"
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from factorkit.data.layouts import LAYOUTS
+from factorkit.data.layouts import READERS
 
 
 def test_the_list_says_what_is_expected_and_where_it_is_published(ask, answer):
@@ -39,7 +39,7 @@ def test_every_reader_passes_over_what_is_not_its_own(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "file.txt").write_text("x")
     for data in (tmp_path, tmp_path / "file.txt", tmp_path / "nowhere", str(tmp_path), np.zeros(3), None, 5, ["a"]):
-        assert [reader.read(data) for reader in LAYOUTS] == [None] * len(LAYOUTS)
+        assert [reader.read(data) for reader in READERS] == [None] * len(READERS)
 
 
 def test_a_link_in_circles(refused, tmp_path):
@@ -72,7 +72,7 @@ def test_an_official_layout_is_named_with_its_splits(ecssd, answer, ask):
 
 
 def test_a_run_is_trained_and_scored_on_an_official_layout(ecssd, answer, flags, tmp_path):
-    found = answer(*flags(resolution=8, fit=1), "--data", ecssd, "--out", tmp_path / "run")
+    found = answer(*flags(resolution=8, num_fit_images=1), "--data", ecssd, "--out", tmp_path / "run")
     assert 0 <= found["scores"]["iou"] <= 1
 
 

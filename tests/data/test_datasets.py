@@ -5,8 +5,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from factorkit.data import load_labelled, open_dataset, prepare, procedural_dataset
-from factorkit.data.masks import stem
+from factorkit.data import load_labelled, make_procedural_dataset, open_dataset, prepare
+from factorkit.data.masks import strip_suffix
 from factorkit.utils.errors import ConfigError, DataError
 
 
@@ -27,7 +27,7 @@ def make_set(tmp_path, save):
 
 
 def stems(source) -> set[str]:
-    return {stem(name) for name in source.names}
+    return {strip_suffix(name) for name in source.names}
 
 
 def test_auto_keeps_all_labelled_out_where_most_have_no_mask(make_set):
@@ -46,7 +46,7 @@ def test_auto_keeps_a_fifth_out_where_most_have_masks(make_set):
 
 
 def test_auto_holds_out_at_most_200(make_set, monkeypatch):
-    monkeypatch.setattr("factorkit.data.splits.AUTO_MOST", 2)
+    monkeypatch.setattr("factorkit.data.datasets.AUTO_HOLDOUT_MAX", 2)
     assert len(open_dataset(make_set(20, 20)).test_images) == 2
 
 
@@ -80,7 +80,7 @@ def test_near_duplicates_never_cross_the_split(make_set):
 
 
 def test_unlabelled_near_duplicate_of_a_test_image_leaves_training(make_set):
-    with pytest.warns(UserWarning, match="1 of its 4 names are of no image, the first is i99; .* like i00.jpg"):
+    with pytest.warns(UserWarning, match="1 of 4 names match no image, the first is i99; .* i00.jpg"):
         dataset = open_dataset(make_set(6, 2, "i01 i04  # the same flower\ni99 i00"), holdout="masked")
     assert stems(dataset.train) == {"i02", "i03", "i05"} and stems(dataset.test_images) == {"i00", "i01"}
 
@@ -98,7 +98,7 @@ def test_near_duplicates_whose_names_hold_spaces_or_dots(make_set, save):
 
 
 def test_near_duplicates_of_other_pictures_are_refused(make_set):
-    with pytest.raises(DataError, match="near_duplicates.txt: 2 of its 2 names are of no image, the first is img1;"):
+    with pytest.raises(DataError, match="near_duplicates.txt: 2 of 2 names match no image, the first is img1;"):
         open_dataset(make_set(4, 2, "img1 img3"))
 
 
@@ -132,7 +132,7 @@ def test_requests_that_cannot_be_met(make_set, tmp_path):
     root = make_set(4, 4, "i00 i01\ni01 i02\ni02 i03")
     with pytest.raises(ConfigError, match="only 4 images have a mask"):
         open_dataset(root, holdout=5)
-    with pytest.raises(DataError, match="nothing is left to train on"):
+    with pytest.raises(DataError, match="no training images are left"):
         open_dataset(root, holdout="masked")
     with pytest.raises(DataError, match="more near-duplicates than that"):
         open_dataset(root, holdout=2)
@@ -141,7 +141,7 @@ def test_requests_that_cannot_be_met(make_set, tmp_path):
             open_dataset(root, holdout=wrong)
     with pytest.raises(DataError, match="no such file or folder"):
         open_dataset(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="procedural_dataset"):
+    with pytest.raises(ConfigError, match="make_procedural_dataset"):
         open_dataset(None)
     (root / "near_duplicates.txt").write_text("i00 i01\ni02\n")
     with pytest.raises(DataError, match="near_duplicates.txt, line 2: expected two names"):
@@ -156,7 +156,7 @@ def test_masks_that_match_nothing(make_set, save):
 
 
 def test_procedural():
-    dataset = procedural_dataset(8, train=6, test=3, seed=1)
+    dataset = make_procedural_dataset(8, train=6, test=3, seed=1)
     images = prepare(dataset.train, 8).images
     labelled = load_labelled(dataset.test_images, dataset.test_masks, 8)
     assert images.shape == (6, 8, 8, 3) and labelled.images.shape == (3, 8, 8, 3)
@@ -165,7 +165,7 @@ def test_procedural():
     everything = np.concatenate([images, labelled.images]).reshape(9, -1)
     assert len(np.unique(everything, axis=0)) == 9, "a test picture was trained on"
     with pytest.raises(ConfigError, match="test=0"):
-        procedural_dataset(8, test=0)
+        make_procedural_dataset(8, test=0)
 
 
 @pytest.mark.parametrize(("name", "train", "test"), [("flowers17_128", 1288, 71), ("weizmann_horse_128", 262, 65)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from factorkit.data import BrokenImage, square, to_rgb
+from factorkit.data import ImageDecodeError, crop_square, to_rgb
 from factorkit.utils.errors import ConfigError
 
 
@@ -44,7 +44,7 @@ def test_float_over_one_or_over_255():
     assert pixel(Image.fromarray(np.full((2, 2), 0.2, np.float32))) == (51, 51, 51)
     assert pixel(Image.fromarray(np.full((2, 2), 51, np.float32))) == (51, 51, 51)
     for wrong in (-0.5, 300, np.nan):
-        with pytest.raises(BrokenImage, match="float values"):
+        with pytest.raises(ImageDecodeError, match="float values"):
             to_rgb(Image.fromarray(np.full((2, 2), wrong, np.float32)))
 
 
@@ -74,25 +74,25 @@ def test_exif_orientation_turns_the_picture_upright(suffix):
 def test_square_takes_the_centre():
     picture = Image.new("RGB", (30, 10), "black")
     picture.paste("red", (10, 0, 20, 10))
-    np.testing.assert_array_equal(square(picture, 10), np.full((10, 10, 3), (255, 0, 0)))
-    np.testing.assert_array_equal(square(picture.rotate(90, expand=True), 5), np.full((5, 5, 3), (255, 0, 0)))
+    np.testing.assert_array_equal(crop_square(picture, 10), np.full((10, 10, 3), (255, 0, 0)))
+    np.testing.assert_array_equal(crop_square(picture.rotate(90, expand=True), 5), np.full((5, 5, 3), (255, 0, 0)))
 
 
 def test_square_averages_what_it_shrinks():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    small = square(Image.fromarray(stripes), 8)
+    small = crop_square(Image.fromarray(stripes), 8)
     assert small.dtype == np.uint8 and np.abs(small.astype(int) - 127).max() < 12
 
 
 def test_square_at_its_own_size_is_the_identity():
     pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(square(Image.fromarray(pixels), 9), pixels)
+    np.testing.assert_array_equal(crop_square(Image.fromarray(pixels), 9), pixels)
 
 
 def test_resolution_zero_is_refused():
     with pytest.raises(ConfigError, match="resolution=0"):
-        square(Image.new("RGB", (4, 4)), 0)
+        crop_square(Image.new("RGB", (4, 4)), 0)
 
 
 def test_truncated_file_raises(tmp_path, break_jpeg):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from factorkit.data import BrokenImage, load_labelled, open_dataset, open_source, prepare
+from factorkit.data import ImageDecodeError, load_labelled, open_dataset, open_source, prepare
 from factorkit.utils.errors import DataError
 
 
@@ -87,7 +87,7 @@ def test_zip_bomb_that_lies_about_its_size_fills_no_memory(tmp_path, method):
     data[at + 24 : at + 28] = struct.pack("<I", 1000)  # the size that the central directory says
     (tmp_path / "x.zip").write_bytes(data)
     source = open_source(tmp_path / "x.zip")
-    with Peak() as peak, pytest.raises(BrokenImage, match="bomb.png: "):
+    with Peak() as peak, pytest.raises(ImageDecodeError, match="bomb.png: "):
         source.read(0)
     assert peak.bytes < 2**20
 
@@ -163,7 +163,7 @@ def test_thirty_thousand_pixels_square_is_refused_not_decoded(tmp_path, save):
     with Peak() as peak, pytest.warns(UserWarning) as caught:
         prepared = prepare(tmp_path, 4, progress=False)
     assert len(caught) == 1 and "huge.png (refused, too many pixels" in str(caught[0].message)
-    assert prepared.names == ["good.png"] and prepared.kept.tolist() == [0] and peak.bytes < 2**22
+    assert prepared.names == ["good.png"] and prepared.source_rows.tolist() == [0] and peak.bytes < 2**22
 
 
 def test_a_large_picture_is_no_warning(tmp_path):
@@ -206,7 +206,7 @@ def test_truncated(tmp_path, save, break_jpeg, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.warns(UserWarning, match=r"1 of 2 images could not be decoded and were left out: cut.jpg \("):
         prepared = prepare(tmp_path, 4, progress=False)
-    assert prepared.names == ["good.png"] and prepared.kept.tolist() == [1]
+    assert prepared.names == ["good.png"] and prepared.source_rows.tolist() == [1]
 
 
 # --- folders ---

@@ -8,7 +8,7 @@ from PIL import Image
 
 from factorkit.data import load_labelled
 from factorkit.data.masks import match_masks
-from factorkit.data.open_source import open_source
+from factorkit.data.open import open_source
 from factorkit.utils.errors import DataError
 
 
@@ -99,7 +99,7 @@ def test_arrays_match_by_position(tmp_path):
 def test_ignored_pixels_are_neither_foreground_nor_valid(tmp_path):
     pixels = np.zeros((8, 8), np.uint8)
     pixels[:4], pixels[4] = 255, 128
-    labelled = load_one(tmp_path, Image.fromarray(pixels), ignore=128)
+    labelled = load_one(tmp_path, Image.fromarray(pixels), ignore_label=128)
     np.testing.assert_array_equal(labelled.foreground[0], pixels == 255)
     np.testing.assert_array_equal(labelled.valid[0], pixels != 128)
     assert load_labelled(tmp_path / "i", tmp_path / "m", 8).foreground[0, 4].all()  # without ignore it is a label
@@ -109,7 +109,7 @@ def test_labels_are_never_interpolated(tmp_path):
     """Between 0 and 255 lies the ignored 128: any blending at the edges would show up as invalid pixels."""
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, 20:43] = 255
-    labelled = load_one(tmp_path, Image.fromarray(stripes), size=(64, 64), resolution=10, ignore=128)
+    labelled = load_one(tmp_path, Image.fromarray(stripes), size=(64, 64), resolution=10, ignore_label=128)
     assert labelled.valid.all() and 0.3 < labelled.foreground.mean() < 0.5
 
 
@@ -143,7 +143,7 @@ def test_palette_mask_counts_by_index(tmp_path):
     mask.putpalette([255, 255, 255, 0, 0, 0, 9, 9, 9])  # the background is white, label 1 is black
     mask.paste(1, (0, 0, 4, 8))
     mask.paste(2, (7, 0, 8, 8))
-    labelled = load_one(tmp_path, mask, ignore=2)
+    labelled = load_one(tmp_path, mask, ignore_label=2)
     assert labelled.foreground[0].sum() == 32 and labelled.foreground[0, :, :4].all()
     assert labelled.valid[0].sum() == 56
 
@@ -200,7 +200,7 @@ def test_broken_labelled_picture_is_an_error(folders, break_jpeg):
 def test_real_masks(real_data):
     root = real_data("flowers17_128")
     images = sorted((root / "images").glob("image_000*.jpg"))
-    labelled = load_labelled(images, sorted((root / "masks").glob("image_000*.png")), 32, ignore=128)
+    labelled = load_labelled(images, sorted((root / "masks").glob("image_000*.png")), 32, ignore_label=128)
     assert len(labelled) >= 5 and 0.1 < labelled.foreground.mean() < 0.6 and 0.7 < labelled.valid.mean() < 1
     inside, outside = labelled.foreground, ~labelled.foreground & labelled.valid
     yellow = labelled.images.astype(float) @ (0.5, 0.5, -1)  # daffodils: misaligned masks would level this out

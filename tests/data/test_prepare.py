@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from factorkit.data import open_source, prepare, square
+from factorkit.data import crop_square, open_source, prepare
 from factorkit.utils.errors import ConfigError, DataError
 
 module = importlib.import_module("factorkit.data.prepare")  # `import ... as` would give the function of that name
@@ -37,7 +37,7 @@ def test_every_image_in_order(photos, own_cache):
     prepared = prepare(photos, 8, workers=3, progress=False)
     source = open_source(photos)
     assert prepared.names == source.names and prepared.skipped == [] and len(prepared) == 5
-    np.testing.assert_array_equal(prepared.images, [square(source.read(i), 8) for i in range(5)])
+    np.testing.assert_array_equal(prepared.images, [crop_square(source.read(i), 8) for i in range(5)])
     assert isinstance(prepared.images, np.memmap) and not prepared.images.flags.writeable
     assert prepared.path.parent.parent == own_cache
     np.testing.assert_array_equal(np.load(prepared.path / "images.npy"), prepared.images)  # a plain .npy for anybody
@@ -77,7 +77,7 @@ def test_broken_among_many_is_skipped_counted_and_named_once(photos, break_jpeg)
     assert prepared.names == ["0.png", "1.png", "2.png", "3.png", "4.png"]
     assert [name for name, _ in prepared.skipped] == ["1b.jpg"]
     source = open_source(photos)
-    np.testing.assert_array_equal(prepared.images[2], square(source.read(3), 8))  # rows close up behind the gap
+    np.testing.assert_array_equal(prepared.images[2], crop_square(source.read(3), 8))  # rows close up behind the gap
     with pytest.warns(UserWarning, match="1b.jpg"):
         assert prepare(photos, 8, progress=False).skipped == prepared.skipped
 
@@ -189,7 +189,7 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 def test_cache_that_cannot_be_written(photos, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match="cannot be kept here"):
+    with pytest.raises(DataError, match="cannot be stored here"):
         prepare(photos, 8, cache=tmp_path / "file", progress=False)
 
 

@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_the_old_state(photos, save, own_cache, monkeypatch, 
         return FullDisk(file, room) if str(path).endswith("images.npy") and "w" in mode else file
 
     monkeypatch.setattr(builtins, "open", full)
-    with pytest.raises(DataError, match="cannot be kept here: no room left.*FACTORKIT_CACHE"):
+    with pytest.raises(DataError, match="cannot be stored here: no room left.*FACTORKIT_CACHE"):
         prepare(photos, 4, progress=False)
     monkeypatch.setattr(builtins, "open", opened)
     assert [path.name for path in (own_cache / "prepared").iterdir()] == [before.path.name]
@@ -125,7 +125,7 @@ def test_kept_rows_lead_back_to_the_source(photos, break_jpeg):
     for _ in range(2):  # made, then opened
         with pytest.warns(UserWarning, match="2 of 6 images"):
             prepared = prepare(photos, 4, progress=False)
-        assert classes[prepared.kept].tolist() == [10, 11, 12, 13]
+        assert classes[prepared.source_rows].tolist() == [10, 11, 12, 13]
     ready = prepare(np.zeros((3, 4, 4, 3), np.uint8), 4)
-    assert ready.kept.tolist() == [0, 1, 2]
+    assert ready.source_rows.tolist() == [0, 1, 2]
     assert Image.fromarray(prepared.images[1]).size == (4, 4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data import BrokenImage, open_source
+from factorkit.data import ImageDecodeError, open_source
 from factorkit.utils.errors import DataError
 
 GREY = np.arange(2 * 5 * 6, dtype=np.uint8).reshape(2, 5, 6)
@@ -192,9 +192,9 @@ def test_broken_picture_is_named(tmp_path, break_jpeg):
     break_jpeg(tmp_path / "cut.jpg")
     (tmp_path / "text.png").write_text("not a picture")
     source = open_source(tmp_path)
-    with pytest.raises(BrokenImage, match="^cut.jpg: cannot be decoded: .*truncated"):
+    with pytest.raises(ImageDecodeError, match="^cut.jpg: cannot be decoded: .*truncated"):
         source.read(0)
-    with pytest.raises(BrokenImage, match="^text.png: not an image"):
+    with pytest.raises(ImageDecodeError, match="^text.png: not an image"):
         source.read(1)
 
 
@@ -211,7 +211,7 @@ def test_unreadable_file_is_not_called_broken(tmp_path, save):
     path.unlink()
     with pytest.raises(DataError, match="^x.png: cannot be read") as caught:
         source.read(0)
-    assert not isinstance(caught.value, BrokenImage)
+    assert not isinstance(caught.value, ImageDecodeError)
 
 
 def test_jpegs_may_come_smaller_but_not_below_what_was_asked(tmp_path, save):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from factorkit.data import open_views
-from factorkit.data.video import open_clip
+from factorkit.data.video import open_video
 from factorkit.utils.errors import DataError
 
 IDENTITY = (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
@@ -45,7 +45,7 @@ def test_a_phone_held_upright_gives_upright_frames(tmp_path, turn, red):
     content = path.read_bytes()
     at = content.index(struct.pack(">9i", *IDENTITY), content.index(b"tkhd"))
     path.write_bytes(content[:at] + struct.pack(">9i", *QUARTERS[turn]) + content[at + 36 :])
-    frames = list(open_clip(path).frames)
+    frames = list(open_video(path).frames)
     assert len(frames) == 10
     assert frames[3].shape == ((32, 64, 3) if turn == "upside down" else (64, 32, 3))
     share = frames[3][red].reshape(-1, 3).mean(0)
@@ -55,7 +55,7 @@ def test_a_phone_held_upright_gives_upright_frames(tmp_path, turn, red):
 
 def test_frames_at_uneven_times_last_as_long_on_average(tmp_path):
     ticks = [*range(0, 200, 20), *range(200, 6200, 200)]  # 10 at 30 a second, then 30 at 3 a second
-    clip = open_clip(write(tmp_path / "walk.mp4", ticks))
+    clip = open_video(write(tmp_path / "walk.mp4", ticks))
     assert len(list(clip.frames)) / clip.rate == pytest.approx(10, rel=0.1)
 
 
@@ -67,4 +67,4 @@ def test_a_file_with_sound_alone_is_no_video(tmp_path):
         file.mux(stream.encode(frame))
         file.mux(stream.encode())
     with pytest.raises(DataError, match="a.mp4: this video cannot be decoded: it has no pictures"):
-        open_clip(tmp_path / "a.mp4")
+        open_video(tmp_path / "a.mp4")

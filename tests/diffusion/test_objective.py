@@ -10,9 +10,9 @@ from factorkit.diffusion.objective import (
     denoising_loss,
     loss_weight,
     min_snr_weight,
-    target,
     to_eps,
     to_x0,
+    training_target,
 )
 from factorkit.diffusion.schedule import Schedule
 from factorkit.utils.errors import ConfigError
@@ -26,40 +26,40 @@ def noised(request):
     return schedule, x0, eps, t, schedule.noise(x0, eps, t)
 
 
-def test_targets_are_those_of_the_papers(noised):
+def test_training_target_equals_published_definitions(noised):
     schedule, x0, eps, t, _ = noised
     a, s = schedule.signal(t), schedule.sigma(t)
-    torch.testing.assert_close(target("eps", schedule, x0, eps, t), eps)
-    torch.testing.assert_close(target("v", schedule, x0, eps, t), a * eps - s * x0)
-    torch.testing.assert_close(target("x0", schedule, x0, eps, t), x0)
-    torch.testing.assert_close(target("flow", schedule, x0, eps, t), eps - x0)
+    torch.testing.assert_close(training_target("eps", schedule, x0, eps, t), eps)
+    torch.testing.assert_close(training_target("v", schedule, x0, eps, t), a * eps - s * x0)
+    torch.testing.assert_close(training_target("x0", schedule, x0, eps, t), x0)
+    torch.testing.assert_close(training_target("flow", schedule, x0, eps, t), eps - x0)
 
 
-def test_the_flow_target_is_the_velocity_of_the_straight_path():
+def test_training_target_flow_is_the_path_velocity():
     schedule = Schedule(1000, "flow")
     x0, eps = torch.rand(1, 3, 2, 2, dtype=torch.float64), torch.randn(1, 3, 2, 2, dtype=torch.float64)
     later, now = (schedule.signals[t] * x0 + schedule.sigmas[t] * eps for t in (401, 400))
     velocity = (later - now) / (schedule.sigmas[401] - schedule.sigmas[400])
-    torch.testing.assert_close(target("flow", schedule, x0, eps, torch.tensor([400])), velocity)
+    torch.testing.assert_close(training_target("flow", schedule, x0, eps, torch.tensor([400])), velocity)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_perfect_output_gives_back_image_and_noise(noised, prediction):
+def test_to_x0_and_to_eps_perfect_output_recovers_both(noised, prediction):
     schedule, x0, eps, t, x_t = noised
-    out = target(prediction, schedule, x0, eps, t)
+    out = training_target(prediction, schedule, x0, eps, t)
     torch.testing.assert_close(to_x0(prediction, schedule, x_t, out, t), x0, rtol=0, atol=1e-4)
     torch.testing.assert_close(to_eps(prediction, schedule, x_t, out, t), eps, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_any_output_splits_x_t_consistently(noised, prediction):
+def test_to_x0_and_to_eps_any_output_recombine_to_x_t(noised, prediction):
     schedule, _, _, t, x_t = noised
     out = torch.randn_like(x_t)
     x0, eps = (f(prediction, schedule, x_t, out, t) for f in (to_x0, to_eps))
     torch.testing.assert_close(schedule.noise(x0, eps, t), x_t, rtol=1e-4, atol=1e-4)
 
 
-def test_loss_is_the_mean_of_each_sample_in_float32():
+def test_denoising_loss_half_precision_is_float32_mean_per_sample():
     out = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16)
     loss = denoising_loss(out, torch.stack([torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 3.0)]))
     assert loss.dtype == torch.float32
@@ -68,7 +68,7 @@ def test_loss_is_the_mean_of_each_sample_in_float32():
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_is_hang_et_als_for_each_prediction(kind, gamma):
+def test_min_snr_weight_equals_published_formulas(kind, gamma):
     schedule, t = Schedule(kind=kind), torch.tensor([0, 20, 250, 600, 990])
     ab = schedule.alpha_bars[t]
     snr = ab / (1 - ab)
@@ -79,9 +79,9 @@ def test_min_snr_is_hang_et_als_for_each_prediction(kind, gamma):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_min_snr_weighs_the_error_of_the_image_alike_whatever_is_predicted(noised, prediction):
+def test_min_snr_weight_gives_equal_x0_weight_for_all_predictions(noised, prediction):
     schedule, x0, eps, t, x_t = noised
-    out = target(prediction, schedule, x0, eps, t)
+    out = training_target(prediction, schedule, x0, eps, t)
     wrong = out + 0.1 * torch.randn_like(out)
     error = denoising_loss(to_x0(prediction, schedule, x_t, wrong, t), to_x0(prediction, schedule, x_t, out, t))
     snr = (schedule.signals[t] / schedule.sigmas[t]).square().float()
@@ -89,12 +89,12 @@ def test_min_snr_weighs_the_error_of_the_image_alike_whatever_is_predicted(noise
     torch.testing.assert_close(weighted, snr.clamp_max(5) * error, rtol=2e-3, atol=0)
 
 
-def test_min_snr_of_pure_noise_is_nothing():
+def test_min_snr_weight_pure_noise_is_zero():
     schedule = Schedule(10, "flow")
     assert min_snr_weight("flow", schedule, torch.tensor([9])).tolist() == [0]
 
 
-def test_weight_goes_from_coarse_to_even():
+def test_coarse_to_fine_power_decreases_linearly():
     schedule, t = Schedule(), torch.tensor([0, 999])
     ab = schedule.alpha_bars[t].float()
     torch.testing.assert_close(loss_weight(schedule, t, 1.0), 1 - ab, rtol=1e-3, atol=0)
@@ -104,13 +104,13 @@ def test_weight_goes_from_coarse_to_even():
     assert [coarse_to_fine_power(step, 0, 0) for step in (0, 1)] == [0, 0]
 
 
-def test_mistakes_are_named(noised):
+def test_objective_invalid_arguments_raise(noised):
     schedule, x0, eps, t, _ = noised
-    with pytest.raises(ConfigError, match="'score'.*eps, v, x0, flow"):
-        target("score", schedule, x0, eps, t)
-    with pytest.raises(ConfigError, match="step 10.*step 20"):
+    with pytest.raises(ConfigError, match=r"'score'.*eps, v, x0, flow"):
+        training_target("score", schedule, x0, eps, t)
+    with pytest.raises(ConfigError, match=r"step 10.*step 20"):
         coarse_to_fine_power(0, 20, 10)
-    with pytest.raises(ConfigError, match="'eps'.*'flow'.*pure noise"):
+    with pytest.raises(ConfigError, match=r"'eps'.*'flow'.*pure noise"):
         check_objective("eps", "flow")
     for kind in ("linear", "cosine", "flow"):
         for prediction in ("v", "x0", "flow"):

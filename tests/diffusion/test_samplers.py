@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from tests.diffusion.closed_forms import Gaussian, TwoPoints, draw, moments
 
 
 @pytest.mark.parametrize(("mu", "sd"), [(0.3, 0.2), (-0.5, 1.5)])
-def test_ddim_follows_the_probability_flow(mu, sd):
+def test_ddim_gaussian_data_follows_the_probability_flow(mu, sd):
     """The flow carries x_T to mu + sd (x_T - a_T mu) / sqrt(a_T^2 sd^2 + s_T^2): quantiles go to quantiles."""
     model = Gaussian(Schedule(), mu, sd)
     start = torch.linspace(-3, 3, 8).view(1, 1, 2, 4)
@@ -28,7 +29,7 @@ def test_ddim_follows_the_probability_flow(mu, sd):
     assert 2.5 < error(125) / error(500) < 6  # a method of first order
 
 
-def test_few_ddim_steps_are_the_known_affine_map():
+def test_ddim_few_steps_equal_the_affine_map():
     """One step multiplies x - a mu by (a' a sd^2 + s' s) / (a^2 sd^2 + s^2); the grid is even and has both ends."""
     mu, sd, schedule = 0.4, 0.3, Schedule()
     model = Gaussian(schedule, mu, sd)
@@ -37,16 +38,17 @@ def test_few_ddim_steps_are_the_known_affine_map():
     assert model.calls == [600, 450, 300, 150, 0] == [step.t for step in result.trajectory]
     levels = [schedule.alpha_bars[t].item() for t in model.calls] + [1.0]
     x = start.double()
-    for ab, ab_next in zip(levels, levels[1:], strict=False):
+    for ab, ab_next in itertools.pairwise(levels):
         a, s, a_next, s_next = math.sqrt(ab), math.sqrt(1 - ab), math.sqrt(ab_next), math.sqrt(1 - ab_next)
         factor = (a_next * a * sd**2 + s_next * s) / (a**2 * sd**2 + s**2)
         x = a_next * mu + factor * (x - a * mu)
     torch.testing.assert_close(result.images.double(), x, rtol=1e-5, atol=1e-5)
 
 
-def test_ddpm_keeps_unit_variance_exactly():
+def test_ddpm_unit_gaussian_keeps_its_variance():
     """For N(0, 1) pixels x_{t-1} given x_t has variance exactly beta_t (Ho et al. 2020, section 3.2), so every level
-    has variance 1; the smaller posterior variance would lose 3% at 50 steps."""
+    has variance 1; the smaller posterior variance would lose 3% at 50 steps.
+    """
     model = Gaussian(Schedule(50), 0.0, 1.0)
     result = draw(model, (1, 1, 400, 400), seed=1, trajectory=True)
     variances = [step.x_t.var().item() for step in result.trajectory]
@@ -54,20 +56,20 @@ def test_ddpm_keeps_unit_variance_exactly():
     assert result.images.var().item() == pytest.approx(model.schedule.alpha_bars[0].item(), abs=0.01)
 
 
-def test_ddpm_reaches_the_moments_of_the_data():
+def test_ddpm_gaussian_data_has_its_moments():
     images = draw(Gaussian(Schedule(400), 0.3, 0.2), seed=2).images
     assert moments(images) == pytest.approx((0.3, 0.2), abs=0.01)
 
 
 @pytest.mark.parametrize("options", [{"sampler": "ddpm"}, {"sampler": "ddpm", "steps": 50}, {"sampler": "ddim"}])
-def test_two_points_come_out_in_their_proportions(options):
+def test_sample_two_points_keeps_their_proportions(options):
     images = draw(TwoPoints(Schedule(200), 0.6, 0.25), (1, 1, 128, 128), seed=3, clip=True, **options).images
     assert ((images.abs() - 0.6).abs() < 0.05).float().mean() > 0.97
     assert (images > 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_eps_and_v_walk_the_same_trajectory(sampler):
+def test_sample_eps_and_v_give_the_same_trajectory(sampler):
     schedule = Schedule(100)
     walks = [
         draw(Gaussian(schedule, 0.2, 0.4, name), (2, 3, 4, 4), sampler=sampler, trajectory=True, clip=True).trajectory
@@ -77,7 +79,7 @@ def test_eps_and_v_walk_the_same_trajectory(sampler):
         torch.testing.assert_close(one.x_t, other.x_t, rtol=0, atol=2e-4)
 
 
-def test_strided_ddpm_is_ddim_at_eta_one():
+def test_strided_ddpm_equals_ddim_at_eta_one():
     model = Gaussian(Schedule(), 0.0, 0.5)
     torch.testing.assert_close(
         draw(model, (1, 1, 8, 8), sampler="ddpm", steps=20, seed=5).images,
@@ -86,9 +88,10 @@ def test_strided_ddpm_is_ddim_at_eta_one():
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_eta_says_how_much_noise_is_drawn_anew(eta):
+def test_ddim_eta_scales_the_fresh_noise(eta):
     """Song et al. 2021, eq. 12 and 16. Where all pixels are 0, x_t is noise: its variance must be that of the level
-    whatever eta is, and what is left of the noise before tells sigma."""
+    whatever eta is, and what is left of the noise before tells sigma.
+    """
     model = Gaussian(Schedule(), 0.0, 0.0)
     before, after, _ = draw(model, sampler="ddim", steps=3, eta=eta, trajectory=True).trajectory
     ab, ab_next = (model.schedule.alpha_bars[step.t].item() for step in (before, after))
@@ -98,7 +101,7 @@ def test_eta_says_how_much_noise_is_drawn_anew(eta):
     assert after.x_t.var().item() == pytest.approx(1 - ab_next, abs=0.02)
 
 
-def test_start_has_the_noise_of_its_level():
+def test_sample_start_has_the_variance_of_its_level():
     schedule = Schedule()
     model = Gaussian(schedule, 0.0, 0.5)
     result = draw(model, sampler="ddim", steps=1, t_start=100, trajectory=True)
@@ -108,7 +111,7 @@ def test_start_has_the_noise_of_its_level():
     torch.testing.assert_close(result.images, step.x0)
 
 
-def test_result_is_a_function_of_the_seed():
+def test_sample_same_seed_gives_same_images():
     model = Gaussian(Schedule(50), 0.0, 0.5)
     one, same, other = (draw(model, (2, 3, 4, 4), seed=seed).images for seed in (7, 7, 8))
     assert torch.equal(one, same) and not torch.equal(one, other)
@@ -116,7 +119,7 @@ def test_result_is_a_function_of_the_seed():
     assert torch.equal(one, given)
 
 
-def test_with_shared_noise_an_image_depends_on_its_start_alone():
+def test_sample_shared_noise_ignores_the_position_in_the_batch():
     """Every image of the batch goes the way it would go by itself; with noise of its own, none but the first does."""
     model = Gaussian(Schedule(50), 0.0, 0.5)
     start = torch.randn(1, 3, 4, 4).expand(3, -1, -1, -1)
@@ -130,7 +133,7 @@ def test_with_shared_noise_an_image_depends_on_its_start_alone():
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "heun", "dpm++"])
 @pytest.mark.parametrize("start", [None, torch.linspace(-1, 1, 20).reshape(5, 1, 2, 2)])
-def test_rows_are_those_of_the_whole(sampler, start):
+def test_sample_rows_equal_those_of_the_whole_batch(sampler, start):
     model = Gaussian(Schedule(50), 0.0, 0.5)
     options = {"sampler": sampler, "steps": 5, "x_start": start, "seed": 7}
     everything = draw(model, (5, 1, 2, 2), **options).images
@@ -138,13 +141,13 @@ def test_rows_are_those_of_the_whole(sampler, start):
         assert torch.equal(draw(model, (5, 1, 2, 2), rows=rows, **options).images, everything[rows])
 
 
-def test_clip_bounds_the_estimate_at_every_step():
+def test_sample_clip_bounds_every_estimate():
     result = draw(Gaussian(Schedule(50), 1.0, 0.5), (1, 1, 16, 16), clip=True, trajectory=True)
     assert max(step.x0.max().item() for step in result.trajectory) == 1.0 == result.images.max().item()
     assert draw(Gaussian(Schedule(50), 1.0, 0.5), (1, 1, 16, 16)).images.max() > 1.0
 
 
-def test_last_bottleneck_comes_back_and_nothing_needs_a_gradient():
+def test_sample_returns_last_bottleneck_without_gradient():
     model = Gaussian(Schedule(50), 0.0, 0.5)
     model.mu = torch.nn.Parameter(torch.zeros(()))
     result = draw(model, (1, 1, 2, 2), sampler="ddim", steps=3)
@@ -165,6 +168,6 @@ def test_last_bottleneck_comes_back_and_nothing_needs_a_gradient():
         ({"prediction": "score"}, "'score'"),
     ],
 )
-def test_mistakes_are_named(options, message):
+def test_sample_invalid_arguments_raise(options, message):
     with pytest.raises(ConfigError, match=message):
         draw(Gaussian(Schedule(50), 0.0, 0.5), (1, 1, 2, 2), **options)

@@ -9,7 +9,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.utils.errors import ConfigError
 
 
-def test_alpha_bar_is_the_product_of_one_minus_beta():
+def test_alpha_bar_linear_equals_product_of_one_minus_beta():
     schedule, product = Schedule(), 1.0
     expected = []
     for t in range(1000):
@@ -20,14 +20,14 @@ def test_alpha_bar_is_the_product_of_one_minus_beta():
     assert schedule.alpha_bar(torch.tensor([3, 5])).shape == (2, 1, 1, 1)
 
 
-def test_noise_is_exact_at_the_cleanest_level():
+def test_noise_first_level_is_exact():
     # 1 - ab_0 is 1e-4; taken from a float32 ab it would be wrong in the fourth digit.
     t = torch.tensor([0])
     assert Schedule().sigma(t).item() == pytest.approx(math.sqrt(1e-4), rel=1e-6)
     assert Schedule().signal(t).item() == pytest.approx(math.sqrt(1 - 1e-4), rel=1e-6)
 
 
-def test_noise_keeps_unit_variance_and_mixes_per_image():
+def test_noise_mixes_per_image_with_unit_variance():
     schedule = Schedule(100)
     t = torch.tensor([0, 50, 99])
     torch.testing.assert_close(schedule.signal(t) ** 2 + schedule.sigma(t) ** 2, torch.ones(3, 1, 1, 1))
@@ -39,7 +39,7 @@ def test_noise_keeps_unit_variance_and_mixes_per_image():
 
 
 @pytest.mark.parametrize("steps", [50, 100, 4000])
-def test_every_length_ends_at_about_the_same_noise(steps):
+def test_linear_schedule_any_length_ends_at_the_same_noise(steps):
     reference, other = Schedule().alpha_bars, Schedule(steps).alpha_bars
     assert 0.2 < math.log(other[-1]) / math.log(reference[-1]) < 2
     # Half way the scaled schedules have nearly the same level: sums of beta agree, the rest is second order in beta.
@@ -47,10 +47,10 @@ def test_every_length_ends_at_about_the_same_noise(steps):
     assert (other.diff() < 0).all()
 
 
-def test_schedules_that_cannot_work_are_refused():
+def test_schedule_invalid_arguments_raise():
     with pytest.raises(ConfigError, match="20 steps"):
         Schedule(20)
-    with pytest.raises(ConfigError, match="'exponential'.*linear, cosine, flow"):
+    with pytest.raises(ConfigError, match=r"'exponential'.*linear, cosine, flow"):
         Schedule(kind="exponential")
     with pytest.raises(ConfigError, match="0 steps"):
         Schedule(0, "flow")
@@ -58,7 +58,7 @@ def test_schedules_that_cannot_work_are_refused():
 
 
 @pytest.mark.parametrize("steps", [1, 7, 1000])
-def test_cosine_is_nichol_and_dhariwals(steps):
+def test_cosine_schedule_equals_published_formula(steps):
     left = lambda t: math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2  # noqa: E731
     got = Schedule(steps, "cosine").alpha_bars
     # up to the last time, which alone is kept from having no signal at all, alpha_bar is the ratio they give
@@ -69,7 +69,7 @@ def test_cosine_is_nichol_and_dhariwals(steps):
 
 
 @pytest.mark.parametrize("steps", [1, 7, 1000])
-def test_flow_is_the_straight_path(steps):
+def test_flow_schedule_is_linear(steps):
     schedule = Schedule(steps, "flow")
     torch.testing.assert_close(schedule.signals + schedule.sigmas, torch.ones(steps, dtype=torch.float64))
     assert schedule.sigmas[0] == 1 / steps and schedule.signals[-1] == 0
@@ -79,10 +79,10 @@ def test_flow_is_the_straight_path(steps):
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "flow"])
-def test_as_noisy_as_finds_the_time_of_equal_snr(kind):
+def test_find_time_as_noisy_returns_equal_snr(kind):
     reference, schedule = Schedule(), Schedule(kind=kind)
     for t in (0, 30, 600, 998):
-        found = schedule.as_noisy_as(t, reference)
+        found = schedule.find_matching_time(t, reference)
         ratio = schedule.sigmas[found] / schedule.signals[found]
         wanted = reference.sigmas[t] / reference.signals[t]
         neighbours = (schedule.sigmas / schedule.signals)[[max(found - 1, 0), min(found + 1, 999)]]

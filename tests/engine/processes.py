@@ -34,14 +34,14 @@ from factorkit.utils.errors import DataError
 RUNS: dict[str, tuple[str, dict[str, Any], dict[int, dict[str, Any]]]] = {
     "regional": ("segdiff", {}, {2: {}, 4: {}}),
     "thesis": ("segdiff", {"form": "thesis"}, {2: {"micro_batch_size": 3}}),  # of 4: the last piece is smaller
-    "dictionary": ("nerfdiff", {"tuning_steps": 2}, {2: {}, 4: {}}),
+    "dictionary": ("nerfdiff", {"finetune_steps": 2}, {2: {}, 4: {}}),
     "joint": ("nerfdiff", {"search": "joint", "field": "hashgrid", "occupancy": True}, {2: {}}),
     "clipped": (
         "segdiff",
-        {"form": "thesis", "checkpoint_branches": True, "gradient_clip": 0.05, "ema_also": (0.5,), "steps": 2},
+        {"form": "thesis", "checkpoint_branches": True, "gradient_clip": 0.05, "extra_ema_decays": (0.5,), "steps": 2},
         {2: {"shard": True, "micro_batch_size": 3}},
     ),
-    "learned": ("nerfdiff", {"poses": "learned", "freedom": ("focal",)}, {2: {"shard": True}}),
+    "learned": ("nerfdiff", {"poses": "learned", "optimize_camera": ("focal",)}, {2: {"shard": True}}),
 }
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks import tiny_runs
 from factorkit.cli.main import main as command_line
-from factorkit.data import procedural_views
+from factorkit.data import make_procedural_views
 from factorkit.segdiff.inference import folder as segment_folder
 from tests.engine.processes import run
 
@@ -29,7 +29,7 @@ def prepare(folder: Path) -> None:
     """A run of each model, and pictures: one of them broken, some of another size, masks for the rest."""
     tiny_runs.train("segdiff", folder / "segdiff", steps=2)
     tiny_runs.without_sheets()
-    views = procedural_views(12, 8, seed=1)
+    views = make_procedural_views(12, 8, seed=1)
     few = {"search_steps": 4, "field_steps": 2, "steps": 2}
     tiny_runs.nerfdiff.train_nerfdiff(views.select(slice(0, 8)), out=folder / "nerfdiff", **tiny_runs.NERFDIFF | few)
     noise = np.random.default_rng(1)

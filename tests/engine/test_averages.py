@@ -11,7 +11,7 @@ from factorkit.engine.step import Meter
 from factorkit.utils.errors import ConfigError
 from tests.engine.trained import assert_identical, final_state
 
-ALSO = {"ema": 0.9, "ema_also": (0.3, 0.0)}
+ALSO = {"ema_decay": 0.9, "extra_ema_decays": (0.3, 0.0)}
 
 
 def test_each_follows_by_its_own_decay(toy):
@@ -30,7 +30,7 @@ def test_each_follows_by_its_own_decay(toy):
     assert not torch.equal(found[0], found[1]) and torch.equal(found[2], weights)
 
 
-def test_they_resume_to_the_bit_and_change_nothing_else(toy, tmp_path, no_report):
+def test_they_resume_to_the_bit_and_change_nothing_else(toy, tmp_path):
     toy(folder="whole", **ALSO).run()
     toy(stop_at=3, **ALSO).run(), toy(**ALSO).run()
     whole = final_state(tmp_path / "whole")
@@ -41,12 +41,12 @@ def test_they_resume_to_the_bit_and_change_nothing_else(toy, tmp_path, no_report
     assert_identical(alone, {name: value for name, value in whole.items() if name in alone})
 
 
-def test_one_that_is_new_on_resuming_begins_there_and_one_left_out_goes(toy, tmp_path, no_report):
-    toy(stop_at=3, ema_also=(0.3,)).run()
-    stood = toy(ema_also=(1.0,))
+def test_one_that_is_new_on_resuming_begins_there_and_one_left_out_goes(toy, tmp_path):
+    toy(stop_at=3, extra_ema_decays=(0.3,)).run()
+    stood = toy(extra_ema_decays=(1.0,))
     assert stood.restore()
     torch.testing.assert_close(stood.averages["ema_1.0"].module[1].weight, stood.model[1].weight)
-    toy(ema_also=(1.0,)).run()
+    toy(extra_ema_decays=(1.0,)).run()
     found = final_state(tmp_path / "run")
     assert found["ema_1.0.n_averaged"] == 3 and found["ema.n_averaged"] == 6 and "ema_0.3.n_averaged" not in found
 
@@ -56,13 +56,13 @@ def test_the_reader_takes_one_by_its_decay(tmp_path):
     names = ("model.w", "ema.module.w", "ema_0.999.module.w", "ema_0.5.module.w")
     tensors = {name: value(number) for number, name in enumerate(names, start=1)} | {"ema_0.5.n_averaged": value(0)}
     write_json(tmp_path / "run/config.json", {})
-    meta = {"model": "toy", "step": 3, "ema": 0.99, "ema_also": [0.999, 0.5]}
+    meta = {"model": "toy", "step": 3, "ema_decay": 0.99, "extra_ema_decays": [0.999, 0.5]}
     file = write_checkpoint(tmp_path / "run/checkpoints/step_00000003.safetensors", tensors, meta)
     for path in (tmp_path / "run", file):
         for weights, number, decay in (("last", 1, 0.99), ("average", 2, 0.99), (0.99, 2, 0.99), (0.999, 3, 0.999)):
             found, settings = read_weights(path, "toy", weights)
-            assert found.keys() == {"w"} and found["w"][0] == number and settings["ema"] == decay
-            assert settings["ema_also"] == ([] if isinstance(weights, float) else [0.999, 0.5])
+            assert found.keys() == {"w"} and found["w"][0] == number and settings["ema_decay"] == decay
+            assert settings["extra_ema_decays"] == ([] if isinstance(weights, float) else [0.999, 0.5])
     with pytest.raises(ConfigError, match=r"no average of decay 0.9: .* or weights=0.5 or 0.999$"):
         read_weights(file, "toy", 0.9)
     with pytest.raises(ConfigError, match=r"unknown; choose one of average, last, or a decay"):
@@ -70,8 +70,8 @@ def test_the_reader_takes_one_by_its_decay(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("also", "says"), [((1.5,), "between 0 and 1"), ((0.9,), "differ from ema=0.9"), ((0.5, 0.5), "each other")]
+    ("also", "says"), [((1.5,), "between 0 and 1"), ((0.9,), "differ from ema_decay=0.9"), ((0.5, 0.5), "each other")]
 )
 def test_decays_that_cannot_be_are_refused(toy, also, says):
     with pytest.raises(ConfigError, match=says):
-        toy(ema_also=also)
+        toy(extra_ema_decays=also)

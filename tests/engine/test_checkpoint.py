@@ -14,7 +14,7 @@ from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
 from factorkit.utils.errors import CheckpointError
 
-META = {"model": "toy", "width": 8, "note": "größe"}
+META = {"model": "toy", "model_channels": 8, "note": "größe"}
 
 
 def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -56,10 +56,10 @@ def test_others_may_read_it_as_any_file(tmp_path):
 @pytest.mark.parametrize(
     ("target", "error"),
     [
-        ("checkpoint.save_file", OSError(errno.ENOSPC, "No space left on device")),
-        ("checkpoint.save_file", SafetensorError("I/O error: No space left on device")),
-        ("atomic.os.fsync", OSError(errno.EIO, "Input/output error")),
-        ("atomic.os.replace", OSError(errno.EACCES, "Permission denied")),
+        ("engine.checkpoint.save_file", OSError(errno.ENOSPC, "No space left on device")),
+        ("engine.checkpoint.save_file", SafetensorError("I/O error: No space left on device")),
+        ("utils.atomic.os.fsync", OSError(errno.EIO, "Input/output error")),
+        ("utils.atomic.os.replace", OSError(errno.EACCES, "Permission denied")),
     ],
 )
 def test_a_failed_write_leaves_the_previous_one_and_says_what_to_do(tmp_path, monkeypatch, target, error):
@@ -69,7 +69,7 @@ def test_a_failed_write_leaves_the_previous_one_and_says_what_to_do(tmp_path, mo
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(f"factorkit.engine.{target}", fail)
+    monkeypatch.setattr(f"factorkit.{target}", fail)
     for step in (1, 2):
         with pytest.raises(CheckpointError, match=rf"could not write .*{step}\.safetensors: .*run the same command"):
             checkpoints.save(step, tensors(2), META)

@@ -16,7 +16,7 @@ def rates(config: EngineConfig) -> list[float]:
 
 
 def test_learning_rate_rises_stays_and_falls_to_a_tenth():
-    config = EngineConfig(steps=100, learning_rate=2.0, warmup_steps=10, decay=0.4)
+    config = EngineConfig(steps=100, learning_rate=2.0, warmup_steps=10, lr_decay_fraction=0.4)
     found = rates(config)
     assert found[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert found[10:61] == [2.0] * 51
@@ -47,9 +47,9 @@ def test_without_warm_up_and_decay_the_learning_rate_is_constant():
         {"learning_rate": float("inf")},
         {"gradient_clip": 0.0},
         {"gradient_clip": float("nan")},
-        {"ema": 1.5},
-        {"ema": float("nan")},
-        {"decay": -0.1},
+        {"ema_decay": 1.5},
+        {"ema_decay": float("nan")},
+        {"lr_decay_fraction": -0.1},
         {"precision": "fp16"},
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
@@ -70,8 +70,8 @@ def test_the_least_that_works_is_accepted():
         keep_checkpoints=1,
         sample_every=0,
         log_every=1,
-        ema=0.0,
-        decay=1.0,
+        ema_decay=0.0,
+        lr_decay_fraction=1.0,
         gradient_clip=1e-9,
     ).validate()
     EngineConfig().validate()
@@ -80,11 +80,11 @@ def test_the_least_that_works_is_accepted():
 def test_a_derived_configuration_survives_json():
     @dataclass(kw_only=True)
     class Derived(EngineConfig):
-        multipliers: tuple[int, ...] = (1, 2)
+        channel_mult: tuple[int, ...] = (1, 2)
 
-    config = Derived(steps=7, multipliers=(3, 4, 5), gradient_clip=0.5)
+    config = Derived(steps=7, channel_mult=(3, 4, 5), gradient_clip=0.5)
     back = Derived.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert back == config and isinstance(back.multipliers, tuple)
+    assert back == config and isinstance(back.channel_mult, tuple)
 
 
 def test_unknown_settings_are_named_with_those_that_exist():

@@ -22,11 +22,11 @@ CPU = torch.device("cpu")
 def segdiff(folder, device=CPU, **changes) -> Trainer:
     settings = {
         "resolution": 16,
-        "width": 8,
-        "multipliers": (1, 2),
-        "blocks": 1,
-        "attention": (8,),
-        "groups": 4,
+        "model_channels": 8,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (8,),
+        "norm_groups": 4,
         "batch_size": 4,
         "steps": 8,
         "log_every": 4,
@@ -54,7 +54,7 @@ class Watched(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"ema_also": (0.5,)}, {"form": "thesis", "micro_batch_size": 3}, {"checkpoint_branches": True}]
+    "changes", [{"extra_ema_decays": (0.5,)}, {"form": "thesis", "micro_batch_size": 3}, {"checkpoint_branches": True}]
 )
 def test_nothing_in_the_step_waits_for_the_device(tmp_path, changes):
     trainer = segdiff(tmp_path, **changes)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import factorkit
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import read_checkpoint
+from factorkit.engine.migration import migrate_settings, register_renamed_settings
 from factorkit.utils.errors import CheckpointError
 
 STORED = Path(__file__).with_name("stored")
@@ -36,7 +37,7 @@ def test_a_nerfdiff_file_loads_and_sees_what_it_saw(version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_run_resumes_from_it(toy, tmp_path, version, no_report):
+def test_a_run_resumes_from_it(toy, tmp_path, version):
     stored = STORED / f"toy_{version}.safetensors"
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     shutil.copyfile(stored, tmp_path / "run/checkpoints/step_00000003.safetensors")
@@ -57,3 +58,16 @@ def test_a_file_of_a_later_version_says_what_to_do(tmp_path):
         reason = "later factorkit .*upgrade" if written == f"factorkit-{checkpoint.VERSION + 1}" else written
         with pytest.raises(CheckpointError, match=reason):
             read_checkpoint(tmp_path / "later.safetensors")
+
+
+def test_migrate_settings_old_names_become_new_ones():
+    old = {"model": "toy", "decay": 0.3, "ema": 0.9, "ema_also": [0.5], "steps": 2}
+    new = {"model": "toy", "lr_decay_fraction": 0.3, "ema_decay": 0.9, "extra_ema_decays": [0.5], "steps": 2}
+    assert migrate_settings(old, "config.json") == migrate_settings(new, "config.json") == new
+
+
+def test_migrate_settings_removed_setting_is_refused_unless_it_computes_the_same():
+    register_renamed_settings(["test"], {"width": "channels"}, {("channels", "wide"): 64}, removed={"looks": 1})
+    assert migrate_settings({"model": "test", "width": "wide", "looks": 1}, "") == {"model": "test", "channels": 64}
+    with pytest.raises(CheckpointError, match=r"^a/config.json was written with looks=2 .* only supports looks=1"):
+        migrate_settings({"model": "test", "looks": 2}, "a/config.json")

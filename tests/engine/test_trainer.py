@@ -4,13 +4,10 @@ import pytest
 import torch
 
 from factorkit.engine.checkpoint import read_checkpoint
-from factorkit.engine.log import read_log
 from factorkit.engine.step import Meter, StepLoss
 from factorkit.utils.errors import CheckpointError, ConfigError, FactorkitError
+from factorkit.utils.jsonl import read_log
 from tests.engine.trained import assert_identical, events, final_state
-
-pytestmark = pytest.mark.usefixtures("no_report")
-
 
 # --- resuming ---
 
@@ -143,7 +140,7 @@ def test_micro_batches_change_memory_only(toy, micro):
 
 def test_the_learning_rate_reaches_adam_scaled_by_group(toy):
     rates = []
-    trainer = toy(steps=4, warmup_steps=2, decay=0.5)
+    trainer = toy(steps=4, warmup_steps=2, lr_decay_fraction=0.5)
     trainer.optimizer.register_step_pre_hook(lambda opt, *_: rates.append([float(g["lr"]) for g in opt.param_groups]))
     trainer.run()
     slow, rest = zip(*rates, strict=True)
@@ -165,7 +162,7 @@ def test_the_gradient_is_clipped_to_its_norm(toy):
 
 
 def test_the_average_warms_up_by_its_formula(toy):
-    trainer = toy(steps=30, ema=0.3)  # reached when (1 + n) / (10 + n) > 0.3, at n = 3
+    trainer = toy(steps=30, ema_decay=0.3)  # reached when (1 + n) / (10 + n) > 0.3, at n = 3
     weights, expected = trainer.model[1].weight, None
     take = trainer._training_step(Meter(trainer.device))
     for n in range(6):

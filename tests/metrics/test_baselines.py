@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from factorkit.metrics.baselines import BASELINES, score_baselines
-from factorkit.metrics.segmentation import scores
+from factorkit.metrics.segmentation import score_masks
 from factorkit.utils.errors import ConfigError, DataError
 
 N, FIT, SIZE = 10, 4, 24
@@ -28,15 +28,15 @@ def discs():
 def rows(discs):
     pytest.importorskip("sklearn", reason="scikit-learn is missing")
     pytest.importorskip("cv2", reason="opencv is missing")
-    return score_baselines(*discs, fit=FIT)
+    return score_baselines(*discs, num_fit_images=FIT)
 
 
-def test_every_baseline_has_its_three_scores(rows):
+def test_score_baselines_default_scores_every_baseline(rows):
     assert list(rows) == list(BASELINES)
     assert all(set(row) == {"acc", "iou", "dice"} for row in rows.values())
 
 
-def test_scores_stand_in_the_order_the_pictures_dictate(discs, rows):
+def test_score_baselines_coloured_discs_ranks_colour_above_position(discs, rows):
     """Colour tells the object here, position only roughly, and its area not at all."""
     iou = {name: row["iou"] for name, row in rows.items()}
     _, inside = discs
@@ -46,31 +46,32 @@ def test_scores_stand_in_the_order_the_pictures_dictate(discs, rows):
     assert min(iou["two_means_image"], iou["two_means_set"], iou["grabcut"]) > 0.9
 
 
-def test_labels_of_scored_images_reach_no_prediction(discs):
+def test_score_baselines_inverted_scored_labels_invert_accuracy(discs):
     """Each predictor sees the fitting images' labels only: turning the others round must turn the accuracy round."""
     images, inside = discs
     turned = np.concatenate([inside[:FIT], ~inside[FIT:]])
     names = ["centre_disc", "mean_mask", "all_foreground"]
-    rows, turned_rows = (score_baselines(images, m, fit=FIT, names=names) for m in (inside, turned))
+    rows, turned_rows = (score_baselines(images, m, num_fit_images=FIT, names=names) for m in (inside, turned))
     for name in names:
         assert turned_rows[name]["acc"] == pytest.approx(1 - rows[name]["acc"])
 
 
-def test_position_baselines_take_the_best_of_their_kind():
+def test_position_baselines_same_disc_everywhere_are_exact():
     """One and the same disc in every image, of radius 5 and with one corner unlabelled: both must find it exactly."""
     y, x = np.mgrid[:SIZE, :SIZE]
     inside = np.broadcast_to(np.hypot(y - 11.5, x - 11.5) <= 5, (3, SIZE, SIZE))
     valid = np.ones_like(inside)
     valid[:, 11, 11] = False
     rows = score_baselines(
-        np.zeros((3, SIZE, SIZE, 3), np.uint8), inside, valid, fit=1, names=["centre_disc", "mean_mask"]
+        np.zeros((3, SIZE, SIZE, 3), np.uint8), inside, valid, num_fit_images=1, names=["centre_disc", "mean_mask"]
     )
     assert rows["centre_disc"]["iou"] == rows["mean_mask"]["iou"] == 1
 
 
-def test_mean_mask_is_cut_at_its_best_level():
+def test_mean_mask_is_cut_at_the_best_threshold():
     """Two of three fitting masks are the left half, one is everything: the level of 2/3 gives (.5 + .5 + 1) / 3 for
-    everything and (1 + 1 + .5) / 3 for the left half, so the left half it is."""
+    everything and (1 + 1 + .5) / 3 for the left half, so the left half it is.
+    """
     masks = np.zeros((4, 4, 4), bool)
     masks[:, :, :2] = True
     masks[2] = True
@@ -78,41 +79,41 @@ def test_mean_mask_is_cut_at_its_best_level():
     assert (predicted == masks[0]).all() and len(predicted) == 4
 
 
-def test_two_means_of_the_image_calls_the_cluster_off_the_border_object(discs):
+def test_two_means_image_takes_the_cluster_away_from_the_border(discs):
     pytest.importorskip("sklearn", reason="scikit-learn is missing")
     images, inside = discs
     none = np.zeros((0, SIZE, SIZE), bool)
     for picture in (images, 255 - images):  # whichever of the two is the brighter
         predicted = BASELINES["two_means_image"](picture, none, none)
-        assert scores(predicted, inside)["iou"] > 0.9
+        assert score_masks(predicted, inside)["iou"] > 0.9
     large = np.zeros((1, SIZE, SIZE, 3), np.uint8)
     large[:, 2:-2, 2:-2] = 200  # 69% of the image
     assert (BASELINES["two_means_image"](large, none, none) == (large[..., 0] == 200)).all()
 
 
 @pytest.mark.parametrize(("module", "name"), [("cv2", "grabcut"), ("sklearn.cluster", "two_means_image")])
-def test_a_missing_library_leaves_a_row_that_says_so(discs, monkeypatch, module, name):
+def test_score_baselines_missing_library_reports_unavailable(discs, monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)
-    rows = score_baselines(*discs, fit=FIT, names=["all_foreground", name])
+    rows = score_baselines(*discs, num_fit_images=FIT, names=["all_foreground", name])
     assert "iou" in rows["all_foreground"]
     assert module in rows[name]["unavailable"] and "factorkit[baselines]" in rows[name]["unavailable"]
 
 
-def test_images_of_one_colour_are_no_obstacle(discs):
+def test_score_baselines_images_of_one_colour_are_scored(discs):
     pytest.importorskip("sklearn", reason="scikit-learn is missing")
     pytest.importorskip("cv2", reason="opencv is missing")
     images, inside = discs
-    rows = score_baselines(np.full_like(images[:3], 90), inside[:3], fit=1)
+    rows = score_baselines(np.full_like(images[:3], 90), inside[:3], num_fit_images=1)
     assert all(0 <= row["iou"] <= 1 for row in rows.values())
 
 
-def test_mistakes_are_named(discs):
+def test_score_baselines_invalid_arguments_raise(discs):
     images, inside = discs
-    with pytest.raises(ConfigError, match="magic.*all_foreground"):
-        score_baselines(images, inside, fit=FIT, names=["magic"])
-    with pytest.raises(ConfigError, match="fit=10 of 10"):
-        score_baselines(images, inside, fit=10)
+    with pytest.raises(ConfigError, match=r"magic.*all_foreground"):
+        score_baselines(images, inside, num_fit_images=FIT, names=["magic"])
+    with pytest.raises(ConfigError, match="num_fit_images=10 of 10"):
+        score_baselines(images, inside, num_fit_images=10)
     with pytest.raises(DataError, match="float64"):
-        score_baselines(images / 255, inside, fit=FIT)
+        score_baselines(images / 255, inside, num_fit_images=FIT)
     with pytest.raises(DataError, match=r"\(9, 24, 24\)"):
-        score_baselines(images, inside[:9], fit=FIT)
+        score_baselines(images, inside[:9], num_fit_images=FIT)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.metrics.frechet import frechet_distance, random_features
-from factorkit.utils.errors import DataError
+from factorkit.metrics.frechet import INCEPTION_WEIGHTS, compute_fid, frechet_distance, random_features
+from factorkit.utils.errors import ConfigError, DataError
 
 
 def cloud(count=50, features=5, seed=0):
@@ -17,7 +17,7 @@ def whitened(x):
     return x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
 
 
-def test_closed_forms_of_gaussians_with_common_axes():
+def test_frechet_distance_common_axes_equals_closed_form():
     """Where the covariances commute, it is the sum over the axes of (m - m')^2 + (s - s')^2."""
     x, y = whitened(cloud(seed=1)), whitened(cloud(70, seed=2))
     s, r = torch.tensor([0.1, 1, 2, 3, 0.5]).double(), torch.tensor([1, 0.2, 2, 0.0, 4]).double()
@@ -28,15 +28,15 @@ def test_closed_forms_of_gaussians_with_common_axes():
     assert frechet_distance((y * r + m) @ turn, x * s @ turn) == pytest.approx(expected, rel=1e-6)
 
 
-def test_it_is_nothing_between_equals_and_fewer_rows_than_features_do_no_harm():
+def test_frechet_distance_equal_sets_is_zero_even_with_few_rows():
     few = cloud(3, 8)
     assert frechet_distance(few, few) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(few, few + 2) == pytest.approx(32, rel=1e-6)
     assert frechet_distance(cloud(9, 1), 3 * cloud(9, 1)) > 0
 
 
-def test_covariances_that_do_not_commute():
-    """tr (A B)^(1/2) from the eigenvalues of A B itself."""
+def test_frechet_distance_noncommuting_covariances_equals_eigenvalue_form():
+    """Tr (A B)^(1/2) from the eigenvalues of A B itself."""
     a, b = cloud(40, 3, 1) @ cloud(3, 3, 2), cloud(40, 3, 3) @ cloud(3, 3, 4)
     first, second = a.T.cov(), b.T.cov()
     mixed = torch.linalg.eigvals(first @ second).real.sqrt().sum()
@@ -44,7 +44,7 @@ def test_covariances_that_do_not_commute():
     assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-8)
 
 
-def test_features_rank_what_was_done_to_pictures_and_do_not_depend_on_the_company():
+def test_random_features_rank_degradations_and_ignore_the_batch():
     generator = torch.Generator().manual_seed(0)
     real = torch.nn.functional.interpolate(torch.rand(400, 3, 4, 4, generator=generator), 16, mode="bilinear")
     noise = torch.rand(200, 3, 16, 16, generator=generator) - 0.5
@@ -61,8 +61,20 @@ def test_features_rank_what_was_done_to_pictures_and_do_not_depend_on_the_compan
     assert frechet_distance(features[:200], random_features(blurred)) > 1.2 * distances[0]
 
 
-def test_mistakes_are_named():
+def test_frechet_invalid_shapes_raise():
     with pytest.raises(DataError, match=r"\(2, 1, 16, 16\)"):
         random_features(torch.zeros(2, 1, 16, 16))
     with pytest.raises(DataError, match=r"\(1, 4\) and \(9, 4\)"):
         frechet_distance(cloud(1, 4), cloud(9, 4))
+
+
+def test_fid_missing_weights_error_names_file_and_place(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    images = torch.rand(4, 3, 16, 16)
+    with pytest.raises(ConfigError) as caught:
+        compute_fid(images, images)
+    assert str(tmp_path / "hub" / "checkpoints" / INCEPTION_WEIGHTS) in str(caught.value) and "no FID" in str(
+        caught.value
+    )
+    with pytest.raises(DataError, match="at least 2"):
+        compute_fid(images[:1], images)

@@ -19,14 +19,14 @@ def pair(shape=(3, 3, 21, 34), seed=0):
     return (true + 0.1 * torch.randn(shape, generator=generator)).clamp(0, 1), true
 
 
-def test_psnr_of_each_picture():
+def test_psnr_known_errors_gives_decibels_per_image():
     true = torch.full((2, 3, 4, 5), 0.5)
     found = true + torch.tensor([0.1, 0.01])[:, None, None, None]
     torch.testing.assert_close(psnr(found, true), torch.tensor([20.0, 40.0]).double(), atol=1e-4, rtol=0)
     assert psnr(true, true).tolist() == [math.inf, math.inf]
 
 
-def test_ssim_is_scikit_images():
+def test_ssim_equals_scikit_image():
     found, true = pair()
     for picture, other, value in zip(found.double(), true.double(), ssim(found, true), strict=True):
         expected = structural_similarity(
@@ -42,27 +42,27 @@ def test_ssim_is_scikit_images():
     assert ssim(true, true).min() > 1 - 1e-12
 
 
-def test_ssim_needs_room_for_its_window():
+def test_ssim_side_below_window_raises():
     assert ssim(*pair((1, 3, 11, 11))).shape == (1,)
     with pytest.raises(DataError, match="11 a side"):
         ssim(*pair((1, 3, 10, 30)))
 
 
-def test_lpips_is_none_without_weights(tmp_path, monkeypatch):
+def test_lpips_without_weights_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     image._lpips_network.cache_clear()
     assert lpips(*pair()) is None
     image._lpips_network.cache_clear()
 
 
-def test_lpips_is_taken_of_each_picture(monkeypatch):
+def test_lpips_is_computed_per_image(monkeypatch):
     monkeypatch.setattr(image, "_lpips_network", lambda: lambda x, y: (x - y).abs().mean())
     found, true = pair()
     torch.testing.assert_close(lpips(found, true), (found - true).abs().mean((1, 2, 3)))
 
 
 @pytest.mark.parametrize("measure", [psnr, ssim, lpips])
-def test_pictures_of_two_shapes_are_refused(measure):
+def test_metrics_different_shapes_raise(measure):
     found, true = pair()
     with pytest.raises(DataError, match=r"\[V, 3, H, W\]"):
         measure(found, true[:2])

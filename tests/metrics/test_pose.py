@@ -8,12 +8,12 @@ import torch
 
 from factorkit.metrics.pose import (
     Similarity,
-    align,
-    mirrored,
+    align_poses,
+    is_mirrored,
     pose_errors,
     rotation_errors_degrees,
     scene_size,
-    under_10_share,
+    share_under_10_degrees,
 )
 from factorkit.rendering import look_at, orbit
 from factorkit.utils.errors import DataError
@@ -48,9 +48,9 @@ def turned(poses, degrees, axis=(0.0, 0.0, 1.0)):
 
 
 @pytest.mark.parametrize("poses", [object_poses(), forward_poses(), object_poses(2), forward_poses(2)])
-def test_a_similarity_is_found_again_and_nothing_is_left(poses):
+def test_align_poses_similar_poses_recovers_the_similarity(poses):
     moved = random_similarity()
-    found = align(moved.apply(poses), poses)
+    found = align_poses(moved.apply(poses), poses)
     for part, expected in zip(found, moved.inverse(), strict=True):
         torch.testing.assert_close(part, expected, atol=1e-7, rtol=1e-7)
     errors = pose_errors(moved.apply(poses), poses)
@@ -58,7 +58,7 @@ def test_a_similarity_is_found_again_and_nothing_is_left(poses):
     assert errors.under_10_deg == 1.0
 
 
-def test_applying_and_inverting():
+def test_similarity_inverse_undoes_apply():
     moved, poses = random_similarity(), object_poses()
     torch.testing.assert_close(moved.inverse().apply(moved.apply(poses)), poses)
     there = moved.apply(poses)
@@ -69,7 +69,7 @@ def test_applying_and_inverting():
     assert moved.apply(poses.float()).dtype == torch.float32
 
 
-def test_views_found_the_other_way_round_do_not_pull_the_rest():
+def test_pose_errors_reversed_views_do_not_affect_the_rest():
     poses = object_poses(40)
     found = poses.clone()
     found[:14] = turned(poses[:14], 180.0)
@@ -81,7 +81,7 @@ def test_views_found_the_other_way_round_do_not_pull_the_rest():
     assert errors.rotation_median_deg < 1e-3
 
 
-def test_scattered_outliers_beside_small_noise():
+def test_pose_errors_with_outliers_measures_the_noise_of_inliers():
     poses, generator = object_poses(50), torch.Generator().manual_seed(3)
     small = roma.rotvec_to_rotmat(0.01 * torch.randn(50, 3, dtype=torch.float64, generator=generator))
     found = poses.clone()
@@ -94,15 +94,15 @@ def test_scattered_outliers_beside_small_noise():
     assert errors.alignment.scale.item() == pytest.approx(1 / 2.7, rel=0.02)
 
 
-def test_known_angles_come_out_in_degrees():
+def test_rotation_errors_known_angles_are_in_degrees():
     poses = object_poses(3)
     found = torch.stack([poses[0], turned(poses[1:2], 35.0)[0], turned(poses[2:], 180.0, (1.0, 0, 0))[0]])
     expected = torch.tensor([0.0, 35.0, 180.0]).double()
     torch.testing.assert_close(rotation_errors_degrees(found, poses), expected, atol=1e-5, rtol=0)
-    assert under_10_share(torch.tensor([9.9, 10.1, 0.0, 50.0])) == 0.5
+    assert share_under_10_degrees(torch.tensor([9.9, 10.1, 0.0, 50.0])) == 0.5
 
 
-def test_translation_is_in_units_of_the_scene():
+def test_pose_errors_translation_is_in_units_of_the_scene():
     poses = torch.eye(4).repeat(9, 1, 1).double()
     poses[:, 0, 3] = torch.linspace(0, 8, 9)
     found = poses.clone()
@@ -114,9 +114,9 @@ def test_translation_is_in_units_of_the_scene():
     assert pose_errors(found, poses, size=1.0).translation[4].item() == pytest.approx(2, rel=1e-3)
 
 
-def test_rotation_alone_keeps_the_origin_and_the_scale():
+def test_align_poses_rotation_only_keeps_origin_and_scale():
     poses = object_poses()
-    found = align(turned(poses, 73.0), poses, "rotation")
+    found = align_poses(turned(poses, 73.0), poses, "rotation")
     torch.testing.assert_close(found.rotation, turned(torch.eye(4).double()[None], -73.0)[0, :3, :3])
     assert found.scale == 1 and not found.translation.any()
     # What no rotation about the origin takes away stays as an error.
@@ -126,21 +126,21 @@ def test_rotation_alone_keeps_the_origin_and_the_scale():
     assert pose_errors(farther, poses).translation.max() < 1e-7
 
 
-def test_one_camera_is_brought_home():
+def test_align_poses_one_camera_is_exact():
     poses = object_poses(1)
     errors = pose_errors(random_similarity().apply(poses), poses)
     assert errors.rotation_degrees.item() < 1e-5 and errors.translation.item() < 1e-9
     assert errors.alignment.scale == 1
 
 
-def test_cameras_on_a_line_leave_no_turn_about_it_open():
+def test_align_poses_collinear_cameras_is_exact():
     poses = torch.eye(4).repeat(6, 1, 1).double()
     poses[:, 0, 3] = torch.linspace(-1, 1, 6)
     errors = pose_errors(random_similarity(2).apply(poses), poses)
     assert errors.rotation_degrees.max() < 1e-4 and errors.translation.max() < 1e-7
 
 
-def test_cameras_in_one_place_have_an_answer():
+def test_align_poses_coincident_cameras_is_finite():
     poses = forward_poses()
     found = poses.clone()
     found[:, :3, 3] = torch.tensor([3.0, 1.0, 2.0])
@@ -152,7 +152,7 @@ def test_cameras_in_one_place_have_an_answer():
     assert both.translation.max() < 1e-9 and both.rotation_degrees.max() < 1e-5
 
 
-def test_a_mirrored_arrangement_is_not_called_right():
+def test_pose_errors_mirrored_arrangement_is_large():
     poses = object_poses(30)
     flip = torch.diag(torch.tensor([1.0, 1.0, -1.0, 1.0])).double()
     errors = pose_errors(flip @ poses @ torch.diag(torch.tensor([-1.0, 1, 1, 1])).double(), poses)
@@ -160,7 +160,7 @@ def test_a_mirrored_arrangement_is_not_called_right():
     assert errors.alignment.scale > 0 and torch.linalg.det(errors.alignment.rotation) > 0
 
 
-def test_a_scene_turned_inside_out_is_called_mirrored():
+def test_is_mirrored_depth_reversed_scene_is_true():
     """Orthographic pictures of points and of their mirror image, each by its own cameras, are the same."""
     poses = object_poses(30)
     points = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -172,13 +172,13 @@ def test_a_scene_turned_inside_out_is_called_mirrored():
     pictures = torch.einsum("vji,pj->vpi", poses[:, :3, :2], points)
     torch.testing.assert_close(torch.einsum("vji,pj->vpi", wrong[:, :3, :2], points @ flip), pictures)
     assert torch.linalg.det(wrong[:, :3, :3]).min() > 0
-    assert mirrored(random_similarity().apply(wrong), poses)
-    assert not mirrored(random_similarity().apply(poses), poses)
-    assert not mirrored(object_poses(30, seed=8), poses)
+    assert is_mirrored(random_similarity().apply(wrong), poses)
+    assert not is_mirrored(random_similarity().apply(poses), poses)
+    assert not is_mirrored(object_poses(30, seed=8), poses)
     assert pose_errors(wrong, poses).rotation_median_deg > 30
 
 
-def test_places_the_wrong_way_round_do_not_turn_the_scale_negative():
+def test_align_poses_reversed_centres_keeps_scale_positive():
     poses = forward_poses()
     found = poses.clone()
     found[:, :3, 3] *= -1
@@ -186,18 +186,18 @@ def test_places_the_wrong_way_round_do_not_turn_the_scale_negative():
     assert errors.alignment.scale > 0 and errors.translation.median() > 0.1
 
 
-def test_total_collapse_scores_badly():
+def test_pose_errors_collapsed_poses_are_large():
     poses = orbit(24, 4.0, 30.0).double()
     errors = pose_errors(poses[:1].expand(24, 4, 4), poses)
     assert errors.under_10_deg < 0.2 and errors.rotation_median_deg > 30
 
 
 @pytest.mark.parametrize("found", [torch.eye(4).expand(3, 4, 4), torch.eye(3).expand(2, 3, 3), torch.zeros(0, 4, 4)])
-def test_poses_that_do_not_match_are_refused(found):
+def test_align_poses_invalid_shapes_raise(found):
     with pytest.raises(DataError, match=r"\[V, 4, 4\]"):
-        align(found, torch.eye(4).expand(2, 4, 4) if len(found) else found)
+        align_poses(found, torch.eye(4).expand(2, 4, 4) if len(found) else found)
 
 
-def test_values_that_are_not_finite_are_refused():
+def test_align_poses_nonfinite_values_raise():
     with pytest.raises(DataError, match="not finite"):
-        align(torch.full((2, 4, 4), torch.nan), torch.eye(4).expand(2, 4, 4))
+        align_poses(torch.full((2, 4, 4), torch.nan), torch.eye(4).expand(2, 4, 4))

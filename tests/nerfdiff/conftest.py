@@ -5,28 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.nerfdiff.train import train_nerfdiff
 
 TINY = {
     "preset": "demo",
     "resolution": 8,
-    "cameras": 3,
-    "azimuths": 6,
-    "rings": 2,
-    "search_field": 6,
-    "grid": 8,
-    "samples": 6,
-    "views": 3,
-    "rays": 8,
+    "num_candidates": 3,
+    "num_azimuths": 6,
+    "num_elevations": 2,
+    "search_grid_resolution": 6,
+    "grid_resolution": 8,
+    "samples_per_ray": 6,
+    "views_per_step": 3,
+    "rays_per_view": 8,
     "search_steps": 22,
     "field_steps": 4,
     "steps": 5,
     "batch_size": 4,
-    "width": 8,
-    "multipliers": (1, 2),
+    "model_channels": 8,
+    "channel_mult": (1, 2),
     "encoder_resolution": 8,
-    "rendered": 4,
+    "num_rendered_views": 4,
     "flip_rounds": 1,
     "checkpoint_every": 2,
     "log_every": 2,
@@ -44,7 +44,7 @@ def tiny() -> dict:
 @pytest.fixture(scope="session")
 def scene_views():
     """Ten views of the procedural scene, 8 pixels a side."""
-    return procedural_views(10, 8, seed=1)
+    return make_procedural_views(10, 8, seed=1)
 
 
 @pytest.fixture(scope="session")
@@ -52,4 +52,4 @@ def finished(tmp_path_factory, scene_views):
     """A finished tiny run in a folder."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("nerfdiff") / "run"
-    return train_nerfdiff(scene_views, out=folder, ema_also=(0.5,), **TINY)
+    return train_nerfdiff(scene_views, out=folder, extra_ema_decays=(0.5,), **TINY)

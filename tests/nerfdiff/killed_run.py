@@ -21,7 +21,6 @@ import torch
 import torch._dynamo  # noqa: F401
 
 from factorkit.data.views.views import Views
-from factorkit.engine import trainer as loop
 from factorkit.nerfdiff import train
 from factorkit.nerfdiff.stages import dictionary as search
 from factorkit.nerfdiff.stages import distil, joint
@@ -29,7 +28,7 @@ from factorkit.nerfdiff.stages import refine as fit
 
 #: by run: its settings, and the stages it is killed in, in their order
 RUNS = {
-    "dictionary": ({"tuning_steps": 6}, ["search", "refine", "flip 0a", "flip 0b", "refine again", "distil", "tune"]),
+    "dictionary": ({"finetune_steps": 6}, ["search", "refine", "flip 0a", "flip 0b", "refine again", "distil", "tune"]),
     "own field": ({"field": "mlp", "flip_rounds": 0}, ["fit"]),
     "joint": ({"search": "joint"}, ["joint"]),
     "supervised": ({"poses": "learned"}, ["fit"]),
@@ -37,22 +36,22 @@ RUNS = {
 TINY = {
     "preset": "demo",
     "resolution": 8,
-    "cameras": 3,
-    "azimuths": 6,
-    "rings": 2,
-    "search_field": 6,
-    "grid": 8,
-    "samples": 4,
-    "views": 3,
-    "rays": 8,
+    "num_candidates": 3,
+    "num_azimuths": 6,
+    "num_elevations": 2,
+    "search_grid_resolution": 6,
+    "grid_resolution": 8,
+    "samples_per_ray": 4,
+    "views_per_step": 3,
+    "rays_per_view": 8,
     "search_steps": 12,
     "field_steps": 6,
     "steps": 6,
     "batch_size": 4,
-    "width": 8,
-    "multipliers": (1, 2),
+    "model_channels": 8,
+    "channel_mult": (1, 2),
     "encoder_resolution": 8,
-    "rendered": 4,
+    "num_rendered_views": 4,
     "flip_rounds": 1,
     "checkpoint_every": 2,
     "log_every": 2,
@@ -105,7 +104,7 @@ def run(out: Path, changes: dict, stage: str | None) -> int:
     try:
         warnings.filterwarnings("error", message=".*Taking the previous")  # no kill may damage anything
         torch.set_num_threads(1)
-        loop.write_report = lambda folder: None
+        train.write_report = lambda folder: None
         train.HALF_STEPS = 6
         for module in (distil, fit, joint, search):
             for sheet in {"cameras_sheet", "renders_sheet"} & vars(module).keys():

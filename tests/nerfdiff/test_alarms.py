@@ -7,9 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from factorkit.data.procedural.scene import scene_field
-from factorkit.engine import trainer as loop
-from factorkit.engine.log import read_log
+from factorkit.data.procedural.scene import make_scene_field
 from factorkit.nerfdiff.alarms import (
     azimuth_spread,
     effective_use,
@@ -27,8 +25,8 @@ from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.stages import joint
 from factorkit.nerfdiff.train import train_nerfdiff
-from factorkit.report.curves import timeline
 from factorkit.utils.errors import FactorkitError
+from factorkit.utils.jsonl import read_log, timeline
 
 DISTANCE = 3.6
 
@@ -47,7 +45,7 @@ def names(found: dict) -> list[str]:
 
 @pytest.fixture(scope="module")
 def field():
-    return scene_field()
+    return make_scene_field()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,7 @@ def scene(field):
     return Scene(images, [str(i) for i in range(40)], optics, "object", DISTANCE, poses)
 
 
-CONFIG = preset_config("demo", samples=32)
+CONFIG = preset_config("demo", samples_per_ray=32)
 
 
 def test_cameras_on_one_side_are_a_collapse_and_most_of_a_circle_is_none():
@@ -161,7 +159,7 @@ def collapsing(tiny, monkeypatch, after: int) -> dict:
     monkeypatch.setattr(joint, "scene_alarms", alarms)
     for drawn in ("renders_sheet", "cameras_sheet", "points_sheet"):  # which take most of the time
         monkeypatch.setattr(joint, drawn, lambda *given: None)
-    monkeypatch.setattr(loop, "write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.nerfdiff.train.write_report", lambda folder: None)
     return tiny | {"search": "joint", "sample_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "steps": 6}
 
 

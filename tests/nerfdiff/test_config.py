@@ -18,34 +18,50 @@ def test_every_preset_is_a_model(preset):
     size = [378, 504] if forward else [config.resolution] * 2
     optics = Optics(torch.eye(3), torch.zeros(3), forward)
     scene = {"size": size, "layout": "forward" if forward else "object", "distance": 1.0 if forward else 2.0}
-    field = build_field(config.field, min(config.grid, 8), 0)
+    field = build_field(config.field, min(config.grid_resolution, 8), 0)
     model = build_model(config, scene, optics, field, torch.eye(4)[None])
     raw, scores = model.encoder(torch.randn(1, 3, *model.encoder.size), torch.tensor([5]))
     poses = model.candidates(raw)
     kinds = {"demo": LookAtCandidates, "fast": LookAtCandidates, "llff": SingleCandidate}
     assert isinstance(model.candidates, kinds.get(preset, OctantCandidates))
-    assert poses.shape == (1, 1 if forward else config.cameras, 4, 4) and scores.shape == poses.shape[:2]
+    assert poses.shape == (1, 1 if forward else config.num_candidates, 4, 4) and scores.shape == poses.shape[:2]
     assert poses.isfinite().all()
 
 
 def test_the_thesis_settings_are_the_texts():
     lego, car = preset_config("lego"), preset_config("car")
-    assert (lego.cameras, car.cameras, lego.resolution, lego.timesteps, lego.steps) == (12, 8, 128, 100, 200_000)
+    assert (lego.num_candidates, car.num_candidates, lego.resolution, lego.timesteps, lego.steps) == (
+        12,
+        8,
+        128,
+        100,
+        200_000,
+    )
     assert (lego.field_learning_rate, lego.learning_rate, lego.classification_weight) == (1e-4, 2e-5, 0.1)
-    assert lego.search == "joint" and not lego.balance and lego.noise and lego.t_power == 1
-    assert (lego.width, lego.multipliers, lego.blocks, lego.pooling) == (64, (1, 1, 2, 2, 4), 2, "average")
+    assert lego.search == "joint" and not lego.balance_candidates and lego.noise and lego.timestep_power == 1
+    assert (lego.model_channels, lego.channel_mult, lego.num_res_blocks, lego.encoder_pooling) == (
+        64,
+        (1, 1, 2, 2, 4),
+        2,
+        "average",
+    )
     assert isinstance(build_field(lego.field, 1, 0), FrequencyField)
 
 
 def test_the_recipe_grows_with_the_resolution_unless_told():
     small, large = preset_config("fast"), preset_config("fast", resolution=96)
-    assert (small.grid, small.samples, small.field_steps) == (32, 32, 600)
-    assert (large.grid, large.samples, large.field_steps) == (96, 96, 1800)
-    assert preset_config("fast", resolution=96, grid=40).grid == 40
+    assert (small.grid_resolution, small.samples_per_ray, small.field_steps) == (32, 32, 600)
+    assert (large.grid_resolution, large.samples_per_ray, large.field_steps) == (96, 96, 1800)
+    assert preset_config("fast", resolution=96, grid_resolution=40).grid_resolution == 40
     joint = preset_config("fast", search="joint")
     assert joint.steps == 1500 and joint.classification_weight == 0.01
     large_joint = preset_config("fast", search="joint", resolution=96)
-    assert (joint.grid, joint.samples, large_joint.grid, large_joint.samples) == (24, 28, 72, 84)
+    assert (joint.grid_resolution, joint.samples_per_ray, large_joint.grid_resolution, large_joint.samples_per_ray) == (
+        24,
+        28,
+        72,
+        84,
+    )
     assert preset_config("fast", search="joint", steps=7).steps == 7
     assert preset_config("lego", search="joint").steps == 200_000
 
@@ -65,7 +81,7 @@ def test_stages_draw_numbers_of_their_own():
 
 
 def test_settings_survive_json_and_unknown_ones_are_named():
-    config = preset_config("fast", freedom=("roll",), elevations=(0.0, 50.0))
+    config = preset_config("fast", optimize_camera=("roll",), elevation_range=(0.0, 50.0))
     assert NerfdiffConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="candidtes"):
         preset_config("fast", candidtes=3)

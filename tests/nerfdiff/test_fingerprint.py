@@ -56,7 +56,7 @@ def test_other_cameras_are_refused_by_name_and_the_kept_ones_stay(what, known, o
 
 def test_poses_that_only_score_may_change(finished, scene_views, tiny, tmp_path):
     shutil.copytree(finished.folder, tmp_path / "run")
-    settings = tiny | {"ema_also": (0.5,)}
+    settings = tiny | {"extra_ema_decays": (0.5,)}
     again = train_nerfdiff(changed(scene_views)["poses"], out=tmp_path / "run", **settings)
     assert torch.equal(again.poses, finished.poses)
     assert torch.equal(kept_views(again.folder).poses, scene_views.poses.flip(0))

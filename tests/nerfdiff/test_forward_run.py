@@ -11,21 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.cli.commands_nerfdiff import what_to_show
+from factorkit.cli.scene import load_contents
 from factorkit.cli.main import main
-from factorkit.nerfdiff.export.frames import to_uint8
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import images_to_pixels
 from tests.nerfdiff.forward import forward_views
 
 WAYS = {
     "dictionary": {},
-    "single": {"search": "joint", "candidates": "single", "cameras": 1},
+    "single": {"search": "joint", "candidate_type": "single", "num_candidates": 1},
     "known": {"poses": "known", "field_steps": 30},
     "learned": {"poses": "learned"},
-    "tuned": {"tuning_steps": 3, "noise": False},
+    "tuned": {"finetune_steps": 3, "noise": False},
     "hashgrid": {"field": "hashgrid"},
-    "mlp": {"field": "mlp", "poses": "known", "field_steps": 2, "samples": 3},
+    "mlp": {"field": "mlp", "poses": "known", "field_steps": 2, "samples_per_ray": 3},
 }
 
 
@@ -85,18 +85,18 @@ def test_the_stages_can_be_watched(runs, tmp_path):
     assert {"cameras_search.png", "cameras_refine.png"} <= {
         path.name.split("_", 1)[1] for path in (folder / "samples").iterdir()
     }
-    done = what_to_show(folder, "cpu")
+    done = load_contents(folder, "cpu")
     assert done.views.layout == "forward" and done.true is not None and done.space.forward
     shutil.rmtree(folder / "checkpoints")
     for stage in ("refine", "search"):
-        shown = what_to_show(folder, "cpu")
+        shown = load_contents(folder, "cpu")
         assert shown.views.poses.shape == (9, 4, 4) and shown.step == (4 if stage == "refine" else 22)
         shutil.rmtree(folder / "stages" / stage)
 
 
 def test_the_command_line_on_a_forward_run(runs, views, tmp_path, capsys):
     folder = runs("dictionary").folder
-    for name, image in zip(views.names, to_uint8(views.images), strict=True):
+    for name, image in zip(views.names, images_to_pixels(views.images), strict=True):
         (tmp_path / "in").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "in" / f"{name}.png")
 
@@ -122,18 +122,18 @@ def test_the_thesis_preset_trains(views, tmp_path, tiny):
     small = {
         "resolution": 24,
         "encoder_resolution": 24,
-        "width": 8,
-        "multipliers": (1, 2),
+        "model_channels": 8,
+        "channel_mult": (1, 2),
         "batch_size": 2,
-        "rays": 8,
-        "samples": 4,
+        "rays_per_view": 8,
+        "samples_per_ray": 4,
         "steps": 2,
-        "blocks": 1,
+        "num_res_blocks": 1,
         "checkpoint_every": 2,
         "log_every": 1,
     }
     run = train_nerfdiff(
-        views.resized((18, 24)), out=tmp_path / "run", preset="llff", device="cpu", progress=False, **small
+        views.resize((18, 24)), out=tmp_path / "run", preset="llff", device="cpu", progress=False, **small
     )
     assert run.step == 2 and run.config.search == "joint" and run.model.candidates.count == 1
     assert run.model.forward_facing and run.scene["size"] == [18, 24]
@@ -142,5 +142,5 @@ def test_the_thesis_preset_trains(views, tmp_path, tiny):
 
 
 def test_freedoms_of_an_orbit_are_refused(views, tmp_path, tiny):
-    with pytest.raises(ConfigError, match="freedom"):
-        train_nerfdiff(views, out=tmp_path / "run", **{**tiny, "resolution": 12, "freedom": ("roll",)})
+    with pytest.raises(ConfigError, match="optimize_camera"):
+        train_nerfdiff(views, out=tmp_path / "run", **{**tiny, "resolution": 12, "optimize_camera": ("roll",)})

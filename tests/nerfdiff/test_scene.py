@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from factorkit.data.procedural.scene import procedural_views, scene_field
+from factorkit.data.procedural.scene import make_procedural_views, make_scene_field
 from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, SingleCandidate
 from factorkit.nerfdiff.cameras.poses import (
     CONVERGENCE,
@@ -34,22 +34,22 @@ def test_pixels_are_those_of_the_picture():
     torch.manual_seed(0)
     optics = Optics(torch.tensor([[1.5, 0, 0.5], [0, 2.0, 0.45], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
     poses = orbit_poses(dictionary(3, [25]), 3.3)
-    whole = render_views(scene_field(), poses, optics, (6, 9), 32).color
+    whole = render_views(make_scene_field(), poses, optics, (6, 9), 32).color
     pixels = torch.tensor([[0, 53, 13], [8, 9, 27], [1, 2, 40]])
-    some = render_pixels(scene_field(), poses, optics, pixels, (6, 9), 32).color
+    some = render_pixels(make_scene_field(), poses, optics, pixels, (6, 9), 32).color
     assert torch.allclose(some, picked(whole.movedim(-1, 1), pixels), atol=1e-5)
     assert torch.allclose(picked(whole.movedim(-1, 1), pixels)[1, 2], whole[1, 3, 0])
 
 
 def test_the_procedural_views_are_renders_from_their_poses_in_the_models_units():
-    views = procedural_views(3, 16, seed=2)
+    views = make_procedural_views(3, 16, seed=2)
     scene = open_scene(views, 16, CPU)
     eye = scene.poses[:, :3, 3]
     assert torch.allclose(eye.norm(dim=1), torch.full((3,), scene.distance), atol=0.02)
     scale = 4.0 / scene.distance  # of the procedural scene's radius
 
     def field(p, d):
-        sigma, color = scene_field()(p * scale, d)
+        sigma, color = make_scene_field()(p * scale, d)
         return sigma * scale, color
 
     seen = render_views(field, scene.poses, scene.optics, (16, 16), 256).color.movedim(-1, 1)
@@ -91,7 +91,7 @@ def test_blur_keeps_constants_and_sums_and_is_nothing_when_small():
 
 
 def test_one_camera_is_asked_for_and_black_is_behind_where_nothing_is_known():
-    views = procedural_views(4, 8)
+    views = make_procedural_views(4, 8)
     optics = shared_optics(views)
     assert torch.allclose(optics.intrinsics, views.intrinsics[0] / torch.tensor([8.0, 8, 1])[:, None])
     assert torch.equal(optics.background, torch.ones(3)) and not optics.forward
@@ -104,7 +104,7 @@ def test_one_camera_is_asked_for_and_black_is_behind_where_nothing_is_known():
 
 
 def test_views_are_kept_as_given(tmp_path):
-    views = procedural_views(3, 8)
+    views = make_procedural_views(3, 8)
     keep_views(tmp_path, views)
     found = kept_views(tmp_path)
     assert found.names == views.names and torch.equal(found.poses, views.poses) and found.layout == views.layout
@@ -136,9 +136,9 @@ def test_fog_costs_where_cameras_stand_around_an_object():
     field = GridField(4)
     opacity = torch.tensor([[0.1, 0.3], [1.0, 0.0]], requires_grad=True)
     seen = Rendered(torch.zeros(2, 2, 3), torch.zeros(2, 2), opacity, None, None, torch.tensor(0))
-    config = preset_config("fast", fog=0.5)
+    config = preset_config("fast", opacity_weight=0.5)
     around, ahead = (SimpleNamespace(layout=layout) for layout in ("object", "forward"))
-    rough = config.roughness * field.roughness()
+    rough = config.tv_weight * field.roughness()
     assert rough > 0 and torch.equal(prior(config, ahead, field, seen), rough)
     found = prior(config, around, field, seen)
     assert torch.allclose(found, rough + torch.tensor([0.1, 0.25]))

@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.engine.checkpoint import Checkpoints
-from factorkit.engine.log import read_log
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.distil import DistilTask
 from factorkit.nerfdiff.stages.joint import JointTask
 from factorkit.nerfdiff.stages.refine import FitTask
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.jsonl import read_log
 
 
 class Killed(BaseException):
@@ -30,14 +30,14 @@ STAGES = {
     "flip": (FitTask, {}, 22 + 4 + 7),
     "distil": (DistilTask, {}, 4),
     "joint": (JointTask, {"search": "joint"}, 4),
-    "joint, letter": (JointTask, {"search": "joint", "balance": False, "candidates": "thesis"}, 4),
-    "tune": (JointTask, {"tuning_steps": 5}, 4),
+    "joint, letter": (JointTask, {"search": "joint", "balance_candidates": False, "candidate_type": "thesis"}, 4),
+    "tune": (JointTask, {"finetune_steps": 5}, 4),
     "learned": (FitTask, {"poses": "learned"}, 3),
-    "freedoms": (FitTask, {"freedom": ("roll", "aim", "distance", "focal")}, 22 + 3),
+    "freedoms": (FitTask, {"optimize_camera": ("roll", "aim", "distance", "focal")}, 22 + 3),
     "network": (FitTask, {"poses": "known", "field": "hashgrid"}, 3),
     "occupancy": (FitTask, {"poses": "known", "occupancy": True, "field_steps": 24}, 15),
     "occupancy, joint": (JointTask, {"search": "joint", "occupancy": True, "steps": 24}, 22),
-    "surroundings": (FitTask, {"background": "field", "appearance": 2}, 22 + 3),
+    "surroundings": (FitTask, {"background": "field", "appearance_dim": 2}, 22 + 3),
 }
 
 
@@ -73,10 +73,10 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused(finished, sc
     before = weights(finished.folder)
     again = train_nerfdiff(scene_views, out=finished.folder, **tiny)
     assert all(torch.equal(before[k], weights(finished.folder)[k]) for k in before) and again.step == tiny["steps"]
-    with pytest.raises(CheckpointError, match="grid: 8 there, 9 asked for"):
-        train_nerfdiff(scene_views, out=finished.folder, **tiny | {"grid": 9})
+    with pytest.raises(CheckpointError, match="grid_resolution: 8 there, 9 asked for"):
+        train_nerfdiff(scene_views, out=finished.folder, **tiny | {"grid_resolution": 9})
     with pytest.raises(CheckpointError, match="scene"):
-        train_nerfdiff(procedural_views(10, 8, seed=2), out=finished.folder, **tiny)
+        train_nerfdiff(make_procedural_views(10, 8, seed=2), out=finished.folder, **tiny)
 
 
 def test_true_poses_do_not_reach_the_training(scene_views, tiny, tmp_path):
@@ -106,8 +106,8 @@ def test_bad_input_is_named(scene_views, tiny, tmp_path):
     out = {"out": tmp_path / "x"}
     with pytest.raises(DataError, match="1 view"):
         train_nerfdiff(scene_views.select([0]), **out, **tiny)
-    with pytest.raises(DataError, match="10 views are fewer than cameras=11"):
-        train_nerfdiff(scene_views, **out, **tiny | {"cameras": 11})
+    with pytest.raises(DataError, match="10 views are fewer than num_candidates=11"):
+        train_nerfdiff(scene_views, **out, **tiny | {"num_candidates": 11})
     from dataclasses import replace
 
     with pytest.raises(ConfigError, match="without poses"):
@@ -120,11 +120,11 @@ def test_bad_input_is_named(scene_views, tiny, tmp_path):
     with pytest.raises(DataError, match="one camera"):
         train_nerfdiff(replace(scene_views, intrinsics=zoomed), **out, **tiny)
     for change, words in (
-        ({"elevations": (50.0, 20.0)}, "elevations"),
+        ({"elevation_range": (50.0, 20.0)}, "elevation_range"),
         ({"field": "fog"}, "hashgrid"),
-        ({"freedom": ("wings",)}, "wings"),
-        ({"cameras": 0}, "cameras=0"),
-        ({"t_power": 0.0}, "t_power"),
+        ({"optimize_camera": ("wings",)}, "wings"),
+        ({"num_candidates": 0}, "num_candidates=0"),
+        ({"timestep_power": 0.0}, "timestep_power"),
         ({"preset": "Lego"}, "lego"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from factorkit.data import procedural_views
+from factorkit.data import make_procedural_views
 from factorkit.nerfdiff import viewer
 from factorkit.nerfdiff.fields.occupancy import occupied_sampling
 from factorkit.nerfdiff.viewer import Painter, Shown, Viewer, from_viser, frustum, paint, to_viser
@@ -29,7 +29,7 @@ def ball(positions, directions):
 
 @pytest.fixture(scope="module")
 def shown():
-    views = procedural_views(4, 12, seed=1)
+    views = make_procedural_views(4, 12, seed=1)
     return Shown(7, ball, views, torch.tensor([0.0, 0.0, 1.0]), true=views.poses)
 
 
@@ -55,9 +55,9 @@ def test_frusta_open_as_far_as_the_pictures():
 
 
 def test_the_render_is_the_picture_of_that_camera():
-    from factorkit.data.procedural.scene import scene_field
+    from factorkit.data.procedural.scene import make_scene_field
 
-    views, field = procedural_views(2, 24, seed=1), scene_field()
+    views, field = make_procedural_views(2, 24, seed=1), make_scene_field()
     shown = Shown(0, field, views, torch.ones(3))
     fov, _ = frustum(views.intrinsics[0], 24, 24)
     picture = paint(shown, occupied_sampling(field, *BOX), views.poses[1], fov, 24, 24)

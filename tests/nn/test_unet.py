@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from factorkit.nn import (
+from factorkit.nn.unet import (
     Attention,
     Decoder,
     Downsample,
@@ -18,9 +18,9 @@ from factorkit.nn import (
     ResBlock,
     TimeEmbedding,
     Upsample,
+    group_count,
     sinusoid,
 )
-from factorkit.nn.blocks import group_count
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +44,11 @@ def rand(*shape):
     ("channels", "most", "expected"),
     [(128, 32, 32), (512, 32, 32), (16, 8, 4), (48, 8, 8), (1030, 32, 10), (131, 32, 1), (7, 32, 1), (3, 8, 1)],
 )
-def test_the_greatest_number_of_groups_that_divides_the_channels_and_leaves_four_in_each(channels, most, expected):
+def test_group_count_is_the_largest_valid_divisor(channels, most, expected):
     assert group_count(channels, most) == expected
 
 
-def test_sinusoid_is_cosines_and_sines_of_geometric_frequencies():
+def test_sinusoid_equals_cosines_and_sines():
     features = sinusoid(torch.tensor([0, 7, 999]), 8)
     for row, t in zip(features, (0, 7, 999), strict=True):
         angles = [t * 10_000 ** (-i / 4) for i in range(4)]
@@ -56,7 +56,7 @@ def test_sinusoid_is_cosines_and_sines_of_geometric_frequencies():
         torch.testing.assert_close(row, torch.tensor(expected), atol=1e-4, rtol=0)
 
 
-def test_time_embedding_is_two_linear_layers_around_silu_in_the_precision_of_its_weights():
+def test_time_embedding_equals_two_linear_layers_in_weight_precision():
     time = randomised(TimeEmbedding(8))
     t = torch.tensor([3, 400])
     first, _, second = time
@@ -66,8 +66,8 @@ def test_time_embedding_is_two_linear_layers_around_silu_in_the_precision_of_its
 
 
 @pytest.mark.parametrize(("channels", "out", "skip"), [(8, 8, 0), (8, 12, 0), (8, 8, 4), (8, 12, 8)])
-def test_residual_block(channels, out, skip):
-    block = randomised(ResBlock(channels, out, 16, skip_channels=skip, groups=2))
+def test_res_block_equals_its_equation(channels, out, skip):
+    block = randomised(ResBlock(channels, out, 16, skip_channels=skip, norm_groups=2))
     u, s, embedding = rand(3, channels, 6, 5), rand(3, skip, 6, 5), rand(3, 16)
     x = torch.cat([u, s], 1)
     normal = lambda h, n: F.group_norm(h, n.groups, n.weight, n.bias, eps=1e-5)  # noqa: E731
@@ -81,8 +81,8 @@ def test_residual_block(channels, out, skip):
 
 
 @pytest.mark.parametrize("norm", ["group", "masked_group", "pixel"])
-def test_residual_block_of_two_branches_is_the_block_of_each(norm):
-    block = randomised(ResBlock(8, 8, 16, skip_channels=4, groups=2, norm=norm))
+def test_res_block_masked_branches_equal_separate_blocks(norm):
+    block = randomised(ResBlock(8, 8, 16, skip_channels=4, norm_groups=2, norm=norm))
     u, skip, embedding = rand(6, 8, 4, 4), rand(3, 4, 4, 4), rand(6, 16)
     masks = rand(3, 2, 4, 4).softmax(1)
     together = block(u, embedding, skip, masks).unflatten(0, (3, 2))
@@ -94,15 +94,15 @@ def test_residual_block_of_two_branches_is_the_block_of_each(norm):
     assert not torch.allclose(together, elsewhere)
 
 
-def test_dropout_is_between_the_second_norm_and_the_second_convolution():
-    block = randomised(ResBlock(8, 8, 16, groups=2, dropout=0.999999)).train()
+def test_res_block_dropout_precedes_the_second_convolution():
+    block = randomised(ResBlock(8, 8, 16, norm_groups=2, dropout=0.999999)).train()
     u, embedding = rand(2, 8, 4, 4), rand(2, 16)
     expected = u + block.conv2.bias[:, None, None]
     torch.testing.assert_close(block(u, embedding), expected.expand_as(u))
 
 
-def test_attention_is_softmax_of_scaled_products_over_all_pixels():
-    attention = randomised(Attention(8, heads=2, groups=2))
+def test_attention_equals_its_equation():
+    attention = randomised(Attention(8, num_heads=2, norm_groups=2))
     x = rand(2, 8, 3, 4)
     h = F.group_norm(x, attention.norm.groups, attention.norm.weight, attention.norm.bias)
     q, k, v = F.conv2d(h, attention.qkv.weight, attention.qkv.bias).flatten(2).chunk(3, 1)
@@ -115,12 +115,12 @@ def test_attention_is_softmax_of_scaled_products_over_all_pixels():
     torch.testing.assert_close(attention(x), x + out)
 
 
-def test_heads_that_do_not_divide_the_channels_become_one():
-    assert Attention(6, heads=4).heads == 1
-    assert Attention(8, heads=4).heads == 4
+def test_attention_indivisible_heads_become_one():
+    assert Attention(6, num_heads=4).num_heads == 1
+    assert Attention(8, num_heads=4).num_heads == 4
 
 
-def test_downsample_halves_and_upsample_repeats_each_pixel_before_its_convolution():
+def test_resampling_layers_equal_their_definitions():
     down, up = randomised(Downsample(3)), randomised(Upsample(3))
     x = rand(1, 3, 6, 4)
     torch.testing.assert_close(down(x), F.conv2d(x, down.weight, down.bias, stride=2, padding=1))
@@ -128,35 +128,35 @@ def test_downsample_halves_and_upsample_repeats_each_pixel_before_its_convolutio
     torch.testing.assert_close(up(x), F.conv2d(doubled, up.weight, up.bias, padding=1))
 
 
-def test_encoder_lists_every_feature_finest_first():
-    encoder = Encoder(3, 8, (1, 2, 3), 2, (4,), 16, 16, groups=4)
+def test_encoder_returns_all_features_finest_first():
+    encoder = Encoder(3, 8, (1, 2, 3), 2, (4,), 16, 16, norm_groups=4)
     skips = encoder(torch.randn(2, 3, 16, 16), torch.randn(2, 16))
     expected = [(8, 16)] * 3 + [(8, 8), (16, 8), (16, 8)] + [(16, 4), (24, 4), (24, 4)]
     assert [(s.shape[1], s.shape[2]) for s in skips] == expected
     assert encoder.skip_channels == [c for c, _ in expected]
     assert encoder.out_channels == 24
-    assert [len(level["attention"]) for level in encoder.levels] == [0, 0, 2]
+    assert [len(level.attention) for level in encoder.levels] == [0, 0, 2]
 
 
-def test_decoder_mirrors_the_encoder_with_one_block_more_a_level():
-    encoder = Encoder(3, 8, (1, 2), 2, (8,), 16, 16, groups=4)
-    decoder = Decoder(16, encoder.skip_channels, 8, (1, 2), 2, (8,), 16, 16, 5, groups=4)
-    assert [len(level["blocks"]) for level in decoder.levels] == [3, 3]
-    assert [len(level["attention"]) for level in decoder.levels] == [3, 0], "coarsest level first"
-    widths = [block.shortcut.in_channels for level in decoder.levels for block in level["blocks"]]
+def test_decoder_has_one_block_more_per_level():
+    encoder = Encoder(3, 8, (1, 2), 2, (8,), 16, 16, norm_groups=4)
+    decoder = Decoder(16, encoder.skip_channels, 8, (1, 2), 2, (8,), 16, 16, 5, norm_groups=4)
+    assert [len(level.blocks) for level in decoder.levels] == [3, 3]
+    assert [len(level.attention) for level in decoder.levels] == [3, 0], "coarsest level first"
+    widths = [block.shortcut.in_channels for level in decoder.levels for block in level.blocks]
     assert widths == [16 + 16, 16 + 16, 16 + 8, 16 + 8, 8 + 8, 8 + 8]
     skips = encoder(torch.randn(2, 3, 16, 16), torch.randn(2, 16))
     assert decoder(skips[-1], skips, torch.randn(2, 16)).shape == (2, 5, 16, 16)
 
 
-def test_blocks_begin_as_the_identity_and_a_decoder_as_zero():
+def test_blocks_at_initialisation_are_identity_and_decoder_zero():
     u, embedding = torch.randn(2, 8, 4, 4), torch.randn(2, 16)
-    middle = Middle(8, 16, groups=2)
+    middle = Middle(8, 16, norm_groups=2)
     torch.testing.assert_close(middle(u, embedding), u)
-    decoder = Decoder(8, [8, 8], 8, (1,), 1, (), 4, 16, 3, groups=2)
+    decoder = Decoder(8, [8, 8], 8, (1,), 1, (), 4, 16, 3, norm_groups=2)
     assert decoder(u, [u, u], embedding).abs().max() == 0
 
 
-def test_norm_without_masks_is_refused_where_it_needs_them():
+def test_masked_norm_without_masks_raises():
     with pytest.raises(ValueError, match="needs masks"):
         Norm(8, 2, "masked_group")(torch.randn(2, 8, 3, 3))

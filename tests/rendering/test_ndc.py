@@ -19,7 +19,7 @@ def some_rays(count=40, seed=0):
     return Rays(origins, torch.nn.functional.normalize(directions, dim=1))
 
 
-def test_a_point_of_the_bent_ray_is_a_point_of_the_ray():
+def test_ndc_rays_points_map_back_to_the_ray():
     rays = some_rays()
     bent = ndc_rays(rays, K, HEIGHT, WIDTH, near=1.5)
     for t in (0.0, 0.3, 0.9):
@@ -35,7 +35,7 @@ def test_a_point_of_the_bent_ray_is_a_point_of_the_ray():
     torch.testing.assert_close((bent.origins + bent.directions)[:, 2], torch.ones(40).double())
 
 
-def test_the_cameras_own_frustum_is_the_box():
+def test_ndc_rays_frustum_maps_to_the_unit_box():
     rays = image_rays(torch.eye(4).double(), K, HEIGHT, WIDTH)
     bent = ndc_rays(rays, K, HEIGHT, WIDTH)
     torch.testing.assert_close(bent.directions[..., :2], torch.zeros(HEIGHT, WIDTH, 2).double(), atol=1e-12, rtol=0)
@@ -43,7 +43,7 @@ def test_the_cameras_own_frustum_is_the_box():
     torch.testing.assert_close(bent.origins[-1, -1, :2], torch.tensor([1 - 1 / WIDTH, -1 + 1 / HEIGHT]).double())
 
 
-def test_gradients_reach_rays_and_focal_lengths():
+def test_ndc_rays_gradients_reach_rays_and_focal_lengths():
     rays = some_rays(3)
     origins, directions, k = rays.origins.requires_grad_(), rays.directions.requires_grad_(), K.clone().requires_grad_()
     assert torch.autograd.gradcheck(
@@ -51,11 +51,11 @@ def test_gradients_reach_rays_and_focal_lengths():
     )
 
 
-def test_rays_that_do_not_lead_forward_stay_finite():
+def test_ndc_rays_sideways_rays_stay_finite():
     rays = Rays(torch.zeros(3, 3), torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0, 1.0, -1e-9]]))
     assert all(part.isfinite().all() for part in ndc_rays(rays, K.float(), HEIGHT, WIDTH))
 
 
-def test_a_near_plane_behind_the_camera_is_refused():
+def test_ndc_rays_near_not_positive_raises():
     with pytest.raises(ValueError, match="near=0"):
         ndc_rays(some_rays(), K, HEIGHT, WIDTH, near=0)

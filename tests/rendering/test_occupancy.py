@@ -27,12 +27,12 @@ def bit(occupancy, level, x, y, z):
     return (occupancy.bits[level, index // 8].item() >> (index % 8)) & 1
 
 
-def test_everything_is_occupied_before_the_first_look():
+def test_occupancy_before_first_update_is_full():
     fresh = grid(levels=2)
     assert (fresh.bits == 255).all() and fresh.share_occupied().tolist() == [1, 1]
 
 
-def test_each_cell_s_bit_is_where_the_march_reads_it():
+def test_occupancy_bits_match_the_layout_of_march_rays():
     one = grid(levels=2)
     for level, cell in ((0, (1, 6, 3)), (0, (7, 0, 5)), (1, (0, 7, 7))):
         wanted = torch.tensor(cell)
@@ -42,7 +42,7 @@ def test_each_cell_s_bit_is_where_the_march_reads_it():
             place = ((points - (lower + upper) / 2) / (upper - lower) / 2**level + 0.5) * 8
             return (place.floor() == wanted).all(1).float()
 
-        one.updates = 0
+        one.num_updates.zero_()
         one.density.zero_()
         one.update(only)
         found = [(x, y, z) for x in range(8) for y in range(8) for z in range(8) if bit(one, level, x, y, z)]
@@ -60,7 +60,7 @@ def test_each_cell_s_bit_is_where_the_march_reads_it():
         assert one.occupied(torch.stack([middle, middle + 2 * side])).tolist() == [True, False]
 
 
-def test_a_grid_learns_where_the_field_is():
+def test_occupancy_updates_learn_the_field():
     learned = grid(levels=2)
     learned.update(half_space)
     points = torch.rand(500, 3) * 2 - 1
@@ -70,17 +70,17 @@ def test_a_grid_learns_where_the_field_is():
     assert not learned.occupied(torch.tensor([[50.0, 0, 0]])).item()
 
 
-def test_memory_fades_with_each_look_and_never_falls_below_what_is_seen():
+def test_occupancy_density_decays_but_not_below_current_density():
     faded = grid(levels=1)
     faded.update(lambda points: torch.full((len(points), 1), 8.0))
     faded.update(lambda points: torch.full((len(points),), 3.0))
     torch.testing.assert_close(faded.density, torch.full_like(faded.density, 4.0))
-    faded.updates = 1
+    faded.num_updates.fill_(1)
     faded.update(lambda points: torch.full((len(points),), 3.0))
     torch.testing.assert_close(faded.density, torch.full_like(faded.density, 3.0))
 
 
-def test_after_the_warm_up_half_of_the_cells_are_looked_at_and_half_of_those_are_occupied():
+def test_occupancy_after_warmup_queries_half_of_the_cells():
     later = grid(resolution=16, warmup=1)
     looked = []
     later.update(lambda points: looked.append(len(points)) or half_space(points))
@@ -93,7 +93,7 @@ def test_after_the_warm_up_half_of_the_cells_are_looked_at_and_half_of_those_are
     assert len(set(((occupied[:, 0] * 8).int()).tolist())) == 8
 
 
-def test_a_faint_uniform_field_is_kept_and_a_threshold_cuts():
+def test_occupancy_faint_uniform_field_stays_occupied():
     faint = grid(threshold=0.5)
     faint.update(lambda points: torch.full((len(points),), 1e-6))
     assert faint.share_occupied().item() == 1
@@ -106,7 +106,7 @@ def test_a_faint_uniform_field_is_kept_and_a_threshold_cuts():
     assert strong.share_occupied().item() == 0.5
 
 
-def test_a_saved_grid_goes_on_as_if_never_interrupted(tmp_path):
+def test_occupancy_saved_and_loaded_continues_identically(tmp_path):
     first = grid(warmup=1, seed=3)
     for _ in range(3):
         first.update(half_space)
@@ -121,7 +121,7 @@ def test_a_saved_grid_goes_on_as_if_never_interrupted(tmp_path):
         OccupancyGrid((0, 0, 0), (1, 1, 1), resolution=8).load_state_dict(first.state_dict())
 
 
-def test_a_nan_density_is_no_density():
+def test_occupancy_nan_density_counts_as_zero():
     broken = grid()
     broken.update(lambda points: torch.where(points[:, 0] > 0, torch.nan, 1.0))
     assert broken.share_occupied().item() == 0.5 and broken.density.isfinite().all()
@@ -136,8 +136,8 @@ def test_a_nan_density_is_no_density():
         ({"decay": 0.0}, "0 < decay <= 1"),
     ],
 )
-def test_what_does_not_fit_is_named(change, sentence):
+def test_occupancy_invalid_arguments_raise(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         grid(**change)
-    with pytest.raises(ValueError, match=r"answered \(1,\); it must answer \[512\]"):
+    with pytest.raises(ValueError, match=r"returned \(1,\); it must return \[512\]"):
         grid().update(lambda points: points[:1, 0])

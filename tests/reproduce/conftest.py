@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data import flowers
+from factorkit.data import draw_flowers
 from factorkit.metrics.baselines import BASELINES, all_foreground
 from factorkit.reproduce import generation, reproduce, views
 from factorkit.reproduce.experiments import fig2_10, fig2_12
@@ -15,35 +15,35 @@ from factorkit.reproduce.experiments import fig2_10, fig2_12
 SEGDIFF = {
     "resolution": 16,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 4,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 4,
     "steps": 2,
     "batch_size": 4,
     "log_every": 2,
     "sample_every": 0,
-    "fit": 4,
+    "num_fit_images": 4,
     "threads": 1,
 }
 NERFDIFF = {
     "resolution": 12,
-    "azimuths": 6,
-    "rings": 2,
-    "search_field": 6,
-    "grid": 6,
-    "samples": 4,
-    "views": 3,
-    "rays": 8,
+    "num_azimuths": 6,
+    "num_elevations": 2,
+    "search_grid_resolution": 6,
+    "grid_resolution": 6,
+    "samples_per_ray": 4,
+    "views_per_step": 3,
+    "rays_per_view": 8,
     "search_steps": 11,
     "field_steps": 2,
     "steps": 2,
     "batch_size": 4,
-    "width": 8,
-    "multipliers": (1, 2),
+    "model_channels": 8,
+    "channel_mult": (1, 2),
     "encoder_resolution": 8,
-    "rendered": 4,
+    "num_rendered_views": 4,
     "flip_rounds": 1,
     "log_every": 2,
     "sample_every": 2,
@@ -56,7 +56,7 @@ def quick(tmp_path_factory, monkeypatch):
     """No curves, no second-long GrabCut, few pictures, views and steps, no alignment sharpened on the pictures, no
     cache of the user's."""
     torch.set_num_threads(1)
-    monkeypatch.setattr("factorkit.report.html.draw_curves", lambda log, theme: [])
+    monkeypatch.setattr("factorkit.report.html.draw_curves", lambda *args: [])
     monkeypatch.setitem(BASELINES, "grabcut", all_foreground)
     monkeypatch.setitem(generation.DRAWN, "small", (12, 2))
     monkeypatch.setattr(fig2_10, "STEPS", 3)
@@ -72,7 +72,7 @@ def quick(tmp_path_factory, monkeypatch):
 def photos(tmp_path_factory) -> str:
     """24 drawn flowers, 12 of them with masks of the values 0, 128 and 255."""
     folder = tmp_path_factory.mktemp("data") / "photos"
-    images, masks = flowers(24, 20, seed=1)
+    images, masks = draw_flowers(24, 20, seed=1)
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir()
     for i, (image, mask) in enumerate(zip(images, masks, strict=True)):

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 import factorkit
-from factorkit.data.masks import Labelled
+from factorkit.data.masks import LabelledImages
 from factorkit.reproduce import labels
 from factorkit.reproduce import photos as chapter2
 from factorkit.reproduce.setup import Setup
 from factorkit.utils.errors import ConfigError
 
-NESTED = {"regions": (2, 2), "groups": 2}
+NESTED = {"regions": (2, 2), "norm_groups": 2}
 
 
 def test_foreground_of_a_hierarchy_is_that_of_its_run(small, tmp_path):
     report = small("table2.1", rows=["ours, regional form"], **NESTED)
     run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
     found = report.data["rows"][5]["cells"][0]["scores"]
-    assert run.config.leaves == 4 and run.scores["level"] == found["level"] == 2
+    assert run.config.num_leaf_regions == 4 and run.scores["level"] == found["level"] == 2
     for key in ("acc", "iou", "dice"):
         assert found[key] == pytest.approx(run.scores[key])
         assert found[f"best_{key}"] == pytest.approx(run.scores[f"oracle_{key}"])
@@ -52,7 +52,9 @@ def test_what_is_drawn_as_foreground_is_of_the_scored_level():
     truth = np.zeros((10, 8, 8), bool)
     truth[:, 2:5, 3:7] = True
     leaves = np.where(truth, 8, 3) + np.arange(8) % 4 * truth
-    known = Labelled(np.zeros((10, 8, 8, 3), np.uint8), truth, np.ones_like(truth), [""] * 10, truth.astype(np.int32))
+    known = LabelledImages(
+        np.zeros((10, 8, 8, 3), np.uint8), truth, np.ones_like(truth), [""] * 10, truth.astype(np.int32)
+    )
     found = chapter2.score_regions(chapter2.Photos(None, known, 2), leaves, (4, 4))
     assert found.scores["iou"] == 1 and found.scores["level"] == 1
     assert np.array_equal(found.arrays["foreground"], truth[2:10])

@@ -1,4 +1,4 @@
-"""``train_segdiff`` from data to scores: folders, resuming, heats, and what is refused."""
+"""``train_segdiff`` from data to scores: folders, resuming, seed trials, and what is refused."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import factorkit
-from factorkit.data.procedural.flowers import flowers
-from factorkit.engine.log import read_log
+from factorkit.data.procedural.flowers import draw_flowers
 from factorkit.segdiff import train
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.train import estimate
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.jsonl import read_log
 
 TINY = {
     "resolution": 8,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "steps": 4,
     "batch_size": 4,
     "checkpoint_every": 2,
@@ -52,8 +52,7 @@ def own_places(tmp_path, monkeypatch):
     """No test reads the user's cache or writes where it was started; what has its own tests is cut short here."""
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    for caller in ("engine.loop", "segdiff.train"):
-        monkeypatch.setattr(f"factorkit.{caller}.write_report", lambda folder: (Path(folder) / "report.html").touch())
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: (Path(folder) / "report.html").touch())
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
     monkeypatch.setattr("factorkit.segdiff.evaluate.score_baselines", lambda images, *given: {"for": len(images)})
 
@@ -77,7 +76,7 @@ def kinds(folder) -> list[str]:
 @pytest.fixture
 def photos(tmp_path) -> Path:
     """images/ and masks/: 12 flowers, every one with a mask."""
-    for name, stack, factor in zip(("images", "masks"), flowers(12, 12), (1, 255), strict=True):
+    for name, stack, factor in zip(("images", "masks"), draw_flowers(12, 12), (1, 255), strict=True):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i, pixels in enumerate(stack):
             Image.fromarray(pixels.astype(np.uint8) * np.uint8(factor)).save(tmp_path / "photos" / name / f"{i}.png")
@@ -86,8 +85,8 @@ def photos(tmp_path) -> Path:
 
 def test_without_data_it_trains_on_the_procedural_flowers_and_is_scored_on_others(monkeypatch):
     small = lambda resolution, nested: real(resolution, train=20, test=6, nested=nested)  # noqa: E731
-    real = train.procedural_dataset
-    monkeypatch.setattr(train, "procedural_dataset", small)
+    real = train.make_procedural_dataset
+    monkeypatch.setattr(train, "make_procedural_dataset", small)
     run = fit(out="out")
     assert (run.config.resolution, run.step, run.folder) == (8, 4, Path("out"))
     settings = json.loads(Path("out/config.json").read_text())
@@ -102,7 +101,7 @@ def test_without_data_it_trains_on_the_procedural_flowers_and_is_scored_on_other
 
 
 def test_an_array_and_a_default_folder():
-    run = fit(flowers(6, 8)[0])
+    run = fit(draw_flowers(6, 8)[0])
     assert run.folder == Path("runs/demo") and run.scores is None
     assert kinds("runs/demo")[0] == "start" and kinds("runs/demo")[-1] == "end"
     losses = [event["loss"] for event in read_log("runs/demo") if event["event"] == "step"]
@@ -110,7 +109,7 @@ def test_an_array_and_a_default_folder():
 
 
 def test_a_folder_with_masks_keeps_some_out_of_training_and_is_scored_on_them(photos):
-    run = fit(photos, out="out", holdout=5, fit=2, baselines=True)
+    run = fit(photos, out="out", holdout=5, num_fit_images=2, baselines=True)
     settings = json.loads(Path("out/config.json").read_text())
     assert settings["data"]["images"] == 7
     scores = json.loads(Path("out/scores.json").read_text())
@@ -156,7 +155,7 @@ def test_the_same_call_again_trains_nothing_and_scores_nothing(photos, monkeypat
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(monkeypatch):
-    images = flowers(6, 8)[0]
+    images = draw_flowers(6, 8)[0]
     fit(images, out="whole")
     inner, calls = train.SegdiffTask.loss, []
 
@@ -171,7 +170,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(monkeypatch):
         with pytest.raises(RuntimeError, match="power cut"):
             fit(images, out="broken")
     with pytest.raises(CheckpointError, match="a run with other data "):
-        fit(flowers(6, 8, seed=1)[0], out="broken")
+        fit(draw_flowers(6, 8, seed=1)[0], out="broken")
     fit(images, out="broken")
     assert "resume" in kinds("broken")
     assert same(weights("whole"), weights("broken"))
@@ -195,7 +194,7 @@ def test_more_steps_go_on_and_are_scored_anew(photos):
     ],
 )
 def test_the_folder_of_another_run_is_refused_with_the_differences(changes, says):
-    images = flowers(6, 8)[0]
+    images = draw_flowers(6, 8)[0]
     fit(images, out="out", steps=1)
     with pytest.raises(CheckpointError, match=says):
         fit(images, out="out", steps=1, **changes)
@@ -205,7 +204,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(CheckpointError, match="no factorkit run"):
-        fit(flowers(6, 8)[0], out="out")
+        fit(draw_flowers(6, 8)[0], out="out")
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
@@ -214,8 +213,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     [
         ({"regions": 0}, "regions=0"),
         ({"resolution": 9}, "resolution=9"),
-        ({"seeds": 0}, "seeds=0"),
-        ({"seeds": 2, "regions": 1}, "regions=1 has none"),
+        ({"seed_trials": 0}, "seed_trials=0"),
+        ({"seed_trials": 2, "regions": 1}, "regions=1 has none"),
         ({"preset": "demos"}, "preset='demos'"),
         ({"regons": 2}, "'regons'"),
         ({"holdout": 3}, "no masks"),
@@ -225,7 +224,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 )
 def test_settings_that_cannot_work_are_refused_before_a_folder_is_made(changes, says):
     with pytest.raises(ConfigError, match=says):
-        fit(flowers(6, 8)[0], out="out", **changes)
+        fit(draw_flowers(6, 8)[0], out="out", **changes)
     assert not Path("out").exists()
 
 
@@ -262,25 +261,25 @@ def test_few_labels_end_in_a_warning_and_not_in_a_lost_run(photos):
 
 
 def test_every_average_can_be_used_and_taken_along(photos):
-    run = fit(photos, out="out", holdout=5, ema_also=(0.25, 0.5))
+    run = fit(photos, out="out", holdout=5, extra_ema_decays=(0.25, 0.5))
     stored = weights("out")
     for decay in (0.25, 0.5):
         other = factorkit.load("out", device="cpu", weights=decay)
         again = factorkit.load(other.save(f"{decay}.safetensors"), device="cpu")
         for one in (other, again):
             assert all(torch.equal(v, stored[f"ema_{decay}.module.{k}"]) for k, v in one.model.state_dict().items())
-            assert (one.config.ema, one.config.ema_also, one.folder) == (decay, (), None)
-    assert run.config.ema_also == (0.25, 0.5)
+            assert (one.config.ema_decay, one.config.extra_ema_decays, one.folder) == (decay, (), None)
+    assert run.config.extra_ema_decays == (0.25, 0.5)
     before = Path("out/scores.json").read_text()
     other.evaluate(photos / "images", photos / "masks")
     assert Path("out/scores.json").read_text() == before
 
 
-# --- heats ---
+# --- seed trials ---
 
 
 def alarms_by_seed(monkeypatch, gaps):
-    """The alarms of the heat of each seed, as measured by somebody who knows what comes out."""
+    """The alarms of the trial of each seed, as measured by somebody who knows what comes out."""
     measured = []
 
     def alarms(task, model):
@@ -291,16 +290,16 @@ def alarms_by_seed(monkeypatch, gaps):
     return measured
 
 
-def test_the_best_heat_is_gone_on_with_exactly(monkeypatch):
-    images = flowers(6, 8)[0]
+def test_the_best_seed_trial_is_gone_on_with_exactly(monkeypatch):
+    images = draw_flowers(6, 8)[0]
     measured = alarms_by_seed(monkeypatch, {10: 0.35, 11: 0.44, 12: 0.1})
-    run = fit(images, out="heats", seeds=3, seed=10)
+    run = fit(images, out="trials", seed_trials=3, seed=10)
     assert set(measured) == {10, 11, 12}
     assert run.config.seed == 11 and run.step == 4
     fit(images, out="plain", seed=11)
-    assert same(weights("heats"), weights("plain")), "the heat is the beginning of the run of its seed"
+    assert same(weights("trials"), weights("plain")), "the trial is the beginning of the run of its seed"
 
-    log = read_log("heats")
+    log = read_log("trials")
     restarts = [event for event in log if event["event"] == "restart"]
     assert [event["seed"] for event in restarts] == [10, 11, 12, 11]
     assert "healthy" in restarts[0]["message"] and "not about content" in restarts[2]["message"]
@@ -308,27 +307,27 @@ def test_the_best_heat_is_gone_on_with_exactly(monkeypatch):
     assert [event["step"] for event in log if event["event"] == "step"] == [1, 2, 3, 4]
 
 
-def test_heats_of_a_competition_are_ranked_by_the_noise_they_leave(monkeypatch):
+def test_seed_trials_of_a_mixture_are_ranked_by_the_noise_they_leave(monkeypatch):
     alarms = {0: 0.25, 1: 0.21, 2: 0.22}
     monkeypatch.setattr("factorkit.segdiff.task.measure_alarms", lambda *given: HEALTHY)
     errors = iter(alarms.values())
     monkeypatch.setattr("factorkit.segdiff.task.unexplained_noise", lambda *given: next(errors))
     with monkeypatch.context() as patch:
         patch.setattr("factorkit.segdiff.task.SegdiffTask.inspect", lambda *given: {})
-        run = fit(flowers(6, 8)[0], out="out", seeds=3, masks="competition")
+        run = fit(draw_flowers(6, 8)[0], out="out", seed_trials=3, masks="mixture")
     assert run.config.seed == 1
     restarts = [event for event in read_log("out") if event["event"] == "restart"]
     assert [event.get("error") for event in restarts] == [0.25, 0.21, 0.22, None]
 
 
-def test_that_every_heat_failed_is_said(monkeypatch):
+def test_that_every_seed_trial_failed_is_said(monkeypatch):
     alarms_by_seed(monkeypatch, {0: 0.1, 1: 0.2})
-    assert fit(flowers(6, 8)[0], out="out", seeds=2).config.seed == 1
+    assert fit(draw_flowers(6, 8)[0], out="out", seed_trials=2).config.seed == 1
     assert "fail every seed" in [event for event in read_log("out") if event["event"] == "restart"][-1]["message"]
 
 
-def test_heats_are_resumed_and_not_repeated(monkeypatch):
-    images = flowers(6, 8)[0]
+def test_seed_trials_are_resumed_and_not_repeated(monkeypatch):
+    images = draw_flowers(6, 8)[0]
     alarms_by_seed(monkeypatch, {0: 0.1, 1: 0.4})
     inner, seen = train.SegdiffTask.loss, []
 
@@ -341,7 +340,7 @@ def test_heats_are_resumed_and_not_repeated(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("factorkit.segdiff.task.SegdiffTask.loss", dies)
         with pytest.raises(RuntimeError, match="power cut"):
-            fit(images, out="out", seeds=2)
+            fit(images, out="out", seed_trials=2)
     assert seen == [(0, 0), (0, 1), (1, 0)]
     seen.clear()
 
@@ -350,10 +349,10 @@ def test_heats_are_resumed_and_not_repeated(monkeypatch):
         return inner(self, model, indices, draw, step)
 
     monkeypatch.setattr("factorkit.segdiff.task.SegdiffTask.loss", watches)
-    assert fit(images, out="out", seeds=2).config.seed == 1
-    assert seen == [(1, 0), (1, 1), (1, 2), (1, 3)], "seed 0's heat was finished"
+    assert fit(images, out="out", seed_trials=2).config.seed == 1
+    assert seen == [(1, 0), (1, 1), (1, 2), (1, 3)], "seed 0's trial was finished"
     seen.clear()
-    assert fit(images, out="out", seeds=2).config.seed == 1
+    assert fit(images, out="out", seed_trials=2).config.seed == 1
     assert seen == []
     fit(images, out="whole", seed=1)
     assert same(weights("out"), weights("whole"))

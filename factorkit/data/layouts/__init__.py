@@ -17,10 +17,10 @@ from factorkit.data.layouts import (
     voc2012,
     webdataset,
 )
-from factorkit.data.layouts.base import Layout, Reader
+from factorkit.data.layouts.base import DatasetFiles, Reader
 
 #: In the order they are tried; each knows its own by the files that only it has.
-LAYOUTS: tuple[Reader, ...] = (
+READERS: tuple[Reader, ...] = (
     flowers102.READER,
     cub200.READER,
     celebamask.READER,
@@ -35,14 +35,14 @@ LAYOUTS: tuple[Reader, ...] = (
 )
 
 
-def read_layout(data: Any) -> tuple[Reader, Layout] | None:
+def read_layout(data: Any) -> tuple[Reader, DatasetFiles] | None:
     """The data set behind a path or an object, and who read it; None where no reader knows it.
 
     Raises:
         DataError: it is known, but incomplete or damaged.
         ConfigError: an extra of the package is missing.
     """
-    for reader in LAYOUTS:
+    for reader in READERS:
         layout = reader.read(data)
         if layout is not None:
             return reader, layout

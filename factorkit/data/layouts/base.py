@@ -1,4 +1,4 @@
-"""What a reader of a data set answers, and what the readers share."""
+"""The result of a data-set reader, and helpers that the readers share."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from factorkit.data.sources import Source, digest, said, shown
+from factorkit.data.sources import Source, escape_name, hash_values, wrap_os_errors
 from factorkit.utils.errors import ConfigError, DataError
 
-SPLITS = ("train", "val", "test")  # the names every reader gives to the splits that have a customary use
+SPLITS = ("train", "val", "test")  # names that all readers use for the usual splits
+FETCH_AGAIN = "Download this file again, or remove it."
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a reader found.
+class DatasetFiles:
+    """The contents of a data set, before it is divided into training and test images.
 
     Attributes:
-        images: all of them, of every split.
-        masks: sets of masks by name, the customary one first; each of all images or of some, matched by name.
-        splits: rows of `images` by name of the split; empty where the authors divide nothing.
-        labels: the class of each image, int64 [N], -1 where it has none; None where the set has no classes.
-        class_names: one for each class.
-        clips: of videos, the rows of `images` in order, by name; may span splits' borders, never a frame.
-        pairs: names without suffix of images that show the same thing.
-        notes: what a user should know about how it was read, a sentence each.
+        images: images of all splits.
+        masks: sets of masks by name, the default one first; each has masks of some or all images, matched by name.
+        splits: rows of `images` by split name; empty if there are no official splits.
+        labels: class of each image, int64 [N], -1 without a class; None if the data set has no classes.
+        class_names: name of each class.
+        videos: for each video its rows of `images`, in order. A video may have frames in several splits.
+        near_duplicates: pairs of names, without suffix, of images that show the same thing.
+        notes: sentences for the user on how the data set was read.
     """
 
     images: Source
@@ -38,170 +39,171 @@ class Layout:
     splits: Mapping[str, np.ndarray] = field(default_factory=dict)
     labels: np.ndarray | None = None
     class_names: list[str] | None = None
-    clips: Mapping[str, np.ndarray] | None = None
-    pairs: Sequence[tuple[str, str]] = ()
+    videos: Mapping[str, np.ndarray] | None = None
+    near_duplicates: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One data set in the layout its authors publish.
+    """A reader of one published data set in its original layout.
 
     Attributes:
-        name: what it is called in `factorkit prepare --list`.
-        title: the same in full.
-        url: the authors' page.
-        expects: what has to lie on the disk, a line each.
-        splits, masks, labels: what they are, in a sentence; empty where there are none.
-        read: the layout behind what a user gave, or None where it is something else.
-        extra: the pip extra it needs, if any.
+        name: short name, shown by `factorkit prepare --list`.
+        title: full name.
+        url: page of the authors.
+        expects: expected files, one line each.
+        splits, masks, labels: what the data set has, one sentence each; empty if it has none.
+        read: returns the contents of a path or object, or None if it is not this data set.
+        extra: pip extra that the reader needs, if any.
     """
 
     name: str
     title: str
     url: str
     expects: str
-    read: Callable[[Any], Layout | None]
+    read: Callable[[Any], DatasetFiles | None]
     splits: str = ""
     masks: str = ""
     labels: str = ""
     extra: str = ""
 
 
-class Labels(Source):
-    """Masks computed from stored ones: `to_labels` takes the stored values [H, W] or [H, W, C] to labels [H, W].
+class LabelSource(Source):
+    """Masks computed from stored images.
 
-    Labels outside of `known` are refused, `ignore` is the label that is not scored.
+    Args:
+        source: the stored images.
+        to_labels: converts stored values [H, W] or [H, W, C] to labels [H, W].
+        valid_labels: all other labels are refused; None accepts any label.
+        ignore_label: label of pixels that are not scored.
     """
 
     def __init__(
         self,
-        stored: Source,
+        source: Source,
         to_labels: Callable[[np.ndarray], np.ndarray] = lambda values: values,
         *,
-        known: Iterable[int] | None = None,
-        ignore: int | None = None,
+        valid_labels: Iterable[int] | None = None,
+        ignore_label: int | None = None,
     ) -> None:
-        self.stored, self.to_labels, self.ignore = stored, to_labels, ignore
-        self.names = stored.names
-        self.known = None if known is None else np.array(sorted({*known, *(() if ignore is None else (ignore,))}))
+        self.source, self.to_labels, self.ignore_label = source, to_labels, ignore_label
+        self.names = source.names
+        extra = () if ignore_label is None else (ignore_label,)
+        self.valid_labels = None if valid_labels is None else np.array(sorted({*valid_labels, *extra}))
 
     def decode(self, index: int) -> Image.Image:
-        image, name = self.stored.decode(index), shown(self.names[index])
+        image, name = self.source.decode(index), escape_name(self.names[index])
         try:
             values = np.asarray(image.convert("L") if image.mode == "1" else image)
         except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-            raise DataError(f"{name}: cannot be decoded: {error}. Replace the file or take it out.") from error
+            raise DataError(f"{name}: cannot be decoded: {error}. Replace the file, or remove it.") from error
         labels = self.to_labels(values)
         if labels.ndim != 2:
-            raise DataError(f"{name}: a mask in colour (mode {image.mode}), where this data set has labels. {FETCH}")
-        if self.known is not None:
-            foreign = np.setdiff1d(labels, self.known)
-            if foreign.size:
+            raise DataError(f"{name}: a colour image (mode {image.mode}), expected a mask of labels. {FETCH_AGAIN}")
+        if self.valid_labels is not None:
+            invalid = np.setdiff1d(labels, self.valid_labels)
+            if invalid.size:
                 raise DataError(
-                    f"{name}: label {', '.join(map(str, foreign[:5]))} is none of this data set's "
-                    f"({self.known[0]} to {self.known[-1]}). {FETCH}"
+                    f"{name}: label {', '.join(map(str, invalid[:5]))} is not a label of this data set "
+                    f"({self.valid_labels[0]} to {self.valid_labels[-1]}). {FETCH_AGAIN}"
                 )
-        return as_image(labels)
+        return labels_to_image(labels)
 
     def fingerprint(self) -> str:
-        return digest("labels", self.stored.fingerprint())
+        return hash_values("labels", self.source.fingerprint())
 
 
-FETCH = "Fetch this file anew from the authors, or take it out."
-
-
-def as_image(labels: np.ndarray) -> Image.Image:
-    """Labels [H, W] as a grey picture: of 8 bits where they fit, else of 32."""
+def labels_to_image(labels: np.ndarray) -> Image.Image:
+    """Convert labels [H, W] to a grey image of 8 bits, or of 32 bits if 8 are not enough."""
     fits = labels.dtype == bool or (labels.min(initial=0) >= 0 and labels.max(initial=0) <= 255)
     return Image.fromarray(labels.astype(np.uint8 if fits else np.int32))
 
 
-def first_channel(values: np.ndarray) -> np.ndarray:
-    """[H, W] of [H, W] or [H, W, C]."""
+def take_first_channel(values: np.ndarray) -> np.ndarray:
+    """Reduce [H, W] or [H, W, C] to [H, W]."""
     return values if values.ndim == 2 else values[..., 0]
 
 
-def folder(data: Any, inside: Sequence[str] = ("",), *, holding: Sequence[str]) -> Path | None:
-    """The folder a user gave, or the one of `inside` it, that holds all the files and folders of `holding`."""
+def find_root(data: Any, subfolders: Sequence[str] = ("",), *, required: Sequence[str]) -> Path | None:
+    """Return the first of `data`'s subfolders that contains all `required` files and folders, or None."""
     if not isinstance(data, (str, Path)):
         return None
     root = Path(data).expanduser()
     if not root.is_dir():
         return None
-    places = (root / place for place in inside)
-    found = next((place for place in places if all((place / name).exists() for name in holding)), None)
-    return found.resolve() if found else None
+    candidates = (root / subfolder for subfolder in subfolders)
+    return next((c.resolve() for c in candidates if all((c / name).exists() for name in required)), None)
 
 
-def lines(path: Path, columns: int | None = None) -> list[list[str]]:
-    """The words of each line that has any.
+def read_table(path: Path, columns: int | None = None) -> list[list[str]]:
+    """Read the words of each non-empty line of a text file.
 
     Raises:
-        DataError: the file cannot be read, is no text, or a line has another number of words than `columns`.
+        DataError: the file cannot be read, is not text, or a line does not have `columns` words.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}. {FETCH}") from error
-    found = [line.split() for line in text.splitlines() if line.strip()]
-    for number, words in enumerate(found, start=1):
-        if columns is not None and len(words) != columns:
-            raise DataError(f"{path}, line {number}: expected {columns} words, found '{' '.join(words)}'. {FETCH}")
-    return found
+        raise DataError(f"{path}: cannot be read: {error}. {FETCH_AGAIN}") from error
+    rows = [line.split() for line in text.splitlines() if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if columns is not None and len(row) != columns:
+            raise DataError(f"{path}, line {number}: expected {columns} words, got '{' '.join(row)}'. {FETCH_AGAIN}")
+    return rows
 
 
-def existing(root: Path, names: Iterable[str]) -> list[str]:
-    """Those of the names that are files below `root`; each folder is listed once."""
-    listed: dict[str, set[str]] = {}
-    found = []
+def filter_existing(root: Path, names: Iterable[str]) -> list[str]:
+    """Return those names that are files below `root`; each folder is listed only once."""
+    listings: dict[str, set[str]] = {}
+    existing = []
     for name in names:
         parent, _, base = name.rpartition("/")
-        if parent not in listed:
-            place = root / parent
-            with said(place, "so its files cannot be listed. Mend its permissions."):
-                listed[parent] = set(os.listdir(place)) if place.is_dir() else set()
-        if base in listed[parent]:
-            found.append(name)
-    return found
+        if parent not in listings:
+            folder = root / parent
+            with wrap_os_errors(folder, "so its files cannot be listed. Check its permissions."):
+                listings[parent] = set(os.listdir(folder)) if folder.is_dir() else set()
+        if base in listings[parent]:
+            existing.append(name)
+    return existing
 
 
-def require(root: Path, names: Sequence[str], what: str) -> None:
-    """Raises DataError where one of these files is not there, saying how many."""
-    there = set(existing(root, names))
-    missing = [name for name in names if name not in there]
+def require_files(root: Path, names: Sequence[str], what: str) -> None:
+    """Raise DataError if any of these files is missing below `root`."""
+    existing = set(filter_existing(root, names))
+    missing = [name for name in names if name not in existing]
     if missing:
         raise DataError(
-            f"{root}: {len(missing)} of {len(names)} {what} are not there, the first is {shown(missing[0])}. "
+            f"{root}: {len(missing)} of {len(names)} {what} are missing, the first is {escape_name(missing[0])}. "
             "Unpack the authors' archive again."
         )
 
 
-def with_suffix(name: str, suffix: str) -> str:
-    """A name with another suffix."""
+def replace_suffix(name: str, suffix: str) -> str:
+    """Return the name with another suffix."""
     return PurePosixPath(name).with_suffix(suffix).as_posix()
 
 
-def rows_of(names: Sequence[str], wanted: Iterable[str], where: str) -> np.ndarray:
-    """Positions of `wanted` in `names`, int64.
+def find_rows(names: Sequence[str], wanted: Iterable[str], where: str) -> np.ndarray:
+    """Return the positions of `wanted` in `names`, int64.
 
     Raises:
-        DataError: one of them is not there; `where` says which file wanted it.
+        DataError: a name is missing; `where` is the file that lists it.
     """
-    row = {name: i for i, name in enumerate(names)}
+    row_of = {name: i for i, name in enumerate(names)}
     try:
-        return np.array([row[name] for name in wanted], np.int64)
+        return np.array([row_of[name] for name in wanted], np.int64)
     except KeyError as error:
-        raise DataError(f"{where} names {shown(error.args[0])}, which is not there. {FETCH}") from error
+        raise DataError(f"{where} lists {escape_name(error.args[0])}, which is missing. {FETCH_AGAIN}") from error
 
 
-def needs(module: str, extra: str, what: str) -> Any:
-    """The module of that name, which an extra of the package brings.
+def import_extra(module: str, extra: str, purpose: str) -> Any:
+    """Import a module that a pip extra of this package installs.
 
     Raises:
-        ConfigError: it is not installed; the message names the extra.
+        ConfigError: it is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"{what} needs {module.split('.')[0]}: pip install 'factorkit[{extra}]'") from error
+        raise ConfigError(f"{purpose} needs {module.split('.')[0]}: pip install 'factorkit[{extra}]'") from error

@@ -9,8 +9,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from factorkit.data.layouts.base import FETCH, Layout, Reader, as_image, first_channel, folder, lines, require
-from factorkit.data.sources import FileSource, Source, digest, said, stamp
+from factorkit.data.layouts.base import (
+    FETCH_AGAIN,
+    DatasetFiles,
+    Reader,
+    find_root,
+    labels_to_image,
+    read_table,
+    require_files,
+    take_first_channel,
+)
+from factorkit.data.sources import FileSource, Source, hash_values, stat_file, wrap_os_errors
 from factorkit.utils.errors import DataError
 
 PARTS = (
@@ -57,34 +66,34 @@ class PartMasks(Source):
                 continue  # the authors keep no file of a part that is not to be seen
             file = FileSource(path.parent, [path.name])
             try:
-                here = first_channel(np.asarray(file.decode(0))) > 0
+                here = take_first_channel(np.asarray(file.decode(0))) > 0
             except OSError as error:
-                raise DataError(f"{path}: cannot be decoded: {error}. {FETCH}") from error
+                raise DataError(f"{path}: cannot be decoded: {error}. {FETCH_AGAIN}") from error
             painted = np.zeros(here.shape, np.uint8) if painted is None else painted
             if here.shape != painted.shape:
                 raise DataError(
-                    f"{path}: {here.shape[::-1]} pixels, the other parts have {painted.shape[::-1]}. {FETCH}"
+                    f"{path}: {here.shape[::-1]} pixels, the other parts have {painted.shape[::-1]}. {FETCH_AGAIN}"
                 )
             painted[here] = self.label_of.get(part, 0)
         if painted is None:
             raise DataError(f"{self.root}: no part of face {number} is there. Unpack the authors' archive again.")
-        return as_image(painted)
+        return labels_to_image(painted)
 
     def fingerprint(self) -> str:
-        with said(self.root, "so the masks cannot be listed. Mend its permissions."):
+        with wrap_os_errors(self.root, "so the masks cannot be listed. Mend its permissions."):
             folders = sorted(path for path in self.root.iterdir() if path.is_dir())
-        return digest("parts", str(self.root), self.numbers, self.label_of, [stamp(path) for path in folders])
+        return hash_values("parts", str(self.root), self.numbers, self.label_of, [stat_file(path) for path in folders])
 
 
-def read(data: Any) -> Layout | None:
-    root = folder(data, ("", "CelebAMask-HQ"), holding=("CelebA-HQ-img", "CelebAMask-HQ-mask-anno"))
+def read(data: Any) -> DatasetFiles | None:
+    root = find_root(data, ("", "CelebAMask-HQ"), required=("CelebA-HQ-img", "CelebAMask-HQ-mask-anno"))
     if root is None:
         return None
     stems = sorted(int(path.stem) for path in (root / "CelebA-HQ-img").glob("*.jpg") if path.stem.isdecimal())
     names = [f"{number}.jpg" for number in stems]
     if not names:
         raise DataError(f"{root / 'CelebA-HQ-img'}: none of 0.jpg to 29999.jpg is here. Unpack the archive again.")
-    require(root / "CelebA-HQ-img", names, "images")
+    require_files(root / "CelebA-HQ-img", names, "images")
     anno = root / "CelebAMask-HQ-mask-anno"
     three = dict.fromkeys(FACE, SKIN) | {"hair": HAIR}
     masks = {
@@ -96,15 +105,17 @@ def read(data: Any) -> Layout | None:
         splits = _splits(root / MAPPING, stems)
     else:
         notes = [f"without {MAPPING} beside the images there are no official splits"]
-    return Layout(FileSource(root / "CelebA-HQ-img", names), masks, splits, notes=notes)
+    return DatasetFiles(FileSource(root / "CelebA-HQ-img", names), masks, splits, notes=notes)
 
 
 def _splits(path: Path, stems: Sequence[int]) -> dict[str, np.ndarray]:
     try:
-        origin = {int(words[0]): int(words[1]) for words in lines(path, columns=3)[1:]}
+        origin = {int(words[0]): int(words[1]) for words in read_table(path, columns=3)[1:]}
         numbers = np.array([origin[number] for number in stems])
     except (KeyError, ValueError) as error:
-        raise DataError(f"{path}: not one line 'idx orig_idx orig_file' for each image: {error}. {FETCH}") from error
+        raise DataError(
+            f"{path}: not one line 'idx orig_idx orig_file' for each image: {error}. {FETCH_AGAIN}"
+        ) from error
     test, val = numbers >= TEST_FROM, (numbers >= VAL_FROM) & (numbers < TEST_FROM)
     found = {"train": ~(test | val), "val": val, "test": test}
     return {split: np.flatnonzero(here) for split, here in found.items()}

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from factorkit.data.layouts.base import (
-    FETCH,
+    FETCH_AGAIN,
     SPLITS,
-    Labels,
-    Layout,
+    DatasetFiles,
+    LabelSource,
     Reader,
-    existing,
-    first_channel,
-    folder,
-    lines,
-    require,
-    with_suffix,
+    filter_existing,
+    find_root,
+    read_table,
+    replace_suffix,
+    require_files,
+    take_first_channel,
 )
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
@@ -30,26 +30,26 @@ SPLIT_FILE = "train_val_test_split.txt"  # of ReDO's repository; IEM and later w
 HALF = 127  # of 255: the grey of a mask is the share of annotators who saw the bird there
 
 
-def read(data: Any) -> Layout | None:
-    root = folder(data, ("", "CUB_200_2011"), holding=("images", "images.txt", "classes.txt"))
+def read(data: Any) -> DatasetFiles | None:
+    root = find_root(data, ("", "CUB_200_2011"), required=("images", "images.txt", "classes.txt"))
     if root is None:
         return None
-    listed = lines(root / "images.txt", columns=2)
+    listed = read_table(root / "images.txt", columns=2)
     names = [name for _, name in listed]
-    require(root / "images", names, "images of images.txt")
-    class_names = [name for _, name in lines(root / "classes.txt", columns=2)]
+    require_files(root / "images", names, "images of images.txt")
+    class_names = [name for _, name in read_table(root / "classes.txt", columns=2)]
     labels = _by_id(root / "image_class_labels.txt", listed) - 1
     if labels.min() < 0 or labels.max() >= len(class_names):
-        raise DataError(f"{root / 'image_class_labels.txt'}: a class that classes.txt does not have. {FETCH}")
+        raise DataError(f"{root / 'image_class_labels.txt'}: a class that classes.txt does not have. {FETCH_AGAIN}")
     masks = {}
     place = next((p for p in (root / "segmentations", root.parent / "segmentations") if p.is_dir()), None)
     if place is not None:
-        stored = FileSource(place, existing(place, [with_suffix(name, ".png") for name in names]))
-        masks["segmentation"] = Labels(stored, lambda values: first_channel(values) > HALF)
+        stored = FileSource(place, filter_existing(place, [replace_suffix(name, ".png") for name in names]))
+        masks["segmentation"] = LabelSource(stored, lambda values: take_first_channel(values) > HALF)
     if (root / SPLIT_FILE).is_file():
         parts = _by_id(root / SPLIT_FILE, listed)
         if not np.isin(parts, (0, 1, 2)).all():
-            raise DataError(f"{root / SPLIT_FILE}: only 0 (train), 1 (val) and 2 (test) are known. {FETCH}")
+            raise DataError(f"{root / SPLIT_FILE}: only 0 (train), 1 (val) and 2 (test) are known. {FETCH_AGAIN}")
         note = f"the split is that of {SPLIT_FILE}"
     else:
         parts = draw(names)
@@ -57,7 +57,7 @@ def read(data: Any) -> Layout | None:
             f"the split is drawn by a hash of the names; for the literature's lay ReDO's {SPLIT_FILE} beside images.txt"
         )
     splits = {split: np.flatnonzero(parts == i) for i, split in enumerate(SPLITS)}
-    return Layout(FileSource(root / "images", names), masks, splits, labels, class_names, notes=(note,))
+    return DatasetFiles(FileSource(root / "images", names), masks, splits, labels, class_names, notes=(note,))
 
 
 def draw(names: Sequence[str]) -> np.ndarray:
@@ -74,10 +74,10 @@ def draw(names: Sequence[str]) -> np.ndarray:
 def _by_id(path: Path, listed: list[list[str]]) -> np.ndarray:
     """The number that a file gives to each image, in the order of images.txt."""
     try:
-        value = {key: int(number) for key, number in lines(path, columns=2)}
+        value = {key: int(number) for key, number in read_table(path, columns=2)}
         return np.array([value[key] for key, _ in listed], np.int64)
     except (KeyError, ValueError) as error:
-        raise DataError(f"{path}: not one number for each image of images.txt: {error}. {FETCH}") from error
+        raise DataError(f"{path}: not one number for each image of images.txt: {error}. {FETCH_AGAIN}") from error
 
 
 READER = Reader(

@@ -6,8 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from factorkit.data.layouts.base import Labels, Layout, Reader, existing, folder, lines, with_suffix
-from factorkit.data.open_source import image_names
+from factorkit.data.layouts.base import (
+    DatasetFiles,
+    LabelSource,
+    Reader,
+    filter_existing,
+    find_root,
+    read_table,
+    replace_suffix,
+)
+from factorkit.data.open import list_image_names
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
 
@@ -15,8 +23,8 @@ SETS = ("train", "val", "test-dev")
 SIZES = ("480p", "Full-Resolution")  # the first that is there is read
 
 
-def read(data: Any) -> Layout | None:
-    root = folder(data, ("", "DAVIS"), holding=("JPEGImages", "ImageSets/2017"))
+def read(data: Any) -> DatasetFiles | None:
+    root = find_root(data, ("", "DAVIS"), required=("JPEGImages", "ImageSets/2017"))
     size = next((size for size in SIZES if root is not None and (root / "JPEGImages" / size).is_dir()), None)
     if root is None or size is None:
         return None
@@ -29,19 +37,19 @@ def read(data: Any) -> Layout | None:
         if not path.is_file():
             continue
         first = len(names)
-        for (video,) in lines(path, columns=1):
+        for (video,) in read_table(path, columns=1):
             if not (frames / video).is_dir():
                 raise DataError(f"{path} names {video}, but {frames} has no such folder. Unpack the archive again.")
-            found = [f"{video}/{name}" for name in image_names(frames / video)]
+            found = [f"{video}/{name}" for name in list_image_names(frames / video)]
             clips[video] = np.arange(len(names), len(names) + len(found))
             names += found
         splits[split] = np.arange(first, len(names))
     if not names:
         raise DataError(f"{root / 'ImageSets' / '2017'}: no frames of train.txt or val.txt. Unpack the archive again.")
     annotations = root / "Annotations" / size
-    stored = FileSource(annotations, existing(annotations, [with_suffix(name, ".png") for name in names]))
-    masks = {"objects": Labels(stored, ignore=255)} if len(stored) else {}
-    return Layout(FileSource(frames, names), masks, splits, clips=clips, notes=notes)
+    stored = FileSource(annotations, filter_existing(annotations, [replace_suffix(name, ".png") for name in names]))
+    masks = {"objects": LabelSource(stored, ignore_label=255)} if len(stored) else {}
+    return DatasetFiles(FileSource(frames, names), masks, splits, videos=clips, notes=notes)
 
 
 READER = Reader(

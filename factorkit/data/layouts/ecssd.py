@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from factorkit.data.layouts.base import Labels, Layout, Reader, existing, first_channel, folder, with_suffix
-from factorkit.data.open_source import image_names
+from factorkit.data.layouts.base import (
+    DatasetFiles,
+    LabelSource,
+    Reader,
+    filter_existing,
+    find_root,
+    replace_suffix,
+    take_first_channel,
+)
+from factorkit.data.open import list_image_names
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
 
 HALF = 127
 
 
-def read(data: Any) -> Layout | None:
-    root = folder(data, ("", "ECSSD"), holding=("images", "ground_truth_mask"))
+def read(data: Any) -> DatasetFiles | None:
+    root = find_root(data, ("", "ECSSD"), required=("images", "ground_truth_mask"))
     if root is None:
         return None
-    names = image_names(root / "images")
-    masks = existing(root / "ground_truth_mask", [with_suffix(name, ".png") for name in names])
+    names = list_image_names(root / "images")
+    masks = filter_existing(root / "ground_truth_mask", [replace_suffix(name, ".png") for name in names])
     if not masks:
         raise DataError(f"{root}: no image has a mask of its name in ground_truth_mask. Unpack both archives here.")
     stored = FileSource(root / "ground_truth_mask", masks)
-    labels = Labels(stored, lambda values: first_channel(values) > HALF)
-    return Layout(FileSource(root / "images", names), {"ground_truth": labels})
+    labels = LabelSource(stored, lambda values: take_first_channel(values) > HALF)
+    return DatasetFiles(FileSource(root / "images", names), {"ground_truth": labels})
 
 
 READER = Reader(

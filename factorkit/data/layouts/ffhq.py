@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from factorkit.data.layouts.base import Layout, Reader, folder
-from factorkit.data.open_source import image_names
+from factorkit.data.layouts.base import DatasetFiles, Reader, find_root
+from factorkit.data.open import list_image_names
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
 
@@ -15,19 +15,19 @@ TRAIN = 60000  # the authors' readme: the first 60,000 for training, the last 10
 SIZES = ("images1024x1024", "thumbnails128x128", "in-the-wild-images")  # the first that is there is read
 
 
-def read(data: Any) -> Layout | None:
-    places = [(size, folder(data, ("", "ffhq-dataset"), holding=(size,))) for size in SIZES]
+def read(data: Any) -> DatasetFiles | None:
+    places = [(size, find_root(data, ("", "ffhq-dataset"), required=(size,))) for size in SIZES]
     found = next(((root, size) for size, root in places if root is not None), None)
     if found is None:
         return None
     root = found[0] / found[1]
-    names = [name for name in image_names(root) if name.endswith(".png")]
+    names = [name for name in list_image_names(root) if name.endswith(".png")]
     numbers = [name.rpartition("/")[2].removesuffix(".png") for name in names]
     if not names or not all(number.isdecimal() for number in numbers):
         raise DataError(f"{root}: expected 00000/00000.png to 69000/69999.png. Unpack the authors' archive again.")
     train = np.array([int(number) < TRAIN for number in numbers])
     splits = {"train": np.flatnonzero(train), "val": np.flatnonzero(~train)}
-    return Layout(FileSource(root, names), splits=splits, notes=(f"read from {found[1]}",))
+    return DatasetFiles(FileSource(root, names), splits=splits, notes=(f"read from {found[1]}",))
 
 
 READER = Reader(

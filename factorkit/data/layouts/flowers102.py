@@ -7,7 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from factorkit.data.layouts.base import FETCH, Labels, Layout, Reader, existing, folder, needs, require
+from factorkit.data.layouts.base import (
+    FETCH_AGAIN,
+    DatasetFiles,
+    LabelSource,
+    Reader,
+    filter_existing,
+    find_root,
+    import_extra,
+    require_files,
+)
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
 
@@ -17,31 +26,33 @@ NEAR = 48  # JPEG blurs that blue along outlines; flowers are nowhere as near to
 ROLES = {"train": "tstid", "val": "valid", "test": "trnid"}  # ReDO (Chen et al. 2019) trains on the largest part
 
 
-def read(data: Any) -> Layout | None:
-    root = folder(data, ("", "102flowers", "flowers-102"), holding=("jpg", "setid.mat"))
+def read(data: Any) -> DatasetFiles | None:
+    root = find_root(data, ("", "102flowers", "flowers-102"), required=("jpg", "setid.mat"))
     if root is None:
         return None
     ids = _matlab(root / "setid.mat", *ROLES.values())
     parts = {split: np.sort(ids[key].ravel().astype(np.int64)) for split, key in ROLES.items()}
     numbers = np.sort(np.concatenate(list(parts.values())))
     if len(np.unique(numbers)) < len(numbers):
-        raise DataError(f"{root / 'setid.mat'}: an image is in two of the splits. {FETCH}")
+        raise DataError(f"{root / 'setid.mat'}: an image is in two of the splits. {FETCH_AGAIN}")
     names = [f"image_{number:05d}.jpg" for number in numbers]
-    require(root / "jpg", names, "images of setid.mat")
+    require_files(root / "jpg", names, "images of setid.mat")
     labels = class_names = None
     if (root / "imagelabels.mat").is_file():
         stored = _matlab(root / "imagelabels.mat", "labels")["labels"].ravel().astype(np.int64)
         if len(stored) < numbers[-1] or stored.min() < 1 or stored.max() > CLASSES:
-            raise DataError(f"{root / 'imagelabels.mat'}: not one class from 1 to {CLASSES} for each image. {FETCH}")
+            raise DataError(
+                f"{root / 'imagelabels.mat'}: not one class from 1 to {CLASSES} for each image. {FETCH_AGAIN}"
+            )
         labels = stored[numbers - 1] - 1
         class_names = [f"class {i}" for i in range(1, CLASSES + 1)]
     masks = {}
     if (root / "segmim").is_dir():
-        stored_names = existing(root / "segmim", [name.replace("image_", "segmim_") for name in names])
+        stored_names = filter_existing(root / "segmim", [name.replace("image_", "segmim_") for name in names])
         stored_masks = FileSource(root / "segmim", stored_names, [n.replace("segmim_", "image_") for n in stored_names])
-        masks = {"segmim": Labels(stored_masks, _not_blue), "redo": Labels(stored_masks, _redo)}
+        masks = {"segmim": LabelSource(stored_masks, _not_blue), "redo": LabelSource(stored_masks, _redo)}
     splits = {split: np.searchsorted(numbers, part) for split, part in parts.items()}
-    return Layout(FileSource(root / "jpg", names), masks, splits, labels, class_names)
+    return DatasetFiles(FileSource(root / "jpg", names), masks, splits, labels, class_names)
 
 
 def _not_blue(values: np.ndarray) -> np.ndarray:
@@ -54,14 +65,14 @@ def _redo(values: np.ndarray) -> np.ndarray:
 
 
 def _matlab(path: Path, *keys: str) -> dict[str, np.ndarray]:
-    scipy_io = needs("scipy.io", "layouts", "reading .mat files")
+    scipy_io = import_extra("scipy.io", "layouts", "reading .mat files")
     try:
         found = scipy_io.loadmat(path)
         return {key: found[key] for key in keys}
     except KeyError as error:
-        raise DataError(f"{path}: holds no {error}. {FETCH}") from error
+        raise DataError(f"{path}: holds no {error}. {FETCH_AGAIN}") from error
     except Exception as error:  # scipy: OSError, ValueError, MatReadError, zlib.error, ...
-        raise DataError(f"{path}: no readable MATLAB file: {error}. {FETCH}") from error
+        raise DataError(f"{path}: no readable MATLAB file: {error}. {FETCH_AGAIN}") from error
 
 
 READER = Reader(

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from factorkit.data.layouts.base import Labels, Layout, Reader, needs
-from factorkit.data.sources import EncodedSource, digest
+from factorkit.data.layouts.base import DatasetFiles, LabelSource, Reader, import_extra
+from factorkit.data.sources import EncodedSource, hash_values
 from factorkit.utils.errors import DataError
 from factorkit.utils.safe_reading import read_json
 
@@ -22,7 +22,7 @@ class Column(EncodedSource):
     """The pictures of one column, split after split; encoded as they were stored, and decoded one by one."""
 
     def __init__(self, parts: Mapping[str, Any], key: str) -> None:
-        image = needs("datasets", "huggingface", "reading this").Image(decode=False)
+        image = import_extra("datasets", "huggingface", "reading this").Image(decode=False)
         self.key = key
         self.parts: list[Any] = []
         self.rows: list[tuple[int, int]] = []
@@ -40,14 +40,14 @@ class Column(EncodedSource):
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
     def fingerprint(self) -> str:
-        return digest("datasets", self.key, [part._fingerprint for part in self.parts])
+        return hash_values("datasets", self.key, [part._fingerprint for part in self.parts])
 
 
-def read(data: Any) -> Layout | None:
+def read(data: Any) -> DatasetFiles | None:
     found = _open(data)
     if found is None:
         return None
-    datasets = needs("datasets", "huggingface", "reading this")
+    datasets = import_extra("datasets", "huggingface", "reading this")
     if not isinstance(found, (Mapping, datasets.Dataset)):
         raise DataError(f"{_name(data)}: a stream, whose images have no places. Load it without streaming=True.")
     parts = dict(found) if isinstance(found, Mapping) else {str(found.split or "all"): found}
@@ -66,8 +66,8 @@ def read(data: Any) -> Layout | None:
     splits, first = {}, 0
     for split, part in parts.items():
         splits[split] = np.arange(first, first := first + len(part))
-    by_name = {masks: Labels(Column(parts, masks))} if masks else {}
-    return Layout(Column(parts, images), by_name, splits if len(splits) > 1 else {}, labels, class_names)
+    by_name = {masks: LabelSource(Column(parts, masks))} if masks else {}
+    return DatasetFiles(Column(parts, images), by_name, splits if len(splits) > 1 else {}, labels, class_names)
 
 
 def _open(data: Any) -> Any:
@@ -77,7 +77,7 @@ def _open(data: Any) -> Any:
     if not isinstance(data, (str, Path)):
         return None
     if str(data).startswith(PREFIX):
-        datasets = needs("datasets", "huggingface", f"reading {data}")
+        datasets = import_extra("datasets", "huggingface", f"reading {data}")
         name, _, part = str(data)[len(PREFIX) :].partition(":")
         try:
             return datasets.load_dataset(name, part or None)
@@ -88,7 +88,7 @@ def _open(data: Any) -> Any:
     saved = (root / "dataset_dict.json").is_file() or (root / "state.json").is_file() and _is_arrow(root)
     if not saved:
         return None
-    datasets = needs("datasets", "huggingface", f"reading {root.name}")
+    datasets = import_extra("datasets", "huggingface", f"reading {root.name}")
     try:
         return datasets.load_from_disk(str(root))
     except Exception as error:

@@ -11,8 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from factorkit.data.layouts.base import FETCH, Labels, Layout, Reader, first_channel, folder, lines, needs
-from factorkit.data.sources import FileSource, said
+from factorkit.data.layouts.base import (
+    FETCH_AGAIN,
+    DatasetFiles,
+    LabelSource,
+    Reader,
+    find_root,
+    import_extra,
+    read_table,
+    take_first_channel,
+)
+from factorkit.data.sources import FileSource, wrap_os_errors
 from factorkit.utils.errors import DataError
 
 WNID = re.compile(r"n\d{8}")
@@ -21,8 +30,8 @@ PER_CLASS = 20  # the dissertation scores at most 20 images of each class
 DEVKIT = "ILSVRC2012_devkit_t12/data"
 
 
-def read(data: Any) -> Layout | None:
-    root = folder(data, INSIDE, holding=("train",))
+def read(data: Any) -> DatasetFiles | None:
+    root = find_root(data, INSIDE, required=("train",))
     if root is None or not _classes(root / "train"):
         return None
     wnids = _classes(root / "train")
@@ -41,16 +50,16 @@ def read(data: Any) -> Layout | None:
         chosen = np.array([names[i].rpartition(".")[0] in scored for i in rows])
         splits |= {"test": rows[chosen], "train": rows[~chosen]}
     class_names = _class_names(root, wnids)
-    return Layout(FileSource(root, names), masks, splits, np.concatenate(labels), class_names, notes=notes)
+    return DatasetFiles(FileSource(root, names), masks, splits, np.concatenate(labels), class_names, notes=notes)
 
 
 def _classes(place: Path) -> list[str]:
-    with said(place, "so its classes cannot be listed. Mend its permissions."):
+    with wrap_os_errors(place, "so its classes cannot be listed. Mend its permissions."):
         return sorted(p.name for p in place.iterdir() if WNID.fullmatch(p.name) and p.is_dir())
 
 
 def _pictures(place: Path) -> list[str]:
-    with said(place, "so its images cannot be listed. Mend its permissions."):
+    with wrap_os_errors(place, "so its images cannot be listed. Mend its permissions."):
         return sorted(p.name for p in place.iterdir() if p.suffix.lower() in (".jpeg", ".jpg", ".png"))
 
 
@@ -76,12 +85,12 @@ def _kaggle(root: Path) -> dict[str, str]:
     path = _above(root, "LOC_val_solution.csv")
     if path is None:
         return {}
-    with said(path, "so the classes cannot be read."), open(path, newline="", encoding="utf-8") as file:
+    with wrap_os_errors(path, "so the classes cannot be read."), open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     try:
         return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
     except (KeyError, IndexError) as error:
-        raise DataError(f"{path}: not lines 'ImageId,PredictionString': {error}. {FETCH}") from error
+        raise DataError(f"{path}: not read_table 'ImageId,PredictionString': {error}. {FETCH_AGAIN}") from error
 
 
 def _devkit(root: Path, images: int) -> dict[str, str]:
@@ -89,8 +98,8 @@ def _devkit(root: Path, images: int) -> dict[str, str]:
     kit = _above(root, DEVKIT)
     if kit is None:
         return {}
-    truth = [int(words[0]) for words in lines(kit / "ILSVRC2012_validation_ground_truth.txt", columns=1)]
-    loadmat = needs("scipy.io", "layouts", "reading the development kit of ImageNet").loadmat
+    truth = [int(words[0]) for words in read_table(kit / "ILSVRC2012_validation_ground_truth.txt", columns=1)]
+    loadmat = import_extra("scipy.io", "layouts", "reading the development kit of ImageNet").loadmat
     try:
         synsets = loadmat(kit / "meta.mat", squeeze_me=True)["synsets"]
         wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(synsets)}
@@ -98,13 +107,13 @@ def _devkit(root: Path, images: int) -> dict[str, str]:
             raise ValueError(f"{len(truth)} classes for {images} images")
         return {f"ILSVRC2012_val_{i:08d}": wnid_of[number] for i, number in enumerate(truth, start=1)}
     except Exception as error:  # scipy: OSError, ValueError, MatReadError, KeyError, ...
-        raise DataError(f"{kit}: cannot be read: {error}. {FETCH}") from error
+        raise DataError(f"{kit}: cannot be read: {error}. {FETCH_AGAIN}") from error
 
 
 def _class_names(root: Path, wnids: Sequence[str]) -> list[str]:
     """`n01440764 tench` where LOC_synset_mapping.txt is beside the images, else `n01440764`: words alone repeat."""
     path = _above(root, "LOC_synset_mapping.txt")
-    words = {} if path is None else {line[0]: " ".join(line[1:]).split(",")[0] for line in lines(path)}
+    words = {} if path is None else {line[0]: " ".join(line[1:]).split(",")[0] for line in read_table(path)}
     return [f"{wnid} {words[wnid]}" if wnid in words else wnid for wnid in wnids]
 
 
@@ -114,7 +123,7 @@ def _above(root: Path, name: str) -> Path | None:
     return next((place / name for place in places if (place / name).exists()), None)
 
 
-def _pixel_imagenet(root: Path, names: Sequence[str]) -> dict[str, Labels]:
+def _pixel_imagenet(root: Path, names: Sequence[str]) -> dict[str, LabelSource]:
     """The masks <wnid>/<image>.png of a folder beside the images whose name holds `pixel-imagenet`."""
     beside = (path for place in (root, root.parent) for path in sorted(place.iterdir()) if path.is_dir())
     place = next((path for path in beside if "pixel-imagenet" in path.name.lower() and _classes(path)), None)
@@ -125,7 +134,7 @@ def _pixel_imagenet(root: Path, names: Sequence[str]) -> dict[str, Labels]:
     stored = [name for name in found if f"train/{name.rpartition('.')[0]}" in training]
     if not stored:
         raise DataError(f"{place}: none of its {len(found)} masks has an image in {root / 'train'}. Lay both together.")
-    return {"pixel": Labels(FileSource(place, stored, [f"train/{name}" for name in stored]), first_channel)}
+    return {"pixel": LabelSource(FileSource(place, stored, [f"train/{name}" for name in stored]), take_first_channel)}
 
 
 def _at_most(masks: Sequence[str], count: int) -> set[str]:

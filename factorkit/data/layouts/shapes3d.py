@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from factorkit.data.layouts.base import FETCH, Layout, Reader, needs
-from factorkit.data.sources import Source, digest, stamp
+from factorkit.data.layouts.base import FETCH_AGAIN, DatasetFiles, Reader, import_extra
+from factorkit.data.sources import Source, hash_values, stat_file
 from factorkit.utils.errors import DataError
 
 FILE = "3dshapes.h5"
@@ -29,38 +29,38 @@ class H5Images(Source):
     def decode(self, index: int) -> Image.Image:
         with self.lock:
             if self.rows is None:
-                self.rows = needs("h5py", "layouts", "reading HDF5").File(self.path, "r")[self.key]
+                self.rows = import_extra("h5py", "layouts", "reading HDF5").File(self.path, "r")[self.key]
             try:
                 return Image.fromarray(self.rows[index])
             except OSError as error:
-                raise DataError(f"{self.path}: row {index} cannot be read: {error}. {FETCH}") from error
+                raise DataError(f"{self.path}: row {index} cannot be read: {error}. {FETCH_AGAIN}") from error
 
     def fingerprint(self) -> str:
-        return digest("hdf5", str(self.path), self.key, stamp(self.path))
+        return hash_values("hdf5", str(self.path), self.key, stat_file(self.path))
 
 
-def read(data: Any) -> Layout | None:
+def read(data: Any) -> DatasetFiles | None:
     if not isinstance(data, (str, Path)):
         return None
     path = Path(data).expanduser()
     path = path / FILE if (path / FILE).is_file() else path
     if path.suffix.lower() not in (".h5", ".hdf5") or not path.is_file():
         return None
-    h5py = needs("h5py", "layouts", f"reading {path.name}")
+    h5py = import_extra("h5py", "layouts", f"reading {path.name}")
     try:
         with h5py.File(path.resolve(), "r") as file:
             images, factors = file["images"], file["labels"][:]
             shape, kind = images.shape, images.dtype
     except (OSError, KeyError, RuntimeError) as error:
-        raise DataError(f"{path}: no readable HDF5 file with 'images' and 'labels': {error}. {FETCH}") from error
+        raise DataError(f"{path}: no readable HDF5 file with 'images' and 'labels': {error}. {FETCH_AGAIN}") from error
     if kind != np.uint8 or len(shape) != 4 or shape[-1] != 3 or factors.shape != (shape[0], len(FACTORS)):
         raise DataError(
             f"{path}: images {kind} {list(shape)} and labels {list(factors.shape)}, expected uint8 [N, H, W, 3] and "
-            f"[N, {len(FACTORS)}]. {FETCH}"
+            f"[N, {len(FACTORS)}]. {FETCH_AGAIN}"
         )
     shapes, labels = np.unique(factors[:, FACTORS.index("shape")], return_inverse=True)
     names = [f"shape {value:g}" for value in shapes]
-    return Layout(H5Images(path.resolve(), "images", shape[0]), labels=labels.astype(np.int64), class_names=names)
+    return DatasetFiles(H5Images(path.resolve(), "images", shape[0]), labels=labels.astype(np.int64), class_names=names)
 
 
 READER = Reader(

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from factorkit.data.layouts.base import Labels, Layout, Reader, folder, lines, require, rows_of
+from factorkit.data.layouts.base import (
+    DatasetFiles,
+    LabelSource,
+    Reader,
+    find_root,
+    find_rows,
+    read_table,
+    require_files,
+)
 from factorkit.data.sources import FileSource
 
 CLASSES = (
@@ -35,26 +43,28 @@ CLASSES = (
 VOID = 255  # outlines and what the annotators left open
 
 
-def read(data: Any) -> Layout | None:
+def read(data: Any) -> DatasetFiles | None:
     inside = ("", "VOC2012", "VOCdevkit/VOC2012")
-    root = folder(data, inside, holding=("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"))
+    root = find_root(data, inside, required=("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"))
     if root is None:
         return None
     sets = root / "ImageSets" / "Segmentation"
-    of_split = {s: [words[0] for words in lines(sets / f"{s}.txt", columns=1)] for s in ("train", "val")}
+    of_split = {s: [words[0] for words in read_table(sets / f"{s}.txt", columns=1)] for s in ("train", "val")}
     stems = sorted({*of_split["train"], *of_split["val"]})
     images, masks = ([f"{stem}.{suffix}" for stem in stems] for suffix in ("jpg", "png"))
-    require(root / "JPEGImages", images, "images of ImageSets/Segmentation")
-    require(root / "SegmentationClass", masks, "masks of ImageSets/Segmentation")
+    require_files(root / "JPEGImages", images, "images of ImageSets/Segmentation")
+    require_files(root / "SegmentationClass", masks, "masks of ImageSets/Segmentation")
     by_class = FileSource(root / "SegmentationClass", masks)
     known = range(len(CLASSES) + 1)
-    sets_of_masks = {"class": Labels(by_class, known=known, ignore=VOID)}
+    sets_of_masks = {"class": LabelSource(by_class, valid_labels=known, ignore_label=VOID)}
     if (root / "SegmentationObject").is_dir():
-        sets_of_masks["object"] = Labels(FileSource(root / "SegmentationObject", masks), ignore=VOID)
+        sets_of_masks["object"] = LabelSource(FileSource(root / "SegmentationObject", masks), ignore_label=VOID)
     for number, name in enumerate(CLASSES, start=1):
-        sets_of_masks[name] = Labels(by_class, _only(number), known=(0, 1), ignore=VOID)
-    splits = {split: rows_of(stems, found, f"{split}.txt") for split, found in of_split.items()}
-    return Layout(FileSource(root / "JPEGImages", images), sets_of_masks, splits | _of_classes(root, of_split, stems))
+        sets_of_masks[name] = LabelSource(by_class, _only(number), valid_labels=(0, 1), ignore_label=VOID)
+    splits = {split: find_rows(stems, found, f"{split}.txt") for split, found in of_split.items()}
+    return DatasetFiles(
+        FileSource(root / "JPEGImages", images), sets_of_masks, splits | _of_classes(root, of_split, stems)
+    )
 
 
 def _only(number: int):
@@ -71,8 +81,8 @@ def _of_classes(root: Path, of_split: dict[str, list[str]], stems: list[str]) ->
         for name in CLASSES:
             path = root / "ImageSets" / "Main" / f"{name}_{split}.txt"
             if path.is_file():
-                showing = {stem for stem, here in lines(path, columns=2) if here == "1"}
-                rows = rows_of(stems, (stem for stem in of_this if stem in showing), path.name)
+                showing = {stem for stem, here in read_table(path, columns=2) if here == "1"}
+                rows = find_rows(stems, (stem for stem in of_this if stem in showing), path.name)
                 if len(rows):
                     found[f"{split}-{name}"] = rows
     return found

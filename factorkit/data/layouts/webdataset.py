@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from factorkit.data.archives import TarSource, inside, tar_members
-from factorkit.data.layouts.base import Labels, Layout, Reader
-from factorkit.data.sources import IMAGE_SUFFIXES, is_image, shown
+from factorkit.data.layouts.base import DatasetFiles, LabelSource, Reader
+from factorkit.data.sources import IMAGE_SUFFIXES, escape_name, is_image
 from factorkit.utils.errors import DataError
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -20,7 +20,7 @@ MOST_CLASSES = 10**6  # a number beyond is no class
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
-def read(data: Any) -> Layout | None:
+def read(data: Any) -> DatasetFiles | None:
     shards = _shards(data)
     if not shards:
         return None
@@ -50,8 +50,8 @@ def read(data: Any) -> Layout | None:
     source = TarSource(shards, list(found.values()), [f"{key}.png" for key in found])
     rows = {split: np.array(where) for split, where in splits.items() if split}
     labels, class_names = _labels(keys, classes)
-    by_name = {"masks": Labels(source)} if found else {}
-    return Layout(TarSource(shards, images, names), by_name, rows, labels, class_names)
+    by_name = {"masks": LabelSource(source)} if found else {}
+    return DatasetFiles(TarSource(shards, images, names), by_name, rows, labels, class_names)
 
 
 def _labels(keys: Sequence[str], classes: dict[str, int]) -> tuple[np.ndarray | None, list[str] | None]:
@@ -103,7 +103,7 @@ def _class(shard: Path, member: str, first: int, size: int) -> int:
     except ValueError:
         number = -1
     if not 0 <= number < MOST_CLASSES:
-        raise DataError(f"{shard}: {shown(member)} holds no number of a class: {text!r}. Mend this shard.")
+        raise DataError(f"{shard}: {escape_name(member)} holds no number of a class: {text!r}. Mend this shard.")
     return number
 
 

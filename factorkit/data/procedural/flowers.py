@@ -28,7 +28,7 @@ def check_drawable(name: str, count: int, resolution: int, seed: int) -> None:
         )
 
 
-def flowers(count: int, resolution: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_flowers(count: int, resolution: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Draw flowers on green backgrounds, with their exact masks.
 
     Picture i depends on (seed, i) alone: asking for more pictures leaves the earlier ones as they were.

@@ -24,7 +24,7 @@ TURNS = (0.0, -0.06, 0.06)  # of a thing's hue, for each of its parts
 SHADES = (0.75, 0.45, 1.0)  # brightness of a thing's parts, give or take a little
 
 
-def rooms(count: int, resolution: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_rooms(count: int, resolution: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Draw rooms with the parts they are made of.
 
     Picture i depends on (seed, i) alone: asking for more pictures leaves the earlier ones as they were.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views.views import Views, resize_area
-from factorkit.rendering import OccupancyGrid, OccupiedSampling, Rays, image_rays, intrinsics_from_fov, look_at, render
+from factorkit.rendering import OccupancyGrid, OccupancySampling, Rays, image_rays, intrinsics_from_fov, look_at, render
 from factorkit.utils.errors import ConfigError
 
 LOWER, UPPER = (-1.0, -1.0, -1.0), (1.0, 1.0, 1.0)
@@ -43,7 +43,7 @@ WAGON: tuple[Shape, ...] = (
 LAMP: Shape = ("box", (0.8, 0.0, -0.1), (0.05, 0.2, 0.07), (0.95, 0.90, 0.45))
 
 
-def procedural_views(
+def make_procedural_views(
     count: int,
     size: int = 32,
     *,
@@ -98,7 +98,7 @@ def procedural_views(
     )
 
 
-def scene_field(symmetric: bool = False):
+def make_scene_field(symmetric: bool = False):
     """The scene itself: a field as :func:`factorkit.render` takes it, positions [M, 3] and directions [M, 3] to density
     [M] and radiance [M, 3]."""
     shapes = (*WAGON, LAMP) if symmetric else TABLE
@@ -150,7 +150,7 @@ def _cameras(count: int, seed: int, low: float, high: float, radius: float) -> T
 @torch.no_grad()
 def _pictures(poses: Tensor, intrinsics: Tensor, size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Images [V, 3, size, size] over white and opacities [V, 1, size, size], pixels averaged over finer ones."""
-    field, sampling = scene_field(symmetric), OccupiedSampling(_occupied(symmetric), step=STEP)
+    field, sampling = make_scene_field(symmetric), OccupancySampling(_occupied(symmetric), step=STEP)
     fine = size * OVERSAMPLING
     scale = torch.tensor([OVERSAMPLING, OVERSAMPLING, 1.0])[:, None]
     images, masks = [], []
@@ -165,7 +165,7 @@ def _pictures(poses: Tensor, intrinsics: Tensor, size: int, symmetric: bool) -> 
 @lru_cache
 def _occupied(symmetric: bool) -> OccupancyGrid:
     grid = OccupancyGrid(LOWER, UPPER, resolution=64, threshold=0.02)
-    field = scene_field(symmetric)
+    field = make_scene_field(symmetric)
     for _ in range(4):
         grid.update(lambda points: field(points, points)[0])
     return grid

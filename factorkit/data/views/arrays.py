@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from factorkit.data.views.loading import Shot, depth_range, every_eighth
+from factorkit.data.views.cameras import estimate_depth_range
+from factorkit.data.views.loading import Shot, every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError
+from factorkit.utils.images import uint8_to_unit
 from factorkit.utils.safe_reading import read_arrays
 
 KEYS = ("images", "poses", "focal")
@@ -60,7 +62,7 @@ def read_posed_array(path: Path, split: str | None) -> tuple[list[Shot], dict[st
         )
     names = names or [f"{i:06d}" for i in range(count)]
     if images.dtype == np.uint8:
-        images = images.astype(np.float32) / 255
+        images = uint8_to_unit(images)
     elif images.dtype.kind != "f" or not (images.min() >= 0 and images.max() <= 1):  # so that NaN is refused too
         raise DataError(
             f"{path}: images must be uint8, or floats in [0, 1]; these are {images.dtype} from "
@@ -74,7 +76,7 @@ def read_posed_array(path: Path, split: str | None) -> tuple[list[Shot], dict[st
         chosen = list(range(TRAINING_VIEWS) if split == "train" else range(TRAINING_VIEWS, count))
     else:
         chosen = every_eighth(count, split)
-    near, far = depth_range(poses)
+    near, far = estimate_depth_range(poses)
     shots = [Shot(names[i], _reader(images[i]), lambda height, width: k, poses[i]) for i in chosen]
     return shots, {"layout": "object", "near": near, "far": far}
 

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from factorkit.data.masks import MASK_KEYS, match_masks
-from factorkit.data.open_source import open_source
+from factorkit.data.open import open_source
 from factorkit.data.sources import Source
 from factorkit.data.video import video_frames
 from factorkit.data.views.loading import Shot, every_eighth, opacity, pixels
 from factorkit.data.views.views import resize_area, target_size
+from factorkit.utils.images import uint8_to_unit
 
 VIDEO_FRAMES = 120  # of a longer video so many are taken, evenly spread: neighbouring frames hardly differ
 ASSUMED_FOV = 50.0  # degrees along the longer side
@@ -90,7 +91,7 @@ def _reduced(frame: np.ndarray, resolution: int | None) -> np.ndarray:
 
 
 def _as_float(frame: np.ndarray) -> np.ndarray:
-    return frame.astype(np.float32) / 255
+    return uint8_to_unit(frame)
 
 
 def _assumed(fov: float | None) -> Callable[[int, int], np.ndarray]:

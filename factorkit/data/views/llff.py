@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from factorkit.data.open_source import find_images
-from factorkit.data.views.loading import Shot, every_eighth, picture_file, scaled_intrinsics
+from factorkit.data.open import list_images
+from factorkit.data.views.cameras import compute_mean_pose, scale_intrinsics
+from factorkit.data.views.loading import Shot, every_eighth, picture_file
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError
 from factorkit.utils.safe_reading import read_arrays
@@ -47,7 +48,7 @@ def read_llff(path: Path, split: str | None) -> tuple[list[Shot], dict[str, Any]
     values = values.astype(np.float64)
     if values.ndim != 2 or values.shape[1] != 17 or not len(values):
         raise DataError(f"{file}: an array of shape {list(values.shape)}; LLFF's has 17 numbers for each picture")
-    pictures = find_images(folder)
+    pictures = list_images(folder)
     if len(pictures) != len(values):
         raise DataError(
             f"{file}: {len(values)} poses, but {folder} holds {len(pictures)} pictures. There must be one "
@@ -67,29 +68,12 @@ def read_llff(path: Path, split: str | None) -> tuple[list[Shot], dict[str, Any]
     poses[:, :3] = np.stack([right, -down, back, place], axis=2)
     check_rigid(torch.from_numpy(poses), names)
     scale = 1 / (NEAREST * bounds[:, 0].min())
-    poses = np.linalg.inv(mean_pose(poses)) @ poses
+    poses = np.linalg.inv(compute_mean_pose(poses)) @ poses
     poses[:, :3, 3] *= scale
     shots = []
     for i in every_eighth(len(values), split):
         height, width, focal = lens[i]
         k = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
-        shots.append(Shot(names[i], picture_file(pictures[i]), scaled_intrinsics(k, height, width, names[i]), poses[i]))
+        shots.append(Shot(names[i], picture_file(pictures[i]), scale_intrinsics(k, height, width, names[i]), poses[i]))
     near, far = 0.9 * bounds[:, 0].min() * scale, bounds[:, 1].max() * scale
     return shots, {"layout": "forward", "near": float(near), "far": float(far)}
-
-
-def mean_pose(poses: np.ndarray) -> np.ndarray:
-    """A pose [4, 4] at the mean of the places, that looks along the mean direction with the mean of the ups upwards, or
-    the first one's up where they are rolled all ways."""
-    back = _unit(poses[:, :3, 2].sum(0))
-    right = np.cross(poses[:, :3, 1].sum(0), back)
-    if np.linalg.norm(right) < 0.05 * len(poses):
-        right = np.cross(poses[0, :3, 1], back)
-    right = _unit(right)
-    mean = np.eye(4)
-    mean[:3] = np.stack([right, np.cross(back, right), back, poses[:, :3, 3].mean(0)], axis=1)
-    return mean
-
-
-def _unit(vector: np.ndarray) -> np.ndarray:
-    return vector / np.linalg.norm(vector)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +13,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from factorkit.data.decode import BrokenImage, to_rgb
+from factorkit.data.decode import ImageDecodeError, to_rgb
 from factorkit.data.sources import FileSource
-from factorkit.data.views.lens import Distortion, undistort
-from factorkit.data.views.views import Layout, Views, backdrop, resize_area, target_size
+from factorkit.data.views.cameras import Distortion, undistort
+from factorkit.data.views.views import SceneLayout, Views, make_background, resize_area, target_size
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import uint8_to_unit
 
 BORDER_SHARE, BORDER_TOLERANCE = 0.9, 2 / 255
-ASPECT_TOLERANCE = 0.01
 MASK_RANGES = (1, 255, 65535)
 
 
@@ -49,7 +48,7 @@ class Shot:
 def load(
     shots: Sequence[Shot],
     *,
-    layout: Layout,
+    layout: SceneLayout,
     near: float | None = None,
     far: float | None = None,
     resolution: int | None = None,
@@ -84,7 +83,7 @@ def load(
     if any(opacity is not None for opacity in opacities):
         masks, color = torch.stack([torch.ones_like(images[0, :1]) if x is None else x for x in opacities]), None
         if background is not None:
-            behind, color = backdrop(background, images.shape, seed)
+            behind, color = make_background(background, images.shape, seed)
             images = images + (1 - masks) * behind
     poses = [shot.pose for shot in shots if shot.pose is not None]
     return Views(
@@ -102,7 +101,7 @@ def load(
 
 def picture_file(path: Path) -> Callable[[], np.ndarray]:
     """Reads an image file with a camera as :class:`Shot` wants it: as stored, whatever its EXIF orientation, since the
-    cameras of nerfstudio and COLMAP are of stored pixels; BrokenImage or DataError where it cannot be decoded or read.
+    cameras of nerfstudio and COLMAP are of stored pixels; ImageDecodeError or DataError where it cannot be decoded or read.
     """
     return lambda: pixels(FileSource(path.parent, [path.name]).decode(0), path.name, upright=False)
 
@@ -122,8 +121,8 @@ def pixels(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
         else:
             found = np.asarray(to_rgb(image, upright))
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-        raise BrokenImage(f"{name}: cannot be decoded: {error}") from error
-    return found.astype(np.float32) / 255
+        raise ImageDecodeError(f"{name}: cannot be decoded: {error}") from error
+    return uint8_to_unit(found)
 
 
 def opacity(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
@@ -134,47 +133,11 @@ def opacity(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
         wide = image.mode == "F" or image.mode.startswith("I")  # to "L" Pillow clips or truncates these
         found = np.asarray(image if wide else image.convert("L")).astype(np.float32)
     except Exception as error:  # as above
-        raise BrokenImage(f"{name}: cannot be decoded: {error}") from error
+        raise ImageDecodeError(f"{name}: cannot be decoded: {error}") from error
     low, high = found.min(), found.max()
     if not (low >= 0 and high <= MASK_RANGES[-1]):  # written so that NaN is refused too
-        raise BrokenImage(f"{name}: mask values from {low} to {high}; convert it to [0, 1] or to 8 bits")
+        raise ImageDecodeError(f"{name}: mask values from {low} to {high}; convert it to [0, 1] or to 8 bits")
     return found / next(top for top in MASK_RANGES if high <= top)
-
-
-def scaled_intrinsics(k: np.ndarray, height: float, width: float, name: str) -> Callable[[int, int], np.ndarray]:
-    """K of a picture of these sides, for the same picture at any size; DataError where it has another shape, or where
-    the sides are none."""
-    if not (0 < height < math.inf and 0 < width < math.inf):
-        raise DataError(f"{name}: its camera is described for a picture of {width:g} x {height:g} pixels")
-
-    def at(actual_height: int, actual_width: int) -> np.ndarray:
-        x, y = actual_width / width, actual_height / height
-        if abs(x / y - 1) > ASPECT_TOLERANCE:
-            raise DataError(
-                f"{name}: {actual_width} x {actual_height} pixels, but its camera is described for {width:g} x "
-                f"{height:g}. Give the picture that the camera belongs to, or a reduced copy of it."
-            )
-        return k * np.array([x, y, 1.0])[:, None]
-
-    return at
-
-
-def fov_intrinsics(
-    fov_x: float, fov_y: float | None = None, cx: float | None = None, cy: float | None = None
-) -> Callable[[float, float], np.ndarray]:
-    """K of a picture that spans `fov_x` radians from left to right and `fov_y` from top to bottom (None: square
-    pixels), its optical axis at (cx, cy) (None: its centre).
-
-    The angles are those of nerfstudio and instant-ngp, 2 atan(side / 2f), wherever the axis lies.
-    """
-
-    def at(height: float, width: float) -> np.ndarray:
-        fx = width / (2 * math.tan(fov_x / 2))
-        fy = fx if fov_y is None else height / (2 * math.tan(fov_y / 2))
-        x, y = width / 2 if cx is None else cx, height / 2 if cy is None else cy
-        return np.array([[fx, 0, x], [0, fy, y], [0, 0, 1]])
-
-    return at
 
 
 def border_color(images: Tensor) -> Tensor | None:
@@ -190,27 +153,6 @@ def every_eighth(count: int, split: str | None) -> list[int]:
     """Indices of a split where the files name none: every 8th view is for the test (Mildenhall et al. 2019)."""
     keep = {None: lambda i: True, "train": lambda i: i % 8 != 0, "test": lambda i: i % 8 == 0}[split]
     return [i for i in range(count) if keep(i)]
-
-
-def depth_range(poses: np.ndarray) -> tuple[float, float] | tuple[None, None]:
-    """Near and far of cameras [V, 4, 4] that stand around something: half and one and a half times their median
-    distance from the point closest to all their axes; (None, None) where the axes meet nowhere before them."""
-    centre = meeting_point(poses)
-    if centre is None:
-        return None, None
-    away = np.einsum("vi,vi->v", poses[:, :3, 3] - centre, poses[:, :3, 2])
-    distance = float(np.median(away))
-    return (0.5 * distance, 1.5 * distance) if distance > 0 else (None, None)
-
-
-def meeting_point(poses: np.ndarray) -> np.ndarray | None:
-    """The point [3] with the least sum of squared distances from the cameras' axes; None where they are parallel."""
-    axes, eyes = poses[:, :3, 2], poses[:, :3, 3]
-    across = np.eye(3) - axes[:, :, None] * axes[:, None, :]
-    normal = across.mean(0)
-    if np.linalg.eigvalsh(normal)[0] < 1e-6:
-        return None
-    return np.linalg.solve(normal, (across @ eyes[..., None]).mean(0)[:, 0])
 
 
 def _decode(shot: Shot, resolution: int | None, cut_out: bool) -> tuple[tuple[int, int], Tensor, Tensor | None, Tensor]:

@@ -16,7 +16,7 @@ from factorkit.data.views.llff import is_llff, read_llff
 from factorkit.data.views.loading import every_eighth, load
 from factorkit.data.views.srn import is_srn, read_srn
 from factorkit.data.views.transforms import is_transforms, read_transforms
-from factorkit.data.views.views import Layout, Views
+from factorkit.data.views.views import SceneLayout, Views
 from factorkit.utils.errors import ConfigError, DataError
 
 # What fits is read with its poses; anything else is pictures.
@@ -32,7 +32,7 @@ def open_views(
     *,
     masks: Any = None,
     fov: float | None = None,
-    layout: Layout | None = None,
+    layout: SceneLayout | None = None,
     seed: int = 0,
 ) -> Views:
     """Views of one scene, with their cameras where the files tell them.
@@ -94,11 +94,11 @@ def open_views(
     return load(shots, resolution=resolution, background=background, seed=seed, **known)
 
 
-def _again(views: Views, split: str | None, resolution: int | None, layout: Layout | None) -> Views:
+def _again(views: Views, split: str | None, resolution: int | None, layout: SceneLayout | None) -> Views:
     if split is not None:
         views = views.select(every_eighth(len(views), split))
     if resolution is not None:
-        views = views.resized(resolution)
+        views = views.resize(resolution)
     return views if layout is None else replace(views, layout=layout)
 
 

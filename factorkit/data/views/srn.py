@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from factorkit.data.open_source import find_images
-from factorkit.data.views.loading import Shot, depth_range, every_eighth, picture_file, scaled_intrinsics
+from factorkit.data.open import list_images
+from factorkit.data.views.cameras import estimate_depth_range, scale_intrinsics
+from factorkit.data.views.loading import Shot, every_eighth, picture_file
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError
 
@@ -34,7 +35,7 @@ def read_srn(path: Path, split: str | None) -> tuple[list[Shot], dict[str, Any]]
         raise DataError(f"{file}: expected `focal cx cy` in the first line and `height width` in the last")
     (focal, cx, cy), (height, width) = lines[0][:3], lines[-1]
     k = np.array([[focal, 0, cx], [0, focal, cy], [0, 0, 1]])
-    pictures = {picture.stem: picture for picture in find_images(path / "rgb")}
+    pictures = {picture.stem: picture for picture in list_images(path / "rgb")}
     matrices = {file.stem: file for file in sorted((path / "pose").glob("*.txt"))}
     alone = sorted(pictures.keys() ^ matrices.keys())
     if alone or not pictures:
@@ -45,11 +46,11 @@ def read_srn(path: Path, split: str | None) -> tuple[list[Shot], dict[str, Any]]
     names = sorted(pictures)
     poses = np.stack([_pose(matrices[name]) for name in names]) @ TO_OPENGL
     check_rigid(torch.from_numpy(poses), [f"pose/{name}.txt" for name in names])
-    near, far = depth_range(poses)
+    near, far = estimate_depth_range(poses)
     shots = []
     for i in every_eighth(len(names), split):
         name, picture = f"rgb/{pictures[names[i]].name}", pictures[names[i]]
-        shots.append(Shot(name, picture_file(picture), scaled_intrinsics(k, height, width, name), poses[i]))
+        shots.append(Shot(name, picture_file(picture), scale_intrinsics(k, height, width, name), poses[i]))
     return shots, {"layout": "object", "near": near, "far": far}
 
 

@@ -11,23 +11,20 @@ import numpy as np
 import torch
 
 from factorkit.data.sources import IMAGE_SUFFIXES
-from factorkit.data.views.lens import Distortion
-from factorkit.data.views.loading import (
-    Shot,
-    depth_range,
-    every_eighth,
+from factorkit.data.views.cameras import (
+    Distortion,
+    detect_layout,
+    estimate_depth_range,
     fov_intrinsics,
-    mask_file,
-    picture_file,
-    scaled_intrinsics,
+    scale_intrinsics,
 )
-from factorkit.data.views.views import Layout, check_rigid
+from factorkit.data.views.loading import Shot, every_eighth, mask_file, picture_file
+from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError
 from factorkit.utils.safe_reading import read_json
 
 SPLITS = {"train": ("train",), "test": ("test",), None: ("train", "val", "test")}
 PINHOLES = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
-FORWARD_COSINE = math.cos(math.radians(45))  # cameras that all look within this of their mean direction face forward
 
 
 def is_transforms(path: Path) -> bool:
@@ -62,17 +59,9 @@ def read_transforms(path: Path, split: str | None) -> tuple[list[Shot], dict[str
         parts = [_read_file(file, None if named else split)]
     shots = [shot for part, _ in parts for shot in part]
     poses = np.concatenate([poses for _, poses in parts])
-    layout = "object" if blender else facing(poses)
-    near, far = depth_range(poses) if layout == "object" else (None, None)
+    layout = "object" if blender else detect_layout(poses)
+    near, far = estimate_depth_range(poses) if layout == "object" else (None, None)
     return shots, {"layout": layout, "near": near, "far": far}
-
-
-def facing(poses: np.ndarray) -> Layout:
-    """Whether cameras [V, 4, 4] look the same way, or stand around something; one camera alone stands before it."""
-    back = poses[:, :3, 2]
-    mean = back.mean(0)
-    within = back @ mean >= FORWARD_COSINE * np.linalg.norm(mean)
-    return "forward" if len(poses) > 1 and within.all() else "object"
 
 
 def _read_file(file: Path, split: str | None) -> tuple[list[Shot], np.ndarray]:
@@ -163,7 +152,7 @@ def _intrinsics(settings: dict[str, Any], name: str, file: Path) -> Callable[[in
             width, height, fx = (float(settings[key]) for key in ("w", "h", "fl_x"))
             fy = float(settings.get("fl_y", fx))
             cx, cy = float(settings.get("cx", width / 2)), float(settings.get("cy", height / 2))
-            return scaled_intrinsics(np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), height, width, name)
+            return scale_intrinsics(np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), height, width, name)
         return _from_angle(settings, name)
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise DataError(
@@ -181,7 +170,7 @@ def _from_angle(settings: dict[str, Any], name: str) -> Callable[[int, int], np.
     if "w" not in settings and "h" not in settings:
         return k
     width, height = (float(settings[key]) for key in ("w", "h"))
-    return scaled_intrinsics(k(height, width), height, width, name)
+    return scale_intrinsics(k(height, width), height, width, name)
 
 
 def _distortion(settings: dict[str, Any], name: str, file: Path) -> Distortion | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from factorkit.utils.errors import ConfigError, DataError
 
-Layout = Literal["object", "forward"]
+SceneLayout = Literal["object", "forward"]
 
 RIGIDITY = 1e-3  # how far the columns of a rotation may be from orthonormal; files with few digits stay below it
 SKEW = 1e-4  # what K may hold, in focal lengths, where it should hold nothing: rounding
@@ -44,7 +44,7 @@ class Views:
     poses: Tensor | None = None
     near: float | None = None
     far: float | None = None
-    layout: Layout = "object"
+    layout: SceneLayout = "object"
     background: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class Views:
         per_view = {name: value if value is None else value[chosen] for name, value in per_view.items()}
         return replace(self, names=[self.names[i] for i in chosen.tolist()], **per_view)
 
-    def resized(self, size: int | tuple[int, int]) -> Views:
+    def resize(self, size: int | tuple[int, int]) -> Views:
         """The views at another size, each new pixel the mean over its area; the intrinsics follow.
 
         Args:
@@ -83,7 +83,7 @@ class Views:
             intrinsics=self.intrinsics * scale[:, None],
         )
 
-    def over(self, background: str | Sequence[float] | Tensor, seed: int = 0) -> Views:
+    def with_background(self, background: str | Sequence[float] | Tensor, seed: int = 0) -> Views:
         """The same foreground over another background: "white", "black", a colour [3], or "noise", in every pixel a
         colour drawn evenly (after which there is no one background colour any more).
 
@@ -93,12 +93,12 @@ class Views:
         if self.masks is None or self.background is None:
             missing = "masks" if self.masks is None else "known background colour"
             raise ConfigError(f"these views have no {missing}: their background cannot be exchanged")
-        behind, color = backdrop(background, self.images.shape, seed)
+        behind, color = make_background(background, self.images.shape, seed)
         images = self.images + (1 - self.masks) * (behind - self.background[:, None, None])
         return replace(self, images=images.clamp(0, 1), background=color)
 
 
-def backdrop(
+def make_background(
     background: str | Sequence[float] | Tensor, shape: Sequence[int], seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """What to composite images of this shape [V, 3, H, W] over, in a shape that broadcasts, and its one colour [3].

@@ -86,6 +86,8 @@ def build_candidates(
         return LookAtCandidates(band_anchors(count, elevations), distance, freedom)
     if kind == "thesis":
         if freedom:
-            raise ConfigError(f"freedom={tuple(freedom)}: the thesis' candidates look at the origin; use look_at")
+            raise ConfigError(
+                f"optimize_camera={tuple(freedom)}: the thesis' candidates look at the origin; use look_at"
+            )
         return OctantCandidates(count, distance, upper_half=elevations[0] >= 0)
-    raise ConfigError(f"candidates={kind!r} is unknown; choose look_at, thesis or single")
+    raise ConfigError(f"candidate_type={kind!r} is unknown; choose look_at, thesis or single")

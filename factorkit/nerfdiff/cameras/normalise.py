@@ -13,7 +13,7 @@ import roma
 import torch
 from torch import Tensor
 
-from factorkit.data.views.llff import mean_pose
+from factorkit.data.views.cameras import compute_mean_pose
 from factorkit.utils.errors import DataError
 
 TILT = math.cos(math.radians(30))  # of cameras' up from z: what a hand does; beyond it another axis is meant
@@ -81,7 +81,7 @@ def ahead(poses: Tensor, near: float | None) -> Tensor:
     given = poses.double().cpu().numpy()
     if np.linalg.norm(given[:, :3, 2].mean(0)) < AGREED:
         raise DataError('the cameras of this forward-facing scene look all ways; open the views with layout="object"')
-    mean = mean_pose(given)
+    mean = compute_mean_pose(given)
     place, reach = mean[:3, 3], spread(poses[:, :3, 3])
     there = mean[2, 2] >= AHEAD and np.linalg.norm(place) <= max(0.5, 2 * reach)
     one_place = reach <= ROUNDING * float(poses[:, :3, 3].abs().max())  # nothing has depth, so no scale is wrong

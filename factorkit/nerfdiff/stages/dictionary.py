@@ -61,7 +61,7 @@ class SearchTask(FitTask):
         generator = torch.Generator().manual_seed(derived_seed("first assignment", config.seed))
         assigned = torch.randint(len(places), (len(scene.images),), generator=generator).to(places.device)
         poses = AssignedPoses(places, assigned, stand)
-        self.samples = min(config.samples, config.search_field)
+        self.samples = min(config.samples_per_ray, config.search_grid_resolution)
         super().__init__(config, scene, Fit(field, poses, scene.optics, scene.size, self.samples), hot=1.0)
 
     def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:

@@ -43,13 +43,13 @@ class DistilTask:
         model.field.requires_grad_(False)
         self.schedule = Schedule(config.timesteps, device=scene.images.device)
         images, poses = scene.images, model.views
-        if config.rendered and scene.layout == "object":
-            further = self._around(config.rendered)
+        if config.num_rendered_views and scene.layout == "object":
+            further = self._around(config.num_rendered_views)
             # twice as fine as the encoder reads is as good to it as the views' own size
             size = target_size(min(2 * config.encoder_resolution, max(scene.size)), *scene.size)
 
             def render(rows: slice) -> Tensor:
-                return render_views(model.field, further[rows], scene.optics, size, config.samples).color
+                return render_views(model.field, further[rows], scene.optics, size, config.samples_per_ray).color
 
             seen = distributed.in_shares(render, len(further)).movedim(-1, 1)
             images, poses = torch.cat([images, resize_area(seen, *scene.size)]), torch.cat([poses, further])
@@ -85,7 +85,9 @@ class DistilTask:
     def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
         """What the model makes of the views, and where it and the search put their cameras; what is wrong with that."""
         found = look(model, self.scene.images)
-        renders_sheet(folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples)
+        renders_sheet(
+            folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples_per_ray
+        )
         path = folder / f"{step:06d}_cameras_encoder.png"
         cameras_sheet(path, self.scene.layout, found.best, found.poses)
         if step == self.config.steps:

@@ -3,7 +3,7 @@
     L = min_i |render_i - x0|^2 + lambda cross_entropy(scores, argmin_i)                            (3.4)
 
 The candidates are compared without gradient on small renders; the best alone is rendered with gradient, along random
-rays. With ``balance`` every candidate gets its share of each batch in the first half of the training, at a temperature
+rays. With ``balance_candidates`` every candidate gets its share of each batch in the first half of the training, at a temperature
 that falls: the plain minimum lets all views run to one place.
 """
 
@@ -76,17 +76,17 @@ class JointTask:
         found = self.model.cameras(x_t, t)
         rows = torch.arange(len(images), device=images.device)
         best = self.choose(found.poses, images, heat, draw.uniform(), indices)
-        pixels = draw.integers(0, images.shape[2] * images.shape[3], config.rays)
+        pixels = draw.integers(0, images.shape[2] * images.shape[3], config.rays_per_view)
         seen = render_pixels(
             self.model.field,
             found.poses[rows, best],
             self.scene.optics,
             pixels,
             self.scene.size,
-            config.samples,
+            config.samples_per_ray,
             int(step),
             indices,
-            draw.rows.start * config.rays,
+            draw.rows.start * config.rays_per_view,
         )
         error = (seen.color - picked(images, pixels)).square().mean((1, 2))
         missed = F.cross_entropy(found.scores, best, reduction="none")
@@ -102,10 +102,10 @@ class JointTask:
         """The candidate [B] that each of images [B, 3, H, W] is rendered from, of poses [B, N, 4, 4]; ``views`` [B] are
         their indices, for their tones."""
         size = target_size(min(COMPARED, max(images.shape[2:])), *images.shape[2:])
-        seen = render_views(self.model.field, poses, self.scene.optics, size, self.config.samples, views).color
+        seen = render_views(self.model.field, poses, self.scene.optics, size, self.config.samples_per_ray, views).color
         small = resize_area(images, *size).movedim(1, -1)
         errors = (seen - small[:, None]).square().mean((2, 3, 4))
-        if not (self.config.balance and heat and errors.shape[1] > 1):
+        if not (self.config.balance_candidates and heat and errors.shape[1] > 1):
             return errors.argmin(1)
         low, high = TEMPERATURE
         everyone, mine = distributed.gathered(spread(errors))  # every candidate's share is of the whole batch
@@ -118,7 +118,9 @@ class JointTask:
     def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
         """Where the training views stand now; what is wrong with that."""
         found = look(model, self.scene.images)
-        renders_sheet(folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples)
+        renders_sheet(
+            folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples_per_ray
+        )
         path = folder / f"{step:06d}_cameras_encoder.png"
         cameras_sheet(path, self.scene.layout, found.best, found.poses)
         if step == self.config.steps:

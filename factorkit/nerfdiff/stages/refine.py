@@ -76,8 +76,8 @@ def prior(config: NerfdiffConfig, scene: Scene, field: Field, seen: Rendered) ->
 
     Fog of the background's colour shows in no picture that a field is fitted to, but in those of other cameras it does.
     """
-    rough = config.roughness * field.roughness()
-    return rough + config.fog * seen.opacity.mean(1) if scene.layout == "object" else rough
+    rough = config.tv_weight * field.roughness()
+    return rough + config.opacity_weight * seen.opacity.mean(1) if scene.layout == "object" else rough
 
 
 class FitTask:
@@ -120,8 +120,8 @@ class FitTask:
         if draw.first:
             look_again(self.model.field, int(step))
         images = self.images(int(step))[which.to(self.scene.images.device)]
-        pixels = draw.integers(0, images.shape[2] * images.shape[3], self.config.rays)
-        first = draw.rows.start * self.config.rays
+        pixels = draw.integers(0, images.shape[2] * images.shape[3], self.config.rays_per_view)
+        first = draw.rows.start * self.config.rays_per_view
         seen = model(which, pixels, int(step), first, **self.options(draw, int(step)))
         error = (seen.color - picked(images, pixels)).square().mean((1, 2))
         objective = error + prior(self.config, self.scene, self.model.field, seen)

@@ -5,5 +5,5 @@ from __future__ import annotations
 from factorkit.reproduce import views
 
 EXPERIMENT = views.ablation(
-    "fig3.11", "4, 8 and 12 candidate cameras", {f"{n} candidates": {"cameras": n} for n in (4, 8, 12)}
+    "fig3.11", "4, 8 and 12 candidate cameras", {f"{n} candidates": {"num_candidates": n} for n in (4, 8, 12)}
 )

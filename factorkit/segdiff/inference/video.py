@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from factorkit.data.video import Clip, video_libraries
+from factorkit.data.video import Video, video_libraries
 from factorkit.segdiff import previews as pictures
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
@@ -132,7 +132,7 @@ def _labels(masks: Tensor, seen: Seen, config: SegdiffConfig) -> np.ndarray:
 
 
 def write_video(
-    clip: Clip, found: Iterator[tuple[np.ndarray, np.ndarray]], out: Path, regions: int, progress: bool
+    clip: Video, found: Iterator[tuple[np.ndarray, np.ndarray]], out: Path, regions: int, progress: bool
 ) -> VideoSegments:
     """The clip with its regions laid over it as a video at ``out``, which appears whole or not at all.
 

@@ -15,16 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorkit.data.datasets import open_dataset
+from factorkit.data.datasets import Split, open_dataset
 from factorkit.data.layouts import voc2012
-from factorkit.data.masks import Labelled, load_labelled
-from factorkit.data.splits import Split
-from factorkit.metrics.segmentation import fit_mapping, scores
+from factorkit.data.masks import LabelledImages, load_labelled
+from factorkit.metrics.segmentation import fit_mapping, score_masks
 from factorkit.segdiff.class_labels import label_of
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
-from factorkit.segdiff.task import to_float
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import pixels_to_signed
 
 #: Table 2.7: for each class of VOC the class of ImageNet (ILSVRC 2012, counted from 0 in the order of the synsets).
 THESIS_LABELS = dict(
@@ -45,7 +44,7 @@ def zero_shot_scores(
     *,
     split: str = "val",
     label_map: Mapping[str, Any] | None,
-    fit: int,
+    num_fit_images: int,
     mask_set: str | None = None,
 ) -> dict[str, Any]:
     """Score each class of a data set whose masks hold classes.
@@ -56,7 +55,7 @@ def zero_shot_scores(
             of "train", where that is another split, else on the first ones of this split.
         label_map: the run's class, by name or number, of each class that the model is to be told; None: the
             dissertation's (table 2.7) for VOC and a run on the 1000 classes of ImageNet, and nothing for other runs.
-        fit: pictures of each class that fit its mapping, at most half of them where there is one split.
+        num_fit_images: pictures of each class that fit its mapping, at most half of them where there is one split.
         mask_set: of a data set with several sets of masks, which.
 
     Returns:
@@ -76,16 +75,16 @@ def zero_shot_scores(
     scored = splits[split]
     if scored.images is None or scored.masks is None or not len(scored.masks):
         raise DataError(f"{dataset.name}: {split!r} has no masks to score with")
-    labelled = load_labelled(scored.images, scored.masks, config.resolution, ignore=config.ignore)
+    labelled = load_labelled(scored.images, scored.masks, config.resolution, ignore_label=config.ignore)
     other = dataset.splits.get("train") if split not in ("train", "all") else None
     fitted = None
     if other is not None and other.masks is not None and len(other.masks):
-        fitted = load_labelled(other.images, other.masks, config.resolution, ignore=config.ignore)
+        fitted = load_labelled(other.images, other.masks, config.resolution, ignore_label=config.ignore)
     names = _names(dataset.layout, mask_set, labelled)
     told = _told(config, names, label_map)
     found, missing = {}, []
     for number, name in names.items():
-        one = _of_class(config, predictor, labelled, fitted, number, told.get(name), fit)
+        one = _of_class(config, predictor, labelled, fitted, number, told.get(name), num_fit_images)
         if one is None:
             missing.append(name)
         else:
@@ -97,7 +96,7 @@ def zero_shot_scores(
     return {"classes": found, "missing": missing, "split": split, "data": dataset.name, **means, **level}
 
 
-def _names(layout: str | None, mask_set: str | None, labelled: Labelled) -> dict[int, str]:
+def _names(layout: str | None, mask_set: str | None, labelled: LabelledImages) -> dict[int, str]:
     """The names of the labels; where nobody says them, of those that are there."""
     if layout == "voc-2012" and mask_set in (None, "class"):
         return dict(enumerate(voc2012.CLASSES, start=1))
@@ -121,34 +120,34 @@ def _told(config: SegdiffConfig, names: Mapping[int, str], label_map: Mapping[st
 def _of_class(
     config: SegdiffConfig,
     predictor: Predictor,
-    labelled: Labelled,
-    fitted: Labelled | None,
+    labelled: LabelledImages,
+    fitted: LabelledImages | None,
     number: int,
     told: int | None,
-    fit: int,
+    num_fit_images: int,
 ) -> dict[str, Any] | None:
     """The scores of one class; None where there are too few pictures of it."""
     shown = showing(labelled, number)
     rows = shown
     if fitted is not None and len(known := showing(fitted, number)):
-        source, chosen = fitted, known[:fit]
+        source, chosen = fitted, known[:num_fit_images]
     else:
-        source, chosen = labelled, shown[: min(fit, len(shown) // 2)]
+        source, chosen = labelled, shown[: min(num_fit_images, len(shown) // 2)]
         rows = shown[len(chosen) :]
     if not len(chosen) or not len(rows):
         return None
     predict = predictor(told)
     level, count = scored_level(config.nesting)
 
-    def regions(of: Labelled, at: np.ndarray) -> np.ndarray:
-        labels = hard_labels(predict(to_float(torch.from_numpy(of.images[at]))), config.nesting)
+    def regions(of: LabelledImages, at: np.ndarray) -> np.ndarray:
+        labels = hard_labels(predict(pixels_to_signed(torch.from_numpy(of.images[at]))), config.nesting)
         return level_labels(labels, config.nesting, level).numpy()
 
     truth = lambda of, at: (of.labels[at] == number, of.valid[at])  # noqa: E731
     mapping = fit_mapping(regions(source, chosen), *truth(source, chosen), count)
     predicted = np.isin(regions(labelled, rows), mapping)
     foreground, valid = truth(labelled, rows)
-    of_object, of_rest = scores(predicted, foreground, valid), scores(~predicted, ~foreground & valid, valid)
+    of_object, of_rest = score_masks(predicted, foreground, valid), score_masks(~predicted, ~foreground & valid, valid)
     return {
         "images": len(rows),
         "fitted_on": len(chosen),
@@ -159,6 +158,6 @@ def _of_class(
     }
 
 
-def showing(labelled: Labelled, number: int) -> np.ndarray:
+def showing(labelled: LabelledImages, number: int) -> np.ndarray:
     """The pictures in which a class is seen."""
     return np.flatnonzero(((labelled.labels == number) & labelled.valid).any((1, 2)))

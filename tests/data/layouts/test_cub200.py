@@ -69,7 +69,7 @@ def test_without_a_split_file_one_is_drawn_and_said(cub):
 @pytest.mark.parametrize(
     ("file", "line", "message"),
     [
-        ("images.txt", "5 nowhere.jpg", "1 of 5 images of images.txt are not there, the first is nowhere.jpg"),
+        ("images.txt", "5 nowhere.jpg", "1 of 5 images of images.txt are missing, the first is nowhere.jpg"),
         ("images.txt", "5", "line 5: expected 2 words"),
         ("image_class_labels.txt", "1 3", "a class that classes.txt does not have"),
         ("image_class_labels.txt", "1 bird", "not one number for each image"),

@@ -45,7 +45,7 @@ def test_another_split_is_scored_and_training_stays(flowers):
     assert len(open_dataset(flowers, holdout="none").train) == 7
     with pytest.raises(ConfigError, match=r"a split \(train, val, test\)"):
         open_dataset(flowers, holdout="testing")
-    with pytest.raises(DataError, match="nothing is left to train on"):
+    with pytest.raises(DataError, match="no training images are left"):
         open_dataset(flowers, holdout="train")
 
 
@@ -78,7 +78,7 @@ def test_without_segmentations_or_labels(flowers):
 
 def test_damaged(flowers):
     (flowers / "jpg/image_00003.jpg").unlink()
-    with pytest.raises(DataError, match="1 of 7 images of setid.mat are not there, the first is image_00003.jpg"):
+    with pytest.raises(DataError, match="1 of 7 images of setid.mat are missing, the first is image_00003.jpg"):
         open_dataset(flowers)
     savemat(flowers / "setid.mat", {"trnid": [TRNID], "valid": [[1]], "tstid": [TSTID]})
     with pytest.raises(DataError, match="in two of the splits"):

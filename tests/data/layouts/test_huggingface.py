@@ -93,4 +93,4 @@ def test_missing_pictures_are_left_out(flowers):
     dataset = open_dataset(hf.Dataset.from_dict(rows, features=hf.Features({"image": hf.Image()})))
     with pytest.warns(UserWarning, match="1 of 2 images"):
         prepared = prepare(dataset.train, 8, progress=False)
-    assert prepared.kept.tolist() == [0]
+    assert prepared.source_rows.tolist() == [0]

@@ -53,7 +53,7 @@ def test_voc_one_class_at_a_time(voc):
 def test_voc_unknown_label(voc, draw):
     draw(voc / "SegmentationClass/2007_000003.png", np.full((12, 12), 33), palette=True)
     dataset = open_dataset(voc)
-    with pytest.raises(DataError, match=r"2007_000003.png: label 33 is none of this data set's \(0 to 255\)"):
+    with pytest.raises(DataError, match=r"2007_000003.png: label 33 is not a label of this data set \(0 to 255\)"):
         load_labelled(dataset.test_images, dataset.test_masks, 12)
 
 
@@ -76,9 +76,9 @@ def test_davis_frames_and_videos(davis, grey):
     dataset = open_dataset(davis)
     assert dataset.layout == "davis-2017" and dataset.test_images.names == ["camel/00000.jpg", "camel/00001.jpg"]
     train = dataset.splits["train"]
-    assert {clip: rows.tolist() for clip, rows in train.clips.items()} == {"judo": [0, 1, 2], "bear": [3, 4]}
-    assert set(dataset.splits["val"].clips) == {"camel"}
-    assert grey(train.images.subset(train.clips["bear"])) == [20, 21], "a video's frames, in order"
+    assert {clip: rows.tolist() for clip, rows in train.videos.items()} == {"judo": [0, 1, 2], "bear": [3, 4]}
+    assert set(dataset.splits["val"].videos) == {"camel"}
+    assert grey(train.images.subset(train.videos["bear"])) == [20, 21], "a video's frames, in order"
     labels = load_labelled(train.images, train.masks, 12).labels
     assert labels.shape == (5, 12, 12) and set(np.unique(labels)) == {0, 1, 2}
 

@@ -3,29 +3,29 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from factorkit.data import flowers
+from factorkit.data import draw_flowers
 from factorkit.utils.errors import ConfigError
 
 
 def test_same_call_same_flowers_and_count_changes_no_earlier_one():
-    images, masks = flowers(5, 16, seed=3)
-    more_images, more_masks = flowers(8, 16, seed=3)
+    images, masks = draw_flowers(5, 16, seed=3)
+    more_images, more_masks = draw_flowers(8, 16, seed=3)
     np.testing.assert_array_equal(images, more_images[:5])
     np.testing.assert_array_equal(masks, more_masks[:5])
     assert len(np.unique(more_images.reshape(8, -1), axis=0)) == 8
-    assert not (flowers(5, 16, seed=4)[0] == images).all((1, 2, 3)).any()
+    assert not (draw_flowers(5, 16, seed=4)[0] == images).all((1, 2, 3)).any()
 
 
 def test_shapes_and_types():
-    images, masks = flowers(2, 24)
+    images, masks = draw_flowers(2, 24)
     assert images.shape == (2, 24, 24, 3) and images.dtype == np.uint8
     assert masks.shape == (2, 24, 24) and masks.dtype == bool
-    assert flowers(0, 24)[0].shape == (0, 24, 24, 3)
+    assert draw_flowers(0, 24)[0].shape == (0, 24, 24, 3)
 
 
 def test_statistics_the_recipe_was_tuned_on():
     """Means over 300 flowers; the margins are four standard errors of such a mean."""
-    images, masks = flowers(300, 32, seed=1)
+    images, masks = draw_flowers(300, 32, seed=1)
     area = masks.mean((1, 2))
     assert 0.217 < area.mean() < 0.257 and 0.065 < area.std() < 0.10
     inside = masks[..., None]
@@ -37,7 +37,7 @@ def test_statistics_the_recipe_was_tuned_on():
 
 
 def test_flower_is_where_the_mask_says():
-    _, masks = flowers(50, 32)
+    _, masks = draw_flowers(50, 32)
     rows, columns = masks.any(2), masks.any(1)
     centre = (np.argmax(rows, 1) + 31 - np.argmax(rows[:, ::-1], 1)) / 64, np.argmax(columns, 1)
     assert (np.abs(centre[0] - 0.5) < 0.25).all()
@@ -45,12 +45,12 @@ def test_flower_is_where_the_mask_says():
 
 
 def test_resolution_changes_detail_and_not_the_flower():
-    _, small = flowers(20, 16, seed=2)
-    _, large = flowers(20, 64, seed=2)
+    _, small = draw_flowers(20, 16, seed=2)
+    _, large = draw_flowers(20, 64, seed=2)
     np.testing.assert_allclose(small.mean((1, 2)).mean(), large.mean((1, 2)).mean(), atol=0.06)
 
 
 @pytest.mark.parametrize("wrong", [{"count": -1}, {"count": 1, "resolution": 0}, {"count": 1, "seed": -1}])
 def test_impossible_requests_are_refused(wrong):
     with pytest.raises(ConfigError, match="or more"):
-        flowers(**wrong)
+        draw_flowers(**wrong)

@@ -7,14 +7,14 @@ import colorsys
 import numpy as np
 import pytest
 
-from factorkit.data.datasets import procedural_dataset
+from factorkit.data.datasets import make_procedural_dataset
 from factorkit.data.masks import load_labelled
-from factorkit.data.procedural.rooms import HUE_SPREAD, HUES, SHADES, TURNS, rooms
+from factorkit.data.procedural.rooms import HUE_SPREAD, HUES, SHADES, TURNS, draw_rooms
 from factorkit.utils.errors import ConfigError
 
 
 def test_every_picture_shows_all_parts_of_all_things():
-    images, labels = rooms(40, 32)
+    images, labels = draw_rooms(40, 32)
     assert images.shape == (40, 32, 32, 3) and images.dtype == np.uint8
     shown = np.stack([np.bincount(label.ravel(), minlength=9) for label in labels])
     assert shown.shape == (40, 9)
@@ -24,14 +24,14 @@ def test_every_picture_shows_all_parts_of_all_things():
 
 
 def test_a_picture_depends_on_seed_and_number_alone():
-    images, labels = rooms(5, 16, seed=3)
-    more, more_labels = rooms(7, 16, seed=3)
+    images, labels = draw_rooms(5, 16, seed=3)
+    more, more_labels = draw_rooms(7, 16, seed=3)
     assert np.array_equal(more[:5], images) and np.array_equal(more_labels[:5], labels)
-    assert not np.array_equal(rooms(5, 16, seed=4)[0], images)
+    assert not np.array_equal(draw_rooms(5, 16, seed=4)[0], images)
 
 
 def test_hues_tell_the_things_and_shades_the_parts():
-    images, labels = rooms(20, 64)
+    images, labels = draw_rooms(20, 64)
     for picture, label in zip(images, labels, strict=True):
         inner = np.ones(label.shape, bool)  # pixels whose neighbours are of the same part: no mixed colours
         for axis in (0, 1):
@@ -51,20 +51,20 @@ def test_hues_tell_the_things_and_shades_the_parts():
 
 
 def test_places_alone_tell_little():
-    _, labels = rooms(200, 32)
+    _, labels = draw_rooms(200, 32)
     for depth, most in ((3, 0.8), (1, 0.5)):  # of things, of parts: right if every pixel is told its usual label
         usual = np.stack([labels // depth == k for k in range(9 // depth)], 1).mean(0).max(0)
         assert usual.mean() < most
 
 
 def test_the_data_set_scores_both_levels():
-    dataset = procedural_dataset(16, train=3, test=2, nested=True)
-    assert dataset.nesting == (3, 3) and procedural_dataset(16, train=1, test=1).nesting is None
+    dataset = make_procedural_dataset(16, train=3, test=2, nested=True)
+    assert dataset.nesting == (3, 3) and make_procedural_dataset(16, train=1, test=1).nesting is None
     labelled = load_labelled(dataset.test_images, dataset.test_masks, 16)
-    assert np.array_equal(labelled.labels, rooms(2, 16, 2**32)[1])
+    assert np.array_equal(labelled.labels, draw_rooms(2, 16, 2**32)[1])
 
 
 @pytest.mark.parametrize("asked", [{"count": -1}, {"count": 1, "seed": -1}, {"count": 1, "resolution": 0}])
 def test_what_cannot_be_drawn_is_refused(asked):
     with pytest.raises(ConfigError, match="or more"):
-        rooms(**asked)
+        draw_rooms(**asked)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.data import procedural_views
-from factorkit.data.procedural.scene import LAMP, TABLE, scene_field
+from factorkit.data import make_procedural_views
+from factorkit.data.procedural.scene import LAMP, TABLE, make_scene_field
 from factorkit.metrics.image import psnr
 from factorkit.utils.errors import ConfigError
 
@@ -19,7 +19,7 @@ def project(views, point):
 
 
 def test_the_yellow_ball_is_where_the_poses_say():
-    views = procedural_views(12, 48, seed=5)
+    views = make_procedural_views(12, 48, seed=5)
     ball = TABLE[4]
     places = project(views, ball[1]).long()
     for image, mask, (right, down) in zip(views.images, views.masks, places.tolist(), strict=True):
@@ -33,7 +33,7 @@ def test_the_yellow_ball_is_where_the_poses_say():
 
 
 def test_everything_lies_inside_the_picture_and_between_near_and_far():
-    views = procedural_views(16, 32, elevations=(-80.0, 85.0))
+    views = make_procedural_views(16, 32, elevations=(-80.0, 85.0))
     border = torch.cat([views.masks[..., [0, -1], :].flatten(1), views.masks[..., [0, -1]].flatten(1)], dim=1)
     assert border.max() < 0.01 and 0.1 < views.masks.mean() < 0.5
     corner = torch.tensor([1.0, 1, 1]).norm()
@@ -41,7 +41,7 @@ def test_everything_lies_inside_the_picture_and_between_near_and_far():
 
 
 def test_cameras_look_at_the_origin_within_the_elevations():
-    views = procedural_views(40, 4, elevations=(-10.0, 30.0), radius=3.0)
+    views = make_procedural_views(40, 4, elevations=(-10.0, 30.0), radius=3.0)
     eyes, back = views.poses[:, :3, 3], views.poses[:, :3, 2]
     torch.testing.assert_close(eyes, 3 * back)
     elevation = torch.rad2deg(torch.asin(back[:, 2]))
@@ -51,7 +51,7 @@ def test_cameras_look_at_the_origin_within_the_elevations():
 
 
 def test_the_seed_decides_and_nothing_else():
-    first, again, other = (procedural_views(6, 16, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (make_procedural_views(6, 16, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.images, again.images) and torch.equal(first.poses, again.poses)
     assert not torch.equal(first.poses, other.poses)
 
@@ -65,9 +65,9 @@ def half_turn(views):
 def test_half_a_turn(symmetric, least, most, monkeypatch):
     from factorkit.data.procedural import scene as procedural_scene
 
-    views = procedural_views(8, 24, symmetric=symmetric)
+    views = make_procedural_views(8, 24, symmetric=symmetric)
     monkeypatch.setattr(procedural_scene, "_cameras", lambda *settings: half_turn(views))
-    turned = procedural_views(8, 24, symmetric=symmetric)
+    turned = make_procedural_views(8, 24, symmetric=symmetric)
     alike = psnr(views.images, turned.images)
     assert least < alike.min() and alike.min() < most
     if symmetric:  # the lamp is what differs, and from most sides it can be seen
@@ -76,7 +76,7 @@ def test_half_a_turn(symmetric, least, most, monkeypatch):
 
 def test_the_lamp_alone_breaks_the_symmetry():
     points = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    field = scene_field(symmetric=True)
+    field = make_scene_field(symmetric=True)
     density, turned = (field(p, p)[0] for p in (points, points * torch.tensor([-1.0, -1, 1])))
     centre, size = torch.tensor(LAMP[1]).abs(), torch.tensor(LAMP[2])
     near_lamp = ((points * torch.tensor([-1.0, 1, 1])).abs() - centre).abs().sub(size).amax(1) < 0.2
@@ -98,4 +98,4 @@ def test_the_lamp_alone_breaks_the_symmetry():
 )
 def test_settings_that_cannot_be(settings):
     with pytest.raises(ConfigError):
-        procedural_views(**{"count": 2, "size": 4, **settings})
+        make_procedural_views(**{"count": 2, "size": 4, **settings})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from factorkit.data import open_views, procedural_views
+from factorkit.data import make_procedural_views, open_views
 from factorkit.rendering import orbit
 from factorkit.utils.errors import ConfigError, DataError
 
@@ -64,7 +64,7 @@ def pose(change):
         (frame(1, mask_path="masks/1.png"), "the mask masks/1.png of images/1.png is missing"),
         (lambda c: c.pop("camera_angle_x"), "no focal length for images/0.png"),
         (lambda c: c.update(fl_x=30.0), "KeyError: 'w'"),
-        (lambda c: c.update(fl_x=30.0, w=10, h=10), "10 x 8 pixels, but its camera is described for 10 x 10"),
+        (lambda c: c.update(fl_x=30.0, w=10, h=10), "10 x 8 pixels, but its camera is for 10 x 10"),
         (lambda c: c.update(camera_model="OPENCV_FISHEYE"), "the model OPENCV_FISHEYE"),
         (lambda c: c.update(frames=[]), "no frames in it"),
         (lambda c: c.pop("frames"), "not a transforms file"),
@@ -227,7 +227,7 @@ def test_a_folder_of_scenes_is_not_one_scene(srn):
     ],
 )
 def test_arrays(tmp_path, changes, message):
-    views = procedural_views(3, 8)
+    views = make_procedural_views(3, 8)
     arrays = {"images": views.images.permute(0, 2, 3, 1).numpy(), "poses": views.poses.numpy(), "focal": 9.0, **changes}
     np.savez(tmp_path / "a.npz", **{name: value for name, value in arrays.items() if value is not None})
     with pytest.raises(DataError, match=message):
@@ -235,7 +235,7 @@ def test_arrays(tmp_path, changes, message):
 
 
 def test_settings(tmp_path):
-    views = procedural_views(2, 8)
+    views = make_procedural_views(2, 8)
     with pytest.raises(ConfigError, match="split=\"val\"|split='val'"):
         open_views(views, "val")
     with pytest.raises(ConfigError, match="fov=180"):

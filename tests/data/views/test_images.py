@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data import open_views, procedural_views
+from factorkit.data import make_procedural_views, open_views
 from factorkit.data.views.images import VIDEO_FRAMES
 from factorkit.metrics.pose import pose_errors
 from factorkit.utils.errors import ConfigError, DataError
@@ -99,7 +99,7 @@ def test_transparent_pictures_bring_their_masks(tmp_path):
 
 
 def test_views_are_only_split_and_reduced():
-    views = procedural_views(9, 16)
+    views = make_procedural_views(9, 16)
     assert open_views(views) is views
     assert open_views(views, "test", 8).names == ["view_000", "view_008"]
     assert open_views(views, "train", 8).size == (8, 8)
@@ -156,7 +156,7 @@ def test_without_the_decoder_the_cure_is_named(video, monkeypatch):
 
 
 def test_masks_are_not_for_posed_files(tmp_path):
-    views = procedural_views(2, 8)
+    views = make_procedural_views(2, 8)
     np.savez(tmp_path / "a.npz", images=views.images.permute(0, 2, 3, 1), poses=views.poses, focal=9.0)
     with pytest.raises(ConfigError, match="without poses"):
         open_views(tmp_path / "a.npz", masks=np.ones((2, 8, 8), bool))
@@ -174,7 +174,7 @@ def test_lego(real_data):
     torch.testing.assert_close(tiny.poses, train.poses, atol=1e-5, rtol=0)
     torch.testing.assert_close(tiny.intrinsics, train.intrinsics, atol=1e-2, rtol=0)
     assert tiny.background.tolist() == [0, 0, 0]
-    torch.testing.assert_close(train.over("black").images, tiny.images, atol=0.01, rtol=0)
+    torch.testing.assert_close(train.with_background("black").images, tiny.images, atol=0.01, rtol=0)
 
 
 def test_fern(real_data):

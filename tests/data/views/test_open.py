@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data import open_views, procedural_views
-from factorkit.data.views.lens import Distortion
+from factorkit.data import make_procedural_views, open_views
+from factorkit.data.views.cameras import Distortion
 from factorkit.metrics.pose import pose_errors
 from factorkit.utils.errors import ConfigError
 
@@ -21,7 +21,7 @@ SIZE = 20
 
 @pytest.fixture(scope="module")
 def scene():
-    return procedural_views(9, SIZE, seed=3)
+    return make_procedural_views(9, SIZE, seed=3)
 
 
 def save_rgba(path, scene, index):
@@ -72,7 +72,9 @@ def test_blender(tmp_path, scene):
 def test_backgrounds(tmp_path, scene):
     folder = blender_folder(tmp_path, scene)
     black = open_views(folder, "test", background="black")
-    torch.testing.assert_close(black.images, scene.select(slice(6, 9)).over("black").images, atol=0.012, rtol=0)
+    torch.testing.assert_close(
+        black.images, scene.select(slice(6, 9)).with_background("black").images, atol=0.012, rtol=0
+    )
     noise = open_views(folder, "test", background="noise", seed=4)
     assert noise.background is None
     assert torch.equal(noise.images, open_views(folder, "test", background="noise", seed=4).images)
@@ -85,8 +87,8 @@ def test_backgrounds(tmp_path, scene):
 def test_reducing_while_reading_is_reducing_afterwards(tmp_path, scene):
     folder = blender_folder(tmp_path, scene)
     small, full = open_views(folder, "train", resolution=7), open_views(folder, "train")
-    torch.testing.assert_close(small.images, full.resized(7).images)
-    torch.testing.assert_close(small.intrinsics, full.resized(7).intrinsics)
+    torch.testing.assert_close(small.images, full.resize(7).images)
+    torch.testing.assert_close(small.intrinsics, full.resize(7).intrinsics)
     with pytest.raises(ConfigError, match="at most 20"):
         open_views(folder, "train", resolution=21)
 

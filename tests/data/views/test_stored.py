@@ -116,7 +116,7 @@ def test_angles_stand_with_what_else_is_said_of_the_camera(tmp_path, settings, e
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"w": 12, "h": 12}, "described for 12 x 12"),
+        ({"w": 12, "h": 12}, "is for 12 x 12"),
         ({"w": 12}, "no focal length .* 'h'"),
         ({"camera_angle_y": 40.0}, "between 0 and pi"),
         ({"camera_angle_y": math.nan}, "between 0 and pi"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data.views.views import Views, backdrop, resize_area, target_size
+from factorkit.data.views.views import Views, make_background, resize_area, target_size
 from factorkit.rendering import intrinsics_from_fov, orbit, pixel_rays
 from factorkit.utils.errors import ConfigError, DataError
 
@@ -60,14 +60,14 @@ def test_resizing_is_the_mean_over_the_area(sizes):
 
 def test_a_resized_view_sees_along_the_same_rays():
     views = some_views()
-    small = views.resized((4, 10))
+    small = views.resize((4, 10))
     assert small.size == (4, 10) and small.images.shape == (4, 3, 4, 10) and small.masks.shape == (4, 1, 4, 10)
     corners = torch.tensor([[0.0, 0], [16, 12], [4, 9]])
     before = pixel_rays(views.poses[1], views.intrinsics[1], corners).directions
     after = pixel_rays(small.poses[1], small.intrinsics[1], corners * torch.tensor([10 / 16, 4 / 12])).directions
     torch.testing.assert_close(before, after)
-    assert views.resized(8).size == (6, 8)
-    torch.testing.assert_close(views.resized(8).images.mean((2, 3)), views.images.mean((2, 3)))
+    assert views.resize(8).size == (6, 8)
+    torch.testing.assert_close(views.resize(8).images.mean((2, 3)), views.images.mean((2, 3)))
 
 
 def test_sizes():
@@ -80,24 +80,24 @@ def test_sizes():
 
 def test_another_background_stands_where_the_mask_is_open():
     views = some_views()
-    red = views.over((1.0, 0.0, 0.0))
+    red = views.with_background((1.0, 0.0, 0.0))
     less = torch.tensor([0.0, -1.0, -1.0])[:, None, None]
     torch.testing.assert_close(red.images - views.images, (1 - views.masks) * less)
-    torch.testing.assert_close(red.over("white").images, views.images)
+    torch.testing.assert_close(red.with_background("white").images, views.images)
     assert red.background.tolist() == [1, 0, 0]
-    noisy = views.over("noise", seed=3)
+    noisy = views.with_background("noise", seed=3)
     assert noisy.background is None and noisy.images.shape == views.images.shape
-    torch.testing.assert_close(noisy.images, views.over("noise", seed=3).images)
-    behind, _ = backdrop("noise", views.images.shape, 3)
+    torch.testing.assert_close(noisy.images, views.with_background("noise", seed=3).images)
+    behind, _ = make_background("noise", views.images.shape, 3)
     torch.testing.assert_close(noisy.images, views.images + (1 - views.masks) * (behind - 1))
     assert behind.std() > 0.25
     with pytest.raises(ConfigError, match="background colour"):
-        noisy.over("black")
+        noisy.with_background("black")
     with pytest.raises(ConfigError, match="masks"):
-        replace(views, masks=None).over("black")
+        replace(views, masks=None).with_background("black")
     for wrong in ("pink", (1.0, 2.0, 0.0), (0.0, 0.0)):
         with pytest.raises(ConfigError, match="three numbers"):
-            views.over(wrong)
+            views.with_background(wrong)
 
 
 def moved(tensor, index, value):

@@ -8,9 +8,9 @@ import pytest
 import roma
 import torch
 
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.metrics.image import psnr
-from factorkit.metrics.pose import align
+from factorkit.metrics.pose import align_poses
 from factorkit.nerfdiff.cameras.normalise import SPREAD, ahead, centred, spread, upright
 from factorkit.nerfdiff.cameras.poses import dictionary, directions, forward_poses, orbit_poses, plane_dictionary
 from factorkit.nerfdiff.scene import open_scene
@@ -33,7 +33,7 @@ def moved(poses, degrees=(90.0, 40.0, 0.0), place=(3.0, -2.0, 5.0), scale=1.0):
 
 @pytest.mark.parametrize("axis", [(1.0, 0, 0), (-1.0, 0, 0), (2.0, 0, 0), (0, 1.0, 0), (0.6, 0.2, 0.1)])
 def test_worlds_with_another_axis_up_are_turned(axis):
-    views = procedural_views(12, 8, seed=1)
+    views = make_procedural_views(12, 8, seed=1)
     turned = moved(views.poses, tuple(90 * x for x in axis))
     right, found = (open_scene(replace(views, poses=p), 8, CPU).poses for p in (views.poses, turned))
     assert torch.allclose(found[:, 2, 1:], right[:, 2, 1:], atol=0.02)  # heights of ups, directions and places
@@ -53,7 +53,7 @@ def test_upright_worlds_stay_to_the_bit():
 
 
 def test_cameras_in_one_place_cannot_stand_around_an_object():
-    views = procedural_views(6, 8)
+    views = make_procedural_views(6, 8)
     for noise in (0.0, 1e-6):
         poses = views.poses.clone()
         poses[:, :3, 3] = torch.tensor([1.0, 2, 3]) + noise * torch.randn(6, 3)
@@ -99,5 +99,5 @@ def test_a_forward_scene_is_as_good_wherever_its_world_lies(tiny, tmp_path):
     assert torch.allclose(run.poses, views.poses, atol=1e-5)
     scores = run.evaluate(elsewhere)  # beside the poses as they were given
     assert scores["rotation_max_deg"] < 0.1 and scores["translation_median"] < 1e-3 and not scores["mirrored"]
-    assert torch.allclose(align(run.poses, elsewhere.poses).apply(run.poses), elsewhere.poses, atol=1e-4)  # and back
+    assert torch.allclose(align_poses(run.poses, elsewhere.poses).apply(run.poses), elsewhere.poses, atol=1e-4)
     assert scores["psnr"] > psnr(run.render(run.poses).images, views.images).mean() - 0.5

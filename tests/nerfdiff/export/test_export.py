@@ -13,8 +13,8 @@ import torch
 import trimesh
 from plyfile import PlyData
 
-from factorkit.data import open_views, procedural_views
-from factorkit.data.procedural.scene import TABLE, _distance, scene_field
+from factorkit.data import make_procedural_views, open_views
+from factorkit.data.procedural.scene import TABLE, _distance, make_scene_field
 from factorkit.nerfdiff.export.cameras import PICTURES, file_names, write_colmap
 from factorkit.nerfdiff.export.mesh import Shape
 from factorkit.nerfdiff.export.points import export
@@ -23,7 +23,7 @@ from factorkit.utils.errors import ConfigError, DataError
 
 @pytest.fixture(scope="module")
 def views():
-    return procedural_views(10, 24, seed=2)
+    return make_procedural_views(10, 24, seed=2)
 
 
 def distance(points):
@@ -39,7 +39,7 @@ def vertices(path):
 
 
 def test_points_lie_on_the_surface_in_its_colours(tmp_path, views):
-    path = export(tmp_path / "out" / "scene.ply", views, scene_field(), points=4000)
+    path = export(tmp_path / "out" / "scene.ply", views, make_scene_field(), points=4000)
     points, colors = vertices(path)
     assert 2500 < len(points) < 6000 and colors.dtype == torch.uint8
     off = distance(points)
@@ -57,14 +57,14 @@ def test_points_lie_on_the_surface_in_its_colours(tmp_path, views):
 def test_silhouettes_leave_no_points_in_the_air(tmp_path, views, monkeypatch):
     from factorkit.nerfdiff.export import mesh as export_surface
 
-    kept, _ = vertices(export(tmp_path / "a.ply", views, scene_field(), points=4000))
+    kept, _ = vertices(export(tmp_path / "a.ply", views, make_scene_field(), points=4000))
     monkeypatch.setattr(export_surface, "SOLID", -1.0)
-    every, _ = vertices(export(tmp_path / "b.ply", views, scene_field(), points=4000))
+    every, _ = vertices(export(tmp_path / "b.ply", views, make_scene_field(), points=4000))
     assert distance(every).max() > 0.2 > 0.1 > distance(kept).max()
 
 
 def test_a_mesh_is_closed_faces_outwards_and_has_the_density(tmp_path, views):
-    field = scene_field()
+    field = make_scene_field()
     for name in ("mesh.ply", "thing.obj", "thing.glb"):
         path = export(tmp_path / name, views, field, resolution=80, level=100.0)
         mesh = trimesh.load(path, force="mesh")
@@ -103,7 +103,7 @@ def test_a_surface_that_the_box_cuts_is_closed_there(tmp_path, views):
 
 
 def test_transforms_are_what_nerfstudio_documents_and_come_back(tmp_path, views):
-    path = export(tmp_path / "studio" / "transforms.json", views, scene_field())
+    path = export(tmp_path / "studio" / "transforms.json", views, make_scene_field())
     content = json.loads(path.read_text())
     assert content["camera_model"] == "OPENCV" and content["w"] == content["h"] == 24
     assert {type(content[key]) for key in ("fl_x", "fl_y", "cx", "cy")} == {float}
@@ -123,14 +123,14 @@ def test_exports_beside_pictures_leave_them_alone(tmp_path, views):
     for path in own:
         path.write_bytes(b"all there is of it")
     for name in ("transforms.json", ""):
-        export(tmp_path / name, views, scene_field(), kind=None if name else "colmap", points=100)
+        export(tmp_path / name, views, make_scene_field(), kind=None if name else "colmap", points=100)
         written = sorted((tmp_path / PICTURES).iterdir())
         assert len(written) == 10
         for path in own:
             assert path.read_bytes() == b"all there is of it"
         for path in written:  # an earlier export's own are replaced
             path.write_bytes(b"")
-    export(tmp_path / "transforms.json", views, scene_field())
+    export(tmp_path / "transforms.json", views, make_scene_field())
     assert all(path.stat().st_size > 0 for path in written)
 
 
@@ -140,7 +140,7 @@ def test_transforms_of_cameras_that_differ(tmp_path, views):
     k = views.intrinsics.clone()
     k[3, 0, 0] = 50.0
     different = replace(views, intrinsics=k, masks=None, background=None)
-    path = export(tmp_path / "transforms.json", different, scene_field())
+    path = export(tmp_path / "transforms.json", different, make_scene_field())
     content = json.loads(path.read_text())
     assert "fl_x" not in content and content["frames"][3]["fl_x"] == 50
     back = open_views(path)
@@ -149,7 +149,7 @@ def test_transforms_of_cameras_that_differ(tmp_path, views):
 
 
 def test_colmap_reads_cameras_images_and_points(tmp_path, views):
-    folder = export(tmp_path / "colmap", views, scene_field(), points=2000)
+    folder = export(tmp_path / "colmap", views, make_scene_field(), points=2000)
     model = pycolmap.Reconstruction()
     model.read_text(folder)
     assert len(model.cameras) == 1 and len(model.images) == 10
@@ -195,8 +195,8 @@ def fundamental(lines, cameras, first, second):
 
 def test_matched_pixels_satisfy_the_epipolar_constraint(tmp_path):
     """What the pictures say themselves: the middles of the yellow ball in two pictures are the same point of space."""
-    views = procedural_views(14, 96, seed=6, elevations=(25.0, 60.0))
-    folder = export(tmp_path / "colmap", views, scene_field(), points=500)
+    views = make_procedural_views(14, 96, seed=6, elevations=(25.0, 60.0))
+    folder = export(tmp_path / "colmap", views, make_scene_field(), points=500)
     rows = [line for line in (folder / "images.txt").read_text().splitlines() if not line.startswith("#")]
     assert rows[1::2] == [""] * 14
     cameras = {row.split()[0]: row for row in (folder / "cameras.txt").read_text().splitlines() if row[0] != "#"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import factorkit
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.nerfdiff.cameras.poses import dictionary, orbit_poses
 from factorkit.nerfdiff.fields.appearance import Appearance
 from factorkit.nerfdiff.fields.grid import GridField, build_field
@@ -93,7 +93,7 @@ def test_pixels_and_comparisons_have_their_views_tones():
 @pytest.fixture(scope="module")
 def tinted():
     """Views of the procedural scene, half of them of twice the red and half the blue of the others."""
-    views = procedural_views(24, 16, seed=1)
+    views = make_procedural_views(24, 16, seed=1)
     gain = torch.ones(24, 3, 1, 1)
     gain[::2] = torch.tensor([1.4, 1.0, 0.7])[:, None, None]
     gain[1::2] = torch.tensor([0.7, 1.0, 1.4])[:, None, None]
@@ -105,16 +105,16 @@ def test_views_of_changing_tones_are_fitted_better_with_codes(tinted, tiny, tmp_
     settings = tiny | {
         "resolution": 16,
         "poses": "known",
-        "grid": 16,
-        "samples": 20,
-        "rays": 64,
-        "views": 8,
+        "grid_resolution": 16,
+        "samples_per_ray": 20,
+        "rays_per_view": 64,
+        "views_per_step": 8,
         "field_steps": 150,
-        "rendered": 0,
+        "num_rendered_views": 0,
     }
     errors = {}
     for width in (0, 3):
-        run = train_nerfdiff(tinted, out=tmp_path / str(width), **settings | {"appearance": width})
+        run = train_nerfdiff(tinted, out=tmp_path / str(width), **settings | {"appearance_dim": width})
         views = torch.arange(24) if width else None
         seen = render_views(run.model.field, run.poses, run.model.optics, (16, 16), 20, views).color.movedim(-1, 1)
         errors[width] = (seen - tinted.images).square().mean().item()
@@ -128,14 +128,14 @@ def test_views_of_changing_tones_are_fitted_better_with_codes(tinted, tiny, tmp_
             with pytest.raises(ConfigError, match="tone=24: there are views 0 to 23"):
                 run.render(run.poses[:1], tone=24)
         else:
-            with pytest.raises(ConfigError, match="appearance=4"):
+            with pytest.raises(ConfigError, match="appearance_dim=4"):
                 run.render(run.poses[:1], tone=0)
     assert errors[3] < 0.5 * errors[0], errors
 
 
 @pytest.mark.parametrize("changes", [{}, {"search": "joint"}])
 def test_every_stage_knows_them(changes, tmp_path, scene_views, tiny):
-    run = train_nerfdiff(scene_views, out=tmp_path / "run", **tiny | {"appearance": 2} | changes)
+    run = train_nerfdiff(scene_views, out=tmp_path / "run", **tiny | {"appearance_dim": 2} | changes)
     assert run.model.field.appearance.codes.shape == (10, 2) and (run.model.field.appearance.codes != 0).any()
-    with pytest.raises(ConfigError, match="appearance=-1"):
-        train_nerfdiff(scene_views, out=tmp_path / "x", **tiny | {"appearance": -1})
+    with pytest.raises(ConfigError, match="appearance_dim=-1"):
+        train_nerfdiff(scene_views, out=tmp_path / "x", **tiny | {"appearance_dim": -1})

@@ -96,7 +96,7 @@ def test_a_refined_grid_takes_its_surroundings_along():
 @pytest.mark.parametrize("background", BACKGROUNDS[1:])
 @pytest.mark.parametrize("changes", [{}, {"search": "joint"}, {"poses": "known", "field": "hashgrid"}])
 def test_runs_find_and_keep_it(background, changes, tmp_path, scene_views, tiny):
-    views = replace(scene_views.over(SEA), background=None, masks=None)
+    views = replace(scene_views.with_background(SEA), background=None, masks=None)
     settings = tiny | {"background": background, "field_steps": 20} | changes
     run = train_nerfdiff(views, out=tmp_path / "run", **settings)
     way = torch.nn.functional.normalize(torch.randn(20, 3), dim=1)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.data.procedural.scene import procedural_views
-from factorkit.engine.log import read_log
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.nerfdiff.cameras.poses import turned_poses
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.fingerprint import describe
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages.flip_test import TURNS
 from factorkit.nerfdiff.train import Training, train_nerfdiff
+from factorkit.utils.jsonl import read_log
 
 
 @pytest.mark.parametrize("astray", [0, 6])
 def test_views_on_the_wrong_side_are_counted_and_others_are_not(astray, tmp_path):
-    config = preset_config("demo", resolution=24, device="cpu", views=8)
-    views = procedural_views(30, 24)
+    config = preset_config("demo", resolution=24, device="cpu", views_per_step=8)
+    views = make_procedural_views(30, 24)
     scene = open_scene(views, 24, torch.device("cpu"))
     poses = scene.poses.clone()
     for i in range(astray):
@@ -45,6 +45,6 @@ def test_trainings_without_a_flip_test_tell_of_doubled_views_once(changes, scene
 
 def test_forward_facing_cameras_are_not_asked(tmp_path):
     config = preset_config("demo", device="cpu")
-    scene = open_scene(procedural_views(6, 8), 8, torch.device("cpu"))
+    scene = open_scene(make_procedural_views(6, 8), 8, torch.device("cpu"))
     scene = type(scene)(scene.images, scene.names, scene.optics, "forward", scene.distance, None)
     assert Training(config, scene, tmp_path, {}, False).doubled(torch.eye(4).repeat(6, 1, 1)) is None

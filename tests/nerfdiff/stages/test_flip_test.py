@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from factorkit.data.procedural.scene import scene_field
+from factorkit.data.procedural.scene import make_scene_field
 from factorkit.nerfdiff.cameras.poses import OrbitPoses, dictionary, directions, orbit_poses, turned
 from factorkit.nerfdiff.rays import Optics, render_views
 from factorkit.nerfdiff.scene import Scene
@@ -14,7 +14,7 @@ DISTANCE = 3.6
 
 
 def seen_from(way: torch.Tensor, size: int = 16) -> torch.Tensor:
-    return render_views(scene_field(), orbit_poses(way, DISTANCE), OPTICS, (size, size), 48).color.movedim(-1, 1)
+    return render_views(make_scene_field(), orbit_poses(way, DISTANCE), OPTICS, (size, size), 48).color.movedim(-1, 1)
 
 
 def test_views_choose_the_side_they_were_taken_from():
@@ -23,7 +23,7 @@ def test_views_choose_the_side_they_were_taken_from():
     scene = Scene(seen_from(way), [str(i) for i in range(12)], OPTICS, "object", DISTANCE, None)
     wrong = torch.tensor(TURNS)[torch.arange(12) % 4]
     chosen = torch.tensor([0, 1, 2, 3, 5, 7, 10])
-    turns = best_turns(scene_field(), scene, OrbitPoses(turned(way, -wrong), DISTANCE)().detach(), chosen, 48)
+    turns = best_turns(make_scene_field(), scene, OrbitPoses(turned(way, -wrong), DISTANCE)().detach(), chosen, 48)
     assert torch.equal(turns, wrong[chosen])
 
 
@@ -35,7 +35,7 @@ def test_a_view_that_went_astray_is_called_back_and_the_others_stay():
     wrong[2], wrong[4] = turned(way[2], 70.0), turned(way[4], 3.0)
     chosen = torch.tensor([1, 2, 4, 5])
     places = dictionary(24, [15, 25, 35, 45, 55])
-    back = called_back(scene_field(), scene, OrbitPoses(wrong, DISTANCE), chosen, places, 48)
+    back = called_back(make_scene_field(), scene, OrbitPoses(wrong, DISTANCE), chosen, places, 48)
     assert torch.equal(back[[0, 2, 3]], wrong[[1, 4, 5]])
     assert (back[1] * way[2]).sum() > 0.97
 
@@ -49,9 +49,9 @@ def test_halves_are_disjoint_and_another_seed_parts_otherwise():
 def test_the_least_error_is_at_the_direction_a_view_was_taken_from():
     way = dictionary(8, [20, 50])
     images = seen_from(way[[3, 12, 7]], 32)
-    errors = candidate_errors(scene_field(), orbit_poses(way, DISTANCE), OPTICS, images, 48)
+    errors = candidate_errors(make_scene_field(), orbit_poses(way, DISTANCE), OPTICS, images, 48)
     assert errors.shape == (3, 16) and errors.argmin(1).tolist() == [3, 12, 7]
-    same = render_views(scene_field(), orbit_poses(way[:1], DISTANCE), OPTICS, (16, 16), 48).color.movedim(-1, 1)
+    same = render_views(make_scene_field(), orbit_poses(way[:1], DISTANCE), OPTICS, (16, 16), 48).color.movedim(-1, 1)
     direct = (same - torch.nn.functional.avg_pool2d(images[:1], 2)).square().mean()
     assert torch.allclose(errors[0, 0], direct, rtol=1e-3)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.data.procedural.scene import procedural_views
+from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.diffusion.schedule import Schedule
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, OctantCandidates, SingleCandidate, build_candidates
@@ -23,7 +23,7 @@ def task_of(tiny, views, **changes) -> JointTask:
     config = preset_config(settings.pop("preset"), **settings)
     scene = open_scene(views, config.resolution, torch.device("cpu"))
     torch.manual_seed(0)
-    field = build_field(config.field, config.grid, 0)
+    field = build_field(config.field, config.grid_resolution, 0)
     shape = {"size": list(scene.size), "layout": scene.layout, "distance": scene.distance}
     return JointTask(config, scene, build_model(config, shape, scene.optics, field, torch.eye(4).repeat(10, 1, 1)))
 
@@ -37,7 +37,7 @@ INDICES = torch.tensor([0, 3, 5, 9])
 
 @pytest.mark.parametrize("balance", [True, False])
 def test_only_the_best_candidate_is_taught(tiny, scene_views, balance, monkeypatch):
-    task = task_of(tiny, scene_views, balance=balance, roughness=0.0, classification_weight=0.5)
+    task = task_of(tiny, scene_views, balance_candidates=balance, tv_weight=0.0, classification_weight=0.5)
     chosen = torch.tensor([2, 0, 0, 1])
     monkeypatch.setattr(task, "choose", lambda *given: chosen)
     raws = []
@@ -62,7 +62,7 @@ def test_only_the_best_candidate_is_taught(tiny, scene_views, balance, monkeypat
 
 
 def test_without_balance_the_least_error_is_chosen(tiny, scene_views):
-    task = task_of(tiny, scene_views, balance=False)
+    task = task_of(tiny, scene_views, balance_candidates=False)
     with torch.no_grad():
         found = look(task.model, task.scene.images[INDICES])
         best = task.choose(found.poses, task.scene.images[INDICES], 1.0, torch.rand(4))
@@ -75,7 +75,7 @@ def test_without_balance_the_least_error_is_chosen(tiny, scene_views):
 
 
 def test_with_balance_candidates_share_views_that_one_would_take(tiny, scene_views):
-    task = task_of(tiny, scene_views, cameras=2)
+    task = task_of(tiny, scene_views, num_candidates=2)
     images = task.scene.images[:1].repeat(100, 1, 1, 1)
     poses = look(task.model, images).poses
     hot = task.choose(poses, images, 1.0, torch.rand(100))
@@ -85,7 +85,7 @@ def test_with_balance_candidates_share_views_that_one_would_take(tiny, scene_vie
 
 def test_the_whole_chain_by_finite_differences(tiny, scene_views):
     """encoder, candidates, rays, field and compositing, all in float64"""
-    task = task_of(tiny, scene_views, cameras=2, freedom=("roll", "aim", "distance"))
+    task = task_of(tiny, scene_views, num_candidates=2, optimize_camera=("roll", "aim", "distance"))
     model = task.model.double()
     optics = model.optics
     images = task.scene.images[:2].double()
@@ -119,11 +119,11 @@ def test_the_whole_chain_by_finite_differences(tiny, scene_views):
 
 def test_candidates_beyond_the_first_cost_no_memory(scene_views, tiny):
     """Candidates are compared without gradient, in pieces: what a step keeps does not grow with their number."""
-    views = procedural_views(12, 32, seed=0)
+    views = make_procedural_views(12, 32, seed=0)
 
     def kept(cameras: int) -> int:
-        changes = {"rays": 256, "samples": 28, "resolution": 32, "encoder_resolution": 32}
-        task, sizes = task_of(tiny, views, cameras=cameras, **changes), []
+        changes = {"rays_per_view": 256, "samples_per_ray": 28, "resolution": 32, "encoder_resolution": 32}
+        task, sizes = task_of(tiny, views, num_candidates=cameras, **changes), []
 
         def keep(x):
             sizes.append(x.numel() * x.element_size())
@@ -161,7 +161,7 @@ def test_freedoms_are_read_in_order():
     moved = candidates(raw)[0, :, :3, 3] - candidates(torch.zeros(1, 3, 6))[0, :, :3, 3]
     right = candidates(raw)[0, :, :3, 0]
     assert torch.allclose(moved, 0.2 * right, atol=1e-5)
-    with pytest.raises(ConfigError, match="freedom"):
+    with pytest.raises(ConfigError, match="optimize_camera"):
         build_candidates("thesis", 3, 2.0, (0.0, 60.0), ("roll",))
     with pytest.raises(ConfigError, match="owl"):
         build_candidates("owl", 3, 2.0, (0.0, 60.0), ())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from factorkit.metrics.class_scores import IGNORED
+from factorkit.metrics.class_matching import IGNORE_LABEL
 from factorkit.segdiff.baselines.datasetddpm import DatasetDDPM, chosen_blocks, pixel_features
 from factorkit.segdiff.baselines.supervised import SupervisedTask, predict_classes, train_supervised
 from factorkit.segdiff.config import preset_config
@@ -15,15 +15,15 @@ from factorkit.utils.rng import BatchDraw
 
 TINY = {
     "resolution": 16,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 4,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 4,
     "batch_size": 8,
     "warmup_steps": 0,
-    "decay": 0.0,
-    "ema": 0.9,
+    "lr_decay_fraction": 0.0,
+    "ema_decay": 0.9,
     "sample_every": 0,
     "log_every": 20,
     "checkpoint_every": 100,
@@ -45,9 +45,9 @@ def quadrants():
     return make
 
 
-def test_the_taught_network_learns_what_it_is_taught_and_is_not_taught_twice(quadrants, tmp_path):
+def test_train_supervised_learns_its_labels_and_reuses_a_finished_run(quadrants, tmp_path):
     images, truth = quadrants(16)
-    given = np.where(np.random.default_rng(2).random(truth.shape) < 0.25, IGNORED, truth)
+    given = np.where(np.random.default_rng(2).random(truth.shape) < 0.25, IGNORE_LABEL, truth)
     config = preset_config("demo", **TINY, steps=60, learning_rate=3e-3).resolved()
     model = train_supervised(images, given, 2, config, tmp_path / "run", progress=False)
     unseen, wanted = quadrants(8, seed=1)
@@ -64,13 +64,13 @@ def test_the_taught_network_learns_what_it_is_taught_and_is_not_taught_twice(qua
         train_supervised(images, given, 1, config, tmp_path / "other", progress=False)
 
 
-def test_the_loss_is_a_mean_over_the_pixels_that_count(quadrants):
+def test_supervised_loss_averages_over_counted_pixels(quadrants):
     """Rows 0 to 3 and the rest, each with the other one ignored, weighed by their pixels, make the whole."""
     images, truth = quadrants(4)
     config = preset_config("demo", **TINY).resolved()
 
     def loss(rows):
-        given = np.full_like(truth, IGNORED)
+        given = np.full_like(truth, IGNORE_LABEL)
         given[:, rows] = truth[:, rows]
         task = SupervisedTask(config, images, given, 2, torch.device("cpu"))
         task.model.decoder.conv_out.reset_parameters()
@@ -86,9 +86,9 @@ def test_the_loss_is_a_mean_over_the_pixels_that_count(quadrants):
     assert loss(slice(0, 0)).tolist() == [0.0] * 4
 
 
-def test_features_lie_at_the_papers_places_of_the_decoder(stirred_run, pictures):
-    run = stirred_run(regions=1, multipliers=(1, 2), blocks=2)
-    blocks = [block for level in run.model.decoder.levels for block in level["blocks"]]
+def test_pixel_features_come_from_the_published_blocks(stirred_run, pictures):
+    run = stirred_run(regions=1, channel_mult=(1, 2), num_res_blocks=2)
+    blocks = [block for level in run.model.decoder.levels for block in level.blocks]
     assert len(blocks) == 6 and chosen_blocks(run) == [blocks[1], blocks[2], blocks[4]]
     features = pixel_features(run, pictures(3))
     channels = sum(block.conv2.out_channels for block in chosen_blocks(run))
@@ -100,7 +100,7 @@ def test_features_lie_at_the_papers_places_of_the_decoder(stirred_run, pictures)
         chosen_blocks(stirred_run())
 
 
-def test_clusters_part_what_looks_different(stirred_run, quadrants):
+def test_datasetddpm_separates_different_textures(stirred_run, quadrants):
     run = stirred_run(regions=1)
     images, truth = quadrants(6)
     model = DatasetDDPM(run, images, regions=2, seed=0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.segdiff.task import noised, to_float
+from factorkit.segdiff.task import noised
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import pixels_to_signed
 
 
 @pytest.mark.parametrize("changes", [{}, {"form": "thesis"}, {"regions": 5}, {"regions": 1}, {"decoding": "unshared"}])
-def test_the_branches_weighed_by_their_masks_are_the_models_estimate(stirred_run, pictures, changes):
+def test_decompose_branches_weighted_by_masks_equal_the_estimate(stirred_run, pictures, changes):
     run = stirred_run(**changes)
     apart = run.branches(pictures(3), t=200)
     regions = changes.get("regions", 3)
@@ -25,16 +26,16 @@ def test_the_branches_weighed_by_their_masks_are_the_models_estimate(stirred_run
         assert not torch.allclose(apart.branches[:, 0], apart.branches[:, 1], atol=1e-2)
 
 
-def test_masks_and_noise_are_those_that_segment_sees(stirred_run, pictures):
+def test_decompose_masks_equal_segment(stirred_run, pictures):
     run = stirred_run()
-    x = to_float(torch.from_numpy(pictures(2)))
+    x = pixels_to_signed(torch.from_numpy(pictures(2)))
     x_t, t = noised(x, 30, run.schedule)
     apart = run.branches(pictures(2), t=30)
     torch.testing.assert_close(apart.masks, run.segment(pictures(2), t=30).masks)
     torch.testing.assert_close(apart.noisy, (x_t / 2 + 0.5).clamp(0, 1))
 
 
-def test_many_pictures_are_taken_apart_in_pieces_and_by_default_at_a_quarter(stirred_run, pictures, monkeypatch):
+def test_decompose_many_images_runs_in_batches_at_the_default_level(stirred_run, pictures, monkeypatch):
     run = stirred_run()
     whole = run.branches(pictures(3))
     assert torch.equal(whole.noisy, run.branches(pictures(3), t=250).noisy)
@@ -43,7 +44,7 @@ def test_many_pictures_are_taken_apart_in_pieces_and_by_default_at_a_quarter(sti
         torch.testing.assert_close(in_pieces, together, atol=1e-5, rtol=1e-4)
 
 
-def test_what_has_no_branches_or_no_such_level_is_refused(stirred_run, pictures):
+def test_decompose_without_branches_or_level_raises(stirred_run, pictures):
     with pytest.raises(ConfigError, match="decoding='concat'"):
         stirred_run(decoding="concat").branches(pictures(1))
     with pytest.raises(ConfigError, match="t=1000"):

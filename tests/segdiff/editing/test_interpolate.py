@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.segdiff.task import to_float
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import pixels_to_signed
 
 FORMS = pytest.mark.parametrize("changes", [{}, {"form": "thesis"}, {"regions": 1}, {"decoding": "concat"}])
 
 
 @FORMS
-def test_ways_lead_from_a_to_b_and_are_a_function_of_the_seed(stirred_run, pictures, changes):
+def test_interpolate_goes_from_a_to_b_and_depends_on_the_seed(stirred_run, pictures, changes):
     run = stirred_run(**changes)
     a, b = pictures(2, 1), pictures(2, 2)
     way = run.interpolate(a, b, frames=3, steps=3, seed=4)
@@ -30,7 +30,7 @@ def test_ways_lead_from_a_to_b_and_are_a_function_of_the_seed(stirred_run, pictu
     assert not torch.allclose(way.images[:, 0], way.images[:, 2], atol=1e-2)
 
 
-def test_the_mixture_is_taken_under_noise_that_both_share(stirred_run, pictures, monkeypatch):
+def test_interpolate_mixes_under_shared_noise(stirred_run, pictures, monkeypatch):
     """x_t of a frame is (1 - s) x_t^a + s x_t^b, x_t^a - x_t^b = sqrt(ab_t) (a - b), and the noise has variance 1."""
     run, seen = stirred_run(), []
     forward = run.model.forward
@@ -41,13 +41,13 @@ def test_the_mixture_is_taken_under_noise_that_both_share(stirred_run, pictures,
     assert t.tolist() == [400] * 5
     mixed = x_t[0] + torch.linspace(0, 1, 5)[:, None, None, None] * (x_t[4] - x_t[0])
     torch.testing.assert_close(x_t, mixed)
-    clean_a, clean_b = (to_float(torch.from_numpy(p))[0] for p in (a, b))
+    clean_a, clean_b = (pixels_to_signed(torch.from_numpy(p))[0] for p in (a, b))
     torch.testing.assert_close(x_t[0] - x_t[4], run.schedule.signal(t[:1])[0] * (clean_a - clean_b))
     eps = (x_t[0] - run.schedule.signal(t[:1])[0] * clean_a) / run.schedule.sigma(t[:1])[0]
     assert abs(eps.mean()) < 0.1 and 0.9 < eps.std() < 1.1
 
 
-def test_the_ends_do_not_depend_on_each_other_nor_on_other_pairs(stirred_run, pictures):
+def test_interpolate_ends_are_independent_of_other_images(stirred_run, pictures):
     run = stirred_run()
     a, b, c = pictures(3, 3)
     together = run.interpolate([a, b], [b, c], frames=2, steps=3)
@@ -56,7 +56,7 @@ def test_the_ends_do_not_depend_on_each_other_nor_on_other_pairs(stirred_run, pi
     torch.testing.assert_close(together.images[1, 1], alone.images[0, 1], atol=1e-4, rtol=0)
 
 
-def test_one_picture_goes_with_all_of_the_others(stirred_run, pictures):
+def test_interpolate_one_image_pairs_with_all_others(stirred_run, pictures):
     run = stirred_run()
     many, one = pictures(3, 1), pictures(1, 2)
     way = run.interpolate(many, one, frames=2, steps=2)
@@ -65,9 +65,9 @@ def test_one_picture_goes_with_all_of_the_others(stirred_run, pictures):
     assert run.interpolate(one, many, frames=2, steps=2).images.shape[:2] == (3, 2)
 
 
-def test_the_default_level_is_a_quarter_of_what_the_model_was_trained_on(stirred_run, pictures):
+def test_interpolate_default_level_is_a_quarter_of_the_trained_levels(stirred_run, pictures):
     a, b = pictures(2)
-    for run, t in ((stirred_run(), 250), (stirred_run(tail=0.0, t_max=40), 10)):
+    for run, t in ((stirred_run(), 250), (stirred_run(high_noise_fraction=0.0, t_max=40), 10)):
         by_default = run.interpolate(a, b, frames=2, steps=2)
         assert torch.equal(by_default.images, run.interpolate(a, b, frames=2, steps=2, t=t).images)
         assert not torch.equal(by_default.images, run.interpolate(a, b, frames=2, steps=2, t=t + 5).images)
@@ -83,17 +83,17 @@ def test_the_default_level_is_a_quarter_of_what_the_model_was_trained_on(stirred
         ({"sampler": "magic"}, "sampler 'magic'"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(stirred_run, pictures, changes, says):
+def test_interpolate_invalid_settings_raise(stirred_run, pictures, changes, says):
     with pytest.raises(ConfigError, match=says):
         stirred_run().interpolate(*pictures(2), **changes)
 
 
-def test_levels_that_were_never_trained_are_refused(stirred_run, pictures):
+def test_interpolate_untrained_level_raises(stirred_run, pictures):
     with pytest.raises(ConfigError, match="between 0 and 39, the noisiest level"):
-        stirred_run(tail=0.0, t_max=40).interpolate(*pictures(2), t=40)
+        stirred_run(high_noise_fraction=0.0, t_max=40).interpolate(*pictures(2), t=40)
 
 
-def test_pictures_that_cannot_be_paired_are_refused(stirred_run, pictures):
+def test_interpolate_unpairable_images_raise(stirred_run, pictures):
     with pytest.raises(DataError, match="2 pictures cannot be paired with 3"):
         stirred_run().interpolate(pictures(2), pictures(3))
     with pytest.raises(DataError, match="no such file"):

@@ -45,7 +45,7 @@ def parted(stirred_run, monkeypatch):
 
 @KINDS
 @pytest.mark.parametrize("mode", ["anew", "from", "remove"])
-def test_kept_pixels_stay_to_the_last_digit_and_the_others_change(parted, pictures, changes, mode):
+def test_recompose_keeps_pixels_exactly_and_changes_the_rest(parted, pictures, changes, mode):
     run = parted(**changes)
     options = {"anew": {}, "remove": {"remove": True}, "from": {"from_": pictures(2, 7)}}[mode]
     done = run.recompose(pictures(2), 0, steps=3, seed=1, **options)
@@ -62,7 +62,7 @@ def test_kept_pixels_stay_to_the_last_digit_and_the_others_change(parted, pictur
 
 
 @KINDS
-def test_an_edit_is_a_function_of_the_seed_and_of_its_picture_alone(parted, pictures, changes):
+def test_recompose_depends_on_seed_and_its_own_image_only(parted, pictures, changes):
     run = parted(**changes)
     first, again, other = (run.recompose(pictures(3), 0, steps=3, seed=seed).images for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.allclose(first, other, atol=0.02)
@@ -70,7 +70,7 @@ def test_an_edit_is_a_function_of_the_seed_and_of_its_picture_alone(parted, pict
     torch.testing.assert_close(alone[0], first[2], atol=1e-3, rtol=0)
 
 
-def test_many_pictures_are_edited_in_pieces(parted, pictures, monkeypatch):
+def test_recompose_many_images_runs_in_batches(parted, pictures, monkeypatch):
     run = parted()
     whole = run.recompose(pictures(3), 0, from_=pictures(3, 7), steps=2)
     monkeypatch.setattr("factorkit.segdiff.editing.recompose.PIECE", 2)
@@ -78,7 +78,7 @@ def test_many_pictures_are_edited_in_pieces(parted, pictures, monkeypatch):
         torch.testing.assert_close(in_pieces, together, atol=1e-3, rtol=0)
 
 
-def test_level_zero_pastes_and_higher_levels_paint(parted, pictures):
+def test_recompose_level_zero_pastes_and_higher_levels_repaint(parted, pictures):
     run = parted()
     source = pictures(2, 7)
     brought = region_share(run.segment(source).masks, 0)[:, 0]
@@ -92,7 +92,7 @@ def test_level_zero_pastes_and_higher_levels_paint(parted, pictures):
     assert run.recompose(pictures(1), 0, from_=source, steps=2).images.shape == (2, 3, 16, 16)
 
 
-def test_a_region_held_to_itself_stays_and_is_the_freer_the_higher_the_level(parted, pictures):
+def test_recompose_own_region_changes_more_at_higher_levels(parted, pictures):
     run = parted()
     held = run.recompose(pictures(2), 0, t=0, steps=6)
     share = region_share(run.segment(pictures(2)).masks, 0)[:, 0]
@@ -105,7 +105,7 @@ def test_a_region_held_to_itself_stays_and_is_the_freer_the_higher_the_level(par
 # --- the formulas ---
 
 
-def test_the_share_of_a_region_by_hand():
+def test_region_share_equals_hand_computed_values():
     masks = torch.tensor([[0.5, 0.5, 0.0], [0.4, 0.2, 0.4], [0.8, 0.1, 0.1], [0.1, 0.6, 0.3], [0.64, 0.32, 0.04]])
     share = region_share(masks[:, :, None, None], 0).flatten()
     expected = [0.5, 0.5, 1.0, 0.0, 0.5 + math.log(2) / (2 * math.log(4))]
@@ -113,7 +113,7 @@ def test_the_share_of_a_region_by_hand():
     assert region_share(torch.tensor([1.0, 0.0])[None, :, None, None], 1).item() == 0, "log of 0"
 
 
-def test_weights_sum_to_one_and_cover_what_the_region_leaves():
+def test_edit_weights_sum_to_one_and_cover_the_hole():
     masks = torch.zeros(1, 2, 5, 5)
     masks[:, 0, 2, 2] = 1
     masks[:, 1] = 1 - masks[:, 0]
@@ -144,7 +144,7 @@ class Told(nn.Module):
 
 
 @pytest.mark.parametrize(("branches", "mine", "others"), [(True, 0.2, 0.02 / 0.9), (False, 0.04, 0.04)])
-def test_each_place_is_painted_by_the_branches_of_what_shall_be_there(branches, mine, others):
+def test_recomposer_paints_each_pixel_with_its_branches(branches, mine, others):
     weights = Weights(*torch.rand(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).softmax(0))
     original, source = torch.full((2, 3, 4, 4), -1.0), torch.full((2, 3, 4, 4), 1.0)
     edited = Recomposer(
@@ -170,12 +170,12 @@ def test_each_place_is_painted_by_the_branches_of_what_shall_be_there(branches, 
         ({"remove": True, "t": 5}, "not both"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(stirred_run, pictures, changes, says):
+def test_recompose_invalid_settings_raise(stirred_run, pictures, changes, says):
     with pytest.raises(ConfigError, match=says):
         stirred_run().recompose(pictures(1), **{"region": 0, **changes})
 
 
-def test_what_cannot_be_edited_is_refused(stirred_run, pictures):
+def test_recompose_uneditable_input_raises(stirred_run, pictures):
     with pytest.raises(ConfigError, match="regions=1, the plain DDPM"):
         stirred_run(regions=1).recompose(pictures(1), 0)
     with pytest.raises(ConfigError, match="not both"):

@@ -44,7 +44,7 @@ def masks() -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("mask", masks(), ids=lambda mask: f"{mask.shape}")
-def test_what_is_encoded_is_read_back(mask):
+def test_encode_decodes_to_the_same_mask(mask):
     found = encode(mask)
     assert found["size"] == list(mask.shape) and isinstance(found["counts"], str)
     assert np.array_equal(decode(found), mask)
@@ -52,12 +52,12 @@ def test_what_is_encoded_is_read_back(mask):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.randoms(use_true_random=False))
-def test_any_mask_is_read_back(height, width, random):
+def test_encode_any_mask_decodes_to_itself(height, width, random):
     mask = np.array([[random.random() < 0.5 for _ in range(width)] for _ in range(height)])
     assert np.array_equal(decode(encode(mask)), mask)
 
 
-def test_known_text():
+def test_encode_known_mask_gives_known_text():
     """Columns first: 1 pixel outside, 2 inside, 3 outside; then the fourth number less the second."""
     mask = np.array([[0, 1, 0], [1, 0, 0]], bool)
     assert encode(mask)["counts"] == "123"
@@ -67,14 +67,14 @@ def test_known_text():
 
 
 @pytest.mark.parametrize("mask", masks(), ids=lambda mask: f"{mask.shape}")
-def test_pycocotools_reads_the_same(mask):
+def test_encode_is_read_by_pycocotools(mask):
     coco = pytest.importorskip("pycocotools.mask")
     found = encode(mask)
     assert np.array_equal(coco.decode(found).astype(bool), mask)
     assert coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode() == found["counts"]
 
 
-def test_annotations_tell_areas_and_boxes_of_what_is_there():
+def test_annotations_have_areas_and_boxes_of_present_regions():
     labels = np.zeros((6, 8), np.uint8)
     labels[2:5, 3:7] = 2
     first, second = annotations(labels, 4)

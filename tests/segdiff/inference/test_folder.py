@@ -24,11 +24,11 @@ from factorkit.utils.errors import CheckpointError, ConfigError, WriteError
 TINY = {
     "resolution": 16,
     "regions": 3,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "device": "cpu",
     "threads": 1,
 }
@@ -69,7 +69,7 @@ def quiet(run, *given, **options):
     return run.segment_folder(*given, progress=False, **options)
 
 
-def test_files_say_what_segment_says(run, photos, tmp_path):
+def test_segment_folder_files_equal_segment(run, photos, tmp_path):
     folder, out = photos(), tmp_path / "out"
     found = quiet(run, folder, out, formats=("labels", "masks", "overlays", "coco"))
     assert (found.segmented, found.already, found.skipped, found.regions) == (6, 0, {}, 3)
@@ -100,7 +100,7 @@ def test_files_say_what_segment_says(run, photos, tmp_path):
     assert found.contact_sheet.is_file() and not list(out.rglob(".unfinished*"))
 
 
-def test_only_the_formats_asked_for_are_written_and_more_can_be_asked_for(run, photos, tmp_path):
+def test_segment_folder_writes_requested_formats_and_adds_more(run, photos, tmp_path):
     folder, out = photos(2), tmp_path / "out"
     quiet(run, folder, out, formats="labels")
     assert {name.rsplit("_", 1)[1] for name in contents(out)} == {"labels.png", "sheet.png"}
@@ -114,7 +114,7 @@ def test_only_the_formats_asked_for_are_written_and_more_can_be_asked_for(run, p
         quiet(run, folder, out, workers=0)
 
 
-def test_a_second_call_does_nothing_and_what_changed_is_done_again(run, photos, tmp_path, monkeypatch):
+def test_segment_folder_second_call_redoes_only_changes(run, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(segment_folder, "SHEET_IMAGES", 1)
     folder, out = photos(), tmp_path / "out"
     quiet(run, folder, out)
@@ -135,7 +135,7 @@ def test_a_second_call_does_nothing_and_what_changed_is_done_again(run, photos, 
         assert quiet(run, folder, out, **changes).already == 0, changes
 
 
-def test_what_another_process_had_finished_when_it_was_killed_counts(run, photos, tmp_path, monkeypatch):
+def test_segment_folder_killed_process_results_count(run, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(segment_folder, "SHEET_IMAGES", 1)
     out = tmp_path / "out"
     quiet(run, photos(), out)
@@ -149,7 +149,7 @@ def test_what_another_process_had_finished_when_it_was_killed_counts(run, photos
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_a_call_that_was_stopped_goes_on(run, photos, tmp_path, monkeypatch, end):
+def test_segment_folder_stopped_call_resumes(run, photos, tmp_path, monkeypatch, end):
     """Whatever stopped it, what is there is whole, and the next call ends with the files of an unbroken one."""
     monkeypatch.setattr(segment_folder, "SHEET_IMAGES", 2)
     monkeypatch.setattr(segment_folder, "AHEAD", 1)
@@ -183,7 +183,7 @@ def test_a_call_that_was_stopped_goes_on(run, photos, tmp_path, monkeypatch, end
         assert (np.abs(first - second) > 2).mean() < 0.02, name
 
 
-def test_a_disk_that_fills_in_the_list_of_what_is_done(run, photos, tmp_path, monkeypatch):
+def test_segment_folder_full_disk_in_manifest_resumes(run, photos, tmp_path, monkeypatch):
     folder, out = photos(3), tmp_path / "out"
     add = segment_folder.Manifest.add
 
@@ -199,7 +199,7 @@ def test_a_disk_that_fills_in_the_list_of_what_is_done(run, photos, tmp_path, mo
     assert quiet(run, folder, out).segmented == 3
 
 
-def test_a_sheet_and_annotations_that_do_not_fit_leave_the_old_ones(run, photos, tmp_path, monkeypatch):
+def test_segment_folder_full_disk_keeps_old_summary_files(run, photos, tmp_path, monkeypatch):
     folder, out = photos(2), tmp_path / "out"
     quiet(run, folder, out, formats=("labels", "coco"))
     before = (out / "annotations.json").read_bytes(), (out / "contact_sheet.png").read_bytes()
@@ -212,7 +212,7 @@ def test_a_sheet_and_annotations_that_do_not_fit_leave_the_old_ones(run, photos,
     assert len(json.loads(quiet(run, folder, out, formats=("labels", "coco")).annotations.read_text())["images"]) == 3
 
 
-def test_two_processes_do_not_write_into_one_folder(run, photos, tmp_path):
+def test_segment_folder_locked_folder_raises(run, photos, tmp_path):
     from factorkit.engine.run_folder import held
 
     (tmp_path / "out").mkdir()
@@ -220,7 +220,7 @@ def test_two_processes_do_not_write_into_one_folder(run, photos, tmp_path):
         quiet(run, photos(1), tmp_path / "out")
 
 
-def test_few_pictures_are_in_memory_however_many_there_are(run, photos, tmp_path, monkeypatch):
+def test_segment_folder_large_folder_bounds_memory(run, photos, tmp_path, monkeypatch):
     """Reading runs ahead of slow writing only so far, and less far for large pictures."""
     folder = photos(40)
     held, most, lock = [0], [0], threading.Lock()
@@ -251,7 +251,7 @@ def test_few_pictures_are_in_memory_however_many_there_are(run, photos, tmp_path
     assert most[0] <= 4
 
 
-def test_progress_counts_what_was_done_before(run, photos, tmp_path, capsys):
+def test_segment_folder_progress_includes_earlier_results(run, photos, tmp_path, capsys):
     folder = photos(3)
     run.segment_folder(folder, tmp_path / "out")
     assert "3/3" in capsys.readouterr().err
@@ -263,7 +263,7 @@ def test_progress_counts_what_was_done_before(run, photos, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_asked_of_each_picture_does_not_grow_with_the_folder(run, photos, tmp_path, monkeypatch):
+def test_segment_folder_work_per_image_is_constant(run, photos, tmp_path, monkeypatch):
     calls = {}
     for count in (10, 30):
         folder, out = photos(count), tmp_path / f"out{count}"

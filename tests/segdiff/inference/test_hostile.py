@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data.sources import shown
+from factorkit.data.sources import escape_name
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.inference import segment as quality
 from factorkit.segdiff.run import SegdiffRun
@@ -21,11 +21,11 @@ from factorkit.utils.errors import ConfigError, DataError, WriteError
 TINY = {
     "resolution": 16,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "device": "cpu",
     "threads": 1,
 }
@@ -53,7 +53,7 @@ def segmented(run, folder, **options):
     return run.segment_folder(folder, folder.parent / "out", progress=False, **options)
 
 
-def test_one_pixel_and_30000_in_a_row(run, folder):
+def test_segment_folder_extreme_sizes_work(run, folder):
     for name, size in (("pixel", (1, 1)), ("wide", (30_000, 2)), ("high", (3, 30_000))):
         Image.new("RGB", size, "green").save(folder / f"{name}.png")
     found = segmented(run, folder, formats=ALL)
@@ -63,7 +63,7 @@ def test_one_pixel_and_30000_in_a_row(run, folder):
     assert sizes == {"good.jpg": 30, "pixel.png": 1, "wide.png": 30_000, "high.png": 3}
 
 
-def test_broken_pictures_are_named_and_tried_again(run, folder, monkeypatch):
+def test_segment_folder_broken_images_are_named_and_retried(run, folder, monkeypatch):
     whole = (folder / "good.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.png").write_bytes(b"")
@@ -79,13 +79,13 @@ def test_broken_pictures_are_named_and_tried_again(run, folder, monkeypatch):
         assert segmented(run, folder).segmented == 2
 
 
-def test_where_nothing_can_be_read_that_is_an_error(run, folder):
+def test_segment_folder_nothing_readable_raises(run, folder):
     (folder / "good.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"none of 1 images could be segmented: good\.jpg \("):
         segmented(run, folder)
 
 
-def test_a_file_that_may_not_be_read(run, folder, monkeypatch):
+def test_segment_folder_unreadable_file_is_skipped(run, folder, monkeypatch):
     Image.new("RGB", (9, 9)).save(folder / "secret.png")
     read = Path.read_bytes
 
@@ -103,7 +103,7 @@ def test_a_file_that_may_not_be_read(run, folder, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="such names need a file system that takes any bytes")
-def test_names_with_line_breaks_and_bytes_that_are_no_text(run, folder):
+def test_segment_folder_unprintable_names_work(run, folder):
     names = ["two\nlines.png", "tab\there.png", os.fsdecode(b"caf\xe9.png"), "\u202egnp.png"]
     for name in names:
         Image.new("RGB", (9, 9)).save(folder / name)
@@ -117,10 +117,10 @@ def test_names_with_line_breaks_and_bytes_that_are_no_text(run, folder):
     assert listed == {*names, "good.jpg"}
     with pytest.warns(UserWarning, match="1 of 6"):
         assert segmented(run, folder, formats=ALL).already == 5, "their lines in the list are read back"
-    assert shown("plain ünï.png") == "plain ünï.png" and shown("a\nb") == "a\\nb"
+    assert escape_name("plain ünï.png") == "plain ünï.png" and escape_name("a\nb") == "a\\nb"
 
 
-def test_a_name_too_long_to_add_to_is_left_out_by_itself(run, folder):
+def test_segment_folder_too_long_name_is_skipped(run, folder):
     name = "x" * 247 + ".png"
     Image.new("RGB", (9, 9)).save(folder / name)
     with pytest.warns(UserWarning, match="too long"):
@@ -128,7 +128,7 @@ def test_a_name_too_long_to_add_to_is_left_out_by_itself(run, folder):
     assert found.segmented == 1 and set(found.skipped) == {name}
 
 
-def test_loops_of_links_end(run, folder):
+def test_segment_folder_link_loops_end(run, folder):
     (folder / "sub").mkdir()
     (folder / "sub" / "up").symlink_to(folder, target_is_directory=True)
     (folder / "self.png").symlink_to(folder / "self.png")
@@ -138,7 +138,7 @@ def test_loops_of_links_end(run, folder):
     assert found.segmented == 1 and {p.name for p in found.out.glob("*_labels.png")} == {"good_labels.png"}
 
 
-def test_a_picture_that_goes_away_meanwhile(run, folder, monkeypatch):
+def test_segment_folder_vanishing_image_is_skipped(run, folder, monkeypatch):
     Image.new("RGB", (9, 9)).save(folder / "later.png")
     read = Path.read_bytes
 
@@ -152,7 +152,7 @@ def test_a_picture_that_goes_away_meanwhile(run, folder, monkeypatch):
         assert segmented(run, folder).segmented == 1
 
 
-def test_memory_that_lacks_for_one_picture_is_not_lacking_for_all(run, folder, monkeypatch):
+def test_segment_folder_out_of_memory_skips_one_image(run, folder, monkeypatch):
     for name, size in (("large.png", (90, 60)), ("other.png", (30, 20))):
         Image.new("RGB", size).save(folder / name)
     predict = quality.predict_masks
@@ -169,7 +169,7 @@ def test_memory_that_lacks_for_one_picture_is_not_lacking_for_all(run, folder, m
         segmented(run, folder, size=20)
 
 
-def test_an_output_that_cannot_be_made(run, folder):
+def test_segment_folder_output_not_writable_raises(run, folder):
     (folder.parent / "file").write_text("mine")
     with pytest.raises(ConfigError, match="file is a file; give another out=, a folder"):
         run.segment_folder(folder, folder.parent / "file", progress=False)

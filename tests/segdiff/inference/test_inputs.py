@@ -19,14 +19,14 @@ RGBA = np.random.default_rng(0).integers(0, 256, (7, 9, 4), np.uint8)
     [RGBA, RGBA[None], torch.from_numpy(RGBA).permute(2, 0, 1), torch.from_numpy(RGBA).permute(2, 0, 1)[None], [RGBA]],
     ids=["HWC", "NHWC", "CHW", "NCHW", "list"],
 )
-def test_alpha_is_composited_over_white(form):
+def test_read_images_alpha_is_composited_over_white(form):
     pictures, _ = as_pictures(form)
     expected = np.asarray(to_rgb(Image.fromarray(RGBA)))
     assert len(pictures) == 1
     np.testing.assert_array_equal(np.asarray(pictures[0]), expected)
 
 
-def test_a_last_axis_of_one_is_grey_and_of_two_is_asked_about():
+def test_read_images_channel_counts_are_interpreted_or_refused():
     (picture,), _ = as_pictures(RGBA[..., :1])
     np.testing.assert_array_equal(np.asarray(picture)[..., 1], RGBA[..., 0])
     with pytest.raises(DataError, match="one image"):

@@ -16,11 +16,11 @@ from factorkit.utils.errors import ConfigError, OutOfMemory
 TINY = {
     "resolution": 16,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "device": "cpu",
 }
 
@@ -61,12 +61,12 @@ def disc(width, height):
         ((40, 1), (640, 16)),
     ],
 )
-def test_the_short_side_decides_and_slivers_are_squeezed(config, size, seen):
+def test_prepare_image_short_side_sets_the_size(config, size, seen):
     small = see(Image.new("RGB", size), config, 16, "guided").small
     assert small.shape[1::-1] == seen
 
 
-def test_a_guide_is_made_where_the_picture_has_more_pixels(config):
+def test_prepare_image_larger_image_has_a_guide(config):
     look = lambda size, upsample="guided": see(Image.new("RGB", size), config, 16, upsample)  # noqa: E731
     assert look((16, 16)).guide is None and look((10, 7)).guide is None and look((200, 100), "bilinear").guide is None
     large = look((200, 100))
@@ -78,7 +78,7 @@ def test_a_guide_is_made_where_the_picture_has_more_pixels(config):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 200), (130, 90), (66, 64)])
-def test_tiles_of_what_depends_on_a_pixel_alone_are_the_whole(size):
+def test_predict_tiled_pixelwise_model_equals_the_whole(size):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, *size, 3), np.uint8)
     shapes = []
@@ -94,9 +94,9 @@ def test_tiles_of_what_depends_on_a_pixel_alone_are_the_whole(size):
     assert (len(shapes) > 2) == (max(size) > 64)
 
 
-def test_regions_that_compete_see_whole_pictures():
+def test_predict_tiled_mixture_masks_use_whole_images():
     """Their places are those of a picture, and so are the colours they compete by."""
-    config = SegdiffConfig(resolution=16, masks="competition")
+    config = SegdiffConfig(resolution=16, masks="mixture")
     shapes = []
 
     def predict(images):
@@ -107,7 +107,7 @@ def test_regions_that_compete_see_whole_pictures():
     assert shapes == [(80, 200)]
 
 
-def test_tiles_are_blended_without_a_seam():
+def test_predict_tiled_tiles_blend_without_a_seam():
     """Tiles that disagree (each answers its own number) meet in a ramp, not in a step."""
     count = iter(range(100))
     found = small_masks(
@@ -126,7 +126,7 @@ def test_tiles_are_blended_without_a_seam():
 
 @pytest.mark.parametrize("upsample", ["guided", "bilinear"])
 @pytest.mark.parametrize("size", [(161, 97), (16, 16), (9, 7), (400, 1)])
-def test_bands_sum_to_one_and_do_not_depend_on_their_height(config, size, upsample, monkeypatch):
+def test_full_size_bands_sum_to_one_at_any_height(config, size, upsample, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
     seen = see(Image.fromarray(pixels), config, 16, upsample)
     masks = torch.rand(3, *seen.small.shape[:2]).softmax(0)
@@ -139,7 +139,7 @@ def test_bands_sum_to_one_and_do_not_depend_on_their_height(config, size, upsamp
     torch.testing.assert_close(torch.cat([band for _, band in bands], 1), whole)
 
 
-def test_guided_masks_follow_the_edge_that_bilinear_ones_blur(run, monkeypatch):
+def test_full_size_guided_masks_follow_the_edge(run, monkeypatch):
     pixels, inside = disc(320, 240)
     monkeypatch.setattr(run.model, "segment", lambda x_t, t: bright(x_t))
     wrong = {}
@@ -152,7 +152,7 @@ def test_guided_masks_follow_the_edge_that_bilinear_ones_blur(run, monkeypatch):
     assert wrong["guided"] < 0.2 * wrong["bilinear"] and wrong["guided", "soft"] < 0.9 * wrong["bilinear", "soft"]
 
 
-def test_size_is_what_the_network_sees(run, monkeypatch):
+def test_segment_size_sets_the_network_input(run, monkeypatch):
     seen = []
     monkeypatch.setattr(run.model, "segment", lambda x_t, t: (seen.append(tuple(x_t.shape[2:])), bright(x_t))[1])
     pixels, _ = disc(120, 90)
@@ -170,7 +170,7 @@ def test_size_is_what_the_network_sees(run, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (30_000, 3), (2, 30_000)])
-def test_single_pixels_and_30000_of_them_in_a_row(run, size):
+def test_segment_extreme_sizes_work(run, size):
     found = run.segment(Image.new("RGB", size, "red"))
     assert found.masks.shape == (1, 2, size[1], size[0])
     torch.testing.assert_close(found.masks.sum(1), torch.ones(1, size[1], size[0]))
@@ -184,7 +184,7 @@ def test_single_pixels_and_30000_of_them_in_a_row(run, size):
         MemoryError(),
     ],
 )
-def test_out_of_memory_names_what_helps(run, monkeypatch, error):
+def test_segment_out_of_memory_error_names_the_cure(run, monkeypatch, error):
     def full(x_t, t):
         raise error
 

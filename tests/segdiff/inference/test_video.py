@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data.video import open_clip
+from factorkit.data.video import open_video
 from factorkit.segdiff.inference.video import STILL, Smoother, segment_frames
 from factorkit.utils.errors import ConfigError, DataError, WriteError
 
@@ -36,14 +36,14 @@ def labels_of(run, frames, smooth):
     return np.stack([labels for _, labels in found])
 
 
-def test_without_smoothing_a_frame_is_segmented_as_a_picture(run):
+def test_segment_frames_without_smoothing_equals_segment(run):
     frames = still(3)
     found = labels_of(run, frames, 0.0)
     assert np.array_equal(found, run.segment(frames).labels.numpy())
     assert len(np.unique(found)) > 1
 
 
-def test_smoothing_takes_the_flicker_out_of_a_still_scene(run):
+def test_segment_frames_smoothing_removes_flicker_of_a_still_scene(run):
     frames = still(24)
     flicker = lambda labels: (labels[13:] != labels[12:-1]).mean()  # noqa: E731
     before, after = (flicker(labels_of(run, frames, smooth)) for smooth in (0.0, 0.8))
@@ -51,7 +51,7 @@ def test_smoothing_takes_the_flicker_out_of_a_still_scene(run):
     assert after < 0.4 * before
 
 
-def test_the_average_is_the_formula_and_a_cut_starts_anew():
+def test_smoother_equals_its_formula_and_resets_at_cuts():
     torch.manual_seed(0)
     a, b, c = torch.rand(3, 2, 10, 10).softmax(1)
     flat = lambda value: np.full((20, 20, 3), value, np.uint8)  # noqa: E731
@@ -79,7 +79,7 @@ def test_the_average_is_the_formula_and_a_cut_starts_anew():
     torch.testing.assert_close(found.sum(0), torch.ones(10, 10))
 
 
-def test_frames_are_taken_as_they_are_needed(run):
+def test_segment_frames_reads_frames_lazily(run):
     taken = 0
 
     def frames():
@@ -94,7 +94,7 @@ def test_frames_are_taken_as_they_are_needed(run):
     assert sum(1 for _ in found) == 39
 
 
-def test_a_video_in_and_one_out(run, tmp_path):
+def test_segment_video_writes_a_video(run, tmp_path):
     frames = still(5, size=(35, 47))
     imageio.imwrite(tmp_path / "in.mkv", frames, plugin="pyav", codec="ffv1", fps=12)
     made = run.segment_video(tmp_path / "in.mkv", tmp_path / "new" / "out.mp4", progress=False)
@@ -105,36 +105,36 @@ def test_a_video_in_and_one_out(run, tmp_path):
     assert [path.name for path in made.out.parent.iterdir()] == ["out.mp4"]
 
 
-def test_a_folder_of_frames_in_the_order_of_its_names(run, tmp_path):
+def test_segment_video_folder_uses_name_order(run, tmp_path):
     for number, frame in enumerate(still(3)):
         Image.fromarray(frame).save(tmp_path / f"{number}.png")
-    clip = open_clip(tmp_path)
+    clip = open_video(tmp_path)
     assert clip.length == 3 and clip.rate == 24
     assert np.array_equal(np.stack(list(clip.frames)), still(3))
     assert run.segment_video(tmp_path, tmp_path / "out" / "x.mp4", progress=False).frames == 3
 
 
-def test_frames_of_a_folder_are_counted_as_people_do(tmp_path):
+def test_segment_video_folder_uses_natural_order(tmp_path):
     colours = {f"frame{number}.png": 20 * number for number in (1, 2, 10, 11)}
     for name, colour in colours.items():
         Image.new("RGB", (4, 4), (colour,) * 3).save(tmp_path / name)
-    assert [frame[0, 0, 0] for frame in open_clip(tmp_path).frames] == [20, 40, 200, 220]
+    assert [frame[0, 0, 0] for frame in open_video(tmp_path).frames] == [20, 40, 200, 220]
     listed = [tmp_path / "frame10.png", tmp_path / "frame2.png"]
-    assert [frame[0, 0, 0] for frame in open_clip(listed).frames] == [200, 40], "a list has an order of its own"
+    assert [frame[0, 0, 0] for frame in open_video(listed).frames] == [200, 40], "a list has an order of its own"
 
 
 @pytest.mark.parametrize("name", ["walk.gif", "walk.webp", "walk.png"])
-def test_an_animated_picture_is_its_frames(tmp_path, name):
+def test_segment_video_animated_image_uses_its_frames(tmp_path, name):
     first, *rest = [Image.new("RGB", (8, 6), (colour,) * 3) for colour in (30, 90, 200, 150)]
     durations = [100, 100, 100, 500]
     first.save(tmp_path / name, save_all=True, append_images=rest, duration=durations, lossless=True)
     for source in (tmp_path / name, Image.open(tmp_path / name)):
-        clip = open_clip(source)
+        clip = open_video(source)
         assert clip.length == 4 and clip.rate == pytest.approx(5)
         assert [frame[2, 3].tolist() for frame in clip.frames] == [[v] * 3 for v in (30, 90, 200, 150)]
 
 
-def test_what_cannot_be_segmented_leaves_nothing_behind(run, tmp_path):
+def test_segment_video_failure_leaves_no_file(run, tmp_path):
     (tmp_path / "noise.mp4").write_bytes(b"no video at all" * 100)
     out = tmp_path / "out.mp4"
     with pytest.raises(DataError, match="noise.mp4: this video cannot be decoded"):
@@ -153,7 +153,7 @@ def test_what_cannot_be_segmented_leaves_nothing_behind(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["noise.mp4"]
 
 
-def test_a_video_cut_off_in_the_middle_is_told_or_ends(run, tmp_path):
+def test_segment_video_truncated_video_raises_or_ends(run, tmp_path):
     imageio.imwrite(tmp_path / "in.mp4", still(30), plugin="pyav", codec="libx264", fps=12)
     whole = (tmp_path / "in.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
@@ -161,8 +161,8 @@ def test_a_video_cut_off_in_the_middle_is_told_or_ends(run, tmp_path):
         run.segment_video(tmp_path / "cut.mp4", tmp_path / "out.mp4", progress=False)
 
 
-def test_without_imageio_the_cure_is_named(monkeypatch, tmp_path):
+def test_segment_video_without_imageio_error_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "imageio.v3", None)
     (tmp_path / "a.mp4").touch()
     with pytest.raises(ConfigError, match=r"factorkit\[video\]"):
-        open_clip(tmp_path / "a.mp4")
+        open_video(tmp_path / "a.mp4")
