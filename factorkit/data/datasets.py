@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from factorkit.data.layouts import DatasetFiles, image_mask_folders, read_layout
-from factorkit.data.masks import match_masks, strip_suffix
+from factorkit.data.files import strip_suffix
+from factorkit.data.masks import match_masks
 from factorkit.data.open import open_source
 from factorkit.data.procedural.flowers import draw_flowers
 from factorkit.data.procedural.rooms import NESTING, draw_rooms
