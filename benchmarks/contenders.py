@@ -15,7 +15,7 @@ from benchmarks.textbook import Textbook, normalise, pool, repeat
 from benchmarks.traffic import counted
 from factorkit import ops
 from factorkit.engine.step import Meter, MovingAverage, TrainingStep, make_optimizer
-from factorkit.nn import Norm
+from factorkit.nn.unet import Norm
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.task import SegdiffTask
@@ -44,7 +44,7 @@ class OpCase:
 
 def op_cases(config: SegdiffConfig, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, OpCase]:
     """Every op of the decoder at its finest level, where the traffic is."""
-    size, k, c = config.resolution, config.regions, config.width * config.multipliers[0]
+    size, k, c = config.resolution, config.regions, config.model_channels * config.channel_mult[0]
     rows = batch * k
 
     def features(n: int, channels: int, kind: torch.dtype = dtype) -> Tensor:
@@ -62,7 +62,7 @@ def op_cases(config: SegdiffConfig, batch: int, device: torch.device, dtype: tor
         return torch.randn(batch, k, size, size, device=device).softmax(1).requires_grad_()
 
     def norm_of(channels: int, kind: str, weight: Tensor, bias: Tensor) -> SimpleNamespace:
-        groups = Norm(channels, config.groups).groups
+        groups = Norm(channels, config.norm_groups).groups
         return SimpleNamespace(weight=weight, bias=bias, groups=groups, kind=kind)
 
     def masked(skip: Tensor, m: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def op_cases(config: SegdiffConfig, batch: int, device: torch.device, dtype: tor
 
     cases = {}
     for kind in NORMS:
-        groups = Norm(2 * c, config.groups).groups
+        groups = Norm(2 * c, config.norm_groups).groups
         cases[f"masked_skip_norm_silu {kind}"] = OpCase(
             [features(rows, c), features(batch, c), masks(), *vectors(2 * c)],
             lambda u, s, m, w, b, kind=kind: F.silu(
@@ -80,7 +80,7 @@ def op_cases(config: SegdiffConfig, batch: int, device: torch.device, dtype: tor
                 u, s, m, w, b, groups=groups, norm=kind
             ),
         )
-    groups = Norm(c, config.groups).groups
+    groups = Norm(c, config.norm_groups).groups
     cases["group_norm_silu"] = OpCase(
         [features(rows, c), *vectors(c), *vectors(c, rows)],
         lambda x, w, b, scale, shift: F.silu(
@@ -101,7 +101,7 @@ def op_cases(config: SegdiffConfig, batch: int, device: torch.device, dtype: tor
         ),
         lambda x, y: ops.region_blend_mse(x, y, torch.full_like(x[:, :1], 0.5).expand(-1, 3, -1, -1)),
     )
-    levels = len(config.multipliers) - 1
+    levels = len(config.channel_mult) - 1
     cases["mask_pyramid"] = OpCase(
         [masks()],
         lambda m: torch.cat([F.avg_pool2d(m, 2**i).flatten(2) for i in range(1, levels + 1)], 2),

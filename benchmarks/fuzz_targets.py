@@ -32,7 +32,7 @@ from factorkit.data import open_views, read_classes
 from factorkit.data.datasets import open_dataset
 from factorkit.engine.checkpoint import read_checkpoint, write_checkpoint
 from factorkit.rendering import orbit
-from factorkit.report.html import write_report
+from factorkit.segdiff.verdict import write_report
 
 Told = tuple[str, str] | None  # outcome and words, where what reads the input says them itself
 GOOD = "a_good.png"  # beside a malformed picture
@@ -95,7 +95,9 @@ def targets(folder: Path) -> list[Target]:
         return None
 
     def mask(place: Path, rng: Rng) -> Told:
-        return command("evaluate", weights, "--images", place / "in/images", "--masks", place / "in/masks", "--fit", 1)
+        return command(
+            "evaluate", weights, "--images", place / "in/images", "--masks", place / "in/masks", "--num-fit-images", 1
+        )
 
     def archive(place: Path, rng: Rng) -> Told:
         return command("prepare", place / "x.zip", "--resolution", 8)
@@ -129,7 +131,7 @@ def targets(folder: Path) -> list[Target]:
             write_report(place / "run")
             return None
         images, masks = place / "in/images", place / "in/masks"
-        return command("evaluate", place / "run", "--images", images, "--masks", masks, "--fit", 1)
+        return command("evaluate", place / "run", "--images", images, "--masks", masks, "--num-fit-images", 1)
 
     def words(place: Path, rng: Rng) -> Told:
         found = damage_words(pick(rng, command_lines(weights, nerfdiff, place)), rng)
@@ -198,7 +200,7 @@ def command_lines(weights: Path, nerfdiff: Path, place: Path) -> list[list[str]]
         ["segment", run, images, "--out", out, "-t", "40", "--size", "16"],
         ["prepare", images, "--resolution", "8"],
         ["generate", run, "-n", "1", "--steps", "2", "--seed", "1", "--out", out],
-        ["evaluate", run, "--images", images, "--masks", masks, "--fit", "1", "--ignore", "7", "--t", "3"],
+        ["evaluate", run, "--images", images, "--masks", masks, "--num-fit-images", "1", "--ignore", "7", "--t", "3"],
         ["recompose", run, first, "--region", "1", "--steps", "2", "--out", out, "--from", first],
         ["interpolate", run, first, first, "--frames", "3", "--steps", "2", "--out", out],
         ["doctor", "--json"],

@@ -20,10 +20,10 @@ from benchmarks.recording import commit, machine, read_results, write_result
 RESULTS = Path(__file__).with_name("results") / "quality.json"
 LOOKS = {
     "fast": {},
-    "mirror": {"mirror": True},
+    "flip": {"flip": True},
     "draws": {"draws": 4},
     "levels": {"levels": (1 / 3, 1.0, 2.0)},
-    "all twelve": {"levels": (1 / 3, 1.0, 2.0), "draws": 2, "mirror": True},
+    "all twelve": {"levels": (1 / 3, 1.0, 2.0), "draws": 2, "flip": True},
 }
 
 
@@ -56,13 +56,15 @@ def measure(folder: Path, data: str) -> None:
     dataset = open_dataset(data, holdout=config.holdout)
     own = min(dataset.test_images.read(0).size)
     known = load_labelled(dataset.test_images, dataset.test_masks, own, ignore=config.ignore)
-    fit = max(1, min(config.fit, len(known) // 2))
+    num_fit_images = max(1, min(config.num_fit_images, len(known) // 2))
 
     def iou(asked=run, **options) -> float:
         return score(asked.segment(known.images, **options).labels)
 
     def score(labels: torch.Tensor) -> float:
-        return evaluate_masks(labels.numpy(), known.foreground, known.valid, config.leaves, fit)["iou"]
+        return evaluate_masks(labels.numpy(), known.foreground, known.valid, config.num_leaf_regions, num_fit_images)[
+            "iou"
+        ]
 
     found = {"bilinear": iou(upsample="bilinear")}
     for name, looks in LOOKS.items():
@@ -81,7 +83,7 @@ def measure(folder: Path, data: str) -> None:
         "resolution": config.resolution,
         "t": config.segment_t,
         "size": own,
-        "scored": len(known) - fit,
+        "scored": len(known) - num_fit_images,
         "step": run.step,
         "machine": machine(1),
         "commit": commit(),

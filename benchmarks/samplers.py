@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace) -> None:
     import torch
 
     import factorkit
-    from factorkit.diffusion.samplers import evaluations
+    from factorkit.diffusion.samplers import count_evaluations
     from factorkit.metrics.frechet import frechet_distance, random_features
     from factorkit.segdiff.train import load_data
 
@@ -84,7 +84,7 @@ def measure(args: argparse.Namespace) -> None:
             start = time.perf_counter()
             images = run.generate(args.images, sampler=sampler, steps=steps, seed=args.seed, **told).images
             seconds = round(time.perf_counter() - start, 1)
-            cost = {"steps": steps, "evaluations": evaluations(sampler, steps), "seconds": seconds}
+            cost = {"steps": steps, "evaluations": count_evaluations(sampler, steps), "seconds": seconds}
             write(key, frechet_distance(random_features(images), real), sampler=sampler, **cost)
 
 

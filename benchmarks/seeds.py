@@ -27,7 +27,7 @@ LAST = 10  # lines of a run's log whose loss is averaged
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("competition", "runs"))
+    parser.add_argument("what", nargs="?", choices=("mixture", "runs"))
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--data", help="as train_segdiff takes it")
     parser.add_argument("--regions", type=int, default=3)
@@ -39,7 +39,7 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(1)
-        found = competitions(args) if args.what == "competition" else finished(args)
+        found = competitions(args) if args.what == "mixture" else finished(args)
         for name, rows in found.items():
             record = {"rows": rows, "judged": judged(rows), "machine": machine(1), "commit": commit()}
             write_result(RESULTS, f"{Path(args.data).name} {name}", record)
@@ -58,14 +58,20 @@ def competitions(args: argparse.Namespace) -> dict[str, list[dict]]:
     from factorkit.segdiff.choose_regions import SETTINGS, PlacesTask
     from factorkit.segdiff.config import preset_config
     from factorkit.segdiff.masks.mixture import unexplained_noise
-    from factorkit.segdiff.task import to_float
     from factorkit.segdiff.train import load_data
 
-    settings = SETTINGS | {"mirror": args.mirror, "steps": args.stops[-1], "device": "cpu", "regions": args.regions}
+    settings = SETTINGS | {
+        "random_flip": args.mirror,
+        "steps": args.stops[-1],
+        "device": "cpu",
+        "regions": args.regions,
+    }
     config = preset_config(**settings, resolution=32).resolved()
     dataset, prepared, probes = load_data(args.data, config, False)
     known = load_labelled(dataset.test_images, dataset.test_masks, 32)
-    images, found = to_float(torch.from_numpy(known.images)), {}
+    from factorkit.utils.images import pixels_to_signed
+
+    images, found = pixels_to_signed(torch.from_numpy(known.images)), {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
             for stop in args.stops:
@@ -75,7 +81,7 @@ def competitions(args: argparse.Namespace) -> dict[str, list[dict]]:
                 with torch.no_grad():
                     masks, flipped = (model(x).logits.softmax(1) for x in (images, images.flip(3)))
                 row = {"seed": seed, "error": unexplained_noise(model, task.probes, task.schedule)}
-                row |= figures(known, images, masks, flipped, args.regions, config.fit)
+                row |= figures(known, images, masks, flipped, args.regions, config.num_fit_images)
                 found.setdefault(f"competition K={args.regions} after {stop} of {args.stops[-1]} steps", []).append(row)
     return found
 
@@ -86,8 +92,8 @@ def finished(args: argparse.Namespace) -> dict[str, list[dict]]:
     import factorkit
     from factorkit.data.datasets import open_dataset
     from factorkit.data.masks import load_labelled
-    from factorkit.engine.log import read_log
-    from factorkit.segdiff.task import to_float
+    from factorkit.utils.images import pixels_to_signed
+    from factorkit.utils.jsonl import read_log
 
     rows = []
     for folder in args.runs:
@@ -95,19 +101,26 @@ def finished(args: argparse.Namespace) -> dict[str, list[dict]]:
         config = run.config
         dataset = open_dataset(args.data, holdout=config.holdout)
         known = load_labelled(dataset.test_images, dataset.test_masks, config.resolution, ignore=config.ignore)
-        images, predict = to_float(torch.from_numpy(known.images)), run.predictor(None, "fast")
+        images, predict = pixels_to_signed(torch.from_numpy(known.images)), run.predictor(None, "fast")
         losses = [event["loss"] for event in read_log(folder) if event["event"] == "step"]
         row = {"seed": config.seed, "loss": float(np.mean(losses[-LAST:]))}
-        rows.append(row | figures(known, images, predict(images), predict(images.flip(3)), config.leaves, config.fit))
+        rows.append(
+            row
+            | figures(
+                known, images, predict(images), predict(images.flip(3)), config.num_leaf_regions, config.num_fit_images
+            )
+        )
     return {args.runs[0].name.rpartition("seed")[0].rstrip("_ "): rows}
 
 
-def figures(known, images, masks, flipped, regions: int, fit: int) -> dict[str, float]:
+def figures(known, images, masks, flipped, regions: int, num_fit_images: int) -> dict[str, float]:
     from factorkit.metrics.segmentation import evaluate_masks
     from factorkit.segdiff.alarms import measure_alarms
 
     labels, alarms = masks.argmax(1), measure_alarms(images, masks, flipped)
-    iou = evaluate_masks(labels.numpy(), known.foreground, known.valid, regions, min(fit, len(known) // 2))["iou"]
+    iou = evaluate_masks(labels.numpy(), known.foreground, known.valid, regions, min(num_fit_images, len(known) // 2))[
+        "iou"
+    ]
     return {"eta_gap": alarms.eta_gap, "entropy": alarms.entropy, "edge": edge_alignment(images, labels), "iou": iou}
 
 

@@ -10,21 +10,21 @@ import torch
 from PIL import Image
 
 from factorkit.data.views.views import Views
-from factorkit.engine import trainer as loop
 from factorkit.nerfdiff import train as nerfdiff
 from factorkit.nerfdiff.stages import dictionary as search
 from factorkit.nerfdiff.stages import distil, joint
 from factorkit.nerfdiff.stages import refine as fit
+from factorkit.segdiff import train as segdiff
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.train import train_segdiff
 
 SEGDIFF = {
-    "width": 8,
+    "model_channels": 8,
     "resolution": 16,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 4,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 4,
     "batch_size": 8,
     "device": "cpu",
     "progress": False,
@@ -45,8 +45,8 @@ NERFDIFF = {
     "field_steps": 12,
     "steps": 12,
     "batch_size": 4,
-    "width": 8,
-    "multipliers": (1, 2),
+    "model_channels": 8,
+    "channel_mult": (1, 2),
     "encoder_resolution": 8,
     "num_rendered_views": 5,
     "flip_rounds": 1,
@@ -64,7 +64,7 @@ def without_sheets() -> None:
         return {"failures": [] if step % 4 else ["tiny"], "error": 1 / (1 + step)}
 
     SegdiffTask.inspect = inspect
-    loop.write_report = lambda folder: None
+    segdiff.write_report = nerfdiff.write_report = lambda folder: None
     nerfdiff.HALF_STEPS = HALF_STEPS
     for module in (distil, fit, joint, search):
         for sheet in {"cameras_sheet", "renders_sheet"} & vars(module).keys():

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import factorkit
-from factorkit.rendering import OccupancyGrid, OccupiedSampling, Rays, image_rays, intrinsics_from_fov, look_at, orbit
+from factorkit.rendering import OccupancyGrid, OccupancySampling, Rays, image_rays, intrinsics_from_fov, look_at, orbit
 
 LIGHT = torch.nn.functional.normalize(torch.tensor([-0.5, -0.7, 0.6]), dim=0)
 PAINTS = torch.tensor(
@@ -61,7 +61,7 @@ def field(p: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     return density, albedos[which, torch.arange(len(p))]
 
 
-def picture(pose: Tensor, sampling: OccupiedSampling, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def picture(pose: Tensor, sampling: OccupancySampling, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Lit colour [H, W, 3], depth [H, W], which is NaN where nothing is seen, and normals [H, W, 3]."""
     rays = image_rays(pose, intrinsics_from_fov(40.0, height, width), height, width)
     seen = factorkit.render(field, rays, sampling, normals=True, early_stop=1e-3, chunk=8192)
@@ -109,7 +109,7 @@ def main() -> None:
     grid = OccupancyGrid((-1, -1, -1), (1, 1, 1), resolution=64, threshold=1e-3)
     for _ in range(8):
         grid.update(lambda points: field(points, points)[0])
-    sampling = OccupiedSampling(grid, step=0.008)
+    sampling = OccupancySampling(grid, step=0.008)
     share = grid.share_occupied().item()
     print(f"{time.perf_counter() - start:5.1f} s  occupancy grid: {share:.0%} of its cells")
 
@@ -126,7 +126,7 @@ def main() -> None:
         image.save(args.out / name)
     print(f"{time.perf_counter() - start:5.1f} s  {', '.join(stills)}, {width} x {height}")
 
-    small = OccupiedSampling(grid, step=0.012)
+    small = OccupancySampling(grid, step=0.012)
     poses = orbit(args.frames, 3.3, 28.0)
     poses[:, :3, 3] += centre
     frames = [to_image(picture(pose, small, height // 3, width // 3)[0]) for pose in poses]

@@ -88,7 +88,7 @@ def test_llff_of_other_things_than_numbers(tmp_path, array):
     for i in range(4):
         fuzz_targets.small(tmp_path / "images" / f"{i}.png", i)
     np.save(tmp_path / "poses_bounds.npy", array)
-    with pytest.raises(DataError, match=r"poses_bounds\.npy: no array of numbers"):
+    with pytest.raises(DataError, match=r"poses_bounds\.npy: not an array of numbers"):
         open_views(tmp_path)
 
 
@@ -120,7 +120,14 @@ def test_damaged_member_of_an_npz_is_a_value_error(tmp_path):
 
 @pytest.mark.parametrize(
     "setting, value",
-    [("min_snr_gamma", [1, 2]), ("width", "64"), ("multipliers", 3), ("steps", 2.5), ("device", None), ("blocks", {})],
+    [
+        ("min_snr_gamma", [1, 2]),
+        ("model_channels", "64"),
+        ("channel_mult", 3),
+        ("steps", 2.5),
+        ("device", None),
+        ("num_res_blocks", {}),
+    ],
 )
 def test_settings_of_another_type(setting, value):
     with pytest.raises(ConfigError, match=f"^{setting}="):
@@ -135,14 +142,14 @@ def test_timesteps_beyond_all_sense():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"width": 10**9},
-        {"blocks": 10**9},
-        {"multipliers": [1] * 10**5},
+        {"model_channels": 10**9},
+        {"num_res_blocks": 10**9},
+        {"channel_mult": [1] * 10**5},
         {"regions": 10**9},
         {"step": "x"},
         {"step": None},
-        {"width": [8]},
-        {"multipliers": []},
+        {"model_channels": [8]},
+        {"channel_mult": []},
     ],
 )
 def test_checkpoint_whose_settings_are_not_of_its_weights(good, tmp_path, changes):
@@ -157,7 +164,7 @@ def test_checkpoint_whose_settings_are_not_of_its_weights(good, tmp_path, change
     [
         {"scene": None},
         {"scene": {"layout": "object", "distance": "far", "size": [8, 8]}},
-        {"width": 10**9},
+        {"model_channels": 10**9},
         {"scene": {"layout": "object", "distance": 3.5, "size": [8, 10**9]}},
         {"num_candidates": 10**9},
         {"step": []},
@@ -191,7 +198,7 @@ def test_kept_views_without_what_they_need(good, tmp_path):
 def test_near_duplicates_that_are_no_text(tmp_path):
     fuzz_targets.labelled(tmp_path, 2)
     (tmp_path / "near_duplicates.txt").write_bytes(b"\xff\xfe 0 1")
-    with pytest.raises(DataError, match=r"near_duplicates\.txt: no text in UTF-8"):
+    with pytest.raises(DataError, match=r"near_duplicates\.txt: not UTF-8 text"):
         open_dataset(tmp_path)
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for path in [*tmp_path.rglob("*.png"), tmp_path / "near_duplicates.txt"]:
@@ -206,10 +213,10 @@ def test_near_duplicates_that_are_no_text(tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"frames": [{"file_path": 5, "transform_matrix": []}]}, "something else than text"),
-        ({"train_filenames": [[1]]}, "something else than text"),
+        ({"frames": [{"file_path": 5, "transform_matrix": []}]}, "a file name is not a string"),
+        ({"train_filenames": [[1]]}, "a file name is not a string"),
         ({"w": 0}, "0 x 20 pixels"),
-        ({"k1": "a"}, "distortion of .* is no number"),
+        ({"k1": "a"}, "distortion of .* is not a number"),
         ({"k1": float("nan")}, "distortion of .* is not finite"),
         ({"fl_x": 10**400}, "no focal length"),
         ({"camera_angle_x": 0.0, "fl_x": None}, "no focal length"),

@@ -97,7 +97,9 @@ def _classes_of_folders(names: Sequence[str], positional: bool) -> list[str]:
         return [parts[-1] for parts in parents]
     shallow = [name for name, parts in zip(names, parents, strict=True) if len(parts) == depth]
     if shallow:
-        raise ConfigError(f'classes="folders", but {_summarize(shallow)} are beside the folders of the others. Move them')
+        raise ConfigError(
+            f'classes="folders", but {_summarize(shallow)} are beside the folders of the others. Move them'
+        )
     return [parts[depth] for parts in parents]
 
 
@@ -172,7 +174,9 @@ def _classes_by_position(spec: Any, names: Sequence[str], positional: bool) -> l
     values = [_to_class_name(value) for value in (spec.tolist() if hasattr(spec, "tolist") else spec)]
     positions = [int(name) for name in names]  # with gaps for held-out images
     if max(positions) >= len(values):
-        raise DataError(f"classes= has {len(values)} entries, but there is an image {max(positions)}. Give one for each.")
+        raise DataError(
+            f"classes= has {len(values)} entries, but there is an image {max(positions)}. Give one for each."
+        )
     return [values[position] for position in positions]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from factorkit.data.layouts import DatasetFiles, image_mask_folders, read_layout
 from factorkit.data.files import strip_suffix
+from factorkit.data.layouts import DatasetFiles, image_mask_folders, read_layout
 from factorkit.data.masks import match_masks
 from factorkit.data.open import open_source
 from factorkit.data.procedural.flowers import draw_flowers

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import uint8_to_unit
 
 
 class ImageDecodeError(DataError):
@@ -50,7 +51,7 @@ def to_float(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
             values = np.asarray(to_rgb(image, upright))
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise ImageDecodeError(f"{name}: cannot be decoded: {error}") from error
-    return values.astype(np.float32) / 255
+    return uint8_to_unit(values)
 
 
 def crop_square(image: Image.Image, resolution: int) -> np.ndarray:

@@ -108,7 +108,9 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
             raise DataError(f"{duplicates}: two masks of one image. Keep one of them.")
         elif len(images_by_stem[stem]) > 1:
             candidates = " and ".join(escape_name(images.names[i]) for i in images_by_stem[stem])
-            raise DataError(f"{candidates}: the mask {escape_name(name)} fits each of these images. Rename all but one.")
+            raise DataError(
+                f"{candidates}: the mask {escape_name(name)} fits each of these images. Rename all but one."
+            )
         else:
             mask_of[stem] = j
     if unmatched:

@@ -139,11 +139,11 @@ def _create_entry(
     try:
         if not _write_entry(entry, source, fingerprint, resolution, workers, progress):
             return None
-    except OSError as error:  # sources raise DataError, so this is an error of the cache
+    except OSError as error:  # of the cache: sources raise DataError
         cause = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
         raise DataError(
             f"{entry.parent}: the prepared images cannot be stored here: {cause}. They take "
-            f"{len(source) * resolution * resolution * 3 / 2**20:.0f} MiB; free some space, or set FACTORKIT_CACHE to a "
+            f"{len(source) * resolution * resolution * 3 / 2**20:.0f} MiB; free space, or set FACTORKIT_CACHE to a "
             "folder on another disk."
         ) from error
     prepared = _open_entry(entry, resolution)
@@ -214,9 +214,7 @@ def _write_header(file: BinaryIO, count: int, resolution: int) -> None:
     npy_format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def _decode_all(
-    source: Source, resolution: int, workers: int
-) -> Generator[np.ndarray | ImageDecodeError, None, None]:
+def _decode_all(source: Source, resolution: int, workers: int) -> Generator[np.ndarray | ImageDecodeError, None, None]:
     """Yield the squares in order, decoded by threads: Pillow releases the GIL."""
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(source), BLOCK_SIZE):

@@ -1,4 +1,4 @@
-"""The forward process: how much signal and how much noise an image holds at time t."""
+"""The forward process: the shares of signal and noise at time t."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Schedule:
     "flow": the straight path of flow matching (Lipman et al. 2023), a = 1 - tau, s = tau, tau = (t + 1) / steps. The
         last time is pure noise.
 
-    The tables are computed in float64. `signals`, `sigmas` (a and s) and `alpha_bars` (a^2 / (a^2 + s^2)), all [steps],
-    stay so, on the CPU, for samplers that need exact ratios; the tables that training indexes are float32 and live on
-    `device`.
+    The tables `signals`, `sigmas` (a and s) and `alpha_bars` (a^2 / (a^2 + s^2)), all [steps], are float64 on the CPU,
+    for samplers that need exact ratios; the tables that training indexes are float32 on `device`.
 
-    Raises ConfigError for an unknown kind, for fewer than one step, or for a linear schedule of 20 steps or fewer,
-    where the scaled beta would reach 1.
+    Raises:
+        ConfigError: an unknown kind, fewer than one step, or a linear schedule of 20 steps or fewer, whose beta would
+            reach 1.
     """
 
     def __init__(self, steps: int = 1000, kind: str = "linear", device: torch.device | str = "cpu") -> None:
         if kind not in SCHEDULES:
-            raise ConfigError(f"schedule {kind!r} is not known; use one of {', '.join(SCHEDULES)}")
+            raise ConfigError(f"schedule={kind!r} is unknown; choose one of {', '.join(SCHEDULES)}")
         if steps < 1:
-            raise ConfigError(f"a schedule of {steps} steps has no time to train at; use 1 step or more")
+            raise ConfigError(f"a schedule of {steps} steps has no times; use 1 step or more")
         self.steps, self.kind = steps, kind
         with torch.device("cpu"):  # whatever the default device is
             if kind == "flow":
@@ -50,41 +50,41 @@ class Schedule:
         self.to(device)
 
     def to(self, device: torch.device | str) -> Schedule:
-        """Move the tables to `device`, in place; returns the schedule itself."""
+        """Move the tables to `device` in place and return the schedule."""
         self.device = torch.device(device)
-        # 1 - ab must be rounded after the subtraction: at t = 0 the float32 ab has lost 3 of its digits.
+        # 1 - ab is rounded after the subtraction: at t = 0 the float32 ab has lost 3 of its digits.
         self._alpha_bar = self.alpha_bars.to(self.device, torch.float32)
         self._signal = self.signals.to(self.device, torch.float32)
         self._sigma = self.sigmas.to(self.device, torch.float32)
         return self
 
     def alpha_bar(self, t: Tensor) -> Tensor:
-        """The share of the variance that is signal, ab_t [B,1,1,1] in [0, 1), for integer t [B] in [0, steps)."""
+        """Return the share of the variance that is signal, ab_t [B, 1, 1, 1] in [0, 1), for integer t [B]."""
         return _per_image(self._alpha_bar, t)
 
     def signal(self, t: Tensor) -> Tensor:
-        """The factor of the clean image, a_t [B,1,1,1], for integer t [B]."""
+        """Return the factor of the clean image, a_t [B, 1, 1, 1], for integer t [B]."""
         return _per_image(self._signal, t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The factor of the noise, s_t [B,1,1,1], for integer t [B]."""
+        """Return the factor of the noise, s_t [B, 1, 1, 1], for integer t [B]."""
         return _per_image(self._sigma, t)
 
     def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t [B,C,H,W] from clean images x0 and unit noise eps of the same shape, at integer times t [B]."""
+        """Return x_t [B, C, H, W] for clean images x0 and unit noise eps at integer times t [B]."""
         return self.signal(t) * x0 + self.sigma(t) * eps
 
-    def as_noisy_as(self, t: int, other: Schedule) -> int:
-        """The time whose ratio of noise to signal is nearest to that of `other` at its time t."""
-        wanted = math.log(other.sigmas[t] / other.signals[t])
-        return int((torch.log(self.sigmas / self.signals) - wanted).abs().argmin())
+    def find_matching_time(self, t: int, other: Schedule) -> int:
+        """Return the time whose noise-to-signal ratio is nearest to that of `other` at its time t."""
+        log_ratio = math.log(other.sigmas[t] / other.signals[t])
+        return int((torch.log(self.sigmas / self.signals) - log_ratio).abs().argmin())
 
 
 def _betas(steps: int, kind: str) -> Tensor:
     if kind == "cosine":
         angle = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
-        left = angle.cos().square()
-        return (1 - left[1:] / left[:-1]).clamp_max(0.999)
+        alpha_bars = angle.cos().square()
+        return (1 - alpha_bars[1:] / alpha_bars[:-1]).clamp_max(0.999)
     if steps <= 20:
         raise ConfigError(
             f"a linear schedule of {steps} steps would need beta >= 1; use more than 20 steps, or 'cosine' or 'flow'"

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,10 @@ from factorkit.engine import sharding
 from factorkit.engine.checkpoint import Checkpoints, average_name
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.cuda_graph import WARM_UP
-from factorkit.engine.log import RunLog, read_log
+from factorkit.engine.log import RunLog
 from factorkit.engine.previews import Sheet, Sheets, looking, reason
 from factorkit.engine.signals import Asked
 from factorkit.engine.step import NON_FINITE_LIMIT, Meter, MovingAverage, Objective, Task, TrainingStep, make_optimizer
-from factorkit.report.curves import timeline
-from factorkit.report.html import write_report
 from factorkit.utils import distributed
 from factorkit.utils.background_worker import Background
 from factorkit.utils.errors import (
@@ -34,6 +33,7 @@ from factorkit.utils.errors import (
     first_line,
     is_out_of_memory,
 )
+from factorkit.utils.jsonl import read_log, timeline
 
 BAD_SHEET = 1000  # beside the numbers of signals, why the loop ends
 
@@ -44,7 +44,7 @@ class Trainer:
     Args:
         meta: JSON-able facts stored with every checkpoint (the whole configuration, what the model is).
         stop_at: end (with a checkpoint) before this step instead; the schedule stays that of ``config.steps``.
-        report: write the folder's report; off where the folder is a stage of another run.
+        report: writes the report of a run folder; None writes none.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Trainer:
         device: torch.device,
         progress: bool = True,
         stop_at: int | None = None,
-        report: bool = True,
+        report: Callable[[Path], object] | None = None,
     ):
         self.task, self.config, self.folder, self.meta, self.device = task, config, Path(folder), meta, device
         self.last = min(stop_at or config.steps, config.steps)
@@ -269,10 +269,10 @@ class Trainer:
         )
 
     def _report(self) -> None:
-        if not self.report:
+        if self.report is None:
             return
         try:
-            write_report(self.folder)
+            self.report(self.folder)
         except CheckpointError as error:  # must not stand in for how the run itself ended
             warnings.warn(str(error), stacklevel=2)
 

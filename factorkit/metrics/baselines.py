@@ -100,23 +100,23 @@ def score_baselines(
     images: ArrayLike,
     foreground: ArrayLike,
     valid: ArrayLike | None = None,
-    fit: int = 16,
+    num_fit_images: int = 16,
     names: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Score trivial predictors as `evaluate_masks` scores a model: the first `fit` images fit, the rest are scored.
+    """Score trivial predictors as `evaluate_masks` scores a model: the first `num_fit_images` fit, the rest are scored.
 
     Args:
         images: uint8 [N, H, W, 3].
         foreground: bool [N, H, W].
         valid: bool [N, H, W], the pixels that count; None: all.
-        fit: number of fitting images.
+        num_fit_images: number of fitting images.
         names: keys of BASELINES; None: all of them.
 
     Returns:
         For each name acc, iou and dice, or {"unavailable": reason and cure} if its library is missing.
 
     Raises:
-        ConfigError: an unknown name, or not 1 <= fit < N.
+        ConfigError: an unknown name, or not 1 <= num_fit_images < N.
         DataError: images that do not match the masks.
     """
     images, foreground = np.asarray(images), np.asarray(foreground).astype(bool)
@@ -126,7 +126,7 @@ def score_baselines(
             f"baselines need uint8 images [N, H, W, 3] and masks [N, H, W] of the same sizes; got {images.dtype} "
             f"images {images.shape}, foreground {foreground.shape}, valid {valid.shape}"
         )
-    check_fit(fit, len(images))
+    check_fit(num_fit_images, len(images))
     unknown = [name for name in names or () if name not in BASELINES]
     if unknown:
         raise ConfigError(f"unknown baselines {', '.join(unknown)}; choose among {', '.join(BASELINES)}")
@@ -134,11 +134,11 @@ def score_baselines(
     rows: dict[str, dict[str, Any]] = {}
     for name in BASELINES if names is None else names:
         try:
-            predicted = BASELINES[name](images, foreground[:fit], valid[:fit])
+            predicted = BASELINES[name](images, foreground[:num_fit_images], valid[:num_fit_images])
         except ImportError as error:
             rows[name] = {"unavailable": f"{error}; install the extra: pip install 'factorkit[baselines]'"}
         else:
-            rows[name] = score_masks(predicted[fit:], foreground[fit:], valid[fit:])
+            rows[name] = score_masks(predicted[num_fit_images:], foreground[num_fit_images:], valid[num_fit_images:])
     return rows
 
 

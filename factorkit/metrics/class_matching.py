@@ -79,12 +79,12 @@ def nested_accuracy(
     classes: Sequence[int],
     *,
     valid: ArrayLike | None = None,
-    fit: int = 16,
+    num_fit_images: int = 16,
 ) -> dict[str, Any]:
     """Compute the pixel accuracy of each level of a hierarchy.
 
-    The first `fit` images fit the mapping, the rest are scored. The mapping goes top-down: coarse regions are matched
-    one to one with coarse classes so that most pixels agree (Hungarian), then the parts of each region with the parts
+    The first `num_fit_images` images fit the mapping, the rest are scored. The mapping goes top-down: coarse regions
+    are matched one to one with coarse classes so that most pixels agree (Hungarian), then the parts of each region with the parts
     of its class, and so on. A region without a partner, and everything inside it, is wrong.
 
     Args:
@@ -93,7 +93,7 @@ def nested_accuracy(
         regions: number of parts that each level splits into, the coarsest first.
         classes: the same for the classes; as many levels.
         valid: bool [N, H, W], the pixels that count; None: all.
-        fit: number of fitting images.
+        num_fit_images: number of fitting images.
 
     Returns:
         A JSON-serialisable dictionary. Lists with one entry per level:
@@ -104,7 +104,7 @@ def nested_accuracy(
         and fitted_on, scored: numbers of images.
 
     Raises:
-        ConfigError: levels that do not pair up, `fit` out of range, or scipy is not installed.
+        ConfigError: levels that do not pair up, `num_fit_images` out of range, or scipy is not installed.
         DataError: shapes that differ, no valid pixel, or labels out of range.
     """
     labels, truth = np.asarray(labels), np.asarray(truth)
@@ -120,14 +120,14 @@ def nested_accuracy(
     for name, values, count in (("labels", labels, num_regions), ("truth", truth[valid], num_classes)):
         if values.size == 0 or values.min() < 0 or values.max() >= count:
             raise DataError(f"{name} must be in 0 to {count - 1}, the product of their levels, and not empty")
-    check_fit(fit, len(labels))
+    check_fit(num_fit_images, len(labels))
 
     def count(part: slice) -> NDArray[np.int64]:
         keep = valid[part]
         return _bin_pairs(labels[part][keep].astype(np.int64), truth[part][keep], num_regions, num_classes)
 
-    mappings = match_nested(count(slice(fit)), regions, classes)
-    counts = count(slice(fit, None))
+    mappings = match_nested(count(slice(num_fit_images)), regions, classes)
+    counts = count(slice(num_fit_images, None))
     correct = [counts.sum()]
     chance = []
     for level, mapping in enumerate(mappings, start=1):
@@ -140,8 +140,8 @@ def nested_accuracy(
         "within": [float(pixels / max(above, 1)) for above, pixels in pairwise(correct)],
         "chance": chance,
         "mapping": [mapping.tolist() for mapping in mappings],
-        "fitted_on": fit,
-        "scored": len(labels) - fit,
+        "fitted_on": num_fit_images,
+        "scored": len(labels) - num_fit_images,
     }
 
 

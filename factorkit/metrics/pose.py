@@ -145,7 +145,7 @@ def is_mirrored(poses: Tensor, true_poses: Tensor) -> bool:
     """Return whether estimated poses [V, 4, 4] are the depth-reversed mirror image of the true ones.
 
     Images from far away cannot distinguish a scene from its mirror image along the line of sight (Necker's ambiguity).
-    A depth-reversed scene looks the same to a camera turned by 180 degrees about its axis. So poses count as mirrored if
+    A depth-reversed scene looks the same to a camera turned by 180 degrees about its axis. Poses count as mirrored if
     this turn brings them within 10 degrees of the true ones, and to less than half the error without it (medians).
 
     Raises:

@@ -22,8 +22,8 @@ def score_masks(
 ) -> dict[str, Any]:
     """Compute accuracy, IoU and Dice of boolean masks [N, H, W], each in [0, 1]: means over images, or arrays [N].
 
-    acc is the share of valid pixels that agree; iou is intersection over union; dice is twice the intersection over the sum of areas. If both masks of an
-    image are empty, its iou and dice are 1.
+    acc is the share of valid pixels that agree; iou is intersection over union; dice is twice the
+    intersection over the sum of the areas. If both masks of an image are empty, its iou and dice are 1.
 
     Raises:
         DataError: masks whose shapes differ, or an image without a valid pixel.
@@ -62,9 +62,9 @@ def fit_mapping(labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | Non
 
 
 def evaluate_masks(
-    labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None, num_regions: int, fit: int = 16
+    labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None, num_regions: int, num_fit_images: int = 16
 ) -> dict[str, Any]:
-    """Score label maps int [N, H, W] in [0, num_regions): the first `fit` images fit the mapping, the REST are scored.
+    """Score label maps int [N, H, W] in [0, num_regions): the first `num_fit_images` fit the mapping, the REST are scored.
 
     Returns:
         A JSON-serialisable dictionary:
@@ -75,30 +75,35 @@ def evaluate_masks(
             areas: share of all pixels of the scored images in each region.
 
     Raises:
-        ConfigError: not 1 <= fit < N, or as `fit_mapping` does.
+        ConfigError: not 1 <= num_fit_images < N, or as `fit_mapping` does.
         DataError: as `fit_mapping` does.
     """
     labels, foreground, valid = _as_masks(labels, foreground, valid, num_regions)
-    check_fit(fit, len(labels))
-    mapping = fit_mapping(labels[:fit], foreground[:fit], valid[:fit], num_regions)
+    check_fit(num_fit_images, len(labels))
+    mapping = fit_mapping(labels[:num_fit_images], foreground[:num_fit_images], valid[:num_fit_images], num_regions)
 
-    labels, foreground, valid = labels[fit:], foreground[fit:], valid[fit:]
+    labels, foreground, valid = labels[num_fit_images:], foreground[num_fit_images:], valid[num_fit_images:]
     subsets = _subsets(num_regions)
     scores = _PixelCounts.of_subsets(labels, foreground, valid, num_regions, subsets).scores()
     fixed, best = subsets.index(mapping), scores["iou"].argmax(1)
     result: dict[str, Any] = {name: float(values[:, fixed].mean()) for name, values in scores.items()}
     result |= {f"oracle_{name}": float(values[np.arange(len(labels)), best].mean()) for name, values in scores.items()}
     areas = np.bincount(labels.ravel(), minlength=num_regions) / labels.size
-    return result | {"mapping": list(mapping), "fitted_on": fit, "scored": len(labels), "areas": areas.tolist()}
+    return result | {
+        "mapping": list(mapping),
+        "fitted_on": num_fit_images,
+        "scored": len(labels),
+        "areas": areas.tolist(),
+    }
 
 
-def check_fit(fit: int, num_images: int) -> None:
-    """Raise ConfigError unless `fit` of the labelled images leave at least one on either side."""
+def check_fit(num_fit_images: int, num_images: int) -> None:
+    """Raise ConfigError unless `num_fit_images` of the labelled images leave at least one on either side."""
     if num_images < 2:
         raise ConfigError(f"{num_images} labelled image(s): at least 2 are needed, to fit the mapping and to score it")
-    if not 1 <= fit < num_images:
+    if not 1 <= num_fit_images < num_images:
         raise ConfigError(
-            f"fit={fit} of {num_images} labelled images: the first `fit` choose the mapping and the rest are scored; "
+            f"num_fit_images={num_fit_images} of {num_images} labelled images choose the mapping, the rest are scored; "
             f"use 1 to {num_images - 1}"
         )
 

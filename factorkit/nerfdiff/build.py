@@ -84,9 +84,9 @@ def build_model(
     size = target_size(min(config.encoder_resolution, max(scene["size"])), *scene["size"])
     encoder = PoseEncoder(
         size,
-        config.width,
-        config.multipliers,
-        config.blocks,
+        config.model_channels,
+        config.channel_mult,
+        config.num_res_blocks,
         candidates.count,
         candidates.width,
         pooling=config.encoder_pooling,

@@ -107,11 +107,11 @@ class NerfdiffConfig(EngineConfig):
 
     encoder_resolution: int = 32
     """Longer side in pixels at which the encoder reads the views."""
-    width: int = 16
+    model_channels: int = 16
     """C, the encoder's channels at the first level."""
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     """Channels of each level, in units of C."""
-    blocks: int = 1
+    num_res_blocks: int = 1
     """Residual blocks a level."""
     encoder_pooling: Literal["flatten", "average"] = "flatten"
     """How the encoder's last feature map reaches its heads: flattened, or averaged over space (fig. 3.12). Small
@@ -138,8 +138,8 @@ class NerfdiffConfig(EngineConfig):
             "search_steps": 1,
             "field_steps": 1,
             "encoder_resolution": 4,
-            "width": 2,
-            "blocks": 1,
+            "model_channels": 2,
+            "num_res_blocks": 1,
             "num_rendered_views": 0,
             "finetune_steps": 0,
             "appearance_dim": 0,
@@ -163,8 +163,10 @@ class NerfdiffConfig(EngineConfig):
         low, high = self.elevation_range
         if not -89 <= low < high <= 89:
             raise ConfigError(f"elevation_range={self.elevation_range} must rise and lie within -89 and 89 degrees")
-        if self.width % 2:
-            raise ConfigError(f"width={self.width} must be even: half of the time embedding is cosines, half sines")
+        if self.model_channels % 2:
+            raise ConfigError(
+                f"model_channels={self.model_channels} must be even: half of the time embedding is cosines, half sines"
+            )
         if not 0 < self.timestep_power:
             raise ConfigError(f"timestep_power={self.timestep_power} must be positive")
         for name in ("classification_weight", "tv_weight", "opacity_weight"):
@@ -218,9 +220,9 @@ _THESIS = {
     "batch_size": 16,
     "rays_per_view": 256,
     "timestep_power": 1.0,
-    "width": 64,
-    "multipliers": (1, 1, 2, 2, 4),
-    "blocks": 2,
+    "model_channels": 64,
+    "channel_mult": (1, 1, 2, 2, 4),
+    "num_res_blocks": 2,
     "encoder_pooling": "average",
     "encoder_resolution": 128,
     "tv_weight": 0.0,
@@ -281,6 +283,9 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
 register_renamed_settings(
     ["nerfdiff"],
     names={
+        "width": "model_channels",
+        "multipliers": "channel_mult",
+        "blocks": "num_res_blocks",
         "cameras": "num_candidates",
         "candidates": "candidate_type",
         "balance": "balance_candidates",

@@ -15,8 +15,7 @@ from factorkit.nerfdiff.cameras.candidates import Candidates
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.grid import Field
 from factorkit.nerfdiff.rays import Optics, render_views
-from factorkit.nn import Encoder, TimeEmbedding
-from factorkit.nn.blocks import Norm
+from factorkit.nn.unet import Encoder, Norm, TimeEmbedding
 from factorkit.utils.rng import BatchDraw
 
 
@@ -120,7 +119,7 @@ class PoseEncoder(nn.Module):
 
     Args:
         size: height and width of what it reads; views of another size are averaged down to it.
-        width, multipliers, blocks: of the U-Net.
+        model_channels, channel_mult, num_res_blocks: of the U-Net.
         candidates: N.
         numbers: raw ones for each candidate.
         pooling: "average" over the last features (fig. 3.12) discards positions, which small networks
@@ -130,24 +129,26 @@ class PoseEncoder(nn.Module):
     def __init__(
         self,
         size: tuple[int, int],
-        width: int,
-        multipliers: Sequence[int],
-        blocks: int,
+        model_channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int,
         candidates: int,
         numbers: int,
         *,
-        groups: int = 32,
+        norm_groups: int = 32,
         pooling: str = "flatten",
     ):
         super().__init__()
         self.size, self.pooling = tuple(size), pooling
         self.shape = (candidates, numbers)
-        self.time = TimeEmbedding(width)
-        self.encoder = Encoder(3, width, multipliers, blocks, (), max(size), 4 * width, groups=groups)
+        self.time = TimeEmbedding(model_channels)
+        self.encoder = Encoder(
+            3, model_channels, channel_mult, num_res_blocks, (), max(size), 4 * model_channels, norm_groups=norm_groups
+        )
         channels = self.encoder.out_channels
-        self.norm = Norm(channels, groups)
+        self.norm = Norm(channels, norm_groups)
         if pooling == "flatten":
-            for _ in multipliers[1:]:
+            for _ in channel_mult[1:]:
                 size = tuple((side + 1) // 2 for side in size)
             hidden = 128
             self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], hidden), nn.SiLU())

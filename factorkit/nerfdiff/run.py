@@ -109,14 +109,14 @@ class NerfdiffRun:
             config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
             config.validate()
             scene, step = checked_scene(meta["scene"]), int(meta["step"])
-            levels = len(config.multipliers)
+            levels = len(config.channel_mult)
             check_plausible(
                 path,
                 found,
-                blocks=config.blocks,
+                blocks=config.num_res_blocks,
                 levels=levels,
                 cameras=config.num_candidates,
-                channels=config.width * max(config.multipliers),
+                channels=config.model_channels * max(config.channel_mult),
                 size=min(config.encoder_resolution, max(scene["size"])) >> min(levels, 30) or 1,
             )
             field = restored_field({k[6:]: v for k, v in found.items() if k.startswith("field.")}, meta)

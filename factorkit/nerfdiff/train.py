@@ -17,7 +17,7 @@ from tqdm import tqdm
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.data.views.views import Views
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.log import RunLog, read_log
+from factorkit.engine.log import RunLog
 from factorkit.engine.run_folder import claimed, copy_folder
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.alarms import duplication
@@ -45,10 +45,10 @@ from factorkit.nerfdiff.stages.flip_test import best_turns, called_back, halves
 from factorkit.nerfdiff.stages.joint import JointTask
 from factorkit.nerfdiff.stages.refine import Fit, FitTask
 from factorkit.nerfdiff.training_views import keep_views
-from factorkit.report.curves import timeline
-from factorkit.report.html import write_report
+from factorkit.nerfdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.jsonl import read_log, timeline
 from factorkit.utils.rendezvous import join
 from factorkit.utils.rng import derived_seed
 
@@ -91,7 +91,7 @@ def train_nerfdiff(
         >>> views = make_procedural_views(10, 8, seed=1)    # ten pictures of 8 x 8 pixels, with true poses
         >>> tiny = {"resolution": 8, "num_candidates": 3, "num_azimuths": 6, "num_elevations": 2, "flip_rounds": 0}
         >>> tiny |= {"search_grid_resolution": 6, "grid_resolution": 8, "samples_per_ray": 6, "encoder_resolution": 8}
-        >>> tiny |= {"width": 8, "multipliers": (1, 2), "num_rendered_views": 4, "batch_size": 4}
+        >>> tiny |= {"model_channels": 8, "channel_mult": (1, 2), "num_rendered_views": 4, "batch_size": 4}
         >>> tiny |= {"search_steps": 4, "field_steps": 2, "steps": 2, "views_per_step": 3, "rays_per_view": 8}
         >>> scene = factorkit.train_nerfdiff(views, out="runs/scene", progress=False, **tiny)
         >>> scene.poses.shape
@@ -193,7 +193,7 @@ class Training:
         config = self.config.stage(name, extra_ema_decays=kept, **changes)
         where = folder or self.folder / "stages" / name
         meta = self.settings | {"stage": name}
-        shown = {"device": self.device, "progress": self.progress, "report": folder is not None}
+        shown = {"device": self.device, "progress": self.progress, "report": write_report if folder else None}
         trained = Trainer(task(config), config, where, meta, **shown).run()
         drawn = where / "samples"
         if folder is None and distributed.rank() == 0 and drawn.is_dir():  # the run's report shows what the stages drew

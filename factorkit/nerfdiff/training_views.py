@@ -11,6 +11,7 @@ from torch import Tensor
 from factorkit.data.views.views import Views
 from factorkit.utils.atomic import replacing
 from factorkit.utils.errors import CheckpointError
+from factorkit.utils.images import uint8_to_unit, unit_to_uint8
 from factorkit.utils.safe_reading import read_arrays
 
 GIVEN = "views.npz"
@@ -23,7 +24,7 @@ def keep_views(folder: Path, views: Views) -> None:
         CheckpointError: the file cannot be written.
     """
     arrays = {
-        "images": (views.images * 255).round().byte().numpy(),
+        "images": unit_to_uint8(views.images),
         "names": np.array(views.names),
         "intrinsics": views.intrinsics.numpy(),
         "layout": np.array(views.layout),
@@ -53,7 +54,7 @@ def kept_views(folder: Path | None) -> Views | None:
         found = read_arrays(path)
         optional: dict[str, Tensor] = {k: torch.from_numpy(found[k]) for k in ("poses", "background") if k in found}
         return Views(
-            torch.from_numpy(found["images"]).float() / 255,
+            uint8_to_unit(torch.from_numpy(found["images"])),
             [str(name) for name in found["names"]],
             torch.from_numpy(found["intrinsics"]),
             layout=str(found["layout"]),

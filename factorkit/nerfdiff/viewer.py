@@ -19,10 +19,11 @@ from factorkit.nerfdiff.fields.occupancy import device_of, occupied_sampling
 from factorkit.nerfdiff.rays import Optics, within
 from factorkit.nerfdiff.scene import field_space
 from factorkit.rendering.cameras import image_rays
-from factorkit.rendering.ndc import SIDEWAYS
+from factorkit.rendering.ndc import MAX_DIRECTION_Z
 from factorkit.rendering.render import Field, render
 from factorkit.report.image_grid import palette
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import images_to_pixels, unit_to_uint8
 
 if TYPE_CHECKING:
     import viser
@@ -133,7 +134,7 @@ class Viewer:
 
     def _cameras(self, name: str, poses: Tensor, views: Views, color: tuple[int, ...]) -> None:
         small = views.resize(min(PICTURE, max(views.size)))
-        pictures = small.images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pictures = images_to_pixels(small.images)
         away = float(poses[:, :3, 3].norm(dim=1).median()) if views.layout == "object" else 1.0
         scale = FRUSTUM * away or FRUSTUM
         for i, pose in enumerate(poses.cpu()):
@@ -257,7 +258,7 @@ def paint(
     k = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
     device, background = device_of(shown.field), shown.background.to(device_of(shown.field))
     rays, space = image_rays(pose.to(device), k.to(device), height, width), shown.space
-    lost = space.forward & (rays.directions[..., 2] > SIDEWAYS)  # there is nothing behind forward-facing cameras
+    lost = space.forward & (rays.directions[..., 2] > MAX_DIRECTION_Z)  # there is nothing behind forward-facing cameras
     bent = space.bent(rays, (height, width))
     each = (x.reshape(-1, 3).split(RAYS) for x in (bent.origins, bent.directions, rays.directions))
     colors = []
@@ -269,7 +270,7 @@ def paint(
         seen = render(shown.field, type(rays)(*part[:2]), sampling, background=behind, early_stop=1e-2)
         colors.append(seen.color)
     picture = torch.where(lost[..., None], background, torch.cat(colors).reshape(height, width, -1))
-    return picture.clamp(0, 1).mul(255).round().byte().cpu().numpy()
+    return unit_to_uint8(picture)
 
 
 def to_viser(pose: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -4,43 +4,26 @@ from __future__ import annotations
 
 import io
 import math
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from factorkit.report.content import AlarmLimits, Curve, Log, ReportContent
 from factorkit.report.image_grid import palette
+from factorkit.utils.jsonl import is_number, timeline
 
-if TYPE_CHECKING:  # takes as long to import as all else here, for who draws no report
+if TYPE_CHECKING:  # importing matplotlib takes long, and most commands draw no report
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
-class AlarmLimits:
-    """Between which values a label-free alarm stays silent, and how it is called."""
-
-    title: str
-    low: float = -math.inf
-    high: float = math.inf
-
-
-# What is drawn, not what decides: the model's own alarms do that and log their failures in words. A test holds the two
-# sets of limits together, since the engine cannot import a model.
-ALARM_LIMITS = {
-    "eta_gap": AlarmLimits("eta gap", low=0.3),
-    "position_share": AlarmLimits("position share", low=0.05, high=0.8),
-    "boundary_length": AlarmLimits("boundary length", high=0.2),
-    "flip_agreement": AlarmLimits("flip agreement", low=0.5),
-}
-
-
-@dataclass(frozen=True)
 class Theme:
-    """Colours of a figure whose ground is transparent."""
+    """Colours of a figure with a transparent background."""
 
     ink: str
     faint: str
@@ -55,85 +38,50 @@ _DPI = 160
 _QUARTERS = ("0 to \u00bc", "\u00bc to \u00bd", "\u00bd to \u00be", "\u00be to 1")
 
 
-def timeline(log: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Events of one kind that have a step, with rising steps.
+class DrawnFigure(NamedTuple):
+    """A figure of the report: its title, what to look for, and a PNG with a transparent background."""
 
-    Where a step comes again (a killed run lost some and ran them again, or a new heat began) the later line wins, and
-    what was logged after that step the first time is dropped: it belongs to weights that are gone.
-    """
-    kept: list[dict[str, Any]] = []
-    for event in log:
-        if event.get("event") != kind or not is_number(event.get("step")):
-            continue
-        while kept and kept[-1]["step"] >= event["step"]:
-            kept.pop()
-        kept.append(event)
-    return kept
+    title: str
+    note: str
+    png: bytes
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a number that a float can hold; booleans are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def draw_curves(log: Iterable[dict[str, Any]], theme: Theme) -> list[tuple[str, str, bytes]]:
-    """The figures for which a log has numbers, as (title, what to look for, PNG with a transparent ground)."""
+def draw_curves(log: Log, theme: Theme, content: ReportContent) -> list[DrawnFigure]:
+    """Draw the figures for which the log has numbers."""
     from matplotlib.figure import Figure
 
-    log = list(log)
     steps, alarms = timeline(log, "step"), timeline(log, "alarms")
-    single = [
-        ("Loss", "It falls in runs that succeed and in runs that fail: it does not judge the masks.", _loss, steps),
-        (
-            "Loss by quarter of t",
-            "As a share of all time steps; the first quarter holds the least noise.",
-            _quarters,
-            steps,
-        ),
-        (
-            "Area of each region",
-            "A band that vanishes is a region that died; one that fills all is a collapse.",
-            _areas,
-            steps,
-        ),
-        ("Entropy of the masks", "Zero where every pixel is given to one region wholly.", _entropy, steps),
-        (
-            "Classifier",
-            "Share of the views whose best score lies at the candidate that was to have it.",
-            _classified,
-            steps,
-        ),
-        (
-            "Use of the candidates",
-            "Bands that vanish are candidates nobody takes; one that fills all is a collapse.",
-            _candidates,
-            steps,
-        ),
-        ("Images per second", "", _speed, steps),
+    loss_note = "It falls in runs that succeed and in runs that fail: it does not measure success."
+    quarter_note = "By time step, as a fraction of all; the first quarter has the least noise."
+    plots: list[tuple[str, str, Callable[[Axes, Log, Theme], bool]]] = [
+        ("Loss", loss_note, _plot_loss),
+        ("Loss by quarter of t", quarter_note, _plot_quarters),
     ]
+    curves = [*content.curves, Curve("Images per second", "", "images_per_second")]
+    plots += [(curve.title, curve.note, partial(_plot_curve, curve=curve)) for curve in curves]
     figures = []
-    for title, note, plot, events in single:
+    for title, note, plot in plots:
         figure = Figure(figsize=(5, 2.7), layout="constrained")
         axes = _axes(figure, theme)
         axes.set_xlabel("step", color=theme.ink, fontsize=8)
-        if plot(axes, events, theme):
-            figures.append((title, note, _png(figure)))
+        if plot(axes, steps, theme):
+            figures.append(DrawnFigure(title, note, _png(figure)))
     figure = Figure(figsize=(5, 3.6), layout="constrained")
-    if _alarms(figure, alarms, theme):
-        note = "Computed without labels. Inside the shaded range, past the dashed line, the masks are rejected."
-        figures.insert(0, ("Alarms", note, _png(figure)))
+    if _plot_alarms(figure, alarms, theme, content.alarm_limits):
+        note = "Computed without labels. Inside the shaded range, past the dashed line, an alarm goes off."
+        figures.insert(0, DrawnFigure("Alarms", note, _png(figure)))
     return figures
 
 
-def _series(events: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the events for which `read` yields a number."""
+def _series(events: Log, read: Callable[[dict[str, Any]], Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps and values of the events for which `read` returns a number."""
     points = [(event["step"], read(event)) for event in events]
     points = [point for point in points if is_number(point[1])]
     return np.array([p[0] for p in points], dtype=float), np.array([p[1] for p in points], dtype=float)
 
 
 def _entry(name: str, i: int) -> Callable[[dict[str, Any]], Any]:
-    """Reads entry i of the list under `name`; None where there is no such list or it is shorter."""
+    """Return a reader of entry i of the list under `name`; it returns None where there is no such entry."""
 
     def read(event: dict[str, Any]) -> Any:
         values = event.get(name)
@@ -142,12 +90,12 @@ def _entry(name: str, i: int) -> Callable[[dict[str, Any]], Any]:
     return read
 
 
-def _width(events: Sequence[dict[str, Any]], name: str) -> int:
+def _max_length(events: Log, name: str) -> int:
     return max((len(event[name]) for event in events if isinstance(event.get(name), list)), default=0)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over about a twentieth of the curve, each point over a window of its own at the ends."""
+    """Running mean over about a twentieth of the curve; the window shrinks at the ends."""
     half = len(values) // 40
     total = np.concatenate([[0.0], np.cumsum(values)])
     i = np.arange(len(values))
@@ -155,7 +103,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def _loss(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
+def _plot_loss(axes: Axes, events: Log, theme: Theme) -> bool:
     x, y = _series(events, lambda event: event.get("loss"))
     if not len(x):
         return False
@@ -165,37 +113,40 @@ def _loss(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
     return True
 
 
-def _quarters(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
-    drawn = []
-    for i, label in enumerate(_QUARTERS[: _width(events, "loss_by_quarter")]):
+def _plot_quarters(axes: Axes, events: Log, theme: Theme) -> bool:
+    values = []
+    for i, label in enumerate(_QUARTERS[: _max_length(events, "loss_by_quarter")]):
         x, y = _series(events, _entry("loss_by_quarter", i))
         if len(x):
             color = tuple(palette(4)[i] / 255)
             axes.plot(x, _smooth(y), color=color, linewidth=1.5, marker="." if len(x) < 3 else None, label=label)
-            drawn.append(y)
-    if drawn:
-        _log_scale(axes, np.concatenate(drawn))
+            values.append(y)
+    if values:
+        _log_scale(axes, np.concatenate(values))
         _legend(axes, theme)
-    return bool(drawn)
+    return bool(values)
 
 
-def _areas(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
-    return _stack(axes, events, "areas", "region", theme)
+def _plot_curve(axes: Axes, events: Log, theme: Theme, curve: Curve) -> bool:
+    if curve.band is not None:
+        return _plot_shares(axes, events, curve.name, curve.band, theme)
+    x, y = _series(events, methodcaller("get", curve.name))
+    if not len(x):
+        return False
+    axes.plot(x, y, color=theme.accent, linewidth=1.5, marker="." if len(x) < 3 else None)
+    axes.set_ylim(bottom=0, top=1.1 * max(y.max(), 1e-3))
+    return True
 
 
-def _candidates(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
-    return _stack(axes, events, "candidate_use", "", theme)
-
-
-def _stack(axes: Axes, events: Sequence[dict[str, Any]], name: str, label: str, theme: Theme) -> bool:
-    """Shares of one, a band for each entry of the list under ``name``."""
-    k = _width(events, name)
+def _plot_shares(axes: Axes, events: Log, name: str, label: str, theme: Theme) -> bool:
+    """Draw shares of 1 as stacked bands, one for each entry of the list under ``name``."""
+    k = _max_length(events, name)
     events = [event for event in events if isinstance(event.get(name), list)]
     if not k:
         return False
     x = [event["step"] for event in events]
     shares = [[v if is_number(v := _entry(name, i)(event)) else 0.0 for event in events] for i in range(k)]
-    if len(x) == 1:  # a stack needs two points to have a width
+    if len(x) == 1:  # a stacked plot needs two points
         x, shares = [x[0] - 0.5, x[0] + 0.5], [row * 2 for row in shares]
     axes.stackplot(x, shares, colors=palette(k) / 255, labels=[f"{label} {i + 1}".strip() for i in range(k)], alpha=0.9)
     axes.set_ylim(0, 1)
@@ -204,35 +155,14 @@ def _stack(axes: Axes, events: Sequence[dict[str, Any]], name: str, label: str, 
     return True
 
 
-def _entropy(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
-    return _line(axes, events, "entropy", theme)
-
-
-def _classified(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
-    return _line(axes, events, "classified", theme)
-
-
-def _speed(axes: Axes, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
-    return _line(axes, events, "images_per_second", theme)
-
-
-def _line(axes: Axes, events: Sequence[dict[str, Any]], name: str, theme: Theme) -> bool:
-    x, y = _series(events, lambda event: event.get(name))
-    if not len(x):
-        return False
-    axes.plot(x, y, color=theme.accent, linewidth=1.5, marker="." if len(x) < 3 else None)
-    axes.set_ylim(bottom=0, top=1.1 * max(y.max(), 1e-3))
-    return True
-
-
-def _alarms(figure: Figure, events: Sequence[dict[str, Any]], theme: Theme) -> bool:
-    """Four small plots: each alarm with its dashed limits, the range beyond them shaded."""
-    some = False
-    for place, (name, limits) in enumerate(ALARM_LIMITS.items(), start=1):
-        axes = _axes(figure, theme, (2, 2, place))
+def _plot_alarms(figure: Figure, events: Log, theme: Theme, all_limits: Mapping[str, AlarmLimits]) -> bool:
+    """Draw a small plot for each alarm, with its limits dashed and the range beyond them shaded."""
+    any_values = False
+    for place, (name, limits) in enumerate(all_limits.items(), start=1):
+        axes = _axes(figure, theme, (-(-len(all_limits) // 2), 2, place))
         axes.set_title(limits.title, color=theme.ink, fontsize=8, loc="left")
         x, y = _series(events, methodcaller("get", name))
-        some |= bool(len(x))
+        any_values |= bool(len(x))
         axes.plot(x, y, color=theme.accent, linewidth=1.5, marker=".", markersize=5)
         bottom, top = min(0.0, y.min(initial=0.0)) - 0.03, max(1.0, y.max(initial=0.0)) + 0.03
         for limit, beyond in ((limits.low, bottom), (limits.high, top)):
@@ -240,7 +170,7 @@ def _alarms(figure: Figure, events: Sequence[dict[str, Any]], theme: Theme) -> b
                 axes.axhline(limit, color=theme.alarm, linewidth=1, linestyle="--")
                 axes.axhspan(limit, beyond, color=theme.alarm, alpha=0.1, linewidth=0)
         axes.set_ylim(bottom, top)
-    return some
+    return any_values
 
 
 def _axes(figure: Figure, theme: Theme, place: tuple[int, int, int] = (1, 1, 1)) -> Axes:
@@ -256,7 +186,7 @@ def _axes(figure: Figure, theme: Theme, place: tuple[int, int, int] = (1, 1, 1))
 
 
 def _log_scale(axes: Axes, values: np.ndarray) -> None:
-    """Logarithmic where the values span more than a factor of five: the beginning would hide the rest."""
+    """Use a logarithmic axis where the values span more than a factor of five."""
     if values.min() > 0 and values.max() > 5 * values.min():
         axes.set_yscale("log")
         from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter

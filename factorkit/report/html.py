@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing beside it, written from what lies in the run folder."""
+"""The report of a run: one self-contained HTML file, written from the files in the run folder."""
 
 from __future__ import annotations
 
@@ -16,51 +16,49 @@ from typing import Any
 
 from PIL import Image
 
-from factorkit.engine.log import read_log
-from factorkit.report.curves import DARK, LIGHT, draw_curves, is_number, timeline
-from factorkit.report.verdict import Verdict, baselines_of, headline_tiles, judge, number
+from factorkit.report.content import Log, Record, ReportContent, Tile, Verdict, format_number, sorted_baselines
+from factorkit.report.curves import DARK, LIGHT, draw_curves
+from factorkit.utils.atomic import replacing
 from factorkit.utils.errors import CheckpointError
+from factorkit.utils.jsonl import is_number, read_log, timeline
 from factorkit.utils.safe_reading import read_json
 
-__all__ = ["Verdict", "read_log", "verdict", "write_report"]
-
 REPORT_NAME = "report.html"
-_SHEET_NAME = re.compile(r"(?P<step>\d+)_(?P<kind>.+)")
-_STRIP = 8  # sheets of one kind in the strip below the latest
-_STRIP_SIZE = (320, 240)
-FIRST = ("segmentation", "views")  # sheets of what is judged first, before what the alphabet would have
-_EVENTS = 200  # the newest events shown
+_GRID_NAME = re.compile(r"(?P<step>\d+)_(?P<kind>.+)")
+_STRIP_LENGTH = 8  # earlier grids of one kind in the strip below the newest
+_STRIP_SIZE = (320, 240)  # bounds in pixels of an image in the strip
+_MAX_EVENTS = 200  # only the newest events are listed
 _SCORES = (("acc", "Acc"), ("iou", "IoU"), ("dice", "Dice"))
 
 
-def verdict(folder: str | os.PathLike[str]) -> Verdict:
-    """Judge the run in `folder` by its last alarms and its scores, as far as there are any."""
-    folder = Path(folder)
-    return judge(_read_json(folder / "config.json"), read_log(folder), _read_json(folder / "scores.json"))
+def read_verdict(folder: str | os.PathLike[str], content: ReportContent) -> Verdict:
+    """Judge the run in ``folder`` by its log and its scores, as far as there are any."""
+    return content.judge(read_log(folder), _read_json(Path(folder) / "scores.json"))
 
 
-def write_report(folder: str | os.PathLike[str]) -> Path:
-    """Write `folder/report.html` from the files in the run folder, and return its path.
+def write_report(folder: str | os.PathLike[str], content: ReportContent) -> Path:
+    """Write ``folder/report.html`` from the files in the run folder, and return its path.
 
-    Read are `config.json`, `log.jsonl`, `scores.json` and `samples/<step>_<kind>.png`; what is missing, unknown or half
-    written is left out, so it works at any moment of a run. The old report stands until the new one is whole. The page
-    has no scripts and refers to nothing outside itself.
+    The files are ``config.json``, ``log.jsonl``, ``scores.json`` and ``samples/<step>_<kind>.png``. What is missing,
+    unknown or half written is left out, so this works at any moment of a run. The page has no scripts and refers to
+    nothing outside itself. An older report is replaced only when the new one is complete.
 
-    Raises CheckpointError when there is no such folder or the file cannot be written.
+    Raises:
+        CheckpointError: the folder does not exist, or the file cannot be written.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no run folder: it does not exist. Give the out= of a training run")
+        raise CheckpointError(f"{folder} does not exist. Give the run folder: the out= of a training")
     config, log, scores = _read_json(folder / "config.json"), read_log(folder), _read_json(folder / "scores.json")
-    judged = judge(config, log, scores)
+    verdict = content.judge(log, scores)
     name = folder.resolve().name
     progress = _text(_progress(config, log))
     body = [
         f"<header><p class='kicker'>factorkit run</p><h1>{_text(name)}</h1><p>{progress}</p></header>",
-        _verdict_box(judged),
-        _headline_numbers(config, log, scores),
-        _sheets_section(folder / "samples"),
-        _curves_section(log),
+        _verdict_box(verdict),
+        _headline_numbers(config, log, scores, content),
+        _grids_section(folder / "samples", content.first_grids),
+        _curves_section(log, content),
         _scores_section(scores),
         _events_section(log),
         _settings_section(config),
@@ -69,26 +67,25 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     page = (
         "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{_text(name)}: {_text(judged.headline)}</title><style>{STYLE}</style></head>\n"
+        f"<title>{_text(name)}: {_text(verdict.headline)}</title><style>{STYLE}</style></head>\n"
         "<body><main>\n" + "\n".join(body) + "\n</main></body></html>\n"
     )
     path = folder / REPORT_NAME
-    temporary = folder / f".{REPORT_NAME}.{os.getpid()}.tmp"
     try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        advice = "Free some space, or make the folder writable"
-        raise CheckpointError(f"could not write {path}: {error}. {advice}") from error
+        raise CheckpointError(
+            f"could not write {path}: {error}. Free some space, or make the folder writable"
+        ) from error
     return path
 
 
-# --- reading and judging ---
+# --- reading ---
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where it is missing, damaged or something else."""
+def _read_json(path: Path) -> Record:
+    """Return the JSON object in a file; an empty one if it is missing, damaged or of another type."""
     try:
         content = read_json(path)
     except (OSError, ValueError):
@@ -96,8 +93,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _progress(config: dict[str, Any], log: list[dict[str, Any]]) -> str:
-    """One sentence on how far the run is."""
+def _progress(config: Record, log: Log) -> str:
+    """Return one sentence on how far the run is."""
     stages = [event for event in log if event.get("event") in ("start", "resume", "signal", "end")]
     steps = timeline(log, "step")
     step = steps[-1]["step"] if steps else 0
@@ -118,8 +115,8 @@ def _text(value: object) -> str:
 
 
 def _section(title: str, body: str, missing: str) -> str:
-    """A section; without a body, one line that says what is not there yet."""
-    return f"<section><h2>{title}</h2>{body or f'<p class=missing>Not there yet: {_text(missing)}.</p>'}</section>"
+    """Return a section; without a body, one line that says what is missing."""
+    return f"<section><h2>{title}</h2>{body or f'<p class=missing>Not available yet: {_text(missing)}.</p>'}</section>"
 
 
 def _table(rows: Iterable[tuple[object, object]]) -> str:
@@ -127,53 +124,57 @@ def _table(rows: Iterable[tuple[object, object]]) -> str:
     return f"<div class=scroll><table>{lines}</table></div>" if lines else ""
 
 
-def _verdict_box(judged: Verdict) -> str:
-    details = "".join(f"<p>{_text(sentence)}</p>" for sentence in judged.details)
-    return f"<section class='verdict {judged.status}'><h2>{_text(judged.headline)}</h2>{details}</section>"
+def _verdict_box(verdict: Verdict) -> str:
+    details = "".join(f"<p>{_text(sentence)}</p>" for sentence in verdict.details)
+    return f"<section class='verdict {verdict.status}'><h2>{_text(verdict.headline)}</h2>{details}</section>"
 
 
-def _headline_numbers(config: dict[str, Any], log: list[dict[str, Any]], scores: dict[str, Any]) -> str:
-    steps = timeline(log, "step")
+def _headline_numbers(config: Record, log: Log, scores: Record, content: ReportContent) -> str:
+    steps, alarms = timeline(log, "step"), timeline(log, "alarms")
     last = steps[-1] if steps else {}
     seconds = [event["seconds"] for event in steps if is_number(event.get("seconds"))]
     tiles = [
-        *headline_tiles(config, log, scores),
-        ("loss", number(last.get("loss"), 4), ""),
-        ("step", number(last.get("step"), 0), f"of {number(config.get('steps'), 0)}" if "steps" in config else ""),
-        ("images seen", number(last.get("images"), 0), ""),
-        ("images per second", number(last.get("images_per_second"), 1), ""),
-        ("training time", _duration(sum(seconds)) if seconds else "", ""),
+        *content.tiles(alarms[-1] if alarms else {}, scores),
+        Tile("loss", format_number(last.get("loss"), 4), ""),
+        Tile(
+            "step",
+            format_number(last.get("step"), 0),
+            f"of {format_number(config.get('steps'), 0)}" if "steps" in config else "",
+        ),
+        Tile("images seen", format_number(last.get("images"), 0), ""),
+        Tile("images per second", format_number(last.get("images_per_second"), 1), ""),
+        Tile("training time", _duration(sum(seconds)) if seconds else "", ""),
     ]
-    shown = "".join(
+    html_tiles = "".join(
         f"<div class=tile><span>{label}</span><b>{value}</b><small>{note}</small></div>"
         for label, value, note in tiles
         if value
     )
-    body = f"<div class=tiles>{shown}</div>" if shown else ""
+    body = f"<div class=tiles>{html_tiles}</div>" if html_tiles else ""
     return _section("Headline numbers", body, "the run has logged no step")
 
 
-def _sheets_section(folder: Path) -> str:
-    """The latest sheet of each kind, over a strip of how it came to be."""
+def _grids_section(folder: Path, first_kinds: tuple[str, ...]) -> str:
+    """Show the newest sample grid of each kind, above a strip of earlier ones."""
     kinds: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(folder.glob("*.png")):
-        match = _SHEET_NAME.fullmatch(path.stem)
+        match = _GRID_NAME.fullmatch(path.stem)
         step, kind = (int(match["step"]), match["kind"]) if match else (-1, path.stem)
         kinds.setdefault(kind, []).append((step, path))
     blocks = []
-    for kind, series in sorted(kinds.items(), key=lambda item: (item[0] not in FIRST, item[0])):
+    for kind, series in sorted(kinds.items(), key=lambda item: (item[0] not in first_kinds, item[0])):
         series = [(step, path) for step, path in sorted(series) if _readable(path)]
         if not series:
             continue
         step, latest = series[-1]
         block = f"<h3>{_text(kind)}{_at(step)}</h3>" + _figure(latest.read_bytes(), f"{kind}{_at(step)}")
         if len(series) > 1:
-            chosen = sorted({round(i * (len(series) - 1) / (_STRIP - 1)) for i in range(_STRIP)})
+            chosen = sorted({round(i * (len(series) - 1) / (_STRIP_LENGTH - 1)) for i in range(_STRIP_LENGTH)})
             block += "<div class=strip>"
             block += "".join(_figure(_small(series[i][1]), f"step {series[i][0]}", caption=True) for i in chosen)
             block += "</div>"
         blocks.append(f"<article>{block}</article>")
-    return _section("Latest sheets", "".join(blocks), "no sample sheet was drawn")
+    return _section("Latest sample grids", "".join(blocks), "no sample grid was drawn")
 
 
 def _at(step: int) -> str:
@@ -182,8 +183,8 @@ def _at(step: int) -> str:
 
 def _readable(path: Path) -> bool:
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture.load()
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
     except (OSError, SyntaxError, ValueError):  # Pillow raises SyntaxError for some broken PNGs
         return False
     return True
@@ -191,10 +192,10 @@ def _readable(path: Path) -> bool:
 
 def _small(path: Path) -> bytes:
     with Image.open(path, formats=["PNG"]) as stored:
-        picture = stored.convert("RGB")
-    picture.thumbnail(_STRIP_SIZE, Image.Resampling.LANCZOS)
+        image = stored.convert("RGB")
+    image.thumbnail(_STRIP_SIZE, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -207,26 +208,28 @@ def _figure(png: bytes, label: str, caption: bool = False) -> str:
     return f"<figure><img src='{_uri(png)}' alt='{_text(label)}'>{below}</figure>"
 
 
-def _curves_section(log: list[dict[str, Any]]) -> str:
+def _curves_section(log: Log, content: ReportContent) -> str:
     blocks = []
-    for (title, note, light), (_, _, dark) in zip(draw_curves(log, LIGHT), draw_curves(log, DARK), strict=True):
-        picture = (
+    for (title, note, light), (_, _, dark) in zip(
+        draw_curves(log, LIGHT, content), draw_curves(log, DARK, content), strict=True
+    ):
+        image = (
             f"<picture><source media='(prefers-color-scheme: dark)' srcset='{_uri(dark)}'>"
             f"<img src='{_uri(light)}' alt='{_text(title)}'></picture>"
         )
         caption = f"<figcaption>{_text(note)}</figcaption>"
-        blocks.append(f"<figure class=curve><h3>{_text(title)}</h3>{picture}{caption}</figure>")
+        blocks.append(f"<figure class=curve><h3>{_text(title)}</h3>{image}{caption}</figure>")
     body = f"<div class=curves>{''.join(blocks)}</div>" if blocks else ""
     return _section("Curves", body, "the run has logged no step")
 
 
-def _scores_section(scores: dict[str, Any]) -> str:
+def _scores_section(scores: Record) -> str:
     ours = [
         ("this run", {name: scores.get(name) for name, _ in _SCORES}, "ours"),
         ("this run, per-image oracle", {name: scores.get(f"oracle_{name}") for name, _ in _SCORES}, "oracle"),
     ]
     rows = [row for row in ours if any(is_number(value) for value in row[1].values())]
-    rows += [(name, values, "") for name, values in baselines_of(scores)]
+    rows += [(name, values, "") for name, values in sorted_baselines(scores)]
     if not rows:
         table = _table((name, _plain(value)) for name, value in scores.items())
         return _section("Scores", table, "nothing was scored")
@@ -239,38 +242,38 @@ def _scores_section(scores: dict[str, Any]) -> str:
     return _section("Scores", table + rest, "")
 
 
-def _score_line(name: str, values: dict[str, Any], kind: str) -> str:
+def _score_line(name: str, values: Record, kind: str) -> str:
     if "unavailable" in values:
         cells = f"<td colspan=4 class=missing>{_text(values['unavailable'])}</td>"
     else:
         share = min(max(values["iou"], 0), 1) if is_number(values.get("iou")) else 0
-        cells = "".join(f"<td>{number(values.get(key)) or '–'}</td>" for key, _ in _SCORES)
+        cells = "".join(f"<td>{format_number(values.get(key)) or '–'}</td>" for key, _ in _SCORES)
         cells += f"<td class=bar><i style='width:{share:.1%}'></i></td>"
     return f"<tr class='{kind}'><th>{_text(name)}</th>{cells}</tr>"
 
 
-def _events_section(log: list[dict[str, Any]]) -> str:
+def _events_section(log: Log) -> str:
     rows = []
     for event in log:
         kind = event.get("event")
         if kind == "step":
             continue
         if "message" in event:
-            said = str(event["message"])
+            text = str(event["message"])
         elif isinstance(event.get("failures"), list):
-            said = "; ".join(map(str, event["failures"])) or "no alarm"
+            text = "; ".join(map(str, event["failures"])) or "no alarm"
         else:
-            said = _plain({name: value for name, value in event.items() if name not in ("event", "step", "time")})
+            text = _plain({name: value for name, value in event.items() if name not in ("event", "step", "time")})
         stamp = _clock(event["time"]) if is_number(event.get("time")) else ""
-        cells = (stamp, number(event.get("step"), 0), kind, said)
+        cells = (stamp, format_number(event.get("step"), 0), kind, text)
         rows.append("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
     head = "<tr><th>time (UTC)</th><th>step</th><th>event</th><th></th></tr>"
-    left_out = f"<p class=note>The newest {_EVENTS} of {len(rows)}.</p>" if len(rows) > _EVENTS else ""
-    table = f"<div class=scroll><table class=events>{head}{''.join(rows[-_EVENTS:])}</table></div>{left_out}"
+    note = f"<p class=note>The newest {_MAX_EVENTS} of {len(rows)}.</p>" if len(rows) > _MAX_EVENTS else ""
+    table = f"<div class=scroll><table class=events>{head}{''.join(rows[-_MAX_EVENTS:])}</table></div>{note}"
     return _section("Events", table if rows else "", "the log is empty")
 
 
-def _settings_section(config: dict[str, Any]) -> str:
+def _settings_section(config: Record) -> str:
     rows = ((name, _plain(value)) for name, value in _flat(config))
     return _section("Settings", _table(rows), "there is no config.json")
 
@@ -283,15 +286,15 @@ def _environment_section() -> str:
             rows.append((package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
             rows.append((package, "not installed"))
-    note = "Of the process that wrote this report: the training itself, unless it was written again later."
+    note = "Of the process that wrote this report: the training, unless the report was written again later."
     return _section("Environment", f"{_table(rows)}<p class=note>{note}</p>", "")
 
 
-# --- words and numbers ---
+# --- formatting ---
 
 
 def _plain(value: object) -> str:
-    """A setting or field as a person would write it."""
+    """Format a setting or field for people."""
     if isinstance(value, str):
         return value
     if isinstance(value, float):
@@ -303,8 +306,8 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Settings by name, those of nested groups as `group.name`."""
+def _flat(config: Record, prefix: str = "") -> list[tuple[str, Any]]:
+    """Return settings by name, those of nested groups as `group.name`."""
     flat = []
     for name, value in config.items():
         flat += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
@@ -320,7 +323,7 @@ def _duration(seconds: float) -> str:
 def _clock(seconds: float) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
-    except (OverflowError, ValueError, OSError):  # of a damaged log: no time of this world
+    except (OverflowError, ValueError, OSError):  # of a damaged log
         return ""
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from factorkit.metrics.baselines import BASELINES
-from factorkit.report.image_grid import contact_sheet, grey
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import TRAINED_ONCE, Citation, Experiment, Found, NotRun, Row
 from factorkit.reproduce.photos import BEST, FIXED, photos, region_labels, score_foreground, score_regions, train
 from factorkit.reproduce.setup import Setup
+from factorkit.utils.images import unit_to_uint8
 
 if TYPE_CHECKING:
     from factorkit.reproduce.runner import Cells
@@ -24,7 +25,7 @@ TRIVIAL = {
     "2-means of an image": "two_means_image",
     "2-means of the set": "two_means_set",
 }
-OURS, THESIS, COMPETITION = "ours, regional form", "ours, the thesis' form", "ours, masks by competition, K = 3"
+OURS, THESIS, MIXTURE = "ours, regional form", "ours, the thesis' form", "ours, masks by mixture, K = 3"
 
 NOTES = (
     "Acc, IoU, DICE: one mapping from regions to foreground for the whole set, fitted on the first labelled images, "
@@ -38,9 +39,11 @@ NOTES = (
 def trivial(name: str, setup: Setup, full: str) -> Found:
     """Score a predictor of :data:`factorkit.metrics.baselines.BASELINES`."""
     known = photos(setup, full)
-    labelled, fit = known.labelled, known.fit
+    labelled, num_fit_images = known.labelled, known.num_fit_images
     try:
-        predicted = BASELINES[name](labelled.images, labelled.foreground[:fit], labelled.valid[:fit])
+        predicted = BASELINES[name](
+            labelled.images, labelled.foreground[:num_fit_images], labelled.valid[:num_fit_images]
+        )
     except ImportError as error:
         raise NotRun(f"{error}; install the extra: pip install 'factorkit[baselines]'") from error
     return score_foreground(known, np.asarray(predicted))
@@ -62,7 +65,7 @@ def rows(setup: Setup, full: str) -> list[Row]:
         *found,
         Row(name, lambda s, seed: ours(s, seed, full)),
         Row(other, lambda s, seed: ours(s, seed, full, form, form=form), seeds=1),
-        Row(COMPETITION, lambda s, seed: ours(s, seed, full, "competition", masks="competition", regions=3)),
+        Row(MIXTURE, lambda s, seed: ours(s, seed, full, "mixture", masks="mixture", regions=3)),
     ]
 
 
@@ -71,8 +74,12 @@ def draw(setup: Setup, cells: Cells, full: str) -> Sequence[str]:
     known = photos(setup, full)
     shown = [(name, cells.arrays(name)["foreground"]) for name, _ in cells.rows if cells.arrays(name)]
     images, truth = known.labelled.images[known.shown], known.labelled.foreground[known.shown]
-    lines = [list(images), [grey(t) for t in truth], *([grey(mask) for mask in masks] for _, masks in shown)]
-    sheet = contact_sheet(lines, None, ["image", "truth", *(name for name, _ in shown)])
+    lines = [
+        list(images),
+        [unit_to_uint8(t) for t in truth],
+        *([unit_to_uint8(mask) for mask in masks] for _, masks in shown),
+    ]
+    sheet = draw_image_grid(lines, None, ["image", "truth", *(name for name, _ in shown)])
     return [setup.save(sheet, "foreground.png")]
 
 

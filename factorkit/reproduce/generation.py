@@ -11,12 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from factorkit.data.datasets import make_procedural_dataset, open_dataset
 from factorkit.data.prepare import prepare
-from factorkit.metrics.frechet import fid, frechet_distance, random_features
+from factorkit.metrics import frechet
 from factorkit.reproduce.experiment import TRAINED_ONCE, Column, Experiment, Found, NotRun, Row
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.run import Generation, SegdiffRun
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import pixels_to_images
 
 #: pictures drawn, and denoising steps for each
 DRAWN = {"small": (256, 25), "gpu": (5000, 50), "full": (50_000, None)}
@@ -47,18 +48,14 @@ def real_pictures(setup: Setup, config: SegdiffConfig, count: int) -> Tensor:
         source = open_dataset(setup.data, holdout=config.holdout, mask_set=config.mask_set).train
     images = prepare(source, config.resolution, progress=setup.progress).images
     picked = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
-    return torch.from_numpy(np.array(images[picked])).permute(0, 3, 1, 2).float() / 255
-
-
-def as_pixels(images: Tensor) -> np.ndarray:
-    """[N, 3, R, R] in [0, 1] as uint8 [N, R, R, 3]."""
-    return np.ascontiguousarray((images * 255).round().byte().permute(0, 2, 3, 1).numpy())
+    return pixels_to_images(images[picked])
 
 
 def random_distance(setup: Setup, run: SegdiffRun, images: Tensor) -> float:
     """Fréchet distance of drawn pictures [N, 3, R, R] to as many training pictures, in random features."""
     real = real_pictures(setup, run.config, len(images))
-    return frechet_distance(random_features(images[: len(real)]), random_features(real))
+    features = frechet.random_features
+    return frechet.frechet_distance(features(images[: len(real)]), features(real))
 
 
 def fid(setup: Setup, run: SegdiffRun, images: Tensor) -> float:
@@ -69,7 +66,7 @@ def fid(setup: Setup, run: SegdiffRun, images: Tensor) -> float:
     """
     real = real_pictures(setup, run.config, len(images))
     try:
-        return fid(real, images[: len(real)], run.device)
+        return frechet.compute_fid(real, images[: len(real)], run.device)
     except ConfigError as error:
         raise NotRun(str(error)) from error
 

@@ -14,7 +14,7 @@ from factorkit.data.masks import load_labelled
 from factorkit.data.prepare import prepare
 from factorkit.metrics.class_matching import IGNORE_LABEL, count_overlaps, match_classes, score_classes
 from factorkit.metrics.segmentation import MAX_REGIONS
-from factorkit.report.image_grid import contact_sheet
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import TRAINED_ONCE, Citation, Experiment, Found, NotRun, Row, percent
 from factorkit.reproduce.photos import SHOWN, Photos, config_of, photos, region_labels, run_folder, train
 from factorkit.reproduce.setup import Setup
@@ -117,7 +117,7 @@ def clusters(setup: Setup, run: SegdiffRun, seed: int, full: str) -> DatasetDDPM
 def our_regions(setup: Setup, full: str) -> int | tuple[int, ...]:
     """K of ours: the scale's own, and no fewer than there are classes; a hierarchy gets more at its deepest level."""
     config, count = config_of(setup, full), classes_of(setup, full).count
-    if config.leaves >= count:
+    if config.num_leaf_regions >= count:
         return config.regions
     *coarser, _ = config.nesting
     return (*coarser, -(-count // math.prod(coarser))) if coarser else count
@@ -152,7 +152,7 @@ def rows(setup: Setup, full: str) -> list[Row]:
 
     def ours(s: Setup, seed: int) -> Found:
         run = our_run(s, seed, full)
-        return cell(region_labels(run, photos(s, full).labelled.images), run.config.leaves, s)
+        return cell(region_labels(run, photos(s, full).labelled.images), run.config.num_leaf_regions, s)
 
     return [Row(SUPERVISED, supervised), Row(CLUSTERING, clustered), Row(OURS, ours)]
 
@@ -163,7 +163,7 @@ def draw(setup: Setup, cells: Cells, full: str) -> Sequence[str]:
     images, truth = known.photos.labelled.images[known.shown], known.truth[known.shown].clip(0)
     shown = {name: cells.arrays(name)["classes"] for name, _ in cells.rows if cells.arrays(name)}
     lines = [[outlined(i, c) for i, c in zip(images, found, strict=True)] for found in (truth, *shown.values())]
-    return [setup.save(contact_sheet([list(images), *lines], None, ["image", "truth", *shown]), "classes.png")]
+    return [setup.save(draw_image_grid([list(images), *lines], None, ["image", "truth", *shown]), "classes.png")]
 
 
 def cited(row: str, source: str, acc: float, miou: float) -> Citation:

@@ -20,8 +20,9 @@ from factorkit.segdiff.config import PRESETS, SegdiffConfig, preset_config
 from factorkit.segdiff.evaluate import foreground_scores
 from factorkit.segdiff.hierarchy import hard_labels, level_labels
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.task import predict_masks, to_float
+from factorkit.segdiff.task import predict_masks
 from factorkit.segdiff.train import train_segdiff
+from factorkit.utils.images import pixels_to_signed
 
 SHOWN = 8  # images in a picture
 
@@ -32,10 +33,10 @@ BEST = (percent("best_acc", "best Acc"), percent("best_iou", "best IoU"), percen
 
 # At 64 px and C = 128 a step of 32 images is about 23 TFLOP, so that this many fit in a few minutes of a fast GPU.
 _GPU: dict[str, Any] = {
-    "width": 128,
-    "blocks": 3,
-    "attention": (16, 8),
-    "groups": 32,
+    "model_channels": 128,
+    "num_res_blocks": 3,
+    "attention_resolutions": (16, 8),
+    "norm_groups": 32,
     "threads": None,
     "steps": 2000,
     "batch_size": 32,
@@ -88,12 +89,12 @@ class Photos:
 
     dataset: Dataset
     labelled: LabelledImages
-    fit: int
+    num_fit_images: int
 
     @property
     def shown(self) -> slice:
         """The scored images that pictures show."""
-        return slice(self.fit, self.fit + SHOWN)
+        return slice(self.num_fit_images, self.num_fit_images + SHOWN)
 
 
 def photos(setup: Setup, full: str = "flowers64", **changes: Any) -> Photos:
@@ -103,7 +104,7 @@ def photos(setup: Setup, full: str = "flowers64", **changes: Any) -> Photos:
         NotRun: the data have no masks.
     """
     config = config_of(setup, full, **changes)
-    options = (config.resolution, config.holdout, config.mask_set, config.ignore, config.fit)
+    options = (config.resolution, config.holdout, config.mask_set, config.ignore, config.num_fit_images)
     return _photos(setup.data, setup.identity, *options)
 
 
@@ -115,7 +116,7 @@ def _photos(
     holdout: str | int,
     mask_set: str | None,
     ignore: int | None,
-    fit: int,
+    num_fit_images: int,
 ) -> Photos:
     if data is None:
         dataset = make_procedural_dataset(resolution)
@@ -124,21 +125,21 @@ def _photos(
     if dataset.test_images is None:
         raise NotRun(f"{dataset.name} has no masks to score with; give a folder with images/ and masks/")
     labelled = load_labelled(dataset.test_images, dataset.test_masks, resolution, ignore_label=ignore)
-    return Photos(dataset, labelled, max(1, min(fit, len(labelled) // 2)))
+    return Photos(dataset, labelled, max(1, min(num_fit_images, len(labelled) // 2)))
 
 
 def region_labels(run: SegdiffRun, images: np.ndarray, t: int | None = None) -> np.ndarray:
     """The most probable region of each pixel, int64 [N, R, R], of pictures uint8 [N, R, R, 3], at level t."""
     t = run.config.segment_t if t is None else t
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
-        masks = predict_masks(run.model, to_float(torch.from_numpy(images)), t, run.schedule)
+        masks = predict_masks(run.model, pixels_to_signed(torch.from_numpy(images)), t, run.schedule)
     return hard_labels(masks, run.config.nesting).numpy()
 
 
 def score_regions(photos: Photos, labels: np.ndarray, nesting: Sequence[int]) -> Found:
     """Both protocols for a run's label maps [N, R, R] of all labelled images; what the mapping calls foreground is
     shown. A hierarchy is scored at the level that ``level`` among the scores says."""
-    found = foreground_scores(labels, photos.labelled, nesting, photos.fit)
+    found = foreground_scores(labels, photos.labelled, nesting, photos.num_fit_images)
     numbers = {key: found[key] for key in ("acc", "iou", "dice")}
     numbers |= {f"best_{key}": found[f"oracle_{key}"] for key in ("acc", "iou", "dice")}
     if "level" in found:
@@ -149,8 +150,10 @@ def score_regions(photos: Photos, labels: np.ndarray, nesting: Sequence[int]) ->
 
 def score_foreground(photos: Photos, predicted: np.ndarray) -> Found:
     """Both protocols for boolean masks [N, R, R] that say themselves what is foreground."""
-    labelled, fit = photos.labelled, photos.fit
-    numbers = score_masks(predicted[fit:], labelled.foreground[fit:], labelled.valid[fit:])
-    best = evaluate_masks(predicted.astype(np.int64), labelled.foreground, labelled.valid, 2, fit)
+    labelled, num_fit_images = photos.labelled, photos.num_fit_images
+    numbers = score_masks(
+        predicted[num_fit_images:], labelled.foreground[num_fit_images:], labelled.valid[num_fit_images:]
+    )
+    best = evaluate_masks(predicted.astype(np.int64), labelled.foreground, labelled.valid, 2, num_fit_images)
     numbers |= {f"best_{key}": best[f"oracle_{key}"] for key in ("acc", "iou", "dice")}
     return Found(numbers, {"foreground": predicted[photos.shown]})

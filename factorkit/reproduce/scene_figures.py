@@ -8,14 +8,14 @@ import numpy as np
 from PIL import Image
 
 from factorkit.nerfdiff.evaluate import training_errors
-from factorkit.nerfdiff.export.frames import to_uint8
 from factorkit.nerfdiff.previews.plane import plane_picture
 from factorkit.nerfdiff.previews.views import novel_sheet, sphere_picture, views_sheet
 from factorkit.nerfdiff.run import NerfdiffRun
-from factorkit.report.image_grid import contact_sheet
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce import views
 from factorkit.reproduce.experiment import Experiment, Found, NotRun, Row
 from factorkit.reproduce.setup import Setup
+from factorkit.utils.images import images_to_pixels
 
 SHOWN, FRAMES, STEPS = 6, 12, 10
 
@@ -75,8 +75,8 @@ def evolution(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:
 
 def trajectory(setup: Setup, run: NerfdiffRun, seed: int) -> list[str]:
     """New views along a circle."""
-    frames = list(to_uint8(run.render_path("orbit", frames=FRAMES).images))
-    sheet = contact_sheet([frames[: FRAMES // 2], frames[FRAMES // 2 :]])
+    frames = list(images_to_pixels(run.render_path("orbit", frames=FRAMES).images))
+    sheet = draw_image_grid([frames[: FRAMES // 2], frames[FRAMES // 2 :]])
     return [setup.save(sheet, f"orbit-seed{seed}.png")]
 
 

@@ -24,10 +24,11 @@ from factorkit.engine.trainer import Trainer
 from factorkit.segdiff import previews as pictures
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.masks.mixture import RegionCompetition, noise_error, unexplained_noise
-from factorkit.segdiff.task import PROBES, SegdiffTask, noised, to_uint8
+from factorkit.segdiff.task import PROBES, SegdiffTask, noised
 from factorkit.segdiff.train import describe, load_data
 from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import signed_to_pixels
 from factorkit.utils.rng import BatchDraw
 
 CHOICE, SHEET = "choice.json", "regions.png"
@@ -37,9 +38,9 @@ LEAST_IMAGES = 8
 #: the U-Net is built and left alone, so it may be any; a competition settles in some hundred steps
 SETTINGS = {
     "preset": "fast32",
-    "masks": "competition",
-    "width": 8,
-    "multipliers": (1,),
+    "masks": "mixture",
+    "model_channels": 8,
+    "channel_mult": (1,),
     "warmup_steps": 20,
     "log_every": 50,
 }
@@ -98,10 +99,10 @@ def choose_regions(
     *,
     out: str | Path = "runs/regions",
     candidates: Sequence[int] = (2, 3, 4, 5),
-    seeds: int = 2,
-    least_fall: float = LEAST_FALL,
+    seed_trials: int = 2,
+    min_improvement: float = LEAST_FALL,
     resolution: int = 32,
-    mirror: bool = True,
+    random_flip: bool = True,
     steps: int = 200,
     holdout: str | int = "auto",
     device: str = "auto",
@@ -119,10 +120,10 @@ def choose_regions(
             that labelled images are the ones kept out; where there are none, up to a quarter of all are.
         out: folder of the result and the trainings.
         candidates: numbers of regions, at least two, from 2 on.
-        seeds: trainings of each; the best, by the same error, stands for it.
-        least_fall: the share of the error that a further region must take off to be worth having.
+        seed_trials: trainings of each candidate, from different seeds; the best represents it.
+        min_improvement: the share of the error that a further region must take off to be worth having.
         resolution: pixels a side.
-        mirror: show half of the photographs mirrored; False where all face one way, as in training.
+        random_flip: show half of the photographs mirrored; False where all face one way, as in training.
         steps: of each training.
         holdout: as in training.
         device: as in training.
@@ -134,7 +135,7 @@ def choose_regions(
         CheckpointError: ``out`` holds something else, or cannot be written.
 
     Example:
-        >>> choice = factorkit.choose_regions(pictures, out="runs/k", candidates=(2, 3), seeds=1, resolution=16,
+        >>> choice = factorkit.choose_regions(pictures, out="runs/k", candidates=(2, 3), seed_trials=1, resolution=16,
         ...                                   steps=2, progress=False)
         >>> choice.regions in (2, 3), sorted(choice.errors), list(choice.falls)
         (True, [2, 3], [2])
@@ -142,9 +143,11 @@ def choose_regions(
     candidates = sorted({int(k) for k in candidates})
     if len(candidates) < 2 or candidates[0] < 2:
         raise ConfigError(f"candidates={tuple(candidates)}: give two numbers of regions or more, each at least 2")
-    if seeds < 1 or not 0 < least_fall < 1:
-        raise ConfigError(f"seeds={seeds} must be at least 1 and least_fall={least_fall} between 0 and 1")
-    changes = SETTINGS | {"resolution": resolution, "mirror": mirror, "steps": steps, "device": device}
+    if seed_trials < 1 or not 0 < min_improvement < 1:
+        raise ConfigError(
+            f"seed_trials={seed_trials} must be at least 1 and min_improvement={min_improvement} between 0 and 1"
+        )
+    changes = SETTINGS | {"resolution": resolution, "random_flip": random_flip, "steps": steps, "device": device}
     configs = [preset_config(**changes, holdout=holdout, regions=k).resolved() for k in candidates]
     chosen, folder = resolve_device(device), Path(out)
     dataset, prepared, probes = load_data(data, configs[0], progress)
@@ -160,39 +163,47 @@ def choose_regions(
         best: list[RegionCompetition] = []
         for k, config in zip(candidates, configs, strict=True):
             found: list[tuple[float, RegionCompetition]] = []
-            for seed in range(seeds):
+            for seed in range(seed_trials):
                 task = PlacesTask(dataclasses.replace(config, seed=seed), images, probes, chosen)
                 where, meta = folder / f"k{k}_seed{seed}", {"model": "places", **task.config.to_dict()}
-                trainer = Trainer(task, task.config, where, meta, device=chosen, progress=progress, report=False)
+                trainer = Trainer(task, task.config, where, meta, device=chosen, progress=progress)
                 model = cast(RegionCompetition, trainer.run())
                 found.append((unexplained_noise(model, task.probes, task.schedule), model))
             errors[k] = [error for error, _ in found]
             best.append(min(found, key=lambda pair: pair[0])[1])
-        falls, regions, reason = recommended({k: min(each) for k, each in errors.items()}, least_fall)
+        falls, regions, reason = recommended({k: min(each) for k, each in errors.items()}, min_improvement)
         facts = {"regions": regions, "errors": errors, "falls": falls, "reason": reason, "steps": steps}
         write_json(folder / CHOICE, facts)
         save_image(sheet(best, task, candidates, regions), folder / SHEET)
     return RegionChoice(regions, errors, falls, reason, folder)
 
 
-def recommended(errors: dict[int, float], least_fall: float) -> tuple[dict[int, float], int, str]:
+def recommended(errors: dict[int, float], min_improvement: float) -> tuple[dict[int, float], int, str]:
     """The falls from each K to the next, the K recommended, and why."""
     order = sorted(errors)
     falls = {k: 1 - errors[after] / errors[k] for k, after in zip(order, order[1:], strict=False)}
     for k, fall in falls.items():
-        if fall < least_fall:
+        if fall < min_improvement:
             after = order[order.index(k) + 1]
             changes = f"lowers the error by {fall:.1%}" if fall > 0 else f"raises the error by {-fall:.1%}"
-            return falls, k, f"K = {k} is the smallest after which the next, {after}, {changes}: under {least_fall:.1%}"
+            return (
+                falls,
+                k,
+                f"K = {k} is the smallest after which the next, {after}, {changes}: under {min_improvement:.1%}",
+            )
     last = order[-1]
-    return falls, last, f"up to K = {last} each lowers the error by {least_fall:.1%} or more; try larger candidates too"
+    return (
+        falls,
+        last,
+        f"up to K = {last} each lowers the error by {min_improvement:.1%} or more; try larger candidates too",
+    )
 
 
 def sheet(best: list[RegionCompetition], task: PlacesTask, candidates: Sequence[int], regions: int):
     """Photographs kept out of training, and how the best seed of every K parts them."""
     picked = torch.linspace(0, len(task.probes) - 1, min(SHOWN, len(task.probes))).round().long()
     shown = task.probes[picked]
-    photos = to_uint8(shown)
+    photos = signed_to_pixels(shown)
     x_t, _ = noised(shown.to(task.device), task.config.segment_t, task.schedule)
     rows = [list(photos)]
     for model in best:
@@ -200,4 +211,4 @@ def sheet(best: list[RegionCompetition], task: PlacesTask, candidates: Sequence[
             labels = model(x_t).logits.argmax(1).cpu().numpy()
         rows.append([pictures.outlined(photo, label) for photo, label in zip(photos, labels, strict=True)])
     captions = ["photographs", *(f"K = {k}{', chosen' * (k == regions)}" for k in candidates)]
-    return pictures.contact_sheet(rows, None, captions)
+    return pictures.draw_image_grid(rows, None, captions)

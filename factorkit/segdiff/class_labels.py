@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from factorkit.report.image_grid import contact_sheet
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.segdiff.previews import outlined
 from factorkit.utils.errors import ConfigError
 
@@ -73,4 +73,4 @@ def class_sheet(images: np.ndarray, masks: np.ndarray, classes: Sequence[str | N
             row += [images[n]] if masks.shape[1] == 1 else [images[n], outlined(images[n], masks[n].argmax(axis=0))]
         rows.append(row)
         captions.append(name or "any")
-    return contact_sheet(rows, row_captions=captions)
+    return draw_image_grid(rows, row_captions=captions)

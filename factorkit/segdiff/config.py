@@ -36,17 +36,17 @@ class SegdiffConfig(EngineConfig):
     decoding: Literal["masked_skips", "concat", "masked_mid", "unshared"] = "masked_skips"
     """How the branches see the masks; the last three are the ablations of table 2.6."""
 
-    width: int = 128
+    model_channels: int = 128
     """C, the channels of the first level."""
-    multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
     """Channels of each level, in units of C."""
-    blocks: int = 3
+    num_res_blocks: int = 3
     """Residual blocks a level."""
-    attention: tuple[int, ...] = (16, 8)
+    attention_resolutions: tuple[int, ...] = (16, 8)
     """Resolutions with self-attention (the middle always has it)."""
-    heads: int = 4
+    num_heads: int = 4
     """Attention heads."""
-    groups: int = 32
+    norm_groups: int = 32
     """Most groups of a GroupNorm."""
     dropout: float = 0.0
     """In the residual blocks."""
@@ -60,7 +60,7 @@ class SegdiffConfig(EngineConfig):
     """What each noise level counts in the loss; min_snr is min(SNR, gamma) times the error of the clean image."""
     min_snr_gamma: float = 5.0
     """Gamma of min_snr."""
-    masks: Literal["network", "competition"] = "network"
+    masks: Literal["network", "mixture"] = "network"
     """What proposes the regions: the U-Net, or a learned place of each, by whose colours in the picture at hand they
     compete for its pixels. For objects that colour does not tell, in photographs that are all framed alike."""
     branch_norm: Literal["group", "masked_group", "pixel"] | None = None
@@ -75,11 +75,11 @@ class SegdiffConfig(EngineConfig):
     """Run the branches one by one in training and again in the backward pass: slower, in the memory of one branch."""
     mask_learning_rate: float | None = None
     """Factor on the learning rate of what makes the masks; None: 0.3 in the regional form, 1 in the thesis', 100 of a
-    competition."""
+    mixture."""
     t_max: int | None = None
     """Most time steps are drawn from [0, t_max); None: in the regional form 600 of 1000, 720 from 64 pixels on, on
     another schedule than the linear one up to the same noise; all in the thesis'."""
-    tail: float | None = None
+    high_noise_fraction: float | None = None
     """Share of the samples whose time step is drawn from [t_max, T) instead, so that generation can start from pure
     noise; None: 0.1 in the regional form, 0 in the thesis' and where t_max leaves no tail."""
     coarse_to_fine: tuple[int, int] | None = None
@@ -87,7 +87,7 @@ class SegdiffConfig(EngineConfig):
     off."""
     timesteps: int = 1000
     """T, the length of the noise schedule."""
-    mirror: bool = True
+    random_flip: bool = True
     """Show half of the pictures mirrored; False where left and right mean something, as when all face one way."""
 
     holdout: str | int = "auto"
@@ -96,11 +96,11 @@ class SegdiffConfig(EngineConfig):
     """Which masks are scored, of a data set that has several; None: its first. See factorkit prepare --list."""
     ignore: int | None = None
     """Mask value of pixels that are not scored."""
-    fit: int = 16
+    num_fit_images: int = 16
     """Labelled images that fit the mapping from regions to foreground; the rest are scored."""
     segment_t: int | None = None
     """Noise level at which real images are segmented; None: that of 30 on the linear schedule of 1000, and 0 of a
-    competition."""
+    mixture."""
 
     class_names: Suppress[tuple[str, ...]] = ()
     """The classes the model can be told of, in the order of their labels; `train_segdiff(classes=)` fills it."""
@@ -115,7 +115,7 @@ class SegdiffConfig(EngineConfig):
         return nesting_of(self.regions)
 
     @property
-    def leaves(self) -> int:
+    def num_leaf_regions(self) -> int:
         """How many regions the deepest level has in all; K where there is one level."""
         return math.prod(self.nesting)
 
@@ -132,7 +132,7 @@ class SegdiffConfig(EngineConfig):
             self = dataclasses.replace(self, regions=self.nesting[0])  # (3,) and 3 are one setting
         if self.decoding == "concat":
             defaults["region_tokens"] = False  # one branch
-        if self.masks == "competition":
+        if self.masks == "mixture":
             defaults |= {"normalised_logits": False, "half_resolution_masks": False, "mask_learning_rate": 100.0}
             defaults["segment_t"] = 0  # colours are measured best without noise: horses .684 instead of .674
         prediction = self.prediction or defaults["prediction"]
@@ -143,17 +143,17 @@ class SegdiffConfig(EngineConfig):
                 f"timesteps={self.timesteps} must be more than 20 with schedule='linear': a shorter one needs beta >= 1"
             )
         path, reference = Schedule(self.timesteps, kind), Schedule()
-        defaults.setdefault("segment_t", path.as_noisy_as(30, reference))
+        defaults.setdefault("segment_t", path.find_matching_time(30, reference))
         if self.form == "regional" and self.resolution >= 64:
             defaults["t_max"] = 720  # more pixels show the same shapes through more noise
         # another length or kind of schedule is drawn from up to the same noise
         if defaults["t_max"] < 1000 and kind != "linear":
-            defaults["t_max"] = max(1, path.as_noisy_as(defaults["t_max"], reference))
+            defaults["t_max"] = max(1, path.find_matching_time(defaults["t_max"], reference))
         else:
             defaults["t_max"] = max(1, defaults["t_max"] * self.timesteps // 1000)
         t_max = defaults["t_max"]
         if (t_max if self.t_max is None else self.t_max) >= self.timesteps:
-            defaults["tail"] = 0.0
+            defaults["high_noise_fraction"] = 0.0
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         config = dataclasses.replace(self, **missing)
         config.validate()
@@ -161,13 +161,15 @@ class SegdiffConfig(EngineConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("resolution", "width", "blocks", "heads", "groups", "fit"):
+        for name in ("resolution", "model_channels", "num_res_blocks", "num_heads", "norm_groups", "num_fit_images"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.width % 2:
-            raise ConfigError(f"width={self.width} must be even: half of the time embedding is cosines, half sines")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ConfigError(f"multipliers={self.multipliers} must be one positive number for each level")
+        if self.model_channels % 2:
+            raise ConfigError(
+                f"model_channels={self.model_channels} must be even: half of the time embedding is cosines, half sines"
+            )
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise ConfigError(f"channel_mult={self.channel_mult} must be one positive number for each level")
         check_objective(self.prediction, self.schedule)
         if self.loss_weighting not in ("uniform", "min_snr"):
             raise ConfigError(f"loss_weighting={self.loss_weighting!r} is unknown; choose uniform or min_snr")
@@ -185,16 +187,19 @@ class SegdiffConfig(EngineConfig):
             raise ConfigError(f"coarse_to_fine={self.coarse_to_fine} must be two steps, the second not the earlier")
         if not 1 <= self.t_max <= self.timesteps:
             raise ConfigError(f"t_max={self.t_max} must lie between 1 and timesteps={self.timesteps}")
-        if not 0 <= self.tail <= 1 or (self.tail and self.t_max == self.timesteps):
-            raise ConfigError(f"tail={self.tail} must lie between 0 and 1; 0 where t_max={self.t_max} leaves no tail")
+        if not 0 <= self.high_noise_fraction <= 1 or (self.high_noise_fraction and self.t_max == self.timesteps):
+            raise ConfigError(
+                f"high_noise_fraction={self.high_noise_fraction} must lie between 0 and 1, and be 0 with "
+                f"t_max={self.t_max}, which leaves no higher levels"
+            )
         if self.timesteps > MOST_STEPS:
             raise ConfigError(f"timesteps={self.timesteps} must be at most {MOST_STEPS}")
         if not 0 <= self.segment_t < self.timesteps:
             raise ConfigError(f"segment_t={self.segment_t} must lie between 0 and timesteps-1={self.timesteps - 1}")
-        if self.leaves > MOST_REGIONS:
+        if self.num_leaf_regions > MOST_REGIONS:
             raise ConfigError(
-                f"regions={self.regions}: {self.leaves} regions in all, but label pictures and videos tell at most "
-                f"{MOST_REGIONS} apart; give fewer"
+                f"regions={self.regions}: {self.num_leaf_regions} regions in all, but label images and videos hold at "
+                f"most {MOST_REGIONS}; give fewer"
             )
         if len(self.nesting) != 1:
             check_nesting(self.nesting, self.decoding, self.masks)
@@ -202,7 +207,7 @@ class SegdiffConfig(EngineConfig):
             check_architecture(
                 regions,
                 self.resolution,
-                self.multipliers,
+                self.channel_mult,
                 self.decoding,
                 self.branch_norm,
                 self.region_tokens,
@@ -213,9 +218,9 @@ class SegdiffConfig(EngineConfig):
 
     def memory_advice(self, at_once: int) -> str:
         cures = [f"micro_batch_size={at_once // 2}, which changes memory only"] if at_once > 1 else []
-        if self.leaves > 1 and self.decoding != "concat" and not self.checkpoint_branches:
+        if self.num_leaf_regions > 1 and self.decoding != "concat" and not self.checkpoint_branches:
             cures.append("checkpoint_branches=True, for the memory of one branch at a slower pace")
-        return "Give " + " or ".join(cures or ["a smaller width= or resolution= in another out="])
+        return "Give " + " or ".join(cures or ["a smaller model_channels= or resolution= in another out="])
 
     def noising(self, device: torch.device | str = "cpu") -> Schedule:
         """The path from image to noise of a resolved configuration."""
@@ -226,12 +231,12 @@ class SegdiffConfig(EngineConfig):
         names = (
             "regions",
             "resolution",
-            "width",
-            "multipliers",
-            "blocks",
-            "attention",
-            "heads",
-            "groups",
+            "model_channels",
+            "channel_mult",
+            "num_res_blocks",
+            "attention_resolutions",
+            "num_heads",
+            "norm_groups",
             "dropout",
             "decoding",
             "branch_norm",
@@ -256,7 +261,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "half_resolution_masks": True,
         "mask_learning_rate": 0.3,
         "t_max": 600,
-        "tail": 0.1,
+        "high_noise_fraction": 0.1,
         "coarse_to_fine": (50, 150),
     },
     "thesis": {
@@ -267,7 +272,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "half_resolution_masks": False,
         "mask_learning_rate": 1.0,
         "t_max": 1000,
-        "tail": 0.0,
+        "high_noise_fraction": 0.0,
         "coarse_to_fine": (0, 0),
     },
 }
@@ -275,11 +280,11 @@ FORMS: dict[str, dict[str, Any]] = {
 _SMALL = {
     "resolution": 32,
     "regions": 2,
-    "width": 16,
-    "multipliers": (1, 2, 3),
-    "blocks": 1,
-    "attention": (),
-    "groups": 8,
+    "model_channels": 16,
+    "channel_mult": (1, 2, 3),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 8,
     "steps": 400,
     "batch_size": 16,
     "learning_rate": 1e-3,
@@ -293,7 +298,7 @@ _SMALL = {
     "log_every": 20,
 }
 _THESIS64 = {"form": "thesis", "resolution": 64}
-_THESIS128 = {"form": "thesis", "resolution": 128, "multipliers": (1, 1, 2, 3, 4), "blocks": 2}
+_THESIS128 = {"form": "thesis", "resolution": 128, "channel_mult": (1, 1, 2, 3, 4), "num_res_blocks": 2}
 
 #: The thesis' models share Adam 1e-4, EMA 0.9999, batch 128 and K = 3, which are the defaults above.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -301,7 +306,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast32": _SMALL | {"steps": 800},
     # regions within regions, on the procedural rooms
     "rooms32": _SMALL | {"regions": (3, 3), "steps": 800},
-    "fast64": _SMALL | {"resolution": 64, "multipliers": (1, 2, 3, 4), "steps": 1500},
+    "fast64": _SMALL | {"resolution": 64, "channel_mult": (1, 2, 3, 4), "steps": 1500},
     "flowers64": _THESIS64 | {"steps": 50_000},
     "flowers128": _THESIS128 | {"steps": 50_000},
     "cub64": _THESIS64 | {"steps": 50_000},
@@ -326,4 +331,19 @@ def preset_config(preset: str | None, **changes: Any) -> SegdiffConfig:
 
 # Settings of stored runs that have changed since: old name -> name of today; (name of today, old value) -> new value.
 _STORED_AS = ("segdiff", "choose_regions", "places", "supervised")
-register_renamed_settings(_STORED_AS, names={}, values={}, removed={})
+register_renamed_settings(
+    _STORED_AS,
+    names={
+        "width": "model_channels",
+        "multipliers": "channel_mult",
+        "blocks": "num_res_blocks",
+        "attention": "attention_resolutions",
+        "heads": "num_heads",
+        "groups": "norm_groups",
+        "mirror": "random_flip",
+        "tail": "high_noise_fraction",
+        "fit": "num_fit_images",
+        "seeds": "seed_trials",
+    },
+    values={("masks", "competition"): "mixture"},
+)

@@ -17,9 +17,9 @@ from factorkit.metrics.segmentation import evaluate_masks
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.segdiff.inference.segment import Quality
 from factorkit.segdiff.inference.zero_shot import zero_shot_scores
-from factorkit.segdiff.task import to_float
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import pixels_to_signed
 
 if TYPE_CHECKING:
     from factorkit.segdiff.run import SegdiffRun
@@ -30,7 +30,7 @@ def label_scores(
     images: Any,
     masks: Any,
     *,
-    fit: int | None,
+    num_fit_images: int | None,
     ignore: int | None,
     baselines: bool,
     t: int | None,
@@ -46,25 +46,29 @@ def label_scores(
     small = labelled = load_labelled(images, masks, size, ignore_label=ignore)
     if size != config.resolution:
         small = load_labelled(images, masks, config.resolution, ignore_label=ignore)
-    soft = predict(to_float(torch.from_numpy(small.images)))
+    soft = predict(pixels_to_signed(torch.from_numpy(small.images)))
     if size != config.resolution:
         soft = F.interpolate(soft, size=(size, size), mode="bilinear", align_corners=False)
-    if fit is None:
-        fit = max(1, min(config.fit, len(labelled) // 2))
+    if num_fit_images is None:
+        num_fit_images = max(1, min(config.num_fit_images, len(labelled) // 2))
     found = hard_labels(soft, config.nesting).numpy()
     if nesting is None:
-        scores = foreground_scores(found, labelled, config.nesting, fit)
+        scores = foreground_scores(found, labelled, config.nesting, num_fit_images)
     else:
-        scores = nested_accuracy(found, labelled.labels, config.nesting, nesting, valid=labelled.valid, fit=fit)
+        scores = nested_accuracy(
+            found, labelled.labels, config.nesting, nesting, valid=labelled.valid, num_fit_images=num_fit_images
+        )
     scores |= {"confidence": soft.amax(1).mean().item(), "size": size, "step": run.step}
     if baselines and nesting is None:
         scores["baselines"] = distributed.on_first(
-            lambda: score_baselines(labelled.images, labelled.foreground, labelled.valid, fit)
+            lambda: score_baselines(labelled.images, labelled.foreground, labelled.valid, num_fit_images)
         )
     return scores
 
 
-def foreground_scores(found: np.ndarray, labelled: LabelledImages, nesting: Sequence[int], fit: int) -> dict[str, Any]:
+def foreground_scores(
+    found: np.ndarray, labelled: LabelledImages, nesting: Sequence[int], num_fit_images: int
+) -> dict[str, Any]:
     """:func:`~factorkit.metrics.segmentation.evaluate_masks` of labels [N, R, R] of the deepest level.
 
     Of a hierarchy they are scored, and ``mapping`` and ``areas`` said, at the level that ``level`` names: the deepest
@@ -72,16 +76,16 @@ def foreground_scores(found: np.ndarray, labelled: LabelledImages, nesting: Sequ
     """
     level, count = scored_level(nesting)
     labels = level_labels(found, nesting, level)
-    scores = evaluate_masks(labels, labelled.foreground, labelled.valid, count, fit)
+    scores = evaluate_masks(labels, labelled.foreground, labelled.valid, count, num_fit_images)
     return scores if len(nesting) == 1 else scores | {"level": level}
 
 
 def class_scores(
-    run: SegdiffRun, data: Any, *, fit: int | None, t: int | None, quality: str | Quality, **options: Any
+    run: SegdiffRun, data: Any, *, num_fit_images: int | None, t: int | None, quality: str | Quality, **options: Any
 ) -> dict[str, Any]:
     """What :meth:`~factorkit.segdiff.run.SegdiffRun.evaluate_zero_shot` answers."""
     check_scorable(run)
-    told = {**options, "fit": fit or run.config.fit}
+    told = {**options, "num_fit_images": num_fit_images or run.config.num_fit_images}
     return zero_shot_scores(run.config, lambda label: in_shares(run.predictor(t, quality, label)), data, **told)
 
 
@@ -92,5 +96,5 @@ def in_shares(predict: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 def check_scorable(run: SegdiffRun) -> None:
     """Refuse the plain DDPM in words."""
-    if run.config.leaves == 1:
+    if run.config.num_leaf_regions == 1:
         raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")

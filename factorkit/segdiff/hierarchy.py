@@ -112,8 +112,8 @@ def check_nesting(regions: Sequence[int], decoding: str, masks: str) -> None:
         )
     if decoding == "concat":
         raise ConfigError("decoding='concat' has a single branch, so nothing to nest in it; give one number of regions")
-    if masks == "competition":
-        raise ConfigError("masks='competition' measures whole pictures, not parts of them; give one number of regions")
+    if masks == "mixture":
+        raise ConfigError("masks='mixture' measures whole pictures, not parts of them; give one number of regions")
 
 
 def nesting_of(regions: int | Sequence[int]) -> tuple[int, ...]:

@@ -28,10 +28,10 @@ def stored_model(path: Path, weights: str | float) -> tuple[SegdiffConfig, Facto
         check_plausible(
             path,
             found,
-            blocks=config.blocks,
-            levels=len(config.multipliers),
+            blocks=config.num_res_blocks,
+            levels=len(config.channel_mult),
             regions=math.prod(config.nesting),
-            channels=config.width * max(config.multipliers),
+            channels=config.model_channels * max(config.channel_mult),
         )
         with torch.device("meta"):
             model = config.build()

@@ -20,13 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from factorkit import ops
 from factorkit.diffusion.denoiser import Denoised, Denoiser
-from factorkit.nn import Decoder, Encoder, LabelEmbedding, Middle, TimeEmbedding
+from factorkit.nn.unet import Decoder, Encoder, LabelEmbedding, Middle, TimeEmbedding
 from factorkit.segdiff.masks.mixture import Contest, RegionCompetition
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
 
 DECODINGS = ("masked_skips", "concat", "masked_mid", "unshared")
-MASKS = ("network", "competition")
+MASKS = ("network", "mixture")
 
 
 class Regions(NamedTuple):
@@ -94,9 +94,9 @@ class RegionTokens(nn.Module):
     like with like.
     """
 
-    def __init__(self, channels: int, width: int, embed: int):
+    def __init__(self, channels: int, model_channels: int, embed: int):
         super().__init__()
-        hidden = 2 * width
+        hidden = 2 * model_channels
         self.feature = nn.Sequential(
             nn.Conv2d(channels, hidden, 3, padding=1), nn.SiLU(), nn.Conv2d(hidden, hidden, 3, padding=1)
         )
@@ -113,7 +113,8 @@ class FactorizedUNet(Denoiser):
     Args:
         regions: K. 1 is the plain DDPM: no mask generator, one unmasked decoder.
         resolution: pixels a side; divisible by 2^(levels-1).
-        width, multipliers, blocks, attention, heads, groups, dropout: of the U-Net (:class:`factorkit.nn.Encoder`).
+        model_channels, channel_mult, num_res_blocks, attention_resolutions, num_heads, norm_groups, dropout: of the
+            U-Net (:class:`factorkit.nn.unet.Encoder`).
         decoding: how the branches see the masks (table 2.6): ``"masked_skips"`` (the model), ``"concat"`` (masks as
             extra channels of one decoder), ``"masked_mid"`` (h_mid masked instead of the skips), ``"unshared"``
             (K decoders).
@@ -123,7 +124,7 @@ class FactorizedUNet(Denoiser):
         half_resolution_masks: the mask generator stops at half the resolution; its logits are upsampled bilinearly.
         checkpoint_branches: in training, run the branches one after another and once more in the backward pass: the
             memory of their activations is then that of one branch, whatever K.
-        masks: what proposes them, the ``"network"`` (a decoder of its own) or a ``"competition"`` of the regions
+        masks: what proposes them, the ``"network"`` (a decoder of its own) or a ``"mixture"`` of the regions
             (:class:`~factorkit.segdiff.masks.mixture.RegionCompetition`).
         channels: of the image.
         classes: how many the model can be told of, by labels added to the time embedding; 0 is none.
@@ -137,12 +138,12 @@ class FactorizedUNet(Denoiser):
         *,
         regions: int,
         resolution: int,
-        width: int,
-        multipliers: Sequence[int],
-        blocks: int,
-        attention: Sequence[int] = (16, 8),
-        heads: int = 4,
-        groups: int = 32,
+        model_channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int] = (16, 8),
+        num_heads: int = 4,
+        norm_groups: int = 32,
         dropout: float = 0.0,
         decoding: str = "masked_skips",
         branch_norm: str = "group",
@@ -158,7 +159,7 @@ class FactorizedUNet(Denoiser):
         check_architecture(
             regions,
             resolution,
-            multipliers,
+            channel_mult,
             decoding,
             branch_norm,
             region_tokens,
@@ -166,25 +167,31 @@ class FactorizedUNet(Denoiser):
             masks,
             normalised_logits,
         )
-        embed = 4 * width
-        common = {"heads": heads, "groups": groups, "dropout": dropout}
+        embed = 4 * model_channels
+        common = {"num_heads": num_heads, "norm_groups": norm_groups, "dropout": dropout}
         self.regions, self.resolution, self.decoding, self.dropout = regions, resolution, decoding, dropout
         self.checkpoint_branches = checkpoint_branches
-        self.levels, self.blocks, self.half_resolution_masks = len(multipliers), blocks, half_resolution_masks
-        self.time = TimeEmbedding(width)
-        self.encoder = Encoder(channels, width, multipliers, blocks, attention, resolution, embed, **common)
+        self.levels, self.num_res_blocks, self.half_resolution_masks = (
+            len(channel_mult),
+            num_res_blocks,
+            half_resolution_masks,
+        )
+        self.time = TimeEmbedding(model_channels)
+        self.encoder = Encoder(
+            channels, model_channels, channel_mult, num_res_blocks, attention_resolutions, resolution, embed, **common
+        )
         skips, mid = self.encoder.skip_channels, self.encoder.out_channels
         self.middle = Middle(mid, embed, **common)
 
         def decoder(out: int, extra: int = 0, norm: str = "group", cut: int = 0) -> Decoder:
-            below = skips[cut * (blocks + 1) :]
+            below = skips[cut * (num_res_blocks + 1) :]
             return Decoder(
                 mid + extra,
                 [c + extra for c in below],
-                width,
-                multipliers[cut:],
-                blocks,
-                attention,
+                model_channels,
+                channel_mult[cut:],
+                num_res_blocks,
+                attention_resolutions,
                 resolution >> cut,
                 embed,
                 out,
@@ -196,7 +203,7 @@ class FactorizedUNet(Denoiser):
         if regions == 1:
             self.decoder = decoder(channels)
             return
-        self.competition = RegionCompetition(regions) if masks == "competition" else None
+        self.competition = RegionCompetition(regions) if masks == "mixture" else None
         if self.competition is None:
             self.mask_generator = decoder(regions, cut=int(half_resolution_masks))
             # An exactly zero mask head is a saddle: equal branches send it no gradient.
@@ -212,7 +219,7 @@ class FactorizedUNet(Denoiser):
             self.decoder = decoder(channels, extra=regions, norm=branch_norm)
         else:
             self.decoder = decoder(channels, norm=branch_norm)
-        self.tokens = RegionTokens(channels, width, embed) if region_tokens else None
+        self.tokens = RegionTokens(channels, model_channels, embed) if region_tokens else None
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, within: Tensor | None = None) -> Denoised:
         """Prediction [B, C, H, W] and :class:`Regions`; for ``regions=1`` the mask is one everywhere.
@@ -269,7 +276,7 @@ class FactorizedUNet(Denoiser):
 
     def _logits(self, h: Tensor, skips: list[Tensor], embedding: Tensor, within: Tensor | None = None) -> Tensor:
         cut = int(self.half_resolution_masks)
-        logits = at_least_fp32(self.mask_generator(h, skips[cut * (self.blocks + 1) :], embedding))
+        logits = at_least_fp32(self.mask_generator(h, skips[cut * (self.num_res_blocks + 1) :], embedding))
         if cut:
             logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
         return logits if self.logit_norm is None else self.logit_norm(logits, within)
@@ -315,7 +322,7 @@ class FactorizedUNet(Denoiser):
 def check_architecture(
     regions: int,
     resolution: int,
-    multipliers: Sequence[int],
+    channel_mult: Sequence[int],
     decoding: str,
     branch_norm: str,
     region_tokens: bool,
@@ -330,20 +337,20 @@ def check_architecture(
         raise ConfigError(f"decoding={decoding!r} is unknown; choose one of {', '.join(DECODINGS)}")
     if masks not in MASKS:
         raise ConfigError(f"masks={masks!r} is unknown; choose one of {', '.join(MASKS)}")
-    if masks == "competition" and (normalised_logits or half_resolution_masks):
+    if masks == "mixture" and (normalised_logits or half_resolution_masks):
         raise ConfigError(
-            "masks='competition' has no mask generator whose logits could be normalised or at half resolution; "
+            "masks='mixture' has no mask generator whose logits could be normalised or at half resolution; "
             "leave normalised_logits= and half_resolution_masks= out"
         )
-    halvings = len(multipliers) - 1
+    halvings = len(channel_mult) - 1
     if resolution < 1 or resolution % 2**halvings:
         near = max(1, round(resolution / 2**halvings)) * 2**halvings
         raise ConfigError(
-            f"resolution={resolution} cannot be halved {halvings} times, as a U-Net of {len(multipliers)} levels must; "
-            f"the nearest that can is resolution={near}, or give fewer multipliers"
+            f"resolution={resolution} cannot be halved {halvings} times, as a U-Net of {len(channel_mult)} levels must; "
+            f"the nearest valid one is resolution={near}, or give channel_mult fewer numbers"
         )
-    if regions > 1 and half_resolution_masks and len(multipliers) < 2:
-        raise ConfigError("half-resolution masks need a U-Net of at least two levels; give more multipliers")
+    if regions > 1 and half_resolution_masks and len(channel_mult) < 2:
+        raise ConfigError("half-resolution masks need a U-Net of at least two levels; give channel_mult more numbers")
     if regions > 1 and decoding in ("concat", "masked_mid") and (branch_norm == "masked_group"):
         raise ConfigError(
             f"decoding={decoding!r} has no masked skips whose area a masked norm could take out; "

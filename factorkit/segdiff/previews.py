@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from factorkit.report.image_grid import CELL, Caption, contact_sheet, enlarge, grey, palette
+from factorkit.report.image_grid import MIN_CELL_SIZE, Caption, draw_image_grid, enlarge, palette
+from factorkit.utils.images import unit_to_uint8
 
 __all__ = [
-    "contact_sheet",
+    "draw_image_grid",
     "generation_sheet",
     "label_image",
     "mask_image",
@@ -39,7 +40,7 @@ def label_image(labels: np.ndarray) -> Image.Image:
 
 def mask_image(mask: np.ndarray) -> Image.Image:
     """A soft mask, float [H, W] in [0, 1], as a grey image ("L"): 0 is black, 1 is white."""
-    return Image.fromarray(grey(mask))
+    return Image.fromarray(unit_to_uint8(mask))
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, alpha: float = 0.5) -> np.ndarray:
@@ -81,11 +82,11 @@ def segmentation_sheet(
     rows = []
     for n, image in enumerate(images):
         row = [image, *(outlined(image, labels[n]) for labels in levels)]
-        row += [] if truth is None else [grey(truth[n])]
-        row += [grey(mask) for mask in masks[n]]
-        row += [] if branches is None else [grey(painted) for painted in branches[n]]
+        row += [] if truth is None else [unit_to_uint8(truth[n])]
+        row += [unit_to_uint8(mask) for mask in masks[n]]
+        row += [] if branches is None else [unit_to_uint8(painted) for painted in branches[n]]
         rows.append(row)
-    return contact_sheet(rows, captions)
+    return draw_image_grid(rows, captions)
 
 
 def generation_sheet(
@@ -104,9 +105,9 @@ def generation_sheet(
     for start in range(0, len(images), per_line):
         line = range(start, min(start + per_line, len(images)))
         rows += [[images[n] for n in line], [outlined(images[n], labels[n]) for n in line]]
-        rows += [[grey(masks[n, k]) for n in line] for k in range(len(colors))]
+        rows += [[unit_to_uint8(masks[n, k]) for n in line] for k in range(len(colors))]
         captions += ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
-    return contact_sheet(rows, row_captions=captions)
+    return draw_image_grid(rows, row_captions=captions)
 
 
 def trajectory_sheet(
@@ -121,7 +122,7 @@ def trajectory_sheet(
     regions = None if labels is None else np.stack([np.asarray(label) for label in labels], axis=1)
     rows, row_captions = strip_rows(by_sample, regions, "sample")
     captions = None if times is None else [f"t = {t}" for t in times]
-    return contact_sheet(rows, captions, row_captions)
+    return draw_image_grid(rows, captions, row_captions)
 
 
 def strip_rows(
@@ -146,5 +147,5 @@ def _colored(labels: np.ndarray) -> np.ndarray:
 
 def outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """An overlay for a sheet: small images are enlarged first, so that the lines stay thin beside their pixels."""
-    factor = -(-CELL // max(labels.shape))
+    factor = -(-MIN_CELL_SIZE // max(labels.shape))
     return overlay(enlarge(image, factor), enlarge(labels, factor), alpha=0.45)

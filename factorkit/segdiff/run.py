@@ -38,9 +38,9 @@ from factorkit.segdiff.inference.video import VideoSegments, segment_frames, wri
 from factorkit.segdiff.load import stored_model
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import draw_images, edit_level
-from factorkit.segdiff.task import to_float, to_unit
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import pixels_to_signed, signed_to_unit
 
 SCORES = "scores.json"
 
@@ -133,8 +133,8 @@ class SegdiffRun:
             upsample: ``"guided"`` lets the masks take over the picture's edges (:mod:`factorkit.nn.guided_filter`) where it
                 has more pixels than the network saw, ``"bilinear"`` only interpolates them.
             quality: ``"fast"``, one look; ``"best"``, the mean of the masks of the picture and of its mirror image,
-                where training showed any; or a :class:`~factorkit.segdiff.inference.segment.Quality`, of several draws of noise
-                and levels around t.
+                where training showed any; or a :class:`~factorkit.segdiff.inference.segment.Quality`, of several draws
+                of noise and levels around t.
 
         Raises:
             ConfigError: t out of range, or a plain DDPM, which has no regions.
@@ -242,7 +242,7 @@ class SegdiffRun:
         predict = self.predictor(t, quality)
         with cpu_threads(self.config.threads):
             found = segment_frames(clip.frames, self.config, predict, **options)
-            return write_video(clip, found, Path(out), self.config.leaves, progress)
+            return write_video(clip, found, Path(out), self.config.num_leaf_regions, progress)
 
     def predictor(self, t: int | None, quality: str | Quality, label: int | None = None) -> Callable[[Tensor], Tensor]:
         """What takes images [N, 3, h, w] in [-1, 1] to their masks [N, K, h, w].
@@ -255,7 +255,7 @@ class SegdiffRun:
         Raises:
             ConfigError: t out of range, or no such quality.
         """
-        t, looks = self._level(t), quality_of(quality, self.config.mirror)
+        t, looks = self._level(t), quality_of(quality, self.config.random_flip)
 
         def predict(images: Tensor) -> Tensor:
             with self._precision():
@@ -288,7 +288,7 @@ class SegdiffRun:
 
         Args:
             n: how many.
-            sampler: ``"ddim"`` (the same as ``"euler"``), ``"heun"`` or ``"dpm++"`` for few steps, ``"ddpm"`` for many;
+            sampler: ``"ddim"``, ``"heun"`` or ``"dpm++"`` for few steps, ``"ddpm"`` for many;
                 see :func:`factorkit.diffusion.samplers.sample`. Each goes with whatever the model predicts.
             steps: denoising steps; None: every one.
             seed: the same seed, the same images.
@@ -329,11 +329,11 @@ class SegdiffRun:
         masks = drawn.bottleneck.masks.float().cpu()
         frames = None
         if trajectory:
-            frames = [Frame(s.t, to_unit(s.x0), s.bottleneck.masks.float().cpu()) for s in drawn.trajectory]
+            frames = [Frame(s.t, signed_to_unit(s.x0), s.bottleneck.masks.float().cpu()) for s in drawn.trajectory]
         asked = None
         if labels is not None:
             asked = [self.config.class_names[i] if i >= 0 else None for i in labels.tolist()]
-        return Generation(to_unit(drawn.images), masks, hard_labels(masks, self.config.nesting), frames, asked)
+        return Generation(signed_to_unit(drawn.images), masks, hard_labels(masks, self.config.nesting), frames, asked)
 
     def interpolate(
         self,
@@ -421,14 +421,14 @@ class SegdiffRun:
     def _squares(self, images: Any) -> Tensor:
         """Pictures as the training saw them, [n, 3, R, R] in [-1, 1]."""
         pictures, _ = as_pictures(images)
-        return to_float(torch.from_numpy(np.stack([crop_square(p, self.config.resolution) for p in pictures])))
+        return pixels_to_signed(torch.from_numpy(np.stack([crop_square(p, self.config.resolution) for p in pictures])))
 
     def evaluate(
         self,
         images: Any,
         masks: Any,
         *,
-        fit: int | None = None,
+        num_fit_images: int | None = None,
         ignore: int | None = None,
         baselines: bool = False,
         t: int | None = None,
@@ -438,7 +438,7 @@ class SegdiffRun:
     ) -> dict[str, Any]:
         """Score the regions against foreground masks: Acc, IoU, DICE per image, averaged.
 
-        One mapping from regions to foreground is fitted on the first ``fit`` labelled images and the rest are scored
+        One mapping from regions to foreground is fitted on the first ``num_fit_images`` labelled images and the rest are scored
         with it (``acc, iou, dice``); ``oracle_*`` chooses the best mapping for each image by its own label, an upper
         bound. Of a hierarchy the regions of one level are mapped, which ``level`` says: the deepest with at most 12.
         Images and masks get the training's centred square crop. The result also goes to ``scores.json`` of the run
@@ -447,7 +447,7 @@ class SegdiffRun:
         Args:
             images, masks: folders, zips, lists or arrays; matched by name, arrays by position. Foreground is every
                 value above 0 but ``ignore``.
-            fit: labelled images that fit the mapping; None: the configuration's (16), fewer where the set is small.
+            num_fit_images: labelled images that fit the mapping; None: the configuration's (16), fewer where the set is small.
             ignore: mask value that is not scored; None: the configuration's.
             baselines: score the trivial predictors and GrabCut on the same images too.
             t: noise level; None: the configuration's.
@@ -458,11 +458,11 @@ class SegdiffRun:
                 instead.
 
         Raises:
-            ConfigError: ``fit`` leaves nothing to score, t out of range, a plain DDPM, or more than 12 regions.
+            ConfigError: ``num_fit_images`` leaves nothing to score, t out of range, a plain DDPM, or more than 12 regions.
             DataError: images and masks that do not go together.
 
         Example:
-            >>> scores = run.evaluate(pictures, drawn, fit=8)
+            >>> scores = run.evaluate(pictures, drawn, num_fit_images=8)
             >>> sorted(scores)[:3], 0 <= scores["iou"] <= 1
             (['acc', 'areas', 'confidence'], True)
         """
@@ -470,7 +470,7 @@ class SegdiffRun:
             self,
             images,
             masks,
-            fit=fit,
+            num_fit_images=num_fit_images,
             ignore=ignore,
             baselines=baselines,
             t=t,
@@ -488,7 +488,7 @@ class SegdiffRun:
         *,
         split: str = "val",
         label_map: Mapping[str, Any] | None = None,
-        fit: int | None = None,
+        num_fit_images: int | None = None,
         t: int | None = None,
         quality: str | Quality = "fast",
         mask_set: str | None = None,
@@ -500,16 +500,16 @@ class SegdiffRun:
             split: the one scored.
             label_map: the run's class that the model is told, for each of the data set's; None: the dissertation's
                 for VOC and a run on ImageNet.
-            fit: so many pictures of each class fit the mapping from regions to foreground; None: the setting's.
+            num_fit_images: so many pictures of each class fit the mapping from regions to foreground; None: the setting's.
             t, quality: as in :meth:`segment`.
             mask_set: which of the data set's masks; None: its default.
 
         Returns:
-            As :func:`~factorkit.segdiff.inference.zero_shot.zero_shot_scores`: the scores of every class, and their means.
+            The scores of every class and their means, as :func:`~factorkit.segdiff.inference.zero_shot.zero_shot_scores`.
 
         Raises:
             ConfigError: the plain DDPM, a split or classes that are not there, t or quality out of range.
             DataError: nothing to score.
         """
         options = {"split": split, "label_map": label_map, "mask_set": mask_set}
-        return class_scores(self, data, fit=fit, t=t, quality=quality, **options)
+        return class_scores(self, data, num_fit_images=num_fit_images, t=t, quality=quality, **options)

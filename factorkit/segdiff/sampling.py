@@ -7,10 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from factorkit.diffusion.denoiser import Denoiser
-from factorkit.diffusion.guidance import Guided
+from factorkit.diffusion.denoiser import Denoiser, GuidedDenoiser
 from factorkit.diffusion.objective import to_x0
-from factorkit.diffusion.samplers import Samples, Step, sample
+from factorkit.diffusion.samplers import Samples, SamplingStep, sample
 from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.network import FactorizedUNet, Regions
@@ -22,7 +21,7 @@ PIECE = 64  # images drawn at once
 
 def levels(config: SegdiffConfig) -> int:
     """How many noise levels the model was trained on; generation begins at the last of them."""
-    return config.timesteps if config.tail else config.t_max
+    return config.timesteps if config.high_noise_fraction else config.t_max
 
 
 def edit_level(config: SegdiffConfig, t: int | None) -> int:
@@ -66,7 +65,7 @@ def draw_images(
 
     A model trained on t < t_max alone starts there instead of at T. Many images are drawn in pieces, of which nothing
     but images and masks is kept, on the CPU. labels: int64 [count], -1 for none, what the images are to be of;
-    guidance: the scale of :class:`~factorkit.diffusion.guidance.Guided`. rows: draw only these of them, as they are
+    guidance: the scale of :class:`~factorkit.diffusion.denoiser.GuidedDenoiser`. rows: draw only these of them, as they are
     among all.
 
     Raises:
@@ -77,7 +76,7 @@ def draw_images(
     start, (begin, end, _) = levels(config), (rows or slice(None)).indices(count)
 
     def told(drawn: slice) -> Denoiser:
-        return model if labels is None else Guided(model, labels[drawn].to(device), guidance)
+        return model if labels is None else GuidedDenoiser(model, labels[drawn].to(device), guidance)
 
     pieces = [
         _kept(
@@ -101,7 +100,7 @@ def draw_images(
     frames = None
     if trajectory:
         frames = [
-            Step(
+            SamplingStep(
                 level[0].t,
                 torch.cat([s.x_t for s in level]),
                 torch.cat([s.x0 for s in level]),
@@ -117,7 +116,7 @@ def _kept(piece: Samples) -> Samples:
     masks = lambda bottleneck: Regions(cast(Regions, bottleneck).masks.cpu(), None)  # noqa: E731
     frames = None
     if piece.trajectory is not None:
-        frames = [Step(s.t, s.x_t.cpu(), s.x0.cpu(), masks(s.bottleneck)) for s in piece.trajectory]
+        frames = [SamplingStep(s.t, s.x_t.cpu(), s.x0.cpu(), masks(s.bottleneck)) for s in piece.trajectory]
     return Samples(piece.images.cpu(), masks(piece.bottleneck), frames)
 
 

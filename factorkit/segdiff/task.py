@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from factorkit.diffusion.objective import coarse_to_fine_power, denoising_loss, loss_weight, min_snr_weight, target
+from factorkit.diffusion.objective import (
+    coarse_to_fine_power,
+    denoising_loss,
+    loss_weight,
+    min_snr_weight,
+    training_target,
+)
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.segdiff import previews as pictures
@@ -21,27 +27,13 @@ from factorkit.segdiff.masks.mixture import noise_error, unexplained_noise
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import branch_estimates, draw_images
 from factorkit.utils.atomic import save_image
+from factorkit.utils.images import pixels_to_signed, signed_to_pixels
 from factorkit.utils.rng import BatchDraw, derived_seed
 
 PROBES = 96  # images the alarms are measured on; the position share of N independent masks is 1/N by chance
 SHOWN = 8  # images on a sample sheet
 AT_ONCE = 32  # squares of the training resolution that are segmented together
 SHEET_STEPS = 25  # denoising steps of the generated ones
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 [N, H, W, 3] to the network's range: float [N, 3, H, W] in [-1, 1], in channels_last memory."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """The network's range back to uint8 [N, H, W, 3]."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """The network's range to float in [0, 1], same shape, on the CPU."""
-    return ((images.float() + 1) / 2).clamp(0, 1).cpu()
 
 
 class SegdiffTask:
@@ -70,7 +62,7 @@ class SegdiffTask:
         self.labels = None if labels is None else torch.from_numpy(labels).to(device)
         self.images = resident(images, device)
         self.capturable = isinstance(self.images, Tensor)
-        self.probes = to_float(torch.from_numpy(np.array(probes[:PROBES])))
+        self.probes = pixels_to_signed(torch.from_numpy(np.array(probes[:PROBES])))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The mask generator learns slower: masks that saturate early never move again. Places learn faster: each of
@@ -85,7 +77,7 @@ class SegdiffTask:
         x0, eps, t = self._drawn(indices, draw)
         x_t = self.schedule.noise(x0, eps, t)
         out = model(x_t, t, *self._told(indices, draw))
-        wanted = target(config.prediction, self.schedule, x0, eps, t)
+        wanted = training_target(config.prediction, self.schedule, x0, eps, t)
         loss = weighted = denoising_loss(out.prediction, wanted)
         if out.bottleneck.levels is not None:
             # A hierarchy's prediction is a mean over what its levels predict, and its error at most the mean of theirs.
@@ -103,13 +95,15 @@ class SegdiffTask:
 
     def _drawn(self, indices: Tensor, draw: BatchDraw) -> tuple[Tensor, Tensor, Tensor]:
         """The pictures [B, 3, R, R], their noise, and its levels [B]."""
-        config, x0 = self.config, to_float(self._gather(indices))
+        config, x0 = self.config, pixels_to_signed(self._gather(indices))
         mirrored = draw.uniform() < 0.5
-        if config.mirror:
+        if config.random_flip:
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
         t = draw.integers(0, config.t_max)
-        if config.tail:
-            t = torch.where(draw.uniform() < config.tail, draw.integers(config.t_max, config.timesteps), t)
+        if config.high_noise_fraction:
+            t = torch.where(
+                draw.uniform() < config.high_noise_fraction, draw.integers(config.t_max, config.timesteps), t
+            )
         return x0, draw.normal(*x0.shape[1:]), t
 
     def _told(self, indices: Tensor, draw: BatchDraw) -> tuple[Tensor, ...]:
@@ -127,10 +121,10 @@ class SegdiffTask:
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
     def _watch(self, masks: Tensor) -> dict[str, Tensor]:
-        if self.config.leaves == 1:
+        if self.config.num_leaf_regions == 1:
             return {}
         masks = masks.detach()
-        entropy = -(masks * masks.clamp_min(1e-8).log()).sum(1).mean() / np.log(self.config.leaves)
+        entropy = -(masks * masks.clamp_min(1e-8).log()).sum(1).mean() / np.log(self.config.num_leaf_regions)
         return {"areas": masks.mean((0, 2, 3)), "entropy": entropy}
 
     def inspect(self, model: FactorizedUNet, step: int, folder: Path) -> dict[str, Any]:
@@ -139,7 +133,7 @@ class SegdiffTask:
         shown = torch.arange(SHOWN) % len(self.config.class_names) if self.config.class_names else None
         generated = draw_images(model, self.config, SHOWN, steps=SHEET_STEPS, seed=0, device=self.device, labels=shown)
         masks = generated.bottleneck.masks.float().cpu().numpy()
-        sheet = pictures.generation_sheet(to_uint8(generated.images), masks)
+        sheet = pictures.generation_sheet(signed_to_pixels(generated.images), masks)
         save_image(sheet, folder / f"{step:06d}_generated.png")
         # evenly spaced, so that a folder sorted by class shows all of it
         picked = torch.linspace(0, len(self.probes) - 1, min(SHOWN, len(self.probes))).round().long()
@@ -149,21 +143,21 @@ class SegdiffTask:
         branches = None
         if out.bottleneck.branches is not None:
             each = branch_estimates(self.config.prediction, self.schedule, x_t, out.bottleneck.branches, t)
-            branches = np.stack([to_uint8(b) for b in each.unbind(1)], 1) / 255.0
+            branches = np.stack([signed_to_pixels(b) for b in each.unbind(1)], 1) / 255.0
         masks, nesting = out.bottleneck.masks.float().cpu(), self.config.nesting
         labels = hard_labels(masks, nesting)
         levels = [level_labels(labels, nesting, level + 1).numpy() for level in range(len(nesting))]
         levels = levels if len(nesting) > 1 else ()
-        sheet = pictures.segmentation_sheet(to_uint8(shown), masks.numpy(), branches, levels=levels)
+        sheet = pictures.segmentation_sheet(signed_to_pixels(shown), masks.numpy(), branches, levels=levels)
         save_image(sheet, folder / f"{step:06d}_segmentation.png")
-        return {} if self.config.leaves == 1 else self.alarms(model).to_dict()
+        return {} if self.config.num_leaf_regions == 1 else self.alarms(model).to_dict()
 
     def alarms(self, model: FactorizedUNet) -> Alarms:
         """The label-free alarms of ``model`` on the probe images."""
         masks = predict_masks(model, self.probes, self.config.segment_t, self.schedule)
         flipped = predict_masks(model, self.probes.flip(3), self.config.segment_t, self.schedule)
         found = measure_alarms(self.probes, masks, flipped)
-        if self.config.masks != "competition":
+        if self.config.masks != "mixture":
             return found
         return dataclasses.replace(found, error=unexplained_noise(model.competition, self.probes, self.schedule))
 

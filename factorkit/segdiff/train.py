@@ -18,20 +18,21 @@ from factorkit.data.classes import Classes, read_classes
 from factorkit.data.datasets import Dataset, make_procedural_dataset, open_dataset
 from factorkit.data.prepare import PreparedImages, prepare
 from factorkit.engine.config import cpu_threads, resolve_device
-from factorkit.engine.log import LOG_NAME, RunLog
+from factorkit.engine.log import RunLog
 from factorkit.engine.run_folder import claimed, copy_folder, read_object, write_json
 from factorkit.engine.trainer import Trainer
-from factorkit.report.html import write_report
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.network import parameter_count
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import PROBES, SegdiffTask
+from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.jsonl import LOG_NAME
 from factorkit.utils.rendezvous import join
 
-HEAT_SHARE = 0.5  # of the steps, at most HEAT_STEPS: by then the recipe's masks have settled
-HEAT_STEPS = 400
+#: length of a seed trial: a share of the steps, and a limit by which the masks of the presets have settled
+SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
 
 
 def train_segdiff(
@@ -39,7 +40,7 @@ def train_segdiff(
     *,
     out: str | Path | None = None,
     preset: str | None = None,
-    seeds: int = 1,
+    seed_trials: int = 1,
     progress: bool = True,
     baselines: bool = False,
     classes: Any = None,
@@ -54,8 +55,8 @@ def train_segdiff(
         preset: ``"demo"``, ``"fast32"``, ``"fast64"`` (regional form) or ``"flowers64"``, ``"flowers128"``,
             ``"cub64"``, ``"cub128"``, ``"ffhq64"``, ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None:
             ``"demo"`` without data, else ``"fast64"``.
-        seeds: train so many short heats from different seeds first, drop those the label-free alarms fail, go on with
-            the best: by the eta gap, or of a competition by the noise it leaves unexplained.
+        seed_trials: number of short trainings from different seeds. Those that the label-free alarms fail are dropped,
+            and the best continues: by the eta gap, or for masks="mixture" by the noise it leaves unexplained.
         progress: show a progress bar with the time left.
         baselines: score trivial predictors beside the model at the end, where there are labels.
         classes: tell the model of what class each image is, so that it generates by class; ``"folders"``, a .csv,
@@ -77,17 +78,17 @@ def train_segdiff(
         >>> import factorkit
         >>> from factorkit.data import draw_flowers
         >>> pictures, drawn = draw_flowers(24, 16, seed=0)    # uint8 [24, 16, 16, 3], bool [24, 16, 16]
-        >>> tiny = {"resolution": 16, "regions": 2, "width": 8, "multipliers": (1, 2), "batch_size": 4, "steps": 2}
+        >>> tiny = {"resolution": 16, "regions": 2, "model_channels": 8, "channel_mult": (1, 2), "batch_size": 4, "steps": 2}
         >>> run = factorkit.train_segdiff(pictures, out="runs/flowers", preset="demo", progress=False, **tiny)
         >>> run.step
         2
     """
-    if seeds < 1:
-        raise ConfigError(f"seeds={seeds}: at least one seed has to be trained")
+    if seed_trials < 1:
+        raise ConfigError(f"seed_trials={seed_trials} must be at least 1")
     preset = preset or ("demo" if data is None else "fast64")
     config = preset_config(preset, **changes).resolved()
-    if seeds > 1 and config.leaves == 1:
-        raise ConfigError(f"seeds={seeds} chooses among masks; regions=1 has none, use seeds=1")
+    if seed_trials > 1 and config.num_leaf_regions == 1:
+        raise ConfigError(f"seed_trials={seed_trials} compares masks, but regions=1 has none; use seed_trials=1")
     if config.class_names:
         raise ConfigError("class_names= is what train_segdiff(classes=...) finds; give classes= instead")
     device = distributed.local_device(resolve_device(config.device))
@@ -100,21 +101,22 @@ def train_segdiff(
     if known is not None:
         config = dataclasses.replace(config, class_names=tuple(known.names))
     labels = None if known is None else known.labels
-    settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seeds": seeds}
+    settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seed_trials": seed_trials}
     settings["data"] = describe(dataset, prepared, labels)
 
     def trainer(config: SegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
         task = SegdiffTask(config, prepared.images, probes, device, labels)
         meta = {**settings, **config.to_dict()}
-        return Trainer(task, config, folder, meta, device=device, progress=progress, stop_at=stop_at)
+        options = {"device": device, "progress": progress, "stop_at": stop_at, "report": write_report}
+        return Trainer(task, config, folder, meta, **options)
 
     run_folder = claimed(folder, settings, config.RESUMABLE)
     with cpu_threads(config.threads), distributed.first_within(run_folder):
-        if seeds > 1:
-            config = run_heats(config, folder, seeds, trainer)
+        if seed_trials > 1:
+            config = run_seed_trials(config, folder, seed_trials, trainer)
         trainer(config, folder).run()
         run = SegdiffRun.load(folder, device=device)
-        if dataset.test_images is not None and config.leaves > 1:
+        if dataset.test_images is not None and config.num_leaf_regions > 1:
             score(run, dataset, baselines)
     return run
 
@@ -164,7 +166,7 @@ def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classe
     if dataset.labels is not None:  # images that could not be decoded are not among the names
         label_of = dict(zip(dataset.train.names, dataset.labels, strict=True))
         known = Classes(np.array([label_of[name] for name in names], np.int64), list(dataset.class_names))
-    return read_classes(classes, names, positional=dataset.train.positional, known=known)
+    return read_classes(classes, names, positional=dataset.train.positional, dataset_classes=known)
 
 
 def describe(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:
@@ -179,34 +181,34 @@ def describe(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | No
     return found
 
 
-def run_heats(config: SegdiffConfig, folder: Path, seeds: int, trainer) -> SegdiffConfig:
-    """Short heats from consecutive seeds; the best by the label-free alarms becomes the run.
+def run_seed_trials(config: SegdiffConfig, folder: Path, seed_trials: int, trainer) -> SegdiffConfig:
+    """Train shortly from consecutive seeds and continue with the best by the label-free alarms.
 
-    A heat is a run folder under ``heats/``, stopped early but on the full run's schedule, so the winner's checkpoint is
-    simply gone on with. Heats too resume after a kill.
+    A trial is a run folder under ``seed_trials/``. It stops early but follows the full run's schedule, so the run
+    continues from the checkpoint of the best. Trials resume after a kill.
     """
-    stop_at = max(1, min(HEAT_STEPS, round(HEAT_SHARE * config.steps)))
-    heats = folder / "heats"
-    chosen = heats / "chosen.json"
+    stop_at = max(1, min(MAX_SEED_TRIAL_STEPS, round(SEED_TRIAL_FRACTION * config.steps)))
+    trials = folder / "seed_trials"
+    chosen = trials / "chosen.json"
     if not chosen.exists():
         found = {}
-        for seed in range(config.seed, config.seed + seeds):
-            heat = trainer(dataclasses.replace(config, seed=seed), heats / f"seed_{seed}", stop_at)
-            model = heat.run()
-            with torch.autocast(heat.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                found[seed] = heat.task.alarms(model)
+        for seed in range(config.seed, config.seed + seed_trials):
+            trial = trainer(dataclasses.replace(config, seed=seed), trials / f"seed_{seed}", stop_at)
+            model = trial.run()
+            with torch.autocast(trial.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                found[seed] = trial.task.alarms(model)
         best = max(found, key=lambda seed: found[seed].score())
         if distributed.rank() == 0:
-            winner = heats / f"seed_{best}"
+            winner = trials / f"seed_{best}"
             copy_folder(winner / "checkpoints", folder / "checkpoints")
             shutil.copyfile(winner / LOG_NAME, folder / LOG_NAME)
             with RunLog(folder) as log:
                 for seed, alarms in found.items():
-                    message = f"heat of seed {seed}: {'healthy' if alarms.ok else '; '.join(alarms.failures())}"
+                    message = f"seed trial {seed}: {'healthy' if alarms.ok else '; '.join(alarms.failures())}"
                     log.event("restart", step=stop_at, seed=seed, message=message, **alarms.to_dict())
-                doubt = "" if found[best].ok else ", though the alarms fail every seed"
-                message = f"going on with seed {best}, the best of {seeds}{doubt}"
-                log.event("restart", step=stop_at, restarts=seeds, seed=best, message=message)
+                doubt = "" if found[best].ok else ", although the alarms fail every seed"
+                message = f"continuing with seed {best}, the best of {seed_trials}{doubt}"
+                log.event("restart", step=stop_at, restarts=seed_trials, seed=best, message=message)
             write_json(chosen, {"seed": best})
         distributed.barrier()
     return dataclasses.replace(config, seed=read_object(chosen)["seed"])
@@ -231,7 +233,7 @@ def estimate(
     device = resolve_device(config.device)
     count = min(config.micro_batch_size or config.batch_size, config.batch_size)
     if device.type == "cpu":
-        count = min(count, 16 if config.resolution * config.width <= 2048 else 1)
+        count = min(count, 16 if config.resolution * config.model_channels <= 2048 else 1)
     trial = dataclasses.replace(config, batch_size=count, micro_batch_size=None)
     shape = (max(2, count), config.resolution, config.resolution, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)

@@ -16,11 +16,11 @@ from factorkit.data import draw_flowers
 TINY = {
     "resolution": 16,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "steps": 1,
     "batch_size": 4,
     "sample_every": 0,
@@ -30,7 +30,7 @@ TINY = {
 
 def test_every_cell_is_drawn_once_and_stands_in_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("factorkit.engine.trainer.write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
     photos = tmp_path / "photos"
     for name, stack, factor in zip(("images", "masks"), draw_flowers(12, 16), (1, 255), strict=True):
         (photos / name).mkdir(parents=True)

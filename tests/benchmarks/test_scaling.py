@@ -33,7 +33,7 @@ def test_what_is_sent_is_four_bytes_a_parameter():
             done.set_result(bucket.buffer())
             return done
 
-        model = preset_config("demo", width=16).resolved().build()
+        model = preset_config("demo", model_channels=16).resolved().build()
         wrapped = distributed.data_parallel(model, pieces=1)
         wrapped.register_comm_hook(None, note)
         for _ in range(2):  # the first step of a static graph counts what takes part

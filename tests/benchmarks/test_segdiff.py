@@ -19,7 +19,7 @@ from factorkit.segdiff.config import preset_config
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-TINY = ["resolution=8", "width=8", "multipliers=[1,2]", "groups=2"]
+TINY = ["resolution=8", "model_channels=8", "channel_mult=[1,2]", "norm_groups=2"]
 
 
 def test_it_runs_to_the_last_line_and_writes_what_it_prints(tmp_path):
@@ -67,7 +67,9 @@ def test_it_runs_to_the_last_line_and_writes_what_it_prints(tmp_path):
 
 
 def test_what_does_not_agree_is_not_timed():
-    config = preset_config(None, resolution=8, width=8, multipliers=(1, 2), groups=2, regions=2, steps=1).resolved()
+    config = preset_config(
+        None, resolution=8, model_channels=8, channel_mult=(1, 2), norm_groups=2, regions=2, steps=1
+    ).resolved()
     case = op_cases(config, 2, CPU, torch.float32)["region_pool"]
     case.factorkit, right = lambda *x: 1.01 * right(*x), case.factorkit
     with pytest.raises(SystemExit, match="factorkit is off by 1.0e-02, allowed 1e-03: nothing is timed"):
@@ -89,9 +91,9 @@ def test_the_contenders_take_the_same_step():
     config = preset_config(
         None,
         resolution=8,
-        width=8,
-        multipliers=(1, 2),
-        groups=2,
+        model_channels=8,
+        channel_mult=(1, 2),
+        norm_groups=2,
         regions=2,
         batch_size=4,
         steps=9,

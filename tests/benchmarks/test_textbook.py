@@ -8,7 +8,15 @@ import torch
 from benchmarks.textbook import Textbook
 from factorkit.segdiff.config import preset_config
 
-SMALL = {"resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "groups": 4, "steps": 1}
+SMALL = {
+    "resolution": 16,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (8,),
+    "norm_groups": 4,
+    "steps": 1,
+}
 
 
 @pytest.mark.parametrize("folded", [False, True])

@@ -15,11 +15,11 @@ from factorkit.metrics.baselines import BASELINES, all_foreground
 SMALL = {
     "resolution": 16,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 4,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 4,
     "steps": 4,
     "batch_size": 4,
     "log_every": 1,
@@ -49,7 +49,7 @@ def tiny_training(**changes) -> list[str]:
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
     """Nobody looks at the report's curves, and GrabCut takes half a second an image."""
-    patch.setattr("factorkit.report.html.draw_curves", lambda log, theme: [])
+    patch.setattr("factorkit.report.html.draw_curves", lambda *args: [])
     patch.setitem(BASELINES, "grabcut", all_foreground)
     patch.setenv("OMP_NUM_THREADS", "1")  # of subprocesses
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-FLAGS = ("--candidates", 2, 3, "--seeds", 1, "--steps", 2, "--resolution", 16, "--device", "cpu")
+FLAGS = ("--candidates", 2, 3, "--seed-trials", 1, "--steps", 2, "--resolution", 16, "--device", "cpu")
 
 
 def test_it_prints_a_table_and_the_number(photos, ask, answer):
     found = answer("choose-regions", photos, "--out", "k", *FLAGS)
-    assert found["regions"] in (2, 3) and set(found["errors"]) == {"2", "3"} and Path(found["picture"]).exists()
-    assert json.loads(Path("k/config.json").read_text())["mirror"] is True
-    answer("choose-regions", photos, "--out", "one_way", *FLAGS, "--no-mirror")
-    assert json.loads(Path("one_way/config.json").read_text())["mirror"] is False
-    code, said, _ = ask("choose-regions", photos, "--out", "k", *FLAGS, "--least-fall", 0.9)
+    assert found["regions"] in (2, 3) and set(found["errors"]) == {"2", "3"} and Path(found["image"]).exists()
+    assert json.loads(Path("k/config.json").read_text())["random_flip"] is True
+    answer("choose-regions", photos, "--out", "one_way", *FLAGS, "--no-random-flip")
+    assert json.loads(Path("one_way/config.json").read_text())["random_flip"] is False
+    code, said, _ = ask("choose-regions", photos, "--out", "k", *FLAGS, "--min-improvement", 0.9)
     assert code == 0 and "regions  2" in said and "to the next" in said.splitlines()[0]
 
 

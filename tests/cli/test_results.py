@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.cli import commands
+from factorkit.cli import demo
 from factorkit.data import make_procedural_dataset
 from factorkit.metrics.baselines import BASELINES
 from factorkit.segdiff.config import PRESETS
@@ -124,7 +124,7 @@ def test_a_plain_ddpm_generates_and_refuses_to_segment(photos, answer, refused, 
 
 
 def test_evaluate_prints_one_table_and_keeps_the_scores(run, photos, ask, answer, refused):
-    words = ("evaluate", run, "--images", photos / "images", "--masks", photos / "masks", "--fit", 20)
+    words = ("evaluate", run, "--images", photos / "images", "--masks", photos / "masks", "--num-fit-images", 20)
     code, out, _ = ask(*words, "--baselines")
     kept = json.loads((run / "scores.json").read_text())
     assert code == 0 and kept["scored"] == 4 and kept["fitted_on"] == 20
@@ -134,14 +134,14 @@ def test_evaluate_prints_one_table_and_keeps_the_scores(run, photos, ask, answer
     assert [name for name in rows if name in names] == names
     assert rows["mean mask"] == [f"{kept['baselines']['mean_mask'][key]:.3f}" for key in ("acc", "iou", "dice")]
     assert answer(*words) == json.loads((run / "scores.json").read_text())
-    assert "fit=24" in refused(*words[:-1], 24)
+    assert "num_fit_images=24" in refused(*words[:-1], 24)
 
 
 def test_evaluate_ignores_the_value_it_is_told_to(run, photos, answer, tmp_path):
     """Masks whose every object pixel is ignored leave nothing to find: the all-foreground predictor scores 0."""
     for path in (photos / "masks").iterdir():
         Image.fromarray(np.where(np.asarray(Image.open(path)), 128, 0).astype(np.uint8)).save(tmp_path / path.name)
-    words = ("evaluate", run, "--images", photos / "images", "--masks", tmp_path, "--fit", 20, "--baselines")
+    words = ("evaluate", run, "--images", photos / "images", "--masks", tmp_path, "--num-fit-images", 20, "--baselines")
     assert answer(*words, "--ignore", 128)["baselines"]["all_foreground"]["acc"] == 0
     assert answer(*words)["baselines"]["all_foreground"]["acc"] > 0
 
@@ -166,15 +166,15 @@ def test_the_demo_says_when_it_failed_and_when_not(ask, answer, monkeypatch, tmp
     )
     out = tmp_path / "demo"
     found = answer("demo", "--out", out, "--seed", 3)
-    assert found["iou"] < 0.8 and any("below the demo's mark" in failure for failure in found["failures"])
+    assert found["iou"] < 0.8 and any("below the required" in failure for failure in found["failures"])
     assert len(found["failures"]) > 1, "four steps set off alarms too"
     assert {"acc", "dice", "seconds"} <= set(found) and Path(found["report"]).is_file()
     assert len(list((out / "segmented").glob("*_labels.png"))) == 8
     assert len(list((out / "generated").glob("*_labels.png"))) == 16
     _, text, _ = ask("demo", "segdiff", "--out", out, "--seed", 3)
     assert "FAILED" in text and all(failure in text for failure in found["failures"]) and "centre disc" in text
-    monkeypatch.setattr(commands, "DEMO_MARK", 0.0)
-    monkeypatch.setattr(commands, "failures", lambda folder: [])
+    monkeypatch.setattr(demo, "MIN_IOU", 0.0)
+    monkeypatch.setattr("factorkit.cli.train.read_failures", lambda folder: [])
     _, text, _ = ask("demo", "--out", out, "--seed", 3)
     assert "It worked" in text and "FAILED" not in text
 

@@ -10,9 +10,9 @@ from factorkit.diffusion.objective import (
     denoising_loss,
     loss_weight,
     min_snr_weight,
-    target,
     to_eps,
     to_x0,
+    training_target,
 )
 from factorkit.diffusion.schedule import Schedule
 from factorkit.utils.errors import ConfigError
@@ -29,10 +29,10 @@ def noised(request):
 def test_training_target_equals_published_definitions(noised):
     schedule, x0, eps, t, _ = noised
     a, s = schedule.signal(t), schedule.sigma(t)
-    torch.testing.assert_close(target("eps", schedule, x0, eps, t), eps)
-    torch.testing.assert_close(target("v", schedule, x0, eps, t), a * eps - s * x0)
-    torch.testing.assert_close(target("x0", schedule, x0, eps, t), x0)
-    torch.testing.assert_close(target("flow", schedule, x0, eps, t), eps - x0)
+    torch.testing.assert_close(training_target("eps", schedule, x0, eps, t), eps)
+    torch.testing.assert_close(training_target("v", schedule, x0, eps, t), a * eps - s * x0)
+    torch.testing.assert_close(training_target("x0", schedule, x0, eps, t), x0)
+    torch.testing.assert_close(training_target("flow", schedule, x0, eps, t), eps - x0)
 
 
 def test_training_target_flow_is_the_path_velocity():
@@ -40,13 +40,13 @@ def test_training_target_flow_is_the_path_velocity():
     x0, eps = torch.rand(1, 3, 2, 2, dtype=torch.float64), torch.randn(1, 3, 2, 2, dtype=torch.float64)
     later, now = (schedule.signals[t] * x0 + schedule.sigmas[t] * eps for t in (401, 400))
     velocity = (later - now) / (schedule.sigmas[401] - schedule.sigmas[400])
-    torch.testing.assert_close(target("flow", schedule, x0, eps, torch.tensor([400])), velocity)
+    torch.testing.assert_close(training_target("flow", schedule, x0, eps, torch.tensor([400])), velocity)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_to_x0_and_to_eps_perfect_output_recovers_both(noised, prediction):
     schedule, x0, eps, t, x_t = noised
-    out = target(prediction, schedule, x0, eps, t)
+    out = training_target(prediction, schedule, x0, eps, t)
     torch.testing.assert_close(to_x0(prediction, schedule, x_t, out, t), x0, rtol=0, atol=1e-4)
     torch.testing.assert_close(to_eps(prediction, schedule, x_t, out, t), eps, rtol=0, atol=1e-4)
 
@@ -81,7 +81,7 @@ def test_min_snr_weight_equals_published_formulas(kind, gamma):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_min_snr_weight_gives_equal_x0_weight_for_all_predictions(noised, prediction):
     schedule, x0, eps, t, x_t = noised
-    out = target(prediction, schedule, x0, eps, t)
+    out = training_target(prediction, schedule, x0, eps, t)
     wrong = out + 0.1 * torch.randn_like(out)
     error = denoising_loss(to_x0(prediction, schedule, x_t, wrong, t), to_x0(prediction, schedule, x_t, out, t))
     snr = (schedule.signals[t] / schedule.sigmas[t]).square().float()
@@ -106,11 +106,11 @@ def test_coarse_to_fine_power_decreases_linearly():
 
 def test_objective_invalid_arguments_raise(noised):
     schedule, x0, eps, t, _ = noised
-    with pytest.raises(ConfigError, match="'score'.*eps, v, x0, flow"):
-        target("score", schedule, x0, eps, t)
-    with pytest.raises(ConfigError, match="step 10.*step 20"):
+    with pytest.raises(ConfigError, match=r"'score'.*eps, v, x0, flow"):
+        training_target("score", schedule, x0, eps, t)
+    with pytest.raises(ConfigError, match=r"step 10.*step 20"):
         coarse_to_fine_power(0, 20, 10)
-    with pytest.raises(ConfigError, match="'eps'.*'flow'.*pure noise"):
+    with pytest.raises(ConfigError, match=r"'eps'.*'flow'.*pure noise"):
         check_objective("eps", "flow")
     for kind in ("linear", "cosine", "flow"):
         for prediction in ("v", "x0", "flow"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -37,7 +38,7 @@ def test_ddim_few_steps_equal_the_affine_map():
     assert model.calls == [600, 450, 300, 150, 0] == [step.t for step in result.trajectory]
     levels = [schedule.alpha_bars[t].item() for t in model.calls] + [1.0]
     x = start.double()
-    for ab, ab_next in zip(levels, levels[1:], strict=False):
+    for ab, ab_next in itertools.pairwise(levels):
         a, s, a_next, s_next = math.sqrt(ab), math.sqrt(1 - ab), math.sqrt(ab_next), math.sqrt(1 - ab_next)
         factor = (a_next * a * sd**2 + s_next * s) / (a**2 * sd**2 + s**2)
         x = a_next * mu + factor * (x - a * mu)
@@ -46,7 +47,8 @@ def test_ddim_few_steps_equal_the_affine_map():
 
 def test_ddpm_unit_gaussian_keeps_its_variance():
     """For N(0, 1) pixels x_{t-1} given x_t has variance exactly beta_t (Ho et al. 2020, section 3.2), so every level
-    has variance 1; the smaller posterior variance would lose 3% at 50 steps."""
+    has variance 1; the smaller posterior variance would lose 3% at 50 steps.
+    """
     model = Gaussian(Schedule(50), 0.0, 1.0)
     result = draw(model, (1, 1, 400, 400), seed=1, trajectory=True)
     variances = [step.x_t.var().item() for step in result.trajectory]
@@ -88,7 +90,8 @@ def test_strided_ddpm_equals_ddim_at_eta_one():
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_eta_scales_the_fresh_noise(eta):
     """Song et al. 2021, eq. 12 and 16. Where all pixels are 0, x_t is noise: its variance must be that of the level
-    whatever eta is, and what is left of the noise before tells sigma."""
+    whatever eta is, and what is left of the noise before tells sigma.
+    """
     model = Gaussian(Schedule(), 0.0, 0.0)
     before, after, _ = draw(model, sampler="ddim", steps=3, eta=eta, trajectory=True).trajectory
     ab, ab_next = (model.schedule.alpha_bars[step.t].item() for step in (before, after))

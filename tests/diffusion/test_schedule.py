@@ -50,7 +50,7 @@ def test_linear_schedule_any_length_ends_at_the_same_noise(steps):
 def test_schedule_invalid_arguments_raise():
     with pytest.raises(ConfigError, match="20 steps"):
         Schedule(20)
-    with pytest.raises(ConfigError, match="'exponential'.*linear, cosine, flow"):
+    with pytest.raises(ConfigError, match=r"'exponential'.*linear, cosine, flow"):
         Schedule(kind="exponential")
     with pytest.raises(ConfigError, match="0 steps"):
         Schedule(0, "flow")
@@ -82,7 +82,7 @@ def test_flow_schedule_is_linear(steps):
 def test_find_time_as_noisy_returns_equal_snr(kind):
     reference, schedule = Schedule(), Schedule(kind=kind)
     for t in (0, 30, 600, 998):
-        found = schedule.as_noisy_as(t, reference)
+        found = schedule.find_matching_time(t, reference)
         ratio = schedule.sigmas[found] / schedule.signals[found]
         wanted = reference.sigmas[t] / reference.signals[t]
         neighbours = (schedule.sigmas / schedule.signals)[[max(found - 1, 0), min(found + 1, 999)]]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from factorkit.engine import trainer as loop
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.step import StepLoss
 from factorkit.engine.trainer import Trainer
@@ -59,7 +58,9 @@ class ToyTask:
 def toy(tmp_path):
     """``toy(steps=..., hook=..., ...)``: a Trainer of a fresh ToyTask in ``tmp_path/run``."""
 
-    def make(*, folder="run", hook=None, statistics=True, stop_at=None, progress=False, **changes) -> Trainer:
+    def make(
+        *, folder="run", hook=None, statistics=True, stop_at=None, progress=False, report=None, **changes
+    ) -> Trainer:
         task = ToyTask(statistics=statistics) if hook is None else ToyTask(hook, statistics)
         settings = {
             "steps": 6,
@@ -71,12 +72,7 @@ def toy(tmp_path):
         }
         config = EngineConfig(**{**settings, **changes})
         config.validate()
-        return Trainer(task, config, tmp_path / folder, {"toy": 1}, device=CPU, progress=progress, stop_at=stop_at)
+        options = {"device": CPU, "progress": progress, "stop_at": stop_at, "report": report}
+        return Trainer(task, config, tmp_path / folder, {"toy": 1}, **options)
 
     return make
-
-
-@pytest.fixture
-def no_report(monkeypatch):
-    """The page is tested elsewhere and takes longer than the toy's training."""
-    monkeypatch.setattr(loop, "write_report", lambda folder: None)

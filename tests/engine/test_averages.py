@@ -30,7 +30,7 @@ def test_each_follows_by_its_own_decay(toy):
     assert not torch.equal(found[0], found[1]) and torch.equal(found[2], weights)
 
 
-def test_they_resume_to_the_bit_and_change_nothing_else(toy, tmp_path, no_report):
+def test_they_resume_to_the_bit_and_change_nothing_else(toy, tmp_path):
     toy(folder="whole", **ALSO).run()
     toy(stop_at=3, **ALSO).run(), toy(**ALSO).run()
     whole = final_state(tmp_path / "whole")
@@ -41,7 +41,7 @@ def test_they_resume_to_the_bit_and_change_nothing_else(toy, tmp_path, no_report
     assert_identical(alone, {name: value for name, value in whole.items() if name in alone})
 
 
-def test_one_that_is_new_on_resuming_begins_there_and_one_left_out_goes(toy, tmp_path, no_report):
+def test_one_that_is_new_on_resuming_begins_there_and_one_left_out_goes(toy, tmp_path):
     toy(stop_at=3, extra_ema_decays=(0.3,)).run()
     stood = toy(extra_ema_decays=(1.0,))
     assert stood.restore()

@@ -14,7 +14,7 @@ from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
 from factorkit.utils.errors import CheckpointError
 
-META = {"model": "toy", "width": 8, "note": "größe"}
+META = {"model": "toy", "model_channels": 8, "note": "größe"}
 
 
 def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:

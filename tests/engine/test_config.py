@@ -80,11 +80,11 @@ def test_the_least_that_works_is_accepted():
 def test_a_derived_configuration_survives_json():
     @dataclass(kw_only=True)
     class Derived(EngineConfig):
-        multipliers: tuple[int, ...] = (1, 2)
+        channel_mult: tuple[int, ...] = (1, 2)
 
-    config = Derived(steps=7, multipliers=(3, 4, 5), gradient_clip=0.5)
+    config = Derived(steps=7, channel_mult=(3, 4, 5), gradient_clip=0.5)
     back = Derived.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert back == config and isinstance(back.multipliers, tuple)
+    assert back == config and isinstance(back.channel_mult, tuple)
 
 
 def test_unknown_settings_are_named_with_those_that_exist():

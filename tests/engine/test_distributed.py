@@ -12,9 +12,9 @@ import torch
 
 import factorkit
 from factorkit.engine.checkpoint import Checkpoints
-from factorkit.engine.log import read_log
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.jsonl import read_log
 from factorkit.utils.rendezvous import join, meet
 from tests.engine.trained import run_script
 

@@ -12,14 +12,10 @@ import pytest
 import torch
 
 from factorkit.engine import checkpoint
-from factorkit.engine import trainer as loop
 from factorkit.engine.checkpoint import Checkpoints, read_checkpoint
-from factorkit.engine.log import read_log
 from factorkit.utils.errors import CheckpointError, FactorkitError
+from factorkit.utils.jsonl import read_log
 from tests.engine.trained import assert_identical, events, final_state, full_at, kill_at, saved_steps, spoil
-
-pytestmark = pytest.mark.usefixtures("no_report")
-
 
 # --- losses and gradients that are not finite ---
 
@@ -103,13 +99,12 @@ def test_a_disk_that_fills_at_a_sheet_is_told_without_a_traceback_and_costs_no_s
     assert saved_steps(tmp_path / "run") == [2]
 
 
-def test_a_report_that_cannot_be_written_does_not_hide_how_the_run_ended(toy, monkeypatch):
+def test_a_report_that_cannot_be_written_does_not_hide_how_the_run_ended(toy):
     def refuse(folder):
         raise CheckpointError("could not write report.html")
 
-    monkeypatch.setattr(loop, "write_report", refuse)
     with pytest.warns(UserWarning, match=r"report\.html"), pytest.raises(SystemExit) as caught:
-        toy(hook=kill_at(2, signal.SIGTERM)).run()
+        toy(hook=kill_at(2, signal.SIGTERM), report=refuse).run()
     assert caught.value.code == 143
 
 

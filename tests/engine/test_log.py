@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from factorkit.engine.log import RunLog, read_log
+from factorkit.engine.log import RunLog
+from factorkit.utils.jsonl import read_log
 
 
 def test_events_come_back_in_order_with_a_time(tmp_path):

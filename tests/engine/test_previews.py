@@ -9,11 +9,9 @@ import threading
 import pytest
 import torch
 
-from factorkit.engine.log import read_log
 from factorkit.utils.errors import DataError, FactorkitError
+from factorkit.utils.jsonl import read_log
 from tests.engine.trained import assert_identical, final_state, saved_steps
-
-pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture

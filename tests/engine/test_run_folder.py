@@ -15,7 +15,7 @@ import factorkit
 from factorkit.engine.run_folder import claim, claimed, copy_folder, held, read_object, read_settings, write_json
 from factorkit.utils.errors import CheckpointError
 
-SETTINGS = {"model": "toy", "steps": 10, "width": 8, "multipliers": [1, 2]}
+SETTINGS = {"model": "toy", "steps": 10, "model_channels": 8, "channel_mult": [1, 2]}
 RESUMABLE = frozenset({"steps"})
 
 
@@ -34,12 +34,12 @@ def test_the_same_settings_resume(tmp_path):
 
 def test_other_settings_are_refused_and_only_they_are_named(tmp_path):
     claim(tmp_path, SETTINGS, RESUMABLE)
-    asked = {**SETTINGS, "steps": 99, "width": 16, "extra": "new"}
+    asked = {**SETTINGS, "steps": 99, "model_channels": 16, "extra": "new"}
     with pytest.raises(CheckpointError) as caught:
         claim(tmp_path, asked, RESUMABLE)
     message = str(caught.value)
-    assert "width: 8 there, 16 asked for" in message and "extra: None there, 'new' asked for" in message
-    assert "steps" not in message and "multipliers" not in message and str(tmp_path) in message and "out=" in message
+    assert "model_channels: 8 there, 16 asked for" in message and "extra: None there, 'new' asked for" in message
+    assert "steps" not in message and "channel_mult" not in message and str(tmp_path) in message and "out=" in message
     assert read_settings(tmp_path) == SETTINGS  # a refused claim changes nothing
 
 
@@ -51,8 +51,8 @@ def test_a_run_of_another_kind_is_named_without_its_settings(tmp_path):
 
 def test_a_setting_that_is_gone_is_a_difference(tmp_path):
     claim(tmp_path, SETTINGS, RESUMABLE)
-    with pytest.raises(CheckpointError, match="width: 8 there, None asked for"):
-        claim(tmp_path, {k: v for k, v in SETTINGS.items() if k != "width"}, RESUMABLE)
+    with pytest.raises(CheckpointError, match="model_channels: 8 there, None asked for"):
+        claim(tmp_path, {k: v for k, v in SETTINGS.items() if k != "model_channels"}, RESUMABLE)
 
 
 def test_resumable_settings_may_change_and_are_recorded(tmp_path):

@@ -12,8 +12,6 @@ from factorkit.utils.background_worker import Background
 from factorkit.utils.errors import CheckpointError
 from tests.engine.trained import assert_identical, full_at, saved_steps
 
-pytestmark = pytest.mark.usefixtures("no_report")
-
 
 def test_training_goes_on_during_a_write_which_is_of_the_step_it_was_begun_at(toy, tmp_path, monkeypatch):
     toy(folder="whole", checkpoint_every=2, keep_checkpoints=9).run()

@@ -9,10 +9,8 @@ import pytest
 
 from factorkit.engine import checkpoint
 from factorkit.engine import signals as ending
-from factorkit.engine.log import read_log
+from factorkit.utils.jsonl import read_log
 from tests.engine.trained import assert_identical, events, final_state, kill_at, saved_steps
-
-pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.mark.parametrize(

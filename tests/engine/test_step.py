@@ -22,11 +22,11 @@ CPU = torch.device("cpu")
 def segdiff(folder, device=CPU, **changes) -> Trainer:
     settings = {
         "resolution": 16,
-        "width": 8,
-        "multipliers": (1, 2),
-        "blocks": 1,
-        "attention": (8,),
-        "groups": 4,
+        "model_channels": 8,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (8,),
+        "norm_groups": 4,
         "batch_size": 4,
         "steps": 8,
         "log_every": 4,

@@ -37,7 +37,7 @@ def test_a_nerfdiff_file_loads_and_sees_what_it_saw(version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_run_resumes_from_it(toy, tmp_path, version, no_report):
+def test_a_run_resumes_from_it(toy, tmp_path, version):
     stored = STORED / f"toy_{version}.safetensors"
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     shutil.copyfile(stored, tmp_path / "run/checkpoints/step_00000003.safetensors")

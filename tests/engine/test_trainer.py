@@ -4,13 +4,10 @@ import pytest
 import torch
 
 from factorkit.engine.checkpoint import read_checkpoint
-from factorkit.engine.log import read_log
 from factorkit.engine.step import Meter, StepLoss
 from factorkit.utils.errors import CheckpointError, ConfigError, FactorkitError
+from factorkit.utils.jsonl import read_log
 from tests.engine.trained import assert_identical, events, final_state
-
-pytestmark = pytest.mark.usefixtures("no_report")
-
 
 # --- resuming ---
 

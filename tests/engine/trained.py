@@ -14,7 +14,7 @@ import torch
 import factorkit
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import read_checkpoint
-from factorkit.engine.log import read_log
+from factorkit.utils.jsonl import read_log
 
 
 def run_script(script: str, folder: Path, timeout: float) -> Path:

@@ -28,7 +28,7 @@ def discs():
 def rows(discs):
     pytest.importorskip("sklearn", reason="scikit-learn is missing")
     pytest.importorskip("cv2", reason="opencv is missing")
-    return score_baselines(*discs, fit=FIT)
+    return score_baselines(*discs, num_fit_images=FIT)
 
 
 def test_score_baselines_default_scores_every_baseline(rows):
@@ -51,7 +51,7 @@ def test_score_baselines_inverted_scored_labels_invert_accuracy(discs):
     images, inside = discs
     turned = np.concatenate([inside[:FIT], ~inside[FIT:]])
     names = ["centre_disc", "mean_mask", "all_foreground"]
-    rows, turned_rows = (score_baselines(images, m, fit=FIT, names=names) for m in (inside, turned))
+    rows, turned_rows = (score_baselines(images, m, num_fit_images=FIT, names=names) for m in (inside, turned))
     for name in names:
         assert turned_rows[name]["acc"] == pytest.approx(1 - rows[name]["acc"])
 
@@ -63,14 +63,15 @@ def test_position_baselines_same_disc_everywhere_are_exact():
     valid = np.ones_like(inside)
     valid[:, 11, 11] = False
     rows = score_baselines(
-        np.zeros((3, SIZE, SIZE, 3), np.uint8), inside, valid, fit=1, names=["centre_disc", "mean_mask"]
+        np.zeros((3, SIZE, SIZE, 3), np.uint8), inside, valid, num_fit_images=1, names=["centre_disc", "mean_mask"]
     )
     assert rows["centre_disc"]["iou"] == rows["mean_mask"]["iou"] == 1
 
 
 def test_mean_mask_is_cut_at_the_best_threshold():
     """Two of three fitting masks are the left half, one is everything: the level of 2/3 gives (.5 + .5 + 1) / 3 for
-    everything and (1 + 1 + .5) / 3 for the left half, so the left half it is."""
+    everything and (1 + 1 + .5) / 3 for the left half, so the left half it is.
+    """
     masks = np.zeros((4, 4, 4), bool)
     masks[:, :, :2] = True
     masks[2] = True
@@ -93,7 +94,7 @@ def test_two_means_image_takes_the_cluster_away_from_the_border(discs):
 @pytest.mark.parametrize(("module", "name"), [("cv2", "grabcut"), ("sklearn.cluster", "two_means_image")])
 def test_score_baselines_missing_library_reports_unavailable(discs, monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)
-    rows = score_baselines(*discs, fit=FIT, names=["all_foreground", name])
+    rows = score_baselines(*discs, num_fit_images=FIT, names=["all_foreground", name])
     assert "iou" in rows["all_foreground"]
     assert module in rows[name]["unavailable"] and "factorkit[baselines]" in rows[name]["unavailable"]
 
@@ -102,17 +103,17 @@ def test_score_baselines_images_of_one_colour_are_scored(discs):
     pytest.importorskip("sklearn", reason="scikit-learn is missing")
     pytest.importorskip("cv2", reason="opencv is missing")
     images, inside = discs
-    rows = score_baselines(np.full_like(images[:3], 90), inside[:3], fit=1)
+    rows = score_baselines(np.full_like(images[:3], 90), inside[:3], num_fit_images=1)
     assert all(0 <= row["iou"] <= 1 for row in rows.values())
 
 
 def test_score_baselines_invalid_arguments_raise(discs):
     images, inside = discs
-    with pytest.raises(ConfigError, match="magic.*all_foreground"):
-        score_baselines(images, inside, fit=FIT, names=["magic"])
-    with pytest.raises(ConfigError, match="fit=10 of 10"):
-        score_baselines(images, inside, fit=10)
+    with pytest.raises(ConfigError, match=r"magic.*all_foreground"):
+        score_baselines(images, inside, num_fit_images=FIT, names=["magic"])
+    with pytest.raises(ConfigError, match="num_fit_images=10 of 10"):
+        score_baselines(images, inside, num_fit_images=10)
     with pytest.raises(DataError, match="float64"):
-        score_baselines(images / 255, inside, fit=FIT)
+        score_baselines(images / 255, inside, num_fit_images=FIT)
     with pytest.raises(DataError, match=r"\(9, 24, 24\)"):
-        score_baselines(images, inside[:9], fit=FIT)
+        score_baselines(images, inside[:9], num_fit_images=FIT)

@@ -67,7 +67,7 @@ def test_nested_accuracy_permuted_labels_is_one():
     labels = random_truth()
     things, parts = np.array([2, 0, 1]), np.array([[1, 2, 0], [0, 2, 1], [2, 1, 0]])
     renamed = 3 * things[labels // 3] + parts[labels // 3, labels % 3]
-    scores = nested_accuracy(renamed, labels, (3, 3), (3, 3), fit=3)
+    scores = nested_accuracy(renamed, labels, (3, 3), (3, 3), num_fit_images=3)
     assert scores["accuracy"] == [1, 1] and scores["within"] == [1, 1]
     assert scores["mapping"][0] == [1, 2, 0], "region 0 is thing 1"
     assert np.array_equal(np.array(scores["mapping"][1])[renamed], labels)
@@ -79,7 +79,7 @@ def test_nested_accuracy_part_in_wrong_region_is_wrong_at_both_levels():
     found = labels.copy()
     found[1, 0, :2] = 3  # a thing's pixels given to the other
     found[1, 0, 9] = 4  # a wrong part of the right thing
-    scores = nested_accuracy(found, labels, (2, 3), (2, 3), fit=1)
+    scores = nested_accuracy(found, labels, (2, 3), (2, 3), num_fit_images=1)
     assert scores["accuracy"] == pytest.approx([0.8, 0.7])
     assert scores["within"] == pytest.approx([0.8, 7 / 8])
     assert scores["chance"] == pytest.approx([0.5, 0.5])
@@ -90,14 +90,14 @@ def test_nested_accuracy_matches_top_down():
     counts = {(0, 0): 3, (0, 1): 3, (2, 0): 4, (2, 3): 5, (1, 2): 1}
     found, labels = (np.concatenate([np.full(n, pair[i]) for pair, n in counts.items()])[None, None] for i in (0, 1))
     both = np.concatenate([found, found]), np.concatenate([labels, labels])
-    scores = nested_accuracy(*both, (2, 2), (2, 2), fit=1)
+    scores = nested_accuracy(*both, (2, 2), (2, 2), num_fit_images=1)
     assert scores["mapping"][0] == [0, 1]
 
 
 def test_nested_accuracy_surplus_regions_stay_unmatched():
     labels = np.array([[[0, 0, 1, 1, 2, 2, 3, 3]]] * 2)
     found = np.array([[[0, 0, 3, 4, 6, 6, 5, 7]]] * 2)
-    scores = nested_accuracy(found, labels, (4, 2), (2, 2), fit=1)
+    scores = nested_accuracy(found, labels, (4, 2), (2, 2), num_fit_images=1)
     # of four regions with 2, 1, 2 and 3 pixels only two find a class: the first and the last
     assert scores["mapping"][0].count(-1) == 2
     for region, thing in enumerate(scores["mapping"][0]):
@@ -113,23 +113,23 @@ def test_nested_accuracy_invalid_pixels_are_not_counted():
     found[:, :4] = 0
     valid = np.ones(labels.shape, bool)
     valid[:, :4] = False
-    assert nested_accuracy(found, labels, (3, 3), (3, 3), valid=valid, fit=2)["accuracy"] == [1, 1]
-    assert nested_accuracy(found, labels, (3, 3), (3, 3), fit=2)["accuracy"][0] < 1
+    assert nested_accuracy(found, labels, (3, 3), (3, 3), valid=valid, num_fit_images=2)["accuracy"] == [1, 1]
+    assert nested_accuracy(found, labels, (3, 3), (3, 3), num_fit_images=2)["accuracy"][0] < 1
 
 
 def test_nested_accuracy_three_levels_permuted_is_one():
     labels = random_truth(classes=8)
     turned = 4 * (1 - labels // 4) + labels % 4
-    assert nested_accuracy(turned, labels, (2, 2, 2), (2, 2, 2), fit=2)["accuracy"] == [1, 1, 1]
+    assert nested_accuracy(turned, labels, (2, 2, 2), (2, 2, 2), num_fit_images=2)["accuracy"] == [1, 1, 1]
 
 
 def test_nested_accuracy_invalid_arguments_raise():
     labels = random_truth()
     with pytest.raises(ConfigError, match="as many levels"):
         nested_accuracy(labels, labels, (3, 3), (9,))
-    with pytest.raises(ConfigError, match="fit=6"):
-        nested_accuracy(labels, labels, (3, 3), (3, 3), fit=6)
+    with pytest.raises(ConfigError, match="num_fit_images=6"):
+        nested_accuracy(labels, labels, (3, 3), (3, 3), num_fit_images=6)
     with pytest.raises(DataError, match="0 to 3"):
-        nested_accuracy(labels % 4, labels, (2, 2), (2, 2), fit=2)
+        nested_accuracy(labels % 4, labels, (2, 2), (2, 2), num_fit_images=2)
     with pytest.raises(DataError, match="one shape"):
         nested_accuracy(labels[:2], labels, (3, 3), (3, 3))

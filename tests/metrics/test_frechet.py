@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.metrics.frechet import INCEPTION_WEIGHTS, fid, frechet_distance, random_features
+from factorkit.metrics.frechet import INCEPTION_WEIGHTS, compute_fid, frechet_distance, random_features
 from factorkit.utils.errors import ConfigError, DataError
 
 
@@ -36,7 +36,7 @@ def test_frechet_distance_equal_sets_is_zero_even_with_few_rows():
 
 
 def test_frechet_distance_noncommuting_covariances_equals_eigenvalue_form():
-    """tr (A B)^(1/2) from the eigenvalues of A B itself."""
+    """Tr (A B)^(1/2) from the eigenvalues of A B itself."""
     a, b = cloud(40, 3, 1) @ cloud(3, 3, 2), cloud(40, 3, 3) @ cloud(3, 3, 4)
     first, second = a.T.cov(), b.T.cov()
     mixed = torch.linalg.eigvals(first @ second).real.sqrt().sum()
@@ -72,9 +72,9 @@ def test_fid_missing_weights_error_names_file_and_place(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     images = torch.rand(4, 3, 16, 16)
     with pytest.raises(ConfigError) as caught:
-        fid(images, images)
+        compute_fid(images, images)
     assert str(tmp_path / "hub" / "checkpoints" / INCEPTION_WEIGHTS) in str(caught.value) and "no FID" in str(
         caught.value
     )
     with pytest.raises(DataError, match="at least 2"):
-        fid(images[:1], images)
+        compute_fid(images[:1], images)

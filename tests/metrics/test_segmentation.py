@@ -69,7 +69,7 @@ def test_evaluate_masks_fits_first_images_and_scores_the_rest():
     foreground[:, 1:3, 1:3] = True
     labels = foreground.astype(int)
     labels[3:] = 1 - labels[3:]
-    result = evaluate_masks(labels, foreground, None, num_regions=2, fit=2)
+    result = evaluate_masks(labels, foreground, None, num_regions=2, num_fit_images=2)
     assert result["mapping"] == [1] and result["fitted_on"] == 2 and result["scored"] == 4
     assert result["iou"] == pytest.approx(1 / 4) and result["acc"] == pytest.approx(1 / 4)
     assert (result["oracle_acc"], result["oracle_iou"], result["oracle_dice"]) == (1, 1, 1)
@@ -79,17 +79,17 @@ def test_evaluate_masks_fits_first_images_and_scores_the_rest():
 def test_evaluate_masks_scores_the_union_of_mapped_regions(masks):
     _, foreground, valid = masks
     labels = np.random.default_rng(3).integers(0, 3, foreground.shape)
-    result = evaluate_masks(labels, foreground, valid, 3, fit=2)
+    result = evaluate_masks(labels, foreground, valid, 3, num_fit_images=2)
     fixed = score_masks(np.isin(labels, result["mapping"])[2:], foreground[2:], valid[2:])
     assert {name: result[name] for name in fixed} == pytest.approx(fixed)
     assert result["oracle_iou"] >= result["iou"]
 
 
-@pytest.mark.parametrize("fit", [0, 6, 9])
-def test_evaluate_masks_fit_out_of_range_raises(masks, fit):
+@pytest.mark.parametrize("num_fit_images", [0, 6, 9])
+def test_evaluate_masks_fit_out_of_range_raises(masks, num_fit_images):
     labels, foreground, valid = masks
-    with pytest.raises(ConfigError, match=f"fit={fit} of 6"):
-        evaluate_masks(labels, foreground, valid, 2, fit=fit)
+    with pytest.raises(ConfigError, match=f"num_fit_images={num_fit_images} of 6"):
+        evaluate_masks(labels, foreground, valid, 2, num_fit_images=num_fit_images)
 
 
 def test_segmentation_metrics_invalid_arguments_raise(masks):
@@ -98,9 +98,9 @@ def test_segmentation_metrics_invalid_arguments_raise(masks):
         score_masks(predicted[:5], foreground, valid)
     with pytest.raises(DataError, match=r"\[3\] have no valid pixel"):
         score_masks(predicted, foreground, valid & (np.arange(6) != 3)[:, None, None])
-    with pytest.raises(DataError, match="0 to 5.*3 regions"):
+    with pytest.raises(DataError, match=r"0 to 5.*3 regions"):
         fit_mapping(np.full(foreground.shape, 5) * predicted, foreground, valid, 3)
     with pytest.raises(ConfigError, match="1 regions"):
         fit_mapping(np.zeros(foreground.shape, int), foreground, valid, 1)
     with pytest.raises(ConfigError, match="1 labelled image"):
-        evaluate_masks(predicted[:1], foreground[:1], valid[:1], 2, fit=1)
+        evaluate_masks(predicted[:1], foreground[:1], valid[:1], 2, num_fit_images=1)

@@ -21,7 +21,6 @@ import torch
 import torch._dynamo  # noqa: F401
 
 from factorkit.data.views.views import Views
-from factorkit.engine import trainer as loop
 from factorkit.nerfdiff import train
 from factorkit.nerfdiff.stages import dictionary as search
 from factorkit.nerfdiff.stages import distil, joint
@@ -49,8 +48,8 @@ TINY = {
     "field_steps": 6,
     "steps": 6,
     "batch_size": 4,
-    "width": 8,
-    "multipliers": (1, 2),
+    "model_channels": 8,
+    "channel_mult": (1, 2),
     "encoder_resolution": 8,
     "num_rendered_views": 4,
     "flip_rounds": 1,
@@ -105,7 +104,7 @@ def run(out: Path, changes: dict, stage: str | None) -> int:
     try:
         warnings.filterwarnings("error", message=".*Taking the previous")  # no kill may damage anything
         torch.set_num_threads(1)
-        loop.write_report = lambda folder: None
+        train.write_report = lambda folder: None
         train.HALF_STEPS = 6
         for module in (distil, fit, joint, search):
             for sheet in {"cameras_sheet", "renders_sheet"} & vars(module).keys():

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from factorkit.data.procedural.scene import make_scene_field
-from factorkit.engine import trainer as loop
-from factorkit.engine.log import read_log
 from factorkit.nerfdiff.alarms import (
     azimuth_spread,
     effective_use,
@@ -27,8 +25,8 @@ from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.stages import joint
 from factorkit.nerfdiff.train import train_nerfdiff
-from factorkit.report.curves import timeline
 from factorkit.utils.errors import FactorkitError
+from factorkit.utils.jsonl import read_log, timeline
 
 DISTANCE = 3.6
 
@@ -161,7 +159,7 @@ def collapsing(tiny, monkeypatch, after: int) -> dict:
     monkeypatch.setattr(joint, "scene_alarms", alarms)
     for drawn in ("renders_sheet", "cameras_sheet", "points_sheet"):  # which take most of the time
         monkeypatch.setattr(joint, drawn, lambda *given: None)
-    monkeypatch.setattr(loop, "write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.nerfdiff.train.write_report", lambda folder: None)
     return tiny | {"search": "joint", "sample_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "steps": 6}
 
 

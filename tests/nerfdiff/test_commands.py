@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from factorkit.cli.main import main
-from factorkit.nerfdiff.export.frames import to_uint8
+from factorkit.utils.images import images_to_pixels
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def ask(capsys):
 def pictures(tmp_path_factory, scene_views):
     """The tiny run's views as files."""
     folder = tmp_path_factory.mktemp("pictures")
-    for name, image in zip(scene_views.names, to_uint8(scene_views.images), strict=True):
+    for name, image in zip(scene_views.names, images_to_pixels(scene_views.images), strict=True):
         Image.fromarray(image).save(folder / f"{name}.png")
     return folder
 
@@ -99,7 +99,7 @@ def test_train_takes_flags_and_resumes(ask, posed, tmp_path, tiny):
 
 
 def test_the_recipe_follows_the_resolution(capsys):
-    assert main(["train", "nerfdiff", "--preset", "fast", "--resolution", "64", "--help"]) == 0
+    assert main(["train", "nerfdiff", "--preset", "fast", "--resolution", "64", "--help-advanced"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "--grid-resolution INT" in said and said.split("--grid-resolution INT")[1].split("(default:")[1].startswith(
         " 64)"

@@ -39,7 +39,12 @@ def test_the_thesis_settings_are_the_texts():
     )
     assert (lego.field_learning_rate, lego.learning_rate, lego.classification_weight) == (1e-4, 2e-5, 0.1)
     assert lego.search == "joint" and not lego.balance_candidates and lego.noise and lego.timestep_power == 1
-    assert (lego.width, lego.multipliers, lego.blocks, lego.encoder_pooling) == (64, (1, 1, 2, 2, 4), 2, "average")
+    assert (lego.model_channels, lego.channel_mult, lego.num_res_blocks, lego.encoder_pooling) == (
+        64,
+        (1, 1, 2, 2, 4),
+        2,
+        "average",
+    )
     assert isinstance(build_field(lego.field, 1, 0), FrequencyField)
 
 

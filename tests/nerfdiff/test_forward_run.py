@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.cli.commands_nerfdiff import what_to_show
 from factorkit.cli.main import main
-from factorkit.nerfdiff.export.frames import to_uint8
+from factorkit.cli.scene import load_contents
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import images_to_pixels
 from tests.nerfdiff.forward import forward_views
 
 WAYS = {
@@ -85,18 +85,18 @@ def test_the_stages_can_be_watched(runs, tmp_path):
     assert {"cameras_search.png", "cameras_refine.png"} <= {
         path.name.split("_", 1)[1] for path in (folder / "samples").iterdir()
     }
-    done = what_to_show(folder, "cpu")
+    done = load_contents(folder, "cpu")
     assert done.views.layout == "forward" and done.true is not None and done.space.forward
     shutil.rmtree(folder / "checkpoints")
     for stage in ("refine", "search"):
-        shown = what_to_show(folder, "cpu")
+        shown = load_contents(folder, "cpu")
         assert shown.views.poses.shape == (9, 4, 4) and shown.step == (4 if stage == "refine" else 22)
         shutil.rmtree(folder / "stages" / stage)
 
 
 def test_the_command_line_on_a_forward_run(runs, views, tmp_path, capsys):
     folder = runs("dictionary").folder
-    for name, image in zip(views.names, to_uint8(views.images), strict=True):
+    for name, image in zip(views.names, images_to_pixels(views.images), strict=True):
         (tmp_path / "in").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "in" / f"{name}.png")
 
@@ -122,13 +122,13 @@ def test_the_thesis_preset_trains(views, tmp_path, tiny):
     small = {
         "resolution": 24,
         "encoder_resolution": 24,
-        "width": 8,
-        "multipliers": (1, 2),
+        "model_channels": 8,
+        "channel_mult": (1, 2),
         "batch_size": 2,
         "rays_per_view": 8,
         "samples_per_ray": 4,
         "steps": 2,
-        "blocks": 1,
+        "num_res_blocks": 1,
         "checkpoint_every": 2,
         "log_every": 1,
     }

@@ -7,13 +7,13 @@ import torch
 
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.engine.checkpoint import Checkpoints
-from factorkit.engine.log import read_log
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.distil import DistilTask
 from factorkit.nerfdiff.stages.joint import JointTask
 from factorkit.nerfdiff.stages.refine import FitTask
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.jsonl import read_log
 
 
 class Killed(BaseException):
@@ -113,7 +113,7 @@ def test_bad_input_is_named(scene_views, tiny, tmp_path):
     with pytest.raises(ConfigError, match="without poses"):
         train_nerfdiff(replace(scene_views, poses=None), **out, **tiny | {"poses": "known"})
     blank = replace(scene_views, images=torch.ones(10, 3, 8, 8), masks=None)
-    with pytest.raises(DataError, match="no foreground anywhere"):
+    with pytest.raises(DataError, match="no foreground: all masks"):
         train_nerfdiff(blank, **out, **tiny)
     zoomed = scene_views.intrinsics.clone()
     zoomed[3, 0, 0] *= 1.5

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from factorkit.nn import (
+from factorkit.nn.unet import (
     Attention,
     Decoder,
     Downsample,
@@ -18,9 +18,9 @@ from factorkit.nn import (
     ResBlock,
     TimeEmbedding,
     Upsample,
+    group_count,
     sinusoid,
 )
-from factorkit.nn.blocks import group_count
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_time_embedding_equals_two_linear_layers_in_weight_precision():
 
 @pytest.mark.parametrize(("channels", "out", "skip"), [(8, 8, 0), (8, 12, 0), (8, 8, 4), (8, 12, 8)])
 def test_res_block_equals_its_equation(channels, out, skip):
-    block = randomised(ResBlock(channels, out, 16, skip_channels=skip, groups=2))
+    block = randomised(ResBlock(channels, out, 16, skip_channels=skip, norm_groups=2))
     u, s, embedding = rand(3, channels, 6, 5), rand(3, skip, 6, 5), rand(3, 16)
     x = torch.cat([u, s], 1)
     normal = lambda h, n: F.group_norm(h, n.groups, n.weight, n.bias, eps=1e-5)  # noqa: E731
@@ -82,7 +82,7 @@ def test_res_block_equals_its_equation(channels, out, skip):
 
 @pytest.mark.parametrize("norm", ["group", "masked_group", "pixel"])
 def test_res_block_masked_branches_equal_separate_blocks(norm):
-    block = randomised(ResBlock(8, 8, 16, skip_channels=4, groups=2, norm=norm))
+    block = randomised(ResBlock(8, 8, 16, skip_channels=4, norm_groups=2, norm=norm))
     u, skip, embedding = rand(6, 8, 4, 4), rand(3, 4, 4, 4), rand(6, 16)
     masks = rand(3, 2, 4, 4).softmax(1)
     together = block(u, embedding, skip, masks).unflatten(0, (3, 2))
@@ -95,14 +95,14 @@ def test_res_block_masked_branches_equal_separate_blocks(norm):
 
 
 def test_res_block_dropout_precedes_the_second_convolution():
-    block = randomised(ResBlock(8, 8, 16, groups=2, dropout=0.999999)).train()
+    block = randomised(ResBlock(8, 8, 16, norm_groups=2, dropout=0.999999)).train()
     u, embedding = rand(2, 8, 4, 4), rand(2, 16)
     expected = u + block.conv2.bias[:, None, None]
     torch.testing.assert_close(block(u, embedding), expected.expand_as(u))
 
 
 def test_attention_equals_its_equation():
-    attention = randomised(Attention(8, heads=2, groups=2))
+    attention = randomised(Attention(8, num_heads=2, norm_groups=2))
     x = rand(2, 8, 3, 4)
     h = F.group_norm(x, attention.norm.groups, attention.norm.weight, attention.norm.bias)
     q, k, v = F.conv2d(h, attention.qkv.weight, attention.qkv.bias).flatten(2).chunk(3, 1)
@@ -116,8 +116,8 @@ def test_attention_equals_its_equation():
 
 
 def test_attention_indivisible_heads_become_one():
-    assert Attention(6, heads=4).heads == 1
-    assert Attention(8, heads=4).heads == 4
+    assert Attention(6, num_heads=4).num_heads == 1
+    assert Attention(8, num_heads=4).num_heads == 4
 
 
 def test_resampling_layers_equal_their_definitions():
@@ -129,21 +129,21 @@ def test_resampling_layers_equal_their_definitions():
 
 
 def test_encoder_returns_all_features_finest_first():
-    encoder = Encoder(3, 8, (1, 2, 3), 2, (4,), 16, 16, groups=4)
+    encoder = Encoder(3, 8, (1, 2, 3), 2, (4,), 16, 16, norm_groups=4)
     skips = encoder(torch.randn(2, 3, 16, 16), torch.randn(2, 16))
     expected = [(8, 16)] * 3 + [(8, 8), (16, 8), (16, 8)] + [(16, 4), (24, 4), (24, 4)]
     assert [(s.shape[1], s.shape[2]) for s in skips] == expected
     assert encoder.skip_channels == [c for c, _ in expected]
     assert encoder.out_channels == 24
-    assert [len(level["attention"]) for level in encoder.levels] == [0, 0, 2]
+    assert [len(level.attention) for level in encoder.levels] == [0, 0, 2]
 
 
 def test_decoder_has_one_block_more_per_level():
-    encoder = Encoder(3, 8, (1, 2), 2, (8,), 16, 16, groups=4)
-    decoder = Decoder(16, encoder.skip_channels, 8, (1, 2), 2, (8,), 16, 16, 5, groups=4)
-    assert [len(level["blocks"]) for level in decoder.levels] == [3, 3]
-    assert [len(level["attention"]) for level in decoder.levels] == [3, 0], "coarsest level first"
-    widths = [block.shortcut.in_channels for level in decoder.levels for block in level["blocks"]]
+    encoder = Encoder(3, 8, (1, 2), 2, (8,), 16, 16, norm_groups=4)
+    decoder = Decoder(16, encoder.skip_channels, 8, (1, 2), 2, (8,), 16, 16, 5, norm_groups=4)
+    assert [len(level.blocks) for level in decoder.levels] == [3, 3]
+    assert [len(level.attention) for level in decoder.levels] == [3, 0], "coarsest level first"
+    widths = [block.shortcut.in_channels for level in decoder.levels for block in level.blocks]
     assert widths == [16 + 16, 16 + 16, 16 + 8, 16 + 8, 8 + 8, 8 + 8]
     skips = encoder(torch.randn(2, 3, 16, 16), torch.randn(2, 16))
     assert decoder(skips[-1], skips, torch.randn(2, 16)).shape == (2, 5, 16, 16)
@@ -151,9 +151,9 @@ def test_decoder_has_one_block_more_per_level():
 
 def test_blocks_at_initialisation_are_identity_and_decoder_zero():
     u, embedding = torch.randn(2, 8, 4, 4), torch.randn(2, 16)
-    middle = Middle(8, 16, groups=2)
+    middle = Middle(8, 16, norm_groups=2)
     torch.testing.assert_close(middle(u, embedding), u)
-    decoder = Decoder(8, [8, 8], 8, (1,), 1, (), 4, 16, 3, groups=2)
+    decoder = Decoder(8, [8, 8], 8, (1,), 1, (), 4, 16, 3, norm_groups=2)
     assert decoder(u, [u, u], embedding).abs().max() == 0
 
 

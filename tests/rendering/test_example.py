@@ -1,4 +1,4 @@
-"""The example runs as a user runs it, and its pictures show the scene."""
+"""The example runs as a user runs it, and its images show the scene."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "render_a_scene.py"
 
 
+@pytest.mark.slow
 def test_example_render_a_scene_writes_its_image(tmp_path):
     command = [sys.executable, str(EXAMPLE), str(tmp_path), "--size", "48", "--frames", "3"]
     result = subprocess.run(command, capture_output=True, text=True)

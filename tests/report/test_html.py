@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from factorkit.engine.log import RunLog, read_log
-from factorkit.report.curves import ALARM_LIMITS, DARK, LIGHT, draw_curves, timeline
-from factorkit.report.html import verdict, write_report
-from factorkit.segdiff import alarms as segdiff_alarms
+from factorkit.engine.log import RunLog
+from factorkit.report.curves import DARK, LIGHT, draw_curves
+from factorkit.segdiff.verdict import REPORT, write_report
 from factorkit.utils.errors import CheckpointError
 
-SECTIONS = ["Headline numbers", "Latest sheets", "Curves", "Scores", "Events", "Settings", "Environment"]
+SECTIONS = ["Headline numbers", "Latest sample grids", "Curves", "Scores", "Events", "Settings", "Environment"]
 SPLIT = "split by position: position alone explains 0.95 > 0.8 of the masks' variance"
 HEALTHY = {"eta_gap": 0.45, "position_share": 0.3, "boundary_length": 0.05, "flip_agreement": 0.9}
 SCORES = {
@@ -40,7 +39,7 @@ SCORES = {
 
 
 class Page(HTMLParser):
-    """What the tests ask of a page: its headings, its tags, its addresses and its text."""
+    """The headings, tags, addresses and text of a page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -60,7 +59,7 @@ class Page(HTMLParser):
         if "style" not in self.tags[-1:]:
             self.words.append(data)
 
-    def pictures(self) -> list[Image.Image]:
+    def images(self) -> list[Image.Image]:
         prefix = "data:image/png;base64,"
         return [Image.open(io.BytesIO(base64.b64decode(a[len(prefix) :]))) for a in self.addresses]
 
@@ -101,91 +100,56 @@ def complete(tmp_path_factory) -> Page:
     return Page(write_report(write_run(tmp_path_factory.mktemp("runs") / "daffodils")))
 
 
-def test_a_complete_run_has_every_section(complete):
+def test_write_report_complete_run_has_every_section(complete):
     assert [h for h in complete.headings if h in SECTIONS] == SECTIONS
-    assert "Not there yet" not in complete.text
+    assert "Not available yet" not in complete.text
     assert {"Alarms", "Loss", "Loss by quarter of t", "Area of each region", "Entropy of the masks"} <= set(
         complete.headings
     )
     assert "Finished at step 40 of 40." in complete.text
-    for said in ("daffodils", "2 min 00 s", "120.5", "data.name", "0.874", "0.885", "opencv is not", "confidence"):
-        assert said in complete.text
+    for text in ("daffodils", "2 min 00 s", "120.5", "data.name", "0.874", "0.885", "opencv is not", "confidence"):
+        assert text in complete.text
 
 
-def test_the_page_refers_to_nothing_outside_itself(complete):
+def test_write_report_refers_to_nothing_outside_the_page(complete):
     assert complete.addresses and all(a.startswith("data:image/png;base64,") for a in complete.addresses)
     assert not re.search(r"https?://|url\(|@import", complete.source)
     assert not {"script", "link", "iframe", "a"} & set(complete.tags)
 
 
-def test_the_latest_sheet_of_each_kind_is_large_and_the_series_is_thinned(complete):
-    pictures = complete.pictures()
-    steps = [picture.convert("RGB").getpixel((0, 0))[0] for picture in pictures if picture.size == (300, 200)]
+def test_write_report_shows_newest_grid_large_and_thins_earlier_ones(complete):
+    images = complete.images()
+    steps = [image.convert("RGB").getpixel((0, 0))[0] for image in images if image.size == (300, 200)]
     assert steps[0] == 40 and steps[1:] == sorted(steps[1:])
     assert len(steps) == 1 + 8 and steps[1] == 0 and steps[-1] == 40
-    assert [picture.size for picture in pictures].count((50, 70)) == 1
+    assert [image.size for image in images].count((50, 70)) == 1
     assert "segmentation, step 40" in complete.headings
 
 
-def test_baselines_stand_below_the_run_best_first(complete):
+def test_write_report_lists_baselines_below_the_run_best_first(complete):
     rows = [complete.text.index(name) for name in ("this run ", "2-means 0.9", "centre disc 0.7", "GrabCut opencv")]
     assert rows == sorted(rows)
 
 
-def test_both_colour_schemes_have_their_curves(complete):
+def test_write_report_has_curves_for_both_colour_schemes(complete):
     assert complete.tags.count("source") == 6
     assert "prefers-color-scheme: dark" in complete.source
 
 
-@pytest.mark.parametrize(
-    ("failures", "iou", "status", "words"),
-    [
-        ([], 0.874, "good", "The masks follow content"),
-        ([], 0.5, "mixed", "do not beat the best baseline"),
-        ([SPLIT], 0.874, "mixed", "although an alarm went off"),
-        ([SPLIT], 0.5, "bad", "Failed: split by position"),
-        ([SPLIT], None, "bad", "Failed: split by position"),
-        ([], None, "good", "The masks follow content"),
-    ],
-)
-def test_the_verdict_weighs_alarms_and_scores(tmp_path, failures, iou, status, words):
-    scores = None if iou is None else {**SCORES, "iou": iou}
-    judged = verdict(write_run(tmp_path / "run", failures, scores))
-    assert judged.status == status and words in judged.headline
-    assert any((SPLIT if failures else "no alarm went off") in sentence for sentence in judged.details)
-    said = "No labelled images were scored" if iou is None else f"IoU {iou:.3f} on 55 labelled images"
-    assert any(said in sentence for sentence in judged.details)
-
-
-def test_only_the_last_alarms_count(tmp_path):
-    with RunLog(tmp_path) as log:
-        log.event("alarms", step=10, failures=[SPLIT])
-        log.event("alarms", step=20, failures=[])
-    assert verdict(tmp_path).status == "good"
-
-
-def test_a_model_without_masks_is_not_praised_for_them(tmp_path):
-    with RunLog(tmp_path) as log:
-        log.event("step", step=10, loss=0.2)
-        log.event("alarms", step=10)
-    assert verdict(tmp_path).status == "open"
-    assert "No verdict yet" in Page(write_report(tmp_path)).headings
-
-
-def test_an_empty_folder_says_what_is_not_there_yet(tmp_path):
+def test_write_report_empty_folder_names_what_is_missing(tmp_path):
     page = Page(write_report(tmp_path))
     assert [h for h in page.headings if h in SECTIONS] == SECTIONS
-    assert page.text.count("Not there yet") == len(SECTIONS) - 1  # the environment is always there
+    assert page.text.count("Not available yet") == len(SECTIONS) - 1  # the environment is always there
     assert "No verdict yet" in page.headings and "Not started" in page.text
 
 
-def test_a_run_in_the_midst_says_so(tmp_path):
+def test_write_report_unfinished_run_is_called_unfinished(tmp_path):
     page = Page(write_report(write_run(tmp_path / "run", scores=None, end=False)))
     assert "Not finished: step 40 of 40." in page.text
-    assert "Not there yet: nothing was scored" in page.text
+    assert "Not available yet: nothing was scored" in page.text
 
 
-def test_damaged_files_are_passed_over(tmp_path):
+def test_write_report_damaged_files_are_left_out(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "config.json").write_text('{"steps": 4')
     (folder / "scores.json").write_text("[1, 2]")
@@ -193,13 +157,13 @@ def test_damaged_files_are_passed_over(tmp_path):
         file.write(b'{"event": "step", "step": 50, "lo')
     whole = (folder / "samples" / "000040_segmentation.png").read_bytes()
     (folder / "samples" / "000044_segmentation.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "samples" / "garbage.png").write_bytes(b"no picture")
+    (folder / "samples" / "garbage.png").write_bytes(b"not an image")
     page = Page(write_report(folder))
     assert "segmentation, step 40" in page.headings and "garbage" not in page.text
-    assert page.text.count("Not there yet") == 2
+    assert page.text.count("Not available yet") == 2
 
 
-def test_odd_values_break_nothing(tmp_path):
+def test_write_report_odd_values_do_not_raise(tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps({"iou": None, "acc": "high", "baselines": {"a": 3, "b": {}}}))
     with RunLog(tmp_path) as log:
         log.event("step", step=1, loss=None, areas=[None, 0.5], loss_by_quarter="none", entropy=float("nan"))
@@ -214,7 +178,7 @@ def test_odd_values_break_nothing(tmp_path):
     assert "Area of each region" in page.headings and "Loss" not in page.headings
 
 
-def test_hostile_names_are_escaped(tmp_path):
+def test_write_report_hostile_names_are_escaped(tmp_path):
     evil = "<script>alert('\"&')</script>"
     folder = write_run(tmp_path / "<script>run", [f"{evil}: {evil}"], {**SCORES, "iou": 0.1, evil: evil})
     (folder / "config.json").write_text(json.dumps({evil: evil}))
@@ -231,45 +195,28 @@ def test_hostile_names_are_escaped(tmp_path):
     assert page.addresses and all(a.startswith("data:") for a in page.addresses)
 
 
-def test_the_old_report_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_write_report_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
     path = write_report(tmp_path)
     before = path.read_bytes()
 
     def full(*arguments):
         raise OSError("no space left")
 
-    monkeypatch.setattr("factorkit.report.html.os.replace", full)
+    monkeypatch.setattr("factorkit.utils.atomic.os.replace", full)
     with pytest.raises(CheckpointError, match="no space left.*writable"):
         write_report(tmp_path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_write_report_missing_folder_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         write_report(tmp_path / "nowhere")
 
 
-def test_of_repeated_steps_the_later_line_wins(tmp_path):
-    with RunLog(tmp_path) as log:
-        for step, loss in ((10, 1.0), (20, 2.0), (30, 3.0)):
-            log.event("step", step=step, loss=loss)
-        log.event("resume", step=15)
-        for step, loss in ((20, 2.5), (30, 3.5)):
-            log.event("step", step=step, loss=loss)
-    steps = timeline(read_log(tmp_path), "step")
-    assert [(e["step"], e["loss"]) for e in steps] == [(10, 1.0), (20, 2.5), (30, 3.5)]
-
-
-def test_what_followed_a_repeated_step_is_dropped_with_it():
-    lines = [(10, 0), (20, 0), (30, 0), (40, 0), (20, 1)]
-    log = [{"event": "step", "step": step, "run": run} for step, run in lines]
-    assert [(e["step"], e["run"]) for e in timeline(log, "step")] == [(10, 0), (20, 1)]
-
-
-def test_curves_follow_the_colour_scheme_and_leave_the_ground_open():
+def test_draw_curves_follow_the_theme_on_a_transparent_background():
     log = [{"event": "step", "step": s, "loss": 1 / s, "areas": [0.2, 0.8]} for s in (1, 2, 3)]
-    light, dark = draw_curves(log, LIGHT), draw_curves(log, DARK)
+    light, dark = draw_curves(log, LIGHT, REPORT), draw_curves(log, DARK, REPORT)
     assert [f[0] for f in light] == [f[0] for f in dark] == ["Loss", "Area of each region"]
     for (_, _, a), (_, _, b) in zip(light, dark, strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(a)).convert("RGBA"))
@@ -277,17 +224,9 @@ def test_curves_follow_the_colour_scheme_and_leave_the_ground_open():
         assert a != b
 
 
-def test_areas_are_stacked_in_the_colours_of_the_sheets():
+def test_draw_curves_areas_have_the_colours_of_the_regions():
     log = [{"event": "step", "step": s, "areas": [0.25, 0.75]} for s in (1, 2)]
-    pixels = np.asarray(Image.open(io.BytesIO(draw_curves(log, LIGHT)[0][2])).convert("RGBA")).astype(int)
+    pixels = np.asarray(Image.open(io.BytesIO(draw_curves(log, LIGHT, REPORT)[0][2])).convert("RGBA")).astype(int)
     blue = (np.abs(pixels[..., :3] - (0, 114, 178)).sum(-1) < 40) & (pixels[..., 3] > 200)
     orange = (np.abs(pixels[..., :3] - (230, 159, 0)).sum(-1) < 40) & (pixels[..., 3] > 200)
     assert 2.7 < orange.sum() / blue.sum() < 3.3
-
-
-def test_the_limits_drawn_are_those_the_model_judges_by():
-    assert ALARM_LIMITS["eta_gap"].low == segdiff_alarms.MIN_ETA_GAP
-    assert ALARM_LIMITS["position_share"].low == segdiff_alarms.MIN_POSITION_SHARE
-    assert ALARM_LIMITS["position_share"].high == segdiff_alarms.MAX_POSITION_SHARE
-    assert ALARM_LIMITS["boundary_length"].high == segdiff_alarms.MAX_BOUNDARY_LENGTH
-    assert ALARM_LIMITS["flip_agreement"].low == segdiff_alarms.MIN_FLIP_AGREEMENT

@@ -15,16 +15,16 @@ from factorkit.reproduce.experiments import fig2_10, fig2_12
 SEGDIFF = {
     "resolution": 16,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 4,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 4,
     "steps": 2,
     "batch_size": 4,
     "log_every": 2,
     "sample_every": 0,
-    "fit": 4,
+    "num_fit_images": 4,
     "threads": 1,
 }
 NERFDIFF = {
@@ -40,8 +40,8 @@ NERFDIFF = {
     "field_steps": 2,
     "steps": 2,
     "batch_size": 4,
-    "width": 8,
-    "multipliers": (1, 2),
+    "model_channels": 8,
+    "channel_mult": (1, 2),
     "encoder_resolution": 8,
     "num_rendered_views": 4,
     "flip_rounds": 1,
@@ -56,7 +56,7 @@ def quick(tmp_path_factory, monkeypatch):
     """No curves, no second-long GrabCut, few pictures, views and steps, no alignment sharpened on the pictures, no
     cache of the user's."""
     torch.set_num_threads(1)
-    monkeypatch.setattr("factorkit.report.html.draw_curves", lambda log, theme: [])
+    monkeypatch.setattr("factorkit.report.html.draw_curves", lambda *args: [])
     monkeypatch.setitem(BASELINES, "grabcut", all_foreground)
     monkeypatch.setitem(generation.DRAWN, "small", (12, 2))
     monkeypatch.setattr(fig2_10, "STEPS", 3)

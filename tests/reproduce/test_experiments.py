@@ -47,9 +47,15 @@ def test_the_scales_are_what_they_say():
         return config_of(Setup("table2.2", None, scale, Path("nowhere")), full)
 
     small, gpu, full = map(at, SCALES)
-    assert (small.resolution, small.width, small.steps, small.form) == (32, 16, 800, "regional")
-    assert (gpu.resolution, gpu.width, gpu.blocks, gpu.form) == (64, 128, 3, "regional")
-    assert (full.resolution, full.width, full.batch_size, full.steps, full.form) == (64, 128, 128, 50_000, "thesis")
+    assert (small.resolution, small.model_channels, small.steps, small.form) == (32, 16, 800, "regional")
+    assert (gpu.resolution, gpu.model_channels, gpu.num_res_blocks, gpu.form) == (64, 128, 3, "regional")
+    assert (full.resolution, full.model_channels, full.batch_size, full.steps, full.form) == (
+        64,
+        128,
+        128,
+        50_000,
+        "thesis",
+    )
     assert full.regions == 3 and at("full", "imagenet64").batch_size == 512
 
 
@@ -59,14 +65,14 @@ def test_table_2_1_scores_as_the_run_itself_does(small, tmp_path):
     run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
     cells = {row["row"]: row["cells"] for row in report.data["rows"]}
     ours = cells["ours, regional form"]
-    assert len(ours) == len(cells["ours, masks by competition, K = 3"]) == 2
+    assert len(ours) == len(cells["ours, masks by mixture, K = 3"]) == 2
     for key in ("acc", "iou", "dice"):
         assert ours[0]["scores"][key] == pytest.approx(run.scores[key])
         assert ours[0]["scores"][f"best_{key}"] == pytest.approx(run.scores[f"oracle_{key}"])
     thesis = factorkit.load(tmp_path / "runs" / "small-photos-thesis-seed0", device="cpu")
     assert thesis.config.form == "thesis" and len(cells["ours, the thesis' form"]) == 1
-    other = factorkit.load(tmp_path / "runs" / "small-photos-competition-seed1", device="cpu").config
-    assert (other.masks, other.regions) == ("competition", 3)
+    other = factorkit.load(tmp_path / "runs" / "small-photos-mixture-seed1", device="cpu").config
+    assert (other.masks, other.regions) == ("mixture", 3)
     # the better polarity of everything is everything or nothing
     every = found["all foreground"]
     assert every["best_iou"] == every["iou"] and every["acc"] < 0.5 < 1 - every["acc"]

@@ -12,14 +12,14 @@ from factorkit.reproduce import photos as chapter2
 from factorkit.reproduce.setup import Setup
 from factorkit.utils.errors import ConfigError
 
-NESTED = {"regions": (2, 2), "groups": 2}
+NESTED = {"regions": (2, 2), "norm_groups": 2}
 
 
 def test_foreground_of_a_hierarchy_is_that_of_its_run(small, tmp_path):
     report = small("table2.1", rows=["ours, regional form"], **NESTED)
     run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
     found = report.data["rows"][5]["cells"][0]["scores"]
-    assert run.config.leaves == 4 and run.scores["level"] == found["level"] == 2
+    assert run.config.num_leaf_regions == 4 and run.scores["level"] == found["level"] == 2
     for key in ("acc", "iou", "dice"):
         assert found[key] == pytest.approx(run.scores[key])
         assert found[f"best_{key}"] == pytest.approx(run.scores[f"oracle_{key}"])

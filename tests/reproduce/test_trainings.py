@@ -16,7 +16,14 @@ from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import preset_config
 
 # all but what tells the presets apart at the full scale
-TINY = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4, "fit": 4}
+TINY = {
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 4,
+    "num_fit_images": 4,
+}
 
 
 @pytest.fixture
@@ -37,11 +44,12 @@ def asked(monkeypatch, tmp_path):
     monkeypatch.setattr(fig2_16, "train_segdiff", train)
     monkeypatch.setattr(labels, "train_supervised", taught)
     monkeypatch.setattr(table2_7, "_known", {})
-    monkeypatch.setenv(table2_7.VOC, "somewhere")
 
     def ask(name, data, scale="full", **changes):
         found.clear()
-        setup = Setup(name, Path(data), scale, tmp_path, progress=False, changes={**TINY, **changes})
+        setup = Setup(
+            name, Path(data), scale, tmp_path, progress=False, changes={**TINY, **changes}, inputs={"voc": Path("x")}
+        )
         for row in experiments()[name].rows(setup):
             with suppress(NotRun):
                 row.work(setup, 0)

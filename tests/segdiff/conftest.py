@@ -12,12 +12,12 @@ from factorkit.segdiff.run import SegdiffRun
 TINY = {
     "regions": 3,
     "resolution": 16,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (8,),
-    "heads": 2,
-    "groups": 4,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (8,),
+    "num_heads": 2,
+    "norm_groups": 4,
 }
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch._dynamo  # noqa: F401
 
 from factorkit.engine import checkpoint
-from factorkit.engine import trainer as loop
+from factorkit.segdiff import train as training
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.train import train_segdiff
 
@@ -38,12 +38,12 @@ def train(out: Path) -> None:
         images,
         out=out,
         steps=40,
-        width=8,
+        model_channels=8,
         resolution=16,
-        multipliers=(1, 2),
-        blocks=1,
-        attention=(),
-        groups=4,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        norm_groups=4,
         batch_size=4,
         device="cpu",
         checkpoint_every=2,
@@ -95,7 +95,7 @@ def run(out: Path, kill: str | None) -> int:
         # the way back from damage is tested elsewhere; no kill may damage anything
         warnings.filterwarnings("error", message=".*Taking the previous")
         SegdiffTask.inspect = lambda *arguments: {}
-        loop.write_report = lambda folder: None
+        training.write_report = lambda folder: None
         if kill == "step":
             die_in_a_step(random.Random())
         elif kill:

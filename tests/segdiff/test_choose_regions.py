@@ -16,7 +16,7 @@ from factorkit.segdiff.masks.mixture import JUDGED, RegionCompetition, unexplain
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.rng import derived_seed
 
-QUICK = {"resolution": 16, "steps": 60, "seeds": 1, "device": "cpu", "progress": False}
+QUICK = {"resolution": 16, "steps": 60, "seed_trials": 1, "device": "cpu", "progress": False}
 
 
 @pytest.fixture(autouse=True)
@@ -95,11 +95,11 @@ def test_what_is_finished_is_not_trained_again(trained, monkeypatch):
     trained.clear()
     assert choose_regions(layers(2), out="out", candidates=(2, 3), **changes).errors == first.errors
     assert trained == []
-    more = choose_regions(layers(2), out="out", candidates=(2, 3, 5), **{**changes, "seeds": 2})
+    more = choose_regions(layers(2), out="out", candidates=(2, 3, 5), **{**changes, "seed_trials": 2})
     assert set(trained) == {(2, 1), (3, 1), (5, 0), (5, 1)}
     assert more.errors[2][0] == first.errors[2][0] and len(more.errors[5]) == 2
-    with pytest.raises(CheckpointError, match="mirror: True there, False"):
-        choose_regions(layers(2), out="out", candidates=(2, 3), mirror=False, **changes)
+    with pytest.raises(CheckpointError, match="random_flip: True there, False"):
+        choose_regions(layers(2), out="out", candidates=(2, 3), random_flip=False, **changes)
     with pytest.raises(CheckpointError, match="sha256"):
         choose_regions(layers(3), out="out", candidates=(2, 3), **changes)
 
@@ -121,8 +121,8 @@ def test_it_is_judged_on_pictures_it_was_not_trained_on(monkeypatch):
     [
         ({"candidates": (3,)}, "two numbers"),
         ({"candidates": (1, 2)}, "at least 2"),
-        ({"seeds": 0}, "seeds=0"),
-        ({"least_fall": 2.0}, "least_fall=2.0"),
+        ({"seed_trials": 0}, "seed_trials=0"),
+        ({"min_improvement": 2.0}, "min_improvement=2.0"),
         ({"steps": 0}, "steps=0"),
     ],
 )

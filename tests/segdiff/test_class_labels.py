@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import factorkit
 from factorkit.data.datasets import Dataset
 from factorkit.data.sources import ArraySource
-from factorkit.diffusion.guidance import Guided
+from factorkit.diffusion.denoiser import GuidedDenoiser
 from factorkit.segdiff import train
 from factorkit.segdiff.class_labels import chosen_labels, class_sheet
 from factorkit.segdiff.config import preset_config
@@ -25,11 +25,11 @@ CPU = torch.device("cpu")
 TINY = {
     "resolution": 8,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "steps": 4,
     "batch_size": 4,
     "checkpoint_every": 2,
@@ -46,8 +46,7 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 2)
-    for caller in ("engine.loop", "segdiff.train"):
-        monkeypatch.setattr(f"factorkit.{caller}.write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
 
 
 def pictures(count=6) -> np.ndarray:
@@ -104,10 +103,10 @@ def test_guidance_mixes_predictions_and_keeps_the_told_models_masks(tiny, batch)
     x_t, t = batch(count=2)
     labels = torch.tensor([1, 2])
     told, free = model(x_t, t, labels), model(x_t, t)
-    found = Guided(model, labels, 3.0)(x_t, t)
+    found = GuidedDenoiser(model, labels, 3.0)(x_t, t)
     torch.testing.assert_close(found.prediction, 3 * told.prediction - 2 * free.prediction)
     torch.testing.assert_close(found.bottleneck.masks, told.bottleneck.masks)
-    torch.testing.assert_close(Guided(model, labels, 0.0)(x_t, t).prediction, free.prediction)
+    torch.testing.assert_close(GuidedDenoiser(model, labels, 0.0)(x_t, t).prediction, free.prediction)
 
 
 def test_without_guidance_the_network_is_called_once():
@@ -117,9 +116,9 @@ def test_without_guidance_the_network_is_called_once():
         calls.append(cond)
         return factorkit.diffusion.denoiser.Denoised(x, None)
 
-    Guided(model, "rose", 1.0)(torch.zeros(1), torch.zeros(1))
+    GuidedDenoiser(model, "rose", 1.0)(torch.zeros(1), torch.zeros(1))
     assert calls == ["rose"]
-    Guided(model, "rose", 2.0)(torch.zeros(1), torch.zeros(1))
+    GuidedDenoiser(model, "rose", 2.0)(torch.zeros(1), torch.zeros(1))
     assert calls[1:] == ["rose", None]
 
 
@@ -134,7 +133,7 @@ def test_guidance_sharpens_a_gaussian_as_its_formula_says():
     told, free, pushed = (Gaussian(schedule, mu, 1.0) for mu in (0.2, 0.0, 0.5))
     either = lambda x, t, cond: (free if cond is None else told)(x, t)  # noqa: E731
     options = {"schedule": schedule, "prediction": "v", "sampler": "heun", "steps": 20, "seed": 1, "clip": False}
-    found = sample(Guided(either, "told", 2.5), (1, 1, 16, 16), **options).images
+    found = sample(GuidedDenoiser(either, "told", 2.5), (1, 1, 16, 16), **options).images
     torch.testing.assert_close(found, sample(pushed, (1, 1, 16, 16), **options).images, rtol=0, atol=1e-4)
 
 
@@ -202,7 +201,7 @@ def test_labels_of_the_data_set_itself_are_used_when_asked_for(monkeypatch):
     assert found.names == ["iris", "rose"] and found.labels.tolist() == [1, 0]
     assert train.find_classes(None, dataset, dataset.train.names) is None
     plain = Dataset("plain", ArraySource(pictures()), None, None)
-    with pytest.raises(ConfigError, match="positions, no folders"):
+    with pytest.raises(ConfigError, match="have no folders"):
         train.find_classes("auto", plain, plain.train.names)
 
 

@@ -23,18 +23,18 @@ def test_the_thesis_form_is_the_letter_of_chapter_2():
         "half_resolution_masks": False,
         "mask_learning_rate": 1.0,
         "t_max": 1000,
-        "tail": 0.0,
+        "high_noise_fraction": 0.0,
         "coarse_to_fine": (0, 0),
     }
     assert (config.learning_rate, config.ema_decay, config.batch_size, config.regions) == (1e-4, 0.9999, 128, 3)
-    assert (config.width, config.timesteps, config.segment_t) == (128, 1000, 30)
+    assert (config.model_channels, config.timesteps, config.segment_t) == (128, 1000, 30)
 
 
 def test_the_regional_form_is_the_default_and_turns_every_part_on():
     config = SegdiffConfig().resolved()
     assert config.form == "regional" and config.prediction == "v" and config.branch_norm == "pixel"
     assert config.region_tokens and config.normalised_logits and config.half_resolution_masks
-    assert config.mask_learning_rate < 1 and config.t_max < 1000 and config.tail > 0
+    assert config.mask_learning_rate < 1 and config.t_max < 1000 and config.high_noise_fraction > 0
     assert 0 <= config.coarse_to_fine[0] < config.coarse_to_fine[1]
 
 
@@ -66,16 +66,16 @@ def test_each_part_is_its_own_argument(form, name, value):
 
 
 def test_tail_is_an_argument_too_and_vanishes_where_there_is_none():
-    assert SegdiffConfig(tail=0.25).resolved().tail == 0.25
-    assert SegdiffConfig(form="thesis", t_max=500, tail=0.25).resolved().tail == 0.25
-    assert SegdiffConfig(t_max=1000).resolved().tail == 0
+    assert SegdiffConfig(high_noise_fraction=0.25).resolved().high_noise_fraction == 0.25
+    assert SegdiffConfig(form="thesis", t_max=500, high_noise_fraction=0.25).resolved().high_noise_fraction == 0.25
+    assert SegdiffConfig(t_max=1000).resolved().high_noise_fraction == 0
 
 
 @pytest.mark.parametrize(("form", "t_max"), [("thesis", 200), ("regional", SegdiffConfig().resolved().t_max // 5)])
 def test_times_follow_the_length_of_the_schedule(form, t_max):
     config = SegdiffConfig(form=form, timesteps=200).resolved()
     assert config.t_max == t_max
-    assert (config.tail > 0) == (t_max < 200)
+    assert (config.high_noise_fraction > 0) == (t_max < 200)
 
 
 @pytest.mark.parametrize("decoding", ["concat", "masked_mid", "unshared"])
@@ -90,7 +90,7 @@ def test_a_resolved_configuration_survives_its_file_and_stays_as_it_is():
     config = preset_config("fast32", form="thesis", region_tokens=True, coarse_to_fine=(1, 2)).resolved()
     again = SegdiffConfig.from_dict(config.to_dict())
     assert again == config == again.resolved()
-    assert isinstance(again.multipliers, tuple) and isinstance(config.to_dict()["multipliers"], list)
+    assert isinstance(again.channel_mult, tuple) and isinstance(config.to_dict()["channel_mult"], list)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_thesis_presets_are_its_section_2_4(name, resolution, steps, batch):
     config = preset_config(name).resolved()
     assert (config.form, config.resolution, config.steps, config.batch_size) == ("thesis", resolution, steps, batch)
     shape = ((1, 2, 3, 4), 3) if resolution == 64 else ((1, 1, 2, 3, 4), 2)
-    assert (config.multipliers, config.blocks) == shape
-    assert (config.width, config.regions, config.learning_rate, config.ema_decay) == (128, 3, 1e-4, 0.9999)
+    assert (config.channel_mult, config.num_res_blocks) == shape
+    assert (config.model_channels, config.regions, config.learning_rate, config.ema_decay) == (128, 3, 1e-4, 0.9999)
     assert (config.warmup_steps, config.lr_decay_fraction, config.gradient_clip, config.dropout) == (0, 0.0, None, 0.0)
 
 
@@ -140,21 +140,21 @@ def test_changes_win_over_the_preset():
         ({"decoding": "concat", "region_tokens": True}, r"region_tokens=False"),
         ({"prediction": "score"}, r"prediction='score'.*eps, v, x0, flow"),
         ({"branch_norm": "layer"}, r"branch_norm='layer'.*group, masked_group, pixel"),
-        ({"multipliers": ()}, r"multipliers=\(\)"),
-        ({"multipliers": (1, 0)}, r"multipliers=\(1, 0\)"),
-        ({"width": 7}, r"width=7 must be even"),
-        ({"blocks": 0}, r"blocks=0"),
+        ({"channel_mult": ()}, r"channel_mult=\(\)"),
+        ({"channel_mult": (1, 0)}, r"channel_mult=\(1, 0\)"),
+        ({"model_channels": 7}, r"model_channels=7 must be even"),
+        ({"num_res_blocks": 0}, r"num_res_blocks=0"),
         ({"dropout": 1.5}, r"dropout=1.5"),
         ({"mask_learning_rate": -1.0}, r"mask_learning_rate=-1"),
         ({"t_max": 2000}, r"t_max=2000.*timesteps=1000"),
         ({"t_max": 0}, r"t_max=0"),
-        ({"tail": 1.5}, r"tail=1.5"),
-        ({"t_max": 1000, "tail": 0.5}, r"tail=0.5.*t_max=1000"),
+        ({"high_noise_fraction": 1.5}, r"high_noise_fraction=1.5"),
+        ({"t_max": 1000, "high_noise_fraction": 0.5}, r"high_noise_fraction=0.5.*t_max=1000"),
         ({"coarse_to_fine": (150, 50)}, r"coarse_to_fine=\(150, 50\)"),
         ({"coarse_to_fine": (1, 2, 3)}, r"coarse_to_fine=\(1, 2, 3\)"),
         ({"timesteps": 20}, r"timesteps=20.*more than 20"),
         ({"segment_t": 1000}, r"segment_t=1000.*999"),
-        ({"fit": 0}, r"fit=0"),
+        ({"num_fit_images": 0}, r"num_fit_images=0"),
         ({"steps": 0}, r"steps=0"),
         ({"learning_rate": 0.0}, r"learning_rate=0"),
         ({"precision": "fp8"}, r"precision='fp8'.*bf16 or fp32"),
@@ -176,20 +176,20 @@ def test_what_makes_a_step_smaller_is_named_with_numbers():
     advice = lambda at_once=8, **changes: preset_config("demo", **changes).resolved().memory_advice(at_once)  # noqa: E731
     assert "micro_batch_size=4" in advice() and "checkpoint_branches=True" in advice()
     assert "checkpoint_branches" not in advice(checkpoint_branches=True) + advice(regions=1) + advice(decoding="concat")
-    assert "micro" not in advice(1) and "width=" in advice(1, regions=1)
+    assert "micro" not in advice(1) and "model_channels=" in advice(1, regions=1)
 
 
 def test_whole_numbers_of_numpy_and_torch_are_whole_numbers():
     given = {
         "regions": np.int64(2),
         "seed": torch.tensor(7),
-        "multipliers": [np.int32(1), 2],
+        "channel_mult": [np.int32(1), 2],
         "ema_decay": np.float64(0.5),
     }
     config = preset_config("demo", **given).resolved()
-    assert (config.regions, config.seed, config.multipliers) == (2, 7, (1, 2))
-    assert {type(n) for n in (config.regions, config.seed, *config.multipliers)} == {int}
-    assert preset_config("demo", regions=(np.int64(2), 3)).resolved().leaves == 6
+    assert (config.regions, config.seed, config.channel_mult) == (2, 7, (1, 2))
+    assert {type(n) for n in (config.regions, config.seed, *config.channel_mult)} == {int}
+    assert preset_config("demo", regions=(np.int64(2), 3)).resolved().num_leaf_regions == 6
     for wrong in (np.float32(2), np.array([2, 2]), True + 0.5):
         with pytest.raises(ConfigError, match="regions="):
             preset_config("demo", regions=wrong).resolved()

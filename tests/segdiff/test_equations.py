@@ -42,7 +42,7 @@ def naive_block(block, x, embedding, mask=None):
 def naive_attention(attention, x, mask=None):
     q, k, v = attention.qkv(naive_norm(x, attention.norm, mask)).flatten(2).chunk(3, 1)
     out = []
-    for qh, kh, vh in zip(*(z.chunk(attention.heads, 1) for z in (q, k, v)), strict=True):
+    for qh, kh, vh in zip(*(z.chunk(attention.num_heads, 1) for z in (q, k, v)), strict=True):
         weights = (qh.transpose(1, 2) @ kh / math.sqrt(qh.shape[1])).softmax(-1)
         out.append(vh @ weights.transpose(1, 2))
     return x + attention.project(torch.cat(out, 1).reshape(x.shape))
@@ -52,12 +52,12 @@ def naive_encoder(encoder, x, embedding):
     h = F.conv2d(x, encoder.conv_in.weight, encoder.conv_in.bias, padding=1)
     skips = [h]
     for level in encoder.levels:
-        for i, block in enumerate(level["blocks"]):
+        for i, block in enumerate(level.blocks):
             h = naive_block(block, h, embedding)
-            h = naive_attention(level["attention"][i], h) if len(level["attention"]) else h
+            h = naive_attention(level.attention[i], h) if len(level.attention) else h
             skips.append(h)
-        if "down" in level:
-            h = F.conv2d(h, level["down"].weight, level["down"].bias, stride=2, padding=1)
+        if level.down is not None:
+            h = F.conv2d(h, level.down.weight, level.down.bias, stride=2, padding=1)
             skips.append(h)
     return skips
 
@@ -72,11 +72,11 @@ def naive_decoder(decoder, h, skips, embedding, mask=None):
     skips = list(skips)
     for level in decoder.levels:
         here = None if mask is None else F.interpolate(mask, h.shape[2:], mode="area")
-        for i, block in enumerate(level["blocks"]):
+        for i, block in enumerate(level.blocks):
             h = naive_block(block, torch.cat([h, skips.pop()], 1), embedding, here)
-            h = naive_attention(level["attention"][i], h, here) if len(level["attention"]) else h
-        if "up" in level:
-            up = level["up"]
+            h = naive_attention(level.attention[i], h, here) if len(level.attention) else h
+        if level.up is not None:
+            up = level.up
             h = F.conv2d(h.repeat_interleave(2, 2).repeat_interleave(2, 3), up.weight, up.bias, padding=1)
     assert not skips, "every skip is used once"
     return decoder.conv_out(F.silu(naive_norm(h, decoder.norm_out, mask)))
@@ -115,7 +115,7 @@ def naive_thesis(model, x, t, decoding="masked_skips"):
 @torch.no_grad()
 def naive_regional(model, x, t):
     embedding, skips, h = naive_trunk(model, x, t)
-    logits = naive_decoder(model.mask_generator, h, skips[model.blocks + 1 :], embedding)
+    logits = naive_decoder(model.mask_generator, h, skips[model.num_res_blocks + 1 :], embedding)
     logits = F.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=False)
     logits = logits - logits.mean(1, keepdim=True)
     norm = model.logit_norm

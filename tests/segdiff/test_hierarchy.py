@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 
 import factorkit
-from factorkit.cli.commands import score_table
+from factorkit.cli.evaluate import format_scores
 from factorkit.data.procedural.rooms import draw_rooms
 from factorkit.diffusion.denoiser import Denoised
-from factorkit.report.html import write_report
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels, level_labels, level_masks, scored_level
 from factorkit.segdiff.network import RegionLogitNorm
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import SegdiffTask
+from factorkit.segdiff.verdict import write_report
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.rng import BatchDraw
 from tests.segdiff.conftest import TINY, stirred
@@ -127,7 +127,7 @@ def test_a_region_that_is_all_rim_is_measured_there():
 
 def test_region_tokens_of_a_level_are_taken_inside_the_region(batch):
     torch.manual_seed(0)
-    model = stirred(preset_config("demo", **{**TINY, "multipliers": (1, 2), "regions": 2}).resolved().build()).eval()
+    model = stirred(preset_config("demo", **{**TINY, "channel_mult": (1, 2), "regions": 2}).resolved().build()).eval()
     seen = []
     pooled = model.tokens.forward
     model.tokens.forward = lambda x, masks: seen.append(masks) or pooled(x, masks)
@@ -173,7 +173,7 @@ def test_one_number_in_a_list_is_that_number():
     listed, plain = (preset_config("demo", regions=regions).resolved() for regions in ((3,), 3))
     assert listed.to_dict() == plain.to_dict()
     config = preset_config("demo", regions=[3, 2]).resolved()
-    assert config.nesting == (3, 2) and config.leaves == 6
+    assert config.nesting == (3, 2) and config.num_leaf_regions == 6
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_what_cannot_nest_is_refused(changes, says):
 
 
 def test_three_levels_train_and_are_scored(tmp_path, monkeypatch):
-    monkeypatch.setattr("factorkit.engine.trainer.write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
     images, labels = draw_rooms(8, 16)
     run = factorkit.train_segdiff(
         images,
@@ -199,9 +199,9 @@ def test_three_levels_train_and_are_scored(tmp_path, monkeypatch):
         steps=3,
         resolution=16,
         regions=(2, 2, 2),
-        width=8,
-        groups=2,
-        multipliers=(1, 2),
+        model_channels=8,
+        norm_groups=2,
+        channel_mult=(1, 2),
         batch_size=2,
         sample_every=0,
         device="cpu",
@@ -211,7 +211,7 @@ def test_three_levels_train_and_are_scored(tmp_path, monkeypatch):
     assert found.masks.shape == (2, 8, 16, 16) and found.level(2).masks.shape == (2, 4, 16, 16)
     assert torch.equal(found.level(2).labels, found.labels // 2)
     eighths = np.arange(16)[:, None] // 8 * 4 + np.arange(16) // 8 * 2 + labels % 2
-    scores = run.evaluate(images, eighths.astype(np.uint8), nesting=(2, 2, 2), fit=4)
+    scores = run.evaluate(images, eighths.astype(np.uint8), nesting=(2, 2, 2), num_fit_images=4)
     first, second, third = scores["accuracy"]
     assert 0 < third <= second <= first <= 1 and len(scores["mapping"][2]) == 8
     assert third == pytest.approx(first * scores["within"][1] * scores["within"][2])
@@ -237,25 +237,25 @@ def test_many_leaves_are_scored_at_a_coarser_level(monkeypatch):
         return torch.nn.functional.one_hot(leaves, 16).movedim(-1, 1).float()
 
     monkeypatch.setattr(run.model, "segment", segment)
-    scores = run.evaluate(images, truth, fit=2)
+    scores = run.evaluate(images, truth, num_fit_images=2)
     assert (scores["level"], scores["mapping"], scores["iou"]) == (1, [2], 1)
     assert scores["areas"] == pytest.approx([1 - truth.mean(), 0, truth.mean(), 0])
-    assert "foreground is region 2 of level 1" in score_table(scores)
+    assert "foreground is region 2 of level 1" in format_scores(scores)
     with pytest.raises(ConfigError, match="13 regions cannot be mapped"):
-        untrained((13, 2)).evaluate(images, truth, fit=2)
+        untrained((13, 2)).evaluate(images, truth, num_fit_images=2)
 
 
 def test_a_run_from_training_to_files(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
-    monkeypatch.setattr("factorkit.engine.trainer.write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
     images, labels = draw_rooms(12, 16)
     settings = {
         "resolution": 16,
         "regions": (2, 3),
-        "width": 8,
-        "multipliers": (1, 2),
-        "groups": 2,
+        "model_channels": 8,
+        "channel_mult": (1, 2),
+        "norm_groups": 2,
         "batch_size": 4,
         "checkpoint_every": 2,
         "sample_every": 4,
@@ -282,7 +282,7 @@ def test_a_run_from_training_to_files(tmp_path, monkeypatch):
     assert run.generate(1, steps=1).masks.shape == (1, 6, 16, 16)
     assert run.branches(images[:1]).branches.shape == (1, 6, 3, 16, 16)
 
-    scores = run.evaluate(images, labels, nesting=(3, 3), fit=6)
+    scores = run.evaluate(images, labels, nesting=(3, 3), num_fit_images=6)
     assert scores["scored"] == 6 and scores["accuracy"][1] <= scores["accuracy"][0] <= 1
     assert json.loads((out / "scores.json").read_text())["within"] == scores["within"]
     written = run.segment_folder(images[:2], tmp_path / "files", progress=False)
@@ -295,7 +295,7 @@ def test_a_run_from_training_to_files(tmp_path, monkeypatch):
 
 @torch.no_grad()
 def test_every_level_is_asked_for_the_whole_target():
-    settings = {**TINY, "multipliers": (1, 2), "regions": (2, 2), "coarse_to_fine": (0, 0), "precision": "fp32"}
+    settings = {**TINY, "channel_mult": (1, 2), "regions": (2, 2), "coarse_to_fine": (0, 0), "precision": "fp32"}
     images = draw_rooms(4, 16)[0]
     task = SegdiffTask(preset_config("demo", **settings).resolved(), images, images, torch.device("cpu"))
     for level in task.model.levels:

@@ -109,7 +109,14 @@ def test_unshared_decoders_with_equal_weights_are_the_shared_one(tiny, batch):
 @pytest.mark.parametrize("form", ["thesis", "regional"])
 def test_every_parameter_learns(batch, decoding, form):
     changes = {"regions": 1} if decoding == "one region" else {"decoding": decoding}
-    small = {"resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "groups": 4}
+    small = {
+        "resolution": 16,
+        "model_channels": 8,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (8,),
+        "norm_groups": 4,
+    }
     model = preset_config(None, form=form, steps=1, **small, **changes).resolved().build().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, t = batch(torch.float32, count=8)
@@ -198,7 +205,7 @@ def test_a_region_token_does_not_depend_on_the_area_and_only_on_its_own_pixels()
 
 @pytest.mark.parametrize("form", [{}, {**REGIONAL}])
 def test_gradients_are_those_of_finite_differences(tiny, batch, form):
-    model = tiny(**form, regions=2, blocks=1).train()
+    model = tiny(**form, regions=2, num_res_blocks=1).train()
     x, t = batch(count=4)
     weights = torch.randn_like(x)
 
@@ -262,7 +269,7 @@ def test_the_reference_ops_give_the_same_numbers(tiny, batch, decoding, monkeypa
 
 
 def test_it_compiles_without_a_graph_break(tiny, batch):
-    model, (x, t) = tiny(torch.float32, **REGIONAL, attention=()).train(), batch(torch.float32, count=8)
+    model, (x, t) = tiny(torch.float32, **REGIONAL, attention_resolutions=()).train(), batch(torch.float32, count=8)
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for run in (compiled, twin):
@@ -292,7 +299,7 @@ def test_presets_build_and_answer_at_their_resolution(preset):
         x = torch.empty(1, 3, config.resolution, config.resolution)
         out = config.build()(x, torch.zeros(1, dtype=torch.int64))
     assert out.prediction.shape == x.shape
-    assert out.bottleneck.masks.shape == (1, config.leaves, config.resolution, config.resolution)
+    assert out.bottleneck.masks.shape == (1, config.num_leaf_regions, config.resolution, config.resolution)
 
 
 @pytest.mark.parametrize(
@@ -300,13 +307,13 @@ def test_presets_build_and_answer_at_their_resolution(preset):
     [
         ({"regions": 0}, r"regions=0.*regions=1 is the plain DDPM"),
         ({"resolution": 17}, r"resolution=17.*resolution=16"),
-        ({"resolution": 23, "multipliers": (1, 1, 2, 2)}, r"cannot be halved 3 times.*resolution=24"),
+        ({"resolution": 23, "channel_mult": (1, 1, 2, 2)}, r"cannot be halved 3 times.*resolution=24"),
         ({"resolution": 1}, r"resolution=1 .*resolution=2"),
         ({"decoding": "both"}, r"decoding='both'.*masked_skips, concat"),
         ({"decoding": "concat", "branch_norm": "masked_group"}, r"decoding='concat'.*branch_norm='group'"),
         ({"decoding": "masked_mid", "branch_norm": "masked_group"}, r"branch_norm='group'"),
         ({"decoding": "concat", "region_tokens": True}, r"region_tokens=False"),
-        ({"multipliers": (2,), "half_resolution_masks": True}, r"more multipliers"),
+        ({"channel_mult": (2,), "half_resolution_masks": True}, r"channel_mult more"),
     ],
 )
 def test_parts_that_cannot_work_together_are_refused_with_the_cure(tiny, changes, says):
@@ -315,4 +322,4 @@ def test_parts_that_cannot_work_together_are_refused_with_the_cure(tiny, changes
 
 
 def test_one_region_does_not_mind_settings_of_masks_it_lacks(tiny):
-    tiny(regions=1, multipliers=(1,), **REGIONAL)
+    tiny(regions=1, channel_mult=(1,), **REGIONAL)

@@ -21,11 +21,11 @@ CPU = torch.device("cpu")
 TINY = {
     "resolution": 8,
     "regions": 3,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "steps": 3,
     "batch_size": 4,
     "sample_every": 0,
@@ -39,8 +39,7 @@ PAIRS = [(p, s) for p in ("eps", "v", "x0", "flow") for s in ("linear", "cosine"
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 2)
-    for caller in ("engine.loop", "segdiff.train"):
-        monkeypatch.setattr(f"factorkit.{caller}.write_report", lambda folder: None)
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
 
 
 def pictures(count=6) -> np.ndarray:
@@ -74,7 +73,9 @@ def levels(kind: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("form", ["regional", "thesis"])
 @pytest.mark.parametrize(("prediction", "kind"), PAIRS)
 def test_the_loss_is_its_formula(form, prediction, kind, weighting):
-    task = task_of(form=form, prediction=prediction, schedule=kind, loss_weighting=weighting, t_max=900, tail=0.0)
+    task = task_of(
+        form=form, prediction=prediction, schedule=kind, loss_weighting=weighting, t_max=900, high_noise_fraction=0.0
+    )
     draw, indices = BatchDraw(3, 0, 4, slice(0, 4), CPU), torch.arange(4)
     found = task.loss(task.model, indices, draw, torch.tensor(999))  # long after coarse to fine
 
@@ -127,7 +128,6 @@ def test_it_trains_segments_and_draws_with_every_sampler(form, prediction, kind,
     assert run.segment(pictures()).masks.shape == (6, 3, 8, 8)
     seen = [again.generate(2, sampler=sampler, steps=4).images for sampler in SAMPLERS]
     assert all(images.isfinite().all() and images.std() > 0 for images in seen)
-    assert torch.equal(seen[SAMPLERS.index("euler")], seen[SAMPLERS.index("ddim")])
     assert not torch.equal(seen[SAMPLERS.index("heun")], seen[SAMPLERS.index("ddim")])
 
 
@@ -141,9 +141,9 @@ def test_levels_by_default_have_the_noise_they_have_on_the_linear_schedule():
         config = preset_config(preset, **changes).resolved()
         assert ratio(config.noising(), config.t_max) == pytest.approx(ratio(reference, most), rel=0.02)
         assert ratio(config.noising(), config.segment_t) == pytest.approx(ratio(reference, 30), rel=0.02)
-        assert config.tail == 0.1
+        assert config.high_noise_fraction == 0.1
         thesis = SegdiffConfig(form="thesis", **{"prediction": "v", **changes}).resolved()
-        assert thesis.t_max == thesis.timesteps and thesis.tail == 0
+        assert thesis.t_max == thesis.timesteps and thesis.high_noise_fraction == 0
     assert SegdiffConfig(schedule="cosine", segment_t=5, t_max=77).resolved().segment_t == 5
 
 

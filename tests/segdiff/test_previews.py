@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from factorkit.segdiff.previews import (
-    contact_sheet,
+    draw_image_grid,
     generation_sheet,
     label_image,
     mask_image,
@@ -82,7 +82,7 @@ def test_one_region_has_no_lines():
 
 def test_a_grid_enlarges_by_a_whole_factor_and_puts_each_picture_in_its_place():
     checks = (np.indices((32, 32)).sum(0) % 2 * 255).astype(np.uint8)
-    sheet = np.asarray(contact_sheet([[RED, GREEN], [BLUE, None], [checks]], gap=2))
+    sheet = np.asarray(draw_image_grid([[RED, GREEN], [BLUE, None], [checks]], gap=2))
     assert sheet.shape == (3 * 96 + 4 * 2, 2 * 96 + 3 * 2, 3)
     assert (sheet[2:98, 2:98] == (255, 0, 0)).all()
     assert (sheet[2:98, 100:196] == (0, 255, 0)).all()
@@ -94,15 +94,15 @@ def test_a_grid_enlarges_by_a_whole_factor_and_puts_each_picture_in_its_place():
 
 def test_captions_take_room_of_their_own_and_stay_in_their_cell():
     swatch = (10, 200, 30)
-    plain = np.asarray(contact_sheet([[RED, GREEN]]))
+    plain = np.asarray(draw_image_grid([[RED, GREEN]]))
     captions = ["", ("a caption far too long for its cell " * 3, swatch)]
-    sheet = np.asarray(contact_sheet([[RED, GREEN]], captions))
+    sheet = np.asarray(draw_image_grid([[RED, GREEN]], captions))
     assert np.array_equal(sheet[LINE:], plain)
     written = (sheet[:LINE] != sheet[0, 0]).any(axis=(0, 2))
     assert not written[:100].any() and written[100:196].any() and not written[196:].any()
     assert (sheet[:LINE] == swatch).all(-1).sum() > 40
 
-    sheet = np.asarray(contact_sheet([[RED], [GREEN]], row_captions=["first", "the second"]))
+    sheet = np.asarray(draw_image_grid([[RED], [GREEN]], row_captions=["first", "the second"]))
     left = sheet.shape[1] - 100
     assert left > 40 and (sheet[2:98, left + 2 : left + 98] == (255, 0, 0)).all()
     assert (sheet[:, :left] < 100).all(-1).sum() > 20
@@ -110,15 +110,15 @@ def test_captions_take_room_of_their_own_and_stay_in_their_cell():
 
 def test_large_images_are_shrunk_to_the_cell_and_centred_in_it():
     wide = np.full((300, 900, 3), 7, np.uint8)
-    assert contact_sheet([[wide]], gap=0).size == (256, 85)
-    sheet = np.asarray(contact_sheet([[wide, RED]], cell=64, gap=0))
+    assert draw_image_grid([[wide]], gap=0).size == (256, 85)
+    sheet = np.asarray(draw_image_grid([[wide, RED]], cell=64, gap=0))
     assert sheet.shape == (64, 128, 3)
     assert (sheet[22:42, :64] == 7).all() and (sheet[:20, :64] != 7).all()
     assert (sheet[:, 64:] == (255, 0, 0)).all()
 
 
 def test_an_empty_grid_is_a_picture_too():
-    assert contact_sheet([]).size == (2, 2)
+    assert draw_image_grid([]).size == (2, 2)
 
 
 def test_a_segmentation_sheet_shows_image_regions_truth_masks_and_branches_in_this_order():

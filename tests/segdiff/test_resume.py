@@ -21,12 +21,12 @@ def tiny_segdiff(out: Path, **changes):
     images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
     settings = {
         "steps": 4,
-        "width": 8,
+        "model_channels": 8,
         "resolution": 16,
-        "multipliers": (1, 2),
-        "blocks": 1,
-        "attention": (),
-        "groups": 4,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (),
+        "norm_groups": 4,
         "batch_size": 4,
         "device": "cpu",
         "sample_every": 0,

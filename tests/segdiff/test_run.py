@@ -19,18 +19,19 @@ from factorkit.data.procedural.flowers import draw_flowers
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.sampling import draw_images
-from factorkit.segdiff.task import noised, to_float
+from factorkit.segdiff.task import noised
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.images import pixels_to_signed
 
 CPU = torch.device("cpu")
 TINY = {
     "resolution": 16,
     "regions": 3,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "steps": 3,
     "batch_size": 4,
     "ema_decay": 0.5,
@@ -84,7 +85,7 @@ def knows(run, monkeypatch, regions_of):
 
 def test_segment_of_a_square_is_the_models_masks_at_level_30(run):
     image = picture(16, 16)
-    x = to_float(torch.from_numpy(np.array(image))[None])
+    x = pixels_to_signed(torch.from_numpy(np.array(image))[None])
     x_t, t = noised(x, 30, run.schedule)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = run.model(x_t, t).bottleneck.masks
@@ -250,9 +251,9 @@ def test_the_trajectory_leads_from_noise_to_the_images(run, sampler):
 
 
 def test_a_model_that_never_saw_the_noisiest_levels_starts_below_them():
-    low = untrained(tail=0.0, t_max=40)
+    low = untrained(high_noise_fraction=0.0, t_max=40)
     assert [frame.t for frame in low.generate(1, trajectory=True).trajectory][:2] == [39, 38], "not 50 steps either"
-    assert untrained(tail=0.1, t_max=40).generate(1, steps=2, trajectory=True).trajectory[0].t == 999
+    assert untrained(high_noise_fraction=0.1, t_max=40).generate(1, steps=2, trajectory=True).trajectory[0].t == 999
 
 
 @pytest.mark.parametrize("changes", [{"regions": 1}, {"decoding": "concat"}, {"form": "thesis"}])
@@ -290,7 +291,7 @@ def bright(colours):
 def test_a_model_that_knows_the_masks_scores_one(monkeypatch):
     run = untrained(regions=2)
     knows(run, monkeypatch, lambda colours: 1 - bright(colours))
-    scores = run.evaluate(*squares(), fit=3)
+    scores = run.evaluate(*squares(), num_fit_images=3)
     assert {n: scores[n] for n in ("acc", "iou", "dice", "oracle_iou")} == pytest.approx(
         {"acc": 1, "iou": 1, "dice": 1, "oracle_iou": 1}
     )
@@ -304,7 +305,7 @@ def test_the_fixed_mapping_is_not_the_oracle(monkeypatch):
     images, masks = squares(10)  # the two regions trade places from image to image
     order = iter(range(10))
     knows(run, monkeypatch, lambda colours: torch.stack([b if next(order) % 2 else 1 - b for b in bright(colours)]))
-    scores = run.evaluate(images, masks, fit=2)
+    scores = run.evaluate(images, masks, num_fit_images=2)
     assert scores["oracle_iou"] == pytest.approx(1)
     assert scores["iou"] < 0.7
 
@@ -314,7 +315,7 @@ def test_scores_by_hand_with_pixels_that_are_not_counted(monkeypatch):
     knows(run, monkeypatch, lambda colours: torch.zeros_like(colours[:, 0], dtype=torch.int64))
     images, masks = squares(4)
     masks[:, :, 14:] = 128
-    scores = run.evaluate(images, masks, fit=1, ignore=128)
+    scores = run.evaluate(images, masks, num_fit_images=1, ignore=128)
     inside = (masks[1:] == 1).sum((1, 2)) / (16 * 14)
     assert scores["mapping"] == [0], "all foreground is better than none"
     assert scores["iou"] == pytest.approx(inside.mean()) == scores["acc"]
@@ -325,7 +326,7 @@ def test_scores_at_another_size_are_those_of_the_enlarged_masks(monkeypatch):
     run = untrained(regions=2)
     knows(run, monkeypatch, bright)
     images, masks = squares(6, 64)
-    scores = run.evaluate(images, masks, fit=2, size=64)
+    scores = run.evaluate(images, masks, num_fit_images=2, size=64)
     assert scores["size"] == 64 and 0.4 < scores["iou"] < 1
 
 
@@ -337,15 +338,15 @@ def test_folders_match_by_name_and_baselines_stand_beside(monkeypatch, tmp_path)
         (tmp_path / name).mkdir()
         for i, pixels in enumerate(stack):
             Image.fromarray(pixels * np.uint8(factor)).save(tmp_path / name / f"{(i * 3) % 5}.png")
-    scores = run.evaluate(tmp_path / "images", tmp_path / "masks", fit=2, baselines=True)
+    scores = run.evaluate(tmp_path / "images", tmp_path / "masks", num_fit_images=2, baselines=True)
     assert scores["iou"] == pytest.approx(1)
     assert len(scores["baselines"]) >= 3
     assert run.scores == json.loads((tmp_path / "run" / "scores.json").read_text()) == json.loads(json.dumps(scores))
 
 
 def test_fit_that_leaves_nothing_is_refused(run):
-    with pytest.raises(ConfigError, match="fit=4 of 4"):
-        run.evaluate(*squares(4), fit=4)
+    with pytest.raises(ConfigError, match="num_fit_images=4 of 4"):
+        run.evaluate(*squares(4), num_fit_images=4)
     assert run.evaluate(*squares(4))["fitted_on"] == 2, "the default is lowered for a small set"
 
 
@@ -421,7 +422,7 @@ def test_another_model_and_weights_that_do_not_fit_are_refused(run, tmp_path):
         factorkit.SegdiffRun.load(other)
     with pytest.raises(CheckpointError, match="do not fit"):
         factorkit.load(other)
-    wide = write_checkpoint(tmp_path / "wide.safetensors", tensors, {**meta, "width": 16})
+    wide = write_checkpoint(tmp_path / "wide.safetensors", tensors, {**meta, "model_channels": 16})
     with pytest.raises(CheckpointError, match="do not fit"):
         factorkit.load(wide)
 

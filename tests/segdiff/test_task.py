@@ -11,11 +11,20 @@ from PIL import Image
 
 from factorkit.segdiff import task as task_module
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.task import PROBES, SegdiffTask, noised, predict_masks, to_float, to_uint8
+from factorkit.segdiff.task import PROBES, SegdiffTask, noised, predict_masks
+from factorkit.utils.images import pixels_to_signed, signed_to_pixels
 from factorkit.utils.rng import BatchDraw
 
 CPU = torch.device("cpu")
-TINY = {"resolution": 8, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2, "steps": 400}
+TINY = {
+    "resolution": 8,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
+    "steps": 400,
+}
 
 
 def pictures(count=6, size=8):
@@ -43,8 +52,8 @@ def by_hand(task, indices, step):
     flip = numbers.uniform() < 0.5
     x0 = torch.stack([image.flip(-1) if f else image for image, f in zip(x0, flip, strict=True)])
     t = numbers.integers(0, config.t_max)
-    if config.tail:
-        in_tail = numbers.uniform() < config.tail
+    if config.high_noise_fraction:
+        in_tail = numbers.uniform() < config.high_noise_fraction
         t = torch.where(in_tail, numbers.integers(config.t_max, 1000), t)
     eps = numbers.normal(3, 8, 8)
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t].float()
@@ -78,10 +87,10 @@ def test_the_loss_is_its_formula(prediction, form, step):
 @pytest.mark.parametrize(
     ("changes", "low", "high", "beyond"),
     [
-        ({"t_max": 300, "tail": 0.0}, 0, 300, 0.0),
-        ({"t_max": 300, "tail": 0.25}, 0, 1000, 0.25),
+        ({"t_max": 300, "high_noise_fraction": 0.0}, 0, 300, 0.0),
+        ({"t_max": 300, "high_noise_fraction": 0.25}, 0, 1000, 0.25),
         ({"form": "thesis"}, 0, 1000, 0.7),
-        ({"t_max": 300, "tail": 1.0}, 300, 1000, 1.0),
+        ({"t_max": 300, "high_noise_fraction": 1.0}, 300, 1000, 1.0),
     ],
 )
 def test_time_steps_lie_where_they_should(changes, low, high, beyond):
@@ -107,7 +116,7 @@ def test_the_loss_is_a_function_of_the_draw_and_half_of_the_pictures_are_mirrore
             task.loss(task.model, indices, BatchDraw(seed, 0, 400, rows, CPU), 0).loss for seed in (1, 1, 2)
         )
     assert torch.equal(first, again) and not torch.equal(first, other)
-    upright = to_float(torch.from_numpy(task.images[:1]))
+    upright = pixels_to_signed(torch.from_numpy(task.images[:1]))
     mirrored = (seen[0] == upright.flip(3)).all((1, 2, 3))
     assert (mirrored | (seen[0] == upright).all((1, 2, 3))).all()
     assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.08)
@@ -173,15 +182,15 @@ def test_inspect_writes_two_sheets_and_answers_the_alarms(changes, tmp_path, mon
 
 def test_to_uint8_undoes_to_float_and_clips():
     images = pictures()
-    np.testing.assert_array_equal(to_uint8(to_float(torch.from_numpy(images))), images)
+    np.testing.assert_array_equal(signed_to_pixels(pixels_to_signed(torch.from_numpy(images))), images)
     pixel = torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)
-    assert to_float(pixel).flatten().tolist() == pytest.approx([-1, 1, -0.6])
-    assert to_uint8(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).ravel().tolist() == [0, 255]
+    assert pixels_to_signed(pixel).flatten().tolist() == pytest.approx([-1, 1, -0.6])
+    assert signed_to_pixels(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).ravel().tolist() == [0, 255]
 
 
 def test_the_noise_of_a_picture_depends_on_nothing_but_its_shape_and_the_level():
     task = task_of()
-    images = to_float(torch.from_numpy(pictures()))
+    images = pixels_to_signed(torch.from_numpy(pictures()))
     x_t, t = noised(images, 30, task.schedule)
     assert (t == 30).all() and t.shape == (6,)
     alone, _ = noised(images[4:5], 30, task.schedule)
@@ -193,7 +202,7 @@ def test_the_noise_of_a_picture_depends_on_nothing_but_its_shape_and_the_level()
 
 def test_predicted_masks_come_in_pieces_that_change_nothing(monkeypatch):
     task = task_of()
-    images = to_float(torch.from_numpy(pictures(5)))
+    images = pixels_to_signed(torch.from_numpy(pictures(5)))
     task.model.eval()
     whole = predict_masks(task.model, images, 30, task.schedule)
     assert whole.shape == (5, 3, 8, 8) and whole.dtype == torch.float32

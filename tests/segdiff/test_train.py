@@ -1,4 +1,4 @@
-"""``train_segdiff`` from data to scores: folders, resuming, heats, and what is refused."""
+"""``train_segdiff`` from data to scores: folders, resuming, seed trials, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from safetensors.torch import load_file
 
 import factorkit
 from factorkit.data.procedural.flowers import draw_flowers
-from factorkit.engine.log import read_log
 from factorkit.segdiff import train
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.train import estimate
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.jsonl import read_log
 
 TINY = {
     "resolution": 8,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "steps": 4,
     "batch_size": 4,
     "checkpoint_every": 2,
@@ -52,8 +52,7 @@ def own_places(tmp_path, monkeypatch):
     """No test reads the user's cache or writes where it was started; what has its own tests is cut short here."""
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    for caller in ("engine.loop", "segdiff.train"):
-        monkeypatch.setattr(f"factorkit.{caller}.write_report", lambda folder: (Path(folder) / "report.html").touch())
+    monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: (Path(folder) / "report.html").touch())
     monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
     monkeypatch.setattr("factorkit.segdiff.evaluate.score_baselines", lambda images, *given: {"for": len(images)})
 
@@ -110,7 +109,7 @@ def test_an_array_and_a_default_folder():
 
 
 def test_a_folder_with_masks_keeps_some_out_of_training_and_is_scored_on_them(photos):
-    run = fit(photos, out="out", holdout=5, fit=2, baselines=True)
+    run = fit(photos, out="out", holdout=5, num_fit_images=2, baselines=True)
     settings = json.loads(Path("out/config.json").read_text())
     assert settings["data"]["images"] == 7
     scores = json.loads(Path("out/scores.json").read_text())
@@ -214,8 +213,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     [
         ({"regions": 0}, "regions=0"),
         ({"resolution": 9}, "resolution=9"),
-        ({"seeds": 0}, "seeds=0"),
-        ({"seeds": 2, "regions": 1}, "regions=1 has none"),
+        ({"seed_trials": 0}, "seed_trials=0"),
+        ({"seed_trials": 2, "regions": 1}, "regions=1 has none"),
         ({"preset": "demos"}, "preset='demos'"),
         ({"regons": 2}, "'regons'"),
         ({"holdout": 3}, "no masks"),
@@ -276,11 +275,11 @@ def test_every_average_can_be_used_and_taken_along(photos):
     assert Path("out/scores.json").read_text() == before
 
 
-# --- heats ---
+# --- seed trials ---
 
 
 def alarms_by_seed(monkeypatch, gaps):
-    """The alarms of the heat of each seed, as measured by somebody who knows what comes out."""
+    """The alarms of the trial of each seed, as measured by somebody who knows what comes out."""
     measured = []
 
     def alarms(task, model):
@@ -291,16 +290,16 @@ def alarms_by_seed(monkeypatch, gaps):
     return measured
 
 
-def test_the_best_heat_is_gone_on_with_exactly(monkeypatch):
+def test_the_best_seed_trial_is_gone_on_with_exactly(monkeypatch):
     images = draw_flowers(6, 8)[0]
     measured = alarms_by_seed(monkeypatch, {10: 0.35, 11: 0.44, 12: 0.1})
-    run = fit(images, out="heats", seeds=3, seed=10)
+    run = fit(images, out="trials", seed_trials=3, seed=10)
     assert set(measured) == {10, 11, 12}
     assert run.config.seed == 11 and run.step == 4
     fit(images, out="plain", seed=11)
-    assert same(weights("heats"), weights("plain")), "the heat is the beginning of the run of its seed"
+    assert same(weights("trials"), weights("plain")), "the trial is the beginning of the run of its seed"
 
-    log = read_log("heats")
+    log = read_log("trials")
     restarts = [event for event in log if event["event"] == "restart"]
     assert [event["seed"] for event in restarts] == [10, 11, 12, 11]
     assert "healthy" in restarts[0]["message"] and "not about content" in restarts[2]["message"]
@@ -308,26 +307,26 @@ def test_the_best_heat_is_gone_on_with_exactly(monkeypatch):
     assert [event["step"] for event in log if event["event"] == "step"] == [1, 2, 3, 4]
 
 
-def test_heats_of_a_competition_are_ranked_by_the_noise_they_leave(monkeypatch):
+def test_seed_trials_of_a_mixture_are_ranked_by_the_noise_they_leave(monkeypatch):
     alarms = {0: 0.25, 1: 0.21, 2: 0.22}
     monkeypatch.setattr("factorkit.segdiff.task.measure_alarms", lambda *given: HEALTHY)
     errors = iter(alarms.values())
     monkeypatch.setattr("factorkit.segdiff.task.unexplained_noise", lambda *given: next(errors))
     with monkeypatch.context() as patch:
         patch.setattr("factorkit.segdiff.task.SegdiffTask.inspect", lambda *given: {})
-        run = fit(draw_flowers(6, 8)[0], out="out", seeds=3, masks="competition")
+        run = fit(draw_flowers(6, 8)[0], out="out", seed_trials=3, masks="mixture")
     assert run.config.seed == 1
     restarts = [event for event in read_log("out") if event["event"] == "restart"]
     assert [event.get("error") for event in restarts] == [0.25, 0.21, 0.22, None]
 
 
-def test_that_every_heat_failed_is_said(monkeypatch):
+def test_that_every_seed_trial_failed_is_said(monkeypatch):
     alarms_by_seed(monkeypatch, {0: 0.1, 1: 0.2})
-    assert fit(draw_flowers(6, 8)[0], out="out", seeds=2).config.seed == 1
+    assert fit(draw_flowers(6, 8)[0], out="out", seed_trials=2).config.seed == 1
     assert "fail every seed" in [event for event in read_log("out") if event["event"] == "restart"][-1]["message"]
 
 
-def test_heats_are_resumed_and_not_repeated(monkeypatch):
+def test_seed_trials_are_resumed_and_not_repeated(monkeypatch):
     images = draw_flowers(6, 8)[0]
     alarms_by_seed(monkeypatch, {0: 0.1, 1: 0.4})
     inner, seen = train.SegdiffTask.loss, []
@@ -341,7 +340,7 @@ def test_heats_are_resumed_and_not_repeated(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("factorkit.segdiff.task.SegdiffTask.loss", dies)
         with pytest.raises(RuntimeError, match="power cut"):
-            fit(images, out="out", seeds=2)
+            fit(images, out="out", seed_trials=2)
     assert seen == [(0, 0), (0, 1), (1, 0)]
     seen.clear()
 
@@ -350,10 +349,10 @@ def test_heats_are_resumed_and_not_repeated(monkeypatch):
         return inner(self, model, indices, draw, step)
 
     monkeypatch.setattr("factorkit.segdiff.task.SegdiffTask.loss", watches)
-    assert fit(images, out="out", seeds=2).config.seed == 1
-    assert seen == [(1, 0), (1, 1), (1, 2), (1, 3)], "seed 0's heat was finished"
+    assert fit(images, out="out", seed_trials=2).config.seed == 1
+    assert seen == [(1, 0), (1, 1), (1, 2), (1, 3)], "seed 0's trial was finished"
     seen.clear()
-    assert fit(images, out="out", seeds=2).config.seed == 1
+    assert fit(images, out="out", seed_trials=2).config.seed == 1
     assert seen == []
     fit(images, out="whole", seed=1)
     assert same(weights("out"), weights("whole"))

@@ -11,7 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from factorkit.segdiff.config import preset_config
 
 REGIONAL = {"branch_norm": "pixel", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True}
-SMALL = {"resolution": 16, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "groups": 4}
+SMALL = {
+    "resolution": 16,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (8,),
+    "norm_groups": 4,
+}
 
 
 def step(model, x, t):
@@ -136,7 +143,7 @@ def test_features_lie_channels_last_from_end_to_end(changes, half):
 @pytest.mark.parametrize("form", ["thesis", "regional"])
 def test_no_kernel_turns_a_layout_round(form):
     """cuDNN would do so unseen by torch."""
-    sizes = {**SMALL, "width": 32, "groups": 8}
+    sizes = {**SMALL, "model_channels": 32, "norm_groups": 8}
     model = preset_config(None, **sizes, form=form, steps=1).resolved().build().cuda().train()
     x = torch.randn(8, 3, 16, 16, device="cuda").contiguous(memory_format=torch.channels_last)
     t = torch.arange(8, device="cuda")

@@ -8,10 +8,10 @@ import json
 import pytest
 from PIL import Image
 
-from factorkit.engine.log import RunLog, read_log
+from factorkit.engine.log import RunLog
 from factorkit.utils import jsonl as lines
 from factorkit.utils.atomic import UNFINISHED, clear_unfinished, replacing, save_image
-from factorkit.utils.jsonl import JsonLines, read_lines
+from factorkit.utils.jsonl import JsonLines, read_lines, read_log
 
 
 def names(folder):
@@ -105,7 +105,7 @@ def test_a_log_on_a_full_disk_loses_no_earlier_event(tmp_path):
 @pytest.mark.parametrize("block", [1, 3, 1 << 16])
 @pytest.mark.parametrize("left", [b"", b"half", b'{"n":2}'])
 def test_half_a_line_is_dropped_however_long(tmp_path, monkeypatch, block, left):
-    monkeypatch.setattr(lines, "_BLOCK", block)
+    monkeypatch.setattr(lines, "_BLOCK_BYTES", block)
     path = tmp_path / "a.jsonl"
     for before in (b"", b'{"n": 1}\n'):
         path.write_bytes(before + left)

@@ -53,7 +53,7 @@ def read(data: Any) -> DatasetFiles | None:
         note = f"the split is read from {SPLIT_FILE}"
     else:
         parts = choose_split(names)
-        note = f"the split is chosen by a hash of the names; to use the published one, put ReDO's {SPLIT_FILE} beside images.txt"
+        note = f"the split is chosen by a hash of the names; for the published one put ReDO's {SPLIT_FILE} here"
     splits = {split: np.flatnonzero(parts == i) for i, split in enumerate(SPLITS)}
     return DatasetFiles(FileSource(root / "images", names), masks, splits, labels, class_names, notes=(note,))
 

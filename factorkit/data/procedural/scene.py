@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from factorkit.data.views.views import Views, resize_area
-from factorkit.rendering import OccupancyGrid, OccupiedSampling, image_rays, intrinsics_from_fov, look_at, render
+from factorkit.rendering import OccupancyGrid, OccupancySampling, image_rays, intrinsics_from_fov, look_at, render
 from factorkit.utils.errors import ConfigError
 
 LOWER, UPPER = (-1.0, -1.0, -1.0), (1.0, 1.0, 1.0)
@@ -82,8 +82,8 @@ def make_procedural_views(
         raise ConfigError(f"count={count}, size={size}, seed={seed}: count and size must be 1 or more, seed 0 or more")
     if not -MAX_ELEVATION <= low <= high <= MAX_ELEVATION or radius < MIN_RADIUS or not 0 < fov < 180:
         raise ConfigError(
-            f"elevations={elevations}, radius={radius}, fov={fov}: need -85 <= lowest <= highest <= 85, radius >= 2 and "
-            "0 < fov < 180"
+            f"elevations={elevations}, radius={radius}, fov={fov}: need -85 <= lowest <= highest <= 85, radius >= 2, "
+            "and 0 < fov < 180"
         )
     poses = _sample_poses(count, seed, low, high, radius)
     intrinsics = intrinsics_from_fov(fov, size, size).expand(count, 3, 3).clone()
@@ -155,7 +155,7 @@ def _sample_poses(count: int, seed: int, low: float, high: float, radius: float)
 @torch.no_grad()
 def _render(poses: Tensor, intrinsics: Tensor, size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Return images [V, 3, size, size] over white and opacities [V, 1, size, size], averaged over finer pixels."""
-    field, sampling = make_scene_field(symmetric), OccupiedSampling(_make_occupancy(symmetric), step=STEP)
+    field, sampling = make_scene_field(symmetric), OccupancySampling(_make_occupancy(symmetric), step=STEP)
     fine = size * OVERSAMPLING
     scale = torch.tensor([OVERSAMPLING, OVERSAMPLING, 1.0])[:, None]
     images, masks = [], []

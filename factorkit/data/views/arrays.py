@@ -13,10 +13,13 @@ from factorkit.data.views.cameras import estimate_depth_range, make_intrinsics
 from factorkit.data.views.loading import LazyView, SceneSettings, split_every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError
+from factorkit.utils.images import uint8_to_unit
 from factorkit.utils.safe_reading import read_arrays
 
 KEYS = ("images", "poses", "focal")
-NUM_TRAINING_VIEWS = 100  # the usual split of tiny_nerf_data.npz: its first 100 views for training, the rest for testing
+NUM_TRAINING_VIEWS = (
+    100  # the usual split of tiny_nerf_data.npz: its first 100 views for training, the rest for testing
+)
 
 
 def is_posed_array(path: Path) -> bool:
@@ -62,7 +65,7 @@ def read_posed_array(path: Path, split: str | None) -> tuple[list[LazyView], Sce
             "Give a pose [4, 4] for each image, one focal length for all, and a name for each or none."
         )
     if images.dtype == np.uint8:
-        images = images.astype(np.float32) / 255
+        images = uint8_to_unit(images)
     elif images.dtype.kind != "f" or not (images.min() >= 0 and images.max() <= 1):  # also refuses NaN
         raise DataError(
             f"{path}: images must be uint8, or floats in [0, 1], not {images.dtype} from {images.min()} to "

@@ -19,6 +19,7 @@ from factorkit.data.video import read_video_frames
 from factorkit.data.views.cameras import IntrinsicsFunction, make_intrinsics
 from factorkit.data.views.loading import LazyView, SceneSettings, split_every_eighth
 from factorkit.data.views.views import resize_area, target_size
+from factorkit.utils.images import uint8_to_unit
 
 MAX_VIDEO_FRAMES = 120  # taken from longer videos, evenly spaced: neighbouring frames hardly differ
 DEFAULT_FOV = 50.0  # degrees along the longer side
@@ -26,9 +27,7 @@ EXIF_IFD, EXIF_FOCAL_LENGTH_35MM = 0x8769, 0xA405  # EXIF 2.3, tables 3 and 4
 FILM_DIAGONAL = math.hypot(36.0, 24.0)  # mm, of 35 mm film
 
 
-def read_images(
-    source: Any, split: str | None, masks: Any, fov: float | None
-) -> tuple[list[LazyView], SceneSettings]:
+def read_images(source: Any, split: str | None, masks: Any, fov: float | None) -> tuple[list[LazyView], SceneSettings]:
     """List the views of a split; every 8th is for testing.
 
     A folder with images/ and masks/ is read with its masks. Images without a mask are left out.
@@ -66,7 +65,7 @@ def read_video(
     views = []
     for number, frame in (frames[i] for i in split_every_eighth(len(frames), split)):
         name = f"{path.stem}_{number:0{digits}d}.png"
-        views.append(LazyView(name, partial(_frame_to_float, frame), _fov_intrinsics(fov)))
+        views.append(LazyView(name, partial(uint8_to_unit, frame), _fov_intrinsics(fov)))
     return views, SceneSettings("object")
 
 
@@ -76,10 +75,6 @@ def _read_float(images: Source, index: int) -> np.ndarray:
 
 def _read_opacity(masks: Source, index: int) -> np.ndarray:
     return to_opacity(masks.decode(index), masks.names[index])
-
-
-def _frame_to_float(frame: np.ndarray) -> np.ndarray:
-    return frame.astype(np.float32) / 255
 
 
 def _reduce(frame: np.ndarray, resolution: int | None) -> np.ndarray:

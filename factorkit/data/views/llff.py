@@ -69,7 +69,9 @@ def read_llff(path: Path, split: str | None) -> tuple[list[LazyView], SceneSetti
     for i in split_every_eighth(len(values), split):
         height, width, focal = hwf[i]
         k = make_intrinsics(focal, focal, width / 2, height / 2)
-        views.append(LazyView(names[i], image_reader(images[i]), scale_intrinsics(k, height, width, names[i]), poses[i]))
+        views.append(
+            LazyView(names[i], image_reader(images[i]), scale_intrinsics(k, height, width, names[i]), poses[i])
+        )
     near, far = NEAR_MARGIN * bounds[:, 0].min() * scale, bounds[:, 1].max() * scale
     return views, SceneSettings("forward", float(near), float(far))
 

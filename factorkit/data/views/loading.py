@@ -165,5 +165,5 @@ def detect_border_color(images: Tensor) -> Tensor | None:
 
 
 def split_every_eighth(count: int, split: str | None) -> list[int]:
-    """Return the indices of a split if the files define none: every 8th view is for testing (Mildenhall et al. 2019)."""
+    """Return the indices of a default split: every 8th view is for testing (Mildenhall et al. 2019)."""
     return [i for i in range(count) if split is None or (i % 8 == 0) == (split == "test")]

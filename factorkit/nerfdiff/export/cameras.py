@@ -13,6 +13,7 @@ from PIL import Image
 
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.export.mesh import Shape
+from factorkit.utils.images import images_to_pixels
 
 TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # y down, looking along z
 PICTURES = "images_factorkit"  # a folder that only exports write: in images/ may lie the pictures the scene was made of
@@ -78,7 +79,7 @@ def write_pictures(folder: Path, views: Views) -> list[str]:
         behind = (1 - views.masks) * views.background[:, None, None]
         straight = (images - behind) / views.masks.clamp_min(1e-6)
         images = torch.cat([straight * (views.masks > 0), views.masks], dim=1)
-    pixels = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    pixels = images_to_pixels(images)
     for name, picture in zip(names, pixels, strict=True):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from factorkit.utils.errors import ConfigError
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [0, 1] to uint8 [B, H, W, 3]."""
-    return (images.clamp(0, 1) * 255).round().byte().movedim(1, -1).cpu().numpy()
+from factorkit.utils.images import images_to_pixels
 
 
 def write_frames(path: Path, images: Tensor, rate: int = 30) -> Path:
@@ -25,7 +21,7 @@ def write_frames(path: Path, images: Tensor, rate: int = 30) -> Path:
     Raises:
         ConfigError: another suffix, or a video without the packages that write one.
     """
-    frames, suffix = to_uint8(images), path.suffix.lower()
+    frames, suffix = images_to_pixels(images), path.suffix.lower()
     if suffix not in ("", ".gif", ".mp4"):
         raise ConfigError(f"{path}: frames go to a .gif, an .mp4 or a folder")
     path.parent.mkdir(parents=True, exist_ok=True)

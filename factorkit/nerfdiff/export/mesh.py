@@ -18,6 +18,7 @@ from factorkit.nerfdiff.scene import field_space
 from factorkit.rendering.cameras import image_rays
 from factorkit.rendering.render import Field, render
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import unit_to_uint8
 
 OPAQUE = 0.7  # of a pixel whose depth is believed
 SOLID = 1 / 8  # the optical depth that a believed place must have over two cells
@@ -89,7 +90,7 @@ def point_cloud(field: Field, views: Views, lower: Sequence[float], upper: Seque
         raise DataError(
             "no view sees anything solid: there are no points to export. Train longer, or look at a render first."
         )
-    return Shape(places.float().numpy(), _bytes(colors))
+    return Shape(places.float().numpy(), unit_to_uint8(colors))
 
 
 @torch.no_grad()
@@ -138,7 +139,7 @@ def surface_mesh(
     if space.forward:  # the map to the world turns the box inside out: what is far ahead has the highest z
         inwards, faces = torch.tensor([0.0, 0.0, AHEAD]).expand_as(inwards), faces[:, ::-1]
     colors = _ask(field, torch.from_numpy(found).to(places), inwards.to(places), 1)
-    return Shape(space.unbent(torch.from_numpy(found)).numpy(), _bytes(colors), faces)
+    return Shape(space.unbent(torch.from_numpy(found)).numpy(), unit_to_uint8(colors), faces)
 
 
 def _density(field: Field, places: Tensor, along: Tensor) -> Tensor:
@@ -149,7 +150,3 @@ def _ask(field: Field, places: Tensor, along: Tensor, which: int) -> Tensor:
     """The field's density or radiance at places [M, 3], in parts."""
     parts = zip(places.split(PLACES), along.split(PLACES), strict=True)
     return torch.cat([field(*part)[which].float() for part in parts])
-
-
-def _bytes(colors: Tensor) -> np.ndarray:
-    return colors.cpu().clamp(0, 1).mul(255).round().byte().numpy()

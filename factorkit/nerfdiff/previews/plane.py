@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from factorkit.report.image_grid import PAPER, palette
+from factorkit.report.image_grid import PAPER_COLOR, palette
 
 SIDE = 240  # pixels of each half
 FILLED = 0.8  # of a half's side, by the cameras' places
@@ -33,7 +33,7 @@ class Plane:
 
     def picture(self, chosen: Tensor, candidates: Tensor | None = None) -> Image.Image:
         """As :func:`plane_picture` draws them."""
-        sheet = Image.new("RGB", (2 * SIDE, SIDE), PAPER)
+        sheet = Image.new("RGB", (2 * SIDE, SIDE), PAPER_COLOR)
         for i, axes in enumerate((FROM_BEHIND, FROM_ABOVE)):
             sheet.paste(self.half(axes, chosen, candidates), (i * SIDE, 0))
         return sheet
@@ -41,7 +41,7 @@ class Plane:
     def half(self, axes: tuple, chosen: Tensor, candidates: Tensor | None = None) -> Image.Image:
         """One look at them, 240 x 240: ``axes`` are what points right and what points up in it."""
         side, across = SIDE * _FINE, torch.tensor(axes, dtype=torch.float64).T
-        sheet = Image.new("RGB", (side, side), PAPER)
+        sheet = Image.new("RGB", (side, side), PAPER_COLOR)
         draw = ImageDraw.Draw(sheet)
 
         def drawn(right_up: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from factorkit.nerfdiff.export.mesh import Shape
-from factorkit.report.image_grid import PAPER, contact_sheet
+from factorkit.report.image_grid import PAPER_COLOR, draw_image_grid
 
 SIDE = 240  # pixels of each look
 DOT = 2  # pixels a point is wide
@@ -29,7 +29,7 @@ def points_picture(cloud: Shape, forward: bool) -> Image.Image:
         looks = {"ahead": np.eye(3), "from above": np.array([[1.0, 0, 0], [0, 0, -1.0], [0, 1.0, 0]])}
     else:
         looks = {f"from {turn} degrees": _side(math.radians(turn), math.radians(RISE)) for turn in TURNS}
-    return contact_sheet([[_look(cloud, axes) for axes in looks.values()]], list(looks), cell=SIDE)
+    return draw_image_grid([[_look(cloud, axes) for axes in looks.values()]], list(looks), cell=SIDE)
 
 
 def _side(turn: float, rise: float) -> np.ndarray:
@@ -48,7 +48,7 @@ def _look(cloud: Shape, axes: np.ndarray) -> np.ndarray:
         np.round(SIDE / 2 + sign * scale * (values - middle)).astype(int)
         for sign, values, middle in zip((1, -1), (right, up), (low + high) / 2, strict=True)
     )
-    picture = np.full((SIDE + DOT, SIDE + DOT, 3), PAPER, np.uint8)
+    picture = np.full((SIDE + DOT, SIDE + DOT, 3), PAPER_COLOR, np.uint8)
     seen = (column >= 0) & (column < SIDE) & (row >= 0) & (row < SIDE)
     order = np.flatnonzero(seen)[np.argsort(near[seen], kind="stable")]  # where a pixel is set twice the last one stays
     for down in range(DOT):

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from factorkit.nerfdiff.previews.plane import FROM_BEHIND, Plane
-from factorkit.report.image_grid import INK, PAPER, Caption, contact_sheet, grey, palette
+from factorkit.report.image_grid import INK_COLOR, PAPER_COLOR, Caption, draw_image_grid, palette
+from factorkit.utils.images import images_to_pixels, unit_to_uint8
 
 MOST = 1 << 22  # depths that tell the range of all
 SPHERE = 240  # pixels a side
@@ -36,7 +37,7 @@ def sphere_picture(chosen: Tensor, candidates: Tensor | None = None, true: Tenso
         An RGB picture, 480 x 240.
     """
     sides = [_sphere(math.radians(rise), chosen, candidates, true) for rise in (ELEVATION, 90.0)]
-    sheet = Image.new("RGB", (2 * SPHERE, SPHERE), PAPER)
+    sheet = Image.new("RGB", (2 * SPHERE, SPHERE), PAPER_COLOR)
     for i, side in enumerate(sides):
         sheet.paste(side, (i * SPHERE, 0))
     return sheet
@@ -55,8 +56,8 @@ def views_sheet(
     """
     apart = 2 * (images - renders).abs()
     near = disparity_image(depth, opacity)
-    rows = [_pixels(images), _pixels(renders), _pixels(apart), list(near)]
-    return contact_sheet(rows, names, row_captions=["picture", "render", "2 x difference", "disparity"])
+    rows = [images_to_pixels(images), images_to_pixels(renders), images_to_pixels(apart), list(near)]
+    return draw_image_grid(rows, names, row_captions=["picture", "render", "2 x difference", "disparity"])
 
 
 def disparity_image(depth: Tensor, opacity: Tensor) -> np.ndarray:
@@ -74,7 +75,7 @@ def disparity_image(depth: Tensor, opacity: Tensor) -> np.ndarray:
     known = known[:: 1 + known.numel() // MOST]
     low, high = known.quantile(0.01), known.quantile(0.99)
     shade = 0.15 + 0.85 * (inverse - low) / (high - low).clamp_min(1e-6 * high)
-    return grey(shade.clamp(0.15, 1).nan_to_num(0).cpu().numpy())
+    return unit_to_uint8(shade.clamp(0.15, 1).nan_to_num(0))
 
 
 def novel_sheet(
@@ -104,22 +105,18 @@ def novel_sheet(
     captions: list[Caption] = []
     for n in range(len(frames[0])):
         if noisy is not None:
-            rows.append([_pixels(x[n : n + 1])[0] for x in noisy])
+            rows.append([images_to_pixels(x[n : n + 1])[0] for x in noisy])
             captions.append(f"view {n}, noisy")
-        rows.append([_pixels(x[n : n + 1])[0] for x in frames])
+        rows.append([images_to_pixels(x[n : n + 1])[0] for x in frames])
         captions.append(f"view {n}")
         rows.append([camera(poses[n : n + 1]) for poses in cameras])
         captions.append("its camera")
-    return contact_sheet(rows, [f"t = {t}" for t in times], captions, cell=SPHERE // 2)
-
-
-def _pixels(images: Tensor) -> list[np.ndarray]:
-    return list(grey(images.detach().cpu().permute(0, 2, 3, 1).numpy()))
+    return draw_image_grid(rows, [f"t = {t}" for t in times], captions, cell=SPHERE // 2)
 
 
 def _sphere(rise: float, chosen: Tensor, candidates: Tensor | None, true: Tensor | None) -> Image.Image:
     side = SPHERE * _FINE
-    sheet = Image.new("RGB", (side, side), PAPER)
+    sheet = Image.new("RGB", (side, side), PAPER_COLOR)
     draw = ImageDraw.Draw(sheet)
     radius, middle = 0.45 * side, side / 2
     towards = np.array([0.0, -math.cos(rise), math.sin(rise)])  # from the sphere's middle to the eye
@@ -157,7 +154,7 @@ def _sphere(rise: float, chosen: Tensor, candidates: Tensor | None, true: Tensor
     for height in (-0.5, 0.0, 0.5):
         flat = math.sqrt(1 - height**2)
         circle = np.stack([flat * np.cos(turn), flat * np.sin(turn), np.full_like(turn, height)], axis=1)
-        line(circle, INK if height == 0 else _FAINT, _FINE)
+        line(circle, INK_COLOR if height == 0 else _FAINT, _FINE)
     for meridian in range(6):
         azimuth = meridian * math.pi / 6
         along = np.stack([np.cos(turn) * math.cos(azimuth), np.cos(turn) * math.sin(azimuth), np.sin(turn)], axis=1)

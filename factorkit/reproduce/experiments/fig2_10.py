@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from factorkit.reproduce.experiment import Found
-from factorkit.reproduce.generation import FACES, as_pixels, faces_experiment
+from factorkit.reproduce.generation import FACES, faces_experiment
 from factorkit.reproduce.photos import train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.previews import trajectory_sheet
+from factorkit.utils.images import images_to_pixels
 
 SHOWN, STEPS, COLUMNS = 4, 50, 10
 
@@ -18,7 +19,7 @@ def cell(setup: Setup, seed: int) -> Found:
     run = train(setup, "ours", seed, FACES)
     frames = run.generate(SHOWN, steps=min(STEPS, run.config.timesteps), seed=seed, trajectory=True).trajectory
     picked = [frames[i] for i in np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)]
-    images = [as_pixels(f.images) for f in picked]
+    images = [images_to_pixels(f.images) for f in picked]
     labels = [hard_labels(f.masks, run.config.nesting).numpy() for f in picked]
     sheet = trajectory_sheet(images, labels, [f.t for f in picked])
     return Found(pictures=[setup.save(sheet, f"trajectory-seed{seed}.png")])

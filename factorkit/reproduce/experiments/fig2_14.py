@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
 
 from factorkit.data.video import open_video
-from factorkit.report.image_grid import contact_sheet
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import Column, Experiment, Found, Row, percent
-from factorkit.reproduce.generation import as_pixels, real_pictures
+from factorkit.reproduce.generation import real_pictures
 from factorkit.reproduce.photos import train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.inference.video import segment_frames
 from factorkit.segdiff.previews import outlined
 from factorkit.utils.errors import DataError
+from factorkit.utils.images import images_to_pixels
 
 FULL = "imagenet64"
-CLIP = "FACTORKIT_CLIP"  # the variable that names a video, or a folder of frames
 FRAMES, SHOWN = 60, 6
 NOISE = 5.0  # of the drawn clip's sensor, of 255
 
@@ -32,7 +31,7 @@ def rows(setup: Setup) -> list[Row]:
 
 def cell(setup: Setup, seed: int, smooth: float) -> Found:
     run = train(setup, "ours", seed, FULL)
-    path = os.environ.get(CLIP)
+    path = setup.inputs.get("video")
     frames = panning(setup, run.config.resolution) if path is None else open_video(path).frames
     predict = run.predictor(None, "fast")
     options = {"size": run.config.resolution, "upsample": "guided", "smooth": smooth}
@@ -44,7 +43,7 @@ def cell(setup: Setup, seed: int, smooth: float) -> Found:
         last, count = labels, count + 1
     if not count:
         raise DataError(f"{path}: a clip without frames")
-    sheet = contact_sheet([[f for f, _ in shown], [o for _, o in shown]], None, ["frame", "regions"])
+    sheet = draw_image_grid([[f for f, _ in shown], [o for _, o in shown]], None, ["frame", "regions"])
     name = f"frames-{'averaged' if smooth else 'single'}-seed{seed}.png"
     return Found({"changes": changed / max(1, count - 1), "frames": float(count)}, pictures=[setup.save(sheet, name)])
 
@@ -52,7 +51,7 @@ def cell(setup: Setup, seed: int, smooth: float) -> Found:
 def panning(setup: Setup, resolution: int) -> Iterator[np.ndarray]:
     """A camera that stands still for half of the time, then pans over a training picture, under a sensor's noise."""
     config = train(setup, "ours", 0, FULL).config
-    (picture,) = as_pixels(real_pictures(setup, config, 1))
+    (picture,) = images_to_pixels(real_pictures(setup, config, 1))
     wide = np.pad(picture, ((0, 0), (resolution // 2, resolution // 2), (0, 0)), mode="reflect")
     noise = np.random.default_rng(0)
     for n in range(FRAMES):
@@ -64,12 +63,12 @@ def panning(setup: Setup, resolution: int) -> Iterator[np.ndarray]:
 EXPERIMENT = Experiment(
     name="fig2.14",
     title="frames of a video and their regions",
-    data=f"any pictures to train on; the video, or folder of frames, that {CLIP} names; without: a drawn pan",
+    data="any images to train on; with --video a video or folder of frames, else a pan over a training image",
     duration={"small": "that of table2.1, whose training it shares", "gpu": "not measured", "full": "not measured"},
     columns=(percent("changes", "pixels that change region, %"), Column("frames", "frames", 1, 0)),
     rows=rows,
     figures=("fig2.29", "fig2.30", "fig2.31"),
     seeds=1,
-    variables=(CLIP,),
+    inputs=("video",),
     notes=("Changes are motion and flicker together. The dissertation shows pictures alone, of DAVIS-2017.",),
 )

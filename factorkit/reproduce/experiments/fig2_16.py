@@ -6,9 +6,9 @@ import numpy as np
 
 from factorkit.data.datasets import make_procedural_dataset
 from factorkit.data.masks import load_labelled
-from factorkit.report.image_grid import contact_sheet, grey
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import Experiment, Found, Row, percent
-from factorkit.reproduce.generation import as_pixels, real_pictures
+from factorkit.reproduce.generation import real_pictures
 from factorkit.reproduce.photos import recipe, run_folder
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.hierarchy import level_labels
@@ -16,6 +16,7 @@ from factorkit.segdiff.previews import outlined
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.train import train_segdiff
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import images_to_pixels, unit_to_uint8
 
 NESTING = (3, 3)
 SHOWN = 6
@@ -53,7 +54,7 @@ def cell(setup: Setup, seed: int) -> Found:
         numbers = {f"level{n}": value for n, value in enumerate(scores.get("accuracy", ()), start=1)}
         numbers |= {"within": scores["within"][-1]} if numbers else {}
     else:
-        images = as_pixels(real_pictures(setup, run.config, SHOWN))
+        images = images_to_pixels(real_pictures(setup, run.config, SHOWN))
     found = run.segment(images)
     labels, masks = found.labels.numpy(), found.level(1).masks.numpy()
     if numbers:  # regions in the colours of the classes they are matched with
@@ -62,10 +63,10 @@ def cell(setup: Setup, seed: int) -> Found:
     lines = []
     for n, image in enumerate(images):
         true = [] if truth is None else _levels(image, truth[n])
-        lines.append([image, *true, *_levels(image, labels[n]), *(grey(mask) for mask in masks[n])])
+        lines.append([image, *true, *_levels(image, labels[n]), *(unit_to_uint8(mask) for mask in masks[n])])
     columns = ["image", *([] if truth is None else ["things", "parts"]), "level 1", "level 2"]
     columns += [f"mask {i + 1}" for i in range(NESTING[0])]
-    return Found(numbers, pictures=[setup.save(contact_sheet(lines, columns), f"levels-seed{seed}.png")])
+    return Found(numbers, pictures=[setup.save(draw_image_grid(lines, columns), f"levels-seed{seed}.png")])
 
 
 def _levels(image: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from factorkit.report.image_grid import contact_sheet, grey
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import Experiment, Found, Row
 from factorkit.reproduce.photos import FIXED, photos, region_labels, score_regions, train
 from factorkit.reproduce.setup import Setup
+from factorkit.utils.images import unit_to_uint8
 
 if TYPE_CHECKING:
     from factorkit.reproduce.runner import Cells
@@ -30,8 +31,11 @@ def cell(setup: Setup, seed: int, level: int) -> Found:
 def sheet(setup: Setup, cells: Cells) -> Sequence[str]:
     known = photos(setup, FULL)
     shown = {name: cells.arrays(name)["foreground"] for name, _ in cells.rows if cells.arrays(name)}
-    lines = [list(known.labelled.images[known.shown]), *([grey(mask) for mask in masks] for masks in shown.values())]
-    return [setup.save(contact_sheet(lines, None, ["image", *shown]), "levels.png")]
+    lines = [
+        list(known.labelled.images[known.shown]),
+        *([unit_to_uint8(mask) for mask in masks] for masks in shown.values()),
+    ]
+    return [setup.save(draw_image_grid(lines, None, ["image", *shown]), "levels.png")]
 
 
 EXPERIMENT = Experiment(

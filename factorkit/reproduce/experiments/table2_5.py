@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from factorkit.metrics.class_matching import count_overlaps, score_classes
-from factorkit.report.image_grid import contact_sheet
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce import labels
 from factorkit.reproduce.experiment import Citation, Column, Experiment, Found, Row, percent
-from factorkit.reproduce.generation import DISTANCE, FID, NOTE, as_pixels, draw, fid, multiply_adds, random_distance
+from factorkit.reproduce.generation import DISTANCE, FID, NOTE, draw, fid, multiply_adds, random_distance
 from factorkit.reproduce.photos import SHOWN, config_of, region_labels, train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.baselines.supervised import predict_classes
 from factorkit.segdiff.previews import outlined
 from factorkit.segdiff.run import SegdiffRun
+from factorkit.utils.images import images_to_pixels
 
 if TYPE_CHECKING:
     from factorkit.reproduce.runner import Cells
@@ -55,11 +56,11 @@ def rows(setup: Setup) -> list[Row]:
 def cell(setup: Setup, seed: int, run: SegdiffRun) -> Found:
     """Distance, and how far the masks agree with what the supervised U-Net finds in the same pictures."""
     drawn = draw(setup, run, seed)
-    pixels = as_pixels(drawn.images)
+    pixels = images_to_pixels(drawn.images)
     known, reference = labels.classes_of(setup, FULL), predict_classes(labels.taught(setup, seed, FULL), pixels)
     real = known.photos.labelled.images
-    if run.config.leaves > 1:
-        regions, found, on_real = run.config.leaves, drawn.labels.numpy(), region_labels(run, real)
+    if run.config.num_leaf_regions > 1:
+        regions, found, on_real = run.config.num_leaf_regions, drawn.labels.numpy(), region_labels(run, real)
     else:
         training = labels.clusters(setup, run, seed, FULL)
         regions, found, on_real = labels.CLUSTERS, training.segment(pixels), training.segment(real)
@@ -80,7 +81,7 @@ def sheet(setup: Setup, cells: Cells) -> Sequence[str]:
             pairs = zip(found["images"], found["classes"], strict=True)
             lines += [list(found["images"]), [outlined(image, classes) for image, classes in pairs]]
             names += [name, "  its masks"]
-    return [setup.save(contact_sheet(lines, None, names), "generated.png")] if lines else []
+    return [setup.save(draw_image_grid(lines, None, names), "generated.png")] if lines else []
 
 
 EXPERIMENT = Experiment(

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from factorkit.report.image_grid import contact_sheet, grey
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import Citation, Experiment, Found, Row
-from factorkit.reproduce.generation import DISTANCE, FID, NOTE, as_pixels, draw, fid, random_distance
+from factorkit.reproduce.generation import DISTANCE, FID, NOTE, draw, fid, random_distance
 from factorkit.reproduce.photos import FIXED, photos, region_labels, score_regions, train
 from factorkit.reproduce.setup import Setup
+from factorkit.utils.images import images_to_pixels, unit_to_uint8
 
 if TYPE_CHECKING:
     from factorkit.reproduce.runner import Cells
@@ -45,7 +46,7 @@ def cell(setup: Setup, seed: int, label: str, decoding: str) -> Found:
     run, known = trained(setup, seed, label, decoding), photos(setup, FULL)
     found = score_regions(known, region_labels(run, known.labelled.images), run.config.nesting)
     drawn = draw(setup, run, seed)
-    generated = as_pixels(drawn.images[:SHOWN])
+    generated = images_to_pixels(drawn.images[:SHOWN])
     numbers = {**found.scores, DISTANCE.key: random_distance(setup, run, drawn.images)}
     return Found(numbers, {**found.arrays, "generated": generated})
 
@@ -61,9 +62,9 @@ def sheet(setup: Setup, cells: Cells) -> Sequence[str]:
     names = ["image"]
     for name, _, _ in VARIANTS:
         if found := cells.arrays(name):
-            lines += [[grey(mask) for mask in found["foreground"]], list(found["generated"])]
+            lines += [[unit_to_uint8(mask) for mask in found["foreground"]], list(found["generated"])]
             names += [name, "  drawn from noise"]
-    return [setup.save(contact_sheet(lines, None, names), "decodings.png")]
+    return [setup.save(draw_image_grid(lines, None, names), "decodings.png")]
 
 
 EXPERIMENT = Experiment(

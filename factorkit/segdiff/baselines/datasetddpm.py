@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.nn.blocks import ResBlock
+from factorkit.nn.unet import ResBlock
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.task import noised, to_float
+from factorkit.segdiff.task import noised
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import pixels_to_signed
 
 LEVELS = (50, 150, 250)  # noise levels of a schedule of 1000
 BLOCKS = (5, 6, 7, 8, 12)  # of the 18 blocks of their decoder, the coarsest first
@@ -33,7 +34,7 @@ def chosen_blocks(run: SegdiffRun) -> list[ResBlock]:
     """
     if run.config.regions != 1:
         raise ConfigError(f"features are read off a plain DDPM, regions=1; this run has regions={run.config.regions}")
-    blocks = [block for level in run.model.decoder.levels for block in level["blocks"]]
+    blocks = [block for level in run.model.decoder.levels for block in level.blocks]
     return [blocks[i] for i in sorted({len(blocks) * place // OF_BLOCKS for place in BLOCKS})]
 
 
@@ -48,7 +49,7 @@ def pixel_features(run: SegdiffRun, images: np.ndarray) -> Tensor:
     try:
         for level in LEVELS:
             t = min(run.config.timesteps - 1, level * run.config.timesteps // 1000)
-            x_t, times = noised(to_float(torch.from_numpy(images)).to(run.device), t, run.schedule)
+            x_t, times = noised(pixels_to_signed(torch.from_numpy(images)).to(run.device), t, run.schedule)
             seen.clear()
             run.model(x_t, times)
             found += [F.interpolate(f.float(), size, mode="bilinear", align_corners=False).cpu() for f in seen]

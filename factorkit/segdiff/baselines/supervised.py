@@ -16,13 +16,14 @@ from factorkit.engine.run_folder import claimed
 from factorkit.engine.step import StepLoss
 from factorkit.engine.trainer import Trainer
 from factorkit.metrics.class_matching import IGNORE_LABEL
-from factorkit.nn import Decoder, Encoder, Middle, TimeEmbedding
-from factorkit.report.image_grid import contact_sheet
+from factorkit.nn.unet import Decoder, Encoder, Middle, TimeEmbedding
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.previews import outlined
-from factorkit.segdiff.task import AT_ONCE, resident, to_float
+from factorkit.segdiff.task import AT_ONCE, resident
 from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import DataError
+from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw, derived_seed
 
 SHOWN = 8  # images on a sheet
@@ -33,10 +34,17 @@ class ClassUNet(nn.Module):
 
     def __init__(self, config: SegdiffConfig, classes: int):
         super().__init__()
-        common = {"heads": config.heads, "groups": config.groups, "dropout": config.dropout}
-        embed = 4 * config.width
-        shape = (config.width, config.multipliers, config.blocks, config.attention, config.resolution, embed)
-        self.time = TimeEmbedding(config.width)
+        common = {"num_heads": config.num_heads, "norm_groups": config.norm_groups, "dropout": config.dropout}
+        embed = 4 * config.model_channels
+        shape = (
+            config.model_channels,
+            config.channel_mult,
+            config.num_res_blocks,
+            config.attention_resolutions,
+            config.resolution,
+            embed,
+        )
+        self.time = TimeEmbedding(config.model_channels)
         self.encoder = Encoder(3, *shape, **common)
         channels = self.encoder.out_channels
         self.middle = Middle(channels, embed, **common)
@@ -71,7 +79,7 @@ class SupervisedTask:
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         rows = self.images[indices] if self.capturable else torch.from_numpy(self.images[indices.numpy()])
-        images, truth = to_float(rows.to(self.device)), self.truth[indices.to(self.device)]
+        images, truth = pixels_to_signed(rows.to(self.device)), self.truth[indices.to(self.device)]
         mirrored = draw.uniform() < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         truth = torch.where(mirrored[:, None, None], truth.flip(2), truth)
@@ -86,7 +94,7 @@ class SupervisedTask:
         images = np.array(self.images[:SHOWN].cpu() if self.capturable else self.images[:SHOWN])
         found = predict_classes(model, images, self.device)
         rows = [list(images), [outlined(i, labels) for i, labels in zip(images, found, strict=True)]]
-        save_image(contact_sheet(rows), folder / f"{step:06d}_classes.png")
+        save_image(draw_image_grid(rows), folder / f"{step:06d}_classes.png")
         return {}
 
 
@@ -115,7 +123,7 @@ def train_supervised(
     settings = {"model": "supervised", **config.to_dict(), "data": data}
     task = SupervisedTask(config, images, truth, classes, device)
     with cpu_threads(config.threads), claimed(folder, settings, config.RESUMABLE):
-        trained = Trainer(task, config, folder, settings, device=device, progress=progress, report=False).run()
+        trained = Trainer(task, config, folder, settings, device=device, progress=progress).run()
         return cast(ClassUNet, trained.eval())
 
 
@@ -124,4 +132,4 @@ def predict_classes(model: ClassUNet, images: np.ndarray, device: torch.device |
     """The most probable class of each pixel, int64 [N, R, R], of pictures uint8 [N, R, R, 3]."""
     device = next(model.parameters()).device if device is None else device
     parts = torch.from_numpy(np.ascontiguousarray(images)).split(AT_ONCE)
-    return np.concatenate([model(to_float(part.to(device))).argmax(1).cpu().numpy() for part in parts])
+    return np.concatenate([model(pixels_to_signed(part.to(device))).argmax(1).cpu().numpy() for part in parts])

@@ -12,8 +12,9 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import PIECE, branch_estimates
-from factorkit.segdiff.task import noised, to_unit
+from factorkit.segdiff.task import noised
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import signed_to_unit
 
 
 class Branches(NamedTuple):
@@ -41,7 +42,7 @@ def take_apart(model: FactorizedUNet, config: SegdiffConfig, schedule: Schedule,
     Raises:
         ConfigError: the model has no branches (``decoding="concat"``).
     """
-    if config.decoding == "concat" and config.leaves > 1:
+    if config.decoding == "concat" and config.num_leaf_regions > 1:
         raise ConfigError(
             "this run was trained with decoding='concat': one decoder sees all masks, so there are no branches to show"
         )
@@ -51,5 +52,7 @@ def take_apart(model: FactorizedUNet, config: SegdiffConfig, schedule: Schedule,
         out = model(x_t, times)
         x0 = to_x0(config.prediction, schedule, x_t, out.prediction, times)
         each = branch_estimates(config.prediction, schedule, x_t, out.bottleneck.branches, times)
-        parts.append((to_unit(x_t), to_unit(x0), out.bottleneck.masks.float().cpu(), to_unit(each)))
+        parts.append(
+            (signed_to_unit(x_t), signed_to_unit(x0), out.bottleneck.masks.float().cpu(), signed_to_unit(each))
+        )
     return Branches(*map(torch.cat, zip(*parts, strict=True)))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from factorkit.report.image_grid import PAPER, Caption, contact_sheet, grey
+from factorkit.report.image_grid import PAPER_COLOR, Caption, draw_image_grid
 from factorkit.segdiff.previews import outlined, palette, strip_rows
+from factorkit.utils.images import unit_to_uint8
 
 
 def interpolation_sheet(
@@ -22,7 +23,7 @@ def interpolation_sheet(
     rows, names = strip_rows(images, labels, "pair")
     each = len(rows) // len(images)
     rows = [[a[i // each], *row, b[i // each]] if i % each == 0 else [None, *row] for i, row in enumerate(rows)]
-    return contact_sheet(rows, ["a", *(f"{share:.0%}" for share in shares), "b"], names)
+    return draw_image_grid(rows, ["a", *(f"{share:.0%}" for share in shares), "b"], names)
 
 
 def branches_sheet(noisy: np.ndarray, images: np.ndarray, masks: np.ndarray, branches: np.ndarray) -> Image.Image:
@@ -38,9 +39,9 @@ def branches_sheet(noisy: np.ndarray, images: np.ndarray, masks: np.ndarray, bra
         captions += [(f"mask {k}: {areas[k]:.0%}", color), (f"branch {k}", color), (f"part {k}", color)]
         for n, row in enumerate(rows):
             share = masks[n, k][..., None]
-            used = np.round(share * branches[n, k] + (1 - share) * np.array(PAPER)).astype(np.uint8)
-            row += [grey(masks[n, k]), branches[n, k], used]
-    return contact_sheet(rows, captions)
+            used = np.round(share * branches[n, k] + (1 - share) * np.array(PAPER_COLOR)).astype(np.uint8)
+            row += [unit_to_uint8(masks[n, k]), branches[n, k], used]
+    return draw_image_grid(rows, captions)
 
 
 def recomposition_sheet(
@@ -55,6 +56,6 @@ def recomposition_sheet(
     for n, image in enumerate(images):
         brought = [] if sources is None else [sources[n]]
         share = kept[n][..., None]
-        left = np.round(share * originals[n] + (1 - share) * np.array(PAPER)).astype(np.uint8)
+        left = np.round(share * originals[n] + (1 - share) * np.array(PAPER_COLOR)).astype(np.uint8)
         rows.append([originals[n], *brought, left, image, outlined(image, labels[n])])
-    return contact_sheet(rows, captions)
+    return draw_image_grid(rows, captions)

@@ -12,8 +12,8 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.network import FactorizedUNet
-from factorkit.segdiff.task import to_unit
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import signed_to_unit
 from factorkit.utils.rng import derived_seed
 
 
@@ -88,10 +88,12 @@ def interpolate_pictures(
             shared_noise=True,
             seed=derived_seed("interpolate", seed, "steps"),
         )
-        images.append(to_unit(way.images))
+        images.append(signed_to_unit(way.images))
         masks.append(way.bottleneck.masks.float().cpu())
     masks = torch.stack(masks)
-    return Interpolation(torch.stack(images), masks, hard_labels(masks, config.nesting), shares, to_unit(a), to_unit(b))
+    return Interpolation(
+        torch.stack(images), masks, hard_labels(masks, config.nesting), shares, signed_to_unit(a), signed_to_unit(b)
+    )
 
 
 def paired(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

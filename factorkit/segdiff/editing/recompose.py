@@ -18,8 +18,9 @@ from factorkit.segdiff.editing.interpolate import paired
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import PIECE, branch_estimates, edit_level, levels
-from factorkit.segdiff.task import predict_masks, to_unit
+from factorkit.segdiff.task import predict_masks
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import signed_to_unit
 from factorkit.utils.rng import derived_seed
 
 EDGE = math.log(4)  # a pixel is no edge where its region is four times as probable as any other
@@ -153,10 +154,10 @@ def recompose_pictures(
         DataError: so many pictures cannot be paired.
     """
     top = levels(config)
-    if config.leaves == 1:
+    if config.num_leaf_regions == 1:
         raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to edit")
-    if not 0 <= region < config.leaves:
-        raise ConfigError(f"region={region}: this run has regions 0 to {config.leaves - 1}")
+    if not 0 <= region < config.num_leaf_regions:
+        raise ConfigError(f"region={region}: this run has regions 0 to {config.num_leaf_regions - 1}")
     if remove and (sources is not None or t is not None):
         raise ConfigError("a region is removed or brought from elsewhere: give remove, or from and t, not both")
     if not 1 <= steps <= top:
@@ -202,7 +203,7 @@ def recompose_pictures(
         # kept to the last digit: the way through the sampler's formulas rounds
         images = torch.where(weights.kept == 1, original, drawn.images)
         masks = predict_masks(model, images, config.segment_t, schedule)
-        parts.append((to_unit(images), masks, weights.kept[:, 0].cpu()))
+        parts.append((signed_to_unit(images), masks, weights.kept[:, 0].cpu()))
     images, masks, kept = map(torch.cat, zip(*parts, strict=True))
-    seen = to_unit(sources) if brought else None
-    return Recomposition(images, masks, hard_labels(masks, config.nesting), to_unit(originals), seen, kept)
+    seen = signed_to_unit(sources) if brought else None
+    return Recomposition(images, masks, hard_labels(masks, config.nesting), signed_to_unit(originals), seen, kept)

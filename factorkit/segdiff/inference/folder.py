@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from factorkit.data.sources import Source, escape_name
+from factorkit.data.files import escape_name
+from factorkit.data.sources import Source
 from factorkit.engine.run_folder import held
 from factorkit.segdiff import previews as pictures
 from factorkit.segdiff.config import SegdiffConfig
@@ -39,6 +40,7 @@ from factorkit.segdiff.network import FactorizedUNet
 from factorkit.utils import distributed
 from factorkit.utils.atomic import clear_unfinished, save_image
 from factorkit.utils.errors import ConfigError, DataError, WriteError, is_out_of_memory
+from factorkit.utils.images import unit_to_uint8
 
 SHEET_IMAGES, SHEET_CELL = 32, 128  # on the contact sheet: at most so many pictures, of so many pixels
 NAMED = 20  # pictures that are left out and named in a warning; the answer has them all
@@ -151,7 +153,7 @@ class _Job:
 
     def _plan(self) -> tuple[list[int], bool]:
         """The pictures to be segmented, and whether the sheet is to be drawn."""
-        count, regions = len(self.source), self.config.leaves
+        count, regions = len(self.source), self.config.num_leaf_regions
         done = [self.manifest.has(i, self.paths[i], self.formats, regions) for i in range(count)]
         first = range(min(SHEET_IMAGES, count))
         sheet_due = not self.sheet.exists() or any(not done[i] and not self.manifest.failed(i) for i in first)
@@ -176,7 +178,7 @@ class _Job:
         self.manifest.take_in()
         if sheet_due and self.rows:
             self._write_sheet()
-        regions = self.config.leaves
+        regions = self.config.num_leaf_regions
         annotated = write_annotations(self.manifest, regions) if "coco" in self.formats else None
         areas = [line["areas"] for _, line in self.manifest.records()]
         return FolderSegments(
@@ -275,7 +277,7 @@ class _Job:
         for rows, band in own_pixels(masks, seen):
             labels[rows] = hard_labels(band, self.config.nesting).byte().numpy()
             if soft is not None:
-                soft[:, rows] = (band * 255).round().byte().numpy()
+                soft[:, rows] = unit_to_uint8(band)
         files = write_picture(self.out / self.paths[index], seen.picture, labels, soft, self.formats)
         if pictured:
             self.rows[index] = _sheet_row(seen.picture, soft)
@@ -324,11 +326,11 @@ class _Job:
 
     def _write_sheet(self) -> None:
         order = sorted(self.rows)
-        colors = pictures.palette(self.config.leaves)
+        colors = pictures.palette(self.config.num_leaf_regions)
         columns = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
         captions = [escape_name(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
         rows = [self.rows[i] for i in order]
-        save_image(pictures.contact_sheet(rows, columns, captions, cell=SHEET_CELL), self.sheet)
+        save_image(pictures.draw_image_grid(rows, columns, captions, cell=SHEET_CELL), self.sheet)
 
 
 def _alone() -> None:

@@ -18,10 +18,11 @@ from factorkit.data.decode import to_rgb
 from factorkit.data.open import open_source
 from factorkit.data.sources import CHANNEL_COUNTS, Source
 from factorkit.diffusion.schedule import Schedule
-from factorkit.nn.guided_filter import apply_guidance, fit_guidance, stretch
+from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, resize_rows
 from factorkit.segdiff.config import SegdiffConfig
-from factorkit.segdiff.task import predict_masks, to_float
+from factorkit.segdiff.task import predict_masks
 from factorkit.utils.errors import ConfigError, DataError, OutOfMemory, is_out_of_memory
+from factorkit.utils.images import pixels_to_images, pixels_to_signed
 
 UPSAMPLINGS = ("guided", "bilinear")
 TILE, OVERLAP = 4, 1  # sides of a tile and of what neighbours share, in training resolutions
@@ -55,7 +56,7 @@ def see(picture: Image.Image, config: SegdiffConfig, size: int, upsample: str) -
     Its short side is brought to ``size`` pixels, the long one in proportion, both to multiples of what the U-Net can
     halve. A picture that has no more pixels than that needs no guide.
     """
-    step = 2 ** max(len(config.multipliers) - 1, int(config.half_resolution_masks))
+    step = 2 ** max(len(config.channel_mult) - 1, int(config.half_resolution_masks))
     width, height = picture.size
     short = min(width, height)
     fit = lambda side: max(step, round(min(side / short, LONGEST) * size / step) * step)  # noqa: E731
@@ -78,9 +79,9 @@ def small_masks(predict: Callable[[Tensor], Tensor], small: np.ndarray, config: 
     Args:
         predict: images [N, 3, h, w] in [-1, 1] to masks [N, K, h, w].
     """
-    images = to_float(torch.from_numpy(small))
+    images = pixels_to_signed(torch.from_numpy(small))
     (height, width), tile, overlap = images.shape[2:], TILE * config.resolution, OVERLAP * config.resolution
-    if max(height, width) <= tile or config.masks == "competition":
+    if max(height, width) <= tile or config.masks == "mixture":
         return predict(images)
     weight = _tent(min(height, tile), overlap)[:, None] * _tent(min(width, tile), overlap)
     total, weights = torch.zeros(()), torch.zeros(height, width)
@@ -101,15 +102,15 @@ def own_pixels(masks: Tensor, seen: Seen) -> Iterator[tuple[slice, Tensor]]:
     guidance = None
     if seen.guide is not None:
         on_grid = F.interpolate(masks[None], seen.guide.shape[:2], mode="bilinear", align_corners=False)
-        guidance = fit_guidance(_colours(seen.guide), on_grid, seen.radius, EPS)
+        guidance = fit_guided_filter(_colours(seen.guide), on_grid, seen.radius, EPS)
     step = max(1, BAND // width)
     for top in range(0, height, step):
         rows = slice(top, min(top + step, height))
         if guidance is None:
-            band = stretch(masks[None], height, rows, width)[0]
+            band = resize_rows(masks[None], height, rows, width)[0]
         else:
             colours = _colours(np.asarray(seen.picture.crop((0, rows.start, width, rows.stop))))
-            band = apply_guidance(guidance, colours, rows, height)[0].clamp_min(0)
+            band = apply_guided_filter(guidance, colours, rows, height)[0].clamp_min(0)
             band = band / band.sum(0)  # at least 1: before, all of them summed to 1
         yield rows, band
 
@@ -120,7 +121,7 @@ def check_segmenting(config: SegdiffConfig, size: int | None, upsample: str) -> 
     Raises:
         ConfigError: a plain DDPM, a size below the training's levels, an unknown way of upsampling.
     """
-    if config.leaves == 1:
+    if config.num_leaf_regions == 1:
         raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to segment with")
     if upsample not in UPSAMPLINGS:
         raise ConfigError(f"upsample={upsample!r} is unknown; choose one of {', '.join(UPSAMPLINGS)}")
@@ -142,7 +143,7 @@ def _resized(picture: Image.Image, size: tuple[int, int], filter: Image.Resampli
 
 def _colours(pixels: np.ndarray) -> Tensor:
     """uint8 [h, w, 3] to fp32 [1, 3, h, w] in [0, 1]."""
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 255
+    return pixels_to_images(pixels)[None]
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -183,15 +184,15 @@ class Quality(NamedTuple):
     Attributes:
         levels: noise levels, in units of the one asked for.
         draws: of noise at each level; the first is that of a single look.
-        mirror: look at the mirror image too.
+        flip: look at the mirror image too.
     """
 
     levels: tuple[float, ...] = (1.0,)
     draws: int = 1
-    mirror: bool = False
+    flip: bool = False
 
 
-QUALITIES = {"fast": Quality(), "best": Quality(mirror=True)}
+QUALITIES = {"fast": Quality(), "best": Quality(flip=True)}
 
 
 def quality_of(quality: str | Quality, mirrored: bool) -> Quality:
@@ -209,7 +210,7 @@ def quality_of(quality: str | Quality, mirrored: bool) -> Quality:
         return quality
     if quality not in QUALITIES:
         raise ConfigError(f"quality={quality!r} is unknown; choose one of {', '.join(QUALITIES)}, or give a Quality")
-    return QUALITIES[quality]._replace(mirror=QUALITIES[quality].mirror and mirrored)
+    return QUALITIES[quality]._replace(flip=QUALITIES[quality].flip and mirrored)
 
 
 def averaged_masks(
@@ -220,7 +221,7 @@ def averaged_masks(
     label: the class the model is told, where it knows classes; None tells it of none.
     """
     levels = [min(round(share * t), schedule.steps - 1) for share in quality.levels]
-    looks = list(product(levels, range(quality.draws), (False, True) if quality.mirror else (False,)))
+    looks = list(product(levels, range(quality.draws), (False, True) if quality.flip else (False,)))
     total = torch.zeros(())
     for level, draw, mirrored in looks:
         masks = predict_masks(model, images.flip(3) if mirrored else images, level, schedule, draw, label)

@@ -22,8 +22,8 @@ from factorkit.metrics.segmentation import fit_mapping, score_masks
 from factorkit.segdiff.class_labels import label_of
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
-from factorkit.segdiff.task import to_float
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import pixels_to_signed
 
 #: Table 2.7: for each class of VOC the class of ImageNet (ILSVRC 2012, counted from 0 in the order of the synsets).
 THESIS_LABELS = dict(
@@ -44,7 +44,7 @@ def zero_shot_scores(
     *,
     split: str = "val",
     label_map: Mapping[str, Any] | None,
-    fit: int,
+    num_fit_images: int,
     mask_set: str | None = None,
 ) -> dict[str, Any]:
     """Score each class of a data set whose masks hold classes.
@@ -55,7 +55,7 @@ def zero_shot_scores(
             of "train", where that is another split, else on the first ones of this split.
         label_map: the run's class, by name or number, of each class that the model is to be told; None: the
             dissertation's (table 2.7) for VOC and a run on the 1000 classes of ImageNet, and nothing for other runs.
-        fit: pictures of each class that fit its mapping, at most half of them where there is one split.
+        num_fit_images: pictures of each class that fit its mapping, at most half of them where there is one split.
         mask_set: of a data set with several sets of masks, which.
 
     Returns:
@@ -84,7 +84,7 @@ def zero_shot_scores(
     told = _told(config, names, label_map)
     found, missing = {}, []
     for number, name in names.items():
-        one = _of_class(config, predictor, labelled, fitted, number, told.get(name), fit)
+        one = _of_class(config, predictor, labelled, fitted, number, told.get(name), num_fit_images)
         if one is None:
             missing.append(name)
         else:
@@ -124,15 +124,15 @@ def _of_class(
     fitted: LabelledImages | None,
     number: int,
     told: int | None,
-    fit: int,
+    num_fit_images: int,
 ) -> dict[str, Any] | None:
     """The scores of one class; None where there are too few pictures of it."""
     shown = showing(labelled, number)
     rows = shown
     if fitted is not None and len(known := showing(fitted, number)):
-        source, chosen = fitted, known[:fit]
+        source, chosen = fitted, known[:num_fit_images]
     else:
-        source, chosen = labelled, shown[: min(fit, len(shown) // 2)]
+        source, chosen = labelled, shown[: min(num_fit_images, len(shown) // 2)]
         rows = shown[len(chosen) :]
     if not len(chosen) or not len(rows):
         return None
@@ -140,7 +140,7 @@ def _of_class(
     level, count = scored_level(config.nesting)
 
     def regions(of: LabelledImages, at: np.ndarray) -> np.ndarray:
-        labels = hard_labels(predict(to_float(torch.from_numpy(of.images[at]))), config.nesting)
+        labels = hard_labels(predict(pixels_to_signed(torch.from_numpy(of.images[at]))), config.nesting)
         return level_labels(labels, config.nesting, level).numpy()
 
     truth = lambda of, at: (of.labels[at] == number, of.valid[at])  # noqa: E731

@@ -111,7 +111,7 @@ def unexplained_noise(competition: RegionCompetition, images: Tensor, schedule: 
     """
     total = 0.0
     for level in JUDGED:
-        t = schedule.as_noisy_as(level, Schedule())
+        t = schedule.find_matching_time(level, Schedule())
         eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(derived_seed("judge", level)))
         for part, noise in zip(images.split(AT_ONCE), eps.split(AT_ONCE), strict=True):
             part, noise = part.to(schedule.device), noise.to(schedule.device)

@@ -11,7 +11,7 @@ from factorkit.nerfdiff.fields.grid import GridField
 from factorkit.nerfdiff.previews.points import RISE, SIDE, _look, _side, points_picture
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.watch import points_sheet
-from factorkit.report.image_grid import PAPER
+from factorkit.report.image_grid import PAPER_COLOR
 
 RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
 
@@ -59,7 +59,7 @@ def test_a_stray_does_not_make_the_scene_small():
     points = rng.uniform(-1, 1, (2000, 3)).astype(np.float32)
     points[0] = (300, 300, 300)
     picture = _look(Shape(points, np.zeros((2000, 3), np.uint8)), _side(0.3, np.radians(RISE)))
-    assert (picture != PAPER).any(-1).mean() > 0.1
+    assert (picture != PAPER_COLOR).any(-1).mean() > 0.1
 
 
 @pytest.mark.parametrize("forward, looks", [(False, 4), (True, 2)])
@@ -77,7 +77,7 @@ def test_a_runs_sheet_shows_the_scene_and_an_empty_one_shows_none(tmp_path):
     scene = open_scene(make_procedural_views(12, 24), 24, torch.device("cpu"))
     points_sheet(tmp_path / "s" / "points.png", make_scene_field(), scene, scene.poses)
     with Image.open(tmp_path / "s" / "points.png") as sheet:
-        assert (np.asarray(sheet)[20:] != PAPER).any(-1).mean() > 0.02
+        assert (np.asarray(sheet)[20:] != PAPER_COLOR).any(-1).mean() > 0.02
     empty = GridField(4)
     empty.values.data[..., 0] = -10
     points_sheet(tmp_path / "e" / "points.png", empty, scene, scene.poses)

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from factorkit.data.procedural.scene import make_procedural_views
-from factorkit.engine.log import read_log
 from factorkit.nerfdiff.cameras.poses import turned_poses
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.fingerprint import describe
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages.flip_test import TURNS
 from factorkit.nerfdiff.train import Training, train_nerfdiff
+from factorkit.utils.jsonl import read_log
 
 
 @pytest.mark.parametrize("astray", [0, 6])

@@ -15,11 +15,11 @@ from factorkit.utils.rng import BatchDraw
 
 TINY = {
     "resolution": 16,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 4,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 4,
     "batch_size": 8,
     "warmup_steps": 0,
     "lr_decay_fraction": 0.0,
@@ -87,8 +87,8 @@ def test_supervised_loss_averages_over_counted_pixels(quadrants):
 
 
 def test_pixel_features_come_from_the_published_blocks(stirred_run, pictures):
-    run = stirred_run(regions=1, multipliers=(1, 2), blocks=2)
-    blocks = [block for level in run.model.decoder.levels for block in level["blocks"]]
+    run = stirred_run(regions=1, channel_mult=(1, 2), num_res_blocks=2)
+    blocks = [block for level in run.model.decoder.levels for block in level.blocks]
     assert len(blocks) == 6 and chosen_blocks(run) == [blocks[1], blocks[2], blocks[4]]
     features = pixel_features(run, pictures(3))
     channels = sum(block.conv2.out_channels for block in chosen_blocks(run))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.segdiff.task import noised, to_float
+from factorkit.segdiff.task import noised
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import pixels_to_signed
 
 
 @pytest.mark.parametrize("changes", [{}, {"form": "thesis"}, {"regions": 5}, {"regions": 1}, {"decoding": "unshared"}])
@@ -27,7 +28,7 @@ def test_decompose_branches_weighted_by_masks_equal_the_estimate(stirred_run, pi
 
 def test_decompose_masks_equal_segment(stirred_run, pictures):
     run = stirred_run()
-    x = to_float(torch.from_numpy(pictures(2)))
+    x = pixels_to_signed(torch.from_numpy(pictures(2)))
     x_t, t = noised(x, 30, run.schedule)
     apart = run.branches(pictures(2), t=30)
     torch.testing.assert_close(apart.masks, run.segment(pictures(2), t=30).masks)

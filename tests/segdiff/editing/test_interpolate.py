@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.segdiff.task import to_float
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import pixels_to_signed
 
 FORMS = pytest.mark.parametrize("changes", [{}, {"form": "thesis"}, {"regions": 1}, {"decoding": "concat"}])
 
@@ -41,7 +41,7 @@ def test_interpolate_mixes_under_shared_noise(stirred_run, pictures, monkeypatch
     assert t.tolist() == [400] * 5
     mixed = x_t[0] + torch.linspace(0, 1, 5)[:, None, None, None] * (x_t[4] - x_t[0])
     torch.testing.assert_close(x_t, mixed)
-    clean_a, clean_b = (to_float(torch.from_numpy(p))[0] for p in (a, b))
+    clean_a, clean_b = (pixels_to_signed(torch.from_numpy(p))[0] for p in (a, b))
     torch.testing.assert_close(x_t[0] - x_t[4], run.schedule.signal(t[:1])[0] * (clean_a - clean_b))
     eps = (x_t[0] - run.schedule.signal(t[:1])[0] * clean_a) / run.schedule.sigma(t[:1])[0]
     assert abs(eps.mean()) < 0.1 and 0.9 < eps.std() < 1.1
@@ -67,7 +67,7 @@ def test_interpolate_one_image_pairs_with_all_others(stirred_run, pictures):
 
 def test_interpolate_default_level_is_a_quarter_of_the_trained_levels(stirred_run, pictures):
     a, b = pictures(2)
-    for run, t in ((stirred_run(), 250), (stirred_run(tail=0.0, t_max=40), 10)):
+    for run, t in ((stirred_run(), 250), (stirred_run(high_noise_fraction=0.0, t_max=40), 10)):
         by_default = run.interpolate(a, b, frames=2, steps=2)
         assert torch.equal(by_default.images, run.interpolate(a, b, frames=2, steps=2, t=t).images)
         assert not torch.equal(by_default.images, run.interpolate(a, b, frames=2, steps=2, t=t + 5).images)
@@ -90,7 +90,7 @@ def test_interpolate_invalid_settings_raise(stirred_run, pictures, changes, says
 
 def test_interpolate_untrained_level_raises(stirred_run, pictures):
     with pytest.raises(ConfigError, match="between 0 and 39, the noisiest level"):
-        stirred_run(tail=0.0, t_max=40).interpolate(*pictures(2), t=40)
+        stirred_run(high_noise_fraction=0.0, t_max=40).interpolate(*pictures(2), t=40)
 
 
 def test_interpolate_unpairable_images_raise(stirred_run, pictures):

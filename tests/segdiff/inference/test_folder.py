@@ -24,11 +24,11 @@ from factorkit.utils.errors import CheckpointError, ConfigError, WriteError
 TINY = {
     "resolution": 16,
     "regions": 3,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "device": "cpu",
     "threads": 1,
 }

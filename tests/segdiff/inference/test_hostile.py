@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data.sources import escape_name
+from factorkit.data.files import escape_name
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.inference import segment as quality
 from factorkit.segdiff.run import SegdiffRun
@@ -21,11 +21,11 @@ from factorkit.utils.errors import ConfigError, DataError, WriteError
 TINY = {
     "resolution": 16,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "device": "cpu",
     "threads": 1,
 }

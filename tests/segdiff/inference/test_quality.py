@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from factorkit.segdiff.inference.segment import QUALITIES, Quality, averaged_masks
-from factorkit.segdiff.task import noised, predict_masks, to_float
+from factorkit.segdiff.task import noised, predict_masks
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import pixels_to_signed
 
 
 @pytest.fixture
 def looked(stirred_run, pictures):
-    return stirred_run(), to_float(torch.from_numpy(pictures(3)))
+    return stirred_run(), pixels_to_signed(torch.from_numpy(pictures(3)))
 
 
 def test_a_fast_look_is_one_pass_at_the_level_asked_for(looked):
@@ -23,7 +24,7 @@ def test_a_fast_look_is_one_pass_at_the_level_asked_for(looked):
 
 def test_the_mean_over_levels_draws_and_mirror_images(looked):
     run, images = looked
-    looks = Quality(levels=(1 / 3, 1.0, 2.0), draws=2, mirror=True)
+    looks = Quality(levels=(1 / 3, 1.0, 2.0), draws=2, flip=True)
     found = averaged_masks(run.model, images, 30, run.schedule, looks)
     looks = []
     for level in (10, 30, 60):
@@ -55,10 +56,10 @@ def test_the_best_is_the_mirror_image_too_where_training_showed_any(looked, stir
     both = predict_masks(run.model, images, 30, run.schedule)
     both = (both + predict_masks(run.model, images.flip(3), 30, run.schedule).flip(3)) / 2
     torch.testing.assert_close(run.predictor(30, "best")(images), both)
-    one_way = stirred_run(mirror=False)
+    one_way = stirred_run(random_flip=False)
     once = predict_masks(one_way.model, images, 30, one_way.schedule)
     assert torch.equal(one_way.predictor(30, "best")(images), once)
-    torch.testing.assert_close(one_way.predictor(30, Quality(mirror=True))(images), both)  # who asks for it gets it
+    torch.testing.assert_close(one_way.predictor(30, Quality(flip=True))(images), both)  # who asks for it gets it
     with pytest.raises(ConfigError, match="at least one draw and one level"):
         run.segment(pictures(1), quality=Quality(draws=0))
 

@@ -16,11 +16,11 @@ from factorkit.utils.errors import ConfigError, OutOfMemory
 TINY = {
     "resolution": 16,
     "regions": 2,
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (),
-    "groups": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
     "device": "cpu",
 }
 
@@ -96,7 +96,7 @@ def test_predict_tiled_pixelwise_model_equals_the_whole(size):
 
 def test_predict_tiled_mixture_masks_use_whole_images():
     """Their places are those of a picture, and so are the colours they compete by."""
-    config = SegdiffConfig(resolution=16, masks="competition")
+    config = SegdiffConfig(resolution=16, masks="mixture")
     shapes = []
 
     def predict(images):

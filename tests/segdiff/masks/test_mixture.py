@@ -11,11 +11,20 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.masks import mixture as module
 from factorkit.segdiff.masks.mixture import ROUNDS, SHARE, RegionCompetition, colour_evidence, invert
-from factorkit.segdiff.task import SegdiffTask, noised, to_float
+from factorkit.segdiff.task import SegdiffTask, noised
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
 
-TINY = {"resolution": 8, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 2, "steps": 400}
+TINY = {
+    "resolution": 8,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 2,
+    "steps": 400,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +89,7 @@ def test_the_score_is_the_slope_of_the_mixture(monkeypatch):
 
 def test_a_thing_of_another_colour_in_each_picture_is_one_region():
     pictures, inside = things(24)
-    competition, x = RegionCompetition(2), to_float(torch.from_numpy(pictures))
+    competition, x = RegionCompetition(2), pixels_to_signed(torch.from_numpy(pictures))
     schedule = Schedule()
     optimizer = torch.optim.Adam(competition.parameters(), 0.03)
     for step in range(40):
@@ -100,7 +109,7 @@ def test_a_thing_of_another_colour_in_each_picture_is_one_region():
 
 
 def test_masks_of_any_size_need_neither_the_network_nor_half_precision():
-    config = preset_config(None, **TINY, masks="competition").resolved()
+    config = preset_config(None, **TINY, masks="mixture").resolved()
     assert not (config.normalised_logits or config.half_resolution_masks) and config.mask_learning_rate == 100
     assert config.segment_t == 0 and preset_config(None, **TINY).resolved().segment_t == 30
     model = config.build()
@@ -115,7 +124,7 @@ def test_masks_of_any_size_need_neither_the_network_nor_half_precision():
 
 @pytest.mark.parametrize("decoding", ["masked_skips", "concat"])
 def test_places_learn_from_denoising_by_colour_alone(decoding):
-    config = preset_config(None, **TINY, masks="competition", decoding=decoding).resolved()
+    config = preset_config(None, **TINY, masks="mixture", decoding=decoding).resolved()
     pictures, _ = things(16, 8)
     task = SegdiffTask(config, pictures, pictures, torch.device("cpu"))
     torch.nn.init.normal_(task.model.decoder.conv_out.weight)  # else no gradient comes back from the branches
@@ -124,9 +133,9 @@ def test_places_learn_from_denoising_by_colour_alone(decoding):
     found = task.loss(task.model, torch.arange(16), BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu")), 399)
     numbers = BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu"))
     mirrored, t = numbers.uniform() < 0.5, numbers.integers(0, config.t_max)
-    t = torch.where(numbers.uniform() < config.tail, numbers.integers(config.t_max, 1000), t)
+    t = torch.where(numbers.uniform() < config.high_noise_fraction, numbers.integers(config.t_max, 1000), t)
     eps = numbers.normal(3, 8, 8)
-    x0 = to_float(torch.from_numpy(pictures))
+    x0 = pixels_to_signed(torch.from_numpy(pictures))
     x_t = task.schedule.noise(torch.where(mirrored[:, None, None, None], x0.flip(3), x0), eps, t)
     score = task.model.competition(x_t).score
     own = (task.schedule.sigma(t) * score + eps).square().mean((1, 2, 3))
@@ -142,7 +151,9 @@ def test_pictures_stay_as_they_are_where_left_and_right_mean_something():
     pictures[:, :, :4] = 255
     seen = {}
     for mirror in (True, False):
-        config = preset_config(None, **TINY, masks="competition", mirror=mirror, t_max=1, tail=0.0).resolved()
+        config = preset_config(
+            None, **TINY, masks="mixture", random_flip=mirror, t_max=1, high_noise_fraction=0.0
+        ).resolved()
         task = SegdiffTask(config, pictures, pictures, torch.device("cpu"))
         watch = task.model.forward
         task.model.forward = lambda x_t, t, watch=watch, mirror=mirror: (seen.update({mirror: x_t}), watch(x_t, t))[1]
@@ -154,11 +165,11 @@ def test_pictures_stay_as_they_are_where_left_and_right_mean_something():
 @pytest.mark.parametrize("changes", [{"normalised_logits": True}, {"half_resolution_masks": True}])
 def test_a_competition_has_no_generator_to_normalise(changes):
     with pytest.raises(ConfigError, match="no mask generator"):
-        preset_config(None, **TINY, masks="competition", **changes).resolved()
+        preset_config(None, **TINY, masks="mixture", **changes).resolved()
 
 
 def test_masks_are_made_one_of_two_ways():
-    with pytest.raises(ConfigError, match="choose one of network, competition"):
+    with pytest.raises(ConfigError, match="choose one of network, mixture"):
         preset_config(None, **TINY, masks="colours").resolved()
 
 

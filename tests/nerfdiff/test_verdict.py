@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from factorkit.engine.log import RunLog
-from factorkit.report.html import verdict, write_report
+from factorkit.nerfdiff.verdict import REPORT, write_report
+from factorkit.report.html import read_verdict
 
-FOUND = {"rotation_median_deg": 0.4, "under_10_deg": 1.0, "psnr": 28.1, "psnr_encoder": 25.0}
+SCORES = {"rotation_median_deg": 0.4, "under_10_deg": 1.0, "psnr": 28.1, "psnr_encoder": 25.0}
 
 
 def run(folder: Path, failures: list[str] | None, scores: dict | None) -> Path:
@@ -28,21 +29,21 @@ def run(folder: Path, failures: list[str] | None, scores: dict | None) -> Path:
 @pytest.mark.parametrize(
     ("failures", "scores", "status", "words"),
     [
-        ([], FOUND, "good", "cameras were found"),
-        (["collapse: one side"], FOUND, "bad", "collapse"),
-        ([], FOUND | {"under_10_deg": 0.4, "mirrored": False}, "bad", "wrongly"),
-        ([], FOUND | {"under_10_deg": 0.1, "mirrored": True}, "bad", "mirror"),
+        ([], SCORES, "good", "cameras are correct"),
+        (["collapse: one side"], SCORES, "bad", "collapse"),
+        ([], SCORES | {"under_10_deg": 0.4, "mirrored": False}, "bad", "wrong"),
+        ([], SCORES | {"under_10_deg": 0.1, "mirrored": True}, "bad", "mirror"),
         ([], None, "open", "No true poses"),
         (None, None, "open", "No true poses"),
     ],
 )
-def test_cameras_are_judged_by_alarms_and_scores(tmp_path, failures, scores, status, words):
-    found = verdict(run(tmp_path / "run", failures, scores))
-    assert found.status == status and words in found.headline
+def test_read_verdict_weighs_alarms_and_scores(tmp_path, failures, scores, status, words):
+    verdict = read_verdict(run(tmp_path / "run", failures, scores), REPORT)
+    assert verdict.status == status and words in verdict.headline
 
 
-def test_the_report_of_cameras_speaks_of_degrees_not_of_regions(tmp_path):
-    page = re.sub("base64,[^']*", "", write_report(run(tmp_path / "run", [], FOUND)).read_text())
+def test_write_report_shows_degrees_and_no_region_scores(tmp_path):
+    page = re.sub("base64,[^']*", "", write_report(run(tmp_path / "run", [], SCORES)).read_text())
     for words in ("rotation, median", "28.10", "Classifier", "Use of the candidates"):
         assert words in page
     assert "eta gap" not in page and "IoU" not in page

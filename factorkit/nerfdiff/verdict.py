@@ -1,0 +1,67 @@
+"""Whether a nerfdiff run succeeded, and what its report shows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from factorkit.report import html
+from factorkit.report.content import Curve, Log, Record, ReportContent, Tile, Verdict, format_number, judged_alarms
+from factorkit.utils.jsonl import is_number
+
+MIN_SHARE_UNDER_10_DEG = 0.9  # share of cameras less than 10 degrees off from which a scene counts as solved
+
+
+def judge_cameras(log: Log, scores: Record) -> Verdict:
+    """Judge a run by its newest alarms and the errors of its cameras."""
+    alarms, failures = judged_alarms(log)
+    median: Any = scores.get("rotation_median_deg")
+    share: Any = scores.get("under_10_deg")
+    details = []
+    if alarms is not None:
+        details.append(f"Without true poses: {'; '.join(failures) or 'no alarm went off'}.")
+    scored = is_number(median) and is_number(share)
+    if scored:
+        details.append(f"The median rotation error is {median:.2f} degrees; {share:.0%} of the cameras are under 10.")
+    if failures:
+        return Verdict("bad", "Failed: " + failures[0].split(":")[0], details)
+    if scored and share < MIN_SHARE_UNDER_10_DEG:
+        mirrored = "Failed: the scene is a mirror image"
+        wrong = "Failed: the cameras are wrong, though no alarm went off"
+        return Verdict("bad", mirrored if scores.get("mirrored") else wrong, details)
+    if scored:
+        return Verdict("good", "The cameras are correct", details)
+    return Verdict("open", "No true poses to judge by", details or ["There are neither alarms nor scores."])
+
+
+def headline_tiles(alarms: Record, scores: Record) -> list[Tile]:
+    """Return the numbers that nerfdiff is judged by."""
+    return [
+        Tile("rotation, median", format_number(scores.get("rotation_median_deg"), 2), "degrees, training cameras"),
+        Tile("under 10 degrees", format_number(scores.get("under_10_deg"), 2), "share of the training cameras"),
+        Tile("PSNR", format_number(scores.get("psnr"), 2), "dB, at true cameras"),
+        Tile("PSNR, encoder", format_number(scores.get("psnr_encoder"), 2), "dB, at the encoder's cameras"),
+        Tile("azimuth spread", format_number(alarms.get("azimuth_spread"), 2), "0: one side, 1: all around"),
+    ]
+
+
+REPORT = ReportContent(
+    judge=judge_cameras,
+    tiles=headline_tiles,
+    curves=(
+        Curve("Classifier", "Share of the views whose highest score is at their assigned candidate.", "classified"),
+        Curve(
+            "Use of the candidates",
+            "Bands that vanish are unused candidates; one that fills all is a collapse.",
+            "candidate_use",
+            band="",
+        ),
+    ),
+    first_grids=("views",),
+)
+
+
+def write_report(folder: str | os.PathLike[str]) -> Path:
+    """Write ``folder/report.html``; see :func:`factorkit.report.html.write_report`."""
+    return html.write_report(folder, REPORT)
