@@ -45,7 +45,7 @@ def test_a_folder_of_one_class_deep_down_is_refused_and_loose_files_too():
         read_classes("folders", ["rose/a.jpg", "b.jpg"])
     with pytest.raises(ConfigError, match="x/b.jpg. are beside"):
         read_classes("folders", ["x/rose/a.jpg", "x/iris/c.jpg", "x/b.jpg"])
-    with pytest.raises(ConfigError, match="positions, no folders"):
+    with pytest.raises(ConfigError, match="have no folders"):
         read_classes("folders", ["000000"], positional=True)
 
 
