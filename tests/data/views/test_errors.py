@@ -119,7 +119,7 @@ def test_masks_of_another_size_or_without_foreground(tmp_path):
     with pytest.raises(DataError, match="no foreground: all masks"):
         open_views(tmp_path)
     picture(tmp_path / "masks" / "1.png", (4, 4))
-    with pytest.raises(DataError, match=r"mask of 1.png is 4 x 4 pixels, the picture 10 x 8"):
+    with pytest.raises(DataError, match=r"mask of 1.png is 4 x 4 pixels, the image 10 x 8"):
         open_views(tmp_path)
 
 
