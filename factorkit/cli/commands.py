@@ -141,7 +141,7 @@ def segment_video(run: Path, paths: Sequence[Path], out: Path, device: str, **op
 def generate(run: Path, out: Path, device: str, **options: Any) -> Result:
     """Generated images with labels and masks, and one contact sheet; options are those of ``SegdiffRun.generate``."""
     drawn = load_run(run, device, "segdiff").generate(**options, progress=True)
-    found = distributed.on_first(lambda: write_generated(drawn, out))
+    found = distributed.run_on_first(lambda: write_generated(drawn, out))
     return found, f"{found['generated']} generated: {out}\ncontact sheet: {found['contact_sheet']}"
 
 
@@ -150,7 +150,7 @@ def evaluate(run: Path, images: Path, masks: Path, device: str, **options: Any) 
     model = load_run(run, device, "segdiff")
     scores = model.evaluate(images, masks, **options)
     if model.folder is not None:
-        distributed.on_first(lambda: write_report(model.folder))
+        distributed.run_on_first(lambda: write_report(model.folder))
     return scores, score_table(scores)
 
 
@@ -188,7 +188,7 @@ def demo(out: Path, seed: int) -> Result:
     with cpu_threads(run.config.threads):
         segmented = run.segment_folder(flowers, out / "segmented")
         drawn = run.generate(DEMO_GENERATED, progress=True)
-        generated = distributed.on_first(lambda: write_generated(drawn, out / "generated"))
+        generated = distributed.run_on_first(lambda: write_generated(drawn, out / "generated"))
     scores, failed = run.scores, failures(out)
     if scores["iou"] < DEMO_MARK:
         failed = [f"IoU {scores['iou']:.3f} on held-out flowers, below the demo's mark of {DEMO_MARK:.2f}", *failed]

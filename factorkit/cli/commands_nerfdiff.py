@@ -66,7 +66,7 @@ def demo(out: Path, seed: int) -> Result:
         write_report(out)
         return write_frames(out / "orbit.gif", around)
 
-    orbit = distributed.on_first(write)
+    orbit = distributed.run_on_first(write)
     failed = failures(out)
     if scores["rotation_median_deg"] > DEMO_DEGREES or scores["under_10_deg"] < 1:
         failed = [f"cameras {scores['rotation_median_deg']:.2f} degrees off in the median", *failed]
@@ -103,7 +103,7 @@ def evaluate(path: Path, views: Path, split: str | None, refine: int, device: st
     opened = open_views(views, split, max(run.model.size), background_of(run))
     scores = run.evaluate(opened, refine=refine)
     if run.folder is not None:
-        distributed.on_first(lambda: write_report(run.folder))
+        distributed.run_on_first(lambda: write_report(run.folder))
     return {**scores, "seconds": time.perf_counter() - start}, score_table(scores)
 
 
@@ -117,7 +117,7 @@ def pose(path: Path, paths: Sequence[Path], out: Path | None, refine: int, check
         for name, matrix, scores in zip(views.names, found.poses.tolist(), found.scores.tolist(), strict=True)
     ]
     if out is not None:
-        distributed.on_first(lambda: write_json(out, {"frames": frames}))
+        distributed.run_on_first(lambda: write_json(out, {"frames": frames}))
     lines = [f"{f['name']}: at " + ", ".join(f"{row[3]:.3f}" for row in f["camera_to_world"][:3]) for f in frames]
     return {"frames": frames, "out": None if out is None else str(out)}, "\n".join(lines)
 
@@ -139,7 +139,7 @@ def reconstruct(path: Path, paths: Sequence[Path], out: Path, size: int | None, 
         beside = views.resize(tuple(seen.images.shape[2:])).images[first]
         views_sheet(beside, seen.images[first], seen.depth[first], seen.opacity[first], views.names[first]).save(sheet)
 
-    distributed.on_first(write)
+    distributed.run_on_first(write)
     found = {"out": str(out), "reconstructed": len(views), "contact_sheet": str(sheet)}
     return found, f"{len(views)} reconstructed: {out}\ncontact sheet: {sheet}"
 
@@ -147,7 +147,7 @@ def reconstruct(path: Path, paths: Sequence[Path], out: Path, size: int | None, 
 def render(path: Path, out: Path, kind: str, frames: int, size: int | None, device: str) -> Result:
     """Frames along a camera path."""
     images = load(path, device).render_path(kind, size, frames).images
-    distributed.on_first(lambda: write_frames(out, images))
+    distributed.run_on_first(lambda: write_frames(out, images))
     return {"out": str(out), "frames": frames}, f"{frames} frames: {out}"
 
 
@@ -177,7 +177,7 @@ def sample(path: Path, out: Path, device: str, **options: Any) -> Result:
         if sheet is not None:
             sheet.save(found["trajectory"])
 
-    distributed.on_first(write)
+    distributed.run_on_first(write)
     return found, f"{found['views']} views: {out}"
 
 

@@ -95,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {message}", file=sys.stderr)
         if several_processes():
-            from factorkit.utils.rendezvous import end_at_once
+            from factorkit.utils.distributed import exit_immediately
 
-            end_at_once(code)
+            exit_immediately(code)
         return code
 
 
@@ -160,7 +160,7 @@ def is_lost(error: BaseException) -> bool:
         return False
     from factorkit.utils import distributed
 
-    return distributed.is_lost(error)
+    return distributed.is_peer_lost(error)
 
 
 def explain(error: BaseException) -> tuple[int | None, str]:

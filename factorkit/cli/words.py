@@ -41,10 +41,10 @@ def load_run(path: Path, device: str, model: str) -> Any:
     import factorkit
     from factorkit.engine.config import resolve_device
     from factorkit.utils import distributed
-    from factorkit.utils.rendezvous import join
+    from factorkit.utils.distributed import join_processes
 
     chosen = distributed.local_device(resolve_device(device))
-    join(chosen)
+    join_processes(chosen)
     run = factorkit.load(path, device=str(chosen))
     if run.MODEL != model:
         raise ConfigError(f"{path} is a {run.MODEL} run; this command is for {model} runs")
