@@ -168,7 +168,7 @@ def sample(
             break
         state, target = _State(levels[i], x, x0), levels[i + 1]
         if sampler == "heun":
-            x = _heun_step(state, target, lambda x, t=times[i + 1]: estimate(x, t)[0])
+            x = _heun_step(state, target, times[i + 1], estimate)
         elif sampler == "dpm++":
             x = _dpm_step(previous, state, target)
         else:
@@ -237,13 +237,15 @@ def _ddim_step(
     return x + math.sqrt(variance) * unit_noise() if variance > 0 else x
 
 
-def _heun_step(state: _State, target: NoiseLevel, estimate: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply the trapezoid rule to x / (a + s) along tau; `estimate` gives x0 at the target level.
+def _heun_step(
+    state: _State, target: NoiseLevel, t: int, estimate: Callable[[Tensor, int], tuple[Tensor, Any]]
+) -> Tensor:
+    """Apply the trapezoid rule to x / (a + s) along tau; t is the time of the target level.
 
     Divided by a + s every path is straight, (1 - tau) x0 + tau eps, so one rule serves all schedules.
     """
     euler = target.signal * state.x0 + target.sigma * state.eps
-    velocity = (state.velocity + _State(target, euler, estimate(euler)).velocity) / 2
+    velocity = (state.velocity + _State(target, euler, estimate(euler, t)[0]).velocity) / 2
     straight = state.x / (state.level.signal + state.level.sigma) + (target.tau - state.level.tau) * velocity
     return (target.signal + target.sigma) * straight
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from factorkit.nerfdiff.fields.grid import Field
 from factorkit.rendering import (
-    EvenSampling,
-    OccupiedSampling,
+    OccupancySampling,
     Rays,
     Rendered,
+    UniformSampling,
     from_ndc,
     image_rays,
     ndc_rays,
@@ -96,12 +96,12 @@ def reached(origins: Tensor) -> Tensor:
     return (-origins[..., 2]).clamp_min(1.0)
 
 
-def sampling(field: Field, samples: int, forward: bool = False) -> EvenSampling | OccupiedSampling:
+def sampling(field: Field, samples: int, forward: bool = False) -> UniformSampling | OccupancySampling:
     """So many steps through the box; as long ones, where there is anything, if the field knows where."""
     grid = getattr(field, "occupancy", None)
     if grid is None:
-        return EvenSampling((-1.0,) * 3, (1.0,) * 3, samples)
-    return OccupiedSampling(grid, step=(1.0 if forward else 2.0) / samples)  # bent rays cross the box within t = 1
+        return UniformSampling((-1.0,) * 3, (1.0,) * 3, samples)
+    return OccupancySampling(grid, step=(1.0 if forward else 2.0) / samples)  # bent rays cross the box within t = 1
 
 
 def render_pixels(

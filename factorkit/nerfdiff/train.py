@@ -47,9 +47,9 @@ from factorkit.nerfdiff.stages.refine import Fit, FitTask
 from factorkit.nerfdiff.training_views import keep_views
 from factorkit.nerfdiff.verdict import write_report
 from factorkit.utils import distributed
+from factorkit.utils.distributed import join_processes
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.jsonl import read_log, timeline
-from factorkit.utils.distributed import join_processes
 from factorkit.utils.rng import derived_seed
 
 PLANE = (6, 4)  # places of forward-facing cameras across and up

@@ -19,7 +19,7 @@ from factorkit.nerfdiff.fields.occupancy import device_of, occupied_sampling
 from factorkit.nerfdiff.rays import Optics, within
 from factorkit.nerfdiff.scene import field_space
 from factorkit.rendering.cameras import image_rays
-from factorkit.rendering.ndc import SIDEWAYS
+from factorkit.rendering.ndc import MAX_DIRECTION_Z
 from factorkit.rendering.render import Field, render
 from factorkit.report.image_grid import palette
 from factorkit.utils.errors import ConfigError, DataError
@@ -258,7 +258,7 @@ def paint(
     k = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
     device, background = device_of(shown.field), shown.background.to(device_of(shown.field))
     rays, space = image_rays(pose.to(device), k.to(device), height, width), shown.space
-    lost = space.forward & (rays.directions[..., 2] > SIDEWAYS)  # there is nothing behind forward-facing cameras
+    lost = space.forward & (rays.directions[..., 2] > MAX_DIRECTION_Z)  # there is nothing behind forward-facing cameras
     bent = space.bent(rays, (height, width))
     each = (x.reshape(-1, 3).split(RAYS) for x in (bent.origins, bent.directions, rays.directions))
     colors = []

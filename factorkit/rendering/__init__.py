@@ -1,17 +1,17 @@
-"""Pictures of fields: cameras, where to sample, and volume rendering over the ops."""
+"""Rendering of fields: cameras, sampling along rays, and volume rendering over the ops."""
 
 from factorkit.rendering.cameras import Rays, image_rays, intrinsics_from_fov, look_at, orbit, pixel_rays
 from factorkit.rendering.ndc import from_ndc, ndc_rays
 from factorkit.rendering.occupancy import OccupancyGrid
 from factorkit.rendering.render import Rendered, render
-from factorkit.rendering.sampling import EvenSampling, OccupiedSampling
+from factorkit.rendering.sampling import OccupancySampling, UniformSampling
 
 __all__ = [
-    "EvenSampling",
     "OccupancyGrid",
-    "OccupiedSampling",
+    "OccupancySampling",
     "Rays",
     "Rendered",
+    "UniformSampling",
     "from_ndc",
     "image_rays",
     "intrinsics_from_fov",

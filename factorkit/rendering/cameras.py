@@ -1,9 +1,9 @@
 """Pinhole cameras in plain torch, so that gradients reach poses and intrinsics.
 
-Conventions, OpenGL's and Blender's: ``camera_to_world`` [..., 4, 4] (or its upper [..., 3, 4]) holds in its columns the
-camera's right (x), up (y) and backward (z) axes and its place; it looks along -z. Image coordinates run right and down
-from the upper left corner of the image, in pixels; the centre of the first pixel is (0.5, 0.5). ``intrinsics``
-[..., 3, 3] is the matrix K = [[f_x, 0, c_x], [0, f_y, c_y], [0, 0, 1]] in pixels.
+Conventions (OpenGL, Blender): ``camera_to_world`` [..., 4, 4] (or its upper [..., 3, 4]) holds in its columns the
+camera's right (x), up (y) and backward (z) axes and its centre; the camera looks along -z. Image coordinates are in
+pixels, right and down from the upper left corner of the image; the centre of the first pixel is (0.5, 0.5).
+``intrinsics`` [..., 3, 3] is the matrix K = [[f_x, 0, c_x], [0, f_y, c_y], [0, 0, 1]] in pixels.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Rays(NamedTuple):
     """Half-lines o + t d, t >= 0."""
 
     origins: Tensor  #: [..., 3]
-    directions: Tensor  #: [..., 3], of length one, so that t is the distance from the camera
+    directions: Tensor  #: [..., 3], unit vectors, so that t is the distance from the camera
 
 
 def pixel_rays(camera_to_world: Tensor, intrinsics: Tensor, pixels: Tensor) -> Rays:
-    """The rays through points of the image; gradients reach the pose, the intrinsics and the points.
+    """Compute the rays through image points; differentiable in the pose, the intrinsics and the points.
 
     Args:
         camera_to_world: [..., 4, 4] or [..., 3, 4].
@@ -41,16 +41,15 @@ def pixel_rays(camera_to_world: Tensor, intrinsics: Tensor, pixels: Tensor) -> R
     if pixels.dim() < 2 or pixels.shape[-1] != 2:
         raise ValueError(f"pixels has shape {tuple(pixels.shape)}; give image coordinates [..., P, 2]")
     focal = intrinsics.diagonal(dim1=-2, dim2=-1)[..., None, :2]
-    right_down = (pixels - intrinsics[..., None, :2, 2]) / focal
-    x, y = right_down.unbind(-1)
+    x, y = ((pixels - intrinsics[..., None, :2, 2]) / focal).unbind(-1)
     local = torch.nn.functional.normalize(torch.stack([x, -y, -torch.ones_like(x)], dim=-1), dim=-1)
-    # Not a matrix product, which may round to tf32 on a GPU: a direction needs all its digits.
+    # Not a matrix product, which may round to tf32 on a GPU: directions need full precision.
     directions = (camera_to_world[..., None, :3, :3] * local[..., None, :]).sum(-1)
     return Rays(camera_to_world[..., None, :3, 3].expand_as(directions), directions)
 
 
 def image_rays(camera_to_world: Tensor, intrinsics: Tensor, height: int, width: int) -> Rays:
-    """The rays through the centres of all pixels, [..., height, width, 3]; else as :func:`pixel_rays`."""
+    """Compute the rays through the centres of all pixels, [..., height, width, 3]; see :func:`pixel_rays`."""
     down, right = (torch.arange(side).to(camera_to_world) for side in (height, width))
     down, right = torch.meshgrid(down, right, indexing="ij")
     rays = pixel_rays(camera_to_world, intrinsics, torch.stack([right, down], dim=-1).reshape(-1, 2) + 0.5)
@@ -58,24 +57,24 @@ def image_rays(camera_to_world: Tensor, intrinsics: Tensor, height: int, width: 
 
 
 def intrinsics_from_fov(fov: float, height: int, width: int) -> Tensor:
-    """K [3, 3] of a camera with square pixels that looks through the image's centre and sees ``fov`` degrees along its
-    longer side."""
+    """Return K [3, 3] of a centred camera with square pixels that spans ``fov`` degrees on its longer side."""
     focal = max(height, width) / (2 * math.tan(math.radians(fov) / 2))
     return torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
 
 
 def look_at(eye: Tensor, target: Tensor, up: Tensor) -> Tensor:
-    """The pose [..., 4, 4] of a camera at ``eye`` [..., 3] that looks at ``target``, its y axis on the side of ``up``;
-    differentiable.
+    """Return the pose [..., 4, 4] of a camera at ``eye`` [..., 3] that looks at ``target``; differentiable.
+
+    Its y axis is on the side of ``up``.
 
     Raises:
-        ValueError: the camera would look along ``up``, or at itself.
+        ValueError: the camera would look along ``up``, or at its own centre.
     """
     eye, target, up = torch.broadcast_tensors(eye, target, up)
     back = torch.nn.functional.normalize(eye - target, dim=-1)
     side = torch.linalg.cross(up, back)
     if (side.norm(dim=-1) < 1e-6).any():
-        raise ValueError("a camera that looks along `up`, or at its own place, has no sideways; give another `up`")
+        raise ValueError("the camera would look along `up` or at its own centre; give another `up` or target")
     right = torch.nn.functional.normalize(side, dim=-1)
     pose = torch.stack([right, torch.linalg.cross(back, right), back, eye], dim=-1)
     last = pose.new_tensor([0, 0, 0, 1]).expand(*pose.shape[:-2], 1, 4)
@@ -83,14 +82,14 @@ def look_at(eye: Tensor, target: Tensor, up: Tensor) -> Tensor:
 
 
 def orbit(count: int, radius: float, elevation: float) -> Tensor:
-    """Poses [count, 4, 4] evenly around the z axis, ``elevation`` degrees above the horizon, looking at the origin."""
-    turn = torch.arange(count) * (2 * math.pi / count)
-    rise = math.radians(elevation)
-    eye = torch.stack([turn.cos() * math.cos(rise), turn.sin() * math.cos(rise), turn * 0 + math.sin(rise)], dim=1)
+    """Return poses [count, 4, 4] on a circle about the z axis, at ``elevation`` degrees, looking at the origin."""
+    azimuth = torch.arange(count) * (2 * math.pi / count)
+    e = math.radians(elevation)
+    eye = torch.stack([azimuth.cos() * math.cos(e), azimuth.sin() * math.cos(e), azimuth * 0 + math.sin(e)], dim=1)
     return look_at(radius * eye, torch.zeros(3), torch.tensor([0.0, 0.0, 1.0]))
 
 
 def _check(name: str, matrix: Tensor, *shapes: tuple[int, int]) -> None:
     if matrix.shape[-2:] not in shapes:
-        wanted = " or ".join(f"[..., {rows}, {columns}]" for rows, columns in shapes)
-        raise ValueError(f"{name} has shape {tuple(matrix.shape)}; give {wanted}")
+        valid = " or ".join(f"[..., {rows}, {columns}]" for rows, columns in shapes)
+        raise ValueError(f"{name} has shape {tuple(matrix.shape)}; give {valid}")

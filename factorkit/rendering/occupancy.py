@@ -1,9 +1,10 @@
-"""Which cells of space are worth a sample: bitfields that march_rays reads, learned from the field as it trains."""
+"""Occupancy grids: bitfields of the cells worth sampling, for march_rays, updated from the field as it trains."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,32 @@ from factorkit.ops.checks import check_box
 
 
 class OccupancyGrid(nn.Module):
-    """Cells of a box, and of the box scaled by 2, 4, ... about its centre, marked where there is density to look at.
+    """Cells of a box, and of the box scaled by 2, 4, ... about its centre, marked where the density is not negligible.
 
-    The grid remembers each cell's largest density seen lately: with every look the memory fades by ``decay`` and the
-    new density takes its place where it is larger (Müller et al. 2022, appendix E.2). :attr:`bits` is what
-    :func:`factorkit.ops.march_rays` takes. All cells are occupied until the first update.
+    Each cell stores a running maximum of its density: every update multiplies it by ``decay``, then takes the larger of
+    it and the new density (Müller et al. 2022, appendix E.2). :attr:`bits` is the input of
+    :func:`factorkit.ops.march_rays`. All cells are occupied until the first update. ``state_dict`` holds the whole
+    state, so updates after loading continue exactly.
 
-    ``state_dict`` holds everything, as tensors: saving and loading is that of any module, and updates after loading go
-    on as if never interrupted.
+    Args:
+        lower: lower corner of the box of level 0, three floats.
+        upper: upper corner.
+        resolution: cells R along each axis of a level, a power of two from 8 on.
+        levels: 1 to 16; level l covers the box scaled by 2^l.
+        threshold: optical depth (density times the cell's shortest side) from which a cell is occupied; half the
+            level's mean where that is less, so that a faint field at the start of training is kept.
+        decay: factor on the stored density per update, in (0, 1].
+        warmup: number of first updates that query every cell; later ones query half as many.
+        seed: of the query points, together with the number of the update.
+
+    Raises:
+        ValueError: an argument out of its range.
     """
+
+    density: Tensor  #: [levels, R^3], the running maxima
+    bits: Tensor  #: uint8 [levels, R^3 / 8], bit i of byte j is cell 8 j + i, z fastest
+    num_updates: Tensor
+    box: Tensor
 
     def __init__(
         self,
@@ -34,20 +52,6 @@ class OccupancyGrid(nn.Module):
         warmup: int = 16,
         seed: int = 0,
     ):
-        """
-        Args:
-            lower, upper: corners of the box of level 0, three floats each.
-            resolution: cells R along each axis of a level, a power of two from 8 on.
-            levels: 1 to 16; level l covers the box scaled by 2^l.
-            threshold: the optical depth, density times the cell's shortest side, from which a cell is occupied; half
-                the level's mean where that is less, so that a field of faint beginnings is not cut away.
-            decay: factor on the memory at each look, in (0, 1].
-            warmup: updates that look at every cell; later ones look at half of them.
-            seed: of the places looked at, with the number of the update.
-
-        Raises:
-            ValueError: settings other than these.
-        """
         super().__init__()
         self.lower, self.upper = check_box(lower, upper)
         if resolution < 8 or resolution & (resolution - 1):
@@ -58,20 +62,11 @@ class OccupancyGrid(nn.Module):
             raise ValueError(f"need 0 < decay <= 1 and threshold >= 0; got decay={decay}, threshold={threshold}")
         self.resolution, self.levels, self.threshold = resolution, levels, threshold
         self.decay, self.warmup, self.seed = decay, warmup, seed
-        cells = resolution**3
-        self.register_buffer("density", torch.zeros(levels, cells))  #: [levels, R^3], the memory
-        self.register_buffer("bits", torch.full((levels, cells // 8), 255, dtype=torch.uint8))
-        self.register_buffer("looks", torch.zeros((), dtype=torch.int64))
+        num_cells = resolution**3
+        self.register_buffer("density", torch.zeros(levels, num_cells))
+        self.register_buffer("bits", torch.full((levels, num_cells // 8), 255, dtype=torch.uint8))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("box", torch.tensor([self.lower, self.upper], dtype=torch.float64))
-
-    @property
-    def updates(self) -> int:
-        """How often the grid has looked; asking waits for the device."""
-        return int(self.looks)
-
-    @updates.setter
-    def updates(self, count: int) -> None:
-        self.looks.fill_(count)
 
     @property
     def cell_side(self) -> float:
@@ -80,84 +75,87 @@ class OccupancyGrid(nn.Module):
 
     @torch.no_grad()
     def update(self, density: Callable[[Tensor], Tensor]) -> None:
-        """Look at the field once: at every cell while warming up, then at a quarter of the cells drawn evenly and a
-        quarter drawn among the occupied ones, each at a random place inside.
+        """Update the grid from the field at one random point in each queried cell.
+
+        Every cell is queried during the warm-up; afterwards a quarter of the cells drawn uniformly and a quarter drawn
+        among the occupied ones.
 
         Args:
-            density: of points [N, 3], answers [N] (or [N, 1]) densities per unit of length; called level by level.
+            density: maps points [N, 3] to densities [N] (or [N, 1]) per unit of length; called once per level.
 
         Raises:
-            ValueError: the answer has another shape.
+            ValueError: densities of another shape.
         """
-        generator, done = torch.Generator(self.density.device), self.updates
+        generator, done = torch.Generator(self.density.device), int(self.num_updates)  # waits for the device
         generator.manual_seed(self.seed * 1_000_003 + done)
         for level in range(self.levels):
-            cells = self._cells(level, generator, everywhere=done < self.warmup)
-            found = density(self._places(level, cells, generator))
-            if found.numel() != cells.numel():
-                wanted = f"[{cells.numel()}] for as many points"
-                raise ValueError(f"density answered {tuple(found.shape)}; it must answer {wanted}")
-            # A cell may be drawn twice: then its largest density counts, whatever the order.
-            faded = self.density[level].clone()
-            faded[cells] = self.density[level, cells] * self.decay
-            found = found.reshape(-1).to(faded.dtype).nan_to_num(nan=0.0)
-            self.density[level] = faded.scatter_reduce(0, cells, found, "amax")
-        self.updates = done + 1
-        self._mark()
+            cells = self._sample_cells(level, generator, everywhere=done < self.warmup)
+            values = density(self._sample_points(level, cells, generator))
+            if values.numel() != cells.numel():
+                raise ValueError(
+                    f"density returned {tuple(values.shape)}; it must return [{cells.numel()}], one a point"
+                )
+            decayed = self.density[level].clone()
+            decayed[cells] = self.density[level, cells] * self.decay
+            values = values.reshape(-1).to(decayed.dtype).nan_to_num(nan=0.0)
+            # amax: a cell may be drawn twice, and then its larger density counts, whatever the order.
+            self.density[level] = decayed.scatter_reduce(0, cells, values, "amax")
+        self.num_updates.fill_(done + 1)
+        self._update_bits()
 
     def occupied(self, points: Tensor) -> Tensor:
-        """Whether points [..., 3] lie in an occupied cell of the finest level that holds them: bool [...]."""
+        """Return whether points [..., 3] are in an occupied cell of the finest level that contains them: bool [...]."""
         lower, upper = points.new_tensor(self.lower), points.new_tensor(self.upper)
         centred = (points - (lower + upper) / 2) / ((upper - lower) / 2)
-        answer = torch.zeros(points.shape[:-1], dtype=torch.bool, device=points.device)
+        result = torch.zeros(points.shape[:-1], dtype=torch.bool, device=points.device)
         for level in reversed(range(self.levels)):
-            place = (centred / 2**level + 1) * (self.resolution / 2)
-            inside = ((place >= 0) & (place < self.resolution)).all(-1)
-            x, y, z = place.floor().clamp(0, self.resolution - 1).nan_to_num(0).long().unbind(-1)
+            position = (centred / 2**level + 1) * (self.resolution / 2)
+            inside = ((position >= 0) & (position < self.resolution)).all(-1)
+            x, y, z = position.floor().clamp(0, self.resolution - 1).nan_to_num(0).long().unbind(-1)
             cell = (x * self.resolution + y) * self.resolution + z
-            answer = torch.where(inside, (self.bits[level][cell // 8] >> (cell % 8)) & 1 == 1, answer)
-        return answer
+            result = torch.where(inside, (self.bits[level][cell // 8] >> (cell % 8)) & 1 == 1, result)
+        return result
 
     def share_occupied(self) -> Tensor:
-        """The share of occupied cells of each level, [levels]."""
-        counts = (self.bits[:, :, None] >> torch.arange(8, device=self.bits.device, dtype=torch.uint8)) & 1
-        return counts.float().mean((1, 2))
+        """Return the share of occupied cells of each level, [levels]."""
+        return torch.stack([self._unpack(level).float().mean() for level in range(self.levels)])
 
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest) -> None:
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         saved = state.get(f"{prefix}box")
         if saved is not None and not torch.equal(saved.to(self.box), self.box):
-            saved, here = (tuple(map(tuple, box.tolist())) for box in (saved, self.box))
-            raise ValueError(f"the saved grid covers the box {saved}, this one {here}; make it with the saved corners")
-        super()._load_from_state_dict(state, prefix, *rest)
+            stored, own = (tuple(map(tuple, box.tolist())) for box in (saved, self.box))
+            raise ValueError(
+                f"the saved grid covers the box {stored}, this one {own}; create it with the saved corners"
+            )
+        super()._load_from_state_dict(state, prefix, *args)
 
-    def _cells(self, level: int, generator: torch.Generator, everywhere: bool) -> Tensor:
-        """The cells to look at."""
-        cells, device = self.resolution**3, self.density.device
+    def _sample_cells(self, level: int, generator: torch.Generator, everywhere: bool) -> Tensor:
+        num_cells, device = self.resolution**3, self.density.device
         if everywhere:
-            return torch.arange(cells, device=device)
-        quarter = cells // 4
-        anywhere = torch.randint(cells, (quarter,), generator=generator, device=device)
-        # Drawn by inverting the running count of occupied cells: how many there are is not asked of the device.
-        counted = self._unpacked(level).cumsum(0)
-        rank = torch.rand(quarter, generator=generator, device=device, dtype=torch.float64) * counted[-1]
-        return torch.cat([anywhere, torch.searchsorted(counted, rank.long() + 1).clamp_max(cells - 1)])
+            return torch.arange(num_cells, device=device)
+        quarter = num_cells // 4
+        uniform = torch.randint(num_cells, (quarter,), generator=generator, device=device)
+        # Inverts the running count of occupied cells, which needs no synchronisation with the device.
+        counts = self._unpack(level).cumsum(0)
+        rank = torch.rand(quarter, generator=generator, device=device, dtype=torch.float64) * counts[-1]
+        return torch.cat([uniform, torch.searchsorted(counts, rank.long() + 1).clamp_max(num_cells - 1)])
 
-    def _places(self, level: int, cells: Tensor, generator: torch.Generator) -> Tensor:
-        """A random point in each cell: [N, 3]."""
+    def _sample_points(self, level: int, cells: Tensor, generator: torch.Generator) -> Tensor:
+        """Return a random point in each cell: [N, 3]."""
         r = self.resolution
         corner = torch.stack([cells // (r * r), cells // r % r, cells % r], dim=1)
         unit = (corner + torch.rand(corner.shape, generator=generator, device=cells.device)) / r
         lower, upper = self.density.new_tensor(self.lower), self.density.new_tensor(self.upper)
         return (lower + upper) / 2 + (unit - 0.5) * (upper - lower) * 2**level
 
-    def _unpacked(self, level: int) -> Tensor:
-        """The bits as numbers 0 and 1, [R^3] int64."""
-        places = torch.arange(8, device=self.bits.device, dtype=torch.uint8)
-        return ((self.bits[level][:, None] >> places) & 1).flatten().long()
+    def _unpack(self, level: int) -> Tensor:
+        """Return the bits as numbers 0 and 1, int64 [R^3]."""
+        shifts = torch.arange(8, device=self.bits.device, dtype=torch.uint8)
+        return ((self.bits[level][:, None] >> shifts) & 1).flatten().long()
 
-    def _mark(self) -> None:
+    def _update_bits(self) -> None:
         depth = self.density * (self.cell_side * 2.0 ** torch.arange(self.levels, device=self.density.device))[:, None]
         bound = (depth.mean(1, keepdim=True) / 2).clamp_max(self.threshold)
-        places = 2 ** torch.arange(8, device=depth.device, dtype=torch.int64)
-        marked = ((depth >= bound) & (depth > 0)).unflatten(1, (-1, 8))
-        self.bits.copy_((marked * places).sum(2).to(torch.uint8))
+        values = 2 ** torch.arange(8, device=depth.device, dtype=torch.int64)
+        occupied = ((depth >= bound) & (depth > 0)).unflatten(1, (-1, 8))
+        self.bits.copy_((occupied * values).sum(2).to(torch.uint8))

@@ -211,4 +211,4 @@ def sheet(best: list[RegionCompetition], task: PlacesTask, candidates: Sequence[
             labels = model(x_t).logits.argmax(1).cpu().numpy()
         rows.append([pictures.outlined(photo, label) for photo, label in zip(photos, labels, strict=True)])
     captions = ["photographs", *(f"K = {k}{', chosen' * (k == regions)}" for k in candidates)]
-    return pictures.contact_sheet(rows, None, captions)
+    return pictures.draw_image_grid(rows, None, captions)

@@ -27,9 +27,9 @@ from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import PROBES, SegdiffTask
 from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
+from factorkit.utils.distributed import join_processes
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.jsonl import LOG_NAME
-from factorkit.utils.distributed import join_processes
 
 #: length of a seed trial: a share of the steps, and a limit by which the masks of the presets have settled
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400

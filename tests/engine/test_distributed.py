@@ -94,7 +94,7 @@ def test_no_process_waits_for_a_sheet(runs):
 
 def test_a_sheet_that_cannot_be_drawn_ends_all_processes_and_is_named(runs):
     said = (runs / "stderr.txt").read_text()
-    assert "DataError: no picture at step 2" in said and "FactorkitError: process 0 of this run ended it" in said
+    assert "DataError: no picture at step 2" in said and "FactorkitError: process 0 ended this run" in said
 
 
 def test_when_one_process_is_lost_torchrun_starts_all_again_and_the_result_is_the_same(runs):

@@ -1,4 +1,4 @@
-"""The example runs as a user runs it, and its pictures show the scene."""
+"""The example runs as a user runs it, and its images show the scene."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "render_a_scene.py"
 
 
+@pytest.mark.slow
 def test_example_render_a_scene_writes_its_image(tmp_path):
     command = [sys.executable, str(EXAMPLE), str(tmp_path), "--size", "48", "--frames", "3"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -24,7 +26,7 @@ def test_example_render_a_scene_writes_its_image(tmp_path):
     normals = np.asarray(Image.open(tmp_path / "scene_normals.png")).astype(int)
     assert 0.1 < (abs(normals - [128, 128, 255]).max(-1) < 12).mean() < 0.5  # up, on the table
     assert (normals[depth == 0] == 128).mean() > 0.8  # none in the sky
-    page = np.asarray(Image.open(tmp_path / "scene_sheet.png")).astype(int)
+    page = np.asarray(Image.open(tmp_path / "scene_overview.png")).astype(int)
     assert page.shape[0] > 48 and page.shape[1] > 64 and (page[:48, :64] == scene).all()
     assert scene[depth > 0].std() > 40  # bright and dark: light, shadow and chequers
     orbit = Image.open(tmp_path / "scene_orbit.gif")

@@ -42,7 +42,7 @@ def test_occupancy_bits_match_the_layout_of_march_rays():
             place = ((points - (lower + upper) / 2) / (upper - lower) / 2**level + 0.5) * 8
             return (place.floor() == wanted).all(1).float()
 
-        one.updates = 0
+        one.num_updates.zero_()
         one.density.zero_()
         one.update(only)
         found = [(x, y, z) for x in range(8) for y in range(8) for z in range(8) if bit(one, level, x, y, z)]
@@ -75,7 +75,7 @@ def test_occupancy_density_decays_but_not_below_current_density():
     faded.update(lambda points: torch.full((len(points), 1), 8.0))
     faded.update(lambda points: torch.full((len(points),), 3.0))
     torch.testing.assert_close(faded.density, torch.full_like(faded.density, 4.0))
-    faded.updates = 1
+    faded.num_updates.fill_(1)
     faded.update(lambda points: torch.full((len(points),), 3.0))
     torch.testing.assert_close(faded.density, torch.full_like(faded.density, 3.0))
 
@@ -139,5 +139,5 @@ def test_occupancy_nan_density_counts_as_zero():
 def test_occupancy_invalid_arguments_raise(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         grid(**change)
-    with pytest.raises(ValueError, match=r"answered \(1,\); it must answer \[512\]"):
+    with pytest.raises(ValueError, match=r"returned \(1,\); it must return \[512\]"):
         grid().update(lambda points: points[:1, 0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from factorkit import ops
-from factorkit.rendering import EvenSampling, OccupancyGrid, OccupiedSampling, image_rays, look_at, render
+from factorkit.rendering import OccupancyGrid, OccupancySampling, UniformSampling, image_rays, look_at, render
 
 LOWER, UPPER = (-1.0, -0.9, -0.8), (1.0, 1.1, 0.9)
 K = torch.tensor([[9.0, 0, 3.2], [0, 9.0, 2.4], [0, 0, 1]], dtype=torch.float64)
@@ -37,7 +37,7 @@ def occupied(seed):
     grid = OccupancyGrid(LOWER, UPPER, resolution=16, threshold=0.0, levels=2)
     grid.update(lambda points: bump(points, points, radius=0.95)[0])  # wider: whole cells around the ball
     assert 0.05 < grid.share_occupied()[0] < 0.9
-    return bump, OccupiedSampling(grid, step=0.04, near=0.1), seed
+    return bump, OccupancySampling(grid, step=0.04, near=0.1), seed
 
 
 def hash_field():
@@ -56,9 +56,9 @@ def hash_field():
 CASES = {
     "packed": lambda: occupied(None),
     "packed, jittered": lambda: occupied(7),
-    "dense": lambda: (cloud, EvenSampling(LOWER, UPPER, samples=24), None),
-    "dense, jittered": lambda: (cloud, EvenSampling(LOWER, UPPER, samples=24), 7),
-    "hash grid": lambda: (hash_field(), EvenSampling(LOWER, UPPER, samples=24), 3),
+    "dense": lambda: (cloud, UniformSampling(LOWER, UPPER, num_samples=24), None),
+    "dense, jittered": lambda: (cloud, UniformSampling(LOWER, UPPER, num_samples=24), 7),
+    "hash grid": lambda: (hash_field(), UniformSampling(LOWER, UPPER, num_samples=24), 3),
 }
 
 

@@ -9,10 +9,10 @@ import torch
 
 import factorkit
 from factorkit.rendering import (
-    EvenSampling,
     OccupancyGrid,
-    OccupiedSampling,
+    OccupancySampling,
     Rays,
+    UniformSampling,
     image_rays,
     intrinsics_from_fov,
     look_at,
@@ -40,8 +40,8 @@ def view(height=6, width=8, dtype=torch.float64):
 
 
 def samplings(resolution=32, **changes):
-    yield EvenSampling(LOWER, UPPER, samples=400)
-    yield OccupiedSampling(OccupancyGrid(LOWER, UPPER, resolution=resolution), step=0.005, **changes)
+    yield UniformSampling(LOWER, UPPER, num_samples=400)
+    yield OccupancySampling(OccupancyGrid(LOWER, UPPER, resolution=resolution), step=0.005, **changes)
 
 
 @pytest.mark.parametrize("sampling", list(samplings()), ids=["even", "occupied"])
@@ -64,41 +64,48 @@ def test_occupancy_sampling_equals_uniform_with_fewer_samples():
     for _ in range(8):
         grid.update(lambda points: ball(points, points)[0])
     rays = view()
-    even = render(ball, rays, EvenSampling(LOWER, UPPER, samples=800), normals=True)
-    packed = render(ball, rays, OccupiedSampling(grid, step=0.003), normals=True)
+    even = render(ball, rays, UniformSampling(LOWER, UPPER, num_samples=800), normals=True)
+    packed = render(ball, rays, OccupancySampling(grid, step=0.003), normals=True)
     for name in ("color", "depth", "opacity", "normals"):
         torch.testing.assert_close(getattr(packed, name), getattr(even, name), rtol=0, atol=1e-2)
-    assert packed.opacity.max() > 0.99 and packed.count < 0.7 * even.count
+    assert packed.opacity.max() > 0.99 and packed.num_steps < 0.7 * even.num_steps
 
 
 def test_uniform_sampling_fine_samples_lie_on_the_surface():
-    hard = lambda p, d: (3000 * (p.norm(dim=1) < 0.6).to(p), p)  # noqa: E731
+    def hard_ball(p, d):
+        return 3000 * (p.norm(dim=1) < 0.6).to(p), p
+
+    def error(**counts):
+        return (render(hard_ball, rays, UniformSampling(LOWER, UPPER, **counts)).depth - exact.depth).abs().mean()
+
     rays = view()
-    exact = render(hard, rays, EvenSampling(LOWER, UPPER, samples=10_000))
-    error = lambda **count: (render(hard, rays, EvenSampling(LOWER, UPPER, **count)).depth - exact.depth).abs().mean()  # noqa: E731
-    assert error(samples=48, resampled=48) < 0.6 * error(samples=96)
-    counts = [render(hard, rays, EvenSampling(LOWER, UPPER, 48, more)).count for more in (0, 48)]
+    exact = render(hard_ball, rays, UniformSampling(LOWER, UPPER, num_samples=10_000))
+
+    assert error(num_samples=48, num_fine_samples=48) < 0.6 * error(num_samples=96)
+    counts = [render(hard_ball, rays, UniformSampling(LOWER, UPPER, 48, more)).num_steps for more in (0, 48)]
     assert counts == [6 * 8 * 48, 6 * 8 * 96]
 
 
 def test_render_normals_of_a_ball_point_outwards():
     rays = Rays(torch.tensor([[0.0, 0.1, 3.0]]), torch.tensor([[0.0, 0.0, -1.0]]))
-    seen = render(ball, rays, EvenSampling(LOWER, UPPER, samples=500), normals=True, background=torch.ones(3))
+    seen = render(ball, rays, UniformSampling(LOWER, UPPER, num_samples=500), normals=True, background=torch.ones(3))
     surface = torch.tensor([0, 0.1, math.sqrt(0.36 - 0.01)]) / 0.6
     torch.testing.assert_close(seen.normals[0], surface, rtol=0, atol=2e-2)
     torch.testing.assert_close(seen.color[0], torch.tensor([0.5, 0.55, 0.8]), rtol=0, atol=0.03)
     with torch.no_grad():
-        again = render(ball, rays, EvenSampling(LOWER, UPPER, samples=500), normals=True, background=torch.ones(3))
+        again = render(
+            ball, rays, UniformSampling(LOWER, UPPER, num_samples=500), normals=True, background=torch.ones(3)
+        )
     torch.testing.assert_close(again.normals, seen.normals.detach())
     assert not again.normals.requires_grad
-    with pytest.raises(ValueError):  # 30 channels leave no room for the normals
-        render(lambda p, d: (p[:, 0] * 0, p[:, :1].expand(-1, 30)), rays, EvenSampling(LOWER, UPPER), normals=True)
+    with pytest.raises(ValueError, match="channels"):  # 30 channels leave no room for the normals
+        render(lambda p, d: (p[:, 0] * 0, p[:, :1].expand(-1, 30)), rays, UniformSampling(LOWER, UPPER), normals=True)
 
 
 def test_render_normal_loss_trains_the_field():
     radius = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
     squash = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
-    rays, sampling = view(), EvenSampling(LOWER, UPPER, samples=60)
+    rays, sampling = view(), UniformSampling(LOWER, UPPER, num_samples=60)
 
     def run(radius, squash):
         stretch = torch.stack([squash, torch.ones_like(squash), torch.ones_like(squash)])
@@ -118,7 +125,7 @@ def test_render_chunks_equal_the_whole_without_gradient(sampling):
     parts = render(field, rays, sampling, background=background, normals=True, distortion=True, chunk=7)
     assert whole.color.requires_grad and not parts.color.requires_grad
     assert whole.color.shape == (6, 8, 3) and whole.depth.shape == whole.opacity.shape == (6, 8)
-    assert whole.count == parts.count
+    assert whole.num_steps == parts.num_steps
     for name in ("color", "depth", "opacity", "normals", "distortion"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name).detach(), rtol=1e-4, atol=1e-5)
 
@@ -132,7 +139,9 @@ def test_render_jitter_is_a_function_of_the_seed(sampling):
 
 
 @pytest.mark.parametrize(
-    "sampling", [*samplings(), EvenSampling(LOWER, UPPER, samples=20, resampled=7)], ids=["even", "occupied", "finer"]
+    "sampling",
+    [*samplings(), UniformSampling(LOWER, UPPER, num_samples=20, num_fine_samples=7)],
+    ids=["even", "occupied", "finer"],
 )
 def test_render_first_ray_makes_parts_equal_the_whole(sampling):
     """A batch is shared by processes; what each step's jitter is must not depend on by how many."""
@@ -144,7 +153,7 @@ def test_render_first_ray_makes_parts_equal_the_whole(sampling):
     ]
     assert torch.equal(torch.cat([part.color for part in parts]), whole.color)
     assert torch.equal(torch.cat([part.depth for part in parts]), whole.depth)
-    assert sum(part.count for part in parts) == whole.count
+    assert sum(part.num_steps for part in parts) == whole.num_steps
     again = render(ball, Rays(*(x[17:40] for x in rays)), sampling, seed=5)
     assert not torch.equal(again.color, parts[1].color)
 
@@ -166,7 +175,7 @@ def test_render_one_zero_or_missing_rays_work(sampling):
 def test_occupancy_sampling_capacity_truncates_and_reports_count():
     full, cut = (list(samplings(capacity=capacity))[1] for capacity in (None, 1000))
     seen, short = (render(fog, view(), sampling) for sampling in (full, cut))
-    assert seen.count == short.count > 1000
+    assert seen.num_steps == short.num_steps > 1000
     assert short.opacity[0].sum() > 0 and short.opacity[-1].sum() == 0
 
 
@@ -175,10 +184,10 @@ def test_render_is_exported_by_factorkit():
 
 
 def test_render_invalid_arguments_raise():
-    rays, sampling = view(), EvenSampling(LOWER, UPPER)
-    with pytest.raises(ValueError, match=r"density \(6144, 2\) and radiance \(6144, 3\) to 6144 points"):
+    rays, sampling = view(), UniformSampling(LOWER, UPPER)
+    with pytest.raises(ValueError, match=r"density \(6144, 2\) and radiance \(6144, 3\) for 6144 points"):
         render(lambda p, d: (p[:, :2], p), rays, sampling)
     with pytest.raises(ValueError, match="chunk=0; give the number of rays"):
         render(fog, rays, sampling, chunk=0)
-    with pytest.raises(ValueError, match="two tensors .* of one shape"):
+    with pytest.raises(ValueError, match=r"two tensors .* of one shape"):
         render(fog, Rays(rays.origins[0], rays.directions), sampling)

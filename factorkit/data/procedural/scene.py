@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views.views import Views, resize_area
-from factorkit.rendering import OccupancyGrid, OccupiedSampling, Rays, image_rays, intrinsics_from_fov, look_at, render
+from factorkit.rendering import OccupancyGrid, OccupancySampling, Rays, image_rays, intrinsics_from_fov, look_at, render
 from factorkit.utils.errors import ConfigError
 
 LOWER, UPPER = (-1.0, -1.0, -1.0), (1.0, 1.0, 1.0)
@@ -150,7 +150,7 @@ def _cameras(count: int, seed: int, low: float, high: float, radius: float) -> T
 @torch.no_grad()
 def _pictures(poses: Tensor, intrinsics: Tensor, size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Images [V, 3, size, size] over white and opacities [V, 1, size, size], pixels averaged over finer ones."""
-    field, sampling = make_scene_field(symmetric), OccupiedSampling(_occupied(symmetric), step=STEP)
+    field, sampling = make_scene_field(symmetric), OccupancySampling(_occupied(symmetric), step=STEP)
     fine = size * OVERSAMPLING
     scale = torch.tensor([OVERSAMPLING, OVERSAMPLING, 1.0])[:, None]
     images, masks = [], []

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from factorkit.rendering.occupancy import OccupancyGrid
 from factorkit.rendering.render import Field
-from factorkit.rendering.sampling import OccupiedSampling
+from factorkit.rendering.sampling import OccupancySampling
 
 CELLS, LOOKS = 64, 4  # of the grid along each axis; at every cell of it
 PLACES = 1 << 18  # asked at once
@@ -37,16 +37,16 @@ def look_again(field: Field, step: int) -> None:
 
 
 @torch.no_grad()
-def occupied_sampling(field: Field, lower: Sequence[float], upper: Sequence[float]) -> OccupiedSampling:
+def occupied_sampling(field: Field, lower: Sequence[float], upper: Sequence[float]) -> OccupancySampling:
     """Steps of 1/128 of the box through the occupied cells of the field's own grid, else, and in a part of the field's
     box, of one of 64^3 made now for a field that stays as it is."""
     grid = getattr(field, "occupancy", None)
     if grid is not None and (*lower, *upper) == (-1.0,) * 3 + (1.0,) * 3:
-        return OccupiedSampling(grid, step=1 / CELLS)
+        return OccupancySampling(grid, step=1 / CELLS)
     grid = OccupancyGrid(lower, upper, resolution=CELLS).to(device_of(field))
     for _ in range(LOOKS):
         grid.update(lambda places: density(field, places))
-    return OccupiedSampling(grid, step=grid.cell_side / 2)
+    return OccupancySampling(grid, step=grid.cell_side / 2)
 
 
 def density(field: Field, places: Tensor) -> Tensor:

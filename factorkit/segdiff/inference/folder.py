@@ -329,7 +329,7 @@ class _Job:
         columns = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
         captions = [escape_name(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
         rows = [self.rows[i] for i in order]
-        save_image(pictures.contact_sheet(rows, columns, captions, cell=SHEET_CELL), self.sheet)
+        save_image(pictures.draw_image_grid(rows, columns, captions, cell=SHEET_CELL), self.sheet)
 
 
 def _alone() -> None:

@@ -25,7 +25,14 @@ from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.inference.segment import Seen, no_room, own_pixels, see, small_masks
 from factorkit.utils.atomic import replacing
-from factorkit.utils.errors import ConfigError, DataError, FactorkitError, OutOfMemoryError, WriteError, is_out_of_memory
+from factorkit.utils.errors import (
+    ConfigError,
+    DataError,
+    FactorkitError,
+    OutOfMemoryError,
+    WriteError,
+    is_out_of_memory,
+)
 
 FRAMES_AT_ONCE, PIXELS_AT_ONCE = 16, 1 << 24
 STILL = 0.03  # of [0, 1]: a mean colour that has changed by much more is another thing's

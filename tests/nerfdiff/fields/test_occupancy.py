@@ -13,7 +13,7 @@ from factorkit.nerfdiff.fields.grid import GridField, build_field
 from factorkit.nerfdiff.fields.occupancy import EVERY, cells_for, look_again, occupancy_grid, occupied_sampling
 from factorkit.nerfdiff.rays import Optics, render_pixels, render_views
 from factorkit.nerfdiff.train import train_nerfdiff
-from factorkit.rendering import EvenSampling, OccupiedSampling
+from factorkit.rendering import OccupancySampling, UniformSampling
 
 OPTICS = Optics(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
 POSES = orbit_poses(dictionary(3, [25]), 3.3)
@@ -43,7 +43,7 @@ def test_the_picture_is_the_plain_one(forward):
     plain = render_views(ball(), poses, optics, (14, 12), 256)
     field = looked(ball())
     seen = render_views(field, poses, optics, (14, 12), 256)
-    assert field.occupancy.share_occupied() < 0.3 and seen.count < 0.4 * plain.count
+    assert field.occupancy.share_occupied() < 0.3 and seen.num_steps < 0.4 * plain.num_steps
     assert (seen.opacity > 0.9).any() and (seen.opacity < 0.01).any()
     for a, b in ((seen.color, plain.color), (seen.opacity, plain.opacity)):
         assert (a - b).abs().max() < 0.05 and (a - b).abs().mean() < 0.003
@@ -94,11 +94,11 @@ def test_it_looks_now_and_then_and_not_while_the_field_is_blurred():
         look_again(field, step)
     field.coarseness = 0.5
     look_again(field, EVERY)
-    assert field.occupancy.updates == 0 and field.occupancy.share_occupied() == 1
+    assert field.occupancy.num_updates == 0 and field.occupancy.share_occupied() == 1
     field.coarseness = 0.0
     look_again(field, EVERY)
     look_again(field, 2 * EVERY)
-    assert field.occupancy.updates == 2 and 0.02 < field.occupancy.share_occupied() < 0.3
+    assert field.occupancy.num_updates == 2 and 0.02 < field.occupancy.share_occupied() < 0.3
 
 
 def test_steps_are_as_long_as_without():
@@ -108,8 +108,8 @@ def test_steps_are_as_long_as_without():
     assert (seen.color - plain.color).abs().max() < 0.05
     from factorkit.nerfdiff.rays import sampling
 
-    assert isinstance(sampling(ball(), 64), EvenSampling)
-    assert sampling(field, 64) == OccupiedSampling(field.occupancy, step=2 / 64)
+    assert isinstance(sampling(ball(), 64), UniformSampling)
+    assert sampling(field, 64) == OccupancySampling(field.occupancy, step=2 / 64)
     assert sampling(field, 64, forward=True).step == 1 / 64
     assert (cells_for(32), cells_for(64), cells_for(128)) == (32, 64, 64)
 
@@ -125,7 +125,7 @@ def test_a_run_trains_with_it_and_keeps_it(changes, tmp_path, scene_views, tiny)
     settings = tiny | {"occupancy": True, "field_steps": 2 * EVERY + 2, "steps": 2 * EVERY + 2} | changes
     run = train_nerfdiff(scene_views, out=tmp_path / "run", **settings)
     grid = run.model.field.occupancy
-    assert grid.updates == (1 if "search" in changes else 2), "the joint training is blurred in its first half"
+    assert grid.num_updates == (1 if "search" in changes else 2), "the joint training is blurred in its first half"
     again = factorkit.load(tmp_path / "run", device="cpu")
     assert torch.equal(again.model.field.occupancy.bits, grid.bits)
     assert torch.equal(again.render(run.poses).images, run.render(run.poses).images)
