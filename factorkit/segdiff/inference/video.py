@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from factorkit.data.video import Video, video_libraries
+from factorkit.data.video import Video, import_video_libraries
 from factorkit.segdiff import previews as pictures
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
@@ -150,7 +150,7 @@ def write_video(
     """
     if out.suffix.lower() not in (".mp4", ".mkv", ".mov"):
         raise ConfigError(f"{out}: a video is written as .mp4, .mkv or .mov; name the file so")
-    _, imageio = video_libraries(out)
+    _, imageio = import_video_libraries(out)
     areas, changed, count, last = np.zeros(regions), 0.0, 0, None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
