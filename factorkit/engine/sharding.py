@@ -101,7 +101,7 @@ def copy_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the parts of the tensors that this process holds."""
-    return [t.to_local() if is_sharded(t) else t for t in tensors]  # type: ignore[operator]  # a method of DTensor
+    return [t.to_local() if is_sharded(t) else t for t in tensors]  # type: ignore[attr-defined]  # a method of DTensor
 
 
 def shard_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -259,7 +259,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: EngineConfig, device: t
         capturable=device.type == "cuda",
     )
     # it runs uncaptured while the graph warms up
-    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # not declared by torch
+    optimizer._warned_capturable_if_run_uncaptured = True
     return optimizer
 
 
