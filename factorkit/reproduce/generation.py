@@ -49,7 +49,7 @@ def fid(trainings: Trainings, run: SegdiffRun, images: Tensor) -> float:
     """
     real = pixels_to_images(trainings.training_pixels(run.config, len(images)))
     try:
-        return frechet.fid(real, images[: len(real)], run.device)
+        return frechet.compute_fid(real, images[: len(real)], run.device)
     except ConfigError as error:
         raise CellUnavailable(str(error)) from error
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from factorkit import ops
 from factorkit.diffusion.denoiser import Denoised, Denoiser
-from factorkit.nn import Decoder, Encoder, LabelEmbedding, Middle, TimeEmbedding
+from factorkit.nn.unet import Decoder, Encoder, LabelEmbedding, Middle, TimeEmbedding
 from factorkit.segdiff.masks.mixture import Contest, RegionCompetition
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
@@ -114,7 +114,7 @@ class FactorizedUNet(Denoiser):
         regions: K. 1 is the plain DDPM: no mask generator, one unmasked decoder.
         resolution: pixels a side; divisible by 2^(levels-1).
         model_channels, channel_mult, num_res_blocks, attention_resolutions, num_heads, norm_groups, dropout: of the
-            U-Net (:class:`factorkit.nn.Encoder`).
+            U-Net (:class:`factorkit.nn.unet.Encoder`).
         decoding: how the branches see the masks (table 2.6): ``"masked_skips"`` (the model), ``"concat"`` (masks as
             extra channels of one decoder), ``"masked_mid"`` (h_mid masked instead of the skips), ``"unshared"``
             (K decoders).

@@ -18,7 +18,7 @@ from factorkit.data.decode import to_rgb
 from factorkit.data.open import open_source
 from factorkit.data.sources import CHANNEL_COUNTS, Source
 from factorkit.diffusion.schedule import Schedule
-from factorkit.nn.guided_filter import apply_guidance, fit_guidance, stretch
+from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, resize_rows
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.task import predict_masks
 from factorkit.utils.errors import ConfigError, DataError, OutOfMemory, is_out_of_memory
@@ -102,15 +102,15 @@ def own_pixels(masks: Tensor, seen: Seen) -> Iterator[tuple[slice, Tensor]]:
     guidance = None
     if seen.guide is not None:
         on_grid = F.interpolate(masks[None], seen.guide.shape[:2], mode="bilinear", align_corners=False)
-        guidance = fit_guidance(_colours(seen.guide), on_grid, seen.radius, EPS)
+        guidance = fit_guided_filter(_colours(seen.guide), on_grid, seen.radius, EPS)
     step = max(1, BAND // width)
     for top in range(0, height, step):
         rows = slice(top, min(top + step, height))
         if guidance is None:
-            band = stretch(masks[None], height, rows, width)[0]
+            band = resize_rows(masks[None], height, rows, width)[0]
         else:
             colours = _colours(np.asarray(seen.picture.crop((0, rows.start, width, rows.stop))))
-            band = apply_guidance(guidance, colours, rows, height)[0].clamp_min(0)
+            band = apply_guided_filter(guidance, colours, rows, height)[0].clamp_min(0)
             band = band / band.sum(0)  # at least 1: before, all of them summed to 1
         yield rows, band
 
