@@ -101,7 +101,7 @@ def segment_folder(
                 stack.enter_context(held(out, "segmenting into"))
                 opened.append(stack.enter_context(closing(Manifest(out, key, source))))
 
-            distributed.on_first(begin)
+            distributed.run_on_first(begin)
             if part := distributed.rank():
                 opened.append(stack.enter_context(closing(Manifest(out, key, source, part))))
             return _Job(config, predict, source, opened[0], settings, formats, workers, progress).run()
@@ -143,13 +143,13 @@ class _Job:
 
     def run(self) -> FolderSegments:
         count = len(self.source)
-        todo, sheet_due = distributed.on_first(self._plan)
-        for rows, skipped in distributed.everyones(lambda: self._share(todo)):
+        todo, sheet_due = distributed.run_on_first(self._plan)
+        for rows, skipped in distributed.gather_results(lambda: self._share(todo)):
             self.rows |= rows
             self.skipped |= skipped
         self.skipped = {name: self.skipped[name] for name in self.source.names if name in self.skipped}
         self._report(count)
-        return distributed.on_first(lambda: self._complete(count - len(todo), sheet_due))
+        return distributed.run_on_first(lambda: self._complete(count - len(todo), sheet_due))
 
     def _plan(self) -> tuple[list[int], bool]:
         """The pictures to be segmented, and whether the sheet is to be drawn."""

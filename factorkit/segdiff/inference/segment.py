@@ -21,7 +21,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, resize_rows
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.task import predict_masks
-from factorkit.utils.errors import ConfigError, DataError, OutOfMemory, is_out_of_memory
+from factorkit.utils.errors import ConfigError, DataError, OutOfMemoryError, is_out_of_memory
 from factorkit.utils.images import pixels_to_images, pixels_to_signed
 
 UPSAMPLINGS = ("guided", "bilinear")
@@ -166,7 +166,7 @@ def masks_of(
     """Masks [K, H, W] of a picture, in its own pixels; ``predict`` as :func:`small_masks` takes it.
 
     Raises:
-        OutOfMemory: the picture is too large for the machine.
+        OutOfMemoryError: the picture is too large for the machine.
     """
     try:
         seen = see(picture, config, size, upsample)
@@ -175,7 +175,7 @@ def masks_of(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(no_room(picture, size)) from error
+        raise OutOfMemoryError(no_room(picture, size)) from error
 
 
 class Quality(NamedTuple):

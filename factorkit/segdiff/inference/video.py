@@ -25,7 +25,14 @@ from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.inference.segment import Seen, no_room, own_pixels, see, small_masks
 from factorkit.utils.atomic import replacing
-from factorkit.utils.errors import ConfigError, DataError, FactorkitError, OutOfMemory, WriteError, is_out_of_memory
+from factorkit.utils.errors import (
+    ConfigError,
+    DataError,
+    FactorkitError,
+    OutOfMemoryError,
+    WriteError,
+    is_out_of_memory,
+)
 
 FRAMES_AT_ONCE, PIXELS_AT_ONCE = 16, 1 << 24
 STILL = 0.03  # of [0, 1]: a mean colour that has changed by much more is another thing's
@@ -105,7 +112,7 @@ def segment_frames(
 
     Raises:
         ConfigError: smooth out of range.
-        OutOfMemory: frames too large for the machine.
+        OutOfMemoryError: frames too large for the machine.
     """
     smoother, frames = Smoother(smooth), iter(frames)
     first = next(frames, None)
@@ -122,7 +129,7 @@ def segment_frames(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(no_room(Image.fromarray(batch[0]), size)) from error
+            raise OutOfMemoryError(no_room(Image.fromarray(batch[0]), size)) from error
         batch = []
 
 
