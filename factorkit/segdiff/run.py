@@ -25,19 +25,20 @@ from factorkit.segdiff.editing.recompose import Recomposition, recompose_picture
 from factorkit.segdiff.evaluate import class_scores, label_scores
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.inference.folder import FolderSegments, segment_folder
-from factorkit.segdiff.inference.outputs import DEFAULT_FORMATS, Frame, Generation, Segmentation
+from factorkit.segdiff.inference.outputs import DEFAULT_FORMATS
 from factorkit.segdiff.inference.segment import (
     Quality,
-    as_pictures,
+    Segmentation,
+    read_images,
     averaged_masks,
-    check_segmenting,
-    masks_of,
+    check_segment_settings,
+    segment_image,
     quality_of,
 )
 from factorkit.segdiff.inference.video import VideoSegments, segment_frames, write_video
 from factorkit.segdiff.load import stored_model
 from factorkit.segdiff.network import FactorizedUNet
-from factorkit.segdiff.sampling import draw_images, edit_level
+from factorkit.segdiff.sampling import Frame, Generation, draw_images, edit_level
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed, signed_to_unit
@@ -148,9 +149,9 @@ class SegdiffRun:
             >>> bool((seg.masks.sum(1) - 1).abs().max() < 0.01)
             True
         """
-        predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
-        pictures, names = as_pictures(images)
-        masks = [masks_of(self.config, picture, predict, size, upsample) for picture in pictures]
+        predict, size = self.predictor(t, quality), check_segment_settings(self.config, size, upsample)
+        pictures, names = read_images(images)
+        masks = [segment_image(self.config, picture, predict, size, upsample) for picture in pictures]
         labels = [hard_labels(m, self.config.nesting) for m in masks]
         if len({m.shape for m in masks}) == 1:
             return Segmentation(torch.stack(labels), torch.stack(masks), names, self.config.nesting)
@@ -197,7 +198,7 @@ class SegdiffRun:
             >>> done.segmented, done.skipped
             (4, {})
         """
-        predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
+        predict, size = self.predictor(t, quality), check_segment_settings(self.config, size, upsample)
         source = images if isinstance(images, Source) else open_source(images)
         settings = {"t": self._level(t), "size": size, "upsample": upsample, "quality": str(quality)}
         with cpu_threads(self.config.threads):
@@ -238,7 +239,7 @@ class SegdiffRun:
             OutOfMemory: frames too large for the machine.
         """
         clip = open_video(video)
-        options = {"size": check_segmenting(self.config, size, upsample), "upsample": upsample, "smooth": smooth}
+        options = {"size": check_segment_settings(self.config, size, upsample), "upsample": upsample, "smooth": smooth}
         predict = self.predictor(t, quality)
         with cpu_threads(self.config.threads):
             found = segment_frames(clip.frames, self.config, predict, **options)
@@ -420,7 +421,7 @@ class SegdiffRun:
 
     def _squares(self, images: Any) -> Tensor:
         """Pictures as the training saw them, [n, 3, R, R] in [-1, 1]."""
-        pictures, _ = as_pictures(images)
+        pictures, _ = read_images(images)
         return pixels_to_signed(torch.from_numpy(np.stack([crop_square(p, self.config.resolution) for p in pictures])))
 
     def evaluate(

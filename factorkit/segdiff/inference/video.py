@@ -23,7 +23,7 @@ from factorkit.data.video import Video, video_libraries
 from factorkit.segdiff import previews as pictures
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
-from factorkit.segdiff.inference.segment import Seen, no_room, own_pixels, see, small_masks
+from factorkit.segdiff.inference.segment import PreparedImage, describe_out_of_memory, predict_tiled, prepare_image, upsample_masks
 from factorkit.utils.atomic import replacing
 from factorkit.utils.errors import ConfigError, DataError, FactorkitError, OutOfMemory, WriteError, is_out_of_memory
 
@@ -115,19 +115,19 @@ def segment_frames(
     while batch := batch + list(islice(frames, at_once - len(batch))):
         try:
             calm = [smoother.frame(frame) for frame in batch]
-            seen = [see(Image.fromarray(frame), config, size, upsample) for frame, _ in calm]
-            masks = small_masks(predict, np.stack([one.small for one in seen]), config)
+            seen = [prepare_image(Image.fromarray(frame), config, size, upsample) for frame, _ in calm]
+            masks = predict_tiled(predict, np.stack([one.small for one in seen]), config)
             for frame, one, soft, (_, keep) in zip(batch, seen, masks, calm, strict=True):
                 yield frame, _labels(smoother.masks(soft, keep), one, config)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(no_room(Image.fromarray(batch[0]), size)) from error
+            raise OutOfMemory(describe_out_of_memory(Image.fromarray(batch[0]), size)) from error
         batch = []
 
 
-def _labels(masks: Tensor, seen: Seen, config: SegdiffConfig) -> np.ndarray:
-    bands = [hard_labels(band, config.nesting).byte() for _, band in own_pixels(masks, seen)]
+def _labels(masks: Tensor, seen: PreparedImage, config: SegdiffConfig) -> np.ndarray:
+    bands = [hard_labels(band, config.nesting).byte() for _, band in upsample_masks(masks, seen)]
     return torch.cat(bands).numpy()
 
 
