@@ -19,9 +19,9 @@ from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.run_folder import read_object, write_json
 from factorkit.segdiff.class_labels import chosen_labels
 from factorkit.segdiff.config import SegdiffConfig
-from factorkit.segdiff.editing.branches import Branches, take_apart
-from factorkit.segdiff.editing.interpolate import Interpolation, interpolate_pictures
-from factorkit.segdiff.editing.recompose import Recomposition, recompose_pictures
+from factorkit.segdiff.editing.branches import Branches, decompose_images
+from factorkit.segdiff.editing.interpolate import Interpolation, interpolate_images
+from factorkit.segdiff.editing.recompose import Recomposition, recompose_images
 from factorkit.segdiff.evaluate import class_scores, label_scores
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.inference.folder import FolderSegments, segment_folder
@@ -364,7 +364,7 @@ class SegdiffRun:
         options = {"frames": frames, "t": edit_level(self.config, t), "steps": steps, "sampler": sampler, "seed": seed}
         a, b = self._squares(a), self._squares(b)
         with self._precision():
-            return interpolate_pictures(self.model, self.config, self.schedule, a, b, **options)
+            return interpolate_images(self.model, self.config, self.schedule, a, b, **options)
 
     def branches(self, images: Any, t: int | None = None) -> Branches:
         """What each branch makes of pictures at one noise level, and its mask (fig. 2.9).
@@ -379,7 +379,7 @@ class SegdiffRun:
         """
         t = edit_level(self.config, t)
         with self._precision():
-            return take_apart(self.model, self.config, self.schedule, self._squares(images), t)
+            return decompose_images(self.model, self.config, self.schedule, self._squares(images), t)
 
     def recompose(
         self,
@@ -417,7 +417,7 @@ class SegdiffRun:
         options = {"region": region, "remove": remove, "t": t, "steps": steps, "sampler": sampler, "seed": seed}
         originals, sources = self._squares(images), None if from_ is None else self._squares(from_)
         with self._precision():
-            return recompose_pictures(self.model, self.config, self.schedule, originals, sources, **options)
+            return recompose_images(self.model, self.config, self.schedule, originals, sources, **options)
 
     def _squares(self, images: Any) -> Tensor:
         """Pictures as the training saw them, [n, 3, R, R] in [-1, 1]."""
@@ -506,7 +506,7 @@ class SegdiffRun:
             mask_set: which of the data set's masks; None: its default.
 
         Returns:
-            The scores of every class and their means, as :func:`~factorkit.segdiff.inference.zero_shot.zero_shot_scores`.
+            The scores of every class and their means, as :func:`~factorkit.segdiff.inference.zero_shot.score_zero_shot`.
 
         Raises:
             ConfigError: the plain DDPM, a split or classes that are not there, t or quality out of range.

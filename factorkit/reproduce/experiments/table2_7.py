@@ -23,7 +23,7 @@ from factorkit.reproduce.experiment import Citation, Column, Experiment, Found, 
 from factorkit.reproduce.photos import run_folder, train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
-from factorkit.segdiff.inference.zero_shot import showing
+from factorkit.segdiff.inference.zero_shot import images_with_label
 from factorkit.segdiff.previews import outlined
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.images import pixels_to_signed
@@ -98,7 +98,7 @@ def _scored(setup: Setup, seed: int, voc: Path) -> _Scored:
 def _sheet(found: _Scored, name: str, one: dict[str, Any]) -> Image.Image:
     """Pictures that show a class, and what the run takes for it."""
     config = found.run.config
-    rows = showing(found.labelled, voc2012.CLASSES.index(name) + 1)[-SHOWN:]
+    rows = images_with_label(found.labelled, voc2012.CLASSES.index(name) + 1)[-SHOWN:]
     images = found.labelled.images[rows]
     told = None if one["told"] is None else config.class_names.index(one["told"])
     masks = found.run.predictor(None, "fast", told)(pixels_to_signed(torch.from_numpy(images)))

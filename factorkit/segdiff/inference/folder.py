@@ -353,4 +353,4 @@ def _draw_sheet_row(image: Image.Image, masks: np.ndarray) -> list[np.ndarray]:
         return np.asarray(image.resize((width, height), Image.Resampling.BOX))
 
     small, small_masks = resize(image), np.stack([resize(Image.fromarray(mask)) for mask in masks])
-    return [small, previews.overlay_regions(small, small_masks.argmax(0)), *small_masks]
+    return [small, previews.overlay(small, small_masks.argmax(0)), *small_masks]
