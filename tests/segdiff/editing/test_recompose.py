@@ -180,7 +180,7 @@ def test_recompose_uneditable_input_raises(stirred_run, pictures):
         stirred_run(regions=1).recompose(pictures(1), 0)
     with pytest.raises(ConfigError, match="not both"):
         stirred_run().recompose(pictures(1), 0, from_=pictures(1), remove=True)
-    with pytest.raises(DataError, match="2 pictures cannot be paired with 3"):
+    with pytest.raises(DataError, match="2 images cannot be paired with 3"):
         stirred_run().recompose(pictures(2), 0, from_=pictures(3))
     with pytest.raises(DataError, match="no such file"):
         stirred_run().recompose("nowhere.png", 0)
