@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from factorkit.data.sources import escape_name, wrap_os_errors
+from factorkit.data.files import escape_name, wrap_os_errors
 from factorkit.utils.errors import DataError
 
 READ_FILES = 20_000  # files that are looked into; of the others name and size are told

@@ -166,7 +166,7 @@ def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classe
     if dataset.labels is not None:  # images that could not be decoded are not among the names
         label_of = dict(zip(dataset.train.names, dataset.labels, strict=True))
         known = Classes(np.array([label_of[name] for name in names], np.int64), list(dataset.class_names))
-    return read_classes(classes, names, positional=dataset.train.positional, known=known)
+    return read_classes(classes, names, positional=dataset.train.positional, dataset_classes=known)
 
 
 def describe(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:

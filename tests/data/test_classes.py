@@ -39,13 +39,13 @@ def test_names_are_sorted_and_numbers_as_numbers():
 
 
 def test_a_folder_of_one_class_deep_down_is_refused_and_loose_files_too():
-    with pytest.raises(DataError, match="only 'rose'"):
+    with pytest.raises(DataError, match="only the class 'rose'"):
         read_classes("folders", ["x/rose/a.jpg", "x/rose/b.jpg"])
-    with pytest.raises(ConfigError, match="1 .b.jpg. lie in no folder"):
+    with pytest.raises(ConfigError, match="1 .b.jpg. are in no class folder"):
         read_classes("folders", ["rose/a.jpg", "b.jpg"])
-    with pytest.raises(ConfigError, match="x/b.jpg. lie beside"):
+    with pytest.raises(ConfigError, match="x/b.jpg. are beside"):
         read_classes("folders", ["x/rose/a.jpg", "x/iris/c.jpg", "x/b.jpg"])
-    with pytest.raises(ConfigError, match="positions, no folders"):
+    with pytest.raises(ConfigError, match="have no folders"):
         read_classes("folders", ["000000"], positional=True)
 
 
@@ -88,20 +88,20 @@ def test_a_list_goes_by_position_in_the_whole_set(kind):
 
 def test_what_the_data_set_says_comes_first_and_only_classes_that_are_there_are_kept():
     known = Classes(np.array([2, -1, 0]), ["iris", "lily", "rose"])
-    found = read_classes("auto", ["x/a.jpg", "y/b.jpg", "z/c.jpg"], known=known)
+    found = read_classes("auto", ["x/a.jpg", "y/b.jpg", "z/c.jpg"], dataset_classes=known)
     assert words(found) == ["rose", "", "iris"] and found.names == ["iris", "rose"]
-    assert words(read_classes("folders", ["x/a.jpg", "y/b.jpg", "z/c.jpg"], known=known)) == ["x", "y", "z"]
+    assert words(read_classes("folders", ["x/a.jpg", "y/b.jpg", "z/c.jpg"], dataset_classes=known)) == ["x", "y", "z"]
 
 
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("c.csv", "name,class\nimage_1,rose\n", r"2 \(image_2.jpg, image_10.jpg\) of 3 images are not named"),
+        ("c.csv", "name,class\nimage_1,rose\n", r"2 \(image_2.jpg, image_10.jpg\) of 3 images are missing"),
         ("c.csv", "name,class\nimage_1,rose\nimage_1,iris\n", "two classes, 'rose' and 'iris'"),
         ("c.csv", "image_1,rose\nimage_2\n", r"\['image_2'\] has no class"),
-        ("c.csv", "image_1,a\nimage_2,a\nimage_10,a\n", "only 'a'"),
+        ("c.csv", "image_1,a\nimage_2,a\nimage_10,a\n", "only the class 'a'"),
         ("c.csv", b"\xff\xfe\x00", "cannot be read"),
-        ("c.json", "[1, 2]", "holds list"),
+        ("c.json", "[1, 2]", "contains list"),
         ("c.json", "{", "cannot be read"),
         ("c.txt", "image_1 rose", "give a .csv, .tsv or .json"),
     ],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from factorkit.data import load_labelled, make_procedural_dataset, open_dataset, prepare
-from factorkit.data.masks import strip_suffix
+from factorkit.data.files import strip_suffix
 from factorkit.utils.errors import ConfigError, DataError
 
 

@@ -67,12 +67,12 @@ def png_claiming(width: int, height: int) -> bytes:
 
 
 def test_zip_bomb_is_refused_by_its_size(tmp_path, save, monkeypatch):
-    monkeypatch.setattr("factorkit.data.archives.MOST_BYTES", 2**20)
+    monkeypatch.setattr("factorkit.data.sources.MAX_ENCODED_BYTES", 2**20)
     save(tmp_path / "good.png")
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.png", bytes(2**25))
         archive.write(tmp_path / "good.png", "good.png")
-    said = r"bomb.png \(refused, it takes 32 MiB, more than any picture"
+    said = r"bomb.png \(too large: 32 MiB"
     with Peak() as peak, pytest.warns(UserWarning, match=said):
         prepared = prepare(tmp_path / "x.zip", 4, progress=False)
     assert prepared.names == ["good.png"] and peak.bytes < 2**22
@@ -162,7 +162,7 @@ def test_thirty_thousand_pixels_square_is_refused_not_decoded(tmp_path, save):
     (tmp_path / "huge.png").write_bytes(png_claiming(30_000, 30_000))
     with Peak() as peak, pytest.warns(UserWarning) as caught:
         prepared = prepare(tmp_path, 4, progress=False)
-    assert len(caught) == 1 and "huge.png (refused, too many pixels" in str(caught[0].message)
+    assert len(caught) == 1 and "huge.png (too many pixels" in str(caught[0].message)
     assert prepared.names == ["good.png"] and prepared.source_rows.tolist() == [0] and peak.bytes < 2**22
 
 
@@ -173,16 +173,16 @@ def test_a_large_picture_is_no_warning(tmp_path):
         assert open_source(tmp_path).decode(0).size == (11_000, 10_000)
 
 
-def test_large_pictures_are_decoded_one_at_a_time(tmp_path, save, monkeypatch):
+def test_large_pictures_are_decoded_serial_decode_lock(tmp_path, save, monkeypatch):
     import factorkit.data.sources as base
 
     for i in range(6):
         save(tmp_path / f"{i}.png", size=(40, 40))
-    monkeypatch.setattr(base, "LARGE", 100)
+    monkeypatch.setattr(base, "SERIAL_DECODE_PIXELS", 100)
     held, to_rgb = [], base.to_rgb
 
     def watched(image):
-        held.append(base._one_at_a_time.locked())
+        held.append(base._serial_decode_lock.locked())
         return to_rgb(image)
 
     monkeypatch.setattr(base, "to_rgb", watched)
@@ -194,7 +194,7 @@ def test_a_file_beyond_any_picture_is_not_read(tmp_path, save):
     save(tmp_path / "good.png")
     with open(tmp_path / "film.png", "wb") as file:
         file.truncate(2**40)  # no disk holds it: a sparse file
-    with Peak() as peak, pytest.warns(UserWarning, match=r"film.png \(refused, it takes 1048576 MiB"):
+    with Peak() as peak, pytest.warns(UserWarning, match=r"film.png \(too large: 1048576 MiB"):
         assert prepare(tmp_path, 4, progress=False).names == ["good.png"]
     assert peak.bytes < 2**22
 
@@ -204,7 +204,7 @@ def test_truncated(tmp_path, save, break_jpeg, keep):
     save(tmp_path / "good.png")
     path = break_jpeg(tmp_path / "cut.jpg")
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.warns(UserWarning, match=r"1 of 2 images could not be decoded and were left out: cut.jpg \("):
+    with pytest.warns(UserWarning, match=r"1 of 2 images could not be decoded and were skipped: cut.jpg \("):
         prepared = prepare(tmp_path, 4, progress=False)
     assert prepared.names == ["good.png"] and prepared.source_rows.tolist() == [1]
 
@@ -216,7 +216,7 @@ def test_links_that_lead_in_circles_or_nowhere(tmp_path, save):
     save(tmp_path / "photos/deep/a.png")
     for link, target in (("loop.png", "loop.png"), ("gone.png", "nowhere.png"), ("deep/up", "..")):
         (tmp_path / "photos" / link).symlink_to(target)
-    with pytest.warns(UserWarning, match="2 images are links to files that are not there.*gone.png, loop.png"):
+    with pytest.warns(UserWarning, match="skipped 2 links to missing images: gone.png, loop.png"):
         source = open_source(tmp_path / "photos")
     assert source.names == ["deep/a.png"]
     (tmp_path / "self").symlink_to("self")
@@ -236,7 +236,9 @@ def test_a_file_that_may_not_be_read_stops_and_is_named(tmp_path, save, refuse, 
     for name in "abc":
         save(tmp_path / f"photos/{name}.png")
     refuse(tmp_path / "photos/b.png")
-    with pytest.raises(DataError, match="b.png: cannot be read: Permission denied. Mend the file or its permissions."):
+    with pytest.raises(
+        DataError, match="b.png: cannot be read: Permission denied. Check the file and its permissions."
+    ):
         prepare(tmp_path / "photos", 4, progress=False)
     assert not list((own_cache / "prepared").iterdir())
 

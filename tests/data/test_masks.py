@@ -134,7 +134,7 @@ def test_mask_of_nearly_the_same_shape(tmp_path):
 
 @pytest.mark.parametrize("size", [(30, 20), (51, 50)])
 def test_mask_of_another_shape_is_refused_with_both_sizes(tmp_path, size):
-    with pytest.raises(DataError, match=rf"x\.png: a mask of {size[0]} x {size[1]} pixels on an image of 40 x 40"):
+    with pytest.raises(DataError, match=rf"x\.png: a mask of {size[0]} x {size[1]} pixels for an image of 40 x 40"):
         load_one(tmp_path, Image.new("L", size, 1), size=(40, 40))
 
 
@@ -187,7 +187,7 @@ def test_masks_whose_labels_cannot_be_told(tmp_path, save):
     disc = Image.new("L", (16, 16), 0)
     disc.paste(255, (3, 3, 11, 12))
     disc.save(tmp_path / "m/x.jpg", quality=50)
-    with pytest.raises(DataError, match=r"x\.jpg: JPEG compression has blurred these labels"):
+    with pytest.raises(DataError, match=r"x\.jpg: JPEG compression has altered the labels"):
         load_labelled(tmp_path / "i", tmp_path / "m", 8)
 
 

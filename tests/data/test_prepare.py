@@ -45,7 +45,7 @@ def test_every_image_in_order(photos, own_cache):
 
 def test_more_images_than_one_block(photos, monkeypatch):
     whole = prepare(photos, 8, progress=False).images
-    monkeypatch.setattr(module, "BLOCK", 2)
+    monkeypatch.setattr(module, "BLOCK_SIZE", 2)
     np.testing.assert_array_equal(prepare(photos, 8, cache=photos.parent / "other", progress=False).images, whole)
 
 
@@ -123,13 +123,13 @@ def test_full_disk_is_said_and_leaves_nothing(photos, own_cache, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="no room left.*FACTORKIT_CACHE"):
+    with pytest.raises(DataError, match="no space left.*FACTORKIT_CACHE"):
         prepare(photos, 8, progress=False)
     assert entries(own_cache) == []
 
 
 def test_killed_preparation_is_cleared_by_a_later_one(photos, own_cache):
-    old, running = (own_cache / "prepared" / f"{module.PARTIAL}{name}" for name in ("old", "running"))
+    old, running = (own_cache / "prepared" / f"{module.TEMPORARY_PREFIX}{name}" for name in ("old", "running"))
     for folder in (old, running):
         folder.mkdir(parents=True)
         (folder / "images.npy").write_bytes(b"x")
@@ -178,13 +178,13 @@ def test_array_at_its_resolution_is_used_as_it_is(own_cache):
 
 
 def test_cache_folder(monkeypatch, tmp_path):
-    assert module.cache_folder() == Path(os.environ["FACTORKIT_CACHE"])
+    assert module.get_cache_folder() == Path(os.environ["FACTORKIT_CACHE"])
     monkeypatch.delenv("FACTORKIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert module.cache_folder() == tmp_path / "factorkit"
+    assert module.get_cache_folder() == tmp_path / "factorkit"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert module.cache_folder() == tmp_path / ".cache/factorkit"
+    assert module.get_cache_folder() == tmp_path / ".cache/factorkit"
 
 
 def test_cache_that_cannot_be_written(photos, tmp_path):

@@ -71,7 +71,7 @@ def test_images_that_never_stop_changing(photos, save, own_cache, monkeypatch):
         return decode(source, resolution, index)
 
     monkeypatch.setattr(module, "_decode", replacing)
-    with pytest.raises(DataError, match="change faster than they are prepared"):
+    with pytest.raises(DataError, match="changed again and again while they were prepared"):
         prepare(photos, 4, workers=1, progress=False)
     assert not list((own_cache / "prepared").iterdir())
 
@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_the_old_state(photos, save, own_cache, monkeypatch, 
         return FullDisk(file, room) if str(path).endswith("images.npy") and "w" in mode else file
 
     monkeypatch.setattr(builtins, "open", full)
-    with pytest.raises(DataError, match="cannot be stored here: no room left.*FACTORKIT_CACHE"):
+    with pytest.raises(DataError, match="cannot be stored here: no space left.*FACTORKIT_CACHE"):
         prepare(photos, 4, progress=False)
     monkeypatch.setattr(builtins, "open", opened)
     assert [path.name for path in (own_cache / "prepared").iterdir()] == [before.path.name]

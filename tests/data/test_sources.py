@@ -32,7 +32,7 @@ def test_loop_of_links_ends(tmp_path, save):
     save(tmp_path / "a/x.png")
     (tmp_path / "a/loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.warns(UserWarning, match="1 images are links to files that are not there.*dangling.png"):
+    with pytest.warns(UserWarning, match="skipped 1 links to missing images: dangling.png"):
         assert open_source(tmp_path).names == ["a/x.png"]
 
 
@@ -122,7 +122,7 @@ def test_array_files(tmp_path):
         np.testing.assert_array_equal(np.asarray(open_source(tmp_path / name).read(2)), COLOUR[2])
     assert isinstance(open_source(tmp_path / "a.npy").array, np.memmap)
     np.savez(tmp_path / "e.npz", p=COLOUR, q=COLOUR)
-    with pytest.raises(DataError, match=r"\(p, q\) is named images or X"):
+    with pytest.raises(DataError, match=r"no array named images or X \(available: p, q\)"):
         open_source(tmp_path / "e.npz")
 
 
@@ -153,8 +153,8 @@ def test_pickles_are_never_loaded(tmp_path):
         (np.zeros((0, 8, 8), np.uint8), "not a set of images"),
         (np.full((1, 8, 8), -1.0), "values from -1.0"),
         (np.full((1, 8, 8), np.nan), "values from nan"),
-        (np.full((1, 8, 8), 256), "values from 256.*Labels of masks"),
-        (np.full((1, 8, 8), -1), "values from -1 .*with ignore="),
+        (np.full((1, 8, 8), 256), "values from 256.*If they are masks"),
+        (np.full((1, 8, 8), -1), "values from -1 .*as ignore_label="),
         (np.full((1, 8, 8, 3), 256), "Rescale them.$"),
         (np.zeros((1, 8, 8), complex), "complex128"),
         (np.zeros((1, 8, 8, 3), bool), "bool"),
@@ -201,7 +201,7 @@ def test_broken_picture_is_named(tmp_path, break_jpeg):
 def test_bomb_is_refused_by_name(tmp_path, save, monkeypatch):
     save(tmp_path / "huge.png", size=(50, 50))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(DataError, match="^huge.png: refused, too many pixels"):
+    with pytest.raises(DataError, match="^huge.png: too many pixels"):
         open_source(tmp_path).read(0)
 
 

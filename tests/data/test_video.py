@@ -66,5 +66,5 @@ def test_a_file_with_sound_alone_is_no_video(tmp_path):
         frame.sample_rate = 44100
         file.mux(stream.encode(frame))
         file.mux(stream.encode())
-    with pytest.raises(DataError, match="a.mp4: this video cannot be decoded: it has no pictures"):
+    with pytest.raises(DataError, match="a.mp4: this video cannot be decoded: it has no images"):
         open_video(tmp_path / "a.mp4")

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from factorkit.data.sources import Source, escape_name
+from factorkit.data.files import escape_name
+from factorkit.data.sources import Source
 from factorkit.engine.run_folder import held
 from factorkit.segdiff import previews
 from factorkit.segdiff.config import SegdiffConfig

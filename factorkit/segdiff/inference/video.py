@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from factorkit.data.video import Video, video_libraries
+from factorkit.data.video import Video, import_video_libraries
 from factorkit.segdiff import previews
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
@@ -158,7 +158,7 @@ def write_video(
     """
     if out.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{out}: give a name with one of the suffixes {', '.join(SUFFIXES)}")
-    _, imageio = video_libraries(out)
+    _, imageio = import_video_libraries(out)
     areas, changed, count, previous = np.zeros(num_regions), 0.0, 0, None
     bar = tqdm(segmented, total=video.length, desc="segmenting", unit="frame", disable=not progress)
     try:

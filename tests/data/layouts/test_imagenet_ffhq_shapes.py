@@ -65,7 +65,7 @@ def test_validation_in_folders_too(imagenet, photo):
 
 
 def test_pixel_imagenet_is_scored_on_a_few_of_each_class(imagenet, draw, monkeypatch):
-    monkeypatch.setattr("factorkit.data.layouts.imagenet.PER_CLASS", 2)
+    monkeypatch.setattr("factorkit.data.layouts.imagenet.MAX_TEST_PER_CLASS", 2)
     values = np.zeros((12, 16))
     values[:6, :8], values[:6, 8:] = 1, 2
     for wnid, count in ((TENCH, 3), (OSTRICH, 1)):
@@ -127,7 +127,7 @@ def test_3d_shapes_damaged(shapes, monkeypatch):
     path, images = shapes
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="3dshapes.h5: no readable HDF5 file"):
+    with pytest.raises(DataError, match="3dshapes.h5: not an HDF5 file"):
         open_dataset(path)
     with h5py.File(path, "w") as file:
         file["images"], file["labels"] = images.astype(np.float32), np.zeros((8, 6))

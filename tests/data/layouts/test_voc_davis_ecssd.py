@@ -85,7 +85,7 @@ def test_davis_frames_and_videos(davis, grey):
 
 def test_davis_list_of_a_video_that_is_not_there(davis, text):
     text(davis / "ImageSets/2017/val.txt", "camel", "zebra")
-    with pytest.raises(DataError, match="val.txt names zebra"):
+    with pytest.raises(DataError, match="val.txt lists zebra"):
         open_dataset(davis)
 
 

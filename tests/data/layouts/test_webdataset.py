@@ -67,7 +67,7 @@ def test_one_shard_or_a_pattern(shards):
     assert len(open_dataset(shards / "set-val-000000.tar", holdout="none").train) == 3
     dataset = open_dataset(shards / "set-train-{000000..000001}.tar", holdout="none")
     assert len(dataset.train) == 6
-    with pytest.raises(DataError, match=r"000002.tar: no such shard, of 4 that .* names 2 are missing"):
+    with pytest.raises(DataError, match=r"000002.tar: 2 of the 4 shards of .* are missing"):
         open_dataset(shards / "set-train-{000000..000003}.tar")
 
 
@@ -109,17 +109,17 @@ def test_damaged(tmp_path, pack):
     with pytest.raises(DataError, match="x.tar.* (again|anew)"):
         open_dataset(path)
     path.write_bytes(b"this is no archive" * 100)
-    with pytest.raises(DataError, match="x.tar: no readable .tar"):
+    with pytest.raises(DataError, match="x.tar: not a readable .tar"):
         open_dataset(path)
     pack(path, big, "w:gz")
-    with pytest.raises(DataError, match="has to be decompressed first"):
+    with pytest.raises(DataError, match="Decompress it if it is compressed"):
         open_dataset(path)
     pack(path, {"a.txt": b"words"})
-    with pytest.raises(DataError, match="no image in this archive"):
+    with pytest.raises(DataError, match="no images in the 1 archive"):
         open_dataset(path)
 
 
 @pytest.mark.parametrize("text", [b"cat", b"-1", b"9999999999", b""])
 def test_a_class_that_is_no_number(tmp_path, pack, text):
-    with pytest.raises(DataError, match="a.cls holds no number of a class"):
+    with pytest.raises(DataError, match="a.cls is not a class number"):
         open_dataset(pack(tmp_path / "x.tar", {"a.png": encoded(1), "a.cls": text}))

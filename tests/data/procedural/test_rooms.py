@@ -9,7 +9,7 @@ import pytest
 
 from factorkit.data.datasets import make_procedural_dataset
 from factorkit.data.masks import load_labelled
-from factorkit.data.procedural.rooms import HUE_SPREAD, HUES, SHADES, TURNS, draw_rooms
+from factorkit.data.procedural.rooms import HUE_SPREAD, HUES, PART_BRIGHTNESS, PART_HUE_OFFSETS, draw_rooms
 from factorkit.utils.errors import ConfigError
 
 
@@ -43,10 +43,10 @@ def test_hues_tell_the_things_and_shades_the_parts():
                 for part in range(3)
                 if (here := inner & (label == 3 * thing + part)).sum() >= 8
             }
-            own = [hue - TURNS[part] for part, (hue, _, _) in parts.items()]
+            own = [hue - PART_HUE_OFFSETS[part] for part, (hue, _, _) in parts.items()]
             assert max(own) - min(own) < 0.03
             assert all(abs(hue - usual) < HUE_SPREAD + 0.02 for hue in own)
-            by_shade = [parts[part][2] for part in np.argsort(SHADES) if part in parts]
+            by_shade = [parts[part][2] for part in np.argsort(PART_BRIGHTNESS) if part in parts]
             assert all(darker + 0.05 < lighter for darker, lighter in zip(by_shade, by_shade[1:], strict=False))
 
 

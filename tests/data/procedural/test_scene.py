@@ -66,7 +66,7 @@ def test_half_a_turn(symmetric, least, most, monkeypatch):
     from factorkit.data.procedural import scene as procedural_scene
 
     views = make_procedural_views(8, 24, symmetric=symmetric)
-    monkeypatch.setattr(procedural_scene, "_cameras", lambda *settings: half_turn(views))
+    monkeypatch.setattr(procedural_scene, "_sample_poses", lambda *settings: half_turn(views))
     turned = make_procedural_views(8, 24, symmetric=symmetric)
     alike = psnr(views.images, turned.images)
     assert least < alike.min() and alike.min() < most

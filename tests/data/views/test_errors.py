@@ -54,18 +54,18 @@ def pose(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (frame(1, file_path="images/lost.png"), r"1 of 3 pictures are missing, the first is images/lost.png"),
+        (frame(1, file_path="images/lost.png"), r"1 of 3 images are missing, the first is images/lost.png"),
         (frame(1, file_path="images/lost"), r"the first is images/lost \(looked in"),
-        (pose(lambda m: m.__setitem__((0, 0), np.nan)), "images/1.png holds values that are not finite"),
+        (pose(lambda m: m.__setitem__((0, 0), np.nan)), "images/1.png has values that are not finite"),
         (pose(lambda m: m.__imul__(1.3)), "images/1.png is not rigid: it stretches"),
         (pose(lambda m: m[:3, 0].__imul__(-1)), "images/1.png is not rigid: it mirrors"),
         (frame(2, transform_matrix=[[1.0, 2.0], [3.0, 4.0]]), r"images/2.png has shape \[2, 2\]"),
-        (frame(2, transform_matrix=[["a"]]), "no matrix of numbers"),
+        (frame(2, transform_matrix=[["a"]]), "not a matrix of numbers"),
         (frame(1, mask_path="masks/1.png"), "the mask masks/1.png of images/1.png is missing"),
         (lambda c: c.pop("camera_angle_x"), "no focal length for images/0.png"),
         (lambda c: c.update(fl_x=30.0), "KeyError: 'w'"),
         (lambda c: c.update(fl_x=30.0, w=10, h=10), "10 x 8 pixels, but its camera is for 10 x 10"),
-        (lambda c: c.update(camera_model="OPENCV_FISHEYE"), "the model OPENCV_FISHEYE"),
+        (lambda c: c.update(camera_model="OPENCV_FISHEYE"), "the camera model OPENCV_FISHEYE"),
         (lambda c: c.update(frames=[]), "no frames in it"),
         (lambda c: c.pop("frames"), "not a transforms file"),
         (lambda c: c["frames"][0].pop("file_path"), "file_path"),
@@ -116,17 +116,17 @@ def test_masks_of_another_size_or_without_foreground(tmp_path):
     for i in range(2):
         picture(tmp_path / "images" / f"{i}.png")
         picture(tmp_path / "masks" / f"{i}.png", colour=(0, 0, 0))
-    with pytest.raises(DataError, match="no foreground anywhere"):
+    with pytest.raises(DataError, match="no foreground: all masks"):
         open_views(tmp_path)
     picture(tmp_path / "masks" / "1.png", (4, 4))
-    with pytest.raises(DataError, match=r"mask of 1.png is 4 x 4 pixels, the picture 10 x 8"):
+    with pytest.raises(DataError, match=r"mask of 1.png is 4 x 4 pixels, the image 10 x 8"):
         open_views(tmp_path)
 
 
 def test_one_picture_leaves_nothing_to_train_on(tmp_path):
     picture(tmp_path / "a.png")
     assert len(open_views(tmp_path)) == 1
-    with pytest.raises(DataError, match="split that was asked for is empty"):
+    with pytest.raises(DataError, match="selected split has no views"):
         open_views(tmp_path, "train")
 
 
@@ -156,8 +156,8 @@ def at(index, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v[:4], "4 poses, but .*images_4 holds 5 pictures"),
-        (lambda v: v[:, :15], r"shape \[5, 15\]; LLFF's has 17"),
+        (lambda v: v[:4], "4 poses, but .*images_4 has 5 images"),
+        (lambda v: v[:, :15], r"shape \[5, 15\], expected 17"),
         (at((3, 16), 0.5), "near 1 and far 0.5 of images_4/3.png"),
         (at((2, 15), -1.0), "near -1 and far 9 of images_4/2.png"),
         (at((1, 2), np.nan), "not finite for images_4/1.png"),
@@ -191,10 +191,10 @@ def srn(tmp_path):
     ("file", "content", "message"),
     [
         ("pose/1.txt", "1 2 3", "3 numbers, but a pose has 16"),
-        ("pose/1.txt", " ".join(["nan"] * 16), "pose/1.txt holds values that are not finite"),
+        ("pose/1.txt", " ".join(["nan"] * 16), "pose/1.txt has values that are not finite"),
         ("pose/1.txt", " ".join(["1"] * 16), "pose/1.txt is not rigid"),
-        ("pose/1.txt", "one two", "not numbers alone"),
-        ("pose/7.txt", " ".join(["1"] * 16), "2 pictures in rgb/ and 3 poses in pose/.*; 7 has no partner"),
+        ("pose/1.txt", "one two", "expected only numbers"),
+        ("pose/7.txt", " ".join(["1"] * 16), "2 images in rgb/ and 3 poses in pose/.*; 7 is only in one"),
         ("intrinsics.txt", "1 2", "expected `focal cx cy`"),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_folder_of_scenes_is_not_one_scene(srn):
     parent = srn.parent / f"{srn.name}_cars"
     parent.mkdir()
     srn.rename(parent / "1a0b")
-    with pytest.raises(DataError, match=r"_cars: not a scene, but a folder of 1 \(1a0b\)"):
+    with pytest.raises(DataError, match=r"_cars: contains 1 scenes \(1a0b\)"):
         open_views(parent)
     assert len(open_views(parent / "1a0b")) == 2
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from factorkit.data import make_procedural_views, open_views
-from factorkit.data.views.images import VIDEO_FRAMES
+from factorkit.data.views.images import MAX_VIDEO_FRAMES
 from factorkit.metrics.pose import pose_errors
 from factorkit.utils.errors import ConfigError, DataError
 
@@ -128,7 +128,7 @@ def test_a_video_is_its_frames(video):
 
 def test_a_long_video_is_thinned_out_and_reduced(video):
     views = open_views(video(300), resolution=24)
-    assert len(views) == VIDEO_FRAMES and views.size == (16, 24)
+    assert len(views) == MAX_VIDEO_FRAMES and views.size == (16, 24)
     assert views.names[0] == "walk_000.png" and views.names[-1] == "walk_299.png"
     assert focal(views) == pytest.approx(12 / math.tan(math.radians(25)))
 

@@ -80,7 +80,7 @@ def test_backgrounds(tmp_path, scene):
     assert torch.equal(noise.images, open_views(folder, "test", background="noise", seed=4).images)
     outside = (noise.masks == 0).expand_as(noise.images)
     assert noise.images[outside].std() > 0.25
-    with pytest.raises(ConfigError, match="nothing behind"):
+    with pytest.raises(ConfigError, match="partly transparent"):
         open_views(folder, "test", background=None)
 
 

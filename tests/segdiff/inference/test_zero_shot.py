@@ -114,7 +114,7 @@ def test_zero_shot_invalid_arguments_raise(voc):
         score_zero_shot(config(), found_by({}), voc, label_map={"wolf": "beagle"}, num_fit_images=16)
     with pytest.raises(ConfigError, match="did you mean beagle"):
         score_zero_shot(config(), found_by({}), voc, label_map={"dog": "beagles"}, num_fit_images=16)
-    with pytest.raises(ConfigError, match="knows no classes"):
+    with pytest.raises(ConfigError, match="has no classes"):
         score_zero_shot(config(()), found_by({}), voc, label_map={"dog": 0}, num_fit_images=16)
     with pytest.raises(ConfigError, match="split='test': VOC2012 has train, val, all"):
         score_zero_shot(config(), found_by({}), voc, split="test", label_map=None, num_fit_images=16)
