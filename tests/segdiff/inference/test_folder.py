@@ -232,10 +232,10 @@ def test_segment_folder_large_folder_bounds_memory(run, photos, tmp_path, monkey
             most[0] = max(most[0], held[0])
         return read(job, index)
 
-    def slow_write(job, picture, masks):
+    def slow_write(job, index, prepared, masks):
         time.sleep(0.01)
         try:
-            return write(job, picture, masks)
+            return write(job, index, prepared, masks)
         finally:
             with lock:
                 held[0] -= 1
