@@ -100,7 +100,7 @@ def test_npy_that_claims_more_than_the_file_holds_is_not_allocated(tmp_path):
 
 
 def test_npz_bomb_is_refused_by_its_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("factorkit.utils.safe_reading.memory", lambda: 2**20)
+    monkeypatch.setattr("factorkit.utils.safe_reading.machine_memory", lambda: 2**20)
     np.savez_compressed(tmp_path / "x.npz", images=np.zeros((2, 1024, 1024, 3), np.uint8), X=np.zeros(3))
     with pytest.raises(DataError, match=r"x\.npz.*more memory than this machine has"):
         open_source(tmp_path / "x.npz")

@@ -60,7 +60,7 @@ def label_scores(
         )
     scores |= {"confidence": soft.amax(1).mean().item(), "size": size, "step": run.step}
     if baselines and nesting is None:
-        scores["baselines"] = distributed.on_first(
+        scores["baselines"] = distributed.run_on_first(
             lambda: score_baselines(labelled.images, labelled.foreground, labelled.valid, num_fit_images)
         )
     return scores
@@ -91,7 +91,7 @@ def class_scores(
 
 def in_shares(predict: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The same, each process of a run looking at its share of the images."""
-    return lambda images: distributed.in_shares(lambda rows: predict(images[rows]), len(images))
+    return lambda images: distributed.map_shares(lambda rows: predict(images[rows]), len(images))
 
 
 def check_scorable(run: SegdiffRun) -> None:

@@ -140,7 +140,7 @@ class SegdiffRun:
         Raises:
             ConfigError: t out of range, or a plain DDPM, which has no regions.
             DataError: nothing to read, or an image that cannot be decoded.
-            OutOfMemory: an image too large for the machine.
+            OutOfMemoryError: an image too large for the machine.
 
         Example:
             >>> seg = run.segment(pictures[:4])
@@ -236,7 +236,7 @@ class SegdiffRun:
             ConfigError: a setting out of range, a plain DDPM, or imageio is not installed.
             DataError: nothing to read, frames of several sizes, or a video that does not decode to its end.
             WriteError: the disk is full or ``out`` cannot be written.
-            OutOfMemory: frames too large for the machine.
+            OutOfMemoryError: frames too large for the machine.
         """
         clip = open_video(video)
         options = {"size": check_segment_settings(self.config, size, upsample), "upsample": upsample, "smooth": smooth}
@@ -326,7 +326,7 @@ class SegdiffRun:
             rows=rows,
         )
         with self._precision():
-            drawn = distributed.in_shares(draw, n)
+            drawn = distributed.map_shares(draw, n)
         masks = drawn.bottleneck.masks.float().cpu()
         frames = None
         if trajectory:
@@ -480,7 +480,7 @@ class SegdiffRun:
             nesting=nesting,
         )
         if self.folder is not None:
-            distributed.on_first(lambda: write_json(self.folder / SCORES, scores))
+            distributed.run_on_first(lambda: write_json(self.folder / SCORES, scores))
         return scores
 
     def evaluate_zero_shot(

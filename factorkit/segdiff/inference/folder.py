@@ -108,7 +108,7 @@ def segment_folder(
                 stack.enter_context(held(out, "segmenting into"))
                 manifests.append(stack.enter_context(closing(Manifest(out, key, source))))
 
-            distributed.on_first(open_folder)
+            distributed.run_on_first(open_folder)
             if rank := distributed.rank():
                 manifests.append(stack.enter_context(closing(Manifest(out, key, source, rank))))
             return _FolderJob(config, predict, source, manifests[0], settings, formats, workers, progress).run()
@@ -151,13 +151,13 @@ class _FolderJob:
         self.recent_pixels = deque([ASSUMED_PIXELS], maxlen=MAX_IMAGES_HELD)
 
     def run(self) -> FolderSegments:
-        todo, sheet_due = distributed.on_first(self._plan)
-        for rows, skipped in distributed.everyones(lambda: self._process_share(todo)):
+        todo, sheet_due = distributed.run_on_first(self._plan)
+        for rows, skipped in distributed.gather_results(lambda: self._process_share(todo)):
             self.sheet_rows |= rows
             self.skipped |= skipped
         self.skipped = {name: self.skipped[name] for name in self.source.names if name in self.skipped}
         self._report_skipped()
-        return distributed.on_first(lambda: self._complete(len(self.source) - len(todo), sheet_due))
+        return distributed.run_on_first(lambda: self._complete(len(self.source) - len(todo), sheet_due))
 
     def _plan(self) -> tuple[list[int], bool]:
         """Return the images to segment, and whether the contact sheet must be drawn."""

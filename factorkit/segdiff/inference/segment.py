@@ -21,7 +21,7 @@ from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, r
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import level_labels, level_masks
 from factorkit.segdiff.task import predict_masks
-from factorkit.utils.errors import ConfigError, DataError, OutOfMemory, is_out_of_memory
+from factorkit.utils.errors import ConfigError, DataError, OutOfMemoryError, is_out_of_memory
 from factorkit.utils.images import pixels_to_images, pixels_to_signed
 
 UPSAMPLINGS = ("guided", "bilinear")
@@ -124,7 +124,7 @@ def segment_image(
     """Return masks [K, H, W] of an image at its own size; ``predict`` as for :func:`predict_tiled`.
 
     Raises:
-        OutOfMemory: the image is too large for the machine.
+        OutOfMemoryError: the image is too large for the machine.
     """
     try:
         prepared = prepare_image(image, config, size, upsample)
@@ -133,7 +133,7 @@ def segment_image(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(describe_out_of_memory(image, size)) from error
+        raise OutOfMemoryError(describe_out_of_memory(image, size)) from error
 
 
 def prepare_image(image: Image.Image, config: SegdiffConfig, size: int, upsample: str) -> PreparedImage:

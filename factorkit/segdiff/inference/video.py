@@ -31,7 +31,14 @@ from factorkit.segdiff.inference.segment import (
     upsample_masks,
 )
 from factorkit.utils.atomic import replacing
-from factorkit.utils.errors import ConfigError, DataError, FactorkitError, OutOfMemory, WriteError, is_out_of_memory
+from factorkit.utils.errors import (
+    ConfigError,
+    DataError,
+    FactorkitError,
+    OutOfMemoryError,
+    WriteError,
+    is_out_of_memory,
+)
 
 MAX_FRAMES_PER_BATCH, MAX_PIXELS_PER_BATCH = 16, 1 << 24
 STILL_COLOUR_CHANGE = 0.03  # in [0, 1]: larger changes of the mean colour count as motion
@@ -115,7 +122,7 @@ def segment_frames(
 
     Raises:
         ConfigError: smooth out of range.
-        OutOfMemory: frames too large for the machine.
+        OutOfMemoryError: frames too large for the machine.
     """
     smoother, frames = Smoother(smooth), iter(frames)
     batch = list(islice(frames, 1))
@@ -131,7 +138,7 @@ def segment_frames(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(describe_out_of_memory(Image.fromarray(batch[0]), size)) from error
+            raise OutOfMemoryError(describe_out_of_memory(Image.fromarray(batch[0]), size)) from error
         batch = []
 
 
