@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import factorkit
-from factorkit.engine.config import plain
+from factorkit.engine.config import to_python
 from factorkit.engine.run_folder import claimed, read_object, write_json
 from factorkit.reproduce.cell_keys import identify
 from factorkit.reproduce.experiment import SCALES, Experiment, Found, NotRun, Row
@@ -135,7 +135,7 @@ def reproduce(
         DataError: the data or another input are not there.
         CheckpointError: the folder holds cells of other data or settings, or another process fills them.
     """
-    experiment, changes = find(name), {key: plain(value) for key, value in changes.items()}
+    experiment, changes = find(name), {key: to_python(value) for key, value in changes.items()}
     if scale not in SCALES:
         raise ConfigError(f"scale={scale!r} is unknown; choose one of {', '.join(SCALES)}")
     seeds = experiment.seeds if seeds is None else seeds
