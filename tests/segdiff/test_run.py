@@ -264,7 +264,7 @@ def test_every_kind_of_model_generates(changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"), [({"n": 0}, "n=0"), ({"steps": 0}, "steps=0"), ({"sampler": "rk4"}, "sampler 'rk4'")]
+    ("changes", "says"), [({"n": 0}, "n=0"), ({"steps": 0}, "steps=0"), ({"sampler": "rk4"}, "sampler='rk4'")]
 )
 def test_generate_refuses_what_it_cannot_do(run, changes, says):
     with pytest.raises(ConfigError, match=says):
