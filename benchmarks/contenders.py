@@ -145,7 +145,7 @@ class OurStep:
 
     def __call__(self) -> None:
         self.take(self.step)
-        self.take.taken.clear()
+        self.take.unreported_steps.clear()
         self.step += 1
 
 
