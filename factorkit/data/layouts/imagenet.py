@@ -61,10 +61,10 @@ def _read_split(root: Path, split: str, wnids: Sequence[str]) -> tuple[list[str]
         return [], np.empty(0, np.int64), ()
     number = {wnid: i for i, wnid in enumerate(wnids)}
     if classes := _list_classes(folder):
-        found = [
+        entries = [
             (f"{split}/{wnid}/{name}", number.get(wnid, -1)) for wnid in classes for name in _list_files(folder / wnid)
         ]
-        return [name for name, _ in found], np.array([label for _, label in found], np.int64), ()
+        return [name for name, _ in entries], np.array([label for _, label in entries], np.int64), ()
     files = _list_files(folder)
     wnid_of = _read_kaggle_classes(root) or _read_devkit_classes(root, len(files))
     labels = np.array([number.get(wnid_of.get(Path(file).stem, ""), -1) for file in files], np.int64)
