@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from factorkit.data.files import escape_name
 from factorkit.data.sources import Source
-from factorkit.engine.run_folder import held
+from factorkit.engine.run_folder import locked
 from factorkit.segdiff import previews
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
@@ -105,7 +105,7 @@ def segment_folder(
 
             def open_folder() -> None:
                 out.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(held(out, "segmenting into"))
+                stack.enter_context(locked(out, "segmenting into"))
                 manifests.append(stack.enter_context(closing(Manifest(out, key, source))))
 
             distributed.run_on_first(open_folder)
