@@ -92,7 +92,8 @@ def _classes_of_folders(names: Sequence[str], positional: bool) -> list[str]:
     if positional or loose:
         problem = "images of an array have no folders" if positional else f"{_summarize(loose)} are in no class folder"
         raise ConfigError(f'classes="folders", but {problem}. Give a .csv of names and classes, or one folder a class')
-    depth = len(os.path.commonprefix(parents))
+    levels = zip(*parents, strict=False)
+    depth = next((i for i, parts in enumerate(levels) if len(set(parts)) > 1), min(map(len, parents)))
     if all(len(parts) == depth for parts in parents):
         return [parts[-1] for parts in parents]
     shallow = [name for name, parts in zip(names, parents, strict=True) if len(parts) == depth]

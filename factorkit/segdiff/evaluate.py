@@ -16,7 +16,7 @@ from factorkit.metrics.class_matching import nested_accuracy
 from factorkit.metrics.segmentation import evaluate_masks
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.segdiff.inference.segment import Quality
-from factorkit.segdiff.inference.zero_shot import zero_shot_scores
+from factorkit.segdiff.inference.zero_shot import score_zero_shot
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
@@ -86,7 +86,7 @@ def class_scores(
     """What :meth:`~factorkit.segdiff.run.SegdiffRun.evaluate_zero_shot` answers."""
     check_scorable(run)
     told = {**options, "num_fit_images": num_fit_images or run.config.num_fit_images}
-    return zero_shot_scores(run.config, lambda label: in_shares(run.predictor(t, quality, label)), data, **told)
+    return score_zero_shot(run.config, lambda label: in_shares(run.predictor(t, quality, label)), data, **told)
 
 
 def in_shares(predict: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -86,7 +86,7 @@ def _open(data: Any) -> Any:
             reason = (str(error) or repr(error)).splitlines()[0]
             raise DataError(f"{data}: cannot be loaded: {reason}") from error
     root = Path(data).expanduser()
-    if not ((root / "dataset_dict.json").is_file() or (root / "state.json").is_file() and _is_arrow(root)):
+    if not ((root / "dataset_dict.json").is_file() or ((root / "state.json").is_file() and _is_arrow(root))):
         return None
     datasets = _import_datasets(root.name)
     try:

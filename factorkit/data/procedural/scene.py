@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import normalize, one_hot, pad
 
 from factorkit.data.views.views import Views, resize_area
 from factorkit.rendering import OccupancyGrid, OccupancySampling, image_rays, intrinsics_from_fov, look_at, render
@@ -108,7 +108,7 @@ def make_scene_field(symmetric: bool = False) -> Callable[[Tensor, Tensor], tupl
     """
     shapes = (*WAGON, LAMP) if symmetric else TABLE
     colors = torch.tensor([shape[3] for shape in shapes])
-    light = F.normalize(torch.tensor(LIGHT_DIRECTION), dim=0)
+    light = normalize(torch.tensor(LIGHT_DIRECTION), dim=0)
 
     def field(positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         distances, normals = zip(*(signed_distance(shape, positions) for shape in shapes), strict=True)
@@ -133,10 +133,10 @@ def signed_distance(shape: Shape, points: Tensor) -> tuple[Tensor, Tensor]:
         flat = torch.cat([p[:, :2], torch.zeros_like(p[:, :1])], dim=1)
         norm = flat.norm(dim=1).clamp_min(1e-9)
         side, end = norm - sizes[0], p[:, 2].abs() - sizes[1]
-        vertical = F.pad(p[:, 2:].sign(), (2, 0))
+        vertical = pad(p[:, 2:].sign(), (2, 0))
         return torch.maximum(side, end), torch.where((side > end)[:, None], flat / norm[:, None], vertical)
     distance, axis = (p.abs() - p.new_tensor(sizes)).max(dim=1)
-    return distance, F.one_hot(axis, 3) * p.sign()
+    return distance, one_hot(axis, 3) * p.sign()
 
 
 def _sample_poses(count: int, seed: int, low: float, high: float, radius: float) -> Tensor:

@@ -76,7 +76,7 @@ def read_posed_array(path: Path, split: str | None) -> tuple[list[LazyView], Sce
     height, width = images.shape[1:3]
     k = make_intrinsics(float(focal.item()), float(focal.item()), width / 2, height / 2)
     if count > NUM_TRAINING_VIEWS and split is not None:
-        indices = range(NUM_TRAINING_VIEWS) if split == "train" else range(NUM_TRAINING_VIEWS, count)
+        indices = list(range(NUM_TRAINING_VIEWS) if split == "train" else range(NUM_TRAINING_VIEWS, count))
     else:
         indices = split_every_eighth(count, split)
     near, far = estimate_depth_range(poses)

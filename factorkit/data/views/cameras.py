@@ -58,7 +58,8 @@ def fov_intrinsics(
     Args:
         fov_x: horizontal field of view.
         fov_y: vertical field of view; None: square pixels.
-        cx, cy: principal point in pixels; None: the image centre.
+        cx: principal point in pixels; None: the image centre.
+        cy: the same, vertically.
     """
 
     def intrinsics(height: float, width: float) -> np.ndarray:

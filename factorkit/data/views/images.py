@@ -65,7 +65,7 @@ def read_video(
     views = []
     for number, frame in (frames[i] for i in split_every_eighth(len(frames), split)):
         name = f"{path.stem}_{number:0{digits}d}.png"
-        views.append(LazyView(name, partial(uint8_to_unit, frame), _fov_intrinsics(fov)))
+        views.append(LazyView(name, partial(_frame_to_float, frame), _fov_intrinsics(fov)))
     return views, SceneSettings("object")
 
 
@@ -75,6 +75,10 @@ def _read_float(images: Source, index: int) -> np.ndarray:
 
 def _read_opacity(masks: Source, index: int) -> np.ndarray:
     return to_opacity(masks.decode(index), masks.names[index])
+
+
+def _frame_to_float(frame: np.ndarray) -> np.ndarray:
+    return uint8_to_unit(frame)
 
 
 def _reduce(frame: np.ndarray, resolution: int | None) -> np.ndarray:

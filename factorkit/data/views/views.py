@@ -181,7 +181,7 @@ def _check_views(views: Views) -> None:
         if not value.isfinite().all():
             where = "" if name == "background" else f" in {_name_first(views.names, ~value.isfinite())}"
             raise DataError(f"{name}: values that are not finite{where}")
-        if name in ("images", "masks", "background") and not (0 <= value.min() and value.max() <= 1):
+        if name in ("images", "masks", "background") and not (value.min() >= 0 and value.max() <= 1):
             raise DataError(f"{name}: values from {value.min():.4g} to {value.max():.4g}, need 0 to 1. Rescale them.")
     if len(set(views.names)) < count:
         raise DataError(f"two views are named {max(views.names, key=views.names.count)}; names must be unique")
