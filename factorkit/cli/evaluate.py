@@ -22,9 +22,9 @@ class Evaluate(RunCommand):
     --views: errors of the cameras in degrees, PSNR and SSIM of the renders.
 
     The mapping from regions to foreground is fitted on the first --num-fit-images labelled images and then fixed; the
-    other images are scored. The oracle chooses the mapping for each image by its own label: it is an upper bound, not a
-    Images and masks match by name (x.jpg with x.png, x_mask.png or x_seg.png); images without a mask are left out. A run
-    run folder keeps the scores in scores.json.
+    other images are scored. The oracle chooses the mapping for each image by its own label: it is an upper bound, not
+    a result. Images and masks match by name (x.jpg with x.png, x_mask.png or x_seg.png); images without a mask are
+    left out. A run folder keeps the scores in scores.json.
 
     Examples:
         factorkit evaluate runs/flowers --images photos/ --masks masks/ --ignore 128 --num-fit-images 16
