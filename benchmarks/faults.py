@@ -38,6 +38,7 @@ from benchmarks import tiny_runs
 from benchmarks.recording import commit, machine, write_result
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import Checkpoints
+from factorkit.engine.state import TrainingState
 from factorkit.engine.step import TrainingStep
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff import train as nerfdiff
@@ -120,7 +121,10 @@ def watch(notes: Notes, kill: Kill | None) -> None:
     os.fsync, os.replace = operation("a sync", os.fsync), operation("a rename", os.replace)
     Path.rename, Path.unlink = operation("a rename", Path.rename), operation("a removal", Path.unlink)
     TrainingStep.__call__ = noted("a step", TrainingStep.__call__)
-    Trainer.state, Trainer.restore = noted("a copy of the state", Trainer.state), noted("resuming", Trainer.restore)
+    TrainingState.tensors, Trainer.restore = (
+        noted("a copy of the state", TrainingState.tensors),
+        noted("resuming", Trainer.restore),
+    )
     segdiff.prepare = noted("preparing data", segdiff.prepare)
     nerfdiff.store_views = noted("preparing data", nerfdiff.store_views)
 
@@ -137,7 +141,7 @@ def run(name: str, folder: Path, notes: Notes, kill: Kill | None = None) -> bool
         status = 1
         try:
             # nothing is damaged by a kill: going back to an earlier checkpoint would hide it
-            warnings.filterwarnings("error", message=".*Taking the previous")
+            warnings.filterwarnings("error", message=".*Using the previous")
             os.environ["FACTORKIT_CACHE"] = str(folder / "cache")
             watch(notes, kill)
             model, changes = RUNS[name]

@@ -32,7 +32,7 @@ class Pose(RunCommand):
     The result is a camera-to-world matrix for each image in the coordinates of the run (OpenGL axes), and the score of
     every candidate camera.
 
-    EXAMPLES
+    Examples:
         factorkit pose runs/lego photo.png more/ --json
         factorkit pose runs/lego photo.png --out poses.json
     """
@@ -59,7 +59,7 @@ class Pose(RunCommand):
             for name, matrix, scores in zip(views.names, result.poses.tolist(), result.scores.tolist(), strict=True)
         ]
         if (out := self.out) is not None:
-            distributed.on_first(lambda: write_json(out, {"frames": frames}))
+            distributed.run_on_first(lambda: write_json(out, {"frames": frames}))
         lines = [f"{f['name']}: at " + ", ".join(f"{row[3]:.3f}" for row in f["camera_to_world"][:3]) for f in frames]
         return {"frames": frames, "out": None if out is None else str(out)}, "\n".join(lines)
 
@@ -70,7 +70,7 @@ class Reconstruct(RunCommand):
 
     OUT receives NAME.png and NAME_depth.png for each image, and contact_sheet.png with images beside renders.
 
-    EXAMPLES
+    Examples:
         factorkit reconstruct runs/lego photo.png more/ --out rendered
     """
 
@@ -107,7 +107,7 @@ class Reconstruct(RunCommand):
                 path
             )
 
-        distributed.on_first(write)
+        distributed.run_on_first(write)
         data = {"out": str(self.out), "reconstructed": len(views), "contact_sheet": str(path)}
         return data, f"{len(views)} reconstructed: {self.out}\ncontact sheet: {path}"
 
@@ -116,7 +116,7 @@ class Reconstruct(RunCommand):
 class Render(RunCommand):
     """Render the scene along a camera path.
 
-    EXAMPLES
+    Examples:
         factorkit render runs/lego --out orbit.gif
         factorkit render runs/lego --path spiral --frames 120 --size 400 --out spiral.mp4
         factorkit render runs/lego --out frames/
@@ -136,7 +136,7 @@ class Render(RunCommand):
         from factorkit.utils import distributed
 
         images = _load(self).render_path(self.path, self.size, self.frames).images
-        distributed.on_first(lambda: write_frames(self.out, images))
+        distributed.run_on_first(lambda: write_frames(self.out, images))
         return {"out": str(self.out), "frames": self.frames}, f"{self.frames} frames: {self.out}"
 
 
@@ -146,7 +146,7 @@ class Sample(RunCommand):
 
     OUT receives view_0000.png and so on, poses.json, and with --trajectory trajectory.png with the denoising steps.
 
-    EXAMPLES
+    Examples:
         factorkit sample runs/lego -n 8 --out sampled --trajectory
     """
 
@@ -199,7 +199,7 @@ class Sample(RunCommand):
             if grid is not None:
                 grid.save(data["trajectory"])
 
-        distributed.on_first(write)
+        distributed.run_on_first(write)
         return data, f"{data['views']} views: {self.out}"
 
 
@@ -207,7 +207,7 @@ class Sample(RunCommand):
 class Export(RunCommand):
     """Write the scene or its cameras in a format of other programs.
 
-    EXAMPLES
+    Examples:
         factorkit export runs/lego scene.ply
         factorkit export runs/lego mesh.glb
         factorkit export runs/lego nerfstudio/transforms.json
@@ -230,7 +230,7 @@ class View(RunCommand):
 
     During a training, every new checkpoint is shown. Ctrl-C stops the viewer. It needs the extra `viewer`.
 
-    EXAMPLES
+    Examples:
         factorkit view runs/lego
         factorkit view runs/lego --port 9000
     """

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from factorkit.engine.config import MOST_STEPS, EngineConfig
+from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig
 from factorkit.engine.migration import register_renamed_settings
 from factorkit.nerfdiff.cameras.poses import POSE_PARAMETERS
 from factorkit.nerfdiff.fields.background import BACKGROUNDS
@@ -158,8 +158,8 @@ class NerfdiffConfig(EngineConfig):
             raise ConfigError(
                 f"optimize_camera={self.optimize_camera}: {', '.join(sorted(unknown))} is none of {known}"
             )
-        if self.timesteps > MOST_STEPS:
-            raise ConfigError(f"timesteps={self.timesteps} must be at most {MOST_STEPS}")
+        if self.timesteps > MAX_TIMESTEPS:
+            raise ConfigError(f"timesteps={self.timesteps} must be at most {MAX_TIMESTEPS}")
         lowest, highest = self.elevation_range
         if not -89 <= lowest < highest <= 89:
             raise ConfigError(

@@ -215,10 +215,10 @@ class NerfdiffRun:
                 return select_best_poses(self.model, resized[rows], cameras.poses), cameras
             return cameras.best_poses, cameras
 
-        best, cameras = distributed.in_shares(predict, len(resized))
+        best, cameras = distributed.map_shares(predict, len(resized))
         if refine:
             distance = float(best[:, :3, 3].norm(dim=1).mean())
-            best = distributed.in_shares(
+            best = distributed.map_shares(
                 lambda rows: refine_poses(self.model, resized[rows], best[rows], refine, distance), len(resized)
             )
         return PosePrediction(best.cpu(), cameras.scores.cpu(), cameras.poses.cpu())
@@ -279,7 +279,7 @@ class NerfdiffRun:
             color, depth, opacity = (torch.cat(x) for x in zip(*parts, strict=True))
             return color, depth, opacity
 
-        return RenderedViews(*distributed.in_shares(render_rows, len(poses)), poses)
+        return RenderedViews(*distributed.map_shares(render_rows, len(poses)), poses)
 
     def _samples_per_ray(self, size: tuple[int, int]) -> int:
         """Return the samples along a ray of an image: more than in training, since they are not jittered."""
@@ -349,7 +349,7 @@ class NerfdiffRun:
         scores = evaluate(self, views, poses, refine)
         folder = self.folder
         if folder is not None:
-            distributed.on_first(lambda: write_json(folder / SCORES_FILE, scores))
+            distributed.run_on_first(lambda: write_json(folder / SCORES_FILE, scores))
         return scores
 
     @property
@@ -393,7 +393,7 @@ class NerfdiffRun:
                 trajectory=trajectory,
             )
 
-        result = distributed.in_shares(sample_rows, n)
+        result = distributed.map_shares(sample_rows, n)
         all_steps = None
         if trajectory:
             all_steps = [

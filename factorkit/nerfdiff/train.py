@@ -26,7 +26,6 @@ from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
 from factorkit.nerfdiff.training_views import complete_settings, describe_scene, store_views
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError
-from factorkit.utils.rendezvous import join
 
 NUM_PROCEDURAL_VIEWS = 80  # without data
 TIMED_STEPS = 3  # of each stage, in a dry run
@@ -71,16 +70,16 @@ def train_nerfdiff(
     preset = preset or default_preset(data)
     config = preset_config(preset, **changes)
     device = distributed.local_device(resolve_device(config.device))
-    join(device)
+    distributed.join_processes(device)
     distributed.check_batch(config.batch_size)
     distributed.check_batch(config.views_per_step, "views_per_step")
     folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
     views, scene, settings = _prepare(data, config, preset, device)
 
     complete = partial(complete_settings, folder=folder, requested=settings)
-    run_folder = claimed(folder, settings, config.RESUMABLE, completed=complete)
-    with cpu_threads(config.threads), distributed.first_within(run_folder):
-        distributed.on_first(lambda: store_views(folder, views))
+    run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
+    with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
+        distributed.run_on_first(lambda: store_views(folder, views))
         Training(config, scene, folder, settings, progress).run()
         return NerfdiffRun.load(folder, device=device)
 

@@ -12,7 +12,7 @@ from tyro.conf import Suppress, arg
 
 from factorkit.diffusion.objective import check_objective
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.config import MOST_STEPS, EngineConfig
+from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig
 from factorkit.engine.migration import register_renamed_settings
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.hierarchy import HierarchicalUNet, check_nesting, nesting_of
@@ -192,8 +192,8 @@ class SegdiffConfig(EngineConfig):
                 f"high_noise_fraction={self.high_noise_fraction} must lie between 0 and 1, and be 0 with "
                 f"t_max={self.t_max}, which leaves no higher levels"
             )
-        if self.timesteps > MOST_STEPS:
-            raise ConfigError(f"timesteps={self.timesteps} must be at most {MOST_STEPS}")
+        if self.timesteps > MAX_TIMESTEPS:
+            raise ConfigError(f"timesteps={self.timesteps} must be at most {MAX_TIMESTEPS}")
         if not 0 <= self.segment_t < self.timesteps:
             raise ConfigError(f"segment_t={self.segment_t} must lie between 0 and timesteps-1={self.timesteps - 1}")
         if self.num_leaf_regions > MOST_REGIONS:

@@ -16,7 +16,7 @@ from factorkit.metrics.class_matching import nested_accuracy
 from factorkit.metrics.segmentation import evaluate_masks
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.segdiff.inference.segment import Quality
-from factorkit.segdiff.inference.zero_shot import zero_shot_scores
+from factorkit.segdiff.inference.zero_shot import score_zero_shot
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
@@ -60,7 +60,7 @@ def label_scores(
         )
     scores |= {"confidence": soft.amax(1).mean().item(), "size": size, "step": run.step}
     if baselines and nesting is None:
-        scores["baselines"] = distributed.on_first(
+        scores["baselines"] = distributed.run_on_first(
             lambda: score_baselines(labelled.images, labelled.foreground, labelled.valid, num_fit_images)
         )
     return scores
@@ -86,12 +86,12 @@ def class_scores(
     """What :meth:`~factorkit.segdiff.run.SegdiffRun.evaluate_zero_shot` answers."""
     check_scorable(run)
     told = {**options, "num_fit_images": num_fit_images or run.config.num_fit_images}
-    return zero_shot_scores(run.config, lambda label: in_shares(run.predictor(t, quality, label)), data, **told)
+    return score_zero_shot(run.config, lambda label: in_shares(run.predictor(t, quality, label)), data, **told)
 
 
 def in_shares(predict: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The same, each process of a run looking at its share of the images."""
-    return lambda images: distributed.in_shares(lambda rows: predict(images[rows]), len(images))
+    return lambda images: distributed.map_shares(lambda rows: predict(images[rows]), len(images))
 
 
 def check_scorable(run: SegdiffRun) -> None:

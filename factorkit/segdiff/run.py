@@ -19,25 +19,26 @@ from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.run_folder import read_object, write_json
 from factorkit.segdiff.class_labels import chosen_labels
 from factorkit.segdiff.config import SegdiffConfig
-from factorkit.segdiff.editing.branches import Branches, take_apart
-from factorkit.segdiff.editing.interpolate import Interpolation, interpolate_pictures
-from factorkit.segdiff.editing.recompose import Recomposition, recompose_pictures
+from factorkit.segdiff.editing.branches import Branches, decompose_images
+from factorkit.segdiff.editing.interpolate import Interpolation, interpolate_images
+from factorkit.segdiff.editing.recompose import Recomposition, recompose_images
 from factorkit.segdiff.evaluate import class_scores, label_scores
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.inference.folder import FolderSegments, segment_folder
-from factorkit.segdiff.inference.outputs import DEFAULT_FORMATS, Frame, Generation, Segmentation
+from factorkit.segdiff.inference.outputs import DEFAULT_FORMATS
 from factorkit.segdiff.inference.segment import (
     Quality,
-    as_pictures,
+    Segmentation,
     averaged_masks,
-    check_segmenting,
-    masks_of,
+    check_segment_settings,
     quality_of,
+    read_images,
+    segment_image,
 )
 from factorkit.segdiff.inference.video import VideoSegments, segment_frames, write_video
 from factorkit.segdiff.load import stored_model
 from factorkit.segdiff.network import FactorizedUNet
-from factorkit.segdiff.sampling import draw_images, edit_level
+from factorkit.segdiff.sampling import Frame, Generation, draw_images, edit_level
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed, signed_to_unit
@@ -139,7 +140,7 @@ class SegdiffRun:
         Raises:
             ConfigError: t out of range, or a plain DDPM, which has no regions.
             DataError: nothing to read, or an image that cannot be decoded.
-            OutOfMemory: an image too large for the machine.
+            OutOfMemoryError: an image too large for the machine.
 
         Example:
             >>> seg = run.segment(pictures[:4])
@@ -148,9 +149,9 @@ class SegdiffRun:
             >>> bool((seg.masks.sum(1) - 1).abs().max() < 0.01)
             True
         """
-        predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
-        pictures, names = as_pictures(images)
-        masks = [masks_of(self.config, picture, predict, size, upsample) for picture in pictures]
+        predict, size = self.predictor(t, quality), check_segment_settings(self.config, size, upsample)
+        pictures, names = read_images(images)
+        masks = [segment_image(self.config, picture, predict, size, upsample) for picture in pictures]
         labels = [hard_labels(m, self.config.nesting) for m in masks]
         if len({m.shape for m in masks}) == 1:
             return Segmentation(torch.stack(labels), torch.stack(masks), names, self.config.nesting)
@@ -197,7 +198,7 @@ class SegdiffRun:
             >>> done.segmented, done.skipped
             (4, {})
         """
-        predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
+        predict, size = self.predictor(t, quality), check_segment_settings(self.config, size, upsample)
         source = images if isinstance(images, Source) else open_source(images)
         settings = {"t": self._level(t), "size": size, "upsample": upsample, "quality": str(quality)}
         with cpu_threads(self.config.threads):
@@ -235,10 +236,10 @@ class SegdiffRun:
             ConfigError: a setting out of range, a plain DDPM, or imageio is not installed.
             DataError: nothing to read, frames of several sizes, or a video that does not decode to its end.
             WriteError: the disk is full or ``out`` cannot be written.
-            OutOfMemory: frames too large for the machine.
+            OutOfMemoryError: frames too large for the machine.
         """
         clip = open_video(video)
-        options = {"size": check_segmenting(self.config, size, upsample), "upsample": upsample, "smooth": smooth}
+        options = {"size": check_segment_settings(self.config, size, upsample), "upsample": upsample, "smooth": smooth}
         predict = self.predictor(t, quality)
         with cpu_threads(self.config.threads):
             found = segment_frames(clip.frames, self.config, predict, **options)
@@ -325,7 +326,7 @@ class SegdiffRun:
             rows=rows,
         )
         with self._precision():
-            drawn = distributed.in_shares(draw, n)
+            drawn = distributed.map_shares(draw, n)
         masks = drawn.bottleneck.masks.float().cpu()
         frames = None
         if trajectory:
@@ -363,7 +364,7 @@ class SegdiffRun:
         options = {"frames": frames, "t": edit_level(self.config, t), "steps": steps, "sampler": sampler, "seed": seed}
         a, b = self._squares(a), self._squares(b)
         with self._precision():
-            return interpolate_pictures(self.model, self.config, self.schedule, a, b, **options)
+            return interpolate_images(self.model, self.config, self.schedule, a, b, **options)
 
     def branches(self, images: Any, t: int | None = None) -> Branches:
         """What each branch makes of pictures at one noise level, and its mask (fig. 2.9).
@@ -378,7 +379,7 @@ class SegdiffRun:
         """
         t = edit_level(self.config, t)
         with self._precision():
-            return take_apart(self.model, self.config, self.schedule, self._squares(images), t)
+            return decompose_images(self.model, self.config, self.schedule, self._squares(images), t)
 
     def recompose(
         self,
@@ -416,11 +417,11 @@ class SegdiffRun:
         options = {"region": region, "remove": remove, "t": t, "steps": steps, "sampler": sampler, "seed": seed}
         originals, sources = self._squares(images), None if from_ is None else self._squares(from_)
         with self._precision():
-            return recompose_pictures(self.model, self.config, self.schedule, originals, sources, **options)
+            return recompose_images(self.model, self.config, self.schedule, originals, sources, **options)
 
     def _squares(self, images: Any) -> Tensor:
         """Pictures as the training saw them, [n, 3, R, R] in [-1, 1]."""
-        pictures, _ = as_pictures(images)
+        pictures, _ = read_images(images)
         return pixels_to_signed(torch.from_numpy(np.stack([crop_square(p, self.config.resolution) for p in pictures])))
 
     def evaluate(
@@ -479,7 +480,7 @@ class SegdiffRun:
             nesting=nesting,
         )
         if self.folder is not None:
-            distributed.on_first(lambda: write_json(self.folder / SCORES, scores))
+            distributed.run_on_first(lambda: write_json(self.folder / SCORES, scores))
         return scores
 
     def evaluate_zero_shot(
@@ -505,7 +506,7 @@ class SegdiffRun:
             mask_set: which of the data set's masks; None: its default.
 
         Returns:
-            The scores of every class and their means, as :func:`~factorkit.segdiff.inference.zero_shot.zero_shot_scores`.
+            The scores of every class and their means, as :func:`~factorkit.segdiff.inference.zero_shot.score_zero_shot`.
 
         Raises:
             ConfigError: the plain DDPM, a split or classes that are not there, t or quality out of range.

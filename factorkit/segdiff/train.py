@@ -26,9 +26,9 @@ from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import PROBES, SegdiffTask
 from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
+from factorkit.utils.distributed import join_processes
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.jsonl import LOG_NAME
-from factorkit.utils.rendezvous import join
 
 #: length of a seed trial: a share of the steps, and a limit by which the masks of the presets have settled
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
@@ -91,10 +91,10 @@ def train_segdiff(
     if config.class_names:
         raise ConfigError("class_names= is what train_segdiff(classes=...) finds; give classes= instead")
     device = distributed.local_device(resolve_device(config.device))
-    join(device)
+    join_processes(device)
     distributed.check_batch(config.batch_size)  # before the images are prepared, which may take long
     folder = Path(out) if out is not None else Path("runs") / preset
-    with distributed.first_of_machine():
+    with distributed.first_on_machine():
         dataset, prepared, probes = load_data(data, config, progress)
     known = find_classes(classes, dataset, prepared.names)
     if known is not None:
@@ -110,7 +110,7 @@ def train_segdiff(
         return Trainer(task, config, folder, meta, **options)
 
     run_folder = claimed(folder, settings, config.RESUMABLE)
-    with cpu_threads(config.threads), distributed.first_within(run_folder):
+    with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
         if seed_trials > 1:
             config = run_seed_trials(config, folder, seed_trials, trainer)
         trainer(config, folder).run()
@@ -122,7 +122,7 @@ def train_segdiff(
 
 def score(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
     """Score a finished run on its held-out images, unless scores.json already tells how these very weights did."""
-    known = distributed.on_first(lambda: run.scores) or {}
+    known = distributed.run_on_first(lambda: run.scores) or {}
     if known.get("step") == run.step and ("baselines" in known or not baselines):
         return
     try:
@@ -132,7 +132,7 @@ def score(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
     except (ConfigError, DataError) as error:  # a run that took hours is not lost for a mask that cannot be read
         warnings.warn(f"the run is finished, but could not be scored: {error}", stacklevel=3)
         return
-    distributed.on_first(lambda: write_report(run.folder))
+    distributed.run_on_first(lambda: write_report(run.folder))
 
 
 def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, PreparedImages, np.ndarray]:
@@ -165,7 +165,7 @@ def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classe
     if dataset.labels is not None:  # images that could not be decoded are not among the names
         label_of = dict(zip(dataset.train.names, dataset.labels, strict=True))
         known = Classes(np.array([label_of[name] for name in names], np.int64), list(dataset.class_names))
-    return read_classes(classes, names, positional=dataset.train.positional, known=known)
+    return read_classes(classes, names, positional=dataset.train.positional, dataset_classes=known)
 
 
 def describe(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def estimate(
     task = SegdiffTask(trial, images, images, device, None if known is None else np.zeros(len(images), np.int64))
     trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
     with cpu_threads(config.threads):
-        seconds = trainer.trial(steps=3)
+        seconds = trainer.measure_step_seconds(steps=3)
     parameters = parameter_count(task.model)
     grown = peak_memory(device) - (before if device.type == "cpu" else 0)
     return {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.stages import direction_grid as search
@@ -102,7 +102,7 @@ def run(out: Path, changes: dict, stage: str | None) -> int:
     if child := os.fork():
         return os.waitpid(child, 0)[1]
     try:
-        warnings.filterwarnings("error", message=".*Taking the previous")  # no kill may damage anything
+        warnings.filterwarnings("error", message=".*Using the previous")  # no kill may damage anything
         torch.set_num_threads(1)
         pipeline.write_report = lambda folder: None
         pipeline.HELD_OUT_STEPS = 6

@@ -93,7 +93,7 @@ def test_a_share_of_turned_views_is_a_duplication():
     assert names(pose_alarms(evenly(20, 360), duplication=0.0)) == []
 
 
-def test_offsets_between_views_that_look_alike():
+def test_neighbour_degrees_between_similar_views():
     images = torch.zeros(4, 3, 8, 8)
     images[1], images[2], images[3] = 0.1, 0.7, 0.75
     apart = neighbour_degrees(around(torch.tensor([350.0, 20, 100, 260])), images)
@@ -177,7 +177,7 @@ def test_a_collapsing_scene_is_named_and_the_best_checkpoint_kept(tiny, scene_vi
 
 def test_a_collapsing_scene_stops_where_asked_and_goes_on_where_asked(tiny, scene_views, tmp_path, monkeypatch):
     settings = collapsing(tiny, monkeypatch, after=3)
-    with pytest.raises(FactorkitError, match="stopped at step 4: collapse.*Earlier checkpoints are kept.*the best of"):
+    with pytest.raises(FactorkitError, match="stopped at step 4: collapse.*Earlier checkpoints are.*the best of"):
         train_nerfdiff(scene_views, out=tmp_path / "run", stop_on_failure=True, **settings)
     alarms = [e for e in read_log(tmp_path / "run") if e["event"] == "alarms"]
     assert alarms[-1]["step"] == 4 and alarms[-1]["failures"], "what it stopped for stands in the log"

@@ -21,7 +21,7 @@ def begun(finished, tmp_path):
     return folder
 
 
-def test_the_newest_stage_is_shown_until_there_is_a_model(begun, finished):
+def test_load_partial_run_returns_the_newest_stage(begun, finished):
     for stage in ("refine again", "refine", "search"):
         if not (begun / "stages" / stage).exists():
             continue

@@ -29,7 +29,7 @@ def test_every_preset_is_a_model(preset):
     assert poses.isfinite().all()
 
 
-def test_the_thesis_settings_are_the_texts():
+def test_thesis_presets_equal_the_settings_of_the_thesis():
     lego, car = preset_config("lego"), preset_config("car")
     assert (lego.num_candidates, car.num_candidates, lego.resolution, lego.timesteps, lego.steps) == (
         12,
@@ -49,7 +49,7 @@ def test_the_thesis_settings_are_the_texts():
     assert isinstance(build_field(lego.field, 1, 0), FrequencyField)
 
 
-def test_the_recipe_grows_with_the_resolution_unless_told():
+def test_preset_config_scales_with_the_resolution_unless_given():
     small, large = preset_config("fast"), preset_config("fast", resolution=96)
     assert (small.grid_resolution, small.samples_per_ray, small.field_steps) == (32, 32, 600)
     assert (large.grid_resolution, large.samples_per_ray, large.field_steps) == (96, 96, 1800)

@@ -90,20 +90,20 @@ def test_blur_keeps_constants_and_sums_and_is_nothing_when_small():
     assert torch.allclose(gaussian_blur(images.flip(3), 1.5), gaussian_blur(images, 1.5).flip(3), atol=1e-5)
 
 
-def test_one_camera_is_asked_for_and_black_is_behind_where_nothing_is_known():
+def test_shared_camera_needs_equal_intrinsics_and_defaults_to_black():
     views = make_procedural_views(4, 8)
     optics = shared_camera(views)
     assert torch.allclose(optics.intrinsics, views.intrinsics[0] / torch.tensor([8.0, 8, 1])[:, None])
-    assert torch.equal(optics.background, torch.ones(3)) and not optics.forward
+    assert torch.equal(optics.background, torch.ones(3)) and not optics.forward_facing
     assert torch.equal(shared_camera(replace(views, background=None, masks=None)).background, torch.zeros(3))
-    assert shared_camera(replace(views, layout="forward")).forward
+    assert shared_camera(replace(views, layout="forward")).forward_facing
     bent = views.intrinsics.clone()
     bent[1, 0, 2] += 1
     with pytest.raises(DataError, match="one camera"):
         shared_camera(replace(views, intrinsics=bent))
 
 
-def test_views_are_kept_as_given(tmp_path):
+def test_stored_views_equal_the_given_ones(tmp_path):
     views = make_procedural_views(3, 8)
     store_views(tmp_path, views)
     found = load_views(tmp_path)

@@ -73,7 +73,7 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused(finished, sc
     before = weights(finished.folder)
     again = train_nerfdiff(scene_views, out=finished.folder, **tiny)
     assert all(torch.equal(before[k], weights(finished.folder)[k]) for k in before) and again.step == tiny["steps"]
-    with pytest.raises(CheckpointError, match="grid_resolution: 8 there, 9 asked for"):
+    with pytest.raises(CheckpointError, match="grid_resolution: 8 there, 9 requested"):
         train_nerfdiff(scene_views, out=finished.folder, **tiny | {"grid_resolution": 9})
     with pytest.raises(CheckpointError, match="scene"):
         train_nerfdiff(make_procedural_views(10, 8, seed=2), out=finished.folder, **tiny)
@@ -113,7 +113,7 @@ def test_bad_input_is_named(scene_views, tiny, tmp_path):
     with pytest.raises(ConfigError, match="without poses"):
         train_nerfdiff(replace(scene_views, poses=None), **out, **tiny | {"poses": "known"})
     blank = replace(scene_views, images=torch.ones(10, 3, 8, 8), masks=None)
-    with pytest.raises(DataError, match="no foreground anywhere"):
+    with pytest.raises(DataError, match="no foreground: all masks"):
         train_nerfdiff(blank, **out, **tiny)
     zoomed = scene_views.intrinsics.clone()
     zoomed[3, 0, 0] *= 1.5

@@ -112,7 +112,7 @@ class SearchTask(FitTask):
             field, camera = self.model.field, self.scene.camera
             return candidate_errors(field, candidates[rows], camera, images, self.samples, views).T
 
-        return distributed.in_shares(errors_from, len(candidates)).T
+        return distributed.map_shares(errors_from, len(candidates)).T
 
     def _assign(self, step: int, temperature_share: float) -> None:
         errors = self.errors(step)

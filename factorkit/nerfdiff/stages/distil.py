@@ -52,7 +52,7 @@ class DistilTask:
             def render(rows: slice) -> Tensor:
                 return render_views(model.field, new_poses[rows], scene.camera, size, config.samples_per_ray).color
 
-            color = distributed.in_shares(render, len(new_poses)).movedim(-1, 1)
+            color = distributed.map_shares(render, len(new_poses)).movedim(-1, 1)
             images, poses = torch.cat([images, resize_area(color, *scene.size)]), torch.cat([poses, new_poses])
         self.images, self.poses, self.size = images, poses, len(images)
 

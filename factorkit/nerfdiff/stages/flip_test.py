@@ -50,7 +50,7 @@ def best_rotations(field: Field, scene: Scene, poses: Tensor, views: Tensor, sam
             columns.append((color - images[rows]).square().mean((1, 2, 3)))
         return torch.stack(columns, 1)
 
-    best = distributed.in_shares(errors, len(views)).argmin(1)
+    best = distributed.map_shares(errors, len(views)).argmin(1)
     return torch.tensor(ROTATIONS).to(poses)[best]
 
 
@@ -81,6 +81,6 @@ def reassign_outliers(
     def errors_from(rows: slice) -> Tensor:
         return candidate_errors(field, candidates[rows], scene.camera, images, samples).T
 
-    own = distributed.in_shares(own_errors, len(views))
-    least, index = distributed.in_shares(errors_from, len(candidates)).T.min(1)
+    own = distributed.map_shares(own_errors, len(views))
+    least, index = distributed.map_shares(errors_from, len(candidates)).T.min(1)
     return torch.where((least < OUTLIER_RATIO * own)[:, None], directions[index], poses.direction[views])

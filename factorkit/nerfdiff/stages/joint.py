@@ -131,11 +131,11 @@ class JointTask:
         if not (self.config.balance_candidates and temperature_share and errors.shape[1] > 1):
             return errors.argmin(1)
         low, high = TEMPERATURE
-        everyone, own = distributed.gathered(standardise_errors(errors))  # balanced over the global batch
+        everyone, own = distributed.gather_rows(standardise_errors(errors))  # balanced over the global batch
         plan = balanced_assignment(everyone, low + (high - low) * temperature_share)
         return sample_assignment(plan[own], uniform)
 
-    def settle(self, model: NerfdiffModel) -> None:
+    def update_buffers(self, model: NerfdiffModel) -> None:
         """Store the final poses of the training views in the model."""
         model.views.copy_(predict_clean(model, self.scene.images).best_poses if self.poses is None else self.poses)
 

@@ -274,7 +274,7 @@ class Training:
         """Return the share of views, at poses [V, 4, 4], that agree better with a held-out field after a rotation."""
         if self.scene.layout != "object":
             return None
-        poses = distributed.gathered(poses)[0][: len(poses)]  # those of process 0, which alone writes previews
+        poses = distributed.gather_rows(poses)[0][: len(poses)]  # those of process 0, which alone writes previews
         fixed, rotated = FreePoses(poses).requires_grad_(False), 0
         for name, fitting, choosing in self.both_halves(len(poses), 0):
             held_out = self.fit_half(f"half {name}", 0, fixed, fitting, self.scene)
@@ -284,7 +284,7 @@ class Training:
     def log_duplication(self, poses: Tensor) -> None:
         """Add the duplication at these poses to the last alarms of the run, and log them again."""
         alarms: dict[str, Any] = (timeline(read_log(self.folder), "alarms") or [{}])[-1]
-        if distributed.greatest(int("doubled" in alarms)) or (duplication := self.measure_duplication(poses)) is None:
+        if distributed.maximum(int("doubled" in alarms)) or (duplication := self.measure_duplication(poses)) is None:
             return
         if distributed.rank() == 0 and alarms:
             failures = duplication_failures(duplication)

@@ -38,7 +38,7 @@ def moved(poses, degrees=(90.0, 40.0, 0.0), place=(3.0, -2.0, 5.0), scale=1.0):
 
 
 @pytest.mark.parametrize("axis", [(1.0, 0, 0), (-1.0, 0, 0), (2.0, 0, 0), (0, 1.0, 0), (0.6, 0.2, 0.1)])
-def test_worlds_with_another_axis_up_are_turned(axis):
+def test_align_up_axis_rotates_another_up_axis_to_z(axis):
     views = make_procedural_views(12, 8, seed=1)
     turned = moved(views.poses, tuple(90 * x for x in axis))
     right, found = (open_scene(replace(views, poses=p), 8, CPU).poses for p in (views.poses, turned))
@@ -47,7 +47,7 @@ def test_worlds_with_another_axis_up_are_turned(axis):
     assert torch.allclose(turns, turns[:1].expand_as(turns), atol=1e-4)  # one rotation for all
 
 
-def test_upright_worlds_stay_to_the_bit():
+def test_align_up_axis_upright_poses_stay_unchanged():
     around = orbit_poses(direction_grid(8, [30, 60]), 3.0)
     high = orbit_poses(
         direction_vectors(torch.linspace(-40, 40, 9), torch.full((9,), 65.0)), 3.0
@@ -60,7 +60,7 @@ def test_upright_worlds_stay_to_the_bit():
         assert align_up_axis(poses) is poses
 
 
-def test_cameras_in_one_place_cannot_stand_around_an_object():
+def test_center_poses_one_position_is_refused():
     views = make_procedural_views(6, 8)
     for noise in (0.0, 1e-6):
         poses = views.poses.clone()
@@ -71,14 +71,14 @@ def test_cameras_in_one_place_cannot_stand_around_an_object():
     assert torch.equal(scene.poses, poses)
 
 
-def test_forward_facing_cameras_where_they_belong_stay_to_the_bit():
+def test_align_forward_normalised_poses_stay_unchanged():
     poses = forward_facing_poses(position_grid(4, 3))
     aside = moved(poses, (5.0, 0, 0), (0.1, 0.05, 0.0))  # as the training split's mean is not that of all
     for given, near in ((poses, None), (poses, 1.2), (aside, 1.2), (poses[1:], None)):
         assert align_forward(given, near) is given
 
 
-def test_forward_facing_cameras_anywhere_are_brought_before_the_scene():
+def test_align_forward_moves_poses_to_the_origin():
     poses = forward_facing_poses(position_grid(5, 3))
     assert torch.allclose(align_forward(moved(poses), 1.2), poses, atol=1e-5)
     assert torch.allclose(align_forward(moved(poses, scale=7.0), 7 * 1.2), poses, atol=1e-5)
@@ -91,7 +91,7 @@ def test_forward_facing_cameras_anywhere_are_brought_before_the_scene():
     assert torch.allclose(align_forward(still, None), torch.eye(4), atol=1e-5)  # a turning head has no spread to go by
 
 
-def test_cameras_that_look_all_ways_do_not_face_forward():
+def test_align_forward_without_common_direction_is_refused():
     with pytest.raises(DataError, match="look all ways"):
         align_forward(orbit_poses(direction_grid(8, [10]), 3.0), None)
     rolled = torch.stack([torch.eye(4), torch.diag(torch.tensor([-1.0, -1, 1, 1]))])  # ups that cancel

@@ -30,7 +30,7 @@ def blobs() -> GridField:
     return field.requires_grad_(False)
 
 
-def test_the_pictures_tell_what_the_poses_left_open():
+def test_register_scene_refines_the_similarity_by_images():
     optics = CameraModel(torch.tensor([[1.4, 0, 0.5], [0, 1.4, 0.5], [0, 0, 1]]), torch.ones(3))
     model = SimpleNamespace(field=blobs(), optics=optics, samples=24)
     in_scene = orbit_poses(direction_grid(8, [20.0, 50.0]), DISTANCE)

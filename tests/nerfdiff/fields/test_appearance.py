@@ -102,7 +102,7 @@ def tinted():
     return replace(views, images=images.clamp(0, 1))
 
 
-def test_views_of_changing_tones_are_fitted_better_with_codes(tinted, tiny, tmp_path):
+def test_appearance_codes_improve_views_of_varying_colour(tinted, tiny, tmp_path):
     settings = tiny | {
         "resolution": 16,
         "poses": "known",
@@ -135,7 +135,7 @@ def test_views_of_changing_tones_are_fitted_better_with_codes(tinted, tiny, tmp_
 
 
 @pytest.mark.parametrize("changes", [{}, {"search": "joint"}])
-def test_every_stage_knows_them(changes, tmp_path, scene_views, tiny):
+def test_every_stage_has_appearance_codes(changes, tmp_path, scene_views, tiny):
     run = train_nerfdiff(scene_views, out=tmp_path / "run", **tiny | {"appearance_dim": 2} | changes)
     assert run.model.field.appearance.codes.shape == (10, 2) and (run.model.field.appearance.codes != 0).any()
     with pytest.raises(ConfigError, match="appearance_dim=-1"):

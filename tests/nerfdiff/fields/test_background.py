@@ -85,7 +85,7 @@ def test_a_background_keeps_a_pace_of_its_own():
     assert field_parameter_groups(field, 1e-4, 1e-3) == []
 
 
-def test_a_refined_grid_takes_its_surroundings_along():
+def test_resampled_grid_keeps_background_and_appearance():
     field = build_field("grid", 4, 0, background="learned", views=3, appearance_dim=2)
     field.background.raw.data.fill_(0.7)
     field.appearance.codes.data.fill_(0.3)
@@ -96,7 +96,7 @@ def test_a_refined_grid_takes_its_surroundings_along():
 
 @pytest.mark.parametrize("background", BACKGROUNDS[1:])
 @pytest.mark.parametrize("changes", [{}, {"search": "joint"}, {"poses": "known", "field": "hashgrid"}])
-def test_runs_find_and_keep_it(background, changes, tmp_path, scene_views, tiny):
+def test_run_learns_and_stores_the_background(background, changes, tmp_path, scene_views, tiny):
     views = replace(scene_views.with_background(SEA), background=None, masks=None)
     settings = tiny | {"background": background, "field_steps": 20} | changes
     run = train_nerfdiff(views, out=tmp_path / "run", **settings)
@@ -115,6 +115,6 @@ def test_runs_find_and_keep_it(background, changes, tmp_path, scene_views, tiny)
         run.export(tmp_path / "colmap", points=100)
 
 
-def test_an_unknown_background_is_refused():
+def test_build_background_unknown_kind_is_refused():
     with pytest.raises(ConfigError, match="background='forest' is unknown; choose one of given, learned, field"):
         build_background("forest", 0)

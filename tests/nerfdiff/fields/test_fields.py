@@ -51,7 +51,7 @@ def test_blur_keeps_the_middle_of_a_constant_and_spreads_a_point():
     assert spread.blurred_values() is spread.values
 
 
-def test_a_refined_grid_is_the_same_field():
+def test_resampled_grid_is_the_same_field():
     coarse = GridField(6, seed=3)
     fine = coarse.resampled(11)
     p = torch.rand(100, 3) * 2 - 1
@@ -74,7 +74,7 @@ def test_gradients_of_positions_and_values_by_finite_differences():
     assert torch.autograd.gradcheck(raw, (p, values), eps=1e-6, atol=1e-4)
 
 
-def test_roughness_is_nothing_for_a_constant_and_counts_every_axis():
+def test_total_variation_of_a_constant_is_zero_and_counts_every_axis():
     assert filled(5, torch.full((5, 5, 5, 4), 2.0)).total_variation() == 0
     for axis in range(3):
         values = torch.zeros(5, 5, 5, 4)
@@ -82,7 +82,7 @@ def test_roughness_is_nothing_for_a_constant_and_counts_every_axis():
         assert filled(5, values).total_variation().item() == pytest.approx(1 / 4)
 
 
-def test_unknown_fields_are_refused():
+def test_build_field_unknown_kind_is_refused():
     with pytest.raises(ConfigError, match="fog"):
         build_field("fog", 8, 0)
 

@@ -108,7 +108,7 @@ def test_it_looks_now_and_then_and_not_while_the_field_is_blurred():
     assert field.occupancy.num_updates == 2 and 0.02 < field.occupancy.share_occupied() < 0.3
 
 
-def test_steps_are_as_long_as_without():
+def test_occupancy_sampling_has_the_step_of_uniform_sampling():
     field = ball()
     field.occupancy = build_occupancy_grid(32)  # all of it occupied
     plain, seen = (render_views(f, POSES, OPTICS, (6, 6), 64) for f in (ball(), field))
@@ -128,7 +128,7 @@ def test_exports_and_the_viewer_use_the_grid_that_was_trained():
 
 
 @pytest.mark.parametrize("changes", [{}, {"search": "joint"}, {"poses": "known", "field": "hashgrid"}])
-def test_a_run_trains_with_it_and_keeps_it(changes, tmp_path, scene_views, tiny):
+def test_run_trains_and_stores_the_occupancy_grid(changes, tmp_path, scene_views, tiny):
     settings = tiny | {"occupancy": True, "field_steps": 2 * UPDATE_EVERY + 2, "steps": 2 * UPDATE_EVERY + 2} | changes
     run = train_nerfdiff(scene_views, out=tmp_path / "run", **settings)
     grid = run.model.field.occupancy

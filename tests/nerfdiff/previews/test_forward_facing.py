@@ -53,7 +53,7 @@ def test_points_and_frusta_stand_in_the_cameras_space(shown, monkeypatch):
         points = scene.get_handle_by_name("/points/cloud").points
         off = np.minimum(np.abs(np.linalg.norm(points - CENTRE.numpy(), axis=1) - RADIUS), np.abs(-points[:, 2] - WALL))
         assert len(points) > 300 and np.median(off) < 0.3
-        handle = scene.get_handle_by_name("/found/0004")
+        handle = scene.get_handle_by_name("/predicted/0004")
         torch.testing.assert_close(from_viser(handle.wxyz, handle.position), shown.views.poses[4], atol=1e-5, rtol=0)
         assert handle.scale == pytest.approx(0.06)
 

@@ -29,13 +29,13 @@ def test_a_cold_plan_is_the_optimum_of_the_linear_programme():
         assert torch.equal(plan.argmax(1), torch.from_numpy(columns) // (views // candidates))
 
 
-def test_spread_makes_views_comparable():
+def test_standardise_errors_removes_the_scale_of_a_view():
     errors = torch.rand(6, 9)
     scaled = errors * torch.logspace(-4, 2, 6)[:, None]
     assert torch.allclose(standardise_errors(scaled), standardise_errors(errors), rtol=1e-3)
 
 
-def test_draws_follow_the_plan():
+def test_sample_assignment_follows_the_probabilities():
     plan = torch.tensor([0.1, 0.0, 0.6, 0.3]).log().expand(4000, 4)
     counts = torch.bincount(
         sample_assignment(plan, torch.rand(4000, generator=torch.Generator().manual_seed(0))), minlength=4

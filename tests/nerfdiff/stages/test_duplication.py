@@ -17,7 +17,7 @@ from factorkit.utils.jsonl import read_log
 
 
 @pytest.mark.parametrize("astray", [0, 6])
-def test_views_on_the_wrong_side_are_counted_and_others_are_not(astray, tmp_path):
+def test_measure_duplication_counts_rotated_views(astray, tmp_path):
     config = preset_config("demo", resolution=24, device="cpu", views_per_step=8)
     views = make_procedural_views(30, 24)
     scene = open_scene(views, 24, torch.device("cpu"))
@@ -30,7 +30,7 @@ def test_views_on_the_wrong_side_are_counted_and_others_are_not(astray, tmp_path
 
 
 @pytest.mark.parametrize("changes", [{"search": "joint"}, {"poses": "learned"}])
-def test_trainings_without_a_flip_test_tell_of_doubled_views_once(changes, scene_views, tiny, tmp_path, monkeypatch):
+def test_duplication_without_flip_test_is_logged_once(changes, scene_views, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Training, "measure_duplication", lambda self, poses: 0.4)
     monkeypatch.setattr("factorkit.nerfdiff.alarms.MIN_AZIMUTH_SPREAD", 2.0)
     for _ in range(2):  # the second call finds it told
@@ -44,7 +44,7 @@ def test_trainings_without_a_flip_test_tell_of_doubled_views_once(changes, scene
     assert "duplication" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_forward_facing_cameras_are_not_asked(tmp_path):
+def test_measure_duplication_forward_facing_is_none(tmp_path):
     config = preset_config("demo", device="cpu")
     scene = open_scene(make_procedural_views(6, 8), 8, torch.device("cpu"))
     scene = type(scene)(scene.images, scene.names, scene.camera, "forward", scene.distance, None)

@@ -17,7 +17,7 @@ def seen_from(way: torch.Tensor, size: int = 16) -> torch.Tensor:
     return render_views(make_scene_field(), orbit_poses(way, DISTANCE), OPTICS, (size, size), 48).color.movedim(-1, 1)
 
 
-def test_views_choose_the_side_they_were_taken_from():
+def test_best_rotations_finds_the_true_side():
     torch.manual_seed(0)
     way = direction_vectors(torch.rand(12) * 360, torch.rand(12) * 50 + 10)
     scene = Scene(seen_from(way), [str(i) for i in range(12)], OPTICS, "object", DISTANCE, None)
@@ -29,7 +29,7 @@ def test_views_choose_the_side_they_were_taken_from():
     assert torch.equal(turns, wrong[chosen])
 
 
-def test_a_view_that_went_astray_is_called_back_and_the_others_stay():
+def test_reassign_outliers_moves_an_outlier_and_keeps_the_others():
     torch.manual_seed(1)
     way = direction_vectors(torch.rand(6) * 360, torch.rand(6) * 30 + 20)
     scene = Scene(seen_from(way, 24), [str(i) for i in range(6)], OPTICS, "object", DISTANCE, None)
@@ -42,13 +42,13 @@ def test_a_view_that_went_astray_is_called_back_and_the_others_stay():
     assert (back[1] * way[2]).sum() > 0.97
 
 
-def test_halves_are_disjoint_and_another_seed_parts_otherwise():
+def test_split_in_halves_is_disjoint_and_depends_on_the_seed():
     a, b = split_in_halves(11, 3)
     assert len(a) == 5 and sorted([*a.tolist(), *b.tolist()]) == list(range(11))
     assert torch.equal(split_in_halves(11, 3)[0], a) and not torch.equal(split_in_halves(11, 4)[0], a)
 
 
-def test_the_least_error_is_at_the_direction_a_view_was_taken_from():
+def test_candidate_errors_are_lowest_at_the_true_direction():
     way = direction_grid(8, [20, 50])
     images = seen_from(way[[3, 12, 7]], 32)
     errors = candidate_errors(make_scene_field(), orbit_poses(way, DISTANCE), OPTICS, images, 48)
@@ -58,7 +58,7 @@ def test_the_least_error_is_at_the_direction_a_view_was_taken_from():
     assert torch.allclose(errors[0, 0], direct, rtol=1e-3)
 
 
-def test_assigned_views_stand_where_they_are_told():
+def test_assigned_poses_are_at_their_positions():
     way = direction_grid(4, [30])
     poses = AssignedPoses(way, torch.tensor([2, 0]), lambda places: orbit_poses(places, 2.0))
     assert torch.allclose(poses(torch.tensor([0, 1]))[:, :3, 3], 2 * way[[2, 0]], atol=1e-5)

@@ -36,7 +36,7 @@ INDICES = torch.tensor([0, 3, 5, 9])
 
 
 @pytest.mark.parametrize("balance", [True, False])
-def test_only_the_best_candidate_is_taught(tiny, scene_views, balance, monkeypatch):
+def test_joint_loss_trains_only_the_selected_candidate(tiny, scene_views, balance, monkeypatch):
     task = task_of(tiny, scene_views, balance_candidates=balance, tv_weight=0.0, classification_weight=0.5)
     chosen = torch.tensor([2, 0, 0, 1])
     monkeypatch.setattr(task, "select_candidates", lambda *given: chosen)
@@ -153,7 +153,7 @@ def test_candidates_stand_in_cells_of_their_own():
     assert torch.equal(SingleCandidate()(raw), rodrigues_poses(raw))
 
 
-def test_freedoms_are_read_in_order():
+def test_build_candidates_reads_parameters_in_order():
     candidates = build_candidates("look_at", 3, 2.0, (0.0, 60.0), ("aim", "roll"))
     assert candidates.raw_size == 6
     raw = torch.zeros(1, 3, 6)
@@ -174,7 +174,7 @@ def test_noise_levels_and_ranges(tiny, scene_views):
     many = BatchDraw(0, 0, 4000, slice(0, 4000), torch.device("cpu"))
     small = torch.zeros(4000, 3, 1, 1)
     x_t, t = add_noise(small, Schedule(100), task.config, many)
-    assert 0 <= t.min() and t.max() == 99 and abs(float((t < 50).float().mean()) - 0.5 ** (1 / 3.0)) < 0.03
+    assert t.min() >= 0 and t.max() == 99 and abs(float((t < 50).float().mean()) - 0.5 ** (1 / 3.0)) < 0.03
     quiet = preset_config("demo", noise=False)
     same, zero = add_noise(x0, Schedule(100), quiet, draw())
     assert torch.equal(same, x0) and (zero == 0).all()

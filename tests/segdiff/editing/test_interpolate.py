@@ -80,7 +80,7 @@ def test_interpolate_default_level_is_a_quarter_of_the_trained_levels(stirred_ru
         ({"t": 1000}, "t=1000 must lie between 0 and 999"),
         ({"t": -1}, "t=-1"),
         ({"steps": 0}, "steps=0"),
-        ({"sampler": "magic"}, "sampler 'magic'"),
+        ({"sampler": "magic"}, "sampler='magic'"),
     ],
 )
 def test_interpolate_invalid_settings_raise(stirred_run, pictures, changes, says):
@@ -94,7 +94,7 @@ def test_interpolate_untrained_level_raises(stirred_run, pictures):
 
 
 def test_interpolate_unpairable_images_raise(stirred_run, pictures):
-    with pytest.raises(DataError, match="2 pictures cannot be paired with 3"):
+    with pytest.raises(DataError, match="2 images cannot be paired with 3"):
         stirred_run().interpolate(pictures(2), pictures(3))
     with pytest.raises(DataError, match="no such file"):
         stirred_run().interpolate(pictures(2), "nowhere.png")

@@ -1,0 +1,109 @@
+"""Cells belong to the data they were filled on, whatever these are called; a numbers-only experiment shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from factorkit.reproduce import experiments, reproduce
+from factorkit.reproduce.experiment import CellResult, Column, Experiment, Row
+from factorkit.reproduce.fingerprint import MAX_READ_FILES, fingerprint
+from factorkit.utils.errors import CheckpointError
+
+
+@pytest.fixture(autouse=True)
+def counting(monkeypatch):
+    """An experiment that answers how many files the data have, and reads a variable."""
+
+    def rows(setup):
+        return [Row("files", lambda seed: CellResult({"files": len(list(setup.data.rglob("*.png")))}))]
+
+    columns = (Column("files", "files"),)
+    experiment = Experiment(
+        name="table9.1", title="", data="", duration={}, columns=columns, rows=rows, seeds=1, inputs=("video",)
+    )
+    monkeypatch.setattr(experiments, "list_experiments", lambda: {"table9.1": experiment})
+
+
+@pytest.fixture
+def birds(tmp_path):
+    """Three pictures with masks, in a folder."""
+    folder = tmp_path / "A" / "birds.v1"
+    for kind, shape in (("images", (16, 16, 3)), ("masks", (16, 16))):
+        (folder / kind).mkdir(parents=True)
+        for i in range(3):
+            values = np.random.default_rng(i).integers(0, 2, shape).astype(np.uint8)
+            Image.fromarray(values * 255).save(folder / kind / f"{i}.png")
+    return folder
+
+
+def packed(folder, path):
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+def run(data, out, **inputs):
+    return reproduce("table9.1", data, out=out, progress=False, **inputs).data["rows"][0]["mean"]["files"]
+
+
+def test_cells_of_other_data_are_refused_in_words(birds, tmp_path):
+    out = tmp_path / "out"
+    assert run(birds, out) == 6
+    with pytest.raises(CheckpointError, match="other data.*'birds.v1'.* there, .*'birds.v2'.* requested.*another out="):
+        run(shutil.copytree(birds, tmp_path / "A" / "birds.v2"), out)
+    moved = shutil.copytree(birds, tmp_path / "B" / "birds.v1")
+    os.utime(moved / "masks" / "1.png", (1, 1))
+    (moved / ".DS_Store").write_text("hidden")
+    assert run(moved, out) == 6, "the same pictures at another place and time are the same data"
+    mask = moved / "masks" / "1.png"
+    Image.fromarray(255 - np.asarray(Image.open(mask))).save(mask)
+    with pytest.raises(CheckpointError, match="other data "):
+        run(moved, out)
+
+
+def test_zips_and_arrays_of_one_name_are_told_apart(birds, tmp_path):
+    first = packed(birds, tmp_path / "C" / "images.zip")
+    image = birds / "images" / "2.png"
+    image.write_bytes(image.read_bytes()[:-1] + b"?")  # the same size
+    second = packed(birds, tmp_path / "D" / "images.zip")
+    found = fingerprint(first), fingerprint(second)
+    assert found[0]["bytes"] == found[1]["bytes"] and found[0]["sha256"] != found[1]["sha256"]
+    array = np.zeros((64, 64, 64, 3), np.uint8)
+    np.save(tmp_path / "x.npy", array)
+    before = fingerprint(tmp_path / "x.npy")
+    array[33, 7, 7] = 1
+    np.save(tmp_path / "x.npy", array)
+    assert fingerprint(tmp_path / "x.npy") != before
+
+
+def test_of_many_files_names_and_sizes_always_count(birds, monkeypatch):
+    assert MAX_READ_FILES >= 10_000
+    monkeypatch.setattr("factorkit.reproduce.fingerprint.MAX_READ_FILES", 1)
+    before = fingerprint(birds)
+    (birds / "masks" / "2.png").rename(birds / "masks" / "3.png")
+    assert fingerprint(birds) != before
+
+
+def test_further_inputs_are_data_too(birds, tmp_path):
+    out = birds / "out"  # within the data: its own files are none of them
+    assert run(birds, out) == 6
+    with pytest.raises(CheckpointError, match=r"other data \(data.video: None there"):
+        run(birds, out, video=birds / "images")
+
+
+def test_a_folder_without_cells_takes_other_data(birds, tmp_path):
+    out = tmp_path / "out"
+    run(birds, out)
+    shutil.rmtree(out / "table9.1" / "cells")
+    assert run(birds, out, video=birds / "images") == 6
+    settings = json.loads((out / "table9.1" / "config.json").read_text())
+    assert settings["data"]["video"]["name"] == "images"
