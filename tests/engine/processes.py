@@ -94,7 +94,7 @@ def run(world: int, work: Callable[[int], None]) -> list[int]:
 
 def drawing(out: Path, inspect: Callable[[int], dict[str, Any]], loss: Callable[..., StepLoss], **changes: Any) -> None:
     """Train with these sheets, to which the size of the averaged weights is added, and this loss."""
-    tiny_runs.without_sheets()
+    tiny_runs.disable_previews()
     weigh = lambda model: float(sum(x.double().abs().sum() for x in model.state_dict().values()))  # noqa: E731
     SegdiffTask.inspect = lambda task, model, step, folder: inspect(step) | {"weighed": weigh(model)}
     SegdiffTask.loss = loss
