@@ -213,7 +213,7 @@ def test_near_duplicates_binary_file_raises(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"frames": [{"file_path": 5, "transform_matrix": []}]}, "a file name is not a string"),
         ({"train_filenames": [[1]]}, "a file name is not a string"),

@@ -1,8 +1,9 @@
-"""Procedural rooms: images whose labels nest, the same ones again for the same seed."""
+"""Procedural rooms: nested labels, deterministic by seed."""
 
 from __future__ import annotations
 
 import colorsys
+import itertools
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from factorkit.data.datasets import make_procedural_dataset
 from factorkit.data.masks import load_labelled
 from factorkit.data.procedural.rooms import HUE_SPREAD, HUES, PART_BRIGHTNESS, PART_HUE_OFFSETS, draw_rooms
 from factorkit.utils.errors import ConfigError
-import itertools
 
 
 def test_draw_rooms_every_image_shows_all_parts():
