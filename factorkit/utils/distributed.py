@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import inspect
+import itertools
 import os
 import sys
 import time
@@ -26,7 +27,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from factorkit.utils import errors
 from factorkit.utils.errors import ConfigError, FactorkitError
-import itertools
 
 Result = TypeVar("Result")
 

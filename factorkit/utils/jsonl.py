@@ -26,7 +26,7 @@ class JsonLines:
     def __init__(self, path: Path):
         self.path = Path(path)
         _drop_half_line(self.path)
-        self._file = open(self.path, "ab", buffering=0)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line.

@@ -1,8 +1,8 @@
 """Train tiny models in one process and in several, joined by gloo as torchrun would. For test_distributed.py.
 
 python processes.py FOLDER leaves the runs ``<name>_<processes>`` there; ``stopped``: two processes of which one gets
-SIGTERM; ``aside``: two, in shards, of which the first draws a preview until the second is two steps further; ``spoilt``:
-two of which the first cannot draw a preview; ``restarted``: two of which one gets SIGKILL, under torchrun's agent;
+SIGTERM; ``aside``: two, in shards, of which the first draws a preview until the second is two steps further;
+``spoilt``: two of which the first cannot draw a preview; ``restarted``: two of which one gets SIGKILL, under torchrun's agent;
 ``grown``: one, and then four; ``resharded``: two in shards, one, and two in shards. The processes are forks of this
 one, which has imported torch but never used it.
 """
@@ -95,7 +95,10 @@ def run(world: int, work: Callable[[int], None]) -> list[int]:
 def drawing(out: Path, inspect: Callable[[int], dict[str, Any]], loss: Callable[..., StepLoss], **changes: Any) -> None:
     """Train with these previews, to which the size of the averaged weights is added, and this loss."""
     tiny_runs.without_sheets()
-    weigh = lambda model: float(sum(x.double().abs().sum() for x in model.state_dict().values()))
+
+    def weigh(model):
+        return float(sum(x.double().abs().sum() for x in model.state_dict().values()))
+
     SegdiffTask.inspect = lambda task, model, step, folder: inspect(step) | {"weighed": weigh(model)}
     SegdiffTask.loss = loss
     settings = tiny_runs.SEGDIFF | {"steps": 6, "precision": "fp32", "log_every": 1, "sample_every": 2} | changes

@@ -52,7 +52,9 @@ def test_averages_changed_on_resume_start_there_or_are_dropped(toy, tmp_path):
 
 
 def test_read_weights_selects_an_average_by_decay(tmp_path):
-    value = lambda number: torch.full((2,), float(number))
+    def value(number):
+        return torch.full((2,), float(number))
+
     names = ("model.w", "ema.module.w", "ema_0.999.module.w", "ema_0.5.module.w")
     tensors = {name: value(number) for number, name in enumerate(names, start=1)} | {"ema_0.5.n_averaged": value(0)}
     write_json(tmp_path / "run/config.json", {})

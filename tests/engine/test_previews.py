@@ -104,10 +104,10 @@ def test_previews_background_alarm_stops_with_stop_on_failure(aside, tmp_path):
     def bad(model, step, folder):
         return {"failures": ["collapsed"] if step == 4 else [], "error": 1.0}
 
+    trainer = aside(bad, stop_on_failure=True)
+    pop = trainer._previews.pop_finished
+    trainer._previews.pop_finished = lambda wait=False: pop(wait) if wait else None  # as if each took two steps
     with pytest.raises(FactorkitError, match="stopped at step 6 by the alarms of step 4: collapsed.* of step 2"):
-        trainer = aside(bad, stop_on_failure=True)
-        begin = trainer._previews.pop_finished
-        trainer._previews.pop_finished = lambda wait=False: begin(wait) if wait else None  # as if each took two steps
         trainer.run()
     assert saved_steps(tmp_path / "run") == [2, 6]
 

@@ -41,7 +41,9 @@ def segdiff(folder, device=CPU, **changes) -> Trainer:
 class Watched(TorchDispatchMode):
     """Notes operations for which the host would wait for a GPU, and those that make a tensor of host numbers."""
 
-    WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "unique2", "masked_select", "lift_fresh", "equal"}
+    WAITING = frozenset(
+        {"_local_scalar_dense", "is_nonzero", "nonzero", "unique2", "masked_select", "lift_fresh", "equal"}
+    )
 
     def __init__(self):
         super().__init__()

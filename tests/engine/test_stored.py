@@ -52,7 +52,7 @@ def test_restore_stored_checkpoint_resumes(toy, tmp_path, version):
 
 def test_read_checkpoint_later_version_raises(tmp_path):
     with safe_open(STORED / "toy_1.safetensors", framework="pt") as file:
-        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     for written in ("factorkit-2", "factorkit-0", "somebody-1", "factorkit-x"):
         save_file(tensors, tmp_path / "later.safetensors", metadata=header | {"format": written})
         reason = "later factorkit .*upgrade" if written == f"factorkit-{checkpoint.VERSION + 1}" else written

@@ -120,8 +120,8 @@ def test_run_alarm_stops_only_with_stop_on_failure(toy, tmp_path, monkeypatch):
     assert events(tmp_path / "run")[-1] == ("alarms", 4), "what it stopped for is in the log"
     alarmed(toy(**settings), monkeypatch, errors).run()
     assert events(tmp_path / "run")[-1] == ("end", 6)
+    failing = toy(folder="other", **settings, stop_on_failure=True)
     with pytest.raises(FactorkitError, match="all of them had alarms"):
-        failing = toy(folder="other", **settings, stop_on_failure=True)
         alarmed(failing, monkeypatch, dict.fromkeys(errors)).run()
 
 

@@ -22,7 +22,7 @@ def names(folder):
 def test_replacing_failed_write_keeps_only_the_old_file(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(type(error)), replacing(path) as temporary:
+    with pytest.raises(type(error)), replacing(path) as temporary:  # noqa: PT012
         temporary.write_text("half of the n")
         assert path.read_text() == "old"
         raise error
@@ -95,7 +95,7 @@ def test_run_log_full_disk_keeps_earlier_events(tmp_path):
     with RunLog(tmp_path) as log:
         log.event("step", n=1)
         log._lines._file = Disk(log._lines._file, 20)
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="space"):
             log.event("step", n=2)
     with RunLog(tmp_path) as log:
         log.event("step", n=3)
