@@ -15,7 +15,7 @@ from factorkit.data.datasets import Dataset, make_procedural_dataset, open_datas
 from factorkit.data.masks import LabelledImages, load_labelled
 from factorkit.data.prepare import prepare
 from factorkit.metrics.segmentation import evaluate_masks, score_masks
-from factorkit.reproduce.experiment import CellResult, CellUnavailable, Setup, percent
+from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Setup, percent
 from factorkit.segdiff.config import PRESETS, SegdiffConfig, preset_config
 from factorkit.segdiff.evaluate import foreground_scores
 from factorkit.segdiff.hierarchy import hard_labels, level_labels
@@ -96,7 +96,7 @@ class Trainings:
         """Load the labelled images, which are kept out of training.
 
         Raises:
-            CellUnavailable: the data have no masks.
+            CellUnavailableError: the data have no masks.
         """
         config = self.config(**changes)
         options = (config.resolution, config.holdout, config.mask_set, config.ignore, config.num_fit_images)
@@ -142,7 +142,7 @@ def _load_labelled(
     else:
         dataset = open_dataset(data, holdout=holdout, mask_set=mask_set)
     if dataset.test_images is None or dataset.test_masks is None:
-        raise CellUnavailable(f"{dataset.name} has no masks to score with; give a folder with images/ and masks/")
+        raise CellUnavailableError(f"{dataset.name} has no masks to score with; give a folder with images/ and masks/")
     labelled = load_labelled(dataset.test_images, dataset.test_masks, resolution, ignore_label=ignore)
     return HeldOutImages(dataset, labelled, max(1, min(num_fit_images, len(labelled) // 2)))
 
@@ -150,6 +150,7 @@ def _load_labelled(
 def predict_regions(run: SegdiffRun, images: np.ndarray, t: int | None = None) -> np.ndarray:
     """Predict the most probable region of each pixel, int64 [N, R, R], of uint8 [N, R, R, 3] at noise level t."""
     t = run.config.segment_t if t is None else t
+    assert t is not None, "the configuration of a run is resolved"
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
         masks = predict_masks(run.model, pixels_to_signed(torch.from_numpy(images)), t, run.schedule)
     return hard_labels(masks, run.config.nesting).numpy()
@@ -164,7 +165,7 @@ def score_regions(held_out: HeldOutImages, labels: np.ndarray, nesting: Sequence
     numbers = {key: scores[key] for key in METRICS} | {f"best_{key}": scores[f"oracle_{key}"] for key in METRICS}
     if "level" in scores:
         numbers["level"] = scores["level"]
-        labels = level_labels(labels, nesting, scores["level"])
+        labels = level_labels(torch.from_numpy(labels), nesting, scores["level"]).numpy()
     return CellResult(numbers, {"foreground": np.isin(labels[held_out.shown], scores["mapping"])})
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 import torch
 
 from factorkit.cli.generate import Generate
-from factorkit.cli.main import COMMANDS
+from factorkit.cli.main import COMMANDS, command_class
+from factorkit.cli.options import SYNONYMS
+from factorkit.cli.train import training_options
 from factorkit.data import draw_flowers
 from factorkit.utils.jsonl import read_log
 
@@ -25,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # --- help and mistakes ---
 
 
-def test_help_and_mistakes_are_answered_without_torch():
+@pytest.mark.slow
+def test_help_and_errors_need_no_torch():
     script = """if True:
         import sys
         from factorkit.cli.main import COMMANDS, main
@@ -42,12 +46,12 @@ def test_help_and_mistakes_are_answered_without_torch():
     assert "NAME_overlay.png" in said.stdout and "RUN PATHS..." in said.stdout
 
 
-def test_an_unknown_command_names_its_neighbours(refused):
+def test_unknown_command_suggests_similar_ones(refused):
     assert "Did you mean segment" in refused("segmnt", "x")
     assert "train" in refused("nonsense")
 
 
-def test_unknown_flags_list_near_matches(refused):
+def test_misspelt_option_suggests_similar_ones(refused):
     message = refused("train", "segdiff", "--batchsize", 3)
     assert message.startswith("--batchsize is not an option of factorkit train segdiff. Did you mean --batch-size")
     message = refused("train", "segdiff", "--steps", "x")
@@ -55,7 +59,61 @@ def test_unknown_flags_list_near_matches(refused):
     assert not set("│╭╰─\x1b") & set(message) and "---" not in message, "the frame is left"
 
 
-def test_other_models_are_refused(refused):
+@pytest.mark.parametrize(
+    ("command", "option", "suggestion"),
+    [
+        (
+            "train segdiff",
+            "--epochs",
+            "Use --steps. One step is one batch; an epoch is the number of images divided by",
+        ),
+        ("train segdiff", "--num_steps", "Use --steps."),
+        ("train segdiff", "--lr", "Use --learning-rate."),
+        ("train segdiff", "--batch", "Use --batch-size."),
+        ("train segdiff", "--image-size", "Use --resolution."),
+        ("train segdiff", "--workers", "Use --threads."),
+        ("train segdiff", "--save-dir", "Use --out."),
+        ("train segdiff", "--resume", "The same command with the same --out resumes the run."),
+        ("train segdiff", "--width", "Use --model-channels."),
+        ("train segdiff", "--no-mirror", "Use --no-random-flip."),
+        ("train nerfdiff", "--cameras", "Use --num-candidates."),
+        ("segment", "--num-workers", "Use --workers."),
+        ("segment", "--output", "Use --out."),
+        ("segment", "--checkpoint", "RUN is given without an option name."),
+        ("generate", "--num-samples", "Use --count."),
+        ("generate", "--sampel", "Did you mean --sampler"),
+        ("evaluate", "--fit", "Use --num-fit-images."),
+    ],
+)
+def test_foreign_option_name_suggests_ours(refused, command, option, suggestion):
+    message = refused(*command.split(), option, 3)
+    name = option.replace("_", "-")
+    assert message.startswith(f"{name} is not an option of factorkit {command}. {suggestion}")
+    assert message.endswith(f"All options: factorkit {command} --help")
+
+
+def test_suggested_options_exist():
+    known = set()
+    for name in COMMANDS:
+        command = command_class(name)
+        if name == "train":
+            known |= {f.name for model in ("segdiff", "nerfdiff") for f in fields(training_options([model], False)[1])}
+        known |= {field.name for field in fields(command)}
+    missing = [option for option, _, _ in SYNONYMS if option and option.replace("-", "_") not in known]
+    assert not missing, f"no command has these options: {missing}"
+
+
+def test_basic_options_exist_and_are_few():
+    for name in COMMANDS:
+        commands = [command_class(name)]
+        if name == "train":
+            commands = [training_options([model], False)[1] for model in ("segdiff", "nerfdiff")]
+        for command in commands:
+            assert set(command.BASIC) <= {field.name for field in fields(command)}
+            assert len(command.BASIC or fields(command)) <= 17, name
+
+
+def test_train_unknown_model_is_refused(refused):
     for command in ("train", "demo"):
         message = refused(command, "nerf")
         assert "nerf" in message and "segdiff" in message
@@ -65,7 +123,7 @@ def test_other_models_are_refused(refused):
         assert f"factorkit train {model} --help" in refused("train", model, "--nothing")
 
 
-def test_a_preset_sets_the_defaults_that_help_shows(ask, refused):
+def test_help_with_preset_shows_its_defaults(ask, refused):
     code, thesis, _ = ask("train", "segdiff", "--preset=flowers64", "--help")
     _, own_data, _ = ask("train", "segdiff", "--data", "photos", "--help")
     assert code == 0 and "(default: thesis)" in thesis and "(default: 50000)" in thesis
@@ -74,7 +132,7 @@ def test_a_preset_sets_the_defaults_that_help_shows(ask, refused):
     assert "'fats' is unknown. Did you mean fast? Choose one of demo, " in refused("train", "nerfdiff", "--preset=fats")
 
 
-def test_help_shows_settings_with_their_opposites_and_lists_as_lists(ask):
+def test_help_shows_negations_and_keeps_lists(ask):
     _, page, _ = ask("train", "segdiff", "--help")
     assert "--dry-run " in page and "--no-dry-run" not in page
     _, page, _ = ask("train", "segdiff", "--help-advanced")
@@ -83,7 +141,7 @@ def test_help_shows_settings_with_their_opposites_and_lists_as_lists(ask):
     assert "list of finished images\n\nWith --video" in ask("segment", "--help")[1]
 
 
-def test_a_mistake_shows_a_traceback_only_on_request(ask, monkeypatch, tmp_path):
+def test_error_shows_traceback_only_with_debug(ask, monkeypatch, tmp_path):
     mistake = ("segment", tmp_path / "nowhere", "x.jpg", "--out", tmp_path / "out")
     assert "Traceback" not in ask(*mistake)[2]
     assert "Traceback" in ask(*mistake, "--debug")[2]
@@ -102,7 +160,7 @@ def test_a_mistake_shows_a_traceback_only_on_request(ask, monkeypatch, tmp_path)
         (torch.distributed.DistBackendError("Duplicate GPU\nat x.cpp"), 1, ("unreachable", "(Duplicate GPU)")),
     ],
 )
-def test_failures_of_the_machine_get_words_and_codes(ask, monkeypatch, error, code, words):
+def test_machine_errors_have_message_and_exit_code(ask, monkeypatch, error, code, words):
     def fail(*args, **kwargs):
         raise error
 
@@ -114,13 +172,13 @@ def test_failures_of_the_machine_get_words_and_codes(ask, monkeypatch, error, co
     assert all(word in err and word in json.loads(out)["error"] for word in words)
 
 
-def test_a_bug_keeps_its_traceback(ask, monkeypatch):
+def test_bug_raises_with_traceback(ask, monkeypatch):
     monkeypatch.setattr(Generate, "execute", lambda command: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ask("generate", "run", "--out", "x")
 
 
-def test_only_the_result_reaches_standard_output(ask, monkeypatch):
+def test_stdout_has_only_the_result(ask, monkeypatch):
     def chatty(*args, **kwargs):
         print("a library's remark")
         warnings.warn("one image is broken", stacklevel=2)
@@ -137,7 +195,8 @@ def test_only_the_result_reaches_standard_output(ask, monkeypatch):
 # --- train ---
 
 
-def test_training_leaves_a_run_with_scores(run, photos, answer, ask, flags):
+@pytest.mark.slow
+def test_train_writes_run_with_scores(run, photos, answer, ask, flags):
     settings = json.loads((run / "config.json").read_text())
     assert settings["steps"] == 4 and settings["channel_mult"] == [1, 2] and settings["preset"] == "demo"
     assert settings["prediction"] == "v", "what no flag gave is left to the form"
@@ -145,11 +204,11 @@ def test_training_leaves_a_run_with_scores(run, photos, answer, ask, flags):
     assert [event["event"] for event in read_log(run)].count("start") == 1, "the same command resumes"
     assert again["scores"]["iou"] == json.loads((run / "scores.json").read_text())["iou"]
     assert Path(again["report"]).is_file() and Path(again["run"]) == run
-    code, out, err = ask(*flags(), "--data", photos, "--out", run)
+    code, out, _ = ask(*flags(), "--data", photos, "--out", run)
     assert code == 0 and f"{again['scores']['iou']:.3f}" in out and str(run / "report.html") in out
 
 
-def test_settings_that_cannot_work_are_refused(run, photos, refused, flags):
+def test_train_impossible_settings_are_refused(run, photos, refused, flags):
     assert "model_channels" in refused(*flags(model_channels=16), "--data", photos, "--out", run)
     assert "regions=0" in refused(*flags(regions=0), "--out", "new")
     assert "resolution=17" in refused(*flags(resolution=17), "--out", "new")
@@ -157,7 +216,7 @@ def test_settings_that_cannot_work_are_refused(run, photos, refused, flags):
     assert not Path("new").exists()
 
 
-def test_holdout_takes_a_number_or_a_word(photos, answer, flags):
+def test_holdout_takes_number_or_word(photos, answer, flags):
     dry = (*flags(steps=1), "--data", photos, "--dry-run")
     assert answer(*dry, "--holdout", 7)["held_out"] == 7
     assert answer(*dry, "--holdout", "none")["images"] == 24
@@ -171,7 +230,8 @@ def test_dry_run_estimates_and_writes_nothing(ask, answer, flags):
     assert not list(Path().iterdir())
 
 
-def test_sigterm_saves_and_the_same_command_resumes(tmp_path, ask, flags):
+@pytest.mark.slow
+def test_sigterm_saves_and_same_command_resumes(tmp_path, ask, flags):
     out = tmp_path / "run"
     np.save(tmp_path / "data.npy", draw_flowers(8, 16)[0])
     words = [*flags(steps=100_000), "--data", str(tmp_path / "data.npy"), "--out", str(out)]
@@ -193,7 +253,7 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path, ask, flags):
     assert [event["step"] for event in read_log(out) if event["event"] == "step"] == list(range(1, reached + 2))
 
 
-def test_ctrl_c_says_what_is_saved(ask, run, monkeypatch, flags):
+def test_ctrl_c_reports_what_is_saved(ask, run, monkeypatch, flags):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 

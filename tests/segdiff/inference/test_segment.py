@@ -189,7 +189,9 @@ def test_segment_out_of_memory_error_names_the_cure(run, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(run.model, "segment", full)
-    with pytest.raises(OutOfMemoryError, match="out of memory for 50 x 40 pixels; scale it down, or give less than size=20"):
+    with pytest.raises(
+        OutOfMemoryError, match="out of memory for 50 x 40 pixels; scale it down, or give less than size=20"
+    ):
         run.segment(Image.new("RGB", (50, 40)), size=20)
     monkeypatch.setattr(run.model, "segment", lambda x_t, t: 1 / 0)
     with pytest.raises(ZeroDivisionError):
