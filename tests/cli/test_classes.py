@@ -52,7 +52,7 @@ def test_a_file_of_classes_and_a_dry_run(kinds, answer, refused, flags, tmp_path
     words = [*flags(), "--data", kinds, "--dry-run"]
     assert answer(*words, "--classes", table)["parameters"] == answer(*words)["parameters"] + 3 * 32
     table.write_text("iris/0.png,even\n")
-    assert "are not named" in refused(*words, "--classes", table)
+    assert "are missing from its names" in refused(*words, "--classes", table)
     assert "positions" in refused(*flags(), "--classes", "folders")  # the procedural flowers have none
 
 
