@@ -18,9 +18,8 @@ from factorkit.data.sources import Source, escape_name
 from factorkit.data.video import is_video
 from factorkit.engine.config import cpu_threads
 from factorkit.metrics.baselines import BASELINES
-from factorkit.segdiff import previews as pictures
-from factorkit.segdiff.choose_regions import SHEET, choose_regions
-from factorkit.segdiff.class_labels import class_sheet
+from factorkit.segdiff import previews
+from factorkit.segdiff.choose_regions import GRID_FILE, choose_regions
 from factorkit.segdiff.inference.outputs import without_results
 from factorkit.segdiff.run import Generation, SegdiffRun
 from factorkit.segdiff.train import estimate, find_classes, train_segdiff
@@ -243,9 +242,9 @@ def write_generated(drawn: Generation, out: Path) -> dict[str, Any]:
             _write_regions(path, labels[i], masks[i])
     rows = [list(images[first : first + 8]) for first in range(0, len(images), 8)]
     if drawn.classes is not None:
-        sheet = class_sheet(images, masks, drawn.classes)
+        sheet = previews.draw_class_grid(images, masks, drawn.classes)
     else:
-        sheet = pictures.contact_sheet(rows) if plain else pictures.generation_sheet(images, masks, labels)
+        sheet = previews.draw_image_grid(rows) if plain else previews.draw_generation_grid(images, masks, labels)
     found: dict[str, Any] = {"out": str(out), "generated": len(images), "contact_sheet": str(out / "contact_sheet.png")}
     save_image(sheet, Path(found["contact_sheet"]))
     if drawn.classes is not None:
@@ -256,15 +255,15 @@ def write_generated(drawn: Generation, out: Path) -> dict[str, Any]:
         regions = None if plain else [frame.masks[:FRAME_SAMPLES].argmax(1).numpy() for frame in frames]
         found["trajectory"] = str(out / "trajectory.png")
         escape_name = [images_to_pixels(frame.images[:FRAME_SAMPLES]) for frame in frames]
-        sheet = pictures.trajectory_sheet(escape_name, regions, [frame.t for frame in frames])
+        sheet = previews.draw_trajectory_grid(escape_name, regions, [frame.t for frame in frames])
         save_image(sheet, Path(found["trajectory"]))
     return found
 
 
 def _write_regions(path: Path, labels: np.ndarray, masks: np.ndarray) -> None:
-    save_image(pictures.label_image(labels), Path(f"{path}_labels.png"))
+    save_image(previews.make_label_image(labels), Path(f"{path}_labels.png"))
     for k, mask in enumerate(masks):
-        save_image(pictures.mask_image(mask), Path(f"{path}_mask_{k}.png"))
+        save_image(previews.make_mask_image(mask), Path(f"{path}_mask_{k}.png"))
 
 
 # --- words ---

@@ -14,7 +14,7 @@ from factorkit.cli.flag_types import Result
 from factorkit.cli.words import load_run
 from factorkit.data.open import open_source
 from factorkit.data.sources import Source
-from factorkit.segdiff import previews as pictures
+from factorkit.segdiff import previews
 from factorkit.segdiff.editing import grids as edit_sheets
 from factorkit.segdiff.inference.outputs import output_names
 from factorkit.utils.atomic import save_image
@@ -30,7 +30,7 @@ def interpolate(run: Path, a: Path, b: Path, out: Path, device: str, **options: 
     for i, j in np.ndindex(labels.shape[:2]):
         path = out / f"pair_{i:04d}_{j:02d}"
         save_image(Image.fromarray(images[i, j]), Path(f"{path}.png"))
-        save_image(pictures.label_image(labels[i, j]), Path(f"{path}_labels.png"))
+        save_image(previews.make_label_image(labels[i, j]), Path(f"{path}_labels.png"))
     regions = None if way.masks.shape[2] == 1 else labels
     sheet = edit_sheets.interpolation_sheet(
         images_to_pixels(way.a), images_to_pixels(way.b), images, regions, way.shares.tolist()
@@ -69,7 +69,7 @@ def recompose(
     for n, name in enumerate(names):
         path = _place(out, name)
         save_image(Image.fromarray(images[n]), Path(f"{path}_recomposed.png"))
-        save_image(pictures.label_image(labels[n]), Path(f"{path}_labels.png"))
+        save_image(previews.make_label_image(labels[n]), Path(f"{path}_labels.png"))
     sources = None if edited.sources is None else images_to_pixels(edited.sources)
     sheet = edit_sheets.recomposition_sheet(images_to_pixels(edited.originals), sources, kept, images, labels)
     return _told(sheet, out, pictures=len(images), region=region, kept=kept.mean((1, 2)).tolist())

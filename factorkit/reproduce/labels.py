@@ -20,7 +20,7 @@ from factorkit.reproduce.photos import SHOWN, Photos, config_of, photos, region_
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.baselines.datasetddpm import DatasetDDPM
 from factorkit.segdiff.baselines.supervised import ClassUNet, predict_classes, train_supervised
-from factorkit.segdiff.previews import outlined
+from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import ConfigError
 
@@ -162,7 +162,7 @@ def draw(setup: Setup, cells: Cells, full: str) -> Sequence[str]:
     known = classes_of(setup, full)
     images, truth = known.photos.labelled.images[known.shown], known.truth[known.shown].clip(0)
     shown = {name: cells.arrays(name)["classes"] for name, _ in cells.rows if cells.arrays(name)}
-    lines = [[outlined(i, c) for i, c in zip(images, found, strict=True)] for found in (truth, *shown.values())]
+    lines = [[overlay_enlarged(i, c) for i, c in zip(images, found, strict=True)] for found in (truth, *shown.values())]
     return [setup.save(draw_image_grid([list(images), *lines], None, ["image", "truth", *shown]), "classes.png")]
 
 

@@ -55,7 +55,7 @@ class SegdiffRun:
     ):
         self.config, self.device, self.step, self.folder = config, device, step, folder
         self.model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        self.schedule = config.noising(device)
+        self.schedule = config.build_schedule(device)
 
     @classmethod
     def load(

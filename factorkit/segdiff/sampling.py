@@ -83,7 +83,7 @@ def draw_images(
             sample(
                 told(slice(max(begin, first), min(end, first + PIECE))),
                 (min(PIECE, count - first), 3, config.resolution, config.resolution),
-                schedule=config.noising(device),
+                schedule=config.build_schedule(device),
                 prediction=config.prediction,
                 sampler=sampler,
                 steps=min(steps, start) if steps else steps,

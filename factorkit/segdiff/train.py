@@ -22,9 +22,9 @@ from factorkit.engine.log import RunLog
 from factorkit.engine.run_folder import claimed, copy_folder, read_object, write_json
 from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.config import SegdiffConfig, preset_config
-from factorkit.segdiff.network import parameter_count
+from factorkit.segdiff.network import count_parameters
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.task import PROBES, SegdiffTask
+from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
 from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError
@@ -102,7 +102,7 @@ def train_segdiff(
         config = dataclasses.replace(config, class_names=tuple(known.names))
     labels = None if known is None else known.labels
     settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seed_trials": seed_trials}
-    settings["data"] = describe(dataset, prepared, labels)
+    settings["data"] = describe_data(dataset, prepared, labels)
 
     def trainer(config: SegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
         task = SegdiffTask(config, prepared.images, probes, device, labels)
@@ -147,7 +147,7 @@ def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset
     if dataset.test_images is not None and len(dataset.test_images) >= 2:
         watched = prepare(dataset.test_images, config.resolution, progress=progress)
     # evenly spaced, so that a folder sorted by class shows all of it
-    picked = np.linspace(0, len(watched) - 1, min(PROBES, len(watched))).round().astype(int)
+    picked = np.linspace(0, len(watched) - 1, min(NUM_PROBES, len(watched))).round().astype(int)
     probes = watched.images[picked]
     if len(probes) < 2:
         probes = np.concatenate([probes, probes])
@@ -169,7 +169,7 @@ def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classe
     return read_classes(classes, names, positional=dataset.train.positional, known=known)
 
 
-def describe(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:
+def describe_data(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:
     """What identifies the training images, wherever they lie: name, number, a hash over a sample of their pixels, and
     one over all labels."""
     digest = hashlib.sha256()
@@ -242,7 +242,7 @@ def estimate(
     trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
     with cpu_threads(config.threads):
         seconds = trainer.trial(steps=3)
-    parameters = parameter_count(task.model)
+    parameters = count_parameters(task.model)
     grown = _memory(device) - (before if device.type == "cpu" else 0)
     return {
         "preset": preset,

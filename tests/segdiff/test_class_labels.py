@@ -15,7 +15,7 @@ from factorkit.data.datasets import Dataset
 from factorkit.data.sources import ArraySource
 from factorkit.diffusion.denoiser import GuidedDenoiser
 from factorkit.segdiff import train
-from factorkit.segdiff.class_labels import chosen_labels, class_sheet
+from factorkit.segdiff.class_labels import select_labels
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
@@ -223,12 +223,12 @@ def test_the_estimate_counts_the_label_table():
 
 
 def test_classes_are_taken_in_turn():
-    ask = lambda classes, n: chosen_labels(classes, NAMES, n).tolist()  # noqa: E731
+    ask = lambda classes, n: select_labels(classes, NAMES, n).tolist()  # noqa: E731
     assert ask("all", 5) == [0, 1, 2, 0, 1]
     assert ask("rose", 2) == [2, 2] and ask(1, 2) == [1, 1]
     assert ask(["rose", None, 0], 4) == [2, -1, 0, 2]
     assert ask(["rose", "iris"], 1) == [2]
-    assert chosen_labels(None, NAMES, 3) is None
+    assert select_labels(None, NAMES, 3) is None
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_classes_are_taken_in_turn():
 )
 def test_what_cannot_be_asked_is_named(classes, guidance, says):
     with pytest.raises(ConfigError, match=says):
-        chosen_labels(classes, NAMES, 2, guidance)
+        select_labels(classes, NAMES, 2, guidance)
 
 
 def test_generated_images_tell_their_classes_and_depend_on_them():
@@ -264,7 +264,7 @@ def test_generated_images_tell_their_classes_and_depend_on_them():
 def test_the_sheet_has_a_row_for_each_class():
     masks = np.zeros((5, 2, 8, 8))
     masks[:, 0] = 1
-    rows = lambda classes: class_sheet(pictures(5), masks, classes).size  # noqa: E731
+    rows = lambda classes: draw_class_grid(pictures(5), masks, classes).size  # noqa: E731
     two, five = rows(["a", "a", "b", "b", "b"]), rows(["a", "b", "c", "d", None])
     assert five[1] > 2.3 * two[1] and five[0] < two[0]
-    assert class_sheet(pictures(5), masks[:, :1], ["a"] * 5).size[0] < two[0]
+    assert draw_class_grid(pictures(5), masks[:, :1], ["a"] * 5).size[0] < two[0]

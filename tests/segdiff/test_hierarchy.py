@@ -15,7 +15,7 @@ from factorkit.data.procedural.rooms import draw_rooms
 from factorkit.diffusion.denoiser import Denoised
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels, level_labels, level_masks, scored_level
-from factorkit.segdiff.network import RegionLogitNorm
+from factorkit.segdiff.masks.network import RegionLogitNorm
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.verdict import write_report

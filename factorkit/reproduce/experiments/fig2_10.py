@@ -9,7 +9,7 @@ from factorkit.reproduce.generation import FACES, faces_experiment
 from factorkit.reproduce.photos import train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.hierarchy import hard_labels
-from factorkit.segdiff.previews import trajectory_sheet
+from factorkit.segdiff.previews import draw_trajectory_grid
 from factorkit.utils.images import images_to_pixels
 
 SHOWN, STEPS, COLUMNS = 4, 50, 10
@@ -21,7 +21,7 @@ def cell(setup: Setup, seed: int) -> Found:
     picked = [frames[i] for i in np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)]
     images = [images_to_pixels(f.images) for f in picked]
     labels = [hard_labels(f.masks, run.config.nesting).numpy() for f in picked]
-    sheet = trajectory_sheet(images, labels, [f.t for f in picked])
+    sheet = draw_trajectory_grid(images, labels, [f.t for f in picked])
     return Found(pictures=[setup.save(sheet, f"trajectory-seed{seed}.png")])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from factorkit.reproduce.experiment import Experiment, Found, NotRun, Row
 from factorkit.reproduce.photos import train
 from factorkit.reproduce.setup import Setup
-from factorkit.segdiff.previews import generation_sheet
+from factorkit.segdiff.previews import draw_generation_grid
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import images_to_pixels
 
@@ -20,7 +20,7 @@ def cell(setup: Setup, seed: int) -> Found:
         raise NotRun(f"it takes pictures with classes: {error}") from error
     steps = min(STEPS, run.config.timesteps)
     drawn = run.generate(SHOWN, steps=steps, seed=seed, classes="all", guidance=GUIDANCE)
-    sheet = generation_sheet(images_to_pixels(drawn.images), drawn.masks.numpy(), drawn.labels.numpy())
+    sheet = draw_generation_grid(images_to_pixels(drawn.images), drawn.masks.numpy(), drawn.labels.numpy())
     return Found(pictures=[setup.save(sheet, f"classes-seed{seed}.png")])
 
 

@@ -14,7 +14,7 @@ from factorkit.reproduce.generation import real_pictures
 from factorkit.reproduce.photos import train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.inference.video import segment_frames
-from factorkit.segdiff.previews import outlined
+from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.utils.errors import DataError
 from factorkit.utils.images import images_to_pixels
 
@@ -41,7 +41,7 @@ def cell(setup: Setup, seed: int, smooth: float) -> Found:
     for frame, labels in segment_frames(frames, run.config, predict, **options):
         changed += 0.0 if last is None else float((labels != last).mean())
         if count % (FRAMES // SHOWN) == 0 and len(shown) < SHOWN:
-            shown.append((frame, outlined(frame, labels)))
+            shown.append((frame, overlay_enlarged(frame, labels)))
         last, count = labels, count + 1
     if not count:
         raise DataError(f"{path}: a clip without frames")

@@ -12,7 +12,7 @@ from factorkit.reproduce.generation import real_pictures
 from factorkit.reproduce.photos import recipe, run_folder
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.hierarchy import level_labels
-from factorkit.segdiff.previews import outlined
+from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.train import train_segdiff
 from factorkit.utils.errors import ConfigError
@@ -71,7 +71,7 @@ def cell(setup: Setup, seed: int) -> Found:
 
 def _levels(image: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
     """The image with the regions of each level upon it."""
-    return [outlined(image, level_labels(labels, NESTING, level)) for level in (1, 2)]
+    return [overlay_enlarged(image, level_labels(labels, NESTING, level)) for level in (1, 2)]
 
 
 EXPERIMENT = Experiment(

@@ -13,7 +13,7 @@ from factorkit.reproduce.generation import DISTANCE, FID, NOTE, draw, fid, multi
 from factorkit.reproduce.photos import SHOWN, config_of, region_labels, train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.baselines.supervised import predict_classes
-from factorkit.segdiff.previews import outlined
+from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.images import images_to_pixels
 
@@ -79,7 +79,7 @@ def sheet(setup: Setup, cells: Cells) -> Sequence[str]:
     for name in (STEPS, COMPUTE, OURS):
         if found := cells.arrays(name):
             pairs = zip(found["images"], found["classes"], strict=True)
-            lines += [list(found["images"]), [outlined(image, classes) for image, classes in pairs]]
+            lines += [list(found["images"]), [overlay_enlarged(image, classes) for image, classes in pairs]]
             names += [name, "  its masks"]
     return [setup.save(draw_image_grid(lines, None, names), "generated.png")] if lines else []
 

@@ -25,7 +25,7 @@ from factorkit.reproduce.photos import run_folder, train
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.segdiff.inference.zero_shot import showing
-from factorkit.segdiff.previews import outlined
+from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.images import pixels_to_signed
 
@@ -106,7 +106,7 @@ def _sheet(found: _Scored, name: str, one: dict[str, Any]) -> Image.Image:
     masks = found.run.predictor(None, "fast", told)(pixels_to_signed(torch.from_numpy(images)))
     labels = level_labels(hard_labels(masks, config.nesting), config.nesting, scored_level(config.nesting)[0])
     taken = np.isin(labels.numpy(), one["mapping"]).astype(np.int64)
-    lines = [list(images), [outlined(image, labels) for image, labels in zip(images, taken, strict=True)]]
+    lines = [list(images), [overlay_enlarged(image, labels) for image, labels in zip(images, taken, strict=True)]]
     return draw_image_grid(lines, None, ["image", name])
 
 

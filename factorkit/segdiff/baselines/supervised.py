@@ -19,8 +19,8 @@ from factorkit.metrics.class_matching import IGNORE_LABEL
 from factorkit.nn import Decoder, Encoder, Middle, TimeEmbedding
 from factorkit.report.image_grid import draw_image_grid
 from factorkit.segdiff.config import SegdiffConfig
-from factorkit.segdiff.previews import outlined
-from factorkit.segdiff.task import AT_ONCE, resident
+from factorkit.segdiff.previews import overlay_enlarged
+from factorkit.segdiff.task import MASK_BATCH_SIZE, move_if_it_fits
 from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import DataError
 from factorkit.utils.images import pixels_to_signed
@@ -71,7 +71,7 @@ class SupervisedTask:
         self.config, self.device, self.size = config, device, len(images)
         self.model = ClassUNet(config, classes)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.images, self.truth = resident(images, device), torch.from_numpy(truth.astype(np.int64)).to(device)
+        self.images, self.truth = move_if_it_fits(images, device), torch.from_numpy(truth.astype(np.int64)).to(device)
         self.capturable = isinstance(self.images, Tensor)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ class SupervisedTask:
         folder.mkdir(parents=True, exist_ok=True)
         images = np.array(self.images[:SHOWN].cpu() if self.capturable else self.images[:SHOWN])
         found = predict_classes(model, images, self.device)
-        rows = [list(images), [outlined(i, labels) for i, labels in zip(images, found, strict=True)]]
+        rows = [list(images), [overlay_enlarged(i, labels) for i, labels in zip(images, found, strict=True)]]
         save_image(draw_image_grid(rows), folder / f"{step:06d}_classes.png")
         return {}
 
@@ -131,5 +131,5 @@ def train_supervised(
 def predict_classes(model: ClassUNet, images: np.ndarray, device: torch.device | str | None = None) -> np.ndarray:
     """The most probable class of each pixel, int64 [N, R, R], of pictures uint8 [N, R, R, 3]."""
     device = next(model.parameters()).device if device is None else device
-    parts = torch.from_numpy(np.ascontiguousarray(images)).split(AT_ONCE)
+    parts = torch.from_numpy(np.ascontiguousarray(images)).split(MASK_BATCH_SIZE)
     return np.concatenate([model(pixels_to_signed(part.to(device))).argmax(1).cpu().numpy() for part in parts])

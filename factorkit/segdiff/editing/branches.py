@@ -12,7 +12,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import PIECE, branch_estimates
-from factorkit.segdiff.task import noised
+from factorkit.segdiff.task import add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import signed_to_unit
 
@@ -48,7 +48,7 @@ def take_apart(model: FactorizedUNet, config: SegdiffConfig, schedule: Schedule,
         )
     parts = []
     for piece in images.split(PIECE):
-        x_t, times = noised(piece.to(schedule.device), t, schedule)
+        x_t, times = add_noise(piece.to(schedule.device), t, schedule)
         out = model(x_t, times)
         x0 = to_x0(config.prediction, schedule, x_t, out.prediction, times)
         each = branch_estimates(config.prediction, schedule, x_t, out.bottleneck.branches, times)

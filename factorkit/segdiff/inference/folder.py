@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from factorkit.data.sources import Source, escape_name
 from factorkit.engine.run_folder import held
-from factorkit.segdiff import previews as pictures
+from factorkit.segdiff import previews
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.inference.coco_rle import annotations
@@ -325,11 +325,11 @@ class _Job:
 
     def _write_sheet(self) -> None:
         order = sorted(self.rows)
-        colors = pictures.palette(self.config.num_leaf_regions)
+        colors = previews.palette(self.config.num_leaf_regions)
         columns = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
         captions = [escape_name(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
         rows = [self.rows[i] for i in order]
-        save_image(pictures.contact_sheet(rows, columns, captions, cell=SHEET_CELL), self.sheet)
+        save_image(previews.draw_image_grid(rows, columns, captions, cell=SHEET_CELL), self.sheet)
 
 
 def _alone() -> None:
@@ -345,4 +345,4 @@ def _sheet_row(picture: Image.Image, masks: np.ndarray) -> list[np.ndarray]:
     size = tuple(max(1, round(side * scale)) for side in picture.size)
     resize = lambda image: np.asarray(image.resize(size, Image.Resampling.BOX))  # noqa: E731
     image, small = resize(picture), np.stack([resize(Image.fromarray(mask)) for mask in masks])
-    return [image, pictures.overlay(image, small.argmax(0)), *small]
+    return [image, previews.overlay_regions(image, small.argmax(0)), *small]

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from factorkit.data.sources import FileSource, Source
-from factorkit.segdiff import previews as pictures
+from factorkit.segdiff import previews
 from factorkit.segdiff.hierarchy import level_labels, level_masks
 from factorkit.utils.atomic import replacing, save_image
 from factorkit.utils.errors import ConfigError, DataError
@@ -250,7 +250,7 @@ def write_picture(
     """
     files: dict[str, Image.Image] = {}
     if "labels" in formats:
-        files["labels.png"] = pictures.label_image(labels)
+        files["labels.png"] = previews.make_label_image(labels)
     if "masks" in formats:
         files |= {f"mask_{k}.png": Image.fromarray(mask) for k, mask in enumerate(masks)}
     if "overlays" in formats:
@@ -264,12 +264,12 @@ def write_picture(
 
 
 def _overlay(picture: Image.Image, labels: np.ndarray) -> Image.Image:
-    """:func:`pictures.overlay` band by band, for the floats of a huge picture fill the memory."""
+    """:func:`previews.overlay` band by band, for the floats of a huge picture fill the memory."""
     tinted = Image.new("RGB", picture.size)
     step = max(1, BAND // picture.width)
     for top in range(0, picture.height, step):
         below = min(top + step + 1, picture.height)  # a line is drawn where the next row differs
-        band = pictures.overlay(np.asarray(picture.crop((0, top, picture.width, below))), labels[top:below])
+        band = previews.overlay_regions(np.asarray(picture.crop((0, top, picture.width, below))), labels[top:below])
         tinted.paste(Image.fromarray(band[:step]), (0, top))
     return tinted
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from factorkit.data.video import Video, video_libraries
-from factorkit.segdiff import previews as pictures
+from factorkit.segdiff import previews
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.inference.segment import Seen, no_room, own_pixels, see, small_masks
@@ -151,7 +151,7 @@ def write_video(
             for frame, labels in tqdm(found, total=clip.length, desc="segmenting", unit="frame", disable=not progress):
                 if last is None:
                     file.init_video_stream(CODEC, fps=clip.rate)
-                file.write_frame(_even(pictures.overlay(frame, labels)))
+                file.write_frame(_even(previews.overlay_regions(frame, labels)))
                 areas += np.bincount(labels.ravel(), minlength=regions) / labels.size
                 changed += 0.0 if last is None else float((labels != last).mean())
                 count, last = count + 1, labels

@@ -19,7 +19,7 @@ from factorkit.data.datasets import Split, open_dataset
 from factorkit.data.layouts import voc2012
 from factorkit.data.masks import LabelledImages, load_labelled
 from factorkit.metrics.segmentation import fit_mapping, score_masks
-from factorkit.segdiff.class_labels import label_of
+from factorkit.segdiff.class_labels import find_label
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.utils.errors import ConfigError, DataError
@@ -114,7 +114,7 @@ def _told(config: SegdiffConfig, names: Mapping[int, str], label_map: Mapping[st
     if unknown:
         wrong, there = ", ".join(map(repr, unknown)), ", ".join(names.values())
         raise ConfigError(f"the label map names {wrong}, but the data set's classes are {there}")
-    return {name: label_of(wanted, config.class_names) for name, wanted in label_map.items()}
+    return {name: find_label(wanted, config.class_names) for name, wanted in label_map.items()}
 
 
 def _of_class(

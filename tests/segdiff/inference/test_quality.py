@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from factorkit.segdiff.inference.segment import QUALITIES, Quality, averaged_masks
-from factorkit.segdiff.task import noised, predict_masks
+from factorkit.segdiff.task import add_noise, predict_masks
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
 
@@ -39,9 +39,9 @@ def test_the_mean_over_levels_draws_and_mirror_images(looked):
 
 def test_draws_differ_and_are_the_same_again(looked):
     run, images = looked
-    first, second = (noised(images, 30, run.schedule, draw)[0] for draw in (0, 1))
-    assert torch.equal(noised(images, 30, run.schedule)[0], first)
-    assert torch.equal(noised(images, 30, run.schedule, 1)[0], second)
+    first, second = (add_noise(images, 30, run.schedule, draw)[0] for draw in (0, 1))
+    assert torch.equal(add_noise(images, 30, run.schedule)[0], first)
+    assert torch.equal(add_noise(images, 30, run.schedule, 1)[0], second)
     assert (first - second).abs().max() > 0.01
 
 
