@@ -45,8 +45,11 @@ lint: $(VENV)/.installed-test ## ruff (rules and format), the import contracts, 
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-test ## the documentation site, into site/: without network, a warning fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) $(WHEEL) build dist *.egg-info factorkit/_C.*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(WHEEL) build dist site *.egg-info factorkit/_C.*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # Cleared first, should an earlier attempt have been interrupted halfway.
 $(VENV)/.created:
@@ -59,5 +62,5 @@ $(VENV)/.installed: $(INPUTS) $(VENV)/.created
 
 # It holds all that .installed asks for, so that `make demo` after `make test` installs nothing.
 $(VENV)/.installed-test: $(INPUTS) $(VENV)/.created
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test,docs]"
 	touch $(VENV)/.installed $@

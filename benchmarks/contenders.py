@@ -15,7 +15,7 @@ from benchmarks.textbook import Textbook, normalise, pool, repeat
 from benchmarks.traffic import counted
 from factorkit import ops
 from factorkit.engine.step import Meter, MovingAverage, TrainingStep, make_optimizer
-from factorkit.nn import Norm
+from factorkit.nn.unet import Norm
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.task import SegdiffTask

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit.diffusion.denoiser import Denoised
-from factorkit.nn import Attention, Decoder, Norm, ResBlock
+from factorkit.nn.unet import Attention, Decoder, Norm, ResBlock
 from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS, POOL_FLOOR
 from factorkit.segdiff.network import FactorizedUNet, Regions, at_least_fp32
 
@@ -61,13 +61,13 @@ def encode(net: FactorizedUNet, x: Tensor, embedding: Tensor) -> list[Tensor]:
     h = net.encoder.conv_in(x)
     skips = [h]
     for level in net.encoder.levels:
-        for i, block in enumerate(level["blocks"]):
+        for i, block in enumerate(level.blocks):
             h = residual(block, h, embedding, None)
-            if level["attention"]:
-                h = attend(level["attention"][i], h, None)
+            if level.attention:
+                h = attend(level.attention[i], h, None)
             skips.append(h)
-        if "down" in level:
-            h = level["down"](h)
+        if level.down is not None:
+            h = level.down(h)
             skips.append(h)
     return skips
 
@@ -83,15 +83,15 @@ def decode(decoder: Decoder, h: Tensor, skips: list[Tensor], embedding: Tensor, 
         h = repeat(h, pyramid[0])
     for level in decoder.levels:
         masks = levels.pop()
-        for i, block in enumerate(level["blocks"]):
+        for i, block in enumerate(level.blocks):
             skip = remaining.pop()
             if masks is not None:
                 skip = repeat(skip, masks) * masks.flatten(0, 1)[:, None].to(skip.dtype)
             h = residual(block, torch.cat([h, skip], dim=1), embedding, masks)
-            if level["attention"]:
-                h = attend(level["attention"][i], h, masks)
-        if "up" in level:
-            h = level["up"](h)
+            if level.attention:
+                h = attend(level.attention[i], h, masks)
+        if level.up is not None:
+            h = level.up(h)
     return decoder.conv_out(F.silu(normalise(decoder.norm_out, h, masks)))
 
 

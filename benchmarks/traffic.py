@@ -34,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.textbook import Textbook
 from factorkit import kernels
-from factorkit.nn import Norm
+from factorkit.nn.unet import Norm
 from factorkit.ops import fused
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.network import count_parameters

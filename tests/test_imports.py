@@ -27,9 +27,9 @@ def python(*words: str) -> str:
     [
         "import factorkit",
         "import factorkit.cli.main",
-        "import factorkit.cli.main; factorkit.cli.main(['--help'])",
-        "import factorkit.cli.main; factorkit.cli.main(['--version'])",
-        "import factorkit.cli.main; factorkit.cli.main(['segment', '-h'])",
+        "import factorkit.cli.main; factorkit.cli.main.main(['--help'])",
+        "import factorkit.cli.main; factorkit.cli.main.main(['--version'])",
+        "import factorkit.cli.main; factorkit.cli.main.main(['segment', '-h'])",
     ],
 )
 def test_neither_importing_nor_help_imports_what_takes_long(act):

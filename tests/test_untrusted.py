@@ -93,8 +93,8 @@ def test_no_code_from_files_is_run_anywhere_in_the_package():
 
 
 def test_viewer_serves_this_machine_alone_unless_told_otherwise():
-    from factorkit.cli.flags_nerfdiff import View
+    from factorkit.cli.main import parse
     from factorkit.nerfdiff.viewer import Viewer
 
     assert inspect.signature(Viewer).parameters["host"].default == "127.0.0.1"
-    assert View.parse("factorkit view", ["runs/x"]).host == "127.0.0.1"
+    assert parse("view", ["runs/x"]).host == "127.0.0.1"

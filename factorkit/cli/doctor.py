@@ -1,6 +1,6 @@
-"""What is installed, what it runs on, and what is missing: the report of ``factorkit doctor``.
+"""``factorkit doctor``: report what is installed, what it runs on, and what is missing.
 
-The report never fails: every part is looked at by itself, and one that is broken is reported as such, with its cause.
+The report never fails: each part is examined by itself, and a broken one is reported with its cause.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import re
 import subprocess
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).resolve().parent
+from factorkit.cli.base import Command, Result
 
-#: Optional packages: what goes without each, and how to get it. The keys are import names.
+PACKAGE = Path(__file__).resolve().parents[1]
+
+#: Optional packages by import name: what is lost without the package, and how to get it.
 OPTIONAL = {
     "triton": (
         "the fused kernels on a GPU run as plain PyTorch; on a CPU nothing is lost",
@@ -41,26 +44,35 @@ OPTIONAL = {
     "sklearn": ("no colour 2-means baselines", "pip install -e '.[baselines]' in the source checkout"),
     "cv2": ("no GrabCut baseline", "pip install -e '.[baselines]' in the source checkout"),
 }
-REINSTALL = "pip install -e . in the source checkout; if it stops, its last lines say why"
+REINSTALL = "pip install -e . in the source checkout; if it fails, its last lines name the cause"
+
+
+@dataclass(kw_only=True)
+class Doctor(Command):
+    """Report what is installed, what it runs on, what is missing, what that costs, and how to get it."""
+
+    def execute(self) -> Result:
+        data = report()
+        return data, format_report(data)
 
 
 def report() -> dict[str, Any]:
-    """The state of this installation and machine, ready for JSON.
+    """Collect the state of this installation and machine, ready for JSON. Never raises.
 
-    Returns a dict with the keys
+    Returns:
+        A dict; unknown values are None.
 
-    - ``factorkit``: version, commit (``git describe`` of a source checkout, else "unknown"), location
-    - ``python``: version, platform
-    - ``cpu``: model, cores (physical), logical (usable by this process), threads (torch's), simd, bf16 (in hardware)
-    - ``torch``, ``extension`` (``factorkit._C``) and each entry of ``optional``: state ("ok", "missing" or "broken"),
-      version, cause (of what is broken); torch also has cuda, the extension compiler, cuda, cuda_version, cuda_targets
-    - ``driver``: version of the NVIDIA driver or None
-    - ``gpus``: for each name, capability [major, minor], memory_gib, bf16, and covered: how the extension's CUDA code
-      reaches it ("machine code", "PTX" or "no")
-    - ``ops``: for each operation, what runs it
-    - ``problems``: for all that is missing or broken what, costs, cure
-
-    What could not be found out is None. Never raises.
+        - ``factorkit``: version, commit (``git describe`` of a source checkout, else "unknown"), location
+        - ``python``: version, platform
+        - ``cpu``: model, cores (physical), logical (usable by this process), threads (of torch), simd, bf16 (in
+          hardware)
+        - ``torch``, ``extension`` (``factorkit._C``) and each entry of ``optional``: state ("ok", "missing" or
+          "broken"), version, cause (if broken); torch also cuda; the extension also compiler, cuda, cuda_version,
+          cuda_targets
+        - ``driver``: version of the NVIDIA driver
+        - ``gpus``: name, capability [major, minor], memory_gib, bf16, and covered (see :func:`coverage`) of each
+        - ``ops``: the implementation of each operation
+        - ``problems``: what, costs and cure of everything that is missing or broken
     """
     torch, torch_part = _probe("torch")
     extension, extension_part = _probe("factorkit._C")
@@ -94,7 +106,7 @@ def report() -> dict[str, Any]:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report as plain text: a table of two columns, then what is missing, what it costs and how to get it."""
+    """Format the report as text: a table of two columns, then the problems with their costs and cures."""
     torch, extension, cpu = report["torch"], report["extension"], report["cpu"]
     threads = f"{_known(cpu['threads'])} threads on {_known(cpu['cores'])} cores ({_known(cpu['logical'])} usable)"
     code = "no CUDA"
@@ -128,13 +140,16 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def coverage(targets: Sequence[str], capability: Sequence[int]) -> str:
-    """How code compiled for ``targets`` reaches a GPU of compute capability ``(major, minor)``.
+    """Return how code compiled for ``targets`` runs on a GPU of compute capability ``(major, minor)``.
 
-    Targets are nvcc's: "sm_90" is machine code, which also runs on later minor versions of the same major one;
-    "compute_90" is PTX, which the driver compiles at first use for any GPU at least as new. A suffix narrows that:
-    "a" is for that very architecture, "f" for its family (CUDA C++ Programming Guide, Compute Capabilities).
+    Args:
+        targets: nvcc's. "sm_90" is machine code, which also runs on later minor versions of the same major one;
+            "compute_90" is PTX, which the driver compiles at first use for any GPU at least as new. The suffix "a"
+            restricts it to that architecture, "f" to its family (CUDA C++ Programming Guide, Compute Capabilities).
+        capability: of the GPU.
 
-    Returns "machine code", "PTX" or "no".
+    Returns:
+        "machine code", "PTX" or "no".
     """
     reached = "no"
     for target in targets:
@@ -155,7 +170,7 @@ def coverage(targets: Sequence[str], capability: Sequence[int]) -> str:
 
 
 def _ask(question: Callable[[], Any], otherwise: Any = None) -> Any:
-    """The answer, or ``otherwise`` if asking fails in any way: an unknown must not cost the rest of the report."""
+    """Return the answer, or ``otherwise`` if the question fails in any way."""
     try:
         return question()
     except (Exception, SystemExit):
@@ -163,10 +178,10 @@ def _ask(question: Callable[[], Any], otherwise: Any = None) -> Any:
 
 
 def _probe(name: str) -> tuple[Any, dict[str, Any]]:
-    """Import a module, None where that fails, and say how it went."""
+    """Import a module (None if that fails) and describe its state."""
     part: dict[str, Any] = {"state": "ok", "version": None, "cause": None}
     try:
-        # Some packages greet on import, and `--json` promises one JSON object.
+        # some packages print when imported, and --json promises one line
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module = importlib.import_module(name)
@@ -187,14 +202,14 @@ def _cause(error: BaseException) -> str:
 def _commit() -> str:
     root = PACKAGE.parent
     if not (root / ".git").exists():
-        return "unknown"  # asked all the same, git would describe whatever checkout lies around an installed copy
+        return "unknown"  # otherwise git would describe any checkout that surrounds an installed copy
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
     result = _ask(lambda: subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL))
     return result.stdout.strip() if result is not None and result.returncode == 0 else "unknown"
 
 
 def _cpu(torch: Any, built: dict[str, Any]) -> dict[str, Any]:
-    # Linux only; elsewhere these stay unknown.
+    # on Linux only; elsewhere these stay unknown
     info = _ask(Path("/proc/cpuinfo").read_text, "")
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
@@ -216,7 +231,7 @@ def _driver() -> str | None:
 
 
 def _gpus(torch: Any, extension: Any) -> tuple[list[dict[str, Any]], str | None]:
-    """The GPUs torch sees, or else those the extension sees, and the cause if looking failed."""
+    """Return the GPUs that torch sees, or else those that the extension sees, and the cause if both queries failed."""
 
     def from_torch() -> list[dict[str, Any]]:
         gpus = []
@@ -230,9 +245,9 @@ def _gpus(torch: Any, extension: Any) -> tuple[list[dict[str, Any]], str | None]
         return [_gpu(device["name"], device["capability"], device["memory_bytes"]) for device in devices]
 
     cause = None
-    for look in (from_torch, from_extension):
+    for query in (from_torch, from_extension):
         try:
-            gpus = look()
+            gpus = query()
         except Exception as error:
             cause = _cause(error)
             continue
@@ -242,7 +257,7 @@ def _gpus(torch: Any, extension: Any) -> tuple[list[dict[str, Any]], str | None]
 
 
 def _gpu(name: str, capability: Sequence[int], memory_bytes: int) -> dict[str, Any]:
-    # Tensor cores compute in bf16 from Ampere (8.0) on.
+    # tensor cores compute in bf16 from Ampere (8.0) on
     memory_gib = round(memory_bytes / 2**30, 1)
     return {"name": name, "capability": list(capability), "memory_gib": memory_gib, "bf16": tuple(capability) >= (8, 0)}
 
@@ -279,10 +294,10 @@ def _problems(report: dict[str, Any], gpu_cause: str | None) -> list[dict[str, s
         add("there is an NVIDIA GPU, but this torch is built without CUDA", costs, "install a CUDA build of torch")
     elif not gpus:
         why = f" ({gpu_cause})" if gpu_cause else ""
-        costs = "training on the CPU: the small presets are made for it, those of the thesis are out of reach"
+        costs = "training runs on the CPU: use the small presets, those of the thesis take too long"
         cure = "an NVIDIA GPU of capability 8.0 or newer, its driver, and a CUDA build of torch"
         if driver:
-            cure = f"driver {driver} is loaded: see that this process is shown a GPU (CUDA_VISIBLE_DEVICES, container)"
+            cure = f"driver {driver} is loaded: make a GPU visible to this process (CUDA_VISIBLE_DEVICES, container)"
         add(f"no usable GPU{why}", costs, cure)
 
     if extension["state"] != "ok":

@@ -1,4 +1,4 @@
-"""``factorkit``: finds the command, runs it, tells its result and a user's mistakes.
+"""``factorkit``: find the command, run it, print its result or its error.
 
 Results go to standard output, everything else (progress, notes, errors) to standard error.
 """
@@ -11,23 +11,24 @@ import inspect
 import io
 import json
 import os
-import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import import_module
+
+import tyro
 
 from factorkit import __version__
-from factorkit.cli.flag_types import Command
-from factorkit.cli.flags import COMMANDS
+from factorkit.cli.base import Command, RunCommand
 from factorkit.utils.errors import ConfigError, FactorkitError, did_you_mean, first_line, is_out_of_memory
 
 MANUAL = """\
-factorkit: segmentation, and cameras and scenes, from unlabelled pictures, learnt by denoising alone
+factorkit: segmentation, and cameras and scenes, learnt from unlabelled images by denoising alone
 
 USAGE
     factorkit COMMAND [OPTIONS]
-    factorkit COMMAND --help        what a command does, and every option with its default
+    factorkit COMMAND --help        what a command does, and its options with their defaults
     factorkit --version
 
 COMMANDS
@@ -43,32 +44,52 @@ EXAMPLES
     factorkit render runs/lego --out orbit.gif
     factorkit evaluate runs/photos --images photos/ --masks masks/ --ignore 128 --num-fit-images 16 --baselines
 
-EVERY COMMAND TAKES
+OPTIONS OF EVERY COMMAND
     --json     print the result as one JSON object, the only line on standard output
-    --debug    on an error, show where in the code it arose (also: FACTORKIT_DEBUG=1)
+    --debug    show the traceback of an error (also: FACTORKIT_DEBUG=1)
 
 ENVIRONMENT
-    FACTORKIT_CACHE        where decoded images are kept (without: factorkit in the user's cache folder)
-    FACTORKIT_CLIP         the video, or folder of frames, that `reproduce fig2.14` shows
+    FACTORKIT_CACHE        folder of decoded images (default: factorkit in the user's cache folder)
     FACTORKIT_REFERENCE    1 runs every operation as plain PyTorch
-    FACTORKIT_TUNE         1 measures each kernel's number of warps on this GPU, once, and keeps it in the cache folder
-    FACTORKIT_VOC          PASCAL VOC 2012, on which `reproduce table2.7` scores
+    FACTORKIT_TUNE         1 measures the best number of warps of each kernel once and stores it in the cache
 
 EXIT STATUS
-    0    done
-    2    something to be mended in the command or in the files it names
+    0    success
     1    disk or memory full, or a bug
-    130  Ctrl-C; 143 SIGTERM; 138 SIGUSR1. A training has saved by then, and the same command goes on from there.
+    2    usage or input error
+    130  Ctrl-C; 143 SIGTERM; 138 SIGUSR1. A training has saved by then, and the same command resumes it.
 """
+
+#: The module and the class of each command, in the order of the manual.
+COMMANDS = {
+    "demo": ("demo", "Demo"),
+    "train": ("train", "TrainSegdiff"),
+    "segment": ("segment", "Segment"),
+    "generate": ("generate", "Generate"),
+    "interpolate": ("edit", "Interpolate"),
+    "branches": ("edit", "Branches"),
+    "recompose": ("edit", "Recompose"),
+    "pose": ("scene", "Pose"),
+    "reconstruct": ("scene", "Reconstruct"),
+    "render": ("scene", "Render"),
+    "sample": ("scene", "Sample"),
+    "export": ("scene", "Export"),
+    "view": ("scene", "View"),
+    "reproduce": ("reproduce", "Reproduce"),
+    "evaluate": ("evaluate", "Evaluate"),
+    "choose-regions": ("train", "ChooseRegions"),
+    "checkpoint": ("checkpoint", "Checkpoint"),
+    "prepare": ("data", "Prepare"),
+    "doctor": ("doctor", "Doctor"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (without: the process's own); answers the exit code, see :data:`MANUAL`."""
+    """Run a command line (default: that of this process) and return the exit code, see :data:`MANUAL`."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
-        manuals = ((name, inspect.getdoc(command) or "") for name, command in COMMANDS.items())
-        listed = (f"    {name:<15} {manual.splitlines()[0]}" for name, manual in manuals)
-        print(MANUAL.format(commands="\n".join(listed)), end="")
+        summaries = ((name, (inspect.getdoc(command_class(name)) or "").partition("\n")[0]) for name in COMMANDS)
+        print(MANUAL.format(commands="\n".join(f"    {name:<15} {summary}" for name, summary in summaries)), end="")
         return 0
     if args[0] == "--version":
         print(f"factorkit {__version__}")
@@ -78,11 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = parse(args[0], args[1:])
         if command is not None:
             with notes_on_stderr():
-                data, text = command.run_command()
-            if os.environ.get("RANK", "0") == "0":  # of the processes torchrun starts, one speaks
+                if isinstance(command, RunCommand) and several_processes():
+                    join_processes(command)
+                data, text = command.execute()
+            if os.environ.get("RANK", "0") == "0":  # only one of the processes that torchrun started prints
                 print(json.dumps(data) if as_json else text, flush=True)
         return 0
-    except BrokenPipeError:  # a pipe like `| head` has read enough; nothing more may be flushed into it at exit
+    except BrokenPipeError:  # a reader such as `| head` is gone; flushing at exit would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except BaseException as error:
@@ -101,45 +124,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
+def command_class(name: str) -> type[Command]:
+    """Import the class of a command."""
+    module, command = COMMANDS[name]
+    return getattr(import_module(f"factorkit.cli.{module}"), command)
+
+
 def parse(name: str, args: Sequence[str]) -> Command | None:
-    """The command ``name`` with its flags; None when help was asked for, which is printed then.
+    """Parse the options of the command ``name``. If help is asked for, print it and return None.
 
     Raises:
-        ConfigError: no such command, flags it does not take, or a preset there is not.
+        ConfigError: an unknown command, option or preset.
     """
     if name not in COMMANDS:
-        meant = did_you_mean(name, COMMANDS)
-        raise ConfigError(f"{name!r} is no command. {meant}There are {', '.join(COMMANDS)}; see factorkit --help")
-    said = io.StringIO()
+        near = did_you_mean(name, COMMANDS)
+        raise ConfigError(f"{name!r} is not a command. {near}Commands: {', '.join(COMMANDS)}; see factorkit --help")
+    command, prog, default = command_class(name), f"factorkit {name}", None
+    show_help, show_advanced = bool({"-h", "--help"} & {*args}), "--help-advanced" in args
+    messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return COMMANDS[name].parse(f"factorkit {name}", args)
-    except SystemExit as stop:
-        if not stop.code:
-            return None
-        raise ConfigError(_unframed(said.getvalue())) from None
+        with contextlib.redirect_stderr(messages):
+            if name == "train":
+                from factorkit.cli.train import training_options
 
+                model, command, default = training_options(args, show_help=show_help or show_advanced)
+                prog = f"{prog} {model}"
+            if show_help or show_advanced:
+                from factorkit.cli.options import print_help
 
-def _unframed(text: str) -> str:
-    """tyro's message as plain lines: without colours, frame and rules, and with wrapped lines joined again."""
-    lines: list[str] = []
-    depth = None
-    for line in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines():
-        inside = line.strip("│").rstrip()
-        if line.startswith(("╭", "╰")) or not inside.strip(" ─-"):
-            depth = None
-            continue
-        before, depth = depth, len(inside) - len(inside.lstrip())
-        if depth == before:
-            lines[-1] += " " + inside.strip()
-        else:
-            lines.append(" " * depth + inside.strip())
-    return "\n ".join(lines).strip()
+                print_help(command, prog, default, advanced=show_advanced)
+                return None
+            return tyro.cli(command, prog=prog, args=args, default=default, add_help=False)
+    except SystemExit:
+        from factorkit.cli.options import explain_mistake
+
+        raise ConfigError(explain_mistake(command, prog, args, messages.getvalue())) from None
 
 
 @contextlib.contextmanager
 def notes_on_stderr() -> Iterator[None]:
-    """Whatever is printed meanwhile, by libraries too, goes to standard error, and warnings in one line each."""
+    """Send everything that is printed, by libraries too, to standard error, and each warning in one line."""
 
     def show(message, category, filename, lineno, file=None, line=None) -> None:
         print(f"warning: {message}", file=sys.stderr)
@@ -150,36 +174,41 @@ def notes_on_stderr() -> Iterator[None]:
 
 
 def several_processes() -> bool:
-    """Whether torchrun started this process beside others."""
+    """Return whether torchrun started this process together with others."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def is_lost(error: BaseException) -> bool:
-    """Whether an error is that of one of several processes whose fellow is gone or was never reached."""
-    if not several_processes():
-        return False
+def join_processes(command: RunCommand) -> None:
+    """Join the processes that torchrun started, each on its own device, which the command then uses."""
+    from factorkit.engine.config import resolve_device
     from factorkit.utils import distributed
+    from factorkit.utils.rendezvous import join
 
-    return distributed.is_lost(error)
+    device = distributed.local_device(resolve_device(command.device))
+    join(device)
+    command.device = str(device)
 
 
 def explain(error: BaseException) -> tuple[int | None, str]:
-    """Exit code and words for an error; no code for a bug, whose traceback has to be seen."""
+    """Return the exit code and the message of an error; no code for a bug, whose traceback is needed."""
     if isinstance(error, FactorkitError):
         return getattr(error, "exit_code", 2), str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if is_out_of_memory(error):
-        cure = "In training lower --micro-batch-size (same result) or --batch-size; elsewhere ask for fewer images"
-        return 1, f"out of memory. {cure}. {str(error).partition('.')[0]}".rstrip()
-    if is_lost(error):
-        lost = "another process of this run is gone or out of reach, so this one cannot go on"
-        return 1, f"{lost}; what became of it is said there ({first_line(error)})"
+        advice = "In training lower --micro-batch-size (same result) or --batch-size; elsewhere ask for fewer images"
+        return 1, f"out of memory. {advice}. {str(error).partition('.')[0]}".rstrip()
+    if several_processes():
+        from factorkit.utils import distributed
+
+        if distributed.is_lost(error):
+            lost = "another process of this run ended or is unreachable, so this one cannot continue"
+            return 1, f"{lost}; see the output of that process ({first_line(error)})"
     if isinstance(error, OSError):
-        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        problem = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return 1, f"{what}. Free some space, or write to another disk, and run the same command again"
+            return 1, f"{problem}. Free some space, or write to another disk, and run the same command again"
         if isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)):
-            return 2, f"{what}. Check the path and its permissions"
-        return 1, what
+            return 2, f"{problem}. Check the path and its permissions"
+        return 1, problem
     return None, f"{type(error).__name__}: {error}"

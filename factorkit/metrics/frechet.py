@@ -72,7 +72,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return max(0.0, float(means + cov_a.trace() + cov_b.trace() - 2 * cross))
 
 
-def fid(real: Tensor, generated: Tensor, device: str | torch.device = "cpu") -> float:
+def compute_fid(real: Tensor, generated: Tensor, device: str | torch.device = "cpu") -> float:
     """Compute the FID of two sets of images [N, 3, H, W] in [0, 1]. Downloads nothing.
 
     Raises:

@@ -15,8 +15,7 @@ from factorkit.nerfdiff.cameras.candidates import Candidates
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.grid import Field
 from factorkit.nerfdiff.rays import Optics, render_views
-from factorkit.nn import Encoder, TimeEmbedding
-from factorkit.nn.blocks import Norm
+from factorkit.nn.unet import Encoder, Norm, TimeEmbedding
 from factorkit.utils.rng import BatchDraw
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,22 @@ PLACES = 64  # in between where a change may leave both ends as they were
 COMPRESSED = frozenset(".jpg .jpeg .png .webp".split())  # a change moves or alters what stands at the end
 
 
-def identify(data: Path | None, variables: Sequence[str] = (), out: Path | None = None) -> Any:
-    """What identifies data, and what the environment's ``variables`` name, for a folder's settings; JSON-able.
+def identify(data: Path | None, inputs: Mapping[str, Path] | None = None, out: Path | None = None) -> Any:
+    """Identify data, and further inputs by name, for a folder's settings; JSON-able.
 
     Of a folder the names and sizes of all files and what stands at both ends of each (of 20 000 of them, evenly spaced,
     where there are more); of a zip the names, sizes and checksums of its members; of a .npy all of it. Hidden files do
     not count, nor do times, the folder's own place, and what lies below ``out``, where that is in it.
 
     Returns:
-        {"name", "files", "bytes", "sha256"}, and the same again by each variable that is set; without any data
-        "procedural".
+        {"name", "files", "bytes", "sha256"}, and the same again by the name of each further
+        input; "procedural" without any data.
 
     Raises:
         DataError: there is nothing there, or it cannot be read.
     """
     found: Any = "procedural" if data is None else _identity(data, out)
-    named = {name: _identity(Path(place), out) for name in variables if (place := os.environ.get(name))}
+    named = {name: _identity(path, out) for name, path in (inputs or {}).items()}
     return found if not named else {**({"name": found} if data is None else found), **named}
 
 
@@ -42,7 +42,7 @@ def _identity(place: Path, out: Path | None) -> dict[str, Any]:
     path = place.expanduser().resolve()
     if not path.exists():
         raise DataError(
-            f"{escape_name(str(place))}: no such file or folder (looked in {Path.cwd()}). Check the spelling of the path."
+            f"{escape_name(str(place))}: no such file or folder (looked in {Path.cwd()}). Check the spelling."
         )
     content, total = hashlib.sha256(), 0
     with wrap_os_errors(path, "so its data cannot be told from others. Mend its permissions."):

@@ -105,7 +105,7 @@ class Experiment:
         figures: other figures whose pictures this experiment leaves.
         seeds: how many where none are asked for.
         notes: what a reader of the table has to know, a sentence each.
-        variables: of the environment, that name further data.
+        inputs: names of further data that it uses, such as ``video``.
         draw: writes pictures once the cells are there, and answers their names; it may find cells missing.
     """
 
@@ -119,5 +119,5 @@ class Experiment:
     figures: Sequence[str] = ()
     seeds: int = 3
     notes: Sequence[str] = ()
-    variables: Sequence[str] = ()
+    inputs: Sequence[str] = ()
     draw: Callable[[Setup, Cells], Sequence[str]] | None = None

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from factorkit.data.datasets import make_procedural_dataset, open_dataset
 from factorkit.data.prepare import prepare
-from factorkit.metrics.frechet import fid, frechet_distance, random_features
+from factorkit.metrics import frechet
 from factorkit.reproduce.experiment import TRAINED_ONCE, Column, Experiment, Found, NotRun, Row
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import SegdiffConfig
@@ -54,7 +54,8 @@ def real_pictures(setup: Setup, config: SegdiffConfig, count: int) -> Tensor:
 def random_distance(setup: Setup, run: SegdiffRun, images: Tensor) -> float:
     """Fréchet distance of drawn pictures [N, 3, R, R] to as many training pictures, in random features."""
     real = real_pictures(setup, run.config, len(images))
-    return frechet_distance(random_features(images[: len(real)]), random_features(real))
+    features = frechet.random_features
+    return frechet.frechet_distance(features(images[: len(real)]), features(real))
 
 
 def fid(setup: Setup, run: SegdiffRun, images: Tensor) -> float:
@@ -65,7 +66,7 @@ def fid(setup: Setup, run: SegdiffRun, images: Tensor) -> float:
     """
     real = real_pictures(setup, run.config, len(images))
     try:
-        return fid(real, images[: len(real)], run.device)
+        return frechet.compute_fid(real, images[: len(real)], run.device)
     except ConfigError as error:
         raise NotRun(str(error)) from error
 

@@ -100,6 +100,8 @@ def reproduce(
     name: str,
     data: str | Path | None = None,
     *,
+    voc: str | Path | None = None,
+    video: str | Path | None = None,
     scale: str = "small",
     out: str | Path = "runs/reproduce",
     seeds: int | None = None,
@@ -118,6 +120,8 @@ def reproduce(
     Args:
         name: of an experiment, or of a figure that one draws (:func:`factorkit.reproduce.experiments`).
         data: a folder or file as the model's training takes it; None: the procedural set of the package.
+        voc: PASCAL VOC 2012, which table2.7 scores.
+        video: a video or folder of frames, which fig2.14 segments; None: a pan over a training image.
         scale: ``"small"`` (this machine, 32 px), ``"gpu"`` (64 px, C=128) or ``"full"`` (the thesis' settings).
         out: the folder of all experiments of one data set and scale.
         seeds: how many, from 0 on; None: the experiment's own number.
@@ -128,7 +132,7 @@ def reproduce(
 
     Raises:
         ConfigError: an unknown experiment, scale or row, or no seeds.
-        DataError: the data, or what a variable that the experiment reads names, are not there.
+        DataError: the data or another input are not there.
         CheckpointError: the folder holds cells of other data or settings, or another process fills them.
     """
     experiment, changes = find(name), {key: plain(value) for key, value in changes.items()}
@@ -139,8 +143,13 @@ def reproduce(
         raise ConfigError(f"seeds={seeds}: at least one seed has to be run")
     options = {k: v for k, v in (("ignore", ignore), ("holdout", holdout)) if v is not None}
     place = None if data is None else Path(data)
-    known = identify(place, experiment.variables, Path(out))
-    setup = Setup(experiment.name, place, scale, Path(out), device, progress, options, changes, json.dumps(known))
+    inputs = {key: Path(value) for key, value in (("voc", voc), ("video", video)) if value is not None}
+    if unused := sorted(set(inputs) - set(experiment.inputs)):
+        raise ConfigError(f"{experiment.name} does not use {', '.join(unused)}; leave it out")
+    known = identify(place, inputs, Path(out))
+    setup = Setup(
+        experiment.name, place, scale, Path(out), device, progress, options, changes, json.dumps(known), inputs
+    )
     every = list(experiment.rows(setup))
     unknown = [row for row in rows if row not in {r.name for r in every}]
     if unknown:

@@ -26,6 +26,7 @@ class Setup:
         changes: settings of all trainings, over those of the scale.
         identity: what tells the data from others (:func:`factorkit.reproduce.cell_keys.identify`), as one word, for
             what is kept in memory.
+        inputs: further data by name, such as ``video``.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Setup:
     options: Mapping[str, Any] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)
     identity: str = ""
+    inputs: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def data_name(self) -> str:

@@ -106,7 +106,7 @@ def _unfinished(data: dict[str, Any]) -> Sequence[str]:
     return ["", *lines] if lines else []
 
 
-def citation_words(experiment: Experiment, citation: Citation) -> str:
+def format_citation(experiment: Experiment, citation: Citation) -> str:
     """A published row in one line."""
     known = [column for column in experiment.columns if column.key in citation.values]
     words = ", ".join(f"{column.title} {_value(column, citation.values[column.key], None, '')}" for column in known)

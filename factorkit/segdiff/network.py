@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from factorkit import ops
 from factorkit.diffusion.denoiser import Denoised, Denoiser
-from factorkit.nn import Decoder, Encoder, LabelEmbedding, Middle, TimeEmbedding
+from factorkit.nn.unet import Decoder, Encoder, LabelEmbedding, Middle, TimeEmbedding
 from factorkit.segdiff.masks.mixture import SpatialMixture
 from factorkit.segdiff.masks.network import NetworkMasks, at_least_fp32
 from factorkit.segdiff.masks.proposal import Encoding, MaskProposer
@@ -72,7 +72,7 @@ class FactorizedUNet(Denoiser):
         regions: K. 1 is the plain DDPM: no masks, one unmasked decoder.
         resolution: pixels per side; divisible by 2^(levels-1).
         model_channels, channel_mult, num_res_blocks, attention_resolutions, num_heads, norm_groups, dropout: of the
-            U-Net (:class:`factorkit.nn.Encoder`).
+            U-Net (:class:`factorkit.nn.unet.Encoder`).
         decoding: how the branches see the masks (table 2.6): ``"masked_skips"`` (the model), ``"concat"`` (masks as
             extra channels of one decoder), ``"masked_mid"`` (h_mid masked instead of the skips), ``"unshared"``
             (K decoders).
@@ -130,14 +130,7 @@ class FactorizedUNet(Denoiser):
         self.checkpoint_branches, self.num_levels = checkpoint_branches, len(channel_mult)
         self.time = TimeEmbedding(model_channels)
         self.encoder = Encoder(
-            channels,
-            model_channels,
-            channel_mult,
-            num_res_blocks,
-            attention_resolutions,
-            resolution,
-            embed,
-            **common,
+            channels, model_channels, channel_mult, num_res_blocks, attention_resolutions, resolution, embed, **common
         )
         skips, mid = self.encoder.skip_channels, self.encoder.out_channels
         self.middle = Middle(mid, embed, **common)
@@ -241,9 +234,7 @@ class FactorizedUNet(Denoiser):
             if one_by_one:
                 # Saving the random state, which only dropout needs, is not possible in a CUDA graph.
                 keep_state = self.dropout > 0
-                branch = checkpoint(
-                    self._run_decoder, *arguments, use_reentrant=False, preserve_rng_state=keep_state
-                )
+                branch = checkpoint(self._run_decoder, *arguments, use_reentrant=False, preserve_rng_state=keep_state)
             else:
                 branch = self._run_decoder(*arguments)
             branches.append(branch)

@@ -72,7 +72,9 @@ class SegdiffTask:
         """
         proposer = self.model.mask_parameters()
         ids = {id(p) for p in proposer}
-        groups: list[dict[str, Any]] = [{"params": [p for p in self.model.parameters() if id(p) not in ids], "scale": 1.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.model.parameters() if id(p) not in ids], "scale": 1.0}
+        ]
         return groups + ([{"params": proposer, "scale": self.config.mask_learning_rate}] if proposer else [])
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
@@ -135,7 +137,9 @@ class SegdiffTask:
         config, count = self.config, NUM_PREVIEW_IMAGES
         folder.mkdir(parents=True, exist_ok=True)
         labels = torch.arange(count) % len(config.class_names) if config.class_names else None
-        generated = draw_images(model, config, count, steps=NUM_PREVIEW_STEPS, seed=0, device=self.device, labels=labels)
+        generated = draw_images(
+            model, config, count, steps=NUM_PREVIEW_STEPS, seed=0, device=self.device, labels=labels
+        )
         grid = previews.draw_generation_grid(
             signed_to_pixels(generated.images), generated.bottleneck.masks.float().cpu().numpy()
         )

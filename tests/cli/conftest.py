@@ -49,7 +49,7 @@ def tiny_training(**changes) -> list[str]:
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
     """Nobody looks at the report's curves, and GrabCut takes half a second an image."""
-    patch.setattr("factorkit.report.html.draw_curves", lambda log, theme: [])
+    patch.setattr("factorkit.report.html.draw_curves", lambda *args: [])
     patch.setitem(BASELINES, "grabcut", all_foreground)
     patch.setenv("OMP_NUM_THREADS", "1")  # of subprocesses
 

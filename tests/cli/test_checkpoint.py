@@ -69,7 +69,7 @@ def test_prune_leaves_damaged_ones_where_none_is_whole(four, answer):
 def test_prune_does_not_work_under_a_training(four, refused):
     with held(four):
         assert "another process is training" in refused("checkpoint", "prune", four)
-    assert "at least one has to stay" in refused("checkpoint", "prune", four, "--keep", 0)
+    assert "must be at least 1" in refused("checkpoint", "prune", four, "--keep", 0)
 
 
 def test_export_writes_the_averaged_weights_of_one(four, answer, refused, tmp_path):

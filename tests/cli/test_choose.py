@@ -10,7 +10,7 @@ FLAGS = ("--candidates", 2, 3, "--seed-trials", 1, "--steps", 2, "--resolution",
 
 def test_it_prints_a_table_and_the_number(photos, ask, answer):
     found = answer("choose-regions", photos, "--out", "k", *FLAGS)
-    assert found["regions"] in (2, 3) and set(found["errors"]) == {"2", "3"} and Path(found["picture"]).exists()
+    assert found["regions"] in (2, 3) and set(found["errors"]) == {"2", "3"} and Path(found["image"]).exists()
     assert json.loads(Path("k/config.json").read_text())["random_flip"] is True
     answer("choose-regions", photos, "--out", "one_way", *FLAGS, "--no-random-flip")
     assert json.loads(Path("one_way/config.json").read_text())["random_flip"] is False

@@ -30,14 +30,14 @@ def test_interpolate_writes_the_way_and_its_regions(run, photos, answer, ask, tm
 
 def test_branches_come_with_their_masks_as_transparency(run, photos, answer, tmp_path):
     found = answer("branches", run, photos / "images", "--out", tmp_path, "-t", 100)
-    assert (found["pictures"], found["regions"]) == (24, 2) and sum(found["areas"]) == pytest.approx(1)
+    assert (found["images"], found["regions"]) == (24, 2) and sum(found["areas"]) == pytest.approx(1)
     first, second = (read(tmp_path / f"03_branch_{k}.png") for k in (0, 1))
     assert first.shape == second.shape == (16, 16, 4)
     assert np.abs(first[..., 3].astype(int) + second[..., 3] - 255).max() <= 1
     assert read(tmp_path / "03_estimate.png").shape == (16, 16, 3)
     assert (tmp_path / "contact_sheet.png").is_file() and len(list(tmp_path.iterdir())) == 24 * 3 + 1
     again = answer("branches", run, tmp_path, photos / "images", "--out", tmp_path)
-    assert again["pictures"] == 24, "results are no input"
+    assert again["images"] == 24, "results are no input"
 
 
 def test_recompose_writes_edited_pictures(run, photos, answer, tmp_path):
@@ -47,7 +47,7 @@ def test_recompose_writes_edited_pictures(run, photos, answer, tmp_path):
     results = {}
     for name, flags in changes.items():
         found = answer(*words, *flags, "--out", tmp_path / name)
-        assert (found["pictures"], found["region"], len(found["kept"])) == (2, 0, 2)
+        assert (found["images"], found["region"], len(found["kept"])) == (2, 0, 2)
         written = {path.name for path in (tmp_path / name).iterdir()}
         assert written == {f"0{i}_{end}.png" for i in (0, 1) for end in ("recomposed", "labels")} | {
             "contact_sheet.png"
@@ -68,13 +68,13 @@ def test_recompose_writes_edited_pictures(run, photos, answer, tmp_path):
         "--out",
         tmp_path / "many",
     )
-    assert found["pictures"] == 24 and (tmp_path / "many/00_0023_recomposed.png").is_file()
+    assert found["images"] == 24 and (tmp_path / "many/00_0023_recomposed.png").is_file()
 
 
 def test_mistakes_are_told_in_the_words_of_the_command_line(run, photos, refused, tmp_path):
     one, out = photos / "images/00.png", ("--out", tmp_path / "out")
-    assert "PICTURES" in refused("branches", run, *out)
-    assert "PICTURES" in refused("recompose", run, "--region", 0, *out)
+    assert "PATHS" in refused("branches", run, *out)
+    assert "PATHS" in refused("recompose", run, "--region", 0, *out)
     assert "region=7: this run has regions 0 to 1" in refused("recompose", run, one, "--region", 7, *out)
     assert "--region" in refused("recompose", run, one, *out)
     assert "not both" in refused("recompose", run, one, "--region", 0, "--remove", "--from", one, *out)

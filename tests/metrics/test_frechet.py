@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.metrics.frechet import INCEPTION_WEIGHTS, fid, frechet_distance, random_features
+from factorkit.metrics.frechet import INCEPTION_WEIGHTS, compute_fid, frechet_distance, random_features
 from factorkit.utils.errors import ConfigError, DataError
 
 
@@ -72,9 +72,9 @@ def test_fid_missing_weights_error_names_file_and_place(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     images = torch.rand(4, 3, 16, 16)
     with pytest.raises(ConfigError) as caught:
-        fid(images, images)
+        compute_fid(images, images)
     assert str(tmp_path / "hub" / "checkpoints" / INCEPTION_WEIGHTS) in str(caught.value) and "no FID" in str(
         caught.value
     )
     with pytest.raises(DataError, match="at least 2"):
-        fid(images[:1], images)
+        compute_fid(images[:1], images)

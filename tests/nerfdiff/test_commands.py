@@ -99,7 +99,7 @@ def test_train_takes_flags_and_resumes(ask, posed, tmp_path, tiny):
 
 
 def test_the_recipe_follows_the_resolution(capsys):
-    assert main(["train", "nerfdiff", "--preset", "fast", "--resolution", "64", "--help"]) == 0
+    assert main(["train", "nerfdiff", "--preset", "fast", "--resolution", "64", "--help-advanced"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "--grid-resolution INT" in said and said.split("--grid-resolution INT")[1].split("(default:")[1].startswith(
         " 64)"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.cli.commands_nerfdiff import what_to_show
+from factorkit.cli.scene import load_contents
 from factorkit.cli.main import main
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import ConfigError
@@ -85,11 +85,11 @@ def test_the_stages_can_be_watched(runs, tmp_path):
     assert {"cameras_search.png", "cameras_refine.png"} <= {
         path.name.split("_", 1)[1] for path in (folder / "samples").iterdir()
     }
-    done = what_to_show(folder, "cpu")
+    done = load_contents(folder, "cpu")
     assert done.views.layout == "forward" and done.true is not None and done.space.forward
     shutil.rmtree(folder / "checkpoints")
     for stage in ("refine", "search"):
-        shown = what_to_show(folder, "cpu")
+        shown = load_contents(folder, "cpu")
         assert shown.views.poses.shape == (9, 4, 4) and shown.step == (4 if stage == "refine" else 22)
         shutil.rmtree(folder / "stages" / stage)
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from factorkit.cli.commands_nerfdiff import newest, what_to_show
+from factorkit.cli.scene import load_contents, newest_checkpoint
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.nerfdiff.cameras.poses import OrbitPoses, orbit_poses
 from factorkit.nerfdiff.partial_run import snapshot
@@ -37,16 +37,16 @@ def test_the_newest_stage_is_shown_until_there_is_a_model(begun, finished):
             free.load_state_dict(where)
             places = free.direction.detach()
         assert torch.allclose(found.views.poses, orbit_poses(places, finished.scene["distance"]), atol=1e-5)
-        shown = what_to_show(begun, "cpu")
+        shown = load_contents(begun, "cpu")
         assert shown.step == found.step and shown.true is None
         shutil.rmtree(begun / "stages" / stage)
-    assert newest(begun) is None
+    assert newest_checkpoint(begun) is None
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
         snapshot(begun)
 
 
 def test_the_model_is_shown_once_it_is_there_beside_the_true_cameras(finished):
-    assert newest(finished.folder).parent.parent == finished.folder
-    shown = what_to_show(finished.folder, "cpu")
+    assert newest_checkpoint(finished.folder).parent.parent == finished.folder
+    shown = load_contents(finished.folder, "cpu")
     assert shown.step == finished.step and shown.true.shape == (10, 4, 4)
     assert torch.equal(shown.views.poses, finished.poses)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from factorkit.nn.guided_filter import apply_guidance, fit_guidance, guided_filter, stretch
+from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, guided_filter, resize_rows
 
 
 def inputs(height=9, width=12, channels=3, regions=2, batch=2, dtype=torch.float64):
@@ -39,7 +39,8 @@ def by_definition(guide, values, radius, eps):
 @pytest.mark.parametrize(("height", "width", "channels", "radius"), [(9, 12, 3, 2), (5, 7, 1, 1), (4, 6, 2, 9)])
 def test_guided_filter_equals_averaged_ridge_regressions(height, width, channels, radius):
     """The definition averages what windows say of a pixel, with each window's own functions; the average of the
-    functions is the same thing, for they are linear."""
+    functions is the same thing, for they are linear.
+    """
     guide, values = inputs(height, width, channels)
     found = guided_filter(guide, values, radius, 1e-3)
     expected = by_definition(guide, values, radius, 1e-3)
@@ -93,7 +94,7 @@ def test_apply_guided_filter_coarse_fit_follows_the_fine_edge():
     large[..., 30:] = 0.8
     small = F.interpolate(large, size=(8, 8), mode="area")
     mask = torch.cat([small[:, :1] / 0.8, 1 - small[:, :1] / 0.8], 1)
-    found = apply_guidance(fit_guidance(small, mask, 1, 1e-4), large)
+    found = apply_guided_filter(fit_guided_filter(small, mask, 1, 1e-4), large)
     assert (found[:, 0] - (large[:, 0] > 0).float()).abs().max() < 0.1
     plain = F.interpolate(mask, size=(67, 67), mode="bilinear")
     assert (plain[:, 0] - (large[:, 0] > 0).float()).abs().max() > 0.4
@@ -102,38 +103,38 @@ def test_apply_guided_filter_coarse_fit_follows_the_fine_edge():
 @pytest.mark.parametrize("size", [(50, 70), (7, 5), (9, 12)])
 def test_apply_guided_filter_bands_equal_the_whole(size, monkeypatch):
     guide, values = inputs(dtype=torch.float32)
-    found = fit_guidance(guide, values, 2, 1e-3)
+    found = fit_guided_filter(guide, values, 2, 1e-3)
     large = torch.rand(2, 3, *size)
-    whole = apply_guidance(found, large)
+    whole = apply_guided_filter(found, large)
     interpolated = F.interpolate(
         torch.cat([found.slope.flatten(1, 2), found.offset], 1).float(), size=size, mode="bilinear"
     )
     expected = (interpolated[:, :6].unflatten(1, (2, 3)) * large[:, None]).sum(2) + interpolated[:, 6:]
     torch.testing.assert_close(whole, expected)
-    monkeypatch.setattr("factorkit.nn.guided_filter.BAND", 2 * size[1])
-    torch.testing.assert_close(apply_guidance(found, large), expected)
-    part = apply_guidance(found, large[:, :, 3:6], slice(3, 6), size[0])
+    monkeypatch.setattr("factorkit.nn.guided_filter.PIXELS_PER_BAND", 2 * size[1])
+    torch.testing.assert_close(apply_guided_filter(found, large), expected)
+    part = apply_guided_filter(found, large[:, :, 3:6], slice(3, 6), size[0])
     torch.testing.assert_close(part, expected[:, :, 3:6])
-    rows = stretch(values, size[0], slice(2, 5), size[1])
+    rows = resize_rows(values, size[0], slice(2, 5), size[1])
     torch.testing.assert_close(rows, F.interpolate(values, size=size, mode="bilinear")[:, :, 2:5])
 
 
 def test_guided_filter_gradients_are_correct():
     guide, values = (x.requires_grad_() for x in inputs(4, 5, batch=1))
     large = torch.rand(1, 3, 6, 7, dtype=torch.float64, requires_grad=True)
-    fit_and_apply = lambda g, v, full: apply_guidance(fit_guidance(g, v, 1, 1e-2), full)  # noqa: E731
+    fit_and_apply = lambda g, v, full: apply_guided_filter(fit_guided_filter(g, v, 1, 1e-2), full)  # noqa: E731
     assert torch.autograd.gradcheck(fit_and_apply, (guide, values, large))
 
 
 def test_guided_filter_invalid_arguments_raise():
     guide, values = inputs()
     with pytest.raises(ValueError, match="one grid"):
-        fit_guidance(guide, values[:, :, 1:], 1, 1e-3)
+        fit_guided_filter(guide, values[:, :, 1:], 1, 1e-3)
     with pytest.raises(ValueError, match="channels"):
-        fit_guidance(guide.repeat(1, 2, 1, 1), values, 1, 1e-3)
+        fit_guided_filter(guide.repeat(1, 2, 1, 1), values, 1, 1e-3)
     with pytest.raises(ValueError, match="radius=0"):
-        fit_guidance(guide, values, 0, 1e-3)
+        fit_guided_filter(guide, values, 0, 1e-3)
     with pytest.raises(ValueError, match="eps=0"):
-        fit_guidance(guide, values, 1, 0)
-    with pytest.raises(ValueError, match="functions are of"):
-        apply_guidance(fit_guidance(guide, values, 1, 1e-3), guide[:1])
+        fit_guided_filter(guide, values, 1, 0)
+    with pytest.raises(ValueError, match="coefficients are of"):
+        apply_guided_filter(fit_guided_filter(guide, values, 1, 1e-3), guide[:1])

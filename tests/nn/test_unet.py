@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from factorkit.nn import (
+from factorkit.nn.unet import (
     Attention,
     Decoder,
     Downsample,
@@ -18,9 +18,9 @@ from factorkit.nn import (
     ResBlock,
     TimeEmbedding,
     Upsample,
+    group_count,
     sinusoid,
 )
-from factorkit.nn.blocks import group_count
 
 
 @pytest.fixture(autouse=True)
@@ -135,15 +135,15 @@ def test_encoder_returns_all_features_finest_first():
     assert [(s.shape[1], s.shape[2]) for s in skips] == expected
     assert encoder.skip_channels == [c for c, _ in expected]
     assert encoder.out_channels == 24
-    assert [len(level["attention"]) for level in encoder.levels] == [0, 0, 2]
+    assert [len(level.attention) for level in encoder.levels] == [0, 0, 2]
 
 
 def test_decoder_has_one_block_more_per_level():
     encoder = Encoder(3, 8, (1, 2), 2, (8,), 16, 16, norm_groups=4)
     decoder = Decoder(16, encoder.skip_channels, 8, (1, 2), 2, (8,), 16, 16, 5, norm_groups=4)
-    assert [len(level["blocks"]) for level in decoder.levels] == [3, 3]
-    assert [len(level["attention"]) for level in decoder.levels] == [3, 0], "coarsest level first"
-    widths = [block.shortcut.in_channels for level in decoder.levels for block in level["blocks"]]
+    assert [len(level.blocks) for level in decoder.levels] == [3, 3]
+    assert [len(level.attention) for level in decoder.levels] == [3, 0], "coarsest level first"
+    widths = [block.shortcut.in_channels for level in decoder.levels for block in level.blocks]
     assert widths == [16 + 16, 16 + 16, 16 + 8, 16 + 8, 8 + 8, 8 + 8]
     skips = encoder(torch.randn(2, 3, 16, 16), torch.randn(2, 16))
     assert decoder(skips[-1], skips, torch.randn(2, 16)).shape == (2, 5, 16, 16)

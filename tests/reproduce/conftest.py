@@ -56,7 +56,7 @@ def quick(tmp_path_factory, monkeypatch):
     """No curves, no second-long GrabCut, few pictures, views and steps, no alignment sharpened on the pictures, no
     cache of the user's."""
     torch.set_num_threads(1)
-    monkeypatch.setattr("factorkit.report.html.draw_curves", lambda log, theme: [])
+    monkeypatch.setattr("factorkit.report.html.draw_curves", lambda *args: [])
     monkeypatch.setitem(BASELINES, "grabcut", all_foreground)
     monkeypatch.setitem(generation.DRAWN, "small", (12, 2))
     monkeypatch.setattr(fig2_10, "STEPS", 3)

@@ -16,18 +16,15 @@ from factorkit.reproduce.cell_keys import READ_FILES, identify
 from factorkit.reproduce.experiment import Column, Experiment, Found, Row
 from factorkit.utils.errors import CheckpointError
 
-VARIABLE = "FACTORKIT_TEST_CLIP"
-
 
 @pytest.fixture(autouse=True)
 def counting(monkeypatch):
     """An experiment that answers how many files the data have, and reads a variable."""
     rows = [Row("files", lambda setup, seed: Found({"files": len(list(setup.data.rglob("*.png")))}))]
     experiment = Experiment(
-        "table9.1", "", "", {}, (Column("files", "files"),), lambda setup: rows, seeds=1, variables=(VARIABLE,)
+        "table9.1", "", "", {}, (Column("files", "files"),), lambda setup: rows, seeds=1, inputs=("video",)
     )
     monkeypatch.setattr(registry, "experiments", lambda: {"table9.1": experiment})
-    monkeypatch.delenv(VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -50,8 +47,8 @@ def packed(folder, path):
     return path
 
 
-def run(data, out):
-    return reproduce("table9.1", data, out=out, progress=False).data["rows"][0]["mean"]["files"]
+def run(data, out, **inputs):
+    return reproduce("table9.1", data, out=out, progress=False, **inputs).data["rows"][0]["mean"]["files"]
 
 
 def test_cells_of_other_data_are_refused_in_words(birds, tmp_path):
@@ -92,19 +89,17 @@ def test_of_many_files_names_and_sizes_always_count(birds, monkeypatch):
     assert identify(birds) != before
 
 
-def test_what_a_variable_names_is_data_too(birds, tmp_path, monkeypatch):
+def test_further_inputs_are_data_too(birds, tmp_path):
     out = birds / "out"  # within the data: its own files are none of them
     assert run(birds, out) == 6
-    monkeypatch.setenv(VARIABLE, str(birds / "images"))
-    with pytest.raises(CheckpointError, match=f"other data .*{VARIABLE}"):
-        run(birds, out)
+    with pytest.raises(CheckpointError, match="other data .*'video'"):
+        run(birds, out, video=birds / "images")
 
 
-def test_a_folder_without_cells_takes_other_data(birds, tmp_path, monkeypatch):
+def test_a_folder_without_cells_takes_other_data(birds, tmp_path):
     out = tmp_path / "out"
     run(birds, out)
     shutil.rmtree(out / "table9.1" / "cells")
-    monkeypatch.setenv(VARIABLE, str(birds / "images"))
-    assert run(birds, out) == 6
+    assert run(birds, out, video=birds / "images") == 6
     settings = json.loads((out / "table9.1" / "config.json").read_text())
-    assert settings["data"][VARIABLE]["name"] == "images"
+    assert settings["data"]["video"]["name"] == "images"

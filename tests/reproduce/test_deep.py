@@ -32,13 +32,12 @@ def voc(tmp_path):
 
 
 def test_table_2_7_scores_the_classes_that_are_shown(small, voc, tmp_path, monkeypatch):
-    with pytest.warns(UserWarning, match="FACTORKIT_VOC"):
+    with pytest.warns(UserWarning, match="--voc FOLDER"):
         small("table2.7", rows=["cat"])
-    monkeypatch.setenv("FACTORKIT_VOC", str(voc))
     with pytest.warns(UserWarning, match="too few pictures of VOC show dog"):
-        report = small("table2.7", rows=["cat", "dog"])
+        report = small("table2.7", rows=["cat", "dog"], voc=voc, out=tmp_path / "scored")
     found = {row["row"]: row for row in report.data["rows"]}
-    run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
+    run = factorkit.load(tmp_path / "scored" / "runs" / "small-photos-ours-seed0", device="cpu")
     expected = run.evaluate_zero_shot(voc)["classes"]["cat"]
     assert found["cat"]["cells"][0]["scores"]["miou"] == pytest.approx(expected["miou"])
     assert found["cat"]["cells"][0]["scores"]["images"] == 3

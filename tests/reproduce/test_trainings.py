@@ -44,11 +44,12 @@ def asked(monkeypatch, tmp_path):
     monkeypatch.setattr(fig2_16, "train_segdiff", train)
     monkeypatch.setattr(labels, "train_supervised", taught)
     monkeypatch.setattr(table2_7, "_known", {})
-    monkeypatch.setenv(table2_7.VOC, "somewhere")
 
     def ask(name, data, scale="full", **changes):
         found.clear()
-        setup = Setup(name, Path(data), scale, tmp_path, progress=False, changes={**TINY, **changes})
+        setup = Setup(
+            name, Path(data), scale, tmp_path, progress=False, changes={**TINY, **changes}, inputs={"voc": Path("x")}
+        )
         for row in experiments()[name].rows(setup):
             with suppress(NotRun):
                 row.work(setup, 0)

@@ -17,6 +17,7 @@ from factorkit.diffusion.denoiser import GuidedDenoiser
 from factorkit.segdiff import train
 from factorkit.segdiff.class_labels import select_labels
 from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.previews import draw_class_grid
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.rng import BatchDraw
@@ -239,7 +240,7 @@ def test_classes_are_taken_in_turn():
         (3, 1.0, "0 to 2"),
         (-1, 1.0, "0 to 2"),
         ([], 1.0, "empty"),
-        (None, 2.0, "say which"),
+        (None, 2.0, "needs classes="),
         ("rose", -1.0, "guidance=-1"),
         ("rose", float("nan"), "guidance=nan"),
     ],

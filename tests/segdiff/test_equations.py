@@ -52,12 +52,12 @@ def naive_encoder(encoder, x, embedding):
     h = F.conv2d(x, encoder.conv_in.weight, encoder.conv_in.bias, padding=1)
     skips = [h]
     for level in encoder.levels:
-        for i, block in enumerate(level["blocks"]):
+        for i, block in enumerate(level.blocks):
             h = naive_block(block, h, embedding)
-            h = naive_attention(level["attention"][i], h) if len(level["attention"]) else h
+            h = naive_attention(level.attention[i], h) if len(level.attention) else h
             skips.append(h)
-        if "down" in level:
-            h = F.conv2d(h, level["down"].weight, level["down"].bias, stride=2, padding=1)
+        if level.down is not None:
+            h = F.conv2d(h, level.down.weight, level.down.bias, stride=2, padding=1)
             skips.append(h)
     return skips
 
@@ -72,11 +72,11 @@ def naive_decoder(decoder, h, skips, embedding, mask=None):
     skips = list(skips)
     for level in decoder.levels:
         here = None if mask is None else F.interpolate(mask, h.shape[2:], mode="area")
-        for i, block in enumerate(level["blocks"]):
+        for i, block in enumerate(level.blocks):
             h = naive_block(block, torch.cat([h, skips.pop()], 1), embedding, here)
-            h = naive_attention(level["attention"][i], h, here) if len(level["attention"]) else h
-        if "up" in level:
-            up = level["up"]
+            h = naive_attention(level.attention[i], h, here) if len(level.attention) else h
+        if level.up is not None:
+            up = level.up
             h = F.conv2d(h.repeat_interleave(2, 2).repeat_interleave(2, 3), up.weight, up.bias, padding=1)
     assert not skips, "every skip is used once"
     return decoder.conv_out(F.silu(naive_norm(h, decoder.norm_out, mask)))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import factorkit
-from factorkit.cli.commands import score_table
+from factorkit.cli.evaluate import format_scores
 from factorkit.data.procedural.rooms import draw_rooms
 from factorkit.diffusion.denoiser import Denoised
 from factorkit.segdiff.config import preset_config
@@ -240,7 +240,7 @@ def test_many_leaves_are_scored_at_a_coarser_level(monkeypatch):
     scores = run.evaluate(images, truth, num_fit_images=2)
     assert (scores["level"], scores["mapping"], scores["iou"]) == (1, [2], 1)
     assert scores["areas"] == pytest.approx([1 - truth.mean(), 0, truth.mean(), 0])
-    assert "foreground is region 2 of level 1" in score_table(scores)
+    assert "foreground is region 2 of level 1" in format_scores(scores)
     with pytest.raises(ConfigError, match="13 regions cannot be mapped"):
         untrained((13, 2)).evaluate(images, truth, num_fit_images=2)
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from factorkit.segdiff.previews import (
-    draw_image_grid,
     draw_generation_grid,
+    draw_image_grid,
+    draw_segmentation_grid,
+    draw_trajectory_grid,
     make_label_image,
     make_mask_image,
     overlay_regions,
     palette,
-    draw_segmentation_grid,
-    draw_trajectory_grid,
 )
 
 RED, GREEN, BLUE = (np.full((32, 32, 3), color, np.uint8) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255)))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from factorkit.segdiff import task as task_module
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.task import NUM_PROBES, SegdiffTask, noised, predict_masks
+from factorkit.segdiff.task import NUM_PROBES, SegdiffTask, add_noise, predict_masks
 from factorkit.utils.images import pixels_to_signed, signed_to_pixels
 from factorkit.utils.rng import BatchDraw
 
@@ -206,5 +206,5 @@ def test_predicted_masks_come_in_pieces_that_change_nothing(monkeypatch):
     task.model.eval()
     whole = predict_masks(task.model, images, 30, task.schedule)
     assert whole.shape == (5, 3, 8, 8) and whole.dtype == torch.float32
-    monkeypatch.setattr(task_module, "AT_ONCE", 2)
+    monkeypatch.setattr(task_module, "MASK_BATCH_SIZE", 2)
     torch.testing.assert_close(predict_masks(task.model, images, 30, task.schedule), whole)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,7 +18,6 @@ from factorkit.utils.errors import DataError
 from factorkit.utils.images import images_to_pixels
 
 FULL = "imagenet64"
-CLIP = "FACTORKIT_CLIP"  # the variable that names a video, or a folder of frames
 FRAMES, SHOWN = 60, 6
 NOISE = 5.0  # of the drawn clip's sensor, of 255
 
@@ -33,7 +31,7 @@ def rows(setup: Setup) -> list[Row]:
 
 def cell(setup: Setup, seed: int, smooth: float) -> Found:
     run = train(setup, "ours", seed, FULL)
-    path = os.environ.get(CLIP)
+    path = setup.inputs.get("video")
     frames = panning(setup, run.config.resolution) if path is None else open_video(path).frames
     predict = run.predictor(None, "fast")
     options = {"size": run.config.resolution, "upsample": "guided", "smooth": smooth}
@@ -65,12 +63,12 @@ def panning(setup: Setup, resolution: int) -> Iterator[np.ndarray]:
 EXPERIMENT = Experiment(
     name="fig2.14",
     title="frames of a video and their regions",
-    data=f"any pictures to train on; the video, or folder of frames, that {CLIP} names; without: a drawn pan",
+    data="any images to train on; with --video a video or folder of frames, else a pan over a training image",
     duration={"small": "that of table2.1, whose training it shares", "gpu": "not measured", "full": "not measured"},
     columns=(percent("changes", "pixels that change region, %"), Column("frames", "frames", 1, 0)),
     rows=rows,
     figures=("fig2.29", "fig2.30", "fig2.31"),
     seeds=1,
-    variables=(CLIP,),
+    inputs=("video",),
     notes=("Changes are motion and flicker together. The dissertation shows pictures alone, of DAVIS-2017.",),
 )

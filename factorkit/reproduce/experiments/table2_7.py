@@ -1,13 +1,12 @@
 """Table 2.7 and figures 2.13, 2.28: zero-shot segmentation of PASCAL VOC, each class by itself.
 
 Two data sets meet here: the run is trained on the setup's (the dissertation's: ImageNet, told its classes), and scored
-on the VOC that the environment names.
+on the VOC given by ``voc``.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.images import pixels_to_signed
 
 FULL = "imagenet64"
-VOC = "FACTORKIT_VOC"  # the variable that names its folder
 SHOWN = 6  # pictures of each class
 THESIS = (
     (0.82, 0.57),
@@ -62,9 +60,9 @@ def rows(setup: Setup) -> list[Row]:
 
 
 def cell(setup: Setup, seed: int, name: str) -> Found:
-    voc = os.environ.get(VOC)
-    if not voc:
-        raise NotRun(f"set {VOC} to the folder of PASCAL VOC 2012 (VOCdevkit), which is scored")
+    voc = setup.inputs.get("voc")
+    if voc is None:
+        raise NotRun("give the folder of PASCAL VOC 2012 (VOCdevkit), which is scored: --voc FOLDER")
     found = _scored(setup, seed, voc)
     one = found.scores["classes"].get(name)
     if one is None:
@@ -82,10 +80,10 @@ class _Scored:
     scores: dict[str, Any]
 
 
-_known: dict[tuple[Path, str, str], _Scored] = {}  # every row asks for one class of the same
+_known: dict[tuple[Path, Path, str], _Scored] = {}  # every row asks for one class of the same
 
 
-def _scored(setup: Setup, seed: int, voc: str) -> _Scored:
+def _scored(setup: Setup, seed: int, voc: Path) -> _Scored:
     named = setup.data is not None and open_dataset(setup.data, holdout="none").class_names is not None
     label = "classes" if named else "ours"
     key = (run_folder(setup, label, seed, FULL), voc, setup.identity)
@@ -113,7 +111,7 @@ def _sheet(found: _Scored, name: str, one: dict[str, Any]) -> Image.Image:
 EXPERIMENT = Experiment(
     name="table2.7",
     title="zero-shot segmentation of PASCAL VOC by a mapping of labels",
-    data=f"ImageNet in folders, or any pictures; and VOC 2012, where {VOC} says",
+    data="ImageNet in folders, or any images; with --voc PASCAL VOC 2012, which is scored",
     duration={"small": "not measured", "gpu": "not measured", "full": "not measured (thesis: 32 V100)"},
     columns=(percent("acc", "Acc"), percent("miou", "mIoU"), percent("iou", "IoU"), Column("images", "images", 1, 0)),
     rows=rows,
@@ -123,7 +121,7 @@ EXPERIMENT = Experiment(
     ),
     figures=("fig2.13", "fig2.28"),
     seeds=1,
-    variables=(VOC,),
+    inputs=("voc",),
     notes=(
         "The pictures of val that show a class, cut to their centred square; one mapping from regions to the class, "
         "fitted on up to 16 pictures of train. mIoU: the mean of the IoU of the class and of all else.",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.nn.blocks import ResBlock
+from factorkit.nn.unet import ResBlock
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import add_noise
 from factorkit.utils.errors import ConfigError
@@ -34,7 +34,7 @@ def chosen_blocks(run: SegdiffRun) -> list[ResBlock]:
     """
     if run.config.regions != 1:
         raise ConfigError(f"features are read off a plain DDPM, regions=1; this run has regions={run.config.regions}")
-    blocks = [block for level in run.model.decoder.levels for block in level["blocks"]]
+    blocks = [block for level in run.model.decoder.levels for block in level.blocks]
     return [blocks[i] for i in sorted({len(blocks) * place // OF_BLOCKS for place in BLOCKS})]
 
 

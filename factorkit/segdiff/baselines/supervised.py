@@ -16,7 +16,7 @@ from factorkit.engine.run_folder import claimed
 from factorkit.engine.step import StepLoss
 from factorkit.engine.trainer import Trainer
 from factorkit.metrics.class_matching import IGNORE_LABEL
-from factorkit.nn import Decoder, Encoder, Middle, TimeEmbedding
+from factorkit.nn.unet import Decoder, Encoder, Middle, TimeEmbedding
 from factorkit.report.image_grid import draw_image_grid
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.previews import overlay_enlarged

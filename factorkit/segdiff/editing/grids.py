@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from factorkit.report.image_grid import PAPER_COLOR, Caption, draw_image_grid
-from factorkit.segdiff.previews import overlay_enlarged, palette, build_sequence_rows
+from factorkit.segdiff.previews import build_sequence_rows, overlay_enlarged, palette
 from factorkit.utils.images import unit_to_uint8
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +17,14 @@ from factorkit.data.decode import to_rgb
 from factorkit.data.open import open_source
 from factorkit.data.sources import CHANNEL_COUNTS, Source
 from factorkit.diffusion.schedule import Schedule
-from factorkit.nn.guided_filter import apply_guidance, fit_guidance, stretch
+from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, resize_rows
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.task import predict_masks
 from factorkit.utils.errors import ConfigError, DataError, OutOfMemory, is_out_of_memory
 from factorkit.utils.images import pixels_to_images, pixels_to_signed
 
 UPSAMPLINGS = ("guided", "bilinear")
+QUALITIES = ("fast", "best")
 TILE, OVERLAP = 4, 1  # sides of a tile and of what neighbours share, in training resolutions
 LONGEST = 64  # short sides in a long one: a picture still longer is squeezed to that before the network sees it
 # The guided filter, on a grid of twice the network's: windows reach an eighth of the short side to each side. Chosen on
@@ -102,15 +102,15 @@ def own_pixels(masks: Tensor, seen: Seen) -> Iterator[tuple[slice, Tensor]]:
     guidance = None
     if seen.guide is not None:
         on_grid = F.interpolate(masks[None], seen.guide.shape[:2], mode="bilinear", align_corners=False)
-        guidance = fit_guidance(_colours(seen.guide), on_grid, seen.radius, EPS)
+        guidance = fit_guided_filter(_colours(seen.guide), on_grid, seen.radius, EPS)
     step = max(1, BAND // width)
     for top in range(0, height, step):
         rows = slice(top, min(top + step, height))
         if guidance is None:
-            band = stretch(masks[None], height, rows, width)[0]
+            band = resize_rows(masks[None], height, rows, width)[0]
         else:
             colours = _colours(np.asarray(seen.picture.crop((0, rows.start, width, rows.stop))))
-            band = apply_guidance(guidance, colours, rows, height)[0].clamp_min(0)
+            band = apply_guided_filter(guidance, colours, rows, height)[0].clamp_min(0)
             band = band / band.sum(0)  # at least 1: before, all of them summed to 1
         yield rows, band
 
@@ -178,55 +178,23 @@ def masks_of(
         raise OutOfMemory(no_room(picture, size)) from error
 
 
-class Quality(NamedTuple):
-    """Looks whose masks are averaged: every combination of levels, draws and sides.
-
-    Attributes:
-        levels: noise levels, in units of the one asked for.
-        draws: of noise at each level; the first is that of a single look.
-        flip: look at the mirror image too.
-    """
-
-    levels: tuple[float, ...] = (1.0,)
-    draws: int = 1
-    flip: bool = False
-
-
-QUALITIES = {"fast": Quality(), "best": Quality(flip=True)}
-
-
-def quality_of(quality: str | Quality, mirrored: bool) -> Quality:
-    """The looks behind a name, or those given.
-
-    mirrored: whether the training showed mirror images. Where it did not, as left and right mean something, the best
-        look is the only one: regions in the mirror image of a horse that faces left are nothing the model has learned.
-
-    Raises:
-        ConfigError: an unknown name, or looks that are none.
-    """
-    if isinstance(quality, Quality):
-        if quality.draws < 1 or not quality.levels or min(quality.levels) < 0:
-            raise ConfigError(f"{quality}: at least one draw and one level, none below 0, are a look")
-        return quality
-    if quality not in QUALITIES:
-        raise ConfigError(f"quality={quality!r} is unknown; choose one of {', '.join(QUALITIES)}, or give a Quality")
-    return QUALITIES[quality]._replace(flip=QUALITIES[quality].flip and mirrored)
-
-
-def averaged_masks(
-    model: nn.Module, images: Tensor, t: int, schedule: Schedule, quality: Quality, label: int | None = None
+def average_masks(
+    model: nn.Module, images: Tensor, t: int, schedule: Schedule, flip: bool, label: int | None = None
 ) -> Tensor:
-    """Masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1], the mean over all looks around level t.
+    """Masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1] at time step t.
 
-    label: the class the model is told, where it knows classes; None tells it of none.
+    Args:
+        model: the network.
+        images: of any size that it can halve.
+        t: time step of the noise.
+        schedule: of the noise.
+        flip: average them with those of the mirrored images.
+        label: the class the model is conditioned on; None: no class.
     """
-    levels = [min(round(share * t), schedule.steps - 1) for share in quality.levels]
-    looks = list(product(levels, range(quality.draws), (False, True) if quality.flip else (False,)))
-    total = torch.zeros(())
-    for level, draw, mirrored in looks:
-        masks = predict_masks(model, images.flip(3) if mirrored else images, level, schedule, draw, label)
-        total = total + (masks.flip(3) if mirrored else masks)
-    return total / len(looks)
+    masks = predict_masks(model, images, t, schedule, label)
+    if not flip:
+        return masks
+    return (masks + predict_masks(model, images.flip(3), t, schedule, label).flip(3)) / 2
 
 
 def as_pictures(images: Any) -> tuple[list[Image.Image], list[str]]:

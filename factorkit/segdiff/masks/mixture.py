@@ -85,7 +85,9 @@ def colour_evidence(x: Tensor, squares: Tensor, masks: Tensor) -> tuple[Tensor, 
     mean = masks @ x / area
     covariance = (masks @ squares / area).unflatten(2, (3, 3)) - mean[..., :, None] * mean[..., None, :]
     eye, area = torch.eye(3, device=x.device), area[..., None]
-    covariance = (covariance * area + PSEUDO_PIXELS * PSEUDO_VARIANCE * eye) / (area + PSEUDO_PIXELS) + MIN_VARIANCE * eye
+    covariance = (covariance * area + PSEUDO_PIXELS * PSEUDO_VARIANCE * eye) / (
+        area + PSEUDO_PIXELS
+    ) + MIN_VARIANCE * eye
     inverse, determinant = invert(covariance)
     away = x[:, None] - mean[:, :, None]
     slopes = -away @ inverse

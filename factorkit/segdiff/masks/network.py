@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from factorkit.nn import Decoder
+from factorkit.nn.unet import Decoder
 from factorkit.segdiff.masks.proposal import Encoding, MaskProposal, MaskProposer
 from factorkit.utils import distributed
 

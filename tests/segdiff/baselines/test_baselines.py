@@ -88,7 +88,7 @@ def test_supervised_loss_averages_over_counted_pixels(quadrants):
 
 def test_pixel_features_come_from_the_published_blocks(stirred_run, pictures):
     run = stirred_run(regions=1, channel_mult=(1, 2), num_res_blocks=2)
-    blocks = [block for level in run.model.decoder.levels for block in level["blocks"]]
+    blocks = [block for level in run.model.decoder.levels for block in level.blocks]
     assert len(blocks) == 6 and chosen_blocks(run) == [blocks[1], blocks[2], blocks[4]]
     features = pixel_features(run, pictures(3))
     channels = sum(block.conv2.out_channels for block in chosen_blocks(run))

@@ -11,7 +11,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.masks import mixture as module
 from factorkit.segdiff.masks.mixture import EM_ROUNDS, UNIFORM_SHARE, SpatialMixture, colour_evidence, invert
-from factorkit.segdiff.task import SegdiffTask, noised
+from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw

@@ -1,0 +1,49 @@
+"""What every command is made of: a dataclass of its options that does the work.
+
+torch takes seconds to import. Command modules therefore import everything that needs it inside their functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+#: The result of a command: data for JSON, and text for a terminal.
+Result = tuple[dict[str, Any], str]
+
+Flag = FlagCreatePairsOff[bool]  # an option without a --no- form
+OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+OptionalName = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
+NoiseLevel = Annotated[int | None, arg(aliases=["-t"], metavar="INT", help_behavior_hint="")]
+Device = Annotated[str, arg(metavar="auto|cpu|cuda|cuda:N")]
+Paths = Positional[Annotated[tuple[Path, ...], arg(metavar="PATHS...", help_behavior_hint="(required)")]]
+
+
+@dataclass(kw_only=True)
+class Command:
+    """Options that every command has."""
+
+    json: Flag = False
+    """Print the result as one JSON object, the only line on standard output."""
+    debug: Flag = False
+    """Show the traceback of an error."""
+
+    BASIC: ClassVar[tuple[str, ...]] = ()  # the options that --help explains; empty for all of them
+
+    def execute(self) -> Result:
+        """Do the work of the command."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class RunCommand(Command):
+    """Options of every command that uses a trained run. With torchrun, every process executes the command."""
+
+    run: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """The run folder, or one .safetensors file."""
+    device: Device = "auto"
+    """Where to compute. auto uses a GPU if there is one."""

@@ -1,0 +1,208 @@
+"""``factorkit evaluate``, and the tables of scores that other commands print too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, OptionalName, OptionalPath, Result, RunCommand
+from factorkit.utils.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class Evaluate(RunCommand):
+    """Score a segdiff run against masks, or a nerfdiff run against views with true poses.
+
+    --images and --masks: Acc, IoU and DICE of the foreground, averaged over images.
+    --data: scores of each class of a data set whose masks hold classes, such as PASCAL VOC (zero-shot transfer, table
+    2.7). Each class is scored on the images that show it.
+    --views: errors of the cameras in degrees, PSNR and SSIM of the renders.
+
+    The mapping from regions to foreground is fitted on the first --num-fit-images labelled images and then fixed; the
+    other images are scored. The oracle chooses the mapping for each image by its own label: it is an upper bound, not a result.
+    Images and masks match by name (x.jpg with x.png, x_mask.png or x_seg.png); images without a mask are left out. A
+    run folder keeps the scores in scores.json.
+
+    EXAMPLES
+        factorkit evaluate runs/flowers --images photos/ --masks masks/ --ignore 128 --num-fit-images 16
+        factorkit evaluate runs/flowers --images photos/ --masks masks/ --baselines
+        factorkit evaluate runs/imagenet --data VOCdevkit/ --split val
+        factorkit evaluate runs/lego --views lego/ --split test --json
+    """
+
+    images: OptionalPath = None
+    """Folder, .zip or array of images."""
+    masks: OptionalPath = None
+    """Folder, .zip or array of masks. Every value above 0 is foreground."""
+    data: OptionalPath = None
+    """Data set with masks of classes, in any layout that `factorkit prepare --list` names."""
+    views: OptionalPath = None
+    """Views with true poses, in any format that `factorkit train nerfdiff` reads."""
+    split: OptionalName = None
+    """With --views: train or test; the default is all views. With --data: the split to score; the default is val."""
+    num_fit_images: OptionalInt = None
+    """Labelled images that fit the mapping, at most half of them. The default is the run's own (16)."""
+    ignore: OptionalInt = None
+    """Mask value of pixels that are not scored. The default is the run's own."""
+    baselines: Flag = False
+    """Also score predictors that learn nothing: all foreground, centre disc, mean mask, colour 2-means, GrabCut."""
+    size: OptionalInt = None
+    """Pixels a side at which to score. The default is the model's resolution."""
+    quality: Literal["fast", "best"] = "fast"
+    """See factorkit segment --help."""
+    t: NoiseLevel = None
+    """Noise level for segmentation, 0 to T-1. The default is the run's own."""
+    nesting: Annotated[tuple[int, ...], arg(metavar="INT INT...", help_behavior_hint="")] = ()
+    """Score every level of a hierarchy against masks that hold labels within labels, so many at each level. With 3 3,
+    label 3 i + j is part j of class i."""
+    mask_set: OptionalName = None
+    """With --data: the set of masks, for a data set that has several."""
+    label_map: OptionalPath = None
+    """With --data: a .json file that maps each class of the data set to the class of the run that the model is
+    conditioned on. The default is the dissertation's mapping for VOC and a run on ImageNet, and none for others."""
+    refine: int = 0
+    """With --views: steps that refine the poses that the encoder predicts."""
+
+    BASIC = (
+        "run",
+        "images",
+        "masks",
+        "data",
+        "views",
+        "split",
+        "num_fit_images",
+        "ignore",
+        "baselines",
+        "device",
+        "json",
+        "debug",
+    )
+
+    def execute(self) -> Result:
+        if self.views is not None:
+            return self._score_views(self.views)
+        if self.data is not None:
+            return self._score_classes(self.data)
+        if self.images is None or self.masks is None:
+            raise ConfigError("nothing to score with: give --images and --masks, --data, or --views for a nerfdiff run")
+        from factorkit.segdiff.run import SegdiffRun
+        from factorkit.segdiff.verdict import write_report
+        from factorkit.utils import distributed
+
+        run = SegdiffRun.load(self.run, device=self.device)
+        scores = run.evaluate(
+            self.images,
+            self.masks,
+            num_fit_images=self.num_fit_images,
+            ignore=self.ignore,
+            baselines=self.baselines,
+            t=self.t,
+            size=self.size,
+            quality=self.quality,
+            nesting=self.nesting or None,
+        )
+        if (folder := run.folder) is not None:
+            distributed.on_first(lambda: write_report(folder))
+        return scores, format_scores(scores)
+
+    def _score_views(self, path: Path) -> Result:
+        import time
+
+        from factorkit.data.views.open import open_views
+        from factorkit.nerfdiff.run import NerfdiffRun
+        from factorkit.nerfdiff.verdict import write_report
+        from factorkit.utils import distributed
+
+        if self.split not in (None, "train", "test"):
+            raise ConfigError(f"--split {self.split}: views have the splits train and test")
+        start, run = time.perf_counter(), NerfdiffRun.load(self.run, device=self.device)
+        views = open_views(path, self.split, max(run.model.size), run.model.background.tolist())
+        scores = run.evaluate(views, refine=self.refine)
+        if (folder := run.folder) is not None:
+            distributed.on_first(lambda: write_report(folder))
+        return {**scores, "seconds": time.perf_counter() - start}, format_pose_scores(scores)
+
+    def _score_classes(self, data: Path) -> Result:
+        from factorkit.segdiff.run import SegdiffRun
+
+        label_map = None if self.label_map is None else _read_label_map(self.label_map)
+        scores = SegdiffRun.load(self.run, device=self.device).evaluate_zero_shot(
+            data,
+            num_fit_images=self.num_fit_images,
+            t=self.t,
+            quality=self.quality,
+            mask_set=self.mask_set,
+            split=self.split or "val",
+            label_map=label_map,
+        )
+        lines = [f"{'class':<20} {'condition':<20} {'images':>6} {'Acc':>6} {'IoU':>6} {'mIoU':>6}"]
+        for name, of_class in scores["classes"].items():
+            numbers = " ".join(f"{of_class[key]:6.3f}" for key in ("acc", "iou", "miou"))
+            lines.append(f"{name:<20} {of_class['told'] or '-':<20} {of_class['images']:6} {numbers}")
+        lines.append(f"{'mean':<48} " + " ".join(f"{scores[key]:6.3f}" for key in ("acc", "iou", "miou")))
+        if scores["missing"]:
+            lines.append("too few images to score: " + ", ".join(scores["missing"]))
+        return scores, "\n".join(lines)
+
+
+def format_scores(scores: dict[str, Any]) -> str:
+    """Format Acc, IoU and DICE of a segdiff model, its oracle and the baselines, and what they were measured on."""
+    if "within" in scores:
+        return _format_hierarchy(scores)
+    from factorkit.metrics.baselines import BASELINES
+
+    metrics = ("acc", "iou", "dice")
+    rows = [("model", scores), ("  oracle, best for each image", {key: scores[f"oracle_{key}"] for key in metrics})]
+    baselines = scores.get("baselines", {})
+    rows += [(name.replace("_", " "), baselines[name]) for name in BASELINES if name in baselines]
+    lines = [f"{'':<30} {'Acc':>6} {'IoU':>6} {'DICE':>6}"]
+    for name, values in rows:
+        numbers = values.get("unavailable") or " ".join(f"{values[key]:6.3f}" for key in metrics)
+        lines.append(f"{name:<30} {numbers}")
+    foreground = ", ".join(map(str, scores["mapping"]))
+    if "level" in scores:
+        foreground += f" of level {scores['level']}"
+    lines.append(
+        f"{scores['scored']} images scored at {scores['size']} px; foreground is region {foreground}, fitted on "
+        f"{scores['fitted_on']} others; areas of the regions {'/'.join(f'{area:.2f}' for area in scores['areas'])}"
+    )
+    return "\n".join(lines)
+
+
+def format_pose_scores(scores: dict[str, Any]) -> str:
+    """Format the errors of a nerfdiff model in degrees and decibels."""
+
+    def degrees(prefix: str) -> str:
+        median, share = scores[f"{prefix}rotation_median_deg"], scores[f"{prefix}under_10_deg"]
+        return f"{median:6.2f} degrees in the median, {share:.0%} under 10"
+
+    lines = [f"training cameras  {degrees('')}"] if "rotation_median_deg" in scores else []
+    lines.append(f"encoder's cameras {degrees('encoder_')}, of {scores['views']} views")
+    for name, suffix in (("true cameras", ""), ("encoder's cameras", "_encoder")):
+        parts = [f"{k.upper()} {scores[k + suffix]:.3f}" for k in ("ssim", "lpips") if k + suffix in scores]
+        lines.append(f"views from {name:<18} PSNR {scores['psnr' + suffix]:.2f} dB  " + "  ".join(parts))
+    return "\n".join(lines)
+
+
+def _format_hierarchy(scores: dict[str, Any]) -> str:
+    lines = [f"{'':<10} {'accuracy':>9} {'within':>7} {'largest class':>14}"]
+    levels = zip(scores["accuracy"], scores["within"], scores["chance"], strict=True)
+    lines += [f"level {n:<4} {a:9.3f} {w:7.3f} {c:14.3f}" for n, (a, w, c) in enumerate(levels, start=1)]
+    lines.append("accuracy: right at this level and all above; within: right among those right at the level above")
+    lines.append(f"{scores['scored']} images scored at {scores['size']} px; matched on {scores['fitted_on']} others")
+    return "\n".join(lines)
+
+
+def _read_label_map(path: Path) -> dict[str, Any]:
+    from factorkit.utils.safe_reading import read_json
+
+    try:
+        label_map = read_json(path)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(label_map, dict):
+        raise ConfigError(f'{path}: give an object of classes, such as {{"dog": "Maltese dog"}}')
+    return label_map

@@ -1,0 +1,114 @@
+"""``factorkit generate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from factorkit.cli.base import Flag, Result, RunCommand
+
+if TYPE_CHECKING:
+    from factorkit.segdiff.run import Generation
+
+TRAJECTORY_COLUMNS, TRAJECTORY_SAMPLES = 10, 8  # denoising steps and images in trajectory.png
+GRID_COLUMNS = 8
+
+Sampler = Literal["ddim", "ddpm", "heun", "dpm++"]
+
+
+@dataclass(kw_only=True)
+class Generate(RunCommand):
+    """Generate new images together with their masks.
+
+    OUT receives generated_0000.png, generated_0000_labels.png, generated_0000_mask_K.png and so on, and
+    contact_sheet.png with all of them.
+
+    EXAMPLES
+        factorkit generate runs/photos -n 16 --out generated
+        factorkit generate runs/photos -n 4 --out generated --sampler ddpm --steps 250 --trajectory
+        factorkit generate runs/photos -n 16 --out generated --sampler dpm++ --steps 20
+        factorkit generate runs/kinds -n 64 --out generated --classes all --guidance 2
+    """
+
+    out: Path
+    """Folder to write to. It is created if needed."""
+    count: Annotated[int, arg(aliases=["-n"])] = 16
+    """Number of images."""
+    sampler: Sampler = "ddim"
+    """ddim is deterministic and needs few steps. dpm++ and heun are of second order; heun calls the
+    network twice per step. ddpm is ancestral sampling. Each of them works with every prediction type."""
+    steps: int = 50
+    """Denoising steps."""
+    seed: int = 0
+    """The same seed generates the same images."""
+    classes: Annotated[tuple[str, ...], arg(metavar="NAMES...", help_behavior_hint="")] = ()
+    """For a run with classes: the classes to generate, in turn, or all. The default is no class."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance. 1 is none; 2 to 4 is usual, at twice the cost."""
+    trajectory: Flag = False
+    """Also write trajectory.png: the first 8 images and their regions during denoising."""
+
+    def execute(self) -> Result:
+        from factorkit.segdiff.run import SegdiffRun
+        from factorkit.utils import distributed
+
+        generation = SegdiffRun.load(self.run, device=self.device).generate(
+            self.count,
+            sampler=self.sampler,
+            steps=self.steps,
+            seed=self.seed,
+            classes="all" if self.classes == ("all",) else self.classes or None,
+            guidance=self.guidance,
+            trajectory=self.trajectory,
+            progress=True,
+        )
+        data = distributed.on_first(lambda: write_generated(generation, self.out))
+        return data, f"{data['generated']} generated: {self.out}\ncontact sheet: {data['contact_sheet']}"
+
+
+def write_generated(generation: Generation, out: Path) -> dict[str, Any]:
+    """Write generated images, their labels and masks if there are several regions, and image grids of all.
+
+    Returns:
+        The paths and the number of images.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from factorkit.report.image_grid import draw_image_grid
+    from factorkit.segdiff import previews
+    from factorkit.utils.atomic import save_image
+    from factorkit.utils.images import images_to_pixels
+
+    out.mkdir(parents=True, exist_ok=True)
+    images, masks, labels = images_to_pixels(generation.images), generation.masks.numpy(), generation.labels.numpy()
+    has_regions = masks.shape[1] > 1
+    for i, image in enumerate(images):
+        path = out / f"generated_{i:04d}"
+        save_image(Image.fromarray(image), Path(f"{path}.png"))
+        if has_regions:
+            save_image(previews.make_label_image(labels[i]), Path(f"{path}_labels.png"))
+            for k, mask in enumerate(masks[i]):
+                save_image(previews.make_mask_image(mask), Path(f"{path}_mask_{k}.png"))
+    data: dict[str, Any] = {"out": str(out), "generated": len(images), "contact_sheet": str(out / "contact_sheet.png")}
+    if generation.classes is not None:
+        grid = previews.draw_class_grid(images, masks, generation.classes)
+        data["classes"] = generation.classes
+    elif has_regions:
+        grid = previews.draw_generation_grid(images, masks, labels)
+    else:
+        grid = draw_image_grid([list(images[i : i + GRID_COLUMNS]) for i in range(0, len(images), GRID_COLUMNS)])
+    save_image(grid, Path(data["contact_sheet"]))
+    if generation.trajectory is not None:
+        count = len(generation.trajectory)
+        columns = np.linspace(0, count - 1, min(TRAJECTORY_COLUMNS, count)).round().astype(int)
+        steps = [generation.trajectory[i] for i in columns]
+        regions = [step.masks[:TRAJECTORY_SAMPLES].argmax(1).numpy() for step in steps] if has_regions else None
+        images_of_steps = [images_to_pixels(step.images[:TRAJECTORY_SAMPLES]) for step in steps]
+        data["trajectory"] = str(out / "trajectory.png")
+        grid = previews.draw_trajectory_grid(images_of_steps, regions, [step.t for step in steps])
+        save_image(grid, Path(data["trajectory"]))
+    return data

@@ -1,0 +1,110 @@
+"""``factorkit reproduce``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from factorkit.cli.base import Command, Device, Flag, OptionalInt, OptionalPath, Result
+from factorkit.cli.data import parse_holdout
+from factorkit.utils.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class Reproduce(Command):
+    """Run a table or figure of the dissertation.
+
+    OUT/NAME receives table.md, table.json, images/ and cells/ with one JSON for every row and seed. A finished cell is
+    not run again, so the same command continues after an interruption. Trainings lie in OUT/runs and are shared by all
+    experiments. Published numbers stand beside ours, marked as cited.
+
+    EXAMPLES
+        factorkit reproduce --list
+        factorkit reproduce table2.1 --data flowers/ --seeds 5
+        factorkit reproduce table2.6 --data CUB_200_2011/ --scale gpu --out runs/cub
+        factorkit reproduce table2.7 --data imagenet/ --voc VOCdevkit/
+        factorkit reproduce fig3.11 --data lego/ --seeds 1
+    """
+
+    name: Positional[Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]] = None
+    """Name of the table or figure, see --list."""
+    list: Flag = False
+    """List every table and figure with its data, duration, columns and the numbers of the dissertation."""
+    data: OptionalPath = None
+    """Data to train on and score, in any format that `factorkit train` reads. The default is procedural data."""
+    voc: OptionalPath = None
+    """For table2.7: folder of PASCAL VOC 2012, which is scored."""
+    video: OptionalPath = None
+    """For fig2.14: video or folder of frames to segment. The default is a pan over a training image."""
+    scale: Literal["small", "gpu", "full"] = "small"
+    """small: 32 pixels, for a CPU. gpu: 64 pixels and 128 channels. full: the settings of the dissertation."""
+    out: Path = Path("runs/reproduce")
+    """Folder of all experiments on one data set."""
+    seeds: OptionalInt = None
+    """Number of seeds, from 0 on. The default is given by --list."""
+    rows: tuple[str, ...] = ()
+    """Names of the rows to run. The default is all."""
+    ignore: OptionalInt = None
+    """Mask value of pixels that are not scored."""
+    holdout: Annotated[str | None, arg(metavar="STR", help_behavior_hint="")] = None
+    """Labelled images kept out of training, see factorkit prepare --help."""
+    device: Device = "auto"
+    """Where to train. auto uses a GPU if there is one."""
+
+    def execute(self) -> Result:
+        if self.list:
+            return list_experiments()
+        if self.name is None:
+            raise ConfigError("nothing to reproduce: give a table or figure, or --list to see them all")
+        from factorkit.cli.train import report_interruption
+        from factorkit.reproduce import reproduce
+
+        with report_interruption(self.out):
+            report = reproduce(
+                self.name,
+                self.data,
+                voc=self.voc,
+                video=self.video,
+                scale=self.scale,
+                out=self.out,
+                seeds=self.seeds,
+                rows=self.rows,
+                device=self.device,
+                ignore=self.ignore,
+                holdout=None if self.holdout is None else parse_holdout(self.holdout),
+            )
+        table = report.folder / "table.md"
+        return {**report.data, "folder": str(report.folder)}, f"{report.text}\n\ntable  {table}"
+
+
+def list_experiments() -> Result:
+    """List all experiments with what each one needs and prints."""
+    from factorkit.reproduce import experiments
+    from factorkit.reproduce.table import format_citation
+
+    data, lines = [], []
+    for experiment in experiments().values():
+        citations = [format_citation(experiment, citation) for citation in experiment.citations]
+        columns = [column.title for column in experiment.columns]
+        data.append(
+            {
+                "name": experiment.name,
+                "title": experiment.title,
+                "figures": list(experiment.figures),
+                "data": experiment.data,
+                "duration": dict(experiment.duration),
+                "prints": columns,
+                "seeds": experiment.seeds,
+                "citations": citations,
+            }
+        )
+        figures = f"  (draws {', '.join(experiment.figures)})" if experiment.figures else ""
+        lines += [f"{experiment.name}  {experiment.title}{figures}", f"    data    {experiment.data}"]
+        lines += [f"    {scale:<6}  {duration}" for scale, duration in experiment.duration.items()]
+        seeds = f"{experiment.seeds} seed{'s' * (experiment.seeds != 1)}"
+        lines += [f"    prints  {', '.join([*columns, seeds])}" if columns else "    prints  images"]
+        lines += [f"    cited   {citation}" for citation in citations] + [""]
+    return {"experiments": data}, "\n".join(lines).rstrip()

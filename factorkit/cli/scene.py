@@ -1,0 +1,307 @@
+"""``factorkit pose``, ``reconstruct``, ``render``, ``sample``, ``export`` and ``view``: use a nerfdiff run."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from factorkit.cli.base import Flag, OptionalInt, OptionalPath, Paths, Result, RunCommand
+from factorkit.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from factorkit.data.views.views import Views
+    from factorkit.nerfdiff.run import NerfdiffRun
+    from factorkit.nerfdiff.viewer import Shown
+
+CHECKPOINT_POLL_SECONDS = 5.0
+GRID_VIEWS, TRAJECTORY_STEPS = 10, 10  # at most, in an image grid
+DEFAULT_FOV_DEGREES = 50.0  # of images that come without a focal length
+
+
+@dataclass(kw_only=True)
+class Pose(RunCommand):
+    """Predict from where images of a known scene were taken.
+
+    The result is a camera-to-world matrix for each image in the coordinates of the run (OpenGL axes), and the score of
+    every candidate camera.
+
+    EXAMPLES
+        factorkit pose runs/lego photo.png more/ --json
+        factorkit pose runs/lego photo.png --out poses.json
+    """
+
+    paths: Paths
+    """Images, a folder of images, or views in any format that train reads."""
+    out: OptionalPath = None
+    """JSON file to write."""
+    refine: int = 0
+    """Steps that refine the poses by the photometric error, with --check from the checked candidate. 60 steps remove
+    the last degrees."""
+    check: Flag = False
+    """Choose the candidate whose render is most similar to the image, instead of the one with the best score."""
+
+    def execute(self) -> Result:
+        from factorkit.engine.run_folder import write_json
+        from factorkit.utils import distributed
+
+        run = _load(self)
+        views = open_images(run, self.paths)
+        result = run.predict_pose(views, refine=self.refine, check=self.check)
+        frames = [
+            {"name": name, "camera_to_world": matrix, "scores": scores}
+            for name, matrix, scores in zip(views.names, result.poses.tolist(), result.scores.tolist(), strict=True)
+        ]
+        if (out := self.out) is not None:
+            distributed.on_first(lambda: write_json(out, {"frames": frames}))
+        lines = [f"{f['name']}: at " + ", ".join(f"{row[3]:.3f}" for row in f["camera_to_world"][:3]) for f in frames]
+        return {"frames": frames, "out": None if out is None else str(out)}, "\n".join(lines)
+
+
+@dataclass(kw_only=True)
+class Reconstruct(RunCommand):
+    """Render the scene from the predicted poses of images.
+
+    OUT receives NAME.png and NAME_depth.png for each image, and contact_sheet.png with images beside renders.
+
+    EXAMPLES
+        factorkit reconstruct runs/lego photo.png more/ --out rendered
+    """
+
+    paths: Paths
+    """Images, a folder of images, or views in any format that train reads."""
+    out: Path
+    """Folder to write to. It is created if needed."""
+    size: OptionalInt = None
+    """Pixels of the longer side. The default is the training resolution."""
+
+    def execute(self) -> Result:
+        from PIL import Image
+
+        from factorkit.nerfdiff.previews.views import disparity_image, views_sheet
+        from factorkit.utils import distributed
+        from factorkit.utils.images import images_to_pixels
+
+        run = _load(self)
+        views = open_images(run, self.paths)
+        renders = run.reconstruct(views, self.size)
+        path = self.out / "contact_sheet.png"
+
+        def write() -> None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            disparities = disparity_image(renders.depth, renders.opacity)
+            for name, image, depth in zip(views.names, images_to_pixels(renders.images), disparities, strict=True):
+                place = self.out / name.replace("/", "_")
+                Image.fromarray(image).save(place.with_suffix(".png"))
+                Image.fromarray(depth).save(place.with_name(place.stem + "_depth.png"))
+            n = slice(0, GRID_VIEWS)
+            height, width = renders.images.shape[2:]
+            originals = views.resize((height, width)).images[n]
+            views_sheet(originals, renders.images[n], renders.depth[n], renders.opacity[n], views.names[n]).save(path)
+
+        distributed.on_first(write)
+        data = {"out": str(self.out), "reconstructed": len(views), "contact_sheet": str(path)}
+        return data, f"{len(views)} reconstructed: {self.out}\ncontact sheet: {path}"
+
+
+@dataclass(kw_only=True)
+class Render(RunCommand):
+    """Render the scene along a camera path.
+
+    EXAMPLES
+        factorkit render runs/lego --out orbit.gif
+        factorkit render runs/lego --path spiral --frames 120 --size 400 --out spiral.mp4
+        factorkit render runs/lego --out frames/
+    """
+
+    out: Path
+    """A .gif or .mp4 file, or a folder for PNG files."""
+    path: Literal["orbit", "spiral"] = "orbit"
+    """orbit: once around at a constant height. spiral: once around while rising and sinking."""
+    frames: int = 60
+    """Number of images."""
+    size: OptionalInt = None
+    """Pixels of the longer side. The default is the training resolution."""
+
+    def execute(self) -> Result:
+        from factorkit.nerfdiff.export.frames import write_frames
+        from factorkit.utils import distributed
+
+        images = _load(self).render_path(self.path, self.size, self.frames).images
+        distributed.on_first(lambda: write_frames(self.out, images))
+        return {"out": str(self.out), "frames": self.frames}, f"{self.frames} frames: {self.out}"
+
+
+@dataclass(kw_only=True)
+class Sample(RunCommand):
+    """Generate views and their cameras from pure noise.
+
+    OUT receives view_0000.png and so on, poses.json, and with --trajectory trajectory.png with the denoising steps.
+
+    EXAMPLES
+        factorkit sample runs/lego -n 8 --out sampled --trajectory
+    """
+
+    out: Path
+    """Folder to write to. It is created if needed."""
+    count: Annotated[int, arg(aliases=["-n"])] = 4
+    """Number of views."""
+    steps: OptionalInt = None
+    """Denoising steps. The default is the whole schedule."""
+    seed: int = 0
+    """The same seed generates the same views."""
+    trajectory: Flag = False
+    """Also show the views during denoising."""
+
+    def execute(self) -> Result:
+        import numpy as np
+        from PIL import Image
+
+        from factorkit.engine.run_folder import write_json
+        from factorkit.nerfdiff.previews.views import novel_sheet
+        from factorkit.utils import distributed
+        from factorkit.utils.images import images_to_pixels
+
+        run = _load(self)
+        result = run.sample(n=self.count, steps=self.steps, seed=self.seed, trajectory=self.trajectory)
+        data: dict[str, Any] = {
+            "out": str(self.out),
+            "views": len(result.images),
+            "poses": str(self.out / "poses.json"),
+        }
+        grid: Image.Image | None = None
+        if result.trajectory is not None:
+            count = len(result.trajectory)
+            columns = np.linspace(0, count - 1, min(TRAJECTORY_STEPS, count)).round().astype(int)
+            steps = [result.trajectory[i] for i in columns]
+            data["trajectory"] = str(self.out / "trajectory.png")
+            grid = novel_sheet(
+                [step.images[:GRID_VIEWS].clamp(0, 1) for step in steps],
+                [step.cameras.best[:GRID_VIEWS] for step in steps],
+                [step.t for step in steps],
+                [((step.noisy[:GRID_VIEWS] + 1) / 2).clamp(0, 1) for step in steps],
+                run.scene["layout"],
+            )
+
+        def write() -> None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for i, image in enumerate(images_to_pixels(result.images)):
+                Image.fromarray(image).save(self.out / f"view_{i:04d}.png")
+            write_json(Path(data["poses"]), {"poses": result.poses.tolist()})
+            if grid is not None:
+                grid.save(data["trajectory"])
+
+        distributed.on_first(write)
+        return data, f"{data['views']} views: {self.out}"
+
+
+@dataclass(kw_only=True)
+class Export(RunCommand):
+    """Write the scene or its cameras in a format of other programs.
+
+    EXAMPLES
+        factorkit export runs/lego scene.ply
+        factorkit export runs/lego mesh.glb
+        factorkit export runs/lego nerfstudio/transforms.json
+        factorkit export runs/lego colmap/
+    """
+
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """scene.ply (coloured points), mesh.ply (also .obj, .glb), transforms.json (nerfstudio), or a folder (COLMAP)."""
+    kind: Annotated[Literal["points", "mesh", "nerfstudio", "colmap"] | None, arg(help_behavior_hint="")] = None
+    """What to write. The default follows from the name of OUT."""
+
+    def execute(self) -> Result:
+        written = _load(self).export(self.out, kind=self.kind)
+        return {"out": str(written)}, f"written: {written}"
+
+
+@dataclass(kw_only=True)
+class View(RunCommand):
+    """Show the scene in a browser: points, predicted and true cameras with their images, live renders.
+
+    During a training, every new checkpoint is shown. Ctrl-C stops the viewer. It needs the extra `viewer`.
+
+    EXAMPLES
+        factorkit view runs/lego
+        factorkit view runs/lego --port 9000
+    """
+
+    host: str = "127.0.0.1"
+    """Address to serve at. 0.0.0.0 makes the viewer reachable from other machines."""
+    port: int = 8080
+    """Port to serve at. If it is in use, the next free one is taken."""
+
+    def execute(self) -> Result:
+        from factorkit.nerfdiff.viewer import Viewer
+
+        checkpoint, contents = newest_checkpoint(self.run), load_contents(self.run, self.device)
+        with Viewer(contents, host=self.host, port=self.port) as viewer:
+            print(f"{self.run} at {viewer.url}; Ctrl-C stops it", file=sys.stderr)
+            with contextlib.suppress(KeyboardInterrupt):
+                while True:
+                    time.sleep(CHECKPOINT_POLL_SECONDS)
+                    if newest_checkpoint(self.run) != checkpoint:
+                        checkpoint, contents = newest_checkpoint(self.run), load_contents(self.run, self.device)
+                        viewer.show(contents)
+            data = {"run": str(self.run), "url": viewer.url, "step": contents.step}
+            return data, f"shown up to step {contents.step}"
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Find the newest checkpoint of a run folder or of its newest stage; None for a single file."""
+    from factorkit.engine.checkpoint import Checkpoints
+    from factorkit.nerfdiff.partial_run import newest_stage
+
+    for folder in (run, newest_stage(run)) if run.is_dir() else ():
+        paths = [] if folder is None else Checkpoints(folder / "checkpoints").paths()
+        if paths:
+            return paths[0]
+    return None
+
+
+def load_contents(path: Path, device: str) -> Shown:
+    """Load what the viewer shows of a run: scene, cameras, and the true cameras if they are known.
+
+    Before the run has a model, the contents are those of its newest stage.
+    """
+    import torch
+
+    from factorkit.nerfdiff.evaluate import training_errors
+    from factorkit.nerfdiff.partial_run import snapshot
+    from factorkit.nerfdiff.run import NerfdiffRun
+    from factorkit.nerfdiff.training_views import kept_views
+    from factorkit.nerfdiff.viewer import Shown
+
+    checkpoint = newest_checkpoint(path)
+    if checkpoint is not None and checkpoint.parent.parent != path:
+        _, step, field, views = snapshot(path)
+        background = torch.zeros(3) if views.background is None else views.background
+        return Shown(step, field, views, background, None)
+    run = NerfdiffRun.load(path, device=device)
+    errors, true_poses = training_errors(run), None
+    if errors is not None:
+        true_poses = errors.alignment.inverse().apply(kept_views(run.folder).poses)
+    return Shown(run.step, run.model.field, run.views, run.model.background, true_poses)
+
+
+def open_images(run: NerfdiffRun, paths: Sequence[Path]) -> Views:
+    """Open the images that a user named, at the size of the run and on its background."""
+    from factorkit.data.views.open import open_views
+
+    if not paths:
+        raise ConfigError("no images are given; name files or a folder after RUN")
+    source = paths[0] if len(paths) == 1 else [str(path) for path in paths]
+    return open_views(source, None, max(run.model.size), run.model.background.tolist(), fov=DEFAULT_FOV_DEGREES)
+
+
+def _load(command: RunCommand) -> NerfdiffRun:
+    from factorkit.nerfdiff.run import NerfdiffRun
+
+    return NerfdiffRun.load(command.run, device=command.device)

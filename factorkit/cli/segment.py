@@ -1,0 +1,114 @@
+"""``factorkit segment``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, Paths, Result, RunCommand
+from factorkit.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from factorkit.data.sources import Source
+    from factorkit.segdiff.run import SegdiffRun
+
+
+@dataclass(kw_only=True)
+class Segment(RunCommand):
+    """Segment images or a video with a trained model.
+
+    For each image, OUT receives these files, at the image's own size:
+        NAME_labels.png     palette image: the value of a pixel is the number of its region, from 0
+        NAME_mask_K.png     grey image: how much each pixel belongs to region K
+        NAME_overlay.png    the image tinted by region
+        contact_sheet.png   the first 32 images beside their regions
+        annotations.json    with --formats coco: run lengths, areas and boxes in COCO's format
+        segments.jsonl      the list of finished images
+
+    With --video the result is one video with its regions laid over it.
+
+    Subfolders are kept. Images that cannot be read are skipped, counted and listed. The same command again continues
+    where the first one stopped, and processes again only what has changed.
+
+    EXAMPLES
+        factorkit segment runs/photos holiday.jpg --out segmented
+        factorkit segment runs/photos more_photos/ --out segmented -t 50
+        factorkit segment runs/photos archive/ --out segmented --formats labels coco --size 128
+        factorkit segment runs/photos walk.mp4 --video --out walk_regions.mp4
+    """
+
+    paths: Paths
+    """Images and folders of images, or one .zip, .npz or .npy file."""
+    out: Path
+    """Folder to write to. It is created if needed."""
+    formats: tuple[Literal["labels", "masks", "overlays", "coco"], ...] = ("labels", "masks", "overlays")
+    """What to write for each image."""
+    size: OptionalInt = None
+    """Pixels of the short side that the network sees. The default is the training resolution; more shows smaller
+    objects."""
+    quality: Literal["fast", "best"] = "fast"
+    """best also segments the mirrored image and averages both, if training used mirrored images."""
+    upsample: Literal["guided", "bilinear"] = "guided"
+    """guided: masks follow the edges of large images. bilinear: masks stay smooth."""
+    t: NoiseLevel = None
+    """Noise level for segmentation, 0 to T-1. The default is the run's own."""
+    workers: OptionalInt = None
+    """Threads that read images, and as many that write results. The default is one per core, at most 8."""
+    video: Flag = False
+    """PATHS is one video, an animated GIF or WebP, or a folder of frames in the order of their names; OUT is an .mp4,
+    .mkv or .mov file."""
+    smooth: float = 0.8
+    """With --video: how strongly masks are averaged over time where the video does not move, 0 to below 1."""
+
+    def execute(self) -> Result:
+        if not self.paths:
+            raise ConfigError("no images are given. Use: factorkit segment RUN PATHS... --out DIR")
+        from factorkit.segdiff.run import SegdiffRun
+
+        run = SegdiffRun.load(self.run, device=self.device)
+        options = {"t": self.t, "size": self.size, "upsample": self.upsample, "quality": self.quality}
+        return self._segment_video(run, options) if self.video else self._segment_images(run, options)
+
+    def _segment_images(self, run: SegdiffRun, options: dict[str, Any]) -> Result:
+        from factorkit.data.sources import escape_name
+        from factorkit.data.video import is_video
+
+        if videos := [path for path in self.paths if is_video(path)]:
+            name = escape_name(str(videos[0]))
+            raise ConfigError(f"{name} is a video: add --video, and let --out be an .mp4, .mkv or .mov")
+        images = open_inputs(self.paths, self.out)
+        segments = run.segment_folder(images, self.out, formats=self.formats, workers=self.workers, **options)
+        data = segments._asdict() | {"out": str(self.out)}
+        before = f", {segments.already} of them before" if segments.already else ""
+        skipped = f", {len(segments.skipped)} skipped" if segments.skipped else ""
+        lines = [f"{segments.segmented} segmented{before}{skipped}: {self.out}"]
+        for name in ("contact_sheet", "annotations"):
+            if data[name] is not None:
+                data[name] = str(data[name])
+                lines.append(f"{name.replace('_', ' ')}: {data[name]}")
+        return data, "\n".join(lines)
+
+    def _segment_video(self, run: SegdiffRun, options: dict[str, Any]) -> Result:
+        if len(self.paths) > 1:
+            raise ConfigError(f"--video takes one video or one folder of frames, not {len(self.paths)} paths")
+        segments = run.segment_video(self.paths[0], self.out, smooth=self.smooth, **options)
+        areas = "/".join(f"{area:.2f}" for area in segments.areas)
+        text = (
+            f"{segments.frames} frames segmented: {self.out}\nareas of the regions {areas}; {segments.changes:.1%} of "
+            "the pixels change region from frame to frame"
+        )
+        return segments._asdict() | {"out": str(self.out)}, text
+
+
+def open_inputs(paths: Sequence[Path], out: Path) -> Source:
+    """Open the images that a user named, without the results that an earlier call wrote into ``out``.
+
+    Raises:
+        DataError: there are no images, or only results.
+    """
+    from factorkit.data.open import open_source
+    from factorkit.segdiff.inference.outputs import without_results
+
+    return without_results(open_source(paths[0] if len(paths) == 1 else list(paths)), out)

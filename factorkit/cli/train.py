@@ -1,0 +1,345 @@
+"""``factorkit train`` and ``factorkit choose-regions``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+from factorkit.cli.base import Command, Device, Flag, OptionalName, OptionalPath, Result
+from factorkit.cli.data import parse_holdout
+from factorkit.utils.errors import ConfigError, FactorkitError, did_you_mean
+
+if TYPE_CHECKING:
+    from factorkit.engine.config import EngineConfig
+
+COMMON = ("data", "out", "preset", "dry_run", "resolution", "steps", "batch_size", "learning_rate", "seed", "device")
+
+
+@dataclass(kw_only=True)
+class TrainSegdiff(Command):
+    """Train a segmentation model on unlabelled images, or resume an interrupted training.
+
+    For views of a scene see factorkit train nerfdiff --help.
+
+    The run is a folder with settings, checkpoints, sample grids, log, scores.json and report.html, to open in a
+    browser. The same command again resumes it exactly, from the newest checkpoint.
+
+    The data are a folder of images (with subfolders, of any size, mode and format), a .zip, or a .npz or .npy array. If
+    the folder has images/ and masks/, the labelled images are kept out of training and scored at the end. Published
+    data sets are read in their original layout and splits: factorkit prepare --list.
+
+    PRESETS
+        A preset sets the defaults of the options below. --help together with --preset shows them.
+        demo, fast32, fast64      the regional form: small models that segment within minutes of training
+        rooms32                   regions within regions (--regions 3 3); without --data: procedural rooms
+        flowers64, flowers128, cub64, cub128, ffhq64, ffhq128, imagenet64
+                                  the settings exactly as in the thesis; they need a GPU
+
+    EXAMPLES
+        factorkit train segdiff
+        factorkit train segdiff --data photos/ --out runs/photos --preset fast64 --steps 2000
+        factorkit train segdiff --data photos/ --out runs/photos --seed-trials 3
+        factorkit train segdiff --data photos/ --preset flowers64 --dry-run
+        torchrun --nproc-per-node 8 -m factorkit train segdiff --data photos.zip --preset ffhq64
+    """
+
+    model: Positional[Literal["segdiff"]]
+    """Which model to train."""
+    data: OptionalPath = None
+    """Images to train on. The default is the procedural flowers of the package."""
+    out: OptionalPath = None
+    """Run folder. The default is runs/PRESET."""
+    preset: OptionalName = None
+    """Settings to start from. The default is fast64, or demo without --data."""
+    dry_run: Flag = False
+    """Train nothing: print parameters, memory, images/s and the duration of the run on this machine."""
+    seed_trials: int = 1
+    """Number of short seed trials to train first. Those that fail the label-free alarms are dropped, and the best one
+    is continued."""
+    classes: Annotated[str | None, arg(metavar="folders|auto|FILE", help_behavior_hint="")] = None
+    """Condition the model on the class of each image: the name of its folder, a .csv, .tsv or .json file of names and
+    classes, or auto for the classes of the data set. The default is no classes."""
+    baselines: Flag = False
+    """Also score trivial predictors at the end, if there are labels."""
+
+    BASIC = (*COMMON, "model", "seed_trials", "regions", "form", "json")
+
+    def execute(self) -> Result:
+        from factorkit.segdiff.config import SegdiffConfig
+        from factorkit.segdiff.train import train_segdiff
+        from factorkit.segdiff.verdict import read_verdict
+
+        settings = _settings(self, SegdiffConfig)
+        settings["holdout"] = parse_holdout(settings["holdout"])
+        if self.dry_run:
+            return self._estimate(settings)
+        out = self.out or Path("runs") / _preset_name(self, "fast64")
+        options = {
+            "preset": self.preset,
+            "seed_trials": self.seed_trials,
+            "baselines": self.baselines,
+            "classes": self.classes,
+        }
+        with report_interruption(out):
+            run = train_segdiff(self.data, out=out, **options, **settings)
+        judgement, report = read_verdict(out), str(out / "report.html")
+        data = {
+            "run": str(out),
+            "report": report,
+            "steps": run.config.steps,
+            "scores": run.scores,
+            "failures": read_failures(out),
+            "verdict": judgement.headline,
+        }
+        lines = [f"{judgement.headline}.", *judgement.details, "", f"run     {out}", f"report  {report}"]
+        if run.scores:
+            from factorkit.cli.evaluate import format_scores
+
+            lines = [format_scores(run.scores), "", *lines]
+        return data, "\n".join(lines)
+
+    def _estimate(self, settings: dict[str, Any]) -> Result:
+        from factorkit.data.datasets import open_dataset
+        from factorkit.segdiff.train import estimate, find_classes
+
+        data: dict[str, Any] = {}
+        classes = None
+        if self.data is not None:
+            dataset = open_dataset(self.data, holdout=settings["holdout"], mask_set=settings["mask_set"])
+            classes = find_classes(self.classes, dataset, dataset.train.names)
+            data = {"images": len(dataset.train), "held_out": len(dataset.test_images or ())}
+        data |= estimate(self.data, preset=self.preset, known=classes, **settings)
+        lines = _format_estimate(data)
+        if self.seed_trials > 1:
+            lines.append(f"        and up to half of that for each of the other {self.seed_trials - 1} seed trials")
+        if self.data is not None:
+            lines.append(f"data    {data['images']} images to train on, {data['held_out']} labelled ones held out")
+        return data, "\n".join(lines)
+
+
+@dataclass(kw_only=True)
+class TrainNerfdiff(Command):
+    """Find the cameras and the scene behind views of one object or place, or resume an interrupted training.
+
+    The run is a folder with settings, checkpoints of every stage, sample grids, log, scores.json and report.html. The
+    same command again resumes it exactly, from the newest checkpoint.
+
+    The data are a scene of NeRF's synthetic set, a nerfstudio, LLFF or ShapeNet-SRN folder, an .npz like
+    tiny_nerf_data, a folder of images, or a video. Poses that come with the data are used only with --poses known;
+    otherwise they serve to score the result.
+
+    PRESETS
+        demo, fast                the robust method: search over fixed directions, refinement, flip test, encoder
+        lego, drums, car, llff    the settings exactly as in the thesis; they need a GPU
+
+    EXAMPLES
+        factorkit train nerfdiff
+        factorkit train nerfdiff --data lego/ --out runs/lego --preset fast
+        factorkit train nerfdiff --data lego/ --out runs/supervised --preset fast --poses known
+        factorkit train nerfdiff --data lego/ --out runs/thesis --preset lego
+        torchrun --nproc-per-node 8 -m factorkit train nerfdiff --data lego/ --preset lego
+    """
+
+    model: Positional[Literal["nerfdiff"]]
+    """Which model to train."""
+    data: OptionalPath = None
+    """Views to train on. The default is the procedural scene of the package."""
+    out: OptionalPath = None
+    """Run folder. The default is runs/nerfdiff-PRESET."""
+    preset: OptionalName = None
+    """Settings to start from. The default is fast, or demo without --data."""
+
+    BASIC = (*COMMON, "model", "poses", "search", "field", "field_steps", "json")
+
+    def execute(self) -> Result:
+        from factorkit.nerfdiff.config import NerfdiffConfig
+        from factorkit.nerfdiff.train import train_nerfdiff
+
+        out = self.out or Path("runs") / f"nerfdiff-{_preset_name(self, 'fast')}"
+        start = time.perf_counter()
+        with report_interruption(out):
+            run = train_nerfdiff(self.data, out=out, preset=self.preset, **_settings(self, NerfdiffConfig))
+        failures, report = read_failures(out), str(out / "report.html")
+        data = {"run": str(out), "report": report, "failures": failures, "scores": run.scores}
+        lines = ["This run FAILED:", *(f"  - {text}" for text in failures)] if failures else ["No alarm."]
+        duration = format_duration(time.perf_counter() - start)
+        return data, "\n".join([*lines, "", f"run     {out}", f"report  {report}", f"time    {duration}"])
+
+
+@dataclass(kw_only=True)
+class ChooseRegions(Command):
+    """Recommend a number of regions for a set of images, without labels.
+
+    For every candidate K and seed, a spatial mixture model of colours is trained for seconds and judged on held-out
+    images by the noise that it cannot tell from image content. The recommended K is the smallest one after which the
+    next K lowers that error by less than --min-improvement. It counts what lies at much the same place in all images,
+    whatever its colours.
+
+    OUT receives choice.json, regions.png (images and their regions, one row per candidate) and the trainings. The same
+    command again trains only what is not finished; candidates, seeds and steps may be added.
+
+    EXAMPLES
+        factorkit choose-regions photos/
+        factorkit choose-regions horses/ --no-random-flip --candidates 2 3 4 5 6 --seed-trials 3
+    """
+
+    data: Positional[Annotated[Path | None, arg(metavar="DATA", help_behavior_hint="")]] = None
+    """Images, in any format that `factorkit train segdiff` reads. The default is the procedural flowers."""
+    out: Path = Path("runs/regions")
+    """Folder to write to."""
+    candidates: Annotated[tuple[int, ...], arg(metavar="K K...")] = (2, 3, 4, 5)
+    """Numbers of regions to try."""
+    seed_trials: int = 2
+    """Trainings of each candidate; the best one counts."""
+    min_improvement: float = 0.02
+    """Share of the error that one more region must remove."""
+    resolution: int = 32
+    """Pixels a side."""
+    random_flip: bool = True
+    """Mirror half of the training images. Turn it off for objects that all face one way."""
+    steps: int = 200
+    """Steps of each training."""
+    holdout: str = "auto"
+    """Labelled images to judge on, see factorkit prepare --help. Without labels up to a quarter of all images."""
+    device: Device = "auto"
+    """Where to train. auto uses a GPU if there is one."""
+
+    def execute(self) -> Result:
+        from factorkit.segdiff.choose_regions import GRID_FILE, choose_regions
+
+        with report_interruption(self.out):
+            choice = choose_regions(
+                self.data,
+                out=self.out,
+                candidates=self.candidates,
+                seed_trials=self.seed_trials,
+                min_improvement=self.min_improvement,
+                resolution=self.resolution,
+                random_flip=self.random_flip,
+                steps=self.steps,
+                holdout=parse_holdout(self.holdout),
+                device=self.device,
+            )
+        image = self.out / GRID_FILE
+        data = {
+            "regions": choice.regions,
+            "errors": choice.errors,
+            "improvements": choice.improvements,
+            "reason": choice.reason,
+        }
+        text = f"{choice.table()}\n\n{choice.reason}\nregions  {choice.regions}\nimage    {image}"
+        return {**data, "out": str(self.out), "image": str(image)}, text
+
+
+def training_options(args: Sequence[str], *, show_help: bool) -> tuple[str, Any, Any]:
+    """Find what `factorkit train` is asked to train, and the options with the defaults of the preset.
+
+    Returns:
+        The word of the model, the class of the options and an instance that holds the defaults.
+
+    Raises:
+        ConfigError: no such model or preset.
+    """
+    model = next(iter(args), "")
+    if model not in ("segdiff", "nerfdiff"):
+        if show_help:
+            model = "segdiff"
+        else:
+            named = model and not model.startswith("-")
+            problem = f"{model!r} is not a model. {did_you_mean(model, ('segdiff', 'nerfdiff'))}" if named else ""
+            raise ConfigError(
+                f"{problem}Name the model to train first: segdiff for images, nerfdiff for views of a scene"
+            )
+    early, _ = tyro.cli(
+        _EarlyOptions, prog=f"factorkit train {model}", args=args, add_help=False, return_unknown_args=True
+    )
+    command: type[Command]
+    config: type[EngineConfig]
+    if model == "segdiff":
+        from factorkit.segdiff.config import SegdiffConfig, preset_config
+
+        command, config = TrainSegdiff, SegdiffConfig
+        settings = preset_config(_preset_name(early, "fast64"))
+    else:
+        from factorkit.nerfdiff import config as nerfdiff
+
+        command, config = TrainNerfdiff, nerfdiff.NerfdiffConfig
+        changes = {name: getattr(early, name) for name in ("search", "resolution", "field")}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        settings = nerfdiff.preset_config(_preset_name(early, "fast"), **changes)
+    options = dataclasses.make_dataclass(command.__name__, [], bases=(config, command), kw_only=True)
+    options.__doc__ = command.__doc__
+    return model, options, options(model=tyro.MISSING, **_settings(settings, config))
+
+
+@dataclass(kw_only=True)
+class _EarlyOptions:
+    """The options of `factorkit train` on which the defaults of others depend."""
+
+    data: OptionalPath = None
+    preset: str | None = None
+    search: str | None = None
+    resolution: int | None = None
+    field: str | None = None
+
+
+def _preset_name(options: Any, default: str) -> str:
+    return options.preset or ("demo" if options.data is None else default)
+
+
+def _settings(options: Any, config: type[EngineConfig]) -> dict[str, Any]:
+    """The options that are settings of ``config``."""
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(config)}
+
+
+def _format_estimate(data: dict[str, Any]) -> list[str]:
+    return [
+        f"model   {data['parameters'] / 1e6:.2f} M parameters (preset {data['preset']})",
+        f"memory  {data['memory_gib']:.2f} GiB with {data['trial_images']} images at once, on {data['device']}",
+        f"speed   {data['images_per_second']:.1f} images/s",
+        f"time    {format_duration(data['seconds'])} for {data['steps']} steps of {data['batch_size']} images",
+    ]
+
+
+class Interrupted(FactorkitError):
+    """A training was stopped from outside. The message says what is saved."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def report_interruption(folder: Path) -> Iterator[None]:
+    """Turn the exceptions of Ctrl-C and SIGTERM, raised once a training has saved, into an error with a message."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        saved = f"a checkpoint is saved in {folder}; the same command resumes from it"
+        if not any(folder.rglob("step_*.safetensors")):
+            saved = "nothing was saved yet"
+        raise Interrupted(int(stop.code or 0) if isinstance(stop, SystemExit) else 130, f"stopped: {saved}") from None
+
+
+def read_failures(folder: Path) -> list[str]:
+    """Read the messages of the label-free alarms at the last sample grid of a run."""
+    from factorkit.utils.jsonl import read_log, timeline
+
+    alarms = timeline(read_log(folder), "alarms")
+    return list(alarms[-1].get("failures", ())) if alarms else []
+
+
+def format_duration(seconds: float) -> str:
+    """Format seconds in a readable unit."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
