@@ -1,9 +1,10 @@
-"""Volume rendering of a known field on the CPU, in seconds: python examples/render_a_scene.py pictures/
+"""Render a known field on the CPU, in seconds.
 
-Writes scene.png, scene_depth.png (near is bright), scene_normals.png, scene_orbit.gif, and all of them on one sheet,
-scene_sheet.png. The field is a formula: two rings and three
-pearls over a chequered table. An occupancy grid learns where there is anything; colour, depth and normals come out of
-one pass, and a second pass from what is seen towards the light finds the shadows.
+    python examples/render_a_scene.py OUT
+
+Writes scene.png, scene_depth.png (near is bright), scene_normals.png, scene_orbit.gif, and an overview of all,
+scene_overview.png. The field is a formula: two rings and three pearls over a chequered table. An occupancy grid skips
+empty space. One pass renders colour, depth and normals; a second one from the surface towards the light renders shadows.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch import Tensor
 import factorkit
 from factorkit.rendering import OccupancyGrid, OccupancySampling, Rays, image_rays, intrinsics_from_fov, look_at, orbit
 
-LIGHT = torch.nn.functional.normalize(torch.tensor([-0.5, -0.7, 0.6]), dim=0)
-PAINTS = torch.tensor(
+LIGHT_DIRECTION = torch.nn.functional.normalize(torch.tensor([-0.5, -0.7, 0.6]), dim=0)
+COLORS = torch.tensor(
     [
         [0.86, 0.20, 0.05],
         [0.95, 0.80, 0.55],
@@ -31,59 +32,60 @@ PAINTS = torch.tensor(
         [0.08, 0.10, 0.15],
     ]
 )
-SOFTNESS = 0.006  # of every surface, in units of length
-PEARLS = torch.tensor([[-0.62, 0.0, -0.31], [0.31, 0.54, -0.31], [0.31, -0.54, -0.31]])
+SURFACE_WIDTH = 0.006  # distance over which the density rises, in units of length
+PEARL_CENTERS = torch.tensor([[-0.62, 0.0, -0.31], [0.31, 0.54, -0.31], [0.31, -0.54, -0.31]])
 
 
 def distances(p: Tensor) -> Tensor:
-    """Signed distances [M, 4] to a lying ring, a standing ring, the nearest pearl and the table."""
+    """Return signed distances [M, 4] to a lying ring, a standing ring, the nearest pearl and the table."""
     x, y, z = p.unbind(1)
     lying = torch.hypot(torch.hypot(x, y) - 0.36, z + 0.28) - 0.1
     standing = torch.hypot(torch.hypot(x - 0.36, z + 0.02) - 0.26, y) - 0.055
-    pearl = torch.cdist(p, PEARLS).amin(1) - 0.14
+    pearl = torch.cdist(p, PEARL_CENTERS).amin(1) - 0.14
     table = torch.maximum((z + 0.5).abs() - 0.05, torch.hypot(x, y) - 0.92)
     return torch.stack([lying, standing, pearl, table], dim=1)
 
 
 def field(p: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Density, that rises to 4 over the softness inside (Yariv et al. 2021, with a logistic), and albedo."""
+    """Return density (a logistic of the signed distance, after Yariv et al. 2021) and albedo."""
     each = distances(p)
-    nearest, which = each.min(dim=1)
-    density = 4 / SOFTNESS * torch.sigmoid(-nearest / SOFTNESS)
+    nearest, index = each.min(dim=1)
+    density = 4 / SURFACE_WIDTH * torch.sigmoid(-nearest / SURFACE_WIDTH)
     with torch.no_grad():
         turn = torch.atan2(p[:, 1], p[:, 0])
         stripes = (0.5 + 0.5 * torch.sin(9 * turn))[:, None]
         checks = ((5 * p[:, 0]).floor() + (5 * p[:, 1]).floor()).remainder(2)[:, None]
-        warm, cream, teal, gold, white, slate = PAINTS
+        warm, cream, teal, gold, white, slate = COLORS
         albedos = torch.stack(
             [torch.lerp(cream, warm, stripes), teal.expand_as(p), gold.expand_as(p), torch.lerp(slate, white, checks)]
         )
-    return density, albedos[which, torch.arange(len(p))]
+    return density, albedos[index, torch.arange(len(p))]
 
 
-def picture(pose: Tensor, sampling: OccupancySampling, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lit colour [H, W, 3], depth [H, W], which is NaN where nothing is seen, and normals [H, W, 3]."""
+def render_view(pose: Tensor, sampling: OccupancySampling, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return lit colour [H, W, 3], depth [H, W] (NaN in the sky) and normals [H, W, 3]."""
     rays = image_rays(pose, intrinsics_from_fov(40.0, height, width), height, width)
-    seen = factorkit.render(field, rays, sampling, normals=True, early_stop=1e-3, chunk=8192)
-    depth = torch.where(seen.opacity > 0.5, seen.depth / seen.opacity, torch.nan)
-    # Shadows: a ray from a little above each point towards the light, stopped by what is opaque.
-    points = rays.origins + depth.nan_to_num(0)[..., None] * rays.directions + 0.03 * seen.normals
-    towards = Rays(points, LIGHT.expand_as(points))
+    rendered = factorkit.render(field, rays, sampling, normals=True, early_stop=1e-3, chunk=8192)
+    depth = torch.where(rendered.opacity > 0.5, rendered.depth / rendered.opacity, torch.nan)
+    # Shadows: opacity along a ray from just above each surface point towards the light.
+    points = rays.origins + depth.nan_to_num(0)[..., None] * rays.directions + 0.03 * rendered.normals
+    towards = Rays(points, LIGHT_DIRECTION.expand_as(points))
     shadow = factorkit.render(field, towards, sampling, early_stop=1e-2, chunk=8192).opacity
-    facing = (seen.normals @ LIGHT).clamp_min(0) * (1 - shadow)
-    sky = 0.5 + 0.5 * seen.normals[..., 2]
-    lit = seen.color * (0.85 * facing + 0.25 * sky * seen.opacity)[..., None]
-    rise = rays.directions[..., 2:].clamp(-0.6, 0.4)
-    back = torch.tensor([0.62, 0.72, 0.84]) + rise * torch.tensor([0.40, 0.30, 0.15])
-    return (lit + (1 - seen.opacity[..., None]) * back).clamp(0, 1).pow(1 / 2.2), depth, seen.normals
+    facing = (rendered.normals @ LIGHT_DIRECTION).clamp_min(0) * (1 - shadow)
+    ambient = 0.5 + 0.5 * rendered.normals[..., 2]
+    lit = rendered.color * (0.85 * facing + 0.25 * ambient * rendered.opacity)[..., None]
+    elevation = rays.directions[..., 2:].clamp(-0.6, 0.4)
+    sky_color = torch.tensor([0.62, 0.72, 0.84]) + elevation * torch.tensor([0.40, 0.30, 0.15])
+    return (lit + (1 - rendered.opacity[..., None]) * sky_color).clamp(0, 1).pow(1 / 2.2), depth, rendered.normals
 
 
 def to_image(values: Tensor) -> Image.Image:
+    """Return an 8-bit image of values in [0, 1]."""
     return Image.fromarray(np.uint8(255 * values.clamp(0, 1).numpy() + 0.5))
 
 
-def sheet(still: Image.Image, small: list[Image.Image], frames: list[Image.Image]) -> Image.Image:
-    """The still with the small pictures beside it and frames of the orbit below."""
+def draw_overview(still: Image.Image, small: list[Image.Image], frames: list[Image.Image]) -> Image.Image:
+    """Return the still with small images beside it and frames of the orbit below."""
     gap, (width, height) = 6, still.size
     side = ((width - gap) // 2, (height - gap) // 2)
     whole = width + gap + side[0]
@@ -98,6 +100,7 @@ def sheet(still: Image.Image, small: list[Image.Image], frames: list[Image.Image
 
 
 def main() -> None:
+    """Render all images into the folder of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument("--size", type=int, default=360, help="height of the still; the orbit has a third of it")
@@ -115,7 +118,7 @@ def main() -> None:
 
     height, width = args.size, args.size * 4 // 3
     eye, centre, up = torch.tensor([2.4, -1.9, 1.5]), torch.tensor([0.0, 0, -0.3]), torch.tensor([0.0, 0, 1])
-    color, depth, normals = picture(look_at(eye, centre, up), sampling, height, width)
+    color, depth, normals = render_view(look_at(eye, centre, up), sampling, height, width)
     near, far = np.nanmin(depth), np.nanmax(depth)  # NaN is the sky
     stills = {
         "scene.png": to_image(color),
@@ -129,12 +132,14 @@ def main() -> None:
     small = OccupancySampling(grid, step=0.012)
     poses = orbit(args.frames, 3.3, 28.0)
     poses[:, :3, 3] += centre
-    frames = [to_image(picture(pose, small, height // 3, width // 3)[0]) for pose in poses]
+    frames = [to_image(render_view(pose, small, height // 3, width // 3)[0]) for pose in poses]
     first, *rest = frames
     first.save(args.out / "scene_orbit.gif", save_all=True, append_images=rest, duration=70, loop=0)
     print(f"{time.perf_counter() - start:5.1f} s  scene_orbit.gif, {args.frames} frames")
     still, *small = (image.convert("RGB") for image in stills.values())
-    sheet(still, small, frames[:: max(1, len(frames) // 6)][:6]).save(args.out / "scene_sheet.png", optimize=True)
+    draw_overview(still, small, frames[:: max(1, len(frames) // 6)][:6]).save(
+        args.out / "scene_overview.png", optimize=True
+    )
 
 
 if __name__ == "__main__":

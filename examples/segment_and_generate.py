@@ -1,6 +1,8 @@
-"""Cut a photograph into its regions and draw new ones: python examples/segment_and_generate.py runs/photos photo.jpg
+"""Cut a photo into its regions and generate new images.
 
-Writes region_0.png ... (the photograph inside each region, transparent elsewhere) and generated_0.png ... beside you.
+    python examples/segment_and_generate.py runs/photos photo.jpg
+
+Writes region_0.png ... (the photo inside each region, transparent elsewhere) and generated_0.png ... into this folder.
 """
 
 from __future__ import annotations
@@ -23,6 +25,6 @@ if __name__ == "__main__":
         photo.putalpha(alpha)
         photo.save(f"region_{k}.png")
 
-    drawn = run.generate(4, seed=0)
-    for i, image in enumerate(drawn.images):  # [3, R, R] in [0, 1]
+    generated = run.generate(4, seed=0)
+    for i, image in enumerate(generated.images):  # [3, R, R] in [0, 1]
         Image.fromarray(np.uint8(255 * image.permute(1, 2, 0).numpy())).save(f"generated_{i}.png")

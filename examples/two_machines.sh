@@ -3,9 +3,9 @@
 #
 #   examples/two_machines.sh alpha train segdiff --data /shared/photos.zip --preset ffhq64 --out /shared/runs/faces
 #
-# Both see the data and the run folder at the same paths, and reach each other on port 29500 (PORT) and those above 1024.
-# PROCESSES is how many each starts: one a GPU, or one where there is none. When a process dies, all are started again,
-# from the newest checkpoint; RESTARTS times. Ctrl-C on either, or the same line again, stops and resumes.
+# Data and run folder have the same paths on both. Port 29500 (PORT) and those above 1024 must be open between them.
+# PROCESSES sets the number of processes per machine: by default one per GPU, or one without a GPU. If a process dies, all
+# are restarted from the newest checkpoint, up to RESTARTS times. Ctrl-C on either stops; the same line again resumes.
 set -eu
 
 first=$1

@@ -26,7 +26,7 @@ def test_example_render_a_scene_writes_its_image(tmp_path):
     normals = np.asarray(Image.open(tmp_path / "scene_normals.png")).astype(int)
     assert 0.1 < (abs(normals - [128, 128, 255]).max(-1) < 12).mean() < 0.5  # up, on the table
     assert (normals[depth == 0] == 128).mean() > 0.8  # none in the sky
-    page = np.asarray(Image.open(tmp_path / "scene_sheet.png")).astype(int)
+    page = np.asarray(Image.open(tmp_path / "scene_overview.png")).astype(int)
     assert page.shape[0] > 48 and page.shape[1] > 64 and (page[:48, :64] == scene).all()
     assert scene[depth > 0].std() > 40  # bright and dark: light, shadow and chequers
     orbit = Image.open(tmp_path / "scene_orbit.gif")
