@@ -116,7 +116,7 @@ class TrainSegdiff(Command):
             dataset = open_dataset(self.data, holdout=settings["holdout"], mask_set=settings["mask_set"])
             classes = find_classes(self.classes, dataset, dataset.train.names)
             data = {"images": len(dataset.train), "held_out": len(dataset.test_images or ())}
-        data |= estimate(self.data, preset=self.preset, known=classes, **settings)
+        data |= estimate(self.data, preset=self.preset, classes=classes, **settings)
         lines = _format_estimate(data)
         if self.seed_trials > 1:
             lines.append(f"        and up to half of that for each of the other {self.seed_trials - 1} seed trials")

@@ -17,7 +17,7 @@ from factorkit.metrics.segmentation import evaluate_masks, score_masks
 from factorkit.reproduce.experiment import Found, NotRun, percent
 from factorkit.reproduce.setup import Setup
 from factorkit.segdiff.config import PRESETS, SegdiffConfig, preset_config
-from factorkit.segdiff.evaluate import foreground_scores
+from factorkit.segdiff.evaluate import score_foreground
 from factorkit.segdiff.hierarchy import hard_labels, level_labels
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import predict_masks
@@ -139,7 +139,7 @@ def region_labels(run: SegdiffRun, images: np.ndarray, t: int | None = None) -> 
 def score_regions(photos: Photos, labels: np.ndarray, nesting: Sequence[int]) -> Found:
     """Both protocols for a run's label maps [N, R, R] of all labelled images; what the mapping calls foreground is
     shown. A hierarchy is scored at the level that ``level`` among the scores says."""
-    found = foreground_scores(labels, photos.labelled, nesting, photos.num_fit_images)
+    found = score_foreground(labels, photos.labelled, nesting, photos.num_fit_images)
     numbers = {key: found[key] for key in ("acc", "iou", "dice")}
     numbers |= {f"best_{key}": found[f"oracle_{key}"] for key in ("acc", "iou", "dice")}
     if "level" in found:

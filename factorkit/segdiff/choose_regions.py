@@ -114,8 +114,8 @@ def choose_regions(
 ) -> RegionChoice:
     """Choose K without labels: the smallest after which one more region hardly improves denoising.
 
-    For every candidate and seed a spatial mixture is trained for seconds, each in a folder of its own under ``out``. The
-    same call again trains only what is not finished; candidates, seeds and steps may be added. The method counts
+    For every candidate and seed a spatial mixture is trained for seconds, each in a folder of its own under ``out``.
+    The same call again trains only what is not finished; candidates, seeds and steps may be added. The method counts
     regions that are at much the same place in all images, whatever their colours; docs/results.md says where that is
     right and where not.
 

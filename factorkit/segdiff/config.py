@@ -73,7 +73,7 @@ class SegdiffConfig(EngineConfig):
     branch_norm: BranchNorm | None = None
     """Norm of the branch decoder. By default "pixel" in the regional form and "group" in the thesis'."""
     region_tokens: bool | None = None
-    """Add the mean local feature of each region to the time embedding of its branch. By default in the regional form."""
+    """Add the mean local feature of each region to its branch's time embedding. By default in the regional form."""
     normalised_logits: bool | None = None
     """Batch-normalise the mask logits. By default in the regional form."""
     half_resolution_masks: bool | None = None
@@ -96,7 +96,7 @@ class SegdiffConfig(EngineConfig):
     timesteps: int = 1000
     """Length T of the noise schedule. 1000 is the value of the thesis."""
     random_flip: bool = True
-    """Flip half of the images left to right. Use False where left and right differ, as when all objects face one way."""
+    """Flip half of the images left to right. Use False if left and right differ, as when all objects face one way."""
 
     holdout: str | int = "auto"
     """Labelled images held out of training: "masked", "none", a number, the name of an official split, or "auto"."""

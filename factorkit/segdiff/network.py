@@ -48,8 +48,8 @@ class Regions(NamedTuple):
 class RegionTokens(nn.Module):
     """One vector per region, added to the time embedding of its branch: the region's mean of a LOCAL image feature.
 
-    Local (5x5 pixels, no norm) on purpose: a feature that already knows the whole image does not reward grouping similar
-    pixels.
+    Local (5x5 pixels, no norm) on purpose: a feature that already knows the whole image does not reward grouping
+    similar pixels.
     """
 
     def __init__(self, channels: int, model_channels: int, embed: int):
@@ -287,7 +287,7 @@ def check_architecture(
     if resolution < 1 or resolution % 2**halvings:
         nearest = max(1, round(resolution / 2**halvings)) * 2**halvings
         raise ConfigError(
-            f"resolution={resolution} cannot be halved {halvings} times, as a U-Net of {len(channel_mult)} levels must; "
+            f"resolution={resolution} cannot be halved {halvings} times, as {len(channel_mult)} levels require; "
             f"use resolution={nearest}, or give channel_mult fewer numbers"
         )
     if regions > 1 and half_resolution_masks and len(channel_mult) < 2:

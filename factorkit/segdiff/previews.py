@@ -30,7 +30,7 @@ __all__ = [
 
 
 def make_label_image(labels: np.ndarray) -> Image.Image:
-    """Make a palette image of labels, integers [H, W] in 0..255: the pixels are the labels, the palette their colours."""
+    """Make a palette image whose pixels are the labels, integers [H, W] in 0..255."""
     labels = np.asarray(labels)
     if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
         raise ValueError(f"a palette image holds labels 0..255, these run from {labels.min()} to {labels.max()}")
@@ -88,8 +88,8 @@ def draw_segmentation_grid(
         masks: float [N, K, H, W] in [0, 1].
         branches: float [N, K, H, W, 3] in [0, 1], the output of each branch.
         truth: bool [N, H, W].
-        levels: labels of each level of a hierarchy, integers [N, H, W], the coarsest first; else the argmax of the masks
-            is shown.
+        levels: labels of each level of a hierarchy, integers [N, H, W], the coarsest first; without them the argmax of
+            the masks is shown.
     """
     images, masks = np.asarray(images), np.asarray(masks)
     colors, areas = palette(masks.shape[1]), masks.mean(axis=(0, 2, 3))

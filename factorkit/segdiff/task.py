@@ -25,7 +25,7 @@ from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels, level_labels
 from factorkit.segdiff.masks.mixture import SpatialMixture, noise_error, unexplained_noise
 from factorkit.segdiff.network import FactorizedUNet
-from factorkit.segdiff.sampling import branch_estimates, draw_images
+from factorkit.segdiff.sampling import draw_images, estimate_branches
 from factorkit.utils.atomic import save_image
 from factorkit.utils.images import pixels_to_signed, signed_to_pixels
 from factorkit.utils.rng import BatchDraw, derived_seed
@@ -151,7 +151,7 @@ class SegdiffTask:
         regions = model(x_t, t).bottleneck
         branches = None
         if regions.branches is not None:
-            estimates = branch_estimates(config.prediction, self.schedule, x_t, regions.branches, t)
+            estimates = estimate_branches(config.prediction, self.schedule, x_t, regions.branches, t)
             branches = np.stack([signed_to_pixels(b) for b in estimates.unbind(1)], 1) / 255.0
         masks, nesting = regions.masks.float().cpu(), config.nesting
         leaf_labels = hard_labels(masks, nesting)
@@ -205,6 +205,6 @@ def predict_masks(model: nn.Module, images: Tensor, t: int, schedule: Schedule, 
     parts = []
     for part in images.split(batch):
         x_t, times = add_noise(part.to(schedule.device), t, schedule)
-        cond = None if label is None else torch.full_like(times, label)
-        parts.append(network.segment(x_t, times, cond).float().cpu())
+        labels = () if label is None else (torch.full_like(times, label),)
+        parts.append(network.segment(x_t, times, *labels).float().cpu())
     return torch.cat(parts)

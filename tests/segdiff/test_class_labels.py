@@ -46,7 +46,7 @@ LABELS = ["rose", "iris", "", "lily", "iris", "rose"]
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 2)
+    monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 2)
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
 
 
@@ -147,7 +147,7 @@ def told(task, seed, count=4000, **options):
     task.model.forward = lambda x, t, cond=None: (seen.append(cond), predict(x[:2], t[:2], cond[:2]))[1]
     indices = torch.arange(count) % 6
     draw = BatchDraw(seed, 0, count, slice(0, count), CPU)
-    return indices, task._told(indices, draw)[0]
+    return indices, task._draw_labels(indices, draw)[0]
 
 
 def test_labels_are_those_of_the_images_and_some_are_left_out():
@@ -191,7 +191,7 @@ def test_resuming_with_other_labels_is_refused_and_with_the_same_is_exact():
 def test_a_run_without_classes_has_none_and_says_so():
     run = fit(classes=None)
     assert run.config.class_names == () and run.generate(1, steps=1).classes is None
-    with pytest.raises(ConfigError, match="knows no classes.*train_segdiff"):
+    with pytest.raises(ConfigError, match="has no classes.*train_segdiff"):
         run.generate(1, classes="rose")
 
 
@@ -216,7 +216,7 @@ def test_labels_that_do_not_fit_are_refused_before_anything_is_written():
 
 def test_the_estimate_counts_the_label_table():
     known = train.Classes(np.zeros(0, np.int64), NAMES)
-    sizes = [train.estimate(preset="demo", known=k, **TINY)["parameters"] for k in (None, known)]
+    sizes = [train.estimate(preset="demo", classes=k, **TINY)["parameters"] for k in (None, known)]
     assert sizes[1] - sizes[0] == 4 * 32
 
 

@@ -38,7 +38,7 @@ PAIRS = [(p, s) for p in ("eps", "v", "x0", "flow") for s in ("linear", "cosine"
 @pytest.fixture(autouse=True)
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 2)
+    monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 2)
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
 
 

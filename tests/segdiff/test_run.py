@@ -231,7 +231,7 @@ def test_generated_images_are_a_function_of_the_seed(run):
 
 
 def test_many_images_are_drawn_in_pieces(run, monkeypatch):
-    monkeypatch.setattr("factorkit.segdiff.sampling.PIECE", 2)
+    monkeypatch.setattr("factorkit.segdiff.sampling.SAMPLE_BATCH_SIZE", 2)
     drawn = run.generate(5, steps=3, seed=1, trajectory=True)
     assert len(drawn.images) == len(drawn.masks) == len(drawn.trajectory[0].images) == 5
     assert torch.equal(drawn.images[:2], run.generate(2, steps=3, seed=1).images)
@@ -264,7 +264,7 @@ def test_every_kind_of_model_generates(changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"), [({"n": 0}, "n=0"), ({"steps": 0}, "steps=0"), ({"sampler": "rk4"}, "sampler 'rk4'")]
+    ("changes", "says"), [({"n": 0}, "n=0"), ({"steps": 0}, "steps=0"), ({"sampler": "rk4"}, "sampler='rk4'")]
 )
 def test_generate_refuses_what_it_cannot_do(run, changes, says):
     with pytest.raises(ConfigError, match=says):
@@ -420,10 +420,10 @@ def test_another_model_and_weights_that_do_not_fit_are_refused(run, tmp_path):
     other = write_checkpoint(tmp_path / "other.safetensors", tensors, {**meta, "model": "nerfdiff"})
     with pytest.raises(CheckpointError, match="'nerfdiff' model, not segdiff"):
         factorkit.SegdiffRun.load(other)
-    with pytest.raises(CheckpointError, match="do not fit"):
+    with pytest.raises(CheckpointError, match="do not match"):
         factorkit.load(other)
     wide = write_checkpoint(tmp_path / "wide.safetensors", tensors, {**meta, "model_channels": 16})
-    with pytest.raises(CheckpointError, match="do not fit"):
+    with pytest.raises(CheckpointError, match="do not match"):
         factorkit.load(wide)
 
 

@@ -170,7 +170,7 @@ def test_probes_are_bounded_and_alarms_do_not_change_from_call_to_call():
 @pytest.mark.parametrize("changes", [{"regions": 3}, {"regions": 1}, {"decoding": "concat"}])
 @torch.no_grad()
 def test_inspect_writes_two_sheets_and_answers_the_alarms(changes, tmp_path, monkeypatch):
-    monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 2)
+    monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 2)
     task = task_of(**changes)
     found = task.inspect(task.model.eval(), 12, tmp_path / "samples")
     sheets = sorted(p.name for p in (tmp_path / "samples").iterdir())

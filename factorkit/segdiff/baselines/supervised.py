@@ -18,7 +18,7 @@ from factorkit.engine.trainer import Trainer
 from factorkit.metrics.class_matching import IGNORE_LABEL
 from factorkit.nn.unet import Decoder, Encoder, Middle, TimeEmbedding
 from factorkit.report.image_grid import draw_image_grid
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.task import MASK_BATCH_SIZE, move_if_it_fits
 from factorkit.utils.atomic import save_image
@@ -32,7 +32,7 @@ SHOWN = 8  # images on a sheet
 class ClassUNet(nn.Module):
     """Encoder, middle and decoder of the plain DDPM, shown clean images at t = 0; answers a logit for every class."""
 
-    def __init__(self, config: SegdiffConfig, classes: int):
+    def __init__(self, config: ResolvedSegdiffConfig, classes: int):
         super().__init__()
         common = {"num_heads": config.num_heads, "norm_groups": config.norm_groups, "dropout": config.dropout}
         embed = 4 * config.model_channels
@@ -65,7 +65,7 @@ class SupervisedTask:
     """
 
     def __init__(
-        self, config: SegdiffConfig, images: np.ndarray, truth: np.ndarray, classes: int, device: torch.device
+        self, config: ResolvedSegdiffConfig, images: np.ndarray, truth: np.ndarray, classes: int, device: torch.device
     ):
         torch.manual_seed(derived_seed("weights", config.seed))
         self.config, self.device, self.size = config, device, len(images)
@@ -99,7 +99,12 @@ class SupervisedTask:
 
 
 def train_supervised(
-    images: np.ndarray, truth: np.ndarray, classes: int, config: SegdiffConfig, out: str | Path, progress: bool = True
+    images: np.ndarray,
+    truth: np.ndarray,
+    classes: int,
+    config: ResolvedSegdiffConfig,
+    out: str | Path,
+    progress: bool = True,
 ) -> ClassUNet:
     """Train a U-Net on labelled images by the engine; the same call again resumes, or takes up what is finished.
 

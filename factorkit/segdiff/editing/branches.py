@@ -9,9 +9,9 @@ from torch import Tensor
 
 from factorkit.diffusion.objective import to_x0
 from factorkit.diffusion.schedule import Schedule
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.network import FactorizedUNet
-from factorkit.segdiff.sampling import PIECE, branch_estimates
+from factorkit.segdiff.sampling import SAMPLE_BATCH_SIZE, estimate_branches
 from factorkit.segdiff.task import add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import signed_to_unit
@@ -35,7 +35,9 @@ class Branches(NamedTuple):
 
 
 @torch.no_grad()
-def take_apart(model: FactorizedUNet, config: SegdiffConfig, schedule: Schedule, images: Tensor, t: int) -> Branches:
+def take_apart(
+    model: FactorizedUNet, config: ResolvedSegdiffConfig, schedule: Schedule, images: Tensor, t: int
+) -> Branches:
     """The factorization of ``images`` [n, 3, R, R] in [-1, 1] at level t: branch k says x0_k, the model
     x0 = sum_k m_k x0_k, in one step.
 
@@ -47,11 +49,11 @@ def take_apart(model: FactorizedUNet, config: SegdiffConfig, schedule: Schedule,
             "this run was trained with decoding='concat': one decoder sees all masks, so there are no branches to show"
         )
     parts = []
-    for piece in images.split(PIECE):
+    for piece in images.split(SAMPLE_BATCH_SIZE):
         x_t, times = add_noise(piece.to(schedule.device), t, schedule)
         out = model(x_t, times)
         x0 = to_x0(config.prediction, schedule, x_t, out.prediction, times)
-        each = branch_estimates(config.prediction, schedule, x_t, out.bottleneck.branches, times)
+        each = estimate_branches(config.prediction, schedule, x_t, out.bottleneck.branches, times)
         parts.append(
             (signed_to_unit(x_t), signed_to_unit(x0), out.bottleneck.masks.float().cpu(), signed_to_unit(each))
         )

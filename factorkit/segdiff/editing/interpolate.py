@@ -9,7 +9,7 @@ from torch import Tensor
 
 from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.utils.errors import ConfigError, DataError
@@ -39,7 +39,7 @@ class Interpolation(NamedTuple):
 @torch.no_grad()
 def interpolate_pictures(
     model: FactorizedUNet,
-    config: SegdiffConfig,
+    config: ResolvedSegdiffConfig,
     schedule: Schedule,
     a: Tensor,
     b: Tensor,

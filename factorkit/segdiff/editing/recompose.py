@@ -13,11 +13,11 @@ from factorkit.diffusion.denoiser import Denoised, Denoiser
 from factorkit.diffusion.objective import to_x0
 from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.editing.interpolate import paired
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.network import FactorizedUNet
-from factorkit.segdiff.sampling import PIECE, branch_estimates, edit_level, levels
+from factorkit.segdiff.sampling import SAMPLE_BATCH_SIZE, check_edit_time, estimate_branches, num_trained_times
 from factorkit.segdiff.task import predict_masks
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import signed_to_unit
@@ -116,7 +116,7 @@ class Recomposer(Denoiser):
         if branches is None:
             mine = others = to_x0(self.prediction, self.schedule, x_t, out.prediction, t).clamp(-1, 1)
         else:
-            each = branch_estimates(self.prediction, self.schedule, x_t, branches, t).clamp(-1, 1)
+            each = estimate_branches(self.prediction, self.schedule, x_t, branches, t).clamp(-1, 1)
             rest = [j for j in range(each.shape[1]) if j != self.region]
             share = masks[:, rest] / masks[:, rest].sum(1, keepdim=True).clamp_min(1e-6)
             mine, others = each[:, self.region], (share[:, :, None] * each[:, rest]).sum(1)
@@ -129,7 +129,7 @@ class Recomposer(Denoiser):
 @torch.no_grad()
 def recompose_pictures(
     model: FactorizedUNet,
-    config: SegdiffConfig,
+    config: ResolvedSegdiffConfig,
     schedule: Schedule,
     originals: Tensor,
     sources: Tensor | None,
@@ -153,7 +153,7 @@ def recompose_pictures(
             or an unknown sampler.
         DataError: so many pictures cannot be paired.
     """
-    top = levels(config)
+    top = num_trained_times(config)
     if config.num_leaf_regions == 1:
         raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to edit")
     if not 0 <= region < config.num_leaf_regions:
@@ -165,14 +165,14 @@ def recompose_pictures(
     if t is None:
         free = top if sources is None else top // 20
     else:
-        free = edit_level(config, t)
+        free = check_edit_time(config, t)
     brought = sources is not None
     originals, sources = paired(originals, sources if brought else originals)
     generator = torch.Generator().manual_seed(derived_seed("recompose", seed))
     eps = torch.randn(originals.shape[1:], generator=generator).to(schedule.device)
 
     parts = []
-    for original, source in zip(originals.split(PIECE), sources.split(PIECE), strict=True):
+    for original, source in zip(originals.split(SAMPLE_BATCH_SIZE), sources.split(SAMPLE_BATCH_SIZE), strict=True):
         found = [predict_masks(model, p, config.segment_t, schedule).to(schedule.device) for p in (original, source)]
         weights = edit_weights(found[0], None if remove else found[1], region)
         original, source = original.to(schedule.device), source.to(schedule.device)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from factorkit.data.sources import Source, escape_name
 from factorkit.engine.run_folder import held
 from factorkit.segdiff import previews
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.inference.coco_rle import annotations
 from factorkit.segdiff.inference.outputs import (
@@ -74,7 +74,7 @@ class FolderSegments(NamedTuple):
 
 def segment_folder(
     model: FactorizedUNet,
-    config: SegdiffConfig,
+    config: ResolvedSegdiffConfig,
     predict: Callable[[Tensor], Tensor],
     source: Source,
     out: Path,
@@ -121,7 +121,7 @@ class _Picture(NamedTuple):
 class _Job:
     def __init__(
         self,
-        config: SegdiffConfig,
+        config: ResolvedSegdiffConfig,
         predict: Callable[[Tensor], Tensor],
         source: Source,
         manifest: Manifest,

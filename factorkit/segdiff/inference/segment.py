@@ -18,7 +18,7 @@ from factorkit.data.open import open_source
 from factorkit.data.sources import CHANNEL_COUNTS, Source
 from factorkit.diffusion.schedule import Schedule
 from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, resize_rows
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.task import predict_masks
 from factorkit.utils.errors import ConfigError, DataError, OutOfMemory, is_out_of_memory
 from factorkit.utils.images import pixels_to_images, pixels_to_signed
@@ -50,7 +50,7 @@ class Seen(NamedTuple):
     radius: int
 
 
-def see(picture: Image.Image, config: SegdiffConfig, size: int, upsample: str) -> Seen:
+def see(picture: Image.Image, config: ResolvedSegdiffConfig, size: int, upsample: str) -> Seen:
     """The copies a picture is segmented by; for any thread.
 
     Its short side is brought to ``size`` pixels, the long one in proportion, both to multiples of what the U-Net can
@@ -69,7 +69,7 @@ def see(picture: Image.Image, config: SegdiffConfig, size: int, upsample: str) -
     return Seen(picture, small, _resized(picture, grid, Image.Resampling.BOX), radius)
 
 
-def small_masks(predict: Callable[[Tensor], Tensor], small: np.ndarray, config: SegdiffConfig) -> Tensor:
+def small_masks(predict: Callable[[Tensor], Tensor], small: np.ndarray, config: ResolvedSegdiffConfig) -> Tensor:
     """Masks [N, K, h, w] of what the network sees, uint8 [N, h, w, 3]: at once, or in overlapping tiles.
 
     A tile is at most four times as wide and high as the pictures of the training. Where tiles share pixels their masks
@@ -115,7 +115,7 @@ def own_pixels(masks: Tensor, seen: Seen) -> Iterator[tuple[slice, Tensor]]:
         yield rows, band
 
 
-def check_segmenting(config: SegdiffConfig, size: int | None, upsample: str) -> int:
+def check_segmenting(config: ResolvedSegdiffConfig, size: int | None, upsample: str) -> int:
     """The short side at which the network is to look.
 
     Raises:
@@ -161,7 +161,7 @@ def _tent(length: int, overlap: int) -> Tensor:
 
 
 def masks_of(
-    config: SegdiffConfig, picture: Image.Image, predict: Callable[[Tensor], Tensor], size: int, upsample: str
+    config: ResolvedSegdiffConfig, picture: Image.Image, predict: Callable[[Tensor], Tensor], size: int, upsample: str
 ) -> Tensor:
     """Masks [K, H, W] of a picture, in its own pixels; ``predict`` as :func:`small_masks` takes it.
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from factorkit.data.video import Video, video_libraries
 from factorkit.segdiff import previews
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.inference.segment import Seen, no_room, own_pixels, see, small_masks
 from factorkit.utils.atomic import replacing
@@ -89,7 +89,7 @@ class Smoother:
 
 def segment_frames(
     frames: Iterable[np.ndarray],
-    config: SegdiffConfig,
+    config: ResolvedSegdiffConfig,
     predict: Callable[[Tensor], Tensor],
     *,
     size: int,
@@ -126,7 +126,7 @@ def segment_frames(
         batch = []
 
 
-def _labels(masks: Tensor, seen: Seen, config: SegdiffConfig) -> np.ndarray:
+def _labels(masks: Tensor, seen: Seen, config: ResolvedSegdiffConfig) -> np.ndarray:
     bands = [hard_labels(band, config.nesting).byte() for _, band in own_pixels(masks, seen)]
     return torch.cat(bands).numpy()
 

@@ -20,7 +20,7 @@ from factorkit.data.layouts import voc2012
 from factorkit.data.masks import LabelledImages, load_labelled
 from factorkit.metrics.segmentation import fit_mapping, score_masks
 from factorkit.segdiff.class_labels import find_label
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import pixels_to_signed
@@ -38,7 +38,7 @@ Predictor = Callable[[int | None], Callable[[Tensor], Tensor]]  # of a class the
 
 
 def zero_shot_scores(
-    config: SegdiffConfig,
+    config: ResolvedSegdiffConfig,
     predictor: Predictor,
     data: Any,
     *,
@@ -103,7 +103,9 @@ def _names(layout: str | None, mask_set: str | None, labelled: LabelledImages) -
     return {int(number): f"label {number}" for number in np.unique(labelled.labels[labelled.valid]) if number}
 
 
-def _told(config: SegdiffConfig, names: Mapping[int, str], label_map: Mapping[str, Any] | None) -> dict[str, int]:
+def _told(
+    config: ResolvedSegdiffConfig, names: Mapping[int, str], label_map: Mapping[str, Any] | None
+) -> dict[str, int]:
     """The class of the run that the model is told, for each class of the data that has one."""
     if label_map is None:
         fits = len(config.class_names) == IMAGENET_CLASSES
@@ -118,7 +120,7 @@ def _told(config: SegdiffConfig, names: Mapping[int, str], label_map: Mapping[st
 
 
 def _of_class(
-    config: SegdiffConfig,
+    config: ResolvedSegdiffConfig,
     predictor: Predictor,
     labelled: LabelledImages,
     fitted: LabelledImages | None,

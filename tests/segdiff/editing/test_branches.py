@@ -39,7 +39,7 @@ def test_decompose_many_images_runs_in_batches_at_the_default_level(stirred_run,
     run = stirred_run()
     whole = run.branches(pictures(3))
     assert torch.equal(whole.noisy, run.branches(pictures(3), t=250).noisy)
-    monkeypatch.setattr("factorkit.segdiff.editing.branches.PIECE", 2)
+    monkeypatch.setattr("factorkit.segdiff.editing.branches.SAMPLE_BATCH_SIZE", 2)
     for together, in_pieces in zip(whole, run.branches(pictures(3)), strict=True):
         torch.testing.assert_close(in_pieces, together, atol=1e-5, rtol=1e-4)
 

@@ -80,7 +80,7 @@ def test_interpolate_default_level_is_a_quarter_of_the_trained_levels(stirred_ru
         ({"t": 1000}, "t=1000 must lie between 0 and 999"),
         ({"t": -1}, "t=-1"),
         ({"steps": 0}, "steps=0"),
-        ({"sampler": "magic"}, "sampler 'magic'"),
+        ({"sampler": "magic"}, "sampler='magic'"),
     ],
 )
 def test_interpolate_invalid_settings_raise(stirred_run, pictures, changes, says):

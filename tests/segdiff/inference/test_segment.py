@@ -88,7 +88,7 @@ def test_predict_tiled_pixelwise_model_equals_the_whole(size):
         return ((part + 1) / 2)[:, :2] / ((part + 1) / 2)[:, :2].sum(1, keepdim=True).clamp_min(1e-6)
 
     found = small_masks(predict, images, SegdiffConfig(resolution=16))
-    whole = predict(segment.to_float(torch.from_numpy(images)))
+    whole = predict(segment.pixels_to_signed(torch.from_numpy(images)))
     torch.testing.assert_close(found, whole)
     assert max(max(shape) for shape in shapes[:-1]) <= 64
     assert (len(shapes) > 2) == (max(size) > 64)

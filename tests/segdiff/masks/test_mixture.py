@@ -11,7 +11,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.masks import mixture as module
 from factorkit.segdiff.masks.mixture import EM_ROUNDS, UNIFORM_SHARE, SpatialMixture, colour_evidence, invert
-from factorkit.segdiff.task import SegdiffTask
+from factorkit.segdiff.task import SegdiffTask, add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
@@ -51,12 +51,12 @@ def test_the_inverse_is_torchs():
 
 
 def test_evidence_is_the_gaussian_of_each_regions_own_colours(monkeypatch):
-    monkeypatch.setattr(module, "PIXELS", 0.0)
+    monkeypatch.setattr(module, "PSEUDO_PIXELS", 0.0)
     x, masks = torch.rand(2, 40, 3), torch.rand(2, 3, 40)
     evidence, slopes = colour_evidence(x, (x[..., :, None] * x[..., None, :]).flatten(2), masks)
     for n in range(2):
         for k in range(3):
-            spread = torch.cov(x[n].T, correction=0, aweights=masks[n, k]) + module.FLOOR * torch.eye(3)
+            spread = torch.cov(x[n].T, correction=0, aweights=masks[n, k]) + module.MIN_VARIANCE * torch.eye(3)
             mean = (masks[n, k, :, None] * x[n]).sum(0) / masks[n, k].sum()
             at = x[n].clone().requires_grad_()
             expected = MultivariateNormal(mean, spread).log_prob(at)
@@ -78,8 +78,8 @@ def test_the_score_is_the_slope_of_the_mixture(monkeypatch):
     spreads = []
     for k in range(2):
         away = (pixels - means[k]) * shares[k, :, None].sqrt()
-        prior = module.PIXELS * module.VARIANCE * torch.eye(3)
-        spreads.append((away.T @ away + prior) / (area[k] + module.PIXELS) + module.FLOOR * torch.eye(3))
+        prior = module.PSEUDO_PIXELS * module.PSEUDO_VARIANCE * torch.eye(3)
+        spreads.append((away.T @ away + prior) / (area[k] + module.PSEUDO_PIXELS) + module.MIN_VARIANCE * torch.eye(3))
     at = pixels.clone().requires_grad_()
     each = MultivariateNormal(means.expand(64, 2, 3), torch.stack(spreads).expand(64, 2, 3, 3))
     mixture = MixtureSameFamily(Categorical(shares.T.detach()), each)
