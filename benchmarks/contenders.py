@@ -94,12 +94,10 @@ def op_cases(config: SegdiffConfig, batch: int, device: torch.device, dtype: tor
         lambda u, s, m, w, b: F.conv2d(torch.cat([u, masked(s, m)], 1), w, b),
         ops.masked_skip_projection,
     )
-    cases["region_blend_mse"] = OpCase(
+    cases["region_blend"] = OpCase(
         [torch.randn(batch, k, size, size, device=device).requires_grad_(), features(rows, 3)],
-        lambda x, y: (
-            ((y.float().unflatten(0, (batch, k)) * x.softmax(1)[:, :, None]).sum(1) - 0.5).square().flatten(1).mean(1)
-        ),
-        lambda x, y: ops.region_blend_mse(x, y, torch.full_like(x[:, :1], 0.5).expand(-1, 3, -1, -1)),
+        lambda x, y: (y.float().unflatten(0, (batch, k)) * x.softmax(1)[:, :, None]).sum(1),
+        lambda x, y: ops.region_blend(x, y)[1],
     )
     levels = len(config.channel_mult) - 1
     cases["mask_pyramid"] = OpCase(
@@ -147,7 +145,7 @@ class OurStep:
 
     def __call__(self) -> None:
         self.take(self.step)
-        self.take.taken.clear()
+        self.take.unreported_steps.clear()
         self.step += 1
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.encoding            # runs, writes benchmarks/results/encoding.json, prints the table
     python -m benchmarks.encoding --show     # prints the table of what stands there
 
-Forward and backward with gradients for table and coordinates. The reference is factorkit.ops.reference_encoding in
+Forward and backward with gradients for table and coordinates. The reference is factorkit.ops.reference in
 fp32, the plain vectorised PyTorch a user would write; beside it stands torch.compile of it (tiny-cuda-nn and the like
 have no CPU path). Points lie along rays, as marching leaves them. The machine's load stands beside the numbers: on a
 busy machine ratios hold better than times, and the gain of a second thread means nothing.
@@ -21,7 +21,7 @@ import torch
 from benchmarks.recording import commit, processor
 from benchmarks.rendering import compare, gain_of_a_thread, table
 from factorkit import ops
-from factorkit.ops import reference_encoding as reference
+from factorkit.ops import reference
 
 RESULTS = Path(__file__).with_name("results") / "encoding.json"
 CASES = {  # log2 of the table's rows, interpolation

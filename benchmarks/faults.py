@@ -38,6 +38,7 @@ from benchmarks import tiny_runs
 from benchmarks.recording import commit, machine, write_result
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import Checkpoints
+from factorkit.engine.state import TrainingState
 from factorkit.engine.step import TrainingStep
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff import train as nerfdiff
@@ -120,7 +121,10 @@ def watch(notes: Notes, kill: Kill | None) -> None:
     os.fsync, os.replace = operation("a sync", os.fsync), operation("a rename", os.replace)
     Path.rename, Path.unlink = operation("a rename", Path.rename), operation("a removal", Path.unlink)
     TrainingStep.__call__ = noted("a step", TrainingStep.__call__)
-    Trainer.state, Trainer.restore = noted("a copy of the state", Trainer.state), noted("resuming", Trainer.restore)
+    TrainingState.tensors, Trainer.restore = (
+        noted("a copy of the state", TrainingState.tensors),
+        noted("resuming", Trainer.restore),
+    )
     segdiff.prepare = noted("preparing data", segdiff.prepare)
     nerfdiff.keep_views = noted("preparing data", nerfdiff.keep_views)
 

@@ -4,7 +4,7 @@ in one process, by turns, as ratios of medians.
     python -m benchmarks.rendering            # runs, writes benchmarks/results/rendering.json, prints the table
     python -m benchmarks.rendering --show     # prints the table of what stands there
 
-The reference is factorkit.ops.reference_rendering in fp32, the plain vectorised PyTorch a user would write. Beside it
+The reference is factorkit.ops.reference in fp32, the plain vectorised PyTorch a user would write. Beside it
 stand torch.compile of the reference, nerfacc's own PyTorch path (where nerfacc is importable; it has none for marching
 and none for packed samples), and marching as TensoRF does it: every step of every ray looked up with grid_sample.
 
@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.recording import commit, processor
 from factorkit import ops
-from factorkit.ops import reference_rendering as reference
+from factorkit.ops import reference
 
 try:
     import nerfacc

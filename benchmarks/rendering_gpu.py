@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.recording import commit
 from benchmarks.rendering import nerfacc
 from factorkit import ops
-from factorkit.ops import reference_rendering as reference
-from factorkit.ops.compiled import extension
+from factorkit.ops import reference
+from factorkit.ops.dispatch import has_extension
 
 RESULTS = Path(__file__).with_name("results") / "rendering_gpu.json"
 PER_RAY, CHANNELS, BYTES = 128, 3, 64
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     if not args.show:
-        if not (torch.cuda.is_available() and extension().build_info()["cuda"]):
+        if not (torch.cuda.is_available() and has_extension("cuda")):
             raise SystemExit("this needs a CUDA device and factorkit installed with FACTORKIT_CUDA=1")
         bandwidth = copy_bandwidth(args.rounds)
         results = {f"2^{power}": composite_case(2**power, bandwidth, args.rounds) for power in (18, 24)}

@@ -1,6 +1,6 @@
 """The factorized U-Net as one writes it in plain PyTorch: what factorkit is measured against.
 
-It borrows the modules and weights of a :class:`~factorkit.segdiff.network.FactorizedUNet` with masked skips and computes
+It uses the modules and weights of a :class:`~factorkit.segdiff.network.FactorizedUNet` with masked skips and computes
 the same function: ``folded=False`` runs the decoder once for every branch, each skip multiplied by its mask and
 concatenated; ``folded=True`` runs all branches as one batch, channels last. Norms are torch's, in fp32 as in
 guided-diffusion.
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from factorkit.diffusion.denoiser import Denoised
 from factorkit.nn.unet import Attention, Decoder, Norm, ResBlock
-from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS, POOL_FLOOR
+from factorkit.ops.norm import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS
+from factorkit.ops.region import POOL_FLOOR
 from factorkit.segdiff.network import FactorizedUNet, Regions, at_least_fp32
 
 

@@ -35,7 +35,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.textbook import Textbook
 from factorkit import kernels
 from factorkit.nn.unet import Norm
-from factorkit.ops import fused
+from factorkit.ops.dispatch import triton_launchers
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.network import count_parameters
 
@@ -81,7 +81,7 @@ class Count(TorchDispatchMode):
     Everything inside is on the meta device.
     """
 
-    kernels = {op._opoverload: run for op, run in fused.OPS.items()}
+    launchers = triton_launchers()
 
     def __init__(self, launches: bool):
         super().__init__()
@@ -92,9 +92,9 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        if func in self.kernels and self.launches:
+        if func in self.launchers and self.launches:
             with counted_launches() as found, self:
-                out = self.kernels[func](*args)
+                out = self.launchers[func](*args)
             self.part(name).add(found.moved)
             return out
         out = func(*args, **kwargs)

@@ -41,39 +41,39 @@ void for_type(const std::string& dtype, bool halves, const Run& run) {
 }
 
 template <class S>
-factorkit::Shape<S> shape(int kind, const Vector& a, const Vector& b) {
-    return {static_cast<factorkit::ShapeKind>(kind), {S(a[0]), S(a[1]), S(a[2])}, {S(b[0]), S(b[1]), S(b[2])}};
+factorkit::Box<S> box(const Vector& lower, const Vector& upper) {
+    return {{S(lower[0]), S(lower[1]), S(lower[2])}, {S(upper[0]), S(upper[1]), S(upper[2])}};
 }
 
 template <bool Cuda>  // (origins, directions, near, far)
-void intersect(const std::string& dtype, const Addresses<4>& a, std::int64_t count, int kind, const Vector& first,
-               const Vector& second, std::uintptr_t place) {
+void intersect(const std::string& dtype, const Addresses<4>& a, std::int64_t count, const Vector& lower,
+               const Vector& upper, std::uintptr_t place) {
     py::gil_scoped_release released;
     for_type(dtype, false, [&](auto type) {
         using S = factorkit::wide_t<decltype(type)>;
         const factorkit::Rays<S> rays{at<S>(a[0]), at<S>(a[1]), count};
-        const auto solid = shape<S>(kind, first, second);
+        const auto corners = box<S>(lower, upper);
         if constexpr (Cuda)
-            factorkit::intersect_cuda(rays, solid, at<S>(a[2]), at<S>(a[3]), at<void>(place));
+            factorkit::intersect_cuda(rays, corners, at<S>(a[2]), at<S>(a[3]), at<void>(place));
         else
-            factorkit::intersect(rays, solid, at<S>(a[2]), at<S>(a[3]), int(place));
+            factorkit::intersect(rays, corners, at<S>(a[2]), at<S>(a[3]), int(place));
     });
 }
 
 template <bool Cuda>  // (origins, directions, d_near, d_far, d_origins, d_directions)
-void intersect_backward(const std::string& dtype, const Addresses<6>& a, std::int64_t count, int kind,
-                        const Vector& first, const Vector& second, std::uintptr_t place) {
+void intersect_backward(const std::string& dtype, const Addresses<6>& a, std::int64_t count,
+                        const Vector& lower, const Vector& upper, std::uintptr_t place) {
     py::gil_scoped_release released;
     for_type(dtype, false, [&](auto type) {
         using S = factorkit::wide_t<decltype(type)>;
         const factorkit::Rays<S> rays{at<S>(a[0]), at<S>(a[1]), count};
-        const auto solid = shape<S>(kind, first, second);
+        const auto corners = box<S>(lower, upper);
         const S *d_near = at<S>(a[2]), *d_far = at<S>(a[3]);
         S *d_origins = at<S>(a[4]), *d_directions = at<S>(a[5]);
         if constexpr (Cuda)
-            factorkit::intersect_backward_cuda(rays, solid, d_near, d_far, d_origins, d_directions, at<void>(place));
+            factorkit::intersect_backward_cuda(rays, corners, d_near, d_far, d_origins, d_directions, at<void>(place));
         else
-            factorkit::intersect_backward(rays, solid, d_near, d_far, d_origins, d_directions, int(place));
+            factorkit::intersect_backward(rays, corners, d_near, d_far, d_origins, d_directions, int(place));
     });
 }
 
@@ -197,7 +197,7 @@ void bind(py::module_& m, const std::string& suffix) {
     const auto def = [&](const char* name, auto function, const char* doc) {
         m.def((name + suffix).c_str(), function, doc);
     };
-    def("intersect", &intersect<Cuda>, "Box or sphere; called by factorkit.ops, see csrc/intersect.h.");
+    def("intersect", &intersect<Cuda>, "Intervals of rays in a box; called by factorkit.ops, see csrc/intersect.h.");
     def("intersect_backward", &intersect_backward<Cuda>, "Gradients of intersect; called by factorkit.ops.");
     def("march_count", &march_count<Cuda>, "Samples of each ray; called by factorkit.ops, see csrc/march.h.");
     def("march_write", &march_write<Cuda>, "The samples; called by factorkit.ops, see csrc/march.h.");

@@ -175,16 +175,16 @@ FACTORKIT_HOST_DEVICE void march_ray(const March<S>& p, std::int64_t ray, Emit e
     const S *origin = p.rays.origins + 3 * ray, *direction = p.rays.directions + 3 * ray;
     Course<S> c{ray, p.near[ray], p.far[ray], origin, direction, {}, {}, S(INFINITY), S(0), S(1) / p.step_min, S(0)};
     const S largest = S(1 << (p.levels - 1)), *d = c.direction;
-    S lower[3], upper[3];
+    Box<S> reach;
     for (int a = 0; a < 3; ++a) {
-        lower[a] = std::fma(-largest, p.half[a], p.centre[a]);
-        upper[a] = std::fma(largest, p.half[a], p.centre[a]);
+        reach.lower[a] = std::fma(-largest, p.half[a], p.centre[a]);
+        reach.upper[a] = std::fma(largest, p.half[a], p.centre[a]);
         c.per_direction[a] = S(1) / d[a];
         c.per_half[a] = S(1) / p.half[a];
         const S size = p.half[a] / S(p.resolution / 2);
         c.cell_size = size < c.cell_size ? size : c.cell_size;
     }
-    const Crossing<S> box = cross_box(c.origin, d, lower, upper);
+    const Crossing<S> box = cross_box(c.origin, d, reach);
     if (!(box.far > box.near && c.far > c.near && c.near - c.near == S(0))) return;
     c.speed = std::sqrt(std::fma(d[0], d[0], std::fma(d[1], d[1], d[2] * d[2])));
     c.margin = S(0.01) * c.cell_size / c.speed;

@@ -4,7 +4,7 @@
 
 Writes scene.png, scene_depth.png (near is bright), scene_normals.png, scene_orbit.gif, and an overview of all,
 scene_overview.png. The field is a formula: two rings and three pearls over a chequered table. An occupancy grid skips
-empty space. One pass renders colour, depth and normals; a second one from the surface towards the light renders shadows.
+empty space. One pass renders colour, depth and normals; a second one towards the light renders shadows.
 """
 
 from __future__ import annotations

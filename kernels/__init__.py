@@ -1,11 +1,10 @@
-"""Triton kernels, installed as `factorkit.kernels`; `factorkit.ops` says what each of them means.
+"""Triton kernels, installed as ``factorkit.kernels``; :mod:`factorkit.ops` defines what each of them computes.
 
-Every module is a family: its kernels, then the functions that take tensors and launch them. Features lie channels
-last in memory (rows x pixels x channels) in any of bf16, fp16 and fp32; arithmetic and statistics are fp32; offsets
-are 64-bit; a sum over many programs goes through a buffer of partial sums, never through atomics, so every result is
-reproducible.
+Each module is a family: its kernels, and the functions that take tensors and launch them. Features are channels last
+in memory (rows x pixels x channels) in bf16, fp16 or fp32; arithmetic and statistics are fp32; offsets are 64-bit. A
+sum over many programs goes through a buffer of partial sums, never through atomics, so every result is reproducible.
 
-Triton is optional: :func:`unavailable` says why the kernels cannot run. The families are imported at first use, as
+Triton is optional: :func:`unavailable` returns why the kernels cannot run. The families are imported at first use, as
 attributes of this package.
 """
 
@@ -15,12 +14,12 @@ import importlib
 from functools import lru_cache
 from types import ModuleType
 
-FAMILIES = ("mask_pyramid", "masked_add", "norm", "norm_backward", "pixel_norm", "region_blend", "region_pool", "tiles")
+FAMILIES = ("group_norm", "mask_pyramid", "masked_add", "pixel_norm", "region_blend", "region_pool", "tiles")
 
 
 @lru_cache
 def unavailable() -> str | None:
-    """None where the kernels can be imported, otherwise the cause."""
+    """Return why the kernels cannot be imported, or None where they can."""
     try:
         importlib.import_module("triton")
     except Exception as error:  # a broken installation raises more than ImportError

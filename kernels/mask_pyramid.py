@@ -1,22 +1,21 @@
-"""All area averages of the masks in one read of them, and the gradient of all in one write."""
+"""Area averages of the masks at all levels in one read of them, and the gradient of all levels in one write."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
-from factorkit.kernels import heuristics
+from factorkit.kernels import tiles
 from factorkit.kernels.tiles import kernel, launch, load, span
 from torch import Tensor
 
-MOST = 5  # halvings of one launch: a program averages tiles of 2^MOST pixels a side
+MAX_LEVELS = 5  # per launch: a program averages tiles of 2^MAX_LEVELS pixels a side
 
 
 @triton.jit
 def halve(x, H: tl.constexpr, W: tl.constexpr):
-    """Averages of 2x2 blocks of a tile [H, W]."""
+    """Average 2x2 blocks of a tile [H, W]."""
     return tl.sum(tl.sum(tl.reshape(x, [H // 2, 2, W // 2, 2]), 3), 1) * 0.25
 
 
@@ -108,62 +107,39 @@ def pyramid_backward_kernel(
 
 
 def _tiles(height: int, width: int, levels: int) -> tuple[int, int, int, int]:
-    """Tile height and width, and how many of them cover the image."""
+    """Return tile height and width, and how many tiles cover the image in each direction."""
     tile_h = 1 << levels
-    tile_w = max(tile_h, min(heuristics.power_of_two(width), 1024 // tile_h))
-    return tile_h, tile_w, heuristics.ceil_div(height, tile_h), heuristics.ceil_div(width, tile_w)
+    tile_w = max(tile_h, min(tiles.power_of_two(width), 1024 // tile_h))
+    return tile_h, tile_w, tiles.ceil_div(height, tile_h), tiles.ceil_div(width, tile_w)
+
+
+def _launch_tiles(function, tensors: tuple[Tensor | None, ...], planes: int, height: int, width: int, levels: int):
+    tile_h, tile_w, tiles_y, tiles_x = _tiles(height, width, levels)
+    constants = {"LEVELS": levels, "TILE_H": tile_h, "TILE_W": tile_w}
+    launch(function, planes * tiles_y * tiles_x, *tensors, height, width, tiles_y, tiles_x, **constants, warps=4)
 
 
 def pyramid(masks: Tensor, levels: int) -> list[Tensor]:
-    """Area averages of masks [B, K, H, W] at 1/2 ... 1/2^levels; H and W divisible by 2^levels."""
+    """Average masks [B, K, H, W] at 1/2 ... 1/2^levels of the resolution; H and W are divisible by 2^levels."""
     masks = masks.contiguous()
     batch, regions, height, width = masks.shape
-    if levels > MOST:
-        fine = pyramid(masks, MOST)
-        return fine + pyramid(fine[-1], levels - MOST)
-    outs = [masks.new_empty(batch, regions, height >> i, width >> i) for i in range(1, levels + 1)]
-    tile_h, tile_w, tiles_y, tiles_x = _tiles(height, width, levels)
-    launch(
-        pyramid_kernel,
-        batch * regions * tiles_y * tiles_x,
-        masks,
-        *outs,
-        *(None,) * (MOST - levels),
-        height,
-        width,
-        tiles_y,
-        tiles_x,
-        LEVELS=levels,
-        TILE_H=tile_h,
-        TILE_W=tile_w,
-        warps=4,
-    )
-    return outs
+    if levels > MAX_LEVELS:
+        fine = pyramid(masks, MAX_LEVELS)
+        return fine + pyramid(fine[-1], levels - MAX_LEVELS)
+    outputs = [masks.new_empty(batch, regions, height >> i, width >> i) for i in range(1, levels + 1)]
+    tensors = (masks, *outputs, *(None,) * (MAX_LEVELS - levels))
+    _launch_tiles(pyramid_kernel, tensors, batch * regions, height, width, levels)
+    return outputs
 
 
 def pyramid_backward(grads: Sequence[Tensor]) -> Tensor:
-    """Gradient for the masks from those of every level, finest first."""
-    if len(grads) > MOST:
-        deep = pyramid_backward(grads[MOST:])
-        return pyramid_backward([*grads[: MOST - 1], grads[MOST - 1] + deep])
+    """Compute the gradient of the masks from those of every level, finest first."""
+    if len(grads) > MAX_LEVELS:
+        deep = pyramid_backward(grads[MAX_LEVELS:])
+        return pyramid_backward([*grads[: MAX_LEVELS - 1], grads[MAX_LEVELS - 1] + deep])
     grads = [g.contiguous() for g in grads]
     batch, regions, half_h, half_w = grads[0].shape
-    height, width = 2 * half_h, 2 * half_w
-    out = torch.empty(batch, regions, height, width, dtype=grads[0].dtype, device=grads[0].device)
-    tile_h, tile_w, tiles_y, tiles_x = _tiles(height, width, len(grads))
-    launch(
-        pyramid_backward_kernel,
-        batch * regions * tiles_y * tiles_x,
-        *grads,
-        *(None,) * (MOST - len(grads)),
-        out,
-        height,
-        width,
-        tiles_y,
-        tiles_x,
-        LEVELS=len(grads),
-        TILE_H=tile_h,
-        TILE_W=tile_w,
-        warps=4,
-    )
+    out = grads[0].new_empty(batch, regions, 2 * half_h, 2 * half_w)
+    tensors = (*grads, *(None,) * (MAX_LEVELS - len(grads)), out)
+    _launch_tiles(pyramid_backward_kernel, tensors, batch * regions, 2 * half_h, 2 * half_w, len(grads))
     return out

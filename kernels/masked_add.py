@@ -1,12 +1,11 @@
-"""base_k + m_k * skip: where the mask and the sum of the 1x1 shortcut meet; the skip is read once for all branches."""
+"""base_k + m_k * skip, the end of the masked 1x1 shortcut; all branches share one read of the skip."""
 
 from __future__ import annotations
 
 import triton.language as tl
-from factorkit.kernels import heuristics
-from factorkit.kernels.norm import Branches
-from factorkit.kernels.norm_backward import spread_gradients
-from factorkit.kernels.tiles import empty, kernel, launch, load, span
+from factorkit.kernels import tiles
+from factorkit.kernels.group_norm import Branches, feature_gradients
+from factorkit.kernels.tiles import empty_features, kernel, launch, load, span
 from torch import Tensor
 
 
@@ -43,34 +42,23 @@ def masked_add_kernel(
 
 
 def masked_add(base: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
-    """base [B*K or B, C, H, W] + m_k * skip [B, C, H, W]: [B*K, C, H, W] channels last, in the dtype of base."""
+    """Add base [B*K or B, C, H, W] and m_k * skip [B, C, H, W]: [B*K, C, H, W] channels last, in the dtype of base."""
     x = Branches(base, skip, masks)
-    out = empty(x.rows, x.channels_u, x.u)
-    block_p, block_c = heuristics.tile(x.pixels, x.channels_u, x.u.element_size())
-    blocks_p, blocks_c = heuristics.ceil_div(x.pixels, block_p), heuristics.ceil_div(x.channels_u, block_c)
-    launch(
-        masked_add_kernel,
-        x.batch * blocks_p * blocks_c,
-        x.u,
-        x.skip,
-        x.masks,
-        out,
-        x.pixels,
-        x.channels_u,
-        blocks_c,
-        blocks_p,
-        K=x.regions,
-        SHARED=x.shared,
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
-        warps=4,
-    )
+    out = empty_features(x.rows, x.channels_u, x.u)
+    block_p, block_c = x.tile()
+    blocks_p, blocks_c = tiles.ceil_div(x.pixels, block_p), tiles.ceil_div(x.channels_u, block_c)
+    sizes = (x.pixels, x.channels_u, blocks_c, blocks_p)
+    constants = {"K": x.regions, "SHARED": x.shared, "BLOCK_P": block_p, "BLOCK_C": block_c}
+    launch(masked_add_kernel, x.batch * blocks_p * blocks_c, x.u, x.skip, x.masks, out, *sizes, **constants, warps=4)
     return out
 
 
 def masked_add_backward(
     grad: Tensor, base: Tensor, skip: Tensor, masks: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Gradients for base (None unless the branches share it: it is ``grad`` itself), skip and masks (fp32)."""
+    """Compute the gradients of :func:`masked_add` for base, skip and masks (fp32).
+
+    The gradient of base is ``grad`` itself, and None here, unless the branches share base.
+    """
     x = Branches(base, skip, masks)
-    return spread_gradients(grad, x, None, None, activate=False, at_skip=0, with_u=x.shared)
+    return feature_gradients(grad, x, None, None, activate=False, at_skip=0, with_u=x.shared)

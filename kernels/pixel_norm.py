@@ -1,6 +1,6 @@
-"""The pixel norm: root mean square over the channels of [u_k ; m_k * skip] at each pixel; one pass each way.
+"""Pixel norm: root mean square over the channels of [u_k ; m_k * skip] at each pixel, one pass in each direction.
 
-All channels of some pixels are in one program, the statistics in registers; the skip is read once by all branches.
+A program holds all channels of some pixels and their statistics in registers; all branches share one read of the skip.
 """
 
 from __future__ import annotations
@@ -8,10 +8,20 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from factorkit.kernels import heuristics
-from factorkit.kernels.finalise import gradient_sums, modulation
-from factorkit.kernels.norm import Branches
-from factorkit.kernels.tiles import buffer, dense, empty, kernel, launch, load, pixel_strides, sigmoid, silu_slope, span
+from factorkit.kernels import tiles
+from factorkit.kernels.group_norm import Branches, gradient_sums, modulation
+from factorkit.kernels.tiles import (
+    contiguous,
+    empty_features,
+    kernel,
+    launch,
+    load,
+    pixel_strides,
+    scratch,
+    sigmoid,
+    silu_slope,
+    span,
+)
 from torch import Tensor
 
 
@@ -108,35 +118,20 @@ def pixel_forward(
     activate: bool,
     eps: float,
 ) -> Tensor:
-    """SiLU(rms_norm([u_k ; m_k * skip]) * (1 + scale) + shift), [B*K, C, H, W] channels last.
+    """Compute SiLU(rms_norm([u_k ; m_k * skip]) * (1 + scale) + shift), [B*K, C, H, W] channels last.
 
-    Arguments as for :func:`factorkit.kernels.norm.norm_forward`.
+    Arguments as for :func:`factorkit.kernels.group_norm.norm_forward`.
     """
     x = Branches(u, skip, masks)
-    out = empty(x.rows, x.channels, x.u)
-    block_p, block_u, block_s, warps = heuristics.whole_pixel(x.pixels, x.channels_u, x.channels_s, 512)
-    blocks_p = heuristics.ceil_div(x.pixels, block_p)
-    launch(
-        pixel_forward_kernel,
-        x.batch * blocks_p,
-        x.u,
-        x.skip,
-        x.masks if x.skip is not None else None,
-        *(dense(v) for v in (weight, bias, scale, shift)),
-        out,
-        x.pixels,
-        x.channels_u,
-        x.channels_s,
-        blocks_p,
-        eps,
-        K=x.regions,
-        SHARED=x.shared,
-        ACTIVATE=activate,
-        BLOCK_P=block_p,
-        BLOCK_U=block_u,
-        BLOCK_S=block_s,
-        warps=warps,
-    )
+    affine = tuple(contiguous(v) for v in (weight, bias, scale, shift))
+    out = empty_features(x.rows, x.channels, x.u)
+    block_p, block_u, block_s, warps = tiles.whole_pixel_tile(x.pixels, x.channels_u, x.channels_s, 512)
+    blocks_p = tiles.ceil_div(x.pixels, block_p)
+    tensors = (x.u, x.skip, x.skip_masks, *affine, out)
+    sizes = (x.pixels, x.channels_u, x.channels_s, blocks_p, eps)
+    constants = {"K": x.regions, "SHARED": x.shared, "ACTIVATE": activate}
+    blocks = {"BLOCK_P": block_p, "BLOCK_U": block_u, "BLOCK_S": block_s}
+    launch(pixel_forward_kernel, x.batch * blocks_p, *tensors, *sizes, **constants, **blocks, warps=warps)
     return out
 
 
@@ -159,7 +154,7 @@ def d_normal_half(
     column,
     ACTIVATE: tl.constexpr,
 ):
-    """Gradient for the normalised values, and the affine part's sums over pixels: d_pre alone, and times the values."""
+    """Return the normalised values' gradient, and the sums over pixels of d_pre alone and times the values."""
     gain, offset = modulation(weight, bias, scale, shift, row, c, channels, column)
     d = load(grad + row * stride_n + p[:, None] * stride_p + c[None, :] * stride_c, inside)
     if ACTIVATE:
@@ -203,7 +198,7 @@ def pixel_backward_kernel(
     c_u, c_s = span(0, BLOCK_U), span(0, BLOCK_S)
     column_u, column_s = c_u < channels_u, c_s < channels_s
     channels = channels_u + channels_s
-    # With one branch a program's sums over pixels stay in registers; with more of them each block writes its own.
+    # With one branch a program's sums over pixels stay in registers; with more, each block writes its own.
     carry: tl.constexpr = K == 1
     plain_u = tl.zeros([BLOCK_U], tl.float32)
     times_u = tl.zeros([BLOCK_U], tl.float32)
@@ -324,48 +319,23 @@ def pixel_backward(
     activate: bool,
     eps: float,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of :func:`pixel_forward` for u, skip, masks (fp32), weight, bias, scale, shift; any strides of grad."""
+    """Compute the gradients of :func:`pixel_forward`, as :func:`factorkit.kernels.group_norm.norm_backward` does."""
     x = Branches(u, skip, masks)
-    affine = tuple(dense(v) for v in (weight, bias, scale, shift))
-    grad, stride_n, stride_p, stride_c = pixel_strides(grad)
+    affine = tuple(contiguous(v) for v in (weight, bias, scale, shift))
+    grad, *strides = pixel_strides(grad)
     d_u = torch.empty_like(x.u)
     d_skip = None if skip is None else torch.empty_like(x.skip)
-    masked = skip is not None and masks is not None
-    d_masks = torch.empty_like(x.masks) if masked else None
+    d_masks = None if x.skip_masks is None else torch.empty_like(x.skip_masks)
     # Blocks are larger where each of them writes sums.
-    elements, least = (256, 4) if x.regions == 1 else (512, 8)
-    block_p, block_u, block_s, warps = heuristics.whole_pixel(x.pixels, x.channels_u, x.channels_s, elements, least)
-    chunk = heuristics.chunk_of(x.pixels, block_p, x.batch) if x.regions == 1 else block_p
-    chunks = heuristics.ceil_div(x.pixels, chunk)
-    partial = buffer(x.rows, chunks, 2, x.channels, like=u)
-    launch(
-        pixel_backward_kernel,
-        x.batch * chunks,
-        grad,
-        x.u,
-        x.skip,
-        x.masks if masked else None,
-        *affine,
-        d_u,
-        d_skip,
-        d_masks,
-        partial,
-        x.pixels,
-        x.channels_u,
-        x.channels_s,
-        stride_n,
-        stride_p,
-        stride_c,
-        chunk,
-        chunks,
-        eps,
-        K=x.regions,
-        SHARED=x.shared,
-        ACTIVATE=activate,
-        BLOCK_P=block_p,
-        BLOCK_U=block_u,
-        BLOCK_S=block_s,
-        warps=warps,
-    )
-    sums = gradient_sums(partial, x.pixels, *affine, 1, eps, None)
+    elements, min_warps = (256, 4) if x.regions == 1 else (512, 8)
+    block_p, block_u, block_s, warps = tiles.whole_pixel_tile(x.pixels, x.channels_u, x.channels_s, elements, min_warps)
+    chunk = tiles.pixels_per_program(x.pixels, block_p, x.batch) if x.regions == 1 else block_p
+    chunks = tiles.ceil_div(x.pixels, chunk)
+    partial = scratch(x.rows, chunks, 2, x.channels, like=u)
+    tensors = (grad, x.u, x.skip, x.skip_masks, *affine, d_u, d_skip, d_masks, partial)
+    sizes = (x.pixels, x.channels_u, x.channels_s, *strides, chunk, chunks, eps)
+    constants = {"K": x.regions, "SHARED": x.shared, "ACTIVATE": activate}
+    blocks = {"BLOCK_P": block_p, "BLOCK_U": block_u, "BLOCK_S": block_s}
+    launch(pixel_backward_kernel, x.batch * chunks, *tensors, *sizes, **constants, **blocks, warps=warps)
+    sums = gradient_sums(partial, x.pixels, affine, 1, eps, None)
     return d_u, d_skip, d_masks, *sums.affine

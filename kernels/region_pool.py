@@ -1,12 +1,12 @@
-"""Region tokens, sum_p m_k f / (sum_p m_k + floor) for all k in one read of the features; both gradients in one."""
+"""Region tokens sum_p m_k f / (sum_p m_k + floor) for all k in one read of the features; both gradients in one pass."""
 
 from __future__ import annotations
 
 import torch
 import triton.language as tl
-from factorkit.kernels import heuristics
-from factorkit.kernels.moments import channel_moments, flat
-from factorkit.kernels.tiles import buffer, kernel, last, launch, load, span
+from factorkit.kernels import tiles
+from factorkit.kernels.group_norm import channel_moments, flat_masks
+from factorkit.kernels.tiles import channels_last, kernel, launch, load, scratch, span
 from torch import Tensor
 
 
@@ -29,26 +29,15 @@ def tokens_kernel(
 
 
 def pool(features: Tensor, masks: Tensor, floor: float) -> Tensor:
-    """Tokens [B, K, C] fp32 of features [B, C, H, W] and masks [B, K, H, W]."""
-    features, masks = last(features), flat(masks)
+    """Compute tokens [B, K, C] fp32 of features [B, C, H, W] and masks [B, K, H, W]."""
+    features, masks = channels_last(features), flat_masks(masks)
     batch, channels = features.shape[:2]
     regions, pixels = masks.shape[1], masks.shape[2] * masks.shape[3]
     partial, _ = channel_moments(features, masks, weighted=False, times_mask=True, floor=0.0, second=False)
-    tokens = buffer(batch, regions, channels, like=features)
-    launch(
-        tokens_kernel,
-        batch * regions,
-        partial,
-        masks,
-        tokens,
-        channels,
-        partial.shape[1],
-        pixels,
-        floor,
-        BLOCK_C=min(256, heuristics.power_of_two(channels)),
-        BLOCK_P=1024,
-        warps=4,
-    )
+    tokens = scratch(batch, regions, channels, like=features)
+    sizes = (channels, partial.shape[1], pixels, floor)
+    blocks = {"BLOCK_C": min(256, tiles.power_of_two(channels)), "BLOCK_P": 1024}
+    launch(tokens_kernel, batch * regions, partial, masks, tokens, *sizes, **blocks, warps=4)
     return tokens
 
 
@@ -96,32 +85,16 @@ def pool_backward_kernel(
 
 
 def pool_backward(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`pool` for features and masks (fp32) from its answer and grad [B, K, C], any strides."""
-    features, masks = last(features), flat(masks)
+    """Compute the gradients of :func:`pool` for features and masks (fp32); grad [B, K, C] may have any strides."""
+    features, masks = channels_last(features), flat_masks(masks)
     areas = masks.sum((2, 3)) + floor
     batch, channels = features.shape[:2]
     regions, pixels = masks.shape[1], masks.shape[2] * masks.shape[3]
     d_features, d_masks = torch.empty_like(features), torch.empty_like(masks)
-    block_p, block_c = heuristics.tile(pixels, channels, features.element_size(), 1024)
-    blocks_p = heuristics.ceil_div(pixels, block_p)
-    launch(
-        pool_backward_kernel,
-        batch * blocks_p,
-        grad,
-        features,
-        masks,
-        tokens.contiguous(),
-        areas,
-        d_features,
-        d_masks,
-        pixels,
-        channels,
-        *grad.stride(),
-        blocks_p,
-        K=regions,
-        K_PAD=heuristics.power_of_two(regions),
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
-        warps=4,
-    )
+    block_p, block_c = tiles.pixel_channel_tile(pixels, channels, features.element_size(), 1024)
+    blocks_p = tiles.ceil_div(pixels, block_p)
+    tensors = (grad, features, masks, tokens.contiguous(), areas, d_features, d_masks)
+    constants = {"K": regions, "K_PAD": tiles.power_of_two(regions), "BLOCK_P": block_p, "BLOCK_C": block_c}
+    sizes = (pixels, channels, *grad.stride(), blocks_p)
+    launch(pool_backward_kernel, batch * blocks_p, *tensors, *sizes, **constants, warps=4)
     return d_features, d_masks

@@ -1,8 +1,8 @@
-"""How many warps a kernel runs on, found by measuring where FACTORKIT_TUNE=1 asks for it; heuristics decide otherwise.
+"""Number of warps per kernel launch, measured on the GPU where FACTORKIT_TUNE=1 asks for it.
 
-Blocks are not tried: partial buffers are cut to them, and another order of summing gives other last digits. A kernel
-writes its results from its arguments alone, so running it many times leaves what one run leaves. What was found is kept
-for each GPU and version of Triton in factorkit's cache folder (``$FACTORKIT_CACHE``, ``~/.cache/factorkit``).
+Only warps are tuned: the layout of partial sums depends on the block sizes, and another order of summation changes the
+last digits. A kernel writes its results from its arguments alone, so it may run many times. Results are stored per GPU
+and Triton version in factorkit's cache folder (``$FACTORKIT_CACHE``, default ``~/.cache/factorkit``).
 """
 
 from __future__ import annotations
@@ -18,66 +18,65 @@ from pathlib import Path
 import torch
 import triton
 
-WARPS = (1, 2, 4, 8, 16)
+WARP_COUNTS = (1, 2, 4, 8, 16)
 
 
-def wanted() -> bool:
+def is_enabled() -> bool:
     return os.environ.get("FACTORKIT_TUNE", "0") not in ("", "0")
 
 
-def describe(name: str, arguments: tuple, constants: dict) -> str:
-    """A launch, as far as its speed depends on it."""
-    given = [str(x.dtype).removeprefix("torch.") if isinstance(x, torch.Tensor) else str(x) for x in arguments]
-    return " ".join([name, *given, *(f"{key}={value}" for key, value in sorted(constants.items()))])
+def describe_launch(name: str, arguments: tuple, constants: dict) -> str:
+    """Return a key of everything that the speed of a launch depends on."""
+    parts = [str(x.dtype).removeprefix("torch.") if isinstance(x, torch.Tensor) else str(x) for x in arguments]
+    return " ".join([name, *parts, *(f"{key}={value}" for key, value in sorted(constants.items()))])
 
 
-def best_warps(launch: str, usual: int, run: Callable[[int], None]) -> int:
-    """The number of warps with which ``run`` takes the least time, measured once for each ``launch`` and GPU.
+def best_warps(launch: str, default: int, run: Callable[[int], None]) -> int:
+    """Return the number of warps with which ``run`` is fastest, measured once for each ``launch`` and GPU.
 
-    While a CUDA graph is captured nothing is measured: what is not known then runs as usual.
+    Nothing is measured while a CUDA graph is captured: an unknown launch then uses ``default``.
     """
-    known = choices(device_file())
-    if launch not in known:
+    table = load_table(table_path())
+    if launch not in table:
         if torch.cuda.is_current_stream_capturing():
-            return usual
-        times = {warps: measured(lambda warps=warps: run(warps)) for warps in WARPS}
-        known[launch] = min(times, key=times.get) if min(times.values()) < math.inf else usual
-        keep(device_file(), known)
-    return known[launch]
+            return default
+        times = {warps: measure(lambda warps=warps: run(warps)) for warps in WARP_COUNTS}
+        table[launch] = min(times, key=times.get) if min(times.values()) < math.inf else default
+        save_table(table_path(), table)
+    return table[launch]
 
 
-def measured(run: Callable[[], None]) -> float:
-    """Milliseconds, infinite where the GPU has not the registers or the memory for it."""
+def measure(run: Callable[[], None]) -> float:
+    """Return milliseconds, or infinity where the GPU lacks registers or memory for it."""
     try:
         return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
     except triton.runtime.errors.OutOfResources:
         return math.inf
 
 
-def device_file() -> Path:
-    """Where the choices for the current GPU stand."""
+def table_path() -> Path:
+    """Return the file with the measured warps of the current GPU."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "factorkit"
-    cache = Path(os.environ.get("FACTORKIT_CACHE") or usual).expanduser()
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "factorkit"
+    cache = Path(os.environ.get("FACTORKIT_CACHE") or default).expanduser()
     return cache / (re.sub(r"\W+", "-", f"warps {gpu} triton {triton.__version__}") + ".json")
 
 
 @lru_cache
-def choices(file: Path) -> dict[str, int]:
-    """Warps by launch. A file that cannot be read holds none and is written anew."""
+def load_table(path: Path) -> dict[str, int]:
+    """Load warps by launch. An unreadable file counts as empty and is overwritten."""
     try:
-        found = json.loads(file.read_text())
-        return {launch: warps for launch, warps in found.items() if warps in WARPS}
+        return {launch: warps for launch, warps in json.loads(path.read_text()).items() if warps in WARP_COUNTS}
     except (OSError, ValueError, AttributeError):
         return {}
 
 
-def keep(file: Path, known: dict[str, int]) -> None:
-    """Write the choices at once or not at all; without a place to write they hold for this process."""
+def save_table(path: Path, table: dict[str, int]) -> None:
+    """Write the table atomically; if the folder is not writable the choices last for this process only."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(known, indent=1, sort_keys=True))
-        os.replace(draft, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(table, indent=1, sort_keys=True))
+        os.replace(draft, path)
     except OSError:
         pass

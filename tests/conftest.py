@@ -1,4 +1,4 @@
-"""What tests of several folders need."""
+"""Fixtures of several test folders."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 
 @pytest.fixture
 def real_data():
-    """real_data(name): a folder of real photographs beside the repository, or a skip that names it."""
+    """Return a function from a data set's name to its folder beside the repository; without one it skips the test."""
 
     def find(name: str) -> Path:
         folder = Path(__file__).resolve().parents[1] / "../shared/data" / name
         if not folder.is_dir():
-            pytest.skip(f"the real photographs {name} are not beside this repository (../shared/data)")
+            pytest.skip(f"the images {name} are not beside this repository (../shared/data)")
         return folder
 
     return find

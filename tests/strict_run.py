@@ -1,4 +1,4 @@
-"""Run as `python -W error tests/strict_run.py FOLDER`: every module, a tiny training of each model, and their use."""
+"""Import every module, train tiny models and use them: `python -W error tests/strict_run.py FOLDER`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import factorkit
 
 
 def main(folder: Path) -> None:
-    # kernels need Triton, which is not everywhere; __main__ would run the command line
+    # kernels need Triton, which may be missing; __main__ would run the command line
     for module in pkgutil.walk_packages(factorkit.__path__, "factorkit."):
         if not module.name.startswith(("factorkit.kernels", "factorkit.__main__")):
             importlib.import_module(module.name)

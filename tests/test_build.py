@@ -1,4 +1,4 @@
-"""The installed package, its compiled module, and what setup.py makes of the source tree."""
+"""The installed package, its compiled module, and the builds of setup.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HAS_NVCC = shutil.which("nvcc") is not None
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build reads, so that building here touches nothing of the checkout or of its installation."""
+    """Copy the files that a build reads, so that the test changes neither the checkout nor its installation."""
     folder = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -35,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source: Path) -> Path:
-    """A wheel without CUDA."""
+    """Build a wheel without CUDA."""
     command = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "out", "."]
     result = run(command, source, FACTORKIT_CUDA="0")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -49,8 +49,8 @@ def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.Co
     return subprocess.run(command, cwd=folder, env=settings | environment, capture_output=True, text=True)
 
 
-def imported_from(folder: Path) -> dict:
-    """build_info() of the factorkit._C in this folder, asked in a fresh process, with its file and its devices."""
+def import_from(folder: Path) -> dict:
+    """Return build_info() of the factorkit._C in this folder, from a fresh process, with its file and its devices."""
     code = (
         "import json, factorkit._C as extension;"
         "more = {'file': extension.__file__, 'devices': extension.cuda_devices()};"
@@ -63,14 +63,14 @@ def imported_from(folder: Path) -> dict:
     return info
 
 
-def test_versions_agree():
+def test_versions_of_package_module_and_metadata_agree():
     declared = re.search(r'^version = "(.+)"$', PYPROJECT, re.MULTILINE)[1]
     assert importlib.metadata.version("factorkit") == declared
     assert importlib.import_module("factorkit._C").build_info()["version"] == declared
     assert factorkit.__version__ == declared
 
 
-def test_compiled_module_describes_itself():
+def test_compiled_module_build_info_is_complete():
     extension = importlib.import_module("factorkit._C")
     info = extension.build_info()
     assert set(info) == {"version", "compiler", "simd", "cuda", "cuda_version", "cuda_targets"}
@@ -82,18 +82,18 @@ def test_compiled_module_describes_itself():
 
 
 @pytest.mark.gpu
-def test_compiled_module_sees_the_gpus_that_torch_sees():
+def test_compiled_module_lists_the_gpus_of_torch():
     import torch
 
     extension = importlib.import_module("factorkit._C")
     if not (torch.cuda.is_available() and extension.build_info()["cuda"]):
         pytest.skip("needs a CUDA device and factorkit._C built with CUDA")
-    seen = [(device["name"], device["capability"], device["memory_bytes"]) for device in extension.cuda_devices()]
+    devices = [(device["name"], device["capability"], device["memory_bytes"]) for device in extension.cuda_devices()]
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    assert seen == [(device.name, (device.major, device.minor), device.total_memory) for device in properties]
+    assert devices == [(device.name, (device.major, device.minor), device.total_memory) for device in properties]
 
 
-def test_simd_level_is_the_processors():
+def test_simd_level_matches_the_processor():
     try:
         flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -105,13 +105,14 @@ def test_simd_level_is_the_processors():
     assert importlib.import_module("factorkit._C").build_info()["simd"] == expected
 
 
-def test_kernels_lie_beside_the_package_and_are_imported_inside_it():
+def test_kernels_are_imported_from_the_folder_beside_the_package():
     kernels = importlib.import_module("factorkit.kernels")
     assert kernels.__name__ == "factorkit.kernels"
     assert Path(kernels.__file__).parent == ROOT / "kernels"
 
 
-def test_wheel_holds_the_mapped_kernels_and_the_compiled_module(wheel, tmp_path):
+@pytest.mark.slow
+def test_wheel_contains_kernels_and_compiled_module(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path)
@@ -121,11 +122,12 @@ def test_wheel_holds_the_mapped_kernels_and_the_compiled_module(wheel, tmp_path)
     assert [name for name in names if re.fullmatch(r"factorkit/_C\..*\.so", name)]
     assert {name.split("/")[0] for name in names} == {"factorkit", "-".join(wheel.name.split("-")[:2]) + ".dist-info"}
 
-    info = imported_from(tmp_path)
+    info = import_from(tmp_path)
     assert not info["cuda"] and info["cuda_targets"] == info["devices"] == []
 
 
-def test_source_archive_holds_all_that_a_build_reads(source, tmp_path):
+@pytest.mark.slow
+def test_source_archive_contains_every_build_input(source, tmp_path):
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
     result = run(["-c", code], source)
     assert result.returncode == 0, result.stderr
@@ -136,7 +138,8 @@ def test_source_archive_holds_all_that_a_build_reads(source, tmp_path):
     assert csrc | {"setup.py", "pyproject.toml", "kernels/__init__.py", "factorkit/ops/__init__.py"} <= names
 
 
-def test_only_what_changed_is_compiled_again(wheel, source):
+@pytest.mark.slow
+def test_rebuild_after_a_change_compiles_only_dependents(wheel, source):
     import ninja
 
     (folder,) = (source / "build").glob("csrc-*")
@@ -153,6 +156,7 @@ def test_only_what_changed_is_compiled_again(wheel, source):
     assert pending() == {"system_cpu.cpp", "bindings.cpp"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_NVCC, reason="needs nvcc")
 def test_cuda_build_imports_without_a_gpu(wheel, source, tmp_path):
     settings = {"FACTORKIT_CUDA": "1", "FACTORKIT_CUDA_ARCHS": "sm_90 compute_90"}
@@ -160,15 +164,15 @@ def test_cuda_build_imports_without_a_gpu(wheel, source, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     # The wheel was built without CUDA; its objects are taken over.
     assert "march_cuda.cu -o" in result.stdout and "composite_cpu.cpp -o" not in result.stdout
-    info = imported_from(tmp_path)
+    info = import_from(tmp_path)
     assert info["cuda"] and info["cuda_targets"] == ["sm_90", "compute_90"]
     assert re.fullmatch(r"\d+\.\d+", info["cuda_version"])
     assert isinstance(info["devices"], list)
     if info["devices"]:
         return
     code = "import factorkit._C as c; c.intersect_cuda('float32', [0] * 4, 1, 0, [0.0] * 3, [1.0] * 3, 0)"
-    failed = run(["-c", code], tmp_path)
-    assert re.search(r"RuntimeError: launching intersect on CUDA: \w+", failed.stderr), failed.stderr
+    process = run(["-c", code], tmp_path)
+    assert re.search(r"RuntimeError: launching intersect on CUDA: \w+", process.stderr), process.stderr
 
 
 @pytest.mark.parametrize(
@@ -178,14 +182,14 @@ def test_cuda_build_imports_without_a_gpu(wheel, source, tmp_path):
         ({"FACTORKIT_CUDA": "yes"}, r"FACTORKIT_CUDA=yes means nothing; set it to 0"),
     ],
 )
-def test_impossible_wishes_stop_the_build_with_a_sentence(source, tmp_path, settings, sentence):
+def test_build_impossible_setting_ends_with_a_message(source, tmp_path, settings, sentence):
     result = run(["setup.py", "-q", "build_ext", "-b", str(tmp_path)], source, CUDA_HOME=str(tmp_path), **settings)
     assert result.returncode != 0
     assert re.search("error: .*" + sentence, result.stderr)
     assert "Traceback" not in result.stderr
 
 
-def test_misnamed_target_stops_the_build_with_a_sentence(source, tmp_path):
+def test_build_unknown_target_ends_with_a_message(source, tmp_path):
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\nexit 1\n")

@@ -1,4 +1,4 @@
-"""What an import costs, and that nothing warns: in processes of their own, for this one has imported everything."""
+"""Imports are fast and raise no warning; in separate processes, since this one has imported everything."""
 
 from __future__ import annotations
 
@@ -9,21 +9,33 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "triton", "matplotlib", "numpy", "PIL", "scipy", "sklearn", "cv2", "torchmetrics", "viser", "trimesh")
+SLOW_TO_IMPORT = (
+    "torch",
+    "triton",
+    "matplotlib",
+    "numpy",
+    "PIL",
+    "scipy",
+    "sklearn",
+    "cv2",
+    "torchmetrics",
+    "viser",
+    "trimesh",
+)
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def python(*words: str) -> str:
-    """What a Python said that imports this package from where it lies."""
+def run_python(*arguments: str) -> str:
+    """Return the output of a Python process that imports this package from this repository."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @pytest.mark.parametrize(
-    "act",
+    "statement",
     [
         "import factorkit",
         "import factorkit.cli.main",
@@ -32,17 +44,19 @@ def python(*words: str) -> str:
         "import factorkit.cli.main; factorkit.cli.main.main(['segment', '-h'])",
     ],
 )
-def test_neither_importing_nor_help_imports_what_takes_long(act):
-    said = python("-W", "error", "-c", f"{act}\nimport sys\nprint('imported', *sys.modules)")
-    names = {name.partition(".")[0] for name in said.split("imported")[-1].split()}
-    assert "factorkit" in names and not names & set(HEAVY)
+def test_import_and_help_load_no_slow_module(statement):
+    output = run_python("-W", "error", "-c", f"{statement}\nimport sys\nprint('imported', *sys.modules)")
+    names = {name.partition(".")[0] for name in output.split("imported")[-1].split()}
+    assert "factorkit" in names and not names & SLOW_TO_IMPORT
 
 
-def test_what_the_models_import_draws_and_shows_nothing_yet():
-    act = "import factorkit, sys\nfactorkit.SegdiffRun, factorkit.NerfdiffRun, factorkit.train_segdiff"
-    names = {name.partition(".")[0] for name in python("-c", f"{act}\nprint(*sys.modules)").split()}
+@pytest.mark.slow
+def test_import_of_the_models_loads_no_plotting_module():
+    statement = "import factorkit, sys\nfactorkit.SegdiffRun, factorkit.NerfdiffRun, factorkit.train_segdiff"
+    names = {name.partition(".")[0] for name in run_python("-c", f"{statement}\nprint(*sys.modules)").split()}
     assert "torch" in names and not names & {"matplotlib", "cv2", "sklearn", "viser", "trimesh"}
 
 
-def test_everything_runs_where_warnings_are_errors(tmp_path):
-    assert python("-W", "error", str(ROOT / "tests/strict_run.py"), str(tmp_path)).splitlines()[-1] == "strict"
+@pytest.mark.slow
+def test_tiny_runs_with_warnings_as_errors_succeed(tmp_path):
+    assert run_python("-W", "error", str(ROOT / "tests/strict_run.py"), str(tmp_path)).splitlines()[-1] == "strict"

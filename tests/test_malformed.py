@@ -37,16 +37,18 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
 
 
-def test_malformed_inputs_are_refused_in_words_or_skipped(good, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_malformed_inputs_raise_clear_errors_or_are_skipped(good, tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz, "targets", lambda folder: good[1])
     verdicts = list(fuzz.fuzz(range(COUNT), 2, tmp_path))
-    found = [f"input {v.number} ({v.kind}): {v.outcome}\n{v.said}" for v in verdicts if v.outcome not in fuzz.FINE]
-    assert not found, "\n\n".join(found)
+    result = [f"input {v.number} ({v.kind}): {v.outcome}\n{v.said}" for v in verdicts if v.outcome not in fuzz.FINE]
+    assert not result, "\n\n".join(result)
     outcomes = [v.outcome for v in verdicts]
     assert len(outcomes) == COUNT and outcomes.count("refused") > 60 and outcomes.count("skipped") > 2
 
 
-def test_what_is_not_damaged_is_read(good, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_undamaged_inputs_are_read(good, tmp_path, monkeypatch):
     for name in ("damage", "damage_tree", "damage_array"):
         monkeypatch.setattr(fuzz_targets, name, lambda good, rng: good, raising=False)
     monkeypatch.setattr(fuzz_targets, "damage_json", lambda tree, rng: json.dumps(tree).encode())
@@ -63,7 +65,7 @@ def test_what_is_not_damaged_is_read(good, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["transforms.json", "classes.json", "config.json"])
-def test_json_nested_beyond_the_parsers_stack(tmp_path, name):
+def test_json_nested_too_deeply_raises(tmp_path, name):
     (tmp_path / name).write_text("[" * 100_000)
     with pytest.raises((DataError, CheckpointError), match=rf"{name}.*nested too deeply"):
         if name == "transforms.json":
@@ -74,7 +76,7 @@ def test_json_nested_beyond_the_parsers_stack(tmp_path, name):
             factorkit.load(tmp_path)
 
 
-def test_postscript_called_a_png_is_no_image(tmp_path):
+def test_postscript_named_png_is_not_decoded(tmp_path):
     fuzz_targets.small(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(fuzz_targets.POSTSCRIPT)
     with pytest.warns(UserWarning, match=r"bad\.png \(not an image"):
@@ -84,30 +86,30 @@ def test_postscript_called_a_png_is_no_image(tmp_path):
 @pytest.mark.parametrize(
     "array", [np.zeros((4, 17), [("a", "f4"), ("b", "i2")]), np.full((4, 17), "x"), np.zeros((4, 17), "c16")]
 )
-def test_llff_of_other_things_than_numbers(tmp_path, array):
+def test_llff_without_numbers_raises(tmp_path, array):
     for i in range(4):
         fuzz_targets.small(tmp_path / "images" / f"{i}.png", i)
     np.save(tmp_path / "poses_bounds.npy", array)
-    with pytest.raises(DataError, match=r"poses_bounds\.npy: no array of numbers"):
+    with pytest.raises(DataError, match=r"poses_bounds\.npy: not an array of numbers"):
         open_views(tmp_path)
 
 
-def test_npy_that_claims_more_than_the_file_holds_is_not_allocated(tmp_path):
+def test_npy_header_larger_than_file_is_not_allocated(tmp_path):
     header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (100000000000, 17), }"
     (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(800))
     with pytest.raises(ValueError, match="file size|mmap length"):
         read_arrays(tmp_path / "x.npy")
 
 
-def test_npz_bomb_is_refused_by_its_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("factorkit.utils.safe_reading.memory", lambda: 2**20)
+def test_npz_bomb_is_refused_by_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("factorkit.utils.safe_reading.machine_memory", lambda: 2**20)
     np.savez_compressed(tmp_path / "x.npz", images=np.zeros((2, 1024, 1024, 3), np.uint8), X=np.zeros(3))
     with pytest.raises(DataError, match=r"x\.npz.*more memory than this machine has"):
         open_source(tmp_path / "x.npz")
     assert read_arrays(tmp_path / "x.npz", ["X"])["X"].shape == (3,), "what nobody asked for is not unpacked"
 
 
-def test_damaged_member_of_an_npz_is_a_value_error(tmp_path):
+def test_npz_damaged_member_raises_value_error(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", images=np.arange(3000))
     with zipfile.ZipFile(tmp_path / "x.npz") as archive:
         at = archive.infolist()[0].header_offset
@@ -119,7 +121,7 @@ def test_damaged_member_of_an_npz_is_a_value_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting, value",
+    ("setting", "value"),
     [
         ("min_snr_gamma", [1, 2]),
         ("model_channels", "64"),
@@ -129,12 +131,12 @@ def test_damaged_member_of_an_npz_is_a_value_error(tmp_path):
         ("num_res_blocks", {}),
     ],
 )
-def test_settings_of_another_type(setting, value):
+def test_settings_of_wrong_type_raise(setting, value):
     with pytest.raises(ConfigError, match=f"^{setting}="):
         preset_config("demo", **{setting: value})
 
 
-def test_timesteps_beyond_all_sense():
+def test_settings_too_many_timesteps_raise():
     with pytest.raises(ConfigError, match="timesteps=.*at most"):
         preset_config("demo", timesteps=MOST_STEPS + 1).resolved()
 
@@ -152,7 +154,7 @@ def test_timesteps_beyond_all_sense():
         {"channel_mult": []},
     ],
 )
-def test_checkpoint_whose_settings_are_not_of_its_weights(good, tmp_path, changes):
+def test_checkpoint_settings_inconsistent_with_weights_raise(good, tmp_path, changes):
     tensors, meta = read_checkpoint(good[0] / "segdiff.safetensors")
     path = write_checkpoint(tmp_path / "x.safetensors", tensors, {**meta, **changes})
     with pytest.raises(CheckpointError, match="x.safetensors"):
@@ -170,7 +172,7 @@ def test_checkpoint_whose_settings_are_not_of_its_weights(good, tmp_path, change
         {"step": []},
     ],
 )
-def test_checkpoint_of_a_scene_that_cannot_be(good, tmp_path, changes):
+def test_checkpoint_invalid_scene_raises(good, tmp_path, changes):
     newest = max((good[0] / "nerfdiff/checkpoints").glob("*.safetensors"))
     tensors, meta = read_checkpoint(newest)
     path = write_checkpoint(tmp_path / "x.safetensors", tensors, {**meta, **changes})
@@ -178,27 +180,27 @@ def test_checkpoint_of_a_scene_that_cannot_be(good, tmp_path, changes):
         factorkit.load(path)
 
 
-def test_checkpoint_whose_settings_are_no_settings(good, tmp_path):
+def test_checkpoint_invalid_settings_raise(good, tmp_path):
     tensors, _ = read_checkpoint(good[0] / "segdiff.safetensors")
     path = write_checkpoint(tmp_path / "x.safetensors", tensors, {})
     with pytest.raises(CheckpointError, match="x.safetensors"):
         factorkit.load(path)
 
 
-def test_kept_views_without_what_they_need(good, tmp_path):
+def test_stored_views_incomplete_raise(good, tmp_path):
     shutil.copytree(good[0] / "nerfdiff", tmp_path / "run")
-    with np.load(tmp_path / "run/views.npz", allow_pickle=False) as found:
-        arrays = dict(found)
+    with np.load(tmp_path / "run/views.npz", allow_pickle=False) as result:
+        arrays = dict(result)
     del arrays["layout"]
     np.savez(tmp_path / "run/views.npz", **arrays)
     with pytest.raises(CheckpointError, match=r"views\.npz cannot be read"):
         _ = factorkit.load(tmp_path / "run").views
 
 
-def test_near_duplicates_that_are_no_text(tmp_path):
+def test_near_duplicates_binary_file_raises(tmp_path):
     fuzz_targets.labelled(tmp_path, 2)
     (tmp_path / "near_duplicates.txt").write_bytes(b"\xff\xfe 0 1")
-    with pytest.raises(DataError, match=r"near_duplicates\.txt: no text in UTF-8"):
+    with pytest.raises(DataError, match=r"near_duplicates\.txt: not UTF-8 text"):
         open_dataset(tmp_path)
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for path in [*tmp_path.rglob("*.png"), tmp_path / "near_duplicates.txt"]:
@@ -211,29 +213,29 @@ def test_near_duplicates_that_are_no_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    ("change", "said"),
     [
-        ({"frames": [{"file_path": 5, "transform_matrix": []}]}, "something else than text"),
-        ({"train_filenames": [[1]]}, "something else than text"),
+        ({"frames": [{"file_path": 5, "transform_matrix": []}]}, "a file name is not a string"),
+        ({"train_filenames": [[1]]}, "a file name is not a string"),
         ({"w": 0}, "0 x 20 pixels"),
-        ({"k1": "a"}, "distortion of .* is no number"),
+        ({"k1": "a"}, "distortion of .* is not a number"),
         ({"k1": float("nan")}, "distortion of .* is not finite"),
         ({"fl_x": 10**400}, "no focal length"),
         ({"camera_angle_x": 0.0, "fl_x": None}, "no focal length"),
     ],
 )
-def test_transforms_of_other_kinds(tmp_path, change, said):
+def test_transforms_wrong_types_raise(tmp_path, change, message):
     poses = orbit(2, 4.0, 30.0).tolist()
     frames = [{"file_path": f"{i}.png", "transform_matrix": pose} for i, pose in enumerate(poses)]
     for i in range(2):
         fuzz_targets.small(tmp_path / f"{i}.png", i)
     content = {"fl_x": 30.0, "w": 24, "h": 20, "frames": frames, **change}
     (tmp_path / "transforms.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         open_views(tmp_path, "train")
 
 
-def test_srn_camera_of_no_size(tmp_path):
+def test_srn_zero_image_size_raises(tmp_path):
     fuzz_targets.make_srn(tmp_path, np.random.default_rng(0))
     (tmp_path / "in/pose/000001.txt").write_text((tmp_path / "in/pose/000000.txt").read_text())
     (tmp_path / "in/intrinsics.txt").write_text("30 12 10 0.\n0. 0. 0.\n1.\n0 24\n")
@@ -241,6 +243,6 @@ def test_srn_camera_of_no_size(tmp_path):
         open_views(tmp_path / "in")
 
 
-def test_class_of_a_name_that_is_empty(tmp_path):
+def test_classes_empty_name_is_accepted(tmp_path):
     (tmp_path / "x.csv").write_text("name,class\n,a\na.png,a\nb.png,b\n")
     assert read_classes(tmp_path / "x.csv", ["a.png", "b.png"]).names == ["a", "b"]

@@ -1,4 +1,4 @@
-"""What is never done with files and words from outside: no code is run from them."""
+"""The package runs no code from files or from the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import factorkit
 
 PACKAGE = Path(factorkit.__file__).parent
-RUNS_CODE = {
+CODE_RUNNING_CALLS = {
     "eval",
     "exec",
     "compile",
@@ -33,35 +33,35 @@ RUNS_CODE = {
     "subprocess.getoutput",
     "subprocess.getstatusoutput",
 }
-UNPACKS = {"extract", "extractall", "unpack_archive"}
+UNPACKING_METHODS = {"extract", "extractall", "unpack_archive"}
 
 
-def offences(source: str) -> list[str]:
-    """What a file does that would run code from a file, as `line: what`."""
-    tree, known, found = ast.parse(source), {}, []
+def find_unsafe_calls(source: str) -> list[str]:
+    """Return the calls of a source text that could run code from a file, as `line: call`."""
+    tree, imported, unsafe = ast.parse(source), {}, []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            known |= {
+            imported |= {
                 alias.asname or alias.name.split(".")[0]: alias.asname and alias.name or alias.name.split(".")[0]
                 for alias in node.names
             }
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         head, _, rest = ast.unparse(node.func).partition(".")
-        name = ".".join(filter(None, [known.get(head, head), rest]))
+        name = ".".join(filter(None, [imported.get(head, head), rest]))
         options = {word.arg: ast.unparse(word.value) for word in node.keywords}
-        bad = name in RUNS_CODE or name.rpartition(".")[2] in UNPACKS
-        bad |= options.get("shell", "False") != "False" or options.get("allow_pickle", "False") != "False"
-        bad |= name == "torch.load" and options.get("weights_only") != "True"
-        bad |= name == "numpy.load" and options.get("allow_pickle") != "False"
-        # without formats= Pillow hands PostScript to Ghostscript, whatever the file is called
-        bad |= name == "PIL.Image.open" and "formats" not in options
-        if bad:
-            found.append(f"{node.lineno}: {ast.unparse(node)[:80]}")
-    return found
+        is_unsafe = name in CODE_RUNNING_CALLS or name.rpartition(".")[2] in UNPACKING_METHODS
+        is_unsafe |= options.get("shell", "False") != "False" or options.get("allow_pickle", "False") != "False"
+        is_unsafe |= name == "torch.load" and options.get("weights_only") != "True"
+        is_unsafe |= name == "numpy.load" and options.get("allow_pickle") != "False"
+        # without formats= Pillow passes PostScript to Ghostscript, for any file name
+        is_unsafe |= name == "PIL.Image.open" and "formats" not in options
+        if is_unsafe:
+            unsafe.append(f"{node.lineno}: {ast.unparse(node)[:80]}")
+    return unsafe
 
 
 @pytest.mark.parametrize(
@@ -80,19 +80,21 @@ def offences(source: str) -> list[str]:
         "from PIL import Image\nImage.open(f)",
     ],
 )
-def test_the_scan_sees(line):
-    assert len(offences(line)) == 1
+def test_scan_unsafe_line_is_reported(line):
+    assert len(find_unsafe_calls(line)) == 1
 
 
-def test_no_code_from_files_is_run_anywhere_in_the_package():
+def test_package_source_has_no_unsafe_calls():
     kernels = Path(factorkit.__path__[0]) if (PACKAGE / "kernels").is_dir() else PACKAGE.parent / "kernels"
     files = sorted({*PACKAGE.rglob("*.py"), *kernels.rglob("*.py")})
     assert len(files) > 100
-    found = [f"{file.relative_to(PACKAGE.parent)}:{what}" for file in files for what in offences(file.read_text())]
-    assert not found, "\n".join(found)
+    calls = [
+        f"{file.relative_to(PACKAGE.parent)}:{call}" for file in files for call in find_unsafe_calls(file.read_text())
+    ]
+    assert not calls, "\n".join(calls)
 
 
-def test_viewer_serves_this_machine_alone_unless_told_otherwise():
+def test_viewer_default_host_is_this_machine():
     from factorkit.cli.main import parse
     from factorkit.nerfdiff.viewer import Viewer
 

@@ -59,7 +59,7 @@ class Demo(Command):
         with cpu_threads(run.config.threads):
             segmented = run.segment_folder(flowers, out / "segmented")
             generation = run.generate(GENERATED_IMAGES, progress=True)
-            generated = distributed.on_first(lambda: write_generated(generation, out / "generated"))
+            generated = distributed.run_on_first(lambda: write_generated(generation, out / "generated"))
         scores, failures = run.scores or {}, read_failures(out)
         if scores["iou"] < MIN_IOU:
             failures = [f"IoU {scores['iou']:.3f} on held-out flowers, below the required {MIN_IOU:.2f}", *failures]
@@ -106,7 +106,7 @@ class Demo(Command):
             write_report(out)
             return write_frames(out / "orbit.gif", images)
 
-        orbit, failures = distributed.on_first(write), read_failures(out)
+        orbit, failures = distributed.run_on_first(write), read_failures(out)
         if scores["rotation_median_deg"] > MAX_MEDIAN_DEGREES or scores["under_10_deg"] < 1:
             failures = [f"cameras {scores['rotation_median_deg']:.2f} degrees off in the median", *failures]
         data = {

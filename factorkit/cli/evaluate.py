@@ -105,7 +105,7 @@ class Evaluate(RunCommand):
             nesting=self.nesting or None,
         )
         if (folder := run.folder) is not None:
-            distributed.on_first(lambda: write_report(folder))
+            distributed.run_on_first(lambda: write_report(folder))
         return scores, format_scores(scores)
 
     def _score_views(self, path: Path) -> Result:
@@ -122,7 +122,7 @@ class Evaluate(RunCommand):
         views = open_views(path, self.split, max(run.model.size), run.model.background.tolist())
         scores = run.evaluate(views, refine=self.refine)
         if (folder := run.folder) is not None:
-            distributed.on_first(lambda: write_report(folder))
+            distributed.run_on_first(lambda: write_report(folder))
         return {**scores, "seconds": time.perf_counter() - start}, format_pose_scores(scores)
 
     def _score_classes(self, data: Path) -> Result:

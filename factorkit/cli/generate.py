@@ -65,7 +65,7 @@ class Generate(RunCommand):
             trajectory=self.trajectory,
             progress=True,
         )
-        data = distributed.on_first(lambda: write_generated(generation, self.out))
+        data = distributed.run_on_first(lambda: write_generated(generation, self.out))
         return data, f"{data['generated']} generated: {self.out}\ncontact sheet: {data['contact_sheet']}"
 
 

@@ -118,9 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {message}", file=sys.stderr)
         if several_processes():
-            from factorkit.utils.rendezvous import end_at_once
+            from factorkit.utils.distributed import exit_immediately
 
-            end_at_once(code)
+            exit_immediately(code)
         return code
 
 
@@ -182,10 +182,10 @@ def join_processes(command: RunCommand) -> None:
     """Join the processes that torchrun started, each on its own device, which the command then uses."""
     from factorkit.engine.config import resolve_device
     from factorkit.utils import distributed
-    from factorkit.utils.rendezvous import join
+    from factorkit.utils.distributed import join_processes
 
     device = distributed.local_device(resolve_device(command.device))
-    join(device)
+    join_processes(device)
     command.device = str(device)
 
 
@@ -201,7 +201,7 @@ def explain(error: BaseException) -> tuple[int | None, str]:
     if several_processes():
         from factorkit.utils import distributed
 
-        if distributed.is_lost(error):
+        if distributed.is_peer_lost(error):
             lost = "another process of this run ended or is unreachable, so this one cannot continue"
             return 1, f"{lost}; see the output of that process ({first_line(error)})"
     if isinstance(error, OSError):

@@ -56,7 +56,7 @@ class Reproduce(Command):
 
     def execute(self) -> Result:
         if self.list:
-            return list_experiments()
+            return _list_experiments()
         if self.name is None:
             raise ConfigError("nothing to reproduce: give a table or figure, or --list to see them all")
         from factorkit.cli.train import report_interruption
@@ -80,13 +80,12 @@ class Reproduce(Command):
         return {**report.data, "folder": str(report.folder)}, f"{report.text}\n\ntable  {table}"
 
 
-def list_experiments() -> Result:
-    """List all experiments with what each one needs and prints."""
-    from factorkit.reproduce import experiments
+def _list_experiments() -> Result:
+    from factorkit.reproduce import list_experiments
     from factorkit.reproduce.table import format_citation
 
     data, lines = [], []
-    for experiment in experiments().values():
+    for experiment in list_experiments().values():
         citations = [format_citation(experiment, citation) for citation in experiment.citations]
         columns = [column.title for column in experiment.columns]
         data.append(

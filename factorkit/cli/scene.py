@@ -59,7 +59,7 @@ class Pose(RunCommand):
             for name, matrix, scores in zip(views.names, result.poses.tolist(), result.scores.tolist(), strict=True)
         ]
         if (out := self.out) is not None:
-            distributed.on_first(lambda: write_json(out, {"frames": frames}))
+            distributed.run_on_first(lambda: write_json(out, {"frames": frames}))
         lines = [f"{f['name']}: at " + ", ".join(f"{row[3]:.3f}" for row in f["camera_to_world"][:3]) for f in frames]
         return {"frames": frames, "out": None if out is None else str(out)}, "\n".join(lines)
 
@@ -105,7 +105,7 @@ class Reconstruct(RunCommand):
             originals = views.resize((height, width)).images[n]
             views_sheet(originals, renders.images[n], renders.depth[n], renders.opacity[n], views.names[n]).save(path)
 
-        distributed.on_first(write)
+        distributed.run_on_first(write)
         data = {"out": str(self.out), "reconstructed": len(views), "contact_sheet": str(path)}
         return data, f"{len(views)} reconstructed: {self.out}\ncontact sheet: {path}"
 
@@ -134,7 +134,7 @@ class Render(RunCommand):
         from factorkit.utils import distributed
 
         images = _load(self).render_path(self.path, self.size, self.frames).images
-        distributed.on_first(lambda: write_frames(self.out, images))
+        distributed.run_on_first(lambda: write_frames(self.out, images))
         return {"out": str(self.out), "frames": self.frames}, f"{self.frames} frames: {self.out}"
 
 
@@ -197,7 +197,7 @@ class Sample(RunCommand):
             if grid is not None:
                 grid.save(data["trajectory"])
 
-        distributed.on_first(write)
+        distributed.run_on_first(write)
         return data, f"{data['views']} views: {self.out}"
 
 

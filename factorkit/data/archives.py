@@ -1,4 +1,4 @@
-"""Images in archives, read where they lie: nothing is ever unpacked to the disk, whatever a member calls itself."""
+"""Images in .zip and .tar archives, read in place: nothing is unpacked to disk."""
 
 from __future__ import annotations
 
@@ -11,69 +11,60 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from factorkit.data.decode import ImageDecodeError
-from factorkit.data.sources import (
-    MOST_BYTES,
-    EncodedSource,
-    escape_name,
-    hash_values,
-    is_image,
-    stat_file,
-    too_large,
-    wrap_os_errors,
-)
+from factorkit.data.files import escape_name, is_image, stat_file, wrap_os_errors
+from factorkit.data.sources import EncodedSource, check_encoded_size, hash_values
 from factorkit.utils.errors import DataError
 
-# zipfile unpacks these by no more than it is asked for; of the others a hundred bytes may become a gigabyte at once
-BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# zipfile unpacks no more bytes than requested with these; with other methods 100 bytes may become 1 GB at once.
+BOUNDED_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 class ZipSource(EncodedSource):
-    """The images of a .zip, or those below the folder `under` in it; names are relative to that folder."""
+    """The images of a .zip, or those below its folder `prefix`; names are relative to that folder."""
 
-    def __init__(self, path: Path, under: str = "") -> None:
+    def __init__(self, path: Path, prefix: str = "") -> None:
         try:
             self.archive = zipfile.ZipFile(path)
-        except Exception as error:  # BadZipFile, struct.error, ...: whatever a damaged directory leads to
-            raise DataError(f"{path}: not a readable .zip: {error}. Download or pack it again.") from error
-        self.path, self.under = path, under
-        found = (member for member in self.archive.infolist() if member.filename.startswith(under))
-        self.members = sorted((m for m in found if is_image(inside(m.filename))), key=lambda m: m.filename)
-        self.names = [inside(member.filename[len(under) :]) for member in self.members]
+        except Exception as error:  # BadZipFile, struct.error and others for a damaged directory
+            raise DataError(f"{path}: not a readable .zip: {error}. Download or create it again.") from error
+        self.path, self.prefix = path, prefix
+        members = (member for member in self.archive.infolist() if member.filename.startswith(prefix))
+        images = (member for member in members if is_image(sanitize_member_name(member.filename)))
+        self.members = sorted(images, key=lambda member: member.filename)
+        self.names = [sanitize_member_name(member.filename[len(prefix) :]) for member in self.members]
 
-    def _bytes(self, index: int) -> bytes:
-        member = self.members[index]  # by member, not by name: two of one name are two pictures
-        if member.file_size > MOST_BYTES:
-            raise ImageDecodeError(too_large(member.file_size))
-        if member.compress_type not in BOUNDED:
-            raise ImageDecodeError("refused, packed by a method that cannot be bounded. Pack it again with deflate")
-        with self.archive.open(member) as packed:
-            return packed.read(member.file_size)  # no more, whatever there is: the size may be a lie
+    def _read_bytes(self, index: int) -> bytes:
+        member = self.members[index]  # not by name: two members may have the same name
+        check_encoded_size(member.file_size)
+        if member.compress_type not in BOUNDED_COMPRESSION:
+            raise ImageDecodeError("unsupported compression method. Create the .zip again with deflate")
+        with self.archive.open(member) as file:
+            return file.read(member.file_size)  # the declared size may be wrong: never read more
 
     def fingerprint(self) -> str:
-        return hash_values("zip", str(self.path), self.under, stat_file(self.path))
+        return hash_values("zip", str(self.path), self.prefix, stat_file(self.path))
 
 
 class TarSource(EncodedSource):
-    """Members of uncompressed .tar files, each read at its place.
+    """Members of uncompressed .tar files, read by their offset.
 
     Args:
         paths: the archives.
-        members: for each image (which archive, first byte, bytes).
-        names: for each image.
+        members: for each image (index of the archive, offset, size).
+        names: name of each image.
     """
 
     def __init__(self, paths: Sequence[Path], members: Sequence[tuple[int, int, int]], names: Sequence[str]) -> None:
         self.paths, self.members, self.names = list(paths), list(members), list(names)
 
-    def _bytes(self, index: int) -> bytes:
-        archive, start, size = self.members[index]
-        if size > MOST_BYTES:
-            raise ImageDecodeError(too_large(size))
+    def _read_bytes(self, index: int) -> bytes:
+        archive, offset, size = self.members[index]
+        check_encoded_size(size)
         with open(self.paths[archive], "rb") as file:
-            file.seek(start)
+            file.seek(offset)
             data = file.read(size)
         if len(data) < size:
-            raise ImageDecodeError(f"the archive {self.paths[archive].name} ends in the middle of it")
+            raise ImageDecodeError(f"the archive {self.paths[archive].name} is truncated within this image")
         return data
 
     def fingerprint(self) -> str:
@@ -83,32 +74,29 @@ class TarSource(EncodedSource):
         return TarSource(self.paths, [self.members[i] for i in indices], [self.names[i] for i in indices])
 
 
-def tar_members(path: Path) -> list[tuple[str, int, int]]:
-    """Of each plain file in an uncompressed .tar: its name, first byte and number of bytes, in the archive's order.
+def list_tar_members(path: Path) -> list[tuple[str, int, int]]:
+    """List (name, offset, size) of all regular files of an uncompressed .tar, in the archive's order.
 
-    Links, devices and sparse files are passed over.
+    Links, devices and sparse files are skipped.
 
     Raises:
-        DataError: no .tar, compressed, cut off, or unreadable.
+        DataError: the file is not a .tar, or is compressed, truncated or unreadable.
     """
     try:
-        with (
-            wrap_os_errors(path, "so it cannot be opened. Check its permissions."),
-            tarfile.open(path, "r:") as archive,
-        ):
-            found = [(m.name, m.offset_data, m.size) for m in archive if m.isreg() and not m.issparse()]
+        with wrap_os_errors(path, "so it cannot be opened. Check its permissions."), tarfile.open(path, "r:") as tar:
+            members = [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise DataError(
-            f"{path}: no readable .tar: {error}. A compressed one has to be decompressed first (gunzip), a damaged one "
-            "fetched again."
+            f"{path}: not a readable .tar: {error}. Decompress it if it is compressed (gunzip); otherwise download it "
+            "again."
         ) from error
-    if found and found[-1][1] + found[-1][2] > path.stat().st_size:
-        raise DataError(f"{path}: it ends in the middle of {escape_name(found[-1][0])}. Fetch this archive again.")
-    return found
+    if members and members[-1][1] + members[-1][2] > path.stat().st_size:
+        raise DataError(f"{path}: truncated within {escape_name(members[-1][0])}. Download this archive again.")
+    return members
 
 
-def inside(name: str) -> str:
-    """A member's name without what leads out of a folder: no leading slash, no drive, no `..`."""
+def sanitize_member_name(name: str) -> str:
+    """Return a member's name as a path inside the archive: no leading slash, no drive, no `..`."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    kept = [part for part in parts if part not in ("/", "//", "..") and not re.fullmatch("[A-Za-z]:", part)]
-    return "/".join(kept) or "unnamed"
+    safe = [part for part in parts if part not in ("/", "//", "..") and not re.fullmatch("[A-Za-z]:", part)]
+    return "/".join(safe) or "unnamed"

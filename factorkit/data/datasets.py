@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from factorkit.data.files import strip_suffix
 from factorkit.data.layouts import DatasetFiles, image_mask_folders, read_layout
-from factorkit.data.masks import match_masks, strip_suffix
+from factorkit.data.masks import match_masks
 from factorkit.data.open import open_source
 from factorkit.data.procedural.flowers import draw_flowers
 from factorkit.data.procedural.rooms import NESTING, draw_rooms
@@ -104,12 +105,13 @@ def open_dataset(data: Any, *, holdout: str | int = "auto", mask_set: str | None
         raise ConfigError(
             "open_dataset needs a path or images. For the built-in flowers use make_procedural_dataset(resolution)."
         )
+    files, layout = image_mask_folders.read(data), None
+    if files is None and (result := read_layout(data)) is not None:
+        layout, files = result[0].name, result[1]
+    files = DatasetFiles(open_source(data)) if files is None else files
+    # after open_source, which reports paths that cannot be resolved
     name = Path(data).expanduser().resolve().name if isinstance(data, (str, os.PathLike)) else type(data).__name__
-    if (files := image_mask_folders.read(data)) is not None:
-        return split_dataset(name, files, holdout, mask_set)
-    if (result := read_layout(data)) is not None:
-        return split_dataset(name, result[1], holdout, mask_set, layout=result[0].name)
-    return split_dataset(name, DatasetFiles(open_source(data)), holdout, mask_set)
+    return split_dataset(name, files, holdout, mask_set, layout)
 
 
 def make_procedural_dataset(

@@ -1,47 +1,42 @@
-"""Where images lie: a folder, a file, a zip, an array or a list, all behind one small `Source`."""
+"""Sources of images: files, arrays and Pillow images behind one interface, decoded one image at a time."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import io
-import os
-import re
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from factorkit.data.decode import ImageDecodeError, to_rgb
+from factorkit.data.files import escape_name, stat_file
 from factorkit.utils.errors import DataError
 
-IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .gif .jfif .jpe .jpeg .jpg .jp2 .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
-)
-# The formats behind those suffixes and no other, whatever a file is called: Pillow reads some forty, among them
-# PostScript, which it gives to Ghostscript to run.
+# Formats that are decoded, whatever the suffix. Pillow reads about forty, including PostScript, which it passes to
+# Ghostscript for execution.
 FORMATS = frozenset("AVIF BMP DIB GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split())
-LARGE = 2**24  # pixels; pictures beyond are decoded one at a time, lest as many as there are threads fill the memory
-MOST_BYTES = 2**29  # of one encoded picture: 179 million pixels, Pillow's own limit, take as much without compression
+SERIAL_DECODE_PIXELS = 2**24  # larger images are decoded one at a time, to bound the memory of all threads
+MAX_ENCODED_BYTES = 2**29  # per image: 179 million pixels, Pillow's own limit, without compression
+CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 
-
-_one_at_a_time = threading.Lock()
+_serial_decode_lock = threading.Lock()
 
 
 class Source(ABC):
-    """Images that have names and can be read one by one, from any thread.
+    """A sequence of named images that are decoded one by one, from any thread.
 
     Attributes:
-        names: one for each image: a path relative to the source, with forward slashes, or a made-up one.
-        positional: True where names are made up, so that only its position says which image is which.
-        ignore_label: label of pixels of a mask that are not scored, if the data set defines one.
+        names: name of each image: a relative path with forward slashes, or a number.
+        positional: True if names are mere numbers, so that images are identified by position only.
+        ignore_label: label of mask pixels that are not scored, if the data set defines one.
     """
 
     names: list[str]
@@ -53,146 +48,86 @@ class Source(ABC):
 
     @abstractmethod
     def decode(self, index: int) -> Image.Image:
-        """The picture as it is stored: of any mode, not yet turned upright.
+        """Return an image as stored: in any mode, EXIF orientation not applied.
 
         Raises:
-            ImageDecodeError: the bytes are no image, or one of a size that only an attack has.
-            DataError: the bytes cannot be read from the disk.
+            ImageDecodeError: the bytes are not an image, or it has too many pixels.
+            DataError: the bytes cannot be read from disk.
         """
 
     def read(self, index: int, at_least: int | None = None) -> Image.Image:
-        """The picture upright and in RGB.
+        """Return an image upright and in RGB.
 
-        With `at_least`, a JPEG may come at 1/2, 1/4 or 1/8 of its size, which decodes several times faster, but with
-        no side below that many pixels.
+        Args:
+            index: which image.
+            at_least: allow a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size, which is several times faster, with no
+                side below this many pixels.
 
         Raises:
-            ImageDecodeError: it cannot be decoded; the message names it and says why.
-            DataError: it cannot be read from the disk.
+            ImageDecodeError: it cannot be decoded.
+            DataError: it cannot be read from disk.
         """
         image = self.decode(index)
         try:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
-            with _one_at_a_time if image.width * image.height > LARGE else contextlib.nullcontext():
+            is_large = image.width * image.height > SERIAL_DECODE_PIXELS
+            with _serial_decode_lock if is_large else contextlib.nullcontext():
                 return to_rgb(image)
         except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
             raise ImageDecodeError(f"{escape_name(self.names[index])}: cannot be decoded: {error}") from error
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash that changes when the images do: of path, names, sizes and times, or of an array's content."""
+        """Return a hash that changes with the images: of path, names, sizes and times, or of an array's values."""
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Source:
-        """The images at these indices, in this order."""
+        """Return the images at these indices, in this order."""
         return Subset(self, indices)
 
 
 class Subset(Source):
-    """Some images of a source."""
+    """Some images of another source."""
 
-    def __init__(self, whole: Source, indices: Sequence[int] | np.ndarray) -> None:
-        self.whole, self.indices = whole, [int(i) for i in indices]
-        self.names = [whole.names[i] for i in self.indices]
-        self.positional, self.ignore_label = whole.positional, whole.ignore_label
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
+        self.source, self.indices = source, [int(i) for i in indices]
+        self.names = [source.names[i] for i in self.indices]
+        self.positional, self.ignore_label = source.positional, source.ignore_label
 
     def decode(self, index: int) -> Image.Image:
-        return self.whole.decode(self.indices[index])
+        return self.source.decode(self.indices[index])
 
     def fingerprint(self) -> str:
-        return hash_values("subset", self.whole.fingerprint(), self.indices)
+        return hash_values("subset", self.source.fingerprint(), self.indices)
 
 
 class EncodedSource(Source):
     """Images as encoded bytes: files on disk or members of an archive."""
 
     @abstractmethod
-    def _bytes(self, index: int) -> bytes: ...
+    def _read_bytes(self, index: int) -> bytes: ...
 
     def decode(self, index: int) -> Image.Image:
         name = escape_name(self.names[index])
         try:
-            data = self._bytes(index)
+            data = self._read_bytes(index)
         except ImageDecodeError as error:
             raise ImageDecodeError(f"{name}: {error}") from error
-        except OSError as error:  # the disk's fault, not the picture's: leaving it out would hide it
+        except OSError as error:  # a fault of the disk, not of the image: skipping the image would hide it
             reason = error.strerror or str(error)
-            raise DataError(f"{name}: cannot be read: {reason}. Mend the file or its permissions.") from error
+            raise DataError(f"{name}: cannot be read: {reason}. Check the file and its permissions.") from error
         except Exception as error:  # zipfile: BadZipFile, zlib.error, RuntimeError for encrypted members, ...
             raise ImageDecodeError(f"{name}: cannot be unpacked: {error}") from error
         try:
-            with warnings.catch_warnings():  # between half of its limit and the limit Pillow only warns
+            with warnings.catch_warnings():  # Pillow warns from half of its pixel limit on
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                return Image.open(io.BytesIO(data), formats=formats())
+                return Image.open(io.BytesIO(data), formats=list_supported_formats())
         except Image.UnidentifiedImageError as error:
-            raise ImageDecodeError(f"{name}: not an image ({len(data)} bytes that no reader recognises)") from error
+            raise ImageDecodeError(f"{name}: not an image ({len(data)} bytes in no known format)") from error
         except Image.DecompressionBombError as error:
-            raise ImageDecodeError(f"{name}: refused, too many pixels: {error} Scale it down first.") from error
+            raise ImageDecodeError(f"{name}: too many pixels: {error} Reduce its size first.") from error
         except Exception as error:
             raise ImageDecodeError(f"{name}: cannot be decoded: {error}") from error
-
-
-@functools.cache
-def formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow reads."""
-    Image.init()
-    return [name for name in Image.ID if name in FORMATS]
-
-
-def is_image(name: str) -> bool:
-    """Whether a file of this name, relative to what a user gave, is taken for an image."""
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
-
-
-def list_suffixes() -> str:
-    """The suffixes of images, for a message."""
-    return ", ".join(sorted(IMAGE_SUFFIXES))
-
-
-def escape_name(name: str) -> str:
-    """A file's name as a message can hold it: on one line, without what would steer a terminal."""
-    return name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode("ascii")
-
-
-def natural_sort_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
-    """A key that sorts names as people do, numbers in them by their value: 2 before 10."""
-    parts = [part for part in re.split(r"([0-9]+)", name) if part]
-    # by their length first, as Python refuses to read numbers of thousands of digits
-    numbers = [part.lstrip("0") if part[0] in "0123456789" else None for part in parts]
-    return [(1, 0, part) if n is None else (0, len(n), n) for part, n in zip(parts, numbers, strict=True)], name
-
-
-def too_large(size: int) -> str:
-    """What is said of a picture whose encoded bytes are beyond `MOST_BYTES`."""
-    return f"refused, it takes {size / 2**20:.0f} MiB, more than any picture ({MOST_BYTES / 2**20:.0f} MiB)"
-
-
-def stat_file(path: Path) -> tuple[int, int]:
-    """(bytes, time of change in ns): what says cheaply that a file is no longer what it was."""
-    with wrap_os_errors(path, "though it was listed. Try again."):
-        status = path.stat()
-        return status.st_size, status.st_mtime_ns
-
-
-@contextlib.contextmanager
-def wrap_os_errors(path: Path, advice: str) -> Iterator[None]:
-    """Turns an error of the disk into a DataError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno or errno.EIO)
-        raise DataError(f"{escape_name(str(path))}: {reason}, {advice}") from error
-
-
-def hash_values(*parts: Any) -> str:
-    """A hash over the representations of some values."""
-    return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
-NAMED = 3  # how many examples a message names
 
 
 class FileSource(EncodedSource):
@@ -200,11 +135,11 @@ class FileSource(EncodedSource):
 
     Args:
         root: the folder.
-        files: their paths relative to it, with forward slashes.
-        names: what they are called; without: by those paths.
+        files: paths relative to the folder, with forward slashes.
+        names: names of the images; default: `files`.
     """
 
-    # one string an image and no Path: of ImageNet's 1.3 million, Paths alone took 0.6 GiB
+    # Keeps one string per image instead of a Path: for ImageNet's 1.3 million files Paths took 0.6 GiB.
     def __init__(self, root: Path, files: Iterable[str], names: Sequence[str] | None = None) -> None:
         self.root, self.files = root, list(files)
         self.names = self.files if names is None else list(names)
@@ -212,18 +147,16 @@ class FileSource(EncodedSource):
     def path(self, index: int) -> Path:
         return self.root / self.files[index]
 
-    def _bytes(self, index: int) -> bytes:
+    def _read_bytes(self, index: int) -> bytes:
         path = self.path(index)
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise ImageDecodeError(too_large(size))
+        check_encoded_size(path.stat().st_size)
         return path.read_bytes()
 
     def fingerprint(self) -> str:
-        content = hashlib.sha256(repr(("files", str(self.root))).encode("utf-8", "surrogateescape"))
+        digest = hashlib.sha256(repr(("files", str(self.root))).encode("utf-8", "surrogateescape"))
         for name, file in zip(self.names, self.files, strict=True):
-            content.update(repr((name, *stat_file(self.root / file))).encode("utf-8", "surrogateescape"))
-        return content.hexdigest()
+            digest.update(repr((name, *stat_file(self.root / file))).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> FileSource:
         names = None if self.names is self.files else [self.names[i] for i in indices]
@@ -231,32 +164,32 @@ class FileSource(EncodedSource):
 
 
 class ArraySource(Source):
-    """An array of images: [N, H, W], [N, H, W, C] or [N, C, H, W] with C in {1, 3, 4}; the fourth channel is alpha.
+    """An array of images [N, H, W], [N, H, W, C] or [N, C, H, W], C being 1 (grey), 3 (RGB) or 4 (with alpha).
 
-    Values are integers from 0 to 255 or floats from 0 to 1; booleans where there is one channel.
+    Values are integers from 0 to 255 or floats from 0 to 1; booleans only for one channel.
     """
 
     positional = True
 
     def __init__(self, array: np.ndarray, name: str = "array", fingerprint: str | None = None) -> None:
-        self.array = _checked(array, name)
+        self.array = _to_nhwc(array, name)
         self.names = [f"{i:06d}" for i in range(len(array))]
         self._fingerprint = fingerprint
 
     def decode(self, index: int) -> Image.Image:
-        picture = self.array[index]
-        if picture.dtype.kind == "f":
-            picture = np.rint(np.clip(picture, 0, 1) * 255)
-        if picture.dtype.kind != "b":
-            picture = picture.astype(np.uint8)
-        return Image.fromarray(np.ascontiguousarray(picture[..., 0] if picture.shape[-1] == 1 else picture))
+        values = self.array[index]
+        if values.dtype.kind == "f":
+            values = np.rint(np.clip(values, 0, 1) * 255)
+        if values.dtype.kind != "b":
+            values = values.astype(np.uint8)
+        return Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[-1] == 1 else values))
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            content = hashlib.sha256()
-            for picture in self.array:
-                content.update(np.ascontiguousarray(picture))
-            self._fingerprint = hash_values("array", str(self.array.dtype), self.array.shape, content.hexdigest())
+            digest = hashlib.sha256()
+            for image in self.array:
+                digest.update(np.ascontiguousarray(image))
+            self._fingerprint = hash_values("array", str(self.array.dtype), self.array.shape, digest.hexdigest())
         return self._fingerprint
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> ArraySource:
@@ -266,49 +199,68 @@ class ArraySource(Source):
 
 
 class PillowSource(Source):
-    """Pillow images held in memory."""
+    """Pillow images in memory."""
 
     positional = True
 
-    def __init__(self, pictures: Sequence[Image.Image]) -> None:
-        self.pictures = list(pictures)
-        self.names = [f"{i:06d}" for i in range(len(self.pictures))]
+    def __init__(self, images: Sequence[Image.Image]) -> None:
+        self.images = list(images)
+        self.names = [f"{i:06d}" for i in range(len(self.images))]
 
     def decode(self, index: int) -> Image.Image:
-        return self.pictures[index].copy()
+        return self.images[index].copy()
 
     def fingerprint(self) -> str:
-        pixels = [(p.mode, p.size, hashlib.sha256(p.tobytes()).hexdigest()) for p in self.pictures]
+        pixels = [(image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in self.images]
         return hash_values("pictures", pixels)
 
 
-def _checked(array: np.ndarray, name: str) -> np.ndarray:
-    """The array as [N, H, W, C], its values checked."""
-    layouts = "Give [N, H, W], [N, H, W, C] or [N, C, H, W], C being 1, 3 or 4."
+def hash_values(*values: Any) -> str:
+    """Return a SHA-256 hash of the representations of some values."""
+    return hashlib.sha256(repr(values).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def check_encoded_size(size: int) -> None:
+    """Raise ImageDecodeError if an encoded image has more than `MAX_ENCODED_BYTES`."""
+    if size > MAX_ENCODED_BYTES:
+        limit = MAX_ENCODED_BYTES / 2**20
+        raise ImageDecodeError(f"too large: {size / 2**20:.0f} MiB, the limit for an image is {limit:.0f} MiB")
+
+
+@functools.cache
+def list_supported_formats() -> list[str]:
+    """Return those of `FORMATS` that the installed Pillow reads."""
+    Image.init()
+    return [name for name in Image.ID if name in FORMATS]
+
+
+def _to_nhwc(array: np.ndarray, name: str) -> np.ndarray:
+    """Check an array of images, and return it as [N, H, W, C]."""
+    expected = "Give [N, H, W], [N, H, W, C] or [N, C, H, W], C being 1, 3 or 4."
     where = f"{name} of shape {list(array.shape)}"
     if array.ndim not in (3, 4) or 0 in array.shape:
-        raise DataError(f"{where}: not a set of images. {layouts}")
+        raise DataError(f"{where}: not a set of images. {expected}")
     if array.ndim == 3:
         if array.shape[-1] <= (1 if array.dtype.kind == "b" else max(CHANNEL_COUNTS)):  # booleans have no colours
-            raise DataError(f"{where}: one image [H, W, C], or {len(array)} thin ones? {layouts}")
+            raise DataError(f"{where}: ambiguous: one image [H, W, C], or {len(array)} narrow images? {expected}")
         array = array[..., None]
     else:
-        # pictures of 4 x 4 pixels are commoner than alpha: a fourth channel counts where no axis has 1 or 3
+        # Images of 4 x 4 pixels are more common than alpha: 4 channels count only if no axis has 1 or 3.
         first, last = ((n in CHANNEL_COUNTS) + (n in CHANNEL_COUNTS[:2]) for n in (array.shape[1], array.shape[-1]))
         if first == last:
-            problem = "channels first or last?" if first else f"no axis of {CHANNEL_COUNTS} channels."
-            raise DataError(f"{where}: {problem} {layouts}")
+            problem = "ambiguous: channels first or last?" if first else f"no axis of {CHANNEL_COUNTS} channels."
+            raise DataError(f"{where}: {problem} {expected}")
         array = np.moveaxis(array, 1, -1) if first > last else array
     if array.dtype.kind not in ("uif" if array.shape[-1] > 1 else "buif"):
-        raise DataError(f"{where}: values of type {array.dtype} are no pixels. Give uint8, or floats in [0, 1].")
+        raise DataError(f"{where}: values of type {array.dtype} are not pixels. Give uint8, or floats in [0, 1].")
     if array.dtype.kind != "b" and array.dtype != np.uint8:
-        low, high, top = array.min(), array.max(), 1 if array.dtype.kind == "f" else 255
-        if not (low >= 0 and high <= top):  # written so that NaN is refused too
+        low, high, limit = array.min(), array.max(), 1 if array.dtype.kind == "f" else 255
+        if not (low >= 0 and high <= limit):  # also refuses NaN
             advice = "Rescale them."
-            if top == 255 and array.shape[-1] == 1:
+            if limit == 255 and array.shape[-1] == 1:
                 advice = (
-                    "Rescale them if they are pictures. Labels of masks would not survive it: number those from 0 to "
-                    "255, and where -1 means to ignore, use one of them instead and name it with ignore=."
+                    "Rescale them if they are images. If they are masks, renumber the labels to 0 to 255; replace -1 "
+                    "for ignored pixels by one of these and pass it as ignore_label=."
                 )
-            raise DataError(f"{where}: {array.dtype} values from {low} to {high}, expected 0 to {top}. {advice}")
+            raise DataError(f"{where}: {array.dtype} values from {low} to {high}, expected 0 to {limit}. {advice}")
     return array

@@ -48,7 +48,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[st
     header = {"format": f"{FORMAT}-{VERSION}", "meta": text, "sha256": _digest(tensors, text)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, lasting=True) as temporary:
+        with replacing(path, durable=True) as temporary:
             temporary.touch()
             mode = temporary.stat().st_mode  # safetensors renames its own file into place, which nobody else may read
             save_file(tensors, temporary, metadata=header)
@@ -111,7 +111,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 3):
         self.folder, self.keep = Path(folder), keep
-        self.awaited: set[int] = set()  # steps of which nobody knows yet whether they are to be kept
+        self.undecided: set[int] = set()  # steps of which nobody knows yet whether they are to be kept
 
     def paths(self) -> list[Path]:
         """Newest first."""
@@ -144,7 +144,7 @@ class Checkpoints:
 
     def _beyond(self, paths: list[Path], keep: int) -> list[Path]:
         best = self.best()
-        kept = {self.path(step) for step in self.awaited.copy()} | ({self.path(best[0])} if best else set())
+        kept = {self.path(step) for step in self.undecided.copy()} | ({self.path(best[0])} if best else set())
         return [path for path in paths[keep:] if path not in kept]
 
     def _drop(self, paths: list[Path]) -> None:
@@ -160,12 +160,12 @@ class Checkpoints:
         Raises:
             CheckpointError: the note of it cannot be written.
         """
-        self.awaited.discard(step)
+        self.undecided.discard(step)
         best = self.best()
         if best is not None and best[1] < error:
             return
         try:
-            with replacing(self.folder / BEST, lasting=True) as temporary:
+            with replacing(self.folder / BEST, durable=True) as temporary:
                 temporary.write_text(json.dumps({"step": step, "error": error}))
         except OSError as failure:
             raise CheckpointError(f"could not write {self.folder / BEST}: {failure}. Free some space") from failure

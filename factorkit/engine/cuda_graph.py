@@ -1,4 +1,4 @@
-"""A piece of work recorded as one CUDA graph: hundreds of kernels started by one call, none waiting for Python."""
+"""Recording work as a CUDA graph: one launch instead of hundreds, none of which waits for Python."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-WARM_UP = 3  # runs before the capture: cuDNN, cuBLAS and Triton choose and build, the optimiser makes its state
+from factorkit.utils.errors import first_line
+
+WARM_UP = (
+    3  # runs before the capture, in which cuDNN, cuBLAS and Triton choose kernels and the optimiser makes its state
+)
 
 
 class GraphedWork:
-    """Runs ``work`` as it is for the first calls, then records it once and replays the record.
+    """Run ``work`` eagerly for the first calls, then record it once and replay the recording.
 
-    What is recorded are kernels and addresses: ``work`` may read nothing that changes from call to call but tensors
-    that stay where they are, and may not wait for the device. The random numbers of ``generators`` and of torch's
-    default one go on as if there were no graph; they may be seeded anew between calls.
+    Kernels and addresses are recorded: ``work`` may read no changing values except tensors that stay in place, and may
+    not wait for the device. Random numbers are the same as without a graph; generators may be seeded between calls.
 
     Args:
         work: takes and returns nothing.
-        generators: called at the capture, gives every generator of the device that ``work`` draws from.
-        again: called after a capture that failed, before ``work`` is run in its place: to put back what it consumed.
+        generators: returns all generators of the device that ``work`` uses, except torch's default one.
+        reset: called after a failed capture, before ``work`` runs instead: restores what the capture consumed.
         device: a CUDA device.
     """
 
@@ -28,46 +31,46 @@ class GraphedWork:
         self,
         work: Callable[[], None],
         generators: Callable[[], Sequence[torch.Generator]],
-        again: Callable[[], None],
+        reset: Callable[[], None],
         device: torch.device,
     ):
-        self.work, self.generators, self.again, self.device = work, generators, again, device
+        self.work, self.generators, self.reset, self.device = work, generators, reset, device
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.aside = torch.cuda.Stream(device)
-        self.runs, self.possible = 0, True
+        self.side_stream = torch.cuda.Stream(device)
+        self.runs, self.can_capture = 0, True
 
     def __call__(self) -> None:
-        if self.graph is None and self.possible and self.runs >= WARM_UP:
+        if self.graph is None and self.can_capture and self.runs >= WARM_UP:
             self._capture()
         if self.graph is not None:
             self.graph.replay()
-        elif self.possible:
-            self._run_aside()
+        elif self.can_capture:
+            self._run_on_side_stream()
         else:
             self.work()
         self.runs += 1
 
-    def _run_aside(self) -> None:
-        """On a stream of its own, as the capture will be: autograd remembers the stream it first accumulated on."""
-        present = torch.cuda.current_stream(self.device)
-        self.aside.wait_stream(present)
-        with torch.cuda.stream(self.aside):
+    def _run_on_side_stream(self) -> None:
+        """Run on the stream of the later capture: autograd remembers the stream that it first accumulated on."""
+        current = torch.cuda.current_stream(self.device)
+        self.side_stream.wait_stream(current)
+        with torch.cuda.stream(self.side_stream):
             self.work()
-        present.wait_stream(self.aside)
+        current.wait_stream(self.side_stream)
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             for generator in self.generators():
                 graph.register_generator_state(generator)
-            with torch.cuda.graph(graph, stream=self.aside):
+            with torch.cuda.graph(graph, stream=self.side_stream):
                 self.work()
         except RuntimeError as error:
-            self.possible = False
-            self.again()
+            self.can_capture = False
+            self.reset()
             warnings.warn(
-                f"the training step could not be captured as a CUDA graph ({str(error).splitlines()[0]}); it goes on "
-                "without one, with the same results, slower where the model is small. cuda_graph=False asks for that",
+                f"the training step could not be captured as a CUDA graph ({first_line(error)}); training continues "
+                "without one, with the same results but slower for small models. cuda_graph=False avoids this warning",
                 stacklevel=2,
             )
         else:

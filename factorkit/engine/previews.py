@@ -1,4 +1,4 @@
-"""A task's sample sheets: drawn at once, or, where other processes would wait, behind the training's back."""
+"""A task's sample grids and alarms: computed at once, or in a background thread where other processes would wait."""
 
 from __future__ import annotations
 
@@ -11,93 +11,97 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.step import Task
-from factorkit.utils.background_worker import Background
-from factorkit.utils.errors import FactorkitError
+from factorkit.utils.background_worker import BackgroundWorker
 
 
-class Sheet(NamedTuple):
-    """What came of the sheets of a step: what the task found, or the error that kept it from that."""
+class Preview(NamedTuple):
+    """The result of inspecting the model at a step: the fields the task returned, or the error that prevented it."""
 
     step: int
-    found: dict[str, Any]
+    fields: dict[str, Any]
     error: BaseException | None = None
 
 
-class Abandoned(Exception):
-    """Nobody waits for this sheet any more."""
+class PreviewCancelledError(Exception):
+    """The run has ended before this preview was finished."""
 
 
-class Sheets:
-    """Draws the sheets of ``task`` into ``folder``, one at a time.
+class Previews:
+    """Run ``task.inspect`` into ``folder``, one step at a time.
 
     Args:
-        behind: in a thread of its own; else before :meth:`begin` returns.
+        task: what is trained.
+        config: training settings.
+        folder: where sample grids are written.
+        device: device of the model.
+        background: use a thread; otherwise :meth:`start` returns when the preview is finished.
     """
 
-    def __init__(self, task: Task, config: EngineConfig, folder: Path, device: torch.device, behind: bool):
-        self.task, self.config, self.folder, self.device, self.behind = task, config, folder, device, behind
-        self._thread = Background()
-        self._unwanted = threading.Event()
-        self._done: list[Sheet] = []
+    def __init__(self, task: Task, config: EngineConfig, folder: Path, device: torch.device, background: bool):
+        self.task, self.config, self.folder, self.device, self.background = task, config, folder, device, background
+        self._thread = BackgroundWorker()
+        self._cancelled = threading.Event()
+        self._finished: list[Preview] = []
 
-    def begin(self, model: nn.Module, step: int) -> None:
-        """Draw the sheets of ``step`` from ``model``, which is a copy that nobody else has where it is done behind."""
-        if not self.behind:
-            self._watched(step, lambda: self._draw(model, step))
+    def start(self, model: nn.Module, step: int) -> None:
+        """Inspect ``model``, which in background mode must be a copy that nothing else uses."""
+        if not self.background:
+            self._catch(step, lambda: self._inspect(model, step))
             return
         for part in model.modules():
-            part.register_forward_pre_hook(self._check)
+            part.register_forward_pre_hook(self._check_cancelled)
         ready = None
-        if self.device.type == "cuda":  # the copy is whole once what is queued now is done
+        if self.device.type == "cuda":  # the copy is complete when the work queued so far is done
             ready = torch.cuda.current_stream(self.device).record_event()
-        self._thread.submit(lambda: self._watched(step, lambda: self._draw(model, step, ready)))
+        self._thread.submit(lambda: self._catch(step, lambda: self._inspect(model, step, ready)))
 
-    def take(self, wait: bool = False) -> Sheet | None:
-        """The sheet that is done and was not taken yet; with ``wait``, once it is done."""
+    def pop_finished(self, wait: bool = False) -> Preview | None:
+        """Return a finished preview that was not returned yet, or None; ``wait`` waits for a running one."""
         if wait:
             self._thread.finish()
-        return self._done.pop(0) if self._done else None
+        return self._finished.pop(0) if self._finished else None
 
-    def then(self, step: int, job: Callable[[], object]) -> None:
-        """Do ``job``, which tells of the sheet of ``step``."""
-        if self.behind:
-            self._thread.submit(lambda: self._watched(step, job))
+    def run_after(self, step: int, job: Callable[[], object]) -> None:
+        """Run ``job`` after the preview of ``step``, in the same thread."""
+        if self.background:
+            self._thread.submit(lambda: self._catch(step, job))
         else:
             job()
 
     def close(self) -> None:
-        """Give up what is not done, and end the thread."""
-        self._unwanted.set()
+        """Cancel unfinished work and end the thread."""
+        self._cancelled.set()
         self._thread.close()
 
-    def _check(self, *_: Any) -> None:
-        """Before every part of the copied model: a thread cannot be stopped from outside."""
-        if self._unwanted.is_set():
-            raise Abandoned
+    def _check_cancelled(self, *_: Any) -> None:
+        """Forward hook of every submodule of the copy, since a thread cannot be stopped from outside."""
+        if self._cancelled.is_set():
+            raise PreviewCancelledError
 
-    def _watched(self, step: int, work: Callable[[], object]) -> None:
+    def _catch(self, step: int, work: Callable[[], object]) -> None:
         try:
             work()
-        except Abandoned:
+        except PreviewCancelledError:
             pass
         except BaseException as error:
-            if not (self.behind or isinstance(error, Exception)):  # a second Ctrl-C
+            if not (self.background or isinstance(error, Exception)):  # a second Ctrl-C
                 raise
-            self._done.append(Sheet(step, {}, error))
+            self._finished.append(Preview(step, {}, error))
 
-    def _draw(self, model: nn.Module, step: int, ready: Any = None) -> None:
-        with own_stream(self.device, ready), own_autocast(), looking(self.config, self.device):
-            found = self.task.inspect(model, step, self.folder)
-        self._done.append(Sheet(step, found))
+    def _inspect(self, model: nn.Module, step: int, ready: torch.cuda.Event | None = None) -> None:
+        with separate_stream(self.device, ready), separate_autocast(), evaluation(self.config, self.device):
+            fields = self.task.inspect(model, step, self.folder)
+        self._finished.append(Preview(step, fields))
 
 
 @contextmanager
-def own_stream(device: torch.device, ready: Any) -> Iterator[None]:
-    """Work on a GPU beside the training's, from its event ``ready`` on; on the training's own stream, every look at a
-    result would wait for all that is queued there. Without an event, as everywhere."""
+def separate_stream(device: torch.device, ready: torch.cuda.Event | None) -> Iterator[None]:
+    """Use a CUDA stream of its own after the event ``ready``; without an event, change nothing.
+
+    On the training's stream, reading any result would wait for all steps that are queued there.
+    """
     if ready is None:
         yield
         return
@@ -107,13 +111,15 @@ def own_stream(device: torch.device, ready: Any) -> Iterator[None]:
         with torch.cuda.device(device), torch.cuda.stream(stream):
             yield
     finally:
-        stream.synchronize()  # before the memory of what was drawn from is the training's again
+        stream.synchronize()  # before the memory of the copy is freed
 
 
 @contextmanager
-def own_autocast() -> Iterator[None]:
-    """Autocast that begins and ends within leaves alone what the training has cast: threads count their nesting each by
-    itself, but share the casts, and the outermost to end drops all of them, in the midst of the other's step."""
+def separate_autocast() -> Iterator[None]:
+    """Keep autocast in the block from clearing the training's cache of cast weights.
+
+    Threads share this cache but count their nesting separately, and leaving the outermost level clears it.
+    """
     torch.autocast_increment_nesting()
     try:
         yield
@@ -122,22 +128,7 @@ def own_autocast() -> Iterator[None]:
 
 
 @contextmanager
-def looking(config: EngineConfig, device: torch.device) -> Iterator[None]:
-    """How an averaged model is looked at: without gradient, in the precision of the training."""
+def evaluation(config: EngineConfig, device: torch.device) -> Iterator[None]:
+    """Disable gradients and use the precision of the training."""
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         yield
-
-
-def reason(bad: Sheet | None, step: int, checkpoints: Checkpoints) -> BaseException:
-    """Why a sheet ends a run at ``step``; None is the sheet of another process."""
-    if bad is None:
-        return FactorkitError("process 0 of this run ended it for what its sample sheet showed, and says why")
-    if bad.error is not None:
-        return bad.error
-    best = checkpoints.best()
-    kept = f"the best of them is of step {best[0]}" if best else "none of them was free of alarms"
-    seen = "" if bad.step == step else f" by the sample sheet of step {bad.step}"
-    return FactorkitError(
-        f"stopped at step {step}{seen}: {'; '.join(bad.found['failures'])}. Earlier checkpoints are kept in "
-        f"{checkpoints.folder}; {kept}. Another seed= with another out= may do, or go on with stop_on_failure=False"
-    )

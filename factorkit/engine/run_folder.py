@@ -220,7 +220,7 @@ def write_json(path: Path, values: Any) -> None:
     """Write JSON so that a reader finds the old file or the new one, never half of it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, lasting=True) as temporary:
+        with replacing(path, durable=True) as temporary:
             text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Models that do not fit on one GPU: every process holds a shard of each weight, its average and moments (FSDP2).
+"""Sharded models (FSDP2), for models that do not fit on one GPU.
 
-What is trained is sharded along its first dimension, whole weights come together where they are needed. Single numbers,
-which cannot be cut, and what is not trained stay whole in every process.
+Every process holds a shard of each weight, its average and its moments, cut along the first dimension. Full weights are
+gathered where they are needed. Scalars, and parameters that are not trained, stay whole in every process.
 """
 
 from __future__ import annotations
@@ -18,143 +18,143 @@ from torch import Tensor, nn
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
 
-BUNDLE = 1 << 24  # numbers that are gathered at once
+_BUNDLE_NUMEL = 1 << 24  # elements gathered in one message
 
 
 def shard(module: nn.Module, device: torch.device) -> nn.Module:
-    """Cut the module's weights into shards on the device, in place; its forward pass gathers them and scatters their
-    gradients.
+    """Shard the module's weights on the device, in place; its forward pass gathers them.
 
-    Parts that say so (``gathered_alone``) are gathered each by itself, so that few are whole at a time.
+    Submodules with a true attribute ``gathered_alone`` are gathered one by one, so that few are whole at a time.
 
     Raises:
-        ConfigError: this torch cannot leave single numbers whole.
+        ConfigError: this torch cannot leave scalars whole.
     """
-    from torch.distributed.device_mesh import init_device_mesh  # takes a second, for whoever shards nothing
+    from torch.distributed.device_mesh import init_device_mesh  # importing takes a second
     from torch.distributed.fsdp import fully_shard
 
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise ConfigError(f"shard=True needs a later torch than {torch.__version__}; leave it out, or upgrade torch")
     for parameter in module.parameters():
-        parameter.data = parameter.data.contiguous()  # channels_last weights cannot be cut
-    uncut = {p for p in module.parameters() if not (p.dim() and p.requires_grad)}
+        parameter.data = parameter.data.contiguous()  # channels_last weights cannot be sharded
+    whole = {p for p in module.parameters() if not (p.dim() and p.requires_grad)}
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     parts = [part for part in module.modules() if getattr(part, "gathered_alone", False)]
     for part in [*parts, module]:
-        fully_shard(part, mesh=mesh, ignored_params={p for p in part.parameters() if p in uncut})
-    for parameter in uncut:
+        fully_shard(part, mesh=mesh, ignored_params={p for p in part.parameters() if p in whole})
+    for parameter in whole:
         parameter.data = parameter.data.to(device)
     return module
 
 
-def is_cut(tensor: Tensor) -> bool:
-    """Whether it is torch's DTensor, of which this process holds a shard."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether this is a DTensor, of which this process holds a shard."""
     return hasattr(tensor, "full_tensor")
 
 
-def wholes(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """By name the tensors that shards are of, many of them in one message: all processes must ask."""
+def gather_full(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the full tensors by name, gathering many shards in one message. Collective."""
     bundle: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if not is_cut(tensor):
+        if not is_sharded(tensor):
             yield name, tensor.detach()
             continue
         bundle[name] = tensor.detach()
-        if sum(t.numel() for t in bundle.values()) > BUNDLE:
-            yield from _put_together(bundle)
+        if sum(t.numel() for t in bundle.values()) > _BUNDLE_NUMEL:
+            yield from _gather_bundle(bundle)
             bundle = {}
-    yield from _put_together(bundle)
+    yield from _gather_bundle(bundle)
 
 
-def _put_together(bundle: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _gather_bundle(bundle: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     if not bundle:
         return
-    mine = torch.cat([shard.reshape(-1) for shard in held(bundle.values())])
-    each = [[_count(t, rank) for t in bundle.values()] for rank in range(distributed.world_size())]
-    sent = mine.new_zeros(max(map(sum, each)))
-    sent[: len(mine)] = mine
-    found = [torch.empty_like(sent) for _ in each]
-    dist.all_gather(found, sent)
-    parts = [got[: sum(sizes)].split(sizes) for got, sizes in zip(found, each, strict=True)]
+    local = torch.cat([shard.reshape(-1) for shard in local_parts(bundle.values())])
+    sizes_by_rank = [[_local_numel(t, rank) for t in bundle.values()] for rank in range(distributed.world_size())]
+    padded = local.new_zeros(max(map(sum, sizes_by_rank)))
+    padded[: len(local)] = local
+    received = [torch.empty_like(padded) for _ in sizes_by_rank]
+    dist.all_gather(received, padded)
+    parts = [part[: sum(sizes)].split(sizes) for part, sizes in zip(received, sizes_by_rank, strict=True)]
     for (name, tensor), pieces in zip(bundle.items(), zip(*parts, strict=True), strict=True):
         yield name, torch.cat(pieces).reshape(tensor.shape)
 
 
-def _rows(tensor: Tensor, rank: int) -> slice:
-    """Of a whole tensor, those that FSDP leaves with a process: it cuts as torch.chunk does."""
-    room = -(-len(tensor) // distributed.world_size())
-    return slice(min(rank * room, len(tensor)), min((rank + 1) * room, len(tensor)))
+def _rows_of(tensor: Tensor, rank: int) -> slice:
+    """Return the rows of a full tensor that a rank holds: FSDP cuts as torch.chunk does."""
+    size = -(-len(tensor) // distributed.world_size())
+    return slice(min(rank * size, len(tensor)), min((rank + 1) * size, len(tensor)))
 
 
-def _count(tensor: Tensor, rank: int) -> int:
-    rows = _rows(tensor, rank)
+def _local_numel(tensor: Tensor, rank: int) -> int:
+    rows = _rows_of(tensor, rank)
     return (rows.stop - rows.start) * math.prod(tensor.shape[1:])
 
 
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU of the tensors that shards are of, in process 0 alone: all must ask."""
-    found = {}
-    for name, tensor in wholes(tensors):
+def copy_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of the full tensors on the CPU on rank 0, and nothing on other ranks. Collective."""
+    copies = {}
+    for name, tensor in gather_full(tensors):
         if distributed.rank() == 0:
-            found[name] = tensor.to("cpu", copy=True)
-    return found
+            copies[name] = tensor.to("cpu", copy=True)
+    return copies
 
 
-def held(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this process has of the tensors."""
-    return [t.to_local() if is_cut(t) else t for t in tensors]
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parts of the tensors that this process holds."""
+    return [t.to_local() if is_sharded(t) else t for t in tensors]  # type: ignore[attr-defined]  # a method of DTensor
 
 
-def cut_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, which are whole, in shards where those of ``like`` are."""
-    return {name: _cut(t, like[name]) if name in like else t for name, t in tensors.items()}
+def shard_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Shard full tensors where those of the same name in ``like`` are sharded."""
+    return {name: _shard_one(t, like[name]) if name in like else t for name, t in tensors.items()}
 
 
-def _cut(tensor: Tensor, like: Tensor) -> Tensor:
-    if not is_cut(like) or tensor.shape != like.shape:  # which whoever takes it will name
+def _shard_one(tensor: Tensor, like: Tensor) -> Tensor:
+    if not is_sharded(like) or tensor.shape != like.shape:  # load_state_dict names a wrong shape
         return tensor
     from torch.distributed.tensor import DTensor
 
-    mine = tensor[_rows(tensor, distributed.rank())].to(like.device).contiguous()
+    assert isinstance(like, DTensor)
+    local = tensor[_rows_of(tensor, distributed.rank())].to(like.device).contiguous()
     return DTensor.from_local(
-        mine, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
-def alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The sharded ones, and the others: no operation takes both at once."""
+def group_by_sharding(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Separate sharded parameters from others: no foreach operation takes both."""
     parameters = list(parameters)
-    parts = ([p for p in parameters if is_cut(p) == cut] for cut in (True, False))
-    return [part for part in parts if part]
+    groups = ([p for p in parameters if is_sharded(p) == sharded] for sharded in (True, False))
+    return [group for group in groups if group]
 
 
-def norms(gradients: list[Tensor]) -> Tensor:
-    """The norms [N] of N gradients, of the whole ones where they are sharded."""
-    found = torch.stack(torch._foreach_norm(held(gradients)))
-    if not any(map(is_cut, gradients)):
-        return found
-    counted = [is_cut(g) or distributed.rank() == 0 for g in gradients]  # whole ones once
-    squares = torch.where(torch.tensor(counted, device=found.device), found.square(), 0.0)
+def gradient_norms(gradients: list[Tensor]) -> Tensor:
+    """Return the norms [N] of N full gradients. Collective if any is sharded."""
+    norms = torch.stack(torch._foreach_norm(local_parts(gradients)))
+    if not any(map(is_sharded, gradients)):
+        return norms
+    counted = [is_sharded(g) or distributed.rank() == 0 for g in gradients]  # count whole gradients once
+    squares = torch.where(torch.tensor(counted, device=norms.device), norms.square(), 0.0)
     dist.all_reduce(squares)
     return squares.sqrt()
 
 
-def average_whole(gradients: Iterable[Tensor]) -> None:
-    """Average over all processes, in place, the gradients that FSDP leaves alone."""
+def average_unsharded(gradients: Iterable[Tensor]) -> None:
+    """Average the gradients that FSDP leaves alone over all processes, in place. Collective."""
     for gradient in gradients:
-        if not is_cut(gradient):
+        if not is_sharded(gradient):
             dist.all_reduce(gradient)
             gradient /= distributed.world_size()
 
 
-def hollow(module: nn.Module) -> nn.Module:
-    """A copy of the module whose parameters take no memory."""
+def copy_without_weights(module: nn.Module) -> nn.Module:
+    """Return a copy of the module whose parameters are on the meta device."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
     return copy.deepcopy(module, empty)
 
 
-def filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a :func:`hollow` module with these tensors as its state."""
-    found = copy.deepcopy(module)
-    found.load_state_dict(tensors, assign=True)
-    return found
+def copy_with_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a :func:`copy_without_weights` module with these tensors as its state."""
+    loaded = copy.deepcopy(module)
+    loaded.load_state_dict(tensors, assign=True)
+    return loaded

@@ -209,10 +209,10 @@ class NerfdiffRun:
             chosen = checked(self.model, pictures[rows], cameras.poses) if check or refine else cameras.best
             return chosen, cameras
 
-        best, cameras = distributed.in_shares(looked, len(pictures))
+        best, cameras = distributed.map_shares(looked, len(pictures))
         if refine:
             distance = float(best[:, :3, 3].norm(dim=1).mean())
-            best = distributed.in_shares(
+            best = distributed.map_shares(
                 lambda rows: refined(self.model, pictures[rows], best[rows], refine, distance), len(pictures)
             )
         return PosePrediction(best.cpu(), cameras.scores.cpu(), cameras.poses.cpu())
@@ -272,7 +272,7 @@ class NerfdiffRun:
             color, depth, opacity = (torch.cat(x) for x in zip(*found, strict=True))
             return color, depth, opacity
 
-        return Pictures(*distributed.in_shares(pictured, len(poses)), poses)
+        return Pictures(*distributed.map_shares(pictured, len(poses)), poses)
 
     def samples(self, size: tuple[int, int]) -> int:
         """Steps along a ray of a picture: more than in training, as nothing is drawn at random any more."""
@@ -342,7 +342,7 @@ class NerfdiffRun:
         """
         scores = evaluate(self, views, poses, refine)
         if self.folder is not None:
-            distributed.on_first(lambda: write_json(self.folder / SCORES, scores))
+            distributed.run_on_first(lambda: write_json(self.folder / SCORES, scores))
         return scores
 
     @property
@@ -383,7 +383,7 @@ class NerfdiffRun:
             rows=rows,
             trajectory=trajectory,
         )
-        drawn = distributed.in_shares(draw, n)
+        drawn = distributed.map_shares(draw, n)
         frames = None
         if trajectory:
             frames = [

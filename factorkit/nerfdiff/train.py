@@ -47,9 +47,9 @@ from factorkit.nerfdiff.stages.refine import Fit, FitTask
 from factorkit.nerfdiff.training_views import keep_views
 from factorkit.nerfdiff.verdict import write_report
 from factorkit.utils import distributed
+from factorkit.utils.distributed import join_processes
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.jsonl import read_log, timeline
-from factorkit.utils.rendezvous import join
 from factorkit.utils.rng import derived_seed
 
 PLANE = (6, 4)  # places of forward-facing cameras across and up
@@ -100,7 +100,7 @@ def train_nerfdiff(
     preset = preset or ("demo" if data is None else "fast")
     config = preset_config(preset, **changes)
     device = distributed.local_device(resolve_device(config.device))
-    join(device)
+    join_processes(device)
     distributed.check_batch(config.batch_size)
     distributed.check_batch(config.views_per_step, "views_per_step")
     folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
@@ -120,8 +120,8 @@ def train_nerfdiff(
 
     complete = partial(completed, folder=folder, asked=settings)
     run_folder = claimed(folder, settings, config.RESUMABLE, completed=complete)
-    with cpu_threads(config.threads), distributed.first_within(run_folder):
-        distributed.on_first(lambda: keep_views(folder, views))
+    with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
+        distributed.run_on_first(lambda: keep_views(folder, views))
         Training(config, scene, folder, settings, progress).run()
         return NerfdiffRun.load(folder, device=device)
 
@@ -326,7 +326,7 @@ class Training:
         """Share of the views, at poses [V, 4, 4], that agree better after a turn with a field of the other half."""
         if self.scene.layout != "object":
             return None
-        poses = distributed.gathered(poses)[0][: len(poses)]  # those of process 0, which alone draws sheets
+        poses = distributed.gather_rows(poses)[0][: len(poses)]  # those of process 0, which alone draws sheets
         held, elsewhere = FreePoses(poses).requires_grad_(False), 0
         for name, fitting, choosing in self.both_ways(len(poses), 0):
             fitted = self.half_fit(f"half {name}", 0, held, fitting, self.scene)
@@ -336,7 +336,7 @@ class Training:
     def tell_doubled(self, poses: Tensor) -> None:
         """Log the last alarms of the run once more, the share of doubled views at these poses among them."""
         told: dict[str, Any] = (timeline(read_log(self.folder), "alarms") or [{}])[-1]
-        if distributed.greatest(int("doubled" in told)) or (doubled := self.doubled(poses)) is None:
+        if distributed.maximum(int("doubled" in told)) or (doubled := self.doubled(poses)) is None:
             return
         if distributed.rank() == 0 and told:
             failures = duplication(doubled)

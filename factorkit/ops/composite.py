@@ -1,27 +1,71 @@
-"""Volume rendering of packed or dense rays, with every gradient and the distortion loss in one pass each way."""
+"""Volume rendering of packed or dense rays, with every gradient and the distortion loss, one pass in each direction.
+
+With tau_i = sigma_i (t_end_i - t_start_i), T_i = exp(-sum_{j<i} tau_j), w_i = T_i (1 - exp(-tau_i)) and midpoints m_i
+(Max 1995): colour sum_i w_i rgb_i + T_end background, depth sum_i w_i m_i, opacity 1 - T_end, and the distortion
+sum_ij w_i w_j |m_i - m_j| + sum_i w_i^2 (t_end_i - t_start_i) / 3 (Barron et al. 2022, eq. 15). csrc/composite.h has
+the gradients.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from factorkit.ops import reference_rendering as reference
-from factorkit.ops.checks import check_alike, check_offsets
-from factorkit.ops.launch import call, plain
+from factorkit.ops.checks import check_matches, check_offsets
+from factorkit.ops.dispatch import call_extension, register, select
+from factorkit.ops.resample import pad_rays
 
-MAX_CHANNELS = 32
+MAX_CHANNELS = 32  # as in csrc/composite.h
 
 
 class Rendering(NamedTuple):
-    """What N rays saw; fp32, or fp64 for fp64 inputs."""
+    """Volume rendering of N rays; fp32, or fp64 for fp64 inputs."""
 
     color: Tensor  #: [N, C]
     depth: Tensor  #: [N], the expected depth sum w_i m_i, in units of t, not divided by the opacity
     opacity: Tensor  #: [N], 0 to 1
     weights: Tensor | None  #: of each sample, shaped like sigma
     distortion: Tensor | None  #: [N], in units of t
+
+
+def composite_by_sums(
+    sigma: Tensor,
+    rgb: Tensor,
+    t_start: Tensor,
+    t_end: Tensor,
+    offsets: Tensor | None,
+    background: Tensor | None,
+    early_stop: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute color [N, C], depth [N], opacity [N], weights and distortion [N] in plain PyTorch: the reference."""
+    wide = torch.promote_types(sigma.dtype, torch.float32)
+    samples = sigma.shape[0]
+    valid = torch.ones_like(sigma, dtype=torch.bool)
+    if offsets is not None:
+        _, valid = pad_rays(sigma, offsets)
+        sigma, rgb, t_start, t_end = (pad_rays(x, offsets)[0] for x in (sigma, rgb, t_start, t_end))
+    sigma, rgb = sigma.to(wide), rgb.to(wide)
+
+    length, middle = t_end - t_start, (t_start + t_end) / 2
+    tau = torch.where(sigma.isinf() & (length == 0), 0.0, sigma) * length
+    before = torch.cat([torch.zeros_like(tau[:, :1]), tau.cumsum(1)[:, :-1]], dim=1)
+    if early_stop > 0:
+        tau = torch.where(before <= -math.log(early_stop), tau, 0.0)
+    weights = (-before).exp() * -torch.expm1(-tau)
+    total = tau.sum(1)
+
+    color = (weights[..., None] * rgb).sum(1)
+    if background is not None:
+        color = color + (-total).exp()[:, None] * background
+    depth, opacity = (weights * middle).sum(1), -torch.expm1(-total)
+    below, moment = weights.cumsum(1) - weights, (weights * middle).cumsum(1) - weights * middle
+    distortion = (2 * weights * (middle * below - moment) + weights.square() * length / 3).sum(1)
+    if offsets is not None:
+        weights = torch.cat([weights[valid], weights.new_zeros(samples - int(offsets[-1]))])
+    return color, depth, opacity, weights, distortion
 
 
 def composite(
@@ -36,53 +80,42 @@ def composite(
     weights: bool = False,
     distortion: bool = False,
 ) -> Rendering:
-    """Render samples: with tau_i = sigma_i (t_end_i - t_start_i), T_i = exp(-sum_{j<i} tau_j) and w_i = T_i (1 -
-    exp(-tau_i)), colour sum w_i rgb_i + T_end background, depth sum w_i m_i over midpoints, opacity 1 - T_end (Max
-    1995), and on request the distortion sum_ij w_i w_j |m_i - m_j| + sum_i w_i^2 (t_end_i - t_start_i) / 3 (Barron et
-    al. 2022, eq. 15).
+    """Render samples by the equations of :mod:`factorkit.ops.composite`.
 
-    Gradients reach sigma, rgb, t_start, t_end and background from all outputs. Intervals of zero length are nothing.
+    Gradients reach sigma, rgb, t_start, t_end and background from all outputs. Intervals of zero length add nothing.
 
     Args:
         sigma: density, >= 0: dense [N, S], or packed [M] with ray_offsets; fp32, bf16, fp16 (summed in fp32) or fp64.
         rgb: [N, S, C] or [M, C], 1 to 32 channels of anything.
-        t_start, t_end: shaped like sigma, in order along each ray; fp32, or fp64 with fp64.
+        t_start: shaped like sigma, in order along each ray; fp32, or fp64 with fp64.
+        t_end: like t_start.
         ray_offsets: [N + 1] int64: ray r owns the samples from ray_offsets[r] to ray_offsets[r + 1]. Samples after the
             last ray's, as a capacity leaves them, belong to none and get zeros.
         background: [C] or [N, C], black if None.
         early_stop: samples with T_i below it contribute nothing, forward and backward; from 0 to below 1.
-        weights, distortion: whether to answer these.
+        weights: whether to return the samples' weights.
+        distortion: whether to return the distortion.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, channels outside 1..32, early_stop outside [0, 1),
-            offsets out of order (looked at on the CPU only).
+            offsets out of order (checked on the CPU only).
     """
     _check(sigma, rgb, t_start, t_end, ray_offsets)
     if not 0 <= early_stop < 1:
         raise ValueError(f"early_stop={early_stop}; it is a transmittance, from 0 (never) to below 1")
     dtype = torch.promote_types(sigma.dtype, rgb.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    rays = sigma.shape[0] if ray_offsets is None else ray_offsets.shape[0] - 1
     if background is not None:
-        if background.shape not in ((rgb.shape[-1],), (rays, rgb.shape[-1])) or background.device != sigma.device:
-            fit = f"[{rgb.shape[-1]}] or [{rays}, {rgb.shape[-1]}] on {sigma.device}"
-            raise ValueError(f"background must be {fit}; got {tuple(background.shape)} on {background.device}")
+        rays, channels = _count_rays(sigma, ray_offsets), rgb.shape[-1]
+        if background.shape not in ((channels,), (rays, channels)) or background.device != sigma.device:
+            wanted = f"[{channels}] or [{rays}, {channels}] on {sigma.device}"
+            raise ValueError(f"background must be {wanted}; got {tuple(background.shape)} on {background.device}")
         background = background.to(wide)
-    given = (
-        sigma.to(dtype),
-        rgb.to(dtype),
-        t_start.to(wide),
-        t_end.to(wide),
-        ray_offsets,
-        background,
-        float(early_stop),
-    )
-    if plain(sigma):
-        found = reference.composite(*given)
-    else:
-        found = torch.ops.factorkit.composite(*given, weights, distortion)
-    color, depth, opacity, each, spread = found[:5]
-    return Rendering(color, depth, opacity, each if weights else None, spread if distortion else None)
+    tensors = (sigma.to(dtype), rgb.to(dtype), t_start.to(wide), t_end.to(wide), ray_offsets, background)
+    run = select("composite", composite_by_sums, sigma)
+    flags = () if run is composite_by_sums else (weights, distortion)
+    color, depth, opacity, sample_weights, spread = run(*tensors, float(early_stop), *flags)[:5]
+    return Rendering(color, depth, opacity, sample_weights if weights else None, spread if distortion else None)
 
 
 def _check(sigma: Tensor, rgb: Tensor, t_start: Tensor, t_end: Tensor, ray_offsets: Tensor | None) -> None:
@@ -92,7 +125,7 @@ def _check(sigma: Tensor, rgb: Tensor, t_start: Tensor, t_end: Tensor, ray_offse
         if x.device != sigma.device:
             raise ValueError(f"{name} is on {x.device} but sigma is on {sigma.device}")
     if sigma.dim() != (2 if ray_offsets is None else 1):
-        form = "[rays, samples]" if ray_offsets is None else "[samples], packed as ray_offsets say"
+        form = "[rays, samples]" if ray_offsets is None else "[samples], packed by ray_offsets"
         raise ValueError(f"sigma must be {form}; got {tuple(sigma.shape)}")
     if rgb.shape[:-1] != sigma.shape or not 1 <= rgb.shape[-1] <= MAX_CHANNELS:
         raise ValueError(
@@ -101,124 +134,113 @@ def _check(sigma: Tensor, rgb: Tensor, t_start: Tensor, t_end: Tensor, ray_offse
     for name, x in (("t_start", t_start), ("t_end", t_end)):
         if x.shape != sigma.shape:
             raise ValueError(f"{name} must be shaped like sigma, {tuple(sigma.shape)}; got {tuple(x.shape)}")
-    check_alike("t_end", t_end, "t_start", t_start)
+    check_matches("t_end", t_end, "t_start", t_start)
     if ray_offsets is not None:
         check_offsets(ray_offsets, sigma.shape[0], sigma.device)
 
 
-def _layout(sigma: Tensor, rgb: Tensor, offsets: Tensor | None) -> tuple[int, list[int]]:
-    """Number of rays, and (rays, samples, per_ray, channels) of csrc/composite.h."""
-    rays = sigma.shape[0] if offsets is None else offsets.shape[0] - 1
-    return rays, [rays, sigma.numel(), 0 if offsets is not None else sigma.shape[1], rgb.shape[-1]]
+# --- implementations ---
+
+SAMPLES = "Tensor sigma, Tensor rgb, Tensor t_start, Tensor t_end, Tensor? offsets, Tensor? background"
 
 
-@torch.library.custom_op("factorkit::composite", mutates_args=(), device_types=("cpu", "cuda"))
-def _composite(
-    sigma: Tensor,
-    rgb: Tensor,
-    t_start: Tensor,
-    t_end: Tensor,
-    offsets: Tensor | None,
-    background: Tensor | None,
-    early_stop: float,
-    weights: bool,
-    distortion: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = [x if x is None else x.contiguous() for x in (sigma, rgb, t_start, t_end, offsets, background)]
-    found = _like_outputs(sigma, rgb, t_start, offsets, weights, distortion)
-    _, sizes = _layout(sigma, rgb, offsets)
-    asked = [*found[:3], found[3] if weights else None, found[4] if distortion else None, found[5]]
-    call("composite_forward", sigma, given, sizes, background is not None and background.dim() == 1, early_stop, asked)
-    return found
+def _count_rays(sigma: Tensor, offsets: Tensor | None) -> int:
+    return sigma.shape[0] if offsets is None else offsets.shape[0] - 1
 
 
-def _like_outputs(sigma, rgb, t_start, offsets, weights, distortion):
-    rays, _ = _layout(sigma, rgb, offsets)
-    new = t_start.new_empty
-    each, spread = new(sigma.shape if weights else 0), new(rays if distortion else 0)
-    return new(rays, rgb.shape[-1]), new(rays), new(rays), each, spread, new(rays, dtype=torch.int64)
+def _contiguous(tensors: Any) -> list[Tensor | None]:
+    return [x if x is None else x.contiguous() for x in tensors]
 
 
-@_composite.register_fake
-def _(sigma, rgb, t_start, t_end, offsets, background, early_stop, weights, distortion):
-    return _like_outputs(sigma, rgb, t_start, offsets, weights, distortion)
+def _layout(sigma: Tensor, rgb: Tensor, offsets: Tensor | None, background: Tensor | None) -> tuple[list[int], bool]:
+    """Return (rays, samples, samples per ray, channels) of csrc/composite.h, and whether the background is shared."""
+    per_ray = 0 if offsets is not None else sigma.shape[1]
+    sizes = [_count_rays(sigma, offsets), sigma.numel(), per_ray, rgb.shape[-1]]
+    return sizes, background is not None and background.dim() == 1
 
 
-@torch.library.custom_op("factorkit::composite_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _composite_backward(
-    d_color: Tensor | None,
-    d_depth: Tensor | None,
-    d_opacity: Tensor | None,
-    d_weights: Tensor | None,
-    d_distortion: Tensor | None,
-    used: Tensor,
-    sigma: Tensor,
-    rgb: Tensor,
-    t_start: Tensor,
-    t_end: Tensor,
-    offsets: Tensor | None,
-    background: Tensor | None,
-    for_rgb: bool,
-    for_t: bool,
-    for_background: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dense = lambda x: x if x is None else x.contiguous()  # noqa: E731
-    given = [dense(x) for x in (sigma, rgb, t_start, t_end, offsets, background)]
-    upstream = [dense(x) for x in (d_color, d_depth, d_opacity, d_weights, d_distortion, used)]
-    rays, sizes = _layout(sigma, rgb, offsets)
-    found = _like_gradients(sigma, rgb, t_start, for_rgb, for_t)
-    d_background = t_start.new_empty((rays, rgb.shape[-1]) if for_background else 0)
-    shared = background is not None and background.dim() == 1
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    *tensors, early_stop, weights, distortion = args
+    sigma, rgb, _, _, offsets, background = tensors
+    outputs = _fake(*args)
+    wanted = (True, True, True, weights, distortion, True)
+    addressed = [x if want else None for x, want in zip(outputs, wanted, strict=True)]
+    layout = _layout(sigma, rgb, offsets, background)
+    call_extension("composite_forward", sigma, _contiguous(tensors), *layout, early_stop, addressed)
+    return outputs
+
+
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    """Allocate color, depth, opacity, weights, distortion and the number of samples used; empty where not wanted."""
+    sigma, rgb, t_start, _, offsets, _, _, weights, distortion = args
+    rays, new = _count_rays(sigma, offsets), t_start.new_empty
+    per_sample, per_ray = new(sigma.shape if weights else 0), new(rays if distortion else 0)
+    return new(rays, rgb.shape[-1]), new(rays), new(rays), per_sample, per_ray, new(rays, dtype=torch.int64)
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    upstream, (sigma, rgb, _, _, offsets, background), (for_rgb, for_t, for_background) = _split_backward(args)
+    *found, d_background = _allocate_gradients(args, _count_rays(sigma, offsets))
     wanted = (True, for_rgb, for_t, for_t, for_background)
-    answers = [x if want else None for x, want in zip((*found, d_background), wanted, strict=True)]
-    call("composite_backward", sigma, given, sizes, shared, upstream + answers)
+    outputs = [x if want else None for x, want in zip((*found, d_background), wanted, strict=True)]
+    sizes, shared = _layout(sigma, rgb, offsets, background)
+    tensors = _contiguous(args[6:12])
+    call_extension("composite_backward", sigma, tensors, sizes, shared, _contiguous(upstream) + outputs)
     return *found, d_background.sum(0) if for_background and shared else d_background
 
 
-def _like_gradients(sigma, rgb, t_start, for_rgb, for_t):
-    time = lambda: t_start.new_empty(t_start.shape if for_t else 0)  # noqa: E731
-    return sigma.new_empty(sigma.shape), rgb.new_empty(rgb.shape if for_rgb else 0), time(), time()
+def _split_backward(args: tuple) -> tuple[tuple, tuple, tuple]:
+    return args[:6], args[6:12], args[12:]
 
 
-@_composite_backward.register_fake
-def _(
-    d_color,
-    d_depth,
-    d_opacity,
-    d_weights,
-    d_distortion,
-    used,
-    sigma,
-    rgb,
-    t_start,
-    t_end,
-    offsets,
-    background,
-    for_rgb,
-    for_t,
-    for_background,
-):
-    d_background = t_start.new_empty(background.shape if for_background else 0)
-    return *_like_gradients(sigma, rgb, t_start, for_rgb, for_t), d_background
+def _allocate_gradients(args: tuple, background_rows: int | None) -> tuple[Tensor, ...]:
+    """Allocate the gradients of sigma, rgb, t_start, t_end and background; empty where not wanted."""
+    _, (sigma, rgb, t_start, _, _, background), (for_rgb, for_t, for_background) = _split_backward(args)
+    d_start, d_end = (t_start.new_empty(t_start.shape if for_t else 0) for _ in range(2))
+    shape: Any = 0
+    if for_background:
+        shape = background.shape if background_rows is None else (background_rows, rgb.shape[-1])
+    d_rgb = rgb.new_empty(rgb.shape if for_rgb else 0)
+    return sigma.new_empty(sigma.shape), d_rgb, d_start, d_end, t_start.new_empty(shape)
 
 
-def _setup(ctx, inputs, output):
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    return _allocate_gradients(args, None)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[5])
     ctx.save_for_backward(output[5], *inputs[:6])
 
 
-def _autograd(ctx, *grads):
+def _autograd(ctx: Any, *grads: Tensor | None) -> tuple:
     used, *inputs = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grads = list(grads[:5])
-    if all(g is None for g in grads):
+    if all(g is None for g in grads[:5]):
         return (None,) * 9
     d_sigma, d_rgb, d_start, d_end, d_background = torch.ops.factorkit.composite_backward(
-        *grads, used, *inputs, needs[1], needs[2] or needs[3], needs[5]
+        *grads[:5], used, *inputs, needs[1], needs[2] or needs[3], needs[5]
     )
     found = (d_sigma, d_rgb, d_start, d_end, None, d_background)
     return *(g if need else None for g, need in zip(found, needs, strict=False)), None, None, None
 
 
-_composite.register_autograd(_autograd, setup_context=_setup)
+register(
+    "composite",
+    _forward,
+    _fake,
+    schema=f"({SAMPLES}, float early_stop, bool weights, bool distortion) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    setup_context=_setup_context,
+    backward=_autograd,
+    needs_extension=True,
+)
+register(
+    "composite_backward",
+    _backward,
+    _backward_fake,
+    schema="(Tensor? d_color, Tensor? d_depth, Tensor? d_opacity, Tensor? d_weights, Tensor? d_distortion, Tensor used,"
+    f" {SAMPLES}, bool for_rgb, bool for_t, bool for_background) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    needs_extension=True,
+)

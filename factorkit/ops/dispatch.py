@@ -1,33 +1,215 @@
-"""How an op reaches torch's dispatcher, and the one way round it (FACTORKIT_REFERENCE=1)."""
+"""How an op reaches its implementation: one registration with torch's dispatcher, used by all ops.
+
+:func:`register` makes ``torch.ops.factorkit.<name>``: its default implementation, faster ones by device, the shapes of
+its outputs and its gradient. :func:`select` returns that op, or the differentiable PyTorch reference where
+FACTORKIT_REFERENCE=1 asks for it or no compiled kernel exists.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from factorkit import kernels
+
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+COMPILED_DEVICES = ("cpu", "cuda")
+
+
+class Op(NamedTuple):
+    """A registered op and what may replace its default implementation."""
+
+    definition: torch.library.CustomOpDef
+    default: Callable[..., Any]
+    triton: Callable[..., Any] | None
+    needs_extension: bool
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(
+    name: str,
+    default: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    cpp: Callable[..., Any] | None = None,
+    triton: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    needs_extension: bool = False,
+    schema: str | None = None,
+) -> None:
+    """Register ``factorkit::<name>`` with torch.
+
+    Args:
+        name: of the op.
+        default: the implementation.
+        fake: allocates the outputs, given the arguments, without computing them.
+        cpp: runs on the CPU instead of ``default`` unless it returns None.
+        triton: runs on CUDA instead of ``default`` where Triton is installed and takes all tensors.
+        setup_context, backward: the gradient, as for ``torch.library.register_autograd``.
+        needs_extension: ``default`` itself calls factorkit._C, on the CPU and on CUDA.
+        schema: the op's signature; from the annotations of ``default`` if None.
+    """
+    devices = COMPILED_DEVICES if needs_extension else None
+    qualified_name = f"factorkit::{name}"
+    definition = torch.library.custom_op(qualified_name, default, mutates_args=(), device_types=devices, schema=schema)
+    definition.register_fake(fake)
+    if backward is not None:
+        definition.register_autograd(backward, setup_context=setup_context)
+    if cpp is not None:
+        _register_kernel(definition, "cpu", cpp, default)
+    OPS[name] = Op(definition, default, triton, needs_extension)
+    _register_triton(OPS[name], "cuda")
+
+
+def _register_kernel(definition: torch.library.CustomOpDef, device: str, fast: Callable, default: Callable) -> None:
+    @definition.register_kernel(device)
+    def _(*args: Any) -> Any:
+        result = fast(*args)
+        return default(*args) if result is None else result
+
+
+def _register_triton(op: Op, device: str) -> None:
+    if op.triton is not None:
+        run = op.triton
+        _register_kernel(op.definition, device, lambda *args: run(*args) if triton_takes(args) else None, op.default)
+
+
+def run_triton_kernels_on(device: str) -> None:
+    """Register the Triton kernels for a type of device: tests do so for the CPU, where Triton interprets them."""
+    for op in OPS.values():
+        _register_triton(op, device)
+
+
+def triton_launchers() -> dict[Any, Callable[..., Any]]:
+    """Return the function that launches the Triton kernels, by overload of each op that has them."""
+    return {getattr(torch.ops.factorkit, name).default: op.triton for name, op in OPS.items() if op.triton is not None}
+
+
+def triton_takes(args: Any) -> bool:
+    """Return whether all tensors among the arguments are non-empty and of a dtype of the kernels, and Triton exists."""
+    tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg]) if isinstance(x, Tensor)]
+    if not all(x.dtype in TRITON_DTYPES and x.numel() > 0 for x in tensors):
+        return False
+    cause = kernels.unavailable()
+    if cause is not None:
+        _warn_once(
+            f"{cause}: on the GPU the ops run as plain PyTorch, with the same results, slower and with more memory. "
+            "Triton comes with a CUDA build of torch on Linux; by itself: pip install 'triton>=3.6'. "
+            "See `factorkit doctor`"
+        )
+    return cause is None
+
+
+def select(name: str, reference: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """Return what to call for arguments on x's device: the registered op, or its reference."""
+    if use_reference() or (OPS[name].needs_extension and not has_extension(x.device.type)):
+        return reference
+    return getattr(torch.ops.factorkit, name)
+
 
 def use_reference() -> bool:
-    """True when the user asked for the plain differentiable reference of every op (for debugging)."""
+    """Return whether FACTORKIT_REFERENCE asks for the plain differentiable reference of every op, for debugging."""
     return os.environ.get("FACTORKIT_REFERENCE", "0") not in ("", "0")
 
 
+# --- factorkit._C ---
+
+
+def import_extension() -> tuple[ModuleType | None, dict[str, str]]:
+    """Import factorkit._C; return it and a warning for each device for which it has no kernels."""
+    cuda_cost = "rendering and encodings on CUDA run as plain PyTorch, slowly"
+    cuda_fix = "Install again where nvcc is on PATH, with FACTORKIT_CUDA=1; see `factorkit doctor`"
+    try:
+        from factorkit import _C  # type: ignore[attr-defined]  # compiled, without stubs
+    except ImportError as error:
+        cause = f"factorkit._C cannot be imported ({error})"
+        cpu_fix = "Install the package with `pip install -e .`; see `factorkit doctor`"
+        cpu = f"{cause}: ops on the CPU run several times slower. {cpu_fix}"
+        return None, {"cpu": cpu, "cuda": f"{cause}: {cuda_cost}. {cuda_fix}"}
+    if _C.build_info().get("cuda"):
+        return _C, {}
+    return _C, {"cuda": f"factorkit._C was built without CUDA: {cuda_cost}. {cuda_fix}"}
+
+
+EXTENSION, MISSING_KERNELS = import_extension()
+
+
+def has_extension(device: str) -> bool:
+    """Return whether factorkit._C has kernels for a type of device; if not, warn once with the cause and the fix."""
+    if device in MISSING_KERNELS:
+        _warn_once(MISSING_KERNELS[device])
+        return False
+    return device in COMPILED_DEVICES
+
+
+_warnings_given: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if not torch.compiler.is_compiling() and message not in _warnings_given:
+        _warnings_given.add(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def call_extension(name: str, like: Tensor, *arguments: Any) -> None:
+    """Run a function of factorkit._C for the dtype and on the device of ``like``.
+
+    It runs with torch's number of threads on the CPU, and on torch's current stream on CUDA. Tensors among the
+    arguments, alone or in sequences, become addresses, and None becomes 0.
+    """
+    dtype = str(like.dtype).removeprefix("torch.")
+    plain_arguments = [_to_addresses(argument) for argument in arguments]
+    if like.is_cuda:
+        with torch.cuda.device(like.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            getattr(EXTENSION, name + "_cuda")(dtype, *plain_arguments, stream)
+    else:
+        getattr(EXTENSION, name)(dtype, *plain_arguments, torch.get_num_threads())
+
+
+def _to_addresses(argument: Any) -> Any:
+    if argument is None or isinstance(argument, Tensor):
+        return 0 if argument is None else argument.data_ptr()
+    if isinstance(argument, (tuple, list)):
+        return [_to_addresses(part) for part in argument]
+    return argument
+
+
+# --- layouts and precision ---
+
+
 def dense_format(x: Tensor) -> torch.memory_format:
-    """channels_last for a tensor that lies so and only so, else contiguous: ops keep the layout of their input."""
+    """Return channels_last for a tensor with that layout only, else contiguous: ops keep the layout of their input."""
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
 
 
-def full_precision(run: Callable) -> Callable:
-    """Out of autocast's reach: it would cast the matrix products behind statistics and tokens to half precision."""
+def with_layout_of(x: Tensor, like: Tensor) -> Tensor:
+    return x.contiguous(memory_format=dense_format(like))
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Allocate a dense tensor with the shape, dtype and layout of x."""
+    return torch.empty_like(x, memory_format=dense_format(x))
+
+
+def full_precision(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Exclude a function from autocast, which would run the matrix products of statistics and tokens in 16 bits."""
 
     @functools.wraps(run)
-    def outside(first: Tensor, *args):
+    def run_without_autocast(first: Tensor, *args: Any) -> Any:
         with torch.autocast(first.device.type, enabled=False):
             return run(first, *args)
 
-    return outside
+    return run_without_autocast

@@ -1,18 +1,27 @@
-"""The frequency (or positional) encoding of coordinates, whose gradient is made of its own output."""
+"""Frequency (or positional) encoding of coordinates, whose gradient is computed from its own output."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from factorkit.ops import reference_encoding as reference
-from factorkit.ops.dispatch import use_reference
+from factorkit.ops.dispatch import register, select
+
+
+def encode_waves(x: Tensor, bands: int, annealing: Tensor | None) -> Tensor:
+    """Compute :func:`frequency` in plain differentiable PyTorch: the reference."""
+    angles = x[:, :, None] * _octaves(x, bands)
+    waves = torch.stack([angles.sin(), angles.cos()], dim=2)
+    if annealing is not None:
+        waves = waves * annealing
+    return waves.flatten(1)
 
 
 def frequency(x: Tensor, bands: int, annealing: Tensor | None = None) -> Tensor:
-    """Sines and cosines of each coordinate in octaves: [N, D*2*K] (Mildenhall et al. 2020, eq. 4).
+    """Encode each coordinate by sines and cosines in octaves: [N, D*2*K] (Mildenhall et al. 2020, eq. 4).
 
     For each coordinate first a_k sin(2^k pi x), k = 0..K-1, then a_k cos(2^k pi x). Gradients of any order reach x and
     ``annealing``.
@@ -32,15 +41,13 @@ def frequency(x: Tensor, bands: int, annealing: Tensor | None = None) -> Tensor:
         raise ValueError(f"bands={bands}; give at least 1")
     if annealing is not None:
         if annealing.shape != (bands,):
-            raise ValueError(f"annealing has shape {tuple(annealing.shape)}; {bands} bands ask for [{bands}]")
+            raise ValueError(f"annealing has shape {tuple(annealing.shape)}; {bands} bands need [{bands}]")
         if (annealing.dtype, annealing.device) != (x.dtype, x.device):
             raise ValueError(f"annealing is {annealing.dtype} on {annealing.device}, but x is {x.dtype} on {x.device}")
-    run = reference.frequency if use_reference() else torch.ops.factorkit.frequency
-    return run(x, bands, annealing)
+    return select("frequency", encode_waves, x)(x, bands, annealing)
 
 
-@torch.library.custom_op("factorkit::frequency", mutates_args=())
-def _frequency(x: Tensor, bands: int, annealing: Tensor | None) -> Tensor:
+def _forward(x: Tensor, bands: int, annealing: Tensor | None) -> Tensor:
     waves = x.new_empty(*x.shape, 2, bands)
     angles = x[:, :, None] * _octaves(x, bands)
     torch.sin(angles, out=waves[:, :, 0])
@@ -50,8 +57,7 @@ def _frequency(x: Tensor, bands: int, annealing: Tensor | None) -> Tensor:
     return waves.flatten(1)
 
 
-@_frequency.register_fake
-def _(x, bands, annealing):
+def _fake(x: Tensor, bands: int, annealing: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1] * 2 * bands)
 
 
@@ -59,18 +65,18 @@ def _octaves(x: Tensor, bands: int) -> Tensor:
     return math.pi * 2.0 ** torch.arange(bands, dtype=x.dtype, device=x.device)
 
 
-def _setup(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, ctx.bands, annealing = inputs
     ctx.save_for_backward(x, annealing, output)
 
 
-def _autograd(ctx, grad):
+def _autograd(ctx: Any, grad: Tensor) -> tuple:
     x, annealing, out = ctx.saved_tensors
     need_x, _, need_annealing = ctx.needs_input_grad
     d_x = d_annealing = None
     grad = grad.unflatten(1, (x.shape[1], 2, ctx.bands))
     if need_x:
-        # d sin = cos and d cos = -sin, and both are in the output, factors a_k and all.
+        # d sin = cos and d cos = -sin; the output holds both, times a_k.
         sines, cosines = out.unflatten(1, (x.shape[1], 2, ctx.bands)).unbind(2)
         d_x = ((grad[:, :, 0] * cosines - grad[:, :, 1] * sines) * _octaves(x, ctx.bands)).sum(2)
     if need_annealing:
@@ -79,4 +85,4 @@ def _autograd(ctx, grad):
     return d_x, None, d_annealing
 
 
-_frequency.register_autograd(_autograd, setup_context=_setup)
+register("frequency", _forward, _fake, setup_context=_setup_context, backward=_autograd)

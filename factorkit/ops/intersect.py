@@ -1,106 +1,90 @@
-"""Where rays enter and leave a box or a sphere: near and far, with gradients for the rays."""
+"""Intervals of rays in a box, near and far, with gradients for the rays (csrc/intersect.h)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from factorkit.ops import reference_rendering as reference
 from factorkit.ops.checks import check_box, check_rays
-from factorkit.ops.launch import call, plain
+from factorkit.ops.dispatch import call_extension, register, select
 
-BOX, SPHERE = 0, 1  # the order of ShapeKind in csrc/intersect.h
+
+def cross_slabs(origins: Tensor, directions: Tensor, lower: list[float], upper: list[float]) -> tuple[Tensor, Tensor]:
+    """Intersect by the slab method, in plain differentiable PyTorch: the reference of :func:`intersect_box`.
+
+    A ray parallel to two faces is between them always or never.
+    """
+    low, high = origins.new_tensor(lower), origins.new_tensor(upper)
+    parallel = directions == 0
+    safe = torch.where(parallel, 1.0, directions)
+    first = torch.where(parallel, -math.inf, (torch.where(directions > 0, low, high) - origins) / safe)
+    second = torch.where(parallel, math.inf, (torch.where(directions > 0, high, low) - origins) / safe)
+    between = ~parallel | ((origins >= low) & (origins <= high))
+    near, far = first.amax(1), second.amin(1)
+    hit = between.all(1) & ~parallel.all(1) & (near <= far) & (far >= 0)
+    return torch.where(hit, near.clamp_min(0), 0.0), torch.where(hit, far, 0.0)
 
 
 def intersect_box(
     origins: Tensor, directions: Tensor, lower: Sequence[float], upper: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Near and far of rays ``o + t d``, t >= 0, in the box: [N] each, in units of the directions' length.
+    """Compute near and far of rays ``o + t d``, t >= 0, in a box: [N] each, in units of the directions' length.
 
-    A ray that starts inside has near = 0; one that misses has near = far = 0, so ``far > near`` tells who hits. Faces
+    A ray that starts inside has near = 0. One that misses has near = far = 0, so ``far > near`` marks the hits. Faces
     belong to the box, also for rays that run along them. Gradients reach origins and directions.
 
     Args:
-        origins, directions: [N, 3], fp32 or fp64; directions of any length but zero.
-        lower, upper: the box's corners, three floats each.
+        origins: [N, 3], fp32 or fp64.
+        directions: [N, 3], of any length but zero.
+        lower: the box's lower corner, three floats.
+        upper: the box's upper corner.
 
     Raises:
-        ValueError: wrong shapes or dtypes, NaN in the rays (looked for on the CPU only), a box without inside.
+        ValueError: wrong shapes or dtypes, NaN in the rays (checked on the CPU only), a box without inside.
     """
     check_rays(origins, directions)
-    lower, upper = check_box(lower, upper)
-    if plain(origins):
-        return reference.intersect_box(origins, directions, lower, upper)
-    return torch.ops.factorkit.intersect(origins, directions, BOX, lower, upper)
+    low, high = check_box(lower, upper)
+    return select("intersect_box", cross_slabs, origins)(origins, directions, low, high)
 
 
-def intersect_sphere(
-    origins: Tensor, directions: Tensor, centre: Sequence[float], radius: float
-) -> tuple[Tensor, Tensor]:
-    """Near and far of rays in the sphere; all else as :func:`intersect_box`.
-
-    Args:
-        centre: three floats.
-        radius: positive.
-
-    Raises:
-        ValueError: as :func:`intersect_box`, and a radius that is not positive.
-    """
-    check_rays(origins, directions)
-    centre = [float(v) for v in centre]
-    if len(centre) != 3 or not 0 < radius < float("inf"):
-        raise ValueError(f"a sphere needs a centre of three floats and a positive radius; got {centre} and {radius}")
-    if plain(origins):
-        return reference.intersect_sphere(origins, directions, centre, float(radius))
-    return torch.ops.factorkit.intersect(origins, directions, SPHERE, centre, [float(radius), 0.0, 0.0])
-
-
-@torch.library.custom_op("factorkit::intersect", mutates_args=(), device_types=("cpu", "cuda"))
-def _intersect(
-    origins: Tensor, directions: Tensor, kind: int, first: list[float], second: list[float]
-) -> tuple[Tensor, Tensor]:
+def _forward(origins: Tensor, directions: Tensor, lower: list[float], upper: list[float]) -> tuple[Tensor, Tensor]:
     origins, directions = origins.contiguous(), directions.contiguous()
-    near, far = origins.new_empty(origins.shape[0]), origins.new_empty(origins.shape[0])
-    call("intersect", origins, (origins, directions, near, far), origins.shape[0], kind, first, second)
+    near, far = _fake(origins)
+    call_extension("intersect", origins, (origins, directions, near, far), origins.shape[0], lower, upper)
     return near, far
 
 
-@_intersect.register_fake
-def _(origins, directions, kind, first, second):
+def _fake(origins: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return origins.new_empty(origins.shape[0]), origins.new_empty(origins.shape[0])
 
 
-@torch.library.custom_op("factorkit::intersect_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _intersect_backward(
-    d_near: Tensor,
-    d_far: Tensor,
-    origins: Tensor,
-    directions: Tensor,
-    kind: int,
-    first: list[float],
-    second: list[float],
+def _backward(
+    d_near: Tensor, d_far: Tensor, origins: Tensor, directions: Tensor, lower: list[float], upper: list[float]
 ) -> tuple[Tensor, Tensor]:
-    given = [x.contiguous() for x in (origins, directions, d_near, d_far)]
-    found = torch.empty_like(given[0]), torch.empty_like(given[1])
-    call("intersect_backward", origins, (*given, *found), origins.shape[0], kind, first, second)
+    tensors = [x.contiguous() for x in (origins, directions, d_near, d_far)]
+    found = _backward_fake(d_near, d_far, origins, directions)
+    call_extension("intersect_backward", origins, (*tensors, *found), origins.shape[0], lower, upper)
     return found
 
 
-@_intersect_backward.register_fake
-def _(d_near, d_far, origins, directions, kind, first, second):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (origins, directions))
+def _backward_fake(
+    d_near: Tensor, d_far: Tensor, origins: Tensor, directions: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return origins.new_empty(origins.shape), directions.new_empty(directions.shape)
 
 
-def _setup(ctx, inputs, output):
-    origins, directions, *ctx.shape = inputs
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    origins, directions, *ctx.box = inputs
     ctx.save_for_backward(origins, directions)
 
 
-def _autograd(ctx, d_near, d_far):
-    found = torch.ops.factorkit.intersect_backward(d_near, d_far, *ctx.saved_tensors, *ctx.shape)
-    return *found, None, None, None
+def _autograd(ctx: Any, d_near: Tensor, d_far: Tensor) -> tuple:
+    return *torch.ops.factorkit.intersect_box_backward(d_near, d_far, *ctx.saved_tensors, *ctx.box), None, None
 
 
-_intersect.register_autograd(_autograd, setup_context=_setup)
+register("intersect_box", _forward, _fake, setup_context=_setup_context, backward=_autograd, needs_extension=True)
+register("intersect_box_backward", _backward, _backward_fake, needs_extension=True)

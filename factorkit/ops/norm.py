@@ -1,20 +1,74 @@
-"""Normalisation, modulation and SiLU in one op, with its gradient written out: the most frequent op of both models.
+"""Normalisation, modulation and SiLU in one op: the most frequent op of both models.
 
-With per-channel coefficients a = weight*(1+scale) and the moments mu, 1/std =: r of a group, every norm here is
-``y = silu(a*(x-mu)*r + b)``; ``masked_group`` only changes the weights under the moments from 1/(HW) to m/sum(m).
+    z = [u_k ; m_k * skip] for every branch k (thesis eq. 2.6), or z = u without a skip
+    y = SiLU(a * (z - mean) / std + b),  a = weight * (1 + scale),  b = bias * (1 + scale) + shift
+
+``"group"`` is GroupNorm (Wu & He 2018). ``"masked_group"`` weights its moments by m_k / sum(m_k) instead of 1 / (H*W),
+independent of the region's area. ``"pixel"`` divides by the root mean square over channels at each pixel.
+Shapes are those of :mod:`factorkit.ops.skip`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.ops import compiled, reference
-from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS
-from factorkit.ops.dispatch import dense_format, full_precision, use_reference
+from factorkit import kernels
+from factorkit.ops.dispatch import (
+    EXTENSION,
+    dense_format,
+    empty_like,
+    full_precision,
+    has_extension,
+    register,
+    select,
+    with_layout_of,
+)
+from factorkit.ops.skip import concatenate_masked_skip, count_branches, masked_skip_gradients, shared_gradient
 
-NORMS = ("group", "masked_group", "pixel")
+NORMS = ("group", "masked_group", "pixel")  # the order of NormKind in csrc/norm.h
+
+GROUP_EPS = 1e-5  # torch's and guided-diffusion's
+MASKED_GROUP_EPS = 1e-4  # a small region's variance averages few pixels: a larger floor bounds 1/std
+MASK_FLOOR = 1e-3  # added to the mask before it weights moments: an empty region falls back to the plain average
+PIXEL_EPS = 1e-3
+EPS = {"group": GROUP_EPS, "masked_group": MASKED_GROUP_EPS, "pixel": PIXEL_EPS}
+
+
+def norm_silu(
+    u: Tensor,
+    skip: Tensor | None,
+    masks: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    norm: str,
+    activate: bool = True,
+) -> Tensor:
+    """Compute the equations of this module in plain differentiable PyTorch: the reference of the op."""
+    x = u if skip is None else concatenate_masked_skip(u, skip, masks)
+    n, c = x.shape[:2]
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    if norm == "pixel":
+        normal = values * torch.rsqrt(values.square().mean(1, keepdim=True) + PIXEL_EPS)
+    else:
+        grouped = values.reshape(n, groups, c // groups, -1)
+        weights = torch.ones_like(grouped[:, :1, :1])
+        if norm == "masked_group" and masks is not None:
+            weights = masks.to(values.dtype).reshape(n, 1, 1, -1) + MASK_FLOOR
+        weights = weights / (weights.sum(-1, keepdim=True) * (c // groups))
+        mean = (grouped * weights).sum((2, 3), keepdim=True)
+        variance = ((grouped - mean).square() * weights).sum((2, 3), keepdim=True)
+        normal = ((grouped - mean) * torch.rsqrt(variance + EPS[norm])).reshape(values.shape)
+    out = normal * weight.to(values.dtype)[:, None, None] + bias.to(values.dtype)[:, None, None]
+    if scale is not None and shift is not None:
+        out = out * (1 + scale.to(values.dtype)[:, :, None, None]) + shift.to(values.dtype)[:, :, None, None]
+    return (F.silu(out) if activate else out).to(x.dtype)
 
 
 def group_norm_silu(
@@ -29,42 +83,136 @@ def group_norm_silu(
     masks: Tensor | None = None,
     activate: bool = True,
 ) -> Tensor:
-    """SiLU(norm(x) * (1 + scale) + shift).
+    """Compute SiLU(norm(x) * (1 + scale) + shift).
 
     Args:
-        x: [N, C, H, W], any float dtype; the answer has its dtype and layout. Statistics are fp32 (fp64 for fp64).
-        weight, bias: [C], the norm's affine part.
-        scale, shift: [N, C] modulation by the time embedding, both or neither.
+        x: [N, C, H, W], any float dtype. Statistics are fp32 (fp64 for fp64).
+        weight: [C].
+        bias: [C].
+        scale: [N, C], the modulation by the time embedding; together with ``shift`` or None.
+        shift: [N, C].
         groups: number of groups; divides C. Ignored by ``norm="pixel"``.
-        norm: ``"group"`` | ``"masked_group"`` | ``"pixel"`` (see :mod:`factorkit.ops.reference`).
-        masks: [B, K, H, W] with B*K = N, needed by ``"masked_group"`` and only there; gradients flow into it.
-        activate: False leaves out the SiLU.
+        norm: ``"group"``, ``"masked_group"`` or ``"pixel"`` (see :mod:`factorkit.ops.norm`).
+        masks: [B, K, H, W] with B*K = N, used by ``"masked_group"`` only; gradients flow into it.
+        activate: False omits the SiLU.
+
+    Returns:
+        [N, C, H, W] in the dtype and layout of x.
 
     Raises:
-        ValueError: an unknown norm, groups that do not divide C, or a mask missing or of another shape.
+        ValueError: an unknown norm, groups that do not divide C, or masks missing or of another shape.
     """
-    _check(x.shape, weight, groups, norm, masks, x.shape[0])
-    if norm != "masked_group":
-        masks = None
-    run = reference.group_norm_silu if use_reference() else torch.ops.factorkit.group_norm_silu
-    return run(x, weight, bias, scale, shift, masks, groups, norm, activate)
+    _check(x, weight, groups, norm, masks, x.shape[0])
+    masks = masks if norm == "masked_group" else None
+    run = select("norm_silu", norm_silu, x)
+    return run(x, None, masks, weight, bias, scale, shift, groups, norm, activate)
 
 
-def _check(shape, weight: Tensor, groups: int, norm: str, masks: Tensor | None, count: int) -> None:
+def masked_skip_norm_silu(
+    u: Tensor,
+    skip: Tensor,
+    masks: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    groups: int,
+    norm: str = "group",
+) -> Tensor:
+    """Compute SiLU(norm([u_k ; m_k * skip]) * (1 + scale_k) + shift_k) for all branches, [B*K, C_u + C_s, H, W].
+
+    ``u``, ``skip`` and ``masks`` are those of :func:`factorkit.ops.masked_skip_projection`; the others those of
+    :func:`factorkit.ops.group_norm_silu` with ``scale`` and ``shift`` [B*K, C]. A group may hold channels of both u
+    and the skip.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown norm, groups that do not divide C_u + C_s.
+    """
+    _check(u, weight, groups, norm, masks, count_branches(u, masks))
+    return select("norm_silu", norm_silu, u)(u, skip, masks, weight, bias, scale, shift, groups, norm, True)
+
+
+def _check(x: Tensor, weight: Tensor, groups: int, norm: str, masks: Tensor | None, rows: int) -> None:
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is unknown; choose one of {', '.join(NORMS)}")
     channels = weight.shape[0]
     if norm != "pixel" and channels % groups:
         raise ValueError(f"{groups} groups do not divide {channels} channels")
-    if norm == "masked_group" and (masks is None or masks.shape[0] * masks.shape[1] != count):
-        found = None if masks is None else tuple(masks.shape)
-        raise ValueError(f"norm='masked_group' needs masks [B, K, H, W] with B*K = {count}; got {found}")
-    if norm == "masked_group" and masks.shape[2:] != shape[2:]:
-        raise ValueError(f"masks are {tuple(masks.shape[2:])} pixels but the features are {tuple(shape[2:])}")
+    if norm != "masked_group":
+        return
+    if masks is None or masks.shape[0] * masks.shape[1] != rows:
+        shape = None if masks is None else tuple(masks.shape)
+        raise ValueError(f"norm='masked_group' needs masks [B, K, H, W] with B*K = {rows}; got {shape}")
+    if masks.shape[2:] != x.shape[2:]:
+        raise ValueError(f"masks are {tuple(masks.shape[2:])} pixels but the features are {tuple(x.shape[2:])}")
 
 
-@torch.library.custom_op("factorkit::group_norm_silu", mutates_args=())
-def _group_norm_silu(
+# --- PyTorch implementation ---
+
+
+def _forward(
+    u: Tensor,
+    skip: Tensor | None,
+    masks: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    norm: str,
+    activate: bool,
+) -> Tensor:
+    if skip is not None:
+        z, weights = concatenate_masked_skip(u, skip, masks), masks if norm == "masked_group" else None
+        out = torch.ops.factorkit.norm_silu(z, None, weights, weight, bias, scale, shift, groups, norm, activate)
+        return with_layout_of(out, u)
+    pre = _normalise(u, weight, bias, scale, shift, masks, groups, norm)[1]
+    out = F.silu(pre, inplace=True) if activate else pre
+    return with_layout_of(out.to(u.dtype).reshape(u.shape), u)
+
+
+def _fake(u: Tensor, skip: Tensor | None, masks: Tensor | None, *_: Any) -> Tensor:
+    if skip is None:
+        return empty_like(u)
+    return with_layout_of(u.new_empty(count_branches(u, masks), u.shape[1] + skip.shape[1], *u.shape[2:]), u)
+
+
+def _backward(
+    grad: Tensor,
+    u: Tensor,
+    skip: Tensor | None,
+    masks: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    norm: str,
+    activate: bool,
+) -> list[Tensor]:
+    """Return the gradients of those of u, skip, masks, weight, bias, scale and shift that are not None."""
+    # The concatenation is computed again rather than stored: it is K times the skip, the decoder's largest tensor.
+    z = u if skip is None else concatenate_masked_skip(u, skip, masks)
+    weights = masks if norm == "masked_group" else None
+    d_z, d_weights, affine = _norm_gradients(grad, z, weight, bias, scale, shift, weights, groups, norm, activate)
+    d_z = d_z.reshape(z.shape)
+    if skip is None:
+        features = [with_layout_of(d_z.to(u.dtype), u), *([] if d_weights is None else [d_weights])]
+    else:
+        split = u.shape[1]
+        features = [shared_gradient(d_z[:, :split], u, masks), *masked_skip_gradients(d_z[:, split:], skip, masks)]
+        if d_weights is not None:
+            features[2] = features[2] + d_weights
+    return [*features, *affine]
+
+
+def _backward_fake(grad: Tensor, u: Tensor, skip: Tensor | None, *rest: Any) -> list[Tensor]:
+    others = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in rest if isinstance(x, Tensor)]
+    return [empty_like(u), *([] if skip is None else [empty_like(skip)]), *others]
+
+
+def _normalise(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -73,20 +221,48 @@ def _group_norm_silu(
     masks: Tensor | None,
     groups: int,
     norm: str,
-    activate: bool,
-) -> Tensor:
-    values, pre, _ = _normalised(x, weight, bias, scale, shift, masks, groups, norm)
-    out = F.silu(pre, inplace=True) if activate else pre
-    return out.to(x.dtype).reshape(x.shape).contiguous(memory_format=dense_format(x))
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Return x as [N, C, P] with P = H*W, the pre-activation as a new tensor, gain, mean, 1/std, weights and their sum.
+
+    Gain, mean and 1/std are [N, C] (1/std is [N, 1, P] for ``"pixel"``); the pixels' weights are [N, P, 1].
+    """
+    values = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+    gain, offset = weight.to(values.dtype).expand(x.shape[0], -1), bias.to(values.dtype).expand(x.shape[0], -1)
+    if scale is not None and shift is not None:
+        gain, offset = gain * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
+    if norm == "pixel":
+        rstd = torch.rsqrt(values.square().mean(1, keepdim=True) + PIXEL_EPS)
+        pre = (values * rstd).mul_(gain[:, :, None]).add_(offset[:, :, None])
+        return values, pre, gain, None, rstd, None, None
+    weights, total, mean, rstd = _moments(values, masks, groups, norm)
+    slope = gain * rstd
+    pre = torch.addcmul((offset - mean * slope)[:, :, None], values, slope[:, :, None])
+    return values, pre, gain, mean, rstd, weights, total
 
 
-@_group_norm_silu.register_fake
-def _(x, weight, bias, scale, shift, masks, groups, norm, activate):
-    return torch.empty_like(x, memory_format=dense_format(x))
+@full_precision
+def _moments(
+    values: Tensor, masks: Tensor | None, groups: int, norm: str
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Return the pixels' weights [N, P, 1], their sum, and mean and 1/std of each channel's group, [N, C]."""
+    n, c, p = values.shape
+    if masks is not None:
+        weights = masks.to(values.dtype).reshape(n, p, 1) + MASK_FLOOR
+        total = weights.sum(1, keepdim=True)
+        weights = weights / total
+        first, second = (values @ weights)[:, :, 0], (values.square() @ weights)[:, :, 0]
+    else:
+        weights = total = None
+        first, second = values.mean(2), values.square().mean(2)
+    mean = first.reshape(n, groups, c // groups).mean(2, keepdim=True)
+    variance = (second.reshape(n, groups, c // groups).mean(2, keepdim=True) - mean.square()).clamp_min_(0)
+    rstd = torch.rsqrt(variance + EPS[norm])
+    mean, rstd = (v.expand(n, groups, c // groups).reshape(n, c) for v in (mean, rstd))
+    return weights, total, mean, rstd
 
 
-@torch.library.custom_op("factorkit::group_norm_silu_backward", mutates_args=())
-def _group_norm_silu_backward(
+@full_precision
+def _norm_gradients(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -97,126 +273,180 @@ def _group_norm_silu_backward(
     groups: int,
     norm: str,
     activate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    g, d_weight, d_bias, d_scale, d_shift, d_masks = norm_silu_vjp(
-        grad, x, weight, bias, scale, shift, masks, groups, norm, activate
-    )
-    g = g.to(x.dtype).reshape(x.shape).contiguous(memory_format=dense_format(x))
-    return tuple(x.new_empty(0) if d is None else d for d in (g, d_weight, d_bias, d_scale, d_shift, d_masks))  # type: ignore[return-value]
-
-
-@_group_norm_silu_backward.register_fake
-def _(grad, x, weight, bias, scale, shift, masks, groups, norm, activate):
-    none = x.new_empty(0)
-    like = lambda v: none.clone() if v is None else torch.empty_like(v, memory_format=torch.contiguous_format)  # noqa: E731
-    g = torch.empty_like(x, memory_format=dense_format(x))
-    return g, like(weight), like(bias), like(scale), like(shift), like(masks)
-
-
-def _setup(ctx, inputs, output):
-    x, weight, bias, scale, shift, masks, ctx.groups, ctx.norm, ctx.activate = inputs
-    ctx.save_for_backward(x, weight, bias, scale, shift, masks)
-
-
-def _backward(ctx, grad):
-    x, weight, bias, scale, shift, masks = ctx.saved_tensors
-    g, d_weight, d_bias, d_scale, d_shift, d_masks = torch.ops.factorkit.group_norm_silu_backward(
-        grad, x, weight, bias, scale, shift, masks, ctx.groups, ctx.norm, ctx.activate
-    )
-    keep = lambda value, given: None if given is None else value  # noqa: E731
-    return g, d_weight, d_bias, keep(d_scale, scale), keep(d_shift, shift), keep(d_masks, masks), None, None, None
-
-
-@_group_norm_silu.register_kernel("cpu")
-def _(x, weight, bias, scale, shift, masks, groups, norm, activate):
-    given = (weight, bias, scale, shift)
-    out = compiled.norm_forward(x, None, masks, *given, groups, norm, activate)
-    return _group_norm_silu._init_fn(x, *given, masks, groups, norm, activate) if out is None else out
-
-
-@_group_norm_silu_backward.register_kernel("cpu")
-def _(grad, x, weight, bias, scale, shift, masks, groups, norm, activate):
-    given = (weight, bias, scale, shift)
-    found = compiled.norm_backward(grad, x, None, masks, *given, groups, norm, activate)
-    if found is None:
-        return _group_norm_silu_backward._init_fn(grad, x, *given, masks, groups, norm, activate)
-    g, _, d_masks, d_weight, d_bias, d_scale, d_shift = found
-    return tuple(x.new_empty(0) if d is None else d for d in (g, d_weight, d_bias, d_scale, d_shift, d_masks))
-
-
-_group_norm_silu.register_autograd(_backward, setup_context=_setup)
-
-
-# --- the arithmetic, on [N, C, P] with P = H*W ---
-
-
-def _normalised(x, weight, bias, scale, shift, masks, groups, norm):
-    """Values, the pre-activation a*x + b as a fresh tensor, and what the backward pass wants to know again."""
-    values = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
-    gain, offset = weight.to(values.dtype).expand(x.shape[0], -1), bias.to(values.dtype).expand(x.shape[0], -1)
-    if scale is not None:
-        gain, offset = gain * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
-    if norm == "pixel":
-        rstd = torch.rsqrt(values.square().mean(1, keepdim=True) + PIXEL_EPS)
-        pre = (values * rstd).mul_(gain[:, :, None]).add_(offset[:, :, None])
-        return values, pre, (gain, None, rstd, None, None)
-    weights, total, mean, rstd = _moments(values, masks, groups, norm)
-    slope = gain * rstd
-    pre = torch.addcmul((offset - mean * slope)[:, :, None], values, slope[:, :, None])
-    return values, pre, (gain, mean, rstd, weights, total)
-
-
-@full_precision
-def _moments(values: Tensor, masks: Tensor | None, groups: int, norm: str):
-    """Mean and 1/std of each channel's group, repeated to [N, C]; the pixel weights [N, P, 1] behind them."""
-    n, c, p = values.shape
-    if norm == "masked_group":
-        weights = masks.to(values.dtype).reshape(n, p, 1) + MASK_FLOOR
-        total = weights.sum(1, keepdim=True)
-        weights = weights / total
-        first, second = (values @ weights)[:, :, 0], (values.square() @ weights)[:, :, 0]
-        eps = MASKED_GROUP_EPS
-    else:
-        weights = total = None
-        first, second = values.mean(2), values.square().mean(2)
-        eps = GROUP_EPS
-    mean = first.reshape(n, groups, c // groups).mean(2, keepdim=True)
-    variance = (second.reshape(n, groups, c // groups).mean(2, keepdim=True) - mean.square()).clamp_min_(0)
-    spread = lambda v: v.expand(n, groups, c // groups).reshape(n, c)  # noqa: E731
-    return weights, total, spread(mean), spread(torch.rsqrt(variance + eps))
-
-
-@full_precision
-def norm_silu_vjp(grad, x, weight, bias, scale, shift, masks, groups, norm, activate):
-    """Gradients of :func:`group_norm_silu` for x ([N, C, P], at least fp32), weight, bias, scale, shift and masks."""
-    values, pre, (gain, mean, rstd, weights, total) = _normalised(x, weight, bias, scale, shift, masks, groups, norm)
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Return the gradients of x ([N, C, P], at least fp32), of masks, and of the affine part's tensors."""
+    values, pre, gain, mean, rstd, weights, total = _normalise(x, weight, bias, scale, shift, masks, groups, norm)
     d_pre = grad.flatten(2).to(values.dtype)
     if activate:
         d_pre = torch.ops.aten.silu_backward(d_pre, pre)
-    if norm == "pixel":
+    d_masks = None
+    if mean is None:
         normal = values * rstd
         summed, moment = d_pre.sum(2), (d_pre * normal).sum(2)
         d_normal = d_pre * gain[:, :, None]
         d_x = rstd * (d_normal - normal * (d_normal * normal).mean(1, keepdim=True))
-        d_masks = None
     else:
         n, c, p = values.shape
+        size = c // groups
         summed = d_pre.sum(2)
         moment = ((d_pre * values).sum(2) - mean * summed) * rstd  # sum over pixels of d_pre * normal
-        per_group = lambda v: (  # noqa: E731
-            v.reshape(n, groups, c // groups).sum(2, keepdim=True).expand(n, groups, c // groups).reshape(n, c)
+        d1, d2 = (
+            v.reshape(n, groups, size).sum(2, keepdim=True).expand(n, groups, size).reshape(n, c)
+            for v in (gain * summed, gain * moment)
         )
-        d1, d2 = per_group(gain * summed), per_group(gain * moment)
         # dL/d(first moment) and 2*dL/d(second moment), divided among the group's channels
-        size = c // groups
         on_first = (rstd * mean * d2 - d1) * rstd / size
         on_second = -(rstd.square()) * d2 / size
         spread = torch.addcmul(on_first[:, :, None], values, on_second[:, :, None])
         spread = spread.mul_(1.0 / p) if weights is None else spread.mul_(weights.transpose(1, 2))
         d_x = spread.addcmul_(d_pre, (gain * rstd)[:, :, None])
-        d_masks = None
-        if weights is not None:
+        if masks is not None and weights is not None:
             d_weights = on_first[:, None] @ values + (0.5 * on_second)[:, None] @ values.square()
             d_weights = d_weights - d_weights @ weights
             d_masks = (d_weights / total).reshape(masks.shape).to(masks.dtype)
-    return d_x, *compiled.affine_gradients(summed, moment, weight, bias, scale, shift), d_masks
+    return d_x, d_masks, _affine_gradients(summed, moment, weight, bias, scale, shift)
+
+
+def _affine_gradients(
+    summed: Tensor, moment: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> list[Tensor]:
+    """Return the gradients of weight, bias and, given them, scale and shift.
+
+    ``summed`` [N, C] is the sum over pixels of the pre-activation's gradient, ``moment`` that of its product with the
+    normalised value.
+    """
+    factor = 1.0 if scale is None else 1 + scale
+    affine = [(moment * factor).sum(0).to(weight.dtype), (summed * factor).sum(0).to(bias.dtype)]
+    if scale is None or shift is None:
+        return affine
+    return [*affine, (moment * weight + summed * bias).to(scale.dtype), summed.to(shift.dtype)]
+
+
+# --- C++ (csrc/norm_cpu.cpp): channels_last, fp32 or bf16 ---
+
+
+class _Problem:
+    """The tensors of one call, contiguous, and their addresses and sizes as csrc/norm.h takes them."""
+
+    def __init__(
+        self,
+        u: Tensor,
+        skip: Tensor | None,
+        masks: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        groups: int,
+        norm: str,
+        activate: bool,
+    ):
+        self.u, self.skip = _channels_last(u), None if skip is None else _channels_last(skip)
+        vectors = (masks, weight, bias, scale, shift)
+        self.masks, *affine = (None if x is None else x.float().contiguous() for x in vectors)
+        self._kept_alive = affine
+        self.rows = u.shape[0] if masks is None else masks.shape[0] * masks.shape[1]
+        self.channels = weight.shape[0]
+        regions = 1 if masks is None else masks.shape[1]
+        channels_skip = 0 if skip is None else skip.shape[1]
+        pixels = u.shape[2] * u.shape[3]
+        sizes = [self.rows // regions, regions, u.shape[1], channels_skip, pixels, groups, NORMS.index(norm)]
+        flags = [u.shape[0] != self.rows, activate, u.dtype == torch.bfloat16]
+        addresses = [_address(x) for x in (self.u, self.skip, self.masks, *affine)]
+        self.arguments = (addresses, sizes, flags, EPS[norm], MASK_FLOOR)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _empty_or_none(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.empty_like(x)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _cpp_takes(u: Tensor, skip: Tensor | None) -> bool:
+    one_dtype = u.dtype in (torch.float32, torch.bfloat16) and (skip is None or skip.dtype == u.dtype)
+    return one_dtype and dense_format(u) == torch.channels_last and u.numel() > 0 and has_extension("cpu")
+
+
+def _forward_cpp(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> Tensor | None:
+    if not _cpp_takes(u, skip):
+        return None
+    problem = _Problem(u, skip, masks, *rest)
+    shape = (problem.rows, problem.channels, *u.shape[2:])
+    out = torch.empty(shape, dtype=u.dtype, memory_format=torch.channels_last)
+    EXTENSION.norm_silu_forward(*problem.arguments, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _backward_cpp(
+    grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any
+) -> list[Tensor] | None:
+    if not _cpp_takes(u, skip):
+        return None
+    problem = _Problem(u, skip, masks, *rest)
+    grad = _channels_last(grad.to(u.dtype))
+    d_u, d_skip, d_masks = (
+        None if x is None else torch.empty_like(x) for x in (problem.u, problem.skip, problem.masks)
+    )
+    summed, moment = torch.empty(2, problem.rows, problem.channels).unbind(0)
+    gradients = [_address(x) for x in (grad, d_u, d_skip, d_masks, summed, moment)]
+    EXTENSION.norm_silu_backward(*problem.arguments, gradients, torch.get_num_threads())
+    d_masks = None if masks is None or d_masks is None else d_masks.to(masks.dtype)
+    return [x for x in (d_u, d_skip, d_masks, *_affine_gradients(summed, moment, *rest[:4])) if x is not None]
+
+
+# --- Triton (kernels/group_norm.py, kernels/pixel_norm.py) ---
+
+
+def _forward_triton(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> Tensor:
+    *affine, groups, norm, activate = rest
+    if norm == "pixel":
+        out = kernels.pixel_norm.pixel_forward(u, skip, masks, *affine, activate, PIXEL_EPS)
+    else:
+        settings = (groups, norm == "masked_group", activate, EPS[norm], MASK_FLOOR)
+        out = kernels.group_norm.norm_forward(u, skip, masks, *affine, *settings)
+    return with_layout_of(out, u)
+
+
+def _backward_triton(grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> list[Tensor]:
+    *affine, groups, norm, activate = rest
+    if norm == "pixel":
+        found = kernels.pixel_norm.pixel_backward(grad, u, skip, masks, *affine, activate, PIXEL_EPS)
+    else:
+        settings = (groups, norm == "masked_group", activate, EPS[norm], MASK_FLOOR)
+        found = kernels.group_norm.norm_backward(grad, u, skip, masks, *affine, *settings)
+    d_u, d_skip, d_masks, *d_affine = found
+    d_skip = None if skip is None else with_layout_of(d_skip, skip)
+    d_masks = None if masks is None or d_masks is None else d_masks.to(masks.dtype)
+    return [x for x in (with_layout_of(d_u, u), d_skip, d_masks, *d_affine) if x is not None]
+
+
+# --- gradient and registration ---
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.groups, ctx.norm, ctx.activate = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple:
+    saved = ctx.saved_tensors
+    found = iter(torch.ops.factorkit.norm_silu_backward(grad, *saved, ctx.groups, ctx.norm, ctx.activate))
+    return *(None if x is None else next(found) for x in saved), None, None, None
+
+
+register(
+    "norm_silu",
+    _forward,
+    _fake,
+    cpp=_forward_cpp,
+    triton=_forward_triton,
+    setup_context=_setup_context,
+    backward=_autograd,
+)
+register("norm_silu_backward", _backward, _backward_fake, cpp=_backward_cpp, triton=_backward_triton)

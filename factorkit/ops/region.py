@@ -1,38 +1,124 @@
-"""Ops on the region masks themselves: their pyramid, the tokens they pool, the blend of the branches."""
+"""Ops on the region masks: their pyramid, the tokens they pool, the blend of the branches.
+
+B images, K regions, C channels, H x W pixels. Each family reads: reference, public function, implementations.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.ops import reference
-from factorkit.ops.constants import POOL_FLOOR
-from factorkit.ops.dispatch import dense_format, full_precision, use_reference
+from factorkit import kernels
+from factorkit.ops.dispatch import empty_like, full_precision, register, select, with_layout_of
+
+POOL_FLOOR = 0.5  # half a pixel: the token of an empty region tends to zero instead of to noise
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# --- mask pyramid ---
+
+
+def average_masks(masks: Tensor, levels: int) -> list[Tensor]:
+    """Average the masks over areas, at 1/2, 1/4 ... 1/2^levels of the resolution: the reference."""
+    out = []
+    for _ in range(levels):
+        masks = F.avg_pool2d(masks, 2)
+        out.append(masks)
+    return out
 
 
 def mask_pyramid(masks: Tensor, levels: int) -> list[Tensor]:
-    """The masks and their area averages at 1/2 ... 1/2^levels of the resolution.
+    """Compute the masks and their area averages at 1/2 ... 1/2^levels of the resolution.
 
     Args:
         masks: [B, K, H, W]; H and W divisible by 2^levels.
+        levels: number of halvings.
 
     Returns:
         ``levels + 1`` tensors, the given masks first; each sums to one over K wherever the given one does.
 
     Raises:
-        ValueError: a size that cannot be halved so often.
+        ValueError: H or W is not divisible by 2^levels.
     """
     height, width = masks.shape[2:]
     if height % 2**levels or width % 2**levels:
         raise ValueError(f"masks of {height}x{width} pixels cannot be halved {levels} times")
     if levels == 0:
         return [masks]
-    run = reference.mask_pyramid if use_reference() else torch.ops.factorkit.mask_pyramid
-    return [masks, *run(masks, levels)]
+    return [masks, *select("mask_pyramid", average_masks, masks)(masks, levels)]
+
+
+def _pyramid(masks: Tensor, levels: int) -> list[Tensor]:
+    return average_masks(masks.contiguous(), levels)
+
+
+def _pyramid_fake(masks: Tensor, levels: int) -> list[Tensor]:
+    b, k, h, w = masks.shape
+    return [masks.new_empty(b, k, h >> i, w >> i) for i in range(1, levels + 1)]
+
+
+def _pyramid_triton(masks: Tensor, levels: int) -> list[Tensor]:
+    return kernels.mask_pyramid.pyramid(masks, levels)
+
+
+def _pyramid_backward(grads: list[Tensor]) -> Tensor:
+    # From the coarsest level up: every fine pixel receives a quarter of its parent's total.
+    total = grads[-1]
+    for grad in (*reversed(grads[:-1]), None):
+        total = total.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) * 0.25
+        total = total if grad is None else total + grad
+    return total.contiguous()
+
+
+def _pyramid_backward_fake(grads: list[Tensor]) -> Tensor:
+    b, k, h, w = grads[0].shape
+    return grads[0].new_empty(b, k, 2 * h, 2 * w)
+
+
+def _pyramid_backward_triton(grads: list[Tensor]) -> Tensor:
+    return kernels.mask_pyramid.pyramid_backward(grads)
+
+
+def _pyramid_setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    ctx.save_for_backward(*output)
+
+
+def _pyramid_autograd(ctx: Any, grads: list[Tensor | None]) -> tuple:
+    filled = [torch.zeros_like(like) if g is None else g for g, like in zip(grads, ctx.saved_tensors, strict=True)]
+    return torch.ops.factorkit.mask_pyramid_backward(filled), None
+
+
+register(
+    "mask_pyramid",
+    _pyramid,
+    _pyramid_fake,
+    triton=_pyramid_triton,
+    setup_context=_pyramid_setup_context,
+    backward=_pyramid_autograd,
+)
+register("mask_pyramid_backward", _pyramid_backward, _pyramid_backward_fake, triton=_pyramid_backward_triton)
+
+
+# --- region tokens ---
+
+
+@full_precision
+def average_features(features: Tensor, masks: Tensor) -> Tensor:
+    """Average the features over each region: the reference of :func:`region_pool`."""
+    values = features.to(torch.promote_types(features.dtype, torch.float32)).flatten(2)
+    weights = masks.to(values.dtype).flatten(2)
+    weights = weights / (weights.sum(-1, keepdim=True) + POOL_FLOOR)
+    return weights @ values.transpose(1, 2)
 
 
 def region_pool(features: Tensor, masks: Tensor) -> Tensor:
-    """Region tokens c_k = sum_p m_k f / (sum_p m_k + 1/2) of all K regions: [B, K, C], fp32.
+    """Compute the region tokens c_k = sum_p m_k f / (sum_p m_k + 1/2) of all K regions: [B, K, C], fp32.
 
     Args:
         features: [B, C, H, W].
@@ -43,12 +129,67 @@ def region_pool(features: Tensor, masks: Tensor) -> Tensor:
     """
     if features.shape[2:] != masks.shape[2:]:
         raise ValueError(f"features are {tuple(features.shape[2:])} pixels but masks {tuple(masks.shape[2:])}")
-    run = reference.region_pool if use_reference() else torch.ops.factorkit.region_pool
-    return run(features, masks)
+    return select("region_pool", average_features, features)(features, masks)
+
+
+def _pool(features: Tensor, masks: Tensor) -> Tensor:
+    return average_features(features, masks)
+
+
+def _pool_fake(features: Tensor, masks: Tensor) -> Tensor:
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    return features.new_empty(masks.shape[0], masks.shape[1], features.shape[1], dtype=dtype)
+
+
+def _pool_triton(features: Tensor, masks: Tensor) -> Tensor:
+    return kernels.region_pool.pool(features, masks, POOL_FLOOR)
+
+
+@full_precision
+def _pool_backward(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    values, weights = features.to(grad.dtype).flatten(2), masks.to(grad.dtype).flatten(2)
+    total = weights.sum(-1, keepdim=True) + POOL_FLOOR
+    d_features = grad.transpose(1, 2) @ (weights / total)
+    d_masks = (grad @ values - (grad * tokens).sum(-1, keepdim=True)) / total
+    d_features = empty_like(features).copy_(d_features.reshape(features.shape))
+    return d_features, d_masks.reshape(masks.shape).to(masks.dtype)
+
+
+def _pool_backward_fake(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_like(features), _contiguous_like(masks)
+
+
+def _pool_backward_triton(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    d_features, d_masks = kernels.region_pool.pool_backward(grad, features, masks, tokens, POOL_FLOOR)
+    return with_layout_of(d_features, features), d_masks.to(masks.dtype)
+
+
+def _pool_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _pool_autograd(ctx: Any, grad: Tensor) -> tuple:
+    return torch.ops.factorkit.region_pool_backward(grad, *ctx.saved_tensors)
+
+
+register(
+    "region_pool", _pool, _pool_fake, triton=_pool_triton, setup_context=_pool_setup_context, backward=_pool_autograd
+)
+register("region_pool_backward", _pool_backward, _pool_backward_fake, triton=_pool_backward_triton)
+
+
+# --- blend of the branches ---
+
+
+def blend_branches(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the masks and the mask-weighted sum of the branches: the reference of :func:`region_blend`."""
+    masks = logits.softmax(dim=1)
+    outputs = branches.to(masks.dtype).unflatten(0, masks.shape[:2])
+    return masks, (outputs * masks[:, :, None]).sum(1)
 
 
 def region_blend(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks m = softmax_K(logits) and the blended prediction sum_k m_k * branch_k (thesis eq. 2.7).
+    """Compute masks m = softmax_K(logits) and the blended prediction sum_k m_k * branch_k (thesis eq. 2.7).
 
     Args:
         logits: [B, K, H, W], fp32 (or fp64).
@@ -57,182 +198,57 @@ def region_blend(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         masks [B, K, H, W] and prediction [B, C, H, W], both in the dtype of ``logits``.
     """
-    run = reference.region_blend if use_reference() else torch.ops.factorkit.region_blend
-    return run(logits, branches)
+    return select("region_blend", blend_branches, logits)(logits, branches)
 
 
-def region_blend_mse(logits: Tensor, branches: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error of every image's blend against its target, with neither masks nor prediction stored.
-
-    Args:
-        logits, branches: as for :func:`region_blend`.
-        target: [B, C, H, W]; no gradient flows into it.
-
-    Returns:
-        [B], in the dtype of ``logits``: each image's error, its mean over channels and pixels.
-
-    Raises:
-        ValueError: a target of another shape than the blend.
-    """
-    shape = (logits.shape[0], branches.shape[1], *logits.shape[2:])
-    if target.shape != shape:
-        raise ValueError(f"target is {tuple(target.shape)} but the blend of the branches is {shape}")
-    run = reference.region_blend_mse if use_reference() else torch.ops.factorkit.region_blend_mse
-    return run(logits, branches, target.detach())
-
-
-# --- registration ---
-
-
-@torch.library.custom_op("factorkit::mask_pyramid", mutates_args=())
-def _pyramid(masks: Tensor, levels: int) -> list[Tensor]:
-    return reference.mask_pyramid(masks.contiguous(), levels)
-
-
-@_pyramid.register_fake
-def _(masks, levels):
-    b, k, h, w = masks.shape
-    return [masks.new_empty(b, k, h >> i, w >> i) for i in range(1, levels + 1)]
-
-
-@torch.library.custom_op("factorkit::mask_pyramid_backward", mutates_args=())
-def _pyramid_backward(grads: list[Tensor]) -> Tensor:
-    # From the coarsest level up: every fine pixel receives a quarter of what its parent gathered.
-    total = grads[-1]
-    for grad in (*reversed(grads[:-1]), None):
-        total = total.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) * 0.25
-        total = total if grad is None else total + grad
-    return total.contiguous()
-
-
-@_pyramid_backward.register_fake
-def _(grads):
-    b, k, h, w = grads[0].shape
-    return grads[0].new_empty(b, k, 2 * h, 2 * w)
-
-
-def _pyramid_setup(ctx, inputs, output):
-    ctx.save_for_backward(*output)
-
-
-def _pyramid_autograd(ctx, grads):
-    filled = [torch.zeros_like(like) if g is None else g for g, like in zip(grads, ctx.saved_tensors, strict=True)]
-    return torch.ops.factorkit.mask_pyramid_backward(filled), None
-
-
-_pyramid.register_autograd(_pyramid_autograd, setup_context=_pyramid_setup)
-
-
-@torch.library.custom_op("factorkit::region_pool", mutates_args=())
-def _pool(features: Tensor, masks: Tensor) -> Tensor:
-    return reference.region_pool(features, masks)
-
-
-@_pool.register_fake
-def _(features, masks):
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    return features.new_empty(masks.shape[0], masks.shape[1], features.shape[1], dtype=dtype)
-
-
-@torch.library.custom_op("factorkit::region_pool_backward", mutates_args=())
-@full_precision
-def _pool_backward(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    values, flat = features.to(grad.dtype).flatten(2), masks.to(grad.dtype).flatten(2)
-    total = flat.sum(-1, keepdim=True) + POOL_FLOOR
-    d_features = grad.transpose(1, 2) @ (flat / total)
-    d_masks = (grad @ values - (grad * tokens).sum(-1, keepdim=True)) / total
-    out = torch.empty_like(features, memory_format=dense_format(features)).copy_(d_features.reshape(features.shape))
-    return out, d_masks.reshape(masks.shape).to(masks.dtype)
-
-
-@_pool_backward.register_fake
-def _(grad, features, masks, tokens):
-    return torch.empty_like(features, memory_format=dense_format(features)), _contiguous_like(masks)
-
-
-def _contiguous_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _save_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _pool_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output)
-
-
-def _pool_autograd(ctx, grad):
-    return torch.ops.factorkit.region_pool_backward(grad, *ctx.saved_tensors)
-
-
-_pool.register_autograd(_pool_autograd, setup_context=_pool_setup)
-
-
-@torch.library.custom_op("factorkit::region_blend", mutates_args=())
 def _blend(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
-    masks, prediction = reference.region_blend(logits, branches)
+    masks, prediction = blend_branches(logits, branches)
     return masks.contiguous(), prediction.contiguous()
 
 
-@_blend.register_fake
-def _(logits, branches):
-    b, _, h, w = logits.shape
-    return _contiguous_like(logits), logits.new_empty(b, branches.shape[1], h, w)
+def _blend_fake(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
+    return _contiguous_like(logits), logits.new_empty(logits.shape[0], branches.shape[1], *logits.shape[2:])
 
 
-@torch.library.custom_op("factorkit::region_blend_backward", mutates_args=())
+def _blend_triton(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
+    return kernels.region_blend.blend(logits, branches)
+
+
 def _blend_backward(d_masks: Tensor, d_prediction: Tensor, logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
     masks = logits.softmax(dim=1)
     outputs = branches.to(masks.dtype).unflatten(0, masks.shape[:2])
     d_outputs = masks[:, :, None] * d_prediction[:, None]
     d_masks = d_masks + (outputs * d_prediction[:, None]).sum(2)
     d_logits = masks * (d_masks - (d_masks * masks).sum(1, keepdim=True))
-    return d_logits.contiguous(), _settled(d_outputs, branches)
+    return d_logits.contiguous(), empty_like(branches).copy_(d_outputs.flatten(0, 1))
 
 
-def _settled(d_outputs: Tensor, branches: Tensor) -> Tensor:
-    """[B, K, C, H, W] as a gradient for the branches, in their dtype and layout."""
-    return torch.empty_like(branches, memory_format=dense_format(branches)).copy_(d_outputs.flatten(0, 1))
+def _blend_backward_fake(
+    d_masks: Tensor, d_prediction: Tensor, logits: Tensor, branches: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _contiguous_like(logits), empty_like(branches)
 
 
-@_blend_backward.register_fake
-def _(d_masks, d_prediction, logits, branches):
-    return _contiguous_like(logits), torch.empty_like(branches, memory_format=dense_format(branches))
+def _blend_backward_triton(
+    d_masks: Tensor, d_prediction: Tensor, logits: Tensor, branches: Tensor
+) -> tuple[Tensor, Tensor]:
+    return kernels.region_blend.blend_backward(d_masks, d_prediction, logits, branches)
 
 
-def _blend_autograd(ctx, d_masks, d_prediction):
+def _blend_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _blend_autograd(ctx: Any, d_masks: Tensor, d_prediction: Tensor) -> tuple:
     return torch.ops.factorkit.region_blend_backward(d_masks, d_prediction, *ctx.saved_tensors)
 
 
-_blend.register_autograd(_blend_autograd, setup_context=_save_inputs)
-
-
-@torch.library.custom_op("factorkit::region_blend_mse", mutates_args=())
-def _mse(logits: Tensor, branches: Tensor, target: Tensor) -> Tensor:
-    return reference.region_blend_mse(logits, branches, target)
-
-
-@_mse.register_fake
-def _(logits, branches, target):
-    return logits.new_empty(logits.shape[0])
-
-
-@torch.library.custom_op("factorkit::region_blend_mse_backward", mutates_args=())
-def _mse_backward(grad: Tensor, logits: Tensor, branches: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    masks, prediction = reference.region_blend(logits, branches)
-    share = grad * (2.0 / max(1, prediction.shape[1:].numel()))
-    d_prediction = (prediction - target.to(prediction.dtype)) * share[:, None, None, None]
-    return _blend_backward._init_fn(torch.zeros_like(masks), d_prediction, logits, branches)
-
-
-@_mse_backward.register_fake
-def _(grad, logits, branches, target):
-    return _contiguous_like(logits), torch.empty_like(branches, memory_format=dense_format(branches))
-
-
-def _mse_autograd(ctx, grad):
-    return *torch.ops.factorkit.region_blend_mse_backward(grad, *ctx.saved_tensors), None
-
-
-_mse.register_autograd(_mse_autograd, setup_context=_save_inputs)
+register(
+    "region_blend",
+    _blend,
+    _blend_fake,
+    triton=_blend_triton,
+    setup_context=_blend_setup_context,
+    backward=_blend_autograd,
+)
+register("region_blend_backward", _blend_backward, _blend_backward_fake, triton=_blend_backward_triton)

@@ -1,289 +1,155 @@
-"""The factorized decoder's skip connections: what branch k sees is [u_k ; m_k * skip] (thesis eq. 2.6)."""
+"""The factorized decoder's skip connections: branch k sees [u_k ; m_k * skip] (thesis eq. 2.6).
+
+Shapes here and in :mod:`factorkit.ops.norm`, for B images, K regions, C channels and H x W pixels::
+
+    u      [B, C_u, H, W]     shared by all branches, or [B*K, C_u, H, W] one per branch (branch index fastest)
+    skip   [B, C_s, H, W]     the encoder's feature, the same for every branch
+    masks  [B, K, H, W]       region masks at the resolution of u and skip; None for a plain U-Net
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.ops import compiled, reference
-from factorkit.ops.dispatch import dense_format, use_reference
-from factorkit.ops.norm import _check, norm_silu_vjp
+from factorkit import kernels
+from factorkit.ops.dispatch import empty_like, register, select, with_layout_of
 
 
-def _branches(u: Tensor, masks: Tensor | None) -> int:
-    """Number of rows of the answer; raises where u is neither shared nor one per branch."""
-    if masks is None:
-        return u.shape[0]
-    batch, regions = masks.shape[:2]
-    if u.shape[0] not in (batch, batch * regions):
-        wanted = f"{batch} (shared) or {batch * regions}"
-        raise ValueError(f"u has {u.shape[0]} rows; masks {tuple(masks.shape)} ask for {wanted}")
-    return batch * regions
+def concatenate_masked_skip(u: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
+    """Return [u_k ; m_k * skip] for every branch k: [B*K, C_u + C_s, H, W]; [u ; skip] without masks."""
+    if masks is not None:
+        skip = _mask_skip(skip, masks)
+        u = _repeat_shared(u, skip, masks)
+    return torch.cat([u, skip.to(u.dtype)], dim=1)
 
 
-def masked_skip_concat(u: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
-    """[u_k ; m_k * skip], [B*K, C_u + C_s, H, W].
+def _mask_skip(skip: Tensor, masks: Tensor) -> Tensor:
+    return (skip[:, None] * masks[:, :, None].to(skip.dtype)).flatten(0, 1)
 
-    Args:
-        u: [B*K, C_u, H, W], or [B, C_u, H, W] shared by the branches.
-        skip: [B, C_s, H, W].
-        masks: [B, K, H, W], or None for the plain concatenation [u ; skip].
+
+def _repeat_shared(u: Tensor, rows: Tensor, masks: Tensor) -> Tensor:
+    return u if u.shape[0] == rows.shape[0] else u.repeat_interleave(masks.shape[1], dim=0)
+
+
+def count_branches(u: Tensor, masks: Tensor | None) -> int:
+    """Return B*K, or u's rows without masks.
 
     Raises:
         ValueError: u has neither B nor B*K rows.
     """
-    _branches(u, masks)
-    run = reference.masked_skip_concat if use_reference() else torch.ops.factorkit.masked_skip_concat
-    return run(u, skip, masks)
-
-
-def masked_skip_norm_silu(
-    u: Tensor,
-    skip: Tensor,
-    masks: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    *,
-    groups: int,
-    norm: str = "group",
-) -> Tensor:
-    """SiLU(norm([u_k ; m_k * skip]) * (1 + scale_k) + shift_k) for all branches, [B*K, C_u + C_s, H, W].
-
-    Args: as :func:`masked_skip_concat` and :func:`factorkit.ops.group_norm_silu`; ``scale`` and ``shift`` are [B*K, C].
-    Groups may straddle the boundary between u and the skip.
-
-    Raises:
-        ValueError: shapes that do not fit, an unknown norm, groups that do not divide C_u + C_s.
-    """
-    count = _branches(u, masks)
-    _check(u.shape, weight, groups, norm, masks, count)
-    run = reference.masked_skip_norm_silu if use_reference() else torch.ops.factorkit.masked_skip_norm_silu
-    return run(u, skip, masks, weight, bias, scale, shift, groups, norm)
+    if masks is None:
+        return u.shape[0]
+    batch, regions = masks.shape[:2]
+    if u.shape[0] not in (batch, batch * regions):
+        raise ValueError(
+            f"u has {u.shape[0]} rows; masks of shape {tuple(masks.shape)} need {batch} (shared by the branches) "
+            f"or {batch * regions}"
+        )
+    return batch * regions
 
 
 def masked_skip_projection(u: Tensor, skip: Tensor, masks: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """The 1x1 shortcut W [u_k ; m_k * skip] + b = (W_u u_k + b) + m_k * (W_s skip): the second product once for all K.
+    """Compute the 1x1 shortcut W [u_k ; m_k * skip] + b = (W_u u_k + b) + m_k * (W_s skip) of every branch.
 
-    Args: as :func:`masked_skip_concat`; ``weight`` [C_out, C_u + C_s, 1, 1], ``bias`` [C_out].
-    Returns [B*K, C_out, H, W].
+    The mask commutes with the convolution, so that the second product is computed once and not K times.
+
+    Args:
+        u: [B*K, C_u, H, W], or [B, C_u, H, W] shared by the branches.
+        skip: [B, C_s, H, W].
+        masks: [B, K, H, W], or None for the shortcut of [u ; skip].
+        weight: [C_out, C_u + C_s, 1, 1].
+        bias: [C_out].
+
+    Returns:
+        [B*K, C_out, H, W].
+
+    Raises:
+        ValueError: u has neither B nor B*K rows.
     """
-    _branches(u, masks)
+    count_branches(u, masks)
     split = u.shape[1]
     base = F.conv2d(u, weight[:, :split], bias)
-    extra = F.conv2d(skip, weight[:, split:])
-    run = reference.masked_skip_add if use_reference() else torch.ops.factorkit.masked_skip_add
-    return run(base, extra, masks)
+    masked = F.conv2d(skip, weight[:, split:])
+    return select("masked_skip_add", add_masked_skip, base)(base, masked, masks)
 
 
-# --- concat ---
-
-
-@torch.library.custom_op("factorkit::masked_skip_concat", mutates_args=())
-def _concat(u: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
-    return reference.masked_skip_concat(u, skip, masks).contiguous(memory_format=dense_format(u))
-
-
-@_concat.register_fake
-def _(u, skip, masks):
-    shape = (_branches(u, masks), u.shape[1] + skip.shape[1], *u.shape[2:])
-    return torch.empty(shape, dtype=u.dtype, device=u.device).contiguous(memory_format=dense_format(u))
-
-
-@torch.library.custom_op("factorkit::masked_skip_concat_backward", mutates_args=())
-def _concat_backward(grad: Tensor, u: Tensor, skip: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    d_u, d_skip, d_masks = concat_vjp(grad, u, skip, masks)
-    return d_u, d_skip, u.new_empty(0) if d_masks is None else d_masks
-
-
-@_concat_backward.register_fake
-def _(grad, u, skip, masks):
-    d_masks = u.new_empty(0) if masks is None else torch.empty_like(masks, memory_format=torch.contiguous_format)
-    return _empty(u), _empty(skip), d_masks
-
-
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=dense_format(x))
-
-
-def concat_vjp(grad: Tensor, u: Tensor, skip: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of the concatenation for u, skip and masks."""
-    split = u.shape[1]
-    return _shared_vjp(grad[:, :split], u, masks), *_masked_vjp(grad[:, split:], skip, masks)
-
-
-def _shared_vjp(grad: Tensor, u: Tensor, masks: Tensor | None) -> Tensor:
-    """Gradient for u: summed over the branches where they share it."""
-    if u.shape[0] != grad.shape[0]:
-        grad = grad.unflatten(0, masks.shape[:2]).sum(1)
-    return _settle(grad, u)
-
-
-def _masked_vjp(grad: Tensor, skip: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradients of m_k * skip: sum_k m_k g_k for the skip, sum_c s_c g_kc for the masks."""
+def add_masked_skip(base: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
+    """Return base_k + m_k * skip, [B*K, C, H, W]: the last step of the shortcut."""
     if masks is None:
-        return _settle(grad, skip), None
-    grad = grad.unflatten(0, masks.shape[:2])
-    d_skip = (grad * masks[:, :, None].to(grad.dtype)).sum(1)
-    d_masks = (grad * skip[:, None].to(grad.dtype)).sum(2)
-    return _settle(d_skip, skip), d_masks.to(masks.dtype).contiguous()
+        return base + skip
+    masked = _mask_skip(skip, masks)
+    return _repeat_shared(base, masked, masks) + masked
 
 
-def _settle(grad: Tensor, like: Tensor) -> Tensor:
-    """A tensor of its own with the dtype and layout of ``like``: an op may not answer with a view of its input."""
-    return torch.empty_like(like, memory_format=dense_format(like)).copy_(grad)
+# --- implementations ---
 
 
-def _concat_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _concat_autograd(ctx, grad):
-    u, skip, masks = ctx.saved_tensors
-    d_u, d_skip, d_masks = torch.ops.factorkit.masked_skip_concat_backward(grad, u, skip, masks)
-    return d_u, d_skip, None if masks is None else d_masks
-
-
-_concat.register_autograd(_concat_autograd, setup_context=_concat_setup)
-
-
-# --- norm of the concatenation ---
-
-
-@torch.library.custom_op("factorkit::masked_skip_norm_silu", mutates_args=())
-def _norm(
-    u: Tensor,
-    skip: Tensor,
-    masks: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    norm: str,
-) -> Tensor:
-    z = reference.masked_skip_concat(u, skip, masks)
-    weights = _statistics(masks, norm)
-    out = torch.ops.factorkit.group_norm_silu(z, weight, bias, scale, shift, weights, groups, norm, True)
-    return out.contiguous(memory_format=dense_format(u))
-
-
-def _statistics(masks: Tensor | None, norm: str) -> Tensor | None:
-    return masks if norm == "masked_group" else None
-
-
-@_norm.register_fake
-def _(u, skip, masks, weight, bias, scale, shift, groups, norm):
-    shape = (_branches(u, masks), u.shape[1] + skip.shape[1], *u.shape[2:])
-    return torch.empty(shape, dtype=u.dtype, device=u.device).contiguous(memory_format=dense_format(u))
-
-
-@torch.library.custom_op("factorkit::masked_skip_norm_silu_backward", mutates_args=())
-def _norm_backward(
-    grad: Tensor,
-    u: Tensor,
-    skip: Tensor,
-    masks: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    norm: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # The concatenation is formed again rather than kept: it is K times the skip, the largest tensor of the decoder.
-    z = reference.masked_skip_concat(u, skip, masks)
-    d_z, d_weight, d_bias, d_scale, d_shift, d_moments = norm_silu_vjp(
-        grad, z, weight, bias, scale, shift, _statistics(masks, norm), groups, norm, True
-    )
-    d_u, d_skip, d_masks = concat_vjp(d_z.reshape(z.shape), u, skip, masks)
-    if d_masks is not None and d_moments is not None:
-        d_masks = d_masks + d_moments
-    found = (d_u, d_skip, d_masks, d_weight, d_bias, d_scale, d_shift)
-    return tuple(u.new_empty(0) if d is None else d for d in found)  # type: ignore[return-value]
-
-
-@_norm_backward.register_fake
-def _(grad, u, skip, masks, weight, bias, scale, shift, groups, norm):
-    none = u.new_empty(0)
-    like = lambda v: none.clone() if v is None else torch.empty_like(v, memory_format=torch.contiguous_format)  # noqa: E731
-    return _empty(u), _empty(skip), like(masks), like(weight), like(bias), like(scale), like(shift)
-
-
-def _norm_setup(ctx, inputs, output):
-    *tensors, ctx.groups, ctx.norm = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _norm_autograd(ctx, grad):
-    saved = ctx.saved_tensors
-    grads = torch.ops.factorkit.masked_skip_norm_silu_backward(grad, *saved, ctx.groups, ctx.norm)
-    return *(None if x is None else g for g, x in zip(grads, saved, strict=True)), None, None
-
-
-@_norm.register_kernel("cpu")
-def _(u, skip, masks, weight, bias, scale, shift, groups, norm):
-    given = (u, skip, masks, weight, bias, scale, shift, groups, norm)
-    out = compiled.norm_forward(*given, True)
-    return _norm._init_fn(*given) if out is None else out
-
-
-@_norm_backward.register_kernel("cpu")
-def _(grad, u, skip, masks, weight, bias, scale, shift, groups, norm):
-    given = (grad, u, skip, masks, weight, bias, scale, shift, groups, norm)
-    found = compiled.norm_backward(*given, True)
-    if found is None:
-        return _norm_backward._init_fn(*given)
-    return tuple(u.new_empty(0) if d is None else d for d in found)
-
-
-_norm.register_autograd(_norm_autograd, setup_context=_norm_setup)
-
-
-# --- shortcut ---
-
-
-@torch.library.custom_op("factorkit::masked_skip_add", mutates_args=())
 def _add(base: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
-    return reference.masked_skip_add(base, skip, masks).contiguous(memory_format=dense_format(base))
+    return with_layout_of(add_masked_skip(base, skip, masks), base)
 
 
-@_add.register_fake
-def _(base, skip, masks):
-    shape = (_branches(base, masks), *base.shape[1:])
-    return torch.empty(shape, dtype=base.dtype, device=base.device).contiguous(memory_format=dense_format(base))
+def _add_fake(base: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
+    return with_layout_of(base.new_empty(count_branches(base, masks), *base.shape[1:]), base)
 
 
-@torch.library.custom_op("factorkit::masked_skip_add_backward", mutates_args=())
-def _add_backward(grad: Tensor, base: Tensor, skip: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    d_base = _shared_vjp(grad, base, masks) if _shares(base, masks) else base.new_empty(0)
-    return d_base, *_masked_vjp(grad, skip, masks)
+def _add_triton(base: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
+    return with_layout_of(kernels.masked_add.masked_add(base, skip, masks), base)
 
 
-@_add_backward.register_fake
-def _(grad, base, skip, masks):
-    d_base = _empty(base) if _shares(base, masks) else base.new_empty(0)
-    return d_base, _empty(skip), torch.empty_like(masks, memory_format=torch.contiguous_format)
+def _add_backward(grad: Tensor, base: Tensor, skip: Tensor, masks: Tensor) -> list[Tensor]:
+    """Return the gradients of base, where the branches share it, of skip and of masks."""
+    d_base = [shared_gradient(grad, base, masks)] if _is_shared(base, masks) else []
+    return [*d_base, *masked_skip_gradients(grad, skip, masks)]
 
 
-def _shares(u: Tensor, masks: Tensor) -> bool:
-    """Whether the branches share u."""
+def _add_backward_fake(grad: Tensor, base: Tensor, skip: Tensor, masks: Tensor) -> list[Tensor]:
+    d_masks = torch.empty_like(masks, memory_format=torch.contiguous_format)
+    return [*([empty_like(base)] if _is_shared(base, masks) else []), empty_like(skip), d_masks]
+
+
+def _add_backward_triton(grad: Tensor, base: Tensor, skip: Tensor, masks: Tensor) -> list[Tensor]:
+    d_base, d_skip, d_masks = kernels.masked_add.masked_add_backward(grad, base, skip, masks)
+    found = [] if d_base is None else [with_layout_of(d_base, base)]
+    return [*found, with_layout_of(d_skip, skip), d_masks.to(masks.dtype)]
+
+
+def _is_shared(u: Tensor, masks: Tensor) -> bool:
     return u.shape[0] != masks.shape[0] * masks.shape[1]
 
 
-def _add_setup(ctx, inputs, output):
+def shared_gradient(grad: Tensor, u: Tensor, masks: Tensor | None) -> Tensor:
+    """Return the gradient of u, summed over the branches where they share it."""
+    if masks is not None and u.shape[0] != grad.shape[0]:
+        grad = grad.unflatten(0, masks.shape[:2]).sum(1)
+    return empty_like(u).copy_(grad)  # a copy, because an op may not return a view of its input
+
+
+def masked_skip_gradients(grad: Tensor, skip: Tensor, masks: Tensor | None) -> list[Tensor]:
+    """Return the gradients of m_k * skip: sum_k m_k g_k for the skip and, given masks, sum_c s_c g_kc for them."""
+    if masks is None:
+        return [empty_like(skip).copy_(grad)]
+    grad = grad.unflatten(0, masks.shape[:2])
+    d_skip = (grad * masks[:, :, None].to(grad.dtype)).sum(1)
+    d_masks = (grad * skip[:, None].to(grad.dtype)).sum(2)
+    return [empty_like(skip).copy_(d_skip), d_masks.to(masks.dtype).contiguous()]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _add_autograd(ctx, grad):
+def _add_autograd(ctx: Any, grad: Tensor) -> tuple:
     base, skip, masks = ctx.saved_tensors
     if masks is None:
         return grad.to(base.dtype), grad.to(skip.dtype), None
-    d_base, d_skip, d_masks = torch.ops.factorkit.masked_skip_add_backward(grad, base, skip, masks)
-    # A branch's own base receives the upstream gradient as it is; only a shared one costs a sum.
-    return d_base if _shares(base, masks) else grad.to(base.dtype), d_skip, d_masks
+    *d_base, d_skip, d_masks = torch.ops.factorkit.masked_skip_add_backward(grad, base, skip, masks)
+    # A branch's own base receives the upstream gradient unchanged; only a shared one needs a sum.
+    return d_base[0] if d_base else grad.to(base.dtype), d_skip, d_masks
 
 
-_add.register_autograd(_add_autograd, setup_context=_add_setup)
+register("masked_skip_add", _add, _add_fake, triton=_add_triton, setup_context=_setup_context, backward=_add_autograd)
+register("masked_skip_add_backward", _add_backward, _add_backward_fake, triton=_add_backward_triton)

@@ -1,14 +1,14 @@
 """The tables and figures of the dissertation as commands.
 
-Each is one file in ``experiments/`` with an :class:`~factorkit.reproduce.experiment.Experiment` named ``EXPERIMENT``;
-what lies there is found by itself. The runner fills the cells of its table (a row and a seed), each a JSON that is not
-run again, and writes ``table.md``, ``table.json`` and pictures.
+The modules in ``experiments/`` describe them as :class:`~factorkit.reproduce.experiment.Experiment`. The runner
+computes the cells of a table (a row and a seed), stores each as a JSON file that is not computed again, and writes
+``table.md``, ``table.json`` and images.
 
     from factorkit.reproduce import reproduce
     print(reproduce("table2.1", "flowers/", out="runs/reproduce", seeds=3).text)
 """
 
-from factorkit.reproduce.registry import experiments, find
+from factorkit.reproduce.experiments import find_experiment, list_experiments
 from factorkit.reproduce.runner import reproduce
 
-__all__ = ["experiments", "find", "reproduce"]
+__all__ = ["find_experiment", "list_experiments", "reproduce"]

@@ -1,30 +1,80 @@
-"""What an experiment is: the rows of a table, what fills a cell, and what the dissertation says stands there."""
+"""The parts of an experiment: the columns and rows of its table, the result of a cell, and published numbers."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import FactorkitError
 
-if TYPE_CHECKING:
-    from factorkit.reproduce.runner import Cells
-    from factorkit.reproduce.setup import Setup
-
 SCALES = ("small", "gpu", "full")
-#: how long what shares table 2.1's training takes
-TRAINED_ONCE = {
+#: Duration by scale of an experiment that shares the training of table 2.1.
+SHARED_TRAINING_DURATION = {
     "small": "3 minutes a seed on one CPU core, none after table2.1",
     "gpu": "not measured",
     "full": "not measured",
 }
 
 
-class NotRun(FactorkitError):
-    """A cell that cannot be filled here; the message says why and what would help. The other cells go on."""
+class CellUnavailable(FactorkitError):
+    """A cell cannot be computed here. The message gives the reason and the remedy; the other cells are computed."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The arguments of one call of :func:`factorkit.reproduce.reproduce`.
+
+    Attributes:
+        name: of the experiment.
+        data: what is trained on and scored; None for the procedural data of the package.
+        scale: one of :data:`SCALES`.
+        out: folder of all experiments; a training that two of them need lies there once.
+        device: where to train.
+        progress: whether to report progress.
+        options: how the data are read, ``ignore`` and ``holdout``, if given.
+        changes: settings of all trainings, which override those of the scale.
+        fingerprint: of the data (:mod:`factorkit.reproduce.fingerprint`) as JSON, a key for what is kept in memory.
+        inputs: further data by name, such as ``video``.
+    """
+
+    name: str
+    data: Path | None
+    scale: str
+    out: Path
+    device: str = "auto"
+    progress: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the cells, the table and the images of this experiment."""
+        return self.out / self.name
+
+    def run_folder(self, label: str, seed: int) -> Path:
+        """Return the folder of the training that every experiment calls ``label``."""
+        data = "procedural" if self.data is None else self.data.expanduser().resolve().name
+        return self.out / "runs" / file_name(f"{self.scale}-{data}-{label}-seed{seed}")
+
+    def save_image(self, image: Image.Image, name: str) -> str:
+        """Write an image into the experiment's folder and return its path within it."""
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        save_image(image, self.folder / "images" / name)
+        return f"images/{name}"
+
+
+def file_name(text: str) -> str:
+    """Turn a text into a file name."""
+    return re.sub(r"[^\w.=+-]+", "_", text).strip("_")
 
 
 @dataclass(frozen=True)
@@ -32,11 +82,11 @@ class Column:
     """One number of every row.
 
     Attributes:
-        key: its name among a cell's scores.
-        title: over the column.
-        factor: what it is multiplied by to be printed; 100 for shares, as the dissertation prints them.
-        digits: behind the point.
-        lower: less is better.
+        key: name among the scores of a cell.
+        title: above the column.
+        factor: by which the number is multiplied for printing; 100 for shares, as in the dissertation.
+        digits: after the decimal point.
+        lower: whether less is better.
     """
 
     key: str
@@ -47,18 +97,18 @@ class Column:
 
 
 def percent(key: str, title: str) -> Column:
-    """A share, printed as the dissertation does."""
+    """Return a column of shares, printed in percent as in the dissertation."""
     return Column(key, title, 100.0, 1)
 
 
 @dataclass(frozen=True)
 class Citation:
-    """Numbers somebody else printed; never measured here.
+    """Published numbers, not measured here.
 
     Attributes:
-        row: what they are of.
-        source: where they stand.
-        values: by the column's key, in this package's units (shares, not percents).
+        row: what they belong to.
+        source: where they were published.
+        values: by the key of the column, in the units of this package (shares, not percents).
     """
 
     row: str
@@ -67,12 +117,12 @@ class Citation:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What fills a cell: numbers for the table, arrays for pictures of several cells, pictures of its own by name."""
+class CellResult:
+    """The result of a cell: numbers for the table, arrays for image grids of several cells, paths of own images."""
 
     scores: Mapping[str, float] = field(default_factory=dict)
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
-    pictures: Sequence[str] = ()
+    images: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -81,43 +131,47 @@ class Row:
 
     Attributes:
         name: as printed, and in file names.
-        work: (setup, seed) to what fills the cell; raises :class:`NotRun` where this machine cannot.
-        seeds: most seeds that are of use; 1 where nothing is random. None: as many as were asked for.
+        compute: the result for a seed; raises :class:`CellUnavailable` if this machine cannot compute it.
+        max_seeds: 1 if nothing is random; None for as many seeds as requested.
     """
 
     name: str
-    work: Callable[[Setup, int], Found]
-    seeds: int | None = None
+    compute: Callable[[int], CellResult]
+    max_seeds: int | None = None
 
 
-@dataclass(frozen=True)
+#: The arrays of each row's cell of seed 0, for the rows that have some.
+RowArrays = Mapping[str, Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A table or figure of the dissertation.
 
     Attributes:
-        name: as on the command line, ``"table2.1"``.
-        title: what it shows, one line.
-        data: what data it is about, and what else will do.
-        duration: for each of :data:`SCALES`, how long, in words; "not measured" where nobody did.
+        name: on the command line, such as ``"table2.1"``.
+        title: one line.
+        data: what data it needs, and the alternatives.
+        duration: for each of :data:`SCALES` in words; "not measured" if unknown.
+        rows: makes the rows for a setup.
         columns: of the table.
-        rows: the setup's rows, best known first.
-        citations: what was published.
-        figures: other figures whose pictures this experiment leaves.
-        seeds: how many where none are asked for.
-        notes: what a reader of the table has to know, a sentence each.
+        citations: published numbers.
+        figures: other figures that this experiment draws.
+        seeds: default number.
+        notes: sentences that a reader of the table needs.
         inputs: names of further data that it uses, such as ``video``.
-        draw: writes pictures once the cells are there, and answers their names; it may find cells missing.
+        draw: writes images of several cells, some of which may be missing, and returns their names.
     """
 
     name: str
     title: str
     data: str
     duration: Mapping[str, str]
-    columns: Sequence[Column]
     rows: Callable[[Setup], Sequence[Row]]
+    columns: Sequence[Column] = ()
     citations: Sequence[Citation] = ()
     figures: Sequence[str] = ()
     seeds: int = 3
     notes: Sequence[str] = ()
     inputs: Sequence[str] = ()
-    draw: Callable[[Setup, Cells], Sequence[str]] | None = None
+    draw: Callable[[Setup, RowArrays], Sequence[str]] | None = None

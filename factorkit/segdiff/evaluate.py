@@ -48,20 +48,20 @@ def score_labelled_images(
     labels = hard_labels(soft, config.nesting).numpy()
     scores: dict[str, Any]
     if nesting is None:
-        scores = score_foreground(labels, labelled, config.nesting, count)
+        scores = score_foreground_regions(labels, labelled, config.nesting, count)
     else:
         scores = nested_accuracy(
             labels, labelled.labels, config.nesting, nesting, valid=labelled.valid, num_fit_images=count
         )
     scores |= {"confidence": soft.amax(1).mean().item(), "size": size}
     if baselines and nesting is None:
-        scores["baselines"] = distributed.on_first(
+        scores["baselines"] = distributed.run_on_first(
             lambda: score_baselines(labelled.images, labelled.foreground, labelled.valid, count)
         )
     return scores
 
 
-def score_foreground(
+def score_foreground_regions(
     labels: np.ndarray, labelled: LabelledImages, nesting: Sequence[int], num_fit_images: int
 ) -> dict[str, Any]:
     """Score labels [N, R, R] of the deepest level by :func:`~factorkit.metrics.segmentation.evaluate_masks`.
@@ -77,4 +77,4 @@ def score_foreground(
 
 def share_images(predict: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Return a function that splits its images among the processes of a distributed run."""
-    return lambda images: distributed.in_shares(lambda rows: predict(images[rows]), len(images))
+    return lambda images: distributed.map_shares(lambda rows: predict(images[rows]), len(images))

@@ -15,7 +15,7 @@ from factorkit.data.decode import crop_square
 from factorkit.engine.run_folder import check_plausible, read_weights
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig
 from factorkit.segdiff.hierarchy import HierarchicalUNet
-from factorkit.segdiff.inference.segment import as_pictures
+from factorkit.segdiff.inference.segment import read_images
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.images import pixels_to_signed
@@ -42,7 +42,7 @@ class LoadedModel:
 
     def _read_squares(self, images: Any) -> Tensor:
         """Images cropped as in training, [n, 3, R, R] in [-1, 1]."""
-        pictures, _ = as_pictures(images)
+        pictures, _ = read_images(images)
         squares = [crop_square(picture, self.config.resolution) for picture in pictures]
         return pixels_to_signed(torch.from_numpy(np.stack(squares)))
 

@@ -16,12 +16,11 @@ from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.editing.editor import Editor
 from factorkit.segdiff.evaluate import score_labelled_images, share_images
 from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels
-from factorkit.segdiff.inference.outputs import Frame, Generation
 from factorkit.segdiff.inference.segmenter import Segmenter
-from factorkit.segdiff.inference.zero_shot import zero_shot_scores
+from factorkit.segdiff.inference.zero_shot import score_zero_shot
 from factorkit.segdiff.loaded_model import load_model
 from factorkit.segdiff.network import FactorizedUNet
-from factorkit.segdiff.sampling import draw_images
+from factorkit.segdiff.sampling import Frame, Generation, draw_images
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import signed_to_unit
@@ -150,7 +149,7 @@ class SegdiffRun(Segmenter, Editor):
             )
 
         with self._autocast():
-            samples = distributed.in_shares(draw, n)
+            samples = distributed.map_shares(draw, n)
         masks = samples.bottleneck.masks.float().cpu()
         frames = names = None
         if trajectory:
@@ -215,7 +214,7 @@ class SegdiffRun(Segmenter, Editor):
         )
         scores["step"] = self.step
         if (folder := self.folder) is not None:
-            distributed.on_first(lambda: write_json(folder / SCORES, scores))
+            distributed.run_on_first(lambda: write_json(folder / SCORES, scores))
         return scores
 
     def evaluate_zero_shot(
@@ -243,14 +242,14 @@ class SegdiffRun(Segmenter, Editor):
 
         Returns:
             The scores of every class and their means, as
-            :func:`~factorkit.segdiff.inference.zero_shot.zero_shot_scores`.
+            :func:`~factorkit.segdiff.inference.zero_shot.score_zero_shot`.
 
         Raises:
             ConfigError: a plain DDPM, an unknown split or class, t or quality out of range.
             DataError: nothing to score.
         """
         self._require_regions()
-        return zero_shot_scores(
+        return score_zero_shot(
             self.config,
             lambda label: share_images(self.predictor(t, quality, label)),
             data,

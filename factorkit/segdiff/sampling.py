@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,32 @@ from factorkit.utils.errors import ConfigError
 from factorkit.utils.rng import derived_seed
 
 SAMPLE_BATCH_SIZE = 64  # images generated at once
+
+
+class Frame(NamedTuple):
+    """One step of the denoising from noise to image (thesis, fig. 2.10)."""
+
+    t: int
+    images: Tensor  #: [n, 3, R, R] in [0, 1], the estimate of the clean image at level t
+    masks: Tensor  #: [n, K, R, R]
+
+
+class Generation(NamedTuple):
+    """Generated images with the masks that they were composed by.
+
+    Attributes:
+        images: [n, 3, R, R] in [0, 1].
+        masks: [n, K, R, R].
+        labels: int64 [n, R, R].
+        trajectory: every denoising step, noise first, if requested.
+        classes: the requested class of each image, None for any; None if no class was requested.
+    """
+
+    images: Tensor
+    masks: Tensor
+    labels: Tensor
+    trajectory: list[Frame] | None
+    classes: list[str | None] | None = None
 
 
 def num_trained_times(config: ResolvedSegdiffConfig) -> int:

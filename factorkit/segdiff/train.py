@@ -28,9 +28,9 @@ from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
 from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
+from factorkit.utils.distributed import join_processes
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.jsonl import LOG_NAME
-from factorkit.utils.rendezvous import join
 
 #: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
@@ -94,10 +94,10 @@ def train_segdiff(
     if config.class_names:
         raise ConfigError("class_names= is set by train_segdiff(classes=...); give classes= instead")
     device = distributed.local_device(resolve_device(config.device))
-    join(device)
+    join_processes(device)
     distributed.check_batch(config.batch_size)  # before the images are prepared, which may take long
     folder = Path(out) if out is not None else Path("runs") / preset
-    with distributed.first_of_machine():
+    with distributed.first_on_machine():
         dataset, prepared, probes = load_data(data, config, progress)
     image_classes = find_classes(classes, dataset, prepared.names)
     labels = None
@@ -115,7 +115,7 @@ def train_segdiff(
         )
 
     run_folder = claimed(folder, settings, config.RESUMABLE)
-    with cpu_threads(config.threads), distributed.first_within(run_folder):
+    with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
         if seed_trials > 1:
             config = run_seed_trials(config, folder, seed_trials, make_trainer)
         make_trainer(config, folder).run()
@@ -127,7 +127,7 @@ def train_segdiff(
 
 def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
     """Score a finished run on its held-out images, unless scores.json already holds the scores of these weights."""
-    scores = distributed.on_first(lambda: run.scores) or {}
+    scores = distributed.run_on_first(lambda: run.scores) or {}
     if scores.get("step") == run.step and ("baselines" in scores or not baselines):
         return
     try:
@@ -137,7 +137,7 @@ def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
     except (ConfigError, DataError) as error:  # An unreadable mask must not fail a finished run.
         warnings.warn(f"the run is finished, but could not be scored: {error}", stacklevel=3)
         return
-    distributed.on_first(lambda: write_report(cast(Path, run.folder)))
+    distributed.run_on_first(lambda: write_report(cast(Path, run.folder)))
 
 
 def load_data(data: Any, config: ResolvedSegdiffConfig, progress: bool) -> tuple[Dataset, PreparedImages, np.ndarray]:
@@ -170,7 +170,7 @@ def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classe
     if dataset.labels is not None:  # ``names`` lacks images that could not be decoded
         label_of = dict(zip(dataset.train.names, dataset.labels, strict=True))
         known = Classes(np.array([label_of[name] for name in names], np.int64), list(dataset.class_names or ()))
-    return read_classes(classes, names, positional=dataset.train.positional, known=known)
+    return read_classes(classes, names, positional=dataset.train.positional, dataset_classes=known)
 
 
 def describe_data(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def estimate(
     task = SegdiffTask(trial, images, images, device, labels)
     trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
     with cpu_threads(config.threads):
-        seconds = trainer.trial(steps=3)
+        seconds = trainer.measure_step_seconds(steps=3)
     parameters = count_parameters(task.model)
     grown = _peak_memory(device) - (before if device.type == "cpu" else 0)
     return {

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -7,33 +7,36 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-UNFINISHED = ".unfinished-"  # how the names of temporary files begin
+UNFINISHED = ".unfinished-"  # prefix of temporary files
 _counter = itertools.count()
 
 
 @contextmanager
-def replacing(path: Path, *, lasting: bool = False) -> Iterator[Path]:
-    """A temporary path of the same suffix beside ``path``: what is written there takes the place of ``path`` when the
-    block ends, and goes away when it fails, so that a full disk or a kill leaves what was there before.
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that replaces it when the block succeeds and is removed when it fails.
+
+    The temporary path has the same suffix. A full disk or a kill leaves the old file intact.
 
     Args:
-        lasting: wait for the disk, so that a machine which loses its power too leaves the one or the other.
+        path: the file to write.
+        durable: wait for the disk, so that even a power failure leaves the old file or the new one.
 
     Raises:
-        OSError: what the block raises, and a folder that cannot be written.
+        OSError: the folder cannot be written; errors of the block pass through.
     """
     path = Path(path)
-    # not made of the path's own name, which may be as long as names can be
+    # not derived from the name of the file, which may already have the maximum length
     temporary = path.with_name(f"{UNFINISHED}{os.getpid()}-{next(_counter)}{path.suffix}")
     try:
         yield temporary
-        if lasting:
+        if durable:
             _sync(temporary)
         os.replace(temporary, path)
-        if lasting:
+        if durable:
             _sync(path.parent)
     except BaseException:
         with suppress(OSError):
@@ -45,7 +48,7 @@ def _sync(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
-        if path.is_dir():  # some platforms open no folders; the rename is all they offer
+        if path.is_dir():  # some platforms cannot open folders
             return
         raise
     try:
@@ -54,14 +57,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_image(image: Image.Image, path: Path, **options) -> None:
-    """Save a picture whole or not at all; options are those of ``Image.save``. Raises OSError as that does."""
+def save_image(image: Image.Image, path: Path, **options: Any) -> None:
+    """Save an image atomically; ``options`` and errors are those of ``Image.save``."""
     with replacing(path) as temporary:
         image.save(temporary, **options)
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what killed processes left in a folder that nobody else writes to."""
+    """Remove temporary files of killed processes from a folder that no other process writes to."""
     for leftover in Path(folder).glob(f"{UNFINISHED}*"):
         with suppress(OSError):
             leftover.unlink()

@@ -1,4 +1,4 @@
-"""Work behind a training's back: writing takes as long as the disk likes, and no step waits for it."""
+"""A background thread, so that disk writes do not block training."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 
-class Background:
-    """One thread that does jobs in turn. After one that failed the rest are left undone."""
+class BackgroundWorker:
+    """Run jobs one after the other in one thread. After a job that failed, the others are skipped."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "factorkit-background")
-        self._jobs: list[Future] = []
+        self._jobs: list[Future[None]] = []
         self._error: Exception | None = None
 
     def submit(self, job: Callable[[], object]) -> None:
-        """Do ``job`` after those before it. What it uses must not change meanwhile."""
-        self._jobs.append(self._thread.submit(self._do, job))
+        """Run ``job`` after earlier jobs. Objects it uses must not change meanwhile."""
+        self._jobs.append(self._thread.submit(self._run, job))
 
     def finish(self) -> Exception | None:
-        """Wait for all jobs; answers what went wrong with one, once."""
+        """Wait for all jobs and return the error of a failed one; the error is then cleared."""
         wait(self._jobs)
         self._jobs.clear()
         error, self._error = self._error, None
         return error
 
     def close(self) -> Exception | None:
-        """:meth:`finish`, for good."""
+        """Call :meth:`finish` and end the thread."""
         error = self.finish()
         self._thread.shutdown()
         return error
 
-    def _do(self, job: Callable[[], object]) -> None:
+    def _run(self, job: Callable[[], object]) -> None:
         if self._error is None:
             try:
                 job()

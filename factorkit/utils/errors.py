@@ -1,11 +1,13 @@
-"""Errors a user can mend: each message says what was wrong, where, and what to do."""
+"""Errors that a user can fix: each message says what is wrong, where, and what to do."""
 
 import difflib
 from collections.abc import Iterable
 
+_OUT_OF_MEMORY_TEXTS = ("not enough memory", "can't allocate memory", "CUDA out of memory", "std::bad_alloc")
+
 
 class FactorkitError(Exception):
-    """Base of every error that stems from input, not from a bug; the command line prints it without a traceback."""
+    """Base class of usage and input errors; the command line prints them without a traceback."""
 
 
 class ConfigError(FactorkitError, ValueError):
@@ -17,38 +19,35 @@ class DataError(FactorkitError, ValueError):
 
 
 class CheckpointError(FactorkitError, RuntimeError):
-    """A checkpoint or run folder that is damaged, foreign, or in the way."""
+    """A checkpoint or run folder that is damaged, of another run, or in the way."""
 
 
 class WriteError(FactorkitError, RuntimeError):
-    """Results that could not be written; what was finished before stands."""
+    """Results that could not be written; results written before are intact."""
 
     exit_code = 1
 
 
-class OutOfMemory(FactorkitError, MemoryError):
-    """Work that does not fit into memory; the message names the settings that make it smaller."""
+class OutOfMemoryError(FactorkitError, MemoryError):
+    """Work that does not fit into memory; the message names the settings that reduce it."""
 
     exit_code = 1
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is of the memory: Python's, torch's on a GPU, or torch's on a CPU, a mere RuntimeError."""
+    """Return whether memory was exhausted: Python's, a GPU's, or torch's on the CPU (a plain RuntimeError)."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
+    message = str(error)
+    return isinstance(error, RuntimeError) and any(text in message for text in _OUT_OF_MEMORY_TEXTS)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question about a misspelt name, with a space behind it; nothing where none of the known ones is near."""
-    near = difflib.get_close_matches(name, list(known), n=2)
-    return f"Did you mean {' or '.join(near)}? " if near else ""
+    """Return a question that suggests similar names, with a trailing space; empty if none is similar."""
+    similar = difflib.get_close_matches(name, list(known), n=2)
+    return f"Did you mean {' or '.join(similar)}? " if similar else ""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of torch or the system says before it goes into detail."""
+    """Return the first line of an error's message."""
     return (str(error) or repr(error)).splitlines()[0]
-
-
-_NO_MEMORY = ("not enough memory", "can't allocate memory", "CUDA out of memory", "std::bad_alloc")

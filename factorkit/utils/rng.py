@@ -1,6 +1,7 @@
-"""Randomness as a function of (seed, images seen), so that resuming needs no saved generator and is exact.
+"""Random numbers as a function of the seed and the number of images trained on.
 
-The whole batch's numbers are drawn in every process and each keeps its rows: the same run on any number of processes.
+Resuming needs no stored generator state and is exact. Every process draws the numbers of the whole batch and keeps its
+rows, so that a run is the same on any number of processes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any parts; equal parts, equal seed, on every platform."""
+    """Return a 63-bit seed that is a hash of ``parts``, the same on every platform."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -25,7 +26,7 @@ def _permutation(seed: int, epoch: int, size: int) -> Tensor:
 
 
 def image_order(seed: int, images_seen: int, count: int, size: int) -> Tensor:
-    """Indices of the next ``count`` images after ``images_seen``: a new shuffle of all ``size`` images every epoch."""
+    """Return the indices of the ``count`` images after ``images_seen``; every epoch shuffles all ``size`` images."""
     positions = torch.arange(images_seen, images_seen + count)
     epochs = positions // size
     return torch.cat([_permutation(seed, int(e), size)[positions[epochs == e] % size] for e in epochs.unique()])
@@ -35,10 +36,11 @@ class BatchDraw:
     """The random numbers of one step, restricted to the rows of one process's micro-batch.
 
     Args:
-        seed, images_seen: what the numbers are a function of.
-        batch: images in the whole batch.
-        rows: the slice of it that is wanted.
-        device: where the numbers are drawn; CPU and GPU draw different ones.
+        seed: seed of the run.
+        images_seen: number of images trained on before this step.
+        batch: number of images in the whole batch.
+        rows: slice of the batch to return.
+        device: device that draws the numbers; CPU and GPU draw different ones.
         first: whether this is the first micro-batch of a step in this process.
     """
 
@@ -48,22 +50,22 @@ class BatchDraw:
         self.restart(images_seen)
 
     def restart(self, images_seen: int) -> None:
-        """Begin the numbers of another step, with the same generator."""
+        """Start the numbers of another step with the same generator object."""
         self.generator.manual_seed(derived_seed("draw", self.seed, images_seen))
 
     def fresh(self) -> BatchDraw:
-        """The same with a new generator, not yet begun."""
+        """Return a copy with a new generator; call :meth:`restart` before use."""
         return BatchDraw(self.seed, 0, self.batch, self.rows, self.device, self.first)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers [rows, *shape]."""
+        """Draw standard normal numbers [rows, *shape]."""
         return torch.randn(self.batch, *shape, generator=self.generator, device=self.device)[self.rows]
 
     def uniform(self, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1), [rows, *shape]."""
+        """Draw uniform numbers in [0, 1), [rows, *shape]."""
         return torch.rand(self.batch, *shape, generator=self.generator, device=self.device)[self.rows]
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """Integers in [low, high), [rows, *shape]."""
+        """Draw integers in [low, high), [rows, *shape]."""
         size = (self.batch, *shape)
         return torch.randint(low, high, size, generator=self.generator, device=self.device)[self.rows]

@@ -1,4 +1,4 @@
-"""Files from anywhere, read so that whatever is wrong with one is a ValueError, and no code in it is ever run."""
+"""Reading of untrusted files: whatever is wrong with one is a ValueError, and no code in it is run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON says.
+    """Parse JSON.
 
     Raises:
-        ValueError: no JSON, not UTF-8, a number too long, or nested too deeply to be read.
+        ValueError: not JSON, not UTF-8, a number that is too long, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -25,41 +25,48 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file says. Raises OSError where it cannot be read, else as :func:`parse_json`."""
+    """Read a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: as of :func:`parse_json`.
+    """
     return parse_json(path.read_text(encoding="utf-8"))
 
 
 def read_arrays(path: Path, keys: Collection[str] = ()) -> np.ndarray | dict[str, np.ndarray]:
-    """The array of a .npy, mapped from the disk, or the arrays of an .npz by name, in memory; of one that holds any of
-    ``keys``, only those.
+    """Read the array of a .npy file (memory-mapped) or the arrays of an .npz file by name (in memory).
+
+    Args:
+        path: the file.
+        keys: if an .npz file has any of these arrays, only they are read.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: neither of them, damaged, holding objects (which would be pickled), or arrays larger than this
-            machine's memory.
+        ValueError: another format, damaged, with pickled objects, or larger than the memory of this machine.
     """
     import numpy as np
 
     try:
         with open(path, "rb") as file:
-            packed = file.read(2) == b"PK"
-        if not packed:
+            is_zip = file.read(2) == b"PK"
+        if not is_zip:
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        with np.load(path, allow_pickle=False) as loaded:
-            wanted = [name for name in keys if name in loaded.files] or loaded.files
-            sizes = {member.filename.removesuffix(".npy"): member.file_size for member in loaded.zip.infolist()}
-            size = sum(sizes[name] for name in wanted)
-            if size > memory():
+        with np.load(path, allow_pickle=False) as archive:
+            names = [name for name in keys if name in archive.files] or archive.files
+            sizes = {member.filename.removesuffix(".npy"): member.file_size for member in archive.zip.infolist()}
+            size = sum(sizes[name] for name in names)
+            if size > machine_memory():
                 raise MemoryError(f"it unpacks to {size / 2**30:.0f} GiB, more memory than this machine has")
-            return {name: loaded[name] for name in wanted}
+            return {name: archive[name] for name in names}
     except (OSError, ValueError):
         raise
     except MemoryError as error:
-        raise ValueError(f"{error}. As .npy it would be read where it lies") from error
+        raise ValueError(f"{error}. Save it as .npy, which is memory-mapped") from error
     except Exception as error:  # BadZipFile, zlib.error, EOFError, KeyError, SyntaxError of a header, ...
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def memory() -> int:
-    """Bytes of memory that this machine has."""
+def machine_memory() -> int:
+    """Return the memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**36

@@ -59,7 +59,7 @@ def test_it_runs_to_the_last_line_and_writes_what_it_prints(tmp_path):
         "masked_skip_norm_silu",
         "group_norm_silu",
         "masked_skip_projection",
-        "region_blend_mse",
+        "region_blend",
         "mask_pyramid",
         "region_pool",
     }

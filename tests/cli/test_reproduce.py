@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
-from factorkit.reproduce import registry
-from factorkit.reproduce.experiment import Citation, Experiment, Found, Row, percent
+from factorkit.reproduce import experiments
+from factorkit.reproduce.experiment import CellResult, Citation, Experiment, Row, percent
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def one(monkeypatch):
 
     def work(setup, seed):
         seen.append(setup)
-        return Found({"iou": 0.25 * (seed + 1)})
+        return CellResult({"iou": 0.25 * (seed + 1)})
 
     experiment = Experiment(
         name="table9.1",
@@ -25,10 +26,10 @@ def one(monkeypatch):
         data="none",
         duration={"small": "no time", "gpu": "-", "full": "-"},
         columns=(percent("iou", "IoU"),),
-        rows=lambda setup: [Row("ours", work)],
+        rows=lambda setup: [Row("ours", partial(work, setup))],
         citations=(Citation("theirs", "a paper", {"iou": 0.5}),),
     )
-    monkeypatch.setattr(registry, "experiments", lambda: {"table9.1": experiment})
+    monkeypatch.setattr(experiments, "list_experiments", lambda: {"table9.1": experiment})
     return seen
 
 

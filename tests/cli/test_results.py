@@ -80,7 +80,7 @@ def test_pictures_in_a_zip_and_equal_files_given_twice(run, photos, answer, tmp_
 
 
 def test_the_contact_sheet_shows_the_first_and_memory_stays_flat(run, photos, answer, monkeypatch, tmp_path):
-    monkeypatch.setattr("factorkit.segdiff.inference.folder.SHEET_IMAGES", 2)
+    monkeypatch.setattr("factorkit.segdiff.inference.folder.CONTACT_SHEET_IMAGES", 2)
     answer("segment", run, photos / "images", "--out", tmp_path)
     height = Image.open(tmp_path / "contact_sheet.png").height
     assert 2 * 120 <= height < 3 * 120

@@ -17,7 +17,7 @@ def own_cache(tmp_path_factory, monkeypatch) -> Path:
 
 @pytest.fixture
 def save():
-    """save(path, colour, size=(w, h), mode="RGB", **options): a plain picture, its folders made on the way."""
+    """save(path, colour, size=(w, h), mode="RGB", **options): a plain image, creating its folders."""
 
     def write(path: Path, colour=(200, 30, 60), size=(12, 10), mode="RGB", **options) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)

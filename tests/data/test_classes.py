@@ -14,8 +14,8 @@ from factorkit.utils.errors import ConfigError, DataError
 FILES = ["image_1.jpg", "image_2.jpg", "image_10.jpg"]
 
 
-def words(found: Classes) -> list[str]:
-    return [found.names[i] if i >= 0 else "" for i in found.labels]
+def words(result: Classes) -> list[str]:
+    return [result.names[i] if i >= 0 else "" for i in result.labels]
 
 
 @pytest.mark.parametrize(
@@ -27,25 +27,25 @@ def words(found: Classes) -> list[str]:
         (["rose 10/a.jpg", "rose 9/b.jpg"], ["rose 10", "rose 9"]),
     ],
 )
-def test_folders_are_classes_from_where_they_part(names, expected):
-    found = read_classes("folders", names)
-    assert words(found) == expected and found.labels.dtype == np.int64
-    assert read_classes(True, names).names == read_classes("auto", names).names == found.names
+def test_folders_classes_start_below_common_folder(names, expected):
+    result = read_classes("folders", names)
+    assert words(result) == expected and result.labels.dtype == np.int64
+    assert read_classes(True, names).names == read_classes("auto", names).names == result.names
 
 
-def test_names_are_sorted_and_numbers_as_numbers():
+def test_class_names_are_sorted_naturally():
     assert read_classes("folders", ["10/a.jpg", "9/a.jpg", "1/a.jpg"]).names == ["1", "9", "10"]
     assert read_classes({"a": "b", "c": "a"}, ["a.png", "c.png"]).names == ["a", "b"]
 
 
-def test_a_folder_of_one_class_deep_down_is_refused_and_loose_files_too():
-    with pytest.raises(DataError, match="only 'rose'"):
+def test_folders_single_class_or_loose_files_raise():
+    with pytest.raises(DataError, match="only the class 'rose'"):
         read_classes("folders", ["x/rose/a.jpg", "x/rose/b.jpg"])
-    with pytest.raises(ConfigError, match="1 .b.jpg. lie in no folder"):
+    with pytest.raises(ConfigError, match="1 .b.jpg. are in no class folder"):
         read_classes("folders", ["rose/a.jpg", "b.jpg"])
-    with pytest.raises(ConfigError, match="x/b.jpg. lie beside"):
+    with pytest.raises(ConfigError, match="x/b.jpg. are beside"):
         read_classes("folders", ["x/rose/a.jpg", "x/iris/c.jpg", "x/b.jpg"])
-    with pytest.raises(ConfigError, match="positions, no folders"):
+    with pytest.raises(ConfigError, match="have no folders"):
         read_classes("folders", ["000000"], positional=True)
 
 
@@ -59,61 +59,61 @@ def test_a_folder_of_one_class_deep_down_is_refused_and_loose_files_too():
         ("c.json", json.dumps({"image_1.jpg": "rose", "image_2": None, "image_10.jpg": "iris"})),
     ],
 )
-def test_a_file_names_images_by_path_stem_or_last_part(tmp_path, name, text):
+def test_file_matches_path_stem_or_last_part(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
     names = ["sub/image_1.jpg", "image_2.jpg", "image_10.jpg"] if "sub" in text else FILES
     if name == "c.csv" and "sub" not in text:
         names = [f"deep/{n}" for n in FILES]
-    found = read_classes(tmp_path / name, names)
-    assert words(found) == ["rose", "", "iris"] and found.names == ["iris", "rose"]
-    assert found.labels.tolist() == [1, -1, 0]
+    result = read_classes(tmp_path / name, names)
+    assert words(result) == ["rose", "", "iris"] and result.names == ["iris", "rose"]
+    assert result.labels.tolist() == [1, -1, 0]
 
 
-def test_the_last_part_counts_only_where_it_is_unique():
+def test_file_last_part_matches_only_if_unique():
     with pytest.raises(DataError, match=r"2 \(x/a.jpg, y/a.jpg\)"):
         read_classes({"a.jpg": "rose", "b": "iris"}, ["x/a.jpg", "y/a.jpg", "b.jpg"])
     assert words(read_classes({"x/a": "rose", "y/a": "iris"}, ["x/a.jpg", "y/a.jpg"])) == ["rose", "iris"]
 
 
-def test_two_files_of_one_stem_are_told_apart_by_their_suffix():
-    found = read_classes({"a.jpg": "rose", "a.png": "iris"}, ["a.png", "a.jpg"])
-    assert words(found) == ["iris", "rose"]
+def test_file_equal_stems_match_by_suffix():
+    result = read_classes({"a.jpg": "rose", "a.png": "iris"}, ["a.png", "a.jpg"])
+    assert words(result) == ["iris", "rose"]
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
-def test_a_list_goes_by_position_in_the_whole_set(kind):
-    found = read_classes(kind([7, 3, 7, -1, 12]), ["000000", "000003", "000004", "000001"], positional=True)
-    assert words(found) == ["7", "", "12", "3"] and found.names == ["3", "7", "12"]
+def test_list_is_indexed_by_position_in_full_set(kind):
+    result = read_classes(kind([7, 3, 7, -1, 12]), ["000000", "000003", "000004", "000001"], positional=True)
+    assert words(result) == ["7", "", "12", "3"] and result.names == ["3", "7", "12"]
 
 
-def test_what_the_data_set_says_comes_first_and_only_classes_that_are_there_are_kept():
+def test_auto_prefers_dataset_classes_and_drops_unused():
     known = Classes(np.array([2, -1, 0]), ["iris", "lily", "rose"])
-    found = read_classes("auto", ["x/a.jpg", "y/b.jpg", "z/c.jpg"], known=known)
-    assert words(found) == ["rose", "", "iris"] and found.names == ["iris", "rose"]
-    assert words(read_classes("folders", ["x/a.jpg", "y/b.jpg", "z/c.jpg"], known=known)) == ["x", "y", "z"]
+    result = read_classes("auto", ["x/a.jpg", "y/b.jpg", "z/c.jpg"], dataset_classes=known)
+    assert words(result) == ["rose", "", "iris"] and result.names == ["iris", "rose"]
+    assert words(read_classes("folders", ["x/a.jpg", "y/b.jpg", "z/c.jpg"], dataset_classes=known)) == ["x", "y", "z"]
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "says"),
+    ("name", "text", "message"),
     [
-        ("c.csv", "name,class\nimage_1,rose\n", r"2 \(image_2.jpg, image_10.jpg\) of 3 images are not named"),
+        ("c.csv", "name,class\nimage_1,rose\n", r"2 \(image_2.jpg, image_10.jpg\) of 3 images are missing"),
         ("c.csv", "name,class\nimage_1,rose\nimage_1,iris\n", "two classes, 'rose' and 'iris'"),
         ("c.csv", "image_1,rose\nimage_2\n", r"\['image_2'\] has no class"),
-        ("c.csv", "image_1,a\nimage_2,a\nimage_10,a\n", "only 'a'"),
+        ("c.csv", "image_1,a\nimage_2,a\nimage_10,a\n", "only the class 'a'"),
         ("c.csv", b"\xff\xfe\x00", "cannot be read"),
-        ("c.json", "[1, 2]", "holds list"),
+        ("c.json", "[1, 2]", "contains list"),
         ("c.json", "{", "cannot be read"),
         ("c.txt", "image_1 rose", "give a .csv, .tsv or .json"),
     ],
 )
-def test_files_that_cannot_be_used_are_named(tmp_path, name, text, says):
+def test_file_invalid_content_raises(tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises((ConfigError, DataError), match=says) as caught:
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
         read_classes(str(tmp_path / name), FILES)
     assert name in str(caught.value)
 
 
-def test_other_mistakes_are_named(tmp_path):
+def test_spec_invalid_raises(tmp_path):
     with pytest.raises(DataError, match="nowhere.csv"):
         read_classes(tmp_path / "nowhere.csv", FILES)
     with pytest.raises(ConfigError, match="for files give a .csv"):

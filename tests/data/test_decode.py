@@ -24,23 +24,23 @@ def through_file(image: Image.Image, suffix: str, **options) -> Image.Image:
 
 
 @pytest.mark.parametrize("suffix", ["PNG", "TIFF"])
-def test_16_bit_grey_is_scaled_and_not_clipped(suffix):
+def test_to_rgb_16_bit_is_scaled(suffix):
     deep = Image.fromarray(np.full((4, 4), 0x8040, np.uint16))
     assert pixel(through_file(deep, suffix)) == (128, 128, 128)
 
 
-def test_other_integer_modes():
+def test_to_rgb_other_integer_modes():
     assert pixel(Image.fromarray(np.full((4, 4), 40000, np.int32))) == (156, 156, 156)
     assert pixel(Image.frombytes("I;16B", (1, 1), b"\x80\x40")) == (128, 128, 128)
 
 
-def test_8_bit_modes():
+def test_to_rgb_8_bit_modes():
     assert pixel(Image.new("L", (2, 2), 77)) == (77, 77, 77)
     assert pixel(Image.new("1", (2, 2), 1)) == (255, 255, 255)
     assert pixel(Image.new("CMYK", (2, 2), (0, 255, 255, 0))) == (255, 0, 0)
 
 
-def test_float_over_one_or_over_255():
+def test_to_rgb_float_range_is_detected():
     assert pixel(Image.fromarray(np.full((2, 2), 0.2, np.float32))) == (51, 51, 51)
     assert pixel(Image.fromarray(np.full((2, 2), 51, np.float32))) == (51, 51, 51)
     for wrong in (-0.5, 300, np.nan):
@@ -48,12 +48,12 @@ def test_float_over_one_or_over_255():
             to_rgb(Image.fromarray(np.full((2, 2), wrong, np.float32)))
 
 
-def test_transparency_is_composited_over_white():
+def test_to_rgb_transparency_is_composited_over_white():
     assert pixel(Image.new("RGBA", (2, 2), (0, 0, 255, 0))) == (255, 255, 255)
     assert pixel(Image.new("LA", (2, 2), (0, 128))) == (127, 127, 127)
 
 
-def test_palette_with_and_without_transparency():
+def test_to_rgb_palette_with_and_without_transparency():
     palette = Image.new("P", (2, 2), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
     assert pixel(through_file(palette, "PNG")) == (10, 200, 30)
@@ -61,40 +61,40 @@ def test_palette_with_and_without_transparency():
 
 
 @pytest.mark.parametrize("suffix", ["JPEG", "PNG", "TIFF"])
-def test_exif_orientation_turns_the_picture_upright(suffix):
-    picture = Image.new("RGB", (16, 8), "black")
-    picture.paste("white", (0, 0, 8, 8))  # the left half
+def test_to_rgb_applies_exif_orientation(suffix):
+    image = Image.new("RGB", (16, 8), "black")
+    image.paste("white", (0, 0, 8, 8))  # the left half
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
-    upright = to_rgb(through_file(picture, suffix, exif=exif))
+    upright = to_rgb(through_file(image, suffix, exif=exif))
     assert upright.size == (8, 16)
     assert upright.getpixel((4, 2))[0] > 200 and upright.getpixel((4, 13))[0] < 50
 
 
-def test_square_takes_the_centre():
-    picture = Image.new("RGB", (30, 10), "black")
-    picture.paste("red", (10, 0, 20, 10))
-    np.testing.assert_array_equal(crop_square(picture, 10), np.full((10, 10, 3), (255, 0, 0)))
-    np.testing.assert_array_equal(crop_square(picture.rotate(90, expand=True), 5), np.full((5, 5, 3), (255, 0, 0)))
+def test_crop_square_takes_the_centre():
+    image = Image.new("RGB", (30, 10), "black")
+    image.paste("red", (10, 0, 20, 10))
+    np.testing.assert_array_equal(crop_square(image, 10), np.full((10, 10, 3), (255, 0, 0)))
+    np.testing.assert_array_equal(crop_square(image.rotate(90, expand=True), 5), np.full((5, 5, 3), (255, 0, 0)))
 
 
-def test_square_averages_what_it_shrinks():
+def test_crop_square_antialiases():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     small = crop_square(Image.fromarray(stripes), 8)
     assert small.dtype == np.uint8 and np.abs(small.astype(int) - 127).max() < 12
 
 
-def test_square_at_its_own_size_is_the_identity():
+def test_crop_square_same_size_is_identity():
     pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     np.testing.assert_array_equal(crop_square(Image.fromarray(pixels), 9), pixels)
 
 
-def test_resolution_zero_is_refused():
+def test_crop_square_resolution_zero_raises():
     with pytest.raises(ConfigError, match="resolution=0"):
         crop_square(Image.new("RGB", (4, 4)), 0)
 
 
-def test_truncated_file_raises(tmp_path, break_jpeg):
+def test_to_rgb_truncated_file_raises(tmp_path, break_jpeg):
     with pytest.raises(OSError, match="truncated"):
         to_rgb(Image.open(break_jpeg(tmp_path / "cut.jpg")))

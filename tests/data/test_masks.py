@@ -34,7 +34,7 @@ def load_one(tmp_path, mask: Image.Image, size=(8, 8), resolution=8, **options):
     return load_labelled(tmp_path / "i", tmp_path / "m", resolution, **options)
 
 
-def test_images_without_a_mask_are_left_out(folders):
+def test_load_labelled_skips_images_without_mask(folders):
     labelled = load_labelled(*folders, 8)
     assert labelled.names == ["a.jpg", "c.jpg"] and len(labelled) == 2
     assert labelled.images.shape == (2, 8, 8, 3) and labelled.images.dtype == np.uint8
@@ -45,20 +45,20 @@ def test_images_without_a_mask_are_left_out(folders):
 
 
 @pytest.mark.parametrize("name", ["x_mask.png", "x_seg.png", "x.gif"])
-def test_names_that_match(tmp_path, save, name):
+def test_match_masks_accepts_endings_and_suffixes(tmp_path, save, name):
     save(tmp_path / "i/sub/x.jpg")
     save(tmp_path / "m/sub" / name, 1, mode="L")
     assert len(load_labelled(tmp_path / "i", tmp_path / "m", 4)) == 1
 
 
-def test_full_name_wins_over_stripped_ending(tmp_path, save):
+def test_match_masks_prefers_full_name(tmp_path, save):
     for name in ("x", "x_seg"):
         save(tmp_path / f"i/{name}.jpg")
         save(tmp_path / f"m/{name}.png", 1, mode="L")
     assert match_masks(open_source(tmp_path / "i"), open_source(tmp_path / "m")) == [(0, 0), (1, 1)]
 
 
-def test_masks_without_image_and_doubles_are_named(folders, save):
+def test_match_masks_unmatched_or_duplicate_raise(folders, save):
     images, masks = folders
     save(masks / "d.png", 1, mode="L")
     with pytest.raises(DataError, match=r"1 of 3 masks have no image: d\.png.*a\.jpg"):
@@ -73,7 +73,7 @@ def test_masks_without_image_and_doubles_are_named(folders, save):
         load_labelled(images, masks, 8)
 
 
-def test_zip_of_masks(folders, tmp_path):
+def test_load_labelled_zip_of_masks(folders, tmp_path):
     images, masks = folders
     with zipfile.ZipFile(tmp_path / "masks.zip", "w") as archive:
         for path in masks.iterdir():
@@ -83,7 +83,7 @@ def test_zip_of_masks(folders, tmp_path):
     )
 
 
-def test_arrays_match_by_position(tmp_path):
+def test_match_masks_arrays_match_by_position(tmp_path):
     images = np.zeros((3, 8, 8, 3), np.uint8)
     labels = np.random.default_rng(0).integers(0, 3, (3, 8, 8))
     for masks in (labels, labels > 0):
@@ -96,7 +96,7 @@ def test_arrays_match_by_position(tmp_path):
     np.testing.assert_array_equal(both.foreground, labels > 0)
 
 
-def test_ignored_pixels_are_neither_foreground_nor_valid(tmp_path):
+def test_load_labelled_ignored_pixels_are_invalid(tmp_path):
     pixels = np.zeros((8, 8), np.uint8)
     pixels[:4], pixels[4] = 255, 128
     labelled = load_one(tmp_path, Image.fromarray(pixels), ignore_label=128)
@@ -105,7 +105,7 @@ def test_ignored_pixels_are_neither_foreground_nor_valid(tmp_path):
     assert load_labelled(tmp_path / "i", tmp_path / "m", 8).foreground[0, 4].all()  # without ignore it is a label
 
 
-def test_labels_are_never_interpolated(tmp_path):
+def test_load_labelled_labels_are_not_interpolated(tmp_path):
     """Between 0 and 255 lies the ignored 128: any blending at the edges would show up as invalid pixels."""
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, 20:43] = 255
@@ -113,32 +113,32 @@ def test_labels_are_never_interpolated(tmp_path):
     assert labelled.valid.all() and 0.3 < labelled.foreground.mean() < 0.5
 
 
-def test_mask_is_cropped_like_its_image(tmp_path):
+def test_load_labelled_mask_is_cropped_like_image(tmp_path):
     wide = np.zeros((8, 24), np.uint8)
     wide[:, 8:12] = 1
     labelled = load_one(tmp_path, Image.fromarray(wide), size=(24, 8))
     assert labelled.foreground[0, :, :4].all() and not labelled.foreground[0, :, 4:].any()
 
 
-def test_mask_of_another_size(tmp_path):
+def test_load_labelled_mask_of_other_size_is_resized(tmp_path):
     part = np.zeros((20, 30), np.uint8)
     part[:, 10:] = 1  # from column 20 of 60 in the image, 10 of 40 in its square
     labelled = load_one(tmp_path, Image.fromarray(part), size=(60, 40))
     assert labelled.foreground[0, :, 2:].all() and not labelled.foreground[0, :, :2].any()
 
 
-def test_mask_of_nearly_the_same_shape(tmp_path):
+def test_load_labelled_mask_of_similar_aspect_is_accepted(tmp_path):
     labelled = load_one(tmp_path, Image.new("L", (199, 100), 1), size=(100, 50))
     assert labelled.foreground.all()
 
 
 @pytest.mark.parametrize("size", [(30, 20), (51, 50)])
-def test_mask_of_another_shape_is_refused_with_both_sizes(tmp_path, size):
-    with pytest.raises(DataError, match=rf"x\.png: a mask of {size[0]} x {size[1]} pixels on an image of 40 x 40"):
+def test_load_labelled_mask_of_other_aspect_raises(tmp_path, size):
+    with pytest.raises(DataError, match=rf"x\.png: a mask of {size[0]} x {size[1]} pixels for an image of 40 x 40"):
         load_one(tmp_path, Image.new("L", size, 1), size=(40, 40))
 
 
-def test_palette_mask_counts_by_index(tmp_path):
+def test_read_labels_palette_uses_index(tmp_path):
     mask = Image.new("P", (8, 8), 0)
     mask.putpalette([255, 255, 255, 0, 0, 0, 9, 9, 9])  # the background is white, label 1 is black
     mask.paste(1, (0, 0, 4, 8))
@@ -149,7 +149,7 @@ def test_palette_mask_counts_by_index(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "palette, values",
+    ("palette", "values"),
     [
         ([255, 255, 255, 0, 0, 0], (255, 0)),
         ([9, 9, 9, 255, 255, 255, 0, 0, 0], (255, 0)),
@@ -159,7 +159,7 @@ def test_palette_mask_counts_by_index(tmp_path):
     ],
     ids=["white first", "neither first", "black first", "red", "nearly black"],
 )
-def test_palette_mask_of_black_and_white_is_white_in_front(tmp_path, palette, values):
+def test_read_labels_black_and_white_palette_uses_white(tmp_path, palette, values):
     """`values` of the left half, which has the palette's last colour but one, and of the rest."""
     first = len(palette) // 3 - 2
     mask = Image.new("P", (8, 8), first + 1)
@@ -170,7 +170,7 @@ def test_palette_mask_of_black_and_white_is_white_in_front(tmp_path, palette, va
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "LA", "RGBA", "I;16"])
-def test_other_modes_of_masks(tmp_path, mode):
+def test_read_labels_other_modes(tmp_path, mode):
     grey = Image.new("L", (8, 8), 0)
     grey.paste(255, (0, 0, 8, 2))
     mask = Image.fromarray(np.asarray(grey).astype(np.uint16) * 100) if mode == "I;16" else grey.convert(mode)
@@ -178,7 +178,7 @@ def test_other_modes_of_masks(tmp_path, mode):
     assert labelled.foreground[0, :2].all() and not labelled.foreground[0, 2:].any()
 
 
-def test_masks_whose_labels_cannot_be_told(tmp_path, save):
+def test_read_labels_ambiguous_mask_raises(tmp_path, save):
     save(tmp_path / "i/x.png", size=(16, 16))
     save(tmp_path / "m/x.png", (255, 0, 0), size=(16, 16))
     with pytest.raises(DataError, match=r"x\.png: a mask in colour \(mode RGB\)"):
@@ -187,17 +187,17 @@ def test_masks_whose_labels_cannot_be_told(tmp_path, save):
     disc = Image.new("L", (16, 16), 0)
     disc.paste(255, (3, 3, 11, 12))
     disc.save(tmp_path / "m/x.jpg", quality=50)
-    with pytest.raises(DataError, match=r"x\.jpg: JPEG compression has blurred these labels"):
+    with pytest.raises(DataError, match=r"x\.jpg: JPEG compression has altered the labels"):
         load_labelled(tmp_path / "i", tmp_path / "m", 8)
 
 
-def test_broken_labelled_picture_is_an_error(folders, break_jpeg):
+def test_load_labelled_broken_image_raises(folders, break_jpeg):
     break_jpeg(folders[0] / "a.jpg")
     with pytest.raises(DataError, match=r"^a\.jpg: cannot be decoded"):
         load_labelled(*folders, 8)
 
 
-def test_real_masks(real_data):
+def test_load_labelled_real_masks(real_data):
     root = real_data("flowers17_128")
     images = sorted((root / "images").glob("image_000*.jpg"))
     labelled = load_labelled(images, sorted((root / "masks").glob("image_000*.png")), 32, ignore_label=128)

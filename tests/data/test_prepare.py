@@ -19,7 +19,7 @@ module = importlib.import_module("factorkit.data.prepare")  # `import ... as` wo
 
 @pytest.fixture
 def photos(tmp_path):
-    """Five different pictures of different sizes in a folder."""
+    """Five different images of different sizes in a folder."""
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for i in range(5):
@@ -33,7 +33,7 @@ def entries(cache):
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-def test_every_image_in_order(photos, own_cache):
+def test_prepare_keeps_order(photos, own_cache):
     prepared = prepare(photos, 8, workers=3, progress=False)
     source = open_source(photos)
     assert prepared.names == source.names and prepared.skipped == [] and len(prepared) == 5
@@ -43,13 +43,13 @@ def test_every_image_in_order(photos, own_cache):
     np.testing.assert_array_equal(np.load(prepared.path / "images.npy"), prepared.images)  # a plain .npy for anybody
 
 
-def test_more_images_than_one_block(photos, monkeypatch):
+def test_prepare_more_images_than_one_block(photos, monkeypatch):
     whole = prepare(photos, 8, progress=False).images
-    monkeypatch.setattr(module, "BLOCK", 2)
+    monkeypatch.setattr(module, "BLOCK_SIZE", 2)
     np.testing.assert_array_equal(prepare(photos, 8, cache=photos.parent / "other", progress=False).images, whole)
 
 
-def test_second_call_decodes_nothing(photos, monkeypatch):
+def test_prepare_second_call_decodes_nothing(photos, monkeypatch):
     first = prepare(photos, 8, progress=False)
     monkeypatch.setattr(module, "_decode", None)
     again = prepare(photos, 8, progress=False)
@@ -57,7 +57,7 @@ def test_second_call_decodes_nothing(photos, monkeypatch):
     np.testing.assert_array_equal(again.images, first.images)
 
 
-def test_resolution_and_changed_source_get_entries_of_their_own(photos, own_cache):
+def test_prepare_resolution_and_changes_get_new_entries(photos, own_cache):
     first = prepare(photos, 8, progress=False)
     assert prepare(photos, 16, progress=False).images.shape == (5, 16, 16, 3)
     Image.new("RGB", (30, 30), "red").save(photos / "2.png")
@@ -68,7 +68,7 @@ def test_resolution_and_changed_source_get_entries_of_their_own(photos, own_cach
     assert len(entries(own_cache)) == 4
 
 
-def test_broken_among_many_is_skipped_counted_and_named_once(photos, break_jpeg):
+def test_prepare_broken_image_is_skipped_with_warning(photos, break_jpeg):
     break_jpeg(photos / "1b.jpg")
     with pytest.warns(UserWarning) as caught:
         prepared = prepare(photos, 8, progress=False)
@@ -82,7 +82,7 @@ def test_broken_among_many_is_skipped_counted_and_named_once(photos, break_jpeg)
         assert prepare(photos, 8, progress=False).skipped == prepared.skipped
 
 
-def test_only_broken(tmp_path, break_jpeg, own_cache):
+def test_prepare_only_broken_images_raise(tmp_path, break_jpeg, own_cache):
     for i in range(7):
         break_jpeg(tmp_path / f"{i}.jpg")
     with pytest.raises(DataError, match=r"7 of 7 images.*0\.jpg \(cannot be.*and 2 more.*check the files"):
@@ -90,7 +90,7 @@ def test_only_broken(tmp_path, break_jpeg, own_cache):
     assert entries(own_cache) == []
 
 
-def test_source_that_cannot_be_read_stops_instead_of_skipping(photos, own_cache):
+def test_prepare_unreadable_source_raises(photos, own_cache):
     source = open_source(photos)
     source.fingerprint = lambda: "taken before the file went"
     (photos / "3.png").unlink()
@@ -99,37 +99,37 @@ def test_source_that_cannot_be_read_stops_instead_of_skipping(photos, own_cache)
     assert entries(own_cache) == []
 
 
-def test_interrupted_preparation_leaves_nothing(photos, own_cache, monkeypatch):
-    class Interrupted(Exception):
+def test_prepare_interrupted_leaves_no_files(photos, own_cache, monkeypatch):
+    class InterruptedTestError(Exception):
         pass
 
     decode = module._decode
 
     def fails_at_3(source, resolution, index):
         if index == 3:
-            raise Interrupted
+            raise InterruptedTestError
         return decode(source, resolution, index)
 
     monkeypatch.setattr(module, "_decode", fails_at_3)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedTestError):
         prepare(photos, 8, progress=False)
     assert entries(own_cache) == []
     monkeypatch.undo()
     assert len(prepare(photos, 8, cache=own_cache, progress=False)) == 5
 
 
-def test_full_disk_is_said_and_leaves_nothing(photos, own_cache, monkeypatch):
+def test_prepare_full_disk_raises_and_leaves_no_files(photos, own_cache, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="no room left.*FACTORKIT_CACHE"):
+    with pytest.raises(DataError, match="no space left.*FACTORKIT_CACHE"):
         prepare(photos, 8, progress=False)
     assert entries(own_cache) == []
 
 
-def test_killed_preparation_is_cleared_by_a_later_one(photos, own_cache):
-    old, running = (own_cache / "prepared" / f"{module.PARTIAL}{name}" for name in ("old", "running"))
+def test_prepare_removes_abandoned_folders(photos, own_cache):
+    old, running = (own_cache / "prepared" / f"{module.TEMPORARY_PREFIX}{name}" for name in ("old", "running"))
     for folder in (old, running):
         folder.mkdir(parents=True)
         (folder / "images.npy").write_bytes(b"x")
@@ -140,7 +140,7 @@ def test_killed_preparation_is_cleared_by_a_later_one(photos, own_cache):
 
 
 @pytest.mark.parametrize("damage", ["images.npy", "index.json", "names"])
-def test_damaged_entry_is_made_anew(photos, damage):
+def test_prepare_damaged_entry_is_rebuilt(photos, damage):
     first = prepare(photos, 8, progress=False)
     expected = np.array(first.images)
     if damage == "names":
@@ -153,7 +153,7 @@ def test_damaged_entry_is_made_anew(photos, damage):
     np.testing.assert_array_equal(again.images, expected)
 
 
-def test_two_processes_at_once_end_with_one_entry(photos, own_cache, monkeypatch):
+def test_prepare_concurrent_processes_leave_one_entry(photos, own_cache, monkeypatch):
     """Another process finishes while this one is still decoding: its entry stays, and is what both return."""
     write, other = module._write_images, []
 
@@ -168,7 +168,7 @@ def test_two_processes_at_once_end_with_one_entry(photos, own_cache, monkeypatch
     assert prepared.path == other[0].path and entries(own_cache) == [prepared.path.name]
 
 
-def test_array_at_its_resolution_is_used_as_it_is(own_cache):
+def test_prepare_array_at_resolution_is_unchanged(own_cache):
     array = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     prepared = prepare(array, 8, progress=False)
     assert np.shares_memory(prepared.images, array) and not prepared.images.flags.writeable and array.flags.writeable
@@ -177,29 +177,29 @@ def test_array_at_its_resolution_is_used_as_it_is(own_cache):
     np.testing.assert_array_equal(prepare(array / 255, 8, progress=False).images, array)
 
 
-def test_cache_folder(monkeypatch, tmp_path):
-    assert module.cache_folder() == Path(os.environ["FACTORKIT_CACHE"])
+def test_get_cache_folder_follows_environment(monkeypatch, tmp_path):
+    assert module.get_cache_folder() == Path(os.environ["FACTORKIT_CACHE"])
     monkeypatch.delenv("FACTORKIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert module.cache_folder() == tmp_path / "factorkit"
+    assert module.get_cache_folder() == tmp_path / "factorkit"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert module.cache_folder() == tmp_path / ".cache/factorkit"
+    assert module.get_cache_folder() == tmp_path / ".cache/factorkit"
 
 
-def test_cache_that_cannot_be_written(photos, tmp_path):
+def test_prepare_unwritable_cache_raises(photos, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match="cannot be stored here"):
         prepare(photos, 8, cache=tmp_path / "file", progress=False)
 
 
 @pytest.mark.parametrize("wrong", [{"resolution": 0}, {"resolution": 8, "workers": 0}])
-def test_impossible_settings(photos, wrong):
+def test_prepare_invalid_arguments_raise(photos, wrong):
     with pytest.raises(ConfigError, match="must be 1 or more"):
         prepare(photos, **wrong)
 
 
-def test_progress_bar_goes_to_stderr_and_can_be_silenced(photos, capsys):
+def test_prepare_progress_bar_is_on_stderr(photos, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepare(photos, 8)
@@ -209,7 +209,7 @@ def test_progress_bar_goes_to_stderr_and_can_be_silenced(photos, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_real_photographs(real_data):
+def test_prepare_real_photos(real_data):
     some = open_source(real_data("flowers17_128") / "images").subset(range(20))
     prepared = prepare(some, 32, progress=False)
     assert prepared.images.shape == (20, 32, 32, 3) and prepared.images.std() > 30

@@ -28,7 +28,7 @@ def reds(prepared) -> list[int]:
     return prepared.images[:, 0, 0, 0].tolist()
 
 
-def test_a_change_under_a_prepared_copy_is_noticed(photos, save):
+def test_prepare_changed_file_is_prepared_again(photos, save):
     source = open_source(photos)  # opened once, as by a program that runs for days
     assert reds(prepare(source, 4, progress=False)) == [0, 50, 100, 150]
     save(photos / "2.png", (222, 0, 0), size=(30, 30))
@@ -37,7 +37,7 @@ def test_a_change_under_a_prepared_copy_is_noticed(photos, save):
     assert reds(prepare(photos, 4, progress=False)) == [0, 50, 222, 150, 250]
 
 
-def test_an_overwritten_archive_or_array_is_noticed(tmp_path):
+def test_prepare_overwritten_archive_or_array_is_prepared_again(tmp_path):
     path = tmp_path / "x.npy"
     for value in (3, 4):
         np.save(path, np.full((2, 6, 6, 3), value, np.uint8))
@@ -45,7 +45,7 @@ def test_an_overwritten_archive_or_array_is_noticed(tmp_path):
         assert reds(prepare(path, 4, progress=False)) == [value] * 2
 
 
-def test_a_change_while_preparing_is_prepared_again(photos, save, own_cache, monkeypatch):
+def test_prepare_change_during_preparation_is_prepared_again(photos, save, own_cache, monkeypatch):
     """0.png is replaced after it was decoded: what was made so far is of no state that ever was."""
     decode, rounds = module._decode, []
 
@@ -62,7 +62,7 @@ def test_a_change_while_preparing_is_prepared_again(photos, save, own_cache, mon
     assert len(rounds) == 8 and len(list((own_cache / "prepared").iterdir())) == 1
 
 
-def test_images_that_never_stop_changing(photos, save, own_cache, monkeypatch):
+def test_prepare_images_that_keep_changing_raise(photos, save, own_cache, monkeypatch):
     decode, size = module._decode, [12]
 
     def replacing(source, resolution, index):
@@ -71,7 +71,7 @@ def test_images_that_never_stop_changing(photos, save, own_cache, monkeypatch):
         return decode(source, resolution, index)
 
     monkeypatch.setattr(module, "_decode", replacing)
-    with pytest.raises(DataError, match="change faster than they are prepared"):
+    with pytest.raises(DataError, match="changed again and again while they were prepared"):
         prepare(photos, 4, workers=1, progress=False)
     assert not list((own_cache / "prepared").iterdir())
 
@@ -99,7 +99,7 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("room", [0, 128 + 48, 128 + 4 * 48 + 10])
-def test_a_full_disk_leaves_the_old_state(photos, save, own_cache, monkeypatch, room):
+def test_prepare_full_disk_keeps_earlier_entries(photos, save, own_cache, monkeypatch, room):
     """In the header, after the first image, and while the header is written again."""
     before = prepare(photos, 4, progress=False)
     save(photos / "2.png", (222, 0, 0), size=(30, 30))
@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_the_old_state(photos, save, own_cache, monkeypatch, 
         return FullDisk(file, room) if str(path).endswith("images.npy") and "w" in mode else file
 
     monkeypatch.setattr(builtins, "open", full)
-    with pytest.raises(DataError, match="cannot be stored here: no room left.*FACTORKIT_CACHE"):
+    with pytest.raises(DataError, match="cannot be stored here: no space left.*FACTORKIT_CACHE"):
         prepare(photos, 4, progress=False)
     monkeypatch.setattr(builtins, "open", opened)
     assert [path.name for path in (own_cache / "prepared").iterdir()] == [before.path.name]
@@ -118,7 +118,7 @@ def test_a_full_disk_leaves_the_old_state(photos, save, own_cache, monkeypatch, 
     assert reds(prepare(photos, 4, progress=False)) == [0, 50, 222, 150]
 
 
-def test_kept_rows_lead_back_to_the_source(photos, break_jpeg):
+def test_source_rows_index_the_source(photos, break_jpeg):
     for name in ("0a.jpg", "3a.jpg"):
         break_jpeg(photos / name)
     classes = np.array([10, 99, 11, 12, 13, 99])  # 0.png 0a.jpg 1.png 2.png 3.png 3a.jpg

@@ -131,7 +131,7 @@ def aside(out: Path, rank: int, world: int) -> None:
     drawing(out, inspect, watched, keep_checkpoints=1, shard=True)
     assert len(cut) == (2 if world == 2 else 0)  # the model and its average
     for module in cut:
-        mine = sum(p.to_local().numel() for p in module.parameters() if sharding.is_cut(p))
+        mine = sum(p.to_local().numel() for p in module.parameters() if sharding.is_sharded(p))
         most = sum(p.numel() for p in module.parameters())
         assert 0.4 * most < mine < 0.6 * most, (mine, most)
 

@@ -56,7 +56,7 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
             str(folder / "scored"),
             "--masks",
             str(folder / "masks"),
-            "--fit",
+            "--num-fit-images",
             "2",
             "--baselines",
         ],

@@ -16,16 +16,16 @@ ALSO = {"ema_decay": 0.9, "extra_ema_decays": (0.3, 0.0)}
 
 def test_each_follows_by_its_own_decay(toy):
     trainer = toy(steps=30, **ALSO)
-    assert list(trainer.averages) == ["ema", "ema_0.3", "ema_0.0"]
-    weights, take = trainer.model[1].weight, trainer._training_step(Meter(trainer.device))
+    assert list(trainer.state.averages) == ["ema", "ema_0.3", "ema_0.0"]
+    weights, take = trainer.state.model[1].weight, trainer._training_step(Meter(trainer.device))
     expected = {0.9: None, 0.3: None, 0.0: None}
     for n in range(6):
-        take(n), take.skipped()
+        take(n), take.report_steps()
         for decay, before in expected.items():
             kept = 0.0 if n == 0 else min(decay, (1 + n) / (10 + n))
             now = weights.detach().clone()
             expected[decay] = now if n == 0 else kept * before + (1 - kept) * now
-    found = [average.module[1].weight.detach() for average in trainer.averages.values()]
+    found = [average.module[1].weight.detach() for average in trainer.state.averages.values()]
     torch.testing.assert_close(found, list(expected.values()))
     assert not torch.equal(found[0], found[1]) and torch.equal(found[2], weights)
 
@@ -45,7 +45,7 @@ def test_one_that_is_new_on_resuming_begins_there_and_one_left_out_goes(toy, tmp
     toy(stop_at=3, extra_ema_decays=(0.3,)).run()
     stood = toy(extra_ema_decays=(1.0,))
     assert stood.restore()
-    torch.testing.assert_close(stood.averages["ema_1.0"].module[1].weight, stood.model[1].weight)
+    torch.testing.assert_close(stood.state.averages["ema_1.0"].module[1].weight, stood.state.model[1].weight)
     toy(extra_ema_decays=(1.0,)).run()
     found = final_state(tmp_path / "run")
     assert found["ema_1.0.n_averaged"] == 3 and found["ema.n_averaged"] == 6 and "ema_0.3.n_averaged" not in found

@@ -13,9 +13,9 @@ import torch
 import factorkit
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.utils import distributed
+from factorkit.utils.distributed import agree_on_name, join_processes
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.jsonl import read_log
-from factorkit.utils.rendezvous import join, meet
 from tests.engine.trained import run_script
 
 
@@ -94,7 +94,7 @@ def test_no_process_waits_for_a_sheet(runs):
 
 def test_a_sheet_that_cannot_be_drawn_ends_all_processes_and_is_named(runs):
     said = (runs / "stderr.txt").read_text()
-    assert "DataError: no picture at step 2" in said and "FactorkitError: process 0 of this run ended it" in said
+    assert "DataError: no picture at step 2" in said and "FactorkitError: process 0 ended this run" in said
 
 
 def test_when_one_process_is_lost_torchrun_starts_all_again_and_the_result_is_the_same(runs):
@@ -131,11 +131,11 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(toy, monkeypatch):
 def test_alone_nothing_is_joined_or_changed(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     cpu = torch.device("cpu")
-    join(cpu)
+    join_processes(cpu)
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     values = torch.tensor([1.0, 2.0])
     assert torch.equal(distributed.average(values), values)
-    assert distributed.greatest(15) == 15
+    assert distributed.maximum(15) == 15
     distributed.barrier()
 
 
@@ -149,7 +149,7 @@ def test_each_process_of_a_machine_takes_its_gpu(monkeypatch):
     with pytest.raises(ConfigError, match="'cuda:1' is one GPU, but 4 processes"):
         distributed.local_device(torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="process 3 of 4 on this machine, but torch sees 2"):
+    with pytest.raises(ConfigError, match="process 3 of 4 on this machine, but torch finds 2"):
         distributed.local_device(torch.device("cuda"))
 
 
@@ -159,10 +159,10 @@ def test_after_an_error_nobody_waits_for_nccl(backends, fails):
     """NCCL's farewell waits for processes that wait for the one which failed."""
     script = f"""
 import torch.distributed as dist
-from factorkit.utils import rendezvous as joining
+from factorkit.utils import distributed
 import atexit
 atexit.register(lambda: print("others"))
-atexit.register(joining.leave)
+atexit.register(distributed.leave_processes)
 dist.is_initialized, dist.get_backend_config = lambda: True, lambda: {backends!r}
 dist.destroy_process_group = lambda: print("farewell")
 if {fails}:
@@ -180,15 +180,15 @@ def test_processes_that_meet_again_do_not_take_earlier_words_for_theirs():
 
     def together(world: int) -> set[str]:
         with ThreadPoolExecutor(world) as threads:
-            return set(threads.map(lambda rank: meet(store, rank, world), range(world)))
+            return set(threads.map(lambda rank: agree_on_name(store, rank, world), range(world)))
 
     (first,) = together(3)
     store.set("factorkit/hello/1", "of one that died")
     with ThreadPoolExecutor(3) as threads:
-        early = [threads.submit(meet, store, rank, 3) for rank in (0, 2)]
+        early = [threads.submit(agree_on_name, store, rank, 3) for rank in (0, 2)]
         time.sleep(0.2)
         assert not early[0].done()
-        late = threads.submit(meet, store, 1, 3)
+        late = threads.submit(agree_on_name, store, 1, 3)
         (second,) = {future.result(10) for future in (*early, late)}
     (third,) = together(2)
     assert len({first, second, third}) == 3

@@ -37,7 +37,7 @@ def test_infinite_gradients_are_skipped_too(toy, tmp_path):
 
 def test_three_in_a_row_stop_the_run_with_the_last_good_checkpoint(toy, tmp_path):
     trainer = toy(steps=9, checkpoint_every=2, hook=spoil(4, 5, 6, 7))
-    why = r"3 steps in a row .*in step 6 the loss of image \d.*checkpoints; try a lower learning_"
+    why = r"3 consecutive steps .*in step 6 the loss of image \d.*checkpoints; try a lower learning_"
     with pytest.raises(FactorkitError, match=why):
         trainer.run()
     found = final_state(tmp_path / "run")
@@ -55,7 +55,7 @@ def test_one_good_step_between_resets_the_count(toy, tmp_path):
 def test_what_was_not_finite_is_named(toy, tmp_path):
     toy(stop_at=1, statistics=False).run()
     trainer = toy(stop_at=2, statistics=False)
-    trainer.model[5].weight.register_hook(lambda gradient: gradient * float("nan"))
+    trainer.state.model[5].weight.register_hook(lambda gradient: gradient * float("nan"))
     trainer.run()
     trainer = toy(micro_batch_size=1, statistics=False)  # from the third step on, image 7 cannot be learnt from
     trainer.task.images[7] = float("inf")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from factorkit.engine.checkpoint import read_checkpoint
-from factorkit.utils.errors import OutOfMemory
+from factorkit.utils.errors import OutOfMemoryError
 from tests.engine.trained import saved_steps
 
 LAST = "checkpoints/step_00000006.safetensors"
@@ -28,9 +28,11 @@ def test_out_of_memory_is_told_with_what_helps_and_can_be_resumed(toy, tmp_path,
             raise error
         return loss
 
-    with pytest.raises(OutOfMemory, match=r"stopped at step 3: out of memory on cpu with 4 images at once") as caught:
+    with pytest.raises(
+        OutOfMemoryError, match=r"stopped at step 3: out of memory on cpu with 4 images at once"
+    ) as caught:
         toy(checkpoint_every=2, hook=full).run()
-    assert "Its checkpoints stand" in str(caught.value)
+    assert "Its checkpoints are intact" in str(caught.value)
     toy(checkpoint_every=2).run()
     found, whole = (read_checkpoint(tmp_path / name / LAST)[0] for name in ("run", "whole"))
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in found)
@@ -43,7 +45,9 @@ def test_a_sheet_without_room_is_told_from_a_step_and_costs_none(toy, tmp_path):
         raise MemoryError
 
     trainer.task.inspect = full
-    with pytest.raises(OutOfMemory, match=r"out of memory on cpu drawing the sample sheet of step 3\. sample_every=0"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"out of memory on cpu drawing the sample grids of step 3\. sample_every=0"
+    ):
         trainer.run()
     assert saved_steps(tmp_path / "run") == [3]
 

@@ -20,7 +20,7 @@ def aside(toy):
 
     def make(inspect, **changes):
         trainer = toy(**{"sample_every": 2, "keep_checkpoints": 1, **changes})
-        trainer._sheets.behind = True
+        trainer._previews.background = True
         trainer.task.inspect = inspect
         return trainer
 
@@ -78,8 +78,8 @@ def test_a_sheet_beside_a_step_leaves_alone_what_that_has_cast(aside):
         return {"failures": []}
 
     trainer = aside(inspect, precision="bf16")
-    trainer._sheets.begin(copy.deepcopy(trainer.model).eval(), 0)
-    trainer._sheets._thread.submit(ended.set)
+    trainer._previews.start(copy.deepcopy(trainer.state.model).eval(), 0)
+    trainer._previews._thread.submit(ended.set)
     weight, x = torch.nn.Parameter(torch.randn(4, 4)), torch.randn(2, 4)
     assert begun.wait(10)
     with torch.autocast("cpu", torch.bfloat16):
@@ -88,7 +88,7 @@ def test_a_sheet_beside_a_step_leaves_alone_what_that_has_cast(aside):
         assert ended.wait(10)
         second = x @ weight
     assert first.grad_fn.next_functions[1][0] is second.grad_fn.next_functions[1][0]
-    assert trainer._sheets.take(wait=True).error is None
+    assert trainer._previews.pop_finished(wait=True).error is None
 
 
 def test_what_goes_wrong_in_a_sheet_ends_the_run_and_is_named(aside, tmp_path):
@@ -104,10 +104,10 @@ def test_an_alarm_stops_the_run_where_that_is_asked_for(aside, tmp_path):
     def bad(model, step, folder):
         return {"failures": ["collapsed"] if step == 4 else [], "error": 1.0}
 
-    with pytest.raises(FactorkitError, match="stopped at step 6 by the sample sheet of step 4: collapsed.* of step 2"):
+    with pytest.raises(FactorkitError, match="stopped at step 6 by the alarms of step 4: collapsed.* of step 2"):
         trainer = aside(bad, stop_on_failure=True)
-        begin = trainer._sheets.take
-        trainer._sheets.take = lambda wait=False: begin(wait) if wait else None  # as if each took two steps
+        begin = trainer._previews.pop_finished
+        trainer._previews.pop_finished = lambda wait=False: begin(wait) if wait else None  # as if each took two steps
         trainer.run()
     assert saved_steps(tmp_path / "run") == [2, 6]
 
@@ -132,7 +132,7 @@ def test_a_run_that_is_interrupted_for_good_does_not_wait_for_its_sheet(aside, t
 
     with pytest.raises(KeyboardInterrupt):
         aside(endless, hook=hook).run()
-    assert ended == ["Abandoned"] and saved_steps(tmp_path / "run") == [2]
+    assert ended == ["PreviewCancelledError"] and saved_steps(tmp_path / "run") == [2]
 
     found = []
     aside(lambda model, step, folder: found.append(step) or {"failures": [], "error": 0.5}).run()

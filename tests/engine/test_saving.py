@@ -8,7 +8,7 @@ import pytest
 
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import read_checkpoint
-from factorkit.utils.background_worker import Background
+from factorkit.utils.background_worker import BackgroundWorker
 from factorkit.utils.errors import CheckpointError
 from tests.engine.trained import assert_identical, full_at, saved_steps
 
@@ -47,7 +47,7 @@ def test_a_failed_write_is_told_of_by_the_next_or_at_the_end(toy, tmp_path, monk
 
 def test_a_disk_that_has_room_again_costs_one_checkpoint_and_a_warning(toy, tmp_path, monkeypatch):
     full_at(monkeypatch, 2, last=2)
-    with pytest.warns(UserWarning, match="step_00000002.*No space left.*step 4 is written"):
+    with pytest.warns(UserWarning, match="step_00000002.*No space left.*step 4 was written"):
         toy(checkpoint_every=2, keep_checkpoints=9).run()
     assert saved_steps(tmp_path / "run") == [4, 6]
 
@@ -65,7 +65,7 @@ def test_a_failed_write_does_not_hide_what_else_ended_the_run(toy, monkeypatch):
 
 
 def test_jobs_are_done_in_turn_and_none_after_one_that_failed():
-    background, done = Background(), []
+    background, done = BackgroundWorker(), []
     for i in range(3):
         background.submit(lambda i=i: done.append(i))
     assert background.finish() is None and done == [0, 1, 2]

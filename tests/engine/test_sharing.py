@@ -79,7 +79,7 @@ def test_what_one_process_cannot_write_ends_all_and_the_rest_stands(done):
 
 def test_alone_sharing_is_the_work_itself():
     rows = torch.arange(5)
-    assert torch.equal(distributed.in_shares(lambda share: {"a": [rows[share]]}, 5)["a"][0], rows)
-    assert distributed.everyones(lambda: 3) == [3] and distributed.on_first(lambda: 4) == 4
+    assert torch.equal(distributed.map_shares(lambda share: {"a": [rows[share]]}, 5)["a"][0], rows)
+    assert distributed.gather_results(lambda: 3) == [3] and distributed.run_on_first(lambda: 4) == 4
     with pytest.raises(ConfigError, match="mine"):
-        distributed.everyones(lambda: (_ for _ in ()).throw(ConfigError("mine")))
+        distributed.gather_results(lambda: (_ for _ in ()).throw(ConfigError("mine")))

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from factorkit.engine import checkpoint
-from factorkit.engine import signals as ending
+from factorkit.engine import trainer as ending
 from factorkit.utils.jsonl import read_log
 from tests.engine.trained import assert_identical, events, final_state, kill_at, saved_steps
 
@@ -18,7 +18,7 @@ from tests.engine.trained import assert_identical, events, final_state, kill_at,
     [(signal.SIGTERM, SystemExit), (signal.SIGUSR1, SystemExit), (signal.SIGINT, KeyboardInterrupt)],
 )
 def test_a_signal_saves_ends_and_can_be_resumed(toy, tmp_path, number, outcome):
-    before = [signal.getsignal(s) for s in ending.NUMBERS]
+    before = [signal.getsignal(s) for s in ending.STOP_SIGNALS]
     toy(folder="whole").run()
     with pytest.raises(outcome) as caught:
         toy(hook=kill_at(2, number)).run()
@@ -27,7 +27,7 @@ def test_a_signal_saves_ends_and_can_be_resumed(toy, tmp_path, number, outcome):
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000003.safetensors"]
     assert events(tmp_path / "run")[-1] == ("signal", 3)
     assert number.name in read_log(tmp_path / "run")[-1]["message"]
-    assert [signal.getsignal(s) for s in ending.NUMBERS] == before
+    assert [signal.getsignal(s) for s in ending.STOP_SIGNALS] == before
     toy().run()
     assert_identical(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
 

@@ -61,11 +61,11 @@ def test_nothing_in_the_step_waits_for_the_device(tmp_path, changes):
     trainer.task.images, trainer.task.capturable = torch.from_numpy(trainer.task.images), True  # as on a GPU
     take = trainer._training_step(Meter(CPU))
     take(0)
-    before = [p.detach().clone() for p in trainer.model.parameters()]
+    before = [p.detach().clone() for p in trainer.state.model.parameters()]
     with Watched() as watched:
         take._work()
     assert watched.found == []
-    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.state.model.parameters(), strict=True))
 
 
 def test_what_changes_from_step_to_step_stays_at_its_address(tmp_path):
@@ -75,19 +75,25 @@ def test_what_changes_from_step_to_step_stays_at_its_address(tmp_path):
     take = trainer._training_step(meter)
 
     def addresses():
-        state = [v for s in trainer.optimizer.state.values() for v in s.values()]
-        rates = [g["lr"] for g in trainer.optimizer.param_groups]
-        own = [take.indices, take.step, take.finite, take.bad, meter.sums, *meter.watch.values()]
-        tensors = [*own, *rates, *state, *trainer.model.state_dict().values(), *trainer.average.state_dict().values()]
+        state = [v for s in trainer.state.optimizer.state.values() for v in s.values()]
+        rates = [g["lr"] for g in trainer.state.optimizer.param_groups]
+        own = [take.indices, take.step, take.finite, take.consecutive_skips, meter.sums, *meter.metrics.values()]
+        tensors = [
+            *own,
+            *rates,
+            *state,
+            *trainer.state.model.state_dict().values(),
+            *trainer.state.average.state_dict().values(),
+        ]
         return [t.data_ptr() for t in tensors]
 
     take(0)
     first = addresses()
     generators = [id(d.generator) for d in take.draws]
-    take(1), take.skipped(), meter.read()
+    take(1), take.report_steps(), meter.read()
     take(2)
     assert addresses() == first and [id(d.generator) for d in take.draws] == generators
-    assert float(trainer.optimizer.param_groups[0]["lr"]) == pytest.approx(trainer.config.learning_rate)
+    assert float(trainer.state.optimizer.param_groups[0]["lr"]) == pytest.approx(trainer.config.learning_rate)
     assert int(take.step) == 2
 
 
@@ -96,9 +102,9 @@ def test_the_average_follows_nothing_when_told_so():
     average = MovingAverage(model, 0.9, CPU)
     with torch.no_grad():
         model.weight.fill_(5.0)
-    average.follow(model, torch.tensor(False))
+    average.update(model, torch.tensor(False))
     assert average.n_averaged == 0 and (average.module.weight == 1).all()
-    average.follow(model, torch.tensor(True))
+    average.update(model, torch.tensor(True))
     assert average.n_averaged == 1 and (average.module.weight == 5).all()
 
 
@@ -108,11 +114,11 @@ def test_after_three_bad_steps_nothing_moves_even_if_nobody_looks(toy):
     take = trainer._training_step(Meter(CPU))
     for step in range(2):
         take(step)
-    good = {name: value.clone() for name, value in trainer.state().items()}
+    good = {name: value.clone() for name, value in trainer.state.tensors().items()}
     for step in range(2, 8):
         take(step)
-    assert [(step, culprit is None) for step, culprit in take.skipped()] == [(step, step < 2) for step in range(8)]
-    assert [name for name, value in trainer.state().items() if not torch.equal(value, good[name])] == []
+    assert [(step, culprit is None) for step, culprit in take.report_steps()] == [(step, step < 2) for step in range(8)]
+    assert [name for name, value in trainer.state.tensors().items() if not torch.equal(value, good[name])] == []
 
 
 # --- the graph ---
@@ -183,7 +189,7 @@ def test_a_failed_capture_leaves_the_step_as_if_it_had_not_been_tried(tmp_path, 
         take = trainer._training_step(Meter(CPU))
         calls = []
 
-        def work(take=take, model=trainer.model, calls=calls):
+        def work(take=take, model=trainer.state.model, calls=calls):
             calls.append(1)
             if len(calls) == WARM_UP + 1:
                 take.draws[0].normal(5)
@@ -193,14 +199,14 @@ def test_a_failed_capture_leaves_the_step_as_if_it_had_not_been_tried(tmp_path, 
             take._work()
 
         if graph:
-            take.run = GraphedWork(work, lambda: [], take._again, CPU)
+            take.run = GraphedWork(work, lambda: [], take._reset, CPU)
         for step in range(WARM_UP):
             take(step)
         with pytest.warns(UserWarning, match="could not be captured") if graph else nullcontext():
             take(WARM_UP)
-        assert take.skipped() == [(step, None) for step in range(WARM_UP + 1)]
+        assert take.report_steps() == [(step, None) for step in range(WARM_UP + 1)]
         take(WARM_UP + 1)
-        ends.append({k: v.clone() for k, v in trainer.state().items()})
+        ends.append({k: v.clone() for k, v in trainer.state.tensors().items()})
     assert [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])] == []
 
 
@@ -219,7 +225,7 @@ def test_graphed_steps_are_the_eager_ones(tmp_path, changes):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*could not be captured")
             trainer.run()
-        ends.append(trainer.state())
+        ends.append(trainer.state.tensors())
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=1e-3, atol=1e-5, msg=name)
 
@@ -241,4 +247,4 @@ def test_no_step_waits_for_the_gpu(tmp_path, changes, graph):
             take(step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert take.skipped() == [(step, None) for step in range(WARM_UP + 4)]
+    assert take.report_steps() == [(step, None) for step in range(WARM_UP + 4)]

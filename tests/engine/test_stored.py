@@ -43,7 +43,7 @@ def test_a_run_resumes_from_it(toy, tmp_path, version):
     shutil.copyfile(stored, tmp_path / "run/checkpoints/step_00000003.safetensors")
     trainer, tensors = toy(), read_checkpoint(stored)[0]
     assert trainer.restore() and trainer.step == 3
-    state = trainer.state()
+    state = trainer.state.tensors()
     assert state.keys() == tensors.keys()
     assert [name for name in state if not torch.equal(state[name], tensors[name])] == []
     trainer.run()

@@ -6,18 +6,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.traffic import as_under_autocast
-from factorkit import ops
-from factorkit.ops import fused
+from factorkit.ops import dispatch
 from factorkit.segdiff.config import preset_config
 
 
 class ThroughKernels(TorchDispatchMode):
     """Runs the kernels' host side on meta tensors, where torch would ask an op's fake."""
 
-    runs = {op._opoverload: run for op, run in fused.OPS.items()}
+    launchers = dispatch.triton_launchers()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        run = self.runs.get(function)
+        run = self.launchers.get(function)
         return function(*args, **(kwargs or {})) if run is None else run(*args)
 
 
@@ -31,8 +30,4 @@ def training_step(preset: str, batch: int, half: bool = True, **changes) -> None
         t = torch.empty(batch, dtype=torch.long)
         with ThroughKernels():
             out = model(x, t)
-            loss = out.prediction.sum()
-            if out.bottleneck.branches is not None and config.regions > 1:
-                branches = out.bottleneck.branches.flatten(0, 1)
-                loss = loss + ops.region_blend_mse(out.bottleneck.masks, branches, x).sum()
-            loss.backward()
+            out.prediction.sum().backward()

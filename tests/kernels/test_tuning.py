@@ -36,11 +36,11 @@ def tuned(monkeypatch, tmp_path):
         run()
         return math.inf if kernel.warps[-1] == 16 else abs(kernel.warps[-1] - 2)
 
-    monkeypatch.setattr(tuning, "measured", measured)
+    monkeypatch.setattr(tuning, "measure", measured)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # a CPU build of torch has none
-    tuning.choices.cache_clear()
+    tuning.load_table.cache_clear()
     yield kernel
-    tuning.choices.cache_clear()
+    tuning.load_table.cache_clear()
 
 
 def start(kernel, rows=3):
@@ -49,16 +49,16 @@ def start(kernel, rows=3):
 
 def test_the_fastest_is_found_once_and_kept(tuned):
     start(tuned)
-    assert tuned.warps == [*tuning.WARPS, 2]
+    assert tuned.warps == [*tuning.WARP_COUNTS, 2]
     start(tuned)
-    assert tuned.warps[-1] == 2 and len(tuned.warps) == len(tuning.WARPS) + 2
-    assert list(json.loads(tuning.device_file().read_text()).values()) == [2]
+    assert tuned.warps[-1] == 2 and len(tuned.warps) == len(tuning.WARP_COUNTS) + 2
+    assert list(json.loads(tuning.table_path().read_text()).values()) == [2]
 
-    tuning.choices.cache_clear()  # another process
+    tuning.load_table.cache_clear()  # another process
     start(tuned)
-    assert len(tuned.warps) == len(tuning.WARPS) + 3 and tuned.warps[-1] == 2
+    assert len(tuned.warps) == len(tuning.WARP_COUNTS) + 3 and tuned.warps[-1] == 2
     start(tuned, rows=5)  # another shape
-    assert len(tuned.warps) == 2 * len(tuning.WARPS) + 4
+    assert len(tuned.warps) == 2 * len(tuning.WARP_COUNTS) + 4
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(tuned, monkeypatch):
@@ -69,11 +69,11 @@ def test_nothing_is_measured_while_a_graph_is_captured(tuned, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": 3}', "\x00"])
 def test_a_damaged_file_is_written_anew(tuned, text):
-    tuning.device_file().parent.mkdir(parents=True)
-    tuning.device_file().write_text(text)
+    tuning.table_path().parent.mkdir(parents=True)
+    tuning.table_path().write_text(text)
     start(tuned)
     assert tuned.warps[-1] == 2
-    assert list(json.loads(tuning.device_file().read_text()).values()) == [2]
+    assert list(json.loads(tuning.table_path().read_text()).values()) == [2]
 
 
 def test_a_cache_that_cannot_be_written_stops_nobody(tuned, monkeypatch, tmp_path):
@@ -81,14 +81,14 @@ def test_a_cache_that_cannot_be_written_stops_nobody(tuned, monkeypatch, tmp_pat
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "file"))
     start(tuned)
     start(tuned)
-    assert tuned.warps == [*tuning.WARPS, 2, 2]
+    assert tuned.warps == [*tuning.WARP_COUNTS, 2, 2]
 
 
 def test_heuristics_decide_where_nobody_asked(tuned, monkeypatch):
     monkeypatch.delenv("FACTORKIT_TUNE")
     start(tuned)
-    assert tuned.warps == [4] and not tuning.device_file().exists()
+    assert tuned.warps == [4] and not tuning.table_path().exists()
 
 
 def test_a_thread_may_use_the_registers_there_are():
-    assert [tiles.options(warps)["maxnreg"] for warps in tuning.WARPS] == [255, 255, 255, 255, 128]
+    assert [tiles.compiler_options(warps)["maxnreg"] for warps in tuning.WARP_COUNTS] == [255, 255, 255, 255, 128]

@@ -113,7 +113,7 @@ def test_bad_input_is_named(scene_views, tiny, tmp_path):
     with pytest.raises(ConfigError, match="without poses"):
         train_nerfdiff(replace(scene_views, poses=None), **out, **tiny | {"poses": "known"})
     blank = replace(scene_views, images=torch.ones(10, 3, 8, 8), masks=None)
-    with pytest.raises(DataError, match="no foreground anywhere"):
+    with pytest.raises(DataError, match="no foreground: all masks"):
         train_nerfdiff(blank, **out, **tiny)
     zoomed = scene_views.intrinsics.clone()
     zoomed[3, 0, 0] *= 1.5

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factorkit import ops
-from factorkit.ops import reference_rendering as reference
+from factorkit.ops import reference
 
 RAGGED = ([10, 4, 0, 6], [0, 0, 0], [1], [], [0, 33, 64, 1, 200, 31], [3] * 40)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from factorkit import ops
-from factorkit.ops import reference_encoding as reference
+from factorkit.ops import reference
 
 
 def problem(points=5, dims=3, bands=4, annealed=True):
@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_named():
         ops.frequency(x.long(), 4)
     with pytest.raises(ValueError, match="give at least 1"):
         ops.frequency(x, 0)
-    with pytest.raises(ValueError, match=r"4 bands ask for \[4\]"):
+    with pytest.raises(ValueError, match=r"4 bands need \[4\]"):
         ops.frequency(x, 4, torch.ones(3))
     with pytest.raises(ValueError, match="annealing is torch.float64"):
         ops.frequency(x, 4, torch.ones(4).double())

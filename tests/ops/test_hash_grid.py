@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factorkit import ops
-from factorkit.ops import compiled, hash_encoding, launch
-from factorkit.ops import reference_encoding as reference
+from factorkit.ops import dispatch, hash_encoding, reference
 
 RESOLUTIONS = [1, 3, 6, 40]  # with 64 rows: dense and hashed levels in 2, 3 and 4 dimensions
 
@@ -90,7 +89,6 @@ def test_equals_its_definition(dims, quintic):
 )
 def test_compiled_is_the_reference(dims, features, points, threads, quintic, dtype, seed):
     """Values and all gradients, around the sizes of blocks and chunks, with fewer and more threads than levels."""
-    assert compiled.extension() is not None, "factorkit._C is not built"
     given_ = problem(dims, features, points, dtype, seed=seed)
     exact = [v.detach().double().requires_grad_() for v in given_]
     with pytest.MonkeyPatch.context() as patch:
@@ -165,9 +163,9 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
     def spy(name, like, *arguments):
         if name == "hash_grid_backward":
             asked.append([gradient is not None for gradient in arguments[-1][1:]])
-        launch.call(name, like, *arguments)
+        dispatch.call_extension(name, like, *arguments)
 
-    monkeypatch.setattr(hash_encoding, "call", spy)
+    monkeypatch.setattr(hash_encoding, "call_extension", spy)
     torch.ops.factorkit.hash_grid(x, table.detach(), weights.detach(), RESOLUTIONS, False).sum().backward()
     torch.ops.factorkit.hash_grid(x.detach(), table, weights.detach(), RESOLUTIONS, False).sum().backward()
     assert asked == [[True, False], [False, True]]
@@ -182,17 +180,18 @@ def test_a_nan_stays_with_its_point():
     assert reference.hash_grid(x, table, torch.ones(4, dtype=x.dtype), RESOLUTIONS, False)[5].isnan().all()
 
 
-def test_a_missing_module_is_said_once():
+def test_missing_module_warns_once_and_falls_back(monkeypatch):
     x, table, _ = problem(2)
-    compiled.extension.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "factorkit._C", None)
         patch.delattr("factorkit._C", raising=False)
+        module, missing = dispatch.import_extension()
+    assert module is None and set(missing) == {"cpu", "cuda"}
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "MISSING_KERNELS", missing)
         with pytest.warns(UserWarning, match="factorkit._C cannot be imported.*factorkit doctor") as caught:
             first, second = (ops.hash_grid(x, table, RESOLUTIONS) for _ in range(2))
         assert len(caught) == 1
-    compiled.extension.cache_clear()
-    assert compiled.extension() is not None
     torch.testing.assert_close(first, ops.hash_grid(x, table, RESOLUTIONS))
     assert torch.equal(first, second)
 
@@ -207,7 +206,7 @@ def test_growing_resolutions_and_annealing():
 def test_the_reference_can_be_forced(monkeypatch):
     x, table, _ = problem(2)
     expected = ops.hash_grid(x, table, RESOLUTIONS)
-    monkeypatch.setattr(hash_encoding, "call", None)
+    monkeypatch.setattr(hash_encoding, "call_extension", None)
     monkeypatch.setenv("FACTORKIT_REFERENCE", "1")
     torch.testing.assert_close(ops.hash_grid(x, table, RESOLUTIONS), expected)
 
@@ -219,7 +218,7 @@ def test_the_reference_can_be_forced(monkeypatch):
         ({"x": torch.zeros(3, 2).half()}, "float16; hash_grid computes in float32 or float64"),
         ({"x": torch.zeros(3, 2).double()}, "table is torch.float32 on cpu, but x is torch.float64"),
         ({"table": torch.zeros(4, 63, 2)}, "63 rows a level; give a power of two"),
-        ({"table": torch.zeros(3, 64, 2)}, r"4 resolutions ask for \[4, T, F\]"),
+        ({"table": torch.zeros(3, 64, 2)}, r"4 resolutions need \[4, T, F\]"),
         ({"table": torch.zeros(4, 64, 3)}, r"F in \(1, 2, 4, 8\)"),
         ({"resolutions": [1, 2, 0, 4]}, "each 1 to"),
         ({"resolutions": []}, "give 1 to 32 numbers"),
@@ -238,7 +237,7 @@ def test_what_does_not_fit_is_named(change, sentence):
 @pytest.mark.parametrize("dims", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cuda_is_the_reference_on_a_side_stream(dims, dtype):
-    if not (torch.cuda.is_available() and launch._cuda_extension()):
+    if not (torch.cuda.is_available() and dispatch.has_extension("cuda")):
         pytest.skip("needs a CUDA device and factorkit._C built with CUDA")
     torch.use_deterministic_algorithms(False)  # which would choose the reference
     given_ = [v.detach().cuda().requires_grad_() for v in problem(dims, points=1000, dtype=dtype)]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factorkit import ops
-from factorkit.ops import reference_rendering as reference
+from factorkit.ops import march, reference
 
 BOX = ([-1.0, -1.5, -1.0], [1.0, 1.5, 2.0])
 
@@ -110,7 +110,7 @@ def test_steps_tile_the_ray_where_all_is_occupied(seed, cone):
 
 def test_jitter_is_uniform_and_a_function_of_seed_ray_and_step():
     ray, step = torch.arange(300)[:, None], torch.arange(1, 200)
-    u = reference.counter_uniform(12345678901234567, ray, step)
+    u = march.counter_uniform(12345678901234567, ray, step)
     assert u.min() >= 0 and u.max() < 1
     counts = torch.histc(u.float(), 50, 0, 1)
     expected = u.numel() / 50
@@ -119,8 +119,8 @@ def test_jitter_is_uniform_and_a_function_of_seed_ray_and_step():
         assert abs(other.mean().item() - 0.25) < 0.005  # neighbours are independent
     assert u.flatten().unique().numel() > 0.99 * u.numel()
     for changed in (
-        reference.counter_uniform(12345678901234568, ray, step),
-        reference.counter_uniform(12345678901234567 + 2**32, ray, step),
+        march.counter_uniform(12345678901234568, ray, step),
+        march.counter_uniform(12345678901234567 + 2**32, ray, step),
     ):
         assert (changed != u).float().mean() > 0.99
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from factorkit import ops
-from factorkit.ops import compiled, reference
-from factorkit.ops.constants import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS, POOL_FLOOR
-
-NORMS = ("group", "masked_group", "pixel")
+from factorkit.ops import norm as norm_ops
+from factorkit.ops import reference, region
+from factorkit.ops.norm import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, NORMS, PIXEL_EPS
+from factorkit.ops.region import POOL_FLOOR
 
 
 def rand(*shape, dtype=torch.float64, grad=True):
@@ -59,10 +59,10 @@ def test_norm_equals_its_definition(norm, modulated, activate):
     x, masks = rand(b * k, c, h, w), soft_masks(b, k, h, w)
     weight, bias = rand(c), rand(c)
     scale, shift = (rand(b * k, c), rand(b * k, c)) if modulated else (None, None)
-    given = (x, weight, bias, scale, shift, masks, groups, norm, activate)
+    affine = (weight, bias, scale, shift)
     with torch.no_grad():
-        expected = norm_by_loops(*given)
-        torch.testing.assert_close(reference.group_norm_silu(*given), expected)
+        expected = norm_by_loops(x, *affine, masks, groups, norm, activate)
+        torch.testing.assert_close(reference.norm_silu(x, None, masks, *affine, groups, norm, activate), expected)
         got = ops.group_norm_silu(
             x, weight, bias, scale, shift, groups=groups, norm=norm, masks=masks, activate=activate
         )
@@ -93,7 +93,7 @@ def test_norm_gradient_is_the_reference_s(norm, modulated):
     scale, shift = (rand(4, 6), rand(4, 6)) if modulated else (None, None)
     compare_gradients(
         lambda: ops.group_norm_silu(x, weight, bias, scale, shift, groups=3, norm=norm, masks=masks),
-        lambda: reference.group_norm_silu(x, weight, bias, scale, shift, masks, 3, norm, True),
+        lambda: reference.norm_silu(x, None, masks, weight, bias, scale, shift, 3, norm),
         [x, weight, bias, scale, shift, masks],
     )
 
@@ -112,21 +112,20 @@ def test_masked_skip_norm(shared, norm):
         for j in range(k):
             rows.append(torch.cat([u[i if shared else i * k + j], masks[i, j] * skip[i]]))
     z = torch.stack(rows)
-    torch.testing.assert_close(ops.masked_skip_concat(u, skip, masks), z)
+    torch.testing.assert_close(reference.concatenate_masked_skip(u, skip, masks), z)
     with torch.no_grad():
         torch.testing.assert_close(run(), norm_by_loops(z, weight, bias, scale, shift, masks, 2, norm, True))
-    plain = lambda: reference.masked_skip_norm_silu(u, skip, masks, weight, bias, scale, shift, 2, norm)  # noqa: E731
+    plain = lambda: reference.norm_silu(u, skip, masks, weight, bias, scale, shift, 2, norm)  # noqa: E731
     compare_gradients(run, plain, [u, skip, masks, weight, bias, scale, shift])
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_concat_and_projection_gradients(shared):
+def test_projection_gradients(shared):
     torch.manual_seed(3)
     b, k = 2, 3
     u, skip, masks = rand(b if shared else b * k, 2, 4, 3), rand(b, 3, 4, 3), soft_masks(b, k, 4, 3)
     weight, bias = rand(4, 5, 1, 1), rand(4)
-    concat = lambda: reference.masked_skip_concat(u, skip, masks)  # noqa: E731
-    compare_gradients(lambda: ops.masked_skip_concat(u, skip, masks), concat, [u, skip, masks])
+    concat = lambda: reference.concatenate_masked_skip(u, skip, masks)  # noqa: E731
     compare_gradients(
         lambda: ops.masked_skip_projection(u, skip, masks, weight, bias),
         lambda: F.conv2d(concat(), weight, bias),
@@ -141,7 +140,7 @@ def test_without_masks_the_skip_ops_are_a_plain_unet_s():
     u, skip = rand(2, 4, 3, 3), rand(2, 4, 3, 3)
     weight, bias = rand(8), rand(8)
     z = torch.cat([u, skip], 1)
-    torch.testing.assert_close(ops.masked_skip_concat(u, skip, None), z)
+    torch.testing.assert_close(reference.concatenate_masked_skip(u, skip, None), z)
     got = ops.masked_skip_norm_silu(u, skip, None, weight, bias, groups=4)
     torch.testing.assert_close(got, F.silu(F.group_norm(z, 4, weight, bias, GROUP_EPS)))
 
@@ -204,11 +203,10 @@ def cases():
     o = torch.ops.factorkit
     for norm in NORMS:
         m = masks if norm == "masked_group" else None
-        yield f"norm-{norm}", o.group_norm_silu, (rand(4, 6, 3, 2), weight, bias, scale, shift, m, 2, norm, True)
-        yield f"skip-{norm}", o.masked_skip_norm_silu, (u, skip, masks, weight, bias, scale, shift, 2, norm)
-    yield "norm-plain", o.group_norm_silu, (rand(1, 6, 3, 2), weight, bias, None, None, None, 2, "group", False)
-    yield "concat", o.masked_skip_concat, (u, skip, masks)
-    yield "concat-plain", o.masked_skip_concat, (u, skip, None)
+        yield f"norm-{norm}", o.norm_silu, (rand(4, 6, 3, 2), None, m, weight, bias, scale, shift, 2, norm, True)
+        yield f"skip-{norm}", o.norm_silu, (u, skip, masks, weight, bias, scale, shift, 2, norm, True)
+    yield "norm-plain", o.norm_silu, (rand(1, 6, 3, 2), None, None, weight, bias, None, None, 2, "group", False)
+    yield "skip-plain", o.norm_silu, (u, skip, None, weight, bias, None, None, 2, "group", True)
     yield "add", o.masked_skip_add, (rand(2, 4, 3, 2), skip, masks)
     yield "pyramid", o.mask_pyramid, (soft_masks(1, 2, 4, 4), 2)
     yield "pool", o.region_pool, (rand(2, 2, 3, 2), masks)
@@ -268,7 +266,6 @@ def test_compiled_norm_is_the_reference(dtype, norm, shared, masked, monkeypatch
     """The C++ of csrc/norm_cpu.cpp, on several threads, odd sizes, gradients with stride 0: against fp64."""
     if not masked and norm == "masked_group":
         norm = "group"  # there is nothing to weigh the moments by
-    assert compiled.extension() is not None, "factorkit._C is not built"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     torch.manual_seed(9)
     b, k, h, w = 3, 2, 7, 5
@@ -281,9 +278,9 @@ def test_compiled_norm_is_the_reference(dtype, norm, shared, masked, monkeypatch
     inputs[:2] = [x.to(memory_format=torch.channels_last) for x in inputs[:2]]
     inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
     exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
-    assert compiled.norm_forward(*inputs, 4, norm, True) is not None
-    got = torch.ops.factorkit.masked_skip_norm_silu(*inputs, 4, norm)
-    want = reference.masked_skip_norm_silu(*exact, 4, norm)
+    assert norm_ops._forward_cpp(*inputs, 4, norm, True) is not None
+    got = torch.ops.factorkit.norm_silu(*inputs, 4, norm, True)
+    want = reference.norm_silu(*exact, 4, norm)
     loose = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 2e-5}
     torch.testing.assert_close(got.double(), want, **loose)
     for grad in (torch.randn_like(want), torch.randn(rows, 1, 1, 1, dtype=torch.float64).expand_as(want)):
@@ -298,7 +295,8 @@ def test_compiled_norm_is_the_reference(dtype, norm, shared, masked, monkeypatch
 def test_empty_batch():
     x, w = torch.zeros(0, 4, 3, 3), torch.ones(4)
     assert ops.group_norm_silu(x, w, w, groups=2).shape == (0, 4, 3, 3)
-    assert ops.masked_skip_concat(x, x, torch.zeros(0, 2, 3, 3)).shape == (0, 8, 3, 3)
+    w = torch.ones(8)
+    assert ops.masked_skip_norm_silu(x, x, torch.zeros(0, 2, 3, 3), w, w, groups=2).shape == (0, 8, 3, 3)
 
 
 def test_what_does_not_fit_is_named():
@@ -310,7 +308,8 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="B\\*K = 4"):
         ops.group_norm_silu(x, w, w, groups=2, norm="masked_group", masks=torch.zeros(1, 3, 3, 3))
     with pytest.raises(ValueError, match="3 rows"):
-        ops.masked_skip_concat(torch.zeros(3, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.zeros(2, 4, 2, 2))
+        u, skip, masks, w = torch.zeros(3, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.zeros(2, 4, 2, 2), torch.ones(2)
+        ops.masked_skip_norm_silu(u, skip, masks, w, w, groups=1)
     with pytest.raises(ValueError, match="halved"):
         ops.mask_pyramid(torch.zeros(1, 2, 6, 6), 2)
 
@@ -319,7 +318,7 @@ def test_the_reference_can_be_forced(monkeypatch):
     def marked(*args):
         raise RuntimeError("the reference was asked")
 
-    monkeypatch.setattr(reference, "region_pool", marked)
+    monkeypatch.setattr(region, "average_features", marked)
     monkeypatch.setenv("FACTORKIT_REFERENCE", "1")
     with pytest.raises(RuntimeError, match="the reference was asked"):
         ops.region_pool(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3))

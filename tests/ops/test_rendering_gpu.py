@@ -75,12 +75,12 @@ def test_intersections_and_resampling():
     torch.manual_seed(2)
     o, d = (torch.randn(1000, 3, dtype=torch.float64).requires_grad_() for _ in range(2))
     there = on_cuda([o, d])
-    for op, shape in ((ops.intersect_box, ([-1] * 3, [1] * 3)), (ops.intersect_sphere, ([0.1] * 3, 1.2))):
-        want, got = op(o, d, *shape), op(*there, *shape)
-        torch.testing.assert_close([x.cpu() for x in got], list(want))
-        grads = [torch.randn_like(x) for x in want]
-        found = torch.autograd.grad(got, there, [g.cuda() for g in grads])
-        torch.testing.assert_close([x.cpu() for x in found], list(torch.autograd.grad(want, (o, d), grads)))
+    box = [-1] * 3, [1] * 3
+    want, got = ops.intersect_box(o, d, *box), ops.intersect_box(*there, *box)
+    torch.testing.assert_close([x.cpu() for x in got], list(want))
+    grads = [torch.randn_like(x) for x in want]
+    found = torch.autograd.grad(got, there, [g.cuda() for g in grads])
+    torch.testing.assert_close([x.cpu() for x in found], list(torch.autograd.grad(want, (o, d), grads)))
     t = torch.rand(50, 31, dtype=torch.float64).cumsum(1)
     given = t[:, :-1], t[:, 1:], torch.rand(50, 30, dtype=torch.float64)
     torch.testing.assert_close(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factorkit import ops
-from factorkit.ops import reference_rendering as reference
+from factorkit.ops import reference
 
 
 def batch(counts, dtype=torch.float64):

@@ -9,8 +9,8 @@ from PIL import Image
 
 from factorkit.data import draw_flowers
 from factorkit.metrics.baselines import BASELINES, all_foreground
-from factorkit.reproduce import generation, reproduce, views
-from factorkit.reproduce.experiments import fig2_10, fig2_12
+from factorkit.reproduce import generation, nerfdiff_runs, reproduce
+from factorkit.reproduce.experiments import image_figures
 
 SEGDIFF = {
     "resolution": 16,
@@ -58,11 +58,10 @@ def quick(tmp_path_factory, monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr("factorkit.report.html.draw_curves", lambda *args: [])
     monkeypatch.setitem(BASELINES, "grabcut", all_foreground)
-    monkeypatch.setitem(generation.DRAWN, "small", (12, 2))
-    monkeypatch.setattr(fig2_10, "STEPS", 3)
-    monkeypatch.setattr(fig2_12, "STEPS", 3)
-    monkeypatch.setattr(views, "PROCEDURAL", 14)
-    monkeypatch.setattr(views, "HELD_OUT", 6)
+    monkeypatch.setitem(generation.GENERATED, "small", (12, 2))
+    monkeypatch.setattr(image_figures, "STEPS", 3)
+    monkeypatch.setattr(nerfdiff_runs, "PROCEDURAL", 14)
+    monkeypatch.setattr(nerfdiff_runs, "HELD_OUT_VIEWS", 6)
     monkeypatch.setattr("factorkit.nerfdiff.evaluate.registered", lambda model, start, true, images: start)
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))

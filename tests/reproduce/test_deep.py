@@ -10,7 +10,7 @@ from PIL import Image
 
 import factorkit
 from factorkit.reproduce import reproduce
-from factorkit.reproduce.experiments import fig2_14
+from factorkit.reproduce.experiments import video
 
 CAT, VOID = 8, 255
 
@@ -34,23 +34,23 @@ def voc(tmp_path):
 def test_table_2_7_scores_the_classes_that_are_shown(small, voc, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="--voc FOLDER"):
         small("table2.7", rows=["cat"])
-    with pytest.warns(UserWarning, match="too few pictures of VOC show dog"):
-        report = small("table2.7", rows=["cat", "dog"], voc=voc, out=tmp_path / "scored")
+    with pytest.warns(UserWarning, match="too few images of VOC show dog"):
+        report = small("table2.7", rows=["cat", "dog"], voc=voc)
     found = {row["row"]: row for row in report.data["rows"]}
-    run = factorkit.load(tmp_path / "scored" / "runs" / "small-photos-ours-seed0", device="cpu")
+    run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
     expected = run.evaluate_zero_shot(voc)["classes"]["cat"]
     assert found["cat"]["cells"][0]["scores"]["miou"] == pytest.approx(expected["miou"])
     assert found["cat"]["cells"][0]["scores"]["images"] == 3
-    assert report.data["pictures"] == ["pictures/cat-seed0.png"]
+    assert report.data["images"] == ["images/cat-seed0.png"]
     assert json.dumps(report.data).count("0.66") >= 1, "the dissertation's mIoU of cats stands beside it"
 
 
 def test_figure_2_14_shows_frames_and_less_flicker(small, monkeypatch):
-    monkeypatch.setattr(fig2_14, "FRAMES", 12)
+    monkeypatch.setattr(video, "PAN_FRAMES", 12)
     report = small("fig2.14")
     single, averaged = (row["cells"][0]["scores"] for row in report.data["rows"])
     assert single["frames"] == averaged["frames"] == 12 and averaged["changes"] <= single["changes"]
-    assert len(report.data["pictures"]) == 2
+    assert len(report.data["images"]) == 2
 
 
 def test_figure_2_16_scores_both_levels(tmp_path, photos):
@@ -65,5 +65,5 @@ def test_figure_2_16_scores_both_levels(tmp_path, photos):
     report = reproduce("fig2.16", None, out=tmp_path, progress=False, norm_groups=2, **tiny)
     scores = report.data["rows"][0]["cells"][0]["scores"]
     assert scores["level2"] == pytest.approx(scores["level1"] * scores["within"])
-    with Image.open(report.folder / report.data["pictures"][0]) as sheet:
+    with Image.open(report.folder / report.data["images"][0]) as sheet:
         assert sheet.width > sheet.height

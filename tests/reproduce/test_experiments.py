@@ -10,15 +10,14 @@ import pytest
 from PIL import Image
 
 import factorkit
-from factorkit.reproduce import experiments, generation
-from factorkit.reproduce.experiment import SCALES
-from factorkit.reproduce.photos import config_of
-from factorkit.reproduce.setup import Setup
+from factorkit.reproduce import generation, list_experiments
+from factorkit.reproduce.experiment import SCALES, Setup
+from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.config import preset_config
 
 
 def pictures(report) -> list[Path]:
-    found = [report.folder / name for name in report.data["pictures"]]
+    found = [report.folder / name for name in report.data["images"]]
     for path in found:
         with Image.open(path) as picture:
             assert min(picture.size) > 50
@@ -30,9 +29,9 @@ def means(report) -> dict[str, dict[str, float]]:
 
 
 def test_every_experiment_says_what_it_takes():
-    names = list(experiments())
+    names = list(list_experiments())
     assert names.index("table2.1") < names.index("table2.6") < names.index("table3.1") and "fig3.13" in names
-    for name, experiment in experiments().items():
+    for name, experiment in list_experiments().items():
         assert experiment.name == name and set(experiment.duration) == set(SCALES) and experiment.data
         keys = {column.key for column in experiment.columns}
         assert all(set(cited.values) <= keys for cited in experiment.citations)
@@ -44,7 +43,7 @@ def test_every_experiment_says_what_it_takes():
 
 def test_the_scales_are_what_they_say():
     def at(scale, full="cub64"):
-        return config_of(Setup("table2.2", None, scale, Path("nowhere")), full)
+        return Trainings(Setup("table2.2", None, scale, Path("nowhere")), full).config()
 
     small, gpu, full = map(at, SCALES)
     assert (small.resolution, small.model_channels, small.steps, small.form) == (32, 16, 800, "regional")
@@ -115,7 +114,7 @@ def test_table_2_6_changes_the_decoding_alone(small, tmp_path):
 def test_figures_of_chapter_2_come_from_one_training(small, tmp_path):
     for name in ("fig2.9", "fig2.10", "fig2.12"):
         assert len(pictures(small(name))) == 1
-    with pytest.warns(UserWarning, match="takes pictures with classes"):
+    with pytest.warns(UserWarning, match="must have classes"):
         assert small("fig2.11").data["rows"][0]["not_run"]
     found = means(small("fig2.18"))
     assert list(found) == [f"t = {t}" for t in range(0, 70, 10)]
@@ -142,5 +141,5 @@ def test_table_3_1_and_the_ablations(scene, tmp_path):
 def test_multiply_adds_are_those_of_the_design():
     """64 px, C = 128, counted elsewhere: 39.7 G for the plain DDPM, 123.7 G for three branches, there with the skips'
     part of each shortcut for every branch."""
-    counts = [generation.multiply_adds(preset_config("flowers64", regions=k).resolved()) for k in (1, 3)]
+    counts = [generation.count_multiply_adds(preset_config("flowers64", regions=k).resolved()) for k in (1, 3)]
     assert np.array(counts) / 1e9 == pytest.approx([39.7, 123.7], rel=0.015)

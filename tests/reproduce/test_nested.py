@@ -7,9 +7,9 @@ import pytest
 
 import factorkit
 from factorkit.data.masks import LabelledImages
-from factorkit.reproduce import labels
-from factorkit.reproduce import photos as chapter2
-from factorkit.reproduce.setup import Setup
+from factorkit.reproduce import segdiff_runs
+from factorkit.reproduce.experiment import Setup
+from factorkit.reproduce.experiments import class_segmentation
 from factorkit.utils.errors import ConfigError
 
 NESTED = {"regions": (2, 2), "norm_groups": 2}
@@ -38,13 +38,16 @@ def test_classes_of_a_hierarchy(small):
 
 def test_a_hierarchy_with_fewer_regions_than_classes_gets_more_parts(monkeypatch, tmp_path):
     class Known:
-        count = 5
+        num_classes = 5
 
-    monkeypatch.setattr(labels, "classes_of", lambda setup, full: Known)
-    setup = lambda **changes: Setup("table2.3", None, "small", tmp_path, changes=changes)  # noqa: E731
-    assert labels.our_regions(setup(regions=(2, 2)), "ffhq64") == (2, 3)
-    assert labels.our_regions(setup(regions=(2, 3)), "ffhq64") == (2, 3)
-    assert labels.our_regions(setup(), "ffhq64") == 5
+    monkeypatch.setattr(class_segmentation, "load_class_labels", lambda trainings: Known)
+
+    def choose(**changes):
+        setup = Setup("table2.3", None, "small", tmp_path, changes=changes)
+        return class_segmentation.choose_our_regions(segdiff_runs.Trainings(setup, "ffhq64"))
+
+    assert choose(regions=(2, 2)) == choose(regions=(2, 3)) == (2, 3)
+    assert choose() == 5
 
 
 def test_what_is_drawn_as_foreground_is_of_the_scored_level():
@@ -55,7 +58,7 @@ def test_what_is_drawn_as_foreground_is_of_the_scored_level():
     known = LabelledImages(
         np.zeros((10, 8, 8, 3), np.uint8), truth, np.ones_like(truth), [""] * 10, truth.astype(np.int32)
     )
-    found = chapter2.score_regions(chapter2.Photos(None, known, 2), leaves, (4, 4))
+    found = segdiff_runs.score_regions(segdiff_runs.HeldOutImages(None, known, 2), leaves, (4, 4))
     assert found.scores["iou"] == 1 and found.scores["level"] == 1
     assert np.array_equal(found.arrays["foreground"], truth[2:10])
 

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from factorkit.reproduce import registry, reproduce
-from factorkit.reproduce.experiment import Citation, Column, Experiment, Found, NotRun, Row, percent
+from factorkit.reproduce import experiments, reproduce
+from factorkit.reproduce.experiment import CellResult, CellUnavailable, Citation, Column, Experiment, Row, percent
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
 
@@ -24,18 +24,22 @@ def numbers(monkeypatch):
     state.worked = []
 
     def work(name, value):
-        def cell(setup, seed):
+        def cell(seed):
             if state.fail == (name, seed):
                 raise KeyboardInterrupt
             state.worked.append((name, seed))
-            return Found({"share": value + seed / 10, "odd": 2.0}, {"squares": np.full(2, seed)})
+            return CellResult({"share": value + seed / 10, "odd": 2.0}, {"squares": np.full(2, seed)})
 
         return cell
 
-    def absent(setup, seed):
-        raise NotRun("put weights.pth there")
+    def absent(seed):
+        raise CellUnavailable("put weights.pth there")
 
-    rows = [Row("still", work("still", 0.5), seeds=1), Row("ours, new", work("ours, new", 0.3)), Row("weights", absent)]
+    rows = [
+        Row("still", work("still", 0.5), max_seeds=1),
+        Row("ours, new", work("ours, new", 0.3)),
+        Row("weights", absent),
+    ]
     drawn = []
     experiment = Experiment(
         name="table9.1",
@@ -48,10 +52,10 @@ def numbers(monkeypatch):
         figures=("fig9.2",),
         seeds=2,
         notes=("A note.",),
-        draw=lambda setup, cells: drawn.append(cells.arrays("ours, new", 1)) or ["pictures/x.png"],
+        draw=lambda setup, arrays: drawn.append(arrays.get("ours, new")) or ["images/x.png"],
     )
     state.drawn = drawn
-    monkeypatch.setattr(registry, "experiments", lambda: {"table9.1": experiment})
+    monkeypatch.setattr(experiments, "list_experiments", lambda: {"table9.1": experiment})
     return state
 
 
@@ -70,7 +74,7 @@ def test_a_table_has_mean_spread_citations_and_what_is_missing(numbers, tmp_path
     assert "| weights | 0 of 3 | not run | not run |" in page
     assert "| theirs (cited: a paper) |  | 12.3 | - |" in page
     assert "not run: weights, seed 0, 1, 2: put weights.pth there" in page and "A note." in page
-    assert numbers.drawn[0]["squares"].tolist() == [1, 1] and "![pictures/x.png](pictures/x.png)" in page
+    assert numbers.drawn[0]["squares"].tolist() == [0, 0] and "![images/x.png](images/x.png)" in page
 
 
 @pytest.mark.filterwarnings("ignore:weights")
@@ -92,7 +96,7 @@ def test_after_a_kill_finished_cells_are_not_run_again(numbers, tmp_path):
 def test_rows_that_were_not_asked_for_say_so(numbers, tmp_path):
     report = reproduce("table9.1", out=tmp_path, rows=["ours, new"], progress=False)
     assert numbers.worked == [("ours, new", 0), ("ours, new", 1)]
-    assert report.data["rows"][0]["not_run"] == {"0": "not asked for"} and "still, seed 0: not asked for" in report.text
+    assert report.data["rows"][0]["not_run"] == {"0": "not requested"} and "still, seed 0: not requested" in report.text
 
 
 def test_mistakes_are_named(numbers, tmp_path):

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from factorkit.reproduce import experiments, labels
-from factorkit.reproduce import photos as chapter2
-from factorkit.reproduce.experiment import NotRun
-from factorkit.reproduce.experiments import fig2_16, table2_7
-from factorkit.reproduce.setup import Setup
+from factorkit.reproduce import list_experiments, segdiff_runs
+from factorkit.reproduce.experiment import CellUnavailable, Setup
+from factorkit.reproduce.experiments import class_segmentation, zero_shot
 from factorkit.segdiff.config import preset_config
 
 # all but what tells the presets apart at the full scale
@@ -34,25 +32,24 @@ def asked(monkeypatch, tmp_path):
     def train(data, *, out, preset, seed, progress, classes=None, **changes):
         config = preset_config(preset, **changes, seed=seed).resolved().to_dict()
         found.append((out.name, {**config, "preset": preset, "classes": classes}))
-        raise NotRun("not trained")
+        raise CellUnavailable("not trained")
 
     def taught(images, truth, classes, config, folder, progress):
         found.append((folder.name, {**config.to_dict(), "preset": "supervised"}))
-        raise NotRun("not trained")
+        raise CellUnavailable("not trained")
 
-    monkeypatch.setattr(chapter2, "train_segdiff", train)
-    monkeypatch.setattr(fig2_16, "train_segdiff", train)
-    monkeypatch.setattr(labels, "train_supervised", taught)
-    monkeypatch.setattr(table2_7, "_known", {})
+    monkeypatch.setattr(segdiff_runs, "train_segdiff", train)
+    monkeypatch.setattr(class_segmentation, "train_supervised", taught)
+    monkeypatch.setattr(zero_shot, "_scored_runs", {})
 
     def ask(name, data, scale="full", **changes):
         found.clear()
         setup = Setup(
             name, Path(data), scale, tmp_path, progress=False, changes={**TINY, **changes}, inputs={"voc": Path("x")}
         )
-        for row in experiments()[name].rows(setup):
-            with suppress(NotRun):
-                row.work(setup, 0)
+        for row in list_experiments()[name].rows(setup):
+            with suppress(CellUnavailable):
+                row.compute(0)
         return list(found)
 
     return ask
@@ -60,7 +57,7 @@ def asked(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("scale", ["small", "full"])
 def test_experiments_share_equal_trainings_and_no_others(asked, photos, scale):
-    names = [name for name in experiments() if not name.startswith(("fig3", "table3"))]
+    names = [name for name in list_experiments() if not name.startswith(("fig3", "table3"))]
     every = [one for name in names for one in asked(name, photos, scale)]
     by_folder, by_settings = {}, {}
     for folder, settings in every:

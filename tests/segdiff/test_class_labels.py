@@ -202,7 +202,7 @@ def test_labels_of_the_data_set_itself_are_used_when_asked_for(monkeypatch):
     assert found.names == ["iris", "rose"] and found.labels.tolist() == [1, 0]
     assert train.find_classes(None, dataset, dataset.train.names) is None
     plain = Dataset("plain", ArraySource(pictures()), None, None)
-    with pytest.raises(ConfigError, match="positions, no folders"):
+    with pytest.raises(ConfigError, match="have no folders"):
         train.find_classes("auto", plain, plain.train.names)
 
 

@@ -1,4 +1,4 @@
-"""The layouts in which data sets are published: one module each, and the list of them."""
+"""Published data sets in their original layouts: one reader per module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from factorkit.data.layouts import (
 )
 from factorkit.data.layouts.base import DatasetFiles, Reader
 
-#: In the order they are tried; each knows its own by the files that only it has.
+# Tried in this order; each recognises its data set by files that no other data set has.
 READERS: tuple[Reader, ...] = (
     flowers102.READER,
     cub200.READER,
@@ -36,17 +36,17 @@ READERS: tuple[Reader, ...] = (
 
 
 def read_layout(data: Any) -> tuple[Reader, DatasetFiles] | None:
-    """The data set behind a path or an object, and who read it; None where no reader knows it.
+    """Recognise a published data set; return its reader and contents, or None if it is none of them.
 
     Raises:
-        DataError: it is known, but incomplete or damaged.
+        DataError: it is recognised, but incomplete or damaged.
         ConfigError: an extra of the package is missing.
     """
     for reader in READERS:
-        layout = reader.read(data)
-        if layout is not None:
-            return reader, layout
+        files = reader.read(data)
+        if files is not None:
+            return reader, files
     return None
 
 
-__all__ = ["LAYOUTS", "Layout", "Reader", "read_layout"]
+__all__ = ["READERS", "DatasetFiles", "Reader", "read_layout"]

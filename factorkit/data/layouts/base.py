@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from factorkit.data.sources import Source, escape_name, hash_values, wrap_os_errors
+from factorkit.data.files import escape_name, wrap_os_errors
+from factorkit.data.sources import Source, hash_values
 from factorkit.utils.errors import ConfigError, DataError
 
 SPLITS = ("train", "val", "test")  # names that all readers use for the usual splits

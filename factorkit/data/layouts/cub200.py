@@ -1,4 +1,4 @@
-"""CUB-200-2011 with its segmentations, split into 10000, 788 and 1000."""
+"""CUB-200-2011 with its segmentations, split into 10000, 788 and 1000 images."""
 
 from __future__ import annotations
 
@@ -25,59 +25,59 @@ from factorkit.data.layouts.base import (
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
 
-IMAGES, VAL, TEST = 11788, 788, 1000
-SPLIT_FILE = "train_val_test_split.txt"  # of ReDO's repository; IEM and later work use the same
-HALF = 127  # of 255: the grey of a mask is the share of annotators who saw the bird there
+NUM_IMAGES, NUM_VAL, NUM_TEST = 11788, 788, 1000
+SPLIT_FILE = "train_val_test_split.txt"  # from ReDO's repository; IEM and later work use the same split
+HALF = 127  # of 255: grey values are the fraction of annotators who marked the pixel as bird
 
 
 def read(data: Any) -> DatasetFiles | None:
     root = find_root(data, ("", "CUB_200_2011"), required=("images", "images.txt", "classes.txt"))
     if root is None:
         return None
-    listed = read_table(root / "images.txt", columns=2)
-    names = [name for _, name in listed]
+    listing = read_table(root / "images.txt", columns=2)
+    names = [name for _, name in listing]
     require_files(root / "images", names, "images of images.txt")
     class_names = [name for _, name in read_table(root / "classes.txt", columns=2)]
-    labels = _by_id(root / "image_class_labels.txt", listed) - 1
+    labels = _read_numbers(root / "image_class_labels.txt", listing) - 1
     if labels.min() < 0 or labels.max() >= len(class_names):
-        raise DataError(f"{root / 'image_class_labels.txt'}: a class that classes.txt does not have. {FETCH_AGAIN}")
+        raise DataError(f"{root / 'image_class_labels.txt'}: a class is missing from classes.txt. {FETCH_AGAIN}")
     masks = {}
-    place = next((p for p in (root / "segmentations", root.parent / "segmentations") if p.is_dir()), None)
-    if place is not None:
-        stored = FileSource(place, filter_existing(place, [replace_suffix(name, ".png") for name in names]))
-        masks["segmentation"] = LabelSource(stored, lambda values: take_first_channel(values) > HALF)
+    folder = next((f for f in (root / "segmentations", root.parent / "segmentations") if f.is_dir()), None)
+    if folder is not None:
+        mask_files = FileSource(folder, filter_existing(folder, [replace_suffix(name, ".png") for name in names]))
+        masks["segmentation"] = LabelSource(mask_files, lambda values: take_first_channel(values) > HALF)
     if (root / SPLIT_FILE).is_file():
-        parts = _by_id(root / SPLIT_FILE, listed)
+        parts = _read_numbers(root / SPLIT_FILE, listing)
         if not np.isin(parts, (0, 1, 2)).all():
-            raise DataError(f"{root / SPLIT_FILE}: only 0 (train), 1 (val) and 2 (test) are known. {FETCH_AGAIN}")
-        note = f"the split is that of {SPLIT_FILE}"
+            raise DataError(f"{root / SPLIT_FILE}: expected only 0 (train), 1 (val) and 2 (test). {FETCH_AGAIN}")
+        note = f"the split is read from {SPLIT_FILE}"
     else:
-        parts = draw(names)
-        note = (
-            f"the split is drawn by a hash of the names; for the literature's lay ReDO's {SPLIT_FILE} beside images.txt"
-        )
+        parts = choose_split(names)
+        note = f"the split is chosen by a hash of the names; for the published one put ReDO's {SPLIT_FILE} here"
     splits = {split: np.flatnonzero(parts == i) for i, split in enumerate(SPLITS)}
     return DatasetFiles(FileSource(root / "images", names), masks, splits, labels, class_names, notes=(note,))
 
 
-def draw(names: Sequence[str]) -> np.ndarray:
-    """0 for train, 1 for val, 2 for test: of the names in the order of their SHA-256 the first 1000 of 11788 are test,
-    the next 788 val; of fewer names, the same shares."""
+def choose_split(names: Sequence[str]) -> np.ndarray:
+    """Choose a split by the SHA-256 of the names: 0 for train, 1 for val, 2 for test.
+
+    Of 11788 names the first 1000 are test and the next 788 val; of fewer names, the same fractions.
+    """
     order = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
-    test, val = (round(len(names) * part / IMAGES) for part in (TEST, VAL))
+    num_test, num_val = (round(len(names) * part / NUM_IMAGES) for part in (NUM_TEST, NUM_VAL))
     parts = np.zeros(len(names), np.int64)
-    parts[order[:test]] = 2
-    parts[order[test : test + val]] = 1
+    parts[order[:num_test]] = 2
+    parts[order[num_test : num_test + num_val]] = 1
     return parts
 
 
-def _by_id(path: Path, listed: list[list[str]]) -> np.ndarray:
-    """The number that a file gives to each image, in the order of images.txt."""
+def _read_numbers(path: Path, listing: list[list[str]]) -> np.ndarray:
+    """Read one number per image, in the order of images.txt."""
     try:
-        value = {key: int(number) for key, number in read_table(path, columns=2)}
-        return np.array([value[key] for key, _ in listed], np.int64)
+        number_of = {key: int(number) for key, number in read_table(path, columns=2)}
+        return np.array([number_of[key] for key, _ in listing], np.int64)
     except (KeyError, ValueError) as error:
-        raise DataError(f"{path}: not one number for each image of images.txt: {error}. {FETCH_AGAIN}") from error
+        raise DataError(f"{path}: expected one number for each image of images.txt: {error}. {FETCH_AGAIN}") from error
 
 
 READER = Reader(
@@ -86,7 +86,7 @@ READER = Reader(
     url="https://www.vision.caltech.edu/datasets/cub_200_2011/",
     expects="images/001.Black_footed_Albatross/*.jpg ...\nimages.txt, classes.txt, image_class_labels.txt\n"
     "segmentations/001.Black_footed_Albatross/*.png ... (here or one folder up)\n"
-    f"{SPLIT_FILE} (from ReDO's repository; without it a split of the same sizes is drawn)",
+    f"{SPLIT_FILE} (from ReDO's repository; otherwise a split of the same sizes is chosen)",
     splits="train 10000, val 788, test 1000",
     masks="segmentation (more than half of the annotators)",
     labels="200 classes",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from factorkit.data.files import list_image_names
 from factorkit.data.layouts.base import (
     DatasetFiles,
     LabelSource,
@@ -15,41 +16,43 @@ from factorkit.data.layouts.base import (
     read_table,
     replace_suffix,
 )
-from factorkit.data.open import list_image_names
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
 
-SETS = ("train", "val", "test-dev")
-SIZES = ("480p", "Full-Resolution")  # the first that is there is read
+SPLITS = ("train", "val", "test-dev")
+RESOLUTIONS = ("480p", "Full-Resolution")  # the first that exists is read
 
 
 def read(data: Any) -> DatasetFiles | None:
     root = find_root(data, ("", "DAVIS"), required=("JPEGImages", "ImageSets/2017"))
-    size = next((size for size in SIZES if root is not None and (root / "JPEGImages" / size).is_dir()), None)
-    if root is None or size is None:
+    if root is None:
         return None
-    frames, notes = root / "JPEGImages" / size, [f"read from {size}"]
+    resolution = next((r for r in RESOLUTIONS if (root / "JPEGImages" / r).is_dir()), None)
+    if resolution is None:
+        return None
+    frames, sets = root / "JPEGImages" / resolution, root / "ImageSets" / "2017"
     names: list[str] = []
-    clips: dict[str, np.ndarray] = {}
+    videos: dict[str, np.ndarray] = {}
     splits = {}
-    for split in SETS:
-        path = root / "ImageSets" / "2017" / f"{split}.txt"
+    for split in SPLITS:
+        path = sets / f"{split}.txt"
         if not path.is_file():
             continue
-        first = len(names)
+        start = len(names)
         for (video,) in read_table(path, columns=1):
             if not (frames / video).is_dir():
-                raise DataError(f"{path} names {video}, but {frames} has no such folder. Unpack the archive again.")
-            found = [f"{video}/{name}" for name in list_image_names(frames / video)]
-            clips[video] = np.arange(len(names), len(names) + len(found))
-            names += found
-        splits[split] = np.arange(first, len(names))
+                raise DataError(f"{path} lists {video}, but {frames} has no such folder. Unpack the archive again.")
+            video_names = [f"{video}/{name}" for name in list_image_names(frames / video)]
+            videos[video] = np.arange(len(names), len(names) + len(video_names))
+            names += video_names
+        splits[split] = np.arange(start, len(names))
     if not names:
-        raise DataError(f"{root / 'ImageSets' / '2017'}: no frames of train.txt or val.txt. Unpack the archive again.")
-    annotations = root / "Annotations" / size
-    stored = FileSource(annotations, filter_existing(annotations, [replace_suffix(name, ".png") for name in names]))
-    masks = {"objects": LabelSource(stored, ignore_label=255)} if len(stored) else {}
-    return DatasetFiles(FileSource(frames, names), masks, splits, videos=clips, notes=notes)
+        raise DataError(f"{sets}: train.txt and val.txt list no frames. Unpack the archive again.")
+    annotations = root / "Annotations" / resolution
+    mask_files = FileSource(annotations, filter_existing(annotations, [replace_suffix(name, ".png") for name in names]))
+    masks = {"objects": LabelSource(mask_files, ignore_label=255)} if len(mask_files) else {}
+    notes = [f"read from {resolution}"]
+    return DatasetFiles(FileSource(frames, names), masks, splits, videos=videos, notes=notes)
 
 
 READER = Reader(
@@ -58,7 +61,7 @@ READER = Reader(
     url="https://davischallenge.org/davis2017/code.html",
     expects="JPEGImages/480p/bear/00000.jpg ... (or Full-Resolution)\nAnnotations/480p/bear/00000.png ...\n"
     "ImageSets/2017/train.txt, val.txt",
-    splits="the authors': train 60 videos, val 30, test-dev 30",
-    masks="objects (0 background, 1, 2, ... objects); clips: the frames of each video, in order",
+    splits="official: train 60 videos, val 30, test-dev 30",
+    masks="objects (0 background, 1, 2, ... objects); videos: the frames of each video, in order",
     read=read,
 )

@@ -1,9 +1,10 @@
-"""ECSSD: 1000 natural images with one mask of what stands out."""
+"""ECSSD: 1000 natural images with a mask of the salient object."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from factorkit.data.files import list_image_names
 from factorkit.data.layouts.base import (
     DatasetFiles,
     LabelSource,
@@ -13,11 +14,10 @@ from factorkit.data.layouts.base import (
     replace_suffix,
     take_first_channel,
 )
-from factorkit.data.open import list_image_names
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
 
-HALF = 127
+HALF = 127  # of 255: antialiased outlines
 
 
 def read(data: Any) -> DatasetFiles | None:
@@ -28,8 +28,8 @@ def read(data: Any) -> DatasetFiles | None:
     masks = filter_existing(root / "ground_truth_mask", [replace_suffix(name, ".png") for name in names])
     if not masks:
         raise DataError(f"{root}: no image has a mask of its name in ground_truth_mask. Unpack both archives here.")
-    stored = FileSource(root / "ground_truth_mask", masks)
-    labels = LabelSource(stored, lambda values: take_first_channel(values) > HALF)
+    mask_files = FileSource(root / "ground_truth_mask", masks)
+    labels = LabelSource(mask_files, lambda values: take_first_channel(values) > HALF)
     return DatasetFiles(FileSource(root / "images", names), {"ground_truth": labels})
 
 
@@ -38,7 +38,7 @@ READER = Reader(
     title="Extended Complex Scene Saliency Dataset",
     url="https://www.cse.cuhk.edu.hk/leojia/projects/hsaliency/dataset.html",
     expects="images/0001.jpg ... 1000.jpg\nground_truth_mask/0001.png ... 1000.png",
-    splits="none by the authors; held out by a hash of the names",
+    splits="no official splits; images are held out by a hash of the names",
     masks="ground_truth",
     read=read,
 )

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face library `datasets`: on the hub, saved to a folder, or in memory."""
+"""Data sets of the Hugging Face library `datasets`: from the hub, from a folder, or in memory."""
 
 from __future__ import annotations
 
@@ -13,82 +13,82 @@ from factorkit.data.sources import EncodedSource, hash_values
 from factorkit.utils.errors import DataError
 from factorkit.utils.safe_reading import read_json
 
-PREFIX = "hf:"
-MASKS = ("mask", "masks", "segmentation", "segmentation_mask", "annotation", "label")
+HUB_PREFIX = "hf:"
+MASK_COLUMNS = ("mask", "masks", "segmentation", "segmentation_mask", "annotation", "label")
 SPLIT_NAMES = {"validation": "val"}
 
 
-class Column(EncodedSource):
-    """The pictures of one column, split after split; encoded as they were stored, and decoded one by one."""
+class ImageColumn(EncodedSource):
+    """The encoded images of one column, split after split."""
 
-    def __init__(self, parts: Mapping[str, Any], key: str) -> None:
-        image = import_extra("datasets", "huggingface", "reading this").Image(decode=False)
-        self.key = key
+    def __init__(self, parts: Mapping[str, Any], column: str) -> None:
+        image = _import_datasets().Image(decode=False)
+        self.column = column
         self.parts: list[Any] = []
         self.rows: list[tuple[int, int]] = []
         self.names = []
         for split, part in parts.items():
             self.rows += [(len(self.parts), i) for i in range(len(part))]
             self.names += [f"{split}/{i:08d}" for i in range(len(part))]
-            self.parts.append(part.select_columns([key]).cast_column(key, image))
+            self.parts.append(part.select_columns([column]).cast_column(column, image))
 
-    def _bytes(self, index: int) -> bytes:
+    def _read_bytes(self, index: int) -> bytes:
         part, row = self.rows[index]
-        cell = self.parts[part][row][self.key]
+        cell = self.parts[part][row][self.column]
         if cell is None:
             return b""
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
     def fingerprint(self) -> str:
-        return hash_values("datasets", self.key, [part._fingerprint for part in self.parts])
+        return hash_values("datasets", self.column, [part._fingerprint for part in self.parts])
 
 
 def read(data: Any) -> DatasetFiles | None:
-    found = _open(data)
-    if found is None:
+    dataset = _open(data)
+    if dataset is None:
         return None
-    datasets = import_extra("datasets", "huggingface", "reading this")
-    if not isinstance(found, (Mapping, datasets.Dataset)):
-        raise DataError(f"{_name(data)}: a stream, whose images have no places. Load it without streaming=True.")
-    parts = dict(found) if isinstance(found, Mapping) else {str(found.split or "all"): found}
+    datasets = _import_datasets()
+    if not isinstance(dataset, (Mapping, datasets.Dataset)):
+        raise DataError(f"{_describe(data)}: a streamed data set has no random access. Load it without streaming=True.")
+    parts = dict(dataset) if isinstance(dataset, Mapping) else {str(dataset.split or "all"): dataset}
     parts = {split if "val" in parts else SPLIT_NAMES.get(split, split): part for split, part in parts.items()}
     features = next(iter(parts.values())).features
-    pictures = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
-    masks = next((key for key in MASKS if key in pictures), None)
-    images = next((key for key in pictures if key != masks), None)
-    if images is None:
-        raise DataError(f"{_name(data)}: none of its columns ({', '.join(features)}) holds images.")
-    classes = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    image_columns = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    mask_column = next((key for key in MASK_COLUMNS if key in image_columns), None)
+    image_column = next((key for key in image_columns if key != mask_column), None)
+    if image_column is None:
+        raise DataError(f"{_describe(data)}: none of its columns ({', '.join(features)}) contains images.")
+    class_column = next((key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)), None)
     labels = class_names = None
-    if classes is not None:
-        numbers = [np.array([-1 if v is None else v for v in part[classes]], np.int64) for part in parts.values()]
-        labels, class_names = np.concatenate(numbers), list(features[classes].names)
-    splits, first = {}, 0
+    if class_column is not None:
+        numbers = [np.array([-1 if v is None else v for v in part[class_column]], np.int64) for part in parts.values()]
+        labels, class_names = np.concatenate(numbers), list(features[class_column].names)
+    splits, start = {}, 0
     for split, part in parts.items():
-        splits[split] = np.arange(first, first := first + len(part))
-    by_name = {masks: LabelSource(Column(parts, masks))} if masks else {}
-    return DatasetFiles(Column(parts, images), by_name, splits if len(splits) > 1 else {}, labels, class_names)
+        splits[split] = np.arange(start, start := start + len(part))
+    masks = {mask_column: LabelSource(ImageColumn(parts, mask_column))} if mask_column else {}
+    splits = splits if len(splits) > 1 else {}
+    return DatasetFiles(ImageColumn(parts, image_column), masks, splits, labels, class_names)
 
 
 def _open(data: Any) -> Any:
-    """A Dataset or a mapping of them by split; None where it is something else."""
+    """Return a Dataset or a mapping of splits to Datasets; None for anything else."""
     if type(data).__module__.partition(".")[0] == "datasets":
         return data
     if not isinstance(data, (str, Path)):
         return None
-    if str(data).startswith(PREFIX):
-        datasets = import_extra("datasets", "huggingface", f"reading {data}")
-        name, _, part = str(data)[len(PREFIX) :].partition(":")
+    if str(data).startswith(HUB_PREFIX):
+        datasets = _import_datasets(str(data))
+        name, _, config = str(data).removeprefix(HUB_PREFIX).partition(":")
         try:
-            return datasets.load_dataset(name, part or None)
-        except Exception as error:  # the library and the hub raise some thirty kinds
+            return datasets.load_dataset(name, config or None)
+        except Exception as error:  # the library and the hub raise about thirty kinds of errors
             reason = (str(error) or repr(error)).splitlines()[0]
             raise DataError(f"{data}: cannot be loaded: {reason}") from error
     root = Path(data).expanduser()
-    saved = (root / "dataset_dict.json").is_file() or (root / "state.json").is_file() and _is_arrow(root)
-    if not saved:
+    if not ((root / "dataset_dict.json").is_file() or ((root / "state.json").is_file() and _is_arrow(root))):
         return None
-    datasets = import_extra("datasets", "huggingface", f"reading {root.name}")
+    datasets = _import_datasets(root.name)
     try:
         return datasets.load_from_disk(str(root))
     except Exception as error:
@@ -102,7 +102,11 @@ def _is_arrow(root: Path) -> bool:
         return False
 
 
-def _name(data: Any) -> str:
+def _import_datasets(name: str = "a Hugging Face data set") -> Any:
+    return import_extra("datasets", "huggingface", f"reading {name}")
+
+
+def _describe(data: Any) -> str:
     return str(data) if isinstance(data, (str, Path)) else type(data).__name__
 
 
@@ -113,7 +117,7 @@ READER = Reader(
     expects="a folder written by save_to_disk, the name hf:OWNER/NAME or hf:OWNER/NAME:CONFIG,\n"
     "or in Python a Dataset or DatasetDict; with a column of images",
     splits="its own; validation is called val",
-    masks=f"a second column of images named {', '.join(MASKS)}",
+    masks=f"a second column of images named {', '.join(MASK_COLUMNS)}",
     labels="its first ClassLabel column",
     read=read,
     extra="huggingface",

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from factorkit.data.archives import ZipSource
+from factorkit.data.files import escape_name, is_image, strip_suffix
 from factorkit.data.layouts.base import DatasetFiles
-from factorkit.data.masks import strip_suffix
 from factorkit.data.open import open_source
-from factorkit.data.sources import Source, escape_name, is_image
+from factorkit.data.sources import Source
 from factorkit.utils.errors import DataError
 
 NEAR_DUPLICATES_FILE = "near_duplicates.txt"

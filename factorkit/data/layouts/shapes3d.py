@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from factorkit.data.files import stat_file
 from factorkit.data.layouts.base import FETCH_AGAIN, DatasetFiles, Reader, import_extra
-from factorkit.data.sources import Source, hash_values, stat_file
+from factorkit.data.sources import Source, hash_values
 from factorkit.utils.errors import DataError
 
 FILE = "3dshapes.h5"
 FACTORS = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")  # the columns of `labels`
 
 
-class H5Images(Source):
-    """The rows of a uint8 array [N, H, W, 3] in an HDF5 file, opened when the first is asked for."""
+class Hdf5Source(Source):
+    """The rows of a uint8 array [N, H, W, 3] in an HDF5 file, opened on first use."""
 
     def __init__(self, path: Path, key: str, count: int) -> None:
         self.path, self.key = path, key
@@ -50,25 +51,25 @@ def read(data: Any) -> DatasetFiles | None:
     try:
         with h5py.File(path.resolve(), "r") as file:
             images, factors = file["images"], file["labels"][:]
-            shape, kind = images.shape, images.dtype
+            shape, dtype = images.shape, images.dtype
     except (OSError, KeyError, RuntimeError) as error:
-        raise DataError(f"{path}: no readable HDF5 file with 'images' and 'labels': {error}. {FETCH_AGAIN}") from error
-    if kind != np.uint8 or len(shape) != 4 or shape[-1] != 3 or factors.shape != (shape[0], len(FACTORS)):
+        raise DataError(f"{path}: not an HDF5 file with 'images' and 'labels': {error}. {FETCH_AGAIN}") from error
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or factors.shape != (shape[0], len(FACTORS)):
         raise DataError(
-            f"{path}: images {kind} {list(shape)} and labels {list(factors.shape)}, expected uint8 [N, H, W, 3] and "
+            f"{path}: images {dtype} {list(shape)} and labels {list(factors.shape)}, expected uint8 [N, H, W, 3] and "
             f"[N, {len(FACTORS)}]. {FETCH_AGAIN}"
         )
     shapes, labels = np.unique(factors[:, FACTORS.index("shape")], return_inverse=True)
-    names = [f"shape {value:g}" for value in shapes]
-    return DatasetFiles(H5Images(path.resolve(), "images", shape[0]), labels=labels.astype(np.int64), class_names=names)
+    source = Hdf5Source(path.resolve(), "images", shape[0])
+    return DatasetFiles(source, labels=labels.astype(np.int64), class_names=[f"shape {value:g}" for value in shapes])
 
 
 READER = Reader(
     name="3d-shapes",
     title="3D Shapes",
     url="https://github.com/google-deepmind/3d-shapes",
-    expects=f"{FILE} (or a folder that holds it), with images uint8 [480000, 64, 64, 3] and labels [480000, 6]",
-    splits="none by the authors",
+    expects=f"{FILE} (or a folder that contains it), with images uint8 [480000, 64, 64, 3] and labels [480000, 6]",
+    splits="no official splits",
     labels="the 4 shapes of the object",
     read=read,
     extra="layouts",

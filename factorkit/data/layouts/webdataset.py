@@ -1,4 +1,4 @@
-"""WebDataset shards: .tar files whose members of one basename are one sample."""
+"""WebDataset shards: .tar files whose members with one base name are one sample."""
 
 from __future__ import annotations
 
@@ -9,74 +9,64 @@ from typing import Any
 
 import numpy as np
 
-from factorkit.data.archives import TarSource, inside, tar_members
+from factorkit.data.archives import TarSource, list_tar_members, sanitize_member_name
+from factorkit.data.files import IMAGE_SUFFIXES, escape_name, is_image
 from factorkit.data.layouts.base import DatasetFiles, LabelSource, Reader
-from factorkit.data.sources import IMAGE_SUFFIXES, escape_name, is_image
 from factorkit.utils.errors import DataError
 
-BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-MASKS = frozenset("mask seg segmentation".split())  # x.seg.png, x.mask.png
-MOST_CLASSES = 10**6  # a number beyond is no class
+SHARD_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+MASK_WORDS = frozenset("mask seg segmentation".split())  # x.seg.png, x.mask.png
+MAX_CLASS = 10**6  # larger numbers are refused
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def read(data: Any) -> DatasetFiles | None:
-    shards = _shards(data)
+    shards = _list_shards(data)
     if not shards:
         return None
+    keys: list[str] = []
     names: list[str] = []
     images: list[tuple[int, int, int]] = []
     masks: dict[str, tuple[int, int, int]] = {}
     classes: dict[str, int] = {}
-    splits: dict[str, list[int]] = {}
+    rows: dict[str, list[int]] = {}
     for archive, shard in enumerate(shards):
-        for member, first, size in tar_members(shard):
-            key, _, kind = _sample(member)
-            name, words = f"{shard.stem}/{inside(key)}", kind.lower().split(".")
+        for member, offset, size in list_tar_members(shard):
+            folder, slash, base = member.rpartition("/")
+            stem, _, extension = base.partition(".")  # WebDataset: everything after the first dot
+            key, words = f"{shard.stem}/{sanitize_member_name(folder + slash + stem)}", extension.lower().split(".")
             if words[-1] == "cls":
-                classes[name] = _class(shard, member, first, size)
-            elif f".{words[-1]}" in IMAGE_SUFFIXES and MASKS & set(words):
-                masks[name] = (archive, first, size)
+                classes[key] = _read_class(shard, member, offset, size)
+            elif f".{words[-1]}" in IMAGE_SUFFIXES and MASK_WORDS & set(words):
+                masks[key] = (archive, offset, size)
             elif f".{words[-1]}" in IMAGE_SUFFIXES:
-                splits.setdefault(_split_of(shard), []).append(len(images))
-                images.append((archive, first, size))
-                names.append(f"{name}.{words[-1]}")
+                rows.setdefault(_find_split(shard), []).append(len(images))
+                images.append((archive, offset, size))
+                keys.append(key)
+                names.append(f"{key}.{words[-1]}")
     if not images:
-        raise DataError(
-            f"{shards[0]}: no image in this archive{' or the others' * (len(shards) > 1)}. Give other shards."
-        )
-    keys = [name.rpartition(".")[0] for name in names]
-    found = {key: masks[key] for key in dict.fromkeys(keys) if key in masks}
-    source = TarSource(shards, list(found.values()), [f"{key}.png" for key in found])
-    rows = {split: np.array(where) for split, where in splits.items() if split}
-    labels, class_names = _labels(keys, classes)
-    by_name = {"masks": LabelSource(source)} if found else {}
-    return DatasetFiles(TarSource(shards, images, names), by_name, rows, labels, class_names)
+        raise DataError(f"{shards[0]}: no images in the {len(shards)} archive(s). Give other shards.")
+    splits = {split: np.array(indices) for split, indices in rows.items() if split}
+    labels, class_names = _number_classes(keys, classes)
+    mask_keys = [key for key in dict.fromkeys(keys) if key in masks]
+    mask_source = TarSource(shards, [masks[key] for key in mask_keys], [f"{key}.png" for key in mask_keys])
+    mask_sets = {"masks": LabelSource(mask_source)} if mask_keys else {}
+    return DatasetFiles(TarSource(shards, images, names), mask_sets, splits, labels, class_names)
 
 
-def _labels(keys: Sequence[str], classes: dict[str, int]) -> tuple[np.ndarray | None, list[str] | None]:
-    if not classes:
-        return None, None
-    labels = np.array([classes.get(key, -1) for key in keys], np.int64)
-    return labels, [str(i) for i in range(labels.max() + 1)]
-
-
-def _shards(data: Any) -> list[Path]:
-    """The .tar files behind a path, a pattern `name-{000..012}.tar`, or a folder of nothing but them."""
+def _list_shards(data: Any) -> list[Path]:
+    """List the .tar files of a path, a pattern `name-{000..012}.tar`, or a folder that holds only shards."""
     if not isinstance(data, (str, Path)):
         return []
     path = Path(data).expanduser()
-    if braces := BRACES.search(path.name):
-        low, high = braces.groups()
-        spelled = (f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1))
-        shards = [
-            path.with_name(path.name[: braces.start()] + number + path.name[braces.end() :]) for number in spelled
-        ]
+    if pattern := SHARD_RANGE.search(path.name):
+        low, high = pattern.groups()
+        numbers = (f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1))
+        before, after = path.name[: pattern.start()], path.name[pattern.end() :]
+        shards = [path.with_name(f"{before}{number}{after}") for number in numbers]
         missing = [shard for shard in shards if not shard.is_file()]
         if missing:
-            raise DataError(
-                f"{missing[0]}: no such shard, of {len(shards)} that {path.name} names {len(missing)} are missing."
-            )
+            raise DataError(f"{missing[0]}: {len(missing)} of the {len(shards)} shards of {path.name} are missing.")
     elif path.is_dir():
         entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
         shards = sorted(entry for entry in entries if entry.suffix.lower() == ".tar" and entry.is_file())
@@ -87,30 +77,30 @@ def _shards(data: Any) -> list[Path]:
     return [shard.resolve() for shard in shards]
 
 
-def _sample(member: str) -> tuple[str, str, str]:
-    """Key and kind: all after the first dot of the last part of the name is the kind."""
-    folder, slash, base = member.rpartition("/")
-    key, dot, kind = base.partition(".")
-    return f"{folder}{slash}{key}", dot, kind
-
-
-def _class(shard: Path, member: str, first: int, size: int) -> int:
+def _read_class(shard: Path, member: str, offset: int, size: int) -> int:
     with open(shard, "rb") as file:
-        file.seek(first)
+        file.seek(offset)
         text = file.read(min(size, 64))
     try:
         number = int(text)
     except ValueError:
         number = -1
-    if not 0 <= number < MOST_CLASSES:
-        raise DataError(f"{shard}: {escape_name(member)} holds no number of a class: {text!r}. Mend this shard.")
+    if not 0 <= number < MAX_CLASS:
+        raise DataError(f"{shard}: {escape_name(member)} is not a class number: {text!r}. Correct this shard.")
     return number
 
 
-def _split_of(shard: Path) -> str:
-    """The split that a word of the shard's name says, or nothing."""
+def _find_split(shard: Path) -> str:
+    """Return the split that the shard's name contains as a word, or an empty string."""
     words = re.split(r"[^a-z]+", shard.stem.lower())
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
+
+
+def _number_classes(keys: Sequence[str], classes: dict[str, int]) -> tuple[np.ndarray | None, list[str] | None]:
+    if not classes:
+        return None, None
+    labels = np.array([classes.get(key, -1) for key in keys], np.int64)
+    return labels, [str(i) for i in range(labels.max() + 1)]
 
 
 READER = Reader(

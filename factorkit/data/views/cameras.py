@@ -58,7 +58,8 @@ def fov_intrinsics(
     Args:
         fov_x: horizontal field of view.
         fov_y: vertical field of view; None: square pixels.
-        cx, cy: principal point in pixels; None: the image centre.
+        cx: principal point in pixels; None: the image centre.
+        cy: the same, vertically.
     """
 
     def intrinsics(height: float, width: float) -> np.ndarray:
@@ -71,7 +72,7 @@ def fov_intrinsics(
 
 @dataclass(frozen=True)
 class Distortion:
-    """Brown's lens distortion with the coefficients of OpenCV, COLMAP and nerfstudio: radial k1 to k3, tangential p1, p2."""
+    """Brown's lens distortion: radial k1, k2, k3 and tangential p1, p2 as in OpenCV, COLMAP and nerfstudio."""
 
     k1: float = 0.0
     k2: float = 0.0

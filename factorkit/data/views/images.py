@@ -1,119 +1,113 @@
-"""Pictures of a scene without any cameras: a folder, whatever else holds images, or the frames of a video."""
+"""Images of a scene without cameras: a folder, anything else with images, or the frames of a video."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from factorkit.data.masks import MASK_KEYS, match_masks
+from factorkit.data.decode import to_float
+from factorkit.data.layouts.image_mask_folders import find_image_and_mask_folders
+from factorkit.data.masks import MASK_KEYS, match_masks, to_opacity
 from factorkit.data.open import open_source
 from factorkit.data.sources import Source
-from factorkit.data.video import video_frames
-from factorkit.data.views.loading import Shot, every_eighth, opacity, pixels
+from factorkit.data.video import read_video_frames
+from factorkit.data.views.cameras import IntrinsicsFunction, make_intrinsics
+from factorkit.data.views.loading import LazyView, SceneSettings, split_every_eighth
 from factorkit.data.views.views import resize_area, target_size
 from factorkit.utils.images import uint8_to_unit
 
-VIDEO_FRAMES = 120  # of a longer video so many are taken, evenly spread: neighbouring frames hardly differ
-ASSUMED_FOV = 50.0  # degrees along the longer side
-EXIF_IFD, FOCAL_LENGTH_35MM = 0x8769, 0xA405
-FILM_DIAGONAL = math.hypot(36.0, 24.0)  # mm
+MAX_VIDEO_FRAMES = 120  # taken from longer videos, evenly spaced: neighbouring frames hardly differ
+DEFAULT_FOV = 50.0  # degrees along the longer side
+EXIF_IFD, EXIF_FOCAL_LENGTH_35MM = 0x8769, 0xA405  # EXIF 2.3, tables 3 and 4
+FILM_DIAGONAL = math.hypot(36.0, 24.0)  # mm, of 35 mm film
 
 
-def read_pictures(source: Any, split: str | None, masks: Any, fov: float | None) -> tuple[list[Shot], dict[str, Any]]:
-    """The shots of a split (every 8th is for the test) and their settings.
+def read_images(source: Any, split: str | None, masks: Any, fov: float | None) -> tuple[list[LazyView], SceneSettings]:
+    """List the views of a split; every 8th is for testing.
 
-    A folder that holds images/ and masks/ is a set with masks; pictures without a mask are left out.
+    A folder with images/ and masks/ is read with its masks. Images without a mask are left out.
 
     Raises:
-        DataError: as :func:`factorkit.data.open_source` and :func:`factorkit.data.masks.match_masks` do.
+        DataError: as :func:`factorkit.data.open_source` and :func:`factorkit.data.masks.match_masks`.
     """
-    if masks is None and isinstance(source, Path) and (source / "images").is_dir() and (source / "masks").is_dir():
-        source, masks = source / "images", source / "masks"
-    pictures = open_source(source)
-    if masks is None:
-        pairs: list[tuple[int, int | None]] = [(i, None) for i in range(len(pictures))]
-    else:
-        mask_source = open_source(masks, keys=MASK_KEYS)
-        pairs = [*match_masks(pictures, mask_source)]
-    shots = []
-    for at in every_eighth(len(pairs), split):
-        i, j = pairs[at]
-        shots.append(
-            Shot(
-                pictures.names[i],
-                partial(_read, pictures, i, pixels),
-                _assumed(fov) if fov is not None else _from_exif(pictures, i),
-                mask=None if j is None else partial(_read, mask_source, j, opacity),
-            )
-        )
-    return shots, {"layout": "object"}
+    if masks is None and (folders := find_image_and_mask_folders(source)) is not None:
+        source, masks = folders
+    images = open_source(source)
+    mask_source = None if masks is None else open_source(masks, keys=MASK_KEYS)
+    pairs = [(i, 0) for i in range(len(images))] if mask_source is None else match_masks(images, mask_source)
+    views = []
+    for i, j in (pairs[k] for k in split_every_eighth(len(pairs), split)):
+        intrinsics = _fov_intrinsics(fov) if fov is not None else _exif_intrinsics(images, i)
+        read_mask = None if mask_source is None else partial(_read_opacity, mask_source, j)
+        views.append(LazyView(images.names[i], partial(_read_float, images, i), intrinsics, read_mask=read_mask))
+    return views, SceneSettings("object")
 
 
 def read_video(
     path: Path, split: str | None, resolution: int | None, fov: float | None
-) -> tuple[list[Shot], dict[str, Any]]:
-    """The shots of a split (every 8th is for the test) among at most 120 frames evenly spread, and their settings.
+) -> tuple[list[LazyView], SceneSettings]:
+    """List the views of a split; every 8th of at most 120 evenly spaced frames is for testing.
 
     Raises:
-        DataError: a video that does not decode, or holds no frame.
-        ConfigError: the decoder of videos is not installed.
+        DataError: the video cannot be decoded, or has no frames.
+        ConfigError: the video decoder is not installed.
     """
-    # Twice through the file: what it says of its length is often missing or wrong.
-    count = sum(1 for _ in video_frames(path))
-    wanted = set(np.linspace(0, count - 1, min(count, VIDEO_FRAMES)).round().astype(int).tolist())
-    frames = [(i, _reduced(frame, resolution)) for i, frame in enumerate(video_frames(path)) if i in wanted]
+    # Decodes the file twice: the number of frames in the header is often missing or wrong.
+    count = sum(1 for _ in read_video_frames(path))
+    selected = set(np.linspace(0, count - 1, min(count, MAX_VIDEO_FRAMES)).round().astype(int).tolist())
+    frames = [(i, _reduce(frame, resolution)) for i, frame in enumerate(read_video_frames(path)) if i in selected]
     digits = len(str(frames[-1][0]))
-    shots = [
-        Shot(f"{path.stem}_{frames[i][0]:0{digits}d}.png", partial(_as_float, frames[i][1]), _assumed(fov))
-        for i in every_eighth(len(frames), split)
-    ]
-    return shots, {"layout": "object"}
+    views = []
+    for number, frame in (frames[i] for i in split_every_eighth(len(frames), split)):
+        name = f"{path.stem}_{number:0{digits}d}.png"
+        views.append(LazyView(name, partial(_frame_to_float, frame), _fov_intrinsics(fov)))
+    return views, SceneSettings("object")
 
 
-def _read(source: Source, index: int, convert: Callable[[Image.Image, str], np.ndarray]) -> np.ndarray:
-    return convert(source.decode(index), source.names[index])
+def _read_float(images: Source, index: int) -> np.ndarray:
+    return to_float(images.decode(index), images.names[index])
 
 
-def _reduced(frame: np.ndarray, resolution: int | None) -> np.ndarray:
-    """A frame uint8 [H, W, 3] not much larger than needed, so that a long video stays small in memory."""
-    height, width = frame.shape[:2]
-    if resolution is None or resolution >= max(height, width):
-        return frame
-    smaller = resize_area(torch.from_numpy(frame).permute(2, 0, 1).float(), *target_size(resolution, height, width))
-    return smaller.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+def _read_opacity(masks: Source, index: int) -> np.ndarray:
+    return to_opacity(masks.decode(index), masks.names[index])
 
 
-def _as_float(frame: np.ndarray) -> np.ndarray:
+def _frame_to_float(frame: np.ndarray) -> np.ndarray:
     return uint8_to_unit(frame)
 
 
-def _assumed(fov: float | None) -> Callable[[int, int], np.ndarray]:
-    """K of a camera with square pixels that sees this angle, in degrees, along its longer side."""
-
-    def at(height: int, width: int) -> np.ndarray:
-        return _centred(max(height, width) / (2 * math.tan(math.radians(fov or ASSUMED_FOV) / 2)), height, width)
-
-    return at
-
-
-def _from_exif(source: Source, index: int) -> Callable[[int, int], np.ndarray]:
-    """K from the focal length that a camera of 35 mm film with the same diagonal view would have (EXIF 2.3, 4.6.5)."""
-
-    def at(height: int, width: int) -> np.ndarray:
-        focal = source.decode(index).getexif().get_ifd(EXIF_IFD).get(FOCAL_LENGTH_35MM)
-        if not focal:
-            return _assumed(None)(height, width)
-        return _centred(float(focal) * math.hypot(height, width) / FILM_DIAGONAL, height, width)
-
-    return at
+def _reduce(frame: np.ndarray, resolution: int | None) -> np.ndarray:
+    """Reduce a frame uint8 [H, W, 3] to the resolution, so that all frames fit into memory."""
+    height, width = frame.shape[:2]
+    if resolution is None or resolution >= max(height, width):
+        return frame
+    reduced = resize_area(torch.from_numpy(frame).permute(2, 0, 1).float(), *target_size(resolution, height, width))
+    return reduced.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
-def _centred(focal: float, height: int, width: int) -> np.ndarray:
-    return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+def _fov_intrinsics(fov: float | None) -> IntrinsicsFunction:
+    """Return K for square pixels and a field of view in degrees along the longer side."""
+
+    def intrinsics(height: int, width: int) -> np.ndarray:
+        focal = max(height, width) / (2 * math.tan(math.radians(fov or DEFAULT_FOV) / 2))
+        return make_intrinsics(focal, focal, width / 2, height / 2)
+
+    return intrinsics
+
+
+def _exif_intrinsics(source: Source, index: int) -> IntrinsicsFunction:
+    """Return K from the EXIF focal length in 35 mm film (same diagonal field of view; EXIF 2.3, section 4.6.5)."""
+
+    def intrinsics(height: int, width: int) -> np.ndarray:
+        focal_35mm = source.decode(index).getexif().get_ifd(EXIF_IFD).get(EXIF_FOCAL_LENGTH_35MM)
+        if not focal_35mm:
+            return _fov_intrinsics(None)(height, width)
+        focal = float(focal_35mm) * math.hypot(height, width) / FILM_DIAGONAL
+        return make_intrinsics(focal, focal, width / 2, height / 2)
+
+    return intrinsics

@@ -1,27 +1,34 @@
-"""Opens views wherever they lie: each layout of files has its reader, this chooses among them."""
+"""Open views of a scene: chooses the reader for a path or object."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from factorkit.data.files import format_examples
 from factorkit.data.video import is_video
 from factorkit.data.views.arrays import is_posed_array, read_posed_array
-from factorkit.data.views.images import read_pictures, read_video
+from factorkit.data.views.images import read_images, read_video
 from factorkit.data.views.llff import is_llff, read_llff
-from factorkit.data.views.loading import every_eighth, load
+from factorkit.data.views.loading import LazyView, SceneSettings, load_views, split_every_eighth
 from factorkit.data.views.srn import is_srn, read_srn
 from factorkit.data.views.transforms import is_transforms, read_transforms
 from factorkit.data.views.views import SceneLayout, Views
 from factorkit.utils.errors import ConfigError, DataError
 
-# What fits is read with its poses; anything else is pictures.
-POSED = ((is_transforms, read_transforms), (is_llff, read_llff), (is_srn, read_srn), (is_posed_array, read_posed_array))
-COLMAP = (".", "sparse/0", "sparse", "colmap/sparse/0")  # where its models lie in the folder of a scene
+PosedReader = Callable[[Path, str | None], tuple[list[LazyView], SceneSettings]]
+# Formats with poses, tried in this order; everything else is read as images without poses.
+POSED_FORMATS: tuple[tuple[Callable[[Path], bool], PosedReader], ...] = (
+    (is_transforms, read_transforms),
+    (is_llff, read_llff),
+    (is_srn, read_srn),
+    (is_posed_array, read_posed_array),
+)
+COLMAP_FOLDERS = (".", "sparse/0", "sparse", "colmap/sparse/0")  # where a scene's COLMAP model may be
 
 
 def open_views(
@@ -35,7 +42,7 @@ def open_views(
     layout: SceneLayout | None = None,
     seed: int = 0,
 ) -> Views:
-    """Views of one scene, with their cameras where the files tell them.
+    """Open the views of one scene, with their cameras if the files define them.
 
     Args:
         source: one of
@@ -44,24 +51,22 @@ def open_views(
             a folder with poses_bounds.npy and images_8, images_4, images_2 or images (LLFF);
             a folder with rgb/, pose/ and intrinsics.txt (one instance of ShapeNet-SRN);
             an .npz with images, poses and focal (as tiny_nerf_data.npz);
-            a video, or pictures without poses: a folder (with images/ and masks/ in it, or without), a .zip, an array,
-            whatever :func:`factorkit.data.open_source` takes; COLMAP's cameras in such a folder are not read, which a
-            warning says;
+            a video, or images without poses: a folder (optionally with images/ and masks/), a .zip, an array, or
+            anything else that :func:`factorkit.data.open_source` accepts; COLMAP cameras in such a folder are not read,
+            with a warning;
             Views, which are only split and resized.
-        split: "train" or "test" as the files say; where they say nothing every 8th view, from the first on, is for the
-            test. None: all views.
-        resolution: pixels of the longer side; None: as they are.
-        background: what transparent pictures, and those with masks, are put over: "white", "black", a colour of three
-            numbers in [0, 1], "noise" (every pixel another colour); None leaves pictures with separate masks as taken.
-        masks: for pictures without poses, their masks, matched by name or position.
-        fov: for pictures without cameras, the angle in degrees that the longer side sees; None: what the pictures' EXIF
-            data say, else 50.
-        layout: "object" or "forward"; None: what the kind of files says, for nerfstudio's the cameras' directions.
-        seed: of the noise.
+        split: "train" or "test" as defined by the files, else every 8th view is for testing. None: all views.
+        resolution: pixels of the longer side; None: unchanged.
+        background: colour behind transparent or masked images: "white", "black", three numbers in [0, 1], or "noise"
+            (random per pixel); None leaves images with separate masks unchanged.
+        masks: masks of images without poses, matched by name or position.
+        fov: field of view in degrees along the longer side, for images without cameras; None: from EXIF, else 50.
+        layout: "object" or "forward"; None: by format, for nerfstudio by the viewing directions.
+        seed: seed of the noise.
 
     Raises:
-        DataError: nothing there, or files that contradict themselves; the message names the file and what to do.
-        ConfigError: settings other than these, or a video without the packages that read one.
+        DataError: the path does not exist, or its files are inconsistent; the message names the file.
+        ConfigError: invalid arguments, or a video without the packages to decode it.
 
     Example:
         >>> from factorkit.data import open_views
@@ -73,53 +78,53 @@ def open_views(
     if fov is not None and not 0 < fov < 180:
         raise ConfigError(f"fov={fov}: give degrees between 0 and 180")
     if isinstance(source, Views):
-        return _again(source, split, resolution, layout)
+        return _reopen(source, split, resolution, layout)
     path = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
     if path is not None and not path.exists():
-        raise DataError(f"{path}: no such file or folder (looked in {Path.cwd()}). Check the spelling of the path.")
-    reader = None if path is None else next((read for fits, read in POSED if fits(path)), None)
-    if path is not None and reader is not None:
-        shots, known = reader(path, split)
+        raise DataError(f"{path}: no such file or folder (current folder: {Path.cwd()}). Check the path.")
+    read_posed = None if path is None else next((read for matches, read in POSED_FORMATS if matches(path)), None)
+    if path is not None and read_posed is not None:
+        views, settings = read_posed(path, split)
     elif path is not None and is_video(path):
-        shots, known = read_video(path, split, resolution, fov)
+        views, settings = read_video(path, split, resolution, fov)
     else:
         if path is not None and path.is_dir():
-            _check_one_scene(path)
-            _warn_of_colmap(path)
-        shots, known = read_pictures(source if path is None else path, split, masks, fov)
-    if masks is not None and any(shot.pose is not None for shot in shots):
-        raise ConfigError("masks= is for pictures without poses; files with poses name their masks themselves")
+            _check_single_scene(path)
+            _warn_about_colmap(path)
+        views, settings = read_images(source if path is None else path, split, masks, fov)
+    if masks is not None and any(view.pose is not None for view in views):
+        raise ConfigError("masks= is for images without poses; files with poses define their masks themselves")
     if layout is not None:
-        known["layout"] = layout
-    return load(shots, resolution=resolution, background=background, seed=seed, **known)
+        settings = settings._replace(layout=layout)
+    return load_views(views, settings, resolution=resolution, background=background, seed=seed)
 
 
-def _again(views: Views, split: str | None, resolution: int | None, layout: SceneLayout | None) -> Views:
+def _reopen(views: Views, split: str | None, resolution: int | None, layout: SceneLayout | None) -> Views:
     if split is not None:
-        views = views.select(every_eighth(len(views), split))
+        views = views.select(split_every_eighth(len(views), split))
     if resolution is not None:
         views = views.resize(resolution)
     return views if layout is None else replace(views, layout=layout)
 
 
-def _check_one_scene(folder: Path) -> None:
-    """Raise DataError where the folder holds scenes instead of being one: their pictures together are no scene."""
+def _check_single_scene(folder: Path) -> None:
+    """Raise DataError if the subfolders are scenes: their images together are not one scene."""
     children = sorted(child for child in folder.iterdir() if child.is_dir())
-    scenes = [child.name for child in children if any(fits(child) for fits, _ in POSED)]
+    scenes = [child.name for child in children if any(matches(child) for matches, _ in POSED_FORMATS)]
     if scenes:
-        some = ", ".join(scenes[:3]) + (", ..." if len(scenes) > 3 else "")
-        raise DataError(f"{folder}: not a scene, but a folder of {len(scenes)} ({some}). Give one of them.")
+        raise DataError(f"{folder}: contains {len(scenes)} scenes ({format_examples(scenes)}). Give one of them.")
 
 
-def _warn_of_colmap(folder: Path) -> None:
-    """Warn where the folder holds cameras of COLMAP's: no reader takes them."""
-    for name in COLMAP:
+def _warn_about_colmap(folder: Path) -> None:
+    """Warn if the folder has a COLMAP model, which is not read."""
+    for name in COLMAP_FOLDERS:
         for suffix in ("bin", "txt"):
             if all((folder / name / f"{part}.{suffix}").is_file() for part in ("cameras", "images")):
+                cameras = (Path(name) / f"cameras.{suffix}").as_posix()
                 warnings.warn(
-                    f"{folder}: COLMAP's cameras ({(Path(name) / f'cameras.{suffix}').as_posix()}) are not read, these "
-                    "are pictures without poses, which training will search for; to use COLMAP's, convert them to "
-                    "nerfstudio's transforms.json (ns-process-data images --skip-colmap).",
+                    f"{folder}: the COLMAP cameras ({cameras}) are not read; training will search for the poses of "
+                    "these images. To use COLMAP's poses, convert them to nerfstudio's transforms.json "
+                    "(ns-process-data images --skip-colmap).",
                     stacklevel=3,
                 )
                 return

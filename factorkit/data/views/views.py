@@ -1,4 +1,4 @@
-"""Posed views: pictures of one scene with what is known of the cameras that took them."""
+"""Images of one scene with what is known of their cameras."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from factorkit.utils.errors import ConfigError, DataError
 
 SceneLayout = Literal["object", "forward"]
 
-RIGIDITY = 1e-3  # how far the columns of a rotation may be from orthonormal; files with few digits stay below it
-SKEW = 1e-4  # what K may hold, in focal lengths, where it should hold nothing: rounding
+RIGIDITY_TOLERANCE = 1e-3  # maximum error of R^T R; loose enough for files with few digits
+SKEW_TOLERANCE = 1e-4  # maximum skew of K in focal lengths; allows for rounding
 COLORS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}
 
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """V pictures of one scene, all of one size.
+    """V images of one scene, all of one size.
 
     Attributes:
-        images: float32 [V, 3, H, W] in [0, 1], where there are masks composited over `background`.
-        names: one for each view, all different.
+        images: float32 [V, 3, H, W] in [0, 1], composited over `background` if there are masks.
+        names: a unique name for each view.
         intrinsics: float32 [V, 3, 3] in pixels of these images, see :mod:`factorkit.rendering.cameras`.
         masks: float32 [V, 1, H, W], the opacity in [0, 1], or None.
-        poses: float32 [V, 4, 4], camera to world, OpenGL's axes (x right, y up, looking along -z), or None: unknown.
-        near, far: distances along the viewing direction between which everything lies, or None.
-        layout: "object", the cameras stand around something, or "forward", they look the same way.
-        background: float32 [3], the one colour behind everything, or None.
+        poses: float32 [V, 4, 4], camera to world, OpenGL axes (x right, y up, looking along -z), or None if unknown.
+        near, far: range of depths along the viewing direction that contains the scene, or None.
+        layout: "object": cameras around an object; "forward": cameras that look in similar directions.
+        background: float32 [3], uniform background colour, or None.
 
     Raises:
-        DataError: no view, counts or shapes that do not fit, values that are not finite, a pose that is not rigid,
-            intrinsics with skew or another last row than 0 0 1, near not below far, masks without any foreground.
+        DataError: no views, inconsistent shapes, values that are not finite, a pose that is not rigid, invalid
+            intrinsics, near not below far, or masks without any foreground.
     """
 
     images: Tensor
@@ -48,7 +48,7 @@ class Views:
     background: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check(self)
+        _check_views(self)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -59,17 +59,17 @@ class Views:
         return self.images.shape[2], self.images.shape[3]
 
     def select(self, indices: Sequence[int] | Tensor | slice) -> Views:
-        """The views at these indices (or where a boolean tensor [V] is true), in this order."""
-        chosen = torch.arange(len(self))[indices].reshape(-1)
+        """Return the views at these indices (or where a boolean tensor [V] is True), in this order."""
+        rows = torch.arange(len(self))[indices].reshape(-1)
         per_view = {name: getattr(self, name) for name in ("images", "intrinsics", "masks", "poses")}
-        per_view = {name: value if value is None else value[chosen] for name, value in per_view.items()}
-        return replace(self, names=[self.names[i] for i in chosen.tolist()], **per_view)
+        per_view = {name: value if value is None else value[rows] for name, value in per_view.items()}
+        return replace(self, names=[self.names[i] for i in rows.tolist()], **per_view)
 
     def resize(self, size: int | tuple[int, int]) -> Views:
-        """The views at another size, each new pixel the mean over its area; the intrinsics follow.
+        """Return the views at another size, with their intrinsics; each pixel is the mean over its area.
 
         Args:
-            size: pixels of the longer side, the shorter one in proportion; or (height, width).
+            size: pixels of the longer side, keeping the aspect ratio; or (height, width).
 
         Raises:
             ConfigError: a side below 1 pixel.
@@ -84,27 +84,33 @@ class Views:
         )
 
     def with_background(self, background: str | Sequence[float] | Tensor, seed: int = 0) -> Views:
-        """The same foreground over another background: "white", "black", a colour [3], or "noise", in every pixel a
-        colour drawn evenly (after which there is no one background colour any more).
+        """Return the same foreground over another background.
+
+        Args:
+            background: "white", "black", a colour [3], or "noise" (random per pixel; `background` becomes None).
+            seed: seed of the noise.
 
         Raises:
-            ConfigError: there are no masks, or no background colour to take away.
+            ConfigError: the views have no masks or no uniform background.
         """
         if self.masks is None or self.background is None:
             missing = "masks" if self.masks is None else "known background colour"
-            raise ConfigError(f"these views have no {missing}: their background cannot be exchanged")
-        behind, color = make_background(background, self.images.shape, seed)
-        images = self.images + (1 - self.masks) * (behind - self.background[:, None, None])
+            raise ConfigError(f"these views have no {missing}: their background cannot be replaced")
+        backdrop, color = make_background(background, self.images.shape, seed)
+        images = self.images + (1 - self.masks) * (backdrop - self.background[:, None, None])
         return replace(self, images=images.clamp(0, 1), background=color)
 
 
 def make_background(
     background: str | Sequence[float] | Tensor, shape: Sequence[int], seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """What to composite images of this shape [V, 3, H, W] over, in a shape that broadcasts, and its one colour [3].
+    """Make a background for images [V, 3, H, W].
+
+    Returns:
+        The background in a shape that broadcasts to the images, and its uniform colour [3] or None.
 
     Raises:
-        ConfigError: neither "white", "black", "noise" nor three numbers in [0, 1].
+        ConfigError: not "white", "black", "noise" or three numbers in [0, 1].
     """
     if isinstance(background, str) and background == "noise":
         return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)), None
@@ -116,39 +122,42 @@ def make_background(
 
 
 def target_size(size: int | tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    """Height and width that `size` means for a picture: of the longer side, or both.
+    """Convert a size (the longer side, or both sides) to height and width for an image of this height and width.
 
     Raises:
         ConfigError: a side below 1 pixel.
     """
     if isinstance(size, int):
         scale = size / max(height, width)
-        wanted = (max(1, round(height * scale)), max(1, round(width * scale))) if size >= 1 else (size, size)
+        target = (max(1, round(height * scale)), max(1, round(width * scale))) if size >= 1 else (size, size)
     else:
-        wanted = (int(size[0]), int(size[1]))
-    if min(wanted) < 1:
+        target = (int(size[0]), int(size[1]))
+    if min(target) < 1:
         raise ConfigError(f"size={size}: give at least 1 pixel a side")
-    return wanted
+    return target
 
 
 def resize_area(images: Tensor, height: int, width: int) -> Tensor:
-    """Images [..., H, W] at another size: each new pixel is the mean over the area it covers, fractions included, so
-    that a pinhole camera's picture stays that camera's."""
+    """Resize images [..., H, W]: each new pixel is the mean over the exact area it covers.
+
+    The result is the image of the same pinhole camera at another resolution.
+    """
     if images.shape[-2:] == (height, width):
         return images
-    rows, columns = (_overlap(*sizes) for sizes in ((height, images.shape[-2]), (width, images.shape[-1])))
-    return rows.to(images) @ images @ columns.T.to(images)
+    rows = _overlap_weights(height, images.shape[-2]).to(images)
+    columns = _overlap_weights(width, images.shape[-1]).to(images)
+    return rows @ images @ columns.T
 
 
-def _overlap(new: int, old: int) -> Tensor:
-    """[new, old]: the share of new pixel i that lies in old pixel j."""
+def _overlap_weights(new: int, old: int) -> Tensor:
+    """Return [new, old]: the fraction of new pixel i that lies in old pixel j."""
     edges = torch.arange(new + 1, dtype=torch.float64) * old / new
     pixel = torch.arange(old, dtype=torch.float64)
-    shared = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
-    return shared.clamp_min(0) * new / old
+    overlap = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
+    return overlap.clamp_min(0) * new / old
 
 
-def _check(views: Views) -> None:
+def _check_views(views: Views) -> None:
     images, count = views.images, len(views.names)
     if images.dim() != 4 or images.shape[1] != 3 or images.numel() == 0:
         raise DataError(f"images of shape {tuple(images.shape)}: give at least one view, as [V, 3, H, W]")
@@ -166,67 +175,68 @@ def _check(views: Views) -> None:
             continue
         if tuple(value.shape) != shape:
             raise DataError(
-                f"{name} of shape {tuple(value.shape)}, but there are {count} names and sides {height} x "
-                f"{width}: expected {shape}"
+                f"{name} of shape {tuple(value.shape)}, expected {shape} for {count} names and images of {height} x "
+                f"{width} pixels"
             )
         if not value.isfinite().all():
-            where = "" if name == "background" else f" in {_first(views.names, ~value.isfinite())}"
+            where = "" if name == "background" else f" in {_name_first(views.names, ~value.isfinite())}"
             raise DataError(f"{name}: values that are not finite{where}")
-        if name in ("images", "masks", "background") and not (0 <= value.min() and value.max() <= 1):
+        if name in ("images", "masks", "background") and not (value.min() >= 0 and value.max() <= 1):
             raise DataError(f"{name}: values from {value.min():.4g} to {value.max():.4g}, need 0 to 1. Rescale them.")
     if len(set(views.names)) < count:
-        raise DataError(f"two views are named {max(views.names, key=views.names.count)}; give each a name of its own")
+        raise DataError(f"two views are named {max(views.names, key=views.names.count)}; names must be unique")
     if views.poses is not None:
         check_rigid(views.poses, views.names)
-    if (views.intrinsics.diagonal(dim1=1, dim2=2)[:, :2] <= 0).any():
-        raise DataError("intrinsics: a focal length is not positive")
-    _check_no_skew(views.intrinsics, views.names)
+    _check_intrinsics(views.intrinsics, views.names)
     if views.near is not None and views.far is not None and not 0 <= views.near < views.far:
         raise DataError(f"near={views.near:g} and far={views.far:g}: need 0 <= near < far")
     if views.masks is not None and not (views.masks > 0.5).any():
-        raise DataError("no foreground anywhere: every mask is empty. Is black meant to be the foreground?")
+        raise DataError("no foreground: all masks are empty. Are they inverted?")
     if views.layout not in ("object", "forward"):
         raise DataError(f'layout={views.layout!r}: give "object" or "forward"')
 
 
-def _check_no_skew(intrinsics: Tensor, names: Sequence[str]) -> None:
-    focal = intrinsics[:, 0, 0]
-    skewed = intrinsics[:, [0, 1], [1, 0]].abs().amax(1) > SKEW * focal
-    if skewed.any():
+def _check_intrinsics(intrinsics: Tensor, names: Sequence[str]) -> None:
+    if (intrinsics.diagonal(dim1=1, dim2=2)[:, :2] <= 0).any():
+        raise DataError("intrinsics: a focal length is not positive")
+    is_skewed = intrinsics[:, [0, 1], [1, 0]].abs().amax(1) > SKEW_TOLERANCE * intrinsics[:, 0, 0]
+    if is_skewed.any():
         raise DataError(
-            f"intrinsics: skew in {_first(names, skewed)}: rows and columns of pixels must be at right "
-            "angles. Undistort the pictures first, for cameras without skew."
+            f"intrinsics: K of {_name_first(names, is_skewed)} has skew, which is not supported. Undistort the images "
+            "to cameras without skew first."
         )
-    last = (intrinsics[:, 2] - intrinsics.new_tensor([0.0, 0, 1])).abs().amax(1) > SKEW
-    if last.any():
-        raise DataError(f"intrinsics: the last row of {_first(names, last)} is not 0 0 1. Divide K by its last number.")
+    is_bad = (intrinsics[:, 2] - intrinsics.new_tensor([0.0, 0, 1])).abs().amax(1) > SKEW_TOLERANCE
+    if is_bad.any():
+        raise DataError(
+            f"intrinsics: the last row of {_name_first(names, is_bad)} is not 0 0 1. Divide K by its last number."
+        )
 
 
 def check_rigid(poses: Tensor, names: Sequence[str]) -> None:
-    """Whether all of [V, 4, 4] are a rotation and a translation.
+    """Check that poses [V, 4, 4] are rotations and translations.
 
     Raises:
-        DataError: one is not finite, stretches, mirrors, or has another last row; the message names it.
+        DataError: a pose is not finite, stretches, mirrors, or has another last row.
     """
     if not poses.isfinite().all():
-        raise DataError(f"the pose of {_first(names, ~poses.isfinite())} holds values that are not finite")
-    turn = poses[:, :3, :3].double()
-    off = (turn.mT @ turn - torch.eye(3, dtype=torch.float64)).abs().amax((1, 2))
-    last = (poses[:, 3].double() - torch.tensor([0.0, 0, 0, 1])).abs().amax(1)
-    for bad, problem in (
-        (off > RIGIDITY, "stretches or shears"),
-        (torch.linalg.det(turn) < 0, "mirrors"),
-        (last > RIGIDITY, "has a last row other than 0 0 0 1"),
+        raise DataError(f"the pose of {_name_first(names, ~poses.isfinite())} has values that are not finite")
+    rotation = poses[:, :3, :3].double()
+    error = (rotation.mT @ rotation - torch.eye(3, dtype=torch.float64)).abs().amax((1, 2))
+    last_row_error = (poses[:, 3].double() - torch.tensor([0.0, 0, 0, 1])).abs().amax(1)
+    for is_bad, problem in (
+        (error > RIGIDITY_TOLERANCE, "stretches or shears"),
+        (torch.linalg.det(rotation) < 0, "mirrors"),
+        (last_row_error > RIGIDITY_TOLERANCE, "has a last row other than 0 0 0 1"),
     ):
-        if bad.any():
+        if is_bad.any():
             raise DataError(
-                f"the pose of {_first(names, bad)} is not rigid: it {problem}. Give camera-to-world "
-                "matrices of a rotation and a translation."
+                f"the pose of {_name_first(names, is_bad)} is not rigid: it {problem}. Give camera-to-world matrices "
+                "of a rotation and a translation."
             )
 
 
-def _first(names: Sequence[str], bad: Tensor) -> str:
-    """The name of the first view with anything bad, and how many more there are."""
-    which = bad.flatten(1).any(1) if bad.dim() > 1 else bad
-    count = int(which.sum())
-    return names[int(which.int().argmax())] + (f" (and {count - 1} more)" if count > 1 else "")
+def _name_first(names: Sequence[str], is_bad: Tensor) -> str:
+    """Return the name of the first bad view, and the number of others."""
+    per_view = is_bad.flatten(1).any(1) if is_bad.dim() > 1 else is_bad
+    count = int(per_view.sum())
+    return names[int(per_view.int().argmax())] + (f" (and {count - 1} more)" if count > 1 else "")

@@ -100,7 +100,7 @@ class SearchTask(FitTask):
         candidates = poses.stand(poses.places)
         images = self.images(step)
         views = torch.arange(len(images), device=images.device)
-        return distributed.in_shares(  # of the places, for to render them is most of the work
+        return distributed.map_shares(  # of the places, for to render them is most of the work
             lambda rows: (
                 candidate_errors(self.model.field, candidates[rows], self.scene.optics, images, self.samples, views).T
             ),

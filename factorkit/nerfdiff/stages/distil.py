@@ -51,7 +51,7 @@ class DistilTask:
             def render(rows: slice) -> Tensor:
                 return render_views(model.field, further[rows], scene.optics, size, config.samples_per_ray).color
 
-            seen = distributed.in_shares(render, len(further)).movedim(-1, 1)
+            seen = distributed.map_shares(render, len(further)).movedim(-1, 1)
             images, poses = torch.cat([images, resize_area(seen, *scene.size)]), torch.cat([poses, further])
         self.images, self.poses, self.size = images, poses, len(images)
 

@@ -46,7 +46,7 @@ def best_turns(field: Field, scene: Scene, poses: Tensor, chosen: Tensor, sample
             each.append((seen - images[rows]).square().mean((1, 2, 3)))
         return torch.stack(each, 1)
 
-    least = distributed.in_shares(errors, len(chosen)).argmin(1)
+    least = distributed.map_shares(errors, len(chosen)).argmin(1)
     return torch.tensor(TURNS).to(poses)[least]
 
 
@@ -68,7 +68,7 @@ def called_back(field: Field, scene: Scene, found: OrbitPoses, chosen: Tensor, p
     def errors_from(rows: slice) -> Tensor:
         return candidate_errors(field, candidates[rows], scene.optics, images, samples).T
 
-    own = distributed.in_shares(own_errors, len(chosen))
-    errors = distributed.in_shares(errors_from, len(candidates)).T
+    own = distributed.map_shares(own_errors, len(chosen))
+    errors = distributed.map_shares(errors_from, len(candidates)).T
     least, which = errors.min(1)
     return torch.where((least < MARGIN * own)[:, None], places[which], found.direction[chosen])

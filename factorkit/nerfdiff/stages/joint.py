@@ -108,10 +108,10 @@ class JointTask:
         if not (self.config.balance_candidates and heat and errors.shape[1] > 1):
             return errors.argmin(1)
         low, high = TEMPERATURE
-        everyone, mine = distributed.gathered(spread(errors))  # every candidate's share is of the whole batch
+        everyone, mine = distributed.gather_rows(spread(errors))  # every candidate's share is of the whole batch
         return drawn(balanced_plan(everyone, low + (high - low) * heat)[mine], uniform)
 
-    def settle(self, model: NerfdiffModel) -> None:
+    def update_buffers(self, model: NerfdiffModel) -> None:
         """Keep where the training views stand now."""
         model.views.copy_(look(model, self.scene.images).best if self.found is None else self.found)
 

@@ -1,4 +1,4 @@
-"""The upper mark of tables 2.3 to 2.5: a U-Net of the same layout that is taught with labels, by cross-entropy."""
+"""The upper bound of tables 2.3 to 2.5: a U-Net of the same layout, trained with labels by cross-entropy."""
 
 from __future__ import annotations
 
@@ -26,15 +26,19 @@ from factorkit.utils.errors import DataError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw, derived_seed
 
-SHOWN = 8  # images on a sheet
+PREVIEW_IMAGES = 8
 
 
 class ClassUNet(nn.Module):
-    """Encoder, middle and decoder of the plain DDPM, shown clean images at t = 0; answers a logit for every class."""
+    """Encoder, middle and decoder of the plain DDPM on clean images at t = 0; its outputs are class logits."""
 
-    def __init__(self, config: ResolvedSegdiffConfig, classes: int):
+    def __init__(self, config: ResolvedSegdiffConfig, num_classes: int):
         super().__init__()
-        common = {"num_heads": config.num_heads, "norm_groups": config.norm_groups, "dropout": config.dropout}
+        common: dict[str, Any] = {
+            "num_heads": config.num_heads,
+            "norm_groups": config.norm_groups,
+            "dropout": config.dropout,
+        }
         embed = 4 * config.model_channels
         shape = (
             config.model_channels,
@@ -48,52 +52,64 @@ class ClassUNet(nn.Module):
         self.encoder = Encoder(3, *shape, **common)
         channels = self.encoder.out_channels
         self.middle = Middle(channels, embed, **common)
-        self.decoder = Decoder(channels, self.encoder.skip_channels, *shape, classes, **common)
+        self.decoder = Decoder(channels, self.encoder.skip_channels, *shape, num_classes, **common)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] to logits [B, classes, H, W]."""
+        """Map [B, 3, H, W] in [-1, 1] to logits [B, classes, H, W]."""
         embedding = self.time(torch.zeros(len(images), dtype=torch.int64, device=images.device))
         skips = self.encoder(images, embedding)
         return self.decoder(self.middle(skips[-1], embedding), skips, embedding).float()
 
 
 class SupervisedTask:
-    """Cross-entropy of pixels, mirrored images among them.
+    """Training by the cross-entropy of pixels, with random flips.
 
     Args:
-        images: uint8 [N, R, R, 3]; truth: int [N, R, R], classes or IGNORE_LABEL.
+        config: resolved.
+        images: uint8 [N, R, R, 3].
+        truth: int [N, R, R], classes or IGNORE_LABEL.
+        num_classes: number of logits.
+        device: of the training.
     """
 
     def __init__(
-        self, config: ResolvedSegdiffConfig, images: np.ndarray, truth: np.ndarray, classes: int, device: torch.device
+        self,
+        config: ResolvedSegdiffConfig,
+        images: np.ndarray,
+        truth: np.ndarray,
+        num_classes: int,
+        device: torch.device,
     ):
         torch.manual_seed(derived_seed("weights", config.seed))
         self.config, self.device, self.size = config, device, len(images)
-        self.model = ClassUNet(config, classes)
+        self.model = ClassUNet(config, num_classes)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.images, self.truth = move_if_it_fits(images, device), torch.from_numpy(truth.astype(np.int64)).to(device)
         self.capturable = isinstance(self.images, Tensor)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return one group of all parameters."""
         return [{"params": list(self.model.parameters()), "scale": 1.0}]
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
-        rows = self.images[indices] if self.capturable else torch.from_numpy(self.images[indices.numpy()])
-        images, truth = pixels_to_signed(rows.to(self.device)), self.truth[indices.to(self.device)]
-        mirrored = draw.uniform() < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        truth = torch.where(mirrored[:, None, None], truth.flip(2), truth)
-        each = F.cross_entropy(model(images), truth, ignore_index=IGNORE_LABEL, reduction="none")
-        counted = (truth != IGNORE_LABEL).sum((1, 2)).clamp_min(1)
-        loss = each.sum((1, 2)) / counted
+        """Compute the mean cross-entropy over the labelled pixels of each image."""
+        images = self.images
+        rows = images[indices] if isinstance(images, Tensor) else torch.from_numpy(images[indices.numpy()])
+        x, truth = pixels_to_signed(rows.to(self.device)), self.truth[indices.to(self.device)]
+        flipped = draw.uniform() < 0.5
+        x = torch.where(flipped[:, None, None, None], x.flip(3), x)
+        truth = torch.where(flipped[:, None, None], truth.flip(2), truth)
+        per_pixel = F.cross_entropy(model(x), truth, ignore_index=IGNORE_LABEL, reduction="none")
+        loss = per_pixel.sum((1, 2)) / (truth != IGNORE_LABEL).sum((1, 2)).clamp_min(1)
         return StepLoss(loss, loss, torch.zeros_like(loss), {})
 
     def inspect(self, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
-        """A sheet of training images with the classes found in them."""
+        """Write a preview of training images with their predicted classes."""
         folder.mkdir(parents=True, exist_ok=True)
-        images = np.array(self.images[:SHOWN].cpu() if self.capturable else self.images[:SHOWN])
-        found = predict_classes(model, images, self.device)
-        rows = [list(images), [overlay_enlarged(i, labels) for i, labels in zip(images, found, strict=True)]]
+        images = self.images[:PREVIEW_IMAGES]
+        images = np.array(images.cpu() if isinstance(images, Tensor) else images)
+        labels = predict_classes(cast(ClassUNet, model), images, self.device)
+        rows = [list(images), list(map(overlay_enlarged, images, labels))]
         save_image(draw_image_grid(rows), folder / f"{step:06d}_classes.png")
         return {}
 
@@ -101,32 +117,35 @@ class SupervisedTask:
 def train_supervised(
     images: np.ndarray,
     truth: np.ndarray,
-    classes: int,
+    num_classes: int,
     config: ResolvedSegdiffConfig,
     out: str | Path,
     progress: bool = True,
 ) -> ClassUNet:
-    """Train a U-Net on labelled images by the engine; the same call again resumes, or takes up what is finished.
+    """Train a U-Net on labelled images; the same call again resumes, or loads what is finished.
 
     Args:
         images: uint8 [N, R, R, 3] at the configuration's resolution.
-        truth: int [N, R, R] in [0, classes), IGNORE_LABEL where a pixel does not count.
+        truth: int [N, R, R] in [0, num_classes), IGNORE_LABEL for pixels that are not counted.
+        num_classes: number of classes.
         config: resolved; its architecture, optimiser and seed are used, its regions and noise are not.
+        out: the run folder.
+        progress: show a progress bar.
 
     Raises:
-        DataError: images and truth that do not go together, or classes out of range.
+        DataError: images and truth of different sizes, or classes out of range.
         CheckpointError: the folder holds another run.
     """
     side = config.resolution
     if images.shape != (len(images), side, side, 3) or truth.shape != images.shape[:3] or not len(images):
         raise DataError(f"images {images.shape} and truth {truth.shape}: give [N, {side}, {side}, 3] and the same N")
-    if truth.max() >= classes or truth.min() < IGNORE_LABEL:
-        raise DataError(f"truth runs from {truth.min()} to {truth.max()}, the classes from 0 to {classes - 1}")
+    if truth.max() >= num_classes or truth.min() < IGNORE_LABEL:
+        raise DataError(f"truth runs from {truth.min()} to {truth.max()}; use 0 to {num_classes - 1}")
     device, folder = resolve_device(config.device), Path(out)
     digests = [hashlib.sha256(np.ascontiguousarray(a)).hexdigest()[:16] for a in (images, truth.astype(np.int64))]
-    data = {"classes": classes, "images": len(images), "sha256": digests[0], "truth_sha256": digests[1]}
+    data = {"classes": num_classes, "images": len(images), "sha256": digests[0], "truth_sha256": digests[1]}
     settings = {"model": "supervised", **config.to_dict(), "data": data}
-    task = SupervisedTask(config, images, truth, classes, device)
+    task = SupervisedTask(config, images, truth, num_classes, device)
     with cpu_threads(config.threads), claimed(folder, settings, config.RESUMABLE):
         trained = Trainer(task, config, folder, settings, device=device, progress=progress).run()
         return cast(ClassUNet, trained.eval())
@@ -134,7 +153,7 @@ def train_supervised(
 
 @torch.no_grad()
 def predict_classes(model: ClassUNet, images: np.ndarray, device: torch.device | str | None = None) -> np.ndarray:
-    """The most probable class of each pixel, int64 [N, R, R], of pictures uint8 [N, R, R, 3]."""
+    """Return the most probable class of each pixel, int64 [N, R, R], of images uint8 [N, R, R, 3]."""
     device = next(model.parameters()).device if device is None else device
     parts = torch.from_numpy(np.ascontiguousarray(images)).split(MASK_BATCH_SIZE)
     return np.concatenate([model(pixels_to_signed(part.to(device))).argmax(1).cpu().numpy() for part in parts])

@@ -1,4 +1,4 @@
-"""What each branch makes of a picture: the factorization itself, made visible (fig. 2.9)."""
+"""Decomposition of images into the outputs of the branches: the factorization made visible (thesis, fig. 2.9)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from factorkit.utils.images import signed_to_unit
 
 
 class Branches(NamedTuple):
-    """Pictures taken apart at one noise level.
+    """Images decomposed at one noise level.
 
     Attributes:
-        noisy: [n, 3, R, R] in [0, 1] (clipped), what the model was shown.
-        images: [n, 3, R, R] in [0, 1], its estimate of the clean picture: the branches, weighed by their masks.
+        noisy: [n, 3, R, R] in [0, 1] (clipped), the input of the model.
+        images: [n, 3, R, R] in [0, 1], its estimate of the clean image: the branches weighted by their masks.
         masks: [n, K, R, R], summing to 1 over K.
-        branches: [n, K, 3, R, R] in [0, 1], what each branch takes the whole picture to be; a branch was only ever
-            taught where its mask is not zero.
+        branches: [n, K, 3, R, R] in [0, 1], each branch's estimate of the whole image; it was only trained where its
+            mask is not zero.
     """
 
     noisy: Tensor
@@ -35,11 +35,10 @@ class Branches(NamedTuple):
 
 
 @torch.no_grad()
-def take_apart(
+def decompose_images(
     model: FactorizedUNet, config: ResolvedSegdiffConfig, schedule: Schedule, images: Tensor, t: int
 ) -> Branches:
-    """The factorization of ``images`` [n, 3, R, R] in [-1, 1] at level t: branch k says x0_k, the model
-    x0 = sum_k m_k x0_k, in one step.
+    """Decompose ``images`` [n, 3, R, R] in [-1, 1] at level t into x0 = sum_k m_k x0_k, x0_k of branch k, in one step.
 
     Raises:
         ConfigError: the model has no branches (``decoding="concat"``).
@@ -49,12 +48,11 @@ def take_apart(
             "this run was trained with decoding='concat': one decoder sees all masks, so there are no branches to show"
         )
     parts = []
-    for piece in images.split(SAMPLE_BATCH_SIZE):
-        x_t, times = add_noise(piece.to(schedule.device), t, schedule)
+    for batch in images.split(SAMPLE_BATCH_SIZE):
+        x_t, times = add_noise(batch.to(schedule.device), t, schedule)
         out = model(x_t, times)
         x0 = to_x0(config.prediction, schedule, x_t, out.prediction, times)
-        each = estimate_branches(config.prediction, schedule, x_t, out.bottleneck.branches, times)
-        parts.append(
-            (signed_to_unit(x_t), signed_to_unit(x0), out.bottleneck.masks.float().cpu(), signed_to_unit(each))
-        )
+        branches = estimate_branches(config.prediction, schedule, x_t, out.bottleneck.branches, times)
+        masks = out.bottleneck.masks.float().cpu()
+        parts.append((signed_to_unit(x_t), signed_to_unit(x0), masks, signed_to_unit(branches)))
     return Branches(*map(torch.cat, zip(*parts, strict=True)))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from factorkit.segdiff.editing.branches import Branches, take_apart
-from factorkit.segdiff.editing.interpolate import Interpolation, interpolate_pictures
-from factorkit.segdiff.editing.recompose import Recomposition, recompose_pictures
+from factorkit.segdiff.editing.branches import Branches, decompose_images
+from factorkit.segdiff.editing.interpolate import Interpolation, interpolate_images
+from factorkit.segdiff.editing.recompose import Recomposition, recompose_images
 from factorkit.segdiff.loaded_model import LoadedModel
 from factorkit.segdiff.sampling import check_edit_time
 
@@ -42,7 +42,7 @@ class Editor(LoadedModel):
         options: dict[str, Any] = {"frames": frames, "t": t, "steps": steps, "sampler": sampler, "seed": seed}
         first, second = self._read_squares(a), self._read_squares(b)
         with self._autocast():
-            return interpolate_pictures(self.model, self.config, self.schedule, first, second, **options)
+            return interpolate_images(self.model, self.config, self.schedule, first, second, **options)
 
     def branches(self, images: Any, t: int | None = None) -> Branches:
         """Return the output of each branch for images at one noise level, and its mask (fig. 2.9).
@@ -57,7 +57,7 @@ class Editor(LoadedModel):
         """
         t = check_edit_time(self.config, t)
         with self._autocast():
-            return take_apart(self.model, self.config, self.schedule, self._read_squares(images), t)
+            return decompose_images(self.model, self.config, self.schedule, self._read_squares(images), t)
 
     def recompose(
         self,
@@ -95,4 +95,4 @@ class Editor(LoadedModel):
         options |= {"sampler": sampler, "seed": seed}
         originals, sources = self._read_squares(images), None if from_ is None else self._read_squares(from_)
         with self._autocast():
-            return recompose_pictures(self.model, self.config, self.schedule, originals, sources, **options)
+            return recompose_images(self.model, self.config, self.schedule, originals, sources, **options)

@@ -1,4 +1,4 @@
-"""Segmenting a folder of pictures into files: threads read ahead and write behind, the network runs between them."""
+"""Segmentation of a folder of images into files: threads read ahead and write behind while the network runs."""
 
 from __future__ import annotations
 
@@ -18,48 +18,56 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from factorkit.data.sources import Source, escape_name
+from factorkit.data.files import escape_name
+from factorkit.data.sources import Source
 from factorkit.engine.run_folder import held
 from factorkit.segdiff import previews
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
-from factorkit.segdiff.inference.coco_rle import annotations
+from factorkit.segdiff.inference.coco_rle import make_annotations
 from factorkit.segdiff.inference.outputs import (
-    SHEET,
+    CONTACT_SHEET,
     Manifest,
     check_formats,
     fingerprint,
     output_names,
     without_results,
     write_annotations,
-    write_picture,
+    write_image_files,
 )
-from factorkit.segdiff.inference.segment import Seen, no_room, own_pixels, see, small_masks
+from factorkit.segdiff.inference.segment import (
+    PreparedImage,
+    describe_out_of_memory,
+    predict_tiled,
+    prepare_image,
+    upsample_masks,
+)
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.utils import distributed
 from factorkit.utils.atomic import clear_unfinished, save_image
 from factorkit.utils.errors import ConfigError, DataError, WriteError, is_out_of_memory
 from factorkit.utils.images import unit_to_uint8
 
-SHEET_IMAGES, SHEET_CELL = 32, 128  # on the contact sheet: at most so many pictures, of so many pixels
-NAMED = 20  # pictures that are left out and named in a warning; the answer has them all
-MOST_WORKERS = 8
-AHEAD = 16  # pictures held in memory between reading and writing, of small ones;
-PIXELS_AHEAD = 1 << 26  # of large ones fewer, so that together they have about so many pixels,
-GUESSED = 1 << 24  # taken to have so many until they are known
+CONTACT_SHEET_IMAGES, CONTACT_SHEET_CELL = 32, 128  # at most so many images, in cells of so many pixels
+MAX_NAMES_IN_WARNING = 20  # skipped images; the result has all of them
+MAX_WORKERS = 8
+MAX_IMAGES_HELD = 16  # in memory between reading and writing,
+MAX_PIXELS_HELD = 1 << 26  # fewer if they are large,
+ASSUMED_PIXELS = 1 << 24  # as each is taken to be until the first ones are read
 
 
 class FolderSegments(NamedTuple):
-    """What segmenting a folder came to.
+    """The result of segmenting a folder.
 
     Attributes:
-        out: where the files are.
-        segmented: pictures whose results are there; ``already`` of them were there before.
-        skipped: the name of each picture that could not be segmented, and why.
+        out: the folder of the files.
+        segmented: number of images with results; ``already`` of them from earlier calls.
+        already: number of images that needed no work.
+        skipped: the name of each image that could not be segmented, and why.
         regions: K.
-        areas: mean share of each region, over all that are there.
-        contact_sheet: the first pictures beside their regions, None where none of the first could be read.
-        annotations: COCO's file, where it was asked for.
+        areas: mean share of each region over all segmented images.
+        contact_sheet: grid of the first images beside their regions; None if none of the first could be read.
+        annotations: COCO's file, if requested.
     """
 
     out: Path
@@ -83,42 +91,44 @@ def segment_folder(
     workers: int | None,
     progress: bool,
 ) -> FolderSegments:
-    """See :meth:`factorkit.SegdiffRun.segment_folder`; ``settings`` are t, size and upsample, all known to be good."""
+    """Segment a folder, see :meth:`factorkit.SegdiffRun.segment_folder`; ``settings`` are checked t, size, upsample."""
     formats = check_formats(formats)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers}: at least one thread has to read")
     source, key = without_results(source, out), fingerprint(model, settings)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give another out=, a folder")
-    opened: list[Manifest] = []
-    distributed.barrier()  # nobody writes where another still looks for pictures
+    manifests: list[Manifest] = []
+    distributed.barrier()  # no process writes while another still lists the images
     try:
         with ExitStack() as stack:
 
-            def begin() -> None:
+            def open_folder() -> None:
                 out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(held(out, "segmenting into"))
-                opened.append(stack.enter_context(closing(Manifest(out, key, source))))
+                manifests.append(stack.enter_context(closing(Manifest(out, key, source))))
 
-            distributed.on_first(begin)
-            if part := distributed.rank():
-                opened.append(stack.enter_context(closing(Manifest(out, key, source, part))))
-            return _Job(config, predict, source, opened[0], settings, formats, workers, progress).run()
-    except OSError as error:  # a source reports its own as DataError, so this one is the results'
+            distributed.run_on_first(open_folder)
+            if rank := distributed.rank():
+                manifests.append(stack.enter_context(closing(Manifest(out, key, source, rank))))
+            return _FolderJob(config, predict, source, manifests[0], settings, formats, workers, progress).run()
+    except OSError as error:  # of the results; a source raises DataError for its own
         where = escape_name(str(error.filename or out))
         raise WriteError(
-            f"{where}: cannot be written: {error.strerror or error}. What is finished in {out} stands; free some space "
-            "or mend the permissions (or give another out=) and run the same command again to go on"
+            f"{where}: cannot be written: {error.strerror or error}. Finished images in {out} are intact; free some "
+            "space or correct the permissions (or give another out=) and run the same command again to continue"
         ) from error
 
 
-class _Picture(NamedTuple):
+class _Item(NamedTuple):
+    """An image on its way: prepared, or the reason why it cannot be read, or None after it is handed to a writer."""
+
     index: int
     stamp: Any  # of the file that was read
-    seen: Seen | str | None  # what is wrong with it, where it cannot be read; None once it is handed on to be written
+    prepared: PreparedImage | str | None
 
 
-class _Job:
+class _FolderJob:
     def __init__(
         self,
         config: ResolvedSegdiffConfig,
@@ -133,74 +143,73 @@ class _Job:
         self.config, self.predict, self.source, self.manifest = config, predict, source, manifest
         self.size, self.upsample = settings["size"], settings["upsample"]
         self.formats, self.progress = formats, progress
-        self.workers = workers or min(MOST_WORKERS, os.cpu_count() or 1)
-        self.out, self.sheet = manifest.out, manifest.out / SHEET
-        self.paths = output_names(source.names)
+        self.workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
+        self.out, self.contact_sheet = manifest.out, manifest.out / CONTACT_SHEET
+        self.prefixes = output_names(source.names)
         self.skipped: dict[str, str] = {}
-        self.rows: dict[int, list[np.ndarray]] = {}
-        self.held_pixels = deque([GUESSED], maxlen=AHEAD)
+        self.sheet_rows: dict[int, list[np.ndarray]] = {}
+        self.recent_pixels = deque([ASSUMED_PIXELS], maxlen=MAX_IMAGES_HELD)
 
     def run(self) -> FolderSegments:
-        count = len(self.source)
-        todo, sheet_due = distributed.on_first(self._plan)
-        for rows, skipped in distributed.everyones(lambda: self._share(todo)):
-            self.rows |= rows
+        todo, sheet_due = distributed.run_on_first(self._plan)
+        for rows, skipped in distributed.gather_results(lambda: self._process_share(todo)):
+            self.sheet_rows |= rows
             self.skipped |= skipped
         self.skipped = {name: self.skipped[name] for name in self.source.names if name in self.skipped}
-        self._report(count)
-        return distributed.on_first(lambda: self._complete(count - len(todo), sheet_due))
+        self._report_skipped()
+        return distributed.run_on_first(lambda: self._complete(len(self.source) - len(todo), sheet_due))
 
     def _plan(self) -> tuple[list[int], bool]:
-        """The pictures to be segmented, and whether the sheet is to be drawn."""
-        count, regions = len(self.source), self.config.num_leaf_regions
-        done = [self.manifest.has(i, self.paths[i], self.formats, regions) for i in range(count)]
-        first = range(min(SHEET_IMAGES, count))
-        sheet_due = not self.sheet.exists() or any(not done[i] and not self.manifest.failed(i) for i in first)
+        """Return the images to segment, and whether the contact sheet must be drawn."""
+        count, num_regions = len(self.source), self.config.num_leaf_regions
+        done = [self.manifest.has(i, self.prefixes[i], self.formats, num_regions) for i in range(count)]
+        first = range(min(CONTACT_SHEET_IMAGES, count))
+        sheet_due = not self.contact_sheet.exists() or any(not done[i] and not self.manifest.failed(i) for i in first)
         if sheet_due:
-            done[: len(first)] = [False] * len(first)  # a handful is segmented again, for the sheet shows them all
+            done[: len(first)] = [False] * len(first)  # the sheet needs the masks of all its images
         todo = [i for i in range(count) if not done[i]]
-        for folder in {(self.out / self.paths[i]).parent for i in todo} | {self.out}:
+        for folder in {(self.out / self.prefixes[i]).parent for i in todo} | {self.out}:
             clear_unfinished(folder)
         return todo, sheet_due
 
-    def _share(self, todo: Sequence[int]) -> tuple[dict[int, list[np.ndarray]], dict[str, str]]:
-        """Segment what is this process's of the pictures; rows for the sheet, and what was left out."""
-        mine, before = todo[distributed.rank() :: distributed.world_size()], len(self.source) - len(todo)
+    def _process_share(self, todo: Sequence[int]) -> tuple[dict[int, list[np.ndarray]], dict[str, str]]:
+        """Segment this process's share of the images; return rows of the contact sheet and skipped images."""
+        share, already = todo[distributed.rank() :: distributed.world_size()], len(self.source) - len(todo)
         silent = not self.progress or distributed.rank() > 0
-        with tqdm(total=before + len(mine), initial=before, desc="segmenting", unit="image", disable=silent) as bar:
-            for _ in self._segment(mine):
+        with tqdm(total=already + len(share), initial=already, desc="segmenting", unit="image", disable=silent) as bar:
+            for _ in self._segment(share):
                 bar.update()
-        return self.rows, self.skipped
+        return self.sheet_rows, self.skipped
 
     def _complete(self, already: int, sheet_due: bool) -> FolderSegments:
-        """What is left to do when all pictures are done."""
-        self.manifest.take_in()
-        if sheet_due and self.rows:
-            self._write_sheet()
-        regions = self.config.num_leaf_regions
-        annotated = write_annotations(self.manifest, regions) if "coco" in self.formats else None
+        """Write what needs all images: the whole manifest, contact sheet and annotations."""
+        self.manifest.merge_ranks()
+        if sheet_due and self.sheet_rows:
+            self._write_contact_sheet()
+        num_regions = self.config.num_leaf_regions
+        annotations = write_annotations(self.manifest, num_regions) if "coco" in self.formats else None
         areas = [line["areas"] for _, line in self.manifest.records()]
         return FolderSegments(
             self.out,
             len(self.source) - len(self.skipped),
             already,
             self.skipped,
-            regions,
+            num_regions,
             np.mean(areas, 0).tolist(),
-            self.sheet if self.sheet.exists() else None,
-            annotated,
+            self.contact_sheet if self.contact_sheet.exists() else None,
+            annotations,
         )
 
     def _segment(self, todo: Sequence[int]) -> Iterator[int]:
-        """Read, segment, write; gives each picture once its line is in the manifest, or once it is left out."""
-        readers = ThreadPoolExecutor(self.workers, initializer=_alone)
-        writers = ThreadPoolExecutor(self.workers, initializer=_alone)
+        """Read, segment, write; yield each image once it is in the manifest or skipped."""
+        readers = ThreadPoolExecutor(self.workers, initializer=_use_one_thread)
+        writers = ThreadPoolExecutor(self.workers, initializer=_use_one_thread)
         try:
-            batch: list[_Picture] = []
-            writing: deque[tuple[_Picture, Future]] = deque()
-            for picture in self._ahead(readers, todo):
-                batch.append(picture)
-                if len(batch) >= self._room():
+            batch: list[_Item] = []
+            writing: deque[tuple[_Item, Future]] = deque()
+            for item in self._read_ahead(readers, todo):
+                batch.append(item)
+                if len(batch) >= self._queue_size():
                     yield from self._segment_batch(batch, writers, writing)
                     batch = []
             yield from self._segment_batch(batch, writers, writing)
@@ -210,139 +219,139 @@ class _Job:
             readers.shutdown(cancel_futures=True)
             writers.shutdown(cancel_futures=True)
 
-    def _segment_batch(
-        self, batch: list[_Picture], writers: ThreadPoolExecutor, writing: deque[tuple[_Picture, Future]]
-    ) -> Iterator[int]:
-        """Those of one size go through the network together; gives the pictures that were finished meanwhile."""
-        groups: dict[Any, list[_Picture]] = {}
-        for picture in batch:
-            if isinstance(picture.seen, str):
-                self._skip(picture, picture.seen)
-                yield picture.index
-            else:
-                groups.setdefault(picture.seen.small.shape, []).append(picture)
-        for group in groups.values():
-            for picture, masks in zip(group, self._masks(group), strict=True):
-                if masks is None:
-                    yield picture.index
-                    continue
-                while writing and (len(writing) >= self._room() or writing[0][1].done()):
-                    yield self._finish(*writing.popleft())
-                writing.append((picture._replace(seen=None), writers.submit(self._write, picture, masks)))
-
-    def _masks(self, group: list[_Picture]) -> list[Tensor | None]:
-        """What the network says of pictures of one size; None for one that memory has no room for, which is skipped."""
-        small = np.stack([picture.seen.small for picture in group])
-        try:
-            return list(small_masks(self.predict, small, self.config))
-        except Exception as error:
-            if len(group) > 1 and is_out_of_memory(error):
-                return [self._masks([picture])[0] for picture in group]
-            self._give_up(group[0], error)
-            return [None]
-
-    def _room(self) -> int:
-        """How many pictures may wait for a reader or a writer, by how large the last ones were."""
-        return max(1, min(AHEAD, PIXELS_AHEAD // max(self.held_pixels)))
-
-    def _ahead(self, readers: ThreadPoolExecutor, todo: Iterable[int]) -> Iterator[_Picture]:
-        """The pictures in order, or what is wrong with them, while the next ones are read already."""
-        waiting: deque[Any] = deque()
+    def _read_ahead(self, readers: ThreadPoolExecutor, todo: Iterable[int]) -> Iterator[_Item]:
+        """Yield the images in order while the next ones are being read."""
+        waiting: deque[tuple[int, Any, Future]] = deque()
         todo = iter(todo)
         while True:
-            while len(waiting) < self._room() and (index := next(todo, None)) is not None:
+            while len(waiting) < self._queue_size() and (index := next(todo, None)) is not None:
                 waiting.append((index, self.manifest.stamp(index), readers.submit(self._read, index)))
             if not waiting:
                 return
             index, stamp, future = waiting.popleft()
-            seen = future.result()
-            if isinstance(seen, Seen):
-                self.held_pixels.append(seen.picture.width * seen.picture.height)
-            yield _Picture(index, stamp, seen)
+            prepared = future.result()
+            if isinstance(prepared, PreparedImage):
+                self.recent_pixels.append(prepared.image.width * prepared.image.height)
+            yield _Item(index, stamp, prepared)
 
-    def _read(self, index: int) -> Seen | str:
+    def _queue_size(self) -> int:
+        """Return how many images may wait for a reader or a writer, from the sizes of the last ones."""
+        return max(1, min(MAX_IMAGES_HELD, MAX_PIXELS_HELD // max(self.recent_pixels)))
+
+    def _read(self, index: int) -> PreparedImage | str:
         try:
-            return see(self.source.read(index), self.config, self.size, self.upsample)
+            return prepare_image(self.source.read(index), self.config, self.size, self.upsample)
         except (DataError, MemoryError, OSError) as error:
             return str(error).removeprefix(f"{self.source.names[index]}: ") or type(error).__name__
 
-    def _write(self, picture: _Picture, masks: Tensor) -> dict[str, Any]:
-        """A picture's files, and what the manifest says of it."""
-        index, seen = picture.index, picture.seen
-        width, height = seen.picture.size
-        pictured = index < SHEET_IMAGES
-        soft = np.empty((len(masks), height, width), np.uint8) if "masks" in self.formats or pictured else None
+    def _segment_batch(
+        self, batch: list[_Item], writers: ThreadPoolExecutor, writing: deque[tuple[_Item, Future]]
+    ) -> Iterator[int]:
+        """Run images of one size through the network together; yield those that were finished meanwhile."""
+        groups: dict[Any, list[tuple[_Item, PreparedImage]]] = {}
+        for item in batch:
+            if isinstance(item.prepared, PreparedImage):
+                groups.setdefault(item.prepared.small.shape, []).append((item, item.prepared))
+            else:
+                self._skip(item, str(item.prepared))
+                yield item.index
+        for group in groups.values():
+            for (item, prepared), masks in zip(group, self._predict(group), strict=True):
+                if masks is None:
+                    yield item.index
+                    continue
+                while writing and (len(writing) >= self._queue_size() or writing[0][1].done()):
+                    yield self._finish(*writing.popleft())
+                future = writers.submit(self._write, item.index, prepared, masks)
+                writing.append((item._replace(prepared=None), future))
+
+    def _predict(self, group: list[tuple[_Item, PreparedImage]]) -> list[Tensor | None]:
+        """Predict masks of images of one size; an image that does not fit into memory is skipped and gives None."""
+        small = np.stack([prepared.small for _, prepared in group])
+        try:
+            return list(predict_tiled(self.predict, small, self.config))
+        except Exception as error:
+            if len(group) > 1 and is_out_of_memory(error):
+                return [self._predict([pair])[0] for pair in group]
+            self._skip_or_raise(group[0][0], error)
+            return [None]
+
+    def _write(self, index: int, prepared: PreparedImage, masks: Tensor) -> dict[str, Any]:
+        """Write an image's files and return its record for the manifest."""
+        width, height = prepared.image.size
+        in_sheet = index < CONTACT_SHEET_IMAGES
+        soft = np.empty((len(masks), height, width), np.uint8) if "masks" in self.formats or in_sheet else None
         labels = np.empty((height, width), np.uint8)
-        for rows, band in own_pixels(masks, seen):
+        for rows, band in upsample_masks(masks, prepared):
             labels[rows] = hard_labels(band, self.config.nesting).byte().numpy()
             if soft is not None:
                 soft[:, rows] = unit_to_uint8(band)
-        files = write_picture(self.out / self.paths[index], seen.picture, labels, soft, self.formats)
-        if pictured:
-            self.rows[index] = _sheet_row(seen.picture, soft)
+        files = write_image_files(self.out / self.prefixes[index], prepared.image, labels, soft, self.formats)
+        if in_sheet and soft is not None:
+            self.sheet_rows[index] = _draw_sheet_row(prepared.image, soft)
         areas = np.bincount(labels.ravel(), minlength=len(masks)) / labels.size
-        found = annotations(labels, len(masks)) if "coco" in self.formats else None
-        return {"width": width, "height": height, "areas": areas.tolist(), "files": files, "annotations": found}
+        annotations = make_annotations(labels, len(masks)) if "coco" in self.formats else None
+        return {"width": width, "height": height, "areas": areas.tolist(), "files": files, "annotations": annotations}
 
-    def _finish(self, picture: _Picture, future: Future) -> int:
+    def _finish(self, item: _Item, future: Future) -> int:
         try:
             record = future.result()
         except Exception as error:
-            self._give_up(picture, error)
+            self._skip_or_raise(item, error)
         else:
-            self.manifest.add(picture.index, picture.stamp, record)
-        return picture.index
+            self.manifest.add(item.index, item.stamp, record)
+        return item.index
 
-    def _give_up(self, picture: _Picture, error: Exception) -> None:
-        """Leave out a picture for what is its own fault: its size, or a name too long to add to."""
+    def _skip_or_raise(self, item: _Item, error: Exception) -> None:
+        """Skip an image if the error is specific to it: its size, or a name too long to extend."""
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            self._skip(picture, "its name is too long to name results after it; shorten it")
+            self._skip(item, "its name is too long to name results after it; shorten it")
+        elif is_out_of_memory(error) and isinstance(item.prepared, PreparedImage):
+            self._skip(item, describe_out_of_memory(item.prepared.image, self.size))
         elif is_out_of_memory(error):
-            known = isinstance(picture.seen, Seen)
-            self._skip(picture, no_room(picture.seen.picture, self.size) if known else "out of memory; scale it down")
+            self._skip(item, "out of memory; scale it down")
         else:
             raise error
 
-    def _skip(self, picture: _Picture, reason: str) -> None:
-        self.skipped[self.source.names[picture.index]] = reason
-        self.manifest.add(picture.index, picture.stamp, {"skipped": reason})
+    def _skip(self, item: _Item, reason: str) -> None:
+        self.skipped[self.source.names[item.index]] = reason
+        self.manifest.add(item.index, item.stamp, {"skipped": reason})
 
-    def _report(self, count: int) -> None:
+    def _report_skipped(self) -> None:
         if not self.skipped:
             return
-        named = "; ".join(
-            f"{escape_name(n)} ({escape_name(reason)})" for n, reason in list(self.skipped.items())[:NAMED]
-        )
-        if len(self.skipped) == count:
-            raise DataError(f"none of {count} images could be segmented: {named}. Check the files.")
+        count, total = len(self.skipped), len(self.source)
+        named = list(self.skipped.items())[:MAX_NAMES_IN_WARNING]
+        reasons = "; ".join(f"{escape_name(name)} ({escape_name(reason)})" for name, reason in named)
+        if count == total:
+            raise DataError(f"none of {total} images could be segmented: {reasons}. Check the files.")
         if distributed.rank():
             return
-        more = f"; and {len(self.skipped) - NAMED} more" if len(self.skipped) > NAMED else ""
-        warnings.warn(
-            f"{len(self.skipped)} of {count} images could not be segmented and were left out: {named}{more}",
-            stacklevel=5,
-        )
+        more = f"; and {count - len(named)} more" if count > len(named) else ""
+        warnings.warn(f"{count} of {total} images could not be segmented: {reasons}{more}", stacklevel=5)
 
-    def _write_sheet(self) -> None:
-        order = sorted(self.rows)
+    def _write_contact_sheet(self) -> None:
+        order = sorted(self.sheet_rows)
         colors = previews.palette(self.config.num_leaf_regions)
         columns = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
         captions = [escape_name(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
-        rows = [self.rows[i] for i in order]
-        save_image(previews.draw_image_grid(rows, columns, captions, cell=SHEET_CELL), self.sheet)
+        rows = [self.sheet_rows[i] for i in order]
+        save_image(previews.draw_image_grid(rows, columns, captions, cell=CONTACT_SHEET_CELL), self.contact_sheet)
 
 
-def _alone() -> None:
-    """A thread among several that read or write computes alone, or all of them would fight for the cores."""
+def _use_one_thread() -> None:
+    """Limit torch in a reader or writer thread, because several of them share the cores."""
     torch.set_num_threads(1)
 
 
-def _sheet_row(picture: Image.Image, masks: np.ndarray) -> list[np.ndarray]:
-    """A picture, its regions and its masks (uint8 [K, H, W]) at the size of the sheet's cells; small ones grow by whole
-    factors."""
-    longest = max(picture.size)
-    scale = SHEET_CELL / longest if longest > SHEET_CELL else SHEET_CELL // longest
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    resize = lambda image: np.asarray(image.resize(size, Image.Resampling.BOX))  # noqa: E731
-    image, small = resize(picture), np.stack([resize(Image.fromarray(mask)) for mask in masks])
-    return [image, previews.overlay_regions(image, small.argmax(0)), *small]
+def _draw_sheet_row(image: Image.Image, masks: np.ndarray) -> list[np.ndarray]:
+    """Scale an image, its regions and its masks (uint8 [K, H, W]) to a cell; small ones by whole factors."""
+    longest = max(image.size)
+    scale = CONTACT_SHEET_CELL / longest if longest > CONTACT_SHEET_CELL else CONTACT_SHEET_CELL // longest
+    width, height = (max(1, round(side * scale)) for side in image.size)
+
+    def resize(image: Image.Image) -> np.ndarray:
+        return np.asarray(image.resize((width, height), Image.Resampling.BOX))
+
+    small, small_masks = resize(image), np.stack([resize(Image.fromarray(mask)) for mask in masks])
+    return [small, previews.overlay_regions(small, small_masks.argmax(0)), *small_masks]

@@ -15,8 +15,15 @@ from factorkit.data.video import open_video
 from factorkit.engine.config import cpu_threads
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.inference.folder import FolderSegments, segment_folder
-from factorkit.segdiff.inference.outputs import DEFAULT_FORMATS, Segmentation
-from factorkit.segdiff.inference.segment import QUALITIES, as_pictures, average_masks, check_segmenting, masks_of
+from factorkit.segdiff.inference.outputs import DEFAULT_FORMATS
+from factorkit.segdiff.inference.segment import (
+    QUALITIES,
+    Segmentation,
+    average_masks,
+    check_segment_settings,
+    read_images,
+    segment_image,
+)
 from factorkit.segdiff.inference.video import VideoSegments, segment_frames, write_video
 from factorkit.segdiff.loaded_model import LoadedModel
 from factorkit.utils.errors import ConfigError
@@ -56,7 +63,7 @@ class Segmenter(LoadedModel):
         Raises:
             ConfigError: t out of range, or a plain DDPM, which has no regions.
             DataError: nothing to read, or an image that cannot be decoded.
-            OutOfMemory: an image too large for the machine.
+            OutOfMemoryError: an image too large for the machine.
 
         Example:
             >>> seg = run.segment(pictures[:4])
@@ -65,9 +72,9 @@ class Segmenter(LoadedModel):
             >>> bool((seg.masks.sum(1) - 1).abs().max() < 0.01)
             True
         """
-        predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
-        pictures, names = as_pictures(images)
-        masks = [masks_of(self.config, picture, predict, size, upsample) for picture in pictures]
+        predict, size = self.predictor(t, quality), check_segment_settings(self.config, size, upsample)
+        pictures, names = read_images(images)
+        masks = [segment_image(self.config, picture, predict, size, upsample) for picture in pictures]
         labels = [hard_labels(m, self.config.nesting) for m in masks]
         if len({m.shape for m in masks}) == 1:
             return Segmentation(torch.stack(labels), torch.stack(masks), names, self.config.nesting)
@@ -113,7 +120,7 @@ class Segmenter(LoadedModel):
             >>> done.segmented, done.skipped
             (4, {})
         """
-        predict, size = self.predictor(t, quality), check_segmenting(self.config, size, upsample)
+        predict, size = self.predictor(t, quality), check_segment_settings(self.config, size, upsample)
         source = images if isinstance(images, Source) else open_source(images)
         settings = {"t": self._check_time(t), "size": size, "upsample": upsample, "quality": quality}
         with cpu_threads(self.config.threads):
@@ -150,10 +157,10 @@ class Segmenter(LoadedModel):
             ConfigError: a setting out of range, a plain DDPM, or imageio is not installed.
             DataError: nothing to read, frames of several sizes, or a video that does not decode to its end.
             WriteError: the disk is full or ``out`` cannot be written.
-            OutOfMemory: frames too large for the machine.
+            OutOfMemoryError: frames too large for the machine.
         """
         source = open_video(video)
-        size, predict = check_segmenting(self.config, size, upsample), self.predictor(t, quality)
+        size, predict = check_segment_settings(self.config, size, upsample), self.predictor(t, quality)
         with cpu_threads(self.config.threads):
             frames = segment_frames(source.frames, self.config, predict, size=size, upsample=upsample, smooth=smooth)
             return write_video(source, frames, Path(out), self.config.num_leaf_regions, progress)

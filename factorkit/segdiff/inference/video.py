@@ -1,8 +1,8 @@
-"""Segmenting moving pictures frame by frame, in memory that does not grow with their length.
+"""Segmentation of a video frame by frame, in memory that does not grow with its length.
 
-A region has the same number in every frame because it has it in every picture: the model's regions are its own. What
-is left is flicker, against which all frames get the same noise (:func:`~factorkit.segdiff.task.noised`), and frames
-and masks are averaged over time where the picture stands still.
+Regions are the model's own, so a region has the same number in every frame. What remains is flicker, which is reduced in
+two ways: all frames get the same noise (:func:`~factorkit.segdiff.task.add_noise`), and frames and masks are averaged over
+time where the image does not move.
 """
 
 from __future__ import annotations
@@ -19,26 +19,40 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from factorkit.data.video import Video, video_libraries
+from factorkit.data.video import Video, import_video_libraries
 from factorkit.segdiff import previews
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
-from factorkit.segdiff.inference.segment import Seen, no_room, own_pixels, see, small_masks
+from factorkit.segdiff.inference.segment import (
+    PreparedImage,
+    describe_out_of_memory,
+    predict_tiled,
+    prepare_image,
+    upsample_masks,
+)
 from factorkit.utils.atomic import replacing
-from factorkit.utils.errors import ConfigError, DataError, FactorkitError, OutOfMemory, WriteError, is_out_of_memory
+from factorkit.utils.errors import (
+    ConfigError,
+    DataError,
+    FactorkitError,
+    OutOfMemoryError,
+    WriteError,
+    is_out_of_memory,
+)
 
-FRAMES_AT_ONCE, PIXELS_AT_ONCE = 16, 1 << 24
-STILL = 0.03  # of [0, 1]: a mean colour that has changed by much more is another thing's
+MAX_FRAMES_PER_BATCH, MAX_PIXELS_PER_BATCH = 16, 1 << 24
+STILL_COLOUR_CHANGE = 0.03  # in [0, 1]: larger changes of the mean colour count as motion
 CODEC = "libx264"
+SUFFIXES = (".mp4", ".mkv", ".mov")
 
 
 class VideoSegments(NamedTuple):
-    """What segmenting a clip came to.
+    """The result of segmenting a video.
 
     Attributes:
         out: the video with the regions laid over its frames.
-        frames: how many.
-        rate: of them a second.
+        frames: number of frames.
+        rate: frames per second.
         areas: mean share of each region.
         changes: share of the pixels whose region differs from the last frame's, mean over frames: motion and flicker.
     """
@@ -51,36 +65,36 @@ class VideoSegments(NamedTuple):
 
 
 class Smoother:
-    """Frames and masks averaged over time, ``s <- a s + (1 - a) x``, where the picture stands still.
+    """A running average of frames and masks, ``s <- a s + (1 - a) x``, where the image does not move.
 
-    With d the difference between a frame and the running one, averaged over 5 x 5 pixels, and d^2 its mean square over
-    the channels, ``a = keep exp(-d^2 / 2 STILL^2)`` for each pixel: what moves, and all of a cut, is taken at once. The
-    frames too, because the guided filter carries a sensor's noise into masks that stand still.
+    With d the difference of a frame and the running average, averaged over 5 x 5 pixels, and d^2 its mean square over the
+    channels, ``a = keep exp(-d^2 / 2 STILL_COLOUR_CHANGE^2)`` for each pixel: motion and cuts take effect at once. Frames
+    are averaged too, because the guided filter carries sensor noise into static masks.
 
     Args:
-        keep: in [0, 1); 0 does not smooth. At rest the average spans about 1 / (1 - keep) frames.
+        keep: in [0, 1); 0 does not smooth. A static average spans about 1 / (1 - keep) frames.
     """
 
     def __init__(self, keep: float):
         if not 0 <= keep < 1:
-            raise ConfigError(f"smooth={keep} must lie between 0 and 1, without 1; 0 does not smooth")
+            raise ConfigError(f"smooth={keep} must be at least 0 and below 1; 0 does not smooth")
         self.keep = keep
         self._frame: Tensor | None = None
         self._masks: Tensor | None = None
 
     def frame(self, frame: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """The averaged frame, uint8 [H, W, 3], and the weights a, [H, W], with which its masks are to be averaged."""
-        seen = torch.from_numpy(np.array(frame)).permute(2, 0, 1).float()
+        """Return the averaged frame, uint8 [H, W, 3], and the weights a, [H, W], to average its masks with."""
+        current = torch.from_numpy(np.array(frame)).permute(2, 0, 1).float()
         if self._frame is None or self.keep == 0:
-            self._frame = seen
-            return frame, torch.zeros(seen.shape[1:])
-        apart = F.avg_pool2d(F.pad((seen - self._frame)[None], (2, 2, 2, 2), mode="replicate"), 5, 1)[0] / 255
-        keep = self.keep * torch.exp(-apart.square().mean(0) / (2 * STILL**2))
-        self._frame = torch.lerp(seen, self._frame, keep)
+            self._frame = current
+            return frame, torch.zeros(current.shape[1:])
+        change = F.avg_pool2d(F.pad((current - self._frame)[None], (2, 2, 2, 2), mode="replicate"), 5, 1)[0] / 255
+        keep = self.keep * torch.exp(-change.square().mean(0) / (2 * STILL_COLOUR_CHANGE**2))
+        self._frame = torch.lerp(current, self._frame, keep)
         return self._frame.round().byte().permute(1, 2, 0).numpy(), keep
 
     def masks(self, masks: Tensor, keep: Tensor) -> Tensor:
-        """Masks [K, h, w] of the frame that ``keep`` came with; the averaged ones, which still sum to 1."""
+        """Return averaged masks [K, h, w] of the frame that ``keep`` belongs to; they still sum to 1."""
         if self._masks is not None:
             masks = torch.lerp(masks, self._masks, F.adaptive_avg_pool2d(keep[None], masks.shape[1:]))
         self._masks = masks
@@ -96,77 +110,87 @@ def segment_frames(
     upsample: str,
     smooth: float,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each frame, uint8 [H, W, 3], with its labels, uint8 [H, W].
+    """Yield each frame, uint8 [H, W, 3], with its labels, uint8 [H, W].
 
     Args:
         frames: of one size.
-        predict: images [N, 3, h, w] in [-1, 1] to masks [N, K, h, w].
-        size, upsample: as :meth:`factorkit.SegdiffRun.segment`; smooth: :class:`Smoother`'s ``keep``.
+        config: of the run.
+        predict: maps images [N, 3, h, w] in [-1, 1] to masks [N, K, h, w].
+        size: as in :meth:`factorkit.SegdiffRun.segment`.
+        upsample: as there.
+        smooth: :class:`Smoother`'s ``keep``.
 
     Raises:
         ConfigError: smooth out of range.
-        OutOfMemory: frames too large for the machine.
+        OutOfMemoryError: frames too large for the machine.
     """
     smoother, frames = Smoother(smooth), iter(frames)
-    first = next(frames, None)
-    batch = [] if first is None else [first]
-    pixels = 1 if first is None else first.shape[0] * first.shape[1]
-    at_once = max(1, min(FRAMES_AT_ONCE, PIXELS_AT_ONCE // pixels))
-    while batch := batch + list(islice(frames, at_once - len(batch))):
+    batch = list(islice(frames, 1))
+    pixels = batch[0].shape[0] * batch[0].shape[1] if batch else 1
+    batch_size = max(1, min(MAX_FRAMES_PER_BATCH, MAX_PIXELS_PER_BATCH // pixels))
+    while batch := batch + list(islice(frames, batch_size - len(batch))):
         try:
-            calm = [smoother.frame(frame) for frame in batch]
-            seen = [see(Image.fromarray(frame), config, size, upsample) for frame, _ in calm]
-            masks = small_masks(predict, np.stack([one.small for one in seen]), config)
-            for frame, one, soft, (_, keep) in zip(batch, seen, masks, calm, strict=True):
-                yield frame, _labels(smoother.masks(soft, keep), one, config)
+            smoothed = [smoother.frame(frame) for frame in batch]
+            prepared = [prepare_image(Image.fromarray(frame), config, size, upsample) for frame, _ in smoothed]
+            masks = predict_tiled(predict, np.stack([image.small for image in prepared]), config)
+            for frame, image, small_masks, (_, keep) in zip(batch, prepared, masks, smoothed, strict=True):
+                yield frame, _full_size_labels(smoother.masks(small_masks, keep), image, config)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(no_room(Image.fromarray(batch[0]), size)) from error
+            raise OutOfMemoryError(describe_out_of_memory(Image.fromarray(batch[0]), size)) from error
         batch = []
 
 
-def _labels(masks: Tensor, seen: Seen, config: ResolvedSegdiffConfig) -> np.ndarray:
-    bands = [hard_labels(band, config.nesting).byte() for _, band in own_pixels(masks, seen)]
-    return torch.cat(bands).numpy()
+def _full_size_labels(masks: Tensor, prepared: PreparedImage, config: ResolvedSegdiffConfig) -> np.ndarray:
+    return torch.cat([hard_labels(b, config.nesting).byte() for _, b in upsample_masks(masks, prepared)]).numpy()
 
 
 def write_video(
-    clip: Video, found: Iterator[tuple[np.ndarray, np.ndarray]], out: Path, regions: int, progress: bool
+    video: Video, segmented: Iterator[tuple[np.ndarray, np.ndarray]], out: Path, num_regions: int, progress: bool
 ) -> VideoSegments:
-    """The clip with its regions laid over it as a video at ``out``, which appears whole or not at all.
+    """Write a video with its regions laid over it to ``out``, atomically.
+
+    Args:
+        video: the input.
+        segmented: its frames with labels, as from :func:`segment_frames`.
+        out: .mp4, .mkv or .mov.
+        num_regions: K.
+        progress: show a progress bar.
 
     Raises:
-        ConfigError: a suffix other than .mp4, .mkv or .mov, or imageio's encoder is not installed.
-        DataError: a clip without frames, or one that cannot be decoded to its end.
+        ConfigError: another suffix, or imageio's encoder is not installed.
+        DataError: a video without frames, or one that cannot be decoded to its end.
         WriteError: the disk is full or ``out`` cannot be written.
     """
-    if out.suffix.lower() not in (".mp4", ".mkv", ".mov"):
-        raise ConfigError(f"{out}: a video is written as .mp4, .mkv or .mov; name the file so")
-    _, imageio = video_libraries(out)
-    areas, changed, count, last = np.zeros(regions), 0.0, 0, None
+    if out.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{out}: give a name with one of the suffixes {', '.join(SUFFIXES)}")
+    _, imageio = import_video_libraries(out)
+    areas, changed, count, previous = np.zeros(num_regions), 0.0, 0, None
+    bar = tqdm(segmented, total=video.length, desc="segmenting", unit="frame", disable=not progress)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as temporary, imageio.imopen(temporary, "w", plugin="pyav") as file:
-            for frame, labels in tqdm(found, total=clip.length, desc="segmenting", unit="frame", disable=not progress):
-                if last is None:
-                    file.init_video_stream(CODEC, fps=clip.rate)
-                file.write_frame(_even(previews.overlay_regions(frame, labels)))
-                areas += np.bincount(labels.ravel(), minlength=regions) / labels.size
-                changed += 0.0 if last is None else float((labels != last).mean())
-                count, last = count + 1, labels
+        with bar, replacing(out) as temporary, imageio.imopen(temporary, "w", plugin="pyav") as file:
+            for frame, labels in bar:
+                if previous is None:
+                    file.init_video_stream(CODEC, fps=video.rate)
+                else:
+                    changed += float((labels != previous).mean())
+                file.write_frame(_pad_to_even(previews.overlay_regions(frame, labels)))
+                areas += np.bincount(labels.ravel(), minlength=num_regions) / labels.size
+                count, previous = count + 1, labels
             if not count:
-                raise DataError(f"{clip.name}: no frame to segment")
+                raise DataError(f"{video.name}: no frame to segment")
     except FactorkitError:
         raise
-    except OSError as error:  # a clip reports its own as DataError; those of the encoder derive from OSError too
+    except OSError as error:  # of the encoder, whose errors derive from OSError too; a video raises DataError
         raise WriteError(
-            f"{out}: cannot be written: {error.strerror or error}. Free some space, mend the permissions, or give "
+            f"{out}: cannot be written: {error.strerror or error}. Free some space, correct the permissions, or give "
             "another out="
         ) from error
-    return VideoSegments(out, count, clip.rate, (areas / count).tolist(), changed / max(1, count - 1))
+    return VideoSegments(out, count, video.rate, (areas / count).tolist(), changed / max(1, count - 1))
 
 
-def _even(frame: np.ndarray) -> np.ndarray:
-    """The codec halves colours, so sides must be even: the last row or column is doubled where they are not."""
+def _pad_to_even(frame: np.ndarray) -> np.ndarray:
+    """Repeat the last row or column of an odd side, because the codec halves the colour channels."""
     return np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")

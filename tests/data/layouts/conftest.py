@@ -9,7 +9,7 @@ from PIL import Image
 
 @pytest.fixture
 def draw():
-    """draw(path, pixels, palette=False, **options): a picture of these pixels, its folders made on the way."""
+    """draw(path, pixels, palette=False, **options): an image of these pixels, creating its folders."""
 
     def write(path: Path, pixels, palette: bool = False, **options) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,7 +24,7 @@ def draw():
 
 @pytest.fixture
 def photo(draw):
-    """photo(path, value, size=(16, 12)): a picture whose grey tells which it is."""
+    """photo(path, value, size=(16, 12)): an image whose grey value identifies it."""
 
     def write(path: Path, value: int = 0, size=(16, 12)) -> Path:
         return draw(path, np.full((size[1], size[0], 3), value))
@@ -34,7 +34,7 @@ def photo(draw):
 
 @pytest.fixture
 def text():
-    """text(path, *lines): a text file, its folders made on the way."""
+    """text(path, *lines): a text file, creating its folders."""
 
     def write(path: Path, *lines: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def text():
 
 @pytest.fixture
 def grey():
-    """grey(source): the value of each picture's first pixel, in order."""
+    """grey(source): the value of each image's first pixel, in order."""
 
     def read(source) -> list[int]:
         return [int(np.asarray(source.read(i))[0, 0, 0]) for i in range(len(source))]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from factorkit.data import load_labelled, open_dataset
-from factorkit.data.layouts.cub200 import draw as draw_split
+from factorkit.data.layouts.cub200 import choose_split as draw_split
 from factorkit.utils.errors import DataError
 
 BIRDS = [
@@ -29,29 +29,29 @@ def cub(tmp_path, draw, photo, text):
     return root
 
 
-def test_the_split_of_the_literature(cub, text):
+def test_splits_with_split_file_match_it(cub, text):
     text(cub / "train_val_test_split.txt", "1 2", "2 0", "3 1", "4 0")
     dataset = open_dataset(cub)
-    assert dataset.layout == "cub-200-2011" and dataset.notes == ("the split is that of train_val_test_split.txt",)
+    assert dataset.layout == "cub-200-2011" and dataset.notes == ("the split is read from train_val_test_split.txt",)
     assert dataset.train.names == ["001.Black_footed_Albatross/B_0009_34.jpg", "002.Laysan_Albatross/L_0002_1027.jpg"]
     assert dataset.labels.tolist() == [0, 1] and dataset.class_names[1] == "002.Laysan_Albatross"
     assert dataset.test_images.names == ["001.Black_footed_Albatross/Black_Footed_Albatross_0046_18.jpg"]
     assert dataset.splits["val"].images.names == ["002.Laysan_Albatross/L_0001_55.jpg"]
 
 
-def test_foreground_is_what_most_annotators_saw(cub, text):
+def test_masks_foreground_is_above_half_of_annotators(cub, text):
     text(cub / "train_val_test_split.txt", "1 2", "2 0", "3 1", "4 0")
     dataset = open_dataset(cub.parent)  # the folder above is taken too
     foreground = load_labelled(dataset.test_images, dataset.test_masks, 12).foreground[0]
     np.testing.assert_array_equal(foreground, np.repeat([[False] * 6 + [True] * 6], 12, 0))
 
 
-def test_segmentations_one_folder_up(cub):
+def test_masks_one_folder_up_are_read(cub):
     (cub / "segmentations").rename(cub.parent / "segmentations")
     assert len(open_dataset(cub, holdout=1).test_masks) == 1
 
 
-def test_the_drawn_split_has_the_sizes_of_the_literature_and_stays():
+def test_choose_split_full_set_has_published_sizes():
     names = [f"{i:03d}.Bird/bird_{i:05d}.jpg" for i in range(11788)]
     parts = draw_split(names)
     assert np.bincount(parts).tolist() == [10000, 788, 1000]
@@ -60,9 +60,9 @@ def test_the_drawn_split_has_the_sizes_of_the_literature_and_stays():
     assert len(set(np.flatnonzero(parts == 2) % 7)) == 7, "not simply the first"
 
 
-def test_without_a_split_file_one_is_drawn_and_said(cub):
+def test_splits_without_split_file_are_chosen_and_noted(cub):
     dataset = open_dataset(cub, holdout="none")
-    assert "drawn by a hash" in dataset.notes[0]
+    assert "chosen by a hash" in dataset.notes[0]
     assert sum(len(split.images) for split in dataset.splits.values()) == 4
 
 
@@ -71,12 +71,12 @@ def test_without_a_split_file_one_is_drawn_and_said(cub):
     [
         ("images.txt", "5 nowhere.jpg", "1 of 5 images of images.txt are missing, the first is nowhere.jpg"),
         ("images.txt", "5", "line 5: expected 2 words"),
-        ("image_class_labels.txt", "1 3", "a class that classes.txt does not have"),
-        ("image_class_labels.txt", "1 bird", "not one number for each image"),
-        ("train_val_test_split.txt", "1 0", "not one number for each image"),
+        ("image_class_labels.txt", "1 3", "a class is missing from classes.txt"),
+        ("image_class_labels.txt", "1 bird", "expected one number for each image"),
+        ("train_val_test_split.txt", "1 0", "expected one number for each image"),
     ],
 )
-def test_damaged(cub, file, line, message):
+def test_read_damaged_table_raises(cub, file, line, message):
     with open(cub / file, "a") as listed:
         listed.write(f"{line}\n")
     with pytest.raises(DataError, match=message):

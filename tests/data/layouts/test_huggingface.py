@@ -10,7 +10,7 @@ from factorkit.data import load_labelled, open_dataset, prepare
 from factorkit.utils.errors import ConfigError, DataError
 
 
-def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
+def test_read_without_library_names_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
     for data in (tmp_path, "hf:owner/name"):
@@ -53,17 +53,17 @@ def check(dataset, grey):
     assert foreground.reshape(2, -1).all(1).tolist() == [False, True]
 
 
-def test_in_memory_on_disk_and_by_name(flowers, tmp_path, grey, monkeypatch):
+def test_read_memory_disk_and_hub_give_same_data(flowers, tmp_path, grey, monkeypatch):
     check(open_dataset(flowers), grey)
     flowers.save_to_disk(tmp_path / "saved")
     check(open_dataset(tmp_path / "saved"), grey)
-    asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *names: asked.append(names) or flowers)
+    requested = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *names: requested.append(names) or flowers)
     check(open_dataset("hf:owner/name:plain"), grey)
-    assert asked == [("owner/name", "plain")]
+    assert requested == [("owner/name", "plain")]
 
 
-def test_one_part_without_masks(flowers, tmp_path, grey):
+def test_read_single_split_without_masks(flowers, tmp_path, grey):
     alone = flowers["train"].remove_columns("mask")
     alone.save_to_disk(tmp_path / "alone")
     for data in (alone, tmp_path / "alone"):
@@ -75,7 +75,7 @@ def test_one_part_without_masks(flowers, tmp_path, grey):
     assert again.path != first.path and again.images[:, 0, 0, 0].tolist() == [30, 10]
 
 
-def test_what_cannot_be_read(flowers, monkeypatch):
+def test_read_unsupported_data_raises(flowers, monkeypatch):
     with pytest.raises(DataError, match=r"none of its columns \(id, kind\) holds images"):
         open_dataset(flowers.remove_columns(["image", "mask"]))
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_read(flowers, monkeypatch):
         open_dataset("hf:owner/name")
 
 
-def test_missing_pictures_are_left_out(flowers):
+def test_prepare_missing_images_are_skipped(flowers):
     hf = pytest.importorskip("datasets")
     rows = {"image": [Image.fromarray(np.zeros((8, 8, 3), np.uint8)), None]}
     dataset = open_dataset(hf.Dataset.from_dict(rows, features=hf.Features({"image": hf.Image()})))

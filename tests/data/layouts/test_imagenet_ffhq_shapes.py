@@ -23,7 +23,7 @@ def imagenet(tmp_path, photo):
     return root
 
 
-def test_folders_are_classes_in_the_order_of_their_ids(imagenet):
+def test_imagenet_classes_follow_folder_order(imagenet):
     dataset = open_dataset(imagenet)
     assert dataset.layout == "imagenet" and dataset.class_names == [TENCH, GOLDFISH, OSTRICH]
     assert dataset.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 and dataset.labels.dtype == np.int64
@@ -32,7 +32,7 @@ def test_folders_are_classes_in_the_order_of_their_ids(imagenet):
     assert dataset.splits["val"].labels.tolist() == [-1] * 3 and "val/ has no classes" in dataset.notes[0]
 
 
-def test_validation_classes_of_the_development_kit(imagenet, text):
+def test_imagenet_devkit_gives_validation_classes(imagenet, text):
     savemat = pytest.importorskip("scipy.io").savemat
     kit = imagenet / "ILSVRC2012_devkit_t12/data"
     text(kit / "ILSVRC2012_validation_ground_truth.txt", "2", "1", "9")
@@ -46,7 +46,7 @@ def test_validation_classes_of_the_development_kit(imagenet, text):
         open_dataset(imagenet)
 
 
-def test_validation_classes_of_the_layout_of_kaggle(imagenet, tmp_path, text):
+def test_imagenet_kaggle_csv_gives_validation_classes(imagenet, tmp_path, text):
     (tmp_path / "k/ILSVRC/Data").mkdir(parents=True)
     imagenet.rename(tmp_path / "k/ILSVRC/Data/CLS-LOC")
     rows = [f"ILSVRC2012_val_{i:08d},{wnid} 111 1 2 3 " for i, wnid in ((2, GOLDFISH), (1, OSTRICH), (3, TENCH))]
@@ -57,37 +57,37 @@ def test_validation_classes_of_the_layout_of_kaggle(imagenet, tmp_path, text):
     assert dataset.class_names == [f"{TENCH} tench", GOLDFISH, f"{OSTRICH} ostrich"]
 
 
-def test_validation_in_folders_too(imagenet, photo):
+def test_imagenet_validation_folders_give_classes(imagenet, photo):
     for path in (imagenet / "val").iterdir():
         path.unlink()
     photo(imagenet / f"val/{OSTRICH}/ILSVRC2012_val_00000007.JPEG", 9)
     assert open_dataset(imagenet).splits["val"].labels.tolist() == [2]
 
 
-def test_pixel_imagenet_is_scored_on_a_few_of_each_class(imagenet, draw, monkeypatch):
-    monkeypatch.setattr("factorkit.data.layouts.imagenet.PER_CLASS", 2)
+def test_pixel_imagenet_test_split_is_limited_per_class(imagenet, draw, monkeypatch):
+    monkeypatch.setattr("factorkit.data.layouts.imagenet.MAX_TEST_PER_CLASS", 2)
     values = np.zeros((12, 16))
     values[:6, :8], values[:6, 8:] = 1, 2
     for wnid, count in ((TENCH, 3), (OSTRICH, 1)):
         for i in range(count):
             draw(imagenet.parent / f"pixel-imagenet-v2/{wnid}/{wnid}_{i}.png", values)
     dataset = open_dataset(imagenet)
-    found = sorted(name.split("/")[1] for name in dataset.test_images.names)
-    assert found == [TENCH, TENCH, OSTRICH]
+    result = sorted(name.split("/")[1] for name in dataset.test_images.names)
+    assert result == [TENCH, TENCH, OSTRICH]
     assert not set(dataset.train.names) & set(dataset.test_images.names) and len(dataset.train) == 6
     assert sorted(dataset.labels.tolist()) == [0, 1, 1, 1, 2, 2]
     labels = load_labelled(dataset.test_images, dataset.test_masks, 12).labels
     assert (labels[:, 6:] == 0).all() and set(np.unique(labels[:, :6])) == {1, 2}
 
 
-def test_masks_of_other_images(imagenet, draw):
+def test_pixel_imagenet_unrelated_masks_raise(imagenet, draw):
     draw(imagenet / f"pixel-imagenet/{TENCH}/{TENCH}_77.png", np.ones((4, 4)))
     with pytest.raises(DataError, match="none of its 1 masks has an image"):
         open_dataset(imagenet)
 
 
 @pytest.mark.parametrize("size", ["images1024x1024", "thumbnails128x128"])
-def test_ffhq(tmp_path, photo, size):
+def test_ffhq_either_resolution_has_official_split(tmp_path, photo, size):
     root = tmp_path / "ffhq"
     for number in (0, 1, 59999, 60000):
         photo(root / f"{size}/{number // 1000 * 1000:05d}/{number:05d}.png", number % 200, (8, 8))
@@ -112,7 +112,7 @@ def shapes(tmp_path):
     return tmp_path / "3dshapes.h5", images
 
 
-def test_3d_shapes(shapes):
+def test_3d_shapes_file_gives_images_and_classes(shapes):
     path, images = shapes
     for data in (path, path.parent):
         dataset = open_dataset(data)
@@ -122,12 +122,12 @@ def test_3d_shapes(shapes):
     np.testing.assert_array_equal(prepared.images, images)
 
 
-def test_3d_shapes_damaged(shapes, monkeypatch):
+def test_3d_shapes_damaged_file_raises(shapes, monkeypatch):
     h5py = pytest.importorskip("h5py")
     path, images = shapes
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="3dshapes.h5: no readable HDF5 file"):
+    with pytest.raises(DataError, match="3dshapes.h5: not an HDF5 file"):
         open_dataset(path)
     with h5py.File(path, "w") as file:
         file["images"], file["labels"] = images.astype(np.float32), np.zeros((8, 6))

@@ -27,7 +27,7 @@ def voc(tmp_path, draw, photo, text):
     return root
 
 
-def test_voc(voc, tmp_path):
+def test_voc_has_official_splits_and_masks(voc, tmp_path):
     for path in (voc, tmp_path / "VOCdevkit", tmp_path):
         dataset = open_dataset(path)
         assert dataset.layout == "voc-2012"
@@ -35,11 +35,11 @@ def test_voc(voc, tmp_path):
         assert dataset.test_images.names == ["2007_000003.jpg", "2007_000004.jpg"]
     labelled = load_labelled(dataset.test_images, dataset.test_masks, 12)
     assert (labelled.labels[1, :, :4] == SHEEP).all() and labelled.foreground[1, :, :4].all()
-    assert not labelled.valid[:, :, 4:8].any(), "void is not scored, without being told"
+    assert not labelled.valid[:, :, 4:8].any(), "void pixels are not scored by default"
     assert not labelled.foreground[0].any() and labelled.valid[0, :, :4].all()
 
 
-def test_voc_one_class_at_a_time(voc):
+def test_voc_single_class_masks_are_binary(voc):
     dataset = open_dataset(voc, holdout="val-sheep", mask_set="sheep")
     assert dataset.test_images.names == ["2007_000004.jpg"] and len(dataset.train) == 2
     labelled = load_labelled(dataset.test_images, dataset.test_masks, 12)
@@ -50,7 +50,7 @@ def test_voc_one_class_at_a_time(voc):
     assert (load_labelled(objects.test_images, objects.test_masks, 12).labels[:, :, :4] == 2).all()
 
 
-def test_voc_unknown_label(voc, draw):
+def test_voc_unknown_label_raises(voc, draw):
     draw(voc / "SegmentationClass/2007_000003.png", np.full((12, 12), 33), palette=True)
     dataset = open_dataset(voc)
     with pytest.raises(DataError, match=r"2007_000003.png: label 33 is not a label of this data set \(0 to 255\)"):
@@ -72,7 +72,7 @@ def davis(tmp_path, draw, photo, text):
     return root
 
 
-def test_davis_frames_and_videos(davis, grey):
+def test_davis_splits_keep_videos(davis, grey):
     dataset = open_dataset(davis)
     assert dataset.layout == "davis-2017" and dataset.test_images.names == ["camel/00000.jpg", "camel/00001.jpg"]
     train = dataset.splits["train"]
@@ -83,13 +83,13 @@ def test_davis_frames_and_videos(davis, grey):
     assert labels.shape == (5, 12, 12) and set(np.unique(labels)) == {0, 1, 2}
 
 
-def test_davis_list_of_a_video_that_is_not_there(davis, text):
+def test_davis_missing_video_raises(davis, text):
     text(davis / "ImageSets/2017/val.txt", "camel", "zebra")
-    with pytest.raises(DataError, match="val.txt names zebra"):
+    with pytest.raises(DataError, match="val.txt lists zebra"):
         open_dataset(davis)
 
 
-def test_ecssd(tmp_path, draw, photo):
+def test_ecssd_masks_are_binary(tmp_path, draw, photo):
     root = tmp_path / "ECSSD"
     for i in range(1, 11):
         photo(root / f"images/{i:04d}.jpg", 20 * i)

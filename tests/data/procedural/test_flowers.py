@@ -7,7 +7,7 @@ from factorkit.data import draw_flowers
 from factorkit.utils.errors import ConfigError
 
 
-def test_same_call_same_flowers_and_count_changes_no_earlier_one():
+def test_draw_flowers_is_deterministic_and_independent_of_count():
     images, masks = draw_flowers(5, 16, seed=3)
     more_images, more_masks = draw_flowers(8, 16, seed=3)
     np.testing.assert_array_equal(images, more_images[:5])
@@ -16,14 +16,14 @@ def test_same_call_same_flowers_and_count_changes_no_earlier_one():
     assert not (draw_flowers(5, 16, seed=4)[0] == images).all((1, 2, 3)).any()
 
 
-def test_shapes_and_types():
+def test_draw_flowers_returns_uint8_and_bool():
     images, masks = draw_flowers(2, 24)
     assert images.shape == (2, 24, 24, 3) and images.dtype == np.uint8
     assert masks.shape == (2, 24, 24) and masks.dtype == bool
     assert draw_flowers(0, 24)[0].shape == (0, 24, 24, 3)
 
 
-def test_statistics_the_recipe_was_tuned_on():
+def test_draw_flowers_statistics_match_reference():
     """Means over 300 flowers; the margins are four standard errors of such a mean."""
     images, masks = draw_flowers(300, 32, seed=1)
     area = masks.mean((1, 2))
@@ -36,7 +36,7 @@ def test_statistics_the_recipe_was_tuned_on():
     assert 0.036 < np.abs(np.diff(images / 255, axis=1)).mean() < 0.043  # texture, edges and pixel noise together
 
 
-def test_flower_is_where_the_mask_says():
+def test_draw_flowers_mask_matches_colours():
     _, masks = draw_flowers(50, 32)
     rows, columns = masks.any(2), masks.any(1)
     centre = (np.argmax(rows, 1) + 31 - np.argmax(rows[:, ::-1], 1)) / 64, np.argmax(columns, 1)
@@ -44,13 +44,13 @@ def test_flower_is_where_the_mask_says():
     assert masks.any((1, 2)).all() and masks.mean() < 0.5
 
 
-def test_resolution_changes_detail_and_not_the_flower():
+def test_draw_flowers_resolution_keeps_shape():
     _, small = draw_flowers(20, 16, seed=2)
     _, large = draw_flowers(20, 64, seed=2)
     np.testing.assert_allclose(small.mean((1, 2)).mean(), large.mean((1, 2)).mean(), atol=0.06)
 
 
 @pytest.mark.parametrize("wrong", [{"count": -1}, {"count": 1, "resolution": 0}, {"count": 1, "seed": -1}])
-def test_impossible_requests_are_refused(wrong):
+def test_draw_flowers_invalid_arguments_raise(wrong):
     with pytest.raises(ConfigError, match="or more"):
         draw_flowers(**wrong)

@@ -1,19 +1,20 @@
-"""Procedural rooms: pictures whose labels nest, the same ones again for the same seed."""
+"""Procedural rooms: images whose labels nest, the same ones again for the same seed."""
 
 from __future__ import annotations
 
 import colorsys
+import itertools
 
 import numpy as np
 import pytest
 
 from factorkit.data.datasets import make_procedural_dataset
 from factorkit.data.masks import load_labelled
-from factorkit.data.procedural.rooms import HUE_SPREAD, HUES, SHADES, TURNS, draw_rooms
+from factorkit.data.procedural.rooms import HUE_SPREAD, HUES, PART_BRIGHTNESS, PART_HUE_OFFSETS, draw_rooms
 from factorkit.utils.errors import ConfigError
 
 
-def test_every_picture_shows_all_parts_of_all_things():
+def test_draw_rooms_every_image_shows_all_parts():
     images, labels = draw_rooms(40, 32)
     assert images.shape == (40, 32, 32, 3) and images.dtype == np.uint8
     shown = np.stack([np.bincount(label.ravel(), minlength=9) for label in labels])
@@ -23,48 +24,48 @@ def test_every_picture_shows_all_parts_of_all_things():
     assert (areas > 0.15).all()
 
 
-def test_a_picture_depends_on_seed_and_number_alone():
+def test_draw_rooms_image_depends_on_seed_and_index_only():
     images, labels = draw_rooms(5, 16, seed=3)
     more, more_labels = draw_rooms(7, 16, seed=3)
     assert np.array_equal(more[:5], images) and np.array_equal(more_labels[:5], labels)
     assert not np.array_equal(draw_rooms(5, 16, seed=4)[0], images)
 
 
-def test_hues_tell_the_things_and_shades_the_parts():
+def test_draw_rooms_hue_separates_things_and_brightness_parts():
     images, labels = draw_rooms(20, 64)
-    for picture, label in zip(images, labels, strict=True):
+    for image, label in zip(images, labels, strict=True):
         inner = np.ones(label.shape, bool)  # pixels whose neighbours are of the same part: no mixed colours
         for axis in (0, 1):
             for step in (1, -1):
                 inner &= np.roll(label, step, axis) == label
         for thing, usual in enumerate(HUES):
             parts = {
-                part: colorsys.rgb_to_hsv(*picture[here].mean(0) / 255)
+                part: colorsys.rgb_to_hsv(*image[current].mean(0) / 255)
                 for part in range(3)
-                if (here := inner & (label == 3 * thing + part)).sum() >= 8
+                if (current := inner & (label == 3 * thing + part)).sum() >= 8
             }
-            own = [hue - TURNS[part] for part, (hue, _, _) in parts.items()]
+            own = [hue - PART_HUE_OFFSETS[part] for part, (hue, _, _) in parts.items()]
             assert max(own) - min(own) < 0.03
             assert all(abs(hue - usual) < HUE_SPREAD + 0.02 for hue in own)
-            by_shade = [parts[part][2] for part in np.argsort(SHADES) if part in parts]
-            assert all(darker + 0.05 < lighter for darker, lighter in zip(by_shade, by_shade[1:], strict=False))
+            by_shade = [parts[part][2] for part in np.argsort(PART_BRIGHTNESS) if part in parts]
+            assert all(darker + 0.05 < lighter for darker, lighter in itertools.pairwise(by_shade))
 
 
-def test_places_alone_tell_little():
+def test_draw_rooms_position_alone_predicts_little():
     _, labels = draw_rooms(200, 32)
-    for depth, most in ((3, 0.8), (1, 0.5)):  # of things, of parts: right if every pixel is told its usual label
+    for depth, maximum in ((3, 0.8), (1, 0.5)):  # of things, of parts: right if every pixel is told its usual label
         usual = np.stack([labels // depth == k for k in range(9 // depth)], 1).mean(0).max(0)
-        assert usual.mean() < most
+        assert usual.mean() < maximum
 
 
-def test_the_data_set_scores_both_levels():
+def test_make_procedural_dataset_nested_has_two_levels():
     dataset = make_procedural_dataset(16, train=3, test=2, nested=True)
     assert dataset.nesting == (3, 3) and make_procedural_dataset(16, train=1, test=1).nesting is None
     labelled = load_labelled(dataset.test_images, dataset.test_masks, 16)
     assert np.array_equal(labelled.labels, draw_rooms(2, 16, 2**32)[1])
 
 
-@pytest.mark.parametrize("asked", [{"count": -1}, {"count": 1, "seed": -1}, {"count": 1, "resolution": 0}])
-def test_what_cannot_be_drawn_is_refused(asked):
+@pytest.mark.parametrize("requested", [{"count": -1}, {"count": 1, "seed": -1}, {"count": 1, "resolution": 0}])
+def test_draw_rooms_invalid_arguments_raise(requested):
     with pytest.raises(ConfigError, match="or more"):
-        draw_rooms(**asked)
+        draw_rooms(**requested)

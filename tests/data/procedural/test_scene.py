@@ -18,11 +18,12 @@ def project(views, point):
     return image[:, :2] / image[:, 2:]
 
 
-def test_the_yellow_ball_is_where_the_poses_say():
+@pytest.mark.slow
+def test_views_ball_projects_to_its_pixels():
     views = make_procedural_views(12, 48, seed=5)
     ball = TABLE[4]
-    places = project(views, ball[1]).long()
-    for image, mask, (right, down) in zip(views.images, views.masks, places.tolist(), strict=True):
+    positions = project(views, ball[1]).long()
+    for image, mask, (right, down) in zip(views.images, views.masks, positions.tolist(), strict=True):
         red, green, blue = image[:, down, right].tolist()
         assert mask[0, down, right] > 0.95
         # Nothing else in the scene is so much more red and green than blue.
@@ -32,7 +33,7 @@ def test_the_yellow_ball_is_where_the_poses_say():
     torch.testing.assert_close(corners, torch.ones_like(corners), atol=1e-3, rtol=0)
 
 
-def test_everything_lies_inside_the_picture_and_between_near_and_far():
+def test_views_scene_is_inside_image_and_depth_range():
     views = make_procedural_views(16, 32, elevations=(-80.0, 85.0))
     border = torch.cat([views.masks[..., [0, -1], :].flatten(1), views.masks[..., [0, -1]].flatten(1)], dim=1)
     assert border.max() < 0.01 and 0.1 < views.masks.mean() < 0.5
@@ -40,7 +41,7 @@ def test_everything_lies_inside_the_picture_and_between_near_and_far():
     assert views.near == pytest.approx(4 - corner) and views.far == pytest.approx(4 + corner)
 
 
-def test_cameras_look_at_the_origin_within_the_elevations():
+def test_poses_look_at_origin_within_elevations():
     views = make_procedural_views(40, 4, elevations=(-10.0, 30.0), radius=3.0)
     eyes, back = views.poses[:, :3, 3], views.poses[:, :3, 2]
     torch.testing.assert_close(eyes, 3 * back)
@@ -50,7 +51,7 @@ def test_cameras_look_at_the_origin_within_the_elevations():
     assert azimuth.diff().max() < 2 * 360 / 40
 
 
-def test_the_seed_decides_and_nothing_else():
+def test_views_depend_on_seed_only():
     first, again, other = (make_procedural_views(6, 16, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.images, again.images) and torch.equal(first.poses, again.poses)
     assert not torch.equal(first.poses, other.poses)
@@ -61,20 +62,20 @@ def half_turn(views):
     return turn @ views.poses
 
 
-@pytest.mark.parametrize(("symmetric", "least", "most"), [(True, 20.0, 50.0), (False, 0.0, 17.0)])
-def test_half_a_turn(symmetric, least, most, monkeypatch):
+@pytest.mark.parametrize(("symmetric", "minimum", "maximum"), [(True, 20.0, 50.0), (False, 0.0, 17.0)])
+def test_views_half_turn_matches_only_symmetric_scene(symmetric, minimum, maximum, monkeypatch):
     from factorkit.data.procedural import scene as procedural_scene
 
     views = make_procedural_views(8, 24, symmetric=symmetric)
-    monkeypatch.setattr(procedural_scene, "_cameras", lambda *settings: half_turn(views))
+    monkeypatch.setattr(procedural_scene, "_sample_poses", lambda *settings: half_turn(views))
     turned = make_procedural_views(8, 24, symmetric=symmetric)
     alike = psnr(views.images, turned.images)
-    assert least < alike.min() and alike.min() < most
+    assert minimum < alike.min() and alike.min() < maximum
     if symmetric:  # the lamp is what differs, and from most sides it can be seen
         assert (alike < 32).float().mean() >= 0.5
 
 
-def test_the_lamp_alone_breaks_the_symmetry():
+def test_symmetric_scene_differs_only_at_lamp():
     points = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     field = make_scene_field(symmetric=True)
     density, turned = (field(p, p)[0] for p in (points, points * torch.tensor([-1.0, -1, 1])))
@@ -96,6 +97,6 @@ def test_the_lamp_alone_breaks_the_symmetry():
         {"fov": 180.0},
     ],
 )
-def test_settings_that_cannot_be(settings):
+def test_views_invalid_arguments_raise(settings):
     with pytest.raises(ConfigError):
         make_procedural_views(**{"count": 2, "size": 4, **settings})

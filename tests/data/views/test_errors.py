@@ -13,7 +13,7 @@ from factorkit.rendering import orbit
 from factorkit.utils.errors import ConfigError, DataError
 
 
-def picture(path, size=(10, 8), colour=(200, 30, 60)):
+def image(path, size=(10, 8), colour=(200, 30, 60)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
     return path
@@ -27,7 +27,7 @@ def transforms(tmp_path):
         poses = orbit(3, 4.0, 30.0).tolist()
         frames = [{"file_path": f"images/{i}.png", "transform_matrix": poses[i]} for i in range(3)]
         for i in range(3):
-            picture(tmp_path / "images" / f"{i}.png")
+            image(tmp_path / "images" / f"{i}.png")
         content = {"camera_angle_x": 0.7, "frames": frames}
         change(content)
         (tmp_path / "transforms.json").write_text(json.dumps(content))
@@ -54,79 +54,79 @@ def pose(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (frame(1, file_path="images/lost.png"), r"1 of 3 pictures are missing, the first is images/lost.png"),
+        (frame(1, file_path="images/lost.png"), r"1 of 3 images are missing, the first is images/lost.png"),
         (frame(1, file_path="images/lost"), r"the first is images/lost \(looked in"),
-        (pose(lambda m: m.__setitem__((0, 0), np.nan)), "images/1.png holds values that are not finite"),
+        (pose(lambda m: m.__setitem__((0, 0), np.nan)), "images/1.png has values that are not finite"),
         (pose(lambda m: m.__imul__(1.3)), "images/1.png is not rigid: it stretches"),
         (pose(lambda m: m[:3, 0].__imul__(-1)), "images/1.png is not rigid: it mirrors"),
         (frame(2, transform_matrix=[[1.0, 2.0], [3.0, 4.0]]), r"images/2.png has shape \[2, 2\]"),
-        (frame(2, transform_matrix=[["a"]]), "no matrix of numbers"),
+        (frame(2, transform_matrix=[["a"]]), "not a matrix of numbers"),
         (frame(1, mask_path="masks/1.png"), "the mask masks/1.png of images/1.png is missing"),
         (lambda c: c.pop("camera_angle_x"), "no focal length for images/0.png"),
         (lambda c: c.update(fl_x=30.0), "KeyError: 'w'"),
         (lambda c: c.update(fl_x=30.0, w=10, h=10), "10 x 8 pixels, but its camera is for 10 x 10"),
-        (lambda c: c.update(camera_model="OPENCV_FISHEYE"), "the model OPENCV_FISHEYE"),
+        (lambda c: c.update(camera_model="OPENCV_FISHEYE"), "the camera model OPENCV_FISHEYE"),
         (lambda c: c.update(frames=[]), "no frames in it"),
         (lambda c: c.pop("frames"), "not a transforms file"),
         (lambda c: c["frames"][0].pop("file_path"), "file_path"),
         (lambda c: c["frames"].append(c["frames"][0]), "two views are named images/0.png"),
     ],
 )
-def test_transforms(transforms, change, message):
+def test_transforms_invalid_content_raises(transforms, change, message):
     with pytest.raises(DataError, match=message):
         open_views(transforms(change))
 
 
-def test_transforms_of_a_split(transforms):
+def test_transforms_missing_image_of_other_split_is_ignored(transforms):
     assert len(open_views(transforms())) == 3
     with pytest.raises(DataError, match="no frame belongs to the split 'test'"):
         open_views(transforms(lambda c: c.update(test_filenames=["images/9.png"])), "test")
 
 
-def test_a_file_that_is_no_json(tmp_path):
+def test_transforms_invalid_json_raises(tmp_path):
     (tmp_path / "transforms.json").write_text("{frames: ")
     with pytest.raises(DataError, match="not a transforms file"):
         open_views(tmp_path)
 
 
-def test_a_split_without_its_file(tmp_path, transforms):
+def test_transforms_missing_split_file_raises(tmp_path, transforms):
     folder = transforms()
     (folder / "transforms.json").rename(folder / "transforms_train.json")
     with pytest.raises(DataError, match="transforms_test.json: no such file"):
         open_views(folder, "test")
 
 
-def test_pictures_of_different_sizes(transforms):
+def test_open_views_different_sizes_raise(transforms):
     folder = transforms()
-    picture(folder / "images" / "1.png", (12, 8))
+    image(folder / "images" / "1.png", (12, 8))
     with pytest.raises(DataError, match=r"images/1.png is 12 x 8 pixels, but images/0.png is 10 x 8"):
         open_views(folder)
     with pytest.raises(DataError, match="one size"):
         open_views(folder / "images")
 
 
-def test_a_broken_picture(transforms):
+def test_open_views_broken_image_raises(transforms):
     folder = transforms()
-    (folder / "images" / "2.png").write_bytes(b"no picture")
+    (folder / "images" / "2.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="2.png: not an image"):
         open_views(folder)
 
 
-def test_masks_of_another_size_or_without_foreground(tmp_path):
+def test_open_views_invalid_masks_raise(tmp_path):
     for i in range(2):
-        picture(tmp_path / "images" / f"{i}.png")
-        picture(tmp_path / "masks" / f"{i}.png", colour=(0, 0, 0))
-    with pytest.raises(DataError, match="no foreground anywhere"):
+        image(tmp_path / "images" / f"{i}.png")
+        image(tmp_path / "masks" / f"{i}.png", colour=(0, 0, 0))
+    with pytest.raises(DataError, match="no foreground: all masks"):
         open_views(tmp_path)
-    picture(tmp_path / "masks" / "1.png", (4, 4))
-    with pytest.raises(DataError, match=r"mask of 1.png is 4 x 4 pixels, the picture 10 x 8"):
+    image(tmp_path / "masks" / "1.png", (4, 4))
+    with pytest.raises(DataError, match=r"mask of 1.png is 4 x 4 pixels, the image 10 x 8"):
         open_views(tmp_path)
 
 
-def test_one_picture_leaves_nothing_to_train_on(tmp_path):
-    picture(tmp_path / "a.png")
+def test_open_views_empty_split_raises(tmp_path):
+    image(tmp_path / "a.png")
     assert len(open_views(tmp_path)) == 1
-    with pytest.raises(DataError, match="split that was asked for is empty"):
+    with pytest.raises(DataError, match="selected split has no views"):
         open_views(tmp_path, "train")
 
 
@@ -136,7 +136,7 @@ def llff(tmp_path):
 
     def write(change=lambda values: values):
         for i in range(5):
-            picture(tmp_path / "images_4" / f"{i}.png")
+            image(tmp_path / "images_4" / f"{i}.png")
         one = np.concatenate([[[0.0, 1, 0, 0, 32], [-1, 0, 0, 0, 40], [0, 0, 1, 0, 36]]]).ravel()
         values = np.tile(np.concatenate([one, [1.0, 9.0]]), (5, 1))
         np.save(tmp_path / "poses_bounds.npy", change(values))
@@ -156,23 +156,23 @@ def at(index, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v[:4], "4 poses, but .*images_4 holds 5 pictures"),
-        (lambda v: v[:, :15], r"shape \[5, 15\]; LLFF's has 17"),
+        (lambda v: v[:4], "4 poses, but .*images_4 has 5 images"),
+        (lambda v: v[:, :15], r"shape \[5, 15\], expected 17"),
         (at((3, 16), 0.5), "near 1 and far 0.5 of images_4/3.png"),
         (at((2, 15), -1.0), "near -1 and far 9 of images_4/2.png"),
         (at((1, 2), np.nan), "not finite for images_4/1.png"),
         (at((1, 0), 3.0), "images_4/1.png is not rigid"),
     ],
 )
-def test_llff(llff, change, message):
+def test_llff_invalid_content_raises(llff, change, message):
     assert len(open_views(llff())) == 5
     with pytest.raises(DataError, match=message):
         open_views(llff(change))
 
 
-def test_llff_without_pictures(llff):
+def test_llff_without_images_raises(llff):
     folder = llff()
-    (folder / "images_4").rename(folder / "pictures")
+    (folder / "images_4").rename(folder / "frames")
     with pytest.raises(DataError, match="none of the folders images_8"):
         open_views(folder)
 
@@ -182,7 +182,7 @@ def srn(tmp_path):
     (tmp_path / "pose").mkdir()
     (tmp_path / "intrinsics.txt").write_text("9. 5. 4. 0.\n0. 0. 0.\n1.\n8 10\n")
     for i in range(2):
-        picture(tmp_path / "rgb" / f"{i}.png")
+        image(tmp_path / "rgb" / f"{i}.png")
         (tmp_path / "pose" / f"{i}.txt").write_text(" ".join(str(x) for x in np.eye(4).ravel()))
     return tmp_path
 
@@ -191,25 +191,25 @@ def srn(tmp_path):
     ("file", "content", "message"),
     [
         ("pose/1.txt", "1 2 3", "3 numbers, but a pose has 16"),
-        ("pose/1.txt", " ".join(["nan"] * 16), "pose/1.txt holds values that are not finite"),
+        ("pose/1.txt", " ".join(["nan"] * 16), "pose/1.txt has values that are not finite"),
         ("pose/1.txt", " ".join(["1"] * 16), "pose/1.txt is not rigid"),
-        ("pose/1.txt", "one two", "not numbers alone"),
-        ("pose/7.txt", " ".join(["1"] * 16), "2 pictures in rgb/ and 3 poses in pose/.*; 7 has no partner"),
+        ("pose/1.txt", "one two", "expected only numbers"),
+        ("pose/7.txt", " ".join(["1"] * 16), "2 images in rgb/ and 3 poses in pose/.*; 7 is only in one"),
         ("intrinsics.txt", "1 2", "expected `focal cx cy`"),
     ],
 )
-def test_srn(srn, file, content, message):
+def test_srn_invalid_content_raises(srn, file, content, message):
     assert len(open_views(srn)) == 2
     (srn / file).write_text(content)
     with pytest.raises(DataError, match=message):
         open_views(srn)
 
 
-def test_a_folder_of_scenes_is_not_one_scene(srn):
+def test_open_views_folder_of_scenes_raises(srn):
     parent = srn.parent / f"{srn.name}_cars"
     parent.mkdir()
     srn.rename(parent / "1a0b")
-    with pytest.raises(DataError, match=r"_cars: not a scene, but a folder of 1 \(1a0b\)"):
+    with pytest.raises(DataError, match=r"_cars: contains 1 scenes \(1a0b\)"):
         open_views(parent)
     assert len(open_views(parent / "1a0b")) == 2
 
@@ -226,7 +226,7 @@ def test_a_folder_of_scenes_is_not_one_scene(srn):
         ({"images": np.zeros((3, 8, 8))}, r"images of shape \[3, 8, 8\]"),
     ],
 )
-def test_arrays(tmp_path, changes, message):
+def test_posed_array_invalid_content_raises(tmp_path, changes, message):
     views = make_procedural_views(3, 8)
     arrays = {"images": views.images.permute(0, 2, 3, 1).numpy(), "poses": views.poses.numpy(), "focal": 9.0, **changes}
     np.savez(tmp_path / "a.npz", **{name: value for name, value in arrays.items() if value is not None})
@@ -234,7 +234,7 @@ def test_arrays(tmp_path, changes, message):
         open_views(tmp_path / "a.npz")
 
 
-def test_settings(tmp_path):
+def test_open_views_invalid_arguments_raise(tmp_path):
     views = make_procedural_views(2, 8)
     with pytest.raises(ConfigError, match="split=\"val\"|split='val'"):
         open_views(views, "val")

@@ -1,4 +1,4 @@
-"""Pictures and videos without poses, and the real scenes where they are at hand."""
+"""Images and videos without poses, and the real scenes where they are at hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from factorkit.data import make_procedural_views, open_views
-from factorkit.data.views.images import VIDEO_FRAMES
+from factorkit.data.views.images import MAX_VIDEO_FRAMES
 from factorkit.metrics.pose import pose_errors
 from factorkit.utils.errors import ConfigError, DataError
 
@@ -25,7 +25,7 @@ def focal(views):
     return views.intrinsics[0, 0, 0].item()
 
 
-def test_a_bare_folder(tmp_path):
+def test_open_views_folder_has_no_poses(tmp_path):
     for i in range(9):
         Image.fromarray(photo(i)).save(tmp_path / f"{i}.png")
     views = open_views(tmp_path)
@@ -41,7 +41,7 @@ def test_a_bare_folder(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["sparse/0/{}.bin", "sparse/{}.txt", "{}.txt", "colmap/sparse/0/{}.bin"])
-def test_cameras_of_colmap_are_not_passed_over_in_silence(tmp_path, model, recwarn):
+def test_open_views_colmap_cameras_warn(tmp_path, model, recwarn):
     (tmp_path / "images").mkdir()
     Image.fromarray(photo(0)).save(tmp_path / "images/a.png")
     for part in ("images", "points3D"):
@@ -51,23 +51,23 @@ def test_cameras_of_colmap_are_not_passed_over_in_silence(tmp_path, model, recwa
     open_views(tmp_path)
     assert not recwarn.list  # images.txt alone may be anything
     (tmp_path / model.format("cameras")).touch()
-    with pytest.warns(UserWarning, match=rf"{model.format('cameras')}\) are not read.*transforms.json") as said:
+    with pytest.warns(UserWarning, match=rf"{model.format('cameras')}\) are not read.*transforms.json") as message:
         views = open_views(tmp_path)
-    assert views.poses is None and len(said) == 1 and said[0].filename == __file__
+    assert views.poses is None and len(message) == 1 and message[0].filename == __file__
 
 
-def test_what_a_phone_writes_of_its_lens_counts(tmp_path):
+def test_open_views_exif_focal_length_is_used(tmp_path):
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0xA405] = 26
     for name in ("a", "b"):
         Image.fromarray(photo(0, 30, 40)).save(tmp_path / f"{name}.jpg", exif=exif)
-    # 26 mm on film 43.27 mm across its diagonal; these pictures are 50 pixels across.
+    # 26 mm on film 43.27 mm across its diagonal; these images are 50 pixels across.
     assert focal(open_views(tmp_path)) == pytest.approx(26 * 50 / 43.2666, rel=1e-4)
     assert focal(open_views(tmp_path, fov=90.0)) == pytest.approx(20)
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_masks_cut_the_foreground_out(tmp_path, apart):
+def test_open_views_masks_separate_foreground(tmp_path, apart):
     mask = np.zeros((12, 16), np.uint8)
     mask[3:9, 4:10] = 255
     (tmp_path / "images").mkdir()
@@ -87,7 +87,7 @@ def test_masks_cut_the_foreground_out(tmp_path, apart):
     assert kept.background is None and kept.masks is not None
 
 
-def test_transparent_pictures_bring_their_masks(tmp_path):
+def test_open_views_alpha_becomes_mask(tmp_path):
     pixels = np.concatenate([photo(0), np.full((12, 16, 1), 255, np.uint8)], axis=2)
     pixels[:5, :, 3] = 51
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -98,7 +98,7 @@ def test_transparent_pictures_bring_their_masks(tmp_path):
     torch.testing.assert_close(views.images[0, :, :5], 0.2 * views.images[1, :, :5] + 0.8)
 
 
-def test_views_are_only_split_and_reduced():
+def test_open_views_of_views_splits_and_resizes():
     views = make_procedural_views(9, 16)
     assert open_views(views) is views
     assert open_views(views, "test", 8).names == ["view_000", "view_008"]
@@ -118,7 +118,7 @@ def video(tmp_path):
     return write
 
 
-def test_a_video_is_its_frames(video):
+def test_open_views_video_gives_frames(video):
     views = open_views(video(10))
     assert len(views) == 10 and views.poses is None and views.size == (32, 48)
     brightness = views.images.mean((1, 2, 3)) * 255
@@ -126,14 +126,14 @@ def test_a_video_is_its_frames(video):
     assert open_views(video(10), "test").names == ["walk_0.png", "walk_8.png"]
 
 
-def test_a_long_video_is_thinned_out_and_reduced(video):
+def test_open_views_long_video_is_subsampled(video):
     views = open_views(video(300), resolution=24)
-    assert len(views) == VIDEO_FRAMES and views.size == (16, 24)
+    assert len(views) == MAX_VIDEO_FRAMES and views.size == (16, 24)
     assert views.names[0] == "walk_000.png" and views.names[-1] == "walk_299.png"
     assert focal(views) == pytest.approx(12 / math.tan(math.radians(25)))
 
 
-def test_a_video_that_does_not_decode(tmp_path):
+def test_open_views_invalid_video_raises(tmp_path):
     for content in (b"", b"nothing of a video" * 100):
         path = tmp_path / "broken.mp4"
         path.write_bytes(content)
@@ -141,28 +141,28 @@ def test_a_video_that_does_not_decode(tmp_path):
             open_views(path)
 
 
-def test_a_truncated_video_is_named(video):
+def test_open_views_truncated_video_raises(video):
     path = video(40)
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(DataError, match="cannot be decoded|without a single frame"):
         open_views(path)
 
 
-def test_without_the_decoder_the_cure_is_named(video, monkeypatch):
+def test_open_views_without_decoder_names_extra(video, monkeypatch):
     path = video(2)
     monkeypatch.setitem(sys.modules, "imageio.v3", None)
     with pytest.raises(ConfigError, match=r"factorkit\[video\]"):
         open_views(path)
 
 
-def test_masks_are_not_for_posed_files(tmp_path):
+def test_open_views_masks_for_posed_files_raise(tmp_path):
     views = make_procedural_views(2, 8)
     np.savez(tmp_path / "a.npz", images=views.images.permute(0, 2, 3, 1), poses=views.poses, focal=9.0)
     with pytest.raises(ConfigError, match="without poses"):
         open_views(tmp_path / "a.npz", masks=np.ones((2, 8, 8), bool))
 
 
-def test_lego(real_data):
+def test_open_views_real_lego(real_data):
     folder = real_data("nerf_lego_200")
     train = open_views(folder, "train", 50)
     assert len(train) == 100 and train.layout == "object" and train.near == pytest.approx(2.0, abs=0.03)
@@ -177,7 +177,7 @@ def test_lego(real_data):
     torch.testing.assert_close(train.with_background("black").images, tiny.images, atol=0.01, rtol=0)
 
 
-def test_fern(real_data):
+def test_open_views_real_fern(real_data):
     folder = real_data("llff_fern_504")
     views = open_views(folder, resolution=126)
     cameras = np.load(folder / "cameras.npz")

@@ -39,7 +39,7 @@ def save_rgb(path, image):
 
 
 def check(views, scene, indices, poses=True):
-    """The same pictures and cameras, as far as 8 bits and float32 reach."""
+    """The same images and cameras, as far as 8 bits and float32 reach."""
     torch.testing.assert_close(views.images, scene.images[indices], atol=0.012, rtol=0)
     torch.testing.assert_close(views.intrinsics, scene.intrinsics[indices], atol=1e-3, rtol=0)
     if poses:
@@ -57,7 +57,7 @@ def blender_folder(folder, scene):
     return folder
 
 
-def test_blender(tmp_path, scene):
+def test_blender_scene_matches_original(tmp_path, scene):
     folder = blender_folder(tmp_path, scene)
     train = open_views(folder, "train")
     check(train, scene, range(5))
@@ -69,7 +69,7 @@ def test_blender(tmp_path, scene):
     check(open_views(str(folder / "transforms_val.json"), "train"), scene, [5])
 
 
-def test_backgrounds(tmp_path, scene):
+def test_backgrounds_match_with_background(tmp_path, scene):
     folder = blender_folder(tmp_path, scene)
     black = open_views(folder, "test", background="black")
     torch.testing.assert_close(
@@ -80,11 +80,11 @@ def test_backgrounds(tmp_path, scene):
     assert torch.equal(noise.images, open_views(folder, "test", background="noise", seed=4).images)
     outside = (noise.masks == 0).expand_as(noise.images)
     assert noise.images[outside].std() > 0.25
-    with pytest.raises(ConfigError, match="nothing behind"):
+    with pytest.raises(ConfigError, match="partly transparent"):
         open_views(folder, "test", background=None)
 
 
-def test_reducing_while_reading_is_reducing_afterwards(tmp_path, scene):
+def test_resolution_matches_resize_afterwards(tmp_path, scene):
     folder = blender_folder(tmp_path, scene)
     small, full = open_views(folder, "train", resolution=7), open_views(folder, "train")
     torch.testing.assert_close(small.images, full.resize(7).images)
@@ -94,7 +94,7 @@ def test_reducing_while_reading_is_reducing_afterwards(tmp_path, scene):
 
 
 def nerfstudio_folder(folder, scene, **more):
-    k = scene.intrinsics[0] * 2  # as of pictures twice the size: the files are reduced copies
+    k = scene.intrinsics[0] * 2  # as of images twice the size: the files are reduced copies
     content = {
         "fl_x": k[0, 0].item(),
         "fl_y": k[1, 1].item(),
@@ -112,7 +112,7 @@ def nerfstudio_folder(folder, scene, **more):
     return content
 
 
-def test_nerfstudio(tmp_path, scene):
+def test_nerfstudio_scene_matches_original(tmp_path, scene):
     nerfstudio_folder(tmp_path, scene)
     views = open_views(tmp_path)
     check(views, scene, range(9))
@@ -122,7 +122,7 @@ def test_nerfstudio(tmp_path, scene):
     check(open_views(tmp_path / "transforms.json", "train"), scene, range(1, 8))
 
 
-def test_the_whole_file_tells_the_kind_of_scene(tmp_path, scene):
+def test_nerfstudio_layout_uses_all_frames(tmp_path, scene):
     near = scene.poses[:, :3, 2] @ scene.poses[0, :3, 2] > 0.8
     few = [f"images/{i}.png" for i in torch.nonzero(near).flatten().tolist()]
     assert 2 <= len(few) < 9
@@ -137,7 +137,7 @@ def test_the_whole_file_tells_the_kind_of_scene(tmp_path, scene):
     assert open_views(tmp_path, layout="object").layout == "object"
 
 
-def test_nerfstudio_names_its_split_masks_and_cameras(tmp_path, scene):
+def test_nerfstudio_splits_masks_and_intrinsics_are_read(tmp_path, scene):
     content = nerfstudio_folder(tmp_path, scene, test_filenames=["images/2.png"], train_filenames=["images/4.png"])
     assert open_views(tmp_path, "test").names == ["images/2.png"]
     assert open_views(tmp_path, "train").names == ["images/4.png"]
@@ -153,8 +153,8 @@ def test_nerfstudio_names_its_split_masks_and_cameras(tmp_path, scene):
     assert views.intrinsics[1, 0, 0].item() == pytest.approx(scene.intrinsics[1, 0, 0].item())
 
 
-def test_a_bent_picture_is_straightened(tmp_path, scene):
-    """A lens is simulated with its own formula, inverted by iteration, on a picture that is smooth everywhere."""
+def test_nerfstudio_distortion_is_removed(tmp_path, scene):
+    """A lens is simulated with its own formula, inverted by iteration, on an image that is smooth everywhere."""
     lens = Distortion(k1=-0.12, k2=0.03, p1=0.01, p2=-0.006)
     x, y = np.meshgrid(np.arange(60) + 0.5, np.arange(60) + 0.5)
     x, y = torch.tensor((x - 30) / 50), torch.tensor((y - 30) / 50)
@@ -170,14 +170,14 @@ def test_a_bent_picture_is_straightened(tmp_path, scene):
     frame = {"file_path": "a.png", "transform_matrix": np.eye(4).tolist()}
     settings = {"fl_x": 50, "fl_y": 50, "w": 60, "h": 60, "k1": -0.12, "k2": 0.03, "p1": 0.01, "p2": -0.006}
     (tmp_path / "transforms.json").write_text(json.dumps({**settings, "frames": [frame]}))
-    found = open_views(tmp_path).images[0]
+    result = open_views(tmp_path).images[0]
     inner = slice(6, -6)
-    torch.testing.assert_close(found[:, inner, inner], pattern(x, y).float()[:, inner, inner], atol=0.01, rtol=0)
+    torch.testing.assert_close(result[:, inner, inner], pattern(x, y).float()[:, inner, inner], atol=0.01, rtol=0)
     unbent = pattern(straight_x, straight_y).float()
     assert (unbent - pattern(x, y).float())[:, inner, inner].abs().max() > 0.08
 
 
-def test_the_lens_is_opencvs():
+def test_distortion_matches_opencv():
     lens = Distortion(k1=-0.2, k2=0.07, k3=-0.02, p1=0.013, p2=-0.008)
     x, y = torch.rand(2, 30, dtype=torch.float64) - 0.5
     points = np.stack([x, y, np.ones(30)], axis=1)
@@ -186,7 +186,7 @@ def test_the_lens_is_opencvs():
     np.testing.assert_allclose(torch.stack(lens(x, y), dim=1), expected[:, 0], atol=1e-12)
 
 
-def test_shapenet_srn(tmp_path, scene):
+def test_srn_scene_matches_original(tmp_path, scene):
     focal = scene.intrinsics[0, 0, 0].item()
     (tmp_path / "pose").mkdir()
     (tmp_path / "intrinsics.txt").write_text(f"{focal} {SIZE / 2} {SIZE / 2} 0.\n0. 0. 0.\n1.\n{SIZE} {SIZE}\n")
@@ -200,7 +200,7 @@ def test_shapenet_srn(tmp_path, scene):
     assert open_views(tmp_path, "test").names == ["rgb/000000.png", "rgb/000008.png"]
 
 
-def test_an_array_as_tiny_nerf_data(tmp_path, scene):
+def test_posed_array_matches_original(tmp_path, scene):
     images = scene.images.permute(0, 2, 3, 1).numpy()
     poses, focal = scene.poses.numpy(), scene.intrinsics[0, 0, 0].item()
     np.savez(tmp_path / "tiny.npz", images=images, poses=poses, focal=focal)
@@ -221,7 +221,7 @@ def llff_file(folder, poses, bounds, k, height, width):
     np.save(folder / "poses_bounds.npy", values)
 
 
-def test_llff(tmp_path, scene):
+def test_llff_scene_matches_original(tmp_path, scene):
     bounds = np.stack([np.linspace(2, 3, 9), np.linspace(8, 10, 9)], axis=1)
     llff_file(tmp_path, scene.poses.double().numpy(), bounds, 8 * scene.intrinsics[0, 0, 0].item(), 8 * SIZE, 8 * SIZE)
     for i in range(9):
@@ -239,7 +239,7 @@ def test_llff(tmp_path, scene):
     torch.testing.assert_close(open_views(tmp_path, "train").poses, views.poses[1:8])
 
 
-def test_llff_names_the_height_first(tmp_path, scene):
+def test_llff_intrinsics_use_height_width_focal(tmp_path, scene):
     poses = scene.poses[:2].double().numpy()
     llff_file(tmp_path, poses, np.array([[1.0, 9.0], [1.5, 4.0]]), 30.0, 24, 40)
     for i in range(2):

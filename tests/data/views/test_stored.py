@@ -1,4 +1,4 @@
-"""What picture files hold beside plain 8-bit pixels: an orientation, more bits, and what cameras say of them."""
+"""What image files hold beside plain 8-bit pixels: an orientation, more bits, and what cameras say of them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ HEIGHT, WIDTH = 8, 12
 
 
 def posed_folder(folder, count=3, **settings):
-    """A transforms.json beside pictures images/0.png ... that are yet to be written."""
+    """A transforms.json beside images images/0.png ... that are yet to be written."""
     poses = orbit(count, 4.0, 30.0).tolist()
     frames = [{"file_path": f"images/{i}.png", "transform_matrix": poses[i]} for i in range(count)]
-    content = {"frames": frames, **({"fl_x": 9.0, "w": WIDTH, "h": HEIGHT} if not settings else settings)}
+    content = {"frames": frames, **(settings or {"fl_x": 9.0, "w": WIDTH, "h": HEIGHT})}
     (folder / "transforms.json").write_text(json.dumps(content))
     return content
 
@@ -34,25 +34,25 @@ def save(path, pixels, orientation=None):
     Image.fromarray(pixels).save(path, exif=exif)
 
 
-def picture(seed=0, channels=3):
+def image(seed=0, channels=3):
     return np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, channels), np.uint8)
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-def test_cameras_are_of_stored_pixels_and_pictures_alone_are_turned_upright(tmp_path, channels):
+def test_exif_orientation_is_applied_only_without_cameras(tmp_path, channels):
     turned = 6  # shown turned by 90 degrees clockwise
-    mask = (picture(7)[..., 0] > 100).astype(np.uint8) * 255
+    mask = (image(7)[..., 0] > 100).astype(np.uint8) * 255
     content = posed_folder(tmp_path)
     for i in range(3):
-        save(tmp_path / f"images/{i}.png", picture(i, channels), turned)
+        save(tmp_path / f"images/{i}.png", image(i, channels), turned)
         if channels == 3:
             save(tmp_path / f"masks/{i}.png", mask, turned)
             content["frames"][i]["mask_path"] = f"masks/{i}.png"
     (tmp_path / "transforms.json").write_text(json.dumps(content))
     posed = open_views(tmp_path, background="black")
     assert posed.size == (HEIGHT, WIDTH)
-    opacity = mask[..., None] if channels == 3 else picture(1, 4)[..., 3:]
-    expected = picture(1, channels)[..., :3] * (opacity / 255) / 255
+    opacity = mask[..., None] if channels == 3 else image(1, 4)[..., 3:]
+    expected = image(1, channels)[..., :3] * (opacity / 255) / 255
     np.testing.assert_allclose(posed.images[1].permute(1, 2, 0), expected, atol=1e-5)
     np.testing.assert_allclose(posed.masks[1, 0], opacity[..., 0] / 255, atol=1e-6)
     (tmp_path / "transforms.json").unlink()
@@ -76,23 +76,23 @@ LEVELS = np.linspace(0, 1, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
         ("upto255.tif", (255 * LEVELS).astype(np.float32), LEVELS),
     ],
 )
-def test_masks_of_more_than_8_bits_keep_their_levels(tmp_path, name, values, expected):
+def test_masks_of_more_than_8_bits_keep_levels(tmp_path, name, values, expected):
     content = posed_folder(tmp_path, 1)
-    save(tmp_path / "images/0.png", picture())
+    save(tmp_path / "images/0.png", image())
     Image.fromarray(values).save(tmp_path / name)
     content["frames"][0]["mask_path"] = name
     (tmp_path / "transforms.json").write_text(json.dumps(content))
     np.testing.assert_allclose(open_views(tmp_path).masks[0, 0], expected, atol=0.5 / 255)
-    alone = open_views([Image.fromarray(picture())], masks=[Image.open(tmp_path / name)])
+    alone = open_views([Image.fromarray(image())], masks=[Image.open(tmp_path / name)])
     np.testing.assert_allclose(alone.masks[0, 0], expected, atol=0.5 / 255)
 
 
 @pytest.mark.parametrize("wrong", [-1.0, 70000.0, np.nan])
-def test_masks_beyond_any_range_are_refused(wrong):
+def test_masks_outside_range_raise(wrong):
     values = LEVELS.astype(np.float32)
     values[0, 0] = wrong
     with pytest.raises(DataError, match="mask values from"):
-        open_views([Image.fromarray(picture())], masks=[Image.fromarray(values)])
+        open_views([Image.fromarray(image())], masks=[Image.fromarray(values)])
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_masks_beyond_any_range_are_refused(wrong):
         ({"camera_angle_y": 2 * math.atan(0.5), "w": 24, "h": 16}, (6, 8, 6, 4)),
     ],
 )
-def test_angles_stand_with_what_else_is_said_of_the_camera(tmp_path, settings, expected):
+def test_camera_angle_combines_with_other_intrinsics(tmp_path, settings, expected):
     posed_folder(tmp_path, 1, camera_angle_x=math.pi / 2, **settings)
-    save(tmp_path / "images/0.png", picture())
+    save(tmp_path / "images/0.png", image())
     k = open_views(tmp_path).intrinsics[0]
     torch.testing.assert_close(torch.stack([k[0, 0], k[1, 1], k[0, 2], k[1, 2]]), torch.tensor(expected).float())
     assert k[0, 1] == k[1, 0] == 0 and k[2].tolist() == [0, 0, 1]
@@ -123,17 +123,17 @@ def test_angles_stand_with_what_else_is_said_of_the_camera(tmp_path, settings, e
         ({"cx": math.inf}, "intrinsics: values that are not finite"),
     ],
 )
-def test_angles_that_contradict_the_picture(tmp_path, settings, message):
+def test_camera_angle_inconsistent_with_image_raises(tmp_path, settings, message):
     posed_folder(tmp_path, 1, camera_angle_x=1.0, **settings)
-    save(tmp_path / "images/0.png", picture())
+    save(tmp_path / "images/0.png", image())
     with pytest.raises(DataError, match=message):
         open_views(tmp_path)
 
 
-def test_a_split_names_files_however_it_writes_their_paths(tmp_path):
+def test_split_filenames_are_normalized(tmp_path):
     content = posed_folder(tmp_path)
     for i in range(3):
-        save(tmp_path / f"images/{i}.png", picture(i))
+        save(tmp_path / f"images/{i}.png", image(i))
         content["frames"][i]["file_path"] = ("./images/0.png", "images//1.png", "images/2.png")[i]
     content |= {"train_filenames": ["images/0.png", "images/1.png"], "test_filenames": ["./images/2.png"]}
     (tmp_path / "transforms.json").write_text(json.dumps(content))

@@ -30,7 +30,7 @@ def some_views(count=4, height=12, width=16, seed=0):
     )
 
 
-def test_selecting_takes_everything_along():
+def test_select_selects_all_fields():
     views = some_views()
     part = views.select([2, 0])
     assert part.names == ["v2", "v0"] and len(part) == 2 and part.size == (12, 16)
@@ -44,21 +44,21 @@ def test_selecting_takes_everything_along():
 
 
 @pytest.mark.parametrize("sizes", [((12, 16), (6, 8)), ((12, 16), (5, 7)), ((7, 9), (14, 27)), ((9, 9), (1, 4))])
-def test_resizing_is_the_mean_over_the_area(sizes):
+def test_resize_area_is_mean_over_area(sizes):
     (height, width), (new_height, new_width) = sizes
     pixels = np.random.default_rng(0).random((height, width), np.float32)
-    found = resize_area(torch.from_numpy(pixels), new_height, new_width)
+    result = resize_area(torch.from_numpy(pixels), new_height, new_width)
     box = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BOX)
     if height % new_height == 0 and width % new_width == 0:
-        torch.testing.assert_close(found, torch.from_numpy(np.array(box)))
+        torch.testing.assert_close(result, torch.from_numpy(np.array(box)))
     # Every old pixel has the same weight in all new ones together.
-    assert found.mean().item() == pytest.approx(pixels.mean(), rel=1e-5)
+    assert result.mean().item() == pytest.approx(pixels.mean(), rel=1e-5)
     fine = np.kron(pixels, np.ones((new_height, new_width)))
     blocks = fine.reshape(new_height, height, new_width, width).mean((1, 3))
-    np.testing.assert_allclose(found, blocks, rtol=1e-5)
+    np.testing.assert_allclose(result, blocks, rtol=1e-5)
 
 
-def test_a_resized_view_sees_along_the_same_rays():
+def test_resize_keeps_rays():
     views = some_views()
     small = views.resize((4, 10))
     assert small.size == (4, 10) and small.images.shape == (4, 3, 4, 10) and small.masks.shape == (4, 1, 4, 10)
@@ -70,7 +70,7 @@ def test_a_resized_view_sees_along_the_same_rays():
     torch.testing.assert_close(views.resize(8).images.mean((2, 3)), views.images.mean((2, 3)))
 
 
-def test_sizes():
+def test_target_size_of_side_or_pair():
     assert target_size(100, 378, 504) == (75, 100)
     assert target_size(1, 10, 1000) == (1, 1)
     for wrong in (0, -3, (0, 4)):
@@ -78,7 +78,7 @@ def test_sizes():
             target_size(wrong, 10, 10)
 
 
-def test_another_background_stands_where_the_mask_is_open():
+def test_with_background_replaces_only_background():
     views = some_views()
     red = views.with_background((1.0, 0.0, 0.0))
     less = torch.tensor([0.0, -1.0, -1.0])[:, None, None]
@@ -121,16 +121,16 @@ def moved(tensor, index, value):
         (lambda v: {"poses": moved(v.poses, (3, slice(3), 0), -v.poses[3, :3, 0])}, "v3 is not rigid: it mirrors"),
         (lambda v: {"poses": moved(v.poses, (0, 3, 3), 2.0)}, "last row"),
         (lambda v: {"intrinsics": moved(v.intrinsics, (0, 1, 1), -5.0)}, "focal length"),
-        (lambda v: {"intrinsics": moved(v.intrinsics, (2, 0, 1), 0.5)}, "skew in v2"),
-        (lambda v: {"intrinsics": moved(v.intrinsics, (1, 1, 0), -0.5)}, "skew in v1"),
+        (lambda v: {"intrinsics": moved(v.intrinsics, (2, 0, 1), 0.5)}, "K of v2 has skew"),
+        (lambda v: {"intrinsics": moved(v.intrinsics, (1, 1, 0), -0.5)}, "K of v1 has skew"),
         (lambda v: {"intrinsics": moved(v.intrinsics, (3, 2, 2), 2.0)}, "last row of v3 is not 0 0 1"),
         (lambda v: {"near": 5.0}, "near=5 and far=5"),
         (lambda v: {"near": -1.0}, "need 0 <= near"),
-        (lambda v: {"masks": v.masks * 0}, "no foreground anywhere"),
+        (lambda v: {"masks": v.masks * 0}, "no foreground: all masks"),
         (lambda v: {"layout": "inward"}, "layout"),
     ],
 )
-def test_what_cannot_be_is_refused(change, message):
+def test_views_invalid_fields_raise(change, message):
     views = some_views()
     with pytest.raises(DataError, match=message):
         replace(views, **change(views))

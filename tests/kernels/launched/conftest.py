@@ -8,13 +8,13 @@ import os
 import pytest
 import torch
 
-from factorkit.ops import fused
+from factorkit.ops import dispatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
 if INTERPRETED:
-    fused.register("cpu")
+    dispatch.run_triton_kernels_on("cpu")
 
 
 def pytest_collection_modifyitems(items):

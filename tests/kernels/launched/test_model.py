@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernel_compare import assert_close, rand, soft_masks
 
-from factorkit import ops
-from factorkit.ops import fused, reference
+from factorkit import kernels, ops
+from factorkit.ops import dispatch, reference
 from factorkit.segdiff.network import FactorizedUNet
 
 
@@ -18,15 +18,13 @@ def cases():
     o = torch.ops.factorkit
     for norm in ("group", "masked_group", "pixel"):
         m = masks if norm == "masked_group" else None
-        yield f"norm-{norm}", o.group_norm_silu, (rand(4, 6, 3, 2), weight, bias, scale, shift, m, 2, norm, True)
-        yield f"skip-{norm}", o.masked_skip_norm_silu, (u, skip, masks, weight, bias, None, None, 2, norm)
-    yield "concat", o.masked_skip_concat, (u, skip, masks)
+        yield f"norm-{norm}", o.norm_silu, (rand(4, 6, 3, 2), None, m, weight, bias, scale, shift, 2, norm, True)
+        yield f"skip-{norm}", o.norm_silu, (u, skip, masks, weight, bias, None, None, 2, norm, True)
     yield "add", o.masked_skip_add, (rand(2, 4, 3, 2), skip, masks)
     yield "add-own", o.masked_skip_add, (rand(4, 4, 3, 2), skip, masks)
     yield "pyramid", o.mask_pyramid, (soft_masks(1, 2, 4, 4), 2)
     yield "pool", o.region_pool, (rand(2, 2, 3, 2), masks)
     yield "blend", o.region_blend, (rand(2, 2, 3, 2).contiguous(), rand(4, 2, 3, 2))
-    yield "mse", o.region_blend_mse, (rand(2, 2, 3, 2).contiguous(), rand(4, 2, 3, 2), rand(2, 2, 3, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -36,22 +34,22 @@ def test_opcheck(name, dtype):
     # Values may differ in bf16 by how often they are rounded; what is checked there are schema, fakes and layouts.
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     tests += ["test_aot_dispatch_dynamic"] if dtype == torch.float32 else []
-    cast = [a.to(dtype).requires_grad_(name != "mse") if isinstance(a, torch.Tensor) else a for a in args]
-    if name == "mse":
-        cast[0].requires_grad_(), cast[1].requires_grad_()
+    cast = [a.to(dtype).requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
     torch.library.opcheck(op, cast, test_utils=tests)
 
 
 def test_what_the_kernels_do_not_take_runs_as_pytorch():
     x, w = torch.randn(2, 6, 3, 3, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
-    assert fused.group_norm_silu(x, w, w, None, None, None, 2, "group", True) is None
-    want = reference.group_norm_silu(x, w, w, None, None, None, 2, "group", True)
+    assert not dispatch.triton_takes((x, w))
+    want = reference.norm_silu(x, None, None, w, w, None, None, 2, "group")
     torch.testing.assert_close(ops.group_norm_silu(x, w, w, groups=2), want)
     empty = torch.zeros(0, 6, 3, 3)
     assert ops.group_norm_silu(empty, torch.ones(6), torch.ones(6), groups=2).shape == empty.shape
-    assert ops.masked_skip_concat(empty, empty, torch.zeros(0, 2, 3, 3)).shape == (0, 12, 3, 3)
+    w = torch.ones(12)
+    skip_norm = ops.masked_skip_norm_silu(empty, empty, torch.zeros(0, 2, 3, 3), w, w, groups=2)
+    assert skip_norm.shape == (0, 12, 3, 3)
     assert ops.region_pool(empty, torch.zeros(0, 2, 3, 3)).shape == (0, 2, 6)
-    assert ops.region_blend_mse(torch.zeros(0, 2, 3, 3), empty[:, :3], empty[:, :3]).shape == (0,)
+    assert ops.region_blend(torch.zeros(0, 2, 3, 3), empty[:, :3])[1].shape == (0, 3, 3, 3)
 
 
 def test_autocast_leaves_statistics_and_masks_alone():
@@ -62,7 +60,7 @@ def test_autocast_leaves_statistics_and_masks_alone():
         y = ops.group_norm_silu(x, w, w, groups=2, norm="masked_group", masks=masks)
     assert_close(tokens, reference.region_pool(x[:2].double(), masks.double()))
     exact = [v.double() for v in (x, w, w)]
-    assert_close(y, reference.group_norm_silu(*exact, None, None, masks.double(), 2, "masked_group", True))
+    assert_close(y, reference.norm_silu(exact[0], None, masks.double(), *exact[1:], None, None, 2, "masked_group"))
 
 
 @pytest.mark.parametrize("branch_norm", ["group", "masked_group", "pixel"])
@@ -94,9 +92,7 @@ def test_factorized_unet_through_the_kernels(branch_norm, monkeypatch):
         return out, torch.autograd.grad(loss, list(model.parameters()))
 
     launched = []
-    norm = fused.OPS[ops.skip._norm]
-    assert norm is fused.masked_skip_norm_silu
-    monkeypatch.setattr(fused.kernels.tiles, "start", spy(fused.kernels.tiles.start, launched))
+    monkeypatch.setattr(kernels.tiles, "start", spy(kernels.tiles.start, launched))
     last = {"memory_format": torch.channels_last}
     out, grads = step(model.to(**last), x.contiguous(**last), target)
     assert {"branch_gradients_kernel", "masked_add_kernel", "pyramid_kernel", "blend_kernel"} <= set(launched)

@@ -36,7 +36,7 @@ def skip_inputs(batch, regions, c_u, c_s, height, width, *, shared, masked=True,
 def check_skip(inputs, groups, norm, **more):
     compare(
         lambda *x: ops.masked_skip_norm_silu(*x, groups=groups, norm=norm),
-        lambda *x: reference.masked_skip_norm_silu(*x, groups, norm),
+        lambda *x: reference.norm_silu(*x, groups, norm),
         inputs,
         size=1.0,  # where one pixel is the whole image, gradients cancel to nothing
         **more,
@@ -84,7 +84,7 @@ def test_norm_without_a_skip(norm, activate, size):
     inputs |= {"scale": rand(rows, channels), "shift": rand(rows, channels), "masks": masks}
     compare(
         lambda *x: ops.group_norm_silu(*x[:5], groups=groups, norm=norm, masks=x[5], activate=activate),
-        lambda x, w, b, s, t, m: reference.group_norm_silu(x, w, b, s, t, m, groups, norm, activate),
+        lambda x, w, b, s, t, m: reference.norm_silu(x, None, m, w, b, s, t, groups, norm, activate),
         inputs,
         size=1.0,
     )

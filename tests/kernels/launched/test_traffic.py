@@ -95,19 +95,17 @@ def region_ops(name):
     x, skip = (rand(2, 72, 8, 8, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
     branches, logits = rand(6, 3, 8, 8).requires_grad_(), torch.randn(2, 3, 8, 8, requires_grad=True)
     return {
-        "concat": lambda: (ops.masked_skip_concat(x, skip, masks), [x, skip, masks]),
         "add": lambda: (torch.ops.factorkit.masked_skip_add(x, skip, masks), [x, skip, masks]),
         "pyramid": lambda: (torch.cat([m.flatten() for m in ops.mask_pyramid(masks, 3)[1:]]), [masks]),
         "pool": lambda: (ops.region_pool(x, masks), [x, masks]),
         "blend": lambda: (ops.region_blend(logits, branches)[1], [logits, branches]),
-        "mse": lambda: (ops.region_blend_mse(logits, branches, rand(2, 3, 8, 8)), [logits, branches]),
     }[name]()
 
 
 CASES = {
     **{f"skip {n} {s}": (skip_norm, n, s) for n in ("group", "masked_group", "pixel") for s in (True, False)},
     **{f"own {n}": (own_norm, n) for n in ("group", "masked_group", "pixel")},
-    **{n: (region_ops, n) for n in ("concat", "add", "pyramid", "pool", "blend", "mse")},
+    **{n: (region_ops, n) for n in ("add", "pyramid", "pool", "blend")},
 }
 
 

@@ -14,7 +14,7 @@ import trimesh
 from plyfile import PlyData
 
 from factorkit.data import make_procedural_views, open_views
-from factorkit.data.procedural.scene import TABLE, _distance, make_scene_field
+from factorkit.data.procedural.scene import TABLE, make_scene_field, signed_distance
 from factorkit.nerfdiff.export.cameras import PICTURES, file_names, write_colmap
 from factorkit.nerfdiff.export.mesh import Shape
 from factorkit.nerfdiff.export.points import export
@@ -28,7 +28,7 @@ def views():
 
 def distance(points):
     """To the scene's surface, signed."""
-    return torch.stack([_distance(shape, points)[0] for shape in TABLE], dim=1).min(dim=1).values
+    return torch.stack([signed_distance(shape, points)[0] for shape in TABLE], dim=1).min(dim=1).values
 
 
 def vertices(path):
@@ -47,7 +47,7 @@ def test_points_lie_on_the_surface_in_its_colours(tmp_path, views):
     assert off.median().item() == pytest.approx(0.03, abs=0.005)
     assert (off - 0.03).abs().quantile(0.95) < 0.03 and off.abs().max() < 0.1
     for kind, centre, sizes, paint in TABLE:
-        own = _distance((kind, centre, sizes, paint), points)[0] < 0.045
+        own = signed_distance((kind, centre, sizes, paint), points)[0] < 0.045
         assert own.sum() > 50
         # Shading leaves between 0.55 and all of the paint; where shapes touch, both paints are seen.
         ratio = colors[own].float().median(0).values / 255 / torch.tensor(paint)
@@ -78,7 +78,7 @@ def test_a_mesh_is_closed_faces_outwards_and_has_the_density(tmp_path, views):
     inside = torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     volume = 8 * (field(inside, inside)[0] > 100).float().mean().item()
     assert mesh.volume == pytest.approx(volume, rel=0.06)
-    ball = _distance(TABLE[2], points)[0].abs() < 0.01
+    ball = signed_distance(TABLE[2], points)[0].abs() < 0.01
     expected = field(points[ball], points[ball])[1] * 255
     torch.testing.assert_close(colors[ball].float(), expected, atol=1, rtol=0)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from factorkit.metrics.class_matching import IGNORE_LABEL
-from factorkit.segdiff.baselines.datasetddpm import DatasetDDPM, chosen_blocks, pixel_features
+from factorkit.segdiff.baselines.datasetddpm import DatasetDDPM, pixel_features, select_blocks
 from factorkit.segdiff.baselines.supervised import SupervisedTask, predict_classes, train_supervised
 from factorkit.segdiff.config import preset_config
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
@@ -60,7 +60,7 @@ def test_train_supervised_learns_its_labels_and_reuses_a_finished_run(quadrants,
     for other in ((images[:, ::-1], given), (images, 1 - given.clip(0))):
         with pytest.raises(CheckpointError, match="other data .*sha256"):
             train_supervised(*other, 2, config, tmp_path / "run", progress=False)
-    with pytest.raises(DataError, match="classes from 0 to 0"):
+    with pytest.raises(DataError, match="use 0 to 0"):
         train_supervised(images, given, 1, config, tmp_path / "other", progress=False)
 
 
@@ -89,23 +89,23 @@ def test_supervised_loss_averages_over_counted_pixels(quadrants):
 def test_pixel_features_come_from_the_published_blocks(stirred_run, pictures):
     run = stirred_run(regions=1, channel_mult=(1, 2), num_res_blocks=2)
     blocks = [block for level in run.model.decoder.levels for block in level.blocks]
-    assert len(blocks) == 6 and chosen_blocks(run) == [blocks[1], blocks[2], blocks[4]]
+    assert len(blocks) == 6 and select_blocks(run) == [blocks[1], blocks[2], blocks[4]]
     features = pixel_features(run, pictures(3))
-    channels = sum(block.conv2.out_channels for block in chosen_blocks(run))
+    channels = sum(block.conv2.out_channels for block in select_blocks(run))
     assert features.shape == (3, 3 * channels, 16, 16)
     alone = pixel_features(run, pictures(3)[1:2])[0]
     torch.testing.assert_close(alone, features[1], rtol=1e-4, atol=1e-4, msg="a picture's features are its own")
     assert not blocks[1]._forward_hooks
     with pytest.raises(ConfigError, match="regions=3"):
-        chosen_blocks(stirred_run())
+        select_blocks(stirred_run())
 
 
 def test_datasetddpm_separates_different_textures(stirred_run, quadrants):
     run = stirred_run(regions=1)
     images, truth = quadrants(6)
-    model = DatasetDDPM(run, images, regions=2, seed=0)
+    model = DatasetDDPM(run, images, num_regions=2, seed=0)
     found = model.segment(images)
     assert found.shape == truth.shape and set(np.unique(found)) == {0, 1}
     agreement = (found == truth).mean()
     assert max(agreement, 1 - agreement) > 0.8
-    assert np.array_equal(DatasetDDPM(run, images, regions=2, seed=0).segment(images[2:4]), found[2:4])
+    assert np.array_equal(DatasetDDPM(run, images, num_regions=2, seed=0).segment(images[2:4]), found[2:4])

@@ -94,7 +94,7 @@ def test_interpolate_untrained_level_raises(stirred_run, pictures):
 
 
 def test_interpolate_unpairable_images_raise(stirred_run, pictures):
-    with pytest.raises(DataError, match="2 pictures cannot be paired with 3"):
+    with pytest.raises(DataError, match="2 images cannot be paired with 3"):
         stirred_run().interpolate(pictures(2), pictures(3))
     with pytest.raises(DataError, match="no such file"):
         stirred_run().interpolate(pictures(2), "nowhere.png")

@@ -130,17 +130,17 @@ def test_edit_weights_sum_to_one_and_cover_the_hole():
     assert (region.sum(), hole.sum(), kept.sum()) == (0, 9, 16)
 
 
-class Told(nn.Module):
-    """Answers x0 = -0.6, 0.2 and 0.8 in its three branches, with masks 0.5, 0.1 and 0.4, whatever it sees."""
+class ConstantModel(nn.Module):
+    """Returns x0 = -0.6, 0.2 and 0.8 in its three branches, with masks 0.5, 0.1 and 0.4, for any input."""
 
     def __init__(self, branches=True):
         super().__init__()
         self.branches = branches
 
     def forward(self, x_t, t, cond=None):
-        says, masks = torch.tensor([-0.6, 0.2, 0.8]), torch.tensor([0.5, 0.1, 0.4])
-        each = says[:, None, None, None].expand(len(x_t), 3, *x_t.shape[1:])
-        whole = torch.full_like(x_t, (says * masks).sum())
+        values, masks = torch.tensor([-0.6, 0.2, 0.8]), torch.tensor([0.5, 0.1, 0.4])
+        each = values[:, None, None, None].expand(len(x_t), 3, *x_t.shape[1:])
+        whole = torch.full_like(x_t, (values * masks).sum())
         masks = masks[:, None, None].expand(len(x_t), 3, *x_t.shape[2:])
         return Denoised(whole, Regions(masks, each if self.branches else None))
 
@@ -150,7 +150,14 @@ def test_recomposer_paints_each_pixel_with_its_branches(branches, mine, others):
     weights = Weights(*torch.rand(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).softmax(0))
     original, source = torch.full((2, 3, 4, 4), -1.0), torch.full((2, 3, 4, 4), 1.0)
     edited = Recomposer(
-        Told(branches), "x0", Schedule(100), region=1, weights=weights, original=original, source=source, free=50
+        ConstantModel(branches),
+        "x0",
+        Schedule(100),
+        region=1,
+        weights=weights,
+        original=original,
+        source=source,
+        t_free=50,
     )
     for level, painted in ((49, mine), (50, 1.0)):
         prediction, _ = edited(torch.zeros(2, 3, 4, 4), torch.full((2,), level))
@@ -182,7 +189,7 @@ def test_recompose_uneditable_input_raises(stirred_run, pictures):
         stirred_run(regions=1).recompose(pictures(1), 0)
     with pytest.raises(ConfigError, match="not both"):
         stirred_run().recompose(pictures(1), 0, from_=pictures(1), remove=True)
-    with pytest.raises(DataError, match="2 pictures cannot be paired with 3"):
+    with pytest.raises(DataError, match="2 images cannot be paired with 3"):
         stirred_run().recompose(pictures(2), 0, from_=pictures(3))
     with pytest.raises(DataError, match="no such file"):
         stirred_run().recompose("nowhere.png", 0)

@@ -115,7 +115,7 @@ def test_segment_folder_writes_requested_formats_and_adds_more(run, photos, tmp_
 
 
 def test_segment_folder_second_call_redoes_only_changes(run, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(segment_folder, "SHEET_IMAGES", 1)
+    monkeypatch.setattr(segment_folder, "CONTACT_SHEET_IMAGES", 1)
     folder, out = photos(), tmp_path / "out"
     quiet(run, folder, out)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
@@ -136,7 +136,7 @@ def test_segment_folder_second_call_redoes_only_changes(run, photos, tmp_path, m
 
 
 def test_segment_folder_killed_process_results_count(run, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(segment_folder, "SHEET_IMAGES", 1)
+    monkeypatch.setattr(segment_folder, "CONTACT_SHEET_IMAGES", 1)
     out = tmp_path / "out"
     quiet(run, photos(), out)
     lines = (out / "segments.jsonl").read_bytes().splitlines(keepends=True)
@@ -151,8 +151,8 @@ def test_segment_folder_killed_process_results_count(run, photos, tmp_path, monk
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_segment_folder_stopped_call_resumes(run, photos, tmp_path, monkeypatch, end):
     """Whatever stopped it, what is there is whole, and the next call ends with the files of an unbroken one."""
-    monkeypatch.setattr(segment_folder, "SHEET_IMAGES", 2)
-    monkeypatch.setattr(segment_folder, "AHEAD", 1)
+    monkeypatch.setattr(segment_folder, "CONTACT_SHEET_IMAGES", 2)
+    monkeypatch.setattr(segment_folder, "MAX_IMAGES_HELD", 1)
     folder, out, whole = photos(12), tmp_path / "out", tmp_path / "whole"
     quiet(run, folder, whole)
     save, count = Image.Image.save, iter(range(1000))
@@ -224,7 +224,7 @@ def test_segment_folder_large_folder_bounds_memory(run, photos, tmp_path, monkey
     """Reading runs ahead of slow writing only so far, and less far for large pictures."""
     folder = photos(40)
     held, most, lock = [0], [0], threading.Lock()
-    read, write = segment_folder._Job._read, segment_folder._Job._write
+    read, write = segment_folder._FolderJob._read, segment_folder._FolderJob._write
 
     def counted_read(job, index):
         with lock:
@@ -232,21 +232,21 @@ def test_segment_folder_large_folder_bounds_memory(run, photos, tmp_path, monkey
             most[0] = max(most[0], held[0])
         return read(job, index)
 
-    def slow_write(job, picture, masks):
+    def slow_write(job, index, prepared, masks):
         time.sleep(0.01)
         try:
-            return write(job, picture, masks)
+            return write(job, index, prepared, masks)
         finally:
             with lock:
                 held[0] -= 1
 
-    monkeypatch.setattr(segment_folder._Job, "_read", counted_read)
-    monkeypatch.setattr(segment_folder._Job, "_write", slow_write)
-    monkeypatch.setattr(segment_folder, "AHEAD", 4)
+    monkeypatch.setattr(segment_folder._FolderJob, "_read", counted_read)
+    monkeypatch.setattr(segment_folder._FolderJob, "_write", slow_write)
+    monkeypatch.setattr(segment_folder, "MAX_IMAGES_HELD", 4)
     quiet(run, folder, tmp_path / "a")
     assert 4 < most[0] <= 3 * 4 + 1
     held[0] = most[0] = 0
-    monkeypatch.setattr(segment_folder, "PIXELS_AHEAD", 1000)  # less than a picture has
+    monkeypatch.setattr(segment_folder, "MAX_PIXELS_HELD", 1000)  # less than a picture has
     quiet(run, folder, tmp_path / "b")
     assert most[0] <= 4
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.data.sources import escape_name
+from factorkit.data.files import escape_name
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.inference import segment as quality
 from factorkit.segdiff.run import SegdiffRun

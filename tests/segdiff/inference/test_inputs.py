@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from factorkit.data.decode import to_rgb
-from factorkit.segdiff.inference.segment import as_pictures
+from factorkit.segdiff.inference.segment import read_images
 from factorkit.utils.errors import DataError
 
 RGBA = np.random.default_rng(0).integers(0, 256, (7, 9, 4), np.uint8)
@@ -20,14 +20,14 @@ RGBA = np.random.default_rng(0).integers(0, 256, (7, 9, 4), np.uint8)
     ids=["HWC", "NHWC", "CHW", "NCHW", "list"],
 )
 def test_read_images_alpha_is_composited_over_white(form):
-    pictures, _ = as_pictures(form)
+    pictures, _ = read_images(form)
     expected = np.asarray(to_rgb(Image.fromarray(RGBA)))
     assert len(pictures) == 1
     np.testing.assert_array_equal(np.asarray(pictures[0]), expected)
 
 
 def test_read_images_channel_counts_are_interpreted_or_refused():
-    (picture,), _ = as_pictures(RGBA[..., :1])
+    (picture,), _ = read_images(RGBA[..., :1])
     np.testing.assert_array_equal(np.asarray(picture)[..., 1], RGBA[..., 0])
     with pytest.raises(DataError, match="one image"):
-        as_pictures(RGBA[..., :2])
+        read_images(RGBA[..., :2])

@@ -9,9 +9,9 @@ from PIL import Image
 
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.inference import segment
-from factorkit.segdiff.inference.segment import own_pixels, see, small_masks
+from factorkit.segdiff.inference.segment import predict_tiled, prepare_image, upsample_masks
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.utils.errors import ConfigError, OutOfMemory
+from factorkit.utils.errors import ConfigError, OutOfMemoryError
 
 TINY = {
     "resolution": 16,
@@ -62,12 +62,12 @@ def disc(width, height):
     ],
 )
 def test_prepare_image_short_side_sets_the_size(config, size, seen):
-    small = see(Image.new("RGB", size), config, 16, "guided").small
+    small = prepare_image(Image.new("RGB", size), config, 16, "guided").small
     assert small.shape[1::-1] == seen
 
 
 def test_prepare_image_larger_image_has_a_guide(config):
-    look = lambda size, upsample="guided": see(Image.new("RGB", size), config, 16, upsample)  # noqa: E731
+    look = lambda size, upsample="guided": prepare_image(Image.new("RGB", size), config, 16, upsample)  # noqa: E731
     assert look((16, 16)).guide is None and look((10, 7)).guide is None and look((200, 100), "bilinear").guide is None
     large = look((200, 100))
     assert large.guide.shape == (32, 64, 3) and large.radius == 4
@@ -87,7 +87,7 @@ def test_predict_tiled_pixelwise_model_equals_the_whole(size):
         shapes.append(part.shape[2:])
         return ((part + 1) / 2)[:, :2] / ((part + 1) / 2)[:, :2].sum(1, keepdim=True).clamp_min(1e-6)
 
-    found = small_masks(predict, images, SegdiffConfig(resolution=16))
+    found = predict_tiled(predict, images, SegdiffConfig(resolution=16))
     whole = predict(segment.pixels_to_signed(torch.from_numpy(images)))
     torch.testing.assert_close(found, whole)
     assert max(max(shape) for shape in shapes[:-1]) <= 64
@@ -103,14 +103,14 @@ def test_predict_tiled_mixture_masks_use_whole_images():
         shapes.append(tuple(images.shape[2:]))
         return images[:, :2]
 
-    assert small_masks(predict, np.zeros((1, 80, 200, 3), np.uint8), config).shape == (1, 2, 80, 200)
+    assert predict_tiled(predict, np.zeros((1, 80, 200, 3), np.uint8), config).shape == (1, 2, 80, 200)
     assert shapes == [(80, 200)]
 
 
 def test_predict_tiled_tiles_blend_without_a_seam():
     """Tiles that disagree (each answers its own number) meet in a ramp, not in a step."""
     count = iter(range(100))
-    found = small_masks(
+    found = predict_tiled(
         lambda part: torch.full((1, 1, *part.shape[2:]), float(next(count))),
         np.zeros((1, 16, 112, 3), np.uint8),
         SegdiffConfig(resolution=16),
@@ -128,13 +128,13 @@ def test_predict_tiled_tiles_blend_without_a_seam():
 @pytest.mark.parametrize("size", [(161, 97), (16, 16), (9, 7), (400, 1)])
 def test_full_size_bands_sum_to_one_at_any_height(config, size, upsample, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
-    seen = see(Image.fromarray(pixels), config, 16, upsample)
+    seen = prepare_image(Image.fromarray(pixels), config, 16, upsample)
     masks = torch.rand(3, *seen.small.shape[:2]).softmax(0)
-    whole = torch.cat([band for _, band in own_pixels(masks, seen)], 1)
+    whole = torch.cat([band for _, band in upsample_masks(masks, seen)], 1)
     assert whole.shape == (3, *size[::-1]) and whole.min() >= 0 and whole.dtype == torch.float32
     torch.testing.assert_close(whole.sum(0), torch.ones(size[::-1]))
-    monkeypatch.setattr(segment, "BAND", 3 * size[0])
-    bands = list(own_pixels(masks, seen))
+    monkeypatch.setattr(segment, "PIXELS_PER_BAND", 3 * size[0])
+    bands = list(upsample_masks(masks, seen))
     assert len(bands) > 1 or size[1] <= 3
     torch.testing.assert_close(torch.cat([band for _, band in bands], 1), whole)
 
@@ -189,7 +189,9 @@ def test_segment_out_of_memory_error_names_the_cure(run, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(run.model, "segment", full)
-    with pytest.raises(OutOfMemory, match="out of memory for 50 x 40 pixels; scale it down, or give less than size=20"):
+    with pytest.raises(
+        OutOfMemoryError, match="out of memory for 50 x 40 pixels; scale it down, or give less than size=20"
+    ):
         run.segment(Image.new("RGB", (50, 40)), size=20)
     monkeypatch.setattr(run.model, "segment", lambda x_t, t: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from factorkit.data.video import open_video
-from factorkit.segdiff.inference.video import STILL, Smoother, segment_frames
+from factorkit.segdiff.inference.video import STILL_COLOUR_CHANGE, Smoother, segment_frames
 from factorkit.utils.errors import ConfigError, DataError, WriteError
 
 
@@ -64,7 +64,7 @@ def test_smoother_equals_its_formula_and_resets_at_cuts():
     calm, found = step(flat(20), a)
     assert torch.equal(found, a) and (calm == 20).all()
     calm, found = step(flat(24), b)
-    weight = 0.75 * np.exp(-((4 / 255) ** 2) / (2 * STILL**2))
+    weight = 0.75 * np.exp(-((4 / 255) ** 2) / (2 * STILL_COLOUR_CHANGE**2))
     assert (calm == round(weight * 20 + (1 - weight) * 24)).all()
     torch.testing.assert_close(found, (weight * a + (1 - weight) * b).float())
     calm, found = step(flat(230), c)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from factorkit.cli.main import main
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.inference.zero_shot import THESIS_LABELS, zero_shot_scores
+from factorkit.segdiff.inference.zero_shot import THESIS_LABELS, score_zero_shot
 from factorkit.utils.errors import ConfigError
 
 DOG, CAT, VOID = 12, 8, 255
@@ -70,13 +70,13 @@ def test_zero_shot_many_leaf_regions_map_a_coarser_level(voc):
 
         return predict
 
-    scores = zero_shot_scores(config((), regions=(4, 4)), predictor, voc, label_map=None, num_fit_images=16)
+    scores = score_zero_shot(config((), regions=(4, 4)), predictor, voc, label_map=None, num_fit_images=16)
     assert scores["level"] == 1 and scores["iou"] == 1 and scores["classes"]["cat"]["mapping"] == [1]
 
 
 def test_zero_shot_scores_each_class_with_its_label(voc):
     label_map = {"cat": "tabby", "dog": 0}
-    scores = zero_shot_scores(config(), found_by({1: 8, 0: 5}), voc, label_map=label_map, num_fit_images=16)
+    scores = score_zero_shot(config(), found_by({1: 8, 0: 5}), voc, label_map=label_map, num_fit_images=16)
     assert set(scores["classes"]) == {"cat", "dog"} and len(scores["missing"]) == 18
     cat, dog = scores["classes"]["cat"], scores["classes"]["dog"]
     assert cat == {"told": "tabby", "images": 3, "fitted_on": 2, "mapping": [1], "acc": 1, "iou": 1, "miou": 1}
@@ -89,9 +89,9 @@ def test_zero_shot_scores_each_class_with_its_label(voc):
 
 def test_zero_shot_single_split_fits_on_the_first_half(voc):
     everywhere = found_by({None: 8})
-    scores = zero_shot_scores(config(), everywhere, voc, split="all", label_map=None, num_fit_images=16)
+    scores = score_zero_shot(config(), everywhere, voc, split="all", label_map=None, num_fit_images=16)
     assert scores["classes"]["cat"]["fitted_on"] == 2 and scores["classes"]["cat"]["images"] == 3
-    train = zero_shot_scores(config(), everywhere, voc, split="train", label_map=None, num_fit_images=16)
+    train = score_zero_shot(config(), everywhere, voc, split="train", label_map=None, num_fit_images=16)
     assert "dog" in train["missing"], "one picture cannot fit and be scored"
     assert train["classes"]["cat"]["told"] is None
 
@@ -105,19 +105,19 @@ def test_zero_shot_default_label_map_needs_imagenet_classes(voc):
         return found_by({label: 8})(label)
 
     names = tuple(f"synset {n}" for n in range(1000))
-    scores = zero_shot_scores(config(names), predictor, voc, label_map=None, num_fit_images=16)
+    scores = score_zero_shot(config(names), predictor, voc, label_map=None, num_fit_images=16)
     assert told == [281, 153] and scores["classes"]["dog"]["told"] == "synset 153"
 
 
 def test_zero_shot_invalid_arguments_raise(voc):
     with pytest.raises(ConfigError, match="names 'wolf', but the data set's classes are aeroplane"):
-        zero_shot_scores(config(), found_by({}), voc, label_map={"wolf": "beagle"}, num_fit_images=16)
+        score_zero_shot(config(), found_by({}), voc, label_map={"wolf": "beagle"}, num_fit_images=16)
     with pytest.raises(ConfigError, match="did you mean beagle"):
-        zero_shot_scores(config(), found_by({}), voc, label_map={"dog": "beagles"}, num_fit_images=16)
-    with pytest.raises(ConfigError, match="knows no classes"):
-        zero_shot_scores(config(()), found_by({}), voc, label_map={"dog": 0}, num_fit_images=16)
+        score_zero_shot(config(), found_by({}), voc, label_map={"dog": "beagles"}, num_fit_images=16)
+    with pytest.raises(ConfigError, match="has no classes"):
+        score_zero_shot(config(()), found_by({}), voc, label_map={"dog": 0}, num_fit_images=16)
     with pytest.raises(ConfigError, match="split='test': VOC2012 has train, val, all"):
-        zero_shot_scores(config(), found_by({}), voc, split="test", label_map=None, num_fit_images=16)
+        score_zero_shot(config(), found_by({}), voc, split="test", label_map=None, num_fit_images=16)
 
 
 def test_zero_shot_conditions_the_model_on_the_class(stirred_run, voc, tmp_path, capsys):

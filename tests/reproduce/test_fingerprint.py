@@ -11,20 +11,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from factorkit.reproduce import registry, reproduce
-from factorkit.reproduce.cell_keys import READ_FILES, identify
-from factorkit.reproduce.experiment import Column, Experiment, Found, Row
+from factorkit.reproduce import experiments, reproduce
+from factorkit.reproduce.experiment import CellResult, Column, Experiment, Row
+from factorkit.reproduce.fingerprint import MAX_READ_FILES, fingerprint
 from factorkit.utils.errors import CheckpointError
 
 
 @pytest.fixture(autouse=True)
 def counting(monkeypatch):
     """An experiment that answers how many files the data have, and reads a variable."""
-    rows = [Row("files", lambda setup, seed: Found({"files": len(list(setup.data.rglob("*.png")))}))]
+
+    def rows(setup):
+        return [Row("files", lambda seed: CellResult({"files": len(list(setup.data.rglob("*.png")))}))]
+
+    columns = (Column("files", "files"),)
     experiment = Experiment(
-        "table9.1", "", "", {}, (Column("files", "files"),), lambda setup: rows, seeds=1, inputs=("video",)
+        name="table9.1", title="", data="", duration={}, columns=columns, rows=rows, seeds=1, inputs=("video",)
     )
-    monkeypatch.setattr(registry, "experiments", lambda: {"table9.1": experiment})
+    monkeypatch.setattr(experiments, "list_experiments", lambda: {"table9.1": experiment})
 
 
 @pytest.fixture
@@ -71,28 +75,28 @@ def test_zips_and_arrays_of_one_name_are_told_apart(birds, tmp_path):
     image = birds / "images" / "2.png"
     image.write_bytes(image.read_bytes()[:-1] + b"?")  # the same size
     second = packed(birds, tmp_path / "D" / "images.zip")
-    found = identify(first), identify(second)
+    found = fingerprint(first), fingerprint(second)
     assert found[0]["bytes"] == found[1]["bytes"] and found[0]["sha256"] != found[1]["sha256"]
     array = np.zeros((64, 64, 64, 3), np.uint8)
     np.save(tmp_path / "x.npy", array)
-    before = identify(tmp_path / "x.npy")
+    before = fingerprint(tmp_path / "x.npy")
     array[33, 7, 7] = 1
     np.save(tmp_path / "x.npy", array)
-    assert identify(tmp_path / "x.npy") != before
+    assert fingerprint(tmp_path / "x.npy") != before
 
 
 def test_of_many_files_names_and_sizes_always_count(birds, monkeypatch):
-    assert READ_FILES >= 10_000
-    monkeypatch.setattr("factorkit.reproduce.cell_keys.READ_FILES", 1)
-    before = identify(birds)
+    assert MAX_READ_FILES >= 10_000
+    monkeypatch.setattr("factorkit.reproduce.fingerprint.MAX_READ_FILES", 1)
+    before = fingerprint(birds)
     (birds / "masks" / "2.png").rename(birds / "masks" / "3.png")
-    assert identify(birds) != before
+    assert fingerprint(birds) != before
 
 
 def test_further_inputs_are_data_too(birds, tmp_path):
     out = birds / "out"  # within the data: its own files are none of them
     assert run(birds, out) == 6
-    with pytest.raises(CheckpointError, match="other data .*'video'"):
+    with pytest.raises(CheckpointError, match=r"other data \(data.video: None there"):
         run(birds, out, video=birds / "images")
 
 

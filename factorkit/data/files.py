@@ -1,0 +1,109 @@
+"""Files on disk: which are images, how they are listed and sorted, and how messages name them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from factorkit.utils.errors import DataError
+
+IMAGE_SUFFIXES = frozenset(
+    ".avif .bmp .gif .jfif .jpe .jpeg .jpg .jp2 .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+)
+SUFFIX_LIST = ", ".join(sorted(IMAGE_SUFFIXES))  # for messages
+MAX_EXAMPLES = 3  # names listed in a message
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file of this name, relative to the user's folder or archive, is read as an image."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+
+
+def strip_suffix(name: str) -> str:
+    """Return a name without its suffix but with its folders; images and masks are matched by it."""
+    path = PurePosixPath(name)
+    return path.with_suffix("").as_posix() if path.name else name
+
+
+def list_images(folder: Path) -> list[Path]:
+    """List all image files below a folder; see `list_image_names`."""
+    return [folder / name for name in list_image_names(folder)]
+
+
+def list_image_names(folder: Path) -> list[str]:
+    """List the relative paths of all image files below a folder, sorted.
+
+    Links are followed; each folder is entered once. Broken links are left out with a warning.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:  # by default os.walk skips unreadable folders, and their images with them
+        with wrap_os_errors(Path(error.filename), "so its images cannot be listed. Check its permissions."):
+            raise error
+
+    names: list[str] = []
+    broken_links: list[str] = []
+    visited: set[str] = set()
+    for current, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        real_path = os.path.realpath(current)
+        if real_path in visited:  # a loop of links
+            folders.clear()
+            continue
+        visited.add(real_path)
+        folders.sort()
+        prefix = Path(current).relative_to(folder).as_posix()
+        for file in files:
+            name = file if prefix == "." else f"{prefix}/{file}"
+            if is_image(name):
+                (names if os.path.isfile(os.path.join(current, file)) else broken_links).append(name)
+    if broken_links:
+        warnings.warn(
+            f"{folder}: skipped {len(broken_links)} links to missing images: {format_examples(sorted(broken_links))}",
+            UserWarning,
+            stacklevel=2,
+        )
+    return sorted(names)
+
+
+def natural_sort_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Return a sort key that orders numbers in names by value: 2 before 10."""
+    parts = [part for part in re.split(r"([0-9]+)", name) if part]
+    # Compares numbers by length, then digits: int() refuses numbers of thousands of digits.
+    numbers = [part.lstrip("0") if part[0] in "0123456789" else None for part in parts]
+    return [(1, 0, part) if n is None else (0, len(n), n) for part, n in zip(parts, numbers, strict=True)], name
+
+
+def escape_name(name: str) -> str:
+    """Return a name for a message: on one line, without control characters."""
+    return name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def format_examples(names: Sequence[str], limit: int = MAX_EXAMPLES) -> str:
+    """Return the first few names for a message, separated by commas."""
+    return ", ".join(map(escape_name, names[:limit])) + (", ..." if len(names) > limit else "")
+
+
+@contextlib.contextmanager
+def wrap_os_errors(path: Path, advice: str) -> Iterator[None]:
+    """Convert OSError to a DataError that names the path, the cause and the advice."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno or errno.EIO)
+        raise DataError(f"{escape_name(str(path))}: {reason}, {advice}") from error
+
+
+def stat_file(path: Path) -> tuple[int, int]:
+    """Return the size in bytes and the modification time in ns, a cheap check whether a file has changed."""
+    with wrap_os_errors(path, "although it was listed before. Try again."):
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns

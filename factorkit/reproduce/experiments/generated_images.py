@@ -1,0 +1,118 @@
+"""Table 2.5, figures 2.7, 2.8 and 2.24 to 2.26: images and masks generated from noise, beside the plain DDPM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from factorkit.metrics.class_matching import count_overlaps, score_classes
+from factorkit.report.image_grid import draw_image_grid
+from factorkit.reproduce.experiment import CellResult, Citation, Column, Experiment, Row, RowArrays, Setup, percent
+from factorkit.reproduce.experiments.class_segmentation import (
+    NUM_CLUSTERS,
+    choose_our_regions,
+    fit_clusters,
+    load_class_labels,
+    train_class_unet,
+    train_ours,
+    train_plain,
+)
+from factorkit.reproduce.generation import DISTANCE, FID, NOTE, count_multiply_adds, fid, generate, random_distance
+from factorkit.reproduce.segdiff_runs import GRID_IMAGES, Trainings, predict_regions
+from factorkit.segdiff.baselines.supervised import predict_classes
+from factorkit.segdiff.previews import overlay_enlarged
+from factorkit.segdiff.run import SegdiffRun
+from factorkit.utils.images import images_to_pixels
+
+DATA_SETS = ("Flower-64", "Flower-128", "CUB-64", "CUB-128", "FFHQ-64", "FFHQ-128", "ImageNet-64")
+PUBLISHED_FID = {
+    "DDPM": (15.81, 14.62, 14.45, 14.01, 13.72, 13.35, 7.02),
+    "ours": (13.33, 11.50, 10.91, 10.28, 12.02, 10.79, 6.54),
+}
+
+
+def _train_equal_compute(trainings: Trainings, seed: int) -> SegdiffRun:
+    """Train a plain DDPM for as many steps as cost the multiply-adds of ours."""
+    ours, plain = trainings.config(regions=choose_our_regions(trainings)), trainings.config(regions=1)
+    steps = round(ours.steps * count_multiply_adds(ours) / count_multiply_adds(plain))
+    return trainings.train("plain-compute", seed, regions=1, steps=steps)
+
+
+Train = Callable[[Trainings, int], SegdiffRun]
+RUNS: dict[str, Train] = {
+    "plain DDPM, equal steps": train_plain,
+    "plain DDPM, equal compute": _train_equal_compute,
+    "ours": train_ours,
+}
+
+
+def _rows(setup: Setup) -> list[Row]:
+    trainings = Trainings(setup, "flowers64")
+    rows = [Row(name, partial(_score, trainings, train)) for name, train in RUNS.items()]
+    return rows + [Row(f"{name}: FID", partial(_score_fid, trainings, train), 1) for name, train in RUNS.items()]
+
+
+def _score(trainings: Trainings, train: Train, seed: int) -> CellResult:
+    """Score the distance, and how well the masks agree with the supervised U-Net on the generated images."""
+    run = train(trainings, seed)
+    generation = generate(trainings.setup.scale, run, seed)
+    pixels = images_to_pixels(generation.images)
+    known, reference = load_class_labels(trainings), predict_classes(train_class_unet(trainings, seed), pixels)
+    num_regions = run.config.num_leaf_regions
+    if num_regions > 1:
+        regions, real_regions = generation.labels.numpy(), predict_regions(run, known.images)
+    else:
+        clusters, num_regions = fit_clusters(trainings, run, seed), NUM_CLUSTERS
+        regions, real_regions = clusters.segment(pixels), clusters.segment(known.images)
+    mapping = known.match(real_regions, num_regions)
+    agreement = score_classes(count_overlaps(regions, reference, num_regions, known.num_classes), mapping)["acc"]
+    distance = random_distance(trainings, run, generation.images)
+    scores = {DISTANCE.key: distance, "consistency": agreement, "steps": run.step}
+    return CellResult(scores, {"images": pixels[:GRID_IMAGES], "classes": mapping[regions[:GRID_IMAGES]]})
+
+
+def _score_fid(trainings: Trainings, train: Train, seed: int) -> CellResult:
+    run = train(trainings, seed)
+    value = fid(trainings, run, generate(trainings.setup.scale, run, seed).images)
+    return CellResult({FID.key: value, "steps": run.step})
+
+
+def _draw(setup: Setup, arrays: RowArrays) -> Sequence[str]:
+    rows, captions = [], []
+    for name, row in arrays.items():
+        pairs = zip(row["images"], row["classes"], strict=True)
+        rows += [list(row["images"]), [overlay_enlarged(image, classes) for image, classes in pairs]]
+        captions += [name, "  its masks"]
+    return [setup.save_image(draw_image_grid(rows, None, captions), "generated.png")] if rows else []
+
+
+EXPERIMENTS = (
+    Experiment(
+        name="table2.5",
+        title="images and masks generated from noise",
+        data="any of Flower, CUB, FFHQ, ImageNet, or a folder with images/ and masks/; the default is procedural "
+        "flowers",
+        duration={
+            "small": "12 minutes a seed on one CPU core",
+            "gpu": "not measured",
+            "full": "not measured (thesis: 50 000 to 500 000 steps on 8 to 32 V100)",
+        },
+        columns=(DISTANCE, FID, percent("consistency", "Acc of masks"), Column("steps", "steps", 1.0, 0)),
+        rows=_rows,
+        citations=[
+            Citation(f"{row}, {name}", "dissertation, table 2.5", {"fid": value})
+            for row, values in PUBLISHED_FID.items()
+            for name, value in zip(DATA_SETS, values, strict=True)
+        ],
+        figures=("fig2.7", "fig2.8", "fig2.24", "fig2.25", "fig2.26"),
+        seeds=1,
+        notes=(
+            NOTE,
+            "Acc of masks: the share of pixels on which the masks of generated images agree with the supervised U-Net. "
+            "Our masks are generated with the image, those of the plain DDPM by DatasetDDPM afterwards. Both are "
+            "matched on real images.",
+            "Equal compute: a plain DDPM trained for as many more steps as ours costs more multiply-adds an image.",
+        ),
+        draw=_draw,
+    ),
+)
