@@ -37,7 +37,7 @@ MIN_IMPROVEMENT = 0.02  # share of the error; see docs/results.md
 NUM_PREVIEW_IMAGES = 8
 MIN_IMAGES = 8
 #: the U-Net is built but not trained, so it is tiny; a mixture converges within some hundred steps
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "preset": "fast32",
     "masks": "mixture",
     "model_channels": 8,
@@ -80,7 +80,7 @@ class MixtureTask(SegdiffTask):
 
     def __init__(self, config: ResolvedSegdiffConfig, images: np.ndarray, probes: np.ndarray, device: torch.device):
         super().__init__(config, images, probes, device)
-        self.model: SpatialMixture = cast(SpatialMixture, self.model.masks)  # type: ignore[assignment]
+        self.model = cast(SpatialMixture, self.model.masks)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the one group of the mixture."""

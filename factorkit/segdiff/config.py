@@ -15,7 +15,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.config import MOST_STEPS, EngineConfig
 from factorkit.engine.migration import register_renamed_settings
 from factorkit.ops.norm import NORMS
-from factorkit.segdiff.hierarchy import HierarchicalUNet, check_nesting, nesting_of
+from factorkit.segdiff.hierarchy import HierarchicalUNet, SegdiffModel, check_nesting, nesting_of
 from factorkit.segdiff.network import FactorizedUNet, check_architecture
 from factorkit.utils.errors import ConfigError, did_you_mean
 
@@ -252,7 +252,7 @@ class ResolvedSegdiffConfig(SegdiffConfig):
         """Build the noise schedule on a device."""
         return Schedule(self.timesteps, self.schedule, device)
 
-    def build(self) -> FactorizedUNet | HierarchicalUNet:
+    def build(self) -> SegdiffModel:
         """Build the network with fresh weights, channels last."""
         settings: dict[str, Any] = {
             "resolution": self.resolution,
@@ -272,7 +272,7 @@ class ResolvedSegdiffConfig(SegdiffConfig):
             "masks": self.masks,
             "classes": len(self.class_names),
         }
-        model: FactorizedUNet | HierarchicalUNet
+        model: SegdiffModel
         if isinstance(self.regions, int):
             model = FactorizedUNet(regions=self.regions, **settings)
         else:

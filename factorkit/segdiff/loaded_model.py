@@ -14,9 +14,8 @@ from torch import Tensor
 from factorkit.data.decode import crop_square
 from factorkit.engine.run_folder import check_plausible, read_weights
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig
-from factorkit.segdiff.hierarchy import HierarchicalUNet
+from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.segment import read_images
-from factorkit.segdiff.network import FactorizedUNet
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.images import pixels_to_signed
 
@@ -24,11 +23,10 @@ from factorkit.utils.images import pixels_to_signed
 class LoadedModel:
     """A model, its settings and its noise schedule on a device: what segmenting, generating and editing share."""
 
-    def __init__(
-        self, config: ResolvedSegdiffConfig, model: FactorizedUNet | HierarchicalUNet, device: torch.device
-    ) -> None:
+    def __init__(self, config: ResolvedSegdiffConfig, model: SegdiffModel, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.model: FactorizedUNet | HierarchicalUNet = model.to(device, memory_format=torch.channels_last).eval()
+        # torch does not type memory_format together with a device.
+        self.model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.schedule = config.build_schedule(device)
 
     def _autocast(self) -> torch.autocast:
@@ -47,9 +45,7 @@ class LoadedModel:
         return pixels_to_signed(torch.from_numpy(np.stack(squares)))
 
 
-def load_model(
-    path: Path, weights: str | float
-) -> tuple[ResolvedSegdiffConfig, FactorizedUNet | HierarchicalUNet, int]:
+def load_model(path: Path, weights: str | float) -> tuple[ResolvedSegdiffConfig, SegdiffModel, int]:
     """Load settings, model and step; nothing is allocated before the settings are known to be plausible.
 
     Raises:

@@ -15,11 +15,10 @@ from factorkit.segdiff.class_labels import select_labels
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.editing.editor import Editor
 from factorkit.segdiff.evaluate import score_labelled_images, share_images
-from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels
+from factorkit.segdiff.hierarchy import SegdiffModel, hard_labels
 from factorkit.segdiff.inference.segmenter import Segmenter
 from factorkit.segdiff.inference.zero_shot import score_zero_shot
 from factorkit.segdiff.loaded_model import load_model
-from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import Frame, Generation, draw_images
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
@@ -36,7 +35,7 @@ class SegdiffRun(Segmenter, Editor):
     def __init__(
         self,
         config: ResolvedSegdiffConfig,
-        model: FactorizedUNet | HierarchicalUNet,
+        model: SegdiffModel,
         device: torch.device,
         step: int,
         folder: Path | None = None,

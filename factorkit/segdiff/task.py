@@ -57,7 +57,7 @@ class SegdiffTask:
     ):
         torch.manual_seed(derived_seed("weights", config.seed))
         self.config, self.device, self.size = config, device, len(images)
-        self.model = config.build()
+        self.model: nn.Module = config.build()
         self.schedule = config.build_schedule(device)
         self.labels = None if labels is None else torch.from_numpy(labels).to(device)
         self.images = move_if_it_fits(images, device)
@@ -70,7 +70,7 @@ class SegdiffTask:
         The mask generator learns slower, since masks that saturate early never move again. The prior of the mixture
         learns faster, since each of its parameters receives gradient from a few pixels only.
         """
-        proposer = self.model.mask_parameters()
+        proposer = cast(FactorizedUNet, self.model).mask_parameters()
         ids = {id(p) for p in proposer}
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.model.parameters() if id(p) not in ids], "scale": 1.0}

@@ -10,7 +10,7 @@ from torch import Tensor
 from factorkit.diffusion.objective import to_x0
 from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import ResolvedSegdiffConfig
-from factorkit.segdiff.network import FactorizedUNet
+from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.sampling import SAMPLE_BATCH_SIZE, estimate_branches
 from factorkit.segdiff.task import add_noise
 from factorkit.utils.errors import ConfigError
@@ -36,7 +36,7 @@ class Branches(NamedTuple):
 
 @torch.no_grad()
 def decompose_images(
-    model: FactorizedUNet, config: ResolvedSegdiffConfig, schedule: Schedule, images: Tensor, t: int
+    model: SegdiffModel, config: ResolvedSegdiffConfig, schedule: Schedule, images: Tensor, t: int
 ) -> Branches:
     """Decompose ``images`` [n, 3, R, R] in [-1, 1] at level t into x0 = sum_k m_k x0_k, x0_k of branch k, in one step.
 

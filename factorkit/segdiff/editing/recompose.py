@@ -15,8 +15,7 @@ from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.editing.interpolate import pair_images
-from factorkit.segdiff.hierarchy import hard_labels
-from factorkit.segdiff.network import FactorizedUNet
+from factorkit.segdiff.hierarchy import SegdiffModel, hard_labels
 from factorkit.segdiff.sampling import SAMPLE_BATCH_SIZE, check_edit_time, estimate_branches, num_trained_times
 from factorkit.segdiff.task import predict_masks
 from factorkit.utils.errors import ConfigError
@@ -96,7 +95,7 @@ class Recomposer(Denoiser):
 
     def __init__(
         self,
-        model: FactorizedUNet,
+        model: SegdiffModel,
         prediction: str,
         schedule: Schedule,
         *,
@@ -129,7 +128,7 @@ class Recomposer(Denoiser):
 
 @torch.no_grad()
 def recompose_images(
-    model: FactorizedUNet,
+    model: SegdiffModel,
     config: ResolvedSegdiffConfig,
     schedule: Schedule,
     originals: Tensor,

@@ -23,7 +23,7 @@ from factorkit.data.sources import Source
 from factorkit.engine.run_folder import held
 from factorkit.segdiff import previews
 from factorkit.segdiff.config import ResolvedSegdiffConfig
-from factorkit.segdiff.hierarchy import hard_labels
+from factorkit.segdiff.hierarchy import SegdiffModel, hard_labels
 from factorkit.segdiff.inference.coco_rle import make_annotations
 from factorkit.segdiff.inference.outputs import (
     CONTACT_SHEET,
@@ -42,7 +42,6 @@ from factorkit.segdiff.inference.segment import (
     prepare_image,
     upsample_masks,
 )
-from factorkit.segdiff.network import FactorizedUNet
 from factorkit.utils import distributed
 from factorkit.utils.atomic import clear_unfinished, save_image
 from factorkit.utils.errors import ConfigError, DataError, WriteError, is_out_of_memory
@@ -81,7 +80,7 @@ class FolderSegments(NamedTuple):
 
 
 def segment_folder(
-    model: FactorizedUNet,
+    model: SegdiffModel,
     config: ResolvedSegdiffConfig,
     predict: Callable[[Tensor], Tensor],
     source: Source,
