@@ -141,7 +141,7 @@ def run(name: str, folder: Path, notes: Notes, kill: Kill | None = None) -> bool
         status = 1
         try:
             # nothing is damaged by a kill: going back to an earlier checkpoint would hide it
-            warnings.filterwarnings("error", message=".*Taking the previous")
+            warnings.filterwarnings("error", message=".*Using the previous")
             os.environ["FACTORKIT_CACHE"] = str(folder / "cache")
             watch(notes, kill)
             model, changes = RUNS[name]

@@ -15,7 +15,7 @@ import factorkit
 from benchmarks import fuzz, fuzz_targets, malformed
 from factorkit.data import open_dataset, open_source, open_views, prepare, read_classes
 from factorkit.engine.checkpoint import read_checkpoint, write_checkpoint
-from factorkit.engine.config import MOST_STEPS
+from factorkit.engine.config import MAX_TIMESTEPS
 from factorkit.rendering import orbit
 from factorkit.segdiff.config import preset_config
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
@@ -138,7 +138,7 @@ def test_settings_of_wrong_type_raise(setting, value):
 
 def test_settings_too_many_timesteps_raise():
     with pytest.raises(ConfigError, match="timesteps=.*at most"):
-        preset_config("demo", timesteps=MOST_STEPS + 1).resolved()
+        preset_config("demo", timesteps=MAX_TIMESTEPS + 1).resolved()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_near_duplicates_binary_file_raises(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"frames": [{"file_path": 5, "transform_matrix": []}]}, "a file name is not a string"),
         ({"train_filenames": [[1]]}, "a file name is not a string"),

@@ -89,12 +89,12 @@ class Checkpoint(Command):
         return {"whole": whole}, "\n".join([*whole, f"{len(whole)} undamaged, none damaged"])
 
     def _prune(self) -> Result:
-        from factorkit.engine.run_folder import held
+        from factorkit.engine.run_folder import locked
 
         if self.keep < 1:
             raise ConfigError(f"--keep {self.keep} must be at least 1")
         folders = self._folders()
-        with held(self.run):
+        with locked(self.run):
             dropped = [str(path.relative_to(self.run)) for folder in folders for path in folder.prune(self.keep)]
         kept = [str(path.relative_to(self.run)) for folder in folders for path in folder.paths()]
         return {"dropped": dropped, "kept": kept}, "\n".join([*dropped, f"{len(dropped)} deleted, {len(kept)} kept"])

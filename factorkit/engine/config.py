@@ -1,4 +1,4 @@
-"""Settings every model's training shares. A model's own configuration derives from this one."""
+"""The training settings that all models share; a model's configuration derives from them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 from typeguard import TypeCheckError, check_type
 
 from factorkit.utils.errors import ConfigError
 
-MOST_STEPS = 1_000_000  # T of a noise schedule: it lies in memory, and a setting may come with a file
+if TYPE_CHECKING:
+    import torch
+
+Config = TypeVar("Config", bound="EngineConfig")
+
+MAX_TIMESTEPS = 1_000_000  # of a noise schedule, which is held in memory; a file may ask for any number
 
 
 @dataclass(kw_only=True)
@@ -92,8 +97,8 @@ class EngineConfig:
     )
 
     def validate(self) -> None:
-        """Raise ConfigError for numbers that cannot work, naming the setting."""
-        least = {
+        """Raise ConfigError for values that cannot work, naming the setting."""
+        minimum = {
             "steps": 1,
             "batch_size": 1,
             "micro_batch_size": 1,
@@ -104,15 +109,15 @@ class EngineConfig:
             "sample_every": 0,
             "log_every": 1,
         }
-        for name, low in least.items():
+        for name, low in minimum.items():
             value = getattr(self, name)
             if name in ("micro_batch_size", "threads") and value is None:
                 continue
             if not isinstance(value, int) or value < low:
-                raise ConfigError(f"{name}={value!r} must be a whole number, at least {low}")
+                raise ConfigError(f"{name}={value!r} must be an integer of at least {low}")
         for name in ("ema_decay", "lr_decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must lie between 0 and 1")
+                raise ConfigError(f"{name}={getattr(self, name)} must be between 0 and 1")
         if not all(0 <= decay <= 1 for decay in self.extra_ema_decays):
             raise ConfigError(f"extra_ema_decays={self.extra_ema_decays} must lie between 0 and 1")
         if len({self.ema_decay, *self.extra_ema_decays}) != 1 + len(self.extra_ema_decays):
@@ -127,38 +132,38 @@ class EngineConfig:
             raise ConfigError(f"precision={self.precision!r} is unknown; choose bf16 or fp32")
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of the step that follows ``step`` finished ones."""
+        """Return the learning rate of the step that follows ``step`` finished ones."""
         rate = self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
-        tail = self.lr_decay_fraction * self.steps
-        if tail > 0 and step >= self.steps - tail:
-            rate *= max(0.1, (self.steps - step) / tail)
+        decay_steps = self.lr_decay_fraction * self.steps
+        if decay_steps > 0 and step >= self.steps - decay_steps:
+            rate *= max(0.1, (self.steps - step) / decay_steps)
         return rate
 
     def memory_advice(self, at_once: int) -> str:
-        """What makes a step of ``at_once`` images need less memory, in words."""
+        """Return a sentence, without full stop, on how a step of ``at_once`` images needs less memory."""
         return "Make the step or the model smaller"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in config.json."""
+        """Return the settings as in config.json."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]):
-        """The configuration behind :meth:`to_dict`.
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+        """Return the configuration with these settings; the inverse of :meth:`to_dict`.
 
         Raises:
-            ConfigError: settings this version does not know, or values of another type than the setting's.
+            ConfigError: a setting is unknown, or its value has another type.
         """
         known = {f.name: f for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
-            near = ", ".join(sorted(known))
-            raise ConfigError(f"unknown setting {', '.join(map(repr, unknown))} for {cls.__name__}; there are: {near}")
-        values = {k: plain(v) for k, v in values.items()}
+            names = ", ".join(map(repr, unknown))
+            raise ConfigError(f"unknown setting {names} for {cls.__name__}; there are: {', '.join(sorted(known))}")
+        values = {k: to_python(v) for k, v in values.items()}
         types = get_type_hints(cls)
         for name, value in values.items():
             if isinstance(value, str) and "Literal" in str(types[name]):
-                continue  # validate() knows the choices
+                continue  # validate() checks the choices
             try:
                 check_type(value, types[name])
             except TypeCheckError as error:
@@ -166,10 +171,10 @@ class EngineConfig:
         return cls(**values)
 
 
-def plain(value: Any) -> Any:
-    """A setting as Python's own: whole numbers of numpy and torch as int, lists as tuples; all else as it is."""
+def to_python(value: Any) -> Any:
+    """Convert integers of numpy and torch to int, and lists to tuples."""
     if isinstance(value, (list, tuple)):
-        return tuple(map(plain, value))
+        return tuple(map(to_python, value))
     if not isinstance(value, int):
         with contextlib.suppress(TypeError):
             return operator.index(value)
@@ -178,7 +183,7 @@ def plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Let torch use ``count`` CPU threads meanwhile; None changes nothing."""
+    """Let torch use ``count`` CPU threads during the block; None changes nothing."""
     import torch
 
     before = torch.get_num_threads()
@@ -189,8 +194,8 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def resolve_device(name: str):
-    """The torch device behind ``"auto"``, ``"cpu"``, ``"cuda"`` ... Raises ConfigError when it is not there."""
+def resolve_device(name: str) -> torch.device:
+    """Return the torch device called ``"auto"``, ``"cpu"``, ``"cuda"`` ...; raises ConfigError if it does not exist."""
     import torch
 
     if name == "auto":
@@ -198,11 +203,11 @@ def resolve_device(name: str):
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device={name!r} is not a device torch knows; use auto, cpu or cuda") from error
+        raise ConfigError(f"device={name!r} is not a device of torch; use auto, cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name!r} is not one factorkit trains on; use auto, cpu or cuda")
+        raise ConfigError(f"device={name!r} is not supported; use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name!r}, but torch sees no GPU; use device='cpu', or see `factorkit doctor`")
+        raise ConfigError(f"device={name!r}, but torch finds no GPU; use device='cpu', or see `factorkit doctor`")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device={name!r}, but the last GPU torch sees is cuda:{torch.cuda.device_count() - 1}")
+        raise ConfigError(f"device={name!r}, but the last GPU is cuda:{torch.cuda.device_count() - 1}")
     return device

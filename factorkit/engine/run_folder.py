@@ -1,4 +1,4 @@
-"""A run is a folder. This is how one is claimed: made afresh, taken up again, or refused as another run's."""
+"""A run is a folder: creating one, resuming it, refusing it for another run, and reading it."""
 
 from __future__ import annotations
 
@@ -20,61 +20,62 @@ from factorkit.utils.safe_reading import read_json
 
 CONFIG = "config.json"
 LOCK = ".lock"
-WEIGHTS = {"average": "ema.module.", "last": "model."}  # where a checkpoint keeps them
+WEIGHTS = {"average": "ema.module.", "last": "model."}  # prefixes of tensors in a checkpoint
 
 
+# Completes the settings of an older version with those added since.
 Completion = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def claim(
-    folder: Path, settings: dict[str, Any], resumable: frozenset[str], completed: Completion | None = None
+    folder: Path, settings: dict[str, Any], resumable: frozenset[str], complete: Completion | None = None
 ) -> None:
-    """Make ``folder`` the run of these settings, or find that it already is.
+    """Make ``folder`` the run of these settings, or check that it already is.
 
     Args:
-        settings: everything the run is defined by, JSON-able.
-        resumable: settings that may differ from those of the run that lies there.
-        completed: what makes the settings found there, perhaps of an older version, as full as today's.
+        folder: the run folder.
+        settings: everything that defines the run, JSON-able.
+        resumable: settings that may differ from those of the run in the folder.
+        complete: applied to the settings in the folder, which may be of an older version.
 
     Raises:
-        CheckpointError: the folder holds another run (the differing settings are named) or something else altogether.
+        CheckpointError: the folder holds another run (the message names the differing settings) or other files.
     """
-    check_claim(folder, settings, resumable, completed)
+    check_claim(folder, settings, resumable, complete)
     write_json(folder / CONFIG, settings)
 
 
 def check_claim(
-    folder: Path, settings: dict[str, Any], resumable: frozenset[str], completed: Completion | None = None
+    folder: Path, settings: dict[str, Any], resumable: frozenset[str], complete: Completion | None = None
 ) -> None:
-    """Raise what :func:`claim` would; nothing is written."""
+    """Raise the errors of :func:`claim` without writing anything."""
     path = folder / CONFIG
     if path.exists():
         old = read_settings(folder)
-        kind, asked = (of.get("model") or of.get("experiment") for of in (old, settings))
-        if kind != asked:
-            raise CheckpointError(f"{folder} holds a run of {kind}, not of {asked}; give another out=")
-        there, wanted = (_flat(of) for of in (old if completed is None else completed(old), settings))
-        names = sorted(k for k in {*there, *wanted} - resumable if there.get(k) != wanted.get(k))
+        old_kind, kind = (values.get("model") or values.get("experiment") for values in (old, settings))
+        if old_kind != kind:
+            raise CheckpointError(f"{folder} holds a run of {old_kind}, not of {kind}; give another out=")
+        stored, requested = _flat(old if complete is None else complete(old)), _flat(settings)
+        names = sorted(k for k in {*stored, *requested} - resumable if stored.get(k) != requested.get(k))
         if names:
-            listed = "; ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} asked for" for k in names)
-            kinds = {"data" if k.split(".")[0] == "data" else "settings" for k in names}
-            what = " and ".join(sorted(kinds))
+            listed = "; ".join(f"{k}: {stored.get(k)!r} there, {requested.get(k)!r} requested" for k in names)
+            what = " and ".join(sorted({"data" if k.split(".")[0] == "data" else "settings" for k in names}))
             raise CheckpointError(
                 f"{folder} holds a run with other {what} ({listed}). Give another out=, or the same {what} to resume it"
             )
     elif folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give another out=")
     elif folder.exists() and not all(p.name.startswith(".") for p in folder.iterdir()):
-        # hidden files may be what a kill left of the first config.json
-        raise CheckpointError(f"{folder} exists and holds something that is no factorkit run; give another out=")
+        # hidden files may be left of a killed write of config.json
+        raise CheckpointError(f"{folder} exists and is not a factorkit run; give another out=")
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """What settings in groups hold under ``group.name``, the others as they are."""
-    found: dict[str, Any] = {}
+    """Return settings with those of groups under ``group.name``."""
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
-        found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return found
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 @contextmanager
@@ -83,26 +84,29 @@ def claimed(
     settings: dict[str, Any],
     resumable: frozenset[str],
     doing: str = "training in",
-    completed: Completion | None = None,
+    complete: Completion | None = None,
 ) -> Iterator[None]:
-    """:func:`claim` a folder and keep others from it meanwhile (:func:`held`); where one fails, nothing has changed."""
-    check_claim(folder, settings, resumable, completed)
+    """Call :func:`claim` and lock the folder during the block; an error leaves the folder unchanged."""
+    check_claim(folder, settings, resumable, complete)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error) from error
-    with held(folder, doing):
-        claim(folder, settings, resumable, completed)
+    with locked(folder, doing):
+        claim(folder, settings, resumable, complete)
         yield
 
 
 @contextmanager
-def held(folder: Path, doing: str = "training in") -> Iterator[None]:
-    """Keep other processes of this machine from training in ``folder``, or what else they are ``doing``, meanwhile; a
-    kill releases it.
+def locked(folder: Path, doing: str = "training in") -> Iterator[None]:
+    """Lock ``folder`` against other processes of this machine during the block; a kill releases the lock.
+
+    Args:
+        folder: the run folder.
+        doing: what the lock protects, for the message.
 
     Raises:
-        CheckpointError: another process does, or the folder cannot be written.
+        CheckpointError: another process has the lock, or the folder cannot be written.
     """
     try:
         import fcntl
@@ -110,7 +114,7 @@ def held(folder: Path, doing: str = "training in") -> Iterator[None]:
         yield
         return
     try:
-        lock = open(folder / LOCK, "w")
+        lock = open(folder / LOCK, "w")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise unwritable(folder / LOCK, error) from error
     with lock:
@@ -126,34 +130,37 @@ def held(folder: Path, doing: str = "training in") -> Iterator[None]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings in a run folder. Raises CheckpointError where there is no run."""
+    """Read the settings of a run folder; old names are migrated.
+
+    Raises:
+        CheckpointError: the folder is not a run, or its settings cannot be read.
+    """
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
+        raise CheckpointError(f"{folder} is not a run folder: it has no {CONFIG}")
     return migrate_settings(read_object(path, "give another out="), path)
 
 
 def read_object(path: Path, otherwise: str = "delete it") -> dict[str, Any]:
-    """The values by name in a JSON file that a run has written.
+    """Read a JSON object that a run has written.
 
     Raises:
-        CheckpointError: it cannot be read; ``otherwise`` says what helps where it cannot be restored.
+        CheckpointError: it cannot be read; ``otherwise`` is the advice if it cannot be restored.
     """
     try:
         values = read_json(path)
         if not isinstance(values, dict):
-            raise ValueError(f"it holds {type(values).__name__}, not values by name")
+            raise ValueError(f"it contains {type(values).__name__}, not values by name")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Restore it, or {otherwise}") from error
     return values
 
 
 def model_name(path: Path) -> str | None:
-    """Which model a run folder or a checkpoint file is of, as far as that can be told; what is wrong with a damaged
-    one is said by whoever reads it.
+    """Return the model of a run folder or a checkpoint file; None for a damaged file.
 
     Raises:
-        CheckpointError: the path is a folder, but no run.
+        CheckpointError: the path is a folder, but not a run.
     """
     if path.is_dir():
         return read_settings(path).get("model")
@@ -163,15 +170,18 @@ def model_name(path: Path) -> str | None:
 
 
 def read_weights(path: Path, model: str, weights: str | float = "average") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights and the settings in a run folder (its newest whole checkpoint) or a ``.safetensors`` file.
+    """Read the weights and the settings of a run folder (its newest whole checkpoint) or a ``.safetensors`` file.
 
-    weights: "average", the moving average; its decay, or one of ``extra_ema_decays``; or "last", those of the last step
-        themselves. Only checkpoints hold more than one average, and the last. Where a decay is asked for, the
-        settings answered are those of a training that kept no other.
+    Args:
+        path: either of them.
+        model: the model it must be of.
+        weights: "average", the main moving average; the decay of an average; or "last", the weights of the last step.
+            Only checkpoints of a run have all of them. With a decay, the settings are those of a run with that
+            average alone.
 
     Raises:
-        CheckpointError: nothing there, damaged, or of another model than ``model``.
-        ConfigError: other ``weights``, or ones that the file was saved without.
+        CheckpointError: the path is missing, damaged, or of another model.
+        ConfigError: ``weights`` is unknown, or the file does not have these weights.
     """
     if isinstance(weights, str) and weights not in WEIGHTS:
         raise ConfigError(
@@ -179,10 +189,10 @@ def read_weights(path: Path, model: str, weights: str | float = "average") -> tu
         )
     if path.is_dir():
         read_settings(path)
-        found = Checkpoints(path / "checkpoints").latest()
-        if found is None:
-            raise CheckpointError(f"{path} has no checkpoint yet; run the same training command again to go on")
-        tensors, meta = found
+        checkpoint = Checkpoints(path / "checkpoints").latest()
+        if checkpoint is None:
+            raise CheckpointError(f"{path} has no checkpoint yet; run the same training command again to resume")
+        tensors, meta = checkpoint
     else:
         tensors, meta = read_checkpoint(path)
     if meta.get("model") != model:
@@ -202,22 +212,24 @@ def read_weights(path: Path, model: str, weights: str | float = "average") -> tu
 
 
 def check_plausible(path: Path, weights: Mapping[str, Tensor], **numbers: int) -> None:
-    """Refuse sizes that no model with these weights can have before one is built, which might take any memory or time.
+    """Refuse implausible sizes before a model is built, which might take unbounded memory or time.
 
     Args:
-        numbers: counts of layers, channels and the like: none is beyond the longest side of a weight and their number.
+        path: named in the message.
+        weights: tensors of the model.
+        numbers: counts of layers, channels and the like.
 
     Raises:
-        CheckpointError: one is beyond that; or there are no weights.
+        CheckpointError: a number exceeds both the number of weights and their longest side, or there are no weights.
     """
-    most = max([len(weights), *(side for t in weights.values() for side in t.shape)])
+    limit = max([len(weights), *(side for t in weights.values() for side in t.shape)])
     for name, number in numbers.items():
-        if not 0 < number <= most:
-            raise CheckpointError(f"{path} is damaged: a model of {name}={number} has other weights than lie there")
+        if not 0 < number <= limit:
+            raise CheckpointError(f"{path} is damaged: its weights do not fit a model with {name}={number}")
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON so that a reader finds the old file or the new one, never half of it."""
+    """Write JSON atomically; raises CheckpointError if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, durable=True) as temporary:
@@ -228,16 +240,16 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy what lies in a folder into another. Raises CheckpointError where it cannot be."""
+    """Copy the content of a folder into another; raises CheckpointError if that fails."""
     try:
         shutil.copytree(source, target, dirs_exist_ok=True)
-    except OSError as error:  # shutil's own lists every file with its reason
+    except OSError as error:  # shutil.Error lists every file with its reason
         first = error.args[0][0][2] if isinstance(error, shutil.Error) else error
         raise CheckpointError(
-            f"could not copy {source} to {target}: {first}. Mend that and run the same command again to go on"
+            f"could not copy {source} to {target}: {first}. Fix this and run the same command again to resume"
         ) from error
 
 
 def unwritable(path: Path, error: OSError) -> CheckpointError:
-    """What is said of a place in a run folder that cannot be written."""
-    return CheckpointError(f"could not write {path}: {error}; give an out= that can be written")
+    """Return the error for a path in a run folder that cannot be written."""
+    return CheckpointError(f"could not write {path}: {error}; give a writable out=")

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from factorkit.engine.config import MOST_STEPS, EngineConfig
+from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig
 from factorkit.engine.migration import register_renamed_settings
 from factorkit.nerfdiff.cameras.poses import FREEDOMS
 from factorkit.nerfdiff.fields.background import BACKGROUNDS
@@ -158,8 +158,8 @@ class NerfdiffConfig(EngineConfig):
             raise ConfigError(
                 f"optimize_camera={self.optimize_camera}: {', '.join(sorted(unknown))} is none of {options}"
             )
-        if self.timesteps > MOST_STEPS:
-            raise ConfigError(f"timesteps={self.timesteps} must be at most {MOST_STEPS}")
+        if self.timesteps > MAX_TIMESTEPS:
+            raise ConfigError(f"timesteps={self.timesteps} must be at most {MAX_TIMESTEPS}")
         low, high = self.elevation_range
         if not -89 <= low < high <= 89:
             raise ConfigError(f"elevation_range={self.elevation_range} must rise and lie within -89 and 89 degrees")

@@ -119,7 +119,7 @@ def train_nerfdiff(
     settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": describe(scene, views, known)}
 
     complete = partial(completed, folder=folder, asked=settings)
-    run_folder = claimed(folder, settings, config.RESUMABLE, completed=complete)
+    run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
     with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
         distributed.run_on_first(lambda: keep_views(folder, views))
         Training(config, scene, folder, settings, progress).run()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import factorkit
-from factorkit.engine.config import plain
+from factorkit.engine.config import to_python
 from factorkit.engine.run_folder import claimed, read_object, write_json
 from factorkit.reproduce import experiments
 from factorkit.reproduce.experiment import SCALES, CellResult, CellUnavailable, Experiment, Row, Setup, file_name
@@ -139,7 +139,7 @@ def reproduce(
         DataError: the data or another input does not exist.
         CheckpointError: the folder holds cells of other data or settings, or another process computes them.
     """
-    experiment, changes = experiments.find_experiment(name), {key: plain(value) for key, value in changes.items()}
+    experiment, changes = experiments.find_experiment(name), {key: to_python(value) for key, value in changes.items()}
     if scale not in SCALES:
         raise ConfigError(f"scale={scale!r} is unknown; choose one of {', '.join(SCALES)}")
     seeds = experiment.seeds if seeds is None else seeds

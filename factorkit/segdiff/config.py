@@ -12,7 +12,7 @@ from tyro.conf import Suppress, arg
 
 from factorkit.diffusion.objective import check_objective
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.config import MOST_STEPS, EngineConfig
+from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig
 from factorkit.engine.migration import register_renamed_settings
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.hierarchy import HierarchicalUNet, SegdiffModel, check_nesting, nesting_of
@@ -224,8 +224,8 @@ class ResolvedSegdiffConfig(SegdiffConfig):
                 f"high_noise_fraction={fraction} must lie between 0 and 1, and be 0 with t_max={self.t_max} of "
                 f"{self.timesteps}, above which there are no steps"
             )
-        if self.timesteps > MOST_STEPS:
-            raise ConfigError(f"timesteps={self.timesteps} must be at most {MOST_STEPS}")
+        if self.timesteps > MAX_TIMESTEPS:
+            raise ConfigError(f"timesteps={self.timesteps} must be at most {MAX_TIMESTEPS}")
         if not 0 <= self.segment_t < self.timesteps:
             raise ConfigError(f"segment_t={self.segment_t} must lie between 0 and timesteps-1={self.timesteps - 1}")
         if self.num_leaf_regions > MAX_REGIONS:

@@ -137,7 +137,7 @@ def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
     except (ConfigError, DataError) as error:  # An unreadable mask must not fail a finished run.
         warnings.warn(f"the run is finished, but could not be scored: {error}", stacklevel=3)
         return
-    distributed.run_on_first(lambda: write_report(run.folder))
+    distributed.run_on_first(lambda: write_report(cast(Path, run.folder)))
 
 
 def load_data(data: Any, config: ResolvedSegdiffConfig, progress: bool) -> tuple[Dataset, PreparedImages, np.ndarray]:

@@ -10,7 +10,7 @@ import torch
 
 import factorkit
 from factorkit.engine.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
-from factorkit.engine.run_folder import held
+from factorkit.engine.run_folder import locked
 
 NAMES = [f"checkpoints/step_{step:08d}.safetensors" for step in (4, 3, 2, 1)]
 
@@ -67,7 +67,7 @@ def test_prune_leaves_damaged_ones_where_none_is_whole(four, answer):
 
 
 def test_prune_does_not_work_under_a_training(four, refused):
-    with held(four):
+    with locked(four):
         assert "another process is training" in refused("checkpoint", "prune", four)
     assert "must be at least 1" in refused("checkpoint", "prune", four, "--keep", 0)
 
@@ -94,4 +94,4 @@ def test_export_writes_the_averaged_weights_of_one(four, answer, refused, tmp_pa
 def test_what_is_no_run_is_named(tmp_path, refused):
     for action in ("ls", "verify", "prune", "export"):
         flags = ["--out", "x"] if action == "export" else []
-        assert "is no run folder" in refused("checkpoint", action, tmp_path, *flags)
+        assert "is not a run folder" in refused("checkpoint", action, tmp_path, *flags)

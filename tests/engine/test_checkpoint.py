@@ -144,7 +144,7 @@ def test_damage_is_named_and_the_previous_one_taken(tmp_path, how):
     damage(newest, how)
     with pytest.raises(CheckpointError, match="step_00000002"):
         read_checkpoint(newest)
-    with pytest.warns(UserWarning, match=r"step_00000002.*Taking the previous one, step_00000001") as caught:
+    with pytest.warns(UserWarning, match=r"step_00000002.*Using the previous one, step_00000001") as caught:
         found, meta = checkpoints.latest()
     assert len(caught) == 1
     assert meta["step"] == 1 and torch.equal(found["model.weight"], tensors(1)["model.weight"])

@@ -144,7 +144,7 @@ def two(toy, tmp_path):
 
 
 def assert_taken(checkpoints: Checkpoints, older: dict[str, torch.Tensor]) -> None:
-    with pytest.warns(UserWarning, match="step_00000004.*Taking the previous one, step_00000002"):
+    with pytest.warns(UserWarning, match="step_00000004.*Using the previous one, step_00000002"):
         tensors, meta = checkpoints.latest()
     assert meta["step"] == 2
     assert_identical(tensors, older)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import factorkit
-from factorkit.engine.run_folder import claim, claimed, copy_folder, held, read_object, read_settings, write_json
+from factorkit.engine.run_folder import claim, claimed, copy_folder, locked, read_object, read_settings, write_json
 from factorkit.utils.errors import CheckpointError
 
 SETTINGS = {"model": "toy", "steps": 10, "model_channels": 8, "channel_mult": [1, 2]}
@@ -38,7 +38,7 @@ def test_other_settings_are_refused_and_only_they_are_named(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         claim(tmp_path, asked, RESUMABLE)
     message = str(caught.value)
-    assert "model_channels: 8 there, 16 asked for" in message and "extra: None there, 'new' asked for" in message
+    assert "model_channels: 8 there, 16 requested" in message and "extra: None there, 'new' requested" in message
     assert "steps" not in message and "channel_mult" not in message and str(tmp_path) in message and "out=" in message
     assert read_settings(tmp_path) == SETTINGS  # a refused claim changes nothing
 
@@ -51,7 +51,7 @@ def test_a_run_of_another_kind_is_named_without_its_settings(tmp_path):
 
 def test_a_setting_that_is_gone_is_a_difference(tmp_path):
     claim(tmp_path, SETTINGS, RESUMABLE)
-    with pytest.raises(CheckpointError, match="model_channels: 8 there, None asked for"):
+    with pytest.raises(CheckpointError, match="model_channels: 8 there, None requested"):
         claim(tmp_path, {k: v for k, v in SETTINGS.items() if k != "model_channels"}, RESUMABLE)
 
 
@@ -63,7 +63,7 @@ def test_resumable_settings_may_change_and_are_recorded(tmp_path):
 
 def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(CheckpointError, match="no factorkit run"):
+    with pytest.raises(CheckpointError, match="not a factorkit run"):
         claim(tmp_path, SETTINGS, RESUMABLE)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -103,7 +103,7 @@ def test_settings_that_may_not_be_read_are_named(tmp_path, monkeypatch):
 
 
 def test_reading_where_there_is_no_run(tmp_path):
-    with pytest.raises(CheckpointError, match="no run folder"):
+    with pytest.raises(CheckpointError, match="not a run folder"):
         read_settings(tmp_path / "nowhere")
 
 
@@ -133,11 +133,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
-    take = f"with held(Path({str(tmp_path)!r})): pass"
-    script = f"from factorkit.engine.run_folder import held\nfrom pathlib import Path\n{take}"
+    take = f"with locked(Path({str(tmp_path)!r})): pass"
+    script = f"from factorkit.engine.run_folder import locked\nfrom pathlib import Path\n{take}"
     environment = {**os.environ, "PYTHONPATH": str(Path(factorkit.__file__).parents[1])}
     other = partial(subprocess.run, [sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    with held(tmp_path):
+    with locked(tmp_path):
         assert "another process is training" in other().stderr
     assert other().returncode == 0
 
@@ -153,7 +153,7 @@ def test_who_is_refused_changes_nothing(tmp_path, monkeypatch):
         assert read_settings(tmp_path) == SETTINGS
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").write_text("mine")
-    with pytest.raises(CheckpointError, match="no factorkit run"), claimed(tmp_path / "other", SETTINGS, RESUMABLE):
+    with pytest.raises(CheckpointError, match="not a factorkit run"), claimed(tmp_path / "other", SETTINGS, RESUMABLE):
         pytest.fail("somebody else's")
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
     monkeypatch.setattr(Path, "mkdir", lambda *given, **options: os.mkdir("/proc/nowhere"))
@@ -172,7 +172,7 @@ def test_a_copy_that_finds_no_room_says_why(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(CheckpointError, match=r"could not copy .*from to .*to: .*No space left on device\. Mend"):
+    with pytest.raises(CheckpointError, match=r"could not copy .*from to .*to: .*No space left on device\. Fix"):
         copy_folder(tmp_path / "from", tmp_path / "to")
 
 

@@ -63,7 +63,7 @@ def test_a_damaged_last_checkpoint_is_made_again(toy, tmp_path):
     whole = read_checkpoint(newest)[0]
     newest.write_bytes(newest.read_bytes()[:-9])
     again = toy(checkpoint_every=2)
-    with pytest.warns(UserWarning, match="step_00000006.*Taking the previous one, step_00000004"):
+    with pytest.warns(UserWarning, match="step_00000006.*Using the previous one, step_00000004"):
         again.run()
     assert [step for step, _ in again.task.seen] == [4, 5]
     assert_identical(read_checkpoint(newest)[0], whole)

@@ -102,7 +102,7 @@ def run(out: Path, changes: dict, stage: str | None) -> int:
     if child := os.fork():
         return os.waitpid(child, 0)[1]
     try:
-        warnings.filterwarnings("error", message=".*Taking the previous")  # no kill may damage anything
+        warnings.filterwarnings("error", message=".*Using the previous")  # no kill may damage anything
         torch.set_num_threads(1)
         train.write_report = lambda folder: None
         train.HALF_STEPS = 6

@@ -48,7 +48,7 @@ def changed(views):
 def test_other_cameras_are_refused_by_name_and_the_kept_ones_stay(what, known, older, scene_views, tiny):
     other = changed(scene_views)[what]
     for folder in (known.folder, older):
-        with pytest.raises(CheckpointError, match=rf"\(scene\.{what}: \S.* there, \S.* asked for\)"):
+        with pytest.raises(CheckpointError, match=rf"\(scene\.{what}: \S.* there, \S.* requested\)"):
             train_nerfdiff(other, out=folder, **tiny, poses="known")
         kept = kept_views(folder)
         assert torch.equal(kept.poses, scene_views.poses) and torch.equal(kept.background, scene_views.background)

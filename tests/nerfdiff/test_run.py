@@ -105,7 +105,7 @@ def test_loading_and_saving_give_the_same_model(finished, scene_views, tmp_path)
         assert torch.equal(other.poses, finished.poses)
     assert single.views.images.shape == (10, 3, 8, 8) and folder.views.names == scene_views.names
     assert torch.equal(folder.views.poses, finished.poses)
-    with pytest.raises(CheckpointError, match="no run folder"):
+    with pytest.raises(CheckpointError, match="not a run folder"):
         factorkit.load(tmp_path)
 
 

@@ -73,7 +73,7 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused(finished, sc
     before = weights(finished.folder)
     again = train_nerfdiff(scene_views, out=finished.folder, **tiny)
     assert all(torch.equal(before[k], weights(finished.folder)[k]) for k in before) and again.step == tiny["steps"]
-    with pytest.raises(CheckpointError, match="grid_resolution: 8 there, 9 asked for"):
+    with pytest.raises(CheckpointError, match="grid_resolution: 8 there, 9 requested"):
         train_nerfdiff(scene_views, out=finished.folder, **tiny | {"grid_resolution": 9})
     with pytest.raises(CheckpointError, match="scene"):
         train_nerfdiff(make_procedural_views(10, 8, seed=2), out=finished.folder, **tiny)

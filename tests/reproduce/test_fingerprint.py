@@ -58,7 +58,7 @@ def run(data, out, **inputs):
 def test_cells_of_other_data_are_refused_in_words(birds, tmp_path):
     out = tmp_path / "out"
     assert run(birds, out) == 6
-    with pytest.raises(CheckpointError, match="other data.*'birds.v1'.* there, .*'birds.v2'.* asked for.*another out="):
+    with pytest.raises(CheckpointError, match="other data.*'birds.v1'.* there, .*'birds.v2'.* requested.*another out="):
         run(shutil.copytree(birds, tmp_path / "A" / "birds.v2"), out)
     moved = shutil.copytree(birds, tmp_path / "B" / "birds.v1")
     os.utime(moved / "masks" / "1.png", (1, 1))

@@ -109,7 +109,7 @@ def test_mistakes_are_named(numbers, tmp_path):
     with pytest.raises(ConfigError, match="no row 'hers'.*'ours, new'"):
         reproduce("table9.1", out=tmp_path, rows=["hers"])
     reproduce("table9.1", out=tmp_path, rows=["still"], progress=False)
-    with pytest.raises(CheckpointError, match="steps: None there, 7 asked for"):
+    with pytest.raises(CheckpointError, match="steps: None there, 7 requested"):
         reproduce("table9.1", out=tmp_path, rows=["still"], steps=7)
     with pytest.raises(DataError, match="x: no such file or folder"):
         reproduce("table9.1", tmp_path / "x", out=tmp_path, rows=["still"])

@@ -93,7 +93,7 @@ def run(out: Path, kill: str | None) -> int:
         return os.waitpid(child, 0)[1]
     try:
         # the way back from damage is tested elsewhere; no kill may damage anything
-        warnings.filterwarnings("error", message=".*Taking the previous")
+        warnings.filterwarnings("error", message=".*Using the previous")
         SegdiffTask.inspect = lambda *arguments: {}
         training.write_report = lambda folder: None
         if kill == "step":

@@ -187,7 +187,7 @@ def test_more_steps_go_on_and_are_scored_anew(photos):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"regions": 3}, "regions: 2 there, 3 asked for"),
+        ({"regions": 3}, "regions: 2 there, 3 requested"),
         ({"form": "thesis"}, "form: 'regional' there, 'thesis'"),
         ({"seed": 5}, "seed: 0 there, 5"),
         ({"preset": "fast32"}, "preset: 'demo' there"),
@@ -203,7 +203,7 @@ def test_the_folder_of_another_run_is_refused_with_the_differences(changes, says
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(CheckpointError, match="no factorkit run"):
+    with pytest.raises(CheckpointError, match="not a factorkit run"):
         fit(draw_flowers(6, 8)[0], out="out")
     assert (tmp_path / "out" / "thesis.tex").exists()
 

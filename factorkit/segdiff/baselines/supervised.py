@@ -82,7 +82,7 @@ class SupervisedTask:
     ):
         torch.manual_seed(derived_seed("weights", config.seed))
         self.config, self.device, self.size = config, device, len(images)
-        self.model = ClassUNet(config, num_classes)
+        self.model: nn.Module = ClassUNet(config, num_classes)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.images, self.truth = move_if_it_fits(images, device), torch.from_numpy(truth.astype(np.int64)).to(device)
         self.capturable = isinstance(self.images, Tensor)

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from factorkit.data.files import escape_name
 from factorkit.data.sources import Source
-from factorkit.engine.run_folder import held
+from factorkit.engine.run_folder import locked
+from factorkit.report.image_grid import Caption
 from factorkit.segdiff import previews
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel, hard_labels
@@ -104,7 +105,7 @@ def segment_folder(
 
             def open_folder() -> None:
                 out.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(held(out, "segmenting into"))
+                stack.enter_context(locked(out, "segmenting into"))
                 manifests.append(stack.enter_context(closing(Manifest(out, key, source))))
 
             distributed.run_on_first(open_folder)
@@ -332,7 +333,7 @@ class _FolderJob:
     def _write_contact_sheet(self) -> None:
         order = sorted(self.sheet_rows)
         colors = previews.palette(self.config.num_leaf_regions)
-        columns = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
+        columns: list[Caption] = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
         captions = [escape_name(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
         rows = [self.sheet_rows[i] for i in order]
         save_image(previews.draw_image_grid(rows, columns, captions, cell=CONTACT_SHEET_CELL), self.contact_sheet)

@@ -96,7 +96,7 @@ class Smoother:
     def masks(self, masks: Tensor, keep: Tensor) -> Tensor:
         """Return averaged masks [K, h, w] of the frame that ``keep`` belongs to; they still sum to 1."""
         if self._masks is not None:
-            masks = torch.lerp(masks, self._masks, F.adaptive_avg_pool2d(keep[None], masks.shape[1:]))
+            masks = torch.lerp(masks, self._masks, F.adaptive_avg_pool2d(keep[None], (masks.shape[1], masks.shape[2])))
         self._masks = masks
         return masks
 

@@ -213,10 +213,10 @@ def test_segment_folder_full_disk_keeps_old_summary_files(run, photos, tmp_path,
 
 
 def test_segment_folder_locked_folder_raises(run, photos, tmp_path):
-    from factorkit.engine.run_folder import held
+    from factorkit.engine.run_folder import locked
 
     (tmp_path / "out").mkdir()
-    with held(tmp_path / "out"), pytest.raises(CheckpointError, match="segmenting into"):
+    with locked(tmp_path / "out"), pytest.raises(CheckpointError, match="segmenting into"):
         quiet(run, photos(1), tmp_path / "out")
 
 
