@@ -29,7 +29,7 @@ class Checkpoint(Command):
 
     A training resumes from the newest undamaged checkpoint.
 
-    EXAMPLES
+    Examples:
         factorkit checkpoint ls runs/photos
         factorkit checkpoint verify runs/photos --json
         factorkit checkpoint prune runs/photos --keep 1

@@ -23,7 +23,7 @@ class Prepare(Command):
     Crops every image to its centred square, resizes it, and keeps all of them in the cache. A training with the same
     data, resolution and holdout uses them. Data that changed since are decoded again.
 
-    EXAMPLES
+    Examples:
         factorkit prepare photos/ --resolution 64
         factorkit prepare CUB_200_2011/ --resolution 128 --holdout val
         factorkit prepare --list

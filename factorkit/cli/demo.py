@@ -25,7 +25,7 @@ class Demo(Command):
     with their true poses and 20 other views, and renders an orbit. The same command again resumes, or shows the
     finished run.
 
-    EXAMPLES
+    Examples:
         factorkit demo
         factorkit demo nerfdiff
         factorkit demo --seed 3 --out runs/demo3

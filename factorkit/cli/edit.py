@@ -27,7 +27,7 @@ class Interpolate(RunCommand):
     numbers of images. OUT receives pair_0000_00.png to pair_0000_08.png, their _labels.png, and contact_sheet.png with
     all pairs.
 
-    EXAMPLES
+    Examples:
         factorkit interpolate runs/photos first.jpg second.jpg --out between
         factorkit interpolate runs/photos first.jpg folder/ --out between --frames 5 -t 400
     """
@@ -90,7 +90,7 @@ class Branches(RunCommand):
         NAME_branch_K.png    the prediction of branch K alone, transparent where its mask is 0
         contact_sheet.png    all of them side by side, branches with and without their masks
 
-    EXAMPLES
+    Examples:
         factorkit branches runs/photos holiday.jpg --out branches
         factorkit branches runs/photos photos/ --out branches -t 500
     """
@@ -139,7 +139,7 @@ class Recompose(RunCommand):
     image, OUT receives NAME_recomposed.png and NAME_labels.png; contact_sheet.png shows all of them. The command
     `factorkit segment` shows the number of each region.
 
-    EXAMPLES
+    Examples:
         factorkit recompose runs/photos garden.jpg --region 1 --out anew --seed 3
         factorkit recompose runs/photos garden.jpg --region 1 --from rose.jpg --out with_rose
         factorkit recompose runs/photos garden.jpg --region 1 --remove --out empty

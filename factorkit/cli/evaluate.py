@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from tyro.conf import arg
 
@@ -22,11 +22,11 @@ class Evaluate(RunCommand):
     --views: errors of the cameras in degrees, PSNR and SSIM of the renders.
 
     The mapping from regions to foreground is fitted on the first --num-fit-images labelled images and then fixed; the
-    other images are scored. The oracle chooses the mapping for each image by its own label: it is an upper bound, not a result.
-    Images and masks match by name (x.jpg with x.png, x_mask.png or x_seg.png); images without a mask are left out. A
-    run folder keeps the scores in scores.json.
+    other images are scored. The oracle chooses the mapping for each image by its own label: it is an upper bound, not
+    a result. Images and masks match by name (x.jpg with x.png, x_mask.png or x_seg.png); images without a mask are
+    left out. A run folder keeps the scores in scores.json.
 
-    EXAMPLES
+    Examples:
         factorkit evaluate runs/flowers --images photos/ --masks masks/ --ignore 128 --num-fit-images 16
         factorkit evaluate runs/flowers --images photos/ --masks masks/ --baselines
         factorkit evaluate runs/imagenet --data VOCdevkit/ --split val
@@ -119,7 +119,8 @@ class Evaluate(RunCommand):
         if self.split not in (None, "train", "test"):
             raise ConfigError(f"--split {self.split}: views have the splits train and test")
         start, run = time.perf_counter(), NerfdiffRun.load(self.run, device=self.device)
-        views = open_views(path, self.split, max(run.model.size), run.model.background.tolist())
+        split = cast(Literal["train", "test"] | None, self.split)
+        views = open_views(path, split, max(run.model.size), run.model.background.tolist())
         scores = run.evaluate(views, refine=self.refine)
         if (folder := run.folder) is not None:
             distributed.run_on_first(lambda: write_report(folder))

@@ -26,7 +26,7 @@ class Generate(RunCommand):
     OUT receives generated_0000.png, generated_0000_labels.png, generated_0000_mask_K.png and so on, and
     contact_sheet.png with all of them.
 
-    EXAMPLES
+    Examples:
         factorkit generate runs/photos -n 16 --out generated
         factorkit generate runs/photos -n 4 --out generated --sampler ddpm --steps 250 --trajectory
         factorkit generate runs/photos -n 16 --out generated --sampler dpm++ --steps 20

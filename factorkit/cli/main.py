@@ -147,7 +147,7 @@ def parse(name: str, args: Sequence[str]) -> Command | None:
             if name == "train":
                 from factorkit.cli.train import training_options
 
-                model, command, default = training_options(args, show_help=show_help or show_advanced)
+                model, command, default = training_options(args, show_help or show_advanced)
                 prog = f"{prog} {model}"
             if show_help or show_advanced:
                 from factorkit.cli.options import print_help
@@ -165,7 +165,7 @@ def parse(name: str, args: Sequence[str]) -> Command | None:
 def notes_on_stderr() -> Iterator[None]:
     """Send everything that is printed, by libraries too, to standard error, and each warning in one line."""
 
-    def show(message, category, filename, lineno, file=None, line=None) -> None:
+    def show(message: Warning | str, *_: object, **__: object) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():

@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Annotated, Any, get_type_hints
 
 import tyro
@@ -48,16 +49,19 @@ SYNONYMS: tuple[tuple[str, str, str], ...] = (
     ("data", "dataset data-dir datadir data-path data-root dataset-dir train-dir input inputs source images root", ""),
     ("images", "data input image-dir images-dir", ""),
     ("masks", "labels annotations mask-dir masks-dir ground-truth gt", ""),
-    ("paths", "input inputs images image source data files path", ""),
+    ("paths", "input inputs images image source data files path pictures", ""),
     ("run", "checkpoint ckpt ckpt-path weights model model-path model-dir load network run-dir pretrained", ""),
     ("", "resume resume-from resume-from-checkpoint continue", "The same command with the same --out resumes the run."),
     ("preset", "config cfg model-size arch architecture recipe", ""),
     ("device", "gpu gpus gpu-id gpu-ids cuda accelerator no-cuda cpu", ""),
     ("", "nproc n-gpus num-gpus nproc-per-node distributed ddp world-size", "Start several processes with torchrun."),
     ("precision", "amp fp16 bf16 mixed-precision use-fp16 half dtype", ""),
-    ("seeds", "num-seeds n-seeds trials restarts", ""),
+    ("seed-trials", "seeds heats num-seeds n-seeds trials restarts", ""),
+    ("seeds", "num-seeds n-seeds seed seed-trials", ""),
     ("seed", "random-seed manual-seed", ""),
     ("ema-decay", "ema ema-rate ema-beta", ""),
+    ("extra-ema-decays", "ema-also", ""),
+    ("lr-decay-fraction", "decay lr-decay cooldown", ""),
     ("", "optimizer optim weight-decay wd momentum betas", "The optimiser is Adam without weight decay."),
     ("", "scheduler lr-scheduler", "The schedule is a linear warm-up and decay: --warmup-steps, --lr-decay-fraction."),
     ("", "wandb wandb-project use-wandb", "Use --tensorboard; log.jsonl and report.html are always written."),
@@ -72,6 +76,35 @@ SYNONYMS: tuple[tuple[str, str, str], ...] = (
     ("guidance", "cfg cfg-scale guidance-scale guidance-strength", ""),
     ("count", "num-samples n-samples num-images n-images number batch-size samples num", ""),
     ("t", "timestep noise-level level noise t-start strength", ""),
+    ("model-channels", "width channels base-channels num-channels dim c", ""),
+    ("channel-mult", "multipliers dim-mults ch-mult channel-multipliers", ""),
+    ("num-res-blocks", "blocks res-blocks layers-per-block", ""),
+    ("attention-resolutions", "attention attn-resolutions", ""),
+    ("num-heads", "heads attention-heads", ""),
+    ("norm-groups", "groups num-groups", ""),
+    ("random-flip", "mirror flip hflip horizontal-flip", ""),
+    ("high-noise-fraction", "tail", ""),
+    ("num-fit-images", "fit", ""),
+    ("min-improvement", "least-fall", ""),
+    ("num-candidates", "cameras n-cameras num-cameras", ""),
+    ("candidate-type", "candidates", ""),
+    ("balance-candidates", "balance", ""),
+    ("elevation-range", "elevations", ""),
+    ("num-azimuths", "azimuths", ""),
+    ("num-elevations", "rings", ""),
+    ("optimize-camera", "freedom optimize-poses refine-poses", ""),
+    ("appearance-dim", "appearance", ""),
+    ("search-grid-resolution", "search-field", ""),
+    ("grid-resolution", "grid grid-size voxel-resolution", ""),
+    ("samples-per-ray", "samples n-samples num-samples", ""),
+    ("views-per-step", "views", ""),
+    ("rays-per-view", "rays n-rays num-rays rays-per-batch", ""),
+    ("tv-weight", "roughness tv-loss tv-loss-weight", ""),
+    ("opacity-weight", "fog", ""),
+    ("num-rendered-views", "rendered", ""),
+    ("finetune-steps", "tuning-steps", ""),
+    ("encoder-pooling", "pooling", ""),
+    ("timestep-power", "t-power", ""),
     ("timesteps", "diffusion-steps num-timesteps num-diffusion-steps num-train-timesteps", ""),
     ("schedule", "noise-schedule beta-schedule", ""),
     ("prediction", "prediction-type parameterization parametrization objective predict", ""),
@@ -98,12 +131,11 @@ def print_help(command: type[Command], prog: str, defaults: Command | None, *, a
     hidden = {name for name, field in fields.items() if Suppress in _metadata(hints[name])}
     basic = [name for name in fields if name in command.BASIC or not command.BASIC]
     others = [name for name in fields if name not in basic and name not in hidden]
-    page = []
+    page: list[tuple[str, Any, Any]] = []
     for name in sorted(others if advanced else basic, key=lambda name: _order(command, name)):
         default = getattr(defaults, name, fields[name].default)
         options: dict[str, Any] = {} if default in (dataclasses.MISSING, tyro.MISSING) else {"default": default}
-        hint = Annotated[hints[name], arg(help=texts.get(name, ""))]
-        page.append((name, hint, dataclasses.field(**options)))
+        page.append((name, Annotated[hints[name], arg(help=texts.get(name, ""))], dataclasses.field(**options)))
     description = inspect.getdoc(command)
     if advanced:
         description = (
@@ -130,14 +162,14 @@ def explain_mistake(command: type[Command], prog: str, args: Sequence[str], mess
 
 
 def _suggest(option: str, names: Mapping[str, Any]) -> str:
-    word = option.removeprefix("--")
+    negation, word = ("no-", option[5:]) if option.startswith("--no-") else ("", option[2:])
     for name, synonyms, hint in SYNONYMS:
         if word in synonyms.split() and (not name or name in names):
             if not name:
                 return hint
             if Positional in _metadata(names[name]):
                 return f"{name.upper()} is given without an option name."
-            return f"Use --{name}. {hint}"
+            return f"Use --{negation}{name}. {hint}"
     return did_you_mean(option, [f"--{name}" for name, hint in names.items() if Positional not in _metadata(hint)])
 
 
@@ -161,7 +193,7 @@ def _read_option_texts(command: type[Command]) -> dict[str, str]:
         with suppress(OSError, TypeError):  # classes made at run time have no source
             (definition,) = ast.parse(textwrap.dedent(inspect.getsource(parent))).body
             body = definition.body if isinstance(definition, ast.ClassDef) else []
-        for field, text in zip(body, body[1:], strict=False):
+        for field, text in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(field.target, ast.Name):
                 texts[field.target.id] = " ".join(ast.literal_eval(text.value).split())
     return texts

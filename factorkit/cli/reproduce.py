@@ -21,7 +21,7 @@ class Reproduce(Command):
     not run again, so the same command continues after an interruption. Trainings lie in OUT/runs and are shared by all
     experiments. Published numbers stand beside ours, marked as cited.
 
-    EXAMPLES
+    Examples:
         factorkit reproduce --list
         factorkit reproduce table2.1 --data flowers/ --seeds 5
         factorkit reproduce table2.6 --data CUB_200_2011/ --scale gpu --out runs/cub

@@ -32,7 +32,7 @@ class Pose(RunCommand):
     The result is a camera-to-world matrix for each image in the coordinates of the run (OpenGL axes), and the score of
     every candidate camera.
 
-    EXAMPLES
+    Examples:
         factorkit pose runs/lego photo.png more/ --json
         factorkit pose runs/lego photo.png --out poses.json
     """
@@ -70,7 +70,7 @@ class Reconstruct(RunCommand):
 
     OUT receives NAME.png and NAME_depth.png for each image, and contact_sheet.png with images beside renders.
 
-    EXAMPLES
+    Examples:
         factorkit reconstruct runs/lego photo.png more/ --out rendered
     """
 
@@ -114,7 +114,7 @@ class Reconstruct(RunCommand):
 class Render(RunCommand):
     """Render the scene along a camera path.
 
-    EXAMPLES
+    Examples:
         factorkit render runs/lego --out orbit.gif
         factorkit render runs/lego --path spiral --frames 120 --size 400 --out spiral.mp4
         factorkit render runs/lego --out frames/
@@ -144,7 +144,7 @@ class Sample(RunCommand):
 
     OUT receives view_0000.png and so on, poses.json, and with --trajectory trajectory.png with the denoising steps.
 
-    EXAMPLES
+    Examples:
         factorkit sample runs/lego -n 8 --out sampled --trajectory
     """
 
@@ -205,7 +205,7 @@ class Sample(RunCommand):
 class Export(RunCommand):
     """Write the scene or its cameras in a format of other programs.
 
-    EXAMPLES
+    Examples:
         factorkit export runs/lego scene.ply
         factorkit export runs/lego mesh.glb
         factorkit export runs/lego nerfstudio/transforms.json
@@ -228,7 +228,7 @@ class View(RunCommand):
 
     During a training, every new checkpoint is shown. Ctrl-C stops the viewer. It needs the extra `viewer`.
 
-    EXAMPLES
+    Examples:
         factorkit view runs/lego
         factorkit view runs/lego --port 9000
     """

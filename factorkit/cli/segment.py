@@ -32,7 +32,7 @@ class Segment(RunCommand):
     Subfolders are kept. Images that cannot be read are skipped, counted and listed. The same command again continues
     where the first one stopped, and processes again only what has changed.
 
-    EXAMPLES
+    Examples:
         factorkit segment runs/photos holiday.jpg --out segmented
         factorkit segment runs/photos more_photos/ --out segmented -t 50
         factorkit segment runs/photos archive/ --out segmented --formats labels coco --size 128
@@ -72,10 +72,10 @@ class Segment(RunCommand):
         return self._segment_video(run, options) if self.video else self._segment_images(run, options)
 
     def _segment_images(self, run: SegdiffRun, options: dict[str, Any]) -> Result:
-        from factorkit.data.sources import escape_name
-        from factorkit.data.video import is_video
+        from factorkit.data.files import escape_name
+        from factorkit.data.video import VIDEO_SUFFIXES
 
-        if videos := [path for path in self.paths if is_video(path)]:
+        if videos := [path for path in self.paths if path.suffix.lower() in VIDEO_SUFFIXES]:
             name = escape_name(str(videos[0]))
             raise ConfigError(f"{name} is a video: add --video, and let --out be an .mp4, .mkv or .mov")
         images = open_inputs(self.paths, self.out)

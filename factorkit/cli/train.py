@@ -36,14 +36,14 @@ class TrainSegdiff(Command):
     the folder has images/ and masks/, the labelled images are kept out of training and scored at the end. Published
     data sets are read in their original layout and splits: factorkit prepare --list.
 
-    PRESETS
+    Presets:
         A preset sets the defaults of the options below. --help together with --preset shows them.
         demo, fast32, fast64      the regional form: small models that segment within minutes of training
         rooms32                   regions within regions (--regions 3 3); without --data: procedural rooms
         flowers64, flowers128, cub64, cub128, ffhq64, ffhq128, imagenet64
                                   the settings exactly as in the thesis; they need a GPU
 
-    EXAMPLES
+    Examples:
         factorkit train segdiff
         factorkit train segdiff --data photos/ --out runs/photos --preset fast64 --steps 2000
         factorkit train segdiff --data photos/ --out runs/photos --seed-trials 3
@@ -82,7 +82,7 @@ class TrainSegdiff(Command):
         if self.dry_run:
             return self._estimate(settings)
         out = self.out or Path("runs") / _preset_name(self, "fast64")
-        options = {
+        options: dict[str, Any] = {
             "preset": self.preset,
             "seed_trials": self.seed_trials,
             "baselines": self.baselines,
@@ -117,7 +117,12 @@ class TrainSegdiff(Command):
             classes = find_classes(self.classes, dataset, dataset.train.names)
             data = {"images": len(dataset.train), "held_out": len(dataset.test_images or ())}
         data |= estimate(self.data, preset=self.preset, classes=classes, **settings)
-        lines = _format_estimate(data)
+        lines = [
+            f"model   {data['parameters'] / 1e6:.2f} M parameters (preset {data['preset']})",
+            f"memory  {data['memory_gib']:.2f} GiB with {data['trial_images']} images at once, on {data['device']}",
+            f"speed   {data['images_per_second']:.1f} images/s",
+            f"time    {format_duration(data['seconds'])} for {data['steps']} steps of {data['batch_size']} images",
+        ]
         if self.seed_trials > 1:
             lines.append(f"        and up to half of that for each of the other {self.seed_trials - 1} seed trials")
         if self.data is not None:
@@ -136,11 +141,11 @@ class TrainNerfdiff(Command):
     tiny_nerf_data, a folder of images, or a video. Poses that come with the data are used only with --poses known;
     otherwise they serve to score the result.
 
-    PRESETS
+    Presets:
         demo, fast                the robust method: search over fixed directions, refinement, flip test, encoder
         lego, drums, car, llff    the settings exactly as in the thesis; they need a GPU
 
-    EXAMPLES
+    Examples:
         factorkit train nerfdiff
         factorkit train nerfdiff --data lego/ --out runs/lego --preset fast
         factorkit train nerfdiff --data lego/ --out runs/supervised --preset fast --poses known
@@ -156,6 +161,8 @@ class TrainNerfdiff(Command):
     """Run folder. The default is runs/nerfdiff-PRESET."""
     preset: OptionalName = None
     """Settings to start from. The default is fast, or demo without --data."""
+    dry_run: Flag = False
+    """Train nothing: print parameters, memory and the duration of each stage on this machine."""
 
     BASIC = (*COMMON, "model", "poses", "search", "field", "field_steps", "json")
 
@@ -163,15 +170,35 @@ class TrainNerfdiff(Command):
         from factorkit.nerfdiff.config import NerfdiffConfig
         from factorkit.nerfdiff.train import train_nerfdiff
 
+        settings = _settings(self, NerfdiffConfig)
+        if self.dry_run:
+            return self._estimate(settings)
         out = self.out or Path("runs") / f"nerfdiff-{_preset_name(self, 'fast')}"
         start = time.perf_counter()
         with report_interruption(out):
-            run = train_nerfdiff(self.data, out=out, preset=self.preset, **_settings(self, NerfdiffConfig))
+            run = train_nerfdiff(self.data, out=out, preset=self.preset, **settings)
         failures, report = read_failures(out), str(out / "report.html")
         data = {"run": str(out), "report": report, "failures": failures, "scores": run.scores}
         lines = ["This run FAILED:", *(f"  - {text}" for text in failures)] if failures else ["No alarm."]
         duration = format_duration(time.perf_counter() - start)
         return data, "\n".join([*lines, "", f"run     {out}", f"report  {report}", f"time    {duration}"])
+
+    def _estimate(self, settings: dict[str, Any]) -> Result:
+        from factorkit.nerfdiff.train import estimate
+
+        data = estimate(self.data, preset=self.preset, **settings)
+        lines = [
+            f"model   {data['parameters'] / 1e6:.2f} M parameters of encoder and field (preset {data['preset']})",
+            f"memory  {data['memory_gib']:.2f} GiB on {data['device']}",
+            f"data    {data['views']} views",
+            f"time    at most {format_duration(data['seconds'])}",
+        ]
+        lines += [
+            f"        {stage['name']:<12} {format_duration(stage['seconds'])} for {stage['steps']} steps, "
+            f"{stage['views_per_second']:.1f} views/s"
+            for stage in data["stages"]
+        ]
+        return data, "\n".join(lines)
 
 
 @dataclass(kw_only=True)
@@ -186,7 +213,7 @@ class ChooseRegions(Command):
     OUT receives choice.json, regions.png (images and their regions, one row per candidate) and the trainings. The same
     command again trains only what is not finished; candidates, seeds and steps may be added.
 
-    EXAMPLES
+    Examples:
         factorkit choose-regions photos/
         factorkit choose-regions horses/ --no-random-flip --candidates 2 3 4 5 6 --seed-trials 3
     """
@@ -239,7 +266,7 @@ class ChooseRegions(Command):
         return {**data, "out": str(self.out), "image": str(image)}, text
 
 
-def training_options(args: Sequence[str], *, show_help: bool) -> tuple[str, Any, Any]:
+def training_options(args: Sequence[str], show_help: bool) -> tuple[str, Any, Any]:
     """Find what `factorkit train` is asked to train, and the options with the defaults of the preset.
 
     Returns:
@@ -267,7 +294,7 @@ def training_options(args: Sequence[str], *, show_help: bool) -> tuple[str, Any,
         from factorkit.segdiff.config import SegdiffConfig, preset_config
 
         command, config = TrainSegdiff, SegdiffConfig
-        settings = preset_config(_preset_name(early, "fast64"))
+        settings: EngineConfig = preset_config(_preset_name(early, "fast64"))
     else:
         from factorkit.nerfdiff import config as nerfdiff
 
@@ -298,15 +325,6 @@ def _preset_name(options: Any, default: str) -> str:
 def _settings(options: Any, config: type[EngineConfig]) -> dict[str, Any]:
     """The options that are settings of ``config``."""
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(config)}
-
-
-def _format_estimate(data: dict[str, Any]) -> list[str]:
-    return [
-        f"model   {data['parameters'] / 1e6:.2f} M parameters (preset {data['preset']})",
-        f"memory  {data['memory_gib']:.2f} GiB with {data['trial_images']} images at once, on {data['device']}",
-        f"speed   {data['images_per_second']:.1f} images/s",
-        f"time    {format_duration(data['seconds'])} for {data['steps']} steps of {data['batch_size']} images",
-    ]
 
 
 class Interrupted(FactorkitError):

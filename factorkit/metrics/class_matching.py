@@ -34,17 +34,17 @@ def count_overlaps(labels: ArrayLike, truth: ArrayLike, num_regions: int, num_cl
     Raises:
         DataError: maps of different shapes, values out of range, or no pixel that counts.
     """
-    labels, truth = np.asarray(labels), np.asarray(truth)
-    if labels.shape != truth.shape or labels.ndim != 3:
-        raise DataError(f"labels {labels.shape} and truth {truth.shape} must be [N, H, W] of the same sizes")
-    counted = truth != IGNORE_LABEL
-    labels, truth = labels[counted].astype(np.int64), truth[counted].astype(np.int64)
-    if not len(labels):
+    regions, classes = np.asarray(labels), np.asarray(truth)
+    if regions.shape != classes.shape or regions.ndim != 3:
+        raise DataError(f"labels {regions.shape} and truth {classes.shape} must be [N, H, W] of the same sizes")
+    counted = classes != IGNORE_LABEL
+    regions, classes = regions[counted].astype(np.int64), classes[counted].astype(np.int64)
+    if not len(regions):
         raise DataError("every pixel is ignored, so there is nothing to score")
-    for name, values, count in (("labels", labels, num_regions), ("truth", truth, num_classes)):
+    for name, values, count in (("labels", regions, num_regions), ("truth", classes, num_classes)):
         if values.min() < 0 or values.max() >= count:
             raise DataError(f"{name} run from {values.min()} to {values.max()}; use 0 to {count - 1}")
-    return _bin_pairs(labels, truth, num_regions, num_classes)
+    return _bin_pairs(regions, classes, num_regions, num_classes)
 
 
 def match_classes(counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -84,8 +84,8 @@ def nested_accuracy(
     """Compute the pixel accuracy of each level of a hierarchy.
 
     The first `num_fit_images` images fit the mapping, the rest are scored. The mapping goes top-down: coarse regions
-    are matched one to one with coarse classes so that most pixels agree (Hungarian), then the parts of each region with the parts
-    of its class, and so on. A region without a partner, and everything inside it, is wrong.
+    are matched one to one with coarse classes so that most pixels agree (Hungarian), then the parts of each region with
+    the parts of its class, and so on. A region without a partner, and everything inside it, is wrong.
 
     Args:
         labels: int [N, H, W], labels of the deepest level, in [0, prod(regions)).
@@ -122,12 +122,12 @@ def nested_accuracy(
             raise DataError(f"{name} must be in 0 to {count - 1}, the product of their levels, and not empty")
     check_fit(num_fit_images, len(labels))
 
-    def count(part: slice) -> NDArray[np.int64]:
+    def count_pixels(part: slice) -> NDArray[np.int64]:
         keep = valid[part]
         return _bin_pairs(labels[part][keep].astype(np.int64), truth[part][keep], num_regions, num_classes)
 
-    mappings = match_nested(count(slice(num_fit_images)), regions, classes)
-    counts = count(slice(num_fit_images, None))
+    mappings = match_nested(count_pixels(slice(num_fit_images)), regions, classes)
+    counts = count_pixels(slice(num_fit_images, None))
     correct = [counts.sum()]
     chance = []
     for level, mapping in enumerate(mappings, start=1):

@@ -64,7 +64,9 @@ def fit_mapping(labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | Non
 def evaluate_masks(
     labels: ArrayLike, foreground: ArrayLike, valid: ArrayLike | None, num_regions: int, num_fit_images: int = 16
 ) -> dict[str, Any]:
-    """Score label maps int [N, H, W] in [0, num_regions): the first `num_fit_images` fit the mapping, the REST are scored.
+    """Score label maps int [N, H, W] in [0, num_regions).
+
+    The first `num_fit_images` images fit the mapping, the REST are scored.
 
     Returns:
         A JSON-serialisable dictionary:

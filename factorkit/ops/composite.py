@@ -232,8 +232,7 @@ register(
     _fake,
     schema=f"({SAMPLES}, float early_stop, bool weights, bool distortion) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    setup_context=_setup_context,
-    backward=_autograd,
+    autograd=(_setup_context, _autograd),
     needs_extension=True,
 )
 register(

@@ -8,6 +8,7 @@ FACTORKIT_REFERENCE=1 asks for it or no compiled kernel exists.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from factorkit import kernels
-
+# Neither is visible to static analysis: kernels/ lies beside the package, _C is compiled.
+kernels = importlib.import_module("factorkit.kernels")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COMPILED_DEVICES = ("cpu", "cuda")
 
@@ -42,8 +43,7 @@ def register(
     *,
     cpp: Callable[..., Any] | None = None,
     triton: Callable[..., Any] | None = None,
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
+    autograd: tuple[Callable[..., None], Callable[..., Any]] | None = None,
     needs_extension: bool = False,
     schema: str | None = None,
 ) -> None:
@@ -55,16 +55,17 @@ def register(
         fake: allocates the outputs, given the arguments, without computing them.
         cpp: runs on the CPU instead of ``default`` unless it returns None.
         triton: runs on CUDA instead of ``default`` where Triton is installed and takes all tensors.
-        setup_context, backward: the gradient, as for ``torch.library.register_autograd``.
+        autograd: ``setup_context`` and ``backward`` of ``torch.library.register_autograd``.
         needs_extension: ``default`` itself calls factorkit._C, on the CPU and on CUDA.
         schema: the op's signature; from the annotations of ``default`` if None.
     """
     devices = COMPILED_DEVICES if needs_extension else None
-    qualified_name = f"factorkit::{name}"
-    definition = torch.library.custom_op(qualified_name, default, mutates_args=(), device_types=devices, schema=schema)
+    definition = torch.library.custom_op(
+        f"factorkit::{name}", default, mutates_args=(), device_types=devices, schema=schema
+    )
     definition.register_fake(fake)
-    if backward is not None:
-        definition.register_autograd(backward, setup_context=setup_context)
+    if autograd is not None:
+        definition.register_autograd(autograd[1], setup_context=autograd[0])
     if cpp is not None:
         _register_kernel(definition, "cpu", cpp, default)
     OPS[name] = Op(definition, default, triton, needs_extension)
@@ -130,17 +131,18 @@ def import_extension() -> tuple[ModuleType | None, dict[str, str]]:
     cuda_cost = "rendering and encodings on CUDA run as plain PyTorch, slowly"
     cuda_fix = "Install again where nvcc is on PATH, with FACTORKIT_CUDA=1; see `factorkit doctor`"
     try:
-        from factorkit import _C  # type: ignore[attr-defined]  # compiled, without stubs
+        extension = importlib.import_module("factorkit._C")
     except ImportError as error:
         cause = f"factorkit._C cannot be imported ({error})"
         cpu_fix = "Install the package with `pip install -e .`; see `factorkit doctor`"
         cpu = f"{cause}: ops on the CPU run several times slower. {cpu_fix}"
         return None, {"cpu": cpu, "cuda": f"{cause}: {cuda_cost}. {cuda_fix}"}
-    if _C.build_info().get("cuda"):
-        return _C, {}
-    return _C, {"cuda": f"factorkit._C was built without CUDA: {cuda_cost}. {cuda_fix}"}
+    if extension.build_info().get("cuda"):
+        return extension, {}
+    return extension, {"cuda": f"factorkit._C was built without CUDA: {cuda_cost}. {cuda_fix}"}
 
 
+EXTENSION: Any  # of None nothing is called: select() or has_extension() comes first
 EXTENSION, MISSING_KERNELS = import_extension()
 
 
@@ -202,6 +204,11 @@ def with_layout_of(x: Tensor, like: Tensor) -> Tensor:
 def empty_like(x: Tensor) -> Tensor:
     """Allocate a dense tensor with the shape, dtype and layout of x."""
     return torch.empty_like(x, memory_format=dense_format(x))
+
+
+def save_inputs(ctx: Any, inputs: tuple, output: Any) -> None:
+    """Save all inputs for the backward pass: the ``setup_context`` of ops whose inputs are all tensors."""
+    ctx.save_for_backward(*inputs)
 
 
 def full_precision(run: Callable[..., Any]) -> Callable[..., Any]:

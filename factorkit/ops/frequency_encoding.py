@@ -85,4 +85,4 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple:
     return d_x, None, d_annealing
 
 
-register("frequency", _forward, _fake, setup_context=_setup_context, backward=_autograd)
+register("frequency", _forward, _fake, autograd=(_setup_context, _autograd))

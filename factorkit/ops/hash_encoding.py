@@ -204,19 +204,15 @@ def _second_order(ctx: Any, on_d_x: Tensor | None, on_d_table: Tensor | None) ->
     """Differentiate the gradients, which the reference computes again as a graph."""
     with torch.enable_grad():
         grad, *inputs = leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        out = interpolate_vertices(*inputs, ctx.resolutions, ctx.quintic)
+        x, table, weights = inputs
+        out = interpolate_vertices(x, table, weights, ctx.resolutions, ctx.quintic)
         first = torch.autograd.grad(out, inputs[:2], grad, create_graph=True)
     pairs = [(d, g) for d, g in zip(first, (on_d_x, on_d_table), strict=True) if g is not None and g.shape == d.shape]
     outputs, upstream = [d for d, _ in pairs], [g for _, g in pairs]
     return *torch.autograd.grad(outputs, leaves, upstream, allow_unused=True), None, None, None, None
 
 
-register("hash_grid", _forward, _fake, setup_context=_setup_context, backward=_autograd, needs_extension=True)
+register("hash_grid", _forward, _fake, autograd=(_setup_context, _autograd), needs_extension=True)
 register(
-    "hash_grid_backward",
-    _backward,
-    _backward_fake,
-    setup_context=_setup_second_order,
-    backward=_second_order,
-    needs_extension=True,
+    "hash_grid_backward", _backward, _backward_fake, autograd=(_setup_second_order, _second_order), needs_extension=True
 )

@@ -86,5 +86,5 @@ def _autograd(ctx: Any, d_near: Tensor, d_far: Tensor) -> tuple:
     return *torch.ops.factorkit.intersect_box_backward(d_near, d_far, *ctx.saved_tensors, *ctx.box), None, None
 
 
-register("intersect_box", _forward, _fake, setup_context=_setup_context, backward=_autograd, needs_extension=True)
+register("intersect_box", _forward, _fake, autograd=(_setup_context, _autograd), needs_extension=True)
 register("intersect_box_backward", _backward, _backward_fake, needs_extension=True)

@@ -244,8 +244,8 @@ MARCH = (
 
 def _problem(*march: Any) -> tuple:
     """Return the arguments of csrc/march.h, with contiguous tensors."""
-    *tensors, lower, upper, step, max_step, cone_angle, seed = march
-    tensors = tuple(x.contiguous() for x in tensors)
+    lower, upper, step, max_step, cone_angle, seed = march[6:]
+    tensors = tuple(x.contiguous() for x in march[:6])
     centre = [(a + b) / 2 for a, b in zip(lower, upper, strict=True)]
     half = [(b - a) / 2 for a, b in zip(lower, upper, strict=True)]
     origins, occupancy = tensors[0], tensors[4]

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit import kernels
 from factorkit.ops.dispatch import (
     EXTENSION,
     dense_format,
     empty_like,
     full_precision,
     has_extension,
+    kernels,
     register,
     select,
     with_layout_of,
@@ -35,6 +35,7 @@ GROUP_EPS = 1e-5  # torch's and guided-diffusion's
 MASKED_GROUP_EPS = 1e-4  # a small region's variance averages few pixels: a larger floor bounds 1/std
 MASK_FLOOR = 1e-3  # added to the mask before it weights moments: an empty region falls back to the plain average
 PIXEL_EPS = 1e-3
+Affine = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weight, bias, scale, shift
 EPS = {"group": GROUP_EPS, "masked_group": MASKED_GROUP_EPS, "pixel": PIXEL_EPS}
 
 
@@ -150,24 +151,19 @@ def _check(x: Tensor, weight: Tensor, groups: int, norm: str, masks: Tensor | No
 
 # --- PyTorch implementation ---
 
+ARGUMENTS = (
+    "Tensor u, Tensor? skip, Tensor? masks, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, "
+    "str norm, bool activate"
+)
 
-def _forward(
-    u: Tensor,
-    skip: Tensor | None,
-    masks: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    norm: str,
-    activate: bool,
-) -> Tensor:
+
+def _forward(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> Tensor:
+    *affine, groups, norm, activate = rest
     if skip is not None:
         z, weights = concatenate_masked_skip(u, skip, masks), masks if norm == "masked_group" else None
-        out = torch.ops.factorkit.norm_silu(z, None, weights, weight, bias, scale, shift, groups, norm, activate)
+        out = torch.ops.factorkit.norm_silu(z, None, weights, *rest)
         return with_layout_of(out, u)
-    pre = _normalise(u, weight, bias, scale, shift, masks, groups, norm)[1]
+    pre = _normalise(u, tuple(affine), masks, groups, norm)[1]
     out = F.silu(pre, inplace=True) if activate else pre
     return with_layout_of(out.to(u.dtype).reshape(u.shape), u)
 
@@ -178,24 +174,13 @@ def _fake(u: Tensor, skip: Tensor | None, masks: Tensor | None, *_: Any) -> Tens
     return with_layout_of(u.new_empty(count_branches(u, masks), u.shape[1] + skip.shape[1], *u.shape[2:]), u)
 
 
-def _backward(
-    grad: Tensor,
-    u: Tensor,
-    skip: Tensor | None,
-    masks: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    norm: str,
-    activate: bool,
-) -> list[Tensor]:
+def _backward(grad: Tensor, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -> list[Tensor]:
     """Return the gradients of those of u, skip, masks, weight, bias, scale and shift that are not None."""
     # The concatenation is computed again rather than stored: it is K times the skip, the decoder's largest tensor.
+    *affine, groups, norm, activate = rest
     z = u if skip is None else concatenate_masked_skip(u, skip, masks)
     weights = masks if norm == "masked_group" else None
-    d_z, d_weights, affine = _norm_gradients(grad, z, weight, bias, scale, shift, weights, groups, norm, activate)
+    d_z, d_weights, d_affine = _norm_gradients(grad, z, tuple(affine), weights, groups, norm, activate)
     d_z = d_z.reshape(z.shape)
     if skip is None:
         features = [with_layout_of(d_z.to(u.dtype), u), *([] if d_weights is None else [d_weights])]
@@ -204,7 +189,7 @@ def _backward(
         features = [shared_gradient(d_z[:, :split], u, masks), *masked_skip_gradients(d_z[:, split:], skip, masks)]
         if d_weights is not None:
             features[2] = features[2] + d_weights
-    return [*features, *affine]
+    return [*features, *d_affine]
 
 
 def _backward_fake(grad: Tensor, u: Tensor, skip: Tensor | None, *rest: Any) -> list[Tensor]:
@@ -213,19 +198,13 @@ def _backward_fake(grad: Tensor, u: Tensor, skip: Tensor | None, *rest: Any) -> 
 
 
 def _normalise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    masks: Tensor | None,
-    groups: int,
-    norm: str,
+    x: Tensor, affine: Affine, masks: Tensor | None, groups: int, norm: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Return x as [N, C, P] with P = H*W, the pre-activation as a new tensor, gain, mean, 1/std, weights and their sum.
 
     Gain, mean and 1/std are [N, C] (1/std is [N, 1, P] for ``"pixel"``); the pixels' weights are [N, P, 1].
     """
+    weight, bias, scale, shift = affine
     values = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
     gain, offset = weight.to(values.dtype).expand(x.shape[0], -1), bias.to(values.dtype).expand(x.shape[0], -1)
     if scale is not None and shift is not None:
@@ -246,13 +225,13 @@ def _moments(
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Return the pixels' weights [N, P, 1], their sum, and mean and 1/std of each channel's group, [N, C]."""
     n, c, p = values.shape
+    weights = total = None
     if masks is not None:
         weights = masks.to(values.dtype).reshape(n, p, 1) + MASK_FLOOR
         total = weights.sum(1, keepdim=True)
         weights = weights / total
         first, second = (values @ weights)[:, :, 0], (values.square() @ weights)[:, :, 0]
     else:
-        weights = total = None
         first, second = values.mean(2), values.square().mean(2)
     mean = first.reshape(n, groups, c // groups).mean(2, keepdim=True)
     variance = (second.reshape(n, groups, c // groups).mean(2, keepdim=True) - mean.square()).clamp_min_(0)
@@ -263,23 +242,14 @@ def _moments(
 
 @full_precision
 def _norm_gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    masks: Tensor | None,
-    groups: int,
-    norm: str,
-    activate: bool,
+    grad: Tensor, x: Tensor, affine: Affine, masks: Tensor | None, groups: int, norm: str, activate: bool
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Return the gradients of x ([N, C, P], at least fp32), of masks, and of the affine part's tensors."""
-    values, pre, gain, mean, rstd, weights, total = _normalise(x, weight, bias, scale, shift, masks, groups, norm)
+    values, pre, gain, mean, rstd, weights, total = _normalise(x, affine, masks, groups, norm)
     d_pre = grad.flatten(2).to(values.dtype)
     if activate:
         d_pre = torch.ops.aten.silu_backward(d_pre, pre)
-    d_masks = None
+    d_masks: Tensor | None = None
     if mean is None:
         normal = values * rstd
         summed, moment = d_pre.sum(2), (d_pre * normal).sum(2)
@@ -300,26 +270,25 @@ def _norm_gradients(
         spread = torch.addcmul(on_first[:, :, None], values, on_second[:, :, None])
         spread = spread.mul_(1.0 / p) if weights is None else spread.mul_(weights.transpose(1, 2))
         d_x = spread.addcmul_(d_pre, (gain * rstd)[:, :, None])
-        if masks is not None and weights is not None:
+        if masks is not None and weights is not None and total is not None:
             d_weights = on_first[:, None] @ values + (0.5 * on_second)[:, None] @ values.square()
             d_weights = d_weights - d_weights @ weights
             d_masks = (d_weights / total).reshape(masks.shape).to(masks.dtype)
-    return d_x, d_masks, _affine_gradients(summed, moment, weight, bias, scale, shift)
+    return d_x, d_masks, _affine_gradients(summed, moment, affine)
 
 
-def _affine_gradients(
-    summed: Tensor, moment: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
-) -> list[Tensor]:
+def _affine_gradients(summed: Tensor, moment: Tensor, affine: Affine) -> list[Tensor]:
     """Return the gradients of weight, bias and, given them, scale and shift.
 
     ``summed`` [N, C] is the sum over pixels of the pre-activation's gradient, ``moment`` that of its product with the
     normalised value.
     """
+    weight, bias, scale, shift = affine
     factor = 1.0 if scale is None else 1 + scale
-    affine = [(moment * factor).sum(0).to(weight.dtype), (summed * factor).sum(0).to(bias.dtype)]
+    gradients = [(moment * factor).sum(0).to(weight.dtype), (summed * factor).sum(0).to(bias.dtype)]
     if scale is None or shift is None:
-        return affine
-    return [*affine, (moment * weight + summed * bias).to(scale.dtype), summed.to(shift.dtype)]
+        return gradients
+    return [*gradients, (moment * weight + summed * bias).to(scale.dtype), summed.to(shift.dtype)]
 
 
 # --- C++ (csrc/norm_cpu.cpp): channels_last, fp32 or bf16 ---
@@ -328,31 +297,18 @@ def _affine_gradients(
 class _Problem:
     """The tensors of one call, contiguous, and their addresses and sizes as csrc/norm.h takes them."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        skip: Tensor | None,
-        masks: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        groups: int,
-        norm: str,
-        activate: bool,
-    ):
+    def __init__(self, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any):
+        *affine, groups, norm, activate = rest
         self.u, self.skip = _channels_last(u), None if skip is None else _channels_last(skip)
-        vectors = (masks, weight, bias, scale, shift)
-        self.masks, *affine = (None if x is None else x.float().contiguous() for x in vectors)
-        self._kept_alive = affine
+        self.masks, *self.affine = (None if x is None else x.float().contiguous() for x in (masks, *affine))
         self.rows = u.shape[0] if masks is None else masks.shape[0] * masks.shape[1]
-        self.channels = weight.shape[0]
+        self.channels = affine[0].shape[0]
         regions = 1 if masks is None else masks.shape[1]
         channels_skip = 0 if skip is None else skip.shape[1]
         pixels = u.shape[2] * u.shape[3]
         sizes = [self.rows // regions, regions, u.shape[1], channels_skip, pixels, groups, NORMS.index(norm)]
         flags = [u.shape[0] != self.rows, activate, u.dtype == torch.bfloat16]
-        addresses = [_address(x) for x in (self.u, self.skip, self.masks, *affine)]
+        addresses = [_address(x) for x in (self.u, self.skip, self.masks, *self.affine)]
         self.arguments = (addresses, sizes, flags, EPS[norm], MASK_FLOOR)
 
 
@@ -397,7 +353,7 @@ def _backward_cpp(
     gradients = [_address(x) for x in (grad, d_u, d_skip, d_masks, summed, moment)]
     EXTENSION.norm_silu_backward(*problem.arguments, gradients, torch.get_num_threads())
     d_masks = None if masks is None or d_masks is None else d_masks.to(masks.dtype)
-    return [x for x in (d_u, d_skip, d_masks, *_affine_gradients(summed, moment, *rest[:4])) if x is not None]
+    return [x for x in (d_u, d_skip, d_masks, *_affine_gradients(summed, moment, rest[:4])) if x is not None]
 
 
 # --- Triton (kernels/group_norm.py, kernels/pixel_norm.py) ---
@@ -446,7 +402,14 @@ register(
     _fake,
     cpp=_forward_cpp,
     triton=_forward_triton,
-    setup_context=_setup_context,
-    backward=_autograd,
+    autograd=(_setup_context, _autograd),
+    schema=f"({ARGUMENTS}) -> Tensor",
 )
-register("norm_silu_backward", _backward, _backward_fake, cpp=_backward_cpp, triton=_backward_triton)
+register(
+    "norm_silu_backward",
+    _backward,
+    _backward_fake,
+    cpp=_backward_cpp,
+    triton=_backward_triton,
+    schema=f"(Tensor grad, {ARGUMENTS}) -> Tensor[]",
+)

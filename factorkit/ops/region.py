@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit import kernels
-from factorkit.ops.dispatch import empty_like, full_precision, register, select, with_layout_of
+from factorkit.ops.dispatch import empty_like, full_precision, kernels, register, save_inputs, select, with_layout_of
 
 POOL_FLOOR = 0.5  # half a pixel: the token of an empty region tends to zero instead of to noise
 
@@ -63,10 +62,6 @@ def _pyramid_fake(masks: Tensor, levels: int) -> list[Tensor]:
     return [masks.new_empty(b, k, h >> i, w >> i) for i in range(1, levels + 1)]
 
 
-def _pyramid_triton(masks: Tensor, levels: int) -> list[Tensor]:
-    return kernels.mask_pyramid.pyramid(masks, levels)
-
-
 def _pyramid_backward(grads: list[Tensor]) -> Tensor:
     # From the coarsest level up: every fine pixel receives a quarter of its parent's total.
     total = grads[-1]
@@ -79,10 +74,6 @@ def _pyramid_backward(grads: list[Tensor]) -> Tensor:
 def _pyramid_backward_fake(grads: list[Tensor]) -> Tensor:
     b, k, h, w = grads[0].shape
     return grads[0].new_empty(b, k, 2 * h, 2 * w)
-
-
-def _pyramid_backward_triton(grads: list[Tensor]) -> Tensor:
-    return kernels.mask_pyramid.pyramid_backward(grads)
 
 
 def _pyramid_setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -98,11 +89,15 @@ register(
     "mask_pyramid",
     _pyramid,
     _pyramid_fake,
-    triton=_pyramid_triton,
-    setup_context=_pyramid_setup_context,
-    backward=_pyramid_autograd,
+    triton=lambda masks, levels: kernels.mask_pyramid.pyramid(masks, levels),
+    autograd=(_pyramid_setup_context, _pyramid_autograd),
 )
-register("mask_pyramid_backward", _pyramid_backward, _pyramid_backward_fake, triton=_pyramid_backward_triton)
+register(
+    "mask_pyramid_backward",
+    _pyramid_backward,
+    _pyramid_backward_fake,
+    triton=lambda grads: kernels.mask_pyramid.pyramid_backward(grads),
+)
 
 
 # --- region tokens ---
@@ -141,10 +136,6 @@ def _pool_fake(features: Tensor, masks: Tensor) -> Tensor:
     return features.new_empty(masks.shape[0], masks.shape[1], features.shape[1], dtype=dtype)
 
 
-def _pool_triton(features: Tensor, masks: Tensor) -> Tensor:
-    return kernels.region_pool.pool(features, masks, POOL_FLOOR)
-
-
 @full_precision
 def _pool_backward(grad: Tensor, features: Tensor, masks: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     values, weights = features.to(grad.dtype).flatten(2), masks.to(grad.dtype).flatten(2)
@@ -173,7 +164,11 @@ def _pool_autograd(ctx: Any, grad: Tensor) -> tuple:
 
 
 register(
-    "region_pool", _pool, _pool_fake, triton=_pool_triton, setup_context=_pool_setup_context, backward=_pool_autograd
+    "region_pool",
+    _pool,
+    _pool_fake,
+    triton=lambda features, masks: kernels.region_pool.pool(features, masks, POOL_FLOOR),
+    autograd=(_pool_setup_context, _pool_autograd),
 )
 register("region_pool_backward", _pool_backward, _pool_backward_fake, triton=_pool_backward_triton)
 
@@ -210,10 +205,6 @@ def _blend_fake(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
     return _contiguous_like(logits), logits.new_empty(logits.shape[0], branches.shape[1], *logits.shape[2:])
 
 
-def _blend_triton(logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
-    return kernels.region_blend.blend(logits, branches)
-
-
 def _blend_backward(d_masks: Tensor, d_prediction: Tensor, logits: Tensor, branches: Tensor) -> tuple[Tensor, Tensor]:
     masks = logits.softmax(dim=1)
     outputs = branches.to(masks.dtype).unflatten(0, masks.shape[:2])
@@ -229,16 +220,6 @@ def _blend_backward_fake(
     return _contiguous_like(logits), empty_like(branches)
 
 
-def _blend_backward_triton(
-    d_masks: Tensor, d_prediction: Tensor, logits: Tensor, branches: Tensor
-) -> tuple[Tensor, Tensor]:
-    return kernels.region_blend.blend_backward(d_masks, d_prediction, logits, branches)
-
-
-def _blend_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _blend_autograd(ctx: Any, d_masks: Tensor, d_prediction: Tensor) -> tuple:
     return torch.ops.factorkit.region_blend_backward(d_masks, d_prediction, *ctx.saved_tensors)
 
@@ -247,8 +228,12 @@ register(
     "region_blend",
     _blend,
     _blend_fake,
-    triton=_blend_triton,
-    setup_context=_blend_setup_context,
-    backward=_blend_autograd,
+    triton=lambda logits, branches: kernels.region_blend.blend(logits, branches),
+    autograd=(save_inputs, _blend_autograd),
 )
-register("region_blend_backward", _blend_backward, _blend_backward_fake, triton=_blend_backward_triton)
+register(
+    "region_blend_backward",
+    _blend_backward,
+    _blend_backward_fake,
+    triton=lambda *grads_and_inputs: kernels.region_blend.blend_backward(*grads_and_inputs),
+)

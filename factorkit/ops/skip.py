@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit import kernels
-from factorkit.ops.dispatch import empty_like, register, select, with_layout_of
+from factorkit.ops.dispatch import empty_like, kernels, register, save_inputs, select, with_layout_of
 
 
 def concatenate_masked_skip(u: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
@@ -138,10 +137,6 @@ def masked_skip_gradients(grad: Tensor, skip: Tensor, masks: Tensor | None) -> l
     return [empty_like(skip).copy_(d_skip), d_masks.to(masks.dtype).contiguous()]
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _add_autograd(ctx: Any, grad: Tensor) -> tuple:
     base, skip, masks = ctx.saved_tensors
     if masks is None:
@@ -151,5 +146,5 @@ def _add_autograd(ctx: Any, grad: Tensor) -> tuple:
     return d_base[0] if d_base else grad.to(base.dtype), d_skip, d_masks
 
 
-register("masked_skip_add", _add, _add_fake, triton=_add_triton, setup_context=_setup_context, backward=_add_autograd)
+register("masked_skip_add", _add, _add_fake, triton=_add_triton, autograd=(save_inputs, _add_autograd))
 register("masked_skip_add_backward", _add_backward, _add_backward_fake, triton=_add_backward_triton)

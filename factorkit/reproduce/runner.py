@@ -56,7 +56,7 @@ class Cells:
         path = self._path(row, seed)
         if result.arrays:
             with replacing(path.with_suffix(".npz")) as temporary:
-                np.savez_compressed(temporary, **result.arrays)
+                np.savez_compressed(temporary, **result.arrays)  # type: ignore[arg-type]  # not allow_pickle
         record = {
             "row": row,
             "seed": seed,

@@ -150,6 +150,7 @@ def _load_labelled(
 def predict_regions(run: SegdiffRun, images: np.ndarray, t: int | None = None) -> np.ndarray:
     """Predict the most probable region of each pixel, int64 [N, R, R], of uint8 [N, R, R, 3] at noise level t."""
     t = run.config.segment_t if t is None else t
+    assert t is not None, "the configuration of a run is resolved"
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
         masks = predict_masks(run.model, pixels_to_signed(torch.from_numpy(images)), t, run.schedule)
     return hard_labels(masks, run.config.nesting).numpy()
@@ -164,7 +165,7 @@ def score_regions(held_out: HeldOutImages, labels: np.ndarray, nesting: Sequence
     numbers = {key: scores[key] for key in METRICS} | {f"best_{key}": scores[f"oracle_{key}"] for key in METRICS}
     if "level" in scores:
         numbers["level"] = scores["level"]
-        labels = level_labels(labels, nesting, scores["level"])
+        labels = level_labels(torch.from_numpy(labels), nesting, scores["level"]).numpy()
     return CellResult(numbers, {"foreground": np.isin(labels[held_out.shown], scores["mapping"])})
 
 

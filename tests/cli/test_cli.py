@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 import torch
 
 from factorkit.cli.generate import Generate
-from factorkit.cli.main import COMMANDS
+from factorkit.cli.main import COMMANDS, command_class
+from factorkit.cli.options import SYNONYMS
+from factorkit.cli.train import training_options
 from factorkit.data import draw_flowers
 from factorkit.utils.jsonl import read_log
 
@@ -53,6 +56,60 @@ def test_unknown_flags_list_near_matches(refused):
     message = refused("train", "segdiff", "--steps", "x")
     assert "Error parsing --steps" in message
     assert not set("│╭╰─\x1b") & set(message) and "---" not in message, "the frame is left"
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "suggestion"),
+    [
+        (
+            "train segdiff",
+            "--epochs",
+            "Use --steps. One step is one batch; an epoch is the number of images divided by",
+        ),
+        ("train segdiff", "--num_steps", "Use --steps."),
+        ("train segdiff", "--lr", "Use --learning-rate."),
+        ("train segdiff", "--batch", "Use --batch-size."),
+        ("train segdiff", "--image-size", "Use --resolution."),
+        ("train segdiff", "--workers", "Use --threads."),
+        ("train segdiff", "--save-dir", "Use --out."),
+        ("train segdiff", "--resume", "The same command with the same --out resumes the run."),
+        ("train segdiff", "--width", "Use --model-channels."),
+        ("train segdiff", "--no-mirror", "Use --no-random-flip."),
+        ("train nerfdiff", "--cameras", "Use --num-candidates."),
+        ("segment", "--num-workers", "Use --workers."),
+        ("segment", "--output", "Use --out."),
+        ("segment", "--checkpoint", "RUN is given without an option name."),
+        ("generate", "--num-samples", "Use --count."),
+        ("generate", "--sampel", "Did you mean --sampler"),
+        ("evaluate", "--fit", "Use --num-fit-images."),
+    ],
+)
+def test_an_unknown_option_suggests_ours(refused, command, option, suggestion):
+    message = refused(*command.split(), option, 3)
+    name = option.replace("_", "-")
+    assert message.startswith(f"{name} is not an option of factorkit {command}. {suggestion}")
+    assert message.endswith(f"All options: factorkit {command} --help")
+
+
+def test_every_suggested_option_exists():
+    known = set()
+    for name in COMMANDS:
+        command = command_class(name)
+        if name == "train":
+            known |= {f.name for model in ("segdiff", "nerfdiff") for f in fields(training_options([model], False)[1])}
+        known |= {field.name for field in fields(command)}
+    missing = [option for option, _, _ in SYNONYMS if option and option.replace("-", "_") not in known]
+    assert not missing, f"no command has these options: {missing}"
+
+
+def test_basic_options_exist_and_are_about_a_dozen():
+    for name in COMMANDS:
+        commands = [command_class(name)]
+        if name == "train":
+            commands = [training_options([model], False)[1] for model in ("segdiff", "nerfdiff")]
+        for command in commands:
+            assert set(command.BASIC) <= {field.name for field in fields(command)}
+            assert len(command.BASIC or fields(command)) <= 17, name
 
 
 def test_other_models_are_refused(refused):

@@ -1,4 +1,4 @@
-"""Which class each image is of."""
+"""Classes of images from folders, files, mappings and lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a prepared copy does when its source changes, and when the disk is full."""
+"""Prepared images when their source changes, and when the disk is full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Video files: upright, and at the speed at which they were taken."""
+"""Video files: rotation and frame rate."""
 
 from __future__ import annotations
 

@@ -20,19 +20,20 @@ from factorkit.data.layouts import (
 from factorkit.data.layouts.base import DatasetFiles, Reader
 
 # Tried in this order; each recognises its data set by files that no other data set has.
-READERS: tuple[Reader, ...] = (
-    flowers102.READER,
-    cub200.READER,
-    celebamask.READER,
-    ffhq.READER,
-    imagenet.READER,
-    voc2012.READER,
-    davis2017.READER,
-    shapes3d.READER,
-    ecssd.READER,
-    huggingface.READER,
-    webdataset.READER,
+_MODULES = (
+    flowers102,
+    cub200,
+    celebamask,
+    ffhq,
+    imagenet,
+    voc2012,
+    davis2017,
+    shapes3d,
+    ecssd,
+    huggingface,
+    webdataset,
 )
+READERS: tuple[Reader, ...] = tuple(module.READER for module in _MODULES)
 
 
 def read_layout(data: Any) -> tuple[Reader, DatasetFiles] | None:

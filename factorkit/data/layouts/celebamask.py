@@ -10,16 +10,7 @@ import numpy as np
 from PIL import Image
 
 from factorkit.data.files import stat_file, wrap_os_errors
-from factorkit.data.layouts.base import (
-    FETCH_AGAIN,
-    DatasetFiles,
-    Reader,
-    find_root,
-    labels_to_image,
-    read_table,
-    require_files,
-    take_first_channel,
-)
+from factorkit.data.layouts import base
 from factorkit.data.sources import FileSource, Source, hash_values
 from factorkit.utils.errors import DataError
 
@@ -49,18 +40,18 @@ class PartMasks(Source):
             if not path.is_file():
                 continue  # there is no file for a part that is not visible
             try:
-                mask = take_first_channel(np.asarray(FileSource(path.parent, [path.name]).decode(0))) > 0
+                mask = base.take_first_channel(np.asarray(FileSource(path.parent, [path.name]).decode(0))) > 0
             except OSError as error:
-                raise DataError(f"{path}: cannot be decoded: {error}. {FETCH_AGAIN}") from error
+                raise DataError(f"{path}: cannot be decoded: {error}. {base.FETCH_AGAIN}") from error
             labels = np.zeros(mask.shape, np.uint8) if labels is None else labels
             if mask.shape != labels.shape:
                 raise DataError(
-                    f"{path}: {mask.shape[::-1]} pixels, but other parts have {labels.shape[::-1]}. {FETCH_AGAIN}"
+                    f"{path}: {mask.shape[::-1]} pixels, but other parts have {labels.shape[::-1]}. {base.FETCH_AGAIN}"
                 )
             labels[mask] = self.label_of.get(part, 0)
         if labels is None:
             raise DataError(f"{self.root}: no masks for face {number}. Unpack the authors' archive again.")
-        return labels_to_image(labels)
+        return base.labels_to_image(labels)
 
     def fingerprint(self) -> str:
         with wrap_os_errors(self.root, "so the masks cannot be listed. Check its permissions."):
@@ -68,8 +59,8 @@ class PartMasks(Source):
         return hash_values("parts", str(self.root), self.numbers, self.label_of, [stat_file(path) for path in folders])
 
 
-def read(data: Any) -> DatasetFiles | None:
-    root = find_root(data, ("", "CelebAMask-HQ"), required=("CelebA-HQ-img", "CelebAMask-HQ-mask-anno"))
+def read(data: Any) -> base.DatasetFiles | None:
+    root = base.find_root(data, ("", "CelebAMask-HQ"), required=("CelebA-HQ-img", "CelebAMask-HQ-mask-anno"))
     if root is None:
         return None
     images = root / "CelebA-HQ-img"
@@ -77,32 +68,32 @@ def read(data: Any) -> DatasetFiles | None:
     names = [f"{number}.jpg" for number in numbers]
     if not names:
         raise DataError(f"{images}: none of 0.jpg to 29999.jpg exists. Unpack the authors' archive again.")
-    require_files(images, names, "images")
+    base.require_files(images, names, "images")
     annotations = root / "CelebAMask-HQ-mask-anno"
     masks = {
         "segments": PartMasks(annotations, numbers, dict.fromkeys(SKIN_PARTS, SKIN) | {"hair": HAIR}),
         "parts": PartMasks(annotations, numbers, {part: i for i, part in enumerate(PARTS, start=1)}),
     }
     if (root / MAPPING).is_file():
-        return DatasetFiles(FileSource(images, names), masks, _read_splits(root / MAPPING, numbers))
+        return base.DatasetFiles(FileSource(images, names), masks, _read_splits(root / MAPPING, numbers))
     notes = [f"there are no official splits, because {MAPPING} is missing"]
-    return DatasetFiles(FileSource(images, names), masks, notes=notes)
+    return base.DatasetFiles(FileSource(images, names), masks, notes=notes)
 
 
 def _read_splits(path: Path, numbers: Sequence[int]) -> dict[str, np.ndarray]:
     try:
-        celeba_number = {int(row[0]): int(row[1]) for row in read_table(path, columns=3)[1:]}
+        celeba_number = {int(row[0]): int(row[1]) for row in base.read_table(path, columns=3)[1:]}
         origin = np.array([celeba_number[number] for number in numbers])
     except (KeyError, ValueError) as error:
         raise DataError(
-            f"{path}: expected one line 'idx orig_idx orig_file' for each image: {error}. {FETCH_AGAIN}"
+            f"{path}: expected one line 'idx orig_idx orig_file' for each image: {error}. {base.FETCH_AGAIN}"
         ) from error
     is_test, is_val = origin >= TEST_START, (origin >= VAL_START) & (origin < TEST_START)
     members = {"train": ~(is_test | is_val), "val": is_val, "test": is_test}
     return {split: np.flatnonzero(is_member) for split, is_member in members.items()}
 
 
-READER = Reader(
+READER = base.Reader(
     name="celebamask-hq",
     title="CelebAMask-HQ",
     url="https://github.com/switchablenorms/CelebAMask-HQ",

@@ -9,19 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from factorkit.data.layouts.base import (
-    FETCH_AGAIN,
-    SPLITS,
-    DatasetFiles,
-    LabelSource,
-    Reader,
-    filter_existing,
-    find_root,
-    read_table,
-    replace_suffix,
-    require_files,
-    take_first_channel,
-)
+from factorkit.data.layouts import base
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
 
@@ -30,32 +18,34 @@ SPLIT_FILE = "train_val_test_split.txt"  # from ReDO's repository; IEM and later
 HALF = 127  # of 255: grey values are the fraction of annotators who marked the pixel as bird
 
 
-def read(data: Any) -> DatasetFiles | None:
-    root = find_root(data, ("", "CUB_200_2011"), required=("images", "images.txt", "classes.txt"))
+def read(data: Any) -> base.DatasetFiles | None:
+    root = base.find_root(data, ("", "CUB_200_2011"), required=("images", "images.txt", "classes.txt"))
     if root is None:
         return None
-    listing = read_table(root / "images.txt", columns=2)
+    listing = base.read_table(root / "images.txt", columns=2)
     names = [name for _, name in listing]
-    require_files(root / "images", names, "images of images.txt")
-    class_names = [name for _, name in read_table(root / "classes.txt", columns=2)]
+    base.require_files(root / "images", names, "images of images.txt")
+    class_names = [name for _, name in base.read_table(root / "classes.txt", columns=2)]
     labels = _read_numbers(root / "image_class_labels.txt", listing) - 1
     if labels.min() < 0 or labels.max() >= len(class_names):
-        raise DataError(f"{root / 'image_class_labels.txt'}: a class is missing from classes.txt. {FETCH_AGAIN}")
+        raise DataError(f"{root / 'image_class_labels.txt'}: a class is missing from classes.txt. {base.FETCH_AGAIN}")
     masks = {}
     folder = next((f for f in (root / "segmentations", root.parent / "segmentations") if f.is_dir()), None)
     if folder is not None:
-        mask_files = FileSource(folder, filter_existing(folder, [replace_suffix(name, ".png") for name in names]))
-        masks["segmentation"] = LabelSource(mask_files, lambda values: take_first_channel(values) > HALF)
+        mask_files = FileSource(
+            folder, base.filter_existing(folder, [base.replace_suffix(name, ".png") for name in names])
+        )
+        masks["segmentation"] = base.LabelSource(mask_files, lambda values: base.take_first_channel(values) > HALF)
     if (root / SPLIT_FILE).is_file():
         parts = _read_numbers(root / SPLIT_FILE, listing)
         if not np.isin(parts, (0, 1, 2)).all():
-            raise DataError(f"{root / SPLIT_FILE}: expected only 0 (train), 1 (val) and 2 (test). {FETCH_AGAIN}")
+            raise DataError(f"{root / SPLIT_FILE}: expected only 0 (train), 1 (val) and 2 (test). {base.FETCH_AGAIN}")
         note = f"the split is read from {SPLIT_FILE}"
     else:
         parts = choose_split(names)
         note = f"the split is chosen by a hash of the names; for the published one put ReDO's {SPLIT_FILE} here"
-    splits = {split: np.flatnonzero(parts == i) for i, split in enumerate(SPLITS)}
-    return DatasetFiles(FileSource(root / "images", names), masks, splits, labels, class_names, notes=(note,))
+    splits = {split: np.flatnonzero(parts == i) for i, split in enumerate(base.SPLITS)}
+    return base.DatasetFiles(FileSource(root / "images", names), masks, splits, labels, class_names, notes=(note,))
 
 
 def choose_split(names: Sequence[str]) -> np.ndarray:
@@ -74,13 +64,15 @@ def choose_split(names: Sequence[str]) -> np.ndarray:
 def _read_numbers(path: Path, listing: list[list[str]]) -> np.ndarray:
     """Read one number per image, in the order of images.txt."""
     try:
-        number_of = {key: int(number) for key, number in read_table(path, columns=2)}
+        number_of = {key: int(number) for key, number in base.read_table(path, columns=2)}
         return np.array([number_of[key] for key, _ in listing], np.int64)
     except (KeyError, ValueError) as error:
-        raise DataError(f"{path}: expected one number for each image of images.txt: {error}. {FETCH_AGAIN}") from error
+        raise DataError(
+            f"{path}: expected one number for each image of images.txt: {error}. {base.FETCH_AGAIN}"
+        ) from error
 
 
-READER = Reader(
+READER = base.Reader(
     name="cub-200-2011",
     title="Caltech-UCSD Birds-200-2011 with segmentations",
     url="https://www.vision.caltech.edu/datasets/cub_200_2011/",

@@ -7,15 +7,7 @@ from typing import Any
 import numpy as np
 
 from factorkit.data.files import list_image_names
-from factorkit.data.layouts.base import (
-    DatasetFiles,
-    LabelSource,
-    Reader,
-    filter_existing,
-    find_root,
-    read_table,
-    replace_suffix,
-)
+from factorkit.data.layouts import base
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
 
@@ -23,8 +15,8 @@ SPLITS = ("train", "val", "test-dev")
 RESOLUTIONS = ("480p", "Full-Resolution")  # the first that exists is read
 
 
-def read(data: Any) -> DatasetFiles | None:
-    root = find_root(data, ("", "DAVIS"), required=("JPEGImages", "ImageSets/2017"))
+def read(data: Any) -> base.DatasetFiles | None:
+    root = base.find_root(data, ("", "DAVIS"), required=("JPEGImages", "ImageSets/2017"))
     if root is None:
         return None
     resolution = next((r for r in RESOLUTIONS if (root / "JPEGImages" / r).is_dir()), None)
@@ -39,7 +31,7 @@ def read(data: Any) -> DatasetFiles | None:
         if not path.is_file():
             continue
         start = len(names)
-        for (video,) in read_table(path, columns=1):
+        for (video,) in base.read_table(path, columns=1):
             if not (frames / video).is_dir():
                 raise DataError(f"{path} lists {video}, but {frames} has no such folder. Unpack the archive again.")
             video_names = [f"{video}/{name}" for name in list_image_names(frames / video)]
@@ -49,13 +41,15 @@ def read(data: Any) -> DatasetFiles | None:
     if not names:
         raise DataError(f"{sets}: train.txt and val.txt list no frames. Unpack the archive again.")
     annotations = root / "Annotations" / resolution
-    mask_files = FileSource(annotations, filter_existing(annotations, [replace_suffix(name, ".png") for name in names]))
-    masks = {"objects": LabelSource(mask_files, ignore_label=255)} if len(mask_files) else {}
+    mask_files = FileSource(
+        annotations, base.filter_existing(annotations, [base.replace_suffix(name, ".png") for name in names])
+    )
+    masks = {"objects": base.LabelSource(mask_files, ignore_label=255)} if len(mask_files) else {}
     notes = [f"read from {resolution}"]
-    return DatasetFiles(FileSource(frames, names), masks, splits, videos=videos, notes=notes)
+    return base.DatasetFiles(FileSource(frames, names), masks, splits, videos=videos, notes=notes)
 
 
-READER = Reader(
+READER = base.Reader(
     name="davis-2017",
     title="DAVIS 2017, video object segmentation",
     url="https://davischallenge.org/davis2017/code.html",

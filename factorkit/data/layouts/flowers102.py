@@ -7,16 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from factorkit.data.layouts.base import (
-    FETCH_AGAIN,
-    DatasetFiles,
-    LabelSource,
-    Reader,
-    filter_existing,
-    find_root,
-    import_extra,
-    require_files,
-)
+from factorkit.data.layouts import base
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
 
@@ -26,32 +17,35 @@ COLOR_TOLERANCE = 48  # JPEG blurs this blue along outlines; no flower colour is
 SPLIT_KEYS = {"train": "tstid", "val": "valid", "test": "trnid"}  # ReDO (Chen et al. 2019) trains on the largest part
 
 
-def read(data: Any) -> DatasetFiles | None:
-    root = find_root(data, ("", "102flowers", "flowers-102"), required=("jpg", "setid.mat"))
+def read(data: Any) -> base.DatasetFiles | None:
+    root = base.find_root(data, ("", "102flowers", "flowers-102"), required=("jpg", "setid.mat"))
     if root is None:
         return None
     ids = _read_matlab(root / "setid.mat", *SPLIT_KEYS.values())
     numbers_of = {split: np.sort(ids[key].ravel().astype(np.int64)) for split, key in SPLIT_KEYS.items()}
     numbers = np.sort(np.concatenate(list(numbers_of.values())))
     if len(np.unique(numbers)) < len(numbers):
-        raise DataError(f"{root / 'setid.mat'}: an image is in two splits. {FETCH_AGAIN}")
+        raise DataError(f"{root / 'setid.mat'}: an image is in two splits. {base.FETCH_AGAIN}")
     names = [f"image_{number:05d}.jpg" for number in numbers]
-    require_files(root / "jpg", names, "images of setid.mat")
+    base.require_files(root / "jpg", names, "images of setid.mat")
     labels = class_names = None
     path = root / "imagelabels.mat"
     if path.is_file():
         classes = _read_matlab(path, "labels")["labels"].ravel().astype(np.int64)
         if len(classes) < numbers[-1] or classes.min() < 1 or classes.max() > NUM_CLASSES:
-            raise DataError(f"{path}: expected one class from 1 to {NUM_CLASSES} for each image. {FETCH_AGAIN}")
+            raise DataError(f"{path}: expected one class from 1 to {NUM_CLASSES} for each image. {base.FETCH_AGAIN}")
         labels = classes[numbers - 1] - 1
         class_names = [f"class {i}" for i in range(1, NUM_CLASSES + 1)]
     masks = {}
     if (root / "segmim").is_dir():
-        files = filter_existing(root / "segmim", [name.replace("image_", "segmim_") for name in names])
+        files = base.filter_existing(root / "segmim", [name.replace("image_", "segmim_") for name in names])
         mask_files = FileSource(root / "segmim", files, [file.replace("segmim_", "image_") for file in files])
-        masks = {"segmim": LabelSource(mask_files, _is_flower), "redo": LabelSource(mask_files, _is_flower_redo)}
+        masks = {
+            "segmim": base.LabelSource(mask_files, _is_flower),
+            "redo": base.LabelSource(mask_files, _is_flower_redo),
+        }
     splits = {split: np.searchsorted(numbers, part) for split, part in numbers_of.items()}
-    return DatasetFiles(FileSource(root / "jpg", names), masks, splits, labels, class_names)
+    return base.DatasetFiles(FileSource(root / "jpg", names), masks, splits, labels, class_names)
 
 
 def _is_flower(values: np.ndarray) -> np.ndarray:
@@ -64,17 +58,17 @@ def _is_flower_redo(values: np.ndarray) -> np.ndarray:
 
 
 def _read_matlab(path: Path, *keys: str) -> dict[str, np.ndarray]:
-    scipy_io = import_extra("scipy.io", "layouts", "reading .mat files")
+    scipy_io = base.import_extra("scipy.io", "layouts", "reading .mat files")
     try:
         content = scipy_io.loadmat(path)
         return {key: content[key] for key in keys}
     except KeyError as error:
-        raise DataError(f"{path}: no variable {error}. {FETCH_AGAIN}") from error
+        raise DataError(f"{path}: no variable {error}. {base.FETCH_AGAIN}") from error
     except Exception as error:  # scipy: OSError, ValueError, MatReadError, zlib.error, ...
-        raise DataError(f"{path}: not a readable MATLAB file: {error}. {FETCH_AGAIN}") from error
+        raise DataError(f"{path}: not a readable MATLAB file: {error}. {base.FETCH_AGAIN}") from error
 
 
-READER = Reader(
+READER = base.Reader(
     name="flowers-102",
     title="Oxford Flowers-102 with segmentations",
     url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",

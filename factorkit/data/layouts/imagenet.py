@@ -12,16 +12,7 @@ from typing import Any
 import numpy as np
 
 from factorkit.data.files import wrap_os_errors
-from factorkit.data.layouts.base import (
-    FETCH_AGAIN,
-    DatasetFiles,
-    LabelSource,
-    Reader,
-    find_root,
-    import_extra,
-    read_table,
-    take_first_channel,
-)
+from factorkit.data.layouts import base
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
 
@@ -31,8 +22,8 @@ MAX_TEST_PER_CLASS = 20  # the dissertation scores at most 20 images of each cla
 DEVKIT = "ILSVRC2012_devkit_t12/data"
 
 
-def read(data: Any) -> DatasetFiles | None:
-    root = find_root(data, SUBFOLDERS, required=("train",))
+def read(data: Any) -> base.DatasetFiles | None:
+    root = base.find_root(data, SUBFOLDERS, required=("train",))
     if root is None or not (wnids := _list_classes(root / "train")):
         return None
     names: list[str] = []
@@ -50,7 +41,7 @@ def read(data: Any) -> DatasetFiles | None:
         is_test = np.array([names[i].rpartition(".")[0] in test_names for i in rows])
         splits |= {"test": rows[is_test], "train": rows[~is_test]}
     class_names = _read_class_names(root, wnids)
-    return DatasetFiles(FileSource(root, names), masks, splits, np.concatenate(labels), class_names, notes=notes)
+    return base.DatasetFiles(FileSource(root, names), masks, splits, np.concatenate(labels), class_names, notes=notes)
 
 
 def _list_classes(folder: Path) -> list[str]:
@@ -70,10 +61,10 @@ def _read_split(root: Path, split: str, wnids: Sequence[str]) -> tuple[list[str]
         return [], np.empty(0, np.int64), ()
     number = {wnid: i for i, wnid in enumerate(wnids)}
     if classes := _list_classes(folder):
-        found = [
+        entries = [
             (f"{split}/{wnid}/{name}", number.get(wnid, -1)) for wnid in classes for name in _list_files(folder / wnid)
         ]
-        return [name for name, _ in found], np.array([label for _, label in found], np.int64), ()
+        return [name for name, _ in entries], np.array([label for _, label in entries], np.int64), ()
     files = _list_files(folder)
     wnid_of = _read_kaggle_classes(root) or _read_devkit_classes(root, len(files))
     labels = np.array([number.get(wnid_of.get(Path(file).stem, ""), -1) for file in files], np.int64)
@@ -91,7 +82,7 @@ def _read_kaggle_classes(root: Path) -> dict[str, str]:
     try:
         return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
     except (KeyError, IndexError) as error:
-        raise DataError(f"{path}: expected lines 'ImageId,PredictionString': {error}. {FETCH_AGAIN}") from error
+        raise DataError(f"{path}: expected lines 'ImageId,PredictionString': {error}. {base.FETCH_AGAIN}") from error
 
 
 def _read_devkit_classes(root: Path, num_images: int) -> dict[str, str]:
@@ -99,8 +90,8 @@ def _read_devkit_classes(root: Path, num_images: int) -> dict[str, str]:
     kit = _find_beside(root, DEVKIT)
     if kit is None:
         return {}
-    numbers = [int(row[0]) for row in read_table(kit / "ILSVRC2012_validation_ground_truth.txt", columns=1)]
-    loadmat = import_extra("scipy.io", "layouts", "reading the development kit of ImageNet").loadmat
+    numbers = [int(row[0]) for row in base.read_table(kit / "ILSVRC2012_validation_ground_truth.txt", columns=1)]
+    loadmat = base.import_extra("scipy.io", "layouts", "reading the development kit of ImageNet").loadmat
     try:
         synsets = loadmat(kit / "meta.mat", squeeze_me=True)["synsets"]
         wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(synsets)}
@@ -108,13 +99,13 @@ def _read_devkit_classes(root: Path, num_images: int) -> dict[str, str]:
             raise ValueError(f"{len(numbers)} classes for {num_images} images")
         return {f"ILSVRC2012_val_{i:08d}": wnid_of[number] for i, number in enumerate(numbers, start=1)}
     except Exception as error:  # scipy: OSError, ValueError, MatReadError, KeyError, ...
-        raise DataError(f"{kit}: cannot be read: {error}. {FETCH_AGAIN}") from error
+        raise DataError(f"{kit}: cannot be read: {error}. {base.FETCH_AGAIN}") from error
 
 
 def _read_class_names(root: Path, wnids: Sequence[str]) -> list[str]:
     """Return names like `n01440764 tench` if LOC_synset_mapping.txt exists, else `n01440764`; words are not unique."""
     path = _find_beside(root, "LOC_synset_mapping.txt")
-    words = {} if path is None else {row[0]: " ".join(row[1:]).split(",")[0] for row in read_table(path)}
+    words = {} if path is None else {row[0]: " ".join(row[1:]).split(",")[0] for row in base.read_table(path)}
     return [f"{wnid} {words[wnid]}" if wnid in words else wnid for wnid in wnids]
 
 
@@ -124,7 +115,7 @@ def _find_beside(root: Path, name: str) -> Path | None:
     return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 
-def _read_pixel_imagenet(root: Path, names: Sequence[str]) -> dict[str, LabelSource]:
+def _read_pixel_imagenet(root: Path, names: Sequence[str]) -> dict[str, base.LabelSource]:
     """Read the masks <wnid>/<image>.png of a folder beside the images whose name contains `pixel-imagenet`."""
     candidates = (path for parent in (root, root.parent) for path in sorted(parent.iterdir()) if path.is_dir())
     folder = next((path for path in candidates if "pixel-imagenet" in path.name.lower() and _list_classes(path)), None)
@@ -136,7 +127,7 @@ def _read_pixel_imagenet(root: Path, names: Sequence[str]) -> dict[str, LabelSou
     if not masks:
         raise DataError(f"{folder}: none of its {len(all_masks)} masks has an image in {root / 'train'}. Check both.")
     source = FileSource(folder, masks, [f"train/{name}" for name in masks])
-    return {"pixel": LabelSource(source, take_first_channel)}
+    return {"pixel": base.LabelSource(source, base.take_first_channel)}
 
 
 def _choose_per_class(masks: Sequence[str], count: int) -> set[str]:
@@ -148,7 +139,7 @@ def _choose_per_class(masks: Sequence[str], count: int) -> set[str]:
     return {name for names in ordered for name in names[:count]}
 
 
-READER = Reader(
+READER = base.Reader(
     name="imagenet",
     title="ImageNet (ILSVRC 2012), with Pixel-ImageNet if available",
     url="https://www.image-net.org/challenges/LSVRC/2012/ and https://github.com/shiyinzhang/Pixel-ImageNet",

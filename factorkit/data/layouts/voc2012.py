@@ -8,15 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from factorkit.data.layouts.base import (
-    DatasetFiles,
-    LabelSource,
-    Reader,
-    find_root,
-    find_rows,
-    read_table,
-    require_files,
-)
+from factorkit.data.layouts import base
 from factorkit.data.sources import FileSource
 
 CLASSES = tuple(
@@ -26,26 +18,28 @@ CLASSES = tuple(
 VOID = 255  # outlines and areas that are not annotated
 
 
-def read(data: Any) -> DatasetFiles | None:
+def read(data: Any) -> base.DatasetFiles | None:
     subfolders = ("", "VOC2012", "VOCdevkit/VOC2012")
-    root = find_root(data, subfolders, required=("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"))
+    root = base.find_root(data, subfolders, required=("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"))
     if root is None:
         return None
     lists = root / "ImageSets" / "Segmentation"
-    stems_of = {split: [row[0] for row in read_table(lists / f"{split}.txt", columns=1)] for split in ("train", "val")}
+    stems_of = {
+        split: [row[0] for row in base.read_table(lists / f"{split}.txt", columns=1)] for split in ("train", "val")
+    }
     stems = sorted({*stems_of["train"], *stems_of["val"]})
     images, masks = ([f"{stem}.{suffix}" for stem in stems] for suffix in ("jpg", "png"))
-    require_files(root / "JPEGImages", images, "images of ImageSets/Segmentation")
-    require_files(root / "SegmentationClass", masks, "masks of ImageSets/Segmentation")
+    base.require_files(root / "JPEGImages", images, "images of ImageSets/Segmentation")
+    base.require_files(root / "SegmentationClass", masks, "masks of ImageSets/Segmentation")
     class_masks = FileSource(root / "SegmentationClass", masks)
-    mask_sets = {"class": LabelSource(class_masks, valid_labels=range(len(CLASSES) + 1), ignore_label=VOID)}
+    mask_sets = {"class": base.LabelSource(class_masks, valid_labels=range(len(CLASSES) + 1), ignore_label=VOID)}
     if (root / "SegmentationObject").is_dir():
-        mask_sets["object"] = LabelSource(FileSource(root / "SegmentationObject", masks), ignore_label=VOID)
+        mask_sets["object"] = base.LabelSource(FileSource(root / "SegmentationObject", masks), ignore_label=VOID)
     for number, name in enumerate(CLASSES, start=1):
-        mask_sets[name] = LabelSource(class_masks, _select_class(number), valid_labels=(0, 1), ignore_label=VOID)
-    splits = {split: find_rows(stems, names, f"{split}.txt") for split, names in stems_of.items()}
+        mask_sets[name] = base.LabelSource(class_masks, _select_class(number), valid_labels=(0, 1), ignore_label=VOID)
+    splits = {split: base.find_rows(stems, names, f"{split}.txt") for split, names in stems_of.items()}
     splits |= _read_class_splits(root, stems_of, stems)
-    return DatasetFiles(FileSource(root / "JPEGImages", images), mask_sets, splits)
+    return base.DatasetFiles(FileSource(root / "JPEGImages", images), mask_sets, splits)
 
 
 def _select_class(number: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -59,14 +53,14 @@ def _read_class_splits(root: Path, stems_of: dict[str, list[str]], stems: list[s
         for name in CLASSES:
             path = root / "ImageSets" / "Main" / f"{name}_{split}.txt"
             if path.is_file():
-                positive = {stem for stem, flag in read_table(path, columns=2) if flag == "1"}
-                rows = find_rows(stems, (stem for stem in split_stems if stem in positive), path.name)
+                positive = {stem for stem, flag in base.read_table(path, columns=2) if flag == "1"}
+                rows = base.find_rows(stems, (stem for stem in split_stems if stem in positive), path.name)
                 if len(rows):
                     splits[f"{split}-{name}"] = rows
     return splits
 
 
-READER = Reader(
+READER = base.Reader(
     name="voc-2012",
     title="PASCAL VOC 2012, segmentation",
     url="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",

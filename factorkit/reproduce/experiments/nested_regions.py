@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from factorkit.data.datasets import make_procedural_dataset
 from factorkit.data.masks import load_labelled
@@ -42,7 +44,9 @@ def _compute(trainings: Trainings, seed: int) -> CellResult:
     else:
         images = trainings.training_pixels(run.config, GRID_IMAGES)
     segmentation = run.segment(images)
-    labels, masks = segmentation.labels.numpy(), segmentation.level(1).masks.numpy()
+    leaf_labels, coarse_masks = segmentation.labels, segmentation.level(1).masks
+    assert isinstance(leaf_labels, Tensor) and isinstance(coarse_masks, Tensor), "all images have one size"
+    labels, masks = leaf_labels.numpy(), coarse_masks.numpy()
     if numbers:  # draw regions in the colours of the classes that they are matched with
         labels, masks = np.asarray(scores["mapping"][1])[labels], masks[:, np.argsort(scores["mapping"][0])]
     rows = []
@@ -55,7 +59,8 @@ def _compute(trainings: Trainings, seed: int) -> CellResult:
 
 
 def _outline_levels(image: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
-    return [overlay_enlarged(image, level_labels(labels, NESTING, level)) for level in (1, 2)]
+    leaves = torch.from_numpy(labels)
+    return [overlay_enlarged(image, level_labels(leaves, NESTING, level).numpy()) for level in (1, 2)]
 
 
 EXPERIMENTS = (

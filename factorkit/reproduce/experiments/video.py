@@ -31,7 +31,8 @@ def _segment(trainings: Trainings, smooth: float, seed: int) -> CellResult:
     path, size = trainings.setup.inputs.get("video"), run.config.resolution
     frames = _pan(trainings, size) if path is None else open_video(path).frames
     predict = run.predictor(None, "fast")
-    changes, count, grid, previous = 0.0, 0, [], None
+    changes, count, previous = 0.0, 0, None
+    grid: list[tuple[np.ndarray, np.ndarray]] = []
     for frame, labels in segment_frames(frames, run.config, predict, size=size, upsample="guided", smooth=smooth):
         changes += 0.0 if previous is None else float((labels != previous).mean())
         if count % (PAN_FRAMES // GRID_FRAMES) == 0 and len(grid) < GRID_FRAMES:

@@ -76,7 +76,8 @@ def _train_and_score(trainings: Trainings, voc: Path, seed: int) -> _ScoredRun:
     label = "classes" if has_classes else "ours"
     key = (trainings.folder(label, seed), voc, trainings.setup.fingerprint)
     if key not in _scored_runs:
-        run = trainings.train(label, seed, **({"classes": True} if has_classes else {}))
+        changes: dict[str, Any] = {"classes": True} if has_classes else {}
+        run = trainings.train(label, seed, **changes)
         val = open_dataset(voc, holdout="none").splits["val"]
         labelled = load_labelled(val.images, val.masks, run.config.resolution)
         _scored_runs[key] = _ScoredRun(run, labelled, run.evaluate_zero_shot(voc))

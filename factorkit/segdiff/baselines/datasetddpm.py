@@ -1,11 +1,12 @@
 """DatasetDDPM without labels (tables 2.3 to 2.5): k-means on the features of a plain DDPM's decoder.
 
-Baranchuk et al. 2022 train a classifier on five decoder blocks at three noise levels; the thesis clusters those features.
+Baranchuk et al. 2022 train a classifier on five decoder blocks at three noise levels; the thesis clusters those
+features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.nn.unet import Decoder, ResBlock
+from factorkit.nn.unet import Decoder, Level, ResBlock
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import add_noise
 from factorkit.utils.errors import ConfigError
@@ -34,7 +35,8 @@ def select_blocks(run: SegdiffRun) -> list[ResBlock]:
     """
     if run.config.regions != 1:
         raise ConfigError(f"features need a plain DDPM, regions=1; this run has regions={run.config.regions}")
-    blocks = [block for level in cast(Decoder, run.model.decoder).levels for block in level.blocks]  # type: ignore[union-attr]
+    levels = cast(Iterable[Level], cast(Decoder, run.model.decoder).levels)
+    blocks = [cast(ResBlock, block) for level in levels for block in level.blocks]
     return [blocks[i] for i in sorted({len(blocks) * place // PAPER_BLOCKS for place in BLOCKS})]
 
 

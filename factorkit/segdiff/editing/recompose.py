@@ -162,10 +162,7 @@ def recompose_images(
         raise ConfigError("a region is either removed or replaced: give remove, or from and t, not both")
     if not 1 <= steps <= num_levels:
         raise ConfigError(f"steps={steps}: this model has 1 to {num_levels} of them")
-    if t is not None:
-        t_free = check_edit_time(config, t)
-    else:
-        t_free = num_levels if sources is None else num_levels // 20
+    t_free = check_edit_time(config, t) if t is not None else num_levels if sources is None else num_levels // 20
     has_sources = sources is not None
     originals, sources = pair_images(originals, originals if sources is None else sources)
     generator = torch.Generator().manual_seed(derived_seed("recompose", seed))

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from factorkit.data.files import escape_name
 from factorkit.data.sources import Source
 from factorkit.engine.run_folder import locked
-from factorkit.report.image_grid import Caption
 from factorkit.segdiff import previews
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel, hard_labels
@@ -123,7 +122,7 @@ def segment_folder(
 class _Item(NamedTuple):
     """An image on its way: prepared, or the reason why it cannot be read, or None after it is handed to a writer."""
 
-    index: int
+    number: int  # in the source
     stamp: Any  # of the file that was read
     prepared: PreparedImage | str | None
 
@@ -254,15 +253,15 @@ class _FolderJob:
                 groups.setdefault(item.prepared.small.shape, []).append((item, item.prepared))
             else:
                 self._skip(item, str(item.prepared))
-                yield item.index
+                yield item.number
         for group in groups.values():
             for (item, prepared), masks in zip(group, self._predict(group), strict=True):
                 if masks is None:
-                    yield item.index
+                    yield item.number
                     continue
                 while writing and (len(writing) >= self._queue_size() or writing[0][1].done()):
                     yield self._finish(*writing.popleft())
-                future = writers.submit(self._write, item.index, prepared, masks)
+                future = writers.submit(self._write, item.number, prepared, masks)
                 writing.append((item._replace(prepared=None), future))
 
     def _predict(self, group: list[tuple[_Item, PreparedImage]]) -> list[Tensor | None]:
@@ -299,8 +298,8 @@ class _FolderJob:
         except Exception as error:
             self._skip_or_raise(item, error)
         else:
-            self.manifest.add(item.index, item.stamp, record)
-        return item.index
+            self.manifest.add(item.number, item.stamp, record)
+        return item.number
 
     def _skip_or_raise(self, item: _Item, error: Exception) -> None:
         """Skip an image if the error is specific to it: its size, or a name too long to extend."""
@@ -314,8 +313,8 @@ class _FolderJob:
             raise error
 
     def _skip(self, item: _Item, reason: str) -> None:
-        self.skipped[self.source.names[item.index]] = reason
-        self.manifest.add(item.index, item.stamp, {"skipped": reason})
+        self.skipped[self.source.names[item.number]] = reason
+        self.manifest.add(item.number, item.stamp, {"skipped": reason})
 
     def _report_skipped(self) -> None:
         if not self.skipped:
@@ -333,7 +332,7 @@ class _FolderJob:
     def _write_contact_sheet(self) -> None:
         order = sorted(self.sheet_rows)
         colors = previews.palette(self.config.num_leaf_regions)
-        columns: list[Caption] = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
+        columns: list[previews.Caption] = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
         captions = [escape_name(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
         rows = [self.sheet_rows[i] for i in order]
         save_image(previews.draw_image_grid(rows, columns, captions, cell=CONTACT_SHEET_CELL), self.contact_sheet)

@@ -159,8 +159,8 @@ def predict_tiled(predict: Callable[[Tensor], Tensor], small: np.ndarray, config
     """Predict masks [N, K, h, w] of resized images, uint8 [N, h, w, 3], whole or in overlapping tiles.
 
     A tile is at most four training resolutions wide and high. Where tiles overlap their masks are averaged with weights
-    that fall towards the edge of a tile; they still sum to 1. Mixture masks are never tiled, because their positions and
-    colours refer to whole images.
+    that fall towards the edge of a tile; they still sum to 1. Mixture masks are never tiled, because their positions
+    and colours refer to whole images.
 
     Args:
         predict: maps images [N, 3, h, w] in [-1, 1] to masks [N, K, h, w].

@@ -1,8 +1,8 @@
 """Segmentation of a video frame by frame, in memory that does not grow with its length.
 
-Regions are the model's own, so a region has the same number in every frame. What remains is flicker, which is reduced in
-two ways: all frames get the same noise (:func:`~factorkit.segdiff.task.add_noise`), and frames and masks are averaged over
-time where the image does not move.
+Regions are the model's own, so a region has the same number in every frame. What remains is flicker, which is reduced
+in two ways: all frames get the same noise (:func:`~factorkit.segdiff.task.add_noise`), and frames and masks are averaged
+over time where the image does not move.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class VideoSegments(NamedTuple):
 class Smoother:
     """A running average of frames and masks, ``s <- a s + (1 - a) x``, where the image does not move.
 
-    With d the difference of a frame and the running average, averaged over 5 x 5 pixels, and d^2 its mean square over the
-    channels, ``a = keep exp(-d^2 / 2 STILL_COLOUR_CHANGE^2)`` for each pixel: motion and cuts take effect at once. Frames
-    are averaged too, because the guided filter carries sensor noise into static masks.
+    With d the difference of a frame and the running average, averaged over 5 x 5 pixels, and d^2 its mean square over
+    the channels, ``a = keep exp(-d^2 / 2 STILL_COLOUR_CHANGE^2)`` for each pixel: motion and cuts take effect at once.
+    Frames are averaged too, because the guided filter carries sensor noise into static masks.
 
     Args:
         keep: in [0, 1); 0 does not smooth. A static average spans about 1 / (1 - keep) frames.

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorkit.data.datasets import Split, open_dataset
+from factorkit.data.datasets import open_dataset
 from factorkit.data.layouts import voc2012
 from factorkit.data.masks import LabelledImages, load_labelled
+from factorkit.data.sources import Source
 from factorkit.metrics.segmentation import fit_mapping, score_masks
 from factorkit.segdiff.class_labels import find_label
 from factorkit.segdiff.config import ResolvedSegdiffConfig
@@ -62,23 +63,24 @@ def score_zero_shot(
 
     Returns:
         A JSON-serialisable dictionary. ``classes``, by name: images, fitted_on, told (the condition), mapping (the
-        regions that are this class), acc, iou, and miou, the mean IoU of the object and of its complement, each averaged
-        over images; ``missing``: classes with too few images; acc, iou and miou: means over the scored classes; and
-        for a hierarchy ``level``, whose regions are mapped.
+        regions that are this class), acc, iou, and miou, the mean IoU of the object and of its complement, each
+        averaged over images; ``missing``: classes with too few images; acc, iou and miou: means over the scored
+        classes; and for a hierarchy ``level``, whose regions are mapped.
 
     Raises:
         ConfigError: an unknown split, or a label map that does not fit the data or the run.
         DataError: no masks, or no class can be scored.
     """
     dataset = open_dataset(data, holdout="none", mask_set=mask_set)
-    splits = {**dataset.splits, "all": Split(dataset.test_images, dataset.test_masks)}
+    splits: dict[str, tuple[Source | None, Source | None]]
+    splits = {name: (part.images, part.masks) for name, part in dataset.splits.items()}
+    splits["all"] = dataset.test_images, dataset.test_masks
     if split not in splits:
         raise ConfigError(f"split={split!r}: {dataset.name} has {', '.join(splits)}")
     scored = _load_split(splits[split], config)
     if scored is None:
         raise DataError(f"{dataset.name}: {split!r} has no masks to score with")
-    train = dataset.splits.get("train") if split not in ("train", "all") else None
-    fitted = None if train is None else _load_split(train, config)
+    fitted = _load_split(splits.get("train", (None, None)), config) if split not in ("train", "all") else None
     names = _class_names(dataset.layout, mask_set, scored)
     conditions = _find_conditions(config, names, label_map)
     classes, missing = {}, []
@@ -96,10 +98,11 @@ def score_zero_shot(
     return {"classes": classes, "missing": missing, "split": split, "data": dataset.name, **means, **level}
 
 
-def _load_split(split: Split, config: ResolvedSegdiffConfig) -> LabelledImages | None:
-    if split.images is None or split.masks is None or not len(split.masks):
+def _load_split(split: tuple[Source | None, Source | None], config: ResolvedSegdiffConfig) -> LabelledImages | None:
+    images, masks = split
+    if images is None or masks is None or not len(masks):
         return None
-    return load_labelled(split.images, split.masks, config.resolution, ignore_label=config.ignore)
+    return load_labelled(images, masks, config.resolution, ignore_label=config.ignore)
 
 
 def _class_names(layout: str | None, mask_set: str | None, scored: LabelledImages) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""Procedural rooms: images whose labels nest, the same ones again for the same seed."""
+"""Procedural rooms: nested labels, deterministic by seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped scene: its cameras are where they say, the same seed draws the same, half a turn is nearly a symmetry."""
+"""The procedural scene: correct poses, deterministic by seed, nearly symmetric under half a turn if requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images and videos without poses, and the real scenes where they are at hand."""
+"""Images and videos without poses, and real scenes if available."""
 
 from __future__ import annotations
 

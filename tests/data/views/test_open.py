@@ -1,4 +1,4 @@
-"""One scene written in every layout of files comes back as the same views."""
+"""One scene written in every file format is read as the same views."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views: what they refuse, resizing that keeps the camera, and other backgrounds."""
+"""Views: validation, resizing that preserves the camera, and other backgrounds."""
 
 from __future__ import annotations
 

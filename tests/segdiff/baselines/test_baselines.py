@@ -58,7 +58,7 @@ def test_train_supervised_learns_its_labels_and_reuses_a_finished_run(quadrants,
     assert np.array_equal(predict_classes(again, unseen), found)
     assert (tmp_path / "run" / "log.jsonl").read_text() == before
     for other in ((images[:, ::-1], given), (images, 1 - given.clip(0))):
-        with pytest.raises(CheckpointError, match="other data .*sha256"):
+        with pytest.raises(CheckpointError, match=r"other data .*sha256"):
             train_supervised(*other, 2, config, tmp_path / "run", progress=False)
     with pytest.raises(DataError, match="use 0 to 0"):
         train_supervised(images, given, 1, config, tmp_path / "other", progress=False)

@@ -29,7 +29,7 @@ def test_decompose_branches_weighted_by_masks_equal_the_estimate(stirred_run, pi
 def test_decompose_masks_equal_segment(stirred_run, pictures):
     run = stirred_run()
     x = pixels_to_signed(torch.from_numpy(pictures(2)))
-    x_t, t = add_noise(x, 30, run.schedule)
+    x_t, _t = add_noise(x, 30, run.schedule)
     apart = run.branches(pictures(2), t=30)
     torch.testing.assert_close(apart.masks, run.segment(pictures(2), t=30).masks)
     torch.testing.assert_close(apart.noisy, (x_t / 2 + 0.5).clamp(0, 1))

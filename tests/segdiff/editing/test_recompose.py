@@ -25,7 +25,8 @@ def parted(stirred_run, monkeypatch):
     """parted(**changes): a run whose masks say where things are: region 0 left, the last one right, soft between.
 
     A network that was never trained has an edge everywhere, so its logits get the picture's position added; brighter
-    pictures have their edge further to the right."""
+    pictures have their edge further to the right.
+    """
 
     def make(**changes):
         run = stirred_run(**changes)
@@ -100,7 +101,7 @@ def test_recompose_own_region_changes_more_at_higher_levels(parted, pictures):
     share = region_share(run.segment(pictures(2)).masks, 0)[:, 0]
     change = lambda done: (done.images - done.originals).abs().movedim(1, -1)[share == 1].mean()  # noqa: E731
     assert change(held) < 1e-6
-    assert 0 < change(run.recompose(pictures(2), 0, t=10, steps=6))
+    assert change(run.recompose(pictures(2), 0, t=10, steps=6)) > 0
     assert held.sources is None
 
 

@@ -137,7 +137,7 @@ def test_segment_video_animated_image_uses_its_frames(tmp_path, name):
 def test_segment_video_failure_leaves_no_file(run, tmp_path):
     (tmp_path / "noise.mp4").write_bytes(b"no video at all" * 100)
     out = tmp_path / "out.mp4"
-    with pytest.raises(DataError, match="noise.mp4: this video cannot be decoded"):
+    with pytest.raises(DataError, match=r"noise.mp4: this video cannot be decoded"):
         run.segment_video(tmp_path / "noise.mp4", out, progress=False)
     with pytest.raises(DataError, match="no such video"):
         run.segment_video(tmp_path / "none.mp4", out, progress=False)

@@ -1,4 +1,4 @@
-"""Files that contradict themselves: every refusal says where and what."""
+"""Inconsistent files are refused with a message that names the file and the problem."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from factorkit.data import load_labelled, open_dataset
 from factorkit.utils.errors import DataError
@@ -55,56 +54,3 @@ def test_voc_unknown_label_raises(voc, draw):
     dataset = open_dataset(voc)
     with pytest.raises(DataError, match=r"2007_000003.png: label 33 is not a label of this data set \(0 to 255\)"):
         load_labelled(dataset.test_images, dataset.test_masks, 12)
-
-
-@pytest.fixture
-def davis(tmp_path, draw, photo, text):
-    """Videos bear (2 frames, two objects) and judo (3) to train, camel (2) to score; eel is in no list."""
-    root = tmp_path / "DAVIS"
-    for video, frames in {"bear": 2, "judo": 3, "camel": 2, "eel": 1}.items():
-        for i in range(frames):
-            photo(root / f"JPEGImages/480p/{video}/{i:05d}.jpg", 10 * frames + i)
-            values = np.zeros((12, 16))
-            values[:, :4], values[:, 4:8] = 1, 2
-            draw(root / f"Annotations/480p/{video}/{i:05d}.png", values, palette=True)
-    text(root / "ImageSets/2017/train.txt", "judo", "bear")
-    text(root / "ImageSets/2017/val.txt", "camel")
-    return root
-
-
-def test_davis_splits_keep_videos(davis, grey):
-    dataset = open_dataset(davis)
-    assert dataset.layout == "davis-2017" and dataset.test_images.names == ["camel/00000.jpg", "camel/00001.jpg"]
-    train = dataset.splits["train"]
-    assert {clip: rows.tolist() for clip, rows in train.videos.items()} == {"judo": [0, 1, 2], "bear": [3, 4]}
-    assert set(dataset.splits["val"].videos) == {"camel"}
-    assert grey(train.images.subset(train.videos["bear"])) == [20, 21], "a video's frames, in order"
-    labels = load_labelled(train.images, train.masks, 12).labels
-    assert labels.shape == (5, 12, 12) and set(np.unique(labels)) == {0, 1, 2}
-
-
-def test_davis_missing_video_raises(davis, text):
-    text(davis / "ImageSets/2017/val.txt", "camel", "zebra")
-    with pytest.raises(DataError, match="val.txt lists zebra"):
-        open_dataset(davis)
-
-
-def test_ecssd_masks_are_binary(tmp_path, draw, photo):
-    root = tmp_path / "ECSSD"
-    for i in range(1, 11):
-        photo(root / f"images/{i:04d}.jpg", 20 * i)
-        values = np.zeros((12, 16))
-        values[:6] = 255
-        draw(root / f"ground_truth_mask/{i:04d}.png", values)
-    dataset = open_dataset(root)
-    assert dataset.layout == "ecssd" and len(dataset.test_images) == 2 and len(dataset.train) == 8
-    assert not dataset.splits
-    foreground = load_labelled(dataset.test_images, dataset.test_masks, 12).foreground
-    assert foreground[:, :6].all() and not foreground[:, 6:].any()
-    for path in (root / "ground_truth_mask").iterdir():
-        Image.open(path).convert("1").save(path)
-    assert (load_labelled(dataset.test_images, dataset.test_masks, 12).foreground == foreground).all()
-    for path in (root / "ground_truth_mask").iterdir():
-        path.unlink()
-    with pytest.raises(DataError, match="no image has a mask of its name"):
-        open_dataset(root)

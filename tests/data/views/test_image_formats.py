@@ -1,4 +1,4 @@
-"""What image files hold beside plain 8-bit pixels: an orientation, more bits, and what cameras say of them."""
+"""Image files with an EXIF orientation, more than 8 bits, and cameras given by angles."""
 
 from __future__ import annotations
 

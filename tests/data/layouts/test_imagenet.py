@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 
-from factorkit.data import load_labelled, open_dataset, prepare
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.data import load_labelled, open_dataset
+from factorkit.utils.errors import DataError
 
 TENCH, GOLDFISH, OSTRICH = "n01440764", "n01443537", "n01518878"
 
@@ -84,55 +82,3 @@ def test_pixel_imagenet_unrelated_masks_raise(imagenet, draw):
     draw(imagenet / f"pixel-imagenet/{TENCH}/{TENCH}_77.png", np.ones((4, 4)))
     with pytest.raises(DataError, match="none of its 1 masks has an image"):
         open_dataset(imagenet)
-
-
-@pytest.mark.parametrize("size", ["images1024x1024", "thumbnails128x128"])
-def test_ffhq_either_resolution_has_official_split(tmp_path, photo, size):
-    root = tmp_path / "ffhq"
-    for number in (0, 1, 59999, 60000):
-        photo(root / f"{size}/{number // 1000 * 1000:05d}/{number:05d}.png", number % 200, (8, 8))
-    dataset = open_dataset(root)
-    assert dataset.layout == "ffhq" and dataset.train.names == ["00000/00000.png", "00000/00001.png", "59000/59999.png"]
-    assert dataset.splits["val"].images.names == ["60000/60000.png"] and dataset.notes == (f"read from {size}",)
-    assert len(open_dataset(root, holdout="none").train) == 4 and dataset.test_images is None
-    photo(root / f"{size}/readme.png")
-    with pytest.raises(DataError, match="expected 00000/00000.png"):
-        open_dataset(root)
-
-
-@pytest.fixture
-def shapes(tmp_path):
-    h5py = pytest.importorskip("h5py")
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
-    labels = np.zeros((8, 6))
-    labels[:, 4], labels[:, 5] = np.arange(8) % 4, -30.0
-    with h5py.File(tmp_path / "3dshapes.h5", "w") as file:
-        file["images"], file["labels"] = images, labels
-    return tmp_path / "3dshapes.h5", images
-
-
-def test_3d_shapes_file_gives_images_and_classes(shapes):
-    path, images = shapes
-    for data in (path, path.parent):
-        dataset = open_dataset(data)
-        assert dataset.layout == "3d-shapes" and dataset.labels.tolist() == [0, 1, 2, 3] * 2
-    assert dataset.class_names == ["shape 0", "shape 1", "shape 2", "shape 3"] and dataset.test_images is None
-    prepared = prepare(dataset.train, 64, workers=4, progress=False)
-    np.testing.assert_array_equal(prepared.images, images)
-
-
-def test_3d_shapes_damaged_file_raises(shapes, monkeypatch):
-    h5py = pytest.importorskip("h5py")
-    path, images = shapes
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="3dshapes.h5: not an HDF5 file"):
-        open_dataset(path)
-    with h5py.File(path, "w") as file:
-        file["images"], file["labels"] = images.astype(np.float32), np.zeros((8, 6))
-    with pytest.raises(DataError, match=r"images float32 \[8, 64, 64, 3\]"):
-        open_dataset(path)
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ConfigError, match=r"3dshapes.h5 needs h5py: pip install 'factorkit\[layouts\]'"):
-        open_dataset(path)

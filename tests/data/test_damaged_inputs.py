@@ -1,4 +1,4 @@
-"""Data that somebody made to do harm, or that time and disks have damaged."""
+"""Malicious and damaged data: refused or skipped with a clear message."""
 
 from __future__ import annotations
 
