@@ -6,6 +6,16 @@ from pathlib import Path
 
 import pytest
 
+# Compiling, interpreting kernels and whole experiments: nearly every test here takes seconds.
+SLOW_FOLDERS = ("benchmarks", "csrc", "kernels", "reproduce")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark every test of the slow folders."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in SLOW_FOLDERS:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture
 def real_data():

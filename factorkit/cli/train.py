@@ -327,7 +327,7 @@ def _settings(options: Any, config: type[EngineConfig]) -> dict[str, Any]:
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(config)}
 
 
-class Interrupted(FactorkitError):
+class TrainingInterruptedError(FactorkitError):
     """A training was stopped from outside. The message says what is saved."""
 
     def __init__(self, exit_code: int, message: str) -> None:
@@ -344,7 +344,8 @@ def report_interruption(folder: Path) -> Iterator[None]:
         saved = f"a checkpoint is saved in {folder}; the same command resumes from it"
         if not any(folder.rglob("step_*.safetensors")):
             saved = "nothing was saved yet"
-        raise Interrupted(int(stop.code or 0) if isinstance(stop, SystemExit) else 130, f"stopped: {saved}") from None
+        exit_code = int(stop.code or 0) if isinstance(stop, SystemExit) else 130
+        raise TrainingInterruptedError(exit_code, f"stopped: {saved}") from None
 
 
 def read_failures(folder: Path) -> list[str]:

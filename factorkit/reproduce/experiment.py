@@ -23,7 +23,7 @@ SHARED_TRAINING_DURATION = {
 }
 
 
-class CellUnavailable(FactorkitError):
+class CellUnavailableError(FactorkitError):
     """A cell cannot be computed here. The message gives the reason and the remedy; the other cells are computed."""
 
 
@@ -131,7 +131,7 @@ class Row:
 
     Attributes:
         name: as printed, and in file names.
-        compute: the result for a seed; raises :class:`CellUnavailable` if this machine cannot compute it.
+        compute: the result for a seed; raises :class:`CellUnavailableError` if this machine cannot compute it.
         max_seeds: 1 if nothing is random; None for as many seeds as requested.
     """
 

@@ -16,7 +16,7 @@ from factorkit.utils.errors import DataError
 MAX_READ_FILES = 20_000  # of more files only the names and sizes count
 BLOCK_BYTES = 2**15  # read at each end of a file: all of most masks
 SAMPLED_BLOCKS = 64  # read in between, where a change may leave both ends as they were
-COMPRESSED = frozenset(".jpg .jpeg .png .webp".split())  # here a change moves or alters the end
+COMPRESSED = frozenset((".jpg", ".jpeg", ".png", ".webp"))  # here a change moves or alters the end
 
 
 def fingerprint(data: Path | None, inputs: Mapping[str, Path] | None = None, out: Path | None = None) -> Any:

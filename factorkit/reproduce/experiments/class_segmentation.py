@@ -18,7 +18,7 @@ from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import (
     SHARED_TRAINING_DURATION,
     CellResult,
-    CellUnavailable,
+    CellUnavailableError,
     Citation,
     Experiment,
     Row,
@@ -83,12 +83,14 @@ def load_class_labels(trainings: Trainings) -> ClassLabels:
     """Load the labelled images. Their classes are the values of the masks in order, without the ignored one.
 
     Raises:
-        CellUnavailable: no masks, or more values than can be matched to classes.
+        CellUnavailableError: no masks, or more values than can be matched to classes.
     """
     held_out = trainings.labelled()
     values = np.unique(held_out.labelled.labels[held_out.labelled.valid])
     if len(values) > MAX_REGIONS:
-        raise CellUnavailable(f"the masks hold {len(values)} values; at most {MAX_REGIONS} can be matched as classes")
+        raise CellUnavailableError(
+            f"the masks hold {len(values)} values; at most {MAX_REGIONS} can be matched as classes"
+        )
     return ClassLabels(held_out, _number(held_out.labelled.labels, held_out.labelled.valid, values), len(values))
 
 
@@ -121,7 +123,7 @@ def fit_clusters(trainings: Trainings, run: SegdiffRun, seed: int) -> DatasetDDP
     """Fit clusters of a plain DDPM's features on unlabelled training images.
 
     Raises:
-        CellUnavailable: scikit-learn is not installed.
+        CellUnavailableError: scikit-learn is not installed.
     """
     source, progress = trainings.labelled().dataset.train, trainings.setup.progress
     images = prepare(source, run.config.resolution, progress=progress).images
@@ -129,7 +131,7 @@ def fit_clusters(trainings: Trainings, run: SegdiffRun, seed: int) -> DatasetDDP
     try:
         return DatasetDDPM(run, np.array(images[rows]), NUM_CLUSTERS, seed)
     except ConfigError as error:
-        raise CellUnavailable(str(error)) from error
+        raise CellUnavailableError(str(error)) from error
 
 
 def choose_our_regions(trainings: Trainings) -> int | tuple[int, ...]:

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from factorkit.reproduce.experiment import SHARED_TRAINING_DURATION, CellResult, CellUnavailable, Experiment, Row
+from factorkit.reproduce.experiment import SHARED_TRAINING_DURATION, CellResult, CellUnavailableError, Experiment, Row
 from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.editing.grids import branches_sheet, interpolation_sheet
 from factorkit.segdiff.hierarchy import hard_labels
@@ -45,7 +45,7 @@ def draw_classes(trainings: Trainings, seed: int) -> Image.Image:
     try:
         run = trainings.train("classes", seed, classes=True)
     except (ConfigError, DataError) as error:
-        raise CellUnavailable(f"the images must have classes: {error}") from error
+        raise CellUnavailableError(f"the images must have classes: {error}") from error
     steps = min(STEPS, run.config.timesteps)
     generation = run.generate(16, steps=steps, seed=seed, classes="all", guidance=2.0)
     return draw_generation_grid(

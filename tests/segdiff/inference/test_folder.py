@@ -220,6 +220,7 @@ def test_segment_folder_locked_folder_raises(run, photos, tmp_path):
         quiet(run, photos(1), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_segment_folder_large_folder_bounds_memory(run, photos, tmp_path, monkeypatch):
     """Reading runs ahead of slow writing only so far, and less far for large pictures."""
     folder = photos(40)
