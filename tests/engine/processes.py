@@ -2,9 +2,9 @@
 
 python processes.py FOLDER leaves the runs ``<name>_<processes>`` there; ``stopped``: two processes of which one gets
 SIGTERM; ``aside``: two, in shards, of which the first draws a preview until the second is two steps further;
-``spoilt``: two of which the first cannot draw a preview; ``restarted``: two of which one gets SIGKILL, under torchrun's agent;
-``grown``: one, and then four; ``resharded``: two in shards, one, and two in shards. The processes are forks of this
-one, which has imported torch but never used it.
+``spoilt``: two of which the first cannot draw a preview; ``restarted``: two of which one gets SIGKILL, under torchrun's
+agent; ``grown``: one, and then four; ``resharded``: two in shards, one, and two in shards. The processes are forks
+of this one, which has imported torch but never used it.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def full(folder: Path, rank: int) -> None:
         raise OSError(28, "No space left on device", "here")
 
     if rank == 1:
-        segment_folder.write_picture = write
+        segment_folder.write_image_files = write
     run_command(
         ["segment", str(folder / "segdiff"), str(folder / "images"), "--out", str(folder / "lost")],
         folder / f"lost.{rank}.txt",

@@ -12,17 +12,22 @@ from pathlib import Path
 import pytest
 
 import factorkit
-from factorkit.engine.run_folder import claim, claimed, copy_folder, locked, read_object, read_settings, write_json
+from factorkit.engine.run_folder import claimed, copy_folder, locked, read_object, read_settings, write_json
 from factorkit.utils.errors import CheckpointError
 
 SETTINGS = {"model": "toy", "steps": 10, "model_channels": 8, "channel_mult": [1, 2]}
 RESUMABLE = frozenset({"steps"})
 
 
+def claim(folder: Path, settings: dict, resumable: frozenset, complete=None) -> None:
+    with claimed(folder, settings, resumable, complete=complete):
+        pass
+
+
 def test_claim_new_folder_is_created(tmp_path):
     claim(tmp_path / "deep" / "größe", SETTINGS, RESUMABLE)
     assert read_settings(tmp_path / "deep" / "größe") == SETTINGS
-    assert [p.name for p in (tmp_path / "deep" / "größe").iterdir()] == ["config.json"]
+    assert [p.name for p in sorted((tmp_path / "deep" / "größe").iterdir())] == [".lock", "config.json"]
 
 
 def test_claim_same_settings_are_accepted(tmp_path):
@@ -115,7 +120,7 @@ def test_claim_read_only_folder_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(CheckpointError, match=r"could not write .*config\.json.*Read-only.*out="):
         claim(tmp_path, SETTINGS, RESUMABLE)
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
 
 
 def test_write_json_failed_write_keeps_the_old_file(tmp_path, monkeypatch):

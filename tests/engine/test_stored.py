@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import factorkit
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.engine.migration import migrate_settings, register_renamed_settings
+from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.segdiff.config import SegdiffConfig
 from factorkit.utils.errors import CheckpointError
 
 STORED = Path(__file__).with_name("stored")
@@ -71,3 +74,13 @@ def test_migrate_settings_removed_setting_is_refused_unless_it_computes_the_same
     assert migrate_settings({"model": "test", "width": "wide", "looks": 1}, "") == {"model": "test", "channels": 64}
     with pytest.raises(CheckpointError, match=r"^a/config.json was written with looks=2 .* only supports looks=1"):
         migrate_settings({"model": "test", "looks": 2}, "a/config.json")
+
+
+@pytest.mark.parametrize(("name", "config"), [("segdiff", SegdiffConfig), ("nerfdiff", NerfdiffConfig)])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_migrate_settings_stored_files_have_only_settings_of_today(name, config, version):
+    meta = read_checkpoint(STORED / f"{name}_{version}.safetensors")[1]
+    fields = {field.name for field in dataclasses.fields(config)}
+    assert set(meta) - fields - {"model", "step", "scene"} == set()
+    settings = {k: v for k, v in meta.items() if k in fields}
+    assert config.from_dict(settings).to_dict().items() >= settings.items()
