@@ -57,7 +57,7 @@ NERFDIFF = {
 HALF_STEPS = 4  # of the flip test
 
 
-def without_sheets() -> None:
+def without_previews() -> None:
     """Take the sheets and the report from all trainings of this process; every other look finds no alarm."""
 
     def inspect(task, model, step, folder):
@@ -93,7 +93,7 @@ def noise_views() -> Views:
 
 def train(model: str, out: Path, data: Any = None, **changes: Any) -> None:
     """Train a tiny model of a kind, without sheets."""
-    without_sheets()
+    without_previews()
     if model == "segdiff":
         train_segdiff(noise_images() if data is None else data, out=out, **SEGDIFF | changes)
     else:
