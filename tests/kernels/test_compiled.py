@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="the kernels' tests need triton: pip instal
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets in this process and compiles nothing", allow_module_level=True)
 
-from ahead_of_time import compile_all, recorded  # noqa: E402
-from preset_launches import training_step  # noqa: E402
+from ahead_of_time import compile_all, recorded
+from preset_launches import training_step
 
 #: kernels whose loads of features must be 128 bits wide; the others read small tensors
 WIDE = {

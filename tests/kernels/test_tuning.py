@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels' tests need triton: pip install -e '.[test]' on Linux")
 
-from factorkit.kernels import tiles, tuning  # noqa: E402
+from factorkit.kernels import tiles, tuning
 
 
 class Kernel:

@@ -307,8 +307,8 @@ def test_what_does_not_fit_is_named():
         ops.group_norm_silu(x, w, w, groups=2, norm="batch")
     with pytest.raises(ValueError, match="B\\*K = 4"):
         ops.group_norm_silu(x, w, w, groups=2, norm="masked_group", masks=torch.zeros(1, 3, 3, 3))
+    u, skip, masks, w = torch.zeros(3, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.zeros(2, 4, 2, 2), torch.ones(2)
     with pytest.raises(ValueError, match="3 rows"):
-        u, skip, masks, w = torch.zeros(3, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.zeros(2, 4, 2, 2), torch.ones(2)
         ops.masked_skip_norm_silu(u, skip, masks, w, w, groups=1)
     with pytest.raises(ValueError, match="halved"):
         ops.mask_pyramid(torch.zeros(1, 2, 6, 6), 2)
