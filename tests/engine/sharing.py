@@ -69,7 +69,7 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
 
 
 def run_command(arguments: list[str], printed: Path) -> None:
-    """A command line, and what this process says of it."""
+    """Run a command line and write its output to a file."""
     with open(printed, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(sys.stderr):
         code = command_line([*arguments, "--device", "cpu", "--json"])
     if code:
