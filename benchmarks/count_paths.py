@@ -90,6 +90,8 @@ class FirstStepError(Exception):
 
 def until_first_step(train: Callable[[], object]) -> Callable[[], None]:
     def step(*args, **kwargs):
+        sys.setprofile(None)
+        threading.setprofile(None)
         raise FirstStepError
 
     def run() -> None:

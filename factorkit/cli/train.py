@@ -116,7 +116,7 @@ class TrainSegdiff(Command):
             dataset = open_dataset(self.data, holdout=settings["holdout"], mask_set=settings["mask_set"])
             classes = find_classes(self.classes, dataset, dataset.train.names)
             data = {"images": len(dataset.train), "held_out": len(dataset.test_images or ())}
-        data |= estimate(self.data, preset=self.preset, known=classes, **settings)
+        data |= estimate(self.data, preset=self.preset, classes=classes, **settings)
         lines = [
             f"model   {data['parameters'] / 1e6:.2f} M parameters (preset {data['preset']})",
             f"memory  {data['memory_gib']:.2f} GiB with {data['trial_images']} images at once, on {data['device']}",
@@ -206,9 +206,9 @@ class ChooseRegions(Command):
     """Recommend a number of regions for a set of images, without labels.
 
     For every candidate K and seed, a spatial mixture model of colours is trained for seconds and judged on held-out
-    images by the noise that it cannot tell from image content. The recommended K is the smallest one after which the
-    next K lowers that error by less than --min-improvement. It counts what lies at much the same place in all images,
-    whatever its colours.
+    images by the share of noise that it cannot separate from the image. The recommended K is the smallest one after
+    which the next K lowers that error by less than --min-improvement. It counts things that have much the same position
+    in all images, whatever their colours.
 
     OUT receives choice.json, regions.png (images and their regions, one row per candidate) and the trainings. The same
     command again trains only what is not finished; candidates, seeds and steps may be added.
@@ -240,7 +240,7 @@ class ChooseRegions(Command):
     """Where to train. auto uses a GPU if there is one."""
 
     def execute(self) -> Result:
-        from factorkit.segdiff.choose_regions import SHEET, choose_regions
+        from factorkit.segdiff.choose_regions import GRID_FILE, choose_regions
 
         with report_interruption(self.out):
             choice = choose_regions(
@@ -255,8 +255,13 @@ class ChooseRegions(Command):
                 holdout=parse_holdout(self.holdout),
                 device=self.device,
             )
-        image = self.out / SHEET
-        data = {"regions": choice.regions, "errors": choice.errors, "falls": choice.falls, "reason": choice.reason}
+        image = self.out / GRID_FILE
+        data = {
+            "regions": choice.regions,
+            "errors": choice.errors,
+            "improvements": choice.improvements,
+            "reason": choice.reason,
+        }
         text = f"{choice.table()}\n\n{choice.reason}\nregions  {choice.regions}\nimage    {image}"
         return {**data, "out": str(self.out), "image": str(image)}, text
 
@@ -322,7 +327,7 @@ def _settings(options: Any, config: type[EngineConfig]) -> dict[str, Any]:
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(config)}
 
 
-class Interrupted(FactorkitError):
+class TrainingInterruptedError(FactorkitError):
     """A training was stopped from outside. The message says what is saved."""
 
     def __init__(self, exit_code: int, message: str) -> None:
@@ -339,7 +344,8 @@ def report_interruption(folder: Path) -> Iterator[None]:
         saved = f"a checkpoint is saved in {folder}; the same command resumes from it"
         if not any(folder.rglob("step_*.safetensors")):
             saved = "nothing was saved yet"
-        raise Interrupted(int(stop.code or 0) if isinstance(stop, SystemExit) else 130, f"stopped: {saved}") from None
+        exit_code = int(stop.code or 0) if isinstance(stop, SystemExit) else 130
+        raise TrainingInterruptedError(exit_code, f"stopped: {saved}") from None
 
 
 def read_failures(folder: Path) -> list[str]:

@@ -18,7 +18,6 @@ class RunLog:
     Opening creates the folder. Each event has reached the operating system when :meth:`event` returns.
 
     Args:
-        folder: the run folder.
         tensorboard: also write every number of events with a step to ``folder/tensorboard``. Without the package
             tensorboard, a warning is issued instead.
     """

@@ -32,10 +32,6 @@ class Previews:
     """Run ``task.inspect`` into ``folder``, one step at a time.
 
     Args:
-        task: what is trained.
-        config: training settings.
-        folder: where sample grids are written.
-        device: device of the model.
         background: use a thread; otherwise :meth:`start` returns when the preview is finished.
     """
 

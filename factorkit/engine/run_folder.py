@@ -27,28 +27,10 @@ WEIGHTS = {"average": "ema.module.", "last": "model."}  # prefixes of tensors in
 Completion = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def claim(
-    folder: Path, settings: dict[str, Any], resumable: frozenset[str], complete: Completion | None = None
-) -> None:
-    """Make ``folder`` the run of these settings, or check that it already is.
-
-    Args:
-        folder: the run folder.
-        settings: everything that defines the run, JSON-able.
-        resumable: settings that may differ from those of the run in the folder.
-        complete: applied to the settings in the folder, which may be of an older version.
-
-    Raises:
-        CheckpointError: the folder holds another run (the message names the differing settings) or other files.
-    """
-    check_claim(folder, settings, resumable, complete)
-    write_json(folder / CONFIG, settings)
-
-
 def check_claim(
     folder: Path, settings: dict[str, Any], resumable: frozenset[str], complete: Completion | None = None
 ) -> None:
-    """Raise the errors of :func:`claim` without writing anything."""
+    """Raise the errors of :func:`claimed` without writing anything."""
     path = folder / CONFIG
     if path.exists():
         old = read_settings(folder)
@@ -86,24 +68,32 @@ def claimed(
     doing: str = "training in",
     complete: Completion | None = None,
 ) -> Iterator[None]:
-    """Call :func:`claim` and lock the folder during the block; an error leaves the folder unchanged."""
+    """Make ``folder`` the run of these settings, or check that it already is, and lock it during the block.
+
+    Args:
+        settings: everything that defines the run, JSON-able.
+        resumable: settings that may differ from those of the run in the folder.
+        doing: what the lock protects, for the message.
+        complete: applied to the settings in the folder, which may be of an older version.
+
+    Raises:
+        CheckpointError: the folder holds another run (the message names the differing settings) or other files, or is
+            locked. The folder is unchanged then.
+    """
     check_claim(folder, settings, resumable, complete)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error) from error
     with locked(folder, doing):
-        claim(folder, settings, resumable, complete)
+        check_claim(folder, settings, resumable, complete)
+        write_json(folder / CONFIG, settings)
         yield
 
 
 @contextmanager
 def locked(folder: Path, doing: str = "training in") -> Iterator[None]:
     """Lock ``folder`` against other processes of this machine during the block; a kill releases the lock.
-
-    Args:
-        folder: the run folder.
-        doing: what the lock protects, for the message.
 
     Raises:
         CheckpointError: another process has the lock, or the folder cannot be written.
@@ -214,10 +204,7 @@ def read_weights(path: Path, model: str, weights: str | float = "average") -> tu
 def check_plausible(path: Path, weights: Mapping[str, Tensor], **numbers: int) -> None:
     """Refuse implausible sizes before a model is built, which might take unbounded memory or time.
 
-    Args:
-        path: named in the message.
-        weights: tensors of the model.
-        numbers: counts of layers, channels and the like.
+    ``numbers`` are counts of layers, channels and the like.
 
     Raises:
         CheckpointError: a number exceeds both the number of weights and their longest side, or there are no weights.

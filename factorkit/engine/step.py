@@ -110,12 +110,7 @@ class TrainingStep:
     """Callable that takes one optimiser step, updates the averages and adds to the meter.
 
     Args:
-        task: what is trained.
         optimizer: from :func:`make_optimizer`.
-        averages: moving averages to update.
-        meter: accumulates the losses.
-        config: training settings.
-        device: device of the model.
         synchronised: average gradients over all processes. This excludes a CUDA graph.
         sharded: the task's :class:`Objective` if its weights are sharded.
     """

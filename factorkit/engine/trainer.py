@@ -72,12 +72,7 @@ class Trainer:
     """Trains ``task`` in a run folder until ``config.steps``, resuming from the newest checkpoint there.
 
     Args:
-        task: what is trained.
-        config: training settings.
-        folder: the run folder.
         meta: JSON-able facts stored with every checkpoint: the whole configuration, and what the model is.
-        device: device to train on.
-        progress: show a progress bar.
         stop_at: end with a checkpoint at this step; schedules still use ``config.steps``.
         report: writes the report of a run folder; None writes none.
     """

@@ -136,7 +136,9 @@ class _StageTimer(Training):
         config, start = self.config.stage(name, **changes), time.perf_counter()
         task = build_task(config)
         preparation = time.perf_counter() - start
-        seconds = Trainer(task, config, self.folder, {}, device=self.device, progress=False).trial(TIMED_STEPS)
+        seconds = Trainer(task, config, self.folder, {}, device=self.device, progress=False).measure_step_seconds(
+            TIMED_STEPS
+        )
         views_per_second = config.batch_size / seconds
         if isinstance(task, SearchTask):
             start = time.perf_counter()

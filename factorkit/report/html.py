@@ -247,7 +247,7 @@ def _score_line(name: str, values: Record, kind: str) -> str:
         cells = f"<td colspan=4 class=missing>{_text(values['unavailable'])}</td>"
     else:
         share = min(max(values["iou"], 0), 1) if is_number(values.get("iou")) else 0
-        cells = "".join(f"<td>{format_number(values.get(key)) or '–'}</td>" for key, _ in _SCORES)
+        cells = "".join(f"<td>{format_number(values.get(key)) or '&ndash;'}</td>" for key, _ in _SCORES)
         cells += f"<td class=bar><i style='width:{share:.1%}'></i></td>"
     return f"<tr class='{kind}'><th>{_text(name)}</th>{cells}</tr>"
 

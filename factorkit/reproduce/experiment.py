@@ -23,7 +23,7 @@ SHARED_TRAINING_DURATION = {
 }
 
 
-class CellUnavailable(FactorkitError):
+class CellUnavailableError(FactorkitError):
     """A cell cannot be computed here. The message gives the reason and the remedy; the other cells are computed."""
 
 
@@ -35,10 +35,10 @@ class Setup:
         name: of the experiment.
         data: what is trained on and scored; None for the procedural data of the package.
         scale: one of :data:`SCALES`.
-        out: folder of all experiments; a training that two of them need lies there once.
+        out: folder of all experiments; a training that two of them need is stored there once.
         device: where to train.
         progress: whether to report progress.
-        options: how the data are read, ``ignore`` and ``holdout``, if given.
+        options: how to read the data: ``ignore`` and ``holdout``, unless None.
         changes: settings of all trainings, which override those of the scale.
         fingerprint: of the data (:mod:`factorkit.reproduce.fingerprint`) as JSON, a key for what is kept in memory.
         inputs: further data by name, such as ``video``.
@@ -131,7 +131,7 @@ class Row:
 
     Attributes:
         name: as printed, and in file names.
-        compute: the result for a seed; raises :class:`CellUnavailable` if this machine cannot compute it.
+        compute: the result for a seed; raises :class:`CellUnavailableError` if this machine cannot compute it.
         max_seeds: 1 if nothing is random; None for as many seeds as requested.
     """
 

@@ -16,7 +16,7 @@ from factorkit.utils.errors import DataError
 MAX_READ_FILES = 20_000  # of more files only the names and sizes count
 BLOCK_BYTES = 2**15  # read at each end of a file: all of most masks
 SAMPLED_BLOCKS = 64  # read in between, where a change may leave both ends as they were
-COMPRESSED = frozenset(".jpg .jpeg .png .webp".split())  # here a change moves or alters the end
+COMPRESSED = frozenset((".jpg", ".jpeg", ".png", ".webp"))  # here a change moves or alters the end
 
 
 def fingerprint(data: Path | None, inputs: Mapping[str, Path] | None = None, out: Path | None = None) -> Any:
@@ -39,14 +39,14 @@ def fingerprint(data: Path | None, inputs: Mapping[str, Path] | None = None, out
     return own | {key: _fingerprint(path, out) for key, path in inputs.items()}
 
 
-def _fingerprint(given: Path, out: Path | None) -> dict[str, Any]:
-    path = given.expanduser().resolve()
+def _fingerprint(data: Path, out: Path | None) -> dict[str, Any]:
+    path = data.expanduser().resolve()
     if not path.exists():
         raise DataError(
-            f"{escape_name(str(given))}: no such file or folder (looked in {Path.cwd()}). Check the spelling."
+            f"{escape_name(str(data))}: no such file or folder (looked in {Path.cwd()}). Check the spelling."
         )
     content, total = hashlib.sha256(), 0
-    with wrap_os_errors(path, "so its data cannot be told from others. Mend its permissions."):
+    with wrap_os_errors(path, "so its data cannot be identified. Fix its permissions."):
         files = sorted(_list_files(path, out)) if path.is_dir() else [""]
         step = max(1, -(-len(files) // MAX_READ_FILES))
         for number, name in enumerate(files):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from factorkit.metrics import frechet
-from factorkit.reproduce.experiment import CellUnavailable, Column
+from factorkit.reproduce.experiment import CellUnavailableError, Column
 from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.segdiff.run import Generation, SegdiffRun
@@ -45,13 +45,13 @@ def fid(trainings: Trainings, run: SegdiffRun, images: Tensor) -> float:
     """Return the FID of images [N, 3, R, R] to as many training images.
 
     Raises:
-        CellUnavailable: torch-fidelity or its weights are missing; the message names the file.
+        CellUnavailableError: torch-fidelity or its weights are missing; the message names the file.
     """
     real = pixels_to_images(trainings.training_pixels(run.config, len(images)))
     try:
         return frechet.compute_fid(real, images[: len(real)], run.device)
     except ConfigError as error:
-        raise CellUnavailable(str(error)) from error
+        raise CellUnavailableError(str(error)) from error
 
 
 def count_multiply_adds(config: SegdiffConfig) -> int:

@@ -14,7 +14,7 @@ from factorkit.data.views.views import Views
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.train import NUM_PROCEDURAL_VIEWS, train_nerfdiff
-from factorkit.reproduce.experiment import CellResult, CellUnavailable, Column, Setup, percent
+from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Column, Setup, percent
 
 RESOLUTIONS = {"small": 32, "gpu": 64, "full": None}  # pixels; None for the thesis' own
 HELD_OUT_VIEWS = 20  # of the procedural scene
@@ -48,12 +48,12 @@ def open_posed_views(setup: Setup) -> tuple[Views, Views]:
     """Open the training views and the held-out views at the resolution of the scale.
 
     Raises:
-        CellUnavailable: the views have no poses, so that nothing can be scored.
+        CellUnavailableError: the views have no poses, so that nothing can be scored.
     """
     size = setup.changes.get("resolution", RESOLUTIONS[setup.scale])
     views = _open_views(setup.data, setup.fingerprint, size)
     if any(part.poses is None for part in views):
-        raise CellUnavailable("the views have no poses, so nothing can be scored; give a scene that has them")
+        raise CellUnavailableError("the views have no poses, so nothing can be scored; give a scene that has them")
     return views
 
 

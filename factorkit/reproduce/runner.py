@@ -19,7 +19,7 @@ import factorkit
 from factorkit.engine.config import to_python
 from factorkit.engine.run_folder import claimed, read_object, write_json
 from factorkit.reproduce import experiments
-from factorkit.reproduce.experiment import SCALES, CellResult, CellUnavailable, Experiment, Row, Setup, file_name
+from factorkit.reproduce.experiment import SCALES, CellResult, CellUnavailableError, Experiment, Row, Setup, file_name
 from factorkit.reproduce.fingerprint import fingerprint
 from factorkit.reproduce.table import format_markdown, format_text, make_table
 from factorkit.utils.atomic import replacing
@@ -178,7 +178,7 @@ def _compute(experiment: Experiment, setup: Setup, rows: list[Row], seeds: int, 
         start = time.perf_counter()
         try:
             result = row.compute(seed)
-        except CellUnavailable as reason:
+        except CellUnavailableError as reason:
             cells.missing[row.name, seed] = str(reason)
             warnings.warn(f"{row.name}, seed {seed}, is left out: {reason}", stacklevel=4)
             continue

@@ -15,9 +15,9 @@ from factorkit.data.datasets import Dataset, make_procedural_dataset, open_datas
 from factorkit.data.masks import LabelledImages, load_labelled
 from factorkit.data.prepare import prepare
 from factorkit.metrics.segmentation import evaluate_masks, score_masks
-from factorkit.reproduce.experiment import CellResult, CellUnavailable, Setup, percent
+from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Setup, percent
 from factorkit.segdiff.config import PRESETS, SegdiffConfig, preset_config
-from factorkit.segdiff.evaluate import foreground_scores
+from factorkit.segdiff.evaluate import score_foreground_regions
 from factorkit.segdiff.hierarchy import hard_labels, level_labels
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import predict_masks
@@ -96,7 +96,7 @@ class Trainings:
         """Load the labelled images, which are kept out of training.
 
         Raises:
-            CellUnavailable: the data have no masks.
+            CellUnavailableError: the data have no masks.
         """
         config = self.config(**changes)
         options = (config.resolution, config.holdout, config.mask_set, config.ignore, config.num_fit_images)
@@ -142,7 +142,7 @@ def _load_labelled(
     else:
         dataset = open_dataset(data, holdout=holdout, mask_set=mask_set)
     if dataset.test_images is None or dataset.test_masks is None:
-        raise CellUnavailable(f"{dataset.name} has no masks to score with; give a folder with images/ and masks/")
+        raise CellUnavailableError(f"{dataset.name} has no masks to score with; give a folder with images/ and masks/")
     labelled = load_labelled(dataset.test_images, dataset.test_masks, resolution, ignore_label=ignore)
     return HeldOutImages(dataset, labelled, max(1, min(num_fit_images, len(labelled) // 2)))
 
@@ -161,7 +161,7 @@ def score_regions(held_out: HeldOutImages, labels: np.ndarray, nesting: Sequence
 
     A hierarchy is scored at the level that is named ``level`` among the scores. The array is the predicted foreground.
     """
-    scores = foreground_scores(labels, held_out.labelled, nesting, held_out.num_fit_images)
+    scores = score_foreground_regions(labels, held_out.labelled, nesting, held_out.num_fit_images)
     numbers = {key: scores[key] for key in METRICS} | {f"best_{key}": scores[f"oracle_{key}"] for key in METRICS}
     if "level" in scores:
         numbers["level"] = scores["level"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import inspect
+import itertools
 import os
 import sys
 import time
@@ -223,7 +224,7 @@ def map_shares(work: Callable[[slice], Result], count: int) -> Result:
     if world == 1 or count < world:
         return work(slice(0, count))
     edges = [count * i // world for i in range(world + 1)]
-    sizes = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    sizes = [b - a for a, b in itertools.pairwise(edges)]
     parts, structure = tree_flatten(work(slice(edges[rank()], edges[rank() + 1])))
     rows = [_gather_unequal_rows(part, sizes) if isinstance(part, Tensor) else part for part in parts]
     return tree_unflatten(rows, structure)

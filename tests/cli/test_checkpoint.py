@@ -35,7 +35,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_ls_lists_all_with_the_best(four, answer, ask):
+def test_ls_lists_all_and_marks_best(four, answer, ask):
     found = answer("checkpoint", "ls", four)["checkpoints"]
     assert [c["path"] for c in found] == [*NAMES, f"stages/search/{NAMES[0]}"]
     assert [c["step"] for c in found] == [4, 3, 2, 1, 4] and [c["best"] for c in found] == [0, 0, 1, 0, 0]
@@ -44,14 +44,14 @@ def test_ls_lists_all_with_the_best(four, answer, ask):
     assert [line.split("  ")[-1] for line in text.splitlines()][2] == "best" and text.count("MiB") == 5
 
 
-def test_verify_reads_them_all(four, answer, refused):
+def test_verify_reads_all_and_names_damaged(four, answer, refused):
     assert len(answer("checkpoint", "verify", four)["whole"]) == 5
     damage(four / NAMES[1])
     message = refused("checkpoint", "verify", four)
     assert "step_00000003.safetensors is damaged" in message and f"{NAMES[0]}, {NAMES[2]}" in message
 
 
-def test_prune_keeps_the_newest_whole_ones_and_the_best(four, answer):
+def test_prune_keeps_newest_undamaged_and_best(four, answer):
     damage(four / NAMES[0])
     (four / "checkpoints/.unfinished-1-0.safetensors").write_bytes(b"half")
     found = answer("checkpoint", "prune", four)
@@ -61,18 +61,19 @@ def test_prune_keeps_the_newest_whole_ones_and_the_best(four, answer):
     assert left == {Path(NAMES[1]).name, Path(NAMES[2]).name, "best.json"}
 
 
-def test_prune_leaves_damaged_ones_where_none_is_whole(four, answer):
+def test_prune_without_undamaged_keeps_damaged(four, answer):
     damage(four / "stages/search" / NAMES[0])
     assert f"stages/search/{NAMES[0]}" in answer("checkpoint", "prune", four, "--keep", 9)["kept"]
 
 
-def test_prune_does_not_work_under_a_training(four, refused):
+def test_prune_during_training_is_refused(four, refused):
     with locked(four):
         assert "another process is training" in refused("checkpoint", "prune", four)
     assert "must be at least 1" in refused("checkpoint", "prune", four, "--keep", 0)
 
 
-def test_export_writes_the_averaged_weights_of_one(four, answer, refused, tmp_path):
+@pytest.mark.slow
+def test_export_writes_averaged_weights(four, answer, refused, tmp_path):
     for flags, step in (([], 4), (["--best"], 2), (["--step", 3], 3)):
         found = answer("checkpoint", "export", four, "--out", tmp_path / "small.safetensors", *flags)
         run, source = factorkit.load(found["out"], device="cpu"), read_checkpoint(four / NAMES[4 - step])[0]
@@ -91,7 +92,7 @@ def test_export_writes_the_averaged_weights_of_one(four, answer, refused, tmp_pa
     assert "no best" in refused("checkpoint", "export", four, "--out", "x.safetensors", "--best")
 
 
-def test_what_is_no_run_is_named(tmp_path, refused):
+def test_checkpoint_of_other_folder_is_refused(tmp_path, refused):
     for action in ("ls", "verify", "prune", "export"):
         flags = ["--out", "x"] if action == "export" else []
         assert "is not a run folder" in refused("checkpoint", action, tmp_path, *flags)

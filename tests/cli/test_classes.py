@@ -21,7 +21,8 @@ def kinds(tmp_path) -> Path:
     return tmp_path / "kinds"
 
 
-def test_a_run_with_classes_is_trained_asked_and_shown(kinds, answer, refused, flags, tmp_path):
+@pytest.mark.slow
+def test_run_with_classes_trains_and_generates(kinds, answer, refused, flags, tmp_path):
     out = tmp_path / "run"
     settings = {"prediction": "flow", "loss_weighting": "min_snr", "label_dropout": 0.2}
     words = [*flags(**settings), "--data", kinds, "--classes", "folders"]
@@ -42,7 +43,8 @@ def test_a_run_with_classes_is_trained_asked_and_shown(kinds, answer, refused, f
     assert "say which" in refused(*ask, "--out", tmp_path / "x", "--guidance", "3")
 
 
-def test_a_file_of_classes_and_a_dry_run(kinds, answer, refused, flags, tmp_path):
+@pytest.mark.slow
+def test_dry_run_reads_file_of_classes(kinds, answer, refused, flags, tmp_path):
     table = tmp_path / "classes.csv"
     table.write_text(
         "".join(
@@ -52,10 +54,10 @@ def test_a_file_of_classes_and_a_dry_run(kinds, answer, refused, flags, tmp_path
     words = [*flags(), "--data", kinds, "--dry-run"]
     assert answer(*words, "--classes", table)["parameters"] == answer(*words)["parameters"] + 3 * 32
     table.write_text("iris/0.png,even\n")
-    assert "are not named" in refused(*words, "--classes", table)
+    assert "are missing from its names" in refused(*words, "--classes", table)
     assert "positions" in refused(*flags(), "--classes", "folders")  # the procedural flowers have none
 
 
-def test_combinations_that_cannot_work_are_refused(photos, refused, flags):
+def test_train_impossible_combination_is_refused(photos, refused, flags):
     said = refused(*flags(prediction="eps", schedule="flow"), "--data", photos)
     assert "pure noise" in said

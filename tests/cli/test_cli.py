@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # --- help and mistakes ---
 
 
-def test_help_and_mistakes_are_answered_without_torch():
+@pytest.mark.slow
+def test_help_and_errors_need_no_torch():
     script = """if True:
         import sys
         from factorkit.cli.main import COMMANDS, main
@@ -45,12 +46,12 @@ def test_help_and_mistakes_are_answered_without_torch():
     assert "NAME_overlay.png" in said.stdout and "RUN PATHS..." in said.stdout
 
 
-def test_an_unknown_command_names_its_neighbours(refused):
+def test_unknown_command_suggests_similar_ones(refused):
     assert "Did you mean segment" in refused("segmnt", "x")
     assert "train" in refused("nonsense")
 
 
-def test_unknown_flags_list_near_matches(refused):
+def test_misspelt_option_suggests_similar_ones(refused):
     message = refused("train", "segdiff", "--batchsize", 3)
     assert message.startswith("--batchsize is not an option of factorkit train segdiff. Did you mean --batch-size")
     message = refused("train", "segdiff", "--steps", "x")
@@ -78,20 +79,20 @@ def test_unknown_flags_list_near_matches(refused):
         ("train nerfdiff", "--cameras", "Use --num-candidates."),
         ("segment", "--num-workers", "Use --workers."),
         ("segment", "--output", "Use --out."),
-        ("segment", "--checkpoint", "RUN is given without an option name."),
+        ("segment", "--checkpoint", "RUN has no option name: write it as a plain argument."),
         ("generate", "--num-samples", "Use --count."),
         ("generate", "--sampel", "Did you mean --sampler"),
         ("evaluate", "--fit", "Use --num-fit-images."),
     ],
 )
-def test_an_unknown_option_suggests_ours(refused, command, option, suggestion):
+def test_foreign_option_name_suggests_ours(refused, command, option, suggestion):
     message = refused(*command.split(), option, 3)
     name = option.replace("_", "-")
     assert message.startswith(f"{name} is not an option of factorkit {command}. {suggestion}")
     assert message.endswith(f"All options: factorkit {command} --help")
 
 
-def test_every_suggested_option_exists():
+def test_suggested_options_exist():
     known = set()
     for name in COMMANDS:
         command = command_class(name)
@@ -102,7 +103,7 @@ def test_every_suggested_option_exists():
     assert not missing, f"no command has these options: {missing}"
 
 
-def test_basic_options_exist_and_are_about_a_dozen():
+def test_basic_options_exist_and_are_few():
     for name in COMMANDS:
         commands = [command_class(name)]
         if name == "train":
@@ -112,7 +113,7 @@ def test_basic_options_exist_and_are_about_a_dozen():
             assert len(command.BASIC or fields(command)) <= 17, name
 
 
-def test_other_models_are_refused(refused):
+def test_train_unknown_model_is_refused(refused):
     for command in ("train", "demo"):
         message = refused(command, "nerf")
         assert "nerf" in message and "segdiff" in message
@@ -122,7 +123,7 @@ def test_other_models_are_refused(refused):
         assert f"factorkit train {model} --help" in refused("train", model, "--nothing")
 
 
-def test_a_preset_sets_the_defaults_that_help_shows(ask, refused):
+def test_help_with_preset_shows_its_defaults(ask, refused):
     code, thesis, _ = ask("train", "segdiff", "--preset=flowers64", "--help")
     _, own_data, _ = ask("train", "segdiff", "--data", "photos", "--help")
     assert code == 0 and "(default: thesis)" in thesis and "(default: 50000)" in thesis
@@ -131,7 +132,7 @@ def test_a_preset_sets_the_defaults_that_help_shows(ask, refused):
     assert "'fats' is unknown. Did you mean fast? Choose one of demo, " in refused("train", "nerfdiff", "--preset=fats")
 
 
-def test_help_shows_settings_with_their_opposites_and_lists_as_lists(ask):
+def test_help_shows_negations_and_keeps_lists(ask):
     _, page, _ = ask("train", "segdiff", "--help")
     assert "--dry-run " in page and "--no-dry-run" not in page
     _, page, _ = ask("train", "segdiff", "--help-advanced")
@@ -140,7 +141,7 @@ def test_help_shows_settings_with_their_opposites_and_lists_as_lists(ask):
     assert "list of finished images\n\nWith --video" in ask("segment", "--help")[1]
 
 
-def test_a_mistake_shows_a_traceback_only_on_request(ask, monkeypatch, tmp_path):
+def test_error_shows_traceback_only_with_debug(ask, monkeypatch, tmp_path):
     mistake = ("segment", tmp_path / "nowhere", "x.jpg", "--out", tmp_path / "out")
     assert "Traceback" not in ask(*mistake)[2]
     assert "Traceback" in ask(*mistake, "--debug")[2]
@@ -159,7 +160,7 @@ def test_a_mistake_shows_a_traceback_only_on_request(ask, monkeypatch, tmp_path)
         (torch.distributed.DistBackendError("Duplicate GPU\nat x.cpp"), 1, ("unreachable", "(Duplicate GPU)")),
     ],
 )
-def test_failures_of_the_machine_get_words_and_codes(ask, monkeypatch, error, code, words):
+def test_machine_errors_have_message_and_exit_code(ask, monkeypatch, error, code, words):
     def fail(*args, **kwargs):
         raise error
 
@@ -171,13 +172,13 @@ def test_failures_of_the_machine_get_words_and_codes(ask, monkeypatch, error, co
     assert all(word in err and word in json.loads(out)["error"] for word in words)
 
 
-def test_a_bug_keeps_its_traceback(ask, monkeypatch):
+def test_bug_raises_with_traceback(ask, monkeypatch):
     monkeypatch.setattr(Generate, "execute", lambda command: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ask("generate", "run", "--out", "x")
 
 
-def test_only_the_result_reaches_standard_output(ask, monkeypatch):
+def test_stdout_has_only_the_result(ask, monkeypatch):
     def chatty(*args, **kwargs):
         print("a library's remark")
         warnings.warn("one image is broken", stacklevel=2)
@@ -194,7 +195,8 @@ def test_only_the_result_reaches_standard_output(ask, monkeypatch):
 # --- train ---
 
 
-def test_training_leaves_a_run_with_scores(run, photos, answer, ask, flags):
+@pytest.mark.slow
+def test_train_writes_run_with_scores(run, photos, answer, ask, flags):
     settings = json.loads((run / "config.json").read_text())
     assert settings["steps"] == 4 and settings["channel_mult"] == [1, 2] and settings["preset"] == "demo"
     assert settings["prediction"] == "v", "what no flag gave is left to the form"
@@ -202,11 +204,11 @@ def test_training_leaves_a_run_with_scores(run, photos, answer, ask, flags):
     assert [event["event"] for event in read_log(run)].count("start") == 1, "the same command resumes"
     assert again["scores"]["iou"] == json.loads((run / "scores.json").read_text())["iou"]
     assert Path(again["report"]).is_file() and Path(again["run"]) == run
-    code, out, err = ask(*flags(), "--data", photos, "--out", run)
+    code, out, _ = ask(*flags(), "--data", photos, "--out", run)
     assert code == 0 and f"{again['scores']['iou']:.3f}" in out and str(run / "report.html") in out
 
 
-def test_settings_that_cannot_work_are_refused(run, photos, refused, flags):
+def test_train_impossible_settings_are_refused(run, photos, refused, flags):
     assert "model_channels" in refused(*flags(model_channels=16), "--data", photos, "--out", run)
     assert "regions=0" in refused(*flags(regions=0), "--out", "new")
     assert "resolution=17" in refused(*flags(resolution=17), "--out", "new")
@@ -214,7 +216,7 @@ def test_settings_that_cannot_work_are_refused(run, photos, refused, flags):
     assert not Path("new").exists()
 
 
-def test_holdout_takes_a_number_or_a_word(photos, answer, flags):
+def test_holdout_takes_number_or_word(photos, answer, flags):
     dry = (*flags(steps=1), "--data", photos, "--dry-run")
     assert answer(*dry, "--holdout", 7)["held_out"] == 7
     assert answer(*dry, "--holdout", "none")["images"] == 24
@@ -228,7 +230,8 @@ def test_dry_run_estimates_and_writes_nothing(ask, answer, flags):
     assert not list(Path().iterdir())
 
 
-def test_sigterm_saves_and_the_same_command_resumes(tmp_path, ask, flags):
+@pytest.mark.slow
+def test_sigterm_saves_and_same_command_resumes(tmp_path, ask, flags):
     out = tmp_path / "run"
     np.save(tmp_path / "data.npy", draw_flowers(8, 16)[0])
     words = [*flags(steps=100_000), "--data", str(tmp_path / "data.npy"), "--out", str(out)]
@@ -250,7 +253,7 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path, ask, flags):
     assert [event["step"] for event in read_log(out) if event["event"] == "step"] == list(range(1, reached + 2))
 
 
-def test_ctrl_c_says_what_is_saved(ask, run, monkeypatch, flags):
+def test_ctrl_c_reports_what_is_saved(ask, run, monkeypatch, flags):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 

@@ -41,7 +41,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], targe
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
 
-def test_report_is_whole_and_survives_json():
+@pytest.mark.slow
+def test_report_has_all_keys_and_is_json():
     report = doctor.report()
     assert set(report) == KEYS
     assert json.loads(json.dumps(report)) == report
@@ -54,7 +55,7 @@ def test_report_is_whole_and_survives_json():
         assert entry["what"] in text and entry["costs"] in text and entry["cure"] in text
 
 
-def test_missing_and_broken_are_told_apart(monkeypatch, tmp_path):
+def test_report_distinguishes_missing_and_broken_packages(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "viser", None)  # Python's own way of saying: not there
     install(monkeypatch, tmp_path, "tinycudann", "raise OSError('no CUDA driver\\nlong story')")
     install(monkeypatch, tmp_path, "tensorboard", "raise SystemExit('goodbye')")
@@ -74,7 +75,7 @@ def test_missing_and_broken_are_told_apart(monkeypatch, tmp_path):
     assert "broken: OSError: no CUDA driver" in doctor.format_report(report)
 
 
-def test_report_survives_a_machine_where_nothing_works(monkeypatch):
+def test_report_with_everything_broken_is_complete(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no way")
 
@@ -91,7 +92,7 @@ def test_report_survives_a_machine_where_nothing_works(monkeypatch):
     assert "unknown" in doctor.format_report(report)
 
 
-def test_imports_print_nothing(monkeypatch, tmp_path, capsys):
+def test_report_suppresses_output_of_imports(monkeypatch, tmp_path, capsys):
     install(monkeypatch, tmp_path, "viser", "print('welcome!')")
     assert doctor.report()["optional"]["viser"]["state"] == "ok"
     assert capsys.readouterr().out == ""
@@ -115,11 +116,11 @@ def test_imports_print_nothing(monkeypatch, tmp_path, capsys):
         ([], (9, 0), "no"),
     ],
 )
-def test_coverage(targets, capability, expected):
+def test_coverage_of_targets_and_capability(targets, capability, expected):
     assert doctor.coverage(targets, capability) == expected
 
 
-def test_gpu_that_the_extension_does_not_cover(monkeypatch):
+def test_report_gpu_not_covered_names_cure(monkeypatch):
     fake_gpu(monkeypatch, (12, 0), ["sm_90"])
     report = doctor.report()
     assert report["gpus"][0]["covered"] == "no" and report["gpus"][0]["bf16"]
@@ -127,25 +128,25 @@ def test_gpu_that_the_extension_does_not_cover(monkeypatch):
     assert "Fast GPU, capability 12.0, 80.0 GiB" in doctor.format_report(report)
 
 
-def test_gpu_that_the_extension_covers(monkeypatch):
+def test_report_gpu_covered_has_no_problem(monkeypatch):
     fake_gpu(monkeypatch, (9, 0), ["sm_90", "compute_90"])
     report = doctor.report()
     assert not any("GPU" in entry["what"] or "_C" in entry["what"] for entry in report["problems"])
     assert "CUDA 13.0 for sm_90 compute_90" in doctor.format_report(report)
 
 
-def test_gpu_and_an_extension_without_cuda(monkeypatch):
+def test_report_extension_without_cuda_names_nvcc(monkeypatch):
     fake_gpu(monkeypatch, (9, 0), [])
     assert "nvcc" in problem(doctor.report(), "factorkit._C has no CUDA code")["cure"]
 
 
-def test_gpu_and_a_torch_without_cuda(monkeypatch):
+def test_report_torch_without_cuda_names_cure(monkeypatch):
     monkeypatch.setattr(doctor, "_driver", lambda: "580.65.06")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert problem(doctor.report(), "there is an NVIDIA GPU")["cure"] == "install a CUDA build of torch"
 
 
-def test_unusable_driver_is_reported_with_its_cause(monkeypatch):
+def test_report_unusable_driver_names_cause(monkeypatch):
     def cuda_devices():
         raise RuntimeError("the driver supports CUDA 11.4, this build needs 13.0")
 
@@ -153,14 +154,14 @@ def test_unusable_driver_is_reported_with_its_cause(monkeypatch):
     assert doctor._gpus(None, extension) == ([], "RuntimeError: the driver supports CUDA 11.4, this build needs 13.0")
 
 
-def test_extension_left_from_another_version(monkeypatch):
+def test_report_extension_of_other_version_is_broken(monkeypatch):
     extension = SimpleNamespace(build_info=lambda: {"version": "0.0.1"}, cuda_devices=lambda: [])
     monkeypatch.setitem(sys.modules, "factorkit._C", extension)
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.1.0")
     assert problem(doctor.report(), "factorkit._C")["what"].endswith("(built for factorkit 0.0.1, installed is 0.1.0)")
 
 
-def test_ops_say_when_the_reference_is_forced(monkeypatch):
+def test_report_ops_name_forced_reference(monkeypatch):
     from factorkit import ops
 
     monkeypatch.delenv("FACTORKIT_REFERENCE", raising=False)
@@ -170,7 +171,7 @@ def test_ops_say_when_the_reference_is_forced(monkeypatch):
     assert set(forced) == set(ops.IMPLEMENTATIONS) and all("forced" in how for how in forced.values())
 
 
-def test_commit_is_that_of_the_checkout_only(monkeypatch, tmp_path):
+def test_commit_is_of_own_checkout_only(monkeypatch, tmp_path):
     (tmp_path / "venv").mkdir()
     monkeypatch.setattr(doctor, "PACKAGE", tmp_path / "factorkit")
     assert doctor._commit() == "unknown"

@@ -11,7 +11,8 @@ def read(path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def test_interpolate_writes_the_way_and_its_regions(run, photos, answer, ask, tmp_path):
+@pytest.mark.slow
+def test_interpolate_writes_frames_and_labels(run, photos, answer, ask, tmp_path):
     first, second = photos / "images/00.png", photos / "images/01.png"
     words = ("interpolate", run, first, second, "--frames", 3, "--steps", 2, "--seed", 5)
     found = answer(*words, "--out", tmp_path / "a")
@@ -28,7 +29,8 @@ def test_interpolate_writes_the_way_and_its_regions(run, photos, answer, ask, tm
     assert code == 0 and "1 done" in out and str(tmp_path / "a/contact_sheet.png") in out
 
 
-def test_branches_come_with_their_masks_as_transparency(run, photos, answer, tmp_path):
+@pytest.mark.slow
+def test_branches_have_masks_as_transparency(run, photos, answer, tmp_path):
     found = answer("branches", run, photos / "images", "--out", tmp_path, "-t", 100)
     assert (found["images"], found["regions"]) == (24, 2) and sum(found["areas"]) == pytest.approx(1)
     first, second = (read(tmp_path / f"03_branch_{k}.png") for k in (0, 1))
@@ -40,7 +42,8 @@ def test_branches_come_with_their_masks_as_transparency(run, photos, answer, tmp
     assert again["images"] == 24, "results are no input"
 
 
-def test_recompose_writes_edited_pictures(run, photos, answer, tmp_path):
+@pytest.mark.slow
+def test_recompose_writes_edited_images(run, photos, answer, tmp_path):
     pictures = [photos / "images/00.png", photos / "images/01.png"]
     words = ("recompose", run, *pictures, "--region", 0, "--steps", 2)
     changes = {"anew": (), "seed": ("--seed", 3), "from": ("--from", photos / "images/02.png"), "gone": ("--remove",)}
@@ -71,7 +74,8 @@ def test_recompose_writes_edited_pictures(run, photos, answer, tmp_path):
     assert found["images"] == 24 and (tmp_path / "many/00_0023_recomposed.png").is_file()
 
 
-def test_mistakes_are_told_in_the_words_of_the_command_line(run, photos, refused, tmp_path):
+@pytest.mark.slow
+def test_edit_errors_name_the_option(run, photos, refused, tmp_path):
     one, out = photos / "images/00.png", ("--out", tmp_path / "out")
     assert "PATHS" in refused("branches", run, *out)
     assert "PATHS" in refused("recompose", run, "--region", 0, *out)

@@ -16,7 +16,7 @@ from PIL import Image
 from factorkit.data.layouts import READERS
 
 
-def test_the_list_says_what_is_expected_and_where_it_is_published(ask, answer):
+def test_prepare_list_names_expected_files_and_source(ask, answer):
     code, out, _ = ask("prepare", "--list")
     assert code == 0
     for word in (
@@ -35,20 +35,20 @@ def test_the_list_says_what_is_expected_and_where_it_is_published(ask, answer):
     assert [entry["name"] for entry in listed if entry["extra"]] == ["flowers-102", "3d-shapes", "huggingface"]
 
 
-def test_every_reader_passes_over_what_is_not_its_own(tmp_path):
+def test_readers_ignore_other_layouts(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "file.txt").write_text("x")
     for data in (tmp_path, tmp_path / "file.txt", tmp_path / "nowhere", str(tmp_path), np.zeros(3), None, 5, ["a"]):
         assert [reader.read(data) for reader in READERS] == [None] * len(READERS)
 
 
-def test_a_link_in_circles(refused, tmp_path):
+def test_prepare_circular_link_is_refused(refused, tmp_path):
     for name in ("x.zip", "photos"):
         (tmp_path / name).symlink_to(name)
         assert "no such file or folder" in refused("prepare", tmp_path / name)
 
 
-def test_nothing_named(refused):
+def test_prepare_without_data_is_refused(refused):
     assert "--list" in refused("prepare")
 
 
@@ -65,26 +65,28 @@ def ecssd(tmp_path) -> Path:
     return tmp_path / "ECSSD"
 
 
-def test_an_official_layout_is_named_with_its_splits(ecssd, answer, ask):
+def test_prepare_names_layout_and_splits(ecssd, answer, ask):
     found = answer("prepare", ecssd, "--resolution", 8)
     assert (found["layout"], found["images"], found["held_out"], found["splits"]) == ("ecssd", 8, 2, {})
     assert "ecssd: no official splits" in ask("prepare", ecssd, "--resolution", 8)[1]
 
 
-def test_a_run_is_trained_and_scored_on_an_official_layout(ecssd, answer, flags, tmp_path):
+@pytest.mark.slow
+def test_train_on_published_layout_is_scored(ecssd, answer, flags, tmp_path):
     found = answer(*flags(resolution=8, num_fit_images=1), "--data", ecssd, "--out", tmp_path / "run")
     assert 0 <= found["scores"]["iou"] <= 1
 
 
-def test_bombs_and_broken_names_end_in_one_clear_line(refused, ask, tmp_path):
+def test_prepare_bomb_or_broken_name_is_refused(refused, ask, tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("../bo\nmb.png", bytes(10**6))
     message = refused("prepare", tmp_path / "x.zip", "--resolution", 8)
     assert "1 of 1 images" in message and "unsupported compression method" in message and message.isprintable()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="this system limits no file's size")
-def test_a_disk_without_room(ecssd, tmp_path):
+def test_prepare_on_full_disk_is_refused(ecssd, tmp_path):
     """A real write that fails half way, by the limit a process may set for its files."""
     environment = {**os.environ, "FACTORKIT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"

@@ -33,7 +33,7 @@ def one(monkeypatch):
     return seen
 
 
-def test_list_shows_data_duration_columns_and_the_dissertations_numbers(ask, answer):
+def test_reproduce_list_shows_data_duration_and_citations(ask, answer):
     found = {e["name"]: e for e in answer("reproduce", "--list")["experiments"]}
     assert {"table2.1", "table2.3", "table2.5", "table3.1", "fig2.18", "fig3.11"} <= set(found)
     assert found["table2.6"]["citations"][-1] == "ours: IoU 56.1, FID 10.28 (dissertation, table 2.6, on CUB)"
@@ -42,7 +42,7 @@ def test_list_shows_data_duration_columns_and_the_dissertations_numbers(ask, ans
     assert "small   3 minutes a seed" in out and "prints  Acc, mIoU, 1 seed\n" in out
 
 
-def test_a_run_prints_its_table_and_where_it_lies(one, ask, answer, tmp_path):
+def test_reproduce_prints_table_and_path(one, ask, answer, tmp_path):
     words = ("reproduce", "table9.1", "--seeds", 2, "--out", tmp_path, "--ignore", 128, "--holdout", 40)
     code, out, err = ask(*words)
     assert code == 0 and "37.5 +- 17.7" in out and "theirs (cited: a paper)" in out
@@ -53,7 +53,7 @@ def test_a_run_prints_its_table_and_where_it_lies(one, ask, answer, tmp_path):
     assert found["rows"] == json.loads((tmp_path / "table9.1" / "table.json").read_text())["rows"]
 
 
-def test_mistakes_are_named(one, refused, tmp_path):
+def test_reproduce_bad_options_are_refused(one, refused, tmp_path):
     assert "--list" in refused("reproduce") and "'table9.2'" in refused("reproduce", "table9.2")
     assert "'huge'" in refused("reproduce", "table9.1", "--scale", "huge")
     assert "no row 'hers'" in refused("reproduce", "table9.1", "--rows", "hers", "--out", tmp_path)

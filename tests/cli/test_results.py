@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # --- segment ---
 
 
-def test_segment_writes_every_picture_at_its_own_size(run, answer, tmp_path):
+@pytest.mark.slow
+def test_segment_writes_images_at_own_size(run, answer, tmp_path):
     inputs, out = tmp_path / "in", tmp_path / "out"
     rng = np.random.default_rng(0)
     sizes = {"a/x.png": (30, 20), "b/x.png": (18, 40), "ünï.bmp": (16, 16), "x.jpg": (22, 22), "x.png": (9, 33)}
@@ -53,7 +54,7 @@ def test_segment_writes_every_picture_at_its_own_size(run, answer, tmp_path):
     assert Image.open(out / "x.png_overlay.png").size == (9, 33)
 
 
-def test_results_are_no_input_for_the_next_call(run, answer, refused, photos, tmp_path):
+def test_segment_ignores_earlier_results(run, answer, refused, photos, tmp_path):
     picture = tmp_path / "photo.png"
     picture.write_bytes((photos / "images/00.png").read_bytes())
     for _ in range(2):
@@ -62,13 +63,13 @@ def test_results_are_no_input_for_the_next_call(run, answer, refused, photos, tm
     assert "results of an earlier call" in refused("segment", run, tmp_path, "--out", tmp_path)
 
 
-def test_names_stay_apart_and_below_the_output_folder():
+def test_output_names_are_distinct_and_below_output_folder():
     names = output_names(["x.jpg", "x.png", "X.tif", "x.jpg.png", "../../up.png", "/etc/root.png", "x.jpg"])
     assert len({name.casefold() for name in names}) == 7
     assert names[:2] == ["x", "x.png"] and names[4:6] == ["up", "etc/root"]
 
 
-def test_pictures_in_a_zip_and_equal_files_given_twice(run, photos, answer, tmp_path):
+def test_segment_zip_and_duplicate_paths(run, photos, answer, tmp_path):
     pictures = sorted((photos / "images").iterdir())[:2]
     with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
         for picture in pictures:
@@ -79,14 +80,14 @@ def test_pictures_in_a_zip_and_equal_files_given_twice(run, photos, answer, tmp_
     assert len(list((tmp_path / "b").glob("*_labels.png"))) == 2
 
 
-def test_the_contact_sheet_shows_the_first_and_memory_stays_flat(run, photos, answer, monkeypatch, tmp_path):
+def test_contact_sheet_shows_only_first_images(run, photos, answer, monkeypatch, tmp_path):
     monkeypatch.setattr("factorkit.segdiff.inference.folder.CONTACT_SHEET_IMAGES", 2)
     answer("segment", run, photos / "images", "--out", tmp_path)
     height = Image.open(tmp_path / "contact_sheet.png").height
     assert 2 * 120 <= height < 3 * 120
 
 
-def test_what_cannot_be_segmented_is_refused(run, refused, tmp_path):
+def test_segment_unusable_input_is_refused(run, refused, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     out = ("--out", tmp_path / "out")
@@ -102,7 +103,8 @@ def test_what_cannot_be_segmented_is_refused(run, refused, tmp_path):
 # --- generate, evaluate, prepare, demo, doctor ---
 
 
-def test_generate_writes_images_and_what_they_are_made_of(run, answer, refused, tmp_path):
+@pytest.mark.slow
+def test_generate_writes_images_labels_and_masks(run, answer, refused, tmp_path):
     drawn = ("generate", run, "-n", 3, "--steps", 2, "--seed", 5)
     found = answer(*drawn, "--out", tmp_path / "a", "--trajectory")
     assert found["generated"] == 3 and Path(found["trajectory"]).is_file() and Path(found["contact_sheet"]).is_file()
@@ -115,7 +117,8 @@ def test_generate_writes_images_and_what_they_are_made_of(run, answer, refused, 
     assert "n=0" in refused("generate", run, "-n", 0, "--out", tmp_path)
 
 
-def test_a_plain_ddpm_generates_and_refuses_to_segment(photos, answer, refused, tmp_path, flags):
+@pytest.mark.slow
+def test_plain_ddpm_generates_but_refuses_to_segment(photos, answer, refused, tmp_path, flags):
     assert "scores" in answer(*flags(regions=1, steps=1), "--data", photos, "--out", tmp_path / "plain")
     answer("generate", tmp_path / "plain", "-n", 1, "--steps", 2, "--out", tmp_path / "out", "--trajectory")
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -123,7 +126,8 @@ def test_a_plain_ddpm_generates_and_refuses_to_segment(photos, answer, refused, 
     assert "regions=1" in refused("segment", tmp_path / "plain", photos / "images/00.png", "--out", tmp_path / "s")
 
 
-def test_evaluate_prints_one_table_and_keeps_the_scores(run, photos, ask, answer, refused):
+@pytest.mark.slow
+def test_evaluate_prints_table_and_stores_scores(run, photos, ask, answer, refused):
     words = ("evaluate", run, "--images", photos / "images", "--masks", photos / "masks", "--num-fit-images", 20)
     code, out, _ = ask(*words, "--baselines")
     kept = json.loads((run / "scores.json").read_text())
@@ -137,7 +141,7 @@ def test_evaluate_prints_one_table_and_keeps_the_scores(run, photos, ask, answer
     assert "num_fit_images=24" in refused(*words[:-1], 24)
 
 
-def test_evaluate_ignores_the_value_it_is_told_to(run, photos, answer, tmp_path):
+def test_evaluate_ignore_value_is_not_scored(run, photos, answer, tmp_path):
     """Masks whose every object pixel is ignored leave nothing to find: the all-foreground predictor scores 0."""
     for path in (photos / "masks").iterdir():
         Image.fromarray(np.where(np.asarray(Image.open(path)), 128, 0).astype(np.uint8)).save(tmp_path / path.name)
@@ -146,7 +150,8 @@ def test_evaluate_ignores_the_value_it_is_told_to(run, photos, answer, tmp_path)
     assert answer(*words)["baselines"]["all_foreground"]["acc"] > 0
 
 
-def test_prepare_decodes_what_training_will_read(photos, answer, ask, tmp_path, flags):
+@pytest.mark.slow
+def test_prepare_fills_cache_that_training_reads(photos, answer, ask, tmp_path, flags):
     (photos / "images" / "broken.png").write_bytes(b"no picture")
     try:
         found = answer("prepare", photos, "--resolution", 16)
@@ -159,7 +164,8 @@ def test_prepare_decodes_what_training_will_read(photos, answer, ask, tmp_path, 
         (photos / "images" / "broken.png").unlink()
 
 
-def test_the_demo_says_when_it_failed_and_when_not(ask, answer, monkeypatch, tmp_path, small):
+@pytest.mark.slow
+def test_demo_reports_failure_and_success(ask, answer, monkeypatch, tmp_path, small):
     monkeypatch.setitem(PRESETS, "demo", small)
     monkeypatch.setattr(
         "factorkit.segdiff.train.make_procedural_dataset", partial(make_procedural_dataset, train=16, test=8)
@@ -179,7 +185,7 @@ def test_the_demo_says_when_it_failed_and_when_not(ask, answer, monkeypatch, tmp
     assert "It worked" in text and "FAILED" not in text
 
 
-def test_doctor_reports(ask, answer):
+def test_doctor_prints_report(ask, answer):
     assert answer("doctor")["torch"]["version"] == torch.__version__
     assert torch.__version__ in ask("doctor")[1]
 
@@ -192,7 +198,8 @@ def example(name: str, monkeypatch, *words) -> None:
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
 
-def test_the_examples_run(run, photos, monkeypatch, capsys, small):
+@pytest.mark.slow
+def test_examples_run(run, photos, monkeypatch, capsys, small):
     monkeypatch.setitem(PRESETS, "fast64", small)
     example("train_on_a_folder.py", monkeypatch, photos, "trained")
     assert "IoU 0." in capsys.readouterr().out

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from PIL import Image
 
 
-def test_flags_reach_the_work_and_a_second_call_goes_on(run, photos, answer, ask, tmp_path):
+def test_segment_options_apply_and_second_call_continues(run, photos, answer, ask, tmp_path):
     words = ("segment", run, photos / "images", "--out", tmp_path, "--formats", "labels", "coco", "--size", 24)
     found = answer(*words, "--upsample", "bilinear", "--workers", 1)
     assert found["segmented"] == 24 and found["already"] == 0
@@ -18,7 +19,7 @@ def test_flags_reach_the_work_and_a_second_call_goes_on(run, photos, answer, ask
     assert code == 0 and "24 segmented, 24 of them before" in out and "annotations: " in out
 
 
-def test_mistakes_and_a_full_disk_are_told_without_a_traceback(run, photos, ask, refused, monkeypatch, tmp_path):
+def test_segment_bad_option_or_full_disk_has_no_traceback(run, photos, ask, refused, monkeypatch, tmp_path):
     words = ("segment", run, photos / "images", "--out", tmp_path / "out")
     assert "size=0" in refused(*words, "--size", 0)
     assert "workers=0" in refused(*words, "--workers", 0)
@@ -36,7 +37,8 @@ def test_mistakes_and_a_full_disk_are_told_without_a_traceback(run, photos, ask,
     monkeypatch.undo()
 
 
-def test_a_clip_becomes_a_video_of_its_regions(run, photos, answer, refused, tmp_path):
+@pytest.mark.slow
+def test_segment_video_writes_video_of_regions(run, photos, answer, refused, tmp_path):
     out = tmp_path / "regions.mp4"
     words = ("segment", run, photos / "images", "--video", "--out", out, "--smooth", 0.5, "--quality", "best")
     found = answer(*words)

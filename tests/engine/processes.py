@@ -1,10 +1,10 @@
 """Train tiny models in one process and in several, joined by gloo as torchrun would. For test_distributed.py.
 
 python processes.py FOLDER leaves the runs ``<name>_<processes>`` there; ``stopped``: two processes of which one gets
-SIGTERM; ``aside``: two, in shards, of which the first draws a sheet until the second is two steps further; ``spoilt``:
-two of which the first cannot draw a sheet; ``restarted``: two of which one gets SIGKILL, under torchrun's agent;
-``grown``: one, and then four; ``resharded``: two in shards, one, and two in shards. The processes are forks of this
-one, which has imported torch but never used it.
+SIGTERM; ``aside``: two, in shards, of which the first draws a preview until the second is two steps further;
+``spoilt``: two of which the first cannot draw a preview; ``restarted``: two of which one gets SIGKILL, under torchrun's
+agent; ``grown``: one, and then four; ``resharded``: two in shards, one, and two in shards. The processes are forks
+of this one, which has imported torch but never used it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.distributed.fsdp
-import torch.distributed.tensor  # noqa: F401
+import torch.distributed.tensor
 
 from benchmarks import tiny_runs
 from factorkit.engine import sharding
@@ -93,9 +93,12 @@ def run(world: int, work: Callable[[int], None]) -> list[int]:
 
 
 def drawing(out: Path, inspect: Callable[[int], dict[str, Any]], loss: Callable[..., StepLoss], **changes: Any) -> None:
-    """Train with these sheets, to which the size of the averaged weights is added, and this loss."""
-    tiny_runs.without_sheets()
-    weigh = lambda model: float(sum(x.double().abs().sum() for x in model.state_dict().values()))  # noqa: E731
+    """Train with these previews, to which the size of the averaged weights is added, and this loss."""
+    tiny_runs.disable_previews()
+
+    def weigh(model):
+        return float(sum(x.double().abs().sum() for x in model.state_dict().values()))
+
     SegdiffTask.inspect = lambda task, model, step, folder: inspect(step) | {"weighed": weigh(model)}
     SegdiffTask.loss = loss
     settings = tiny_runs.SEGDIFF | {"steps": 6, "precision": "fp32", "log_every": 1, "sample_every": 2} | changes
@@ -113,11 +116,11 @@ def aside(out: Path, rank: int, world: int) -> None:
                     break
                 time.sleep(0.05)
             else:
-                raise TimeoutError("the other process waits for this sheet")
+                raise TimeoutError("the other process waits for this preview")
         return {"failures": ["bad"] if step == 4 else [], "error": 0.5 - step / 100 if step < 5 else 0.6}
 
     def watched(task, model, indices, draw, at):
-        if rank == 1 and at == 3:  # the fourth step: two are taken since the sheet was begun
+        if rank == 1 and at == 3:  # the fourth step: two are taken since the preview was started
             passed.touch()
         found = loss(task, model, indices, draw, at)
         last = torch.arange(draw.rows.start, draw.rows.stop) == draw.batch - 1
@@ -138,7 +141,7 @@ def aside(out: Path, rank: int, world: int) -> None:
 
 def spoilt(out: Path) -> None:
     def inspect(step: int) -> dict[str, Any]:
-        raise DataError(f"no picture at step {step}")
+        raise DataError(f"no image at step {step}")
 
     drawing(out, inspect, SegdiffTask.loss, steps=50)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 from PIL import Image
 
 from benchmarks import tiny_runs
@@ -26,21 +26,21 @@ IMAGE_FOLDER = 7
 
 
 def prepare(folder: Path) -> None:
-    """A run of each model, and pictures: one of them broken, some of another size, masks for the rest."""
+    """A run of each model, and images: one of them broken, some of another size, masks for the rest."""
     tiny_runs.train("segdiff", folder / "segdiff", steps=2)
-    tiny_runs.without_sheets()
+    tiny_runs.disable_previews()
     views = make_procedural_views(12, 8, seed=1)
     few = {"search_steps": 4, "field_steps": 2, "steps": 2}
     tiny_runs.nerfdiff.train_nerfdiff(views.select(slice(0, 8)), out=folder / "nerfdiff", **tiny_runs.NERFDIFF | few)
     noise = np.random.default_rng(1)
-    for kind in ("pictures", "scored", "masks"):
+    for kind in ("images", "scored", "masks"):
         (folder / kind).mkdir()
     for i in range(IMAGE_FOLDER):
         size = (16, 24 if i % 3 else 16)
-        Image.fromarray(noise.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"pictures/{i}.png")
+        Image.fromarray(noise.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"images/{i}.png")
         Image.fromarray(noise.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"scored/{i}.png")
         Image.fromarray(noise.integers(0, 2, (16, 16), np.uint8) * 255).save(folder / f"masks/{i}.png")
-    (folder / "pictures/3.png").write_bytes(b"no picture")
+    (folder / "images/3.png").write_bytes(b"no image")
 
 
 def commands(folder: Path, out: Path) -> dict[str, list[str]]:
@@ -60,16 +60,16 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
             "2",
             "--baselines",
         ],
-        "segment": ["segment", segdiff, str(folder / "pictures"), "--formats", "labels", "masks", "coco"],
-        "again": ["segment", segdiff, str(folder / "pictures"), "--formats", "labels", "masks", "coco"],
+        "segment": ["segment", segdiff, str(folder / "images"), "--formats", "labels", "masks", "coco"],
+        "again": ["segment", segdiff, str(folder / "images"), "--formats", "labels", "masks", "coco"],
         "render": ["render", nerfdiff, "--frames", "4", "--size", "12"],
         "sample": ["sample", nerfdiff, "-n", "5", "--steps", "3", "--trajectory"],
         "pose": ["pose", nerfdiff, str(folder / "scored"), "--refine", "2"],
     }
 
 
-def told(arguments: list[str], printed: Path) -> None:
-    """A command line, and what this process says of it."""
+def run_command(arguments: list[str], printed: Path) -> None:
+    """Run a command line and write its output to a file."""
     with open(printed, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(sys.stderr):
         code = command_line([*arguments, "--device", "cpu", "--json"])
     if code:
@@ -80,7 +80,7 @@ def work(folder: Path, out: Path, rank: int) -> None:
     for name, arguments in commands(folder, out).items():
         where = {"again": "segment", "pose": "pose.json"}.get(name, name)
         place = [] if name == "evaluate" else ["--out", str(out / where)]
-        told(arguments + place, out / f"{name}.{rank}.txt")
+        run_command(arguments + place, out / f"{name}.{rank}.txt")
 
 
 def full(folder: Path, rank: int) -> None:
@@ -90,9 +90,9 @@ def full(folder: Path, rank: int) -> None:
         raise OSError(28, "No space left on device", "here")
 
     if rank == 1:
-        segment_folder.write_picture = write
-    told(
-        ["segment", str(folder / "segdiff"), str(folder / "pictures"), "--out", str(folder / "lost")],
+        segment_folder.write_image_files = write
+    run_command(
+        ["segment", str(folder / "segdiff"), str(folder / "images"), "--out", str(folder / "lost")],
         folder / f"lost.{rank}.txt",
     )
 

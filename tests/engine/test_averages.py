@@ -14,7 +14,7 @@ from tests.engine.trained import assert_identical, final_state
 ALSO = {"ema_decay": 0.9, "extra_ema_decays": (0.3, 0.0)}
 
 
-def test_each_follows_by_its_own_decay(toy):
+def test_averages_use_their_own_decays(toy):
     trainer = toy(steps=30, **ALSO)
     assert list(trainer.state.averages) == ["ema", "ema_0.3", "ema_0.0"]
     weights, take = trainer.state.model[1].weight, trainer._training_step(Meter(trainer.device))
@@ -30,7 +30,7 @@ def test_each_follows_by_its_own_decay(toy):
     assert not torch.equal(found[0], found[1]) and torch.equal(found[2], weights)
 
 
-def test_they_resume_to_the_bit_and_change_nothing_else(toy, tmp_path):
+def test_averages_resumed_run_is_bit_identical(toy, tmp_path):
     toy(folder="whole", **ALSO).run()
     toy(stop_at=3, **ALSO).run(), toy(**ALSO).run()
     whole = final_state(tmp_path / "whole")
@@ -41,7 +41,7 @@ def test_they_resume_to_the_bit_and_change_nothing_else(toy, tmp_path):
     assert_identical(alone, {name: value for name, value in whole.items() if name in alone})
 
 
-def test_one_that_is_new_on_resuming_begins_there_and_one_left_out_goes(toy, tmp_path):
+def test_averages_changed_on_resume_start_there_or_are_dropped(toy, tmp_path):
     toy(stop_at=3, extra_ema_decays=(0.3,)).run()
     stood = toy(extra_ema_decays=(1.0,))
     assert stood.restore()
@@ -51,8 +51,10 @@ def test_one_that_is_new_on_resuming_begins_there_and_one_left_out_goes(toy, tmp
     assert found["ema_1.0.n_averaged"] == 3 and found["ema.n_averaged"] == 6 and "ema_0.3.n_averaged" not in found
 
 
-def test_the_reader_takes_one_by_its_decay(tmp_path):
-    value = lambda number: torch.full((2,), float(number))  # noqa: E731
+def test_read_weights_selects_an_average_by_decay(tmp_path):
+    def value(number):
+        return torch.full((2,), float(number))
+
     names = ("model.w", "ema.module.w", "ema_0.999.module.w", "ema_0.5.module.w")
     tensors = {name: value(number) for number, name in enumerate(names, start=1)} | {"ema_0.5.n_averaged": value(0)}
     write_json(tmp_path / "run/config.json", {})
@@ -72,6 +74,6 @@ def test_the_reader_takes_one_by_its_decay(tmp_path):
 @pytest.mark.parametrize(
     ("also", "says"), [((1.5,), "between 0 and 1"), ((0.9,), "differ from ema_decay=0.9"), ((0.5, 0.5), "each other")]
 )
-def test_decays_that_cannot_be_are_refused(toy, also, says):
+def test_extra_ema_decays_invalid_values_raise(toy, also, says):
     with pytest.raises(ConfigError, match=says):
         toy(extra_ema_decays=also)

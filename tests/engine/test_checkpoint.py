@@ -38,7 +38,7 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(p.stem.split("_")[1]) for p in folder.glob("step_*"))
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_checkpoint_round_trip_is_exact(tmp_path):
     path = write_checkpoint(tmp_path / "a" / "b.safetensors", tensors(), META)
     found, meta = read_checkpoint(path)
     assert meta == META and found.keys() == tensors().keys()
@@ -47,7 +47,7 @@ def test_what_is_written_is_read_back(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["b.safetensors"]
 
 
-def test_others_may_read_it_as_any_file(tmp_path):
+def test_write_checkpoint_has_default_permissions(tmp_path):
     (tmp_path / "plain").touch()
     path = write_checkpoint(tmp_path / "a.safetensors", tensors(), META)
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -62,7 +62,7 @@ def test_others_may_read_it_as_any_file(tmp_path):
         ("utils.atomic.os.replace", OSError(errno.EACCES, "Permission denied")),
     ],
 )
-def test_a_failed_write_leaves_the_previous_one_and_says_what_to_do(tmp_path, monkeypatch, target, error):
+def test_save_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch, target, error):
     checkpoints = saved(tmp_path, 1)
     before = checkpoints.paths()[0].read_bytes()
 
@@ -77,7 +77,7 @@ def test_a_failed_write_leaves_the_previous_one_and_says_what_to_do(tmp_path, mo
     assert checkpoints.paths()[0].read_bytes() == before
 
 
-def test_a_full_disk_in_the_middle_of_the_file(tmp_path, monkeypatch):
+def test_save_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     def half(data, path, metadata):
         Path(path).write_bytes(b"x" * 100)
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -89,13 +89,13 @@ def test_a_full_disk_in_the_middle_of_the_file(tmp_path, monkeypatch):
     assert steps_in(tmp_path) == [1]
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_write_checkpoint_folder_that_cannot_be_created_raises(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="could not write"):
         write_checkpoint(tmp_path / "file" / "a.safetensors", tensors(), META)
 
 
-def test_what_was_read_stays_as_it_was_when_the_file_changes(tmp_path):
+def test_read_checkpoint_tensors_do_not_follow_the_file(tmp_path):
     path = write_checkpoint(tmp_path / "a.safetensors", tensors(), META)
     found, _ = read_checkpoint(path)
     with open(path, "r+b") as file:  # as `cp` and `rsync --inplace` write over a file
@@ -138,7 +138,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_damage_is_named_and_the_previous_one_taken(tmp_path, how):
+def test_latest_damaged_checkpoint_warns_and_uses_the_previous(tmp_path, how):
     checkpoints = saved(tmp_path, 1, 2)
     newest = checkpoints.paths()[0]
     damage(newest, how)
@@ -150,7 +150,7 @@ def test_damage_is_named_and_the_previous_one_taken(tmp_path, how):
     assert meta["step"] == 1 and torch.equal(found["model.weight"], tensors(1)["model.weight"])
 
 
-def test_no_single_flipped_bit_passes(tmp_path):
+def test_read_checkpoint_any_flipped_bit_raises(tmp_path):
     path = write_checkpoint(tmp_path / "a.safetensors", {"w": torch.arange(4.0)}, {"step": 1})
     content = path.read_bytes()
     for i in range(len(content)):
@@ -161,7 +161,7 @@ def test_no_single_flipped_bit_passes(tmp_path):
             read_checkpoint(path)
 
 
-def test_none_whole_is_an_error_that_names_them_all(tmp_path):
+def test_latest_all_damaged_raises_and_names_them(tmp_path):
     checkpoints = saved(tmp_path, 1, 2)
     for path in checkpoints.paths():
         damage(path, "truncated by a byte")
@@ -169,27 +169,27 @@ def test_none_whole_is_an_error_that_names_them_all(tmp_path):
         checkpoints.latest()
 
 
-def test_nothing_there_is_no_error(tmp_path):
+def test_latest_empty_folder_returns_none(tmp_path):
     assert Checkpoints(tmp_path / "nowhere").latest() is None
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         read_checkpoint(tmp_path / "nowhere.safetensors")
 
 
-def test_a_whole_newest_one_is_taken_without_a_warning(tmp_path):
+def test_latest_whole_checkpoint_gives_no_warning(tmp_path):
     checkpoints = saved(tmp_path, 9, 10, 11)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert checkpoints.latest()[1]["step"] == 11
 
 
-def test_the_newest_are_kept(tmp_path):
+def test_save_keeps_the_newest(tmp_path):
     saved(tmp_path, 1, 2, 3, 4, 5, keep=2)
     assert steps_in(tmp_path) == [4, 5]
     saved(tmp_path, 99_999_999, 100_000_000, keep=2)  # one digit more than the name pads to
     assert steps_in(tmp_path) == [99_999_999, 100_000_000]
 
 
-def test_a_damaged_newer_one_does_not_push_out_the_one_just_saved(tmp_path):
+def test_save_deletes_damaged_later_checkpoints(tmp_path):
     checkpoints = saved(tmp_path, 1, 4, keep=1)
     damage(checkpoints.paths()[0], "empty")
     saved(tmp_path, 3, keep=1)
@@ -197,7 +197,7 @@ def test_a_damaged_newer_one_does_not_push_out_the_one_just_saved(tmp_path):
     assert checkpoints.latest()[1]["step"] == 3
 
 
-def test_what_killed_saves_left_is_cleared_away(tmp_path):
+def test_save_removes_files_of_killed_saves(tmp_path):
     for name in (".unfinished-123-0.safetensors", ".tmpAb3xYz"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "notes.txt").write_text("mine")
@@ -205,7 +205,7 @@ def test_what_killed_saves_left_is_cleared_away(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step_00000002.safetensors"]
 
 
-def test_a_kill_during_the_write_leaves_only_what_the_next_save_clears(tmp_path):
+def test_save_after_a_kill_during_a_write_leaves_no_other_files(tmp_path):
     """safetensors writes under a name of its own first; a new release might call it otherwise."""
     child = os.fork()
     if child == 0:  # dies in the write: the limit on the size of files sends SIGXFSZ
@@ -226,7 +226,7 @@ def test_a_kill_during_the_write_leaves_only_what_the_next_save_clears(tmp_path)
     assert steps_in(tmp_path) == [2]
 
 
-def test_the_best_outlives_the_newest(tmp_path):
+def test_keep_best_outlives_newer_checkpoints(tmp_path):
     checkpoints = saved(tmp_path, 1, 2, keep=1)
     assert checkpoints.best() is None
     checkpoints.keep_best(2, 0.3)
@@ -239,7 +239,7 @@ def test_the_best_outlives_the_newest(tmp_path):
     assert checkpoints.latest()[1]["step"] == 5
 
 
-def test_a_best_that_is_not_reached_any_more_or_cannot_be_read_is_none(tmp_path):
+def test_best_missing_or_damaged_returns_none(tmp_path):
     checkpoints = saved(tmp_path, 1, 5)
     checkpoints.keep_best(5, 0.1)
     saved(tmp_path, 3)

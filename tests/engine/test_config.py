@@ -15,7 +15,7 @@ def rates(config: EngineConfig) -> list[float]:
     return [config.learning_rate_at(step) for step in range(config.steps)]
 
 
-def test_learning_rate_rises_stays_and_falls_to_a_tenth():
+def test_learning_rate_at_warms_up_and_decays_to_a_tenth():
     config = EngineConfig(steps=100, learning_rate=2.0, warmup_steps=10, lr_decay_fraction=0.4)
     found = rates(config)
     assert found[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
@@ -25,7 +25,7 @@ def test_learning_rate_rises_stays_and_falls_to_a_tenth():
     assert found[96:] == pytest.approx([0.2] * 4)
 
 
-def test_without_warm_up_and_decay_the_learning_rate_is_constant():
+def test_learning_rate_at_default_is_constant():
     assert set(rates(EngineConfig(steps=20, learning_rate=3e-4))) == {3e-4}
 
 
@@ -54,13 +54,13 @@ def test_without_warm_up_and_decay_the_learning_rate_is_constant():
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
-def test_numbers_that_cannot_work_are_refused_by_name(changes):
+def test_validate_invalid_numbers_raise_and_name_the_setting(changes):
     (name,) = changes
     with pytest.raises(ConfigError, match=f"^{name}="):
         EngineConfig(**changes).validate()
 
 
-def test_the_least_that_works_is_accepted():
+def test_validate_smallest_values_are_accepted():
     EngineConfig(
         steps=1,
         batch_size=1,
@@ -77,7 +77,7 @@ def test_the_least_that_works_is_accepted():
     EngineConfig().validate()
 
 
-def test_a_derived_configuration_survives_json():
+def test_from_dict_derived_configuration_survives_json():
     @dataclass(kw_only=True)
     class Derived(EngineConfig):
         channel_mult: tuple[int, ...] = (1, 2)
@@ -87,29 +87,29 @@ def test_a_derived_configuration_survives_json():
     assert back == config and isinstance(back.channel_mult, tuple)
 
 
-def test_unknown_settings_are_named_with_those_that_exist():
+def test_from_dict_unknown_setting_raises_and_lists_known_ones():
     with pytest.raises(ConfigError, match=r"'stepz'.*EngineConfig.*steps"):
         EngineConfig.from_dict({"stepz": 3})
 
 
-def test_resumable_settings_exist():
+def test_resumable_names_are_settings():
     assert {f.name for f in dataclasses.fields(EngineConfig)} >= EngineConfig.RESUMABLE
 
 
 @pytest.mark.parametrize("name", ["quantum", "cpu:x", "meta", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused_by_name(name):
+def test_resolve_device_missing_device_raises(name):
     with pytest.raises(ConfigError, match=name):
         resolve_device(name)
 
 
-def test_devices_resolve():
+def test_resolve_device_known_names_are_resolved():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_threads_are_lent_and_given_back():
+def test_cpu_threads_restores_the_number():
     before = torch.get_num_threads()
-    with pytest.raises(KeyboardInterrupt), cpu_threads(before + 1):
+    with pytest.raises(KeyboardInterrupt), cpu_threads(before + 1):  # noqa: PT012 (the count inside is part of it)
         assert torch.get_num_threads() == before + 1
         raise KeyboardInterrupt
     assert torch.get_num_threads() == before

@@ -55,7 +55,8 @@ def assert_close(one: str, other: str, runs: Path) -> None:
         ("learned", 2),
     ],
 )
-def test_several_processes_train_as_one(runs, name, world):
+@pytest.mark.slow
+def test_distributed_losses_equal_those_of_one_process(runs, name, world):
     """The thesis' form in pieces too: it has no statistics over the batch. The last two in shards (processes.py)."""
     alone, together = lines(runs / f"{name}_1"), lines(runs / f"{name}_{world}")
     assert alone.keys() == together.keys() and len(alone) == {"dictionary": 7, "learned": 4, "joint": 3}.get(name, 1)
@@ -69,21 +70,23 @@ def test_several_processes_train_as_one(runs, name, world):
     assert_close(f"{name}_1", f"{name}_{world}", runs)
 
 
-def test_a_signal_to_one_process_stops_all_of_them_together(runs):
+@pytest.mark.slow
+def test_distributed_signal_to_one_process_stops_all(runs):
     assert [p.name for p in (runs / "stopped/checkpoints").iterdir()] == ["step_00000003.safetensors"]
     assert [e["step"] for e in read_log(runs / "stopped") if e["event"] == "signal"] == [3]
 
 
-def test_no_process_waits_for_a_sheet(runs):
+@pytest.mark.slow
+def test_distributed_no_process_waits_for_a_preview(runs):
     """That of step 2 ended after the other process had begun its fourth step (processes.py). What follows from sheets
     is the same as alone."""
     alone, together = ([e for e in read_log(runs / f"aside_{n}") if e["event"] in ("step", "alarms")] for n in (1, 2))
     order = [(e["event"], e["step"]) for e in together]
     assert order.index(("alarms", 2)) > order.index(("step", 3))
-    told = [
+    alarms = [
         [(e["step"], e["failures"], e["error"]) for e in log if e["event"] == "alarms"] for log in (alone, together)
     ]
-    assert told[0] == told[1] and [step for step, *_ in told[0]] == [2, 4, 6]
+    assert alarms[0] == alarms[1] and [step for step, *_ in alarms[0]] == [2, 4, 6]
     weighed = [[e["weighed"] for e in log if e["event"] == "alarms"] for log in (alone, together)]
     assert weighed[1] == pytest.approx(weighed[0], rel=1e-6) and len(set(weighed[0])) == 3
     assert order[-1] == ("alarms", 6)
@@ -92,12 +95,14 @@ def test_no_process_waits_for_a_sheet(runs):
     assert (runs / "aside_1/checkpoints/best.json").read_text() == (runs / "aside_2/checkpoints/best.json").read_text()
 
 
-def test_a_sheet_that_cannot_be_drawn_ends_all_processes_and_is_named(runs):
+@pytest.mark.slow
+def test_distributed_failed_preview_ends_all_processes(runs):
     said = (runs / "stderr.txt").read_text()
-    assert "DataError: no picture at step 2" in said and "FactorkitError: process 0 ended this run" in said
+    assert "DataError: no image at step 2" in said and "FactorkitError: process 0 ended this run" in said
 
 
-def test_when_one_process_is_lost_torchrun_starts_all_again_and_the_result_is_the_same(runs):
+@pytest.mark.slow
+def test_distributed_lost_process_restart_gives_the_same_result(runs):
     resumed = [e["step"] for e in read_log(runs / "restarted") if e["event"] == "resume"]
     assert resumed and set(resumed) <= {2, 3}  # of the checkpoint that was written, or being written, as it died
     expected, found = weights(runs / "unbroken"), weights(runs / "restarted")
@@ -105,19 +110,21 @@ def test_when_one_process_is_lost_torchrun_starts_all_again_and_the_result_is_th
 
 
 @pytest.mark.parametrize(("name", "steps"), [("grown", [2]), ("resharded", [1, 2])])
-def test_a_run_goes_on_in_another_number_of_processes_and_shards(runs, name, steps):
+@pytest.mark.slow
+def test_distributed_resume_with_other_numbers_of_processes_and_shards(runs, name, steps):
     resumed = [e["step"] for e in read_log(runs / name) if e["event"] == "resume"]
     assert resumed == steps
     assert_close("regional_1", name, runs)
 
 
-def test_a_step_that_is_not_finite_in_one_shard_is_skipped_in_all(runs):
+@pytest.mark.slow
+def test_distributed_non_finite_step_is_skipped_in_all_processes(runs):
     skipped = [[e["message"] for e in read_log(runs / f"aside_{n}") if e["event"] == "skip"] for n in (1, 2)]
     assert skipped[0] == skipped[1] and "the loss of image" in skipped[0][0] and len(skipped[0]) == 1
     assert_close("aside_1", "aside_2", runs)
 
 
-def test_a_batch_that_cannot_be_shared_equally_is_refused(toy, monkeypatch):
+def test_check_batch_indivisible_batch_raises(toy, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(ConfigError, match="batch_size=4 .* 3 processes.* batch_size=3 or 6"):
         toy(batch_size=4)
@@ -128,7 +135,7 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(toy, monkeypatch):
         factorkit.train_segdiff(out="runs", preset="demo", device="cpu")
 
 
-def test_alone_nothing_is_joined_or_changed(monkeypatch):
+def test_join_processes_single_process_does_nothing(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     cpu = torch.device("cpu")
     join_processes(cpu)
@@ -139,7 +146,7 @@ def test_alone_nothing_is_joined_or_changed(monkeypatch):
     distributed.barrier()
 
 
-def test_each_process_of_a_machine_takes_its_gpu(monkeypatch):
+def test_local_device_each_process_has_its_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert distributed.local_device(torch.device("cuda")) == torch.device("cuda", 2)
@@ -155,7 +162,8 @@ def test_each_process_of_a_machine_takes_its_gpu(monkeypatch):
 
 @pytest.mark.parametrize("backends", ["gloo", "cpu:gloo,cuda:nccl"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_after_an_error_nobody_waits_for_nccl(backends, fails):
+@pytest.mark.slow
+def test_leave_processes_after_an_error_does_not_wait_for_nccl(backends, fails):
     """NCCL's farewell waits for processes that wait for the one which failed."""
     script = f"""
 import torch.distributed as dist
@@ -174,7 +182,7 @@ if {fails}:
     assert done.returncode == int(fails) and ("ValueError: a bug" in done.stderr) == fails
 
 
-def test_processes_that_meet_again_do_not_take_earlier_words_for_theirs():
+def test_agree_on_name_ignores_words_of_earlier_starts():
     """One store and three meetings; in the second, one process is late and another is gone before it is answered."""
     store = torch.distributed.HashStore()
 

@@ -20,7 +20,7 @@ from tests.engine.trained import assert_identical, events, final_state, full_at,
 # --- losses and gradients that are not finite ---
 
 
-def test_a_step_that_is_not_finite_changes_nothing(toy, tmp_path):
+def test_run_non_finite_step_changes_nothing(toy, tmp_path):
     toy(stop_at=3).run()
     before = final_state(tmp_path / "run")
     toy(stop_at=4, hook=spoil(3)).run()
@@ -29,13 +29,13 @@ def test_a_step_that_is_not_finite_changes_nothing(toy, tmp_path):
     assert [e["step"] for e in skips] == [3] and "not finite" in skips[0]["message"]
 
 
-def test_infinite_gradients_are_skipped_too(toy, tmp_path):
+def test_run_infinite_gradient_is_skipped(toy, tmp_path):
     toy(hook=lambda step, error: error * 1e38 * 1e38 if step == 1 else error, steps=3).run()
     assert ("skip", 1) in events(tmp_path / "run")
     assert all(t.isfinite().all() for t in final_state(tmp_path / "run").values())
 
 
-def test_three_in_a_row_stop_the_run_with_the_last_good_checkpoint(toy, tmp_path):
+def test_run_three_consecutive_non_finite_steps_stop_it(toy, tmp_path):
     trainer = toy(steps=9, checkpoint_every=2, hook=spoil(4, 5, 6, 7))
     why = r"3 consecutive steps .*in step 6 the loss of image \d.*checkpoints; try a lower learning_"
     with pytest.raises(FactorkitError, match=why):
@@ -46,13 +46,13 @@ def test_three_in_a_row_stop_the_run_with_the_last_good_checkpoint(toy, tmp_path
     assert [e for e in events(tmp_path / "run") if e[0] == "skip"] == [("skip", 4), ("skip", 5), ("skip", 6)]
 
 
-def test_one_good_step_between_resets_the_count(toy, tmp_path):
+def test_run_finite_step_resets_the_count(toy, tmp_path):
     toy(steps=9, hook=spoil(0, 1, 3, 4, 6, 7)).run()
     found = final_state(tmp_path / "run")
     assert found["ema.n_averaged"] == 3 and found["adam.step.1.weight"] == 3
 
 
-def test_what_was_not_finite_is_named(toy, tmp_path):
+def test_run_non_finite_image_or_parameter_is_named(toy, tmp_path):
     toy(stop_at=1, statistics=False).run()
     trainer = toy(stop_at=2, statistics=False)
     trainer.state.model[5].weight.register_hook(lambda gradient: gradient * float("nan"))
@@ -60,11 +60,11 @@ def test_what_was_not_finite_is_named(toy, tmp_path):
     trainer = toy(micro_batch_size=1, statistics=False)  # from the third step on, image 7 cannot be learnt from
     trainer.task.images[7] = float("inf")
     trainer.run()
-    told = {e["step"]: e["message"] for e in read_log(tmp_path / "run") if e["event"] == "skip"}
+    messages = {e["step"]: e["message"] for e in read_log(tmp_path / "run") if e["event"] == "skip"}
     seen = {step for step, indices in trainer.task.seen if 7 in indices}
-    assert told.keys() == {1, *seen} and seen
-    assert told[1] == "the gradient of 5.weight was not finite in step 1; the step was skipped"
-    assert {told[step] for step in seen} == {
+    assert messages.keys() == {1, *seen} and seen
+    assert messages[1] == "the gradient of 5.weight was not finite in step 1; the step was skipped"
+    assert {messages[step] for step in seen} == {
         f"the loss of image 7 was not finite in step {step}; the step was skipped" for step in seen
     }
     assert all(t.isfinite().all() for t in final_state(tmp_path / "run").values())
@@ -73,7 +73,7 @@ def test_what_was_not_finite_is_named(toy, tmp_path):
 # --- a full disk ---
 
 
-def test_a_disk_that_fills_at_a_checkpoint_stops_the_run_and_can_be_resumed(toy, tmp_path, monkeypatch):
+def test_run_full_disk_at_a_checkpoint_stops_and_resumes(toy, tmp_path, monkeypatch):
     toy(folder="whole", checkpoint_every=2).run()
     write = checkpoint.save_file
     full_at(monkeypatch, 4)
@@ -87,7 +87,7 @@ def test_a_disk_that_fills_at_a_checkpoint_stops_the_run_and_can_be_resumed(toy,
     assert_identical(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
 
 
-def test_a_disk_that_fills_at_a_sheet_is_told_without_a_traceback_and_costs_no_step(toy, tmp_path, monkeypatch):
+def test_run_full_disk_at_a_preview_raises_and_loses_no_step(toy, tmp_path, monkeypatch):
     trainer = toy(sample_every=2, checkpoint_every=2)
 
     def full(model, step, folder):
@@ -99,7 +99,7 @@ def test_a_disk_that_fills_at_a_sheet_is_told_without_a_traceback_and_costs_no_s
     assert saved_steps(tmp_path / "run") == [2]
 
 
-def test_a_report_that_cannot_be_written_does_not_hide_how_the_run_ended(toy):
+def test_run_failed_report_does_not_hide_the_exit_code(toy):
     def refuse(folder):
         raise CheckpointError("could not write report.html")
 
@@ -108,7 +108,7 @@ def test_a_report_that_cannot_be_written_does_not_hide_how_the_run_ended(toy):
     assert caught.value.code == 143
 
 
-def test_a_write_that_the_system_cuts_short_in_the_midst_of_training(toy, tmp_path):
+def test_run_file_size_limit_stops_and_resumes(toy, tmp_path):
     """A limit on the size of files, as a full disk or a quota is one: in a process of its own, which it is put on."""
     toy(steps=6, stop_at=2).run()
     child = os.fork()
@@ -150,14 +150,14 @@ def assert_taken(checkpoints: Checkpoints, older: dict[str, torch.Tensor]) -> No
     assert_identical(tensors, older)
 
 
-def test_cut_off_at_100_places_the_previous_one_is_taken(two):
+def test_restore_truncated_at_100_places_uses_the_previous(two):
     checkpoints, older, newest, content = two
     for i in range(100):
         newest.write_bytes(content[: i * len(content) // 100])
         assert_taken(checkpoints, older)
 
 
-def test_with_a_bit_flipped_in_100_places_the_previous_one_is_taken(two):
+def test_restore_bit_flipped_at_100_places_uses_the_previous(two):
     checkpoints, older, newest, content = two
     chance = random.Random(0)
     header = 8 + int.from_bytes(content[:8], "little")

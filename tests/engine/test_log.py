@@ -12,7 +12,7 @@ from factorkit.engine.log import RunLog
 from factorkit.utils.jsonl import read_log
 
 
-def test_events_come_back_in_order_with_a_time(tmp_path):
+def test_read_log_returns_events_in_order_with_times(tmp_path):
     before = time.time() - 1
     with RunLog(tmp_path / "new" / "run") as log:
         log.event("start", step=0, message="größe\nzwei")
@@ -23,7 +23,7 @@ def test_events_come_back_in_order_with_a_time(tmp_path):
     assert all(before < e["time"] < time.time() + 1 for e in events)
 
 
-def test_an_event_is_readable_before_the_log_is_closed(tmp_path):
+def test_run_log_event_is_readable_before_close(tmp_path):
     log = RunLog(tmp_path)
     log.event("step", step=7)
     assert read_log(tmp_path)[-1]["step"] == 7
@@ -31,14 +31,14 @@ def test_an_event_is_readable_before_the_log_is_closed(tmp_path):
     log.close()
 
 
-def test_reopening_appends(tmp_path):
+def test_run_log_reopening_appends(tmp_path):
     for step in (1, 2):
         with RunLog(tmp_path) as log:
             log.event("step", step=step)
     assert [e["step"] for e in read_log(tmp_path)] == [1, 2]
 
 
-def test_what_json_does_not_know_is_written_as_strict_json(tmp_path):
+def test_run_log_values_unknown_to_json_are_converted(tmp_path):
     with RunLog(tmp_path) as log:
         log.event(
             "step",
@@ -63,7 +63,7 @@ def test_what_json_does_not_know_is_written_as_strict_json(tmp_path):
 
 
 @pytest.mark.parametrize("tail", [b'{"event": "step", "st', b'{"event": "step"}', b"\xff\x00"])
-def test_opening_drops_a_half_written_last_line_and_nothing_else(tmp_path, tail):
+def test_run_log_opening_drops_only_a_half_line(tmp_path, tail):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"event": "start", "step": 0}\n' + tail)
     with RunLog(tmp_path) as log:
@@ -72,13 +72,13 @@ def test_opening_drops_a_half_written_last_line_and_nothing_else(tmp_path, tail)
     assert [e["event"] for e in read_log(tmp_path)] == ["start", "resume"]
 
 
-def test_a_log_that_is_only_half_a_line_becomes_empty(tmp_path):
+def test_run_log_opening_a_single_half_line_empties_the_file(tmp_path):
     (tmp_path / "log.jsonl").write_bytes(b'{"event"')
     RunLog(tmp_path).close()
     assert (tmp_path / "log.jsonl").read_bytes() == b""
 
 
-def test_reading_tolerates_damage_without_repairing_it(tmp_path):
+def test_read_log_skips_damage_without_repairing_it(tmp_path):
     assert read_log(tmp_path) == []
     content = b'{"event": "start"}\n\n[1, 2]\nnoise\xff\n{"event": "end"}\n{"event": "ha'
     (tmp_path / "log.jsonl").write_bytes(content)
@@ -86,7 +86,7 @@ def test_reading_tolerates_damage_without_repairing_it(tmp_path):
     assert (tmp_path / "log.jsonl").read_bytes() == content
 
 
-def test_tensorboard_asked_for_but_missing_warns_and_logs_on(tmp_path, monkeypatch):
+def test_run_log_missing_tensorboard_warns(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.warns(UserWarning, match=r"factorkit\[tensorboard\]"):
         log = RunLog(tmp_path, tensorboard=True)
@@ -94,7 +94,7 @@ def test_tensorboard_asked_for_but_missing_warns_and_logs_on(tmp_path, monkeypat
     assert len(read_log(tmp_path)) == 1
 
 
-def test_tensorboard_mirrors_numbers_by_step(tmp_path, monkeypatch):
+def test_run_log_tensorboard_has_numbers_by_step(tmp_path, monkeypatch):
     written = []
 
     class Writer:

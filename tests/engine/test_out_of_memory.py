@@ -20,7 +20,8 @@ LAST = "checkpoints/step_00000006.safetensors"
         MemoryError(),
     ],
 )
-def test_out_of_memory_is_told_with_what_helps_and_can_be_resumed(toy, tmp_path, error):
+@pytest.mark.slow
+def test_run_out_of_memory_gives_advice_and_resumes(toy, tmp_path, error):
     toy(folder="whole", checkpoint_every=2).run()
 
     def full(step, loss):
@@ -38,7 +39,7 @@ def test_out_of_memory_is_told_with_what_helps_and_can_be_resumed(toy, tmp_path,
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in found)
 
 
-def test_a_sheet_without_room_is_told_from_a_step_and_costs_none(toy, tmp_path):
+def test_run_out_of_memory_in_a_preview_is_named(toy, tmp_path):
     trainer = toy(sample_every=3)
 
     def full(model, step, folder):
@@ -52,7 +53,7 @@ def test_a_sheet_without_room_is_told_from_a_step_and_costs_none(toy, tmp_path):
     assert saved_steps(tmp_path / "run") == [3]
 
 
-def test_other_runtime_errors_are_no_lack_of_memory(toy):
+def test_run_other_runtime_errors_pass_through(toy):
     def broken(step, loss):
         raise RuntimeError("a bug")
 

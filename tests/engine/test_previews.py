@@ -1,4 +1,4 @@
-"""Sheets drawn behind the training's back, as process 0 of several draws them (test_distributed.py has two of them)."""
+"""Previews in the background, as on rank 0 of several processes (test_distributed.py has two of them)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def alarms(folder):
     return [(e["step"], e["failures"], e["error"]) for e in read_log(folder) if e["event"] == "alarms"]
 
 
-def test_training_goes_on_during_a_sheet_which_is_of_the_step_it_was_begun_at(toy, aside, tmp_path):
-    """The checkpoint of the step outlives newer ones until the sheet has told whether it is worth keeping."""
+def test_previews_background_preview_shows_the_step_it_started_at(toy, aside, tmp_path):
+    """The checkpoint of the step outlives newer ones until the preview shows whether it is worth keeping."""
     seen, may = {}, threading.Event()
 
     def found(step):
@@ -50,7 +50,7 @@ def test_training_goes_on_during_a_sheet_which_is_of_the_step_it_was_begun_at(to
         return found(step)
 
     def hook(step, error):
-        if step == 3:  # the sheet begun after step 2 cannot end before this
+        if step == 3:  # the preview started after step 2 cannot end before this
             assert alarms(tmp_path / "run") == []
             assert 2 in saved_steps(tmp_path / "run")
             may.set()
@@ -67,7 +67,7 @@ def test_training_goes_on_during_a_sheet_which_is_of_the_step_it_was_begun_at(to
     assert saved_steps(tmp_path / "run") == saved_steps(tmp_path / "whole") == [2, 6]
 
 
-def test_a_sheet_beside_a_step_leaves_alone_what_that_has_cast(aside):
+def test_previews_background_preview_keeps_the_autocast_cache(aside):
     """A weight used twice in a step is cast once, whoever's autocast ends meanwhile."""
     begun, may, ended = threading.Event(), threading.Event(), threading.Event()
 
@@ -91,28 +91,28 @@ def test_a_sheet_beside_a_step_leaves_alone_what_that_has_cast(aside):
     assert trainer._previews.pop_finished(wait=True).error is None
 
 
-def test_what_goes_wrong_in_a_sheet_ends_the_run_and_is_named(aside, tmp_path):
+def test_previews_background_error_ends_the_run(aside, tmp_path):
     def broken(model, step, folder):
-        raise DataError(f"no picture at step {step}")
+        raise DataError(f"no image at step {step}")
 
-    with pytest.raises(DataError, match="no picture at step 2"):
+    with pytest.raises(DataError, match="no image at step 2"):
         aside(broken, steps=50).run()
     assert saved_steps(tmp_path / "run") and alarms(tmp_path / "run") == []
 
 
-def test_an_alarm_stops_the_run_where_that_is_asked_for(aside, tmp_path):
+def test_previews_background_alarm_stops_with_stop_on_failure(aside, tmp_path):
     def bad(model, step, folder):
         return {"failures": ["collapsed"] if step == 4 else [], "error": 1.0}
 
+    trainer = aside(bad, stop_on_failure=True)
+    pop = trainer._previews.pop_finished
+    trainer._previews.pop_finished = lambda wait=False: pop(wait) if wait else None  # as if each took two steps
     with pytest.raises(FactorkitError, match="stopped at step 6 by the alarms of step 4: collapsed.* of step 2"):
-        trainer = aside(bad, stop_on_failure=True)
-        begin = trainer._previews.pop_finished
-        trainer._previews.pop_finished = lambda wait=False: begin(wait) if wait else None  # as if each took two steps
         trainer.run()
     assert saved_steps(tmp_path / "run") == [2, 6]
 
 
-def test_a_run_that_is_interrupted_for_good_does_not_wait_for_its_sheet(aside, tmp_path):
+def test_previews_interrupted_run_cancels_the_preview(aside, tmp_path):
     begun, ended = threading.Event(), []
 
     def endless(model, step, folder):

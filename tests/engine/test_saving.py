@@ -1,4 +1,4 @@
-"""Checkpoints are written behind the training's back."""
+"""Checkpoints are written in the background."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from factorkit.utils.errors import CheckpointError
 from tests.engine.trained import assert_identical, full_at, saved_steps
 
 
-def test_training_goes_on_during_a_write_which_is_of_the_step_it_was_begun_at(toy, tmp_path, monkeypatch):
+def test_save_runs_in_background_with_the_state_of_its_step(toy, tmp_path, monkeypatch):
     toy(folder="whole", checkpoint_every=2, keep_checkpoints=9).run()
     write, may, stood = checkpoint.save_file, threading.Event(), []
 
@@ -36,7 +36,7 @@ def test_training_goes_on_during_a_write_which_is_of_the_step_it_was_begun_at(to
 
 
 @pytest.mark.parametrize(("step", "reached"), [(2, 4), (6, 6)])
-def test_a_failed_write_is_told_of_by_the_next_or_at_the_end(toy, tmp_path, monkeypatch, step, reached):
+def test_save_failed_write_raises_at_the_next_or_at_the_end(toy, tmp_path, monkeypatch, step, reached):
     full_at(monkeypatch, step)
     trainer = toy(checkpoint_every=2)
     with pytest.raises(CheckpointError, match=f"step_0000000{reached}.*No space left"):
@@ -45,14 +45,14 @@ def test_a_failed_write_is_told_of_by_the_next_or_at_the_end(toy, tmp_path, monk
     assert saved_steps(tmp_path / "run") == list(range(2, step, 2))
 
 
-def test_a_disk_that_has_room_again_costs_one_checkpoint_and_a_warning(toy, tmp_path, monkeypatch):
+def test_save_failed_write_followed_by_a_good_one_warns(toy, tmp_path, monkeypatch):
     full_at(monkeypatch, 2, last=2)
     with pytest.warns(UserWarning, match="step_00000002.*No space left.*step 4 was written"):
         toy(checkpoint_every=2, keep_checkpoints=9).run()
     assert saved_steps(tmp_path / "run") == [4, 6]
 
 
-def test_a_failed_write_does_not_hide_what_else_ended_the_run(toy, monkeypatch):
+def test_save_failed_write_does_not_hide_the_error_of_the_run(toy, monkeypatch):
     full_at(monkeypatch, 2)
 
     def hook(step, error):
@@ -64,7 +64,7 @@ def test_a_failed_write_does_not_hide_what_else_ended_the_run(toy, monkeypatch):
         toy(checkpoint_every=2, hook=hook).run()
 
 
-def test_jobs_are_done_in_turn_and_none_after_one_that_failed():
+def test_background_worker_runs_in_order_and_skips_after_a_failure():
     background, done = BackgroundWorker(), []
     for i in range(3):
         background.submit(lambda i=i: done.append(i))

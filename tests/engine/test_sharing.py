@@ -43,25 +43,28 @@ def assert_alike(one, other) -> None:
 
 
 @pytest.mark.parametrize("name", ["generate", "few", "evaluate", "segment", "again", "render", "sample", "pose"])
-def test_one_process_speaks_and_says_what_it_would_alone(done, name):
+@pytest.mark.slow
+def test_commands_in_three_processes_print_once(done, name):
     assert_alike(printed(done, 1, name), printed(done, 3, name))
 
 
 @pytest.mark.parametrize(
-    ("name", "pictures"), [("generate", 67), ("few", 2), ("segment", 6), ("render", 4), ("sample", 5)]
+    ("name", "count"), [("generate", 67), ("few", 2), ("segment", 6), ("render", 4), ("sample", 5)]
 )
-def test_three_processes_write_what_one_does(done, name, pictures):
+@pytest.mark.slow
+def test_commands_in_three_processes_write_the_same_files(done, name, count):
     alone, together = (done / f"{world}/{name}" for world in (1, 3))
     names = sorted(path.name for path in alone.iterdir())
     assert names == sorted(path.name for path in together.iterdir())
-    assert sum(name.endswith(".png") for name in names) >= pictures
+    assert sum(name.endswith(".png") for name in names) >= count
     for path in alone.glob("*.png"):
         one, other = (np.asarray(Image.open(p)).astype(int) for p in (path, together / path.name))
         apart = abs(one - other)
         assert one.shape == other.shape and (apart > 1).mean() < 2e-3, (path.name, apart.max())
 
 
-def test_each_picture_is_segmented_once_and_noted_in_one_manifest(done):
+@pytest.mark.slow
+def test_segment_in_three_processes_handles_each_image_once(done):
     lines = [json.loads(line) for line in (done / "3/segment/segments.jsonl").read_text().splitlines()]
     assert sorted(line["name"] for line in lines if "files" in line) == [f"{i}.png" for i in (0, 1, 2, 4, 5, 6)]
     assert [printed(done, world, "again")["already"] for world in (1, 3)] == [6, 6]
@@ -69,7 +72,8 @@ def test_each_picture_is_segmented_once_and_noted_in_one_manifest(done):
     assert_alike(*found)
 
 
-def test_what_one_process_cannot_write_ends_all_and_the_rest_stands(done):
+@pytest.mark.slow
+def test_segment_write_error_in_one_process_ends_all(done):
     """The exit codes are 1 (sharing.py); what the other process finished counts the next time."""
     assert "No space left on device" in (done / "stderr.txt").read_text()
     assert all("No space left" in (done / f"lost.{rank}.txt").read_text() for rank in (0, 1))
@@ -77,7 +81,7 @@ def test_what_one_process_cannot_write_ends_all_and_the_rest_stands(done):
     assert left == [f"{i}_labels.png" for i in (0, 2, 4, 6)]
 
 
-def test_alone_sharing_is_the_work_itself():
+def test_map_shares_single_process_runs_the_work_unchanged():
     rows = torch.arange(5)
     assert torch.equal(distributed.map_shares(lambda share: {"a": [rows[share]]}, 5)["a"][0], rows)
     assert distributed.gather_results(lambda: 3) == [3] and distributed.run_on_first(lambda: 4) == 4

@@ -17,7 +17,7 @@ from tests.engine.trained import assert_identical, events, final_state, kill_at,
     ("number", "outcome"),
     [(signal.SIGTERM, SystemExit), (signal.SIGUSR1, SystemExit), (signal.SIGINT, KeyboardInterrupt)],
 )
-def test_a_signal_saves_ends_and_can_be_resumed(toy, tmp_path, number, outcome):
+def test_run_signal_saves_and_exits_and_resumes(toy, tmp_path, number, outcome):
     before = [signal.getsignal(s) for s in ending.STOP_SIGNALS]
     toy(folder="whole").run()
     with pytest.raises(outcome) as caught:
@@ -32,7 +32,7 @@ def test_a_signal_saves_ends_and_can_be_resumed(toy, tmp_path, number, outcome):
     assert_identical(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
 
 
-def test_a_signal_in_the_last_step_is_not_lost(toy, tmp_path):
+def test_run_signal_in_the_last_step_is_honoured(toy, tmp_path):
     with pytest.raises(SystemExit):
         toy(hook=kill_at(5, signal.SIGTERM)).run()
     assert events(tmp_path / "run")[-1] == ("end", 6)
@@ -46,7 +46,7 @@ def interruptible():
     signal.signal(signal.SIGINT, inherited)
 
 
-def test_a_second_interrupt_does_not_wait(toy, tmp_path, interruptible):
+def test_run_second_interrupt_stops_at_once(toy, tmp_path, interruptible):
     def hook(step, error):
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
@@ -63,7 +63,7 @@ def test_a_second_interrupt_does_not_wait(toy, tmp_path, interruptible):
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002.safetensors"]
 
 
-def test_a_second_sigterm_does_wait(toy, tmp_path):
+def test_run_second_sigterm_still_saves(toy, tmp_path):
     """A supervisor's, and torchrun's that hands its own on."""
 
     def hook(step, error):
@@ -78,7 +78,7 @@ def test_a_second_sigterm_does_wait(toy, tmp_path):
     assert saved_steps(tmp_path / "run") == [3]
 
 
-def test_training_works_outside_the_main_thread(toy):
+def test_run_outside_the_main_thread_works(toy):
     trainer = toy()
     thread = threading.Thread(target=trainer.run)
     thread.start()
@@ -86,7 +86,7 @@ def test_training_works_outside_the_main_thread(toy):
     assert trainer.step == 6
 
 
-def test_a_signal_waits_for_the_write(toy, tmp_path, monkeypatch):
+def test_run_signal_waits_for_the_checkpoint(toy, tmp_path, monkeypatch):
     write = checkpoint.save_file
 
     def slow(tensors, path, metadata):

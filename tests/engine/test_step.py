@@ -41,7 +41,9 @@ def segdiff(folder, device=CPU, **changes) -> Trainer:
 class Watched(TorchDispatchMode):
     """Notes operations for which the host would wait for a GPU, and those that make a tensor of host numbers."""
 
-    WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "unique2", "masked_select", "lift_fresh", "equal"}
+    WAITING = frozenset(
+        {"_local_scalar_dense", "is_nonzero", "nonzero", "unique2", "masked_select", "lift_fresh", "equal"}
+    )
 
     def __init__(self):
         super().__init__()
@@ -56,7 +58,7 @@ class Watched(TorchDispatchMode):
 @pytest.mark.parametrize(
     "changes", [{"extra_ema_decays": (0.5,)}, {"form": "thesis", "micro_batch_size": 3}, {"checkpoint_branches": True}]
 )
-def test_nothing_in_the_step_waits_for_the_device(tmp_path, changes):
+def test_training_step_uses_no_synchronising_operation(tmp_path, changes):
     trainer = segdiff(tmp_path, **changes)
     trainer.task.images, trainer.task.capturable = torch.from_numpy(trainer.task.images), True  # as on a GPU
     take = trainer._training_step(Meter(CPU))
@@ -68,7 +70,7 @@ def test_nothing_in_the_step_waits_for_the_device(tmp_path, changes):
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.state.model.parameters(), strict=True))
 
 
-def test_what_changes_from_step_to_step_stays_at_its_address(tmp_path):
+def test_training_step_tensors_stay_in_place(tmp_path):
     """A graph knows addresses: every tensor the step reads or updates must be the same one in every step."""
     trainer = segdiff(tmp_path)
     meter = Meter(CPU)
@@ -97,7 +99,7 @@ def test_what_changes_from_step_to_step_stays_at_its_address(tmp_path):
     assert int(take.step) == 2
 
 
-def test_the_average_follows_nothing_when_told_so():
+def test_moving_average_masked_update_changes_nothing():
     model = torch.nn.BatchNorm1d(3)
     average = MovingAverage(model, 0.9, CPU)
     with torch.no_grad():
@@ -108,7 +110,7 @@ def test_the_average_follows_nothing_when_told_so():
     assert average.n_averaged == 1 and (average.module.weight == 5).all()
 
 
-def test_after_three_bad_steps_nothing_moves_even_if_nobody_looks(toy):
+def test_training_step_changes_nothing_after_three_non_finite_steps(toy):
     """On a GPU the loop learns of them at the next line of the log only."""
     trainer = toy(steps=9, log_every=8, hook=lambda step, error: error * float("nan") if 2 <= step < 5 else error)
     take = trainer._training_step(Meter(CPU))
@@ -154,7 +156,7 @@ def fake_cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
 
 
-def test_the_work_is_warmed_up_captured_once_and_replayed(fake_cuda):
+def test_graphed_work_warms_up_captures_once_and_replays(fake_cuda):
     calls, generator = [], torch.Generator()
     graphed = GraphedWork(lambda: calls.append(1), lambda: [generator], lambda: pytest.fail("no failure"), CPU)
     for _ in range(WARM_UP + 4):
@@ -163,25 +165,25 @@ def test_the_work_is_warmed_up_captured_once_and_replayed(fake_cuda):
     assert graphed.graph.replays == 4 and graphed.graph.registered == [generator]
 
 
-def test_where_capture_fails_the_work_goes_on_with_one_warning(fake_cuda):
-    calls, told = [], []
+def test_graphed_work_failed_capture_continues_with_one_warning(fake_cuda):
+    calls, resets = [], []
 
     def work():
         calls.append(len(calls))
         if len(calls) == WARM_UP + 1:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    graphed = GraphedWork(work, lambda: [], lambda: told.append(len(calls)), CPU)
+    graphed = GraphedWork(work, lambda: [], lambda: resets.append(len(calls)), CPU)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(WARM_UP + 3):
             graphed()
     assert len(calls) == WARM_UP + 4  # every call did its work, one of them twice
-    assert told == [WARM_UP + 1]
+    assert resets == [WARM_UP + 1]
     assert [str(w.message).count("not permitted when stream is capturing)") for w in caught] == [1]
 
 
-def test_a_failed_capture_leaves_the_step_as_if_it_had_not_been_tried(tmp_path, fake_cuda):
+def test_training_step_failed_capture_leaves_no_trace(tmp_path, fake_cuda):
     """Under capture nothing is computed, but generators have been drawn from and half a gradient stands."""
     ends = []
     for graph in (False, True):
@@ -217,7 +219,7 @@ STEPS = [{}, {"form": "thesis", "micro_batch_size": 3, "dropout": 0.1}, {"checkp
 @pytest.mark.gpu
 @NEEDS_GPU
 @pytest.mark.parametrize("changes", STEPS)
-def test_graphed_steps_are_the_eager_ones(tmp_path, changes):
+def test_graphed_steps_equal_eager_steps(tmp_path, changes):
     device = torch.device("cuda", 0)
     ends = []
     for graph in (True, False):
@@ -234,7 +236,7 @@ def test_graphed_steps_are_the_eager_ones(tmp_path, changes):
 @NEEDS_GPU
 @pytest.mark.parametrize("changes", STEPS)
 @pytest.mark.parametrize("graph", [True, False])
-def test_no_step_waits_for_the_gpu(tmp_path, changes, graph):
+def test_training_step_does_not_wait_for_the_gpu(tmp_path, changes, graph):
     device = torch.device("cuda", 0)
     trainer = segdiff(tmp_path, device, cuda_graph=graph, log_every=50, **changes)
     take = trainer._training_step(Meter(device))

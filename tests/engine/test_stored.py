@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import factorkit
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.engine.migration import migrate_settings, register_renamed_settings
+from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.segdiff.config import SegdiffConfig
 from factorkit.utils.errors import CheckpointError
 
 STORED = Path(__file__).with_name("stored")
@@ -22,14 +25,14 @@ VERSIONS = range(1, checkpoint.VERSION + 1)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_segdiff_file_loads_and_sees_what_it_saw(version):
+def test_load_stored_segdiff_file_gives_the_same_masks(version):
     run = factorkit.load(STORED / f"segdiff_{version}.safetensors", device="cpu")
     image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
     assert run.step == 2 and run.segment(image).masks.std().item() == pytest.approx(0.1206, rel=1e-2)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_nerfdiff_file_loads_and_sees_what_it_saw(version):
+def test_load_stored_nerfdiff_file_gives_the_same_poses(version):
     run = factorkit.load(STORED / f"nerfdiff_{version}.safetensors", device="cpu")
     place = run.predict_pose(torch.linspace(0, 1, 192).view(1, 3, 8, 8)).poses[0, :3, 3]
     torch.testing.assert_close(place, torch.tensor([1.0821, 3.0194, 0.9074]), rtol=1e-3, atol=1e-3)
@@ -37,7 +40,7 @@ def test_a_nerfdiff_file_loads_and_sees_what_it_saw(version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_run_resumes_from_it(toy, tmp_path, version):
+def test_restore_stored_checkpoint_resumes(toy, tmp_path, version):
     stored = STORED / f"toy_{version}.safetensors"
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     shutil.copyfile(stored, tmp_path / "run/checkpoints/step_00000003.safetensors")
@@ -50,9 +53,9 @@ def test_a_run_resumes_from_it(toy, tmp_path, version):
     assert trainer.step == 6
 
 
-def test_a_file_of_a_later_version_says_what_to_do(tmp_path):
+def test_read_checkpoint_later_version_raises(tmp_path):
     with safe_open(STORED / "toy_1.safetensors", framework="pt") as file:
-        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     for written in ("factorkit-2", "factorkit-0", "somebody-1", "factorkit-x"):
         save_file(tensors, tmp_path / "later.safetensors", metadata=header | {"format": written})
         reason = "later factorkit .*upgrade" if written == f"factorkit-{checkpoint.VERSION + 1}" else written
@@ -71,3 +74,13 @@ def test_migrate_settings_removed_setting_is_refused_unless_it_computes_the_same
     assert migrate_settings({"model": "test", "width": "wide", "looks": 1}, "") == {"model": "test", "channels": 64}
     with pytest.raises(CheckpointError, match=r"^a/config.json was written with looks=2 .* only supports looks=1"):
         migrate_settings({"model": "test", "looks": 2}, "a/config.json")
+
+
+@pytest.mark.parametrize(("name", "config"), [("segdiff", SegdiffConfig), ("nerfdiff", NerfdiffConfig)])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_migrate_settings_stored_files_have_only_settings_of_today(name, config, version):
+    meta = read_checkpoint(STORED / f"{name}_{version}.safetensors")[1]
+    fields = {field.name for field in dataclasses.fields(config)}
+    assert set(meta) - fields - {"model", "step", "scene"} == set()
+    settings = {k: v for k, v in meta.items() if k in fields}
+    assert config.from_dict(settings).to_dict().items() >= settings.items()

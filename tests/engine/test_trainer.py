@@ -13,7 +13,7 @@ from tests.engine.trained import assert_identical, events, final_state
 
 
 @pytest.mark.parametrize("cuts", [(1,), (4,), (2, 3, 5)])
-def test_a_resumed_run_ends_with_the_bits_of_the_unbroken_one(toy, tmp_path, cuts):
+def test_run_resumed_is_bit_identical(toy, tmp_path, cuts):
     toy(folder="whole", steps=7).run()
     for stop_at in (*cuts, None):
         trainer = toy(steps=7, stop_at=stop_at)
@@ -24,20 +24,20 @@ def test_a_resumed_run_ends_with_the_bits_of_the_unbroken_one(toy, tmp_path, cut
     assert_identical(whole, trainer.state.tensors())
 
 
-def test_the_seed_matters(toy):
+def test_run_other_seed_gives_other_weights(toy):
     one, other = toy(folder="one", seed=0), toy(folder="other", seed=1)
     one.run(), other.run()
     assert not torch.equal(one.state.tensors()["model.1.weight"], other.state.tensors()["model.1.weight"])
 
 
-def test_every_image_is_seen_once_an_epoch(toy):
+def test_run_sees_every_image_once_per_epoch(toy):
     trainer = toy(steps=5)
     trainer.run()
     drawn = [i for _, indices in trainer.task.seen for i in indices]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
 
 
-def test_a_second_identical_call_trains_nothing(toy, tmp_path):
+def test_run_again_trains_nothing(toy, tmp_path):
     first = toy().run()
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     again = toy()
@@ -47,7 +47,7 @@ def test_a_second_identical_call_trains_nothing(toy, tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_more_steps_go_on_and_fewer_are_refused(toy, tmp_path):
+def test_run_more_steps_continue_and_fewer_raise(toy, tmp_path):
     toy(steps=3).run()
     longer = toy(steps=5)
     longer.run()
@@ -57,7 +57,7 @@ def test_more_steps_go_on_and_fewer_are_refused(toy, tmp_path):
         toy(steps=4).run()
 
 
-def test_a_damaged_last_checkpoint_is_made_again(toy, tmp_path):
+def test_run_damaged_last_checkpoint_is_trained_again(toy, tmp_path):
     toy(checkpoint_every=2).run()
     newest = tmp_path / "run/checkpoints/step_00000006.safetensors"
     whole = read_checkpoint(newest)[0]
@@ -69,13 +69,13 @@ def test_a_damaged_last_checkpoint_is_made_again(toy, tmp_path):
     assert_identical(read_checkpoint(newest)[0], whole)
 
 
-def test_checkpoints_of_another_model_are_refused(toy):
+def test_run_checkpoint_of_another_model_raises(toy):
     toy(statistics=False).run()
     with pytest.raises(CheckpointError, match="belong to another model"):
         toy(statistics=True).run()
 
 
-def test_memory_layouts_survive_a_resume(toy):
+def test_restore_keeps_memory_layouts(toy):
     """Adam's moments lie as their weights do, or the fused kernel takes another path than in the unbroken run."""
     trainer = toy()
     weight = trainer.state.model[1].weight
@@ -85,7 +85,7 @@ def test_memory_layouts_survive_a_resume(toy):
     assert trainer.state.optimizer.state[weight]["exp_avg"].stride() == weight.stride() == (1, 16)
 
 
-def test_checkpoints_are_written_and_kept_as_asked(toy, tmp_path):
+def test_run_writes_and_keeps_checkpoints_as_configured(toy, tmp_path):
     toy(steps=9, checkpoint_every=2, keep_checkpoints=3).run()
     folder = tmp_path / "run/checkpoints"
     assert sorted(p.name for p in folder.glob("step_*")) == [f"step_0000000{step}.safetensors" for step in (6, 8, 9)]
@@ -102,7 +102,7 @@ def alarmed(trainer, monkeypatch, errors: dict[int, float | None]):
     return trainer
 
 
-def test_the_best_checkpoint_without_a_failure_survives(toy, tmp_path, monkeypatch):
+def test_run_keeps_the_best_checkpoint_without_alarms(toy, tmp_path, monkeypatch):
     whole = toy(folder="whole", checkpoint_every=1, keep_checkpoints=9)
     whole.run()
     errors = {1: 0.5, 2: 0.2, 3: 0.3, 4: None, 5: None, 6: None}
@@ -113,15 +113,15 @@ def test_the_best_checkpoint_without_a_failure_survives(toy, tmp_path, monkeypat
     assert_identical(read_checkpoint(folder / best)[0], read_checkpoint(tmp_path / "whole/checkpoints" / best)[0])
 
 
-def test_a_failure_stops_the_run_only_where_asked(toy, tmp_path, monkeypatch):
+def test_run_alarm_stops_only_with_stop_on_failure(toy, tmp_path, monkeypatch):
     errors, settings = {2: 0.2, 4: None, 6: None}, {"sample_every": 2, "checkpoint_every": 1, "keep_checkpoints": 1}
     with pytest.raises(FactorkitError, match="stopped at step 4: toy: it failed.*the best of them is of step 2"):
         alarmed(toy(**settings, stop_on_failure=True), monkeypatch, errors).run()
     assert events(tmp_path / "run")[-1] == ("alarms", 4), "what it stopped for is in the log"
     alarmed(toy(**settings), monkeypatch, errors).run()
     assert events(tmp_path / "run")[-1] == ("end", 6)
+    failing = toy(folder="other", **settings, stop_on_failure=True)
     with pytest.raises(FactorkitError, match="all of them had alarms"):
-        failing = toy(folder="other", **settings, stop_on_failure=True)
         alarmed(failing, monkeypatch, dict.fromkeys(errors)).run()
 
 
@@ -129,7 +129,7 @@ def test_a_failure_stops_the_run_only_where_asked(toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("micro", [1, 3, 4, 100])
-def test_micro_batches_change_memory_only(toy, micro):
+def test_run_micro_batches_give_the_same_weights(toy, micro):
     common = {"statistics": False, "precision": "fp32", "steps": 3, "batch_size": 8}
     whole, parts = toy(folder="whole", **common), toy(micro_batch_size=micro, **common)
     whole.run(), parts.run()
@@ -138,7 +138,7 @@ def test_micro_batches_change_memory_only(toy, micro):
         torch.testing.assert_close(parts.state.tensors()[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_learning_rate_reaches_adam_scaled_by_group(toy):
+def test_training_step_scales_learning_rates_by_group(toy):
     rates = []
     trainer = toy(steps=4, warmup_steps=2, lr_decay_fraction=0.5)
     trainer.state.optimizer.register_step_pre_hook(
@@ -149,7 +149,7 @@ def test_the_learning_rate_reaches_adam_scaled_by_group(toy):
     assert slow == pytest.approx([0.0025, 0.005, 0.005, 0.0025]) and rest == pytest.approx([0.005, 0.01, 0.01, 0.005])
 
 
-def test_the_gradient_is_clipped_to_its_norm(toy):
+def test_training_step_clips_the_gradient_norm(toy):
     norms = []
 
     def note(optimizer, *_):
@@ -163,7 +163,7 @@ def test_the_gradient_is_clipped_to_its_norm(toy):
     assert norms[0] > 0.01 and norms[1] == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_the_average_warms_up_by_its_formula(toy):
+def test_moving_average_warms_up_by_its_formula(toy):
     trainer = toy(steps=30, ema_decay=0.3)  # reached when (1 + n) / (10 + n) > 0.3, at n = 3
     weights, expected = trainer.state.model[1].weight, None
     take = trainer._training_step(Meter(trainer.device))
@@ -175,7 +175,7 @@ def test_the_average_warms_up_by_its_formula(toy):
         torch.testing.assert_close(trainer.state.average.module[1].weight.detach(), expected)
 
 
-def test_precision_is_as_asked(toy):
+def test_run_precision_is_as_configured(toy):
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         found = []
         trainer = toy(folder=precision, steps=1, precision=precision)
@@ -186,10 +186,10 @@ def test_precision_is_as_asked(toy):
         assert found[0] == dtype and trainer.state.model[1].weight.dtype == torch.float32
 
 
-# --- log, sheets, clock ---
+# --- log, previews, clock ---
 
 
-def test_the_log_of_a_run(toy, tmp_path, capsys):
+def test_run_log_has_all_events(toy, tmp_path, capsys):
     trainer = toy(steps=5, log_every=2, sample_every=2, stop_at=3)
     trainer.run()
     assert events(tmp_path / "run") == [("start", 0), ("step", 2), ("alarms", 2), ("step", 3), ("alarms", 3)]
@@ -209,7 +209,7 @@ def test_the_log_of_a_run(toy, tmp_path, capsys):
     assert "step 4: toy" in said.err and said.out == ""
 
 
-def test_a_kill_between_the_last_save_and_the_log_does_not_leave_the_run_unfinished(toy, tmp_path):
+def test_run_killed_before_the_end_event_logs_it_on_resume(toy, tmp_path):
     toy().run()
     log = tmp_path / "run/log.jsonl"
     log.write_text("".join(line for line in log.read_text().splitlines(True) if '"end"' not in line))
@@ -217,14 +217,14 @@ def test_a_kill_between_the_last_save_and_the_log_does_not_leave_the_run_unfinis
     assert events(tmp_path / "run")[-1] == ("end", 6)
 
 
-def test_the_bar_counts_from_where_the_run_stands(toy, capsys):
+def test_run_progress_bar_starts_at_the_resumed_step(toy, capsys):
     toy(stop_at=4).run()
     toy(progress=True).run()
     said = capsys.readouterr().err
     assert "4/6" in said and "6/6" in said and "0/6" not in said and "loss" in said
 
 
-def test_the_loss_by_quarters():
+def test_meter_computes_the_loss_by_quarters():
     meter = Meter(torch.device("cpu"))
     for loss, level, watch in (([1.0, 2.0, 4.0], [0.0, 0.2, 0.75], [1.0, 0.0]), ([8.0], [0.999], [5.0, 4.0])):
         loss = torch.tensor(loss, requires_grad=True)
@@ -236,7 +236,7 @@ def test_the_loss_by_quarters():
     assert meter.read()["loss_by_quarter"] == [None] * 4  # reading starts afresh
 
 
-def test_time_spent_on_sheets_and_checkpoints_is_no_training_time(monkeypatch):
+def test_meter_paused_time_is_excluded(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     meter = Meter(torch.device("cpu"))

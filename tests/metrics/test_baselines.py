@@ -31,11 +31,13 @@ def rows(discs):
     return score_baselines(*discs, num_fit_images=FIT)
 
 
+@pytest.mark.slow
 def test_score_baselines_default_scores_every_baseline(rows):
     assert list(rows) == list(BASELINES)
     assert all(set(row) == {"acc", "iou", "dice"} for row in rows.values())
 
 
+@pytest.mark.slow
 def test_score_baselines_coloured_discs_ranks_colour_above_position(discs, rows):
     """Colour tells the object here, position only roughly, and its area not at all."""
     iou = {name: row["iou"] for name, row in rows.items()}

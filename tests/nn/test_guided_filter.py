@@ -119,6 +119,7 @@ def test_apply_guided_filter_bands_equal_the_whole(size, monkeypatch):
     torch.testing.assert_close(rows, F.interpolate(values, size=size, mode="bilinear")[:, :, 2:5])
 
 
+@pytest.mark.slow
 def test_guided_filter_gradients_are_correct():
     guide, values = (x.requires_grad_() for x in inputs(4, 5, batch=1))
     large = torch.rand(1, 3, 6, 7, dtype=torch.float64, requires_grad=True)

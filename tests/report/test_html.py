@@ -100,6 +100,7 @@ def complete(tmp_path_factory) -> Page:
     return Page(write_report(write_run(tmp_path_factory.mktemp("runs") / "daffodils")))
 
 
+@pytest.mark.slow
 def test_write_report_complete_run_has_every_section(complete):
     assert [h for h in complete.headings if h in SECTIONS] == SECTIONS
     assert "Not available yet" not in complete.text
@@ -111,12 +112,14 @@ def test_write_report_complete_run_has_every_section(complete):
         assert text in complete.text
 
 
+@pytest.mark.slow
 def test_write_report_refers_to_nothing_outside_the_page(complete):
     assert complete.addresses and all(a.startswith("data:image/png;base64,") for a in complete.addresses)
     assert not re.search(r"https?://|url\(|@import", complete.source)
     assert not {"script", "link", "iframe", "a"} & set(complete.tags)
 
 
+@pytest.mark.slow
 def test_write_report_shows_newest_grid_large_and_thins_earlier_ones(complete):
     images = complete.images()
     steps = [image.convert("RGB").getpixel((0, 0))[0] for image in images if image.size == (300, 200)]
@@ -126,11 +129,13 @@ def test_write_report_shows_newest_grid_large_and_thins_earlier_ones(complete):
     assert "segmentation, step 40" in complete.headings
 
 
+@pytest.mark.slow
 def test_write_report_lists_baselines_below_the_run_best_first(complete):
     rows = [complete.text.index(name) for name in ("this run ", "2-means 0.9", "centre disc 0.7", "GrabCut opencv")]
     assert rows == sorted(rows)
 
 
+@pytest.mark.slow
 def test_write_report_has_curves_for_both_colour_schemes(complete):
     assert complete.tags.count("source") == 6
     assert "prefers-color-scheme: dark" in complete.source
@@ -143,12 +148,14 @@ def test_write_report_empty_folder_names_what_is_missing(tmp_path):
     assert "No verdict yet" in page.headings and "Not started" in page.text
 
 
+@pytest.mark.slow
 def test_write_report_unfinished_run_is_called_unfinished(tmp_path):
     page = Page(write_report(write_run(tmp_path / "run", scores=None, end=False)))
     assert "Not finished: step 40 of 40." in page.text
     assert "Not available yet: nothing was scored" in page.text
 
 
+@pytest.mark.slow
 def test_write_report_damaged_files_are_left_out(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "config.json").write_text('{"steps": 4')
@@ -178,6 +185,7 @@ def test_write_report_odd_values_do_not_raise(tmp_path):
     assert "Area of each region" in page.headings and "Loss" not in page.headings
 
 
+@pytest.mark.slow
 def test_write_report_hostile_names_are_escaped(tmp_path):
     evil = "<script>alert('\"&')</script>"
     folder = write_run(tmp_path / "<script>run", [f"{evil}: {evil}"], {**SCORES, "iou": 0.1, evil: evil})

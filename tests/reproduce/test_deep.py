@@ -31,7 +31,8 @@ def voc(tmp_path):
     return root
 
 
-def test_table_2_7_scores_the_classes_that_are_shown(small, voc, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_table_2_7_scores_classes_with_images(small, voc, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="--voc FOLDER"):
         small("table2.7", rows=["cat"])
     with pytest.warns(UserWarning, match="too few images of VOC show dog"):
@@ -45,7 +46,8 @@ def test_table_2_7_scores_the_classes_that_are_shown(small, voc, tmp_path, monke
     assert json.dumps(report.data).count("0.66") >= 1, "the dissertation's mIoU of cats stands beside it"
 
 
-def test_figure_2_14_shows_frames_and_less_flicker(small, monkeypatch):
+@pytest.mark.slow
+def test_fig_2_14_averaging_reduces_flicker(small, monkeypatch):
     monkeypatch.setattr(video, "PAN_FRAMES", 12)
     report = small("fig2.14")
     single, averaged = (row["cells"][0]["scores"] for row in report.data["rows"])
@@ -53,7 +55,8 @@ def test_figure_2_14_shows_frames_and_less_flicker(small, monkeypatch):
     assert len(report.data["images"]) == 2
 
 
-def test_figure_2_16_scores_both_levels(tmp_path, photos):
+@pytest.mark.slow
+def test_fig_2_16_scores_both_levels(tmp_path, photos):
     tiny = {
         "resolution": 16,
         "model_channels": 8,

@@ -28,7 +28,7 @@ def means(report) -> dict[str, dict[str, float]]:
     return {row["row"]: row["mean"] for row in report.data["rows"]}
 
 
-def test_every_experiment_says_what_it_takes():
+def test_experiments_are_described_completely():
     names = list(list_experiments())
     assert names.index("table2.1") < names.index("table2.6") < names.index("table3.1") and "fig3.13" in names
     for name, experiment in list_experiments().items():
@@ -41,7 +41,7 @@ def test_every_experiment_says_what_it_takes():
             assert rows and len(set(rows)) == len(rows)
 
 
-def test_the_scales_are_what_they_say():
+def test_scales_have_documented_settings():
     def at(scale, full="cub64"):
         return Trainings(Setup("table2.2", None, scale, Path("nowhere")), full).config()
 
@@ -58,7 +58,8 @@ def test_the_scales_are_what_they_say():
     assert full.regions == 3 and at("full", "imagenet64").batch_size == 512
 
 
-def test_table_2_1_scores_as_the_run_itself_does(small, tmp_path):
+@pytest.mark.slow
+def test_table_2_1_scores_equal_those_of_the_run(small, tmp_path):
     report = small("table2.1", seeds=2)
     found = means(report)
     run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
@@ -80,6 +81,7 @@ def test_table_2_1_scores_as_the_run_itself_does(small, tmp_path):
         assert stored["foreground"].all() and stored["foreground"].shape == (8, 16, 16)
 
 
+@pytest.mark.slow
 def test_tables_2_3_and_2_5_share_their_trainings(small, tmp_path):
     report = small("table2.3")
     found = means(report)
@@ -100,7 +102,8 @@ def test_tables_2_3_and_2_5_share_their_trainings(small, tmp_path):
     assert len(weights) == 3 and all("weights-inception" in row["not_run"]["0"] for row in weights)
 
 
-def test_table_2_6_changes_the_decoding_alone(small, tmp_path):
+@pytest.mark.slow
+def test_table_2_6_changes_only_the_decoding(small, tmp_path):
     with pytest.warns(UserWarning, match="FID cannot be computed"):
         report = small("table2.6")
     rows = {"concat": "concat", "masked_mid": "masked_mid", "unshared": "unshared", "ours": "masked_skips"}
@@ -111,7 +114,8 @@ def test_table_2_6_changes_the_decoding_alone(small, tmp_path):
     assert len(pictures(report)) == 1
 
 
-def test_figures_of_chapter_2_come_from_one_training(small, tmp_path):
+@pytest.mark.slow
+def test_figures_of_chapter_2_share_one_training(small, tmp_path):
     for name in ("fig2.9", "fig2.10", "fig2.12"):
         assert len(pictures(small(name))) == 1
     with pytest.warns(UserWarning, match="must have classes"):
@@ -122,7 +126,8 @@ def test_figures_of_chapter_2_come_from_one_training(small, tmp_path):
     assert runs == ["small-photos-ours-seed0"]
 
 
-def test_table_3_1_and_the_ablations(scene, tmp_path):
+@pytest.mark.slow
+def test_table_3_1_and_ablations_share_trainings(scene, tmp_path):
     found = means(scene("table3.1"))
     assert found["supervised"]["rotation_median_deg"] < 1e-2 < found["NeRF--"]["rotation_median_deg"]
     assert all({"psnr", "ssim", "psnr_encoder"} <= set(row) for row in found.values())
@@ -138,7 +143,7 @@ def test_table_3_1_and_the_ablations(scene, tmp_path):
     assert len(list((tmp_path / "runs").iterdir())) == len(runs)
 
 
-def test_multiply_adds_are_those_of_the_design():
+def test_multiply_adds_equal_independent_count():
     """64 px, C = 128, counted elsewhere: 39.7 G for the plain DDPM, 123.7 G for three branches, there with the skips'
     part of each shortcut for every branch."""
     counts = [generation.count_multiply_adds(preset_config("flowers64", regions=k).resolved()) for k in (1, 3)]

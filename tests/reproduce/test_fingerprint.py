@@ -55,7 +55,7 @@ def run(data, out, **inputs):
     return reproduce("table9.1", data, out=out, progress=False, **inputs).data["rows"][0]["mean"]["files"]
 
 
-def test_cells_of_other_data_are_refused_in_words(birds, tmp_path):
+def test_cells_of_other_data_are_refused(birds, tmp_path):
     out = tmp_path / "out"
     assert run(birds, out) == 6
     with pytest.raises(CheckpointError, match="other data.*'birds.v1'.* there, .*'birds.v2'.* requested.*another out="):
@@ -70,7 +70,7 @@ def test_cells_of_other_data_are_refused_in_words(birds, tmp_path):
         run(moved, out)
 
 
-def test_zips_and_arrays_of_one_name_are_told_apart(birds, tmp_path):
+def test_fingerprint_distinguishes_zips_and_arrays(birds, tmp_path):
     first = packed(birds, tmp_path / "C" / "images.zip")
     image = birds / "images" / "2.png"
     image.write_bytes(image.read_bytes()[:-1] + b"?")  # the same size
@@ -85,7 +85,7 @@ def test_zips_and_arrays_of_one_name_are_told_apart(birds, tmp_path):
     assert fingerprint(tmp_path / "x.npy") != before
 
 
-def test_of_many_files_names_and_sizes_always_count(birds, monkeypatch):
+def test_fingerprint_of_many_files_counts_names_and_sizes(birds, monkeypatch):
     assert MAX_READ_FILES >= 10_000
     monkeypatch.setattr("factorkit.reproduce.fingerprint.MAX_READ_FILES", 1)
     before = fingerprint(birds)
@@ -93,14 +93,14 @@ def test_of_many_files_names_and_sizes_always_count(birds, monkeypatch):
     assert fingerprint(birds) != before
 
 
-def test_further_inputs_are_data_too(birds, tmp_path):
+def test_cells_of_other_video_are_refused(birds, tmp_path):
     out = birds / "out"  # within the data: its own files are none of them
     assert run(birds, out) == 6
     with pytest.raises(CheckpointError, match=r"other data \(data.video: None there"):
         run(birds, out, video=birds / "images")
 
 
-def test_a_folder_without_cells_takes_other_data(birds, tmp_path):
+def test_folder_without_cells_accepts_other_data(birds, tmp_path):
     out = tmp_path / "out"
     run(birds, out)
     shutil.rmtree(out / "table9.1" / "cells")

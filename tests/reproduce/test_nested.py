@@ -15,7 +15,8 @@ from factorkit.utils.errors import ConfigError
 NESTED = {"regions": (2, 2), "norm_groups": 2}
 
 
-def test_foreground_of_a_hierarchy_is_that_of_its_run(small, tmp_path):
+@pytest.mark.slow
+def test_foreground_of_hierarchy_equals_that_of_run(small, tmp_path):
     report = small("table2.1", rows=["ours, regional form"], **NESTED)
     run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
     found = report.data["rows"][5]["cells"][0]["scores"]
@@ -30,13 +31,14 @@ def test_foreground_of_a_hierarchy_is_that_of_its_run(small, tmp_path):
     assert len(list((tmp_path / "runs").glob("*/checkpoints"))) == 1
 
 
-def test_classes_of_a_hierarchy(small):
+@pytest.mark.slow
+def test_classes_of_hierarchy_are_scored(small):
     for name, row in (("table2.3", "ours"), ("table2.5", "ours")):
         (found,) = [one for one in small(name, rows=[row], **NESTED).data["rows"] if one["row"] == row]
         assert found["cells"] and 0 < found["cells"][0]["scores"].get("acc", 1) <= 1
 
 
-def test_a_hierarchy_with_fewer_regions_than_classes_gets_more_parts(monkeypatch, tmp_path):
+def test_hierarchy_with_too_few_regions_gets_more_parts(monkeypatch, tmp_path):
     class Known:
         num_classes = 5
 
@@ -50,7 +52,7 @@ def test_a_hierarchy_with_fewer_regions_than_classes_gets_more_parts(monkeypatch
     assert choose() == 5
 
 
-def test_what_is_drawn_as_foreground_is_of_the_scored_level():
+def test_drawn_foreground_is_of_scored_level():
     """16 leaves of (4, 4): level 1 is scored, whose region 2 is the foreground."""
     truth = np.zeros((10, 8, 8), bool)
     truth[:, 2:5, 3:7] = True
@@ -63,7 +65,7 @@ def test_what_is_drawn_as_foreground_is_of_the_scored_level():
     assert np.array_equal(found.arrays["foreground"], truth[2:10])
 
 
-def test_the_figure_of_two_levels_is_of_its_own(small, tmp_path):
+def test_fig_2_16_refuses_other_regions(small, tmp_path):
     with pytest.raises(ConfigError, match="leave regions= out"):
         small("fig2.16", **NESTED)
     assert not (tmp_path / "runs").exists()

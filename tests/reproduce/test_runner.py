@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from factorkit.reproduce import experiments, reproduce
-from factorkit.reproduce.experiment import CellResult, CellUnavailable, Citation, Column, Experiment, Row, percent
+from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Citation, Column, Experiment, Row, percent
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
 
@@ -17,7 +17,7 @@ def numbers(monkeypatch):
     """An experiment whose rows count how often they are worked; `numbers.fail` names a cell that is killed."""
 
     class Numbers:
-        worked: list = []
+        worked: list
         fail = None
 
     state = Numbers()
@@ -33,7 +33,7 @@ def numbers(monkeypatch):
         return cell
 
     def absent(seed):
-        raise CellUnavailable("put weights.pth there")
+        raise CellUnavailableError("put weights.pth there")
 
     rows = [
         Row("still", work("still", 0.5), max_seeds=1),
@@ -59,7 +59,7 @@ def numbers(monkeypatch):
     return state
 
 
-def test_a_table_has_mean_spread_citations_and_what_is_missing(numbers, tmp_path):
+def test_table_has_mean_spread_citations_and_missing_cells(numbers, tmp_path):
     with pytest.warns(UserWarning, match="put weights.pth there"):
         report = reproduce("fig9.2", out=tmp_path, seeds=3, progress=False)
     found = json.loads((report.folder / "table.json").read_text())
@@ -78,7 +78,7 @@ def test_a_table_has_mean_spread_citations_and_what_is_missing(numbers, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:weights")
-def test_after_a_kill_finished_cells_are_not_run_again(numbers, tmp_path):
+def test_finished_cells_are_not_computed_again_after_kill(numbers, tmp_path):
     numbers.fail = ("ours, new", 1)
     with pytest.raises(KeyboardInterrupt):
         reproduce("table9.1", out=tmp_path, progress=False)
@@ -93,13 +93,13 @@ def test_after_a_kill_finished_cells_are_not_run_again(numbers, tmp_path):
     assert len(numbers.worked) == 3
 
 
-def test_rows_that_were_not_asked_for_say_so(numbers, tmp_path):
+def test_rows_not_requested_are_marked(numbers, tmp_path):
     report = reproduce("table9.1", out=tmp_path, rows=["ours, new"], progress=False)
     assert numbers.worked == [("ours, new", 0), ("ours, new", 1)]
     assert report.data["rows"][0]["not_run"] == {"0": "not requested"} and "still, seed 0: not requested" in report.text
 
 
-def test_mistakes_are_named(numbers, tmp_path):
+def test_reproduce_bad_arguments_are_refused(numbers, tmp_path):
     with pytest.raises(ConfigError, match="'table9.7'.*table9.1"):
         reproduce("table9.7", out=tmp_path)
     with pytest.raises(ConfigError, match="'tiny'.*small, gpu, full"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from factorkit.reproduce import list_experiments, segdiff_runs
-from factorkit.reproduce.experiment import CellUnavailable, Setup
+from factorkit.reproduce.experiment import CellUnavailableError, Setup
 from factorkit.reproduce.experiments import class_segmentation, zero_shot
 from factorkit.segdiff.config import preset_config
 
@@ -32,11 +32,11 @@ def asked(monkeypatch, tmp_path):
     def train(data, *, out, preset, seed, progress, classes=None, **changes):
         config = preset_config(preset, **changes, seed=seed).resolved().to_dict()
         found.append((out.name, {**config, "preset": preset, "classes": classes}))
-        raise CellUnavailable("not trained")
+        raise CellUnavailableError("not trained")
 
     def taught(images, truth, classes, config, folder, progress):
         found.append((folder.name, {**config.to_dict(), "preset": "supervised"}))
-        raise CellUnavailable("not trained")
+        raise CellUnavailableError("not trained")
 
     monkeypatch.setattr(segdiff_runs, "train_segdiff", train)
     monkeypatch.setattr(class_segmentation, "train_supervised", taught)
@@ -48,15 +48,16 @@ def asked(monkeypatch, tmp_path):
             name, Path(data), scale, tmp_path, progress=False, changes={**TINY, **changes}, inputs={"voc": Path("x")}
         )
         for row in list_experiments()[name].rows(setup):
-            with suppress(CellUnavailable):
+            with suppress(CellUnavailableError):
                 row.compute(0)
         return list(found)
 
     return ask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["small", "full"])
-def test_experiments_share_equal_trainings_and_no_others(asked, photos, scale):
+def test_experiments_share_exactly_equal_trainings(asked, photos, scale):
     names = [name for name in list_experiments() if not name.startswith(("fig3", "table3"))]
     every = [one for name in names for one in asked(name, photos, scale)]
     by_folder, by_settings = {}, {}
@@ -71,7 +72,7 @@ def test_experiments_share_equal_trainings_and_no_others(asked, photos, scale):
         assert len(folders) == 1, f"{sorted(folders)} would be one training"
 
 
-def test_at_the_full_scale_the_preset_is_in_the_name(asked, photos):
+def test_full_scale_run_folders_name_the_preset(asked, photos):
     assert {folder for folder, _ in asked("fig2.9", photos)} == {"full-photos-ffhq64-ours-seed0"}
     birds, flowers = asked("fig2.18", photos), asked("table2.1", photos)
     assert birds[0] in flowers, "the presets of birds and flowers are the same settings"

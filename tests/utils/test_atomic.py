@@ -19,10 +19,10 @@ def names(folder):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+def test_replacing_failed_write_keeps_only_the_old_file(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(type(error)), replacing(path) as temporary:
+    with pytest.raises(type(error)), replacing(path) as temporary:  # noqa: PT012
         temporary.write_text("half of the n")
         assert path.read_text() == "old"
         raise error
@@ -32,12 +32,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
     assert path.read_text() == "new" and names(tmp_path) == ["a.txt"]
 
 
-def test_names_may_be_as_long_as_names_can_be(tmp_path):
+def test_replacing_longest_file_name_works(tmp_path):
     save_image(Image.new("RGB", (2, 3)), tmp_path / ("x" * 251 + ".png"))
     assert Image.open(tmp_path / ("x" * 251 + ".png")).size == (2, 3)
 
 
-def test_a_picture_cut_short_by_a_full_disk(tmp_path, monkeypatch):
+def test_save_image_full_disk_keeps_the_old_image(tmp_path, monkeypatch):
     save_image(Image.new("RGB", (2, 3)), tmp_path / "a.png")
 
     def full(image, path, **options):
@@ -50,7 +50,7 @@ def test_a_picture_cut_short_by_a_full_disk(tmp_path, monkeypatch):
     assert names(tmp_path) == ["a.png"] and Image.open(tmp_path / "a.png").size == (2, 3)
 
 
-def test_what_a_kill_left_is_cleared(tmp_path):
+def test_clear_unfinished_removes_files_of_killed_processes(tmp_path):
     (tmp_path / f"{UNFINISHED}1-2.png").write_bytes(b"half")
     (tmp_path / "mine.png").write_bytes(b"whole")
     clear_unfinished(tmp_path)
@@ -78,7 +78,7 @@ class Disk:
 
 
 @pytest.mark.parametrize("room", [0, 1, 30])
-def test_a_disk_that_takes_half_a_line_keeps_whole_ones(tmp_path, room):
+def test_json_lines_partial_write_keeps_whole_lines(tmp_path, room):
     writer = JsonLines(tmp_path / "a.jsonl")
     writer.append({"n": 1})
     whole = (tmp_path / "a.jsonl").read_bytes()
@@ -91,11 +91,11 @@ def test_a_disk_that_takes_half_a_line_keeps_whole_ones(tmp_path, room):
     assert [line["n"] for _, line in read_lines(tmp_path / "a.jsonl")] == [1, 3]
 
 
-def test_a_log_on_a_full_disk_loses_no_earlier_event(tmp_path):
+def test_run_log_full_disk_keeps_earlier_events(tmp_path):
     with RunLog(tmp_path) as log:
         log.event("step", n=1)
         log._lines._file = Disk(log._lines._file, 20)
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="space"):
             log.event("step", n=2)
     with RunLog(tmp_path) as log:
         log.event("step", n=3)
@@ -104,7 +104,7 @@ def test_a_log_on_a_full_disk_loses_no_earlier_event(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 3, 1 << 16])
 @pytest.mark.parametrize("left", [b"", b"half", b'{"n":2}'])
-def test_half_a_line_is_dropped_however_long(tmp_path, monkeypatch, block, left):
+def test_json_lines_opening_drops_a_half_line_of_any_length(tmp_path, monkeypatch, block, left):
     monkeypatch.setattr(lines, "_BLOCK_BYTES", block)
     path = tmp_path / "a.jsonl"
     for before in (b"", b'{"n": 1}\n'):
@@ -113,7 +113,7 @@ def test_half_a_line_is_dropped_however_long(tmp_path, monkeypatch, block, left)
         assert path.read_bytes() == before
 
 
-def test_each_line_is_found_again_where_it_begins(tmp_path):
+def test_read_lines_offsets_point_to_line_starts(tmp_path):
     writer = JsonLines(tmp_path / "a.jsonl")
     for text in ("plain", "ünï", "caf\udce9", "a\nb"):
         writer.append({"text": text})

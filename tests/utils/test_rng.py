@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 @settings(max_examples=40, deadline=None)
 @given(size=st.integers(1, 40), batch=st.integers(1, 50), seed=st.integers(0, 3))
-def test_every_epoch_holds_every_image_once(size, batch, seed):
+def test_image_order_epoch_contains_every_image_once(size, batch, seed):
     steps = -(-3 * size // batch)
     drawn = torch.cat([image_order(seed, step * batch, batch, size) for step in range(steps)])
     for epoch in range(3):
@@ -21,14 +21,14 @@ def test_every_epoch_holds_every_image_once(size, batch, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(size=st.integers(1, 40), start=st.integers(0, 100), count=st.integers(1, 60), data=st.data())
-def test_the_order_does_not_depend_on_how_it_is_cut_into_batches(size, start, count, data):
+def test_image_order_batch_size_does_not_change_it(size, start, count, data):
     cut = data.draw(st.integers(0, count))
     whole = image_order(5, start, count, size)
     parts = [image_order(5, start + low, n, size) for low, n in ((cut, count - cut), (0, cut)) if n]
     assert torch.equal(torch.cat(parts[::-1]), whole)
 
 
-def test_epochs_and_seeds_differ():
+def test_image_order_differs_between_epochs_and_seeds():
     first, second = image_order(0, 0, 64, 64), image_order(0, 64, 64, 64)
     assert not torch.equal(first, second)
     assert not torch.equal(first, image_order(1, 0, 64, 64))
@@ -41,13 +41,13 @@ def draws(rows: slice, seed: int = 3, seen: int = 64, batch: int = 32) -> list[t
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 32])
-def test_pieces_of_a_batch_draw_what_the_whole_batch_draws(size):
+def test_batch_draw_rows_equal_rows_of_the_whole_batch(size):
     pieces = [draws(slice(low, min(low + size, 32))) for low in range(0, 32, size)]
     for whole, *parts in zip(draws(slice(0, 32)), *pieces, strict=True):
         assert torch.equal(torch.cat(parts), whole)
 
 
-def test_draws_have_the_shapes_and_ranges_they_promise():
+def test_batch_draw_shapes_and_ranges_are_as_documented():
     normal, uniform, integers, scalar, again = draws(slice(4, 9), batch=4000)
     assert normal.shape == (5, 3, 5) and uniform.shape == integers.shape == scalar.shape == (5,)
     normal, uniform, integers, scalar, again = draws(slice(0, 4000), batch=4000)
@@ -57,7 +57,7 @@ def test_draws_have_the_shapes_and_ranges_they_promise():
     assert not torch.equal(uniform, again)  # each call draws anew
 
 
-def test_draws_are_a_function_of_seed_and_images_seen_only():
+def test_batch_draw_depends_on_seed_and_images_seen_only():
     torch.manual_seed(0)
     first = draws(slice(0, 8))
     torch.manual_seed(1)
@@ -66,7 +66,7 @@ def test_draws_are_a_function_of_seed_and_images_seen_only():
     assert not torch.equal(first[0], draws(slice(0, 8), seen=96)[0])
 
 
-def test_derived_seeds_are_the_same_on_every_machine():
+def test_derived_seed_values_are_fixed():
     assert derived_seed("draw", 0, 128) == 2123177464143803515
     assert derived_seed("a", 12) != derived_seed("a1", 2)
     assert 0 <= derived_seed("x") < 2**63

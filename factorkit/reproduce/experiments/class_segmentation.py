@@ -18,7 +18,7 @@ from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import (
     SHARED_TRAINING_DURATION,
     CellResult,
-    CellUnavailable,
+    CellUnavailableError,
     Citation,
     Experiment,
     Row,
@@ -29,7 +29,7 @@ from factorkit.reproduce.experiment import (
 from factorkit.reproduce.segdiff_runs import GRID_IMAGES, HeldOutImages, Trainings, predict_regions
 from factorkit.segdiff.baselines.datasetddpm import DatasetDDPM
 from factorkit.segdiff.baselines.supervised import ClassUNet, predict_classes, train_supervised
-from factorkit.segdiff.previews import outlined
+from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import ConfigError
 
@@ -83,12 +83,14 @@ def load_class_labels(trainings: Trainings) -> ClassLabels:
     """Load the labelled images. Their classes are the values of the masks in order, without the ignored one.
 
     Raises:
-        CellUnavailable: no masks, or more values than can be matched to classes.
+        CellUnavailableError: no masks, or more values than can be matched to classes.
     """
     held_out = trainings.labelled()
     values = np.unique(held_out.labelled.labels[held_out.labelled.valid])
     if len(values) > MAX_REGIONS:
-        raise CellUnavailable(f"the masks hold {len(values)} values; at most {MAX_REGIONS} can be matched as classes")
+        raise CellUnavailableError(
+            f"the masks hold {len(values)} values; at most {MAX_REGIONS} can be matched as classes"
+        )
     return ClassLabels(held_out, _number(held_out.labelled.labels, held_out.labelled.valid, values), len(values))
 
 
@@ -121,7 +123,7 @@ def fit_clusters(trainings: Trainings, run: SegdiffRun, seed: int) -> DatasetDDP
     """Fit clusters of a plain DDPM's features on unlabelled training images.
 
     Raises:
-        CellUnavailable: scikit-learn is not installed.
+        CellUnavailableError: scikit-learn is not installed.
     """
     source, progress = trainings.labelled().dataset.train, trainings.setup.progress
     images = prepare(source, run.config.resolution, progress=progress).images
@@ -129,7 +131,7 @@ def fit_clusters(trainings: Trainings, run: SegdiffRun, seed: int) -> DatasetDDP
     try:
         return DatasetDDPM(run, np.array(images[rows]), NUM_CLUSTERS, seed)
     except ConfigError as error:
-        raise CellUnavailable(str(error)) from error
+        raise CellUnavailableError(str(error)) from error
 
 
 def choose_our_regions(trainings: Trainings) -> int | tuple[int, ...]:
@@ -181,7 +183,10 @@ def _draw(setup: Setup, arrays: RowArrays, preset: str) -> Sequence[str]:
     known = load_class_labels(Trainings(setup, preset))
     images = known.images[known.shown]
     labels = [known.labels[known.shown].clip(0), *(row["classes"] for row in arrays.values())]
-    rows = [list(images), *([outlined(image, of) for image, of in zip(images, row, strict=True)] for row in labels)]
+    rows = [
+        list(images),
+        *([overlay_enlarged(image, of) for image, of in zip(images, row, strict=True)] for row in labels),
+    ]
     return [setup.save_image(draw_image_grid(rows, None, ["image", "truth", *arrays]), "classes.png")]
 
 

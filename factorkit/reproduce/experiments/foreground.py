@@ -13,7 +13,7 @@ from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import (
     SHARED_TRAINING_DURATION,
     CellResult,
-    CellUnavailable,
+    CellUnavailableError,
     Citation,
     Experiment,
     Row,
@@ -46,7 +46,7 @@ def _score_trivial(trainings: Trainings, baseline: str, seed: int) -> CellResult
     try:
         foreground = BASELINES[baseline](labelled.images, labelled.foreground[:n], labelled.valid[:n])
     except ImportError as error:
-        raise CellUnavailable(f"{error}; install the extra: pip install 'factorkit[baselines]'") from error
+        raise CellUnavailableError(f"{error}; install the extra: pip install 'factorkit[baselines]'") from error
     return score_foreground(held_out, np.asarray(foreground))
 
 

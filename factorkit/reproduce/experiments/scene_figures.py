@@ -13,7 +13,7 @@ from factorkit.nerfdiff.previews.cameras import draw_plane, draw_sphere
 from factorkit.nerfdiff.previews.views import draw_denoising_grid, draw_view_grid
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.report.image_grid import draw_image_grid
-from factorkit.reproduce.experiment import CellResult, CellUnavailable, Experiment, Row, Setup
+from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Experiment, Row, Setup
 from factorkit.reproduce.nerfdiff_runs import DATA, DURATION, JOINT, open_posed_views, train
 from factorkit.utils.images import images_to_pixels
 
@@ -46,12 +46,12 @@ def copy_camera_previews(setup: Setup, run: NerfdiffRun, seed: int) -> Images:
     """Copy the previews of the cameras that the training drew.
 
     Raises:
-        CellUnavailable: the training drew none.
+        CellUnavailableError: the training drew none.
     """
     assert run.folder is not None
     paths = sorted((run.folder / "samples").glob("*_cameras_encoder.png"))
     if not paths:
-        raise CellUnavailable("the training drew no previews of its cameras; give sample_every above 0")
+        raise CellUnavailableError("the training drew no previews of its cameras; give sample_every above 0")
     images = {}
     for path in paths:
         with Image.open(path, formats=("PNG",)) as image:

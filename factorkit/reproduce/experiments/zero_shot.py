@@ -20,7 +20,7 @@ from factorkit.data.masks import LabelledImages, load_labelled
 from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import (
     CellResult,
-    CellUnavailable,
+    CellUnavailableError,
     Citation,
     Column,
     Experiment,
@@ -30,8 +30,7 @@ from factorkit.reproduce.experiment import (
 )
 from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
-from factorkit.segdiff.inference.zero_shot import images_with_label
-from factorkit.segdiff.previews import outlined
+from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.images import pixels_to_signed
 
@@ -58,11 +57,11 @@ def _rows(setup: Setup) -> list[Row]:
 def _score(trainings: Trainings, name: str, seed: int) -> CellResult:
     voc = trainings.setup.inputs.get("voc")
     if voc is None:
-        raise CellUnavailable("give the folder of PASCAL VOC 2012 (VOCdevkit), which is scored: --voc FOLDER")
+        raise CellUnavailableError("give the folder of PASCAL VOC 2012 (VOCdevkit), which is scored: --voc FOLDER")
     scored = _train_and_score(trainings, voc, seed)
     scores = scored.scores["classes"].get(name)
     if scores is None:
-        raise CellUnavailable(f"too few images of VOC show {name}")
+        raise CellUnavailableError(f"too few images of VOC show {name}")
     numbers = {key: float(scores[key]) for key in ("acc", "miou", "iou", "images")}
     path = trainings.setup.save_image(_draw(scored, name, scores), f"{name}-seed{seed}.png")
     return CellResult(numbers, images=[path])
@@ -88,12 +87,12 @@ def _train_and_score(trainings: Trainings, voc: Path, seed: int) -> _ScoredRun:
 def _draw(scored: _ScoredRun, name: str, scores: dict[str, Any]) -> Image.Image:
     """Draw images that show a class, and the regions that are mapped to it."""
     config = scored.run.config
-    images = scored.labelled.images[showing(scored.labelled, voc2012.CLASSES.index(name) + 1)[-GRID_IMAGES:]]
+    images = scored.labelled.images[images_with_label(scored.labelled, voc2012.CLASSES.index(name) + 1)[-GRID_IMAGES:]]
     condition = None if scores["told"] is None else config.class_names.index(scores["told"])
     masks = scored.run.predictor(None, "fast", condition)(pixels_to_signed(torch.from_numpy(images)))
     labels = level_labels(hard_labels(masks, config.nesting), config.nesting, scored_level(config.nesting)[0])
     of_class = np.isin(labels.numpy(), scores["mapping"]).astype(np.int64)
-    rows = [list(images), [outlined(image, mask) for image, mask in zip(images, of_class, strict=True)]]
+    rows = [list(images), [overlay_enlarged(image, mask) for image, mask in zip(images, of_class, strict=True)]]
     return draw_image_grid(rows, None, ["image", name])
 
 

@@ -45,6 +45,7 @@ def quadrants():
     return make
 
 
+@pytest.mark.slow
 def test_train_supervised_learns_its_labels_and_reuses_a_finished_run(quadrants, tmp_path):
     images, truth = quadrants(16)
     given = np.where(np.random.default_rng(2).random(truth.shape) < 0.25, IGNORE_LABEL, truth)

@@ -41,7 +41,7 @@ def run():
     torch.manual_seed(0)
     model = config.build()
     with torch.no_grad():  # masks that differ visibly from place to place
-        model.mask_generator.conv_out.weight.mul_(30)
+        model.masks.decoder.conv_out.weight.mul_(30)
     return SegdiffRun(config, model, torch.device("cpu"), 0)
 
 
@@ -220,6 +220,7 @@ def test_segment_folder_locked_folder_raises(run, photos, tmp_path):
         quiet(run, photos(1), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_segment_folder_large_folder_bounds_memory(run, photos, tmp_path, monkeypatch):
     """Reading runs ahead of slow writing only so far, and less far for large pictures."""
     folder = photos(40)

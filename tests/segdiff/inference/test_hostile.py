@@ -108,7 +108,7 @@ def test_segment_folder_unprintable_names_work(run, folder):
     for name in names:
         Image.new("RGB", (9, 9)).save(folder / name)
     (folder / "bad\nnews.png").write_bytes(b"")
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="could not be segmented") as said:
         found = segmented(run, folder, formats=ALL)
     assert "bad\\nnews.png" in str(said[0].message) and "\n" not in str(said[0].message)
     assert found.segmented == 5 and "bad\nnews.png" in found.skipped

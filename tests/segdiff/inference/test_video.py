@@ -19,7 +19,7 @@ from factorkit.utils.errors import ConfigError, DataError, WriteError
 def run(stirred_run):
     run = stirred_run(regions=3)
     with torch.no_grad():
-        run.model.mask_generator.conv_out.weight.mul_(30)
+        run.model.masks.decoder.conv_out.weight.mul_(30)
     return run
 
 
@@ -94,6 +94,7 @@ def test_segment_frames_reads_frames_lazily(run):
     assert sum(1 for _ in found) == 39
 
 
+@pytest.mark.slow
 def test_segment_video_writes_a_video(run, tmp_path):
     frames = still(5, size=(35, 47))
     imageio.imwrite(tmp_path / "in.mkv", frames, plugin="pyav", codec="ffv1", fps=12)
@@ -105,6 +106,7 @@ def test_segment_video_writes_a_video(run, tmp_path):
     assert [path.name for path in made.out.parent.iterdir()] == ["out.mp4"]
 
 
+@pytest.mark.slow
 def test_segment_video_folder_uses_name_order(run, tmp_path):
     for number, frame in enumerate(still(3)):
         Image.fromarray(frame).save(tmp_path / f"{number}.png")
@@ -134,6 +136,7 @@ def test_segment_video_animated_image_uses_its_frames(tmp_path, name):
         assert [frame[2, 3].tolist() for frame in clip.frames] == [[v] * 3 for v in (30, 90, 200, 150)]
 
 
+@pytest.mark.slow
 def test_segment_video_failure_leaves_no_file(run, tmp_path):
     (tmp_path / "noise.mp4").write_bytes(b"no video at all" * 100)
     out = tmp_path / "out.mp4"
@@ -153,6 +156,7 @@ def test_segment_video_failure_leaves_no_file(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["noise.mp4"]
 
 
+@pytest.mark.slow
 def test_segment_video_truncated_video_raises_or_ends(run, tmp_path):
     imageio.imwrite(tmp_path / "in.mp4", still(30), plugin="pyav", codec="libx264", fps=12)
     whole = (tmp_path / "in.mp4").read_bytes()
