@@ -50,7 +50,7 @@ def measure(args: argparse.Namespace) -> None:
     from factorkit.segdiff.train import load_data
 
     run = factorkit.load(args.run)
-    names = ("form", "regions", "resolution", "model_channels", "prediction", "schedule", "t_max", "tail", "loss_weighting")
+    names = ("form", "regions", "resolution", "model_channels", "prediction", "schedule", "t_max", "high_noise_fraction", "loss_weighting")
     settings = {name: getattr(run.config, name) for name in names} | {"steps": run.step, "seed": run.config.seed}
     asked = {"classes": " ".join(args.classes), "guidance": args.guidance} if args.classes else {}
     model = " ".join([args.name, *(f"{k}={v}" for k, v in (settings | asked).items())])
