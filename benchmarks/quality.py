@@ -18,13 +18,6 @@ import numpy as np
 from benchmarks.recording import commit, machine, read_results, write_result
 
 RESULTS = Path(__file__).with_name("results") / "quality.json"
-LOOKS = {
-    "fast": {},
-    "flip": {"flip": True},
-    "draws": {"draws": 4},
-    "levels": {"levels": (1 / 3, 1.0, 2.0)},
-    "all twelve": {"levels": (1 / 3, 1.0, 2.0), "draws": 2, "flip": True},
-}
 
 
 def main() -> None:
@@ -45,7 +38,6 @@ def measure(folder: Path, data: str) -> None:
     from factorkit.data.datasets import open_dataset
     from factorkit.data.masks import load_labelled
     from factorkit.metrics.segmentation import evaluate_masks
-    from factorkit.segdiff.inference.segment import Quality
 
     torch.set_num_threads(1)
     run = factorkit.load(folder, device="cpu")
@@ -66,10 +58,7 @@ def measure(folder: Path, data: str) -> None:
             "iou"
         ]
 
-    found = {"bilinear": iou(upsample="bilinear")}
-    for name, looks in LOOKS.items():
-        found[name] = iou(quality=Quality(**looks))
-    found |= {"best": iou(quality="best"), "t = 0": iou(t=0)}
+    found = {"bilinear": iou(upsample="bilinear"), "fast": iou(), "best": iou(quality="best"), "t = 0": iou(t=0)}
     others = {f"average {decay}": decay for decay in config.extra_ema_decays} | {"last weights": "last"}
     masks = [run.segment(known.images).masks]
     for name, weights in others.items():

@@ -55,7 +55,7 @@ def competitions(args: argparse.Namespace) -> dict[str, list[dict]]:
 
     from factorkit.data.masks import load_labelled
     from factorkit.engine.trainer import Trainer
-    from factorkit.segdiff.choose_regions import SETTINGS, PlacesTask
+    from factorkit.segdiff.choose_regions import SETTINGS, MixtureTask
     from factorkit.segdiff.config import preset_config
     from factorkit.segdiff.masks.mixture import unexplained_noise
     from factorkit.segdiff.train import load_data
@@ -75,7 +75,7 @@ def competitions(args: argparse.Namespace) -> dict[str, list[dict]]:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
             for stop in args.stops:
-                task = PlacesTask(dataclasses.replace(config, seed=seed), prepared.images, probes, torch.device("cpu"))
+                task = MixtureTask(dataclasses.replace(config, seed=seed), prepared.images, probes, torch.device("cpu"))
                 where, quiet = Path(folder) / str(seed), {"progress": False, "report": False}
                 model = Trainer(task, task.config, where, {}, device=task.device, stop_at=stop, **quiet).run()
                 with torch.no_grad():

@@ -37,19 +37,18 @@ class Textbook(nn.Module):
         if regions == 1:
             prediction = at_least_fp32(decode(net.decoder, h, skips, embedding, None))
             return Denoised(prediction, Regions(torch.ones_like(prediction[:, :1]), None))
-        cut = int(net.half_resolution_masks)
-        logits = at_least_fp32(decode(net.mask_generator, h, skips[cut * (net.num_res_blocks + 1) :], embedding, None))
-        if cut:
+        logits = at_least_fp32(decode(net.masks.decoder, h, skips[net.masks.skips_left_out :], embedding, None))
+        if net.masks.upsample > 1:
             logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
-        if net.logit_norm is not None:
-            logits = net.logit_norm(logits)
+        if net.masks.norm is not None:
+            logits = net.masks.norm(logits)
         masks = logits.softmax(1)
         embeddings = embedding[:, None].expand(-1, regions, -1)
         if net.tokens is not None:
             pooled = pool(at_least_fp32(net.tokens.feature(x_t)), masks)
             embeddings = embeddings + net.tokens.embed(pooled).to(embedding.dtype)
         pyramid = [masks]
-        for _ in range(net.levels - 1):
+        for _ in range(net.num_levels - 1):
             pyramid.append(F.avg_pool2d(pyramid[-1], 2))
         if self.folded:
             outs = decode(net.decoder, h, skips, embeddings.flatten(0, 1), pyramid).unflatten(0, masks.shape[:2])

@@ -37,7 +37,7 @@ from factorkit import kernels
 from factorkit.nn.unet import Norm
 from factorkit.ops.dispatch import triton_launchers
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.network import parameter_count
+from factorkit.segdiff.network import count_parameters
 
 #: parts of the step by what the names of its operations hold, the first that fits
 PARTS = {
@@ -169,7 +169,7 @@ def step_traffic(
     for kind in ("unfused", "fused", "least"):
         with torch.device("meta"):
             model = config.build().train()
-            weights = parameter_count(model)
+            weights = count_parameters(model)
             model = as_under_autocast(model) if half else model
             run = Textbook(model, folded=True) if kind == "unfused" else model
             x = torch.empty(batch, config.resolution, config.resolution, 3).permute(0, 3, 1, 2)

@@ -45,7 +45,9 @@ def public_members(value: Any) -> dict[str, Any]:
         return {}
     return {
         name: getattr(member, "__func__", member)
-        for name, member in vars(value).items()
+        for kind in reversed(value.__mro__)
+        if kind.__module__.startswith("factorkit")
+        for name, member in vars(kind).items()
         if not name.startswith("_") and (callable(getattr(member, "__func__", member)) or isinstance(member, property))
     }
 

@@ -55,7 +55,7 @@ class Interpolate(RunCommand):
 
         from factorkit.data.open import open_source
         from factorkit.segdiff.editing.grids import interpolation_sheet
-        from factorkit.segdiff.previews import label_image
+        from factorkit.segdiff.previews import make_label_image
         from factorkit.segdiff.run import SegdiffRun
         from factorkit.utils.atomic import save_image
         from factorkit.utils.images import images_to_pixels
@@ -73,7 +73,7 @@ class Interpolate(RunCommand):
         for i, j in np.ndindex(labels.shape[:2]):
             path = _output_path(self.out, f"pair_{i:04d}_{j:02d}")
             save_image(Image.fromarray(images[i, j]), Path(f"{path}.png"))
-            save_image(label_image(labels[i, j]), Path(f"{path}_labels.png"))
+            save_image(make_label_image(labels[i, j]), Path(f"{path}_labels.png"))
         regions = None if result.masks.shape[2] == 1 else labels
         grid = interpolation_sheet(
             images_to_pixels(result.a), images_to_pixels(result.b), images, regions, result.shares.tolist()
@@ -171,7 +171,7 @@ class Recompose(RunCommand):
         from factorkit.data.open import open_source
         from factorkit.segdiff.editing.grids import recomposition_sheet
         from factorkit.segdiff.inference.outputs import output_names
-        from factorkit.segdiff.previews import label_image
+        from factorkit.segdiff.previews import make_label_image
         from factorkit.segdiff.run import SegdiffRun
         from factorkit.utils.atomic import save_image
         from factorkit.utils.images import images_to_pixels
@@ -194,7 +194,7 @@ class Recompose(RunCommand):
         for n, name in enumerate(names):
             path = _output_path(self.out, name)
             save_image(Image.fromarray(images[n]), Path(f"{path}_recomposed.png"))
-            save_image(label_image(labels[n]), Path(f"{path}_labels.png"))
+            save_image(make_label_image(labels[n]), Path(f"{path}_labels.png"))
         sources = None if result.sources is None else images_to_pixels(result.sources)
         grid = recomposition_sheet(images_to_pixels(result.originals), sources, kept, images, labels)
         shares = kept.mean((1, 2)).tolist()

@@ -80,7 +80,6 @@ def write_generated(generation: Generation, out: Path) -> dict[str, Any]:
 
     from factorkit.report.image_grid import draw_image_grid
     from factorkit.segdiff import previews
-    from factorkit.segdiff.class_labels import class_sheet
     from factorkit.utils.atomic import save_image
     from factorkit.utils.images import images_to_pixels
 
@@ -91,15 +90,15 @@ def write_generated(generation: Generation, out: Path) -> dict[str, Any]:
         path = out / f"generated_{i:04d}"
         save_image(Image.fromarray(image), Path(f"{path}.png"))
         if has_regions:
-            save_image(previews.label_image(labels[i]), Path(f"{path}_labels.png"))
+            save_image(previews.make_label_image(labels[i]), Path(f"{path}_labels.png"))
             for k, mask in enumerate(masks[i]):
-                save_image(previews.mask_image(mask), Path(f"{path}_mask_{k}.png"))
+                save_image(previews.make_mask_image(mask), Path(f"{path}_mask_{k}.png"))
     data: dict[str, Any] = {"out": str(out), "generated": len(images), "contact_sheet": str(out / "contact_sheet.png")}
     if generation.classes is not None:
-        grid = class_sheet(images, masks, generation.classes)
+        grid = previews.draw_class_grid(images, masks, generation.classes)
         data["classes"] = generation.classes
     elif has_regions:
-        grid = previews.generation_sheet(images, masks, labels)
+        grid = previews.draw_generation_grid(images, masks, labels)
     else:
         grid = draw_image_grid([list(images[i : i + GRID_COLUMNS]) for i in range(0, len(images), GRID_COLUMNS)])
     save_image(grid, Path(data["contact_sheet"]))
@@ -110,6 +109,6 @@ def write_generated(generation: Generation, out: Path) -> dict[str, Any]:
         regions = [step.masks[:TRAJECTORY_SAMPLES].argmax(1).numpy() for step in steps] if has_regions else None
         images_of_steps = [images_to_pixels(step.images[:TRAJECTORY_SAMPLES]) for step in steps]
         data["trajectory"] = str(out / "trajectory.png")
-        grid = previews.trajectory_sheet(images_of_steps, regions, [step.t for step in steps])
+        grid = previews.draw_trajectory_grid(images_of_steps, regions, [step.t for step in steps])
         save_image(grid, Path(data["trajectory"]))
     return data

@@ -116,7 +116,7 @@ class TrainSegdiff(Command):
             dataset = open_dataset(self.data, holdout=settings["holdout"], mask_set=settings["mask_set"])
             classes = find_classes(self.classes, dataset, dataset.train.names)
             data = {"images": len(dataset.train), "held_out": len(dataset.test_images or ())}
-        data |= estimate(self.data, preset=self.preset, known=classes, **settings)
+        data |= estimate(self.data, preset=self.preset, classes=classes, **settings)
         lines = [
             f"model   {data['parameters'] / 1e6:.2f} M parameters (preset {data['preset']})",
             f"memory  {data['memory_gib']:.2f} GiB with {data['trial_images']} images at once, on {data['device']}",
@@ -240,7 +240,7 @@ class ChooseRegions(Command):
     """Where to train. auto uses a GPU if there is one."""
 
     def execute(self) -> Result:
-        from factorkit.segdiff.choose_regions import SHEET, choose_regions
+        from factorkit.segdiff.choose_regions import GRID_FILE, choose_regions
 
         with report_interruption(self.out):
             choice = choose_regions(
@@ -255,8 +255,13 @@ class ChooseRegions(Command):
                 holdout=parse_holdout(self.holdout),
                 device=self.device,
             )
-        image = self.out / SHEET
-        data = {"regions": choice.regions, "errors": choice.errors, "falls": choice.falls, "reason": choice.reason}
+        image = self.out / GRID_FILE
+        data = {
+            "regions": choice.regions,
+            "errors": choice.errors,
+            "improvements": choice.improvements,
+            "reason": choice.reason,
+        }
         text = f"{choice.table()}\n\n{choice.reason}\nregions  {choice.regions}\nimage    {image}"
         return {**data, "out": str(self.out), "image": str(image)}, text
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from factorkit.engine.migration import migrate_settings
+from factorkit.engine.migration import migrate_settings, migrate_tensor_names
 from factorkit.utils.atomic import clear_unfinished, replacing
 from factorkit.utils.errors import CheckpointError
 from factorkit.utils.safe_reading import parse_json, read_json
@@ -86,7 +86,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is damaged: its settings cannot be read: {error}") from error
     if not isinstance(meta, dict):
         raise CheckpointError(f"{path} is damaged: it contains {type(meta).__name__}, not settings by name")
-    return tensors, migrate_settings(meta, path)
+    return migrate_tensor_names(tensors, meta.get("model")), migrate_settings(meta, path)
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from factorkit.utils.errors import CheckpointError
+
+T = TypeVar("T")
 
 
 class _Changes(NamedTuple):
     names: dict[str, str]  # old name -> name of today
     values: dict[tuple[str, Any], Any]  # (name of today, old value) -> value of today
     removed: dict[str, Any]  # old name -> the only value that today's code still computes
+    tensors: dict[str, str]  # old part of a tensor's dotted name -> part of today
 
 
 _COMMON = {"decay": "lr_decay_fraction", "ema": "ema_decay", "ema_also": "extra_ema_decays"}  # of EngineConfig
@@ -23,6 +27,7 @@ def register_renamed_settings(
     names: Mapping[str, str],
     values: Mapping[tuple[str, Any], Any] | None = None,
     removed: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, str] | None = None,
 ) -> None:
     """Declare which settings of a model have changed since runs were first stored.
 
@@ -31,9 +36,10 @@ def register_renamed_settings(
         names: old name -> new name.
         values: (new name, old value) -> new value.
         removed: settings that are gone, with the value that the code now always uses.
+        tensors: old part of the dotted names of tensors -> new part.
     """
     for model in models:
-        _CHANGES[model] = _Changes(dict(names), dict(values or {}), dict(removed or {}))
+        _CHANGES[model] = _Changes(dict(names), dict(values or {}), dict(removed or {}), dict(tensors or {}))
 
 
 def migrate_settings(settings: dict[str, Any], source: object) -> dict[str, Any]:
@@ -42,7 +48,7 @@ def migrate_settings(settings: dict[str, Any], source: object) -> dict[str, Any]
     Raises:
         CheckpointError: a removed setting has a value that this version cannot compute; ``source`` is named.
     """
-    changes = _CHANGES.get(str(settings.get("model")), _Changes({}, {}, {}))
+    changes = _CHANGES.get(str(settings.get("model")), _Changes({}, {}, {}, {}))
     migrated: dict[str, Any] = {}
     for name, value in settings.items():
         if name in changes.removed:
@@ -58,4 +64,13 @@ def migrate_settings(settings: dict[str, Any], source: object) -> dict[str, Any]
         if isinstance(value, (str, int, float, type(None))):
             value = changes.values.get((new, value), value)
         migrated[new] = value
+    return migrated
+
+
+def migrate_tensor_names(tensors: Mapping[str, T], model: object) -> dict[str, T]:
+    """Return the tensors of a stored model of this kind under the names of this version."""
+    migrated = dict(tensors)
+    for old, new in _CHANGES.get(str(model), _Changes({}, {}, {}, {})).tensors.items():
+        part = re.compile(rf"(?<![^.]){re.escape(old)}(?![^.])")
+        migrated = {part.sub(new, name): tensor for name, tensor in migrated.items()}
     return migrated

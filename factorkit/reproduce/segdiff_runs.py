@@ -17,7 +17,7 @@ from factorkit.data.prepare import prepare
 from factorkit.metrics.segmentation import evaluate_masks, score_masks
 from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Setup, percent
 from factorkit.segdiff.config import PRESETS, SegdiffConfig, preset_config
-from factorkit.segdiff.evaluate import foreground_scores
+from factorkit.segdiff.evaluate import score_foreground_regions
 from factorkit.segdiff.hierarchy import hard_labels, level_labels
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import predict_masks
@@ -161,7 +161,7 @@ def score_regions(held_out: HeldOutImages, labels: np.ndarray, nesting: Sequence
 
     A hierarchy is scored at the level that is named ``level`` among the scores. The array is the predicted foreground.
     """
-    scores = foreground_scores(labels, held_out.labelled, nesting, held_out.num_fit_images)
+    scores = score_foreground_regions(labels, held_out.labelled, nesting, held_out.num_fit_images)
     numbers = {key: scores[key] for key in METRICS} | {f"best_{key}": scores[f"oracle_{key}"] for key in METRICS}
     if "level" in scores:
         numbers["level"] = scores["level"]

@@ -1,8 +1,8 @@
-"""``factorkit.choose_regions``: how many regions photographs fall into, asked of the photographs alone.
+"""``factorkit.choose_regions``: choose the number of regions without labels.
 
-Regions that compete by place and colour (:mod:`factorkit.segdiff.masks.mixture`) are a denoiser by themselves, without
-any U-Net, and learn in seconds. How much noise they cannot tell from photographs kept out of training falls with their
-number K, steeply until every thing that the photographs share has a region of its own, and hardly after it.
+A spatial mixture (:mod:`factorkit.segdiff.masks.mixture`) is a denoiser by itself, without any U-Net, and trains in
+seconds. The noise that it cannot separate from held-out images falls with its number of regions K: steeply until
+everything that the images share has a region of its own, and hardly after it.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.run_folder import claimed, write_json
 from factorkit.engine.step import StepLoss
 from factorkit.engine.trainer import Trainer
-from factorkit.segdiff import previews as pictures
-from factorkit.segdiff.config import SegdiffConfig, preset_config
-from factorkit.segdiff.masks.mixture import RegionCompetition, noise_error, unexplained_noise
-from factorkit.segdiff.task import PROBES, SegdiffTask, noised
-from factorkit.segdiff.train import describe, load_data
+from factorkit.segdiff import previews
+from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
+from factorkit.segdiff.masks.mixture import SpatialMixture, noise_error, unexplained_noise
+from factorkit.segdiff.task import NUM_PROBES, SegdiffTask, add_noise
+from factorkit.segdiff.train import describe_data, load_data
 from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import signed_to_pixels
 from factorkit.utils.rng import BatchDraw
 
-CHOICE, SHEET = "choice.json", "regions.png"
-LEAST_FALL = 0.02  # of the error, by which a further region has to lower it
-SHOWN = 8  # photographs in the picture
-LEAST_IMAGES = 8
-#: the U-Net is built and left alone, so it may be any; a competition settles in some hundred steps
-SETTINGS = {
+CHOICE_FILE, GRID_FILE = "choice.json", "regions.png"
+MIN_IMPROVEMENT = 0.02  # share of the error; see docs/results.md
+NUM_PREVIEW_IMAGES = 8
+MIN_IMAGES = 8
+#: the U-Net is built but not trained, so it is tiny; a mixture converges within some hundred steps
+SETTINGS: dict[str, Any] = {
     "preset": "fast32",
     "masks": "mixture",
     "model_channels": 8,
@@ -48,50 +49,53 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class RegionChoice:
-    """What :func:`choose_regions` found.
+    """The result of :func:`choose_regions`.
 
     Attributes:
-        regions: the K it recommends.
-        errors: of each candidate, the noise that each seed could not tell from photographs kept out of training.
-        falls: of each candidate but the last, the share of its error that the next one takes off; best seeds compared.
-        reason: the rule, and what it saw.
-        folder: where choice.json and regions.png lie, and the trainings.
+        regions: the recommended K.
+        errors: of each candidate, the unexplained noise of held-out images for each seed.
+        improvements: of each candidate but the last, the share of its error that the next one removes (best seeds).
+        reason: the rule and the figures behind the recommendation.
+        folder: where choice.json, regions.png and the trainings are.
     """
 
     regions: int
     errors: dict[int, list[float]]
-    falls: dict[int, float]
+    improvements: dict[int, float]
     reason: str
     folder: Path
 
     def table(self) -> str:
-        """A line a candidate."""
+        """Format the result, one line per candidate."""
         lines = [f"{'K':>3} {'error':>8} {'to the next':>12}   each seed"]
         for k, errors in self.errors.items():
-            fall = f"{-self.falls[k]:+12.1%}" if k in self.falls else " " * 12
+            change = f"{-self.improvements[k]:+12.1%}" if k in self.improvements else " " * 12
             each = " ".join(f"{error:.4f}" for error in errors)
-            lines.append(f"{k:>3} {min(errors):8.4f} {fall}   {each}{'   <' * (k == self.regions)}")
+            lines.append(f"{k:>3} {min(errors):8.4f} {change}   {each}{'   <' * (k == self.regions)}")
         return "\n".join(lines)
 
 
-class PlacesTask(SegdiffTask):
-    """A competition taught by its own denoising loss alone."""
+class MixtureTask(SegdiffTask):
+    """Train a spatial mixture by its own denoising loss alone."""
 
-    def __init__(self, config: SegdiffConfig, images: np.ndarray, held_out: np.ndarray, device: torch.device):
-        super().__init__(config, images, held_out, device)
-        self.model: RegionCompetition = self.model.competition
+    def __init__(self, config: ResolvedSegdiffConfig, images: np.ndarray, probes: np.ndarray, device: torch.device):
+        super().__init__(config, images, probes, device)
+        self.model = cast(SpatialMixture, self.model.masks)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the one group of the mixture."""
         return [{"params": list(self.model.parameters()), "scale": self.config.mask_learning_rate}]
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
-        x0, eps, t = self._drawn(indices, draw)
-        contest = model(self.schedule.noise(x0, eps, t))
-        error = noise_error(contest.score, self.schedule, eps, t)
-        return StepLoss(error, error.detach(), t / self.config.timesteps, self._watch(contest.logits.softmax(1)))
+        """Return the denoising loss of the mixture."""
+        x0, eps, t = self._draw_batch(indices, draw)
+        logits, score = model(self.schedule.noise(x0, eps, t))
+        error = noise_error(score, self.schedule, eps, t)
+        return StepLoss(error, error.detach(), t / self.config.timesteps, self._watch(logits.softmax(1)))
 
     def inspect(self, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
-        return {"error": unexplained_noise(model, self.probes, self.schedule)}
+        """Return the error for the log."""
+        return {"error": unexplained_noise(cast(SpatialMixture, model), self.probes, self.schedule)}
 
 
 def choose_regions(
@@ -100,7 +104,7 @@ def choose_regions(
     out: str | Path = "runs/regions",
     candidates: Sequence[int] = (2, 3, 4, 5),
     seed_trials: int = 2,
-    min_improvement: float = LEAST_FALL,
+    min_improvement: float = MIN_IMPROVEMENT,
     resolution: int = 32,
     random_flip: bool = True,
     steps: int = 200,
@@ -108,22 +112,22 @@ def choose_regions(
     device: str = "auto",
     progress: bool = True,
 ) -> RegionChoice:
-    """Choose K without labels: the smallest after which a further region hardly helps to denoise.
+    """Choose K without labels: the smallest after which one more region hardly improves denoising.
 
-    For every candidate and seed a competition of so many regions is trained for seconds, each in a folder of its own
-    under ``out``; the same call again trains only what is not finished, and more candidates, seeds or steps may be
-    asked for. It counts regions that lie at much the same place in all photographs, whatever their colours; see
-    docs/results.md for where that is right and where not.
+    For every candidate and seed a spatial mixture is trained for seconds, each in a folder of its own under ``out``.
+    The same call again trains only what is not finished; candidates, seeds and steps may be added. The method counts
+    regions that are at much the same place in all images, whatever their colours; docs/results.md says where that is
+    right and where not.
 
     Args:
-        data: as :func:`factorkit.train_segdiff` takes it; None: the procedural flowers. Labels are not used, except
-            that labelled images are the ones kept out; where there are none, up to a quarter of all are.
+        data: as for :func:`factorkit.train_segdiff`; None: the procedural flowers. Labels are not used, except that
+            labelled images are held out; without any, up to a quarter of all images is.
         out: folder of the result and the trainings.
-        candidates: numbers of regions, at least two, from 2 on.
+        candidates: numbers of regions, at least two of them, each at least 2.
         seed_trials: trainings of each candidate, from different seeds; the best represents it.
-        min_improvement: the share of the error that a further region must take off to be worth having.
-        resolution: pixels a side.
-        random_flip: show half of the photographs mirrored; False where all face one way, as in training.
+        min_improvement: the share of the error that one more region must remove to be recommended.
+        resolution: side of the images in pixels.
+        random_flip: flip half of the images; False if all objects face one way, as in training.
         steps: of each training.
         holdout: as in training.
         device: as in training.
@@ -137,7 +141,7 @@ def choose_regions(
     Example:
         >>> choice = factorkit.choose_regions(pictures, out="runs/k", candidates=(2, 3), seed_trials=1, resolution=16,
         ...                                   steps=2, progress=False)
-        >>> choice.regions in (2, 3), sorted(choice.errors), list(choice.falls)
+        >>> choice.regions in (2, 3), sorted(choice.errors), list(choice.improvements)
         (True, [2, 3], [2])
     """
     candidates = sorted({int(k) for k in candidates})
@@ -147,68 +151,63 @@ def choose_regions(
         raise ConfigError(
             f"seed_trials={seed_trials} must be at least 1 and min_improvement={min_improvement} between 0 and 1"
         )
-    changes = SETTINGS | {"resolution": resolution, "random_flip": random_flip, "steps": steps, "device": device}
-    configs = [preset_config(**changes, holdout=holdout, regions=k).resolved() for k in candidates]
-    chosen, folder = resolve_device(device), Path(out)
+    changes: dict[str, Any] = {"resolution": resolution, "random_flip": random_flip, "steps": steps, "device": device}
+    configs = [preset_config(**SETTINGS, **changes, holdout=holdout, regions=k).resolved() for k in candidates]
+    torch_device, folder = resolve_device(device), Path(out)
     dataset, prepared, probes = load_data(data, configs[0], progress)
-    images = prepared.images
-    if len(images) < LEAST_IMAGES:
-        raise DataError(f"{len(images)} images are too few to train on some and judge on others; give {LEAST_IMAGES}")
+    images: np.ndarray = prepared.images
+    if len(images) < MIN_IMAGES:
+        raise DataError(f"{len(images)} images are too few to train on some and evaluate others; give {MIN_IMAGES}")
     if dataset.test_images is None or len(dataset.test_images) < 2:
-        apart = np.linspace(0, len(images) - 1, min(PROBES, len(images) // 4)).round().astype(int)
-        probes, images = images[apart], np.delete(images, apart, 0)
-    settings = {"model": "choose_regions", **configs[0].to_dict(), "data": describe(dataset, prepared)}
+        held_out = np.linspace(0, len(images) - 1, min(NUM_PROBES, len(images) // 4)).round().astype(int)
+        probes, images = images[held_out], np.delete(images, held_out, 0)
+    settings = {"model": "choose_regions", **configs[0].to_dict(), "data": describe_data(dataset, prepared)}
     with claimed(folder, settings, SegdiffConfig.RESUMABLE | {"regions"}), cpu_threads(configs[0].threads):
         errors: dict[int, list[float]] = {}
-        best: list[RegionCompetition] = []
+        best: list[SpatialMixture] = []
         for k, config in zip(candidates, configs, strict=True):
-            found: list[tuple[float, RegionCompetition]] = []
+            trials: list[tuple[float, SpatialMixture]] = []
             for seed in range(seed_trials):
-                task = PlacesTask(dataclasses.replace(config, seed=seed), images, probes, chosen)
-                where, meta = folder / f"k{k}_seed{seed}", {"model": "places", **task.config.to_dict()}
-                trainer = Trainer(task, task.config, where, meta, device=chosen, progress=progress)
-                model = cast(RegionCompetition, trainer.run())
-                found.append((unexplained_noise(model, task.probes, task.schedule), model))
-            errors[k] = [error for error, _ in found]
-            best.append(min(found, key=lambda pair: pair[0])[1])
-        falls, regions, reason = recommended({k: min(each) for k, each in errors.items()}, min_improvement)
-        facts = {"regions": regions, "errors": errors, "falls": falls, "reason": reason, "steps": steps}
-        write_json(folder / CHOICE, facts)
-        save_image(sheet(best, task, candidates, regions), folder / SHEET)
-    return RegionChoice(regions, errors, falls, reason, folder)
+                task = MixtureTask(dataclasses.replace(config, seed=seed), images, probes, torch_device)
+                trial_folder, meta = folder / f"k{k}_seed{seed}", {"model": "places", **task.config.to_dict()}
+                trainer = Trainer(task, task.config, trial_folder, meta, device=torch_device, progress=progress)
+                model = cast(SpatialMixture, trainer.run())
+                trials.append((unexplained_noise(model, task.probes, task.schedule), model))
+            errors[k] = [error for error, _ in trials]
+            best.append(min(trials, key=lambda trial: trial[0])[1])
+        improvements, regions, reason = recommend({k: min(each) for k, each in errors.items()}, min_improvement)
+        result = {"regions": regions, "errors": errors, "improvements": improvements, "reason": reason, "steps": steps}
+        write_json(folder / CHOICE_FILE, result)
+        save_image(draw_comparison(best, task, candidates, regions), folder / GRID_FILE)
+    return RegionChoice(regions, errors, improvements, reason, folder)
 
 
-def recommended(errors: dict[int, float], min_improvement: float) -> tuple[dict[int, float], int, str]:
-    """The falls from each K to the next, the K recommended, and why."""
+def recommend(errors: dict[int, float], min_improvement: float) -> tuple[dict[int, float], int, str]:
+    """Return the improvement from each K to the next, the recommended K, and the reason."""
     order = sorted(errors)
-    falls = {k: 1 - errors[after] / errors[k] for k, after in zip(order, order[1:], strict=False)}
-    for k, fall in falls.items():
-        if fall < min_improvement:
-            after = order[order.index(k) + 1]
-            changes = f"lowers the error by {fall:.1%}" if fall > 0 else f"raises the error by {-fall:.1%}"
-            return (
-                falls,
-                k,
-                f"K = {k} is the smallest after which the next, {after}, {changes}: under {min_improvement:.1%}",
-            )
+    improvements = {k: 1 - errors[larger] / errors[k] for k, larger in zip(order, order[1:], strict=False)}
+    for (k, share), larger in zip(improvements.items(), order[1:], strict=True):
+        if share < min_improvement:
+            change = f"lowers the error by {share:.1%}" if share > 0 else f"raises the error by {-share:.1%}"
+            reason = f"K = {k} is the smallest after which the next, {larger}, {change}: under {min_improvement:.1%}"
+            return improvements, k, reason
     last = order[-1]
-    return (
-        falls,
-        last,
-        f"up to K = {last} each lowers the error by {min_improvement:.1%} or more; try larger candidates too",
-    )
+    reason = f"up to K = {last} each lowers the error by {min_improvement:.1%} or more; try larger candidates too"
+    return improvements, last, reason
 
 
-def sheet(best: list[RegionCompetition], task: PlacesTask, candidates: Sequence[int], regions: int):
-    """Photographs kept out of training, and how the best seed of every K parts them."""
-    picked = torch.linspace(0, len(task.probes) - 1, min(SHOWN, len(task.probes))).round().long()
-    shown = task.probes[picked]
-    photos = signed_to_pixels(shown)
-    x_t, _ = noised(shown.to(task.device), task.config.segment_t, task.schedule)
-    rows = [list(photos)]
-    for model in best:
+def draw_comparison(
+    models: Sequence[SpatialMixture], task: MixtureTask, candidates: Sequence[int], regions: int
+) -> Image.Image:
+    """Draw held-out images and the regions of the best seed of every K."""
+    chosen = torch.linspace(0, len(task.probes) - 1, min(NUM_PREVIEW_IMAGES, len(task.probes))).round().long()
+    images = task.probes[chosen]
+    pixels = signed_to_pixels(images)
+    x_t, _ = add_noise(images.to(task.device), task.config.segment_t, task.schedule)
+    rows = [list(pixels)]
+    for model in models:
         with torch.no_grad():
             labels = model(x_t).logits.argmax(1).cpu().numpy()
-        rows.append([pictures.outlined(photo, label) for photo, label in zip(photos, labels, strict=True)])
-    captions = ["photographs", *(f"K = {k}{', chosen' * (k == regions)}" for k in candidates)]
-    return pictures.draw_image_grid(rows, None, captions)
+        rows.append([previews.overlay_enlarged(image, label) for image, label in zip(pixels, labels, strict=True)])
+    captions = ["images", *(f"K = {k}{', chosen' * (k == regions)}" for k in candidates)]
+    return previews.draw_image_grid(rows, None, captions)

@@ -1,4 +1,4 @@
-"""Classes of a run: which ones a user asks for, and how they are shown."""
+"""The labels behind the classes that a user asks a run for."""
 
 from __future__ import annotations
 
@@ -9,68 +9,57 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from factorkit.report.image_grid import draw_image_grid
-from factorkit.segdiff.previews import outlined
 from factorkit.utils.errors import ConfigError
 
 
-def chosen_labels(classes: Any, names: Sequence[str], count: int, guidance: float = 1.0) -> Tensor | None:
-    """Labels int64 [count] for `classes`, taken in turn: "all", a name, a label, or a list of names, labels and None.
+def select_labels(classes: Any, names: Sequence[str], count: int, guidance: float = 1.0) -> Tensor | None:
+    """Return labels int64 [count] for ``classes``, taken in turn; None for no classes.
+
+    Args:
+        classes: "all", a name, a label, a list of names, labels and None, or None.
+        names: classes of the run.
+        count: number of images.
+        guidance: scale of the guidance, which needs classes.
 
     Raises:
-        ConfigError: a class there is not, any at all where `names` is empty, an empty list, or guidance without one.
+        ConfigError: an unknown class, any class if ``names`` is empty, an empty list, or guidance without a class.
     """
     if not 0 <= guidance < math.inf:
         raise ConfigError(f"guidance={guidance} must be 0 or more; 1 does not guide, 2 to 4 is usual")
     if classes is None:
         if guidance != 1:
-            raise ConfigError(f"guidance={guidance} leads towards classes; say which, classes='all' for each in turn")
+            raise ConfigError(f"guidance={guidance} needs classes=; use classes='all' for each class in turn")
         return None
     if not names:
         raise ConfigError(
-            "this run knows no classes; leave classes= and guidance= out, or train one with train_segdiff(classes=...)"
+            "this run has no classes; leave out classes= and guidance=, or train with train_segdiff(classes=...)"
         )
     if isinstance(classes, str) and classes == "all":
-        chosen = list(range(len(names)))
+        labels = list(range(len(names)))
     else:
-        asked = [classes] if isinstance(classes, (str, int, np.integer)) else list(classes)
-        chosen = [label_of(one, names) for one in asked]
-    if not chosen:
+        requested = [classes] if isinstance(classes, (str, int, np.integer)) else list(classes)
+        labels = [find_label(one, names) for one in requested]
+    if not labels:
         raise ConfigError("classes= is an empty list; name a class, or leave it out")
-    return torch.tensor(chosen, dtype=torch.int64).repeat(-(-count // len(chosen)))[:count]
+    return torch.tensor(labels, dtype=torch.int64).repeat(-(-count // len(labels)))[:count]
 
 
-def label_of(asked: Any, names: Sequence[str]) -> int:
-    """The label of a class given by name or number, -1 for None. Raises ConfigError for one that is not there."""
-    if asked is None:
-        return -1
-    if isinstance(asked, str) and asked in names:
-        return list(names).index(asked)
-    if isinstance(asked, str):
-        near = difflib.get_close_matches(asked, names, n=3)
-        listed = " or ".join(near) if near else ", ".join(names)
-        raise ConfigError(
-            f"there is no class {asked!r} in this run; {'did you mean' if near else 'there are'} {listed}"
-        )
-    if not isinstance(asked, (int, np.integer)) or not 0 <= asked < len(names):
-        raise ConfigError(f"there is no class {asked!r} in this run; labels are 0 to {len(names) - 1}")
-    return int(asked)
+def find_label(requested: Any, names: Sequence[str]) -> int:
+    """Return the label of a class given by name or number, -1 for None.
 
-
-def class_sheet(images: np.ndarray, masks: np.ndarray, classes: Sequence[str | None], per_line: int = 6) -> Image.Image:
-    """A row for each class: its first `per_line` images, each beside its regions.
-
-    images: uint8 [N, H, W, 3]; masks: float [N, K, H, W] in [0, 1]; classes: what each image is of. With a single
-    region the images stand alone.
+    Raises:
+        ConfigError: there is no such class.
     """
-    rows, captions = [], []
-    for name in dict.fromkeys(classes):
-        row = []
-        for n in [i for i, one in enumerate(classes) if one == name][:per_line]:
-            row += [images[n]] if masks.shape[1] == 1 else [images[n], outlined(images[n], masks[n].argmax(axis=0))]
-        rows.append(row)
-        captions.append(name or "any")
-    return draw_image_grid(rows, row_captions=captions)
+    if requested is None:
+        return -1
+    if isinstance(requested, str) and requested in names:
+        return list(names).index(requested)
+    if isinstance(requested, str):
+        near = difflib.get_close_matches(requested, names, n=3)
+        hint = f"did you mean {' or '.join(near)}" if near else f"there are {', '.join(names)}"
+        raise ConfigError(f"there is no class {requested!r} in this run; {hint}")
+    if not isinstance(requested, (int, np.integer)) or not 0 <= requested < len(names):
+        raise ConfigError(f"there is no class {requested!r} in this run; labels are 0 to {len(names) - 1}")
+    return int(requested)

@@ -1,7 +1,7 @@
-"""Pictures of masks: single label and mask images, overlays, and the sheets a run shows its state with.
+"""Images of masks: label images, overlays, and the image grids that show the state of a run.
 
 Images are uint8 [H, W, 3] in RGB, masks float in [0, 1], labels integers from 0. A region has the same colour in every
-picture, and in the curves of the report.
+image, and in the curves of the report.
 """
 
 from __future__ import annotations
@@ -15,42 +15,50 @@ from factorkit.report.image_grid import MIN_CELL_SIZE, Caption, draw_image_grid,
 from factorkit.utils.images import unit_to_uint8
 
 __all__ = [
+    "build_sequence_rows",
+    "draw_class_grid",
+    "draw_generation_grid",
     "draw_image_grid",
-    "generation_sheet",
-    "label_image",
-    "mask_image",
-    "outlined",
-    "overlay",
+    "draw_segmentation_grid",
+    "draw_trajectory_grid",
+    "make_label_image",
+    "make_mask_image",
+    "overlay_enlarged",
+    "overlay_regions",
     "palette",
-    "segmentation_sheet",
-    "strip_rows",
-    "trajectory_sheet",
 ]
 
 
-def label_image(labels: np.ndarray) -> Image.Image:
-    """Labels, integers [H, W] in 0..255, as a palette image: the pixels are the labels, the palette their colours."""
+def make_label_image(labels: np.ndarray) -> Image.Image:
+    """Make a palette image whose pixels are the labels, integers [H, W] in 0..255."""
     labels = np.asarray(labels)
     if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
         raise ValueError(f"a palette image holds labels 0..255, these run from {labels.min()} to {labels.max()}")
-    picture = Image.fromarray(labels.astype(np.uint8)).convert("P")
-    picture.putpalette(palette(256).tobytes())
-    return picture
+    image = Image.fromarray(labels.astype(np.uint8)).convert("P")
+    image.putpalette(palette(256).tobytes())
+    return image
 
 
-def mask_image(mask: np.ndarray) -> Image.Image:
-    """A soft mask, float [H, W] in [0, 1], as a grey image ("L"): 0 is black, 1 is white."""
+def make_mask_image(mask: np.ndarray) -> Image.Image:
+    """Make a grey image ("L") of a soft mask, float [H, W] in [0, 1]: 0 is black, 1 is white."""
     return Image.fromarray(unit_to_uint8(mask))
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-    """The image tinted by region, with white lines, one pixel wide, where regions meet.
+def overlay_regions(image: np.ndarray, labels: np.ndarray, alpha: float = 0.5) -> np.ndarray:
+    """Tint an image by region, with white lines, one pixel wide, where regions meet.
 
-    image: uint8 [H, W, 3]; labels: integers [H, W]; alpha in [0, 1] is the share of the tint. Returns uint8 [H, W, 3].
-    A pixel is on the line when its right or its lower neighbour belongs to another region.
+    A pixel is on a line if its right or its lower neighbour belongs to another region.
+
+    Args:
+        image: uint8 [H, W, 3].
+        labels: integers [H, W].
+        alpha: opacity of the tint, in [0, 1].
+
+    Returns:
+        uint8 [H, W, 3].
     """
     image, labels = np.asarray(image), np.asarray(labels)
-    tinted = np.round((1 - alpha) * image + alpha * _colored(labels)).astype(np.uint8)
+    tinted = np.round((1 - alpha) * image + alpha * _color(labels)).astype(np.uint8)
     line = np.zeros(labels.shape, dtype=bool)
     line[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     line[:-1] |= labels[:-1] != labels[1:]
@@ -58,19 +66,30 @@ def overlay(image: np.ndarray, labels: np.ndarray, alpha: float = 0.5) -> np.nda
     return tinted
 
 
-def segmentation_sheet(
+def overlay_enlarged(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Overlay for a grid: small images are enlarged first, so that the lines are thin compared with their pixels."""
+    factor = -(-MIN_CELL_SIZE // max(labels.shape))
+    return overlay_regions(enlarge(image, factor), enlarge(labels, factor), alpha=0.45)
+
+
+def draw_segmentation_grid(
     images: np.ndarray,
     masks: np.ndarray,
     branches: np.ndarray | None = None,
     truth: np.ndarray | None = None,
     levels: Sequence[np.ndarray] = (),
 ) -> Image.Image:
-    """How images are taken apart: a row for each image; in columns the image, its regions, masks and branches.
+    """Draw a row for each image: the image, its regions, masks and branches.
 
-    images: uint8 [N, H, W, 3]; masks: float [N, K, H, W] in [0, 1]; branches: float [N, K, H, W, 3] in [0, 1], what
-    each branch paints; truth: bool [N, H, W]; levels: of a hierarchy the labels of each level, integers [N, H, W], the
-    coarsest first; else the argmax of the masks is shown. The captions tell each region's colour and its mean share of
-    the area.
+    The captions give each region's colour and its mean share of the area.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        masks: float [N, K, H, W] in [0, 1].
+        branches: float [N, K, H, W, 3] in [0, 1], the output of each branch.
+        truth: bool [N, H, W].
+        levels: labels of each level of a hierarchy, integers [N, H, W], the coarsest first; without them the argmax of
+            the masks is shown.
     """
     images, masks = np.asarray(images), np.asarray(masks)
     colors, areas = palette(masks.shape[1]), masks.mean(axis=(0, 2, 3))
@@ -81,21 +100,24 @@ def segmentation_sheet(
     captions += [] if branches is None else [(f"branch {k}", colors[k]) for k in range(len(colors))]
     rows = []
     for n, image in enumerate(images):
-        row = [image, *(outlined(image, labels[n]) for labels in levels)]
+        row = [image, *(overlay_enlarged(image, labels[n]) for labels in levels)]
         row += [] if truth is None else [unit_to_uint8(truth[n])]
         row += [unit_to_uint8(mask) for mask in masks[n]]
-        row += [] if branches is None else [unit_to_uint8(painted) for painted in branches[n]]
+        row += [] if branches is None else [unit_to_uint8(branch) for branch in branches[n]]
         rows.append(row)
     return draw_image_grid(rows, captions)
 
 
-def generation_sheet(
+def draw_generation_grid(
     images: np.ndarray, masks: np.ndarray, labels: np.ndarray | None = None, per_line: int = 8
 ) -> Image.Image:
-    """Generated images with the regions they were made of: a column for each sample, `per_line` samples side by side.
+    """Draw generated images above their regions and masks: a column for each sample.
 
-    images: uint8 [N, H, W, 3]; masks: float [N, K, H, W] in [0, 1]; labels: integers [N, H, W], by default the argmax
-    of the masks.
+    Args:
+        images: uint8 [N, H, W, 3].
+        masks: float [N, K, H, W] in [0, 1].
+        labels: integers [N, H, W]; None: the argmax of the masks.
+        per_line: samples side by side.
     """
     images, masks = np.asarray(images), np.asarray(masks)
     labels = masks.argmax(axis=1) if labels is None else np.asarray(labels)
@@ -104,48 +126,65 @@ def generation_sheet(
     captions: list[Caption] = []
     for start in range(0, len(images), per_line):
         line = range(start, min(start + per_line, len(images)))
-        rows += [[images[n] for n in line], [outlined(images[n], labels[n]) for n in line]]
+        rows += [[images[n] for n in line], [overlay_enlarged(images[n], labels[n]) for n in line]]
         rows += [[unit_to_uint8(masks[n, k]) for n in line] for k in range(len(colors))]
         captions += ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
     return draw_image_grid(rows, row_captions=captions)
 
 
-def trajectory_sheet(
+def draw_class_grid(
+    images: np.ndarray, masks: np.ndarray, classes: Sequence[str | None], per_line: int = 6
+) -> Image.Image:
+    """Draw a row for each class: its first ``per_line`` images, each beside its regions if there are several.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        masks: float [N, K, H, W] in [0, 1].
+        classes: class of each image.
+        per_line: images of each class.
+    """
+    rows = []
+    for name in dict.fromkeys(classes):
+        row = []
+        for n in [i for i, other in enumerate(classes) if other == name][:per_line]:
+            row.append(images[n])
+            if masks.shape[1] > 1:
+                row.append(overlay_enlarged(images[n], masks[n].argmax(axis=0)))
+        rows.append(row)
+    return draw_image_grid(rows, row_captions=[name or "any" for name in dict.fromkeys(classes)])
+
+
+def draw_trajectory_grid(
     frames: Sequence[np.ndarray], labels: Sequence[np.ndarray] | None = None, times: Sequence[int] | None = None
 ) -> Image.Image:
-    """Images, and their regions, as they take shape while noise is removed (the dissertation's figure 2.10).
+    """Draw images, and their regions, while noise is removed (thesis, fig. 2.10): samples in rows, steps in columns.
 
-    frames: S arrays uint8 [N, H, W, 3], from noise to image; labels: S arrays of integers [N, H, W]; times: the S time
-    steps. Samples in rows, each followed by its regions when given; denoising steps in columns.
+    Args:
+        frames: S arrays uint8 [N, H, W, 3], from noise to image.
+        labels: S arrays of integers [N, H, W]; None: no rows of regions.
+        times: the S time steps.
     """
     by_sample = np.stack([np.asarray(frame) for frame in frames], axis=1)
     regions = None if labels is None else np.stack([np.asarray(label) for label in labels], axis=1)
-    rows, row_captions = strip_rows(by_sample, regions, "sample")
+    rows, row_captions = build_sequence_rows(by_sample, regions, "sample")
     captions = None if times is None else [f"t = {t}" for t in times]
     return draw_image_grid(rows, captions, row_captions)
 
 
-def strip_rows(
+def build_sequence_rows(
     images: np.ndarray, labels: np.ndarray | None, name: str
 ) -> tuple[list[list[np.ndarray]], list[Caption]]:
-    """Rows and their captions of strips of pictures, uint8 [n, S, H, W, 3], each strip followed by its regions."""
+    """Build rows and their captions of sequences of images, uint8 [n, S, H, W, 3], each followed by its regions."""
     rows: list[list[np.ndarray]] = []
     captions: list[Caption] = []
-    for n, strip in enumerate(images):
-        rows.append(list(strip))
+    for n, sequence in enumerate(images):
+        rows.append(list(sequence))
         captions.append(f"{name} {n}")
         if labels is not None:
-            rows.append([_colored(label) for label in labels[n]])
+            rows.append([_color(label) for label in labels[n]])
             captions.append("regions")
     return rows, captions
 
 
-def _colored(labels: np.ndarray) -> np.ndarray:
-    """Labels [H, W] in their colours, uint8 [H, W, 3]."""
+def _color(labels: np.ndarray) -> np.ndarray:
     return palette(int(labels.max(initial=0)) + 1)[labels]
-
-
-def outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """An overlay for a sheet: small images are enlarged first, so that the lines stay thin beside their pixels."""
-    factor = -(-MIN_CELL_SIZE // max(labels.shape))
-    return overlay(enlarge(image, factor), enlarge(labels, factor), alpha=0.45)

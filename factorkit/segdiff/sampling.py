@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from factorkit.diffusion.denoiser import Denoiser, GuidedDenoiser
 from factorkit.diffusion.objective import to_x0
 from factorkit.diffusion.samplers import Samples, SamplingStep, sample
 from factorkit.diffusion.schedule import Schedule
-from factorkit.segdiff.config import SegdiffConfig
-from factorkit.segdiff.network import FactorizedUNet, Regions
+from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.network import Regions
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.rng import derived_seed
 
-PIECE = 64  # images drawn at once
+SAMPLE_BATCH_SIZE = 64  # images generated at once
 
 
 class Frame(NamedTuple):
@@ -45,27 +46,26 @@ class Generation(NamedTuple):
     classes: list[str | None] | None = None
 
 
-def levels(config: SegdiffConfig) -> int:
-    """How many noise levels the model was trained on; generation begins at the last of them."""
+def num_trained_times(config: ResolvedSegdiffConfig) -> int:
+    """Return the number of time steps that the model was trained on; generation starts at the last of them."""
     return config.timesteps if config.high_noise_fraction else config.t_max
 
 
-def edit_level(config: SegdiffConfig, t: int | None) -> int:
-    """A level that pictures can be taken to and denoised from; None: a quarter of the way up.
+def check_edit_time(config: ResolvedSegdiffConfig, t: int | None) -> int:
+    """Return the time step to which images are noised for editing; None: a quarter of the trained ones.
 
     Raises:
-        ConfigError: the model was not trained at level t.
+        ConfigError: the model was not trained at time step t.
     """
-    t = levels(config) // 4 if t is None else t
-    if not 0 <= t < levels(config):
-        raise ConfigError(
-            f"t={t} must lie between 0 and {levels(config) - 1}, the noisiest level this model was trained on"
-        )
+    count = num_trained_times(config)
+    t = count // 4 if t is None else t
+    if not 0 <= t < count:
+        raise ConfigError(f"t={t} must lie between 0 and {count - 1}, the noisiest level this model was trained on")
     return t
 
 
-def branch_estimates(prediction: str, schedule: Schedule, x_t: Tensor, branches: Tensor, t: Tensor) -> Tensor:
-    """The clean images [B, K, 3, H, W] that the branches' outputs, of the same shape, stand for.
+def estimate_branches(prediction: str, schedule: Schedule, x_t: Tensor, branches: Tensor, t: Tensor) -> Tensor:
+    """Return the clean images [B, K, 3, H, W] that the outputs of the branches, of the same shape, stand for.
 
     The clean image is affine in the output and the masks sum to one, so sum_k m_k x0_k is the model's own estimate.
     """
@@ -73,8 +73,8 @@ def branch_estimates(prediction: str, schedule: Schedule, x_t: Tensor, branches:
 
 
 def draw_images(
-    model: FactorizedUNet,
-    config: SegdiffConfig,
+    model: nn.Module,
+    config: ResolvedSegdiffConfig,
     count: int,
     *,
     sampler: str = "ddim",
@@ -87,64 +87,77 @@ def draw_images(
     guidance: float = 1.0,
     rows: slice | None = None,
 ) -> Samples:
-    """``count`` images [count, 3, R, R] in [-1, 1] with their :class:`~factorkit.segdiff.network.Regions`.
+    """Generate ``count`` images [count, 3, R, R] in [-1, 1] with their :class:`~factorkit.segdiff.network.Regions`.
 
-    A model trained on t < t_max alone starts there instead of at T. Many images are drawn in pieces, of which nothing
-    but images and masks is kept, on the CPU. labels: int64 [count], -1 for none, what the images are to be of;
-    guidance: the scale of :class:`~factorkit.diffusion.denoiser.GuidedDenoiser`. rows: draw only these of them, as they are
-    among all.
+    A model trained only on t < t_max starts there instead of at T. Images are generated in batches, of which only
+    images and masks are kept, on the CPU.
+
+    Args:
+        model: the network.
+        config: its settings.
+        count: number of images.
+        sampler, steps, seed, trajectory: as for :meth:`factorkit.segdiff.run.SegdiffRun.generate`.
+        device: of the model.
+        progress: show a progress bar.
+        labels: classes int64 [count], -1 for none; None: no classes.
+        guidance: scale of :class:`~factorkit.diffusion.denoiser.GuidedDenoiser`.
+        rows: generate only these of the images; the result is the same as theirs among all.
 
     Raises:
         ConfigError: an unknown sampler, or steps out of range.
     """
     if steps is not None and not 1 <= steps <= config.timesteps:
-        raise ConfigError(f"steps={steps}: this model's schedule has 1 to {config.timesteps} of them")
-    start, (begin, end, _) = levels(config), (rows or slice(None)).indices(count)
-
-    def told(drawn: slice) -> Denoiser:
-        return model if labels is None else GuidedDenoiser(model, labels[drawn].to(device), guidance)
-
-    pieces = [
-        _kept(
-            sample(
-                told(slice(max(begin, first), min(end, first + PIECE))),
-                (min(PIECE, count - first), 3, config.resolution, config.resolution),
-                schedule=config.noising(device),
-                prediction=config.prediction,
-                sampler=sampler,
-                steps=min(steps, start) if steps else steps,
-                t_start=start,
-                seed=derived_seed("generate", seed, first),
-                rows=slice(max(begin - first, 0), min(end - first, PIECE)),
-                progress=progress,
-                trajectory=trajectory,
-            )
+        raise ConfigError(
+            f"steps={steps} must lie between 1 and {config.timesteps}, the steps of this model's schedule"
         )
-        for first in range(begin // PIECE * PIECE, end, PIECE)
-    ]
-    images = torch.cat([piece.images for piece in pieces])
+    start, (begin, end, _) = num_trained_times(config), (rows or slice(None)).indices(count)
+
+    batches: list[Samples] = []
+    for first in range(begin // SAMPLE_BATCH_SIZE * SAMPLE_BATCH_SIZE, end, SAMPLE_BATCH_SIZE):
+        size = min(SAMPLE_BATCH_SIZE, count - first)
+        chosen = slice(max(begin - first, 0), min(end - first, SAMPLE_BATCH_SIZE))
+        denoiser = cast(Denoiser, model)
+        if labels is not None:
+            denoiser = GuidedDenoiser(denoiser, labels[first:][chosen].to(device), guidance)
+        samples = sample(
+            denoiser,
+            (size, 3, config.resolution, config.resolution),
+            schedule=config.build_schedule(device),
+            prediction=config.prediction,
+            sampler=sampler,
+            steps=min(steps, start) if steps else steps,
+            t_start=start,
+            seed=derived_seed("generate", seed, first),
+            rows=chosen,
+            progress=progress,
+            trajectory=trajectory,
+        )
+        batches.append(_to_cpu(samples))
     frames = None
     if trajectory:
         frames = [
             SamplingStep(
-                level[0].t,
-                torch.cat([s.x_t for s in level]),
-                torch.cat([s.x0 for s in level]),
-                _joined([cast(Regions, s.bottleneck) for s in level]),
+                parts[0].t,
+                torch.cat([s.x_t for s in parts]),
+                torch.cat([s.x0 for s in parts]),
+                _concatenate([s.bottleneck for s in parts]),
             )
-            for level in zip(*(piece.trajectory for piece in pieces), strict=True)
+            for parts in zip(*(batch.trajectory or [] for batch in batches), strict=True)
         ]
-    return Samples(images, _joined([cast(Regions, piece.bottleneck) for piece in pieces]), frames)
+    images = torch.cat([batch.images for batch in batches])
+    return Samples(images, _concatenate([batch.bottleneck for batch in batches]), frames)
 
 
-def _kept(piece: Samples) -> Samples:
-    """What is wanted of a piece, where there is room for many."""
-    masks = lambda bottleneck: Regions(cast(Regions, bottleneck).masks.cpu(), None)  # noqa: E731
+def _to_cpu(samples: Samples) -> Samples:
+    """Keep images and masks only, on the CPU."""
     frames = None
-    if piece.trajectory is not None:
-        frames = [SamplingStep(s.t, s.x_t.cpu(), s.x0.cpu(), masks(s.bottleneck)) for s in piece.trajectory]
-    return Samples(piece.images.cpu(), masks(piece.bottleneck), frames)
+    if samples.trajectory is not None:
+        frames = [
+            SamplingStep(s.t, s.x_t.cpu(), s.x0.cpu(), Regions(s.bottleneck.masks.cpu(), None))
+            for s in samples.trajectory
+        ]
+    return Samples(samples.images.cpu(), Regions(samples.bottleneck.masks.cpu(), None), frames)
 
 
-def _joined(parts: list[Regions]) -> Regions:
+def _concatenate(parts: Sequence[Regions]) -> Regions:
     return Regions(torch.cat([part.masks for part in parts]), None)

@@ -1,4 +1,4 @@
-"""``factorkit.train_segdiff``: photographs in, a run folder and a model that segments and generates out."""
+"""``factorkit.train_segdiff``: from images to a run folder and a model that segments and generates."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import hashlib
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,17 +21,18 @@ from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.log import RunLog
 from factorkit.engine.run_folder import claimed, copy_folder, read_object, write_json
 from factorkit.engine.trainer import Trainer
-from factorkit.segdiff.config import SegdiffConfig, preset_config
-from factorkit.segdiff.network import parameter_count
+from factorkit.segdiff.alarms import Alarms
+from factorkit.segdiff.config import ResolvedSegdiffConfig, preset_config
+from factorkit.segdiff.network import count_parameters
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.task import PROBES, SegdiffTask
+from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
 from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.distributed import join_processes
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.jsonl import LOG_NAME
 
-#: length of a seed trial: a share of the steps, and a limit by which the masks of the presets have settled
+#: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
 
 
@@ -46,11 +47,11 @@ def train_segdiff(
     classes: Any = None,
     **changes: Any,
 ) -> SegdiffRun:
-    """Train a factorized diffusion model on unlabelled photographs; the same call again resumes, exactly.
+    """Train a factorized diffusion model on unlabelled images; the same call again resumes, exactly.
 
     Args:
         data: a folder of images (perhaps with ``images/`` and ``masks/``), a zip, an ``.npz``/``.npy`` array, an array,
-            a list of paths; None: the procedural flowers the package ships, for nested regions its rooms.
+            a list of paths; None: the procedural flowers of the package, for a hierarchy its rooms.
         out: the run folder; None: ``runs/<preset>``.
         preset: ``"demo"``, ``"fast32"``, ``"fast64"`` (regional form) or ``"flowers64"``, ``"flowers128"``,
             ``"cub64"``, ``"cub128"``, ``"ffhq64"``, ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None:
@@ -58,15 +59,15 @@ def train_segdiff(
         seed_trials: number of short trainings from different seeds. Those that the label-free alarms fail are dropped,
             and the best continues: by the eta gap, or for masks="mixture" by the noise it leaves unexplained.
         progress: show a progress bar with the time left.
-        baselines: score trivial predictors beside the model at the end, where there are labels.
-        classes: tell the model of what class each image is, so that it generates by class; ``"folders"``, a .csv,
-            .tsv or .json file, a mapping of names to classes, a list for arrays, or True for what the data set itself
-            says (:func:`factorkit.data.read_classes`). Segmenting stays without labels.
+        baselines: also score trivial predictors at the end, if there are labels.
+        classes: condition the model on the class of each image, so that it generates by class; ``"folders"``, a .csv,
+            .tsv or .json file, a mapping of names to classes, a list for arrays, or True for the classes of the data
+            set (:func:`factorkit.data.read_classes`). Segmenting stays without labels.
         **changes: any field of :class:`~factorkit.segdiff.config.SegdiffConfig`, such as ``regions=``, ``resolution=``,
             ``form=``, ``decoding=``, ``prediction=``, ``steps=``, ``seed=``, ``device=``.
 
     Returns:
-        The finished run: segment, generate, evaluate, save.
+        The finished run, to segment, generate, evaluate and save.
 
     Raises:
         ConfigError: a setting or combination that cannot work.
@@ -78,7 +79,8 @@ def train_segdiff(
         >>> import factorkit
         >>> from factorkit.data import draw_flowers
         >>> pictures, drawn = draw_flowers(24, 16, seed=0)    # uint8 [24, 16, 16, 3], bool [24, 16, 16]
-        >>> tiny = {"resolution": 16, "regions": 2, "model_channels": 8, "channel_mult": (1, 2), "batch_size": 4, "steps": 2}
+        >>> tiny = {"resolution": 16, "regions": 2, "model_channels": 8, "channel_mult": (1, 2)}
+        >>> tiny |= {"batch_size": 4, "steps": 2}
         >>> run = factorkit.train_segdiff(pictures, out="runs/flowers", preset="demo", progress=False, **tiny)
         >>> run.step
         2
@@ -90,72 +92,74 @@ def train_segdiff(
     if seed_trials > 1 and config.num_leaf_regions == 1:
         raise ConfigError(f"seed_trials={seed_trials} compares masks, but regions=1 has none; use seed_trials=1")
     if config.class_names:
-        raise ConfigError("class_names= is what train_segdiff(classes=...) finds; give classes= instead")
+        raise ConfigError("class_names= is set by train_segdiff(classes=...); give classes= instead")
     device = distributed.local_device(resolve_device(config.device))
     join_processes(device)
     distributed.check_batch(config.batch_size)  # before the images are prepared, which may take long
     folder = Path(out) if out is not None else Path("runs") / preset
     with distributed.first_on_machine():
         dataset, prepared, probes = load_data(data, config, progress)
-    known = find_classes(classes, dataset, prepared.names)
-    if known is not None:
-        config = dataclasses.replace(config, class_names=tuple(known.names))
-    labels = None if known is None else known.labels
+    image_classes = find_classes(classes, dataset, prepared.names)
+    labels = None
+    if image_classes is not None:
+        config = dataclasses.replace(config, class_names=tuple(image_classes.names))
+        labels = image_classes.labels
     settings = {"model": "segdiff", **config.to_dict(), "preset": preset, "seed_trials": seed_trials}
-    settings["data"] = describe(dataset, prepared, labels)
+    settings["data"] = describe_data(dataset, prepared, labels)
 
-    def trainer(config: SegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
+    def make_trainer(config: ResolvedSegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
         task = SegdiffTask(config, prepared.images, probes, device, labels)
         meta = {**settings, **config.to_dict()}
-        options = {"device": device, "progress": progress, "stop_at": stop_at, "report": write_report}
-        return Trainer(task, config, folder, meta, **options)
+        return Trainer(
+            task, config, folder, meta, device=device, progress=progress, stop_at=stop_at, report=write_report
+        )
 
     run_folder = claimed(folder, settings, config.RESUMABLE)
     with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
         if seed_trials > 1:
-            config = run_seed_trials(config, folder, seed_trials, trainer)
-        trainer(config, folder).run()
+            config = run_seed_trials(config, folder, seed_trials, make_trainer)
+        make_trainer(config, folder).run()
         run = SegdiffRun.load(folder, device=device)
         if dataset.test_images is not None and config.num_leaf_regions > 1:
-            score(run, dataset, baselines)
+            score_run(run, dataset, baselines)
     return run
 
 
-def score(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
-    """Score a finished run on its held-out images, unless scores.json already tells how these very weights did."""
-    known = distributed.run_on_first(lambda: run.scores) or {}
-    if known.get("step") == run.step and ("baselines" in known or not baselines):
+def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
+    """Score a finished run on its held-out images, unless scores.json already holds the scores of these weights."""
+    scores = distributed.run_on_first(lambda: run.scores) or {}
+    if scores.get("step") == run.step and ("baselines" in scores or not baselines):
         return
     try:
-        # labels within labels are scored so by models of as many levels, else as foreground
+        # Nested labels are scored level by level for a hierarchy of as many levels, else as foreground.
         nesting = dataset.nesting if len(dataset.nesting or ()) == len(run.config.nesting) else None
         run.evaluate(dataset.test_images, dataset.test_masks, baselines=baselines, nesting=nesting)
-    except (ConfigError, DataError) as error:  # a run that took hours is not lost for a mask that cannot be read
+    except (ConfigError, DataError) as error:  # An unreadable mask must not fail a finished run.
         warnings.warn(f"the run is finished, but could not be scored: {error}", stacklevel=3)
         return
-    distributed.run_on_first(lambda: write_report(run.folder))
+    distributed.run_on_first(lambda: write_report(cast(Path, run.folder)))
 
 
-def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, PreparedImages, np.ndarray]:
-    """The data set, its training images decoded at the model's resolution, and images to watch the run on."""
+def load_data(data: Any, config: ResolvedSegdiffConfig, progress: bool) -> tuple[Dataset, PreparedImages, np.ndarray]:
+    """Return the data set, its training images at the model's resolution, and probe images for previews and alarms."""
     if data is None:
         dataset = make_procedural_dataset(config.resolution, nested=len(config.nesting) > 1)
     else:
         dataset = open_dataset(data, holdout=config.holdout, mask_set=config.mask_set)
     prepared = prepare(dataset.train, config.resolution, progress=progress)
-    watched = prepared
+    probe_images = prepared
     if dataset.test_images is not None and len(dataset.test_images) >= 2:
-        watched = prepare(dataset.test_images, config.resolution, progress=progress)
-    # evenly spaced, so that a folder sorted by class shows all of it
-    picked = np.linspace(0, len(watched) - 1, min(PROBES, len(watched))).round().astype(int)
-    probes = watched.images[picked]
+        probe_images = prepare(dataset.test_images, config.resolution, progress=progress)
+    # Evenly spaced, so that a folder sorted by class shows all classes.
+    chosen = np.linspace(0, len(probe_images) - 1, min(NUM_PROBES, len(probe_images))).round().astype(int)
+    probes = probe_images.images[chosen]
     if len(probes) < 2:
         probes = np.concatenate([probes, probes])
     return dataset, prepared, probes
 
 
 def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classes | None:
-    """The classes of the training images ``names``, of those in ``dataset.train``; None where none are wanted.
+    """Return the classes of the images ``names`` of ``dataset.train``; None if ``classes`` is None or False.
 
     Raises:
         ConfigError, DataError: as :func:`factorkit.data.read_classes`.
@@ -163,63 +167,71 @@ def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classe
     if classes is None or classes is False:
         return None
     known = None
-    if dataset.labels is not None:  # images that could not be decoded are not among the names
+    if dataset.labels is not None:  # ``names`` lacks images that could not be decoded
         label_of = dict(zip(dataset.train.names, dataset.labels, strict=True))
-        known = Classes(np.array([label_of[name] for name in names], np.int64), list(dataset.class_names))
+        known = Classes(np.array([label_of[name] for name in names], np.int64), list(dataset.class_names or ()))
     return read_classes(classes, names, positional=dataset.train.positional, dataset_classes=known)
 
 
-def describe(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:
-    """What identifies the training images, wherever they lie: name, number, a hash over a sample of their pixels, and
-    one over all labels."""
+def describe_data(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:
+    """Identify the training images independently of their path.
+
+    By name, number, a hash of a sample of their pixels, and one of all labels.
+    """
     digest = hashlib.sha256()
     for i in np.linspace(0, len(prepared) - 1, min(64, len(prepared))).round().astype(int):
         digest.update(np.ascontiguousarray(prepared.images[i]))
-    found = {"name": dataset.name, "images": len(prepared), "sha256": digest.hexdigest()[:16]}
+    description = {"name": dataset.name, "images": len(prepared), "sha256": digest.hexdigest()[:16]}
     if labels is not None:
-        found["labels_sha256"] = hashlib.sha256(np.ascontiguousarray(labels)).hexdigest()[:16]
-    return found
+        description["labels_sha256"] = hashlib.sha256(np.ascontiguousarray(labels)).hexdigest()[:16]
+    return description
 
 
-def run_seed_trials(config: SegdiffConfig, folder: Path, seed_trials: int, trainer) -> SegdiffConfig:
-    """Train shortly from consecutive seeds and continue with the best by the label-free alarms.
+def run_seed_trials(
+    config: ResolvedSegdiffConfig, folder: Path, seed_trials: int, make_trainer: Callable[..., Trainer]
+) -> ResolvedSegdiffConfig:
+    """Train briefly from consecutive seeds; return the settings with the best seed by the label-free alarms.
 
     A trial is a run folder under ``seed_trials/``. It stops early but follows the full run's schedule, so the run
     continues from the checkpoint of the best. Trials resume after a kill.
     """
     stop_at = max(1, min(MAX_SEED_TRIAL_STEPS, round(SEED_TRIAL_FRACTION * config.steps)))
     trials = folder / "seed_trials"
-    chosen = trials / "chosen.json"
-    if not chosen.exists():
-        found = {}
+    choice = trials / "chosen.json"
+    if not choice.exists():
+        alarms: dict[int, Alarms] = {}
         for seed in range(config.seed, config.seed + seed_trials):
-            trial = trainer(dataclasses.replace(config, seed=seed), trials / f"seed_{seed}", stop_at)
+            trial = make_trainer(dataclasses.replace(config, seed=seed), trials / f"seed_{seed}", stop_at)
             model = trial.run()
             with torch.autocast(trial.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                found[seed] = trial.task.alarms(model)
-        best = max(found, key=lambda seed: found[seed].score())
+                alarms[seed] = cast(SegdiffTask, trial.task).alarms(model)
+        best = max(alarms, key=lambda seed: alarms[seed].score())
         if distributed.rank() == 0:
             winner = trials / f"seed_{best}"
             copy_folder(winner / "checkpoints", folder / "checkpoints")
             shutil.copyfile(winner / LOG_NAME, folder / LOG_NAME)
             with RunLog(folder) as log:
-                for seed, alarms in found.items():
-                    message = f"seed trial {seed}: {'healthy' if alarms.ok else '; '.join(alarms.failures())}"
-                    log.event("restart", step=stop_at, seed=seed, message=message, **alarms.to_dict())
-                doubt = "" if found[best].ok else ", although the alarms fail every seed"
+                for seed, each in alarms.items():
+                    message = f"seed trial {seed}: {'healthy' if each.ok else '; '.join(each.failures())}"
+                    log.event("restart", step=stop_at, seed=seed, message=message, **each.to_dict())
+                doubt = "" if alarms[best].ok else ", although the alarms fail every seed"
                 message = f"continuing with seed {best}, the best of {seed_trials}{doubt}"
                 log.event("restart", step=stop_at, restarts=seed_trials, seed=best, message=message)
-            write_json(chosen, {"seed": best})
+            write_json(choice, {"seed": best})
         distributed.barrier()
-    return dataclasses.replace(config, seed=read_object(chosen)["seed"])
+    return dataclasses.replace(config, seed=read_object(choice)["seed"])
 
 
 def estimate(
-    data: Any = None, *, preset: str | None = None, known: Classes | None = None, **changes: Any
+    data: Any = None, *, preset: str | None = None, classes: Classes | None = None, **changes: Any
 ) -> dict[str, Any]:
-    """What ``--dry-run`` prints: parameters, memory and a timed trial of the training step on this machine.
+    """Estimate parameters, memory and time for ``--dry-run`` by a few training steps on random images.
 
-    known: the classes of the images, as :func:`find_classes` answers them.
+    Args:
+        data: only whether it is None, which selects the preset.
+        preset: as for :func:`train_segdiff`.
+        classes: of the images, as :func:`find_classes` returns them.
+        **changes: settings.
 
     Returns:
         parameters, images_per_second, seconds (of the whole run), memory_gib (of training; measured on a GPU, on a CPU
@@ -228,8 +240,8 @@ def estimate(
     """
     preset = preset or ("demo" if data is None else "fast64")
     config = preset_config(preset, **changes).resolved()
-    if known is not None:
-        config = dataclasses.replace(config, class_names=tuple(known.names))
+    if classes is not None:
+        config = dataclasses.replace(config, class_names=tuple(classes.names))
     device = resolve_device(config.device)
     count = min(config.micro_batch_size or config.batch_size, config.batch_size)
     if device.type == "cpu":
@@ -237,13 +249,14 @@ def estimate(
     trial = dataclasses.replace(config, batch_size=count, micro_batch_size=None)
     shape = (max(2, count), config.resolution, config.resolution, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    before = _memory(device)
-    task = SegdiffTask(trial, images, images, device, None if known is None else np.zeros(len(images), np.int64))
+    labels = None if classes is None else np.zeros(len(images), np.int64)
+    before = _peak_memory(device)
+    task = SegdiffTask(trial, images, images, device, labels)
     trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
     with cpu_threads(config.threads):
         seconds = trainer.measure_step_seconds(steps=3)
-    parameters = parameter_count(task.model)
-    grown = _memory(device) - (before if device.type == "cpu" else 0)
+    parameters = count_parameters(task.model)
+    grown = _peak_memory(device) - (before if device.type == "cpu" else 0)
     return {
         "preset": preset,
         "parameters": parameters,
@@ -257,8 +270,8 @@ def estimate(
     }
 
 
-def _memory(device: torch.device) -> int:
-    """Peak bytes so far: of the GPU's allocator, or of the process."""
+def _peak_memory(device: torch.device) -> int:
+    """Return the peak so far in bytes, of the GPU's allocator or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

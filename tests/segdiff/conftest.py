@@ -37,7 +37,7 @@ def stirred(model: FactorizedUNet) -> FactorizedUNet:
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
         if model.regions > 1:
-            model.mask_generator.conv_out.weight.mul_(3)
+            model.masks.decoder.conv_out.weight.mul_(3)
         for buffer in model.buffers():  # running averages that are told apart from their initial values
             buffer.add_(torch.rand_like(buffer) * 0.5)
     return model

@@ -11,8 +11,8 @@ import torch
 import factorkit
 from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff import choose_regions as module
-from factorkit.segdiff.choose_regions import choose_regions, recommended
-from factorkit.segdiff.masks.mixture import JUDGED, RegionCompetition, unexplained_noise
+from factorkit.segdiff.choose_regions import choose_regions, recommend
+from factorkit.segdiff.masks.mixture import ERROR_TIMES, SpatialMixture, unexplained_noise
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.rng import derived_seed
 
@@ -28,13 +28,13 @@ def own_places(tmp_path, monkeypatch):
 @pytest.fixture
 def trained(monkeypatch):
     """The regions and seed of every step that is taken."""
-    steps, inner = [], module.PlacesTask.loss
+    steps, inner = [], module.MixtureTask.loss
 
     def watched(task, model, *given):
         steps.append((task.config.regions, task.config.seed))
         return inner(task, model, *given)
 
-    monkeypatch.setattr(module.PlacesTask, "loss", watched)
+    monkeypatch.setattr(module.MixtureTask, "loss", watched)
     return steps
 
 
@@ -49,32 +49,32 @@ def layers(regions: int, count: int = 40, size: int = 16) -> np.ndarray:
 
 def test_the_rule():
     horses = {2: 0.2231, 3: 0.2086, 4: 0.2075, 5: 0.2074}
-    falls, chosen, reason = recommended(horses, 0.02)
+    improvements, chosen, reason = recommend(horses, 0.02)
     assert chosen == 3 and "the next, 4, lowers the error by 0.5%: under 2.0%" in reason
-    assert falls == pytest.approx({2: 0.065, 3: 0.0053, 4: 0.0005}, abs=1e-4)
-    assert recommended(horses, 0.07)[1] == 2 and recommended(horses, 0.001)[1] == 4
-    assert recommended({2: 0.20, 4: 0.21}, 0.02)[1:] == (
+    assert improvements == pytest.approx({2: 0.065, 3: 0.0053, 4: 0.0005}, abs=1e-4)
+    assert recommend(horses, 0.07)[1] == 2 and recommend(horses, 0.001)[1] == 4
+    assert recommend({2: 0.20, 4: 0.21}, 0.02)[1:] == (
         2,
         "K = 2 is the smallest after which the next, 4, raises the error by 5.0%: under 2.0%",
     )
-    _, chosen, reason = recommended({2: 0.4, 3: 0.3, 4: 0.2}, 0.02)
+    _, chosen, reason = recommend({2: 0.4, 3: 0.3, 4: 0.2}, 0.02)
     assert chosen == 4 and "try larger" in reason
 
 
 def test_the_error_is_the_noise_that_is_left():
     torch.manual_seed(0)
-    competition, schedule = RegionCompetition(2), Schedule()
+    mixture, schedule = SpatialMixture(2), Schedule()
     images = torch.rand(40, 3, 8, 8) * 2 - 1  # more than are looked at together
     expected = []
-    for level in JUDGED:
+    for level in ERROR_TIMES:
         eps = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(derived_seed("judge", level)))
         share = schedule.alpha_bar(torch.tensor([level])).sqrt()
         x_t, sigma = share * images + (1 - share**2).sqrt() * eps, (1 - share**2).sqrt()
-        denoised = (x_t + sigma**2 * competition(x_t).score) / share  # Tweedie
+        denoised = (x_t + sigma**2 * mixture(x_t).score) / share  # Tweedie
         expected.append((((x_t - share * denoised) / sigma - eps) ** 2).mean().item())
-    found = unexplained_noise(competition, images, schedule)
+    found = unexplained_noise(mixture, images, schedule)
     assert found == pytest.approx(np.mean(expected), rel=1e-4)
-    assert found == unexplained_noise(competition, images, schedule)
+    assert found == unexplained_noise(mixture, images, schedule)
 
 
 @pytest.mark.parametrize("regions", [2, 3])
@@ -105,9 +105,9 @@ def test_what_is_finished_is_not_trained_again(trained, monkeypatch):
 
 
 def test_it_is_judged_on_pictures_it_was_not_trained_on(monkeypatch):
-    seen, inner = [], module.PlacesTask.__init__
+    seen, inner = [], module.MixtureTask.__init__
     monkeypatch.setattr(
-        module.PlacesTask, "__init__", lambda self, *given: (seen.append(given[1:3]), inner(self, *given))[0] and None
+        module.MixtureTask, "__init__", lambda self, *given: (seen.append(given[1:3]), inner(self, *given))[0] and None
     )
     pictures = layers(2)
     choose_regions(pictures, out="out", candidates=(2, 3), **{**QUICK, "steps": 1})

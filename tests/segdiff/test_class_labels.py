@@ -15,8 +15,9 @@ from factorkit.data.datasets import Dataset
 from factorkit.data.sources import ArraySource
 from factorkit.diffusion.denoiser import GuidedDenoiser
 from factorkit.segdiff import train
-from factorkit.segdiff.class_labels import chosen_labels, class_sheet
+from factorkit.segdiff.class_labels import select_labels
 from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.previews import draw_class_grid
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.rng import BatchDraw
@@ -45,7 +46,7 @@ LABELS = ["rose", "iris", "", "lily", "iris", "rose"]
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 2)
+    monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 2)
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
 
 
@@ -146,7 +147,7 @@ def told(task, seed, count=4000, **options):
     task.model.forward = lambda x, t, cond=None: (seen.append(cond), predict(x[:2], t[:2], cond[:2]))[1]
     indices = torch.arange(count) % 6
     draw = BatchDraw(seed, 0, count, slice(0, count), CPU)
-    return indices, task._told(indices, draw)[0]
+    return indices, task._draw_labels(indices, draw)[0]
 
 
 def test_labels_are_those_of_the_images_and_some_are_left_out():
@@ -190,7 +191,7 @@ def test_resuming_with_other_labels_is_refused_and_with_the_same_is_exact():
 def test_a_run_without_classes_has_none_and_says_so():
     run = fit(classes=None)
     assert run.config.class_names == () and run.generate(1, steps=1).classes is None
-    with pytest.raises(ConfigError, match="knows no classes.*train_segdiff"):
+    with pytest.raises(ConfigError, match="has no classes.*train_segdiff"):
         run.generate(1, classes="rose")
 
 
@@ -215,7 +216,7 @@ def test_labels_that_do_not_fit_are_refused_before_anything_is_written():
 
 def test_the_estimate_counts_the_label_table():
     known = train.Classes(np.zeros(0, np.int64), NAMES)
-    sizes = [train.estimate(preset="demo", known=k, **TINY)["parameters"] for k in (None, known)]
+    sizes = [train.estimate(preset="demo", classes=k, **TINY)["parameters"] for k in (None, known)]
     assert sizes[1] - sizes[0] == 4 * 32
 
 
@@ -223,12 +224,12 @@ def test_the_estimate_counts_the_label_table():
 
 
 def test_classes_are_taken_in_turn():
-    ask = lambda classes, n: chosen_labels(classes, NAMES, n).tolist()  # noqa: E731
+    ask = lambda classes, n: select_labels(classes, NAMES, n).tolist()  # noqa: E731
     assert ask("all", 5) == [0, 1, 2, 0, 1]
     assert ask("rose", 2) == [2, 2] and ask(1, 2) == [1, 1]
     assert ask(["rose", None, 0], 4) == [2, -1, 0, 2]
     assert ask(["rose", "iris"], 1) == [2]
-    assert chosen_labels(None, NAMES, 3) is None
+    assert select_labels(None, NAMES, 3) is None
 
 
 @pytest.mark.parametrize(
@@ -239,14 +240,14 @@ def test_classes_are_taken_in_turn():
         (3, 1.0, "0 to 2"),
         (-1, 1.0, "0 to 2"),
         ([], 1.0, "empty"),
-        (None, 2.0, "say which"),
+        (None, 2.0, "needs classes="),
         ("rose", -1.0, "guidance=-1"),
         ("rose", float("nan"), "guidance=nan"),
     ],
 )
 def test_what_cannot_be_asked_is_named(classes, guidance, says):
     with pytest.raises(ConfigError, match=says):
-        chosen_labels(classes, NAMES, 2, guidance)
+        select_labels(classes, NAMES, 2, guidance)
 
 
 def test_generated_images_tell_their_classes_and_depend_on_them():
@@ -264,7 +265,7 @@ def test_generated_images_tell_their_classes_and_depend_on_them():
 def test_the_sheet_has_a_row_for_each_class():
     masks = np.zeros((5, 2, 8, 8))
     masks[:, 0] = 1
-    rows = lambda classes: class_sheet(pictures(5), masks, classes).size  # noqa: E731
+    rows = lambda classes: draw_class_grid(pictures(5), masks, classes).size  # noqa: E731
     two, five = rows(["a", "a", "b", "b", "b"]), rows(["a", "b", "c", "d", None])
     assert five[1] > 2.3 * two[1] and five[0] < two[0]
-    assert class_sheet(pictures(5), masks[:, :1], ["a"] * 5).size[0] < two[0]
+    assert draw_class_grid(pictures(5), masks[:, :1], ["a"] * 5).size[0] < two[0]

@@ -96,7 +96,7 @@ def masked(skips, mask):
 @torch.no_grad()
 def naive_thesis(model, x, t, decoding="masked_skips"):
     embedding, skips, h = naive_trunk(model, x, t)
-    masks = naive_decoder(model.mask_generator, h, skips, embedding).softmax(1)
+    masks = naive_decoder(model.masks.decoder, h, skips, embedding).softmax(1)
     if decoding == "concat":
         widen = lambda f: torch.cat([f, F.interpolate(masks, f.shape[2:], mode="area")], 1)  # noqa: E731
         return masks, naive_decoder(model.decoder, widen(h), [widen(s) for s in skips], embedding)
@@ -115,10 +115,10 @@ def naive_thesis(model, x, t, decoding="masked_skips"):
 @torch.no_grad()
 def naive_regional(model, x, t):
     embedding, skips, h = naive_trunk(model, x, t)
-    logits = naive_decoder(model.mask_generator, h, skips[model.num_res_blocks + 1 :], embedding)
+    logits = naive_decoder(model.masks.decoder, h, skips[model.masks.skips_left_out :], embedding)
     logits = F.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=False)
     logits = logits - logits.mean(1, keepdim=True)
-    norm = model.logit_norm
+    norm = model.masks.norm
     mean, variance = norm.mean[:, None, None], norm.variance[:, None, None]
     masks = (norm.gain * (logits - mean) / (variance + 1e-5).sqrt()).softmax(1)
     feature = model.tokens.feature(x)
@@ -166,7 +166,7 @@ def test_branch_norms_are_their_formulas(tiny, batch, norm):
     kinds = {m.kind for m in model.decoder.modules() if hasattr(m, "kind")}
     elsewhere = {
         m.kind
-        for part in (model.encoder, model.middle, model.mask_generator)
+        for part in (model.encoder, model.middle, model.masks.decoder)
         for m in part.modules()
         if hasattr(m, "kind")
     }
@@ -185,4 +185,4 @@ def test_one_region_is_the_plain_unet(tiny, batch):
         in_a_row = model.decoder(model.middle(model.encoder(x, embedding)[-1], embedding), skips, embedding)
     torch.testing.assert_close(prediction, in_a_row)
     assert (regions.masks == 1).all() and regions.masks.shape == (2, 1, 16, 16)
-    assert not hasattr(model, "mask_generator")
+    assert model.masks is None

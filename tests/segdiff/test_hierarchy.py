@@ -15,7 +15,7 @@ from factorkit.data.procedural.rooms import draw_rooms
 from factorkit.diffusion.denoiser import Denoised
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels, level_labels, level_masks, scored_level
-from factorkit.segdiff.network import RegionLogitNorm
+from factorkit.segdiff.masks.network import RegionLogitNorm
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.verdict import write_report
@@ -247,7 +247,7 @@ def test_many_leaves_are_scored_at_a_coarser_level(monkeypatch):
 
 def test_a_run_from_training_to_files(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
+    monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 1)
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
     images, labels = draw_rooms(12, 16)
     settings = {

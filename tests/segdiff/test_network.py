@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from factorkit.segdiff.config import PRESETS, preset_config
-from factorkit.segdiff.network import RegionLogitNorm, RegionTokens, parameter_count
+from factorkit.segdiff.masks.network import RegionLogitNorm
+from factorkit.segdiff.network import RegionTokens, count_parameters
 from factorkit.utils.errors import ConfigError
 
 REGIONAL = {"branch_norm": "pixel", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True}
@@ -59,7 +60,7 @@ def halves(model, monkeypatch):
         out[:, 0, :, 8:] = out[:, 1, :, :8] = 1e4
         return out
 
-    monkeypatch.setattr(model.mask_generator, "forward", logits)
+    monkeypatch.setattr(model.masks.decoder, "forward", logits)
 
 
 def disturb(part, change, monkeypatch):
@@ -128,7 +129,7 @@ def test_every_parameter_learns(batch, decoding, form):
     assert idle == set()
     # the logit norm takes the mean of each region's logits out, so this bias has only rounding errors to learn from
     if form == "regional" and changes.get("regions") != 1:
-        assert model.mask_generator.conv_out.bias.grad.abs().max() < 1e-6
+        assert model.masks.decoder.conv_out.bias.grad.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("form", [{}, REGIONAL])
@@ -217,7 +218,7 @@ def test_gradients_are_those_of_finite_differences(tiny, batch, form):
     value().backward()
     entries = [(p, torch.randint(p.numel(), ()).item()) for p in model.parameters()]
     picked = [entries[i] for i in torch.randperm(len(entries))[:25]]
-    picked += [(x, 17), (model.mask_generator.conv_out.weight, 3)]
+    picked += [(x, 17), (model.masks.decoder.conv_out.weight, 3)]
     for tensor, i in picked:
         flat, step = tensor.detach().view(-1), 1e-5
         there = []
@@ -289,7 +290,7 @@ def test_it_compiles_without_a_graph_break(tiny, batch):
 def test_parameter_counts_of_the_thesis_models(preset, regions, millions):
     with torch.device("meta"):
         model = preset_config(preset, regions=regions).resolved().build()
-    assert parameter_count(model) / 1e6 == pytest.approx(millions, rel=2e-3)
+    assert count_parameters(model) / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -38,7 +38,7 @@ PAIRS = [(p, s) for p in ("eps", "v", "x0", "flow") for s in ("linear", "cosine"
 @pytest.fixture(autouse=True)
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 2)
+    monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 2)
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
 
 
@@ -139,8 +139,8 @@ def test_levels_by_default_have_the_noise_they_have_on_the_linear_schedule():
     cases = ({"schedule": "cosine"}, {"prediction": "flow"}, {"schedule": "flow", "timesteps": 500})
     for changes, (preset, most) in itertools.product(cases, (("fast32", 600), ("fast64", 720))):
         config = preset_config(preset, **changes).resolved()
-        assert ratio(config.noising(), config.t_max) == pytest.approx(ratio(reference, most), rel=0.02)
-        assert ratio(config.noising(), config.segment_t) == pytest.approx(ratio(reference, 30), rel=0.02)
+        assert ratio(config.build_schedule(), config.t_max) == pytest.approx(ratio(reference, most), rel=0.02)
+        assert ratio(config.build_schedule(), config.segment_t) == pytest.approx(ratio(reference, 30), rel=0.02)
         assert config.high_noise_fraction == 0.1
         thesis = SegdiffConfig(form="thesis", **{"prediction": "v", **changes}).resolved()
         assert thesis.t_max == thesis.timesteps and thesis.high_noise_fraction == 0

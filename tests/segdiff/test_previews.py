@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from factorkit.segdiff.previews import (
+    draw_generation_grid,
     draw_image_grid,
-    generation_sheet,
-    label_image,
-    mask_image,
-    overlay,
+    draw_segmentation_grid,
+    draw_trajectory_grid,
+    make_label_image,
+    make_mask_image,
+    overlay_regions,
     palette,
-    segmentation_sheet,
-    trajectory_sheet,
 )
 
 RED, GREEN, BLUE = (np.full((32, 32, 3), color, np.uint8) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
@@ -42,7 +42,7 @@ def test_the_first_colours_differ_in_lightness_too():
 
 def test_a_label_image_keeps_the_labels_and_shows_their_colours():
     labels = np.arange(256).reshape(16, 16)
-    picture = label_image(labels)
+    picture = make_label_image(labels)
     assert picture.mode == "P" and np.array_equal(np.asarray(picture), labels)
     assert np.array_equal(np.asarray(picture.convert("RGB")), palette(256)[labels])
 
@@ -50,11 +50,11 @@ def test_a_label_image_keeps_the_labels_and_shows_their_colours():
 @pytest.mark.parametrize("label", [-1, 256])
 def test_a_label_image_refuses_what_it_would_wrap_around(label):
     with pytest.raises(ValueError, match=str(label)):
-        label_image(np.array([[0, label]]))
+        make_label_image(np.array([[0, label]]))
 
 
 def test_a_mask_image_rounds_and_clips():
-    picture = mask_image(np.array([[0.0, 0.5, 1.0], [-0.2, 1.3, 0.999]], np.float32))
+    picture = make_mask_image(np.array([[0.0, 0.5, 1.0], [-0.2, 1.3, 0.999]], np.float32))
     assert picture.mode == "L"
     assert np.asarray(picture).tolist() == [[0, 128, 255], [0, 255, 255]]
 
@@ -64,7 +64,7 @@ def test_an_overlay_tints_regions_and_draws_white_lines_between_them():
     labels[:, 3:] = 1
     labels[4:] = 2
     image = np.full((6, 6, 3), 100, np.uint8)
-    tinted = overlay(image, labels, alpha=0.25)
+    tinted = overlay_regions(image, labels, alpha=0.25)
     line = np.zeros((6, 6), bool)
     line[:4, 2] = True  # left of the border between 0 and 1
     line[3] = True  # above region 2
@@ -77,7 +77,7 @@ def test_an_overlay_tints_regions_and_draws_white_lines_between_them():
 
 def test_one_region_has_no_lines():
     image = np.zeros((4, 4, 3), np.uint8)
-    assert np.array_equal(overlay(image, np.zeros((4, 4), int), alpha=0), image)
+    assert np.array_equal(overlay_regions(image, np.zeros((4, 4), int), alpha=0), image)
 
 
 def test_a_grid_enlarges_by_a_whole_factor_and_puts_each_picture_in_its_place():
@@ -128,7 +128,7 @@ def test_a_segmentation_sheet_shows_image_regions_truth_masks_and_branches_in_th
     branches[:, 1] = (0, 0, 1)
     truth = np.zeros((2, 32, 32), bool)
     truth[1] = True
-    sheet = np.asarray(segmentation_sheet(images, masks, branches, truth))
+    sheet = np.asarray(draw_segmentation_grid(images, masks, branches, truth))
     assert sheet.shape == (LINE + 2 + 2 * 98, 2 + 7 * 98, 3)
 
     def cell(row: int, column: int) -> np.ndarray:
@@ -145,16 +145,16 @@ def test_a_segmentation_sheet_shows_image_regions_truth_masks_and_branches_in_th
 
 
 def test_a_segmentation_sheet_without_branches_and_truth_is_narrower():
-    assert segmentation_sheet(RED[None], halves()).size == (2 + 4 * 98, LINE + 2 + 98)
+    assert draw_segmentation_grid(RED[None], halves()).size == (2 + 4 * 98, LINE + 2 + 98)
 
 
 def test_a_single_region_makes_a_sheet():
-    assert segmentation_sheet(RED[None], np.ones((1, 1, 32, 32))).size == (2 + 3 * 98, LINE + 2 + 98)
+    assert draw_segmentation_grid(RED[None], np.ones((1, 1, 32, 32))).size == (2 + 3 * 98, LINE + 2 + 98)
 
 
 def test_a_generation_sheet_breaks_into_lines():
     images = np.stack([RED, GREEN, BLUE])
-    sheet = np.asarray(generation_sheet(images, halves(3), per_line=2))
+    sheet = np.asarray(draw_generation_grid(images, halves(3), per_line=2))
     left = sheet.shape[1] - (2 + 2 * 98)
     assert sheet.shape[0] == 2 + 2 * 4 * 98 and left > 0
     assert (sheet[2:98, left + 100 : left + 196] == (0, 255, 0)).all()
@@ -165,8 +165,8 @@ def test_a_generation_sheet_breaks_into_lines():
 
 
 def test_a_generation_sheet_takes_the_labels_it_is_given():
-    with_lines = np.asarray(generation_sheet(RED[None], halves()))
-    without = np.asarray(generation_sheet(RED[None], halves(), labels=np.zeros((1, 32, 32), int)))
+    with_lines = np.asarray(draw_generation_grid(RED[None], halves()))
+    without = np.asarray(draw_generation_grid(RED[None], halves(), labels=np.zeros((1, 32, 32), int)))
     white = [(sheet[100:196, -98:-2] == 255).all(-1).sum() for sheet in (with_lines, without)]
     assert white == [96, 0]
 
@@ -174,7 +174,7 @@ def test_a_generation_sheet_takes_the_labels_it_is_given():
 def test_a_trajectory_has_samples_in_rows_and_steps_in_columns():
     frames = [np.stack([RED, GREEN]), np.stack([BLUE, BLUE]), np.stack([RED, RED])]
     labels = [np.full((2, 32, 32), step) for step in range(3)]
-    sheet = np.asarray(trajectory_sheet(frames, labels, times=[900, 500, 0]))
+    sheet = np.asarray(draw_trajectory_grid(frames, labels, times=[900, 500, 0]))
     left = sheet.shape[1] - (2 + 3 * 98)
     assert sheet.shape[0] == LINE + 2 + 4 * 98
 
@@ -184,4 +184,4 @@ def test_a_trajectory_has_samples_in_rows_and_steps_in_columns():
     assert center(0, 0) == (255, 0, 0) and center(2, 0) == (0, 255, 0) and center(0, 1) == (0, 0, 255)
     for step in range(3):
         assert center(1, step) == center(3, step) == tuple(palette(3)[step])
-    assert trajectory_sheet(frames).size == (left + 2 + 3 * 98, 2 + 2 * 98)
+    assert draw_trajectory_grid(frames).size == (left + 2 + 3 * 98, 2 + 2 * 98)

@@ -19,7 +19,7 @@ from factorkit.data.procedural.flowers import draw_flowers
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.sampling import draw_images
-from factorkit.segdiff.task import noised
+from factorkit.segdiff.task import add_noise
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.images import pixels_to_signed
 
@@ -55,7 +55,7 @@ def trained(tmp_path_factory) -> Path:
 def run(trained) -> SegdiffRun:
     run = factorkit.load(trained, device="cpu")
     with torch.no_grad():  # masks that differ visibly from place to place
-        run.model.mask_generator.conv_out.weight.mul_(30)
+        run.model.masks.decoder.conv_out.weight.mul_(30)
     return run
 
 
@@ -86,7 +86,7 @@ def knows(run, monkeypatch, regions_of):
 def test_segment_of_a_square_is_the_models_masks_at_level_30(run):
     image = picture(16, 16)
     x = pixels_to_signed(torch.from_numpy(np.array(image))[None])
-    x_t, t = noised(x, 30, run.schedule)
+    x_t, t = add_noise(x, 30, run.schedule)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = run.model(x_t, t).bottleneck.masks
     seg = run.segment(image)
@@ -231,7 +231,7 @@ def test_generated_images_are_a_function_of_the_seed(run):
 
 
 def test_many_images_are_drawn_in_pieces(run, monkeypatch):
-    monkeypatch.setattr("factorkit.segdiff.sampling.PIECE", 2)
+    monkeypatch.setattr("factorkit.segdiff.sampling.SAMPLE_BATCH_SIZE", 2)
     drawn = run.generate(5, steps=3, seed=1, trajectory=True)
     assert len(drawn.images) == len(drawn.masks) == len(drawn.trajectory[0].images) == 5
     assert torch.equal(drawn.images[:2], run.generate(2, steps=3, seed=1).images)
@@ -420,10 +420,10 @@ def test_another_model_and_weights_that_do_not_fit_are_refused(run, tmp_path):
     other = write_checkpoint(tmp_path / "other.safetensors", tensors, {**meta, "model": "nerfdiff"})
     with pytest.raises(CheckpointError, match="'nerfdiff' model, not segdiff"):
         factorkit.SegdiffRun.load(other)
-    with pytest.raises(CheckpointError, match="do not fit"):
+    with pytest.raises(CheckpointError, match="do not match"):
         factorkit.load(other)
     wide = write_checkpoint(tmp_path / "wide.safetensors", tensors, {**meta, "model_channels": 16})
-    with pytest.raises(CheckpointError, match="do not fit"):
+    with pytest.raises(CheckpointError, match="do not match"):
         factorkit.load(wide)
 
 

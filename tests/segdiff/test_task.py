@@ -11,7 +11,7 @@ from PIL import Image
 
 from factorkit.segdiff import task as task_module
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.task import PROBES, SegdiffTask, noised, predict_masks
+from factorkit.segdiff.task import NUM_PROBES, SegdiffTask, add_noise, predict_masks
 from factorkit.utils.images import pixels_to_signed, signed_to_pixels
 from factorkit.utils.rng import BatchDraw
 
@@ -145,7 +145,7 @@ def test_the_mask_generator_alone_learns_at_its_own_rate():
     fast, slow = task.parameter_groups()
     assert (fast["scale"], slow["scale"]) == (1.0, 0.2)
     names = {id(p): n for n, p in task.model.named_parameters()}
-    assert {names[id(p)].split(".")[0] for p in slow["params"]} == {"mask_generator"}
+    assert {names[id(p)].rpartition("masks.decoder.")[1] for p in slow["params"]} == {"masks.decoder."}
     assert len(fast["params"]) + len(slow["params"]) == len(names)
     assert [g["scale"] for g in task_of(regions=1).parameter_groups()] == [1.0]
 
@@ -160,8 +160,8 @@ def test_weights_are_a_function_of_the_seed():
 
 
 def test_probes_are_bounded_and_alarms_do_not_change_from_call_to_call():
-    task = task_of(images=pictures(4), probes=pictures(PROBES + 9))
-    assert len(task.probes) == PROBES
+    task = task_of(images=pictures(4), probes=pictures(NUM_PROBES + 9))
+    assert len(task.probes) == NUM_PROBES
     task.probes = task.probes[:5]
     task.model.eval()
     assert task.alarms(task.model) == task.alarms(task.model)
@@ -170,7 +170,7 @@ def test_probes_are_bounded_and_alarms_do_not_change_from_call_to_call():
 @pytest.mark.parametrize("changes", [{"regions": 3}, {"regions": 1}, {"decoding": "concat"}])
 @torch.no_grad()
 def test_inspect_writes_two_sheets_and_answers_the_alarms(changes, tmp_path, monkeypatch):
-    monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 2)
+    monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 2)
     task = task_of(**changes)
     found = task.inspect(task.model.eval(), 12, tmp_path / "samples")
     sheets = sorted(p.name for p in (tmp_path / "samples").iterdir())
@@ -191,9 +191,9 @@ def test_to_uint8_undoes_to_float_and_clips():
 def test_the_noise_of_a_picture_depends_on_nothing_but_its_shape_and_the_level():
     task = task_of()
     images = pixels_to_signed(torch.from_numpy(pictures()))
-    x_t, t = noised(images, 30, task.schedule)
+    x_t, t = add_noise(images, 30, task.schedule)
     assert (t == 30).all() and t.shape == (6,)
-    alone, _ = noised(images[4:5], 30, task.schedule)
+    alone, _ = add_noise(images[4:5], 30, task.schedule)
     torch.testing.assert_close(x_t[4:5], alone)
     eps = (x_t - task.schedule.signal(t) * images) / task.schedule.sigma(t)
     torch.testing.assert_close(eps, eps[:1].expand_as(eps), atol=1e-4, rtol=0)
@@ -206,5 +206,5 @@ def test_predicted_masks_come_in_pieces_that_change_nothing(monkeypatch):
     task.model.eval()
     whole = predict_masks(task.model, images, 30, task.schedule)
     assert whole.shape == (5, 3, 8, 8) and whole.dtype == torch.float32
-    monkeypatch.setattr(task_module, "AT_ONCE", 2)
+    monkeypatch.setattr(task_module, "MASK_BATCH_SIZE", 2)
     torch.testing.assert_close(predict_masks(task.model, images, 30, task.schedule), whole)

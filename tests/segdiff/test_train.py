@@ -53,7 +53,7 @@ def own_places(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: (Path(folder) / "report.html").touch())
-    monkeypatch.setattr("factorkit.segdiff.task.SHEET_STEPS", 1)
+    monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 1)
     monkeypatch.setattr("factorkit.segdiff.evaluate.score_baselines", lambda images, *given: {"for": len(images)})
 
 

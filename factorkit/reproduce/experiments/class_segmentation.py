@@ -29,7 +29,7 @@ from factorkit.reproduce.experiment import (
 from factorkit.reproduce.segdiff_runs import GRID_IMAGES, HeldOutImages, Trainings, predict_regions
 from factorkit.segdiff.baselines.datasetddpm import DatasetDDPM
 from factorkit.segdiff.baselines.supervised import ClassUNet, predict_classes, train_supervised
-from factorkit.segdiff.previews import outlined
+from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import ConfigError
 
@@ -183,7 +183,10 @@ def _draw(setup: Setup, arrays: RowArrays, preset: str) -> Sequence[str]:
     known = load_class_labels(Trainings(setup, preset))
     images = known.images[known.shown]
     labels = [known.labels[known.shown].clip(0), *(row["classes"] for row in arrays.values())]
-    rows = [list(images), *([outlined(image, of) for image, of in zip(images, row, strict=True)] for row in labels)]
+    rows = [
+        list(images),
+        *([overlay_enlarged(image, of) for image, of in zip(images, row, strict=True)] for row in labels),
+    ]
     return [setup.save_image(draw_image_grid(rows, None, ["image", "truth", *arrays]), "classes.png")]
 
 

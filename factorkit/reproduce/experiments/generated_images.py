@@ -20,7 +20,7 @@ from factorkit.reproduce.experiments.class_segmentation import (
 from factorkit.reproduce.generation import DISTANCE, FID, NOTE, count_multiply_adds, fid, generate, random_distance
 from factorkit.reproduce.segdiff_runs import GRID_IMAGES, Trainings, predict_regions
 from factorkit.segdiff.baselines.supervised import predict_classes
-from factorkit.segdiff.previews import outlined
+from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.images import images_to_pixels
 
@@ -81,7 +81,7 @@ def _draw(setup: Setup, arrays: RowArrays) -> Sequence[str]:
     rows, captions = [], []
     for name, row in arrays.items():
         pairs = zip(row["images"], row["classes"], strict=True)
-        rows += [list(row["images"]), [outlined(image, classes) for image, classes in pairs]]
+        rows += [list(row["images"]), [overlay_enlarged(image, classes) for image, classes in pairs]]
         captions += [name, "  its masks"]
     return [setup.save_image(draw_image_grid(rows, None, captions), "generated.png")] if rows else []
 

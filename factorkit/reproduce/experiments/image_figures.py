@@ -12,7 +12,7 @@ from factorkit.reproduce.experiment import SHARED_TRAINING_DURATION, CellResult,
 from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.editing.grids import branches_sheet, interpolation_sheet
 from factorkit.segdiff.hierarchy import hard_labels
-from factorkit.segdiff.previews import generation_sheet, trajectory_sheet
+from factorkit.segdiff.previews import draw_generation_grid, draw_trajectory_grid
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import images_to_pixels
 
@@ -37,7 +37,7 @@ def draw_denoising(trainings: Trainings, seed: int) -> Image.Image:
     steps = [generation.trajectory[i] for i in np.linspace(0, count - 1, min(10, count)).round().astype(int)]
     images = [images_to_pixels(step.images) for step in steps]
     labels = [hard_labels(step.masks, run.config.nesting).numpy() for step in steps]
-    return trajectory_sheet(images, labels, [step.t for step in steps])
+    return draw_trajectory_grid(images, labels, [step.t for step in steps])
 
 
 def draw_classes(trainings: Trainings, seed: int) -> Image.Image:
@@ -48,7 +48,9 @@ def draw_classes(trainings: Trainings, seed: int) -> Image.Image:
         raise CellUnavailableError(f"the images must have classes: {error}") from error
     steps = min(STEPS, run.config.timesteps)
     generation = run.generate(16, steps=steps, seed=seed, classes="all", guidance=2.0)
-    return generation_sheet(images_to_pixels(generation.images), generation.masks.numpy(), generation.labels.numpy())
+    return draw_generation_grid(
+        images_to_pixels(generation.images), generation.masks.numpy(), generation.labels.numpy()
+    )
 
 
 def draw_interpolation(trainings: Trainings, seed: int) -> Image.Image:

@@ -14,7 +14,7 @@ from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import CellResult, Experiment, Row, Setup, percent
 from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.hierarchy import level_labels
-from factorkit.segdiff.previews import outlined
+from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import unit_to_uint8
 
@@ -60,7 +60,7 @@ def _compute(trainings: Trainings, seed: int) -> CellResult:
 
 def _outline_levels(image: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
     leaves = torch.from_numpy(labels)
-    return [outlined(image, level_labels(leaves, NESTING, level).numpy()) for level in (1, 2)]
+    return [overlay_enlarged(image, level_labels(leaves, NESTING, level).numpy()) for level in (1, 2)]
 
 
 EXPERIMENTS = (

@@ -12,7 +12,7 @@ from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import CellResult, Column, Experiment, Row, Setup, percent
 from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.inference.video import segment_frames
-from factorkit.segdiff.previews import outlined
+from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.utils.errors import DataError
 
 PAN_FRAMES = 60  # of the procedural video
@@ -36,7 +36,7 @@ def _segment(trainings: Trainings, smooth: float, seed: int) -> CellResult:
     for frame, labels in segment_frames(frames, run.config, predict, size=size, upsample="guided", smooth=smooth):
         changes += 0.0 if previous is None else float((labels != previous).mean())
         if count % (PAN_FRAMES // GRID_FRAMES) == 0 and len(grid) < GRID_FRAMES:
-            grid.append((frame, outlined(frame, labels)))
+            grid.append((frame, overlay_enlarged(frame, labels)))
         previous, count = labels, count + 1
     if not count:
         raise DataError(f"{path}: a video without frames")

@@ -30,8 +30,7 @@ from factorkit.reproduce.experiment import (
 )
 from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
-from factorkit.segdiff.inference.zero_shot import images_with_label
-from factorkit.segdiff.previews import outlined
+from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.images import pixels_to_signed
 
@@ -93,7 +92,7 @@ def _draw(scored: _ScoredRun, name: str, scores: dict[str, Any]) -> Image.Image:
     masks = scored.run.predictor(None, "fast", condition)(pixels_to_signed(torch.from_numpy(images)))
     labels = level_labels(hard_labels(masks, config.nesting), config.nesting, scored_level(config.nesting)[0])
     of_class = np.isin(labels.numpy(), scores["mapping"]).astype(np.int64)
-    rows = [list(images), [outlined(image, mask) for image, mask in zip(images, of_class, strict=True)]]
+    rows = [list(images), [overlay_enlarged(image, mask) for image, mask in zip(images, of_class, strict=True)]]
     return draw_image_grid(rows, None, ["image", name])
 
 

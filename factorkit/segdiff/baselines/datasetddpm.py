@@ -16,7 +16,7 @@ from torch import Tensor
 
 from factorkit.nn.unet import Decoder, Level, ResBlock
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.task import noised
+from factorkit.segdiff.task import add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
 
@@ -53,7 +53,7 @@ def pixel_features(run: SegdiffRun, images: np.ndarray) -> Tensor:
     try:
         for level in NOISE_LEVELS:
             t = min(run.config.timesteps - 1, level * run.config.timesteps // 1000)
-            x_t, times = noised(pixels_to_signed(torch.from_numpy(images)).to(run.device), t, run.schedule)
+            x_t, times = add_noise(pixels_to_signed(torch.from_numpy(images)).to(run.device), t, run.schedule)
             outputs.clear()
             run.model(x_t, times)
             for out in outputs:

@@ -18,9 +18,9 @@ from factorkit.engine.trainer import Trainer
 from factorkit.metrics.class_matching import IGNORE_LABEL
 from factorkit.nn.unet import Decoder, Encoder, Middle, TimeEmbedding
 from factorkit.report.image_grid import draw_image_grid
-from factorkit.segdiff.config import SegdiffConfig
-from factorkit.segdiff.previews import outlined
-from factorkit.segdiff.task import AT_ONCE, resident
+from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.previews import overlay_enlarged
+from factorkit.segdiff.task import MASK_BATCH_SIZE, move_if_it_fits
 from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import DataError
 from factorkit.utils.images import pixels_to_signed
@@ -32,7 +32,7 @@ PREVIEW_IMAGES = 8
 class ClassUNet(nn.Module):
     """Encoder, middle and decoder of the plain DDPM on clean images at t = 0; its outputs are class logits."""
 
-    def __init__(self, config: SegdiffConfig, num_classes: int):
+    def __init__(self, config: ResolvedSegdiffConfig, num_classes: int):
         super().__init__()
         common: dict[str, Any] = {
             "num_heads": config.num_heads,
@@ -73,13 +73,18 @@ class SupervisedTask:
     """
 
     def __init__(
-        self, config: SegdiffConfig, images: np.ndarray, truth: np.ndarray, num_classes: int, device: torch.device
+        self,
+        config: ResolvedSegdiffConfig,
+        images: np.ndarray,
+        truth: np.ndarray,
+        num_classes: int,
+        device: torch.device,
     ):
         torch.manual_seed(derived_seed("weights", config.seed))
         self.config, self.device, self.size = config, device, len(images)
         self.model: nn.Module = ClassUNet(config, num_classes)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.images, self.truth = resident(images, device), torch.from_numpy(truth.astype(np.int64)).to(device)
+        self.images, self.truth = move_if_it_fits(images, device), torch.from_numpy(truth.astype(np.int64)).to(device)
         self.capturable = isinstance(self.images, Tensor)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -104,7 +109,7 @@ class SupervisedTask:
         images = self.images[:PREVIEW_IMAGES]
         images = np.array(images.cpu() if isinstance(images, Tensor) else images)
         labels = predict_classes(cast(ClassUNet, model), images, self.device)
-        rows = [list(images), list(map(outlined, images, labels))]
+        rows = [list(images), list(map(overlay_enlarged, images, labels))]
         save_image(draw_image_grid(rows), folder / f"{step:06d}_classes.png")
         return {}
 
@@ -113,7 +118,7 @@ def train_supervised(
     images: np.ndarray,
     truth: np.ndarray,
     num_classes: int,
-    config: SegdiffConfig,
+    config: ResolvedSegdiffConfig,
     out: str | Path,
     progress: bool = True,
 ) -> ClassUNet:
@@ -150,5 +155,5 @@ def train_supervised(
 def predict_classes(model: ClassUNet, images: np.ndarray, device: torch.device | str | None = None) -> np.ndarray:
     """Return the most probable class of each pixel, int64 [N, R, R], of images uint8 [N, R, R, 3]."""
     device = next(model.parameters()).device if device is None else device
-    parts = torch.from_numpy(np.ascontiguousarray(images)).split(AT_ONCE)
+    parts = torch.from_numpy(np.ascontiguousarray(images)).split(MASK_BATCH_SIZE)
     return np.concatenate([model(pixels_to_signed(part.to(device))).argmax(1).cpu().numpy() for part in parts])

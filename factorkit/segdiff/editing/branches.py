@@ -9,10 +9,10 @@ from torch import Tensor
 
 from factorkit.diffusion.objective import to_x0
 from factorkit.diffusion.schedule import Schedule
-from factorkit.segdiff.config import SegdiffConfig
-from factorkit.segdiff.network import FactorizedUNet
-from factorkit.segdiff.sampling import PIECE, branch_estimates
-from factorkit.segdiff.task import noised
+from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.hierarchy import SegdiffModel
+from factorkit.segdiff.sampling import SAMPLE_BATCH_SIZE, estimate_branches
+from factorkit.segdiff.task import add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import signed_to_unit
 
@@ -36,7 +36,7 @@ class Branches(NamedTuple):
 
 @torch.no_grad()
 def decompose_images(
-    model: FactorizedUNet, config: SegdiffConfig, schedule: Schedule, images: Tensor, t: int
+    model: SegdiffModel, config: ResolvedSegdiffConfig, schedule: Schedule, images: Tensor, t: int
 ) -> Branches:
     """Decompose ``images`` [n, 3, R, R] in [-1, 1] at level t into x0 = sum_k m_k x0_k, x0_k of branch k, in one step.
 
@@ -48,11 +48,11 @@ def decompose_images(
             "this run was trained with decoding='concat': one decoder sees all masks, so there are no branches to show"
         )
     parts = []
-    for batch in images.split(PIECE):
-        x_t, times = noised(batch.to(schedule.device), t, schedule)
+    for batch in images.split(SAMPLE_BATCH_SIZE):
+        x_t, times = add_noise(batch.to(schedule.device), t, schedule)
         out = model(x_t, times)
         x0 = to_x0(config.prediction, schedule, x_t, out.prediction, times)
-        branches = branch_estimates(config.prediction, schedule, x_t, out.bottleneck.branches, times)
+        branches = estimate_branches(config.prediction, schedule, x_t, out.bottleneck.branches, times)
         masks = out.bottleneck.masks.float().cpu()
         parts.append((signed_to_unit(x_t), signed_to_unit(x0), masks, signed_to_unit(branches)))
     return Branches(*map(torch.cat, zip(*parts, strict=True)))

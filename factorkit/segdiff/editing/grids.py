@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from factorkit.report.image_grid import PAPER_COLOR, Caption, draw_image_grid
-from factorkit.segdiff.previews import outlined, palette, strip_rows
+from factorkit.segdiff.previews import build_sequence_rows, overlay_enlarged, palette
 from factorkit.utils.images import unit_to_uint8
 
 
@@ -20,7 +20,7 @@ def interpolation_sheet(
     a, b: [n, H, W, 3], the pictures; images: [n, frames, H, W, 3], between them; labels: integers [n, frames, H, W];
     shares: [frames], of the second picture.
     """
-    rows, names = strip_rows(images, labels, "pair")
+    rows, names = build_sequence_rows(images, labels, "pair")
     each = len(rows) // len(images)
     rows = [[a[i // each], *row, b[i // each]] if i % each == 0 else [None, *row] for i, row in enumerate(rows)]
     return draw_image_grid(rows, ["a", *(f"{share:.0%}" for share in shares), "b"], names)
@@ -34,7 +34,7 @@ def branches_sheet(noisy: np.ndarray, images: np.ndarray, masks: np.ndarray, bra
     """
     colors, areas = palette(masks.shape[1]), masks.mean(axis=(0, 2, 3))
     captions: list[Caption] = ["noisy", "estimate", "regions"]
-    rows = [[noisy[n], images[n], outlined(images[n], masks[n].argmax(0))] for n in range(len(images))]
+    rows = [[noisy[n], images[n], overlay_enlarged(images[n], masks[n].argmax(0))] for n in range(len(images))]
     for k, color in enumerate(colors):
         captions += [(f"mask {k}: {areas[k]:.0%}", color), (f"branch {k}", color), (f"part {k}", color)]
         for n, row in enumerate(rows):
@@ -57,5 +57,5 @@ def recomposition_sheet(
         brought = [] if sources is None else [sources[n]]
         share = kept[n][..., None]
         left = np.round(share * originals[n] + (1 - share) * np.array(PAPER_COLOR)).astype(np.uint8)
-        rows.append([originals[n], *brought, left, image, outlined(image, labels[n])])
+        rows.append([originals[n], *brought, left, image, overlay_enlarged(image, labels[n])])
     return draw_image_grid(rows, captions)

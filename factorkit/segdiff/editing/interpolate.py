@@ -9,9 +9,8 @@ from torch import Tensor
 
 from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
-from factorkit.segdiff.config import SegdiffConfig
-from factorkit.segdiff.hierarchy import hard_labels
-from factorkit.segdiff.network import FactorizedUNet
+from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.hierarchy import SegdiffModel, hard_labels
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import signed_to_unit
 from factorkit.utils.rng import derived_seed
@@ -39,8 +38,8 @@ class Interpolation(NamedTuple):
 
 @torch.no_grad()
 def interpolate_images(
-    model: FactorizedUNet,
-    config: SegdiffConfig,
+    model: SegdiffModel,
+    config: ResolvedSegdiffConfig,
     schedule: Schedule,
     a: Tensor,
     b: Tensor,

@@ -13,11 +13,10 @@ from factorkit.diffusion.denoiser import Denoised, Denoiser
 from factorkit.diffusion.objective import to_x0
 from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.editing.interpolate import pair_images
-from factorkit.segdiff.hierarchy import hard_labels
-from factorkit.segdiff.network import FactorizedUNet
-from factorkit.segdiff.sampling import PIECE, branch_estimates, edit_level, levels
+from factorkit.segdiff.hierarchy import SegdiffModel, hard_labels
+from factorkit.segdiff.sampling import SAMPLE_BATCH_SIZE, check_edit_time, estimate_branches, num_trained_times
 from factorkit.segdiff.task import predict_masks
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import signed_to_unit
@@ -96,7 +95,7 @@ class Recomposer(Denoiser):
 
     def __init__(
         self,
-        model: FactorizedUNet,
+        model: SegdiffModel,
         prediction: str,
         schedule: Schedule,
         *,
@@ -117,7 +116,7 @@ class Recomposer(Denoiser):
         if branches is None:
             painted = others = to_x0(self.prediction, self.schedule, x_t, out.prediction, t).clamp(-1, 1)
         else:
-            estimates = branch_estimates(self.prediction, self.schedule, x_t, branches, t).clamp(-1, 1)
+            estimates = estimate_branches(self.prediction, self.schedule, x_t, branches, t).clamp(-1, 1)
             rest = [j for j in range(estimates.shape[1]) if j != self.region]
             share = masks[:, rest] / masks[:, rest].sum(1, keepdim=True).clamp_min(1e-6)
             painted, others = estimates[:, self.region], (share[:, :, None] * estimates[:, rest]).sum(1)
@@ -129,8 +128,8 @@ class Recomposer(Denoiser):
 
 @torch.no_grad()
 def recompose_images(
-    model: FactorizedUNet,
-    config: SegdiffConfig,
+    model: SegdiffModel,
+    config: ResolvedSegdiffConfig,
     schedule: Schedule,
     originals: Tensor,
     sources: Tensor | None,
@@ -154,7 +153,7 @@ def recompose_images(
             unknown sampler.
         DataError: numbers of images that cannot be paired.
     """
-    num_levels = levels(config)
+    num_levels = num_trained_times(config)
     if config.num_leaf_regions == 1:
         raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to edit")
     if not 0 <= region < config.num_leaf_regions:
@@ -163,14 +162,14 @@ def recompose_images(
         raise ConfigError("a region is either removed or replaced: give remove, or from and t, not both")
     if not 1 <= steps <= num_levels:
         raise ConfigError(f"steps={steps}: this model has 1 to {num_levels} of them")
-    t_free = edit_level(config, t) if t is not None else num_levels if sources is None else num_levels // 20
+    t_free = check_edit_time(config, t) if t is not None else num_levels if sources is None else num_levels // 20
     has_sources = sources is not None
     originals, sources = pair_images(originals, originals if sources is None else sources)
     generator = torch.Generator().manual_seed(derived_seed("recompose", seed))
     eps = torch.randn(originals.shape[1:], generator=generator).to(schedule.device)
 
     parts = []
-    for original, source in zip(originals.split(PIECE), sources.split(PIECE), strict=True):
+    for original, source in zip(originals.split(SAMPLE_BATCH_SIZE), sources.split(SAMPLE_BATCH_SIZE), strict=True):
         masks, source_masks = (
             predict_masks(model, batch, config.segment_t, schedule).to(schedule.device) for batch in (original, source)
         )

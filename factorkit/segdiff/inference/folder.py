@@ -22,8 +22,8 @@ from factorkit.data.files import escape_name
 from factorkit.data.sources import Source
 from factorkit.engine.run_folder import locked
 from factorkit.segdiff import previews
-from factorkit.segdiff.config import SegdiffConfig
-from factorkit.segdiff.hierarchy import hard_labels
+from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.hierarchy import SegdiffModel, hard_labels
 from factorkit.segdiff.inference.coco_rle import make_annotations
 from factorkit.segdiff.inference.outputs import (
     CONTACT_SHEET,
@@ -42,7 +42,6 @@ from factorkit.segdiff.inference.segment import (
     prepare_image,
     upsample_masks,
 )
-from factorkit.segdiff.network import FactorizedUNet
 from factorkit.utils import distributed
 from factorkit.utils.atomic import clear_unfinished, save_image
 from factorkit.utils.errors import ConfigError, DataError, WriteError, is_out_of_memory
@@ -81,8 +80,8 @@ class FolderSegments(NamedTuple):
 
 
 def segment_folder(
-    model: FactorizedUNet,
-    config: SegdiffConfig,
+    model: SegdiffModel,
+    config: ResolvedSegdiffConfig,
     predict: Callable[[Tensor], Tensor],
     source: Source,
     out: Path,
@@ -131,7 +130,7 @@ class _Item(NamedTuple):
 class _FolderJob:
     def __init__(
         self,
-        config: SegdiffConfig,
+        config: ResolvedSegdiffConfig,
         predict: Callable[[Tensor], Tensor],
         source: Source,
         manifest: Manifest,
@@ -354,4 +353,4 @@ def _draw_sheet_row(image: Image.Image, masks: np.ndarray) -> list[np.ndarray]:
         return np.asarray(image.resize((width, height), Image.Resampling.BOX))
 
     small, small_masks = resize(image), np.stack([resize(Image.fromarray(mask)) for mask in masks])
-    return [small, previews.overlay(small, small_masks.argmax(0)), *small_masks]
+    return [small, previews.overlay_regions(small, small_masks.argmax(0)), *small_masks]

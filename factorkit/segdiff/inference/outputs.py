@@ -196,7 +196,7 @@ def write_image_files(
     """
     files: dict[str, Image.Image] = {}
     if "labels" in formats:
-        files["labels.png"] = previews.label_image(labels)
+        files["labels.png"] = previews.make_label_image(labels)
     if "masks" in formats and masks is not None:
         files |= {f"mask_{k}.png": Image.fromarray(mask) for k, mask in enumerate(masks)}
     if "overlays" in formats:
@@ -215,7 +215,7 @@ def _draw_overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
     step = max(1, PIXELS_PER_BAND // image.width)
     for top in range(0, image.height, step):
         bottom = min(top + step + 1, image.height)  # a border is drawn where the next row differs
-        band = previews.overlay(np.asarray(image.crop((0, top, image.width, bottom))), labels[top:bottom])
+        band = previews.overlay_regions(np.asarray(image.crop((0, top, image.width, bottom))), labels[top:bottom])
         overlay.paste(Image.fromarray(band[:step]), (0, top))
     return overlay
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +17,14 @@ from factorkit.data.open import open_source
 from factorkit.data.sources import CHANNEL_COUNTS, Source
 from factorkit.diffusion.schedule import Schedule
 from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, resize_rows
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import level_labels, level_masks
 from factorkit.segdiff.task import predict_masks
 from factorkit.utils.errors import ConfigError, DataError, OutOfMemoryError, is_out_of_memory
 from factorkit.utils.images import pixels_to_images, pixels_to_signed
 
 UPSAMPLINGS = ("guided", "bilinear")
+QUALITIES = ("fast", "best")
 TILE_SIDE, TILE_OVERLAP = 4, 1  # in training resolutions; neighbouring tiles share the overlap
 MAX_ASPECT = 64  # longer images are squeezed to this ratio of sides before the network
 # The guided filter works on a grid of twice the network's; its windows reach an eighth of the short side to each side.
@@ -102,7 +102,7 @@ def read_images(images: Any) -> tuple[list[Image.Image], list[str]]:
     return [source.read(i) for i in range(len(source))], list(source.names)
 
 
-def check_segment_settings(config: SegdiffConfig, size: int | None, upsample: str) -> int:
+def check_segment_settings(config: ResolvedSegdiffConfig, size: int | None, upsample: str) -> int:
     """Return the short side of the network's input in pixels.
 
     Raises:
@@ -119,7 +119,7 @@ def check_segment_settings(config: SegdiffConfig, size: int | None, upsample: st
 
 
 def segment_image(
-    config: SegdiffConfig, image: Image.Image, predict: Callable[[Tensor], Tensor], size: int, upsample: str
+    config: ResolvedSegdiffConfig, image: Image.Image, predict: Callable[[Tensor], Tensor], size: int, upsample: str
 ) -> Tensor:
     """Return masks [K, H, W] of an image at its own size; ``predict`` as for :func:`predict_tiled`.
 
@@ -136,7 +136,7 @@ def segment_image(
         raise OutOfMemoryError(describe_out_of_memory(image, size)) from error
 
 
-def prepare_image(image: Image.Image, config: SegdiffConfig, size: int, upsample: str) -> PreparedImage:
+def prepare_image(image: Image.Image, config: ResolvedSegdiffConfig, size: int, upsample: str) -> PreparedImage:
     """Resize an image for the network and the guided filter; thread-safe.
 
     The short side becomes ``size`` pixels and the long one follows in proportion, both rounded to multiples of what the
@@ -155,7 +155,7 @@ def prepare_image(image: Image.Image, config: SegdiffConfig, size: int, upsample
     return PreparedImage(image, small, _resize(image, grid, Image.Resampling.BOX), radius)
 
 
-def predict_tiled(predict: Callable[[Tensor], Tensor], small: np.ndarray, config: SegdiffConfig) -> Tensor:
+def predict_tiled(predict: Callable[[Tensor], Tensor], small: np.ndarray, config: ResolvedSegdiffConfig) -> Tensor:
     """Predict masks [N, K, h, w] of resized images, uint8 [N, h, w, 3], whole or in overlapping tiles.
 
     A tile is at most four training resolutions wide and high. Where tiles overlap their masks are averaged with weights
@@ -230,52 +230,20 @@ def _tent(length: int, overlap: int) -> Tensor:
     return torch.minimum(centre, length - centre).clamp_max(overlap) / overlap
 
 
-class Quality(NamedTuple):
-    """Looks whose masks are averaged: every combination of levels, draws and sides.
-
-    Attributes:
-        levels: noise levels, in units of the one asked for.
-        draws: of noise at each level; the first is that of a single look.
-        flip: look at the mirror image too.
-    """
-
-    levels: tuple[float, ...] = (1.0,)
-    draws: int = 1
-    flip: bool = False
-
-
-QUALITIES = {"fast": Quality(), "best": Quality(flip=True)}
-
-
-def quality_of(quality: str | Quality, mirrored: bool) -> Quality:
-    """The looks behind a name, or those given.
-
-    mirrored: whether the training showed mirror images. Where it did not, as left and right mean something, the best
-        look is the only one: regions in the mirror image of a horse that faces left are nothing the model has learned.
-
-    Raises:
-        ConfigError: an unknown name, or looks that are none.
-    """
-    if isinstance(quality, Quality):
-        if quality.draws < 1 or not quality.levels or min(quality.levels) < 0:
-            raise ConfigError(f"{quality}: at least one draw and one level, none below 0, are a look")
-        return quality
-    if quality not in QUALITIES:
-        raise ConfigError(f"quality={quality!r} is unknown; choose one of {', '.join(QUALITIES)}, or give a Quality")
-    return QUALITIES[quality]._replace(flip=QUALITIES[quality].flip and mirrored)
-
-
-def averaged_masks(
-    model: nn.Module, images: Tensor, t: int, schedule: Schedule, quality: Quality, label: int | None = None
+def average_masks(
+    model: nn.Module, images: Tensor, t: int, schedule: Schedule, flip: bool, label: int | None = None
 ) -> Tensor:
-    """Masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1], the mean over all looks around level t.
+    """Predict masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1] at time step t.
 
-    label: the class the model is told, where it knows classes; None tells it of none.
+    Args:
+        model: the network.
+        images: of any size that it can halve.
+        t: time step of the noise.
+        schedule: of the noise.
+        flip: average them with those of the mirrored images.
+        label: the class the model is conditioned on; None: no class.
     """
-    levels = [min(round(share * t), schedule.steps - 1) for share in quality.levels]
-    looks = list(product(levels, range(quality.draws), (False, True) if quality.flip else (False,)))
-    total = torch.zeros(())
-    for level, draw, mirrored in looks:
-        masks = predict_masks(model, images.flip(3) if mirrored else images, level, schedule, draw, label)
-        total = total + (masks.flip(3) if mirrored else masks)
-    return total / len(looks)
+    masks = predict_masks(model, images, t, schedule, label)
+    if not flip:
+        return masks
+    return (masks + predict_masks(model, images.flip(3), t, schedule, label).flip(3)) / 2

@@ -1,7 +1,7 @@
 """Segmentation of a video frame by frame, in memory that does not grow with its length.
 
 Regions are the model's own, so a region has the same number in every frame. What remains is flicker, which is reduced
-in two ways: all frames get the same noise (:func:`~factorkit.segdiff.task.noised`), and frames and masks are averaged
+in two ways: all frames get the same noise (:func:`~factorkit.segdiff.task.add_noise`), and frames and masks are averaged
 over time where the image does not move.
 """
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from factorkit.data.video import Video, import_video_libraries
 from factorkit.segdiff import previews
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.inference.segment import (
     PreparedImage,
@@ -103,7 +103,7 @@ class Smoother:
 
 def segment_frames(
     frames: Iterable[np.ndarray],
-    config: SegdiffConfig,
+    config: ResolvedSegdiffConfig,
     predict: Callable[[Tensor], Tensor],
     *,
     size: int,
@@ -142,7 +142,7 @@ def segment_frames(
         batch = []
 
 
-def _full_size_labels(masks: Tensor, prepared: PreparedImage, config: SegdiffConfig) -> np.ndarray:
+def _full_size_labels(masks: Tensor, prepared: PreparedImage, config: ResolvedSegdiffConfig) -> np.ndarray:
     return torch.cat([hard_labels(b, config.nesting).byte() for _, b in upsample_masks(masks, prepared)]).numpy()
 
 
@@ -176,7 +176,7 @@ def write_video(
                     file.init_video_stream(CODEC, fps=video.rate)
                 else:
                     changed += float((labels != previous).mean())
-                file.write_frame(_pad_to_even(previews.overlay(frame, labels)))
+                file.write_frame(_pad_to_even(previews.overlay_regions(frame, labels)))
                 areas += np.bincount(labels.ravel(), minlength=num_regions) / labels.size
                 count, previous = count + 1, labels
             if not count:

@@ -20,8 +20,8 @@ from factorkit.data.layouts import voc2012
 from factorkit.data.masks import LabelledImages, load_labelled
 from factorkit.data.sources import Source
 from factorkit.metrics.segmentation import fit_mapping, score_masks
-from factorkit.segdiff.class_labels import label_of
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.class_labels import find_label
+from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import pixels_to_signed
@@ -39,7 +39,7 @@ Predictor = Callable[[int | None], Callable[[Tensor], Tensor]]  # condition, or 
 
 
 def score_zero_shot(
-    config: SegdiffConfig,
+    config: ResolvedSegdiffConfig,
     predictor: Predictor,
     data: Any,
     *,
@@ -98,7 +98,7 @@ def score_zero_shot(
     return {"classes": classes, "missing": missing, "split": split, "data": dataset.name, **means, **level}
 
 
-def _load_split(split: tuple[Source | None, Source | None], config: SegdiffConfig) -> LabelledImages | None:
+def _load_split(split: tuple[Source | None, Source | None], config: ResolvedSegdiffConfig) -> LabelledImages | None:
     images, masks = split
     if images is None or masks is None or not len(masks):
         return None
@@ -113,7 +113,7 @@ def _class_names(layout: str | None, mask_set: str | None, scored: LabelledImage
 
 
 def _find_conditions(
-    config: SegdiffConfig, names: Mapping[int, str], label_map: Mapping[str, Any] | None
+    config: ResolvedSegdiffConfig, names: Mapping[int, str], label_map: Mapping[str, Any] | None
 ) -> dict[str, int]:
     """Return the run's class that conditions the model for each class of the data that has one."""
     if label_map is None:
@@ -125,11 +125,11 @@ def _find_conditions(
     if unknown:
         wrong, known = ", ".join(map(repr, unknown)), ", ".join(names.values())
         raise ConfigError(f"the label map names {wrong}, but the data set's classes are {known}")
-    return {name: label_of(label, config.class_names) for name, label in label_map.items()}
+    return {name: find_label(label, config.class_names) for name, label in label_map.items()}
 
 
 def _score_class(
-    config: SegdiffConfig,
+    config: ResolvedSegdiffConfig,
     predictor: Predictor,
     condition: int | None,
     scored: LabelledImages,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.segdiff.task import noised
+from factorkit.segdiff.task import add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
 
@@ -29,7 +29,7 @@ def test_decompose_branches_weighted_by_masks_equal_the_estimate(stirred_run, pi
 def test_decompose_masks_equal_segment(stirred_run, pictures):
     run = stirred_run()
     x = pixels_to_signed(torch.from_numpy(pictures(2)))
-    x_t, _t = noised(x, 30, run.schedule)
+    x_t, _t = add_noise(x, 30, run.schedule)
     apart = run.branches(pictures(2), t=30)
     torch.testing.assert_close(apart.masks, run.segment(pictures(2), t=30).masks)
     torch.testing.assert_close(apart.noisy, (x_t / 2 + 0.5).clamp(0, 1))
@@ -39,7 +39,7 @@ def test_decompose_many_images_runs_in_batches_at_the_default_level(stirred_run,
     run = stirred_run()
     whole = run.branches(pictures(3))
     assert torch.equal(whole.noisy, run.branches(pictures(3), t=250).noisy)
-    monkeypatch.setattr("factorkit.segdiff.editing.branches.PIECE", 2)
+    monkeypatch.setattr("factorkit.segdiff.editing.branches.SAMPLE_BATCH_SIZE", 2)
     for together, in_pieces in zip(whole, run.branches(pictures(3)), strict=True):
         torch.testing.assert_close(in_pieces, together, atol=1e-5, rtol=1e-4)
 

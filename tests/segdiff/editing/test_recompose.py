@@ -11,6 +11,7 @@ from torch import nn
 from factorkit.diffusion.denoiser import Denoised
 from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.editing.recompose import Recomposer, Weights, edit_weights, region_share
+from factorkit.segdiff.masks.proposal import MaskProposal
 from factorkit.segdiff.network import Regions
 from factorkit.utils.errors import ConfigError, DataError
 
@@ -29,16 +30,17 @@ def parted(stirred_run, monkeypatch):
 
     def make(**changes):
         run = stirred_run(**changes)
-        logits = run.model._logits
+        propose = run.model.masks.forward
 
-        def placed(h, skips, embedding, within=None):
-            found = 0.1 * logits(h, skips, embedding, within)
-            across = torch.linspace(-12, 12, found.shape[-1])[None, None] + 4 * skips[0].mean((1, 2, 3))[:, None, None]
-            found[:, 0] -= across
-            found[:, -1] += across
-            return found
+        def placed(x_t, encoding, within=None):
+            logits = 0.1 * propose(x_t, encoding, within).logits
+            brightness = encoding.skips[0].mean((1, 2, 3))[:, None, None]
+            across = torch.linspace(-12, 12, logits.shape[-1])[None, None] + 4 * brightness
+            logits[:, 0] -= across
+            logits[:, -1] += across
+            return MaskProposal(logits)
 
-        monkeypatch.setattr(run.model, "_logits", placed)
+        monkeypatch.setattr(run.model.masks, "forward", placed)
         return run
 
     return make
@@ -74,7 +76,7 @@ def test_recompose_depends_on_seed_and_its_own_image_only(parted, pictures, chan
 def test_recompose_many_images_runs_in_batches(parted, pictures, monkeypatch):
     run = parted()
     whole = run.recompose(pictures(3), 0, from_=pictures(3, 7), steps=2)
-    monkeypatch.setattr("factorkit.segdiff.editing.recompose.PIECE", 2)
+    monkeypatch.setattr("factorkit.segdiff.editing.recompose.SAMPLE_BATCH_SIZE", 2)
     for together, in_pieces in zip(whole, run.recompose(pictures(3), 0, from_=pictures(3, 7), steps=2), strict=True):
         torch.testing.assert_close(in_pieces, together, atol=1e-3, rtol=0)
 

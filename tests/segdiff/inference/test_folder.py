@@ -41,7 +41,7 @@ def run():
     torch.manual_seed(0)
     model = config.build()
     with torch.no_grad():  # masks that differ visibly from place to place
-        model.mask_generator.conv_out.weight.mul_(30)
+        model.masks.decoder.conv_out.weight.mul_(30)
     return SegdiffRun(config, model, torch.device("cpu"), 0)
 
 

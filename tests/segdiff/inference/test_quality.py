@@ -1,72 +1,48 @@
-"""Masks from several looks: their mean, over the looks that are told."""
+"""Flip averaging: masks of an image and of its mirror image."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from factorkit.segdiff.inference.segment import QUALITIES, Quality, averaged_masks
-from factorkit.segdiff.task import noised, predict_masks
+from factorkit.segdiff.inference.segment import average_masks
+from factorkit.segdiff.task import add_noise, predict_masks
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
 
 
 @pytest.fixture
-def looked(stirred_run, pictures):
+def run_and_images(stirred_run, pictures):
     return stirred_run(), pixels_to_signed(torch.from_numpy(pictures(3)))
 
 
-def test_a_fast_look_is_one_pass_at_the_level_asked_for(looked):
-    run, images = looked
-    one = predict_masks(run.model, images, 40, run.schedule)
-    assert torch.equal(averaged_masks(run.model, images, 40, run.schedule, QUALITIES["fast"]), one)
+def test_average_masks_without_flip_is_one_pass(run_and_images):
+    run, images = run_and_images
+    masks = predict_masks(run.model, images, 40, run.schedule)
+    assert torch.equal(average_masks(run.model, images, 40, run.schedule, flip=False), masks)
 
 
-def test_the_mean_over_levels_draws_and_mirror_images(looked):
-    run, images = looked
-    looks = Quality(levels=(1 / 3, 1.0, 2.0), draws=2, flip=True)
-    found = averaged_masks(run.model, images, 30, run.schedule, looks)
-    looks = []
-    for level in (10, 30, 60):
-        for draw in (0, 1):
-            looks.append(predict_masks(run.model, images, level, run.schedule, draw))
-            mirrored = predict_masks(run.model, images.flip(3), level, run.schedule, draw)
-            looks.append(mirrored.flip(3))
-    assert all(not torch.allclose(a, b) for n, a in enumerate(looks) for b in looks[:n]), "no look twice"
-    torch.testing.assert_close(found, torch.stack(looks).mean(0))
-    torch.testing.assert_close(found.sum(1), torch.ones(3, 16, 16))
+def test_add_noise_twice_is_the_same(run_and_images):
+    run, images = run_and_images
+    assert torch.equal(add_noise(images, 30, run.schedule)[0], add_noise(images, 30, run.schedule)[0])
 
 
-def test_draws_differ_and_are_the_same_again(looked):
-    run, images = looked
-    first, second = (noised(images, 30, run.schedule, draw)[0] for draw in (0, 1))
-    assert torch.equal(noised(images, 30, run.schedule)[0], first)
-    assert torch.equal(noised(images, 30, run.schedule, 1)[0], second)
-    assert (first - second).abs().max() > 0.01
+def test_quality_best_averages_the_flipped_image_only_if_training_flipped(run_and_images, stirred_run):
+    run, images = run_and_images
+    masks = predict_masks(run.model, images, 30, run.schedule)
+    flipped = predict_masks(run.model, images.flip(3), 30, run.schedule).flip(3)
+    assert not torch.allclose(masks, flipped)
+    best = run.predictor(30, "best")(images)
+    torch.testing.assert_close(best, (masks + flipped) / 2)
+    torch.testing.assert_close(best.sum(1), torch.ones(3, 16, 16))
+    unflipped_run = stirred_run(random_flip=False)
+    once = predict_masks(unflipped_run.model, images, 30, unflipped_run.schedule)
+    assert torch.equal(unflipped_run.predictor(30, "best")(images), once)
 
 
-def test_levels_beyond_the_schedule_are_its_last(looked):
-    run, images = looked
-    found = averaged_masks(run.model, images, 900, run.schedule, Quality(levels=(2.0,)))
-    assert torch.equal(found, predict_masks(run.model, images, 999, run.schedule))
-
-
-def test_the_best_is_the_mirror_image_too_where_training_showed_any(looked, stirred_run, pictures):
-    run, images = looked
-    both = predict_masks(run.model, images, 30, run.schedule)
-    both = (both + predict_masks(run.model, images.flip(3), 30, run.schedule).flip(3)) / 2
-    torch.testing.assert_close(run.predictor(30, "best")(images), both)
-    one_way = stirred_run(random_flip=False)
-    once = predict_masks(one_way.model, images, 30, one_way.schedule)
-    assert torch.equal(one_way.predictor(30, "best")(images), once)
-    torch.testing.assert_close(one_way.predictor(30, Quality(flip=True))(images), both)  # who asks for it gets it
-    with pytest.raises(ConfigError, match="at least one draw and one level"):
-        run.segment(pictures(1), quality=Quality(draws=0))
-
-
-def test_quality_reaches_every_segmentation_method(looked, pictures, tmp_path):
-    run, images = looked
-    best = averaged_masks(run.model, images, 30, run.schedule, QUALITIES["best"])
+def test_quality_reaches_every_segmentation_method(run_and_images, pictures, tmp_path):
+    run, images = run_and_images
+    best = average_masks(run.model, images, 30, run.schedule, flip=True)
     torch.testing.assert_close(run.segment(pictures(3), quality="best").masks, best)
     assert not torch.allclose(run.segment(pictures(3)).masks, best)
     labels = (torch.arange(16 * 16).view(16, 16) % 2).expand(3, 16, 16).numpy()

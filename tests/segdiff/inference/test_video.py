@@ -19,7 +19,7 @@ from factorkit.utils.errors import ConfigError, DataError, WriteError
 def run(stirred_run):
     run = stirred_run(regions=3)
     with torch.no_grad():
-        run.model.mask_generator.conv_out.weight.mul_(30)
+        run.model.masks.decoder.conv_out.weight.mul_(30)
     return run
 
 

@@ -10,8 +10,8 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.masks import mixture as module
-from factorkit.segdiff.masks.mixture import ROUNDS, SHARE, RegionCompetition, colour_evidence, invert
-from factorkit.segdiff.task import SegdiffTask, noised
+from factorkit.segdiff.masks.mixture import EM_ROUNDS, UNIFORM_SHARE, SpatialMixture, colour_evidence, invert
+from factorkit.segdiff.task import SegdiffTask, add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
@@ -51,12 +51,12 @@ def test_the_inverse_is_torchs():
 
 
 def test_evidence_is_the_gaussian_of_each_regions_own_colours(monkeypatch):
-    monkeypatch.setattr(module, "PIXELS", 0.0)
+    monkeypatch.setattr(module, "PSEUDO_PIXELS", 0.0)
     x, masks = torch.rand(2, 40, 3), torch.rand(2, 3, 40)
     evidence, slopes = colour_evidence(x, (x[..., :, None] * x[..., None, :]).flatten(2), masks)
     for n in range(2):
         for k in range(3):
-            spread = torch.cov(x[n].T, correction=0, aweights=masks[n, k]) + module.FLOOR * torch.eye(3)
+            spread = torch.cov(x[n].T, correction=0, aweights=masks[n, k]) + module.MIN_VARIANCE * torch.eye(3)
             mean = (masks[n, k, :, None] * x[n]).sum(0) / masks[n, k].sum()
             at = x[n].clone().requires_grad_()
             expected = MultivariateNormal(mean, spread).log_prob(at)
@@ -67,44 +67,44 @@ def test_evidence_is_the_gaussian_of_each_regions_own_colours(monkeypatch):
 
 
 def test_the_score_is_the_slope_of_the_mixture(monkeypatch):
-    monkeypatch.setattr(module, "ROUNDS", 1)  # the colours are then those of the places themselves
-    competition, x = RegionCompetition(2), torch.randn(1, 3, 8, 8)
-    contest = competition(x)
-    shares = competition.places(8, 8).flatten(1)
-    assert torch.allclose(shares.sum(0), torch.ones(64)) and shares.min() >= module.SHARE / 2
+    monkeypatch.setattr(module, "EM_ROUNDS", 1)  # the colours are then those of the places themselves
+    mixture, x = SpatialMixture(2), torch.randn(1, 3, 8, 8)
+    proposal = mixture(x)
+    shares = mixture.prior(8, 8).flatten(1)
+    assert torch.allclose(shares.sum(0), torch.ones(64)) and shares.min() >= module.UNIFORM_SHARE / 2
     pixels = x[0].flatten(1).T
     area = shares.sum(1)
     means = shares @ pixels / (area[:, None] + 1e-3)
     spreads = []
     for k in range(2):
         away = (pixels - means[k]) * shares[k, :, None].sqrt()
-        prior = module.PIXELS * module.VARIANCE * torch.eye(3)
-        spreads.append((away.T @ away + prior) / (area[k] + module.PIXELS) + module.FLOOR * torch.eye(3))
+        prior = module.PSEUDO_PIXELS * module.PSEUDO_VARIANCE * torch.eye(3)
+        spreads.append((away.T @ away + prior) / (area[k] + module.PSEUDO_PIXELS) + module.MIN_VARIANCE * torch.eye(3))
     at = pixels.clone().requires_grad_()
     each = MultivariateNormal(means.expand(64, 2, 3), torch.stack(spreads).expand(64, 2, 3, 3))
     mixture = MixtureSameFamily(Categorical(shares.T.detach()), each)
     mixture.log_prob(at[:, :]).sum().backward()
-    torch.testing.assert_close(contest.score[0].flatten(1).T, at.grad, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(proposal.score[0].flatten(1).T, at.grad, atol=1e-3, rtol=1e-3)
 
 
 def test_a_thing_of_another_colour_in_each_picture_is_one_region():
     pictures, inside = things(24)
-    competition, x = RegionCompetition(2), pixels_to_signed(torch.from_numpy(pictures))
+    mixture, x = SpatialMixture(2), pixels_to_signed(torch.from_numpy(pictures))
     schedule = Schedule()
-    optimizer = torch.optim.Adam(competition.parameters(), 0.03)
+    optimizer = torch.optim.Adam(mixture.parameters(), 0.03)
     for step in range(40):
         generator = torch.Generator().manual_seed(step)
         t = torch.randint(0, 600, (len(x),), generator=generator)
         eps = torch.randn(x.shape, generator=generator)
-        contest = competition(schedule.noise(x, eps, t))
-        loss = (schedule.sigma(t) * contest.score + eps).square().mean()
+        proposal = mixture(schedule.noise(x, eps, t))
+        loss = (schedule.sigma(t) * proposal.score + eps).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = competition(noised(x, 30, schedule)[0]).logits.argmax(1).numpy() == 0
+    found = mixture(add_noise(x, 30, schedule)[0]).logits.argmax(1).numpy() == 0
     agree = (found == inside).mean((1, 2))
     assert max(agree.mean(), 1 - agree.mean()) > 0.95  # one region for all, whatever the colours
-    places = competition.places(16, 16)[int(agree.mean() < 0.5)].detach().numpy()
+    places = mixture.prior(16, 16)[int(agree.mean() < 0.5)].detach().numpy()
     assert places[inside].mean() > places[~inside].mean() + 0.5
 
 
@@ -129,7 +129,7 @@ def test_places_learn_from_denoising_by_colour_alone(decoding):
     task = SegdiffTask(config, pictures, pictures, torch.device("cpu"))
     torch.nn.init.normal_(task.model.decoder.conv_out.weight)  # else no gradient comes back from the branches
     fast = task.parameter_groups()[1]
-    assert [id(p) for p in fast["params"]] == [id(task.model.competition.place)] and fast["scale"] == 100
+    assert [id(p) for p in fast["params"]] == [id(task.model.masks.prior_logits)] and fast["scale"] == 100
     found = task.loss(task.model, torch.arange(16), BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu")), 399)
     numbers = BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu"))
     mirrored, t = numbers.uniform() < 0.5, numbers.integers(0, config.t_max)
@@ -137,13 +137,13 @@ def test_places_learn_from_denoising_by_colour_alone(decoding):
     eps = numbers.normal(3, 8, 8)
     x0 = pixels_to_signed(torch.from_numpy(pictures))
     x_t = task.schedule.noise(torch.where(mirrored[:, None, None, None], x0.flip(3), x0), eps, t)
-    score = task.model.competition(x_t).score
+    score = task.model.masks(x_t).score
     own = (task.schedule.sigma(t) * score + eps).square().mean((1, 2, 3))
     torch.testing.assert_close(found.objective, found.loss + own, atol=1e-5, rtol=1e-4)
-    (expected,) = torch.autograd.grad(own.sum(), task.model.competition.place)
+    (expected,) = torch.autograd.grad(own.sum(), task.model.masks.prior_logits)
     found.objective.sum().backward()
     assert expected.abs().max() > 1e-3
-    torch.testing.assert_close(task.model.competition.place.grad, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(task.model.masks.prior_logits.grad, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_pictures_stay_as_they_are_where_left_and_right_mean_something():
@@ -174,22 +174,22 @@ def test_masks_are_made_one_of_two_ways():
 
 
 def test_no_region_is_shut_out_of_a_place():
-    competition = RegionCompetition(3)
-    competition.place.data[0] = 100.0
-    places = competition.places(20, 24)
-    assert places.min() >= SHARE / 3 - 1e-6 and torch.allclose(places.sum(0), torch.ones(20, 24), atol=1e-6)
+    mixture = SpatialMixture(3)
+    mixture.prior_logits.data[0] = 100.0
+    places = mixture.prior(20, 24)
+    assert places.min() >= UNIFORM_SHARE / 3 - 1e-6 and torch.allclose(places.sum(0), torch.ones(20, 24), atol=1e-6)
 
 
 def test_the_colours_are_measured_anew_in_every_round():
     torch.manual_seed(0)
-    competition, x = RegionCompetition(2), torch.rand(2, 3, 12, 12) * 2 - 1
+    mixture, x = SpatialMixture(2), torch.rand(2, 3, 12, 12) * 2 - 1
     pixels = x.flatten(2).transpose(1, 2)
     squares = (pixels[..., :, None] * pixels[..., None, :]).flatten(2)
-    prior = competition.places(12, 12).log().flatten(1).expand(2, -1, -1)
+    prior = mixture.prior(12, 12).log().flatten(1).expand(2, -1, -1)
     masks = prior.softmax(1)
-    for _ in range(ROUNDS):
+    for _ in range(EM_ROUNDS):
         logits = prior + colour_evidence(pixels, squares, masks)[0]
         masks = logits.softmax(1)
-    assert torch.allclose(competition(x).logits.flatten(2), logits, atol=1e-4)
+    assert torch.allclose(mixture(x).logits.flatten(2), logits, atol=1e-4)
     once = (prior + colour_evidence(pixels, squares, prior.softmax(1))[0]).softmax(1)
     assert not torch.allclose(masks, once, atol=1e-2)
