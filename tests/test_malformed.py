@@ -41,7 +41,7 @@ def own_cache(tmp_path, monkeypatch):
 def test_malformed_inputs_raise_clear_errors_or_are_skipped(good, tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz, "targets", lambda folder: good[1])
     verdicts = list(fuzz.fuzz(range(COUNT), 2, tmp_path))
-    result = [f"input {v.number} ({v.kind}): {v.outcome}\n{v.said}" for v in verdicts if v.outcome not in fuzz.FINE]
+    result = [f"input {v.number} ({v.kind}): {v.outcome}\n{v.message}" for v in verdicts if v.outcome not in fuzz.FINE]
     assert not result, "\n\n".join(result)
     outcomes = [v.outcome for v in verdicts]
     assert len(outcomes) == COUNT and outcomes.count("refused") > 60 and outcomes.count("skipped") > 2
@@ -61,19 +61,21 @@ def test_undamaged_inputs_are_read(good, tmp_path, monkeypatch):
     assert {v.kind: v.outcome for v in verdicts} == {target.name: "read" for target in good[1]}, verdicts
 
 
-# --- what it found ---
+# --- cases that the fuzzing has found ---
 
 
-@pytest.mark.parametrize("name", ["transforms.json", "classes.json", "config.json"])
-def test_json_nested_too_deeply_raises(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("transforms.json", open_views),
+        ("classes.json", lambda folder: read_classes(folder / "classes.json", ["a.png", "b.png"])),
+        ("config.json", lambda folder: factorkit.load(folder)),
+    ],
+)
+def test_json_nested_too_deeply_raises(tmp_path, name, read):
     (tmp_path / name).write_text("[" * 100_000)
     with pytest.raises((DataError, CheckpointError), match=rf"{name}.*nested too deeply"):
-        if name == "transforms.json":
-            open_views(tmp_path)
-        elif name == "classes.json":
-            read_classes(tmp_path / name, ["a.png", "b.png"])
-        else:
-            factorkit.load(tmp_path)
+        read(tmp_path)
 
 
 def test_postscript_named_png_is_not_decoded(tmp_path):
@@ -116,7 +118,7 @@ def test_npz_damaged_member_raises_value_error(tmp_path):
     data = bytearray((tmp_path / "x.npz").read_bytes())
     data[at + 60 : at + 90] = b"\xff" * 30
     (tmp_path / "x.npz").write_bytes(data)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"\S"):  # the cause depends on the version of zlib
         read_arrays(tmp_path / "x.npz")
 
 
@@ -208,7 +210,7 @@ def test_near_duplicates_binary_file_raises(tmp_path):
     data = bytearray((tmp_path / "x.zip").read_bytes())
     data[data.rindex(b"PK\x03\x04")] = 0
     (tmp_path / "x.zip").write_bytes(data)
-    with pytest.raises(DataError, match=r"near_duplicates\.txt in it cannot be unpacked"):
+    with pytest.raises(DataError, match=r"near_duplicates\.txt cannot be unpacked"):
         open_dataset(tmp_path / "x.zip")
 
 

@@ -27,7 +27,7 @@ DEFAULT_FOV_DEGREES = 50.0  # of images that come without a focal length
 
 @dataclass(kw_only=True)
 class Pose(RunCommand):
-    """Predict from where images of a known scene were taken.
+    """Predict the camera poses of images of a known scene.
 
     The result is a camera-to-world matrix for each image in the coordinates of the run (OpenGL axes), and the score of
     every candidate camera.
@@ -236,7 +236,7 @@ class View(RunCommand):
     host: str = "127.0.0.1"
     """Address to serve at. 0.0.0.0 makes the viewer reachable from other machines."""
     port: int = 8080
-    """Port to serve at. If it is in use, the next free one is taken."""
+    """Port to serve at. If it is in use, the next free one is used."""
 
     def execute(self) -> Result:
         from factorkit.nerfdiff.viewer import Viewer

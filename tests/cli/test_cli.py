@@ -79,7 +79,7 @@ def test_misspelt_option_suggests_similar_ones(refused):
         ("train nerfdiff", "--cameras", "Use --num-candidates."),
         ("segment", "--num-workers", "Use --workers."),
         ("segment", "--output", "Use --out."),
-        ("segment", "--checkpoint", "RUN is given without an option name."),
+        ("segment", "--checkpoint", "RUN has no option name: write it as a plain argument."),
         ("generate", "--num-samples", "Use --count."),
         ("generate", "--sampel", "Did you mean --sampler"),
         ("evaluate", "--fit", "Use --num-fit-images."),

@@ -161,7 +161,7 @@ def test_prepare_very_long_image(tmp_path, save, size):
 def test_prepare_too_many_pixels_is_not_decoded(tmp_path, save):
     save(tmp_path / "good.png")
     (tmp_path / "huge.png").write_bytes(png_claiming(30_000, 30_000))
-    with Peak() as peak, pytest.warns(UserWarning) as caught:
+    with Peak() as peak, pytest.warns(UserWarning, match="could not be decoded") as caught:
         prepared = prepare(tmp_path, 4, progress=False)
     assert len(caught) == 1 and "huge.png (too many pixels" in str(caught[0].message)
     assert prepared.names == ["good.png"] and prepared.source_rows.tolist() == [0] and peak.bytes < 2**22
@@ -251,12 +251,12 @@ def test_messages_escape_unusual_names(tmp_path, save, break_jpeg, odd):
     except (OSError, UnicodeError):
         pytest.skip("this disk refuses such a name")
     break_jpeg(tmp_path / f"photos/{odd}.jpg")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="could not be decoded") as caught:
         prepared = prepare(tmp_path / "photos", 4, progress=False)
     message = str(caught[0].message)
     assert message.isprintable() and message.count(".jpg") == 1, "the name is said once, on one line"
     assert prepared.names == [f"{odd}.png"] and prepared.skipped[0][0] == f"{odd}.jpg"
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="could not be decoded"):
         again = prepare(tmp_path / "photos", 4, progress=False)
     assert again.names == prepared.names and again.skipped == prepared.skipped and again.path == prepared.path
 

@@ -70,7 +70,7 @@ def test_prepare_resolution_and_changes_get_new_entries(photos, own_cache):
 
 def test_prepare_broken_image_is_skipped_with_warning(photos, break_jpeg):
     break_jpeg(photos / "1b.jpg")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="could not be decoded") as caught:
         prepared = prepare(photos, 8, progress=False)
     assert len(caught) == 1 and str(caught[0].message).startswith("1 of 6 images could not be decoded")
     assert "1b.jpg (cannot be decoded: " in str(caught[0].message)
