@@ -57,9 +57,9 @@ def measured(training, held_out, folder: Path, settings: dict) -> str:
 
     def timed(self, name, *rest, **more):
         start = time.process_time()
-        found = plain(self, name, *rest, **more)
+        result = plain(self, name, *rest, **more)
         taken[name] = time.process_time() - start
-        return found
+        return result
 
     Training.trainer = timed
     try:
@@ -79,7 +79,7 @@ def measured(training, held_out, folder: Path, settings: dict) -> str:
     grid, steps = run.model.field.occupancy, run.config.field_steps
     share = "" if grid is None else f", {float(grid.share_occupied()):.0%} of the box left"
     score = run.evaluate(held_out)["psnr"]
-    words = f"{settings['field']:<9} occupancy={str(grid is not None):<5}"
+    words = f"{settings['field']:<9} occupancy={grid is not None!s:<5}"
     return f"{words} {1e3 * taken['fit'] / steps:7.1f} ms a step, {score:.2f} dB after {steps}{share}"
 
 

@@ -28,7 +28,7 @@ PICTURES = 7
 def prepare(folder: Path) -> None:
     """A run of each model, and images: one of them broken, some of another size, masks for the rest."""
     tiny_runs.train("segdiff", folder / "segdiff", steps=2)
-    tiny_runs.without_sheets()
+    tiny_runs.disable_previews()
     views = make_procedural_views(12, 8, seed=1)
     few = {"search_steps": 4, "field_steps": 2, "steps": 2}
     tiny_runs.nerfdiff.train_nerfdiff(views.select(slice(0, 8)), out=folder / "nerfdiff", **tiny_runs.NERFDIFF | few)
@@ -69,7 +69,7 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
 
 
 def run_command(arguments: list[str], printed: Path) -> None:
-    """A command line, and what this process says of it."""
+    """Run a command line and write its output to a file."""
     with open(printed, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(sys.stderr):
         code = command_line([*arguments, "--device", "cpu", "--json"])
     if code:
