@@ -252,7 +252,7 @@ def empty(positions, directions):
 def test_what_cannot_be_exported(tmp_path, views):
     from dataclasses import replace
 
-    with pytest.raises(DataError, match="no view sees anything solid"):
+    with pytest.raises(DataError, match="no view shows anything solid"):
         export(tmp_path / "scene.ply", views, empty)
     with pytest.raises(DataError, match="at most 0"):
         export(tmp_path / "mesh.ply", views, empty)
