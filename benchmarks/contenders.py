@@ -123,9 +123,9 @@ class PlainStep:
         draw = BatchDraw(config.seed, seen, config.batch_size, slice(None), self.device)
         indices = image_order(config.seed, seen, config.batch_size, self.task.size)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            found = self.task.loss(self.net, indices, draw, torch.tensor(self.step, device=self.device))
+            result = self.task.loss(self.net, indices, draw, torch.tensor(self.step, device=self.device))
         self.optimizer.zero_grad()
-        found.objective.mean().backward()
+        result.objective.mean().backward()
         if config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, config.gradient_clip)
         self.optimizer.step()
@@ -191,6 +191,6 @@ def gradients(net: nn.Module, config: SegdiffConfig, device: torch.device) -> tu
     t = torch.arange(config.batch_size, device=device) * 7 % config.timesteps
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         prediction = net(x.contiguous(memory_format=torch.channels_last), t).prediction
-    found = torch.autograd.grad((prediction * x.sin()).mean(), [p for p in net.parameters()], allow_unused=True)
-    flat = [torch.zeros(0) if g is None else g.float().flatten().cpu() for g in found]
+    result = torch.autograd.grad((prediction * x.sin()).mean(), [p for p in net.parameters()], allow_unused=True)
+    flat = [torch.zeros(0) if g is None else g.float().flatten().cpu() for g in result]
     return prediction.detach().float().cpu(), torch.cat(flat)

@@ -1,11 +1,11 @@
 """The hash grid on the CPU against its PyTorch reference: both in one process, by turns, as ratios of medians.
 
     python -m benchmarks.encoding            # runs, writes benchmarks/results/encoding.json, prints the table
-    python -m benchmarks.encoding --show     # prints the table of what stands there
+    python -m benchmarks.encoding --show     # prints the table of the stored results
 
 Forward and backward with gradients for table and coordinates. The reference is factorkit.ops.reference in
-fp32, the plain vectorised PyTorch a user would write; beside it stands torch.compile of it (tiny-cuda-nn and the like
-have no CPU path). Points lie along rays, as marching leaves them. The machine's load stands beside the numbers: on a
+fp32, the plain vectorised PyTorch a user would write; torch.compile of it is measured too (tiny-cuda-nn and others have
+no CPU path). Points lie along rays, as marching produces them. The machine's load is recorded with the numbers: on a
 busy machine ratios hold better than times, and the gain of a second thread means nothing.
 """
 
@@ -76,8 +76,8 @@ def hash_grid_case(log2_rows: int, interpolation: str, rounds: int, rays: int = 
         torch.autograd.grad(out, (x, table_), upstream)
 
     others = {"torch.compile of the reference": compiled}
-    found = {"points": len(x), "levels": 16, "features": 2, **compare(ours, plain, others, rounds)}
-    return {**found, "scaling_2_threads": gain_of_a_thread(ours, rounds)}
+    result = {"points": len(x), "levels": 16, "features": 2, **compare(ours, plain, others, rounds)}
+    return {**result, "scaling_2_threads": gain_of_a_thread(ours, rounds)}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""What a training survives: SIGKILL at random moments and in every file operation, over and over, and its final state
-compared bit by bit with that of a run that nobody disturbed.
+"""Training under SIGKILL: final states after kills are compared bit by bit with those of uninterrupted runs.
 
     python -m benchmarks.faults --kills 200
 
-Half of the kills come from outside, at a moment drawn evenly over what is left of the run; what they hit is told by a
-note that the training keeps in shared memory. The others fall before, in the midst of or after a file operation (a
-write, a sync, a rename, a removal) that is drawn by its number. A run that reaches its end is compared, its folder and
-the prepared images are thrown away, and the next begins. The trainings are forks of this process, which has imported
-torch but never used it: starting Python afresh after every kill would take most of the time, and changes nothing about
-what a kill leaves on disk.
+Half of the kills come from outside, at a moment drawn uniformly over the rest of the run; a note in shared memory that
+the training updates records what they hit. The others come before, during or after a file operation (a write, a sync,
+a rename, a removal) drawn by its number. When a run reaches its end it is compared, its folder and prepared images are
+deleted, and the next run begins. Each training is a fork of this process, which has imported torch but never used it:
+starting Python after every kill would take most of the time and changes nothing about what a kill leaves on disk.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 
 from benchmarks import tiny_runs
 from benchmarks.recording import commit, machine, write_result
@@ -126,7 +124,7 @@ def watch(notes: Notes, kill: Kill | None) -> None:
         noted("resuming", Trainer.restore),
     )
     segdiff.prepare = noted("preparing data", segdiff.prepare)
-    nerfdiff.keep_views = noted("preparing data", nerfdiff.keep_views)
+    nerfdiff.store_views = noted("preparing data", nerfdiff.store_views)
 
 
 def run(name: str, folder: Path, notes: Notes, kill: Kill | None = None) -> bool:
@@ -145,8 +143,8 @@ def run(name: str, folder: Path, notes: Notes, kill: Kill | None = None) -> bool
             os.environ["FACTORKIT_CACHE"] = str(folder / "cache")
             watch(notes, kill)
             model, changes = RUNS[name]
-            data = tiny_runs.photographs(folder.parent / "photographs") if model == "segdiff" else None
-            sys.stderr = open(os.devnull, "w")
+            data = tiny_runs.make_noise_images(folder.parent / "photographs") if model == "segdiff" else None
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until this forked process ends
             tiny_runs.train(model, folder / "run", data, **COMMON | changes)
             status = 0
         except BaseException:
@@ -208,26 +206,26 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results as it is")
     flags = parser.parse_args()
     seed = int(time.time()) if flags.seed is None else flags.seed
-    chance, notes, found, processor = random.Random(seed), Notes(), {}, time.process_time()
+    chance, notes, result, processor = random.Random(seed), Notes(), {}, time.process_time()
     measured = commit()  # before it may change
     shares = {name: flags.kills * (i + 1) // len(RUNS) - flags.kills * i // len(RUNS) for i, name in enumerate(RUNS)}
     with tempfile.TemporaryDirectory() as folder:
         for name, kills in shares.items():
-            found[name] = endure(name, kills, Path(folder) / name.replace(", ", "_"), chance, notes)
-            print(f"{name}: {kills} kills in {found[name]['runs']} runs, {len(found[name]['differing'])} differ")
-            for what, count in found[name]["hit"].items():
+            result[name] = endure(name, kills, Path(folder) / name.replace(", ", "_"), chance, notes)
+            print(f"{name}: {kills} kills in {result[name]['runs']} runs, {len(result[name]['differing'])} differ")
+            for what, count in result[name]["hit"].items():
                 print(f"  {count:4} {what}")
     times = os.times()
     record = {
-        "runs": found,
-        "kills": sum(f["kills"] for f in found.values()),
+        "runs": result,
+        "kills": sum(f["kills"] for f in result.values()),
         "seed": seed,
         "commit": measured,
         "machine": machine(1),
         "torch": torch.__version__,
         "processor_seconds": round(time.process_time() - processor + times.children_user + times.children_system),
     }
-    broken = [what for f in found.values() for what in f["differing"]]
+    broken = [what for f in result.values() for what in f["differing"]]
     print(f"{record['kills']} kills survived, {len(broken)} differences, {record['processor_seconds']} s of processor")
     print(json.dumps(record | {"runs": None}), file=sys.stderr)
     if not flags.no_record:

@@ -24,7 +24,7 @@ SMOOTH, SIGMAS, FRAMES, PICTURES = (0.0, 0.5, 0.8, 0.9), (5, 15), 30, (3, 15, 30
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path)
-    parser.add_argument("--data", help="as train_segdiff takes it; the photographs the run was trained on")
+    parser.add_argument("--data", help="as train_segdiff takes it; the photos the run was trained on")
     args = parser.parse_args()
     if args.run is not None:
         measure(args.run, args.data)
@@ -50,14 +50,15 @@ def measure(folder: Path, data: str) -> None:
     def labels(frames: np.ndarray, smooth: float) -> np.ndarray:
         options = {"size": size, "upsample": "guided", "smooth": smooth}
         pairs = segment_frames(frames, run.config, run.predictor(None, "fast"), **options)
-        return np.stack([found for _, found in pairs])
+        return np.stack([result for _, result in pairs])
 
     record: dict = {"frames": FRAMES, "machine": machine(1), "commit": commit()}
     for sigma in SIGMAS:
         clips = [noisy(np.repeat(photo[None], FRAMES, 0), sigma, seed=1) for photo in photos]
-        found = {s: [labels(clip, s)[10:] for clip in clips] for s in SMOOTH}
+        result = {s: [labels(clip, s)[10:] for clip in clips] for s in SMOOTH}
         record[f"still, noise {sigma}"] = {
-            str(s): round(float(np.mean([(clip[1:] != clip[:-1]).mean() for clip in of])), 5) for s, of in found.items()
+            str(s): round(float(np.mean([(clip[1:] != clip[:-1]).mean() for clip in of])), 5)
+            for s, of in result.items()
         }
     agreement: dict[str, list[float]] = {str(s): [] for s in SMOOTH}
     for photo in photos:

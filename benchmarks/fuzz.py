@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.fuzz_targets import Target, Unclear, targets
+from benchmarks.fuzz_targets import Target, UnclearMessageError, targets
 from benchmarks.recording import commit, machine, write_result
 from factorkit.utils.errors import FactorkitError
 
@@ -47,12 +47,12 @@ class Hang(BaseException):
 
 
 class Verdict(NamedTuple):
-    """What became of input ``number``."""
+    """The outcome of input ``number``."""
 
     number: int
     kind: str
     outcome: str  #: one of FINE, or "bug", "hang", "memory", "unclear"
-    said: str  #: the message, or the traceback of a finding
+    message: str  #: the message, or the traceback of a finding
 
 
 def main() -> None:
@@ -69,9 +69,9 @@ def main() -> None:
         for verdict in fuzz(numbers, args.seed, Path(folder), args.kinds):
             verdicts.append(verdict)
             if verdict.outcome not in FINE:
-                print(f"input {verdict.number} ({verdict.kind}): {verdict.outcome}\n{verdict.said}\n", flush=True)
+                print(f"input {verdict.number} ({verdict.kind}): {verdict.outcome}\n{verdict.message}\n", flush=True)
             elif args.only is not None:
-                print(f"{verdict.outcome}: {verdict.said}")
+                print(f"{verdict.outcome}: {verdict.message}")
     record = counts(verdicts) | {"seed": args.seed, "peak_resident_mib": round(peak_mib())}
     print(table(record))
     if args.only is None and args.kinds is None:
@@ -83,10 +83,10 @@ def main() -> None:
 def fuzz(numbers: Sequence[int], seed: int, folder: Path, kinds: Sequence[str] | None = None) -> Iterator[Verdict]:
     """The verdict on each input; ``folder`` is scratch space, and so is the working directory meanwhile."""
     with _inside(folder):
-        known = [t for t in targets(folder / "good") if kinds is None or t.name in kinds]
+        chosen = [t for t in targets(folder / "good") if kinds is None or t.name in kinds]
         with _limited():
             for number in numbers:
-                target, place = known[number % len(known)], folder / "input"
+                target, place = chosen[number % len(chosen)], folder / "input"
                 place.mkdir()
                 rng = np.random.default_rng([seed, number])
                 os.environ["FACTORKIT_CACHE"] = str(place / "cache")
@@ -96,14 +96,14 @@ def fuzz(numbers: Sequence[int], seed: int, folder: Path, kinds: Sequence[str] |
 
 
 def judge(target: Target, place: Path, rng: np.random.Generator) -> tuple[str, str]:
-    """(outcome, what was said) of feeding an input."""
+    """Return the outcome and the message of reading an input."""
     with _clock(), warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always", UserWarning)
         try:
-            told = target.feed(place, rng)
+            outcome = target.feed(place, rng)
         except FactorkitError as error:
             return ("refused", str(error)) if str(error).strip() else ("unclear", "an error without a word")
-        except Unclear as error:
+        except UnclearMessageError as error:
             return "unclear", str(error)
         except Hang:
             return "hang", traceback.format_exc()
@@ -111,10 +111,10 @@ def judge(target: Target, place: Path, rng: np.random.Generator) -> tuple[str, s
             return "memory", traceback.format_exc()
         except Exception:
             return "bug", traceback.format_exc()
-    said = [str(note.message) for note in noted if issubclass(note.category, UserWarning)]
-    if told is not None:
-        return told
-    return ("skipped", "; ".join(said)) if said else ("read", "")
+    messages = [str(note.message) for note in noted if issubclass(note.category, UserWarning)]
+    if outcome is not None:
+        return outcome
+    return ("skipped", "; ".join(messages)) if messages else ("read", "")
 
 
 @contextlib.contextmanager
@@ -172,8 +172,8 @@ def peak_mib() -> float:
 def table(record: dict) -> str:
     outcomes = [*FINE, *sorted(set(record["total"]) - set(FINE))]
     lines = [f"{'':<14}" + "".join(f"{name:>9}" for name in outcomes)]
-    for kind, found in [*record["kinds"].items(), ("all", record["total"])]:
-        lines.append(f"{kind:<14}" + "".join(f"{found.get(name, 0):>9}" for name in outcomes))
+    for kind, result in [*record["kinds"].items(), ("all", record["total"])]:
+        lines.append(f"{kind:<14}" + "".join(f"{result.get(name, 0):>9}" for name in outcomes))
     return "\n".join([*lines, f"{record['inputs']} inputs, at most {record['peak_resident_mib']} MiB resident"])
 
 

@@ -1,4 +1,4 @@
-"""What is fuzzed: for each kind of input, how a malformed one is made and what is given it to read."""
+"""The fuzzed kinds of input: how a malformed one is made, and the code that reads it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from factorkit.engine.checkpoint import read_checkpoint, write_checkpoint
 from factorkit.rendering import orbit
 from factorkit.segdiff.verdict import write_report
 
-Told = tuple[str, str] | None  # outcome and words, where what reads the input says them itself
-GOOD = "a_good.png"  # beside a malformed picture
+Outcome = tuple[str, str] | None  # outcome and message, where the reader returns them itself
+GOOD = "a_good.png"  # beside a malformed image
 FORMATS = (
     ("png", "RGB"),
     ("png", "P"),
@@ -61,8 +61,8 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 20\nshowpage\n"
 FOREIGN = (POSTSCRIPT, b"<svg/>", b"\x7fELF", b"", b"MZ", b"%PDF-1.7")
 
 
-class Unclear(Exception):
-    """A refusal that does not say what is wrong, or says it twice."""
+class UnclearMessageError(Exception):
+    """An error message that does not name what is wrong, or names it twice."""
 
 
 class Target(NamedTuple):
@@ -71,12 +71,12 @@ class Target(NamedTuple):
     Attributes:
         name: of the kind.
         make: lays a malformed input into a folder.
-        feed: gives that folder to what reads it. Answers outcome and words, or None where warnings and exceptions tell.
+        feed: reads that folder. Returns outcome and message, or None where warnings and exceptions give them.
     """
 
     name: str
     make: Callable[[Path, Rng], None]
-    feed: Callable[[Path, Rng], Told]
+    feed: Callable[[Path, Rng], Outcome]
 
 
 def targets(folder: Path) -> list[Target]:
@@ -85,7 +85,7 @@ def targets(folder: Path) -> list[Target]:
     segdiff, nerfdiff = runs["segdiff"], runs["nerfdiff"]
     weights = segdiff.parent / "segdiff.safetensors"
 
-    def picture(place: Path, rng: Rng) -> Told:
+    def picture(place: Path, rng: Rng) -> Outcome:
         way = rng.random()
         if way < 0.6:
             return command("prepare", place / "in", "--resolution", 8)
@@ -94,51 +94,51 @@ def targets(folder: Path) -> list[Target]:
         open_views(place / "in", resolution=8)
         return None
 
-    def mask(place: Path, rng: Rng) -> Told:
+    def mask(place: Path, rng: Rng) -> Outcome:
         return command(
             "evaluate", weights, "--images", place / "in/images", "--masks", place / "in/masks", "--num-fit-images", 1
         )
 
-    def archive(place: Path, rng: Rng) -> Told:
+    def archive(place: Path, rng: Rng) -> Outcome:
         return command("prepare", place / "x.zip", "--resolution", 8)
 
-    def array(place: Path, rng: Rng) -> Told:
+    def array(place: Path, rng: Rng) -> Outcome:
         return command("prepare", next(place.glob("x.np?")), "--resolution", 8)
 
-    def shards(place: Path, rng: Rng) -> Told:
+    def shards(place: Path, rng: Rng) -> Outcome:
         dataset = open_dataset(place / "in")
         for i in range(len(dataset.train)):
             dataset.train.read(i)
         return None
 
-    def views(place: Path, rng: Rng) -> Told:
+    def views(place: Path, rng: Rng) -> Outcome:
         open_views(place / "in" if (place / "in").exists() else place / "x.npz", pick(rng, (None, "train")), 8)
         return None
 
-    def classes(place: Path, rng: Rng) -> Told:
+    def classes(place: Path, rng: Rng) -> Outcome:
         read_classes(next(place.glob("x.*")), [f"{i}.png" for i in range(6)])
         return None
 
-    def run(place: Path, rng: Rng) -> Told:
+    def run(place: Path, rng: Rng) -> Outcome:
         if not (place / "run/views.npz").exists():
             return command("segment", place / "run", place / GOOD, "--out", place / "out")
         if rng.random() < 0.5:
             return command("render", place / "run", "--frames", 2, "--out", place / "out.gif")
         return command("export", place / "run", place / "out/transforms.json")
 
-    def kept(place: Path, rng: Rng) -> Told:
+    def report_from_files(place: Path, rng: Rng) -> Outcome:
         if rng.random() < 0.7:
             write_report(place / "run")
             return None
         images, masks = place / "in/images", place / "in/masks"
         return command("evaluate", place / "run", "--images", images, "--masks", masks, "--num-fit-images", 1)
 
-    def words(place: Path, rng: Rng) -> Told:
-        found = damage_words(pick(rng, command_lines(weights, nerfdiff, place)), rng)
-        if found and found[0] in ("demo", "train", "view", "reproduce"):  # too long, or for ever
-            cli.parse(found[0], found[1:])
+    def words(place: Path, rng: Rng) -> Outcome:
+        result = damage_words(pick(rng, command_lines(weights, nerfdiff, place)), rng)
+        if result and result[0] in ("demo", "train", "view", "reproduce"):  # too long, or for ever
+            cli.parse(result[0], result[1:])
             return None
-        return command(*found)
+        return command(*result)
 
     def run_with(name: str, change: Callable[[Path, Rng], None]) -> Callable[[Path, Rng], None]:
         def make(place: Path, rng: Rng) -> None:
@@ -168,26 +168,26 @@ def targets(folder: Path) -> list[Target]:
         Target("weights", run_with("segdiff", change_weights), run),
         Target("weights 3d", run_with("nerfdiff", change_weights), run),
         Target("views.npz", run_with("nerfdiff", change_views), run),
-        Target("run's notes", report_files, kept),
+        Target("run's notes", report_files, report_from_files),
         Target("command line", lambda place, rng: labelled(place / "in", 2), words),
     ]
 
 
 def command(*words: object) -> tuple[str, str]:
-    """What a command line came to: (outcome, what it said).
+    """Run a command line; return its outcome and its message.
 
     Raises:
-        Unclear: an exit code without one line of `error:`, or the other way round.
+        UnclearMessageError: an exit code without one line of `error:`, or the other way round.
     """
-    out, said = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
+    out, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(stderr):
         code = cli.main([str(word) for word in words])
-    text = said.getvalue()
+    text = stderr.getvalue()
     errors = text.split("error: ")[1:] if code or text.startswith("error: ") else []
     silent = len(errors) != (code != 0) or any(len(error) < 15 for error in errors)
-    shown = "Traceback" in text and "--debug" not in words  # which asks for it
-    if silent or code not in (0, 1, 2) or shown:
-        raise Unclear(f"exit code {code} of {words}:\n{text}")
+    has_traceback = "Traceback" in text and "--debug" not in words  # which asks for it
+    if silent or code not in (0, 1, 2) or has_traceback:
+        raise UnclearMessageError(f"exit code {code} of {words}:\n{text}")
     return ("refused" if code else "skipped" if "warning: " in text else "read"), text
 
 
@@ -253,10 +253,10 @@ def encoded(suffix: str, mode: str) -> bytes:
 
 
 def exif() -> Image.Exif:
-    found = Image.Exif()
-    found[0x0112] = 6  # lies on its side
-    found.get_ifd(0x8769)[0xA405] = 35
-    return found
+    result = Image.Exif()
+    result[0x0112] = 6  # lies on its side
+    result.get_ifd(0x8769)[0xA405] = 35
+    return result
 
 
 # --- malformed ones ---
@@ -289,7 +289,7 @@ def make_zip(place: Path, rng: Rng) -> None:
     method = pick(rng, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
     with zipfile.ZipFile(place / "x.zip", "w", method) as archive:
         for path in sorted((place / "in").rglob("*.png")):
-            if path.parent.name == "images" or masked and path.stem in "01":
+            if path.parent.name == "images" or (masked and path.stem in "01"):
                 archive.write(path, path.relative_to(place / "in").as_posix())
         archive.writestr("near_duplicates.txt", pick(rng, ("0 1\n", "0\n", "a b c\n", "\xff")))
     (place / "x.zip").write_bytes(damage((place / "x.zip").read_bytes(), rng))
@@ -356,11 +356,11 @@ def make_srn(place: Path, rng: Rng) -> None:
         (folder / "pose" / f"{i:06d}.txt").write_text(" ".join(str(x) for row in pose for x in row))
     (folder / "intrinsics.txt").write_text("30 12 10 0.\n0. 0. 0.\n1.\n20 24\n")
     path = pick(rng, (folder / "intrinsics.txt", folder / "pose/000001.txt"))
-    found = path.read_text().split(" ")
+    result = path.read_text().split(" ")
     if rng.random() < 0.6:
-        at = int(rng.integers(len(found)))
-        found[at] = pick(rng, (found[at], "nan", "inf", "0", "-1", "1e400", "x", "", "\n", "1_0", "٣"))
-        path.write_text(" ".join(found))
+        at = int(rng.integers(len(result)))
+        result[at] = pick(rng, (result[at], "nan", "inf", "0", "-1", "1e400", "x", "", "\n", "1_0", "٣"))
+        path.write_text(" ".join(result))
     else:
         path.write_bytes(damage(path.read_bytes(), rng))
 
@@ -412,21 +412,21 @@ def change_weights(run: Path, rng: Rng) -> None:
 
 
 def change_views(run: Path, rng: Rng) -> None:
-    with np.load(run / "views.npz", allow_pickle=False) as found:
-        arrays = dict(found)
+    with np.load(run / "views.npz", allow_pickle=False) as result:
+        arrays = dict(result)
     (run / "views.npz").write_bytes(damage_npz(arrays, rng))
 
 
 def change_notes(run: Path, rng: Rng) -> None:
-    """What a report is made of."""
+    """Damage one of the files of which a report is made."""
     path = run / pick(rng, ("scores.json", "log.jsonl", "log.jsonl", "checkpoints/best.json", "samples", "config.json"))
     if path.suffix == ".jsonl":
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         changed = [damage_json(line, rng) if rng.random() < 0.3 else json.dumps(line).encode() for line in lines]
         path.write_bytes(b"\n".join(changed))
     elif path.name == "samples":
-        sheet = pick(rng, sorted(path.glob("*.png")))
-        sheet.write_bytes(damage(sheet.read_bytes(), rng))
+        image_grid = pick(rng, sorted(path.glob("*.png")))
+        image_grid.write_bytes(damage(image_grid.read_bytes(), rng))
     else:
         tree = json.loads(path.read_text()) if path.exists() else {"step": 2, "error": 0.5}
         path.write_bytes(damage_json(tree, rng))

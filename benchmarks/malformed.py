@@ -77,13 +77,13 @@ def _repeat(data: bytes, rng: Rng) -> bytes:
 
 def mend_png(data: bytes) -> bytes:
     """A PNG with its checksums put right, so that what is wrong in its chunks reaches the decoder."""
-    found, at = [data[:8]], 8
+    result, at = [data[:8]], 8
     while at + 12 <= len(data):
         (size,) = struct.unpack(">I", data[at : at + 4])
         body = data[at + 4 : at + 8 + size]
-        found.append(data[at : at + 4] + body + struct.pack(">I", zlib.crc32(body)))
+        result.append(data[at : at + 4] + body + struct.pack(">I", zlib.crc32(body)))
         at += 12 + size
-    return b"".join(found)
+    return b"".join(result)
 
 
 # --- JSON ---
@@ -130,10 +130,10 @@ def strange_value(rng: Rng) -> Any:
 
 def nested(depth: int) -> list:
     """Lists in lists."""
-    found: list = []
+    result: list = []
     for _ in range(depth):
-        found = [found]
-    return found
+        result = [result]
+    return result
 
 
 def damage_tree(tree: Any, rng: Rng) -> Any:
@@ -152,8 +152,9 @@ def damage_tree(tree: Any, rng: Rng) -> Any:
         if how < 0.1:
             return tree[:at] + tree[at + 1 :]
         if how < 0.2:
-            return tree[:at] + [tree[at]] + tree[at:]
-        return tree[:at] + [strange_value(rng) if how < 0.5 else damage_tree(tree[at], rng)] + tree[at + 1 :]
+            return [*tree[:at], tree[at], *tree[at:]]
+        value = strange_value(rng) if how < 0.5 else damage_tree(tree[at], rng)
+        return [*tree[:at], value, *tree[at + 1 :]]
     return strange_value(rng)
 
 
@@ -195,10 +196,10 @@ def damage_array(array: np.ndarray, rng: Rng) -> np.ndarray:
         return np.zeros(3, dtype=[("a", "f4"), ("b", "i2", (2,))])
     if how == 8:
         return np.swapaxes(array, 0, -1) if array.ndim > 1 else array.reshape(1, -1)
-    found = array.astype("f8") if array.dtype.kind in "iufb" else array.astype("U8")
-    if found.size and found.dtype.kind == "f":
-        found.flat[int(rng.integers(found.size))] = pick(rng, (np.nan, np.inf, -np.inf, 1e300, -1e300, -1.0))
-    return found
+    result = array.astype("f8") if array.dtype.kind in "iufb" else array.astype("U8")
+    if result.size and result.dtype.kind == "f":
+        result.flat[int(rng.integers(result.size))] = pick(rng, (np.nan, np.inf, -np.inf, 1e300, -1e300, -1.0))
+    return result
 
 
 def encode_npy(array: np.ndarray) -> bytes:
@@ -321,15 +322,15 @@ WORDS = (
 
 def damage_words(words: Sequence[str], rng: Rng) -> list[str]:
     """A command line with words put in, left out, repeated, replaced or swapped."""
-    found = list(words)
+    result = list(words)
     for _ in range(int(rng.integers(1, 5))):
-        at, how = int(rng.integers(len(found) + 1)), rng.random()
-        if how < 0.4 or not found:
-            found.insert(at, pick(rng, WORDS))
+        at, how = int(rng.integers(len(result) + 1)), rng.random()
+        if how < 0.4 or not result:
+            result.insert(at, pick(rng, WORDS))
         elif how < 0.7:
-            found[at % len(found)] = pick(rng, WORDS)
+            result[at % len(result)] = pick(rng, WORDS)
         elif how < 0.85:
-            del found[at % len(found)]
+            del result[at % len(result)]
         else:
-            found.insert(at, pick(rng, found))
-    return found
+            result.insert(at, pick(rng, result))
+    return result

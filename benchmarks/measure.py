@@ -1,4 +1,4 @@
-"""Times, memory and the two roofs (copying, multiplying matrices), alike on a CPU and on a GPU."""
+"""Times, memory and the machine's limits (copy bandwidth, matrix products), on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.recording import commit, processor
 
-FILLED = 0.02  # seconds that one timing of a short function should take on a GPU
+MIN_TIMING_SECONDS = 0.02  # of one timing of a short function on a GPU, longer than a launch
 
 
 def wait(device: torch.device) -> None:
@@ -22,12 +22,12 @@ def wait(device: torch.device) -> None:
 
 
 def clock_of(device: torch.device) -> str:
-    """On one thread of a CPU the process's own time, to which other programs of a busy machine add little."""
+    """Return which clock is used: on one CPU thread the process's own time, which other programs hardly affect."""
     return "process" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
 def timed(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Milliseconds a call, the device's work included."""
+    """Return milliseconds a call, including the device's work."""
     clock = time.process_time if clock_of(device) == "process" else time.perf_counter
     wait(device)
     start = clock()
@@ -38,13 +38,17 @@ def timed(run: Callable[[], object], device: torch.device, repeats: int = 1) -> 
 
 
 def by_turns(runs: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Median and quartiles in milliseconds of each function; they take turns, so that the machine's moods are shared.
+    """Return median and quartiles in milliseconds of each function.
+
+    The functions take turns, so that other load on the machine affects all of them.
 
     Every function has been called before.
     """
     repeats = dict.fromkeys(runs, 1)
     if device.type == "cuda":  # starting a short function takes as long as the function
-        repeats = {name: max(1, round(1e3 * FILLED / max(1e-3, timed(run, device)))) for name, run in runs.items()}
+        repeats = {
+            name: max(1, round(1e3 * MIN_TIMING_SECONDS / max(1e-3, timed(run, device)))) for name, run in runs.items()
+        }
     times = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -58,7 +62,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most memory a call holds beyond what was held before it, as the allocator counts it."""
+    """Return the peak memory of a call beyond what was allocated before it."""
     gc.collect()
     if device.type == "cuda":
         wait(device)
@@ -78,7 +82,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def copy_bandwidth(device: torch.device, megabytes: int, rounds: int) -> float:
-    """GB/s of a copy between two tensors of this size, bytes read and bytes written."""
+    """Return GB/s of a copy between two tensors of this size, counting bytes read and bytes written."""
     source = torch.ones(megabytes << 18, device=device)
     target = torch.empty_like(source)
     copy = lambda: target.copy_(source)  # noqa: E731
@@ -87,7 +91,7 @@ def copy_bandwidth(device: torch.device, megabytes: int, rounds: int) -> float:
 
 
 def matrix_rate(device: torch.device, side: int, dtype: torch.dtype, rounds: int) -> float:
-    """TFLOP/s of the product of two square matrices."""
+    """Return TFLOP/s of the product of two square matrices."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     multiply = lambda: a @ b  # noqa: E731
     multiply()
@@ -95,7 +99,7 @@ def matrix_rate(device: torch.device, side: int, dtype: torch.dtype, rounds: int
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """What the numbers were measured on."""
+    """Return a description of the machine that was measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": name,

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--roll", type=float, default=0.0, help="turn training views by up to so many degrees")
     parser.add_argument("--shift", type=float, default=0.0, help="shift them by up to this share of their side")
     parser.add_argument("--zoom", type=float, default=0.0, help="scale them by up to this share")
-    parser.add_argument("--focal", type=float, default=0.0, help="tell a focal length that is off by this share")
+    parser.add_argument("--focal", type=float, default=0.0, help="relative error of the given focal length")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=["dictionary"])
     parser.add_argument("--preset", default="fast")
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
@@ -75,8 +75,10 @@ def views_of(args: argparse.Namespace):
 
 
 def disturbed(views, seed: int, roll: float = 0.0, shift: float = 0.0, zoom: float = 0.0, focal: float = 0.0):
-    """The views turned, shifted and scaled at random, and told to be of another focal length than they are; of their
-    true poses the turns are known, and put in."""
+    """Turn, shift and scale the views at random and give them a wrong focal length.
+
+    The true poses are turned with them.
+    """
     from dataclasses import replace
 
     import roma
@@ -86,7 +88,7 @@ def disturbed(views, seed: int, roll: float = 0.0, shift: float = 0.0, zoom: flo
     generator = torch.Generator().manual_seed(seed)
     turn, right, down, scale = 2 * torch.rand(4, len(views), generator=generator) - 1
     turn, scale = turn * math.radians(roll), 1 + zoom * scale
-    # where each new pixel is taken from: the picture's content turns the other way, and so counter-clockwise
+    # where each new pixel is taken from: the image's content turns the other way, and so counter-clockwise
     source = torch.stack(
         [
             torch.stack([turn.cos() / scale, -turn.sin() / scale, 2 * shift * right], 1),
@@ -105,7 +107,7 @@ def disturbed(views, seed: int, roll: float = 0.0, shift: float = 0.0, zoom: flo
 
 
 def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> None:
-    """Train and score one seed, unless its result stands already."""
+    """Train and score one seed, unless its result is stored already."""
     import torch
 
     import factorkit
@@ -151,7 +153,7 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
         "torch": torch.__version__,
     }
     write_result(RESULTS, key, record)
-    short = {k: round(v, 3) for k, v in scores.items() if isinstance(v, float) and "median" in k or "psnr" in k}
+    short = {k: round(v, 3) for k, v in scores.items() if (isinstance(v, float) and "median" in k) or "psnr" in k}
     print(key, short, record["failures"], f"{seconds:.0f} s ({busy:.0f} s of the processor)", flush=True)
 
 

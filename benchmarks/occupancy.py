@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from factorkit.data.procedural.scene import make_procedural_views
-from factorkit.nerfdiff.train import Training, train_nerfdiff
+from factorkit.nerfdiff.stages.pipeline import Training
+from factorkit.nerfdiff.train import train_nerfdiff
 
 #: what a short training of each field takes on a CPU
 SETTINGS = {
@@ -53,15 +54,15 @@ def main() -> None:
 
 def measured(training, held_out, folder: Path, settings: dict) -> str:
     """A line: milliseconds of the processor a step, and the held-out PSNR."""
-    taken, plain = {}, Training.trainer
+    taken, plain = {}, Training.train_stage
 
     def timed(self, name, *rest, **more):
         start = time.process_time()
-        found = plain(self, name, *rest, **more)
+        result = plain(self, name, *rest, **more)
         taken[name] = time.process_time() - start
-        return found
+        return result
 
-    Training.trainer = timed
+    Training.train_stage = timed
     try:
         run = train_nerfdiff(
             training,
@@ -75,11 +76,11 @@ def measured(training, held_out, folder: Path, settings: dict) -> str:
             **settings,
         )
     finally:
-        Training.trainer = plain
+        Training.train_stage = plain
     grid, steps = run.model.field.occupancy, run.config.field_steps
     share = "" if grid is None else f", {float(grid.share_occupied()):.0%} of the box left"
     score = run.evaluate(held_out)["psnr"]
-    words = f"{settings['field']:<9} occupancy={str(grid is not None):<5}"
+    words = f"{settings['field']:<9} occupancy={grid is not None!s:<5}"
     return f"{words} {1e3 * taken['fit'] / steps:7.1f} ms a step, {score:.2f} dB after {steps}{share}"
 
 

@@ -1,11 +1,11 @@
-"""Memory of preparing a data set: the most a process held, for a few pictures and for many.
+"""Peak memory of preparing a data set, for a few images and for many.
 
     python -m benchmarks.prepare            # runs, writes benchmarks/results/prepare.json, prints the table
-    python -m benchmarks.prepare --show     # prints the table of what stands there
+    python -m benchmarks.prepare --show     # prints the table of the stored results
 
-Drawn pictures of 128 x 96 px lie as ImageNet does, 100 to a class, and are prepared at 64 px, each count in a process
-of its own. Then links to pictures are listed and stamped, which is all that a prepared data set still costs. Beside the
-peak stands the growth over the process with everything imported.
+Generated images of 128 x 96 px, laid out as ImageNet is with 100 per class, are prepared at 64 px, each count in a
+process of its own. Then links to images are listed and their time stamps read, the remaining cost of a prepared data
+set. The table has the peak, and its growth over a process that has only imported everything.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def main() -> None:
 
 
 def measure(what: str, count: int) -> dict:
-    """The record of one child process on `count` fresh pictures."""
+    """The record of one child process on `count` new images."""
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder) / "imagenet", count, linked=what == "list")
         environment = {**os.environ, "FACTORKIT_CACHE": str(Path(folder) / "cache")}
-        asked = [sys.executable, "-m", "benchmarks.prepare", "--child", what, folder]
-        said = subprocess.run(asked, env=environment, check=True, capture_output=True, text=True).stdout
-    return json.loads(said)
+        command = [sys.executable, "-m", "benchmarks.prepare", "--child", what, folder]
+        output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return json.loads(output)
 
 
 def make(root: Path, count: int, linked: bool) -> None:

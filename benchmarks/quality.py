@@ -1,11 +1,11 @@
-"""What each way of sharpening masks gains: IoU on held-out photographs, at their own pixels.
+"""IoU gained by each way of refining masks, on held-out photos at their own resolution.
 
     python -m benchmarks.quality RUN... --data PHOTOS
 
-Every run (a folder of segdiff) is asked for the regions of the labelled pictures it was not trained on: as it is by
-default ("fast"), with one thing changed, with ``quality="best"``, and with each average of its weights that it keeps
-(``extra_ema_decays=``) and the masks of all of them together. One mapping from regions to foreground is fitted on the first
-pictures for each. Results go to benchmarks/results/quality.json.
+Every run (a folder of segdiff) segments the labelled images it was not trained on: with the default settings ("fast"),
+with one change, with ``quality="best"``, and with each stored average of its weights (``extra_ema_decays=``) and the
+mean masks of all of them. For each, one mapping from regions to foreground is fitted on the first images. Results go to
+benchmarks/results/quality.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RESULTS = Path(__file__).with_name("results") / "quality.json"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path)
-    parser.add_argument("--data", help="as train_segdiff takes it; the photographs the runs were trained on")
+    parser.add_argument("--data", help="as train_segdiff takes it; the photos the runs were trained on")
     args = parser.parse_args()
     for folder in args.runs:
         measure(folder, args.data)
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def measure(folder: Path, data: str) -> None:
-    """Score one run, unless its result stands already."""
+    """Score one run, unless its result is stored already."""
     import torch
 
     import factorkit
@@ -47,32 +47,32 @@ def measure(folder: Path, data: str) -> None:
     config = run.config
     dataset = open_dataset(data, holdout=config.holdout)
     own = min(dataset.test_images.read(0).size)
-    known = load_labelled(dataset.test_images, dataset.test_masks, own, ignore=config.ignore)
-    num_fit_images = max(1, min(config.num_fit_images, len(known) // 2))
+    split = load_labelled(dataset.test_images, dataset.test_masks, own, ignore=config.ignore)
+    num_fit_images = max(1, min(config.num_fit_images, len(split) // 2))
 
-    def iou(asked=run, **options) -> float:
-        return score(asked.segment(known.images, **options).labels)
+    def iou(model=run, **options) -> float:
+        return score(model.segment(split.images, **options).labels)
 
     def score(labels: torch.Tensor) -> float:
-        return evaluate_masks(labels.numpy(), known.foreground, known.valid, config.num_leaf_regions, num_fit_images)[
+        return evaluate_masks(labels.numpy(), split.foreground, split.valid, config.num_leaf_regions, num_fit_images)[
             "iou"
         ]
 
-    found = {"bilinear": iou(upsample="bilinear"), "fast": iou(), "best": iou(quality="best"), "t = 0": iou(t=0)}
+    measured = {"bilinear": iou(upsample="bilinear"), "fast": iou(), "best": iou(quality="best"), "t = 0": iou(t=0)}
     others = {f"average {decay}": decay for decay in config.extra_ema_decays} | {"last weights": "last"}
-    masks = [run.segment(known.images).masks]
+    masks = [run.segment(split.images).masks]
     for name, weights in others.items():
-        masks.append(factorkit.load(folder, device="cpu", weights=weights).segment(known.images).masks)
-        found[name] = score(masks[-1].argmax(1))
+        masks.append(factorkit.load(folder, device="cpu", weights=weights).segment(split.images).masks)
+        measured[name] = score(masks[-1].argmax(1))
     if config.extra_ema_decays:
-        found["all averages"] = score(torch.stack(masks[:-1]).mean(0).argmax(1))
+        measured["all averages"] = score(torch.stack(masks[:-1]).mean(0).argmax(1))
     record = {
-        "iou": {name: round(value, 4) for name, value in found.items()},
+        "iou": {name: round(value, 4) for name, value in measured.items()},
         "regions": config.regions,
         "resolution": config.resolution,
         "t": config.segment_t,
         "size": own,
-        "scored": len(known) - num_fit_images,
+        "scored": len(split) - num_fit_images,
         "step": run.step,
         "machine": machine(1),
         "commit": commit(),

@@ -40,8 +40,10 @@ def processor() -> str:
 def commit() -> str:
     """The commit of this checkout, marked where it has changes, but for the results themselves."""
 
-    def git(*asked: str) -> str:
-        done = subprocess.run(["git", *asked], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
         return done.stdout.strip()
 
     try:

@@ -1,15 +1,15 @@
-"""Compositing and marching on the CPU against the PyTorch reference and against what else a user could take there: all
-in one process, by turns, as ratios of medians.
+"""Compositing and marching on the CPU, as ratios to the PyTorch reference and to other implementations.
 
     python -m benchmarks.rendering            # runs, writes benchmarks/results/rendering.json, prints the table
-    python -m benchmarks.rendering --show     # prints the table of what stands there
+    python -m benchmarks.rendering --show     # prints the table of the stored results
 
-The reference is factorkit.ops.reference in fp32, the plain vectorised PyTorch a user would write. Beside it
-stand torch.compile of the reference, nerfacc's own PyTorch path (where nerfacc is importable; it has none for marching
-and none for packed samples), and marching as TensoRF does it: every step of every ray looked up with grid_sample.
+The reference is factorkit.ops.reference in fp32, the plain vectorised PyTorch a user would write. Also
+measured: torch.compile of the reference, nerfacc's own PyTorch path (where nerfacc is importable; it has none for
+marching or packed samples), and marching as TensoRF does it, which looks up every step of every ray with grid_sample.
+All functions take turns in one process; ratios are those of medians.
 
-Two threads are compared with one on more rays, 16384 and 65536, where the work is long beside waking a thread. The
-machine's load before and during the run stands beside the numbers: on a busy machine ratios hold better than times, and
+Two threads are compared with one on more rays, 16384 and 65536, where the work is long compared with waking a
+thread. The machine's load before and during the run is recorded: on a busy machine ratios hold better than times, and
 the gain of a second thread means nothing.
 """
 
@@ -57,10 +57,10 @@ def main() -> None:
         load = os.getloadavg()[0]
         results = {}
         for name, case, usual, large in (("composite", composite_case, 4096, 16384), ("march", march_case, 64, 256)):
-            found = case(usual)
+            result = case(usual)
             results[name] = {
-                **found.facts,
-                **compare(found.ours, found.plain, found.others, args.rounds),
+                **result.facts,
+                **compare(result.ours, result.plain, result.others, args.rounds),
                 "scaling_2_threads": gain_of_a_thread(case(large).ours, args.rounds),
             }
         results["machine"] = {
@@ -116,7 +116,7 @@ def composite_case(rays: int) -> Case:
 
 
 def march_case(side: int) -> Case:
-    """A picture's rays through a 128^3 grid that holds a shell, about 5 percent of its cells, with jitter."""
+    """An image's rays through a 128^3 grid that holds a shell, about 5 percent of its cells, with jitter."""
     torch.manual_seed(0)
     line = (torch.arange(128) + 0.5) / 64 - 1
     radius = torch.stack(torch.meshgrid(line, line, line, indexing="ij")).norm(dim=0)
@@ -144,8 +144,8 @@ def march_case(side: int) -> Case:
         t = near[:, None] + (steps + torch.rand(len(near), 1)) * step
         points = origins[:, None] + t[..., None] * directions[:, None]
         places = points.flip(-1)[None, :, :, None]
-        found = torch.nn.functional.grid_sample(volume, places, "nearest", align_corners=False)
-        kept = (found[0, 0, :, :, 0] > 0.5) & (t < far[:, None])
+        result = torch.nn.functional.grid_sample(volume, places, "nearest", align_corners=False)
+        kept = (result[0, 0, :, :, 0] > 0.5) & (t < far[:, None])
         return t[kept], kept.nonzero()[:, 0], kept.sum(1).cumsum(0)
 
     samples = int(ours().wanted)

@@ -1,11 +1,10 @@
-"""Compositing and marching on a GPU: against the copy bandwidth measured in the same run, against nerfacc, and against
-the PyTorch reference.
+"""Compositing and marching on a GPU, against copy bandwidth, nerfacc and the PyTorch reference.
 
     python -m benchmarks.rendering_gpu           # runs, writes benchmarks/results/rendering_gpu.json, prints the table
-    python -m benchmarks.rendering_gpu --show    # prints the table of what stands there
+    python -m benchmarks.rendering_gpu --show    # prints the table of the stored results
 
 Forward and backward of packed rays of 128 samples, three channels, fp32, with gradients for density and colour, at 2^18
-and 2^24 samples. A sample has to move 64 bytes: density, colour and both edges are read by each pass (24 B), two
+and 2^24 samples. A sample must move 64 bytes: density, colour and both edges are read by each pass (24 B), two
 gradients are written (16 B). The bandwidth is that of copying 1 GiB, read and write both counted. nerfacc (pip install
 nerfacc) compiles at first use; where it cannot be imported, its column is empty. The last line counts the kernel
 launches, and the waits for the device, of a training step of marching (capacity form) and compositing.
@@ -90,14 +89,14 @@ def composite_case(samples: int, bandwidth: float, rounds: int) -> dict:
         return gradients(color, nerfacc.accumulate_along_rays(weights, None, ray_indices=ray, n_rays=rays))
 
     seconds = timed(ours, rounds)
-    found = {"ms": 1e3 * seconds, "share_of_copy": BYTES * samples / seconds / bandwidth}
+    result = {"ms": 1e3 * seconds, "share_of_copy": BYTES * samples / seconds / bandwidth}
     for name, run in (("nerfacc", peer if nerfacc is not None else None), ("reference", plain)):
         if run is None:
             continue
         for a, b in zip(ours(), run(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
-        found[f"{name}_ratio"] = timed(run, rounds) / seconds
-    return {name: round(value, 4) for name, value in found.items()}
+        result[f"{name}_ratio"] = timed(run, rounds) / seconds
+    return {name: round(value, 4) for name, value in result.items()}
 
 
 def step_counts() -> dict:

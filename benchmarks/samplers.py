@@ -50,11 +50,21 @@ def measure(args: argparse.Namespace) -> None:
     from factorkit.segdiff.train import load_data
 
     run = factorkit.load(args.run)
-    names = ("form", "regions", "resolution", "model_channels", "prediction", "schedule", "t_max", "tail", "loss_weighting")
+    names = (
+        "form",
+        "regions",
+        "resolution",
+        "model_channels",
+        "prediction",
+        "schedule",
+        "t_max",
+        "tail",
+        "loss_weighting",
+    )
     settings = {name: getattr(run.config, name) for name in names} | {"steps": run.step, "seed": run.config.seed}
-    asked = {"classes": " ".join(args.classes), "guidance": args.guidance} if args.classes else {}
-    model = " ".join([args.name, *(f"{k}={v}" for k, v in (settings | asked).items())])
-    told = {"classes": "all" if args.classes == ["all"] else args.classes, "guidance": args.guidance}
+    condition = {"classes": " ".join(args.classes), "guidance": args.guidance} if args.classes else {}
+    model = " ".join([args.name, *(f"{k}={v}" for k, v in (settings | condition).items())])
+    guided = {"classes": "all" if args.classes == ["all"] else args.classes, "guidance": args.guidance}
     dataset, prepared, _ = load_data(args.data, run.config, progress=False)
     unit = lambda images: torch.from_numpy(images.copy()).movedim(3, 1).float() / 255  # noqa: E731
     real = random_features(unit(prepared.images))
@@ -82,7 +92,7 @@ def measure(args: argparse.Namespace) -> None:
             if key in read_results(args.out):
                 continue
             start = time.perf_counter()
-            images = run.generate(args.images, sampler=sampler, steps=steps, seed=args.seed, **told).images
+            images = run.generate(args.images, sampler=sampler, steps=steps, seed=args.seed, **guided).images
             seconds = round(time.perf_counter() - start, 1)
             cost = {"steps": steps, "evaluations": count_evaluations(sampler, steps), "seconds": seconds}
             write(key, frechet_distance(random_features(images), real), sampler=sampler, **cost)

@@ -1,5 +1,6 @@
-"""What many processes cost a training on paper: bytes a step, what of them the backward pass hides, and the efficiency
-that follows from a step time that was measured elsewhere and from link speeds that are assumed. Nothing is timed here.
+"""Estimate of the cost of training on many GPUs: bytes a step, their overlap with the backward pass, efficiency.
+
+Nothing is timed here: the step time is measured elsewhere, and link speeds are assumptions.
 
     python -m benchmarks.scaling --preset flowers64 --step-seconds 0.5
     python -m benchmarks.scaling --preset lego --step-seconds 0.1 --gpus 8 64 512 --network 12.5
@@ -12,11 +13,11 @@ question, or the run's log), so the batch grows with the GPUs. The model, all of
   the narrowest place.
 - A step of the ring costs its bytes over the speed of the narrowest link it uses, and a latency; each bucket of 25 MiB
   takes 2 (N-1) of them.
-- Buckets are sent while the backward pass goes on, but for the last one, which is full when nothing is left to do.
+- Buckets are sent during the backward pass, except the last one, which fills when the pass ends.
 - With shard=True (FSDP2) every GPU gathers the others' shards of the weights in the forward and again in the backward
-  pass, and the gradients are reduce-scattered: 3 (N-1)/N times their bytes, half as much again. What of that is not
-  hidden is not modelled.
-- Every checkpoint stops the training for the copy of the state from the GPU to main memory, and for that alone.
+  pass, and the gradients are reduce-scattered: 3 (N-1)/N times their bytes, half as much again. The part
+  that is not hidden is not modelled.
+- A checkpoint stops the training only while the state is copied from the GPU to main memory.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ STATE = 4  # copies of the weights in a checkpoint: weights, average, two moment
 
 @dataclass(frozen=True)
 class Links:
-    """Assumed, not measured: bytes a second of a GPU's link within a machine, of a machine's to the others and of the
-    link to main memory; seconds before a message arrives; GPUs in a machine."""
+    """Assumed speeds: bytes a second of links within a machine, between machines and to main memory.
+
+    Also the seconds before a message arrives, and the GPUs in a machine.
+    """
 
     inside: float
     network: float
@@ -89,13 +92,13 @@ def trained_parameters(preset: str) -> int:
 
 def _nerfdiff_parameters(config) -> int:
     from factorkit.nerfdiff.build import build_model
-    from factorkit.nerfdiff.fields.grid import build_field
-    from factorkit.nerfdiff.rays import Optics
+    from factorkit.nerfdiff.fields.build import build_field
+    from factorkit.nerfdiff.rays import CameraModel
 
     layout = "forward" if config.candidate_type == "single" else "object"
     scene = {"layout": layout, "distance": 3.0, "size": [config.resolution] * 2}
-    field, optics = build_field(config.field, config.grid_resolution, 0), Optics(torch.eye(3), torch.zeros(3))
-    model = build_model(config, scene, optics, field, torch.eye(4)[None])
+    field, camera = build_field(config.field, config.grid_resolution, 0), CameraModel(torch.eye(3), torch.zeros(3))
+    model = build_model(config, scene, camera, field, torch.eye(4)[None])
     return sum(p.numel() for p in model.parameters())
 
 

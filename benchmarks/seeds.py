@@ -39,8 +39,8 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(1)
-        found = competitions(args) if args.what == "mixture" else finished(args)
-        for name, rows in found.items():
+        result = competitions(args) if args.what == "mixture" else finished(args)
+        for name, rows in result.items():
             record = {"rows": rows, "judged": judged(rows), "machine": machine(1), "commit": commit()}
             write_result(RESULTS, f"{Path(args.data).name} {name}", record)
     for key, record in read_results(RESULTS).items():
@@ -68,10 +68,10 @@ def competitions(args: argparse.Namespace) -> dict[str, list[dict]]:
     }
     config = preset_config(**settings, resolution=32).resolved()
     dataset, prepared, probes = load_data(args.data, config, False)
-    known = load_labelled(dataset.test_images, dataset.test_masks, 32)
+    split = load_labelled(dataset.test_images, dataset.test_masks, 32)
     from factorkit.utils.images import pixels_to_signed
 
-    images, found = pixels_to_signed(torch.from_numpy(known.images)), {}
+    images, result = pixels_to_signed(torch.from_numpy(split.images)), {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
             for stop in args.stops:
@@ -81,9 +81,11 @@ def competitions(args: argparse.Namespace) -> dict[str, list[dict]]:
                 with torch.no_grad():
                     masks, flipped = (model(x).logits.softmax(1) for x in (images, images.flip(3)))
                 row = {"seed": seed, "error": unexplained_noise(model, task.probes, task.schedule)}
-                row |= figures(known, images, masks, flipped, args.regions, config.num_fit_images)
-                found.setdefault(f"competition K={args.regions} after {stop} of {args.stops[-1]} steps", []).append(row)
-    return found
+                row |= figures(split, images, masks, flipped, args.regions, config.num_fit_images)
+                result.setdefault(f"competition K={args.regions} after {stop} of {args.stops[-1]} steps", []).append(
+                    row
+                )
+    return result
 
 
 def finished(args: argparse.Namespace) -> dict[str, list[dict]]:
@@ -100,25 +102,25 @@ def finished(args: argparse.Namespace) -> dict[str, list[dict]]:
         run = factorkit.load(folder, device="cpu")
         config = run.config
         dataset = open_dataset(args.data, holdout=config.holdout)
-        known = load_labelled(dataset.test_images, dataset.test_masks, config.resolution, ignore=config.ignore)
-        images, predict = pixels_to_signed(torch.from_numpy(known.images)), run.predictor(None, "fast")
+        split = load_labelled(dataset.test_images, dataset.test_masks, config.resolution, ignore=config.ignore)
+        images, predict = pixels_to_signed(torch.from_numpy(split.images)), run.predictor(None, "fast")
         losses = [event["loss"] for event in read_log(folder) if event["event"] == "step"]
         row = {"seed": config.seed, "loss": float(np.mean(losses[-LAST:]))}
         rows.append(
             row
             | figures(
-                known, images, predict(images), predict(images.flip(3)), config.num_leaf_regions, config.num_fit_images
+                split, images, predict(images), predict(images.flip(3)), config.num_leaf_regions, config.num_fit_images
             )
         )
     return {args.runs[0].name.rpartition("seed")[0].rstrip("_ "): rows}
 
 
-def figures(known, images, masks, flipped, regions: int, num_fit_images: int) -> dict[str, float]:
+def figures(split, images, masks, flipped, regions: int, num_fit_images: int) -> dict[str, float]:
     from factorkit.metrics.segmentation import evaluate_masks
     from factorkit.segdiff.alarms import measure_alarms
 
     labels, alarms = masks.argmax(1), measure_alarms(images, masks, flipped)
-    iou = evaluate_masks(labels.numpy(), known.foreground, known.valid, regions, min(num_fit_images, len(known) // 2))[
+    iou = evaluate_masks(labels.numpy(), split.foreground, split.valid, regions, min(num_fit_images, len(split) // 2))[
         "iou"
     ]
     return {"eta_gap": alarms.eta_gap, "entropy": alarms.entropy, "edge": edge_alignment(images, labels), "iou": iou}
@@ -137,12 +139,12 @@ def judged(rows: list[dict]) -> dict[str, dict[str, float]]:
     """How well the ranks of each figure go with those of IoU, as if more of it were better, and what its best has."""
     from scipy.stats import spearmanr
 
-    found = {}
+    result = {}
     for name in (name for name in rows[0] if name not in ("seed", "iou")):
         sign = 1 if name in MORE_IS_BETTER else -1
         ranked = spearmanr([sign * row[name] for row in rows], [row["iou"] for row in rows])[0]
-        found[name] = {"spearman": round(float(ranked), 2), "picks": max(rows, key=lambda r: sign * r[name])["iou"]}
-    return found
+        result[name] = {"spearman": round(float(ranked), 2), "picks": max(rows, key=lambda r: sign * r[name])["iou"]}
+    return result
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ quartiles of functions that take turns, on one CPU thread of the process's own t
 factorkit's kernels have to move (benchmarks/traffic.py), as a share of what a copy reaches in the same run, and of the
 step's matrix products, as a share of what a large one reaches. Memory is the most a step holds beyond what lay there
 before it.
-Results stand in benchmarks/results/segdiff.json, one entry a device.
+Results are stored in benchmarks/results/segdiff.json, one entry a device.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from factorkit.engine.cuda_graph import WARM_UP
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 
 RESULTS = Path(__file__).with_name("results") / "segdiff.json"
-AGREE = {"bf16": 0.05, "fp32": 1e-3}  # greatest relative error of answers and gradients against fp32
+AGREE = {"bf16": 0.05, "fp32": 1e-3}  # greatest relative error of outputs and gradients against fp32
 
 
 def main() -> None:
@@ -56,12 +56,12 @@ def main() -> None:
         config = preset_config(preset, **changes, **({"batch_size": args.batch} if args.batch else {})).resolved()
         if config.threads:
             torch.set_num_threads(config.threads)
-        found = measure(config, device, args.rounds, args.compiler)
-        found["settings"] = {"preset": preset, **changes, "batch": config.batch_size, "precision": config.precision}
-        known = json.loads(args.out.read_text()) if args.out.exists() else {}
-        known[found["machine"]["device"]] = found
+        result = measure(config, device, args.rounds, args.compiler)
+        result["settings"] = {"preset": preset, **changes, "batch": config.batch_size, "precision": config.precision}
+        records = json.loads(args.out.read_text()) if args.out.exists() else {}
+        records[result["machine"]["device"]] = result
         args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps(known, indent=1) + "\n")
+        args.out.write_text(json.dumps(records, indent=1) + "\n")
     print(tables(json.loads(args.out.read_text())))
 
 
@@ -74,31 +74,31 @@ def measure(config: SegdiffConfig, device: torch.device, rounds: int, compiler: 
         "copy_gb_s": round(copy_bandwidth(device, 1024 if large else 64, rounds), 2),
         "matrix_tflop_s": round(matrix_rate(device, 8192 if large else 512, dtype, rounds), 4),
     }
-    found = {"machine": machine(device), "roofs": roofs, "ops": {}}
+    result = {"machine": machine(device), "roofs": roofs, "ops": {}}
     for name, case in op_cases(config, config.batch_size, device, dtype).items():
-        found["ops"][name] = measure_op(case, device, rounds, compiler, AGREE[config.precision])
-    found["step"] = measure_steps(config, device, rounds, compiler)
-    found["scaling"] = measure_scaling(config, device, rounds)
-    found["segment"] = measure_segment(config, device, rounds)
-    return found
+        result["ops"][name] = measure_op(case, device, rounds, compiler, AGREE[config.precision])
+    result["step"] = measure_steps(config, device, rounds, compiler)
+    result["scaling"] = measure_scaling(config, device, rounds)
+    result["segment"] = measure_segment(config, device, rounds)
+    return result
 
 
 def measure_op(case: OpCase, device: torch.device, rounds: int, compiler: str, agree: float) -> dict:
     """Forward alone, and with the gradients for all inputs."""
     compiled = torch.compile(case.textbook, backend=compiler, dynamic=False)
     runs = {"textbook": case.textbook, "compiled": compiled, "factorkit": case.factorkit}
-    answers = {name: run(*case.inputs) for name, run in runs.items()}
-    upstream = torch.randn_like(answers["textbook"])
+    outputs = {name: run(*case.inputs) for name, run in runs.items()}
+    upstream = torch.randn_like(outputs["textbook"])
     errors = {}
     exact = [x.detach().float().requires_grad_() for x in case.inputs]
     out = case.textbook(*exact)
     wanted = [out.detach(), *torch.autograd.grad(out, exact, upstream.float())]
-    for name, answer in answers.items():
-        got = [answer.detach(), *torch.autograd.grad(answer, case.inputs, upstream)]
+    for name, output in outputs.items():
+        got = [output.detach(), *torch.autograd.grad(output, case.inputs, upstream)]
         errors[name] = [relative(g, w) for g, w in zip(got, wanted, strict=True)]
         if not agrees(name, errors[name], agree):
             del runs[name]
-    del answers, out, wanted
+    del outputs, out, wanted
 
     def forward(run):
         with torch.no_grad():
@@ -107,13 +107,13 @@ def measure_op(case: OpCase, device: torch.device, rounds: int, compiler: str, a
     def both(run):
         return torch.autograd.grad(run(*case.inputs), case.inputs, upstream)
 
-    found = {"bytes": case.bytes(), "errors": {name: rounded(values) for name, values in errors.items()}}
+    result = {"bytes": case.bytes(), "errors": {name: rounded(values) for name, values in errors.items()}}
     for kind, way in (("forward", forward), ("both", both)):
         calls = {name: lambda run=run, way=way: way(run) for name, run in runs.items()}
         for call in calls.values():
             call()
-        found[kind] = by_turns(calls, rounds, device)
-    return found
+        result[kind] = by_turns(calls, rounds, device)
+    return result
 
 
 def agrees(name: str, errors: list[float], allowed: float) -> bool:
@@ -135,21 +135,21 @@ def measure_steps(config: SegdiffConfig, device: torch.device, rounds: int, comp
     """The whole training step of each contender."""
     config_fp32 = preset_config(None, **{**config.to_dict(), "precision": "fp32"}).resolved()
     wanted = gradients(make_task(config_fp32, device).model, config_fp32, device)
-    steps, found = {}, {}
+    steps, result = {}, {}
     for name, make in step_contenders(config, device, compiler).items():
         step, net = make()
         errors = [relative(g, w) for g, w in zip(gradients(net, config, device), wanted, strict=True)]
-        found[name] = {"errors": rounded(errors)}
+        result[name] = {"errors": rounded(errors)}
         if not agrees(name, errors, AGREE[config.precision]):
             continue
         steps[name] = step
         step()  # whatever is made once
-        found[name]["peak_bytes"] = peak_bytes(step, device)
+        result[name]["peak_bytes"] = peak_bytes(step, device)
         for _ in range(WARM_UP):
             step()
     for name, times in by_turns(steps, rounds, device).items():
-        found[name].update(times)
-    return {"flops": traffic_flops(config), "contenders": found}
+        result[name].update(times)
+    return {"flops": traffic_flops(config), "contenders": result}
 
 
 def traffic_flops(config: SegdiffConfig) -> int:
@@ -158,7 +158,7 @@ def traffic_flops(config: SegdiffConfig) -> int:
 
 
 def measure_scaling(config: SegdiffConfig, device: torch.device, rounds: int) -> dict:
-    """factorkit's step by the number of regions; one is the plain DDPM."""
+    """Factorkit's step by the number of regions; one is the plain DDPM."""
     steps = {}
     for regions in (1, config.regions, 2 * config.regions):
         changed = preset_config(None, **{**config.to_dict(), "regions": regions}).resolved()

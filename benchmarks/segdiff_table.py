@@ -5,40 +5,40 @@ from __future__ import annotations
 
 def tables(results: dict[str, dict]) -> str:
     """Markdown, one section a device."""
-    return "\n\n".join(section(found) for found in results.values())
+    return "\n\n".join(section(result) for result in results.values())
 
 
-def section(found: dict) -> str:
-    machine, settings, roofs = found["machine"], found["settings"], found["roofs"]
-    shown = ", ".join(f"{name}={value}" for name, value in settings.items())
+def section(result: dict) -> str:
+    machine, settings, roofs = result["machine"], result["settings"], result["roofs"]
+    cells = ", ".join(f"{name}={value}" for name, value in settings.items())
     head = (
         f"{machine['device']}, {machine['threads']} threads, {machine['clock']} time, load {machine['load']}, "
-        f"torch {machine['torch']}, commit {machine['commit']}; {shown}; copy {roofs['copy_gb_s']} GB/s, matrices "
+        f"torch {machine['torch']}, commit {machine['commit']}; {cells}; copy {roofs['copy_gb_s']} GB/s, matrices "
         f"{roofs['matrix_tflop_s']} TFLOP/s"
     )
-    return "\n\n".join([head, ops_table(found), step_table(found), rest(found)])
+    return "\n\n".join([head, ops_table(result), step_table(result), rest(result)])
 
 
-def ops_table(found: dict) -> str:
+def ops_table(result: dict) -> str:
     lines = [
         "| op | pass | textbook | compiled | factorkit | against textbook | against compiled | share of copy |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, op in found["ops"].items():
+    for name, op in result["ops"].items():
         for kind in ("forward", "both"):
             times = op[kind]
             ours = times["factorkit"]["median_ms"]
             others = ("textbook", "compiled")
             ratios = [f"{times[o]['median_ms'] / ours:.2f}x" if o in times else "-" for o in others]
-            share = op["bytes"][kind] / 1e6 / ours / found["roofs"]["copy_gb_s"]
-            shown = [milliseconds(times[o]) if o in times else off(op["errors"][o]) for o in (*others, "factorkit")]
-            lines.append("| " + " | ".join([name, kind, *shown, *ratios, f"{100 * share:.0f}%"]) + " |")
+            share = op["bytes"][kind] / 1e6 / ours / result["roofs"]["copy_gb_s"]
+            cells = [milliseconds(times[o]) if o in times else off(op["errors"][o]) for o in (*others, "factorkit")]
+            lines.append("| " + " | ".join([name, kind, *cells, *ratios, f"{100 * share:.0f}%"]) + " |")
     return "\n".join(lines)
 
 
-def step_table(found: dict) -> str:
-    runs, flops = found["step"]["contenders"], found["step"]["flops"]
-    first, batch = runs["textbook"], found["settings"]["batch"]
+def step_table(result: dict) -> str:
+    runs, flops = result["step"]["contenders"], result["step"]["flops"]
+    first, batch = runs["textbook"], result["settings"]["batch"]
     lines = [
         "| training step | time | faster | images/s | peak memory | of textbook | share of matrix rate |",
         "|---|---|---|---|---|---|---|",
@@ -48,7 +48,7 @@ def step_table(found: dict) -> str:
             lines.append(f"| {name} | {off(run['errors'])} | - | - | - | - | - |")
             continue
         ms, peak = run["median_ms"], run["peak_bytes"]
-        share = flops / 1e9 / ms / found["roofs"]["matrix_tflop_s"]
+        share = flops / 1e9 / ms / result["roofs"]["matrix_tflop_s"]
         lines.append(
             f"| {name} | {milliseconds(run)} | {first['median_ms'] / ms:.2f}x | {1e3 * batch / ms:.1f} | "
             f"{peak / 1e6:.0f} MB | {peak / first['peak_bytes']:.2f}x | {100 * share:.0f}% |"
@@ -56,8 +56,8 @@ def step_table(found: dict) -> str:
     return "\n".join(lines)
 
 
-def rest(found: dict) -> str:
-    scaling, segment = found["scaling"], found["segment"]
+def rest(result: dict) -> str:
+    scaling, segment = result["scaling"], result["segment"]
     lines = ["| regions | factorkit's step | of one region (plain DDPM) |", "|---|---|---|"]
     for regions, run in scaling.items():
         lines.append(f"| {regions} | {milliseconds(run)} | {run['median_ms'] / scaling['1']['median_ms']:.2f}x |")

@@ -1,11 +1,11 @@
-"""Does a folder of photographs segment at a steady rate, in flat memory, and does a second call find it done?
+"""Rate and memory of segmenting a folder of photos, and whether a second call skips finished work.
 
-    python -m benchmarks.segment_folder                       # 10,000 generated photographs of 96 x 72 pixels
+    python -m benchmarks.segment_folder                       # 10,000 generated photos of 96 x 72 pixels
     python -m benchmarks.segment_folder --count 2000 --width 640 --height 480
 
-The photographs are JPEGs made on the spot, the model is untrained (preset fast32, three regions): what it finds does
-not change what it costs. Rates are of the first and of the last tenth, in pictures a second and in milliseconds of
-processor time a picture, which other programs of a busy machine hardly change. One JSON object in
+The photos are generated JPEGs and the model is untrained (preset fast32, three regions), because the cost does not
+depend on the result. Rates are of the first and of the last tenth, in images a second and in milliseconds of
+processor time an image, which other programs of a busy machine hardly change. One JSON object in
 benchmarks/results/segment_folder.json.
 """
 
@@ -113,21 +113,21 @@ class Watch:
         looks = np.array(self.looks)
         clock, work, done, memory = looks.T
         when = lambda values, number: float(np.interp(number, done, values))  # noqa: E731
-        found: dict[str, object] = {"seconds": round(clock[-1] - clock[0], 1)}
+        result: dict[str, object] = {"seconds": round(clock[-1] - clock[0], 1)}
         for name, low, high in (("first_tenth", 0, 0.1), ("last_tenth", 0.9, 1), ("all", 0, 1)):
             low, high = max(low * count, done[0]), high * count
             pictures = high - low
-            found[f"{name}_per_second"] = round(pictures / (when(clock, high) - when(clock, low)), 2)
-            found[f"{name}_cpu_ms"] = round(1e3 * (when(work, high) - when(work, low)) / pictures, 2)
+            result[f"{name}_per_second"] = round(pictures / (when(clock, high) - when(clock, low)), 2)
+            result[f"{name}_cpu_ms"] = round(1e3 * (when(work, high) - when(work, low)) / pictures, 2)
         late = done >= 0.1 * count
         slope = np.polyfit(done[late], memory[late], 1)[0]
-        found["memory_mb"] = {
+        result["memory_mb"] = {
             "after_first_tenth": round(when(memory, 0.1 * count) / 1e6, 1),
             "at_the_end": round(float(memory[-1]) / 1e6, 1),
             "most": round(float(memory.max()) / 1e6, 1),
             "slope_kb_per_1000": round(float(slope), 1),
         }
-        return found
+        return result
 
 
 def move_if_it_fits() -> int:

@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
-    """Train and score one seed, unless its result stands already."""
+    """Train and score one seed, unless its result is stored already."""
     import torch
 
     import factorkit

@@ -5,7 +5,7 @@
 
 The training is the demo's own command with more steps than it will ever take, in a process of its own, with one thread;
 this process looks at it through /proc and ends it by SIGTERM, as a scheduler would. The slope is a straight line
-fitted by least squares to the resident memory after the second sample sheet and report (and at least a tenth of the
+fitted by least squares to the resident memory after the second sample grid and report (and at least a tenth of the
 time), until when libraries are imported and allocate what they keep. Linux only.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks.recording import commit, machine, write_result
 
 RESULTS = Path(__file__).with_name("results") / "soak.json"
-WARM_UP, SHEETS = 0.1, 2  # of the time; sample sheets
+WARM_UP, SHEETS = 0.1, 2  # share of the time; number of sample grids
 PATIENCE = 3600  # seconds for the last step, checkpoint and report, on a machine that may have better to do
 KEPT = 60  # points of each curve that the result keeps
 ENDED = 128 + signal.SIGTERM
@@ -45,27 +45,27 @@ def main() -> None:
 
 
 def soak(model: str, seconds: float, every: float, folder: Path) -> dict:
-    """Train for so long in `folder`, looking on; what was seen."""
+    """Train for so long in `folder`, sampling its memory; return the summary."""
     command = [sys.executable, "-m", "factorkit", "train", model, "--preset", "demo", "--steps", "100000000"]
     command += ["--out", str(folder / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FACTORKIT_CACHE": str(folder / "cache")}
-    seen: list[tuple[float, float, int]] = []
-    with open(folder / "said", "w") as said:
+    samples: list[tuple[float, float, int]] = []
+    with open(folder / "output.txt", "w") as log:
         start, began = time.monotonic(), time.time()
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         while process.poll() is None and (now := time.monotonic() - start) < seconds:
-            seen.append((now, *look(process.pid)))
+            samples.append((now, *look(process.pid)))
             time.sleep(every)
         used = processor_seconds(process.pid) if process.poll() is None else 0.0
         process.send_signal(signal.SIGTERM)
         code = process.wait(timeout=PATIENCE)
     if code != ENDED:
-        raise SystemExit(f"the training ended with {code}:\n{(folder / 'said').read_text()[-2000:]}")
+        raise SystemExit(f"the training ended with {code}:\n{(folder / 'output.txt').read_text()[-2000:]}")
     lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     sheets = [line["time"] - began for line in lines if line["event"] == "alarms"]
     settled = max([WARM_UP * seconds, *sheets[SHEETS - 1 : SHEETS]])
-    found = summary(seen, seconds, settled) | {"sheets": len(sheets)}
-    return found | {"steps": max(line["step"] for line in lines), "processor_seconds": round(used), "exit_code": code}
+    result = summary(samples, seconds, settled) | {"sheets": len(sheets)}
+    return result | {"steps": max(line["step"] for line in lines), "processor_seconds": round(used), "exit_code": code}
 
 
 def look(pid: int) -> tuple[float, int]:
@@ -80,15 +80,15 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def summary(seen: list[tuple[float, float, int]], seconds: float, since: float) -> dict:
+def summary(samples: list[tuple[float, float, int]], seconds: float, since: float) -> dict:
     """Slopes and extremes of (seconds, MiB, files) from `since` on; and thinned curves of everything."""
-    settled = [point for point in seen if point[0] >= since]
+    settled = [point for point in samples if point[0] >= since]
     hours, memory, files = [t / 3600 for t, _, _ in settled], [m for _, m, _ in settled], [f for _, _, f in settled]
     quarter = max(1, len(settled) // 4)
-    thin = seen[:: max(1, len(seen) // KEPT)]
+    thin = samples[:: max(1, len(samples) // KEPT)]
     return {
         "seconds": seconds,
-        "looks": len(seen),
+        "looks": len(samples),
         "settled_after": round(since),
         "settled_looks": len(settled),
         "memory_slope_mib_per_hour": round(statistics.linear_regression(hours, memory).slope, 2),

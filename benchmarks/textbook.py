@@ -1,4 +1,4 @@
-"""The factorized U-Net as one writes it in plain PyTorch: what factorkit is measured against.
+"""The factorized U-Net in straightforward PyTorch, the baseline of the benchmarks.
 
 It uses the modules and weights of a :class:`~factorkit.segdiff.network.FactorizedUNet` with masked skips and computes
 the same function: ``folded=False`` runs the decoder once for every branch, each skip multiplied by its mask and
@@ -20,7 +20,7 @@ from factorkit.segdiff.network import FactorizedUNet, Regions, at_least_fp32
 
 
 class Textbook(nn.Module):
-    """Takes and answers what ``model`` does, without the branches. Changes the layout of its weights."""
+    """Has the interface of ``model``, without the branches. Changes the layout of its weights."""
 
     def __init__(self, model: FactorizedUNet, folded: bool):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Trainings that take a second, for benchmarks and tests of what may befall a training: on noise, without sheets."""
+"""Training runs of a second on noise, without sample grids, for benchmarks and tests of interrupted training."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff import train as nerfdiff
 from factorkit.nerfdiff.stages import dictionary as search
-from factorkit.nerfdiff.stages import distil, joint
+from factorkit.nerfdiff.stages import distil, joint, pipeline
 from factorkit.nerfdiff.stages import refine as fit
+from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.segdiff import train as segdiff
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.train import train_segdiff
@@ -54,25 +54,25 @@ NERFDIFF = {
     "progress": False,
     "threads": 1,
 }
-HALF_STEPS = 4  # of the flip test
+HELD_OUT_STEPS = 4  # of the flip test
 
 
-def without_sheets() -> None:
-    """Take the sheets and the report from all trainings of this process; every other look finds no alarm."""
+def disable_previews() -> None:
+    """Turn off sample grids and reports of all training runs of this process; every second check has no alarm."""
 
     def inspect(task, model, step, folder):
         return {"failures": [] if step % 4 else ["tiny"], "error": 1 / (1 + step)}
 
     SegdiffTask.inspect = inspect
-    segdiff.write_report = nerfdiff.write_report = lambda folder: None
-    nerfdiff.HALF_STEPS = HALF_STEPS
+    segdiff.write_report = pipeline.write_report = lambda folder: None
+    pipeline.HELD_OUT_STEPS = HELD_OUT_STEPS
     for module in (distil, fit, joint, search):
-        for sheet in {"cameras_sheet", "renders_sheet"} & vars(module).keys():
-            setattr(module, sheet, lambda *arguments: None)
+        for preview in {"save_cameras", "save_model_previews"} & vars(module).keys():
+            setattr(module, preview, lambda *arguments, **options: None)
 
 
-def photographs(folder: Path) -> Path:
-    """A folder of 12 pictures of noise, which have to be prepared."""
+def make_noise_images(folder: Path) -> Path:
+    """Write a folder of 12 noise images, which need preparation."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (12, 20, 20, 3), np.uint8)):
         Image.fromarray(pixels).save(folder / f"{i:02d}.png")
@@ -85,16 +85,16 @@ def noise_images() -> np.ndarray:
 
 
 def noise_views() -> Views:
-    """Ten pictures of noise; where their cameras are found does not matter, that it is the same place does."""
+    """Return ten noise images; any cameras will do, as long as every run finds the same."""
     images = torch.from_numpy(np.random.default_rng(0).random((10, 3, 8, 8), np.float32))
     intrinsics = torch.tensor([[12.0, 0, 4], [0, 12, 4], [0, 0, 1]]).expand(10, 3, 3)
     return Views(images, [str(i) for i in range(10)], intrinsics)
 
 
 def train(model: str, out: Path, data: Any = None, **changes: Any) -> None:
-    """Train a tiny model of a kind, without sheets."""
-    without_sheets()
+    """Train a tiny model of a kind, without sample grids."""
+    disable_previews()
     if model == "segdiff":
         train_segdiff(noise_images() if data is None else data, out=out, **SEGDIFF | changes)
     else:
-        nerfdiff.train_nerfdiff(noise_views(), out=out, **NERFDIFF | changes)
+        train_nerfdiff(noise_views(), out=out, **NERFDIFF | changes)

@@ -3,18 +3,17 @@
     python -m benchmarks.traffic flowers64              # a preset at its batch size, bf16
     python -m benchmarks.traffic flowers64 --batch 32 --set regions=6 form='"regional"'
 
-The step is taken on the meta device, where shapes flow and nothing is computed, and what each operation has to fetch
-and to write is added up:
+The step runs on the meta device, which computes shapes only. What each operation must read and write is added up:
 
     unfused   benchmarks/textbook.py, all branches as one batch: every operation of PyTorch reads its arguments once
-              and writes its answer once
-    fused     factorkit: every launch of a kernel touches each tensor it is given once (what it reads again comes from
-              a cache); the rest of the step as above
-    least     factorkit, if every op of factorkit.ops did with reading its arguments and writing its answers once
+              and writes its output once
+    fused     factorkit: every kernel launch touches each of its tensors once (repeated reads hit a cache); the rest
+              of the step as above
+    least     factorkit, if every op of factorkit.ops read its arguments once and wrote its outputs once
 
 The launches are those of the host code, partial sums and all; tests/kernels/launched/test_traffic.py asserts that the
-kernels' loads and stores touch just these bytes. Operations are those of convolutions and matrix products, a
-multiply-add being two.
+kernels' loads and stores touch exactly these bytes. Operations are those of convolutions and matrix products; a
+multiply-add counts as two.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ from factorkit.ops.dispatch import triton_launchers
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.network import count_parameters
 
-#: parts of the step by what the names of its operations hold, the first that fits
+#: parts of the step by substrings of operation names; the first match counts
 PARTS = {
     "convolutions and products": ("convolution", "addmm", "mm"),
     "attention": ("attention",),
     "norms, skips, masks, sums": ("",),
 }
 OPTIMISER = "clipping, Adam, average"
-#: operations that are no views and yet move nothing, and those that do not read what they overwrite
+#: operations that are no views but move nothing, and operations that do not read what they overwrite
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view")
 OVERWRITE = ("copy_", "fill_", "zero_")
 #: numbers read and written for each weight: norm and scaling of the gradient; Adam in torch's foreach form and fused;
@@ -64,7 +63,7 @@ class Traffic:
 
 
 def size(tensors: Iterable) -> int:
-    """Bytes of the tensors among the arguments, numbers at the same address (expanded ones) once."""
+    """Return the bytes of the tensors among the arguments; expanded numbers count once."""
     total = 0
     for x in tensors:
         if isinstance(x, Tensor):
@@ -76,9 +75,9 @@ def size(tensors: Iterable) -> int:
 
 
 class Count(TorchDispatchMode):
-    """Adds up by part what the operations inside move; ``launches``: the kernels behind factorkit's ops, not the ops.
+    """Add up by part what the operations inside move, on the meta device.
 
-    Everything inside is on the meta device.
+    With ``launches``, the kernel launches of factorkit's ops are counted in place of the ops.
     """
 
     launchers = triton_launchers()
@@ -93,9 +92,9 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if func in self.launchers and self.launches:
-            with counted_launches() as found, self:
+            with counted_launches() as result, self:
                 out = self.launchers[func](*args)
-            self.part(name).add(found.moved)
+            self.part(name).add(result.moved)
             return out
         out = func(*args, **kwargs)
         if not func.is_view and name not in FREE:
@@ -107,7 +106,7 @@ class Count(TorchDispatchMode):
 
 @contextmanager
 def counted_launches():
-    """Bytes of the tensors that the launches inside are given; nothing is launched."""
+    """Count the bytes of the tensors of all launches inside; nothing is launched."""
     total = Traffic()
 
     def start(kernel, grid, arguments, constants, options):
@@ -121,7 +120,7 @@ def counted_launches():
 
 
 class FusedAttention(torch.autograd.Function):
-    """What torch's fused attention moves and computes; on the meta device torch would take the long way."""
+    """Traffic of torch's fused attention, which torch does not use on the meta device."""
 
     count: Count  # set while a step is counted
 
@@ -165,7 +164,7 @@ def step_traffic(
     """
     config = preset_config(preset, **changes).resolved()
     batch = batch or config.batch_size
-    found = {}
+    result = {}
     for kind in ("unfused", "fused", "least"):
         with torch.device("meta"):
             model = config.build().train()
@@ -178,8 +177,8 @@ def step_traffic(
                 (run(x, t)[0] - x).square().mean().backward()
         updates = {"unfused": CLIP + ADAM + LERP, "fused": CLIP + FUSED_ADAM + AVERAGE, "least": FUSED_ADAM + LERP}
         count.parts[OPTIMISER].add(4 * weights * (updates[kind] + (CASTS if half else 0)))
-        found[kind] = {part: count.parts[part] for part in (*PARTS, OPTIMISER)}
-    return found
+        result[kind] = {part: count.parts[part] for part in (*PARTS, OPTIMISER)}
+    return result
 
 
 @contextmanager
@@ -196,14 +195,14 @@ def counted(launches: bool):
         F.scaled_dot_product_attention = attention
 
 
-def table(found: dict[str, dict[str, Traffic]]) -> str:
+def table(result: dict[str, dict[str, Traffic]]) -> str:
     lines = ["| part | TFLOP | unfused, GB | fused, GB | least, GB | saved |", "|---|---|---|---|---|---|"]
     sums = {
         kind: Traffic(sum(p.moved for p in parts.values()), sum(p.flops for p in parts.values()))
-        for kind, parts in found.items()
+        for kind, parts in result.items()
     }
-    for part in (*found["fused"], "total"):
-        unfused, ours, least = (sums[kind] if part == "total" else found[kind][part] for kind in found)
+    for part in (*result["fused"], "total"):
+        unfused, ours, least = (sums[kind] if part == "total" else result[kind][part] for kind in result)
         saved = 1 - ours.moved / max(1, unfused.moved)
         moved = " | ".join(f"{t.moved / 1e9:.2f}" for t in (unfused, ours, least))
         lines.append(f"| {part} | {ours.flops / 1e12:.2f} | {moved} | {100 * saved:.0f}% |")

@@ -1,4 +1,4 @@
-// The Python module factorkit._C. It knows nothing of torch: ops take addresses, sizes, strides and a stream.
+// The Python module factorkit._C. It is independent of torch: ops take addresses, sizes, strides and a stream.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

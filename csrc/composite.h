@@ -5,7 +5,7 @@
 //   color = sum w_i rgb_i + T_end background,  depth = sum w_i m_i,  opacity = 1 - T_end,  m_i the midpoint
 //   distortion = sum_ij w_i w_j |m_i - m_j| + sum_i w_i^2 (t_end_i - t_start_i) / 3
 //
-// Samples of a ray stand in order along it. Those with T_i < early_stop contribute nothing, forward and backward.
+// Samples of a ray are in order along it. Those with T_i < early_stop contribute nothing, forward and backward.
 #pragma once
 
 #include <cmath>
@@ -47,8 +47,8 @@ struct CompositeGradients {
     using S = wide_t<T>;
     // Upstream, shaped like the outputs; null for zero.
     const S *color, *depth, *opacity, *weights, *distortion;
-    const std::int64_t* used;  // as the forward pass found it
-    // Answers, shaped like the inputs; null where not wanted, t_start and t_end both or neither.
+    const std::int64_t* used;  // as the forward pass wrote it
+    // Outputs, shaped like the inputs; null where not wanted, t_start and t_end both or neither.
     T *sigma, *rgb;
     S *t_start, *t_end;
     S* background;  // [rays, channels]

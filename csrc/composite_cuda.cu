@@ -93,7 +93,7 @@ __device__ __forceinline__ Sample<wide_t<T>> take(const Composite<T>& p, int64_t
         const S weights = scan_up(s.weight, lane);
         s.below = carry.weight + before_lane(weights, lane);
         const S other = __shfl_up_sync(kAll, s.mid, 1), mid_before = lane == 0 ? carry.mid : other;
-        // The first sample of a ray has nothing below, so it does not matter what stands before it.
+        // The first sample of a ray has nothing below, so what is before it does not matter.
         s.spread = carry.spread + scan_up(live ? s.below * (s.mid - mid_before) : S(0), lane);
         carry.weight += __shfl_sync(kAll, weights, 31);
         carry.spread = __shfl_sync(kAll, s.spread, 31);

@@ -86,7 +86,7 @@ template <class T>
 void hash_grid_forward(const HashGrid<T>& grid, T* out, int threads);  // out: [points, levels * features]
 
 // Gradients of the sum of out * grad; a null d_x [points, dims] or d_table (like table) is left out. Every element is
-// written by one thread, in the order of the points: the answer does not depend on the number of threads.
+// written by one thread, in the order of the points: the result does not depend on the number of threads.
 template <class T>
 void hash_grid_backward(const HashGrid<T>& grid, const T* grad, T* d_x, T* d_table, int threads);
 

@@ -169,7 +169,7 @@ FACTORKIT_HOST_DEVICE S cell_exit(const March<S>& p, const Course<S>& c, const C
     return exit;
 }
 
-// Calls emit(start, end) for each kept step, in order, until it answers false.
+// Calls emit(start, end) for each kept step, in order, until it returns false.
 template <class S, class Emit>
 FACTORKIT_HOST_DEVICE void march_ray(const March<S>& p, std::int64_t ray, Emit emit) {
     const S *origin = p.rays.origins + 3 * ray, *direction = p.rays.directions + 3 * ray;

@@ -21,7 +21,7 @@ struct NormProblem {
     NormKind kind;
     bool u_shared;
     bool activate;         // SiLU
-    bool is_bf16;          // of u, skip, the answer and the gradients; else float
+    bool is_bf16;          // of u, skip, the output and the gradients; else float
     float eps;
     float mask_floor;
 };

@@ -1,4 +1,4 @@
-"""factorkit: segmentation and 3D out of nothing but unlabelled pictures.
+"""factorkit: segmentation and 3D scenes from unlabelled images alone.
 
 run = factorkit.train_segdiff("photos/", out="runs/photos")     # the same call again resumes
 run = factorkit.load("runs/photos")
@@ -62,17 +62,17 @@ def __getattr__(name: str) -> Any:
 
 
 def load(path: str | Path, *, device: str = "auto", weights: str | float = "average") -> SegdiffRun | NerfdiffRun:
-    """A trained run from its folder or from one ``.safetensors`` file; no settings to repeat.
+    """Load a trained run with its settings from its folder or from one ``.safetensors`` file.
 
     Args:
-        path: either of them.
+        path: of the folder or the file.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-        weights: the moving ``"average"``; from a folder also the decay of another average that the training kept
-            (``extra_ema_decays=``), or those of the ``"last"`` step.
+        weights: the moving ``"average"``; from a folder also the decay of another average
+            (``extra_ema_decays=``), or ``"last"`` for the weights of the last step.
 
     Raises:
-        ConfigError: weights that are not there.
-        CheckpointError: nothing there, another model, or a damaged file (in a folder the previous checkpoint is taken).
+        ConfigError: the run does not have these weights.
+        CheckpointError: no run, or a damaged file. In a folder the previous checkpoint replaces a damaged one.
 
     Example:
         >>> type(factorkit.load("runs/flowers")).__name__, type(factorkit.load("runs/scene")).__name__

@@ -6,14 +6,32 @@ from pathlib import Path
 
 import pytest
 
-# Compiling, interpreting kernels and whole experiments: nearly every test here takes seconds.
-SLOW_FOLDERS = ("benchmarks", "csrc", "kernels", "reproduce")
+# Folders and modules of which nearly every test takes seconds: compilers, interpreted kernels, experiments, trainings.
+SLOW = (
+    "benchmarks/",
+    "csrc/",
+    "kernels/",
+    "nerfdiff/cameras/test_registration.py",
+    "nerfdiff/fields/test_appearance.py",
+    "nerfdiff/fields/test_background.py",
+    "nerfdiff/fields/test_occupancy.py",
+    "nerfdiff/stages/test_duplication.py",
+    "nerfdiff/test_commands.py",
+    "nerfdiff/test_forward_run.py",
+    "nerfdiff/test_kill.py",
+    "nerfdiff/test_train.py",
+    "nerfdiff/test_training_views.py",
+    "reproduce/",
+    "segdiff/test_choose_regions.py",
+    "segdiff/test_hierarchy.py",
+    "segdiff/test_resume.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-    """Mark every test of the slow folders."""
+    """Mark every test of the slow folders and modules."""
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] in SLOW_FOLDERS:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(SLOW):
             item.add_marker(pytest.mark.slow)
 
 

@@ -41,7 +41,7 @@ def own_cache(tmp_path, monkeypatch):
 def test_malformed_inputs_raise_clear_errors_or_are_skipped(good, tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz, "targets", lambda folder: good[1])
     verdicts = list(fuzz.fuzz(range(COUNT), 2, tmp_path))
-    result = [f"input {v.number} ({v.kind}): {v.outcome}\n{v.said}" for v in verdicts if v.outcome not in fuzz.FINE]
+    result = [f"input {v.number} ({v.kind}): {v.outcome}\n{v.message}" for v in verdicts if v.outcome not in fuzz.FINE]
     assert not result, "\n\n".join(result)
     outcomes = [v.outcome for v in verdicts]
     assert len(outcomes) == COUNT and outcomes.count("refused") > 60 and outcomes.count("skipped") > 2

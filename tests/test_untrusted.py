@@ -42,7 +42,7 @@ def find_unsafe_calls(source: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imported |= {
-                alias.asname or alias.name.split(".")[0]: alias.asname and alias.name or alias.name.split(".")[0]
+                alias.asname or alias.name.split(".")[0]: (alias.asname and alias.name) or alias.name.split(".")[0]
                 for alias in node.names
             }
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

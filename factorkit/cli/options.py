@@ -153,8 +153,8 @@ def explain_mistake(command: type[Command], prog: str, args: Sequence[str], mess
     """Return the message for a command line that tyro refused with ``message``."""
     hints = get_type_hints(command, include_extras=True)
     names = {name.strip("_").replace("_", "-"): hints[name] for name in hints if name not in ("RESUMABLE", "BASIC")}
-    given = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
-    unknown = [option for option in given if option.removeprefix("--no-").removeprefix("--") not in names]
+    options = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
+    unknown = [option for option in options if option.removeprefix("--no-").removeprefix("--") not in names]
     if not unknown:
         return f"{_plain_text(message)}\nAll options: {prog} --help"
     lines = [f"{option} is not an option of {prog}. {_suggest(option, names)}".rstrip() for option in unknown]
@@ -168,7 +168,7 @@ def _suggest(option: str, names: Mapping[str, Any]) -> str:
             if not name:
                 return hint
             if Positional in _metadata(names[name]):
-                return f"{name.upper()} is given without an option name."
+                return f"{name.upper()} has no option name: write it as a plain argument."
             return f"Use --{negation}{name}. {hint}"
     return did_you_mean(option, [f"--{name}" for name, hint in names.items() if Positional not in _metadata(hint)])
 

@@ -18,8 +18,8 @@ class Reproduce(Command):
     """Run a table or figure of the dissertation.
 
     OUT/NAME receives table.md, table.json, images/ and cells/ with one JSON for every row and seed. A finished cell is
-    not run again, so the same command continues after an interruption. Trainings lie in OUT/runs and are shared by all
-    experiments. Published numbers stand beside ours, marked as cited.
+    not run again, so the same command continues after an interruption. Trainings are stored in OUT/runs and shared by
+    all experiments. Published numbers are listed beside ours, marked as cited.
 
     Examples:
         factorkit reproduce --list
@@ -44,7 +44,7 @@ class Reproduce(Command):
     out: Path = Path("runs/reproduce")
     """Folder of all experiments on one data set."""
     seeds: OptionalInt = None
-    """Number of seeds, from 0 on. The default is given by --list."""
+    """Number of seeds, from 0 on. --list shows the default."""
     rows: tuple[str, ...] = ()
     """Names of the rows to run. The default is all."""
     ignore: OptionalInt = None

@@ -206,9 +206,9 @@ class ChooseRegions(Command):
     """Recommend a number of regions for a set of images, without labels.
 
     For every candidate K and seed, a spatial mixture model of colours is trained for seconds and judged on held-out
-    images by the noise that it cannot tell from image content. The recommended K is the smallest one after which the
-    next K lowers that error by less than --min-improvement. It counts what lies at much the same place in all images,
-    whatever its colours.
+    images by the share of noise that it cannot separate from the image. The recommended K is the smallest one after
+    which the next K lowers that error by less than --min-improvement. It counts things that have much the same position
+    in all images, whatever their colours.
 
     OUT receives choice.json, regions.png (images and their regions, one row per candidate) and the trainings. The same
     command again trains only what is not finished; candidates, seeds and steps may be added.

@@ -74,5 +74,6 @@ def check_box(lower: Sequence[float], upper: Sequence[float]) -> tuple[list[floa
 
 
 def check_seed(seed: int | None) -> None:
+    """Raise ValueError unless the seed is None or fits 63 bits."""
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed}; it must be from 0 to 2^63 - 1, or None for no jitter")

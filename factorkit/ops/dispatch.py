@@ -198,6 +198,7 @@ def dense_format(x: Tensor) -> torch.memory_format:
 
 
 def with_layout_of(x: Tensor, like: Tensor) -> Tensor:
+    """Return x contiguous in the layout of ``like``."""
     return x.contiguous(memory_format=dense_format(like))
 
 

@@ -66,12 +66,12 @@ def _octaves(x: Tensor, bands: int) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, ctx.bands, annealing = inputs
-    ctx.save_for_backward(x, annealing, output)
+    x, ctx.bands, _ = inputs
+    ctx.save_for_backward(x, output)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple:
-    x, annealing, out = ctx.saved_tensors
+    x, out = ctx.saved_tensors
     need_x, _, need_annealing = ctx.needs_input_grad
     d_x = d_annealing = None
     grad = grad.unflatten(1, (x.shape[1], 2, ctx.bands))

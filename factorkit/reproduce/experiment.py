@@ -35,10 +35,10 @@ class Setup:
         name: of the experiment.
         data: what is trained on and scored; None for the procedural data of the package.
         scale: one of :data:`SCALES`.
-        out: folder of all experiments; a training that two of them need lies there once.
+        out: folder of all experiments; a training that two of them need is stored there once.
         device: where to train.
         progress: whether to report progress.
-        options: how the data are read, ``ignore`` and ``holdout``, if given.
+        options: how to read the data: ``ignore`` and ``holdout``, unless None.
         changes: settings of all trainings, which override those of the scale.
         fingerprint: of the data (:mod:`factorkit.reproduce.fingerprint`) as JSON, a key for what is kept in memory.
         inputs: further data by name, such as ``video``.

@@ -39,14 +39,14 @@ def fingerprint(data: Path | None, inputs: Mapping[str, Path] | None = None, out
     return own | {key: _fingerprint(path, out) for key, path in inputs.items()}
 
 
-def _fingerprint(given: Path, out: Path | None) -> dict[str, Any]:
-    path = given.expanduser().resolve()
+def _fingerprint(data: Path, out: Path | None) -> dict[str, Any]:
+    path = data.expanduser().resolve()
     if not path.exists():
         raise DataError(
-            f"{escape_name(str(given))}: no such file or folder (looked in {Path.cwd()}). Check the spelling."
+            f"{escape_name(str(data))}: no such file or folder (looked in {Path.cwd()}). Check the spelling."
         )
     content, total = hashlib.sha256(), 0
-    with wrap_os_errors(path, "so its data cannot be told from others. Mend its permissions."):
+    with wrap_os_errors(path, "so its data cannot be identified. Fix its permissions."):
         files = sorted(_list_files(path, out)) if path.is_dir() else [""]
         step = max(1, -(-len(files) // MAX_READ_FILES))
         for number, name in enumerate(files):

@@ -28,7 +28,8 @@ TINY = {
 }
 
 
-def test_every_cell_is_drawn_once_and_stands_in_the_table(tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_samplers_cells_run_once_and_appear_in_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
     photos = tmp_path / "photos"

@@ -22,7 +22,7 @@ from factorkit.utils import distributed
 LINKS = Links(inside=200e9, network=25e9, host=10e9, latency=0.0, machine=8)
 
 
-def test_what_is_sent_is_four_bytes_a_parameter():
+def test_all_reduce_sends_four_bytes_per_parameter():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         sent = []
@@ -45,12 +45,12 @@ def test_what_is_sent_is_four_bytes_a_parameter():
     assert sum(sent) == 4 * sum(p.numel() for p in model.parameters())
 
 
-def test_the_parameters_of_presets():
+def test_preset_parameter_counts():
     assert trained_parameters("demo") == sum(p.numel() for p in preset_config("demo").resolved().build().parameters())
     assert trained_parameters("lego") > 1e6
 
 
-def test_a_ring_by_its_formula():
+def test_ring_time_matches_its_formula():
     assert volume(1000, 2) == 1000 and volume(1000, 1) == 0
     assert sharded_volume(1000, 2) == 1500 and sharded_volume(1000, 1) == 0
     assert all_reduce_seconds(8e9, 8, LINKS) == pytest.approx(volume(8e9, 8) / 200e9)

@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 TINY = ["resolution=8", "model_channels=8", "channel_mult=[1,2]", "norm_groups=2"]
 
 
-def test_it_runs_to_the_last_line_and_writes_what_it_prints(tmp_path):
+@pytest.mark.slow
+def test_segdiff_benchmark_writes_what_it_prints(tmp_path):
     out = tmp_path / "results" / "segdiff.json"
     command = [
         sys.executable,
@@ -66,7 +67,7 @@ def test_it_runs_to_the_last_line_and_writes_what_it_prints(tmp_path):
     assert all(op["bytes"]["both"] > op["bytes"]["forward"] > 0 for op in found["ops"].values())
 
 
-def test_what_does_not_agree_is_not_timed():
+def test_contenders_that_disagree_are_not_timed():
     config = preset_config(
         None, resolution=8, model_channels=8, channel_mult=(1, 2), norm_groups=2, regions=2, steps=1
     ).resolved()
@@ -86,6 +87,7 @@ def test_what_does_not_agree_is_not_timed():
     assert "off by 0.01, not timed" in row and row.count("|") == 9
 
 
+@pytest.mark.slow
 def test_the_contenders_take_the_same_step():
     """Equal images, noise and weights; Adam's first step shows the gradient's sign only, so several are taken."""
     config = preset_config(
@@ -113,7 +115,7 @@ def test_the_contenders_take_the_same_step():
         assert (end - ends["textbook"]).norm() < 0.02 * ends["textbook"].norm(), name
 
 
-def test_peak_memory_is_what_is_held_at_once():
+def test_peak_memory_counts_simultaneous_allocations():
     def run():
         for _ in range(3):
             x = torch.zeros(1 << 20, dtype=torch.uint8)

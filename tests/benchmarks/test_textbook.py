@@ -23,7 +23,7 @@ SMALL = {
 @pytest.mark.parametrize(
     "changes", [{"form": "thesis"}, {}, {"form": "thesis", "branch_norm": "masked_group"}, {"regions": 1}]
 )
-def test_the_textbook_model_is_the_model(changes, folded):
+def test_textbook_model_matches_the_model(changes, folded):
     torch.manual_seed(0)
     model = preset_config(None, **SMALL, **changes).resolved().build().double().train()
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from benchmarks.traffic import Count, counted, size, step_traffic, table
 
 
-def test_operations_read_their_arguments_and_write_their_answers_and_views_are_free():
+def test_operations_count_arguments_and_outputs_but_not_views():
     with torch.device("meta"):
         x, w = torch.empty(2, 3, 8, 8), torch.empty(5, 3, 1, 1)
         with counted(launches=False) as count:
@@ -19,7 +19,7 @@ def test_operations_read_their_arguments_and_write_their_answers_and_views_are_f
     assert (rest.moved, rest.flops) == (4 * 4 * (2 * 2 * 64), 0)
 
 
-def test_what_is_expanded_counts_once_and_is_found_in_lists():
+def test_expanded_tensors_count_once_also_in_lists():
     assert size([torch.empty(1, 4).expand(6, 4), [torch.empty(3, dtype=torch.bfloat16)], None, 7]) == 16 + 6
     assert size([torch.empty(0, 4)]) == 0
 
@@ -31,7 +31,7 @@ def test_a_copy_does_not_read_what_it_overwrites():
 
 
 @pytest.mark.parametrize("changes", [{}, {"form": "regional"}, {"branch_norm": "masked_group"}])
-def test_a_step_of_the_thesis_model(changes):
+def test_thesis_step_traffic(changes):
     """123.7 G multiply-adds a sample forward (the design's figure), twice that backward."""
     found = step_traffic("flowers64", 2, **changes)
     total = {kind: sum(part.moved for part in parts.values()) for kind, parts in found.items()}

@@ -23,6 +23,7 @@ def kernel_names(mangled: list[str]) -> list[str]:
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_no_kernel_spills(source, tmp_path, capsys):
     targets = [f"-gencode=arch=compute_{a},code={code}_{a}" for a, code in ((80, "sm"), (90, "sm"), (90, "compute"))]
     command = [NVCC, "-std=c++17", "-O3", *targets, "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "out.o")]

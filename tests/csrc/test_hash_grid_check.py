@@ -37,10 +37,12 @@ def run(program: Path) -> None:
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined,float-cast-overflow", "thread"])
+@pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path, sanitizers):
     run(build(tmp_path, [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]))
 
 
+@pytest.mark.slow
 def test_cuda_kernels_agree_with_the_cpu(tmp_path):
     """kernel<<<blocks, threads, 0, stream>>>(...) becomes a call of the emulation's launch."""
     if not Path("/usr/include/ucontext.h").exists():

@@ -43,6 +43,7 @@ def run(program: Path) -> None:
     assert (result.returncode, result.stdout) == (0, "passed\n"), result.stdout + result.stderr[-4000:]
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path):
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     probe = tmp_path / "probe.cpp"
@@ -53,6 +54,7 @@ def test_sanitizers_find_nothing(tmp_path):
     run(build(tmp_path, flags, [CSRC / f"{name}_cpu.cpp" for name in OPS]))
 
 
+@pytest.mark.slow
 def test_cuda_kernels_agree_with_the_cpu(tmp_path):
     """kernel<<<blocks, threads, 0, stream>>>(...) becomes a call of the emulation's launch."""
     if not Path("/usr/include/ucontext.h").exists():

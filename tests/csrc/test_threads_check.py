@@ -14,7 +14,7 @@ CSRC = HERE.parents[1] / "csrc"
 
 
 @pytest.mark.parametrize("sanitizer", [None, "thread"])
-def test_every_index_once_and_nothing_lost(tmp_path, sanitizer):
+def test_parallel_for_visits_every_index_once(tmp_path, sanitizer):
     program = tmp_path / "check"
     common = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17", "-O1", "-g", "-pthread", f"-I{CSRC}"]
     if sanitizer:

@@ -94,7 +94,7 @@ def run(world: int, work: Callable[[int], None]) -> list[int]:
 
 def drawing(out: Path, inspect: Callable[[int], dict[str, Any]], loss: Callable[..., StepLoss], **changes: Any) -> None:
     """Train with these previews, to which the size of the averaged weights is added, and this loss."""
-    tiny_runs.without_sheets()
+    tiny_runs.disable_previews()
 
     def weigh(model):
         return float(sum(x.double().abs().sum() for x in model.state_dict().values()))

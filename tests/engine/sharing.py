@@ -22,20 +22,20 @@ from factorkit.data import make_procedural_views
 from factorkit.segdiff.inference import folder as segment_folder
 from tests.engine.processes import run
 
-PICTURES = 7
+IMAGE_FOLDER = 7
 
 
 def prepare(folder: Path) -> None:
     """A run of each model, and images: one of them broken, some of another size, masks for the rest."""
     tiny_runs.train("segdiff", folder / "segdiff", steps=2)
-    tiny_runs.without_sheets()
+    tiny_runs.disable_previews()
     views = make_procedural_views(12, 8, seed=1)
     few = {"search_steps": 4, "field_steps": 2, "steps": 2}
     tiny_runs.nerfdiff.train_nerfdiff(views.select(slice(0, 8)), out=folder / "nerfdiff", **tiny_runs.NERFDIFF | few)
     noise = np.random.default_rng(1)
     for kind in ("images", "scored", "masks"):
         (folder / kind).mkdir()
-    for i in range(PICTURES):
+    for i in range(IMAGE_FOLDER):
         size = (16, 24 if i % 3 else 16)
         Image.fromarray(noise.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"images/{i}.png")
         Image.fromarray(noise.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"scored/{i}.png")
@@ -69,7 +69,7 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
 
 
 def run_command(arguments: list[str], printed: Path) -> None:
-    """A command line, and what this process says of it."""
+    """Run a command line and write its output to a file."""
     with open(printed, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(sys.stderr):
         code = command_line([*arguments, "--device", "cpu", "--json"])
     if code:

@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="the kernels' tests need triton: pip instal
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets in this process and compiles nothing", allow_module_level=True)
 
-from ahead_of_time import compile_all, recorded  # noqa: E402
-from preset_launches import training_step  # noqa: E402
+from ahead_of_time import compile_all, recorded
+from preset_launches import training_step
 
 #: kernels whose loads of features must be 128 bits wide; the others read small tensors
 WIDE = {
@@ -50,6 +50,7 @@ def variants():
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.slow
 def test_no_spills_and_wide_loads(variants, capability):
     compiled = compile_all(variants, capability)
     print(f"\nsm_{capability}: registers, shared bytes, widest load in bits")

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels' tests need triton: pip install -e '.[test]' on Linux")
 
-from factorkit.kernels import tiles, tuning  # noqa: E402
+from factorkit.kernels import tiles, tuning
 
 
 class Kernel:
@@ -47,7 +47,7 @@ def start(kernel, rows=3):
     tiles.launch(kernel, 7, torch.empty(4), rows, warps=4, BLOCK=8)
 
 
-def test_the_fastest_is_found_once_and_kept(tuned):
+def test_fastest_warps_are_measured_once_and_stored(tuned):
     start(tuned)
     assert tuned.warps == [*tuning.WARP_COUNTS, 2]
     start(tuned)
@@ -68,7 +68,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(tuned, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": 3}', "\x00"])
-def test_a_damaged_file_is_written_anew(tuned, text):
+def test_damaged_table_is_rewritten(tuned, text):
     tuning.table_path().parent.mkdir(parents=True)
     tuning.table_path().write_text(text)
     start(tuned)
@@ -76,7 +76,7 @@ def test_a_damaged_file_is_written_anew(tuned, text):
     assert list(json.loads(tuning.table_path().read_text()).values()) == [2]
 
 
-def test_a_cache_that_cannot_be_written_stops_nobody(tuned, monkeypatch, tmp_path):
+def test_unwritable_cache_is_ignored(tuned, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "file"))
     start(tuned)
@@ -84,11 +84,11 @@ def test_a_cache_that_cannot_be_written_stops_nobody(tuned, monkeypatch, tmp_pat
     assert tuned.warps == [*tuning.WARP_COUNTS, 2, 2]
 
 
-def test_heuristics_decide_where_nobody_asked(tuned, monkeypatch):
+def test_without_tuning_the_default_warps_are_used(tuned, monkeypatch):
     monkeypatch.delenv("FACTORKIT_TUNE")
     start(tuned)
     assert tuned.warps == [4] and not tuning.table_path().exists()
 
 
-def test_a_thread_may_use_the_registers_there_are():
+def test_register_limit_follows_warps():
     assert [tiles.compiler_options(warps)["maxnreg"] for warps in tuning.WARP_COUNTS] == [255, 255, 255, 255, 128]

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(600)
-def test_every_kernel_under_the_interpreter():
+@pytest.mark.slow
+def test_every_kernel_under_the_interpreter_passes():
     """In a process of its own: Triton decides when it is imported whether kernels are compiled or interpreted."""
     pytest.importorskip("triton", reason="the kernels' tests need triton: pip install -e '.[test]' on Linux")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -24,7 +25,8 @@ def test_every_kernel_under_the_interpreter():
     assert " passed" in done.stdout and " skipped" not in done.stdout
 
 
-def test_without_triton_an_op_says_so_once_and_falls_back():
+@pytest.mark.slow
+def test_op_without_triton_warns_once_and_falls_back():
     program = """
 import sys, warnings
 sys.modules["triton"] = None  # as if it were not installed

@@ -118,7 +118,7 @@ def poisoned():
 @pytest.mark.parametrize("counts", RAGGED)
 @pytest.mark.parametrize("kind", ["random", "expanded", "strided"])
 @pytest.mark.parametrize("early_stop", [0.0, 0.3])
-def test_packed_gradients_are_the_references(poisoned, counts, kind, early_stop):
+def test_packed_gradients_match_reference(poisoned, counts, kind, early_stop):
     torch.manual_seed(1)
     leaves, offsets, behind = batch(counts, 3, tail=7)
     compare(leaves, offsets, behind, early_stop, kind)
@@ -126,14 +126,14 @@ def test_packed_gradients_are_the_references(poisoned, counts, kind, early_stop)
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8, 17, 32])
 @pytest.mark.parametrize("background", ["shared", "each", None])
-def test_channels_and_backgrounds(poisoned, channels, background):
+def test_composite_channels_and_backgrounds_match_reference(poisoned, channels, background):
     torch.manual_seed(2)
     leaves, offsets, behind = batch([9, 0, 70], channels, background=background)
     compare(leaves, offsets, behind, 0.0)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (0, 4), (4, 0), (2, 130)])
-def test_dense_rays(poisoned, shape):
+def test_composite_dense_rays_match_packed_rays(poisoned, shape):
     torch.manual_seed(3)
     leaves, _, behind = batch([shape[1]] * shape[0], 3, dense=shape[0] > 0)
     if shape[0] == 0:
@@ -145,6 +145,7 @@ def test_dense_rays(poisoned, shape):
 @given(
     st.lists(st.integers(0, 50), min_size=1, max_size=12), st.integers(1, 6), st.integers(0, 5), st.integers(0, 2**31)
 )
+@pytest.mark.slow
 def test_any_ragged_batch(counts, channels, tail, seed):
     torch.manual_seed(seed)
     leaves, offsets, behind = batch(counts, channels, tail=tail)
@@ -292,7 +293,7 @@ def test_small_densities_keep_their_digits():
     torch.testing.assert_close(out.weights, torch.full((1, 8), 1e-6), rtol=1e-5, atol=0)
 
 
-def test_early_stop_leaves_out_the_same_samples_both_ways():
+def test_early_stop_skips_the_same_samples_forward_and_backward():
     torch.manual_seed(11)
     leaves, _, behind = batch([80] * 6, 3, dense=True)
     out = ops.composite(*leaves, background=behind, early_stop=0.05, weights=True)
@@ -309,7 +310,8 @@ def test_early_stop_leaves_out_the_same_samples_both_ways():
             assert (whole[ray, k:] == 0).all()
 
 
-def test_a_million_rays_and_the_number_of_threads():
+@pytest.mark.slow
+def test_composite_million_rays_equal_for_any_thread_count():
     torch.manual_seed(12)
     counts = torch.randint(0, 4, (1_000_000,))
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])

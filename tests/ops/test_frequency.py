@@ -43,7 +43,7 @@ def test_gradcheck_of_first_and_second_order(annealed):
     assert torch.autograd.gradgradcheck(run, inputs)
 
 
-def test_gradients_are_the_reference_s_for_expanded_and_transposed_upstreams():
+def test_gradients_for_expanded_and_transposed_upstreams_match_reference():
     x, bands, annealing = problem(points=7)
     outs = [run(x, bands, annealing) for run in (torch.ops.factorkit.frequency, reference.frequency)]
     width = outs[0].shape[1]
@@ -62,11 +62,11 @@ def test_opcheck(annealed, dtype):
     torch.library.opcheck(torch.ops.factorkit.frequency, (cast(x)[:, ::2], bands, cast(annealing)))
 
 
-def test_no_points():
+def test_frequency_of_no_points_is_empty():
     assert ops.frequency(torch.zeros(0, 3), 4).shape == (0, 24)
 
 
-def test_what_does_not_fit_is_named():
+def test_wrong_input_is_refused():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"int64 of shape \(2, 3\); frequency takes points"):
         ops.frequency(x.long(), 4)

@@ -87,7 +87,7 @@ def test_equals_its_definition(dims, quintic):
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 1000),
 )
-def test_compiled_is_the_reference(dims, features, points, threads, quintic, dtype, seed):
+def test_compiled_hash_grid_matches_reference(dims, features, points, threads, quintic, dtype, seed):
     """Values and all gradients, around the sizes of blocks and chunks, with fewer and more threads than levels."""
     given_ = problem(dims, features, points, dtype, seed=seed)
     exact = [v.detach().double().requires_grad_() for v in given_]
@@ -112,7 +112,7 @@ def close(got, want):
         assert error < (3e-5 if got.dtype == torch.float32 else 1e-12), error
 
 
-def test_the_number_of_threads_changes_no_bit(monkeypatch):
+def test_hash_grid_equal_for_any_thread_count(monkeypatch):
     x, table, weights = problem(3, points=5000, dtype=torch.float32)
     upstream = torch.randn(5000, 8)
 
@@ -156,7 +156,7 @@ def test_opcheck(dims, dtype):
     torch.library.opcheck(torch.ops.factorkit.hash_grid, (x[:0].detach(), table, weights, RESOLUTIONS, False))
 
 
-def test_only_the_gradients_asked_for_are_computed(monkeypatch):
+def test_only_needed_gradients_are_computed(monkeypatch):
     x, table, weights = problem(3)
     asked = []
 
@@ -171,7 +171,7 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
     assert asked == [[True, False], [False, True]]
 
 
-def test_a_nan_stays_with_its_point():
+def test_nan_point_affects_no_other_point():
     x, table, _ = problem(3)
     x = x.detach().clone()
     x[5, 1] = math.nan
@@ -203,7 +203,7 @@ def test_growing_resolutions_and_annealing():
     torch.testing.assert_close(ops.annealing_weights(4, 0.375), torch.tensor([1, 0.5, 0, 0]))
 
 
-def test_the_reference_can_be_forced(monkeypatch):
+def test_reference_can_be_forced(monkeypatch):
     x, table, _ = problem(2)
     expected = ops.hash_grid(x, table, RESOLUTIONS)
     monkeypatch.setattr(hash_encoding, "call_extension", None)
@@ -227,7 +227,7 @@ def test_the_reference_can_be_forced(monkeypatch):
         ({"interpolation": "cubic"}, "choose one of linear, quintic"),
     ],
 )
-def test_what_does_not_fit_is_named(change, sentence):
+def test_wrong_input_is_refused(change, sentence):
     good = {"x": torch.zeros(3, 2), "table": torch.zeros(4, 64, 2), "resolutions": RESOLUTIONS}
     with pytest.raises(ValueError, match=sentence):
         ops.hash_grid(**(good | change))
@@ -236,7 +236,7 @@ def test_what_does_not_fit_is_named(change, sentence):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dims", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cuda_is_the_reference_on_a_side_stream(dims, dtype):
+def test_cuda_on_a_side_stream_matches_reference(dims, dtype):
     if not (torch.cuda.is_available() and dispatch.has_extension("cuda")):
         pytest.skip("needs a CUDA device and factorkit._C built with CUDA")
     torch.use_deterministic_algorithms(False)  # which would choose the reference

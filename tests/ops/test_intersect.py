@@ -38,7 +38,7 @@ def rays(count, dtype=torch.float64, spread=3.0):
         ((0, 0, 0), (1e-30, 0, 1), 0.5, 2.0),
     ],
 )
-def test_known_rays_and_the_box(dtype, origin, direction, near, far):
+def test_known_rays_meet_the_box(dtype, origin, direction, near, far):
     o, d = torch.tensor([origin], dtype=dtype), torch.tensor([direction], dtype=dtype)
     for found in (ops.intersect_box(o, d, LOW, HIGH), reference.intersect_box(o, d, LOW, HIGH)):
         assert [x.item() for x in found] == [near, far]

@@ -59,7 +59,7 @@ def assert_same(got, want):
 @pytest.mark.parametrize(("levels", "resolution"), [(1, 8), (1, 32), (2, 16), (3, 32), (4, 8), (1, 128)])
 @pytest.mark.parametrize("growth", [{}, {"cone_angle": 0.03}, {"cone_angle": 0.2, "max_step": 0.4}])
 @pytest.mark.parametrize("seed", [None, 0, 2**62 + 5])
-def test_marching_is_the_brute_force_walk(levels, resolution, growth, seed):
+def test_marching_matches_brute_force(levels, resolution, growth, seed):
     torch.manual_seed(levels + resolution)
     for blocks in (False, True):
         given = (*rays(100), grid(levels, resolution, 0.6 if blocks else 0.1, blocks and resolution >= 32))
@@ -70,7 +70,8 @@ def test_marching_is_the_brute_force_walk(levels, resolution, growth, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0.005, 3), st.floats(0, 0.5), st.floats(1, 40), st.integers(1, 5))
-def test_any_step(seed, step, cone, longest, levels):
+@pytest.mark.slow
+def test_marching_with_any_step_matches_reference(seed, step, cone, longest, levels):
     torch.manual_seed(seed)
     given = (*rays(30), grid(levels, [8, 16, 32][seed % 3], 0.1, blocks=seed % 2 == 0))
     assert_same(*both(given, step, cone_angle=cone, max_step=step * longest, seed=seed))
@@ -108,7 +109,7 @@ def test_steps_tile_the_ray_where_all_is_occupied(seed, cone):
         assert (s.t_end - s.t_start).max() <= (0.06 if seed is not None else 0.0300001)
 
 
-def test_jitter_is_uniform_and_a_function_of_seed_ray_and_step():
+def test_jitter_is_uniform_and_depends_on_seed_ray_and_step():
     ray, step = torch.arange(300)[:, None], torch.arange(1, 200)
     u = march.counter_uniform(12345678901234567, ray, step)
     assert u.min() >= 0 and u.max() < 1
@@ -125,7 +126,7 @@ def test_jitter_is_uniform_and_a_function_of_seed_ray_and_step():
         assert (changed != u).float().mean() > 0.99
 
 
-def test_capacity_cuts_rays_off_and_fills_up_with_nothing():
+def test_capacity_truncates_rays_and_pads_with_empty_samples():
     torch.manual_seed(3)
     given = (*rays(60), grid(1, 16, 0.3))
     whole = ops.march_rays(*given, *BOX, step=0.05, seed=1)
@@ -142,7 +143,7 @@ def test_capacity_cuts_rays_off_and_fills_up_with_nothing():
         assert len(later.ray) == capacity and not (later.ray < 0).any()
 
 
-def test_levels_are_the_boxes_scaled_about_their_centre():
+def test_levels_are_boxes_scaled_about_their_centre():
     """One occupied cell a level, at the corner of the grid nearest (low, low, low); a diagonal ray finds each in
     turn."""
     r = 32
@@ -187,7 +188,7 @@ def test_empty_batches_grids_and_intervals():
     assert backwards.wanted == 0
 
 
-def test_threads_dtypes_and_layout_change_nothing():
+def test_marching_equal_for_any_threads_dtype_and_layout():
     torch.manual_seed(4)
     given = (*rays(500, torch.float32), grid(2, 32, 0.05))
     before, found = torch.get_num_threads(), []

@@ -86,7 +86,7 @@ def compare_gradients(run, plain, inputs):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("modulated", [True, False])
-def test_norm_gradient_is_the_reference_s(norm, modulated):
+def test_norm_gradient_matches_reference(norm, modulated):
     torch.manual_seed(1)
     x, weight, bias = rand(4, 6, 3, 5), rand(6), rand(6)
     masks = soft_masks(2, 2, 3, 5) if norm == "masked_group" else None
@@ -100,7 +100,7 @@ def test_norm_gradient_is_the_reference_s(norm, modulated):
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("norm", NORMS)
-def test_masked_skip_norm(shared, norm):
+def test_masked_skip_norm_matches_reference(shared, norm):
     """Odd sizes, groups that straddle u and the skip, u shared by the branches or not."""
     torch.manual_seed(2)
     b, k, h, w = 2, 3, 3, 5
@@ -120,7 +120,7 @@ def test_masked_skip_norm(shared, norm):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_projection_gradients(shared):
+def test_projection_gradients_match_reference(shared):
     torch.manual_seed(3)
     b, k = 2, 3
     u, skip, masks = rand(b if shared else b * k, 2, 4, 3), rand(b, 3, 4, 3), soft_masks(b, k, 4, 3)
@@ -136,7 +136,7 @@ def test_projection_gradients(shared):
     )
 
 
-def test_without_masks_the_skip_ops_are_a_plain_unet_s():
+def test_skip_ops_without_masks_match_plain_unet():
     u, skip = rand(2, 4, 3, 3), rand(2, 4, 3, 3)
     weight, bias = rand(8), rand(8)
     z = torch.cat([u, skip], 1)
@@ -237,7 +237,7 @@ def test_opcheck(name, dtype):
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("pyramid", "pool", "blend")])
-def test_channels_last_in_channels_last_out(name):
+def test_channels_last_layout_is_kept(name):
     op, args = CASES[name]
     last = [
         a.detach().to(memory_format=torch.channels_last) if isinstance(a, torch.Tensor) and a.dim() == 4 else a
@@ -250,7 +250,7 @@ def test_channels_last_in_channels_last_out(name):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_bf16_statistics_are_taken_in_fp32(layout):
+def test_bf16_statistics_are_computed_in_fp32(layout):
     """A mean of 100 with a spread of 1 would drown in bf16 sums."""
     torch.manual_seed(8)
     x = (100 + torch.randn(1, 4, 64, 64)).bfloat16().to(memory_format=layout)
@@ -262,7 +262,7 @@ def test_bf16_statistics_are_taken_in_fp32(layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(("shared", "masked"), [(True, True), (False, True), (False, False)])
-def test_compiled_norm_is_the_reference(dtype, norm, shared, masked, monkeypatch):
+def test_compiled_norm_matches_reference(dtype, norm, shared, masked, monkeypatch):
     """The C++ of csrc/norm_cpu.cpp, on several threads, odd sizes, gradients with stride 0: against fp64."""
     if not masked and norm == "masked_group":
         norm = "group"  # there is nothing to weigh the moments by
@@ -292,14 +292,14 @@ def test_compiled_norm_is_the_reference(dtype, norm, shared, masked, monkeypatch
             assert error < (1e-2 if dtype == torch.bfloat16 else 1e-5), error
 
 
-def test_empty_batch():
+def test_empty_batch_gives_empty_output():
     x, w = torch.zeros(0, 4, 3, 3), torch.ones(4)
     assert ops.group_norm_silu(x, w, w, groups=2).shape == (0, 4, 3, 3)
     w = torch.ones(8)
     assert ops.masked_skip_norm_silu(x, x, torch.zeros(0, 2, 3, 3), w, w, groups=2).shape == (0, 8, 3, 3)
 
 
-def test_what_does_not_fit_is_named():
+def test_wrong_input_is_refused():
     x, w = torch.zeros(4, 6, 3, 3), torch.ones(6)
     with pytest.raises(ValueError, match="4 groups do not divide 6"):
         ops.group_norm_silu(x, w, w, groups=4)
@@ -307,14 +307,14 @@ def test_what_does_not_fit_is_named():
         ops.group_norm_silu(x, w, w, groups=2, norm="batch")
     with pytest.raises(ValueError, match="B\\*K = 4"):
         ops.group_norm_silu(x, w, w, groups=2, norm="masked_group", masks=torch.zeros(1, 3, 3, 3))
+    u, skip, masks, w = torch.zeros(3, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.zeros(2, 4, 2, 2), torch.ones(2)
     with pytest.raises(ValueError, match="3 rows"):
-        u, skip, masks, w = torch.zeros(3, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.zeros(2, 4, 2, 2), torch.ones(2)
         ops.masked_skip_norm_silu(u, skip, masks, w, w, groups=1)
     with pytest.raises(ValueError, match="halved"):
         ops.mask_pyramid(torch.zeros(1, 2, 6, 6), 2)
 
 
-def test_the_reference_can_be_forced(monkeypatch):
+def test_reference_can_be_forced(monkeypatch):
     def marked(*args):
         raise RuntimeError("the reference was asked")
 

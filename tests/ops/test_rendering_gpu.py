@@ -63,7 +63,7 @@ def test_composite(dtype, channels, early_stop):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_marching_with_a_fixed_step_is_the_same_to_the_bit(dtype):
+def test_marching_with_a_fixed_step_is_bit_identical(dtype):
     scene = march_scene(dtype)
     want = ops.march_rays(*scene, **MARCH)
     got = ops.march_rays(*(x.cuda() for x in scene), **MARCH)
@@ -88,7 +88,7 @@ def test_intersections_and_resampling():
     )
 
 
-def test_capacity_never_waits_and_the_exact_form_waits_once():
+def test_capacity_never_synchronises_and_exact_form_once():
     scene = [x.cuda() for x in march_scene()]
     ops.march_rays(*scene, **MARCH)
     torch.cuda.set_sync_debug_mode("error")

@@ -75,6 +75,7 @@ def test_packed_and_dense_rays(counts, count, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(1, 20), st.integers(0, 2**31))
+@pytest.mark.slow
 def test_any_ragged_batch(counts, count, seed):
     torch.manual_seed(seed)
     compare(*batch(counts), count, seed if seed % 2 else None)
@@ -94,7 +95,7 @@ def test_edges_follow_the_weights():
     assert abs(shift.item()) < 0.02  # not centred, it would be 0.03
 
 
-def test_opcheck_threads_and_forced_reference(monkeypatch):
+def test_opcheck_thread_counts_and_forced_reference(monkeypatch):
     torch.manual_seed(1)
     t_start, t_end, weights, offsets = batch([5, 0, 300, 2] * 50, torch.float32)
     torch.library.opcheck(torch.ops.factorkit.sample_pdf, (t_start, t_end, weights, offsets, 4, 3))

@@ -38,7 +38,7 @@ def test_opcheck(name, dtype):
     torch.library.opcheck(op, cast, test_utils=tests)
 
 
-def test_what_the_kernels_do_not_take_runs_as_pytorch():
+def test_unsupported_tensors_run_as_pytorch():
     x, w = torch.randn(2, 6, 3, 3, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
     assert not dispatch.triton_takes((x, w))
     want = reference.norm_silu(x, None, None, w, w, None, None, 2, "group")
@@ -52,7 +52,7 @@ def test_what_the_kernels_do_not_take_runs_as_pytorch():
     assert ops.region_blend(torch.zeros(0, 2, 3, 3), empty[:, :3])[1].shape == (0, 3, 3, 3)
 
 
-def test_autocast_leaves_statistics_and_masks_alone():
+def test_autocast_does_not_change_statistics_and_masks():
     masks = soft_masks(2, 2, 4, 4)
     x, w = rand(4, 6, 4, 4), rand(6)
     with torch.autocast(x.device.type, torch.bfloat16):
@@ -64,7 +64,7 @@ def test_autocast_leaves_statistics_and_masks_alone():
 
 
 @pytest.mark.parametrize("branch_norm", ["group", "masked_group", "pixel"])
-def test_factorized_unet_through_the_kernels(branch_norm, monkeypatch):
+def test_factorized_unet_on_kernels_matches_reference(branch_norm, monkeypatch):
     """Forward and every parameter's gradient equal those of the same model on the references, in fp64."""
     model = FactorizedUNet(
         regions=3,

@@ -47,7 +47,7 @@ def check_skip(inputs, groups, norm, **more):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-def test_masked_skip_norm(norm, shape, shared):
+def test_masked_skip_norm_matches_reference(norm, shape, shared):
     *sizes, groups = SHAPES[shape]
     check_skip(skip_inputs(*sizes, shared=shared), groups, norm)
 
@@ -55,20 +55,20 @@ def test_masked_skip_norm(norm, shape, shared):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
-def test_half_precision_features_with_fp32_masks_and_weights(norm, dtype):
+def test_half_precision_features_match_reference(norm, dtype):
     check_skip(skip_inputs(2, 3, 5, 7, 4, 5, shared=False, dtype=dtype, modulated=False), 3, norm)
     check_skip(skip_inputs(1, 2, 24, 8, 3, 5, shared=True, dtype=dtype), 4, norm)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_u_and_skip_of_different_dtypes(norm):
+def test_u_and_skip_of_different_dtypes_match_reference(norm):
     inputs = skip_inputs(1, 2, 6, 4, 3, 5, shared=False)
     check_skip(inputs | {"u": inputs["u"].bfloat16()}, 2, norm)
     check_skip(inputs | {"skip": inputs["skip"].bfloat16()}, 2, norm)
 
 
 @pytest.mark.parametrize("norm", ["group", "pixel"])
-def test_a_plain_unets_skip(norm):
+def test_skip_without_masks_matches_reference(norm):
     """No masks: the norm of [u ; skip]."""
     check_skip(skip_inputs(2, 1, 5, 7, 5, 3, shared=False, masked=False), 3, norm)
 
@@ -77,7 +77,7 @@ def test_a_plain_unets_skip(norm):
 @pytest.mark.parametrize("size", [(6, 6, 5, 7, 3), (6, 12, 1, 1, 3), (2, 130, 3, 11, 13)], ids=str)
 @pytest.mark.parametrize("activate", [True, False])
 @pytest.mark.parametrize("norm", NORMS)
-def test_norm_without_a_skip(norm, activate, size):
+def test_norm_without_a_skip_matches_reference(norm, activate, size):
     rows, channels, height, width, groups = size
     masks = soft_masks(rows // 2, 2, height, width) if norm == "masked_group" else None
     inputs = {"x": rand(rows, channels, height, width), "weight": rand(channels), "bias": rand(channels)}
@@ -110,12 +110,12 @@ def strided(kind):
 
 @pytest.mark.parametrize("kind", ["expanded", "slice of a cat", "contiguous", "transposed", "every other pixel"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_gradients_of_any_strides(norm, kind):
+def test_gradients_of_any_strides_match_reference(norm, kind):
     check_skip(skip_inputs(2, 2, 5, 3, 4, 3, shared=False), 2, norm, make_grad=strided(kind))
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_gradient_that_lies_beyond_two_to_the_31st(norm):
+def test_gradient_offset_beyond_2_to_the_31_is_read(norm):
     """Offsets are 64-bit: the gradient's rows lie far apart in a storage of which almost nothing is ever touched."""
     inputs = skip_inputs(1, 2, 3, 5, 2, 3, shared=False, dtype=torch.bfloat16)
     apart = 2**31 + 64
@@ -128,7 +128,7 @@ def test_a_gradient_that_lies_beyond_two_to_the_31st(norm):
     check_skip(inputs, 2, norm, make_grad=make)
 
 
-def test_a_contiguous_input_is_answered_in_its_layout():
+def test_contiguous_layout_is_kept():
     x, w = torch.randn(2, 6, 3, 5), rand(6)
     out = ops.group_norm_silu(x, w, w, groups=2)
     assert out.is_contiguous()
@@ -138,7 +138,7 @@ def test_a_contiguous_input_is_answered_in_its_layout():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_no_result_depends_on_the_run(norm):
+def test_repeated_runs_are_bit_identical(norm):
     inputs = [x.requires_grad_() for x in skip_inputs(1, 2, 40, 24, 9, 8, shared=False, dtype=torch.bfloat16).values()]
     out = ops.masked_skip_norm_silu(*inputs, groups=4, norm=norm)
     grad = torch.randn_like(out)
@@ -148,7 +148,7 @@ def test_no_result_depends_on_the_run(norm):
 
 
 @pytest.mark.parametrize("mean", [100.0, 1000.0])
-def test_statistics_of_bf16_are_fp32(mean):
+def test_bf16_statistics_are_computed_in_fp32(mean):
     x = (mean + 16 * torch.randn(1, 4, 64, 32)).bfloat16()
     got = ops.group_norm_silu(x, torch.ones(4), torch.zeros(4), groups=1, activate=False).float()
     assert abs(got.mean().item()) < 0.02 and abs(got.std().item() - 1) < 0.02

@@ -28,7 +28,7 @@ def slices(like):
 @SIZE
 @SHARED
 @HALF
-def test_shortcut_sum(size, shared, dtype):
+def test_masked_add_matches_reference(size, shared, dtype):
     b, k, c, _, h, w = size
     inputs = {
         "base": rand(b if shared else b * k, c, h, w, dtype=dtype),
@@ -40,7 +40,7 @@ def test_shortcut_sum(size, shared, dtype):
 
 
 @SHARED
-def test_the_whole_shortcut(shared):
+def test_masked_projection_matches_reference(shared):
     b, k, c_u, c_s = 2, 3, 6, 5
     inputs = {"u": rand(b if shared else b * k, c_u, 4, 5), "skip": rand(b, c_s, 4, 5), "masks": soft_masks(b, k, 4, 5)}
     inputs |= {"weight": rand(7, c_u + c_s, 1, 1), "bias": rand(7)}
@@ -53,7 +53,7 @@ def test_the_whole_shortcut(shared):
 
 @SIZE
 @HALF
-def test_blend(size, dtype):
+def test_blend_matches_reference(size, dtype):
     b, k, c, _, h, w = size
     inputs = {"logits": torch.randn(b, k, h, w), "branches": rand(b * k, c, h, w, dtype=dtype)}
     compare(ops.region_blend, reference.region_blend, inputs)
@@ -76,12 +76,12 @@ def test_gradient_of_the_branches_keeps_their_layout():
 
 
 @pytest.mark.parametrize(("levels", "height", "width"), [(1, 2, 6), (3, 8, 24), (3, 40, 16), (5, 32, 64), (6, 64, 64)])
-def test_pyramid(levels, height, width):
+def test_pyramid_matches_reference(levels, height, width):
     inputs = {"masks": soft_masks(2, 3, height, width)}
     compare(lambda m: ops.mask_pyramid(m, levels)[1:], lambda m: reference.mask_pyramid(m, levels), inputs)
 
 
-def test_pyramid_of_masks_that_are_a_view_with_one_level_unused():
+def test_pyramid_of_a_view_with_one_level_unused_has_the_right_gradient():
     masks = soft_masks(1, 4, 8, 8)[:, ::2].requires_grad_()
     (got,) = torch.autograd.grad(ops.mask_pyramid(masks, 2)[2].square().sum(), masks)
     (want,) = torch.autograd.grad(reference.mask_pyramid(masks, 2)[1].square().sum(), masks)
@@ -90,7 +90,7 @@ def test_pyramid_of_masks_that_are_a_view_with_one_level_unused():
 
 @SIZE
 @HALF
-def test_pool(size, dtype):
+def test_pool_matches_reference(size, dtype):
     b, k, c, _, h, w = size
     inputs = {"features": rand(b, c, h, w, dtype=dtype), "masks": soft_masks(b, k, h, w)}
     compare(ops.region_pool, reference.region_pool, inputs)

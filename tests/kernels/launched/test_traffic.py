@@ -110,7 +110,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_counted_is_what_the_kernels_touch(case, monkeypatch):
+def test_counted_bytes_match_kernel_accesses(case, monkeypatch):
     make, *given = CASES[case]
     accesses = Accesses(monkeypatch)
     out, inputs = make(*given)
