@@ -54,8 +54,7 @@ class Interpolate(RunCommand):
         from PIL import Image
 
         from factorkit.data.open import open_source
-        from factorkit.segdiff.editing.grids import interpolation_sheet
-        from factorkit.segdiff.previews import make_label_image
+        from factorkit.segdiff.previews import draw_interpolation_grid, make_label_image
         from factorkit.segdiff.run import SegdiffRun
         from factorkit.utils.atomic import save_image
         from factorkit.utils.images import images_to_pixels
@@ -75,7 +74,7 @@ class Interpolate(RunCommand):
             save_image(Image.fromarray(images[i, j]), Path(f"{path}.png"))
             save_image(make_label_image(labels[i, j]), Path(f"{path}_labels.png"))
         regions = None if result.masks.shape[2] == 1 else labels
-        grid = interpolation_sheet(
+        grid = draw_interpolation_grid(
             images_to_pixels(result.a), images_to_pixels(result.b), images, regions, result.shares.tolist()
         )
         return _write_grid(grid, self.out, len(images), pairs=len(images), frames=images.shape[1])
@@ -106,8 +105,8 @@ class Branches(RunCommand):
         import numpy as np
         from PIL import Image
 
-        from factorkit.segdiff.editing.grids import branches_sheet
         from factorkit.segdiff.inference.outputs import output_names
+        from factorkit.segdiff.previews import draw_branch_grid
         from factorkit.segdiff.run import SegdiffRun
         from factorkit.utils.atomic import save_image
         from factorkit.utils.images import images_to_pixels, unit_to_uint8
@@ -126,7 +125,7 @@ class Branches(RunCommand):
                 save_image(
                     Image.fromarray(np.dstack([branch, unit_to_uint8(masks[n, k])])), Path(f"{path}_branch_{k}.png")
                 )
-        grid = branches_sheet(images_to_pixels(result.noisy), images, masks, branches)
+        grid = draw_branch_grid(images_to_pixels(result.noisy), images, masks, branches)
         areas = masks.mean((0, 2, 3)).tolist()
         return _write_grid(grid, self.out, len(images), images=len(images), regions=masks.shape[1], areas=areas)
 
@@ -169,9 +168,8 @@ class Recompose(RunCommand):
         from PIL import Image
 
         from factorkit.data.open import open_source
-        from factorkit.segdiff.editing.grids import recomposition_sheet
         from factorkit.segdiff.inference.outputs import output_names
-        from factorkit.segdiff.previews import make_label_image
+        from factorkit.segdiff.previews import draw_recomposition_grid, make_label_image
         from factorkit.segdiff.run import SegdiffRun
         from factorkit.utils.atomic import save_image
         from factorkit.utils.images import images_to_pixels
@@ -196,7 +194,7 @@ class Recompose(RunCommand):
             save_image(Image.fromarray(images[n]), Path(f"{path}_recomposed.png"))
             save_image(make_label_image(labels[n]), Path(f"{path}_labels.png"))
         sources = None if result.sources is None else images_to_pixels(result.sources)
-        grid = recomposition_sheet(images_to_pixels(result.originals), sources, kept, images, labels)
+        grid = draw_recomposition_grid(images_to_pixels(result.originals), sources, kept, images, labels)
         shares = kept.mean((1, 2)).tolist()
         return _write_grid(grid, self.out, len(images), images=len(images), region=self.region, kept=shares)
 

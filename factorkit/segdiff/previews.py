@@ -11,14 +11,17 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from factorkit.report.image_grid import MIN_CELL_SIZE, Caption, draw_image_grid, enlarge, palette
+from factorkit.report.image_grid import MIN_CELL_SIZE, PAPER_COLOR, Caption, draw_image_grid, enlarge, palette
 from factorkit.utils.images import unit_to_uint8
 
 __all__ = [
     "build_sequence_rows",
+    "draw_branch_grid",
     "draw_class_grid",
     "draw_generation_grid",
     "draw_image_grid",
+    "draw_interpolation_grid",
+    "draw_recomposition_grid",
     "draw_segmentation_grid",
     "draw_trajectory_grid",
     "make_label_image",
@@ -171,6 +174,66 @@ def draw_trajectory_grid(
     return draw_image_grid(rows, captions, row_captions)
 
 
+def draw_interpolation_grid(
+    a: np.ndarray, b: np.ndarray, images: np.ndarray, labels: np.ndarray | None, shares: Sequence[float]
+) -> Image.Image:
+    """Draw interpolated images (thesis, fig. 2.12): a row for each pair, followed by its regions.
+
+    Args:
+        a: first images, [n, H, W, 3].
+        b: last images, [n, H, W, 3].
+        images: the frames between them, [n, frames, H, W, 3].
+        labels: integers [n, frames, H, W]; None: no rows of regions.
+        shares: [frames], of the last image.
+    """
+    rows: list[list[np.ndarray | None]]
+    frame_rows, captions = build_sequence_rows(images, labels, "pair")
+    step = len(frame_rows) // len(images)
+    rows = [[a[i // step], *row, b[i // step]] if i % step == 0 else [None, *row] for i, row in enumerate(frame_rows)]
+    return draw_image_grid(rows, ["a", *(f"{share:.0%}" for share in shares), "b"], captions)
+
+
+def draw_branch_grid(noisy: np.ndarray, images: np.ndarray, masks: np.ndarray, branches: np.ndarray) -> Image.Image:
+    """Draw decomposed images (thesis, fig. 2.9), a row for each; for every region its mask, branch and used part.
+
+    Args:
+        noisy: input of the model, [n, H, W, 3].
+        images: its estimate, [n, H, W, 3].
+        masks: [n, K, H, W].
+        branches: [n, K, H, W, 3].
+    """
+    colors, areas = palette(masks.shape[1]), masks.mean(axis=(0, 2, 3))
+    captions: list[Caption] = ["noisy", "estimate", "regions"]
+    rows = [[noisy[n], images[n], overlay_enlarged(images[n], masks[n].argmax(0))] for n in range(len(images))]
+    for k, color in enumerate(colors):
+        captions += [(f"mask {k}: {areas[k]:.0%}", color), (f"branch {k}", color), (f"part {k}", color)]
+        for n, row in enumerate(rows):
+            row += [unit_to_uint8(masks[n, k]), branches[n, k], _on_paper(branches[n, k], masks[n, k])]
+    return draw_image_grid(rows, captions)
+
+
+def draw_recomposition_grid(
+    originals: np.ndarray, sources: np.ndarray | None, kept: np.ndarray, images: np.ndarray, labels: np.ndarray
+) -> Image.Image:
+    """Draw edited images, a row for each: the original, the source of its region, the kept part, and the result.
+
+    Args:
+        originals: [n, H, W, 3].
+        sources: [n, H, W, 3]; None: the region was regenerated or removed.
+        kept: share of each original pixel, [n, H, W].
+        images: the results, [n, H, W, 3].
+        labels: their regions, integers [n, H, W].
+    """
+    captions = ["original", *([] if sources is None else ["from"]), "kept", "recomposed", "regions"]
+    rows = []
+    for n, image in enumerate(images):
+        source = [] if sources is None else [sources[n]]
+        rows.append(
+            [originals[n], *source, _on_paper(originals[n], kept[n]), image, overlay_enlarged(image, labels[n])]
+        )
+    return draw_image_grid(rows, captions)
+
+
 def build_sequence_rows(
     images: np.ndarray, labels: np.ndarray | None, name: str
 ) -> tuple[list[list[np.ndarray]], list[Caption]]:
@@ -188,3 +251,7 @@ def build_sequence_rows(
 
 def _color(labels: np.ndarray) -> np.ndarray:
     return palette(int(labels.max(initial=0)) + 1)[labels]
+
+
+def _on_paper(image: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+    return np.round(opacity[..., None] * image + (1 - opacity[..., None]) * np.array(PAPER_COLOR)).astype(np.uint8)

@@ -10,9 +10,13 @@ from PIL import Image
 
 from factorkit.reproduce.experiment import SHARED_TRAINING_DURATION, CellResult, CellUnavailableError, Experiment, Row
 from factorkit.reproduce.segdiff_runs import Trainings
-from factorkit.segdiff.editing.grids import branches_sheet, interpolation_sheet
 from factorkit.segdiff.hierarchy import hard_labels
-from factorkit.segdiff.previews import draw_generation_grid, draw_trajectory_grid
+from factorkit.segdiff.previews import (
+    draw_branch_grid,
+    draw_generation_grid,
+    draw_interpolation_grid,
+    draw_trajectory_grid,
+)
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import images_to_pixels
 
@@ -25,7 +29,7 @@ def draw_branches(trainings: Trainings, seed: int) -> Image.Image:
     run = trainings.train("ours", seed)
     result = run.branches(trainings.training_pixels(run.config, 6))
     images, branches = images_to_pixels(result.images), images_to_pixels(result.branches)
-    return branches_sheet(images_to_pixels(result.noisy), images, result.masks.numpy(), branches)
+    return draw_branch_grid(images_to_pixels(result.noisy), images, result.masks.numpy(), branches)
 
 
 def draw_denoising(trainings: Trainings, seed: int) -> Image.Image:
@@ -59,7 +63,7 @@ def draw_interpolation(trainings: Trainings, seed: int) -> Image.Image:
     images = trainings.training_pixels(run.config, 6)
     a, b = np.split(images[: len(images) // 2 * 2], 2)
     result = run.interpolate(a, b, frames=9, steps=STEPS, seed=seed)
-    return interpolation_sheet(a, b, images_to_pixels(result.images), result.labels.numpy(), result.shares.tolist())
+    return draw_interpolation_grid(a, b, images_to_pixels(result.images), result.labels.numpy(), result.shares.tolist())
 
 
 def _figure(

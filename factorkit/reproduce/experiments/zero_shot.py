@@ -30,6 +30,7 @@ from factorkit.reproduce.experiment import (
 )
 from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
+from factorkit.segdiff.inference.zero_shot import images_with_label
 from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.images import pixels_to_signed

@@ -1,8 +1,8 @@
 """Segmentation of a video frame by frame, in memory that does not grow with its length.
 
 Regions are the model's own, so a region has the same number in every frame. What remains is flicker, which is reduced
-in two ways: all frames get the same noise (:func:`~factorkit.segdiff.task.add_noise`), and frames and masks are averaged
-over time where the image does not move.
+in two ways: all frames get the same noise (:func:`~factorkit.segdiff.task.add_noise`), and frames and masks are
+averaged over time where the image does not move.
 """
 
 from __future__ import annotations
