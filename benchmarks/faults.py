@@ -124,7 +124,7 @@ def watch(notes: Notes, kill: Kill | None) -> None:
         noted("resuming", Trainer.restore),
     )
     segdiff.prepare = noted("preparing data", segdiff.prepare)
-    nerfdiff.keep_views = noted("preparing data", nerfdiff.keep_views)
+    nerfdiff.store_views = noted("preparing data", nerfdiff.store_views)
 
 
 def run(name: str, folder: Path, notes: Notes, kill: Kill | None = None) -> bool:

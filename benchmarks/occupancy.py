@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from factorkit.data.procedural.scene import make_procedural_views
-from factorkit.nerfdiff.train import Training, train_nerfdiff
+from factorkit.nerfdiff.stages.pipeline import Training
+from factorkit.nerfdiff.train import train_nerfdiff
 
 #: what a short training of each field takes on a CPU
 SETTINGS = {
@@ -53,7 +54,7 @@ def main() -> None:
 
 def measured(training, held_out, folder: Path, settings: dict) -> str:
     """A line: milliseconds of the processor a step, and the held-out PSNR."""
-    taken, plain = {}, Training.trainer
+    taken, plain = {}, Training.train_stage
 
     def timed(self, name, *rest, **more):
         start = time.process_time()
@@ -61,7 +62,7 @@ def measured(training, held_out, folder: Path, settings: dict) -> str:
         taken[name] = time.process_time() - start
         return result
 
-    Training.trainer = timed
+    Training.train_stage = timed
     try:
         run = train_nerfdiff(
             training,
@@ -75,7 +76,7 @@ def measured(training, held_out, folder: Path, settings: dict) -> str:
             **settings,
         )
     finally:
-        Training.trainer = plain
+        Training.train_stage = plain
     grid, steps = run.model.field.occupancy, run.config.field_steps
     share = "" if grid is None else f", {float(grid.share_occupied()):.0%} of the box left"
     score = run.evaluate(held_out)["psnr"]

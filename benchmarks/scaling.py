@@ -92,13 +92,13 @@ def trained_parameters(preset: str) -> int:
 
 def _nerfdiff_parameters(config) -> int:
     from factorkit.nerfdiff.build import build_model
-    from factorkit.nerfdiff.fields.grid import build_field
-    from factorkit.nerfdiff.rays import Optics
+    from factorkit.nerfdiff.fields.build import build_field
+    from factorkit.nerfdiff.rays import CameraModel
 
     layout = "forward" if config.candidate_type == "single" else "object"
     scene = {"layout": layout, "distance": 3.0, "size": [config.resolution] * 2}
-    field, optics = build_field(config.field, config.grid_resolution, 0), Optics(torch.eye(3), torch.zeros(3))
-    model = build_model(config, scene, optics, field, torch.eye(4)[None])
+    field, camera = build_field(config.field, config.grid_resolution, 0), CameraModel(torch.eye(3), torch.zeros(3))
+    model = build_model(config, scene, camera, field, torch.eye(4)[None])
     return sum(p.numel() for p in model.parameters())
 
 

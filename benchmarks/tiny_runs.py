@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff import train as nerfdiff
 from factorkit.nerfdiff.stages import dictionary as search
-from factorkit.nerfdiff.stages import distil, joint
+from factorkit.nerfdiff.stages import distil, joint, pipeline
 from factorkit.nerfdiff.stages import refine as fit
+from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.segdiff import train as segdiff
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.train import train_segdiff
@@ -54,7 +54,7 @@ NERFDIFF = {
     "progress": False,
     "threads": 1,
 }
-HALF_STEPS = 4  # of the flip test
+HELD_OUT_STEPS = 4  # of the flip test
 
 
 def disable_previews() -> None:
@@ -64,11 +64,11 @@ def disable_previews() -> None:
         return {"failures": [] if step % 4 else ["tiny"], "error": 1 / (1 + step)}
 
     SegdiffTask.inspect = inspect
-    segdiff.write_report = nerfdiff.write_report = lambda folder: None
-    nerfdiff.HALF_STEPS = HALF_STEPS
+    segdiff.write_report = pipeline.write_report = lambda folder: None
+    pipeline.HELD_OUT_STEPS = HELD_OUT_STEPS
     for module in (distil, fit, joint, search):
-        for preview in {"cameras_sheet", "renders_sheet"} & vars(module).keys():
-            setattr(module, preview, lambda *arguments: None)
+        for preview in {"save_cameras", "save_model_previews"} & vars(module).keys():
+            setattr(module, preview, lambda *arguments, **options: None)
 
 
 def make_noise_images(folder: Path) -> Path:
@@ -97,4 +97,4 @@ def train(model: str, out: Path, data: Any = None, **changes: Any) -> None:
     if model == "segdiff":
         train_segdiff(noise_images() if data is None else data, out=out, **SEGDIFF | changes)
     else:
-        nerfdiff.train_nerfdiff(noise_views(), out=out, **NERFDIFF | changes)
+        train_nerfdiff(noise_views(), out=out, **NERFDIFF | changes)

@@ -91,15 +91,15 @@ class Demo(Command):
         from factorkit.cli.train import format_duration, read_failures, report_interruption
         from factorkit.data.procedural.scene import make_procedural_views
         from factorkit.nerfdiff.export.frames import write_frames
-        from factorkit.nerfdiff.train import PROCEDURAL, train_nerfdiff
+        from factorkit.nerfdiff.train import NUM_PROCEDURAL_VIEWS, train_nerfdiff
         from factorkit.nerfdiff.verdict import write_report
         from factorkit.utils import distributed
 
         start = time.perf_counter()
-        views = make_procedural_views(PROCEDURAL + 20, 32)
+        views = make_procedural_views(NUM_PROCEDURAL_VIEWS + 20, 32)
         with report_interruption(out):
-            run = train_nerfdiff(views.select(slice(0, PROCEDURAL)), out=out, preset="demo", seed=self.seed)
-        scores = run.evaluate(views.select(slice(PROCEDURAL, None)))
+            run = train_nerfdiff(views.select(slice(0, NUM_PROCEDURAL_VIEWS)), out=out, preset="demo", seed=self.seed)
+        scores = run.evaluate(views.select(slice(NUM_PROCEDURAL_VIEWS, None)))
         images = run.render_path("orbit", size=64, frames=30).images
 
         def write() -> Path:

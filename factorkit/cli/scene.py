@@ -18,7 +18,7 @@ from factorkit.utils.errors import ConfigError
 if TYPE_CHECKING:
     from factorkit.data.views.views import Views
     from factorkit.nerfdiff.run import NerfdiffRun
-    from factorkit.nerfdiff.viewer import Shown
+    from factorkit.nerfdiff.viewer import ViewerScene
 
 CHECKPOINT_POLL_SECONDS = 5.0
 GRID_VIEWS, TRAJECTORY_STEPS = 10, 10  # at most, in an image grid
@@ -84,7 +84,7 @@ class Reconstruct(RunCommand):
     def execute(self) -> Result:
         from PIL import Image
 
-        from factorkit.nerfdiff.previews.views import disparity_image, views_sheet
+        from factorkit.nerfdiff.previews.views import disparity_pixels, draw_view_grid
         from factorkit.utils import distributed
         from factorkit.utils.images import images_to_pixels
 
@@ -95,7 +95,7 @@ class Reconstruct(RunCommand):
 
         def write() -> None:
             self.out.mkdir(parents=True, exist_ok=True)
-            disparities = disparity_image(renders.depth, renders.opacity)
+            disparities = disparity_pixels(renders.depth, renders.opacity)
             for name, image, depth in zip(views.names, images_to_pixels(renders.images), disparities, strict=True):
                 place = self.out / name.replace("/", "_")
                 Image.fromarray(image).save(place.with_suffix(".png"))
@@ -103,7 +103,9 @@ class Reconstruct(RunCommand):
             n = slice(0, GRID_VIEWS)
             height, width = renders.images.shape[2:]
             originals = views.resize((height, width)).images[n]
-            views_sheet(originals, renders.images[n], renders.depth[n], renders.opacity[n], views.names[n]).save(path)
+            draw_view_grid(originals, renders.images[n], renders.depth[n], renders.opacity[n], views.names[n]).save(
+                path
+            )
 
         distributed.run_on_first(write)
         data = {"out": str(self.out), "reconstructed": len(views), "contact_sheet": str(path)}
@@ -164,7 +166,7 @@ class Sample(RunCommand):
         from PIL import Image
 
         from factorkit.engine.run_folder import write_json
-        from factorkit.nerfdiff.previews.views import novel_sheet
+        from factorkit.nerfdiff.previews.views import draw_denoising_grid
         from factorkit.utils import distributed
         from factorkit.utils.images import images_to_pixels
 
@@ -181,9 +183,9 @@ class Sample(RunCommand):
             columns = np.linspace(0, count - 1, min(TRAJECTORY_STEPS, count)).round().astype(int)
             steps = [result.trajectory[i] for i in columns]
             data["trajectory"] = str(self.out / "trajectory.png")
-            grid = novel_sheet(
+            grid = draw_denoising_grid(
                 [step.images[:GRID_VIEWS].clamp(0, 1) for step in steps],
-                [step.cameras.best[:GRID_VIEWS] for step in steps],
+                [step.cameras.best_poses[:GRID_VIEWS] for step in steps],
                 [step.t for step in steps],
                 [((step.noisy[:GRID_VIEWS] + 1) / 2).clamp(0, 1) for step in steps],
                 run.scene["layout"],
@@ -257,38 +259,38 @@ class View(RunCommand):
 def newest_checkpoint(run: Path) -> Path | None:
     """Find the newest checkpoint of a run folder or of its newest stage; None for a single file."""
     from factorkit.engine.checkpoint import Checkpoints
-    from factorkit.nerfdiff.partial_run import newest_stage
+    from factorkit.nerfdiff.build import find_newest_stage
 
-    for folder in (run, newest_stage(run)) if run.is_dir() else ():
+    for folder in (run, find_newest_stage(run)) if run.is_dir() else ():
         paths = [] if folder is None else Checkpoints(folder / "checkpoints").paths()
         if paths:
             return paths[0]
     return None
 
 
-def load_contents(path: Path, device: str) -> Shown:
+def load_contents(path: Path, device: str) -> ViewerScene:
     """Load what the viewer shows of a run: scene, cameras, and the true cameras if they are known.
 
     Before the run has a model, the contents are those of its newest stage.
     """
     import torch
 
+    from factorkit.nerfdiff.build import load_partial_run
     from factorkit.nerfdiff.evaluate import training_errors
-    from factorkit.nerfdiff.partial_run import snapshot
     from factorkit.nerfdiff.run import NerfdiffRun
-    from factorkit.nerfdiff.training_views import kept_views
-    from factorkit.nerfdiff.viewer import Shown
+    from factorkit.nerfdiff.training_views import load_views
+    from factorkit.nerfdiff.viewer import ViewerScene
 
     checkpoint = newest_checkpoint(path)
     if checkpoint is not None and checkpoint.parent.parent != path:
-        _, step, field, views = snapshot(path)
+        _, step, field, views = load_partial_run(path)
         background = torch.zeros(3) if views.background is None else views.background
-        return Shown(step, field, views, background, None)
+        return ViewerScene(step, field, views, background, None)
     run = NerfdiffRun.load(path, device=device)
     errors, true_poses = training_errors(run), None
     if errors is not None:
-        true_poses = errors.alignment.inverse().apply(kept_views(run.folder).poses)
-    return Shown(run.step, run.model.field, run.views, run.model.background, true_poses)
+        true_poses = errors.alignment.inverse().apply(load_views(run.folder).poses)
+    return ViewerScene(run.step, run.model.field, run.views, run.model.background, true_poses)
 
 
 def open_images(run: NerfdiffRun, paths: Sequence[Path]) -> Views:

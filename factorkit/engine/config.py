@@ -211,3 +211,15 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={name!r}, but the last GPU is cuda:{torch.cuda.device_count() - 1}")
     return device
+
+
+def peak_memory(device: Any) -> int:
+    """Return the peak bytes so far: of the GPU's allocator, or of the process on a CPU."""
+    import resource
+    import sys
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)

@@ -1,86 +1,51 @@
-"""The model of a configuration, for training and for loading."""
+"""Models from a configuration, and what a run that is still in its stages has so far."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from factorkit.data.views.views import target_size
+from factorkit.data.views.views import Views, target_size
+from factorkit.engine.checkpoint import Checkpoints
+from factorkit.engine.run_folder import read_settings
 from factorkit.nerfdiff.cameras.candidates import build_candidates
+from factorkit.nerfdiff.cameras.poses import FreePoses, OrbitPoses, forward_facing_poses, orbit_poses
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.grid import Field, build_field
-from factorkit.nerfdiff.fields.occupancy import occupancy_grid
+from factorkit.nerfdiff.fields.base import Field
+from factorkit.nerfdiff.fields.build import restore_field
 from factorkit.nerfdiff.network import NerfdiffModel, PoseEncoder
-from factorkit.nerfdiff.rays import Optics
-from factorkit.utils.errors import ConfigError
+from factorkit.nerfdiff.rays import CameraModel
+from factorkit.nerfdiff.training_views import load_views
+from factorkit.utils.errors import CheckpointError, ConfigError
 
-
-def restored_field(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Field:
-    """The field of a run or of one of its stages.
-
-    Args:
-        weights: of the field, by name.
-        settings: of the run, as its checkpoints and its folder have them.
-
-    Raises:
-        RuntimeError: weights that are of another field.
-        ConfigError: tiny-cuda-nn is needed and cannot be had.
-    """
-    of_grid = "values" in weights  # as the search's and refinement's are, whatever the run's
-    kind, resolution = ("grid", len(weights["values"])) if of_grid else (settings["field"], settings["grid_resolution"])
-    codes = weights.get("appearance.codes", torch.empty(0, 0))
-    field = build_field(
-        kind,
-        resolution,
-        settings["seed"],
-        background=settings.get("background", "given"),
-        views=codes.shape[0],
-        appearance=codes.shape[1],
-    )
-    if "occupancy.density" in weights:
-        field.occupancy = occupancy_grid(round(weights["occupancy.density"].shape[1] ** (1 / 3)))
-    field.load_state_dict(weights)
-    return field
-
-
-def checked_scene(scene: Any) -> dict[str, Any]:
-    """What a file says of its scene, as :func:`factorkit.nerfdiff.fingerprint.describe` gives it.
-
-    Raises:
-        ValueError: it cannot be of a scene.
-    """
-    if not isinstance(scene, dict) or scene.get("layout") not in ("object", "forward"):
-        raise ValueError(f"scene={scene!r:.80} has no layout")
-    distance, size = scene.get("distance"), scene.get("size")
-    if not isinstance(distance, (int, float)) or not 0 < distance < math.inf:
-        raise ValueError(f"the scene's distance={distance!r:.80} is no positive number")
-    sides = isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**15 for side in size)
-    if not sides:
-        raise ValueError(f"the scene's size={size!r:.80} is no height and width")
-    return scene
+STAGES = ("search", "refine", "refine again", "fit")  # the stages with all views, in order
 
 
 def build_model(
-    config: NerfdiffConfig, scene: dict[str, Any], optics: Optics, field: Field, views: Tensor
+    config: NerfdiffConfig, scene: dict[str, Any], camera: CameraModel, field: Field, views: Tensor
 ) -> NerfdiffModel:
-    """The model of a configuration, its encoder with fresh weights.
+    """Build the model of a configuration, its encoder with fresh weights.
 
     Args:
-        scene: as :func:`describe` gives it.
+        config: of the run.
+        scene: as :func:`factorkit.nerfdiff.training_views.describe_scene` returns it.
+        camera: shared by all views.
+        field: fresh, fitted or restored.
         views: poses of the training views, [V, 4, 4].
 
     Raises:
-        ConfigError: candidates that do not fit the scene.
+        ConfigError: the candidates do not fit the scene.
     """
     kind = "single" if scene["layout"] == "forward" else config.candidate_type
-    distance = scene["distance"]
     if kind == "single" and scene["layout"] == "object" and config.search == "dictionary":
-        raise ConfigError('candidate_type="single" cannot stand around an object; use look_at')
-    candidates = build_candidates(kind, config.num_candidates, distance, config.elevation_range, config.pose_freedom)
+        raise ConfigError('candidate_type="single" does not cover an object from all sides; use look_at')
+    candidates = build_candidates(
+        kind, config.num_candidates, scene["distance"], config.elevation_range, config.pose_parameters
+    )
     size = target_size(min(config.encoder_resolution, max(scene["size"])), *scene["size"])
     encoder = PoseEncoder(
         size,
@@ -88,7 +53,62 @@ def build_model(
         config.channel_mult,
         config.num_res_blocks,
         candidates.count,
-        candidates.width,
+        candidates.raw_size,
         pooling=config.encoder_pooling,
     )
-    return NerfdiffModel(encoder, candidates, field, views, optics, tuple(scene["size"]), config.samples_per_ray)
+    height, width = scene["size"]
+    return NerfdiffModel(encoder, candidates, field, views, camera, (height, width), config.samples_per_ray)
+
+
+class PartialRun(NamedTuple):
+    """The newest stage of a run whose training has not finished."""
+
+    stage: str
+    step: int
+    field: Field
+    views: Views  #: with the poses found so far
+
+
+def find_newest_stage(folder: Path) -> Path | None:
+    """Return the latest stage folder of a run that has a checkpoint; None if there is none."""
+    stages = [folder / "stages" / name for name in reversed(STAGES)]
+    return next((stage for stage in stages if Checkpoints(stage / "checkpoints").paths()), None)
+
+
+def load_partial_run(folder: Path) -> PartialRun:
+    """Load field and poses of the newest stage of a run.
+
+    Raises:
+        CheckpointError: no stage has a checkpoint yet, or it cannot be read.
+    """
+    stage, views = find_newest_stage(folder), load_views(folder)
+    if stage is None or views is None:
+        raise CheckpointError(f"{folder} has no checkpoint yet: training has just started")
+    settings = read_settings(folder)
+    latest = Checkpoints(stage / "checkpoints").latest()
+    if latest is None:
+        raise CheckpointError(f"{stage} has no intact checkpoint")
+    tensors, meta = latest
+    field = restore_field(_strip_prefix(tensors, "ema.module.field."), settings).requires_grad_(False)
+    poses = _stage_poses(_strip_prefix(tensors, "ema.module.poses."), settings["scene"]["distance"], views.layout)
+    return PartialRun(stage.name, int(meta["step"]), field, replace(views, poses=poses))
+
+
+def _strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+@torch.no_grad()
+def _stage_poses(weights: dict[str, Tensor], distance: float, layout: str) -> Tensor:
+    """Return the poses [V, 4, 4] behind a stage's stored pose module."""
+    if "assigned" in weights:
+        places = weights["places"][weights["assigned"]]
+        return forward_facing_poses(places) if layout == "forward" else orbit_poses(places, distance)
+    module: FreePoses | OrbitPoses
+    if "numbers" in weights:
+        module = FreePoses(weights["base"])
+    else:
+        names = [k.removeprefix("freedom.") for k in weights if k.startswith("freedom.")]
+        module = OrbitPoses(weights["start"], distance, names)
+    module.load_state_dict(weights)
+    return module()

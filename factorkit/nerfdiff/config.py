@@ -8,19 +8,18 @@ from typing import Any, Literal
 
 from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig
 from factorkit.engine.migration import register_renamed_settings
-from factorkit.nerfdiff.cameras.poses import FREEDOMS
+from factorkit.nerfdiff.cameras.poses import POSE_PARAMETERS
 from factorkit.nerfdiff.fields.background import BACKGROUNDS
-from factorkit.nerfdiff.fields.grid import FIELDS
+from factorkit.nerfdiff.fields.build import FIELDS
 from factorkit.utils.errors import ConfigError, did_you_mean
 from factorkit.utils.rng import derived_seed
 
 
 @dataclass(kw_only=True)
 class NerfdiffConfig(EngineConfig):
-    """Find the cameras and the scene of views whose poses nobody knows; the model denoises views on the way.
+    """Train a model that denoises views by finding their cameras and a radiance field of the scene, without poses.
 
-    `steps`, `batch_size` and `learning_rate` are those of the encoder, or of encoder and field together with
-    search="joint".
+    `steps`, `batch_size` and `learning_rate` apply to the encoder; with search="joint", to encoder and field together.
     """
 
     resolution: int = 32
@@ -44,8 +43,8 @@ class NerfdiffConfig(EngineConfig):
     num_candidates: int = 8
     """Number N of candidate cameras for each view. 8 cells cover the directions around an object."""
     candidate_type: Literal["look_at", "thesis", "single"] = "look_at"
-    """Parametrisation of the candidate cameras. "look_at": overlapping cells around distinct anchors. "thesis": one octant
-    each (code 3.3). "single": one camera by Rodrigues' formula (algorithm 3)."""
+    """Parametrisation of candidate cameras. "look_at": overlapping cells around distinct anchors. "thesis": one
+    octant each (code 3.3). "single": one camera by Rodrigues' formula (algorithm 3)."""
     classification_weight: float = 0.1
     """Weight lambda of the candidate classification loss (eq. 3.4). 0.1 is the value of the thesis."""
     balance_candidates: bool = True
@@ -66,11 +65,11 @@ class NerfdiffConfig(EngineConfig):
     scene. It stops at the first round that changes nothing. 0 runs one round that only reports."""
 
     field: Literal["grid", "hashgrid", "mlp", "siren", "tcnn"] = "grid"
-    """Representation of the scene: a dense voxel grid, a hash grid, NeRF's MLP, a SIREN, or tiny-cuda-nn's hash grid and
-    fused MLPs (needs tinycudann). The grid is the fastest on a CPU. The pose search always uses a grid."""
+    """Representation of the scene: a dense voxel grid, a hash grid, NeRF's MLP, a SIREN, or tiny-cuda-nn's hash grid
+    and fused MLPs (needs tinycudann). The grid is the fastest on a CPU. The pose search always uses a grid."""
     occupancy: bool = False
-    """Skip empty space with an occupancy grid in training and rendering. The presets "demo" and "fast" enable it for all
-    fields except the grid, whose samples are cheap."""
+    """Skip empty space with an occupancy grid in training and rendering. The presets "demo" and "fast" enable it for
+    all fields except the grid, whose samples are cheap."""
     background: Literal["given", "learned", "field"] = "given"
     """Background behind the scene. "given": the colour stored with the views, black by default. "learned": one learned
     colour. "field": a learned colour for each viewing direction."""
@@ -108,11 +107,11 @@ class NerfdiffConfig(EngineConfig):
     encoder_resolution: int = 32
     """Longer side in pixels at which the encoder reads the views."""
     model_channels: int = 16
-    """C, the encoder's channels at the first level."""
+    """Channels C of the encoder's first level. 16 suffices for views of 32 pixels; the thesis uses 64."""
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
-    """Channels of each level, in units of C."""
+    """Channels of each level of the encoder, in units of model_channels."""
     num_res_blocks: int = 1
-    """Residual blocks a level."""
+    """Residual blocks in each level of the encoder."""
     encoder_pooling: Literal["flatten", "average"] = "flatten"
     """How the encoder's last feature map reaches its heads: flattened, or averaged over space (fig. 3.12). Small
     encoders need the positions that the average discards."""
@@ -122,6 +121,7 @@ class NerfdiffConfig(EngineConfig):
     """Steps of denoising that finetune the distilled encoder while the field stays fixed. 0 skips the stage."""
 
     def validate(self) -> None:
+        """Raise ConfigError for settings that cannot work."""
         super().validate()
         least = {
             "resolution": 4,
@@ -152,34 +152,36 @@ class NerfdiffConfig(EngineConfig):
             if options and getattr(self, field.name) not in options:
                 value = getattr(self, field.name)
                 raise ConfigError(f"{field.name}={value!r} is unknown; choose one of {', '.join(options)}")
-        unknown = set(self.optimize_camera) - {*FREEDOMS, "focal"}
+        unknown = set(self.optimize_camera) - {*POSE_PARAMETERS, "focal"}
         if unknown:
-            options = ", ".join([*FREEDOMS, "focal"])
+            known = ", ".join([*POSE_PARAMETERS, "focal"])
             raise ConfigError(
-                f"optimize_camera={self.optimize_camera}: {', '.join(sorted(unknown))} is none of {options}"
+                f"optimize_camera={self.optimize_camera}: {', '.join(sorted(unknown))} is none of {known}"
             )
         if self.timesteps > MAX_TIMESTEPS:
             raise ConfigError(f"timesteps={self.timesteps} must be at most {MAX_TIMESTEPS}")
-        low, high = self.elevation_range
-        if not -89 <= low < high <= 89:
-            raise ConfigError(f"elevation_range={self.elevation_range} must rise and lie within -89 and 89 degrees")
+        lowest, highest = self.elevation_range
+        if not -89 <= lowest < highest <= 89:
+            raise ConfigError(
+                f"elevation_range={self.elevation_range} must be two rising numbers from -89 to 89 degrees"
+            )
         if self.model_channels % 2:
             raise ConfigError(
                 f"model_channels={self.model_channels} must be even: half of the time embedding is cosines, half sines"
             )
-        if not 0 < self.timestep_power:
+        if not self.timestep_power > 0:
             raise ConfigError(f"timestep_power={self.timestep_power} must be positive")
         for name in ("classification_weight", "tv_weight", "opacity_weight"):
-            if not 0 <= getattr(self, name):
+            if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
 
     @property
-    def pose_freedom(self) -> tuple[str, ...]:
-        """The freedoms that every view has for itself."""
-        return tuple(name for name in self.optimize_camera if name in FREEDOMS)
+    def pose_parameters(self) -> tuple[str, ...]:
+        """The settings of ``optimize_camera`` that each view has its own values of."""
+        return tuple(name for name in self.optimize_camera if name in POSE_PARAMETERS)
 
     def stage(self, name: str, **changes: Any) -> NerfdiffConfig:
-        """The configuration of one stage of the run, with random numbers of its own."""
+        """Return the configuration of a stage, with its own seed."""
         return dataclasses.replace(self, seed=derived_seed(name, self.seed) % 2**31, **changes)
 
 
@@ -231,12 +233,12 @@ _THESIS = {
 
 
 def _sized(resolution: int) -> dict[str, Any]:
-    """The robust recipe's final field at a resolution: a vertex a pixel, as many steps along a ray, and longer."""
+    """Return settings of the final field at a resolution: one vertex and one sample along a ray per pixel."""
     side = min(max(resolution, 32), 128)
     return {"grid_resolution": side, "samples_per_ray": side, "field_steps": round(600 * side / 32)}
 
 
-#: what search="joint" changes of a preset of the robust recipe
+#: changes of search="joint" to the presets "demo" and "fast"
 _JOINT = {
     "steps": 1500,
     "batch_size": 16,
@@ -247,7 +249,7 @@ _JOINT = {
     "rays_per_view": 128,
     "sample_every": 300,
 }
-_JOINT_SHARES = {"grid_resolution": 3 / 4, "samples_per_ray": 7 / 8}  # of the robust recipe's
+_JOINT_SHARES = {"grid_resolution": 3 / 4, "samples_per_ray": 7 / 8}  # factors on the same presets
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": _FAST,
@@ -260,10 +262,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
-    """The configuration of a preset (None: the class's defaults) with ``changes``, checked.
+    """Return the configuration of a preset (None: the class's defaults) with ``changes``, validated.
 
     Raises:
-        ConfigError: an unknown preset or setting, or one that cannot work.
+        ConfigError: an unknown preset or setting, or an invalid value.
     """
     if preset is not None and preset not in PRESETS:
         meant = did_you_mean(preset, PRESETS)

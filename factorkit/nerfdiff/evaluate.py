@@ -1,72 +1,92 @@
-"""How good cameras and scene are, beside the true ones."""
+"""Scores of cameras and scene against true poses."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from factorkit.data.views.views import Views
 from factorkit.metrics.image import SSIM_WINDOW, lpips, psnr, ssim
-from factorkit.metrics.pose import PoseErrors, Similarity, is_mirrored, pose_errors
-from factorkit.nerfdiff.cameras.registration import registered
-from factorkit.nerfdiff.training_views import kept_views
+from factorkit.metrics.pose import PoseErrors, is_mirrored, pose_errors
+from factorkit.nerfdiff.cameras.registration import register_scene
+from factorkit.nerfdiff.network import NerfdiffModel
+from factorkit.nerfdiff.training_views import load_views
 from factorkit.utils.errors import ConfigError, DataError
 
-if TYPE_CHECKING:
-    from factorkit.nerfdiff.run import NerfdiffRun
-
-FOR_ALIGNMENT = 3  # cameras below which a similarity says little
+MIN_ALIGNMENT_CAMERAS = 3  # a similarity is underdetermined by fewer
 
 
-def training_errors(run: NerfdiffRun, views: Views | None = None) -> PoseErrors | None:
-    """Errors of the training views' found poses; None where nobody knows the true ones.
+class EvaluatedRun(Protocol):
+    """What the evaluation uses of a :class:`factorkit.nerfdiff.run.NerfdiffRun`."""
+
+    model: NerfdiffModel
+    folder: Path | None
+    step: int
+
+    @property
+    def poses(self) -> Tensor:
+        """See NerfdiffRun, as for all members."""
+
+    @property
+    def views(self) -> Views:
+        """Training views with the run's poses."""
+
+    def predict_pose(self, images: Any, t: int | None = None, refine: int = 0) -> Any:
+        """Predict the cameras of images."""
+
+    def render(self, poses: Tensor) -> Any:
+        """Render the scene from poses."""
+
+
+def true_training_poses(run: EvaluatedRun, views: Views | None = None) -> Tensor | None:
+    """Return the true poses [V, 4, 4] of the training views, or of ``views`` if they have the same names; or None."""
+    stored = load_views(run.folder)
+    if stored is None:
+        return None
+    if stored.poses is None and views is not None and stored.names == views.names:
+        return views.poses
+    return stored.poses
+
+
+def training_errors(run: EvaluatedRun, views: Views | None = None) -> PoseErrors | None:
+    """Return the errors of the training views' poses; None if the true ones are unknown.
 
     Args:
-        views: perhaps the training views themselves, by their names, with poses.
+        run: a finished run.
+        views: the training views with poses, if the run does not have them; matched by name.
     """
-    true = kept_true(run, views)
+    true = true_training_poses(run, views)
     return None if true is None else pose_errors(run.poses, true)
 
 
-def kept_true(run: NerfdiffRun, views: Views | None = None) -> Tensor | None:
-    """The training views' true poses [V, 4, 4], those they came with or those of ``views`` of the same names."""
-    given = kept_views(run.folder)
-    if given is None:
-        return None
-    if given.poses is None and views is not None and given.names == views.names:
-        return views.poses
-    return given.poses
-
-
-def registration(run: NerfdiffRun, views: Views | None, found: PoseErrors) -> Similarity:
-    """From the true coordinates into the scene's: by the training views' poses, and then by their pictures."""
-    true, start = kept_true(run, views), found.alignment.inverse()
-    return registered(run.model, start, true, run.views.resize(run.model.size).images)
-
-
-def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None, refine: int = 0) -> dict[str, Any]:
-    """Scores of a run on views with true poses; see :meth:`factorkit.nerfdiff.run.NerfdiffRun.evaluate`."""
+def evaluate(run: EvaluatedRun, views: Views, poses: Tensor | None = None, refine: int = 0) -> dict[str, Any]:
+    """Score a run on views with true poses; see :meth:`factorkit.nerfdiff.run.NerfdiffRun.evaluate`."""
     true = views.poses if poses is None else torch.as_tensor(poses, dtype=torch.float32)
     if true is None:
-        raise ConfigError("the views come without poses, so there is nothing to compare with; give poses=")
+        raise ConfigError("the views have no poses to compare with; give poses=")
     if true.shape != (len(views), 4, 4):
         raise DataError(f"poses of shape {tuple(true.shape)} for {len(views)} views; give [{len(views)}, 4, 4]")
-    found = training_errors(run, views)
+    true_training = true_training_poses(run, views)
     predicted = run.predict_pose(views, refine=refine).poses
-    if found is None and len(views) < FOR_ALIGNMENT:
-        raise DataError(f"{len(views)} views cannot be aligned with the model's own coordinates; give at least 3")
+    if true_training is None and len(views) < MIN_ALIGNMENT_CAMERAS:
+        raise DataError(f"{len(views)} views cannot be aligned with the model's coordinates; give at least 3")
     encoder = pose_errors(predicted, true)
-    into_scene = encoder.alignment.inverse() if found is None else registration(run, views, found)
     views = views.resize(run.model.size)
-    at_truth, at_encoder = run.render(into_scene.apply(true)).images, run.render(predicted).images
     scores: dict[str, Any] = {"views": len(views), "size": list(views.size), "step": run.step, "refine": refine}
-    if found is not None:
-        scores |= _poses("", found)
-        scores["mirrored"] = is_mirrored(run.poses, kept_true(run, views))
-    scores |= _poses("encoder_", encoder)
-    for suffix, images in (("", at_truth), ("_encoder", at_encoder)):
+    if true_training is None:
+        into_scene = encoder.alignment.inverse()
+    else:
+        training = pose_errors(run.poses, true_training)
+        images = run.views.resize(run.model.size).images
+        into_scene = register_scene(run.model, training.alignment.inverse(), true_training, images)
+        scores |= _pose_scores("", training)
+        scores["mirrored"] = is_mirrored(run.poses, true_training)
+    scores |= _pose_scores("encoder_", encoder)
+    for suffix, camera_poses in (("", into_scene.apply(true)), ("_encoder", predicted)):
+        images = run.render(camera_poses).images
         scores[f"psnr{suffix}"] = psnr(images, views.images).mean().item()
         if min(views.size) >= SSIM_WINDOW:
             scores[f"ssim{suffix}"] = ssim(images, views.images).mean().item()
@@ -76,7 +96,7 @@ def evaluate(run: NerfdiffRun, views: Views, poses: Tensor | None = None, refine
     return scores
 
 
-def _poses(prefix: str, errors: PoseErrors) -> dict[str, float]:
+def _pose_scores(prefix: str, errors: PoseErrors) -> dict[str, float]:
     return {
         f"{prefix}rotation_median_deg": errors.rotation_median_deg,
         f"{prefix}under_10_deg": errors.under_10_deg,

@@ -1,4 +1,4 @@
-"""Nerfdiff (thesis chapter 3): to denoise a view, say where it was taken from and render the scene from there."""
+"""Nerfdiff (thesis chapter 3): predict the camera of a noisy view, and denoise it by rendering the scene from there."""
 
 from __future__ import annotations
 
@@ -10,120 +10,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit.diffusion.denoiser import Denoised, Denoiser
-from factorkit.diffusion.schedule import Schedule
 from factorkit.nerfdiff.cameras.candidates import Candidates
-from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.grid import Field
-from factorkit.nerfdiff.rays import Optics, render_views
+from factorkit.nerfdiff.fields.base import Field
+from factorkit.nerfdiff.rays import CameraModel, render_views
 from factorkit.nn.unet import Encoder, Norm, TimeEmbedding
-from factorkit.utils.rng import BatchDraw
+
+HIDDEN_UNITS = 128  # between the flattened feature map and the heads
+HEAD_STD = 0.01  # of the heads' initial weights: the first candidates are near their anchors, but not equal
 
 
-class Cameras(NamedTuple):
-    """The bottleneck: candidate poses [B, N, 4, 4], their scores [B, N], and the candidate of the best score [B]."""
+class CameraPrediction(NamedTuple):
+    """The bottleneck: candidate poses [B, N, 4, 4], scores [B, N], and the index [B] of the best score."""
 
     poses: Tensor
     scores: Tensor
-    chosen: Tensor
+    best_index: Tensor
 
     @property
-    def best(self) -> Tensor:
-        """The chosen poses [B, 4, 4]."""
-        return self.poses[torch.arange(len(self.chosen), device=self.chosen.device), self.chosen]
+    def best_poses(self) -> Tensor:
+        """The poses [B, 4, 4] with the best score."""
+        return self.poses[torch.arange(len(self.best_index), device=self.best_index.device), self.best_index]
 
 
 def to_signal(images: Tensor) -> Tensor:
-    """Radiance in [0, 1] to the network's range [-1, 1]; :func:`to_radiance` leads back."""
+    """Map radiance in [0, 1] to the network's range [-1, 1]."""
     return 2 * images - 1
 
 
 def to_radiance(signal: Tensor) -> Tensor:
-    """The network's range [-1, 1] to radiance in [0, 1]."""
+    """Map the network's range [-1, 1] to radiance in [0, 1]."""
     return (signal + 1) / 2
 
 
-def noisy(x0: Tensor, schedule: Schedule, config: NerfdiffConfig, draw: BatchDraw) -> tuple[Tensor, Tensor]:
-    """What the encoder reads in training: views x0 [B, 3, H, W] at random levels of noise, and those levels [B].
-
-    Levels are T u^timestep_power of even u: above 1 the low ones, where a pose can be told, come more often. Without noise
-    the views themselves, at level 0.
-    """
-    if not config.noise:
-        return x0, torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
-    t = (draw.uniform() ** config.timestep_power * config.timesteps).long()
-    return schedule.noise(x0, draw.normal(*x0.shape[1:]), t), t
-
-
-class NerfdiffModel(Denoiser):
-    """Encoder, candidates and field in one: its prediction is the clean view, seen from the camera of the best score.
-
-    Args:
-        encoder, candidates, field: the parts.
-        views: a pose for each training view, [V, 4, 4], as the search and refinement left them.
-        optics: of the scene.
-        size: height and width of the views.
-        samples: steps along a ray.
-    """
-
-    views: Tensor
-
-    def __init__(
-        self,
-        encoder: PoseEncoder,
-        candidates: Candidates,
-        field: Field,
-        views: Tensor,
-        optics: Optics,
-        size: tuple[int, int],
-        samples: int,
-    ):
-        super().__init__()
-        self.encoder, self.candidates, self.field = encoder, candidates, field
-        self.size, self.samples, self.forward_facing = tuple(size), samples, optics.forward
-        self.register_buffer("views", views)
-        self.register_buffer("intrinsics", optics.intrinsics)
-        self.register_buffer("background", optics.background)
-
-    @property
-    def optics(self) -> Optics:
-        return Optics(self.intrinsics, self.background, self.forward_facing)
-
-    def cameras(self, x_t: Tensor, t: Tensor) -> Cameras:
-        """The candidates for views x_t [B, 3, H, W], in [-1, 1] plus noise, at times t [B]."""
-        raw, scores = self.encoder(x_t, t)
-        return Cameras(self.candidates(raw), scores, scores.argmax(1))
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: None = None) -> Denoised:
-        """The clean view [B, 3, H, W] in [-1, 1] that x_t is taken for, without gradient, and its cameras."""
-        found = self.cameras(x_t, t)
-        seen = render_views(self.field, found.best, self.optics, tuple(x_t.shape[2:]), self.samples)
-        return Denoised(to_signal(seen.color.movedim(-1, 1)), found)
-
-
-@torch.no_grad()
-def look(model: NerfdiffModel, images: Tensor, batch: int = 64) -> Cameras:
-    """The cameras of clean images [V, 3, H, W] in [0, 1]."""
-    found = []
-    for part in to_signal(images).split(batch):
-        found.append(model.cameras(part, torch.zeros(len(part), dtype=torch.int64, device=part.device)))
-    return Cameras(*(torch.cat(x) for x in zip(*found, strict=True)))
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least 32 bits: a pose has to be told more finely than half precision can."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class PoseEncoder(nn.Module):
-    """U-Net encoder, norm and SiLU, the last features whole or averaged, and two linear heads (thesis, fig. 3.12).
+    """U-Net encoder, norm and SiLU, pooling, and two linear heads (thesis, fig. 3.12).
 
     Args:
-        size: height and width of what it reads; views of another size are averaged down to it.
-        model_channels, channel_mult, num_res_blocks: of the U-Net.
-        candidates: N.
-        numbers: raw ones for each candidate.
-        pooling: "average" over the last features (fig. 3.12) discards positions, which small networks
-            need; "flatten" keeps them.
+        size: height and width at which it reads views; other sizes are resampled by area.
+        model_channels: channels of the first level.
+        channel_mult: channels of each level, in units of ``model_channels``.
+        num_res_blocks: residual blocks in each level.
+        candidates: number of candidates N.
+        raw_size: raw outputs for each candidate.
+        norm_groups: upper bound on GroupNorm groups.
+        pooling: "average" over the last feature map (fig. 3.12) discards positions, which small networks need;
+            "flatten" keeps them.
     """
 
     def __init__(
@@ -133,14 +64,14 @@ class PoseEncoder(nn.Module):
         channel_mult: Sequence[int],
         num_res_blocks: int,
         candidates: int,
-        numbers: int,
+        raw_size: int,
         *,
         norm_groups: int = 32,
         pooling: str = "flatten",
     ):
         super().__init__()
-        self.size, self.pooling = tuple(size), pooling
-        self.shape = (candidates, numbers)
+        self.size = size
+        self.output_shape = (candidates, raw_size)
         self.time = TimeEmbedding(model_channels)
         self.encoder = Encoder(
             3, model_channels, channel_mult, num_res_blocks, (), max(size), 4 * model_channels, norm_groups=norm_groups
@@ -148,24 +79,88 @@ class PoseEncoder(nn.Module):
         channels = self.encoder.out_channels
         self.norm = Norm(channels, norm_groups)
         if pooling == "flatten":
+            height, width = size
             for _ in channel_mult[1:]:
-                size = tuple((side + 1) // 2 for side in size)
-            hidden = 128
-            self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], hidden), nn.SiLU())
+                height, width = (height + 1) // 2, (width + 1) // 2
+            features = HIDDEN_UNITS
+            self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, features), nn.SiLU())
         else:
-            hidden = channels
+            features = channels
             self.hidden = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.numbers = nn.Linear(hidden, candidates * numbers)
-        self.scores = nn.Linear(hidden, candidates)
-        for head in (self.numbers, self.scores):  # the first cameras are the anchors, but not exactly
-            nn.init.normal_(head.weight, std=0.01)
+        self.numbers = nn.Linear(features, candidates * raw_size)
+        self.scores = nn.Linear(features, candidates)
+        for head in (self.numbers, self.scores):
+            nn.init.normal_(head.weight, std=HEAD_STD)
             nn.init.zeros_(head.bias)
 
     def forward(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw numbers [B, N, numbers] and scores [B, N] of views [B, 3, H, W] in [-1, 1] plus noise at times t [B]."""
+        """Return raw outputs [B, N, raw_size] and scores [B, N] for noisy views [B, 3, H, W] at times t [B]."""
         if tuple(x_t.shape[2:]) != self.size:
             x_t = F.interpolate(x_t, size=self.size, mode="area")
-        last = self.encoder(x_t, self.time(t))[-1]
-        h = self.hidden(self.norm(last))
-        numbers, scores = (wide(head(h)) for head in (self.numbers, self.scores))
-        return numbers.unflatten(1, self.shape), scores
+        features = self.hidden(self.norm(self.encoder(x_t, self.time(t))[-1]))
+        # at least fp32: half precision is too coarse for a pose
+        raw, scores = (
+            x.to(torch.promote_types(x.dtype, torch.float32)) for x in (self.numbers(features), self.scores(features))
+        )
+        return raw.unflatten(1, self.output_shape), scores
+
+
+class NerfdiffModel(Denoiser):
+    """Encoder, candidates and field; its prediction is the clean view, rendered from the best candidate.
+
+    Args:
+        encoder: predicts raw outputs and scores.
+        candidates: maps raw outputs to poses.
+        field: the scene.
+        views: poses of the training views, [V, 4, 4], as search and refinement left them.
+        camera: shared by all views.
+        size: height and width of the views.
+        samples_per_ray: samples along each ray.
+    """
+
+    views: Tensor
+    intrinsics: Tensor
+    background: Tensor
+
+    def __init__(
+        self,
+        encoder: PoseEncoder,
+        candidates: Candidates,
+        field: Field,
+        views: Tensor,
+        camera: CameraModel,
+        size: tuple[int, int],
+        samples_per_ray: int,
+    ):
+        super().__init__()
+        self.encoder, self.candidates, self.field = encoder, candidates, field
+        self.size, self.samples_per_ray, self.forward_facing = size, samples_per_ray, camera.forward_facing
+        self.register_buffer("views", views)
+        self.register_buffer("intrinsics", camera.intrinsics)
+        self.register_buffer("background", camera.background)
+
+    @property
+    def camera(self) -> CameraModel:
+        """The camera model that all views share."""
+        return CameraModel(self.intrinsics, self.background, self.forward_facing)
+
+    def predict_cameras(self, x_t: Tensor, t: Tensor) -> CameraPrediction:
+        """Predict the cameras of views x_t [B, 3, H, W], in [-1, 1] plus noise, at times t [B]."""
+        raw, scores = self.encoder(x_t, t)
+        return CameraPrediction(self.candidates(raw), scores, scores.argmax(1))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: None = None) -> Denoised:
+        """Return the clean view [B, 3, H, W] in [-1, 1] and its cameras; the rendering has no gradient."""
+        cameras = self.predict_cameras(x_t, t)
+        size = (x_t.shape[2], x_t.shape[3])
+        rendered = render_views(self.field, cameras.best_poses, self.camera, size, self.samples_per_ray)
+        return Denoised(to_signal(rendered.color.movedim(-1, 1)), cameras)
+
+
+@torch.no_grad()
+def predict_clean(model: NerfdiffModel, images: Tensor, batch: int = 64) -> CameraPrediction:
+    """Predict the cameras of noise-free images [V, 3, H, W] in [0, 1]."""
+    parts = []
+    for signal in to_signal(images).split(batch):
+        parts.append(model.predict_cameras(signal, torch.zeros(len(signal), dtype=torch.int64, device=signal.device)))
+    return CameraPrediction(*(torch.cat(x) for x in zip(*parts, strict=True)))

@@ -1,4 +1,4 @@
-"""Rays of a scene's cameras and what they see; every picture and every loss of nerfdiff is made here."""
+"""Camera model and rendering: every image and every loss of nerfdiff goes through this file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from factorkit.nerfdiff.fields.grid import Field
+from factorkit.nerfdiff.fields.base import Field
 from factorkit.rendering import (
     OccupancySampling,
     Rays,
@@ -22,149 +22,160 @@ from factorkit.rendering import (
 )
 from factorkit.utils.errors import ConfigError
 
-MARGIN = 1.3  # how much more of a forward-facing scene the box holds, sideways, than the mean camera sees
-PIECE = 1 << 20  # places asked at once without gradient
+NDC_MARGIN = 1.3  # lateral size of a forward-facing scene's box, relative to the mean camera's view
+MAX_SAMPLES_PER_CHUNK = 1 << 20  # evaluated at once without gradient
 
 
 @dataclass(frozen=True)
-class Optics:
+class CameraModel:
     """What all cameras of a scene share.
 
     Attributes:
-        intrinsics: [3, 3] in units of the image's width and height.
-        background: [3], the colour behind everything, unless the field has a background of its own.
-        forward: whether the box is the space before the cameras, out to infinity, instead of something they stand
-            around.
+        intrinsics: [3, 3], in units of the image's width and height.
+        background: [3], the colour behind the scene; unused if the field has its own background.
+        forward_facing: whether the field's box is the space in front of the cameras, in normalised device coordinates
+            (NDC), instead of a volume they surround.
     """
 
     intrinsics: Tensor
     background: Tensor
-    forward: bool = False
+    forward_facing: bool = False
 
-    def pixels(self, height: int, width: int) -> Tensor:
-        """The intrinsics in pixels of pictures of this size."""
+    def pixel_intrinsics(self, height: int, width: int) -> Tensor:
+        """Return the intrinsics in pixels for an image size."""
         return self.intrinsics * self.intrinsics.new_tensor([width, height, 1.0])[:, None]
 
-    def shaped(self, taken: tuple[int, int], size: tuple[int, int]) -> Optics:
-        """The optics of pictures of ``size`` whose pixels are as wide as high where those of pictures of ``taken`` are:
-        these themselves, or with more or less to be seen to the left and right.
+    def with_image_shape(self, trained: tuple[int, int], size: tuple[int, int]) -> CameraModel:
+        """Return the camera model for images of another aspect ratio, with square pixels if the trained ones are.
+
+        Args:
+            trained: height and width of the training views.
+            size: height and width of the new images, which show more or less to the left and right.
 
         Raises:
-            ConfigError: another shape of pictures of a forward-facing scene, whose box is made after theirs.
+            ConfigError: the aspect ratio of a forward-facing scene cannot change, since its box depends on it.
         """
-        if same_shape(taken, size):
+        if same_aspect_ratio(trained, size):
             return self
-        if self.forward:
-            raise ConfigError(f"size={size}: those of a forward-facing scene have the shape of {taken}; give a number")
+        if self.forward_facing:
+            raise ConfigError(f"size={size}: a forward-facing scene needs the shape of {trained}; give one number")
         intrinsics = self.intrinsics.clone()
-        narrower = (taken[1] / taken[0]) / (size[1] / size[0])
-        intrinsics[0, 0] *= narrower
-        intrinsics[0, 2] = 0.5 + (intrinsics[0, 2] - 0.5) * narrower
+        ratio = (trained[1] / trained[0]) / (size[1] / size[0])
+        intrinsics[0, 0] *= ratio
+        intrinsics[0, 2] = 0.5 + (intrinsics[0, 2] - 0.5) * ratio
         return replace(self, intrinsics=intrinsics)
 
-    def bent(self, rays: Rays, size: tuple[int, int]) -> Rays:
-        """The rays in the space of the field's box, from the nearest plane on, or from where they begin beyond it."""
-        if not self.forward:
+    def to_ndc(self, rays: Rays, size: tuple[int, int]) -> Rays:
+        """Return world rays in the space of the field's box; they start at the near plane or at a camera beyond it."""
+        if not self.forward_facing:
             return rays
-        bent = ndc_rays(rays, self.pixels(*size).to(rays.origins), *size)
-        narrow = rays.origins.new_tensor([1 / MARGIN, 1 / MARGIN, 1.0])
-        passed = 1 - 1 / reached(rays.origins)[..., None]
-        origins = bent.origins + passed * bent.directions
-        return Rays(origins * narrow, bent.directions * narrow)
+        ndc = ndc_rays(rays, self.pixel_intrinsics(*size).to(rays.origins), *size)
+        scale = rays.origins.new_tensor([1 / NDC_MARGIN, 1 / NDC_MARGIN, 1.0])
+        skipped = 1 - 1 / start_depth(rays.origins)[..., None]
+        origins = ndc.origins + skipped * ndc.directions
+        return Rays(origins * scale, ndc.directions * scale)
 
-    def unbent(self, places: Tensor) -> Tensor:
-        """World coordinates [..., 3] of places in the field's box; what lies at its far wall is at infinity."""
-        if not self.forward:
-            return places
-        wide = places * places.new_tensor([MARGIN, MARGIN, 1.0])
-        return from_ndc(wide, self.intrinsics.to(places), 1, 1)
-
-
-def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether heights and widths have one ratio, but for whole pixels."""
-    (height, width), (high, wide) = one, other
-    return abs(height * wide - width * high) <= max(*one, *other)
+    def from_ndc(self, positions: Tensor) -> Tensor:
+        """Return world coordinates [..., 3] of positions in the field's box; its far wall is at infinity."""
+        if not self.forward_facing:
+            return positions
+        ndc = positions * positions.new_tensor([NDC_MARGIN, NDC_MARGIN, 1.0])
+        return from_ndc(ndc, self.intrinsics.to(positions), 1, 1)
 
 
-def within(upper: Sequence[float], far: float, optics: Optics) -> tuple[float, ...]:
-    """The box's upper corner, before forward-facing cameras drawn nearer to leave out what is deeper than ``far``."""
-    return (*upper[:2], min(upper[2], 1 - 2 / far)) if optics.forward else tuple(upper)
+def same_aspect_ratio(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether two sizes (height, width) have one aspect ratio, up to rounding to whole pixels."""
+    (height, width), (other_height, other_width) = one, other
+    return abs(height * other_width - width * other_height) <= max(*one, *other)
 
 
-def reached(origins: Tensor) -> Tensor:
-    """How far ahead [...] rays of a forward-facing scene begin: at the nearest plane, 1, or where their camera is."""
+def limit_depth(upper: Sequence[float], far: float, camera: CameraModel) -> tuple[float, ...]:
+    """Return the box's upper corner, in forward-facing scenes without what is deeper than ``far`` near-plane depths."""
+    return (*upper[:2], min(upper[2], 1 - 2 / far)) if camera.forward_facing else tuple(upper)
+
+
+def start_depth(origins: Tensor) -> Tensor:
+    """Return the depth [...] at which rays of a forward-facing scene start: the near plane at 1, or their camera."""
     return (-origins[..., 2]).clamp_min(1.0)
 
 
-def sampling(field: Field, samples: int, forward: bool = False) -> UniformSampling | OccupancySampling:
-    """So many steps through the box; as long ones, where there is anything, if the field knows where."""
+def build_sampling(field: Field, samples: int, forward_facing: bool = False) -> UniformSampling | OccupancySampling:
+    """Build sampling with ``samples`` steps through the box, only in occupied cells if the field has a grid."""
     grid = getattr(field, "occupancy", None)
     if grid is None:
         return UniformSampling((-1.0,) * 3, (1.0,) * 3, samples)
-    return OccupancySampling(grid, step=(1.0 if forward else 2.0) / samples)  # bent rays cross the box within t = 1
+    return OccupancySampling(grid, step=(1.0 if forward_facing else 2.0) / samples)  # NDC rays cross the box at t = 1
 
 
 def render_pixels(
     field: Field,
     poses: Tensor,
-    optics: Optics,
+    camera: CameraModel,
     pixels: Tensor,
     size: tuple[int, int],
     samples: int,
     seed: int | None = None,
     views: Tensor | None = None,
-    first: int = 0,
+    first_ray: int = 0,
 ) -> Rendered:
-    """What is seen, colour [B, R, 3] and opacity [B, R], at pixels [B, R] (numbered row by row) of pictures of ``size``
-    from poses [B, 4, 4].
+    """Render some pixels with gradient: colour [B, R, 3], depth and opacity [B, R].
 
     Args:
-        seed: moves the steps along rays at random; None leaves them in place.
-        views: whose tones the colours are to have, indices [B] of training views; None: the mean one.
-        first: number of the first ray among those of all processes and micro-batches, whose steps move differently.
+        field: the scene.
+        poses: camera-to-world, [B, 4, 4].
+        camera: shared by all poses.
+        pixels: indices [B, R], row by row.
+        size: height and width of the image.
+        samples: along each ray.
+        seed: jitters the samples; None places them evenly.
+        views: indices [B] of the training views whose appearance to apply; None: the mean appearance.
+        first_ray: number of the first ray among those of all processes and micro-batches; it selects the jitter.
     """
     height, width = size
-    place = torch.stack([pixels % width, pixels // width], dim=-1) + 0.5
-    rays = pixel_rays(poses, optics.pixels(height, width), place.to(poses.dtype))
-    behind = backdrop(field, rays.directions, optics)
-    how = sampling(field, samples, optics.forward)
-    seen = render(field, optics.bent(rays, size), how, background=behind, seed=seed, first_ray=first)
-    return seen._replace(color=toned(field, seen, optics, views))
+    points = torch.stack([pixels % width, pixels // width], dim=-1) + 0.5
+    rays = pixel_rays(poses, camera.pixel_intrinsics(height, width), points.to(poses.dtype))
+    background = background_colors(field, rays.directions, camera)
+    sampling = build_sampling(field, samples, camera.forward_facing)
+    rendered = render(field, camera.to_ndc(rays, size), sampling, background=background, seed=seed, first_ray=first_ray)
+    return rendered._replace(color=apply_appearance(field, rendered, camera, views))
 
 
 @torch.no_grad()
 def render_views(
-    field: Field, poses: Tensor, optics: Optics, size: tuple[int, int], samples: int, views: Tensor | None = None
+    field: Field, poses: Tensor, camera: CameraModel, size: tuple[int, int], samples: int, views: Tensor | None = None
 ) -> Rendered:
-    """Pictures from poses [..., 4, 4] without gradient: colour [..., H, W, 3], depth, opacity [..., H, W].
+    """Render whole images without gradient: colour [..., H, W, 3], depth and opacity [..., H, W].
 
-    Args:
-        views: as :func:`render_pixels` takes them, [B] for poses [B, 4, 4].
+    The arguments are those of :func:`render_pixels`, with poses [..., 4, 4].
     """
-    rays = image_rays(poses, optics.pixels(*size), *size)
-    behind = backdrop(field, rays.directions, optics)
-    how = sampling(field, samples, optics.forward)
-    seen = render(field, optics.bent(rays, size), how, background=behind, chunk=max(1, PIECE // samples))
-    seen = seen._replace(color=toned(field, seen, optics, views))
-    if not optics.forward:
-        return seen
-    # along a bent ray t grows by 1 from the nearest plane to infinity, as 1 / depth falls from 1 to 0
-    inverse = (1 / reached(rays.origins) - seen.depth / seen.opacity.clamp_min(1e-6)).clamp(1e-3, 1)
-    return seen._replace(depth=seen.opacity / inverse)
+    rays = image_rays(poses, camera.pixel_intrinsics(*size), *size)
+    background = background_colors(field, rays.directions, camera)
+    sampling = build_sampling(field, samples, camera.forward_facing)
+    chunk = max(1, MAX_SAMPLES_PER_CHUNK // samples)
+    rendered = render(field, camera.to_ndc(rays, size), sampling, background=background, chunk=chunk)
+    rendered = rendered._replace(color=apply_appearance(field, rendered, camera, views))
+    if not camera.forward_facing:
+        return rendered
+    # In NDC, t grows by 1 from the near plane to infinity while 1 / depth falls from 1 to 0.
+    expected_t = rendered.depth / rendered.opacity.clamp_min(1e-6)
+    inverse_depth = (1 / start_depth(rays.origins) - expected_t).clamp(1e-3, 1)
+    return rendered._replace(depth=rendered.opacity / inverse_depth)
 
 
-def backdrop(field: Field, directions: Tensor, optics: Optics) -> Tensor:
-    """The colours [..., 3] behind everything along directions [..., 3] of length one, or the one colour [3] given."""
-    own = getattr(field, "background", None)
-    return optics.background if own is None else own(directions)
+def background_colors(field: Field, directions: Tensor, camera: CameraModel) -> Tensor:
+    """Return the background [..., 3] along unit directions [..., 3], or the camera model's one colour [3]."""
+    background = getattr(field, "background", None)
+    return camera.background if background is None else background(directions)
 
 
-def toned(field: Field, seen: Rendered, optics: Optics, views: Tensor | None) -> Tensor:
-    """The colours [B, ..., 3] in the tones of these views [B]. A background that was given is as it was given."""
-    tone = getattr(field, "appearance", None)
-    if tone is None or views is None:
-        return seen.color
+def apply_appearance(field: Field, rendered: Rendered, camera: CameraModel, views: Tensor | None) -> Tensor:
+    """Return the rendered colour with the appearance of training views [B]; a fixed background keeps its colour."""
+    appearance = getattr(field, "appearance", None)
+    if appearance is None or views is None:
+        return rendered.color
     if field.background is not None:
-        return tone(views, seen.color, 1.0)
-    fixed = (1 - seen.opacity)[..., None] * optics.background
-    return tone(views, seen.color - fixed, seen.opacity) + fixed
+        learned: Tensor = appearance(views, rendered.color, 1.0)
+        return learned
+    fixed = (1 - rendered.opacity)[..., None] * camera.background
+    scene: Tensor = appearance(views, rendered.color - fixed, rendered.opacity)
+    return scene + fixed

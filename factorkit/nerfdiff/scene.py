@@ -1,4 +1,4 @@
-"""The views a model is trained on, on the device and in the model's own units."""
+"""The training views on the device, in the model's coordinates."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from factorkit.data.views.views import Views
-from factorkit.nerfdiff.cameras.normalise import ahead, centred, upright
-from factorkit.nerfdiff.cameras.poses import natural_distance
-from factorkit.nerfdiff.rays import Optics
+from factorkit.data.views.views import SceneLayout, Views
+from factorkit.nerfdiff.cameras.normalise import align_forward, align_up_axis, center_poses
+from factorkit.nerfdiff.cameras.poses import framing_distance
+from factorkit.nerfdiff.rays import CameraModel
 from factorkit.utils.errors import ConfigError, DataError
 
-NOTHING = 2e-3  # standard deviation of the colours below which views show nothing, half a step of 8 bits
-SAME_CAMERA = 0.01  # how far focal lengths and centres may differ, relative to the image's side
+MIN_COLOR_STD = 2e-3  # half a step of 8 bits: views with a smaller standard deviation are empty
+INTRINSICS_TOLERANCE = 0.01  # difference of focal lengths and centres, relative to the image's side
+MIN_BLUR_PIXELS = 0.3  # a Gaussian narrower than this changes nothing visible
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Views of one camera.
+    """Views taken with one camera.
 
     Attributes:
         images: [V, 3, H, W] in [0, 1].
         names: of the views.
-        optics: the camera and what lies behind everything.
-        layout: "object" or "forward".
-        distance: how far from the middle of the box [-1, 1]^3 the camera stands; in a forward-facing scene the unit
-            of its places.
-        poses: [V, 4, 4] as given with the views, in the model's space if they are trained with, or None.
+        camera: shared by all views.
+        layout: "object" (cameras around it) or "forward" (cameras side by side).
+        distance: from the cameras to the centre of the box [-1, 1]^3; in a forward-facing scene the unit of length.
+        poses: [V, 4, 4] as stored with the views, normalised if they are used in training; or None.
     """
 
     images: Tensor
     names: list[str]
-    optics: Optics
-    layout: str
+    camera: CameraModel
+    layout: SceneLayout
     distance: float
     poses: Tensor | None
 
@@ -44,78 +44,98 @@ class Scene:
         return self.images.shape[2], self.images.shape[3]
 
 
-def open_scene(views: Views, resolution: int, device: torch.device, known: bool = True) -> Scene:
-    """The views at ``resolution`` pixels along their longer side, ready for training.
+def open_scene(views: Views, resolution: int, device: torch.device, known_poses: bool = True) -> Scene:
+    """Prepare views for training.
 
     Args:
-        known: whether poses that come with the views are trained with; else they may be any and stay as they are.
+        views: what was read.
+        resolution: longer side in pixels.
+        device: where the images are kept.
+        known_poses: whether the poses of the views are used in training; otherwise they stay unchanged, for scoring.
 
     Raises:
-        DataError: one view only, views that show nothing, cameras whose intrinsics differ, or known poses of cameras
-            that are all in one place around an object, or look all ways where they are to face forward.
+        DataError: fewer than two views, empty views, differing intrinsics, or known poses that cannot be normalised.
     """
     if len(views) < 2:
-        raise DataError(f"{len(views)} view: a scene takes at least 2, and about 30 to be found well")
+        raise DataError(f"{len(views)} view: a scene needs at least 2 views; about 30 give reliable poses")
     views = views.resize(resolution)
-    if views.images.std((0, 2, 3)).max() < NOTHING:
-        raise DataError("no foreground anywhere: all pixels of all views are alike. Are masks or background inverted?")
-    optics = shared_optics(views)
+    if views.images.std((0, 2, 3)).max() < MIN_COLOR_STD:
+        raise DataError("no foreground: all pixels of all views are equal. Are masks or background inverted?")
+    camera = shared_camera(views)
     poses, distance = views.poses, 1.0
-    if views.layout == "object":  # which fills the pictures
-        distance = natural_distance(float(optics.intrinsics.diagonal()[:2].min()))
-    if known and poses is not None:
-        poses = centred(upright(poses), distance) if views.layout == "object" else ahead(poses, views.near)
-    optics = replace(optics, intrinsics=optics.intrinsics.to(device), background=optics.background.to(device))
-    where = None if poses is None else poses.to(device)
-    return Scene(views.images.to(device), list(views.names), optics, views.layout, distance, where)
+    if views.layout == "object":
+        distance = framing_distance(float(camera.intrinsics.diagonal()[:2].min()))
+    if known_poses and poses is not None:
+        if views.layout == "object":
+            poses = center_poses(align_up_axis(poses), distance)
+        else:
+            poses = align_forward(poses, views.near)
+    camera = replace(camera, intrinsics=camera.intrinsics.to(device), background=camera.background.to(device))
+    poses = None if poses is None else poses.to(device)
+    return Scene(views.images.to(device), list(views.names), camera, views.layout, distance, poses)
 
 
-def shared_optics(views: Views) -> Optics:
-    """The one camera all views are taken with, black behind everything where they name no background.
+def shared_camera(views: Views) -> CameraModel:
+    """Return the camera model of views; their background is black if none is stored.
 
     Raises:
-        DataError: they are not taken with one camera.
+        DataError: the intrinsics of the views differ.
     """
     height, width = views.size
-    each = views.intrinsics / torch.tensor([width, height, 1.0])[:, None]
-    mean = each.mean(0)
-    if (each - mean).abs().max() > SAME_CAMERA:
+    intrinsics = views.intrinsics / torch.tensor([width, height, 1.0])[:, None]
+    mean = intrinsics.mean(0)
+    if (intrinsics - mean).abs().max() > INTRINSICS_TOLERANCE:
         raise DataError("the views' focal lengths or image centres differ; give views of one camera")
     background = torch.zeros(3) if views.background is None else views.background
-    return Optics(mean, background, views.layout == "forward")
+    return CameraModel(mean, background, views.layout == "forward")
 
 
-def field_space(views: Views) -> Optics:
-    """What leads between the world of views and the box of their field: for an object nothing has to.
+def box_camera(views: Views) -> CameraModel:
+    """Return the camera model that maps between world and field box: the identity for object scenes.
 
     Raises:
-        DataError: forward-facing views that are not taken with one camera.
+        DataError: the intrinsics of forward-facing views differ.
     """
-    return shared_optics(views) if views.layout == "forward" else Optics(torch.eye(3), torch.zeros(3))
+    return shared_camera(views) if views.layout == "forward" else CameraModel(torch.eye(3), torch.zeros(3))
 
 
-def require_poses(scene: Scene) -> Tensor:
-    """The given poses. Raises ConfigError where there are none."""
-    if scene.poses is None:
-        raise ConfigError('poses="known", but the views come without poses; use poses="predicted"')
-    return scene.poses
+def view_poses(views: Views) -> Tensor:
+    """Return the poses of views.
+
+    Raises:
+        DataError: they have none.
+    """
+    if views.poses is None:
+        raise DataError("the views have no poses; predict them first")
+    return views.poses
 
 
-def picked(images: Tensor, pixels: Tensor) -> Tensor:
-    """Colours [B, R, 3] of images [B, 3, H, W] at pixels [B, R], numbered row by row."""
+def gather_pixels(images: Tensor, pixels: Tensor) -> Tensor:
+    """Return colours [B, R, 3] of images [B, 3, H, W] at pixel indices [B, R], counted row by row."""
     index = pixels[:, None].expand(-1, images.shape[1], -1)
     return images.flatten(2).gather(2, index).transpose(1, 2)
 
 
-def blurred(images: Tensor, sigma: float) -> Tensor:
-    """Images [..., H, W] after a Gaussian blur of ``sigma`` pixels, the borders repeated in effect."""
-    if sigma < 0.3:
+def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
+    """Blur images [..., H, W] with a Gaussian of ``sigma`` pixels, renormalised at the borders."""
+    if sigma < MIN_BLUR_PIXELS:
         return images
-    rows, columns = (_gaussian(n, sigma).to(images) for n in images.shape[-2:])
+    rows, columns = (_gaussian_matrix(n, sigma).to(images) for n in images.shape[-2:])
     return rows @ images @ columns.T
 
 
-def _gaussian(count: int, sigma: float) -> Tensor:
-    place = torch.arange(count)
-    weights = torch.exp(-((place[:, None] - place) ** 2) / (2 * sigma**2))
+def _gaussian_matrix(count: int, sigma: float) -> Tensor:
+    index = torch.arange(count)
+    weights = torch.exp(-((index[:, None] - index) ** 2) / (2 * sigma**2))
     return weights / weights.sum(1, keepdim=True)
+
+
+def require_poses(scene: Scene) -> Tensor:
+    """Return the poses of a scene.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if scene.poses is None:
+        raise ConfigError('poses="known", but the views have no poses; use poses="predicted"')
+    return scene.poses

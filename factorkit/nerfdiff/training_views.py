@@ -1,30 +1,35 @@
-"""The training views as they were given, kept in the run folder: for scoring, for exports and for the viewer."""
+"""The training views of a run: stored in its folder, and described so that it resumes only with the same views."""
 
 from __future__ import annotations
 
+import hashlib
+import math
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from factorkit.data.views.views import Views
+from factorkit.data.views.views import SceneLayout, Views
+from factorkit.nerfdiff.scene import Scene, shared_camera
 from factorkit.utils.atomic import replacing
 from factorkit.utils.errors import CheckpointError
-from factorkit.utils.images import uint8_to_unit, unit_to_uint8
 from factorkit.utils.safe_reading import read_arrays
 
-GIVEN = "views.npz"
+FILE_NAME = "views.npz"
+DESCRIBED_DIGITS = 5  # of intrinsics, relative to the image's sides, and of colours
 
 
-def keep_views(folder: Path, views: Views) -> None:
-    """Write pictures (8 bits a colour), names, intrinsics and, where they came with them, true poses.
+def store_views(folder: Path, views: Views) -> None:
+    """Write images (8 bits a channel), names, intrinsics and, if given, poses and background to the run folder.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
     arrays = {
-        "images": unit_to_uint8(views.images),
+        "images": (views.images * 255).round().byte().numpy(),
         "names": np.array(views.names),
         "intrinsics": views.intrinsics.numpy(),
         "layout": np.array(views.layout),
@@ -33,32 +38,102 @@ def keep_views(folder: Path, views: Views) -> None:
         value = getattr(views, name)
         if value is not None:
             arrays[name] = value.numpy()
-    path = folder / GIVEN
+    path = folder / FILE_NAME
     try:
         with replacing(path) as temporary:
-            np.savez_compressed(temporary, **arrays)
+            np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]  # numpy types all keywords as bool
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}. Free some space, or give another out=") from error
 
 
-def kept_views(folder: Path | None) -> Views | None:
-    """The views that :func:`keep_views` wrote; None where there are none.
+def load_views(folder: Path | None) -> Views | None:
+    """Load the views that :func:`store_views` wrote; None if there are none.
 
     Raises:
         CheckpointError: the file cannot be read.
     """
-    path = None if folder is None else folder / GIVEN
+    path = None if folder is None else folder / FILE_NAME
     if path is None or not path.is_file():
         return None
     try:
-        found = read_arrays(path)
-        optional: dict[str, Tensor] = {k: torch.from_numpy(found[k]) for k in ("poses", "background") if k in found}
+        arrays = read_arrays(path)
+        optional: dict[str, Any] = {k: torch.from_numpy(arrays[k]) for k in ("poses", "background") if k in arrays}
         return Views(
-            uint8_to_unit(torch.from_numpy(found["images"])),
-            [str(name) for name in found["names"]],
-            torch.from_numpy(found["intrinsics"]),
-            layout=str(found["layout"]),
+            torch.from_numpy(arrays["images"]).float() / 255,
+            [str(name) for name in arrays["names"]],
+            torch.from_numpy(arrays["intrinsics"]),
+            layout=cast(SceneLayout, str(arrays["layout"])),
             **optional,
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:  # of shapes, types and names
-        raise CheckpointError(f"{path} cannot be read: {error}. The training command again restores it") from error
+        raise CheckpointError(f"cannot read {path}: {error}. Run the training command again to restore it") from error
+
+
+def describe_scene(scene: Scene, views: Views, known_poses: bool) -> dict[str, Any]:
+    """Return what identifies the views of a run, and the model's shape, for its stored settings.
+
+    Args:
+        scene: prepared from ``views``.
+        views: at the scene's size.
+        known_poses: whether their poses are used in training; poses that only serve for scoring may change.
+    """
+    return {
+        "views": len(scene.images),
+        "size": list(scene.size),
+        "layout": scene.layout,
+        "distance": scene.distance,
+        "sha256": _digest(scene.images),
+        **describe_cameras(views, known_poses),
+    }
+
+
+def describe_cameras(views: Views, known_poses: bool) -> dict[str, Any]:
+    """Return intrinsics (fx, fy, cx, cy in units of width and height), background and, if used, a hash of the poses."""
+    camera = shared_camera(views)
+    values = [camera.intrinsics[at] for at in ((0, 0), (1, 1), (0, 2), (1, 2))]
+    description: dict[str, Any] = {
+        "intrinsics": [round(float(x), DESCRIBED_DIGITS) for x in values],
+        "background": [round(x, DESCRIBED_DIGITS) for x in camera.background.tolist()],
+    }
+    if known_poses and views.poses is not None:
+        description["poses"] = _digest(views.poses.float())
+    return description
+
+
+def complete_settings(settings: dict[str, Any], folder: Path, requested: dict[str, Any]) -> dict[str, Any]:
+    """Add the cameras to stored settings of an earlier version, which lack them.
+
+    They come from the stored views, or from the ``requested`` settings if there are none.
+    """
+    scene = settings.get("scene")
+    if not isinstance(scene, dict) or "intrinsics" in scene:
+        return settings
+    stored = None
+    with suppress(CheckpointError):
+        stored = load_views(folder)
+    if stored is not None:
+        cameras = describe_cameras(stored, requested["poses"] == "known")
+    else:
+        cameras = {k: v for k, v in requested["scene"].items() if k in ("intrinsics", "background", "poses")}
+    return {**settings, "scene": {**scene, **cameras}}
+
+
+def check_scene_description(scene: Any) -> dict[str, Any]:
+    """Return a stored scene description after checking what the model is built from.
+
+    Raises:
+        ValueError: layout, distance or size is missing or impossible.
+    """
+    if not isinstance(scene, dict) or scene.get("layout") not in ("object", "forward"):
+        raise ValueError(f"scene={scene!r:.80} has no layout")
+    distance, size = scene.get("distance"), scene.get("size")
+    if not isinstance(distance, (int, float)) or not 0 < distance < math.inf:
+        raise ValueError(f"the scene's distance={distance!r:.80} is not a positive number")
+    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**15 for side in size)):
+        raise ValueError(f"the scene's size={size!r:.80} is not a height and a width")
+    return scene
+
+
+def _digest(values: Tensor) -> str:
+    """Return the beginning of a hash of a tensor's bytes."""
+    return hashlib.sha256(values.contiguous().cpu().numpy().tobytes()).hexdigest()[:16]

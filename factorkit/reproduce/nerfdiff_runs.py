@@ -13,7 +13,7 @@ from factorkit.data.views.open import open_views
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.run import NerfdiffRun
-from factorkit.nerfdiff.train import PROCEDURAL, train_nerfdiff
+from factorkit.nerfdiff.train import NUM_PROCEDURAL_VIEWS, train_nerfdiff
 from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Column, Setup, percent
 
 RESOLUTIONS = {"small": 32, "gpu": 64, "full": None}  # pixels; None for the thesis' own
@@ -61,8 +61,8 @@ def open_posed_views(setup: Setup) -> tuple[Views, Views]:
 def _open_views(data: Path | None, fingerprint: str, size: int | None) -> tuple[Views, Views]:
     if data is not None:
         return open_views(data, "train", size), open_views(data, "test", size)
-    views = make_procedural_views(PROCEDURAL + HELD_OUT_VIEWS, size or 128)
-    return views.select(slice(0, PROCEDURAL)), views.select(slice(PROCEDURAL, None))
+    views = make_procedural_views(NUM_PROCEDURAL_VIEWS + HELD_OUT_VIEWS, size or 128)
+    return views.select(slice(0, NUM_PROCEDURAL_VIEWS)), views.select(slice(NUM_PROCEDURAL_VIEWS, None))
 
 
 def train(setup: Setup, seed: int, changes: Mapping[str, Any]) -> NerfdiffRun:

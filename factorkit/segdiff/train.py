@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from factorkit.data.classes import Classes, read_classes
 from factorkit.data.datasets import Dataset, make_procedural_dataset, open_dataset
 from factorkit.data.prepare import PreparedImages, prepare
-from factorkit.engine.config import cpu_threads, resolve_device
+from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
 from factorkit.engine.log import RunLog
 from factorkit.engine.run_folder import claimed, copy_folder, read_object, write_json
 from factorkit.engine.trainer import Trainer
@@ -250,13 +249,13 @@ def estimate(
     shape = (max(2, count), config.resolution, config.resolution, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     labels = None if classes is None else np.zeros(len(images), np.int64)
-    before = _peak_memory(device)
+    before = peak_memory(device)
     task = SegdiffTask(trial, images, images, device, labels)
     trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
     with cpu_threads(config.threads):
         seconds = trainer.measure_step_seconds(steps=3)
     parameters = count_parameters(task.model)
-    grown = _peak_memory(device) - (before if device.type == "cpu" else 0)
+    grown = peak_memory(device) - (before if device.type == "cpu" else 0)
     return {
         "preset": preset,
         "parameters": parameters,
@@ -268,12 +267,3 @@ def estimate(
         "batch_size": config.batch_size,
         "device": str(device),
     }
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Return the peak so far in bytes, of the GPU's allocator or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)

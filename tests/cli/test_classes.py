@@ -40,7 +40,7 @@ def test_run_with_classes_trains_and_generates(kinds, answer, refused, flags, tm
     assert Image.open(found["contact_sheet"]).height > 2 * 90
     assert "classes" not in answer(*ask, "--out", tmp_path / "any")
     assert "'rosee'" in refused(*ask, "--out", tmp_path / "x", "--classes", "rosee")
-    assert "say which" in refused(*ask, "--out", tmp_path / "x", "--guidance", "3")
+    assert "needs classes=" in refused(*ask, "--out", tmp_path / "x", "--guidance", "3")
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_dry_run_reads_file_of_classes(kinds, answer, refused, flags, tmp_path):
     assert answer(*words, "--classes", table)["parameters"] == answer(*words)["parameters"] + 3 * 32
     table.write_text("iris/0.png,even\n")
     assert "are missing from its names" in refused(*words, "--classes", table)
-    assert "positions" in refused(*flags(), "--classes", "folders")  # the procedural flowers have none
+    assert "have no folders" in refused(*flags(), "--classes", "folders")  # the procedural flowers have none
 
 
 def test_train_impossible_combination_is_refused(photos, refused, flags):

@@ -230,6 +230,26 @@ def test_dry_run_estimates_and_writes_nothing(ask, answer, flags):
     assert not list(Path().iterdir())
 
 
+def test_dry_run_of_nerfdiff_prints_the_stages(ask, answer, monkeypatch):
+    stages = [{"name": "search", "steps": 600, "views_per_second": 8.0, "seconds": 75.0}]
+    estimate = {"preset": "fast", "views": 80, "parameters": 2_000_000, "memory_gib": 0.5, "device": "cpu"}
+    estimate |= {"stages": stages, "seconds": 75.0}
+    settings = {}
+
+    def fake_estimate(data, **options):
+        settings.update(options)
+        return estimate
+
+    monkeypatch.setattr("factorkit.nerfdiff.train.estimate", fake_estimate, raising=False)
+    words = ("train", "nerfdiff", "--preset", "fast", "--resolution", 16, "--dry-run")
+    assert answer(*words) == estimate
+    assert (settings["preset"], settings["resolution"]) == ("fast", 16)
+    text = ask(*words)[1]
+    assert "2.00 M parameters" in text
+    assert "search       75 seconds for 600 steps, 8.0 views/s" in text
+    assert not list(Path().iterdir())
+
+
 @pytest.mark.slow
 def test_sigterm_saves_and_same_command_resumes(tmp_path, ask, flags):
     out = tmp_path / "run"

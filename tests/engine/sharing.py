@@ -22,7 +22,7 @@ from factorkit.data import make_procedural_views
 from factorkit.segdiff.inference import folder as segment_folder
 from tests.engine.processes import run
 
-PICTURES = 7
+IMAGE_FOLDER = 7
 
 
 def prepare(folder: Path) -> None:
@@ -35,7 +35,7 @@ def prepare(folder: Path) -> None:
     noise = np.random.default_rng(1)
     for kind in ("images", "scored", "masks"):
         (folder / kind).mkdir()
-    for i in range(PICTURES):
+    for i in range(IMAGE_FOLDER):
         size = (16, 24 if i % 3 else 16)
         Image.fromarray(noise.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"images/{i}.png")
         Image.fromarray(noise.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"scored/{i}.png")

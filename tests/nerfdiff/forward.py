@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff.cameras.poses import forward_poses, plane_dictionary
-from factorkit.nerfdiff.rays import Optics, render_views
+from factorkit.nerfdiff.cameras.poses import forward_facing_poses, position_grid
+from factorkit.nerfdiff.rays import CameraModel, render_views
 
-OPTICS = Optics(torch.tensor([[0.9, 0, 0.5], [0, 1.2, 0.5], [0, 0, 1]]), torch.tensor([0.0, 0.0, 1.0]), forward=True)
+OPTICS = CameraModel(
+    torch.tensor([[0.9, 0, 0.5], [0, 1.2, 0.5], [0, 0, 1]]), torch.tensor([0.0, 0.0, 1.0]), forward_facing=True
+)
 CENTRE, RADIUS = torch.tensor([0.2, -0.1, -2.5]), 0.5
 WALL = 5.0  # its depth
 
 
 def ball_and_wall(places, directions, wall=WALL):
     """A field over the box: asked where a place is in the world."""
-    world = OPTICS.unbent(places)
+    world = OPTICS.from_ndc(places)
     ball = (world - CENTRE).norm(dim=1) < RADIUS
     behind = world[:, 2] < -wall
     stripes = (world[:, :1] * 4).floor() % 2
@@ -31,8 +33,8 @@ def ball_alone(places, directions):
 
 def forward_views(field=ball_and_wall, size=(18, 24), columns=4, rows=3) -> Views:
     """The scene seen by cameras on a lattice in their plane."""
-    poses = forward_poses(plane_dictionary(columns, rows))
+    poses = forward_facing_poses(position_grid(columns, rows))
     images = render_views(field, poses, OPTICS, size, 256).color.movedim(-1, 1).clamp(0, 1)
     names = [f"view_{i:02d}" for i in range(len(poses))]
-    k = OPTICS.pixels(*size).expand(len(poses), 3, 3)
+    k = OPTICS.pixel_intrinsics(*size).expand(len(poses), 3, 3)
     return Views(images, names, k, poses=poses, layout="forward", background=OPTICS.background)

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff import train
-from factorkit.nerfdiff.stages import dictionary as search
-from factorkit.nerfdiff.stages import distil, joint
+from factorkit.nerfdiff.stages import direction_grid as search
+from factorkit.nerfdiff.stages import distil, joint, pipeline
 from factorkit.nerfdiff.stages import refine as fit
+from factorkit.nerfdiff.train import train_nerfdiff
 
 #: by run: its settings, and the stages it is killed in, in their order
 RUNS = {
@@ -70,7 +70,7 @@ def views() -> Views:
 
 def die_in(stage: str) -> None:
     """At a random moment of a step of that stage, or of the save after it."""
-    plain, started = train.Training.trainer, [0, 0.0]
+    plain, started = pipeline.Training.train_stage, [0, 0.0]
 
     def trainer(self, name, task, *rest, **changes):
         if name != stage:
@@ -94,7 +94,7 @@ def die_in(stage: str) -> None:
 
         return plain(self, name, watched, *rest, **changes)
 
-    train.Training.trainer = trainer
+    pipeline.Training.train_stage = trainer
 
 
 def run(out: Path, changes: dict, stage: str | None) -> int:
@@ -104,14 +104,14 @@ def run(out: Path, changes: dict, stage: str | None) -> int:
     try:
         warnings.filterwarnings("error", message=".*Using the previous")  # no kill may damage anything
         torch.set_num_threads(1)
-        train.write_report = lambda folder: None
-        train.HALF_STEPS = 6
+        pipeline.write_report = lambda folder: None
+        pipeline.HELD_OUT_STEPS = 6
         for module in (distil, fit, joint, search):
-            for sheet in {"cameras_sheet", "renders_sheet"} & vars(module).keys():
+            for sheet in {"save_cameras", "save_model_previews"} & vars(module).keys():
                 setattr(module, sheet, lambda *arguments: None)
         if stage:
             die_in(stage)
-        train.train_nerfdiff(views(), out=out, **TINY | changes)
+        train_nerfdiff(views(), out=out, **TINY | changes)
         os._exit(0)
     except BaseException:
         import traceback

@@ -12,15 +12,15 @@ from factorkit.nerfdiff.alarms import (
     azimuth_spread,
     effective_use,
     inverted_share,
-    offsets,
+    neighbour_degrees,
     pose_alarms,
     scene_alarms,
     sector_use,
-    unexplained,
+    unexplained_variance,
 )
-from factorkit.nerfdiff.cameras.poses import dictionary, directions, orbit_poses, turned
+from factorkit.nerfdiff.cameras.poses import direction_grid, direction_vectors, orbit_poses, rotate_about_z
 from factorkit.nerfdiff.config import preset_config
-from factorkit.nerfdiff.rays import Optics, render_views
+from factorkit.nerfdiff.rays import CameraModel, render_views
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.stages import joint
@@ -32,7 +32,7 @@ DISTANCE = 3.6
 
 
 def around(azimuth: torch.Tensor, elevation: float = 30.0) -> torch.Tensor:
-    return orbit_poses(directions(azimuth, torch.full_like(azimuth, elevation)), DISTANCE)
+    return orbit_poses(direction_vectors(azimuth, torch.full_like(azimuth, elevation)), DISTANCE)
 
 
 def evenly(count: int, arc: float) -> torch.Tensor:
@@ -51,10 +51,10 @@ def field():
 @pytest.fixture(scope="module")
 def scene(field):
     """Forty views from all around, 16 pixels a side, with their true poses."""
-    optics = Optics(torch.tensor([[1.6, 0, 0.5], [0, 1.6, 0.5], [0, 0, 1]]), torch.ones(3))
+    optics = CameraModel(torch.tensor([[1.6, 0, 0.5], [0, 1.6, 0.5], [0, 0, 1]]), torch.ones(3))
     draw = torch.Generator().manual_seed(0)
     azimuth = torch.arange(40) * 9.0 + 4 * torch.rand(40, generator=draw)
-    poses = orbit_poses(directions(azimuth, 10 + 40 * torch.rand(40, generator=draw)), DISTANCE)
+    poses = orbit_poses(direction_vectors(azimuth, 10 + 40 * torch.rand(40, generator=draw)), DISTANCE)
     images = render_views(field, poses, optics, (16, 16), 32).color.movedim(-1, 1)
     return Scene(images, [str(i) for i in range(40)], optics, "object", DISTANCE, poses)
 
@@ -89,14 +89,14 @@ def test_few_candidates_in_use_are_a_collapse():
 
 
 def test_a_share_of_turned_views_is_a_duplication():
-    assert "duplication: 30%" in pose_alarms(evenly(20, 360), doubled=0.3)["failures"][0]
-    assert names(pose_alarms(evenly(20, 360), doubled=0.0)) == []
+    assert "duplication: 30%" in pose_alarms(evenly(20, 360), duplication=0.3)["failures"][0]
+    assert names(pose_alarms(evenly(20, 360), duplication=0.0)) == []
 
 
-def test_offsets_between_views_that_look_alike():
+def test_neighbour_degrees_between_similar_views():
     images = torch.zeros(4, 3, 8, 8)
     images[1], images[2], images[3] = 0.1, 0.7, 0.75
-    apart = offsets(around(torch.tensor([350.0, 20, 100, 260])), images)
+    apart = neighbour_degrees(around(torch.tensor([350.0, 20, 100, 260])), images)
     assert torch.allclose(apart, torch.tensor([30.0, 30, 160, 160]), atol=1e-2)
 
 
@@ -119,16 +119,16 @@ def test_cameras_anywhere_scatter_views_and_explain_nothing(scene, field):
 def test_a_few_views_beside_their_place_are_no_failure(scene, field):
     some = scene.poses.clone()
     way = torch.nn.functional.normalize(some[:4, :3, 3], dim=1)
-    some[:4] = orbit_poses(turned(way, 20.0), scene.distance)
+    some[:4] = orbit_poses(rotate_about_z(way, 20.0), scene.distance)
     assert names(scene_alarms(CONFIG, scene, field, some)) == []
 
 
 def test_the_error_is_a_share_of_the_views_variance(scene, field):
-    assert unexplained(field, scene, scene.poses, 32) < 0.05
+    assert unexplained_variance(field, scene, scene.poses, 32) < 0.05
     same = scene.poses[:1].expand(40, 4, 4)
-    assert 0.8 < unexplained(field, scene, same, 32) < 3
+    assert 0.8 < unexplained_variance(field, scene, same, 32) < 3
     faint = replace(scene, images=1 - (1 - scene.images) * 0.1)
-    assert unexplained(field, faint, scene.poses, 32) > 5, "in units of what is there to explain"
+    assert unexplained_variance(field, faint, scene.poses, 32) > 5, "in units of what is there to explain"
 
 
 def test_a_scene_turned_inside_out_is_a_mirror(scene):
@@ -138,11 +138,11 @@ def test_a_scene_turned_inside_out_is_a_mirror(scene):
     rolled = scene.poses * torch.tensor([-1.0, -1, 1, 1])
     for mirror in (below, rolled):
         assert inverted_share(mirror, 5.0) > 0.9 and inverted_share(scene.poses, 5.0) == 0
-        assert names(pose_alarms(mirror, lowest=5.0)) == ["mirror"]
+        assert names(pose_alarms(mirror, min_elevation=5.0)) == ["mirror"]
         assert pose_alarms(mirror, true=scene.poses)["mirrored"]
     # with both signs of elevation allowed the poses alone do not tell
-    assert names(pose_alarms(below, lowest=-70.0)) == []
-    assert names(pose_alarms(scene.poses, true=scene.poses, lowest=5.0)) == []
+    assert names(pose_alarms(below, min_elevation=-70.0)) == []
+    assert names(pose_alarms(scene.poses, true=scene.poses, min_elevation=5.0)) == []
     # the circle run through the other way round is another mistake than depth turned inside out
     assert not pose_alarms(orbit_poses(way * torch.tensor([1.0, -1, 1]), scene.distance), true=scene.poses)["mirrored"]
 
@@ -153,13 +153,12 @@ def collapsing(tiny, monkeypatch, after: int) -> dict:
 
     def alarms(config, scene, field, poses, **rest):
         count[0] += 1
-        poses = evenly(len(poses), 10) if count[0] > after else orbit_poses(dictionary(len(poses), [30]), DISTANCE)
+        poses = evenly(len(poses), 10) if count[0] > after else orbit_poses(direction_grid(len(poses), [30]), DISTANCE)
         return plain(config, scene, field, poses, **rest | {"settled": False, "count": 1})
 
     monkeypatch.setattr(joint, "scene_alarms", alarms)
-    for drawn in ("renders_sheet", "cameras_sheet", "points_sheet"):  # which take most of the time
-        monkeypatch.setattr(joint, drawn, lambda *given: None)
-    monkeypatch.setattr("factorkit.nerfdiff.train.write_report", lambda folder: None)
+    monkeypatch.setattr(joint, "save_model_previews", lambda *args, **options: None)  # which takes most of the time
+    monkeypatch.setattr("factorkit.nerfdiff.stages.pipeline.write_report", lambda folder: None)
     return tiny | {"search": "joint", "sample_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "steps": 6}
 
 

@@ -6,8 +6,9 @@ import torch
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, OctantCandidates, SingleCandidate
 from factorkit.nerfdiff.config import PRESETS, NerfdiffConfig, preset_config
-from factorkit.nerfdiff.fields.grid import FrequencyField, build_field
-from factorkit.nerfdiff.rays import Optics
+from factorkit.nerfdiff.fields.build import build_field
+from factorkit.nerfdiff.fields.mlp import FrequencyField
+from factorkit.nerfdiff.rays import CameraModel
 from factorkit.utils.errors import ConfigError
 
 
@@ -16,7 +17,7 @@ def test_every_preset_is_a_model(preset):
     config = preset_config(preset)
     forward = preset == "llff"
     size = [378, 504] if forward else [config.resolution] * 2
-    optics = Optics(torch.eye(3), torch.zeros(3), forward)
+    optics = CameraModel(torch.eye(3), torch.zeros(3), forward)
     scene = {"size": size, "layout": "forward" if forward else "object", "distance": 1.0 if forward else 2.0}
     field = build_field(config.field, min(config.grid_resolution, 8), 0)
     model = build_model(config, scene, optics, field, torch.eye(4)[None])
@@ -28,7 +29,7 @@ def test_every_preset_is_a_model(preset):
     assert poses.isfinite().all()
 
 
-def test_the_thesis_settings_are_the_texts():
+def test_thesis_presets_equal_the_settings_of_the_thesis():
     lego, car = preset_config("lego"), preset_config("car")
     assert (lego.num_candidates, car.num_candidates, lego.resolution, lego.timesteps, lego.steps) == (
         12,
@@ -48,7 +49,7 @@ def test_the_thesis_settings_are_the_texts():
     assert isinstance(build_field(lego.field, 1, 0), FrequencyField)
 
 
-def test_the_recipe_grows_with_the_resolution_unless_told():
+def test_preset_config_scales_with_the_resolution_unless_given():
     small, large = preset_config("fast"), preset_config("fast", resolution=96)
     assert (small.grid_resolution, small.samples_per_ray, small.field_steps) == (32, 32, 600)
     assert (large.grid_resolution, large.samples_per_ray, large.field_steps) == (96, 96, 1800)

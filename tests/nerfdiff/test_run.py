@@ -11,8 +11,8 @@ from PIL import Image
 import factorkit
 from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.metrics.pose import rotation_errors_degrees
-from factorkit.nerfdiff.cameras.localise import checked, refined
-from factorkit.nerfdiff.cameras.poses import directions, orbit_poses
+from factorkit.nerfdiff.cameras.localise import refine_poses, select_best_poses
+from factorkit.nerfdiff.cameras.poses import direction_vectors, orbit_poses
 from factorkit.nerfdiff.export.frames import write_frames
 from factorkit.nerfdiff.fields.grid import GridField
 from factorkit.nerfdiff.network import NerfdiffModel
@@ -59,7 +59,7 @@ def test_wider_pictures_show_more_and_stretch_nothing(finished, monkeypatch):
     torch.testing.assert_close(wide.images[..., 4:16], square.images, atol=1e-3, rtol=0)
     taller = finished.render(finished.poses, 20)
     torch.testing.assert_close(high.images, taller.images[..., 4:16], atol=1e-3, rtol=0)
-    monkeypatch.setattr("factorkit.nerfdiff.run.RAYS", 300)  # two pictures at a time
+    monkeypatch.setattr("factorkit.nerfdiff.run.MAX_RAYS", 300)  # two pictures at a time
     assert torch.equal(finished.render(finished.poses, 12).depth, square.depth)
 
 
@@ -68,7 +68,7 @@ def test_reconstructions_are_renders_from_the_predicted_poses(finished, scene_vi
     again = finished.render(finished.predict_pose(scene_views).poses, 12)
     assert torch.equal(seen.images, again.images) and seen.images.shape == (10, 3, 12, 12)
     assert seen.depth.shape == seen.opacity.shape == (10, 12, 12)
-    assert 0 <= seen.images.min() and seen.images.max() <= 1 and torch.equal(seen.poses, again.poses)
+    assert seen.images.min() >= 0 and seen.images.max() <= 1 and torch.equal(seen.poses, again.poses)
 
 
 @pytest.mark.parametrize("path", ["orbit", "spiral"])
@@ -90,7 +90,7 @@ def test_samples_come_from_noise_through_renders(finished):
     assert drawn.images.shape == (3, 3, 8, 8) and drawn.poses.shape == (3, 4, 4) and len(drawn.trajectory) == 5
     assert [f.t for f in drawn.trajectory] == sorted((f.t for f in drawn.trajectory), reverse=True)
     last = drawn.trajectory[-1]
-    assert torch.equal(last.cameras.best, drawn.poses) and torch.allclose(last.images, drawn.images, atol=1e-6)
+    assert torch.equal(last.cameras.best_poses, drawn.poses) and torch.allclose(last.images, drawn.images, atol=1e-6)
     same, other = finished.sample(3, seed=1, steps=5), finished.sample(3, seed=2, steps=5)
     assert torch.equal(same.images, drawn.images) and not torch.equal(other.poses, drawn.poses)
     with pytest.raises(ConfigError, match="n=0"):
@@ -133,12 +133,12 @@ def test_a_perfect_run_scores_perfectly_whatever_the_coordinates(finished, scene
     from factorkit.metrics.pose import Similarity
     from factorkit.nerfdiff import evaluate as scoring
 
-    turn = orbit_poses(directions(torch.tensor(50.0), torch.tensor(20.0)), 1.0)[:3, :3].double()
+    turn = orbit_poses(direction_vectors(torch.tensor(50.0), torch.tensor(20.0)), 1.0)[:3, :3].double()
     moved = Similarity(turn, torch.tensor([0.3, -1, 2]).double(), torch.tensor(1.7).double())
     true = moved.apply(finished.poses)
     given = scene_views.__class__(scene_views.images, scene_views.names, scene_views.intrinsics, poses=true)
-    monkeypatch.setattr(scoring, "kept_views", lambda folder: given)
-    monkeypatch.setattr(scoring, "registered", lambda model, start, *_: start)  # the pictures are of another field
+    monkeypatch.setattr(scoring, "load_views", lambda folder: given)
+    monkeypatch.setattr(scoring, "register_scene", lambda model, start, *_: start)  # the pictures are of another field
     asked = []
     plain = type(finished).render
     monkeypatch.setattr(type(finished), "render", lambda self, poses, *a: asked.append(poses) or plain(self, poses, *a))
@@ -177,13 +177,13 @@ def half_symmetric():
     values = 8 * field.values.data
     turned = values.flip(-2, -3) if values.shape[-1] == 4 else values.flip(-1, -2)
     field.values.data.copy_(0.5 * (values + turned) + 0.04 * values)
-    way = directions(torch.arange(8) * 45.0 + 10, torch.tensor([15.0, 30, 45, 20] * 2))
+    way = direction_vectors(torch.arange(8) * 45.0 + 10, torch.tensor([15.0, 30, 45, 20] * 2))
     return field, way
 
 
 def test_checking_tells_the_sides_of_a_scene_that_looks_alike_from_both(finished, half_symmetric):
     field, way = half_symmetric
-    optics, parts = finished.model.optics, (finished.model.encoder, finished.model.candidates)
+    optics, parts = finished.model.camera, (finished.model.encoder, finished.model.candidates)
     model = NerfdiffModel(*parts, field, finished.poses, optics, (32, 32), 16)
     true = orbit_poses(way, finished.scene["distance"])
     images = render_views(field, true, optics, (32, 32), 16).color.movedim(-1, 1)
@@ -194,10 +194,12 @@ def test_checking_tells_the_sides_of_a_scene_that_looks_alike_from_both(finished
     there = render_views(field, sides, optics, (32, 32), 16).color.movedim(-1, 2)
     assert (there[:, 0] - there[:, 1]).square().mean() < 0.05 * images.var(), "the sides look nearly alike"
     for given in (near[:, None], (half * near)[:, None], torch.cat([anywhere, half * near[:, None]], 1)):
-        found = checked(model, images, given)
+        found = select_best_poses(model, images, given)
         assert rotation_errors_degrees(found, true).max() < 5
-    forward = NerfdiffModel(*parts, field, finished.poses, replace(optics, forward=True), (32, 32), 16)
-    assert torch.equal(checked(forward, images, near[:, None]), near), "one candidate, and no other side to look from"
+    forward = NerfdiffModel(*parts, field, finished.poses, replace(optics, forward_facing=True), (32, 32), 16)
+    assert torch.equal(select_best_poses(forward, images, near[:, None]), near), (
+        "one candidate, and no other side to look from"
+    )
 
 
 def test_checked_poses_are_candidates_or_their_other_side(finished, scene_views):
@@ -207,7 +209,7 @@ def test_checked_poses_are_candidates_or_their_other_side(finished, scene_views)
     among = torch.cat([plain.candidates, half * plain.candidates], 1)
     assert ((among - found.poses[:, None]).abs().amax((2, 3)).amin(1) < 1e-6).all()
     model = finished.model
-    seen = render_views(model.field, among, model.optics, (8, 8), model.samples).color.movedim(-1, 2)
+    seen = render_views(model.field, among, model.camera, (8, 8), model.samples).color.movedim(-1, 2)
     least = (seen - scene_views.images[:, None]).square().mean((2, 3, 4)).argmin(1)
     assert torch.allclose(found.poses, among[torch.arange(10), least], atol=1e-6)
 
@@ -216,16 +218,16 @@ def test_refining_finds_the_pose_of_a_picture_from_near_it(finished):
     torch.manual_seed(0)
     field = GridField(5, seed=4)
     field.values.data.mul_(8)
-    optics = finished.model.optics
+    optics = finished.model.camera
     model = NerfdiffModel(
         finished.model.encoder, finished.model.candidates, field, finished.poses.clone(), optics, (16, 16), 16
     )
-    way = directions(torch.tensor([20.0, 140.0, 260.0]), torch.tensor([30.0, 45.0, 15.0]))
+    way = direction_vectors(torch.tensor([20.0, 140.0, 260.0]), torch.tensor([30.0, 45.0, 15.0]))
     true = orbit_poses(way, finished.scene["distance"])
     images = render_views(field, true, optics, (16, 16), 16).color.movedim(-1, 1)
     off = orbit_poses(way + 0.06 * torch.randn(3, 3), finished.scene["distance"])
     before = [x.clone() for x in model.state_dict().values()]
-    found = refined(model, images, off, 40, finished.scene["distance"])
+    found = refine_poses(model, images, off, 40, finished.scene["distance"])
     far, near = (rotation_errors_degrees(x, true) for x in (off, found))
     assert near.max() < 1.0 < far.min(), (far, near)
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
@@ -235,6 +237,6 @@ def test_refining_finds_the_pose_of_a_picture_from_near_it(finished):
     leaning[:, :3, 3] *= torch.tensor([0.9, 1.0, 1.1])[:, None]
     model.views.copy_(leaning[torch.arange(len(model.views)) % 3])
     images = render_views(field, leaning, optics, (16, 16), 16).color.movedim(-1, 1)
-    kept = refined(model, images, leaning, 5, finished.scene["distance"])
+    kept = refine_poses(model, images, leaning, 5, finished.scene["distance"])
     assert rotation_errors_degrees(kept, leaning).max() < 1.0
     assert (kept - leaning)[:, :3, 3].norm(dim=1).max() < 0.1

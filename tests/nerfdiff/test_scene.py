@@ -9,21 +9,21 @@ import torch
 from factorkit.data.procedural.scene import make_procedural_views, make_scene_field
 from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, SingleCandidate
 from factorkit.nerfdiff.cameras.poses import (
-    CONVERGENCE,
-    dictionary,
-    directions,
-    forward_poses,
+    CONVERGENCE_DEPTH,
+    direction_grid,
+    direction_vectors,
+    forward_facing_poses,
     orbit_poses,
-    plane_dictionary,
+    position_grid,
     rodrigues_poses,
 )
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.fields.grid import GridField
-from factorkit.nerfdiff.rays import MARGIN, Optics, render_pixels, render_views
-from factorkit.nerfdiff.scene import blurred, open_scene, picked, shared_optics
-from factorkit.nerfdiff.stages.distil import nearest_candidate, pose_distance
-from factorkit.nerfdiff.stages.refine import prior
-from factorkit.nerfdiff.training_views import keep_views, kept_views
+from factorkit.nerfdiff.rays import NDC_MARGIN, CameraModel, render_pixels, render_views
+from factorkit.nerfdiff.scene import gather_pixels, gaussian_blur, open_scene, shared_camera
+from factorkit.nerfdiff.stages.distil import nearest_candidates, pose_distance
+from factorkit.nerfdiff.stages.refine import regularisation
+from factorkit.nerfdiff.training_views import load_views, store_views
 from factorkit.rendering import Rendered
 from factorkit.utils.errors import DataError
 
@@ -32,13 +32,13 @@ CPU = torch.device("cpu")
 
 def test_pixels_are_those_of_the_picture():
     torch.manual_seed(0)
-    optics = Optics(torch.tensor([[1.5, 0, 0.5], [0, 2.0, 0.45], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
-    poses = orbit_poses(dictionary(3, [25]), 3.3)
+    optics = CameraModel(torch.tensor([[1.5, 0, 0.5], [0, 2.0, 0.45], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
+    poses = orbit_poses(direction_grid(3, [25]), 3.3)
     whole = render_views(make_scene_field(), poses, optics, (6, 9), 32).color
     pixels = torch.tensor([[0, 53, 13], [8, 9, 27], [1, 2, 40]])
     some = render_pixels(make_scene_field(), poses, optics, pixels, (6, 9), 32).color
-    assert torch.allclose(some, picked(whole.movedim(-1, 1), pixels), atol=1e-5)
-    assert torch.allclose(picked(whole.movedim(-1, 1), pixels)[1, 2], whole[1, 3, 0])
+    assert torch.allclose(some, gather_pixels(whole.movedim(-1, 1), pixels), atol=1e-5)
+    assert torch.allclose(gather_pixels(whole.movedim(-1, 1), pixels)[1, 2], whole[1, 3, 0])
 
 
 def test_the_procedural_views_are_renders_from_their_poses_in_the_models_units():
@@ -52,17 +52,17 @@ def test_the_procedural_views_are_renders_from_their_poses_in_the_models_units()
         sigma, color = make_scene_field()(p * scale, d)
         return sigma * scale, color
 
-    seen = render_views(field, scene.poses, scene.optics, (16, 16), 256).color.movedim(-1, 1)
+    seen = render_views(field, scene.poses, scene.camera, (16, 16), 256).color.movedim(-1, 1)
     assert (seen - views.images).abs().mean() < 0.02
 
 
 def test_a_forward_scene_is_seen_in_depth_out_to_infinity():
     """A wall across the view at depth 3: in normalised device coordinates z = 1 - 2 / 3."""
-    optics = Optics(torch.tensor([[0.9, 0, 0.5], [0, 0.9, 0.5], [0, 0, 1]]), torch.zeros(3), forward=True)
+    optics = CameraModel(torch.tensor([[0.9, 0, 0.5], [0, 0.9, 0.5], [0, 0, 1]]), torch.zeros(3), forward_facing=True)
 
     def wall(p, d):
         beyond = (p[:, 2] > 1 - 2 / 3.0).float()
-        return 500 * beyond, torch.stack([p[:, 0] * MARGIN, p[:, 1] * MARGIN, beyond], 1)
+        return 500 * beyond, torch.stack([p[:, 0] * NDC_MARGIN, p[:, 1] * NDC_MARGIN, beyond], 1)
 
     pose = torch.eye(4)[None].repeat(2, 1, 1)
     pose[1, 0, 3] = 0.5  # half a unit to the right
@@ -74,62 +74,62 @@ def test_a_forward_scene_is_seen_in_depth_out_to_infinity():
 
 
 def test_forward_cameras_meet_at_one_point():
-    places = plane_dictionary(5, 3)
-    poses = forward_poses(places)
+    places = position_grid(5, 3)
+    poses = forward_facing_poses(places)
     assert poses.shape == (15, 4, 4) and torch.allclose(poses[7], torch.eye(4), atol=1e-6)
-    point = torch.tensor([0.0, 0, -CONVERGENCE])
+    point = torch.tensor([0.0, 0, -CONVERGENCE_DEPTH])
     way = torch.nn.functional.normalize(point - places, dim=1)
     assert torch.allclose(-poses[:, :3, 2], way, atol=1e-5)
 
 
 def test_blur_keeps_constants_and_sums_and_is_nothing_when_small():
     images = torch.rand(2, 3, 12, 9)
-    assert blurred(images, 0.2) is images
-    assert torch.allclose(blurred(torch.ones(1, 3, 12, 9), 2.0), torch.ones(1, 3, 12, 9), atol=1e-5)
-    assert blurred(images, 2.0).var() < 0.2 * images.var()
-    assert torch.allclose(blurred(images.flip(3), 1.5), blurred(images, 1.5).flip(3), atol=1e-5)
+    assert gaussian_blur(images, 0.2) is images
+    assert torch.allclose(gaussian_blur(torch.ones(1, 3, 12, 9), 2.0), torch.ones(1, 3, 12, 9), atol=1e-5)
+    assert gaussian_blur(images, 2.0).var() < 0.2 * images.var()
+    assert torch.allclose(gaussian_blur(images.flip(3), 1.5), gaussian_blur(images, 1.5).flip(3), atol=1e-5)
 
 
-def test_one_camera_is_asked_for_and_black_is_behind_where_nothing_is_known():
+def test_shared_camera_needs_equal_intrinsics_and_defaults_to_black():
     views = make_procedural_views(4, 8)
-    optics = shared_optics(views)
+    optics = shared_camera(views)
     assert torch.allclose(optics.intrinsics, views.intrinsics[0] / torch.tensor([8.0, 8, 1])[:, None])
-    assert torch.equal(optics.background, torch.ones(3)) and not optics.forward
-    assert torch.equal(shared_optics(replace(views, background=None, masks=None)).background, torch.zeros(3))
-    assert shared_optics(replace(views, layout="forward")).forward
+    assert torch.equal(optics.background, torch.ones(3)) and not optics.forward_facing
+    assert torch.equal(shared_camera(replace(views, background=None, masks=None)).background, torch.zeros(3))
+    assert shared_camera(replace(views, layout="forward")).forward_facing
     bent = views.intrinsics.clone()
     bent[1, 0, 2] += 1
     with pytest.raises(DataError, match="one camera"):
-        shared_optics(replace(views, intrinsics=bent))
+        shared_camera(replace(views, intrinsics=bent))
 
 
-def test_views_are_kept_as_given(tmp_path):
+def test_stored_views_equal_the_given_ones(tmp_path):
     views = make_procedural_views(3, 8)
-    keep_views(tmp_path, views)
-    found = kept_views(tmp_path)
+    store_views(tmp_path, views)
+    found = load_views(tmp_path)
     assert found.names == views.names and torch.equal(found.poses, views.poses) and found.layout == views.layout
     assert (found.images - views.images).abs().max() <= 0.5 / 255 + 1e-6
-    assert kept_views(tmp_path / "nowhere") is None and kept_views(None) is None
-    keep_views(tmp_path, replace(views, poses=None))
-    assert kept_views(tmp_path).poses is None
+    assert load_views(tmp_path / "nowhere") is None and load_views(None) is None
+    store_views(tmp_path, replace(views, poses=None))
+    assert load_views(tmp_path).poses is None
 
 
 def test_the_distance_of_poses_is_about_the_squared_angle():
-    a = orbit_poses(directions(torch.tensor([40.0]), torch.tensor([0.0])), 2.5)
+    a = orbit_poses(direction_vectors(torch.tensor([40.0]), torch.tensor([0.0])), 2.5)
     assert pose_distance(a, a, 2.5) == 0
     for angle in (1.0, 5.0, 10.0):
-        b = orbit_poses(directions(torch.tensor([40.0 + angle]), torch.tensor([0.0])), 2.5)
+        b = orbit_poses(direction_vectors(torch.tensor([40.0 + angle]), torch.tensor([0.0])), 2.5)
         assert pose_distance(a, b, 2.5).sqrt().rad2deg().item() == pytest.approx(angle, rel=0.01)
 
 
 def test_a_view_is_taught_to_the_candidate_next_to_it():
-    anchors = dictionary(5, [30])
+    anchors = direction_grid(5, [30])
     candidates = LookAtCandidates(anchors, 2.0)
-    poses = orbit_poses(directions(torch.tensor([5.0, 150.0, 290.0]), torch.tensor([40.0, 20.0, 30.0])), 2.0)
-    assert nearest_candidate(candidates, candidates(torch.zeros(3, 5, 3)), poses).tolist() == [0, 2, 4]
+    poses = orbit_poses(direction_vectors(torch.tensor([5.0, 150.0, 290.0]), torch.tensor([40.0, 20.0, 30.0])), 2.0)
+    assert nearest_candidates(candidates, candidates(torch.zeros(3, 5, 3)), poses).tolist() == [0, 2, 4]
     single = SingleCandidate()
     free = rodrigues_poses(torch.randn(3, 6))
-    assert nearest_candidate(single, single(torch.zeros(3, 1, 6)), free).tolist() == [0, 0, 0]
+    assert nearest_candidates(single, single(torch.zeros(3, 1, 6)), free).tolist() == [0, 0, 0]
 
 
 def test_fog_costs_where_cameras_stand_around_an_object():
@@ -138,8 +138,8 @@ def test_fog_costs_where_cameras_stand_around_an_object():
     seen = Rendered(torch.zeros(2, 2, 3), torch.zeros(2, 2), opacity, None, None, torch.tensor(0))
     config = preset_config("fast", opacity_weight=0.5)
     around, ahead = (SimpleNamespace(layout=layout) for layout in ("object", "forward"))
-    rough = config.tv_weight * field.roughness()
-    assert rough > 0 and torch.equal(prior(config, ahead, field, seen), rough)
-    found = prior(config, around, field, seen)
+    rough = config.tv_weight * field.total_variation()
+    assert rough > 0 and torch.equal(regularisation(config, ahead, field, seen), rough)
+    found = regularisation(config, around, field, seen)
     assert torch.allclose(found, rough + torch.tensor([0.1, 0.25]))
     assert torch.equal(torch.autograd.grad(found.sum(), opacity)[0], torch.full((2, 2), 0.25))

@@ -15,7 +15,15 @@ import torch
 from factorkit.data import make_procedural_views
 from factorkit.nerfdiff import viewer
 from factorkit.nerfdiff.fields.occupancy import occupied_sampling
-from factorkit.nerfdiff.viewer import Painter, Shown, Viewer, from_viser, frustum, paint, to_viser
+from factorkit.nerfdiff.viewer import (
+    RenderThread,
+    Viewer,
+    ViewerScene,
+    fov_and_aspect,
+    from_viser,
+    render_viewpoint,
+    to_viser,
+)
 from factorkit.utils.errors import ConfigError
 
 BOX = (-1.0, -1.0, -1.0), (1.0, 1.0, 1.0)
@@ -30,13 +38,13 @@ def ball(positions, directions):
 @pytest.fixture(scope="module")
 def shown():
     views = make_procedural_views(4, 12, seed=1)
-    return Shown(7, ball, views, torch.tensor([0.0, 0.0, 1.0]), true=views.poses)
+    return ViewerScene(7, ball, views, torch.tensor([0.0, 0.0, 1.0]), true=views.poses)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(viewer, "POINTS", 300)
-    monkeypatch.setattr(viewer, "SIDES", (8, 16))
+    monkeypatch.setattr(viewer, "MAX_POINTS", 300)
+    monkeypatch.setattr(viewer, "RENDER_SIDES", (8, 16))
 
 
 def test_poses_to_viser_and_back(shown):
@@ -50,7 +58,7 @@ def test_poses_to_viser_and_back(shown):
 
 
 def test_frusta_open_as_far_as_the_pictures():
-    fov, aspect = frustum(torch.tensor([[20.0, 0, 8], [0, 10.0, 5], [0, 0, 1]]), 10, 16)
+    fov, aspect = fov_and_aspect(torch.tensor([[20.0, 0, 8], [0, 10.0, 5], [0, 0, 1]]), 10, 16)
     assert fov == pytest.approx(2 * math.atan(0.5)) and aspect == pytest.approx((16 / 20) / (10 / 10))
 
 
@@ -58,18 +66,18 @@ def test_the_render_is_the_picture_of_that_camera():
     from factorkit.data.procedural.scene import make_scene_field
 
     views, field = make_procedural_views(2, 24, seed=1), make_scene_field()
-    shown = Shown(0, field, views, torch.ones(3))
-    fov, _ = frustum(views.intrinsics[0], 24, 24)
-    picture = paint(shown, occupied_sampling(field, *BOX), views.poses[1], fov, 24, 24)
+    shown = ViewerScene(0, field, views, torch.ones(3))
+    fov, _ = fov_and_aspect(views.intrinsics[0], 24, 24)
+    picture = render_viewpoint(shown, occupied_sampling(field, *BOX), views.poses[1], fov, 24, 24)
     apart = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - views.images[1]).abs()
     assert apart.mean() < 0.02
-    wide = paint(shown, occupied_sampling(field, *BOX), views.poses[1], fov, 24, 40)
+    wide = render_viewpoint(shown, occupied_sampling(field, *BOX), views.poses[1], fov, 24, 40)
     assert wide.shape == (24, 40, 3)
     np.testing.assert_allclose(wide[:, 8:32].astype(int), picture, atol=3)
 
 
 def test_a_render_that_is_out_of_date_stops(shown, monkeypatch):
-    monkeypatch.setattr(viewer, "RAYS", 32)
+    monkeypatch.setattr(viewer, "RAYS_PER_CHUNK", 32)
     asked = []
 
     def stop():
@@ -77,7 +85,7 @@ def test_a_render_that_is_out_of_date_stops(shown, monkeypatch):
         return len(asked) == 3
 
     sampling = occupied_sampling(ball, *BOX)
-    assert paint(shown, sampling, shown.views.poses[0], 0.6, 16, 16, stop) is None
+    assert render_viewpoint(shown, sampling, shown.views.poses[0], 0.6, 16, 16, stop) is None
     assert len(asked) == 3
 
 
@@ -100,14 +108,14 @@ class Client:
 
 
 def test_the_painter_sends_growing_pictures_to_each_client(shown, small):
-    painter = Painter()
+    painter = RenderThread()
     try:
         clients = [Client(0, shown.views.poses[0]), Client(1, shown.views.poses[1], aspect=0.5)]
-        painter.ask(clients[0])  # before there is anything to show: nothing is lost
-        painter.look(shown)
-        painter.ask(clients[0])
+        painter.request(clients[0])  # before there is anything to show: nothing is lost
+        painter.set_scene(shown)
+        painter.request(clients[0])
         clients[0].wait(2)
-        painter.ask(clients[1])
+        painter.request(clients[1])
         clients[1].wait(2)
     finally:
         painter.close()
@@ -125,7 +133,7 @@ def test_the_page_is_served_with_cameras_and_points(shown, small):
         assert b"viser" in urllib.request.urlopen(opened.url, timeout=WAIT).read()
         scene = opened.server.scene
         for i in range(4):
-            for name in ("/found", "/true"):
+            for name in ("/predicted", "/true"):
                 handle = scene.get_handle_by_name(f"{name}/{i:04d}")
                 pose = from_viser(handle.wxyz, handle.position)
                 torch.testing.assert_close(pose, shown.views.poses[i], atol=1e-5, rtol=0)
@@ -140,8 +148,8 @@ def test_the_page_is_served_with_cameras_and_points(shown, small):
 
         opened.show(replace(shown, step=9, true=None, views=shown.views.select([2])))
         assert "Step 9" in opened._step.content and scene.get_handle_by_name("/true").visible is False
-        gone = [scene.get_handle_by_name(name) for name in ("/true/0000", "/found/0001")]
-        assert gone == [None, None] and scene.get_handle_by_name("/found/0000") is not None
+        gone = [scene.get_handle_by_name(name) for name in ("/true/0000", "/predicted/0001")]
+        assert gone == [None, None] and scene.get_handle_by_name("/predicted/0000") is not None
 
 
 def test_an_empty_scene_is_shown_without_points(shown, small):
@@ -152,7 +160,7 @@ def test_an_empty_scene_is_shown_without_points(shown, small):
 
     with Viewer(replace(shown, field=empty), port=18090) as opened:
         assert opened.server.scene.get_handle_by_name("/points/cloud") is None
-        assert opened.server.scene.get_handle_by_name("/found/0000") is not None
+        assert opened.server.scene.get_handle_by_name("/predicted/0000") is not None
 
 
 def test_without_viser_the_cure_is_named(shown, monkeypatch):

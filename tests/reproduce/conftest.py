@@ -60,9 +60,9 @@ def quick(tmp_path_factory, monkeypatch):
     monkeypatch.setitem(BASELINES, "grabcut", all_foreground)
     monkeypatch.setitem(generation.GENERATED, "small", (12, 2))
     monkeypatch.setattr(image_figures, "STEPS", 3)
-    monkeypatch.setattr(nerfdiff_runs, "PROCEDURAL", 14)
+    monkeypatch.setattr(nerfdiff_runs, "NUM_PROCEDURAL_VIEWS", 14)
     monkeypatch.setattr(nerfdiff_runs, "HELD_OUT_VIEWS", 6)
-    monkeypatch.setattr("factorkit.nerfdiff.evaluate.registered", lambda model, start, true, images: start)
+    monkeypatch.setattr("factorkit.nerfdiff.evaluate.register_scene", lambda model, start, true, images: start)
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
 

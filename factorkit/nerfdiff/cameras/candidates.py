@@ -1,4 +1,4 @@
-"""From the encoder's raw numbers to candidate cameras."""
+"""Candidate cameras: from the encoder's raw outputs to poses."""
 
 from __future__ import annotations
 
@@ -8,54 +8,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from factorkit.nerfdiff.cameras.poses import FREEDOMS, band_anchors, orbit_poses, rodrigues_poses
+from factorkit.nerfdiff.cameras.poses import (
+    POSE_PARAMETERS,
+    camera_directions,
+    fibonacci_band,
+    orbit_poses,
+    rodrigues_poses,
+)
 from factorkit.utils.errors import ConfigError
 
 
 class Candidates(nn.Module):
-    """N candidate cameras; ``width`` raw numbers each, which :meth:`forward` turns into poses."""
+    """``count`` candidate cameras, each from ``raw_size`` raw outputs of the encoder."""
 
     count: int
-    width: int
+    raw_size: int
 
     def forward(self, raw: Tensor) -> Tensor:
-        """Poses [B, N, 4, 4] of raw numbers [B, N, width]."""
+        """Return poses [B, N, 4, 4] of raw outputs [B, N, raw_size]."""
         raise NotImplementedError
 
 
 class LookAtCandidates(Candidates):
-    """Cameras that look at the origin from unit(anchor + offset): cells that overlap, distinct from the first step on.
+    """Cameras at unit(anchor + offset) that look at the origin: distinct from the start, with overlapping cells.
 
     Args:
         anchors: directions [N, 3].
-        distance: of the cameras.
-        freedom: departures that are predicted too, some of :data:`factorkit.nerfdiff.cameras.poses.FREEDOMS`.
+        distance: of the cameras from the origin.
+        parameters: further predicted parameters, names of :data:`factorkit.nerfdiff.cameras.poses.POSE_PARAMETERS`.
     """
 
-    def __init__(self, anchors: Tensor, distance: float, freedom: Sequence[str] = ()):
+    anchors: Tensor
+
+    def __init__(self, anchors: Tensor, distance: float, parameters: Sequence[str] = ()):
         super().__init__()
         self.register_buffer("anchors", anchors)
-        self.distance, self.freedom = distance, tuple(freedom)
-        self.count, self.width = len(anchors), 3 + sum(FREEDOMS[name] for name in freedom)
+        self.distance, self.parameter_names = distance, tuple(parameters)
+        self.count, self.raw_size = len(anchors), 3 + sum(POSE_PARAMETERS[name] for name in parameters)
 
     def forward(self, raw: Tensor) -> Tensor:
-        direction = self.anchors + raw[..., :3]
-        rest, freedom = raw[..., 3:], {}
-        for name in self.freedom:
-            numbers, rest = rest[..., : FREEDOMS[name]], rest[..., FREEDOMS[name] :]
-            freedom[name] = numbers if FREEDOMS[name] > 1 else numbers[..., 0]
-        return orbit_poses(direction, self.distance, freedom)
+        """Return poses [B, N, 4, 4] of raw outputs [B, N, raw_size]."""
+        direction, rest, offsets = self.anchors + raw[..., :3], raw[..., 3:], {}
+        for name in self.parameter_names:
+            size = POSE_PARAMETERS[name]
+            values, rest = rest[..., :size], rest[..., size:]
+            offsets[name] = values if size > 1 else values[..., 0]
+        return orbit_poses(direction, self.distance, offsets)
 
     def nearest(self, poses: Tensor) -> Tensor:
-        """The candidate [B] whose anchor is nearest to where cameras [B, 4, 4] stand."""
-        return (F.normalize(poses[:, :3, 3], dim=-1) @ self.anchors.T).argmax(1)
+        """Return the candidates [B] with the anchors nearest to cameras [B, 4, 4]."""
+        return (camera_directions(poses) @ self.anchors.T).argmax(1)
 
 
 class OctantCandidates(LookAtCandidates):
-    """The thesis' cells (code 3.3): unit(sigmoid(raw) * signs), each in an octant of its own; equal signs start equal.
+    """The thesis' cells (code 3.3): unit(sigmoid(raw) * signs), one octant each.
 
-    With upper_half the four octants above the horizon are dealt out in turn, else all eight.
+    Args:
+        count: number of candidates; beyond the number of octants, several candidates share one and start equal.
+        distance: of the cameras from the origin.
+        upper_half: use only the four octants above the horizon.
     """
+
+    signs: Tensor
 
     def __init__(self, count: int, distance: float, upper_half: bool):
         octants = [(x, y, z) for z in ((1,) if upper_half else (1, -1)) for x in (1, -1) for y in (1, -1)]
@@ -64,30 +78,36 @@ class OctantCandidates(LookAtCandidates):
         self.register_buffer("signs", signs)
 
     def forward(self, raw: Tensor) -> Tensor:
+        """Return poses [B, N, 4, 4] of raw outputs [B, N, raw_size]."""
         return orbit_poses(raw.sigmoid() * self.signs, self.distance)
 
 
 class SingleCandidate(Candidates):
-    """One camera by Rodrigues' formula (thesis, algorithm 3), at first near the origin and looking along -z."""
+    """One camera by Rodrigues' formula (thesis, algorithm 3), initially near the origin and looking along -z."""
 
-    count, width = 1, 6
+    count, raw_size = 1, 6
 
     def forward(self, raw: Tensor) -> Tensor:
+        """Return poses [B, N, 4, 4] of raw outputs [B, N, raw_size]."""
         return rodrigues_poses(raw)
 
 
 def build_candidates(
-    kind: str, count: int, distance: float, elevations: tuple[float, float], freedom: Sequence[str]
+    kind: str, count: int, distance: float, elevations: tuple[float, float], parameters: Sequence[str]
 ) -> Candidates:
-    """Candidates of a kind. Raises ConfigError for one there is not, or a freedom it does not have."""
+    """Build candidates of a kind: "look_at", "thesis" or "single".
+
+    Raises:
+        ConfigError: unknown kind, or parameters that the kind does not predict.
+    """
     if kind == "single":
         return SingleCandidate()
     if kind == "look_at":
-        return LookAtCandidates(band_anchors(count, elevations), distance, freedom)
+        return LookAtCandidates(fibonacci_band(count, elevations), distance, parameters)
     if kind == "thesis":
-        if freedom:
+        if parameters:
             raise ConfigError(
-                f"optimize_camera={tuple(freedom)}: the thesis' candidates look at the origin; use look_at"
+                f'optimize_camera={tuple(parameters)} is not supported by candidate_type="thesis"; use "look_at"'
             )
         return OctantCandidates(count, distance, upper_half=elevations[0] >= 0)
     raise ConfigError(f"candidate_type={kind!r} is unknown; choose look_at, thesis or single")

@@ -1,77 +1,87 @@
-"""The pose of a picture in a known scene: the best of some guesses, and down the photometric error from there
-(Yen-Chen et al. 2021)."""
+"""Camera pose of an image in a known scene, by minimising the photometric error (Yen-Chen et al. 2021)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from factorkit.data.views.views import resize_area, target_size
-from factorkit.nerfdiff.cameras.poses import FreePoses, OrbitPoses, orbit_poses
+from factorkit.nerfdiff.cameras.poses import FreePoses, OrbitPoses, camera_directions, orbit_poses
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import render_pixels, render_views
-from factorkit.nerfdiff.scene import picked
-from factorkit.nerfdiff.stages.dictionary import directions_of
+from factorkit.nerfdiff.scene import gather_pixels
 from factorkit.utils.rng import derived_seed
 
-RAYS = 512  # of each picture a step
-NEAR = 0.03  # in entries of a rotation, and of the distance
-RATE = 0.01  # in radians, or in units of the distance
-# a glance at all guesses, a look at the best few: pixels along the longer side, and how many go on from there
-GLANCE, FEW, LOOK = 16, 4, 32
+RAYS_PER_IMAGE = 512  # in each step
+ORBIT_TOLERANCE = 0.03  # in entries of a rotation matrix, and relative to the distance
+LEARNING_RATE = 0.01  # in radians, and in units of the distance
+# Two rounds of comparing candidates: longer side of the renders in pixels, and how many candidates remain.
+COMPARISON_ROUNDS = ((16, 4), (32, 1))
 
 
 @torch.no_grad()
-def checked(model: NerfdiffModel, images: Tensor, poses: Tensor) -> Tensor:
-    """The poses [B, 4, 4] from which the scene looks most like images [B, 3, H, W], among [B, N, 4, 4].
+def select_best_poses(model: NerfdiffModel, images: Tensor, poses: Tensor) -> Tensor:
+    """Return the poses [B, 4, 4] with the lowest photometric error for images [B, 3, H, W], among [B, N, 4, 4].
 
-    Around an object each guess turned half about z is one more: the other side of a scene that nearly looks alike from
-    both is where an encoder errs.
+    Around an object, each candidate rotated by 180 degrees about z is tried too: nearly symmetric scenes mislead the
+    encoder that way.
     """
     if not model.forward_facing:
-        half = poses.new_tensor([-1.0, -1.0, 1.0, 1.0])[:, None]
-        poses = torch.cat([poses, half * poses], dim=1)
-    for side, keep in ((GLANCE, FEW), (LOOK, 1)):
+        half_turn = poses.new_tensor([-1.0, -1.0, 1.0, 1.0])[:, None]
+        poses = torch.cat([poses, half_turn * poses], dim=1)
+    for side, keep in COMPARISON_ROUNDS:
         size = target_size(min(side, max(images.shape[2:])), *images.shape[2:])
-        seen = render_views(model.field, poses, model.optics, size, model.samples).color
-        errors = (seen - resize_area(images, *size).movedim(1, -1)[:, None]).square().mean((2, 3, 4))
+        color = render_views(model.field, poses, model.camera, size, model.samples_per_ray).color
+        errors = (color - resize_area(images, *size).movedim(1, -1)[:, None]).square().mean((2, 3, 4))
         best = errors.topk(min(keep, errors.shape[1]), dim=1, largest=False).indices
         poses = poses.gather(1, best[:, :, None, None].expand(-1, -1, 4, 4))
     return poses[:, 0]
 
 
-def in_orbit(poses: Tensor) -> bool:
-    """Whether cameras [V, 4, 4] look at the origin from one distance, upright, but for a degree or two."""
-    way, distance = directions_of(poses), poses[:, :3, 3].norm(dim=1).mean()
-    if (way[:, :2].norm(dim=1) < 1e-4).any():  # at the zenith nothing is upright
+def is_orbit(poses: Tensor) -> bool:
+    """Return whether cameras [V, 4, 4] are upright and look at the origin from one distance, within 2 degrees or so."""
+    direction, distance = camera_directions(poses), poses[:, :3, 3].norm(dim=1).mean()
+    if (direction[:, :2].norm(dim=1) < 1e-4).any():  # "upright" is undefined at the zenith
         return False
-    off = (orbit_poses(way, distance) - poses).abs()
-    return bool((off[:, :3, :3] < NEAR).all() and (off[:, :3, 3] < NEAR * distance).all())
+    difference = (orbit_poses(direction, distance) - poses).abs()
+    rotation, translation = difference[:, :3, :3], difference[:, :3, 3]
+    return bool((rotation < ORBIT_TOLERANCE).all() and (translation < ORBIT_TOLERANCE * distance).all())
 
 
-def refined(model: NerfdiffModel, images: Tensor, poses: Tensor, steps: int, distance: float) -> Tensor:
-    """Poses [B, 4, 4] of images [B, 3, H, W] in [0, 1], moved by so many steps of Adam; the model is not touched.
+def refine_poses(model: NerfdiffModel, images: Tensor, poses: Tensor, steps: int, distance: float) -> Tensor:
+    """Refine poses [B, 4, 4] of images [B, 3, H, W] in [0, 1] by steps of Adam; the model stays fixed.
 
-    Where the training's cameras all look at an object's middle from one distance, upright, so do these, from
-    ``distance``; else they are free.
+    If the training cameras are upright and look at the origin from one distance, so do the refined ones, from
+    ``distance``; otherwise all six degrees of freedom are refined.
     """
-    if not model.forward_facing and in_orbit(model.views):
-        free: nn.Module = OrbitPoses(directions_of(poses), distance)
-    else:
-        free = FreePoses(poses)
+    free: nn.Module = FreePoses(poses)
+    if not model.forward_facing and is_orbit(model.views):
+        free = OrbitPoses(camera_directions(poses), distance)
     free = free.to(images.device)
-    optimizer = torch.optim.Adam(free.parameters(), lr=RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(derived_seed("localise", steps))
     height, width = images.shape[2:]
-    for _ in range(steps):
-        pixels = torch.randint(height * width, (min(RAYS, height * width),), generator=generator).to(images.device)
+
+    def loss(step: int) -> Tensor:
+        count = min(RAYS_PER_IMAGE, height * width)
+        pixels = torch.randint(height * width, (count,), generator=generator).to(images.device)
         pixels = pixels.expand(len(images), -1)
-        seen = render_pixels(model.field, free(), model.optics, pixels, (height, width), model.samples)
-        error = (seen.color - picked(images, pixels)).square().mean((1, 2)).sum()
-        numbers = list(free.parameters())
-        for number, slope in zip(numbers, torch.autograd.grad(error, numbers), strict=True):
-            number.grad = slope
+        color = render_pixels(model.field, free(), model.camera, pixels, (height, width), model.samples_per_ray).color
+        return (color - gather_pixels(images, pixels)).square().mean((1, 2)).sum()
+
+    minimise(loss, free.parameters(), steps, LEARNING_RATE)
+    refined: Tensor = free().detach()
+    return refined
+
+
+def minimise(loss: Callable[[int], Tensor], parameters: Iterable[Tensor], steps: int, learning_rate: float) -> None:
+    """Minimise ``loss(step)`` over ``parameters`` by Adam with a cosine schedule; no other gradients are computed."""
+    parameters = list(parameters)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss(step), parameters), strict=True):
+            parameter.grad = gradient
         optimizer.step()
         schedule.step()
-    return free().detach()

@@ -1,7 +1,7 @@
-"""Known poses brought into the space a model works in: around the origin with z up, or near it and looking along -z.
+"""Known poses in the model's coordinates: around the origin with z up, or near the origin and looking along -z.
 
-Nothing is moved that is there already. Fields, cameras and exports are then of that space, which is the given one up to
-a similarity.
+Poses that already are there stay unchanged. Fields, cameras and exports use these coordinates, which are the given ones
+up to a similarity.
 """
 
 from __future__ import annotations
@@ -16,86 +16,87 @@ from torch import Tensor
 from factorkit.data.views.cameras import compute_mean_pose
 from factorkit.utils.errors import DataError
 
-TILT = math.cos(math.radians(30))  # of cameras' up from z: what a hand does; beyond it another axis is meant
-AGREED = 0.2  # the least mean of the cameras' ups along their common one; else they agree on none
-UPS = 0.05  # weight of the ups beside the sideways axes, which tell what is level unless all cameras look one way
-ROUNDING = 1e-5  # of the places' size: a spread below it is none
-AHEAD = math.cos(math.radians(15))  # how far from -z the mean of cameras looks that face forward already
-NEAR, FARTHEST = 1.2, 2.0  # the depth from which on LLFF's scenes begin, and the most that wastes little of the box
-SPREAD = 0.3  # of places, where nothing tells the nearest depth, as of those a search begins with; LLFF's fern has 0.27
-SPREADS = (0.03, 1.5)  # of poses that are taken to be in units of the nearest plane's depth already
+MIN_UP_COSINE = math.cos(math.radians(30))  # a hand-held camera's tilt; beyond it another up axis is assumed
+MIN_AGREEMENT = 0.2  # length of a mean axis below which cameras share no such axis
+UP_WEIGHT = 0.05  # of the up axes beside the right axes, which leave the horizon open if all cameras look one way
+RELATIVE_ROUNDING = 1e-5  # of the positions' size: a smaller spread is none
+MIN_FORWARD_COSINE = math.cos(math.radians(15))  # of the mean viewing axis to -z, for normalised forward-facing poses
+NEAR_DEPTH, MAX_NEAR_DEPTH = 1.2, 2.0  # depth where LLFF's scenes start, and the largest that wastes little of the box
+DEFAULT_SPREAD = 0.3  # of positions if the near depth is unknown, as in the pose search; LLFF's fern has 0.27
+NORMALISED_SPREADS = (0.03, 1.5)  # of poses that are taken to be in near-plane depths already
 
 
-def centred(poses: Tensor, distance: float) -> Tensor:
-    """Poses [V, 4, 4] moved and scaled so that the point they look at is the origin, at ``distance`` on average.
+def center_poses(poses: Tensor, distance: float) -> Tensor:
+    """Translate and scale poses [V, 4, 4] so that they look at the origin from ``distance`` on average.
 
     Raises:
-        DataError: all cameras stand in one place, from where nothing can be seen in depth.
+        DataError: all cameras have one position, which gives no depth.
     """
     eye, axis = poses[:, :3, 3], poses[:, :3, 2]
-    if spread(eye) <= ROUNDING * float(eye.abs().max()):
+    if rms_spread(eye) <= RELATIVE_ROUNDING * float(eye.abs().max()):
         raise DataError(
-            "the poses put all cameras in one place (a tripod?), from where nothing is seen in depth. Give "
-            'poses with the places of cameras around an object, or poses="predicted"'
+            "the poses put all cameras at one position (a tripod?), which gives no depth. Give poses of cameras "
+            'around an object, or poses="predicted"'
         )
     across = torch.eye(3).to(poses) - axis[:, :, None] * axis[:, None]
-    # nearest to all viewing axes in the least squares; a little weight on the cameras' mean where they are parallel
+    # Least-squares intersection of the viewing axes; a small weight on the mean position settles parallel axes.
     weight = 1e-6 * torch.eye(3).to(poses) * len(poses)
-    matrix, side = across.sum(0) + weight, (across @ eye[..., None]).sum(0) + weight @ eye.mean(0)[:, None]
-    point = torch.linalg.solve(matrix, side)[:, 0]
-    found = poses.clone()
-    found[:, :3, 3] = (eye - point) * (distance / (eye - point).norm(dim=1).mean())
-    return found
+    matrix, right = across.sum(0) + weight, (across @ eye[..., None]).sum(0) + weight @ eye.mean(0)[:, None]
+    target = torch.linalg.solve(matrix, right)[:, 0]
+    centered = poses.clone()
+    centered[:, :3, 3] = (eye - target) * (distance / (eye - target).norm(dim=1).mean())
+    return centered
 
 
-def upright(poses: Tensor) -> Tensor:
-    """Poses [V, 4, 4] turned so that what their cameras hold for up is z, unless it is within 30 degrees.
+def align_up_axis(poses: Tensor) -> Tensor:
+    """Rotate poses [V, 4, 4] so that the cameras' common up axis is z, unless it is within 30 degrees.
 
-    Cameras high above one side lean over together, so their mean up alone is not trusted: up is also what their
-    sideways axes are level with.
+    The mean up axis alone is biased for cameras high above one side, so up is also what the right axes are
+    perpendicular to.
     """
     right, up = poses[:, :3, 0].double().cpu(), poses[:, :3, 1].double().cpu().mean(0)
-    axis = torch.linalg.eigh(right.T @ right / len(right) - UPS * torch.outer(up, up))[1][:, 0]
+    axis = torch.linalg.eigh(right.T @ right / len(right) - UP_WEIGHT * torch.outer(up, up))[1][:, 0]
     axis = axis if axis @ up >= 0 else -axis
-    if up[2] >= TILT * up.norm() or axis[2] >= TILT or axis @ up < AGREED:
+    if up[2] >= MIN_UP_COSINE * up.norm() or axis[2] >= MIN_UP_COSINE or axis @ up < MIN_AGREEMENT:
         return poses
     z = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
-    way = torch.linalg.cross(axis, z)
-    way = way / way.norm() if way.norm() > 1e-6 else torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    turn = torch.eye(4, dtype=torch.float64)
-    turn[:3, :3] = roma.rotvec_to_rotmat(way * axis[2].clamp(-1, 1).acos())
-    return (turn @ poses.double().cpu()).to(poses)
+    normal = torch.linalg.cross(axis, z)
+    normal = normal / normal.norm() if normal.norm() > 1e-6 else torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    rotation = torch.eye(4, dtype=torch.float64)
+    rotation[:3, :3] = roma.rotvec_to_rotmat(normal * axis[2].clamp(-1, 1).acos())
+    return (rotation @ poses.double().cpu()).to(poses)
 
 
-def ahead(poses: Tensor, near: float | None) -> Tensor:
-    """Forward-facing poses [V, 4, 4] with their mean at the origin, looking along -z, in units in which the nearest
-    plane of normalised device coordinates, at depth 1, leaves nothing out.
+def align_forward(poses: Tensor, near: float | None) -> Tensor:
+    """Move forward-facing poses [V, 4, 4] so that their mean is at the origin and looks along -z, in near-plane depths.
 
     Args:
-        near: depth from which on everything lies, in the poses' units; None: unknown. Then poses that are there already
+        poses: camera-to-world.
+        near: depth of the nearest content in the poses' units; None: unknown. Then poses that are normalised already
             keep their scale, and others are scaled to a spread of 0.3, which fits LLFF's scenes.
 
     Raises:
-        DataError: cameras that look all ways.
+        DataError: the cameras share no viewing direction.
     """
     given = poses.double().cpu().numpy()
-    if np.linalg.norm(given[:, :3, 2].mean(0)) < AGREED:
+    if np.linalg.norm(given[:, :3, 2].mean(0)) < MIN_AGREEMENT:
         raise DataError('the cameras of this forward-facing scene look all ways; open the views with layout="object"')
     mean = compute_mean_pose(given)
-    place, reach = mean[:3, 3], spread(poses[:, :3, 3])
-    there = mean[2, 2] >= AHEAD and np.linalg.norm(place) <= max(0.5, 2 * reach)
-    one_place = reach <= ROUNDING * float(poses[:, :3, 3].abs().max())  # nothing has depth, so no scale is wrong
+    center, spread = mean[:3, 3], rms_spread(poses[:, :3, 3])
+    normalised = mean[2, 2] >= MIN_FORWARD_COSINE and np.linalg.norm(center) <= max(0.5, 2 * spread)
+    one_position = spread <= RELATIVE_ROUNDING * float(poses[:, :3, 3].abs().max())  # no depth, so any scale will do
     if near:
-        scale = 1.0 if 1 <= near <= FARTHEST else NEAR / near
+        scale = 1.0 if 1 <= near <= MAX_NEAR_DEPTH else NEAR_DEPTH / near
     else:
-        scale = 1.0 if one_place or (there and SPREADS[0] <= reach <= SPREADS[1]) else SPREAD / reach
-    if there and scale == 1:
+        scaled = normalised and NORMALISED_SPREADS[0] <= spread <= NORMALISED_SPREADS[1]
+        scale = 1.0 if one_position or scaled else DEFAULT_SPREAD / spread
+    if normalised and scale == 1:
         return poses
-    found = np.linalg.inv(mean) @ given
-    found[:, :3, 3] *= scale
-    return torch.from_numpy(found).to(poses)
+    aligned = np.linalg.inv(mean) @ given
+    aligned[:, :3, 3] *= scale
+    return torch.from_numpy(aligned).to(poses)
 
 
-def spread(places: Tensor) -> float:
-    """Root mean square distance of places [V, 3] from their mean."""
-    return float((places - places.mean(0)).square().sum(1).mean().sqrt())
+def rms_spread(positions: Tensor) -> float:
+    """Return the root mean square distance of positions [V, 3] from their mean."""
+    return float((positions - positions.mean(0)).square().sum(1).mean().sqrt())

@@ -1,7 +1,7 @@
-"""True cameras brought into a found scene: what the poses leave open of one similarity, the pictures settle.
+"""Alignment of true poses with a trained scene: the poses give a first similarity, the training images refine it.
 
-A fraction of a degree at every found camera leaves the scene's place, scale and orientation uncertain by more than a
-pixel is wide; the training pictures tell them far more sharply than the cameras' centres do.
+An error of a fraction of a degree at every camera leaves the scene's position, scale and orientation uncertain by more
+than a pixel; the training images determine them far more precisely.
 """
 
 from __future__ import annotations
@@ -11,52 +11,46 @@ import torch
 from torch import Tensor
 
 from factorkit.metrics.pose import Similarity
+from factorkit.nerfdiff.cameras.localise import minimise
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import render_pixels
-from factorkit.nerfdiff.scene import picked
+from factorkit.nerfdiff.scene import gather_pixels
 from factorkit.utils.rng import derived_seed
 
 STEPS = 150
-RATE = 2e-3  # in radians, shares of the cameras' mean distance and of the scale; ten times what is to be mended
-VIEWS, RAYS = 32, 128  # of a step
+LEARNING_RATE = 2e-3  # in radians, units of the mean distance and log scale; a tenth of the errors to correct
+VIEWS_PER_STEP, RAYS_PER_VIEW = 32, 128
 
 
-def registered(model: NerfdiffModel, start: Similarity, poses: Tensor, images: Tensor) -> Similarity:
-    """The similarity near ``start`` under which the scene agrees best with pictures.
+def register_scene(model: NerfdiffModel, start: Similarity, poses: Tensor, images: Tensor) -> Similarity:
+    """Refine a similarity so that the scene agrees best with images.
 
     Args:
+        model: the trained model, which stays fixed.
         start: from the poses' coordinates to the model's.
-        poses: of the pictures, [V, 4, 4].
-        images: [V, 3, H, W] in [0, 1], which the scene may have been trained on; held-out ones would make scores of
-            those too good.
+        poses: of the images, [V, 4, 4].
+        images: [V, 3, H, W] in [0, 1], from the training data; held-out images would make their own scores too good.
     """
-    device = model.optics.intrinsics.device
+    device = model.camera.intrinsics.device
     base, images = start.apply(poses.double()).float().to(device), images.to(device)
-    reach = base[:, :3, 3].norm(dim=1).mean()
-    turn, shift, zoom = (torch.zeros(n, device=device, requires_grad=True) for n in (3, 3, 1))
-    optimizer = torch.optim.Adam([turn, shift, zoom], lr=RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    mean_distance = base[:, :3, 3].norm(dim=1).mean()
+    rotvec, shift, log_scale = (torch.zeros(n, device=device, requires_grad=True) for n in (3, 3, 1))
     generator = torch.Generator().manual_seed(derived_seed("registration", len(poses)))
     height, width = images.shape[2:]
-    for step in range(STEPS):
-        rows = torch.randint(len(base), (VIEWS,), generator=generator).to(device)
-        pixels = torch.randint(height * width, (VIEWS, RAYS), generator=generator).to(device)
-        moved = _moved(base[rows], roma.rotvec_to_rotmat(turn), shift * reach, zoom.exp())
-        seen = render_pixels(model.field, moved, model.optics, pixels, (height, width), model.samples, step)
-        error = (seen.color - picked(images[rows], pixels)).square().mean()
-        numbers = [turn, shift, zoom]
-        for number, slope in zip(numbers, torch.autograd.grad(error, numbers), strict=True):
-            number.grad = slope
-        optimizer.step()
-        schedule.step()
-    rotation = roma.rotvec_to_rotmat(turn.detach()).double().cpu()
-    scale = zoom.detach().double().exp().cpu()[0]
-    place = scale * rotation @ start.translation + (shift * reach).detach().double().cpu()
-    return Similarity(rotation @ start.rotation, place, scale * start.scale)
 
+    def loss(step: int) -> Tensor:
+        rows = torch.randint(len(base), (VIEWS_PER_STEP,), generator=generator).to(device)
+        pixels = torch.randint(height * width, (VIEWS_PER_STEP, RAYS_PER_VIEW), generator=generator).to(device)
+        rotation = roma.rotvec_to_rotmat(rotvec)
+        turned = rotation @ base[rows, :3, :3]
+        position = log_scale.exp() * base[rows, :3, 3] @ rotation.T + shift * mean_distance
+        moved = torch.cat([torch.cat([turned, position[..., None]], -1), base[rows, 3:]], 1)
+        size, samples = (height, width), model.samples_per_ray
+        color = render_pixels(model.field, moved, model.camera, pixels, size, samples, step).color
+        return (color - gather_pixels(images[rows], pixels)).square().mean()
 
-def _moved(poses: Tensor, rotation: Tensor, translation: Tensor, scale: Tensor) -> Tensor:
-    """Poses [B, 4, 4] under a similarity, with gradient."""
-    turned = rotation @ poses[:, :3, :3]
-    place = scale * poses[:, :3, 3] @ rotation.T + translation
-    return torch.cat([torch.cat([turned, place[..., None]], -1), poses[:, 3:]], 1)
+    minimise(loss, [rotvec, shift, log_scale], STEPS, LEARNING_RATE)
+    rotation = roma.rotvec_to_rotmat(rotvec.detach()).double().cpu()
+    scale = log_scale.detach().double().exp().cpu()[0]
+    translation = scale * rotation @ start.translation + (shift * mean_distance).detach().double().cpu()
+    return Similarity(rotation @ start.rotation, translation, scale * start.scale)

@@ -1,0 +1,104 @@
+"""Scenes and cameras as files for other programs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from factorkit.data.views.views import Views
+from factorkit.nerfdiff.export.cameras import write_colmap, write_transforms
+from factorkit.nerfdiff.export.mesh import surface_mesh
+from factorkit.nerfdiff.export.points import MAX_DEPTH, point_cloud
+from factorkit.nerfdiff.rays import limit_depth
+from factorkit.nerfdiff.scene import box_camera
+from factorkit.rendering.render import Field
+from factorkit.utils.errors import ConfigError, DataError
+
+MESH_SUFFIXES = (".ply", ".obj", ".glb")
+KINDS = ("points", "mesh", "nerfstudio", "colmap")
+
+
+def export(
+    path: str | os.PathLike[str],
+    views: Views,
+    field: Field,
+    *,
+    kind: str | None = None,
+    lower: Sequence[float] = (-1.0, -1.0, -1.0),
+    upper: Sequence[float] = (1.0, 1.0, 1.0),
+    points: int = 100_000,
+    resolution: int = 128,
+    level: float | None = None,
+    far: float = MAX_DEPTH,
+) -> Path:
+    """Write a scene or its cameras.
+
+    - ``points`` (scene.ply): coloured points on the surface that the views show;
+    - ``mesh`` (mesh.ply, or any .obj or .glb): the surface of equal density, by marching cubes, coloured;
+    - ``nerfstudio`` (transforms.json): cameras, with the images in images_factorkit/ beside it;
+    - ``colmap`` (a folder): cameras.txt, images.txt and points3D.txt with coloured points, images in images_factorkit/.
+
+    Points and mesh are in the coordinates of the cameras, also in forward-facing scenes.
+
+    Args:
+        path: created with its parents; files of the same name are replaced. Images are written to images_factorkit/
+            only.
+        views: images, intrinsics and poses, in the field's coordinates.
+        field: as :func:`factorkit.render` takes it.
+        kind: one of the four; None: derived from the path, see above.
+        lower: corner of the field's box.
+        upper: opposite corner of the field's box.
+        points: approximate number of points.
+        resolution: cells of the mesh along the box's longest side.
+        level: density of the mesh's surface, per unit of length; None: light is halved within a 16th of the box's
+            longest side.
+        far: depth of forward-facing scenes, in near-plane depths, beyond which nothing is written; their box extends to
+            infinity.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: unknown kind or suffix, numbers below 1, or ``far`` not beyond the near plane.
+        DataError: views without poses, a scene that no view shows, or a density that never reaches the level.
+    """
+    path = Path(path)
+    kind = _kind_of(path) if kind is None else kind
+    if kind not in KINDS:
+        raise ConfigError(f"kind={kind!r} is unknown; give {', '.join(KINDS)}")
+    if kind == "mesh" and path.suffix.lower() not in MESH_SUFFIXES:
+        raise ConfigError(f"{path}: a mesh is written as {', '.join(MESH_SUFFIXES)}")
+    if min(points, resolution) < 1:
+        raise ConfigError(f"points={points}, resolution={resolution}: give at least 1 of each")
+    if kind != "mesh" and views.poses is None:
+        raise DataError(f"{path}: views without poses cannot be exported as {kind}; predict their poses first")
+    if not far > 1:
+        raise ConfigError(f"far={far}: give a depth beyond the near plane, which is at 1")
+    camera = box_camera(views)
+    upper = limit_depth(upper, far, camera)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "nerfstudio":
+        write_transforms(path, views)
+    elif kind == "mesh":
+        surface_mesh(field, lower, upper, resolution, level, camera).save(path)
+    else:
+        cloud = point_cloud(field, views, lower, upper, points)
+        if kind == "points":
+            cloud.save(path)
+        else:
+            write_colmap(path, views, cloud)
+    return path
+
+
+def _kind_of(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix == ".ply":
+        return "mesh" if "mesh" in path.stem.lower() else "points"
+    if suffix in MESH_SUFFIXES:
+        return "mesh"
+    kinds = {".json": "nerfstudio", "": "colmap"}
+    if suffix not in kinds:
+        raise ConfigError(f"{path}: end it in .ply, .obj, .glb or .json, or give a folder for COLMAP")
+    return kinds[suffix]

@@ -1,4 +1,4 @@
-"""Cameras and their pictures for nerfstudio and for COLMAP."""
+"""Cameras and images for nerfstudio and COLMAP."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import roma
 import torch
 from PIL import Image
 
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff.export.mesh import Shape
+from factorkit.nerfdiff.export.points import Shape
+from factorkit.nerfdiff.scene import view_poses
 from factorkit.utils.images import images_to_pixels
 
 TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # y down, looking along z
-PICTURES = "images_factorkit"  # a folder that only exports write: in images/ may lie the pictures the scene was made of
-NO_TRACK = -1  # COLMAP's error of a point that no one has triangulated
+IMAGE_FOLDER = "images_factorkit"  # written by exports only; images/ may hold the training images
+NO_TRACK = -1  # COLMAP's error of a point that was not triangulated
 
 
 def write_transforms(path: Path, views: Views) -> None:
-    """A transforms.json in nerfstudio's data format (docs.nerf.studio, "Data conventions") and its pictures in
-    images_factorkit/: OpenGL's axes, intrinsics in pixels, for all frames at once where they are the same."""
+    """Write a transforms.json in nerfstudio's format (docs.nerf.studio, "Data conventions"), and the images.
+
+    OpenGL axes, intrinsics in pixels; they are written once if all frames share them.
+    """
     height, width = views.size
-    lenses = [
+    intrinsics = [
         {
             "fl_x": k[0, 0].item(),
             "fl_y": k[1, 1].item(),
@@ -35,76 +37,82 @@ def write_transforms(path: Path, views: Views) -> None:
         }
         for k in views.intrinsics
     ]
-    shared = lenses[0] if all(lens == lenses[0] for lens in lenses) else {}
-    names = write_pictures(path.parent / PICTURES, views)
+    shared = intrinsics[0] if all(k == intrinsics[0] for k in intrinsics) else {}
+    names = write_images(path.parent / IMAGE_FOLDER, views)
     frames = [
-        {"file_path": f"{PICTURES}/{name}", **({} if shared else lens), "transform_matrix": pose.tolist()}
-        for name, lens, pose in zip(names, lenses, views.poses.double(), strict=True)
+        {"file_path": f"{IMAGE_FOLDER}/{name}", **({} if shared else k), "transform_matrix": pose.tolist()}
+        for name, k, pose in zip(names, intrinsics, view_poses(views).double(), strict=True)
     ]
     content = {"camera_model": "OPENCV", **shared, "frames": frames}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_colmap(folder: Path, views: Views, cloud: Shape) -> None:
-    """COLMAP's text format (colmap.github.io, "Output Format"): a PINHOLE camera for each distinct K, world-to-camera
-    quaternions and translations in OpenCV's axes, the points without tracks; pictures in images_factorkit/."""
-    names = write_pictures(folder / PICTURES, views)
+    """Write COLMAP's text format (colmap.github.io, "Output Format") and the images.
+
+    One PINHOLE camera for each distinct matrix of intrinsics, world-to-camera quaternions and translations in OpenCV's
+    axes, and points without tracks.
+    """
+    names = write_images(folder / IMAGE_FOLDER, views)
     height, width = views.size
     distinct, camera = torch.unique(views.intrinsics.double(), dim=0, return_inverse=True)
     lines = ["# CAMERA_ID, MODEL, WIDTH, HEIGHT, PARAMS[]"]
     for i, k in enumerate(distinct, 1):
-        lens = k[0, 0], k[1, 1], k[0, 2], k[1, 2]
-        lines.append(f"{i} PINHOLE {width} {height} {_words(torch.stack(lens))}")
-    _write(folder / "cameras.txt", lines)
+        parameters = torch.stack((k[0, 0], k[1, 1], k[0, 2], k[1, 2]))
+        lines.append(f"{i} PINHOLE {width} {height} {_format_numbers(parameters)}")
+    _write_lines(folder / "cameras.txt", lines)
 
-    seen = torch.linalg.inv(views.poses.double() @ TO_OPENCV)
-    turns = roma.quat_xyzw_to_wxyz(roma.rotmat_to_unitquat(roma.special_procrustes(seen[:, :3, :3])))
+    world_to_camera = torch.linalg.inv(view_poses(views).double() @ TO_OPENCV)
+    rotations = roma.special_procrustes(world_to_camera[:, :3, :3])
+    quaternions = roma.quat_xyzw_to_wxyz(roma.rotmat_to_unitquat(rotations))
     lines = ["# IMAGE_ID, QW, QX, QY, QZ, TX, TY, TZ, CAMERA_ID, NAME, and on a line of its own POINTS2D[]: none"]
     for i, name in enumerate(names):
-        lines += [f"{i + 1} {_words(turns[i])} {_words(seen[i, :3, 3])} {int(camera[i]) + 1} {name}", ""]
-    _write(folder / "images.txt", lines)
+        pose = f"{_format_numbers(quaternions[i])} {_format_numbers(world_to_camera[i, :3, 3])}"
+        lines += [f"{i + 1} {pose} {int(camera[i]) + 1} {name}", ""]
+    _write_lines(folder / "images.txt", lines)
 
     lines = ["# POINT3D_ID, X, Y, Z, R, G, B, ERROR, TRACK[]: none"]
-    for i, (place, color) in enumerate(zip(cloud.points.tolist(), cloud.colors.tolist(), strict=True), 1):
-        lines.append(f"{i} {' '.join(f'{x:.7g}' for x in place)} {' '.join(map(str, color))} {NO_TRACK}")
-    _write(folder / "points3D.txt", lines)
+    for i, (point, color) in enumerate(zip(cloud.points.tolist(), cloud.colors.tolist(), strict=True), 1):
+        lines.append(f"{i} {' '.join(f'{x:.7g}' for x in point)} {' '.join(map(str, color))} {NO_TRACK}")
+    _write_lines(folder / "points3D.txt", lines)
 
 
-def write_pictures(folder: Path, views: Views) -> list[str]:
-    """PNG files named like the views, transparent where there are masks over a known background; their names relative
-    to the folder, with forward slashes."""
+def write_images(folder: Path, views: Views) -> list[str]:
+    """Write the views as PNG files and return their names relative to the folder, with forward slashes.
+
+    They are transparent if the views have masks and a known background.
+    """
     names = file_names(views.names)
     images = views.images
     if views.masks is not None and views.background is not None:
-        behind = (1 - views.masks) * views.background[:, None, None]
-        straight = (images - behind) / views.masks.clamp_min(1e-6)
+        background = (1 - views.masks) * views.background[:, None, None]
+        straight = (images - background) / views.masks.clamp_min(1e-6)
         images = torch.cat([straight * (views.masks > 0), views.masks], dim=1)
-    pixels = images_to_pixels(images)
-    for name, picture in zip(names, pixels, strict=True):
+    for name, pixels in zip(names, images_to_pixels(images), strict=True):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.ascontiguousarray(picture)).save(path)
+        Image.fromarray(pixels).save(path)
     return names
 
 
 def file_names(names: Sequence[str]) -> list[str]:
-    """Names of PNG files below one folder: no way out of it, no blanks (COLMAP's fields end there), no two alike."""
-    found: list[str] = []
+    """Return distinct names of PNG files below one folder, without spaces (which end COLMAP's fields)."""
+    result: list[str] = []
     for name in names:
         parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", "..", ".")]
         path = PurePosixPath(*("_".join(part.replace(":", "_").split()) for part in parts) if parts else ("view",))
-        wanted = path.with_suffix(".png").as_posix()
-        if wanted in found:
-            wanted = f"{path.as_posix()}.png"
-        while wanted in found:
-            wanted = f"{wanted.removesuffix('.png')}_.png"
-        found.append(wanted)
-    return found
+        unique = path.with_suffix(".png").as_posix()
+        if unique in result:
+            unique = f"{path.as_posix()}.png"
+        while unique in result:
+            unique = f"{unique.removesuffix('.png')}_.png"
+        result.append(unique)
+    return result
 
 
-def _words(values: torch.Tensor) -> str:
+def _format_numbers(values: torch.Tensor) -> str:
     return " ".join(f"{x:.17g}" for x in values.tolist())
 
 
-def _write(path: Path, lines: list[str]) -> None:
+def _write_lines(path: Path, lines: list[str]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

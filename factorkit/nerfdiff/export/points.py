@@ -1,106 +1,102 @@
-"""A scene and its cameras as files that other programs read."""
+"""A scene as coloured points."""
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff.export.cameras import write_colmap, write_transforms
-from factorkit.nerfdiff.export.mesh import FAR, Shape, point_cloud, surface_mesh
-from factorkit.nerfdiff.rays import within
-from factorkit.nerfdiff.scene import field_space
-from factorkit.rendering.render import Field
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.nerfdiff.fields.occupancy import MAX_POSITIONS, field_device, occupied_sampling
+from factorkit.nerfdiff.scene import box_camera, view_poses
+from factorkit.rendering.cameras import image_rays
+from factorkit.rendering.render import Field, render
+from factorkit.utils.errors import DataError
+from factorkit.utils.images import unit_to_uint8
 
-MESHES = (".ply", ".obj", ".glb")
+MIN_OPACITY = 0.7  # of a pixel whose depth is used
+MIN_OPTICAL_DEPTH = 1 / 8  # over two cells at a point's position
+RAYS_PER_CHUNK = 1 << 14
+MAX_DEPTH = 30.0  # in near-plane depths; deeper parts of forward-facing scenes are left out
+NDC_LENGTH = 2.0  # length of the box that a ray of a forward-facing scene crosses as its t grows by 1
 
 
-def export(
-    path: str | os.PathLike,
-    views: Views,
-    field: Field,
-    *,
-    kind: str | None = None,
-    lower: Sequence[float] = (-1.0, -1.0, -1.0),
-    upper: Sequence[float] = (1.0, 1.0, 1.0),
-    points: int = 100_000,
-    resolution: int = 128,
-    level: float | None = None,
-    far: float = FAR,
-) -> Path:
-    """Write one of
+@dataclass(frozen=True)
+class Shape:
+    """Coloured points, and for a mesh the triangles between them.
 
-    - ``points`` (scene.ply): coloured points where the views see the scene's surface;
-    - ``mesh`` (mesh.ply, or any .obj or .glb): the surface of equal density, by marching cubes, coloured;
-    - ``nerfstudio`` (transforms.json): cameras, with the pictures in images_factorkit/ beside it;
-    - ``colmap`` (a folder): cameras.txt, images.txt and points3D.txt with the coloured points, pictures in
-      images_factorkit/.
+    Attributes:
+        points: float32 [P, 3].
+        colors: uint8 [P, 3].
+        faces: int [F, 3], counter-clockwise seen from outside, or None.
+    """
 
-    The field of forward-facing views lies in normalised device coordinates; points and mesh are brought back to the
-    space of the cameras.
+    points: np.ndarray
+    colors: np.ndarray
+    faces: np.ndarray | None = None
+
+    def save(self, path: Path) -> None:
+        """Write a .ply, or for a mesh also .obj or .glb."""
+        import trimesh
+
+        shape: trimesh.PointCloud | trimesh.Trimesh
+        if self.faces is None:
+            shape = trimesh.PointCloud(self.points, colors=self.colors)
+        else:
+            shape = trimesh.Trimesh(self.points, self.faces, vertex_colors=self.colors, process=False)
+        shape.export(path)
+
+
+@torch.no_grad()
+def point_cloud(field: Field, views: Views, lower: Sequence[float], upper: Sequence[float], count: int) -> Shape:
+    """Return about ``count`` points in world coordinates, at the expected depth of the views' foreground pixels.
+
+    Only opaque pixels count, and only where the field is dense: at a silhouette the expected depth is in empty space
+    between foreground and background.
 
     Args:
-        path: where to; folders are made, files of the same name replaced; pictures only in images_factorkit/, which no
-            one else writes.
-        views: pictures, intrinsics and poses, in the field's space.
-        field: as :func:`factorkit.render` takes it.
-        kind: one of the four; None: what the path says, see above.
-        lower, upper: corners of the field's box outside of which it is not asked.
-        points: how many, about; a view contributes what it sees.
-        resolution: cells of the mesh along the box's longest side.
-        level: density of the mesh's surface, per unit of length; None: light is halved within a 16th of the box's
-            longest side.
-        far: of forward-facing scenes, the depth in units of the nearest plane's beyond which nothing is written: theirs
-            reach to infinity, where there are no coordinates.
-
-    Returns:
-        The path.
+        field: the scene.
+        views: with poses.
+        lower: corner of the box.
+        upper: corner of the box.
+        count: number of points.
 
     Raises:
-        ConfigError: a path that says no kind, an unknown kind, a mesh's suffix that is none of .ply, .obj and .glb,
-            numbers below 1, or far not beyond the nearest plane.
-        DataError: views without poses, a scene that no view sees, a density that never reaches the level.
+        DataError: no solid point is visible, or the intrinsics of forward-facing views differ.
     """
-    path = Path(path)
-    kind = _kind(path) if kind is None else kind
-    if min(points, resolution) < 1:
-        raise ConfigError(f"points={points}, resolution={resolution}: give at least 1 of each")
-    if kind != "mesh" and views.poses is None:
-        raise DataError(f"{path}: views without poses cannot be exported as {kind}; predict their poses first")
-
-    if not far > 1:
-        raise ConfigError(f"far={far}: give a depth beyond the nearest plane's, which is 1")
-    space = field_space(views)
-    upper = within(upper, far, space)
-
-    def cloud() -> Shape:
-        return point_cloud(field, views, lower, upper, points)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "points":
-        cloud().save(path)
-    elif kind == "mesh":
-        if path.suffix.lower() not in MESHES:
-            raise ConfigError(f"{path}: a mesh is written as {', '.join(MESHES)}")
-        surface_mesh(field, lower, upper, resolution, level, space).save(path)
-    elif kind == "nerfstudio":
-        write_transforms(path, views)
-    elif kind == "colmap":
-        write_colmap(path, views, cloud())
-    else:
-        raise ConfigError(f"kind={kind!r}: give points, mesh, nerfstudio or colmap")
-    return path
+    # The image size with that many foreground pixels; without masks, an object fills half of the image.
+    share = 1.0 if views.layout == "forward" else 0.5
+    share = share if views.masks is None else max(0.02, float((views.masks > 0.5).float().mean()))
+    height, width = views.size
+    scale = math.sqrt(count / (len(views) * share * height * width))
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    device = field_device(field)
+    stretch = torch.tensor([size[1] / width, size[0] / height, 1.0])[:, None]
+    sampling = occupied_sampling(field, lower, upper)
+    camera = box_camera(views)
+    cell = sampling.occupancy.cell_side / (NDC_LENGTH if camera.forward_facing else 1.0)  # in units of t
+    positions, colors = [], []
+    for pose, intrinsics in zip(view_poses(views).to(device), (views.intrinsics * stretch).to(device), strict=True):
+        rays = camera.to_ndc(image_rays(pose, intrinsics, *size), size)
+        rendered = render(field, rays, sampling, early_stop=1e-3, chunk=RAYS_PER_CHUNK)
+        opaque = rendered.opacity > MIN_OPACITY
+        opacity = rendered.opacity[opaque]
+        points = rays.origins[opaque] + (rendered.depth[opaque] / opacity)[:, None] * rays.directions[opaque]
+        density = evaluate_field(field, points, rays.directions[opaque], 0).reshape(-1)
+        solid = density * (2 * cell) > MIN_OPTICAL_DEPTH
+        positions.append(camera.from_ndc(points[solid]).cpu())
+        colors.append((rendered.color[opaque] / opacity[:, None])[solid].cpu())
+    if not any(map(len, positions)):
+        raise DataError("no view shows anything solid, so there are no points. Train longer, or look at a render first")
+    return Shape(torch.cat(positions).float().numpy(), unit_to_uint8(torch.cat(colors)))
 
 
-def _kind(path: Path) -> str:
-    suffix = path.suffix.lower()
-    if suffix == ".ply":
-        return "mesh" if "mesh" in path.stem.lower() else "points"
-    if suffix in MESHES:
-        return "mesh"
-    kinds = {".json": "nerfstudio", "": "colmap"}
-    if suffix not in kinds:
-        raise ConfigError(f"{path}: end it in .ply, .obj, .glb or .json, or name a folder for COLMAP")
-    return kinds[suffix]
+def evaluate_field(field: Field, positions: Tensor, directions: Tensor, output: int) -> Tensor:
+    """Return the field's density (output 0) or colour (output 1) at positions [M, 3], evaluated in parts."""
+    parts = zip(positions.split(MAX_POSITIONS), directions.split(MAX_POSITIONS), strict=True)
+    return torch.cat([field(*part)[output].float() for part in parts])

@@ -1,4 +1,4 @@
-"""How each picture differs in tone from the others, for collections that many cameras or hours have a part in."""
+"""Per-view colour transforms, for image collections with varying exposure or lighting."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from torch import Tensor, nn
 
 
 class Appearance(nn.Module):
-    """A code for each of V views, which becomes an affine map of colours (Martin-Brualla et al. 2021, section 4.1, with
-    the affine maps of Rematas et al. 2022, section 4.2).
+    """A learned code for each training view, mapped to an affine colour transform.
 
-    Codes count from their mean, so that the mean code changes nothing: so pictures from new places look. The map is
-    linear in the colour, so mapping what a ray sees is mapping the radiance at each of its samples: densities cannot
-    know of it.
+    Codes follow Martin-Brualla et al. 2021 (section 4.1), affine maps Rematas et al. 2022 (section 4.2). Codes are
+    centred, so the mean code is the identity; novel views use it. The transform is linear in the colour, so it can be
+    applied to the rendered colour, and the density does not depend on it.
 
     Args:
-        views: V.
-        width: numbers of a code, at least 1.
-        seed: of the map from codes to affine maps.
+        views: number of training views.
+        dim: size of each code, at least 1.
+        seed: of the map from codes to affine transforms.
     """
 
-    RATE = 0.01  # Adam's, of these numbers, whatever the field's
+    LEARNING_RATE = 0.01  # independent of the field's
 
-    def __init__(self, views: int, width: int, seed: int = 0):
+    def __init__(self, views: int, dim: int, seed: int = 0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.codes = nn.Parameter(torch.zeros(views, width))
-        self.map = nn.Parameter(torch.randn(width, 12, generator=generator) / width**0.5)
+        self.codes = nn.Parameter(torch.zeros(views, dim))
+        self.map = nn.Parameter(torch.randn(dim, 12, generator=generator) / dim**0.5)
 
     def forward(self, views: Tensor, color: Tensor, opacity: Tensor | float) -> Tensor:
-        """Colours [B, ..., 3] in the tone of views [B].
+        """Return colours [B, ..., 3] with the appearance of training views [B].
 
         Args:
-            opacity: how much of each colour is there, [B, ...] or one number: the map's shift counts by so much.
+            views: indices of training views, [B].
+            color: [B, ..., 3].
+            opacity: [B, ...] or one number; scales the shift of the transform.
         """
-        tone = ((self.codes - self.codes.mean(0))[views] @ self.map).unflatten(1, (4, 3))
-        inner = (-1, *[1] * (color.dim() - 2), 3)
-        matrix, shift = tone[:, :3], tone[:, 3].reshape(inner)
-        turned = (color.flatten(1, -2) @ matrix).reshape(color.shape)
-        return color + turned + shift * (opacity[..., None] if isinstance(opacity, Tensor) else opacity)
+        transform = ((self.codes - self.codes.mean(0))[views] @ self.map).unflatten(1, (4, 3))
+        matrix, shift = transform[:, :3], transform[:, 3].reshape(-1, *[1] * (color.dim() - 2), 3)
+        change = (color.flatten(1, -2) @ matrix).reshape(color.shape)
+        return color + change + shift * (opacity[..., None] if isinstance(opacity, Tensor) else opacity)

@@ -1,4 +1,4 @@
-"""Who goes where: views to candidates, with a load for each candidate."""
+"""Balanced assignment of views to candidates."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import math
 import torch
 from torch import Tensor
 
-ROUNDS = 20  # loads within a tenth at the temperatures in use; exact ones are not needed
+SINKHORN_ROUNDS = 20  # loads within 10% at the temperatures in use; exact ones are not needed
 
 
-def balanced_plan(errors: Tensor, temperature: float, rounds: int = ROUNDS) -> Tensor:
-    """Log-probabilities [V, N] of candidate n for view v, every candidate with the same load (Cuturi 2013).
+def balanced_assignment(errors: Tensor, temperature: float, rounds: int = SINKHORN_ROUNDS) -> Tensor:
+    """Return log-probabilities [V, N] of candidate n for view v with equal loads of all candidates (Cuturi 2013).
 
-    The transport of least cost plus temperature times negative entropy, by Sinkhorn's rounds in log space; it ends with
-    the rows, which sum to 1 exactly. At small temperatures it approaches the best assignment of equal loads.
+    Entropy-regularised optimal transport by Sinkhorn iterations in log space, ending with the rows, which sum to 1. At
+    low temperatures it approaches the best assignment with equal loads.
 
     Args:
-        errors: [V, N], the cost; a view's own scale does not matter where it was divided out before.
-        temperature: above 0, in the units of the costs.
-        rounds: of making columns and rows fit in turn; lower temperatures take more.
+        errors: cost of each pair, [V, N].
+        temperature: above 0, in units of the costs.
+        rounds: iterations over columns and rows; lower temperatures need more.
     """
     plan = -errors / temperature
     load = math.log(errors.shape[0] / errors.shape[1])
@@ -29,12 +29,13 @@ def balanced_plan(errors: Tensor, temperature: float, rounds: int = ROUNDS) -> T
     return plan
 
 
-def spread(errors: Tensor) -> Tensor:
-    """Errors [V, N] in units of each view's own standard deviation over the candidates."""
+def standardise_errors(errors: Tensor) -> Tensor:
+    """Divide errors [V, N] by each view's standard deviation over the candidates."""
     return errors / (errors.std(1, keepdim=True) + 1e-9)
 
 
-def drawn(plan: Tensor, uniform: Tensor) -> Tensor:
-    """A candidate for each view [V], from log-probabilities [V, N] and numbers [V] in [0, 1)."""
-    edges = plan.exp().cumsum(1)
-    return torch.searchsorted(edges, (uniform * edges[:, -1])[:, None]).squeeze(1).clamp_max(plan.shape[1] - 1)
+def sample_assignment(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Sample a candidate for each view [V] from log-probabilities [V, N] and uniform numbers [V] in [0, 1)."""
+    edges = log_probabilities.exp().cumsum(1)
+    index = torch.searchsorted(edges, (uniform * edges[:, -1])[:, None]).squeeze(1)
+    return index.clamp_max(log_probabilities.shape[1] - 1)

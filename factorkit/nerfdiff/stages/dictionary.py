@@ -1,7 +1,7 @@
-"""Balanced dictionary search: every view takes one of a fixed set of places, and a field grows that agrees.
+"""Balanced dictionary search: assign every view to one of a fixed set of positions while a field is fitted.
 
-Each place has to take its share of the views, at a temperature that falls; without that, all views end up in one
-place. Field and views begin blurred and sharpen as the temperature falls.
+Each position takes its share of the views, at a falling temperature; without that constraint all views collapse to one
+position. Field and views start blurred and sharpen as the temperature falls.
 """
 
 from __future__ import annotations
@@ -11,65 +11,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit.data.views.views import resize_area, target_size
+from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.grid import Field
-from factorkit.nerfdiff.rays import Optics, render_views, toned
+from factorkit.nerfdiff.fields.base import Field
+from factorkit.nerfdiff.previews.files import save_cameras
+from factorkit.nerfdiff.rays import CameraModel, apply_appearance, render_views
 from factorkit.nerfdiff.scene import Scene
-from factorkit.nerfdiff.stages.assignment import balanced_plan, drawn, spread
-from factorkit.nerfdiff.stages.refine import EVERY, Fit, FitTask
-from factorkit.nerfdiff.watch import cameras_sheet
+from factorkit.nerfdiff.stages.assignment import balanced_assignment, sample_assignment, standardise_errors
+from factorkit.nerfdiff.stages.refine import UPDATE_EVERY, FitTask, SceneFit
 from factorkit.utils import distributed
 from factorkit.utils.rng import BatchDraw, derived_seed
 
-COMPARED = 16  # pixels along the longer side of the pictures that are compared
-TEMPERATURE = (0.02, 0.3)  # at the end and at the beginning, in units of a view's spread of errors
-SHAKE = 0.04  # standard deviation of the places while the temperature falls: cells are no points
+COMPARISON_SIDE = 16  # longer side in pixels of the compared images
+TEMPERATURE = (0.02, 0.3)  # at the end and at the start, in standard deviations of a view's errors
+POSITION_JITTER = 0.04  # standard deviation added to positions while the temperature falls, to cover their cells
 
-Stand = Callable[[Tensor], Tensor]
+ToPoses = Callable[[Tensor], Tensor]  # positions [..., 3] to poses [..., 4, 4]
 
 
 class AssignedPoses(nn.Module):
-    """Views [V] that stand at places [D, 3] of a dictionary; which one is state, not parameter.
+    """Poses of V views at positions of a dictionary.
 
     Args:
-        places: directions around an object, or places of forward-facing cameras.
-        assigned: int64 [V].
-        stand: places [..., 3] to poses [..., 4, 4].
+        places: directions around an object, or positions of forward-facing cameras, [D, 3].
+        assigned: index of each view's position, int64 [V]; state, not a parameter.
+        to_poses: from positions to poses.
     """
 
-    def __init__(self, places: Tensor, assigned: Tensor, stand: Stand):
+    places: Tensor
+    assigned: Tensor
+
+    def __init__(self, places: Tensor, assigned: Tensor, to_poses: ToPoses):
         super().__init__()
-        self.stand = stand
+        self.to_poses = to_poses
         self.register_buffer("places", places)
         self.register_buffer("assigned", assigned)
 
-    def forward(self, indices: Tensor, shake: Tensor | None = None) -> Tensor:
-        """Poses [B, 4, 4] of these views, their places shaken by [B, 3]."""
-        place = self.places[self.assigned[indices]]
-        return self.stand(place if shake is None else place + shake)
+    def forward(self, indices: Tensor, jitter: Tensor | None = None) -> Tensor:
+        """Return poses [B, 4, 4] of views with these indices, their positions moved by ``jitter`` [B, 3]."""
+        position = self.places[self.assigned[indices]]
+        return self.to_poses(position if jitter is None else position + jitter)
 
 
 class SearchTask(FitTask):
-    """The search over ``places`` [D, 3]. Views start anywhere: a first field of noise is a worse guide than chance."""
+    """The search over ``places`` [D, 3]; views start at random positions."""
 
-    def __init__(self, config: NerfdiffConfig, scene: Scene, field: Field, places: Tensor, stand: Stand):
+    poses: AssignedPoses
+
+    def __init__(self, config: NerfdiffConfig, scene: Scene, field: Field, places: Tensor, to_poses: ToPoses):
         generator = torch.Generator().manual_seed(derived_seed("first assignment", config.seed))
         assigned = torch.randint(len(places), (len(scene.images),), generator=generator).to(places.device)
-        poses = AssignedPoses(places, assigned, stand)
+        self.poses = AssignedPoses(places, assigned, to_poses)
         self.samples = min(config.samples_per_ray, config.search_grid_resolution)
-        super().__init__(config, scene, Fit(field, poses, scene.optics, scene.size, self.samples), hot=1.0)
+        model = SceneFit(field, self.poses, scene.camera, scene.size, self.samples)
+        super().__init__(config, scene, model, initial_coarseness=1.0)
 
-    def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:
-        """Where the views stand among the directions, drawn and in figures."""
-        poses = model.poses
+    def inspect(self, model: SceneFit, step: int, folder: Path) -> dict[str, Any]:
+        """Draw the positions of the views, and return the alarms."""
+        poses: Any = model.poses
         chosen = poses(torch.arange(len(poses.assigned)))
         path = folder / f"{step:06d}_cameras_search.png"
-        cameras_sheet(path, self.scene.layout, chosen, poses.stand(poses.places))
+        save_cameras(path, self.scene.layout, chosen, poses.to_poses(poses.places))
         if self.scene.layout != "object":
             return {}
         return scene_alarms(
@@ -77,63 +83,70 @@ class SearchTask(FitTask):
             self.scene,
             model.field,
             chosen,
-            chosen=poses.assigned,
+            candidates=poses.assigned,
             count=len(poses.places),
-            settled=not self.heat(step),
+            settled=not self.coarseness_at(step),
             exact=False,
         )
 
-    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor):
-        heat = self.heat(int(step))
-        self.model.field.coarseness = heat
-        if draw.first and int(step) and int(step) % EVERY == 0:
-            self._assign(int(step), heat)
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
+        """Return the photometric loss; reassign the views where the step is due."""
+        coarseness = self.coarseness_at(int(step))
+        self.model.field.coarseness = coarseness
+        if draw.first and int(step) and int(step) % UPDATE_EVERY == 0:
+            self._assign(int(step), coarseness)
         return super().loss(model, indices, draw, step)
 
-    def options(self, draw: BatchDraw, step: Tensor) -> dict[str, Tensor]:
-        return {"shake": SHAKE * draw.normal(3)} if self.heat(step) else {}
+    def pose_options(self, draw: BatchDraw, step: int) -> dict[str, Tensor]:
+        """Return the jitter of the positions while the temperature falls."""
+        return {"jitter": POSITION_JITTER * draw.normal(3)} if self.coarseness_at(step) else {}
 
     @torch.no_grad()
     def errors(self, step: int) -> Tensor:
-        """Mean squared difference [V, D] between every view and the field seen from every place."""
-        poses = self.model.poses
-        candidates = poses.stand(poses.places)
-        images = self.images(step)
+        """Return the mean squared difference [V, D] between every view and the field rendered from every position."""
+        candidates = self.poses.to_poses(self.poses.places)
+        images = self.target_images(step)
         views = torch.arange(len(images), device=images.device)
-        return distributed.map_shares(  # of the places, for to render them is most of the work
-            lambda rows: (
-                candidate_errors(self.model.field, candidates[rows], self.scene.optics, images, self.samples, views).T
-            ),
-            len(candidates),
-        ).T
 
-    def _assign(self, step: int, heat: float) -> None:
+        def errors_from(rows: slice) -> Tensor:
+            field, camera = self.model.field, self.scene.camera
+            return candidate_errors(field, candidates[rows], camera, images, self.samples, views).T
+
+        return distributed.map_shares(errors_from, len(candidates)).T
+
+    def _assign(self, step: int, temperature_share: float) -> None:
         errors = self.errors(step)
-        if heat == 0:
-            self.model.poses.assigned.copy_(errors.argmin(1))
+        if temperature_share == 0:
+            self.poses.assigned.copy_(errors.argmin(1))
             return
         low, high = TEMPERATURE
         generator = torch.Generator().manual_seed(derived_seed("assign", self.config.seed, step))
         uniform = torch.rand(len(errors), generator=generator).to(errors.device)
-        plan = balanced_plan(spread(errors), low + (high - low) * heat)
-        self.model.poses.assigned.copy_(drawn(plan, uniform))
+        plan = balanced_assignment(standardise_errors(errors), low + (high - low) * temperature_share)
+        self.poses.assigned.copy_(sample_assignment(plan, uniform))
 
 
 @torch.no_grad()
 def candidate_errors(
-    field: Field, poses: Tensor, optics: Optics, images: Tensor, samples: int, views: Tensor | None = None
+    field: Field, poses: Tensor, camera: CameraModel, images: Tensor, samples: int, views: Tensor | None = None
 ) -> Tensor:
-    """Mean squared difference [V, D] of images [V, 3, H, W] and the field seen from poses [D, 4, 4], both small; in the
-    tones of these ``views`` [V] or in the mean one."""
-    size = target_size(min(COMPARED, max(images.shape[2:])), *images.shape[2:])
-    seen = render_views(field, poses, optics, size, samples)
+    """Return the mean squared difference [V, D] of small images and small renders.
+
+    Args:
+        field: the scene.
+        poses: to render from, [D, 4, 4].
+        camera: shared by all poses.
+        images: [V, 3, H, W].
+        samples: along each ray.
+        views: indices [V] of the images' appearance; None: the mean appearance.
+    """
+    size = target_size(min(COMPARISON_SIDE, max(images.shape[2:])), *images.shape[2:])
+    rendered = render_views(field, poses, camera, size, samples)
     small = resize_area(images, *size).movedim(1, -1)
     if views is None or field.appearance is None:
-        return torch.cdist(small.flatten(1), seen.color.flatten(1)).square() / seen.color[0].numel()
-    each = (toned(field, seen, optics, view.expand(len(poses))) - x for view, x in zip(views, small, strict=True))
-    return torch.stack([difference.square().mean((1, 2, 3)) for difference in each])
-
-
-def directions_of(poses: Tensor) -> Tensor:
-    """Unit vectors [..., 3] from the origin to cameras [..., 4, 4]."""
-    return F.normalize(poses[..., :3, 3], dim=-1)
+        return torch.cdist(small.flatten(1), rendered.color.flatten(1)).square() / rendered.color[0].numel()
+    errors = []
+    for view, image in zip(views, small, strict=True):
+        color = apply_appearance(field, rendered, camera, view.expand(len(poses)))
+        errors.append((color - image).square().mean((1, 2, 3)))
+    return torch.stack(errors)

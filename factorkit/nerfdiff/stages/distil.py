@@ -1,4 +1,4 @@
-"""The encoder learns from what was found: noised views, and rendered ones, with their poses."""
+"""Distil the fitted scene into the encoder: training on noisy views and rendered views with their poses."""
 
 from __future__ import annotations
 
@@ -13,99 +13,99 @@ from factorkit.data.views.views import resize_area, target_size
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
-from factorkit.nerfdiff.cameras.candidates import Candidates
-from factorkit.nerfdiff.cameras.poses import directions, orbit_poses
+from factorkit.nerfdiff.cameras.candidates import Candidates, LookAtCandidates
+from factorkit.nerfdiff.cameras.poses import camera_directions, direction_vectors, orbit_poses
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.network import NerfdiffModel, look, noisy, to_signal
+from factorkit.nerfdiff.network import NerfdiffModel, predict_clean, to_signal
+from factorkit.nerfdiff.previews.files import save_model_previews
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.scene import Scene
-from factorkit.nerfdiff.stages.dictionary import directions_of
-from factorkit.nerfdiff.watch import cameras_sheet, points_sheet, renders_sheet
+from factorkit.nerfdiff.stages.joint import add_noise
 from factorkit.utils import distributed
 from factorkit.utils.rng import BatchDraw, derived_seed
 
-SHAKE = 3.0  # degrees by which the elevations of rendered views depart from found ones
+ELEVATION_JITTER = 3.0  # degrees (standard deviation) between the elevations of rendered views and training views
 
 
 class DistilTask:
-    """The candidate nearest to a view's pose is to get the score, and to move there.
-
-    The field stays as it is.
+    """Train the encoder to score and place the candidate nearest to each view's pose; the field stays fixed.
 
     Args:
-        doubled: as :func:`factorkit.nerfdiff.alarms.pose_alarms` takes it.
+        config: of the stage.
+        scene: the training views.
+        model: with the fitted field and the poses of the views.
+        duplication: see :func:`factorkit.nerfdiff.alarms.pose_alarms`.
     """
 
     capturable = False
 
-    def __init__(self, config: NerfdiffConfig, scene: Scene, model: NerfdiffModel, doubled: float | None = None):
-        self.config, self.scene, self.model, self.doubled = config, scene, model, doubled
+    def __init__(self, config: NerfdiffConfig, scene: Scene, model: NerfdiffModel, duplication: float | None = None):
+        self.config, self.scene, self.model, self.duplication = config, scene, model, duplication
         model.field.requires_grad_(False)
         self.schedule = Schedule(config.timesteps, device=scene.images.device)
         images, poses = scene.images, model.views
         if config.num_rendered_views and scene.layout == "object":
-            further = self._around(config.num_rendered_views)
-            # twice as fine as the encoder reads is as good to it as the views' own size
+            new_poses = self._sample_poses(config.num_rendered_views)
+            # twice the encoder's resolution serves it as well as the views' own size
             size = target_size(min(2 * config.encoder_resolution, max(scene.size)), *scene.size)
 
             def render(rows: slice) -> Tensor:
-                return render_views(model.field, further[rows], scene.optics, size, config.samples_per_ray).color
+                return render_views(model.field, new_poses[rows], scene.camera, size, config.samples_per_ray).color
 
-            seen = distributed.map_shares(render, len(further)).movedim(-1, 1)
-            images, poses = torch.cat([images, resize_area(seen, *scene.size)]), torch.cat([poses, further])
+            color = distributed.map_shares(render, len(new_poses)).movedim(-1, 1)
+            images, poses = torch.cat([images, resize_area(color, *scene.size)]), torch.cat([poses, new_poses])
         self.images, self.poses, self.size = images, poses, len(images)
 
-    def _around(self, count: int) -> Tensor:
-        """Poses at random azimuths, at about the elevations of those found."""
+    def _sample_poses(self, count: int) -> Tensor:
+        """Return poses with random azimuths and elevations near those of the training views."""
         generator = torch.Generator().manual_seed(derived_seed("rendered", self.config.seed))
-        found = directions_of(self.model.views.cpu())
-        rows = torch.randint(len(found), (count,), generator=generator)
-        elevation = found[rows, 2].clamp(-1, 1).asin().rad2deg() + SHAKE * torch.randn(count, generator=generator)
-        around = directions(360 * torch.rand(count, generator=generator), elevation.clamp(-88, 88))
-        return orbit_poses(around, self.scene.distance).to(self.scene.images.device)
+        known = camera_directions(self.model.views.cpu())
+        rows = torch.randint(len(known), (count,), generator=generator)
+        jitter = ELEVATION_JITTER * torch.randn(count, generator=generator)
+        elevation = known[rows, 2].clamp(-1, 1).asin().rad2deg() + jitter
+        directions = direction_vectors(360 * torch.rand(count, generator=generator), elevation.clamp(-88, 88))
+        return orbit_poses(directions, self.scene.distance).to(self.scene.images.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the encoder at the learning rate."""
         return [{"params": list(self.model.encoder.parameters()), "scale": 1.0}]
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
+        """Return the pose loss of the nearest candidates and the classification loss."""
         config = self.config
         rows = indices.to(self.images.device)
         x0, poses = to_signal(self.images[rows]), self.poses[rows]
-        x_t, t = noisy(x0, self.schedule, config, draw)
-        found = self.model.cameras(x_t, t)
-        wanted = nearest_candidate(self.model.candidates, found.poses, poses)
-        picked = found.poses[torch.arange(len(wanted)), wanted]
-        away = pose_distance(picked, poses, self.scene.distance)
-        missed = F.cross_entropy(found.scores, wanted, reduction="none")
-        weight = 1 - t / config.timesteps  # late levels say little of the pose: their errors must not drown the others
-        objective = weight * away + config.classification_weight * missed
-        right = (found.chosen == wanted).float().mean()
-        return StepLoss(objective, away, t / config.timesteps, {"classified": right})
+        x_t, t = add_noise(x0, self.schedule, config, draw)
+        cameras = self.model.predict_cameras(x_t, t)
+        target = nearest_candidates(self.model.candidates, cameras.poses, poses)
+        predicted = cameras.poses[torch.arange(len(target)), target]
+        error = pose_distance(predicted, poses, self.scene.distance)
+        classification = F.cross_entropy(cameras.scores, target, reduction="none")
+        weight = 1 - t / config.timesteps  # high noise levels hardly show the pose; their errors would dominate
+        objective = weight * error + config.classification_weight * classification
+        correct = (cameras.best_index == target).float().mean()
+        return StepLoss(objective, error, t / config.timesteps, {"classified": correct})
 
     def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
-        """What the model makes of the views, and where it and the search put their cameras; what is wrong with that."""
-        found = look(model, self.scene.images)
-        renders_sheet(
-            folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples_per_ray
-        )
-        path = folder / f"{step:06d}_cameras_encoder.png"
-        cameras_sheet(path, self.scene.layout, found.best, found.poses)
-        if step == self.config.steps:
-            points_sheet(folder / f"{step:06d}_points.png", model.field, self.scene, model.views)
+        """Draw views and cameras, and return the alarms."""
+        cameras = predict_clean(model, self.scene.images)
+        save_model_previews(folder, step, model, self.scene, cameras, with_points=step == self.config.steps)
         if self.scene.layout != "object":
             return {}
-        return scene_alarms(self.config, self.scene, model.field, model.views, doubled=self.doubled)
+        return scene_alarms(self.config, self.scene, model.field, model.views, duplication=self.duplication)
 
 
-def nearest_candidate(candidates: Candidates, found: Tensor, poses: Tensor) -> Tensor:
-    """Which candidate [B] is to stand for poses [B, 4, 4]: the nearest anchor, or the nearest as it stands now."""
-    if hasattr(candidates, "nearest"):
+def nearest_candidates(candidates: Candidates, candidate_poses: Tensor, poses: Tensor) -> Tensor:
+    """Return the target candidate [B] of poses [B, 4, 4]: the nearest anchor, or the nearest current position."""
+    if isinstance(candidates, LookAtCandidates):
         return candidates.nearest(poses)
-    return (found[..., :3, 3] - poses[:, None, :3, 3]).square().sum(-1).argmin(1)
+    return (candidate_poses[..., :3, 3] - poses[:, None, :3, 3]).square().sum(-1).argmin(1)
 
 
 def pose_distance(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Squared difference [B] of poses [B, 4, 4]: of the viewing axes and sideways axes, and of the places over
-    ``scale``. For upright cameras that look at the origin from one distance it is about the squared angle."""
-    turn = (a[:, :3, :3] - b[:, :3, :3]).square().sum((1, 2)) / 4
-    return turn + ((a[:, :3, 3] - b[:, :3, 3]) / scale).square().sum(1) / 2
+    """Return the squared difference [B] of poses [B, 4, 4]: of rotations, and of positions in units of ``scale``.
+
+    For upright cameras that look at the origin from one distance it is about the squared angle.
+    """
+    rotation = (a[:, :3, :3] - b[:, :3, :3]).square().sum((1, 2)) / 4
+    return rotation + ((a[:, :3, 3] - b[:, :3, 3]) / scale).square().sum(1) / 2

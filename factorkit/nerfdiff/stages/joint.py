@@ -1,10 +1,10 @@
-"""Encoder and field from nothing, by denoising alone (thesis, algorithms 3 and 4).
+"""Encoder and field trained together from scratch, by denoising alone (thesis, algorithms 3 and 4).
 
     L = min_i |render_i - x0|^2 + lambda cross_entropy(scores, argmin_i)                            (3.4)
 
-The candidates are compared without gradient on small renders; the best alone is rendered with gradient, along random
-rays. With ``balance_candidates`` every candidate gets its share of each batch in the first half of the training, at a temperature
-that falls: the plain minimum lets all views run to one place.
+Candidates are compared without gradient on small renders; only the best is rendered with gradient, on random rays. With
+``balance_candidates``, in the first half of training every candidate gets an equal share of each batch, at a falling
+temperature; the plain minimum collapses to one candidate.
 """
 
 from __future__ import annotations
@@ -21,121 +21,139 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.occupancy import look_again
-from factorkit.nerfdiff.network import NerfdiffModel, look, noisy, to_signal
+from factorkit.nerfdiff.fields.occupancy import update_occupancy
+from factorkit.nerfdiff.network import NerfdiffModel, predict_clean, to_signal
+from factorkit.nerfdiff.previews.files import save_model_previews
 from factorkit.nerfdiff.rays import render_pixels, render_views
-from factorkit.nerfdiff.scene import Scene, picked
-from factorkit.nerfdiff.stages.assignment import balanced_plan, drawn, spread
+from factorkit.nerfdiff.scene import Scene, gather_pixels
+from factorkit.nerfdiff.stages.assignment import balanced_assignment, sample_assignment, standardise_errors
 from factorkit.nerfdiff.stages.dictionary import TEMPERATURE
-from factorkit.nerfdiff.stages.refine import field_groups, prior
-from factorkit.nerfdiff.watch import cameras_sheet, points_sheet, renders_sheet
+from factorkit.nerfdiff.stages.refine import field_parameter_groups, regularisation
 from factorkit.utils import distributed
 from factorkit.utils.rng import BatchDraw
 
-ANNEALED = 0.5  # share of the steps over which candidates are balanced
-COARSE = 0.4  # the field's coarseness at the beginning
-COMPARED = 10  # pixels along the longer side of the renders that are compared
+BALANCED_SHARE = 0.5  # of the steps, in which candidates are balanced
+INITIAL_COARSENESS = 0.4  # of the field
+COMPARISON_SIDE = 10  # longer side in pixels of the renders that are compared
+
+
+def add_noise(x0: Tensor, schedule: Schedule, config: NerfdiffConfig, draw: BatchDraw) -> tuple[Tensor, Tensor]:
+    """Return the encoder's training input: views x0 [B, 3, H, W] with random noise levels, and those levels [B].
+
+    Levels are T u^timestep_power with u uniform. With ``noise=False``, the views themselves at level 0.
+    """
+    if not config.noise:
+        return x0, torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
+    t = (draw.uniform() ** config.timestep_power * config.timesteps).long()
+    return schedule.noise(x0, draw.normal(*x0.shape[1:]), t), t
 
 
 class JointTask:
-    """The thesis' training of all parts together; of the encoder alone where the field is held.
+    """Train encoder and field together, or the encoder alone if the field is fixed.
 
     Args:
-        found: poses of the views [V, 4, 4] that a search has found and the model is to keep; None: its own.
-        doubled: as :func:`factorkit.nerfdiff.alarms.pose_alarms` takes it.
+        config: of the stage.
+        scene: the training views.
+        model: encoder, candidates and field.
+        poses: of the views, [V, 4, 4], that the trained model keeps; None: the model's own predictions.
+        duplication: see :func:`factorkit.nerfdiff.alarms.pose_alarms`.
     """
 
-    capturable = False
+    capturable = False  # the jitter of a step's samples depends on a number on the host
 
     def __init__(
         self,
         config: NerfdiffConfig,
         scene: Scene,
         model: NerfdiffModel,
-        found: Tensor | None = None,
-        doubled: float | None = None,
+        poses: Tensor | None = None,
+        duplication: float | None = None,
     ):
-        self.config, self.scene, self.model, self.size, self.found = config, scene, model, len(scene.images), found
-        self.doubled = doubled
+        self.config, self.scene, self.model, self.size = config, scene, model, len(scene.images)
+        self.poses, self.duplication = poses, duplication
         self.schedule = Schedule(config.timesteps, device=scene.images.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The encoder at the learning rate, the field at its own."""
-        rate, base = self.config.field_learning_rate, self.config.learning_rate
-        groups = [{"params": list(self.model.encoder.parameters()), "scale": 1.0}]
-        return groups + field_groups(self.model.field, rate, base)
+        """Return the encoder at the learning rate, and the field at its own."""
+        rate, base_rate = self.config.field_learning_rate, self.config.learning_rate
+        groups: list[dict[str, Any]] = [{"params": list(self.model.encoder.parameters()), "scale": 1.0}]
+        return groups + field_parameter_groups(self.model.field, rate, base_rate)
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
-        config, heat = self.config, max(0.0, 1 - int(step) / (ANNEALED * self.config.steps))
-        self.model.field.coarseness = COARSE * heat
-        if draw.first and self.found is None:
-            look_again(self.model.field, int(step))
-        indices = indices.to(self.scene.images.device)
-        images = self.scene.images[indices]
-        x_t, t = noisy(to_signal(images), self.schedule, config, draw)
-        found = self.model.cameras(x_t, t)
+        """Return the photometric loss of the selected candidates and the classification loss (eq. 3.4)."""
+        config, field, scene = self.config, self.model.field, self.scene
+        temperature_share = max(0.0, 1 - int(step) / (BALANCED_SHARE * config.steps))
+        field.coarseness = INITIAL_COARSENESS * temperature_share
+        if draw.first and self.poses is None:
+            update_occupancy(field, int(step))
+        indices = indices.to(scene.images.device)
+        images = scene.images[indices]
+        x_t, t = add_noise(to_signal(images), self.schedule, config, draw)
+        cameras = self.model.predict_cameras(x_t, t)
         rows = torch.arange(len(images), device=images.device)
-        best = self.choose(found.poses, images, heat, draw.uniform(), indices)
+        best = self.select_candidates(cameras.poses, images, temperature_share, draw.uniform(), indices)
         pixels = draw.integers(0, images.shape[2] * images.shape[3], config.rays_per_view)
-        seen = render_pixels(
-            self.model.field,
-            found.poses[rows, best],
-            self.scene.optics,
+        rendered = render_pixels(
+            field,
+            cameras.poses[rows, best],
+            scene.camera,
             pixels,
-            self.scene.size,
+            scene.size,
             config.samples_per_ray,
             int(step),
             indices,
             draw.rows.start * config.rays_per_view,
         )
-        error = (seen.color - picked(images, pixels)).square().mean((1, 2))
-        missed = F.cross_entropy(found.scores, best, reduction="none")
-        objective = error + config.classification_weight * missed + prior(config, self.scene, self.model.field, seen)
-        use = torch.bincount(best, minlength=found.scores.shape[1]) / len(best)
-        right = (found.chosen == best).float().mean()
-        return StepLoss(objective, error, t / config.timesteps, {"candidate_use": use, "classified": right})
+        error = (rendered.color - gather_pixels(images, pixels)).square().mean((1, 2))
+        classification = F.cross_entropy(cameras.scores, best, reduction="none")
+        objective = error + config.classification_weight * classification
+        objective = objective + regularisation(config, scene, field, rendered)
+        use = torch.bincount(best, minlength=cameras.scores.shape[1]) / len(best)
+        correct = (cameras.best_index == best).float().mean()
+        return StepLoss(objective, error, t / config.timesteps, {"candidate_use": use, "classified": correct})
 
     @torch.no_grad()
-    def choose(
-        self, poses: Tensor, images: Tensor, heat: float, uniform: Tensor, views: Tensor | None = None
+    def select_candidates(
+        self, poses: Tensor, images: Tensor, temperature_share: float, uniform: Tensor, views: Tensor | None = None
     ) -> Tensor:
-        """The candidate [B] that each of images [B, 3, H, W] is rendered from, of poses [B, N, 4, 4]; ``views`` [B] are
-        their indices, for their tones."""
-        size = target_size(min(COMPARED, max(images.shape[2:])), *images.shape[2:])
-        seen = render_views(self.model.field, poses, self.scene.optics, size, self.config.samples_per_ray, views).color
-        small = resize_area(images, *size).movedim(1, -1)
-        errors = (seen - small[:, None]).square().mean((2, 3, 4))
-        if not (self.config.balance_candidates and heat and errors.shape[1] > 1):
+        """Return the candidate [B] from which each image is rendered.
+
+        Args:
+            poses: of the candidates, [B, N, 4, 4].
+            images: [B, 3, H, W].
+            temperature_share: of the initial temperature; 0 selects the lowest error.
+            uniform: random numbers [B] in [0, 1).
+            views: indices [B] of the images, for their appearance.
+        """
+        size = target_size(min(COMPARISON_SIDE, max(images.shape[2:])), *images.shape[2:])
+        color = render_views(self.model.field, poses, self.scene.camera, size, self.config.samples_per_ray, views).color
+        errors = (color - resize_area(images, *size).movedim(1, -1)[:, None]).square().mean((2, 3, 4))
+        if not (self.config.balance_candidates and temperature_share and errors.shape[1] > 1):
             return errors.argmin(1)
         low, high = TEMPERATURE
-        everyone, mine = distributed.gather_rows(spread(errors))  # every candidate's share is of the whole batch
-        return drawn(balanced_plan(everyone, low + (high - low) * heat)[mine], uniform)
+        everyone, own = distributed.gather_rows(standardise_errors(errors))  # balanced over the global batch
+        plan = balanced_assignment(everyone, low + (high - low) * temperature_share)
+        return sample_assignment(plan[own], uniform)
 
     def update_buffers(self, model: NerfdiffModel) -> None:
-        """Keep where the training views stand now."""
-        model.views.copy_(look(model, self.scene.images).best if self.found is None else self.found)
+        """Store the final poses of the training views in the model."""
+        model.views.copy_(predict_clean(model, self.scene.images).best_poses if self.poses is None else self.poses)
 
     def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
-        """Where the training views stand now; what is wrong with that."""
-        found = look(model, self.scene.images)
-        renders_sheet(
-            folder / f"{step:06d}_views.png", model.field, self.scene, found.best, self.config.samples_per_ray
-        )
-        path = folder / f"{step:06d}_cameras_encoder.png"
-        cameras_sheet(path, self.scene.layout, found.best, found.poses)
-        if step == self.config.steps:
-            points_sheet(folder / f"{step:06d}_points.png", model.field, self.scene, model.views)
+        """Draw views and cameras, and return the alarms."""
+        cameras = predict_clean(model, self.scene.images)
+        save_model_previews(folder, step, model, self.scene, cameras, with_points=step == self.config.steps)
         if self.scene.layout != "object":
             return {}
-        # past the annealing there is nothing random about it; half of what is left it gets to settle
-        settled = step > (1 + ANNEALED) / 2 * self.config.steps
+        # half of the steps after the random part are left for the poses to settle
+        settled = step > (1 + BALANCED_SHARE) / 2 * self.config.steps
         return scene_alarms(
             self.config,
             self.scene,
             model.field,
-            found.best,
-            chosen=found.chosen,
+            cameras.best_poses,
+            candidates=cameras.best_index,
             count=model.candidates.count,
-            doubled=self.doubled,
+            duplication=self.duplication,
             settled=settled,
         )

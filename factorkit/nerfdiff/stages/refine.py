@@ -1,4 +1,4 @@
-"""A field fitted to views: with their poses given, free, or refined from where a search left them."""
+"""Fit a field to views whose poses are known, free, or refined from the result of a search."""
 
 from __future__ import annotations
 
@@ -12,142 +12,158 @@ from torch import Tensor, nn
 from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.grid import Field
-from factorkit.nerfdiff.fields.occupancy import look_again
-from factorkit.nerfdiff.rays import Optics, render_pixels
-from factorkit.nerfdiff.scene import Scene, blurred, picked
-from factorkit.nerfdiff.watch import cameras_sheet
+from factorkit.nerfdiff.fields.base import Field
+from factorkit.nerfdiff.fields.occupancy import update_occupancy
+from factorkit.nerfdiff.previews.files import save_cameras
+from factorkit.nerfdiff.rays import CameraModel, render_pixels
+from factorkit.nerfdiff.scene import Scene, gather_pixels, gaussian_blur
 from factorkit.rendering import Rendered
 from factorkit.utils.rng import BatchDraw
 
-FIELD_BETAS = (0.9, 0.99)  # a cell is seen by few rays a step: moments over a thousand steps would be of another scene
-ANNEALED = 0.6  # share of the steps over which what is coarse at the beginning sharpens
-BLUR = 0.094  # of the views where all is as coarse as can be, in units of the longer side
-EVERY = 10  # steps between changes of the blur
+ADAM_BETAS = (0.9, 0.99)  # few rays pass a cell in each step, so long averages would be of an outdated scene
+SHARPENING_SHARE = 0.6  # of the steps, after which nothing is blurred any more
+IMAGE_BLUR = 0.094  # standard deviation at full coarseness, in units of the longer side
+UPDATE_EVERY = 10  # steps between changes of the blur, and between assignments of the search
 
 
-class Fit(nn.Module):
-    """A field and where its views were taken from.
+class SceneFit(nn.Module):
+    """A field and the poses of its views.
 
     Args:
-        poses: a module that answers the poses [B, 4, 4] of view indices [B].
-        optics: of all views.
-        free_focal: whether their focal length is a parameter too, which starts at that of ``optics``.
+        field: the scene.
+        poses: a module that maps view indices [B] to poses [B, 4, 4].
+        camera: shared by all views.
+        size: height and width of the views.
+        samples: along each ray.
+        optimize_focal: whether the focal length is a parameter, starting at that of ``camera``.
     """
 
     def __init__(
         self,
         field: Field,
         poses: nn.Module,
-        optics: Optics,
+        camera: CameraModel,
         size: tuple[int, int],
         samples: int,
-        free_focal: bool = False,
+        optimize_focal: bool = False,
     ):
         super().__init__()
         self.field, self.poses = field, poses
-        self.given, self.size, self.samples = optics, size, samples
-        self.log_focal = nn.Parameter(torch.zeros((), device=optics.intrinsics.device)) if free_focal else None
+        self.initial_camera, self.size, self.samples = camera, size, samples
+        self.log_focal = nn.Parameter(torch.zeros((), device=camera.intrinsics.device)) if optimize_focal else None
 
     @property
-    def optics(self) -> Optics:
-        """Of all views, as they stand now."""
+    def camera(self) -> CameraModel:
+        """The camera model with the current focal length."""
         if self.log_focal is None:
-            return self.given
-        zoom = torch.stack([self.log_focal.exp(), self.log_focal.exp(), torch.ones_like(self.log_focal)])
-        focal = torch.diag(self.given.intrinsics.diagonal() * zoom)
-        centre = self.given.intrinsics - torch.diag(self.given.intrinsics.diagonal())
-        return replace(self.given, intrinsics=focal + centre)
+            return self.initial_camera
+        intrinsics = self.initial_camera.intrinsics
+        scale = torch.stack([self.log_focal.exp(), self.log_focal.exp(), torch.ones_like(self.log_focal)])
+        focal = torch.diag(intrinsics.diagonal() * scale)
+        return replace(self.initial_camera, intrinsics=focal + (intrinsics - torch.diag(intrinsics.diagonal())))
 
-    def forward(self, indices: Tensor, pixels: Tensor, seed: int, first: int = 0, **options: Any) -> Rendered:
-        """What is seen at pixels [B, R] of views [B]; ``options`` go to the poses, seed and first as
-        :func:`factorkit.nerfdiff.rays.render_pixels` takes them."""
-        poses = self.poses(indices, **options)
-        return render_pixels(self.field, poses, self.optics, pixels, self.size, self.samples, seed, indices, first)
-
-
-def field_groups(field: Field, rate: float, base: float) -> list[dict[str, Any]]:
-    """Adam's groups of a field that learns at ``rate``, in units of the learning rate ``base``."""
-    return [{"params": part, "scale": speed / base, "betas": FIELD_BETAS} for part, speed in field.rates(rate)]
+    def forward(self, indices: Tensor, pixels: Tensor, seed: int, first_ray: int = 0, **pose_options: Any) -> Rendered:
+        """Render pixels [B, R] of views [B]; see :func:`factorkit.nerfdiff.rays.render_pixels`."""
+        poses = self.poses(indices, **pose_options)
+        return render_pixels(self.field, poses, self.camera, pixels, self.size, self.samples, seed, indices, first_ray)
 
 
-def prior(config: NerfdiffConfig, scene: Scene, field: Field, seen: Rendered) -> Tensor:
-    """What the objective [B] has beside the views' errors: the field's roughness, and around an object the fog seen.
+def field_parameter_groups(field: Field, rate: float, base_rate: float) -> list[dict[str, Any]]:
+    """Return Adam's groups of a field with learning rate ``rate``, in units of the configured ``base_rate``."""
+    return [
+        {"params": parameters, "scale": speed / base_rate, "betas": ADAM_BETAS}
+        for parameters, speed in field.parameter_rates(rate)
+    ]
 
-    Fog of the background's colour shows in no picture that a field is fitted to, but in those of other cameras it does.
+
+def regularisation(config: NerfdiffConfig, scene: Scene, field: Field, rendered: Rendered) -> Tensor:
+    """Return what is added to the photometric error [B]: total variation, and in object scenes the mean opacity.
+
+    Fog in the colour of the background is invisible in the training views, but not in others.
     """
-    rough = config.tv_weight * field.roughness()
-    return rough + config.opacity_weight * seen.opacity.mean(1) if scene.layout == "object" else rough
+    variation = config.tv_weight * field.total_variation()
+    if scene.layout != "object":
+        return variation
+    return variation + config.opacity_weight * rendered.opacity.mean(1)
 
 
 class FitTask:
-    """Squared errors of random rays through the views.
+    """Minimise the squared error of random rays of the views.
 
     Args:
         config: of the stage.
-        chosen: indices of the views to fit; None: all.
-        sheets: what the stage is called on sample sheets; None: it draws none.
-        hot: how coarse field and views are at the beginning, 0 (as they are) to 1: for poses that are far off.
+        scene: the training views.
+        model: field and poses.
+        views: indices of the views to fit; None: all.
+        preview_name: part of the file names of previews; None: no previews.
+        initial_coarseness: blur of field and views at the start, 0 (none) to 1: for poses that are far off.
     """
 
-    capturable = False  # steps along a ray are jittered by a number the host knows
+    capturable = False  # the jitter of a step's samples depends on a number on the host
 
     def __init__(
         self,
         config: NerfdiffConfig,
         scene: Scene,
-        model: Fit,
-        chosen: Tensor | None = None,
-        sheets: str | None = None,
-        hot: float = 0.0,
+        model: SceneFit,
+        views: Tensor | None = None,
+        preview_name: str | None = None,
+        initial_coarseness: float = 0.0,
     ):
-        self.config, self.scene, self.model, self.sheets, self.hot = config, scene, model, sheets, hot
+        self.config, self.scene, self.model = config, scene, model
+        self.preview_name, self.initial_coarseness = preview_name, initial_coarseness
         self._blurred: tuple[float, Tensor] = (0.0, scene.images)
-        self.chosen = torch.arange(len(scene.images)) if chosen is None else chosen
-        self.size = len(self.chosen)
+        self.views = torch.arange(len(scene.images)) if views is None else views
+        self.size = len(self.views)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The field at the stage's learning rate; poses, where they are free, at theirs."""
-        groups = field_groups(self.model.field, self.config.learning_rate, self.config.learning_rate)
+        """Return the field at the stage's learning rate, and the free poses and focal length at theirs."""
+        base_rate = self.config.learning_rate
+        groups = field_parameter_groups(self.model.field, base_rate, base_rate)
         poses = [p for p in self.model.poses.parameters() if p.requires_grad]
-        poses += [] if self.model.log_focal is None else [self.model.log_focal]
-        scale = self.config.pose_learning_rate / self.config.learning_rate
-        return groups + ([{"params": poses, "scale": scale, "betas": FIELD_BETAS}] if poses else [])
+        if self.model.log_focal is not None:
+            poses.append(self.model.log_focal)
+        if poses:
+            scale = self.config.pose_learning_rate / base_rate
+            groups.append({"params": poses, "scale": scale, "betas": ADAM_BETAS})
+        return groups
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
-        self.model.field.coarseness = self.heat(int(step))
-        which = self.chosen[indices]
+        """Return the photometric loss of random rays."""
+        self.model.field.coarseness = self.coarseness_at(int(step))
+        rows = self.views[indices]
         if draw.first:
-            look_again(self.model.field, int(step))
-        images = self.images(int(step))[which.to(self.scene.images.device)]
+            update_occupancy(self.model.field, int(step))
+        images = self.target_images(int(step))[rows.to(self.scene.images.device)]
         pixels = draw.integers(0, images.shape[2] * images.shape[3], self.config.rays_per_view)
-        first = draw.rows.start * self.config.rays_per_view
-        seen = model(which, pixels, int(step), first, **self.options(draw, int(step)))
-        error = (seen.color - picked(images, pixels)).square().mean((1, 2))
-        objective = error + prior(self.config, self.scene, self.model.field, seen)
+        first_ray = draw.rows.start * self.config.rays_per_view
+        rendered = model(rows, pixels, int(step), first_ray, **self.pose_options(draw, int(step)))
+        error = (rendered.color - gather_pixels(images, pixels)).square().mean((1, 2))
+        objective = error + regularisation(self.config, self.scene, self.model.field, rendered)
         return StepLoss(objective, error, torch.zeros_like(error), {})
 
-    def heat(self, step: int) -> float:
-        """``hot`` at the beginning, 0 once all is sharp."""
-        return self.hot * max(0.0, 1 - step / (ANNEALED * self.config.steps))
+    def coarseness_at(self, step: int) -> float:
+        """Return the coarseness at a step: linear from its initial value to 0."""
+        return self.initial_coarseness * max(0.0, 1 - step / (SHARPENING_SHARE * self.config.steps))
 
-    def images(self, step: int) -> Tensor:
-        """What the views are compared with at this step, [V, 3, H, W]."""
-        sigma = round(self.heat(step // EVERY * EVERY) * BLUR * max(self.scene.size), 2)
+    def target_images(self, step: int) -> Tensor:
+        """Return the views [V, 3, H, W], blurred as far as the step requires."""
+        coarseness = self.coarseness_at(step // UPDATE_EVERY * UPDATE_EVERY)
+        sigma = round(coarseness * IMAGE_BLUR * max(self.scene.size), 2)
         if self._blurred[0] != sigma:
-            self._blurred = sigma, blurred(self.scene.images, sigma)
+            self._blurred = sigma, gaussian_blur(self.scene.images, sigma)
         return self._blurred[1]
 
-    def options(self, draw: BatchDraw, step: Tensor) -> dict[str, Tensor]:
-        """What else the poses are to know."""
+    def pose_options(self, draw: BatchDraw, step: int) -> dict[str, Tensor]:
+        """Return further arguments of the pose module."""
         return {}
 
-    def inspect(self, model: Fit, step: int, folder: Path) -> dict[str, Any]:
-        """Where the cameras stand, drawn and in figures."""
-        if self.sheets is None:
+    def inspect(self, model: SceneFit, step: int, folder: Path) -> dict[str, Any]:
+        """Draw the cameras, and return the alarms."""
+        if self.preview_name is None:
             return {}
         poses = model.poses(torch.arange(len(self.scene.images)))
-        cameras_sheet(folder / f"{step:06d}_cameras_{self.sheets}.png", self.scene.layout, poses)
+        save_cameras(folder / f"{step:06d}_cameras_{self.preview_name}.png", self.scene.layout, poses)
         if self.scene.layout != "object":
             return {}
         return scene_alarms(self.config, self.scene, model.field, poses, settled=step == self.config.steps)

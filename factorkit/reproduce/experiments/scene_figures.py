@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from factorkit.nerfdiff.evaluate import training_errors
-from factorkit.nerfdiff.previews.plane import plane_picture
-from factorkit.nerfdiff.previews.views import novel_sheet, sphere_picture, views_sheet
+from factorkit.nerfdiff.previews.cameras import draw_plane, draw_sphere
+from factorkit.nerfdiff.previews.views import draw_denoising_grid, draw_view_grid
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Experiment, Row, Setup
@@ -28,7 +28,7 @@ def draw_reconstructions(setup: Setup, run: NerfdiffRun, seed: int) -> Images:
     renders = run.reconstruct(views)
     height, width = renders.images.shape[2:]
     originals = views.resize((height, width)).images
-    grid = views_sheet(originals, renders.images, renders.depth, renders.opacity, views.names)
+    grid = draw_view_grid(originals, renders.images, renders.depth, renders.opacity, views.names)
     return {f"reconstructions-seed{seed}.png": grid}
 
 
@@ -38,8 +38,8 @@ def draw_cameras(setup: Setup, run: NerfdiffRun, seed: int) -> Images:
     assert errors is not None and poses is not None, "the views have true poses"
     true_poses = errors.alignment.inverse().apply(poses)
     if run.scene["layout"] == "forward":
-        return {f"cameras-seed{seed}.png": plane_picture(run.poses, candidates=true_poses)}
-    return {f"cameras-seed{seed}.png": sphere_picture(run.poses, true=true_poses)}
+        return {f"cameras-seed{seed}.png": draw_plane(run.poses, candidates=true_poses)}
+    return {f"cameras-seed{seed}.png": draw_sphere(run.poses, true=true_poses)}
 
 
 def copy_camera_previews(setup: Setup, run: NerfdiffRun, seed: int) -> Images:
@@ -72,9 +72,9 @@ def draw_denoising(setup: Setup, run: NerfdiffRun, seed: int) -> Images:
     assert trajectory is not None
     columns = np.linspace(0, len(trajectory) - 1, min(DENOISING_COLUMNS, len(trajectory))).round().astype(int)
     steps = [trajectory[i] for i in columns]
-    grid = novel_sheet(
+    grid = draw_denoising_grid(
         [step.images.clamp(0, 1) for step in steps],
-        [step.cameras.best for step in steps],
+        [step.cameras.best_poses for step in steps],
         [step.t for step in steps],
         [((step.noisy + 1) / 2).clamp(0, 1) for step in steps],
         run.scene["layout"],

@@ -11,8 +11,14 @@ import torch
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.metrics.image import psnr
 from factorkit.metrics.pose import align_poses
-from factorkit.nerfdiff.cameras.normalise import SPREAD, ahead, centred, spread, upright
-from factorkit.nerfdiff.cameras.poses import dictionary, directions, forward_poses, orbit_poses, plane_dictionary
+from factorkit.nerfdiff.cameras.normalise import DEFAULT_SPREAD, align_forward, align_up_axis, center_poses, rms_spread
+from factorkit.nerfdiff.cameras.poses import (
+    direction_grid,
+    direction_vectors,
+    forward_facing_poses,
+    orbit_poses,
+    position_grid,
+)
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import DataError
@@ -32,7 +38,7 @@ def moved(poses, degrees=(90.0, 40.0, 0.0), place=(3.0, -2.0, 5.0), scale=1.0):
 
 
 @pytest.mark.parametrize("axis", [(1.0, 0, 0), (-1.0, 0, 0), (2.0, 0, 0), (0, 1.0, 0), (0.6, 0.2, 0.1)])
-def test_worlds_with_another_axis_up_are_turned(axis):
+def test_align_up_axis_rotates_another_up_axis_to_z(axis):
     views = make_procedural_views(12, 8, seed=1)
     turned = moved(views.poses, tuple(90 * x for x in axis))
     right, found = (open_scene(replace(views, poses=p), 8, CPU).poses for p in (views.poses, turned))
@@ -41,54 +47,56 @@ def test_worlds_with_another_axis_up_are_turned(axis):
     assert torch.allclose(turns, turns[:1].expand_as(turns), atol=1e-4)  # one rotation for all
 
 
-def test_upright_worlds_stay_to_the_bit():
-    around = orbit_poses(dictionary(8, [30, 60]), 3.0)
-    high = orbit_poses(directions(torch.linspace(-40, 40, 9), torch.full((9,), 65.0)), 3.0)  # they lean over together
+def test_align_up_axis_upright_poses_stay_unchanged():
+    around = orbit_poses(direction_grid(8, [30, 60]), 3.0)
+    high = orbit_poses(
+        direction_vectors(torch.linspace(-40, 40, 9), torch.full((9,), 65.0)), 3.0
+    )  # they lean over together
     assert torch.nn.functional.normalize(high[:, :3, 1].mean(0), dim=0)[2] < 0.6
     roll = torch.linspace(0, 360, 17)[:16, None].deg2rad() * torch.tensor([0, 0, 1.0])
     rolled = around.clone()
     rolled[:, :3, :3] = around[:, :3, :3] @ roma.rotvec_to_rotmat(roll)  # no common up
     for poses in (around, high, rolled, moved(around, (20.0, 0, 0)), moved(around, (0, 0, 120.0))):
-        assert upright(poses) is poses
+        assert align_up_axis(poses) is poses
 
 
-def test_cameras_in_one_place_cannot_stand_around_an_object():
+def test_center_poses_one_position_is_refused():
     views = make_procedural_views(6, 8)
     for noise in (0.0, 1e-6):
         poses = views.poses.clone()
         poses[:, :3, 3] = torch.tensor([1.0, 2, 3]) + noise * torch.randn(6, 3)
         with pytest.raises(DataError, match="all cameras in one place"):
-            centred(poses, 2.0)
-    scene = open_scene(replace(views, poses=poses), 8, CPU, known=False)  # true poses alone may be any
+            center_poses(poses, 2.0)
+    scene = open_scene(replace(views, poses=poses), 8, CPU, known_poses=False)  # true poses alone may be any
     assert torch.equal(scene.poses, poses)
 
 
-def test_forward_facing_cameras_where_they_belong_stay_to_the_bit():
-    poses = forward_poses(plane_dictionary(4, 3))
+def test_align_forward_normalised_poses_stay_unchanged():
+    poses = forward_facing_poses(position_grid(4, 3))
     aside = moved(poses, (5.0, 0, 0), (0.1, 0.05, 0.0))  # as the training split's mean is not that of all
     for given, near in ((poses, None), (poses, 1.2), (aside, 1.2), (poses[1:], None)):
-        assert ahead(given, near) is given
+        assert align_forward(given, near) is given
 
 
-def test_forward_facing_cameras_anywhere_are_brought_before_the_scene():
-    poses = forward_poses(plane_dictionary(5, 3))
-    assert torch.allclose(ahead(moved(poses), 1.2), poses, atol=1e-5)
-    assert torch.allclose(ahead(moved(poses, scale=7.0), 7 * 1.2), poses, atol=1e-5)
-    assert torch.allclose(ahead(moved(poses, (0, 0, 0), (0, 0, 0), 7.0), 7 * 1.2), poses, atol=1e-5)
+def test_align_forward_moves_poses_to_the_origin():
+    poses = forward_facing_poses(position_grid(5, 3))
+    assert torch.allclose(align_forward(moved(poses), 1.2), poses, atol=1e-5)
+    assert torch.allclose(align_forward(moved(poses, scale=7.0), 7 * 1.2), poses, atol=1e-5)
+    assert torch.allclose(align_forward(moved(poses, (0, 0, 0), (0, 0, 0), 7.0), 7 * 1.2), poses, atol=1e-5)
     for scale in (0.01, 1.0, 300.0):  # nothing tells the scale: the places' spread does
-        found = ahead(moved(poses, scale=scale), None)
-        assert spread(found[:, :3, 3]) == pytest.approx(SPREAD, rel=1e-4)
+        found = align_forward(moved(poses, scale=scale), None)
+        assert rms_spread(found[:, :3, 3]) == pytest.approx(DEFAULT_SPREAD, rel=1e-4)
         assert torch.allclose(found[:, :3, :3], poses[:, :3, :3], atol=1e-4)
     still = moved(torch.eye(4).repeat(3, 1, 1))
-    assert torch.allclose(ahead(still, None), torch.eye(4), atol=1e-5)  # a turning head has no spread to go by
+    assert torch.allclose(align_forward(still, None), torch.eye(4), atol=1e-5)  # a turning head has no spread to go by
 
 
-def test_cameras_that_look_all_ways_do_not_face_forward():
+def test_align_forward_without_common_direction_is_refused():
     with pytest.raises(DataError, match="look all ways"):
-        ahead(orbit_poses(dictionary(8, [10]), 3.0), None)
+        align_forward(orbit_poses(direction_grid(8, [10]), 3.0), None)
     rolled = torch.stack([torch.eye(4), torch.diag(torch.tensor([-1.0, -1, 1, 1]))])  # ups that cancel
     rolled[:, 0, 3] = torch.tensor([9.0, 11.0])
-    assert torch.allclose(ahead(rolled, 1.2)[:, :3, 3], torch.tensor([[-1.0, 0, 0], [1, 0, 0]]))
+    assert torch.allclose(align_forward(rolled, 1.2)[:, :3, 3], torch.tensor([[-1.0, 0, 0], [1, 0, 0]]))
 
 
 def test_a_forward_scene_is_as_good_wherever_its_world_lies(tiny, tmp_path):

@@ -6,19 +6,19 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from factorkit.nerfdiff.cameras.normalise import centred
+from factorkit.nerfdiff.cameras.normalise import center_poses
 from factorkit.nerfdiff.cameras.poses import (
     FreePoses,
     OrbitPoses,
-    azimuths,
-    band_anchors,
-    dictionary,
-    directions,
-    natural_distance,
+    azimuth_degrees,
+    direction_grid,
+    direction_vectors,
+    fibonacci_band,
+    framing_distance,
     orbit_poses,
     rodrigues_poses,
-    turned,
-    turned_poses,
+    rotate_about_z,
+    rotate_poses_about_z,
 )
 from factorkit.rendering import pixel_rays
 
@@ -42,7 +42,7 @@ def test_rodrigues_is_scipys_rotation_and_smooth_at_no_turn():
 
 
 def test_orbiting_cameras_look_at_the_origin_upright():
-    way = directions(torch.rand(30) * 360, torch.rand(30) * 170 - 85)
+    way = direction_vectors(torch.rand(30) * 360, torch.rand(30) * 170 - 85)
     poses = orbit_poses(way, 3.0)
     assert rigid(poses) and torch.allclose(poses[:, :3, 3], 3 * way, atol=1e-5)
     assert torch.allclose(poses[:, :3, 2], way, atol=1e-5)  # backward axis
@@ -57,19 +57,19 @@ def test_looking_at_the_origin_is_scipys_rotations_one_after_the_other():
     elevation = torch.tensor([0.0, -89.9, 89.9, 45, -30, *(torch.rand(20) * 170 - 85).tolist()]).double()
     angles = torch.stack([azimuth + 90, 90 - elevation], 1).numpy()
     wanted = torch.from_numpy(Rotation.from_euler("ZX", angles, degrees=True).as_matrix())
-    assert torch.allclose(orbit_poses(directions(azimuth, elevation), 2.0)[:, :3, :3], wanted, atol=1e-9)
+    assert torch.allclose(orbit_poses(direction_vectors(azimuth, elevation), 2.0)[:, :3, :3], wanted, atol=1e-9)
 
 
-def test_a_camera_at_the_zenith_is_refused_and_near_it_has_a_gradient():
-    with pytest.raises(ValueError, match="sideways"):
+def test_orbit_poses_at_the_zenith_is_refused_and_near_it_has_a_gradient():
+    with pytest.raises(ValueError, match="along `up`"):
         orbit_poses(torch.tensor([0.0, 0, 1]), 1.0)
     near = torch.tensor([1e-4, 0, 1], requires_grad=True)
     orbit_poses(near, 1.0).square().sum().backward()
     assert near.grad.isfinite().all()
 
 
-def test_freedoms_are_what_they_are_called():
-    way = directions(torch.tensor([40.0]), torch.tensor([20.0]))
+def test_orbit_poses_offsets_move_the_named_parameter():
+    way = direction_vectors(torch.tensor([40.0]), torch.tensor([20.0]))
     plain = orbit_poses(way, 2.0)[0]
     rolled = orbit_poses(way, 2.0, {"roll": torch.tensor([0.3])})[0]
     assert torch.allclose(rolled[:3, 2:], plain[:3, 2:], atol=1e-6)
@@ -81,27 +81,27 @@ def test_freedoms_are_what_they_are_called():
     assert torch.allclose(far[:3, 3], plain[:3, 3] * math.exp(0.5), atol=1e-5)
 
 
-def test_turning_about_z_and_the_dictionary():
-    way = dictionary(24, [10, 40])
+def test_rotate_about_z_and_direction_grid():
+    way = direction_grid(24, [10, 40])
     assert way.shape == (48, 3) and torch.allclose(way.norm(dim=1), torch.ones(48))
-    assert torch.allclose(azimuths(way)[:24], torch.arange(24) * 15.0, atol=1e-3)
-    assert torch.allclose(turned(way[:24], 15.0).roll(1, 0), way[:24], atol=1e-5)
-    each = turned(way, torch.arange(48) * 90.0)
-    off = (azimuths(each) - azimuths(way) - torch.arange(48) * 90 + 180) % 360
+    assert torch.allclose(azimuth_degrees(way)[:24], torch.arange(24) * 15.0, atol=1e-3)
+    assert torch.allclose(rotate_about_z(way[:24], 15.0).roll(1, 0), way[:24], atol=1e-5)
+    each = rotate_about_z(way, torch.arange(48) * 90.0)
+    off = (azimuth_degrees(each) - azimuth_degrees(way) - torch.arange(48) * 90 + 180) % 360
     assert torch.allclose(off, torch.full((48,), 180.0), atol=1e-2)
 
 
 def test_anchors_fill_the_band_evenly():
-    anchors = band_anchors(200, (10.0, 60.0))
+    anchors = fibonacci_band(200, (10.0, 60.0))
     elevation = anchors[:, 2].asin().rad2deg()
     assert elevation.min() >= 10 and elevation.max() <= 60
-    assert torch.histc(azimuths(anchors), 8, 0, 360).sub(25).abs().max() <= 5
+    assert torch.histc(azimuth_degrees(anchors), 8, 0, 360).sub(25).abs().max() <= 5
     near = torch.cdist(anchors, anchors).fill_diagonal_(9).amin(1)
     assert near.min() > 0.5 * near.max()
 
 
-def test_parameters_start_where_they_are_told_and_get_gradients():
-    way = dictionary(5, [30])
+def test_pose_parameters_start_at_the_given_poses_and_get_gradients():
+    way = direction_grid(5, [30])
     poses = OrbitPoses(way, 2.5, ("roll", "aim", "distance"))
     assert torch.allclose(poses(), orbit_poses(way, 2.5), atol=1e-6)
     poses(torch.tensor([1, 3])).square().sum().backward()
@@ -114,20 +114,20 @@ def test_parameters_start_where_they_are_told_and_get_gradients():
 
 
 def test_directions_move_along_their_circle_and_up_over_the_zenith():
-    way = dictionary(5, [30])
+    way = direction_grid(5, [30])
     poses = OrbitPoses(way, 2.5)
     assert torch.equal(poses.direction, way)
     poses.angles.data.copy_(torch.tensor([0.3, 0.4]).expand(5, 2))
     up = math.degrees(0.4)
-    expected = dictionary(5, [30 + up]), math.degrees(0.3)
-    assert torch.allclose(poses.direction, turned(*expected), atol=1e-6)
+    expected = direction_grid(5, [30 + up]), math.degrees(0.3)
+    assert torch.allclose(poses.direction, rotate_about_z(*expected), atol=1e-6)
     poses.angles.data.copy_(torch.tensor([0.0, math.radians(100)]).expand(5, 2))  # 30 + 100 is 50 on the other side
-    assert torch.allclose(poses.direction, turned(dictionary(5, [50]), 180.0), atol=1e-6)
+    assert torch.allclose(poses.direction, rotate_about_z(direction_grid(5, [50]), 180.0), atol=1e-6)
 
 
 def test_a_view_near_the_zenith_climbs_although_going_round_turns_the_picture_more():
-    true = directions(torch.tensor([40.0]), torch.tensor([89.0]))
-    poses = OrbitPoses(directions(torch.tensor([38.0]), torch.tensor([70.0])), 2.5)
+    true = direction_vectors(torch.tensor([40.0]), torch.tensor([89.0]))
+    poses = OrbitPoses(direction_vectors(torch.tensor([38.0]), torch.tensor([70.0])), 2.5)
     goal = orbit_poses(true, 2.5)
     optimizer = torch.optim.Adam(poses.parameters(), lr=0.005)
     for _ in range(200):
@@ -137,9 +137,9 @@ def test_a_view_near_the_zenith_climbs_although_going_round_turns_the_picture_mo
     assert (poses.direction * true).sum() > math.cos(math.radians(0.2))
 
 
-def test_the_natural_distance_shows_a_ninth_more_than_the_box():
+def test_framing_distance_shows_a_ninth_more_than_the_box():
     focal = 1.3
-    pose = orbit_poses(torch.tensor([1.0, 0, 0]), natural_distance(focal))
+    pose = orbit_poses(torch.tensor([1.0, 0, 0]), framing_distance(focal))
     k = torch.tensor([[focal, 0, 0.5], [0, focal, 0.5], [0, 0, 1]])
     rays = pixel_rays(pose, k, torch.tensor([[0.0, 0.5]]))
     t = -rays.origins[0, 0] / rays.directions[0, 0]
@@ -147,20 +147,20 @@ def test_the_natural_distance_shows_a_ninth_more_than_the_box():
 
 
 def test_known_poses_are_brought_around_the_origin():
-    way = directions(torch.rand(12) * 360, torch.rand(12) * 60 + 5)
+    way = direction_vectors(torch.rand(12) * 360, torch.rand(12) * 60 + 5)
     moved = orbit_poses(way, 4.0)
     moved[:, :3, 3] += torch.tensor([5.0, -2, 1])
-    assert torch.allclose(centred(moved, 2.0), orbit_poses(way, 2.0), atol=1e-3)
+    assert torch.allclose(center_poses(moved, 2.0), orbit_poses(way, 2.0), atol=1e-3)
 
 
-def test_views_moved_elsewhere_keep_their_departures():
-    way = dictionary(4, [30])
+def test_with_directions_keeps_the_offsets():
+    way = direction_grid(4, [30])
     poses = OrbitPoses(way, 2.5, ("roll", "aim"))
     poses.freedom["roll"].data.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
     poses.freedom["aim"].data.fill_(0.05)
-    moved = poses.at(turned(way, 90.0))
+    moved = poses.with_directions(rotate_about_z(way, 90.0))
     turn = torch.eye(4)
     turn[:2, :2] = torch.tensor([[0.0, -1], [1, 0]])
     assert torch.allclose(moved(), turn @ poses(), atol=1e-5)
-    assert torch.allclose(turned_poses(poses(), 90.0), moved(), atol=1e-5)
+    assert torch.allclose(rotate_poses_about_z(poses(), 90.0), moved(), atol=1e-5)
     assert not any(p.requires_grad for p in moved.parameters()) and all(p.requires_grad for p in poses.parameters())

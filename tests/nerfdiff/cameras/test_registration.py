@@ -8,10 +8,10 @@ import roma
 import torch
 
 from factorkit.metrics.pose import Similarity
-from factorkit.nerfdiff.cameras.poses import dictionary, orbit_poses
-from factorkit.nerfdiff.cameras.registration import registered
+from factorkit.nerfdiff.cameras.poses import direction_grid, orbit_poses
+from factorkit.nerfdiff.cameras.registration import register_scene
 from factorkit.nerfdiff.fields.grid import GridField
-from factorkit.nerfdiff.rays import Optics, render_views
+from factorkit.nerfdiff.rays import CameraModel, render_views
 
 DISTANCE = 3.0
 
@@ -30,10 +30,10 @@ def blobs() -> GridField:
     return field.requires_grad_(False)
 
 
-def test_the_pictures_tell_what_the_poses_left_open():
-    optics = Optics(torch.tensor([[1.4, 0, 0.5], [0, 1.4, 0.5], [0, 0, 1]]), torch.ones(3))
+def test_register_scene_refines_the_similarity_by_images():
+    optics = CameraModel(torch.tensor([[1.4, 0, 0.5], [0, 1.4, 0.5], [0, 0, 1]]), torch.ones(3))
     model = SimpleNamespace(field=blobs(), optics=optics, samples=24)
-    in_scene = orbit_poses(dictionary(8, [20.0, 50.0]), DISTANCE)
+    in_scene = orbit_poses(direction_grid(8, [20.0, 50.0]), DISTANCE)
     images = render_views(model.field, in_scene, optics, (24, 24), 48).color.movedim(-1, 1)
     # the poses' own coordinates are another world's; what leads back from there is the answer
     turn = roma.rotvec_to_rotmat(torch.tensor([0.3, -0.8, 0.5])).double()
@@ -42,7 +42,7 @@ def test_the_pictures_tell_what_the_poses_left_open():
     off = roma.rotvec_to_rotmat(torch.tensor([0.01, -0.02, 0.015])).double()
     start = Similarity(off @ turn, truth.translation + torch.tensor([0.03, -0.02, 0.04]), truth.scale * 1.01)
 
-    found = registered(model, start, poses, images)
+    found = register_scene(model, start, poses, images)
 
     def away(s: Similarity) -> tuple[float, float]:
         moved = s.apply(poses)

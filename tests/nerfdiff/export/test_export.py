@@ -15,9 +15,9 @@ from plyfile import PlyData
 
 from factorkit.data import make_procedural_views, open_views
 from factorkit.data.procedural.scene import TABLE, make_scene_field, signed_distance
-from factorkit.nerfdiff.export.cameras import PICTURES, file_names, write_colmap
-from factorkit.nerfdiff.export.mesh import Shape
-from factorkit.nerfdiff.export.points import export
+from factorkit.nerfdiff.export import export
+from factorkit.nerfdiff.export.cameras import IMAGE_FOLDER, file_names, write_colmap
+from factorkit.nerfdiff.export.points import Shape
 from factorkit.utils.errors import ConfigError, DataError
 
 
@@ -55,10 +55,10 @@ def test_points_lie_on_the_surface_in_its_colours(tmp_path, views):
 
 
 def test_silhouettes_leave_no_points_in_the_air(tmp_path, views, monkeypatch):
-    from factorkit.nerfdiff.export import mesh as export_surface
+    from factorkit.nerfdiff.export import points as export_points
 
     kept, _ = vertices(export(tmp_path / "a.ply", views, make_scene_field(), points=4000))
-    monkeypatch.setattr(export_surface, "SOLID", -1.0)
+    monkeypatch.setattr(export_points, "MIN_OPTICAL_DEPTH", -1.0)
     every, _ = vertices(export(tmp_path / "b.ply", views, make_scene_field(), points=4000))
     assert distance(every).max() > 0.2 > 0.1 > distance(kept).max()
 
@@ -73,7 +73,7 @@ def test_a_mesh_is_closed_faces_outwards_and_has_the_density(tmp_path, views):
     assert mesh.is_watertight
     points, colors = vertices(tmp_path / "mesh.ply")
     faces = np.stack(PlyData.read(tmp_path / "mesh.ply")["face"]["vertex_indices"])
-    assert faces.shape[1] == 3 and 0 <= faces.min() and faces.max() < len(points)
+    assert faces.shape[1] == 3 and faces.min() >= 0 and faces.max() < len(points)
     assert distance(points).abs().quantile(0.98) < 0.025  # cells have sides of 0.025
     inside = torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     volume = 8 * (field(inside, inside)[0] > 100).float().mean().item()
@@ -124,7 +124,7 @@ def test_exports_beside_pictures_leave_them_alone(tmp_path, views):
         path.write_bytes(b"all there is of it")
     for name in ("transforms.json", ""):
         export(tmp_path / name, views, make_scene_field(), kind=None if name else "colmap", points=100)
-        written = sorted((tmp_path / PICTURES).iterdir())
+        written = sorted((tmp_path / IMAGE_FOLDER).iterdir())
         assert len(written) == 10
         for path in own:
             assert path.read_bytes() == b"all there is of it"
@@ -159,7 +159,7 @@ def test_colmap_reads_cameras_images_and_points(tmp_path, views):
     assert len(points) > 1000 and distance(torch.tensor(points).float()).abs().max() < 0.1
     for i, name in enumerate(views.names):
         image = model.images[i + 1]
-        assert image.name == f"{name}.png" and (folder / PICTURES / image.name).is_file()
+        assert image.name == f"{name}.png" and (folder / IMAGE_FOLDER / image.name).is_file()
         world_to_camera = image.cam_from_world().matrix()
         expected = np.linalg.inv(views.poses[i].double().numpy() @ np.diag([1.0, -1, -1, 1]))[:3]
         np.testing.assert_allclose(world_to_camera, expected, atol=1e-5)
@@ -225,7 +225,7 @@ def test_real_pictures_satisfy_it_too(tmp_path, real_data, name):
     rows = [line for line in (tmp_path / "images.txt").read_text().splitlines() if line and line[0] != "#"]
     cameras = {row.split()[0]: row for row in (tmp_path / "cameras.txt").read_text().splitlines() if row[0] != "#"}
     sift = cv2.SIFT_create()
-    found = [sift.detectAndCompute(cv2.imread(str(tmp_path / PICTURES / row.split()[9]), 0), None) for row in rows]
+    found = [sift.detectAndCompute(cv2.imread(str(tmp_path / IMAGE_FOLDER / row.split()[9]), 0), None) for row in rows]
     errors = []
     for i in range(len(views)):
         for j in range(i + 1, len(views)):

@@ -11,8 +11,8 @@ import torch
 import trimesh
 from plyfile import PlyData
 
-from factorkit.nerfdiff.cameras.poses import forward_poses
-from factorkit.nerfdiff.export.points import export
+from factorkit.nerfdiff.cameras.poses import forward_facing_poses
+from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.rays import render_views
 from factorkit.rendering import Rays
 from factorkit.utils.errors import ConfigError, DataError
@@ -36,10 +36,10 @@ def test_what_is_bent_comes_back():
     origins = 0.4 * torch.randn(50, 3, generator=generator) - torch.tensor([0, 0, 0.8])
     directions = torch.nn.functional.normalize(torch.randn(50, 3, generator=generator) - torch.tensor([0, 0, 6.0]))
     assert 5 < (origins[:, 2] < -1).sum() < 45
-    bent = OPTICS.bent(Rays(origins, directions), (30, 40))
-    assert torch.equal(bent.directions[:, 2], OPTICS.bent(Rays(0 * origins, directions), (3, 4)).directions[:, 2])
+    bent = OPTICS.to_ndc(Rays(origins, directions), (30, 40))
+    assert torch.equal(bent.directions[:, 2], OPTICS.to_ndc(Rays(0 * origins, directions), (3, 4)).directions[:, 2])
     for t in (0.0, 0.1, 0.4):
-        world = OPTICS.unbent(bent.origins + t * bent.directions)
+        world = OPTICS.from_ndc(bent.origins + t * bent.directions)
         along = ((world - origins) * directions).sum(1)
         torch.testing.assert_close(world, origins + along[:, None] * directions, atol=1e-3, rtol=1e-4)
         assert (along > -1e-4).all()  # nothing behind the camera, even where it stands beyond the nearest plane
@@ -48,7 +48,7 @@ def test_what_is_bent_comes_back():
 
 
 def test_a_camera_in_the_scene_sees_what_is_before_it():
-    ahead = forward_poses(torch.zeros(1, 3))
+    ahead = forward_facing_poses(torch.zeros(1, 3))
     ahead[0, :3, 3] = torch.tensor([0.2, -0.1, -3.5])  # behind the ball
     seen = render_views(ball_and_wall, ahead, OPTICS, (6, 8), 512)
     assert torch.allclose(seen.depth, torch.full((1, 6, 8), WALL), atol=0.1) and (seen.opacity > 0.99).all()

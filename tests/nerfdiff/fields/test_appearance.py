@@ -9,21 +9,22 @@ import torch
 
 import factorkit
 from factorkit.data.procedural.scene import make_procedural_views
-from factorkit.nerfdiff.cameras.poses import dictionary, orbit_poses
+from factorkit.nerfdiff.cameras.poses import direction_grid, orbit_poses
 from factorkit.nerfdiff.fields.appearance import Appearance
-from factorkit.nerfdiff.fields.grid import GridField, build_field
-from factorkit.nerfdiff.rays import Optics, render_pixels, render_views
+from factorkit.nerfdiff.fields.build import build_field
+from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
 from factorkit.nerfdiff.stages.dictionary import candidate_errors
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import ConfigError
 
-OPTICS = Optics(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
-POSES = orbit_poses(dictionary(3, [25]), 3.3)
+OPTICS = CameraModel(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
+POSES = orbit_poses(direction_grid(3, [25]), 3.3)
 
 
 def toned_field(background: str = "given", width: int = 2) -> GridField:
     torch.manual_seed(1)
-    field = build_field("grid", 5, 3, background=background, views=4, appearance=width)
+    field = build_field("grid", 5, 3, background=background, views=4, appearance_dim=width)
     field.values.data.mul_(8)
     field.appearance.codes.data.normal_(std=0.3)
     return field
@@ -101,7 +102,7 @@ def tinted():
     return replace(views, images=images.clamp(0, 1))
 
 
-def test_views_of_changing_tones_are_fitted_better_with_codes(tinted, tiny, tmp_path):
+def test_appearance_codes_improve_views_of_varying_colour(tinted, tiny, tmp_path):
     settings = tiny | {
         "resolution": 16,
         "poses": "known",
@@ -116,25 +117,25 @@ def test_views_of_changing_tones_are_fitted_better_with_codes(tinted, tiny, tmp_
     for width in (0, 3):
         run = train_nerfdiff(tinted, out=tmp_path / str(width), **settings | {"appearance_dim": width})
         views = torch.arange(24) if width else None
-        seen = render_views(run.model.field, run.poses, run.model.optics, (16, 16), 20, views).color.movedim(-1, 1)
+        seen = render_views(run.model.field, run.poses, run.model.camera, (16, 16), 20, views).color.movedim(-1, 1)
         errors[width] = (seen - tinted.images).square().mean().item()
         if width:
-            reds = [run.render(run.poses[:1], tone=i).images[0, 0].mean() for i in (0, 1)]
+            reds = [run.render(run.poses[:1], appearance_view=i).images[0, 0].mean() for i in (0, 1)]
             mean = run.render(run.poses[:1]).images[0, 0].mean()
             assert reds[0] > mean > reds[1]
             single = factorkit.load(run.save(tmp_path / "one.safetensors"), device="cpu")
-            toned = (r.render_path(run.poses[:2], tone=5).images for r in (run, single))
-            assert torch.equal(*toned)
-            with pytest.raises(ConfigError, match="tone=24: there are views 0 to 23"):
-                run.render(run.poses[:1], tone=24)
+            apply_appearance = (r.render_path(run.poses[:2], appearance_view=5).images for r in (run, single))
+            assert torch.equal(*apply_appearance)
+            with pytest.raises(ConfigError, match="appearance_view=24: give a view from 0 to 23"):
+                run.render(run.poses[:1], appearance_view=24)
         else:
             with pytest.raises(ConfigError, match="appearance_dim=4"):
-                run.render(run.poses[:1], tone=0)
+                run.render(run.poses[:1], appearance_view=0)
     assert errors[3] < 0.5 * errors[0], errors
 
 
 @pytest.mark.parametrize("changes", [{}, {"search": "joint"}])
-def test_every_stage_knows_them(changes, tmp_path, scene_views, tiny):
+def test_every_stage_has_appearance_codes(changes, tmp_path, scene_views, tiny):
     run = train_nerfdiff(scene_views, out=tmp_path / "run", **tiny | {"appearance_dim": 2} | changes)
     assert run.model.field.appearance.codes.shape == (10, 2) and (run.model.field.appearance.codes != 0).any()
     with pytest.raises(ConfigError, match="appearance_dim=-1"):

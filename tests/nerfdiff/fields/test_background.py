@@ -8,17 +8,18 @@ import pytest
 import torch
 
 import factorkit
-from factorkit.nerfdiff.cameras.poses import dictionary, orbit_poses
+from factorkit.nerfdiff.cameras.poses import direction_grid, orbit_poses
 from factorkit.nerfdiff.fields.background import BACKGROUNDS, build_background
-from factorkit.nerfdiff.fields.grid import GridField, build_field
-from factorkit.nerfdiff.rays import Optics, render_pixels, render_views
-from factorkit.nerfdiff.stages.refine import field_groups
+from factorkit.nerfdiff.fields.build import build_field
+from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
+from factorkit.nerfdiff.stages.refine import field_parameter_groups
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.rendering import image_rays
 from factorkit.utils.errors import ConfigError
 
-OPTICS = Optics(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
-POSES = orbit_poses(dictionary(3, [25]), 3.3)
+OPTICS = CameraModel(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
+POSES = orbit_poses(direction_grid(3, [25]), 3.3)
 SEA = torch.tensor([0.1, 0.4, 0.6])
 
 
@@ -46,13 +47,13 @@ def test_one_colour_is_learned_and_nothing_else_lies_behind():
 def test_a_background_field_is_of_the_viewing_direction_alone(forward):
     """Also of a forward-facing scene, whose rays are bent before the field sees them."""
     torch.manual_seed(0)
-    field, optics = empty("field"), Optics(OPTICS.intrinsics, OPTICS.background, forward)
+    field, optics = empty("field"), CameraModel(OPTICS.intrinsics, OPTICS.background, forward)
     field.background.last.weight.data.normal_()
     moved = torch.eye(4).repeat(2, 1, 1)
     moved[1, :3, 3] = torch.tensor([0.1, 0.2, -0.1])
     seen = render_views(field, moved, optics, (5, 4), 6).color
     assert torch.allclose(seen[0], seen[1], atol=1e-6) and seen[0].std() > 0.01
-    way = image_rays(moved[:1], optics.pixels(5, 4), 5, 4).directions
+    way = image_rays(moved[:1], optics.pixel_intrinsics(5, 4), 5, 4).directions
     assert torch.allclose(seen[:1], field.background(way), atol=1e-6)
     pixels = torch.tensor([[3, 17], [3, 17]])
     some = render_pixels(field, moved, optics, pixels, (5, 4), 6).color
@@ -62,8 +63,8 @@ def test_a_background_field_is_of_the_viewing_direction_alone(forward):
 def test_gradients_reach_background_and_pose_through_what_is_transparent():
     field = build_field("grid", 5, 0, background="field").double()
     torch.nn.init.normal_(field.background.last.weight)
-    optics = Optics(OPTICS.intrinsics.double(), OPTICS.background.double())
-    direction = dictionary(3, [25]).double().requires_grad_()
+    optics = CameraModel(OPTICS.intrinsics.double(), OPTICS.background.double())
+    direction = direction_grid(3, [25]).double().requires_grad_()
 
     def loss(direction):
         pixels = torch.arange(12).expand(3, 12)
@@ -76,26 +77,26 @@ def test_gradients_reach_background_and_pose_through_what_is_transparent():
 
 
 def test_a_background_keeps_a_pace_of_its_own():
-    field = build_field("hashgrid", 8, 0, background="learned", views=4, appearance=2)
-    groups = field_groups(field, 1e-4, 1e-3)
+    field = build_field("hashgrid", 8, 0, background="learned", views=4, appearance_dim=2)
+    groups = field_parameter_groups(field, 1e-4, 1e-3)
     assert [g["scale"] for g in groups] == pytest.approx([0.1, 30.0, 10.0])
     assert sum(len(g["params"]) for g in groups) == len(list(field.parameters()))
     field.requires_grad_(False)
-    assert field_groups(field, 1e-4, 1e-3) == []
+    assert field_parameter_groups(field, 1e-4, 1e-3) == []
 
 
-def test_a_refined_grid_takes_its_surroundings_along():
-    field = build_field("grid", 4, 0, background="learned", views=3, appearance=2)
+def test_resampled_grid_keeps_background_and_appearance():
+    field = build_field("grid", 4, 0, background="learned", views=3, appearance_dim=2)
     field.background.raw.data.fill_(0.7)
     field.appearance.codes.data.fill_(0.3)
-    finer = field.refined(6)
+    finer = field.resampled(6)
     assert torch.equal(finer.background.raw, field.background.raw) and finer.background is not field.background
     assert torch.equal(finer.appearance.codes, field.appearance.codes)
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS[1:])
 @pytest.mark.parametrize("changes", [{}, {"search": "joint"}, {"poses": "known", "field": "hashgrid"}])
-def test_runs_find_and_keep_it(background, changes, tmp_path, scene_views, tiny):
+def test_run_learns_and_stores_the_background(background, changes, tmp_path, scene_views, tiny):
     views = replace(scene_views.with_background(SEA), background=None, masks=None)
     settings = tiny | {"background": background, "field_steps": 20} | changes
     run = train_nerfdiff(views, out=tmp_path / "run", **settings)
@@ -108,12 +109,12 @@ def test_runs_find_and_keep_it(background, changes, tmp_path, scene_views, tiny)
     assert torch.equal(single.render(run.poses).images, run.render(run.poses).images)
     assert single.views.background is None
     if not changes:
-        from factorkit.nerfdiff.partial_run import snapshot
+        from factorkit.nerfdiff.build import load_partial_run
 
-        assert snapshot(tmp_path / "run").field.background is not None
+        assert load_partial_run(tmp_path / "run").field.background is not None
         run.export(tmp_path / "colmap", points=100)
 
 
-def test_an_unknown_background_is_refused():
+def test_build_background_unknown_kind_is_refused():
     with pytest.raises(ConfigError, match="background='forest' is unknown; choose one of given, learned, field"):
         build_background("forest", 0)

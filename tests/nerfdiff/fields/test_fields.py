@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.nerfdiff.fields.grid import GridField, build_field
+from factorkit.nerfdiff.fields.build import build_field
+from factorkit.nerfdiff.fields.grid import GridField
 from factorkit.utils.errors import ConfigError
 
 
@@ -28,7 +29,7 @@ def test_the_grid_interpolates_between_its_vertices(resolution):
     x, y, z = torch.meshgrid(place, place, place, indexing="ij")
     field = filled(resolution, torch.stack([x, 2 * y, z - x, y + 0.5], -1).contiguous())
     p = torch.rand(40, 3) * 2 - 1
-    raw = field.raw(p, p) / GridField.SCALE
+    raw = field.raw(p, p) / GridField.RAW_SCALE
     orders = [p, p.flip(1)]  # which axis comes first is the table's affair
     wanted = [torch.stack([q[:, 0], 2 * q[:, 1], q[:, 2] - q[:, 0], q[:, 1] + 0.5], -1) for q in orders]
     assert any(torch.allclose(raw, w, atol=1e-4) for w in wanted)
@@ -37,22 +38,22 @@ def test_the_grid_interpolates_between_its_vertices(resolution):
 def test_blur_keeps_the_middle_of_a_constant_and_spreads_a_point():
     field = filled(17, torch.ones(17, 17, 17, 4))
     field.coarseness = 0.5
-    assert torch.allclose(field.blurred()[8, 8, 8], torch.ones(4), atol=1e-3)
+    assert torch.allclose(field.blurred_values()[8, 8, 8], torch.ones(4), atol=1e-3)
     point = torch.zeros(17, 17, 17, 4)
     point[8, 8, 8, 1] = 1
     spread = filled(17, point)
     spread.coarseness = 0.5
-    values = spread.blurred()
+    values = spread.blurred_values()
     assert values[..., 0].abs().max() == 0 and values[8, 8, 8, 1] == values.max() < 0.2
     assert torch.allclose(values, values.transpose(0, 2), atol=1e-7)
     assert torch.allclose(values, values.transpose(0, 1), atol=1e-7)
     spread.coarseness = 0.0
-    assert spread.blurred() is spread.values
+    assert spread.blurred_values() is spread.values
 
 
-def test_a_refined_grid_is_the_same_field():
+def test_resampled_grid_is_the_same_field():
     coarse = GridField(6, seed=3)
-    fine = coarse.refined(11)
+    fine = coarse.resampled(11)
     p = torch.rand(100, 3) * 2 - 1
     assert torch.allclose(coarse.raw(p, p), fine.raw(p, p), atol=1e-5)
 
@@ -73,15 +74,15 @@ def test_gradients_of_positions_and_values_by_finite_differences():
     assert torch.autograd.gradcheck(raw, (p, values), eps=1e-6, atol=1e-4)
 
 
-def test_roughness_is_nothing_for_a_constant_and_counts_every_axis():
-    assert filled(5, torch.full((5, 5, 5, 4), 2.0)).roughness() == 0
+def test_total_variation_of_a_constant_is_zero_and_counts_every_axis():
+    assert filled(5, torch.full((5, 5, 5, 4), 2.0)).total_variation() == 0
     for axis in range(3):
         values = torch.zeros(5, 5, 5, 4)
         values.transpose(0, axis)[0] = 1.0
-        assert filled(5, values).roughness().item() == pytest.approx(1 / 4)
+        assert filled(5, values).total_variation().item() == pytest.approx(1 / 4)
 
 
-def test_unknown_fields_are_refused():
+def test_build_field_unknown_kind_is_refused():
     with pytest.raises(ConfigError, match="fog"):
         build_field("fog", 8, 0)
 

@@ -7,16 +7,23 @@ import torch
 
 import factorkit
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff.cameras.poses import dictionary, orbit_poses
-from factorkit.nerfdiff.export.mesh import point_cloud
-from factorkit.nerfdiff.fields.grid import GridField, build_field
-from factorkit.nerfdiff.fields.occupancy import EVERY, cells_for, look_again, occupancy_grid, occupied_sampling
-from factorkit.nerfdiff.rays import Optics, render_pixels, render_views
+from factorkit.nerfdiff.cameras.poses import direction_grid, orbit_poses
+from factorkit.nerfdiff.export.points import point_cloud
+from factorkit.nerfdiff.fields.build import build_field
+from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.fields.occupancy import (
+    UPDATE_EVERY,
+    build_occupancy_grid,
+    occupancy_cells,
+    occupied_sampling,
+    update_occupancy,
+)
+from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.rendering import OccupancySampling, UniformSampling
 
-OPTICS = Optics(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
-POSES = orbit_poses(dictionary(3, [25]), 3.3)
+OPTICS = CameraModel(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
+POSES = orbit_poses(direction_grid(3, [25]), 3.3)
 
 
 def ball(resolution: int = 11) -> GridField:
@@ -30,7 +37,7 @@ def ball(resolution: int = 11) -> GridField:
 
 
 def looked(field: GridField, cells: int = 32) -> GridField:
-    field.occupancy = occupancy_grid(cells)
+    field.occupancy = build_occupancy_grid(cells)
     for _ in range(8):
         field.occupancy.update(lambda p: field(p, p)[0])
     return field
@@ -38,7 +45,7 @@ def looked(field: GridField, cells: int = 32) -> GridField:
 
 @pytest.mark.parametrize("forward", [False, True])
 def test_the_picture_is_the_plain_one(forward):
-    optics = Optics(OPTICS.intrinsics, OPTICS.background, forward)
+    optics = CameraModel(OPTICS.intrinsics, OPTICS.background, forward)
     poses = torch.eye(4)[None] if forward else POSES
     plain = render_views(ball(), poses, optics, (14, 12), 256)
     field = looked(ball())
@@ -54,7 +61,7 @@ def test_the_picture_is_the_plain_one(forward):
 def test_a_part_of_the_box_is_looked_at_anew():
     field = looked(ball())
     assert occupied_sampling(field, (-1.0,) * 3, (1.0,) * 3).occupancy is field.occupancy
-    views = Views(torch.ones(3, 3, 16, 16), list("abc"), OPTICS.pixels(16, 16).expand(3, 3, 3), poses=POSES)
+    views = Views(torch.ones(3, 3, 16, 16), list("abc"), OPTICS.pixel_intrinsics(16, 16).expand(3, 3, 3), poses=POSES)
     points = point_cloud(field, views, (0.0, -1.0, -1.0), (1.0, 1.0, 1.0), 500).points
     assert len(points) and points[:, 0].min() > -0.02
 
@@ -62,8 +69,8 @@ def test_a_part_of_the_box_is_looked_at_anew():
 def test_gradients_of_poses_and_field_are_those_of_finite_differences():
     torch.manual_seed(0)
     field = looked(ball(9)).double()
-    optics = Optics(OPTICS.intrinsics.double(), OPTICS.background.double())
-    direction = dictionary(3, [25]).double().requires_grad_()
+    optics = CameraModel(OPTICS.intrinsics.double(), OPTICS.background.double())
+    direction = direction_grid(3, [25]).double().requires_grad_()
     pixels, weight = torch.randint(0, 12 * 12, (3, 20)), torch.randn(3, 20, 3).double()
 
     def loss(direction):
@@ -88,30 +95,30 @@ def test_gradients_of_poses_and_field_are_those_of_finite_differences():
 
 def test_it_looks_now_and_then_and_not_while_the_field_is_blurred():
     field = ball()
-    look_again(field, EVERY)  # has no grid
-    field.occupancy = occupancy_grid(32)
-    for step in (0, EVERY - 1, EVERY + 1):
-        look_again(field, step)
+    update_occupancy(field, UPDATE_EVERY)  # has no grid
+    field.occupancy = build_occupancy_grid(32)
+    for step in (0, UPDATE_EVERY - 1, UPDATE_EVERY + 1):
+        update_occupancy(field, step)
     field.coarseness = 0.5
-    look_again(field, EVERY)
+    update_occupancy(field, UPDATE_EVERY)
     assert field.occupancy.num_updates == 0 and field.occupancy.share_occupied() == 1
     field.coarseness = 0.0
-    look_again(field, EVERY)
-    look_again(field, 2 * EVERY)
+    update_occupancy(field, UPDATE_EVERY)
+    update_occupancy(field, 2 * UPDATE_EVERY)
     assert field.occupancy.num_updates == 2 and 0.02 < field.occupancy.share_occupied() < 0.3
 
 
-def test_steps_are_as_long_as_without():
+def test_occupancy_sampling_has_the_step_of_uniform_sampling():
     field = ball()
-    field.occupancy = occupancy_grid(32)  # all of it occupied
+    field.occupancy = build_occupancy_grid(32)  # all of it occupied
     plain, seen = (render_views(f, POSES, OPTICS, (6, 6), 64) for f in (ball(), field))
     assert (seen.color - plain.color).abs().max() < 0.05
-    from factorkit.nerfdiff.rays import sampling
+    from factorkit.nerfdiff.rays import build_sampling
 
-    assert isinstance(sampling(ball(), 64), UniformSampling)
-    assert sampling(field, 64) == OccupancySampling(field.occupancy, step=2 / 64)
-    assert sampling(field, 64, forward=True).step == 1 / 64
-    assert (cells_for(32), cells_for(64), cells_for(128)) == (32, 64, 64)
+    assert isinstance(build_sampling(ball(), 64), UniformSampling)
+    assert build_sampling(field, 64) == OccupancySampling(field.occupancy, step=2 / 64)
+    assert build_sampling(field, 64, forward_facing=True).step == 1 / 64
+    assert (occupancy_cells(32), occupancy_cells(64), occupancy_cells(128)) == (32, 64, 64)
 
 
 def test_exports_and_the_viewer_use_the_grid_that_was_trained():
@@ -121,8 +128,8 @@ def test_exports_and_the_viewer_use_the_grid_that_was_trained():
 
 
 @pytest.mark.parametrize("changes", [{}, {"search": "joint"}, {"poses": "known", "field": "hashgrid"}])
-def test_a_run_trains_with_it_and_keeps_it(changes, tmp_path, scene_views, tiny):
-    settings = tiny | {"occupancy": True, "field_steps": 2 * EVERY + 2, "steps": 2 * EVERY + 2} | changes
+def test_run_trains_and_stores_the_occupancy_grid(changes, tmp_path, scene_views, tiny):
+    settings = tiny | {"occupancy": True, "field_steps": 2 * UPDATE_EVERY + 2, "steps": 2 * UPDATE_EVERY + 2} | changes
     run = train_nerfdiff(scene_views, out=tmp_path / "run", **settings)
     grid = run.model.field.occupancy
     assert grid.num_updates == (1 if "search" in changes else 2), "the joint training is blurred in its first half"
@@ -135,10 +142,10 @@ def test_a_run_trains_with_it_and_keeps_it(changes, tmp_path, scene_views, tiny)
 
 def test_the_grid_of_a_kind_there_is_not_asked_for_has_none(tmp_path, scene_views, tiny, monkeypatch):
     """With another kind of field asked for, the refinement's lattice goes without: it gains nothing."""
-    from factorkit.nerfdiff.partial_run import snapshot
+    from factorkit.nerfdiff.build import load_partial_run
 
     run = train_nerfdiff(scene_views, out=tmp_path / "run", **tiny | {"occupancy": True, "field": "hashgrid"})
     assert run.model.field.occupancy is not None
     stages = {path.name for path in (tmp_path / "run" / "stages").iterdir()}
-    assert {"refine", "fit"} <= stages and snapshot(tmp_path / "run").field.occupancy is not None
+    assert {"refine", "fit"} <= stages and load_partial_run(tmp_path / "run").field.occupancy is not None
     assert build_field("grid", 4, 0).occupancy is None

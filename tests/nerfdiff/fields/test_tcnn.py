@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from factorkit.nerfdiff.fields.grid import build_field
+from factorkit.nerfdiff.fields.build import build_field
 from factorkit.utils.errors import ConfigError
 
 
@@ -46,7 +46,7 @@ def stand_in(monkeypatch):
     monkeypatch.setitem(sys.modules, "tinycudann", module)
 
 
-def test_its_numbers_are_fp32_and_their_gradients_reach_places_and_parameters(stand_in):
+def test_tcnn_outputs_are_fp32_with_gradients_of_positions_and_parameters(stand_in):
     field = build_field("tcnn", 40, 3)
     assert field.geometry.finest == 40
     positions = (torch.rand(11, 3) * 1.8 - 0.9).requires_grad_()
@@ -73,7 +73,7 @@ def test_only_its_colour_sees_directions_and_its_seed_decides(stand_in):
 
 
 @pytest.mark.parametrize("reason", [ModuleNotFoundError("No module named 'tinycudann'"), OSError("no CUDA device")])
-def test_where_it_cannot_be_had_the_cure_is_named(monkeypatch, reason):
+def test_tcnn_missing_names_the_cure(monkeypatch, reason):
     plain = builtins.__import__
 
     def refusing(name, *rest):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from factorkit.nerfdiff import viewer
-from factorkit.nerfdiff.cameras.poses import forward_poses
+from factorkit.nerfdiff.cameras.poses import forward_facing_poses
 from factorkit.nerfdiff.fields.occupancy import occupied_sampling
-from factorkit.nerfdiff.previews.plane import SIDE, plane_picture
-from factorkit.nerfdiff.previews.views import novel_sheet
-from factorkit.nerfdiff.viewer import Shown, Viewer, from_viser, frustum, paint
+from factorkit.nerfdiff.previews.cameras import SIDE, draw_plane
+from factorkit.nerfdiff.previews.views import draw_denoising_grid
+from factorkit.nerfdiff.viewer import Viewer, ViewerScene, fov_and_aspect, from_viser, render_viewpoint
 from factorkit.report.image_grid import palette
 from tests.nerfdiff.forward import CENTRE, RADIUS, WALL, ball_and_wall, forward_views
 
@@ -21,7 +21,7 @@ BLUE = palette(1)[0].astype(int)
 @pytest.fixture(scope="module")
 def shown():
     views = forward_views(size=(18, 24), columns=3, rows=2)
-    return Shown(3, ball_and_wall, views, views.background, true=views.poses)
+    return ViewerScene(3, ball_and_wall, views, views.background, true=views.poses)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def sampling():
 
 def test_the_render_is_the_picture_of_that_camera(shown, sampling):
     views = shown.views
-    fov, _ = frustum(views.intrinsics[0], *views.size)
+    fov, _ = fov_and_aspect(views.intrinsics[0], *views.size)
     for i in (0, 5):
-        picture = paint(shown, sampling, views.poses[i], fov, *views.size)
+        picture = render_viewpoint(shown, sampling, views.poses[i], fov, *views.size)
         apart = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - views.images[i]).abs()
         assert apart.mean() < 0.06
     assert (views.images[0] - views.images[5]).abs().mean() > 0.1
@@ -41,19 +41,19 @@ def test_the_render_is_the_picture_of_that_camera(shown, sampling):
 
 def test_behind_the_cameras_there_is_nothing(shown, sampling):
     back = torch.diag(torch.tensor([-1.0, 1.0, -1.0, 1.0]))  # looks along +z
-    picture = paint(shown, sampling, back, 0.8, 6, 8)
+    picture = render_viewpoint(shown, sampling, back, 0.8, 6, 8)
     assert (picture == np.array([0, 0, 255])).all()
-    assert (paint(shown, sampling, torch.eye(4), 0.8, 6, 8)[..., 0] > 20).all()
+    assert (render_viewpoint(shown, sampling, torch.eye(4), 0.8, 6, 8)[..., 0] > 20).all()
 
 
 def test_points_and_frusta_stand_in_the_cameras_space(shown, monkeypatch):
-    monkeypatch.setattr(viewer, "POINTS", 600)
+    monkeypatch.setattr(viewer, "MAX_POINTS", 600)
     with Viewer(shown, port=18100) as opened:
         scene = opened.server.scene
         points = scene.get_handle_by_name("/points/cloud").points
         off = np.minimum(np.abs(np.linalg.norm(points - CENTRE.numpy(), axis=1) - RADIUS), np.abs(-points[:, 2] - WALL))
         assert len(points) > 300 and np.median(off) < 0.3
-        handle = scene.get_handle_by_name("/found/0004")
+        handle = scene.get_handle_by_name("/predicted/0004")
         torch.testing.assert_close(from_viser(handle.wxyz, handle.position), shown.views.poses[4], atol=1e-5, rtol=0)
         assert handle.scale == pytest.approx(0.06)
 
@@ -66,30 +66,30 @@ def spots(picture, color=BLUE, tolerance=40):
 
 
 def test_cameras_stand_in_the_plane_as_they_see_it():
-    poses = forward_poses(torch.tensor([[-0.5, 0.0, 0.0], [0.5, 0.25, 0.0], [0.0, -0.25, 0.0]]))
-    behind, above = spots(plane_picture(poses))
+    poses = forward_facing_poses(torch.tensor([[-0.5, 0.0, 0.0], [0.5, 0.25, 0.0], [0.0, -0.25, 0.0]]))
+    behind, above = spots(draw_plane(poses))
     for x, y in ((-0.5, 0.0), (0.5, 0.25), (0.0, -0.25)):  # the widest side fills 0.8 of the half
         expected = SIDE * np.array([0.5 + 0.8 * x, 0.5 - 0.8 * y])
         assert np.linalg.norm(behind - expected, axis=1).min() < 1.5
     assert above[:, 1].min() < SIDE / 2 - 20 and above[:, 1].max() < SIDE / 2 + 4  # they look ahead, which is upwards
     turned = poses.clone()
     turned[:, :3, :3] = torch.tensor([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]])  # all look to the right
-    _, above = spots(plane_picture(turned))
+    _, above = spots(draw_plane(turned))
     assert above[:, 0].max() > SIDE * 0.9 + 20 and above[:, 1].min() > SIDE / 2 - 5
 
 
 def test_candidates_have_room_and_are_grey():
-    poses = forward_poses(torch.tensor([[-0.1, 0.0, 0.0], [0.1, 0.0, 0.0]]))
-    candidates = forward_poses(torch.tensor([[-0.4, 0.4, 0.0], [0.4, -0.4, 0.0]]))
-    alone, among = (np.asarray(plane_picture(poses, c)).astype(int) for c in (None, candidates[None]))
+    poses = forward_facing_poses(torch.tensor([[-0.1, 0.0, 0.0], [0.1, 0.0, 0.0]]))
+    candidates = forward_facing_poses(torch.tensor([[-0.4, 0.4, 0.0], [0.4, -0.4, 0.0]]))
+    alone, among = (np.asarray(draw_plane(poses, c)).astype(int) for c in (None, candidates[None]))
     assert np.ptp(spots(alone)[0][:, 0]) > 2 * np.ptp(spots(among)[0][:, 0])
     grey = spots(among, np.array([150, 150, 150]), 20)[0]
     assert len(grey) >= 4 and grey[:, 0].min() == pytest.approx(0.1 * SIDE, abs=3)
-    assert np.asarray(plane_picture(poses[:1])).shape == (SIDE, 2 * SIDE, 3)  # one place alone has no extent
+    assert np.asarray(draw_plane(poses[:1])).shape == (SIDE, 2 * SIDE, 3)  # one place alone has no extent
 
 
 def test_views_from_noise_have_their_cameras_in_the_plane():
     frames = [torch.rand(2, 3, 8, 8) for _ in range(3)]
-    cameras = [forward_poses(torch.tensor([[0.1 * i, 0.2, 0.0], [-0.3, 0.0, 0.0]])) for i in range(3)]
-    sheets = [np.asarray(novel_sheet(frames, cameras, [9, 5, 0], layout=x)) for x in ("object", "forward")]
+    cameras = [forward_facing_poses(torch.tensor([[0.1 * i, 0.2, 0.0], [-0.3, 0.0, 0.0]])) for i in range(3)]
+    sheets = [np.asarray(draw_denoising_grid(frames, cameras, [9, 5, 0], layout=x)) for x in ("object", "forward")]
     assert sheets[0].shape == sheets[1].shape and (sheets[0] != sheets[1]).any()

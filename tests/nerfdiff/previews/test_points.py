@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from factorkit.data.procedural.scene import make_procedural_views, make_scene_field
-from factorkit.nerfdiff.export.mesh import Shape
+from factorkit.nerfdiff.export.points import Shape
 from factorkit.nerfdiff.fields.grid import GridField
-from factorkit.nerfdiff.previews.points import RISE, SIDE, _look, _side, points_picture
+from factorkit.nerfdiff.previews.files import save_points
+from factorkit.nerfdiff.previews.views import POINT_ELEVATION, POINT_SIDE, _project_points, _viewer_axes, draw_points
 from factorkit.nerfdiff.scene import open_scene
-from factorkit.nerfdiff.watch import points_sheet
 from factorkit.report.image_grid import PAPER_COLOR
 
 RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
@@ -35,39 +35,43 @@ def test_right_is_right_up_is_up_and_the_nearer_point_hides_the_other():
         ((-1, 0, 0), RED),
         ((1, 0, 0), GREEN),
     )
-    ahead = _look(scene, _side(0.0, 0.0))  # an eye on +x: y is to the right
-    middle = ahead[SIDE // 2, SIDE // 2]
+    ahead = _project_points(scene, _viewer_axes(0.0, 0.0))  # an eye on +x: y is to the right
+    middle = ahead[POINT_SIDE // 2, POINT_SIDE // 2]
     assert tuple(middle) == GREEN  # x = 1 before x = -1, although the farther one comes first in the list too
-    assert where(ahead, BLUE)[1] < SIDE / 3
-    assert (ahead[:, -SIDE // 3 :] == RED).all(-1).any() and not (ahead[:, -SIDE // 3 :] == GREEN).all(-1).any()
-    behind = _look(scene, _side(np.pi, 0.0))
-    assert tuple(behind[SIDE // 2, SIDE // 2]) == RED
-    assert (behind[:, : SIDE // 3] == RED).all(-1).any()
-    above = _look(scene, _side(0.0, np.pi / 2))
-    assert tuple(above[SIDE // 2, SIDE // 2]) == BLUE
+    assert where(ahead, BLUE)[1] < POINT_SIDE / 3
+    assert (ahead[:, -POINT_SIDE // 3 :] == RED).all(-1).any() and not (ahead[:, -POINT_SIDE // 3 :] == GREEN).all(
+        -1
+    ).any()
+    behind = _project_points(scene, _viewer_axes(np.pi, 0.0))
+    assert tuple(behind[POINT_SIDE // 2, POINT_SIDE // 2]) == RED
+    assert (behind[:, : POINT_SIDE // 3] == RED).all(-1).any()
+    above = _project_points(scene, _viewer_axes(0.0, np.pi / 2))
+    assert tuple(above[POINT_SIDE // 2, POINT_SIDE // 2]) == BLUE
 
 
 def test_what_lies_behind_is_drawn_first_whatever_the_order():
     for points in ([((1, 0, 0), RED), ((-1, 0, 0), BLUE)], [((-1, 0, 0), BLUE), ((1, 0, 0), RED)]):
         corners = [((0, y, z), GREEN) for y in (-1, 1) for z in (-1, 1)]
-        picture = _look(cloud(*points, *corners), _side(0.0, 0.0))
-        assert tuple(picture[SIDE // 2, SIDE // 2]) == RED and not (picture == BLUE).all(-1).any()
+        picture = _project_points(cloud(*points, *corners), _viewer_axes(0.0, 0.0))
+        assert tuple(picture[POINT_SIDE // 2, POINT_SIDE // 2]) == RED and not (picture == BLUE).all(-1).any()
 
 
 def test_a_stray_does_not_make_the_scene_small():
     rng = np.random.default_rng(0)
     points = rng.uniform(-1, 1, (2000, 3)).astype(np.float32)
     points[0] = (300, 300, 300)
-    picture = _look(Shape(points, np.zeros((2000, 3), np.uint8)), _side(0.3, np.radians(RISE)))
+    picture = _project_points(
+        Shape(points, np.zeros((2000, 3), np.uint8)), _viewer_axes(0.3, np.radians(POINT_ELEVATION))
+    )
     assert (picture != PAPER_COLOR).any(-1).mean() > 0.1
 
 
 @pytest.mark.parametrize("forward, looks", [(False, 4), (True, 2)])
 def test_every_look_is_on_the_sheet(forward, looks):
     scene = cloud(((0.5, 0.2, -2), RED), ((-0.5, 0.1, -4), RED), ((0.1, -0.6, -3), RED))
-    sheet = points_picture(scene, forward)
-    assert sheet.width > looks * SIDE and sheet.width < (looks + 1) * SIDE
-    each = np.split(np.asarray(sheet)[:, 2 : 2 + looks * (SIDE + 2)], looks, axis=1)
+    sheet = draw_points(scene, forward)
+    assert sheet.width > looks * POINT_SIDE and sheet.width < (looks + 1) * POINT_SIDE
+    each = np.split(np.asarray(sheet)[:, 2 : 2 + looks * (POINT_SIDE + 2)], looks, axis=1)
     assert all((part == RED).all(-1).any() for part in each)
     if forward:  # the farther, the higher up when seen from above
         assert (each[1] == RED).all(-1).any()
@@ -75,10 +79,10 @@ def test_every_look_is_on_the_sheet(forward, looks):
 
 def test_a_runs_sheet_shows_the_scene_and_an_empty_one_shows_none(tmp_path):
     scene = open_scene(make_procedural_views(12, 24), 24, torch.device("cpu"))
-    points_sheet(tmp_path / "s" / "points.png", make_scene_field(), scene, scene.poses)
+    save_points(tmp_path / "s" / "points.png", make_scene_field(), scene, scene.poses)
     with Image.open(tmp_path / "s" / "points.png") as sheet:
         assert (np.asarray(sheet)[20:] != PAPER_COLOR).any(-1).mean() > 0.02
     empty = GridField(4)
     empty.values.data[..., 0] = -10
-    points_sheet(tmp_path / "e" / "points.png", empty, scene, scene.poses)
+    save_points(tmp_path / "e" / "points.png", empty, scene, scene.poses)
     assert not (tmp_path / "e").exists()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from factorkit.nerfdiff.previews.views import SPHERE, disparity_image, novel_sheet, sphere_picture, views_sheet
+from factorkit.nerfdiff.previews.cameras import SIDE, draw_sphere
+from factorkit.nerfdiff.previews.views import disparity_pixels, draw_denoising_grid, draw_view_grid
 from factorkit.rendering import look_at, orbit
 from factorkit.report.image_grid import palette
 
@@ -21,41 +22,41 @@ def place(picture, color, tolerance=40):
     """Mean pixel (right, down) of a colour in each half of a sphere picture."""
     pixels = np.asarray(picture).astype(int)
     found = []
-    for half in (pixels[:, :SPHERE], pixels[:, SPHERE:]):
+    for half in (pixels[:, :SIDE], pixels[:, SIDE:]):
         down, right = np.nonzero(np.abs(half - color).max(axis=2) < tolerance)
         found.append((right.mean(), down.mean()) if len(right) else None)
     return found
 
 
 def test_a_camera_is_a_dot_in_its_direction():
-    middle, radius = SPHERE / 2, 0.45 * SPHERE
+    middle, radius = SIDE / 2, 0.45 * SIDE
     front = 4 * np.array([0.0, -np.cos(np.radians(25)), np.sin(np.radians(25))])
-    (right, down), (_, above) = place(sphere_picture(at(*front)), BLUE)
+    (right, down), (_, above) = place(draw_sphere(at(*front)), BLUE)
     np.testing.assert_allclose([right, down], middle, atol=1)
     np.testing.assert_allclose(above, middle + radius * np.cos(np.radians(25)), atol=1)
-    (right, down), (from_above, _) = place(sphere_picture(at(5.0, 0.0, 0.001)), BLUE)
+    (right, down), (from_above, _) = place(draw_sphere(at(5.0, 0.0, 0.001)), BLUE)
     np.testing.assert_allclose([right, from_above], middle + radius, atol=2)
     np.testing.assert_allclose(down, middle, atol=1)
 
 
 def test_dots_behind_the_sphere_are_pale():
-    behind, before = place(sphere_picture(at(0.3, 3.0, 0.2)), BLUE)
+    behind, before = place(draw_sphere(at(0.3, 3.0, 0.2)), BLUE)
     assert behind is None and before is not None
 
 
 def test_true_cameras_are_rings_tied_to_the_chosen_ones():
     chosen, true = at(-2.0, -2.0, 1.0), at(2.0, -2.0, 1.0)
-    alone = sphere_picture(chosen)
-    both = np.asarray(sphere_picture(chosen, None, true)).astype(int)
+    alone = draw_sphere(chosen)
+    both = np.asarray(draw_sphere(chosen, None, true)).astype(int)
     assert place(alone, ORANGE)[0] is None
-    orange = np.abs(both[:, :SPHERE] - ORANGE).max(axis=2) < 60
+    orange = np.abs(both[:, :SIDE] - ORANGE).max(axis=2) < 60
     columns = np.nonzero(orange.any(0))[0]
-    assert columns.max() - columns.min() > 0.5 * SPHERE
+    assert columns.max() - columns.min() > 0.5 * SIDE
 
 
 def test_candidates_are_small_and_grey():
     chosen, candidates = at(0.0, -3.0, 1.0), orbit(12, 3.0, 20.0)
-    pictures = sphere_picture(chosen), sphere_picture(chosen, candidates.reshape(3, 4, 4, 4))
+    pictures = draw_sphere(chosen), draw_sphere(chosen, candidates.reshape(3, 4, 4, 4))
     without, within = (np.asarray(picture).astype(int) for picture in pictures)
     changed = np.abs(without - within).max(axis=2) > 30
     assert 12 * 3 < changed.sum() < 2 * 12 * 20
@@ -65,19 +66,19 @@ def test_candidates_are_small_and_grey():
 def test_near_is_bright_and_nothing_is_black():
     depth = torch.tensor([[[1.0, 2.0, 4.0, 0.1]]]) * torch.tensor([1.0, 1.0, 0.8, 0.0])
     opacity = torch.tensor([[[1.0, 1.0, 0.8, 0.2]]])
-    near, middle, far, nothing = disparity_image(depth, opacity)[0, 0].tolist()
+    near, middle, far, nothing = disparity_pixels(depth, opacity)[0, 0].tolist()
     assert near > 250 and nothing == 0 and 30 <= far < middle < near
     # Disparity, not depth: half as near is a third of the way from a quarter to all.
     assert abs((middle - far) / (near - far) - 1 / 3) < 0.03
-    assert not disparity_image(depth, opacity * 0).any()
+    assert not disparity_pixels(depth, opacity * 0).any()
     many = torch.rand(1, 4100, 4100) + 1  # more than torch takes quantiles of
-    assert disparity_image(many, torch.ones_like(many)).max() == 255
+    assert disparity_pixels(many, torch.ones_like(many)).max() == 255
 
 
 def test_sheets_of_views():
     generator = torch.Generator().manual_seed(0)
     images, renders = (torch.rand(2, 3, 96, 96, generator=generator) for _ in range(2))
-    sheet = views_sheet(images, renders, torch.ones(2, 96, 96), torch.ones(2, 96, 96), ["a", "b"])
+    sheet = draw_view_grid(images, renders, torch.ones(2, 96, 96), torch.ones(2, 96, 96), ["a", "b"])
     pixels = np.asarray(sheet).astype(int)
     left = sheet.width - 2 * 98
     cells = [[pixels[LINE + 2 + 98 * i :, left + 98 * j :][:96, :96] for j in range(2)] for i in range(4)]
@@ -91,6 +92,6 @@ def test_sheets_of_views():
 def test_sheets_of_novel_views():
     frames = [torch.rand(2, 3, 8, 8) for _ in range(3)]
     cameras = [orbit(2, 3.0, 10.0 * (i + 1)) for i in range(3)]
-    small = novel_sheet(frames, cameras, [99, 50, 0])
-    tall = novel_sheet(frames, cameras, [99, 50, 0], frames)
+    small = draw_denoising_grid(frames, cameras, [99, 50, 0])
+    tall = draw_denoising_grid(frames, cameras, [99, 50, 0], frames)
     assert tall.height - LINE == (small.height - LINE - 2) * 6 // 4 + 2

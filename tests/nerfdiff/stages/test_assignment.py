@@ -3,18 +3,18 @@ from __future__ import annotations
 import torch
 from scipy.optimize import linear_sum_assignment, linprog
 
-from factorkit.nerfdiff.stages.assignment import balanced_plan, drawn, spread
+from factorkit.nerfdiff.stages.assignment import balanced_assignment, sample_assignment, standardise_errors
 
 
 def test_every_view_has_a_candidate_and_every_candidate_its_share():
-    plan = balanced_plan(torch.rand(30, 5), 0.3).exp()
+    plan = balanced_assignment(torch.rand(30, 5), 0.3).exp()
     assert torch.allclose(plan.sum(1), torch.ones(30), atol=1e-5)
     assert torch.allclose(plan.sum(0), torch.full((5,), 6.0), atol=1e-2)
 
 
 def test_equal_views_are_shared_out_where_the_minimum_would_take_one_candidate():
     errors = torch.tensor([0.1, 0.5, 0.9, 1.3]).expand(12, 4)
-    assert torch.allclose(balanced_plan(errors, 0.05).exp().sum(0), torch.full((4,), 3.0), atol=1e-3)
+    assert torch.allclose(balanced_assignment(errors, 0.05).exp().sum(0), torch.full((4,), 3.0), atol=1e-3)
     assert (errors.argmin(1) == 0).all()
 
 
@@ -24,23 +24,25 @@ def test_a_cold_plan_is_the_optimum_of_the_linear_programme():
         errors = torch.rand(views, candidates, dtype=torch.float64)
         seats = errors.repeat_interleave(views // candidates, 1)  # a candidate's load, each place a column of its own
         rows, columns = linear_sum_assignment(seats.numpy())
-        plan = balanced_plan(errors, 0.002, rounds=5000).exp()
+        plan = balanced_assignment(errors, 0.002, rounds=5000).exp()
         assert torch.allclose((plan * errors).sum(), seats[rows, columns].sum(), atol=0.02)
         assert torch.equal(plan.argmax(1), torch.from_numpy(columns) // (views // candidates))
 
 
-def test_spread_makes_views_comparable():
+def test_standardise_errors_removes_the_scale_of_a_view():
     errors = torch.rand(6, 9)
     scaled = errors * torch.logspace(-4, 2, 6)[:, None]
-    assert torch.allclose(spread(scaled), spread(errors), rtol=1e-3)
+    assert torch.allclose(standardise_errors(scaled), standardise_errors(errors), rtol=1e-3)
 
 
-def test_draws_follow_the_plan():
+def test_sample_assignment_follows_the_probabilities():
     plan = torch.tensor([0.1, 0.0, 0.6, 0.3]).log().expand(4000, 4)
-    counts = torch.bincount(drawn(plan, torch.rand(4000, generator=torch.Generator().manual_seed(0))), minlength=4)
+    counts = torch.bincount(
+        sample_assignment(plan, torch.rand(4000, generator=torch.Generator().manual_seed(0))), minlength=4
+    )
     assert counts[1] == 0 and torch.allclose(counts / 4000, torch.tensor([0.1, 0, 0.6, 0.3]), atol=0.03)
-    assert drawn(plan[:1], torch.tensor([0.9999999])).item() == 3
-    assert drawn(plan[:1], torch.tensor([0.0])).item() == 0
+    assert sample_assignment(plan[:1], torch.tensor([0.9999999])).item() == 3
+    assert sample_assignment(plan[:1], torch.tensor([0.0])).item() == 0
 
 
 def test_uneven_loads_are_those_of_the_linear_programme():
@@ -52,5 +54,5 @@ def test_uneven_loads_are_those_of_the_linear_programme():
     columns = torch.eye(candidates, dtype=torch.float64).repeat(1, views)
     loads = torch.tensor([1.0] * views + [views / candidates] * candidates, dtype=torch.float64)
     best = linprog(errors.flatten().numpy(), A_eq=torch.cat([rows, columns]).numpy(), b_eq=loads.numpy())
-    plan = balanced_plan(errors, 0.003, rounds=5000).exp()
+    plan = balanced_assignment(errors, 0.003, rounds=5000).exp()
     assert best.status == 0 and torch.allclose(plan, torch.from_numpy(best.x).reshape(views, candidates), atol=0.02)

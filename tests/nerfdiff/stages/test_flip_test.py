@@ -3,13 +3,13 @@ from __future__ import annotations
 import torch
 
 from factorkit.data.procedural.scene import make_scene_field
-from factorkit.nerfdiff.cameras.poses import OrbitPoses, dictionary, directions, orbit_poses, turned
-from factorkit.nerfdiff.rays import Optics, render_views
+from factorkit.nerfdiff.cameras.poses import OrbitPoses, direction_grid, direction_vectors, orbit_poses, rotate_about_z
+from factorkit.nerfdiff.rays import CameraModel, render_views
 from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.stages.dictionary import AssignedPoses, candidate_errors
-from factorkit.nerfdiff.stages.flip_test import TURNS, best_turns, called_back, halves
+from factorkit.nerfdiff.stages.flip_test import ROTATIONS, best_rotations, reassign_outliers, split_in_halves
 
-OPTICS = Optics(torch.tensor([[1.6, 0, 0.5], [0, 1.6, 0.5], [0, 0, 1]]), torch.ones(3))
+OPTICS = CameraModel(torch.tensor([[1.6, 0, 0.5], [0, 1.6, 0.5], [0, 0, 1]]), torch.ones(3))
 DISTANCE = 3.6
 
 
@@ -17,37 +17,39 @@ def seen_from(way: torch.Tensor, size: int = 16) -> torch.Tensor:
     return render_views(make_scene_field(), orbit_poses(way, DISTANCE), OPTICS, (size, size), 48).color.movedim(-1, 1)
 
 
-def test_views_choose_the_side_they_were_taken_from():
+def test_best_rotations_finds_the_true_side():
     torch.manual_seed(0)
-    way = directions(torch.rand(12) * 360, torch.rand(12) * 50 + 10)
+    way = direction_vectors(torch.rand(12) * 360, torch.rand(12) * 50 + 10)
     scene = Scene(seen_from(way), [str(i) for i in range(12)], OPTICS, "object", DISTANCE, None)
-    wrong = torch.tensor(TURNS)[torch.arange(12) % 4]
+    wrong = torch.tensor(ROTATIONS)[torch.arange(12) % 4]
     chosen = torch.tensor([0, 1, 2, 3, 5, 7, 10])
-    turns = best_turns(make_scene_field(), scene, OrbitPoses(turned(way, -wrong), DISTANCE)().detach(), chosen, 48)
+    turns = best_rotations(
+        make_scene_field(), scene, OrbitPoses(rotate_about_z(way, -wrong), DISTANCE)().detach(), chosen, 48
+    )
     assert torch.equal(turns, wrong[chosen])
 
 
-def test_a_view_that_went_astray_is_called_back_and_the_others_stay():
+def test_reassign_outliers_moves_an_outlier_and_keeps_the_others():
     torch.manual_seed(1)
-    way = directions(torch.rand(6) * 360, torch.rand(6) * 30 + 20)
+    way = direction_vectors(torch.rand(6) * 360, torch.rand(6) * 30 + 20)
     scene = Scene(seen_from(way, 24), [str(i) for i in range(6)], OPTICS, "object", DISTANCE, None)
     wrong = way.clone()
-    wrong[2], wrong[4] = turned(way[2], 70.0), turned(way[4], 3.0)
+    wrong[2], wrong[4] = rotate_about_z(way[2], 70.0), rotate_about_z(way[4], 3.0)
     chosen = torch.tensor([1, 2, 4, 5])
-    places = dictionary(24, [15, 25, 35, 45, 55])
-    back = called_back(make_scene_field(), scene, OrbitPoses(wrong, DISTANCE), chosen, places, 48)
+    places = direction_grid(24, [15, 25, 35, 45, 55])
+    back = reassign_outliers(make_scene_field(), scene, OrbitPoses(wrong, DISTANCE), chosen, places, 48)
     assert torch.equal(back[[0, 2, 3]], wrong[[1, 4, 5]])
     assert (back[1] * way[2]).sum() > 0.97
 
 
-def test_halves_are_disjoint_and_another_seed_parts_otherwise():
-    a, b = halves(11, 3)
+def test_split_in_halves_is_disjoint_and_depends_on_the_seed():
+    a, b = split_in_halves(11, 3)
     assert len(a) == 5 and sorted([*a.tolist(), *b.tolist()]) == list(range(11))
-    assert torch.equal(halves(11, 3)[0], a) and not torch.equal(halves(11, 4)[0], a)
+    assert torch.equal(split_in_halves(11, 3)[0], a) and not torch.equal(split_in_halves(11, 4)[0], a)
 
 
-def test_the_least_error_is_at_the_direction_a_view_was_taken_from():
-    way = dictionary(8, [20, 50])
+def test_candidate_errors_are_lowest_at_the_true_direction():
+    way = direction_grid(8, [20, 50])
     images = seen_from(way[[3, 12, 7]], 32)
     errors = candidate_errors(make_scene_field(), orbit_poses(way, DISTANCE), OPTICS, images, 48)
     assert errors.shape == (3, 16) and errors.argmin(1).tolist() == [3, 12, 7]
@@ -56,8 +58,8 @@ def test_the_least_error_is_at_the_direction_a_view_was_taken_from():
     assert torch.allclose(errors[0, 0], direct, rtol=1e-3)
 
 
-def test_assigned_views_stand_where_they_are_told():
-    way = dictionary(4, [30])
+def test_assigned_poses_are_at_their_positions():
+    way = direction_grid(4, [30])
     poses = AssignedPoses(way, torch.tensor([2, 0]), lambda places: orbit_poses(places, 2.0))
     assert torch.allclose(poses(torch.tensor([0, 1]))[:, :3, 3], 2 * way[[2, 0]], atol=1e-5)
     poses.assigned.copy_(torch.tensor([1, 1]))

@@ -7,13 +7,13 @@ from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.diffusion.schedule import Schedule
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, OctantCandidates, SingleCandidate, build_candidates
-from factorkit.nerfdiff.cameras.poses import band_anchors, rodrigues_poses
+from factorkit.nerfdiff.cameras.poses import fibonacci_band, rodrigues_poses
 from factorkit.nerfdiff.config import preset_config
-from factorkit.nerfdiff.fields.grid import build_field
-from factorkit.nerfdiff.network import look, noisy, to_radiance, to_signal
+from factorkit.nerfdiff.fields.build import build_field
+from factorkit.nerfdiff.network import predict_clean, to_radiance, to_signal
 from factorkit.nerfdiff.rays import render_pixels
 from factorkit.nerfdiff.scene import open_scene
-from factorkit.nerfdiff.stages.joint import JointTask
+from factorkit.nerfdiff.stages.joint import JointTask, add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.rng import BatchDraw
 
@@ -25,7 +25,7 @@ def task_of(tiny, views, **changes) -> JointTask:
     torch.manual_seed(0)
     field = build_field(config.field, config.grid_resolution, 0)
     shape = {"size": list(scene.size), "layout": scene.layout, "distance": scene.distance}
-    return JointTask(config, scene, build_model(config, shape, scene.optics, field, torch.eye(4).repeat(10, 1, 1)))
+    return JointTask(config, scene, build_model(config, shape, scene.camera, field, torch.eye(4).repeat(10, 1, 1)))
 
 
 def draw() -> BatchDraw:
@@ -36,10 +36,10 @@ INDICES = torch.tensor([0, 3, 5, 9])
 
 
 @pytest.mark.parametrize("balance", [True, False])
-def test_only_the_best_candidate_is_taught(tiny, scene_views, balance, monkeypatch):
+def test_joint_loss_trains_only_the_selected_candidate(tiny, scene_views, balance, monkeypatch):
     task = task_of(tiny, scene_views, balance_candidates=balance, tv_weight=0.0, classification_weight=0.5)
     chosen = torch.tensor([2, 0, 0, 1])
-    monkeypatch.setattr(task, "choose", lambda *given: chosen)
+    monkeypatch.setattr(task, "select_candidates", lambda *given: chosen)
     raws = []
     plain = task.model.encoder.forward
 
@@ -64,12 +64,12 @@ def test_only_the_best_candidate_is_taught(tiny, scene_views, balance, monkeypat
 def test_without_balance_the_least_error_is_chosen(tiny, scene_views):
     task = task_of(tiny, scene_views, balance_candidates=False)
     with torch.no_grad():
-        found = look(task.model, task.scene.images[INDICES])
-        best = task.choose(found.poses, task.scene.images[INDICES], 1.0, torch.rand(4))
+        found = predict_clean(task.model, task.scene.images[INDICES])
+        best = task.select_candidates(found.poses, task.scene.images[INDICES], 1.0, torch.rand(4))
         pixels = torch.arange(64).expand(4, 64)
         errors = []
         for n in range(3):
-            seen = render_pixels(task.model.field, found.poses[:, n], task.scene.optics, pixels, (8, 8), 6).color
+            seen = render_pixels(task.model.field, found.poses[:, n], task.scene.camera, pixels, (8, 8), 6).color
             errors.append((seen - task.scene.images[INDICES].flatten(2).transpose(1, 2)).square().mean((1, 2)))
     assert torch.equal(best, torch.stack(errors, 1).argmin(1))
 
@@ -77,9 +77,9 @@ def test_without_balance_the_least_error_is_chosen(tiny, scene_views):
 def test_with_balance_candidates_share_views_that_one_would_take(tiny, scene_views):
     task = task_of(tiny, scene_views, num_candidates=2)
     images = task.scene.images[:1].repeat(100, 1, 1, 1)
-    poses = look(task.model, images).poses
-    hot = task.choose(poses, images, 1.0, torch.rand(100))
-    cold = task.choose(poses, images, 0.0, torch.rand(100))
+    poses = predict_clean(task.model, images).poses
+    hot = task.select_candidates(poses, images, 1.0, torch.rand(100))
+    cold = task.select_candidates(poses, images, 0.0, torch.rand(100))
     assert 40 <= hot.sum() <= 60 and len(cold.unique()) == 1
 
 
@@ -87,13 +87,13 @@ def test_the_whole_chain_by_finite_differences(tiny, scene_views):
     """encoder, candidates, rays, field and compositing, all in float64"""
     task = task_of(tiny, scene_views, num_candidates=2, optimize_camera=("roll", "aim", "distance"))
     model = task.model.double()
-    optics = model.optics
+    optics = model.camera
     images = task.scene.images[:2].double()
     x_t, t = to_signal(images), torch.tensor([3, 40])
     pixels = torch.tensor([[27, 36, 10], [28, 19, 45]])
 
     def loss() -> torch.Tensor:
-        found = model.cameras(x_t, t)
+        found = model.predict_cameras(x_t, t)
         seen = render_pixels(model.field, found.poses[[0, 1], [1, 0]], optics, pixels, (8, 8), 6).color
         return (seen * torch.arange(1, 19).reshape(2, 3, 3)).sum()
 
@@ -143,7 +143,7 @@ def test_candidates_stand_in_cells_of_their_own():
     assert torch.allclose(eye.norm(dim=-1), torch.full((50, 12), 2.0), atol=1e-4)
     assert torch.equal(eye.sign(), octants.signs.expand(50, 12, 3)) and len(octants.signs.unique(dim=0)) == 4
     assert len(OctantCandidates(8, 2.0, upper_half=False).signs.unique(dim=0)) == 8
-    anchors = band_anchors(6, (0.0, 60.0))
+    anchors = fibonacci_band(6, (0.0, 60.0))
     near = LookAtCandidates(anchors, 3.0)
     assert torch.allclose(near(torch.zeros(1, 6, 3))[0, :, :3, 3], 3 * anchors, atol=1e-5)
     assert torch.equal(near.nearest(near(torch.zeros(1, 6, 3))[0]), torch.arange(6))
@@ -153,9 +153,9 @@ def test_candidates_stand_in_cells_of_their_own():
     assert torch.equal(SingleCandidate()(raw), rodrigues_poses(raw))
 
 
-def test_freedoms_are_read_in_order():
+def test_build_candidates_reads_parameters_in_order():
     candidates = build_candidates("look_at", 3, 2.0, (0.0, 60.0), ("aim", "roll"))
-    assert candidates.width == 6
+    assert candidates.raw_size == 6
     raw = torch.zeros(1, 3, 6)
     raw[..., 3] = 0.1  # aim to the right
     moved = candidates(raw)[0, :, :3, 3] - candidates(torch.zeros(1, 3, 6))[0, :, :3, 3]
@@ -173,8 +173,8 @@ def test_noise_levels_and_ranges(tiny, scene_views):
     assert torch.allclose(to_radiance(x0), scene_views.images, atol=1e-6) and x0.min() >= -1 and x0.max() <= 1
     many = BatchDraw(0, 0, 4000, slice(0, 4000), torch.device("cpu"))
     small = torch.zeros(4000, 3, 1, 1)
-    x_t, t = noisy(small, Schedule(100), task.config, many)
-    assert 0 <= t.min() and t.max() == 99 and abs(float((t < 50).float().mean()) - 0.5 ** (1 / 3.0)) < 0.03
+    x_t, t = add_noise(small, Schedule(100), task.config, many)
+    assert t.min() >= 0 and t.max() == 99 and abs(float((t < 50).float().mean()) - 0.5 ** (1 / 3.0)) < 0.03
     quiet = preset_config("demo", noise=False)
-    same, zero = noisy(x0, Schedule(100), quiet, draw())
+    same, zero = add_noise(x0, Schedule(100), quiet, draw())
     assert torch.equal(same, x0) and (zero == 0).all()

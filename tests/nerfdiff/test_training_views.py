@@ -11,7 +11,7 @@ import torch
 
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.train import train_nerfdiff
-from factorkit.nerfdiff.training_views import kept_views
+from factorkit.nerfdiff.training_views import load_views
 from factorkit.utils.errors import CheckpointError
 
 
@@ -50,7 +50,7 @@ def test_other_cameras_are_refused_by_name_and_the_kept_ones_stay(what, known, o
     for folder in (known.folder, older):
         with pytest.raises(CheckpointError, match=rf"\(scene\.{what}: \S.* there, \S.* requested\)"):
             train_nerfdiff(other, out=folder, **tiny, poses="known")
-        kept = kept_views(folder)
+        kept = load_views(folder)
         assert torch.equal(kept.poses, scene_views.poses) and torch.equal(kept.background, scene_views.background)
 
 
@@ -59,7 +59,7 @@ def test_poses_that_only_score_may_change(finished, scene_views, tiny, tmp_path)
     settings = tiny | {"extra_ema_decays": (0.5,)}
     again = train_nerfdiff(changed(scene_views)["poses"], out=tmp_path / "run", **settings)
     assert torch.equal(again.poses, finished.poses)
-    assert torch.equal(kept_views(again.folder).poses, scene_views.poses.flip(0))
+    assert torch.equal(load_views(again.folder).poses, scene_views.poses.flip(0))
     with pytest.raises(CheckpointError, match="scene.intrinsics"):
         train_nerfdiff(changed(scene_views)["intrinsics"], out=tmp_path / "run", **settings)
 

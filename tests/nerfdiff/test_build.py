@@ -7,8 +7,8 @@ import torch
 
 from factorkit.cli.scene import load_contents, newest_checkpoint
 from factorkit.engine.checkpoint import Checkpoints
+from factorkit.nerfdiff.build import load_partial_run
 from factorkit.nerfdiff.cameras.poses import OrbitPoses, orbit_poses
-from factorkit.nerfdiff.partial_run import snapshot
 from factorkit.utils.errors import CheckpointError
 
 
@@ -21,11 +21,11 @@ def begun(finished, tmp_path):
     return folder
 
 
-def test_the_newest_stage_is_shown_until_there_is_a_model(begun, finished):
+def test_load_partial_run_returns_the_newest_stage(begun, finished):
     for stage in ("refine again", "refine", "search"):
         if not (begun / "stages" / stage).exists():
             continue
-        found = snapshot(begun)
+        found = load_partial_run(begun)
         tensors, meta = Checkpoints(begun / "stages" / stage / "checkpoints").latest()
         assert (found.stage, found.step) == (stage, meta["step"]) and len(found.views) == 10
         assert torch.equal(found.field.values, tensors["ema.module.field.values"])
@@ -42,7 +42,7 @@ def test_the_newest_stage_is_shown_until_there_is_a_model(begun, finished):
         shutil.rmtree(begun / "stages" / stage)
     assert newest_checkpoint(begun) is None
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
-        snapshot(begun)
+        load_partial_run(begun)
 
 
 def test_the_model_is_shown_once_it_is_there_beside_the_true_cameras(finished):

@@ -1,0 +1,62 @@
+"""Preview files of a training run: where the cameras are, and what the scene looks like from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from factorkit.data.views.views import Views
+from factorkit.nerfdiff.export.points import MAX_DEPTH, point_cloud
+from factorkit.nerfdiff.fields.base import Field
+from factorkit.nerfdiff.network import CameraPrediction, NerfdiffModel
+from factorkit.nerfdiff.previews.cameras import draw_plane, draw_sphere
+from factorkit.nerfdiff.previews.views import draw_points, draw_view_grid
+from factorkit.nerfdiff.rays import limit_depth, render_views
+from factorkit.nerfdiff.scene import Scene
+from factorkit.utils.errors import DataError
+
+MAX_VIEWS = 8  # in an image grid
+MAX_POINTS = 20_000  # about as many as the drawing resolves; fewer pixels give fewer points
+
+
+def save_model_previews(
+    folder: Path, step: int, model: NerfdiffModel, scene: Scene, cameras: CameraPrediction, with_points: bool
+) -> None:
+    """Save views beside renders, the encoder's cameras, and optionally the scene's points."""
+    save_renders(folder / f"{step:06d}_views.png", model.field, scene, cameras.best_poses, model.samples_per_ray)
+    save_cameras(folder / f"{step:06d}_cameras_encoder.png", scene.layout, cameras.best_poses, cameras.poses)
+    if with_points:
+        save_points(folder / f"{step:06d}_points.png", model.field, scene, model.views)
+
+
+def save_cameras(path: Path, layout: str, cameras: Tensor, candidates: Tensor | None = None) -> None:
+    """Save a drawing of cameras [V, 4, 4] and their candidates [..., 4, 4]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw = draw_sphere if layout == "object" else draw_plane
+    draw(cameras, candidates).save(path)
+
+
+def save_renders(path: Path, field: Field, scene: Scene, poses: Tensor, samples: int) -> None:
+    """Save some views beside renders from ``poses`` [V, 4, 4], with difference and disparity."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = torch.linspace(0, len(poses) - 1, min(MAX_VIEWS, len(poses))).round().long().to(poses.device)
+    rendered = render_views(field, poses[rows], scene.camera, scene.size, samples, rows)
+    color = rendered.color.movedim(-1, 1).clamp(0, 1).cpu()
+    names = [scene.names[i] for i in rows.tolist()]
+    draw_view_grid(scene.images[rows].cpu(), color, rendered.depth.cpu(), rendered.opacity.cpu(), names).save(path)
+
+
+def save_points(path: Path, field: Field, scene: Scene, poses: Tensor) -> None:
+    """Save a drawing of the exported point cloud; nothing if the scene is not solid anywhere."""
+    camera = scene.camera
+    intrinsics = camera.pixel_intrinsics(*scene.size).cpu().expand(len(poses), 3, 3)
+    views = Views(scene.images.cpu(), scene.names, intrinsics, poses=poses.cpu(), layout=scene.layout)
+    lower, upper = (-1.0,) * 3, limit_depth((1.0,) * 3, MAX_DEPTH, camera)
+    try:
+        cloud = point_cloud(field, views, lower, upper, min(MAX_POINTS, scene.images[:, 0].numel()))
+    except DataError:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_points(cloud, camera.forward_facing).save(path)
