@@ -54,11 +54,10 @@ class OutputRecord:
         inputs: files that are read; never replaced.
     """
 
-    def __init__(
-        self, folder: Path, *, overwrite: bool = False, owns_folder: bool = True, inputs: Iterable[Path] = ()
-    ):
+    def __init__(self, folder: Path, *, overwrite: bool = False, owns_folder: bool = True, inputs: Iterable[Path] = ()):
         self.folder, self.overwrite = Path(folder), overwrite
-        self._inputs, self._input_ids = inputs, None  # type: ignore[var-annotated]
+        self._inputs = inputs
+        self._input_ids: set[tuple[int, int]] | None = None
         self._files, self._stems = _read_record(self.folder)
         self._reserved: dict[str, str] = {}  # stems of this process
         self._mark = owns_folder and not (self.folder / RECORD_NAME).exists() and _is_empty(self.folder)
@@ -124,7 +123,10 @@ class OutputRecord:
                 temporaries[name] = temporary_path(path)
                 save(temporaries[name])
             status = {name: os.stat(path) for name, path in temporaries.items()}
-            line: dict[str, Any] = {"source": source, "files": {n: [s.st_size, s.st_mtime_ns] for n, s in status.items()}}
+            line: dict[str, Any] = {
+                "source": source,
+                "files": {n: [s.st_size, s.st_mtime_ns] for n, s in status.items()},
+            }
             self._append(line if stem is None else {**line, "stem": stem})
             for name, path in temporaries.items():  # keeps the time of change
                 os.replace(path, self.folder / name)
@@ -226,9 +228,7 @@ def check_file(path: Path, source: str, *, overwrite: bool = False, inputs: Iter
 
 
 @contextmanager
-def writing_file(
-    path: Path, source: str, *, overwrite: bool = False, inputs: Iterable[Path] = ()
-) -> Iterator[Path]:
+def writing_file(path: Path, source: str, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """Yield a temporary path that becomes a single file; its folder stays the user's.
 
     Raises:
