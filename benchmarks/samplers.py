@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace) -> None:
         "prediction",
         "schedule",
         "t_max",
-        "tail",
+        "high_noise_fraction",
         "loss_weighting",
     )
     settings = {name: getattr(run.config, name) for name in names} | {"steps": run.step, "seed": run.config.seed}

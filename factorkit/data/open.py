@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from factorkit.data.archives import ZipSource
+from factorkit.data.decode import to_rgb
 from factorkit.data.files import (
     IMAGE_SUFFIXES,
     SUFFIX_LIST,
@@ -21,7 +22,7 @@ from factorkit.data.files import (
     stat_file,
     warn_about_outputs,
 )
-from factorkit.data.sources import ArraySource, FileSource, PillowSource, Source, hash_values
+from factorkit.data.sources import CHANNEL_COUNTS, ArraySource, FileSource, PillowSource, Source, hash_values
 from factorkit.utils.errors import DataError
 from factorkit.utils.output_record import OutputFilter
 from factorkit.utils.safe_reading import read_arrays
@@ -34,8 +35,8 @@ def open_source(data: Any, *, keys: Sequence[str] = IMAGE_KEYS) -> Source:
 
     Args:
         data: a folder (searched at any depth, sorted by relative path; hidden files, other files and what factorkit
-            wrote are skipped), an image file, a .zip of images, a .npy or .npz array, a numpy array or torch tensor (see `ArraySource`), a
-            Pillow image, a list of files and folders, a list of Pillow images, or a `Source`.
+            wrote are skipped), an image file, a .zip of images, a .npy or .npz array, a numpy array or torch tensor
+            (see `ArraySource`), a Pillow image, a list of files and folders, a list of Pillow images, or a `Source`.
         keys: array names looked for in an .npz; a single array is used whatever its name.
 
     Raises:
@@ -62,6 +63,33 @@ def open_source(data: Any, *, keys: Sequence[str] = IMAGE_KEYS) -> Source:
         f"Cannot read images from {kind}: give a folder, a file, a .zip, .npy or .npz, an array or tensor "
         "[N, H, W, 3], a list of paths or a list of Pillow images."
     )
+
+
+def read_images(images: Any) -> tuple[list[Image.Image], list[str]]:
+    """Read any supported input as upright RGB images at their own sizes, with names; alpha is composited over white.
+
+    Raises:
+        DataError: an array or tensor that is no image, or nothing to read.
+    """
+    if isinstance(images, (list, tuple)) and images and all(isinstance(i, (torch.Tensor, np.ndarray)) for i in images):
+        single = [image for item in images for image in read_images(item)[0]]
+        return single, [f"{i:06d}" for i in range(len(single))]
+    if isinstance(images, torch.Tensor):
+        images = images.detach().cpu()
+        images = images.float() if images.is_floating_point() else images  # numpy has no bfloat16
+        if images.dim() == 3:
+            images = images[None]
+        if images.dim() != 4 or images.shape[1] not in CHANNEL_COUNTS:
+            raise DataError(
+                f"a tensor of images must be [B, C, H, W] or [C, H, W], C being 1, 3 or 4; got {tuple(images.shape)}"
+            )
+        images = images.permute(0, 2, 3, 1).numpy()
+    elif isinstance(images, Image.Image):
+        return [to_rgb(images)], ["image"]
+    elif isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[-1] in CHANNEL_COUNTS:
+        images = images[None]
+    source = images if isinstance(images, Source) else open_source(images)
+    return [source.read(i) for i in range(len(source))], list(source.names)
 
 
 def _open_path(path: Path, keys: Sequence[str]) -> Source:

@@ -1,10 +1,10 @@
-"""Do the regions follow the content? Asked without labels, because the loss does not show it.
+"""Label-free alarms: whether the regions follow the content, which the loss does not show.
 
 A factorized model can denoise equally well with regions that are positions, noise, or a single region. Each quantity
-here tells one of those failures from success. The thresholds separated runs above IoU .83 from failed ones on
-photographs and drawings of flowers at 32 px. Where colour does not tell object from ground the eta gap of a good
-run may be lower, so a failure is a warning that quotes its figures, not a verdict; and passing certifies that regions
-follow content, not that they are objects.
+here separates one of those failures from success. The thresholds separated runs above IoU .83 from failed ones on
+photos and drawings of flowers at 32 px. Where colour does not separate object from background, the eta gap of a good
+run may be lower, so a failure is a warning that quotes its figures; and passing certifies that regions follow content,
+not that they are objects.
 """
 
 from __future__ import annotations
@@ -27,20 +27,22 @@ MIN_AREA = 0.01  # below it a region is dead; with all others dead, the masks ha
 
 @dataclass(frozen=True)
 class Alarms:
-    """What `measure_alarms` found. "Hard" masks are one-hot in the most probable region of each pixel.
+    """The quantities of :func:`measure_alarms`. Hard masks are one-hot in the most probable region of each pixel.
 
-    eta_gap: share of an image's colour variance that its own hard masks explain, minus the share that the masks of
-        another image do; in (-1, 1).
-    position_share: share of the hard masks' variance, over images and pixels, that position alone explains; in [0, 1].
-    boundary_length: share of neighbouring pixel pairs that lie in different regions; in [0, 1].
-    flip_agreement: agreement of the regions of an image and of its mirror image, corrected for chance (Cohen's
-        kappa): 1 is perfect, 0 is chance.
-    areas: share of all pixels in each region [K].
-    confidence: mean probability of the most probable region; in [1/K, 1].
-    entropy: mean entropy of the soft masks as a share of log K; in [0, 1].
-    error: of regions that compete by their colours, the noise they cannot tell from the picture
-        (:func:`~factorkit.segdiff.masks.mixture.unexplained_noise`); None of others. Such regions have no colours of
-        their own and good ones a low eta gap, so that it is neither judged nor ranked by where there is an error.
+    Attributes:
+        eta_gap: share of an image's colour variance that its own hard masks explain, minus the share that the masks of
+            another image do; in (-1, 1).
+        position_share: share of the hard masks' variance, over images and pixels, that position alone explains; in
+            [0, 1].
+        boundary_length: share of neighbouring pixel pairs that lie in different regions; in [0, 1].
+        flip_agreement: agreement of the regions of an image and of its mirror image, corrected for chance (Cohen's
+            kappa): 1 is perfect, 0 is chance.
+        areas: share of all pixels in each region [K].
+        confidence: mean probability of the most probable region; in [1/K, 1].
+        entropy: mean entropy of the soft masks as a share of log K; in [0, 1].
+        error: of a spatial mixture, the noise it cannot separate from the image
+            (:func:`~factorkit.segdiff.masks.mixture.unexplained_noise`); else None. Good mixtures may have a low eta
+            gap, so where there is an error the eta gap is neither judged nor ranked by.
     """
 
     eta_gap: float
@@ -53,67 +55,72 @@ class Alarms:
     error: float | None = None
 
     def failures(self) -> list[str]:
-        """Each failure in words with its figures; empty when the regions seem to follow the content."""
+        """Describe each failure with its figures; empty if the regions seem to follow the content."""
         areas = "/".join(f"{area:.2f}" for area in self.areas)
         dead = [k for k, area in enumerate(self.areas) if area < MIN_AREA]
         if len(dead) == len(self.areas) - 1:
-            # Nothing else is worth saying about a single region: every other quantity is degenerate.
+            # All other quantities are degenerate for a single region.
             return [f"collapsed to one region: areas {areas}"]
 
-        found = [f"dead region {k}: its area is {self.areas[k]:.4f} < {MIN_AREA} (areas {areas})" for k in dead]
+        failures = [f"dead region {k}: its area is {self.areas[k]:.4f} < {MIN_AREA} (areas {areas})" for k in dead]
         if self.position_share > MAX_POSITION_SHARE:
-            found.append(
+            failures.append(
                 f"split by position: position alone explains {self.position_share:.2f} > {MAX_POSITION_SHARE} of the "
                 "masks' variance"
             )
         elif self.position_share < MIN_POSITION_SHARE:
-            found.append(
+            failures.append(
                 f"masks without any place: position explains {self.position_share:.3f} < {MIN_POSITION_SHARE} of "
                 f"their variance, as in noise or near collapse (areas {areas})"
             )
         if self.boundary_length > MAX_BOUNDARY_LENGTH:
-            found.append(
+            failures.append(
                 f"dithered masks: {self.boundary_length:.2f} > {MAX_BOUNDARY_LENGTH} of neighbouring pixels lie in "
                 "different regions"
             )
         if self.flip_agreement < MIN_FLIP_AGREEMENT:
-            found.append(
+            failures.append(
                 f"masks do not turn with the image: agreement with the mirror image's is {self.flip_agreement:.2f} < "
                 f"{MIN_FLIP_AGREEMENT}"
             )
         if self.error is None and self.eta_gap < MIN_ETA_GAP:
-            found.append(
+            failures.append(
                 f"masks are not about content: they explain {self.eta_gap:.2f} < {MIN_ETA_GAP} more of their image's "
                 "colour than another image's masks do (a good run may be lower where colour does not tell objects)"
             )
-        return found
+        return failures
 
     @property
     def ok(self) -> bool:
-        """Whether no alarm went off."""
+        """Whether there is no failure."""
         return not self.failures()
 
     def score(self) -> float:
-        """A number to rank seeds by, higher is better: the eta gap, or less the error where there is one, with every
-        failed seed below every healthy one."""
+        """Return a number to rank seeds by, higher is better: the eta gap, or minus the error if there is one.
+
+        Every failed seed ranks below every healthy one.
+        """
         rank = self.eta_gap if self.error is None else -self.error
         return rank if self.ok else rank - 2
 
     def to_dict(self) -> dict[str, float | list[float] | list[str]]:
-        """The quantities by name and `failures`, fit for a line of the log."""
-        found = asdict(self) | {"failures": self.failures()}
-        return found if self.error is not None else {k: v for k, v in found.items() if k != "error"}
+        """Return the quantities and ``failures`` for a line of the log."""
+        values = asdict(self) | {"failures": self.failures()}
+        return values if self.error is not None else {k: v for k, v in values.items() if k != "error"}
 
 
 @torch.no_grad()
 def measure_alarms(images: Tensor, masks: Tensor, masks_of_flipped: Tensor) -> Alarms:
-    """Measure the alarms on a handful of images, best about a hundred of them (the position share of N independent
-    masks is 1/N by chance).
+    """Measure the alarms, best on about a hundred images (by chance the position share of N independent masks is 1/N).
 
-    images: float [N,3,H,W] in [-1, 1]. masks: soft, [N,K,H,W], summing to 1 over K, as the model gives them at a low
-    time (t = 30). masks_of_flipped: [N,K,H,W], what the model gives for `images.flip(3)`, NOT flipped back.
+    Args:
+        images: float [N, 3, H, W] in [-1, 1].
+        masks: soft, [N, K, H, W], summing to 1 over K, as predicted at a low time step (t = 30).
+        masks_of_flipped: [N, K, H, W], as predicted for ``images.flip(3)``, NOT flipped back.
 
-    Raises ConfigError for a single region, which has no alarms; DataError for fewer than 2 images or unequal sizes.
+    Raises:
+        ConfigError: a single region, which has no alarms.
+        DataError: fewer than 2 images, or unequal sizes.
     """
     count, regions = masks.shape[:2]
     if regions < 2:

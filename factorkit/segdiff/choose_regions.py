@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -185,7 +186,7 @@ def choose_regions(
 def recommend(errors: dict[int, float], min_improvement: float) -> tuple[dict[int, float], int, str]:
     """Return the improvement from each K to the next, the recommended K, and the reason."""
     order = sorted(errors)
-    improvements = {k: 1 - errors[larger] / errors[k] for k, larger in zip(order, order[1:], strict=False)}
+    improvements = {k: 1 - errors[larger] / errors[k] for k, larger in pairwise(order)}
     for (k, share), larger in zip(improvements.items(), order[1:], strict=True):
         if share < min_improvement:
             change = f"lowers the error by {share:.1%}" if share > 0 else f"raises the error by {-share:.1%}"

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from factorkit.data.decode import crop_square
+from factorkit.data.open import read_images
 from factorkit.engine.run_folder import check_plausible, read_weights
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel
-from factorkit.segdiff.inference.segment import read_images
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.images import pixels_to_signed
 

@@ -34,7 +34,7 @@ def test_all_reduce_sends_four_bytes_per_parameter():
             return done
 
         model = preset_config("demo", model_channels=16).resolved().build()
-        wrapped = distributed.data_parallel(model, pieces=1)
+        wrapped = distributed.data_parallel(model, micro_batches=1)
         wrapped.register_comm_hook(None, note)
         for _ in range(2):  # the first step of a static graph counts what takes part
             sent.clear()

@@ -41,7 +41,7 @@ def test_larger_pictures_are_brought_to_the_models_size(finished, scene_views):
 def test_pictures_that_the_camera_cannot_have_taken_are_refused(finished, scene_views):
     images = scene_views.images
     for wrong, words in (
-        (images[:, :, 2:], "6 x 8 pixels, but this scene's cameras take 8 x 8"),
+        (images[:, :, 2:], "6 x 8 pixels, but the training views have the shape of 8 x 8"),
         (images * 255, r"give colours in \[0, 1\]"),
         (torch.full_like(images, torch.nan), "nan to nan: give colours"),
     ):
@@ -209,7 +209,7 @@ def test_checked_poses_are_candidates_or_their_other_side(finished, scene_views)
     among = torch.cat([plain.candidates, half * plain.candidates], 1)
     assert ((among - found.poses[:, None]).abs().amax((2, 3)).amin(1) < 1e-6).all()
     model = finished.model
-    seen = render_views(model.field, among, model.camera, (8, 8), model.samples).color.movedim(-1, 2)
+    seen = render_views(model.field, among, model.camera, (8, 8), model.samples_per_ray).color.movedim(-1, 2)
     least = (seen - scene_views.images[:, None]).square().mean((2, 3, 4)).argmin(1)
     assert torch.allclose(found.poses, among[torch.arange(10), least], atol=1e-6)
 

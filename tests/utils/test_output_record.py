@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import pytest
 
@@ -68,7 +69,7 @@ def test_overwrite_replaces_foreign_file(tmp_path):
 
 def test_failed_block_keeps_earlier_file(tmp_path):
     write(tmp_path, "a.png", "A", "first")
-    with OutputRecord(tmp_path) as record, pytest.raises(RuntimeError), record.writing("a.png", "A") as temporary:
+    with OutputRecord(tmp_path) as record, suppress(RuntimeError), record.writing("a.png", "A") as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert (tmp_path / "a.png").read_text() == "first"

@@ -12,15 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from factorkit.data.decode import to_rgb
-from factorkit.data.open import open_source
-from factorkit.data.sources import CHANNEL_COUNTS, Source
 from factorkit.diffusion.schedule import Schedule
 from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, resize_rows
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import level_labels, level_masks
 from factorkit.segdiff.task import predict_masks
-from factorkit.utils.errors import ConfigError, DataError, OutOfMemoryError, is_out_of_memory
+from factorkit.utils.errors import ConfigError, OutOfMemoryError, is_out_of_memory
 from factorkit.utils.images import pixels_to_images, pixels_to_signed
 
 UPSAMPLINGS = ("guided", "bilinear")
@@ -73,33 +70,6 @@ class PreparedImage(NamedTuple):
     small: np.ndarray
     guide: np.ndarray | None
     radius: int
-
-
-def read_images(images: Any) -> tuple[list[Image.Image], list[str]]:
-    """Read any supported input as upright RGB images at their own sizes, with names; alpha is composited over white.
-
-    Raises:
-        DataError: an array or tensor that is no image, or nothing to read.
-    """
-    if isinstance(images, (list, tuple)) and images and all(isinstance(i, (Tensor, np.ndarray)) for i in images):
-        single = [image for item in images for image in read_images(item)[0]]
-        return single, [f"{i:06d}" for i in range(len(single))]
-    if isinstance(images, Tensor):
-        images = images.detach().cpu()
-        images = images.float() if images.is_floating_point() else images  # numpy has no bfloat16
-        if images.dim() == 3:
-            images = images[None]
-        if images.dim() != 4 or images.shape[1] not in CHANNEL_COUNTS:
-            raise DataError(
-                f"a tensor of images must be [B, C, H, W] or [C, H, W], C being 1, 3 or 4; got {tuple(images.shape)}"
-            )
-        images = images.permute(0, 2, 3, 1).numpy()
-    elif isinstance(images, Image.Image):
-        return [to_rgb(images)], ["image"]
-    elif isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[-1] in CHANNEL_COUNTS:
-        images = images[None]
-    source = images if isinstance(images, Source) else open_source(images)
-    return [source.read(i) for i in range(len(source))], list(source.names)
 
 
 def check_segment_settings(config: ResolvedSegdiffConfig, size: int | None, upsample: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factorkit.data.open import open_source
+from factorkit.data.open import open_source, read_images
 from factorkit.data.sources import Source
 from factorkit.data.video import open_video
 from factorkit.engine.config import cpu_threads
@@ -21,7 +21,6 @@ from factorkit.segdiff.inference.segment import (
     Segmentation,
     average_masks,
     check_segment_settings,
-    read_images,
     segment_image,
 )
 from factorkit.segdiff.inference.video import VideoSegments, segment_frames, write_video

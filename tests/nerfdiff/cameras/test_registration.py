@@ -32,7 +32,7 @@ def blobs() -> GridField:
 
 def test_register_scene_refines_the_similarity_by_images():
     optics = CameraModel(torch.tensor([[1.4, 0, 0.5], [0, 1.4, 0.5], [0, 0, 1]]), torch.ones(3))
-    model = SimpleNamespace(field=blobs(), optics=optics, samples=24)
+    model = SimpleNamespace(field=blobs(), camera=optics, samples_per_ray=24)
     in_scene = orbit_poses(direction_grid(8, [20.0, 50.0]), DISTANCE)
     images = render_views(model.field, in_scene, optics, (24, 24), 48).color.movedim(-1, 1)
     # the poses' own coordinates are another world's; what leads back from there is the answer

@@ -232,8 +232,8 @@ def test_real_pictures_satisfy_it_too(tmp_path, real_data, name):
             for first, second in cv2.BFMatcher().knnMatch(found[i][1], found[j][1], k=2):
                 if first.distance < 0.6 * second.distance:
                     here, there = ((*found[v][0][n].pt, 1.0) for v, n in ((i, first.queryIdx), (j, first.trainIdx)))
-                    line = fundamental(rows, cameras, i, j) @ (np.array(here) + [0.5, 0.5, 0])
-                    errors.append(abs(line @ (np.array(there) + [0.5, 0.5, 0])) / math.hypot(line[0], line[1]))
+                    line = fundamental(rows, cameras, i, j) @ ([*np.array(here), 0.5, 0.5, 0])
+                    errors.append(abs(line @ ([*np.array(there), 0.5, 0.5, 0])) / math.hypot(line[0], line[1]))
     assert len(errors) > 100 and np.median(errors) < 1.0
 
 
@@ -252,7 +252,7 @@ def empty(positions, directions):
 def test_what_cannot_be_exported(tmp_path, views):
     from dataclasses import replace
 
-    with pytest.raises(DataError, match="no view sees anything solid"):
+    with pytest.raises(DataError, match="no view shows anything solid"):
         export(tmp_path / "scene.ply", views, empty)
     with pytest.raises(DataError, match="at most 0"):
         export(tmp_path / "mesh.ply", views, empty)

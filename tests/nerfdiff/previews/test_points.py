@@ -66,7 +66,7 @@ def test_a_stray_does_not_make_the_scene_small():
     assert (picture != PAPER_COLOR).any(-1).mean() > 0.1
 
 
-@pytest.mark.parametrize("forward, looks", [(False, 4), (True, 2)])
+@pytest.mark.parametrize(("forward", "looks"), [(False, 4), (True, 2)])
 def test_every_look_is_on_the_sheet(forward, looks):
     scene = cloud(((0.5, 0.2, -2), RED), ((-0.5, 0.1, -4), RED), ((0.1, -0.6, -3), RED))
     sheet = draw_points(scene, forward)

@@ -173,7 +173,7 @@ def test_noise_levels_and_ranges(tiny, scene_views):
     assert torch.allclose(to_radiance(x0), scene_views.images, atol=1e-6) and x0.min() >= -1 and x0.max() <= 1
     many = BatchDraw(0, 0, 4000, slice(0, 4000), torch.device("cpu"))
     small = torch.zeros(4000, 3, 1, 1)
-    x_t, t = add_noise(small, Schedule(100), task.config, many)
+    _x_t, t = add_noise(small, Schedule(100), task.config, many)
     assert t.min() >= 0 and t.max() == 99 and abs(float((t < 50).float().mean()) - 0.5 ** (1 / 3.0)) < 0.03
     quiet = preset_config("demo", noise=False)
     same, zero = add_noise(x0, Schedule(100), quiet, draw())

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from factorkit.data.decode import to_rgb
-from factorkit.segdiff.inference.segment import read_images
+from factorkit.data.open import read_images
 from factorkit.utils.errors import DataError
 
 RGBA = np.random.default_rng(0).integers(0, 256, (7, 9, 4), np.uint8)
