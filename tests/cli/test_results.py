@@ -60,7 +60,7 @@ def test_segment_ignores_earlier_results(run, answer, refused, photos, tmp_path)
     for _ in range(2):
         assert answer("segment", run, tmp_path, "--out", tmp_path)["segmented"] == 1
     picture.unlink()
-    assert "results of an earlier call" in refused("segment", run, tmp_path, "--out", tmp_path)
+    assert "results are not data" in refused("segment", run, tmp_path, "--out", tmp_path)
 
 
 def test_output_names_are_distinct_and_below_output_folder():
