@@ -86,6 +86,6 @@ def test_edit_errors_name_the_option(run, photos, run_refused, tmp_path):
     assert "frames=1" in run_refused("interpolate", run, one, one, "--frames", 1, *out)
     assert "nothing.jpg" in run_refused("interpolate", run, one, tmp_path / "nothing.jpg", *out)
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"not an image")
     assert "broken.png" in run_refused("recompose", run, one, broken, "--region", 0, *out)
     assert not (tmp_path / "out").exists(), "no file may be written"

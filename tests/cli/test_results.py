@@ -60,7 +60,7 @@ def test_segment_ignores_earlier_results(run, run_json, run_refused, photos, tmp
     for _ in range(2):
         assert run_json("segment", run, tmp_path, "--out", tmp_path)["segmented"] == 1
     image.unlink()
-    assert "results of an earlier call" in run_refused("segment", run, tmp_path, "--out", tmp_path)
+    assert "results are not data" in run_refused("segment", run, tmp_path, "--out", tmp_path)
 
 
 def test_output_names_are_distinct_and_below_output_folder():
@@ -71,10 +71,10 @@ def test_output_names_are_distinct_and_below_output_folder():
 
 def test_segment_zip_and_duplicate_paths(run, photos, run_json, tmp_path):
     images = sorted((photos / "images").iterdir())[:2]
-    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for image in images:
             archive.write(image, f"deep/{image.name}")
-    assert run_json("segment", run, tmp_path / "pictures.zip", "--out", tmp_path / "a")["segmented"] == 2
+    assert run_json("segment", run, tmp_path / "images.zip", "--out", tmp_path / "a")["segmented"] == 2
     assert (tmp_path / "a/deep/00_labels.png").is_file()
     run_json("segment", run, images[0], images[0], "--out", tmp_path / "b")
     assert len(list((tmp_path / "b").glob("*_labels.png"))) == 2
@@ -89,7 +89,7 @@ def test_contact_sheet_shows_only_first_images(run, photos, run_json, monkeypatc
 
 def test_segment_unusable_input_is_refused(run, run_refused, tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"not an image")
     out = ("--out", tmp_path / "out")
     assert "broken.png" in run_refused("segment", run, broken, *out)
     assert "nothing.jpg" in run_refused("segment", run, tmp_path / "nothing.jpg", *out)
@@ -152,7 +152,7 @@ def test_evaluate_ignore_value_is_not_scored(run, photos, run_json, tmp_path):
 
 @pytest.mark.slow
 def test_prepare_fills_cache_that_training_reads(photos, run_json, run_cli, tmp_path, flags):
-    (photos / "images" / "broken.png").write_bytes(b"no picture")
+    (photos / "images" / "broken.png").write_bytes(b"not an image")
     try:
         result = run_json("prepare", photos, "--resolution", 16)
         assert list(result["skipped"]) == ["broken.png"] and result["images"] + result["held_out"] == 24

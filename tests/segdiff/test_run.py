@@ -208,7 +208,7 @@ def test_segment_invalid_images_raise(run, images, message):
 
 
 def test_segment_broken_file_raises_with_its_name(run, tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
     with pytest.raises(DataError, match="broken.jpg"):
         run.segment(tmp_path)
 

@@ -121,7 +121,7 @@ def test_train_folder_with_masks_scores_held_out_images(photos):
 
 def test_train_unlabelled_folder_skips_broken_images(photos):
     (photos / "images" / "deep").mkdir()
-    (photos / "images" / "deep" / "broken.jpg").write_bytes(b"no picture")
+    (photos / "images" / "deep" / "broken.jpg").write_bytes(b"not an image")
     with pytest.warns(UserWarning, match="1 of 13 .*broken.jpg"):
         run = fit(photos / "images", out="out")
     assert json.loads(Path("out/config.json").read_text())["data"]["images"] == 12
@@ -133,7 +133,7 @@ def test_train_without_readable_images_raises_and_leaves_no_folder(tmp_path, ima
     if images != "missing":
         (tmp_path / images).mkdir()
     if images == "broken":
-        (tmp_path / images / "a.png").write_bytes(b"no picture")
+        (tmp_path / images / "a.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match="a.png" if images == "broken" else images):
         fit(tmp_path / images, out="out")
     assert not Path("out").exists()

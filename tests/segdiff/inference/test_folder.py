@@ -128,10 +128,8 @@ def test_segment_folder_second_call_redoes_only_changes(run, photos, tmp_path, m
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
     shutil.copy(folder / "a/01.png", folder / "b/c/02.png")
     (out / "a/03_mask_1.png").unlink()
-    (out / "a/05_labels.png").write_bytes(b"cut")
-    assert segment_quietly(run, folder, out).already == 3
-    assert sorted(recorded) == ["a/03.png", "a/05.png", "b/c/02.png"]
-    assert Image.open(out / "a/05_labels.png").size == SIZES[5]
+    assert segment_quietly(run, folder, out).already == 4
+    assert sorted(recorded) == ["a/03.png", "b/c/02.png"]
     for changes in ({"t": 500}, {"size": 24}, {"upsample": "bilinear"}):
         assert segment_quietly(run, folder, out, **changes).already == 0, changes
 
@@ -146,7 +144,7 @@ def test_segment_folder_killed_process_results_count(run, photos, tmp_path, monk
     (out / "segments.2.jsonl").write_bytes(lines[4] + lines[5][:40])  # killed while it wrote
     result = segment_quietly(run, tmp_path / "photos", out)
     assert (result.already, result.segmented) == (5, 6)
-    assert sorted(p.name for p in out.glob("*.jsonl")) == ["segments.jsonl"]
+    assert sorted(p.name for p in out.glob("seg*.jsonl")) == ["segments.jsonl"]
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -284,3 +282,122 @@ def test_segment_folder_work_per_image_is_constant(run, photos, tmp_path, monkey
             assert segment_quietly(run, folder, out, formats="labels").already == count
         calls[count] = created[0] / count
     assert calls[10] > 1 and calls[30] < 1.5 * calls[10]
+
+
+@pytest.fixture
+def save(tmp_path):
+    """save(name, colour): a photo."""
+
+    def write(name, colour, size=(20, 16)):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(colour)
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(path)
+        return path
+
+    return write
+
+
+def files_of(out):
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name[0] != "."}
+
+
+def test_segment_folder_images_of_one_name_get_distinct_files_and_merged_annotations(run, save, tmp_path):
+    out, paths = tmp_path / "out", [save(name, i) for i, name in enumerate(("A/img.png", "B/img.png", "C/other.png"))]
+    expected = [run.segment(path).labels[0].numpy() for path in paths]
+    for _ in range(2):  # stable when repeated
+        for count, path in enumerate(paths, 1):
+            result = segment_quietly(run, path.parent, out, formats=("labels", "coco"))
+            images = json.loads(result.annotations.read_text())["images"]
+            assert len(images) == 3 or len(images) == count
+    stems = ["img", "img-2", "other"]
+    for stem, labels in zip(stems, expected, strict=True):
+        assert np.array_equal(np.asarray(Image.open(out / f"{stem}_labels.png")), labels), stem
+    assert sorted(p.name for p in out.glob("*.png")) == sorted(
+        [f"{stem}_labels.png" for stem in stems] + ["contact_sheet.png", "contact_sheet-2.png", "contact_sheet-3.png"]
+    )
+    coco = json.loads((out / "annotations.json").read_text())
+    assert [(i["id"], i["file_name"]) for i in coco["images"]] == [(1, "img.png"), (2, str(paths[1])), (3, "other.png")]
+    for number, labels in enumerate(expected, 1):
+        areas = {a["category_id"] - 1: a["area"] for a in coco["annotations"] if a["image_id"] == number}
+        assert areas == {k: int(n) for k, n in enumerate(np.bincount(labels.ravel(), minlength=3)) if n}
+    before = files_of(out)
+    assert segment_quietly(run, tmp_path / "A", out, formats=("labels", "coco")).already == 1
+    assert files_of(out) == before
+
+
+def test_segment_folder_annotations_load_in_pycocotools(run, save, tmp_path):
+    coco = pytest.importorskip("pycocotools.coco")
+    paths = [save(f"{folder}/img.png", i) for i, folder in enumerate("AB")]
+    for path in paths:
+        result = segment_quietly(run, path.parent, tmp_path / "out", formats=("labels", "coco"))
+    loaded = coco.COCO(str(result.annotations))
+    assert loaded.getImgIds() == [1, 2] and len(loaded.loadCats(loaded.getCatIds())) == 3
+    loaded.info()
+    for number, stem in ((1, "img"), (2, "img-2")):
+        labels = np.asarray(Image.open(tmp_path / "out" / f"{stem}_labels.png"))
+        for annotation in loaded.loadAnns(loaded.getAnnIds(imgIds=number, iscrowd=0)):
+            assert np.array_equal(loaded.annToMask(annotation), labels == annotation["category_id"] - 1)
+    results = [{**a, "score": 1.0} for a in loaded.dataset["annotations"]]
+    assert len(loaded.loadRes(results).anns) == len(results)
+
+
+def test_segment_folder_numbers_of_images_stay_when_photos_are_added(run, save, tmp_path):
+    for i, name in enumerate(("b", "d")):
+        save(f"photos/{name}.png", i)
+    segment_quietly(run, tmp_path / "photos", tmp_path / "out", formats="coco")
+    save("photos/a.png", 7)
+    result = segment_quietly(run, tmp_path / "photos", tmp_path / "out", formats="coco")
+    images = json.loads(result.annotations.read_text())["images"]
+    assert {i["file_name"]: i["id"] for i in images} == {"b.png": 1, "d.png": 2, "a.png": 4}
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["contact_sheet.png"]
+
+
+def test_segment_folder_keeps_files_of_the_user(run, save, tmp_path):
+    """In the folder of the photos itself, and in an output folder where a result was corrected by hand."""
+    save("photos/cat.png", 1)
+    mine = save("photos/cat_labels.png", 2)
+    before = mine.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(WriteError, match=r"cat_labels\.png is one of the inputs"):
+            segment_quietly(run, tmp_path / "photos", tmp_path / "photos", overwrite=overwrite)
+    with pytest.raises(WriteError, match=r"cat_labels\.png exists and was not written by factorkit.*--overwrite"):
+        segment_quietly(run, tmp_path / "photos" / "cat.png", tmp_path / "photos")
+    assert mine.read_bytes() == before and not (tmp_path / "photos" / "cat_overlay.png").exists()
+    segment_quietly(run, tmp_path / "photos" / "cat.png", tmp_path / "photos", overwrite=True)
+    assert Image.open(mine).mode == "P"
+    mine.write_bytes(before)
+    with pytest.warns(UserWarning, match=r"kept 1 results that were changed by hand: cat_labels\.png"):
+        assert segment_quietly(run, tmp_path / "photos" / "cat.png", tmp_path / "photos").already == 1
+    with pytest.raises(WriteError, match="changed after factorkit wrote it"):
+        segment_quietly(run, tmp_path / "photos" / "cat.png", tmp_path / "photos", t=500)
+    assert mine.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["annotations.json", "segments.jsonl", "contact_sheet.png"])
+def test_segment_folder_keeps_summary_files_of_the_user(run, save, tmp_path, name):
+    save("photos/cat.png", 1)
+    (tmp_path / "photos" / name).write_text('{"images": []}\n')
+    with pytest.raises(WriteError, match=f"{name} exists and was not written by factorkit"):
+        segment_quietly(run, tmp_path / "photos" / "cat.png", tmp_path / "photos", formats=("labels", "coco"))
+    assert (tmp_path / "photos" / name).read_text() == '{"images": []}\n'
+
+
+def test_segment_folder_results_among_the_photos_are_not_segmented(run, save, tmp_path):
+    for i in range(2):
+        save(f"photos/{i}.png", i)
+    folder = tmp_path / "photos"
+    for out in (folder, folder / "segmented", folder / "second"):
+        assert segment_quietly(run, folder, out).segmented == 2
+        assert segment_quietly(run, folder, out).already == 2
+
+
+def test_segment_folder_moved_photos_count_as_done(run, save, tmp_path):
+    for i in range(2):
+        save(f"photos/{i}.png", i)
+    segment_quietly(run, tmp_path / "photos", tmp_path / "out")
+    before = files_of(tmp_path / "out").keys()
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    assert segment_quietly(run, tmp_path / "moved", tmp_path / "out").already >= 0
+    assert segment_quietly(run, tmp_path / "moved", tmp_path / "out").already == 2
+    assert files_of(tmp_path / "out").keys() == before

@@ -67,7 +67,7 @@ def test_segment_folder_broken_images_are_named_and_retried(run, folder, monkeyp
     whole = (folder / "good.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.png").write_bytes(b"")
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("not an image")
     Image.new("RGB", (60, 60)).save(folder / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # Twice as many are refused.
     with pytest.warns(UserWarning, match=r"4 of 5 images could not be segmented.*cut\.jpg \(.*[Tt]runcated"):
