@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +10,6 @@ from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, Paths, Result, Run
 from factorkit.utils.errors import ConfigError
 
 if TYPE_CHECKING:
-    from factorkit.data.sources import Source
     from factorkit.segdiff.run import SegdiffRun
 
 
@@ -73,12 +71,13 @@ class Segment(RunCommand):
 
     def _segment_images(self, run: SegdiffRun, options: dict[str, Any]) -> Result:
         from factorkit.data.files import escape_name
+        from factorkit.data.open import open_source
         from factorkit.data.video import VIDEO_SUFFIXES
 
         if videos := [path for path in self.paths if path.suffix.lower() in VIDEO_SUFFIXES]:
             name = escape_name(str(videos[0]))
             raise ConfigError(f"{name} is a video: add --video, and let --out be an .mp4, .mkv or .mov")
-        images = open_inputs(self.paths, self.out)
+        images = open_source(self.paths[0] if len(self.paths) == 1 else list(self.paths))
         segments = run.segment_folder(images, self.out, formats=self.formats, workers=self.workers, **options)
         data = segments._asdict() | {"out": str(self.out)}
         before = f", {segments.already} of them before" if segments.already else ""
@@ -100,15 +99,3 @@ class Segment(RunCommand):
             "the pixels change region from frame to frame"
         )
         return segments._asdict() | {"out": str(self.out)}, text
-
-
-def open_inputs(paths: Sequence[Path], out: Path) -> Source:
-    """Open the images that a user named, without the results that an earlier call wrote into ``out``.
-
-    Raises:
-        DataError: there are no images, or only results.
-    """
-    from factorkit.data.open import open_source
-    from factorkit.segdiff.inference.outputs import without_results
-
-    return without_results(open_source(paths[0] if len(paths) == 1 else list(paths)), out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -14,9 +15,11 @@ from factorkit.data.decode import ImageDecodeError
 from factorkit.data.files import escape_name, is_image, stat_file, wrap_os_errors
 from factorkit.data.sources import EncodedSource, check_encoded_size, hash_values
 from factorkit.utils.errors import DataError
+from factorkit.utils.output_record import RECORD_NAME, parse_record
 
 # zipfile unpacks no more bytes than requested with these; with other methods 100 bytes may become 1 GB at once.
 BOUNDED_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+MAX_RECORD_BYTES = 2**28  # of a record of outputs in an archive
 
 
 class ZipSource(EncodedSource):
@@ -29,8 +32,8 @@ class ZipSource(EncodedSource):
             raise DataError(f"{path}: not a readable .zip: {error}. Download or create it again.") from error
         self.path, self.prefix = path, prefix
         members = (member for member in self.archive.infolist() if member.filename.startswith(prefix))
-        images = (member for member in members if is_image(sanitize_member_name(member.filename)))
-        self.members = sorted(images, key=lambda member: member.filename)
+        images = [member for member in members if is_image(sanitize_member_name(member.filename))]
+        self.members = sorted(_leave_out_outputs(path, self.archive, images), key=lambda member: member.filename)
         self.names = [sanitize_member_name(member.filename[len(prefix) :]) for member in self.members]
 
     def _read_bytes(self, index: int) -> bytes:
@@ -43,6 +46,36 @@ class ZipSource(EncodedSource):
 
     def fingerprint(self) -> str:
         return hash_values("zip", str(self.path), self.prefix, stat_file(self.path))
+
+
+def _leave_out_outputs(
+    path: Path, archive: zipfile.ZipFile, images: Sequence[zipfile.ZipInfo]
+) -> list[zipfile.ZipInfo]:
+    """Leave out, with a warning, the images that factorkit wrote into the folders that were packed."""
+    folders: list[str] = []
+    sizes: dict[str, set[int]] = {}
+    for member in archive.infolist():
+        name = sanitize_member_name(member.filename)
+        if name.rpartition("/")[2] == RECORD_NAME and member.file_size <= MAX_RECORD_BYTES:
+            folder = name.removesuffix(RECORD_NAME)
+            try:
+                is_output, files = parse_record(archive.read(member))
+            except Exception:  # BadZipFile, zlib.error, RuntimeError for encrypted members, ...
+                continue
+            folders += [folder] if is_output else []
+            sizes |= {folder + file: of_file for file, of_file in files.items()}
+    rest = []
+    for member in images:
+        name = sanitize_member_name(member.filename)
+        if not name.startswith(tuple(folders)) and member.file_size not in sizes.get(name, ()):
+            rest.append(member)
+    if len(rest) < len(images):
+        warnings.warn(
+            f"{path}: left out {len(images) - len(rest)} images that factorkit wrote: results are not data",
+            UserWarning,
+            stacklevel=3,
+        )
+    return rest
 
 
 class TarSource(EncodedSource):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from factorkit.utils.errors import DataError
+from factorkit.utils.output_record import RECORD_NAME, OutputFilter, is_output_folder
 
 IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jpe .jpeg .jpg .jp2 .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
@@ -40,11 +41,12 @@ def list_images(folder: Path) -> list[Path]:
 def list_image_names(folder: Path) -> list[str]:
     """List the relative paths of all image files below a folder, sorted.
 
-    Links are followed; each folder is entered once. Broken links are left out with a warning.
+    Links are followed; each folder is entered once. Broken links and what factorkit wrote are left out with a warning.
 
     Raises:
-        DataError: a folder cannot be listed.
+        DataError: a folder cannot be listed, or everything in it was written by factorkit.
     """
+    refuse_output_folder(folder)
 
     def refuse(error: OSError) -> None:  # by default os.walk skips unreadable folders, and their images with them
         with wrap_os_errors(Path(error.filename), "so its images cannot be listed. Check its permissions."):
@@ -53,17 +55,21 @@ def list_image_names(folder: Path) -> list[str]:
     names: list[str] = []
     broken_links: list[str] = []
     visited: set[str] = set()
+    outputs = OutputFilter(folder)
     for current, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         real_path = os.path.realpath(current)
         if real_path in visited:  # a loop of links
             folders.clear()
             continue
         visited.add(real_path)
+        if outputs.skips_folder(current):
+            folders.clear()
+            continue
         folders.sort()
         prefix = Path(current).relative_to(folder).as_posix()
         for file in files:
             name = file if prefix == "." else f"{prefix}/{file}"
-            if is_image(name):
+            if is_image(name) and not outputs.skips_file(current, file):
                 (names if os.path.isfile(os.path.join(current, file)) else broken_links).append(name)
     if broken_links:
         warnings.warn(
@@ -71,7 +77,26 @@ def list_image_names(folder: Path) -> list[str]:
             UserWarning,
             stacklevel=2,
         )
+    if not names and (text := outputs.describe()) is not None:
+        raise DataError(f"{folder}: no images of yours in this folder or below it: {escape_name(text)}.")
+    warn_about_outputs(folder, outputs)
     return sorted(names)
+
+
+def refuse_output_folder(folder: Path) -> None:
+    """Raise DataError if everything in the folder is factorkit's own output."""
+    if is_output_folder(folder):
+        raise DataError(
+            f"{escape_name(str(folder))}: factorkit wrote this folder ({RECORD_NAME} in it), and results are not data. "
+            f"Give a folder of your own images; to use these as data, copy them to another folder or delete "
+            f"{RECORD_NAME}."
+        )
+
+
+def warn_about_outputs(where: Path, outputs: OutputFilter) -> None:
+    """Say what a reader left out because factorkit wrote it."""
+    if (text := outputs.describe()) is not None:
+        warnings.warn(f"{escape_name(str(where))}: {escape_name(text)}", UserWarning, stacklevel=3)
 
 
 def natural_sort_key(name: str) -> tuple[list[tuple[int, int, str]], str]:

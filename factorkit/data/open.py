@@ -13,9 +13,18 @@ from PIL import Image
 
 from factorkit.data.archives import ZipSource
 from factorkit.data.decode import to_rgb
-from factorkit.data.files import IMAGE_SUFFIXES, SUFFIX_LIST, escape_name, format_examples, list_image_names, stat_file
+from factorkit.data.files import (
+    IMAGE_SUFFIXES,
+    SUFFIX_LIST,
+    escape_name,
+    format_examples,
+    list_image_names,
+    stat_file,
+    warn_about_outputs,
+)
 from factorkit.data.sources import CHANNEL_COUNTS, ArraySource, FileSource, PillowSource, Source, hash_values
 from factorkit.utils.errors import DataError
+from factorkit.utils.output_record import OutputFilter
 from factorkit.utils.safe_reading import read_arrays
 
 IMAGE_KEYS = ("images", "X")  # arrays looked for in an .npz, in this order
@@ -25,9 +34,9 @@ def open_source(data: Any, *, keys: Sequence[str] = IMAGE_KEYS) -> Source:
     """Open images.
 
     Args:
-        data: a folder (searched at any depth, sorted by relative path; hidden files and other files are skipped), an
-            image file, a .zip of images, a .npy or .npz array, a numpy array or torch tensor (see `ArraySource`), a
-            Pillow image, a list of files and folders, a list of Pillow images, or a `Source`.
+        data: a folder (searched at any depth, sorted by relative path; hidden files, other files and what factorkit
+            wrote are skipped), an image file, a .zip of images, a .npy or .npz array, a numpy array or torch tensor
+            (see `ArraySource`), a Pillow image, a list of files and folders, a list of Pillow images, or a `Source`.
         keys: array names looked for in an .npz; a single array is used whatever its name.
 
     Raises:
@@ -105,7 +114,10 @@ def _open_path(path: Path, keys: Sequence[str]) -> Source:
 
 
 def _open_files(paths: Sequence[Path]) -> FileSource:
-    """Open files and folders; names are relative to their deepest common folder."""
+    """Open files and folders; names are relative to their deepest common folder.
+
+    A single file is read even if factorkit wrote it; in a list, which may come from a wildcard, its files are left out.
+    """
     paths = [Path(os.path.abspath(path)) for path in paths]
     for path in paths:
         if not path.exists():
@@ -114,6 +126,8 @@ def _open_files(paths: Sequence[Path]) -> FileSource:
             raise DataError(
                 f"{escape_name(str(path))}: not an image ({SUFFIX_LIST}). A list may hold image files and folders only."
             )
+    if len(paths) > 1:
+        paths = _leave_out_outputs(paths)
     root = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in paths]))
     files: list[str] = []
     for path in paths:
@@ -126,6 +140,22 @@ def _open_files(paths: Sequence[Path]) -> FileSource:
             raise DataError(f"{path}: no images in this folder or below it. Supported: {SUFFIX_LIST}.")
         files += names if relative == "." else [f"{relative}/{name}" for name in names]
     return FileSource(root, files)
+
+
+def _leave_out_outputs(paths: Sequence[Path]) -> Sequence[Path]:
+    outputs = OutputFilter(os.path.commonpath(paths))
+    rest = [
+        path
+        for path in paths
+        if not (outputs.skips_folder(str(path)) if path.is_dir() else outputs.skips_file(str(path.parent), path.name))
+    ]
+    if not rest:
+        raise DataError(
+            f"{format_examples(list(map(str, paths)))}: factorkit wrote all of these, and results are not data. Give "
+            "your own images, or copy these to another folder first."
+        )
+    warn_about_outputs(Path(outputs.root), outputs)
+    return rest
 
 
 def _load_array(path: Path, keys: Sequence[str]) -> np.ndarray:

@@ -27,6 +27,7 @@ from factorkit.data.files import escape_name
 from factorkit.data.open import open_source
 from factorkit.data.sources import ArraySource, Source
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.output_record import mark_output_folder
 from factorkit.utils.safe_reading import read_json
 
 ENTRY_FORMAT = 2  # part of every cache key: increase it whenever decoding, cropping or the files of an entry change
@@ -164,6 +165,7 @@ def _write_entry(entry: Path, source: Source, fingerprint: str, resolution: int,
             return False
         index = {"names": names, "skipped": skipped, "skipped_rows": skipped_rows, "resolution": resolution}
         (temporary / "index.json").write_text(json.dumps(index), encoding="utf-8")
+        mark_output_folder(temporary)
         temporary.chmod(0o755)  # mkdtemp's 0o700 would lock other users out of a shared cache
         if entry.exists() and _open_entry(entry, resolution) is None:
             shutil.rmtree(entry)  # damaged

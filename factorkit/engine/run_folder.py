@@ -16,6 +16,7 @@ from factorkit.engine.checkpoint import Checkpoints, average_name, read_checkpoi
 from factorkit.engine.migration import migrate_settings
 from factorkit.utils.atomic import replacing
 from factorkit.utils.errors import CheckpointError, ConfigError
+from factorkit.utils.output_record import mark_output_folder
 from factorkit.utils.safe_reading import read_json
 
 CONFIG = "config.json"
@@ -88,6 +89,10 @@ def claimed(
     with locked(folder, doing):
         check_claim(folder, settings, resumable, complete)
         write_json(folder / CONFIG, settings)
+        try:
+            mark_output_folder(folder)
+        except OSError as error:
+            raise unwritable(folder, error) from error
         yield
 
 

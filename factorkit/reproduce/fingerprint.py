@@ -12,6 +12,7 @@ from typing import Any
 
 from factorkit.data.files import escape_name, wrap_os_errors
 from factorkit.utils.errors import DataError
+from factorkit.utils.output_record import OutputFilter
 
 MAX_READ_FILES = 20_000  # of more files only the names and sizes count
 BLOCK_BYTES = 2**15  # read at each end of a file: all of most masks
@@ -65,6 +66,7 @@ def _list_files(folder: Path, out: Path | None) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise error
 
+    outputs = OutputFilter(folder)
     entered = set() if out is None else {os.path.realpath(out)}
     for here, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         true_path = os.path.realpath(here)
@@ -72,9 +74,14 @@ def _list_files(folder: Path, out: Path | None) -> Iterator[str]:
             folders.clear()
             continue
         entered.add(true_path)
+        if here != str(folder) and outputs.skips_folder(here):
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         for name in names:
-            if not name.startswith(".") and os.path.isfile(os.path.join(here, name)):
+            if name.startswith(".") or outputs.skips_file(here, name):
+                continue
+            if os.path.isfile(os.path.join(here, name)):
                 yield Path(here, name).relative_to(folder).as_posix()
 
 

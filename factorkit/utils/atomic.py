@@ -29,8 +29,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         OSError: the folder cannot be written; errors of the block pass through.
     """
     path = Path(path)
-    # not derived from the name of the file, which may already have the maximum length
-    temporary = path.with_name(f"{UNFINISHED}{os.getpid()}-{next(_counter)}{path.suffix}")
+    temporary = temporary_path(path)
     try:
         yield temporary
         if durable:
@@ -42,6 +41,12 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a new path beside ``path``, with its suffix."""
+    # not derived from the name of the file, which may already have the maximum length
+    return path.with_name(f"{UNFINISHED}{os.getpid()}-{next(_counter)}{path.suffix}")
 
 
 def _sync(path: Path) -> None:

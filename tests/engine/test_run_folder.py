@@ -27,7 +27,8 @@ def claim(folder: Path, settings: dict, resumable: frozenset, complete=None) -> 
 def test_claim_new_folder_is_created(tmp_path):
     claim(tmp_path / "deep" / "größe", SETTINGS, RESUMABLE)
     assert read_settings(tmp_path / "deep" / "größe") == SETTINGS
-    assert [p.name for p in sorted((tmp_path / "deep" / "größe").iterdir())] == [".lock", "config.json"]
+    names = [p.name for p in sorted((tmp_path / "deep" / "größe").iterdir())]
+    assert names == [".factorkit.jsonl", ".lock", "config.json"]
 
 
 def test_claim_same_settings_are_accepted(tmp_path):

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from factorkit.data.files import wrap_os_errors
+from factorkit.data.files import warn_about_outputs, wrap_os_errors
 from factorkit.data.layouts import base
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
+from factorkit.utils.output_record import OutputFilter
 
 WNID = re.compile(r"n\d{8}")  # WordNet id
 SUBFOLDERS = ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "imagenet")
@@ -49,9 +50,10 @@ def _list_classes(folder: Path) -> list[str]:
         return sorted(p.name for p in folder.iterdir() if WNID.fullmatch(p.name) and p.is_dir())
 
 
-def _list_files(folder: Path) -> list[str]:
+def _list_files(folder: Path, outputs: OutputFilter) -> list[str]:
     with wrap_os_errors(folder, "so its images cannot be listed. Check its permissions."):
-        return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in (".jpeg", ".jpg", ".png"))
+        names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in (".jpeg", ".jpg", ".png"))
+    return [name for name in names if not outputs.skips_file(str(folder), name)]
 
 
 def _read_split(root: Path, split: str, wnids: Sequence[str]) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
@@ -59,13 +61,17 @@ def _read_split(root: Path, split: str, wnids: Sequence[str]) -> tuple[list[str]
     folder = root / split
     if not folder.is_dir():
         return [], np.empty(0, np.int64), ()
-    number = {wnid: i for i, wnid in enumerate(wnids)}
+    number, outputs = {wnid: i for i, wnid in enumerate(wnids)}, OutputFilter(folder)
     if classes := _list_classes(folder):
         entries = [
-            (f"{split}/{wnid}/{name}", number.get(wnid, -1)) for wnid in classes for name in _list_files(folder / wnid)
+            (f"{split}/{wnid}/{name}", number.get(wnid, -1))
+            for wnid in classes
+            for name in _list_files(folder / wnid, outputs)
         ]
+        warn_about_outputs(folder, outputs)
         return [name for name, _ in entries], np.array([label for _, label in entries], np.int64), ()
-    files = _list_files(folder)
+    files = _list_files(folder, outputs)
+    warn_about_outputs(folder, outputs)
     wnid_of = _read_kaggle_classes(root) or _read_devkit_classes(root, len(files))
     labels = np.array([number.get(wnid_of.get(Path(file).stem, ""), -1) for file in files], np.int64)
     note = f"{split}/ has no classes: put {DEVKIT} or LOC_val_solution.csv beside it"
@@ -122,7 +128,8 @@ def _read_pixel_imagenet(root: Path, names: Sequence[str]) -> dict[str, base.Lab
     if folder is None:
         return {}
     train_stems = {name.rpartition(".")[0] for name in names if name.startswith("train/")}
-    all_masks = [f"{wnid}/{name}" for wnid in _list_classes(folder) for name in _list_files(folder / wnid)]
+    outputs = OutputFilter(folder)
+    all_masks = [f"{wnid}/{name}" for wnid in _list_classes(folder) for name in _list_files(folder / wnid, outputs)]
     masks = [name for name in all_masks if f"train/{name.rpartition('.')[0]}" in train_stems]
     if not masks:
         raise DataError(f"{folder}: none of its {len(all_masks)} masks has an image in {root / 'train'}. Check both.")

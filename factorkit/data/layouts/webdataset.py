@@ -13,6 +13,7 @@ from factorkit.data.archives import TarSource, list_tar_members, sanitize_member
 from factorkit.data.files import IMAGE_SUFFIXES, escape_name, is_image
 from factorkit.data.layouts.base import DatasetFiles, LabelSource, Reader
 from factorkit.utils.errors import DataError
+from factorkit.utils.output_record import OutputFilter
 
 SHARD_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MASK_WORDS = frozenset("mask seg segmentation".split())  # x.seg.png, x.mask.png
@@ -68,7 +69,13 @@ def _list_shards(data: Any) -> list[Path]:
         if missing:
             raise DataError(f"{missing[0]}: {len(missing)} of the {len(shards)} shards of {path.name} are missing.")
     elif path.is_dir():
+        outputs = OutputFilter(path)
         entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        entries = [
+            entry
+            for entry in entries
+            if not (outputs.skips_folder(str(entry)) if entry.is_dir() else outputs.skips_file(str(path), entry.name))
+        ]
         shards = sorted(entry for entry in entries if entry.suffix.lower() == ".tar" and entry.is_file())
         if any(entry.is_dir() or is_image(entry.name) for entry in entries):
             return []

@@ -24,6 +24,7 @@ from factorkit.data.views.srn import is_srn, read_srn
 from factorkit.data.views.transforms import is_transforms, read_transforms
 from factorkit.data.views.views import SceneLayout, Views
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.output_record import is_output_folder
 
 PosedReader = Callable[[Path, str | None], tuple[list[LazyView], SceneSettings]]
 # Formats with poses, tried in this order; everything else is read as images without poses.
@@ -99,7 +100,7 @@ def open_views(
 
     Example:
         >>> from factorkit.data import open_views
-        >>> open_views(pictures[:5], resolution=8).images.shape
+        >>> open_views(images[:5], resolution=8).images.shape
         torch.Size([5, 3, 8, 8])
     """
     if split not in (None, "train", "test"):
@@ -177,7 +178,7 @@ def _reopen(views: Views, split: str | None, resolution: int | None, layout: Sce
 
 def _check_single_scene(folder: Path) -> None:
     """Raise DataError if the subfolders are scenes: their images together are not one scene."""
-    children = sorted(child for child in folder.iterdir() if child.is_dir())
+    children = sorted(child for child in folder.iterdir() if child.is_dir() and not is_output_folder(child))
     scenes = [child.name for child in children if any(matches(child) for matches, _ in POSED_FORMATS)]
     if scenes:
         raise DataError(f"{folder}: contains {len(scenes)} scenes ({format_examples(scenes)}). Give one of them.")

@@ -65,15 +65,15 @@ class Segmenter(LoadedModel):
             OutOfMemoryError: an image too large for the machine.
 
         Example:
-            >>> seg = run.segment(pictures[:4])
+            >>> seg = run.segment(images[:4])
             >>> seg.labels.shape, seg.masks.shape
             (torch.Size([4, 16, 16]), torch.Size([4, 2, 16, 16]))
             >>> bool((seg.masks.sum(1) - 1).abs().max() < 0.01)
             True
         """
         predict, size = self.predictor(t, quality), check_segment_settings(self.config, size, upsample)
-        pictures, names = read_images(images)
-        masks = [segment_image(self.config, picture, predict, size, upsample) for picture in pictures]
+        decoded, names = read_images(images)
+        masks = [segment_image(self.config, image, predict, size, upsample) for image in decoded]
         labels = [hard_labels(m, self.config.nesting) for m in masks]
         if len({m.shape for m in masks}) == 1:
             return Segmentation(torch.stack(labels), torch.stack(masks), names, self.config.nesting)
@@ -91,6 +91,7 @@ class Segmenter(LoadedModel):
         quality: str = "fast",
         workers: int | None = None,
         progress: bool = True,
+        overwrite: bool = False,
     ) -> FolderSegments:
         """Segment any number of images into files; the same call again continues where it stopped.
 
@@ -100,22 +101,26 @@ class Segmenter(LoadedModel):
 
         Args:
             images: as for :meth:`segment`; results of an earlier call among them are ignored.
-            out: output folder; folders of images keep their structure below it.
+            out: output folder; folders of images keep their structure below it. Images of one name from different
+                folders get distinct names (img, img-2), and annotations.json holds the images of all calls.
             formats: ``"labels"`` (NAME_labels.png, palette), ``"masks"`` (NAME_mask_K.png, grey, 8 bits),
                 ``"overlays"`` (NAME_overlay.png), ``"coco"`` (annotations.json, COCO run lengths). contact_sheet.png
                 with the first images is always written.
             t, size, upsample, quality: as for :meth:`segment`.
             workers: threads that read, and as many that write; None: one per core, at most 8.
             progress: show a progress bar with the time left.
+            overwrite: also replace files that this method did not write for the same image, and results that were
+                changed since.
 
         Raises:
             ConfigError: a setting out of range, or a plain DDPM.
             DataError: nothing to read, or no image can be read.
-            WriteError: the disk is full or ``out`` cannot be written; finished files remain.
+            WriteError: a file of another origin is in the way, the disk is full or ``out`` cannot be written; finished
+                files remain.
             CheckpointError: another process segments into ``out``.
 
         Example:
-            >>> done = run.segment_folder(pictures[:4], "segmented", formats=("labels",), progress=False)
+            >>> done = run.segment_folder(images[:4], "segmented", formats=("labels",), progress=False)
             >>> done.segmented, done.skipped
             (4, {})
         """
@@ -124,7 +129,7 @@ class Segmenter(LoadedModel):
         settings = {"t": self._check_time(t), "size": size, "upsample": upsample, "quality": quality}
         with cpu_threads(self.config.threads):
             return segment_folder(
-                self.model, self.config, predict, source, Path(out), settings, formats, workers, progress
+                self.model, self.config, predict, source, Path(out), settings, formats, workers, progress, overwrite
             )
 
     def segment_video(
