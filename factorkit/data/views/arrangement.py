@@ -145,8 +145,8 @@ def find_convention_problem(poses: np.ndarray, in_files: np.ndarray | None = Non
     if front == 0 and miss < CONVERGED_MISS and _direction_spread_degrees(poses) > OUTWARD_DEGREES:
         return (
             f"these look like camera axes of OpenCV (x right, y down, looking along z) instead of OpenGL's: all "
-            f"{count} cameras look away from the point between them. Negate the second and third column of each matrix. If "
-            "the cameras do look outwards, as in a room, this program cannot model the scene."
+            f"{count} cameras look away from the point between them. Negate the second and third column of each "
+            "matrix. If the cameras do look outwards, as in a room, this program cannot model the scene."
         )
     if front < 0.5 and detect_layout(poses) == "object":
         return (
