@@ -19,7 +19,7 @@ from factorkit.utils.errors import DataError
 
 
 def add_masks(
-    views: Sequence[LazyView], settings: SceneSettings, masks: Any, loss_masks: Any
+    views: Sequence[LazyView], settings: SceneSettings, masks: Any, loss_masks: Any, upright: bool = False
 ) -> tuple[list[LazyView], tuple[str, ...]]:
     """Add masks to the views of a split.
 
@@ -28,6 +28,7 @@ def add_masks(
         settings: of the whole scene, whose names the masks must match.
         masks: foreground masks, anything that :func:`factorkit.data.open_source` accepts, or None.
         loss_masks: masks of value 0 where a view is not scored, or None.
+        upright: whether the EXIF orientation of the masks is applied, as it is to images without cameras.
 
     Returns:
         The views, and sentences on what was read.
@@ -53,9 +54,14 @@ def add_masks(
                 f'{format_examples(missing, 1)}. Add the masks, or give masks="none" (--masks none) to use none.'
             )
         if field == "read_loss_mask":
-            result = [replace(v, read_loss_mask=partial(_read_scored, opened, mask_of[_stem(v.name)])) for v in result]
+            result = [
+                replace(v, read_loss_mask=partial(_read_scored, opened, mask_of[_stem(v.name)], upright))
+                for v in result
+            ]
         else:
-            result = [replace(v, read_mask=partial(_read_opacity, opened, mask_of[_stem(v.name)])) for v in result]
+            result = [
+                replace(v, read_mask=partial(_read_opacity, opened, mask_of[_stem(v.name)], upright)) for v in result
+            ]
         notes += (f"{_describe(source)}: {len(opened)} {meaning}.",)
     return result, notes
 
@@ -86,9 +92,9 @@ def _describe(source: Any) -> str:
     return str(source) if isinstance(source, (str, Path)) else "masks"
 
 
-def _read_opacity(masks: Source, index: int) -> np.ndarray:
-    return to_opacity(masks.decode(index), masks.names[index], upright=False)
+def _read_opacity(masks: Source, index: int, upright: bool) -> np.ndarray:
+    return to_opacity(masks.decode(index), masks.names[index], upright)
 
 
-def _read_scored(masks: Source, index: int) -> np.ndarray:
-    return (_read_opacity(masks, index) > 0).astype(np.float32)
+def _read_scored(masks: Source, index: int, upright: bool) -> np.ndarray:
+    return (_read_opacity(masks, index, upright) > 0).astype(np.float32)

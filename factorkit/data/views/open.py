@@ -125,7 +125,9 @@ def open_views(
             arrangement = arrange(settings.poses, settings.bounds, layout, str(path))
         if fov is not None:
             warnings.warn(f"{path}: fov={fov:g} is not used, since the files define the cameras.", stacklevel=2)
-        if given_masks is None and not _is_none(masks) and loss_masks is None:
+        if masks is None:
+            if isinstance(loss_masks, (str, os.PathLike)):
+                settings = settings._replace(loss_folder=Path(loss_masks).expanduser())
             given_masks = _find_mask_folder(path, settings)
         views, notes = add_masks(views, settings, given_masks, loss_masks)
     elif path is not None and is_video(path):
@@ -138,9 +140,7 @@ def open_views(
             _check_single_scene(path)
             _warn_about_unread_cameras(path)
         views, settings = read_images(source if path is None else path, split, masks, fov)
-        if loss_masks is not None:
-            views, notes = add_masks(views, settings, None, loss_masks)
-        notes = settings.notes
+        views, notes = add_masks(views, settings, None, loss_masks, upright=True)
     return load_views(
         views,
         arrangement=arrangement,
