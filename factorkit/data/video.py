@@ -190,10 +190,9 @@ def read_video_frames(
                     raise _decode_error(path, error, count) from error
                 packets, problem = iter(()), f"cannot be decoded to its end ({error})"
                 continue
+            time = time + step if count else Fraction(0)
             if frame.pts is not None:
                 time = frame.pts * stream.time_base
-            else:
-                time = time + step if count else Fraction(0)
             if times is not None:
                 times.append(time)
             yield image

@@ -65,15 +65,15 @@ class Segmenter(LoadedModel):
             OutOfMemoryError: an image too large for the machine.
 
         Example:
-            >>> seg = run.segment(pictures[:4])
+            >>> seg = run.segment(images[:4])
             >>> seg.labels.shape, seg.masks.shape
             (torch.Size([4, 16, 16]), torch.Size([4, 2, 16, 16]))
             >>> bool((seg.masks.sum(1) - 1).abs().max() < 0.01)
             True
         """
         predict, size = self.predictor(t, quality), check_segment_settings(self.config, size, upsample)
-        pictures, names = read_images(images)
-        masks = [segment_image(self.config, picture, predict, size, upsample) for picture in pictures]
+        decoded, names = read_images(images)
+        masks = [segment_image(self.config, image, predict, size, upsample) for image in decoded]
         labels = [hard_labels(m, self.config.nesting) for m in masks]
         if len({m.shape for m in masks}) == 1:
             return Segmentation(torch.stack(labels), torch.stack(masks), names, self.config.nesting)
@@ -120,7 +120,7 @@ class Segmenter(LoadedModel):
             CheckpointError: another process segments into ``out``.
 
         Example:
-            >>> done = run.segment_folder(pictures[:4], "segmented", formats=("labels",), progress=False)
+            >>> done = run.segment_folder(images[:4], "segmented", formats=("labels",), progress=False)
             >>> done.segmented, done.skipped
             (4, {})
         """

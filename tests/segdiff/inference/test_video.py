@@ -1,4 +1,4 @@
-"""Moving pictures: read frame by frame, segmented without flicker, written whole or not at all."""
+"""Videos: read frame by frame, segmented without flicker, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from factorkit.utils.errors import ConfigError, DataError, WriteError
 
 
 @pytest.fixture
-def run(stirred_run):
-    run = stirred_run(regions=3)
+def run(make_random_run):
+    run = make_random_run(regions=3)
     with torch.no_grad():
         run.model.masks.decoder.conv_out.weight.mul_(30)
     return run
 
 
 def still(count, seed=0, noise=10.0, size=(36, 46)):
-    """A still scene under a sensor's noise, uint8 [count, H, W, 3]."""
+    """A still scene with sensor noise, uint8 [count, H, W, 3]."""
     rng = np.random.default_rng(seed)
     small = rng.integers(40, 216, (5, 6, 3), np.uint8)
     scene = np.asarray(Image.fromarray(small).resize(size[::-1], Image.Resampling.BICUBIC), np.float32)
@@ -34,22 +34,22 @@ def still(count, seed=0, noise=10.0, size=(36, 46)):
 
 
 def labels_of(run, frames, smooth):
-    found = segment_frames(frames, run.config, run.predictor(None, "fast"), size=16, upsample="guided", smooth=smooth)
-    return np.stack([labels for _, labels in found])
+    result = segment_frames(frames, run.config, run.predictor(None, "fast"), size=16, upsample="guided", smooth=smooth)
+    return np.stack([labels for _, labels in result])
 
 
 def test_segment_frames_without_smoothing_equals_segment(run):
     frames = still(3)
-    found = labels_of(run, frames, 0.0)
-    assert np.array_equal(found, run.segment(frames).labels.numpy())
-    assert len(np.unique(found)) > 1
+    result = labels_of(run, frames, 0.0)
+    assert np.array_equal(result, run.segment(frames).labels.numpy())
+    assert len(np.unique(result)) > 1
 
 
 def test_segment_frames_smoothing_removes_flicker_of_a_still_scene(run):
     frames = still(24)
     flicker = lambda labels: (labels[13:] != labels[12:-1]).mean()  # noqa: E731
     before, after = (flicker(labels_of(run, frames, smooth)) for smooth in (0.0, 0.8))
-    assert before > 0.002, "without flicker there is nothing to show"
+    assert before > 0.002, "the frames must flicker without smoothing"
     assert after < 0.4 * before
 
 
@@ -63,22 +63,22 @@ def test_smoother_equals_its_formula_and_resets_at_cuts():
         calm, keep = smoother.frame(frame)
         return calm, smoother.masks(masks, keep)
 
-    calm, found = step(flat(20), a)
-    assert torch.equal(found, a) and (calm == 20).all()
-    calm, found = step(flat(24), b)
+    calm, result = step(flat(20), a)
+    assert torch.equal(result, a) and (calm == 20).all()
+    calm, result = step(flat(24), b)
     weight = 0.75 * np.exp(-((4 / 255) ** 2) / (2 * STILL_COLOUR_CHANGE**2))
     assert (calm == round(weight * 20 + (1 - weight) * 24)).all()
-    torch.testing.assert_close(found, (weight * a + (1 - weight) * b).float())
-    calm, found = step(flat(230), c)
+    torch.testing.assert_close(result, (weight * a + (1 - weight) * b).float())
+    calm, result = step(flat(230), c)
     assert (calm == 230).all()
-    torch.testing.assert_close(found, c, msg="the picture has changed: nothing of the old masks stays")
+    torch.testing.assert_close(result, c, msg="a changed image must reset the old masks")
     half = flat(230)
-    half[:, :10] = 20  # a thing moves on the left, the right stands still
-    calm, found = step(half, a)
+    half[:, :10] = 20  # An object moves on the left; the right is still.
+    calm, result = step(half, a)
     assert np.array_equal(calm, half)
-    torch.testing.assert_close(found[..., :4], a[..., :4])
-    torch.testing.assert_close(found[..., 6:], (0.75 * c + 0.25 * a)[..., 6:])
-    torch.testing.assert_close(found.sum(0), torch.ones(10, 10))
+    torch.testing.assert_close(result[..., :4], a[..., :4])
+    torch.testing.assert_close(result[..., 6:], (0.75 * c + 0.25 * a)[..., 6:])
+    torch.testing.assert_close(result.sum(0), torch.ones(10, 10))
 
 
 def test_segment_frames_reads_frames_lazily(run):
@@ -90,22 +90,24 @@ def test_segment_frames_reads_frames_lazily(run):
             taken += 1
             yield frame
 
-    found = segment_frames(frames(), run.config, run.predictor(None, "fast"), size=16, upsample="guided", smooth=0.5)
-    next(found)
+    result = segment_frames(frames(), run.config, run.predictor(None, "fast"), size=16, upsample="guided", smooth=0.5)
+    next(result)
     assert taken <= 16
-    assert sum(1 for _ in found) == 39
+    assert sum(1 for _ in result) == 39
 
 
 @pytest.mark.slow
 def test_segment_video_writes_a_video(run, tmp_path):
     frames = still(5, size=(35, 47))
     imageio.imwrite(tmp_path / "in.mkv", frames, plugin="pyav", codec="ffv1", fps=12)
-    made = run.segment_video(tmp_path / "in.mkv", tmp_path / "new" / "out.mp4", progress=False)
-    assert made.frames == 5 and made.rate == 12 and abs(sum(made.areas) - 1) < 1e-6 and 0 <= made.changes < 1
-    seen = imageio.imread(made.out, plugin="pyav")
-    assert seen.shape == (5, 36, 48, 3), "odd sides gain a row and a column"
-    assert imageio.immeta(made.out, plugin="pyav")["fps"] == 12
-    assert sorted(path.name for path in made.out.parent.iterdir()) == [".factorkit.jsonl", "out.mp4"]
+    summary = run.segment_video(tmp_path / "in.mkv", tmp_path / "new" / "out.mp4", progress=False)
+    assert (
+        summary.frames == 5 and summary.rate == 12 and abs(sum(summary.areas) - 1) < 1e-6 and 0 <= summary.changes < 1
+    )
+    frames_read = imageio.imread(summary.out, plugin="pyav")
+    assert frames_read.shape == (5, 36, 48, 3), "odd sides must gain a row and a column"
+    assert imageio.immeta(summary.out, plugin="pyav")["fps"] == 12
+    assert sorted(path.name for path in summary.out.parent.iterdir()) == [".factorkit.jsonl", "out.mp4"]
 
 
 @pytest.mark.slow
@@ -124,7 +126,7 @@ def test_segment_video_folder_uses_natural_order(tmp_path):
         Image.new("RGB", (4, 4), (colour,) * 3).save(tmp_path / name)
     assert [frame[0, 0, 0] for frame in open_video(tmp_path).frames] == [20, 40, 200, 220]
     listed = [tmp_path / "frame10.png", tmp_path / "frame2.png"]
-    assert [frame[0, 0, 0] for frame in open_video(listed).frames] == [200, 40], "a list has an order of its own"
+    assert [frame[0, 0, 0] for frame in open_video(listed).frames] == [200, 40], "a list must keep its order"
 
 
 @pytest.mark.parametrize("name", ["walk.gif", "walk.webp", "walk.png"])
