@@ -30,11 +30,11 @@ def trained_steps(monkeypatch):
     """The regions and seed of every training step."""
     steps, inner = [], module.MixtureTask.loss
 
-    def watched(task, model, *args):
+    def record_loss(task, model, *args):
         steps.append((task.config.regions, task.config.seed))
         return inner(task, model, *args)
 
-    monkeypatch.setattr(module.MixtureTask, "loss", watched)
+    monkeypatch.setattr(module.MixtureTask, "loss", record_loss)
     return steps
 
 

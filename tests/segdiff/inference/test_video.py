@@ -23,7 +23,7 @@ def run(make_random_run):
     return run
 
 
-def still(count, seed=0, noise=10.0, size=(36, 46)):
+def make_still_scene(count, seed=0, noise=10.0, size=(36, 46)):
     """A still scene with sensor noise, uint8 [count, H, W, 3]."""
     rng = np.random.default_rng(seed)
     small = rng.integers(40, 216, (5, 6, 3), np.uint8)
@@ -31,22 +31,22 @@ def still(count, seed=0, noise=10.0, size=(36, 46)):
     return np.clip(scene + noise * rng.standard_normal((count, *scene.shape)), 0, 255).astype(np.uint8)
 
 
-def labels_of(run, frames, smooth):
+def segment_labels(run, frames, smooth):
     result = segment_frames(frames, run.config, run.predictor(None, "fast"), size=16, upsample="guided", smooth=smooth)
     return np.stack([labels for _, labels in result])
 
 
 def test_segment_frames_without_smoothing_equals_segment(run):
-    frames = still(3)
-    result = labels_of(run, frames, 0.0)
+    frames = make_still_scene(3)
+    result = segment_labels(run, frames, 0.0)
     assert np.array_equal(result, run.segment(frames).labels.numpy())
     assert len(np.unique(result)) > 1
 
 
 def test_segment_frames_smoothing_removes_flicker_of_a_still_scene(run):
-    frames = still(24)
+    frames = make_still_scene(24)
     flicker = lambda labels: (labels[13:] != labels[12:-1]).mean()  # noqa: E731
-    before, after = (flicker(labels_of(run, frames, smooth)) for smooth in (0.0, 0.8))
+    before, after = (flicker(segment_labels(run, frames, smooth)) for smooth in (0.0, 0.8))
     assert before > 0.002, "the frames must flicker without smoothing"
     assert after < 0.4 * before
 
@@ -54,23 +54,23 @@ def test_segment_frames_smoothing_removes_flicker_of_a_still_scene(run):
 def test_smoother_equals_its_formula_and_resets_at_cuts():
     torch.manual_seed(0)
     a, b, c = torch.rand(3, 2, 10, 10).softmax(1)
-    flat = lambda value: np.full((20, 20, 3), value, np.uint8)  # noqa: E731
+    make_flat = lambda value: np.full((20, 20, 3), value, np.uint8)  # noqa: E731
     smoother = Smoother(0.75)
 
     def step(frame, masks):
         calm, keep = smoother.frame(frame)
         return calm, smoother.masks(masks, keep)
 
-    calm, result = step(flat(20), a)
+    calm, result = step(make_flat(20), a)
     assert torch.equal(result, a) and (calm == 20).all()
-    calm, result = step(flat(24), b)
+    calm, result = step(make_flat(24), b)
     weight = 0.75 * np.exp(-((4 / 255) ** 2) / (2 * STILL_COLOUR_CHANGE**2))
     assert (calm == round(weight * 20 + (1 - weight) * 24)).all()
     torch.testing.assert_close(result, (weight * a + (1 - weight) * b).float())
-    calm, result = step(flat(230), c)
+    calm, result = step(make_flat(230), c)
     assert (calm == 230).all()
     torch.testing.assert_close(result, c, msg="a changed image must reset the old masks")
-    half = flat(230)
+    half = make_flat(230)
     half[:, :10] = 20  # An object moves on the left; the right is still.
     calm, result = step(half, a)
     assert np.array_equal(calm, half)
@@ -84,7 +84,7 @@ def test_segment_frames_reads_frames_lazily(run):
 
     def frames():
         nonlocal taken
-        for frame in still(40):
+        for frame in make_still_scene(40):
             taken += 1
             yield frame
 
@@ -96,7 +96,7 @@ def test_segment_frames_reads_frames_lazily(run):
 
 @pytest.mark.slow
 def test_segment_video_writes_a_video(run, tmp_path):
-    frames = still(5, size=(35, 47))
+    frames = make_still_scene(5, size=(35, 47))
     imageio.imwrite(tmp_path / "in.mkv", frames, plugin="pyav", codec="ffv1", fps=12)
     summary = run.segment_video(tmp_path / "in.mkv", tmp_path / "new" / "out.mp4", progress=False)
     assert (
@@ -110,11 +110,11 @@ def test_segment_video_writes_a_video(run, tmp_path):
 
 @pytest.mark.slow
 def test_segment_video_folder_uses_name_order(run, tmp_path):
-    for number, frame in enumerate(still(3)):
+    for number, frame in enumerate(make_still_scene(3)):
         Image.fromarray(frame).save(tmp_path / f"{number}.png")
     clip = open_video(tmp_path)
     assert clip.length == 3 and clip.rate == 24
-    assert np.array_equal(np.stack(list(clip.frames)), still(3))
+    assert np.array_equal(np.stack(list(clip.frames)), make_still_scene(3))
     assert run.segment_video(tmp_path, tmp_path / "out" / "x.mp4", progress=False).frames == 3
 
 
@@ -146,21 +146,21 @@ def test_segment_video_failure_leaves_no_file(run, tmp_path):
         run.segment_video(tmp_path / "noise.mp4", out, progress=False)
     with pytest.raises(DataError, match="no such video"):
         run.segment_video(tmp_path / "none.mp4", out, progress=False)
-    frames = [Image.fromarray(frame) for frame in (*still(2), *still(1, size=(20, 20)))]
+    frames = [Image.fromarray(frame) for frame in (*make_still_scene(2), *make_still_scene(1, size=(20, 20)))]
     with pytest.raises(DataError, match="frame 2 has 20 x 20 pixels, the first 46 x 36"):
         run.segment_video(frames, out, progress=False)
     with pytest.raises(ConfigError, match=r"\.mp4"):
-        run.segment_video(still(2), tmp_path / "out.gif", progress=False)
+        run.segment_video(make_still_scene(2), tmp_path / "out.gif", progress=False)
     with pytest.raises(ConfigError, match="smooth=1"):
-        run.segment_video(still(2), out, smooth=1.0, progress=False)
+        run.segment_video(make_still_scene(2), out, smooth=1.0, progress=False)
     with pytest.raises(WriteError, match="cannot be written"):
-        run.segment_video(still(2), tmp_path / "noise.mp4" / "out.mp4", progress=False)
+        run.segment_video(make_still_scene(2), tmp_path / "noise.mp4" / "out.mp4", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["noise.mp4"]
 
 
 @pytest.mark.slow
 def test_segment_video_truncated_video_raises_or_ends(run, tmp_path):
-    imageio.imwrite(tmp_path / "in.mp4", still(30), plugin="pyav", codec="libx264", fps=12)
+    imageio.imwrite(tmp_path / "in.mp4", make_still_scene(30), plugin="pyav", codec="libx264", fps=12)
     whole = (tmp_path / "in.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="cannot be decoded"):
