@@ -77,7 +77,6 @@ def test_unexplained_noise_equals_its_formula():
     assert result == unexplained_noise(mixture, images, schedule)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("regions", [2, 3])
 def test_choose_regions_finds_the_number_of_parts(regions):
     choice = factorkit.choose_regions(make_bands(regions), out="out", candidates=(4, 2, 3), **QUICK)

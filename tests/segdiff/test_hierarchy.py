@@ -154,7 +154,6 @@ def test_config_invalid_nesting_raises(changes, message):
         preset_config("demo", **changes).resolved()
 
 
-@pytest.mark.slow
 def test_three_levels_train_segment_and_evaluate(tmp_path, monkeypatch):
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
     images, labels = draw_rooms(8, 16)
@@ -211,7 +210,6 @@ def test_evaluate_many_leaves_scores_a_coarser_level(monkeypatch):
         build_untrained_run((13, 2)).evaluate(images, truth, num_fit_images=2)
 
 
-@pytest.mark.slow
 def test_hierarchy_run_resumes_loads_and_writes_files(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 1)
