@@ -183,7 +183,7 @@ def write_clip(path, times, *, sound=None, options=None):
         video.width, video.height, video.pix_fmt = 48, 40, "yuv420p"
         video.codec_context.time_base = Fraction(1, 1000)
         tone = None if sound is None else file.add_stream(sound, rate=48000, layout="mono")
-        for pixels, time in zip(still(len(times), size=(40, 48)), times, strict=True):
+        for pixels, time in zip(make_still_scene(len(times), size=(40, 48)), times, strict=True):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, 1000)
             file.mux(video.encode(frame))
@@ -209,15 +209,15 @@ UNEVEN = [0, 40, 80, 500, 540, 580, 1300, 1340]
 @pytest.mark.parametrize("source", ["in.mp4", "in.mkv"])
 def test_segment_video_keeps_uneven_times(run, tmp_path, source, suffix):
     write_clip(tmp_path / source, UNEVEN)
-    made = run.segment_video(tmp_path / source, tmp_path / f"out{suffix}", progress=False)
-    assert made.frames == len(UNEVEN) and times_of(made.out) == times_of(tmp_path / source) == UNEVEN
+    summary = run.segment_video(tmp_path / source, tmp_path / f"out{suffix}", progress=False)
+    assert summary.frames == len(UNEVEN) and times_of(summary.out) == times_of(tmp_path / source) == UNEVEN
 
 
 def test_segment_video_keeps_uneven_times_of_gif(run, tmp_path):
-    first, *rest = map(Image.fromarray, still(4, size=(16, 16)))
+    first, *rest = map(Image.fromarray, make_still_scene(4, size=(16, 16)))
     first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=[100, 50, 500, 100])
-    made = run.segment_video(tmp_path / "a.gif", tmp_path / "out.mp4", progress=False)
-    assert times_of(made.out) == [0, 100, 150, 650]
+    summary = run.segment_video(tmp_path / "a.gif", tmp_path / "out.mp4", progress=False)
+    assert times_of(summary.out) == [0, 100, 150, 650]
 
 
 @pytest.mark.parametrize(
@@ -225,12 +225,12 @@ def test_segment_video_keeps_uneven_times_of_gif(run, tmp_path):
 )
 def test_segment_video_keeps_the_sound(run, tmp_path, sound, suffix, codec):
     write_clip(tmp_path / "in.mkv", UNEVEN, sound=sound)
-    made = run.segment_video(tmp_path / "in.mkv", tmp_path / f"out{suffix}", progress=False)
-    with av.open(str(made.out)) as file:
+    summary = run.segment_video(tmp_path / "in.mkv", tmp_path / f"out{suffix}", progress=False)
+    with av.open(str(summary.out)) as file:
         assert codec in (None, file.streams.audio[0].codec_context.name)
         samples = np.concatenate([f.to_ndarray().astype(float).mean(0) for f in file.decode(audio=0)])
     assert 1.2 < len(samples) / 48000 < 1.45 and samples.std() > 0
-    assert times_of(made.out) == UNEVEN
+    assert times_of(summary.out) == UNEVEN
 
 
 def test_segment_video_without_average_rate_keeps_times(run, tmp_path, monkeypatch):
@@ -250,9 +250,9 @@ def test_segment_video_cut_off_is_an_error_or_partial(run, tmp_path, name, share
         run.segment_video(tmp_path / name, tmp_path / "out.mp4", progress=False)
     assert not (tmp_path / "out.mp4").exists()
     with pytest.warns(UserWarning, match="the rest is left out"):
-        made = run.segment_video(tmp_path / name, tmp_path / "out.mp4", progress=False, partial=True)
-    times = times_of(made.out)
-    assert 1 < made.frames == len(times) < 40 and set(times) <= {40 * i for i in range(40)}
+        summary = run.segment_video(tmp_path / name, tmp_path / "out.mp4", progress=False, partial=True)
+    times = times_of(summary.out)
+    assert 1 < summary.frames == len(times) < 40 and set(times) <= {40 * i for i in range(40)}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
