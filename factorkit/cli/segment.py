@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, Paths, Result, RunCommand
+from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, OutputCommand, Paths, Result
 from factorkit.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Segment(RunCommand):
+class Segment(OutputCommand):
     """Segment images or a video with a trained model.
 
     For each image, OUT receives these files, at the image's own size:
@@ -60,6 +60,9 @@ class Segment(RunCommand):
     smooth: float = 0.8
     """With --video: how strongly masks are averaged over time where the video does not move, 0 to below 1."""
 
+    partial: Flag = False
+    """With --video: use a video that is cut off or damaged as far as it goes."""
+
     def execute(self) -> Result:
         if not self.paths:
             raise ConfigError("no images are given. Use: factorkit segment RUN PATHS... --out DIR")
@@ -67,6 +70,7 @@ class Segment(RunCommand):
 
         run = SegdiffRun.load(self.run, device=self.device)
         options = {"t": self.t, "size": self.size, "upsample": self.upsample, "quality": self.quality}
+        options["overwrite"] = self.overwrite
         return self._segment_video(run, options) if self.video else self._segment_images(run, options)
 
     def _segment_images(self, run: SegdiffRun, options: dict[str, Any]) -> Result:
@@ -92,7 +96,7 @@ class Segment(RunCommand):
     def _segment_video(self, run: SegdiffRun, options: dict[str, Any]) -> Result:
         if len(self.paths) > 1:
             raise ConfigError(f"--video takes one video or one folder of frames, not {len(self.paths)} paths")
-        segments = run.segment_video(self.paths[0], self.out, smooth=self.smooth, **options)
+        segments = run.segment_video(self.paths[0], self.out, smooth=self.smooth, partial=self.partial, **options)
         areas = "/".join(f"{area:.2f}" for area in segments.areas)
         text = (
             f"{segments.frames} frames segmented: {self.out}\nareas of the regions {areas}; {segments.changes:.1%} of "

@@ -30,11 +30,11 @@ def trained_steps(monkeypatch):
     """The regions and seed of every training step."""
     steps, inner = [], module.MixtureTask.loss
 
-    def watched(task, model, *args):
+    def record_loss(task, model, *args):
         steps.append((task.config.regions, task.config.seed))
         return inner(task, model, *args)
 
-    monkeypatch.setattr(module.MixtureTask, "loss", watched)
+    monkeypatch.setattr(module.MixtureTask, "loss", record_loss)
     return steps
 
 
@@ -77,7 +77,6 @@ def test_unexplained_noise_equals_its_formula():
     assert result == unexplained_noise(mixture, images, schedule)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("regions", [2, 3])
 def test_choose_regions_finds_the_number_of_parts(regions):
     choice = factorkit.choose_regions(make_bands(regions), out="out", candidates=(4, 2, 3), **QUICK)

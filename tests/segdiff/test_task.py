@@ -41,8 +41,8 @@ def build_task(images=None, probes=None, **changes) -> SegdiffTask:
     return task
 
 
-def make_draw(rows=slice(0, 16), batch=16, seed=3, recorded=32) -> BatchDraw:
-    return BatchDraw(seed, recorded, batch, rows, CPU)
+def make_draw(rows=slice(0, 16), batch=16, seed=3, images_seen=32) -> BatchDraw:
+    return BatchDraw(seed, images_seen, batch, rows, CPU)
 
 
 def compute_by_hand(task, indices, step):

@@ -23,7 +23,7 @@ from factorkit.segdiff.inference.segment import (
     check_segment_settings,
     segment_image,
 )
-from factorkit.segdiff.inference.video import VideoSegments, segment_frames, write_video
+from factorkit.segdiff.inference.video import VideoSegments, check_video_output, segment_frames, write_video
 from factorkit.segdiff.loaded_model import LoadedModel
 from factorkit.utils.errors import ConfigError
 
@@ -143,10 +143,13 @@ class Segmenter(LoadedModel):
         upsample: str = "guided",
         quality: str = "fast",
         progress: bool = True,
+        partial: bool = False,
+        overwrite: bool = False,
     ) -> VideoSegments:
         """Segment a video frame by frame into a video with the regions overlaid, at constant memory.
 
-        Regions keep their numbers and colours from frame to frame. The video appears complete or not at all.
+        Regions keep their numbers and colours from frame to frame. Frames keep their times, also at a variable rate;
+        the sound is taken over. The video appears complete or not at all.
 
         Args:
             video: a video file, an animated GIF or WebP, a folder of frames in the order of their names (2 before 10),
@@ -156,18 +159,23 @@ class Segmenter(LoadedModel):
                 (:class:`~factorkit.segdiff.inference.video.Smoother`), in [0, 1); 0 turns smoothing off.
             t, size, upsample, quality: as for :meth:`segment`.
             progress: show a progress bar.
+            partial: use a video that is cut off or damaged as far as it goes, with a warning.
+            overwrite: also replace a file that was not written for this video. The input is never replaced.
 
         Raises:
             ConfigError: a setting out of range, a plain DDPM, or imageio is not installed.
             DataError: nothing to read, frames of several sizes, or a video that does not decode to its end.
-            WriteError: the disk is full or ``out`` cannot be written.
+            WriteError: ``out`` is the input or a file of another origin, the disk is full, or it cannot be written.
             OutOfMemoryError: frames too large for the machine.
         """
-        source = open_video(video)
+        check_video_output(video, Path(out), overwrite)
+        source = open_video(video, partial=partial)
         size, predict = check_segment_settings(self.config, size, upsample), self.predictor(t, quality)
         with cpu_threads(self.config.threads):
             frames = segment_frames(source.frames, self.config, predict, size=size, upsample=upsample, smooth=smooth)
-            return write_video(source, frames, Path(out), self.config.num_leaf_regions, progress)
+            return write_video(
+                source, frames, Path(out), self.config.num_leaf_regions, progress, source=video, overwrite=overwrite
+            )
 
     def predictor(self, t: int | None, quality: str, label: int | None = None) -> Callable[[Tensor], Tensor]:
         """Return a function from images [N, 3, h, w] in [-1, 1] to their masks [N, K, h, w].

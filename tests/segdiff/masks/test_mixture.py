@@ -151,17 +151,17 @@ def test_loss_without_random_flip_keeps_orientation():
     images = np.zeros((4, 8, 8, 3), np.uint8)
     images[:, :, :4] = 255
     recorded = {}
-    for mirror in (True, False):
+    for flip in (True, False):
         config = preset_config(
-            None, **TINY, masks="mixture", random_flip=mirror, t_max=1, high_noise_fraction=0.0
+            None, **TINY, masks="mixture", random_flip=flip, t_max=1, high_noise_fraction=0.0
         ).resolved()
         task = SegdiffTask(config, images, images, torch.device("cpu"))
-        watch = task.model.forward
-        task.model.forward = lambda x_t, t, watch=watch, mirror=mirror: (recorded.update({mirror: x_t}), watch(x_t, t))[
+        forward = task.model.forward
+        task.model.forward = lambda x_t, t, forward=forward, flip=flip: (recorded.update({flip: x_t}), forward(x_t, t))[
             1
         ]
         task.loss(task.model, torch.arange(16) % 4, BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu")), 399)
-    left = {mirror: x[:, :, :, :4].mean((1, 2, 3)) > 0 for mirror, x in recorded.items()}
+    left = {flip: x[:, :, :, :4].mean((1, 2, 3)) > 0 for flip, x in recorded.items()}
     assert left[False].all() and 0 < left[True].sum() < 16
 
 
