@@ -35,7 +35,9 @@ def read_images(source: Any, split: str | None, masks: Any, fov: float | None) -
     Raises:
         DataError: as :func:`factorkit.data.open_source` and :func:`factorkit.data.masks.match_masks`.
     """
-    if masks is None and (folders := find_image_and_mask_folders(source)) is not None:
+    if isinstance(masks, str) and masks == "none":
+        masks = None
+    elif masks is None and (folders := find_image_and_mask_folders(source)) is not None:
         source, masks = folders
     images = open_source(source)
     mask_source = None if masks is None else open_source(masks, keys=MASK_KEYS)
@@ -45,7 +47,7 @@ def read_images(source: Any, split: str | None, masks: Any, fov: float | None) -
         intrinsics = _fov_intrinsics(fov) if fov is not None else _exif_intrinsics(images, i)
         read_mask = None if mask_source is None else partial(_read_opacity, mask_source, j)
         views.append(LazyView(images.names[i], partial(_read_float, images, i), intrinsics, read_mask=read_mask))
-    return views, SceneSettings("object")
+    return views, SceneSettings(images.names)
 
 
 def read_video(
@@ -66,7 +68,7 @@ def read_video(
     for number, frame in (frames[i] for i in split_every_eighth(len(frames), split)):
         name = f"{path.stem}_{number:0{digits}d}.png"
         views.append(LazyView(name, partial(_frame_to_float, frame), _fov_intrinsics(fov)))
-    return views, SceneSettings("object")
+    return views, SceneSettings()
 
 
 def _read_float(images: Source, index: int) -> np.ndarray:
