@@ -47,3 +47,12 @@ class RunCommand(Command):
     """The run folder, or one .safetensors file."""
     device: Device = "auto"
     """Where to compute. auto uses a GPU if there is one."""
+
+
+@dataclass(kw_only=True)
+class OutputCommand(RunCommand):
+    """Options of every command that writes results of a run."""
+
+    overwrite: Flag = False
+    """Also replace files that this command did not write for the same input, or that were changed since. Inputs are
+    never replaced."""

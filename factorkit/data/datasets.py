@@ -97,7 +97,7 @@ def open_dataset(data: Any, *, holdout: str | int = "auto", mask_set: str | None
 
     Example:
         >>> from factorkit.data import open_dataset
-        >>> dataset = open_dataset(pictures)
+        >>> dataset = open_dataset(images)
         >>> len(dataset.train), dataset.test_images is None
         (24, True)
     """

@@ -44,7 +44,7 @@ def list_image_names(folder: Path) -> list[str]:
     Links are followed; each folder is entered once. Broken links and what factorkit wrote are left out with a warning.
 
     Raises:
-        DataError: a folder cannot be listed, or it is itself an output folder of factorkit.
+        DataError: a folder cannot be listed, or everything in it was written by factorkit.
     """
     refuse_output_folder(folder)
 
@@ -77,6 +77,8 @@ def list_image_names(folder: Path) -> list[str]:
             UserWarning,
             stacklevel=2,
         )
+    if not names and (text := outputs.describe()) is not None:
+        raise DataError(f"{folder}: no images of yours in this folder or below it: {escape_name(text)}.")
     warn_about_outputs(folder, outputs)
     return sorted(names)
 

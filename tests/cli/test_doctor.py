@@ -1,4 +1,4 @@
-"""The doctor's report: complete whatever is missing or broken, and right about which GPUs the compiled code reaches."""
+"""The doctor's report: complete if packages are missing or broken, and correct about the supported GPUs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ KEYS = {"factorkit", "python", "cpu", "torch", "driver", "gpus", "extension", "o
 
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, source: str) -> None:
-    """Put a module of this source before any other of that name."""
+    """Shadow any module of that name by one with this source."""
     (folder / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setitem(sys.modules, name, None)  # so that what was there, or nothing, is put back at the end
+    monkeypatch.setitem(sys.modules, name, None)  # monkeypatch then restores the previous state at the end
     monkeypatch.delitem(sys.modules, name)
 
 
 def problem(report: dict, start: str) -> dict:
-    found = [entry for entry in report["problems"] if entry["what"].startswith(start)]
-    assert len(found) == 1, (start, report["problems"])
-    return found[0]
+    result = [entry for entry in report["problems"] if entry["what"].startswith(start)]
+    assert len(result) == 1, (start, report["problems"])
+    return result[0]
 
 
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], targets: list[str]) -> None:
@@ -56,7 +56,7 @@ def test_report_has_all_keys_and_is_json():
 
 
 def test_report_distinguishes_missing_and_broken_packages(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "viser", None)  # Python's own way of saying: not there
+    monkeypatch.setitem(sys.modules, "viser", None)  # Python's marker for a missing module
     install(monkeypatch, tmp_path, "tinycudann", "raise OSError('no CUDA driver\\nlong story')")
     install(monkeypatch, tmp_path, "tensorboard", "raise SystemExit('goodbye')")
     install(monkeypatch, tmp_path, "cv2", "import a_library_that_is_not_there")
@@ -108,7 +108,7 @@ def test_report_suppresses_output_of_imports(monkeypatch, tmp_path, capsys):
         (["sm_80", "sm_90", "compute_90"], (10, 0), "PTX"),
         (["sm_80", "sm_90", "compute_90"], (12, 0), "PTX"),
         (["sm_80", "sm_90", "compute_90"], (7, 5), "no"),
-        (["compute_80", "sm_90"], (9, 0), "machine code"),  # the better of the two, in any order
+        (["compute_80", "sm_90"], (9, 0), "machine code"),  # The better of the two is chosen in any order.
         (["sm_90a"], (9, 0), "machine code"),
         (["sm_100a", "compute_100a"], (10, 3), "no"),
         (["sm_100f"], (10, 3), "machine code"),
@@ -189,6 +189,6 @@ def test_commit_is_of_own_checkout_only(monkeypatch, tmp_path):
     assert doctor._commit() == head
     (tmp_path / "file").write_text("two")
     assert doctor._commit() == f"{head}-dirty"
-    # An installed copy that happens to lie inside somebody's checkout is not of that commit.
+    # An installed copy inside another checkout does not belong to that commit.
     monkeypatch.setattr(doctor, "PACKAGE", tmp_path / "venv" / "factorkit")
     assert doctor._commit() == "unknown"

@@ -1,4 +1,4 @@
-"""The U-Net's parts against formulas written with torch's own functions."""
+"""The parts of the U-Net compared with formulas written with torch functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def seeded():
 
 
 def randomised(module):
-    """Zero-initialised layers would hide what lies behind them."""
+    """Randomize zero-initialised layers, which would hide the layers before them."""
     with torch.no_grad():
         for p in module.parameters():
             p.add_(torch.randn_like(p) * 0.2)

@@ -71,7 +71,7 @@ def open_views(
 
     Example:
         >>> from factorkit.data import open_views
-        >>> open_views(pictures[:5], resolution=8).images.shape
+        >>> open_views(images[:5], resolution=8).images.shape
         torch.Size([5, 3, 8, 8])
     """
     if split not in (None, "train", "test"):
