@@ -46,7 +46,7 @@ class AlarmLimits:
     high: float = math.inf
 
 
-CheckStatus = Literal["passed", "failed", "not run"]
+CheckStatus = Literal["passed", "failed", "measured", "not run"]
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,11 @@ class Check:
 
     @property
     def status(self) -> CheckStatus:
-        """Whether it passed, failed or did not run."""
+        """Whether it passed, failed, was only measured for lack of a limit, or did not run."""
         if self.value is None:
             return "not run"
+        if math.isinf(self.low) and math.isinf(self.high):
+            return "measured"
         return "failed" if self.failures else "passed"
 
     def to_dict(self) -> Record:
@@ -113,7 +115,7 @@ def describe_check(check: Record) -> str:
     low, high = check.get("low"), check.get("high")
     limits = [f"at least {low:g}"] if is_number(low) else []
     limits += [f"at most {high:g}"] if is_number(high) else []
-    limit = f" ({' and '.join(limits)})" if limits else ""
+    limit = f" ({' and '.join(limits)})" if limits else " (no limit)"
     return f"{name}: {status}, {format_number(check.get('value'))}{limit}"
 
 
