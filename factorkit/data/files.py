@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,13 +18,14 @@ IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jpe .jpeg .jpg .jp2 .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 )
 SUFFIX_LIST = ", ".join(sorted(IMAGE_SUFFIXES))  # for messages
+JUNK_FOLDERS = frozenset(("__MACOSX", "@eaDir"))  # of macOS archives and of Synology disks
 MAX_EXAMPLES = 3  # names listed in a message
 
 
 def is_image(name: str) -> bool:
     """Return whether a file of this name, relative to the user's folder or archive, is read as an image."""
     path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    hidden = any(part.startswith(".") or part in JUNK_FOLDERS for part in path.parts)
     return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 
@@ -31,6 +33,11 @@ def strip_suffix(name: str) -> str:
     """Return a name without its suffix but with its folders; images and masks are matched by it."""
     path = PurePosixPath(name)
     return path.with_suffix("").as_posix() if path.name else name
+
+
+def fold_stem(name: str) -> str:
+    """Return a name's stem as names are compared: composed Unicode (macOS decomposes), case folded."""
+    return unicodedata.normalize("NFC", strip_suffix(name)).casefold()
 
 
 def list_images(folder: Path) -> list[Path]:

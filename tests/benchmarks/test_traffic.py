@@ -30,7 +30,6 @@ def test_a_copy_does_not_read_what_it_overwrites():
     assert count.parts["norms, skips, masks, sums"].moved == 80
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"form": "regional"}, {"branch_norm": "masked_group"}])
 def test_thesis_step_traffic(changes):
     """123.7 G multiply-adds a sample forward (the design's figure), twice that backward."""
@@ -45,7 +44,6 @@ def test_thesis_step_traffic(changes):
     assert len(lines) == 2 + 4 + 1 and lines[-1].startswith("| total | ")
 
 
-@pytest.mark.slow
 def test_more_branches_cost_less_than_in_proportion():
     three, six = (step_traffic("flowers64", 2, regions=k)["fused"] for k in (3, 6))
     for kind in ("convolutions and products", "norms, skips, masks, sums"):

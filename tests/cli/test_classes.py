@@ -12,20 +12,20 @@ from factorkit.data import draw_flowers
 
 
 @pytest.fixture
-def kinds(tmp_path) -> Path:
+def class_folders(tmp_path) -> Path:
     """Two folders, of three flowers each."""
     for kind, seed in (("iris", 1), ("rose", 2)):
-        (tmp_path / "kinds" / kind).mkdir(parents=True)
+        (tmp_path / "class_folders" / kind).mkdir(parents=True)
         for i, image in enumerate(draw_flowers(3, 16, seed)[0]):
-            Image.fromarray(image).save(tmp_path / "kinds" / kind / f"{i}.png")
-    return tmp_path / "kinds"
+            Image.fromarray(image).save(tmp_path / "class_folders" / kind / f"{i}.png")
+    return tmp_path / "class_folders"
 
 
 @pytest.mark.slow
-def test_run_with_classes_trains_and_generates(kinds, run_json, run_refused, flags, tmp_path):
+def test_run_with_classes_trains_and_generates(class_folders, run_json, run_refused, flags, tmp_path):
     out = tmp_path / "run"
     settings = {"prediction": "flow", "loss_weighting": "min_snr", "label_dropout": 0.2}
-    words = [*flags(**settings), "--data", kinds, "--classes", "folders"]
+    words = [*flags(**settings), "--data", class_folders, "--classes", "folders"]
     assert run_json(*words, "--out", out)["steps"] == 4
     config = json.loads((out / "config.json").read_text())
     assert (config["class_names"], config["schedule"]) == (["iris", "rose"], "flow")
@@ -44,14 +44,15 @@ def test_run_with_classes_trains_and_generates(kinds, run_json, run_refused, fla
 
 
 @pytest.mark.slow
-def test_dry_run_reads_file_of_classes(kinds, run_json, run_refused, flags, tmp_path):
+def test_dry_run_reads_file_of_classes(class_folders, run_json, run_refused, flags, tmp_path):
     table = tmp_path / "classes.csv"
     table.write_text(
         "".join(
-            f"{p.relative_to(kinds)},{'odd' if int(p.stem) % 2 else 'even'}\n" for p in sorted(kinds.rglob("*.png"))
+            f"{p.relative_to(class_folders)},{'odd' if int(p.stem) % 2 else 'even'}\n"
+            for p in sorted(class_folders.rglob("*.png"))
         )
     )
-    words = [*flags(), "--data", kinds, "--dry-run"]
+    words = [*flags(), "--data", class_folders, "--dry-run"]
     assert run_json(*words, "--classes", table)["parameters"] == run_json(*words)["parameters"] + 3 * 32
     table.write_text("iris/0.png,even\n")
     assert "are missing from its names" in run_refused(*words, "--classes", table)

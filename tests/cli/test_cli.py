@@ -158,7 +158,7 @@ def test_error_shows_traceback_only_with_debug(run_cli, monkeypatch, tmp_path):
         (OSError(28, "No space left on device", "runs/x"), 1, ("runs/x", "Free some space")),
         (PermissionError(13, "Permission denied", "/root/x"), 2, ("/root/x", "permissions")),
         (torch.OutOfMemoryError("CUDA out of memory. Tried much."), 1, ("--micro-batch-size", "CUDA out of memory")),
-        (KeyboardInterrupt(), 130, ("interrupted",)),
+        (KeyboardInterrupt(), 130, ("interrupt",)),
         (torch.distributed.DistBackendError("Duplicate GPU\nat x.cpp"), 1, ("unreachable", "(Duplicate GPU)")),
     ],
 )
@@ -181,12 +181,12 @@ def test_bug_raises_with_traceback(run_cli, monkeypatch):
 
 
 def test_stdout_has_only_the_result(run_cli, monkeypatch):
-    def chatty(*args, **kwargs):
+    def generate_with_warnings(*args, **kwargs):
         print("a library's remark")
         warnings.warn("one image is broken", stacklevel=2)
         return {"answer": 42}, "the answer is 42"
 
-    monkeypatch.setattr(Generate, "execute", chatty)
+    monkeypatch.setattr(Generate, "execute", generate_with_warnings)
     words = ("generate", "run", "--out", "x")
     for flag, out in ((), "the answer is 42\n"), (("--json",), '{"answer": 42}\n'):
         code, output, errors = run_cli(*words, *flag)
@@ -246,6 +246,15 @@ def test_dry_run_of_nerfdiff_prints_the_stages(run_cli, run_json, monkeypatch):
     words = ("train", "nerfdiff", "--preset", "fast", "--resolution", 16, "--dry-run")
     assert run_json(*words) == estimate
     assert (settings["preset"], settings["resolution"]) == ("fast", 16)
+    assert (settings["layout"], settings["masks"], settings["loss_masks"], settings["fov"]) == (
+        "auto",
+        None,
+        None,
+        None,
+    )
+    run_json(*words, "--layout", "object", "--masks", "m", "--loss-masks", "l", "--fov", 40)
+    assert (settings["layout"], settings["masks"], settings["fov"]) == ("object", "m", 40.0)
+    assert settings["loss_masks"] == Path("l")
     text = run_cli(*words)[1]
     assert "2.00 M parameters" in text
     assert "search       75 seconds for 600 steps, 8.0 views/s" in text
@@ -276,10 +285,10 @@ def test_sigterm_saves_and_same_command_resumes(tmp_path, run_cli, flags):
 
 
 def test_ctrl_c_reports_what_is_saved(run_cli, run, monkeypatch, flags):
-    def interrupted(*args, **kwargs):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("factorkit.segdiff.train.train_segdiff", interrupted)
+    monkeypatch.setattr("factorkit.segdiff.train.train_segdiff", interrupt)
     code, _, err = run_cli(*flags(), "--out", run)
     assert code == 130 and str(run) in err and "checkpoint is saved" in err
     code, _, err = run_cli(*flags(), "--out", "new")

@@ -24,7 +24,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, source: st
     monkeypatch.delitem(sys.modules, name)
 
 
-def problem(report: dict, start: str) -> dict:
+def find_problem(report: dict, start: str) -> dict:
     result = [entry for entry in report["problems"] if entry["what"].startswith(start)]
     assert len(result) == 1, (start, report["problems"])
     return result[0]
@@ -69,8 +69,8 @@ def test_report_distinguishes_missing_and_broken_packages(monkeypatch, tmp_path)
     assert parts["tensorboard"]["cause"] == "SystemExit: goodbye"
     assert parts["cv2"]["state"] == "broken" and "a_library_that_is_not_there" in parts["cv2"]["cause"]
     assert parts["torch_fidelity"] == {"state": "ok", "version": "7.8", "cause": None}
-    assert problem(report, "tinycudann")["what"] == "tinycudann is broken (OSError: no CUDA driver)"
-    assert "[viewer]" in problem(report, "viser")["cure"]
+    assert find_problem(report, "tinycudann")["what"] == "tinycudann is broken (OSError: no CUDA driver)"
+    assert "[viewer]" in find_problem(report, "viser")["cure"]
     assert not any("torch_fidelity" in entry["what"] for entry in report["problems"])
     assert "broken: OSError: no CUDA driver" in doctor.format_report(report)
 
@@ -88,7 +88,7 @@ def test_report_with_everything_broken_is_complete(monkeypatch):
     assert set(report) == KEYS
     assert report["torch"]["state"] == report["extension"]["state"] == "broken"
     assert report["torch"]["cause"] == "RuntimeError: no way"
-    assert problem(report, "torch is broken")["costs"] == "nothing works without it"
+    assert find_problem(report, "torch is broken")["costs"] == "nothing works without it"
     assert "unknown" in doctor.format_report(report)
 
 
@@ -124,7 +124,7 @@ def test_report_gpu_not_covered_names_cure(monkeypatch):
     fake_gpu(monkeypatch, (12, 0), ["sm_90"])
     report = doctor.report()
     assert report["gpus"][0]["covered"] == "no" and report["gpus"][0]["bf16"]
-    assert "FACTORKIT_CUDA_ARCHS=sm_120 " in problem(report, "factorkit._C has no code")["cure"]
+    assert "FACTORKIT_CUDA_ARCHS=sm_120 " in find_problem(report, "factorkit._C has no code")["cure"]
     assert "Fast GPU, capability 12.0, 80.0 GiB" in doctor.format_report(report)
 
 
@@ -137,13 +137,13 @@ def test_report_gpu_covered_has_no_problem(monkeypatch):
 
 def test_report_extension_without_cuda_names_nvcc(monkeypatch):
     fake_gpu(monkeypatch, (9, 0), [])
-    assert "nvcc" in problem(doctor.report(), "factorkit._C has no CUDA code")["cure"]
+    assert "nvcc" in find_problem(doctor.report(), "factorkit._C has no CUDA code")["cure"]
 
 
 def test_report_torch_without_cuda_names_cure(monkeypatch):
     monkeypatch.setattr(doctor, "_driver", lambda: "580.65.06")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert problem(doctor.report(), "there is an NVIDIA GPU")["cure"] == "install a CUDA build of torch"
+    assert find_problem(doctor.report(), "there is an NVIDIA GPU")["cure"] == "install a CUDA build of torch"
 
 
 def test_report_unusable_driver_names_cause(monkeypatch):
@@ -158,7 +158,9 @@ def test_report_extension_of_other_version_is_broken(monkeypatch):
     extension = SimpleNamespace(build_info=lambda: {"version": "0.0.1"}, cuda_devices=lambda: [])
     monkeypatch.setitem(sys.modules, "factorkit._C", extension)
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.1.0")
-    assert problem(doctor.report(), "factorkit._C")["what"].endswith("(built for factorkit 0.0.1, installed is 0.1.0)")
+    assert find_problem(doctor.report(), "factorkit._C")["what"].endswith(
+        "(built for factorkit 0.0.1, installed is 0.1.0)"
+    )
 
 
 def test_report_ops_name_forced_reference(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 
-def read(path) -> np.ndarray:
+def read_image(path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
@@ -19,11 +19,11 @@ def test_interpolate_writes_frames_and_labels(run, photos, run_json, run_cli, tm
     assert (result["pairs"], result["frames"]) == (1, 3)
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {f"pair_0000_0{i}{end}.png" for i in range(3) for end in ("", "_labels")} | {"contact_sheet.png"}
-    assert read(tmp_path / "a/pair_0000_01.png").shape == (16, 16, 3)
+    assert read_image(tmp_path / "a/pair_0000_01.png").shape == (16, 16, 3)
     assert Image.open(tmp_path / "a/pair_0000_01_labels.png").mode == "P"
     run_json(*words, "--out", tmp_path / "b")
     run_json(*words[:-1], 6, "--out", tmp_path / "c")
-    middle = [read(tmp_path / f"{c}/pair_0000_01.png") for c in "abc"]
+    middle = [read_image(tmp_path / f"{c}/pair_0000_01.png") for c in "abc"]
     assert (middle[0] == middle[1]).all() and (middle[0] != middle[2]).any()
     code, out, _ = run_cli(*words, "--out", tmp_path / "a")
     assert code == 0 and "1 done" in out and str(tmp_path / "a/contact_sheet.png") in out
@@ -33,10 +33,10 @@ def test_interpolate_writes_frames_and_labels(run, photos, run_json, run_cli, tm
 def test_branches_have_masks_as_transparency(run, photos, run_json, tmp_path):
     result = run_json("branches", run, photos / "images", "--out", tmp_path, "-t", 100)
     assert (result["images"], result["regions"]) == (24, 2) and sum(result["areas"]) == pytest.approx(1)
-    first, second = (read(tmp_path / f"03_branch_{k}.png") for k in (0, 1))
+    first, second = (read_image(tmp_path / f"03_branch_{k}.png") for k in (0, 1))
     assert first.shape == second.shape == (16, 16, 4)
     assert np.abs(first[..., 3].astype(int) + second[..., 3] - 255).max() <= 1
-    assert read(tmp_path / "03_estimate.png").shape == (16, 16, 3)
+    assert read_image(tmp_path / "03_estimate.png").shape == (16, 16, 3)
     assert (tmp_path / "contact_sheet.png").is_file() and len(list(tmp_path.iterdir())) == 24 * 3 + 1
     again = run_json("branches", run, tmp_path, photos / "images", "--out", tmp_path)
     assert again["images"] == 24, "results must not be read as input"
@@ -55,7 +55,7 @@ def test_recompose_writes_edited_images(run, photos, run_json, tmp_path):
         assert written == {f"0{i}_{end}.png" for i in (0, 1) for end in ("recomposed", "labels")} | {
             "contact_sheet.png"
         }
-        results[name] = read(tmp_path / name / "01_recomposed.png")
+        results[name] = read_image(tmp_path / name / "01_recomposed.png")
         assert results[name].shape == (16, 16, 3)
     assert all((results["anew"] != results[name]).any() for name in ("seed", "from", "gone"))
     result = run_json(

@@ -12,7 +12,7 @@ from factorkit.reproduce.experiment import CellResult, Citation, Experiment, Row
 
 
 @pytest.fixture
-def one(monkeypatch):
+def setups(monkeypatch):
     """Register one experiment; return the list of setups it was run with."""
     recorded = []
 
@@ -42,18 +42,18 @@ def test_reproduce_list_shows_data_duration_and_citations(run_cli, run_json):
     assert "small   3 minutes a seed" in out and "prints  Acc, mIoU, 1 seed\n" in out
 
 
-def test_reproduce_prints_table_and_path(one, run_cli, run_json, tmp_path):
+def test_reproduce_prints_table_and_path(setups, run_cli, run_json, tmp_path):
     words = ("reproduce", "table9.1", "--seeds", 2, "--out", tmp_path, "--ignore", 128, "--holdout", 40)
     code, out, err = run_cli(*words)
     assert code == 0 and "37.5 +- 17.7" in out and "theirs (cited: a paper)" in out
     assert "seed 1" in err and f"table  {tmp_path / 'table9.1' / 'table.md'}" in out
-    assert one[0].options == {"ignore": 128, "holdout": 40} and one[0].device == "auto"
+    assert setups[0].options == {"ignore": 128, "holdout": 40} and setups[0].device == "auto"
     result = run_json(*words)
-    assert result["folder"] == str(tmp_path / "table9.1") and len(one) == 2
+    assert result["folder"] == str(tmp_path / "table9.1") and len(setups) == 2
     assert result["rows"] == json.loads((tmp_path / "table9.1" / "table.json").read_text())["rows"]
 
 
-def test_reproduce_bad_options_are_refused(one, run_refused, tmp_path):
+def test_reproduce_bad_options_are_refused(setups, run_refused, tmp_path):
     assert "--list" in run_refused("reproduce") and "'table9.2'" in run_refused("reproduce", "table9.2")
     assert "'huge'" in run_refused("reproduce", "table9.1", "--scale", "huge")
     assert "no row 'hers'" in run_refused("reproduce", "table9.1", "--rows", "hers", "--out", tmp_path)

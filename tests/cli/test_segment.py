@@ -27,10 +27,10 @@ def test_segment_bad_option_or_full_disk_has_no_traceback(run, photos, run_cli, 
     (tmp_path / "file").write_text("mine")
     assert "file is a file; give another out=, a folder" in run_refused(*words[:-1], tmp_path / "file")
 
-    def full(image, path, **options):
+    def raise_disk_full(image, path, **options):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Image.Image, "save", raise_disk_full)
     code, out, err = run_cli(*words, "--json")
     assert code == 1 and "Traceback" not in err
     assert "No space left" in json.loads(out)["error"] and "same command again" in err

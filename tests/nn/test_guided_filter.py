@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, guided_filter, resize_rows
 
 
-def inputs(height=9, width=12, channels=3, regions=2, batch=2, dtype=torch.float64):
+def make_inputs(height=9, width=12, channels=3, regions=2, batch=2, dtype=torch.float64):
     generator = torch.Generator().manual_seed(height * 100 + width)
     guide = torch.rand(batch, channels, height, width, generator=generator, dtype=dtype)
     return guide, torch.randn(batch, regions, height, width, generator=generator, dtype=dtype).softmax(1)
 
 
-def by_definition(guide, values, radius, eps):
+def filter_by_definition(guide, values, radius, eps):
     """Equations 14 to 16 of the paper, one least-squares problem per window."""
     batch, channels, height, width = guide.shape
     total, count = torch.zeros_like(values), torch.zeros(height, width, dtype=values.dtype)
@@ -39,21 +39,21 @@ def by_definition(guide, values, radius, eps):
 @pytest.mark.parametrize(("height", "width", "channels", "radius"), [(9, 12, 3, 2), (5, 7, 1, 1), (4, 6, 2, 9)])
 def test_guided_filter_equals_averaged_ridge_regressions(height, width, channels, radius):
     """The definition averages the windows' linear functions at a pixel, the filter their coefficients."""
-    guide, values = inputs(height, width, channels)
+    guide, values = make_inputs(height, width, channels)
     result = guided_filter(guide, values, radius, 1e-3)
-    expected = by_definition(guide, values, radius, 1e-3)
+    expected = filter_by_definition(guide, values, radius, 1e-3)
     # Each pixel lies in as many windows as surround it, so the box average equals the definition's.
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 30), (17, 1), (3, 2)])
 def test_guided_filter_image_below_window_works(size):
-    guide, values = inputs(*size)
-    torch.testing.assert_close(guided_filter(guide, values, 8, 1e-3), by_definition(guide, values, 8, 1e-3))
+    guide, values = make_inputs(*size)
+    torch.testing.assert_close(guided_filter(guide, values, 8, 1e-3), filter_by_definition(guide, values, 8, 1e-3))
 
 
 def test_guided_filter_constant_inputs_keep_or_blur():
-    guide, values = inputs()
+    guide, values = make_inputs()
     constant = torch.full_like(values, 0.37)
     torch.testing.assert_close(guided_filter(guide, constant, 2, 1e-3), constant)
     blur = lambda x: F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)  # noqa: E731
@@ -61,15 +61,15 @@ def test_guided_filter_constant_inputs_keep_or_blur():
 
 
 def test_guided_filter_is_linear_and_keeps_the_sum():
-    guide, values = inputs()
-    other = inputs(regions=2, dtype=torch.float64)[1].flip(2)
+    guide, values = make_inputs()
+    other = make_inputs(regions=2, dtype=torch.float64)[1].flip(2)
     run = lambda v: guided_filter(guide, v, 2, 1e-3)  # noqa: E731
     torch.testing.assert_close(run(2 * values - 3 * other), 2 * run(values) - 3 * run(other))
     torch.testing.assert_close(run(values).sum(1), torch.ones(2, 9, 12, dtype=torch.float64))
 
 
 def test_guided_filter_linear_function_of_colours_is_reproduced():
-    guide, _ = inputs()
+    guide, _ = make_inputs()
     values = (0.3 * guide[:, :1] - 0.2 * guide[:, 1:2] + 0.5 * guide[:, 2:] + 0.1).expand(-1, 2, -1, -1)
     torch.testing.assert_close(guided_filter(guide, values, 2, 1e-12), values, rtol=1e-6, atol=1e-6)
 
@@ -100,7 +100,7 @@ def test_apply_guided_filter_coarse_fit_follows_the_fine_edge():
 
 @pytest.mark.parametrize("size", [(50, 70), (7, 5), (9, 12)])
 def test_apply_guided_filter_bands_equal_the_whole(size, monkeypatch):
-    guide, values = inputs(dtype=torch.float32)
+    guide, values = make_inputs(dtype=torch.float32)
     result = fit_guided_filter(guide, values, 2, 1e-3)
     large = torch.rand(2, 3, *size)
     whole = apply_guided_filter(result, large)
@@ -119,14 +119,14 @@ def test_apply_guided_filter_bands_equal_the_whole(size, monkeypatch):
 
 @pytest.mark.slow
 def test_guided_filter_gradients_are_correct():
-    guide, values = (x.requires_grad_() for x in inputs(4, 5, batch=1))
+    guide, values = (x.requires_grad_() for x in make_inputs(4, 5, batch=1))
     large = torch.rand(1, 3, 6, 7, dtype=torch.float64, requires_grad=True)
     fit_and_apply = lambda g, v, full: apply_guided_filter(fit_guided_filter(g, v, 1, 1e-2), full)  # noqa: E731
     assert torch.autograd.gradcheck(fit_and_apply, (guide, values, large))
 
 
 def test_guided_filter_invalid_arguments_raise():
-    guide, values = inputs()
+    guide, values = make_inputs()
     with pytest.raises(ValueError, match="one grid"):
         fit_guided_filter(guide, values[:, :, 1:], 1, 1e-3)
     with pytest.raises(ValueError, match="channels"):

@@ -24,7 +24,7 @@ def find_images(report) -> list[Path]:
     return result
 
 
-def means(report) -> dict[str, dict[str, float]]:
+def read_means(report) -> dict[str, dict[str, float]]:
     return {row["row"]: row["mean"] for row in report.data["rows"]}
 
 
@@ -42,10 +42,10 @@ def test_experiments_are_described_completely():
 
 
 def test_scales_have_documented_settings():
-    def at(scale, full="cub64"):
+    def read_settings(scale, full="cub64"):
         return Trainings(Setup("table2.2", None, scale, Path("nowhere")), full).config()
 
-    small, gpu, full = map(at, SCALES)
+    small, gpu, full = map(read_settings, SCALES)
     assert (small.resolution, small.model_channels, small.steps, small.form) == (32, 16, 800, "regional")
     assert (gpu.resolution, gpu.model_channels, gpu.num_res_blocks, gpu.form) == (64, 128, 3, "regional")
     assert (full.resolution, full.model_channels, full.batch_size, full.steps, full.form) == (
@@ -55,13 +55,13 @@ def test_scales_have_documented_settings():
         50_000,
         "thesis",
     )
-    assert full.regions == 3 and at("full", "imagenet64").batch_size == 512
+    assert full.regions == 3 and read_settings("full", "imagenet64").batch_size == 512
 
 
 @pytest.mark.slow
 def test_table_2_1_scores_equal_those_of_the_run(small, tmp_path):
     report = small("table2.1", seeds=2)
-    result = means(report)
+    result = read_means(report)
     run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
     cells = {row["row"]: row["cells"] for row in report.data["rows"]}
     ours = cells["ours, regional form"]
@@ -84,7 +84,7 @@ def test_table_2_1_scores_equal_those_of_the_run(small, tmp_path):
 @pytest.mark.slow
 def test_tables_2_3_and_2_5_share_their_trainings(small, tmp_path):
     report = small("table2.3")
-    result = means(report)
+    result = read_means(report)
     assert set(result) == {"supervised U-Net", "DatasetDDPM-unsup.", "ours"} and len(find_images(report)) == 1
     assert all(0 < row["acc"] <= 1 and 0 < row["miou"] <= row["acc"] for row in result.values())
     before = {path.parent.name for path in (tmp_path / "runs").glob("*/config.json")}
@@ -94,7 +94,7 @@ def test_tables_2_3_and_2_5_share_their_trainings(small, tmp_path):
         report = small("table2.5")
     after = {path.parent.name for path in (tmp_path / "runs").glob("*/config.json")}
     assert after - before == {"small-photos-plain-compute-seed0"}
-    result = means(report)
+    result = read_means(report)
     settings = json.loads((tmp_path / "runs" / "small-photos-plain-compute-seed0" / "config.json").read_text())
     assert settings["steps"] == result["plain DDPM, equal compute"]["steps"] > result["ours"]["steps"] == 2
     assert all(result[row]["frechet"] > 0 and 0 <= result[row]["consistency"] <= 1 for row in list(result)[:3])
@@ -110,7 +110,7 @@ def test_table_2_6_changes_only_the_decoding(small, tmp_path):
     for label, decoding in rows.items():
         config = json.loads((tmp_path / "runs" / f"small-photos-{label}-seed0" / "config.json").read_text())
         assert config["decoding"] == decoding and config["form"] == "regional"
-    assert all({"iou", "frechet"} <= set(means(report)[row]) for row in ("concat", "w/o weight sharing", "ours"))
+    assert all({"iou", "frechet"} <= set(read_means(report)[row]) for row in ("concat", "w/o weight sharing", "ours"))
     assert len(find_images(report)) == 1
 
 
@@ -120,7 +120,7 @@ def test_figures_of_chapter_2_share_one_training(small, tmp_path):
         assert len(find_images(small(name))) == 1
     with pytest.warns(UserWarning, match="must have classes"):
         assert small("fig2.11").data["rows"][0]["not_run"]
-    result = means(small("fig2.18"))
+    result = read_means(small("fig2.18"))
     assert list(result) == [f"t = {t}" for t in range(0, 70, 10)]
     runs = [path.parent.name for path in (tmp_path / "runs").glob("*/checkpoints")]
     assert runs == ["small-photos-ours-seed0"]
@@ -128,11 +128,11 @@ def test_figures_of_chapter_2_share_one_training(small, tmp_path):
 
 @pytest.mark.slow
 def test_table_3_1_and_ablations_share_trainings(scene, tmp_path):
-    result = means(scene("table3.1"))
+    result = read_means(scene("table3.1"))
     assert result["supervised"]["rotation_median_deg"] < 1e-2 < result["NeRF--"]["rotation_median_deg"]
     assert all({"psnr", "ssim", "psnr_encoder"} <= set(row) for row in result.values())
     joint = result["ours, joint as in the thesis"]
-    result = means(scene("fig3.10"))
+    result = read_means(scene("fig3.10"))
     assert result["noise"] == joint, "the common baseline is trained once"
     assert result["no noise (autoencoder)"] != joint
     runs = {path.parent.name for path in (tmp_path / "runs").glob("*/config.json")}

@@ -18,7 +18,7 @@ from factorkit.utils.errors import CheckpointError
 
 
 @pytest.fixture(autouse=True)
-def counting(monkeypatch):
+def counting_experiment(monkeypatch):
     """An experiment that returns the number of files of the data, and reads a variable."""
 
     def rows(setup):
@@ -43,7 +43,7 @@ def birds(tmp_path):
     return folder
 
 
-def packed(folder, path):
+def pack_zip(folder, path):
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(folder.rglob("*.png")):
@@ -51,30 +51,30 @@ def packed(folder, path):
     return path
 
 
-def run(data, out, **inputs):
+def count_files(data, out, **inputs):
     return reproduce("table9.1", data, out=out, progress=False, **inputs).data["rows"][0]["mean"]["files"]
 
 
 def test_cells_of_other_data_are_refused(birds, tmp_path):
     out = tmp_path / "out"
-    assert run(birds, out) == 6
+    assert count_files(birds, out) == 6
     with pytest.raises(CheckpointError, match="other data.*'birds.v1'.* there, .*'birds.v2'.* requested.*another out="):
-        run(shutil.copytree(birds, tmp_path / "A" / "birds.v2"), out)
+        count_files(shutil.copytree(birds, tmp_path / "A" / "birds.v2"), out)
     moved = shutil.copytree(birds, tmp_path / "B" / "birds.v1")
     os.utime(moved / "masks" / "1.png", (1, 1))
     (moved / ".DS_Store").write_text("hidden")
-    assert run(moved, out) == 6, "copies of the same images elsewhere are the same data"
+    assert count_files(moved, out) == 6, "copies of the same images elsewhere are the same data"
     mask = moved / "masks" / "1.png"
     Image.fromarray(255 - np.asarray(Image.open(mask))).save(mask)
     with pytest.raises(CheckpointError, match="other data "):
-        run(moved, out)
+        count_files(moved, out)
 
 
 def test_fingerprint_distinguishes_zips_and_arrays(birds, tmp_path):
-    first = packed(birds, tmp_path / "C" / "images.zip")
+    first = pack_zip(birds, tmp_path / "C" / "images.zip")
     image = birds / "images" / "2.png"
     image.write_bytes(image.read_bytes()[:-1] + b"?")  # the same size
-    second = packed(birds, tmp_path / "D" / "images.zip")
+    second = pack_zip(birds, tmp_path / "D" / "images.zip")
     result = fingerprint(first), fingerprint(second)
     assert result[0]["bytes"] == result[1]["bytes"] and result[0]["sha256"] != result[1]["sha256"]
     array = np.zeros((64, 64, 64, 3), np.uint8)
@@ -95,15 +95,15 @@ def test_fingerprint_of_many_files_counts_names_and_sizes(birds, monkeypatch):
 
 def test_cells_of_other_video_are_refused(birds, tmp_path):
     out = birds / "out"  # The output folder lies within the data, but its files do not belong to them.
-    assert run(birds, out) == 6
+    assert count_files(birds, out) == 6
     with pytest.raises(CheckpointError, match=r"other data \(data.video: None there"):
-        run(birds, out, video=birds / "images")
+        count_files(birds, out, video=birds / "images")
 
 
 def test_folder_without_cells_accepts_other_data(birds, tmp_path):
     out = tmp_path / "out"
-    run(birds, out)
+    count_files(birds, out)
     shutil.rmtree(out / "table9.1" / "cells")
-    assert run(birds, out, video=birds / "images") == 6
+    assert count_files(birds, out, video=birds / "images") == 6
     settings = json.loads((out / "table9.1" / "config.json").read_text())
     assert settings["data"]["video"]["name"] == "images"

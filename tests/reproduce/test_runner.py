@@ -32,13 +32,13 @@ def numbers(monkeypatch):
 
         return cell
 
-    def absent(seed):
+    def raise_unavailable(seed):
         raise CellUnavailableError("put weights.pth there")
 
     rows = [
         Row("still", work("still", 0.5), max_seeds=1),
         Row("ours, new", work("ours, new", 0.3)),
-        Row("weights", absent),
+        Row("weights", raise_unavailable),
     ]
     drawn = []
     experiment = Experiment(

@@ -42,7 +42,7 @@ def list_trainings(monkeypatch, tmp_path):
     monkeypatch.setattr(class_segmentation, "train_supervised", record_supervised)
     monkeypatch.setattr(zero_shot, "_scored_runs", {})
 
-    def ask(name, data, scale="full", **changes):
+    def record_trainings(name, data, scale="full", **changes):
         result.clear()
         setup = Setup(
             name, Path(data), scale, tmp_path, progress=False, changes={**TINY, **changes}, inputs={"voc": Path("x")}
@@ -52,7 +52,7 @@ def list_trainings(monkeypatch, tmp_path):
                 row.compute(0)
         return list(result)
 
-    return ask
+    return record_trainings
 
 
 @pytest.mark.slow

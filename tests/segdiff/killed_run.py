@@ -55,7 +55,7 @@ def die_in_a_step(chance: random.Random) -> None:
     """Die at a random moment of one of the next few steps, or of the saves between them."""
     loss, calls, fatal, started = SegdiffTask.loss, itertools.count(1), chance.randint(2, 4), [0.0]
 
-    def watched(*arguments):
+    def die_in_loss(*arguments):
         call = next(calls)
         if call == 1:
             started[0] = time.perf_counter()
@@ -64,7 +64,7 @@ def die_in_a_step(chance: random.Random) -> None:
             threading.Timer(chance.uniform(0, 1.5) * step, die).start()
         return loss(*arguments)
 
-    SegdiffTask.loss = watched
+    SegdiffTask.loss = die_in_loss
 
 
 def die_in_a_save(moment: str) -> None:
@@ -77,9 +77,9 @@ def die_in_a_save(moment: str) -> None:
             if moment == "half a file":
                 os.truncate(path, path.stat().st_size // 2)
                 die()
-            os.replace = renamed
+            os.replace = replace_and_die
 
-    def renamed(source, target):
+    def replace_and_die(source, target):
         if moment == "after the rename":
             replace(source, target)
         die()

@@ -54,7 +54,7 @@ def make_images(count=6) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
 
 
-def fit(**changes):
+def train_tiny(**changes):
     settings = {"preset": "demo", "progress": False, "out": "out", "classes": LABELS, **TINY, **changes}
     return factorkit.train_segdiff(make_images(), **settings)
 
@@ -69,13 +69,13 @@ def test_forward_labels_change_prediction_and_masks(build_tiny, make_batch, chan
     x_t, t = make_batch(count=4)
     labels = torch.tensor([0, 1, 2, -1])
     conditional, unconditional = model(x_t, t, labels), model(x_t, t)
-    same = lambda a, b: torch.isclose(a, b).flatten(1).all(1).tolist()  # noqa: E731
-    assert same(conditional.prediction, unconditional.prediction) == [False, False, False, True]
+    compare_rows = lambda a, b: torch.isclose(a, b).flatten(1).all(1).tolist()  # noqa: E731
+    assert compare_rows(conditional.prediction, unconditional.prediction) == [False, False, False, True]
     for i, label in enumerate([0, 1, 2]):  # Each image's prediction depends on its own label only.
         alone = model(x_t, t, torch.full((4,), label)).prediction
         torch.testing.assert_close(alone[i], conditional.prediction[i])
     if model.regions > 1:
-        assert same(conditional.bottleneck.masks, unconditional.bottleneck.masks) == [False, False, False, True]
+        assert compare_rows(conditional.bottleneck.masks, unconditional.bottleneck.masks) == [False, False, False, True]
         torch.testing.assert_close(model.segment(x_t, t), unconditional.bottleneck.masks)
         torch.testing.assert_close(model.segment(x_t, t, labels), conditional.bottleneck.masks)
 
@@ -165,7 +165,7 @@ def test_training_labels_equal_the_images_or_are_dropped():
 
 
 def test_train_with_classes_stores_names_and_trains_embeddings():
-    run = fit()
+    run = train_tiny()
     assert run.config.class_names == tuple(NAMES)
     settings = json.loads(Path("out/config.json").read_text())
     assert settings["class_names"] == NAMES and "labels_sha256" in settings["data"]
@@ -180,19 +180,19 @@ def test_train_with_classes_stores_names_and_trains_embeddings():
 
 @pytest.mark.slow
 def test_train_resumed_with_same_labels_is_exact_and_with_others_raises():
-    fit(steps=2)
+    train_tiny(steps=2)
     with pytest.raises(CheckpointError, match="labels_sha256"):
-        fit(classes=[*LABELS[:-1], "iris"])
+        train_tiny(classes=[*LABELS[:-1], "iris"])
     with pytest.raises(CheckpointError, match="class_names"):
-        fit(classes=None)
-    resumed = fit(steps=4)
-    whole = fit(out="whole")
+        train_tiny(classes=None)
+    resumed = train_tiny(steps=4)
+    whole = train_tiny(out="whole")
     for name, value in resumed.model.state_dict().items():
         assert torch.equal(value, whole.model.state_dict()[name]), name
 
 
 def test_generate_class_without_classes_raises():
-    run = fit(classes=None)
+    run = train_tiny(classes=None)
     assert run.config.class_names == () and run.generate(1, steps=1).classes is None
     with pytest.raises(ConfigError, match="has no classes.*train_segdiff"):
         run.generate(1, classes="rose")
@@ -211,9 +211,9 @@ def test_find_classes_on_request_uses_the_labels_of_the_data_set(monkeypatch):
 
 def test_train_mismatched_labels_raise_before_anything_is_written():
     with pytest.raises(DataError, match="3 entries"):
-        fit(classes=["a", "b", "c"])
+        train_tiny(classes=["a", "b", "c"])
     with pytest.raises(ConfigError, match="give classes= instead"):
-        fit(class_names=("a", "b"))
+        train_tiny(class_names=("a", "b"))
     assert not Path("out").exists()
 
 
@@ -227,11 +227,11 @@ def test_estimate_with_classes_counts_the_label_table():
 
 
 def test_select_labels_cycles_through_classes():
-    ask = lambda classes, n: select_labels(classes, NAMES, n).tolist()  # noqa: E731
-    assert ask("all", 5) == [0, 1, 2, 0, 1]
-    assert ask("rose", 2) == [2, 2] and ask(1, 2) == [1, 1]
-    assert ask(["rose", None, 0], 4) == [2, -1, 0, 2]
-    assert ask(["rose", "iris"], 1) == [2]
+    select = lambda classes, n: select_labels(classes, NAMES, n).tolist()  # noqa: E731
+    assert select("all", 5) == [0, 1, 2, 0, 1]
+    assert select("rose", 2) == [2, 2] and select(1, 2) == [1, 1]
+    assert select(["rose", None, 0], 4) == [2, -1, 0, 2]
+    assert select(["rose", "iris"], 1) == [2]
     assert select_labels(None, NAMES, 3) is None
 
 
@@ -254,7 +254,7 @@ def test_select_labels_invalid_request_raises(classes, guidance, message):
 
 
 def test_generate_with_classes_returns_and_depends_on_them():
-    run = fit(learning_rate=0.1, label_dropout=0.0)
+    run = train_tiny(learning_rate=0.1, label_dropout=0.0)
     drawn = run.generate(4, classes=["rose", None], steps=2)
     assert drawn.classes == ["rose", None, "rose", None]
     other = run.generate(4, classes=["iris", None], steps=2)
@@ -268,7 +268,7 @@ def test_generate_with_classes_returns_and_depends_on_them():
 def test_class_grid_has_a_row_per_class():
     masks = np.zeros((5, 2, 8, 8))
     masks[:, 0] = 1
-    rows = lambda classes: draw_class_grid(make_images(5), masks, classes).size  # noqa: E731
-    two, five = rows(["a", "a", "b", "b", "b"]), rows(["a", "b", "c", "d", None])
+    grid_size = lambda classes: draw_class_grid(make_images(5), masks, classes).size  # noqa: E731
+    two, five = grid_size(["a", "a", "b", "b", "b"]), grid_size(["a", "b", "c", "d", None])
     assert five[1] > 2.3 * two[1] and five[0] < two[0]
     assert draw_class_grid(make_images(5), masks[:, :1], ["a"] * 5).size[0] < two[0]

@@ -173,10 +173,12 @@ def test_preset_unknown_name_or_setting_lists_known_ones():
 
 
 def test_memory_advice_names_settings_with_values():
-    advice = lambda at_once=8, **changes: preset_config("demo", **changes).resolved().memory_advice(at_once)  # noqa: E731
-    assert "micro_batch_size=4" in advice() and "checkpoint_branches=True" in advice()
-    assert "checkpoint_branches" not in advice(checkpoint_branches=True) + advice(regions=1) + advice(decoding="concat")
-    assert "micro" not in advice(1) and "model_channels=" in advice(1, regions=1)
+    get_advice = lambda at_once=8, **changes: preset_config("demo", **changes).resolved().memory_advice(at_once)  # noqa: E731
+    assert "micro_batch_size=4" in get_advice() and "checkpoint_branches=True" in get_advice()
+    assert "checkpoint_branches" not in get_advice(checkpoint_branches=True) + get_advice(regions=1) + get_advice(
+        decoding="concat"
+    )
+    assert "micro" not in get_advice(1) and "model_channels=" in get_advice(1, regions=1)
 
 
 def test_config_accepts_numpy_and_torch_integers():

@@ -94,8 +94,8 @@ def test_region_tokens_of_a_level_are_pooled_inside_the_region(make_batch):
         preset_config("demo", **{**TINY, "channel_mult": (1, 2), "regions": 2}).resolved().build()
     ).eval()
     recorded = []
-    pooled = model.tokens.forward
-    model.tokens.forward = lambda x, masks: recorded.append(masks) or pooled(x, masks)
+    pool = model.tokens.forward
+    model.tokens.forward = lambda x, masks: recorded.append(masks) or pool(x, masks)
     x, t = make_batch(torch.float32)
     within = torch.rand(2, 1, 16, 16)
     masks = model(x, t, None, within).bottleneck.masks
@@ -154,7 +154,6 @@ def test_config_invalid_nesting_raises(changes, message):
         preset_config("demo", **changes).resolved()
 
 
-@pytest.mark.slow
 def test_three_levels_train_segment_and_evaluate(tmp_path, monkeypatch):
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
     images, labels = draw_rooms(8, 16)
@@ -211,7 +210,6 @@ def test_evaluate_many_leaves_scores_a_coarser_level(monkeypatch):
         build_untrained_run((13, 2)).evaluate(images, truth, num_fit_images=2)
 
 
-@pytest.mark.slow
 def test_hierarchy_run_resumes_loads_and_writes_files(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 1)
@@ -269,14 +267,14 @@ def test_loss_averages_the_error_of_every_level():
         randomize_weights(level)
     outputs, forward = [], task.model.forward
     task.model.forward = lambda x, t: outputs.append(forward(x, t)) or outputs[-1]
-    result = lambda: task.loss(  # noqa: E731
+    compute_loss = lambda: task.loss(  # noqa: E731
         task.model, torch.arange(4), BatchDraw(0, 0, 4, slice(0, 4), torch.device("cpu")), torch.zeros(())
     )
-    trained = result()
+    trained = compute_loss()
     alone = []
     for level in range(2):  # the plain error of a model with the level's prediction
         each = outputs[0].bottleneck.levels[:, level]
         task.model.forward = lambda x, t, each=each: Denoised(each, outputs[0].bottleneck._replace(levels=None))
-        alone.append(result().loss)
+        alone.append(compute_loss().loss)
     torch.testing.assert_close(trained.objective, (alone[0] + alone[1]) / 2)
     assert (trained.loss <= trained.objective).all(), "the error of a mean is at most the mean of the errors"

@@ -40,8 +40,8 @@ def test_masks_at_every_decoder_resolution_sum_to_one(build_tiny, make_batch, fo
     model, (x, t) = build_tiny(**form), make_batch()
     recorded = []
     inner = model.decoder.forward
-    watched = lambda h, s, e, pyramid: (recorded.extend(pyramid), inner(h, s, e, pyramid))[1]  # noqa: E731
-    monkeypatch.setattr(model.decoder, "forward", watched)
+    record = lambda h, s, e, pyramid: (recorded.extend(pyramid), inner(h, s, e, pyramid))[1]  # noqa: E731
+    monkeypatch.setattr(model.decoder, "forward", record)
     with torch.no_grad():
         recorded.append(model(x, t).bottleneck.masks)
         recorded.append(model.segment(x, t))
@@ -82,13 +82,13 @@ def test_branch_masked_features_exclude_other_regions(
 ):
     model, (x, t) = build_tiny(decoding=decoding, regions=2), make_batch()
     patch_halves(model, monkeypatch)
-    calm = model(x, t).bottleneck.branches
+    baseline = model(x, t).bottleneck.branches
     with monkeypatch.context() as patch:
         disturb_output(model.middle, disturb_left, patch)
-        by_mid = (model(x, t).bottleneck.branches - calm).abs().amax((0, 2, 3, 4))
+        by_mid = (model(x, t).bottleneck.branches - baseline).abs().amax((0, 2, 3, 4))
     with monkeypatch.context() as patch:  # all skips but the last, which is the input of h_mid
         disturb_output(model.encoder, lambda skips: [*map(disturb_left, skips[:-1]), skips[-1]], patch)
-        by_skips = (model(x, t).bottleneck.branches - calm).abs().amax((0, 2, 3, 4))
+        by_skips = (model(x, t).bottleneck.branches - baseline).abs().amax((0, 2, 3, 4))
     assert (by_mid[0] > 0) == sees_mid
     assert (by_skips[0] > 0) == sees_skips
     assert by_mid[1] > 0 and by_skips[1] > 0
@@ -185,23 +185,23 @@ def test_gradients_equal_finite_differences(build_tiny, make_batch, form):
     x, t = make_batch(count=4)
     weights = torch.randn_like(x)
 
-    def value():
+    def compute_value():
         prediction, regions = model(x, t)
         return (prediction * weights).sum() + regions.masks[:, 0].square().sum()
 
     x.requires_grad_()
-    value().backward()
+    compute_value().backward()
     entries = [(p, torch.randint(p.numel(), ()).item()) for p in model.parameters()]
     sampled = [entries[i] for i in torch.randperm(len(entries))[:25]]
     sampled += [(x, 17), (model.masks.decoder.conv_out.weight, 3)]
     for tensor, i in sampled:
         flat, step = tensor.detach().view(-1), 1e-5
-        there = []
+        values = []
         for sign in (1, -1):
             flat[i] += sign * step
-            there.append(value().item())
+            values.append(compute_value().item())
             flat[i] -= sign * step
-        numeric = (there[0] - there[1]) / (2 * step)
+        numeric = (values[0] - values[1]) / (2 * step)
         assert tensor.grad.view(-1)[i].item() == pytest.approx(numeric, rel=1e-4, abs=1e-5)
 
 
@@ -255,8 +255,8 @@ def test_compile_full_graph_equals_eager(build_tiny, make_batch):
     for run in (compiled, twin):
         run(x, t).prediction.square().mean().backward()
     for (name, ours), plain in zip(model.named_parameters(), twin.parameters(), strict=True):
-        named = lambda m, name=name: f"{name}: {m}"  # noqa: E731
-        torch.testing.assert_close(ours.grad, plain.grad, atol=1e-5, rtol=1e-3, msg=named)
+        add_name = lambda m, name=name: f"{name}: {m}"  # noqa: E731
+        torch.testing.assert_close(ours.grad, plain.grad, atol=1e-5, rtol=1e-3, msg=add_name)
 
 
 # --- sizes ---

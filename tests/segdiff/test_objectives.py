@@ -63,8 +63,8 @@ def compute_levels(kind: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     if kind == "linear":
         ab = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t]
     else:
-        left = lambda t: torch.cos((t / 1000 + 0.008) / 1.008 * torch.pi / 2) ** 2  # noqa: E731
-        ab = left(t.double() + 1) / left(torch.zeros((), dtype=torch.float64))
+        signal_squared = lambda t: torch.cos((t / 1000 + 0.008) / 1.008 * torch.pi / 2) ** 2  # noqa: E731
+        ab = signal_squared(t.double() + 1) / signal_squared(torch.zeros((), dtype=torch.float64))
     return ab.sqrt(), (1 - ab).sqrt()
 
 
@@ -85,9 +85,9 @@ def test_loss_of_every_objective_equals_its_formula(form, prediction, kind, weig
     t = draw.integers(0, 900)
     eps = draw.normal(3, 8, 8)
     a, s = compute_levels(kind, t)
-    wide = lambda v: v.float()[:, None, None, None]  # noqa: E731
-    target = {"eps": eps, "v": wide(a) * eps - wide(s) * x0, "x0": x0, "flow": eps - x0}[prediction]
-    out = task.model(wide(a) * x0 + wide(s) * eps, t).prediction
+    expand = lambda v: v.float()[:, None, None, None]  # noqa: E731
+    target = {"eps": eps, "v": expand(a) * eps - expand(s) * x0, "x0": x0, "flow": eps - x0}[prediction]
+    out = task.model(expand(a) * x0 + expand(s) * eps, t).prediction
     loss = (out - target).square().mean((1, 2, 3))
     weight = torch.ones(4)
     if weighting == "min_snr":
@@ -133,14 +133,18 @@ def test_every_objective_trains_segments_and_samples(form, prediction, kind, tmp
 
 def test_default_levels_have_the_noise_of_the_linear_schedule():
     reference = Schedule()
-    ratio = lambda path, t: (path.sigmas[t] / path.signals[t]).item()  # noqa: E731
+    noise_ratio = lambda path, t: (path.sigmas[t] / path.signals[t]).item()  # noqa: E731
     for preset, most in (("fast32", 600), ("fast64", 720)):
         assert preset_config(preset).resolved().t_max == most and preset_config(preset).resolved().segment_t == 30
     cases = ({"schedule": "cosine"}, {"prediction": "flow"}, {"schedule": "flow", "timesteps": 500})
     for changes, (preset, most) in itertools.product(cases, (("fast32", 600), ("fast64", 720))):
         config = preset_config(preset, **changes).resolved()
-        assert ratio(config.build_schedule(), config.t_max) == pytest.approx(ratio(reference, most), rel=0.02)
-        assert ratio(config.build_schedule(), config.segment_t) == pytest.approx(ratio(reference, 30), rel=0.02)
+        assert noise_ratio(config.build_schedule(), config.t_max) == pytest.approx(
+            noise_ratio(reference, most), rel=0.02
+        )
+        assert noise_ratio(config.build_schedule(), config.segment_t) == pytest.approx(
+            noise_ratio(reference, 30), rel=0.02
+        )
         assert config.high_noise_fraction == 0.1
         thesis = SegdiffConfig(form="thesis", **{"prediction": "v", **changes}).resolved()
         assert thesis.t_max == thesis.timesteps and thesis.high_noise_fraction == 0

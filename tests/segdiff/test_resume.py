@@ -34,7 +34,6 @@ def train_tiny(out: Path, **changes):
     return factorkit.train_segdiff(images, out=out, progress=False, **{**settings, **changes})
 
 
-@pytest.mark.slow
 def test_train_resumed_is_bit_identical_and_other_settings_raise(tmp_path):
     train_tiny(tmp_path / "whole")
     train_tiny(tmp_path / "parts", steps=1, dropout=0.0)
@@ -46,7 +45,6 @@ def test_train_resumed_is_bit_identical_and_other_settings_raise(tmp_path):
         train_tiny(tmp_path / "parts", regions=5 - run.config.regions)
 
 
-@pytest.mark.slow
 def test_train_killed_at_random_moments_is_bit_identical(tmp_path):
     """SIGKILL in steps and in saves, repeatedly, until the run completes."""
     process = subprocess.run(
@@ -63,7 +61,6 @@ def test_train_killed_at_random_moments_is_bit_identical(tmp_path):
     assert not [p.name for p in (tmp_path / "killed/checkpoints").iterdir() if not p.name.startswith("step_")]
 
 
-@pytest.mark.slow
 def test_micro_batches_of_the_thesis_form_take_the_same_step(tmp_path):
     """Compare Adam's first moment, the gradient; Adam's steps amplify rounding errors of tiny gradients."""
     result = {}

@@ -64,18 +64,18 @@ def test_dropout_of_a_recomputed_branch_is_the_same(build_tiny, make_batch):
     assert (result["decoder.conv_out.weight"] * along).sum().item() == pytest.approx(numeric, rel=1e-5)
 
 
-def saved_bytes(model, x, t) -> int:
+def count_saved_bytes(model, x, t) -> int:
     """Return the bytes saved for the backward pass, each storage once, without the weights."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
 
-    def note(tensor):
+    def record(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         prediction = model(x, t).prediction
     assert prediction.requires_grad
     return sum(storage.nbytes() for storage in saved.values())
@@ -85,7 +85,7 @@ def saved_bytes(model, x, t) -> int:
 def test_memory_of_checkpointed_branches_is_independent_of_their_number(build_tiny, make_batch, form):
     x, t = make_batch(torch.float32, count=4)
     saved = {
-        (regions, once_more): saved_bytes(
+        (regions, once_more): count_saved_bytes(
             build_tiny(torch.float32, **form, regions=regions, checkpoint_branches=once_more).train(), x, t
         )
         for regions in (2, 6)

@@ -31,8 +31,8 @@ TINY = {
 
 
 @pytest.fixture
-def quadrants():
-    """quadrants(count): noise that is bright in one half, and labels of the halves."""
+def make_halves():
+    """make_halves(count): noise that is bright in one half, and labels of the halves."""
 
     def make(count, seed=0):
         rng = np.random.default_rng(seed)
@@ -46,12 +46,12 @@ def quadrants():
 
 
 @pytest.mark.slow
-def test_train_supervised_learns_its_labels_and_reuses_a_finished_run(quadrants, tmp_path):
-    images, truth = quadrants(16)
+def test_train_supervised_learns_its_labels_and_reuses_a_finished_run(make_halves, tmp_path):
+    images, truth = make_halves(16)
     labels = np.where(np.random.default_rng(2).random(truth.shape) < 0.25, IGNORE_LABEL, truth)
     config = preset_config("demo", **TINY, steps=60, learning_rate=3e-3).resolved()
     model = train_supervised(images, labels, 2, config, tmp_path / "run", progress=False)
-    unseen, wanted = quadrants(8, seed=1)
+    unseen, wanted = make_halves(8, seed=1)
     result = predict_classes(model, unseen)
     assert result.shape == wanted.shape and (result == wanted).mean() > 0.95
     before = (tmp_path / "run" / "log.jsonl").read_text()
@@ -65,12 +65,12 @@ def test_train_supervised_learns_its_labels_and_reuses_a_finished_run(quadrants,
         train_supervised(images, labels, 1, config, tmp_path / "other", progress=False)
 
 
-def test_supervised_loss_averages_over_counted_pixels(quadrants):
+def test_supervised_loss_averages_over_counted_pixels(make_halves):
     """The loss equals the pixel-weighted mean of the losses of rows 0 to 3 and of the rest."""
-    images, truth = quadrants(4)
+    images, truth = make_halves(4)
     config = preset_config("demo", **TINY).resolved()
 
-    def loss(rows):
+    def compute_loss(rows):
         labels = np.full_like(truth, IGNORE_LABEL)
         labels[:, rows] = truth[:, rows]
         task = SupervisedTask(config, images, labels, 2, torch.device("cpu"))
@@ -81,10 +81,10 @@ def test_supervised_loss_averages_over_counted_pixels(quadrants):
         draw.restart(0)
         return task.loss(task.model, torch.arange(4), draw, torch.zeros(())).objective
 
-    whole = loss(slice(None))
+    whole = compute_loss(slice(None))
     assert whole.std() > 0
-    torch.testing.assert_close(0.25 * loss(slice(0, 4)) + 0.75 * loss(slice(4, None)), whole)
-    assert loss(slice(0, 0)).tolist() == [0.0] * 4
+    torch.testing.assert_close(0.25 * compute_loss(slice(0, 4)) + 0.75 * compute_loss(slice(4, None)), whole)
+    assert compute_loss(slice(0, 0)).tolist() == [0.0] * 4
 
 
 def test_pixel_features_come_from_the_published_blocks(make_random_run, make_images):
@@ -102,9 +102,9 @@ def test_pixel_features_come_from_the_published_blocks(make_random_run, make_ima
 
 
 @pytest.mark.slow
-def test_datasetddpm_separates_different_textures(make_random_run, quadrants):
+def test_datasetddpm_separates_different_textures(make_random_run, make_halves):
     run = make_random_run(regions=1)
-    images, truth = quadrants(6)
+    images, truth = make_halves(6)
     model = DatasetDDPM(run, images, num_regions=2, seed=0)
     result = model.segment(images)
     assert result.shape == truth.shape and set(np.unique(result)) == {0, 1}

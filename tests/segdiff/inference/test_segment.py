@@ -36,13 +36,13 @@ def run(config):
     return SegdiffRun(config, config.build(), torch.device("cpu"), 0)
 
 
-def bright(images):
+def segment_bright(images):
     """Masks of bright pixels: [N, 2, h, w]."""
     inside = (images.mean(1, keepdim=True) > 0).float()
     return torch.cat([1 - inside, inside], 1)
 
 
-def disc(width, height):
+def draw_disc(width, height):
     y, x = np.mgrid[:height, :width]
     inside = (x - 0.4 * width) ** 2 + (y - 0.55 * height) ** 2 < (0.3 * min(width, height)) ** 2
     return np.where(inside[..., None], [250, 230, 40], [20, 60, 30]).astype(np.uint8), inside
@@ -67,11 +67,15 @@ def test_prepare_image_short_side_sets_the_size(config, size, input_size):
 
 
 def test_prepare_image_larger_image_has_a_guide(config):
-    look = lambda size, upsample="guided": prepare_image(Image.new("RGB", size), config, 16, upsample)  # noqa: E731
-    assert look((16, 16)).guide is None and look((10, 7)).guide is None and look((200, 100), "bilinear").guide is None
-    large = look((200, 100))
+    prepare = lambda size, upsample="guided": prepare_image(Image.new("RGB", size), config, 16, upsample)  # noqa: E731
+    assert (
+        prepare((16, 16)).guide is None
+        and prepare((10, 7)).guide is None
+        and prepare((200, 100), "bilinear").guide is None
+    )
+    large = prepare((200, 100))
     assert large.guide.shape == (32, 64, 3) and large.radius == 4
-    assert look((20, 17)).guide.shape == (17, 20, 3)
+    assert prepare((20, 17)).guide.shape == (17, 20, 3)
 
 
 # --- tiles ---
@@ -140,8 +144,8 @@ def test_full_size_bands_sum_to_one_at_any_height(config, size, upsample, monkey
 
 
 def test_full_size_guided_masks_follow_the_edge(run, monkeypatch):
-    pixels, inside = disc(320, 240)
-    monkeypatch.setattr(run.model, "segment", lambda x_t, t: bright(x_t))
+    pixels, inside = draw_disc(320, 240)
+    monkeypatch.setattr(run.model, "segment", lambda x_t, t: segment_bright(x_t))
     wrong = {}
     for upsample in ("guided", "bilinear"):
         result = run.segment(pixels, upsample=upsample)
@@ -154,8 +158,10 @@ def test_full_size_guided_masks_follow_the_edge(run, monkeypatch):
 
 def test_segment_size_sets_the_network_input(run, monkeypatch):
     recorded = []
-    monkeypatch.setattr(run.model, "segment", lambda x_t, t: (recorded.append(tuple(x_t.shape[2:])), bright(x_t))[1])
-    pixels, _ = disc(120, 90)
+    monkeypatch.setattr(
+        run.model, "segment", lambda x_t, t: (recorded.append(tuple(x_t.shape[2:])), segment_bright(x_t))[1]
+    )
+    pixels, _ = draw_disc(120, 90)
     run.segment(pixels)
     run.segment(pixels, size=40)
     assert recorded == [(16, 22), (40, 54)]
@@ -187,10 +193,10 @@ def test_segment_extreme_sizes_work(run, size):
     ],
 )
 def test_segment_out_of_memory_error_names_the_cure(run, monkeypatch, error):
-    def full(x_t, t):
+    def raise_out_of_memory(x_t, t):
         raise error
 
-    monkeypatch.setattr(run.model, "segment", full)
+    monkeypatch.setattr(run.model, "segment", raise_out_of_memory)
     with pytest.raises(
         OutOfMemoryError, match="out of memory for 50 x 40 pixels; scale it down, or give less than size=20"
     ):

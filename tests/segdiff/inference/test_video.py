@@ -25,7 +25,7 @@ def run(make_random_run):
     return run
 
 
-def still(count, seed=0, noise=10.0, size=(36, 46)):
+def make_still_scene(count, seed=0, noise=10.0, size=(36, 46)):
     """A still scene with sensor noise, uint8 [count, H, W, 3]."""
     rng = np.random.default_rng(seed)
     small = rng.integers(40, 216, (5, 6, 3), np.uint8)
@@ -33,22 +33,22 @@ def still(count, seed=0, noise=10.0, size=(36, 46)):
     return np.clip(scene + noise * rng.standard_normal((count, *scene.shape)), 0, 255).astype(np.uint8)
 
 
-def labels_of(run, frames, smooth):
+def segment_labels(run, frames, smooth):
     result = segment_frames(frames, run.config, run.predictor(None, "fast"), size=16, upsample="guided", smooth=smooth)
     return np.stack([labels for _, labels in result])
 
 
 def test_segment_frames_without_smoothing_equals_segment(run):
-    frames = still(3)
-    result = labels_of(run, frames, 0.0)
+    frames = make_still_scene(3)
+    result = segment_labels(run, frames, 0.0)
     assert np.array_equal(result, run.segment(frames).labels.numpy())
     assert len(np.unique(result)) > 1
 
 
 def test_segment_frames_smoothing_removes_flicker_of_a_still_scene(run):
-    frames = still(24)
+    frames = make_still_scene(24)
     flicker = lambda labels: (labels[13:] != labels[12:-1]).mean()  # noqa: E731
-    before, after = (flicker(labels_of(run, frames, smooth)) for smooth in (0.0, 0.8))
+    before, after = (flicker(segment_labels(run, frames, smooth)) for smooth in (0.0, 0.8))
     assert before > 0.002, "the frames must flicker without smoothing"
     assert after < 0.4 * before
 
@@ -56,26 +56,26 @@ def test_segment_frames_smoothing_removes_flicker_of_a_still_scene(run):
 def test_smoother_equals_its_formula_and_resets_at_cuts():
     torch.manual_seed(0)
     a, b, c = torch.rand(3, 2, 10, 10).softmax(1)
-    flat = lambda value: np.full((20, 20, 3), value, np.uint8)  # noqa: E731
+    make_flat = lambda value: np.full((20, 20, 3), value, np.uint8)  # noqa: E731
     smoother = Smoother(0.75)
 
     def step(frame, masks):
-        calm, keep = smoother.frame(frame)
-        return calm, smoother.masks(masks, keep)
+        smoothed, keep = smoother.frame(frame)
+        return smoothed, smoother.masks(masks, keep)
 
-    calm, result = step(flat(20), a)
-    assert torch.equal(result, a) and (calm == 20).all()
-    calm, result = step(flat(24), b)
+    smoothed, result = step(make_flat(20), a)
+    assert torch.equal(result, a) and (smoothed == 20).all()
+    smoothed, result = step(make_flat(24), b)
     weight = 0.75 * np.exp(-((4 / 255) ** 2) / (2 * STILL_COLOUR_CHANGE**2))
-    assert (calm == round(weight * 20 + (1 - weight) * 24)).all()
+    assert (smoothed == round(weight * 20 + (1 - weight) * 24)).all()
     torch.testing.assert_close(result, (weight * a + (1 - weight) * b).float())
-    calm, result = step(flat(230), c)
-    assert (calm == 230).all()
+    smoothed, result = step(make_flat(230), c)
+    assert (smoothed == 230).all()
     torch.testing.assert_close(result, c, msg="a changed image must reset the old masks")
-    half = flat(230)
+    half = make_flat(230)
     half[:, :10] = 20  # An object moves on the left; the right is still.
-    calm, result = step(half, a)
-    assert np.array_equal(calm, half)
+    smoothed, result = step(half, a)
+    assert np.array_equal(smoothed, half)
     torch.testing.assert_close(result[..., :4], a[..., :4])
     torch.testing.assert_close(result[..., 6:], (0.75 * c + 0.25 * a)[..., 6:])
     torch.testing.assert_close(result.sum(0), torch.ones(10, 10))
@@ -86,7 +86,7 @@ def test_segment_frames_reads_frames_lazily(run):
 
     def frames():
         nonlocal taken
-        for frame in still(40):
+        for frame in make_still_scene(40):
             taken += 1
             yield frame
 
@@ -98,7 +98,7 @@ def test_segment_frames_reads_frames_lazily(run):
 
 @pytest.mark.slow
 def test_segment_video_writes_a_video(run, tmp_path):
-    frames = still(5, size=(35, 47))
+    frames = make_still_scene(5, size=(35, 47))
     imageio.imwrite(tmp_path / "in.mkv", frames, plugin="pyav", codec="ffv1", fps=12)
     summary = run.segment_video(tmp_path / "in.mkv", tmp_path / "new" / "out.mp4", progress=False)
     assert (
@@ -112,11 +112,11 @@ def test_segment_video_writes_a_video(run, tmp_path):
 
 @pytest.mark.slow
 def test_segment_video_folder_uses_name_order(run, tmp_path):
-    for number, frame in enumerate(still(3)):
+    for number, frame in enumerate(make_still_scene(3)):
         Image.fromarray(frame).save(tmp_path / f"{number}.png")
     clip = open_video(tmp_path)
     assert clip.length == 3 and clip.rate == 24
-    assert np.array_equal(np.stack(list(clip.frames)), still(3))
+    assert np.array_equal(np.stack(list(clip.frames)), make_still_scene(3))
     assert run.segment_video(tmp_path, tmp_path / "out" / "x.mp4", progress=False).frames == 3
 
 
@@ -148,21 +148,21 @@ def test_segment_video_failure_leaves_no_file(run, tmp_path):
         run.segment_video(tmp_path / "noise.mp4", out, progress=False)
     with pytest.raises(DataError, match="no such video"):
         run.segment_video(tmp_path / "none.mp4", out, progress=False)
-    frames = [Image.fromarray(frame) for frame in (*still(2), *still(1, size=(20, 20)))]
+    frames = [Image.fromarray(frame) for frame in (*make_still_scene(2), *make_still_scene(1, size=(20, 20)))]
     with pytest.raises(DataError, match="frame 2 has 20 x 20 pixels, the first 46 x 36"):
         run.segment_video(frames, out, progress=False)
     with pytest.raises(ConfigError, match=r"\.mp4"):
-        run.segment_video(still(2), tmp_path / "out.gif", progress=False)
+        run.segment_video(make_still_scene(2), tmp_path / "out.gif", progress=False)
     with pytest.raises(ConfigError, match="smooth=1"):
-        run.segment_video(still(2), out, smooth=1.0, progress=False)
+        run.segment_video(make_still_scene(2), out, smooth=1.0, progress=False)
     with pytest.raises(WriteError, match="cannot be written"):
-        run.segment_video(still(2), tmp_path / "noise.mp4" / "out.mp4", progress=False)
+        run.segment_video(make_still_scene(2), tmp_path / "noise.mp4" / "out.mp4", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["noise.mp4"]
 
 
 @pytest.mark.slow
 def test_segment_video_truncated_video_raises_or_ends(run, tmp_path):
-    imageio.imwrite(tmp_path / "in.mp4", still(30), plugin="pyav", codec="libx264", fps=12)
+    imageio.imwrite(tmp_path / "in.mp4", make_still_scene(30), plugin="pyav", codec="libx264", fps=12)
     whole = (tmp_path / "in.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="cannot be decoded"):
@@ -183,7 +183,7 @@ def write_clip(path, times, *, sound=None, options=None):
         video.width, video.height, video.pix_fmt = 48, 40, "yuv420p"
         video.codec_context.time_base = Fraction(1, 1000)
         tone = None if sound is None else file.add_stream(sound, rate=48000, layout="mono")
-        for pixels, time in zip(still(len(times), size=(40, 48)), times, strict=True):
+        for pixels, time in zip(make_still_scene(len(times), size=(40, 48)), times, strict=True):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, 1000)
             file.mux(video.encode(frame))
@@ -209,15 +209,15 @@ UNEVEN = [0, 40, 80, 500, 540, 580, 1300, 1340]
 @pytest.mark.parametrize("source", ["in.mp4", "in.mkv"])
 def test_segment_video_keeps_uneven_times(run, tmp_path, source, suffix):
     write_clip(tmp_path / source, UNEVEN)
-    made = run.segment_video(tmp_path / source, tmp_path / f"out{suffix}", progress=False)
-    assert made.frames == len(UNEVEN) and times_of(made.out) == times_of(tmp_path / source) == UNEVEN
+    summary = run.segment_video(tmp_path / source, tmp_path / f"out{suffix}", progress=False)
+    assert summary.frames == len(UNEVEN) and times_of(summary.out) == times_of(tmp_path / source) == UNEVEN
 
 
 def test_segment_video_keeps_uneven_times_of_gif(run, tmp_path):
-    first, *rest = map(Image.fromarray, still(4, size=(16, 16)))
+    first, *rest = map(Image.fromarray, make_still_scene(4, size=(16, 16)))
     first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=[100, 50, 500, 100])
-    made = run.segment_video(tmp_path / "a.gif", tmp_path / "out.mp4", progress=False)
-    assert times_of(made.out) == [0, 100, 150, 650]
+    summary = run.segment_video(tmp_path / "a.gif", tmp_path / "out.mp4", progress=False)
+    assert times_of(summary.out) == [0, 100, 150, 650]
 
 
 @pytest.mark.parametrize(
@@ -225,12 +225,12 @@ def test_segment_video_keeps_uneven_times_of_gif(run, tmp_path):
 )
 def test_segment_video_keeps_the_sound(run, tmp_path, sound, suffix, codec):
     write_clip(tmp_path / "in.mkv", UNEVEN, sound=sound)
-    made = run.segment_video(tmp_path / "in.mkv", tmp_path / f"out{suffix}", progress=False)
-    with av.open(str(made.out)) as file:
+    summary = run.segment_video(tmp_path / "in.mkv", tmp_path / f"out{suffix}", progress=False)
+    with av.open(str(summary.out)) as file:
         assert codec in (None, file.streams.audio[0].codec_context.name)
         samples = np.concatenate([f.to_ndarray().astype(float).mean(0) for f in file.decode(audio=0)])
     assert 1.2 < len(samples) / 48000 < 1.45 and samples.std() > 0
-    assert times_of(made.out) == UNEVEN
+    assert times_of(summary.out) == UNEVEN
 
 
 def test_segment_video_without_average_rate_keeps_times(run, tmp_path, monkeypatch):
@@ -250,9 +250,9 @@ def test_segment_video_cut_off_is_an_error_or_partial(run, tmp_path, name, share
         run.segment_video(tmp_path / name, tmp_path / "out.mp4", progress=False)
     assert not (tmp_path / "out.mp4").exists()
     with pytest.warns(UserWarning, match="the rest is left out"):
-        made = run.segment_video(tmp_path / name, tmp_path / "out.mp4", progress=False, partial=True)
-    times = times_of(made.out)
-    assert 1 < made.frames == len(times) < 40 and set(times) <= {40 * i for i in range(40)}
+        summary = run.segment_video(tmp_path / name, tmp_path / "out.mp4", progress=False, partial=True)
+    times = times_of(summary.out)
+    assert 1 < summary.frames == len(times) < 40 and set(times) <= {40 * i for i in range(40)}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

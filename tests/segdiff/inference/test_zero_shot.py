@@ -40,7 +40,7 @@ def voc(tmp_path):
     return root
 
 
-def config(names=("beagle", "tabby"), **changes):
+def make_config(names=("beagle", "tabby"), **changes):
     changes = {"resolution": SIZE, "regions": 3, "class_names": names, **changes}
     return preset_config("demo", channel_mult=(1, 2), **changes).resolved()
 
@@ -70,13 +70,13 @@ def test_zero_shot_many_leaf_regions_map_a_coarser_level(voc):
 
         return predict
 
-    scores = score_zero_shot(config((), regions=(4, 4)), predictor, voc, label_map=None, num_fit_images=16)
+    scores = score_zero_shot(make_config((), regions=(4, 4)), predictor, voc, label_map=None, num_fit_images=16)
     assert scores["level"] == 1 and scores["iou"] == 1 and scores["classes"]["cat"]["mapping"] == [1]
 
 
 def test_zero_shot_scores_each_class_with_its_label(voc):
     label_map = {"cat": "tabby", "dog": 0}
-    scores = score_zero_shot(config(), make_predictor({1: 8, 0: 5}), voc, label_map=label_map, num_fit_images=16)
+    scores = score_zero_shot(make_config(), make_predictor({1: 8, 0: 5}), voc, label_map=label_map, num_fit_images=16)
     assert set(scores["classes"]) == {"cat", "dog"} and len(scores["missing"]) == 18
     cat, dog = scores["classes"]["cat"], scores["classes"]["dog"]
     assert cat == {"label": "tabby", "images": 3, "fitted_on": 2, "mapping": [1], "acc": 1, "iou": 1, "miou": 1}
@@ -89,9 +89,9 @@ def test_zero_shot_scores_each_class_with_its_label(voc):
 
 def test_zero_shot_single_split_fits_on_the_first_half(voc):
     everywhere = make_predictor({None: 8})
-    scores = score_zero_shot(config(), everywhere, voc, split="all", label_map=None, num_fit_images=16)
+    scores = score_zero_shot(make_config(), everywhere, voc, split="all", label_map=None, num_fit_images=16)
     assert scores["classes"]["cat"]["fitted_on"] == 2 and scores["classes"]["cat"]["images"] == 3
-    train = score_zero_shot(config(), everywhere, voc, split="train", label_map=None, num_fit_images=16)
+    train = score_zero_shot(make_config(), everywhere, voc, split="train", label_map=None, num_fit_images=16)
     assert "dog" in train["missing"], "one image cannot be both fitted on and scored"
     assert train["classes"]["cat"]["label"] is None
 
@@ -105,19 +105,19 @@ def test_zero_shot_default_label_map_needs_imagenet_classes(voc):
         return make_predictor({label: 8})(label)
 
     names = tuple(f"synset {n}" for n in range(1000))
-    scores = score_zero_shot(config(names), predictor, voc, label_map=None, num_fit_images=16)
+    scores = score_zero_shot(make_config(names), predictor, voc, label_map=None, num_fit_images=16)
     assert conditions == [281, 153] and scores["classes"]["dog"]["label"] == "synset 153"
 
 
 def test_zero_shot_invalid_arguments_raise(voc):
     with pytest.raises(ConfigError, match="names 'wolf', but the data set's classes are aeroplane"):
-        score_zero_shot(config(), make_predictor({}), voc, label_map={"wolf": "beagle"}, num_fit_images=16)
+        score_zero_shot(make_config(), make_predictor({}), voc, label_map={"wolf": "beagle"}, num_fit_images=16)
     with pytest.raises(ConfigError, match="did you mean beagle"):
-        score_zero_shot(config(), make_predictor({}), voc, label_map={"dog": "beagles"}, num_fit_images=16)
+        score_zero_shot(make_config(), make_predictor({}), voc, label_map={"dog": "beagles"}, num_fit_images=16)
     with pytest.raises(ConfigError, match="has no classes"):
-        score_zero_shot(config(()), make_predictor({}), voc, label_map={"dog": 0}, num_fit_images=16)
+        score_zero_shot(make_config(()), make_predictor({}), voc, label_map={"dog": 0}, num_fit_images=16)
     with pytest.raises(ConfigError, match="split='test': VOC2012 has train, val, all"):
-        score_zero_shot(config(), make_predictor({}), voc, split="test", label_map=None, num_fit_images=16)
+        score_zero_shot(make_config(), make_predictor({}), voc, split="test", label_map=None, num_fit_images=16)
 
 
 def test_zero_shot_conditions_the_model_on_the_class(make_random_run, voc, tmp_path, capsys):
