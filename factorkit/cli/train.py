@@ -190,8 +190,7 @@ class TrainNerfdiff(Command):
         out = self.out or Path("runs") / f"nerfdiff-{_preset_name(self, 'fast')}"
         start = time.perf_counter()
         with report_interruption(out):
-<<<<<<< HEAD
-            run = train_nerfdiff(self.data, out=out, preset=self.preset, **settings)
+            run = train_nerfdiff(self.data, out=out, preset=self.preset, **self._reading(), **settings)
         judgement, report = read_verdict(out, REPORT), str(out / "report.html")
         data = {
             "run": str(out),
@@ -203,12 +202,6 @@ class TrainNerfdiff(Command):
             "checks": read_run_checks(out),
         }
         lines = [f"{judgement.headline}.", *judgement.details]
-=======
-            run = train_nerfdiff(self.data, out=out, preset=self.preset, **self._reading(), **settings)
-        failures, report = read_failures(out), str(out / "report.html")
-        data = {"run": str(out), "report": report, "failures": failures, "scores": run.scores}
-        lines = ["This run FAILED:", *(f"  - {text}" for text in failures)] if failures else ["No alarm."]
->>>>>>> main
         duration = format_duration(time.perf_counter() - start)
         return data, "\n".join([*lines, "", f"run     {out}", f"report  {report}", f"time    {duration}"])
 
