@@ -95,7 +95,7 @@ def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> 
     The arguments are those of :func:`train_nerfdiff`.
 
     Returns:
-        preset, views, parameters (of encoder and field), memory_gib (peak; of the process on a CPU), device, stages
+        preset, views, parameters (of encoder and field), memory_gib (peak; on a CPU its growth, at least weights, gradients and averages), device, stages
         (each with name, steps, views_per_second and seconds), and seconds, their sum. The flip test is counted with its
         maximum number of rounds.
     """
@@ -115,7 +115,7 @@ def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> 
         "preset": preset,
         "views": len(views),
         "parameters": trial.parameters,
-        "memory_gib": (peak_memory(device) - before) / 2**30,
+        "memory_gib": max(peak_memory(device) - before, 5 * 4 * trial.parameters) / 2**30,
         "device": str(device),
         "stages": trial.stages,
         "seconds": sum(stage["seconds"] for stage in trial.stages),

@@ -21,7 +21,7 @@ from factorkit.engine.log import RunLog
 from factorkit.engine.run_folder import claimed, copy_folder, read_object, write_json
 from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.alarms import Alarms
-from factorkit.segdiff.config import ResolvedSegdiffConfig, preset_config
+from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.network import count_parameters
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
@@ -139,7 +139,7 @@ def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
     distributed.run_on_first(lambda: write_report(cast(Path, run.folder)))
 
 
-def load_data(data: Any, config: ResolvedSegdiffConfig, progress: bool) -> tuple[Dataset, PreparedImages, np.ndarray]:
+def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, PreparedImages, np.ndarray]:
     """Return the data set, its training images at the model's resolution, and probe images for previews and alarms."""
     if data is None:
         dataset = make_procedural_dataset(config.resolution, nested=len(config.nesting) > 1)

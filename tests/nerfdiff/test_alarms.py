@@ -62,7 +62,7 @@ def scene(field):
 CONFIG = preset_config("demo", samples_per_ray=32)
 
 
-def test_cameras_on_one_side_are_a_collapse_and_most_of_a_circle_is_none():
+def test_pose_alarms_cameras_on_one_side_are_a_collapse():
     assert azimuth_spread(evenly(40, 360)) > 0.99 and azimuth_spread(evenly(40, 10)) < 0.05
     assert names(pose_alarms(evenly(40, 360))) == names(pose_alarms(evenly(40, 250))) == []
     assert "one side" in pose_alarms(evenly(40, 180))["failures"][0]
@@ -71,7 +71,7 @@ def test_cameras_on_one_side_are_a_collapse_and_most_of_a_circle_is_none():
     assert "one side" in pose_alarms(around(squeezed))["failures"][0]
 
 
-def test_two_opposite_crowds_are_a_collapse_though_their_spread_is_full():
+def test_pose_alarms_two_opposite_clusters_are_a_collapse():
     crowds = around(torch.cat([torch.rand(30) * 30, 180 + torch.rand(30) * 30]))
     assert azimuth_spread(crowds) > 0.9
     assert "few places" in pose_alarms(crowds)["failures"][0]
@@ -81,14 +81,14 @@ def test_two_opposite_crowds_are_a_collapse_though_their_spread_is_full():
     assert abs(sector_use(evenly(48, 360)) - 1) < 1e-5
 
 
-def test_few_candidates_in_use_are_a_collapse():
+def test_pose_alarms_few_used_candidates_are_a_collapse():
     one = torch.zeros(20, dtype=torch.int64)
     assert abs(effective_use(one, 10) - 0.1) < 1e-6 and effective_use(torch.arange(20) % 10, 10) > 0.999
     assert "few candidates" in pose_alarms(evenly(20, 360), one, 10)["failures"][0]
     assert names(pose_alarms(evenly(20, 360), torch.arange(20) % 10, 10)) == []
 
 
-def test_a_share_of_turned_views_is_a_duplication():
+def test_pose_alarms_share_of_rotated_views_is_a_duplication():
     assert "duplication: 30%" in pose_alarms(evenly(20, 360), duplication=0.3)["failures"][0]
     assert names(pose_alarms(evenly(20, 360), duplication=0.0)) == []
 
@@ -100,13 +100,13 @@ def test_neighbour_degrees_between_similar_views():
     assert torch.allclose(apart, torch.tensor([30.0, 30, 160, 160]), atol=1e-2)
 
 
-def test_right_cameras_raise_no_alarm(scene, field):
+def test_scene_alarms_true_cameras_raise_none(scene, field):
     found = scene_alarms(CONFIG, scene, field, scene.poses)
     assert found["failures"] == [] and not found["mirrored"] and found["inverted"] == 0
     assert found["error"] < 0.05 and found["offset_median"] < 15 and found["offset_opposite"] == 0
 
 
-def test_cameras_anywhere_scatter_views_and_explain_nothing(scene, field):
+def test_scene_alarms_random_cameras_are_scattered_and_unexplained(scene, field):
     torch.manual_seed(0)
     wrong = scene.poses[torch.randperm(40)]
     found = scene_alarms(CONFIG, scene, field, wrong)
@@ -116,14 +116,14 @@ def test_cameras_anywhere_scatter_views_and_explain_nothing(scene, field):
     assert names(scene_alarms(CONFIG, scene, field, wrong, exact=False)) == ["scatter"]
 
 
-def test_a_few_views_beside_their_place_are_no_failure(scene, field):
+def test_scene_alarms_few_misplaced_views_raise_none(scene, field):
     some = scene.poses.clone()
     way = torch.nn.functional.normalize(some[:4, :3, 3], dim=1)
     some[:4] = orbit_poses(rotate_about_z(way, 20.0), scene.distance)
     assert names(scene_alarms(CONFIG, scene, field, some)) == []
 
 
-def test_the_error_is_a_share_of_the_views_variance(scene, field):
+def test_unexplained_variance_is_a_share_of_the_views_variance(scene, field):
     assert unexplained_variance(field, scene, scene.poses, 32) < 0.05
     same = scene.poses[:1].expand(40, 4, 4)
     assert 0.8 < unexplained_variance(field, scene, same, 32) < 3
@@ -131,7 +131,7 @@ def test_the_error_is_a_share_of_the_views_variance(scene, field):
     assert unexplained_variance(field, faint, scene.poses, 32) > 5, "in units of what is there to explain"
 
 
-def test_a_scene_turned_inside_out_is_a_mirror(scene):
+def test_pose_alarms_inverted_depth_is_a_mirror(scene):
     """Two ways it shows: cameras at minus their elevation, as upright ones take it, or upside down."""
     way = torch.nn.functional.normalize(scene.poses[:, :3, 3], dim=1)
     below = orbit_poses(way * torch.tensor([1.0, -1, -1]), scene.distance)
@@ -162,7 +162,8 @@ def collapsing(tiny, monkeypatch, after: int) -> dict:
     return tiny | {"search": "joint", "sample_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "steps": 6}
 
 
-def test_a_collapsing_scene_is_named_and_the_best_checkpoint_kept(tiny, scene_views, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_train_collapse_is_logged_and_best_checkpoint_remains(tiny, scene_views, tmp_path, monkeypatch, capsys):
     settings = collapsing(tiny, monkeypatch, after=3)
     run = train_nerfdiff(scene_views, out=tmp_path / "run", **settings)
     assert "step 4: collapse" in capsys.readouterr().err
@@ -175,7 +176,8 @@ def test_a_collapsing_scene_is_named_and_the_best_checkpoint_kept(tiny, scene_vi
     assert before.step == best and before.predict_pose(scene_views).poses.isfinite().all()
 
 
-def test_a_collapsing_scene_stops_where_asked_and_goes_on_where_asked(tiny, scene_views, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_train_collapse_stops_with_stop_on_failure(tiny, scene_views, tmp_path, monkeypatch):
     settings = collapsing(tiny, monkeypatch, after=3)
     with pytest.raises(FactorkitError, match="stopped at step 4: collapse.*Earlier checkpoints are.*the best of"):
         train_nerfdiff(scene_views, out=tmp_path / "run", stop_on_failure=True, **settings)

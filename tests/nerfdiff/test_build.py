@@ -45,7 +45,7 @@ def test_load_partial_run_returns_the_newest_stage(begun, finished):
         load_partial_run(begun)
 
 
-def test_the_model_is_shown_once_it_is_there_beside_the_true_cameras(finished):
+def test_load_contents_finished_run_has_true_cameras(finished):
     assert newest_checkpoint(finished.folder).parent.parent == finished.folder
     shown = load_contents(finished.folder, "cpu")
     assert shown.step == finished.step and shown.true.shape == (10, 4, 4)

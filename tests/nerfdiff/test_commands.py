@@ -46,7 +46,7 @@ def posed(tmp_path_factory, pictures, scene_views):
     return folder
 
 
-def test_pose_answers_what_the_run_predicts(ask, finished, pictures, scene_views, tmp_path):
+def test_pose_command_prints_predicted_poses(ask, finished, pictures, scene_views, tmp_path):
     code, found = ask("pose", finished.folder, pictures, "--out", tmp_path / "poses.json", "--device", "cpu")
     assert code == 0 and found["frames"] == json.loads((tmp_path / "poses.json").read_text())["frames"]
     order = sorted(range(10), key=lambda i: scene_views.names[i])
@@ -54,7 +54,7 @@ def test_pose_answers_what_the_run_predicts(ask, finished, pictures, scene_views
     assert torch.allclose(torch.tensor([f["camera_to_world"] for f in found["frames"]]), wanted, atol=0.02)
 
 
-def test_reconstruct_render_sample_and_export_write_what_they_say(ask, finished, pictures, tmp_path):
+def test_reconstruct_render_sample_and_export_write_their_files(ask, finished, pictures, tmp_path):
     run = finished.folder
     code, found = ask("reconstruct", run, pictures, "--out", tmp_path / "seen", "--size", 12, "--device", "cpu")
     assert code == 0 and found["reconstructed"] == 10 and len(list((tmp_path / "seen").glob("*_depth.png"))) == 10
@@ -70,14 +70,14 @@ def test_reconstruct_render_sample_and_export_write_what_they_say(ask, finished,
     assert code == 0 and len(json.loads((tmp_path / "transforms.json").read_text())["frames"]) == 10
 
 
-def test_evaluate_scores_views_with_poses(ask, finished, posed):
+def test_evaluate_command_scores_views_with_poses(ask, finished, posed):
     code, scores = ask("evaluate", finished.folder, "--views", posed, "--device", "cpu")
     assert code == 0 and {"rotation_median_deg", "under_10_deg", "psnr", "psnr_encoder", "seconds"} <= scores.keys()
     code, answer = ask("evaluate", finished.folder, "--device", "cpu")
     assert code == 2 and "--views" in answer["error"]
 
 
-def test_mistakes_are_named(ask, finished, pictures, tmp_path):
+def test_commands_invalid_arguments_are_named(ask, finished, pictures, tmp_path):
     code, answer = ask("pose", finished.folder, tmp_path / "nowhere", "--device", "cpu")
     assert code == 2 and "nowhere" in answer["error"]
     code, answer = ask("render", finished.folder, "--out", tmp_path / "x.avi", "--device", "cpu")
@@ -88,17 +88,46 @@ def test_mistakes_are_named(ask, finished, pictures, tmp_path):
     assert code == 2 and "lego" in answer["error"]
 
 
-def test_train_takes_flags_and_resumes(ask, posed, tmp_path, tiny):
-    words = ["train", "nerfdiff", "--data", posed, "--out", tmp_path / "run"]
+def training_words(posed, folder, tiny):
+    """Return the command line of the tiny training."""
+    words = ["train", "nerfdiff", "--data", posed, "--out", folder]
     for key, value in tiny.items():
         if key != "progress":
             words += [f"--{key.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
+    return words
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({}, ["search", "refine", "flip 0a", "flip 0b", "refine again", "distil"]),
+        ({"search": "joint"}, ["joint", "half a", "half b"]),
+        ({"poses": "known", "field": "hashgrid"}, ["fit", "distil"]),
+    ],
+)
+def test_dry_run_times_every_stage_and_writes_nothing(changes, stages, ask, posed, tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = training_words(posed, "run", tiny | {"flip_rounds": 3} | changes)
+    code, estimate = ask(*words, "--dry-run")
+    assert code == 0 and [stage["name"] for stage in estimate["stages"]] == stages
+    for stage in estimate["stages"]:
+        assert stage["views_per_second"] > 0 and stage["seconds"] > 0
+    steps = {stage["name"]: stage["steps"] for stage in estimate["stages"]}
+    assert steps[stages[0]] == {"search": 22, "joint": 5, "fit": 4}[stages[0]] and steps.get("distil", 5) == 5
+    assert estimate["seconds"] == pytest.approx(sum(stage["seconds"] for stage in estimate["stages"]))
+    assert estimate["views"] == 8 and estimate["device"] == "cpu"  # every 8th is held out
+    assert estimate["parameters"] > 10_000 and estimate["memory_gib"] >= 20 * estimate["parameters"] / 2**30
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_command_takes_flags_and_resumes(ask, posed, tmp_path, tiny):
+    words = training_words(posed, tmp_path / "run", tiny)
     code, found = ask(*words)
     assert code == 0 and found["run"] == str(tmp_path / "run") and (tmp_path / "run" / "report.html").exists()
     assert ask(*words)[0] == 0
 
 
-def test_the_recipe_follows_the_resolution(capsys):
+def test_train_help_defaults_follow_the_resolution(capsys):
     assert main(["train", "nerfdiff", "--preset", "fast", "--resolution", "64", "--help-advanced"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "--grid-resolution INT" in said and said.split("--grid-resolution INT")[1].split("(default:")[1].startswith(

@@ -49,7 +49,7 @@ def runs(tmp_path_factory, views, tiny):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_answers_everything(way, runs, views):
+def test_forward_run_has_every_result(way, runs, views):
     run = runs(way)
     assert run.poses.shape == (9, 4, 4) and run.poses.isfinite().all()
     if WAYS[way].get("poses") == "known":
@@ -69,7 +69,7 @@ def test_a_run_answers_everything(way, runs, views):
     assert type(run).load(run.save(run.folder / "one.safetensors"), device="cpu").views.layout == "forward"
 
 
-def test_known_poses_make_a_scene_that_can_be_exported(runs, tmp_path):
+def test_forward_run_known_poses_can_be_exported(runs, tmp_path):
     run = runs("known")
     run.export(tmp_path / "colmap", points=500)
     model = pycolmap.Reconstruction()
@@ -79,7 +79,7 @@ def test_known_poses_make_a_scene_that_can_be_exported(runs, tmp_path):
     assert (tmp_path / "colmap" / "images_factorkit" / "view_00.png").is_file()
 
 
-def test_the_stages_can_be_watched(runs, tmp_path):
+def test_forward_run_stages_can_be_viewed(runs, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(runs("dictionary").folder, folder)
     assert {"cameras_search.png", "cameras_refine.png"} <= {
@@ -94,7 +94,7 @@ def test_the_stages_can_be_watched(runs, tmp_path):
         shutil.rmtree(folder / "stages" / stage)
 
 
-def test_the_command_line_on_a_forward_run(runs, views, tmp_path, capsys):
+def test_commands_on_a_forward_run_write_their_files(runs, views, tmp_path, capsys):
     folder = runs("dictionary").folder
     for name, image in zip(views.names, images_to_pixels(views.images), strict=True):
         (tmp_path / "in").mkdir(exist_ok=True)
@@ -117,7 +117,7 @@ def test_the_command_line_on_a_forward_run(runs, views, tmp_path, capsys):
     assert code == 0 and len(json.loads((tmp_path / "transforms.json").read_text())["frames"]) == 9
 
 
-def test_the_thesis_preset_trains(views, tmp_path, tiny):
+def test_forward_run_thesis_preset_trains(views, tmp_path, tiny):
     """A 6th of its size; that of 378 x 504 is built in test_config."""
     small = {
         "resolution": 24,
@@ -141,6 +141,6 @@ def test_the_thesis_preset_trains(views, tmp_path, tiny):
     assert any(event["event"] == "finished" or event.get("step") == 2 for event in events)
 
 
-def test_freedoms_of_an_orbit_are_refused(views, tmp_path, tiny):
+def test_forward_run_orbit_parameters_are_refused(views, tmp_path, tiny):
     with pytest.raises(ConfigError, match="optimize_camera"):
         train_nerfdiff(views, out=tmp_path / "run", **{**tiny, "resolution": 12, "optimize_camera": ("roll",)})

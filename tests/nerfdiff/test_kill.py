@@ -13,7 +13,7 @@ from factorkit.utils.jsonl import read_log
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
-def test_a_run_killed_by_the_system_in_every_stage_ends_in_the_same_bits(tmp_path):
+def test_train_killed_in_every_stage_resumes_bit_identically(tmp_path):
     script = Path(__file__).with_name("killed_run.py")
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from factorkit.nerfdiff.rays import render_views
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
 
-def test_predicted_poses_are_those_of_the_best_scores(finished, scene_views):
+def test_predict_pose_returns_the_best_scored_candidate(finished, scene_views):
     found = finished.predict_pose(scene_views.images)
     assert found.poses.shape == (10, 4, 4) and found.scores.shape == (10, 3) and found.candidates.shape == (10, 3, 4, 4)
     best = found.scores.argmax(1)
@@ -33,12 +33,12 @@ def test_predicted_poses_are_those_of_the_best_scores(finished, scene_views):
         finished.predict_pose(scene_views.images[:, 0])
 
 
-def test_larger_pictures_are_brought_to_the_models_size(finished, scene_views):
+def test_predict_pose_larger_images_are_resized(finished, scene_views):
     larger = scene_views.images.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert torch.allclose(finished.predict_pose(larger).poses, finished.predict_pose(scene_views).poses, atol=1e-4)
 
 
-def test_pictures_that_the_camera_cannot_have_taken_are_refused(finished, scene_views):
+def test_predict_pose_images_of_another_camera_are_refused(finished, scene_views):
     images = scene_views.images
     for wrong, words in (
         (images[:, :, 2:], "6 x 8 pixels, but the training views have the shape of 8 x 8"),
@@ -54,7 +54,7 @@ def test_pictures_that_the_camera_cannot_have_taken_are_refused(finished, scene_
             finished.render(wrong)
 
 
-def test_wider_pictures_show_more_and_stretch_nothing(finished, monkeypatch):
+def test_render_wider_images_are_not_stretched(finished, monkeypatch):
     square, wide, high = (finished.render(finished.poses, size) for size in (12, (12, 20), (20, 12)))
     torch.testing.assert_close(wide.images[..., 4:16], square.images, atol=1e-3, rtol=0)
     taller = finished.render(finished.poses, 20)
@@ -63,7 +63,7 @@ def test_wider_pictures_show_more_and_stretch_nothing(finished, monkeypatch):
     assert torch.equal(finished.render(finished.poses, 12).depth, square.depth)
 
 
-def test_reconstructions_are_renders_from_the_predicted_poses(finished, scene_views):
+def test_reconstruct_equals_renders_from_predicted_poses(finished, scene_views):
     seen = finished.reconstruct(scene_views, size=12)
     again = finished.render(finished.predict_pose(scene_views).poses, 12)
     assert torch.equal(seen.images, again.images) and seen.images.shape == (10, 3, 12, 12)
@@ -72,7 +72,7 @@ def test_reconstructions_are_renders_from_the_predicted_poses(finished, scene_vi
 
 
 @pytest.mark.parametrize("path", ["orbit", "spiral"])
-def test_paths_go_around_looking_at_the_scene(finished, path):
+def test_render_path_cameras_look_at_the_scene(finished, path):
     seen = finished.render_path(path, size=6, frames=8)
     assert seen.images.shape == (8, 3, 6, 6)
     eye, back = seen.poses[:, :3, 3], seen.poses[:, :3, 2]
@@ -85,7 +85,7 @@ def test_paths_go_around_looking_at_the_scene(finished, path):
         finished.render_path("zigzag")
 
 
-def test_samples_come_from_noise_through_renders(finished):
+def test_sample_returns_renders_from_noise(finished):
     drawn = finished.sample(3, seed=1, steps=5, trajectory=True)
     assert drawn.images.shape == (3, 3, 8, 8) and drawn.poses.shape == (3, 4, 4) and len(drawn.trajectory) == 5
     assert [f.t for f in drawn.trajectory] == sorted((f.t for f in drawn.trajectory), reverse=True)
@@ -97,7 +97,7 @@ def test_samples_come_from_noise_through_renders(finished):
         finished.sample(0)
 
 
-def test_loading_and_saving_give_the_same_model(finished, scene_views, tmp_path):
+def test_load_save_round_trip_gives_the_same_model(finished, scene_views, tmp_path):
     folder = factorkit.load(finished.folder, device="cpu")
     single = factorkit.load(finished.save(tmp_path / "one.safetensors"), device="cpu")
     for other in (folder, single):
@@ -109,7 +109,7 @@ def test_loading_and_saving_give_the_same_model(finished, scene_views, tmp_path)
         factorkit.load(tmp_path)
 
 
-def test_other_weights_than_the_average(finished):
+def test_load_other_weights_than_the_average(finished):
     tensors = read_checkpoint(max((finished.folder / "checkpoints").glob("step_*")))[0]
     for weights, prefix in ((0.5, "ema_0.5.module."), ("last", "model.")):
         other = factorkit.load(finished.folder, device="cpu", weights=weights)
@@ -120,7 +120,8 @@ def test_other_weights_than_the_average(finished):
     assert stages and not any(name.startswith("ema_") for stage in stages for name in stage), "the run's own alone"
 
 
-def test_evaluation_measures_both_cameras_and_renders(finished, scene_views):
+@pytest.mark.slow
+def test_evaluate_scores_cameras_and_renders(finished, scene_views):
     scores = finished.evaluate(scene_views)
     assert scores["psnr"] != scores["psnr_encoder"] and scores["views"] == 10
     assert json.loads((finished.folder / "scores.json").read_text()) == finished.scores == scores
@@ -128,7 +129,7 @@ def test_evaluation_measures_both_cameras_and_renders(finished, scene_views):
         finished.evaluate(scene_views, poses=torch.eye(4).repeat(3, 1, 1))
 
 
-def test_a_perfect_run_scores_perfectly_whatever_the_coordinates(finished, scene_views, tmp_path, monkeypatch):
+def test_evaluate_perfect_run_in_any_coordinates_scores_perfectly(finished, scene_views, tmp_path, monkeypatch):
     """Found poses that are the true ones, turned and scaled, have no error, and renders at them are compared there."""
     from factorkit.metrics.pose import Similarity
     from factorkit.nerfdiff import evaluate as scoring
@@ -148,7 +149,7 @@ def test_a_perfect_run_scores_perfectly_whatever_the_coordinates(finished, scene
 
 
 @pytest.mark.parametrize("name", ["scene.ply", "transforms.json", "colmap"])
-def test_exports_hold_every_view(finished, tmp_path, name):
+def test_export_of_a_run_has_every_view(finished, tmp_path, name):
     path = finished.export(tmp_path / name, **({} if name == "transforms.json" else {"points": 200}))
     if name == "transforms.json":
         frames = json.loads(path.read_text())["frames"]
@@ -158,7 +159,7 @@ def test_exports_hold_every_view(finished, tmp_path, name):
         assert path.exists()
 
 
-def test_frames_are_written_as_pictures_and_as_a_gif(tmp_path):
+def test_write_frames_images_and_gif(tmp_path):
     images = torch.rand(3, 3, 6, 8)
     folder = write_frames(tmp_path / "frames", images)
     assert [p.name for p in sorted(folder.iterdir())] == ["0000.png", "0001.png", "0002.png"]
@@ -181,7 +182,7 @@ def half_symmetric():
     return field, way
 
 
-def test_checking_tells_the_sides_of_a_scene_that_looks_alike_from_both(finished, half_symmetric):
+def test_select_best_poses_nearly_symmetric_scene_finds_the_side(finished, half_symmetric):
     field, way = half_symmetric
     optics, parts = finished.model.camera, (finished.model.encoder, finished.model.candidates)
     model = NerfdiffModel(*parts, field, finished.poses, optics, (32, 32), 16)
@@ -202,7 +203,7 @@ def test_checking_tells_the_sides_of_a_scene_that_looks_alike_from_both(finished
     )
 
 
-def test_checked_poses_are_candidates_or_their_other_side(finished, scene_views):
+def test_select_best_poses_are_candidates_or_opposites(finished, scene_views):
     plain, found = finished.predict_pose(scene_views), finished.predict_pose(scene_views, check=True)
     assert torch.equal(plain.candidates, found.candidates) and torch.equal(plain.scores, found.scores)
     half = torch.tensor([-1.0, -1, 1, 1])[:, None]
@@ -214,7 +215,7 @@ def test_checked_poses_are_candidates_or_their_other_side(finished, scene_views)
     assert torch.allclose(found.poses, among[torch.arange(10), least], atol=1e-6)
 
 
-def test_refining_finds_the_pose_of_a_picture_from_near_it(finished):
+def test_refine_poses_converges_from_a_nearby_pose(finished):
     torch.manual_seed(0)
     field = GridField(5, seed=4)
     field.values.data.mul_(8)

@@ -30,7 +30,7 @@ from factorkit.utils.errors import DataError
 CPU = torch.device("cpu")
 
 
-def test_pixels_are_those_of_the_picture():
+def test_render_pixels_equal_those_of_the_whole_image():
     torch.manual_seed(0)
     optics = CameraModel(torch.tensor([[1.5, 0, 0.5], [0, 2.0, 0.45], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
     poses = orbit_poses(direction_grid(3, [25]), 3.3)
@@ -41,7 +41,7 @@ def test_pixels_are_those_of_the_picture():
     assert torch.allclose(gather_pixels(whole.movedim(-1, 1), pixels)[1, 2], whole[1, 3, 0])
 
 
-def test_the_procedural_views_are_renders_from_their_poses_in_the_models_units():
+def test_open_scene_procedural_views_equal_renders_of_the_scene():
     views = make_procedural_views(3, 16, seed=2)
     scene = open_scene(views, 16, CPU)
     eye = scene.poses[:, :3, 3]
@@ -56,7 +56,7 @@ def test_the_procedural_views_are_renders_from_their_poses_in_the_models_units()
     assert (seen - views.images).abs().mean() < 0.02
 
 
-def test_a_forward_scene_is_seen_in_depth_out_to_infinity():
+def test_render_views_forward_facing_wall_has_its_depth():
     """A wall across the view at depth 3: in normalised device coordinates z = 1 - 2 / 3."""
     optics = CameraModel(torch.tensor([[0.9, 0, 0.5], [0, 0.9, 0.5], [0, 0, 1]]), torch.zeros(3), forward_facing=True)
 
@@ -73,7 +73,7 @@ def test_a_forward_scene_is_seen_in_depth_out_to_infinity():
     assert middle.tolist() == pytest.approx([0.0, 2 * 0.9 * 0.5 / 3], abs=0.02)
 
 
-def test_forward_cameras_meet_at_one_point():
+def test_forward_facing_poses_converge_at_one_point():
     places = position_grid(5, 3)
     poses = forward_facing_poses(places)
     assert poses.shape == (15, 4, 4) and torch.allclose(poses[7], torch.eye(4), atol=1e-6)
@@ -82,7 +82,7 @@ def test_forward_cameras_meet_at_one_point():
     assert torch.allclose(-poses[:, :3, 2], way, atol=1e-5)
 
 
-def test_blur_keeps_constants_and_sums_and_is_nothing_when_small():
+def test_gaussian_blur_keeps_constants_and_skips_small_radii():
     images = torch.rand(2, 3, 12, 9)
     assert gaussian_blur(images, 0.2) is images
     assert torch.allclose(gaussian_blur(torch.ones(1, 3, 12, 9), 2.0), torch.ones(1, 3, 12, 9), atol=1e-5)
@@ -114,7 +114,7 @@ def test_stored_views_equal_the_given_ones(tmp_path):
     assert load_views(tmp_path).poses is None
 
 
-def test_the_distance_of_poses_is_about_the_squared_angle():
+def test_pose_distance_small_angle_is_its_square():
     a = orbit_poses(direction_vectors(torch.tensor([40.0]), torch.tensor([0.0])), 2.5)
     assert pose_distance(a, a, 2.5) == 0
     for angle in (1.0, 5.0, 10.0):
@@ -122,7 +122,7 @@ def test_the_distance_of_poses_is_about_the_squared_angle():
         assert pose_distance(a, b, 2.5).sqrt().rad2deg().item() == pytest.approx(angle, rel=0.01)
 
 
-def test_a_view_is_taught_to_the_candidate_next_to_it():
+def test_nearest_candidates_returns_the_closest_anchor():
     anchors = direction_grid(5, [30])
     candidates = LookAtCandidates(anchors, 2.0)
     poses = orbit_poses(direction_vectors(torch.tensor([5.0, 150.0, 290.0]), torch.tensor([40.0, 20.0, 30.0])), 2.0)
@@ -132,7 +132,7 @@ def test_a_view_is_taught_to_the_candidate_next_to_it():
     assert nearest_candidates(single, single(torch.zeros(3, 1, 6)), free).tolist() == [0, 0, 0]
 
 
-def test_fog_costs_where_cameras_stand_around_an_object():
+def test_regularisation_opacity_counts_for_object_scenes_only():
     field = GridField(4)
     opacity = torch.tensor([[0.1, 0.3], [1.0, 0.0]], requires_grad=True)
     seen = Rendered(torch.zeros(2, 2, 3), torch.zeros(2, 2), opacity, None, None, torch.tensor(0))

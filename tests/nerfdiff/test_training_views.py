@@ -45,7 +45,7 @@ def changed(views):
 
 
 @pytest.mark.parametrize("what", ["poses", "intrinsics", "background"])
-def test_other_cameras_are_refused_by_name_and_the_kept_ones_stay(what, known, older, scene_views, tiny):
+def test_train_other_cameras_are_refused_and_stored_ones_stay(what, known, older, scene_views, tiny):
     other = changed(scene_views)[what]
     for folder in (known.folder, older):
         with pytest.raises(CheckpointError, match=rf"\(scene\.{what}: \S.* there, \S.* requested\)"):
@@ -54,7 +54,7 @@ def test_other_cameras_are_refused_by_name_and_the_kept_ones_stay(what, known, o
         assert torch.equal(kept.poses, scene_views.poses) and torch.equal(kept.background, scene_views.background)
 
 
-def test_poses_that_only_score_may_change(finished, scene_views, tiny, tmp_path):
+def test_train_scoring_poses_may_change(finished, scene_views, tiny, tmp_path):
     shutil.copytree(finished.folder, tmp_path / "run")
     settings = tiny | {"extra_ema_decays": (0.5,)}
     again = train_nerfdiff(changed(scene_views)["poses"], out=tmp_path / "run", **settings)
@@ -65,7 +65,7 @@ def test_poses_that_only_score_may_change(finished, scene_views, tiny, tmp_path)
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_run_of_an_older_version_loads_and_is_taken_up(kept, known, older, scene_views, tiny):
+def test_train_resumes_a_run_of_an_older_version(kept, known, older, scene_views, tiny):
     if not kept:
         (older / "views.npz").write_bytes(b"damaged")
     else:

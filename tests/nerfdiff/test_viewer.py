@@ -47,7 +47,7 @@ def small(monkeypatch):
     monkeypatch.setattr(viewer, "RENDER_SIDES", (8, 16))
 
 
-def test_poses_to_viser_and_back(shown):
+def test_to_viser_from_viser_round_trip(shown):
     for pose in shown.views.poses:
         wxyz, position = to_viser(pose)
         torch.testing.assert_close(from_viser(wxyz, position), pose, atol=1e-5, rtol=0)
@@ -57,12 +57,12 @@ def test_poses_to_viser_and_back(shown):
     assert (-looking[:3, 2]).tolist() == [0, 0, 1] and looking[:3, 1].tolist() == [0, -1, 0]
 
 
-def test_frusta_open_as_far_as_the_pictures():
+def test_fov_and_aspect_match_the_intrinsics():
     fov, aspect = fov_and_aspect(torch.tensor([[20.0, 0, 8], [0, 10.0, 5], [0, 0, 1]]), 10, 16)
     assert fov == pytest.approx(2 * math.atan(0.5)) and aspect == pytest.approx((16 / 20) / (10 / 10))
 
 
-def test_the_render_is_the_picture_of_that_camera():
+def test_render_viewpoint_equals_the_image_of_that_camera():
     from factorkit.data.procedural.scene import make_scene_field
 
     views, field = make_procedural_views(2, 24, seed=1), make_scene_field()
@@ -76,7 +76,7 @@ def test_the_render_is_the_picture_of_that_camera():
     np.testing.assert_allclose(wide[:, 8:32].astype(int), picture, atol=3)
 
 
-def test_a_render_that_is_out_of_date_stops(shown, monkeypatch):
+def test_render_viewpoint_outdated_request_stops(shown, monkeypatch):
     monkeypatch.setattr(viewer, "RAYS_PER_CHUNK", 32)
     asked = []
 
@@ -107,7 +107,7 @@ class Client:
         assert all(self.came.acquire(timeout=WAIT) for _ in range(count))
 
 
-def test_the_painter_sends_growing_pictures_to_each_client(shown, small):
+def test_render_thread_sends_growing_images_to_each_client(shown, small):
     painter = RenderThread()
     try:
         clients = [Client(0, shown.views.poses[0]), Client(1, shown.views.poses[1], aspect=0.5)]
@@ -128,7 +128,7 @@ def test_the_painter_sends_growing_pictures_to_each_client(shown, small):
     np.testing.assert_allclose(middle, seen, atol=12)
 
 
-def test_the_page_is_served_with_cameras_and_points(shown, small):
+def test_viewer_serves_cameras_and_points(shown, small):
     with Viewer(shown, port=18080) as opened:
         assert b"viser" in urllib.request.urlopen(opened.url, timeout=WAIT).read()
         scene = opened.server.scene
@@ -152,7 +152,7 @@ def test_the_page_is_served_with_cameras_and_points(shown, small):
         assert gone == [None, None] and scene.get_handle_by_name("/predicted/0000") is not None
 
 
-def test_an_empty_scene_is_shown_without_points(shown, small):
+def test_viewer_empty_scene_has_no_points(shown, small):
     from dataclasses import replace
 
     def empty(positions, directions):
@@ -163,7 +163,7 @@ def test_an_empty_scene_is_shown_without_points(shown, small):
         assert opened.server.scene.get_handle_by_name("/predicted/0000") is not None
 
 
-def test_without_viser_the_cure_is_named(shown, monkeypatch):
+def test_viewer_without_viser_names_the_extra(shown, monkeypatch):
     monkeypatch.setitem(sys.modules, "viser", None)
     with pytest.raises(ConfigError, match=r"factorkit\[viewer\]"):
         Viewer(shown)

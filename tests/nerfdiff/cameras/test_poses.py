@@ -28,7 +28,7 @@ def rigid(pose: torch.Tensor) -> bool:
     return torch.allclose(turn.mT @ turn, torch.eye(3).to(pose), atol=1e-5) and bool((torch.linalg.det(turn) > 0).all())
 
 
-def test_rodrigues_is_scipys_rotation_and_smooth_at_no_turn():
+def test_rodrigues_poses_match_scipy_and_are_differentiable_at_zero():
     numbers = torch.randn(50, 6, dtype=torch.float64) * 2
     poses = rodrigues_poses(numbers)
     assert torch.allclose(poses[:, :3, :3], torch.from_numpy(Rotation.from_rotvec(numbers[:, :3].numpy()).as_matrix()))
@@ -41,7 +41,7 @@ def test_rodrigues_is_scipys_rotation_and_smooth_at_no_turn():
     assert torch.allclose(rodrigues_poses(half)[0, :3, :3], torch.diag(torch.tensor([1.0, -1, -1])).double())
 
 
-def test_orbiting_cameras_look_at_the_origin_upright():
+def test_orbit_poses_look_at_the_origin_upright():
     way = direction_vectors(torch.rand(30) * 360, torch.rand(30) * 170 - 85)
     poses = orbit_poses(way, 3.0)
     assert rigid(poses) and torch.allclose(poses[:, :3, 3], 3 * way, atol=1e-5)
@@ -51,7 +51,7 @@ def test_orbiting_cameras_look_at_the_origin_upright():
     assert torch.allclose(length, poses, atol=1e-5), "a direction's length says nothing"
 
 
-def test_looking_at_the_origin_is_scipys_rotations_one_after_the_other():
+def test_orbit_poses_match_scipy_euler_angles():
     """Azimuth and elevation as Euler angles: tipped from straight down, then turned about z."""
     azimuth = torch.tensor([0.0, 90, 180, 270, 359.9, *(torch.rand(20) * 360).tolist()]).double()
     elevation = torch.tensor([0.0, -89.9, 89.9, 45, -30, *(torch.rand(20) * 170 - 85).tolist()]).double()
@@ -91,7 +91,7 @@ def test_rotate_about_z_and_direction_grid():
     assert torch.allclose(off, torch.full((48,), 180.0), atol=1e-2)
 
 
-def test_anchors_fill_the_band_evenly():
+def test_fibonacci_band_fills_the_band_evenly():
     anchors = fibonacci_band(200, (10.0, 60.0))
     elevation = anchors[:, 2].asin().rad2deg()
     assert elevation.min() >= 10 and elevation.max() <= 60
@@ -113,7 +113,7 @@ def test_pose_parameters_start_at_the_given_poses_and_get_gradients():
     assert len(list(free.requires_grad_(False).parameters())) == 1 and torch.allclose(free(torch.tensor([4])), base[4:])
 
 
-def test_directions_move_along_their_circle_and_up_over_the_zenith():
+def test_orbit_poses_angles_move_directions_over_the_zenith():
     way = direction_grid(5, [30])
     poses = OrbitPoses(way, 2.5)
     assert torch.equal(poses.direction, way)
@@ -125,7 +125,7 @@ def test_directions_move_along_their_circle_and_up_over_the_zenith():
     assert torch.allclose(poses.direction, rotate_about_z(direction_grid(5, [50]), 180.0), atol=1e-6)
 
 
-def test_a_view_near_the_zenith_climbs_although_going_round_turns_the_picture_more():
+def test_orbit_poses_near_the_zenith_converge():
     true = direction_vectors(torch.tensor([40.0]), torch.tensor([89.0]))
     poses = OrbitPoses(direction_vectors(torch.tensor([38.0]), torch.tensor([70.0])), 2.5)
     goal = orbit_poses(true, 2.5)
@@ -146,7 +146,7 @@ def test_framing_distance_shows_a_ninth_more_than_the_box():
     assert float((rays.origins + t * rays.directions)[0, 1].abs()) == pytest.approx(1 / 0.9, rel=1e-4)
 
 
-def test_known_poses_are_brought_around_the_origin():
+def test_center_poses_moves_poses_around_the_origin():
     way = direction_vectors(torch.rand(12) * 360, torch.rand(12) * 60 + 5)
     moved = orbit_poses(way, 4.0)
     moved[:, :3, 3] += torch.tensor([5.0, -2, 1])

@@ -31,7 +31,7 @@ def vertices(path):
     return torch.tensor(np.stack(points, 1)), torch.tensor(np.stack(colors, 1))
 
 
-def test_what_is_bent_comes_back():
+def test_to_ndc_from_ndc_round_trip():
     generator = torch.Generator().manual_seed(0)
     origins = 0.4 * torch.randn(50, 3, generator=generator) - torch.tensor([0, 0, 0.8])
     directions = torch.nn.functional.normalize(torch.randn(50, 3, generator=generator) - torch.tensor([0, 0, 6.0]))
@@ -47,7 +47,7 @@ def test_what_is_bent_comes_back():
             torch.testing.assert_close(-world[:, 2], (-origins[:, 2]).clamp_min(1), atol=1e-4, rtol=1e-4)
 
 
-def test_a_camera_in_the_scene_sees_what_is_before_it():
+def test_export_forward_camera_in_the_scene_sees_the_surface_before_it():
     ahead = forward_facing_poses(torch.zeros(1, 3))
     ahead[0, :3, 3] = torch.tensor([0.2, -0.1, -3.5])  # behind the ball
     seen = render_views(ball_and_wall, ahead, OPTICS, (6, 8), 512)
@@ -55,7 +55,7 @@ def test_a_camera_in_the_scene_sees_what_is_before_it():
     assert (seen.color[..., 0] - seen.color[..., 1]).abs().max() < 0.01  # the wall's grey, none of the ball's red
 
 
-def test_points_lie_where_the_surfaces_are(tmp_path, views):
+def test_export_forward_points_are_on_the_surfaces(tmp_path, views):
     points, colors = vertices(export(tmp_path / "scene.ply", views, ball_and_wall, points=4000))
     assert 2500 < len(points) < 6000
     from_ball, from_wall = (points - CENTRE).norm(dim=1) - RADIUS, -points[:, 2] - WALL
@@ -69,7 +69,7 @@ def test_points_lie_where_the_surfaces_are(tmp_path, views):
     assert (colors[wall, 0].float() - colors[wall, 2]).abs().median() < 3  # grey
 
 
-def test_what_is_too_far_is_left_out(tmp_path, views):
+def test_export_forward_distant_points_are_omitted(tmp_path, views):
     near = vertices(export(tmp_path / "near.ply", views, ball_and_wall, points=2000, far=4.0))[0]
     assert -near[:, 2].min() < 4 and ((near - CENTRE).norm(dim=1) < RADIUS + 0.1).float().mean() > 0.95
     for far in (1.0, float("nan")):
@@ -79,7 +79,7 @@ def test_what_is_too_far_is_left_out(tmp_path, views):
     assert far.bounds[0, 2] == pytest.approx(-20, rel=1e-3)
 
 
-def test_a_mesh_is_brought_back_with_its_faces_outwards(tmp_path, views):
+def test_export_forward_mesh_has_faces_outwards(tmp_path, views):
     def shaded(places, directions):
         return ball_alone(places, directions)[0], (directions / 2).clamp(0, 1)
 
@@ -96,7 +96,7 @@ def test_a_mesh_is_brought_back_with_its_faces_outwards(tmp_path, views):
     assert (colors == torch.tensor([0, 0, 255])).all()  # as seen from straight before it
 
 
-def test_colmap_reads_cameras_and_points(tmp_path, views):
+def test_export_forward_colmap_reads_cameras_and_points(tmp_path, views):
     folder = export(tmp_path / "colmap", views, ball_and_wall, points=3000)
     model = pycolmap.Reconstruction()
     model.read_text(folder)
@@ -118,7 +118,7 @@ def test_colmap_reads_cameras_and_points(tmp_path, views):
     assert min(shares) > 0.85  # of 24 x 18 pixels, those on the ball's rim are its colour or not
 
 
-def test_forward_views_of_two_cameras_are_refused(tmp_path, views):
+def test_export_forward_two_cameras_are_refused(tmp_path, views):
     k = views.intrinsics.clone()
     k[1, 0, 0] *= 1.5
     with pytest.raises(DataError, match="one camera"):

@@ -31,7 +31,7 @@ def toned_field(background: str = "given", width: int = 2) -> GridField:
 
 
 @pytest.mark.parametrize("background", ["given", "learned"])
-def test_tones_are_affine_maps_of_the_radiance_at_every_sample(background):
+def test_appearance_is_an_affine_map_of_radiance(background):
     field, views = toned_field(background), torch.tensor([2, 0, 3])
     seen = render_views(field, POSES, OPTICS, (4, 5), 24, views)
     codes = field.appearance.codes - field.appearance.codes.mean(0)
@@ -52,7 +52,7 @@ def test_tones_are_affine_maps_of_the_radiance_at_every_sample(background):
     assert not torch.allclose(seen.color, render_views(field, POSES, OPTICS, (4, 5), 24).color, atol=1e-3)
 
 
-def test_densities_do_not_depend_on_codes_and_the_mean_code_changes_nothing():
+def test_appearance_leaves_densities_and_the_mean_code_is_identity():
     field, views = toned_field(), torch.tensor([2, 0, 3])
     before = render_views(field, POSES, OPTICS, (4, 5), 24)
     seen = render_views(field, POSES, OPTICS, (4, 5), 24, views)
@@ -67,7 +67,7 @@ def test_densities_do_not_depend_on_codes_and_the_mean_code_changes_nothing():
     assert torch.allclose(again.color, before.color, atol=1e-6)
 
 
-def test_gradients_of_codes_and_map_by_finite_differences():
+def test_appearance_gradients_match_finite_differences():
     torch.manual_seed(0)
     tones, views = Appearance(3, 2, seed=1).double(), torch.tensor([2, 0])
     color, opacity = torch.rand(2, 5, 3).double(), torch.rand(2, 5).double()
@@ -79,7 +79,7 @@ def test_gradients_of_codes_and_map_by_finite_differences():
     assert torch.autograd.gradcheck(mapped, [x.requires_grad_() for x in given])
 
 
-def test_pixels_and_comparisons_have_their_views_tones():
+def test_render_pixels_and_candidate_errors_use_the_views_appearance():
     field, views = toned_field(), torch.tensor([1, 3, 0])
     pixels = torch.tensor([[0, 7], [3, 19], [11, 2]])
     seen = render_views(field, POSES, OPTICS, (4, 5), 24, views).color.flatten(1, 2)

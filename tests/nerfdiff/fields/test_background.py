@@ -30,7 +30,7 @@ def empty(background: str) -> GridField:
     return field
 
 
-def test_one_colour_is_learned_and_nothing_else_lies_behind():
+def test_learned_background_is_one_colour():
     field = empty("learned")
     optimizer = torch.optim.Adam(field.background.parameters(), 0.1)
     for _ in range(100):
@@ -44,7 +44,7 @@ def test_one_colour_is_learned_and_nothing_else_lies_behind():
 
 
 @pytest.mark.parametrize("forward", [False, True])
-def test_a_background_field_is_of_the_viewing_direction_alone(forward):
+def test_background_field_depends_on_the_direction_alone(forward):
     """Also of a forward-facing scene, whose rays are bent before the field sees them."""
     torch.manual_seed(0)
     field, optics = empty("field"), CameraModel(OPTICS.intrinsics, OPTICS.background, forward)
@@ -60,7 +60,7 @@ def test_a_background_field_is_of_the_viewing_direction_alone(forward):
     assert torch.allclose(some, seen.flatten(1, 2)[:, pixels[0]])
 
 
-def test_gradients_reach_background_and_pose_through_what_is_transparent():
+def test_background_gradients_reach_background_and_pose():
     field = build_field("grid", 5, 0, background="field").double()
     torch.nn.init.normal_(field.background.last.weight)
     optics = CameraModel(OPTICS.intrinsics.double(), OPTICS.background.double())
@@ -76,7 +76,7 @@ def test_gradients_reach_background_and_pose_through_what_is_transparent():
     assert rise.item() == pytest.approx((slope * way).sum().item(), rel=1e-5) and (change != 0).all()
 
 
-def test_a_background_keeps_a_pace_of_its_own():
+def test_background_has_its_own_learning_rate():
     field = build_field("hashgrid", 8, 0, background="learned", views=4, appearance_dim=2)
     groups = field_parameter_groups(field, 1e-4, 1e-3)
     assert [g["scale"] for g in groups] == pytest.approx([0.1, 30.0, 10.0])

@@ -44,7 +44,7 @@ def looked(field: GridField, cells: int = 32) -> GridField:
 
 
 @pytest.mark.parametrize("forward", [False, True])
-def test_the_picture_is_the_plain_one(forward):
+def test_occupancy_render_equals_the_plain_one(forward):
     optics = CameraModel(OPTICS.intrinsics, OPTICS.background, forward)
     poses = torch.eye(4)[None] if forward else POSES
     plain = render_views(ball(), poses, optics, (14, 12), 256)
@@ -58,7 +58,7 @@ def test_the_picture_is_the_plain_one(forward):
     assert (seen.depth - plain.depth)[solid].abs().max() < (0.5 if forward else 0.02)
 
 
-def test_a_part_of_the_box_is_looked_at_anew():
+def test_occupied_sampling_part_of_the_box_has_a_grid_of_its_own():
     field = looked(ball())
     assert occupied_sampling(field, (-1.0,) * 3, (1.0,) * 3).occupancy is field.occupancy
     views = Views(torch.ones(3, 3, 16, 16), list("abc"), OPTICS.pixel_intrinsics(16, 16).expand(3, 3, 3), poses=POSES)
@@ -66,7 +66,7 @@ def test_a_part_of_the_box_is_looked_at_anew():
     assert len(points) and points[:, 0].min() > -0.02
 
 
-def test_gradients_of_poses_and_field_are_those_of_finite_differences():
+def test_occupancy_gradients_match_finite_differences():
     torch.manual_seed(0)
     field = looked(ball(9)).double()
     optics = CameraModel(OPTICS.intrinsics.double(), OPTICS.background.double())
@@ -93,7 +93,7 @@ def test_gradients_of_poses_and_field_are_those_of_finite_differences():
     assert ((above - below) / 2e-6).item() == pytest.approx((change * way).sum().item(), rel=1e-4)
 
 
-def test_it_looks_now_and_then_and_not_while_the_field_is_blurred():
+def test_update_occupancy_is_periodic_and_skips_blurred_fields():
     field = ball()
     update_occupancy(field, UPDATE_EVERY)  # has no grid
     field.occupancy = build_occupancy_grid(32)
@@ -121,7 +121,7 @@ def test_occupancy_sampling_has_the_step_of_uniform_sampling():
     assert (occupancy_cells(32), occupancy_cells(64), occupancy_cells(128)) == (32, 64, 64)
 
 
-def test_exports_and_the_viewer_use_the_grid_that_was_trained():
+def test_occupied_sampling_uses_the_trained_grid():
     field, corners = looked(ball()), ((-1.0,) * 3, (1.0,) * 3)
     own, made = occupied_sampling(field, *corners), occupied_sampling(ball(), *corners)
     assert own.occupancy is field.occupancy and own.step == made.step
@@ -140,7 +140,7 @@ def test_run_trains_and_stores_the_occupancy_grid(changes, tmp_path, scene_views
     assert torch.equal(single.model.field.occupancy.density, grid.density)
 
 
-def test_the_grid_of_a_kind_there_is_not_asked_for_has_none(tmp_path, scene_views, tiny, monkeypatch):
+def test_refine_grid_of_another_field_kind_has_no_occupancy(tmp_path, scene_views, tiny, monkeypatch):
     """With another kind of field asked for, the refinement's lattice goes without: it gains nothing."""
     from factorkit.nerfdiff.build import load_partial_run
 

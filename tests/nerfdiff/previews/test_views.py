@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from factorkit.nerfdiff.previews.cameras import SIDE, draw_sphere
@@ -28,7 +29,7 @@ def place(picture, color, tolerance=40):
     return found
 
 
-def test_a_camera_is_a_dot_in_its_direction():
+def test_draw_sphere_camera_is_a_dot_in_its_direction():
     middle, radius = SIDE / 2, 0.45 * SIDE
     front = 4 * np.array([0.0, -np.cos(np.radians(25)), np.sin(np.radians(25))])
     (right, down), (_, above) = place(draw_sphere(at(*front)), BLUE)
@@ -39,12 +40,12 @@ def test_a_camera_is_a_dot_in_its_direction():
     np.testing.assert_allclose(down, middle, atol=1)
 
 
-def test_dots_behind_the_sphere_are_pale():
+def test_draw_sphere_dots_behind_are_pale():
     behind, before = place(draw_sphere(at(0.3, 3.0, 0.2)), BLUE)
     assert behind is None and before is not None
 
 
-def test_true_cameras_are_rings_tied_to_the_chosen_ones():
+def test_draw_sphere_true_cameras_are_rings_joined_to_predictions():
     chosen, true = at(-2.0, -2.0, 1.0), at(2.0, -2.0, 1.0)
     alone = draw_sphere(chosen)
     both = np.asarray(draw_sphere(chosen, None, true)).astype(int)
@@ -54,7 +55,7 @@ def test_true_cameras_are_rings_tied_to_the_chosen_ones():
     assert columns.max() - columns.min() > 0.5 * SIDE
 
 
-def test_candidates_are_small_and_grey():
+def test_draw_sphere_candidates_are_small_and_grey():
     chosen, candidates = at(0.0, -3.0, 1.0), orbit(12, 3.0, 20.0)
     pictures = draw_sphere(chosen), draw_sphere(chosen, candidates.reshape(3, 4, 4, 4))
     without, within = (np.asarray(picture).astype(int) for picture in pictures)
@@ -63,7 +64,8 @@ def test_candidates_are_small_and_grey():
     assert np.ptp(within[changed].mean(0)) < 6
 
 
-def test_near_is_bright_and_nothing_is_black():
+@pytest.mark.slow
+def test_disparity_pixels_near_is_bright_and_empty_is_black():
     depth = torch.tensor([[[1.0, 2.0, 4.0, 0.1]]]) * torch.tensor([1.0, 1.0, 0.8, 0.0])
     opacity = torch.tensor([[[1.0, 1.0, 0.8, 0.2]]])
     near, middle, far, nothing = disparity_pixels(depth, opacity)[0, 0].tolist()
@@ -75,7 +77,7 @@ def test_near_is_bright_and_nothing_is_black():
     assert disparity_pixels(many, torch.ones_like(many)).max() == 255
 
 
-def test_sheets_of_views():
+def test_draw_view_grid_has_images_renders_and_differences():
     generator = torch.Generator().manual_seed(0)
     images, renders = (torch.rand(2, 3, 96, 96, generator=generator) for _ in range(2))
     sheet = draw_view_grid(images, renders, torch.ones(2, 96, 96), torch.ones(2, 96, 96), ["a", "b"])
@@ -89,7 +91,7 @@ def test_sheets_of_views():
         np.testing.assert_allclose(cells[2][j], (2 * np.abs(image - render)).clip(0, 255), atol=0.51)
 
 
-def test_sheets_of_novel_views():
+def test_draw_denoising_grid_has_a_row_for_each_kind():
     frames = [torch.rand(2, 3, 8, 8) for _ in range(3)]
     cameras = [orbit(2, 3.0, 10.0 * (i + 1)) for i in range(3)]
     small = draw_denoising_grid(frames, cameras, [99, 50, 0])

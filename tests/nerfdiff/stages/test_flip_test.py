@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from factorkit.data.procedural.scene import make_scene_field
@@ -29,6 +30,7 @@ def test_best_rotations_finds_the_true_side():
     assert torch.equal(turns, wrong[chosen])
 
 
+@pytest.mark.slow
 def test_reassign_outliers_moves_an_outlier_and_keeps_the_others():
     torch.manual_seed(1)
     way = direction_vectors(torch.rand(6) * 360, torch.rand(6) * 30 + 20)

@@ -61,7 +61,7 @@ def test_joint_loss_trains_only_the_selected_candidate(tiny, scene_views, balanc
     assert task.model.field.values.grad.abs().sum() > 0
 
 
-def test_without_balance_the_least_error_is_chosen(tiny, scene_views):
+def test_select_candidates_without_balance_has_the_least_error(tiny, scene_views):
     task = task_of(tiny, scene_views, balance_candidates=False)
     with torch.no_grad():
         found = predict_clean(task.model, task.scene.images[INDICES])
@@ -74,7 +74,7 @@ def test_without_balance_the_least_error_is_chosen(tiny, scene_views):
     assert torch.equal(best, torch.stack(errors, 1).argmin(1))
 
 
-def test_with_balance_candidates_share_views_that_one_would_take(tiny, scene_views):
+def test_select_candidates_with_balance_shares_equal_views(tiny, scene_views):
     task = task_of(tiny, scene_views, num_candidates=2)
     images = task.scene.images[:1].repeat(100, 1, 1, 1)
     poses = predict_clean(task.model, images).poses
@@ -83,7 +83,7 @@ def test_with_balance_candidates_share_views_that_one_would_take(tiny, scene_vie
     assert 40 <= hot.sum() <= 60 and len(cold.unique()) == 1
 
 
-def test_the_whole_chain_by_finite_differences(tiny, scene_views):
+def test_joint_gradients_match_finite_differences(tiny, scene_views):
     """encoder, candidates, rays, field and compositing, all in float64"""
     task = task_of(tiny, scene_views, num_candidates=2, optimize_camera=("roll", "aim", "distance"))
     model = task.model.double()
@@ -117,7 +117,7 @@ def test_the_whole_chain_by_finite_differences(tiny, scene_views):
     assert value.isfinite()
 
 
-def test_candidates_beyond_the_first_cost_no_memory(scene_views, tiny):
+def test_joint_loss_memory_does_not_grow_with_candidates(scene_views, tiny):
     """Candidates are compared without gradient, in pieces: what a step keeps does not grow with their number."""
     views = make_procedural_views(12, 32, seed=0)
 
@@ -136,7 +136,7 @@ def test_candidates_beyond_the_first_cost_no_memory(scene_views, tiny):
     assert kept(12) <= 1.3 * kept(1)
 
 
-def test_candidates_stand_in_cells_of_their_own():
+def test_candidates_are_in_cells_of_their_own():
     octants = OctantCandidates(12, 2.0, upper_half=True)
     poses = octants(torch.randn(50, 12, 3) * 3)
     eye = poses[..., :3, 3]
@@ -167,7 +167,7 @@ def test_build_candidates_reads_parameters_in_order():
         build_candidates("owl", 3, 2.0, (0.0, 60.0), ())
 
 
-def test_noise_levels_and_ranges(tiny, scene_views):
+def test_add_noise_levels_follow_the_timestep_power(tiny, scene_views):
     task = task_of(tiny, scene_views)
     x0 = to_signal(scene_views.images)
     assert torch.allclose(to_radiance(x0), scene_views.images, atol=1e-6) and x0.min() >= -1 and x0.max() <= 1
