@@ -39,8 +39,8 @@ def evenly(count: int, arc: float) -> torch.Tensor:
     return around(torch.arange(count) * (arc / count))
 
 
-def names(found: dict) -> list[str]:
-    return [failure.split(":")[0] for failure in found["failures"]]
+def names(result: dict) -> list[str]:
+    return [failure.split(":")[0] for failure in result["failures"]]
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,12 @@ def field():
 @pytest.fixture(scope="module")
 def scene(field):
     """Forty views from all around, 16 pixels a side, with their true poses."""
-    optics = CameraModel(torch.tensor([[1.6, 0, 0.5], [0, 1.6, 0.5], [0, 0, 1]]), torch.ones(3))
+    camera_model = CameraModel(torch.tensor([[1.6, 0, 0.5], [0, 1.6, 0.5], [0, 0, 1]]), torch.ones(3))
     draw = torch.Generator().manual_seed(0)
     azimuth = torch.arange(40) * 9.0 + 4 * torch.rand(40, generator=draw)
     poses = orbit_poses(direction_vectors(azimuth, 10 + 40 * torch.rand(40, generator=draw)), DISTANCE)
-    images = render_views(field, poses, optics, (16, 16), 32).color.movedim(-1, 1)
-    return Scene(images, [str(i) for i in range(40)], optics, "object", DISTANCE, poses)
+    images = render_views(field, poses, camera_model, (16, 16), 32).color.movedim(-1, 1)
+    return Scene(images, [str(i) for i in range(40)], camera_model, "object", DISTANCE, poses)
 
 
 CONFIG = preset_config("demo", samples_per_ray=32)
@@ -96,30 +96,30 @@ def test_pose_alarms_share_of_rotated_views_is_a_duplication():
 def test_neighbour_degrees_between_similar_views():
     images = torch.zeros(4, 3, 8, 8)
     images[1], images[2], images[3] = 0.1, 0.7, 0.75
-    apart = neighbour_degrees(around(torch.tensor([350.0, 20, 100, 260])), images)
-    assert torch.allclose(apart, torch.tensor([30.0, 30, 160, 160]), atol=1e-2)
+    difference = neighbour_degrees(around(torch.tensor([350.0, 20, 100, 260])), images)
+    assert torch.allclose(difference, torch.tensor([30.0, 30, 160, 160]), atol=1e-2)
 
 
 def test_scene_alarms_true_cameras_raise_none(scene, field):
-    found = scene_alarms(CONFIG, scene, field, scene.poses)
-    assert found["failures"] == [] and not found["mirrored"] and found["inverted"] == 0
-    assert found["error"] < 0.05 and found["offset_median"] < 15 and found["offset_opposite"] == 0
+    result = scene_alarms(CONFIG, scene, field, scene.poses)
+    assert result["failures"] == [] and not result["mirrored"] and result["inverted"] == 0
+    assert result["error"] < 0.05 and result["offset_median"] < 15 and result["offset_opposite"] == 0
 
 
 def test_scene_alarms_random_cameras_are_scattered_and_unexplained(scene, field):
     torch.manual_seed(0)
     wrong = scene.poses[torch.randperm(40)]
-    found = scene_alarms(CONFIG, scene, field, wrong)
-    assert names(found) == ["scatter", "unexplained"] and found["error"] > 0.8 and found["offset_quartile"] > 30
+    result = scene_alarms(CONFIG, scene, field, wrong)
+    assert names(result) == ["scatter", "unexplained"] and result["error"] > 0.8 and result["offset_quartile"] > 30
     early = scene_alarms(CONFIG, scene, field, wrong, settled=False)
-    assert early["failures"] == [] and early["error"] == found["error"], "an early search is no failure, but is logged"
+    assert early["failures"] == [] and early["error"] == result["error"], "an early search is no failure, but is logged"
     assert names(scene_alarms(CONFIG, scene, field, wrong, exact=False)) == ["scatter"]
 
 
 def test_scene_alarms_few_misplaced_views_raise_none(scene, field):
     some = scene.poses.clone()
-    way = torch.nn.functional.normalize(some[:4, :3, 3], dim=1)
-    some[:4] = orbit_poses(rotate_about_z(way, 20.0), scene.distance)
+    directions = torch.nn.functional.normalize(some[:4, :3, 3], dim=1)
+    some[:4] = orbit_poses(rotate_about_z(directions, 20.0), scene.distance)
     assert names(scene_alarms(CONFIG, scene, field, some)) == []
 
 
@@ -133,8 +133,8 @@ def test_unexplained_variance_is_a_share_of_the_views_variance(scene, field):
 
 def test_pose_alarms_inverted_depth_is_a_mirror(scene):
     """Two ways it shows: cameras at minus their elevation, as upright ones take it, or upside down."""
-    way = torch.nn.functional.normalize(scene.poses[:, :3, 3], dim=1)
-    below = orbit_poses(way * torch.tensor([1.0, -1, -1]), scene.distance)
+    directions = torch.nn.functional.normalize(scene.poses[:, :3, 3], dim=1)
+    below = orbit_poses(directions * torch.tensor([1.0, -1, -1]), scene.distance)
     rolled = scene.poses * torch.tensor([-1.0, -1, 1, 1])
     for mirror in (below, rolled):
         assert inverted_share(mirror, 5.0) > 0.9 and inverted_share(scene.poses, 5.0) == 0
@@ -144,7 +144,9 @@ def test_pose_alarms_inverted_depth_is_a_mirror(scene):
     assert names(pose_alarms(below, min_elevation=-70.0)) == []
     assert names(pose_alarms(scene.poses, true=scene.poses, min_elevation=5.0)) == []
     # the circle run through the other way round is another mistake than depth turned inside out
-    assert not pose_alarms(orbit_poses(way * torch.tensor([1.0, -1, 1]), scene.distance), true=scene.poses)["mirrored"]
+    assert not pose_alarms(orbit_poses(directions * torch.tensor([1.0, -1, 1]), scene.distance), true=scene.poses)[
+        "mirrored"
+    ]
 
 
 def collapsing(tiny, monkeypatch, after: int) -> dict:
@@ -170,9 +172,9 @@ def test_train_collapse_is_logged_and_best_checkpoint_remains(tiny, scene_views,
     alarms = timeline(read_log(run.folder), "alarms")
     assert [bool(e["failures"]) for e in alarms] == [False] * 3 + [True] * 3
     best = min(alarms[:3], key=lambda e: e["error"])["step"]
-    kept = sorted(p.name for p in (run.folder / "checkpoints").glob("step_*"))
-    assert kept == [f"step_{best:08d}.safetensors", "step_00000006.safetensors"]
-    before = NerfdiffRun.load(run.folder / "checkpoints" / kept[0], device="cpu")
+    stored = sorted(p.name for p in (run.folder / "checkpoints").glob("step_*"))
+    assert stored == [f"step_{best:08d}.safetensors", "step_00000006.safetensors"]
+    before = NerfdiffRun.load(run.folder / "checkpoints" / stored[0], device="cpu")
     assert before.step == best and before.predict_pose(scene_views).poses.isfinite().all()
 
 

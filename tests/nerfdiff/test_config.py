@@ -17,10 +17,10 @@ def test_preset_config_every_preset_builds_a_model(preset):
     config = preset_config(preset)
     forward = preset == "llff"
     size = [378, 504] if forward else [config.resolution] * 2
-    optics = CameraModel(torch.eye(3), torch.zeros(3), forward)
+    camera_model = CameraModel(torch.eye(3), torch.zeros(3), forward)
     scene = {"size": size, "layout": "forward" if forward else "object", "distance": 1.0 if forward else 2.0}
     field = build_field(config.field, min(config.grid_resolution, 8), 0)
-    model = build_model(config, scene, optics, field, torch.eye(4)[None])
+    model = build_model(config, scene, camera_model, field, torch.eye(4)[None])
     raw, scores = model.encoder(torch.randn(1, 3, *model.encoder.size), torch.tensor([5]))
     poses = model.candidates(raw)
     kinds = {"demo": LookAtCandidates, "fast": LookAtCandidates, "llff": SingleCandidate}

@@ -21,12 +21,14 @@ from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
 
 def test_predict_pose_returns_the_best_scored_candidate(finished, scene_views):
-    found = finished.predict_pose(scene_views.images)
-    assert found.poses.shape == (10, 4, 4) and found.scores.shape == (10, 3) and found.candidates.shape == (10, 3, 4, 4)
-    best = found.scores.argmax(1)
-    assert torch.equal(found.poses, found.candidates[torch.arange(10), best])
+    result = finished.predict_pose(scene_views.images)
+    assert (
+        result.poses.shape == (10, 4, 4) and result.scores.shape == (10, 3) and result.candidates.shape == (10, 3, 4, 4)
+    )
+    best = result.scores.argmax(1)
+    assert torch.equal(result.poses, result.candidates[torch.arange(10), best])
     alone = finished.predict_pose(scene_views.images[4])
-    assert torch.allclose(alone.poses[0], found.poses[4], atol=1e-5), "a view's pose depends on its batch"
+    assert torch.allclose(alone.poses[0], result.poses[4], atol=1e-5), "a view's pose depends on its batch"
     with pytest.raises(ConfigError, match="t=100"):
         finished.predict_pose(scene_views.images, t=100)
     with pytest.raises(DataError, match=r"\(1, 10, 8, 8\)"):
@@ -64,23 +66,23 @@ def test_render_wider_images_are_not_stretched(finished, monkeypatch):
 
 
 def test_reconstruct_equals_renders_from_predicted_poses(finished, scene_views):
-    seen = finished.reconstruct(scene_views, size=12)
+    rendered = finished.reconstruct(scene_views, size=12)
     again = finished.render(finished.predict_pose(scene_views).poses, 12)
-    assert torch.equal(seen.images, again.images) and seen.images.shape == (10, 3, 12, 12)
-    assert seen.depth.shape == seen.opacity.shape == (10, 12, 12)
-    assert seen.images.min() >= 0 and seen.images.max() <= 1 and torch.equal(seen.poses, again.poses)
+    assert torch.equal(rendered.images, again.images) and rendered.images.shape == (10, 3, 12, 12)
+    assert rendered.depth.shape == rendered.opacity.shape == (10, 12, 12)
+    assert rendered.images.min() >= 0 and rendered.images.max() <= 1 and torch.equal(rendered.poses, again.poses)
 
 
 @pytest.mark.parametrize("path", ["orbit", "spiral"])
 def test_render_path_cameras_look_at_the_scene(finished, path):
-    seen = finished.render_path(path, size=6, frames=8)
-    assert seen.images.shape == (8, 3, 6, 6)
-    eye, back = seen.poses[:, :3, 3], seen.poses[:, :3, 2]
+    rendered = finished.render_path(path, size=6, frames=8)
+    assert rendered.images.shape == (8, 3, 6, 6)
+    eye, back = rendered.poses[:, :3, 3], rendered.poses[:, :3, 2]
     assert torch.allclose(torch.nn.functional.normalize(eye, dim=1), back, atol=1e-5)
     heights = eye[:, 2]
     assert (heights.std() < 1e-4) == (path == "orbit")
-    given = finished.render_path(seen.poses[:2], size=6)
-    assert torch.allclose(given.images, seen.images[:2], atol=1e-5)
+    inputs = finished.render_path(rendered.poses[:2], size=6)
+    assert torch.allclose(inputs.images, rendered.images[:2], atol=1e-5)
     with pytest.raises(ConfigError, match="zigzag"):
         finished.render_path("zigzag")
 
@@ -135,17 +137,17 @@ def test_evaluate_perfect_run_in_any_coordinates_scores_perfectly(finished, scen
     from factorkit.nerfdiff import evaluate as scoring
 
     turn = orbit_poses(direction_vectors(torch.tensor(50.0), torch.tensor(20.0)), 1.0)[:3, :3].double()
-    moved = Similarity(turn, torch.tensor([0.3, -1, 2]).double(), torch.tensor(1.7).double())
-    true = moved.apply(finished.poses)
-    given = scene_views.__class__(scene_views.images, scene_views.names, scene_views.intrinsics, poses=true)
-    monkeypatch.setattr(scoring, "load_views", lambda folder: given)
+    transformed = Similarity(turn, torch.tensor([0.3, -1, 2]).double(), torch.tensor(1.7).double())
+    true = transformed.apply(finished.poses)
+    inputs = scene_views.__class__(scene_views.images, scene_views.names, scene_views.intrinsics, poses=true)
+    monkeypatch.setattr(scoring, "load_views", lambda folder: inputs)
     monkeypatch.setattr(scoring, "register_scene", lambda model, start, *_: start)  # the pictures are of another field
-    asked = []
+    calls = []
     plain = type(finished).render
-    monkeypatch.setattr(type(finished), "render", lambda self, poses, *a: asked.append(poses) or plain(self, poses, *a))
-    scores = scoring.evaluate(finished, given)
+    monkeypatch.setattr(type(finished), "render", lambda self, poses, *a: calls.append(poses) or plain(self, poses, *a))
+    scores = scoring.evaluate(finished, inputs)
     assert scores["rotation_median_deg"] < 0.01 and scores["translation_median"] < 1e-4
-    assert torch.allclose(asked[0], finished.poses, atol=1e-4)
+    assert torch.allclose(calls[0], finished.poses, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["scene.ply", "transforms.json", "colmap"])
@@ -178,66 +180,66 @@ def half_symmetric():
     values = 8 * field.values.data
     turned = values.flip(-2, -3) if values.shape[-1] == 4 else values.flip(-1, -2)
     field.values.data.copy_(0.5 * (values + turned) + 0.04 * values)
-    way = direction_vectors(torch.arange(8) * 45.0 + 10, torch.tensor([15.0, 30, 45, 20] * 2))
-    return field, way
+    directions = direction_vectors(torch.arange(8) * 45.0 + 10, torch.tensor([15.0, 30, 45, 20] * 2))
+    return field, directions
 
 
 def test_select_best_poses_nearly_symmetric_scene_finds_the_side(finished, half_symmetric):
-    field, way = half_symmetric
-    optics, parts = finished.model.camera, (finished.model.encoder, finished.model.candidates)
-    model = NerfdiffModel(*parts, field, finished.poses, optics, (32, 32), 16)
-    true = orbit_poses(way, finished.scene["distance"])
-    images = render_views(field, true, optics, (32, 32), 16).color.movedim(-1, 1)
+    field, directions = half_symmetric
+    camera_model, parts = finished.model.camera, (finished.model.encoder, finished.model.candidates)
+    model = NerfdiffModel(*parts, field, finished.poses, camera_model, (32, 32), 16)
+    true = orbit_poses(directions, finished.scene["distance"])
+    images = render_views(field, true, camera_model, (32, 32), 16).color.movedim(-1, 1)
     half = torch.tensor([-1.0, -1, 1, 1])[:, None]
     anywhere = orbit_poses(torch.nn.functional.normalize(torch.randn(8, 2, 3), dim=-1), finished.scene["distance"])
-    near = orbit_poses(way + 0.02 * torch.randn(8, 3), finished.scene["distance"])
+    near = orbit_poses(directions + 0.02 * torch.randn(8, 3), finished.scene["distance"])
     sides = torch.stack([near, half * near], 1)
-    there = render_views(field, sides, optics, (32, 32), 16).color.movedim(-1, 2)
+    there = render_views(field, sides, camera_model, (32, 32), 16).color.movedim(-1, 2)
     assert (there[:, 0] - there[:, 1]).square().mean() < 0.05 * images.var(), "the sides look nearly alike"
-    for given in (near[:, None], (half * near)[:, None], torch.cat([anywhere, half * near[:, None]], 1)):
-        found = select_best_poses(model, images, given)
-        assert rotation_errors_degrees(found, true).max() < 5
-    forward = NerfdiffModel(*parts, field, finished.poses, replace(optics, forward_facing=True), (32, 32), 16)
+    for inputs in (near[:, None], (half * near)[:, None], torch.cat([anywhere, half * near[:, None]], 1)):
+        result = select_best_poses(model, images, inputs)
+        assert rotation_errors_degrees(result, true).max() < 5
+    forward = NerfdiffModel(*parts, field, finished.poses, replace(camera_model, forward_facing=True), (32, 32), 16)
     assert torch.equal(select_best_poses(forward, images, near[:, None]), near), (
         "one candidate, and no other side to look from"
     )
 
 
 def test_select_best_poses_are_candidates_or_opposites(finished, scene_views):
-    plain, found = finished.predict_pose(scene_views), finished.predict_pose(scene_views, check=True)
-    assert torch.equal(plain.candidates, found.candidates) and torch.equal(plain.scores, found.scores)
+    plain, result = finished.predict_pose(scene_views), finished.predict_pose(scene_views, check=True)
+    assert torch.equal(plain.candidates, result.candidates) and torch.equal(plain.scores, result.scores)
     half = torch.tensor([-1.0, -1, 1, 1])[:, None]
     among = torch.cat([plain.candidates, half * plain.candidates], 1)
-    assert ((among - found.poses[:, None]).abs().amax((2, 3)).amin(1) < 1e-6).all()
+    assert ((among - result.poses[:, None]).abs().amax((2, 3)).amin(1) < 1e-6).all()
     model = finished.model
-    seen = render_views(model.field, among, model.camera, (8, 8), model.samples_per_ray).color.movedim(-1, 2)
-    least = (seen - scene_views.images[:, None]).square().mean((2, 3, 4)).argmin(1)
-    assert torch.allclose(found.poses, among[torch.arange(10), least], atol=1e-6)
+    rendered = render_views(model.field, among, model.camera, (8, 8), model.samples_per_ray).color.movedim(-1, 2)
+    least = (rendered - scene_views.images[:, None]).square().mean((2, 3, 4)).argmin(1)
+    assert torch.allclose(result.poses, among[torch.arange(10), least], atol=1e-6)
 
 
 def test_refine_poses_converges_from_a_nearby_pose(finished):
     torch.manual_seed(0)
     field = GridField(5, seed=4)
     field.values.data.mul_(8)
-    optics = finished.model.camera
+    camera_model = finished.model.camera
     model = NerfdiffModel(
-        finished.model.encoder, finished.model.candidates, field, finished.poses.clone(), optics, (16, 16), 16
+        finished.model.encoder, finished.model.candidates, field, finished.poses.clone(), camera_model, (16, 16), 16
     )
-    way = direction_vectors(torch.tensor([20.0, 140.0, 260.0]), torch.tensor([30.0, 45.0, 15.0]))
-    true = orbit_poses(way, finished.scene["distance"])
-    images = render_views(field, true, optics, (16, 16), 16).color.movedim(-1, 1)
-    off = orbit_poses(way + 0.06 * torch.randn(3, 3), finished.scene["distance"])
+    directions = direction_vectors(torch.tensor([20.0, 140.0, 260.0]), torch.tensor([30.0, 45.0, 15.0]))
+    true = orbit_poses(directions, finished.scene["distance"])
+    images = render_views(field, true, camera_model, (16, 16), 16).color.movedim(-1, 1)
+    off = orbit_poses(directions + 0.06 * torch.randn(3, 3), finished.scene["distance"])
     before = [x.clone() for x in model.state_dict().values()]
-    found = refine_poses(model, images, off, 40, finished.scene["distance"])
-    far, near = (rotation_errors_degrees(x, true) for x in (off, found))
+    result = refine_poses(model, images, off, 40, finished.scene["distance"])
+    far, near = (rotation_errors_degrees(x, true) for x in (off, result))
     assert near.max() < 1.0 < far.min(), (far, near)
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
     assert all(p.grad is None for p in field.parameters())
     # cameras that lean and stand nearer or farther are not brought to an orbit
-    leaning = orbit_poses(way, finished.scene["distance"], {"roll": torch.tensor([0.7, -0.7, 0.6])})
+    leaning = orbit_poses(directions, finished.scene["distance"], {"roll": torch.tensor([0.7, -0.7, 0.6])})
     leaning[:, :3, 3] *= torch.tensor([0.9, 1.0, 1.1])[:, None]
     model.views.copy_(leaning[torch.arange(len(model.views)) % 3])
-    images = render_views(field, leaning, optics, (16, 16), 16).color.movedim(-1, 1)
-    kept = refine_poses(model, images, leaning, 5, finished.scene["distance"])
-    assert rotation_errors_degrees(kept, leaning).max() < 1.0
-    assert (kept - leaning)[:, :3, 3].norm(dim=1).max() < 0.1
+    images = render_views(field, leaning, camera_model, (16, 16), 16).color.movedim(-1, 1)
+    stored = refine_poses(model, images, leaning, 5, finished.scene["distance"])
+    assert rotation_errors_degrees(stored, leaning).max() < 1.0
+    assert (stored - leaning)[:, :3, 3].norm(dim=1).max() < 0.1

@@ -59,10 +59,10 @@ def test_export_points_are_on_the_surface_in_its_colours(tmp_path, views):
 def test_export_points_silhouettes_leave_none_in_empty_space(tmp_path, views, monkeypatch):
     from factorkit.nerfdiff.export import points as export_points
 
-    kept, _ = vertices(export(tmp_path / "a.ply", views, make_scene_field(), points=4000))
+    stored, _ = vertices(export(tmp_path / "a.ply", views, make_scene_field(), points=4000))
     monkeypatch.setattr(export_points, "MIN_OPTICAL_DEPTH", -1.0)
     every, _ = vertices(export(tmp_path / "b.ply", views, make_scene_field(), points=4000))
-    assert distance(every).max() > 0.2 > 0.1 > distance(kept).max()
+    assert distance(every).max() > 0.2 > 0.1 > distance(stored).max()
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def fundamental(lines, cameras, first, second):
     """The fundamental matrix of two of COLMAP's images, from the text alone (Hartley & Zisserman, eq. 9.2)."""
 
     def projection(line):
-        w, x, y, z, *place = (float(word) for word in line.split()[1:8])
+        w, x, y, z, *position = (float(word) for word in line.split()[1:8])
         turn = np.array(
             [
                 [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
@@ -187,7 +187,7 @@ def fundamental(lines, cameras, first, second):
             ]
         )
         fx, fy, cx, cy = (float(word) for word in cameras[line.split()[8]].split()[4:8])
-        return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), turn, np.array(place)
+        return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), turn, np.array(position)
 
     (k1, r1, t1), (k2, r2, t2) = projection(lines[first]), projection(lines[second])
     turn = r2 @ r1.T
@@ -230,24 +230,24 @@ def test_export_colmap_real_images_satisfy_the_epipolar_constraint(tmp_path, rea
     rows = [line for line in (tmp_path / "images.txt").read_text().splitlines() if line and line[0] != "#"]
     cameras = {row.split()[0]: row for row in (tmp_path / "cameras.txt").read_text().splitlines() if row[0] != "#"}
     sift = cv2.SIFT_create()
-    found = [sift.detectAndCompute(cv2.imread(str(tmp_path / IMAGE_FOLDER / row.split()[9]), 0), None) for row in rows]
+    result = [sift.detectAndCompute(cv2.imread(str(tmp_path / IMAGE_FOLDER / row.split()[9]), 0), None) for row in rows]
     errors = []
     for i in range(len(views)):
         for j in range(i + 1, len(views)):
-            for first, second in cv2.BFMatcher().knnMatch(found[i][1], found[j][1], k=2):
+            for first, second in cv2.BFMatcher().knnMatch(result[i][1], result[j][1], k=2):
                 if first.distance < 0.6 * second.distance:
-                    here, there = ((*found[v][0][n].pt, 1.0) for v, n in ((i, first.queryIdx), (j, first.trainIdx)))
-                    line = fundamental(rows, cameras, i, j) @ (np.array(here) + (0.5, 0.5, 0))
-                    errors.append(abs(line @ (np.array(there) + (0.5, 0.5, 0))) / math.hypot(line[0], line[1]))
+                    here, there = ((*result[v][0][n].pt, 1.0) for v, n in ((i, first.queryIdx), (j, first.trainIdx)))
+                    line = fundamental(rows, cameras, i, j) @ (np.add(here, (0.5, 0.5, 0)))
+                    errors.append(abs(line @ (np.add(there, (0.5, 0.5, 0)))) / math.hypot(line[0], line[1]))
     assert len(errors) > 100 and np.median(errors) < 1.0
 
 
 def test_file_names_are_safe_and_unique():
     names = ["train/r_0.png", "./a.jpg", "a.png", "../../b c.png", "/etc/x", "C:\\d\\e.png", "..", "a.png.png"]
-    found = file_names(names)
-    assert found[:3] == ["train/r_0.png", "a.png", "a.png.png"]
-    assert found[3:7] == ["b_c.png", "etc/x.png", "C_/d/e.png", "view.png"]
-    assert len(set(found)) == len(names) and not any(name.startswith("/") or " " in name for name in found)
+    result = file_names(names)
+    assert result[:3] == ["train/r_0.png", "a.png", "a.png.png"]
+    assert result[3:7] == ["b_c.png", "etc/x.png", "C_/d/e.png", "view.png"]
+    assert len(set(result)) == len(names) and not any(name.startswith("/") or " " in name for name in result)
 
 
 def empty(positions, directions):

@@ -16,7 +16,7 @@ from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.rays import render_views
 from factorkit.rendering import Rays
 from factorkit.utils.errors import ConfigError, DataError
-from tests.nerfdiff.forward import CENTRE, OPTICS, RADIUS, WALL, ball_alone, ball_and_wall, forward_views
+from tests.nerfdiff.forward import CAMERA, CENTRE, RADIUS, WALL, ball_alone, ball_and_wall, forward_views
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,10 @@ def test_to_ndc_from_ndc_round_trip():
     origins = 0.4 * torch.randn(50, 3, generator=generator) - torch.tensor([0, 0, 0.8])
     directions = torch.nn.functional.normalize(torch.randn(50, 3, generator=generator) - torch.tensor([0, 0, 6.0]))
     assert 5 < (origins[:, 2] < -1).sum() < 45
-    bent = OPTICS.to_ndc(Rays(origins, directions), (30, 40))
-    assert torch.equal(bent.directions[:, 2], OPTICS.to_ndc(Rays(0 * origins, directions), (3, 4)).directions[:, 2])
+    bent = CAMERA.to_ndc(Rays(origins, directions), (30, 40))
+    assert torch.equal(bent.directions[:, 2], CAMERA.to_ndc(Rays(0 * origins, directions), (3, 4)).directions[:, 2])
     for t in (0.0, 0.1, 0.4):
-        world = OPTICS.from_ndc(bent.origins + t * bent.directions)
+        world = CAMERA.from_ndc(bent.origins + t * bent.directions)
         along = ((world - origins) * directions).sum(1)
         torch.testing.assert_close(world, origins + along[:, None] * directions, atol=1e-3, rtol=1e-4)
         assert (along > -1e-4).all()  # nothing behind the camera, even where it stands beyond the nearest plane
@@ -50,9 +50,11 @@ def test_to_ndc_from_ndc_round_trip():
 def test_export_forward_camera_in_the_scene_sees_the_surface_before_it():
     ahead = forward_facing_poses(torch.zeros(1, 3))
     ahead[0, :3, 3] = torch.tensor([0.2, -0.1, -3.5])  # behind the ball
-    seen = render_views(ball_and_wall, ahead, OPTICS, (6, 8), 512)
-    assert torch.allclose(seen.depth, torch.full((1, 6, 8), WALL), atol=0.1) and (seen.opacity > 0.99).all()
-    assert (seen.color[..., 0] - seen.color[..., 1]).abs().max() < 0.01  # the wall's grey, none of the ball's red
+    rendered = render_views(ball_and_wall, ahead, CAMERA, (6, 8), 512)
+    assert torch.allclose(rendered.depth, torch.full((1, 6, 8), WALL), atol=0.1) and (rendered.opacity > 0.99).all()
+    assert (
+        rendered.color[..., 0] - rendered.color[..., 1]
+    ).abs().max() < 0.01  # the wall's grey, none of the ball's red
 
 
 def test_export_forward_points_are_on_the_surfaces(tmp_path, views):
@@ -80,8 +82,8 @@ def test_export_forward_distant_points_are_omitted(tmp_path, views):
 
 
 def test_export_forward_mesh_has_faces_outwards(tmp_path, views):
-    def shaded(places, directions):
-        return ball_alone(places, directions)[0], (directions / 2).clamp(0, 1)
+    def shaded(positions, directions):
+        return ball_alone(positions, directions)[0], (directions / 2).clamp(0, 1)
 
     export(tmp_path / "mesh.ply", views, ball_alone, resolution=80, level=200.0)
     mesh = trimesh.load(tmp_path / "mesh.ply")

@@ -25,14 +25,14 @@ def test_grid_field_outside_the_box_is_empty():
 
 @pytest.mark.parametrize("resolution", [5, 8])
 def test_grid_field_interpolates_between_vertices(resolution):
-    place = torch.linspace(-1, 1, resolution)
-    x, y, z = torch.meshgrid(place, place, place, indexing="ij")
+    position = torch.linspace(-1, 1, resolution)
+    x, y, z = torch.meshgrid(position, position, position, indexing="ij")
     field = filled(resolution, torch.stack([x, 2 * y, z - x, y + 0.5], -1).contiguous())
     p = torch.rand(40, 3) * 2 - 1
     raw = field.raw(p, p) / GridField.RAW_SCALE
     orders = [p, p.flip(1)]  # which axis comes first is the table's affair
-    wanted = [torch.stack([q[:, 0], 2 * q[:, 1], q[:, 2] - q[:, 0], q[:, 1] + 0.5], -1) for q in orders]
-    assert any(torch.allclose(raw, w, atol=1e-4) for w in wanted)
+    expected = [torch.stack([q[:, 0], 2 * q[:, 1], q[:, 2] - q[:, 0], q[:, 1] + 0.5], -1) for q in orders]
+    assert any(torch.allclose(raw, w, atol=1e-4) for w in expected)
 
 
 def test_blurred_values_keep_constants_and_spread_a_point():

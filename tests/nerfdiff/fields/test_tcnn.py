@@ -67,9 +67,9 @@ def test_tcnn_only_colour_depends_on_directions(stand_in):
     again, other = build_field("tcnn", 16, 3), build_field("tcnn", 16, 4)
     assert torch.equal(field.color.params, again.color.params)
     assert not torch.equal(field.color.params, other.color.params)
-    kept = copy.deepcopy(field)
-    kept.load_state_dict(other.state_dict())
-    assert torch.equal(kept(places, places)[0], other(places, places)[0])
+    stored = copy.deepcopy(field)
+    stored.load_state_dict(other.state_dict())
+    assert torch.equal(stored(places, places)[0], other(places, places)[0])
 
 
 @pytest.mark.parametrize("reason", [ModuleNotFoundError("No module named 'tinycudann'"), OSError("no CUDA device")])

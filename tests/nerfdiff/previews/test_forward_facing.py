@@ -19,7 +19,7 @@ BLUE = palette(1)[0].astype(int)
 
 
 @pytest.fixture(scope="module")
-def shown():
+def contents():
     views = forward_views(size=(18, 24), columns=3, rows=2)
     return ViewerScene(3, ball_and_wall, views, views.background, true=views.poses)
 
@@ -29,38 +29,38 @@ def sampling():
     return occupied_sampling(ball_and_wall, (-1.0,) * 3, (1.0,) * 3)
 
 
-def test_render_viewpoint_equals_the_image_of_that_camera(shown, sampling):
-    views = shown.views
+def test_render_viewpoint_equals_the_image_of_that_camera(contents, sampling):
+    views = contents.views
     fov, _ = fov_and_aspect(views.intrinsics[0], *views.size)
     for i in (0, 5):
-        picture = render_viewpoint(shown, sampling, views.poses[i], fov, *views.size)
-        apart = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - views.images[i]).abs()
-        assert apart.mean() < 0.06
+        drawing = render_viewpoint(contents, sampling, views.poses[i], fov, *views.size)
+        difference = (torch.from_numpy(drawing).permute(2, 0, 1) / 255 - views.images[i]).abs()
+        assert difference.mean() < 0.06
     assert (views.images[0] - views.images[5]).abs().mean() > 0.1
 
 
-def test_forward_preview_behind_the_cameras_is_empty(shown, sampling):
+def test_forward_preview_behind_the_cameras_is_empty(contents, sampling):
     back = torch.diag(torch.tensor([-1.0, 1.0, -1.0, 1.0]))  # looks along +z
-    picture = render_viewpoint(shown, sampling, back, 0.8, 6, 8)
-    assert (picture == np.array([0, 0, 255])).all()
-    assert (render_viewpoint(shown, sampling, torch.eye(4), 0.8, 6, 8)[..., 0] > 20).all()
+    drawing = render_viewpoint(contents, sampling, back, 0.8, 6, 8)
+    assert (drawing == np.array([0, 0, 255])).all()
+    assert (render_viewpoint(contents, sampling, torch.eye(4), 0.8, 6, 8)[..., 0] > 20).all()
 
 
-def test_forward_preview_points_and_frusta_are_in_camera_space(shown, monkeypatch):
+def test_forward_preview_points_and_frusta_are_in_camera_space(contents, monkeypatch):
     monkeypatch.setattr(viewer, "MAX_POINTS", 600)
-    with Viewer(shown, port=18100) as opened:
+    with Viewer(contents, port=18100) as opened:
         scene = opened.server.scene
         points = scene.get_handle_by_name("/points/cloud").points
         off = np.minimum(np.abs(np.linalg.norm(points - CENTRE.numpy(), axis=1) - RADIUS), np.abs(-points[:, 2] - WALL))
         assert len(points) > 300 and np.median(off) < 0.3
         handle = scene.get_handle_by_name("/predicted/0004")
-        torch.testing.assert_close(from_viser(handle.wxyz, handle.position), shown.views.poses[4], atol=1e-5, rtol=0)
+        torch.testing.assert_close(from_viser(handle.wxyz, handle.position), contents.views.poses[4], atol=1e-5, rtol=0)
         assert handle.scale == pytest.approx(0.06)
 
 
-def spots(picture, color=BLUE, tolerance=40):
+def spots(drawing, color=BLUE, tolerance=40):
     """Pixels (right, down) of a colour in each half, [N, 2] each."""
-    pixels = np.asarray(picture).astype(int)
+    pixels = np.asarray(drawing).astype(int)
     halves = pixels[:, :SIDE], pixels[:, SIDE:]
     return [np.argwhere(np.abs(half - color).max(axis=2) < tolerance)[:, ::-1] for half in halves]
 
