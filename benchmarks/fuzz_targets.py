@@ -350,7 +350,8 @@ def make_llff(place: Path, rng: Rng) -> None:
 
 def make_srn(place: Path, rng: Rng) -> None:
     folder = place / "in"
-    for i, pose in enumerate(orbit(3, 2.0, 30.0).tolist()):
+    opencv = orbit(3, 2.0, 30.0).numpy() @ np.diag([1.0, -1.0, -1.0, 1.0])
+    for i, pose in enumerate(opencv.tolist()):
         small(folder / "rgb" / f"{i:06d}.png", i)
         (folder / "pose").mkdir(exist_ok=True)
         (folder / "pose" / f"{i:06d}.txt").write_text(" ".join(str(x) for row in pose for x in row))

@@ -111,7 +111,7 @@ class Branches(RunCommand):
         from factorkit.utils.atomic import save_image
         from factorkit.utils.images import images_to_pixels, unit_to_uint8
 
-        source = _open_images(self.paths, self.out, "branches RUN PATHS... --out DIR")
+        source = _open_images(self.paths, "branches RUN PATHS... --out DIR")
         result = SegdiffRun.load(self.run, device=self.device).branches(source, t=self.t)
         images, masks, branches = (
             images_to_pixels(result.images),
@@ -174,7 +174,7 @@ class Recompose(RunCommand):
         from factorkit.utils.atomic import save_image
         from factorkit.utils.images import images_to_pixels
 
-        source = _open_images(self.paths, self.out, "recompose RUN PATHS... --region K --out DIR")
+        source = _open_images(self.paths, "recompose RUN PATHS... --region K --out DIR")
         result = SegdiffRun.load(self.run, device=self.device).recompose(
             source,
             self.region,
@@ -199,12 +199,12 @@ class Recompose(RunCommand):
         return _write_grid(grid, self.out, len(images), images=len(images), region=self.region, kept=shares)
 
 
-def _open_images(paths: Sequence[Path], out: Path, usage: str) -> Source:
-    from factorkit.cli.segment import open_inputs
+def _open_images(paths: Sequence[Path], usage: str) -> Source:
+    from factorkit.data.open import open_source
 
     if not paths:
         raise ConfigError(f"no images are given. Use: factorkit {usage}")
-    return open_inputs(paths, out)
+    return open_source(paths[0] if len(paths) == 1 else list(paths))
 
 
 def _output_path(out: Path, name: str) -> Path:

@@ -120,7 +120,8 @@ class Evaluate(RunCommand):
             raise ConfigError(f"--split {self.split}: views have the splits train and test")
         start, run = time.perf_counter(), NerfdiffRun.load(self.run, device=self.device)
         split = cast(Literal["train", "test"] | None, self.split)
-        views = open_views(path, split, max(run.model.size), run.model.background.tolist())
+        background, layout = run.model.background.tolist(), run.scene["layout"]
+        views = open_views(path, split, max(run.model.size), background, layout=layout)
         scores = run.evaluate(views, refine=self.refine)
         if (folder := run.folder) is not None:
             distributed.run_on_first(lambda: write_report(folder))
@@ -139,10 +140,10 @@ class Evaluate(RunCommand):
             split=self.split or "val",
             label_map=label_map,
         )
-        lines = [f"{'class':<20} {'condition':<20} {'images':>6} {'Acc':>6} {'IoU':>6} {'mIoU':>6}"]
+        lines = [f"{'class':<20} {'label':<20} {'images':>6} {'Acc':>6} {'IoU':>6} {'mIoU':>6}"]
         for name, of_class in scores["classes"].items():
             numbers = " ".join(f"{of_class[key]:6.3f}" for key in ("acc", "iou", "miou"))
-            lines.append(f"{name:<20} {of_class['told'] or '-':<20} {of_class['images']:6} {numbers}")
+            lines.append(f"{name:<20} {of_class['label'] or '-':<20} {of_class['images']:6} {numbers}")
         lines.append(f"{'mean':<48} " + " ".join(f"{scores[key]:6.3f}" for key in ("acc", "iou", "miou")))
         if scores["missing"]:
             lines.append("too few images to score: " + ", ".join(scores["missing"]))

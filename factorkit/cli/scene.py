@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from factorkit.cli.base import Flag, OptionalInt, OptionalPath, Paths, Result, RunCommand
+from factorkit.cli.base import Flag, OptionalFloat, OptionalInt, OptionalPath, Paths, Result, RunCommand
 from factorkit.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT_POLL_SECONDS = 5.0
 GRID_VIEWS, TRAJECTORY_STEPS = 10, 10  # at most, in an image grid
-DEFAULT_FOV_DEGREES = 50.0  # of images that come without a focal length
 
 
 @dataclass(kw_only=True)
@@ -46,13 +45,16 @@ class Pose(RunCommand):
     the last degrees."""
     check: Flag = False
     """Choose the candidate whose render is most similar to the image, instead of the one with the best score."""
+    fov: OptionalFloat = None
+    """Field of view of the images in degrees along the longer side. The default is that of their cameras or EXIF, else
+    the run's."""
 
     def execute(self) -> Result:
         from factorkit.engine.run_folder import write_json
         from factorkit.utils import distributed
 
         run = _load(self)
-        views = open_images(run, self.paths)
+        views = open_images(run, self.paths, self.fov)
         result = run.predict_pose(views, refine=self.refine, check=self.check)
         frames = [
             {"name": name, "camera_to_world": matrix, "scores": scores}
@@ -80,6 +82,9 @@ class Reconstruct(RunCommand):
     """Folder to write to. It is created if needed."""
     size: OptionalInt = None
     """Pixels of the longer side. The default is the training resolution."""
+    fov: OptionalFloat = None
+    """Field of view of the images in degrees along the longer side. The default is that of their cameras or EXIF, else
+    the run's."""
 
     def execute(self) -> Result:
         from PIL import Image
@@ -89,7 +94,7 @@ class Reconstruct(RunCommand):
         from factorkit.utils.images import images_to_pixels
 
         run = _load(self)
-        views = open_images(run, self.paths)
+        views = open_images(run, self.paths, self.fov)
         renders = run.reconstruct(views, self.size)
         path = self.out / "contact_sheet.png"
 
@@ -293,14 +298,22 @@ def load_contents(path: Path, device: str) -> ViewerScene:
     return ViewerScene(run.step, run.model.field, run.views, run.model.background, true_poses)
 
 
-def open_images(run: NerfdiffRun, paths: Sequence[Path]) -> Views:
+def open_images(run: NerfdiffRun, paths: Sequence[Path], fov: float | None = None) -> Views:
     """Open the images that a user named, at the size of the run and on its background."""
+    import math
+
     from factorkit.data.views.open import open_views
 
     if not paths:
         raise ConfigError("no images are given; name files or a folder after RUN")
     source = paths[0] if len(paths) == 1 else [str(path) for path in paths]
-    return open_views(source, None, max(run.model.size), run.model.background.tolist(), fov=DEFAULT_FOV_DEGREES)
+    # as in training, EXIF first; without EXIF the images are taken to be of the run's own camera
+    height, width = run.model.size
+    focal = float(run.model.camera.intrinsics[0 if width >= height else 1, 0 if width >= height else 1])
+    own_fov = math.degrees(2 * math.atan(0.5 / focal))
+    background = run.model.background.tolist()
+    layout = run.scene["layout"]
+    return open_views(source, None, max(run.model.size), background, fov=fov, layout=layout, default_fov=own_fov)
 
 
 def _load(command: RunCommand) -> NerfdiffRun:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, Paths, Result, RunCommand
+from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, OutputCommand, Paths, Result
 from factorkit.utils.errors import ConfigError
 
 if TYPE_CHECKING:
-    from factorkit.data.sources import Source
     from factorkit.segdiff.run import SegdiffRun
 
 
 @dataclass(kw_only=True)
-class Segment(RunCommand):
+class Segment(OutputCommand):
     """Segment images or a video with a trained model.
 
     For each image, OUT receives these files, at the image's own size:
@@ -62,6 +60,9 @@ class Segment(RunCommand):
     smooth: float = 0.8
     """With --video: how strongly masks are averaged over time where the video does not move, 0 to below 1."""
 
+    partial: Flag = False
+    """With --video: use a video that is cut off or damaged as far as it goes."""
+
     def execute(self) -> Result:
         if not self.paths:
             raise ConfigError("no images are given. Use: factorkit segment RUN PATHS... --out DIR")
@@ -69,16 +70,18 @@ class Segment(RunCommand):
 
         run = SegdiffRun.load(self.run, device=self.device)
         options = {"t": self.t, "size": self.size, "upsample": self.upsample, "quality": self.quality}
+        options["overwrite"] = self.overwrite
         return self._segment_video(run, options) if self.video else self._segment_images(run, options)
 
     def _segment_images(self, run: SegdiffRun, options: dict[str, Any]) -> Result:
         from factorkit.data.files import escape_name
+        from factorkit.data.open import open_source
         from factorkit.data.video import VIDEO_SUFFIXES
 
         if videos := [path for path in self.paths if path.suffix.lower() in VIDEO_SUFFIXES]:
             name = escape_name(str(videos[0]))
             raise ConfigError(f"{name} is a video: add --video, and let --out be an .mp4, .mkv or .mov")
-        images = open_inputs(self.paths, self.out)
+        images = open_source(self.paths[0] if len(self.paths) == 1 else list(self.paths))
         segments = run.segment_folder(images, self.out, formats=self.formats, workers=self.workers, **options)
         data = segments._asdict() | {"out": str(self.out)}
         before = f", {segments.already} of them before" if segments.already else ""
@@ -93,22 +96,10 @@ class Segment(RunCommand):
     def _segment_video(self, run: SegdiffRun, options: dict[str, Any]) -> Result:
         if len(self.paths) > 1:
             raise ConfigError(f"--video takes one video or one folder of frames, not {len(self.paths)} paths")
-        segments = run.segment_video(self.paths[0], self.out, smooth=self.smooth, **options)
+        segments = run.segment_video(self.paths[0], self.out, smooth=self.smooth, partial=self.partial, **options)
         areas = "/".join(f"{area:.2f}" for area in segments.areas)
         text = (
             f"{segments.frames} frames segmented: {self.out}\nareas of the regions {areas}; {segments.changes:.1%} of "
             "the pixels change region from frame to frame"
         )
         return segments._asdict() | {"out": str(self.out)}, text
-
-
-def open_inputs(paths: Sequence[Path], out: Path) -> Source:
-    """Open the images that a user named, without the results that an earlier call wrote into ``out``.
-
-    Raises:
-        DataError: there are no images, or only results.
-    """
-    from factorkit.data.open import open_source
-    from factorkit.segdiff.inference.outputs import without_results
-
-    return without_results(open_source(paths[0] if len(paths) == 1 else list(paths)), out)

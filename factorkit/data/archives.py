@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import tarfile
 import warnings
@@ -36,6 +37,12 @@ class ZipSource(EncodedSource):
         self.members = sorted(_leave_out_outputs(path, self.archive, images), key=lambda member: member.filename)
         self.names = [sanitize_member_name(member.filename[len(prefix) :]) for member in self.members]
 
+    def select(self, indices: Sequence[int], names: Sequence[str]) -> ZipSource:
+        """Return some of the images under other names."""
+        part = copy.copy(self)
+        part.members, part.names = [self.members[i] for i in indices], list(names)
+        return part
+
     def _read_bytes(self, index: int) -> bytes:
         member = self.members[index]  # not by name: two members may have the same name
         check_encoded_size(member.file_size)
@@ -45,7 +52,7 @@ class ZipSource(EncodedSource):
             return file.read(member.file_size)  # the declared size may be wrong: never read more
 
     def fingerprint(self) -> str:
-        return hash_values("zip", str(self.path), self.prefix, stat_file(self.path))
+        return hash_values("zip", str(self.path), self.prefix, self.names, stat_file(self.path))
 
 
 def _leave_out_outputs(

@@ -97,7 +97,7 @@ def open_dataset(data: Any, *, holdout: str | int = "auto", mask_set: str | None
 
     Example:
         >>> from factorkit.data import open_dataset
-        >>> dataset = open_dataset(pictures)
+        >>> dataset = open_dataset(images)
         >>> len(dataset.train), dataset.test_images is None
         (24, True)
     """
@@ -105,10 +105,13 @@ def open_dataset(data: Any, *, holdout: str | int = "auto", mask_set: str | None
         raise ConfigError(
             "open_dataset needs a path or images. For the built-in flowers use make_procedural_dataset(resolution)."
         )
-    files, layout = image_mask_folders.read(data), None
-    if files is None and (result := read_layout(data)) is not None:
+    files, layout = None, None
+    if (result := read_layout(data)) is not None:
         layout, files = result[0].name, result[1]
-    files = DatasetFiles(open_source(data)) if files is None else files
+    files = image_mask_folders.read(data) if files is None else files
+    if files is None:
+        files = DatasetFiles(open_source(data))
+        image_mask_folders.refuse_unrecognised_masks(files.images)
     # after open_source, which reports paths that cannot be resolved
     name = Path(data).expanduser().resolve().name if isinstance(data, (str, os.PathLike)) else type(data).__name__
     return split_dataset(name, files, holdout, mask_set, layout)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,13 +18,14 @@ IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jpe .jpeg .jpg .jp2 .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 )
 SUFFIX_LIST = ", ".join(sorted(IMAGE_SUFFIXES))  # for messages
+JUNK_FOLDERS = frozenset(("__MACOSX", "@eaDir"))  # of macOS archives and of Synology disks
 MAX_EXAMPLES = 3  # names listed in a message
 
 
 def is_image(name: str) -> bool:
     """Return whether a file of this name, relative to the user's folder or archive, is read as an image."""
     path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    hidden = any(part.startswith(".") or part in JUNK_FOLDERS for part in path.parts)
     return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 
@@ -31,6 +33,11 @@ def strip_suffix(name: str) -> str:
     """Return a name without its suffix but with its folders; images and masks are matched by it."""
     path = PurePosixPath(name)
     return path.with_suffix("").as_posix() if path.name else name
+
+
+def fold_stem(name: str) -> str:
+    """Return a name's stem as names are compared: composed Unicode (macOS decomposes), case folded."""
+    return unicodedata.normalize("NFC", strip_suffix(name)).casefold()
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -44,7 +51,7 @@ def list_image_names(folder: Path) -> list[str]:
     Links are followed; each folder is entered once. Broken links and what factorkit wrote are left out with a warning.
 
     Raises:
-        DataError: a folder cannot be listed, or it is itself an output folder of factorkit.
+        DataError: a folder cannot be listed, or everything in it was written by factorkit.
     """
     refuse_output_folder(folder)
 
@@ -77,6 +84,8 @@ def list_image_names(folder: Path) -> list[str]:
             UserWarning,
             stacklevel=2,
         )
+    if not names and (text := outputs.describe()) is not None:
+        raise DataError(f"{folder}: no images of yours in this folder or below it: {escape_name(text)}.")
     warn_about_outputs(folder, outputs)
     return sorted(names)
 

@@ -11,13 +11,15 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from factorkit.data.decode import ImageDecodeError, crop_square, crop_square_labels
-from factorkit.data.files import escape_name, format_examples, strip_suffix
+from factorkit.data.files import escape_name, fold_stem, format_examples, is_image
 from factorkit.data.open import open_source
 from factorkit.data.sources import Source
 from factorkit.utils.errors import DataError
 
 MASK_KEYS = ("masks", "M")  # arrays looked for in an .npz, in this order
-MASK_ENDINGS = ("_mask", "_seg")  # a mask may be named like its image with one of these appended
+# A mask may be named like its image with one of these appended or prepended, or with its image's whole name
+MASK_ENDINGS = ("_mask", "_seg", "_gt", "_segmentation", "_label", "_labels", "_matte", "_trimap", "-mask", ".mask")
+MASK_BEGINNINGS = ("mask_", "dynamic_mask_")
 ASPECT_TOLERANCE = 0.01  # relative difference between the aspect ratios of a mask and its image
 OPACITY_SCALES = (1, 255, 65535)  # value of full opacity: labels and floats, 8 bits, 16 bits
 
@@ -81,7 +83,8 @@ def load_labelled(images: Any, masks: Any, resolution: int, *, ignore_label: int
 def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
     """Match masks to images.
 
-    Files match by path without suffix (`a/x.jpg`, `a/x.png`); the mask may end in `_mask` or `_seg`. Images without a
+    Files match by path without suffix (`a/x.jpg`, `a/x.png`), whatever the case and the Unicode form; a mask's name may
+    also have one of `MASK_ENDINGS` or `MASK_BEGINNINGS`, or be the image's whole name (`x.jpg.png`). Images without a
     mask are left out. Arrays match by position.
 
     Returns:
@@ -96,11 +99,11 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
         return [(i, i) for i in range(len(images))]
     images_by_stem: dict[str, list[int]] = {}
     for i, name in enumerate(images.names):
-        images_by_stem.setdefault(strip_suffix(name), []).append(i)
+        images_by_stem.setdefault(fold_stem(name), []).append(i)
     mask_of: dict[str, int] = {}
     unmatched = []
     for j, name in enumerate(masks.names):
-        stem = next((stem for stem in _image_stems(name) if stem in images_by_stem), None)
+        stem = next((stem for stem in image_stems(name) if stem in images_by_stem), None)
         if stem is None:
             unmatched.append(name)
         elif stem in mask_of:
@@ -117,16 +120,20 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
         raise DataError(
             f"{len(unmatched)} of {len(masks)} masks have no image: {format_examples(unmatched)}. The images are named "
             f"{format_examples(images.names)}. Give a mask its image's name, with or without "
-            f"{' or '.join(MASK_ENDINGS)}."
+            f"{' or '.join(MASK_ENDINGS[:2])}."
         )
-    stems = map(strip_suffix, images.names)
+    stems = map(fold_stem, images.names)
     return [(i, mask_of[stem]) for i, stem in enumerate(stems) if stem in mask_of]
 
 
-def _image_stems(mask_name: str) -> list[str]:
-    """Return the stems that the image of a mask may have."""
-    stem = strip_suffix(mask_name)
-    return [stem] + [stem.removesuffix(ending) for ending in MASK_ENDINGS if stem.endswith(ending)]
+def image_stems(mask_name: str) -> list[str]:
+    """Return the folded stems that the image of a mask may have, the mask's own first."""
+    stem = fold_stem(mask_name)
+    folder, _, base = stem.rpartition("/")
+    folder = f"{folder}/" if folder else ""
+    stems = [stem] + [stem.removesuffix(ending) for ending in MASK_ENDINGS if stem.endswith(ending)]
+    stems += [folder + base.removeprefix(part) for part in MASK_BEGINNINGS if base.startswith(part)]
+    return stems + ([fold_stem(stem)] if is_image(stem) else [])  # x.jpg.png
 
 
 def _load_pair(images: Source, masks: Source, i: int, j: int, resolution: int) -> tuple[np.ndarray, np.ndarray]:

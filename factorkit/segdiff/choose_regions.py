@@ -140,7 +140,7 @@ def choose_regions(
         CheckpointError: ``out`` holds something else, or cannot be written.
 
     Example:
-        >>> choice = factorkit.choose_regions(pictures, out="runs/k", candidates=(2, 3), seed_trials=1, resolution=16,
+        >>> choice = factorkit.choose_regions(images, out="runs/k", candidates=(2, 3), seed_trials=1, resolution=16,
         ...                                   steps=2, progress=False)
         >>> choice.regions in (2, 3), sorted(choice.errors), list(choice.improvements)
         (True, [2, 3], [2])

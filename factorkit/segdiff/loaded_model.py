@@ -40,8 +40,8 @@ class LoadedModel:
 
     def _read_squares(self, images: Any) -> Tensor:
         """Images cropped as in training, [n, 3, R, R] in [-1, 1]."""
-        pictures, _ = read_images(images)
-        squares = [crop_square(picture, self.config.resolution) for picture in pictures]
+        decoded, _ = read_images(images)
+        squares = [crop_square(image, self.config.resolution) for image in decoded]
         return pixels_to_signed(torch.from_numpy(np.stack(squares)))
 
 

@@ -195,7 +195,7 @@ class SegdiffRun(Segmenter, Editor):
             DataError: images and masks that do not match.
 
         Example:
-            >>> scores = run.evaluate(pictures, drawn, num_fit_images=8)
+            >>> scores = run.evaluate(images, masks, num_fit_images=8)
             >>> sorted(scores)[:3], 0 <= scores["iou"] <= 1
             (['acc', 'areas', 'confidence'], True)
         """

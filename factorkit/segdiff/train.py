@@ -77,10 +77,10 @@ def train_segdiff(
     Example:
         >>> import factorkit
         >>> from factorkit.data import draw_flowers
-        >>> pictures, drawn = draw_flowers(24, 16, seed=0)    # uint8 [24, 16, 16, 3], bool [24, 16, 16]
+        >>> images, masks = draw_flowers(24, 16, seed=0)    # uint8 [24, 16, 16, 3], bool [24, 16, 16]
         >>> tiny = {"resolution": 16, "regions": 2, "model_channels": 8, "channel_mult": (1, 2)}
         >>> tiny |= {"batch_size": 4, "steps": 2}
-        >>> run = factorkit.train_segdiff(pictures, out="runs/flowers", preset="demo", progress=False, **tiny)
+        >>> run = factorkit.train_segdiff(images, out="runs/flowers", preset="demo", progress=False, **tiny)
         >>> run.step
         2
     """

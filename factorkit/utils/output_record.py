@@ -93,7 +93,7 @@ class OutputRecord:
                 return candidate
         raise AssertionError("unreachable")
 
-    def sources_of(self, name: str) -> str | None:
+    def source_of(self, name: str) -> str | None:
         """Return the input that the newest version of a file was written for; None if it is not recorded."""
         return self._files[name][-1].source if name in self._files else None
 
@@ -191,7 +191,7 @@ class OutputRecord:
             owner = version.source if version.stem is None else self._stems[version.stem.casefold()]
             if owner == source:
                 return None
-            reason = f"was written for another input ({owner})"
+            reason = f"was written for another input ({owner.partition(chr(10))[0]})"
         return f"exists and {reason}. Give another --out (out=), or --overwrite (overwrite=True) to replace it"
 
     def _ids_of_inputs(self) -> set[tuple[int, int]]:

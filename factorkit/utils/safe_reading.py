@@ -31,7 +31,7 @@ def read_json(path: Path) -> Any:
         OSError: the file cannot be read.
         ValueError: as of :func:`parse_json`.
     """
-    return parse_json(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding="utf-8-sig"))
 
 
 def read_arrays(path: Path, keys: Collection[str] = ()) -> np.ndarray | dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""benchmarks/samplers.py at its tiniest: every cell once, its cost, a table of what was written."""
+"""benchmarks/samplers.py on tiny settings: every cell runs once, its cost is counted, and a table is written."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ def test_samplers_cells_run_once_and_appear_in_the_table(tmp_path, monkeypatch, 
             Image.fromarray(pixels.astype(np.uint8) * np.uint8(factor)).save(photos / name / f"{i}.png")
     factorkit.train_segdiff(photos, out=tmp_path / "run", preset="demo", progress=False, holdout=4, **TINY)
 
-    def ask(*words) -> str:
+    def run_samplers(*words) -> str:
         out = ["--out", str(tmp_path / "results.json")]
         monkeypatch.setattr(sys, "argv", ["samplers", *map(str, words), *out])
         samplers.main()
         return capsys.readouterr().out
 
     words = ["tiny", "--run", tmp_path / "run", "--data", photos, "--images", 4, "--steps", 2, 1]
-    said = ask(*words, "--samplers", "ddim", "heun")
+    output = run_samplers(*words, "--samplers", "ddim", "heun")
     results = json.loads((tmp_path / "results.json").read_text())
     cells = {(r["sampler"], r.get("steps")): r for r in results.values()}
     assert set(cells) == {("held-out images", None), ("ddim", 1), ("ddim", 2), ("heun", 1), ("heun", 2)}
-    assert f"held-out images {cells['held-out images', None]['frechet']:.3f}" in said
+    assert f"held-out images {cells['held-out images', None]['frechet']:.3f}" in output
     assert [cells["heun", n]["evaluations"] for n in (1, 2)] == [1, 3]
-    # of one step both are the estimate of the clean image, so the figures are those of the same images
+    # With one step both samplers return the estimate of the clean image, so their scores are equal.
     assert cells["ddim", 1]["frechet"] == pytest.approx(cells["heun", 1]["frechet"]) != cells["ddim", 2]["frechet"]
-    assert "| sampler | 1 steps | 2 steps |" in said
-    assert f"| heun | {cells['heun', 1]['frechet']:.3f} (1) | {cells['heun', 2]['frechet']:.3f} (3) |" in said
+    assert "| sampler | 1 steps | 2 steps |" in output
+    assert f"| heun | {cells['heun', 1]['frechet']:.3f} (1) | {cells['heun', 2]['frechet']:.3f} (3) |" in output
 
     first = (tmp_path / "results.json").read_text()
-    assert ask(*words, "--samplers", "ddim").count(": ") == 0  # nothing is drawn again
+    assert run_samplers(*words, "--samplers", "ddim").count(": ") == 0  # No images are generated again.
     assert (tmp_path / "results.json").read_text() == first

@@ -1,4 +1,4 @@
-"""The model of what many processes cost, against what DistributedDataParallel sends and against closed forms."""
+"""The cost model of many processes, compared with the traffic of DistributedDataParallel and with closed forms."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_all_reduce_sends_four_bytes_per_parameter():
         model = preset_config("demo", model_channels=16).resolved().build()
         wrapped = distributed.data_parallel(model, micro_batches=1)
         wrapped.register_comm_hook(None, note)
-        for _ in range(2):  # the first step of a static graph counts what takes part
+        for _ in range(2):  # The first step of a static graph counts the participating parameters.
             sent.clear()
             x = torch.randn(2, 3, model.resolution, model.resolution)
             wrapped(x, torch.zeros(2, dtype=torch.int64)).prediction.square().mean().backward()
@@ -54,12 +54,12 @@ def test_ring_time_matches_its_formula():
     assert volume(1000, 2) == 1000 and volume(1000, 1) == 0
     assert sharded_volume(1000, 2) == 1500 and sharded_volume(1000, 1) == 0
     assert all_reduce_seconds(8e9, 8, LINKS) == pytest.approx(volume(8e9, 8) / 200e9)
-    assert all_reduce_seconds(8e9, 64, LINKS) == pytest.approx(volume(8e9, 64) / 25e9)  # the narrowest link counts
+    assert all_reduce_seconds(8e9, 64, LINKS) == pytest.approx(volume(8e9, 64) / 25e9)  # The slowest link decides.
     slow = Links(200e9, 25e9, 10e9, 1e-5, 8)
     assert all_reduce_seconds(0, 64, slow) == pytest.approx(2 * 63 * 1e-5)
 
 
-def test_the_backward_pass_hides_all_but_the_last_bucket():
+def test_backward_pass_hides_all_but_the_last_bucket():
     gradient = 40 * BUCKET + 1000
     last = all_reduce_seconds(1000, 64, LINKS)
     assert exposed_seconds(gradient, 100.0, 64, LINKS) == pytest.approx(last)

@@ -1,4 +1,4 @@
-"""benchmarks/segdiff.py at its tiniest: it runs to the last line, agrees before it times, writes what it prints."""
+"""benchmarks/segdiff.py on tiny settings: it completes, checks agreement before timing, and writes what it prints."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def test_segdiff_benchmark_writes_what_it_prints(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(out.read_text())
-    (found,) = results.values()
+    (result,) = results.values()
     assert done.stdout.rstrip().endswith(tables(results))
-    assert found["machine"]["device"] in results and found["machine"]["threads"] == 1
-    assert min(found["roofs"].values()) > 0 and found["step"]["flops"] > 0
-    contenders = found["step"]["contenders"]
+    assert result["machine"]["device"] in results and result["machine"]["threads"] == 1
+    assert min(result["roofs"].values()) > 0 and result["step"]["flops"] > 0
+    contenders = result["step"]["contenders"]
     assert list(contenders) == ["textbook", "folded", "compiled", "factorkit"]
-    for run in [*contenders.values(), *found["scaling"].values(), found["segment"]]:
+    for run in [*contenders.values(), *result["scaling"].values(), result["segment"]]:
         assert 0 < run["low_ms"] <= run["median_ms"] <= run["high_ms"]
     assert all(max(run["errors"]) < 0.05 and run["peak_bytes"] > 0 for run in contenders.values())
-    assert list(found["scaling"]) == ["1", "2", "4"]
-    assert {name.split()[0] for name in found["ops"]} == {
+    assert list(result["scaling"]) == ["1", "2", "4"]
+    assert {name.split()[0] for name in result["ops"]} == {
         "masked_skip_norm_silu",
         "group_norm_silu",
         "masked_skip_projection",
@@ -64,10 +64,11 @@ def test_segdiff_benchmark_writes_what_it_prints(tmp_path):
         "mask_pyramid",
         "region_pool",
     }
-    assert all(op["bytes"]["both"] > op["bytes"]["forward"] > 0 for op in found["ops"].values())
+    assert all(op["bytes"]["both"] > op["bytes"]["forward"] > 0 for op in result["ops"].values())
 
 
-def test_contenders_that_disagree_are_not_timed():
+@pytest.mark.slow
+def test_contenders_with_different_results_are_not_timed():
     config = preset_config(
         None, resolution=8, model_channels=8, channel_mult=(1, 2), norm_groups=2, regions=2, steps=1
     ).resolved()
@@ -78,17 +79,17 @@ def test_contenders_that_disagree_are_not_timed():
     case.factorkit = right
 
     def wrong(graph, inputs):
-        return lambda *given: [x * 1.01 for x in graph(*given)]
+        return lambda *args: [x * 1.01 for x in graph(*args)]
 
-    found = measure_op(case, CPU, 1, wrong, 1e-3)
-    assert list(found["both"]) == ["textbook", "factorkit"] and max(found["errors"]["compiled"]) > 5e-3
+    result = measure_op(case, CPU, 1, wrong, 1e-3)
+    assert list(result["both"]) == ["textbook", "factorkit"] and max(result["errors"]["compiled"]) > 5e-3
     roofs = {"copy_gb_s": 1.0, "matrix_tflop_s": 1.0}
-    row = ops_table({"roofs": roofs, "ops": {"region_pool": found}}).splitlines()[-1]
+    row = ops_table({"roofs": roofs, "ops": {"region_pool": result}}).splitlines()[-1]
     assert "off by 0.01, not timed" in row and row.count("|") == 9
 
 
 @pytest.mark.slow
-def test_the_contenders_take_the_same_step():
+def test_contenders_take_the_same_step():
     """Equal images, noise and weights; Adam's first step shows the gradient's sign only, so several are taken."""
     config = preset_config(
         None,
@@ -125,7 +126,7 @@ def test_peak_memory_counts_simultaneous_allocations():
     assert 2 << 20 <= peak_bytes(run, CPU) < 3 << 20
 
 
-def test_spread_is_median_and_quartiles():
+def test_spread_equals_median_and_quartiles():
     assert spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median_ms": 3.0, "low_ms": 1.5, "high_ms": 4.5}
     assert spread([2.0])["median_ms"] == 2.0
     called = []

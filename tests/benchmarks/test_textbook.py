@@ -1,4 +1,4 @@
-"""What factorkit is measured against computes the same function."""
+"""The textbook model of the benchmarks computes the same function as factorkit."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_textbook_model_matches_the_model(changes, folded):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     x, t, upstream = torch.randn(2, 3, 16, 16).double(), torch.tensor([3, 700]), torch.randn(2, 4, 16, 16).double()
-    found = []
+    result = []
     for net in (model, Textbook(model, folded)):
         prediction, (masks, *_) = net(x, t)
         loss = (prediction * upstream[:, :3]).sum() + (masks[:, 0] * upstream[:, 3]).sum()
         grads = torch.autograd.grad(loss, list(model.parameters()))
-        found.append([prediction, masks, *grads])
-    for ours, plain in zip(*found, strict=True):
+        result.append([prediction, masks, *grads])
+    for ours, plain in zip(*result, strict=True):
         torch.testing.assert_close(plain, ours)

@@ -1,4 +1,4 @@
-"""The traffic model: what it counts on examples one can do by hand, and what a preset's table says."""
+"""The memory-traffic model: its counts for examples computed by hand, and the table of a preset."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_a_copy_does_not_read_what_it_overwrites():
 @pytest.mark.parametrize("changes", [{}, {"form": "regional"}, {"branch_norm": "masked_group"}])
 def test_thesis_step_traffic(changes):
     """123.7 G multiply-adds a sample forward (the design's figure), twice that backward."""
-    found = step_traffic("flowers64", 2, **changes)
-    total = {kind: sum(part.moved for part in parts.values()) for kind, parts in found.items()}
-    flops = {kind: sum(part.flops for part in parts.values()) for kind, parts in found.items()}
+    result = step_traffic("flowers64", 2, **changes)
+    total = {kind: sum(part.moved for part in parts.values()) for kind, parts in result.items()}
+    flops = {kind: sum(part.flops for part in parts.values()) for kind, parts in result.items()}
     assert total["least"] < total["fused"] < 0.75 * total["unfused"]
     assert flops["fused"] == flops["least"] <= flops["unfused"]
     if "form" not in changes:
         assert flops["unfused"] == pytest.approx(2 * 3 * 2 * 123.7e9, rel=0.02)
-    lines = table(found).splitlines()
+    lines = table(result).splitlines()
     assert len(lines) == 2 + 4 + 1 and lines[-1].startswith("| total | ")
 
 

@@ -1,4 +1,4 @@
-"""A tiny trained run and what the tests of the command line ask it with."""
+"""A tiny trained run, and fixtures that call the command line."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def tiny_training(**changes) -> list[str]:
 
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
-    """Nobody looks at the report's curves, and GrabCut takes half a second an image."""
+    """Skip the report's curves and GrabCut, which takes half a second per image."""
     patch.setattr("factorkit.report.html.draw_curves", lambda *args: [])
     patch.setitem(BASELINES, "grabcut", all_foreground)
-    patch.setenv("OMP_NUM_THREADS", "1")  # of subprocesses
+    patch.setenv("OMP_NUM_THREADS", "1")  # For subprocesses.
 
 
 @pytest.fixture(autouse=True)
@@ -61,30 +61,30 @@ def quick(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """No test reads or writes the user's cache, or a run in the working folder."""
+    """Give each test its own cache and working folder."""
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
 
 
 @pytest.fixture
-def ask(capsys):
-    """ask(*words): exit code, standard output, standard error."""
+def run_cli(capsys):
+    """run_cli(*words): exit code, standard output, standard error."""
 
     def run(*words) -> tuple[int, str, str]:
         capsys.readouterr()
         code = main([str(word) for word in words])
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        output = capsys.readouterr()
+        return code, output.out, output.err
 
     return run
 
 
 @pytest.fixture
-def answer(ask):
-    """answer(*words): the JSON object, which has to be the only line on standard output."""
+def run_json(run_cli):
+    """run_json(*words): the JSON object, which must be the only line on standard output."""
 
     def run(*words) -> dict:
-        code, out, err = ask(*words, "--json")
+        code, out, err = run_cli(*words, "--json")
         assert code == 0, err
         assert out.count("\n") == 1
         return json.loads(out)
@@ -93,11 +93,11 @@ def answer(ask):
 
 
 @pytest.fixture
-def refused(ask):
-    """refused(*words): the message of a user's mistake, which has to be the same in words and in JSON."""
+def run_refused(run_cli):
+    """run_refused(*words): the message of a usage error, which must be equal in text and in JSON."""
 
     def run(*words) -> str:
-        code, out, err = ask(*words, "--json")
+        code, out, err = run_cli(*words, "--json")
         assert code == 2 and "Traceback" not in err
         message = json.loads(out)["error"]
         assert f"error: {message}" in err
@@ -110,10 +110,10 @@ def refused(ask):
 def photos(tmp_path_factory) -> Path:
     """A data set of 24 drawn flowers with masks."""
     folder = tmp_path_factory.mktemp("data") / "photos"
-    for kind, pictures in zip(("images", "masks"), draw_flowers(24, 20, seed=1), strict=True):
+    for kind, images in zip(("images", "masks"), draw_flowers(24, 20, seed=1), strict=True):
         (folder / kind).mkdir(parents=True)
-        for i, picture in enumerate(pictures):
-            Image.fromarray(picture).save(folder / kind / f"{i:02d}.png")
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(folder / kind / f"{i:02d}.png")
     return folder
 
 

@@ -16,7 +16,7 @@ NAMES = [f"checkpoints/step_{step:08d}.safetensors" for step in (4, 3, 2, 1)]
 
 
 @pytest.fixture
-def four(run, tmp_path) -> Path:
+def run_of_four(run, tmp_path) -> Path:
     """A copy of the run with four checkpoints, the second of them the best, and one in a stage."""
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -35,64 +35,70 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_ls_lists_all_and_marks_best(four, answer, ask):
-    found = answer("checkpoint", "ls", four)["checkpoints"]
-    assert [c["path"] for c in found] == [*NAMES, f"stages/search/{NAMES[0]}"]
-    assert [c["step"] for c in found] == [4, 3, 2, 1, 4] and [c["best"] for c in found] == [0, 0, 1, 0, 0]
-    assert found[0]["bytes"] == (four / NAMES[0]).stat().st_size
-    text = ask("checkpoint", "ls", four)[1]
+def test_ls_lists_all_and_marks_best(run_of_four, run_json, run_cli):
+    result = run_json("checkpoint", "ls", run_of_four)["checkpoints"]
+    assert [c["path"] for c in result] == [*NAMES, f"stages/search/{NAMES[0]}"]
+    assert [c["step"] for c in result] == [4, 3, 2, 1, 4] and [c["best"] for c in result] == [0, 0, 1, 0, 0]
+    assert result[0]["bytes"] == (run_of_four / NAMES[0]).stat().st_size
+    text = run_cli("checkpoint", "ls", run_of_four)[1]
     assert [line.split("  ")[-1] for line in text.splitlines()][2] == "best" and text.count("MiB") == 5
 
 
-def test_verify_reads_all_and_names_damaged(four, answer, refused):
-    assert len(answer("checkpoint", "verify", four)["whole"]) == 5
-    damage(four / NAMES[1])
-    message = refused("checkpoint", "verify", four)
+def test_verify_reads_all_and_names_damaged(run_of_four, run_json, run_refused):
+    assert len(run_json("checkpoint", "verify", run_of_four)["whole"]) == 5
+    damage(run_of_four / NAMES[1])
+    message = run_refused("checkpoint", "verify", run_of_four)
     assert "step_00000003.safetensors is damaged" in message and f"{NAMES[0]}, {NAMES[2]}" in message
 
 
-def test_prune_keeps_newest_undamaged_and_best(four, answer):
-    damage(four / NAMES[0])
-    (four / "checkpoints/.unfinished-1-0.safetensors").write_bytes(b"half")
-    found = answer("checkpoint", "prune", four)
-    assert found["kept"] == [NAMES[1], NAMES[2], f"stages/search/{NAMES[0]}"]  # 3 is the newest whole one, 2 the best
-    assert sorted(found["dropped"]) == [NAMES[3], NAMES[0]]
-    left = {p.name for p in (four / "checkpoints").iterdir()}
+def test_prune_keeps_newest_undamaged_and_best(run_of_four, run_json):
+    damage(run_of_four / NAMES[0])
+    (run_of_four / "checkpoints/.unfinished-1-0.safetensors").write_bytes(b"half")
+    result = run_json("checkpoint", "prune", run_of_four)
+    assert result["kept"] == [
+        NAMES[1],
+        NAMES[2],
+        f"stages/search/{NAMES[0]}",
+    ]  # Step 3 is the newest undamaged one, step 2 the best.
+    assert sorted(result["dropped"]) == [NAMES[3], NAMES[0]]
+    left = {p.name for p in (run_of_four / "checkpoints").iterdir()}
     assert left == {Path(NAMES[1]).name, Path(NAMES[2]).name, "best.json"}
 
 
-def test_prune_without_undamaged_keeps_damaged(four, answer):
-    damage(four / "stages/search" / NAMES[0])
-    assert f"stages/search/{NAMES[0]}" in answer("checkpoint", "prune", four, "--keep", 9)["kept"]
+def test_prune_without_undamaged_keeps_damaged(run_of_four, run_json):
+    damage(run_of_four / "stages/search" / NAMES[0])
+    assert f"stages/search/{NAMES[0]}" in run_json("checkpoint", "prune", run_of_four, "--keep", 9)["kept"]
 
 
-def test_prune_during_training_is_refused(four, refused):
-    with locked(four):
-        assert "another process is training" in refused("checkpoint", "prune", four)
-    assert "must be at least 1" in refused("checkpoint", "prune", four, "--keep", 0)
+def test_prune_during_training_is_refused(run_of_four, run_refused):
+    with locked(run_of_four):
+        assert "another process is training" in run_refused("checkpoint", "prune", run_of_four)
+    assert "must be at least 1" in run_refused("checkpoint", "prune", run_of_four, "--keep", 0)
 
 
 @pytest.mark.slow
-def test_export_writes_averaged_weights(four, answer, refused, tmp_path):
+def test_export_writes_averaged_weights(run_of_four, run_json, run_refused, tmp_path):
     for flags, step in (([], 4), (["--best"], 2), (["--step", 3], 3)):
-        found = answer("checkpoint", "export", four, "--out", tmp_path / "small.safetensors", *flags)
-        run, source = factorkit.load(found["out"], device="cpu"), read_checkpoint(four / NAMES[4 - step])[0]
-        assert found["step"] == run.step == step
+        result = run_json("checkpoint", "export", run_of_four, "--out", tmp_path / "small.safetensors", *flags)
+        run, source = factorkit.load(result["out"], device="cpu"), read_checkpoint(run_of_four / NAMES[4 - step])[0]
+        assert result["step"] == run.step == step
         for name, value in run.model.state_dict().items():
             assert torch.equal(value, source[f"ema.module.{name}"]), name
-    last = answer("checkpoint", "export", four, "--out", tmp_path / "last.safetensors", "--weights", "last")
-    run, source = factorkit.load(last["out"], device="cpu"), read_checkpoint(four / NAMES[0])[0]
+    last = run_json("checkpoint", "export", run_of_four, "--out", tmp_path / "last.safetensors", "--weights", "last")
+    run, source = factorkit.load(last["out"], device="cpu"), read_checkpoint(run_of_four / NAMES[0])[0]
     assert all(torch.equal(value, source[f"model.{name}"]) for name, value in run.model.state_dict().items())
-    said = refused("checkpoint", "export", four, "--out", "x.safetensors", "--weights", 0.5)
-    assert "no average of decay 0.5" in said
-    assert "there are: 1, 2, 3, 4" in refused("checkpoint", "export", four, "--out", "x.safetensors", "--step", 7)
-    assert "--out FILE" in refused("checkpoint", "export", four)
-    assert "two checkpoints" in refused("checkpoint", "export", four, "--out", "x", "--best", "--step", 2)
-    (four / "checkpoints/best.json").unlink()
-    assert "no best" in refused("checkpoint", "export", four, "--out", "x.safetensors", "--best")
+    output = run_refused("checkpoint", "export", run_of_four, "--out", "x.safetensors", "--weights", 0.5)
+    assert "no average of decay 0.5" in output
+    assert "there are: 1, 2, 3, 4" in run_refused(
+        "checkpoint", "export", run_of_four, "--out", "x.safetensors", "--step", 7
+    )
+    assert "--out FILE" in run_refused("checkpoint", "export", run_of_four)
+    assert "two checkpoints" in run_refused("checkpoint", "export", run_of_four, "--out", "x", "--best", "--step", 2)
+    (run_of_four / "checkpoints/best.json").unlink()
+    assert "no best" in run_refused("checkpoint", "export", run_of_four, "--out", "x.safetensors", "--best")
 
 
-def test_checkpoint_of_other_folder_is_refused(tmp_path, refused):
+def test_checkpoint_of_other_folder_is_refused(tmp_path, run_refused):
     for action in ("ls", "verify", "prune", "export"):
         flags = ["--out", "x"] if action == "export" else []
-        assert "is not a run folder" in refused("checkpoint", action, tmp_path, *flags)
+        assert "is not a run folder" in run_refused("checkpoint", action, tmp_path, *flags)

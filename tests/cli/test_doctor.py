@@ -1,4 +1,4 @@
-"""The doctor's report: complete whatever is missing or broken, and right about which GPUs the compiled code reaches."""
+"""The doctor's report: complete if packages are missing or broken, and correct about the supported GPUs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ KEYS = {"factorkit", "python", "cpu", "torch", "driver", "gpus", "extension", "o
 
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, source: str) -> None:
-    """Put a module of this source before any other of that name."""
+    """Shadow any module of that name by one with this source."""
     (folder / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setitem(sys.modules, name, None)  # so that what was there, or nothing, is put back at the end
+    monkeypatch.setitem(sys.modules, name, None)  # monkeypatch then restores the previous state at the end
     monkeypatch.delitem(sys.modules, name)
 
 
-def problem(report: dict, start: str) -> dict:
-    found = [entry for entry in report["problems"] if entry["what"].startswith(start)]
-    assert len(found) == 1, (start, report["problems"])
-    return found[0]
+def find_problem(report: dict, start: str) -> dict:
+    result = [entry for entry in report["problems"] if entry["what"].startswith(start)]
+    assert len(result) == 1, (start, report["problems"])
+    return result[0]
 
 
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], targets: list[str]) -> None:
@@ -56,7 +56,7 @@ def test_report_has_all_keys_and_is_json():
 
 
 def test_report_distinguishes_missing_and_broken_packages(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "viser", None)  # Python's own way of saying: not there
+    monkeypatch.setitem(sys.modules, "viser", None)  # Python's marker for a missing module
     install(monkeypatch, tmp_path, "tinycudann", "raise OSError('no CUDA driver\\nlong story')")
     install(monkeypatch, tmp_path, "tensorboard", "raise SystemExit('goodbye')")
     install(monkeypatch, tmp_path, "cv2", "import a_library_that_is_not_there")
@@ -69,8 +69,8 @@ def test_report_distinguishes_missing_and_broken_packages(monkeypatch, tmp_path)
     assert parts["tensorboard"]["cause"] == "SystemExit: goodbye"
     assert parts["cv2"]["state"] == "broken" and "a_library_that_is_not_there" in parts["cv2"]["cause"]
     assert parts["torch_fidelity"] == {"state": "ok", "version": "7.8", "cause": None}
-    assert problem(report, "tinycudann")["what"] == "tinycudann is broken (OSError: no CUDA driver)"
-    assert "[viewer]" in problem(report, "viser")["cure"]
+    assert find_problem(report, "tinycudann")["what"] == "tinycudann is broken (OSError: no CUDA driver)"
+    assert "[viewer]" in find_problem(report, "viser")["cure"]
     assert not any("torch_fidelity" in entry["what"] for entry in report["problems"])
     assert "broken: OSError: no CUDA driver" in doctor.format_report(report)
 
@@ -88,7 +88,7 @@ def test_report_with_everything_broken_is_complete(monkeypatch):
     assert set(report) == KEYS
     assert report["torch"]["state"] == report["extension"]["state"] == "broken"
     assert report["torch"]["cause"] == "RuntimeError: no way"
-    assert problem(report, "torch is broken")["costs"] == "nothing works without it"
+    assert find_problem(report, "torch is broken")["costs"] == "nothing works without it"
     assert "unknown" in doctor.format_report(report)
 
 
@@ -108,7 +108,7 @@ def test_report_suppresses_output_of_imports(monkeypatch, tmp_path, capsys):
         (["sm_80", "sm_90", "compute_90"], (10, 0), "PTX"),
         (["sm_80", "sm_90", "compute_90"], (12, 0), "PTX"),
         (["sm_80", "sm_90", "compute_90"], (7, 5), "no"),
-        (["compute_80", "sm_90"], (9, 0), "machine code"),  # the better of the two, in any order
+        (["compute_80", "sm_90"], (9, 0), "machine code"),  # The better of the two is chosen in any order.
         (["sm_90a"], (9, 0), "machine code"),
         (["sm_100a", "compute_100a"], (10, 3), "no"),
         (["sm_100f"], (10, 3), "machine code"),
@@ -124,7 +124,7 @@ def test_report_gpu_not_covered_names_cure(monkeypatch):
     fake_gpu(monkeypatch, (12, 0), ["sm_90"])
     report = doctor.report()
     assert report["gpus"][0]["covered"] == "no" and report["gpus"][0]["bf16"]
-    assert "FACTORKIT_CUDA_ARCHS=sm_120 " in problem(report, "factorkit._C has no code")["cure"]
+    assert "FACTORKIT_CUDA_ARCHS=sm_120 " in find_problem(report, "factorkit._C has no code")["cure"]
     assert "Fast GPU, capability 12.0, 80.0 GiB" in doctor.format_report(report)
 
 
@@ -137,13 +137,13 @@ def test_report_gpu_covered_has_no_problem(monkeypatch):
 
 def test_report_extension_without_cuda_names_nvcc(monkeypatch):
     fake_gpu(monkeypatch, (9, 0), [])
-    assert "nvcc" in problem(doctor.report(), "factorkit._C has no CUDA code")["cure"]
+    assert "nvcc" in find_problem(doctor.report(), "factorkit._C has no CUDA code")["cure"]
 
 
 def test_report_torch_without_cuda_names_cure(monkeypatch):
     monkeypatch.setattr(doctor, "_driver", lambda: "580.65.06")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert problem(doctor.report(), "there is an NVIDIA GPU")["cure"] == "install a CUDA build of torch"
+    assert find_problem(doctor.report(), "there is an NVIDIA GPU")["cure"] == "install a CUDA build of torch"
 
 
 def test_report_unusable_driver_names_cause(monkeypatch):
@@ -158,7 +158,9 @@ def test_report_extension_of_other_version_is_broken(monkeypatch):
     extension = SimpleNamespace(build_info=lambda: {"version": "0.0.1"}, cuda_devices=lambda: [])
     monkeypatch.setitem(sys.modules, "factorkit._C", extension)
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.1.0")
-    assert problem(doctor.report(), "factorkit._C")["what"].endswith("(built for factorkit 0.0.1, installed is 0.1.0)")
+    assert find_problem(doctor.report(), "factorkit._C")["what"].endswith(
+        "(built for factorkit 0.0.1, installed is 0.1.0)"
+    )
 
 
 def test_report_ops_name_forced_reference(monkeypatch):
@@ -189,6 +191,6 @@ def test_commit_is_of_own_checkout_only(monkeypatch, tmp_path):
     assert doctor._commit() == head
     (tmp_path / "file").write_text("two")
     assert doctor._commit() == f"{head}-dirty"
-    # An installed copy that happens to lie inside somebody's checkout is not of that commit.
+    # An installed copy inside another checkout does not belong to that commit.
     monkeypatch.setattr(doctor, "PACKAGE", tmp_path / "venv" / "factorkit")
     assert doctor._commit() == "unknown"

@@ -1,4 +1,4 @@
-"""`factorkit prepare`: the list of data sets, official layouts, and disks and archives that resist."""
+"""`factorkit prepare`: the list of data sets, official layouts, full disks and malformed archives."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from PIL import Image
 from factorkit.data.layouts import READERS
 
 
-def test_prepare_list_names_expected_files_and_source(ask, answer):
-    code, out, _ = ask("prepare", "--list")
+def test_prepare_list_names_expected_files_and_source(run_cli, run_json):
+    code, out, _ = run_cli("prepare", "--list")
     assert code == 0
     for word in (
         "segmim/segmim_00001.jpg",
@@ -27,7 +27,7 @@ def test_prepare_list_names_expected_files_and_source(ask, answer):
         "3dshapes.h5",
     ):
         assert word in out
-    listed = answer("prepare", "--list")["layouts"]
+    listed = run_json("prepare", "--list")["layouts"]
     names = ["flowers-102", "cub-200-2011", "celebamask-hq", "ffhq", "imagenet", "voc-2012", "davis-2017"]
     assert [entry["name"] for entry in listed] == [*names, "3d-shapes", "ecssd", "huggingface", "webdataset"]
     for entry in listed:
@@ -42,14 +42,14 @@ def test_readers_ignore_other_layouts(tmp_path):
         assert [reader.read(data) for reader in READERS] == [None] * len(READERS)
 
 
-def test_prepare_circular_link_is_refused(refused, tmp_path):
+def test_prepare_circular_link_is_refused(run_refused, tmp_path):
     for name in ("x.zip", "photos"):
         (tmp_path / name).symlink_to(name)
-        assert "no such file or folder" in refused("prepare", tmp_path / name)
+        assert "no such file or folder" in run_refused("prepare", tmp_path / name)
 
 
-def test_prepare_without_data_is_refused(refused):
-    assert "--list" in refused("prepare")
+def test_prepare_without_data_is_refused(run_refused):
+    assert "--list" in run_refused("prepare")
 
 
 @pytest.fixture
@@ -65,29 +65,29 @@ def ecssd(tmp_path) -> Path:
     return tmp_path / "ECSSD"
 
 
-def test_prepare_names_layout_and_splits(ecssd, answer, ask):
-    found = answer("prepare", ecssd, "--resolution", 8)
-    assert (found["layout"], found["images"], found["held_out"], found["splits"]) == ("ecssd", 8, 2, {})
-    assert "ecssd: no official splits" in ask("prepare", ecssd, "--resolution", 8)[1]
+def test_prepare_names_layout_and_splits(ecssd, run_json, run_cli):
+    result = run_json("prepare", ecssd, "--resolution", 8)
+    assert (result["layout"], result["images"], result["held_out"], result["splits"]) == ("ecssd", 8, 2, {})
+    assert "ecssd: no official splits" in run_cli("prepare", ecssd, "--resolution", 8)[1]
 
 
 @pytest.mark.slow
-def test_train_on_published_layout_is_scored(ecssd, answer, flags, tmp_path):
-    found = answer(*flags(resolution=8, num_fit_images=1), "--data", ecssd, "--out", tmp_path / "run")
-    assert 0 <= found["scores"]["iou"] <= 1
+def test_train_on_published_layout_is_scored(ecssd, run_json, flags, tmp_path):
+    result = run_json(*flags(resolution=8, num_fit_images=1), "--data", ecssd, "--out", tmp_path / "run")
+    assert 0 <= result["scores"]["iou"] <= 1
 
 
-def test_prepare_bomb_or_broken_name_is_refused(refused, ask, tmp_path):
+def test_prepare_bomb_or_broken_name_is_refused(run_refused, run_cli, tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("../bo\nmb.png", bytes(10**6))
-    message = refused("prepare", tmp_path / "x.zip", "--resolution", 8)
+    message = run_refused("prepare", tmp_path / "x.zip", "--resolution", 8)
     assert "1 of 1 images" in message and "unsupported compression method" in message and message.isprintable()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="this system limits no file's size")
 def test_prepare_on_full_disk_is_refused(ecssd, tmp_path):
-    """A real write that fails half way, by the limit a process may set for its files."""
+    """A real write that fails half way, by the file-size limit of the process."""
     environment = {**os.environ, "FACTORKIT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
     limit += "; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"

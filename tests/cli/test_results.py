@@ -1,4 +1,4 @@
-"""What the commands write and print; in this process through `main(argv)`, by subprocess where a process matters."""
+"""Files and output of the commands: in this process through `main(argv)`, by subprocess where a process matters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_segment_writes_images_at_own_size(run, answer, tmp_path):
+def test_segment_writes_images_at_own_size(run, run_json, tmp_path):
     inputs, out = tmp_path / "in", tmp_path / "out"
     rng = np.random.default_rng(0)
     sizes = {"a/x.png": (30, 20), "b/x.png": (18, 40), "ünï.bmp": (16, 16), "x.jpg": (22, 22), "x.png": (9, 33)}
@@ -37,11 +37,11 @@ def test_segment_writes_images_at_own_size(run, answer, tmp_path):
         Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(inputs / name)
     (inputs / "broken.jpg").write_bytes((inputs / "x.jpg").read_bytes()[:300])
 
-    found = answer("segment", run, inputs, "--out", out, "-t", 10)
-    assert found["segmented"] == 5 and list(found["skipped"]) == ["broken.jpg"]
-    assert sum(found["areas"]) == pytest.approx(1)
+    result = run_json("segment", run, inputs, "--out", out, "-t", 10)
+    assert result["segmented"] == 5 and list(result["skipped"]) == ["broken.jpg"]
+    assert sum(result["areas"]) == pytest.approx(1)
     written = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
-    names = ("a/x", "b/x", "ünï", "x", "x.png")  # the second of two equal stems keeps its suffix
+    names = ("a/x", "b/x", "ünï", "x", "x.png")  # The second of two equal stems keeps its suffix.
     endings = ("labels", "mask_0", "mask_1", "overlay")
     assert written == {f"{name}_{ending}.png" for name in names for ending in endings} | {"contact_sheet.png"}
 
@@ -54,13 +54,13 @@ def test_segment_writes_images_at_own_size(run, answer, tmp_path):
     assert Image.open(out / "x.png_overlay.png").size == (9, 33)
 
 
-def test_segment_ignores_earlier_results(run, answer, refused, photos, tmp_path):
-    picture = tmp_path / "photo.png"
-    picture.write_bytes((photos / "images/00.png").read_bytes())
+def test_segment_ignores_earlier_results(run, run_json, run_refused, photos, tmp_path):
+    image = tmp_path / "photo.png"
+    image.write_bytes((photos / "images/00.png").read_bytes())
     for _ in range(2):
-        assert answer("segment", run, tmp_path, "--out", tmp_path)["segmented"] == 1
-    picture.unlink()
-    assert "results of an earlier call" in refused("segment", run, tmp_path, "--out", tmp_path)
+        assert run_json("segment", run, tmp_path, "--out", tmp_path)["segmented"] == 1
+    image.unlink()
+    assert "results are not data" in run_refused("segment", run, tmp_path, "--out", tmp_path)
 
 
 def test_output_names_are_distinct_and_below_output_folder():
@@ -69,125 +69,127 @@ def test_output_names_are_distinct_and_below_output_folder():
     assert names[:2] == ["x", "x.png"] and names[4:6] == ["up", "etc/root"]
 
 
-def test_segment_zip_and_duplicate_paths(run, photos, answer, tmp_path):
-    pictures = sorted((photos / "images").iterdir())[:2]
-    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
-        for picture in pictures:
-            archive.write(picture, f"deep/{picture.name}")
-    assert answer("segment", run, tmp_path / "pictures.zip", "--out", tmp_path / "a")["segmented"] == 2
+def test_segment_zip_and_duplicate_paths(run, photos, run_json, tmp_path):
+    images = sorted((photos / "images").iterdir())[:2]
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for image in images:
+            archive.write(image, f"deep/{image.name}")
+    assert run_json("segment", run, tmp_path / "images.zip", "--out", tmp_path / "a")["segmented"] == 2
     assert (tmp_path / "a/deep/00_labels.png").is_file()
-    answer("segment", run, pictures[0], pictures[0], "--out", tmp_path / "b")
+    run_json("segment", run, images[0], images[0], "--out", tmp_path / "b")
     assert len(list((tmp_path / "b").glob("*_labels.png"))) == 2
 
 
-def test_contact_sheet_shows_only_first_images(run, photos, answer, monkeypatch, tmp_path):
+def test_contact_sheet_shows_only_first_images(run, photos, run_json, monkeypatch, tmp_path):
     monkeypatch.setattr("factorkit.segdiff.inference.folder.CONTACT_SHEET_IMAGES", 2)
-    answer("segment", run, photos / "images", "--out", tmp_path)
+    run_json("segment", run, photos / "images", "--out", tmp_path)
     height = Image.open(tmp_path / "contact_sheet.png").height
     assert 2 * 120 <= height < 3 * 120
 
 
-def test_segment_unusable_input_is_refused(run, refused, tmp_path):
+def test_segment_unusable_input_is_refused(run, run_refused, tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"not an image")
     out = ("--out", tmp_path / "out")
-    assert "broken.png" in refused("segment", run, broken, *out)
-    assert "nothing.jpg" in refused("segment", run, tmp_path / "nothing.jpg", *out)
-    assert "t=1000" in refused("segment", run, run / "samples", *out, "-t", 1000)
-    assert "PATHS" in refused("segment", run, *out)
+    assert "broken.png" in run_refused("segment", run, broken, *out)
+    assert "nothing.jpg" in run_refused("segment", run, tmp_path / "nothing.jpg", *out)
+    assert "t=1000" in run_refused("segment", run, run / "samples", *out, "-t", 1000)
+    assert "PATHS" in run_refused("segment", run, *out)
     foreign = tmp_path / "foreign.safetensors"
     foreign.write_bytes(b"0" * 100)
-    assert "foreign" in refused("segment", foreign, broken, *out)
+    assert "foreign" in run_refused("segment", foreign, broken, *out)
 
 
 # --- generate, evaluate, prepare, demo, doctor ---
 
 
 @pytest.mark.slow
-def test_generate_writes_images_labels_and_masks(run, answer, refused, tmp_path):
+def test_generate_writes_images_labels_and_masks(run, run_json, run_refused, tmp_path):
     drawn = ("generate", run, "-n", 3, "--steps", 2, "--seed", 5)
-    found = answer(*drawn, "--out", tmp_path / "a", "--trajectory")
-    assert found["generated"] == 3 and Path(found["trajectory"]).is_file() and Path(found["contact_sheet"]).is_file()
+    result = run_json(*drawn, "--out", tmp_path / "a", "--trajectory")
+    assert result["generated"] == 3 and Path(result["trajectory"]).is_file() and Path(result["contact_sheet"]).is_file()
     names = {path.name for path in (tmp_path / "a").glob("generated_*")}
     assert names == {f"generated_000{i}{end}.png" for i in range(3) for end in ("", "_labels", "_mask_0", "_mask_1")}
-    answer(*drawn, "--out", tmp_path / "b")
-    answer(*drawn[:-1], 6, "--out", tmp_path / "c")
+    run_json(*drawn, "--out", tmp_path / "b")
+    run_json(*drawn[:-1], 6, "--out", tmp_path / "c")
     first, same, other = (np.asarray(Image.open(tmp_path / c / "generated_0002.png")) for c in "abc")
     assert first.shape == (16, 16, 3) and (first == same).all() and (first != other).any()
-    assert "n=0" in refused("generate", run, "-n", 0, "--out", tmp_path)
+    assert "n=0" in run_refused("generate", run, "-n", 0, "--out", tmp_path)
 
 
 @pytest.mark.slow
-def test_plain_ddpm_generates_but_refuses_to_segment(photos, answer, refused, tmp_path, flags):
-    assert "scores" in answer(*flags(regions=1, steps=1), "--data", photos, "--out", tmp_path / "plain")
-    answer("generate", tmp_path / "plain", "-n", 1, "--steps", 2, "--out", tmp_path / "out", "--trajectory")
+def test_plain_ddpm_generates_but_refuses_to_segment(photos, run_json, run_refused, tmp_path, flags):
+    assert "scores" in run_json(*flags(regions=1, steps=1), "--data", photos, "--out", tmp_path / "plain")
+    run_json("generate", tmp_path / "plain", "-n", 1, "--steps", 2, "--out", tmp_path / "out", "--trajectory")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"generated_0000.png", "contact_sheet.png", "trajectory.png"}
-    assert "regions=1" in refused("segment", tmp_path / "plain", photos / "images/00.png", "--out", tmp_path / "s")
+    assert "regions=1" in run_refused("segment", tmp_path / "plain", photos / "images/00.png", "--out", tmp_path / "s")
 
 
 @pytest.mark.slow
-def test_evaluate_prints_table_and_stores_scores(run, photos, ask, answer, refused):
+def test_evaluate_prints_table_and_stores_scores(run, photos, run_cli, run_json, run_refused):
     words = ("evaluate", run, "--images", photos / "images", "--masks", photos / "masks", "--num-fit-images", 20)
-    code, out, _ = ask(*words, "--baselines")
-    kept = json.loads((run / "scores.json").read_text())
-    assert code == 0 and kept["scored"] == 4 and kept["fitted_on"] == 20
+    code, out, _ = run_cli(*words, "--baselines")
+    stored = json.loads((run / "scores.json").read_text())
+    assert code == 0 and stored["scored"] == 4 and stored["fitted_on"] == 20
     rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
-    assert rows["model"] == [f"{kept[key]:.3f}" for key in ("acc", "iou", "dice")]
+    assert rows["model"] == [f"{stored[key]:.3f}" for key in ("acc", "iou", "dice")]
     names = [name.replace("_", " ") for name in BASELINES]
     assert [name for name in rows if name in names] == names
-    assert rows["mean mask"] == [f"{kept['baselines']['mean_mask'][key]:.3f}" for key in ("acc", "iou", "dice")]
-    assert answer(*words) == json.loads((run / "scores.json").read_text())
-    assert "num_fit_images=24" in refused(*words[:-1], 24)
+    assert rows["mean mask"] == [f"{stored['baselines']['mean_mask'][key]:.3f}" for key in ("acc", "iou", "dice")]
+    assert run_json(*words) == json.loads((run / "scores.json").read_text())
+    assert "num_fit_images=24" in run_refused(*words[:-1], 24)
 
 
-def test_evaluate_ignore_value_is_not_scored(run, photos, answer, tmp_path):
-    """Masks whose every object pixel is ignored leave nothing to find: the all-foreground predictor scores 0."""
+def test_evaluate_ignore_value_is_not_scored(run, photos, run_json, tmp_path):
+    """If every object pixel is ignored, there is no foreground, and the all-foreground predictor scores 0."""
     for path in (photos / "masks").iterdir():
         Image.fromarray(np.where(np.asarray(Image.open(path)), 128, 0).astype(np.uint8)).save(tmp_path / path.name)
     words = ("evaluate", run, "--images", photos / "images", "--masks", tmp_path, "--num-fit-images", 20, "--baselines")
-    assert answer(*words, "--ignore", 128)["baselines"]["all_foreground"]["acc"] == 0
-    assert answer(*words)["baselines"]["all_foreground"]["acc"] > 0
+    assert run_json(*words, "--ignore", 128)["baselines"]["all_foreground"]["acc"] == 0
+    assert run_json(*words)["baselines"]["all_foreground"]["acc"] > 0
 
 
 @pytest.mark.slow
-def test_prepare_fills_cache_that_training_reads(photos, answer, ask, tmp_path, flags):
-    (photos / "images" / "broken.png").write_bytes(b"no picture")
+def test_prepare_fills_cache_that_training_reads(photos, run_json, run_cli, tmp_path, flags):
+    (photos / "images" / "broken.png").write_bytes(b"not an image")
     try:
-        found = answer("prepare", photos, "--resolution", 16)
-        assert list(found["skipped"]) == ["broken.png"] and found["images"] + found["held_out"] == 24
+        result = run_json("prepare", photos, "--resolution", 16)
+        assert list(result["skipped"]) == ["broken.png"] and result["images"] + result["held_out"] == 24
         entries = set(Path(os.environ["FACTORKIT_CACHE"]).rglob("images.npy"))
-        assert Path(found["path"]) / "images.npy" in entries
-        assert ask(*flags(steps=1), "--data", photos, "--out", tmp_path / "run")[0] == 0
-        assert set(Path(os.environ["FACTORKIT_CACHE"]).rglob("images.npy")) == entries, "training decoded them again"
+        assert Path(result["path"]) / "images.npy" in entries
+        assert run_cli(*flags(steps=1), "--data", photos, "--out", tmp_path / "run")[0] == 0
+        assert set(Path(os.environ["FACTORKIT_CACHE"]).rglob("images.npy")) == entries, (
+            "training must not decode them again"
+        )
     finally:
         (photos / "images" / "broken.png").unlink()
 
 
 @pytest.mark.slow
-def test_demo_reports_failure_and_success(ask, answer, monkeypatch, tmp_path, small):
+def test_demo_reports_failure_and_success(run_cli, run_json, monkeypatch, tmp_path, small):
     monkeypatch.setitem(PRESETS, "demo", small)
     monkeypatch.setattr(
         "factorkit.segdiff.train.make_procedural_dataset", partial(make_procedural_dataset, train=16, test=8)
     )
     out = tmp_path / "demo"
-    found = answer("demo", "--out", out, "--seed", 3)
-    assert found["iou"] < 0.8 and any("below the required" in failure for failure in found["failures"])
-    assert len(found["failures"]) > 1, "four steps set off alarms too"
-    assert {"acc", "dice", "seconds"} <= set(found) and Path(found["report"]).is_file()
+    result = run_json("demo", "--out", out, "--seed", 3)
+    assert result["iou"] < 0.8 and any("below the required" in failure for failure in result["failures"])
+    assert len(result["failures"]) > 1, "four steps trigger alarms too"
+    assert {"acc", "dice", "seconds"} <= set(result) and Path(result["report"]).is_file()
     assert len(list((out / "segmented").glob("*_labels.png"))) == 8
     assert len(list((out / "generated").glob("*_labels.png"))) == 16
-    _, text, _ = ask("demo", "segdiff", "--out", out, "--seed", 3)
-    assert "FAILED" in text and all(failure in text for failure in found["failures"]) and "centre disc" in text
+    _, text, _ = run_cli("demo", "segdiff", "--out", out, "--seed", 3)
+    assert "FAILED" in text and all(failure in text for failure in result["failures"]) and "centre disc" in text
     monkeypatch.setattr(demo, "MIN_IOU", 0.0)
     monkeypatch.setattr("factorkit.cli.train.read_failures", lambda folder: [])
-    _, text, _ = ask("demo", "--out", out, "--seed", 3)
+    _, text, _ = run_cli("demo", "--out", out, "--seed", 3)
     assert "It worked" in text and "FAILED" not in text
 
 
-def test_doctor_prints_report(ask, answer):
-    assert answer("doctor")["torch"]["version"] == torch.__version__
-    assert torch.__version__ in ask("doctor")[1]
+def test_doctor_prints_report(run_cli, run_json):
+    assert run_json("doctor")["torch"]["version"] == torch.__version__
+    assert torch.__version__ in run_cli("doctor")[1]
 
 
 # --- examples ---

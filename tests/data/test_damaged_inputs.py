@@ -129,7 +129,7 @@ def test_zip_equal_member_names_are_two_images(tmp_path, save):
     with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "x.zip", "a") as archive:
         warnings.simplefilter("ignore")
         archive.write(tmp_path / "0.png", "masks/a.png")
-    with pytest.raises(DataError, match="a.png and a.png: the mask a.png fits each of these images"):
+    with pytest.raises(DataError, match="a.png and .*a.png: two images of one name"):
         open_dataset(tmp_path / "x.zip")
 
 

@@ -1,4 +1,4 @@
-"""The U-Net's parts against formulas written with torch's own functions."""
+"""The parts of the U-Net compared with formulas written with torch functions."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def seeded():
     torch.manual_seed(0)
 
 
-def randomised(module):
-    """Zero-initialised layers would hide what lies behind them."""
+def randomize_weights(module):
+    """Randomize zero-initialised layers, which would hide the layers before them."""
     with torch.no_grad():
         for p in module.parameters():
             p.add_(torch.randn_like(p) * 0.2)
@@ -57,7 +57,7 @@ def test_sinusoid_equals_cosines_and_sines():
 
 
 def test_time_embedding_equals_two_linear_layers_in_weight_precision():
-    time = randomised(TimeEmbedding(8))
+    time = randomize_weights(TimeEmbedding(8))
     t = torch.tensor([3, 400])
     first, _, second = time
     expected = second(F.silu(first(sinusoid(t, 8).double())))
@@ -67,7 +67,7 @@ def test_time_embedding_equals_two_linear_layers_in_weight_precision():
 
 @pytest.mark.parametrize(("channels", "out", "skip"), [(8, 8, 0), (8, 12, 0), (8, 8, 4), (8, 12, 8)])
 def test_res_block_equals_its_equation(channels, out, skip):
-    block = randomised(ResBlock(channels, out, 16, skip_channels=skip, norm_groups=2))
+    block = randomize_weights(ResBlock(channels, out, 16, skip_channels=skip, norm_groups=2))
     u, s, embedding = rand(3, channels, 6, 5), rand(3, skip, 6, 5), rand(3, 16)
     x = torch.cat([u, s], 1)
     normal = lambda h, n: F.group_norm(h, n.groups, n.weight, n.bias, eps=1e-5)  # noqa: E731
@@ -82,7 +82,7 @@ def test_res_block_equals_its_equation(channels, out, skip):
 
 @pytest.mark.parametrize("norm", ["group", "masked_group", "pixel"])
 def test_res_block_masked_branches_equal_separate_blocks(norm):
-    block = randomised(ResBlock(8, 8, 16, skip_channels=4, norm_groups=2, norm=norm))
+    block = randomize_weights(ResBlock(8, 8, 16, skip_channels=4, norm_groups=2, norm=norm))
     u, skip, embedding = rand(6, 8, 4, 4), rand(3, 4, 4, 4), rand(6, 16)
     masks = rand(3, 2, 4, 4).softmax(1)
     together = block(u, embedding, skip, masks).unflatten(0, (3, 2))
@@ -95,14 +95,14 @@ def test_res_block_masked_branches_equal_separate_blocks(norm):
 
 
 def test_res_block_dropout_precedes_the_second_convolution():
-    block = randomised(ResBlock(8, 8, 16, norm_groups=2, dropout=0.999999)).train()
+    block = randomize_weights(ResBlock(8, 8, 16, norm_groups=2, dropout=0.999999)).train()
     u, embedding = rand(2, 8, 4, 4), rand(2, 16)
     expected = u + block.conv2.bias[:, None, None]
     torch.testing.assert_close(block(u, embedding), expected.expand_as(u))
 
 
 def test_attention_equals_its_equation():
-    attention = randomised(Attention(8, num_heads=2, norm_groups=2))
+    attention = randomize_weights(Attention(8, num_heads=2, norm_groups=2))
     x = rand(2, 8, 3, 4)
     h = F.group_norm(x, attention.norm.groups, attention.norm.weight, attention.norm.bias)
     q, k, v = F.conv2d(h, attention.qkv.weight, attention.qkv.bias).flatten(2).chunk(3, 1)
@@ -121,7 +121,7 @@ def test_attention_indivisible_heads_become_one():
 
 
 def test_resampling_layers_equal_their_definitions():
-    down, up = randomised(Downsample(3)), randomised(Upsample(3))
+    down, up = randomize_weights(Downsample(3)), randomize_weights(Upsample(3))
     x = rand(1, 3, 6, 4)
     torch.testing.assert_close(down(x), F.conv2d(x, down.weight, down.bias, stride=2, padding=1))
     doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)

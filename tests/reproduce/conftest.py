@@ -1,4 +1,4 @@
-"""Tiny settings and data, on which every experiment is run from end to end."""
+"""Tiny settings and data to run every experiment from end to end."""
 
 from __future__ import annotations
 
@@ -53,8 +53,7 @@ NERFDIFF = {
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path_factory, monkeypatch):
-    """No curves, no second-long GrabCut, few pictures, views and steps, no alignment sharpened on the pictures, no
-    cache of the user's."""
+    """Use few images, views and steps and a separate cache; skip curves, GrabCut and the refinement of test poses."""
     torch.set_num_threads(1)
     monkeypatch.setattr("factorkit.report.html.draw_curves", lambda *args: [])
     monkeypatch.setitem(BASELINES, "grabcut", all_foreground)
@@ -88,8 +87,8 @@ def small(photos, tmp_path):
     """small(name, **options): an experiment of chapter 2 on the drawn flowers, in one folder."""
 
     def run(name, **options):
-        given = {"seeds": 1, "out": tmp_path, "ignore": 128, "progress": False, **SEGDIFF, **options}
-        return reproduce(name, photos, **given)
+        settings = {"seeds": 1, "out": tmp_path, "ignore": 128, "progress": False, **SEGDIFF, **options}
+        return reproduce(name, photos, **settings)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Experiments that need more than one data set, or levels: zero-shot transfer, clips, hierarchies; tiny, end to end."""
+"""Experiments with several data sets or levels (zero-shot transfer, videos, hierarchies), tiny, end to end."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def test_table_2_7_scores_classes_with_images(small, voc, tmp_path, monkeypatch)
         small("table2.7", rows=["cat"])
     with pytest.warns(UserWarning, match="too few images of VOC show dog"):
         report = small("table2.7", rows=["cat", "dog"], voc=voc)
-    found = {row["row"]: row for row in report.data["rows"]}
+    result = {row["row"]: row for row in report.data["rows"]}
     run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
     expected = run.evaluate_zero_shot(voc)["classes"]["cat"]
-    assert found["cat"]["cells"][0]["scores"]["miou"] == pytest.approx(expected["miou"])
-    assert found["cat"]["cells"][0]["scores"]["images"] == 3
+    assert result["cat"]["cells"][0]["scores"]["miou"] == pytest.approx(expected["miou"])
+    assert result["cat"]["cells"][0]["scores"]["images"] == 3
     assert report.data["images"] == ["images/cat-seed0.png"]
-    assert json.dumps(report.data).count("0.66") >= 1, "the dissertation's mIoU of cats stands beside it"
+    assert json.dumps(report.data).count("0.66") >= 1, "the table also shows the dissertation's mIoU of cats"
 
 
 @pytest.mark.slow
@@ -68,5 +68,5 @@ def test_fig_2_16_scores_both_levels(tmp_path, photos):
     report = reproduce("fig2.16", None, out=tmp_path, progress=False, norm_groups=2, **tiny)
     scores = report.data["rows"][0]["cells"][0]["scores"]
     assert scores["level2"] == pytest.approx(scores["level1"] * scores["within"])
-    with Image.open(report.folder / report.data["images"][0]) as sheet:
-        assert sheet.width > sheet.height
+    with Image.open(report.folder / report.data["images"][0]) as grid:
+        assert grid.width > grid.height

@@ -1,4 +1,4 @@
-"""Every experiment from end to end, tiny; what it prints is compared with what was computed another way."""
+"""Every experiment, tiny, end to end; its numbers are compared with an independent computation."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.config import preset_config
 
 
-def pictures(report) -> list[Path]:
-    found = [report.folder / name for name in report.data["images"]]
-    for path in found:
-        with Image.open(path) as picture:
-            assert min(picture.size) > 50
-    return found
+def find_images(report) -> list[Path]:
+    result = [report.folder / name for name in report.data["images"]]
+    for path in result:
+        with Image.open(path) as image:
+            assert min(image.size) > 50
+    return result
 
 
-def means(report) -> dict[str, dict[str, float]]:
+def read_means(report) -> dict[str, dict[str, float]]:
     return {row["row"]: row["mean"] for row in report.data["rows"]}
 
 
@@ -42,10 +42,10 @@ def test_experiments_are_described_completely():
 
 
 def test_scales_have_documented_settings():
-    def at(scale, full="cub64"):
+    def read_settings(scale, full="cub64"):
         return Trainings(Setup("table2.2", None, scale, Path("nowhere")), full).config()
 
-    small, gpu, full = map(at, SCALES)
+    small, gpu, full = map(read_settings, SCALES)
     assert (small.resolution, small.model_channels, small.steps, small.form) == (32, 16, 800, "regional")
     assert (gpu.resolution, gpu.model_channels, gpu.num_res_blocks, gpu.form) == (64, 128, 3, "regional")
     assert (full.resolution, full.model_channels, full.batch_size, full.steps, full.form) == (
@@ -55,13 +55,13 @@ def test_scales_have_documented_settings():
         50_000,
         "thesis",
     )
-    assert full.regions == 3 and at("full", "imagenet64").batch_size == 512
+    assert full.regions == 3 and read_settings("full", "imagenet64").batch_size == 512
 
 
 @pytest.mark.slow
 def test_table_2_1_scores_equal_those_of_the_run(small, tmp_path):
     report = small("table2.1", seeds=2)
-    found = means(report)
+    result = read_means(report)
     run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
     cells = {row["row"]: row["cells"] for row in report.data["rows"]}
     ours = cells["ours, regional form"]
@@ -73,10 +73,10 @@ def test_table_2_1_scores_equal_those_of_the_run(small, tmp_path):
     assert thesis.config.form == "thesis" and len(cells["ours, the thesis' form"]) == 1
     other = factorkit.load(tmp_path / "runs" / "small-photos-mixture-seed1", device="cpu").config
     assert (other.masks, other.regions) == ("mixture", 3)
-    # the better polarity of everything is everything or nothing
-    every = found["all foreground"]
+    # The better polarity of a full mask is a full or an empty mask.
+    every = result["all foreground"]
     assert every["best_iou"] == every["iou"] and every["acc"] < 0.5 < 1 - every["acc"]
-    assert len(pictures(report)) == 1
+    assert len(find_images(report)) == 1
     with np.load(report.folder / "cells" / "all_foreground-seed0.npz") as stored:
         assert stored["foreground"].all() and stored["foreground"].shape == (8, 16, 16)
 
@@ -84,9 +84,9 @@ def test_table_2_1_scores_equal_those_of_the_run(small, tmp_path):
 @pytest.mark.slow
 def test_tables_2_3_and_2_5_share_their_trainings(small, tmp_path):
     report = small("table2.3")
-    found = means(report)
-    assert set(found) == {"supervised U-Net", "DatasetDDPM-unsup.", "ours"} and len(pictures(report)) == 1
-    assert all(0 < row["acc"] <= 1 and 0 < row["miou"] <= row["acc"] for row in found.values())
+    result = read_means(report)
+    assert set(result) == {"supervised U-Net", "DatasetDDPM-unsup.", "ours"} and len(find_images(report)) == 1
+    assert all(0 < row["acc"] <= 1 and 0 < row["miou"] <= row["acc"] for row in result.values())
     before = {path.parent.name for path in (tmp_path / "runs").glob("*/config.json")}
     assert before == {f"small-photos-{label}-seed0" for label in ("supervised", "plain", "ours")}
 
@@ -94,10 +94,10 @@ def test_tables_2_3_and_2_5_share_their_trainings(small, tmp_path):
         report = small("table2.5")
     after = {path.parent.name for path in (tmp_path / "runs").glob("*/config.json")}
     assert after - before == {"small-photos-plain-compute-seed0"}
-    found = means(report)
+    result = read_means(report)
     settings = json.loads((tmp_path / "runs" / "small-photos-plain-compute-seed0" / "config.json").read_text())
-    assert settings["steps"] == found["plain DDPM, equal compute"]["steps"] > found["ours"]["steps"] == 2
-    assert all(found[row]["frechet"] > 0 and 0 <= found[row]["consistency"] <= 1 for row in list(found)[:3])
+    assert settings["steps"] == result["plain DDPM, equal compute"]["steps"] > result["ours"]["steps"] == 2
+    assert all(result[row]["frechet"] > 0 and 0 <= result[row]["consistency"] <= 1 for row in list(result)[:3])
     weights = [row for row in report.data["rows"] if row["row"].endswith(": FID")]
     assert len(weights) == 3 and all("weights-inception" in row["not_run"]["0"] for row in weights)
 
@@ -110,41 +110,43 @@ def test_table_2_6_changes_only_the_decoding(small, tmp_path):
     for label, decoding in rows.items():
         config = json.loads((tmp_path / "runs" / f"small-photos-{label}-seed0" / "config.json").read_text())
         assert config["decoding"] == decoding and config["form"] == "regional"
-    assert all({"iou", "frechet"} <= set(means(report)[row]) for row in ("concat", "w/o weight sharing", "ours"))
-    assert len(pictures(report)) == 1
+    assert all({"iou", "frechet"} <= set(read_means(report)[row]) for row in ("concat", "w/o weight sharing", "ours"))
+    assert len(find_images(report)) == 1
 
 
 @pytest.mark.slow
 def test_figures_of_chapter_2_share_one_training(small, tmp_path):
     for name in ("fig2.9", "fig2.10", "fig2.12"):
-        assert len(pictures(small(name))) == 1
+        assert len(find_images(small(name))) == 1
     with pytest.warns(UserWarning, match="must have classes"):
         assert small("fig2.11").data["rows"][0]["not_run"]
-    found = means(small("fig2.18"))
-    assert list(found) == [f"t = {t}" for t in range(0, 70, 10)]
+    result = read_means(small("fig2.18"))
+    assert list(result) == [f"t = {t}" for t in range(0, 70, 10)]
     runs = [path.parent.name for path in (tmp_path / "runs").glob("*/checkpoints")]
     assert runs == ["small-photos-ours-seed0"]
 
 
 @pytest.mark.slow
 def test_table_3_1_and_ablations_share_trainings(scene, tmp_path):
-    found = means(scene("table3.1"))
-    assert found["supervised"]["rotation_median_deg"] < 1e-2 < found["NeRF--"]["rotation_median_deg"]
-    assert all({"psnr", "ssim", "psnr_encoder"} <= set(row) for row in found.values())
-    joint = found["ours, joint as in the thesis"]
-    found = means(scene("fig3.10"))
-    assert found["noise"] == joint, "what experiments vary around is trained once"
-    assert found["no noise (autoencoder)"] != joint
+    result = read_means(scene("table3.1"))
+    assert result["supervised"]["rotation_median_deg"] < 1e-2 < result["NeRF--"]["rotation_median_deg"]
+    assert all({"psnr", "ssim", "psnr_encoder"} <= set(row) for row in result.values())
+    joint = result["ours, joint as in the thesis"]
+    result = read_means(scene("fig3.10"))
+    assert result["noise"] == joint, "the common baseline is trained once"
+    assert result["no noise (autoencoder)"] != joint
     runs = {path.parent.name for path in (tmp_path / "runs").glob("*/config.json")}
     ends = ("poses=known", "poses=learned", "usual", "search=dictionary", "noise=False")
     assert runs == {f"small-procedural-{end}-seed0" for end in ends}
     for name in ("fig3.4", "fig3.6", "fig3.7", "fig3.8", "fig3.9"):
-        assert pictures(scene(name))
+        assert find_images(scene(name))
     assert len(list((tmp_path / "runs").iterdir())) == len(runs)
 
 
 def test_multiply_adds_equal_independent_count():
-    """64 px, C = 128, counted elsewhere: 39.7 G for the plain DDPM, 123.7 G for three branches, there with the skips'
-    part of each shortcut for every branch."""
+    """Independent count at 64 px, C = 128: 39.7 G for the plain DDPM, 123.7 G for three branches.
+
+    The latter counts the skips' part of each shortcut once per branch.
+    """
     counts = [generation.count_multiply_adds(preset_config("flowers64", regions=k).resolved()) for k in (1, 3)]
     assert np.array(counts) / 1e9 == pytest.approx([39.7, 123.7], rel=0.015)

@@ -1,4 +1,4 @@
-"""Cells belong to the data they were filled on, whatever these are called; a numbers-only experiment shows it."""
+"""Stored cells belong to the data they were computed on, whatever their path."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from factorkit.utils.errors import CheckpointError
 
 
 @pytest.fixture(autouse=True)
-def counting(monkeypatch):
-    """An experiment that answers how many files the data have, and reads a variable."""
+def counting_experiment(monkeypatch):
+    """An experiment that returns the number of files of the data, and reads a variable."""
 
     def rows(setup):
         return [Row("files", lambda seed: CellResult({"files": len(list(setup.data.rglob("*.png")))}))]
@@ -33,7 +33,7 @@ def counting(monkeypatch):
 
 @pytest.fixture
 def birds(tmp_path):
-    """Three pictures with masks, in a folder."""
+    """Three images with masks, in a folder."""
     folder = tmp_path / "A" / "birds.v1"
     for kind, shape in (("images", (16, 16, 3)), ("masks", (16, 16))):
         (folder / kind).mkdir(parents=True)
@@ -43,7 +43,7 @@ def birds(tmp_path):
     return folder
 
 
-def packed(folder, path):
+def pack_zip(folder, path):
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(folder.rglob("*.png")):
@@ -51,32 +51,32 @@ def packed(folder, path):
     return path
 
 
-def run(data, out, **inputs):
+def count_files(data, out, **inputs):
     return reproduce("table9.1", data, out=out, progress=False, **inputs).data["rows"][0]["mean"]["files"]
 
 
 def test_cells_of_other_data_are_refused(birds, tmp_path):
     out = tmp_path / "out"
-    assert run(birds, out) == 6
+    assert count_files(birds, out) == 6
     with pytest.raises(CheckpointError, match="other data.*'birds.v1'.* there, .*'birds.v2'.* requested.*another out="):
-        run(shutil.copytree(birds, tmp_path / "A" / "birds.v2"), out)
+        count_files(shutil.copytree(birds, tmp_path / "A" / "birds.v2"), out)
     moved = shutil.copytree(birds, tmp_path / "B" / "birds.v1")
     os.utime(moved / "masks" / "1.png", (1, 1))
     (moved / ".DS_Store").write_text("hidden")
-    assert run(moved, out) == 6, "the same pictures at another place and time are the same data"
+    assert count_files(moved, out) == 6, "copies of the same images elsewhere are the same data"
     mask = moved / "masks" / "1.png"
     Image.fromarray(255 - np.asarray(Image.open(mask))).save(mask)
     with pytest.raises(CheckpointError, match="other data "):
-        run(moved, out)
+        count_files(moved, out)
 
 
 def test_fingerprint_distinguishes_zips_and_arrays(birds, tmp_path):
-    first = packed(birds, tmp_path / "C" / "images.zip")
+    first = pack_zip(birds, tmp_path / "C" / "images.zip")
     image = birds / "images" / "2.png"
     image.write_bytes(image.read_bytes()[:-1] + b"?")  # the same size
-    second = packed(birds, tmp_path / "D" / "images.zip")
-    found = fingerprint(first), fingerprint(second)
-    assert found[0]["bytes"] == found[1]["bytes"] and found[0]["sha256"] != found[1]["sha256"]
+    second = pack_zip(birds, tmp_path / "D" / "images.zip")
+    result = fingerprint(first), fingerprint(second)
+    assert result[0]["bytes"] == result[1]["bytes"] and result[0]["sha256"] != result[1]["sha256"]
     array = np.zeros((64, 64, 64, 3), np.uint8)
     np.save(tmp_path / "x.npy", array)
     before = fingerprint(tmp_path / "x.npy")
@@ -94,16 +94,16 @@ def test_fingerprint_of_many_files_counts_names_and_sizes(birds, monkeypatch):
 
 
 def test_cells_of_other_video_are_refused(birds, tmp_path):
-    out = birds / "out"  # within the data: its own files are none of them
-    assert run(birds, out) == 6
+    out = birds / "out"  # The output folder lies within the data, but its files do not belong to them.
+    assert count_files(birds, out) == 6
     with pytest.raises(CheckpointError, match=r"other data \(data.video: None there"):
-        run(birds, out, video=birds / "images")
+        count_files(birds, out, video=birds / "images")
 
 
 def test_folder_without_cells_accepts_other_data(birds, tmp_path):
     out = tmp_path / "out"
-    run(birds, out)
+    count_files(birds, out)
     shutil.rmtree(out / "table9.1" / "cells")
-    assert run(birds, out, video=birds / "images") == 6
+    assert count_files(birds, out, video=birds / "images") == 6
     settings = json.loads((out / "table9.1" / "config.json").read_text())
     assert settings["data"]["video"]["name"] == "images"

@@ -1,4 +1,4 @@
-"""reproduce(..., regions=(2, 2)): tables of foreground and classes, of a hierarchy's regions."""
+"""reproduce(..., regions=(2, 2)): tables of foreground and classes for a hierarchy."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ NESTED = {"regions": (2, 2), "norm_groups": 2}
 def test_foreground_of_hierarchy_equals_that_of_run(small, tmp_path):
     report = small("table2.1", rows=["ours, regional form"], **NESTED)
     run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
-    found = report.data["rows"][5]["cells"][0]["scores"]
-    assert run.config.num_leaf_regions == 4 and run.scores["level"] == found["level"] == 2
+    result = report.data["rows"][5]["cells"][0]["scores"]
+    assert run.config.num_leaf_regions == 4 and run.scores["level"] == result["level"] == 2
     for key in ("acc", "iou", "dice"):
-        assert found[key] == pytest.approx(run.scores[key])
-        assert found[f"best_{key}"] == pytest.approx(run.scores[f"oracle_{key}"])
+        assert result[key] == pytest.approx(run.scores[key])
+        assert result[f"best_{key}"] == pytest.approx(run.scores[f"oracle_{key}"])
     small("fig2.18", rows=["t = 0"], **NESTED)
     small("table2.6", rows=["ours"], **NESTED)
     with pytest.raises(ConfigError, match="one number of regions"):
@@ -34,8 +34,8 @@ def test_foreground_of_hierarchy_equals_that_of_run(small, tmp_path):
 @pytest.mark.slow
 def test_classes_of_hierarchy_are_scored(small):
     for name, row in (("table2.3", "ours"), ("table2.5", "ours")):
-        (found,) = [one for one in small(name, rows=[row], **NESTED).data["rows"] if one["row"] == row]
-        assert found["cells"] and 0 < found["cells"][0]["scores"].get("acc", 1) <= 1
+        (result,) = [one for one in small(name, rows=[row], **NESTED).data["rows"] if one["row"] == row]
+        assert result["cells"] and 0 < result["cells"][0]["scores"].get("acc", 1) <= 1
 
 
 def test_hierarchy_with_too_few_regions_gets_more_parts(monkeypatch, tmp_path):
@@ -60,9 +60,9 @@ def test_drawn_foreground_is_of_scored_level():
     known = LabelledImages(
         np.zeros((10, 8, 8, 3), np.uint8), truth, np.ones_like(truth), [""] * 10, truth.astype(np.int32)
     )
-    found = segdiff_runs.score_regions(segdiff_runs.HeldOutImages(None, known, 2), leaves, (4, 4))
-    assert found.scores["iou"] == 1 and found.scores["level"] == 1
-    assert np.array_equal(found.arrays["foreground"], truth[2:10])
+    result = segdiff_runs.score_regions(segdiff_runs.HeldOutImages(None, known, 2), leaves, (4, 4))
+    assert result.scores["iou"] == 1 and result.scores["level"] == 1
+    assert np.array_equal(result.arrays["foreground"], truth[2:10])
 
 
 def test_fig_2_16_refuses_other_regions(small, tmp_path):

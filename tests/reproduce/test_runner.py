@@ -1,4 +1,4 @@
-"""Cells, tables and mistakes, with an experiment of numbers."""
+"""Cells, tables and errors, with an experiment that only returns numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
 @pytest.fixture
 def numbers(monkeypatch):
-    """An experiment whose rows count how often they are worked; `numbers.fail` names a cell that is killed."""
+    """An experiment whose rows count their computations; `numbers.fail` names a cell that is killed."""
 
     class Numbers:
         worked: list
@@ -32,13 +32,13 @@ def numbers(monkeypatch):
 
         return cell
 
-    def absent(seed):
+    def raise_unavailable(seed):
         raise CellUnavailableError("put weights.pth there")
 
     rows = [
         Row("still", work("still", 0.5), max_seeds=1),
         Row("ours, new", work("ours, new", 0.3)),
-        Row("weights", absent),
+        Row("weights", raise_unavailable),
     ]
     drawn = []
     experiment = Experiment(
@@ -62,12 +62,12 @@ def numbers(monkeypatch):
 def test_table_has_mean_spread_citations_and_missing_cells(numbers, tmp_path):
     with pytest.warns(UserWarning, match="put weights.pth there"):
         report = reproduce("fig9.2", out=tmp_path, seeds=3, progress=False)
-    found = json.loads((report.folder / "table.json").read_text())
-    assert found == report.data and report.folder == tmp_path / "table9.1"
-    still, ours, weights = found["rows"]
+    result = json.loads((report.folder / "table.json").read_text())
+    assert result == report.data and report.folder == tmp_path / "table9.1"
+    still, ours, weights = result["rows"]
     assert ours["mean"]["share"] == pytest.approx(0.4) and ours["spread"]["share"] == pytest.approx(0.1)
     assert [cell["seed"] for cell in ours["cells"]] == [0, 1, 2]
-    assert len(still["cells"]) == 1 and still["spread"]["share"] is None, "nothing random in it: one seed"
+    assert len(still["cells"]) == 1 and still["spread"]["share"] is None, "a deterministic row has one seed"
     assert weights["cells"] == [] and set(weights["not_run"].values()) == {"put weights.pth there"}
     page = (report.folder / "table.md").read_text()
     assert "| ours, new | 3 | 40.0 ± 10.0 | 2.00 ± 0.00 |" in page

@@ -22,42 +22,42 @@ TINY = {
 
 
 @pytest.fixture
-def tiny():
-    """tiny(dtype, **changes): a small network with no weight left at zero, masks far from uniform, in eval mode."""
+def build_tiny():
+    """build_tiny(dtype, **changes): a small network without zero weights, masks far from uniform, in eval mode."""
 
     def make(dtype=torch.float64, **changes) -> FactorizedUNet:
         torch.manual_seed(0)
-        return stirred(FactorizedUNet(**{**TINY, **changes})).to(dtype).eval()
+        return randomize_weights(FactorizedUNet(**{**TINY, **changes})).to(dtype).eval()
 
     return make
 
 
-def stirred(model: FactorizedUNet) -> FactorizedUNet:
+def randomize_weights(model: FactorizedUNet) -> FactorizedUNet:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
         if model.regions > 1:
             model.masks.decoder.conv_out.weight.mul_(3)
-        for buffer in model.buffers():  # running averages that are told apart from their initial values
+        for buffer in model.buffers():  # Running averages differ from their initial values.
             buffer.add_(torch.rand_like(buffer) * 0.5)
     return model
 
 
 @pytest.fixture
-def stirred_run():
-    """stirred_run(**changes): a run that was never trained, in fp32, its weights and masks as those of `tiny`."""
+def make_random_run():
+    """make_random_run(**changes): an untrained run in fp32, with weights as from `build_tiny`."""
 
     def make(**changes) -> SegdiffRun:
         torch.manual_seed(0)
         config = preset_config("demo", **{**TINY, "precision": "fp32", "device": "cpu", **changes}).resolved()
-        return SegdiffRun(config, stirred(config.build()), torch.device("cpu"), 0)
+        return SegdiffRun(config, randomize_weights(config.build()), torch.device("cpu"), 0)
 
     return make
 
 
 @pytest.fixture
-def pictures():
-    """pictures(count, seed): smooth random pictures, uint8 [count, 16, 16, 3]."""
+def make_images():
+    """make_images(count, seed): smooth random images, uint8 [count, 16, 16, 3]."""
 
     def make(count=2, seed=0) -> np.ndarray:
         small = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
@@ -68,8 +68,8 @@ def pictures():
 
 
 @pytest.fixture
-def batch():
-    """batch(dtype, size, count): noisy images [count, 3, *size] and their levels [count], all over the schedule."""
+def make_batch():
+    """make_batch(dtype, size, count): noisy images [count, 3, *size] and levels [count] across the schedule."""
 
     def make(dtype=torch.float64, size=(16, 16), count=2) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(1)

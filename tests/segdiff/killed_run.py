@@ -1,7 +1,7 @@
-"""Train the tiny segdiff twice, ``whole`` in one go and ``killed`` by SIGKILL over and over. For test_loop.py.
+"""Train the tiny segdiff twice: ``whole`` without interruption, ``killed`` with repeated SIGKILLs. For test_resume.py.
 
-python killed_run.py FOLDER prints how many kills fell where. The runs are forks of this process, which has imported
-torch (and what Adam imports of it) but never used it: starting afresh after each kill would take most of the time.
+python killed_run.py FOLDER prints the number of kills by moment. The runs are forks of this process, which has imported
+torch but not used it; importing it after each kill would take most of the time.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def train(out: Path) -> None:
 
 
 def die_in_a_step(chance: random.Random) -> None:
-    """At a random moment of one of the next few steps, or of the saves between them."""
+    """Die at a random moment of one of the next few steps, or of the saves between them."""
     loss, calls, fatal, started = SegdiffTask.loss, itertools.count(1), chance.randint(2, 4), [0.0]
 
-    def watched(*arguments):
+    def die_in_loss(*arguments):
         call = next(calls)
         if call == 1:
             started[0] = time.perf_counter()
@@ -64,11 +64,11 @@ def die_in_a_step(chance: random.Random) -> None:
             threading.Timer(chance.uniform(0, 1.5) * step, die).start()
         return loss(*arguments)
 
-    SegdiffTask.loss = watched
+    SegdiffTask.loss = die_in_loss
 
 
 def die_in_a_save(moment: str) -> None:
-    """In the second save, so that the run gets on."""
+    """Die in the second save, so that the run makes progress."""
     write, replace, saves = checkpoint.save_file, os.replace, itertools.count(1)
 
     def save_file(tensors, path, metadata):
@@ -77,9 +77,9 @@ def die_in_a_save(moment: str) -> None:
             if moment == "half a file":
                 os.truncate(path, path.stat().st_size // 2)
                 die()
-            os.replace = renamed
+            os.replace = replace_and_die
 
-    def renamed(source, target):
+    def replace_and_die(source, target):
         if moment == "after the rename":
             replace(source, target)
         die()
@@ -88,11 +88,11 @@ def die_in_a_save(moment: str) -> None:
 
 
 def run(out: Path, kill: str | None) -> int:
-    """Train in a process of its own; answers its exit status."""
+    """Train in a separate process; return its exit status."""
     if child := os.fork():
         return os.waitpid(child, 0)[1]
     try:
-        # the way back from damage is tested elsewhere; no kill may damage anything
+        # Recovery from damage is tested elsewhere; no kill may damage a file.
         warnings.filterwarnings("error", message=".*Using the previous")
         SegdiffTask.inspect = lambda *arguments: {}
         training.write_report = lambda folder: None

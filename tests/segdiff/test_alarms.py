@@ -1,4 +1,4 @@
-"""Masks made on the spot, each failing in one known way, over pictures of a bright disc on a dark ground."""
+"""Alarms of synthetic masks that fail in one known way, on images of a bright disc on a dark background."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ N, SIZE = 48, 32
 
 @pytest.fixture(scope="module")
 def scene() -> tuple[Tensor, Tensor]:
-    """Images [N,3,H,W] and where the disc is, bool [N,H,W]. Its place varies about the centre."""
+    """Images [N,3,H,W] and masks of the disc, bool [N,H,W]. Its position varies around the centre."""
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     centre = 15.5 + 10 * (torch.rand(N, 2, 1, 1, generator=generator) - 0.5)
@@ -30,19 +30,19 @@ def scene() -> tuple[Tensor, Tensor]:
     return images.clamp(-1, 1), inside
 
 
-def soft(labels: Tensor, regions: int = 2, confidence: float = 0.9) -> Tensor:
+def soften_labels(labels: Tensor, regions: int = 2, confidence: float = 0.9) -> Tensor:
     hard = F.one_hot(labels.long(), regions).movedim(-1, 1).float()
     return hard * confidence + (1 - hard) * (1 - confidence) / (regions - 1)
 
 
-def named(alarms) -> set[str]:
-    """The first words of each failure, which say what it is."""
+def read_failure_names(alarms) -> set[str]:
+    """Return the first words of each failure, which name it."""
     return {failure.split(":")[0] for failure in alarms.failures()}
 
 
-def test_masks_of_the_object_raise_no_alarm(scene):
+def test_failures_object_masks_are_empty(scene):
     images, inside = scene
-    alarms = measure_alarms(images, soft(inside), soft(inside.flip(2)))
+    alarms = measure_alarms(images, soften_labels(inside), soften_labels(inside.flip(2)))
     assert alarms.failures() == [] and alarms.ok
     assert alarms.flip_agreement == pytest.approx(1, abs=1e-5)
     assert alarms.eta_gap > 0.4 and 0.1 < alarms.position_share < 0.7 and alarms.boundary_length < 0.08
@@ -50,10 +50,10 @@ def test_masks_of_the_object_raise_no_alarm(scene):
     assert alarms.score() == alarms.eta_gap
 
 
-def test_regions_without_colours_of_their_own_are_judged_by_their_error(scene):
+def test_alarms_with_an_error_are_ranked_by_it(scene):
     images, inside = scene
-    found = measure_alarms(images, soft(inside), soft(inside.flip(2)))
-    pale = dataclasses.replace(found, eta_gap=0.27)
+    result = measure_alarms(images, soften_labels(inside), soften_labels(inside.flip(2)))
+    pale = dataclasses.replace(result, eta_gap=0.27)
     assert any("not about content" in failure for failure in pale.failures())
     competing, worse = dataclasses.replace(pale, error=0.21), dataclasses.replace(pale, error=0.23, eta_gap=0.5)
     assert competing.ok and competing.score() > worse.score()
@@ -62,99 +62,105 @@ def test_regions_without_colours_of_their_own_are_judged_by_their_error(scene):
     assert not dithered.ok and dithered.score() < worse.score()
 
 
-def test_region_numbers_do_not_matter(scene):
+def test_alarms_swapped_regions_are_equal(scene):
     images, inside = scene
-    one = measure_alarms(images, soft(inside), soft(inside.flip(2)))
-    other = measure_alarms(images, soft(~inside), soft(~inside.flip(2)))
+    one = measure_alarms(images, soften_labels(inside), soften_labels(inside.flip(2)))
+    other = measure_alarms(images, soften_labels(~inside), soften_labels(~inside.flip(2)))
     assert one.eta_gap == pytest.approx(other.eta_gap) and one.position_share == pytest.approx(other.position_share)
 
 
-def test_one_region_everywhere_is_named_collapse_and_nothing_else(scene):
+def test_failures_one_region_everywhere_name_only_the_collapse(scene):
     images, inside = scene
     for regions in (2, 3):
-        masks = soft(torch.ones_like(inside), regions)
+        masks = soften_labels(torch.ones_like(inside), regions)
         alarms = measure_alarms(images, masks, masks)
-        assert named(alarms) == {"collapsed to one region"} and not alarms.ok
+        assert read_failure_names(alarms) == {"collapsed to one region"} and not alarms.ok
         json.dumps(alarms.to_dict(), allow_nan=False)
 
 
-def test_a_fixed_split_is_named_positional(scene):
+def test_failures_fixed_split_name_the_position(scene):
     images, inside = scene
     left = torch.zeros_like(inside)
     left[:, :, : SIZE // 2] = True
-    alarms = measure_alarms(images, soft(left), soft(left))
+    alarms = measure_alarms(images, soften_labels(left), soften_labels(left))
     assert alarms.position_share == pytest.approx(1) and alarms.eta_gap == pytest.approx(0, abs=0.01)
     assert alarms.flip_agreement == pytest.approx(-1)
     assert alarms.boundary_length == pytest.approx(0.5 / (SIZE - 1))
-    assert named(alarms) == {"split by position", "masks do not turn with the image", "masks are not about content"}
+    assert read_failure_names(alarms) == {
+        "split by position",
+        "masks do not turn with the image",
+        "masks are not about content",
+    }
 
 
-def test_noise_is_named_dithered(scene):
+def test_failures_random_masks_name_dithering(scene):
     images, _ = scene
     noise = torch.rand(2, N, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) < 0.5
-    alarms = measure_alarms(images, soft(noise[0]), soft(noise[1]))
+    alarms = measure_alarms(images, soften_labels(noise[0]), soften_labels(noise[1]))
     assert alarms.boundary_length == pytest.approx(0.5, abs=0.02)
     assert alarms.position_share == pytest.approx(1 / N, abs=0.005)
     assert alarms.flip_agreement == pytest.approx(0, abs=0.02)
-    assert {"dithered masks", "masks are not about content", "masks without any place"} <= named(alarms)
+    assert {"dithered masks", "masks are not about content", "masks without any place"} <= read_failure_names(alarms)
 
 
-def test_a_region_nobody_uses_is_named_by_its_number(scene):
+def test_failures_unused_region_name_its_number(scene):
     images, inside = scene
-    masks, flipped = (soft(2 * m.long(), regions=3) for m in (inside, inside.flip(2)))
+    masks, flipped = (soften_labels(2 * m.long(), regions=3) for m in (inside, inside.flip(2)))
     alarms = measure_alarms(images, masks, flipped)
-    assert named(alarms) == {"dead region 1"}
+    assert read_failure_names(alarms) == {"dead region 1"}
     assert "0.00" in alarms.failures()[0]
 
 
-def test_masks_of_other_images_are_named_without_content(scene):
+def test_failures_masks_of_other_images_name_missing_content(scene):
     images, inside = scene
     shuffled = inside.roll(N // 2, 0)
-    alarms = measure_alarms(images, soft(shuffled), soft(shuffled.flip(2)))
-    assert named(alarms) == {"masks are not about content"}
+    alarms = measure_alarms(images, soften_labels(shuffled), soften_labels(shuffled.flip(2)))
+    assert read_failure_names(alarms) == {"masks are not about content"}
     assert "0.3" in alarms.failures()[0]
 
 
-def test_eta_gap_is_own_minus_foreign_share_of_variance():
-    """Two images halved black and white, one across and one down: own masks explain all, the other's nothing."""
+def test_eta_gap_equals_own_minus_foreign_share_of_variance():
+    """Two half black images, split in different directions: own masks explain everything, the other's nothing."""
     images = torch.full((2, 3, 4, 4), -1.0)
     images[0, :, :2] = images[1, :, :, :2] = 1.0
     own = images[:, 0] > 0
-    assert measure_alarms(images, soft(own), soft(own.flip(2))).eta_gap == pytest.approx(1)
-    assert measure_alarms(images, soft(own.flip(0)), soft(own.flip(0).flip(2))).eta_gap == pytest.approx(-1)
-    assert measure_alarms(torch.zeros_like(images), soft(own), soft(own.flip(2))).eta_gap == 0
+    assert measure_alarms(images, soften_labels(own), soften_labels(own.flip(2))).eta_gap == pytest.approx(1)
+    assert measure_alarms(
+        images, soften_labels(own.flip(0)), soften_labels(own.flip(0).flip(2))
+    ).eta_gap == pytest.approx(-1)
+    assert measure_alarms(torch.zeros_like(images), soften_labels(own), soften_labels(own.flip(2))).eta_gap == 0
 
 
-def test_flip_agreement_is_cohens_kappa(scene):
+def test_flip_agreement_equals_cohens_kappa(scene):
     images, inside = scene
     sklearn_metrics = pytest.importorskip("sklearn.metrics")
     other = inside.roll(3, 2)
-    alarms = measure_alarms(images, soft(inside), soft(other.flip(2)))
+    alarms = measure_alarms(images, soften_labels(inside), soften_labels(other.flip(2)))
     assert alarms.flip_agreement == pytest.approx(
         sklearn_metrics.cohen_kappa_score(inside.flatten().numpy(), other.flatten().numpy()), abs=1e-5
     )
 
 
-def test_confidence_and_entropy_are_of_the_soft_masks(scene):
+def test_confidence_and_entropy_equal_those_of_soft_masks(scene):
     images, inside = scene
-    alarms = measure_alarms(images, soft(inside, 3, 0.6), soft(inside.flip(2), 3, 0.6))
+    alarms = measure_alarms(images, soften_labels(inside, 3, 0.6), soften_labels(inside.flip(2), 3, 0.6))
     assert alarms.confidence == pytest.approx(0.6)
     assert alarms.entropy == pytest.approx(-(0.6 * math.log(0.6) + 0.4 * math.log(0.2)) / math.log(3))
-    certain = measure_alarms(images, soft(inside, 2, 1.0), soft(inside.flip(2), 2, 1.0))
+    certain = measure_alarms(images, soften_labels(inside, 2, 1.0), soften_labels(inside.flip(2), 2, 1.0))
     assert certain.entropy == 0 and certain.confidence == 1
 
 
-def test_every_failed_seed_ranks_below_every_healthy_one(scene):
+def test_score_failed_seed_is_below_every_healthy_one(scene):
     images, inside = scene
-    healthy = measure_alarms(images, soft(inside), soft(inside.flip(2)))
-    # The best eta gap there can be, but a third region is dead.
-    failed = measure_alarms(images, soft(inside, 3), soft(inside.flip(2), 3))
+    healthy = measure_alarms(images, soften_labels(inside), soften_labels(inside.flip(2)))
+    # The eta gap is the highest possible, but a third region is unused.
+    failed = measure_alarms(images, soften_labels(inside, 3), soften_labels(inside.flip(2), 3))
     assert failed.eta_gap == pytest.approx(healthy.eta_gap) and failed.score() < -1 < healthy.score()
 
 
-def test_mistakes_are_named(scene):
+def test_measure_alarms_invalid_input_raises(scene):
     images, inside = scene
-    masks = soft(inside)
+    masks = soften_labels(inside)
     with pytest.raises(ConfigError, match="regions=1"):
         measure_alarms(images, masks[:, :1], masks[:, :1])
     with pytest.raises(DataError, match="at least 2 images"):

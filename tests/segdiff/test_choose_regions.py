@@ -1,4 +1,4 @@
-"""K without labels: the rule, the error it goes by, and pictures whose number of regions is known."""
+"""The choice of K without labels: the rule, its error, and images with a known number of regions."""
 
 from __future__ import annotations
 
@@ -6,48 +6,44 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 import factorkit
-from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff import choose_regions as module
 from factorkit.segdiff.choose_regions import choose_regions, recommend
-from factorkit.segdiff.masks.mixture import ERROR_TIMES, SpatialMixture, unexplained_noise
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
-from factorkit.utils.rng import derived_seed
 
 QUICK = {"resolution": 16, "steps": 60, "seed_trials": 1, "device": "cpu", "progress": False}
 
 
 @pytest.fixture(autouse=True)
-def own_places(tmp_path, monkeypatch):
+def isolate(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def trained(monkeypatch):
-    """The regions and seed of every step that is taken."""
+def trained_steps(monkeypatch):
+    """The regions and seed of every training step."""
     steps, inner = [], module.MixtureTask.loss
 
-    def watched(task, model, *given):
+    def record_loss(task, model, *args):
         steps.append((task.config.regions, task.config.seed))
-        return inner(task, model, *given)
+        return inner(task, model, *args)
 
-    monkeypatch.setattr(module.MixtureTask, "loss", watched)
+    monkeypatch.setattr(module.MixtureTask, "loss", record_loss)
     return steps
 
 
-def layers(regions: int, count: int = 40, size: int = 16) -> np.ndarray:
-    """Pictures of as many bands, each of any colour in each picture: uint8 [count, size, size, 3]."""
+def make_bands(regions: int, count: int = 40, size: int = 16) -> np.ndarray:
+    """Return images of ``regions`` bands of random colours: uint8 [count, size, size, 3]."""
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 256, (count, regions, 3))
     band = np.arange(size) * regions // size
-    pictures = np.repeat(colours[:, band][:, :, None], size, 2) + rng.normal(0, 6, (count, size, size, 3))
-    return pictures.clip(0, 255).astype(np.uint8)
+    data = np.repeat(colours[:, band][:, :, None], size, 2) + rng.normal(0, 6, (count, size, size, 3))
+    return data.clip(0, 255).astype(np.uint8)
 
 
-def test_the_rule():
+def test_recommend_stops_at_a_small_improvement():
     horses = {2: 0.2231, 3: 0.2086, 4: 0.2075, 5: 0.2074}
     improvements, chosen, reason = recommend(horses, 0.02)
     assert chosen == 3 and "the next, 4, lowers the error by 0.5%: under 2.0%" in reason
@@ -61,25 +57,9 @@ def test_the_rule():
     assert chosen == 4 and "try larger" in reason
 
 
-def test_the_error_is_the_noise_that_is_left():
-    torch.manual_seed(0)
-    mixture, schedule = SpatialMixture(2), Schedule()
-    images = torch.rand(40, 3, 8, 8) * 2 - 1  # more than are looked at together
-    expected = []
-    for level in ERROR_TIMES:
-        eps = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(derived_seed("judge", level)))
-        share = schedule.alpha_bar(torch.tensor([level])).sqrt()
-        x_t, sigma = share * images + (1 - share**2).sqrt() * eps, (1 - share**2).sqrt()
-        denoised = (x_t + sigma**2 * mixture(x_t).score) / share  # Tweedie
-        expected.append((((x_t - share * denoised) / sigma - eps) ** 2).mean().item())
-    found = unexplained_noise(mixture, images, schedule)
-    assert found == pytest.approx(np.mean(expected), rel=1e-4)
-    assert found == unexplained_noise(mixture, images, schedule)
-
-
 @pytest.mark.parametrize("regions", [2, 3])
-def test_pictures_of_known_parts_get_as_many_regions(regions):
-    choice = factorkit.choose_regions(layers(regions), out="out", candidates=(4, 2, 3), **QUICK)
+def test_choose_regions_finds_the_number_of_parts(regions):
+    choice = factorkit.choose_regions(make_bands(regions), out="out", candidates=(4, 2, 3), **QUICK)
     assert choice.regions == regions and list(choice.errors) == [2, 3, 4]
     written = json.loads((choice.folder / "choice.json").read_text())
     assert written["regions"] == regions and written["errors"]["2"] == choice.errors[2]
@@ -88,36 +68,36 @@ def test_pictures_of_known_parts_get_as_many_regions(regions):
     assert line.split()[0] == str(regions) and line.endswith("<") and choice.table().count("<") == 1
 
 
-def test_what_is_finished_is_not_trained_again(trained, monkeypatch):
+def test_choose_regions_finished_trials_are_reused(trained_steps, monkeypatch):
     changes = {**QUICK, "steps": 3}
-    first = choose_regions(layers(2), out="out", candidates=(2, 3), **changes)
-    assert set(trained) == {(2, 0), (3, 0)} and len(trained) == 6
-    trained.clear()
-    assert choose_regions(layers(2), out="out", candidates=(2, 3), **changes).errors == first.errors
-    assert trained == []
-    more = choose_regions(layers(2), out="out", candidates=(2, 3, 5), **{**changes, "seed_trials": 2})
-    assert set(trained) == {(2, 1), (3, 1), (5, 0), (5, 1)}
+    first = choose_regions(make_bands(2), out="out", candidates=(2, 3), **changes)
+    assert set(trained_steps) == {(2, 0), (3, 0)} and len(trained_steps) == 6
+    trained_steps.clear()
+    assert choose_regions(make_bands(2), out="out", candidates=(2, 3), **changes).errors == first.errors
+    assert trained_steps == []
+    more = choose_regions(make_bands(2), out="out", candidates=(2, 3, 5), **{**changes, "seed_trials": 2})
+    assert set(trained_steps) == {(2, 1), (3, 1), (5, 0), (5, 1)}
     assert more.errors[2][0] == first.errors[2][0] and len(more.errors[5]) == 2
     with pytest.raises(CheckpointError, match="random_flip: True there, False"):
-        choose_regions(layers(2), out="out", candidates=(2, 3), random_flip=False, **changes)
+        choose_regions(make_bands(2), out="out", candidates=(2, 3), random_flip=False, **changes)
     with pytest.raises(CheckpointError, match="sha256"):
-        choose_regions(layers(3), out="out", candidates=(2, 3), **changes)
+        choose_regions(make_bands(3), out="out", candidates=(2, 3), **changes)
 
 
-def test_it_is_judged_on_pictures_it_was_not_trained_on(monkeypatch):
-    seen, inner = [], module.MixtureTask.__init__
+def test_choose_regions_measures_error_on_held_out_images(monkeypatch):
+    recorded, inner = [], module.MixtureTask.__init__
     monkeypatch.setattr(
-        module.MixtureTask, "__init__", lambda self, *given: (seen.append(given[1:3]), inner(self, *given))[0] and None
+        module.MixtureTask, "__init__", lambda self, *args: (recorded.append(args[1:3]), inner(self, *args))[0] and None
     )
-    pictures = layers(2)
-    choose_regions(pictures, out="out", candidates=(2, 3), **{**QUICK, "steps": 1})
-    images, held_out = seen[0]
+    data = make_bands(2)
+    choose_regions(data, out="out", candidates=(2, 3), **{**QUICK, "steps": 1})
+    images, held_out = recorded[0]
     assert len(images) == 30 and len(held_out) == 10
-    assert {p.tobytes() for p in images} | {p.tobytes() for p in held_out} == {p.tobytes() for p in pictures}
+    assert {p.tobytes() for p in images} | {p.tobytes() for p in held_out} == {p.tobytes() for p in data}
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"candidates": (3,)}, "two numbers"),
         ({"candidates": (1, 2)}, "at least 2"),
@@ -126,11 +106,11 @@ def test_it_is_judged_on_pictures_it_was_not_trained_on(monkeypatch):
         ({"steps": 0}, "steps=0"),
     ],
 )
-def test_what_cannot_be_asked(changes, says):
-    with pytest.raises(ConfigError, match=says):
-        choose_regions(layers(2), out="out", **{**QUICK, **changes})
+def test_choose_regions_invalid_settings_raise(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        choose_regions(make_bands(2), out="out", **{**QUICK, **changes})
 
 
-def test_few_pictures_are_refused():
+def test_choose_regions_too_few_images_raise():
     with pytest.raises(DataError, match="7 images are too few.*give 8"):
-        choose_regions(layers(2, count=7), out="out", **QUICK)
+        choose_regions(make_bands(2, count=7), out="out", **QUICK)

@@ -1,4 +1,4 @@
-"""Labels: through the model, the training, the sampler's guidance, and what a user asks for."""
+"""Class labels in the model, the training, the sampler's guidance, and the public functions."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ LABELS = ["rose", "iris", "", "lily", "iris", "rose"]
 
 
 @pytest.fixture(autouse=True)
-def quick(tmp_path, monkeypatch):
+def isolate(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 2)
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
 
 
-def pictures(count=6) -> np.ndarray:
+def make_images(count=6) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
 
 
-def fit(**changes):
-    given = {"preset": "demo", "progress": False, "out": "out", "classes": LABELS, **TINY, **changes}
-    return factorkit.train_segdiff(pictures(), **given)
+def train_tiny(**changes):
+    settings = {"preset": "demo", "progress": False, "out": "out", "classes": LABELS, **TINY, **changes}
+    return factorkit.train_segdiff(make_images(), **settings)
 
 
 # --- the model ---
@@ -64,53 +64,53 @@ def fit(**changes):
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, {"regions": 1}, {"decoding": "concat"}, {"decoding": "unshared"}])
-def test_labels_reach_image_and_masks_and_no_label_is_one_of_its_own(tiny, batch, changes):
-    model = tiny(classes=3, **changes)
-    x_t, t = batch(count=4)
+def test_forward_labels_change_prediction_and_masks(build_tiny, make_batch, changes):
+    model = build_tiny(classes=3, **changes)
+    x_t, t = make_batch(count=4)
     labels = torch.tensor([0, 1, 2, -1])
-    told, free = model(x_t, t, labels), model(x_t, t)
-    same = lambda a, b: torch.isclose(a, b).flatten(1).all(1).tolist()  # noqa: E731
-    assert same(told.prediction, free.prediction) == [False, False, False, True]
-    for i, label in enumerate([0, 1, 2]):  # each image has its own label's answer, whatever the others are
+    conditional, unconditional = model(x_t, t, labels), model(x_t, t)
+    compare_rows = lambda a, b: torch.isclose(a, b).flatten(1).all(1).tolist()  # noqa: E731
+    assert compare_rows(conditional.prediction, unconditional.prediction) == [False, False, False, True]
+    for i, label in enumerate([0, 1, 2]):  # Each image's prediction depends on its own label only.
         alone = model(x_t, t, torch.full((4,), label)).prediction
-        torch.testing.assert_close(alone[i], told.prediction[i])
+        torch.testing.assert_close(alone[i], conditional.prediction[i])
     if model.regions > 1:
-        assert same(told.bottleneck.masks, free.bottleneck.masks) == [False, False, False, True]
-        torch.testing.assert_close(model.segment(x_t, t), free.bottleneck.masks)
-        torch.testing.assert_close(model.segment(x_t, t, labels), told.bottleneck.masks)
+        assert compare_rows(conditional.bottleneck.masks, unconditional.bottleneck.masks) == [False, False, False, True]
+        torch.testing.assert_close(model.segment(x_t, t), unconditional.bottleneck.masks)
+        torch.testing.assert_close(model.segment(x_t, t, labels), conditional.bottleneck.masks)
 
 
-def test_the_label_is_added_to_the_time_embedding(tiny, batch):
-    model = tiny(classes=3)
-    x_t, t = batch(count=2)
+def test_label_embedding_is_added_to_the_time_embedding(build_tiny, make_batch):
+    model = build_tiny(classes=3)
+    x_t, t = make_batch(count=2)
     with torch.no_grad():
-        told = model(x_t, t, torch.tensor([2, 0])).prediction
+        conditional = model(x_t, t, torch.tensor([2, 0])).prediction
         bias, table = model.time[2].bias, model.labels.table.weight
         bias += table[2]
         table[:] = 0
-        torch.testing.assert_close(model(x_t, t).prediction[0], told[0])
+        torch.testing.assert_close(model(x_t, t).prediction[0], conditional[0])
 
 
-def test_a_model_without_classes_is_as_it_was(tiny):
-    assert tiny().labels is None and not any("labels" in name for name in tiny().state_dict())
+def test_network_without_classes_has_no_label_table(build_tiny):
+    assert build_tiny().labels is None and not any("labels" in name for name in build_tiny().state_dict())
 
 
 # --- guidance ---
 
 
 @torch.no_grad()
-def test_guidance_mixes_predictions_and_keeps_the_told_models_masks(tiny, batch):
-    model = tiny(classes=3)
-    x_t, t = batch(count=2)
+def test_guidance_mixes_predictions_and_keeps_conditional_masks(build_tiny, make_batch):
+    model = build_tiny(classes=3)
+    x_t, t = make_batch(count=2)
     labels = torch.tensor([1, 2])
-    told, free = model(x_t, t, labels), model(x_t, t)
-    found = GuidedDenoiser(model, labels, 3.0)(x_t, t)
-    torch.testing.assert_close(found.prediction, 3 * told.prediction - 2 * free.prediction)
-    torch.testing.assert_close(found.bottleneck.masks, told.bottleneck.masks)
-    torch.testing.assert_close(GuidedDenoiser(model, labels, 0.0)(x_t, t).prediction, free.prediction)
+    conditional, unconditional = model(x_t, t, labels), model(x_t, t)
+    result = GuidedDenoiser(model, labels, 3.0)(x_t, t)
+    torch.testing.assert_close(result.prediction, 3 * conditional.prediction - 2 * unconditional.prediction)
+    torch.testing.assert_close(result.bottleneck.masks, conditional.bottleneck.masks)
+    torch.testing.assert_close(GuidedDenoiser(model, labels, 0.0)(x_t, t).prediction, unconditional.prediction)
 
 
-def test_without_guidance_the_network_is_called_once():
+def test_guidance_of_scale_one_calls_the_network_once():
     calls = []
 
     def model(x, t, cond):
@@ -123,47 +123,49 @@ def test_without_guidance_the_network_is_called_once():
     assert calls[1:] == ["rose", None]
 
 
-def test_guidance_sharpens_a_gaussian_as_its_formula_says():
-    """Told N(m, 1), free N(0, 1): at every level eps_free - eps_told = s a m / (a^2 + s^2), so on a VP path scale w
-    is the exact denoiser of N(w m, 1)."""
+def test_guidance_of_a_gaussian_shifts_its_mean():
+    """Guidance of scale w between N(m, 1) and N(0, 1) is the exact denoiser of N(w m, 1) on a VP path.
+
+    At every level eps_unconditional - eps_conditional = s a m / (a^2 + s^2).
+    """
     from factorkit.diffusion.samplers import sample
     from factorkit.diffusion.schedule import Schedule
     from tests.diffusion.closed_forms import Gaussian
 
     schedule = Schedule(100)
-    told, free, pushed = (Gaussian(schedule, mu, 1.0) for mu in (0.2, 0.0, 0.5))
-    either = lambda x, t, cond: (free if cond is None else told)(x, t)  # noqa: E731
+    conditional, unconditional, pushed = (Gaussian(schedule, mu, 1.0) for mu in (0.2, 0.0, 0.5))
+    either = lambda x, t, cond: (unconditional if cond is None else conditional)(x, t)  # noqa: E731
     options = {"schedule": schedule, "prediction": "v", "sampler": "heun", "steps": 20, "seed": 1, "clip": False}
-    found = sample(GuidedDenoiser(either, "told", 2.5), (1, 1, 16, 16), **options).images
-    torch.testing.assert_close(found, sample(pushed, (1, 1, 16, 16), **options).images, rtol=0, atol=1e-4)
+    result = sample(GuidedDenoiser(either, "conditional", 2.5), (1, 1, 16, 16), **options).images
+    torch.testing.assert_close(result, sample(pushed, (1, 1, 16, 16), **options).images, rtol=0, atol=1e-4)
 
 
 # --- training ---
 
 
-def told(task, seed, count=4000, **options):
-    seen = []
+def draw_labels(task, seed, count=4000, **options):
+    recorded = []
     predict = task.model.forward
-    task.model.forward = lambda x, t, cond=None: (seen.append(cond), predict(x[:2], t[:2], cond[:2]))[1]
+    task.model.forward = lambda x, t, cond=None: (recorded.append(cond), predict(x[:2], t[:2], cond[:2]))[1]
     indices = torch.arange(count) % 6
     draw = BatchDraw(seed, 0, count, slice(0, count), CPU)
     return indices, task._draw_labels(indices, draw)[0]
 
 
-def test_labels_are_those_of_the_images_and_some_are_left_out():
+def test_training_labels_equal_the_images_or_are_dropped():
     config = preset_config(None, **TINY, class_names=tuple(NAMES), label_dropout=0.2).resolved()
     labels = np.array([2, 0, -1, 1, 0, 2])
-    task = SegdiffTask(config, pictures(), pictures(), CPU, labels)
-    indices, given = told(task, 3)
+    task = SegdiffTask(config, make_images(), make_images(), CPU, labels)
+    indices, labels_drawn = draw_labels(task, 3)
     true = torch.from_numpy(labels)[indices]
-    dropped = (given != true).float().mean().item()
-    assert ((given == true) | (given == -1)).all()
+    dropped = (labels_drawn != true).float().mean().item()
+    assert ((labels_drawn == true) | (labels_drawn == -1)).all()
     assert dropped == pytest.approx(0.2 * 5 / 6, abs=0.02)
-    assert torch.equal(given, told(task, 3)[1]) and not torch.equal(given, told(task, 4)[1])
+    assert torch.equal(labels_drawn, draw_labels(task, 3)[1]) and not torch.equal(labels_drawn, draw_labels(task, 4)[1])
 
 
-def test_a_run_keeps_its_classes_and_learns_their_labels():
-    run = fit()
+def test_train_with_classes_stores_names_and_trains_embeddings():
+    run = train_tiny()
     assert run.config.class_names == tuple(NAMES)
     settings = json.loads(Path("out/config.json").read_text())
     assert settings["class_names"] == NAMES and "labels_sha256" in settings["data"]
@@ -176,64 +178,65 @@ def test_a_run_keeps_its_classes_and_learns_their_labels():
     assert moments.shape == (4, 32) and (moments.sum(1) > 0).sum() >= 3
 
 
-def test_resuming_with_other_labels_is_refused_and_with_the_same_is_exact():
-    fit(steps=2)
+@pytest.mark.slow
+def test_train_resumed_with_same_labels_is_exact_and_with_others_raises():
+    train_tiny(steps=2)
     with pytest.raises(CheckpointError, match="labels_sha256"):
-        fit(classes=[*LABELS[:-1], "iris"])
+        train_tiny(classes=[*LABELS[:-1], "iris"])
     with pytest.raises(CheckpointError, match="class_names"):
-        fit(classes=None)
-    resumed = fit(steps=4)
-    whole = fit(out="whole")
+        train_tiny(classes=None)
+    resumed = train_tiny(steps=4)
+    whole = train_tiny(out="whole")
     for name, value in resumed.model.state_dict().items():
         assert torch.equal(value, whole.model.state_dict()[name]), name
 
 
-def test_a_run_without_classes_has_none_and_says_so():
-    run = fit(classes=None)
+def test_generate_class_without_classes_raises():
+    run = train_tiny(classes=None)
     assert run.config.class_names == () and run.generate(1, steps=1).classes is None
     with pytest.raises(ConfigError, match="has no classes.*train_segdiff"):
         run.generate(1, classes="rose")
 
 
-def test_labels_of_the_data_set_itself_are_used_when_asked_for(monkeypatch):
+def test_find_classes_on_request_uses_the_labels_of_the_data_set(monkeypatch):
     labels = np.array([2, 0, -1, 1, 0, 2])
-    dataset = Dataset("official", ArraySource(pictures()), None, None, labels=labels, class_names=NAMES)
-    found = train.find_classes(True, dataset, ["000005", "000001"])  # the others could not be decoded
-    assert found.names == ["iris", "rose"] and found.labels.tolist() == [1, 0]
+    dataset = Dataset("official", ArraySource(make_images()), None, None, labels=labels, class_names=NAMES)
+    result = train.find_classes(True, dataset, ["000005", "000001"])  # The other images could not be decoded.
+    assert result.names == ["iris", "rose"] and result.labels.tolist() == [1, 0]
     assert train.find_classes(None, dataset, dataset.train.names) is None
-    plain = Dataset("plain", ArraySource(pictures()), None, None)
+    plain = Dataset("plain", ArraySource(make_images()), None, None)
     with pytest.raises(ConfigError, match="have no folders"):
         train.find_classes("auto", plain, plain.train.names)
 
 
-def test_labels_that_do_not_fit_are_refused_before_anything_is_written():
+def test_train_mismatched_labels_raise_before_anything_is_written():
     with pytest.raises(DataError, match="3 entries"):
-        fit(classes=["a", "b", "c"])
+        train_tiny(classes=["a", "b", "c"])
     with pytest.raises(ConfigError, match="give classes= instead"):
-        fit(class_names=("a", "b"))
+        train_tiny(class_names=("a", "b"))
     assert not Path("out").exists()
 
 
-def test_the_estimate_counts_the_label_table():
+def test_estimate_with_classes_counts_the_label_table():
     known = train.Classes(np.zeros(0, np.int64), NAMES)
     sizes = [train.estimate(preset="demo", classes=k, **TINY)["parameters"] for k in (None, known)]
     assert sizes[1] - sizes[0] == 4 * 32
 
 
-# --- asking ---
+# --- selecting classes ---
 
 
-def test_classes_are_taken_in_turn():
-    ask = lambda classes, n: select_labels(classes, NAMES, n).tolist()  # noqa: E731
-    assert ask("all", 5) == [0, 1, 2, 0, 1]
-    assert ask("rose", 2) == [2, 2] and ask(1, 2) == [1, 1]
-    assert ask(["rose", None, 0], 4) == [2, -1, 0, 2]
-    assert ask(["rose", "iris"], 1) == [2]
+def test_select_labels_cycles_through_classes():
+    select = lambda classes, n: select_labels(classes, NAMES, n).tolist()  # noqa: E731
+    assert select("all", 5) == [0, 1, 2, 0, 1]
+    assert select("rose", 2) == [2, 2] and select(1, 2) == [1, 1]
+    assert select(["rose", None, 0], 4) == [2, -1, 0, 2]
+    assert select(["rose", "iris"], 1) == [2]
     assert select_labels(None, NAMES, 3) is None
 
 
 @pytest.mark.parametrize(
-    ("classes", "guidance", "says"),
+    ("classes", "guidance", "message"),
     [
         ("ross", 1.0, "'ross'.*did you mean rose"),
         ("xyz", 1.0, "'xyz'.*there are iris, lily, rose"),
@@ -245,27 +248,27 @@ def test_classes_are_taken_in_turn():
         ("rose", float("nan"), "guidance=nan"),
     ],
 )
-def test_what_cannot_be_asked_is_named(classes, guidance, says):
-    with pytest.raises(ConfigError, match=says):
+def test_select_labels_invalid_request_raises(classes, guidance, message):
+    with pytest.raises(ConfigError, match=message):
         select_labels(classes, NAMES, 2, guidance)
 
 
-def test_generated_images_tell_their_classes_and_depend_on_them():
-    run = fit(learning_rate=0.1, label_dropout=0.0)
+def test_generate_with_classes_returns_and_depends_on_them():
+    run = train_tiny(learning_rate=0.1, label_dropout=0.0)
     drawn = run.generate(4, classes=["rose", None], steps=2)
     assert drawn.classes == ["rose", None, "rose", None]
     other = run.generate(4, classes=["iris", None], steps=2)
     differ = (drawn.images - other.images).abs().flatten(1).amax(1) > 1e-6
     assert differ.tolist() == [True, False, True, False]
     torch.testing.assert_close(run.generate(4, steps=2).images[1], drawn.images[1])
-    many = run.generate(70, classes="all", steps=1)  # more than one piece
+    many = run.generate(70, classes="all", steps=1)  # more than one batch
     assert many.classes[64:67] == ["lily", "rose", "iris"] and len(many.images) == 70
 
 
-def test_the_sheet_has_a_row_for_each_class():
+def test_class_grid_has_a_row_per_class():
     masks = np.zeros((5, 2, 8, 8))
     masks[:, 0] = 1
-    rows = lambda classes: draw_class_grid(pictures(5), masks, classes).size  # noqa: E731
-    two, five = rows(["a", "a", "b", "b", "b"]), rows(["a", "b", "c", "d", None])
+    grid_size = lambda classes: draw_class_grid(make_images(5), masks, classes).size  # noqa: E731
+    two, five = grid_size(["a", "a", "b", "b", "b"]), grid_size(["a", "b", "c", "d", None])
     assert five[1] > 2.3 * two[1] and five[0] < two[0]
-    assert draw_class_grid(pictures(5), masks[:, :1], ["a"] * 5).size[0] < two[0]
+    assert draw_class_grid(make_images(5), masks[:, :1], ["a"] * 5).size[0] < two[0]

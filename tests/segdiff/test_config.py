@@ -1,4 +1,4 @@
-"""Forms, presets, and what is refused."""
+"""Forms, presets and invalid settings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from factorkit.segdiff.config import FORMS, PRESETS, ResolvedSegdiffConfig, Segd
 from factorkit.utils.errors import ConfigError
 
 
-def test_the_thesis_form_is_the_letter_of_chapter_2():
+def test_thesis_form_equals_chapter_2():
     config = SegdiffConfig(form="thesis").resolved()
-    found = {name: getattr(config, name) for name in FORMS["thesis"]}
-    assert found == {
+    result = {name: getattr(config, name) for name in FORMS["thesis"]}
+    assert result == {
         "prediction": "eps",
         "branch_norm": "group",
         "region_tokens": False,
@@ -30,7 +30,7 @@ def test_the_thesis_form_is_the_letter_of_chapter_2():
     assert (config.model_channels, config.timesteps, config.segment_t) == (128, 1000, 30)
 
 
-def test_the_regional_form_is_the_default_and_turns_every_part_on():
+def test_regional_form_is_the_default_with_every_part_on():
     config = SegdiffConfig().resolved()
     assert config.form == "regional" and config.prediction == "v" and config.branch_norm == "pixel"
     assert config.region_tokens and config.normalised_logits and config.half_resolution_masks
@@ -58,35 +58,35 @@ def test_the_regional_form_is_the_default_and_turns_every_part_on():
         ("segment_t", 77),
     ],
 )
-def test_each_part_is_its_own_argument(form, name, value):
+def test_setting_one_part_changes_no_other(form, name, value):
     plain, changed = SegdiffConfig(form=form).resolved(), SegdiffConfig(form=form, **{name: value}).resolved()
     assert getattr(changed, name) == value
     others = {f.name for f in dataclasses.fields(plain)} - {name}
     assert {n: getattr(plain, n) for n in others} == {n: getattr(changed, n) for n in others}
 
 
-def test_tail_is_an_argument_too_and_vanishes_where_there_is_none():
+def test_high_noise_fraction_without_high_levels_is_zero():
     assert SegdiffConfig(high_noise_fraction=0.25).resolved().high_noise_fraction == 0.25
     assert SegdiffConfig(form="thesis", t_max=500, high_noise_fraction=0.25).resolved().high_noise_fraction == 0.25
     assert SegdiffConfig(t_max=1000).resolved().high_noise_fraction == 0
 
 
 @pytest.mark.parametrize(("form", "t_max"), [("thesis", 200), ("regional", SegdiffConfig().resolved().t_max // 5)])
-def test_times_follow_the_length_of_the_schedule(form, t_max):
+def test_t_max_scales_with_timesteps(form, t_max):
     config = SegdiffConfig(form=form, timesteps=200).resolved()
     assert config.t_max == t_max
     assert (config.high_noise_fraction > 0) == (t_max < 200)
 
 
 @pytest.mark.parametrize("decoding", ["concat", "masked_mid", "unshared"])
-def test_ablations_work_in_both_forms_without_further_settings(decoding):
+def test_decodings_resolve_in_both_forms(decoding):
     for form in FORMS:
         config = SegdiffConfig(form=form, decoding=decoding).resolved()
         assert config.region_tokens == (form == "regional" and decoding != "concat")
         assert config.branch_norm == ("pixel" if form == "regional" else "group")
 
 
-def test_a_resolved_configuration_survives_its_file_and_stays_as_it_is():
+def test_resolved_config_round_trips_and_is_stable():
     config = preset_config("fast32", form="thesis", region_tokens=True, coarse_to_fine=(1, 2)).resolved()
     again = ResolvedSegdiffConfig.from_dict(config.to_dict())
     assert again == config == again.resolved()
@@ -105,7 +105,7 @@ def test_a_resolved_configuration_survives_its_file_and_stays_as_it_is():
         ("imagenet64", 64, 500_000, 512),
     ],
 )
-def test_thesis_presets_are_its_section_2_4(name, resolution, steps, batch):
+def test_thesis_presets_equal_section_2_4(name, resolution, steps, batch):
     config = preset_config(name).resolved()
     assert (config.form, config.resolution, config.steps, config.batch_size) == ("thesis", resolution, steps, batch)
     shape = ((1, 2, 3, 4), 3) if resolution == 64 else ((1, 1, 2, 3, 4), 2)
@@ -114,20 +114,20 @@ def test_thesis_presets_are_its_section_2_4(name, resolution, steps, batch):
     assert (config.warmup_steps, config.lr_decay_fraction, config.gradient_clip, config.dropout) == (0, 0.0, None, 0.0)
 
 
-def test_every_preset_is_valid_and_the_named_ones_are_there():
+def test_presets_are_valid_and_complete():
     assert {"demo", "fast32", "fast64"} <= set(PRESETS)
     for name in PRESETS:
         regional = name in ("demo", "fast32", "rooms32", "fast64")
         assert preset_config(name).resolved().form == ("regional" if regional else "thesis")
 
 
-def test_changes_win_over_the_preset():
+def test_preset_changes_override_the_preset():
     config = preset_config("flowers64", steps=7, form="regional")
     assert (config.steps, config.form, config.resolution) == (7, "regional", 64)
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"regions": (7, 7, 7)}, r"regions=\(7, 7, 7\): 343 regions.*at most 256"),
         ({"regions": 257}, r"257 regions in all"),
@@ -160,33 +160,35 @@ def test_changes_win_over_the_preset():
         ({"precision": "fp8"}, r"precision='fp8'.*bf16 or fp32"),
     ],
 )
-def test_bad_settings_are_named_with_the_cure(changes, says):
-    with pytest.raises(ConfigError, match=says):
+def test_config_invalid_settings_raise_with_the_cure(changes, message):
+    with pytest.raises(ConfigError, match=message):
         preset_config(None, **changes).resolved()
 
 
-def test_unknown_presets_and_settings_list_the_known_ones():
+def test_preset_unknown_name_or_setting_lists_known_ones():
     with pytest.raises(ConfigError, match=r"preset='flowers32'.*demo, fast32, rooms32, fast64, flowers64"):
         preset_config("flowers32")
     with pytest.raises(ConfigError, match=r"'region'.*regions.*resolution"):
         preset_config("demo", region=3)
 
 
-def test_what_makes_a_step_smaller_is_named_with_numbers():
-    advice = lambda at_once=8, **changes: preset_config("demo", **changes).resolved().memory_advice(at_once)  # noqa: E731
-    assert "micro_batch_size=4" in advice() and "checkpoint_branches=True" in advice()
-    assert "checkpoint_branches" not in advice(checkpoint_branches=True) + advice(regions=1) + advice(decoding="concat")
-    assert "micro" not in advice(1) and "model_channels=" in advice(1, regions=1)
+def test_memory_advice_names_settings_with_values():
+    get_advice = lambda at_once=8, **changes: preset_config("demo", **changes).resolved().memory_advice(at_once)  # noqa: E731
+    assert "micro_batch_size=4" in get_advice() and "checkpoint_branches=True" in get_advice()
+    assert "checkpoint_branches" not in get_advice(checkpoint_branches=True) + get_advice(regions=1) + get_advice(
+        decoding="concat"
+    )
+    assert "micro" not in get_advice(1) and "model_channels=" in get_advice(1, regions=1)
 
 
-def test_whole_numbers_of_numpy_and_torch_are_whole_numbers():
-    given = {
+def test_config_accepts_numpy_and_torch_integers():
+    settings = {
         "regions": np.int64(2),
         "seed": torch.tensor(7),
         "channel_mult": [np.int32(1), 2],
         "ema_decay": np.float64(0.5),
     }
-    config = preset_config("demo", **given).resolved()
+    config = preset_config("demo", **settings).resolved()
     assert (config.regions, config.seed, config.channel_mult) == (2, 7, (1, 2))
     assert {type(n) for n in (config.regions, config.seed, *config.channel_mult)} == {int}
     assert preset_config("demo", regions=(np.int64(2), 3)).resolved().num_leaf_regions == 6

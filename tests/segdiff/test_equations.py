@@ -12,7 +12,7 @@ REGIONAL = {"branch_norm": "pixel", "region_tokens": True, "normalised_logits": 
 DECODINGS = ("masked_skips", "concat", "masked_mid", "unshared")
 
 
-# --- the U-Net once more, as plainly as it can be said; the caller masks the skips ---
+# --- a naive U-Net; the caller masks the skips ---
 
 
 def naive_norm(x, norm, mask=None):
@@ -68,7 +68,7 @@ def naive_middle(middle, h, embedding):
 
 
 def naive_decoder(decoder, h, skips, embedding, mask=None):
-    """``mask`` [B, 1, H, W] only weighs masked norms."""
+    """``mask`` [B, 1, H, W] only affects masked norms."""
     skips = list(skips)
     for level in decoder.levels:
         here = None if mask is None else F.interpolate(mask, h.shape[2:], mode="area")
@@ -78,7 +78,7 @@ def naive_decoder(decoder, h, skips, embedding, mask=None):
         if level.up is not None:
             up = level.up
             h = F.conv2d(h.repeat_interleave(2, 2).repeat_interleave(2, 3), up.weight, up.bias, padding=1)
-    assert not skips, "every skip is used once"
+    assert not skips, "every skip must be used once"
     return decoder.conv_out(F.silu(naive_norm(h, decoder.norm_out, mask)))
 
 
@@ -88,7 +88,7 @@ def naive_trunk(model, x, t):
     return embedding, skips, naive_middle(model.middle, skips[-1], embedding)
 
 
-def masked(skips, mask):
+def mask_skips(skips, mask):
     """h_enc * m_k at every resolution, the mask averaged over the area of each coarser pixel."""
     return [s * F.interpolate(mask, s.shape[2:], mode="area") for s in skips]
 
@@ -105,9 +105,9 @@ def naive_thesis(model, x, t, decoding="masked_skips"):
         mask = masks[:, k : k + 1]
         decoder = model.decoder[k] if decoding == "unshared" else model.decoder
         if decoding == "masked_mid":
-            out = naive_decoder(decoder, masked([h], mask)[0], skips, embedding)
+            out = naive_decoder(decoder, mask_skips([h], mask)[0], skips, embedding)
         else:
-            out = naive_decoder(decoder, h, masked(skips, mask), embedding, mask)
+            out = naive_decoder(decoder, h, mask_skips(skips, mask), embedding, mask)
         prediction = prediction + mask * out
     return masks, prediction
 
@@ -126,7 +126,7 @@ def naive_regional(model, x, t):
     for k in range(model.regions):
         mask = masks[:, k : k + 1]
         token = (mask * feature).sum((2, 3)) / (mask.sum((2, 3)) + 0.5)
-        out = naive_decoder(model.decoder, h, masked(skips, mask), embedding + model.tokens.embed(token), mask)
+        out = naive_decoder(model.decoder, h, mask_skips(skips, mask), embedding + model.tokens.embed(token), mask)
         prediction = prediction + mask * out
     return masks, prediction
 
@@ -135,13 +135,13 @@ def naive_regional(model, x, t):
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_thesis_form_is_its_equations(tiny, batch, decoding):
-    model = tiny(decoding=decoding)
-    x, t = batch()
+def test_thesis_form_equals_its_equations(build_tiny, make_batch, decoding):
+    model = build_tiny(decoding=decoding)
+    x, t = make_batch()
     with torch.no_grad():
         prediction, regions = model(x, t)
     masks, expected = naive_thesis(model, x, t, decoding)
-    assert masks.amax(1).mean() > 0.5, "masks near 1/K would not tell the branches apart"
+    assert masks.amax(1).mean() > 0.5, "masks near 1/K would not distinguish the branches"
     torch.testing.assert_close(regions.masks, masks)
     torch.testing.assert_close(prediction, expected)
     if decoding != "concat":
@@ -150,9 +150,9 @@ def test_thesis_form_is_its_equations(tiny, batch, decoding):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)])
-def test_regional_form_is_its_formulas_also_off_the_square(tiny, batch, size):
-    model = tiny(**REGIONAL)
-    x, t = batch(size=size)
+def test_regional_form_of_any_shape_equals_its_equations(build_tiny, make_batch, size):
+    model = build_tiny(**REGIONAL)
+    x, t = make_batch(size=size)
     with torch.no_grad():
         prediction, regions = model(x, t)
     masks, expected = naive_regional(model, x, t)
@@ -161,8 +161,8 @@ def test_regional_form_is_its_formulas_also_off_the_square(tiny, batch, size):
 
 
 @pytest.mark.parametrize("norm", ["pixel", "masked_group"])
-def test_branch_norms_are_their_formulas(tiny, batch, norm):
-    model = tiny(branch_norm=norm)
+def test_branch_norms_equal_their_equations(build_tiny, make_batch, norm):
+    model = build_tiny(branch_norm=norm)
     kinds = {m.kind for m in model.decoder.modules() if hasattr(m, "kind")}
     elsewhere = {
         m.kind
@@ -171,13 +171,13 @@ def test_branch_norms_are_their_formulas(tiny, batch, norm):
         if hasattr(m, "kind")
     }
     assert (kinds, elsewhere) == ({norm}, {"group"})
-    x, t = batch()
+    x, t = make_batch()
     with torch.no_grad():
         torch.testing.assert_close(model(x, t).prediction, naive_thesis(model, x, t)[1])
 
 
-def test_one_region_is_the_plain_unet(tiny, batch):
-    model, (x, t) = tiny(regions=1), batch()
+def test_one_region_equals_the_plain_unet(build_tiny, make_batch):
+    model, (x, t) = build_tiny(regions=1), make_batch()
     with torch.no_grad():
         prediction, regions = model(x, t)
         embedding, skips, h = naive_trunk(model, x, t)

@@ -1,4 +1,4 @@
-"""Every objective and schedule through segdiff: its loss, its branches, its defaults, and images drawn with it."""
+"""Every objective and schedule of segdiff: loss, branches, defaults and sampling."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ PAIRS = [(p, s) for p in ("eps", "v", "x0", "flow") for s in ("linear", "cosine"
 
 
 @pytest.fixture(autouse=True)
-def quick(tmp_path, monkeypatch):
+def isolate(tmp_path, monkeypatch):
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 2)
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: None)
 
 
-def pictures(count=6) -> np.ndarray:
+def make_images(count=6) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
 
 
-def task_of(**changes) -> SegdiffTask:
-    task = SegdiffTask(preset_config(None, **{**TINY, **changes}).resolved(), pictures(), pictures(), CPU)
+def build_task(**changes) -> SegdiffTask:
+    task = SegdiffTask(preset_config(None, **{**TINY, **changes}).resolved(), make_images(), make_images(), CPU)
     with torch.no_grad():  # away from the zero initialisation
         for p in task.model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
@@ -55,16 +55,16 @@ def task_of(**changes) -> SegdiffTask:
     return task
 
 
-def levels(kind: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """a and s with their formulas written out."""
+def compute_levels(kind: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a and s by their formulas."""
     if kind == "flow":
         s = (t.double() + 1) / 1000
         return 1 - s, s
     if kind == "linear":
         ab = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t]
     else:
-        left = lambda t: torch.cos((t / 1000 + 0.008) / 1.008 * torch.pi / 2) ** 2  # noqa: E731
-        ab = left(t.double() + 1) / left(torch.zeros((), dtype=torch.float64))
+        signal_squared = lambda t: torch.cos((t / 1000 + 0.008) / 1.008 * torch.pi / 2) ** 2  # noqa: E731
+        ab = signal_squared(t.double() + 1) / signal_squared(torch.zeros((), dtype=torch.float64))
     return ab.sqrt(), (1 - ab).sqrt()
 
 
@@ -72,23 +72,23 @@ def levels(kind: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
 @pytest.mark.parametrize("form", ["regional", "thesis"])
 @pytest.mark.parametrize(("prediction", "kind"), PAIRS)
-def test_the_loss_is_its_formula(form, prediction, kind, weighting):
-    task = task_of(
+def test_loss_of_every_objective_equals_its_formula(form, prediction, kind, weighting):
+    task = build_task(
         form=form, prediction=prediction, schedule=kind, loss_weighting=weighting, t_max=900, high_noise_fraction=0.0
     )
     draw, indices = BatchDraw(3, 0, 4, slice(0, 4), CPU), torch.arange(4)
-    found = task.loss(task.model, indices, draw, torch.tensor(999))  # long after coarse to fine
+    result = task.loss(task.model, indices, draw, torch.tensor(999))  # long after the coarse-to-fine phase
 
     draw = BatchDraw(3, 0, 4, slice(0, 4), CPU)
     x0 = torch.from_numpy(task.images[:4]).movedim(3, 1).float() / 127.5 - 1
     x0 = torch.where((draw.uniform() < 0.5)[:, None, None, None], x0.flip(3), x0)
     t = draw.integers(0, 900)
     eps = draw.normal(3, 8, 8)
-    a, s = levels(kind, t)
-    wide = lambda v: v.float()[:, None, None, None]  # noqa: E731
-    answer = {"eps": eps, "v": wide(a) * eps - wide(s) * x0, "x0": x0, "flow": eps - x0}[prediction]
-    out = task.model(wide(a) * x0 + wide(s) * eps, t).prediction
-    loss = (out - answer).square().mean((1, 2, 3))
+    a, s = compute_levels(kind, t)
+    expand = lambda v: v.float()[:, None, None, None]  # noqa: E731
+    target = {"eps": eps, "v": expand(a) * eps - expand(s) * x0, "x0": x0, "flow": eps - x0}[prediction]
+    out = task.model(expand(a) * x0 + expand(s) * eps, t).prediction
+    loss = (out - target).square().mean((1, 2, 3))
     weight = torch.ones(4)
     if weighting == "min_snr":
         snr = (a / s) ** 2
@@ -98,15 +98,15 @@ def test_the_loss_is_its_formula(form, prediction, kind, weighting):
         elif prediction == "flow":
             per_error = ((a + s) / s) ** 2
         weight = (snr.clamp_max(5) / per_error).float()
-    torch.testing.assert_close(found.loss, loss, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(found.objective, loss * weight, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(result.loss, loss, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(result.objective, loss * weight, rtol=1e-3, atol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["regional", "thesis"])
 @pytest.mark.parametrize(("prediction", "kind"), PAIRS)
-def test_the_branches_images_blend_to_the_models_whatever_is_predicted(form, prediction, kind):
-    task = task_of(form=form, prediction=prediction, schedule=kind)
+def test_branch_images_of_every_objective_blend_to_the_whole(form, prediction, kind):
+    task = build_task(form=form, prediction=prediction, schedule=kind)
     t = torch.tensor([20, 400, 900])
     x_t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     out = task.model(x_t, t)
@@ -119,46 +119,50 @@ def test_the_branches_images_blend_to_the_models_whatever_is_predicted(form, pre
 
 @pytest.mark.parametrize(("prediction", "kind"), [("eps", "linear"), ("v", "cosine"), ("x0", "linear"), ("flow", None)])
 @pytest.mark.parametrize("form", ["regional", "thesis"])
-def test_it_trains_segments_and_draws_with_every_sampler(form, prediction, kind, tmp_path):
+def test_every_objective_trains_segments_and_samples(form, prediction, kind, tmp_path):
     settings = {**TINY, "form": form, "prediction": prediction, "schedule": kind, "loss_weighting": "min_snr"}
-    run = factorkit.train_segdiff(pictures(), out=tmp_path / "run", preset="demo", progress=False, **settings)
+    run = factorkit.train_segdiff(make_images(), out=tmp_path / "run", preset="demo", progress=False, **settings)
     assert run.config.schedule == (kind or "flow") == run.schedule.kind
     again = factorkit.load(tmp_path / "run", device="cpu")
     assert again.config == run.config
-    assert run.segment(pictures()).masks.shape == (6, 3, 8, 8)
-    seen = [again.generate(2, sampler=sampler, steps=4).images for sampler in SAMPLERS]
-    assert all(images.isfinite().all() and images.std() > 0 for images in seen)
-    assert not torch.equal(seen[SAMPLERS.index("heun")], seen[SAMPLERS.index("ddim")])
+    assert run.segment(make_images()).masks.shape == (6, 3, 8, 8)
+    recorded = [again.generate(2, sampler=sampler, steps=4).images for sampler in SAMPLERS]
+    assert all(images.isfinite().all() and images.std() > 0 for images in recorded)
+    assert not torch.equal(recorded[SAMPLERS.index("heun")], recorded[SAMPLERS.index("ddim")])
 
 
-def test_levels_by_default_have_the_noise_they_have_on_the_linear_schedule():
+def test_default_levels_have_the_noise_of_the_linear_schedule():
     reference = Schedule()
-    ratio = lambda path, t: (path.sigmas[t] / path.signals[t]).item()  # noqa: E731
+    noise_ratio = lambda path, t: (path.sigmas[t] / path.signals[t]).item()  # noqa: E731
     for preset, most in (("fast32", 600), ("fast64", 720)):
         assert preset_config(preset).resolved().t_max == most and preset_config(preset).resolved().segment_t == 30
     cases = ({"schedule": "cosine"}, {"prediction": "flow"}, {"schedule": "flow", "timesteps": 500})
     for changes, (preset, most) in itertools.product(cases, (("fast32", 600), ("fast64", 720))):
         config = preset_config(preset, **changes).resolved()
-        assert ratio(config.build_schedule(), config.t_max) == pytest.approx(ratio(reference, most), rel=0.02)
-        assert ratio(config.build_schedule(), config.segment_t) == pytest.approx(ratio(reference, 30), rel=0.02)
+        assert noise_ratio(config.build_schedule(), config.t_max) == pytest.approx(
+            noise_ratio(reference, most), rel=0.02
+        )
+        assert noise_ratio(config.build_schedule(), config.segment_t) == pytest.approx(
+            noise_ratio(reference, 30), rel=0.02
+        )
         assert config.high_noise_fraction == 0.1
         thesis = SegdiffConfig(form="thesis", **{"prediction": "v", **changes}).resolved()
         assert thesis.t_max == thesis.timesteps and thesis.high_noise_fraction == 0
     assert SegdiffConfig(schedule="cosine", segment_t=5, t_max=77).resolved().segment_t == 5
 
 
-def test_schedules_but_the_linear_one_may_be_short():
+def test_schedules_other_than_linear_may_be_short():
     for kind in ("cosine", "flow"):
         config = SegdiffConfig(schedule=kind, timesteps=4).resolved()
         assert 1 <= config.t_max <= 4 and 0 <= config.segment_t < 4
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"prediction": "eps", "schedule": "flow"}, "'eps'.*schedule='flow'.*pure noise"),
         ({"prediction": "score"}, "prediction='score'.*eps, v, x0, flow"),
-        ({"schedule": "sigmoid"}, "schedule 'sigmoid'.*linear, cosine, flow"),
+        ({"schedule": "sigmoid"}, "schedule='sigmoid'.*linear, cosine, flow"),
         ({"loss_weighting": "snr"}, "loss_weighting='snr'.*min_snr"),
         ({"min_snr_gamma": 0.0}, "min_snr_gamma=0"),
         ({"label_dropout": 1.0}, "label_dropout=1"),
@@ -166,6 +170,6 @@ def test_schedules_but_the_linear_one_may_be_short():
         ({"timesteps": 0, "schedule": "flow"}, "0 steps"),
     ],
 )
-def test_what_cannot_work_is_refused(changes, says):
-    with pytest.raises(ConfigError, match=says):
+def test_config_invalid_objective_raises(changes, message):
+    with pytest.raises(ConfigError, match=message):
         SegdiffConfig(**changes).resolved()

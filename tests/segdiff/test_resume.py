@@ -17,7 +17,7 @@ from tests.engine.trained import assert_identical, final_state
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
 
 
-def tiny_segdiff(out: Path, **changes):
+def train_tiny(out: Path, **changes):
     images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
     settings = {
         "steps": 4,
@@ -34,41 +34,41 @@ def tiny_segdiff(out: Path, **changes):
     return factorkit.train_segdiff(images, out=out, progress=False, **{**settings, **changes})
 
 
-def test_segdiff_resumes_to_the_bit_and_refuses_other_settings(tmp_path):
-    tiny_segdiff(tmp_path / "whole")
-    tiny_segdiff(tmp_path / "parts", steps=1, dropout=0.0)
-    run = tiny_segdiff(tmp_path / "parts")
+def test_train_resumed_is_bit_identical_and_other_settings_raise(tmp_path):
+    train_tiny(tmp_path / "whole")
+    train_tiny(tmp_path / "parts", steps=1, dropout=0.0)
+    run = train_tiny(tmp_path / "parts")
     assert_identical(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
     loaded = factorkit.load(tmp_path / "whole", device="cpu")
     assert_identical(run.model.state_dict(), loaded.model.state_dict())
     with pytest.raises(CheckpointError, match=r"regions: 2 there, 3 requested|regions: 3 there, 2 requested"):
-        tiny_segdiff(tmp_path / "parts", regions=5 - run.config.regions)
+        train_tiny(tmp_path / "parts", regions=5 - run.config.regions)
 
 
-def test_segdiff_killed_at_random_moments_ends_with_the_bits_of_the_unbroken_run(tmp_path):
-    """SIGKILL in the steps and in the saves, over and over, until the run gets through."""
-    done = subprocess.run(
+def test_train_killed_at_random_moments_is_bit_identical(tmp_path):
+    """SIGKILL in steps and in saves, repeatedly, until the run completes."""
+    process = subprocess.run(
         [sys.executable, str(KILLED_RUN), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(factorkit.__file__).parents[1])},
     )
-    assert done.returncode == 0, done.stderr
-    kills = json.loads(done.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr
+    kills = json.loads(process.stdout.splitlines()[-1])
     assert kills["in training"] >= 2 and kills["in a save"] >= 2
     assert_identical(final_state(tmp_path / "killed"), final_state(tmp_path / "whole"))
     assert not [p.name for p in (tmp_path / "killed/checkpoints").iterdir() if not p.name.startswith("step_")]
 
 
-def test_micro_batches_of_the_thesis_form_give_the_same_step(tmp_path):
-    """Seen in Adam's first moment, the gradient; its steps blow the rounding of tiny gradients up."""
-    found = {}
+def test_micro_batches_of_the_thesis_form_take_the_same_step(tmp_path):
+    """Compare Adam's first moment, the gradient; Adam's steps amplify rounding errors of tiny gradients."""
+    result = {}
     for micro in (None, 1, 3):
         out = tmp_path / str(micro)
-        tiny_segdiff(out, steps=1, form="thesis", precision="fp32", micro_batch_size=micro)
-        found[micro] = {k: v for k, v in final_state(out).items() if k.startswith("adam.exp_avg.")}
-    assert sum(v.norm() for v in found[None].values()) > 0
+        train_tiny(out, steps=1, form="thesis", precision="fp32", micro_batch_size=micro)
+        result[micro] = {k: v for k, v in final_state(out).items() if k.startswith("adam.exp_avg.")}
+    assert sum(v.norm() for v in result[None].values()) > 0
     for micro in (1, 3):
-        for name, value in found[None].items():
-            torch.testing.assert_close(found[micro][name], value, rtol=1e-3, atol=1e-6, msg=name)
+        for name, value in result[None].items():
+            torch.testing.assert_close(result[micro][name], value, rtol=1e-3, atol=1e-6, msg=name)

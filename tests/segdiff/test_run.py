@@ -1,4 +1,4 @@
-"""What can be asked of a trained model; here one that was trained for three steps, or is told what to answer."""
+"""Methods of a loaded run, with a run of three training steps or with patched masks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The folder of a run on six pictures without labels."""
+    """The folder of a run on six images without labels."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     images, _ = draw_flowers(6, 16)
     factorkit.train_segdiff(images, out=folder, preset="demo", progress=False, **TINY)
@@ -54,24 +54,24 @@ def trained(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(trained) -> SegdiffRun:
     run = factorkit.load(trained, device="cpu")
-    with torch.no_grad():  # masks that differ visibly from place to place
+    with torch.no_grad():  # The masks differ clearly between positions.
         run.model.masks.decoder.conv_out.weight.mul_(30)
     return run
 
 
-def untrained(folder=None, **changes) -> SegdiffRun:
+def build_untrained_run(folder=None, **changes) -> SegdiffRun:
     config = preset_config("demo", **{**TINY, **changes}).resolved()
     torch.manual_seed(0)
     return SegdiffRun(config, config.build(), CPU, 0, folder)
 
 
-def picture(width, height, seed=0) -> Image.Image:
+def make_image(width, height, seed=0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def knows(run, monkeypatch, regions_of):
-    """``run.model`` answers regions_of(colours [B, 3, H, W] in [-1, 1]) -> labels [B, H, W] instead of thinking."""
+def patch_segment(run, monkeypatch, regions_of):
+    """Replace ``run.model.segment`` by regions_of(colours [B, 3, H, W] in [-1, 1]) -> labels [B, H, W]."""
 
     def segment(x_t, t):
         labels = regions_of(x_t / run.schedule.signal(t))
@@ -83,8 +83,8 @@ def knows(run, monkeypatch, regions_of):
 # --- segment ---
 
 
-def test_segment_of_a_square_is_the_models_masks_at_level_30(run):
-    image = picture(16, 16)
+def test_segment_square_image_equals_model_masks_at_level_30(run):
+    image = make_image(16, 16)
     x = pixels_to_signed(torch.from_numpy(np.array(image))[None])
     x_t, t = add_noise(x, 30, run.schedule)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -98,39 +98,39 @@ def test_segment_of_a_square_is_the_models_masks_at_level_30(run):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 24), (9, 31), (7, 5), (3, 50), (1, 1), (200, 17)])
-def test_masks_come_back_at_the_pictures_own_size(run, size):
-    seg = run.segment(picture(*size))
+def test_segment_any_size_returns_masks_of_that_size(run, size):
+    seg = run.segment(make_image(*size))
     assert seg.masks.shape == (1, 3, size[1], size[0]) and seg.labels.shape == (1, size[1], size[0])
     torch.testing.assert_close(seg.masks.sum(1), torch.ones(1, size[1], size[0]))
     assert seg.labels.min() >= 0 and seg.labels.max() < 3 and seg.labels.dtype == torch.int64
 
 
-def test_the_whole_picture_is_segmented_in_its_own_proportions(monkeypatch):
-    run = untrained(regions=2)
-    seen = []
-    knows(run, monkeypatch, lambda colours: (seen.append(colours.shape), (colours[:, 0] > 0).long())[1])
+def test_segment_wide_image_keeps_its_proportions(monkeypatch):
+    run = build_untrained_run(regions=2)
+    recorded = []
+    patch_segment(run, monkeypatch, lambda colours: (recorded.append(colours.shape), (colours[:, 0] > 0).long())[1])
     pixels = np.zeros((24, 96, 3), np.uint8)
-    pixels[:, 72:, 0] = 255  # a bar at the right, outside of the centred square
+    pixels[:, 72:, 0] = 255  # a bar at the right, outside the centred square
     pixels[:4] = 0
     labels = run.segment(Image.fromarray(pixels)).labels[0].numpy()
-    assert seen == [(1, 3, 16, 64)]
+    assert recorded == [(1, 3, 16, 64)]
     assert (labels != (pixels[..., 0] > 0)).mean() < 0.03
 
 
-def test_everything_that_holds_pictures_is_accepted_and_means_the_same(run, tmp_path):
-    first, second = picture(20, 16, 1), picture(20, 16, 2)
+def test_segment_all_input_kinds_are_equal(run, tmp_path):
+    first, second = make_image(20, 16, 1), make_image(20, 16, 2)
     pixels = np.stack([np.asarray(first), np.asarray(second)])
     (tmp_path / "sub").mkdir()
     paths = [tmp_path / "a.png", tmp_path / "sub" / "b.png"]
     first.save(paths[0])
     second.save(paths[1])
     channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    given = {
+    inputs = {
         "folder": tmp_path,
         "name of a folder": str(tmp_path),
         "paths": paths,
         "names": [*map(str, paths)],
-        "pictures": [first, second],
+        "PIL images": [first, second],
         "array": pixels,
         "float array": pixels.astype(np.float32) / 255,
         "tensor": channels_first,
@@ -141,7 +141,7 @@ def test_everything_that_holds_pictures_is_accepted_and_means_the_same(run, tmp_
     }
     expected = run.segment([first, second]).masks
     assert not torch.allclose(expected[0], expected[1])
-    for what, images in given.items():
+    for what, images in inputs.items():
         seg = run.segment(images)
         assert torch.equal(seg.masks, expected), what
         assert len(seg.names) == 2, what
@@ -155,19 +155,19 @@ def test_everything_that_holds_pictures_is_accepted_and_means_the_same(run, tmp_
     [lambda p: p, np.asarray, lambda p: torch.from_numpy(np.array(p)).permute(2, 0, 1)],
     ids=["PIL", "array", "tensor"],
 )
-def test_a_single_picture_is_a_batch_of_one(run, one):
-    image = picture(18, 16)
+def test_segment_single_image_is_a_batch_of_one(run, one):
+    image = make_image(18, 16)
     assert torch.equal(run.segment(one(image)).masks, run.segment([image]).masks)
 
 
-def test_pictures_of_different_sizes_come_as_lists(run):
-    seg = run.segment([picture(20, 16), picture(16, 40)])
+def test_segment_different_sizes_returns_lists(run):
+    seg = run.segment([make_image(20, 16), make_image(16, 40)])
     assert [tuple(m.shape) for m in seg.masks] == [(3, 16, 20), (3, 40, 16)]
     assert [tuple(label.shape) for label in seg.labels] == [(16, 20), (40, 16)]
 
 
-def test_segmenting_is_deterministic_and_independent_of_companions(run):
-    images = [picture(16, 16, seed) for seed in range(4)]
+def test_segment_is_deterministic_and_independent_of_other_images(run):
+    images = [make_image(16, 16, seed) for seed in range(4)]
     together, again = run.segment(images).masks, run.segment(images).masks
     torch.manual_seed(5)
     assert torch.equal(together, again)
@@ -175,25 +175,25 @@ def test_segmenting_is_deterministic_and_independent_of_companions(run):
 
 
 @pytest.mark.parametrize("level", [-1, 1000])
-def test_a_level_out_of_range_is_refused(run, level):
+def test_segment_and_evaluate_level_out_of_range_raise(run, level):
     images, masks = draw_flowers(4, 16)
     with pytest.raises(ConfigError, match=f"t={level} must lie between 0 and 999"):
-        run.segment(picture(16, 16), t=level)
+        run.segment(make_image(16, 16), t=level)
     with pytest.raises(ConfigError, match=f"t={level} must lie between 0 and 999"):
         run.evaluate(images, masks, t=level)
 
 
-def test_one_region_refuses_to_segment_and_to_be_scored():
-    plain = untrained(regions=1)
+def test_segment_and_evaluate_one_region_raise():
+    plain = build_untrained_run(regions=1)
     images, masks = draw_flowers(4, 16)
     with pytest.raises(ConfigError, match="regions=1, the plain DDPM"):
-        plain.segment(picture(16, 16))
+        plain.segment(make_image(16, 16))
     with pytest.raises(ConfigError, match="regions=1, the plain DDPM"):
         plain.evaluate(images, masks)
 
 
 @pytest.mark.parametrize(
-    ("images", "says"),
+    ("images", "message"),
     [
         ("nowhere/at/all", "no such file or folder"),
         ([], "empty list"),
@@ -202,13 +202,13 @@ def test_one_region_refuses_to_segment_and_to_be_scored():
         (torch.full((1, 3, 8, 8), 200.0), "expected 0 to 1"),
     ],
 )
-def test_what_is_no_picture_is_refused(run, images, says):
-    with pytest.raises(DataError, match=says):
+def test_segment_invalid_images_raise(run, images, message):
+    with pytest.raises(DataError, match=message):
         run.segment(images)
 
 
-def test_a_broken_file_is_named(run, tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+def test_segment_broken_file_raises_with_its_name(run, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
     with pytest.raises(DataError, match="broken.jpg"):
         run.segment(tmp_path)
 
@@ -216,7 +216,7 @@ def test_a_broken_file_is_named(run, tmp_path):
 # --- generate ---
 
 
-def test_generated_images_are_a_function_of_the_seed(run):
+def test_generate_depends_on_the_seed_only(run):
     first, again, other = (run.generate(3, steps=3, seed=seed) for seed in (1, 1, 2))
     assert first.images.shape == (3, 3, 16, 16) and first.masks.shape == (3, 3, 16, 16)
     assert torch.equal(first.images, again.images) and not torch.equal(first.images, other.images)
@@ -225,22 +225,22 @@ def test_generated_images_are_a_function_of_the_seed(run):
     assert torch.equal(first.labels, first.masks.argmax(1)) and first.trajectory is None
     with torch.autocast("cpu", torch.bfloat16):
         drawn = draw_images(run.model, run.config, 3, steps=3, seed=1, device=CPU)
-        assert drawn.bottleneck.branches is None  # nobody asked for them
+        assert drawn.bottleneck.branches is None  # not requested
     assert drawn.images.min() < -0.2
     torch.testing.assert_close(first.images, drawn.images / 2 + 0.5)
 
 
-def test_many_images_are_drawn_in_pieces(run, monkeypatch):
+def test_generate_many_images_runs_in_batches(run, monkeypatch):
     monkeypatch.setattr("factorkit.segdiff.sampling.SAMPLE_BATCH_SIZE", 2)
     drawn = run.generate(5, steps=3, seed=1, trajectory=True)
     assert len(drawn.images) == len(drawn.masks) == len(drawn.trajectory[0].images) == 5
     assert torch.equal(drawn.images[:2], run.generate(2, steps=3, seed=1).images)
-    assert len({image.sum().item() for image in drawn.images}) == 5, "pieces repeat each other"
+    assert len({image.sum().item() for image in drawn.images}) == 5, "batches must not repeat each other"
     assert torch.equal(drawn.images, drawn.trajectory[-1].images)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_the_trajectory_leads_from_noise_to_the_images(run, sampler):
+def test_generate_trajectory_ends_at_the_images(run, sampler):
     drawn = run.generate(2, sampler=sampler, steps=4, trajectory=True)
     assert [frame.t for frame in drawn.trajectory] == [999, 666, 333, 0]
     for frame in drawn.trajectory:
@@ -250,32 +250,37 @@ def test_the_trajectory_leads_from_noise_to_the_images(run, sampler):
     assert torch.equal(drawn.images, run.generate(2, sampler=sampler, steps=4).images)
 
 
-def test_a_model_that_never_saw_the_noisiest_levels_starts_below_them():
-    low = untrained(high_noise_fraction=0.0, t_max=40)
-    assert [frame.t for frame in low.generate(1, trajectory=True).trajectory][:2] == [39, 38], "not 50 steps either"
-    assert untrained(high_noise_fraction=0.1, t_max=40).generate(1, steps=2, trajectory=True).trajectory[0].t == 999
+def test_generate_untrained_levels_are_skipped():
+    low = build_untrained_run(high_noise_fraction=0.0, t_max=40)
+    assert [frame.t for frame in low.generate(1, trajectory=True).trajectory][:2] == [39, 38], (
+        "no more steps than levels"
+    )
+    assert (
+        build_untrained_run(high_noise_fraction=0.1, t_max=40).generate(1, steps=2, trajectory=True).trajectory[0].t
+        == 999
+    )
 
 
 @pytest.mark.parametrize("changes", [{"regions": 1}, {"decoding": "concat"}, {"form": "thesis"}])
-def test_every_kind_of_model_generates(changes):
-    drawn = untrained(**changes).generate(2, steps=2, trajectory=True)
+def test_generate_every_kind_of_model_works(changes):
+    drawn = build_untrained_run(**changes).generate(2, steps=2, trajectory=True)
     assert drawn.masks.shape == (2, changes.get("regions", 3), 16, 16)
     assert drawn.images.isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"), [({"n": 0}, "n=0"), ({"steps": 0}, "steps=0"), ({"sampler": "rk4"}, "sampler='rk4'")]
+    ("changes", "message"), [({"n": 0}, "n=0"), ({"steps": 0}, "steps=0"), ({"sampler": "rk4"}, "sampler='rk4'")]
 )
-def test_generate_refuses_what_it_cannot_do(run, changes, says):
-    with pytest.raises(ConfigError, match=says):
+def test_generate_invalid_arguments_raise(run, changes, message):
+    with pytest.raises(ConfigError, match=message):
         run.generate(**{"n": 1, **changes})
 
 
 # --- evaluate ---
 
 
-def squares(count=8, size=16, seed=0):
-    """Bright squares on black, and their masks; the noise of level 30 does not hide them."""
+def make_squares(count=8, size=16, seed=0):
+    """Return bright squares on black, visible at noise level 30, and their masks."""
     rng = np.random.default_rng(seed)
     masks = np.zeros((count, size, size), np.uint8)
     for mask in masks:
@@ -284,14 +289,14 @@ def squares(count=8, size=16, seed=0):
     return np.repeat(masks[..., None] * np.uint8(255), 3, -1), masks
 
 
-def bright(colours):
+def find_bright(colours):
     return (colours.mean(1) > 0).long()
 
 
-def test_a_model_that_knows_the_masks_scores_one(monkeypatch):
-    run = untrained(regions=2)
-    knows(run, monkeypatch, lambda colours: 1 - bright(colours))
-    scores = run.evaluate(*squares(), num_fit_images=3)
+def test_evaluate_perfect_masks_score_one(monkeypatch):
+    run = build_untrained_run(regions=2)
+    patch_segment(run, monkeypatch, lambda colours: 1 - find_bright(colours))
+    scores = run.evaluate(*make_squares(), num_fit_images=3)
     assert {n: scores[n] for n in ("acc", "iou", "dice", "oracle_iou")} == pytest.approx(
         {"acc": 1, "iou": 1, "dice": 1, "oracle_iou": 1}
     )
@@ -300,20 +305,22 @@ def test_a_model_that_knows_the_masks_scores_one(monkeypatch):
     json.dumps(scores)
 
 
-def test_the_fixed_mapping_is_not_the_oracle(monkeypatch):
-    run = untrained(regions=2)
-    images, masks = squares(10)  # the two regions trade places from image to image
+def test_evaluate_swapped_regions_score_below_the_oracle(monkeypatch):
+    run = build_untrained_run(regions=2)
+    images, masks = make_squares(10)  # The two regions are swapped in every other image.
     order = iter(range(10))
-    knows(run, monkeypatch, lambda colours: torch.stack([b if next(order) % 2 else 1 - b for b in bright(colours)]))
+    patch_segment(
+        run, monkeypatch, lambda colours: torch.stack([b if next(order) % 2 else 1 - b for b in find_bright(colours)])
+    )
     scores = run.evaluate(images, masks, num_fit_images=2)
     assert scores["oracle_iou"] == pytest.approx(1)
     assert scores["iou"] < 0.7
 
 
-def test_scores_by_hand_with_pixels_that_are_not_counted(monkeypatch):
-    run = untrained(regions=2)
-    knows(run, monkeypatch, lambda colours: torch.zeros_like(colours[:, 0], dtype=torch.int64))
-    images, masks = squares(4)
+def test_evaluate_ignored_pixels_are_not_counted(monkeypatch):
+    run = build_untrained_run(regions=2)
+    patch_segment(run, monkeypatch, lambda colours: torch.zeros_like(colours[:, 0], dtype=torch.int64))
+    images, masks = make_squares(4)
     masks[:, :, 14:] = 128
     scores = run.evaluate(images, masks, num_fit_images=1, ignore=128)
     inside = (masks[1:] == 1).sum((1, 2)) / (16 * 14)
@@ -322,18 +329,19 @@ def test_scores_by_hand_with_pixels_that_are_not_counted(monkeypatch):
     assert scores["dice"] == pytest.approx((2 * inside / (inside + 1)).mean())
 
 
-def test_scores_at_another_size_are_those_of_the_enlarged_masks(monkeypatch):
-    run = untrained(regions=2)
-    knows(run, monkeypatch, bright)
-    images, masks = squares(6, 64)
+def test_evaluate_at_another_size_scores_enlarged_masks(monkeypatch):
+    run = build_untrained_run(regions=2)
+    patch_segment(run, monkeypatch, find_bright)
+    images, masks = make_squares(6, 64)
     scores = run.evaluate(images, masks, num_fit_images=2, size=64)
     assert scores["size"] == 64 and 0.4 < scores["iou"] < 1
 
 
-def test_folders_match_by_name_and_baselines_stand_beside(monkeypatch, tmp_path):
-    run = untrained(tmp_path / "run", regions=2)
-    knows(run, monkeypatch, bright)
-    images, masks = squares(5)
+@pytest.mark.slow
+def test_evaluate_folders_match_by_name_and_include_baselines(monkeypatch, tmp_path):
+    run = build_untrained_run(tmp_path / "run", regions=2)
+    patch_segment(run, monkeypatch, find_bright)
+    images, masks = make_squares(5)
     for name, stack, factor in (("images", images, 1), ("masks", masks, 255)):
         (tmp_path / name).mkdir()
         for i, pixels in enumerate(stack):
@@ -344,25 +352,25 @@ def test_folders_match_by_name_and_baselines_stand_beside(monkeypatch, tmp_path)
     assert run.scores == json.loads((tmp_path / "run" / "scores.json").read_text()) == json.loads(json.dumps(scores))
 
 
-def test_fit_that_leaves_nothing_is_refused(run):
+def test_evaluate_fitting_on_all_images_raises(run):
     with pytest.raises(ConfigError, match="num_fit_images=4 of 4"):
-        run.evaluate(*squares(4), num_fit_images=4)
-    assert run.evaluate(*squares(4))["fitted_on"] == 2, "the default is lowered for a small set"
+        run.evaluate(*make_squares(4), num_fit_images=4)
+    assert run.evaluate(*make_squares(4))["fitted_on"] == 2, "the default must be lower for a small set"
 
 
 # --- files ---
 
 
-def test_a_saved_file_alone_gives_identical_masks_and_images(run, tmp_path):
+def test_save_and_load_gives_identical_results(run, tmp_path):
     file = run.save(tmp_path / "model.safetensors")
     again = factorkit.load(file, device="cpu")
     assert again.config == run.config and again.step == run.step == 3 and again.folder is None and again.scores is None
-    image = picture(20, 16)
+    image = make_image(20, 16)
     assert torch.equal(again.segment(image).masks, run.segment(image).masks)
     assert torch.equal(again.generate(1, steps=2).images, run.generate(1, steps=2).images)
 
 
-def test_a_folder_needs_no_settings_and_gives_the_averaged_weights(trained):
+def test_load_folder_gives_config_and_averaged_weights(trained):
     run = factorkit.load(trained, device="cpu")
     assert dataclasses.asdict(run.config) == dataclasses.asdict(preset_config("demo", **TINY).resolved())
     assert run.folder == trained and not run.model.training
@@ -372,13 +380,13 @@ def test_a_folder_needs_no_settings_and_gives_the_averaged_weights(trained):
     assert any(not torch.equal(v, stored[f"model.{k}"]) for k, v in weights.items())
 
 
-def test_a_single_checkpoint_of_a_run_can_be_loaded_too(trained):
+def test_load_single_checkpoint_works(trained):
     older = factorkit.load(trained / "checkpoints" / "step_00000002.safetensors", device="cpu")
     assert older.step == 2
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "emptied"])
-def test_of_a_damaged_checkpoint_the_previous_is_taken_and_it_says_so(trained, tmp_path, damage):
+def test_load_damaged_checkpoint_warns_and_uses_the_previous(trained, tmp_path, damage):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     newest = folder / "checkpoints" / "step_00000003.safetensors"
@@ -390,7 +398,7 @@ def test_of_a_damaged_checkpoint_the_previous_is_taken_and_it_says_so(trained, t
     assert run.step == 2
 
 
-def test_where_all_are_damaged_nothing_is_made_up(trained, tmp_path):
+def test_load_all_checkpoints_damaged_raises(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     for path in (folder / "checkpoints").glob("*.safetensors"):
@@ -399,7 +407,7 @@ def test_where_all_are_damaged_nothing_is_made_up(trained, tmp_path):
         factorkit.load(folder, device="cpu")
 
 
-def test_foreign_files_and_folders_are_refused(trained, tmp_path):
+def test_load_foreign_file_or_folder_raises(trained, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         factorkit.load(tmp_path / "nowhere.safetensors")
     foreign = tmp_path / "foreign.safetensors"
@@ -413,7 +421,7 @@ def test_foreign_files_and_folders_are_refused(trained, tmp_path):
         factorkit.load(tmp_path)
 
 
-def test_another_model_and_weights_that_do_not_fit_are_refused(run, tmp_path):
+def test_load_other_model_or_mismatched_weights_raise(run, tmp_path):
     from factorkit.engine.checkpoint import read_checkpoint, write_checkpoint
 
     tensors, meta = read_checkpoint(run.save(tmp_path / "model.safetensors"))
@@ -427,7 +435,7 @@ def test_another_model_and_weights_that_do_not_fit_are_refused(run, tmp_path):
         factorkit.load(wide)
 
 
-def test_the_last_weights_and_their_average(trained, run, tmp_path):
+def test_load_last_or_average_weights_equals_the_stored(trained, run, tmp_path):
     average, last = (factorkit.load(trained, device="cpu", weights=weights) for weights in ("average", "last"))
     stored = load_file(sorted((trained / "checkpoints").glob("step_*.safetensors"))[-1])
     for loaded, prefix in ((average, "ema.module."), (last, "model.")):

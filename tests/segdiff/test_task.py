@@ -1,4 +1,4 @@
-"""The training loss by hand, and what is watched."""
+"""The training loss compared with its formula, and the statistics logged during training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from factorkit.segdiff import task as task_module
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask, add_noise, predict_masks
-from factorkit.utils.images import pixels_to_signed, signed_to_pixels
+from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
 
 CPU = torch.device("cpu")
@@ -27,13 +27,13 @@ TINY = {
 }
 
 
-def pictures(count=6, size=8):
+def make_images(count=6, size=8):
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
 
 
-def task_of(images=None, probes=None, **changes) -> SegdiffTask:
+def build_task(images=None, probes=None, **changes) -> SegdiffTask:
     config = preset_config(None, **{**TINY, **changes}).resolved()
-    images = pictures() if images is None else images
+    images = make_images() if images is None else images
     task = SegdiffTask(config, images, images if probes is None else probes, CPU)
     with torch.no_grad():  # away from the zero initialisation
         for p in task.model.parameters():
@@ -41,13 +41,13 @@ def task_of(images=None, probes=None, **changes) -> SegdiffTask:
     return task
 
 
-def draw(rows=slice(0, 16), batch=16, seed=3, seen=32) -> BatchDraw:
-    return BatchDraw(seed, seen, batch, rows, CPU)
+def make_draw(rows=slice(0, 16), batch=16, seed=3, images_seen=32) -> BatchDraw:
+    return BatchDraw(seed, images_seen, batch, rows, CPU)
 
 
-def by_hand(task, indices, step):
-    """The same loss from the formulas: noising, target, squared error, weight, all with their numbers written out."""
-    config, numbers = task.config, draw()
+def compute_by_hand(task, indices, step):
+    """Return the time steps, loss and weighted loss by the formulas, with all constants written out."""
+    config, numbers = task.config, make_draw()
     x0 = torch.from_numpy(task.images[indices.numpy()].astype(np.float32)).movedim(3, 1) / 127.5 - 1
     flip = numbers.uniform() < 0.5
     x0 = torch.stack([image.flip(-1) if f else image for image, f in zip(x0, flip, strict=True)])
@@ -68,20 +68,20 @@ def by_hand(task, indices, step):
 
 @pytest.mark.parametrize("prediction", ["v", "eps"])
 @pytest.mark.parametrize(("form", "step"), [("thesis", 1), ("regional", 1), ("regional", 100), ("regional", 390)])
-def test_the_loss_is_its_formula(prediction, form, step):
-    task = task_of(form=form, prediction=prediction, coarse_to_fine=None if form == "thesis" else (50, 150))
+def test_loss_equals_its_formula(prediction, form, step):
+    task = build_task(form=form, prediction=prediction, coarse_to_fine=None if form == "thesis" else (50, 150))
     task.model.eval()
     indices = torch.arange(16) % 6
     with torch.no_grad():
-        found = task.loss(task.model, indices, draw(), step - 1)  # steps are counted from 0
-        t, loss, weighted = by_hand(task, indices, step)
-    torch.testing.assert_close(found.loss, loss, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found.objective, weighted, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found.level, t / 1000)
+        result = task.loss(task.model, indices, make_draw(), step - 1)  # steps are counted from 0
+        t, loss, weighted = compute_by_hand(task, indices, step)
+    torch.testing.assert_close(result.loss, loss, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(result.objective, weighted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(result.level, t / 1000)
     if form == "regional" and step == 1:
-        assert (found.objective < found.loss).all()
+        assert (result.objective < result.loss).all()
     elif step > 150 or form == "thesis":
-        assert torch.equal(found.objective, found.loss)
+        assert torch.equal(result.objective, result.loss)
 
 
 @pytest.mark.parametrize(
@@ -93,23 +93,23 @@ def test_the_loss_is_its_formula(prediction, form, step):
         ({"t_max": 300, "high_noise_fraction": 1.0}, 300, 1000, 1.0),
     ],
 )
-def test_time_steps_lie_where_they_should(changes, low, high, beyond):
-    task = task_of(**changes, regions=1, half_resolution_masks=False)
-    seen = []
+def test_loss_samples_the_configured_time_steps(changes, low, high, beyond):
+    task = build_task(**changes, regions=1, half_resolution_masks=False)
+    recorded = []
     predict = task.model.forward
-    task.model.forward = lambda x, t: (seen.append(t), predict(x, t))[1]
+    task.model.forward = lambda x, t: (recorded.append(t), predict(x, t))[1]
     with torch.no_grad():
-        task.loss(task.model, torch.zeros(2000, dtype=torch.int64), draw(slice(0, 2000), 2000), 0)
-    t = torch.cat(seen)
+        task.loss(task.model, torch.zeros(2000, dtype=torch.int64), make_draw(slice(0, 2000), 2000), 0)
+    t = torch.cat(recorded)
     assert low <= t.min() and t.max() < high
     assert (t >= 300).float().mean().item() == pytest.approx(beyond, abs=0.04)
 
 
-def test_the_loss_is_a_function_of_the_draw_and_half_of_the_pictures_are_mirrored():
-    task, indices = task_of(), torch.zeros(400, dtype=torch.int64)
-    seen = []
+def test_loss_depends_on_the_draw_and_flips_half_of_the_images():
+    task, indices = build_task(), torch.zeros(400, dtype=torch.int64)
+    recorded = []
     gather = task.schedule.noise
-    task.schedule.noise = lambda x0, eps, t: (seen.append(x0), gather(x0, eps, t))[1]
+    task.schedule.noise = lambda x0, eps, t: (recorded.append(x0), gather(x0, eps, t))[1]
     rows = slice(0, 400)
     with torch.no_grad():
         first, again, other = (
@@ -117,50 +117,50 @@ def test_the_loss_is_a_function_of_the_draw_and_half_of_the_pictures_are_mirrore
         )
     assert torch.equal(first, again) and not torch.equal(first, other)
     upright = pixels_to_signed(torch.from_numpy(task.images[:1]))
-    mirrored = (seen[0] == upright.flip(3)).all((1, 2, 3))
-    assert (mirrored | (seen[0] == upright).all((1, 2, 3))).all()
+    mirrored = (recorded[0] == upright.flip(3)).all((1, 2, 3))
+    assert (mirrored | (recorded[0] == upright).all((1, 2, 3))).all()
     assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.08)
 
 
-def test_images_are_those_of_the_indices_whatever_their_order():
-    task = task_of()
+def test_gather_any_order_returns_images_of_the_indices():
+    task = build_task()
     indices = torch.tensor([5, 0, 5, 3, 1])
     np.testing.assert_array_equal(task._gather(indices).numpy(), task.images[indices.numpy()])
     task.images = torch.from_numpy(task.images)
     np.testing.assert_array_equal(task._gather(indices).numpy(), task.images[indices].numpy())
 
 
-def test_watch_is_the_areas_and_the_entropy_of_the_masks():
-    task = task_of(regions=2)
+def test_watch_returns_areas_and_entropy_of_the_masks():
+    task = build_task(regions=2)
     masks = torch.tensor([0.25, 0.75])[None, :, None, None].expand(3, 2, 4, 4)
-    found = task._watch(masks)
-    assert found["areas"].tolist() == pytest.approx([0.25, 0.75])
+    result = task._watch(masks)
+    assert result["areas"].tolist() == pytest.approx([0.25, 0.75])
     expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
-    assert found["entropy"].item() == pytest.approx(expected)
-    assert task_of(regions=1)._watch(masks[:, :1]) == {}
+    assert result["entropy"].item() == pytest.approx(expected)
+    assert build_task(regions=1)._watch(masks[:, :1]) == {}
 
 
-def test_the_mask_generator_alone_learns_at_its_own_rate():
-    task = task_of(mask_learning_rate=0.2)
+def test_parameter_groups_only_the_mask_decoder_has_its_own_rate():
+    task = build_task(mask_learning_rate=0.2)
     fast, slow = task.parameter_groups()
     assert (fast["scale"], slow["scale"]) == (1.0, 0.2)
     names = {id(p): n for n, p in task.model.named_parameters()}
     assert {names[id(p)].rpartition("masks.decoder.")[1] for p in slow["params"]} == {"masks.decoder."}
     assert len(fast["params"]) + len(slow["params"]) == len(names)
-    assert [g["scale"] for g in task_of(regions=1).parameter_groups()] == [1.0]
+    assert [g["scale"] for g in build_task(regions=1).parameter_groups()] == [1.0]
 
 
-def test_weights_are_a_function_of_the_seed():
+def test_initial_weights_depend_on_the_seed_only():
     torch.manual_seed(77)
-    first = task_of(seed=1).model.state_dict()
+    first = build_task(seed=1).model.state_dict()
     torch.manual_seed(78)
-    again, other = task_of(seed=1).model.state_dict(), task_of(seed=2).model.state_dict()
+    again, other = build_task(seed=1).model.state_dict(), build_task(seed=2).model.state_dict()
     assert all(torch.equal(v, again[k]) for k, v in first.items())
     assert not torch.equal(first["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
 
 
-def test_probes_are_bounded_and_alarms_do_not_change_from_call_to_call():
-    task = task_of(images=pictures(4), probes=pictures(NUM_PROBES + 9))
+def test_probes_are_bounded_and_alarms_are_repeatable():
+    task = build_task(images=make_images(4), probes=make_images(NUM_PROBES + 9))
     assert len(task.probes) == NUM_PROBES
     task.probes = task.probes[:5]
     task.model.eval()
@@ -169,28 +169,20 @@ def test_probes_are_bounded_and_alarms_do_not_change_from_call_to_call():
 
 @pytest.mark.parametrize("changes", [{"regions": 3}, {"regions": 1}, {"decoding": "concat"}])
 @torch.no_grad()
-def test_inspect_writes_two_sheets_and_answers_the_alarms(changes, tmp_path, monkeypatch):
+def test_inspect_writes_two_grids_and_returns_alarms(changes, tmp_path, monkeypatch):
     monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 2)
-    task = task_of(**changes)
-    found = task.inspect(task.model.eval(), 12, tmp_path / "samples")
-    sheets = sorted(p.name for p in (tmp_path / "samples").iterdir())
-    assert sheets == ["000012_generated.png", "000012_segmentation.png"]
-    for name in sheets:
+    task = build_task(**changes)
+    result = task.inspect(task.model.eval(), 12, tmp_path / "samples")
+    grids = sorted(p.name for p in (tmp_path / "samples").iterdir())
+    assert grids == ["000012_generated.png", "000012_segmentation.png"]
+    for name in grids:
         assert min(Image.open(tmp_path / "samples" / name).size) > 8
-    assert ("eta_gap" in found and "failures" in found) == (changes.get("regions") != 1)
+    assert ("eta_gap" in result and "failures" in result) == (changes.get("regions") != 1)
 
 
-def test_to_uint8_undoes_to_float_and_clips():
-    images = pictures()
-    np.testing.assert_array_equal(signed_to_pixels(pixels_to_signed(torch.from_numpy(images))), images)
-    pixel = torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)
-    assert pixels_to_signed(pixel).flatten().tolist() == pytest.approx([-1, 1, -0.6])
-    assert signed_to_pixels(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).ravel().tolist() == [0, 255]
-
-
-def test_the_noise_of_a_picture_depends_on_nothing_but_its_shape_and_the_level():
-    task = task_of()
-    images = pixels_to_signed(torch.from_numpy(pictures()))
+def test_add_noise_depends_only_on_shape_and_level():
+    task = build_task()
+    images = pixels_to_signed(torch.from_numpy(make_images()))
     x_t, t = add_noise(images, 30, task.schedule)
     assert (t == 30).all() and t.shape == (6,)
     alone, _ = add_noise(images[4:5], 30, task.schedule)
@@ -200,9 +192,9 @@ def test_the_noise_of_a_picture_depends_on_nothing_but_its_shape_and_the_level()
     assert eps.std().item() == pytest.approx(1, abs=0.2)
 
 
-def test_predicted_masks_come_in_pieces_that_change_nothing(monkeypatch):
-    task = task_of()
-    images = pixels_to_signed(torch.from_numpy(pictures(5)))
+def test_predict_masks_in_batches_equals_the_whole(monkeypatch):
+    task = build_task()
+    images = pixels_to_signed(torch.from_numpy(make_images(5)))
     task.model.eval()
     whole = predict_masks(task.model, images, 30, task.schedule)
     assert whole.shape == (5, 3, 8, 8) and whole.dtype == torch.float32

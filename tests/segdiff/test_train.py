@@ -1,4 +1,4 @@
-"""``train_segdiff`` from data to scores: folders, resuming, seed trials, and what is refused."""
+"""``train_segdiff`` from data to scores: folders, resuming, seed trials and errors."""
 
 from __future__ import annotations
 
@@ -48,28 +48,28 @@ HEALTHY = Alarms(
 
 
 @pytest.fixture(autouse=True)
-def own_places(tmp_path, monkeypatch):
-    """No test reads the user's cache or writes where it was started; what has its own tests is cut short here."""
+def isolate(tmp_path, monkeypatch):
+    """Use a separate cache and working folder; skip the report and the baselines, which have their own tests."""
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("factorkit.segdiff.train.write_report", lambda folder: (Path(folder) / "report.html").touch())
     monkeypatch.setattr("factorkit.segdiff.task.NUM_PREVIEW_STEPS", 1)
-    monkeypatch.setattr("factorkit.segdiff.evaluate.score_baselines", lambda images, *given: {"for": len(images)})
+    monkeypatch.setattr("factorkit.segdiff.evaluate.score_baselines", lambda images, *args: {"for": len(images)})
 
 
-def fit(data=None, **changes):
+def train_tiny(data=None, **changes):
     return factorkit.train_segdiff(data, **{"preset": "demo", "progress": False, **TINY, **changes})
 
 
-def weights(folder) -> dict[str, torch.Tensor]:
+def read_weights(folder) -> dict[str, torch.Tensor]:
     return load_file(sorted((Path(folder) / "checkpoints").glob("step_*.safetensors"))[-1])
 
 
-def same(a, b) -> bool:
+def have_equal_weights(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def kinds(folder) -> list[str]:
+def read_event_names(folder) -> list[str]:
     return [event["event"] for event in read_log(folder)]
 
 
@@ -83,11 +83,12 @@ def photos(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
-def test_without_data_it_trains_on_the_procedural_flowers_and_is_scored_on_others(monkeypatch):
-    small = lambda resolution, nested: real(resolution, train=20, test=6, nested=nested)  # noqa: E731
+@pytest.mark.slow
+def test_train_without_data_uses_procedural_flowers_and_scores(monkeypatch):
+    make_small_dataset = lambda resolution, nested: real(resolution, train=20, test=6, nested=nested)  # noqa: E731
     real = train.make_procedural_dataset
-    monkeypatch.setattr(train, "make_procedural_dataset", small)
-    run = fit(out="out")
+    monkeypatch.setattr(train, "make_procedural_dataset", make_small_dataset)
+    run = train_tiny(out="out")
     assert (run.config.resolution, run.step, run.folder) == (8, 4, Path("out"))
     settings = json.loads(Path("out/config.json").read_text())
     assert settings["data"]["name"] == "procedural flowers" and settings["data"]["images"] == 20
@@ -100,16 +101,17 @@ def test_without_data_it_trains_on_the_procedural_flowers_and_is_scored_on_other
     assert sorted(p.name for p in Path("out/samples").iterdir()) == ["000004_generated.png", "000004_segmentation.png"]
 
 
-def test_an_array_and_a_default_folder():
-    run = fit(draw_flowers(6, 8)[0])
+def test_train_array_writes_to_the_default_folder():
+    run = train_tiny(draw_flowers(6, 8)[0])
     assert run.folder == Path("runs/demo") and run.scores is None
-    assert kinds("runs/demo")[0] == "start" and kinds("runs/demo")[-1] == "end"
+    assert read_event_names("runs/demo")[0] == "start" and read_event_names("runs/demo")[-1] == "end"
     losses = [event["loss"] for event in read_log("runs/demo") if event["event"] == "step"]
     assert len(losses) == 4 and all(np.isfinite(losses))
 
 
-def test_a_folder_with_masks_keeps_some_out_of_training_and_is_scored_on_them(photos):
-    run = fit(photos, out="out", holdout=5, num_fit_images=2, baselines=True)
+@pytest.mark.slow
+def test_train_folder_with_masks_scores_held_out_images(photos):
+    run = train_tiny(photos, out="out", holdout=5, num_fit_images=2, baselines=True)
     settings = json.loads(Path("out/config.json").read_text())
     assert settings["data"]["images"] == 7
     scores = json.loads(Path("out/scores.json").read_text())
@@ -117,75 +119,77 @@ def test_a_folder_with_masks_keeps_some_out_of_training_and_is_scored_on_them(ph
     assert scores["baselines"] == {"for": 5} and run.scores == scores
 
 
-def test_unlabelled_images_can_be_broken_here_and_there_and_lie_anywhere(photos):
+def test_train_unlabelled_folder_skips_broken_images(photos):
     (photos / "images" / "deep").mkdir()
-    (photos / "images" / "deep" / "broken.jpg").write_bytes(b"no picture")
+    (photos / "images" / "deep" / "broken.jpg").write_bytes(b"not an image")
     with pytest.warns(UserWarning, match="1 of 13 .*broken.jpg"):
-        run = fit(photos / "images", out="out")
+        run = train_tiny(photos / "images", out="out")
     assert json.loads(Path("out/config.json").read_text())["data"]["images"] == 12
     assert run.scores is None
 
 
 @pytest.mark.parametrize("images", ["missing", "empty", "broken"])
-def test_nothing_to_train_on_is_refused_and_leaves_no_folder(tmp_path, images):
+def test_train_without_readable_images_raises_and_leaves_no_folder(tmp_path, images):
     if images != "missing":
         (tmp_path / images).mkdir()
     if images == "broken":
-        (tmp_path / images / "a.png").write_bytes(b"no picture")
+        (tmp_path / images / "a.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match="a.png" if images == "broken" else images):
-        fit(tmp_path / images, out="out")
+        train_tiny(tmp_path / images, out="out")
     assert not Path("out").exists()
 
 
-# --- the same call again ---
+# --- repeated calls ---
 
 
-def test_the_same_call_again_trains_nothing_and_scores_nothing(photos, monkeypatch):
-    first = fit(photos, out="out", holdout=5)
-    before, log = weights("out"), kinds("out")
+def test_train_repeated_call_trains_and_scores_nothing(photos, monkeypatch):
+    first = train_tiny(photos, out="out", holdout=5)
+    before, log = read_weights("out"), read_event_names("out")
 
-    def never(*given, **named):
+    def fail_if_called(*args, **named):
         raise AssertionError("trained or scored again")
 
-    monkeypatch.setattr("factorkit.segdiff.task.SegdiffTask.loss", never)
-    monkeypatch.setattr("factorkit.segdiff.run.SegdiffRun.evaluate", never)
-    again = fit(photos, out="out", holdout=5)
-    assert same(weights("out"), before) and again.scores == first.scores
-    assert kinds("out") == log
+    monkeypatch.setattr("factorkit.segdiff.task.SegdiffTask.loss", fail_if_called)
+    monkeypatch.setattr("factorkit.segdiff.run.SegdiffRun.evaluate", fail_if_called)
+    again = train_tiny(photos, out="out", holdout=5)
+    assert have_equal_weights(read_weights("out"), before) and again.scores == first.scores
+    assert read_event_names("out") == log
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(monkeypatch):
+@pytest.mark.slow
+def test_train_interrupted_run_resumes_to_the_same_weights(monkeypatch):
     images = draw_flowers(6, 8)[0]
-    fit(images, out="whole")
+    train_tiny(images, out="whole")
     inner, calls = train.SegdiffTask.loss, []
 
-    def dies(self, *given):
+    def fail(self, *args):
         calls.append(0)
         if len(calls) == 4:
             raise RuntimeError("power cut")
-        return inner(self, *given)
+        return inner(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("factorkit.segdiff.task.SegdiffTask.loss", dies)
+        patch.setattr("factorkit.segdiff.task.SegdiffTask.loss", fail)
         with pytest.raises(RuntimeError, match="power cut"):
-            fit(images, out="broken")
+            train_tiny(images, out="broken")
     with pytest.raises(CheckpointError, match="a run with other data "):
-        fit(draw_flowers(6, 8, seed=1)[0], out="broken")
-    fit(images, out="broken")
-    assert "resume" in kinds("broken")
-    assert same(weights("whole"), weights("broken"))
+        train_tiny(draw_flowers(6, 8, seed=1)[0], out="broken")
+    train_tiny(images, out="broken")
+    assert "resume" in read_event_names("broken")
+    assert have_equal_weights(read_weights("whole"), read_weights("broken"))
 
 
-def test_more_steps_go_on_and_are_scored_anew(photos):
-    assert fit(photos, out="out", holdout=5).scores["step"] == 4
-    longer = fit(photos, out="out", holdout=5, steps=6)
+@pytest.mark.slow
+def test_train_more_steps_resumes_and_scores_again(photos):
+    assert train_tiny(photos, out="out", holdout=5).scores["step"] == 4
+    longer = train_tiny(photos, out="out", holdout=5, steps=6)
     assert longer.step == 6 and longer.scores["step"] == 6
     assert "baselines" not in longer.scores
-    assert "baselines" in fit(photos, out="out", holdout=5, steps=6, baselines=True).scores
+    assert "baselines" in train_tiny(photos, out="out", holdout=5, steps=6, baselines=True).scores
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"regions": 3}, "regions: 2 there, 3 requested"),
         ({"form": "thesis"}, "form: 'regional' there, 'thesis'"),
@@ -193,23 +197,23 @@ def test_more_steps_go_on_and_are_scored_anew(photos):
         ({"preset": "fast32"}, "preset: 'demo' there"),
     ],
 )
-def test_the_folder_of_another_run_is_refused_with_the_differences(changes, says):
+def test_train_folder_of_another_run_raises_with_the_differences(changes, message):
     images = draw_flowers(6, 8)[0]
-    fit(images, out="out", steps=1)
-    with pytest.raises(CheckpointError, match=says):
-        fit(images, out="out", steps=1, **changes)
+    train_tiny(images, out="out", steps=1)
+    with pytest.raises(CheckpointError, match=message):
+        train_tiny(images, out="out", steps=1, **changes)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_train_foreign_folder_raises(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(CheckpointError, match="not a factorkit run"):
-        fit(draw_flowers(6, 8)[0], out="out")
+        train_tiny(draw_flowers(6, 8)[0], out="out")
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"regions": 0}, "regions=0"),
         ({"resolution": 9}, "resolution=9"),
@@ -222,9 +226,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         ({"device": "cuda:77"}, "cuda:77"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_a_folder_is_made(changes, says):
-    with pytest.raises(ConfigError, match=says):
-        fit(draw_flowers(6, 8)[0], out="out", **changes)
+def test_train_invalid_settings_raise_before_a_folder_is_made(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train_tiny(draw_flowers(6, 8)[0], out="out", **changes)
     assert not Path("out").exists()
 
 
@@ -243,26 +247,27 @@ def test_settings_that_cannot_work_are_refused_before_a_folder_is_made(changes, 
         {"micro_batch_size": 3, "precision": "fp32", "dropout": 0.1},
     ],
 )
-def test_every_form_and_ablation_trains_and_is_loaded_again(changes, photos):
-    run = fit(photos, out="out", holdout=5, steps=2, **{"segment_t": 3, **changes})
+def test_train_every_form_and_ablation_can_be_loaded(changes, photos):
+    run = train_tiny(photos, out="out", holdout=5, steps=2, **{"segment_t": 3, **changes})
     assert (run.scores is None) == (changes.get("regions") == 1)
     assert factorkit.load("out", device="cpu").config == run.config
     start = preset_config("demo", **{**TINY, "segment_t": 3, **changes}).resolved()
     blank = np.zeros((2, 8, 8, 3), np.uint8)
     fresh = train.SegdiffTask(start, blank, blank, torch.device("cpu"))
-    moved = weights("out")
+    moved = read_weights("out")
     assert any(not torch.equal(moved[f"model.{k}"], v) for k, v in fresh.model.named_parameters())
 
 
-def test_few_labels_end_in_a_warning_and_not_in_a_lost_run(photos):
+def test_train_too_few_labels_warns_and_keeps_the_run(photos):
     with pytest.warns(UserWarning, match="could not be scored.*at least 2"):
-        run = fit(photos, out="out", holdout=1)
+        run = train_tiny(photos, out="out", holdout=1)
     assert run.step == 4 and run.scores is None
 
 
-def test_every_average_can_be_used_and_taken_along(photos):
-    run = fit(photos, out="out", holdout=5, extra_ema_decays=(0.25, 0.5))
-    stored = weights("out")
+@pytest.mark.slow
+def test_load_every_ema_decay_gives_its_weights(photos):
+    run = train_tiny(photos, out="out", holdout=5, extra_ema_decays=(0.25, 0.5))
+    stored = read_weights("out")
     for decay in (0.25, 0.5):
         other = factorkit.load("out", device="cpu", weights=decay)
         again = factorkit.load(other.save(f"{decay}.safetensors"), device="cpu")
@@ -278,8 +283,8 @@ def test_every_average_can_be_used_and_taken_along(photos):
 # --- seed trials ---
 
 
-def alarms_by_seed(monkeypatch, gaps):
-    """The alarms of the trial of each seed, as measured by somebody who knows what comes out."""
+def set_alarms_by_seed(monkeypatch, gaps):
+    """Replace the alarms by healthy ones with the given eta gap of each seed; return the list of measured seeds."""
     measured = []
 
     def alarms(task, model):
@@ -290,14 +295,17 @@ def alarms_by_seed(monkeypatch, gaps):
     return measured
 
 
-def test_the_best_seed_trial_is_gone_on_with_exactly(monkeypatch):
+@pytest.mark.slow
+def test_seed_trials_best_trial_is_continued_exactly(monkeypatch):
     images = draw_flowers(6, 8)[0]
-    measured = alarms_by_seed(monkeypatch, {10: 0.35, 11: 0.44, 12: 0.1})
-    run = fit(images, out="trials", seed_trials=3, seed=10)
+    measured = set_alarms_by_seed(monkeypatch, {10: 0.35, 11: 0.44, 12: 0.1})
+    run = train_tiny(images, out="trials", seed_trials=3, seed=10)
     assert set(measured) == {10, 11, 12}
     assert run.config.seed == 11 and run.step == 4
-    fit(images, out="plain", seed=11)
-    assert same(weights("trials"), weights("plain")), "the trial is the beginning of the run of its seed"
+    train_tiny(images, out="plain", seed=11)
+    assert have_equal_weights(read_weights("trials"), read_weights("plain")), (
+        "the trial is the beginning of the run of its seed"
+    )
 
     log = read_log("trials")
     restarts = [event for event in log if event["event"] == "restart"]
@@ -307,78 +315,79 @@ def test_the_best_seed_trial_is_gone_on_with_exactly(monkeypatch):
     assert [event["step"] for event in log if event["event"] == "step"] == [1, 2, 3, 4]
 
 
-def test_seed_trials_of_a_mixture_are_ranked_by_the_noise_they_leave(monkeypatch):
+def test_seed_trials_of_a_mixture_are_ranked_by_unexplained_noise(monkeypatch):
     alarms = {0: 0.25, 1: 0.21, 2: 0.22}
-    monkeypatch.setattr("factorkit.segdiff.task.measure_alarms", lambda *given: HEALTHY)
+    monkeypatch.setattr("factorkit.segdiff.task.measure_alarms", lambda *args: HEALTHY)
     errors = iter(alarms.values())
-    monkeypatch.setattr("factorkit.segdiff.task.unexplained_noise", lambda *given: next(errors))
+    monkeypatch.setattr("factorkit.segdiff.task.unexplained_noise", lambda *args: next(errors))
     with monkeypatch.context() as patch:
-        patch.setattr("factorkit.segdiff.task.SegdiffTask.inspect", lambda *given: {})
-        run = fit(draw_flowers(6, 8)[0], out="out", seed_trials=3, masks="mixture")
+        patch.setattr("factorkit.segdiff.task.SegdiffTask.inspect", lambda *args: {})
+        run = train_tiny(draw_flowers(6, 8)[0], out="out", seed_trials=3, masks="mixture")
     assert run.config.seed == 1
     restarts = [event for event in read_log("out") if event["event"] == "restart"]
     assert [event.get("error") for event in restarts] == [0.25, 0.21, 0.22, None]
 
 
-def test_that_every_seed_trial_failed_is_said(monkeypatch):
-    alarms_by_seed(monkeypatch, {0: 0.1, 1: 0.2})
-    assert fit(draw_flowers(6, 8)[0], out="out", seed_trials=2).config.seed == 1
+def test_seed_trials_all_failed_is_logged(monkeypatch):
+    set_alarms_by_seed(monkeypatch, {0: 0.1, 1: 0.2})
+    assert train_tiny(draw_flowers(6, 8)[0], out="out", seed_trials=2).config.seed == 1
     assert "fail every seed" in [event for event in read_log("out") if event["event"] == "restart"][-1]["message"]
 
 
-def test_seed_trials_are_resumed_and_not_repeated(monkeypatch):
+@pytest.mark.slow
+def test_seed_trials_interrupted_resume_without_repeats(monkeypatch):
     images = draw_flowers(6, 8)[0]
-    alarms_by_seed(monkeypatch, {0: 0.1, 1: 0.4})
-    inner, seen = train.SegdiffTask.loss, []
+    set_alarms_by_seed(monkeypatch, {0: 0.1, 1: 0.4})
+    inner, recorded = train.SegdiffTask.loss, []
 
-    def dies(self, model, indices, draw, step):
-        if len(seen) == 3:
+    def fail(self, model, indices, draw, step):
+        if len(recorded) == 3:
             raise RuntimeError("power cut")
-        seen.append((self.config.seed, int(step)))
+        recorded.append((self.config.seed, int(step)))
         return inner(self, model, indices, draw, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr("factorkit.segdiff.task.SegdiffTask.loss", dies)
+        patch.setattr("factorkit.segdiff.task.SegdiffTask.loss", fail)
         with pytest.raises(RuntimeError, match="power cut"):
-            fit(images, out="out", seed_trials=2)
-    assert seen == [(0, 0), (0, 1), (1, 0)]
-    seen.clear()
+            train_tiny(images, out="out", seed_trials=2)
+    assert recorded == [(0, 0), (0, 1), (1, 0)]
+    recorded.clear()
 
-    def watches(self, model, indices, draw, step):
-        seen.append((self.config.seed, int(step)))
+    def record(self, model, indices, draw, step):
+        recorded.append((self.config.seed, int(step)))
         return inner(self, model, indices, draw, step)
 
-    monkeypatch.setattr("factorkit.segdiff.task.SegdiffTask.loss", watches)
-    assert fit(images, out="out", seed_trials=2).config.seed == 1
-    assert seen == [(1, 0), (1, 1), (1, 2), (1, 3)], "seed 0's trial was finished"
-    seen.clear()
-    assert fit(images, out="out", seed_trials=2).config.seed == 1
-    assert seen == []
-    fit(images, out="whole", seed=1)
-    assert same(weights("out"), weights("whole"))
+    monkeypatch.setattr("factorkit.segdiff.task.SegdiffTask.loss", record)
+    assert train_tiny(images, out="out", seed_trials=2).config.seed == 1
+    assert recorded == [(1, 0), (1, 1), (1, 2), (1, 3)], "the finished trial of seed 0 must not run again"
+    recorded.clear()
+    assert train_tiny(images, out="out", seed_trials=2).config.seed == 1
+    assert recorded == []
+    train_tiny(images, out="whole", seed=1)
+    assert have_equal_weights(read_weights("out"), read_weights("whole"))
 
 
 # --- before training ---
 
 
-def test_estimate_trains_nothing_that_stays_and_gives_sensible_numbers(tmp_path):
-    found = estimate(preset="demo", **TINY)
+def test_estimate_leaves_no_files_and_returns_plausible_numbers(tmp_path):
+    result = estimate(preset="demo", **TINY)
     config = preset_config("demo", **TINY).resolved()
-    assert found["parameters"] == sum(p.numel() for p in config.build().parameters())
-    assert found["images_per_second"] > 0
-    assert found["seconds"] == pytest.approx(config.steps * config.batch_size / found["images_per_second"])
-    assert 20 * found["parameters"] / 2**30 <= found["memory_gib"] < 4
-    assert (found["steps"], found["batch_size"], found["trial_images"], found["device"]) == (4, 4, 4, "cpu")
+    assert result["parameters"] == sum(p.numel() for p in config.build().parameters())
+    assert result["images_per_second"] > 0
+    assert result["seconds"] == pytest.approx(config.steps * config.batch_size / result["images_per_second"])
+    assert 20 * result["parameters"] / 2**30 <= result["memory_gib"] < 4
+    assert (result["steps"], result["batch_size"], result["trial_images"], result["device"]) == (4, 4, 4, "cpu")
     assert list(tmp_path.iterdir()) == []
-    json.dumps(found)
+    json.dumps(result)
 
 
-def test_estimate_refuses_what_training_would():
+def test_estimate_invalid_settings_raise():
     with pytest.raises(ConfigError, match="regions=0"):
         estimate(preset="demo", regions=0)
 
 
-def test_the_package_names_load_lazily():
+def test_package_public_names_load_lazily():
     assert factorkit.train_segdiff is train.train_segdiff
     assert set(factorkit.__all__) >= {"train_segdiff", "load", "SegdiffRun"}
     with pytest.raises(AttributeError, match="train_everything"):

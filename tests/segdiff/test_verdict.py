@@ -9,7 +9,7 @@ SPLIT = "split by position: position alone explains 0.95 > 0.8 of the masks' var
 BASELINES = {"centre_disc": {"iou": 0.571}, "2-means": {"iou": 0.866}, "GrabCut": {"unavailable": "no opencv"}}
 
 
-def alarms(step: int, **fields) -> dict:
+def make_alarms_event(step: int, **fields) -> dict:
     return {"event": "alarms", "step": step, **fields}
 
 
@@ -26,7 +26,7 @@ def alarms(step: int, **fields) -> dict:
 )
 def test_judge_regions_weighs_alarms_and_scores(failures, iou, status, words):
     scores = {} if iou is None else {"iou": iou, "scored": 55, "baselines": BASELINES}
-    verdict = judge_regions([alarms(40, failures=failures)], scores)
+    verdict = judge_regions([make_alarms_event(40, failures=failures)], scores)
     assert verdict.status == status and words in verdict.headline
     assert any((SPLIT if failures else "no alarm went off") in sentence for sentence in verdict.details)
     sentence = "No labelled images were scored" if iou is None else f"IoU {iou:.3f} on 55 labelled images"
@@ -41,7 +41,7 @@ def test_read_verdict_only_the_last_alarms_count(tmp_path):
 
 
 def test_judge_regions_model_without_masks_is_not_judged():
-    verdict = judge_regions([{"event": "step", "step": 10, "loss": 0.2}, alarms(10)], {})
+    verdict = judge_regions([{"event": "step", "step": 10, "loss": 0.2}, make_alarms_event(10)], {})
     assert verdict.status == "open" and verdict.headline == "No verdict yet"
 
 

@@ -1,4 +1,4 @@
-"""What a training step keeps and copies: activation memory with checkpointed branches, layouts from end to end."""
+"""Activation memory with checkpointed branches, and the memory layout of all features, in a training step."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SMALL = {
 }
 
 
-def step(model, x, t):
-    """Prediction and masks; gradients of all parameters from random upstreams on both."""
+def run_step(model, x, t):
+    """Return prediction, masks, and gradients of all parameters from random upstream gradients of both."""
     model.zero_grad(set_to_none=True)
-    torch.manual_seed(5)  # of the dropout
+    torch.manual_seed(5)  # for the dropout
     prediction, regions = model(x, t)
     torch.manual_seed(6)
     upstream = [torch.randn_like(v) for v in (prediction, regions.masks)]
@@ -34,71 +34,71 @@ def step(model, x, t):
 
 @pytest.mark.parametrize("decoding", ["masked_skips", "masked_mid", "unshared"])
 @pytest.mark.parametrize("form", [{}, REGIONAL])
-def test_checkpointed_branches_give_the_same_step(tiny, batch, decoding, form):
+def test_step_with_checkpointed_branches_is_equal(build_tiny, make_batch, decoding, form):
     form = {**form, "region_tokens": False} if decoding == "masked_mid" else form
-    model, (x, t) = tiny(**form, decoding=decoding).train(), batch(count=4)
-    plain, plain_masks, grads = step(copy.deepcopy(model), x, t)
+    model, (x, t) = build_tiny(**form, decoding=decoding).train(), make_batch(count=4)
+    plain, plain_masks, grads = run_step(copy.deepcopy(model), x, t)
     model.checkpoint_branches = True
-    prediction, masks, found = step(model, x, t)
+    prediction, masks, result = run_step(model, x, t)
     torch.testing.assert_close(prediction, plain)
     torch.testing.assert_close(masks, plain_masks)
     for name, grad in grads.items():
-        torch.testing.assert_close(found[name], grad, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(result[name], grad, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_dropout_is_the_same_when_a_branch_is_run_again(tiny, batch):
-    """Were it drawn anew, the gradient would not be that of the loss."""
-    model, (x, t) = tiny(dropout=0.5, checkpoint_branches=True).train(), batch()
-    *_, found = step(model, x, t)
+def test_dropout_of_a_recomputed_branch_is_the_same(build_tiny, make_batch):
+    """A new dropout mask would make the gradient differ from that of the loss."""
+    model, (x, t) = build_tiny(dropout=0.5, checkpoint_branches=True).train(), make_batch()
+    *_, result = run_step(model, x, t)
     weight = model.decoder.conv_out.weight
     along, ends = torch.randn_like(weight), []
     for sign in (1, -1):
         with torch.no_grad():
             weight.add_(along, alpha=sign * 1e-5)
-        prediction, masks, _ = step(model, x, t)
+        prediction, masks, _ = run_step(model, x, t)
         torch.manual_seed(6)
         ends.append(sum((v * torch.randn_like(v)).sum().item() for v in (prediction, masks)))
         with torch.no_grad():
             weight.sub_(along, alpha=sign * 1e-5)
     numeric = (ends[0] - ends[1]) / 2e-5
-    assert (found["decoder.conv_out.weight"] * along).sum().item() == pytest.approx(numeric, rel=1e-5)
+    assert (result["decoder.conv_out.weight"] * along).sum().item() == pytest.approx(numeric, rel=1e-5)
 
 
-def saved_bytes(model, x, t) -> int:
-    """Bytes that the forward pass keeps for the backward pass, each storage once, the weights left out."""
+def count_saved_bytes(model, x, t) -> int:
+    """Return the bytes saved for the backward pass, each storage once, without the weights."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
+    saved = {}
 
-    def note(tensor):
+    def record(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+            saved[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         prediction = model(x, t).prediction
     assert prediction.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 @pytest.mark.parametrize("form", [{}, REGIONAL])
-def test_memory_of_checkpointed_branches_does_not_depend_on_their_number(tiny, batch, form):
-    x, t = batch(torch.float32, count=4)
-    kept = {
-        (regions, once_more): saved_bytes(
-            tiny(torch.float32, **form, regions=regions, checkpoint_branches=once_more).train(), x, t
+def test_memory_of_checkpointed_branches_is_independent_of_their_number(build_tiny, make_batch, form):
+    x, t = make_batch(torch.float32, count=4)
+    saved = {
+        (regions, once_more): count_saved_bytes(
+            build_tiny(torch.float32, **form, regions=regions, checkpoint_branches=once_more).train(), x, t
         )
         for regions in (2, 6)
         for once_more in (False, True)
     }
-    # what grows are masks, logits and the branches' answers: a few numbers a pixel
-    assert kept[6, True] < 1.2 * kept[2, True]
-    assert kept[6, False] > 1.9 * kept[2, False]
-    assert kept[2, True] < 0.7 * kept[2, False]
+    # Only masks, logits and branch predictions grow: a few numbers per pixel.
+    assert saved[6, True] < 1.2 * saved[2, True]
+    assert saved[6, False] > 1.9 * saved[2, False]
+    assert saved[2, True] < 0.7 * saved[2, False]
 
 
-class Layouts(TorchDispatchMode):
-    """Notes the operations whose answer holds features that do not lie channels last, and all names of operations."""
+class LayoutRecorder(TorchDispatchMode):
+    """Record the operations whose output features are not channels last, and the names of all operations."""
 
     SIZES = ((16, 16), (8, 8))
 
@@ -110,7 +110,7 @@ class Layouts(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.names.add(func.overloadpacket.__name__)
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            # masks, logits and pictures have up to 3 channels and lie as the region ops want them
+            # Masks, logits and images have at most 3 channels and the layout of the region ops.
             if isinstance(x, torch.Tensor) and x.dim() == 4 and x.shape[1] > 3 and x.shape[2:] in self.SIZES:
                 self.last += 1
                 if x.stride(1) != 1:
@@ -122,27 +122,27 @@ class Layouts(TorchDispatchMode):
 @pytest.mark.parametrize(
     "changes", [{"form": "thesis"}, {}, {"branch_norm": "masked_group", "checkpoint_branches": True}]
 )
-def test_features_lie_channels_last_from_end_to_end(changes, half):
-    """Forward and backward; so nothing turns a layout round, and attention is torch's fused one."""
+def test_features_in_forward_and_backward_are_channels_last(changes, half):
+    """Forward and backward convert no layout, and attention is torch's fused kernel."""
     model = preset_config(None, **SMALL, **changes, steps=1).resolved().build().train()
     with torch.no_grad():
-        for p in model.parameters():  # a gradient that is zero throughout may come in any layout
+        for p in model.parameters():  # A gradient of zeros may have any layout.
             p.add_(torch.randn_like(p) * 0.1)
     x = torch.randn(5, 3, 16, 16).contiguous(memory_format=torch.channels_last)
-    with Layouts() as seen:
+    with LayoutRecorder() as recorded:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             prediction = model(x, torch.tensor([3, 999, 400, 5, 30])).prediction
         (prediction * torch.randn_like(prediction)).sum().backward()
-    assert seen.turned == set()
-    assert seen.last > 200
-    assert "_scaled_dot_product_flash_attention_for_cpu" in seen.names
+    assert recorded.turned == set()
+    assert recorded.last > 200
+    assert "_scaled_dot_product_flash_attention_for_cpu" in recorded.names
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("form", ["thesis", "regional"])
-def test_no_kernel_turns_a_layout_round(form):
-    """cuDNN would do so unseen by torch."""
+def test_step_on_gpu_converts_no_layout(form):
+    """Conversions inside cuDNN are invisible to torch, so the profiler looks for them."""
     sizes = {**SMALL, "model_channels": 32, "norm_groups": 8}
     model = preset_config(None, **sizes, form=form, steps=1).resolved().build().cuda().train()
     x = torch.randn(8, 3, 16, 16, device="cuda").contiguous(memory_format=torch.channels_last)

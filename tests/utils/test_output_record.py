@@ -32,7 +32,7 @@ def outputs_in(folder):
 def test_writing_new_file_records_name_and_source(tmp_path):
     write(tmp_path / "out", "a.png", "photos/a.jpg")
     assert (tmp_path / "out" / "a.png").read_text() == "x"
-    assert OutputRecord(tmp_path / "out").sources_of("a.png") == "photos/a.jpg"
+    assert OutputRecord(tmp_path / "out").source_of("a.png") == "photos/a.jpg"
     assert outputs_in(tmp_path / "out") == {"a.png"}
 
 

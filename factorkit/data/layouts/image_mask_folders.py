@@ -1,70 +1,237 @@
-"""The default layout of labelled images: `images/` and `masks/` in one folder or .zip, matched by name."""
+"""Where images and masks lie in a folder or .zip: the one place that tells them apart."""
 
 from __future__ import annotations
 
 import os
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from factorkit.data.archives import ZipSource
-from factorkit.data.files import escape_name, is_image, strip_suffix
+from factorkit.data.files import escape_name, fold_stem, is_image, list_image_names, strip_suffix
 from factorkit.data.layouts.base import DatasetFiles
-from factorkit.data.open import open_source
-from factorkit.data.sources import Source
+from factorkit.data.masks import image_stems
+from factorkit.data.sources import FileSource, Source
 from factorkit.utils.errors import DataError
 
+IMAGE_FOLDERS = frozenset("image images img imgs img_dir jpegimages photo photos rgb".split())
+MASK_FOLDERS = frozenset(
+    "mask masks ann_dir annotations gt groundtruth ground_truth label labels labelids matte mattes seg segmentation "
+    "segmentations silhouette silhouettes trimap trimaps".split()
+)
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+MIN_SHARED_NAMES = 3  # equal names in two folders from which one may hold the masks of the other
+MAX_COMPARED_FOLDERS = 64
+NUM_PROBED_IMAGES = 4  # decoded to see whether a folder holds masks
+MAX_MASK_VALUES, MIN_MASK_SHARE = 8, 0.95  # masks: so many values make up so much of each image
 NEAR_DUPLICATES_FILE = "near_duplicates.txt"
 MAX_NEAR_DUPLICATES_BYTES = 2**26  # limit for reading the file from a .zip, so that a zip bomb cannot fill the memory
 
 
-def find_image_and_mask_folders(data: Any) -> tuple[Path, Path] | None:
-    """Return the folders `images/` and `masks/` below `data`, or None if they are not both there."""
-    if not isinstance(data, (str, os.PathLike)):
+def find_image_and_mask_folders(data: Any) -> tuple[Source, Source] | None:
+    """Return the images and the masks of a folder or .zip that holds both, or None if it holds no masks.
+
+    Recognised are, at any depth and whatever the case: a folder of `IMAGE_FOLDERS` beside one of `MASK_FOLDERS` (also
+    several such pairs, as in train/ and val/), a folder of masks whose names match the images beside it, and masks
+    beside their images, named by one of `MASK_ENDINGS` or `MASK_BEGINNINGS`.
+
+    Raises:
+        DataError: images that look like masks are found, but not where masks are expected.
+    """
+    source = _open(data)
+    pairs = None if source is None else _split_names(source.names)
+    if source is None or pairs is None:
         return None
-    root = Path(data).expanduser()
-    images, masks = root / "images", root / "masks"
-    return (images, masks) if images.is_dir() and masks.is_dir() else None
+    if len(set(source.names)) < len(source.names):
+        name = escape_name(next(name for i, name in enumerate(source.names) if name in source.names[:i]))
+        raise DataError(f"{name} and {name}: two images of one name, so masks cannot be matched to them. Rename one.")
+    return tuple(_select(source, names) for names in pairs)  # type: ignore[return-value]  # two
 
 
 def read(data: Any) -> DatasetFiles | None:
-    """Read a folder or .zip with `images/`, `masks/` and, optionally, `near_duplicates.txt`; None for anything else."""
-    folders = find_image_and_mask_folders(data)
-    if folders is None:
-        return _read_zip(data)
-    images, masks = (open_source(folder) for folder in folders)
-    listing = folders[0].parent / NEAR_DUPLICATES_FILE
-    pairs = parse_near_duplicates(listing.read_bytes(), images, str(listing)) if listing.is_file() else []
-    return DatasetFiles(images, {"masks": masks}, near_duplicates=pairs)
+    """Read a folder or .zip of images and their masks; None if it is neither, or has images alone."""
+    pair = find_image_and_mask_folders(data)
+    if pair is None:
+        return None
+    images, masks = pair
+    notes = []
+    if outside := len(_open(data) or ()) - len(images) - len(masks):
+        notes.append(f"{outside} images lie outside the folders of images and masks and are not read")
+    where, text = _read_near_duplicates(data)
+    pairs = parse_near_duplicates(text, images, where) if text is not None else []
+    splits: dict[str, np.ndarray] = {}
+    folders = [name.split("/", 1)[0].casefold() for name in images.names]
+    if set(folders) <= set(SPLIT_FOLDERS) and len(set(folders)) > 1:
+        for row, folder in enumerate(folders):
+            splits.setdefault(SPLIT_FOLDERS[folder], []).append(row)  # type: ignore[arg-type, attr-defined]
+        splits = {name: np.array(rows) for name, rows in splits.items()}
+    return DatasetFiles(images, {"masks": masks}, splits, near_duplicates=pairs, notes=notes)
 
 
-def _read_zip(data: Any) -> DatasetFiles | None:
+def _open(data: Any) -> FileSource | ZipSource | None:
+    """Open a folder or .zip; None for anything else, and where opening it fails: `open_source` will say why."""
     if not isinstance(data, (str, os.PathLike)):
         return None
     path = Path(data).expanduser()
+    if path.is_dir():
+        path = path.resolve()
+        names = list_image_names(path)
+        return FileSource(path, names) if names else None
     if path.suffix.lower() != ".zip" or not zipfile.is_zipfile(path):  # resolve() would fail on a loop of links
         return None
-    path = path.resolve()
     try:
-        archive = zipfile.ZipFile(path)
-    except Exception:  # BadZipFile and others for a damaged directory; reading the images will report it
+        return ZipSource(path.resolve())
+    except DataError:
         return None
-    with archive:
-        members = archive.namelist()
-        folders = {"/".join(name.split("/")[:depth]) for name in members for depth in range(1, name.count("/") + 1)}
-        roots = sorted(folder.removesuffix("images") for folder in folders if f"/{folder}".endswith("/images"))
-        root = next((root for root in roots if f"{root}masks" in folders), None)
-        if root is None:
-            return None
-        listing = f"{root}{NEAR_DUPLICATES_FILE}"
-        text = _read_member(archive, listing, path) if listing in members else b""
-    images, masks = ZipSource(path, f"{root}images/"), ZipSource(path, f"{root}masks/")
-    if not images.names or not masks.names:
-        raise DataError(f"{path}: its images/ or masks/ folder contains no images. Add images to both folders.")
-    return DatasetFiles(
-        images, {"masks": masks}, near_duplicates=parse_near_duplicates(text, images, f"{path}/{listing}")
-    )
+
+
+def _select(source: FileSource | ZipSource, named: dict[str, str]) -> Source:
+    """Return the images of a source with other names, given as {new name: old name}."""
+    row_of = {name: row for row, name in enumerate(source.names)}
+    new_names = sorted(named)
+    rows = [row_of[named[name]] for name in new_names]
+    if isinstance(source, FileSource):
+        files = [source.files[row] for row in rows]
+        # the folder itself where there is one, so that the same images are the same data wherever they are opened
+        shared = {file.removesuffix(name) for file, name in zip(files, new_names, strict=True)}
+        if len(shared) == 1 and (folder := shared.pop()).endswith("/"):
+            return FileSource(source.root / folder.rstrip("/"), new_names)
+        return FileSource(source.root, files, new_names)
+    return source.select(rows, new_names)
+
+
+def _split_names(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]] | None:
+    """Divide names into images and masks, as {name to match by: name}; None where there are no masks."""
+    return _split_by_folders(names) or _split_by_mask_folder(names) or _split_by_endings(names)
+
+
+def _split_by_folders(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]] | None:
+    """Find folders of images beside folders of masks."""
+    by_place: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
+    for name in names:
+        parts = name.split("/")
+        for depth, part in enumerate(parts[:-1]):
+            kind = _folder_kind(part)
+            if kind is not None:
+                place = "/".join(parts[:depth])
+                by_place.setdefault(place, ({}, {}))[kind].setdefault("/".join(parts[depth + 1 :]), name)
+                break
+    complete = {place: pair for place, pair in by_place.items() if pair[0] and pair[1]}
+    if not complete:
+        return None
+    if len(complete) == 1:
+        return next(iter(complete.values()))
+    shared = os.path.commonpath(list(complete)) if all(complete) else ""
+    images: dict[str, str] = {}
+    masks: dict[str, str] = {}
+    for place, pair in complete.items():
+        prefix = place[len(shared) :].lstrip("/")
+        prefix = f"{prefix}/" if prefix else ""
+        for merged, part_of in zip((images, masks), pair, strict=True):
+            merged |= {prefix + key: name for key, name in part_of.items()}
+    return images, masks
+
+
+def _folder_kind(folder: str) -> int | None:
+    """Return 0 for a folder of images, 1 for a folder of masks, None for any other."""
+    key = folder.casefold()
+    return 0 if key in IMAGE_FOLDERS else 1 if key in MASK_FOLDERS else None
+
+
+def _split_by_mask_folder(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]] | None:
+    """Find a folder of masks whose names are those of the images beside or above it."""
+    masks: dict[str, dict[str, str]] = {}
+    for name in names:
+        parts = name.split("/")
+        depth = next((i for i, part in enumerate(parts[:-1]) if _folder_kind(part) == 1), None)
+        if depth is not None:
+            masks.setdefault("/".join(parts[:depth]), {})["/".join(parts[depth + 1 :])] = name
+    if len(masks) != 1:
+        return None
+    place, found = next(iter(masks.items()))
+    prefix = f"{place}/" if place else ""
+    taken = set(found.values())
+    images: dict[str, str] = {}
+    stems = {stem for name in found for stem in image_stems(name)}
+    for name in names:
+        if name in taken or not name.startswith(prefix):
+            continue
+        inside = name[len(prefix) :]
+        key = next((k for k in (inside, inside.split("/", 1)[-1]) if fold_stem(k) in stems), None)
+        images.setdefault(key or inside, name)
+    matched = {fold_stem(name) for name in images} & stems
+    return (images, found) if matched else None
+
+
+def _split_by_endings(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]] | None:
+    """Find masks beside their images: x.jpg and x_mask.png, or dynamic_mask_x.png."""
+    stems = {fold_stem(name) for name in names}
+    masks = {name: name for name in names if any(stem in stems for stem in image_stems(name)[1:])}
+    images = {name: name for name in names if name not in masks}
+    return (images, masks) if masks and images else None
+
+
+def refuse_unrecognised_masks(source: Source) -> None:
+    """Raise DataError if two folders of images have the same names and one of them looks like masks.
+
+    Trained on as images, masks would spoil a training without a word.
+    """
+    folders: dict[str, set[str]] = {}
+    for name in source.names:
+        folder, _, base = name.rpartition("/")
+        folders.setdefault(folder, set()).add(fold_stem(base))
+    groups = list(folders.items())[:MAX_COMPARED_FOLDERS]
+    for i, (first, stems) in enumerate(groups):
+        for second, other in groups[i + 1 :]:
+            shared = len(stems & other)
+            if shared < MIN_SHARED_NAMES or 2 * shared < min(len(stems), len(other)):
+                continue
+            for folder in (second, first):
+                if _looks_like_masks(source, folder):
+                    image_folder = first if folder == second else second
+                    raise DataError(
+                        f"the images in {escape_name(folder) or '.'}/ look like masks of those of the same names in "
+                        f"{escape_name(image_folder) or '.'}/: few grey values. Name the folders images/ and masks/, "
+                        "or give the folder of images alone as data (and both as --images and --masks to evaluate)."
+                    )
+
+
+def _looks_like_masks(source: Source, folder: str) -> bool:
+    """Return whether the first images of a folder are grey with few values."""
+    rows = [row for row, name in enumerate(source.names) if name.rpartition("/")[0] == folder][:NUM_PROBED_IMAGES]
+    for row in rows:
+        try:
+            values = np.asarray(source.read(row))
+        except DataError:
+            return False
+        if (values != values[..., :1]).any():
+            return False
+        counts = np.bincount(values[..., 0].ravel(), minlength=256)
+        if np.sort(counts)[-MAX_MASK_VALUES:].sum() < MIN_MASK_SHARE * counts.sum():
+            return False
+    return True
+
+
+def _read_near_duplicates(data: Any) -> tuple[str, bytes | None]:
+    """Return the file of near-duplicates beside or above the images, and where it is."""
+    path = Path(data).expanduser().resolve()
+    if path.is_dir():
+        found = sorted((p for p in path.rglob(NEAR_DUPLICATES_FILE) if p.is_file()), key=lambda p: len(p.parts))
+        return (str(found[0]), found[0].read_bytes()) if found else (str(path), None)
+    with zipfile.ZipFile(path) as archive:
+        members = sorted((n for n in archive.namelist() if f"/{n}".endswith(f"/{NEAR_DUPLICATES_FILE}")), key=len)
+        return f"{path}/{members[0] if members else ''}", _read_member(archive, members[0], path) if members else None
 
 
 def _read_member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from factorkit.data.views.cameras import estimate_depth_range, make_intrinsics
+from factorkit.data.views.cameras import make_intrinsics
 from factorkit.data.views.loading import LazyView, SceneSettings, split_every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError
@@ -79,9 +79,8 @@ def read_posed_array(path: Path, split: str | None) -> tuple[list[LazyView], Sce
         indices = list(range(NUM_TRAINING_VIEWS) if split == "train" else range(NUM_TRAINING_VIEWS, count))
     else:
         indices = split_every_eighth(count, split)
-    near, far = estimate_depth_range(poses)
     views = [LazyView(names[i], _float_reader(images[i]), lambda height, width: k, poses[i]) for i in indices]
-    return views, SceneSettings("object", near, far)
+    return views, SceneSettings(names, poses)
 
 
 def _float_reader(image: np.ndarray) -> Callable[[], np.ndarray]:

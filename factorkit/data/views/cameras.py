@@ -1,4 +1,4 @@
-"""Camera models: intrinsics, lens distortion, and what the poses of a set of cameras have in common."""
+"""Camera models: intrinsics and lens distortion."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorkit.data.views.views import SceneLayout
 from factorkit.utils.errors import DataError
 
+MIN_FISHEYE_RADIUS = 1e-9  # in focal lengths; closer to the axis the scale is 1
 ASPECT_TOLERANCE = 0.01  # relative difference between the aspect ratios of an image and its camera
-FORWARD_COSINE = math.cos(math.radians(45))  # "forward": all cameras look within this angle of their mean direction
-PARALLEL_EIGENVALUE = 1e-6  # below this the optical axes count as parallel
-ROLLED_UP_LENGTH = 0.05  # mean "up" shorter than this: the cameras are rolled in all directions
 
 # Returns K [3, 3] for an image of a given height and width.
 IntrinsicsFunction = Callable[[int, int], np.ndarray]
@@ -72,25 +69,61 @@ def fov_intrinsics(
 
 @dataclass(frozen=True)
 class Distortion:
-    """Brown's lens distortion: radial k1, k2, k3 and tangential p1, p2 as in OpenCV, COLMAP and nerfstudio."""
+    """Brown's lens distortion as in OpenCV, COLMAP and nerfstudio.
+
+    Attributes:
+        k1, k2, k3, k4: radial terms of r^2, r^4, r^6 and r^8 (nerfstudio's k4, not OpenCV's).
+        p1, p2: tangential terms.
+        denominator: OpenCV's k4, k5, k6 (the terms of the divisor in COLMAP's FULL_OPENCV).
+    """
 
     k1: float = 0.0
     k2: float = 0.0
     k3: float = 0.0
     p1: float = 0.0
     p2: float = 0.0
+    k4: float = 0.0
+    denominator: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Map undistorted to distorted image coordinates, in units of the focal length (x right, y down)."""
         r2 = x * x + y * y
-        radial = 1 + r2 * (self.k1 + r2 * (self.k2 + r2 * self.k3))
+        a, b, c = self.denominator
+        radial = 1 + r2 * (self.k1 + r2 * (self.k2 + r2 * (self.k3 + r2 * self.k4)))
+        radial = radial / (1 + r2 * (a + r2 * (b + r2 * c)))
         tangential_x = 2 * self.p1 * x * y + self.p2 * (r2 + 2 * x * x)
         tangential_y = self.p1 * (r2 + 2 * y * y) + 2 * self.p2 * x * y
         return x * radial + tangential_x, y * radial + tangential_y
 
 
-def undistort(image: Tensor, k: np.ndarray, distortion: Distortion) -> Tensor:
-    """Resample an image [C, H, W] as a pinhole camera with the same K [3, 3] sees it; edge pixels are repeated."""
+@dataclass(frozen=True)
+class FisheyeDistortion:
+    """Equidistant fisheye lens as in OpenCV's fisheye module, COLMAP's OPENCV_FISHEYE and instant-ngp's is_fisheye."""
+
+    k1: float = 0.0
+    k2: float = 0.0
+    k3: float = 0.0
+    k4: float = 0.0
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Map undistorted to distorted image coordinates, in units of the focal length (x right, y down)."""
+        radius = torch.hypot(x, y)
+        angle = torch.atan(radius)
+        a2 = angle * angle
+        distorted = angle * (1 + a2 * (self.k1 + a2 * (self.k2 + a2 * (self.k3 + a2 * self.k4))))
+        scale = torch.where(radius > MIN_FISHEYE_RADIUS, distorted / radius.clamp_min(MIN_FISHEYE_RADIUS), 1.0)
+        return x * scale, y * scale
+
+
+Lens = Distortion | FisheyeDistortion
+
+
+def undistort(image: Tensor, k: np.ndarray, distortion: Lens) -> tuple[Tensor, Tensor]:
+    """Resample an image [C, H, W] as a pinhole camera with the same K [3, 3] sees it.
+
+    Returns:
+        The image, in which edge pixels are repeated, and bool [H, W]: False where the lens did not see.
+    """
     height, width = image.shape[1:]
     fx, fy, cx, cy = k[0, 0], k[1, 1], k[0, 2], k[1, 2]
     x = (torch.arange(width, dtype=torch.float64) + 0.5 - cx) / fx
@@ -99,57 +132,5 @@ def undistort(image: Tensor, k: np.ndarray, distortion: Distortion) -> Tensor:
     # grid_sample without aligned corners counts from -1 to 1 between the outer edges of the image.
     grid = torch.stack([2 * (distorted_x * fx + cx) / width - 1, 2 * (distorted_y * fy + cy) / height - 1], dim=-1)
     sample = torch.nn.functional.grid_sample
-    return sample(image[None], grid[None].to(image), padding_mode="border", align_corners=False)[0]
-
-
-def detect_layout(poses: np.ndarray) -> SceneLayout:
-    """Return "forward" if all cameras [V, 4, 4] look in similar directions, else "object"; "object" for one camera."""
-    back = poses[:, :3, 2]
-    mean = back.mean(0)
-    within = back @ mean >= FORWARD_COSINE * np.linalg.norm(mean)
-    return "forward" if len(poses) > 1 and within.all() else "object"
-
-
-def estimate_depth_range(poses: np.ndarray) -> tuple[float, float] | tuple[None, None]:
-    """Estimate near and far for cameras [V, 4, 4] around an object.
-
-    Returns:
-        0.5 and 1.5 times the median distance to the point closest to all optical axes; (None, None) if there is no such
-        point in front of the cameras.
-    """
-    centre = closest_point_to_axes(poses)
-    if centre is None:
-        return None, None
-    distances = np.einsum("vi,vi->v", poses[:, :3, 3] - centre, poses[:, :3, 2])
-    distance = float(np.median(distances))
-    return (0.5 * distance, 1.5 * distance) if distance > 0 else (None, None)
-
-
-def closest_point_to_axes(poses: np.ndarray) -> np.ndarray | None:
-    """Return the point [3] with the least mean squared distance to the optical axes; None if they are parallel."""
-    axes, positions = poses[:, :3, 2], poses[:, :3, 3]
-    projections = np.eye(3) - axes[:, :, None] * axes[:, None, :]
-    mean_projection = projections.mean(0)
-    if np.linalg.eigvalsh(mean_projection)[0] < PARALLEL_EIGENVALUE:
-        return None
-    return np.linalg.solve(mean_projection, (projections @ positions[..., None]).mean(0)[:, 0])
-
-
-def compute_mean_pose(poses: np.ndarray) -> np.ndarray:
-    """Average poses [V, 4, 4] to one pose [4, 4].
-
-    It has the mean position and viewing direction, and the mean up vector (the first camera's if the cameras are rolled
-    in all directions).
-    """
-    back = _normalize(poses[:, :3, 2].sum(0))
-    right = np.cross(poses[:, :3, 1].sum(0), back)
-    if np.linalg.norm(right) < ROLLED_UP_LENGTH * len(poses):
-        right = np.cross(poses[0, :3, 1], back)
-    right = _normalize(right)
-    mean = np.eye(4)
-    mean[:3] = np.stack([right, np.cross(back, right), back, poses[:, :3, 3].mean(0)], axis=1)
-    return mean
-
-
-def _normalize(vector: np.ndarray) -> np.ndarray:
-    return vector / np.linalg.norm(vector)
+    seen = (grid.abs() <= 1).all(-1)
+    return sample(image[None], grid[None].to(image), padding_mode="border", align_corners=False)[0], seen

@@ -1,4 +1,4 @@
-"""Forward-facing scenes as in LLFF (Mildenhall et al. 2019): poses_bounds.npy beside folders of images."""
+"""Scenes as in LLFF (Mildenhall et al. 2019): poses_bounds.npy beside folders of images."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import numpy as np
 import torch
 
 from factorkit.data.files import list_images
-from factorkit.data.views.cameras import compute_mean_pose, make_intrinsics, scale_intrinsics
+from factorkit.data.views.cameras import make_intrinsics, scale_intrinsics
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, split_every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError
 from factorkit.utils.safe_reading import read_arrays
 
 FOLDERS = ("images_8", "images_4", "images_2", "images")
-# The nearest point is scaled to a distance of 1 / NEAR_BOUND_FACTOR, a little beyond the near plane of NDC at 1.
-NEAR_BOUND_FACTOR = 0.75
-NEAR_MARGIN = 0.9  # `near` lies at this fraction of the nearest bound
 
 
 def is_llff(path: Path) -> bool:
@@ -27,10 +24,6 @@ def is_llff(path: Path) -> bool:
 
 def read_llff(path: Path, split: str | None) -> tuple[list[LazyView], SceneSettings]:
     """List the views of a split; every 8th of the sorted images is for testing.
-
-    World coordinates are those of the mean pose, scaled so that the nearest point of the scene has the distance 1 /
-    0.75: as needed for normalised device coordinates with their near plane at 1
-    (:func:`factorkit.rendering.ndc_rays`).
 
     Raises:
         DataError: an invalid array, missing images, numbers of images and poses that differ, bounds without 0 < near <
@@ -62,9 +55,6 @@ def read_llff(path: Path, split: str | None) -> tuple[list[LazyView], SceneSetti
     poses = np.tile(np.eye(4), (len(values), 1, 1))
     poses[:, :3] = np.stack([right, -down, back, position], axis=2)
     check_rigid(torch.from_numpy(poses), names)
-    scale = 1 / (NEAR_BOUND_FACTOR * bounds[:, 0].min())
-    poses = np.linalg.inv(compute_mean_pose(poses)) @ poses
-    poses[:, :3, 3] *= scale
     views = []
     for i in split_every_eighth(len(values), split):
         height, width, focal = hwf[i]
@@ -72,8 +62,7 @@ def read_llff(path: Path, split: str | None) -> tuple[list[LazyView], SceneSetti
         views.append(
             LazyView(names[i], image_reader(images[i]), scale_intrinsics(k, height, width, names[i]), poses[i])
         )
-    near, far = NEAR_MARGIN * bounds[:, 0].min() * scale, bounds[:, 1].max() * scale
-    return views, SceneSettings("forward", float(near), float(far))
+    return views, SceneSettings(names, poses, (float(bounds[:, 0].min()), float(bounds[:, 1].max())))
 
 
 def _read_poses_bounds(file: Path) -> np.ndarray:

@@ -16,12 +16,21 @@ from torch import Tensor
 from factorkit.data.decode import to_float
 from factorkit.data.masks import to_opacity
 from factorkit.data.sources import FileSource
-from factorkit.data.views.cameras import Distortion, IntrinsicsFunction, undistort
-from factorkit.data.views.views import SceneLayout, Views, make_background, resize_area, target_size
+from factorkit.data.views.arrangement import Arrangement
+from factorkit.data.views.cameras import FisheyeDistortion, IntrinsicsFunction, Lens, undistort
+from factorkit.data.views.views import (
+    LOSS_MASK_THRESHOLD,
+    SceneLayout,
+    Views,
+    make_background,
+    resize_area,
+    target_size,
+)
 from factorkit.utils.errors import ConfigError, DataError
 
 BORDER_FRACTION = 0.9  # of the border pixels must have one colour for it to count as the background
 BORDER_TOLERANCE = 2 / 255  # per channel
+JPEG_LOSS_MASK_THRESHOLD = 0.5  # JPEG alters zeros
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class LazyView:
         pose: [4, 4] or None.
         read_mask: returns the opacity, float32 [H, W], which replaces the image's own.
         distortion: lens distortion to be removed.
+        read_loss_mask: returns float32 [H, W], below 0.5 where the image is not scored.
     """
 
     name: str
@@ -42,15 +52,26 @@ class LazyView:
     intrinsics: IntrinsicsFunction
     pose: np.ndarray | None = None
     read_mask: Callable[[], np.ndarray] | None = None
-    distortion: Distortion | None = None
+    distortion: Lens | None = None
+    read_loss_mask: Callable[[], np.ndarray] | None = None
 
 
 class SceneSettings(NamedTuple):
-    """What a reader knows about the scene as a whole."""
+    """What a reader knows about the scene as a whole, whatever the split.
 
-    layout: SceneLayout
-    near: float | None = None
-    far: float | None = None
+    Attributes:
+        names: of all views, not only those of the split.
+        poses: float64 [F, 4, 4] of all views in the coordinates of the files, OpenGL axes; None without cameras.
+        bounds: nearest and farthest depth, or None.
+        notes: sentences for the user on how the files were read.
+        loss_folder: the folder of loss masks, if the files name one.
+    """
+
+    names: Sequence[str] = ()
+    poses: np.ndarray | None = None
+    bounds: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+    loss_folder: Path | None = None
 
 
 class _DecodedView(NamedTuple):
@@ -58,12 +79,15 @@ class _DecodedView(NamedTuple):
     color: Tensor  # [3, H, W]
     opacity: Tensor | None  # [1, H, W]
     intrinsics: Tensor  # [3, 3]
+    scored: Tensor | None  # [1, H, W], 0 or 1
 
 
 def load_views(
     views: Sequence[LazyView],
-    settings: SceneSettings,
     *,
+    arrangement: Arrangement | None = None,
+    layout: SceneLayout = "object",
+    notes: Sequence[str] = (),
     resolution: int | None = None,
     background: str | Sequence[float] | None = "white",
     seed: int = 0,
@@ -93,16 +117,23 @@ def load_views(
         if background is not None:
             backdrop, color = make_background(background, images.shape, seed)
             images = images + (1 - masks) * backdrop
-    poses = [view.pose for view in views if view.pose is not None]
+    loss_masks = None
+    if any(view.scored is not None for view in decoded):
+        everywhere = torch.ones_like(images[0, :1])
+        loss_masks = torch.stack([everywhere if view.scored is None else view.scored for view in decoded])
+    poses = [arrangement.apply(view.pose) for view in views if view.pose is not None and arrangement is not None]
     return Views(
         images=images.clamp(0, 1),
         names=names,
         intrinsics=torch.stack([view.intrinsics for view in decoded]),
         masks=masks,
         poses=torch.from_numpy(np.stack(poses)).float() if len(poses) == len(views) else None,
-        near=settings.near,
-        far=settings.far,
-        layout=settings.layout,
+        near=None if arrangement is None else arrangement.near,
+        far=None if arrangement is None else arrangement.far,
+        layout=layout if arrangement is None else arrangement.layout,
+        loss_masks=loss_masks,
+        origin=(0.0, 0.0, 0.0) if arrangement is None else arrangement.origin,
+        notes=tuple(notes),
         background=color,
     )
 
@@ -118,12 +149,7 @@ def _decode(view: LazyView, resolution: int | None, premultiply: bool) -> _Decod
         )
     k = view.intrinsics(height, width)
     if view.read_mask is not None:
-        mask = view.read_mask()
-        if mask.shape != (height, width):
-            raise DataError(
-                f"the mask of {view.name} is {mask.shape[1]} x {mask.shape[0]} pixels, the image {width} x {height}. "
-                "They must have the same size."
-            )
+        mask = _read_same_size(view.read_mask, view.name, height, width)
         values = np.concatenate([values[..., :3], mask[..., None]], axis=2)
     elif not premultiply and values.shape[2] == 4:
         raise ConfigError(
@@ -133,13 +159,33 @@ def _decode(view: LazyView, resolution: int | None, premultiply: bool) -> _Decod
     if values.shape[2] == 4 and premultiply:
         values = np.concatenate([values[..., :3] * values[..., 3:], values[..., 3:]], axis=2)
     channels = torch.from_numpy(np.ascontiguousarray(values)).permute(2, 0, 1)
+    scored = None
+    if view.read_loss_mask is not None:
+        loss_mask = _read_same_size(view.read_loss_mask, view.name, height, width)
+        scored = torch.from_numpy(np.ascontiguousarray(loss_mask))[None]
     if view.distortion is not None:
-        channels = undistort(channels, k, view.distortion)
+        channels, seen = undistort(channels, k, view.distortion)
+        if scored is not None:
+            scored, _ = undistort(scored, k, view.distortion)
+        if isinstance(view.distortion, FisheyeDistortion) and not seen.all():
+            scored = seen[None].float() if scored is None else scored * seen
     new_height, new_width = target_size(resolution or largest, height, width)
     channels = resize_area(channels, new_height, new_width)
     intrinsics = torch.from_numpy(k * np.array([new_width / width, new_height / height, 1.0])[:, None]).float()
     opacity = channels[3:].clamp(0, 1) if len(channels) == 4 else None
-    return _DecodedView((height, width), channels[:3], opacity, intrinsics)
+    if scored is not None:
+        scored = (resize_area(scored, new_height, new_width) > LOSS_MASK_THRESHOLD).float()
+    return _DecodedView((height, width), channels[:3], opacity, intrinsics, scored)
+
+
+def _read_same_size(read: Callable[[], np.ndarray], name: str, height: int, width: int) -> np.ndarray:
+    mask = read()
+    if mask.shape != (height, width):
+        raise DataError(
+            f"the mask of {name} is {mask.shape[1]} x {mask.shape[0]} pixels, the image {width} x {height}. "
+            "They must have the same size."
+        )
+    return mask
 
 
 def image_reader(path: Path) -> Callable[[], np.ndarray]:
@@ -153,6 +199,17 @@ def image_reader(path: Path) -> Callable[[], np.ndarray]:
 def mask_reader(path: Path) -> Callable[[], np.ndarray]:
     """Return a function for `LazyView.read_mask`, likewise for stored pixels."""
     return lambda: to_opacity(FileSource(path.parent, [path.name]).decode(0), path.name, upright=False)
+
+
+def loss_mask_reader(path: Path) -> Callable[[], np.ndarray]:
+    """Return a function for `LazyView.read_loss_mask`, for stored pixels: as in nerfstudio, all but 0 is scored."""
+
+    def read() -> np.ndarray:
+        image = FileSource(path.parent, [path.name]).decode(0)
+        threshold = JPEG_LOSS_MASK_THRESHOLD if image.format == "JPEG" else 0
+        return (to_opacity(image, path.name, upright=False) > threshold).astype(np.float32)
+
+    return read
 
 
 def detect_border_color(images: Tensor) -> Tensor | None:

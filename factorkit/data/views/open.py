@@ -9,12 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from factorkit.data.files import format_examples
+from factorkit.data.files import format_examples, list_image_names
 from factorkit.data.video import is_video
+from factorkit.data.views.arrangement import arrange
 from factorkit.data.views.arrays import is_posed_array, read_posed_array
-from factorkit.data.views.images import read_images, read_video
+from factorkit.data.views.colmap import is_colmap, read_colmap
+from factorkit.data.views.dtu import is_dtu, read_dtu
+from factorkit.data.views.foreground import add_masks
+from factorkit.data.views.images import DEFAULT_FOV, read_images, read_video
 from factorkit.data.views.llff import is_llff, read_llff
 from factorkit.data.views.loading import LazyView, SceneSettings, load_views, split_every_eighth
+from factorkit.data.views.phones import is_polycam, is_record3d, read_polycam, read_record3d
 from factorkit.data.views.srn import is_srn, read_srn
 from factorkit.data.views.transforms import is_transforms, read_transforms
 from factorkit.data.views.views import SceneLayout, Views
@@ -27,9 +32,27 @@ POSED_FORMATS: tuple[tuple[Callable[[Path], bool], PosedReader], ...] = (
     (is_transforms, read_transforms),
     (is_llff, read_llff),
     (is_srn, read_srn),
+    (is_dtu, read_dtu),
+    (is_polycam, read_polycam),
+    (is_record3d, read_record3d),
+    (is_colmap, read_colmap),
     (is_posed_array, read_posed_array),
 )
-COLMAP_FOLDERS = (".", "sparse/0", "sparse", "colmap/sparse/0")  # where a scene's COLMAP model may be
+MASK_FOLDERS = ("masks", "mask")  # foreground masks beside the images of any layout
+# Signs of cameras in formats that are not read, with what to do.
+UNREAD_CAMERAS = (
+    ("cams/*_cam.txt", "MVSNet's cameras"),
+    ("**/Cameras.xml", "Metashape's cameras"),
+    ("*.xml", "cameras, perhaps of Metashape"),
+    ("bundle.out", "Bundler's cameras"),
+    ("database.db", "a COLMAP database without a model"),
+    ("pose*/*.txt", "matrices of poses"),
+    ("train/pose/*.txt", "NeRF++'s poses"),
+    ("transforms*.json", "a transforms file"),
+    ("cameras*.json", "a file of cameras"),
+    ("cameras*.npz", "arrays of cameras"),
+    ("metadata.json", "a file that may hold cameras"),
+)
 
 
 def open_views(
@@ -40,7 +63,9 @@ def open_views(
     *,
     masks: Any = None,
     fov: float | None = None,
-    layout: SceneLayout | None = None,
+    layout: SceneLayout | Literal["auto"] | None = None,
+    loss_masks: Any = None,
+    default_fov: float = DEFAULT_FOV,
     seed: int = 0,
 ) -> Views:
     """Open the views of one scene, with their cameras if the files define them.
@@ -50,19 +75,26 @@ def open_views(
             a folder with transforms_train.json (NeRF's synthetic scenes) or transforms.json (nerfstudio), or such a
             file;
             a folder with poses_bounds.npy and images_8, images_4, images_2 or images (LLFF);
-            a folder with rgb/, pose/ and intrinsics.txt (one instance of ShapeNet-SRN);
+            a folder with rgb/, pose/ and intrinsics.txt (ShapeNet-SRN, NSVF);
+            a folder with image/ and cameras_sphere.npz (NeuS, DTU);
+            a COLMAP model, or a folder with one in sparse/0, sparse or colmap/sparse/0;
+            raw keyframes of Polycam, or Record3D's metadata.json with rgb/;
             an .npz with images, poses and focal (as tiny_nerf_data.npz);
             a video, or images without poses: a folder (optionally with images/ and masks/), a .zip, an array, or
-            anything else that :func:`factorkit.data.open_source` accepts; COLMAP cameras in such a folder are not read,
-            with a warning;
+            anything else that :func:`factorkit.data.open_source` accepts;
             Views, which are only split and resized.
         split: "train" or "test" as defined by the files, else every 8th view is for testing. None: all views.
         resolution: pixels of the longer side; None: unchanged.
         background: colour behind transparent or masked images: "white", "black", three numbers in [0, 1], or "noise"
             (random per pixel); None leaves images with separate masks unchanged.
-        masks: masks of images without poses, matched by name or position.
-        fov: field of view in degrees along the longer side, for images without cameras; None: from EXIF, else 50.
-        layout: "object" or "forward"; None: by format, for nerfstudio by the viewing directions.
+        masks: foreground masks, matched by name, without cameras also by position; None: those in masks/ or mask/
+            beside the images; "none": do not look for any.
+        fov: field of view in degrees along the longer side, for images without cameras; None: from EXIF, else
+            `default_fov`.
+        layout: "object" or "forward"; None or "auto": by the viewing directions. Given, it also turns the refusal of
+            cameras that look at nothing in common into a warning.
+        loss_masks: masks of value 0 where a view is not scored, matched by name.
+        default_fov: field of view where neither cameras, nor `fov`, nor EXIF define it.
         seed: seed of the noise.
 
     Raises:
@@ -71,33 +103,72 @@ def open_views(
 
     Example:
         >>> from factorkit.data import open_views
-        >>> open_views(pictures[:5], resolution=8).images.shape
+        >>> open_views(images[:5], resolution=8).images.shape
         torch.Size([5, 3, 8, 8])
     """
     if split not in (None, "train", "test"):
         raise ConfigError(f'split={split!r}: give "train", "test" or nothing')
     if fov is not None and not 0 < fov < 180:
         raise ConfigError(f"fov={fov}: give degrees between 0 and 180")
+    layout = None if layout == "auto" else layout
+    if layout not in (None, "object", "forward"):
+        raise ConfigError(f'layout={layout!r}: give "object", "forward" or "auto"')
     if isinstance(source, Views):
+        if masks is not None or loss_masks is not None:
+            raise ConfigError("masks= and loss_masks= are for files; these are Views, which have their own")
         return _reopen(source, split, resolution, layout)
     path = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
     if path is not None and not path.exists():
         raise DataError(f"{path}: no such file or folder (current folder: {Path.cwd()}). Check the path.")
     read_posed = None if path is None else next((read for matches, read in POSED_FORMATS if matches(path)), None)
+    arrangement, given_masks = None, None if _is_none(masks) else masks
     if path is not None and read_posed is not None:
         views, settings = read_posed(path, split)
+        if settings.poses is not None:
+            arrangement = arrange(settings.poses, settings.bounds, layout, str(path))
+        if fov is not None:
+            warnings.warn(f"{path}: fov={fov:g} is not used, since the files define the cameras.", stacklevel=2)
+        if masks is None:
+            if isinstance(loss_masks, (str, os.PathLike)):
+                settings = settings._replace(loss_folder=Path(loss_masks).expanduser())
+            given_masks = _find_mask_folder(path, settings)
+        views, notes = add_masks(views, settings, given_masks, loss_masks)
     elif path is not None and is_video(path):
-        views, settings = read_video(path, split, resolution, fov)
+        if given_masks is not None or loss_masks is not None:
+            raise ConfigError(f"{path}: masks= is for images, not for a video. Extract its frames first.")
+        views, settings = read_video(path, split, resolution, fov or default_fov)
+        notes = settings.notes
     else:
         if path is not None and path.is_dir():
             _check_single_scene(path)
-            _warn_about_colmap(path)
-        views, settings = read_images(source if path is None else path, split, masks, fov)
-    if masks is not None and any(view.pose is not None for view in views):
-        raise ConfigError("masks= is for images without poses; files with poses define their masks themselves")
-    if layout is not None:
-        settings = settings._replace(layout=layout)
-    return load_views(views, settings, resolution=resolution, background=background, seed=seed)
+            _warn_about_unread_cameras(path)
+        views, settings = read_images(source if path is None else path, split, masks, fov, default_fov)
+        views, notes = add_masks(views, settings, None, loss_masks, upright=True)
+    return load_views(
+        views,
+        arrangement=arrangement,
+        layout=layout or "object",
+        notes=notes,
+        resolution=resolution,
+        background=background,
+        seed=seed,
+    )
+
+
+def _is_none(masks: Any) -> bool:
+    return isinstance(masks, str) and masks == "none"
+
+
+def _find_mask_folder(path: Path, settings: SceneSettings) -> Path | None:
+    """Return the folder of foreground masks beside the images, unless the files use it for loss masks."""
+    root = path if path.is_dir() else path.parent
+    for name in MASK_FOLDERS:
+        folder = root / name
+        if folder.is_dir() and list_image_names(folder):
+            loss = settings.loss_folder
+            if loss is None or not (loss.resolve() == folder.resolve() or folder.resolve() in loss.resolve().parents):
+                return folder
+    return None
 
 
 def _reopen(views: Views, split: str | None, resolution: int | None, layout: SceneLayout | None) -> Views:
@@ -116,16 +187,15 @@ def _check_single_scene(folder: Path) -> None:
         raise DataError(f"{folder}: contains {len(scenes)} scenes ({format_examples(scenes)}). Give one of them.")
 
 
-def _warn_about_colmap(folder: Path) -> None:
-    """Warn if the folder has a COLMAP model, which is not read."""
-    for name in COLMAP_FOLDERS:
-        for suffix in ("bin", "txt"):
-            if all((folder / name / f"{part}.{suffix}").is_file() for part in ("cameras", "images")):
-                cameras = (Path(name) / f"cameras.{suffix}").as_posix()
-                warnings.warn(
-                    f"{folder}: the COLMAP cameras ({cameras}) are not read; training will search for the poses of "
-                    "these images. To use COLMAP's poses, convert them to nerfstudio's transforms.json "
-                    "(ns-process-data images --skip-colmap).",
-                    stacklevel=3,
-                )
-                return
+def _warn_about_unread_cameras(folder: Path) -> None:
+    """Warn if the folder has cameras in a format that is not read."""
+    for pattern, what in UNREAD_CAMERAS:
+        file = next(iter(sorted(folder.glob(pattern))), None)
+        if file is not None:
+            warnings.warn(
+                f"{folder}: {file.relative_to(folder).as_posix()} looks like {what}, which this program does not read: "
+                "the images are read without poses. To use the poses, convert them to nerfstudio's transforms.json "
+                "(ns-process-data) or to a COLMAP model in sparse/0.",
+                stacklevel=3,
+            )
+            return

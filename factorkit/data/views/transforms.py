@@ -1,33 +1,38 @@
-"""Views in a transforms.json: NeRF's synthetic scenes from Blender, and nerfstudio's format."""
+"""Views in a transforms.json: NeRF's synthetic scenes from Blender, nerfstudio's format, and instant-ngp's."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from factorkit.data.files import IMAGE_SUFFIXES
-from factorkit.data.views.cameras import (
-    Distortion,
-    IntrinsicsFunction,
-    detect_layout,
-    estimate_depth_range,
-    fov_intrinsics,
-    make_intrinsics,
-    scale_intrinsics,
+from factorkit.data.files import format_examples
+from factorkit.data.views.camera_keys import (
+    describe_ignored,
+    merge_settings,
+    parse_distortion,
+    parse_intrinsics,
+    refuse_unmodelled,
 )
-from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, mask_reader, split_every_eighth
+from factorkit.data.views.image_files import FileFinder
+from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, loss_mask_reader, split_every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError
 from factorkit.utils.safe_reading import read_json
 
-BLENDER_SPLITS = {"train": ("train",), "test": ("test",), None: ("train", "val", "test")}
-CAMERA_MODELS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
-DEFAULT_SUFFIXES = (".png", ".jpg", ".jpeg")  # tried for `file_path` without suffix, as Blender's files have it
+SPLITS = ("train", "val", "test")
+
+
+class _File(NamedTuple):
+    """A parsed transforms file."""
+
+    path: Path
+    content: dict[str, Any]
+    names: list[str]  # `file_path` of each frame
+    poses: np.ndarray  # [F, 4, 4]
 
 
 def is_transforms(path: Path) -> bool:
@@ -40,86 +45,153 @@ def is_transforms(path: Path) -> bool:
 def read_transforms(path: Path, split: str | None) -> tuple[list[LazyView], SceneSettings]:
     """List the views of a split.
 
-    Blender's folders have one file per split. nerfstudio's file may list `train_filenames` and `test_filenames`;
-    otherwise every 8th frame is for testing. A file named after a split (transforms_test.json), if given itself, is
-    read as a whole.
+    Blender's folders have one file per split. nerfstudio's file may list `train_filenames`, `val_filenames` and
+    `test_filenames`, all or some; otherwise every 8th frame is for testing. A file named after a split
+    (transforms_test.json), if given itself, is read as a whole. Test views are never among the training views.
 
     Raises:
-        DataError: invalid JSON, no frames, a missing image, an invalid pose, or an unsupported camera model.
+        DataError: invalid JSON, no frames, more than half of the images missing, an invalid pose, contradictory splits,
+            or a setting that changes the geometry and is not supported.
     """
-    is_blender = path.is_dir() and (path / "transforms_train.json").is_file()
-    if is_blender:
-        files = [path / f"transforms_{name}.json" for name in BLENDER_SPLITS[split]]
-        missing = [file for file in files if not file.is_file()]
-        if split and missing:
-            raise DataError(f"{missing[0]}: no such file, but it is needed for split={split!r}")
-        parts = [_read_file(file, None) for file in files if file.is_file()]
-    else:
-        file = path / "transforms.json" if path.is_dir() else path
-        is_split_file = any(file.stem == f"transforms_{name}" for name in ("train", "val", "test"))
-        parts = [_read_file(file, None if is_split_file else split)]
-    views = [view for part, _ in parts for view in part]
-    poses = np.concatenate([poses for _, poses in parts])
-    layout = "object" if is_blender else detect_layout(poses)
-    return views, SceneSettings(layout, *(estimate_depth_range(poses) if layout == "object" else (None, None)))
+    if path.is_dir() and (path / "transforms_train.json").is_file():
+        return _read_split_files(path, split)
+    path = path / "transforms.json" if path.is_dir() else path
+    is_split_file = any(path.stem == f"transforms_{name}" for name in SPLITS)
+    file = _parse_file(path)
+    indices, notes = (list(range(len(file.names))), ()) if is_split_file else _select_frames(file, split)
+    if not indices:
+        raise DataError(f"{path}: no frame belongs to the split {split!r}")
+    siblings = [path.with_name(f"transforms_{name}.json") for name in SPLITS] if is_split_file else []
+    scene = [file, *(_parse_file(other) for other in siblings if other != path and other.is_file())]
+    return _list_views([(file, indices)], scene, notes)
 
 
-def _read_file(file: Path, split: str | None) -> tuple[list[LazyView], np.ndarray]:
-    """Return the views of a split, and the poses [F, 4, 4] of all frames, which determine the scene's layout."""
+def _read_split_files(folder: Path, split: str | None) -> tuple[list[LazyView], SceneSettings]:
+    """Read a folder with transforms_train.json and, if they exist, the files of the other splits."""
+    paths = {name: folder / f"transforms_{name}.json" for name in SPLITS}
+    files = {name: _parse_file(path) for name, path in paths.items() if path.is_file()}
+    notes: tuple[str, ...] = ()
+    selected = list(files) if split is None else [split]
+    if split == "test" and "test" not in files:
+        if "val" not in files:
+            raise DataError(f"{paths['test']}: no such file, but it is needed for split='test'")
+        selected, notes = ["val"], ("There is no transforms_test.json: transforms_val.json is the test split.",)
+    parts: list[tuple[_File, list[int]]] = []
+    used: set[str] = set()
+    for name in selected:
+        file, held_out = files[name], set(used)
+        if split == "train":
+            held_out |= {_normalize(other) for key in ("val", "test") if key in files for other in files[key].names}
+        indices = [i for i, other in enumerate(file.names) if _normalize(other) not in held_out]
+        repeated = len(file.names) - len(indices)
+        if repeated:
+            why = "also views of val or test" if split == "train" else "already listed by another split"
+            notes += (f"{file.path.name}: left out {repeated} of {len(file.names)} frames that are {why}.",)
+        used |= {_normalize(file.names[i]) for i in indices}
+        if indices:
+            parts.append((file, indices))
+    if not parts:
+        raise DataError(
+            f"{paths['train']}: all of its frames are also in transforms_val.json or transforms_test.json, so no view "
+            "is left for training. Give each split its own frames, or name transforms_train.json itself to read it all."
+        )
+    return _list_views(parts, list(files.values()), notes)
+
+
+def _parse_file(path: Path) -> _File:
     try:
-        content = read_json(file)
+        content = read_json(path)
         frames = content["frames"]
         entries = [(frame["file_path"], frame["transform_matrix"]) for frame in frames]
         texts = [frame[key] for frame in frames for key in ("file_path", "mask_path") if frame.get(key) is not None]
-        texts += [name for key in content if key.endswith("_filenames") for name in content[key]]
+        texts += [name for key in _split_keys(content) for name in content[key]]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a file name is not a string")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{file}: not a transforms file ({type(error).__name__}: {error}). It needs `frames`, each with "
+            f"{path}: not a transforms file ({type(error).__name__}: {error}). It needs `frames`, each with "
             "`file_path` and `transform_matrix`."
         ) from error
     if not frames:
-        raise DataError(f"{file}: no frames in it")
-    indices = _select_frames(content, [name for name, _ in entries], split)
-    if not indices:
-        raise DataError(f"{file}: no frame belongs to the split {split!r}")
-    path_of = {i: path for i in indices if (path := _find_image(file.parent, entries[i][0])) is not None}
-    missing = [entries[i][0] for i in indices if i not in path_of]
-    if missing:
-        raise DataError(
-            f"{file}: {len(missing)} of {len(indices)} images are missing, the first is {missing[0]} (looked in "
-            f"{file.parent}). Restore them, or remove their frames."
-        )
-    poses = np.stack([_parse_pose(matrix, name, file) for name, matrix in entries])
+        raise DataError(f"{path}: no frames in it")
+    poses = np.stack([_parse_pose(matrix, name, path) for name, matrix in entries])
     check_rigid(torch.from_numpy(poses), [name for name, _ in entries])
-    views = []
-    for i in indices:
-        path, settings = path_of[i], {**content, **frames[i]}
-        name = path.relative_to(file.parent).as_posix() if path.is_relative_to(file.parent) else str(path)
-        mask = settings.get("mask_path")
-        if mask is not None and not (file.parent / mask).is_file():
-            raise DataError(f"{file}: the mask {mask} of {name} is missing")
-        read_mask = None if mask is None else mask_reader(file.parent / mask)
-        intrinsics, distortion = _parse_intrinsics(settings, name, file), _parse_distortion(settings, name, file)
-        views.append(LazyView(name, image_reader(path), intrinsics, poses[i], read_mask, distortion))
-    return views, poses
+    return _File(path, content, [name for name, _ in entries], poses)
 
 
-def _select_frames(content: dict[str, Any], names: Sequence[str], split: str | None) -> list[int]:
-    filenames = content.get(f"{split}_filenames")
-    if filenames is None:
-        return split_every_eighth(len(names), split)
-    selected = {PurePosixPath(name) for name in filenames}  # normalises ./images/0.png to images/0.png
-    return [i for i, name in enumerate(names) if PurePosixPath(name) in selected]
+def _list_views(
+    parts: Sequence[tuple[_File, list[int]]], scene: Sequence[_File], notes: tuple[str, ...]
+) -> tuple[list[LazyView], SceneSettings]:
+    """List the frames at these indices of each file; `scene` are all files, which determine layout and coordinates."""
+    views: list[LazyView] = []
+    keys: set[str] = set()
+    loss_folder = None
+    for file, indices in parts:
+        root, frames = file.path.parent, file.content["frames"]
+        finder = FileFinder(root)
+        paths = finder.find_all([file.names[i] for i in indices], str(file.path))
+        for position, path in paths.items():
+            i = indices[position]
+            settings = merge_settings(file.content, frames[i])
+            name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+            refuse_unmodelled(settings, name, file.path)
+            keys |= settings.keys()
+            mask, read_loss_mask = settings.get("mask_path"), None
+            if mask is not None:
+                if (mask_file := finder.find(mask)) is None:
+                    raise DataError(f"{file.path}: the mask {mask} of {name} is missing")
+                read_loss_mask, loss_folder = loss_mask_reader(mask_file), mask_file.parent
+            intrinsics = parse_intrinsics(settings, name, file.path)
+            lens = parse_distortion(settings, name, file.path)
+            read_image, pose = image_reader(path), file.poses[i]
+            views.append(LazyView(name, read_image, intrinsics, pose, None, lens, read_loss_mask))
+        notes += finder.notes
+    if loss_folder is not None:
+        notes += ("`mask_path`: pixels of value 0 are not scored; it does not define the object's silhouette.",)
+    names = [PurePosixPath(_normalize(name)).as_posix() for file in scene for name in file.names]
+    poses = np.concatenate([file.poses for file in scene])
+    return views, SceneSettings(names, poses, None, notes + describe_ignored(keys), loss_folder)
 
 
-def _find_image(folder: Path, name: str) -> Path | None:
-    path = folder / name
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return path if path.is_file() else None
-    candidates = (Path(f"{path}{suffix}") for suffix in DEFAULT_SUFFIXES)
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+def _split_keys(content: dict[str, Any]) -> list[str]:
+    return [key for name in SPLITS if content.get(key := f"{name}_filenames") is not None]
+
+
+def _select_frames(file: _File, split: str | None) -> tuple[list[int], tuple[str, ...]]:
+    """Return the frames of a split, and sentences on how it was chosen.
+
+    Lists that are given in part: the test split is the list of test, else of val, else what is not listed for training;
+    the training split is its list, else what is not listed at all.
+    """
+    lists = {key.removesuffix("_filenames"): file.content[key] for key in _split_keys(file.content)}
+    count = len(file.names)
+    if split is None or not lists:
+        return split_every_eighth(count, split), ()
+    members = {name: {_normalize(text) for text in texts} for name, texts in lists.items()}
+    held_out = members.get("test", set()) | members.get("val", set())
+    both = sorted(members.get("train", set()) & held_out)
+    if both:
+        raise DataError(
+            f"{file.path}: {len(both)} frames are listed for training and for val or test, the first is {both[0]}. "
+            "Remove them from one of the lists."
+        )
+    names = [_normalize(name) for name in file.names]
+    if split == "train":
+        selected = members["train"] if "train" in members else set(names) - held_out
+    elif "test" in members or "val" in members:
+        selected = members["test" if "test" in members else "val"]
+    else:
+        selected = set(names) - members["train"]
+    unknown = sorted(set().union(*members.values()) - set(names))
+    notes = [f"The files list only the splits {', '.join(lists)}."] if {"train", "test"} - lists.keys() else []
+    if unknown:
+        notes.append(f"{len(unknown)} names in the split lists match no frame: {format_examples(unknown)}.")
+    return [i for i, name in enumerate(names) if name in selected], tuple(notes)
+
+
+def _normalize(name: str) -> str:
+    """Return one name for ./images/0.png, images//0.png and its form with backslashes."""
+    return PurePosixPath(name.replace("\\", "/")).as_posix()
 
 
 def _parse_pose(values: Any, name: str, file: Path) -> np.ndarray:
@@ -133,47 +205,3 @@ def _parse_pose(values: Any, name: str, file: Path) -> np.ndarray:
     if matrix.shape != (4, 4):
         raise DataError(f"{file}: the transform_matrix of {name} has shape {list(matrix.shape)}, not [4, 4]")
     return matrix
-
-
-def _parse_intrinsics(settings: dict[str, Any], name: str, file: Path) -> IntrinsicsFunction:
-    """Return K from `fl_x`, else from `camera_angle_x`; in pixels of an image of `w` by `h`, or of the stored image."""
-    try:
-        if "fl_x" in settings:
-            width, height, fx = (float(settings[key]) for key in ("w", "h", "fl_x"))
-            fy = float(settings.get("fl_y", fx))
-            cx, cy = float(settings.get("cx", width / 2)), float(settings.get("cy", height / 2))
-            return scale_intrinsics(make_intrinsics(fx, fy, cx, cy), height, width, name)
-        return _intrinsics_from_angles(settings, name)
-    except (KeyError, ValueError, TypeError, OverflowError) as error:
-        raise DataError(
-            f"{file}: no focal length for {name} ({type(error).__name__}: {error}). It needs `camera_angle_x`, "
-            "alone or with both `w` and `h`, or `fl_x` with `w` and `h`."
-        ) from error
-
-
-def _intrinsics_from_angles(settings: dict[str, Any], name: str) -> IntrinsicsFunction:
-    angle_x = float(settings["camera_angle_x"])
-    angle_y, cx, cy = (float(settings[key]) if key in settings else None for key in ("camera_angle_y", "cx", "cy"))
-    if not all(0 < angle < math.pi for angle in (angle_x, angle_y) if angle is not None):
-        raise ValueError("an angle is not between 0 and pi radians")
-    intrinsics = fov_intrinsics(angle_x, angle_y, cx, cy)
-    if "w" not in settings and "h" not in settings:
-        return intrinsics
-    width, height = (float(settings[key]) for key in ("w", "h"))
-    return scale_intrinsics(intrinsics(height, width), height, width, name)
-
-
-def _parse_distortion(settings: dict[str, Any], name: str, file: Path) -> Distortion | None:
-    model = settings.get("camera_model", "OPENCV")
-    if model not in CAMERA_MODELS:
-        raise DataError(
-            f"{file}: {name} has the camera model {model}; supported: {', '.join(CAMERA_MODELS)}. Undistort the images "
-            "first."
-        )
-    try:
-        values = {key: float(settings.get(key, 0.0)) for key in ("k1", "k2", "k3", "p1", "p2")}
-    except (ValueError, TypeError, OverflowError) as error:
-        raise DataError(f"{file}: the distortion of {name} is not a number: {error}") from error
-    if not all(math.isfinite(value) for value in values.values()):
-        raise DataError(f"{file}: the distortion of {name} is not finite: {values}")
-    return Distortion(**values) if any(values.values()) else None

@@ -15,6 +15,8 @@ SceneLayout = Literal["object", "forward"]
 
 RIGIDITY_TOLERANCE = 1e-3  # maximum error of R^T R; loose enough for files with few digits
 SKEW_TOLERANCE = 1e-4  # maximum skew of K in focal lengths; allows for rounding
+LOSS_MASK_THRESHOLD = 0.999  # share of a resized pixel that must be scored for it to be scored
+PER_VIEW = ("images", "intrinsics", "masks", "poses", "loss_masks")  # attributes with one row for each view
 COLORS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}
 
 
@@ -31,6 +33,10 @@ class Views:
         near, far: range of depths along the viewing direction that contains the scene, or None.
         layout: "object": cameras around an object; "forward": cameras that look in similar directions.
         background: float32 [3], uniform background colour, or None.
+        loss_masks: float32 [V, 1, H, W], 1 where a view is scored and 0 where not (nerfstudio's `mask_path`), or None
+            if all pixels are. Unlike `masks` they say nothing about the scene.
+        origin: the position in the files that is the origin of `poses`, if that was moved.
+        notes: sentences for the user on how the files were read.
 
     Raises:
         DataError: no views, inconsistent shapes, values that are not finite, a pose that is not rigid, invalid
@@ -46,6 +52,9 @@ class Views:
     far: float | None = None
     layout: SceneLayout = "object"
     background: Tensor | None = None
+    loss_masks: Tensor | None = None
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_views(self)
@@ -61,7 +70,7 @@ class Views:
     def select(self, indices: Sequence[int] | Tensor | slice) -> Views:
         """Return the views at these indices (or where a boolean tensor [V] is True), in this order."""
         rows = torch.arange(len(self))[indices].reshape(-1)
-        per_view = {name: getattr(self, name) for name in ("images", "intrinsics", "masks", "poses")}
+        per_view = {name: getattr(self, name) for name in PER_VIEW}
         per_view = {name: value if value is None else value[rows] for name, value in per_view.items()}
         return replace(self, names=[self.names[i] for i in rows.tolist()], **per_view)
 
@@ -80,6 +89,9 @@ class Views:
             self,
             images=resize_area(self.images, height, width).clamp(0, 1),
             masks=None if self.masks is None else resize_area(self.masks, height, width).clamp(0, 1),
+            loss_masks=None
+            if self.loss_masks is None
+            else (resize_area(self.loss_masks, height, width) > LOSS_MASK_THRESHOLD).float(),
             intrinsics=self.intrinsics * scale[:, None],
         )
 
@@ -167,6 +179,7 @@ def _check_views(views: Views) -> None:
         "intrinsics": (count, 3, 3),
         "masks": (count, 1, height, width),
         "poses": (count, 4, 4),
+        "loss_masks": (count, 1, height, width),
         "background": (3,),
     }
     for name, shape in shapes.items():
@@ -181,7 +194,7 @@ def _check_views(views: Views) -> None:
         if not value.isfinite().all():
             where = "" if name == "background" else f" in {_name_first(views.names, ~value.isfinite())}"
             raise DataError(f"{name}: values that are not finite{where}")
-        if name in ("images", "masks", "background") and not (value.min() >= 0 and value.max() <= 1):
+        if name in ("images", "masks", "loss_masks", "background") and not (value.min() >= 0 and value.max() <= 1):
             raise DataError(f"{name}: values from {value.min():.4g} to {value.max():.4g}, need 0 to 1. Rescale them.")
     if len(set(views.names)) < count:
         raise DataError(f"two views are named {max(views.names, key=views.names.count)}; names must be unique")
@@ -192,6 +205,8 @@ def _check_views(views: Views) -> None:
         raise DataError(f"near={views.near:g} and far={views.far:g}: need 0 <= near < far")
     if views.masks is not None and not (views.masks > 0.5).any():
         raise DataError("no foreground: all masks are empty. Are they inverted?")
+    if views.loss_masks is not None and not (views.loss_masks > 0.5).any():
+        raise DataError("no pixel is scored: all loss masks are empty. Are they inverted?")
     if views.layout not in ("object", "forward"):
         raise DataError(f'layout={views.layout!r}: give "object" or "forward"')
 

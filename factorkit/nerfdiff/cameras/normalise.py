@@ -13,7 +13,7 @@ import roma
 import torch
 from torch import Tensor
 
-from factorkit.data.views.cameras import compute_mean_pose
+from factorkit.data.views.arrangement import compute_mean_pose
 from factorkit.utils.errors import DataError
 
 MIN_UP_COSINE = math.cos(math.radians(30))  # a hand-held camera's tilt; beyond it another up axis is assumed

@@ -89,7 +89,7 @@ def _draw(scored: _ScoredRun, name: str, scores: dict[str, Any]) -> Image.Image:
     """Draw images that show a class, and the regions that are mapped to it."""
     config = scored.run.config
     images = scored.labelled.images[images_with_label(scored.labelled, voc2012.CLASSES.index(name) + 1)[-GRID_IMAGES:]]
-    condition = None if scores["told"] is None else config.class_names.index(scores["told"])
+    condition = None if scores["label"] is None else config.class_names.index(scores["label"])
     masks = scored.run.predictor(None, "fast", condition)(pixels_to_signed(torch.from_numpy(images)))
     labels = level_labels(hard_labels(masks, config.nesting), config.nesting, scored_level(config.nesting)[0])
     of_class = np.isin(labels.numpy(), scores["mapping"]).astype(np.int64)

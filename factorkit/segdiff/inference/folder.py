@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from factorkit.data.files import escape_name
+from factorkit.data.files import escape_name, format_examples
 from factorkit.data.sources import Source
 from factorkit.engine.run_folder import locked
 from factorkit.segdiff import previews
@@ -26,14 +27,17 @@ from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel, hard_labels
 from factorkit.segdiff.inference.coco_rle import make_annotations
 from factorkit.segdiff.inference.outputs import (
+    ANNOTATIONS,
+    ANNOTATIONS_SOURCE,
     CONTACT_SHEET,
     Manifest,
     check_formats,
+    file_endings,
     fingerprint,
+    identify_inputs,
+    make_image_files,
     output_names,
-    without_results,
     write_annotations,
-    write_image_files,
 )
 from factorkit.segdiff.inference.segment import (
     PreparedImage,
@@ -43,9 +47,10 @@ from factorkit.segdiff.inference.segment import (
     upsample_masks,
 )
 from factorkit.utils import distributed
-from factorkit.utils.atomic import clear_unfinished, save_image
+from factorkit.utils.atomic import clear_unfinished
 from factorkit.utils.errors import ConfigError, DataError, WriteError, is_out_of_memory
 from factorkit.utils.images import unit_to_uint8
+from factorkit.utils.output_record import OutputRecord
 
 CONTACT_SHEET_IMAGES, CONTACT_SHEET_CELL = 32, 128  # at most so many images, in cells of so many pixels
 MAX_NAMES_IN_WARNING = 20  # skipped images; the result has all of them
@@ -89,28 +94,34 @@ def segment_folder(
     formats: Sequence[str],
     workers: int | None,
     progress: bool,
+    overwrite: bool,
 ) -> FolderSegments:
     """Segment a folder, see :meth:`factorkit.SegdiffRun.segment_folder`; ``settings`` are checked t, size, upsample."""
     formats = check_formats(formats)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers}: at least one thread has to read")
-    source, key = without_results(source, out), fingerprint(model, settings)
+    key = fingerprint(model, settings)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give another out=, a folder")
-    manifests: list[Manifest] = []
+    opened: list[tuple[Manifest, OutputRecord]] = []
     distributed.barrier()  # no process writes while another still lists the images
     try:
         with ExitStack() as stack:
 
-            def open_folder() -> None:
+            def open_folder(rank: int = 0) -> None:
                 out.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(out, "segmenting into"))
-                manifests.append(stack.enter_context(closing(Manifest(out, key, source))))
+                if not rank:
+                    stack.enter_context(locked(out, "segmenting into"))
+                inputs = map(Path, identify_inputs(source))
+                record = stack.enter_context(OutputRecord(out, overwrite=overwrite, inputs=inputs))
+                record.open()
+                opened.append((stack.enter_context(closing(Manifest(out, key, source, rank))), record))
 
             distributed.run_on_first(open_folder)
             if rank := distributed.rank():
-                manifests.append(stack.enter_context(closing(Manifest(out, key, source, rank))))
-            return _FolderJob(config, predict, source, manifests[0], settings, formats, workers, progress).run()
+                open_folder(rank)
+            manifest, record = opened[0]
+            return _FolderJob(config, predict, source, manifest, record, settings, formats, workers, progress).run()
     except OSError as error:  # of the results; a source raises DataError for its own
         where = escape_name(str(error.filename or out))
         raise WriteError(
@@ -134,23 +145,26 @@ class _FolderJob:
         predict: Callable[[Tensor], Tensor],
         source: Source,
         manifest: Manifest,
+        record: OutputRecord,
         settings: dict[str, Any],
         formats: tuple[str, ...],
         workers: int | None,
         progress: bool,
     ):
-        self.config, self.predict, self.source, self.manifest = config, predict, source, manifest
+        self.config, self.predict, self.source = config, predict, source
+        self.manifest, self.record = manifest, record
         self.size, self.upsample = settings["size"], settings["upsample"]
         self.formats, self.progress = formats, progress
         self.workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
-        self.out, self.contact_sheet = manifest.out, manifest.out / CONTACT_SHEET
-        self.prefixes = output_names(source.names)
+        self.out, self.sheet_name, self.sheet_source = manifest.out, CONTACT_SHEET, ""
+        self.stems: list[str] = []  # of each image's files, distinct from those of other images in the folder
+        self.numbers: list[int] = []  # of each image in annotations.json
         self.skipped: dict[str, str] = {}
         self.sheet_rows: dict[int, list[np.ndarray]] = {}
         self.recent_pixels = deque([ASSUMED_PIXELS], maxlen=MAX_IMAGES_HELD)
 
     def run(self) -> FolderSegments:
-        todo, sheet_due = distributed.run_on_first(self._plan)
+        todo, sheet_due, self.stems, self.numbers = distributed.run_on_first(self._plan)
         for rows, skipped in distributed.gather_results(lambda: self._process_share(todo)):
             self.sheet_rows |= rows
             self.skipped |= skipped
@@ -158,18 +172,54 @@ class _FolderJob:
         self._report_skipped()
         return distributed.run_on_first(lambda: self._complete(len(self.source) - len(todo), sheet_due))
 
-    def _plan(self) -> tuple[list[int], bool]:
-        """Return the images to segment, and whether the contact sheet must be drawn."""
+    def _plan(self) -> tuple[list[int], bool, list[str], list[int]]:
+        """Return the images to segment, whether the contact sheet is due, and stem and number of each image.
+
+        Raises:
+            WriteError: a file is there that must not be replaced.
+        """
         count, num_regions = len(self.source), self.config.num_leaf_regions
-        done = [self.manifest.has(i, self.prefixes[i], self.formats, num_regions) for i in range(count)]
+        self.sheet_name, self.sheet_source = self._name_sheet()
+        stems = [
+            self.record.distinct_stem(stem, name, partial(self.manifest.is_moved, i))
+            for i, (stem, name) in enumerate(zip(output_names(self.source.names), self.manifest.inputs, strict=True))
+        ]
+        numbers = self.manifest.number_images()
+        done = [self.manifest.has(i, stems[i], self.formats, num_regions, self.record) for i in range(count)]
         first = range(min(CONTACT_SHEET_IMAGES, count))
-        sheet_due = not self.contact_sheet.exists() or any(not done[i] and not self.manifest.failed(i) for i in first)
+        is_shown = self.record.source_of(self.sheet_name) == self.sheet_source and self.contact_sheet.exists()
+        sheet_due = not is_shown or any(not done[i] and not self.manifest.failed(i) for i in first)
+        todo = [i for i in range(count) if not done[i] or (sheet_due and i in first)]
+        endings = file_endings(self.formats, num_regions)
+        for i in todo:
+            if not done[i]:
+                self.record.check([f"{stems[i]}_{end}" for end in endings], self.manifest.inputs[i])
+        if "coco" in self.formats:
+            self.record.check([ANNOTATIONS], ANNOTATIONS_SOURCE)
         if sheet_due:
-            done[: len(first)] = [False] * len(first)  # the sheet needs the masks of all its images
-        todo = [i for i in range(count) if not done[i]]
-        for folder in {(self.out / self.prefixes[i]).parent for i in todo} | {self.out}:
+            self.record.check([self.sheet_name], self.sheet_source)
+        if changed := self.manifest.changed_files:
+            examples = format_examples(changed)
+            warnings.warn(
+                f"{self.out}: kept {len(changed)} results that were changed by hand: {examples}", stacklevel=7
+            )
+        for folder in {(self.out / stems[i]).parent for i in todo} | {self.out}:
             clear_unfinished(folder)
-        return todo, sheet_due
+        return todo, sheet_due, stems, numbers
+
+    def _name_sheet(self) -> tuple[str, str]:
+        """Return the name of the contact sheet and what it shows; a sheet of images of other calls keeps its name."""
+        shown, inputs = "\n".join(self.manifest.inputs[:CONTACT_SHEET_IMAGES]), set(self.manifest.inputs)
+
+        def is_outdated(former: str) -> bool:
+            return all(path in inputs or not os.path.lexists(path) for path in former.split("\n"))
+
+        path = PurePosixPath(CONTACT_SHEET)
+        return f"{self.record.distinct_stem(path.stem, shown, is_outdated)}{path.suffix}", shown
+
+    @property
+    def contact_sheet(self) -> Path:
+        return self.out / self.sheet_name
 
     def _process_share(self, todo: Sequence[int]) -> tuple[dict[int, list[np.ndarray]], dict[str, str]]:
         """Segment this process's share of the images; return rows of the contact sheet and skipped images."""
@@ -186,7 +236,7 @@ class _FolderJob:
         if sheet_due and self.sheet_rows:
             self._write_contact_sheet()
         num_regions = self.config.num_leaf_regions
-        annotations = write_annotations(self.manifest, num_regions) if "coco" in self.formats else None
+        annotations = write_annotations(self.manifest, self.record) if "coco" in self.formats else None
         areas = [line["areas"] for _, line in self.manifest.records()]
         return FolderSegments(
             self.out,
@@ -285,12 +335,21 @@ class _FolderJob:
             labels[rows] = hard_labels(band, self.config.nesting).byte().numpy()
             if soft is not None:
                 soft[:, rows] = unit_to_uint8(band)
-        files = write_image_files(self.out / self.prefixes[index], prepared.image, labels, soft, self.formats)
+        stem = self.stems[index]
+        files = make_image_files(stem, prepared.image, labels, soft, self.formats)
+        sizes = self.record.write(files, self.manifest.inputs[index], stem=stem) if files else {}
         if in_sheet and soft is not None:
             self.sheet_rows[index] = _draw_sheet_row(prepared.image, soft)
         areas = np.bincount(labels.ravel(), minlength=len(masks)) / labels.size
         annotations = make_annotations(labels, len(masks)) if "coco" in self.formats else None
-        return {"width": width, "height": height, "areas": areas.tolist(), "files": files, "annotations": annotations}
+        return {
+            "image_id": self.numbers[index],
+            "width": width,
+            "height": height,
+            "areas": areas.tolist(),
+            "files": {name.removeprefix(f"{stem}_"): size for name, size in sizes.items()},
+            "annotations": annotations,
+        }
 
     def _finish(self, item: _Item, future: Future) -> int:
         try:
@@ -314,7 +373,7 @@ class _FolderJob:
 
     def _skip(self, item: _Item, reason: str) -> None:
         self.skipped[self.source.names[item.number]] = reason
-        self.manifest.add(item.number, item.stamp, {"skipped": reason})
+        self.manifest.add(item.number, item.stamp, {"image_id": self.numbers[item.number], "skipped": reason})
 
     def _report_skipped(self) -> None:
         if not self.skipped:
@@ -335,7 +394,8 @@ class _FolderJob:
         columns: list[previews.Caption] = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
         captions = [escape_name(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
         rows = [self.sheet_rows[i] for i in order]
-        save_image(previews.draw_image_grid(rows, columns, captions, cell=CONTACT_SHEET_CELL), self.contact_sheet)
+        grid = previews.draw_image_grid(rows, columns, captions, cell=CONTACT_SHEET_CELL)
+        self.record.write({self.sheet_name: grid.save}, self.sheet_source, stem=self.contact_sheet.stem)
 
 
 def _use_one_thread() -> None:

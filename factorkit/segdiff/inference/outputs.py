@@ -6,26 +6,27 @@ import hashlib
 import itertools
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+from factorkit.data.archives import ZipSource
 from factorkit.data.sources import FileSource, Source
 from factorkit.segdiff import previews
-from factorkit.utils.atomic import replacing, save_image
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, WriteError
 from factorkit.utils.jsonl import JsonLines, parse_line, read_lines
+from factorkit.utils.output_record import OutputRecord
 
 FORMATS = ("labels", "masks", "overlays", "coco")
 DEFAULT_FORMATS = FORMATS[:3]
 MANIFEST, ANNOTATIONS, CONTACT_SHEET = "segments.jsonl", "annotations.json", "contact_sheet.png"
 RANK_MANIFEST = "segments.{}.jsonl"  # of every process but the first, until the run is complete
-RESULT_NAME = re.compile(r"_(labels|overlay|recomposed|estimate|(mask|branch)_\d+)\.png$|^contact_sheet\.png$")
+ANNOTATIONS_SOURCE = "segment: all images"  # in the record of the folder
 PIXELS_PER_BAND = 1 << 18  # of an overlay at a time
 
 
@@ -39,19 +40,16 @@ def check_formats(formats: Sequence[str]) -> tuple[str, ...]:
     return formats
 
 
-def without_results(source: Source, out: Path) -> Source:
-    """Return the images of a source except those that an earlier call wrote into ``out``; DataError if none is left."""
-    if not isinstance(source, FileSource) or not out.exists():
-        return source
-    folder = out.resolve()
-    inputs = [
-        i
-        for i, file in enumerate(source.files)
-        if not (RESULT_NAME.search(PurePosixPath(file).name) and folder in source.path(i).resolve().parents)
-    ]
-    if not inputs:
-        raise DataError(f"{out}: all images are results of an earlier call to segment. Give the folder of photos.")
-    return source.subset(inputs)
+def identify_inputs(source: Source) -> list[str]:
+    """Return what identifies each image as an input: its path, or where there is none a hash and its name."""
+    if isinstance(source, FileSource):
+        root = os.path.realpath(source.root)
+        return [os.path.join(root, file) for file in source.files]
+    if isinstance(source, ZipSource):
+        where = os.path.join(os.path.realpath(source.path), source.prefix)
+    else:
+        where = f"images {source.fingerprint()[:16]}"
+    return [f"{where.rstrip('/')}/{name}" for name in source.names]
 
 
 def output_names(names: Sequence[str]) -> list[str]:
@@ -78,24 +76,42 @@ def fingerprint(model: torch.nn.Module, settings: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+class _Finished(NamedTuple):
+    """What the manifest says of an image: the last line, without its long parts."""
+
+    offset: int  # of the line in the file
+    key: str
+    stamp: Any
+    image_id: int
+    sizes: dict[str, int] | None  # in bytes, by ending; None if the image could not be segmented
+    annotated: bool
+
+
 class Manifest:
     """The finished images of an output folder: one line each in segments.jsonl, written after the image's files.
 
+    Images of all calls are in it, each under its own path and with a number that stays.
+
     Args:
         out: the folder.
-        key: :func:`fingerprint` of the model and the settings; lines with another key are ignored.
+        key: :func:`fingerprint` of the model and the settings; images with another key are not finished.
         source: the images.
         rank: of the process. Only rank 0 writes the manifest; it merges the others' lines when they are done, and what
             killed ones left.
+
+    Raises:
+        WriteError: the file is there but is not a manifest.
     """
 
     def __init__(self, out: Path, key: str, source: Source, rank: int = 0):
         self.out, self.key, self.source = out, key, source
+        self.inputs = identify_inputs(source)
         self._source_hash = None if isinstance(source, FileSource) else source.fingerprint()
-        self._offsets: dict[str, int] = {}  # of each image's last line; the text itself may be large
-        self._done: dict[str, tuple[Any, dict[str, int], bool]] = {}
-        self._failed: dict[str, Any] = {}
+        self.changed_files: list[str] = []  # results that the user changed, among those that :meth:`has` met
+        self._images: dict[str, _Finished] = {}
         for offset, line in read_lines(out / MANIFEST):
+            if "key" not in line or "name" not in line:
+                raise WriteError(f"{out / MANIFEST} exists and was not written by factorkit. Give another --out (out=)")
             self._remember(offset, line)
         self._file = JsonLines(out / (RANK_MANIFEST.format(rank) if rank else MANIFEST))
         if not rank:
@@ -111,27 +127,57 @@ class Manifest:
             return None
         return [status.st_size, status.st_mtime_ns]
 
-    def has(self, index: int, path: str, formats: Sequence[str], num_regions: int) -> bool:
-        """Return whether all files of an image exist as they were written."""
-        record = self._done.get(self.source.names[index])
-        if record is None or record[0] is None or record[0] != self.stamp(index):
+    def number_images(self) -> list[int]:
+        """Return the number of each image in annotations.json, from 1 on: as in earlier calls, else its position.
+
+        Where the position is another image's number, a new number.
+        """
+        numbers = [image.image_id if (image := self._images.get(name)) else 0 for name in self.inputs]
+        used = {image.image_id for image in self._images.values()}
+        new = itertools.count(max([len(numbers), *used]) + 1)
+        return [n or (i if i not in used else next(new)) for i, n in enumerate(numbers, 1)]
+
+    def is_moved(self, index: int, former: str) -> bool:
+        """Return whether an image is the one that was at another path, which is gone; its line follows it then."""
+        image = self._images.get(former)
+        if image is None or not isinstance(self.source, FileSource) or os.path.lexists(former):
             return False
-        _, sizes, annotated = record
-        if "coco" in formats and not annotated:
+        if image.stamp is None or image.stamp != self.stamp(index):
             return False
-        try:
-            found = {end: os.path.getsize(f"{self.out / path}_{end}") for end in file_endings(formats, num_regions)}
-        except OSError:
+        if (line := self._read_line(image.offset)) is not None:
+            self._append({**line, "name": self.source.names[index], "source": self.inputs[index]})
+        del self._images[former]
+        return True
+
+    def has(self, index: int, stem: str, formats: Sequence[str], num_regions: int, record: OutputRecord) -> bool:
+        """Return whether all files of an image exist as they were written, or as the user changed them."""
+        image = self._images.get(self.inputs[index])
+        if image is None or image.sizes is None or image.key != self.key:
             return False
-        return all(sizes.get(end) == size for end, size in found.items())
+        if image.stamp is None or image.stamp != self.stamp(index) or ("coco" in formats and not image.annotated):
+            return False
+        for end in file_endings(formats, num_regions):
+            try:
+                size = os.path.getsize(f"{self.out / stem}_{end}")
+            except OSError:
+                return False
+            if end not in image.sizes:
+                return False
+            if size != image.sizes[end]:
+                if not record.has_changed(f"{stem}_{end}"):  # a later call wrote it, and was killed
+                    return False
+                self.changed_files.append(f"{stem}_{end}")
+        return True
 
     def failed(self, index: int) -> bool:
         """Return whether the last attempt at the image failed and it has not changed since."""
-        return self._failed.get(self.source.names[index], False) == self.stamp(index)
+        image = self._images.get(self.inputs[index])
+        return image is not None and image.sizes is None and image.key == self.key and image.stamp == self.stamp(index)
 
     def add(self, index: int, stamp: Any, record: Mapping[str, Any]) -> None:
         """Record that an image's files are written, or ``{"skipped": reason}``; OSError if the disk is full."""
-        self._append({"name": self.source.names[index], "key": self.key, "stamp": stamp, **record})
+        name, source = self.source.names[index], self.inputs[index]
+        self._append({"name": name, "source": source, "key": self.key, "stamp": stamp, **record})
 
     def merge_ranks(self) -> None:
         """Add the lines of the other processes; OSError if the disk is full."""
@@ -142,17 +188,25 @@ class Manifest:
 
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield index and line of the finished images in the order of the source, read one by one."""
-        with open(self.out / MANIFEST, "rb") as file:
-            for index, name in enumerate(self.source.names):
-                if name in self._offsets:
-                    file.seek(self._offsets[name])
-                    line = parse_line(file.readline())
-                    if line is not None:
-                        yield index, line
+        for index, name in enumerate(self.inputs):
+            image = self._images.get(name)
+            if image is not None and image.sizes is not None and (line := self._read_line(image.offset)) is not None:
+                yield index, line
+
+    def annotated_images(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of the annotated images of all calls, by their numbers."""
+        for image in sorted(self._images.values(), key=lambda image: image.image_id):
+            if image.annotated and (line := self._read_line(image.offset)) is not None:
+                yield line
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _read_line(self, offset: int) -> dict[str, Any] | None:
+        with open(self.out / MANIFEST, "rb") as file:
+            file.seek(offset)
+            return parse_line(file.readline())
 
     def _append(self, line: dict[str, Any]) -> None:
         offset = os.path.getsize(self._file.path)
@@ -160,16 +214,13 @@ class Manifest:
         self._remember(offset, line)
 
     def _remember(self, offset: int, line: dict[str, Any]) -> None:
-        name, stamp = line.get("name"), line.get("stamp")
-        if line.get("key") != self.key or not isinstance(name, str):
+        source, key = line.get("source"), line.get("key")
+        if not isinstance(source, str) or not isinstance(key, str):
             return
-        for table in (self._offsets, self._done, self._failed):
-            table.pop(name, None)
-        if "skipped" in line:
-            self._failed[name] = stamp
-        else:
-            self._offsets[name] = offset
-            self._done[name] = (stamp, line["files"], line.get("annotations") is not None)
+        sizes, image_id = None if "skipped" in line else line["files"], line.get("image_id", 0)
+        annotated = sizes is not None and line.get("annotations") is not None
+        self._images.pop(source, None)
+        self._images[source] = _Finished(offset, key, line.get("stamp"), image_id, sizes, annotated)
 
 
 def file_endings(formats: Sequence[str], num_regions: int) -> list[str]:
@@ -179,20 +230,17 @@ def file_endings(formats: Sequence[str], num_regions: int) -> list[str]:
     return endings + (["overlay.png"] if "overlays" in formats else [])
 
 
-def write_image_files(
-    prefix: Path, image: Image.Image, labels: np.ndarray, masks: np.ndarray | None, formats: Sequence[str]
-) -> dict[str, int]:
-    """Write the files of one image, each atomically, and return their sizes in bytes by ending.
+def make_image_files(
+    stem: str, image: Image.Image, labels: np.ndarray, masks: np.ndarray | None, formats: Sequence[str]
+) -> dict[str, Callable[[Path], None]]:
+    """Return what saves each file of one image, by name.
 
     Args:
-        prefix: start of the paths.
+        stem: start of the names.
         image: the input.
         labels: uint8 [H, W].
         masks: uint8 [K, H, W]; only needed for "masks".
         formats: which files.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written.
     """
     files: dict[str, Image.Image] = {}
     if "labels" in formats:
@@ -201,12 +249,10 @@ def write_image_files(
         files |= {f"mask_{k}.png": Image.fromarray(mask) for k, mask in enumerate(masks)}
     if "overlays" in formats:
         files["overlay.png"] = _draw_overlay(image, labels)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    sizes = {}
-    for end, result in files.items():
-        save_image(result, Path(f"{prefix}_{end}"), compress_level=6 if end == "labels.png" else 1)
-        sizes[end] = os.path.getsize(f"{prefix}_{end}")
-    return sizes
+    return {
+        f"{stem}_{end}": partial(result.save, compress_level=6 if end == "labels.png" else 1)
+        for end, result in files.items()
+    }
 
 
 def _draw_overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
@@ -220,25 +266,30 @@ def _draw_overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
     return overlay
 
 
-def write_annotations(manifest: Manifest, num_regions: int) -> Path:
-    """Write annotations.json of all finished images in the COCO format, atomically; category k + 1 is region k."""
-    path = manifest.out / ANNOTATIONS
+def write_annotations(manifest: Manifest, record: OutputRecord) -> Path:
+    """Write annotations.json of the images of all calls in the COCO format; category k + 1 is region k."""
+    num_regions = max((len(line["areas"]) for line in manifest.annotated_images()), default=0)
     categories = [{"id": k + 1, "name": f"region {k}", "supercategory": "region"} for k in range(num_regions)]
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(f'{{"categories": {json.dumps(categories)},\n"images": [')
-        separator = "\n"
-        for index, line in manifest.records():
-            image = {"id": index + 1, "file_name": line["name"], "width": line["width"], "height": line["height"]}
+    info = {"description": "regions of images, segmented by factorkit", "version": "1.0", "contributor": "factorkit"}
+    with record.writing(ANNOTATIONS, ANNOTATIONS_SOURCE) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(f'{{"info": {json.dumps(info)},\n"licenses": [],\n"categories": {json.dumps(categories)},\n')
+        file.write('"images": [')
+        separator, names = "\n", set()
+        for line in manifest.annotated_images():
+            # two images of one name, from different folders: the path of the second one
+            name = line["source"] if line["name"] in names else line["name"]
+            names.add(name)
+            image = {"id": line["image_id"], "file_name": name, "width": line["width"], "height": line["height"]}
             file.write(separator + json.dumps(image))
             separator = ",\n"
         file.write('],\n"annotations": [')
         separator, count = "\n", 0
-        for index, line in manifest.records():
-            for annotation in line["annotations"] or ():
+        for line in manifest.annotated_images():
+            for annotation in line["annotations"]:
                 count += 1
                 entry = {k: v for k, v in annotation.items() if k != "region"}
-                entry |= {"id": count, "image_id": index + 1, "category_id": annotation["region"] + 1, "iscrowd": 0}
-                file.write(separator + json.dumps(entry))
+                entry |= {"id": count, "image_id": line["image_id"], "category_id": annotation["region"] + 1}
+                file.write(separator + json.dumps({**entry, "iscrowd": 0}))
                 separator = ",\n"
         file.write("]}\n")
-    return path
+    return manifest.out / ANNOTATIONS

@@ -23,7 +23,7 @@ from factorkit.segdiff.inference.segment import (
     check_segment_settings,
     segment_image,
 )
-from factorkit.segdiff.inference.video import VideoSegments, segment_frames, write_video
+from factorkit.segdiff.inference.video import VideoSegments, check_video_output, segment_frames, write_video
 from factorkit.segdiff.loaded_model import LoadedModel
 from factorkit.utils.errors import ConfigError
 
@@ -65,15 +65,15 @@ class Segmenter(LoadedModel):
             OutOfMemoryError: an image too large for the machine.
 
         Example:
-            >>> seg = run.segment(pictures[:4])
+            >>> seg = run.segment(images[:4])
             >>> seg.labels.shape, seg.masks.shape
             (torch.Size([4, 16, 16]), torch.Size([4, 2, 16, 16]))
             >>> bool((seg.masks.sum(1) - 1).abs().max() < 0.01)
             True
         """
         predict, size = self.predictor(t, quality), check_segment_settings(self.config, size, upsample)
-        pictures, names = read_images(images)
-        masks = [segment_image(self.config, picture, predict, size, upsample) for picture in pictures]
+        decoded, names = read_images(images)
+        masks = [segment_image(self.config, image, predict, size, upsample) for image in decoded]
         labels = [hard_labels(m, self.config.nesting) for m in masks]
         if len({m.shape for m in masks}) == 1:
             return Segmentation(torch.stack(labels), torch.stack(masks), names, self.config.nesting)
@@ -91,6 +91,7 @@ class Segmenter(LoadedModel):
         quality: str = "fast",
         workers: int | None = None,
         progress: bool = True,
+        overwrite: bool = False,
     ) -> FolderSegments:
         """Segment any number of images into files; the same call again continues where it stopped.
 
@@ -100,22 +101,26 @@ class Segmenter(LoadedModel):
 
         Args:
             images: as for :meth:`segment`; results of an earlier call among them are ignored.
-            out: output folder; folders of images keep their structure below it.
+            out: output folder; folders of images keep their structure below it. Images of one name from different
+                folders get distinct names (img, img-2), and annotations.json holds the images of all calls.
             formats: ``"labels"`` (NAME_labels.png, palette), ``"masks"`` (NAME_mask_K.png, grey, 8 bits),
                 ``"overlays"`` (NAME_overlay.png), ``"coco"`` (annotations.json, COCO run lengths). contact_sheet.png
                 with the first images is always written.
             t, size, upsample, quality: as for :meth:`segment`.
             workers: threads that read, and as many that write; None: one per core, at most 8.
             progress: show a progress bar with the time left.
+            overwrite: also replace files that this method did not write for the same image, and results that were
+                changed since.
 
         Raises:
             ConfigError: a setting out of range, or a plain DDPM.
             DataError: nothing to read, or no image can be read.
-            WriteError: the disk is full or ``out`` cannot be written; finished files remain.
+            WriteError: a file of another origin is in the way, the disk is full or ``out`` cannot be written; finished
+                files remain.
             CheckpointError: another process segments into ``out``.
 
         Example:
-            >>> done = run.segment_folder(pictures[:4], "segmented", formats=("labels",), progress=False)
+            >>> done = run.segment_folder(images[:4], "segmented", formats=("labels",), progress=False)
             >>> done.segmented, done.skipped
             (4, {})
         """
@@ -124,7 +129,7 @@ class Segmenter(LoadedModel):
         settings = {"t": self._check_time(t), "size": size, "upsample": upsample, "quality": quality}
         with cpu_threads(self.config.threads):
             return segment_folder(
-                self.model, self.config, predict, source, Path(out), settings, formats, workers, progress
+                self.model, self.config, predict, source, Path(out), settings, formats, workers, progress, overwrite
             )
 
     def segment_video(
@@ -138,10 +143,13 @@ class Segmenter(LoadedModel):
         upsample: str = "guided",
         quality: str = "fast",
         progress: bool = True,
+        partial: bool = False,
+        overwrite: bool = False,
     ) -> VideoSegments:
         """Segment a video frame by frame into a video with the regions overlaid, at constant memory.
 
-        Regions keep their numbers and colours from frame to frame. The video appears complete or not at all.
+        Regions keep their numbers and colours from frame to frame. Frames keep their times, also at a variable rate;
+        the sound is taken over. The video appears complete or not at all.
 
         Args:
             video: a video file, an animated GIF or WebP, a folder of frames in the order of their names (2 before 10),
@@ -151,18 +159,23 @@ class Segmenter(LoadedModel):
                 (:class:`~factorkit.segdiff.inference.video.Smoother`), in [0, 1); 0 turns smoothing off.
             t, size, upsample, quality: as for :meth:`segment`.
             progress: show a progress bar.
+            partial: use a video that is cut off or damaged as far as it goes, with a warning.
+            overwrite: also replace a file that was not written for this video. The input is never replaced.
 
         Raises:
             ConfigError: a setting out of range, a plain DDPM, or imageio is not installed.
             DataError: nothing to read, frames of several sizes, or a video that does not decode to its end.
-            WriteError: the disk is full or ``out`` cannot be written.
+            WriteError: ``out`` is the input or a file of another origin, the disk is full, or it cannot be written.
             OutOfMemoryError: frames too large for the machine.
         """
-        source = open_video(video)
+        check_video_output(video, Path(out), overwrite)
+        source = open_video(video, partial=partial)
         size, predict = check_segment_settings(self.config, size, upsample), self.predictor(t, quality)
         with cpu_threads(self.config.threads):
             frames = segment_frames(source.frames, self.config, predict, size=size, upsample=upsample, smooth=smooth)
-            return write_video(source, frames, Path(out), self.config.num_leaf_regions, progress)
+            return write_video(
+                source, frames, Path(out), self.config.num_leaf_regions, progress, source=video, overwrite=overwrite
+            )
 
     def predictor(self, t: int | None, quality: str, label: int | None = None) -> Callable[[Tensor], Tensor]:
         """Return a function from images [N, 3, h, w] in [-1, 1] to their masks [N, K, h, w].

@@ -7,10 +7,14 @@ averaged over time where the image does not move.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, suppress
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +34,6 @@ from factorkit.segdiff.inference.segment import (
     prepare_image,
     upsample_masks,
 )
-from factorkit.utils.atomic import replacing
 from factorkit.utils.errors import (
     ConfigError,
     DataError,
@@ -39,10 +42,14 @@ from factorkit.utils.errors import (
     WriteError,
     is_out_of_memory,
 )
+from factorkit.utils.output_record import check_file, writing_file
 
 MAX_FRAMES_PER_BATCH, MAX_PIXELS_PER_BATCH = 16, 1 << 24
 STILL_COLOUR_CHANGE = 0.03  # in [0, 1]: larger changes of the mean colour count as motion
-CODEC = "libx264"
+CODEC, SOUND_CODEC = "libx264", "aac"
+TIME_TOLERANCE = Fraction(1, 1000)  # seconds: Matroska rounds the times of a constant rate to milliseconds
+TIME_STEPS = 90_000  # presentation times per second, as in MPEG: a multiple of all usual rates
+MAX_RATE_DENOMINATOR = 1001  # of 30000/1001 and the like
 SUFFIXES = (".mp4", ".mkv", ".mov")
 
 
@@ -146,10 +153,33 @@ def _full_size_labels(masks: Tensor, prepared: PreparedImage, config: ResolvedSe
     return torch.cat([hard_labels(b, config.nesting).byte() for _, b in upsample_masks(masks, prepared)]).numpy()
 
 
+def check_video_output(video: Any, out: Path, overwrite: bool) -> None:
+    """Raise ConfigError for another suffix than a video's, WriteError if ``out`` must not be replaced."""
+    if out.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{out}: give a name with one of the suffixes {', '.join(SUFFIXES)}")
+    check_file(out, _describe_input(video), overwrite=overwrite, inputs=_list_paths(video))
+
+
+def _list_paths(video: Any) -> list[Path]:
+    return [Path(video)] if isinstance(video, (str, os.PathLike)) else []
+
+
+def _describe_input(video: Any) -> str:
+    paths = _list_paths(video)
+    return f"segment --video: {os.path.realpath(paths[0]) if paths else type(video).__name__}"
+
+
 def write_video(
-    video: Video, segmented: Iterator[tuple[np.ndarray, np.ndarray]], out: Path, num_regions: int, progress: bool
+    video: Video,
+    segmented: Iterator[tuple[np.ndarray, np.ndarray]],
+    out: Path,
+    num_regions: int,
+    progress: bool,
+    *,
+    source: Any = None,
+    overwrite: bool = False,
 ) -> VideoSegments:
-    """Write a video with its regions laid over it to ``out``, atomically.
+    """Write a video with its regions laid over it to ``out``, atomically, with the times and the sound of the input.
 
     Args:
         video: the input.
@@ -157,30 +187,37 @@ def write_video(
         out: .mp4, .mkv or .mov.
         num_regions: K.
         progress: show a progress bar.
+        source: what the user gave as the video.
+        overwrite: also replace a file that was not written for this video.
 
     Raises:
-        ConfigError: another suffix, or imageio's encoder is not installed.
+        ConfigError: another suffix, or PyAV is not installed.
         DataError: a video without frames, or one that cannot be decoded to its end.
-        WriteError: the disk is full or ``out`` cannot be written.
+        WriteError: ``out`` must not be replaced, the disk is full, or ``out`` cannot be written.
     """
-    if out.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{out}: give a name with one of the suffixes {', '.join(SUFFIXES)}")
-    _, imageio = import_video_libraries(out)
+    check_video_output(source, out, overwrite)
+    import_video_libraries(out)
     areas, changed, count, previous = np.zeros(num_regions), 0.0, 0, None
     bar = tqdm(segmented, total=video.length, desc="segmenting", unit="frame", disable=not progress)
+    place = {"overwrite": overwrite, "inputs": _list_paths(source)}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with bar, replacing(out) as temporary, imageio.imopen(temporary, "w", plugin="pyav") as file:
+        with (
+            bar,
+            writing_file(out, _describe_input(source), **place) as temporary,
+            closing(
+                VideoWriter(temporary, Fraction(video.rate).limit_denominator(MAX_RATE_DENOMINATOR), video.path)
+            ) as file,
+        ):
             for frame, labels in bar:
-                if previous is None:
-                    file.init_video_stream(CODEC, fps=video.rate)
-                else:
+                if previous is not None:
                     changed += float((labels != previous).mean())
-                file.write_frame(_pad_to_even(previews.overlay_regions(frame, labels)))
+                image = _pad_to_even(previews.overlay_regions(frame, labels))
+                file.write(image, video.times[count] if count < len(video.times) else None)
                 areas += np.bincount(labels.ravel(), minlength=num_regions) / labels.size
                 count, previous = count + 1, labels
             if not count:
                 raise DataError(f"{video.name}: no frame to segment")
+            file.finish()
     except FactorkitError:
         raise
     except OSError as error:  # of the encoder, whose errors derive from OSError too; a video raises DataError
@@ -189,6 +226,86 @@ def write_video(
             "another out="
         ) from error
     return VideoSegments(out, count, video.rate, (areas / count).tolist(), changed / max(1, count - 1))
+
+
+class VideoWriter:
+    """Encodes frames with their presentation times, and copies the sound of another file beside them.
+
+    Args:
+        path: the file to write.
+        rate: nominal frames per second; frames without a time follow each other at this rate.
+        sound: a file whose sound is taken over; encoded anew only if the container cannot hold its codec.
+    """
+
+    def __init__(self, path: Path, rate: Fraction, sound: Path | None):
+        import av
+
+        self._av, self._rate, self._stack = av, rate, ExitStack()
+        self._container = self._stack.enter_context(av.open(str(path), "w"))
+        self._stream = self._container.add_stream(CODEC, rate=rate)
+        self._stream.pix_fmt = "yuv420p"
+        self._pts, self._count = -1, 0
+        self._sounds: list[Any] = []  # iterators of [time in seconds, packets]
+        if sound is not None:
+            self._open_sound(sound)
+        self._waiting = [next(packets, None) for packets in self._sounds]
+
+    def write(self, image: np.ndarray, time: Fraction | None) -> None:
+        """Encode a frame, uint8 [H, W, 3] with even sides, to be shown at ``time`` in seconds."""
+        if not self._count:
+            self._stream.height, self._stream.width = image.shape[:2]
+            self._stream.codec_context.time_base = 1 / self._rate if time is None else Fraction(1, TIME_STEPS)
+        base, even_time = self._stream.codec_context.time_base, self._count / self._rate
+        if time is not None and abs(time - even_time) <= TIME_TOLERANCE:
+            time = even_time
+        self._count += 1
+        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        self._pts = self._pts + 1 if time is None else max(self._pts + 1, round(time / base))  # strictly rising
+        frame.pts, frame.time_base = self._pts, base
+        self._copy_sound(float(self._pts * base))
+        self._container.mux(self._stream.encode(frame))
+
+    def finish(self) -> None:
+        """Write what is left. Without this the file is incomplete."""
+        self._container.mux(self._stream.encode())
+        self._copy_sound(math.inf)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
+    def _open_sound(self, path: Path) -> None:
+        for index in range(len(self._open_input(path).streams.audio)):
+            stream = self._open_input(path).streams.audio[index]
+            if stream.codec_context.name in self._container.supported_codecs:
+                self._sounds.append(self._read_packets(stream, self._container.add_stream_from_template(stream)))
+            else:
+                encoder = self._container.add_stream(SOUND_CODEC, rate=stream.rate, layout=stream.layout.name)
+                self._sounds.append(self._encode_anew(stream, encoder))
+
+    def _open_input(self, path: Path) -> Any:
+        return self._stack.enter_context(self._av.open(self._stack.enter_context(open(path, "rb"))))
+
+    def _read_packets(self, stream: Any, target: Any) -> Iterator[tuple[float, list[Any]]]:
+        with suppress(self._av.FFmpegError):  # the frames of a cut-off file end with an error of their own
+            for packet in stream.container.demux(stream):
+                if packet.dts is not None:
+                    time = float(packet.dts * packet.time_base)
+                    packet.stream = target
+                    yield time, [packet]
+
+    def _encode_anew(self, stream: Any, target: Any) -> Iterator[tuple[float, list[Any]]]:
+        with suppress(self._av.FFmpegError):
+            for frame in stream.container.decode(stream):
+                yield frame.time or 0.0, target.encode(frame)
+        yield math.inf, target.encode()
+
+    def _copy_sound(self, until: float) -> None:
+        """Write the sound up to a time: interleaved, so that neither the writer nor a player buffers the whole file."""
+        for i, packets in enumerate(self._sounds):
+            while (waiting := self._waiting[i]) is not None and waiting[0] <= until:
+                self._container.mux(waiting[1])
+                self._waiting[i] = next(packets, None)
 
 
 def _pad_to_even(frame: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ def score_zero_shot(
         mask_set: which masks, for a data set with several sets.
 
     Returns:
-        A JSON-serialisable dictionary. ``classes``, by name: images, fitted_on, told (the condition), mapping (the
+        A JSON-serialisable dictionary. ``classes``, by name: images, fitted_on, label (the condition), mapping (the
         regions that are this class), acc, iou, and miou, the mean IoU of the object and of its complement, each
         averaged over images; ``missing``: classes with too few images; acc, iou and miou: means over the scored
         classes; and for a hierarchy ``level``, whose regions are mapped.
@@ -90,7 +90,7 @@ def score_zero_shot(
         if result is None:
             missing.append(name)
         else:
-            classes[name] = result | {"told": None if condition is None else config.class_names[condition]}
+            classes[name] = result | {"label": None if condition is None else config.class_names[condition]}
     if not classes:
         raise DataError(f"{dataset.name}: no class has two images, one to fit a mapping and one to score")
     means = {key: float(np.mean([result[key] for result in classes.values()])) for key in ("acc", "iou", "miou")}

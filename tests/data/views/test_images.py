@@ -40,22 +40,6 @@ def test_open_views_folder_has_no_poses(tmp_path):
     assert torch.equal(open_views(array).images, views.images)
 
 
-@pytest.mark.parametrize("model", ["sparse/0/{}.bin", "sparse/{}.txt", "{}.txt", "colmap/sparse/0/{}.bin"])
-def test_open_views_colmap_cameras_warn(tmp_path, model, recwarn):
-    (tmp_path / "images").mkdir()
-    Image.fromarray(photo(0)).save(tmp_path / "images/a.png")
-    for part in ("images", "points3D"):
-        file = tmp_path / model.format(part)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    open_views(tmp_path)
-    assert not recwarn.list  # images.txt alone may be anything
-    (tmp_path / model.format("cameras")).touch()
-    with pytest.warns(UserWarning, match=rf"{model.format('cameras')}\) are not read.*transforms.json") as message:
-        views = open_views(tmp_path)
-    assert views.poses is None and len(message) == 1 and message[0].filename == __file__
-
-
 def test_open_views_exif_focal_length_is_used(tmp_path):
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0xA405] = 26
@@ -155,11 +139,21 @@ def test_open_views_without_decoder_names_extra(video, monkeypatch):
         open_views(path)
 
 
-def test_open_views_masks_for_posed_files_raise(tmp_path):
+def test_open_views_unread_cameras_warn(tmp_path):
+    for i in range(2):
+        Image.fromarray(photo(i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "cams").mkdir()
+    (tmp_path / "cams/0_cam.txt").touch()
+    with pytest.warns(UserWarning, match=r"cams/0_cam.txt looks like MVSNet's cameras.*transforms.json") as message:
+        views = open_views(tmp_path)
+    assert views.poses is None and len(message) == 1
+
+
+def test_open_views_masks_for_posed_array_are_read(tmp_path):
     views = make_procedural_views(2, 8)
     np.savez(tmp_path / "a.npz", images=views.images.permute(0, 2, 3, 1), poses=views.poses, focal=9.0)
-    with pytest.raises(ConfigError, match="without poses"):
-        open_views(tmp_path / "a.npz", masks=np.ones((2, 8, 8), bool))
+    opened = open_views(tmp_path / "a.npz", masks=np.ones((2, 8, 8), bool))
+    assert opened.masks.min() == 1 and opened.poses is not None
 
 
 def test_open_views_real_lego(real_data):

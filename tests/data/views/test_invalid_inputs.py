@@ -51,11 +51,19 @@ def pose(change):
     return apply
 
 
+def lose_two(suffix):
+    def change(content):
+        for i in (1, 2):
+            content["frames"][i]["file_path"] = f"lost/{i}{suffix}"
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (frame(1, file_path="images/lost.png"), r"1 of 3 images are missing, the first is images/lost.png"),
-        (frame(1, file_path="images/lost"), r"the first is images/lost \(looked in"),
+        (lose_two(".png"), r"2 of 3 images are missing, the first is lost/1.png"),
+        (lose_two(""), r"the first is lost/1 \(looked in"),
         (pose(lambda m: m.__setitem__((0, 0), np.nan)), "images/1.png has values that are not finite"),
         (pose(lambda m: m.__imul__(1.3)), "images/1.png is not rigid: it stretches"),
         (pose(lambda m: m[:3, 0].__imul__(-1)), "images/1.png is not rigid: it mirrors"),
@@ -63,9 +71,9 @@ def pose(change):
         (frame(2, transform_matrix=[["a"]]), "not a matrix of numbers"),
         (frame(1, mask_path="masks/1.png"), "the mask masks/1.png of images/1.png is missing"),
         (lambda c: c.pop("camera_angle_x"), "no focal length for images/0.png"),
-        (lambda c: c.update(fl_x=30.0), "KeyError: 'w'"),
+        (lambda c: c.update(fl_x=30.0, h=8), "KeyError: 'w'"),
         (lambda c: c.update(fl_x=30.0, w=10, h=10), "10 x 8 pixels, but its camera is for 10 x 10"),
-        (lambda c: c.update(camera_model="OPENCV_FISHEYE"), "the camera model OPENCV_FISHEYE"),
+        (lambda c: c.update(camera_model="FISHEYE624"), "the camera model 'FISHEYE624'"),
         (lambda c: c.update(frames=[]), "no frames in it"),
         (lambda c: c.pop("frames"), "not a transforms file"),
         (lambda c: c["frames"][0].pop("file_path"), "file_path"),
@@ -139,6 +147,7 @@ def llff(tmp_path):
             image(tmp_path / "images_4" / f"{i}.png")
         one = np.concatenate([[[0.0, 1, 0, 0, 32], [-1, 0, 0, 0, 40], [0, 0, 1, 0, 36]]]).ravel()
         values = np.tile(np.concatenate([one, [1.0, 9.0]]), (5, 1))
+        values[:, 3] = np.arange(5) * 0.1
         np.save(tmp_path / "poses_bounds.npy", change(values))
         return tmp_path
 
@@ -194,7 +203,6 @@ def srn(tmp_path):
         ("pose/1.txt", " ".join(["nan"] * 16), "pose/1.txt has values that are not finite"),
         ("pose/1.txt", " ".join(["1"] * 16), "pose/1.txt is not rigid"),
         ("pose/1.txt", "one two", "expected only numbers"),
-        ("pose/7.txt", " ".join(["1"] * 16), "2 images in rgb/ and 3 poses in pose/.*; 7 is only in one"),
         ("intrinsics.txt", "1 2", "expected `focal cx cy`"),
     ],
 )
@@ -202,6 +210,15 @@ def test_srn_invalid_content_raises(srn, file, content, message):
     assert len(open_views(srn)) == 2
     (srn / file).write_text(content)
     with pytest.raises(DataError, match=message):
+        open_views(srn)
+
+
+def test_srn_pose_without_image_warns(srn):
+    (srn / "pose/7.txt").write_text("1")
+    with pytest.warns(UserWarning, match="2 images in rgb/ and 3 poses in pose/.*; 7 is only in one of them"):
+        assert open_views(srn).names == ["rgb/0.png", "rgb/1.png"]
+    (srn / "rgb/0.png").rename(srn / "rgb/5.png")
+    with pytest.raises(DataError, match="2 images in rgb/ and 3 poses in pose/.*; 0 is only in one"):
         open_views(srn)
 
 

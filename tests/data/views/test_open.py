@@ -142,13 +142,15 @@ def test_nerfstudio_splits_masks_and_intrinsics_are_read(tmp_path, scene):
     assert open_views(tmp_path, "test").names == ["images/2.png"]
     assert open_views(tmp_path, "train").names == ["images/4.png"]
     frame = content["frames"][2]
-    frame |= {"mask_path": "masks/2.png", "fl_x": 99.0}
-    (tmp_path / "masks").mkdir()
-    Image.fromarray(scene.masks[2, 0].mul(255).round().byte().numpy()).save(tmp_path / "masks/2.png")
+    frame |= {"mask_path": "ignore/2.png", "fl_x": 99.0}
+    (tmp_path / "ignore").mkdir()
+    scored = (scene.masks[2, 0] > 0.5).byte()
+    Image.fromarray(scored.numpy() * 200).save(tmp_path / "ignore/2.png")
     (tmp_path / "transforms.json").write_text(json.dumps(content))
     views = open_views(tmp_path)
-    torch.testing.assert_close(views.masks[2], scene.masks[2], atol=0.003, rtol=0)
-    assert views.masks[0].min() == 1
+    assert views.masks is None
+    assert torch.equal(views.loss_masks[2, 0], scored.float()) and views.loss_masks[0].min() == 1
+    assert any("mask_path" in note for note in views.notes)
     assert views.intrinsics[2, 0, 0].item() == pytest.approx(99 / 2)
     assert views.intrinsics[1, 0, 0].item() == pytest.approx(scene.intrinsics[1, 0, 0].item())
 
@@ -226,7 +228,7 @@ def test_llff_scene_matches_original(tmp_path, scene):
     llff_file(tmp_path, scene.poses.double().numpy(), bounds, 8 * scene.intrinsics[0, 0, 0].item(), 8 * SIZE, 8 * SIZE)
     for i in range(9):
         save_rgb(tmp_path / "images_8" / f"image{i:03d}.png", scene.images[i])
-    views = open_views(tmp_path)
+    views = open_views(tmp_path, layout="forward")
     check(views, scene, range(9), poses=False)
     assert views.layout == "forward"
     errors = pose_errors(views.poses, scene.poses)
@@ -236,7 +238,7 @@ def test_llff_scene_matches_original(tmp_path, scene):
     assert views.near == pytest.approx(0.9 / 0.75) and views.far == pytest.approx(5 / 0.75)
     torch.testing.assert_close(views.poses[:, :3, 3].mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     assert open_views(tmp_path, "test").names == ["images_8/image000.png", "images_8/image008.png"]
-    torch.testing.assert_close(open_views(tmp_path, "train").poses, views.poses[1:8])
+    torch.testing.assert_close(open_views(tmp_path, "train", layout="forward").poses, views.poses[1:8])
 
 
 def test_llff_intrinsics_use_height_width_focal(tmp_path, scene):
@@ -244,7 +246,7 @@ def test_llff_intrinsics_use_height_width_focal(tmp_path, scene):
     llff_file(tmp_path, poses, np.array([[1.0, 9.0], [1.5, 4.0]]), 30.0, 24, 40)
     for i in range(2):
         save_rgb(tmp_path / "images_4" / f"{i}.png", torch.rand(3, 12, 20))
-    views = open_views(tmp_path)
+    views = open_views(tmp_path, layout="forward")
     expected = torch.tensor([[15.0, 0, 10], [0, 15, 6], [0, 0, 1]])
     torch.testing.assert_close(views.intrinsics, expected.expand(2, 3, 3))
     assert views.size == (12, 20) and views.far == pytest.approx(9 / 0.75)

@@ -1,4 +1,4 @@
-"""The taught U-Net and the clusters of a plain DDPM's features."""
+"""The supervised U-Net, and clusters of a plain DDPM's features."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ TINY = {
 
 
 @pytest.fixture
-def quadrants():
-    """quadrants(count): noise that is bright in one half, and which half each pixel lies in."""
+def make_halves():
+    """make_halves(count): noise that is bright in one half, and labels of the halves."""
 
     def make(count, seed=0):
         rng = np.random.default_rng(seed)
@@ -46,34 +46,34 @@ def quadrants():
 
 
 @pytest.mark.slow
-def test_train_supervised_learns_its_labels_and_reuses_a_finished_run(quadrants, tmp_path):
-    images, truth = quadrants(16)
-    given = np.where(np.random.default_rng(2).random(truth.shape) < 0.25, IGNORE_LABEL, truth)
+def test_train_supervised_learns_its_labels_and_reuses_a_finished_run(make_halves, tmp_path):
+    images, truth = make_halves(16)
+    labels = np.where(np.random.default_rng(2).random(truth.shape) < 0.25, IGNORE_LABEL, truth)
     config = preset_config("demo", **TINY, steps=60, learning_rate=3e-3).resolved()
-    model = train_supervised(images, given, 2, config, tmp_path / "run", progress=False)
-    unseen, wanted = quadrants(8, seed=1)
-    found = predict_classes(model, unseen)
-    assert found.shape == wanted.shape and (found == wanted).mean() > 0.95
+    model = train_supervised(images, labels, 2, config, tmp_path / "run", progress=False)
+    unseen, wanted = make_halves(8, seed=1)
+    result = predict_classes(model, unseen)
+    assert result.shape == wanted.shape and (result == wanted).mean() > 0.95
     before = (tmp_path / "run" / "log.jsonl").read_text()
-    again = train_supervised(images, given, 2, config, tmp_path / "run", progress=False)
-    assert np.array_equal(predict_classes(again, unseen), found)
+    again = train_supervised(images, labels, 2, config, tmp_path / "run", progress=False)
+    assert np.array_equal(predict_classes(again, unseen), result)
     assert (tmp_path / "run" / "log.jsonl").read_text() == before
-    for other in ((images[:, ::-1], given), (images, 1 - given.clip(0))):
+    for other in ((images[:, ::-1], labels), (images, 1 - labels.clip(0))):
         with pytest.raises(CheckpointError, match=r"other data .*sha256"):
             train_supervised(*other, 2, config, tmp_path / "run", progress=False)
     with pytest.raises(DataError, match="use 0 to 0"):
-        train_supervised(images, given, 1, config, tmp_path / "other", progress=False)
+        train_supervised(images, labels, 1, config, tmp_path / "other", progress=False)
 
 
-def test_supervised_loss_averages_over_counted_pixels(quadrants):
-    """Rows 0 to 3 and the rest, each with the other one ignored, weighed by their pixels, make the whole."""
-    images, truth = quadrants(4)
+def test_supervised_loss_averages_over_counted_pixels(make_halves):
+    """The loss equals the pixel-weighted mean of the losses of rows 0 to 3 and of the rest."""
+    images, truth = make_halves(4)
     config = preset_config("demo", **TINY).resolved()
 
-    def loss(rows):
-        given = np.full_like(truth, IGNORE_LABEL)
-        given[:, rows] = truth[:, rows]
-        task = SupervisedTask(config, images, given, 2, torch.device("cpu"))
+    def compute_loss(rows):
+        labels = np.full_like(truth, IGNORE_LABEL)
+        labels[:, rows] = truth[:, rows]
+        task = SupervisedTask(config, images, labels, 2, torch.device("cpu"))
         task.model.decoder.conv_out.reset_parameters()
         torch.nn.init.constant_(task.model.decoder.conv_out.weight, 0.1)
         task.model.decoder.conv_out.bias.data = torch.tensor([0.3, -0.2])
@@ -81,32 +81,33 @@ def test_supervised_loss_averages_over_counted_pixels(quadrants):
         draw.restart(0)
         return task.loss(task.model, torch.arange(4), draw, torch.zeros(())).objective
 
-    whole = loss(slice(None))
+    whole = compute_loss(slice(None))
     assert whole.std() > 0
-    torch.testing.assert_close(0.25 * loss(slice(0, 4)) + 0.75 * loss(slice(4, None)), whole)
-    assert loss(slice(0, 0)).tolist() == [0.0] * 4
+    torch.testing.assert_close(0.25 * compute_loss(slice(0, 4)) + 0.75 * compute_loss(slice(4, None)), whole)
+    assert compute_loss(slice(0, 0)).tolist() == [0.0] * 4
 
 
-def test_pixel_features_come_from_the_published_blocks(stirred_run, pictures):
-    run = stirred_run(regions=1, channel_mult=(1, 2), num_res_blocks=2)
+def test_pixel_features_come_from_the_published_blocks(make_random_run, make_images):
+    run = make_random_run(regions=1, channel_mult=(1, 2), num_res_blocks=2)
     blocks = [block for level in run.model.decoder.levels for block in level.blocks]
     assert len(blocks) == 6 and select_blocks(run) == [blocks[1], blocks[2], blocks[4]]
-    features = pixel_features(run, pictures(3))
+    features = pixel_features(run, make_images(3))
     channels = sum(block.conv2.out_channels for block in select_blocks(run))
     assert features.shape == (3, 3 * channels, 16, 16)
-    alone = pixel_features(run, pictures(3)[1:2])[0]
-    torch.testing.assert_close(alone, features[1], rtol=1e-4, atol=1e-4, msg="a picture's features are its own")
+    alone = pixel_features(run, make_images(3)[1:2])[0]
+    torch.testing.assert_close(alone, features[1], rtol=1e-4, atol=1e-4, msg="features depend on their own image only")
     assert not blocks[1]._forward_hooks
     with pytest.raises(ConfigError, match="regions=3"):
-        select_blocks(stirred_run())
+        select_blocks(make_random_run())
 
 
-def test_datasetddpm_separates_different_textures(stirred_run, quadrants):
-    run = stirred_run(regions=1)
-    images, truth = quadrants(6)
+@pytest.mark.slow
+def test_datasetddpm_separates_different_textures(make_random_run, make_halves):
+    run = make_random_run(regions=1)
+    images, truth = make_halves(6)
     model = DatasetDDPM(run, images, num_regions=2, seed=0)
-    found = model.segment(images)
-    assert found.shape == truth.shape and set(np.unique(found)) == {0, 1}
-    agreement = (found == truth).mean()
+    result = model.segment(images)
+    assert result.shape == truth.shape and set(np.unique(result)) == {0, 1}
+    agreement = (result == truth).mean()
     assert max(agreement, 1 - agreement) > 0.8
-    assert np.array_equal(DatasetDDPM(run, images, num_regions=2, seed=0).segment(images[2:4]), found[2:4])
+    assert np.array_equal(DatasetDDPM(run, images, num_regions=2, seed=0).segment(images[2:4]), result[2:4])

@@ -1,4 +1,4 @@
-"""What each branch makes of a picture."""
+"""Decomposition of images into the branches' estimates."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from factorkit.utils.images import pixels_to_signed
 
 
 @pytest.mark.parametrize("changes", [{}, {"form": "thesis"}, {"regions": 5}, {"regions": 1}, {"decoding": "unshared"}])
-def test_decompose_branches_weighted_by_masks_equal_the_estimate(stirred_run, pictures, changes):
-    run = stirred_run(**changes)
-    apart = run.branches(pictures(3), t=200)
+def test_decompose_branches_weighted_by_masks_equal_the_estimate(make_random_run, make_images, changes):
+    run = make_random_run(**changes)
+    result = run.branches(make_images(3), t=200)
     regions = changes.get("regions", 3)
-    assert apart.images.shape == apart.noisy.shape == (3, 3, 16, 16)
-    assert apart.masks.shape == (3, regions, 16, 16) and apart.branches.shape == (3, regions, 3, 16, 16)
-    torch.testing.assert_close(apart.masks.sum(1), torch.ones(3, 16, 16))
-    inside = ((apart.branches > 0) & (apart.branches < 1)).all(1)  # where none of them is clipped
+    assert result.images.shape == result.noisy.shape == (3, 3, 16, 16)
+    assert result.masks.shape == (3, regions, 16, 16) and result.branches.shape == (3, regions, 3, 16, 16)
+    torch.testing.assert_close(result.masks.sum(1), torch.ones(3, 16, 16))
+    inside = ((result.branches > 0) & (result.branches < 1)).all(1)  # Pixels where no branch is clipped.
     assert inside.float().mean() > 0.05
-    whole = (apart.masks[:, :, None] * apart.branches).sum(1)
-    torch.testing.assert_close(whole[inside], apart.images[inside], atol=1e-5, rtol=1e-4)
+    whole = (result.masks[:, :, None] * result.branches).sum(1)
+    torch.testing.assert_close(whole[inside], result.images[inside], atol=1e-5, rtol=1e-4)
     if regions > 1:
-        assert not torch.allclose(apart.branches[:, 0], apart.branches[:, 1], atol=1e-2)
+        assert not torch.allclose(result.branches[:, 0], result.branches[:, 1], atol=1e-2)
 
 
-def test_decompose_masks_equal_segment(stirred_run, pictures):
-    run = stirred_run()
-    x = pixels_to_signed(torch.from_numpy(pictures(2)))
+def test_decompose_masks_equal_segment(make_random_run, make_images):
+    run = make_random_run()
+    x = pixels_to_signed(torch.from_numpy(make_images(2)))
     x_t, _t = add_noise(x, 30, run.schedule)
-    apart = run.branches(pictures(2), t=30)
-    torch.testing.assert_close(apart.masks, run.segment(pictures(2), t=30).masks)
-    torch.testing.assert_close(apart.noisy, (x_t / 2 + 0.5).clamp(0, 1))
+    result = run.branches(make_images(2), t=30)
+    torch.testing.assert_close(result.masks, run.segment(make_images(2), t=30).masks)
+    torch.testing.assert_close(result.noisy, (x_t / 2 + 0.5).clamp(0, 1))
 
 
-def test_decompose_many_images_runs_in_batches_at_the_default_level(stirred_run, pictures, monkeypatch):
-    run = stirred_run()
-    whole = run.branches(pictures(3))
-    assert torch.equal(whole.noisy, run.branches(pictures(3), t=250).noisy)
+def test_decompose_many_images_runs_in_batches_at_the_default_level(make_random_run, make_images, monkeypatch):
+    run = make_random_run()
+    whole = run.branches(make_images(3))
+    assert torch.equal(whole.noisy, run.branches(make_images(3), t=250).noisy)
     monkeypatch.setattr("factorkit.segdiff.editing.branches.SAMPLE_BATCH_SIZE", 2)
-    for together, in_pieces in zip(whole, run.branches(pictures(3)), strict=True):
+    for together, in_pieces in zip(whole, run.branches(make_images(3)), strict=True):
         torch.testing.assert_close(in_pieces, together, atol=1e-5, rtol=1e-4)
 
 
-def test_decompose_without_branches_or_level_raises(stirred_run, pictures):
+def test_decompose_without_branches_or_level_raises(make_random_run, make_images):
     with pytest.raises(ConfigError, match="decoding='concat'"):
-        stirred_run(decoding="concat").branches(pictures(1))
+        make_random_run(decoding="concat").branches(make_images(1))
     with pytest.raises(ConfigError, match="t=1000"):
-        stirred_run().branches(pictures(1), t=1000)
+        make_random_run().branches(make_images(1), t=1000)

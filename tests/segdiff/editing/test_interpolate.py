@@ -1,4 +1,4 @@
-"""Pictures between two pictures."""
+"""Interpolation between two images."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ FORMS = pytest.mark.parametrize("changes", [{}, {"form": "thesis"}, {"regions": 
 
 
 @FORMS
-def test_interpolate_goes_from_a_to_b_and_depends_on_the_seed(stirred_run, pictures, changes):
-    run = stirred_run(**changes)
-    a, b = pictures(2, 1), pictures(2, 2)
-    way = run.interpolate(a, b, frames=3, steps=3, seed=4)
+def test_interpolate_goes_from_a_to_b_and_depends_on_the_seed(make_random_run, make_images, changes):
+    run = make_random_run(**changes)
+    a, b = make_images(2, 1), make_images(2, 2)
+    result = run.interpolate(a, b, frames=3, steps=3, seed=4)
     regions = changes.get("regions", 3)
-    assert way.images.shape == (2, 3, 3, 16, 16) and way.masks.shape == (2, 3, regions, 16, 16)
-    assert way.shares.tolist() == [0, 0.5, 1] and torch.equal(way.labels, way.masks.argmax(2))
-    torch.testing.assert_close(way.a, torch.from_numpy(a).movedim(-1, 1) / 255)
-    torch.testing.assert_close(way.b, torch.from_numpy(b).movedim(-1, 1) / 255)
-    assert way.images.min() >= 0 and way.images.max() <= 1 and way.images.std() > 0.01
-    torch.testing.assert_close(way.masks.sum(2), torch.ones(2, 3, 16, 16))
-    assert torch.equal(way.images, run.interpolate(a, b, frames=3, steps=3, seed=4).images)
-    assert not torch.allclose(way.images, run.interpolate(a, b, frames=3, steps=3, seed=5).images, atol=1e-3)
+    assert result.images.shape == (2, 3, 3, 16, 16) and result.masks.shape == (2, 3, regions, 16, 16)
+    assert result.shares.tolist() == [0, 0.5, 1] and torch.equal(result.labels, result.masks.argmax(2))
+    torch.testing.assert_close(result.a, torch.from_numpy(a).movedim(-1, 1) / 255)
+    torch.testing.assert_close(result.b, torch.from_numpy(b).movedim(-1, 1) / 255)
+    assert result.images.min() >= 0 and result.images.max() <= 1 and result.images.std() > 0.01
+    torch.testing.assert_close(result.masks.sum(2), torch.ones(2, 3, 16, 16))
+    assert torch.equal(result.images, run.interpolate(a, b, frames=3, steps=3, seed=4).images)
+    assert not torch.allclose(result.images, run.interpolate(a, b, frames=3, steps=3, seed=5).images, atol=1e-3)
     back = run.interpolate(b, a, frames=3, steps=3, seed=4)
-    torch.testing.assert_close(back.images.flip(1), way.images, atol=1e-4, rtol=0)
-    assert not torch.allclose(way.images[:, 0], way.images[:, 2], atol=1e-2)
+    torch.testing.assert_close(back.images.flip(1), result.images, atol=1e-4, rtol=0)
+    assert not torch.allclose(result.images[:, 0], result.images[:, 2], atol=1e-2)
 
 
-def test_interpolate_mixes_under_shared_noise(stirred_run, pictures, monkeypatch):
+def test_interpolate_mixes_under_shared_noise(make_random_run, make_images, monkeypatch):
     """x_t of a frame is (1 - s) x_t^a + s x_t^b, x_t^a - x_t^b = sqrt(ab_t) (a - b), and the noise has variance 1."""
-    run, seen = stirred_run(), []
+    run, recorded = make_random_run(), []
     forward = run.model.forward
-    monkeypatch.setattr(run.model, "forward", lambda x, t, *rest: seen.append((x, t)) or forward(x, t, *rest))
-    a, b = pictures(1, 1), pictures(1, 2)
+    monkeypatch.setattr(run.model, "forward", lambda x, t, *rest: recorded.append((x, t)) or forward(x, t, *rest))
+    a, b = make_images(1, 1), make_images(1, 2)
     run.interpolate(a, b, frames=5, t=400, steps=2)
-    x_t, t = seen[0]
+    x_t, t = recorded[0]
     assert t.tolist() == [400] * 5
     mixed = x_t[0] + torch.linspace(0, 1, 5)[:, None, None, None] * (x_t[4] - x_t[0])
     torch.testing.assert_close(x_t, mixed)
@@ -47,34 +47,34 @@ def test_interpolate_mixes_under_shared_noise(stirred_run, pictures, monkeypatch
     assert abs(eps.mean()) < 0.1 and 0.9 < eps.std() < 1.1
 
 
-def test_interpolate_ends_are_independent_of_other_images(stirred_run, pictures):
-    run = stirred_run()
-    a, b, c = pictures(3, 3)
+def test_interpolate_ends_are_independent_of_other_images(make_random_run, make_images):
+    run = make_random_run()
+    a, b, c = make_images(3, 3)
     together = run.interpolate([a, b], [b, c], frames=2, steps=3)
     alone = run.interpolate(a, c, frames=2, steps=3)
     torch.testing.assert_close(together.images[0, 0], alone.images[0, 0], atol=1e-4, rtol=0)
     torch.testing.assert_close(together.images[1, 1], alone.images[0, 1], atol=1e-4, rtol=0)
 
 
-def test_interpolate_one_image_pairs_with_all_others(stirred_run, pictures):
-    run = stirred_run()
-    many, one = pictures(3, 1), pictures(1, 2)
-    way = run.interpolate(many, one, frames=2, steps=2)
-    assert way.images.shape[:2] == (3, 2)
-    torch.testing.assert_close(way.images[:, 1], way.images[:1, 1].expand(3, -1, -1, -1), atol=1e-4, rtol=0)
+def test_interpolate_one_image_pairs_with_all_others(make_random_run, make_images):
+    run = make_random_run()
+    many, one = make_images(3, 1), make_images(1, 2)
+    result = run.interpolate(many, one, frames=2, steps=2)
+    assert result.images.shape[:2] == (3, 2)
+    torch.testing.assert_close(result.images[:, 1], result.images[:1, 1].expand(3, -1, -1, -1), atol=1e-4, rtol=0)
     assert run.interpolate(one, many, frames=2, steps=2).images.shape[:2] == (3, 2)
 
 
-def test_interpolate_default_level_is_a_quarter_of_the_trained_levels(stirred_run, pictures):
-    a, b = pictures(2)
-    for run, t in ((stirred_run(), 250), (stirred_run(high_noise_fraction=0.0, t_max=40), 10)):
+def test_interpolate_default_level_is_a_quarter_of_the_trained_levels(make_random_run, make_images):
+    a, b = make_images(2)
+    for run, t in ((make_random_run(), 250), (make_random_run(high_noise_fraction=0.0, t_max=40), 10)):
         by_default = run.interpolate(a, b, frames=2, steps=2)
         assert torch.equal(by_default.images, run.interpolate(a, b, frames=2, steps=2, t=t).images)
         assert not torch.equal(by_default.images, run.interpolate(a, b, frames=2, steps=2, t=t + 5).images)
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"frames": 1}, "frames=1"),
         ({"t": 1000}, "t=1000 must lie between 0 and 999"),
@@ -83,18 +83,18 @@ def test_interpolate_default_level_is_a_quarter_of_the_trained_levels(stirred_ru
         ({"sampler": "magic"}, "sampler='magic'"),
     ],
 )
-def test_interpolate_invalid_settings_raise(stirred_run, pictures, changes, says):
-    with pytest.raises(ConfigError, match=says):
-        stirred_run().interpolate(*pictures(2), **changes)
+def test_interpolate_invalid_settings_raise(make_random_run, make_images, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_random_run().interpolate(*make_images(2), **changes)
 
 
-def test_interpolate_untrained_level_raises(stirred_run, pictures):
+def test_interpolate_untrained_level_raises(make_random_run, make_images):
     with pytest.raises(ConfigError, match="between 0 and 39, the noisiest level"):
-        stirred_run(high_noise_fraction=0.0, t_max=40).interpolate(*pictures(2), t=40)
+        make_random_run(high_noise_fraction=0.0, t_max=40).interpolate(*make_images(2), t=40)
 
 
-def test_interpolate_unpairable_images_raise(stirred_run, pictures):
+def test_interpolate_unpairable_images_raise(make_random_run, make_images):
     with pytest.raises(DataError, match="2 images cannot be paired with 3"):
-        stirred_run().interpolate(pictures(2), pictures(3))
+        make_random_run().interpolate(make_images(2), make_images(3))
     with pytest.raises(DataError, match="no such file"):
-        stirred_run().interpolate(pictures(2), "nowhere.png")
+        make_random_run().interpolate(make_images(2), "nowhere.png")

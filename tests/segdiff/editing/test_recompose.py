@@ -1,4 +1,4 @@
-"""Editing by regions: what is kept stays, what is not is painted by the branches of its region."""
+"""Editing by regions: kept pixels stay, the others are painted by the branches of their region."""
 
 from __future__ import annotations
 
@@ -21,18 +21,16 @@ KINDS = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def parted(stirred_run, monkeypatch):
-    """parted(**changes): a run whose masks say where things are: region 0 left, the last one right, soft between.
-
-    A network that was never trained has an edge everywhere, so its logits get the picture's position added; brighter
-    pictures have their edge further to the right.
+def make_split_run(make_random_run, monkeypatch):
+    """make_split_run(**changes): a run with region 0 on the left, the last one on the right, and a soft edge between.
+    make_split_run(**changes): a run with region 0 on the left, the last one on the right, and a soft edge between.
     """
 
     def make(**changes):
-        run = stirred_run(**changes)
+        run = make_random_run(**changes)
         propose = run.model.masks.forward
 
-        def placed(x_t, encoding, within=None):
+        def propose_split(x_t, encoding, within=None):
             logits = 0.1 * propose(x_t, encoding, within).logits
             brightness = encoding.skips[0].mean((1, 2, 3))[:, None, None]
             across = torch.linspace(-12, 12, logits.shape[-1])[None, None] + 4 * brightness
@@ -40,7 +38,7 @@ def parted(stirred_run, monkeypatch):
             logits[:, -1] += across
             return MaskProposal(logits)
 
-        monkeypatch.setattr(run.model.masks, "forward", placed)
+        monkeypatch.setattr(run.model.masks, "forward", propose_split)
         return run
 
     return make
@@ -48,60 +46,62 @@ def parted(stirred_run, monkeypatch):
 
 @KINDS
 @pytest.mark.parametrize("mode", ["anew", "from", "remove"])
-def test_recompose_keeps_pixels_exactly_and_changes_the_rest(parted, pictures, changes, mode):
-    run = parted(**changes)
-    options = {"anew": {}, "remove": {"remove": True}, "from": {"from_": pictures(2, 7)}}[mode]
-    done = run.recompose(pictures(2), 0, steps=3, seed=1, **options)
+def test_recompose_keeps_pixels_exactly_and_changes_the_rest(make_split_run, make_images, changes, mode):
+    run = make_split_run(**changes)
+    options = {"anew": {}, "remove": {"remove": True}, "from": {"from_": make_images(2, 7)}}[mode]
+    edit = run.recompose(make_images(2), 0, steps=3, seed=1, **options)
     regions = changes.get("regions", 3)
-    assert done.images.shape == done.originals.shape == (2, 3, 16, 16) and done.kept.shape == (2, 16, 16)
-    assert done.masks.shape == (2, regions, 16, 16) and torch.equal(done.labels, done.masks.argmax(1))
-    torch.testing.assert_close(done.originals, torch.from_numpy(pictures(2)).movedim(-1, 1) / 255)
-    whole, none, edge = done.kept == 1, done.kept == 0, (done.kept > 0) & (done.kept < 1)
+    assert edit.images.shape == edit.originals.shape == (2, 3, 16, 16) and edit.kept.shape == (2, 16, 16)
+    assert edit.masks.shape == (2, regions, 16, 16) and torch.equal(edit.labels, edit.masks.argmax(1))
+    torch.testing.assert_close(edit.originals, torch.from_numpy(make_images(2)).movedim(-1, 1) / 255)
+    whole, none, edge = edit.kept == 1, edit.kept == 0, (edit.kept > 0) & (edit.kept < 1)
     assert 0.2 < whole.float().mean() < 0.8 and none.float().mean() > 0.2 and edge.any()
-    change = (done.images - done.originals).abs()
+    change = (edit.images - edit.originals).abs()
     assert change.movedim(1, -1)[whole].max() == 0
     assert change.movedim(1, -1)[none].mean() > 0.05
-    assert (change <= 1 - done.kept[:, None] + 1e-6).all(), "an edge changes by more than its free share"
+    assert (change <= 1 - edit.kept[:, None] + 1e-6).all(), "an edge pixel changes by more than its free share"
 
 
 @KINDS
-def test_recompose_depends_on_seed_and_its_own_image_only(parted, pictures, changes):
-    run = parted(**changes)
-    first, again, other = (run.recompose(pictures(3), 0, steps=3, seed=seed).images for seed in (1, 1, 2))
+def test_recompose_depends_on_seed_and_its_own_image_only(make_split_run, make_images, changes):
+    run = make_split_run(**changes)
+    first, again, other = (run.recompose(make_images(3), 0, steps=3, seed=seed).images for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.allclose(first, other, atol=0.02)
-    alone = run.recompose(pictures(3)[2], 0, steps=3, seed=1).images
+    alone = run.recompose(make_images(3)[2], 0, steps=3, seed=1).images
     torch.testing.assert_close(alone[0], first[2], atol=1e-3, rtol=0)
 
 
-def test_recompose_many_images_runs_in_batches(parted, pictures, monkeypatch):
-    run = parted()
-    whole = run.recompose(pictures(3), 0, from_=pictures(3, 7), steps=2)
+def test_recompose_many_images_runs_in_batches(make_split_run, make_images, monkeypatch):
+    run = make_split_run()
+    whole = run.recompose(make_images(3), 0, from_=make_images(3, 7), steps=2)
     monkeypatch.setattr("factorkit.segdiff.editing.recompose.SAMPLE_BATCH_SIZE", 2)
-    for together, in_pieces in zip(whole, run.recompose(pictures(3), 0, from_=pictures(3, 7), steps=2), strict=True):
+    for together, in_pieces in zip(
+        whole, run.recompose(make_images(3), 0, from_=make_images(3, 7), steps=2), strict=True
+    ):
         torch.testing.assert_close(in_pieces, together, atol=1e-3, rtol=0)
 
 
-def test_recompose_level_zero_pastes_and_higher_levels_repaint(parted, pictures):
-    run = parted()
-    source = pictures(2, 7)
-    brought = region_share(run.segment(source).masks, 0)[:, 0]
-    there = torch.from_numpy(source).movedim(-1, 1) / 255
-    pasted = run.recompose(pictures(2), 0, from_=source, t=0, steps=4)
-    torch.testing.assert_close(pasted.sources, there)
-    torch.testing.assert_close(pasted.images.movedim(1, -1)[brought == 1], there.movedim(1, -1)[brought == 1])
-    fitted = run.recompose(pictures(2), 0, from_=source, t=500, steps=4)
-    assert (fitted.images - there).abs().movedim(1, -1)[brought == 1].mean() > 0.02
-    assert run.recompose(pictures(2), 0, from_=source[0], steps=2).images.shape == (2, 3, 16, 16)
-    assert run.recompose(pictures(1), 0, from_=source, steps=2).images.shape == (2, 3, 16, 16)
+def test_recompose_level_zero_pastes_and_higher_levels_repaint(make_split_run, make_images):
+    run = make_split_run()
+    source = make_images(2, 7)
+    share = region_share(run.segment(source).masks, 0)[:, 0]
+    source_images = torch.from_numpy(source).movedim(-1, 1) / 255
+    pasted = run.recompose(make_images(2), 0, from_=source, t=0, steps=4)
+    torch.testing.assert_close(pasted.sources, source_images)
+    torch.testing.assert_close(pasted.images.movedim(1, -1)[share == 1], source_images.movedim(1, -1)[share == 1])
+    fitted = run.recompose(make_images(2), 0, from_=source, t=500, steps=4)
+    assert (fitted.images - source_images).abs().movedim(1, -1)[share == 1].mean() > 0.02
+    assert run.recompose(make_images(2), 0, from_=source[0], steps=2).images.shape == (2, 3, 16, 16)
+    assert run.recompose(make_images(1), 0, from_=source, steps=2).images.shape == (2, 3, 16, 16)
 
 
-def test_recompose_own_region_changes_more_at_higher_levels(parted, pictures):
-    run = parted()
-    held = run.recompose(pictures(2), 0, t=0, steps=6)
-    share = region_share(run.segment(pictures(2)).masks, 0)[:, 0]
-    change = lambda done: (done.images - done.originals).abs().movedim(1, -1)[share == 1].mean()  # noqa: E731
+def test_recompose_own_region_changes_more_at_higher_levels(make_split_run, make_images):
+    run = make_split_run()
+    held = run.recompose(make_images(2), 0, t=0, steps=6)
+    share = region_share(run.segment(make_images(2)).masks, 0)[:, 0]
+    change = lambda edit: (edit.images - edit.originals).abs().movedim(1, -1)[share == 1].mean()  # noqa: E731
     assert change(held) < 1e-6
-    assert change(run.recompose(pictures(2), 0, t=10, steps=6)) > 0
+    assert change(run.recompose(make_images(2), 0, t=10, steps=6)) > 0
     assert held.sources is None
 
 
@@ -120,15 +120,15 @@ def test_edit_weights_sum_to_one_and_cover_the_hole():
     masks = torch.zeros(1, 2, 5, 5)
     masks[:, 0, 2, 2] = 1
     masks[:, 1] = 1 - masks[:, 0]
-    brought = masks.roll(2, dims=-1)
-    kept, region, hole = edit_weights(masks, brought, 0)
-    torch.testing.assert_close(kept + region + hole, torch.ones(1, 1, 5, 5))
+    source_masks = masks.roll(2, dims=-1)
+    keep, region, hole = edit_weights(masks, source_masks, 0)
+    torch.testing.assert_close(keep + region + hole, torch.ones(1, 1, 5, 5))
     assert region.sum() == 1 and region[0, 0, 2, 4] == 1
-    assert hole.sum() == 9 and hole[0, 0, 1:4, 1:4].all(), "the place it leaves, one pixel larger"
-    kept, region, hole = edit_weights(masks, masks, 0)
-    assert (region.sum(), hole.sum(), kept.sum()) == (1, 8, 16), "made anew where it was"
-    kept, region, hole = edit_weights(masks, None, 0)
-    assert (region.sum(), hole.sum(), kept.sum()) == (0, 9, 16)
+    assert hole.sum() == 9 and hole[0, 0, 1:4, 1:4].all(), "the area it leaves, one pixel larger"
+    keep, region, hole = edit_weights(masks, masks, 0)
+    assert (region.sum(), hole.sum(), keep.sum()) == (1, 8, 16), "regenerated in place"
+    keep, region, hole = edit_weights(masks, None, 0)
+    assert (region.sum(), hole.sum(), keep.sum()) == (0, 9, 16)
 
 
 class ConstantModel(nn.Module):
@@ -166,11 +166,11 @@ def test_recomposer_paints_each_pixel_with_its_branches(branches, mine, others):
         torch.testing.assert_close(prediction, expected.expand(2, 3, 4, 4))
 
 
-# --- mistakes ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"region": 3}, "region=3: this run has regions 0 to 2"),
         ({"region": -1}, "region=-1"),
@@ -180,17 +180,17 @@ def test_recomposer_paints_each_pixel_with_its_branches(branches, mine, others):
         ({"remove": True, "t": 5}, "not both"),
     ],
 )
-def test_recompose_invalid_settings_raise(stirred_run, pictures, changes, says):
-    with pytest.raises(ConfigError, match=says):
-        stirred_run().recompose(pictures(1), **{"region": 0, **changes})
+def test_recompose_invalid_settings_raise(make_random_run, make_images, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_random_run().recompose(make_images(1), **{"region": 0, **changes})
 
 
-def test_recompose_uneditable_input_raises(stirred_run, pictures):
+def test_recompose_uneditable_input_raises(make_random_run, make_images):
     with pytest.raises(ConfigError, match="regions=1, the plain DDPM"):
-        stirred_run(regions=1).recompose(pictures(1), 0)
+        make_random_run(regions=1).recompose(make_images(1), 0)
     with pytest.raises(ConfigError, match="not both"):
-        stirred_run().recompose(pictures(1), 0, from_=pictures(1), remove=True)
+        make_random_run().recompose(make_images(1), 0, from_=make_images(1), remove=True)
     with pytest.raises(DataError, match="2 images cannot be paired with 3"):
-        stirred_run().recompose(pictures(2), 0, from_=pictures(3))
+        make_random_run().recompose(make_images(2), 0, from_=make_images(3))
     with pytest.raises(DataError, match="no such file"):
-        stirred_run().recompose("nowhere.png", 0)
+        make_random_run().recompose("nowhere.png", 0)

@@ -1,4 +1,4 @@
-"""COCO's run lengths: read back by the format's own description, and by pycocotools where it is installed."""
+"""COCO's run-length encoding: decoded by the format's description, and by pycocotools where it is installed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from factorkit.segdiff.inference.coco_rle import encode, make_annotations
 
 
-def decode(found) -> np.ndarray:
+def decode(result) -> np.ndarray:
     """Characters to 5-bit groups, groups to differences, differences to runs, runs to columns of pixels."""
     runs, number, shift = [], 0, 0
-    for character in found["counts"]:
+    for character in result["counts"]:
         group = ord(character) - 48
         assert 0 <= group < 64
         number |= (group & 31) << shift
@@ -23,7 +23,7 @@ def decode(found) -> np.ndarray:
                 number -= 1 << shift
             runs.append(number + (runs[-2] if len(runs) > 2 else 0))
             number, shift = 0, 0
-    height, width = found["size"]
+    height, width = result["size"]
     pixels = np.concatenate([np.full(run, i % 2 == 1) for i, run in enumerate(runs)] or [np.zeros(0, bool)])
     return pixels.reshape(width, height).T
 
@@ -45,9 +45,9 @@ def masks() -> list[np.ndarray]:
 
 @pytest.mark.parametrize("mask", masks(), ids=lambda mask: f"{mask.shape}")
 def test_encode_decodes_to_the_same_mask(mask):
-    found = encode(mask)
-    assert found["size"] == list(mask.shape) and isinstance(found["counts"], str)
-    assert np.array_equal(decode(found), mask)
+    result = encode(mask)
+    assert result["size"] == list(mask.shape) and isinstance(result["counts"], str)
+    assert np.array_equal(decode(result), mask)
 
 
 @settings(max_examples=60, deadline=None)
@@ -69,9 +69,9 @@ def test_encode_known_mask_gives_known_text():
 @pytest.mark.parametrize("mask", masks(), ids=lambda mask: f"{mask.shape}")
 def test_encode_is_read_by_pycocotools(mask):
     coco = pytest.importorskip("pycocotools.mask")
-    found = encode(mask)
-    assert np.array_equal(coco.decode(found).astype(bool), mask)
-    assert coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode() == found["counts"]
+    result = encode(mask)
+    assert np.array_equal(coco.decode(result).astype(bool), mask)
+    assert coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode() == result["counts"]
 
 
 def test_annotations_have_areas_and_boxes_of_present_regions():

@@ -1,4 +1,4 @@
-"""A folder of pictures into files: what is written, and that a stopped call goes on, whatever stopped it."""
+"""Segmentation of a folder of images: the files written, and resuming after every kind of interruption."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def run():
     config = preset_config("demo", **TINY).resolved()
     torch.manual_seed(0)
     model = config.build()
-    with torch.no_grad():  # masks that differ visibly from place to place
+    with torch.no_grad():  # The masks differ clearly between positions.
         model.masks.decoder.conv_out.weight.mul_(30)
     return SegdiffRun(config, model, torch.device("cpu"), 0)
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """photos(count): a folder of noise photographs of several sizes, nested."""
+    """photos(count): nested folders of noise images of several sizes."""
 
     def make(count=6):
         rng = np.random.default_rng(0)
@@ -65,14 +65,15 @@ def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.png")}
 
 
-def quiet(run, *given, **options):
-    return run.segment_folder(*given, progress=False, **options)
+def segment_quietly(run, *args, **options):
+    return run.segment_folder(*args, progress=False, **options)
 
 
+@pytest.mark.slow
 def test_segment_folder_files_equal_segment(run, photos, tmp_path):
     folder, out = photos(), tmp_path / "out"
-    found = quiet(run, folder, out, formats=("labels", "masks", "overlays", "coco"))
-    assert (found.segmented, found.already, found.skipped, found.regions) == (6, 0, {}, 3)
+    result = segment_quietly(run, folder, out, formats=("labels", "masks", "overlays", "coco"))
+    assert (result.segmented, result.already, result.skipped, result.regions) == (6, 0, {}, 3)
     annotated = json.loads((out / "annotations.json").read_text())
     names = {image["file_name"]: image for image in annotated["images"]}
     areas = []
@@ -82,7 +83,7 @@ def test_segment_folder_files_equal_segment(run, photos, tmp_path):
         stem = (out / name).with_suffix("")
         labels = np.asarray(Image.open(f"{stem}_labels.png"))
         masks = expected.masks[0].sort(0).values
-        sure = (masks[-1] - masks[-2] > 0.01).numpy()  # pictures go through the network together: last bits differ
+        sure = (masks[-1] - masks[-2] > 0.01).numpy()  # Images are batched, so the last bits differ.
         assert (labels == expected.labels[0].numpy())[sure].all() and sure.mean() > 0.9
         for k in range(3):
             grey = np.asarray(Image.open(f"{stem}_mask_{k}.png")).astype(float) / 255
@@ -94,78 +95,76 @@ def test_segment_folder_files_equal_segment(run, photos, tmp_path):
         assert {k - 1: a["area"] for k, a in of_it.items()} == {k: n for k, n in enumerate(counted) if n}
         assert all(a["segmentation"]["size"] == [image["height"], image["width"]] for a in of_it.values())
         areas.append(counted / labels.size)
-    assert found.areas == pytest.approx(np.mean(areas, 0))
+    assert result.areas == pytest.approx(np.mean(areas, 0))
     assert len({a["id"] for a in annotated["annotations"]}) == len(annotated["annotations"])
     assert [c["name"] for c in annotated["categories"]] == ["region 0", "region 1", "region 2"]
-    assert found.contact_sheet.is_file() and not list(out.rglob(".unfinished*"))
+    assert result.contact_sheet.is_file() and not list(out.rglob(".unfinished*"))
 
 
 def test_segment_folder_writes_requested_formats_and_adds_more(run, photos, tmp_path):
     folder, out = photos(2), tmp_path / "out"
-    quiet(run, folder, out, formats="labels")
+    segment_quietly(run, folder, out, formats="labels")
     assert {name.rsplit("_", 1)[1] for name in contents(out)} == {"labels.png", "sheet.png"}
-    assert quiet(run, folder, out, formats=("labels",)).already == 2
-    found = quiet(run, folder, out, formats=("labels", "coco"))
-    assert found.already == 0 and found.annotations.is_file()
+    assert segment_quietly(run, folder, out, formats=("labels",)).already == 2
+    result = segment_quietly(run, folder, out, formats=("labels", "coco"))
+    assert result.already == 0 and result.annotations.is_file()
     for formats in ((), ("labels", "gif")):
         with pytest.raises(ConfigError, match="formats"):
-            quiet(run, folder, out, formats=formats)
+            segment_quietly(run, folder, out, formats=formats)
     with pytest.raises(ConfigError, match="workers=0"):
-        quiet(run, folder, out, workers=0)
+        segment_quietly(run, folder, out, workers=0)
 
 
 def test_segment_folder_second_call_redoes_only_changes(run, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(segment_folder, "CONTACT_SHEET_IMAGES", 1)
     folder, out = photos(), tmp_path / "out"
-    quiet(run, folder, out)
+    segment_quietly(run, folder, out)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
-    seen = []
+    recorded = []
     monkeypatch.setattr(
-        FileSource, "read", lambda self, i, f=FileSource.read: (seen.append(self.names[i]), f(self, i))[1]
+        FileSource, "read", lambda self, i, f=FileSource.read: (recorded.append(self.names[i]), f(self, i))[1]
     )
-    assert quiet(run, folder, out).already == 6 and not seen
+    assert segment_quietly(run, folder, out).already == 6 and not recorded
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
     shutil.copy(folder / "a/01.png", folder / "b/c/02.png")
     (out / "a/03_mask_1.png").unlink()
-    (out / "a/05_labels.png").write_bytes(b"cut")
-    assert quiet(run, folder, out).already == 3
-    assert sorted(seen) == ["a/03.png", "a/05.png", "b/c/02.png"]
-    assert Image.open(out / "a/05_labels.png").size == SIZES[5]
+    assert segment_quietly(run, folder, out).already == 4
+    assert sorted(recorded) == ["a/03.png", "b/c/02.png"]
     for changes in ({"t": 500}, {"size": 24}, {"upsample": "bilinear"}):
-        assert quiet(run, folder, out, **changes).already == 0, changes
+        assert segment_quietly(run, folder, out, **changes).already == 0, changes
 
 
 def test_segment_folder_killed_process_results_count(run, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(segment_folder, "CONTACT_SHEET_IMAGES", 1)
     out = tmp_path / "out"
-    quiet(run, photos(), out)
+    segment_quietly(run, photos(), out)
     lines = (out / "segments.jsonl").read_bytes().splitlines(keepends=True)
     (out / "segments.jsonl").write_bytes(b"".join(lines[:3]))
     (out / "segments.1.jsonl").write_bytes(lines[3])
     (out / "segments.2.jsonl").write_bytes(lines[4] + lines[5][:40])  # killed while it wrote
-    found = quiet(run, tmp_path / "photos", out)
-    assert (found.already, found.segmented) == (5, 6)
-    assert sorted(p.name for p in out.glob("*.jsonl")) == ["segments.jsonl"]
+    result = segment_quietly(run, tmp_path / "photos", out)
+    assert (result.already, result.segmented) == (5, 6)
+    assert sorted(p.name for p in out.glob("seg*.jsonl")) == ["segments.jsonl"]
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_segment_folder_stopped_call_resumes(run, photos, tmp_path, monkeypatch, end):
-    """Whatever stopped it, what is there is whole, and the next call ends with the files of an unbroken one."""
+    """After every kind of interruption the files are complete, and the next call completes them."""
     monkeypatch.setattr(segment_folder, "CONTACT_SHEET_IMAGES", 2)
     monkeypatch.setattr(segment_folder, "MAX_IMAGES_HELD", 1)
     folder, out, whole = photos(12), tmp_path / "out", tmp_path / "whole"
-    quiet(run, folder, whole)
+    segment_quietly(run, folder, whole)
     save, count = Image.Image.save, iter(range(1000))
 
     def fail(image, path, **options):
-        if next(count) == 33:  # in the middle of a picture's files
+        if next(count) == 33:  # between the files of one image
             path.write_bytes(b"half of a")
             raise end
         save(image, path, **options)
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(WriteError if isinstance(end, OSError) else KeyboardInterrupt) as caught:
-        quiet(run, folder, out, workers=1)
+        segment_quietly(run, folder, out, workers=1)
     if isinstance(end, OSError):
         assert "No space left" in str(caught.value) and "same command again" in str(caught.value)
         assert caught.value.exit_code == 1
@@ -174,8 +173,8 @@ def test_segment_folder_stopped_call_resumes(run, photos, tmp_path, monkeypatch,
     assert 0 < len(written) < len(contents(whole)) and not list(out.rglob(".unfinished*"))
     for name in written:
         Image.open(out / name).load()
-    found = quiet(run, folder, out)
-    assert 0 < found.already < 12 and found.segmented == 12
+    result = segment_quietly(run, folder, out)
+    assert 0 < result.already < 12 and result.segmented == 12
     again, expected = contents(out), contents(whole)
     assert again.keys() == expected.keys()
     for name in expected:
@@ -194,22 +193,25 @@ def test_segment_folder_full_disk_in_manifest_resumes(run, photos, tmp_path, mon
 
     monkeypatch.setattr(segment_folder.Manifest, "add", full)
     with pytest.raises(WriteError, match=r"segments\.jsonl.*No space left"):
-        quiet(run, folder, out)
+        segment_quietly(run, folder, out)
     monkeypatch.setattr(segment_folder.Manifest, "add", add)
-    assert quiet(run, folder, out).segmented == 3
+    assert segment_quietly(run, folder, out).segmented == 3
 
 
 def test_segment_folder_full_disk_keeps_old_summary_files(run, photos, tmp_path, monkeypatch):
     folder, out = photos(2), tmp_path / "out"
-    quiet(run, folder, out, formats=("labels", "coco"))
+    segment_quietly(run, folder, out, formats=("labels", "coco"))
     before = (out / "annotations.json").read_bytes(), (out / "contact_sheet.png").read_bytes()
     Image.new("RGB", (20, 20), "blue").save(folder / "a/new.png")
     monkeypatch.setattr("os.replace", lambda a, b: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(WriteError):
-        quiet(run, folder, out, formats=("labels", "coco"))
+        segment_quietly(run, folder, out, formats=("labels", "coco"))
     assert before == ((out / "annotations.json").read_bytes(), (out / "contact_sheet.png").read_bytes())
     monkeypatch.undo()
-    assert len(json.loads(quiet(run, folder, out, formats=("labels", "coco")).annotations.read_text())["images"]) == 3
+    assert (
+        len(json.loads(segment_quietly(run, folder, out, formats=("labels", "coco")).annotations.read_text())["images"])
+        == 3
+    )
 
 
 def test_segment_folder_locked_folder_raises(run, photos, tmp_path):
@@ -217,12 +219,12 @@ def test_segment_folder_locked_folder_raises(run, photos, tmp_path):
 
     (tmp_path / "out").mkdir()
     with locked(tmp_path / "out"), pytest.raises(CheckpointError, match="segmenting into"):
-        quiet(run, photos(1), tmp_path / "out")
+        segment_quietly(run, photos(1), tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_segment_folder_large_folder_bounds_memory(run, photos, tmp_path, monkeypatch):
-    """Reading runs ahead of slow writing only so far, and less far for large pictures."""
+    """Reading runs ahead of slow writing by a bounded number of pixels."""
     folder = photos(40)
     held, most, lock = [0], [0], threading.Lock()
     read, write = segment_folder._FolderJob._read, segment_folder._FolderJob._write
@@ -244,11 +246,11 @@ def test_segment_folder_large_folder_bounds_memory(run, photos, tmp_path, monkey
     monkeypatch.setattr(segment_folder._FolderJob, "_read", counted_read)
     monkeypatch.setattr(segment_folder._FolderJob, "_write", slow_write)
     monkeypatch.setattr(segment_folder, "MAX_IMAGES_HELD", 4)
-    quiet(run, folder, tmp_path / "a")
+    segment_quietly(run, folder, tmp_path / "a")
     assert 4 < most[0] <= 3 * 4 + 1
     held[0] = most[0] = 0
-    monkeypatch.setattr(segment_folder, "MAX_PIXELS_HELD", 1000)  # less than a picture has
-    quiet(run, folder, tmp_path / "b")
+    monkeypatch.setattr(segment_folder, "MAX_PIXELS_HELD", 1000)  # fewer than one image has
+    segment_quietly(run, folder, tmp_path / "b")
     assert most[0] <= 4
 
 
@@ -260,7 +262,7 @@ def test_segment_folder_progress_includes_earlier_results(run, photos, tmp_path,
     assert "3/3" in capsys.readouterr().err
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quiet(run, folder, tmp_path / "out")
+        segment_quietly(run, folder, tmp_path / "out")
     assert capsys.readouterr().err == ""
 
 
@@ -268,15 +270,134 @@ def test_segment_folder_work_per_image_is_constant(run, photos, tmp_path, monkey
     calls = {}
     for count in (10, 30):
         folder, out = photos(count), tmp_path / f"out{count}"
-        made, plain = [0], Path._make_child if hasattr(Path, "_make_child") else Path.with_segments
+        created, plain = [0], Path._make_child if hasattr(Path, "_make_child") else Path.with_segments
 
-        def counted(self, *given, made=made, plain=plain):
-            made[0] += 1
-            return plain(self, *given)
+        def counted(self, *args, created=created, plain=plain):
+            created[0] += 1
+            return plain(self, *args)
 
         with monkeypatch.context() as patch:
             patch.setattr(PurePath, plain.__name__, counted)
-            quiet(run, folder, out, formats="labels")
-            assert quiet(run, folder, out, formats="labels").already == count
-        calls[count] = made[0] / count
+            segment_quietly(run, folder, out, formats="labels")
+            assert segment_quietly(run, folder, out, formats="labels").already == count
+        calls[count] = created[0] / count
     assert calls[10] > 1 and calls[30] < 1.5 * calls[10]
+
+
+@pytest.fixture
+def save(tmp_path):
+    """save(name, colour): a photo."""
+
+    def write(name, colour, size=(20, 16)):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(colour)
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(path)
+        return path
+
+    return write
+
+
+def files_of(out):
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name[0] != "."}
+
+
+def test_segment_folder_images_of_one_name_get_distinct_files_and_merged_annotations(run, save, tmp_path):
+    out, paths = tmp_path / "out", [save(name, i) for i, name in enumerate(("A/img.png", "B/img.png", "C/other.png"))]
+    expected = [run.segment(path).labels[0].numpy() for path in paths]
+    for _ in range(2):  # stable when repeated
+        for count, path in enumerate(paths, 1):
+            result = segment_quietly(run, path.parent, out, formats=("labels", "coco"))
+            images = json.loads(result.annotations.read_text())["images"]
+            assert len(images) == 3 or len(images) == count
+    stems = ["img", "img-2", "other"]
+    for stem, labels in zip(stems, expected, strict=True):
+        assert np.array_equal(np.asarray(Image.open(out / f"{stem}_labels.png")), labels), stem
+    assert sorted(p.name for p in out.glob("*.png")) == sorted(
+        [f"{stem}_labels.png" for stem in stems] + ["contact_sheet.png", "contact_sheet-2.png", "contact_sheet-3.png"]
+    )
+    coco = json.loads((out / "annotations.json").read_text())
+    assert [(i["id"], i["file_name"]) for i in coco["images"]] == [(1, "img.png"), (2, str(paths[1])), (3, "other.png")]
+    for number, labels in enumerate(expected, 1):
+        areas = {a["category_id"] - 1: a["area"] for a in coco["annotations"] if a["image_id"] == number}
+        assert areas == {k: int(n) for k, n in enumerate(np.bincount(labels.ravel(), minlength=3)) if n}
+    before = files_of(out)
+    assert segment_quietly(run, tmp_path / "A", out, formats=("labels", "coco")).already == 1
+    assert files_of(out) == before
+
+
+def test_segment_folder_annotations_load_in_pycocotools(run, save, tmp_path):
+    coco = pytest.importorskip("pycocotools.coco")
+    paths = [save(f"{folder}/img.png", i) for i, folder in enumerate("AB")]
+    for path in paths:
+        result = segment_quietly(run, path.parent, tmp_path / "out", formats=("labels", "coco"))
+    loaded = coco.COCO(str(result.annotations))
+    assert loaded.getImgIds() == [1, 2] and len(loaded.loadCats(loaded.getCatIds())) == 3
+    loaded.info()
+    for number, stem in ((1, "img"), (2, "img-2")):
+        labels = np.asarray(Image.open(tmp_path / "out" / f"{stem}_labels.png"))
+        for annotation in loaded.loadAnns(loaded.getAnnIds(imgIds=number, iscrowd=0)):
+            assert np.array_equal(loaded.annToMask(annotation), labels == annotation["category_id"] - 1)
+    results = [{**a, "score": 1.0} for a in loaded.dataset["annotations"]]
+    assert len(loaded.loadRes(results).anns) == len(results)
+
+
+def test_segment_folder_numbers_of_images_stay_when_photos_are_added(run, save, tmp_path):
+    for i, name in enumerate(("b", "d")):
+        save(f"photos/{name}.png", i)
+    segment_quietly(run, tmp_path / "photos", tmp_path / "out", formats="coco")
+    save("photos/a.png", 7)
+    result = segment_quietly(run, tmp_path / "photos", tmp_path / "out", formats="coco")
+    images = json.loads(result.annotations.read_text())["images"]
+    assert {i["file_name"]: i["id"] for i in images} == {"b.png": 1, "d.png": 2, "a.png": 4}
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["contact_sheet.png"]
+
+
+def test_segment_folder_keeps_files_of_the_user(run, save, tmp_path):
+    """In the folder of the photos itself, and in an output folder where a result was corrected by hand."""
+    save("photos/cat.png", 1)
+    mine = save("photos/cat_labels.png", 2)
+    before = mine.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(WriteError, match=r"cat_labels\.png is one of the inputs"):
+            segment_quietly(run, tmp_path / "photos", tmp_path / "photos", overwrite=overwrite)
+    with pytest.raises(WriteError, match=r"cat_labels\.png exists and was not written by factorkit.*--overwrite"):
+        segment_quietly(run, tmp_path / "photos" / "cat.png", tmp_path / "photos")
+    assert mine.read_bytes() == before and not (tmp_path / "photos" / "cat_overlay.png").exists()
+    segment_quietly(run, tmp_path / "photos" / "cat.png", tmp_path / "photos", overwrite=True)
+    assert Image.open(mine).mode == "P"
+    mine.write_bytes(before)
+    with pytest.warns(UserWarning, match=r"kept 1 results that were changed by hand: cat_labels\.png"):
+        assert segment_quietly(run, tmp_path / "photos" / "cat.png", tmp_path / "photos").already == 1
+    with pytest.raises(WriteError, match="changed after factorkit wrote it"):
+        segment_quietly(run, tmp_path / "photos" / "cat.png", tmp_path / "photos", t=500)
+    assert mine.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["annotations.json", "segments.jsonl", "contact_sheet.png"])
+def test_segment_folder_keeps_summary_files_of_the_user(run, save, tmp_path, name):
+    save("photos/cat.png", 1)
+    (tmp_path / "photos" / name).write_text('{"images": []}\n')
+    with pytest.raises(WriteError, match=f"{name} exists and was not written by factorkit"):
+        segment_quietly(run, tmp_path / "photos" / "cat.png", tmp_path / "photos", formats=("labels", "coco"))
+    assert (tmp_path / "photos" / name).read_text() == '{"images": []}\n'
+
+
+def test_segment_folder_results_among_the_photos_are_not_segmented(run, save, tmp_path):
+    for i in range(2):
+        save(f"photos/{i}.png", i)
+    folder = tmp_path / "photos"
+    for out in (folder, folder / "segmented", folder / "second"):
+        assert segment_quietly(run, folder, out).segmented == 2
+        assert segment_quietly(run, folder, out).already == 2
+
+
+def test_segment_folder_moved_photos_count_as_done(run, save, tmp_path):
+    for i in range(2):
+        save(f"photos/{i}.png", i)
+    segment_quietly(run, tmp_path / "photos", tmp_path / "out")
+    before = files_of(tmp_path / "out").keys()
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    assert segment_quietly(run, tmp_path / "moved", tmp_path / "out").already >= 0
+    assert segment_quietly(run, tmp_path / "moved", tmp_path / "out").already == 2
+    assert files_of(tmp_path / "out").keys() == before

@@ -1,4 +1,4 @@
-"""One real picture: what the network sees of it, tiles, and the way back to its own pixels."""
+"""Segmentation of one image: the network's input, tiles, and masks at the full size."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def run(config):
     return SegdiffRun(config, config.build(), torch.device("cpu"), 0)
 
 
-def bright(images):
-    """Masks of what is bright, as a network might see them: [N, 2, h, w]."""
+def segment_bright(images):
+    """Masks of bright pixels: [N, 2, h, w]."""
     inside = (images.mean(1, keepdim=True) > 0).float()
     return torch.cat([1 - inside, inside], 1)
 
 
-def disc(width, height):
+def draw_disc(width, height):
     y, x = np.mgrid[:height, :width]
     inside = (x - 0.4 * width) ** 2 + (y - 0.55 * height) ** 2 < (0.3 * min(width, height)) ** 2
     return np.where(inside[..., None], [250, 230, 40], [20, 60, 30]).astype(np.uint8), inside
 
 
-# --- what the network sees ---
+# --- the network's input ---
 
 
 @pytest.mark.parametrize(
-    ("size", "seen"),
+    ("size", "input_size"),
     [
         ((16, 16), (16, 16)),
         ((640, 480), (22, 16)),
@@ -61,17 +61,21 @@ def disc(width, height):
         ((40, 1), (640, 16)),
     ],
 )
-def test_prepare_image_short_side_sets_the_size(config, size, seen):
+def test_prepare_image_short_side_sets_the_size(config, size, input_size):
     small = prepare_image(Image.new("RGB", size), config, 16, "guided").small
-    assert small.shape[1::-1] == seen
+    assert small.shape[1::-1] == input_size
 
 
 def test_prepare_image_larger_image_has_a_guide(config):
-    look = lambda size, upsample="guided": prepare_image(Image.new("RGB", size), config, 16, upsample)  # noqa: E731
-    assert look((16, 16)).guide is None and look((10, 7)).guide is None and look((200, 100), "bilinear").guide is None
-    large = look((200, 100))
+    prepare = lambda size, upsample="guided": prepare_image(Image.new("RGB", size), config, 16, upsample)  # noqa: E731
+    assert (
+        prepare((16, 16)).guide is None
+        and prepare((10, 7)).guide is None
+        and prepare((200, 100), "bilinear").guide is None
+    )
+    large = prepare((200, 100))
     assert large.guide.shape == (32, 64, 3) and large.radius == 4
-    assert look((20, 17)).guide.shape == (17, 20, 3)
+    assert prepare((20, 17)).guide.shape == (17, 20, 3)
 
 
 # --- tiles ---
@@ -87,15 +91,15 @@ def test_predict_tiled_pixelwise_model_equals_the_whole(size):
         shapes.append(part.shape[2:])
         return ((part + 1) / 2)[:, :2] / ((part + 1) / 2)[:, :2].sum(1, keepdim=True).clamp_min(1e-6)
 
-    found = predict_tiled(predict, images, SegdiffConfig(resolution=16))
+    result = predict_tiled(predict, images, SegdiffConfig(resolution=16))
     whole = predict(segment.pixels_to_signed(torch.from_numpy(images)))
-    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(result, whole)
     assert max(max(shape) for shape in shapes[:-1]) <= 64
     assert (len(shapes) > 2) == (max(size) > 64)
 
 
 def test_predict_tiled_mixture_masks_use_whole_images():
-    """Their places are those of a picture, and so are the colours they compete by."""
+    """The spatial prior and the colours of a mixture belong to a whole image."""
     config = SegdiffConfig(resolution=16, masks="mixture")
     shapes = []
 
@@ -108,72 +112,76 @@ def test_predict_tiled_mixture_masks_use_whole_images():
 
 
 def test_predict_tiled_tiles_blend_without_a_seam():
-    """Tiles that disagree (each answers its own number) meet in a ramp, not in a step."""
+    """Tiles with different constant outputs blend in a ramp, not in a step."""
     count = iter(range(100))
-    found = predict_tiled(
+    result = predict_tiled(
         lambda part: torch.full((1, 1, *part.shape[2:]), float(next(count))),
         np.zeros((1, 16, 112, 3), np.uint8),
         SegdiffConfig(resolution=16),
     )
-    line = found[0, 0, 8]
+    line = result[0, 0, 8]
     assert line[0] == 0 and line[-1] == 1 and next(count) == 2
     assert (line.diff() >= 0).all() and line.diff().max() < 0.1
     assert (line[:48] == 0).all() and (line[64:] == 1).all()
 
 
-# --- the picture's own pixels ---
+# --- full size ---
 
 
 @pytest.mark.parametrize("upsample", ["guided", "bilinear"])
 @pytest.mark.parametrize("size", [(161, 97), (16, 16), (9, 7), (400, 1)])
 def test_full_size_bands_sum_to_one_at_any_height(config, size, upsample, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
-    seen = prepare_image(Image.fromarray(pixels), config, 16, upsample)
-    masks = torch.rand(3, *seen.small.shape[:2]).softmax(0)
-    whole = torch.cat([band for _, band in upsample_masks(masks, seen)], 1)
+    recorded = prepare_image(Image.fromarray(pixels), config, 16, upsample)
+    masks = torch.rand(3, *recorded.small.shape[:2]).softmax(0)
+    whole = torch.cat([band for _, band in upsample_masks(masks, recorded)], 1)
     assert whole.shape == (3, *size[::-1]) and whole.min() >= 0 and whole.dtype == torch.float32
     torch.testing.assert_close(whole.sum(0), torch.ones(size[::-1]))
     monkeypatch.setattr(segment, "PIXELS_PER_BAND", 3 * size[0])
-    bands = list(upsample_masks(masks, seen))
+    bands = list(upsample_masks(masks, recorded))
     assert len(bands) > 1 or size[1] <= 3
     torch.testing.assert_close(torch.cat([band for _, band in bands], 1), whole)
 
 
 def test_full_size_guided_masks_follow_the_edge(run, monkeypatch):
-    pixels, inside = disc(320, 240)
-    monkeypatch.setattr(run.model, "segment", lambda x_t, t: bright(x_t))
+    pixels, inside = draw_disc(320, 240)
+    monkeypatch.setattr(run.model, "segment", lambda x_t, t: segment_bright(x_t))
     wrong = {}
     for upsample in ("guided", "bilinear"):
-        found = run.segment(pixels, upsample=upsample)
-        wrong[upsample] = (found.labels[0].numpy() != inside).mean()
-        soft = found.masks[0, 1].numpy()
+        result = run.segment(pixels, upsample=upsample)
+        wrong[upsample] = (result.labels[0].numpy() != inside).mean()
+        soft = result.masks[0, 1].numpy()
         wrong[upsample, "soft"] = np.abs(soft - inside).mean()
     assert wrong["guided"] < 0.004 and wrong["guided", "soft"] < 0.03
     assert wrong["guided"] < 0.2 * wrong["bilinear"] and wrong["guided", "soft"] < 0.9 * wrong["bilinear", "soft"]
 
 
 def test_segment_size_sets_the_network_input(run, monkeypatch):
-    seen = []
-    monkeypatch.setattr(run.model, "segment", lambda x_t, t: (seen.append(tuple(x_t.shape[2:])), bright(x_t))[1])
-    pixels, _ = disc(120, 90)
+    recorded = []
+    monkeypatch.setattr(
+        run.model, "segment", lambda x_t, t: (recorded.append(tuple(x_t.shape[2:])), segment_bright(x_t))[1]
+    )
+    pixels, _ = draw_disc(120, 90)
     run.segment(pixels)
     run.segment(pixels, size=40)
-    assert seen == [(16, 22), (40, 54)]
+    assert recorded == [(16, 22), (40, 54)]
     run.segment(pixels, size=90)
-    assert set(seen[2:]) == {(64, 64)} and len(seen) == 2 + 2 * 3, "90 x 120 in tiles of four training resolutions"
-    for changes, says in (({"size": 0}, "size=0"), ({"upsample": "cubic"}, "upsample='cubic'")):
-        with pytest.raises(ConfigError, match=says):
+    assert set(recorded[2:]) == {(64, 64)} and len(recorded) == 2 + 2 * 3, (
+        "90 x 120 in tiles of four training resolutions"
+    )
+    for changes, message in (({"size": 0}, "size=0"), ({"upsample": "cubic"}, "upsample='cubic'")):
+        with pytest.raises(ConfigError, match=message):
             run.segment(pixels, **changes)
 
 
-# --- pictures that are hard on a machine ---
+# --- extreme sizes and memory ---
 
 
 @pytest.mark.parametrize("size", [(1, 1), (30_000, 3), (2, 30_000)])
 def test_segment_extreme_sizes_work(run, size):
-    found = run.segment(Image.new("RGB", size, "red"))
-    assert found.masks.shape == (1, 2, size[1], size[0])
-    torch.testing.assert_close(found.masks.sum(1), torch.ones(1, size[1], size[0]))
+    result = run.segment(Image.new("RGB", size, "red"))
+    assert result.masks.shape == (1, 2, size[1], size[0])
+    torch.testing.assert_close(result.masks.sum(1), torch.ones(1, size[1], size[0]))
 
 
 @pytest.mark.parametrize(
@@ -185,10 +193,10 @@ def test_segment_extreme_sizes_work(run, size):
     ],
 )
 def test_segment_out_of_memory_error_names_the_cure(run, monkeypatch, error):
-    def full(x_t, t):
+    def raise_out_of_memory(x_t, t):
         raise error
 
-    monkeypatch.setattr(run.model, "segment", full)
+    monkeypatch.setattr(run.model, "segment", raise_out_of_memory)
     with pytest.raises(
         OutOfMemoryError, match="out of memory for 50 x 40 pixels; scale it down, or give less than size=20"
     ):

@@ -1,4 +1,4 @@
-"""Regions that compete by place and colour: the closed form against torch's, and what makes them regions of things."""
+"""The spatial mixture model: its closed form compared with torch's, and the regions it learns."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.masks import mixture as module
-from factorkit.segdiff.masks.mixture import EM_ROUNDS, UNIFORM_SHARE, SpatialMixture, colour_evidence, invert
+from factorkit.segdiff.masks.mixture import (
+    EM_ROUNDS,
+    ERROR_TIMES,
+    UNIFORM_SHARE,
+    SpatialMixture,
+    colour_evidence,
+    invert,
+    unexplained_noise,
+)
 from factorkit.segdiff.task import SegdiffTask, add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
-from factorkit.utils.rng import BatchDraw
+from factorkit.utils.rng import BatchDraw, derived_seed
 
 TINY = {
     "resolution": 8,
@@ -32,17 +40,17 @@ def seeded():
     torch.manual_seed(0)
 
 
-def things(count, size=16):
-    """A thing of any colour in the middle of a ground of any other: uint8 [count, size, size, 3] and where it is."""
+def draw_objects(count, size=16):
+    """Draw an object on a background, both of random colours, uint8 [count, size, size, 3], and the mask."""
     rng = np.random.default_rng(0)
     inside = np.zeros((size, size), bool)
     inside[size // 4 : -size // 4, size // 4 : -size // 4] = True
     colours = rng.integers(0, 256, (2, count, 1, 1, 3))
-    pictures = np.where(inside[..., None], colours[0], colours[1]) + rng.normal(0, 8, (count, size, size, 3))
-    return pictures.clip(0, 255).astype(np.uint8), inside
+    images = np.where(inside[..., None], colours[0], colours[1]) + rng.normal(0, 8, (count, size, size, 3))
+    return images.clip(0, 255).astype(np.uint8), inside
 
 
-def test_the_inverse_is_torchs():
+def test_invert_equals_torch():
     roots = torch.randn(5, 3, 3, dtype=torch.float64)
     spread = roots @ roots.mT + 0.1 * torch.eye(3)
     inverse, determinant = invert(spread)
@@ -50,7 +58,7 @@ def test_the_inverse_is_torchs():
     torch.testing.assert_close(determinant, torch.linalg.det(spread))
 
 
-def test_evidence_is_the_gaussian_of_each_regions_own_colours(monkeypatch):
+def test_colour_evidence_equals_gaussian_log_density(monkeypatch):
     monkeypatch.setattr(module, "PSEUDO_PIXELS", 0.0)
     x, masks = torch.rand(2, 40, 3), torch.rand(2, 3, 40)
     evidence, slopes = colour_evidence(x, (x[..., :, None] * x[..., None, :]).flatten(2), masks)
@@ -66,8 +74,8 @@ def test_evidence_is_the_gaussian_of_each_regions_own_colours(monkeypatch):
             torch.testing.assert_close(slopes[n, k], at.grad, atol=1e-2, rtol=1e-3)
 
 
-def test_the_score_is_the_slope_of_the_mixture(monkeypatch):
-    monkeypatch.setattr(module, "EM_ROUNDS", 1)  # the colours are then those of the places themselves
+def test_score_equals_gradient_of_the_mixture(monkeypatch):
+    monkeypatch.setattr(module, "EM_ROUNDS", 1)  # The colours are then those under the spatial prior.
     mixture, x = SpatialMixture(2), torch.randn(1, 3, 8, 8)
     proposal = mixture(x)
     shares = mixture.prior(8, 8).flatten(1)
@@ -87,9 +95,10 @@ def test_the_score_is_the_slope_of_the_mixture(monkeypatch):
     torch.testing.assert_close(proposal.score[0].flatten(1).T, at.grad, atol=1e-3, rtol=1e-3)
 
 
-def test_a_thing_of_another_colour_in_each_picture_is_one_region():
-    pictures, inside = things(24)
-    mixture, x = SpatialMixture(2), pixels_to_signed(torch.from_numpy(pictures))
+@pytest.mark.slow
+def test_mixture_objects_of_varying_colour_are_one_region():
+    images, inside = draw_objects(24)
+    mixture, x = SpatialMixture(2), pixels_to_signed(torch.from_numpy(images))
     schedule = Schedule()
     optimizer = torch.optim.Adam(mixture.parameters(), 0.03)
     for step in range(40):
@@ -101,14 +110,14 @@ def test_a_thing_of_another_colour_in_each_picture_is_one_region():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = mixture(add_noise(x, 30, schedule)[0]).logits.argmax(1).numpy() == 0
-    agree = (found == inside).mean((1, 2))
-    assert max(agree.mean(), 1 - agree.mean()) > 0.95  # one region for all, whatever the colours
+    result = mixture(add_noise(x, 30, schedule)[0]).logits.argmax(1).numpy() == 0
+    agree = (result == inside).mean((1, 2))
+    assert max(agree.mean(), 1 - agree.mean()) > 0.95  # one region for all objects, whatever their colours
     places = mixture.prior(16, 16)[int(agree.mean() < 0.5)].detach().numpy()
     assert places[inside].mean() > places[~inside].mean() + 0.5
 
 
-def test_masks_of_any_size_need_neither_the_network_nor_half_precision():
+def test_segment_with_a_mixture_uses_no_network_and_any_size():
     config = preset_config(None, **TINY, masks="mixture").resolved()
     assert not (config.normalised_logits or config.half_resolution_masks) and config.mask_learning_rate == 100
     assert config.segment_t == 0 and preset_config(None, **TINY).resolved().segment_t == 30
@@ -123,64 +132,66 @@ def test_masks_of_any_size_need_neither_the_network_nor_half_precision():
 
 
 @pytest.mark.parametrize("decoding", ["masked_skips", "concat"])
-def test_places_learn_from_denoising_by_colour_alone(decoding):
+def test_spatial_prior_gradient_comes_from_the_mixture_loss_only(decoding):
     config = preset_config(None, **TINY, masks="mixture", decoding=decoding).resolved()
-    pictures, _ = things(16, 8)
-    task = SegdiffTask(config, pictures, pictures, torch.device("cpu"))
-    torch.nn.init.normal_(task.model.decoder.conv_out.weight)  # else no gradient comes back from the branches
+    images, _ = draw_objects(16, 8)
+    task = SegdiffTask(config, images, images, torch.device("cpu"))
+    torch.nn.init.normal_(task.model.decoder.conv_out.weight)  # Otherwise the branches have no gradient.
     fast = task.parameter_groups()[1]
     assert [id(p) for p in fast["params"]] == [id(task.model.masks.prior_logits)] and fast["scale"] == 100
-    found = task.loss(task.model, torch.arange(16), BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu")), 399)
+    result = task.loss(task.model, torch.arange(16), BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu")), 399)
     numbers = BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu"))
     mirrored, t = numbers.uniform() < 0.5, numbers.integers(0, config.t_max)
     t = torch.where(numbers.uniform() < config.high_noise_fraction, numbers.integers(config.t_max, 1000), t)
     eps = numbers.normal(3, 8, 8)
-    x0 = pixels_to_signed(torch.from_numpy(pictures))
+    x0 = pixels_to_signed(torch.from_numpy(images))
     x_t = task.schedule.noise(torch.where(mirrored[:, None, None, None], x0.flip(3), x0), eps, t)
     score = task.model.masks(x_t).score
     own = (task.schedule.sigma(t) * score + eps).square().mean((1, 2, 3))
-    torch.testing.assert_close(found.objective, found.loss + own, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(result.objective, result.loss + own, atol=1e-5, rtol=1e-4)
     (expected,) = torch.autograd.grad(own.sum(), task.model.masks.prior_logits)
-    found.objective.sum().backward()
+    result.objective.sum().backward()
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(task.model.masks.prior_logits.grad, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_pictures_stay_as_they_are_where_left_and_right_mean_something():
-    pictures = np.zeros((4, 8, 8, 3), np.uint8)
-    pictures[:, :, :4] = 255
-    seen = {}
-    for mirror in (True, False):
+def test_loss_without_random_flip_keeps_orientation():
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    images[:, :, :4] = 255
+    recorded = {}
+    for flip in (True, False):
         config = preset_config(
-            None, **TINY, masks="mixture", random_flip=mirror, t_max=1, high_noise_fraction=0.0
+            None, **TINY, masks="mixture", random_flip=flip, t_max=1, high_noise_fraction=0.0
         ).resolved()
-        task = SegdiffTask(config, pictures, pictures, torch.device("cpu"))
-        watch = task.model.forward
-        task.model.forward = lambda x_t, t, watch=watch, mirror=mirror: (seen.update({mirror: x_t}), watch(x_t, t))[1]
+        task = SegdiffTask(config, images, images, torch.device("cpu"))
+        forward = task.model.forward
+        task.model.forward = lambda x_t, t, forward=forward, flip=flip: (recorded.update({flip: x_t}), forward(x_t, t))[
+            1
+        ]
         task.loss(task.model, torch.arange(16) % 4, BatchDraw(3, 32, 16, slice(0, 16), torch.device("cpu")), 399)
-    left = {mirror: x[:, :, :, :4].mean((1, 2, 3)) > 0 for mirror, x in seen.items()}
+    left = {flip: x[:, :, :, :4].mean((1, 2, 3)) > 0 for flip, x in recorded.items()}
     assert left[False].all() and 0 < left[True].sum() < 16
 
 
 @pytest.mark.parametrize("changes", [{"normalised_logits": True}, {"half_resolution_masks": True}])
-def test_a_competition_has_no_generator_to_normalise(changes):
+def test_config_mixture_with_mask_generator_settings_raises(changes):
     with pytest.raises(ConfigError, match="no mask generator"):
         preset_config(None, **TINY, masks="mixture", **changes).resolved()
 
 
-def test_masks_are_made_one_of_two_ways():
+def test_config_unknown_masks_raise():
     with pytest.raises(ConfigError, match="choose one of network, mixture"):
         preset_config(None, **TINY, masks="colours").resolved()
 
 
-def test_no_region_is_shut_out_of_a_place():
+def test_spatial_prior_keeps_a_minimum_share():
     mixture = SpatialMixture(3)
     mixture.prior_logits.data[0] = 100.0
     places = mixture.prior(20, 24)
     assert places.min() >= UNIFORM_SHARE / 3 - 1e-6 and torch.allclose(places.sum(0), torch.ones(20, 24), atol=1e-6)
 
 
-def test_the_colours_are_measured_anew_in_every_round():
+def test_mixture_colours_are_updated_every_round():
     torch.manual_seed(0)
     mixture, x = SpatialMixture(2), torch.rand(2, 3, 12, 12) * 2 - 1
     pixels = x.flatten(2).transpose(1, 2)
@@ -193,3 +204,19 @@ def test_the_colours_are_measured_anew_in_every_round():
     assert torch.allclose(mixture(x).logits.flatten(2), logits, atol=1e-4)
     once = (prior + colour_evidence(pixels, squares, prior.softmax(1))[0]).softmax(1)
     assert not torch.allclose(masks, once, atol=1e-2)
+
+
+def test_unexplained_noise_equals_its_formula():
+    torch.manual_seed(0)
+    mixture, schedule = SpatialMixture(2), Schedule()
+    images = torch.rand(40, 3, 8, 8) * 2 - 1  # more than one batch
+    expected = []
+    for level in ERROR_TIMES:
+        eps = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(derived_seed("judge", level)))
+        share = schedule.alpha_bar(torch.tensor([level])).sqrt()
+        x_t, sigma = share * images + (1 - share**2).sqrt() * eps, (1 - share**2).sqrt()
+        denoised = (x_t + sigma**2 * mixture(x_t).score) / share  # Tweedie
+        expected.append((((x_t - share * denoised) / sigma - eps) ** 2).mean().item())
+    result = unexplained_noise(mixture, images, schedule)
+    assert result == pytest.approx(np.mean(expected), rel=1e-4)
+    assert result == unexplained_noise(mixture, images, schedule)

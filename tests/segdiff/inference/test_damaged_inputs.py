@@ -1,4 +1,4 @@
-"""A folder as it may really be: what cannot be segmented is named and left out, the rest is done, nothing is lost."""
+"""Folders with unreadable files: these are named and skipped, the rest is segmented, and no result is lost."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run():
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """One good photograph, for others to lie beside."""
+    """One readable image beside the others."""
     place = tmp_path / "photos"
     place.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
@@ -56,10 +56,10 @@ def segmented(run, folder, **options):
 def test_segment_folder_extreme_sizes_work(run, folder):
     for name, size in (("pixel", (1, 1)), ("wide", (30_000, 2)), ("high", (3, 30_000))):
         Image.new("RGB", size, "green").save(folder / f"{name}.png")
-    found = segmented(run, folder, formats=ALL)
-    assert found.segmented == 4 and not found.skipped
-    assert Image.open(found.out / "wide_mask_1.png").size == (30_000, 2)
-    sizes = {i["file_name"]: i["width"] for i in json.loads(found.annotations.read_text())["images"]}
+    result = segmented(run, folder, formats=ALL)
+    assert result.segmented == 4 and not result.skipped
+    assert Image.open(result.out / "wide_mask_1.png").size == (30_000, 2)
+    sizes = {i["file_name"]: i["width"] for i in json.loads(result.annotations.read_text())["images"]}
     assert sizes == {"good.jpg": 30, "pixel.png": 1, "wide.png": 30_000, "high.png": 3}
 
 
@@ -67,13 +67,13 @@ def test_segment_folder_broken_images_are_named_and_retried(run, folder, monkeyp
     whole = (folder / "good.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.png").write_bytes(b"")
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("not an image")
     Image.new("RGB", (60, 60)).save(folder / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # of which twice as many are refused
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # Twice as many are refused.
     with pytest.warns(UserWarning, match=r"4 of 5 images could not be segmented.*cut\.jpg \(.*[Tt]runcated"):
-        found = segmented(run, folder)
-    assert set(found.skipped) == {"cut.jpg", "empty.png", "text.png", "bomb.png"} and found.segmented == 1
-    assert "too many pixels" in found.skipped["bomb.png"]
+        result = segmented(run, folder)
+    assert set(result.skipped) == {"cut.jpg", "empty.png", "text.png", "bomb.png"} and result.segmented == 1
+    assert "too many pixels" in result.skipped["bomb.png"]
     (folder / "cut.jpg").write_bytes(whole)
     with pytest.warns(UserWarning, match="3 of 5"):
         assert segmented(run, folder).segmented == 2
@@ -89,17 +89,17 @@ def test_segment_folder_unreadable_file_is_skipped(run, folder, monkeypatch):
     Image.new("RGB", (9, 9)).save(folder / "secret.png")
     read = Path.read_bytes
 
-    def refuse(path):  # a chmod does not keep root out
+    def refuse(path):  # chmod does not restrict root.
         if path.name == "secret.png":
             raise PermissionError(13, "Permission denied", str(path))
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.warns(UserWarning, match=r"secret\.png \(.*Permission denied"):
-        found = segmented(run, folder)
-    assert found.segmented == 1 and set(found.skipped) == {"secret.png"}
+        result = segmented(run, folder)
+    assert result.segmented == 1 and set(result.skipped) == {"secret.png"}
     monkeypatch.undo()
-    assert segmented(run, folder).segmented == 2, "with the same time of change, it is tried again"
+    assert segmented(run, folder).segmented == 2, "it must be tried again with the same modification time"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="such names need a file system that takes any bytes")
@@ -108,15 +108,15 @@ def test_segment_folder_unprintable_names_work(run, folder):
     for name in names:
         Image.new("RGB", (9, 9)).save(folder / name)
     (folder / "bad\nnews.png").write_bytes(b"")
-    with pytest.warns(UserWarning, match="could not be segmented") as said:
-        found = segmented(run, folder, formats=ALL)
-    assert "bad\\nnews.png" in str(said[0].message) and "\n" not in str(said[0].message)
-    assert found.segmented == 5 and "bad\nnews.png" in found.skipped
-    assert (found.out / "two\nlines_labels.png").is_file() and found.contact_sheet.is_file()
-    listed = {image["file_name"] for image in json.loads(found.annotations.read_text())["images"]}
+    with pytest.warns(UserWarning, match="could not be segmented") as caught:
+        result = segmented(run, folder, formats=ALL)
+    assert "bad\\nnews.png" in str(caught[0].message) and "\n" not in str(caught[0].message)
+    assert result.segmented == 5 and "bad\nnews.png" in result.skipped
+    assert (result.out / "two\nlines_labels.png").is_file() and result.contact_sheet.is_file()
+    listed = {image["file_name"] for image in json.loads(result.annotations.read_text())["images"]}
     assert listed == {*names, "good.jpg"}
     with pytest.warns(UserWarning, match="1 of 6"):
-        assert segmented(run, folder, formats=ALL).already == 5, "their lines in the list are read back"
+        assert segmented(run, folder, formats=ALL).already == 5, "their lines in the list must be readable"
     assert escape_name("plain ünï.png") == "plain ünï.png" and escape_name("a\nb") == "a\\nb"
 
 
@@ -124,8 +124,8 @@ def test_segment_folder_too_long_name_is_skipped(run, folder):
     name = "x" * 247 + ".png"
     Image.new("RGB", (9, 9)).save(folder / name)
     with pytest.warns(UserWarning, match="too long"):
-        found = segmented(run, folder)
-    assert found.segmented == 1 and set(found.skipped) == {name}
+        result = segmented(run, folder)
+    assert result.segmented == 1 and set(result.skipped) == {name}
 
 
 def test_segment_folder_link_loops_end(run, folder):
@@ -134,8 +134,8 @@ def test_segment_folder_link_loops_end(run, folder):
     (folder / "self.png").symlink_to(folder / "self.png")
     (folder / "there.png").symlink_to(folder / "back.png")
     (folder / "back.png").symlink_to(folder / "there.png")
-    found = segmented(run, folder)
-    assert found.segmented == 1 and {p.name for p in found.out.glob("*_labels.png")} == {"good_labels.png"}
+    result = segmented(run, folder)
+    assert result.segmented == 1 and {p.name for p in result.out.glob("*_labels.png")} == {"good_labels.png"}
 
 
 def test_segment_folder_vanishing_image_is_skipped(run, folder, monkeypatch):
@@ -163,7 +163,7 @@ def test_segment_folder_out_of_memory_skips_one_image(run, folder, monkeypatch):
         return predict(model, images, *settings)
 
     monkeypatch.setattr(quality, "predict_masks", limited)
-    assert segmented(run, folder).segmented == 3, "one by one they fit"
+    assert segmented(run, folder).segmented == 3, "they fit one at a time"
     monkeypatch.setattr(quality, "predict_masks", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(DataError, match=r"none of 3.*out of memory for 30 x 20 pixels; scale it down, or .*size=20"):
         segmented(run, folder, size=20)

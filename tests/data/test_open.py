@@ -1,4 +1,4 @@
-"""Pictures in whatever form a user has them."""
+"""Images in every supported form."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ RGBA = np.random.default_rng(0).integers(0, 256, (7, 9, 4), np.uint8)
     ids=["HWC", "NHWC", "CHW", "NCHW", "list"],
 )
 def test_read_images_alpha_is_composited_over_white(form):
-    pictures, _ = read_images(form)
+    images, _ = read_images(form)
     expected = np.asarray(to_rgb(Image.fromarray(RGBA)))
-    assert len(pictures) == 1
-    np.testing.assert_array_equal(np.asarray(pictures[0]), expected)
+    assert len(images) == 1
+    np.testing.assert_array_equal(np.asarray(images[0]), expected)
 
 
 def test_read_images_channel_counts_are_interpreted_or_refused():
-    (picture,), _ = read_images(RGBA[..., :1])
-    np.testing.assert_array_equal(np.asarray(picture)[..., 1], RGBA[..., 0])
+    (image,), _ = read_images(RGBA[..., :1])
+    np.testing.assert_array_equal(np.asarray(image)[..., 1], RGBA[..., 0])
     with pytest.raises(DataError, match="one image"):
         read_images(RGBA[..., :2])

@@ -1,0 +1,100 @@
+"""Foreground masks and loss masks in folders of their own, matched to views by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from factorkit.data.files import format_examples
+from factorkit.data.masks import MASK_KEYS, match_masks, to_opacity
+from factorkit.data.open import open_source
+from factorkit.data.sources import FileSource, Source
+from factorkit.data.views.loading import LazyView, SceneSettings
+from factorkit.utils.errors import DataError
+
+
+def add_masks(
+    views: Sequence[LazyView], settings: SceneSettings, masks: Any, loss_masks: Any, upright: bool = False
+) -> tuple[list[LazyView], tuple[str, ...]]:
+    """Add masks to the views of a split.
+
+    Args:
+        views: of a split.
+        settings: of the whole scene, whose names the masks must match.
+        masks: foreground masks, anything that :func:`factorkit.data.open_source` accepts, or None.
+        loss_masks: masks of value 0 where a view is not scored, or None.
+        upright: whether the EXIF orientation of the masks is applied, as it is to images without cameras.
+
+    Returns:
+        The views, and sentences on what was read.
+
+    Raises:
+        DataError: masks that match no view, or views of the split without a mask while others have one.
+    """
+    notes = settings.notes
+    names = list(settings.names) or [view.name for view in views]
+    result = list(views)
+    for source, field, meaning in (
+        (masks, "read_mask", "foreground masks (0 is transparent)"),
+        (loss_masks, "read_loss_mask", "loss masks (0 is not scored)"),
+    ):
+        if source is None:
+            continue
+        opened = open_source(source, keys=MASK_KEYS)
+        mask_of = _match(names, opened)
+        missing = [view.name for view in result if _stem(view.name) not in mask_of]
+        if missing:
+            raise DataError(
+                f"{_describe(source)}: {len(missing)} of {len(result)} views have no mask, the first is "
+                f'{format_examples(missing, 1)}. Add the masks, or give masks="none" (--masks none) to use none.'
+            )
+        if field == "read_loss_mask":
+            result = [
+                replace(v, read_loss_mask=partial(_read_scored, opened, mask_of[_stem(v.name)], upright))
+                for v in result
+            ]
+        else:
+            result = [
+                replace(v, read_mask=partial(_read_opacity, opened, mask_of[_stem(v.name)], upright)) for v in result
+            ]
+        notes += (f"{_describe(source)}: {len(opened)} {meaning}.",)
+    return result, notes
+
+
+def _match(names: Sequence[str], masks: Source) -> dict[str, int]:
+    """Return the mask's index for the stem of each view's name that has one."""
+    folder = _common_folder(names)
+    images = FileSource(Path(), [name[len(folder) :] for name in names])
+    return {_stem(names[i]): j for i, j in match_masks(images, masks)}
+
+
+def _common_folder(names: Sequence[str]) -> str:
+    """Return the folder that all names begin with, with a slash; masks repeat only the folders below it."""
+    parts = [PurePosixPath(name).parent.parts for name in names]
+    common: list[str] = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        common.append(column[0])
+    return "".join(f"{part}/" for part in common)
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).with_suffix("").as_posix() if PurePosixPath(name).suffix else name
+
+
+def _describe(source: Any) -> str:
+    return str(source) if isinstance(source, (str, Path)) else "masks"
+
+
+def _read_opacity(masks: Source, index: int, upright: bool) -> np.ndarray:
+    return to_opacity(masks.decode(index), masks.names[index], upright)
+
+
+def _read_scored(masks: Source, index: int, upright: bool) -> np.ndarray:
+    return (_read_opacity(masks, index, upright) > 0).astype(np.float32)
