@@ -120,9 +120,9 @@ def estimate(
     The arguments are those of :func:`train_nerfdiff`.
 
     Returns:
-        preset, views, parameters (of encoder and field), memory_gib (peak of a GPU, or growth of the process), device, stages
-        (each with name, steps, views_per_second and seconds), and seconds, their sum. The flip test is counted with its
-        maximum number of rounds.
+        preset, views, parameters (of encoder and field), memory_gib (peak of a GPU, or growth of the process), device,
+        stages (each with name, steps, views_per_second and seconds), and seconds, their sum. The flip test is counted
+        with its maximum number of rounds.
     """
     preset = preset or default_preset(data)
     config = preset_config(preset, **changes)
