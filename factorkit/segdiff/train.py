@@ -34,6 +34,8 @@ from factorkit.utils.jsonl import LOG_NAME
 #: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
 
+DATA_NAME = "data.name"  # of a run's settings: the data's folder or file, which may move between resumes
+
 
 def train_segdiff(
     data: Any = None,
@@ -113,7 +115,7 @@ def train_segdiff(
             task, config, folder, meta, device=device, progress=progress, stop_at=stop_at, report=write_report
         )
 
-    run_folder = claimed(folder, settings, config.RESUMABLE)
+    run_folder = claimed(folder, settings, config.RESUMABLE | {DATA_NAME})
     with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
         if seed_trials > 1:
             config = run_seed_trials(config, folder, seed_trials, make_trainer)
@@ -173,9 +175,9 @@ def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classe
 
 
 def describe_data(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:
-    """Identify the training images independently of their path.
+    """Identify the training images by content: number, a hash of a sample of their pixels, and one of all labels.
 
-    By name, number, a hash of a sample of their pixels, and one of all labels.
+    The name of the folder or file is for people; a run resumes for the same images under any other (`DATA_NAME`).
     """
     digest = hashlib.sha256()
     for i in np.linspace(0, len(prepared) - 1, min(64, len(prepared))).round().astype(int):
