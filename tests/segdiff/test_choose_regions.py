@@ -6,15 +6,11 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 import factorkit
-from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff import choose_regions as module
 from factorkit.segdiff.choose_regions import choose_regions, recommend
-from factorkit.segdiff.masks.mixture import ERROR_TIMES, SpatialMixture, unexplained_noise
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
-from factorkit.utils.rng import derived_seed
 
 QUICK = {"resolution": 16, "steps": 60, "seed_trials": 1, "device": "cpu", "progress": False}
 
@@ -59,22 +55,6 @@ def test_recommend_stops_at_a_small_improvement():
     )
     _, chosen, reason = recommend({2: 0.4, 3: 0.3, 4: 0.2}, 0.02)
     assert chosen == 4 and "try larger" in reason
-
-
-def test_unexplained_noise_equals_its_formula():
-    torch.manual_seed(0)
-    mixture, schedule = SpatialMixture(2), Schedule()
-    images = torch.rand(40, 3, 8, 8) * 2 - 1  # more than one batch
-    expected = []
-    for level in ERROR_TIMES:
-        eps = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(derived_seed("judge", level)))
-        share = schedule.alpha_bar(torch.tensor([level])).sqrt()
-        x_t, sigma = share * images + (1 - share**2).sqrt() * eps, (1 - share**2).sqrt()
-        denoised = (x_t + sigma**2 * mixture(x_t).score) / share  # Tweedie
-        expected.append((((x_t - share * denoised) / sigma - eps) ** 2).mean().item())
-    result = unexplained_noise(mixture, images, schedule)
-    assert result == pytest.approx(np.mean(expected), rel=1e-4)
-    assert result == unexplained_noise(mixture, images, schedule)
 
 
 @pytest.mark.parametrize("regions", [2, 3])

@@ -82,13 +82,13 @@ def test_branch_masked_features_exclude_other_regions(
 ):
     model, (x, t) = build_tiny(decoding=decoding, regions=2), make_batch()
     patch_halves(model, monkeypatch)
-    calm = model(x, t).bottleneck.branches
+    baseline = model(x, t).bottleneck.branches
     with monkeypatch.context() as patch:
         disturb_output(model.middle, disturb_left, patch)
-        by_mid = (model(x, t).bottleneck.branches - calm).abs().amax((0, 2, 3, 4))
+        by_mid = (model(x, t).bottleneck.branches - baseline).abs().amax((0, 2, 3, 4))
     with monkeypatch.context() as patch:  # all skips but the last, which is the input of h_mid
         disturb_output(model.encoder, lambda skips: [*map(disturb_left, skips[:-1]), skips[-1]], patch)
-        by_skips = (model(x, t).bottleneck.branches - calm).abs().amax((0, 2, 3, 4))
+        by_skips = (model(x, t).bottleneck.branches - baseline).abs().amax((0, 2, 3, 4))
     assert (by_mid[0] > 0) == sees_mid
     assert (by_skips[0] > 0) == sees_skips
     assert by_mid[1] > 0 and by_skips[1] > 0
@@ -196,12 +196,12 @@ def test_gradients_equal_finite_differences(build_tiny, make_batch, form):
     sampled += [(x, 17), (model.masks.decoder.conv_out.weight, 3)]
     for tensor, i in sampled:
         flat, step = tensor.detach().view(-1), 1e-5
-        there = []
+        values = []
         for sign in (1, -1):
             flat[i] += sign * step
-            there.append(compute_value().item())
+            values.append(compute_value().item())
             flat[i] -= sign * step
-        numeric = (there[0] - there[1]) / (2 * step)
+        numeric = (values[0] - values[1]) / (2 * step)
         assert tensor.grad.view(-1)[i].item() == pytest.approx(numeric, rel=1e-4, abs=1e-5)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from factorkit.segdiff import task as task_module
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask, add_noise, predict_masks
-from factorkit.utils.images import pixels_to_signed, signed_to_pixels
+from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
 
 CPU = torch.device("cpu")
@@ -178,14 +178,6 @@ def test_inspect_writes_two_grids_and_returns_alarms(changes, tmp_path, monkeypa
     for name in grids:
         assert min(Image.open(tmp_path / "samples" / name).size) > 8
     assert ("eta_gap" in result and "failures" in result) == (changes.get("regions") != 1)
-
-
-def test_signed_to_pixels_inverts_and_clips():
-    images = make_images()
-    np.testing.assert_array_equal(signed_to_pixels(pixels_to_signed(torch.from_numpy(images))), images)
-    pixel = torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)
-    assert pixels_to_signed(pixel).flatten().tolist() == pytest.approx([-1, 1, -0.6])
-    assert signed_to_pixels(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).ravel().tolist() == [0, 255]
 
 
 def test_add_noise_depends_only_on_shape_and_level():

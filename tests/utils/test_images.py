@@ -1,9 +1,17 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from factorkit.utils.images import images_to_pixels, pixels_to_images, uint8_to_unit, unit_to_uint8
+from factorkit.utils.images import (
+    images_to_pixels,
+    pixels_to_images,
+    pixels_to_signed,
+    signed_to_pixels,
+    uint8_to_unit,
+    unit_to_uint8,
+)
 
 
 def test_unit_to_uint8_rounds_and_clips_arrays_and_tensors_alike():
@@ -20,3 +28,11 @@ def test_pixels_and_images_round_trip_is_exact():
     assert images.shape == (2, 3, 5, 4) and np.array_equal(images_to_pixels(images), pixels)
     assert torch.equal(images, uint8_to_unit(torch.from_numpy(pixels)).permute(0, 3, 1, 2))
     assert np.array_equal(images_to_pixels(images[0]), pixels[0])
+
+
+def test_signed_to_pixels_inverts_and_clips():
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    np.testing.assert_array_equal(signed_to_pixels(pixels_to_signed(torch.from_numpy(images))), images)
+    pixel = torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)
+    assert pixels_to_signed(pixel).flatten().tolist() == pytest.approx([-1, 1, -0.6])
+    assert signed_to_pixels(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).ravel().tolist() == [0, 255]

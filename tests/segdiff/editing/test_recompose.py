@@ -84,13 +84,13 @@ def test_recompose_many_images_runs_in_batches(make_split_run, make_images, monk
 def test_recompose_level_zero_pastes_and_higher_levels_repaint(make_split_run, make_images):
     run = make_split_run()
     source = make_images(2, 7)
-    brought = region_share(run.segment(source).masks, 0)[:, 0]
-    there = torch.from_numpy(source).movedim(-1, 1) / 255
+    share = region_share(run.segment(source).masks, 0)[:, 0]
+    source_images = torch.from_numpy(source).movedim(-1, 1) / 255
     pasted = run.recompose(make_images(2), 0, from_=source, t=0, steps=4)
-    torch.testing.assert_close(pasted.sources, there)
-    torch.testing.assert_close(pasted.images.movedim(1, -1)[brought == 1], there.movedim(1, -1)[brought == 1])
+    torch.testing.assert_close(pasted.sources, source_images)
+    torch.testing.assert_close(pasted.images.movedim(1, -1)[share == 1], source_images.movedim(1, -1)[share == 1])
     fitted = run.recompose(make_images(2), 0, from_=source, t=500, steps=4)
-    assert (fitted.images - there).abs().movedim(1, -1)[brought == 1].mean() > 0.02
+    assert (fitted.images - source_images).abs().movedim(1, -1)[share == 1].mean() > 0.02
     assert run.recompose(make_images(2), 0, from_=source[0], steps=2).images.shape == (2, 3, 16, 16)
     assert run.recompose(make_images(1), 0, from_=source, steps=2).images.shape == (2, 3, 16, 16)
 
@@ -120,8 +120,8 @@ def test_edit_weights_sum_to_one_and_cover_the_hole():
     masks = torch.zeros(1, 2, 5, 5)
     masks[:, 0, 2, 2] = 1
     masks[:, 1] = 1 - masks[:, 0]
-    brought = masks.roll(2, dims=-1)
-    keep, region, hole = edit_weights(masks, brought, 0)
+    source_masks = masks.roll(2, dims=-1)
+    keep, region, hole = edit_weights(masks, source_masks, 0)
     torch.testing.assert_close(keep + region + hole, torch.ones(1, 1, 5, 5))
     assert region.sum() == 1 and region[0, 0, 2, 4] == 1
     assert hole.sum() == 9 and hole[0, 0, 1:4, 1:4].all(), "the area it leaves, one pixel larger"

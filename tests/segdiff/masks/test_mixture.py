@@ -10,11 +10,19 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.masks import mixture as module
-from factorkit.segdiff.masks.mixture import EM_ROUNDS, UNIFORM_SHARE, SpatialMixture, colour_evidence, invert
+from factorkit.segdiff.masks.mixture import (
+    EM_ROUNDS,
+    ERROR_TIMES,
+    UNIFORM_SHARE,
+    SpatialMixture,
+    colour_evidence,
+    invert,
+    unexplained_noise,
+)
 from factorkit.segdiff.task import SegdiffTask, add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
-from factorkit.utils.rng import BatchDraw
+from factorkit.utils.rng import BatchDraw, derived_seed
 
 TINY = {
     "resolution": 8,
@@ -196,3 +204,19 @@ def test_mixture_colours_are_updated_every_round():
     assert torch.allclose(mixture(x).logits.flatten(2), logits, atol=1e-4)
     once = (prior + colour_evidence(pixels, squares, prior.softmax(1))[0]).softmax(1)
     assert not torch.allclose(masks, once, atol=1e-2)
+
+
+def test_unexplained_noise_equals_its_formula():
+    torch.manual_seed(0)
+    mixture, schedule = SpatialMixture(2), Schedule()
+    images = torch.rand(40, 3, 8, 8) * 2 - 1  # more than one batch
+    expected = []
+    for level in ERROR_TIMES:
+        eps = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(derived_seed("judge", level)))
+        share = schedule.alpha_bar(torch.tensor([level])).sqrt()
+        x_t, sigma = share * images + (1 - share**2).sqrt() * eps, (1 - share**2).sqrt()
+        denoised = (x_t + sigma**2 * mixture(x_t).score) / share  # Tweedie
+        expected.append((((x_t - share * denoised) / sigma - eps) ** 2).mean().item())
+    result = unexplained_noise(mixture, images, schedule)
+    assert result == pytest.approx(np.mean(expected), rel=1e-4)
+    assert result == unexplained_noise(mixture, images, schedule)
