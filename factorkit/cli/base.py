@@ -18,6 +18,7 @@ Flag = FlagCreatePairsOff[bool]  # an option without a --no- form
 OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 OptionalName = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
 NoiseLevel = Annotated[int | None, arg(aliases=["-t"], metavar="INT", help_behavior_hint="")]
 Device = Annotated[str, arg(metavar="auto|cpu|cuda|cuda:N")]
 Paths = Positional[Annotated[tuple[Path, ...], arg(metavar="PATHS...", help_behavior_hint="(required)")]]

@@ -120,7 +120,8 @@ class Evaluate(RunCommand):
             raise ConfigError(f"--split {self.split}: views have the splits train and test")
         start, run = time.perf_counter(), NerfdiffRun.load(self.run, device=self.device)
         split = cast(Literal["train", "test"] | None, self.split)
-        views = open_views(path, split, max(run.model.size), run.model.background.tolist())
+        background, layout = run.model.background.tolist(), run.scene["layout"]
+        views = open_views(path, split, max(run.model.size), background, layout=layout)
         scores = run.evaluate(views, refine=self.refine)
         if (folder := run.folder) is not None:
             distributed.run_on_first(lambda: write_report(folder))

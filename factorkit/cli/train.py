@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from factorkit.cli.base import Command, Device, Flag, OptionalName, OptionalPath, Result
+from factorkit.cli.base import Command, Device, Flag, OptionalFloat, OptionalName, OptionalPath, Result
 from factorkit.cli.data import parse_holdout
 from factorkit.utils.errors import ConfigError, FactorkitError, did_you_mean
 
@@ -137,8 +137,8 @@ class TrainNerfdiff(Command):
     The run is a folder with settings, checkpoints of every stage, sample grids, log, scores.json and report.html. The
     same command again resumes it exactly, from the newest checkpoint.
 
-    The data are a scene of NeRF's synthetic set, a nerfstudio, LLFF or ShapeNet-SRN folder, an .npz like
-    tiny_nerf_data, a folder of images, or a video. Poses that come with the data are used only with --poses known;
+    The data are a scene of NeRF's synthetic set, a nerfstudio, LLFF, COLMAP, NeuS, NSVF or ShapeNet-SRN folder, an .npz
+    like tiny_nerf_data, a folder of images, or a video. Poses that come with the data are used only with --poses known;
     otherwise they serve to score the result.
 
     Presets:
@@ -163,8 +163,18 @@ class TrainNerfdiff(Command):
     """Settings to start from. The default is fast, or demo without --data."""
     dry_run: Flag = False
     """Train nothing: print parameters, memory and the duration of each stage on this machine."""
+    layout: Literal["auto", "object", "forward"] = "auto"
+    """What the cameras look at. auto decides by their viewing directions and refuses cameras that look at nothing in
+    common; object and forward read them as they are."""
+    masks: OptionalName = None
+    """Folder of foreground masks (0 is transparent), matched by name. The default is masks/ or mask/ beside the images;
+    none uses no masks."""
+    loss_masks: OptionalPath = None
+    """Folder of masks of pixels that do not count (0 is not scored), matched by name."""
+    fov: OptionalFloat = None
+    """Field of view in degrees along the longer side, for images without cameras. The default is EXIF's, else 50."""
 
-    BASIC = (*COMMON, "model", "poses", "search", "field", "field_steps", "json")
+    BASIC = (*COMMON, "model", "layout", "poses", "search", "field", "field_steps", "json")
 
     def execute(self) -> Result:
         from factorkit.nerfdiff.config import NerfdiffConfig
@@ -176,17 +186,21 @@ class TrainNerfdiff(Command):
         out = self.out or Path("runs") / f"nerfdiff-{_preset_name(self, 'fast')}"
         start = time.perf_counter()
         with report_interruption(out):
-            run = train_nerfdiff(self.data, out=out, preset=self.preset, **settings)
+            run = train_nerfdiff(self.data, out=out, preset=self.preset, **self._reading(), **settings)
         failures, report = read_failures(out), str(out / "report.html")
         data = {"run": str(out), "report": report, "failures": failures, "scores": run.scores}
         lines = ["This run FAILED:", *(f"  - {text}" for text in failures)] if failures else ["No alarm."]
         duration = format_duration(time.perf_counter() - start)
         return data, "\n".join([*lines, "", f"run     {out}", f"report  {report}", f"time    {duration}"])
 
+    def _reading(self) -> dict[str, Any]:
+        """Return how the views are read."""
+        return {"layout": self.layout, "masks": self.masks, "loss_masks": self.loss_masks, "fov": self.fov}
+
     def _estimate(self, settings: dict[str, Any]) -> Result:
         from factorkit.nerfdiff.train import estimate
 
-        data = estimate(self.data, preset=self.preset, **settings)
+        data = estimate(self.data, preset=self.preset, **self._reading(), **settings)
         lines = [
             f"model   {data['parameters'] / 1e6:.2f} M parameters of encoder and field (preset {data['preset']})",
             f"memory  {data['memory_gib']:.2f} GiB on {data['device']}",

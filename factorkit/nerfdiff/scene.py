@@ -15,6 +15,7 @@ from factorkit.utils.errors import ConfigError, DataError
 
 MIN_COLOR_STD = 2e-3  # half a step of 8 bits: views with a smaller standard deviation are empty
 INTRINSICS_TOLERANCE = 0.01  # difference of focal lengths and centres, relative to the image's side
+MIN_WEIGHT = 1e-6  # sum of weights below which nothing counts
 MIN_BLUR_PIXELS = 0.3  # a Gaussian narrower than this changes nothing visible
 
 
@@ -29,6 +30,7 @@ class Scene:
         layout: "object" (cameras around it) or "forward" (cameras side by side).
         distance: from the cameras to the centre of the box [-1, 1]^3; in a forward-facing scene the unit of length.
         poses: [V, 4, 4] as stored with the views, normalised if they are used in training; or None.
+        loss_masks: [V, 1, H, W], 0 at pixels that no loss counts; None: all pixels count.
     """
 
     images: Tensor
@@ -37,6 +39,7 @@ class Scene:
     layout: SceneLayout
     distance: float
     poses: Tensor | None
+    loss_masks: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -72,7 +75,8 @@ def open_scene(views: Views, resolution: int, device: torch.device, known_poses:
             poses = align_forward(poses, views.near)
     camera = replace(camera, intrinsics=camera.intrinsics.to(device), background=camera.background.to(device))
     poses = None if poses is None else poses.to(device)
-    return Scene(views.images.to(device), list(views.names), camera, views.layout, distance, poses)
+    loss_masks = None if views.loss_masks is None else views.loss_masks.to(device)
+    return Scene(views.images.to(device), list(views.names), camera, views.layout, distance, poses, loss_masks)
 
 
 def shared_camera(views: Views) -> CameraModel:
@@ -114,6 +118,22 @@ def gather_pixels(images: Tensor, pixels: Tensor) -> Tensor:
     """Return colours [B, R, 3] of images [B, 3, H, W] at pixel indices [B, R], counted row by row."""
     index = pixels[:, None].expand(-1, images.shape[1], -1)
     return images.flatten(2).gather(2, index).transpose(1, 2)
+
+
+def mean_squared_error(a: Tensor, b: Tensor, dims: tuple[int, ...], weights: Tensor | None = None) -> Tensor:
+    """Return the squared difference of ``a`` and ``b``, averaged over ``dims``.
+
+    Args:
+        a: any shape.
+        b: broadcasts with ``a``.
+        dims: to average over.
+        weights: broadcasts too; None: all 1. The error is 0 where all weights are 0.
+    """
+    squared = (a - b).square()
+    if weights is None:
+        return squared.mean(dims)
+    weights = weights.expand_as(squared)
+    return (squared * weights).sum(dims) / weights.sum(dims).clamp_min(MIN_WEIGHT)
 
 
 def gaussian_blur(images: Tensor, sigma: float) -> Tensor:

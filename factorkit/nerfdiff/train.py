@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from sys import stderr
+from typing import Any, Literal
 
 import torch
 
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.data.views.open import open_views
-from factorkit.data.views.views import Views
+from factorkit.data.views.views import SceneLayout, Views
 from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
@@ -32,7 +33,16 @@ TIMED_STEPS = 3  # of each stage, in a dry run
 
 
 def train_nerfdiff(
-    data: Any = None, *, out: str | Path | None = None, preset: str | None = None, progress: bool = True, **changes: Any
+    data: Any = None,
+    *,
+    out: str | Path | None = None,
+    preset: str | None = None,
+    progress: bool = True,
+    layout: SceneLayout | Literal["auto"] | None = None,
+    masks: Any = None,
+    loss_masks: Any = None,
+    fov: float | None = None,
+    **changes: Any,
 ) -> NerfdiffRun:
     """Find the cameras and the scene of views; the same call again resumes, exactly.
 
@@ -44,6 +54,7 @@ def train_nerfdiff(
         out: the run folder; None: ``runs/nerfdiff-<preset>``.
         preset: see :data:`factorkit.nerfdiff.config.PRESETS`; None: ``"demo"`` without data, else ``"fast"``.
         progress: show progress bars.
+        layout, masks, loss_masks, fov: how the views are read, see :func:`factorkit.data.views.open.open_views`.
         **changes: any field of :class:`~factorkit.nerfdiff.config.NerfdiffConfig`.
 
     Returns:
@@ -74,7 +85,12 @@ def train_nerfdiff(
     distributed.check_batch(config.batch_size)
     distributed.check_batch(config.views_per_step, "views_per_step")
     folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
-    views, scene, settings = _prepare(data, config, preset, device)
+    reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
+    views, scene, settings = _prepare(data, config, preset, device, reading)
+    if progress:
+        distributed.run_on_first(
+            lambda: print("".join(f"views: {note}\n" for note in views.notes), end="", file=stderr)
+        )
 
     complete = partial(complete_settings, folder=folder, requested=settings)
     run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
@@ -89,7 +105,16 @@ def default_preset(data: Any) -> str:
     return "demo" if data is None else "fast"
 
 
-def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> dict[str, Any]:
+def estimate(
+    data: Any = None,
+    *,
+    preset: str | None = None,
+    layout: SceneLayout | Literal["auto"] | None = None,
+    masks: Any = None,
+    loss_masks: Any = None,
+    fov: float | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
     """Time a few steps of each stage on this machine, for ``--dry-run``; nothing is written.
 
     The arguments are those of :func:`train_nerfdiff`.
@@ -102,7 +127,8 @@ def estimate(data: Any = None, *, preset: str | None = None, **changes: Any) -> 
     preset = preset or default_preset(data)
     config = preset_config(preset, **changes)
     device = resolve_device(config.device)
-    views, scene, settings = _prepare(data, config, preset, device)
+    reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
+    views, scene, settings = _prepare(data, config, preset, device, reading)
     before = peak_memory(device) if device.type == "cpu" else 0
     # one round is timed, and counted as often as it may run
     trial = _StageTimer(dataclasses.replace(config, flip_rounds=min(1, config.flip_rounds)), scene, settings)
@@ -154,12 +180,17 @@ class _StageTimer(Training):
 
 
 def _prepare(
-    data: Any, config: NerfdiffConfig, preset: str, device: torch.device
+    data: Any, config: NerfdiffConfig, preset: str, device: torch.device, reading: dict[str, Any]
 ) -> tuple[Views, Scene, dict[str, Any]]:
     """Return the views at the run's resolution, the scene, and the settings that are stored with the run."""
     if data is None:
+        if unused := [name for name, value in reading.items() if value not in (None, "auto")]:
+            raise ConfigError(f"{unused[0]}= is for views that are read, but there is no data")
         data = make_procedural_views(NUM_PROCEDURAL_VIEWS, config.resolution)
-    views = data if isinstance(data, Views) else open_views(data, "train", config.resolution)
+    if isinstance(data, Views):
+        views = open_views(data, **reading)
+    else:
+        views = open_views(data, "train", config.resolution, **reading)
     views = views.resize(config.resolution)
     known_poses = config.poses == "known"
     scene = open_scene(views, config.resolution, device, known_poses)

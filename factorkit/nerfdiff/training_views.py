@@ -83,6 +83,7 @@ def describe_scene(scene: Scene, views: Views, known_poses: bool) -> dict[str, A
         "layout": scene.layout,
         "distance": scene.distance,
         "sha256": _digest(scene.images),
+        **({} if scene.loss_masks is None else {"loss_masks": _digest(scene.loss_masks)}),
         **describe_cameras(views, known_poses),
     }
 

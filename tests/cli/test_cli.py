@@ -246,6 +246,15 @@ def test_dry_run_of_nerfdiff_prints_the_stages(run_cli, run_json, monkeypatch):
     words = ("train", "nerfdiff", "--preset", "fast", "--resolution", 16, "--dry-run")
     assert run_json(*words) == estimate
     assert (settings["preset"], settings["resolution"]) == ("fast", 16)
+    assert (settings["layout"], settings["masks"], settings["loss_masks"], settings["fov"]) == (
+        "auto",
+        None,
+        None,
+        None,
+    )
+    run_json(*words, "--layout", "object", "--masks", "m", "--loss-masks", "l", "--fov", 40)
+    assert (settings["layout"], settings["masks"], settings["fov"]) == ("object", "m", 40.0)
+    assert settings["loss_masks"] == Path("l")
     text = run_cli(*words)[1]
     assert "2.00 M parameters" in text
     assert "search       75 seconds for 600 steps, 8.0 views/s" in text

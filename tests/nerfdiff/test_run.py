@@ -161,7 +161,7 @@ def test_exports_hold_every_view(finished, tmp_path, name):
 def test_frames_are_written_as_pictures_and_as_a_gif(tmp_path):
     images = torch.rand(3, 3, 6, 8)
     folder = write_frames(tmp_path / "frames", images)
-    assert [p.name for p in sorted(folder.iterdir())] == ["0000.png", "0001.png", "0002.png"]
+    assert sorted(p.name for p in folder.glob("*.png")) == ["0000.png", "0001.png", "0002.png"]
     assert np.abs(np.asarray(Image.open(folder / "0001.png")) / 255 - images[1].permute(1, 2, 0).numpy()).max() < 0.003
     with Image.open(write_frames(tmp_path / "a.gif", images)) as gif:
         assert gif.n_frames == 3 and gif.size == (8, 6)

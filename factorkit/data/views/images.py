@@ -27,7 +27,9 @@ EXIF_IFD, EXIF_FOCAL_LENGTH_35MM = 0x8769, 0xA405  # EXIF 2.3, tables 3 and 4
 FILM_DIAGONAL = math.hypot(36.0, 24.0)  # mm, of 35 mm film
 
 
-def read_images(source: Any, split: str | None, masks: Any, fov: float | None) -> tuple[list[LazyView], SceneSettings]:
+def read_images(
+    source: Any, split: str | None, masks: Any, fov: float | None, default_fov: float = DEFAULT_FOV
+) -> tuple[list[LazyView], SceneSettings]:
     """List the views of a split; every 8th is for testing.
 
     A folder with images/ and masks/ is read with its masks. Images without a mask are left out.
@@ -44,7 +46,7 @@ def read_images(source: Any, split: str | None, masks: Any, fov: float | None) -
     pairs = [(i, 0) for i in range(len(images))] if mask_source is None else match_masks(images, mask_source)
     views = []
     for i, j in (pairs[k] for k in split_every_eighth(len(pairs), split)):
-        intrinsics = _fov_intrinsics(fov) if fov is not None else _exif_intrinsics(images, i)
+        intrinsics = _fov_intrinsics(fov) if fov is not None else _exif_intrinsics(images, i, default_fov)
         read_mask = None if mask_source is None else partial(_read_opacity, mask_source, j)
         views.append(LazyView(images.names[i], partial(_read_float, images, i), intrinsics, read_mask=read_mask))
     return views, SceneSettings(images.names)
@@ -102,13 +104,13 @@ def _fov_intrinsics(fov: float | None) -> IntrinsicsFunction:
     return intrinsics
 
 
-def _exif_intrinsics(source: Source, index: int) -> IntrinsicsFunction:
+def _exif_intrinsics(source: Source, index: int, default_fov: float) -> IntrinsicsFunction:
     """Return K from the EXIF focal length in 35 mm film (same diagonal field of view; EXIF 2.3, section 4.6.5)."""
 
     def intrinsics(height: int, width: int) -> np.ndarray:
         focal_35mm = source.decode(index).getexif().get_ifd(EXIF_IFD).get(EXIF_FOCAL_LENGTH_35MM)
         if not focal_35mm:
-            return _fov_intrinsics(None)(height, width)
+            return _fov_intrinsics(default_fov)(height, width)
         focal = float(focal_35mm) * math.hypot(height, width) / FILM_DIAGONAL
         return make_intrinsics(focal, focal, width / 2, height / 2)
 

@@ -16,7 +16,7 @@ from factorkit.data.views.arrays import is_posed_array, read_posed_array
 from factorkit.data.views.colmap import is_colmap, read_colmap
 from factorkit.data.views.dtu import is_dtu, read_dtu
 from factorkit.data.views.foreground import add_masks
-from factorkit.data.views.images import read_images, read_video
+from factorkit.data.views.images import DEFAULT_FOV, read_images, read_video
 from factorkit.data.views.llff import is_llff, read_llff
 from factorkit.data.views.loading import LazyView, SceneSettings, load_views, split_every_eighth
 from factorkit.data.views.phones import is_polycam, is_record3d, read_polycam, read_record3d
@@ -65,6 +65,7 @@ def open_views(
     fov: float | None = None,
     layout: SceneLayout | Literal["auto"] | None = None,
     loss_masks: Any = None,
+    default_fov: float = DEFAULT_FOV,
     seed: int = 0,
 ) -> Views:
     """Open the views of one scene, with their cameras if the files define them.
@@ -88,10 +89,12 @@ def open_views(
             (random per pixel); None leaves images with separate masks unchanged.
         masks: foreground masks, matched by name, without cameras also by position; None: those in masks/ or mask/
             beside the images; "none": do not look for any.
-        fov: field of view in degrees along the longer side, for images without cameras; None: from EXIF, else 50.
+        fov: field of view in degrees along the longer side, for images without cameras; None: from EXIF, else
+            `default_fov`.
         layout: "object" or "forward"; None or "auto": by the viewing directions. Given, it also turns the refusal of
             cameras that look at nothing in common into a warning.
         loss_masks: masks of value 0 where a view is not scored, matched by name.
+        default_fov: field of view where neither cameras, nor `fov`, nor EXIF define it.
         seed: seed of the noise.
 
     Raises:
@@ -133,13 +136,13 @@ def open_views(
     elif path is not None and is_video(path):
         if given_masks is not None or loss_masks is not None:
             raise ConfigError(f"{path}: masks= is for images, not for a video. Extract its frames first.")
-        views, settings = read_video(path, split, resolution, fov)
+        views, settings = read_video(path, split, resolution, fov or default_fov)
         notes = settings.notes
     else:
         if path is not None and path.is_dir():
             _check_single_scene(path)
             _warn_about_unread_cameras(path)
-        views, settings = read_images(source if path is None else path, split, masks, fov)
+        views, settings = read_images(source if path is None else path, split, masks, fov, default_fov)
         views, notes = add_masks(views, settings, None, loss_masks, upright=True)
     return load_views(
         views,

@@ -20,7 +20,7 @@ from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field
 from factorkit.nerfdiff.previews.files import save_cameras
 from factorkit.nerfdiff.rays import CameraModel, apply_appearance, render_views
-from factorkit.nerfdiff.scene import Scene
+from factorkit.nerfdiff.scene import MIN_WEIGHT, Scene, mean_squared_error
 from factorkit.nerfdiff.stages.assignment import balanced_assignment, sample_assignment, standardise_errors
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY, FitTask, SceneFit
 from factorkit.utils import distributed
@@ -110,7 +110,8 @@ class SearchTask(FitTask):
 
         def errors_from(rows: slice) -> Tensor:
             field, camera = self.model.field, self.scene.camera
-            return candidate_errors(field, candidates[rows], camera, images, self.samples, views).T
+            masks = self.scene.loss_masks
+            return candidate_errors(field, candidates[rows], camera, images, self.samples, views, masks).T
 
         return distributed.map_shares(errors_from, len(candidates)).T
 
@@ -128,7 +129,13 @@ class SearchTask(FitTask):
 
 @torch.no_grad()
 def candidate_errors(
-    field: Field, poses: Tensor, camera: CameraModel, images: Tensor, samples: int, views: Tensor | None = None
+    field: Field,
+    poses: Tensor,
+    camera: CameraModel,
+    images: Tensor,
+    samples: int,
+    views: Tensor | None = None,
+    loss_masks: Tensor | None = None,
 ) -> Tensor:
     """Return the mean squared difference [V, D] of small images and small renders.
 
@@ -139,14 +146,21 @@ def candidate_errors(
         images: [V, 3, H, W].
         samples: along each ray.
         views: indices [V] of the images' appearance; None: the mean appearance.
+        loss_masks: [V, 1, H, W], 0 at pixels that do not count; None: all count.
     """
     size = target_size(min(COMPARISON_SIDE, max(images.shape[2:])), *images.shape[2:])
     rendered = render_views(field, poses, camera, size, samples)
     small = resize_area(images, *size).movedim(1, -1)
+    weights = None if loss_masks is None else resize_area(loss_masks, *size).movedim(1, -1).expand_as(small)
+    if (views is None or field.appearance is None) and weights is not None:
+        color, weight = rendered.color.flatten(1), weights.flatten(1)
+        target = small.flatten(1)
+        squared = (weight * target**2).sum(1, keepdim=True) - 2 * (weight * target) @ color.T + weight @ (color**2).T
+        return squared.clamp_min(0) / weight.sum(1, keepdim=True).clamp_min(MIN_WEIGHT)
     if views is None or field.appearance is None:
         return torch.cdist(small.flatten(1), rendered.color.flatten(1)).square() / rendered.color[0].numel()
     errors = []
-    for view, image in zip(views, small, strict=True):
+    for i, (view, image) in enumerate(zip(views, small, strict=True)):
         color = apply_appearance(field, rendered, camera, view.expand(len(poses)))
-        errors.append((color - image).square().mean((1, 2, 3)))
+        errors.append(mean_squared_error(color, image, (1, 2, 3), None if weights is None else weights[i]))
     return torch.stack(errors)

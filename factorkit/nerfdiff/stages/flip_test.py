@@ -13,7 +13,7 @@ from factorkit.data.views.views import resize_area, target_size
 from factorkit.nerfdiff.cameras.poses import OrbitPoses, orbit_poses, rotate_poses_about_z
 from factorkit.nerfdiff.fields.base import Field
 from factorkit.nerfdiff.rays import render_views
-from factorkit.nerfdiff.scene import Scene
+from factorkit.nerfdiff.scene import Scene, mean_squared_error
 from factorkit.nerfdiff.stages.dictionary import COMPARISON_SIDE, candidate_errors
 from factorkit.utils import distributed
 
@@ -41,13 +41,14 @@ def best_rotations(field: Field, scene: Scene, poses: Tensor, views: Tensor, sam
     """
     size = target_size(min(ROTATION_SIDE, max(scene.size)), *scene.size)
     images = resize_area(scene.images[views], *size).movedim(1, -1)
+    masks = None if scene.loss_masks is None else resize_area(scene.loss_masks[views], *size).movedim(1, -1)
 
     def errors(rows: slice) -> Tensor:
         columns = []
         for degrees in ROTATIONS:
             rotated = rotate_poses_about_z(poses[views[rows]], degrees)
             color = render_views(field, rotated, scene.camera, size, samples).color
-            columns.append((color - images[rows]).square().mean((1, 2, 3)))
+            columns.append(mean_squared_error(color, images[rows], (1, 2, 3), None if masks is None else masks[rows]))
         return torch.stack(columns, 1)
 
     best = distributed.map_shares(errors, len(views)).argmin(1)
@@ -71,15 +72,17 @@ def reassign_outliers(
         samples: along each ray.
     """
     images = scene.images[views]
+    masks = None if scene.loss_masks is None else scene.loss_masks[views]
     size = target_size(min(COMPARISON_SIDE, max(scene.size)), *scene.size)
     candidates = orbit_poses(directions, scene.distance)
 
     def own_errors(rows: slice) -> Tensor:
         color = render_views(field, poses(views[rows]), scene.camera, size, samples).color
-        return (color.movedim(-1, 1) - resize_area(images[rows], *size)).square().mean((1, 2, 3))
+        weights = None if masks is None else resize_area(masks[rows], *size)
+        return mean_squared_error(color.movedim(-1, 1), resize_area(images[rows], *size), (1, 2, 3), weights)
 
     def errors_from(rows: slice) -> Tensor:
-        return candidate_errors(field, candidates[rows], scene.camera, images, samples).T
+        return candidate_errors(field, candidates[rows], scene.camera, images, samples, loss_masks=masks).T
 
     own = distributed.map_shares(own_errors, len(views))
     least, index = distributed.map_shares(errors_from, len(candidates)).T.min(1)

@@ -25,7 +25,7 @@ from factorkit.nerfdiff.fields.occupancy import update_occupancy
 from factorkit.nerfdiff.network import NerfdiffModel, predict_clean, to_signal
 from factorkit.nerfdiff.previews.files import save_model_previews
 from factorkit.nerfdiff.rays import render_pixels, render_views
-from factorkit.nerfdiff.scene import Scene, gather_pixels
+from factorkit.nerfdiff.scene import Scene, gather_pixels, mean_squared_error
 from factorkit.nerfdiff.stages.assignment import balanced_assignment, sample_assignment, standardise_errors
 from factorkit.nerfdiff.stages.dictionary import TEMPERATURE
 from factorkit.nerfdiff.stages.refine import field_parameter_groups, regularisation
@@ -104,7 +104,8 @@ class JointTask:
             indices,
             draw.rows.start * config.rays_per_view,
         )
-        error = (rendered.color - gather_pixels(images, pixels)).square().mean((1, 2))
+        weights = None if scene.loss_masks is None else gather_pixels(scene.loss_masks[indices], pixels)
+        error = mean_squared_error(rendered.color, gather_pixels(images, pixels), (1, 2), weights)
         classification = F.cross_entropy(cameras.scores, best, reduction="none")
         objective = error + config.classification_weight * classification
         objective = objective + regularisation(config, scene, field, rendered)
@@ -127,7 +128,10 @@ class JointTask:
         """
         size = target_size(min(COMPARISON_SIDE, max(images.shape[2:])), *images.shape[2:])
         color = render_views(self.model.field, poses, self.scene.camera, size, self.config.samples_per_ray, views).color
-        errors = (color - resize_area(images, *size).movedim(1, -1)[:, None]).square().mean((2, 3, 4))
+        target, weights = resize_area(images, *size).movedim(1, -1)[:, None], None
+        if self.scene.loss_masks is not None and views is not None:
+            weights = resize_area(self.scene.loss_masks[views], *size).movedim(1, -1)[:, None]
+        errors = mean_squared_error(color, target, (2, 3, 4), weights)
         if not (self.config.balance_candidates and temperature_share and errors.shape[1] > 1):
             return errors.argmin(1)
         low, high = TEMPERATURE

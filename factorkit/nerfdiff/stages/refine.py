@@ -16,7 +16,7 @@ from factorkit.nerfdiff.fields.base import Field
 from factorkit.nerfdiff.fields.occupancy import update_occupancy
 from factorkit.nerfdiff.previews.files import save_cameras
 from factorkit.nerfdiff.rays import CameraModel, render_pixels
-from factorkit.nerfdiff.scene import Scene, gather_pixels, gaussian_blur
+from factorkit.nerfdiff.scene import Scene, gather_pixels, gaussian_blur, mean_squared_error
 from factorkit.rendering import Rendered
 from factorkit.utils.rng import BatchDraw
 
@@ -138,7 +138,9 @@ class FitTask:
         pixels = draw.integers(0, images.shape[2] * images.shape[3], self.config.rays_per_view)
         first_ray = draw.rows.start * self.config.rays_per_view
         rendered = model(rows, pixels, int(step), first_ray, **self.pose_options(draw, int(step)))
-        error = (rendered.color - gather_pixels(images, pixels)).square().mean((1, 2))
+        scored = self.scene.loss_masks
+        weights = None if scored is None else gather_pixels(scored[rows.to(scored.device)], pixels)
+        error = mean_squared_error(rendered.color, gather_pixels(images, pixels), (1, 2), weights)
         objective = error + regularisation(self.config, self.scene, self.model.field, rendered)
         return StepLoss(objective, error, torch.zeros_like(error), {})
 

@@ -16,9 +16,10 @@ from plyfile import PlyData
 from factorkit.data import make_procedural_views, open_views
 from factorkit.data.procedural.scene import TABLE, make_scene_field, signed_distance
 from factorkit.nerfdiff.export import export
-from factorkit.nerfdiff.export.cameras import IMAGE_FOLDER, file_names, write_colmap
+from factorkit.nerfdiff.export.cameras import IMAGE_FOLDER, file_names, make_colmap
 from factorkit.nerfdiff.export.points import Shape
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, WriteError
+from factorkit.utils.output_record import OutputRecord
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +129,31 @@ def test_exports_beside_pictures_leave_them_alone(tmp_path, views):
         assert len(written) == 10
         for path in own:
             assert path.read_bytes() == b"all there is of it"
-        for path in written:  # an earlier export's own are replaced
-            path.write_bytes(b"")
-    export(tmp_path / "transforms.json", views, make_scene_field())
-    assert all(path.stat().st_size > 0 for path in written)
+    written[0].write_bytes(b"edited")
+    with pytest.raises(WriteError, match="changed after factorkit wrote it"):
+        export(tmp_path / "transforms.json", views, make_scene_field())
+    assert written[0].read_bytes() == b"edited"
+    export(tmp_path / "transforms.json", views, make_scene_field(), overwrite=True)
+    assert all(path.stat().st_size > 6 for path in written)
+
+
+@pytest.mark.parametrize("name", ["scene.ply", "mesh.ply", "transforms.json", "colmap"])
+def test_export_replaces_only_what_it_wrote_for_the_same_scene(tmp_path, views, name):
+    path = tmp_path / name
+    target = path / "cameras.txt" if name == "colmap" else path
+    options = {"points": 500} if name in ("scene.ply", "colmap") else {"resolution": 12}
+    target.parent.mkdir(exist_ok=True)
+    target.write_text("mine")
+    with pytest.raises(WriteError, match=f"{target.name} exists and was not written by factorkit"):
+        export(path, views, make_scene_field(), source="a", **options)
+    assert target.read_text() == "mine"
+    for _ in range(2):
+        target.unlink()
+        export(path, views, make_scene_field(), source="a", **options)
+    before = target.read_bytes()
+    with pytest.raises(WriteError, match=r"written for another input \(a\)"):
+        export(path, views, make_scene_field(), source="b", **options)
+    assert target.read_bytes() == before
 
 
 def test_transforms_of_cameras_that_differ(tmp_path, views):
@@ -221,7 +243,8 @@ def test_matched_pixels_satisfy_the_epipolar_constraint(tmp_path):
 def test_real_pictures_satisfy_it_too(tmp_path, real_data, name):
     """Pixels matched by their surroundings (SIFT); Blender wrote the poses of the Lego scene, COLMAP those of Fern."""
     views = open_views(real_data(name), "train").select(slice(0, 40))
-    write_colmap(tmp_path, views, Shape(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8)))
+    with OutputRecord(tmp_path) as record:
+        record.write(make_colmap(views, Shape(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8))), "export")
     rows = [line for line in (tmp_path / "images.txt").read_text().splitlines() if line and line[0] != "#"]
     cameras = {row.split()[0]: row for row in (tmp_path / "cameras.txt").read_text().splitlines() if row[0] != "#"}
     sift = cv2.SIFT_create()
