@@ -235,6 +235,7 @@ def test_train_invalid_settings_raise_before_a_folder_is_made(changes, message):
 # --- forms and ablations ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
