@@ -316,9 +316,9 @@ def load_contents(path: Path, device: str) -> ViewerScene:
         background = torch.zeros(3) if views.background is None else views.background
         return ViewerScene(step, field, views, background, None)
     run = NerfdiffRun.load(path, device=device)
-    errors, true_poses = training_errors(run), None
-    if errors is not None:
-        true_poses = errors.alignment.inverse().apply(load_views(run.folder).poses)
+    errors, stored, true_poses = training_errors(run), load_views(run.folder), None
+    if errors is not None and stored is not None and stored.poses is not None:
+        true_poses = errors.alignment.inverse().apply(stored.poses)
     return ViewerScene(run.step, run.model.field, run.views, run.model.background, true_poses)
 
 

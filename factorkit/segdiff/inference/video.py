@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing, suppress
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -242,7 +242,7 @@ class VideoWriter:
 
         self._av, self._rate, self._stack = av, rate, ExitStack()
         self._container = self._stack.enter_context(av.open(str(path), "w"))
-        self._stream: Any = self._container.add_stream(CODEC, rate=rate)
+        self._stream = cast(Any, self._container.add_stream(CODEC, rate=rate))
         self._stream.pix_fmt = "yuv420p"
         self._pts, self._count = -1, 0
         self._sounds: list[Any] = []  # iterators of [time in seconds, packets]
