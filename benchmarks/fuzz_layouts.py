@@ -115,7 +115,7 @@ def write_set(layout: Layout, root: Path, rng: np.random.Generator) -> tuple[Pat
             mask_stem = unicodedata.normalize("NFD", mask_stem)
         image_path = folder / layout.top / layout.folders[0] / f"{stem}{layout.suffix}"
         mask_path = folder / layout.top / layout.folders[1] / f"{mask_stem}.png"
-        if mask_path == image_path:
+        if unicodedata.normalize("NFC", str(mask_path)) == str(image_path):
             mask_path = mask_path.with_suffix(".bmp")
         for path, pixels in ((image_path, photo.astype(np.uint8)), (mask_path, VALUES[layout.values](inside))):
             path.parent.mkdir(parents=True, exist_ok=True)
