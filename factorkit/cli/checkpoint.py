@@ -46,6 +46,8 @@ class Checkpoint(Command):
     """prune: number of newest checkpoints to keep."""
     out: OptionalPath = None
     """export: the .safetensors file to write."""
+    overwrite: Flag = False
+    """export: also replace a file that was not written for this run."""
     step: OptionalInt = None
     """export: the step of the checkpoint. The default is the newest undamaged one."""
     best: Flag = False
@@ -108,7 +110,7 @@ class Checkpoint(Command):
         with suppress(ValueError):
             weights = float(weights)
         run = factorkit.load(self._exported_checkpoint(), device="cpu", weights=weights)
-        written = run.save(self.out)
+        written = run.save(self.out, overwrite=self.overwrite)
         return {"out": str(written), "step": run.step}, f"written: {written} (step {run.step})"
 
     def _exported_checkpoint(self) -> Path:

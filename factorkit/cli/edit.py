@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from factorkit.cli.base import Flag, NoiseLevel, OptionalPath, Paths, Result, RunCommand
+from factorkit.cli.base import Flag, NoiseLevel, OptionalPath, OutputCommand, Paths, Result
 from factorkit.cli.generate import Sampler
 from factorkit.utils.errors import ConfigError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Interpolate(RunCommand):
+class Interpolate(OutputCommand):
     """Generate the images between two images, and their regions.
 
     Both images are taken to noise level T, mixed there and denoised. A and B are one image each, or folders with equal
@@ -56,32 +56,27 @@ class Interpolate(RunCommand):
         from factorkit.data.open import open_source
         from factorkit.segdiff.previews import draw_interpolation_grid, make_label_image
         from factorkit.segdiff.run import SegdiffRun
-        from factorkit.utils.atomic import save_image
         from factorkit.utils.images import images_to_pixels
 
+        a, b = open_source(self.a), open_source(self.b)
+        results = _Results(self, [a, b], f"interpolate, seed {self.seed}, with {self.b.resolve()}")
         result = SegdiffRun.load(self.run, device=self.device).interpolate(
-            open_source(self.a),
-            open_source(self.b),
-            frames=self.frames,
-            t=self.t,
-            steps=self.steps,
-            sampler=self.sampler,
-            seed=self.seed,
+            a, b, frames=self.frames, t=self.t, steps=self.steps, sampler=self.sampler, seed=self.seed
         )
         images, labels = images_to_pixels(result.images), result.labels.numpy()
         for i, j in np.ndindex(labels.shape[:2]):
-            path = _output_path(self.out, f"pair_{i:04d}_{j:02d}")
-            save_image(Image.fromarray(images[i, j]), Path(f"{path}.png"))
-            save_image(make_label_image(labels[i, j]), Path(f"{path}_labels.png"))
+            name = f"pair_{i:04d}_{j:02d}"
+            results.add(f"{name}.png", Image.fromarray(images[i, j]))
+            results.add(f"{name}_labels.png", make_label_image(labels[i, j]))
         regions = None if result.masks.shape[2] == 1 else labels
         grid = draw_interpolation_grid(
             images_to_pixels(result.a), images_to_pixels(result.b), images, regions, result.shares.tolist()
         )
-        return _write_grid(grid, self.out, len(images), pairs=len(images), frames=images.shape[1])
+        return results.write(grid, len(images), pairs=len(images), frames=images.shape[1])
 
 
 @dataclass(kw_only=True)
-class Branches(RunCommand):
+class Branches(OutputCommand):
     """Show the output of each branch of the model, with its mask.
 
     Images are cropped to their centred square at the model's resolution. For each image, OUT receives
@@ -105,33 +100,30 @@ class Branches(RunCommand):
         import numpy as np
         from PIL import Image
 
-        from factorkit.segdiff.inference.outputs import output_names
         from factorkit.segdiff.previews import draw_branch_grid
         from factorkit.segdiff.run import SegdiffRun
-        from factorkit.utils.atomic import save_image
         from factorkit.utils.images import images_to_pixels, unit_to_uint8
 
         source = _open_images(self.paths, "branches RUN PATHS... --out DIR")
+        results = _Results(self, [source], "branches")
         result = SegdiffRun.load(self.run, device=self.device).branches(source, t=self.t)
         images, masks, branches = (
             images_to_pixels(result.images),
             result.masks.numpy(),
             images_to_pixels(result.branches),
         )
-        for n, name in enumerate(output_names(source.names)):
-            path = _output_path(self.out, name)
-            save_image(Image.fromarray(images[n]), Path(f"{path}_estimate.png"))
+        for n in range(len(source)):
+            results.add_to_input(n, "estimate.png", Image.fromarray(images[n]))
             for k, branch in enumerate(branches[n]):
-                save_image(
-                    Image.fromarray(np.dstack([branch, unit_to_uint8(masks[n, k])])), Path(f"{path}_branch_{k}.png")
-                )
+                image = Image.fromarray(np.dstack([branch, unit_to_uint8(masks[n, k])]))
+                results.add_to_input(n, f"branch_{k}.png", image)
         grid = draw_branch_grid(images_to_pixels(result.noisy), images, masks, branches)
         areas = masks.mean((0, 2, 3)).tolist()
-        return _write_grid(grid, self.out, len(images), images=len(images), regions=masks.shape[1], areas=areas)
+        return results.write(grid, len(images), images=len(images), regions=masks.shape[1], areas=areas)
 
 
 @dataclass(kw_only=True)
-class Recompose(RunCommand):
+class Recompose(OutputCommand):
     """Edit one region of images: generate it anew, take it from another image, or remove it.
 
     The other regions stay as they are. Images are cropped to their centred square at the model's resolution. For each
@@ -168,17 +160,19 @@ class Recompose(RunCommand):
         from PIL import Image
 
         from factorkit.data.open import open_source
-        from factorkit.segdiff.inference.outputs import output_names
         from factorkit.segdiff.previews import draw_recomposition_grid, make_label_image
         from factorkit.segdiff.run import SegdiffRun
-        from factorkit.utils.atomic import save_image
         from factorkit.utils.images import images_to_pixels
 
         source = _open_images(self.paths, "recompose RUN PATHS... --region K --out DIR")
+        from_ = None if self.from_ is None else open_source(self.from_)
+        origin = "without it" if self.remove else f"from {self.from_.resolve()}" if self.from_ else f"seed {self.seed}"
+        what = f"recompose region {self.region}, {origin}"
+        results = _Results(self, [source] if from_ is None else [source, from_], what)
         result = SegdiffRun.load(self.run, device=self.device).recompose(
             source,
             self.region,
-            from_=None if self.from_ is None else open_source(self.from_),
+            from_=from_,
             remove=self.remove,
             t=self.t,
             steps=self.steps,
@@ -186,17 +180,15 @@ class Recompose(RunCommand):
             seed=self.seed,
         )
         images, labels, kept = images_to_pixels(result.images), result.labels.numpy(), result.kept.numpy()
-        names = output_names(source.names)
-        if len(names) < len(images):  # one image, recomposed with each of several others
-            names = [f"{names[0]}_{n:04d}" for n in range(len(images))]
-        for n, name in enumerate(names):
-            path = _output_path(self.out, name)
-            save_image(Image.fromarray(images[n]), Path(f"{path}_recomposed.png"))
-            save_image(make_label_image(labels[n]), Path(f"{path}_labels.png"))
+        one_of_many = len(source) < len(images)  # one image, recomposed with each of several others
+        for n in range(len(images)):
+            number, start = (0, f"{n:04d}_") if one_of_many else (n, "")
+            results.add_to_input(number, f"{start}recomposed.png", Image.fromarray(images[n]))
+            results.add_to_input(number, f"{start}labels.png", make_label_image(labels[n]))
         sources = None if result.sources is None else images_to_pixels(result.sources)
         grid = draw_recomposition_grid(images_to_pixels(result.originals), sources, kept, images, labels)
         shares = kept.mean((1, 2)).tolist()
-        return _write_grid(grid, self.out, len(images), images=len(images), region=self.region, kept=shares)
+        return results.write(grid, len(images), images=len(images), region=self.region, kept=shares)
 
 
 def _open_images(paths: Sequence[Path], usage: str) -> Source:
@@ -207,15 +199,50 @@ def _open_images(paths: Sequence[Path], usage: str) -> Source:
     return open_source(paths[0] if len(paths) == 1 else list(paths))
 
 
-def _output_path(out: Path, name: str) -> Path:
-    path = out / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+class _Results:
+    """The images that a command writes into its output folder, each for its input.
 
+    Args:
+        command: with the output folder.
+        sources: what it reads; the files of the first source are named after its images.
+        what: what is done with them; other results of the same images get other names.
 
-def _write_grid(grid: Image.Image, out: Path, count: int, **data: Any) -> Result:
-    from factorkit.utils.atomic import save_image
+    Raises:
+        WriteError: ``out`` has a file of another origin where the contact sheet belongs.
+    """
 
-    path = out / "contact_sheet.png"
-    save_image(grid, path)
-    return data | {"out": str(out), "contact_sheet": str(path)}, f"{count} done: {out}\ncontact sheet: {path}"
+    def __init__(self, command: OutputCommand, sources: Sequence[Source], what: str):
+        from factorkit.segdiff.inference.outputs import identify_inputs, name_contact_sheet, output_names
+        from factorkit.utils.output_record import OutputRecord
+
+        inputs = [identify_inputs(source) for source in sources]
+        self.out: Path = command.out  # type: ignore[attr-defined]  # each of these commands has it
+        files = (Path(name) for names in inputs for name in names)
+        self.record = OutputRecord(self.out, overwrite=command.overwrite, inputs=files)
+        self.what = f"{what}: "
+        self.grid, self.shown = name_contact_sheet(self.record, inputs[0], self.what)
+        self.record.check([self.grid], self.shown)
+        self.inputs, self.names = inputs[0], output_names(sources[0].names)
+        self.files: dict[tuple[str, str | None], dict[str, Image.Image]] = {}
+
+    def add(self, name: str, image: Image.Image) -> None:
+        """Add an image of all inputs."""
+        self.files.setdefault((self.shown, None), {})[name] = image
+
+    def add_to_input(self, number: int, ending: str, image: Image.Image) -> None:
+        """Add an image that is named after an input."""
+        source = f"{self.what}{self.inputs[number]}"
+        stem = self.record.distinct_stem(self.names[number], source)
+        self.files.setdefault((source, stem), {})[f"{stem}_{ending}"] = image
+
+    def write(self, grid: Image.Image, count: int, **data: Any) -> Result:
+        """Write all images, or none if one of them is in the way of another file."""
+        groups = [*self.files.items(), ((self.shown, Path(self.grid).stem), {self.grid: grid})]
+        for (source, _), images in groups:
+            self.record.check(images, source)
+        with self.record:
+            for (source, stem), images in groups:
+                self.record.write({name: image.save for name, image in images.items()}, source, stem=stem)
+        path = self.out / self.grid
+        data |= {"out": str(self.out), "contact_sheet": str(path)}
+        return data, f"{count} done: {self.out}\ncontact sheet: {path}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from factorkit.cli.base import Flag, Result, RunCommand
+from factorkit.cli.base import Flag, OutputCommand, Result
 
 if TYPE_CHECKING:
     from factorkit.segdiff.run import Generation
@@ -20,7 +20,7 @@ Sampler = Literal["ddim", "ddpm", "heun", "dpm++"]
 
 
 @dataclass(kw_only=True)
-class Generate(RunCommand):
+class Generate(OutputCommand):
     """Generate new images together with their masks.
 
     OUT receives generated_0000.png, generated_0000_labels.png, generated_0000_mask_K.png and so on, and
@@ -54,7 +54,11 @@ class Generate(RunCommand):
     def execute(self) -> Result:
         from factorkit.segdiff.run import SegdiffRun
         from factorkit.utils import distributed
+        from factorkit.utils.output_record import OutputRecord
 
+        source = f"generate, seed {self.seed}: {self.run.resolve()}"
+        names = [f"generated_{i:04d}.png" for i in range(self.count)]
+        OutputRecord(self.out, overwrite=self.overwrite).check([*names, "contact_sheet.png"], source)
         generation = SegdiffRun.load(self.run, device=self.device).generate(
             self.count,
             sampler=self.sampler,
@@ -65,34 +69,44 @@ class Generate(RunCommand):
             trajectory=self.trajectory,
             progress=True,
         )
-        data = distributed.run_on_first(lambda: write_generated(generation, self.out))
+        data = distributed.run_on_first(lambda: write_generated(generation, self.out, source, self.overwrite))
         return data, f"{data['generated']} generated: {self.out}\ncontact sheet: {data['contact_sheet']}"
 
 
-def write_generated(generation: Generation, out: Path) -> dict[str, Any]:
+def write_generated(
+    generation: Generation, out: Path, source: str = "generate", overwrite: bool = False
+) -> dict[str, Any]:
     """Write generated images, their labels and masks if there are several regions, and image grids of all.
+
+    Args:
+        generation: what to write.
+        out: the folder.
+        source: identifies the run and the seed; files that were written for others are not replaced.
+        overwrite: replace them, and files of another origin, as well.
 
     Returns:
         The paths and the number of images.
+
+    Raises:
+        WriteError: a file of another origin is in the way.
     """
     import numpy as np
     from PIL import Image
 
     from factorkit.report.image_grid import draw_image_grid
     from factorkit.segdiff import previews
-    from factorkit.utils.atomic import save_image
     from factorkit.utils.images import images_to_pixels
+    from factorkit.utils.output_record import OutputRecord
 
-    out.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Image.Image] = {}
     images, masks, labels = images_to_pixels(generation.images), generation.masks.numpy(), generation.labels.numpy()
     has_regions = masks.shape[1] > 1
     for i, image in enumerate(images):
-        path = out / f"generated_{i:04d}"
-        save_image(Image.fromarray(image), Path(f"{path}.png"))
+        stem = f"generated_{i:04d}"
+        files[f"{stem}.png"] = Image.fromarray(image)
         if has_regions:
-            save_image(previews.make_label_image(labels[i]), Path(f"{path}_labels.png"))
-            for k, mask in enumerate(masks[i]):
-                save_image(previews.make_mask_image(mask), Path(f"{path}_mask_{k}.png"))
+            files[f"{stem}_labels.png"] = previews.make_label_image(labels[i])
+            files |= {f"{stem}_mask_{k}.png": previews.make_mask_image(mask) for k, mask in enumerate(masks[i])}
     data: dict[str, Any] = {"out": str(out), "generated": len(images), "contact_sheet": str(out / "contact_sheet.png")}
     if generation.classes is not None:
         grid = previews.draw_class_grid(images, masks, generation.classes)
@@ -101,7 +115,7 @@ def write_generated(generation: Generation, out: Path) -> dict[str, Any]:
         grid = previews.draw_generation_grid(images, masks, labels)
     else:
         grid = draw_image_grid([list(images[i : i + GRID_COLUMNS]) for i in range(0, len(images), GRID_COLUMNS)])
-    save_image(grid, Path(data["contact_sheet"]))
+    files["contact_sheet.png"] = grid
     if generation.trajectory is not None:
         count = len(generation.trajectory)
         columns = np.linspace(0, count - 1, min(TRAJECTORY_COLUMNS, count)).round().astype(int)
@@ -109,6 +123,7 @@ def write_generated(generation: Generation, out: Path) -> dict[str, Any]:
         regions = [step.masks[:TRAJECTORY_SAMPLES].argmax(1).numpy() for step in steps] if has_regions else None
         images_of_steps = [images_to_pixels(step.images[:TRAJECTORY_SAMPLES]) for step in steps]
         data["trajectory"] = str(out / "trajectory.png")
-        grid = previews.draw_trajectory_grid(images_of_steps, regions, [step.t for step in steps])
-        save_image(grid, Path(data["trajectory"]))
+        files["trajectory.png"] = previews.draw_trajectory_grid(images_of_steps, regions, [step.t for step in steps])
+    with OutputRecord(out, overwrite=overwrite) as record:
+        record.write({name: image.save for name, image in files.items()}, source)
     return data

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from factorkit.cli.base import Flag, OptionalFloat, OptionalInt, OptionalPath, Paths, Result, RunCommand
+from factorkit.cli.base import Flag, OptionalFloat, OptionalInt, OptionalPath, OutputCommand, Paths, Result, RunCommand
 from factorkit.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ GRID_VIEWS, TRAJECTORY_STEPS = 10, 10  # at most, in an image grid
 
 
 @dataclass(kw_only=True)
-class Pose(RunCommand):
+class Pose(OutputCommand):
     """Predict the camera poses of images of a known scene.
 
     The result is a camera-to-world matrix for each image in the coordinates of the run (OpenGL axes), and the score of
@@ -50,9 +52,13 @@ class Pose(RunCommand):
     the run's."""
 
     def execute(self) -> Result:
-        from factorkit.engine.run_folder import write_json
         from factorkit.utils import distributed
+        from factorkit.utils.output_record import check_file, writing_file
 
+        source = _describe(self, "pose", self.paths)
+        place: dict[str, Any] = {"overwrite": self.overwrite, "inputs": list(_list_files(self.paths))}
+        if self.out is not None:
+            check_file(self.out, source, **place)
         run = _load(self)
         views = open_images(run, self.paths, self.fov)
         result = run.predict_pose(views, refine=self.refine, check=self.check)
@@ -60,14 +66,19 @@ class Pose(RunCommand):
             {"name": name, "camera_to_world": matrix, "scores": scores}
             for name, matrix, scores in zip(views.names, result.poses.tolist(), result.scores.tolist(), strict=True)
         ]
+
+        def write(out: Path) -> None:
+            with writing_file(out, source, **place) as temporary:
+                temporary.write_text(json.dumps({"frames": frames}, indent=2) + "\n", encoding="utf-8")
+
         if (out := self.out) is not None:
-            distributed.run_on_first(lambda: write_json(out, {"frames": frames}))
+            distributed.run_on_first(lambda: write(out))
         lines = [f"{f['name']}: at " + ", ".join(f"{row[3]:.3f}" for row in f["camera_to_world"][:3]) for f in frames]
         return {"frames": frames, "out": None if out is None else str(out)}, "\n".join(lines)
 
 
 @dataclass(kw_only=True)
-class Reconstruct(RunCommand):
+class Reconstruct(OutputCommand):
     """Render the scene from the predicted poses of images.
 
     OUT receives NAME.png and NAME_depth.png for each image, and contact_sheet.png with images beside renders.
@@ -92,25 +103,31 @@ class Reconstruct(RunCommand):
         from factorkit.nerfdiff.previews.views import disparity_pixels, draw_view_grid
         from factorkit.utils import distributed
         from factorkit.utils.images import images_to_pixels
+        from factorkit.utils.output_record import OutputRecord
 
+        source = _describe(self, "reconstruct", self.paths)
+        record = OutputRecord(self.out, overwrite=self.overwrite, inputs=_list_files(self.paths))
+        record.check(["contact_sheet.png"], source)
         run = _load(self)
         views = open_images(run, self.paths, self.fov)
+        stems = file_stems(views.names)
+        record.check([f"{stem}{end}" for stem in stems for end in (".png", "_depth.png")], source)
         renders = run.reconstruct(views, self.size)
         path = self.out / "contact_sheet.png"
 
         def write() -> None:
-            self.out.mkdir(parents=True, exist_ok=True)
+            files: dict[str, Image.Image] = {}
             disparities = disparity_pixels(renders.depth, renders.opacity)
-            for name, image, depth in zip(views.names, images_to_pixels(renders.images), disparities, strict=True):
-                place = self.out / name.replace("/", "_")
-                Image.fromarray(image).save(place.with_suffix(".png"))
-                Image.fromarray(depth).save(place.with_name(place.stem + "_depth.png"))
+            for stem, image, depth in zip(stems, images_to_pixels(renders.images), disparities, strict=True):
+                files[f"{stem}.png"], files[f"{stem}_depth.png"] = Image.fromarray(image), Image.fromarray(depth)
             n = slice(0, GRID_VIEWS)
             height, width = renders.images.shape[2:]
             originals = views.resize((height, width)).images[n]
-            draw_view_grid(originals, renders.images[n], renders.depth[n], renders.opacity[n], views.names[n]).save(
-                path
+            files[path.name] = draw_view_grid(
+                originals, renders.images[n], renders.depth[n], renders.opacity[n], views.names[n]
             )
+            with record:
+                record.write({name: image.save for name, image in files.items()}, source)
 
         distributed.run_on_first(write)
         data = {"out": str(self.out), "reconstructed": len(views), "contact_sheet": str(path)}
@@ -118,7 +135,7 @@ class Reconstruct(RunCommand):
 
 
 @dataclass(kw_only=True)
-class Render(RunCommand):
+class Render(OutputCommand):
     """Render the scene along a camera path.
 
     Examples:
@@ -137,16 +154,18 @@ class Render(RunCommand):
     """Pixels of the longer side. The default is the training resolution."""
 
     def execute(self) -> Result:
-        from factorkit.nerfdiff.export.frames import write_frames
+        from factorkit.nerfdiff.export.frames import check_frames, write_frames
         from factorkit.utils import distributed
 
+        place: dict[str, Any] = {"source": _describe(self, f"render {self.path}"), "overwrite": self.overwrite}
+        check_frames(self.out, **place)
         images = _load(self).render_path(self.path, self.size, self.frames).images
-        distributed.run_on_first(lambda: write_frames(self.out, images))
+        distributed.run_on_first(lambda: write_frames(self.out, images, **place))
         return {"out": str(self.out), "frames": self.frames}, f"{self.frames} frames: {self.out}"
 
 
 @dataclass(kw_only=True)
-class Sample(RunCommand):
+class Sample(OutputCommand):
     """Generate views and their cameras from pure noise.
 
     OUT receives view_0000.png and so on, poses.json, and with --trajectory trajectory.png with the denoising steps.
@@ -170,11 +189,13 @@ class Sample(RunCommand):
         import numpy as np
         from PIL import Image
 
-        from factorkit.engine.run_folder import write_json
         from factorkit.nerfdiff.previews.views import draw_denoising_grid
         from factorkit.utils import distributed
         from factorkit.utils.images import images_to_pixels
+        from factorkit.utils.output_record import OutputRecord
 
+        source, record = _describe(self, f"sample, seed {self.seed}"), OutputRecord(self.out, overwrite=self.overwrite)
+        record.check([*(f"view_{i:04d}.png" for i in range(self.count)), "poses.json"], source)
         run = _load(self)
         result = run.sample(n=self.count, steps=self.steps, seed=self.seed, trajectory=self.trajectory)
         data: dict[str, Any] = {
@@ -197,19 +218,22 @@ class Sample(RunCommand):
             )
 
         def write() -> None:
-            self.out.mkdir(parents=True, exist_ok=True)
-            for i, image in enumerate(images_to_pixels(result.images)):
-                Image.fromarray(image).save(self.out / f"view_{i:04d}.png")
-            write_json(Path(data["poses"]), {"poses": result.poses.tolist()})
+            pixels, poses = images_to_pixels(result.images), json.dumps({"poses": result.poses.tolist()}, indent=2)
+            files: dict[str, Callable[[Path], Any]] = {
+                f"view_{i:04d}.png": Image.fromarray(image).save for i, image in enumerate(pixels)
+            }
+            files["poses.json"] = lambda path: path.write_text(poses + "\n", encoding="utf-8")
             if grid is not None:
-                grid.save(data["trajectory"])
+                files["trajectory.png"] = grid.save
+            with record:
+                record.write(files, source)
 
         distributed.run_on_first(write)
         return data, f"{data['views']} views: {self.out}"
 
 
 @dataclass(kw_only=True)
-class Export(RunCommand):
+class Export(OutputCommand):
     """Write the scene or its cameras in a format of other programs.
 
     Examples:
@@ -225,7 +249,7 @@ class Export(RunCommand):
     """What to write. The default follows from the name of OUT."""
 
     def execute(self) -> Result:
-        written = _load(self).export(self.out, kind=self.kind)
+        written = _load(self).export(self.out, kind=self.kind, overwrite=self.overwrite)
         return {"out": str(written)}, f"written: {written}"
 
 
@@ -292,9 +316,9 @@ def load_contents(path: Path, device: str) -> ViewerScene:
         background = torch.zeros(3) if views.background is None else views.background
         return ViewerScene(step, field, views, background, None)
     run = NerfdiffRun.load(path, device=device)
-    errors, true_poses = training_errors(run), None
-    if errors is not None:
-        true_poses = errors.alignment.inverse().apply(load_views(run.folder).poses)
+    errors, stored, true_poses = training_errors(run), load_views(run.folder), None
+    if errors is not None and stored is not None and stored.poses is not None:
+        true_poses = errors.alignment.inverse().apply(stored.poses)
     return ViewerScene(run.step, run.model.field, run.views, run.model.background, true_poses)
 
 
@@ -304,6 +328,29 @@ def open_images(run: NerfdiffRun, paths: Sequence[Path], fov: float | None = Non
         raise ConfigError("no images are given; name files or a folder after RUN")
     source = paths[0] if len(paths) == 1 else [str(path) for path in paths]
     return run.open_images(source, fov)
+
+
+def file_stems(names: Sequence[str]) -> list[str]:
+    """Return a distinct file name without suffix for each view."""
+    stems: list[str] = []
+    for name in names:
+        stem = Path(name.replace("/", "_")).stem
+        candidates = itertools.chain((stem,), (f"{stem}-{i}" for i in itertools.count(2)))
+        stems.append(next(c for c in candidates if c not in stems and c != "contact_sheet"))
+    return stems
+
+
+def _describe(command: RunCommand, what: str, paths: Sequence[Path] = ()) -> str:
+    """Return what identifies the input of a result: what is done, the run, and the files that it is done with."""
+    return "\n".join([f"{what}: {command.run.resolve()}", *(str(path.resolve()) for path in paths)])
+
+
+def _list_files(paths: Sequence[Path]) -> Iterator[Path]:
+    """Yield the files that the user named, and those of the folders."""
+    for path in paths:
+        yield path
+        if path.is_dir():
+            yield from path.rglob("*")
 
 
 def _load(command: RunCommand) -> NerfdiffRun:

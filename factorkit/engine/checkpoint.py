@@ -11,8 +11,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,19 @@ def average_name(decay: float) -> str:
     return f"ema_{float(decay)}"
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+def write_checkpoint(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    opened: Callable[[Path], AbstractContextManager[Path]] | None = None,
+) -> Path:
     """Write tensors and JSON-able ``meta`` atomically and wait until they are on the disk.
+
+    Args:
+        path: the file.
+        tensors: what to store.
+        meta: JSON-able.
+        opened: yields the temporary path that becomes the file; None: durably.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; an old file is intact.
@@ -48,7 +59,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[st
     header = {"format": f"{FORMAT}-{VERSION}", "meta": text, "sha256": _digest(tensors, text)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, durable=True) as temporary:
+        with replacing(path, durable=True) if opened is None else opened(path) as temporary:
             temporary.touch()
             mode = temporary.stat().st_mode  # safetensors replaces the file by one that others cannot read
             save_file(tensors, temporary, metadata=header)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from factorkit.engine.checkpoint import Checkpoints, average_name, read_checkpoint
@@ -229,6 +231,17 @@ def write_json(path: Path, values: Any) -> None:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def identify_run(folder: Path | None, weights: Mapping[str, Tensor]) -> str:
+    """Return what identifies a run as the input of its results: its folder, else a hash of its weights."""
+    if folder is not None:
+        return str(folder.resolve())
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in weights.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return f"weights {digest.hexdigest()}"
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -309,4 +309,5 @@ register_renamed_settings(
         "t_power": "timestep_power",
     },
     values={("encoder_pooling", "whole"): "flatten"},
+    tensors={"occupancy.looks": "occupancy.num_updates"},
 )

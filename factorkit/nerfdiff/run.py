@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import resolve_device
-from factorkit.engine.run_folder import check_plausible, read_object, read_weights, write_json
+from factorkit.engine.run_folder import check_plausible, identify_run, read_object, read_weights, write_json
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.localise import refine_poses, select_best_poses
 from factorkit.nerfdiff.cameras.paths import camera_path
@@ -32,6 +33,7 @@ from factorkit.nerfdiff.scene import match_camera
 from factorkit.nerfdiff.training_views import check_scene_description, load_views
 from factorkit.utils import distributed
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from factorkit.utils.output_record import writing_file
 from factorkit.utils.rng import derived_seed
 
 SCORES_FILE = "scores.json"
@@ -136,15 +138,21 @@ class NerfdiffRun:
         device = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, scene, model, device, step, path if path.is_dir() and weights == "average" else None)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
 
+        Args:
+            path: the file.
+            overwrite: also replace a file that was not written for this run.
+
         Raises:
+            WriteError: another file is in the way.
             CheckpointError: ``path`` cannot be written; an existing file is then unchanged.
         """
         weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
+        opened = partial(writing_file, source=f"save: {identify_run(self.folder, weights)}", overwrite=overwrite)
         meta = {"model": "nerfdiff", **self.config.to_dict(), "scene": self.scene, "step": self.step}
-        return write_checkpoint(Path(path), weights, meta)
+        return write_checkpoint(Path(path), weights, meta, opened)
 
     @property
     def poses(self) -> Tensor:
@@ -169,13 +177,15 @@ class NerfdiffRun:
         Args:
             path: ``scene.ply`` (coloured points), ``mesh.ply`` (also .obj, .glb), ``transforms.json`` (nerfstudio) or a
                 folder (COLMAP's text format).
-            **options: of :func:`factorkit.nerfdiff.export.export`.
+            **options: of :func:`factorkit.nerfdiff.export.export`, such as ``overwrite``.
 
         Raises:
             ConfigError: the path does not determine a kind.
             DataError: the scene has no surface.
+            WriteError: a file of another origin is in the way.
         """
-        return export(path, self.views, self.model.field, **options)
+        source = f"export: {identify_run(self.folder, self.model.state_dict())}"
+        return export(path, self.views, self.model.field, source=source, **options)
 
     def predict_pose(self, images: Any, t: int | None = None, refine: int = 0, check: bool = False) -> PosePrediction:
         """Predict the cameras of images with one forward pass of the encoder, optionally refined by rendering.

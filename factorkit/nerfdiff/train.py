@@ -120,9 +120,9 @@ def estimate(
     The arguments are those of :func:`train_nerfdiff`.
 
     Returns:
-        preset, views, parameters (of encoder and field), memory_gib (peak; of the process on a CPU), device, stages
-        (each with name, steps, views_per_second and seconds), and seconds, their sum. The flip test is counted with its
-        maximum number of rounds.
+        preset, views, parameters (of encoder and field), memory_gib (peak of a GPU, or growth of the process), device,
+        stages (each with name, steps, views_per_second and seconds), and seconds, their sum. The flip test is counted
+        with its maximum number of rounds.
     """
     preset = preset or default_preset(data)
     config = preset_config(preset, **changes)
@@ -141,7 +141,7 @@ def estimate(
         "preset": preset,
         "views": len(views),
         "parameters": trial.parameters,
-        "memory_gib": (peak_memory(device) - before) / 2**30,
+        "memory_gib": max(peak_memory(device) - before, 5 * 4 * trial.parameters) / 2**30,
         "device": str(device),
         "stages": trial.stages,
         "seconds": sum(stage["seconds"] for stage in trial.stages),

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from factorkit.metrics import frechet
 from factorkit.reproduce.experiment import CellUnavailableError, Column
 from factorkit.reproduce.segdiff_runs import Trainings
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.run import Generation, SegdiffRun
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_images
@@ -54,7 +54,7 @@ def fid(trainings: Trainings, run: SegdiffRun, images: Tensor) -> float:
         raise CellUnavailableError(str(error)) from error
 
 
-def count_multiply_adds(config: SegdiffConfig) -> int:
+def count_multiply_adds(config: ResolvedSegdiffConfig) -> int:
     """Count the multiply-adds of one forward pass of one image, in convolutions and matrix products alone."""
     with torch.device("meta"):
         model = config.build().eval()

@@ -160,7 +160,7 @@ def reproduce(
     settings = json.loads(json.dumps(settings))
     empty = not any((setup.folder / "cells").glob("*.json"))  # a folder without cells may change its data
     replace = (lambda stored: settings) if empty else None
-    with claimed(setup.folder, settings, frozenset(), "filling the cells of", replace):
+    with claimed(setup.folder, settings, frozenset({"data.name"}), "filling the cells of", replace):
         return _compute(experiment, setup, every, seeds, set(rows))
 
 

@@ -16,7 +16,7 @@ from factorkit.data.masks import LabelledImages, load_labelled
 from factorkit.data.prepare import prepare
 from factorkit.metrics.segmentation import evaluate_masks, score_masks
 from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Setup, percent
-from factorkit.segdiff.config import PRESETS, SegdiffConfig, preset_config
+from factorkit.segdiff.config import PRESETS, ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.evaluate import score_foreground_regions
 from factorkit.segdiff.hierarchy import hard_labels, level_labels
 from factorkit.segdiff.run import SegdiffRun
@@ -73,7 +73,7 @@ class Trainings:
         changes = _GPU if self.setup.scale == "gpu" else {}
         return {**changes, "device": self.setup.device, **self.setup.options, **self.setup.changes}
 
-    def config(self, **changes: Any) -> SegdiffConfig:
+    def config(self, **changes: Any) -> ResolvedSegdiffConfig:
         """Return the resolved configuration of :meth:`train` with the same changes."""
         return preset_config(self.preset, **{**self.settings, **changes}).resolved()
 

@@ -27,7 +27,7 @@ from factorkit.segdiff import previews
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.masks.mixture import SpatialMixture, noise_error, unexplained_noise
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask, add_noise
-from factorkit.segdiff.train import describe_data, load_data
+from factorkit.segdiff.train import DATA_NAME, describe_data, load_data
 from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import signed_to_pixels
@@ -163,7 +163,7 @@ def choose_regions(
         held_out = np.linspace(0, len(images) - 1, min(NUM_PROBES, len(images) // 4)).round().astype(int)
         probes, images = images[held_out], np.delete(images, held_out, 0)
     settings = {"model": "choose_regions", **configs[0].to_dict(), "data": describe_data(dataset, prepared)}
-    with claimed(folder, settings, SegdiffConfig.RESUMABLE | {"regions"}), cpu_threads(configs[0].threads):
+    with claimed(folder, settings, SegdiffConfig.RESUMABLE | {"regions", DATA_NAME}), cpu_threads(configs[0].threads):
         errors: dict[int, list[float]] = {}
         best: list[SpatialMixture] = []
         for k, config in zip(candidates, configs, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import resolve_device
-from factorkit.engine.run_folder import read_object, write_json
+from factorkit.engine.run_folder import identify_run, read_object, write_json
 from factorkit.segdiff.class_labels import select_labels
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.editing.editor import Editor
@@ -23,6 +24,7 @@ from factorkit.segdiff.sampling import Frame, Generation, draw_images
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import signed_to_unit
+from factorkit.utils.output_record import writing_file
 
 SCORES = "scores.json"
 
@@ -70,10 +72,15 @@ class SegdiffRun(Segmenter, Editor):
         torch_device = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, model, torch_device, step, path if path.is_dir() and weights == "average" else None)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
 
+        Args:
+            path: the file.
+            overwrite: also replace a file that was not written for this run.
+
         Raises:
+            WriteError: another file is in the way.
             CheckpointError: ``path`` cannot be written; a file that was there before is unchanged.
 
         Example:
@@ -81,7 +88,9 @@ class SegdiffRun(Segmenter, Editor):
             2
         """
         weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
-        return write_checkpoint(Path(path), weights, {"model": "segdiff", **self.config.to_dict(), "step": self.step})
+        opened = partial(writing_file, source=f"save: {identify_run(self.folder, weights)}", overwrite=overwrite)
+        meta = {"model": "segdiff", **self.config.to_dict(), "step": self.step}
+        return write_checkpoint(Path(path), weights, meta, opened)
 
     @property
     def scores(self) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from factorkit.engine.log import RunLog
 from factorkit.engine.run_folder import claimed, copy_folder, read_object, write_json
 from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.alarms import Alarms
-from factorkit.segdiff.config import ResolvedSegdiffConfig, preset_config
+from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.network import count_parameters
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
@@ -33,6 +33,8 @@ from factorkit.utils.jsonl import LOG_NAME
 
 #: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
+
+DATA_NAME = "data.name"  # of a run's settings: the data's folder or file, which may move between resumes
 
 
 def train_segdiff(
@@ -113,7 +115,7 @@ def train_segdiff(
             task, config, folder, meta, device=device, progress=progress, stop_at=stop_at, report=write_report
         )
 
-    run_folder = claimed(folder, settings, config.RESUMABLE)
+    run_folder = claimed(folder, settings, config.RESUMABLE | {DATA_NAME})
     with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
         if seed_trials > 1:
             config = run_seed_trials(config, folder, seed_trials, make_trainer)
@@ -139,7 +141,7 @@ def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
     distributed.run_on_first(lambda: write_report(cast(Path, run.folder)))
 
 
-def load_data(data: Any, config: ResolvedSegdiffConfig, progress: bool) -> tuple[Dataset, PreparedImages, np.ndarray]:
+def load_data(data: Any, config: SegdiffConfig, progress: bool) -> tuple[Dataset, PreparedImages, np.ndarray]:
     """Return the data set, its training images at the model's resolution, and probe images for previews and alarms."""
     if data is None:
         dataset = make_procedural_dataset(config.resolution, nested=len(config.nesting) > 1)
@@ -173,9 +175,9 @@ def find_classes(classes: Any, dataset: Dataset, names: Sequence[str]) -> Classe
 
 
 def describe_data(dataset: Dataset, prepared: PreparedImages, labels: np.ndarray | None = None) -> dict[str, Any]:
-    """Identify the training images independently of their path.
+    """Identify the training images by content: number, a hash of a sample of their pixels, and one of all labels.
 
-    By name, number, a hash of a sample of their pixels, and one of all labels.
+    The name of the folder or file is for people; a run resumes for the same images under any other (`DATA_NAME`).
     """
     digest = hashlib.sha256()
     for i in np.linspace(0, len(prepared) - 1, min(64, len(prepared))).round().astype(int):

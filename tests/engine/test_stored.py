@@ -76,6 +76,14 @@ def test_migrate_settings_removed_setting_is_refused_unless_it_computes_the_same
         migrate_settings({"model": "test", "looks": 2}, "a/config.json")
 
 
+def test_load_stored_nerfdiff_file_with_occupancy_gives_the_same_render():
+    """The grid's buffer ``num_updates`` was ``looks``."""
+    run = factorkit.load(STORED / "nerfdiff_occupancy_1.safetensors", device="cpu")
+    grid = run.model.field.occupancy
+    assert grid.num_updates == 3 and grid.bits.count_nonzero() == 4096
+    assert run.render(run.poses[:1]).images.mean().item() == pytest.approx(0.7995, rel=1e-3)
+
+
 @pytest.mark.parametrize(("name", "config"), [("segdiff", SegdiffConfig), ("nerfdiff", NerfdiffConfig)])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_migrate_settings_stored_files_have_only_settings_of_today(name, config, version):

@@ -107,8 +107,8 @@ def run(out: Path, changes: dict, stage: str | None) -> int:
         pipeline.write_report = lambda folder: None
         pipeline.HELD_OUT_STEPS = 6
         for module in (distil, fit, joint, search):
-            for sheet in {"save_cameras", "save_model_previews"} & vars(module).keys():
-                setattr(module, sheet, lambda *arguments: None)
+            for image_grid in {"save_cameras", "save_model_previews"} & vars(module).keys():
+                setattr(module, image_grid, lambda *arguments: None)
         if stage:
             die_in(stage)
         train_nerfdiff(views(), out=out, **TINY | changes)

@@ -39,8 +39,8 @@ def evenly(count: int, arc: float) -> torch.Tensor:
     return around(torch.arange(count) * (arc / count))
 
 
-def names(found: dict) -> list[str]:
-    return [failure.split(":")[0] for failure in found["failures"]]
+def names(result: dict) -> list[str]:
+    return [failure.split(":")[0] for failure in result["failures"]]
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +51,18 @@ def field():
 @pytest.fixture(scope="module")
 def scene(field):
     """Forty views from all around, 16 pixels a side, with their true poses."""
-    optics = CameraModel(torch.tensor([[1.6, 0, 0.5], [0, 1.6, 0.5], [0, 0, 1]]), torch.ones(3))
+    camera_model = CameraModel(torch.tensor([[1.6, 0, 0.5], [0, 1.6, 0.5], [0, 0, 1]]), torch.ones(3))
     draw = torch.Generator().manual_seed(0)
     azimuth = torch.arange(40) * 9.0 + 4 * torch.rand(40, generator=draw)
     poses = orbit_poses(direction_vectors(azimuth, 10 + 40 * torch.rand(40, generator=draw)), DISTANCE)
-    images = render_views(field, poses, optics, (16, 16), 32).color.movedim(-1, 1)
-    return Scene(images, [str(i) for i in range(40)], optics, "object", DISTANCE, poses)
+    images = render_views(field, poses, camera_model, (16, 16), 32).color.movedim(-1, 1)
+    return Scene(images, [str(i) for i in range(40)], camera_model, "object", DISTANCE, poses)
 
 
 CONFIG = preset_config("demo", samples_per_ray=32)
 
 
-def test_cameras_on_one_side_are_a_collapse_and_most_of_a_circle_is_none():
+def test_pose_alarms_cameras_on_one_side_are_a_collapse():
     assert azimuth_spread(evenly(40, 360)) > 0.99 and azimuth_spread(evenly(40, 10)) < 0.05
     assert names(pose_alarms(evenly(40, 360))) == names(pose_alarms(evenly(40, 250))) == []
     assert "one side" in pose_alarms(evenly(40, 180))["failures"][0]
@@ -71,7 +71,7 @@ def test_cameras_on_one_side_are_a_collapse_and_most_of_a_circle_is_none():
     assert "one side" in pose_alarms(around(squeezed))["failures"][0]
 
 
-def test_two_opposite_crowds_are_a_collapse_though_their_spread_is_full():
+def test_pose_alarms_two_opposite_clusters_are_a_collapse():
     crowds = around(torch.cat([torch.rand(30) * 30, 180 + torch.rand(30) * 30]))
     assert azimuth_spread(crowds) > 0.9
     assert "few places" in pose_alarms(crowds)["failures"][0]
@@ -81,14 +81,14 @@ def test_two_opposite_crowds_are_a_collapse_though_their_spread_is_full():
     assert abs(sector_use(evenly(48, 360)) - 1) < 1e-5
 
 
-def test_few_candidates_in_use_are_a_collapse():
+def test_pose_alarms_few_used_candidates_are_a_collapse():
     one = torch.zeros(20, dtype=torch.int64)
     assert abs(effective_use(one, 10) - 0.1) < 1e-6 and effective_use(torch.arange(20) % 10, 10) > 0.999
     assert "few candidates" in pose_alarms(evenly(20, 360), one, 10)["failures"][0]
     assert names(pose_alarms(evenly(20, 360), torch.arange(20) % 10, 10)) == []
 
 
-def test_a_share_of_turned_views_is_a_duplication():
+def test_pose_alarms_share_of_rotated_views_is_a_duplication():
     assert "duplication: 30%" in pose_alarms(evenly(20, 360), duplication=0.3)["failures"][0]
     assert names(pose_alarms(evenly(20, 360), duplication=0.0)) == []
 
@@ -96,34 +96,34 @@ def test_a_share_of_turned_views_is_a_duplication():
 def test_neighbour_degrees_between_similar_views():
     images = torch.zeros(4, 3, 8, 8)
     images[1], images[2], images[3] = 0.1, 0.7, 0.75
-    apart = neighbour_degrees(around(torch.tensor([350.0, 20, 100, 260])), images)
-    assert torch.allclose(apart, torch.tensor([30.0, 30, 160, 160]), atol=1e-2)
+    difference = neighbour_degrees(around(torch.tensor([350.0, 20, 100, 260])), images)
+    assert torch.allclose(difference, torch.tensor([30.0, 30, 160, 160]), atol=1e-2)
 
 
-def test_right_cameras_raise_no_alarm(scene, field):
-    found = scene_alarms(CONFIG, scene, field, scene.poses)
-    assert found["failures"] == [] and not found["mirrored"] and found["inverted"] == 0
-    assert found["error"] < 0.05 and found["offset_median"] < 15 and found["offset_opposite"] == 0
+def test_scene_alarms_true_cameras_raise_none(scene, field):
+    result = scene_alarms(CONFIG, scene, field, scene.poses)
+    assert result["failures"] == [] and not result["mirrored"] and result["inverted"] == 0
+    assert result["error"] < 0.05 and result["offset_median"] < 15 and result["offset_opposite"] == 0
 
 
-def test_cameras_anywhere_scatter_views_and_explain_nothing(scene, field):
+def test_scene_alarms_random_cameras_are_scattered_and_unexplained(scene, field):
     torch.manual_seed(0)
     wrong = scene.poses[torch.randperm(40)]
-    found = scene_alarms(CONFIG, scene, field, wrong)
-    assert names(found) == ["scatter", "unexplained"] and found["error"] > 0.8 and found["offset_quartile"] > 30
+    result = scene_alarms(CONFIG, scene, field, wrong)
+    assert names(result) == ["scatter", "unexplained"] and result["error"] > 0.8 and result["offset_quartile"] > 30
     early = scene_alarms(CONFIG, scene, field, wrong, settled=False)
-    assert early["failures"] == [] and early["error"] == found["error"], "an early search is no failure, but is logged"
+    assert early["failures"] == [] and early["error"] == result["error"], "an early search is no failure, but is logged"
     assert names(scene_alarms(CONFIG, scene, field, wrong, exact=False)) == ["scatter"]
 
 
-def test_a_few_views_beside_their_place_are_no_failure(scene, field):
+def test_scene_alarms_few_misplaced_views_raise_none(scene, field):
     some = scene.poses.clone()
-    way = torch.nn.functional.normalize(some[:4, :3, 3], dim=1)
-    some[:4] = orbit_poses(rotate_about_z(way, 20.0), scene.distance)
+    directions = torch.nn.functional.normalize(some[:4, :3, 3], dim=1)
+    some[:4] = orbit_poses(rotate_about_z(directions, 20.0), scene.distance)
     assert names(scene_alarms(CONFIG, scene, field, some)) == []
 
 
-def test_the_error_is_a_share_of_the_views_variance(scene, field):
+def test_unexplained_variance_is_a_share_of_the_views_variance(scene, field):
     assert unexplained_variance(field, scene, scene.poses, 32) < 0.05
     same = scene.poses[:1].expand(40, 4, 4)
     assert 0.8 < unexplained_variance(field, scene, same, 32) < 3
@@ -131,10 +131,10 @@ def test_the_error_is_a_share_of_the_views_variance(scene, field):
     assert unexplained_variance(field, faint, scene.poses, 32) > 5, "in units of what is there to explain"
 
 
-def test_a_scene_turned_inside_out_is_a_mirror(scene):
+def test_pose_alarms_inverted_depth_is_a_mirror(scene):
     """Two ways it shows: cameras at minus their elevation, as upright ones take it, or upside down."""
-    way = torch.nn.functional.normalize(scene.poses[:, :3, 3], dim=1)
-    below = orbit_poses(way * torch.tensor([1.0, -1, -1]), scene.distance)
+    directions = torch.nn.functional.normalize(scene.poses[:, :3, 3], dim=1)
+    below = orbit_poses(directions * torch.tensor([1.0, -1, -1]), scene.distance)
     rolled = scene.poses * torch.tensor([-1.0, -1, 1, 1])
     for mirror in (below, rolled):
         assert inverted_share(mirror, 5.0) > 0.9 and inverted_share(scene.poses, 5.0) == 0
@@ -144,7 +144,9 @@ def test_a_scene_turned_inside_out_is_a_mirror(scene):
     assert names(pose_alarms(below, min_elevation=-70.0)) == []
     assert names(pose_alarms(scene.poses, true=scene.poses, min_elevation=5.0)) == []
     # the circle run through the other way round is another mistake than depth turned inside out
-    assert not pose_alarms(orbit_poses(way * torch.tensor([1.0, -1, 1]), scene.distance), true=scene.poses)["mirrored"]
+    assert not pose_alarms(orbit_poses(directions * torch.tensor([1.0, -1, 1]), scene.distance), true=scene.poses)[
+        "mirrored"
+    ]
 
 
 def collapsing(tiny, monkeypatch, after: int) -> dict:
@@ -162,20 +164,22 @@ def collapsing(tiny, monkeypatch, after: int) -> dict:
     return tiny | {"search": "joint", "sample_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "steps": 6}
 
 
-def test_a_collapsing_scene_is_named_and_the_best_checkpoint_kept(tiny, scene_views, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_train_collapse_is_logged_and_best_checkpoint_remains(tiny, scene_views, tmp_path, monkeypatch, capsys):
     settings = collapsing(tiny, monkeypatch, after=3)
     run = train_nerfdiff(scene_views, out=tmp_path / "run", **settings)
     assert "step 4: collapse" in capsys.readouterr().err
     alarms = timeline(read_log(run.folder), "alarms")
     assert [bool(e["failures"]) for e in alarms] == [False] * 3 + [True] * 3
     best = min(alarms[:3], key=lambda e: e["error"])["step"]
-    kept = sorted(p.name for p in (run.folder / "checkpoints").glob("step_*"))
-    assert kept == [f"step_{best:08d}.safetensors", "step_00000006.safetensors"]
-    before = NerfdiffRun.load(run.folder / "checkpoints" / kept[0], device="cpu")
+    stored = sorted(p.name for p in (run.folder / "checkpoints").glob("step_*"))
+    assert stored == [f"step_{best:08d}.safetensors", "step_00000006.safetensors"]
+    before = NerfdiffRun.load(run.folder / "checkpoints" / stored[0], device="cpu")
     assert before.step == best and before.predict_pose(scene_views).poses.isfinite().all()
 
 
-def test_a_collapsing_scene_stops_where_asked_and_goes_on_where_asked(tiny, scene_views, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_train_collapse_stops_with_stop_on_failure(tiny, scene_views, tmp_path, monkeypatch):
     settings = collapsing(tiny, monkeypatch, after=3)
     with pytest.raises(FactorkitError, match="stopped at step 4: collapse.*Earlier checkpoints are.*the best of"):
         train_nerfdiff(scene_views, out=tmp_path / "run", stop_on_failure=True, **settings)

@@ -13,7 +13,7 @@ from factorkit.utils.images import images_to_pixels
 
 
 @pytest.fixture
-def ask(capsys):
+def call_cli(capsys):
     """ask(*words) runs a command with --json: exit code and the object it prints."""
 
     def run(*words):
@@ -24,21 +24,21 @@ def ask(capsys):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory, scene_views):
+def drawings(tmp_path_factory, scene_views):
     """The tiny run's views as files."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("image_folder")
     for name, image in zip(scene_views.names, images_to_pixels(scene_views.images), strict=True):
         Image.fromarray(image).save(folder / f"{name}.png")
     return folder
 
 
 @pytest.fixture(scope="module")
-def posed(tmp_path_factory, pictures, scene_views):
+def posed(tmp_path_factory, drawings, scene_views):
     """The same as a nerfstudio folder with poses."""
     folder = tmp_path_factory.mktemp("posed")
     k = scene_views.intrinsics[0]
     frames = [
-        {"file_path": str(pictures / f"{name}.png"), "transform_matrix": pose.tolist()}
+        {"file_path": str(drawings / f"{name}.png"), "transform_matrix": pose.tolist()}
         for name, pose in zip(scene_views.names, scene_views.poses, strict=True)
     ]
     content = {"fl_x": float(k[0, 0]), "fl_y": float(k[1, 1]), "cx": 4.0, "cy": 4.0, "w": 8, "h": 8, "frames": frames}
@@ -46,61 +46,92 @@ def posed(tmp_path_factory, pictures, scene_views):
     return folder
 
 
-def test_pose_answers_what_the_run_predicts(ask, finished, pictures, scene_views, tmp_path):
-    code, found = ask("pose", finished.folder, pictures, "--out", tmp_path / "poses.json", "--device", "cpu")
-    assert code == 0 and found["frames"] == json.loads((tmp_path / "poses.json").read_text())["frames"]
+def test_pose_command_prints_predicted_poses(call_cli, finished, drawings, scene_views, tmp_path):
+    code, result = call_cli("pose", finished.folder, drawings, "--out", tmp_path / "poses.json", "--device", "cpu")
+    assert code == 0 and result["frames"] == json.loads((tmp_path / "poses.json").read_text())["frames"]
     order = sorted(range(10), key=lambda i: scene_views.names[i])
-    wanted = finished.predict_pose(scene_views.select(order)).poses
-    assert torch.allclose(torch.tensor([f["camera_to_world"] for f in found["frames"]]), wanted, atol=0.02)
+    expected = finished.predict_pose(scene_views.select(order)).poses
+    assert torch.allclose(torch.tensor([f["camera_to_world"] for f in result["frames"]]), expected, atol=0.02)
 
 
-def test_reconstruct_render_sample_and_export_write_what_they_say(ask, finished, pictures, tmp_path):
+def test_reconstruct_render_sample_and_export_write_their_files(call_cli, finished, drawings, tmp_path):
     run = finished.folder
-    code, found = ask("reconstruct", run, pictures, "--out", tmp_path / "seen", "--size", 12, "--device", "cpu")
-    assert code == 0 and found["reconstructed"] == 10 and len(list((tmp_path / "seen").glob("*_depth.png"))) == 10
+    code, result = call_cli("reconstruct", run, drawings, "--out", tmp_path / "seen", "--size", 12, "--device", "cpu")
+    assert code == 0 and result["reconstructed"] == 10 and len(list((tmp_path / "seen").glob("*_depth.png"))) == 10
     with Image.open(tmp_path / "seen" / "view_003.png") as image:
         assert image.size == (12, 12)
-    code, found = ask("render", run, "--out", tmp_path / "orbit.gif", "--frames", 4, "--device", "cpu")
+    code, result = call_cli("render", run, "--out", tmp_path / "orbit.gif", "--frames", 4, "--device", "cpu")
     with Image.open(tmp_path / "orbit.gif") as gif:
-        assert code == 0 and gif.n_frames == found["frames"] == 4
-    code, found = ask("sample", run, "-n", 2, "--steps", 4, "--trajectory", "--out", tmp_path / "s", "--device", "cpu")
+        assert code == 0 and gif.n_frames == result["frames"] == 4
+    code, result = call_cli(
+        "sample", run, "-n", 2, "--steps", 4, "--trajectory", "--out", tmp_path / "s", "--device", "cpu"
+    )
     assert code == 0 and len(json.loads((tmp_path / "s" / "poses.json").read_text())["poses"]) == 2
     assert (tmp_path / "s" / "view_0001.png").exists() and (tmp_path / "s" / "trajectory.png").exists()
-    code, found = ask("export", run, tmp_path / "transforms.json", "--device", "cpu")
+    code, result = call_cli("export", run, tmp_path / "transforms.json", "--device", "cpu")
     assert code == 0 and len(json.loads((tmp_path / "transforms.json").read_text())["frames"]) == 10
 
 
-def test_evaluate_scores_views_with_poses(ask, finished, posed):
-    code, scores = ask("evaluate", finished.folder, "--views", posed, "--device", "cpu")
+def test_evaluate_command_scores_views_with_poses(call_cli, finished, posed):
+    code, scores = call_cli("evaluate", finished.folder, "--views", posed, "--device", "cpu")
     assert code == 0 and {"rotation_median_deg", "under_10_deg", "psnr", "psnr_encoder", "seconds"} <= scores.keys()
-    code, answer = ask("evaluate", finished.folder, "--device", "cpu")
+    code, answer = call_cli("evaluate", finished.folder, "--device", "cpu")
     assert code == 2 and "--views" in answer["error"]
 
 
-def test_mistakes_are_named(ask, finished, pictures, tmp_path):
-    code, answer = ask("pose", finished.folder, tmp_path / "nowhere", "--device", "cpu")
+def test_commands_invalid_arguments_are_named(call_cli, finished, drawings, tmp_path):
+    code, answer = call_cli("pose", finished.folder, tmp_path / "nowhere", "--device", "cpu")
     assert code == 2 and "nowhere" in answer["error"]
-    code, answer = ask("render", finished.folder, "--out", tmp_path / "x.avi", "--device", "cpu")
+    code, answer = call_cli("render", finished.folder, "--out", tmp_path / "x.avi", "--device", "cpu")
     assert code == 2 and ".gif" in answer["error"]
-    code, answer = ask("segment", finished.folder, pictures, "--out", tmp_path / "x", "--device", "cpu")
+    code, answer = call_cli("segment", finished.folder, drawings, "--out", tmp_path / "x", "--device", "cpu")
     assert code == 2 and "nerfdiff" in answer["error"]
-    code, answer = ask("train", "nerfdiff", "--preset", "legos")
+    code, answer = call_cli("train", "nerfdiff", "--preset", "legos")
     assert code == 2 and "lego" in answer["error"]
 
 
-def test_train_takes_flags_and_resumes(ask, posed, tmp_path, tiny):
-    words = ["train", "nerfdiff", "--data", posed, "--out", tmp_path / "run"]
+def training_words(posed, folder, tiny):
+    """Return the command line of the tiny training."""
+    words = ["train", "nerfdiff", "--data", posed, "--out", folder]
     for key, value in tiny.items():
         if key != "progress":
             words += [f"--{key.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
-    code, found = ask(*words)
-    assert code == 0 and found["run"] == str(tmp_path / "run") and (tmp_path / "run" / "report.html").exists()
-    assert ask(*words)[0] == 0
+    return words
 
 
-def test_the_recipe_follows_the_resolution(capsys):
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({}, ["search", "refine", "flip 0a", "flip 0b", "refine again", "distil"]),
+        ({"search": "joint"}, ["joint", "half a", "half b"]),
+        ({"poses": "known", "field": "hashgrid"}, ["fit", "distil"]),
+    ],
+)
+def test_dry_run_times_every_stage_and_writes_nothing(changes, stages, call_cli, posed, tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = training_words(posed, "run", tiny | {"flip_rounds": 3} | changes)
+    code, estimate = call_cli(*words, "--dry-run")
+    assert code == 0 and [stage["name"] for stage in estimate["stages"]] == stages
+    for stage in estimate["stages"]:
+        assert stage["views_per_second"] > 0 and stage["seconds"] > 0
+    steps = {stage["name"]: stage["steps"] for stage in estimate["stages"]}
+    assert steps[stages[0]] == {"search": 22, "joint": 5, "fit": 4}[stages[0]] and steps.get("distil", 5) == 5
+    assert estimate["seconds"] == pytest.approx(sum(stage["seconds"] for stage in estimate["stages"]))
+    assert estimate["views"] == 8 and estimate["device"] == "cpu"  # every 8th is held out
+    assert estimate["parameters"] > 10_000 and estimate["memory_gib"] >= 20 * estimate["parameters"] / 2**30
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_command_takes_flags_and_resumes(call_cli, posed, tmp_path, tiny):
+    words = training_words(posed, tmp_path / "run", tiny)
+    code, result = call_cli(*words)
+    assert code == 0 and result["run"] == str(tmp_path / "run") and (tmp_path / "run" / "report.html").exists()
+    assert call_cli(*words)[0] == 0
+
+
+def test_train_help_defaults_follow_the_resolution(capsys):
     assert main(["train", "nerfdiff", "--preset", "fast", "--resolution", "64", "--help-advanced"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "--grid-resolution INT" in said and said.split("--grid-resolution INT")[1].split("(default:")[1].startswith(
-        " 64)"
-    )
+    output = " ".join(capsys.readouterr().out.split())
+    assert "--grid-resolution INT" in output and output.split("--grid-resolution INT")[1].split("(default:")[
+        1
+    ].startswith(" 64)")

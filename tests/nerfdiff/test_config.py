@@ -13,14 +13,14 @@ from factorkit.utils.errors import ConfigError
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_a_model(preset):
+def test_preset_config_every_preset_builds_a_model(preset):
     config = preset_config(preset)
     forward = preset == "llff"
     size = [378, 504] if forward else [config.resolution] * 2
-    optics = CameraModel(torch.eye(3), torch.zeros(3), forward)
+    camera_model = CameraModel(torch.eye(3), torch.zeros(3), forward)
     scene = {"size": size, "layout": "forward" if forward else "object", "distance": 1.0 if forward else 2.0}
     field = build_field(config.field, min(config.grid_resolution, 8), 0)
-    model = build_model(config, scene, optics, field, torch.eye(4)[None])
+    model = build_model(config, scene, camera_model, field, torch.eye(4)[None])
     raw, scores = model.encoder(torch.randn(1, 3, *model.encoder.size), torch.tensor([5]))
     poses = model.candidates(raw)
     kinds = {"demo": LookAtCandidates, "fast": LookAtCandidates, "llff": SingleCandidate}
@@ -67,21 +67,21 @@ def test_preset_config_scales_with_the_resolution_unless_given():
     assert preset_config("lego", search="joint").steps == 200_000
 
 
-def test_the_recipe_leaves_empty_space_out_where_a_sample_costs_much():
+def test_preset_config_occupancy_is_on_for_costly_fields():
     assert not preset_config("fast").occupancy and not preset_config("demo", resolution=64).occupancy
     assert all(preset_config("fast", field=field).occupancy for field in ("hashgrid", "mlp", "siren", "tcnn"))
     assert not preset_config("fast", field="mlp", occupancy=False).occupancy
     assert not preset_config("lego").occupancy, "the thesis' settings, to the letter"
 
 
-def test_stages_draw_numbers_of_their_own():
+def test_stage_config_seeds_differ_between_stages():
     config = preset_config("fast", seed=3)
     seeds = {config.stage(name).seed for name in ("search", "refine", "distil")}
     assert len(seeds) == 3 and config.stage("search").seed == config.stage("search").seed
     assert config.stage("search").seed != preset_config("fast", seed=4).stage("search").seed
 
 
-def test_settings_survive_json_and_unknown_ones_are_named():
+def test_config_round_trip_and_unknown_setting_raises():
     config = preset_config("fast", optimize_camera=("roll",), elevation_range=(0.0, 50.0))
     assert NerfdiffConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="candidtes"):

@@ -13,14 +13,14 @@ from factorkit.utils.jsonl import read_log
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
-def test_a_run_killed_by_the_system_in_every_stage_ends_in_the_same_bits(tmp_path):
+def test_train_killed_in_every_stage_resumes_bit_identically(tmp_path):
     script = Path(__file__).with_name("killed_run.py")
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     kills = json.loads(done.stdout)
     assert [k for k in kills if k.startswith("dictionary")][4] == "dictionary: refine again" and len(kills) == 10
     for name in {k.split(":")[0] for k in kills}:
-        whole, killed = (Checkpoints(tmp_path / name / way / "checkpoints").latest() for way in ("whole", "killed"))
+        whole, killed = (Checkpoints(tmp_path / name / kind / "checkpoints").latest() for kind in ("whole", "killed"))
         assert whole[1] == killed[1] and whole[0].keys() == killed[0].keys()
         assert [k for k in whole[0] if not torch.equal(whole[0][k], killed[0][k])] == [], name
         logs = [read_log(log.parent) for log in (tmp_path / name / "killed").rglob("log.jsonl")]

@@ -20,25 +20,27 @@ from factorkit.nerfdiff.rays import render_views
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
 
-def test_predicted_poses_are_those_of_the_best_scores(finished, scene_views):
-    found = finished.predict_pose(scene_views.images)
-    assert found.poses.shape == (10, 4, 4) and found.scores.shape == (10, 3) and found.candidates.shape == (10, 3, 4, 4)
-    best = found.scores.argmax(1)
-    assert torch.equal(found.poses, found.candidates[torch.arange(10), best])
+def test_predict_pose_returns_the_best_scored_candidate(finished, scene_views):
+    result = finished.predict_pose(scene_views.images)
+    assert (
+        result.poses.shape == (10, 4, 4) and result.scores.shape == (10, 3) and result.candidates.shape == (10, 3, 4, 4)
+    )
+    best = result.scores.argmax(1)
+    assert torch.equal(result.poses, result.candidates[torch.arange(10), best])
     alone = finished.predict_pose(scene_views.images[4])
-    assert torch.allclose(alone.poses[0], found.poses[4], atol=1e-5), "a view's pose depends on its batch"
+    assert torch.allclose(alone.poses[0], result.poses[4], atol=1e-5), "a view's pose depends on its batch"
     with pytest.raises(ConfigError, match="t=100"):
         finished.predict_pose(scene_views.images, t=100)
     with pytest.raises(DataError, match=r"\(1, 10, 8, 8\)"):
         finished.predict_pose(scene_views.images[:, 0])
 
 
-def test_larger_pictures_are_brought_to_the_models_size(finished, scene_views):
+def test_predict_pose_larger_images_are_resized(finished, scene_views):
     larger = scene_views.images.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert torch.allclose(finished.predict_pose(larger).poses, finished.predict_pose(scene_views).poses, atol=1e-4)
 
 
-def test_pictures_that_the_camera_cannot_have_taken_are_refused(finished, scene_views):
+def test_predict_pose_images_of_another_camera_are_refused(finished, scene_views):
     images = scene_views.images
     for wrong, words in (
         (images[:, :, 2:], "6 x 8 pixels, but the training views have the shape of 8 x 8"),
@@ -52,7 +54,7 @@ def test_pictures_that_the_camera_cannot_have_taken_are_refused(finished, scene_
             finished.render(wrong)
 
 
-def test_wider_pictures_show_more_and_stretch_nothing(finished, monkeypatch):
+def test_render_wider_images_are_not_stretched(finished, monkeypatch):
     square, wide, high = (finished.render(finished.poses, size) for size in (12, (12, 20), (20, 12)))
     torch.testing.assert_close(wide.images[..., 4:16], square.images, atol=1e-3, rtol=0)
     taller = finished.render(finished.poses, 20)
@@ -61,29 +63,29 @@ def test_wider_pictures_show_more_and_stretch_nothing(finished, monkeypatch):
     assert torch.equal(finished.render(finished.poses, 12).depth, square.depth)
 
 
-def test_reconstructions_are_renders_from_the_predicted_poses(finished, scene_views):
-    seen = finished.reconstruct(scene_views, size=12)
+def test_reconstruct_equals_renders_from_predicted_poses(finished, scene_views):
+    rendered = finished.reconstruct(scene_views, size=12)
     again = finished.render(finished.predict_pose(scene_views).poses, 12)
-    assert torch.equal(seen.images, again.images) and seen.images.shape == (10, 3, 12, 12)
-    assert seen.depth.shape == seen.opacity.shape == (10, 12, 12)
-    assert seen.images.min() >= 0 and seen.images.max() <= 1 and torch.equal(seen.poses, again.poses)
+    assert torch.equal(rendered.images, again.images) and rendered.images.shape == (10, 3, 12, 12)
+    assert rendered.depth.shape == rendered.opacity.shape == (10, 12, 12)
+    assert rendered.images.min() >= 0 and rendered.images.max() <= 1 and torch.equal(rendered.poses, again.poses)
 
 
 @pytest.mark.parametrize("path", ["orbit", "spiral"])
-def test_paths_go_around_looking_at_the_scene(finished, path):
-    seen = finished.render_path(path, size=6, frames=8)
-    assert seen.images.shape == (8, 3, 6, 6)
-    eye, back = seen.poses[:, :3, 3], seen.poses[:, :3, 2]
+def test_render_path_cameras_look_at_the_scene(finished, path):
+    rendered = finished.render_path(path, size=6, frames=8)
+    assert rendered.images.shape == (8, 3, 6, 6)
+    eye, back = rendered.poses[:, :3, 3], rendered.poses[:, :3, 2]
     assert torch.allclose(torch.nn.functional.normalize(eye, dim=1), back, atol=1e-5)
     heights = eye[:, 2]
     assert (heights.std() < 1e-4) == (path == "orbit")
-    given = finished.render_path(seen.poses[:2], size=6)
-    assert torch.allclose(given.images, seen.images[:2], atol=1e-5)
+    inputs = finished.render_path(rendered.poses[:2], size=6)
+    assert torch.allclose(inputs.images, rendered.images[:2], atol=1e-5)
     with pytest.raises(ConfigError, match="zigzag"):
         finished.render_path("zigzag")
 
 
-def test_samples_come_from_noise_through_renders(finished):
+def test_sample_returns_renders_from_noise(finished):
     drawn = finished.sample(3, seed=1, steps=5, trajectory=True)
     assert drawn.images.shape == (3, 3, 8, 8) and drawn.poses.shape == (3, 4, 4) and len(drawn.trajectory) == 5
     assert [f.t for f in drawn.trajectory] == sorted((f.t for f in drawn.trajectory), reverse=True)
@@ -95,7 +97,7 @@ def test_samples_come_from_noise_through_renders(finished):
         finished.sample(0)
 
 
-def test_loading_and_saving_give_the_same_model(finished, scene_views, tmp_path):
+def test_load_save_round_trip_gives_the_same_model(finished, scene_views, tmp_path):
     folder = factorkit.load(finished.folder, device="cpu")
     single = factorkit.load(finished.save(tmp_path / "one.safetensors"), device="cpu")
     for other in (folder, single):
@@ -107,7 +109,7 @@ def test_loading_and_saving_give_the_same_model(finished, scene_views, tmp_path)
         factorkit.load(tmp_path)
 
 
-def test_other_weights_than_the_average(finished):
+def test_load_other_weights_than_the_average(finished):
     tensors = read_checkpoint(max((finished.folder / "checkpoints").glob("step_*")))[0]
     for weights, prefix in ((0.5, "ema_0.5.module."), ("last", "model.")):
         other = factorkit.load(finished.folder, device="cpu", weights=weights)
@@ -118,7 +120,8 @@ def test_other_weights_than_the_average(finished):
     assert stages and not any(name.startswith("ema_") for stage in stages for name in stage), "the run's own alone"
 
 
-def test_evaluation_measures_both_cameras_and_renders(finished, scene_views):
+@pytest.mark.slow
+def test_evaluate_scores_cameras_and_renders(finished, scene_views):
     scores = finished.evaluate(scene_views)
     assert scores["psnr"] != scores["psnr_encoder"] and scores["views"] == 10
     assert json.loads((finished.folder / "scores.json").read_text()) == finished.scores == scores
@@ -126,27 +129,27 @@ def test_evaluation_measures_both_cameras_and_renders(finished, scene_views):
         finished.evaluate(scene_views, poses=torch.eye(4).repeat(3, 1, 1))
 
 
-def test_a_perfect_run_scores_perfectly_whatever_the_coordinates(finished, scene_views, tmp_path, monkeypatch):
+def test_evaluate_perfect_run_in_any_coordinates_scores_perfectly(finished, scene_views, tmp_path, monkeypatch):
     """Found poses that are the true ones, turned and scaled, have no error, and renders at them are compared there."""
     from factorkit.metrics.pose import Similarity
     from factorkit.nerfdiff import evaluate as scoring
 
     turn = orbit_poses(direction_vectors(torch.tensor(50.0), torch.tensor(20.0)), 1.0)[:3, :3].double()
-    moved = Similarity(turn, torch.tensor([0.3, -1, 2]).double(), torch.tensor(1.7).double())
-    true = moved.apply(finished.poses)
-    given = scene_views.__class__(scene_views.images, scene_views.names, scene_views.intrinsics, poses=true)
-    monkeypatch.setattr(scoring, "load_views", lambda folder: given)
+    transformed = Similarity(turn, torch.tensor([0.3, -1, 2]).double(), torch.tensor(1.7).double())
+    true = transformed.apply(finished.poses)
+    inputs = scene_views.__class__(scene_views.images, scene_views.names, scene_views.intrinsics, poses=true)
+    monkeypatch.setattr(scoring, "load_views", lambda folder: inputs)
     monkeypatch.setattr(scoring, "register_scene", lambda model, start, *_: start)  # the pictures are of another field
-    asked = []
+    calls = []
     plain = type(finished).render
-    monkeypatch.setattr(type(finished), "render", lambda self, poses, *a: asked.append(poses) or plain(self, poses, *a))
-    scores = scoring.evaluate(finished, given)
+    monkeypatch.setattr(type(finished), "render", lambda self, poses, *a: calls.append(poses) or plain(self, poses, *a))
+    scores = scoring.evaluate(finished, inputs)
     assert scores["rotation_median_deg"] < 0.01 and scores["translation_median"] < 1e-4
-    assert torch.allclose(asked[0], finished.poses, atol=1e-4)
+    assert torch.allclose(calls[0], finished.poses, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["scene.ply", "transforms.json", "colmap"])
-def test_exports_hold_every_view(finished, tmp_path, name):
+def test_export_of_a_run_has_every_view(finished, tmp_path, name):
     path = finished.export(tmp_path / name, **({} if name == "transforms.json" else {"points": 200}))
     if name == "transforms.json":
         frames = json.loads(path.read_text())["frames"]
@@ -156,10 +159,10 @@ def test_exports_hold_every_view(finished, tmp_path, name):
         assert path.exists()
 
 
-def test_frames_are_written_as_pictures_and_as_a_gif(tmp_path):
+def test_write_frames_images_and_gif(tmp_path):
     images = torch.rand(3, 3, 6, 8)
     folder = write_frames(tmp_path / "frames", images)
-    assert [p.name for p in sorted(folder.iterdir())] == ["0000.png", "0001.png", "0002.png"]
+    assert sorted(p.name for p in folder.glob("*.png")) == ["0000.png", "0001.png", "0002.png"]
     assert np.abs(np.asarray(Image.open(folder / "0001.png")) / 255 - images[1].permute(1, 2, 0).numpy()).max() < 0.003
     with Image.open(write_frames(tmp_path / "a.gif", images)) as gif:
         assert gif.n_frames == 3 and gif.size == (8, 6)
@@ -175,69 +178,69 @@ def half_symmetric():
     values = 8 * field.values.data
     turned = values.flip(-2, -3) if values.shape[-1] == 4 else values.flip(-1, -2)
     field.values.data.copy_(0.5 * (values + turned) + 0.04 * values)
-    way = direction_vectors(torch.arange(8) * 45.0 + 10, torch.tensor([15.0, 30, 45, 20] * 2))
-    return field, way
+    directions = direction_vectors(torch.arange(8) * 45.0 + 10, torch.tensor([15.0, 30, 45, 20] * 2))
+    return field, directions
 
 
-def test_checking_tells_the_sides_of_a_scene_that_looks_alike_from_both(finished, half_symmetric):
-    field, way = half_symmetric
-    optics, parts = finished.model.camera, (finished.model.encoder, finished.model.candidates)
-    model = NerfdiffModel(*parts, field, finished.poses, optics, (32, 32), 16)
-    true = orbit_poses(way, finished.scene["distance"])
-    images = render_views(field, true, optics, (32, 32), 16).color.movedim(-1, 1)
+def test_select_best_poses_nearly_symmetric_scene_finds_the_side(finished, half_symmetric):
+    field, directions = half_symmetric
+    camera_model, parts = finished.model.camera, (finished.model.encoder, finished.model.candidates)
+    model = NerfdiffModel(*parts, field, finished.poses, camera_model, (32, 32), 16)
+    true = orbit_poses(directions, finished.scene["distance"])
+    images = render_views(field, true, camera_model, (32, 32), 16).color.movedim(-1, 1)
     half = torch.tensor([-1.0, -1, 1, 1])[:, None]
     anywhere = orbit_poses(torch.nn.functional.normalize(torch.randn(8, 2, 3), dim=-1), finished.scene["distance"])
-    near = orbit_poses(way + 0.02 * torch.randn(8, 3), finished.scene["distance"])
+    near = orbit_poses(directions + 0.02 * torch.randn(8, 3), finished.scene["distance"])
     sides = torch.stack([near, half * near], 1)
-    there = render_views(field, sides, optics, (32, 32), 16).color.movedim(-1, 2)
+    there = render_views(field, sides, camera_model, (32, 32), 16).color.movedim(-1, 2)
     assert (there[:, 0] - there[:, 1]).square().mean() < 0.05 * images.var(), "the sides look nearly alike"
-    for given in (near[:, None], (half * near)[:, None], torch.cat([anywhere, half * near[:, None]], 1)):
-        found = select_best_poses(model, images, given)
-        assert rotation_errors_degrees(found, true).max() < 5
-    forward = NerfdiffModel(*parts, field, finished.poses, replace(optics, forward_facing=True), (32, 32), 16)
+    for inputs in (near[:, None], (half * near)[:, None], torch.cat([anywhere, half * near[:, None]], 1)):
+        result = select_best_poses(model, images, inputs)
+        assert rotation_errors_degrees(result, true).max() < 5
+    forward = NerfdiffModel(*parts, field, finished.poses, replace(camera_model, forward_facing=True), (32, 32), 16)
     assert torch.equal(select_best_poses(forward, images, near[:, None]), near), (
         "one candidate, and no other side to look from"
     )
 
 
-def test_checked_poses_are_candidates_or_their_other_side(finished, scene_views):
-    plain, found = finished.predict_pose(scene_views), finished.predict_pose(scene_views, check=True)
-    assert torch.equal(plain.candidates, found.candidates) and torch.equal(plain.scores, found.scores)
+def test_select_best_poses_are_candidates_or_opposites(finished, scene_views):
+    plain, result = finished.predict_pose(scene_views), finished.predict_pose(scene_views, check=True)
+    assert torch.equal(plain.candidates, result.candidates) and torch.equal(plain.scores, result.scores)
     half = torch.tensor([-1.0, -1, 1, 1])[:, None]
     among = torch.cat([plain.candidates, half * plain.candidates], 1)
-    assert ((among - found.poses[:, None]).abs().amax((2, 3)).amin(1) < 1e-6).all()
+    assert ((among - result.poses[:, None]).abs().amax((2, 3)).amin(1) < 1e-6).all()
     model = finished.model
-    seen = render_views(model.field, among, model.camera, (8, 8), model.samples_per_ray).color.movedim(-1, 2)
-    least = (seen - scene_views.images[:, None]).square().mean((2, 3, 4)).argmin(1)
-    assert torch.allclose(found.poses, among[torch.arange(10), least], atol=1e-6)
+    rendered = render_views(model.field, among, model.camera, (8, 8), model.samples_per_ray).color.movedim(-1, 2)
+    least = (rendered - scene_views.images[:, None]).square().mean((2, 3, 4)).argmin(1)
+    assert torch.allclose(result.poses, among[torch.arange(10), least], atol=1e-6)
 
 
-def test_refining_finds_the_pose_of_a_picture_from_near_it(finished):
+def test_refine_poses_converges_from_a_nearby_pose(finished):
     torch.manual_seed(0)
     field = GridField(5, seed=4)
     field.values.data.mul_(8)
-    optics = finished.model.camera
+    camera_model = finished.model.camera
     model = NerfdiffModel(
-        finished.model.encoder, finished.model.candidates, field, finished.poses.clone(), optics, (16, 16), 16
+        finished.model.encoder, finished.model.candidates, field, finished.poses.clone(), camera_model, (16, 16), 16
     )
-    way = direction_vectors(torch.tensor([20.0, 140.0, 260.0]), torch.tensor([30.0, 45.0, 15.0]))
-    true = orbit_poses(way, finished.scene["distance"])
-    images = render_views(field, true, optics, (16, 16), 16).color.movedim(-1, 1)
-    off = orbit_poses(way + 0.06 * torch.randn(3, 3), finished.scene["distance"])
+    directions = direction_vectors(torch.tensor([20.0, 140.0, 260.0]), torch.tensor([30.0, 45.0, 15.0]))
+    true = orbit_poses(directions, finished.scene["distance"])
+    images = render_views(field, true, camera_model, (16, 16), 16).color.movedim(-1, 1)
+    off = orbit_poses(directions + 0.06 * torch.randn(3, 3), finished.scene["distance"])
     before = [x.clone() for x in model.state_dict().values()]
-    found = refine_poses(model, images, off, 40, finished.scene["distance"])
-    far, near = (rotation_errors_degrees(x, true) for x in (off, found))
+    result = refine_poses(model, images, off, 40, finished.scene["distance"])
+    far, near = (rotation_errors_degrees(x, true) for x in (off, result))
     assert near.max() < 1.0 < far.min(), (far, near)
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
     assert all(p.grad is None for p in field.parameters())
     # cameras that lean and stand nearer or farther are not brought to an orbit
-    leaning = orbit_poses(way, finished.scene["distance"], {"roll": torch.tensor([0.7, -0.7, 0.6])})
+    leaning = orbit_poses(directions, finished.scene["distance"], {"roll": torch.tensor([0.7, -0.7, 0.6])})
     leaning[:, :3, 3] *= torch.tensor([0.9, 1.0, 1.1])[:, None]
     model.views.copy_(leaning[torch.arange(len(model.views)) % 3])
-    images = render_views(field, leaning, optics, (16, 16), 16).color.movedim(-1, 1)
-    kept = refine_poses(model, images, leaning, 5, finished.scene["distance"])
-    assert rotation_errors_degrees(kept, leaning).max() < 1.0
-    assert (kept - leaning)[:, :3, 3].norm(dim=1).max() < 0.1
+    images = render_views(field, leaning, camera_model, (16, 16), 16).color.movedim(-1, 1)
+    stored = refine_poses(model, images, leaning, 5, finished.scene["distance"])
+    assert rotation_errors_degrees(stored, leaning).max() < 1.0
+    assert (stored - leaning)[:, :3, 3].norm(dim=1).max() < 0.1
 
 
 def test_predict_pose_accepts_files_pillow_images_and_arrays(finished, scene_views, tmp_path):

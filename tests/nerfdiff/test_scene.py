@@ -30,18 +30,18 @@ from factorkit.utils.errors import DataError
 CPU = torch.device("cpu")
 
 
-def test_pixels_are_those_of_the_picture():
+def test_render_pixels_equal_those_of_the_whole_image():
     torch.manual_seed(0)
-    optics = CameraModel(torch.tensor([[1.5, 0, 0.5], [0, 2.0, 0.45], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
+    camera_model = CameraModel(torch.tensor([[1.5, 0, 0.5], [0, 2.0, 0.45], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
     poses = orbit_poses(direction_grid(3, [25]), 3.3)
-    whole = render_views(make_scene_field(), poses, optics, (6, 9), 32).color
+    whole = render_views(make_scene_field(), poses, camera_model, (6, 9), 32).color
     pixels = torch.tensor([[0, 53, 13], [8, 9, 27], [1, 2, 40]])
-    some = render_pixels(make_scene_field(), poses, optics, pixels, (6, 9), 32).color
+    some = render_pixels(make_scene_field(), poses, camera_model, pixels, (6, 9), 32).color
     assert torch.allclose(some, gather_pixels(whole.movedim(-1, 1), pixels), atol=1e-5)
     assert torch.allclose(gather_pixels(whole.movedim(-1, 1), pixels)[1, 2], whole[1, 3, 0])
 
 
-def test_the_procedural_views_are_renders_from_their_poses_in_the_models_units():
+def test_open_scene_procedural_views_equal_renders_of_the_scene():
     views = make_procedural_views(3, 16, seed=2)
     scene = open_scene(views, 16, CPU)
     eye = scene.poses[:, :3, 3]
@@ -52,13 +52,15 @@ def test_the_procedural_views_are_renders_from_their_poses_in_the_models_units()
         sigma, color = make_scene_field()(p * scale, d)
         return sigma * scale, color
 
-    seen = render_views(field, scene.poses, scene.camera, (16, 16), 256).color.movedim(-1, 1)
-    assert (seen - views.images).abs().mean() < 0.02
+    rendered = render_views(field, scene.poses, scene.camera, (16, 16), 256).color.movedim(-1, 1)
+    assert (rendered - views.images).abs().mean() < 0.02
 
 
-def test_a_forward_scene_is_seen_in_depth_out_to_infinity():
+def test_render_views_forward_facing_wall_has_its_depth():
     """A wall across the view at depth 3: in normalised device coordinates z = 1 - 2 / 3."""
-    optics = CameraModel(torch.tensor([[0.9, 0, 0.5], [0, 0.9, 0.5], [0, 0, 1]]), torch.zeros(3), forward_facing=True)
+    camera_model = CameraModel(
+        torch.tensor([[0.9, 0, 0.5], [0, 0.9, 0.5], [0, 0, 1]]), torch.zeros(3), forward_facing=True
+    )
 
     def wall(p, d):
         beyond = (p[:, 2] > 1 - 2 / 3.0).float()
@@ -66,23 +68,23 @@ def test_a_forward_scene_is_seen_in_depth_out_to_infinity():
 
     pose = torch.eye(4)[None].repeat(2, 1, 1)
     pose[1, 0, 3] = 0.5  # half a unit to the right
-    seen = render_views(wall, pose, optics, (5, 5), 512)
-    assert torch.allclose(seen.depth, torch.full((2, 5, 5), 3.0), atol=0.05) and (seen.opacity > 0.99).all()
-    middle = seen.color[:, 2, 2, 0]
+    rendered = render_views(wall, pose, camera_model, (5, 5), 512)
+    assert torch.allclose(rendered.depth, torch.full((2, 5, 5), 3.0), atol=0.05) and (rendered.opacity > 0.99).all()
+    middle = rendered.color[:, 2, 2, 0]
     # a place x at depth z is at 2 f x / z in normalised device coordinates, which at infinity show directions alone
     assert middle.tolist() == pytest.approx([0.0, 2 * 0.9 * 0.5 / 3], abs=0.02)
 
 
-def test_forward_cameras_meet_at_one_point():
-    places = position_grid(5, 3)
-    poses = forward_facing_poses(places)
+def test_forward_facing_poses_converge_at_one_point():
+    positions = position_grid(5, 3)
+    poses = forward_facing_poses(positions)
     assert poses.shape == (15, 4, 4) and torch.allclose(poses[7], torch.eye(4), atol=1e-6)
     point = torch.tensor([0.0, 0, -CONVERGENCE_DEPTH])
-    way = torch.nn.functional.normalize(point - places, dim=1)
-    assert torch.allclose(-poses[:, :3, 2], way, atol=1e-5)
+    directions = torch.nn.functional.normalize(point - positions, dim=1)
+    assert torch.allclose(-poses[:, :3, 2], directions, atol=1e-5)
 
 
-def test_blur_keeps_constants_and_sums_and_is_nothing_when_small():
+def test_gaussian_blur_keeps_constants_and_skips_small_radii():
     images = torch.rand(2, 3, 12, 9)
     assert gaussian_blur(images, 0.2) is images
     assert torch.allclose(gaussian_blur(torch.ones(1, 3, 12, 9), 2.0), torch.ones(1, 3, 12, 9), atol=1e-5)
@@ -92,9 +94,9 @@ def test_blur_keeps_constants_and_sums_and_is_nothing_when_small():
 
 def test_shared_camera_needs_equal_intrinsics_and_defaults_to_black():
     views = make_procedural_views(4, 8)
-    optics = shared_camera(views)
-    assert torch.allclose(optics.intrinsics, views.intrinsics[0] / torch.tensor([8.0, 8, 1])[:, None])
-    assert torch.equal(optics.background, torch.ones(3)) and not optics.forward_facing
+    camera_model = shared_camera(views)
+    assert torch.allclose(camera_model.intrinsics, views.intrinsics[0] / torch.tensor([8.0, 8, 1])[:, None])
+    assert torch.equal(camera_model.background, torch.ones(3)) and not camera_model.forward_facing
     assert torch.equal(shared_camera(replace(views, background=None, masks=None)).background, torch.zeros(3))
     assert shared_camera(replace(views, layout="forward")).forward_facing
     bent = views.intrinsics.clone()
@@ -106,15 +108,15 @@ def test_shared_camera_needs_equal_intrinsics_and_defaults_to_black():
 def test_stored_views_equal_the_given_ones(tmp_path):
     views = make_procedural_views(3, 8)
     store_views(tmp_path, views)
-    found = load_views(tmp_path)
-    assert found.names == views.names and torch.equal(found.poses, views.poses) and found.layout == views.layout
-    assert (found.images - views.images).abs().max() <= 0.5 / 255 + 1e-6
+    result = load_views(tmp_path)
+    assert result.names == views.names and torch.equal(result.poses, views.poses) and result.layout == views.layout
+    assert (result.images - views.images).abs().max() <= 0.5 / 255 + 1e-6
     assert load_views(tmp_path / "nowhere") is None and load_views(None) is None
     store_views(tmp_path, replace(views, poses=None))
     assert load_views(tmp_path).poses is None
 
 
-def test_the_distance_of_poses_is_about_the_squared_angle():
+def test_pose_distance_small_angle_is_its_square():
     a = orbit_poses(direction_vectors(torch.tensor([40.0]), torch.tensor([0.0])), 2.5)
     assert pose_distance(a, a, 2.5) == 0
     for angle in (1.0, 5.0, 10.0):
@@ -122,7 +124,7 @@ def test_the_distance_of_poses_is_about_the_squared_angle():
         assert pose_distance(a, b, 2.5).sqrt().rad2deg().item() == pytest.approx(angle, rel=0.01)
 
 
-def test_a_view_is_taught_to_the_candidate_next_to_it():
+def test_nearest_candidates_returns_the_closest_anchor():
     anchors = direction_grid(5, [30])
     candidates = LookAtCandidates(anchors, 2.0)
     poses = orbit_poses(direction_vectors(torch.tensor([5.0, 150.0, 290.0]), torch.tensor([40.0, 20.0, 30.0])), 2.0)
@@ -132,14 +134,14 @@ def test_a_view_is_taught_to_the_candidate_next_to_it():
     assert nearest_candidates(single, single(torch.zeros(3, 1, 6)), free).tolist() == [0, 0, 0]
 
 
-def test_fog_costs_where_cameras_stand_around_an_object():
+def test_regularisation_opacity_counts_for_object_scenes_only():
     field = GridField(4)
     opacity = torch.tensor([[0.1, 0.3], [1.0, 0.0]], requires_grad=True)
-    seen = Rendered(torch.zeros(2, 2, 3), torch.zeros(2, 2), opacity, None, None, torch.tensor(0))
+    rendered = Rendered(torch.zeros(2, 2, 3), torch.zeros(2, 2), opacity, None, None, torch.tensor(0))
     config = preset_config("fast", opacity_weight=0.5)
     around, ahead = (SimpleNamespace(layout=layout) for layout in ("object", "forward"))
     rough = config.tv_weight * field.total_variation()
-    assert rough > 0 and torch.equal(regularisation(config, ahead, field, seen), rough)
-    found = regularisation(config, around, field, seen)
-    assert torch.allclose(found, rough + torch.tensor([0.1, 0.25]))
-    assert torch.equal(torch.autograd.grad(found.sum(), opacity)[0], torch.full((2, 2), 0.25))
+    assert rough > 0 and torch.equal(regularisation(config, ahead, field, rendered), rough)
+    result = regularisation(config, around, field, rendered)
+    assert torch.allclose(result, rough + torch.tensor([0.1, 0.25]))
+    assert torch.equal(torch.autograd.grad(result.sum(), opacity)[0], torch.full((2, 2), 0.25))

@@ -42,7 +42,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_killed_in_any_stage_goes_on_to_the_same_bits(stage, tmp_path, scene_views, tiny, monkeypatch):
+def test_training_interrupted_in_any_stage_resumes_bit_identically(stage, tmp_path, scene_views, tiny, monkeypatch):
     task, changes, fatal = STAGES[stage]
     settings = tiny | changes
     train_nerfdiff(scene_views, out=tmp_path / "whole", **settings)
@@ -69,7 +69,7 @@ def all_events(folder):
     return [e for log in folder.rglob("log.jsonl") for e in read_log(log.parent)]
 
 
-def test_the_same_call_again_changes_nothing_and_another_is_refused(finished, scene_views, tiny):
+def test_train_same_call_changes_nothing_and_another_is_refused(finished, scene_views, tiny):
     before = weights(finished.folder)
     again = train_nerfdiff(scene_views, out=finished.folder, **tiny)
     assert all(torch.equal(before[k], weights(finished.folder)[k]) for k in before) and again.step == tiny["steps"]
@@ -79,7 +79,7 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused(finished, sc
         train_nerfdiff(make_procedural_views(10, 8, seed=2), out=finished.folder, **tiny)
 
 
-def test_true_poses_do_not_reach_the_training(scene_views, tiny, tmp_path):
+def test_train_true_poses_do_not_change_the_result(scene_views, tiny, tmp_path):
     from dataclasses import replace
 
     shuffled = replace(scene_views, poses=scene_views.poses.flip(0))
@@ -90,19 +90,19 @@ def test_true_poses_do_not_reach_the_training(scene_views, tiny, tmp_path):
         assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), other.model.parameters(), strict=True))
 
 
-def test_seeds_differ(scene_views, tiny, finished, tmp_path):
+def test_train_other_seed_differs(scene_views, tiny, finished, tmp_path):
     other = train_nerfdiff(scene_views, out=tmp_path / "other", **tiny | {"seed": 1})
     assert not torch.equal(other.poses, finished.poses)
 
 
-def test_the_log_names_what_is_wrong(finished):
+def test_train_alarms_are_logged(finished):
     alarms = [e for e in read_log(finished.folder) if e["event"] == "alarms"]
     assert {"azimuth_spread", "doubled", "failures"} <= alarms[-1].keys()
     settings = json.loads((finished.folder / "config.json").read_text())
     assert settings["model"] == "nerfdiff" and settings["scene"]["views"] == 10
 
 
-def test_bad_input_is_named(scene_views, tiny, tmp_path):
+def test_train_invalid_input_raises(scene_views, tiny, tmp_path):
     out = {"out": tmp_path / "x"}
     with pytest.raises(DataError, match="1 view"):
         train_nerfdiff(scene_views.select([0]), **out, **tiny)

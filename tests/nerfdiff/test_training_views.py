@@ -16,16 +16,16 @@ from factorkit.utils.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory, scene_views, tiny):
+def known_run(tmp_path_factory, scene_views, tiny):
     """A run with the poses given."""
     return train_nerfdiff(scene_views, out=tmp_path_factory.mktemp("known") / "run", **tiny, poses="known")
 
 
 @pytest.fixture
-def older(known, tmp_path):
+def older_run(known_run, tmp_path):
     """A copy of it, as a version made it that did not record the cameras."""
     folder = tmp_path / "older"
-    shutil.copytree(known.folder, folder)
+    shutil.copytree(known_run.folder, folder)
     config = json.loads((folder / "config.json").read_text())
     for name in ("intrinsics", "background", "poses"):
         del config["scene"][name]
@@ -45,16 +45,16 @@ def changed(views):
 
 
 @pytest.mark.parametrize("what", ["poses", "intrinsics", "background"])
-def test_other_cameras_are_refused_by_name_and_the_kept_ones_stay(what, known, older, scene_views, tiny):
+def test_train_other_cameras_are_refused_and_stored_ones_stay(what, known_run, older_run, scene_views, tiny):
     other = changed(scene_views)[what]
-    for folder in (known.folder, older):
+    for folder in (known_run.folder, older_run):
         with pytest.raises(CheckpointError, match=rf"\(scene\.{what}: \S.* there, \S.* requested\)"):
             train_nerfdiff(other, out=folder, **tiny, poses="known")
-        kept = load_views(folder)
-        assert torch.equal(kept.poses, scene_views.poses) and torch.equal(kept.background, scene_views.background)
+        stored = load_views(folder)
+        assert torch.equal(stored.poses, scene_views.poses) and torch.equal(stored.background, scene_views.background)
 
 
-def test_poses_that_only_score_may_change(finished, scene_views, tiny, tmp_path):
+def test_train_scoring_poses_may_change(finished, scene_views, tiny, tmp_path):
     shutil.copytree(finished.folder, tmp_path / "run")
     settings = tiny | {"extra_ema_decays": (0.5,)}
     again = train_nerfdiff(changed(scene_views)["poses"], out=tmp_path / "run", **settings)
@@ -64,12 +64,12 @@ def test_poses_that_only_score_may_change(finished, scene_views, tiny, tmp_path)
         train_nerfdiff(changed(scene_views)["intrinsics"], out=tmp_path / "run", **settings)
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_run_of_an_older_version_loads_and_is_taken_up(kept, known, older, scene_views, tiny):
-    if not kept:
-        (older / "views.npz").write_bytes(b"damaged")
+@pytest.mark.parametrize("stored", [True, False])
+def test_train_resumes_a_run_of_an_older_version(stored, known_run, older_run, scene_views, tiny):
+    if not stored:
+        (older_run / "views.npz").write_bytes(b"damaged")
     else:
-        assert torch.equal(NerfdiffRun.load(older, device="cpu").poses, known.poses)
-    again = train_nerfdiff(scene_views, out=older, **tiny, poses="known")
-    assert torch.equal(again.poses, known.poses)
-    assert "poses" in json.loads((older / "config.json").read_text())["scene"]  # and compared from now on
+        assert torch.equal(NerfdiffRun.load(older_run, device="cpu").poses, known_run.poses)
+    again = train_nerfdiff(scene_views, out=older_run, **tiny, poses="known")
+    assert torch.equal(again.poses, known_run.poses)
+    assert "poses" in json.loads((older_run / "config.json").read_text())["scene"]  # and compared from now on

@@ -42,6 +42,7 @@ def test_read_verdict_weighs_alarms_and_scores(tmp_path, failures, scores, statu
     assert verdict.status == status and words in verdict.headline
 
 
+@pytest.mark.slow
 def test_write_report_shows_degrees_and_no_region_scores(tmp_path):
     page = re.sub("base64,[^']*", "", write_report(run(tmp_path / "run", [], SCORES)).read_text())
     for words in ("rotation, median", "28.10", "Classifier", "Use of the candidates"):

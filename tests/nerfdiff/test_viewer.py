@@ -36,7 +36,7 @@ def ball(positions, directions):
 
 
 @pytest.fixture(scope="module")
-def shown():
+def contents():
     views = make_procedural_views(4, 12, seed=1)
     return ViewerScene(7, ball, views, torch.tensor([0.0, 0.0, 1.0]), true=views.poses)
 
@@ -47,8 +47,8 @@ def small(monkeypatch):
     monkeypatch.setattr(viewer, "RENDER_SIDES", (8, 16))
 
 
-def test_poses_to_viser_and_back(shown):
-    for pose in shown.views.poses:
+def test_to_viser_from_viser_round_trip(contents):
+    for pose in contents.views.poses:
         wxyz, position = to_viser(pose)
         torch.testing.assert_close(from_viser(wxyz, position), pose, atol=1e-5, rtol=0)
         torch.testing.assert_close(from_viser(-3 * wxyz, position), pose, atol=1e-5, rtol=0)
@@ -57,36 +57,36 @@ def test_poses_to_viser_and_back(shown):
     assert (-looking[:3, 2]).tolist() == [0, 0, 1] and looking[:3, 1].tolist() == [0, -1, 0]
 
 
-def test_frusta_open_as_far_as_the_pictures():
+def test_fov_and_aspect_match_the_intrinsics():
     fov, aspect = fov_and_aspect(torch.tensor([[20.0, 0, 8], [0, 10.0, 5], [0, 0, 1]]), 10, 16)
     assert fov == pytest.approx(2 * math.atan(0.5)) and aspect == pytest.approx((16 / 20) / (10 / 10))
 
 
-def test_the_render_is_the_picture_of_that_camera():
+def test_render_viewpoint_equals_the_image_of_that_camera():
     from factorkit.data.procedural.scene import make_scene_field
 
     views, field = make_procedural_views(2, 24, seed=1), make_scene_field()
-    shown = ViewerScene(0, field, views, torch.ones(3))
+    contents = ViewerScene(0, field, views, torch.ones(3))
     fov, _ = fov_and_aspect(views.intrinsics[0], 24, 24)
-    picture = render_viewpoint(shown, occupied_sampling(field, *BOX), views.poses[1], fov, 24, 24)
-    apart = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - views.images[1]).abs()
-    assert apart.mean() < 0.02
-    wide = render_viewpoint(shown, occupied_sampling(field, *BOX), views.poses[1], fov, 24, 40)
+    drawing = render_viewpoint(contents, occupied_sampling(field, *BOX), views.poses[1], fov, 24, 24)
+    difference = (torch.from_numpy(drawing).permute(2, 0, 1) / 255 - views.images[1]).abs()
+    assert difference.mean() < 0.02
+    wide = render_viewpoint(contents, occupied_sampling(field, *BOX), views.poses[1], fov, 24, 40)
     assert wide.shape == (24, 40, 3)
-    np.testing.assert_allclose(wide[:, 8:32].astype(int), picture, atol=3)
+    np.testing.assert_allclose(wide[:, 8:32].astype(int), drawing, atol=3)
 
 
-def test_a_render_that_is_out_of_date_stops(shown, monkeypatch):
+def test_render_viewpoint_outdated_request_stops(contents, monkeypatch):
     monkeypatch.setattr(viewer, "RAYS_PER_CHUNK", 32)
-    asked = []
+    calls = []
 
     def stop():
-        asked.append(None)
-        return len(asked) == 3
+        calls.append(None)
+        return len(calls) == 3
 
     sampling = occupied_sampling(ball, *BOX)
-    assert render_viewpoint(shown, sampling, shown.views.poses[0], 0.6, 16, 16, stop) is None
-    assert len(asked) == 3
+    assert render_viewpoint(contents, sampling, contents.views.poses[0], 0.6, 16, 16, stop) is None
+    assert len(calls) == 3
 
 
 class Client:
@@ -99,44 +99,44 @@ class Client:
         self.scene = self
         self.pictures, self.came = [], threading.Semaphore(0)
 
-    def set_background_image(self, picture, format="auto"):
-        self.pictures.append(picture)
+    def set_background_image(self, drawing, format="auto"):
+        self.pictures.append(drawing)
         self.came.release()
 
     def wait(self, count):
         assert all(self.came.acquire(timeout=WAIT) for _ in range(count))
 
 
-def test_the_painter_sends_growing_pictures_to_each_client(shown, small):
-    painter = RenderThread()
+def test_render_thread_sends_growing_images_to_each_client(contents, small):
+    render_thread = RenderThread()
     try:
-        clients = [Client(0, shown.views.poses[0]), Client(1, shown.views.poses[1], aspect=0.5)]
-        painter.request(clients[0])  # before there is anything to show: nothing is lost
-        painter.set_scene(shown)
-        painter.request(clients[0])
+        clients = [Client(0, contents.views.poses[0]), Client(1, contents.views.poses[1], aspect=0.5)]
+        render_thread.request(clients[0])  # before there is anything to show: nothing is lost
+        render_thread.set_scene(contents)
+        render_thread.request(clients[0])
         clients[0].wait(2)
-        painter.request(clients[1])
+        render_thread.request(clients[1])
         clients[1].wait(2)
     finally:
-        painter.close()
-    assert [picture.shape for picture in clients[0].pictures[-2:]] == [(8, 8, 3), (16, 16, 3)]
-    assert [picture.shape for picture in clients[1].pictures] == [(8, 4, 3), (16, 8, 3)]
+        render_thread.close()
+    assert [drawing.shape for drawing in clients[0].pictures[-2:]] == [(8, 8, 3), (16, 16, 3)]
+    assert [drawing.shape for drawing in clients[1].pictures] == [(8, 4, 3), (16, 8, 3)]
     middle, corner = clients[0].pictures[-1][8, 8], clients[0].pictures[-1][0, 0]
     assert corner.tolist() == [0, 0, 255]
-    eye = shown.views.poses[0, :3, 3]
-    seen = (0.6 * eye / eye.norm() + 1) / 2 * 255
-    np.testing.assert_allclose(middle, seen, atol=12)
+    eye = contents.views.poses[0, :3, 3]
+    rendered = (0.6 * eye / eye.norm() + 1) / 2 * 255
+    np.testing.assert_allclose(middle, rendered, atol=12)
 
 
-def test_the_page_is_served_with_cameras_and_points(shown, small):
-    with Viewer(shown, port=18080) as opened:
+def test_viewer_serves_cameras_and_points(contents, small):
+    with Viewer(contents, port=18080) as opened:
         assert b"viser" in urllib.request.urlopen(opened.url, timeout=WAIT).read()
         scene = opened.server.scene
         for i in range(4):
             for name in ("/predicted", "/true"):
                 handle = scene.get_handle_by_name(f"{name}/{i:04d}")
                 pose = from_viser(handle.wxyz, handle.position)
-                torch.testing.assert_close(pose, shown.views.poses[i], atol=1e-5, rtol=0)
+                torch.testing.assert_close(pose, contents.views.poses[i], atol=1e-5, rtol=0)
         points = scene.get_handle_by_name("/points/cloud").points
         assert len(points) > 50 and np.abs(np.linalg.norm(points, axis=1) - 0.6).max() < 0.05
         assert "Step 7" in opened._step.content
@@ -146,24 +146,24 @@ def test_the_page_is_served_with_cameras_and_points(shown, small):
         assert scene.get_handle_by_name("/true").visible is False
         from dataclasses import replace
 
-        opened.show(replace(shown, step=9, true=None, views=shown.views.select([2])))
+        opened.show(replace(contents, step=9, true=None, views=contents.views.select([2])))
         assert "Step 9" in opened._step.content and scene.get_handle_by_name("/true").visible is False
         gone = [scene.get_handle_by_name(name) for name in ("/true/0000", "/predicted/0001")]
         assert gone == [None, None] and scene.get_handle_by_name("/predicted/0000") is not None
 
 
-def test_an_empty_scene_is_shown_without_points(shown, small):
+def test_viewer_empty_scene_has_no_points(contents, small):
     from dataclasses import replace
 
     def empty(positions, directions):
         return torch.zeros(len(positions)), torch.zeros(len(positions), 3)
 
-    with Viewer(replace(shown, field=empty), port=18090) as opened:
+    with Viewer(replace(contents, field=empty), port=18090) as opened:
         assert opened.server.scene.get_handle_by_name("/points/cloud") is None
         assert opened.server.scene.get_handle_by_name("/predicted/0000") is not None
 
 
-def test_without_viser_the_cure_is_named(shown, monkeypatch):
+def test_viewer_without_viser_names_the_extra(contents, monkeypatch):
     monkeypatch.setitem(sys.modules, "viser", None)
     with pytest.raises(ConfigError, match=r"factorkit\[viewer\]"):
-        Viewer(shown)
+        Viewer(contents)

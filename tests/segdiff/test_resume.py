@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import factorkit
 from factorkit.utils.errors import CheckpointError
@@ -72,3 +74,30 @@ def test_micro_batches_of_the_thesis_form_take_the_same_step(tmp_path):
     for micro in (1, 3):
         for name, value in result[None].items():
             torch.testing.assert_close(result[micro][name], value, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_train_resumes_for_the_same_images_under_another_name_link_or_zip(tmp_path):
+    def train(data: Path, steps: int):
+        model = {"resolution": 16, "model_channels": 8, "channel_mult": (1, 2), "batch_size": 4, "sample_every": 0}
+        return factorkit.train_segdiff(
+            data, out=tmp_path / "run", preset="demo", progress=False, steps=steps, device="cpu", **model
+        )
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(photos / f"{i}.png")
+    train(photos, 1)
+    moved = photos.rename(tmp_path / "elsewhere")
+    assert train(moved, 2).step == 2
+    (tmp_path / "link").symlink_to(moved)
+    assert train(tmp_path / "link", 3).step == 3
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        for path in moved.iterdir():
+            archive.write(path, f"top/{path.name}")
+    assert train(tmp_path / "packed.zip", 4).step == 4
+    Image.new("RGB", (16, 16)).save(moved / "0.png")
+    with pytest.raises(CheckpointError, match="other data"):
+        train(moved, 5)

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff.export.cameras import write_colmap, write_transforms
+from factorkit.nerfdiff.export.cameras import COLMAP_FILES, make_colmap, make_transforms
 from factorkit.nerfdiff.export.mesh import surface_mesh
 from factorkit.nerfdiff.export.points import MAX_DEPTH, point_cloud
 from factorkit.nerfdiff.rays import limit_depth
 from factorkit.nerfdiff.scene import box_camera
 from factorkit.rendering.render import Field
 from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.output_record import OutputRecord, check_file, writing_file
 
 MESH_SUFFIXES = (".ply", ".obj", ".glb")
 KINDS = ("points", "mesh", "nerfstudio", "colmap")
@@ -31,6 +32,8 @@ def export(
     resolution: int = 128,
     level: float | None = None,
     far: float = MAX_DEPTH,
+    source: str = "export",
+    overwrite: bool = False,
 ) -> Path:
     """Write a scene or its cameras.
 
@@ -42,8 +45,7 @@ def export(
     Points and mesh are in the coordinates of the cameras, also in forward-facing scenes.
 
     Args:
-        path: created with its parents; files of the same name are replaced. Images are written to images_factorkit/
-            only.
+        path: created with its parents. Images are written to images_factorkit/ only.
         views: images, intrinsics and poses, in the field's coordinates.
         field: as :func:`factorkit.render` takes it.
         kind: one of the four; None: derived from the path, see above.
@@ -55,6 +57,8 @@ def export(
             longest side.
         far: depth of forward-facing scenes, in near-plane depths, beyond which nothing is written; their box extends to
             infinity.
+        source: identifies the scene; files that were written for another one are not replaced.
+        overwrite: replace them, and files of another origin, as well.
 
     Returns:
         The path.
@@ -62,6 +66,7 @@ def export(
     Raises:
         ConfigError: unknown kind or suffix, numbers below 1, or ``far`` not beyond the near plane.
         DataError: views without poses, a scene that no view shows, or a density that never reaches the level.
+        WriteError: a file of another origin is in the way.
     """
     path = Path(path)
     kind = _kind_of(path) if kind is None else kind
@@ -78,17 +83,23 @@ def export(
     camera = box_camera(views)
     upper = limit_depth(upper, far, camera)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "nerfstudio":
-        write_transforms(path, views)
-    elif kind == "mesh":
-        surface_mesh(field, lower, upper, resolution, level, camera).save(path)
-    else:
-        cloud = point_cloud(field, views, lower, upper, points)
-        if kind == "points":
-            cloud.save(path)
+    if kind in ("points", "mesh"):
+        check_file(path, source, overwrite=overwrite)
+        if kind == "mesh":
+            shape = surface_mesh(field, lower, upper, resolution, level, camera)
         else:
-            write_colmap(path, views, cloud)
+            shape = point_cloud(field, views, lower, upper, points)
+        with writing_file(path, source, overwrite=overwrite) as temporary:
+            shape.save(temporary)
+        return path
+    folder = path.parent if kind == "nerfstudio" else path
+    with OutputRecord(folder, overwrite=overwrite) as record:
+        if kind == "nerfstudio":
+            files = make_transforms(path.name, views)
+        else:
+            record.check(COLMAP_FILES, source)
+            files = make_colmap(views, point_cloud(field, views, lower, upper, points))
+        record.write(files, source)
     return path
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import roma
 import torch
@@ -17,11 +19,13 @@ from factorkit.utils.images import images_to_pixels
 
 TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # y down, looking along z
 IMAGE_FOLDER = "images_factorkit"  # written by exports only; images/ may hold the training images
+COLMAP_FILES = CAMERAS_FILE, IMAGES_FILE, POINTS_FILE = ("cameras.txt", "images.txt", "points3D.txt")
+Files = dict[str, Callable[[Path], Any]]  # what saves each file, by its name relative to the output folder
 NO_TRACK = -1  # COLMAP's error of a point that was not triangulated
 
 
-def write_transforms(path: Path, views: Views) -> None:
-    """Write a transforms.json in nerfstudio's format (docs.nerf.studio, "Data conventions"), and the images.
+def make_transforms(file: str, views: Views) -> Files:
+    """Make a transforms.json in nerfstudio's format (docs.nerf.studio, "Data conventions"), and the images.
 
     OpenGL axes, intrinsics in pixels; they are written once if all frames share them.
     """
@@ -38,29 +42,29 @@ def write_transforms(path: Path, views: Views) -> None:
         for k in views.intrinsics
     ]
     shared = intrinsics[0] if all(k == intrinsics[0] for k in intrinsics) else {}
-    names = write_images(path.parent / IMAGE_FOLDER, views)
+    names, files = make_images(views)
     frames = [
         {"file_path": f"{IMAGE_FOLDER}/{name}", **({} if shared else k), "transform_matrix": pose.tolist()}
         for name, k, pose in zip(names, intrinsics, view_poses(views).double(), strict=True)
     ]
     content = {"camera_model": "OPENCV", **shared, "frames": frames}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return {**files, file: partial(_write_text, text=json.dumps(content, indent=2) + "\n")}
 
 
-def write_colmap(folder: Path, views: Views, cloud: Shape) -> None:
-    """Write COLMAP's text format (colmap.github.io, "Output Format") and the images.
+def make_colmap(views: Views, cloud: Shape) -> Files:
+    """Make COLMAP's text format (colmap.github.io, "Output Format") and the images.
 
     One PINHOLE camera for each distinct matrix of intrinsics, world-to-camera quaternions and translations in OpenCV's
     axes, and points without tracks.
     """
-    names = write_images(folder / IMAGE_FOLDER, views)
+    names, files = make_images(views)
     height, width = views.size
     distinct, camera = torch.unique(views.intrinsics.double(), dim=0, return_inverse=True)
     lines = ["# CAMERA_ID, MODEL, WIDTH, HEIGHT, PARAMS[]"]
     for i, k in enumerate(distinct, 1):
         parameters = torch.stack((k[0, 0], k[1, 1], k[0, 2], k[1, 2]))
         lines.append(f"{i} PINHOLE {width} {height} {_format_numbers(parameters)}")
-    _write_lines(folder / "cameras.txt", lines)
+    files[CAMERAS_FILE] = partial(_write_lines, lines=lines)
 
     world_to_camera = torch.linalg.inv(view_poses(views).double() @ TO_OPENCV)
     rotations = roma.special_procrustes(world_to_camera[:, :3, :3])
@@ -69,16 +73,17 @@ def write_colmap(folder: Path, views: Views, cloud: Shape) -> None:
     for i, name in enumerate(names):
         pose = f"{_format_numbers(quaternions[i])} {_format_numbers(world_to_camera[i, :3, 3])}"
         lines += [f"{i + 1} {pose} {int(camera[i]) + 1} {name}", ""]
-    _write_lines(folder / "images.txt", lines)
+    files[IMAGES_FILE] = partial(_write_lines, lines=lines)
 
     lines = ["# POINT3D_ID, X, Y, Z, R, G, B, ERROR, TRACK[]: none"]
     for i, (point, color) in enumerate(zip(cloud.points.tolist(), cloud.colors.tolist(), strict=True), 1):
         lines.append(f"{i} {' '.join(f'{x:.7g}' for x in point)} {' '.join(map(str, color))} {NO_TRACK}")
-    _write_lines(folder / "points3D.txt", lines)
+    files[POINTS_FILE] = partial(_write_lines, lines=lines)
+    return files
 
 
-def write_images(folder: Path, views: Views) -> list[str]:
-    """Write the views as PNG files and return their names relative to the folder, with forward slashes.
+def make_images(views: Views) -> tuple[list[str], Files]:
+    """Return the names of the views below ``IMAGE_FOLDER``, with forward slashes, and what saves them as PNG files.
 
     They are transparent if the views have masks and a known background.
     """
@@ -88,11 +93,8 @@ def write_images(folder: Path, views: Views) -> list[str]:
         background = (1 - views.masks) * views.background[:, None, None]
         straight = (images - background) / views.masks.clamp_min(1e-6)
         images = torch.cat([straight * (views.masks > 0), views.masks], dim=1)
-    for name, pixels in zip(names, images_to_pixels(images), strict=True):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    return names
+    pixels = images_to_pixels(images)
+    return names, {f"{IMAGE_FOLDER}/{n}": Image.fromarray(p).save for n, p in zip(names, pixels, strict=True)}
 
 
 def file_names(names: Sequence[str]) -> list[str]:
@@ -115,4 +117,8 @@ def _format_numbers(values: torch.Tensor) -> str:
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _write_text(path, "\n".join(lines) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -10,32 +10,47 @@ from torch import Tensor
 
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import images_to_pixels
+from factorkit.utils.output_record import OutputRecord, check_file, writing_file
 
 
-def write_frames(path: Path, images: Tensor, rate: int = 30) -> Path:
+def check_frames(path: Path, source: str, *, overwrite: bool = False) -> None:
+    """Raise the errors of :func:`write_frames` that are known before there are images."""
+    if path.suffix.lower() not in ("", ".gif", ".mp4"):
+        raise ConfigError(f"{path}: frames are written to a .gif, an .mp4 or a folder")
+    if path.suffix:
+        check_file(path, source, overwrite=overwrite)
+    else:
+        OutputRecord(path, overwrite=overwrite).check(["0000.png"], source)
+
+
+def write_frames(
+    path: Path, images: Tensor, rate: int = 30, *, source: str = "render", overwrite: bool = False
+) -> Path:
     """Write images [B, 3, H, W] in [0, 1] to ``path``: .gif, .mp4, or without a suffix a folder of PNG files.
 
     Args:
         path: created with its parents.
         images: the frames.
         rate: frames per second.
+        source: identifies the scene; files that were written for another one are not replaced.
+        overwrite: replace them, and files of another origin, as well.
 
     Raises:
+        WriteError: a file of another origin is in the way.
         ConfigError: another suffix, or the packages that write videos are missing.
     """
+    check_frames(path, source, overwrite=overwrite)
     frames, suffix = images_to_pixels(images), path.suffix.lower()
-    if suffix not in ("", ".gif", ".mp4"):
-        raise ConfigError(f"{path}: frames are written to a .gif, an .mp4 or a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if suffix == "":
-        path.mkdir(exist_ok=True)
-        for i, frame in enumerate(frames):
-            Image.fromarray(frame).save(path / f"{i:04d}.png")
-    elif suffix == ".gif":
-        first, *rest = (Image.fromarray(frame) for frame in frames)
-        first.save(path, save_all=True, append_images=rest, duration=round(1000 / rate), loop=0)
-    else:
-        _write_video(path, frames, rate)
+        with OutputRecord(path, overwrite=overwrite) as record:
+            record.write({f"{i:04d}.png": Image.fromarray(frame).save for i, frame in enumerate(frames)}, source)
+        return path
+    with writing_file(path, source, overwrite=overwrite) as temporary:
+        if suffix == ".gif":
+            first, *rest = (Image.fromarray(frame) for frame in frames)
+            first.save(temporary, save_all=True, append_images=rest, duration=round(1000 / rate), loop=0)
+        else:
+            _write_video(temporary, frames, rate)
     return path
 
 

@@ -30,12 +30,14 @@ from factorkit.segdiff.inference.outputs import (
     ANNOTATIONS,
     ANNOTATIONS_SOURCE,
     CONTACT_SHEET,
+    CONTACT_SHEET_IMAGES,
     Manifest,
     check_formats,
     file_endings,
     fingerprint,
     identify_inputs,
     make_image_files,
+    name_contact_sheet,
     output_names,
     write_annotations,
 )
@@ -52,7 +54,7 @@ from factorkit.utils.errors import ConfigError, DataError, WriteError, is_out_of
 from factorkit.utils.images import unit_to_uint8
 from factorkit.utils.output_record import OutputRecord
 
-CONTACT_SHEET_IMAGES, CONTACT_SHEET_CELL = 32, 128  # at most so many images, in cells of so many pixels
+CONTACT_SHEET_CELL = 128  # pixels a side
 MAX_NAMES_IN_WARNING = 20  # skipped images; the result has all of them
 MAX_WORKERS = 8
 MAX_IMAGES_HELD = 16  # in memory between reading and writing,
@@ -179,7 +181,7 @@ class _FolderJob:
             WriteError: a file is there that must not be replaced.
         """
         count, num_regions = len(self.source), self.config.num_leaf_regions
-        self.sheet_name, self.sheet_source = self._name_sheet()
+        self.sheet_name, self.sheet_source = name_contact_sheet(self.record, self.manifest.inputs)
         stems = [
             self.record.distinct_stem(stem, name, partial(self.manifest.is_moved, i))
             for i, (stem, name) in enumerate(zip(output_names(self.source.names), self.manifest.inputs, strict=True))
@@ -206,16 +208,6 @@ class _FolderJob:
         for folder in {(self.out / stems[i]).parent for i in todo} | {self.out}:
             clear_unfinished(folder)
         return todo, sheet_due, stems, numbers
-
-    def _name_sheet(self) -> tuple[str, str]:
-        """Return the name of the contact sheet and what it shows; a sheet of images of other calls keeps its name."""
-        shown, inputs = "\n".join(self.manifest.inputs[:CONTACT_SHEET_IMAGES]), set(self.manifest.inputs)
-
-        def is_outdated(former: str) -> bool:
-            return all(path in inputs or not os.path.lexists(path) for path in former.split("\n"))
-
-        path = PurePosixPath(CONTACT_SHEET)
-        return f"{self.record.distinct_stem(path.stem, shown, is_outdated)}{path.suffix}", shown
 
     @property
     def contact_sheet(self) -> Path:

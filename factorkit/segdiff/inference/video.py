@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing, suppress
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -199,7 +199,7 @@ def write_video(
     import_video_libraries(out)
     areas, changed, count, previous = np.zeros(num_regions), 0.0, 0, None
     bar = tqdm(segmented, total=video.length, desc="segmenting", unit="frame", disable=not progress)
-    place = {"overwrite": overwrite, "inputs": _list_paths(source)}
+    place: dict[str, Any] = {"overwrite": overwrite, "inputs": _list_paths(source)}
     try:
         with (
             bar,
@@ -242,7 +242,7 @@ class VideoWriter:
 
         self._av, self._rate, self._stack = av, rate, ExitStack()
         self._container = self._stack.enter_context(av.open(str(path), "w"))
-        self._stream = self._container.add_stream(CODEC, rate=rate)
+        self._stream = cast(Any, self._container.add_stream(CODEC, rate=rate))
         self._stream.pix_fmt = "yuv420p"
         self._pts, self._count = -1, 0
         self._sounds: list[Any] = []  # iterators of [time in seconds, packets]

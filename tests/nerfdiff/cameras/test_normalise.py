@@ -27,23 +27,23 @@ from tests.nerfdiff.forward import forward_views
 CPU = torch.device("cpu")
 
 
-def moved(poses, degrees=(90.0, 40.0, 0.0), place=(3.0, -2.0, 5.0), scale=1.0):
+def transformed(poses, degrees=(90.0, 40.0, 0.0), position=(3.0, -2.0, 5.0), scale=1.0):
     """Poses under a similarity."""
     motion = torch.eye(4)
     motion[:3, :3] = roma.rotvec_to_rotmat(torch.tensor(degrees).deg2rad())
-    found = poses.clone()
-    found[:, :3, 3] *= scale
-    motion[:3, 3] = torch.tensor(place)
-    return motion @ found
+    result = poses.clone()
+    result[:, :3, 3] *= scale
+    motion[:3, 3] = torch.tensor(position)
+    return motion @ result
 
 
 @pytest.mark.parametrize("axis", [(1.0, 0, 0), (-1.0, 0, 0), (2.0, 0, 0), (0, 1.0, 0), (0.6, 0.2, 0.1)])
 def test_align_up_axis_rotates_another_up_axis_to_z(axis):
     views = make_procedural_views(12, 8, seed=1)
-    turned = moved(views.poses, tuple(90 * x for x in axis))
-    right, found = (open_scene(replace(views, poses=p), 8, CPU).poses for p in (views.poses, turned))
-    assert torch.allclose(found[:, 2, 1:], right[:, 2, 1:], atol=0.02)  # heights of ups, directions and places
-    turns = found[:, :3, :3] @ right[:, :3, :3].mT
+    turned = transformed(views.poses, tuple(90 * x for x in axis))
+    right, result = (open_scene(replace(views, poses=p), 8, CPU).poses for p in (views.poses, turned))
+    assert torch.allclose(result[:, 2, 1:], right[:, 2, 1:], atol=0.02)  # heights of ups, directions and places
+    turns = result[:, :3, :3] @ right[:, :3, :3].mT
     assert torch.allclose(turns, turns[:1].expand_as(turns), atol=1e-4)  # one rotation for all
 
 
@@ -56,7 +56,7 @@ def test_align_up_axis_upright_poses_stay_unchanged():
     roll = torch.linspace(0, 360, 17)[:16, None].deg2rad() * torch.tensor([0, 0, 1.0])
     rolled = around.clone()
     rolled[:, :3, :3] = around[:, :3, :3] @ roma.rotvec_to_rotmat(roll)  # no common up
-    for poses in (around, high, rolled, moved(around, (20.0, 0, 0)), moved(around, (0, 0, 120.0))):
+    for poses in (around, high, rolled, transformed(around, (20.0, 0, 0)), transformed(around, (0, 0, 120.0))):
         assert align_up_axis(poses) is poses
 
 
@@ -65,7 +65,7 @@ def test_center_poses_one_position_is_refused():
     for noise in (0.0, 1e-6):
         poses = views.poses.clone()
         poses[:, :3, 3] = torch.tensor([1.0, 2, 3]) + noise * torch.randn(6, 3)
-        with pytest.raises(DataError, match="all cameras in one place"):
+        with pytest.raises(DataError, match="all cameras at one position"):
             center_poses(poses, 2.0)
     scene = open_scene(replace(views, poses=poses), 8, CPU, known_poses=False)  # true poses alone may be any
     assert torch.equal(scene.poses, poses)
@@ -73,21 +73,21 @@ def test_center_poses_one_position_is_refused():
 
 def test_align_forward_normalised_poses_stay_unchanged():
     poses = forward_facing_poses(position_grid(4, 3))
-    aside = moved(poses, (5.0, 0, 0), (0.1, 0.05, 0.0))  # as the training split's mean is not that of all
-    for given, near in ((poses, None), (poses, 1.2), (aside, 1.2), (poses[1:], None)):
-        assert align_forward(given, near) is given
+    aside = transformed(poses, (5.0, 0, 0), (0.1, 0.05, 0.0))  # as the training split's mean is not that of all
+    for inputs, near in ((poses, None), (poses, 1.2), (aside, 1.2), (poses[1:], None)):
+        assert align_forward(inputs, near) is inputs
 
 
 def test_align_forward_moves_poses_to_the_origin():
     poses = forward_facing_poses(position_grid(5, 3))
-    assert torch.allclose(align_forward(moved(poses), 1.2), poses, atol=1e-5)
-    assert torch.allclose(align_forward(moved(poses, scale=7.0), 7 * 1.2), poses, atol=1e-5)
-    assert torch.allclose(align_forward(moved(poses, (0, 0, 0), (0, 0, 0), 7.0), 7 * 1.2), poses, atol=1e-5)
+    assert torch.allclose(align_forward(transformed(poses), 1.2), poses, atol=1e-5)
+    assert torch.allclose(align_forward(transformed(poses, scale=7.0), 7 * 1.2), poses, atol=1e-5)
+    assert torch.allclose(align_forward(transformed(poses, (0, 0, 0), (0, 0, 0), 7.0), 7 * 1.2), poses, atol=1e-5)
     for scale in (0.01, 1.0, 300.0):  # nothing tells the scale: the places' spread does
-        found = align_forward(moved(poses, scale=scale), None)
-        assert rms_spread(found[:, :3, 3]) == pytest.approx(DEFAULT_SPREAD, rel=1e-4)
-        assert torch.allclose(found[:, :3, :3], poses[:, :3, :3], atol=1e-4)
-    still = moved(torch.eye(4).repeat(3, 1, 1))
+        result = align_forward(transformed(poses, scale=scale), None)
+        assert rms_spread(result[:, :3, 3]) == pytest.approx(DEFAULT_SPREAD, rel=1e-4)
+        assert torch.allclose(result[:, :3, :3], poses[:, :3, :3], atol=1e-4)
+    still = transformed(torch.eye(4).repeat(3, 1, 1))
     assert torch.allclose(align_forward(still, None), torch.eye(4), atol=1e-5)  # a turning head has no spread to go by
 
 
@@ -99,9 +99,10 @@ def test_align_forward_without_common_direction_is_refused():
     assert torch.allclose(align_forward(rolled, 1.2)[:, :3, 3], torch.tensor([[-1.0, 0, 0], [1, 0, 0]]))
 
 
-def test_a_forward_scene_is_as_good_wherever_its_world_lies(tiny, tmp_path):
+@pytest.mark.slow
+def test_forward_run_moved_world_has_the_same_quality(tiny, tmp_path):
     views = forward_views(size=(9, 12), columns=3, rows=3)
-    elsewhere = replace(views, poses=moved(views.poses), near=1.2)
+    elsewhere = replace(views, poses=transformed(views.poses), near=1.2)
     settings = tiny | {"resolution": 12, "poses": "known", "field_steps": 40}
     run = train_nerfdiff(elsewhere, out=tmp_path / "run", **settings)
     assert torch.allclose(run.poses, views.poses, atol=1e-5)

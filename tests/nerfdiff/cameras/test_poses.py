@@ -28,7 +28,7 @@ def rigid(pose: torch.Tensor) -> bool:
     return torch.allclose(turn.mT @ turn, torch.eye(3).to(pose), atol=1e-5) and bool((torch.linalg.det(turn) > 0).all())
 
 
-def test_rodrigues_is_scipys_rotation_and_smooth_at_no_turn():
+def test_rodrigues_poses_match_scipy_and_are_differentiable_at_zero():
     numbers = torch.randn(50, 6, dtype=torch.float64) * 2
     poses = rodrigues_poses(numbers)
     assert torch.allclose(poses[:, :3, :3], torch.from_numpy(Rotation.from_rotvec(numbers[:, :3].numpy()).as_matrix()))
@@ -41,17 +41,17 @@ def test_rodrigues_is_scipys_rotation_and_smooth_at_no_turn():
     assert torch.allclose(rodrigues_poses(half)[0, :3, :3], torch.diag(torch.tensor([1.0, -1, -1])).double())
 
 
-def test_orbiting_cameras_look_at_the_origin_upright():
-    way = direction_vectors(torch.rand(30) * 360, torch.rand(30) * 170 - 85)
-    poses = orbit_poses(way, 3.0)
-    assert rigid(poses) and torch.allclose(poses[:, :3, 3], 3 * way, atol=1e-5)
-    assert torch.allclose(poses[:, :3, 2], way, atol=1e-5)  # backward axis
+def test_orbit_poses_look_at_the_origin_upright():
+    directions = direction_vectors(torch.rand(30) * 360, torch.rand(30) * 170 - 85)
+    poses = orbit_poses(directions, 3.0)
+    assert rigid(poses) and torch.allclose(poses[:, :3, 3], 3 * directions, atol=1e-5)
+    assert torch.allclose(poses[:, :3, 2], directions, atol=1e-5)  # backward axis
     assert poses[:, 2, 0].abs().max() < 1e-5 and (poses[:, 2, 1] > 0).all()  # right is level, up is up
-    length = orbit_poses(way * 7, 3.0)
+    length = orbit_poses(directions * 7, 3.0)
     assert torch.allclose(length, poses, atol=1e-5), "a direction's length says nothing"
 
 
-def test_looking_at_the_origin_is_scipys_rotations_one_after_the_other():
+def test_orbit_poses_match_scipy_euler_angles():
     """Azimuth and elevation as Euler angles: tipped from straight down, then turned about z."""
     azimuth = torch.tensor([0.0, 90, 180, 270, 359.9, *(torch.rand(20) * 360).tolist()]).double()
     elevation = torch.tensor([0.0, -89.9, 89.9, 45, -30, *(torch.rand(20) * 170 - 85).tolist()]).double()
@@ -69,29 +69,29 @@ def test_orbit_poses_at_the_zenith_is_refused_and_near_it_has_a_gradient():
 
 
 def test_orbit_poses_offsets_move_the_named_parameter():
-    way = direction_vectors(torch.tensor([40.0]), torch.tensor([20.0]))
-    plain = orbit_poses(way, 2.0)[0]
-    rolled = orbit_poses(way, 2.0, {"roll": torch.tensor([0.3])})[0]
+    directions = direction_vectors(torch.tensor([40.0]), torch.tensor([20.0]))
+    plain = orbit_poses(directions, 2.0)[0]
+    rolled = orbit_poses(directions, 2.0, {"roll": torch.tensor([0.3])})[0]
     assert torch.allclose(rolled[:3, 2:], plain[:3, 2:], atol=1e-6)
     assert torch.allclose(plain[:3, 0] @ rolled[:3, 0], torch.tensor(0.3).cos(), atol=1e-6)
     assert float(plain[:3, 1] @ rolled[:3, 0]) == pytest.approx(math.sin(0.3), abs=1e-6)
-    aside = orbit_poses(way, 2.0, {"aim": torch.tensor([[0.1, -0.2]])})[0]
+    aside = orbit_poses(directions, 2.0, {"aim": torch.tensor([[0.1, -0.2]])})[0]
     assert torch.allclose(aside[:3, 3] - plain[:3, 3], 0.2 * plain[:3, 0] - 0.4 * plain[:3, 1], atol=1e-6)
-    far = orbit_poses(way, 2.0, {"distance": torch.tensor([0.5])})[0]
+    far = orbit_poses(directions, 2.0, {"distance": torch.tensor([0.5])})[0]
     assert torch.allclose(far[:3, 3], plain[:3, 3] * math.exp(0.5), atol=1e-5)
 
 
 def test_rotate_about_z_and_direction_grid():
-    way = direction_grid(24, [10, 40])
-    assert way.shape == (48, 3) and torch.allclose(way.norm(dim=1), torch.ones(48))
-    assert torch.allclose(azimuth_degrees(way)[:24], torch.arange(24) * 15.0, atol=1e-3)
-    assert torch.allclose(rotate_about_z(way[:24], 15.0).roll(1, 0), way[:24], atol=1e-5)
-    each = rotate_about_z(way, torch.arange(48) * 90.0)
-    off = (azimuth_degrees(each) - azimuth_degrees(way) - torch.arange(48) * 90 + 180) % 360
+    directions = direction_grid(24, [10, 40])
+    assert directions.shape == (48, 3) and torch.allclose(directions.norm(dim=1), torch.ones(48))
+    assert torch.allclose(azimuth_degrees(directions)[:24], torch.arange(24) * 15.0, atol=1e-3)
+    assert torch.allclose(rotate_about_z(directions[:24], 15.0).roll(1, 0), directions[:24], atol=1e-5)
+    each = rotate_about_z(directions, torch.arange(48) * 90.0)
+    off = (azimuth_degrees(each) - azimuth_degrees(directions) - torch.arange(48) * 90 + 180) % 360
     assert torch.allclose(off, torch.full((48,), 180.0), atol=1e-2)
 
 
-def test_anchors_fill_the_band_evenly():
+def test_fibonacci_band_fills_the_band_evenly():
     anchors = fibonacci_band(200, (10.0, 60.0))
     elevation = anchors[:, 2].asin().rad2deg()
     assert elevation.min() >= 10 and elevation.max() <= 60
@@ -101,22 +101,22 @@ def test_anchors_fill_the_band_evenly():
 
 
 def test_pose_parameters_start_at_the_given_poses_and_get_gradients():
-    way = direction_grid(5, [30])
-    poses = OrbitPoses(way, 2.5, ("roll", "aim", "distance"))
-    assert torch.allclose(poses(), orbit_poses(way, 2.5), atol=1e-6)
+    directions = direction_grid(5, [30])
+    poses = OrbitPoses(directions, 2.5, ("roll", "aim", "distance"))
+    assert torch.allclose(poses(), orbit_poses(directions, 2.5), atol=1e-6)
     poses(torch.tensor([1, 3])).square().sum().backward()
     for parameter in poses.parameters():
         assert parameter.grad[[0, 2, 4]].abs().sum() == 0 and parameter.grad.isfinite().all()
-    base = orbit_poses(way, 1.0)
+    base = orbit_poses(directions, 1.0)
     free = FreePoses(base)
     assert torch.allclose(free(), base)
     assert len(list(free.requires_grad_(False).parameters())) == 1 and torch.allclose(free(torch.tensor([4])), base[4:])
 
 
-def test_directions_move_along_their_circle_and_up_over_the_zenith():
-    way = direction_grid(5, [30])
-    poses = OrbitPoses(way, 2.5)
-    assert torch.equal(poses.direction, way)
+def test_orbit_poses_angles_move_directions_over_the_zenith():
+    directions = direction_grid(5, [30])
+    poses = OrbitPoses(directions, 2.5)
+    assert torch.equal(poses.direction, directions)
     poses.angles.data.copy_(torch.tensor([0.3, 0.4]).expand(5, 2))
     up = math.degrees(0.4)
     expected = direction_grid(5, [30 + up]), math.degrees(0.3)
@@ -125,7 +125,7 @@ def test_directions_move_along_their_circle_and_up_over_the_zenith():
     assert torch.allclose(poses.direction, rotate_about_z(direction_grid(5, [50]), 180.0), atol=1e-6)
 
 
-def test_a_view_near_the_zenith_climbs_although_going_round_turns_the_picture_more():
+def test_orbit_poses_near_the_zenith_converge():
     true = direction_vectors(torch.tensor([40.0]), torch.tensor([89.0]))
     poses = OrbitPoses(direction_vectors(torch.tensor([38.0]), torch.tensor([70.0])), 2.5)
     goal = orbit_poses(true, 2.5)
@@ -146,21 +146,23 @@ def test_framing_distance_shows_a_ninth_more_than_the_box():
     assert float((rays.origins + t * rays.directions)[0, 1].abs()) == pytest.approx(1 / 0.9, rel=1e-4)
 
 
-def test_known_poses_are_brought_around_the_origin():
-    way = direction_vectors(torch.rand(12) * 360, torch.rand(12) * 60 + 5)
-    moved = orbit_poses(way, 4.0)
-    moved[:, :3, 3] += torch.tensor([5.0, -2, 1])
-    assert torch.allclose(center_poses(moved, 2.0), orbit_poses(way, 2.0), atol=1e-3)
+def test_center_poses_moves_poses_around_the_origin():
+    directions = direction_vectors(torch.rand(12) * 360, torch.rand(12) * 60 + 5)
+    transformed = orbit_poses(directions, 4.0)
+    transformed[:, :3, 3] += torch.tensor([5.0, -2, 1])
+    assert torch.allclose(center_poses(transformed, 2.0), orbit_poses(directions, 2.0), atol=1e-3)
 
 
 def test_with_directions_keeps_the_offsets():
-    way = direction_grid(4, [30])
-    poses = OrbitPoses(way, 2.5, ("roll", "aim"))
+    directions = direction_grid(4, [30])
+    poses = OrbitPoses(directions, 2.5, ("roll", "aim"))
     poses.freedom["roll"].data.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
     poses.freedom["aim"].data.fill_(0.05)
-    moved = poses.with_directions(rotate_about_z(way, 90.0))
+    transformed = poses.with_directions(rotate_about_z(directions, 90.0))
     turn = torch.eye(4)
     turn[:2, :2] = torch.tensor([[0.0, -1], [1, 0]])
-    assert torch.allclose(moved(), turn @ poses(), atol=1e-5)
-    assert torch.allclose(rotate_poses_about_z(poses(), 90.0), moved(), atol=1e-5)
-    assert not any(p.requires_grad for p in moved.parameters()) and all(p.requires_grad for p in poses.parameters())
+    assert torch.allclose(transformed(), turn @ poses(), atol=1e-5)
+    assert torch.allclose(rotate_poses_about_z(poses(), 90.0), transformed(), atol=1e-5)
+    assert not any(p.requires_grad for p in transformed.parameters()) and all(
+        p.requires_grad for p in poses.parameters()
+    )

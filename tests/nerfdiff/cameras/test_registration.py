@@ -20,10 +20,10 @@ def blobs() -> GridField:
     """Coloured blobs that no turn takes into one another."""
     field = GridField(20)
     axis = torch.linspace(-1, 1, 20)
-    place = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1)
+    position = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1)
     raw = torch.full((20, 20, 20, 4), -1.5)
     for centre, colour in (((0.4, 0, 0.2), 0), ((-0.3, 0.4, -0.2), 1), ((0, -0.5, 0.3), 2), ((0, 0, -0.4), 0)):
-        near = (-(place - torch.tensor(centre)).square().sum(-1) / 0.03).exp()
+        near = (-(position - torch.tensor(centre)).square().sum(-1) / 0.03).exp()
         raw[..., 0] += 3 * near
         raw[..., 1 + colour] += 4 * near
     field.values.data.copy_(raw)
@@ -31,10 +31,10 @@ def blobs() -> GridField:
 
 
 def test_register_scene_refines_the_similarity_by_images():
-    optics = CameraModel(torch.tensor([[1.4, 0, 0.5], [0, 1.4, 0.5], [0, 0, 1]]), torch.ones(3))
-    model = SimpleNamespace(field=blobs(), camera=optics, samples_per_ray=24)
+    camera_model = CameraModel(torch.tensor([[1.4, 0, 0.5], [0, 1.4, 0.5], [0, 0, 1]]), torch.ones(3))
+    model = SimpleNamespace(field=blobs(), camera=camera_model, samples_per_ray=24)
     in_scene = orbit_poses(direction_grid(8, [20.0, 50.0]), DISTANCE)
-    images = render_views(model.field, in_scene, optics, (24, 24), 48).color.movedim(-1, 1)
+    images = render_views(model.field, in_scene, camera_model, (24, 24), 48).color.movedim(-1, 1)
     # the poses' own coordinates are another world's; what leads back from there is the answer
     turn = roma.rotvec_to_rotmat(torch.tensor([0.3, -0.8, 0.5])).double()
     truth = Similarity(turn, torch.tensor([0.2, 1.0, -0.4]).double(), torch.tensor(0.7).double())
@@ -42,12 +42,12 @@ def test_register_scene_refines_the_similarity_by_images():
     off = roma.rotvec_to_rotmat(torch.tensor([0.01, -0.02, 0.015])).double()
     start = Similarity(off @ turn, truth.translation + torch.tensor([0.03, -0.02, 0.04]), truth.scale * 1.01)
 
-    found = register_scene(model, start, poses, images)
+    result = register_scene(model, start, poses, images)
 
     def away(s: Similarity) -> tuple[float, float]:
-        moved = s.apply(poses)
-        angle = roma.rotmat_geodesic_distance(moved[:, :3, :3], in_scene[:, :3, :3]).rad2deg().max()
-        return float(angle), float((moved[:, :3, 3] - in_scene[:, :3, 3]).norm(dim=1).max())
+        transformed = s.apply(poses)
+        angle = roma.rotmat_geodesic_distance(transformed[:, :3, :3], in_scene[:, :3, :3]).rad2deg().max()
+        return float(angle), float((transformed[:, :3, 3] - in_scene[:, :3, 3]).norm(dim=1).max())
 
     assert away(start)[0] > 1.4 and away(start)[1] > 0.04
-    assert away(found)[0] < 0.15 and away(found)[1] < 0.02, (away(start), away(found))
+    assert away(result)[0] < 0.15 and away(result)[1] < 0.02, (away(start), away(result))

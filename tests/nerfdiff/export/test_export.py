@@ -16,9 +16,10 @@ from plyfile import PlyData
 from factorkit.data import make_procedural_views, open_views
 from factorkit.data.procedural.scene import TABLE, make_scene_field, signed_distance
 from factorkit.nerfdiff.export import export
-from factorkit.nerfdiff.export.cameras import IMAGE_FOLDER, file_names, write_colmap
+from factorkit.nerfdiff.export.cameras import IMAGE_FOLDER, file_names, make_colmap
 from factorkit.nerfdiff.export.points import Shape
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, WriteError
+from factorkit.utils.output_record import OutputRecord
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,8 @@ def vertices(path):
     return torch.tensor(np.stack(points, 1)), torch.tensor(np.stack(colors, 1))
 
 
-def test_points_lie_on_the_surface_in_its_colours(tmp_path, views):
+@pytest.mark.slow
+def test_export_points_are_on_the_surface_in_its_colours(tmp_path, views):
     path = export(tmp_path / "out" / "scene.ply", views, make_scene_field(), points=4000)
     points, colors = vertices(path)
     assert 2500 < len(points) < 6000 and colors.dtype == torch.uint8
@@ -54,16 +56,18 @@ def test_points_lie_on_the_surface_in_its_colours(tmp_path, views):
         assert ratio.min() > 0.5 and ratio.max() < 1.05 and ratio.max() - ratio.min() < 0.2
 
 
-def test_silhouettes_leave_no_points_in_the_air(tmp_path, views, monkeypatch):
+@pytest.mark.slow
+def test_export_points_silhouettes_leave_none_in_empty_space(tmp_path, views, monkeypatch):
     from factorkit.nerfdiff.export import points as export_points
 
-    kept, _ = vertices(export(tmp_path / "a.ply", views, make_scene_field(), points=4000))
+    stored, _ = vertices(export(tmp_path / "a.ply", views, make_scene_field(), points=4000))
     monkeypatch.setattr(export_points, "MIN_OPTICAL_DEPTH", -1.0)
     every, _ = vertices(export(tmp_path / "b.ply", views, make_scene_field(), points=4000))
-    assert distance(every).max() > 0.2 > 0.1 > distance(kept).max()
+    assert distance(every).max() > 0.2 > 0.1 > distance(stored).max()
 
 
-def test_a_mesh_is_closed_faces_outwards_and_has_the_density(tmp_path, views):
+@pytest.mark.slow
+def test_export_mesh_is_closed_and_has_the_volume_of_the_density(tmp_path, views):
     field = make_scene_field()
     for name in ("mesh.ply", "thing.obj", "thing.glb"):
         path = export(tmp_path / name, views, field, resolution=80, level=100.0)
@@ -83,7 +87,7 @@ def test_a_mesh_is_closed_faces_outwards_and_has_the_density(tmp_path, views):
     torch.testing.assert_close(colors[ball].float(), expected, atol=1, rtol=0)
 
 
-def test_a_mesh_has_the_colours_seen_from_outside(tmp_path, views):
+def test_export_mesh_has_the_colours_of_outside_views(tmp_path, views):
     def shiny_ball(positions, directions):
         return 100 * (0.6 - positions.norm(dim=1)).clamp_min(0), (1 + directions) / 2
 
@@ -92,7 +96,7 @@ def test_a_mesh_has_the_colours_seen_from_outside(tmp_path, views):
     assert ((colors / 255 * 2 - 1) - inwards).norm(dim=1).median() < 0.1
 
 
-def test_a_surface_that_the_box_cuts_is_closed_there(tmp_path, views):
+def test_export_mesh_cut_by_the_box_is_closed(tmp_path, views):
     def half_space(positions, directions):
         return 40 * (positions[:, 0] > 0.31).float(), positions.abs()
 
@@ -102,7 +106,7 @@ def test_a_surface_that_the_box_cuts_is_closed_there(tmp_path, views):
     np.testing.assert_allclose(mesh.bounds[:, 1:], [[-1, -0.5], [1, 0.5]], atol=1e-6)
 
 
-def test_transforms_are_what_nerfstudio_documents_and_come_back(tmp_path, views):
+def test_export_transforms_round_trip(tmp_path, views):
     path = export(tmp_path / "studio" / "transforms.json", views, make_scene_field())
     content = json.loads(path.read_text())
     assert content["camera_model"] == "OPENCV" and content["w"] == content["h"] == 24
@@ -117,7 +121,7 @@ def test_transforms_are_what_nerfstudio_documents_and_come_back(tmp_path, views)
     torch.testing.assert_close(back.masks, views.masks, atol=0.003, rtol=0)
 
 
-def test_exports_beside_pictures_leave_them_alone(tmp_path, views):
+def test_export_beside_images_leaves_them_unchanged(tmp_path, views):
     own = [tmp_path / "images" / f"{name}.png" for name in views.names]
     own[0].parent.mkdir()
     for path in own:
@@ -128,13 +132,34 @@ def test_exports_beside_pictures_leave_them_alone(tmp_path, views):
         assert len(written) == 10
         for path in own:
             assert path.read_bytes() == b"all there is of it"
-        for path in written:  # an earlier export's own are replaced
-            path.write_bytes(b"")
-    export(tmp_path / "transforms.json", views, make_scene_field())
-    assert all(path.stat().st_size > 0 for path in written)
+    written[0].write_bytes(b"edited")
+    with pytest.raises(WriteError, match="changed after factorkit wrote it"):
+        export(tmp_path / "transforms.json", views, make_scene_field())
+    assert written[0].read_bytes() == b"edited"
+    export(tmp_path / "transforms.json", views, make_scene_field(), overwrite=True)
+    assert all(path.stat().st_size > 6 for path in written)
 
 
-def test_transforms_of_cameras_that_differ(tmp_path, views):
+@pytest.mark.parametrize("name", ["scene.ply", "mesh.ply", "transforms.json", "colmap"])
+def test_export_replaces_only_what_it_wrote_for_the_same_scene(tmp_path, views, name):
+    path = tmp_path / name
+    target = path / "cameras.txt" if name == "colmap" else path
+    options = {"points": 500} if name in ("scene.ply", "colmap") else {"resolution": 12}
+    target.parent.mkdir(exist_ok=True)
+    target.write_text("mine")
+    with pytest.raises(WriteError, match=f"{target.name} exists and was not written by factorkit"):
+        export(path, views, make_scene_field(), source="a", **options)
+    assert target.read_text() == "mine"
+    for _ in range(2):
+        target.unlink()
+        export(path, views, make_scene_field(), source="a", **options)
+    before = target.read_bytes()
+    with pytest.raises(WriteError, match=r"written for another input \(a\)"):
+        export(path, views, make_scene_field(), source="b", **options)
+    assert target.read_bytes() == before
+
+
+def test_export_transforms_different_cameras_round_trip(tmp_path, views):
     from dataclasses import replace
 
     k = views.intrinsics.clone()
@@ -148,7 +173,7 @@ def test_transforms_of_cameras_that_differ(tmp_path, views):
     torch.testing.assert_close(back.images, views.images, atol=0.002, rtol=0)
 
 
-def test_colmap_reads_cameras_images_and_points(tmp_path, views):
+def test_export_colmap_is_read_by_pycolmap(tmp_path, views):
     folder = export(tmp_path / "colmap", views, make_scene_field(), points=2000)
     model = pycolmap.Reconstruction()
     model.read_text(folder)
@@ -175,7 +200,7 @@ def fundamental(lines, cameras, first, second):
     """The fundamental matrix of two of COLMAP's images, from the text alone (Hartley & Zisserman, eq. 9.2)."""
 
     def projection(line):
-        w, x, y, z, *place = (float(word) for word in line.split()[1:8])
+        w, x, y, z, *position = (float(word) for word in line.split()[1:8])
         turn = np.array(
             [
                 [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
@@ -184,7 +209,7 @@ def fundamental(lines, cameras, first, second):
             ]
         )
         fx, fy, cx, cy = (float(word) for word in cameras[line.split()[8]].split()[4:8])
-        return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), turn, np.array(place)
+        return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), turn, np.array(position)
 
     (k1, r1, t1), (k2, r2, t2) = projection(lines[first]), projection(lines[second])
     turn = r2 @ r1.T
@@ -193,7 +218,8 @@ def fundamental(lines, cameras, first, second):
     return np.linalg.inv(k2).T @ cross @ turn @ np.linalg.inv(k1)
 
 
-def test_matched_pixels_satisfy_the_epipolar_constraint(tmp_path):
+@pytest.mark.slow
+def test_export_colmap_matched_pixels_satisfy_the_epipolar_constraint(tmp_path):
     """What the pictures say themselves: the middles of the yellow ball in two pictures are the same point of space."""
     views = make_procedural_views(14, 96, seed=6, elevations=(25.0, 60.0))
     folder = export(tmp_path / "colmap", views, make_scene_field(), points=500)
@@ -217,39 +243,41 @@ def test_matched_pixels_satisfy_the_epipolar_constraint(tmp_path):
     assert abs(flipped @ middles[0] @ middles[5]) / np.linalg.norm((flipped @ middles[0])[:2]) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nerf_lego_200", "llff_fern_504"])
-def test_real_pictures_satisfy_it_too(tmp_path, real_data, name):
+def test_export_colmap_real_images_satisfy_the_epipolar_constraint(tmp_path, real_data, name):
     """Pixels matched by their surroundings (SIFT); Blender wrote the poses of the Lego scene, COLMAP those of Fern."""
     views = open_views(real_data(name), "train").select(slice(0, 40))
-    write_colmap(tmp_path, views, Shape(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8)))
+    with OutputRecord(tmp_path) as record:
+        record.write(make_colmap(views, Shape(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8))), "export")
     rows = [line for line in (tmp_path / "images.txt").read_text().splitlines() if line and line[0] != "#"]
     cameras = {row.split()[0]: row for row in (tmp_path / "cameras.txt").read_text().splitlines() if row[0] != "#"}
     sift = cv2.SIFT_create()
-    found = [sift.detectAndCompute(cv2.imread(str(tmp_path / IMAGE_FOLDER / row.split()[9]), 0), None) for row in rows]
+    result = [sift.detectAndCompute(cv2.imread(str(tmp_path / IMAGE_FOLDER / row.split()[9]), 0), None) for row in rows]
     errors = []
     for i in range(len(views)):
         for j in range(i + 1, len(views)):
-            for first, second in cv2.BFMatcher().knnMatch(found[i][1], found[j][1], k=2):
+            for first, second in cv2.BFMatcher().knnMatch(result[i][1], result[j][1], k=2):
                 if first.distance < 0.6 * second.distance:
-                    here, there = ((*found[v][0][n].pt, 1.0) for v, n in ((i, first.queryIdx), (j, first.trainIdx)))
-                    line = fundamental(rows, cameras, i, j) @ ([*np.array(here), 0.5, 0.5, 0])
-                    errors.append(abs(line @ ([*np.array(there), 0.5, 0.5, 0])) / math.hypot(line[0], line[1]))
+                    here, there = ((*result[v][0][n].pt, 1.0) for v, n in ((i, first.queryIdx), (j, first.trainIdx)))
+                    line = fundamental(rows, cameras, i, j) @ (np.add(here, (0.5, 0.5, 0)))
+                    errors.append(abs(line @ (np.add(there, (0.5, 0.5, 0)))) / math.hypot(line[0], line[1]))
     assert len(errors) > 100 and np.median(errors) < 1.0
 
 
-def test_names_of_files():
+def test_file_names_are_safe_and_unique():
     names = ["train/r_0.png", "./a.jpg", "a.png", "../../b c.png", "/etc/x", "C:\\d\\e.png", "..", "a.png.png"]
-    found = file_names(names)
-    assert found[:3] == ["train/r_0.png", "a.png", "a.png.png"]
-    assert found[3:7] == ["b_c.png", "etc/x.png", "C_/d/e.png", "view.png"]
-    assert len(set(found)) == len(names) and not any(name.startswith("/") or " " in name for name in found)
+    result = file_names(names)
+    assert result[:3] == ["train/r_0.png", "a.png", "a.png.png"]
+    assert result[3:7] == ["b_c.png", "etc/x.png", "C_/d/e.png", "view.png"]
+    assert len(set(result)) == len(names) and not any(name.startswith("/") or " " in name for name in result)
 
 
 def empty(positions, directions):
     return torch.zeros(len(positions)), torch.zeros(len(positions), 3)
 
 
-def test_what_cannot_be_exported(tmp_path, views):
+def test_export_invalid_request_raises(tmp_path, views):
     from dataclasses import replace
 
     with pytest.raises(DataError, match="no view shows anything solid"):

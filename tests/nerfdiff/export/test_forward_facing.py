@@ -16,7 +16,7 @@ from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.rays import render_views
 from factorkit.rendering import Rays
 from factorkit.utils.errors import ConfigError, DataError
-from tests.nerfdiff.forward import CENTRE, OPTICS, RADIUS, WALL, ball_alone, ball_and_wall, forward_views
+from tests.nerfdiff.forward import CAMERA, CENTRE, RADIUS, WALL, ball_alone, ball_and_wall, forward_views
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +31,15 @@ def vertices(path):
     return torch.tensor(np.stack(points, 1)), torch.tensor(np.stack(colors, 1))
 
 
-def test_what_is_bent_comes_back():
+def test_to_ndc_from_ndc_round_trip():
     generator = torch.Generator().manual_seed(0)
     origins = 0.4 * torch.randn(50, 3, generator=generator) - torch.tensor([0, 0, 0.8])
     directions = torch.nn.functional.normalize(torch.randn(50, 3, generator=generator) - torch.tensor([0, 0, 6.0]))
     assert 5 < (origins[:, 2] < -1).sum() < 45
-    bent = OPTICS.to_ndc(Rays(origins, directions), (30, 40))
-    assert torch.equal(bent.directions[:, 2], OPTICS.to_ndc(Rays(0 * origins, directions), (3, 4)).directions[:, 2])
+    bent = CAMERA.to_ndc(Rays(origins, directions), (30, 40))
+    assert torch.equal(bent.directions[:, 2], CAMERA.to_ndc(Rays(0 * origins, directions), (3, 4)).directions[:, 2])
     for t in (0.0, 0.1, 0.4):
-        world = OPTICS.from_ndc(bent.origins + t * bent.directions)
+        world = CAMERA.from_ndc(bent.origins + t * bent.directions)
         along = ((world - origins) * directions).sum(1)
         torch.testing.assert_close(world, origins + along[:, None] * directions, atol=1e-3, rtol=1e-4)
         assert (along > -1e-4).all()  # nothing behind the camera, even where it stands beyond the nearest plane
@@ -47,15 +47,17 @@ def test_what_is_bent_comes_back():
             torch.testing.assert_close(-world[:, 2], (-origins[:, 2]).clamp_min(1), atol=1e-4, rtol=1e-4)
 
 
-def test_a_camera_in_the_scene_sees_what_is_before_it():
+def test_export_forward_camera_in_the_scene_sees_the_surface_before_it():
     ahead = forward_facing_poses(torch.zeros(1, 3))
     ahead[0, :3, 3] = torch.tensor([0.2, -0.1, -3.5])  # behind the ball
-    seen = render_views(ball_and_wall, ahead, OPTICS, (6, 8), 512)
-    assert torch.allclose(seen.depth, torch.full((1, 6, 8), WALL), atol=0.1) and (seen.opacity > 0.99).all()
-    assert (seen.color[..., 0] - seen.color[..., 1]).abs().max() < 0.01  # the wall's grey, none of the ball's red
+    rendered = render_views(ball_and_wall, ahead, CAMERA, (6, 8), 512)
+    assert torch.allclose(rendered.depth, torch.full((1, 6, 8), WALL), atol=0.1) and (rendered.opacity > 0.99).all()
+    assert (
+        rendered.color[..., 0] - rendered.color[..., 1]
+    ).abs().max() < 0.01  # the wall's grey, none of the ball's red
 
 
-def test_points_lie_where_the_surfaces_are(tmp_path, views):
+def test_export_forward_points_are_on_the_surfaces(tmp_path, views):
     points, colors = vertices(export(tmp_path / "scene.ply", views, ball_and_wall, points=4000))
     assert 2500 < len(points) < 6000
     from_ball, from_wall = (points - CENTRE).norm(dim=1) - RADIUS, -points[:, 2] - WALL
@@ -69,7 +71,7 @@ def test_points_lie_where_the_surfaces_are(tmp_path, views):
     assert (colors[wall, 0].float() - colors[wall, 2]).abs().median() < 3  # grey
 
 
-def test_what_is_too_far_is_left_out(tmp_path, views):
+def test_export_forward_distant_points_are_omitted(tmp_path, views):
     near = vertices(export(tmp_path / "near.ply", views, ball_and_wall, points=2000, far=4.0))[0]
     assert -near[:, 2].min() < 4 and ((near - CENTRE).norm(dim=1) < RADIUS + 0.1).float().mean() > 0.95
     for far in (1.0, float("nan")):
@@ -79,9 +81,9 @@ def test_what_is_too_far_is_left_out(tmp_path, views):
     assert far.bounds[0, 2] == pytest.approx(-20, rel=1e-3)
 
 
-def test_a_mesh_is_brought_back_with_its_faces_outwards(tmp_path, views):
-    def shaded(places, directions):
-        return ball_alone(places, directions)[0], (directions / 2).clamp(0, 1)
+def test_export_forward_mesh_has_faces_outwards(tmp_path, views):
+    def shaded(positions, directions):
+        return ball_alone(positions, directions)[0], (directions / 2).clamp(0, 1)
 
     export(tmp_path / "mesh.ply", views, ball_alone, resolution=80, level=200.0)
     mesh = trimesh.load(tmp_path / "mesh.ply")
@@ -96,7 +98,7 @@ def test_a_mesh_is_brought_back_with_its_faces_outwards(tmp_path, views):
     assert (colors == torch.tensor([0, 0, 255])).all()  # as seen from straight before it
 
 
-def test_colmap_reads_cameras_and_points(tmp_path, views):
+def test_export_forward_colmap_reads_cameras_and_points(tmp_path, views):
     folder = export(tmp_path / "colmap", views, ball_and_wall, points=3000)
     model = pycolmap.Reconstruction()
     model.read_text(folder)
@@ -118,7 +120,7 @@ def test_colmap_reads_cameras_and_points(tmp_path, views):
     assert min(shares) > 0.85  # of 24 x 18 pixels, those on the ball's rim are its colour or not
 
 
-def test_forward_views_of_two_cameras_are_refused(tmp_path, views):
+def test_export_forward_two_cameras_are_refused(tmp_path, views):
     k = views.intrinsics.clone()
     k[1, 0, 0] *= 1.5
     with pytest.raises(DataError, match="one camera"):

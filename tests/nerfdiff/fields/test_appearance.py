@@ -18,11 +18,11 @@ from factorkit.nerfdiff.stages.dictionary import candidate_errors
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import ConfigError
 
-OPTICS = CameraModel(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
+CAMERA = CameraModel(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
 POSES = orbit_poses(direction_grid(3, [25]), 3.3)
 
 
-def toned_field(background: str = "given", width: int = 2) -> GridField:
+def field_with_appearance(background: str = "given", width: int = 2) -> GridField:
     torch.manual_seed(1)
     field = build_field("grid", 5, 3, background=background, views=4, appearance_dim=width)
     field.values.data.mul_(8)
@@ -31,9 +31,9 @@ def toned_field(background: str = "given", width: int = 2) -> GridField:
 
 
 @pytest.mark.parametrize("background", ["given", "learned"])
-def test_tones_are_affine_maps_of_the_radiance_at_every_sample(background):
-    field, views = toned_field(background), torch.tensor([2, 0, 3])
-    seen = render_views(field, POSES, OPTICS, (4, 5), 24, views)
+def test_appearance_is_an_affine_map_of_radiance(background):
+    field, views = field_with_appearance(background), torch.tensor([2, 0, 3])
+    rendered = render_views(field, POSES, CAMERA, (4, 5), 24, views)
     codes = field.appearance.codes - field.appearance.codes.mean(0)
     for i, view in enumerate(views.tolist()):
         numbers = codes[view] @ field.appearance.map
@@ -43,52 +43,52 @@ def test_tones_are_affine_maps_of_the_radiance_at_every_sample(background):
             sigma, color = field(p, d)
             return sigma, color + color @ matrix + shift
 
-        behind = OPTICS.background
+        behind = CAMERA.background
         if background == "learned":  # what is learned has the view's tone too, what is given has not
             behind = field.background(torch.zeros(3))
             behind = behind + behind @ matrix + shift
-        wanted = render_views(mapped, POSES[i : i + 1], replace(OPTICS, background=behind), (4, 5), 24)
-        assert torch.allclose(seen.color[i], wanted.color[0], atol=1e-5)
-    assert not torch.allclose(seen.color, render_views(field, POSES, OPTICS, (4, 5), 24).color, atol=1e-3)
+        expected = render_views(mapped, POSES[i : i + 1], replace(CAMERA, background=behind), (4, 5), 24)
+        assert torch.allclose(rendered.color[i], expected.color[0], atol=1e-5)
+    assert not torch.allclose(rendered.color, render_views(field, POSES, CAMERA, (4, 5), 24).color, atol=1e-3)
 
 
-def test_densities_do_not_depend_on_codes_and_the_mean_code_changes_nothing():
-    field, views = toned_field(), torch.tensor([2, 0, 3])
-    before = render_views(field, POSES, OPTICS, (4, 5), 24)
-    seen = render_views(field, POSES, OPTICS, (4, 5), 24, views)
-    assert torch.equal(before.opacity, seen.opacity) and torch.equal(before.depth, seen.depth)
+def test_appearance_leaves_densities_and_the_mean_code_is_identity():
+    field, views = field_with_appearance(), torch.tensor([2, 0, 3])
+    before = render_views(field, POSES, CAMERA, (4, 5), 24)
+    rendered = render_views(field, POSES, CAMERA, (4, 5), 24, views)
+    assert torch.equal(before.opacity, rendered.opacity) and torch.equal(before.depth, rendered.depth)
     p = torch.rand(50, 3) * 2 - 1
     sigma = field(p, p)[0]
     field.appearance.codes.data.normal_()
     assert torch.equal(field(p, p)[0], sigma)
-    assert torch.equal(render_views(field, POSES, OPTICS, (4, 5), 24).color, before.color)
+    assert torch.equal(render_views(field, POSES, CAMERA, (4, 5), 24).color, before.color)
     field.appearance.codes.data.copy_(torch.tensor([1.0, -2.0]).expand(4, 2))  # all at their mean
-    again = render_views(field, POSES, OPTICS, (4, 5), 24, views)
+    again = render_views(field, POSES, CAMERA, (4, 5), 24, views)
     assert torch.allclose(again.color, before.color, atol=1e-6)
 
 
-def test_gradients_of_codes_and_map_by_finite_differences():
+def test_appearance_gradients_match_finite_differences():
     torch.manual_seed(0)
-    tones, views = Appearance(3, 2, seed=1).double(), torch.tensor([2, 0])
+    appearance, views = Appearance(3, 2, seed=1).double(), torch.tensor([2, 0])
     color, opacity = torch.rand(2, 5, 3).double(), torch.rand(2, 5).double()
 
     def mapped(codes, matrix, color, opacity):
-        return torch.func.functional_call(tones, {"codes": codes, "map": matrix}, (views, color, opacity))
+        return torch.func.functional_call(appearance, {"codes": codes, "map": matrix}, (views, color, opacity))
 
-    given = (torch.randn(3, 2).double(), torch.randn(2, 12).double(), color, opacity)
-    assert torch.autograd.gradcheck(mapped, [x.requires_grad_() for x in given])
+    inputs = (torch.randn(3, 2).double(), torch.randn(2, 12).double(), color, opacity)
+    assert torch.autograd.gradcheck(mapped, [x.requires_grad_() for x in inputs])
 
 
-def test_pixels_and_comparisons_have_their_views_tones():
-    field, views = toned_field(), torch.tensor([1, 3, 0])
+def test_render_pixels_and_candidate_errors_use_the_views_appearance():
+    field, views = field_with_appearance(), torch.tensor([1, 3, 0])
     pixels = torch.tensor([[0, 7], [3, 19], [11, 2]])
-    seen = render_views(field, POSES, OPTICS, (4, 5), 24, views).color.flatten(1, 2)
-    some = render_pixels(field, POSES, OPTICS, pixels, (4, 5), 24, views=views).color
-    assert torch.allclose(some, torch.stack([s[p] for s, p in zip(seen, pixels, strict=True)]), atol=1e-5)
-    images = render_views(field, POSES, OPTICS, (4, 5), 24, views).color.movedim(-1, 1)
-    errors = candidate_errors(field, POSES, OPTICS, images, 24, views)
+    rendered = render_views(field, POSES, CAMERA, (4, 5), 24, views).color.flatten(1, 2)
+    some = render_pixels(field, POSES, CAMERA, pixels, (4, 5), 24, views=views).color
+    assert torch.allclose(some, torch.stack([s[p] for s, p in zip(rendered, pixels, strict=True)]), atol=1e-5)
+    images = render_views(field, POSES, CAMERA, (4, 5), 24, views).color.movedim(-1, 1)
+    errors = candidate_errors(field, POSES, CAMERA, images, 24, views)
     assert errors.shape == (3, 3) and errors.diagonal().max() < 1e-9 and errors.argmin(1).tolist() == [0, 1, 2]
-    assert candidate_errors(field, POSES, OPTICS, images, 24).diagonal().min() > 1e-5
+    assert candidate_errors(field, POSES, CAMERA, images, 24).diagonal().min() > 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +117,8 @@ def test_appearance_codes_improve_views_of_varying_colour(tinted, tiny, tmp_path
     for width in (0, 3):
         run = train_nerfdiff(tinted, out=tmp_path / str(width), **settings | {"appearance_dim": width})
         views = torch.arange(24) if width else None
-        seen = render_views(run.model.field, run.poses, run.model.camera, (16, 16), 20, views).color.movedim(-1, 1)
-        errors[width] = (seen - tinted.images).square().mean().item()
+        rendered = render_views(run.model.field, run.poses, run.model.camera, (16, 16), 20, views).color.movedim(-1, 1)
+        errors[width] = (rendered - tinted.images).square().mean().item()
         if width:
             reds = [run.render(run.poses[:1], appearance_view=i).images[0, 0].mean() for i in (0, 1)]
             mean = run.render(run.poses[:1]).images[0, 0].mean()

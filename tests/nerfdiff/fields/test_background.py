@@ -18,7 +18,7 @@ from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.rendering import image_rays
 from factorkit.utils.errors import ConfigError
 
-OPTICS = CameraModel(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
+CAMERA = CameraModel(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
 POSES = orbit_poses(direction_grid(3, [25]), 3.3)
 SEA = torch.tensor([0.1, 0.4, 0.6])
 
@@ -30,53 +30,53 @@ def empty(background: str) -> GridField:
     return field
 
 
-def test_one_colour_is_learned_and_nothing_else_lies_behind():
+def test_learned_background_is_one_colour():
     field = empty("learned")
     optimizer = torch.optim.Adam(field.background.parameters(), 0.1)
     for _ in range(100):
-        seen = render_pixels(field, POSES, OPTICS, torch.arange(12).expand(3, 12), (4, 4), 6).color
+        rendered = render_pixels(field, POSES, CAMERA, torch.arange(12).expand(3, 12), (4, 4), 6).color
         optimizer.zero_grad()
-        (seen - SEA).square().mean().backward()
+        (rendered - SEA).square().mean().backward()
         optimizer.step()
-    seen = render_views(field, POSES, OPTICS, (4, 4), 6)
-    assert torch.allclose(seen.color, SEA.expand_as(seen.color), atol=0.01)
-    assert torch.allclose(render_views(empty("given"), POSES, OPTICS, (4, 4), 6).color[0, 0, 0], OPTICS.background)
+    rendered = render_views(field, POSES, CAMERA, (4, 4), 6)
+    assert torch.allclose(rendered.color, SEA.expand_as(rendered.color), atol=0.01)
+    assert torch.allclose(render_views(empty("given"), POSES, CAMERA, (4, 4), 6).color[0, 0, 0], CAMERA.background)
 
 
 @pytest.mark.parametrize("forward", [False, True])
-def test_a_background_field_is_of_the_viewing_direction_alone(forward):
+def test_background_field_depends_on_the_direction_alone(forward):
     """Also of a forward-facing scene, whose rays are bent before the field sees them."""
     torch.manual_seed(0)
-    field, optics = empty("field"), CameraModel(OPTICS.intrinsics, OPTICS.background, forward)
+    field, camera_model = empty("field"), CameraModel(CAMERA.intrinsics, CAMERA.background, forward)
     field.background.last.weight.data.normal_()
-    moved = torch.eye(4).repeat(2, 1, 1)
-    moved[1, :3, 3] = torch.tensor([0.1, 0.2, -0.1])
-    seen = render_views(field, moved, optics, (5, 4), 6).color
-    assert torch.allclose(seen[0], seen[1], atol=1e-6) and seen[0].std() > 0.01
-    way = image_rays(moved[:1], optics.pixel_intrinsics(5, 4), 5, 4).directions
-    assert torch.allclose(seen[:1], field.background(way), atol=1e-6)
+    transformed = torch.eye(4).repeat(2, 1, 1)
+    transformed[1, :3, 3] = torch.tensor([0.1, 0.2, -0.1])
+    rendered = render_views(field, transformed, camera_model, (5, 4), 6).color
+    assert torch.allclose(rendered[0], rendered[1], atol=1e-6) and rendered[0].std() > 0.01
+    directions = image_rays(transformed[:1], camera_model.pixel_intrinsics(5, 4), 5, 4).directions
+    assert torch.allclose(rendered[:1], field.background(directions), atol=1e-6)
     pixels = torch.tensor([[3, 17], [3, 17]])
-    some = render_pixels(field, moved, optics, pixels, (5, 4), 6).color
-    assert torch.allclose(some, seen.flatten(1, 2)[:, pixels[0]])
+    some = render_pixels(field, transformed, camera_model, pixels, (5, 4), 6).color
+    assert torch.allclose(some, rendered.flatten(1, 2)[:, pixels[0]])
 
 
-def test_gradients_reach_background_and_pose_through_what_is_transparent():
+def test_background_gradients_reach_background_and_pose():
     field = build_field("grid", 5, 0, background="field").double()
     torch.nn.init.normal_(field.background.last.weight)
-    optics = CameraModel(OPTICS.intrinsics.double(), OPTICS.background.double())
+    camera_model = CameraModel(CAMERA.intrinsics.double(), CAMERA.background.double())
     direction = direction_grid(3, [25]).double().requires_grad_()
 
     def loss(direction):
         pixels = torch.arange(12).expand(3, 12)
-        return render_pixels(field, orbit_poses(direction, 3.3), optics, pixels, (4, 4), 9).color.sum()
+        return render_pixels(field, orbit_poses(direction, 3.3), camera_model, pixels, (4, 4), 9).color.sum()
 
     slope, change = torch.autograd.grad(loss(direction), (direction, field.background.last.bias))
-    way = torch.randn_like(direction)
-    rise = (loss(direction + 1e-6 * way) - loss(direction - 1e-6 * way)) / 2e-6
-    assert rise.item() == pytest.approx((slope * way).sum().item(), rel=1e-5) and (change != 0).all()
+    directions = torch.randn_like(direction)
+    rise = (loss(direction + 1e-6 * directions) - loss(direction - 1e-6 * directions)) / 2e-6
+    assert rise.item() == pytest.approx((slope * directions).sum().item(), rel=1e-5) and (change != 0).all()
 
 
-def test_a_background_keeps_a_pace_of_its_own():
+def test_background_has_its_own_learning_rate():
     field = build_field("hashgrid", 8, 0, background="learned", views=4, appearance_dim=2)
     groups = field_parameter_groups(field, 1e-4, 1e-3)
     assert [g["scale"] for g in groups] == pytest.approx([0.1, 30.0, 10.0])
@@ -100,12 +100,12 @@ def test_run_learns_and_stores_the_background(background, changes, tmp_path, sce
     views = replace(scene_views.with_background(SEA), background=None, masks=None)
     settings = tiny | {"background": background, "field_steps": 20} | changes
     run = train_nerfdiff(views, out=tmp_path / "run", **settings)
-    way = torch.nn.functional.normalize(torch.randn(20, 3), dim=1)
-    behind = run.model.field.background(way)
+    directions = torch.nn.functional.normalize(torch.randn(20, 3), dim=1)
+    behind = run.model.field.background(directions)
     if "search" not in changes:  # whose few steps are fewer
         assert (behind - SEA).abs().mean() < 0.8 * (0.5 - SEA).abs().mean(), behind.mean(0)
     single = factorkit.load(run.save(tmp_path / "one.safetensors"), device="cpu")
-    assert torch.equal(single.model.field.background(way), behind)
+    assert torch.equal(single.model.field.background(directions), behind)
     assert torch.equal(single.render(run.poses).images, run.render(run.poses).images)
     assert single.views.background is None
     if not changes:

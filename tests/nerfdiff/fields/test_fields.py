@@ -14,7 +14,7 @@ def filled(resolution: int, values: torch.Tensor) -> GridField:
     return field
 
 
-def test_nothing_is_outside_the_box():
+def test_grid_field_outside_the_box_is_empty():
     field = GridField(6)
     field.values.data.fill_(5.0)
     inside = torch.tensor([[0.0, 0, 0], [0.999, -0.999, 0.999]])
@@ -24,18 +24,18 @@ def test_nothing_is_outside_the_box():
 
 
 @pytest.mark.parametrize("resolution", [5, 8])
-def test_the_grid_interpolates_between_its_vertices(resolution):
-    place = torch.linspace(-1, 1, resolution)
-    x, y, z = torch.meshgrid(place, place, place, indexing="ij")
+def test_grid_field_interpolates_between_vertices(resolution):
+    position = torch.linspace(-1, 1, resolution)
+    x, y, z = torch.meshgrid(position, position, position, indexing="ij")
     field = filled(resolution, torch.stack([x, 2 * y, z - x, y + 0.5], -1).contiguous())
     p = torch.rand(40, 3) * 2 - 1
     raw = field.raw(p, p) / GridField.RAW_SCALE
     orders = [p, p.flip(1)]  # which axis comes first is the table's affair
-    wanted = [torch.stack([q[:, 0], 2 * q[:, 1], q[:, 2] - q[:, 0], q[:, 1] + 0.5], -1) for q in orders]
-    assert any(torch.allclose(raw, w, atol=1e-4) for w in wanted)
+    expected = [torch.stack([q[:, 0], 2 * q[:, 1], q[:, 2] - q[:, 0], q[:, 1] + 0.5], -1) for q in orders]
+    assert any(torch.allclose(raw, w, atol=1e-4) for w in expected)
 
 
-def test_blur_keeps_the_middle_of_a_constant_and_spreads_a_point():
+def test_blurred_values_keep_constants_and_spread_a_point():
     field = filled(17, torch.ones(17, 17, 17, 4))
     field.coarseness = 0.5
     assert torch.allclose(field.blurred_values()[8, 8, 8], torch.ones(4), atol=1e-3)
@@ -51,14 +51,14 @@ def test_blur_keeps_the_middle_of_a_constant_and_spreads_a_point():
     assert spread.blurred_values() is spread.values
 
 
-def test_resampled_grid_is_the_same_field():
+def test_resampled_grid_equals_the_field():
     coarse = GridField(6, seed=3)
     fine = coarse.resampled(11)
     p = torch.rand(100, 3) * 2 - 1
     assert torch.allclose(coarse.raw(p, p), fine.raw(p, p), atol=1e-5)
 
 
-def test_gradients_of_positions_and_values_by_finite_differences():
+def test_grid_field_gradients_match_finite_differences():
     torch.manual_seed(0)
     field = GridField(4).double()
     field.coarseness = 0.6
@@ -74,7 +74,7 @@ def test_gradients_of_positions_and_values_by_finite_differences():
     assert torch.autograd.gradcheck(raw, (p, values), eps=1e-6, atol=1e-4)
 
 
-def test_total_variation_of_a_constant_is_zero_and_counts_every_axis():
+def test_total_variation_constant_is_zero_and_counts_every_axis():
     assert filled(5, torch.full((5, 5, 5, 4), 2.0)).total_variation() == 0
     for axis in range(3):
         values = torch.zeros(5, 5, 5, 4)
@@ -87,8 +87,9 @@ def test_build_field_unknown_kind_is_refused():
         build_field("fog", 8, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grid", "hashgrid", "mlp", "siren"])
-def test_every_field_learns_a_ball(kind):
+def test_build_field_every_kind_learns_a_ball(kind):
     torch.manual_seed(0)
     field = build_field(kind, 16, 0)
     rate = {"grid": 0.05, "hashgrid": 5e-3, "mlp": 3e-4, "siren": 3e-4}[kind]
@@ -107,7 +108,7 @@ def test_every_field_learns_a_ball(kind):
 
 
 @pytest.mark.parametrize("kind", ["hashgrid", "mlp", "siren"])
-def test_the_same_seed_makes_the_same_field_whatever_was_drawn_before(kind):
+def test_build_field_same_seed_gives_the_same_field(kind):
     first = build_field(kind, 16, 5).state_dict()
     torch.rand(7)
     again, other = build_field(kind, 16, 5).state_dict(), build_field(kind, 16, 6).state_dict()
@@ -115,7 +116,7 @@ def test_the_same_seed_makes_the_same_field_whatever_was_drawn_before(kind):
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
 
-def test_only_the_network_sees_directions():
+def test_grid_field_ignores_directions_and_network_uses_them():
     p, a, b = torch.rand(20, 3), torch.randn(20, 3), torch.randn(20, 3)
     field = build_field("mlp", 1, 0)
     assert torch.equal(field(p, a)[0], field(p, b)[0]) and not torch.equal(field(p, a)[1], field(p, b)[1])

@@ -22,21 +22,21 @@ from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.rendering import OccupancySampling, UniformSampling
 
-OPTICS = CameraModel(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
+CAMERA = CameraModel(torch.tensor([[1.5, 0, 0.5], [0, 1.5, 0.5], [0, 0, 1]]), torch.tensor([0.2, 0.5, 1.0]))
 POSES = orbit_poses(direction_grid(3, [25]), 3.3)
 
 
 def ball(resolution: int = 11) -> GridField:
     """A solid ball of many colours and nothing around it."""
-    place = torch.linspace(-1, 1, resolution)
-    where = torch.stack(torch.meshgrid(place, place, place, indexing="ij"), -1)
+    position = torch.linspace(-1, 1, resolution)
+    where = torch.stack(torch.meshgrid(position, position, position, indexing="ij"), -1)
     inside = (where.norm(dim=-1, keepdim=True) < 0.55).float()
     field = GridField(resolution)
     field.values.data = torch.cat([5 * inside - 3, where], -1)
     return field
 
 
-def looked(field: GridField, cells: int = 32) -> GridField:
+def with_occupancy(field: GridField, cells: int = 32) -> GridField:
     field.occupancy = build_occupancy_grid(cells)
     for _ in range(8):
         field.occupancy.update(lambda p: field(p, p)[0])
@@ -44,56 +44,58 @@ def looked(field: GridField, cells: int = 32) -> GridField:
 
 
 @pytest.mark.parametrize("forward", [False, True])
-def test_the_picture_is_the_plain_one(forward):
-    optics = CameraModel(OPTICS.intrinsics, OPTICS.background, forward)
+def test_occupancy_render_equals_the_plain_one(forward):
+    camera_model = CameraModel(CAMERA.intrinsics, CAMERA.background, forward)
     poses = torch.eye(4)[None] if forward else POSES
-    plain = render_views(ball(), poses, optics, (14, 12), 256)
-    field = looked(ball())
-    seen = render_views(field, poses, optics, (14, 12), 256)
-    assert field.occupancy.share_occupied() < 0.3 and seen.num_steps < 0.4 * plain.num_steps
-    assert (seen.opacity > 0.9).any() and (seen.opacity < 0.01).any()
-    for a, b in ((seen.color, plain.color), (seen.opacity, plain.opacity)):
+    plain = render_views(ball(), poses, camera_model, (14, 12), 256)
+    field = with_occupancy(ball())
+    rendered = render_views(field, poses, camera_model, (14, 12), 256)
+    assert field.occupancy.share_occupied() < 0.3 and rendered.num_steps < 0.4 * plain.num_steps
+    assert (rendered.opacity > 0.9).any() and (rendered.opacity < 0.01).any()
+    for a, b in ((rendered.color, plain.color), (rendered.opacity, plain.opacity)):
         assert (a - b).abs().max() < 0.05 and (a - b).abs().mean() < 0.003
     solid = plain.opacity > 0.95
-    assert (seen.depth - plain.depth)[solid].abs().max() < (0.5 if forward else 0.02)
+    assert (rendered.depth - plain.depth)[solid].abs().max() < (0.5 if forward else 0.02)
 
 
-def test_a_part_of_the_box_is_looked_at_anew():
-    field = looked(ball())
+def test_occupied_sampling_part_of_the_box_has_a_grid_of_its_own():
+    field = with_occupancy(ball())
     assert occupied_sampling(field, (-1.0,) * 3, (1.0,) * 3).occupancy is field.occupancy
-    views = Views(torch.ones(3, 3, 16, 16), list("abc"), OPTICS.pixel_intrinsics(16, 16).expand(3, 3, 3), poses=POSES)
+    views = Views(torch.ones(3, 3, 16, 16), list("abc"), CAMERA.pixel_intrinsics(16, 16).expand(3, 3, 3), poses=POSES)
     points = point_cloud(field, views, (0.0, -1.0, -1.0), (1.0, 1.0, 1.0), 500).points
     assert len(points) and points[:, 0].min() > -0.02
 
 
-def test_gradients_of_poses_and_field_are_those_of_finite_differences():
+def test_occupancy_gradients_match_finite_differences():
     torch.manual_seed(0)
-    field = looked(ball(9)).double()
-    optics = CameraModel(OPTICS.intrinsics.double(), OPTICS.background.double())
+    field = with_occupancy(ball(9)).double()
+    camera_model = CameraModel(CAMERA.intrinsics.double(), CAMERA.background.double())
     direction = direction_grid(3, [25]).double().requires_grad_()
     pixels, weight = torch.randint(0, 12 * 12, (3, 20)), torch.randn(3, 20, 3).double()
 
     def loss(direction):
-        return (render_pixels(field, orbit_poses(direction, 3.3), optics, pixels, (12, 12), 24, 5).color * weight).sum()
+        return (
+            render_pixels(field, orbit_poses(direction, 3.3), camera_model, pixels, (12, 12), 24, 5).color * weight
+        ).sum()
 
-    found = loss(direction)
-    slope, change = torch.autograd.grad(found, (direction, field.values))
+    result = loss(direction)
+    slope, change = torch.autograd.grad(result, (direction, field.values))
     assert slope.abs().max() > 0.1
     for _ in range(3):
-        way = torch.randn_like(direction)
-        step = 1e-7 * way
+        directions = torch.randn_like(direction)
+        step = 1e-7 * directions
         rise = (loss(direction + step) - loss(direction - step)) / 2e-7
-        assert rise.item() == pytest.approx((slope * way).sum().item(), rel=1e-4, abs=1e-5)
-    way = torch.randn_like(field.values)
+        assert rise.item() == pytest.approx((slope * directions).sum().item(), rel=1e-4, abs=1e-5)
+    directions = torch.randn_like(field.values)
     with torch.no_grad():
-        field.values += 1e-6 * way
+        field.values += 1e-6 * directions
         above = loss(direction)
-        field.values -= 2e-6 * way
+        field.values -= 2e-6 * directions
         below = loss(direction)
-    assert ((above - below) / 2e-6).item() == pytest.approx((change * way).sum().item(), rel=1e-4)
+    assert ((above - below) / 2e-6).item() == pytest.approx((change * directions).sum().item(), rel=1e-4)
 
 
-def test_it_looks_now_and_then_and_not_while_the_field_is_blurred():
+def test_update_occupancy_is_periodic_and_skips_blurred_fields():
     field = ball()
     update_occupancy(field, UPDATE_EVERY)  # has no grid
     field.occupancy = build_occupancy_grid(32)
@@ -111,8 +113,8 @@ def test_it_looks_now_and_then_and_not_while_the_field_is_blurred():
 def test_occupancy_sampling_has_the_step_of_uniform_sampling():
     field = ball()
     field.occupancy = build_occupancy_grid(32)  # all of it occupied
-    plain, seen = (render_views(f, POSES, OPTICS, (6, 6), 64) for f in (ball(), field))
-    assert (seen.color - plain.color).abs().max() < 0.05
+    plain, rendered = (render_views(f, POSES, CAMERA, (6, 6), 64) for f in (ball(), field))
+    assert (rendered.color - plain.color).abs().max() < 0.05
     from factorkit.nerfdiff.rays import build_sampling
 
     assert isinstance(build_sampling(ball(), 64), UniformSampling)
@@ -121,8 +123,8 @@ def test_occupancy_sampling_has_the_step_of_uniform_sampling():
     assert (occupancy_cells(32), occupancy_cells(64), occupancy_cells(128)) == (32, 64, 64)
 
 
-def test_exports_and_the_viewer_use_the_grid_that_was_trained():
-    field, corners = looked(ball()), ((-1.0,) * 3, (1.0,) * 3)
+def test_occupied_sampling_uses_the_trained_grid():
+    field, corners = with_occupancy(ball()), ((-1.0,) * 3, (1.0,) * 3)
     own, made = occupied_sampling(field, *corners), occupied_sampling(ball(), *corners)
     assert own.occupancy is field.occupancy and own.step == made.step
 
@@ -140,7 +142,7 @@ def test_run_trains_and_stores_the_occupancy_grid(changes, tmp_path, scene_views
     assert torch.equal(single.model.field.occupancy.density, grid.density)
 
 
-def test_the_grid_of_a_kind_there_is_not_asked_for_has_none(tmp_path, scene_views, tiny, monkeypatch):
+def test_refine_grid_of_another_field_kind_has_no_occupancy(tmp_path, scene_views, tiny, monkeypatch):
     """With another kind of field asked for, the refinement's lattice goes without: it gains nothing."""
     from factorkit.nerfdiff.build import load_partial_run
 

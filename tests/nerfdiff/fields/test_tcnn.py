@@ -60,20 +60,20 @@ def test_tcnn_outputs_are_fp32_with_gradients_of_positions_and_parameters(stand_
     assert none[0].shape == (0,) and none[1].shape == (0, 3)
 
 
-def test_only_its_colour_sees_directions_and_its_seed_decides(stand_in):
+def test_tcnn_only_colour_depends_on_directions(stand_in):
     field, places = build_field("tcnn", 16, 3), torch.rand(9, 3)
     a, b = (field(places, torch.nn.functional.normalize(torch.randn(9, 3), dim=1)) for _ in range(2))
     assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
     again, other = build_field("tcnn", 16, 3), build_field("tcnn", 16, 4)
     assert torch.equal(field.color.params, again.color.params)
     assert not torch.equal(field.color.params, other.color.params)
-    kept = copy.deepcopy(field)
-    kept.load_state_dict(other.state_dict())
-    assert torch.equal(kept(places, places)[0], other(places, places)[0])
+    stored = copy.deepcopy(field)
+    stored.load_state_dict(other.state_dict())
+    assert torch.equal(stored(places, places)[0], other(places, places)[0])
 
 
 @pytest.mark.parametrize("reason", [ModuleNotFoundError("No module named 'tinycudann'"), OSError("no CUDA device")])
-def test_tcnn_missing_names_the_cure(monkeypatch, reason):
+def test_tcnn_missing_names_the_package(monkeypatch, reason):
     plain = builtins.__import__
 
     def refusing(name, *rest):

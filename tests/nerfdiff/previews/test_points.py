@@ -20,13 +20,13 @@ def cloud(*points):
     return Shape(np.array([p for p, _ in points], np.float32), np.array([c for _, c in points], np.uint8))
 
 
-def where(picture, color):
+def where(drawing, color):
     """Mean column and row of a colour."""
-    rows, columns = np.nonzero((picture == color).all(-1))
+    rows, columns = np.nonzero((drawing == color).all(-1))
     return columns.mean(), rows.mean()
 
 
-def test_right_is_right_up_is_up_and_the_nearer_point_hides_the_other():
+def test_draw_points_nearer_point_hides_the_other():
     scene = cloud(
         ((0, 1, 0), RED),
         ((0, -1, 0), GREEN),
@@ -49,39 +49,40 @@ def test_right_is_right_up_is_up_and_the_nearer_point_hides_the_other():
     assert tuple(above[POINT_SIDE // 2, POINT_SIDE // 2]) == BLUE
 
 
-def test_what_lies_behind_is_drawn_first_whatever_the_order():
+def test_draw_points_order_of_points_does_not_matter():
     for points in ([((1, 0, 0), RED), ((-1, 0, 0), BLUE)], [((-1, 0, 0), BLUE), ((1, 0, 0), RED)]):
         corners = [((0, y, z), GREEN) for y in (-1, 1) for z in (-1, 1)]
-        picture = _project_points(cloud(*points, *corners), _viewer_axes(0.0, 0.0))
-        assert tuple(picture[POINT_SIDE // 2, POINT_SIDE // 2]) == RED and not (picture == BLUE).all(-1).any()
+        drawing = _project_points(cloud(*points, *corners), _viewer_axes(0.0, 0.0))
+        assert tuple(drawing[POINT_SIDE // 2, POINT_SIDE // 2]) == RED and not (drawing == BLUE).all(-1).any()
 
 
-def test_a_stray_does_not_make_the_scene_small():
+def test_draw_points_outlier_does_not_shrink_the_scene():
     rng = np.random.default_rng(0)
     points = rng.uniform(-1, 1, (2000, 3)).astype(np.float32)
     points[0] = (300, 300, 300)
-    picture = _project_points(
+    drawing = _project_points(
         Shape(points, np.zeros((2000, 3), np.uint8)), _viewer_axes(0.3, np.radians(POINT_ELEVATION))
     )
-    assert (picture != PAPER_COLOR).any(-1).mean() > 0.1
+    assert (drawing != PAPER_COLOR).any(-1).mean() > 0.1
 
 
-@pytest.mark.parametrize(("forward", "looks"), [(False, 4), (True, 2)])
-def test_every_look_is_on_the_sheet(forward, looks):
+@pytest.mark.parametrize(("forward", "viewpoints"), [(False, 4), (True, 2)])
+def test_point_grid_has_every_viewpoint(forward, viewpoints):
     scene = cloud(((0.5, 0.2, -2), RED), ((-0.5, 0.1, -4), RED), ((0.1, -0.6, -3), RED))
-    sheet = draw_points(scene, forward)
-    assert sheet.width > looks * POINT_SIDE and sheet.width < (looks + 1) * POINT_SIDE
-    each = np.split(np.asarray(sheet)[:, 2 : 2 + looks * (POINT_SIDE + 2)], looks, axis=1)
+    image_grid = draw_points(scene, forward)
+    assert image_grid.width > viewpoints * POINT_SIDE and image_grid.width < (viewpoints + 1) * POINT_SIDE
+    each = np.split(np.asarray(image_grid)[:, 2 : 2 + viewpoints * (POINT_SIDE + 2)], viewpoints, axis=1)
     assert all((part == RED).all(-1).any() for part in each)
     if forward:  # the farther, the higher up when seen from above
         assert (each[1] == RED).all(-1).any()
 
 
-def test_a_runs_sheet_shows_the_scene_and_an_empty_one_shows_none(tmp_path):
+@pytest.mark.slow
+def test_point_preview_of_a_run_shows_the_scene(tmp_path):
     scene = open_scene(make_procedural_views(12, 24), 24, torch.device("cpu"))
     save_points(tmp_path / "s" / "points.png", make_scene_field(), scene, scene.poses)
-    with Image.open(tmp_path / "s" / "points.png") as sheet:
-        assert (np.asarray(sheet)[20:] != PAPER_COLOR).any(-1).mean() > 0.02
+    with Image.open(tmp_path / "s" / "points.png") as image_grid:
+        assert (np.asarray(image_grid)[20:] != PAPER_COLOR).any(-1).mean() > 0.02
     empty = GridField(4)
     empty.values.data[..., 0] = -10
     save_points(tmp_path / "e" / "points.png", empty, scene, scene.poses)

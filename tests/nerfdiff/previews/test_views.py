@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from factorkit.nerfdiff.previews.cameras import SIDE, draw_sphere
@@ -18,52 +19,53 @@ def at(*eye):
     return look_at(torch.tensor(eye, dtype=torch.float32), torch.zeros(3), torch.tensor([0.0, 0.0, 1.0]))[None]
 
 
-def place(picture, color, tolerance=40):
+def position(drawing, color, tolerance=40):
     """Mean pixel (right, down) of a colour in each half of a sphere picture."""
-    pixels = np.asarray(picture).astype(int)
-    found = []
+    pixels = np.asarray(drawing).astype(int)
+    result = []
     for half in (pixels[:, :SIDE], pixels[:, SIDE:]):
         down, right = np.nonzero(np.abs(half - color).max(axis=2) < tolerance)
-        found.append((right.mean(), down.mean()) if len(right) else None)
-    return found
+        result.append((right.mean(), down.mean()) if len(right) else None)
+    return result
 
 
-def test_a_camera_is_a_dot_in_its_direction():
+def test_draw_sphere_camera_is_a_dot_in_its_direction():
     middle, radius = SIDE / 2, 0.45 * SIDE
     front = 4 * np.array([0.0, -np.cos(np.radians(25)), np.sin(np.radians(25))])
-    (right, down), (_, above) = place(draw_sphere(at(*front)), BLUE)
+    (right, down), (_, above) = position(draw_sphere(at(*front)), BLUE)
     np.testing.assert_allclose([right, down], middle, atol=1)
     np.testing.assert_allclose(above, middle + radius * np.cos(np.radians(25)), atol=1)
-    (right, down), (from_above, _) = place(draw_sphere(at(5.0, 0.0, 0.001)), BLUE)
+    (right, down), (from_above, _) = position(draw_sphere(at(5.0, 0.0, 0.001)), BLUE)
     np.testing.assert_allclose([right, from_above], middle + radius, atol=2)
     np.testing.assert_allclose(down, middle, atol=1)
 
 
-def test_dots_behind_the_sphere_are_pale():
-    behind, before = place(draw_sphere(at(0.3, 3.0, 0.2)), BLUE)
+def test_draw_sphere_dots_behind_are_pale():
+    behind, before = position(draw_sphere(at(0.3, 3.0, 0.2)), BLUE)
     assert behind is None and before is not None
 
 
-def test_true_cameras_are_rings_tied_to_the_chosen_ones():
-    chosen, true = at(-2.0, -2.0, 1.0), at(2.0, -2.0, 1.0)
-    alone = draw_sphere(chosen)
-    both = np.asarray(draw_sphere(chosen, None, true)).astype(int)
-    assert place(alone, ORANGE)[0] is None
+def test_draw_sphere_true_cameras_are_rings_joined_to_predictions():
+    selected, true = at(-2.0, -2.0, 1.0), at(2.0, -2.0, 1.0)
+    alone = draw_sphere(selected)
+    both = np.asarray(draw_sphere(selected, None, true)).astype(int)
+    assert position(alone, ORANGE)[0] is None
     orange = np.abs(both[:, :SIDE] - ORANGE).max(axis=2) < 60
     columns = np.nonzero(orange.any(0))[0]
     assert columns.max() - columns.min() > 0.5 * SIDE
 
 
-def test_candidates_are_small_and_grey():
-    chosen, candidates = at(0.0, -3.0, 1.0), orbit(12, 3.0, 20.0)
-    pictures = draw_sphere(chosen), draw_sphere(chosen, candidates.reshape(3, 4, 4, 4))
-    without, within = (np.asarray(picture).astype(int) for picture in pictures)
+def test_draw_sphere_candidates_are_small_and_grey():
+    selected, candidates = at(0.0, -3.0, 1.0), orbit(12, 3.0, 20.0)
+    drawings = draw_sphere(selected), draw_sphere(selected, candidates.reshape(3, 4, 4, 4))
+    without, within = (np.asarray(drawing).astype(int) for drawing in drawings)
     changed = np.abs(without - within).max(axis=2) > 30
     assert 12 * 3 < changed.sum() < 2 * 12 * 20
     assert np.ptp(within[changed].mean(0)) < 6
 
 
-def test_near_is_bright_and_nothing_is_black():
+@pytest.mark.slow
+def test_disparity_pixels_near_is_bright_and_empty_is_black():
     depth = torch.tensor([[[1.0, 2.0, 4.0, 0.1]]]) * torch.tensor([1.0, 1.0, 0.8, 0.0])
     opacity = torch.tensor([[[1.0, 1.0, 0.8, 0.2]]])
     near, middle, far, nothing = disparity_pixels(depth, opacity)[0, 0].tolist()
@@ -75,12 +77,12 @@ def test_near_is_bright_and_nothing_is_black():
     assert disparity_pixels(many, torch.ones_like(many)).max() == 255
 
 
-def test_sheets_of_views():
+def test_draw_view_grid_has_images_renders_and_differences():
     generator = torch.Generator().manual_seed(0)
     images, renders = (torch.rand(2, 3, 96, 96, generator=generator) for _ in range(2))
-    sheet = draw_view_grid(images, renders, torch.ones(2, 96, 96), torch.ones(2, 96, 96), ["a", "b"])
-    pixels = np.asarray(sheet).astype(int)
-    left = sheet.width - 2 * 98
+    image_grid = draw_view_grid(images, renders, torch.ones(2, 96, 96), torch.ones(2, 96, 96), ["a", "b"])
+    pixels = np.asarray(image_grid).astype(int)
+    left = image_grid.width - 2 * 98
     cells = [[pixels[LINE + 2 + 98 * i :, left + 98 * j :][:96, :96] for j in range(2)] for i in range(4)]
     for j in range(2):
         image, render = (255 * x[j].permute(1, 2, 0).numpy() for x in (images, renders))
@@ -89,7 +91,7 @@ def test_sheets_of_views():
         np.testing.assert_allclose(cells[2][j], (2 * np.abs(image - render)).clip(0, 255), atol=0.51)
 
 
-def test_sheets_of_novel_views():
+def test_draw_denoising_grid_has_a_row_for_each_kind():
     frames = [torch.rand(2, 3, 8, 8) for _ in range(3)]
     cameras = [orbit(2, 3.0, 10.0 * (i + 1)) for i in range(3)]
     small = draw_denoising_grid(frames, cameras, [99, 50, 0])

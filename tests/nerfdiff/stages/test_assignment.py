@@ -6,19 +6,19 @@ from scipy.optimize import linear_sum_assignment, linprog
 from factorkit.nerfdiff.stages.assignment import balanced_assignment, sample_assignment, standardise_errors
 
 
-def test_every_view_has_a_candidate_and_every_candidate_its_share():
+def test_balanced_assignment_has_the_requested_marginals():
     plan = balanced_assignment(torch.rand(30, 5), 0.3).exp()
     assert torch.allclose(plan.sum(1), torch.ones(30), atol=1e-5)
     assert torch.allclose(plan.sum(0), torch.full((5,), 6.0), atol=1e-2)
 
 
-def test_equal_views_are_shared_out_where_the_minimum_would_take_one_candidate():
+def test_balanced_assignment_equal_views_are_shared_equally():
     errors = torch.tensor([0.1, 0.5, 0.9, 1.3]).expand(12, 4)
     assert torch.allclose(balanced_assignment(errors, 0.05).exp().sum(0), torch.full((4,), 3.0), atol=1e-3)
     assert (errors.argmin(1) == 0).all()
 
 
-def test_a_cold_plan_is_the_optimum_of_the_linear_programme():
+def test_balanced_assignment_low_temperature_is_the_linear_optimum():
     torch.manual_seed(0)
     for views, candidates in ((8, 8), (12, 4), (15, 5)):
         errors = torch.rand(views, candidates, dtype=torch.float64)
@@ -45,7 +45,7 @@ def test_sample_assignment_follows_the_probabilities():
     assert sample_assignment(plan[:1], torch.tensor([0.0])).item() == 0
 
 
-def test_uneven_loads_are_those_of_the_linear_programme():
+def test_balanced_assignment_uneven_loads_match_the_linear_programme():
     """Seven views to three candidates, each with a load of 7 / 3: no assignment, a transport."""
     torch.manual_seed(1)
     views, candidates = 7, 3

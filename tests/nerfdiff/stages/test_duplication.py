@@ -25,8 +25,8 @@ def test_measure_duplication_counts_rotated_views(astray, tmp_path):
     for i in range(astray):
         poses[5 * i] = rotate_poses_about_z(poses[5 * i], ROTATIONS[1 + i % 3])
     settings = {"scene": describe_scene(scene, views, known_poses=True)}
-    found = Training(config, scene, tmp_path, settings, False).measure_duplication(poses)
-    assert found == pytest.approx(astray / 30, abs=0.034)
+    result = Training(config, scene, tmp_path, settings, False).measure_duplication(poses)
+    assert result == pytest.approx(astray / 30, abs=0.034)
 
 
 @pytest.mark.parametrize("changes", [{"search": "joint"}, {"poses": "learned"}])

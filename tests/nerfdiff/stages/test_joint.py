@@ -38,8 +38,8 @@ INDICES = torch.tensor([0, 3, 5, 9])
 @pytest.mark.parametrize("balance", [True, False])
 def test_joint_loss_trains_only_the_selected_candidate(tiny, scene_views, balance, monkeypatch):
     task = task_of(tiny, scene_views, balance_candidates=balance, tv_weight=0.0, classification_weight=0.5)
-    chosen = torch.tensor([2, 0, 0, 1])
-    monkeypatch.setattr(task, "select_candidates", lambda *given: chosen)
+    selected = torch.tensor([2, 0, 0, 1])
+    monkeypatch.setattr(task, "select_candidates", lambda *inputs: selected)
     raws = []
     plain = task.model.encoder.forward
 
@@ -51,30 +51,30 @@ def test_joint_loss_trains_only_the_selected_candidate(tiny, scene_views, balanc
         return numbers, scores
 
     monkeypatch.setattr(task.model.encoder, "forward", forward)
-    found = task.loss(task.model, INDICES, draw(), 1)
-    found.objective.sum().backward()
+    result = task.loss(task.model, INDICES, draw(), 1)
+    result.objective.sum().backward()
     (numbers, scores) = raws[0]
-    moved = numbers.grad.abs().sum(2) > 0
-    assert torch.equal(moved, torch.nn.functional.one_hot(chosen, 3).bool())
-    target = scores.detach().softmax(1) - torch.nn.functional.one_hot(chosen, 3)
+    transformed = numbers.grad.abs().sum(2) > 0
+    assert torch.equal(transformed, torch.nn.functional.one_hot(selected, 3).bool())
+    target = scores.detach().softmax(1) - torch.nn.functional.one_hot(selected, 3)
     assert torch.allclose(scores.grad, 0.5 * target, atol=1e-6), "the classifier's target is the chosen candidate"
     assert task.model.field.values.grad.abs().sum() > 0
 
 
-def test_without_balance_the_least_error_is_chosen(tiny, scene_views):
+def test_select_candidates_without_balance_has_the_least_error(tiny, scene_views):
     task = task_of(tiny, scene_views, balance_candidates=False)
     with torch.no_grad():
-        found = predict_clean(task.model, task.scene.images[INDICES])
-        best = task.select_candidates(found.poses, task.scene.images[INDICES], 1.0, torch.rand(4))
+        result = predict_clean(task.model, task.scene.images[INDICES])
+        best = task.select_candidates(result.poses, task.scene.images[INDICES], 1.0, torch.rand(4))
         pixels = torch.arange(64).expand(4, 64)
         errors = []
         for n in range(3):
-            seen = render_pixels(task.model.field, found.poses[:, n], task.scene.camera, pixels, (8, 8), 6).color
-            errors.append((seen - task.scene.images[INDICES].flatten(2).transpose(1, 2)).square().mean((1, 2)))
+            rendered = render_pixels(task.model.field, result.poses[:, n], task.scene.camera, pixels, (8, 8), 6).color
+            errors.append((rendered - task.scene.images[INDICES].flatten(2).transpose(1, 2)).square().mean((1, 2)))
     assert torch.equal(best, torch.stack(errors, 1).argmin(1))
 
 
-def test_with_balance_candidates_share_views_that_one_would_take(tiny, scene_views):
+def test_select_candidates_with_balance_shares_equal_views(tiny, scene_views):
     task = task_of(tiny, scene_views, num_candidates=2)
     images = task.scene.images[:1].repeat(100, 1, 1, 1)
     poses = predict_clean(task.model, images).poses
@@ -83,19 +83,19 @@ def test_with_balance_candidates_share_views_that_one_would_take(tiny, scene_vie
     assert 40 <= hot.sum() <= 60 and len(cold.unique()) == 1
 
 
-def test_the_whole_chain_by_finite_differences(tiny, scene_views):
+def test_joint_gradients_match_finite_differences(tiny, scene_views):
     """encoder, candidates, rays, field and compositing, all in float64"""
     task = task_of(tiny, scene_views, num_candidates=2, optimize_camera=("roll", "aim", "distance"))
     model = task.model.double()
-    optics = model.camera
+    camera_model = model.camera
     images = task.scene.images[:2].double()
     x_t, t = to_signal(images), torch.tensor([3, 40])
     pixels = torch.tensor([[27, 36, 10], [28, 19, 45]])
 
     def loss() -> torch.Tensor:
-        found = model.predict_cameras(x_t, t)
-        seen = render_pixels(model.field, found.poses[[0, 1], [1, 0]], optics, pixels, (8, 8), 6).color
-        return (seen * torch.arange(1, 19).reshape(2, 3, 3)).sum()
+        result = model.predict_cameras(x_t, t)
+        rendered = render_pixels(model.field, result.poses[[0, 1], [1, 0]], camera_model, pixels, (8, 8), 6).color
+        return (rendered * torch.arange(1, 19).reshape(2, 3, 3)).sum()
 
     value = loss()
     for name, parameter in (
@@ -104,24 +104,24 @@ def test_the_whole_chain_by_finite_differences(tiny, scene_views):
         ("first", model.encoder.encoder.conv_in.weight),
     ):
         (slope,) = torch.autograd.grad(loss(), parameter)
-        way = torch.randn_like(parameter)
+        directions = torch.randn_like(parameter)
         with torch.no_grad():
             values = []
             for sign in (1, -1):
-                parameter.add_(sign * 1e-6 * way)
+                parameter.add_(sign * 1e-6 * directions)
                 values.append(loss())
-                parameter.sub_(sign * 1e-6 * way)
+                parameter.sub_(sign * 1e-6 * directions)
         measured = (values[0] - values[1]) / 2e-6
-        assert torch.allclose((slope * way).sum(), measured, rtol=2e-4, atol=1e-7), name
+        assert torch.allclose((slope * directions).sum(), measured, rtol=2e-4, atol=1e-7), name
         assert slope.abs().sum() > 0, name
     assert value.isfinite()
 
 
-def test_candidates_beyond_the_first_cost_no_memory(scene_views, tiny):
+def test_joint_loss_memory_does_not_grow_with_candidates(scene_views, tiny):
     """Candidates are compared without gradient, in pieces: what a step keeps does not grow with their number."""
     views = make_procedural_views(12, 32, seed=0)
 
-    def kept(cameras: int) -> int:
+    def stored(cameras: int) -> int:
         changes = {"rays_per_view": 256, "samples_per_ray": 28, "resolution": 32, "encoder_resolution": 32}
         task, sizes = task_of(tiny, views, num_candidates=cameras, **changes), []
 
@@ -133,10 +133,10 @@ def test_candidates_beyond_the_first_cost_no_memory(scene_views, tiny):
             task.loss(task.model, INDICES, draw(), 1)
         return sum(sizes)
 
-    assert kept(12) <= 1.3 * kept(1)
+    assert stored(12) <= 1.3 * stored(1)
 
 
-def test_candidates_stand_in_cells_of_their_own():
+def test_candidates_are_in_cells_of_their_own():
     octants = OctantCandidates(12, 2.0, upper_half=True)
     poses = octants(torch.randn(50, 12, 3) * 3)
     eye = poses[..., :3, 3]
@@ -158,16 +158,16 @@ def test_build_candidates_reads_parameters_in_order():
     assert candidates.raw_size == 6
     raw = torch.zeros(1, 3, 6)
     raw[..., 3] = 0.1  # aim to the right
-    moved = candidates(raw)[0, :, :3, 3] - candidates(torch.zeros(1, 3, 6))[0, :, :3, 3]
+    transformed = candidates(raw)[0, :, :3, 3] - candidates(torch.zeros(1, 3, 6))[0, :, :3, 3]
     right = candidates(raw)[0, :, :3, 0]
-    assert torch.allclose(moved, 0.2 * right, atol=1e-5)
+    assert torch.allclose(transformed, 0.2 * right, atol=1e-5)
     with pytest.raises(ConfigError, match="optimize_camera"):
         build_candidates("thesis", 3, 2.0, (0.0, 60.0), ("roll",))
     with pytest.raises(ConfigError, match="owl"):
         build_candidates("owl", 3, 2.0, (0.0, 60.0), ())
 
 
-def test_noise_levels_and_ranges(tiny, scene_views):
+def test_add_noise_levels_follow_the_timestep_power(tiny, scene_views):
     task = task_of(tiny, scene_views)
     x0 = to_signal(scene_views.images)
     assert torch.allclose(to_radiance(x0), scene_views.images, atol=1e-6) and x0.min() >= -1 and x0.max() <= 1
