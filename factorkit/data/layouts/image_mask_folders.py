@@ -39,8 +39,8 @@ NEAR_DUPLICATES_FILE = "near_duplicates.txt"
 MAX_NEAR_DUPLICATES_BYTES = 2**26  # limit for reading the file from a .zip, so that a zip bomb cannot fill the memory
 
 
-def find_image_and_mask_folders(data: Any) -> tuple[Source, Source] | None:
-    """Return the images and the masks of a folder or .zip that holds both, or None if it holds no masks.
+def find_image_and_mask_folders(data: Any) -> tuple[Source, Source | None] | None:
+    """Return the images of a folder or .zip and its masks, None if it has none; None for anything else.
 
     Recognised are, at any depth and whatever the case: a folder of `IMAGE_FOLDERS` beside one of `MASK_FOLDERS` (also
     several such pairs, as in train/ and val/), a folder of masks whose names match the images beside it, and masks
@@ -50,21 +50,26 @@ def find_image_and_mask_folders(data: Any) -> tuple[Source, Source] | None:
         DataError: images that look like masks are found, but not where masks are expected.
     """
     source = _open(data)
-    pairs = None if source is None else _split_names(source.names)
-    if source is None or pairs is None:
+    if source is None:
         return None
+    pairs = _split_names(source.names)
+    if pairs is None:
+        refuse_unrecognised_masks(source)
+        return source, None
     if len(set(source.names)) < len(source.names):
         name = escape_name(next(name for i, name in enumerate(source.names) if name in source.names[:i]))
         raise DataError(f"{name} and {name}: two images of one name, so masks cannot be matched to them. Rename one.")
-    return tuple(_select(source, names) for names in pairs)  # type: ignore[return-value]  # two
+    return _select(source, pairs[0]), _select(source, pairs[1])
 
 
 def read(data: Any) -> DatasetFiles | None:
-    """Read a folder or .zip of images and their masks; None if it is neither, or has images alone."""
+    """Read a folder or .zip of images and, if it has them, their masks; None for anything else."""
     pair = find_image_and_mask_folders(data)
     if pair is None:
         return None
     images, masks = pair
+    if masks is None:
+        return DatasetFiles(images)
     notes = []
     if outside := len(_open(data) or ()) - len(images) - len(masks):
         notes.append(f"{outside} images lie outside the folders of images and masks and are not read")
