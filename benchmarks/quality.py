@@ -47,7 +47,7 @@ def measure(folder: Path, data: str) -> None:
     config = run.config
     dataset = open_dataset(data, holdout=config.holdout)
     own = min(dataset.test_images.read(0).size)
-    split = load_labelled(dataset.test_images, dataset.test_masks, own, ignore=config.ignore)
+    split = load_labelled(dataset.test_images, dataset.test_masks, own, ignore_label=config.ignore)
     num_fit_images = max(1, min(config.num_fit_images, len(split) // 2))
 
     def iou(model=run, **options) -> float:

@@ -102,7 +102,7 @@ def finished(args: argparse.Namespace) -> dict[str, list[dict]]:
         run = factorkit.load(folder, device="cpu")
         config = run.config
         dataset = open_dataset(args.data, holdout=config.holdout)
-        split = load_labelled(dataset.test_images, dataset.test_masks, config.resolution, ignore=config.ignore)
+        split = load_labelled(dataset.test_images, dataset.test_masks, config.resolution, ignore_label=config.ignore)
         images, predict = pixels_to_signed(torch.from_numpy(split.images)), run.predictor(None, "fast")
         losses = [event["loss"] for event in read_log(folder) if event["event"] == "step"]
         row = {"seed": config.seed, "loss": float(np.mean(losses[-LAST:]))}

@@ -237,12 +237,18 @@ class _Results:
 
     def write(self, grid: Image.Image, count: int, **data: Any) -> Result:
         """Write all images, or none if one of them is in the way of another file."""
+        from factorkit.utils import distributed
+
         groups = [*self.files.items(), ((self.shown, Path(self.grid).stem), {self.grid: grid})]
         for (source, _), images in groups:
             self.record.check(images, source)
-        with self.record:
-            for (source, stem), images in groups:
-                self.record.write({name: image.save for name, image in images.items()}, source, stem=stem)
+
+        def write() -> None:
+            with self.record:
+                for (source, stem), images in groups:
+                    self.record.write({name: image.save for name, image in images.items()}, source, stem=stem)
+
+        distributed.run_on_first(write)
         path = self.out / self.grid
         data |= {"out": str(self.out), "contact_sheet": str(path)}
         return data, f"{count} done: {self.out}\ncontact sheet: {path}"

@@ -36,7 +36,7 @@ class Evaluate(RunCommand):
     images: OptionalPath = None
     """Folder, .zip or array of images."""
     masks: OptionalPath = None
-    """Folder, .zip or array of masks. Every value above 0 is foreground."""
+    """Folder, .zip or array of masks. What their values mean is decided from the values and said if it is unusual."""
     data: OptionalPath = None
     """Data set with masks of classes, in any layout that `factorkit prepare --list` names."""
     views: OptionalPath = None
@@ -47,6 +47,10 @@ class Evaluate(RunCommand):
     """Labelled images that fit the mapping, at most half of them. The default is the run's own (16)."""
     ignore: OptionalInt = None
     """Mask value of pixels that are not scored. The default is the run's own."""
+    foreground: Annotated[tuple[int, ...], arg(metavar="INT INT...", help_behavior_hint="")] = ()
+    """Mask values of the foreground. By default decided from the values."""
+    mask_threshold: OptionalInt = None
+    """Mask value from which on a pixel is foreground, for soft masks. By default decided from the values."""
     baselines: Flag = False
     """Also score predictors that learn nothing: all foreground, centre disc, mean mask, colour 2-means, GrabCut."""
     size: OptionalInt = None
@@ -75,6 +79,8 @@ class Evaluate(RunCommand):
         "split",
         "num_fit_images",
         "ignore",
+        "foreground",
+        "mask_threshold",
         "baselines",
         "device",
         "json",
@@ -98,6 +104,8 @@ class Evaluate(RunCommand):
             self.masks,
             num_fit_images=self.num_fit_images,
             ignore=self.ignore,
+            foreground=self.foreground or None,
+            mask_threshold=self.mask_threshold,
             baselines=self.baselines,
             t=self.t,
             size=self.size,

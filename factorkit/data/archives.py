@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from factorkit.data.decode import ImageDecodeError
-from factorkit.data.files import escape_name, is_image, stat_file, wrap_os_errors
+from factorkit.data.files import describe_unread, escape_name, is_image, is_unread_image, stat_file, wrap_os_errors
 from factorkit.data.sources import EncodedSource, check_encoded_size, hash_values
 from factorkit.utils.errors import DataError
 from factorkit.utils.output_record import RECORD_NAME, parse_record
@@ -34,6 +34,9 @@ class ZipSource(EncodedSource):
         self.path, self.prefix = path, prefix
         members = (member for member in self.archive.infolist() if member.filename.startswith(prefix))
         images = [member for member in members if is_image(sanitize_member_name(member.filename))]
+        unread = [m.filename for m in self.archive.infolist() if is_unread_image(sanitize_member_name(m.filename))]
+        if unread and not prefix:
+            warnings.warn(f"{path}: {describe_unread(unread)}", UserWarning, stacklevel=2)
         self.members = sorted(_leave_out_outputs(path, self.archive, images), key=lambda member: member.filename)
         self.names = [sanitize_member_name(member.filename[len(prefix) :]) for member in self.members]
 

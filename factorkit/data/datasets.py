@@ -109,9 +109,7 @@ def open_dataset(data: Any, *, holdout: str | int = "auto", mask_set: str | None
     if (result := read_layout(data)) is not None:
         layout, files = result[0].name, result[1]
     files = image_mask_folders.read(data) if files is None else files
-    if files is None:
-        files = DatasetFiles(open_source(data))
-        image_mask_folders.refuse_unrecognised_masks(files.images)
+    files = DatasetFiles(open_source(data)) if files is None else files
     # after open_source, which reports paths that cannot be resolved
     name = Path(data).expanduser().resolve().name if isinstance(data, (str, os.PathLike)) else type(data).__name__
     return split_dataset(name, files, holdout, mask_set, layout)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from PIL import Image, ImageOps
 
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import uint8_to_unit
+
+INTEGER_DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # bits that cameras, scanners and microscopes store
+FLOAT_RANGES = (1, 255, 65535)  # white in float images
+FLOAT_TOLERANCE = 0.05  # of resampled values beyond [0, 1]
 
 
 class ImageDecodeError(DataError):
@@ -17,24 +23,47 @@ def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
     """Convert an image to RGB, upright by its EXIF orientation, transparency composited over white.
 
     Args:
-        image: integer images of more than 8 bits (modes I;16 and I) are divided by 256. Float images (mode F) are in
-            [0, 1], or in [0, 255] if any value is above 1.
+        image: integer images of more than 8 bits (modes I;16 and I) are scaled by the least depth of
+            `INTEGER_DEPTHS` that holds their values: files of 16 bits often hold 12, or 8. Float images (mode F) are in
+            the first of [0, 1], [0, 255] and [0, 65535] that holds theirs.
         upright: False keeps the pixels as stored.
 
     Raises:
-        ImageDecodeError: a float image has values that are not finite or outside [0, 255].
+        ImageDecodeError: a float image has values that are not finite or outside [0, 65535].
         OSError: or any other error of Pillow, for truncated and damaged files.
     """
     if upright:
-        image = ImageOps.exif_transpose(image)
+        image = apply_orientation(image)
     if image.mode.startswith("I"):  # before convert(), which clips these modes instead of scaling them
-        image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
+        image = _integers_to_grey(np.asarray(image))
     elif image.mode == "F":
         image = _float_to_grey(np.asarray(image))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def apply_orientation(image: Image.Image) -> Image.Image:
+    """Turn an image upright by its EXIF orientation; an image whose EXIF is damaged stays as it is stored."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, MemoryError):  # of the pixels
+        raise
+    except Exception:  # SyntaxError, struct.error, TypeError, ... of the metadata: the pixels are sound
+        return image
+
+
+def _integers_to_grey(values: np.ndarray) -> Image.Image:
+    high = int(values.max(initial=0))
+    depth = next((depth for depth in INTEGER_DEPTHS if high < 2**depth), INTEGER_DEPTHS[-1])
+    if 8 < depth < 16:
+        warnings.warn(
+            f"images of more than 8 bits: those whose values end below {2**depth} are read as {depth} bits",
+            UserWarning,
+            stacklevel=3,
+        )
+    return Image.fromarray(np.clip(values >> (depth - 8), 0, 255).astype(np.uint8))
 
 
 def to_float(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
@@ -45,7 +74,7 @@ def to_float(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
     """
     try:
         if image.has_transparency_data:
-            values = np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGBA"))
+            values = np.asarray((apply_orientation(image) if upright else image).convert("RGBA"))
             values = values if values[..., 3].min() < 255 else values[..., :3]
         else:
             values = np.asarray(to_rgb(image, upright))
@@ -79,6 +108,8 @@ def _crop_and_resize(image: Image.Image, resolution: int, resampling: Image.Resa
 
 def _float_to_grey(values: np.ndarray) -> Image.Image:
     low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 255):  # also refuses NaN
+    # A little below 0 or above 1 comes from resampling. Also refuses NaN.
+    if not (low >= -FLOAT_TOLERANCE and high <= FLOAT_RANGES[-1]):
         raise ImageDecodeError(f"float values from {low} to {high}; convert the image to [0, 1] or to 8 bits")
-    return Image.fromarray(np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8))
+    scale = next(scale for scale in FLOAT_RANGES if high <= scale + (FLOAT_TOLERANCE if scale == 1 else 0))
+    return Image.fromarray(np.rint(np.clip(values * (255 / scale), 0, 255)).astype(np.uint8))

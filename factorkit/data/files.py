@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import os
 import re
 import unicodedata
@@ -16,6 +17,14 @@ from factorkit.utils.output_record import RECORD_NAME, OutputFilter, is_output_f
 
 IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jpe .jpeg .jpg .jp2 .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+)
+HEIF_MODULE = next((name for name in ("pillow_heif", "pi_heif") if importlib.util.find_spec(name)), None)
+HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
+if HEIF_MODULE is not None:
+    IMAGE_SUFFIXES |= HEIF_SUFFIXES
+# Images that are not read, so that leaving them out can be said
+UNREAD_SUFFIXES = HEIF_SUFFIXES - IMAGE_SUFFIXES | frozenset(
+    ".3fr .arw .cr2 .cr3 .dng .erf .exr .hdr .jxl .nef .nrw .orf .pef .psd .raf .raw .rw2 .sr2 .srw .svg .x3f".split()
 )
 SUFFIX_LIST = ", ".join(sorted(IMAGE_SUFFIXES))  # for messages
 JUNK_FOLDERS = frozenset(("__MACOSX", "@eaDir"))  # of macOS archives and of Synology disks
@@ -61,6 +70,7 @@ def list_image_names(folder: Path) -> list[str]:
 
     names: list[str] = []
     broken_links: list[str] = []
+    unread: list[str] = []
     visited: set[str] = set()
     outputs = OutputFilter(folder)
     for current, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
@@ -76,8 +86,12 @@ def list_image_names(folder: Path) -> list[str]:
         prefix = Path(current).relative_to(folder).as_posix()
         for file in files:
             name = file if prefix == "." else f"{prefix}/{file}"
+            if is_unread_image(name):
+                unread.append(name)
             if is_image(name) and not outputs.skips_file(current, file):
                 (names if os.path.isfile(os.path.join(current, file)) else broken_links).append(name)
+    if unread:
+        warnings.warn(f"{escape_name(str(folder))}: {describe_unread(unread)}", UserWarning, stacklevel=2)
     if broken_links:
         warnings.warn(
             f"{folder}: skipped {len(broken_links)} links to missing images: {format_examples(sorted(broken_links))}",
@@ -88,6 +102,24 @@ def list_image_names(folder: Path) -> list[str]:
         raise DataError(f"{folder}: no images of yours in this folder or below it: {escape_name(text)}.")
     warn_about_outputs(folder, outputs)
     return sorted(names)
+
+
+def is_unread_image(name: str) -> bool:
+    """Return whether a file is an image of a format that is not read."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in UNREAD_SUFFIXES and is_image(path.with_suffix(".png").as_posix())
+
+
+def describe_unread(names: Sequence[str]) -> str:
+    """Say which images are left out because their format is not read, and what to do."""
+    by_suffix: dict[str, list[str]] = {}
+    for name in sorted(names):
+        by_suffix.setdefault(PurePosixPath(name).suffix.lower(), []).append(name)
+    parts = [f"{len(of)} {suffix} ({format_examples(of, 1)})" for suffix, of in sorted(by_suffix.items())]
+    advice = "convert them to PNG or JPEG"
+    if HEIF_SUFFIXES & set(by_suffix):
+        advice = "pip install 'factorkit[heic]' reads .heic; convert the others to PNG or JPEG"
+    return f"left out {len(names)} images of formats that are not read: {', '.join(parts)}. To use them: {advice}"
 
 
 def refuse_output_folder(folder: Path) -> None:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from factorkit.data.decode import ImageDecodeError, crop_square, crop_square_labels
+from factorkit.data.decode import ImageDecodeError, apply_orientation, crop_square, crop_square_labels
 from factorkit.data.files import escape_name, fold_stem, format_examples, is_image
 from factorkit.data.open import open_source
 from factorkit.data.sources import Source
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import ConfigError, DataError
 
 MASK_KEYS = ("masks", "M")  # arrays looked for in an .npz, in this order
 # A mask may be named like its image with one of these appended or prepended, or with its image's whole name
 MASK_ENDINGS = ("_mask", "_seg", "_gt", "_segmentation", "_label", "_labels", "_matte", "_trimap", "-mask", ".mask")
 MASK_BEGINNINGS = ("mask_", "dynamic_mask_")
 ASPECT_TOLERANCE = 0.01  # relative difference between the aspect ratios of a mask and its image
-OPACITY_SCALES = (1, 255, 65535)  # value of full opacity: labels and floats, 8 bits, 16 bits
+OPACITY_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # full opacity: labels and floats, 8, 10, 12, 14 and 16 bits
+PET_TRIMAP = (1, 2, 3)  # foreground, background, border: Parkhi et al. 2012, the annotations' README
+FULL_SCALE, SOFT_MIDDLE, END_WIDTH = 255, 128, 32  # of soft masks; JPEG moves values by up to about 30
+MIN_SOFT_VALUES, MIN_END_SHARE = 8, 0.6  # soft masks: more values than these, this share of the pixels near the ends
+VOID_LABEL_GAP = 200  # labels end below this where 255 is the label of no class
+MAX_LISTED_VALUES = 6  # in messages
 
 
 @dataclass(frozen=True)
@@ -46,38 +53,149 @@ class LabelledImages:
         return len(self.names)
 
 
-def load_labelled(images: Any, masks: Any, resolution: int, *, ignore_label: int | None = None) -> LabelledImages:
+def load_labelled(
+    images: Any,
+    masks: Any,
+    resolution: int,
+    *,
+    ignore_label: int | None = None,
+    foreground: Sequence[int] | None = None,
+    mask_threshold: int | None = None,
+) -> LabelledImages:
     """Load all images that have a mask, cropped to the centred square and resized (masks by nearest neighbour).
 
-    Images and masks are matched by `match_masks`. A mask must hold labels: a grey, palette or 1-bit image, or a colour
-    image with equal channels. Palette images count by index, except black-and-white palettes where black is not index
-    0. A mask of another size than its image is first resized to the image's size.
+    Images and masks are matched by `match_masks`. A mask must hold grey or palette values: colour images need equal
+    channels. Palette images count by index, except black-and-white palettes where black is not index 0. A mask of
+    another size than its image is first resized to the image's size. What the values mean is decided by
+    `decide_mask_values` from all masks together, unless an argument says it.
 
     Args:
         images: anything that `open_source` accepts.
         masks: the same.
         resolution: side of the squares in pixels.
-        ignore_label: label of pixels that are not scored; default: the data set's, if it defines one. Foreground is
-            every other label above 0.
+        ignore_label: value of pixels that are not scored; default: the data set's, or as decided.
+        foreground: values of the foreground; all others are background.
+        mask_threshold: foreground is every value from this one on.
 
     Raises:
-        ConfigError: a resolution below 1.
-        DataError: no matches, an image that cannot be decoded, a coloured mask, or a mask whose aspect ratio differs
-            from its image's by more than 1%.
+        ConfigError: a resolution below 1, or both `foreground` and `mask_threshold`.
+        DataError: no matches, an image that cannot be decoded, a coloured mask, values whose meaning is ambiguous, or a
+            mask whose aspect ratio differs from its image's by more than 1%.
     """
+    if foreground is not None and mask_threshold is not None:
+        raise ConfigError(f"foreground={foreground} and mask_threshold={mask_threshold}: give one of them.")
     image_source, mask_source = open_source(images), open_source(masks, keys=MASK_KEYS)
     pairs = match_masks(image_source, mask_source)
 
-    def load(pair: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def load(pair: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, dict[int, int]]:
         return _load_pair(image_source, mask_source, *pair, resolution)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         loaded = list(pool.map(load, pairs))
-    labels = np.stack([label for _, label in loaded])
+    labels = np.stack([label for _, label, _ in loaded])
+    is_defined = ignore_label is None and mask_source.ignore_label is not None
     ignore_label = mask_source.ignore_label if ignore_label is None else ignore_label
-    valid = np.ones(labels.shape, bool) if ignore_label is None else labels != ignore_label
-    pixels = np.stack([image for image, _ in loaded])
-    return LabelledImages(pixels, (labels > 0) & valid, valid, [image_source.names[i] for i, _ in pairs], labels)
+    if foreground is None and mask_threshold is None and not is_defined:
+        counts: dict[int, int] = {}
+        for _, _, part in loaded:
+            for value, count in part.items():
+                counts[value] = counts.get(value, 0) + count
+        meaning = decide_mask_values(counts, ignore_label)
+    else:
+        meaning = MaskValues(None if foreground is None else tuple(foreground), mask_threshold, ignore_label)
+    if meaning.is_unusual:
+        warnings.warn(str(meaning), UserWarning, stacklevel=2)
+    valid = np.ones(labels.shape, bool) if meaning.ignore is None else labels != meaning.ignore
+    pixels = np.stack([image for image, _, _ in loaded])
+    names = [image_source.names[i] for i, _ in pairs]
+    return LabelledImages(pixels, meaning.select(labels) & valid, valid, names, labels)
+
+
+@dataclass(frozen=True)
+class MaskValues:
+    """What the values of masks mean.
+
+    Attributes:
+        foreground: values of the foreground; None: all above 0, or from the threshold on.
+        threshold: least value of the foreground; None: no threshold.
+        ignore: value that is not scored.
+        found: what was found in the masks, in words.
+        is_unusual: True if the decision is worth a line to the user.
+    """
+
+    foreground: tuple[int, ...] | None = None
+    threshold: int | None = None
+    ignore: int | None = None
+    found: str = ""
+    is_unusual: bool = False
+
+    def select(self, labels: np.ndarray) -> np.ndarray:
+        """Return where labels are foreground, as a boolean array."""
+        if self.foreground is not None:
+            return np.isin(labels, self.foreground)
+        return labels > 0 if self.threshold is None else labels >= self.threshold
+
+    def __str__(self) -> str:
+        foreground = "all above 0" if self.threshold is None else f"{self.threshold} and above"
+        if self.foreground is not None:
+            foreground = ", ".join(map(str, self.foreground))
+        ignored = "" if self.ignore is None else f"; not scored = {self.ignore}"
+        return (
+            f"masks: {self.found}; foreground = {foreground}{ignored}. If this is wrong, set --foreground, --ignore or "
+            "--mask-threshold"
+        )
+
+
+def decide_mask_values(counts: Mapping[int, int], ignore: int | None = None) -> MaskValues:
+    """Decide what the values of masks mean, from the number of pixels of each value in all masks.
+
+    Two values with 0 are background and foreground. 1, 2, 3 are the trimap of Oxford-IIIT Pet (foreground, background,
+    border), 0, 128, 255 that of matting (background, unknown, foreground). 255 beside small labels is the border that
+    VOC and its followers do not score. Many grey values up to full scale, most pixels near one end, are soft or
+    compressed masks: foreground from the middle on. Everything else counts as labels: foreground is all above 0.
+
+    Args:
+        counts: pixels by value.
+        ignore: a value known not to be scored.
+
+    Raises:
+        DataError: values that allow more than one of these.
+    """
+    values = sorted(value for value, count in counts.items() if count and value != ignore)
+    listed = (
+        "{" + ", ".join(map(str, values[:MAX_LISTED_VALUES])) + (", ...}" if len(values) > MAX_LISTED_VALUES else "}")
+    )
+    found = f"{len(values)} values {listed}"
+    top = values[-1] if values else 0
+    if len(values) <= 1 or (len(values) == 2 and values[0] == 0):
+        return MaskValues(ignore=ignore, found=found)
+    if set(values) <= set(PET_TRIMAP) and 0 not in values:
+        if set(values) == set(PET_TRIMAP) or ignore in PET_TRIMAP:
+            ignored = PET_TRIMAP[2] if ignore is None else ignore
+            return MaskValues((PET_TRIMAP[0],), None, ignored, f"{found}, the trimap of Oxford-IIIT Pet", True)
+        raise _ambiguous(found, "1 is foreground in a trimap, but 2 may as well be")
+    if values[0] == 0 and top == 255 and len(values) == 3 and abs(values[1] - 128) <= 1 and ignore is None:
+        return MaskValues((255,), None, values[1], f"{found}, a trimap", True)
+    if len(values) > MIN_SOFT_VALUES and top > FULL_SCALE - END_WIDTH and values[0] < END_WIDTH and top <= FULL_SCALE:
+        total = sum(counts[value] for value in values)
+        ends = sum(counts[value] for value in values if value < END_WIDTH or value > FULL_SCALE - END_WIDTH)
+        upper = [value for value in values if SOFT_MIDDLE < value <= FULL_SCALE - END_WIDTH]
+        if ends >= MIN_END_SHARE * total and (upper or values[-2] > SOFT_MIDDLE):
+            return MaskValues(None, SOFT_MIDDLE, ignore, f"{found}, soft or compressed", True)
+    if top == 255 and len(values) > 2 and ignore is None and values[-2] < VOID_LABEL_GAP:
+        return MaskValues(None, None, 255, f"{found}, labels with a border", True)
+    if len(values) > MIN_SOFT_VALUES and top == FULL_SCALE:
+        raise _ambiguous(found, "they may be a soft mask or the labels of many things")
+    if 0 not in values:
+        raise _ambiguous(found, "no value is 0, the background")
+    return MaskValues(ignore=ignore, found=found)
+
+
+def _ambiguous(found: str, reason: str) -> DataError:
+    return DataError(
+        f"masks: {found}: {reason}. Say which values are foreground (--foreground, foreground=), where it begins "
+        "(--mask-threshold, mask_threshold=), or which value is not scored (--ignore, ignore=)."
+    )
 
 
 def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
@@ -136,18 +254,26 @@ def image_stems(mask_name: str) -> list[str]:
     return stems + ([fold_stem(stem)] if is_image(stem) else [])  # x.jpg.png
 
 
-def _load_pair(images: Source, masks: Source, i: int, j: int, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the image uint8 [R, R, 3] and its labels int32 [R, R]."""
+def _load_pair(
+    images: Source, masks: Source, i: int, j: int, resolution: int
+) -> tuple[np.ndarray, np.ndarray, dict[int, int]]:
+    """Return the image uint8 [R, R, 3], its labels int32 [R, R], and the pixels of each value of the whole mask."""
     image, labels = images.read(i), read_labels(masks, j)
+    values, counts = np.unique(labels, return_counts=True)
     height, width = labels.shape
     if (width, height) != image.size:
         if abs(width * image.height / (height * image.width) - 1) > ASPECT_TOLERANCE:
+            is_turned = abs(height * image.height / (width * image.width) - 1) <= ASPECT_TOLERANCE
+            advice = "Crop or redraw it to the image's aspect ratio."
+            if is_turned:
+                advice = "The image is turned upright by its EXIF orientation, the mask is not: turn the mask."
             raise DataError(
                 f"{escape_name(masks.names[j])}: a mask of {width} x {height} pixels for an image of {image.width} x "
-                f"{image.height} ({escape_name(images.names[i])}). Crop or redraw it to the image's aspect ratio."
+                f"{image.height} ({escape_name(images.names[i])}). {advice}"
             )
         labels = np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
-    return crop_square(image, resolution), crop_square_labels(labels, resolution)
+    counts_by_value = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    return crop_square(image, resolution), crop_square_labels(labels, resolution), counts_by_value
 
 
 def read_labels(masks: Source, index: int) -> np.ndarray:
@@ -163,15 +289,15 @@ def read_labels(masks: Source, index: int) -> np.ndarray:
             image = image.convert(image.mode.removesuffix("A"))
         if _is_inverted_palette(image):
             image = image.convert("L")
-        values = np.asarray(ImageOps.exif_transpose(image))
+        values = np.asarray(apply_orientation(image))
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise DataError(f"{name}: cannot be decoded: {error}. Replace the file, or remove it.") from error
     if values.ndim == 3:
         if (values != values[..., :1]).any():
             raise DataError(f"{name}: a mask in colour (mode {image.mode}). Save labels as a grey or palette image.")
         values = values[..., 0]
-    if image.format == "JPEG" and not np.isin(values, (0, 255)).all():
-        raise DataError(f"{name}: JPEG compression has altered the labels. Threshold them and save as PNG.")
+    if image.format == "JPEG" and (np.bincount(values.ravel(), minlength=256)[64:192].sum() > values.size // 4):
+        raise DataError(f"{name}: JPEG compression has altered the labels. Save masks as PNG.")
     if values.dtype.kind == "f":
         raise DataError(f"{name}: a mask of {values.dtype} values. Save labels as 8-bit integers.")
     return values.astype(np.int32)
@@ -198,7 +324,7 @@ def to_opacity(image: Image.Image, name: str, upright: bool = True) -> np.ndarra
         ImageDecodeError: it cannot be decoded, or has other values; `name` is used in the message.
     """
     try:
-        image = ImageOps.exif_transpose(image) if upright else image
+        image = apply_orientation(image) if upright else image
         is_wide = image.mode == "F" or image.mode.startswith("I")  # convert("L") clips or truncates these
         values = np.asarray(image if is_wide else image.convert("L")).astype(np.float32)
     except Exception as error:  # as in read_labels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import io
 import threading
 import warnings
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from factorkit.data.decode import ImageDecodeError, to_rgb
-from factorkit.data.files import escape_name, stat_file
+from factorkit.data.files import HEIF_MODULE, escape_name, stat_file
 from factorkit.utils.errors import DataError
 
 # Formats that are decoded, whatever the suffix. Pillow reads about forty, including PostScript, which it passes to
@@ -25,6 +26,8 @@ from factorkit.utils.errors import DataError
 FORMATS = frozenset("AVIF BMP DIB GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split())
 SERIAL_DECODE_PIXELS = 2**24  # larger images are decoded one at a time, to bound the memory of all threads
 MAX_ENCODED_BYTES = 2**29  # per image: 179 million pixels, Pillow's own limit, without compression
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks, PNG specification, section 11.3
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 
 _serial_decode_lock = threading.Lock()
@@ -42,6 +45,7 @@ class Source(ABC):
     names: list[str]
     positional: bool = False
     ignore_label: int | None = None
+    _warned_of_frames = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -72,6 +76,15 @@ class Source(ABC):
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
             is_large = image.width * image.height > SERIAL_DECODE_PIXELS
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1 and not self._warned_of_frames:
+                self._warned_of_frames = True
+                name = escape_name(self.names[index])
+                warnings.warn(
+                    f"{name}: only the first of its {image.n_frames} frames or pages is read, as of all files "
+                    "with several",
+                    UserWarning,
+                    stacklevel=2,
+                )
             with _serial_decode_lock if is_large else contextlib.nullcontext():
                 return to_rgb(image)
         except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
@@ -121,7 +134,7 @@ class EncodedSource(Source):
         try:
             with warnings.catch_warnings():  # Pillow warns from half of its pixel limit on
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                return Image.open(io.BytesIO(data), formats=list_supported_formats())
+                return Image.open(io.BytesIO(drop_text(data)), formats=list_supported_formats())
         except Image.UnidentifiedImageError as error:
             raise ImageDecodeError(f"{name}: not an image ({len(data)} bytes in no known format)") from error
         except Image.DecompressionBombError as error:
@@ -227,11 +240,26 @@ def check_encoded_size(size: int) -> None:
         raise ImageDecodeError(f"too large: {size / 2**20:.0f} MiB, the limit for an image is {limit:.0f} MiB")
 
 
+def drop_text(data: bytes) -> bytes:
+    """Drop text and colour profile of a PNG: nothing here reads them, and Pillow refuses an image if they are large."""
+    if not data.startswith(PNG_SIGNATURE) or not any(kind in data for kind in PNG_TEXT):
+        return data
+    kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while position + 12 <= len(data):  # length, type, content, checksum
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] not in PNG_TEXT:
+            kept.append(data[position:end])
+        position = end
+    return b"".join([*kept, data[position:]])
+
+
 @functools.cache
 def list_supported_formats() -> list[str]:
-    """Return those of `FORMATS` that the installed Pillow reads."""
+    """Return those of `FORMATS` that the installed Pillow reads, with HEIF where its reader is installed."""
     Image.init()
-    return [name for name in Image.ID if name in FORMATS]
+    if HEIF_MODULE is not None:
+        importlib.import_module(HEIF_MODULE).register_heif_opener()
+    return [name for name in Image.ID if name in FORMATS or (name == "HEIF" and HEIF_MODULE is not None)]
 
 
 def _to_nhwc(array: np.ndarray, name: str) -> np.ndarray:

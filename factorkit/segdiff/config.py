@@ -103,7 +103,12 @@ class SegdiffConfig(EngineConfig):
     mask_set: str | None = None
     """Which masks are scored, of a data set that has several; by default the first. See factorkit prepare --list."""
     ignore: int | None = None
-    """Mask value of pixels that are not scored. By default every pixel is scored."""
+    """Mask value of pixels that are not scored. By default decided from the values: 255 beside small labels, the border
+    of a trimap, else none."""
+    foreground: tuple[int, ...] | None = None
+    """Mask values of the foreground. By default decided from the values: all above 0, or as in a trimap."""
+    mask_threshold: int | None = None
+    """Mask value from which on a pixel is foreground, for soft masks. By default 128 where masks are soft."""
     num_fit_images: int = 16
     """Number of labelled images that fit the mapping from regions to foreground; the rest are scored."""
     segment_t: int | None = None

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from factorkit.data.files import format_examples
 from factorkit.data.masks import LabelledImages, load_labelled
 from factorkit.metrics.baselines import score_baselines
 from factorkit.metrics.class_matching import nested_accuracy
@@ -17,7 +18,10 @@ from factorkit.metrics.segmentation import evaluate_masks
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
 from factorkit.utils import distributed
+from factorkit.utils.errors import DataError
 from factorkit.utils.images import pixels_to_signed
+
+VERDICT_BASELINES = ("mean_mask", "two_means_image")  # position and colour: the verdict needs both
 
 
 def score_labelled_images(
@@ -28,6 +32,8 @@ def score_labelled_images(
     *,
     num_fit_images: int | None = None,
     ignore: int | None = None,
+    foreground: Sequence[int] | None = None,
+    mask_threshold: int | None = None,
     baselines: bool = False,
     size: int | None = None,
     nesting: Sequence[int] | None = None,
@@ -37,10 +43,22 @@ def score_labelled_images(
     The other arguments are those of :meth:`factorkit.segdiff.run.SegdiffRun.evaluate`.
     """
     size = size or config.resolution
-    ignore = config.ignore if ignore is None else ignore
-    small = labelled = load_labelled(images, masks, size, ignore_label=ignore)
+    if foreground is None and mask_threshold is None:
+        foreground, mask_threshold = config.foreground, config.mask_threshold
+    values: dict[str, Any] = {
+        "ignore_label": config.ignore if ignore is None else ignore,
+        "foreground": foreground,
+        "mask_threshold": mask_threshold,
+    }
+    small = labelled = load_labelled(images, masks, size, **values)
     if size != config.resolution:
-        small = load_labelled(images, masks, config.resolution, ignore_label=ignore)
+        small = load_labelled(images, masks, config.resolution, **values)
+    blank = [name for name, valid in zip(labelled.names, labelled.valid, strict=True) if not valid.any()]
+    if blank:
+        raise DataError(
+            f"{format_examples(blank)}: no pixel to score, every one is ignored. Leave these images out, or correct "
+            "--ignore"
+        )
     soft = predict(pixels_to_signed(torch.from_numpy(small.images)))
     if size != config.resolution:
         soft = F.interpolate(soft, size=(size, size), mode="bilinear", align_corners=False)
@@ -54,9 +72,10 @@ def score_labelled_images(
             labels, labelled.labels, config.nesting, nesting, valid=labelled.valid, num_fit_images=count
         )
     scores |= {"confidence": soft.amax(1).mean().item(), "size": size}
-    if baselines and nesting is None:
+    if nesting is None:
+        names = None if baselines else VERDICT_BASELINES
         scores["baselines"] = distributed.run_on_first(
-            lambda: score_baselines(labelled.images, labelled.foreground, labelled.valid, count)
+            lambda: score_baselines(labelled.images, labelled.foreground, labelled.valid, count, names)
         )
     return scores
 

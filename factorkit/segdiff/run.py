@@ -174,6 +174,8 @@ class SegdiffRun(Segmenter, Editor):
         *,
         num_fit_images: int | None = None,
         ignore: int | None = None,
+        foreground: Sequence[int] | None = None,
+        mask_threshold: int | None = None,
         baselines: bool = False,
         t: int | None = None,
         size: int | None = None,
@@ -188,11 +190,13 @@ class SegdiffRun(Segmenter, Editor):
         at most 12. Images and masks are cropped as in training. The result is also written to ``scores.json``.
 
         Args:
-            images, masks: folders, zips, lists or arrays; matched by name, arrays by position. Foreground is every
-                value above 0 except ``ignore``.
+            images, masks: folders, zips, lists or arrays; matched by name, arrays by position. What the values of the
+                masks mean is decided from them (:func:`~factorkit.data.masks.decide_mask_values`), unless said here.
             num_fit_images: labelled images that fit the mapping; None: as in the settings (16), fewer for a small set.
             ignore: mask value that is not scored; None: as in the settings.
-            baselines: also score the trivial predictors and GrabCut on the same images.
+            foreground, mask_threshold: values of the foreground, or the least of them; None: as in the settings.
+            baselines: score all trivial predictors and GrabCut on the same images; else only the mean mask and 2-means,
+                which the verdict needs.
             t: time step; None: as in the settings.
             size: side in pixels at which to score; None: the resolution of the model.
             quality: as for :meth:`segment`.
@@ -216,6 +220,8 @@ class SegdiffRun(Segmenter, Editor):
             masks,
             num_fit_images=num_fit_images,
             ignore=ignore,
+            foreground=foreground,
+            mask_threshold=mask_threshold,
             baselines=baselines,
             size=size,
             nesting=nesting,

@@ -79,7 +79,7 @@ def test_prune_during_training_is_refused(run_of_four, run_refused):
 @pytest.mark.slow
 def test_export_writes_averaged_weights(run_of_four, run_json, run_refused, tmp_path):
     for flags, step in (([], 4), (["--best"], 2), (["--step", 3], 3)):
-        result = run_json("checkpoint", "export", run_of_four, "--out", tmp_path / "small.safetensors", *flags)
+        result = run_json("checkpoint", "export", run_of_four, "--out", tmp_path / f"step{step}.safetensors", *flags)
         run, source = factorkit.load(result["out"], device="cpu"), read_checkpoint(run_of_four / NAMES[4 - step])[0]
         assert result["step"] == run.step == step
         for name, value in run.model.state_dict().items():

@@ -17,7 +17,7 @@ def test_interpolate_writes_frames_and_labels(run, photos, run_json, run_cli, tm
     words = ("interpolate", run, first, second, "--frames", 3, "--steps", 2, "--seed", 5)
     result = run_json(*words, "--out", tmp_path / "a")
     assert (result["pairs"], result["frames"]) == (1, 3)
-    names = {path.name for path in (tmp_path / "a").iterdir()}
+    names = {path.name for path in (tmp_path / "a").glob("[!.]*")}
     assert names == {f"pair_0000_0{i}{end}.png" for i in range(3) for end in ("", "_labels")} | {"contact_sheet.png"}
     assert read_image(tmp_path / "a/pair_0000_01.png").shape == (16, 16, 3)
     assert Image.open(tmp_path / "a/pair_0000_01_labels.png").mode == "P"
@@ -37,7 +37,7 @@ def test_branches_have_masks_as_transparency(run, photos, run_json, tmp_path):
     assert first.shape == second.shape == (16, 16, 4)
     assert np.abs(first[..., 3].astype(int) + second[..., 3] - 255).max() <= 1
     assert read_image(tmp_path / "03_estimate.png").shape == (16, 16, 3)
-    assert (tmp_path / "contact_sheet.png").is_file() and len(list(tmp_path.iterdir())) == 24 * 3 + 1
+    assert (tmp_path / "contact_sheet.png").is_file() and len(list(tmp_path.glob("[!.]*"))) == 24 * 3 + 1
     again = run_json("branches", run, tmp_path, photos / "images", "--out", tmp_path)
     assert again["images"] == 24, "results must not be read as input"
 
@@ -51,7 +51,7 @@ def test_recompose_writes_edited_images(run, photos, run_json, tmp_path):
     for name, flags in changes.items():
         result = run_json(*words, *flags, "--out", tmp_path / name)
         assert (result["images"], result["region"], len(result["kept"])) == (2, 0, 2)
-        written = {path.name for path in (tmp_path / name).iterdir()}
+        written = {path.name for path in (tmp_path / name).glob("[!.]*")}
         assert written == {f"0{i}_{end}.png" for i in (0, 1) for end in ("recomposed", "labels")} | {
             "contact_sheet.png"
         }

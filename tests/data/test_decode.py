@@ -34,6 +34,27 @@ def test_to_rgb_other_integer_modes():
     assert pixel(Image.frombytes("I;16B", (1, 1), b"\x80\x40")) == (128, 128, 128)
 
 
+@pytest.mark.parametrize("suffix", ["PNG", "TIFF"])
+@pytest.mark.parametrize("depth", [8, 10, 12, 14, 16])
+def test_to_rgb_depth_is_that_of_the_values_not_of_the_container(suffix, depth):
+    ramp = np.linspace(0, 255, 64).round().astype(np.uint16).reshape(8, 8)
+    stored = (ramp.astype(np.float64) * (2**depth - 1) / 255).round().astype(np.uint16)
+    converted = np.asarray(to_rgb(through_file(Image.fromarray(stored), suffix)))[..., 0]
+    assert np.abs(converted.astype(int) - ramp).max() <= 1
+
+
+def test_to_rgb_8_bit_values_in_int32_are_kept():
+    ramp = np.arange(256, dtype=np.int32).reshape(16, 16)
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(ramp)))[..., 0], ramp)
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_to_rgb_float_full_scale_is_white(white):
+    ramp = np.linspace(0, white, 16, dtype=np.float32).reshape(4, 4)
+    converted = np.asarray(to_rgb(through_file(Image.fromarray(ramp), "TIFF")))[..., 0]
+    np.testing.assert_array_equal(converted, np.rint(np.linspace(0, 255, 16)).reshape(4, 4))
+
+
 def test_to_rgb_8_bit_modes():
     assert pixel(Image.new("L", (2, 2), 77)) == (77, 77, 77)
     assert pixel(Image.new("1", (2, 2), 1)) == (255, 255, 255)
@@ -43,7 +64,7 @@ def test_to_rgb_8_bit_modes():
 def test_to_rgb_float_range_is_detected():
     assert pixel(Image.fromarray(np.full((2, 2), 0.2, np.float32))) == (51, 51, 51)
     assert pixel(Image.fromarray(np.full((2, 2), 51, np.float32))) == (51, 51, 51)
-    for wrong in (-0.5, 300, np.nan):
+    for wrong in (-0.5, 70000, np.nan):
         with pytest.raises(ImageDecodeError, match="float values"):
             to_rgb(Image.fromarray(np.full((2, 2), wrong, np.float32)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from factorkit.data import open_dataset, open_views
 from factorkit.data.open import open_source
 from factorkit.data.video import open_video
+from factorkit.data.views.open import _has_own_export
 from factorkit.reproduce.fingerprint import fingerprint
 from factorkit.utils.errors import DataError
 from factorkit.utils.output_record import RECORD_NAME, OutputRecord, mark_output_folder
@@ -106,3 +108,20 @@ def test_image_and_mask_folders_ignore_results(tmp_path, save):
     with pytest.warns(UserWarning, match="1 images"):
         dataset = open_dataset(tmp_path / "set", holdout="none")
     assert dataset.train.names == [f"{i}.png" for i in range(4)]
+
+
+def test_exported_cameras_beside_photos_are_not_read_as_their_poses(tmp_path, save):
+    poses = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4], [0, 0, 0, 1]]
+    frames = [{"file_path": f"{i}.png", "transform_matrix": poses} for i in range(3)]
+    text = json.dumps({"camera_angle_x": 0.8, "frames": frames})
+    for i in range(3):
+        save(tmp_path / "photos" / f"{i}.png")
+    with OutputRecord(tmp_path / "photos") as record:
+        record.write({"transforms.json": lambda path: path.write_text(text)}, "export")
+    with pytest.warns(UserWarning, match=r"left out transforms\.json, which factorkit wrote"):
+        assert open_views(tmp_path / "photos").poses is None
+    (tmp_path / "photos" / "transforms.json").write_text(text + "\n")  # the user's now
+    assert not _has_own_export(tmp_path / "photos")
+    with OutputRecord(tmp_path / "exported") as record:
+        record.write({"transforms.json": lambda path: path.write_text(text)}, "export")
+    assert not _has_own_export(tmp_path / "exported")

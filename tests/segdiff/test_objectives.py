@@ -117,6 +117,7 @@ def test_branch_images_of_every_objective_blend_to_the_whole(form, prediction, k
     torch.testing.assert_close((masks[:, :, None] * each).sum(1), whole, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prediction", "kind"), [("eps", "linear"), ("v", "cosine"), ("x0", "linear"), ("flow", None)])
 @pytest.mark.parametrize("form", ["regional", "thesis"])
 def test_every_objective_trains_segments_and_samples(form, prediction, kind, tmp_path):

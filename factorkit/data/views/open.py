@@ -24,7 +24,7 @@ from factorkit.data.views.srn import is_srn, read_srn
 from factorkit.data.views.transforms import is_transforms, read_transforms
 from factorkit.data.views.views import SceneLayout, Views
 from factorkit.utils.errors import ConfigError, DataError
-from factorkit.utils.output_record import is_output_folder
+from factorkit.utils.output_record import OutputFilter, is_output_folder
 
 PosedReader = Callable[[Path, str | None], tuple[list[LazyView], SceneSettings]]
 # Formats with poses, tried in this order; everything else is read as images without poses.
@@ -38,6 +38,7 @@ POSED_FORMATS: tuple[tuple[Callable[[Path], bool], PosedReader], ...] = (
     (is_colmap, read_colmap),
     (is_posed_array, read_posed_array),
 )
+EXPORTED_FILES = ("transforms.json", "cameras.txt")  # of factorkit's exports
 MASK_FOLDERS = ("masks", "mask")  # foreground masks beside the images of any layout
 # Signs of cameras in formats that are not read, with what to do.
 UNREAD_CAMERAS = (
@@ -120,7 +121,9 @@ def open_views(
     path = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
     if path is not None and not path.exists():
         raise DataError(f"{path}: no such file or folder (current folder: {Path.cwd()}). Check the path.")
-    read_posed = None if path is None else next((read for matches, read in POSED_FORMATS if matches(path)), None)
+    read_posed = None
+    if path is not None and not _has_own_export(path):
+        read_posed = next((read for matches, read in POSED_FORMATS if matches(path)), None)
     arrangement, given_masks = None, None if _is_none(masks) else masks
     if path is not None and read_posed is not None:
         views, settings = read_posed(path, split)
@@ -153,6 +156,24 @@ def open_views(
         background=background,
         seed=seed,
     )
+
+
+def _has_own_export(folder: Path) -> bool:
+    """Return whether factorkit exported its cameras into a folder of the user's: a run's poses are not data.
+
+    An output folder, or an exported file, that the user names himself is read.
+    """
+    if not folder.is_dir() or is_output_folder(folder):
+        return False
+    outputs = OutputFilter(folder)
+    files = [name for name in EXPORTED_FILES if outputs.skips_file(str(folder), name)]
+    if files:
+        warnings.warn(
+            f"{folder}: left out {', '.join(files)}, which factorkit wrote: the poses of a run are not data. Give the "
+            "file itself to read it",
+            stacklevel=3,
+        )
+    return bool(files)
 
 
 def _is_none(masks: Any) -> bool:
