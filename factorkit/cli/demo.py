@@ -46,10 +46,11 @@ class Demo(Command):
     def _show_segdiff(self, out: Path) -> Result:
         from factorkit.cli.evaluate import format_scores
         from factorkit.cli.generate import write_generated
-        from factorkit.cli.train import format_duration, read_failures, report_interruption
+        from factorkit.cli.train import format_duration, read_failures, read_run_checks, report_interruption
         from factorkit.data.datasets import make_procedural_dataset
         from factorkit.engine.config import cpu_threads
         from factorkit.segdiff.train import train_segdiff
+        from factorkit.segdiff.verdict import read_verdict
         from factorkit.utils import distributed
 
         start = time.perf_counter()
@@ -60,12 +61,15 @@ class Demo(Command):
             segmented = run.segment_folder(flowers, out / "segmented")
             generation = run.generate(GENERATED_IMAGES, progress=True)
             generated = distributed.run_on_first(lambda: write_generated(generation, out / "generated"))
-        scores, failures = run.scores or {}, read_failures(out)
+        scores, failures, judgement = run.scores or {}, read_failures(out), read_verdict(out)
         if scores["iou"] < MIN_IOU:
             failures = [f"IoU {scores['iou']:.3f} on held-out flowers, below the required {MIN_IOU:.2f}", *failures]
         data = {
             **{name: scores[name] for name in ("acc", "iou", "dice")},
             "failures": failures,
+            "verdict": judgement.headline,
+            "status": judgement.status,
+            "checks": read_run_checks(out),
             "seed": self.seed,
             "seconds": time.perf_counter() - start,
             "report": str(out / "report.html"),
@@ -81,18 +85,19 @@ class Demo(Command):
                 "Or let it choose among seeds: factorkit train segdiff --preset demo --seed-trials 3 --out runs/trials"
             ]
         else:
-            lines += [f"It worked: IoU {scores['iou']:.3f}, at least {MIN_IOU:.2f}, and no alarm."]
+            lines += [f"{judgement.headline}.", *judgement.details, f"The demo requires IoU {MIN_IOU:.2f}."]
         lines += ["", f"time       {format_duration(data['seconds'])}"]
         lines += [f"{name:<9}  {data[name]}" for name in ("segmented", "generated", "report")]
         return data, "\n".join(lines)
 
     def _show_nerfdiff(self, out: Path) -> Result:
         from factorkit.cli.evaluate import format_pose_scores
-        from factorkit.cli.train import format_duration, read_failures, report_interruption
+        from factorkit.cli.train import format_duration, read_failures, read_run_checks, report_interruption
         from factorkit.data.procedural.scene import make_procedural_views
         from factorkit.nerfdiff.export.frames import write_frames
         from factorkit.nerfdiff.train import NUM_PROCEDURAL_VIEWS, train_nerfdiff
-        from factorkit.nerfdiff.verdict import write_report
+        from factorkit.nerfdiff.verdict import REPORT, write_report
+        from factorkit.report.html import read_verdict
         from factorkit.utils import distributed
 
         start = time.perf_counter()
@@ -106,17 +111,27 @@ class Demo(Command):
             write_report(out)
             return write_frames(out / "orbit.gif", images)
 
-        orbit, failures = distributed.run_on_first(write), read_failures(out)
+        orbit, failures, judgement = distributed.run_on_first(write), read_failures(out), read_verdict(out, REPORT)
         if scores["rotation_median_deg"] > MAX_MEDIAN_DEGREES or scores["under_10_deg"] < 1:
             failures = [f"cameras {scores['rotation_median_deg']:.2f} degrees off in the median", *failures]
         data = {
             **scores,
             "failures": failures,
+            "verdict": judgement.headline,
+            "status": judgement.status,
+            "checks": read_run_checks(out),
             "seed": self.seed,
             "seconds": time.perf_counter() - start,
             "orbit": str(orbit),
             "report": str(out / "report.html"),
         }
-        verdict = "This run FAILED: " + "; ".join(failures) if failures else "It worked: every camera was found."
-        lines = [format_pose_scores(scores), "", verdict, "", f"time    {format_duration(data['seconds'])}"]
+        verdict = ["This run FAILED: " + "; ".join(failures)] if failures else [f"{judgement.headline}."]
+        lines = [
+            format_pose_scores(scores),
+            "",
+            *verdict,
+            *judgement.details,
+            "",
+            f"time    {format_duration(data['seconds'])}",
+        ]
         return data, "\n".join([*lines, f"orbit   {orbit}", f"report  {data['report']}"])

@@ -98,6 +98,8 @@ class TrainSegdiff(Command):
             "scores": run.scores,
             "failures": read_failures(out),
             "verdict": judgement.headline,
+            "status": judgement.status,
+            "checks": read_run_checks(out),
         }
         lines = [f"{judgement.headline}.", *judgement.details, "", f"run     {out}", f"report  {report}"]
         if run.scores:
@@ -179,6 +181,8 @@ class TrainNerfdiff(Command):
     def execute(self) -> Result:
         from factorkit.nerfdiff.config import NerfdiffConfig
         from factorkit.nerfdiff.train import train_nerfdiff
+        from factorkit.nerfdiff.verdict import REPORT
+        from factorkit.report.html import read_verdict
 
         settings = _settings(self, NerfdiffConfig)
         if self.dry_run:
@@ -187,9 +191,17 @@ class TrainNerfdiff(Command):
         start = time.perf_counter()
         with report_interruption(out):
             run = train_nerfdiff(self.data, out=out, preset=self.preset, **self._reading(), **settings)
-        failures, report = read_failures(out), str(out / "report.html")
-        data = {"run": str(out), "report": report, "failures": failures, "scores": run.scores}
-        lines = ["This run FAILED:", *(f"  - {text}" for text in failures)] if failures else ["No alarm."]
+        judgement, report = read_verdict(out, REPORT), str(out / "report.html")
+        data = {
+            "run": str(out),
+            "report": report,
+            "failures": read_failures(out),
+            "scores": run.scores,
+            "verdict": judgement.headline,
+            "status": judgement.status,
+            "checks": read_run_checks(out),
+        }
+        lines = [f"{judgement.headline}.", *judgement.details]
         duration = format_duration(time.perf_counter() - start)
         return data, "\n".join([*lines, "", f"run     {out}", f"report  {report}", f"time    {duration}"])
 
@@ -368,6 +380,14 @@ def read_failures(folder: Path) -> list[str]:
 
     alarms = timeline(read_log(folder), "alarms")
     return list(alarms[-1].get("failures", ())) if alarms else []
+
+
+def read_run_checks(folder: Path) -> list[dict[str, Any]]:
+    """Read the newest checks of a run: which ran, with values and limits, and which did not and why."""
+    from factorkit.report.content import read_checks
+    from factorkit.utils.jsonl import read_log
+
+    return read_checks(read_log(folder))
 
 
 def format_duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.scene import Scene
+from factorkit.report.content import Check, log_checks
 
 MIN_AZIMUTH_SPREAD = 0.5  # 0 (all equal) to 1 (all around): uniform over 240 degrees is 0.6, over 180 degrees 0.4
 MIN_SECTOR_USE = 0.6  # share of the circle's sectors with cameras
@@ -29,6 +30,7 @@ MIN_CANDIDATE_USE = 0.2  # effective number of candidates in use over their numb
 MAX_UNEXPLAINED = 0.25  # of the views' variance; correct runs have 0.003 to 0.11, wrong ones 0.37 and more
 MAX_NEIGHBOUR_DEGREES = 30.0  # between the azimuths of similar views; the lower quartile is 45 at random positions
 MAX_DUPLICATION = 0.05  # share of views that agree better with a held-out field after a rotation
+MAX_INVERTED = 0.5  # share of cameras that are upside down or too low
 ELEVATION_TOLERANCE = 10.0  # degrees below the lowest elevation of the settings
 COMPARISON_SIDE, COMPARISON_VIEWS = 32, 32  # longer side of the compared images in pixels, and their number
 SIMILARITY_SIDE = 16  # longer side in pixels of the images among which similar views are searched
@@ -97,7 +99,7 @@ def scene_alarms(
     settled: bool = True,
     exact: bool = True,
 ) -> dict[str, Any]:
-    """Return the alarms of an object scene in training: numbers, and "failures" with a sentence for each alarm.
+    """Return the alarms of an object scene in training: numbers, "checks", and "failures", a sentence an alarm.
 
     Args:
         config: of the run.
@@ -137,7 +139,7 @@ def pose_alarms(
     true: Tensor | None = None,
     settled: bool = True,
 ) -> dict[str, Any]:
-    """Return the alarms of cameras around an object: numbers, and "failures" with a sentence for each alarm.
+    """Return the alarms of cameras around an object: numbers, "checks", and "failures", a sentence an alarm.
 
     Args:
         poses: of the views, [V, 4, 4].
@@ -151,45 +153,64 @@ def pose_alarms(
         settled: whether the search is past its random part; before it, scatter and error are no failures.
     """
     alarms: dict[str, Any] = {"azimuth_spread": azimuth_spread(poses), "sector_use": sector_use(poses)}
-    failures = []
-    if alarms["azimuth_spread"] < MIN_AZIMUTH_SPREAD:
-        failures.append(f"collapse: all cameras are on one side (azimuth spread {alarms['azimuth_spread']:.2f} of 1)")
-    elif alarms["sector_use"] < MIN_SECTOR_USE:
-        failures.append(f"collapse: cameras are at a few places (sectors in use {alarms['sector_use']:.2f} of 1)")
+    spread, sectors = alarms["azimuth_spread"], alarms["sector_use"]
+    one_side = spread < MIN_AZIMUTH_SPREAD
+    text = f"collapse: all cameras are on one side (azimuth spread {spread:.2f} of 1)"
+    checks = [Check("azimuth spread", spread, low=MIN_AZIMUTH_SPREAD, failures=(text,) if one_side else ())]
+    text = f"collapse: cameras are at a few places (sectors in use {sectors:.2f} of 1)"
+    few_places = sectors < MIN_SECTOR_USE and not one_side
+    checks.append(Check("sectors in use", sectors, low=MIN_SECTOR_USE, failures=(text,) if few_places else ()))
+
+    def check(name: str, value: float | None, failed: bool, text: str, reason: str, **limits: float) -> None:
+        failures = (text,) if failed else ()
+        checks.append(Check(name, not_run=reason) if value is None else Check(name, value, failures=failures, **limits))
+
     if candidates is not None and count > 1:
-        alarms["candidate_use"] = effective_use(candidates, count)
-        if alarms["candidate_use"] < MIN_CANDIDATE_USE:
-            failures.append(f"collapse: few candidates take all views (use {alarms['candidate_use']:.2f} of 1)")
+        use = alarms["candidate_use"] = effective_use(candidates, count)
+        text = f"collapse: few candidates take all views (use {use:.2f} of 1)"
+        check("candidates in use", use, use < MIN_CANDIDATE_USE, text, "", low=MIN_CANDIDATE_USE)
+    unsettled = "since the poses have not settled yet"
+    quartile, limit = None, max(MAX_NEIGHBOUR_DEGREES, 720 / len(poses))
     if images is not None:
         degrees = neighbour_degrees(poses, images)
         alarms["offset_quartile"], alarms["offset_median"] = (float(degrees.quantile(q)) for q in (0.25, 0.5))
         alarms["offset_opposite"] = float((degrees > 90).float().mean())
         # In a nearly symmetric scene half of the similar views are on the other side: the median proves nothing.
-        if settled and alarms["offset_quartile"] > max(MAX_NEIGHBOUR_DEGREES, 720 / len(poses)):
-            quartile = f"lower quartile {alarms['offset_quartile']:.0f} degrees"
-            failures.append(f"scatter: similar views are far apart ({quartile})")
-    if settled and error is not None and not error < MAX_UNEXPLAINED:
-        failures.append(f"unexplained: renders from these cameras leave {error:.0%} of the views' variance")
+        quartile = alarms["offset_quartile"] if settled else None
+    text = f"scatter: similar views are far apart (lower quartile {quartile or 0:.0f} degrees)"
+    reason = unsettled if images is not None else "since no views were given"
+    check("degrees between similar views", quartile, (quartile or 0) > limit, text, reason, high=limit)
+    text = f"unexplained: renders from these cameras leave {error or 0:.0%} of the views' variance"
+    reason = "since poses on a grid of positions cannot explain the views" if error is None else unsettled
+    failed = error is not None and not error < MAX_UNEXPLAINED
+    check("unexplained variance", error if settled else None, failed, text, reason, high=MAX_UNEXPLAINED)
     if duplication is not None:
         alarms["doubled"] = duplication
-        failures += duplication_failures(duplication)
+    checks.append(duplication_check(duplication))
+    inverted = None
     if min_elevation is not None:
-        alarms["inverted"] = inverted_share(poses, min_elevation)
-        if alarms["inverted"] > 0.5:
-            failures.append(
-                f"mirror: {alarms['inverted']:.0%} of the cameras are upside down or below the given elevations, as in "
-                "a scene turned inside out; narrow elevation_range=, or train with another seed="
-            )
+        inverted = alarms["inverted"] = inverted_share(poses, min_elevation)
+    text = (
+        f"mirror: {inverted or 0:.0%} of the cameras are upside down or below the given elevations, as in "
+        "a scene turned inside out; narrow elevation_range=, or train with another seed="
+    )
+    reason = "since the poses are known"
+    check("inverted cameras", inverted, (inverted or 0) > MAX_INVERTED, text, reason, high=MAX_INVERTED)
     if true is not None:
         alarms["mirrored"] = is_mirrored(poses, true)
-    return {**alarms, "failures": failures}
+    return {**alarms, **log_checks(checks)}
 
 
-def duplication_failures(duplication: float) -> list[str]:
-    """Return the failure, if any, of a share of views that agree better with a held-out field after a rotation."""
-    if duplication <= MAX_DUPLICATION:
-        return []
-    return [
-        f"duplication: {duplication:.0%} of the views agree better with a held-out field after a rotation; the scene "
-        "may contain the object twice. Search with flip_rounds=8 or more"
-    ]
+def duplication_check(duplication: float | None) -> Check:
+    """Return the check of a share of views that agree better with a held-out field after a rotation."""
+    if duplication is None:
+        return Check("duplication", not_run="since no field was fitted to half of the views at this point")
+    failures = (
+        ()
+        if duplication <= MAX_DUPLICATION
+        else (
+            f"duplication: {duplication:.0%} of the views agree better with a held-out field after a rotation; the "
+            "scene may contain the object twice. Search with flip_rounds=8 or more",
+        )
+    )
+    return Check("duplication", duplication, high=MAX_DUPLICATION, failures=failures)

@@ -178,6 +178,9 @@ class _StageTimer(Training):
     def log_duplication(self, poses: torch.Tensor) -> None:
         self.measure_duplication(poses)
 
+    def log_held_out_checks(self, model: Any) -> None:
+        self.measure_held_out(model)
+
 
 def _prepare(
     data: Any, config: NerfdiffConfig, preset: str, device: torch.device, reading: dict[str, Any]

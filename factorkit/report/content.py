@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,8 @@ class Verdict:
     """Whether a run succeeded.
 
     Attributes:
-        status: "good"; "mixed" where the alarms and the scores disagree; "bad"; "open" while there is nothing to judge.
+        status: "good"; "mixed" where the alarms and the scores disagree; "bad"; "open" while nothing that was checked
+            can tell right from wrong.
         headline: one sentence.
         details: the sentences behind it, with their figures.
     """
@@ -43,6 +44,96 @@ class AlarmLimits:
     title: str
     low: float = -math.inf
     high: float = math.inf
+
+
+CheckStatus = Literal["passed", "failed", "measured", "not run"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at to judge a run, or that was not, and why.
+
+    Attributes:
+        name: what is measured.
+        value: the number; None if the check did not run.
+        low: smallest value that passes.
+        high: largest value that passes.
+        failures: a sentence for each failure; empty if the check passed or did not run.
+        not_run: the reason why there is no value.
+        decisive: whether the check is known to separate right from wrong runs.
+    """
+
+    name: str
+    value: float | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    failures: tuple[str, ...] = ()
+    not_run: str = ""
+    decisive: bool = False
+
+    @property
+    def status(self) -> CheckStatus:
+        """Whether it passed, failed, was only measured for lack of a limit, or did not run."""
+        if self.value is None:
+            return "not run"
+        if math.isinf(self.low) and math.isinf(self.high):
+            return "measured"
+        return "failed" if self.failures else "passed"
+
+    def to_dict(self) -> Record:
+        """Return the record for the log: name, status, decisive, and value and limits, or the reason."""
+        record: Record = {"name": self.name, "status": self.status, "decisive": self.decisive}
+        if self.value is None:
+            return record | {"reason": self.not_run}
+        limits = {"low": self.low, "high": self.high}
+        return record | {"value": self.value} | {name: x for name, x in limits.items() if math.isfinite(x)}
+
+
+def all_failures(checks: Iterable[Check]) -> list[str]:
+    """Return the failures of checks, in their order."""
+    return [failure for check in checks for failure in check.failures]
+
+
+def log_checks(checks: Iterable[Check]) -> Record:
+    """Return the fields "checks" and "failures" of an "alarms" event."""
+    checks = list(checks)
+    return {"checks": [check.to_dict() for check in checks], "failures": all_failures(checks)}
+
+
+def read_checks(log: Log) -> list[Record]:
+    """Return the checks of the newest "alarms" event; an empty list if it lists none."""
+    alarms, _ = judged_alarms(log)
+    checks = (alarms or {}).get("checks")
+    return [check for check in checks if isinstance(check, dict)] if isinstance(checks, list) else []
+
+
+def describe_check(check: Record) -> str:
+    """Return one line on a check of the log: its status, value and limits, or why it did not run."""
+    name, status = check.get("name"), check.get("status")
+    if status == "not run":
+        return f"{name}: not run, {check.get('reason')}"
+    low, high = check.get("low"), check.get("high")
+    limits = [f"at least {low:g}"] if is_number(low) else []
+    limits += [f"at most {high:g}"] if is_number(high) else []
+    limit = f" ({' and '.join(limits)})" if limits else " (no limit)"
+    return f"{name}: {status}, {format_number(check.get('value'))}{limit}"
+
+
+def summarise_checks(log: Log) -> list[str]:
+    """Return sentences on the newest checks of a run: which ran with what result, and which did not and why."""
+    checks, (alarms, failures) = read_checks(log), judged_alarms(log)
+    if not checks:
+        return ["The log does not say which checks ran." + (f" Alarms: {'; '.join(failures)}." if failures else "")]
+    step = f" at step {alarms['step']:g}" if alarms is not None and is_number(alarms.get("step")) else ""
+    ran = [check for check in checks if check.get("status") != "not run"]
+    result = "; ".join(failures) or ("no alarm went off" if ran else "no check ran")
+    return [f"Without labels{step}: {result}.", *(f"{describe_check(check)}." for check in checks)]
+
+
+def passed_decisively(log: Log) -> bool:
+    """Return whether a check that is known to separate right from wrong runs has run and passed, and none failed."""
+    checks, (_, failures) = read_checks(log), judged_alarms(log)
+    return not failures and any(check.get("decisive") and check.get("status") == "passed" for check in checks)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,17 @@ from typing import Any
 
 from PIL import Image
 
-from factorkit.report.content import Log, Record, ReportContent, Tile, Verdict, format_number, sorted_baselines
+from factorkit.report.content import (
+    Log,
+    Record,
+    ReportContent,
+    Tile,
+    Verdict,
+    describe_check,
+    format_number,
+    read_checks,
+    sorted_baselines,
+)
 from factorkit.report.curves import DARK, LIGHT, draw_curves
 from factorkit.utils.atomic import replacing
 from factorkit.utils.errors import CheckpointError
@@ -56,6 +66,7 @@ def write_report(folder: str | os.PathLike[str], content: ReportContent) -> Path
     body = [
         f"<header><p class='kicker'>factorkit run</p><h1>{_text(name)}</h1><p>{progress}</p></header>",
         _verdict_box(verdict),
+        _checks_section(log),
         _headline_numbers(config, log, scores, content),
         _grids_section(folder / "samples", content.first_grids),
         _curves_section(log, content),
@@ -127,6 +138,12 @@ def _table(rows: Iterable[tuple[object, object]]) -> str:
 def _verdict_box(verdict: Verdict) -> str:
     details = "".join(f"<p>{_text(sentence)}</p>" for sentence in verdict.details)
     return f"<section class='verdict {verdict.status}'><h2>{_text(verdict.headline)}</h2>{details}</section>"
+
+
+def _checks_section(log: Log) -> str:
+    rows = ((check.get("name"), describe_check(check).partition(": ")[2]) for check in read_checks(log))
+    table = _table(rows)  # without checks the verdict says so
+    return _section("Checks without labels", table, "") if table else ""
 
 
 def _headline_numbers(config: Record, log: Log, scores: Record, content: ReportContent) -> str:
@@ -261,7 +278,8 @@ def _events_section(log: Log) -> str:
         if "message" in event:
             text = str(event["message"])
         elif isinstance(event.get("failures"), list):
-            text = "; ".join(map(str, event["failures"])) or "no alarm"
+            ran = [c for c in event.get("checks") or () if isinstance(c, dict) and c.get("status") != "not run"]
+            text = "; ".join(map(str, event["failures"])) or f"no alarm; checks that ran: {len(ran)}"
         else:
             text = _plain({name: value for name, value in event.items() if name not in ("event", "step", "time")})
         stamp = _clock(event["time"]) if is_number(event.get("time")) else ""

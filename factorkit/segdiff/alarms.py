@@ -11,18 +11,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from factorkit.report.content import Check, all_failures, log_checks
 from factorkit.utils.errors import ConfigError, DataError
 
 MIN_ETA_GAP = 0.3  # success .40-.51, failure 0-.15
 MIN_POSITION_SHARE, MAX_POSITION_SHARE = 0.05, 0.8  # success .20-.42, positional .91-1, collapsed about 0
 MAX_BOUNDARY_LENGTH = 0.2  # success .05, dithered .45
 MIN_FLIP_AGREEMENT = 0.5  # success .92 and more, positional about 0
+MAX_MEAN_MASK_AGREEMENT = 0.9
+TWO_MEANS_ITERATIONS = 15  # enough for two clusters in three dimensions
 MIN_AREA = 0.01  # below it a region is dead; with all others dead, the masks have collapsed
+CHECKS = (
+    "smallest area",
+    "position share",
+    "agreement with the mean mask",
+    "boundary length",
+    "flip agreement",
+    "eta gap",
+    "agreement with 2-means",
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,10 @@ class Alarms:
         error: of a spatial mixture, the noise it cannot separate from the image
             (:func:`~factorkit.segdiff.masks.mixture.unexplained_noise`); else None. Good mixtures may have a low eta
             gap, so where there is an error the eta gap is neither judged nor ranked by.
+        mean_mask_agreement: agreement (Cohen's kappa) of the masks with their own mean over all images; 1 if they are
+            the same for every image. None: not measured.
+        two_means_agreement: mean agreement (Cohen's kappa) with two colour clusters of each image, to each of which
+            every region is assigned by majority; 1 if the regions are the colour clusters. None: not measured.
     """
 
     eta_gap: float
@@ -53,42 +70,68 @@ class Alarms:
     confidence: float
     entropy: float
     error: float | None = None
+    mean_mask_agreement: float | None = None
+    two_means_agreement: float | None = None
 
-    def failures(self) -> list[str]:
-        """Describe each failure with its figures; empty if the regions seem to follow the content."""
+    def checks(self) -> list[Check]:
+        """Return what was checked, with values and limits, and what was not, with the reason."""
         areas = "/".join(f"{area:.2f}" for area in self.areas)
         dead = [k for k, area in enumerate(self.areas) if area < MIN_AREA]
-        if len(dead) == len(self.areas) - 1:
-            # All other quantities are degenerate for a single region.
-            return [f"collapsed to one region: areas {areas}"]
+        collapsed = len(dead) == len(self.areas) - 1
+        if collapsed:
+            failures = [f"collapsed to one region: areas {areas}"]
+        else:
+            failures = [f"dead region {k}: its area is {self.areas[k]:.4f} < {MIN_AREA} (areas {areas})" for k in dead]
+        checks = [Check("smallest area", min(self.areas), low=MIN_AREA, failures=tuple(failures))]
+        if collapsed:  # all other quantities are degenerate
+            reason = "since all pixels lie in one region"
+            return checks + [Check(name, not_run=reason) for name in CHECKS[1:]]
 
-        failures = [f"dead region {k}: its area is {self.areas[k]:.4f} < {MIN_AREA} (areas {areas})" for k in dead]
+        position = []
         if self.position_share > MAX_POSITION_SHARE:
-            failures.append(
+            position.append(
                 f"split by position: position alone explains {self.position_share:.2f} > {MAX_POSITION_SHARE} of the "
                 "masks' variance"
             )
         elif self.position_share < MIN_POSITION_SHARE:
-            failures.append(
+            position.append(
                 f"masks without any place: position explains {self.position_share:.3f} < {MIN_POSITION_SHARE} of "
                 f"their variance, as in noise or near collapse (areas {areas})"
             )
-        if self.boundary_length > MAX_BOUNDARY_LENGTH:
-            failures.append(
-                f"dithered masks: {self.boundary_length:.2f} > {MAX_BOUNDARY_LENGTH} of neighbouring pixels lie in "
-                "different regions"
-            )
-        if self.flip_agreement < MIN_FLIP_AGREEMENT:
-            failures.append(
-                f"masks do not turn with the image: agreement with the mirror image's is {self.flip_agreement:.2f} < "
-                f"{MIN_FLIP_AGREEMENT}"
-            )
-        if self.error is None and self.eta_gap < MIN_ETA_GAP:
-            failures.append(
-                f"masks are not about content: they explain {self.eta_gap:.2f} < {MIN_ETA_GAP} more of their image's "
-                "colour than another image's masks do (a good run may be lower where colour does not tell objects)"
-            )
-        return failures
+        boundary = (
+            f"dithered masks: {self.boundary_length:.2f} > {MAX_BOUNDARY_LENGTH} of neighbouring pixels lie in "
+            "different regions"
+        )
+        flip = (
+            f"masks do not turn with the image: agreement with the mirror image's is {self.flip_agreement:.2f} < "
+            f"{MIN_FLIP_AGREEMENT}"
+        )
+        gap = (
+            f"masks are not about content: they explain {self.eta_gap:.2f} < {MIN_ETA_GAP} more of their image's "
+            "colour than another image's masks do (a good run may be lower where colour does not tell objects)"
+        )
+        mean = (
+            f"split by position: the masks agree {self.mean_mask_agreement or 0:.2f} > {MAX_MEAN_MASK_AGREEMENT} with "
+            "their own mean over all images"
+        )
+        low, high = MIN_POSITION_SHARE, MAX_POSITION_SHARE
+        checks += [
+            Check("position share", self.position_share, low, high, tuple(position)),
+            _check_limit("agreement with the mean mask", self.mean_mask_agreement, mean, high=MAX_MEAN_MASK_AGREEMENT),
+            _check_limit("boundary length", self.boundary_length, boundary, high=MAX_BOUNDARY_LENGTH),
+            _check_limit("flip agreement", self.flip_agreement, flip, low=MIN_FLIP_AGREEMENT),
+        ]
+        if self.error is None:
+            checks.append(_check_limit("eta gap", self.eta_gap, gap, low=MIN_ETA_GAP, decisive=True))
+        else:
+            reason = f"since regions of a mixture have no colours of their own (value {self.eta_gap:.2f})"
+            checks.append(Check("eta gap", not_run=reason))
+        # Agreement with colour clusters is no failure: it says what the regions are.
+        return [*checks, _check_limit("agreement with 2-means", self.two_means_agreement, "")]
+
+    def failures(self) -> list[str]:
+        """Describe each failure with its figures; empty if the regions seem to follow the content."""
+        return all_failures(self.checks())
 
     @property
     def ok(self) -> bool:
@@ -103,10 +146,18 @@ class Alarms:
         rank = self.eta_gap if self.error is None else -self.error
         return rank if self.ok else rank - 2
 
-    def to_dict(self) -> dict[str, float | list[float] | list[str]]:
-        """Return the quantities and ``failures`` for a line of the log."""
-        values = asdict(self) | {"failures": self.failures()}
-        return values if self.error is not None else {k: v for k, v in values.items() if k != "error"}
+    def to_dict(self) -> dict[str, Any]:
+        """Return the quantities, ``checks`` and ``failures`` for a line of the log."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return values | log_checks(self.checks())
+
+
+def _check_limit(name: str, value: float | None, failure: str, decisive: bool = False, **limits: float) -> Check:
+    """Return a check that fails with one sentence beyond its limits ``low`` and ``high``."""
+    if value is None:
+        return Check(name, not_run="since it was not measured")
+    failed = not limits.get("low", -math.inf) <= value <= limits.get("high", math.inf)
+    return Check(name, value, failures=(failure,) if failed else (), decisive=decisive, **limits)
 
 
 @torch.no_grad()
@@ -143,7 +194,36 @@ def measure_alarms(images: Tensor, masks: Tensor, masks_of_flipped: Tensor) -> A
         areas=hard.mean((0, 2, 3)).tolist(),
         confidence=float(masks.amax(1).mean()),
         entropy=float(entropy),
+        mean_mask_agreement=_kappa(hard, _one_hot(hard.mean(0, keepdim=True)).expand_as(hard)),
+        two_means_agreement=two_means_agreement(images, hard),
     )
+
+
+def two_means_agreement(images: Tensor, hard: Tensor) -> float:
+    """Return the mean over images of Cohen's kappa between regions and two colour clusters.
+
+    Args:
+        images: [N, 3, H, W].
+        hard: one-hot regions [N, K, H, W]; each counts as the cluster that most of its pixels are in.
+    """
+    cluster = _one_hot(cluster_colors(images))
+    shared = torch.einsum("nkhw,nchw->nkc", hard, cluster)
+    assigned = _one_hot(shared.movedim(1, 2)).movedim(1, 2)
+    regions = torch.einsum("nkhw,nkc->nchw", hard, assigned)
+    return sum(_kappa(a[None], b[None]) for a, b in zip(regions, cluster, strict=True)) / len(images)
+
+
+def cluster_colors(images: Tensor) -> Tensor:
+    """Return 2-means clusters of each image's colours, one-hot [N, 2, H, W]; they start as halves of the main axis."""
+    colors = images.flatten(2) - images.mean((2, 3))[..., None]
+    axis = torch.linalg.eigh(colors @ colors.mT).eigenvectors[:, :, -1:]
+    first = (axis.mT @ colors).squeeze(1) > 0
+    for _ in range(TWO_MEANS_ITERATIONS):
+        members = torch.stack([first, ~first], 1).float()
+        centres = colors @ members.mT / members.sum(2)[:, None].clamp_min(1)
+        distance = (colors[:, :, None] - centres[..., None]).square().sum(1)
+        first = distance[:, 0] < distance[:, 1]
+    return torch.stack([first, ~first], 1).float().unflatten(2, images.shape[2:])
 
 
 def _one_hot(masks: Tensor) -> Tensor:

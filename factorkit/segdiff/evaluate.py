@@ -21,6 +21,8 @@ from factorkit.utils import distributed
 from factorkit.utils.errors import DataError
 from factorkit.utils.images import pixels_to_signed
 
+VERDICT_BASELINES = ("mean_mask", "two_means_image")  # position and colour: the verdict needs both
+
 
 def score_labelled_images(
     config: ResolvedSegdiffConfig,
@@ -70,9 +72,10 @@ def score_labelled_images(
             labels, labelled.labels, config.nesting, nesting, valid=labelled.valid, num_fit_images=count
         )
     scores |= {"confidence": soft.amax(1).mean().item(), "size": size}
-    if baselines and nesting is None:
+    if nesting is None:
+        names = None if baselines else VERDICT_BASELINES
         scores["baselines"] = distributed.run_on_first(
-            lambda: score_baselines(labelled.images, labelled.foreground, labelled.valid, count)
+            lambda: score_baselines(labelled.images, labelled.foreground, labelled.valid, count, names)
         )
     return scores
 

@@ -198,7 +198,8 @@ class SegdiffRun(Segmenter, Editor):
             num_fit_images: labelled images that fit the mapping; None: as in the settings (16), fewer for a small set.
             ignore: mask value that is not scored; None: as in the settings.
             foreground, mask_threshold: values of the foreground, or the least of them; None: as in the settings.
-            baselines: also score the trivial predictors and GrabCut on the same images.
+            baselines: score all trivial predictors and GrabCut on the same images; else only the mean mask and 2-means,
+                which the verdict needs.
             t: time step; None: as in the settings.
             size: side in pixels at which to score; None: the resolution of the model.
             quality: as for :meth:`segment`.

@@ -22,6 +22,7 @@ from factorkit.engine.run_folder import claimed, copy_folder, read_object, write
 from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
+from factorkit.segdiff.evaluate import VERDICT_BASELINES
 from factorkit.segdiff.network import count_parameters
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
@@ -60,7 +61,7 @@ def train_segdiff(
         seed_trials: number of short trainings from different seeds. Those that the label-free alarms fail are dropped,
             and the best continues: by the eta gap, or for masks="mixture" by the noise it leaves unexplained.
         progress: show a progress bar with the time left.
-        baselines: also score trivial predictors at the end, if there are labels.
+        baselines: score all trivial predictors at the end, if there are labels; else only the mean mask and 2-means.
         classes: condition the model on the class of each image, so that it generates by class; ``"folders"``, a .csv,
             .tsv or .json file, a mapping of names to classes, a list for arrays, or True for the classes of the data
             set (:func:`factorkit.data.read_classes`). Segmenting stays without labels.
@@ -129,7 +130,8 @@ def train_segdiff(
 def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
     """Score a finished run on its held-out images, unless scores.json already holds the scores of these weights."""
     scores = distributed.run_on_first(lambda: run.scores) or {}
-    if scores.get("step") == run.step and ("baselines" in scores or not baselines):
+    all_scored = bool(set(scores.get("baselines", ())) - set(VERDICT_BASELINES))
+    if scores.get("step") == run.step and (all_scored or not baselines):
         return
     try:
         # Nested labels are scored level by level for a hierarchy of as many levels, else as foreground.

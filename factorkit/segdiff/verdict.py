@@ -17,9 +17,13 @@ from factorkit.report.content import (
     best_baseline,
     format_number,
     judged_alarms,
+    passed_decisively,
+    sorted_baselines,
+    summarise_checks,
 )
 from factorkit.segdiff.alarms import (
     MAX_BOUNDARY_LENGTH,
+    MAX_MEAN_MASK_AGREEMENT,
     MAX_POSITION_SHARE,
     MIN_ETA_GAP,
     MIN_FLIP_AGREEMENT,
@@ -27,40 +31,49 @@ from factorkit.segdiff.alarms import (
 )
 from factorkit.utils.jsonl import is_number
 
+COLOR_AGREEMENT = 0.7  # with two colour clusters of each image (kappa), from which the regions are called colours
+
 
 def judge_regions(log: Log, scores: Record) -> Verdict:
-    """Judge a run by its newest label-free alarms and its scores against the baselines."""
+    """Judge a run by its newest checks without labels and its scores against the baselines.
+
+    Only labels show whether regions are objects, so without scores above the baselines no verdict is "good".
+    """
     alarms, failures = judged_alarms(log)  # a model without masks logs the event without failures
     iou, best = scores.get("iou"), best_baseline(scores)
-    details = []
-    if alarms is not None:
-        details.append(f"Without labels, at step {alarms['step']:g}: {'; '.join(failures) or 'no alarm went off'}.")
-    above_baselines = None
+    details = [] if alarms is None else summarise_checks(log)
+    color_agreement = (alarms or {}).get("two_means_agreement")
+    follows_color = is_number(color_agreement) and color_agreement >= COLOR_AGREEMENT
+    subject = "The regions follow colour" if follows_color else "The masks follow content"
+
     if is_number(iou):
         scored = scores.get("scored")
         sentence = f"IoU {iou:.3f}" + (f" on {scored:g} labelled images" if is_number(scored) else "")
-        if best is None:
-            sentence += "; no baseline was scored yet"
-        else:
-            above_baselines = iou > best[1]
-            sentence += f"; the best baseline, {best[0]}, has {best[1]:.3f}"
-        details.append(sentence + ".")
+        others = [f"{name} {row['iou']:.3f}" for name, row in sorted_baselines(scores) if is_number(row.get("iou"))]
+        details.append(f"{sentence}; baselines: {', '.join(others) or 'none was scored'}.")
     elif isinstance(levels := scores.get("accuracy"), list):
         by_level = ", ".join(f"{value:.3f} at level {n}" for n, value in enumerate(levels, start=1))
-        details.append(f"Accuracy {by_level}, on {scores.get('scored')} labelled images.")
+        details.append(f"Accuracy {by_level}, on {scores.get('scored')} labelled images; no baseline was scored.")
     elif alarms is not None:
-        details.append("No labelled images were scored yet; the alarms certify content, not objects.")
+        details.append("No labelled images were scored: the checks show content, not objects.")
 
-    if alarms is None and above_baselines is None:
-        return Verdict("open", "No verdict yet", details or ["There are neither alarms nor scores."])
-    if failures:
-        if above_baselines:
+    if is_number(iou) and best is not None:
+        above = iou > best[1]
+        if above and failures:
             return Verdict("mixed", "The masks beat every baseline, although an alarm went off", details)
+        if above:
+            return Verdict("good", "The masks beat every baseline", details)
+        if not failures:
+            checked = follows_color or passed_decisively(log)
+            start = f"{subject}, but" if checked else "The masks"
+            return Verdict("mixed" if checked else "bad", f"{start} do not beat the best baseline, {best[0]}", details)
+    if failures:
         return Verdict("bad", "Failed: " + failures[0].split(":")[0], details)
-    if above_baselines is False:
-        start = "The masks" if alarms is None else "The masks follow content, but"
-        return Verdict("bad" if alarms is None else "mixed", f"{start} do not beat the best baseline", details)
-    return Verdict("good", "The masks beat every baseline" if alarms is None else "The masks follow content", details)
+    if follows_color or passed_decisively(log):
+        return Verdict("open", f"{subject}; whether they are objects was not checked", details)
+    if not details:
+        return Verdict("open", "No verdict yet", ["There are neither alarms nor scores."])
+    return Verdict("open", "No verdict: no check that tells right from wrong has run", details)
 
 
 def headline_tiles(alarms: Record, scores: Record) -> list[Tile]:
@@ -90,6 +103,7 @@ REPORT = ReportContent(
         "position_share": AlarmLimits("position share", low=MIN_POSITION_SHARE, high=MAX_POSITION_SHARE),
         "boundary_length": AlarmLimits("boundary length", high=MAX_BOUNDARY_LENGTH),
         "flip_agreement": AlarmLimits("flip agreement", low=MIN_FLIP_AGREEMENT),
+        "mean_mask_agreement": AlarmLimits("agreement with the mean mask", high=MAX_MEAN_MASK_AGREEMENT),
     },
     first_grids=("segmentation",),
 )

@@ -184,7 +184,7 @@ def test_demo_reports_failure_and_success(run_cli, run_json, monkeypatch, tmp_pa
     monkeypatch.setattr(demo, "MIN_IOU", 0.0)
     monkeypatch.setattr("factorkit.cli.train.read_failures", lambda folder: [])
     _, text, _ = run_cli("demo", "--out", out, "--seed", 3)
-    assert "It worked" in text and "FAILED" not in text
+    assert "The demo requires IoU" in text and "FAILED" not in text
 
 
 def test_doctor_prints_report(run_cli, run_json):

@@ -33,8 +33,8 @@ def run(folder: Path, failures: list[str] | None, scores: dict | None) -> Path:
         (["collapse: one side"], SCORES, "bad", "collapse"),
         ([], SCORES | {"under_10_deg": 0.4, "mirrored": False}, "bad", "wrong"),
         ([], SCORES | {"under_10_deg": 0.1, "mirrored": True}, "bad", "mirror"),
-        ([], None, "open", "No true poses"),
-        (None, None, "open", "No true poses"),
+        ([], None, "open", "No verdict: no check"),
+        (None, None, "open", "No verdict yet"),
     ],
 )
 def test_read_verdict_weighs_alarms_and_scores(tmp_path, failures, scores, status, words):

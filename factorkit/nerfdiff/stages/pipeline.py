@@ -17,7 +17,7 @@ from tqdm import tqdm
 from factorkit.engine.log import RunLog
 from factorkit.engine.run_folder import copy_folder
 from factorkit.engine.trainer import Trainer
-from factorkit.nerfdiff.alarms import duplication_failures
+from factorkit.nerfdiff.alarms import duplication_check
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.poses import (
     FreePoses,
@@ -33,6 +33,15 @@ from factorkit.nerfdiff.fields.base import Field
 from factorkit.nerfdiff.fields.build import build_field
 from factorkit.nerfdiff.fields.grid import GridField
 from factorkit.nerfdiff.fields.occupancy import build_occupancy_grid, occupancy_cells
+from factorkit.nerfdiff.held_out import (
+    MIN_FIT_STEPS,
+    MIN_HELD_OUT_VIEWS,
+    HeldOutErrors,
+    compare_held_out,
+    disparity_noise,
+    held_out_checks,
+    to_fields,
+)
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import CameraModel
 from factorkit.nerfdiff.scene import Scene, require_poses
@@ -42,6 +51,7 @@ from factorkit.nerfdiff.stages.flip_test import best_rotations, reassign_outlier
 from factorkit.nerfdiff.stages.joint import JointTask
 from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
 from factorkit.nerfdiff.verdict import write_report
+from factorkit.report.content import log_checks
 from factorkit.utils import distributed
 from factorkit.utils.jsonl import read_log, timeline
 from factorkit.utils.rng import derived_seed
@@ -53,6 +63,7 @@ HELD_OUT_STEPS = 100  # of the fresh fields of the flip test
 HELD_OUT_LEARNING_RATE = 0.08
 HELD_OUT_RESOLUTION = 20  # vertices along each side
 HELD_OUT_MAX_SAMPLES = 32  # along a ray
+CROSS_FIT = {"batch_size": 8, "rays_per_view": 256}  # of the fields of the held-out checks, whatever the run has
 
 Flip = tuple[str, Tensor, Tensor]  # name, views that fit a field, views that choose by it
 
@@ -75,14 +86,19 @@ class Training:
         self.progress, self.device = progress, scene.images.device
 
     def run(self) -> None:
-        """Train every stage that is not finished."""
+        """Train every stage that is not finished, and check the result on held-out views."""
+        model = self.train_stages()
+        self.log_held_out_checks(model)
+
+    def train_stages(self) -> NerfdiffModel:
+        """Train every stage that is not finished; return the model of the last one."""
         config, scene, duplication = self.config, self.scene, None
         if config.poses == "predicted" and config.search == "joint":
             start = torch.eye(4, device=self.device).repeat(len(scene.images), 1, 1)
             model = self.build_model(self.final_field(), start, scene.camera)
             trained = self.train_stage("joint", lambda stage: JointTask(stage, scene, model), folder=self.folder)
             self.log_duplication(trained.views)
-            return
+            return trained
         if config.poses == "known":
             poses = FreePoses(require_poses(scene)).requires_grad_(False)
             fitted = self.fit("fit", self.final_field(), poses, preview_name="fit")
@@ -104,11 +120,10 @@ class Training:
         model = self.build_model(fitted.field, fitted.poses().detach(), camera)
         task = lambda stage: DistilTask(stage, scene, model, duplication)  # noqa: E731
         if not config.finetune_steps:
-            self.train_stage("distil", task, folder=self.folder)
-            return
+            return self.train_stage("distil", task, folder=self.folder)
         model = self.train_stage("distil", task)
         kept_poses = model.views.clone()
-        self.train_stage(
+        return self.train_stage(
             "tune",
             lambda stage: JointTask(stage, scene, model, kept_poses, duplication),
             folder=self.folder,
@@ -287,13 +302,53 @@ class Training:
         if distributed.maximum(int("doubled" in alarms)) or (duplication := self.measure_duplication(poses)) is None:
             return
         if distributed.rank() == 0 and alarms:
-            failures = duplication_failures(duplication)
+            check = duplication_check(duplication)
+            checks = [c for c in alarms.get("checks", ()) if c["name"] != check.name]
             alarms = {key: value for key, value in alarms.items() if key not in ("event", "time")}
-            alarms |= {"doubled": duplication, "failures": [*alarms.get("failures", ()), *failures]}
+            alarms |= {"doubled": duplication, "failures": [*alarms.get("failures", ()), *check.failures]}
+            alarms |= {"checks": [*checks, check.to_dict()]}
             with RunLog(self.folder) as log:
                 log.event("alarms", **alarms)
             write_report(self.folder)
-            for failure in failures:
+            for failure in check.failures:
+                tqdm.write(failure, file=sys.stderr)
+
+    def measure_held_out(self, model: NerfdiffModel) -> tuple[HeldOutErrors | None, float | None, str]:
+        """Cross-fit two small fields; return the errors, the disparity noise, and why errors are None."""
+        config, count = self.config, len(self.scene.images)
+        poses = distributed.gather_rows(model.views)[0][:count]  # those of process 0
+        scene = replace(self.scene, camera=replace(self.scene.camera, intrinsics=model.camera.intrinsics.detach()))
+        steps = config.steps if config.poses == "predicted" and config.search == "joint" else config.field_steps
+        if count < MIN_HELD_OUT_VIEWS:
+            return None, None, f"since {count} views are fewer than {MIN_HELD_OUT_VIEWS}"
+        if steps < MIN_FIT_STEPS:
+            return None, None, f"since the field was fitted for {steps} steps only, fewer than {MIN_FIT_STEPS}"
+        noise = None
+        if scene.layout == "forward":
+            noise = disparity_noise(model.field, scene, poses, config.samples_per_ray)
+        fixed = FreePoses(poses).requires_grad_(False)
+        fields, halves, samples = [], [], 0
+        for name, fitting, held_out in self.both_halves(count, 0):
+            fitted = self.fit_half(f"cross {config.steps}{name}", 0, fixed, fitting, scene, **CROSS_FIT)
+            fields, halves, samples = [*fields, fitted.field], [*halves, (fitting, held_out)], fitted.samples
+        return compare_held_out(fields, halves, scene, poses, samples), noise, ""
+
+    def log_held_out_checks(self, model: NerfdiffModel) -> None:
+        """Add the checks on held-out views to the last alarms of the run, and log them again, once."""
+        alarms: dict[str, Any] = (timeline(read_log(self.folder), "alarms") or [{}])[-1]
+        if distributed.maximum(int("held_out_checked" in alarms)):
+            return
+        errors, noise, reason = self.measure_held_out(model)
+        if distributed.rank() == 0 and alarms:
+            checks = held_out_checks(self.scene.layout, errors, noise, reason)
+            added = log_checks(checks)
+            alarms = {key: value for key, value in alarms.items() if key not in ("event", "time")}
+            alarms |= {"held_out_checked": True, **to_fields(errors, noise)}
+            alarms |= {key: [*alarms.get(key, ()), *added[key]] for key in added}
+            with RunLog(self.folder) as log:
+                log.event("alarms", **alarms)
+            write_report(self.folder)
+            for failure in added["failures"]:
                 tqdm.write(failure, file=sys.stderr)
 
     def both_halves(self, count: int, number: int) -> Iterator[Flip]:
@@ -301,8 +356,8 @@ class Training:
         one, other = split_in_halves(count, derived_seed("halves", self.config.seed, number))
         yield from (("a", one, other), ("b", other, one))
 
-    def fit_half(self, name: str, number: int, poses: nn.Module, views: Tensor, scene: Scene) -> Any:
-        """Fit a small fresh field to half of the views."""
+    def fit_half(self, name: str, number: int, poses: nn.Module, views: Tensor, scene: Scene, **changes: Any) -> Any:
+        """Fit a small fresh field to half of the views, with changes to the configuration."""
         seed = derived_seed("half", self.config.seed, number) % 2**31
         return self.fit(
             name,
@@ -315,6 +370,7 @@ class Training:
             learning_rate=HELD_OUT_LEARNING_RATE,
             lr_decay_fraction=0.0,
             keep_checkpoints=1,
+            **changes,
         )
 
     def build_model(self, field: Field, views: Tensor, camera: CameraModel) -> NerfdiffModel:

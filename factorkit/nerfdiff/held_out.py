@@ -1,0 +1,131 @@
+"""Checks by cross-fitting: fit a fresh field to half of the views, render the other half, in both roles.
+
+Views agree with a field that was fitted to them even if their cameras are wrong, or if they show nothing in common. A
+field that was fitted to other views does not have that bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from factorkit.data.views.views import SceneLayout, resize_area, target_size
+from factorkit.nerfdiff.fields.base import Field
+from factorkit.nerfdiff.rays import render_views
+from factorkit.nerfdiff.scene import Scene
+from factorkit.report.content import Check
+from factorkit.utils import distributed
+
+COMPARISON_SIDE, COMPARISON_VIEWS = 32, 32  # longer side of the compared images in pixels, and their number
+MAX_CROSS = {"object": 0.2, "forward": 0.9}  # right runs: .08-.15 and .72; wrong ones: .24-.58 and 1
+MAX_NEAREST = 1.0  # right runs: .18-.93; wrong ones: .41-1.69
+MIN_CROSS_FOR_NEAREST = 0.05  # below it the held-out views are explained, however similar two of them may be
+MIN_HELD_OUT_VIEWS, MIN_FIT_STEPS = 4, 20  # below them the halves, or the run itself, are too small to be checked
+
+
+@dataclass(frozen=True)
+class HeldOutErrors:
+    """Errors of views rendered from a field that was fitted to other views.
+
+    Attributes:
+        cross: mean squared error over the variance of the views about their mean image: 0 is perfect, 1 is no better
+            than the mean image.
+        nearest: mean squared error over that of the most similar fitting view: above 1, copying a view is better.
+    """
+
+    cross: float
+    nearest: float
+
+
+def compare_held_out(
+    fields: list[Field], halves: list[tuple[Tensor, Tensor]], scene: Scene, poses: Tensor, samples: int
+) -> HeldOutErrors:
+    """Render each half of the views from the field that was fitted to the other half.
+
+    Args:
+        fields: one for each pair of halves.
+        halves: indices of the views that fit, and of those that are held out.
+        scene: the training views.
+        poses: of all views, [V, 4, 4].
+        samples: along each ray.
+    """
+    size = target_size(min(COMPARISON_SIDE, max(scene.size)), *scene.size)
+    images = resize_area(scene.images, *size)
+    errors, nearest, variances = [], [], []
+    for field, (fitting, held_out) in zip(fields, halves, strict=True):
+        chosen = torch.linspace(0, len(held_out) - 1, min(COMPARISON_VIEWS, len(held_out))).round().long()
+        rows = held_out[chosen].to(images.device)
+        color = distributed.map_shares(
+            lambda part, field=field, rows=rows: (
+                render_views(field, poses[rows[part]], scene.camera, size, samples).color
+            ),
+            len(rows),
+        ).movedim(-1, 1)
+        others = images[fitting.to(images.device)].flatten(1)
+        errors.append((color - images[rows]).square().mean((1, 2, 3)))
+        nearest.append(torch.cdist(images[rows].flatten(1), others).amin(1).square() / others.shape[1])
+        variances.append((images[rows] - images.mean(0)).square().mean((1, 2, 3)))
+    error = torch.cat(errors).mean()
+    return HeldOutErrors(
+        float(error / torch.cat(variances).mean().clamp_min(1e-9)),
+        float(error / torch.cat(nearest).mean().clamp_min(1e-9)),
+    )
+
+
+def disparity_noise(field: Field, scene: Scene, poses: Tensor, samples: int) -> float:
+    """Return the mean difference of neighbouring disparities over that of any two pixels of a view.
+
+    0 is smooth, 1 is white noise. Disparity is the inverse depth of the renders at poses [V, 4, 4].
+    """
+    size = target_size(min(COMPARISON_SIDE, max(scene.size)), *scene.size)
+    rows = torch.linspace(0, len(poses) - 1, min(COMPARISON_VIEWS, len(poses))).round().long().to(poses.device)
+    rendered = render_views(field, poses[rows], scene.camera, size, samples)
+    disparity = rendered.opacity / rendered.depth.clamp_min(1e-6)
+    neighbours = (disparity.diff(dim=1).abs().mean() + disparity.diff(dim=2).abs().mean()) / 2
+    order = torch.randperm(size[0] * size[1], generator=torch.Generator().manual_seed(0)).to(disparity.device)
+    pixels = disparity.flatten(1)
+    return float(neighbours / (pixels - pixels[:, order]).abs().mean().clamp_min(1e-9))
+
+
+def held_out_checks(layout: SceneLayout, errors: HeldOutErrors | None, noise: float | None, reason: str) -> list[Check]:
+    """Return the checks of a finished run.
+
+    Args:
+        layout: of the scene.
+        errors: None if they were not measured.
+        noise: see :func:`disparity_noise`; None if it was not measured.
+        reason: why something was not measured.
+    """
+    checks = []
+    limit = MAX_CROSS[layout]
+    if errors is None:
+        checks += [Check(name, not_run=reason) for name in ("held-out error", "held-out error over nearest view")]
+    else:
+        failures, copying = (), ()
+        if not errors.cross <= limit:
+            failures = (
+                f"held-out views are not explained: a field fitted to half of the views leaves {errors.cross:.2f} > "
+                f"{limit:g} of the variance of the other half",
+            )
+        if not errors.nearest <= MAX_NEAREST and not errors.cross <= MIN_CROSS_FOR_NEAREST:
+            copying = (
+                f"held-out views are not explained: their renders are further off ({errors.nearest:.2f} > "
+                f"{MAX_NEAREST:g}) than the most similar view that was fitted",
+            )
+        checks += [
+            Check("held-out error", errors.cross, high=limit, failures=failures, decisive=True),
+            Check("held-out error over nearest view", errors.nearest, high=MAX_NEAREST, failures=copying),
+        ]
+    if noise is None:
+        around = "since it is measured in forward-facing scenes only" if layout == "object" else reason
+        return [*checks, Check("disparity noise", not_run=around)]
+    return [*checks, Check("disparity noise", noise)]  # scenes .17, noise .27 with known poses: too near for a limit
+
+
+def to_fields(errors: HeldOutErrors | None, noise: float | None) -> dict[str, Any]:
+    """Return the numbers for the log."""
+    values = {} if errors is None else {f"held_out_{name}": value for name, value in asdict(errors).items()}
+    return values if noise is None else values | {"disparity_noise": noise}
