@@ -138,19 +138,22 @@ class NerfdiffRun:
         device = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, scene, model, device, step, path if path.is_dir() and weights == "average" else None)
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+    def save(self, path: str | Path, *, overwrite: bool = False, source: str | None = None) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
 
         Args:
             path: the file.
             overwrite: also replace a file that was not written for this run.
+            source: identifies the run; None: its folder, else its weights.
 
         Raises:
             WriteError: another file is in the way.
             CheckpointError: ``path`` cannot be written; an existing file is then unchanged.
         """
         weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
-        opened = partial(writing_file, source=f"save: {identify_run(self.folder, weights)}", overwrite=overwrite)
+        opened = partial(
+            writing_file, source=f"save: {source or identify_run(self.folder, weights)}", overwrite=overwrite
+        )
         meta = {"model": "nerfdiff", **self.config.to_dict(), "scene": self.scene, "step": self.step}
         return write_checkpoint(Path(path), weights, meta, opened)
 
