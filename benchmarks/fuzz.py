@@ -3,6 +3,7 @@
     python -m benchmarks.fuzz                      # 1000 inputs; writes benchmarks/results/fuzz.json
     python -m benchmarks.fuzz --count 200 --seed 7 --kinds picture zip
     python -m benchmarks.fuzz --only 413           # one input again, with its traceback
+    python -m benchmarks.fuzz --layouts 300        # sound data sets in random layouts: read right, or refused
 
 Input i of a seed is always the same. Each is damaged, laid into a folder of its own and given to what reads it: the
 command line where a command costs little, the function behind it elsewhere. Outcomes: `refused`, by a FactorkitError
@@ -31,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.fuzz_layouts import fuzz_layouts
 from benchmarks.fuzz_targets import Target, UnclearMessageError, targets
 from benchmarks.recording import commit, machine, write_result
 from factorkit.utils.errors import FactorkitError
@@ -61,8 +63,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=None)
     parser.add_argument("--only", type=int, default=None, metavar="NUMBER")
+    parser.add_argument("--layouts", type=int, default=0, metavar="COUNT")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.layouts:
+        sys.exit(fuzz_layouts(args.layouts, args.seed))
     numbers = range(args.count) if args.only is None else [args.only]
     with tempfile.TemporaryDirectory() as folder:
         verdicts = []

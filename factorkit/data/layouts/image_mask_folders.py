@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from factorkit.utils.errors import DataError
 IMAGE_FOLDERS = frozenset("image images img imgs img_dir jpegimages photo photos rgb".split())
 MASK_FOLDERS = frozenset(
     "mask masks ann_dir annotations gt groundtruth ground_truth label labels labelids matte mattes seg segmentation "
-    "segmentations silhouette silhouettes trimap trimaps".split()
+    "segmentations silhouette silhouettes segmentationclass trimap trimaps".split()
 )
 SPLIT_FOLDERS = {
     "train": "train",
@@ -32,9 +34,11 @@ SPLIT_FOLDERS = {
     "test": "test",
 }
 MIN_SHARED_NAMES = 3  # equal names in two folders from which one may hold the masks of the other
-MAX_COMPARED_FOLDERS = 64
+MAX_COMPARED_GROUPS = 64
 NUM_PROBED_IMAGES = 4  # decoded to see whether a folder holds masks
 MAX_MASK_VALUES, MIN_MASK_SHARE = 8, 0.95  # masks: so many values make up so much of each image
+MIN_SOFT_SHARE, MIN_SOFT_SIDE = 0.6, 0.03  # soft masks: so much is nearly black or white, and so much is each of them
+NAME_SEPARATORS = re.compile(r"[_\-. ]+")
 NEAR_DUPLICATES_FILE = "near_duplicates.txt"
 MAX_NEAR_DUPLICATES_BYTES = 2**26  # limit for reading the file from a .zip, so that a zip bomb cannot fill the memory
 
@@ -188,42 +192,71 @@ def _split_by_endings(names: Sequence[str]) -> tuple[dict[str, str], dict[str, s
 
 
 def refuse_unrecognised_masks(source: Source) -> None:
-    """Raise DataError if two folders of images have the same names and one of them looks like masks.
+    """Raise DataError if a group of images looks like masks of the others: grey with few values, and of their names.
 
-    Trained on as images, masks would spoil a training without a word.
+    Groups are folders, the files of one suffix in a folder, and those of one last or first word of the name. Trained on
+    as images, masks would spoil a training without a word.
     """
-    folders: dict[str, set[str]] = {}
-    for name in source.names:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row, name in enumerate(source.names):
         folder, _, base = name.rpartition("/")
-        folders.setdefault(folder, set()).add(fold_stem(base))
-    groups = list(folders.items())[:MAX_COMPARED_FOLDERS]
-    for i, (first, stems) in enumerate(groups):
-        for second, other in groups[i + 1 :]:
-            shared = len(stems & other)
-            if shared < MIN_SHARED_NAMES or 2 * shared < min(len(stems), len(other)):
+        kinds = {"", PurePosixPath(base).suffix.lower()}
+        words = NAME_SEPARATORS.split(fold_stem(base))
+        if len(words) > 1:
+            kinds |= {f"..{words[-1]}", f"{words[0]}.."}
+        for kind in kinds:
+            groups.setdefault((folder, kind), []).append(row)
+    if len(groups) > MAX_COMPARED_GROUPS:  # many folders or many words are no masks of one another
+        groups = {key: rows for key, rows in groups.items() if not key[1]}
+    counts: Counter[str] = Counter()
+    for (folder, kind), rows in list(groups.items())[:MAX_COMPARED_GROUPS]:
+        if not MIN_SHARED_NAMES <= len(rows) < len(source) or not _looks_like_masks(source, rows):
+            continue
+        names = [source.names[row] for row in rows]
+        counts = counts or Counter(fold_stem(name.rpartition("/")[2]) for name in source.names)
+        matched = sum(counts[stem] > 1 or bool(others & counts.keys()) for stem, others in map(_image_stems, names))
+        if matched >= MIN_SHARED_NAMES and 2 * matched >= len(rows):
+            in_group, wanted = (
+                set(names),
+                set(counts) & {s for stem, others in map(_image_stems, names) for s in others},
+            )
+            wanted |= {fold_stem(name.rpartition("/")[2]) for name in names}
+            rest = (other for other in source.names if other not in in_group)
+            image = next((other for other in rest if fold_stem(other.rpartition("/")[2]) in wanted), None)
+            if image is None:
                 continue
-            for folder in (second, first):
-                if _looks_like_masks(source, folder):
-                    image_folder = first if folder == second else second
-                    raise DataError(
-                        f"the images in {escape_name(folder) or '.'}/ look like masks of those of the same names in "
-                        f"{escape_name(image_folder) or '.'}/: few grey values. Name the folders images/ and masks/, "
-                        "or give the folder of images alone as data (and both as --images and --masks to evaluate)."
-                    )
+            what = "the images" if not kind else f"{len(rows)} of the images"
+            raise DataError(
+                f"{what} in {escape_name(folder) or '.'}/, such as {escape_name(names[0])}, look like masks of those "
+                f"in {escape_name(image.rpartition('/')[0]) or '.'}/, such as {escape_name(image)}: few grey values "
+                "and names alike. Name the folders images/ and masks/, or give the folder of images alone as data (and "
+                "both as --images and --masks to evaluate)."
+            )
 
 
-def _looks_like_masks(source: Source, folder: str) -> bool:
-    """Return whether the first images of a folder are grey with few values."""
-    rows = [row for row, name in enumerate(source.names) if name.rpartition("/")[0] == folder][:NUM_PROBED_IMAGES]
-    for row in rows:
+def _image_stems(name: str) -> tuple[str, set[str]]:
+    """Return the stem of a name without folders, and what it is without its first or last words."""
+    stem = fold_stem(name.rpartition("/")[2])
+    matches = list(NAME_SEPARATORS.finditer(stem))
+    return stem, {stem[: match.start()] for match in matches} | {stem[match.end() :] for match in matches}
+
+
+def _looks_like_masks(source: Source, rows: Sequence[int]) -> bool:
+    """Return whether the first of these images are grey or of a palette, with few values."""
+    for row in rows[:NUM_PROBED_IMAGES]:
         try:
-            values = np.asarray(source.read(row))
-        except DataError:
+            image = source.decode(row)
+            values = np.asarray(image)
+        except (DataError, OSError, ValueError, SyntaxError):
             return False
-        if (values != values[..., :1]).any():
-            return False
-        counts = np.bincount(values[..., 0].ravel(), minlength=256)
-        if np.sort(counts)[-MAX_MASK_VALUES:].sum() < MIN_MASK_SHARE * counts.sum():
+        if values.ndim == 3:
+            if (values[..., :3] != values[..., :1]).any():
+                return False
+            values = values[..., 0]
+        counts = np.sort(np.unique(values, return_counts=True)[1])
+        sides = (values <= 10).mean(), (values >= 245).mean()
+        is_soft = values.dtype == np.uint8 and sum(sides) >= MIN_SOFT_SHARE and min(sides) >= MIN_SOFT_SIDE
+        if not is_soft and counts[-MAX_MASK_VALUES:].sum() < MIN_MASK_SHARE * counts.sum():
             return False
     return True
 

@@ -81,7 +81,7 @@ def test_open_dataset_splits_are_those_of_the_folders(tmp_path):
 
 def test_open_dataset_unknown_folders_that_look_like_masks_are_refused(tmp_path):
     write(tmp_path, "left/{}.jpg", "right/{}.png")
-    with pytest.raises(DataError, match="right/ look like masks of those of the same names in left/.*--images"):
+    with pytest.raises(DataError, match="in right/.* look like masks of those in left/.*--images"):
         open_dataset(tmp_path)
 
 
@@ -104,3 +104,28 @@ def test_match_masks_ignores_case_and_unicode_form(tmp_path):
     (tmp_path / "images" / "x0.jpg").rename(tmp_path / "images" / (unicodedata.normalize("NFC", "été") + ".JPG"))
     (tmp_path / "masks" / "x0.png").rename(tmp_path / "masks" / (unicodedata.normalize("NFD", "Été") + ".png"))
     assert len(load_labelled(tmp_path / "images", tmp_path / "masks", 8)) == 1
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("a/{}.jpg", "b/{}.png"),
+        ("a/{}.jpg", "b/{}_segmentation.png"),
+        ("{}.jpg", "{}.png"),
+        ("{}.jpg", "{}_xyz.png"),
+        ("images/{}.jpg", "foo/xyz_{}.png"),
+    ],
+)
+def test_unknown_places_of_masks_are_refused(tmp_path, image, mask):
+    write(tmp_path / "data", image, mask)
+    with pytest.raises(DataError, match=r"look like masks of those in .*--images and --masks"):
+        open_dataset(tmp_path / "data")
+
+
+def test_grey_photos_of_equal_names_are_no_masks(tmp_path):
+    for folder in ("monday", "tuesday"):
+        for i in range(4):
+            path = tmp_path / f"{folder}/{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (20, 20), dtype=np.uint8)).save(path)
+    assert len(open_dataset(tmp_path).train) == 8
