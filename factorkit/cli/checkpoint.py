@@ -110,7 +110,7 @@ class Checkpoint(Command):
         with suppress(ValueError):
             weights = float(weights)
         run = factorkit.load(self._exported_checkpoint(), device="cpu", weights=weights)
-        written = run.save(self.out, overwrite=self.overwrite)
+        written = run.save(self.out, overwrite=self.overwrite, source=str(self.run.resolve()))
         return {"out": str(written), "step": run.step}, f"written: {written} (step {run.step})"
 
     def _exported_checkpoint(self) -> Path:

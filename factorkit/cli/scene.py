@@ -323,21 +323,11 @@ def load_contents(path: Path, device: str) -> ViewerScene:
 
 
 def open_images(run: NerfdiffRun, paths: Sequence[Path], fov: float | None = None) -> Views:
-    """Open the images that a user named, at the size of the run and on its background."""
-    import math
-
-    from factorkit.data.views.open import open_views
-
+    """Open the images that a user named; see `NerfdiffRun.open_images`."""
     if not paths:
         raise ConfigError("no images are given; name files or a folder after RUN")
     source = paths[0] if len(paths) == 1 else [str(path) for path in paths]
-    # as in training, EXIF first; without EXIF the images are taken to be of the run's own camera
-    height, width = run.model.size
-    focal = float(run.model.camera.intrinsics[0 if width >= height else 1, 0 if width >= height else 1])
-    own_fov = math.degrees(2 * math.atan(0.5 / focal))
-    background = run.model.background.tolist()
-    layout = run.scene["layout"]
-    return open_views(source, None, max(run.model.size), background, fov=fov, layout=layout, default_fov=own_fov)
+    return run.open_images(source, fov)
 
 
 def file_stems(names: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from factorkit.metrics.image import SSIM_WINDOW, lpips, psnr, ssim
 from factorkit.metrics.pose import PoseErrors, is_mirrored, pose_errors
 from factorkit.nerfdiff.cameras.registration import register_scene
 from factorkit.nerfdiff.network import NerfdiffModel
+from factorkit.nerfdiff.scene import match_camera, mean_squared_error
 from factorkit.nerfdiff.training_views import load_views
 from factorkit.utils.errors import ConfigError, DataError
 
@@ -74,7 +75,7 @@ def evaluate(run: EvaluatedRun, views: Views, poses: Tensor | None = None, refin
     if true_training is None and len(views) < MIN_ALIGNMENT_CAMERAS:
         raise DataError(f"{len(views)} views cannot be aligned with the model's coordinates; give at least 3")
     encoder = pose_errors(predicted, true)
-    views = views.resize(run.model.size)
+    views = match_camera(views, run.model.camera, run.model.size)
     scores: dict[str, Any] = {"views": len(views), "size": list(views.size), "step": run.step, "refine": refine}
     if true_training is None:
         into_scene = encoder.alignment.inverse()
@@ -87,7 +88,12 @@ def evaluate(run: EvaluatedRun, views: Views, poses: Tensor | None = None, refin
     scores |= _pose_scores("encoder_", encoder)
     for suffix, camera_poses in (("", into_scene.apply(true)), ("_encoder", predicted)):
         images = run.render(camera_poses).images
-        scores[f"psnr{suffix}"] = psnr(images, views.images).mean().item()
+        if views.loss_masks is not None:  # pixels that are not scored, or that the views do not show
+            error = mean_squared_error(images.cpu(), views.images, (1, 2, 3), views.loss_masks)
+            scores[f"psnr{suffix}"] = (-10 * error.double().log10()).mean().item()
+            images = torch.where(views.loss_masks > 0, images.cpu(), views.images)
+        else:
+            scores[f"psnr{suffix}"] = psnr(images, views.images).mean().item()
         if min(views.size) >= SSIM_WINDOW:
             scores[f"ssim{suffix}"] = ssim(images, views.images).mean().item()
         distance = lpips(images, views.images)

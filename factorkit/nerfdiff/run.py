@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from factorkit.data.views.open import open_views
 from factorkit.data.views.views import Views, resize_area, target_size
 from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
@@ -26,6 +29,7 @@ from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.fields.build import restore_field
 from factorkit.nerfdiff.network import CameraPrediction, NerfdiffModel, to_radiance, to_signal
 from factorkit.nerfdiff.rays import CameraModel, render_views, same_aspect_ratio
+from factorkit.nerfdiff.scene import match_camera
 from factorkit.nerfdiff.training_views import check_scene_description, load_views
 from factorkit.utils import distributed
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
@@ -134,19 +138,22 @@ class NerfdiffRun:
         device = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, scene, model, device, step, path if path.is_dir() and weights == "average" else None)
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+    def save(self, path: str | Path, *, overwrite: bool = False, source: str | None = None) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
 
         Args:
             path: the file.
             overwrite: also replace a file that was not written for this run.
+            source: identifies the run; None: its folder, else its weights.
 
         Raises:
             WriteError: another file is in the way.
             CheckpointError: ``path`` cannot be written; an existing file is then unchanged.
         """
         weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
-        opened = partial(writing_file, source=f"save: {identify_run(self.folder, weights)}", overwrite=overwrite)
+        opened = partial(
+            writing_file, source=f"save: {source or identify_run(self.folder, weights)}", overwrite=overwrite
+        )
         meta = {"model": "nerfdiff", **self.config.to_dict(), "scene": self.scene, "step": self.step}
         return write_checkpoint(Path(path), weights, meta, opened)
 
@@ -187,8 +194,10 @@ class NerfdiffRun:
         """Predict the cameras of images with one forward pass of the encoder, optionally refined by rendering.
 
         Args:
-            images: [B, 3, H, W] in [0, 1] or :class:`~factorkit.data.views.views.Views`, taken with the camera of the
-                training views.
+            images: [B, 3, H, W] in [0, 1], taken with the camera of the training views;
+                :class:`~factorkit.data.views.views.Views`, which are brought to that camera by their own intrinsics; or
+                files, Pillow images and arrays, anything that :func:`~factorkit.data.views.open.open_views` reads, with
+                the field of view of EXIF, else that of the training views.
             t: noise level added before encoding, 0 to T-1; None: 4% of T, as low levels are in training (0 without
                 noise).
             refine: steps of minimising the photometric error, starting from where ``check`` leads; about 60 remove the
@@ -235,7 +244,15 @@ class NerfdiffRun:
 
     def _check_images(self, images: Any) -> Tensor:
         """Return images [B, 3, H, W] at the model's size, on its device."""
-        images = images.images if isinstance(images, Views) else torch.as_tensor(images)
+        if isinstance(images, np.ndarray) and images.dtype.kind == "f" and images.ndim > 2 and images.shape[-3] == 3:
+            images = torch.from_numpy(images)  # as a tensor: [B, 3, H, W]
+        elif isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] in (3, 4):
+            images = images[None]
+        if not isinstance(images, (Views, Tensor)):
+            images = self.open_images(images)
+        images = (
+            match_camera(images, self.model.camera, self.model.size).images if isinstance(images, Views) else images
+        )
         if images.dim() == 3:
             images = images[None]
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
@@ -249,6 +266,24 @@ class NerfdiffRun:
                 "crop them to that shape"
             )
         return resize_area(images.float(), *size).to(self.device)
+
+    def open_images(self, source: Any, fov: float | None = None) -> Views:
+        """Open images for this run: on its background, with its field of view unless cameras or EXIF define another.
+
+        Args:
+            source: anything that :func:`~factorkit.data.views.open.open_views` reads.
+            fov: field of view in degrees along the longer side, for images without cameras; None: from EXIF, else the
+                run's.
+        """
+        height, width = self.model.size
+        axis = 0 if width >= height else 1
+        own_fov = math.degrees(2 * math.atan(0.5 / float(self.model.camera.intrinsics[axis, axis])))
+        background, layout = self.model.background.tolist(), self.scene["layout"]
+        options: dict[str, Any] = {"background": background, "fov": fov, "layout": layout, "default_fov": own_fov}
+        try:
+            return open_views(source, None, max(self.model.size), **options)
+        except ConfigError:  # the images are smaller than those of the run
+            return open_views(source, **options)
 
     def render(
         self, poses: Tensor, size: int | tuple[int, int] | None = None, appearance_view: int | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from factorkit.data.views.views import SceneLayout, Views
 from factorkit.nerfdiff.cameras.normalise import align_forward, align_up_axis, center_poses
 from factorkit.nerfdiff.cameras.poses import framing_distance
-from factorkit.nerfdiff.rays import CameraModel
+from factorkit.nerfdiff.rays import CameraModel, same_aspect_ratio
 from factorkit.utils.errors import ConfigError, DataError
 
 MIN_COLOR_STD = 2e-3  # half a step of 8 bits: views with a smaller standard deviation are empty
@@ -92,6 +92,15 @@ def shared_camera(views: Views) -> CameraModel:
         raise DataError("the views' focal lengths or image centres differ; give views of one camera")
     background = torch.zeros(3) if views.background is None else views.background
     return CameraModel(mean, background, views.layout == "forward")
+
+
+def match_camera(views: Views, camera: CameraModel, size: tuple[int, int]) -> Views:
+    """Return views as the camera of a run sees them, at its size; views of that camera are only resized."""
+    k = camera.intrinsics.cpu() * torch.tensor([size[1], size[0], 1.0])[:, None]
+    own = views.intrinsics / torch.tensor([views.size[1], views.size[0], 1.0])[:, None]
+    if same_aspect_ratio(views.size, size) and (own - camera.intrinsics.cpu()).abs().max() <= INTRINSICS_TOLERANCE:
+        return views.resize(size)
+    return views.reframe(k, size)
 
 
 def box_camera(views: Views) -> CameraModel:

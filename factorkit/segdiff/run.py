@@ -72,12 +72,13 @@ class SegdiffRun(Segmenter, Editor):
         torch_device = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, model, torch_device, step, path if path.is_dir() and weights == "average" else None)
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+    def save(self, path: str | Path, *, overwrite: bool = False, source: str | None = None) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
 
         Args:
             path: the file.
             overwrite: also replace a file that was not written for this run.
+            source: identifies the run; None: its folder, else its weights.
 
         Raises:
             WriteError: another file is in the way.
@@ -88,7 +89,9 @@ class SegdiffRun(Segmenter, Editor):
             2
         """
         weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
-        opened = partial(writing_file, source=f"save: {identify_run(self.folder, weights)}", overwrite=overwrite)
+        opened = partial(
+            writing_file, source=f"save: {source or identify_run(self.folder, weights)}", overwrite=overwrite
+        )
         meta = {"model": "segdiff", **self.config.to_dict(), "step": self.step}
         return write_checkpoint(Path(path), weights, meta, opened)
 

@@ -46,5 +46,5 @@ def test_segment_video_writes_video_of_regions(run, photos, run_json, run_refuse
     assert len(result["areas"]) == 2 and 0 <= result["changes"] <= 1
     assert "walk.MP4 is a video: add --video" in run_refused("segment", run, tmp_path / "walk.MP4", "--out", out)
     assert "takes one video" in run_refused("segment", run, photos, photos, "--video", "--out", out)
-    assert "smooth=1.5" in run_refused("segment", run, photos, "--video", "--out", out, "--smooth", 1.5)
+    assert "smooth=1.5" in run_refused("segment", run, photos, "--video", "--out", tmp_path / "b.mp4", "--smooth", 1.5)
     assert ".mp4" in run_refused("segment", run, photos, "--video", "--out", tmp_path / "regions")

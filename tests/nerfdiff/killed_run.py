@@ -21,7 +21,7 @@ import torch
 import torch._dynamo
 
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff.stages import direction_grid as search
+from factorkit.nerfdiff.stages import dictionary as search
 from factorkit.nerfdiff.stages import distil, joint, pipeline
 from factorkit.nerfdiff.stages import refine as fit
 from factorkit.nerfdiff.train import train_nerfdiff

@@ -49,8 +49,6 @@ def test_predict_pose_images_of_another_camera_are_refused(finished, scene_views
     ):
         with pytest.raises(DataError, match=words):
             finished.predict_pose(wrong)
-    with pytest.raises(DataError, match="6 x 8 pixels"):
-        finished.evaluate(replace(scene_views, images=images[:, :, 2:], masks=scene_views.masks[:, :, 2:]))
     for wrong in (finished.poses[0], torch.full((1, 4, 4), torch.nan)):
         with pytest.raises(DataError, match=r"give \[B, 4, 4\], all of them finite"):
             finished.render(wrong)
@@ -243,3 +241,35 @@ def test_refine_poses_converges_from_a_nearby_pose(finished):
     stored = refine_poses(model, images, leaning, 5, finished.scene["distance"])
     assert rotation_errors_degrees(stored, leaning).max() < 1.0
     assert (stored - leaning)[:, :3, 3].norm(dim=1).max() < 0.1
+
+
+def test_predict_pose_accepts_files_pillow_images_and_arrays(finished, scene_views, tmp_path):
+    pixels = (scene_views.images[:2] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    expected = finished.predict_pose(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).poses
+    for i in range(2):
+        Image.fromarray(pixels[i]).save(tmp_path / f"{i}.png")
+    for source in (
+        tmp_path,
+        pixels,
+        [Image.fromarray(image) for image in pixels],
+        [tmp_path / "0.png", tmp_path / "1.png"],
+    ):
+        torch.testing.assert_close(finished.predict_pose(source).poses, expected)
+    torch.testing.assert_close(finished.predict_pose(tmp_path / "0.png").poses, expected[:1])
+    torch.testing.assert_close(finished.predict_pose(Image.fromarray(pixels[1])).poses, expected[1:])
+    torch.testing.assert_close(finished.predict_pose(pixels[0]).poses, expected[:1])
+    floats = np.moveaxis(pixels, 3, 1).astype(np.float32) / 255
+    torch.testing.assert_close(finished.predict_pose(floats).poses, expected)
+    Image.fromarray(pixels[0][:4, :4]).save(tmp_path / "0.png")
+    assert finished.predict_pose(tmp_path / "0.png").poses.shape == (1, 4, 4)
+
+
+def test_predict_pose_and_evaluate_use_the_views_own_intrinsics(finished, scene_views):
+    """A wider image of the same scene, which has the training view in its middle."""
+    wide = torch.nn.functional.pad(scene_views.images, (4, 4, 2, 2), value=0.5)
+    intrinsics = scene_views.intrinsics.clone()
+    intrinsics[:, :2, 2] += torch.tensor([4.0, 2.0])
+    views = replace(scene_views, images=wide, masks=None, intrinsics=intrinsics)
+    torch.testing.assert_close(finished.predict_pose(views).poses, finished.predict_pose(scene_views).poses)
+    own, plain = finished.evaluate(views), finished.evaluate(scene_views)
+    assert own["psnr"] == pytest.approx(plain["psnr"], rel=1e-4) and own["size"] == plain["size"]

@@ -110,7 +110,7 @@ def test_train_invalid_input_raises(scene_views, tiny, tmp_path):
         train_nerfdiff(scene_views, **out, **tiny | {"num_candidates": 11})
     from dataclasses import replace
 
-    with pytest.raises(ConfigError, match="without poses"):
+    with pytest.raises(ConfigError, match="the views have no poses"):
         train_nerfdiff(replace(scene_views, poses=None), **out, **tiny | {"poses": "known"})
     blank = replace(scene_views, images=torch.ones(10, 3, 8, 8), masks=None)
     with pytest.raises(DataError, match="no foreground: all masks"):

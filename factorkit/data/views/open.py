@@ -43,8 +43,7 @@ MASK_FOLDERS = ("masks", "mask")  # foreground masks beside the images of any la
 # Signs of cameras in formats that are not read, with what to do.
 UNREAD_CAMERAS = (
     ("cams/*_cam.txt", "MVSNet's cameras"),
-    ("**/Cameras.xml", "Metashape's cameras"),
-    ("*.xml", "cameras, perhaps of Metashape"),
+    ("*ameras*.xml", "Metashape's cameras"),
     ("bundle.out", "Bundler's cameras"),
     ("database.db", "a COLMAP database without a model"),
     ("pose*/*.txt", "matrices of poses"),
@@ -52,7 +51,6 @@ UNREAD_CAMERAS = (
     ("transforms*.json", "a transforms file"),
     ("cameras*.json", "a file of cameras"),
     ("cameras*.npz", "arrays of cameras"),
-    ("metadata.json", "a file that may hold cameras"),
 )
 
 

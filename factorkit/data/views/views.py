@@ -95,6 +95,47 @@ class Views:
             intrinsics=self.intrinsics * scale[:, None],
         )
 
+    def reframe(self, intrinsics: Tensor, size: tuple[int, int]) -> Views:
+        """Return the views as another camera at the same place and with the same axes sees them.
+
+        Pixels that the views do not show have their background colour, else the nearest colour, and a loss mask of 0.
+
+        Args:
+            intrinsics: K [3, 3] of the other camera in pixels of the new size.
+            size: its height and width.
+        """
+        height, width = size
+        y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+        rays = torch.stack([x, y, torch.ones_like(x)], dim=-1) @ torch.linalg.inv(intrinsics.cpu()).T
+        parts = []
+        for i in range(len(self)):
+            view = self.select([i])
+            ratio = intrinsics.cpu().diagonal()[:2] / view.intrinsics[0].diagonal()[:2]
+            if (ratio < 1).any():  # average first, as a camera with larger pixels does
+                fx, fy = ratio.clamp(max=1).tolist()
+                view = view.resize((max(1, round(view.size[0] * fy)), max(1, round(view.size[1] * fx))))
+            at = (rays @ view.intrinsics[0].T)[..., :2] / torch.tensor([view.size[1], view.size[0]]) * 2 - 1
+            inside = (at.abs() <= 1).all(-1)[None, None].float()
+            channels = [value for value in (view.images, view.masks, view.loss_masks) if value is not None]
+            sampled = torch.nn.functional.grid_sample(
+                torch.cat(channels, dim=1), at[None], padding_mode="border", align_corners=False
+            )
+            parts.append((sampled, inside))
+        values = torch.cat([sampled for sampled, _ in parts])
+        inside = torch.cat([inside for _, inside in parts])
+        images, scored = values[:, :3], inside
+        if self.background is not None:
+            images = images * inside + (1 - inside) * self.background[:, None, None]
+        if self.loss_masks is not None:
+            scored = inside * (values[:, -1:] > LOSS_MASK_THRESHOLD)
+        return replace(
+            self,
+            images=images.clamp(0, 1),
+            masks=None if self.masks is None else (values[:, 3:4] * inside).clamp(0, 1),
+            loss_masks=None if self.loss_masks is None and bool(inside.all()) else scored,
+            intrinsics=intrinsics.cpu().expand(len(self), 3, 3),
+        )
+
     def with_background(self, background: str | Sequence[float] | Tensor, seed: int = 0) -> Views:
         """Return the same foreground over another background.
 

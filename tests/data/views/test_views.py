@@ -134,3 +134,31 @@ def test_views_invalid_fields_raise(change, message):
     views = some_views()
     with pytest.raises(DataError, match=message):
         replace(views, **change(views))
+
+
+def test_reframe_sees_the_same_rays():
+    """A smooth function of the ray's direction, seen by two cameras."""
+    names, size = ["a"], (40, 60)
+    k = torch.tensor([[50.0, 0, 28], [0, 52.0, 21], [0, 0, 1]])
+
+    def see(k, height, width):
+        y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+        u, v = (x - k[0, 2]) / k[0, 0], (y - k[1, 2]) / k[1, 1]
+        return torch.stack([0.5 + 0.4 * torch.sin(4 * u), 0.5 + 0.4 * torch.cos(5 * v), 0.5 + 0.3 * u * v])
+
+    views = Views(see(k, *size)[None], names, k[None])
+    for other, new_size in (
+        (torch.tensor([[60.0, 0, 20], [0, 60.0, 18], [0, 0, 1]]), (36, 40)),
+        (torch.tensor([[25.0, 0, 12], [0, 25.0, 9], [0, 0, 1]]), (18, 24)),
+    ):
+        framed = views.reframe(other, new_size)
+        assert framed.size == new_size and torch.equal(framed.intrinsics[0], other)
+        torch.testing.assert_close(
+            framed.images[0, :, 2:-2, 2:-2], see(other, *new_size)[:, 2:-2, 2:-2], atol=0.02, rtol=0
+        )
+        assert framed.loss_masks is None
+    wide = views.reframe(torch.tensor([[50.0, 0, 38], [0, 52.0, 31], [0, 0, 1]]), (60, 80))
+    assert wide.loss_masks.sum() == 40 * 60 and wide.loss_masks[0, 0, 10:50, 10:70].min() == 1
+    torch.testing.assert_close(wide.images[:, :, 10:50, 10:70], views.images, atol=1e-5, rtol=0)
+    small = replace(views, masks=torch.ones(1, 1, 40, 60), background=torch.zeros(3)).reframe(k, (50, 60))
+    assert small.images[..., 40:, :].max() == 0 and small.masks[..., 40:, :].max() == 0
