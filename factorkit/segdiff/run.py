@@ -213,7 +213,7 @@ class SegdiffRun(Segmenter, Editor):
         Example:
             >>> scores = run.evaluate(images, masks, num_fit_images=8)
             >>> sorted(scores)[:3], 0 <= scores["iou"] <= 1
-            (['acc', 'areas', 'confidence'], True)
+            (['acc', 'areas', 'baselines'], True)
         """
         self._require_regions()
         scores = score_labelled_images(
