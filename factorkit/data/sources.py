@@ -76,12 +76,12 @@ class Source(ABC):
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
             is_large = image.width * image.height > SERIAL_DECODE_PIXELS
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1 and not self._warned_of_frames:
+            num_frames = getattr(image, "n_frames", 1)
+            if image.format != "MPO" and num_frames > 1 and not self._warned_of_frames:
                 self._warned_of_frames = True
                 name = escape_name(self.names[index])
                 warnings.warn(
-                    f"{name}: only the first of its {image.n_frames} frames or pages is read, as of all files "
-                    "with several",
+                    f"{name}: only the first of its {num_frames} frames or pages is read, as of all files with several",
                     UserWarning,
                     stacklevel=2,
                 )

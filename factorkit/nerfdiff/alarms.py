@@ -9,6 +9,7 @@ are allowed, the poses alone cannot show it. With true poses, :func:`factorkit.m
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -161,9 +162,17 @@ def pose_alarms(
     few_places = sectors < MIN_SECTOR_USE and not one_side
     checks.append(Check("sectors in use", sectors, low=MIN_SECTOR_USE, failures=(text,) if few_places else ()))
 
-    def check(name: str, value: float | None, failed: bool, text: str, reason: str, **limits: float) -> None:
+    def check(
+        name: str,
+        value: float | None,
+        failed: bool,
+        text: str,
+        reason: str,
+        low: float = -math.inf,
+        high: float = math.inf,
+    ) -> None:
         failures = (text,) if failed else ()
-        checks.append(Check(name, not_run=reason) if value is None else Check(name, value, failures=failures, **limits))
+        checks.append(Check(name, not_run=reason) if value is None else Check(name, value, low, high, failures))
 
     if candidates is not None and count > 1:
         use = alarms["candidate_use"] = effective_use(candidates, count)

@@ -7,6 +7,7 @@ field that was fitted to other views does not have that bias.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from factorkit.data.views.views import SceneLayout, resize_area, target_size
 from factorkit.nerfdiff.fields.base import Field
-from factorkit.nerfdiff.rays import render_views
+from factorkit.nerfdiff.rays import CameraModel, render_views
 from factorkit.nerfdiff.scene import Scene
 from factorkit.report.content import Check
 from factorkit.utils import distributed
@@ -58,12 +59,8 @@ def compare_held_out(
     for field, (fitting, held_out) in zip(fields, halves, strict=True):
         chosen = torch.linspace(0, len(held_out) - 1, min(COMPARISON_VIEWS, len(held_out))).round().long()
         rows = held_out[chosen].to(images.device)
-        color = distributed.map_shares(
-            lambda part, field=field, rows=rows: (
-                render_views(field, poses[rows[part]], scene.camera, size, samples).color
-            ),
-            len(rows),
-        ).movedim(-1, 1)
+        render_rows = partial(_render_rows, field, poses[rows], scene.camera, size, samples)
+        color = distributed.map_shares(render_rows, len(rows)).movedim(-1, 1)
         others = images[fitting.to(images.device)].flatten(1)
         errors.append((color - images[rows]).square().mean((1, 2, 3)))
         nearest.append(torch.cdist(images[rows].flatten(1), others).amin(1).square() / others.shape[1])
@@ -75,6 +72,13 @@ def compare_held_out(
     )
 
 
+def _render_rows(
+    field: Field, poses: Tensor, camera: CameraModel, size: tuple[int, int], samples: int, rows: slice
+) -> Tensor:
+    return render_views(field, poses[rows], camera, size, samples).color
+
+
+@torch.no_grad()
 def disparity_noise(field: Field, scene: Scene, poses: Tensor, samples: int) -> float:
     """Return the mean difference of neighbouring disparities over that of any two pixels of a view.
 
@@ -104,7 +108,8 @@ def held_out_checks(layout: SceneLayout, errors: HeldOutErrors | None, noise: fl
     if errors is None:
         checks += [Check(name, not_run=reason) for name in ("held-out error", "held-out error over nearest view")]
     else:
-        failures, copying = (), ()
+        failures: tuple[str, ...] = ()
+        copying: tuple[str, ...] = ()
         if not errors.cross <= limit:
             failures = (
                 f"held-out views are not explained: a field fitted to half of the views leaves {errors.cross:.2f} > "

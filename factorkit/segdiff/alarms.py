@@ -152,12 +152,14 @@ class Alarms:
         return values | log_checks(self.checks())
 
 
-def _check_limit(name: str, value: float | None, failure: str, decisive: bool = False, **limits: float) -> Check:
+def _check_limit(
+    name: str, value: float | None, failure: str, decisive: bool = False, low: float = -math.inf, high: float = math.inf
+) -> Check:
     """Return a check that fails with one sentence beyond its limits ``low`` and ``high``."""
     if value is None:
         return Check(name, not_run="since it was not measured")
-    failed = not limits.get("low", -math.inf) <= value <= limits.get("high", math.inf)
-    return Check(name, value, failures=(failure,) if failed else (), decisive=decisive, **limits)
+    failed = not low <= value <= high
+    return Check(name, value, failures=(failure,) if failed else (), decisive=decisive, low=low, high=high)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def prepare(folder: Path) -> None:
     tiny_runs.disable_previews()
     views = make_procedural_views(12, 8, seed=1)
     few = {"search_steps": 4, "field_steps": 2, "steps": 2}
-    tiny_runs.nerfdiff.train_nerfdiff(views.select(slice(0, 8)), out=folder / "nerfdiff", **tiny_runs.NERFDIFF | few)
+    tiny_runs.train_nerfdiff(views.select(slice(0, 8)), out=folder / "nerfdiff", **tiny_runs.NERFDIFF | few)
     noise = np.random.default_rng(1)
     for kind in ("images", "scored", "masks"):
         (folder / kind).mkdir()

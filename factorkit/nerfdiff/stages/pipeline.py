@@ -327,7 +327,9 @@ class Training:
         if scene.layout == "forward":
             noise = disparity_noise(model.field, scene, poses, config.samples_per_ray)
         fixed = FreePoses(poses).requires_grad_(False)
-        fields, halves, samples = [], [], 0
+        fields: list[Field] = []
+        halves: list[tuple[Tensor, Tensor]] = []
+        samples = 0
         for name, fitting, held_out in self.both_halves(count, 0):
             fitted = self.fit_half(f"cross {config.steps}{name}", 0, fixed, fitting, scene, **CROSS_FIT)
             fields, halves, samples = [*fields, fitted.field], [*halves, (fitting, held_out)], fitted.samples
