@@ -22,7 +22,7 @@ HEIF_MODULE = next((name for name in ("pillow_heif", "pi_heif") if importlib.uti
 HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
 if HEIF_MODULE is not None:
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
-# Images that are not read, so that leaving them out can be said
+# Images that are not read: a warning names those that are left out
 UNREAD_SUFFIXES = HEIF_SUFFIXES - IMAGE_SUFFIXES | frozenset(
     ".3fr .arw .cr2 .cr3 .dng .erf .exr .hdr .jxl .nef .nrw .orf .pef .psd .raf .raw .rw2 .sr2 .srw .svg .x3f".split()
 )

@@ -47,7 +47,7 @@ def judge_cameras(log: Log, scores: Record) -> Verdict:
         return Verdict("open", "Held-out views are explained; the cameras were not compared with true poses", details)
     if not details:
         return Verdict("open", "No verdict yet", ["There are neither alarms nor scores."])
-    return Verdict("open", "No verdict: no check that tells right from wrong has run", details)
+    return Verdict("open", "No verdict: no check that separates right from wrong runs has run", details)
 
 
 def headline_tiles(alarms: Record, scores: Record) -> list[Tile]:

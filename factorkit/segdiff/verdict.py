@@ -73,7 +73,7 @@ def judge_regions(log: Log, scores: Record) -> Verdict:
         return Verdict("open", f"{subject}; whether they are objects was not checked", details)
     if not details:
         return Verdict("open", "No verdict yet", ["There are neither alarms nor scores."])
-    return Verdict("open", "No verdict: no check that tells right from wrong has run", details)
+    return Verdict("open", "No verdict: no check that separates right from wrong runs has run", details)
 
 
 def headline_tiles(alarms: Record, scores: Record) -> list[Tile]:

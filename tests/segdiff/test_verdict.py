@@ -36,7 +36,7 @@ def logged(alarms: Alarms) -> list[dict]:
         (COLLAPSED, None, "bad", "Failed: collapsed to one region"),
         (CONTENT, None, "open", "The masks follow content; whether they are objects was not checked"),
         (COLOUR, None, "open", "The regions follow colour; whether they are objects was not checked"),
-        (MIXTURE, None, "open", "No verdict: no check that tells right from wrong has run"),
+        (MIXTURE, None, "open", "No verdict: no check that separates right from wrong runs has run"),
     ],
 )
 def test_judge_regions_weighs_checks_and_scores(alarms, iou, status, words):
@@ -61,7 +61,7 @@ def test_every_check_is_one_sentence_with_value_and_limit_or_reason():
 def test_a_log_without_checks_is_never_green():
     for fields in ({"failures": []}, log_checks([])):
         verdict = judge_regions([{"event": "alarms", "step": 40, **fields}], {})
-        assert verdict.status == "open" and "no check that tells right from wrong" in verdict.headline
+        assert verdict.status == "open" and "no check that separates right from wrong runs" in verdict.headline
         assert not any("no alarm went off" in line for line in verdict.details)
 
 

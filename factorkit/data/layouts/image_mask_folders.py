@@ -1,4 +1,4 @@
-"""Where images and masks lie in a folder or .zip: the one place that tells them apart."""
+"""Where images and masks lie in a folder or .zip: the one place that separates them."""
 
 from __future__ import annotations
 
