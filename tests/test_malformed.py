@@ -195,7 +195,7 @@ def test_stored_views_incomplete_raise(good, tmp_path):
         arrays = dict(result)
     del arrays["layout"]
     np.savez(tmp_path / "run/views.npz", **arrays)
-    with pytest.raises(CheckpointError, match=r"views\.npz cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*views\.npz"):
         _ = factorkit.load(tmp_path / "run").views
 
 

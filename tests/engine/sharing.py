@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks import tiny_runs
 from factorkit.cli.main import main as command_line
 from factorkit.data import make_procedural_views
-from factorkit.segdiff.inference import folder as segment_folder
+from factorkit.utils.output_record import OutputRecord
 from tests.engine.processes import run
 
 IMAGE_FOLDER = 7
@@ -86,11 +86,11 @@ def work(folder: Path, out: Path, rank: int) -> None:
 def full(folder: Path, rank: int) -> None:
     """The disk is full for one process alone."""
 
-    def write(*given):
+    def write(*arguments, **options):
         raise OSError(28, "No space left on device", "here")
 
     if rank == 1:
-        segment_folder.write_image_files = write
+        OutputRecord.write = write
     run_command(
         ["segment", str(folder / "segdiff"), str(folder / "images"), "--out", str(folder / "lost")],
         folder / f"lost.{rank}.txt",
