@@ -274,6 +274,9 @@ class NerfdiffRun:
             source: anything that :func:`~factorkit.data.views.open.open_views` reads.
             fov: field of view in degrees along the longer side, for images without cameras; None: from EXIF, else the
                 run's.
+
+        Raises:
+            DataError: the images cannot be opened.
         """
         height, width = self.model.size
         axis = 0 if width >= height else 1
