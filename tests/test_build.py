@@ -170,7 +170,7 @@ def test_cuda_build_imports_without_a_gpu(wheel, source, tmp_path):
     assert isinstance(info["devices"], list)
     if info["devices"]:
         return
-    code = "import factorkit._C as c; c.intersect_cuda('float32', [0] * 4, 1, 0, [0.0] * 3, [1.0] * 3, 0)"
+    code = "import factorkit._C as c; c.intersect_cuda('float32', [0] * 4, 1, [0.0] * 3, [1.0] * 3, 0)"
     process = run(["-c", code], tmp_path)
     assert re.search(r"RuntimeError: launching intersect on CUDA: \w+", process.stderr), process.stderr
 

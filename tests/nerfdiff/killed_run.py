@@ -108,7 +108,7 @@ def run(out: Path, changes: dict, stage: str | None) -> int:
         pipeline.HELD_OUT_STEPS = 6
         for module in (distil, fit, joint, search):
             for image_grid in {"save_cameras", "save_model_previews"} & vars(module).keys():
-                setattr(module, image_grid, lambda *arguments: None)
+                setattr(module, image_grid, lambda *arguments, **options: None)
         if stage:
             die_in(stage)
         train_nerfdiff(views(), out=out, **TINY | changes)

@@ -113,7 +113,7 @@ def test_train_invalid_input_raises(scene_views, tiny, tmp_path):
     with pytest.raises(ConfigError, match="the views have no poses"):
         train_nerfdiff(replace(scene_views, poses=None), **out, **tiny | {"poses": "known"})
     blank = replace(scene_views, images=torch.ones(10, 3, 8, 8), masks=None)
-    with pytest.raises(DataError, match="no foreground: all masks"):
+    with pytest.raises(DataError, match="no foreground: all pixels"):
         train_nerfdiff(blank, **out, **tiny)
     zoomed = scene_views.intrinsics.clone()
     zoomed[3, 0, 0] *= 1.5
