@@ -36,7 +36,7 @@ class Evaluate(RunCommand):
     images: OptionalPath = None
     """Folder, .zip or array of images."""
     masks: OptionalPath = None
-    """Folder, .zip or array of masks. What their values mean is decided from the values; a line names it if it is unusual."""
+    """Folder, .zip or array of masks. What the values mean is decided from them; an unusual meaning is printed."""
     data: OptionalPath = None
     """Data set with masks of classes, in any layout that `factorkit prepare --list` names."""
     views: OptionalPath = None
