@@ -233,18 +233,22 @@ def small(path: Path, seed: int = 0) -> Path:
 def labelled(folder: Path, count: int) -> None:
     for i in range(count):
         small(folder / f"images/{i}.png", i)
-        values = (pixels(i)[..., 0] > 128).astype(np.uint8)
         (folder / "masks").mkdir(exist_ok=True)
-        Image.fromarray(values).save(folder / f"masks/{i}.png")
+        Image.fromarray(mask_values(i)).save(folder / f"masks/{i}.png")
 
 
-def encoded(suffix: str, mode: str) -> bytes:
+def mask_values(seed: int) -> np.ndarray:
+    return (pixels(seed)[..., 0] > 128).astype(np.uint8)
+
+
+def encoded(suffix: str, mode: str, values: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    picture = Image.fromarray(pixels())
+    picture = Image.fromarray(values)
+    channel = values if values.ndim == 2 else values[..., 0]
     if mode == "I;16":
-        picture = Image.fromarray(pixels()[..., 0].astype(np.uint16) * 200)
+        picture = Image.fromarray(channel.astype(np.uint16) * 200)
     elif mode == "F":
-        picture = Image.fromarray(pixels()[..., 0].astype(np.float32) / 255)
+        picture = Image.fromarray(channel.astype(np.float32) / 255)
     else:
         picture = picture.convert(mode)
     kind = {"jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000"}.get(suffix, suffix.upper())
@@ -267,9 +271,16 @@ def make_picture(place: Path, rng: Rng) -> None:
     bad_picture(place / "in", rng)
 
 
-def bad_picture(folder: Path, rng: Rng, name: str = "bad", formats: Sequence[tuple[str, str]] = FORMATS) -> None:
+def bad_picture(
+    folder: Path,
+    rng: Rng,
+    name: str = "bad",
+    formats: Sequence[tuple[str, str]] = FORMATS,
+    values: np.ndarray | None = None,
+) -> None:
     suffix, mode = pick(rng, formats)
-    data = pick(rng, FOREIGN) if rng.random() < 0.05 else damage(encoded(suffix, mode), rng)
+    values = pixels() if values is None else values
+    data = pick(rng, FOREIGN) if rng.random() < 0.05 else damage(encoded(suffix, mode, values), rng)
     if suffix == "png" and rng.random() < 0.5:
         data = mend_png(data)
     if rng.random() < 0.1:
@@ -280,7 +291,7 @@ def bad_picture(folder: Path, rng: Rng, name: str = "bad", formats: Sequence[tup
 def make_mask(place: Path, rng: Rng) -> None:
     labelled(place / "in", 3)
     (place / "in/masks/1.png").unlink()
-    bad_picture(place / "in/masks", rng, "1", MASKS)
+    bad_picture(place / "in/masks", rng, "1", MASKS, mask_values(1))
 
 
 def make_zip(place: Path, rng: Rng) -> None:
@@ -307,7 +318,7 @@ def make_tar(place: Path, rng: Rng) -> None:
     (place / "in").mkdir()
     with tarfile.open(place / "in/set-train-0000.tar", "w") as archive:
         for i in range(3):
-            for suffix, data in (("png", encoded("png", "RGB")), ("cls", str(i % 2).encode())):
+            for suffix, data in (("png", encoded("png", "RGB", pixels())), ("cls", str(i % 2).encode())):
                 info = tarfile.TarInfo(f"{i}.{suffix}")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
