@@ -1,6 +1,6 @@
 """``factorkit.choose_regions``: choose the number of regions without labels.
 
-A spatial mixture (:mod:`factorkit.segdiff.masks.mixture`) is a denoiser by itself, without any U-Net, and trains in
+A spatial mixture (:mod:`factorkit.segdiff.masks.spatial_mixture`) is a denoiser by itself, without any U-Net, and trains in
 seconds. The noise that it cannot separate from held-out images falls with its number of regions K: steeply until
 everything that the images share has a region of its own, and hardly after it.
 """
@@ -25,7 +25,7 @@ from factorkit.engine.step import StepLoss
 from factorkit.engine.trainer import Trainer
 from factorkit.segdiff import previews
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
-from factorkit.segdiff.masks.mixture import SpatialMixture, noise_error, unexplained_noise
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, noise_error, unexplained_noise
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask, add_noise
 from factorkit.segdiff.train import DATA_NAME, describe_data, load_data
 from factorkit.utils.atomic import save_image

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from factorkit import ops
 from factorkit.diffusion.denoiser import Denoised, Denoiser
 from factorkit.nn.unet import Decoder, Encoder, LabelEmbedding, Middle, TimeEmbedding
-from factorkit.segdiff.masks.mixture import SpatialMixture
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture
 from factorkit.segdiff.masks.network import NetworkMasks, at_least_fp32
 from factorkit.segdiff.masks.proposal import Encoding, MaskProposer
 from factorkit.utils.errors import ConfigError

@@ -23,7 +23,7 @@ from factorkit.segdiff import previews
 from factorkit.segdiff.alarms import Alarms, measure_alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import hard_labels, level_labels
-from factorkit.segdiff.masks.mixture import SpatialMixture, noise_error, unexplained_noise
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, noise_error, unexplained_noise
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import draw_images, estimate_branches
 from factorkit.utils.atomic import save_image

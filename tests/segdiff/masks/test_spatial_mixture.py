@@ -9,8 +9,8 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.masks import mixture as module
-from factorkit.segdiff.masks.mixture import (
+from factorkit.segdiff.masks import spatial_mixture as module
+from factorkit.segdiff.masks.spatial_mixture import (
     EM_ROUNDS,
     ERROR_TIMES,
     UNIFORM_SHARE,
