@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 from typeguard import TypeCheckError, check_type
 
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.rng import derived_seed
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +139,10 @@ class EngineConfig:
         if decay_steps > 0 and step >= self.steps - decay_steps:
             rate *= max(0.1, (self.steps - step) / decay_steps)
         return rate
+
+    def stage(self: Config, name: str, **changes: Any) -> Config:
+        """Return the configuration of a stage of the run, with its own seed."""
+        return dataclasses.replace(self, seed=derived_seed(name, self.seed) % 2**31, **changes)
 
     def memory_advice(self, at_once: int) -> str:
         """Return a sentence, without full stop, on how a step of ``at_once`` images needs less memory."""

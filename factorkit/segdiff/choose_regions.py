@@ -1,8 +1,8 @@
 """``factorkit.choose_regions``: choose the number of regions without labels.
 
-A spatial mixture (:mod:`factorkit.segdiff.masks.spatial_mixture`) is a denoiser by itself, without any U-Net, and trains in
-seconds. The noise that it cannot separate from held-out images falls with its number of regions K: steeply until
-everything that the images share has a region of its own, and hardly after it.
+A spatial mixture (:mod:`factorkit.segdiff.masks.spatial_mixture`) is a denoiser by itself, without any U-Net, and
+trains in seconds. The noise that it cannot separate from held-out images falls with its number of regions K: steeply
+until everything that the images share has a region of its own, and hardly after it.
 """
 
 from __future__ import annotations

@@ -21,13 +21,92 @@ from factorkit.segdiff.masks.spatial_mixture import fit_mixture, share_uniformly
 from factorkit.utils.images import signed_to_lab
 
 GRID_SIDE = 16  # cells along the short side of what the network sees
+LOGITS_SIDE = 2 * GRID_SIDE
 MAX_PATCH = 4  # pixels along a side of a cell
 CHANNELS, EMBED, NORM_GROUPS = (32, 64, 96), 128, 8  # of the network's levels, at 16, 8 and 4 cells
 LAB_SCALE, LAB_OFFSET = (50.0, 30.0, 30.0), (1.0, 0.0, 0.0)  # bring Lab colours to about [-1, 1]
 MIN_VARIANCE = 0.01  # of a region's colours in this scale; .02 costs .01 IoU on validation horses
 EM_ROUNDS = 3
 GUIDE_RADIUS, GUIDE_EPS = 2, 0.01  # of the guided filter within EM
-MIN_PROBABILITY = 1e-4
+SHAPE_WEIGHT, NETWORK_WEIGHT = 1.0, 0.25  # exponents in the prior of the last EM
+MIN_PROBABILITY = 1e-4  # of a region in a product of masks
+
+
+class ObjectMasks(MaskProposer):
+    """Region 0 is the object. The parameters are trained in stages of their own and fixed in the run.
+
+    Args:
+        regions: K.
+        resolution: side of the training images.
+    """
+
+    needs_encoding = False
+
+    def __init__(self, regions: int, resolution: int):
+        super().__init__()
+        self.network = MaskNetwork(regions, resolution)
+        self.shape = ShapeDenoiser(regions)
+
+    def forward(
+        self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None, t: Tensor | None = None
+    ) -> MaskProposal:
+        """Propose the network's masks of images at time steps t [B]."""
+        assert t is not None
+        with torch.autocast(x_t.device.type, enabled=False):
+            return MaskProposal(self.network(x_t, t))
+
+    def segment(
+        self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None, t: Tensor | None = None
+    ) -> Tensor:
+        """Return masks [B, K, H, W]: those of :meth:`forward`, aligned with the image's borders if all t are 0."""
+        assert t is not None
+        with torch.autocast(x_t.device.type, enabled=False):
+            masks = self.network(x_t, t).softmax(1)
+            return masks if t.any() else align_with_colors(x_t.float(), masks, self.shape)
+
+    def mask_parameters(self) -> list[nn.Parameter]:
+        """Return none: the branches' training does not change the masks."""
+        return []
+
+
+def align_with_colors(images: Tensor, masks: Tensor, shape: ShapeDenoiser) -> Tensor:
+    """Return masks [B, K, H, W] of clean images [B, 3, H, W]: EM whose prior are the masks and their shapes."""
+    colors = scale_lab(images)
+    denoised = shape(fit_colors(colors, masks))
+    return fit_colors(colors, pool_masks((SHAPE_WEIGHT, denoised), (NETWORK_WEIGHT, masks)), images)
+
+
+def fit_colors(colors: Tensor, prior: Tensor, guide: Tensor | None = None) -> Tensor:
+    """Return the masks [B, K, H, W] of a mixture of the colours of each image, one Gaussian a region.
+
+    Args:
+        colors: of :func:`scale_lab`, [B, 3, H, W].
+        prior: of the regions [B, K, H, W].
+        guide: images [B, 3, H, W] whose edges the masks follow after every round (guided filter); None: none.
+    """
+
+    def follow_edges(masks: Tensor) -> Tensor:
+        assert guide is not None
+        coefficients = fit_guided_filter(guide, masks, GUIDE_RADIUS, GUIDE_EPS)
+        filtered = apply_guided_filter(coefficients, guide).clamp(1e-3, 1)
+        return filtered / filtered.sum(1, keepdim=True)
+
+    refine = None if guide is None else follow_edges
+    masks = fit_mixture(colors, share_uniformly(prior), EM_ROUNDS, refine, MIN_VARIANCE).logits.softmax(1)
+    return masks if refine is None else refine(masks)
+
+
+def pool_masks(*weighted: tuple[float, Tensor]) -> Tensor:
+    """Return the normalised product of masks [B, K, H, W], each to the power of its weight."""
+    logs = [weight * masks.clamp_min(MIN_PROBABILITY).log() for weight, masks in weighted]
+    return torch.stack(logs).sum(0).softmax(1)
+
+
+def scale_lab(images: Tensor) -> Tensor:
+    """Convert images in [-1, 1] to Lab colours of about that range, same shape."""
+    lab = signed_to_lab(images)
+    scale, offset = (lab.new_tensor(values)[:, None, None] for values in (LAB_SCALE, LAB_OFFSET))
+    return lab / scale - offset
 
 
 class MaskNetwork(nn.Module):
@@ -60,13 +139,14 @@ class MaskNetwork(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return fp32 logits [B, K, H, W] of images [B, 3, H, W] of any size at time steps [B]."""
-        height, width = x_t.shape[2:]
-        cells = [max(1, round(GRID_SIDE * side / min(height, width) / 4)) * 4 for side in (height, width)]
-        logits = self.at_grid(resize(x_t, cells[0] * self.patch, cells[1] * self.patch), t)
-        return resize(logits, height, width)
+        return resize(self.coarse_logits(x_t, t), *x_t.shape[2:])
 
-    def at_grid(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return fp32 logits [B, K, 2 h / patch, 2 w / patch] of images whose sides h and w are 4 patches or more."""
+    def coarse_logits(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return fp32 logits [B, K, h, w] with LOGITS_SIDE cells along the short side. Arguments as of forward."""
+        height, width = x_t.shape[2:]
+        # The levels halve the cells twice.
+        rows, columns = (max(1, round(GRID_SIDE * side / min(height, width) / 4)) * 4 for side in (height, width))
+        x_t = resize(x_t.float(), rows * self.patch, columns * self.patch)
         embedding = self.time(t)
         cells = F.pixel_unshuffle(x_t, self.patch)
         place = [torch.linspace(-1, 1, side, device=x_t.device, dtype=x_t.dtype) for side in cells.shape[2:]]
@@ -79,7 +159,7 @@ class MaskNetwork(nn.Module):
         h = self.middle(h, embedding)
         for i in reversed(range(len(self.up))):
             h = self.up[i](skips[i] + F.interpolate(self.project[i](h), scale_factor=2.0), embedding)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))).float(), 2)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), 2)
 
 
 def resize(x: Tensor, height: int, width: int) -> Tensor:

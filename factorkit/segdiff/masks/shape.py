@@ -47,7 +47,9 @@ class ShapeDenoiser(nn.Module):
         count = min(COMPONENTS, (len(rows) - 1) // 2)
         self.mean.copy_(mean)
         self.directions.zero_()[:count] = vectors[:, :count].mT.float()
-        self.gain.zero_()[:count] = (variances[:count] / (variances[:count] + variances[count]).clamp_min(1e-12)).float()
+        self.gain.zero_()[:count] = (
+            variances[:count] / (variances[:count] + variances[count]).clamp_min(1e-12)
+        ).float()
         return self
 
     def forward(self, masks: Tensor) -> Tensor:

@@ -68,7 +68,9 @@ class SpatialMixture(MaskProposer):
         logits = self.prior_logits[None].float()
         return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
 
-    def forward(self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None) -> MaskProposal:
+    def forward(
+        self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None, t: Tensor | None = None
+    ) -> MaskProposal:
         """Propose masks of images at any noise level.
 
         The noise is part of the colours' variance: the more there is, the more the prior decides.
@@ -83,7 +85,11 @@ def share_uniformly(masks: Tensor) -> Tensor:
 
 
 def fit_mixture(
-    x: Tensor, prior: Tensor, rounds: int, refine: Callable[[Tensor], Tensor] | None = None
+    x: Tensor,
+    prior: Tensor,
+    rounds: int,
+    refine: Callable[[Tensor], Tensor] | None = None,
+    min_variance: float = MIN_VARIANCE,
 ) -> MaskProposal:
     """Fit one Gaussian a region to the colours of each image by EM from its prior.
 
@@ -92,6 +98,7 @@ def fit_mixture(
         prior: of the regions [B, K, H, W], above 0.
         rounds: of EM.
         refine: changes the masks [B, K, H, W] after each round but the last; None does not.
+        min_variance: of a region's colours.
     """
     size = x.shape[2:]
     x = x.flatten(2).transpose(1, 2)
@@ -101,19 +108,22 @@ def fit_mixture(
         masks = logits.softmax(1)
         if number and refine is not None:
             masks = refine(masks.unflatten(2, size)).flatten(2)
-        evidence, slopes = colour_evidence(x, squares, masks)
+        evidence, slopes = colour_evidence(x, squares, masks, min_variance)
         logits = prior + evidence
     score = (logits.softmax(1)[..., None] * slopes).sum(1)
     return MaskProposal(logits.unflatten(2, size), score.transpose(1, 2).unflatten(2, size))
 
 
-def colour_evidence(x: Tensor, squares: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def colour_evidence(
+    x: Tensor, squares: Tensor, masks: Tensor, min_variance: float = MIN_VARIANCE
+) -> tuple[Tensor, Tensor]:
     """Compute log N(x; mu_k, S_k) of each pixel and region up to a constant, and its gradient in x.
 
     Args:
         x: pixels [B, P, 3].
         squares: their outer products [B, P, 9].
         masks: [B, K, P], by which mu_k and S_k are measured.
+        min_variance: added to every variance.
 
     Returns:
         [B, K, P] and [B, K, P, 3].
@@ -124,7 +134,7 @@ def colour_evidence(x: Tensor, squares: Tensor, masks: Tensor) -> tuple[Tensor, 
     eye, area = torch.eye(3, device=x.device), area[..., None]
     covariance = (covariance * area + PSEUDO_PIXELS * PSEUDO_VARIANCE * eye) / (
         area + PSEUDO_PIXELS
-    ) + MIN_VARIANCE * eye
+    ) + min_variance * eye
     inverse, determinant = invert(covariance)
     away = x[:, None] - mean[:, :, None]
     slopes = -away @ inverse

@@ -181,7 +181,7 @@ def test_config_mixture_with_mask_generator_settings_raises(changes):
 
 
 def test_config_unknown_masks_raise():
-    with pytest.raises(ConfigError, match="choose one of network, mixture"):
+    with pytest.raises(ConfigError, match="choose one of auto, network, mixture"):
         preset_config(None, **TINY, masks="colours").resolved()
 
 
