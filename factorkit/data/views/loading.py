@@ -217,13 +217,16 @@ def mask_reader(path: Path) -> Callable[[], np.ndarray]:
     return lambda: to_opacity(FileSource(path.parent, [path.name]).decode(0), path.name, upright=False)
 
 
-def loss_mask_reader(path: Path) -> Callable[[], np.ndarray]:
-    """Return a function for `LazyView.read_loss_mask`, for stored pixels: as in nerfstudio, all but 0 is scored."""
+def loss_mask_reader(path: Path, is_inverted: bool = False) -> Callable[[], np.ndarray]:
+    """Return a function for `LazyView.read_loss_mask`, for stored pixels: as in nerfstudio, all but 0 is scored.
+
+    Inverted, 0 alone is scored, as in instant-ngp's masks of moving parts.
+    """
 
     def read() -> np.ndarray:
         image = FileSource(path.parent, [path.name]).decode(0)
         threshold = JPEG_LOSS_MASK_THRESHOLD if image.format == "JPEG" else 0
-        return (to_opacity(image, path.name, upright=False) > threshold).astype(np.float32)
+        return ((to_opacity(image, path.name, upright=False) > threshold) != is_inverted).astype(np.float32)
 
     return read
 
