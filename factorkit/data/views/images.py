@@ -74,7 +74,7 @@ def read_video(
 
 
 def _read_float(images: Source, index: int) -> np.ndarray:
-    return to_float(images.decode(index), images.names[index])
+    return to_float(images.decode(index), images.names[index], depths=images.depths)
 
 
 def _read_opacity(masks: Source, index: int) -> np.ndarray:
