@@ -54,7 +54,8 @@ class Interpolate(OutputCommand):
         from PIL import Image
 
         from factorkit.data.open import open_source
-        from factorkit.segdiff.previews import draw_interpolation_grid, make_label_image
+        from factorkit.report.image_grid import make_label_image
+        from factorkit.segdiff.previews import draw_interpolation_grid
         from factorkit.segdiff.run import SegdiffRun
         from factorkit.utils.images import images_to_pixels
 
@@ -160,7 +161,8 @@ class Recompose(OutputCommand):
         from PIL import Image
 
         from factorkit.data.open import open_source
-        from factorkit.segdiff.previews import draw_recomposition_grid, make_label_image
+        from factorkit.report.image_grid import make_label_image
+        from factorkit.segdiff.previews import draw_recomposition_grid
         from factorkit.segdiff.run import SegdiffRun
         from factorkit.utils.images import images_to_pixels
 

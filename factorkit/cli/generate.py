@@ -93,7 +93,7 @@ def write_generated(
     import numpy as np
     from PIL import Image
 
-    from factorkit.report.image_grid import draw_image_grid
+    from factorkit.report.image_grid import draw_image_grid, make_label_image, make_mask_image
     from factorkit.segdiff import previews
     from factorkit.utils.images import images_to_pixels
     from factorkit.utils.output_record import OutputRecord
@@ -105,8 +105,8 @@ def write_generated(
         stem = f"generated_{i:04d}"
         files[f"{stem}.png"] = Image.fromarray(image)
         if has_regions:
-            files[f"{stem}_labels.png"] = previews.make_label_image(labels[i])
-            files |= {f"{stem}_mask_{k}.png": previews.make_mask_image(mask) for k, mask in enumerate(masks[i])}
+            files[f"{stem}_labels.png"] = make_label_image(labels[i])
+            files |= {f"{stem}_mask_{k}.png": make_mask_image(mask) for k, mask in enumerate(masks[i])}
     data: dict[str, Any] = {"out": str(out), "generated": len(images), "contact_sheet": str(out / "contact_sheet.png")}
     if generation.classes is not None:
         grid = previews.draw_class_grid(images, masks, generation.classes)

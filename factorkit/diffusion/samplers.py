@@ -11,8 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from factorkit.diffusion.denoiser import Denoiser
-from factorkit.diffusion.objective import check_objective, to_x0
-from factorkit.diffusion.schedule import Schedule
+from factorkit.diffusion.schedule import Schedule, check_objective, to_x0
 from factorkit.utils.errors import ConfigError
 
 SAMPLERS = ("ddpm", "ddim", "heun", "dpm++")

@@ -11,9 +11,9 @@ from torch import Tensor
 from factorkit.data.views.views import Views
 from factorkit.metrics.image import SSIM_WINDOW, lpips, psnr, ssim
 from factorkit.metrics.pose import PoseErrors, is_mirrored, pose_errors
-from factorkit.nerfdiff.cameras.registration import register_scene
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.scene import match_camera, mean_squared_error
+from factorkit.nerfdiff.stages.registration import register_scene
 from factorkit.nerfdiff.training_views import load_views
 from factorkit.utils.errors import ConfigError, DataError
 

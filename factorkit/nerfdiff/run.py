@@ -21,7 +21,6 @@ from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import resolve_device
 from factorkit.engine.run_folder import check_plausible, identify_run, read_object, read_weights, write_json
 from factorkit.nerfdiff.build import build_model
-from factorkit.nerfdiff.cameras.localise import refine_poses, select_best_poses
 from factorkit.nerfdiff.cameras.paths import camera_path
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.evaluate import evaluate
@@ -30,6 +29,7 @@ from factorkit.nerfdiff.fields.build import restore_field
 from factorkit.nerfdiff.network import CameraPrediction, NerfdiffModel, to_radiance, to_signal
 from factorkit.nerfdiff.rays import CameraModel, render_views, same_aspect_ratio
 from factorkit.nerfdiff.scene import match_camera
+from factorkit.nerfdiff.stages.localise import refine_poses, select_best_poses
 from factorkit.nerfdiff.training_views import check_scene_description, load_views
 from factorkit.utils import distributed
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
@@ -377,7 +377,7 @@ class NerfdiffRun:
 
         True and predicted coordinates are aligned by one similarity, over the training views if their true poses are
         known (training never uses them), else over the encoder's poses of ``views``. For renders at the true poses it
-        is refined on the training images (:func:`factorkit.nerfdiff.cameras.registration.register_scene`).
+        is refined on the training images (:func:`factorkit.nerfdiff.stages.registration.register_scene`).
 
         Args:
             views: usually held out from training.

@@ -1,4 +1,7 @@
-"""Grids of images with captions."""
+"""Grids of images with captions, and images of regions: label images and overlays.
+
+A region has the same colour in every image, and in the curves of the report.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from factorkit.utils.images import unit_to_uint8
 
 # A text, or a text and the colour of a swatch drawn before it.
 Caption = str | tuple[str, Sequence[int]]
@@ -120,3 +125,51 @@ def palette(k: int) -> np.ndarray:
         r, g, b = colorsys.hls_to_rgb(i * 0.618034 % 1.0, (0.35, 0.55, 0.75)[i % 3], 0.6)
         colors.append((round(255 * r), round(255 * g), round(255 * b)))
     return np.array(colors, dtype=np.uint8).reshape(k, 3)
+
+
+def make_label_image(labels: np.ndarray) -> Image.Image:
+    """Make a palette image whose pixels are the labels, integers [H, W] in 0..255."""
+    labels = np.asarray(labels)
+    if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
+        raise ValueError(f"a palette image holds labels 0..255, these run from {labels.min()} to {labels.max()}")
+    image = Image.fromarray(labels.astype(np.uint8)).convert("P")
+    image.putpalette(palette(256).tobytes())
+    return image
+
+
+def make_mask_image(mask: np.ndarray) -> Image.Image:
+    """Make a grey image ("L") of a soft mask, float [H, W] in [0, 1]: 0 is black, 1 is white."""
+    return Image.fromarray(unit_to_uint8(mask))
+
+
+def overlay_regions(image: np.ndarray, labels: np.ndarray, alpha: float = 0.5) -> np.ndarray:
+    """Tint an image by region, with white lines, one pixel wide, where regions meet.
+
+    A pixel is on a line if its right or its lower neighbour belongs to another region.
+
+    Args:
+        image: uint8 [H, W, 3].
+        labels: integers [H, W].
+        alpha: opacity of the tint, in [0, 1].
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    image, labels = np.asarray(image), np.asarray(labels)
+    tinted = np.round((1 - alpha) * image + alpha * color_labels(labels)).astype(np.uint8)
+    line = np.zeros(labels.shape, dtype=bool)
+    line[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    line[:-1] |= labels[:-1] != labels[1:]
+    tinted[line] = 255
+    return tinted
+
+
+def overlay_enlarged(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Overlay for a grid: small images are enlarged first, so that the lines are thin compared with their pixels."""
+    factor = -(-MIN_CELL_SIZE // max(labels.shape))
+    return overlay_regions(enlarge(image, factor), enlarge(labels, factor), alpha=0.45)
+
+
+def color_labels(labels: np.ndarray) -> np.ndarray:
+    """Return the colours of labels, integers from 0: uint8 [..., 3]."""
+    return palette(int(labels.max(initial=0)) + 1)[labels]

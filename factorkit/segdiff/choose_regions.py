@@ -23,10 +23,11 @@ from factorkit.engine.config import cpu_threads, resolve_device
 from factorkit.engine.run_folder import claimed, write_json
 from factorkit.engine.step import StepLoss
 from factorkit.engine.trainer import Trainer
-from factorkit.segdiff import previews
+from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
+from factorkit.segdiff.inference.segment import add_noise
 from factorkit.segdiff.masks.mixture import SpatialMixture, noise_error, unexplained_noise
-from factorkit.segdiff.task import NUM_PROBES, SegdiffTask, add_noise
+from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
 from factorkit.segdiff.train import DATA_NAME, describe_data, load_data
 from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import ConfigError, DataError
@@ -209,6 +210,6 @@ def draw_comparison(
     for model in models:
         with torch.no_grad():
             labels = model(x_t).logits.argmax(1).cpu().numpy()
-        rows.append([previews.overlay_enlarged(image, label) for image, label in zip(pixels, labels, strict=True)])
+        rows.append([overlay_enlarged(image, label) for image, label in zip(pixels, labels, strict=True)])
     captions = ["images", *(f"K = {k}{', chosen' * (k == regions)}" for k in candidates)]
-    return previews.draw_image_grid(rows, None, captions)
+    return draw_image_grid(rows, None, captions)

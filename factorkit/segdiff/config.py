@@ -10,12 +10,11 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import Suppress, arg
 
-from factorkit.diffusion.objective import check_objective
-from factorkit.diffusion.schedule import Schedule
+from factorkit.diffusion.schedule import Schedule, check_objective
 from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig
 from factorkit.engine.migration import register_renamed_settings
 from factorkit.ops.norm import NORMS
-from factorkit.segdiff.hierarchy import HierarchicalUNet, SegdiffModel, check_nesting, nesting_of
+from factorkit.segdiff.hierarchy import HierarchicalUNet, SegdiffModel, check_nesting
 from factorkit.segdiff.network import FactorizedUNet, check_architecture
 from factorkit.utils.errors import ConfigError, did_you_mean
 
@@ -126,7 +125,7 @@ class SegdiffConfig(EngineConfig):
     @property
     def nesting(self) -> tuple[int, ...]:
         """Number of regions into which each level splits, the coarsest first."""
-        return nesting_of(self.regions)
+        return (self.regions,) if isinstance(self.regions, int) else tuple(self.regions)
 
     @property
     def num_leaf_regions(self) -> int:

@@ -16,7 +16,7 @@ from factorkit.metrics.baselines import score_baselines
 from factorkit.metrics.class_matching import nested_accuracy
 from factorkit.metrics.segmentation import evaluate_masks
 from factorkit.segdiff.config import ResolvedSegdiffConfig
-from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
+from factorkit.segdiff.inference.segment import hard_labels, level_labels, scored_level
 from factorkit.utils import distributed
 from factorkit.utils.errors import DataError
 from factorkit.utils.images import pixels_to_signed
@@ -86,7 +86,7 @@ def score_foreground_regions(
     """Score labels [N, R, R] of the deepest level by :func:`~factorkit.metrics.segmentation.evaluate_masks`.
 
     In a hierarchy one level is scored, which ``level`` names: the deepest with few enough regions to map
-    (:func:`~factorkit.segdiff.hierarchy.scored_level`).
+    (:func:`~factorkit.segdiff.inference.segment.scored_level`).
     """
     level, count = scored_level(nesting)
     labels = level_labels(labels, nesting, level)

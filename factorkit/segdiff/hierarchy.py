@@ -16,18 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from factorkit.diffusion.denoiser import Denoised, Denoiser
-from factorkit.metrics.segmentation import MAX_REGIONS
 from factorkit.segdiff.network import FactorizedUNet, Regions
 from factorkit.utils.errors import ConfigError
-
-Labels = TypeVar("Labels", Tensor, np.ndarray)
 
 
 class HierarchicalUNet(Denoiser):
@@ -123,51 +119,3 @@ def check_nesting(regions: Sequence[int], decoding: str, masks: str) -> None:
         raise ConfigError("decoding='concat' has a single branch to nest in; give one number of regions")
     if masks == "mixture":
         raise ConfigError("masks='mixture' measures whole images, not parts of them; give one number of regions")
-
-
-def nesting_of(regions: int | Sequence[int]) -> tuple[int, ...]:
-    """Return the number of regions of each level, the coarsest first."""
-    return (regions,) if isinstance(regions, int) else tuple(regions)
-
-
-def level_masks(masks: Tensor, regions: int | Sequence[int], level: int) -> Tensor:
-    """Sum masks [..., K, H, W] of the deepest level to those of ``level`` (1 is the coarsest).
-
-    Raises:
-        ConfigError: there is no such level.
-    """
-    nesting = nesting_of(regions)
-    if not 1 <= level <= len(nesting):
-        raise ConfigError(f"level={level}: this model has levels 1 to {len(nesting)}")
-    return masks.unflatten(-3, (math.prod(nesting[:level]), -1)).sum(-3)
-
-
-def hard_labels(masks: Tensor, regions: int | Sequence[int]) -> Tensor:
-    """Return the region of each pixel, int64 [..., H, W], of masks [..., K, H, W] of the deepest level.
-
-    Level by level: first the most probable coarse region, then the most probable of its parts, so that a pixel's
-    label divided by the number of parts is its coarser label. For one level this is the argmax.
-    """
-    nesting = nesting_of(regions)
-    labels = torch.zeros_like(masks.select(-3, 0), dtype=torch.int64)
-    for level, count in enumerate(nesting, start=1):
-        families = level_masks(masks, nesting, level).unflatten(-3, (-1, count))
-        best = families.argmax(-3)  # of each family [..., families, H, W]
-        labels = labels * count + best.gather(-3, labels.unsqueeze(-3)).squeeze(-3)
-    return labels
-
-
-def scored_level(regions: int | Sequence[int]) -> tuple[int, int]:
-    """Return the deepest level whose regions can be mapped to foreground, and their number; level 1 if none can.
-
-    All subsets of them are tried, so :data:`~factorkit.metrics.segmentation.MAX_REGIONS` is the limit.
-    """
-    nesting = nesting_of(regions)
-    fitting = [n for n in range(1, len(nesting) + 1) if math.prod(nesting[:n]) <= MAX_REGIONS]
-    level = max(fitting, default=1)
-    return level, math.prod(nesting[:level])
-
-
-def level_labels(labels: Labels, regions: int | Sequence[int], level: int) -> Labels:
-    """Convert labels of the deepest level to those of ``level`` (1 is the coarsest); same shape."""
-    return labels // math.prod(nesting_of(regions)[level:])

@@ -1,4 +1,4 @@
-"""Images of masks: label images, overlays, and the image grids that show the state of a run.
+"""Image grids that show the state of a run: its regions, generated images, branches and edits.
 
 Images are uint8 [H, W, 3] in RGB, masks float in [0, 1], labels integers from 0. A region has the same colour in every
 image, and in the curves of the report.
@@ -11,68 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from factorkit.report.image_grid import MIN_CELL_SIZE, PAPER_COLOR, Caption, draw_image_grid, enlarge, palette
+from factorkit.report.image_grid import PAPER_COLOR, Caption, color_labels, draw_image_grid, overlay_enlarged, palette
 from factorkit.utils.images import unit_to_uint8
-
-__all__ = [
-    "build_sequence_rows",
-    "draw_branch_grid",
-    "draw_class_grid",
-    "draw_generation_grid",
-    "draw_image_grid",
-    "draw_interpolation_grid",
-    "draw_recomposition_grid",
-    "draw_segmentation_grid",
-    "draw_trajectory_grid",
-    "make_label_image",
-    "make_mask_image",
-    "overlay_enlarged",
-    "overlay_regions",
-    "palette",
-]
-
-
-def make_label_image(labels: np.ndarray) -> Image.Image:
-    """Make a palette image whose pixels are the labels, integers [H, W] in 0..255."""
-    labels = np.asarray(labels)
-    if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
-        raise ValueError(f"a palette image holds labels 0..255, these run from {labels.min()} to {labels.max()}")
-    image = Image.fromarray(labels.astype(np.uint8)).convert("P")
-    image.putpalette(palette(256).tobytes())
-    return image
-
-
-def make_mask_image(mask: np.ndarray) -> Image.Image:
-    """Make a grey image ("L") of a soft mask, float [H, W] in [0, 1]: 0 is black, 1 is white."""
-    return Image.fromarray(unit_to_uint8(mask))
-
-
-def overlay_regions(image: np.ndarray, labels: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-    """Tint an image by region, with white lines, one pixel wide, where regions meet.
-
-    A pixel is on a line if its right or its lower neighbour belongs to another region.
-
-    Args:
-        image: uint8 [H, W, 3].
-        labels: integers [H, W].
-        alpha: opacity of the tint, in [0, 1].
-
-    Returns:
-        uint8 [H, W, 3].
-    """
-    image, labels = np.asarray(image), np.asarray(labels)
-    tinted = np.round((1 - alpha) * image + alpha * _color(labels)).astype(np.uint8)
-    line = np.zeros(labels.shape, dtype=bool)
-    line[:, :-1] |= labels[:, :-1] != labels[:, 1:]
-    line[:-1] |= labels[:-1] != labels[1:]
-    tinted[line] = 255
-    return tinted
-
-
-def overlay_enlarged(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Overlay for a grid: small images are enlarged first, so that the lines are thin compared with their pixels."""
-    factor = -(-MIN_CELL_SIZE // max(labels.shape))
-    return overlay_regions(enlarge(image, factor), enlarge(labels, factor), alpha=0.45)
 
 
 def draw_segmentation_grid(
@@ -244,13 +184,9 @@ def build_sequence_rows(
         rows.append(list(sequence))
         captions.append(f"{name} {n}")
         if labels is not None:
-            rows.append([_color(label) for label in labels[n]])
+            rows.append([color_labels(label) for label in labels[n]])
             captions.append("regions")
     return rows, captions
-
-
-def _color(labels: np.ndarray) -> np.ndarray:
-    return palette(int(labels.max(initial=0)) + 1)[labels]
 
 
 def _on_paper(image: np.ndarray, opacity: np.ndarray) -> np.ndarray:

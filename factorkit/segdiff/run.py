@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,18 +13,18 @@ import torch
 
 from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import resolve_device
-from factorkit.engine.run_folder import identify_run, read_object, write_json
+from factorkit.engine.run_folder import check_plausible, identify_run, read_object, read_weights, write_json
 from factorkit.segdiff.class_labels import select_labels
-from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig
 from factorkit.segdiff.editing.editor import Editor
 from factorkit.segdiff.evaluate import score_labelled_images, share_images
-from factorkit.segdiff.hierarchy import SegdiffModel, hard_labels
+from factorkit.segdiff.hierarchy import SegdiffModel
+from factorkit.segdiff.inference.segment import hard_labels
 from factorkit.segdiff.inference.segmenter import Segmenter
 from factorkit.segdiff.inference.zero_shot import score_zero_shot
-from factorkit.segdiff.loaded_model import load_model
 from factorkit.segdiff.sampling import Frame, Generation, draw_images
 from factorkit.utils import distributed
-from factorkit.utils.errors import ConfigError
+from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.images import signed_to_unit
 from factorkit.utils.output_record import writing_file
 
@@ -279,3 +281,33 @@ class SegdiffRun(Segmenter, Editor):
     def _require_regions(self) -> None:
         if self.config.num_leaf_regions == 1:
             raise ConfigError("this run was trained with regions=1, the plain DDPM: it has no regions to score")
+
+
+def load_model(path: Path, weights: str | float) -> tuple[ResolvedSegdiffConfig, SegdiffModel, int]:
+    """Load settings, model and step; nothing is allocated before the settings are known to be plausible.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or not a segdiff model.
+        ConfigError: unknown ``weights``.
+    """
+    tensors, meta = read_weights(path, "segdiff", weights)
+    fields = {f.name for f in dataclasses.fields(SegdiffConfig)}
+    try:
+        config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields}).resolved()
+        check_plausible(
+            path,
+            tensors,
+            blocks=config.num_res_blocks,
+            levels=len(config.channel_mult),
+            regions=math.prod(config.nesting),
+            channels=config.model_channels * max(config.channel_mult),
+        )
+        with torch.device("meta"):
+            model = config.build()
+        model.load_state_dict(tensors, assign=True)
+        step = int(meta["step"])
+    except (ConfigError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the weights in {path} do not match the model of its settings: {error}") from error
+    return config, model, step

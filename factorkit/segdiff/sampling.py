@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from factorkit.diffusion.denoiser import Denoiser, GuidedDenoiser
-from factorkit.diffusion.objective import to_x0
 from factorkit.diffusion.samplers import Samples, SamplingStep, sample
-from factorkit.diffusion.schedule import Schedule
+from factorkit.diffusion.schedule import Schedule, to_x0
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.network import Regions
 from factorkit.utils.errors import ConfigError

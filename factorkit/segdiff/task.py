@@ -10,19 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from factorkit.diffusion.objective import (
+from factorkit.diffusion.schedule import (
     coarse_to_fine_power,
     denoising_loss,
     loss_weight,
     min_snr_weight,
     training_target,
 )
-from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.segdiff import previews
 from factorkit.segdiff.alarms import Alarms, measure_alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig
-from factorkit.segdiff.hierarchy import hard_labels, level_labels
+from factorkit.segdiff.inference.segment import add_noise, hard_labels, level_labels, predict_masks
 from factorkit.segdiff.masks.mixture import SpatialMixture, noise_error, unexplained_noise
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import draw_images, estimate_branches
@@ -33,7 +32,6 @@ from factorkit.utils.rng import BatchDraw, derived_seed
 NUM_PROBES = 96  # images the alarms are measured on; by chance the position share of N independent masks is 1/N
 NUM_PREVIEW_IMAGES = 8
 NUM_PREVIEW_STEPS = 25  # denoising steps of the generated images
-MASK_BATCH_SIZE = 32  # images of the training resolution that are segmented at once
 
 
 class SegdiffTask:
@@ -178,33 +176,3 @@ def move_if_it_fits(images: np.ndarray, device: torch.device) -> Tensor | np.nda
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 3:
         return torch.from_numpy(np.array(images)).to(device)
     return images
-
-
-def add_noise(images: Tensor, t: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Return ``images`` [B, 3, H, W] at time step t, and t as [B]; the noise depends on t and their shape alone."""
-    generator = torch.Generator().manual_seed(derived_seed("segment", t))
-    # The same noise for all images: the masks of an image must not depend on its place in the batch.
-    eps = torch.randn(images.shape[1:], generator=generator).to(images.device).expand_as(images)
-    times = torch.full((len(images),), t, dtype=torch.int64, device=images.device)
-    return schedule.noise(images, eps, times), times
-
-
-@torch.no_grad()
-def predict_masks(model: nn.Module, images: Tensor, t: int, schedule: Schedule, label: int | None = None) -> Tensor:
-    """Return the masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]; no decoder is run.
-
-    Args:
-        model: a :class:`~factorkit.segdiff.network.FactorizedUNet` or a hierarchy of them.
-        images: of any size that the model can halve.
-        t: time step of the noise.
-        schedule: of the noise.
-        label: the class the model is conditioned on; None: no class.
-    """
-    network = cast(FactorizedUNet, model)
-    batch = max(1, MASK_BATCH_SIZE * network.resolution**2 // (images.shape[2] * images.shape[3]))
-    parts = []
-    for part in images.split(batch):
-        x_t, times = add_noise(part.to(schedule.device), t, schedule)
-        labels = () if label is None else (torch.full_like(times, label),)
-        parts.append(network.segment(x_t, times, *labels).float().cpu())
-    return torch.cat(parts)

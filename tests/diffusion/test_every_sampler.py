@@ -8,9 +8,8 @@ import math
 import pytest
 import torch
 
-from factorkit.diffusion.objective import PREDICTIONS
 from factorkit.diffusion.samplers import SAMPLERS, count_evaluations, evenly_spaced_times, snr_spaced_times
-from factorkit.diffusion.schedule import SCHEDULES, Schedule
+from factorkit.diffusion.schedule import PREDICTIONS, SCHEDULES, Schedule
 from factorkit.utils.errors import ConfigError
 from tests.diffusion.closed_forms import Gaussian, TwoPoints, draw, moments
 

@@ -11,12 +11,12 @@ from PIL import Image
 import factorkit
 from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.metrics.pose import rotation_errors_degrees
-from factorkit.nerfdiff.cameras.localise import refine_poses, select_best_poses
 from factorkit.nerfdiff.cameras.poses import direction_vectors, orbit_poses
 from factorkit.nerfdiff.export.frames import write_frames
 from factorkit.nerfdiff.fields.grid import GridField
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import render_views
+from factorkit.nerfdiff.stages.localise import refine_poses, select_best_poses
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
 

@@ -14,7 +14,8 @@ from factorkit.cli.evaluate import format_scores
 from factorkit.data.procedural.rooms import draw_rooms
 from factorkit.diffusion.denoiser import Denoised
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.hierarchy import HierarchicalUNet, hard_labels, level_labels, level_masks, scored_level
+from factorkit.segdiff.hierarchy import HierarchicalUNet
+from factorkit.segdiff.inference.segment import hard_labels, level_labels, level_masks, scored_level
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.verdict import write_report
@@ -116,7 +117,7 @@ def test_third_level_receives_regions_of_both_levels_above(make_batch):
 def test_hard_labels_are_chosen_level_by_level():
     # Region 0 has three equal parts, region 1 one larger part but a smaller sum.
     masks = torch.tensor([0.2, 0.2, 0.2, 0.38, 0.01, 0.01]).view(6, 1, 1)
-    assert hard_labels(masks, 6).item() == 3
+    assert hard_labels(masks, (6,)).item() == 3
     assert hard_labels(masks, (2, 3)).item() == 0, "region 0 is chosen first, then its part"
     assert hard_labels(masks, (3, 2)).item() == 3
     torch.testing.assert_close(level_masks(masks, (2, 3), 1).flatten(), torch.tensor([0.6, 0.4]))
@@ -183,7 +184,7 @@ def test_three_levels_train_segment_and_evaluate(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("regions", "level"), [(3, (1, 3)), ((3, 4), (2, 12)), ((4, 4), (1, 4)), ((3, 3, 3), (2, 9)), ((13, 2), (1, 13))]
+    ("regions", "level"), [((3,), (1, 3)), ((3, 4), (2, 12)), ((4, 4), (1, 4)), ((3, 3, 3), (2, 9)), ((13, 2), (1, 13))]
 )
 def test_scored_level_is_the_finest_with_few_regions(regions, level):
     assert scored_level(regions) == level

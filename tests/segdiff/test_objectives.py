@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import factorkit
-from factorkit.diffusion.objective import to_x0
 from factorkit.diffusion.samplers import SAMPLERS
-from factorkit.diffusion.schedule import Schedule
+from factorkit.diffusion.schedule import Schedule, to_x0
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.errors import ConfigError

@@ -3,15 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from factorkit.segdiff.previews import (
-    draw_generation_grid,
-    draw_segmentation_grid,
-    draw_trajectory_grid,
-    make_label_image,
-    make_mask_image,
-    overlay_regions,
-    palette,
-)
+from factorkit.report.image_grid import make_label_image, make_mask_image, overlay_regions, palette
+from factorkit.segdiff.previews import draw_generation_grid, draw_segmentation_grid, draw_trajectory_grid
 
 RED, GREEN, BLUE = (np.full((32, 32, 3), color, np.uint8) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
 LINE = 18  # height of a line of captions

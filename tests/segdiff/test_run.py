@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 import factorkit
 from factorkit.data.procedural.flowers import draw_flowers
 from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.inference.segment import add_noise
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.sampling import draw_images
-from factorkit.segdiff.task import add_noise
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.images import pixels_to_signed
 

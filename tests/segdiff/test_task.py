@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.segdiff import task as task_module
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.task import NUM_PROBES, SegdiffTask, add_noise, predict_masks
+from factorkit.segdiff.inference.segment import add_noise, predict_masks
+from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
 
@@ -198,5 +198,5 @@ def test_predict_masks_in_batches_equals_the_whole(monkeypatch):
     task.model.eval()
     whole = predict_masks(task.model, images, 30, task.schedule)
     assert whole.shape == (5, 3, 8, 8) and whole.dtype == torch.float32
-    monkeypatch.setattr(task_module, "MASK_BATCH_SIZE", 2)
+    monkeypatch.setattr("factorkit.segdiff.inference.segment.MASK_BATCH_SIZE", 2)
     torch.testing.assert_close(predict_masks(task.model, images, 30, task.schedule), whole)

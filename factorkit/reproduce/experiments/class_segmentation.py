@@ -14,7 +14,7 @@ from factorkit.data.masks import load_labelled
 from factorkit.data.prepare import prepare
 from factorkit.metrics.class_matching import IGNORE_LABEL, count_overlaps, match_classes, score_classes
 from factorkit.metrics.segmentation import MAX_REGIONS
-from factorkit.report.image_grid import draw_image_grid
+from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.reproduce.experiment import (
     SHARED_TRAINING_DURATION,
     CellResult,
@@ -29,7 +29,6 @@ from factorkit.reproduce.experiment import (
 from factorkit.reproduce.segdiff_runs import GRID_IMAGES, HeldOutImages, Trainings, predict_regions
 from factorkit.segdiff.baselines.datasetddpm import DatasetDDPM
 from factorkit.segdiff.baselines.supervised import ClassUNet, predict_classes, train_supervised
-from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import ConfigError
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from factorkit.metrics.class_matching import count_overlaps, score_classes
-from factorkit.report.image_grid import draw_image_grid
+from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.reproduce.experiment import CellResult, Citation, Column, Experiment, Row, RowArrays, Setup, percent
 from factorkit.reproduce.experiments.class_segmentation import (
     NUM_CLUSTERS,
@@ -20,7 +20,6 @@ from factorkit.reproduce.experiments.class_segmentation import (
 from factorkit.reproduce.generation import DISTANCE, FID, NOTE, count_multiply_adds, fid, generate, random_distance
 from factorkit.reproduce.segdiff_runs import GRID_IMAGES, Trainings, predict_regions
 from factorkit.segdiff.baselines.supervised import predict_classes
-from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.images import images_to_pixels
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from factorkit.reproduce.experiment import SHARED_TRAINING_DURATION, CellResult, CellUnavailableError, Experiment, Row
 from factorkit.reproduce.segdiff_runs import Trainings
-from factorkit.segdiff.hierarchy import hard_labels
+from factorkit.segdiff.inference.segment import hard_labels
 from factorkit.segdiff.previews import (
     draw_branch_grid,
     draw_generation_grid,

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from factorkit.data.datasets import make_procedural_dataset
 from factorkit.data.masks import load_labelled
-from factorkit.report.image_grid import draw_image_grid
+from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.reproduce.experiment import CellResult, Experiment, Row, Setup, percent
 from factorkit.reproduce.segdiff_runs import Trainings
-from factorkit.segdiff.hierarchy import level_labels
-from factorkit.segdiff.previews import overlay_enlarged
+from factorkit.segdiff.inference.segment import level_labels
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import unit_to_uint8
 

@@ -8,11 +8,10 @@ from functools import partial
 import numpy as np
 
 from factorkit.data.video import open_video
-from factorkit.report.image_grid import draw_image_grid
+from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.reproduce.experiment import CellResult, Column, Experiment, Row, Setup, percent
 from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.inference.video import segment_frames
-from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.utils.errors import DataError
 
 PAN_FRAMES = 60  # of the procedural video

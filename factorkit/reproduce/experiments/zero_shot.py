@@ -17,7 +17,7 @@ from PIL import Image
 from factorkit.data.datasets import open_dataset
 from factorkit.data.layouts import voc2012
 from factorkit.data.masks import LabelledImages, load_labelled
-from factorkit.report.image_grid import draw_image_grid
+from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.reproduce.experiment import (
     CellResult,
     CellUnavailableError,
@@ -29,9 +29,8 @@ from factorkit.reproduce.experiment import (
     percent,
 )
 from factorkit.reproduce.segdiff_runs import Trainings
-from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
+from factorkit.segdiff.inference.segment import hard_labels, level_labels, scored_level
 from factorkit.segdiff.inference.zero_shot import images_with_label
-from factorkit.segdiff.previews import overlay_enlarged
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.images import pixels_to_signed
 

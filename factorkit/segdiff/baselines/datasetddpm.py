@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.nn.unet import Decoder, Level, ResBlock
+from factorkit.segdiff.inference.segment import add_noise
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.segdiff.task import add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
 

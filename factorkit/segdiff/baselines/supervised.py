@@ -17,10 +17,10 @@ from factorkit.engine.step import StepLoss
 from factorkit.engine.trainer import Trainer
 from factorkit.metrics.class_matching import IGNORE_LABEL
 from factorkit.nn.unet import Decoder, Encoder, Middle, TimeEmbedding
-from factorkit.report.image_grid import draw_image_grid
+from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.segdiff.config import ResolvedSegdiffConfig
-from factorkit.segdiff.previews import overlay_enlarged
-from factorkit.segdiff.task import MASK_BATCH_SIZE, move_if_it_fits
+from factorkit.segdiff.inference.segment import MASK_BATCH_SIZE
+from factorkit.segdiff.task import move_if_it_fits
 from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import DataError
 from factorkit.utils.images import pixels_to_signed

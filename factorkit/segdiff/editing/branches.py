@@ -7,12 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from factorkit.diffusion.objective import to_x0
-from factorkit.diffusion.schedule import Schedule
+from factorkit.diffusion.schedule import Schedule, to_x0
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel
+from factorkit.segdiff.inference.segment import add_noise
 from factorkit.segdiff.sampling import SAMPLE_BATCH_SIZE, estimate_branches
-from factorkit.segdiff.task import add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import signed_to_unit
 

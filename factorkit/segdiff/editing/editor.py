@@ -7,7 +7,7 @@ from typing import Any
 from factorkit.segdiff.editing.branches import Branches, decompose_images
 from factorkit.segdiff.editing.interpolate import Interpolation, interpolate_images
 from factorkit.segdiff.editing.recompose import Recomposition, recompose_images
-from factorkit.segdiff.loaded_model import LoadedModel
+from factorkit.segdiff.inference.segmenter import LoadedModel
 from factorkit.segdiff.sampling import check_edit_time
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from factorkit.diffusion.samplers import sample
 from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import ResolvedSegdiffConfig
-from factorkit.segdiff.hierarchy import SegdiffModel, hard_labels
+from factorkit.segdiff.hierarchy import SegdiffModel
+from factorkit.segdiff.inference.segment import hard_labels
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import signed_to_unit
 from factorkit.utils.rng import derived_seed

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorkit.diffusion.denoiser import Denoised, Denoiser
-from factorkit.diffusion.objective import to_x0
 from factorkit.diffusion.samplers import sample
-from factorkit.diffusion.schedule import Schedule
+from factorkit.diffusion.schedule import Schedule, to_x0
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.editing.interpolate import pair_images
-from factorkit.segdiff.hierarchy import SegdiffModel, hard_labels
+from factorkit.segdiff.hierarchy import SegdiffModel
+from factorkit.segdiff.inference.segment import hard_labels, predict_masks
 from factorkit.segdiff.sampling import SAMPLE_BATCH_SIZE, check_edit_time, estimate_branches, num_trained_times
-from factorkit.segdiff.task import predict_masks
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import signed_to_unit
 from factorkit.utils.rng import derived_seed

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from factorkit.data.files import escape_name, format_examples
 from factorkit.data.sources import Source
 from factorkit.engine.run_folder import locked
-from factorkit.segdiff import previews
+from factorkit.report.image_grid import Caption, draw_image_grid, overlay_regions, palette
 from factorkit.segdiff.config import ResolvedSegdiffConfig
-from factorkit.segdiff.hierarchy import SegdiffModel, hard_labels
+from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.coco_rle import make_annotations
 from factorkit.segdiff.inference.outputs import (
     ANNOTATIONS,
@@ -44,6 +44,7 @@ from factorkit.segdiff.inference.outputs import (
 from factorkit.segdiff.inference.segment import (
     PreparedImage,
     describe_out_of_memory,
+    hard_labels,
     predict_tiled,
     prepare_image,
     upsample_masks,
@@ -382,11 +383,11 @@ class _FolderJob:
 
     def _write_contact_sheet(self) -> None:
         order = sorted(self.sheet_rows)
-        colors = previews.palette(self.config.num_leaf_regions)
-        columns: list[previews.Caption] = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
+        colors = palette(self.config.num_leaf_regions)
+        columns: list[Caption] = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
         captions = [escape_name(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
         rows = [self.sheet_rows[i] for i in order]
-        grid = previews.draw_image_grid(rows, columns, captions, cell=CONTACT_SHEET_CELL)
+        grid = draw_image_grid(rows, columns, captions, cell=CONTACT_SHEET_CELL)
         self.record.write({self.sheet_name: grid.save}, self.sheet_source, stem=self.contact_sheet.stem)
 
 
@@ -405,4 +406,4 @@ def _draw_sheet_row(image: Image.Image, masks: np.ndarray) -> list[np.ndarray]:
         return np.asarray(image.resize((width, height), Image.Resampling.BOX))
 
     small, small_masks = resize(image), np.stack([resize(Image.fromarray(mask)) for mask in masks])
-    return [small, previews.overlay_regions(small, small_masks.argmax(0)), *small_masks]
+    return [small, overlay_regions(small, small_masks.argmax(0)), *small_masks]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from factorkit.data.archives import ZipSource
 from factorkit.data.sources import FileSource, Source
-from factorkit.segdiff import previews
+from factorkit.report.image_grid import make_label_image, overlay_regions
 from factorkit.utils.errors import ConfigError, WriteError
 from factorkit.utils.jsonl import JsonLines, parse_line, read_lines
 from factorkit.utils.output_record import OutputRecord
@@ -263,7 +263,7 @@ def make_image_files(
     """
     files: dict[str, Image.Image] = {}
     if "labels" in formats:
-        files["labels.png"] = previews.make_label_image(labels)
+        files["labels.png"] = make_label_image(labels)
     if "masks" in formats and masks is not None:
         files |= {f"mask_{k}.png": Image.fromarray(mask) for k, mask in enumerate(masks)}
     if "overlays" in formats:
@@ -280,7 +280,7 @@ def _draw_overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
     step = max(1, PIXELS_PER_BAND // image.width)
     for top in range(0, image.height, step):
         bottom = min(top + step + 1, image.height)  # a border is drawn where the next row differs
-        band = previews.overlay_regions(np.asarray(image.crop((0, top, image.width, bottom))), labels[top:bottom])
+        band = overlay_regions(np.asarray(image.crop((0, top, image.width, bottom))), labels[top:bottom])
         overlay.paste(Image.fromarray(band[:step]), (0, top))
     return overlay
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -13,13 +13,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from factorkit.diffusion.schedule import Schedule
+from factorkit.metrics.segmentation import MAX_REGIONS
 from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, resize_rows
 from factorkit.segdiff.config import ResolvedSegdiffConfig
-from factorkit.segdiff.hierarchy import level_labels, level_masks
-from factorkit.segdiff.task import predict_masks
+from factorkit.segdiff.network import FactorizedUNet
 from factorkit.utils.errors import ConfigError, OutOfMemoryError, is_out_of_memory
 from factorkit.utils.images import pixels_to_images, pixels_to_signed
+from factorkit.utils.rng import derived_seed
 
+Labels = TypeVar("Labels", Tensor, np.ndarray)
 UPSAMPLINGS = ("guided", "bilinear")
 QUALITIES = ("fast", "best")
 TILE_SIDE, TILE_OVERLAP = 4, 1  # in training resolutions; neighbouring tiles share the overlap
@@ -27,6 +29,7 @@ MAX_ASPECT = 64  # longer images are squeezed to this ratio of sides before the 
 # The guided filter works on a grid of twice the network's; its windows reach an eighth of the short side to each side.
 # Chosen on Flowers-17 at 128 px from masks at 32 and 64 px, of radii from 1/32 to 1/4 and eps from 1e-4 to 1e-2.
 GUIDE_SCALE, GUIDE_REACH, GUIDE_EPS = 2, 1 / 8, 1e-3
+MASK_BATCH_SIZE = 32  # images of the training resolution that are segmented at once
 PIXELS_PER_BAND = 1 << 18  # of full-size masks at a time
 REDUCING_GAP = 3.0  # Pillow's fast reduction stops at so many times the target size; its good filter does the rest
 
@@ -200,20 +203,71 @@ def _tent(length: int, overlap: int) -> Tensor:
     return torch.minimum(centre, length - centre).clamp_max(overlap) / overlap
 
 
-def average_masks(
-    model: nn.Module, images: Tensor, t: int, schedule: Schedule, flip: bool, label: int | None = None
-) -> Tensor:
-    """Predict masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1] at time step t.
+def add_noise(images: Tensor, t: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Return ``images`` [B, 3, H, W] at time step t, and t as [B]; the noise depends on t and their shape alone."""
+    generator = torch.Generator().manual_seed(derived_seed("segment", t))
+    # The same noise for all images: the masks of an image must not depend on its place in the batch.
+    eps = torch.randn(images.shape[1:], generator=generator).to(images.device).expand_as(images)
+    times = torch.full((len(images),), t, dtype=torch.int64, device=images.device)
+    return schedule.noise(images, eps, times), times
+
+
+@torch.no_grad()
+def predict_masks(model: nn.Module, images: Tensor, t: int, schedule: Schedule, label: int | None = None) -> Tensor:
+    """Return the masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]; no decoder is run.
 
     Args:
-        model: the network.
-        images: of any size that it can halve.
+        model: a :class:`~factorkit.segdiff.network.FactorizedUNet` or a hierarchy of them.
+        images: of any size that the model can halve.
         t: time step of the noise.
         schedule: of the noise.
-        flip: average them with those of the mirrored images.
         label: the class the model is conditioned on; None: no class.
     """
-    masks = predict_masks(model, images, t, schedule, label)
-    if not flip:
-        return masks
-    return (masks + predict_masks(model, images.flip(3), t, schedule, label).flip(3)) / 2
+    network = cast(FactorizedUNet, model)
+    batch = max(1, MASK_BATCH_SIZE * network.resolution**2 // (images.shape[2] * images.shape[3]))
+    parts = []
+    for part in images.split(batch):
+        x_t, times = add_noise(part.to(schedule.device), t, schedule)
+        labels = () if label is None else (torch.full_like(times, label),)
+        parts.append(network.segment(x_t, times, *labels).float().cpu())
+    return torch.cat(parts)
+
+
+def level_masks(masks: Tensor, nesting: Sequence[int], level: int) -> Tensor:
+    """Sum masks [..., K, H, W] of the deepest level to those of ``level`` (1 is the coarsest).
+
+    Raises:
+        ConfigError: there is no such level.
+    """
+    if not 1 <= level <= len(nesting):
+        raise ConfigError(f"level={level}: this model has levels 1 to {len(nesting)}")
+    return masks.unflatten(-3, (math.prod(nesting[:level]), -1)).sum(-3)
+
+
+def hard_labels(masks: Tensor, nesting: Sequence[int]) -> Tensor:
+    """Return the region of each pixel, int64 [..., H, W], of masks [..., K, H, W] of the deepest level.
+
+    Level by level: first the most probable coarse region, then the most probable of its parts, so that a pixel's
+    label divided by the number of parts is its coarser label. For one level this is the argmax.
+    """
+    labels = torch.zeros_like(masks.select(-3, 0), dtype=torch.int64)
+    for level, count in enumerate(nesting, start=1):
+        families = level_masks(masks, nesting, level).unflatten(-3, (-1, count))
+        best = families.argmax(-3)  # of each family [..., families, H, W]
+        labels = labels * count + best.gather(-3, labels.unsqueeze(-3)).squeeze(-3)
+    return labels
+
+
+def scored_level(nesting: Sequence[int]) -> tuple[int, int]:
+    """Return the deepest level whose regions can be mapped to foreground, and their number; level 1 if none can.
+
+    All subsets of them are tried, so :data:`~factorkit.metrics.segmentation.MAX_REGIONS` is the limit.
+    """
+    fitting = [n for n in range(1, len(nesting) + 1) if math.prod(nesting[:n]) <= MAX_REGIONS]
+    level = max(fitting, default=1)
+    return level, math.prod(nesting[:level])
+
+
+def level_labels(labels: Labels, nesting: Sequence[int], level: int) -> Labels:
+    """Convert labels of the deepest level to those of ``level`` (1 is the coarsest); same shape."""
+    return labels // math.prod(nesting[level:])

@@ -1,4 +1,4 @@
-"""Segmenting real images, folders and videos with a loaded model."""
+"""A loaded model, and how it segments images, folders and videos."""
 
 from __future__ import annotations
 
@@ -6,26 +6,55 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from factorkit.data.decode import crop_square
 from factorkit.data.open import open_source, read_images
 from factorkit.data.sources import Source
 from factorkit.data.video import open_video
 from factorkit.engine.config import cpu_threads
-from factorkit.segdiff.hierarchy import hard_labels
+from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.folder import FolderSegments, segment_folder
 from factorkit.segdiff.inference.outputs import DEFAULT_FORMATS
 from factorkit.segdiff.inference.segment import (
     QUALITIES,
     Segmentation,
-    average_masks,
     check_segment_settings,
+    hard_labels,
+    predict_masks,
     segment_image,
 )
 from factorkit.segdiff.inference.video import VideoSegments, check_video_output, segment_frames, write_video
-from factorkit.segdiff.loaded_model import LoadedModel
 from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import pixels_to_signed
+
+
+class LoadedModel:
+    """A model, its settings and its noise schedule on a device: what segmenting, generating and editing share."""
+
+    def __init__(self, config: ResolvedSegdiffConfig, model: SegdiffModel, device: torch.device) -> None:
+        self.config, self.device = config, device
+        # torch does not type memory_format together with a device.
+        self.model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.schedule = config.build_schedule(device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _check_time(self, t: int | None) -> int:
+        t = self.config.segment_t if t is None else t
+        if not 0 <= t < self.config.timesteps:
+            raise ConfigError(f"t={t} must lie between 0 and {self.config.timesteps - 1}")
+        return t
+
+    def _read_squares(self, images: Any) -> Tensor:
+        """Images cropped as in training, [n, 3, R, R] in [-1, 1]."""
+        decoded, _ = read_images(images)
+        squares = [crop_square(image, self.config.resolution) for image in decoded]
+        return pixels_to_signed(torch.from_numpy(np.stack(squares)))
 
 
 class Segmenter(LoadedModel):
@@ -194,6 +223,9 @@ class Segmenter(LoadedModel):
 
         def predict(images: Tensor) -> Tensor:
             with self._autocast():
-                return average_masks(self.model, images, t, self.schedule, flip, label)
+                masks = predict_masks(self.model, images, t, self.schedule, label)
+                if flip:
+                    masks = (masks + predict_masks(self.model, images.flip(3), t, self.schedule, label).flip(3)) / 2
+                return masks
 
         return predict

@@ -1,8 +1,8 @@
 """Segmentation of a video frame by frame, in memory that does not grow with its length.
 
 Regions are the model's own, so a region has the same number in every frame. What remains is flicker, which is reduced
-in two ways: all frames get the same noise (:func:`~factorkit.segdiff.task.add_noise`), and frames and masks are
-averaged over time where the image does not move.
+in two ways: all frames get the same noise (:func:`~factorkit.segdiff.inference.segment.add_noise`), and frames and
+masks are averaged over time where the image does not move.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from factorkit.data.video import Video, import_video_libraries
-from factorkit.segdiff import previews
+from factorkit.report.image_grid import overlay_regions
 from factorkit.segdiff.config import ResolvedSegdiffConfig
-from factorkit.segdiff.hierarchy import hard_labels
 from factorkit.segdiff.inference.segment import (
     PreparedImage,
     describe_out_of_memory,
+    hard_labels,
     predict_tiled,
     prepare_image,
     upsample_masks,
@@ -211,7 +211,7 @@ def write_video(
             for frame, labels in bar:
                 if previous is not None:
                     changed += float((labels != previous).mean())
-                image = _pad_to_even(previews.overlay_regions(frame, labels))
+                image = _pad_to_even(overlay_regions(frame, labels))
                 file.write(image, video.times[count] if count < len(video.times) else None)
                 areas += np.bincount(labels.ravel(), minlength=num_regions) / labels.size
                 count, previous = count + 1, labels

@@ -22,7 +22,7 @@ from factorkit.data.sources import Source
 from factorkit.metrics.segmentation import fit_mapping, score_masks
 from factorkit.segdiff.class_labels import find_label
 from factorkit.segdiff.config import ResolvedSegdiffConfig
-from factorkit.segdiff.hierarchy import hard_labels, level_labels, scored_level
+from factorkit.segdiff.inference.segment import hard_labels, level_labels, scored_level
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import pixels_to_signed
 

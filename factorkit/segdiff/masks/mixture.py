@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from factorkit.diffusion.objective import denoising_loss
-from factorkit.diffusion.schedule import Schedule
+from factorkit.diffusion.schedule import Schedule, denoising_loss
 from factorkit.segdiff.masks.proposal import Encoding, MaskProposal, MaskProposer
 from factorkit.utils.rng import derived_seed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.segdiff.task import add_noise
+from factorkit.segdiff.inference.segment import add_noise
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from factorkit.data.files import escape_name
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.inference import segment as quality
+from factorkit.segdiff.inference import segmenter
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import ConfigError, DataError, WriteError
 
@@ -155,16 +155,16 @@ def test_segment_folder_vanishing_image_is_skipped(run, folder, monkeypatch):
 def test_segment_folder_out_of_memory_skips_one_image(run, folder, monkeypatch):
     for name, size in (("large.png", (90, 60)), ("other.png", (30, 20))):
         Image.new("RGB", size).save(folder / name)
-    predict = quality.predict_masks
+    predict = segmenter.predict_masks
 
     def limited(model, images, *settings):
         if images.shape[2] > 16 or len(images) > 1:
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 5 bytes")
         return predict(model, images, *settings)
 
-    monkeypatch.setattr(quality, "predict_masks", limited)
+    monkeypatch.setattr(segmenter, "predict_masks", limited)
     assert segmented(run, folder).segmented == 3, "they fit one at a time"
-    monkeypatch.setattr(quality, "predict_masks", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(segmenter, "predict_masks", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(DataError, match=r"none of 3.*out of memory for 30 x 20 pixels; scale it down, or .*size=20"):
         segmented(run, folder, size=20)
 

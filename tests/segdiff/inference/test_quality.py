@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.segdiff.inference.segment import average_masks
-from factorkit.segdiff.task import add_noise, predict_masks
+from factorkit.segdiff.inference.segment import add_noise, predict_masks
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
 
@@ -16,10 +15,10 @@ def run_and_images(make_random_run, make_images):
     return make_random_run(), pixels_to_signed(torch.from_numpy(make_images(3)))
 
 
-def test_average_masks_without_flip_is_one_pass(run_and_images):
+def test_quality_fast_is_one_pass(run_and_images):
     run, images = run_and_images
     masks = predict_masks(run.model, images, 40, run.schedule)
-    assert torch.equal(average_masks(run.model, images, 40, run.schedule, flip=False), masks)
+    assert torch.equal(run.predictor(40, "fast")(images), masks)
 
 
 def test_add_noise_twice_is_the_same(run_and_images):
@@ -42,7 +41,7 @@ def test_quality_best_averages_the_flipped_image_only_if_training_flipped(run_an
 
 def test_quality_reaches_every_segmentation_method(run_and_images, make_images, tmp_path):
     run, images = run_and_images
-    best = average_masks(run.model, images, 30, run.schedule, flip=True)
+    best = run.predictor(30, "best")(images)
     torch.testing.assert_close(run.segment(make_images(3), quality="best").masks, best)
     assert not torch.allclose(run.segment(make_images(3)).masks, best)
     labels = (torch.arange(16 * 16).view(16, 16) % 2).expand(3, 16, 16).numpy()

@@ -9,6 +9,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.inference.segment import add_noise
 from factorkit.segdiff.masks import mixture as module
 from factorkit.segdiff.masks.mixture import (
     EM_ROUNDS,
@@ -19,7 +20,7 @@ from factorkit.segdiff.masks.mixture import (
     invert,
     unexplained_noise,
 )
-from factorkit.segdiff.task import SegdiffTask, add_noise
+from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw, derived_seed

@@ -9,9 +9,9 @@ import torch
 
 from factorkit.metrics.pose import Similarity
 from factorkit.nerfdiff.cameras.poses import direction_grid, orbit_poses
-from factorkit.nerfdiff.cameras.registration import register_scene
 from factorkit.nerfdiff.fields.grid import GridField
 from factorkit.nerfdiff.rays import CameraModel, render_views
+from factorkit.nerfdiff.stages.registration import register_scene
 
 DISTANCE = 3.0
 

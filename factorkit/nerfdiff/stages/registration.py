@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from factorkit.metrics.pose import Similarity
-from factorkit.nerfdiff.cameras.localise import minimise
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import render_pixels
 from factorkit.nerfdiff.scene import gather_pixels
+from factorkit.nerfdiff.stages.localise import minimise
 from factorkit.utils.rng import derived_seed
 
 STEPS = 150
