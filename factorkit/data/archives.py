@@ -43,6 +43,7 @@ class ZipSource(EncodedSource):
     def select(self, indices: Sequence[int], names: Sequence[str]) -> ZipSource:
         """Return some of the images under other names."""
         part = copy.copy(self)
+        part.__dict__.pop("depths", None)  # those of masks are not those of their images
         part.members, part.names = [self.members[i] for i in indices], list(names)
         return part
 
@@ -114,7 +115,9 @@ class TarSource(EncodedSource):
         return hash_values("tar", [(str(path), stat_file(path)) for path in self.paths], self.members)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> TarSource:
-        return TarSource(self.paths, [self.members[i] for i in indices], [self.names[i] for i in indices])
+        part = TarSource(self.paths, [self.members[i] for i in indices], [self.names[i] for i in indices])
+        part.depths = self.depths
+        return part
 
 
 def list_tar_members(path: Path) -> list[tuple[str, int, int]]:

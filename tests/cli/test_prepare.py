@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from factorkit.data.layouts import READERS
+from factorkit.data.layouts import read_layout
 
 
 def test_prepare_list_names_expected_files_and_source(run_cli, run_json):
@@ -39,7 +39,7 @@ def test_readers_ignore_other_layouts(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "file.txt").write_text("x")
     for data in (tmp_path, tmp_path / "file.txt", tmp_path / "nowhere", str(tmp_path), np.zeros(3), None, 5, ["a"]):
-        assert [reader.read(data) for reader in READERS] == [None] * len(READERS)
+        assert read_layout(data) is None
 
 
 def test_prepare_circular_link_is_refused(run_refused, tmp_path):

@@ -55,7 +55,8 @@ class Reader:
         url: page of the authors.
         expects: expected files, one line each.
         splits, masks, labels: what the data set has, one sentence each; empty if it has none.
-        read: returns the contents of a path or object, or None if it is not this data set.
+        read: returns the contents of the folder, file or object in which the data set was recognised (`SIGNS`); None if
+            it is not this data set after all.
         extra: pip extra that the reader needs, if any.
     """
 
@@ -124,17 +125,6 @@ def labels_to_image(labels: np.ndarray) -> Image.Image:
 def take_first_channel(values: np.ndarray) -> np.ndarray:
     """Reduce [H, W] or [H, W, C] to [H, W]."""
     return values if values.ndim == 2 else values[..., 0]
-
-
-def find_root(data: Any, subfolders: Sequence[str] = ("",), *, required: Sequence[str]) -> Path | None:
-    """Return the first of `data`'s subfolders that contains all `required` files and folders, or None."""
-    if not isinstance(data, (str, Path)):
-        return None
-    root = Path(data).expanduser()
-    if not root.is_dir():
-        return None
-    candidates = (root / subfolder for subfolder in subfolders)
-    return next((c.resolve() for c in candidates if all((c / name).exists() for name in required)), None)
 
 
 def read_table(path: Path, columns: int | None = None) -> list[list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -59,10 +58,7 @@ class PartMasks(Source):
         return hash_values("parts", str(self.root), self.numbers, self.label_of, [stat_file(path) for path in folders])
 
 
-def read(data: Any) -> base.DatasetFiles | None:
-    root = base.find_root(data, ("", "CelebAMask-HQ"), required=("CelebA-HQ-img", "CelebAMask-HQ-mask-anno"))
-    if root is None:
-        return None
+def read(root: Path) -> base.DatasetFiles:
     images = root / "CelebA-HQ-img"
     numbers = sorted(int(path.stem) for path in images.glob("*.jpg") if path.stem.isdecimal())
     names = [f"{number}.jpg" for number in numbers]

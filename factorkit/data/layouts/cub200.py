@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,10 +17,7 @@ SPLIT_FILE = "train_val_test_split.txt"  # from ReDO's repository; IEM and later
 HALF = 127  # of 255: grey values are the fraction of annotators who marked the pixel as bird
 
 
-def read(data: Any) -> base.DatasetFiles | None:
-    root = base.find_root(data, ("", "CUB_200_2011"), required=("images", "images.txt", "classes.txt"))
-    if root is None:
-        return None
+def read(root: Path) -> base.DatasetFiles:
     listing = base.read_table(root / "images.txt", columns=2)
     names = [name for _, name in listing]
     base.require_files(root / "images", names, "images of images.txt")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
@@ -15,13 +15,8 @@ SPLITS = ("train", "val", "test-dev")
 RESOLUTIONS = ("480p", "Full-Resolution")  # the first that exists is read
 
 
-def read(data: Any) -> base.DatasetFiles | None:
-    root = base.find_root(data, ("", "DAVIS"), required=("JPEGImages", "ImageSets/2017"))
-    if root is None:
-        return None
-    resolution = next((r for r in RESOLUTIONS if (root / "JPEGImages" / r).is_dir()), None)
-    if resolution is None:
-        return None
+def read(root: Path) -> base.DatasetFiles:
+    resolution = next(r for r in RESOLUTIONS if (root / "JPEGImages" / r).exists())
     frames, sets = root / "JPEGImages" / resolution, root / "ImageSets" / "2017"
     names: list[str] = []
     videos: dict[str, np.ndarray] = {}

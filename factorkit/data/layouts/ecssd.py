@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 from factorkit.data.files import list_image_names
 from factorkit.data.layouts import base
@@ -12,10 +12,7 @@ from factorkit.utils.errors import DataError
 HALF = 127  # of 255: antialiased outlines
 
 
-def read(data: Any) -> base.DatasetFiles | None:
-    root = base.find_root(data, ("", "ECSSD"), required=("images", "ground_truth_mask"))
-    if root is None:
-        return None
+def read(root: Path) -> base.DatasetFiles:
     names = list_image_names(root / "images")
     masks = base.filter_existing(root / "ground_truth_mask", [base.replace_suffix(name, ".png") for name in names])
     if not masks:

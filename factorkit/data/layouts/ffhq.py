@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
 from factorkit.data.files import list_image_names
-from factorkit.data.layouts.base import DatasetFiles, Reader, find_root
+from factorkit.data.layouts.base import DatasetFiles, Reader
 from factorkit.data.sources import FileSource
 from factorkit.utils.errors import DataError
 
@@ -15,11 +15,9 @@ NUM_TRAIN = 60000  # the authors' readme: the first 60,000 for training, the las
 FOLDERS = ("images1024x1024", "thumbnails128x128", "in-the-wild-images")  # the first that exists is read
 
 
-def read(data: Any) -> DatasetFiles | None:
-    roots = ((folder, find_root(data, ("", "ffhq-dataset"), required=(folder,))) for folder in FOLDERS)
-    root, folder = next(((root / folder, folder) for folder, root in roots if root is not None), (None, ""))
-    if root is None:
-        return None
+def read(root: Path) -> DatasetFiles:
+    folder = next(folder for folder in FOLDERS if (root / folder).exists())
+    root = root / folder
     names = [name for name in list_image_names(root) if name.endswith(".png")]
     numbers = [name.rpartition("/")[2].removesuffix(".png") for name in names]
     if not names or not all(number.isdecimal() for number in numbers):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,10 +16,7 @@ COLOR_TOLERANCE = 48  # JPEG blurs this blue along outlines; no flower colour is
 SPLIT_KEYS = {"train": "tstid", "val": "valid", "test": "trnid"}  # ReDO (Chen et al. 2019) trains on the largest part
 
 
-def read(data: Any) -> base.DatasetFiles | None:
-    root = base.find_root(data, ("", "102flowers", "flowers-102"), required=("jpg", "setid.mat"))
-    if root is None:
-        return None
+def read(root: Path) -> base.DatasetFiles:
     ids = _read_matlab(root / "setid.mat", *SPLIT_KEYS.values())
     numbers_of = {split: np.sort(ids[key].ravel().astype(np.int64)) for split, key in SPLIT_KEYS.items()}
     numbers = np.sort(np.concatenate(list(numbers_of.values())))

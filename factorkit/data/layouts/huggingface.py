@@ -11,7 +11,6 @@ import numpy as np
 from factorkit.data.layouts.base import DatasetFiles, LabelSource, Reader, import_extra
 from factorkit.data.sources import EncodedSource, hash_values
 from factorkit.utils.errors import DataError
-from factorkit.utils.safe_reading import read_json
 
 HUB_PREFIX = "hf:"
 MASK_COLUMNS = ("mask", "masks", "segmentation", "segmentation_mask", "annotation", "label")
@@ -43,10 +42,8 @@ class ImageColumn(EncodedSource):
         return hash_values("datasets", self.column, [part._fingerprint for part in self.parts])
 
 
-def read(data: Any) -> DatasetFiles | None:
+def read(data: Any) -> DatasetFiles:
     dataset = _open(data)
-    if dataset is None:
-        return None
     datasets = _import_datasets()
     if not isinstance(dataset, (Mapping, datasets.Dataset)):
         raise DataError(f"{_describe(data)}: a streamed data set has no random access. Load it without streaming=True.")
@@ -72,11 +69,9 @@ def read(data: Any) -> DatasetFiles | None:
 
 
 def _open(data: Any) -> Any:
-    """Return a Dataset or a mapping of splits to Datasets; None for anything else."""
-    if type(data).__module__.partition(".")[0] == "datasets":
-        return data
+    """Return a Dataset or a mapping of splits to Datasets."""
     if not isinstance(data, (str, Path)):
-        return None
+        return data
     if str(data).startswith(HUB_PREFIX):
         datasets = _import_datasets(str(data))
         name, _, config = str(data).removeprefix(HUB_PREFIX).partition(":")
@@ -85,21 +80,11 @@ def _open(data: Any) -> Any:
         except Exception as error:  # the library and the hub raise about thirty kinds of errors
             reason = (str(error) or repr(error)).splitlines()[0]
             raise DataError(f"{data}: cannot be loaded: {reason}") from error
-    root = Path(data).expanduser()
-    if not ((root / "dataset_dict.json").is_file() or ((root / "state.json").is_file() and _is_arrow(root))):
-        return None
-    datasets = _import_datasets(root.name)
+    datasets = _import_datasets(Path(data).name)
     try:
-        return datasets.load_from_disk(str(root))
+        return datasets.load_from_disk(str(data))
     except Exception as error:
-        raise DataError(f"{root}: cannot be loaded: {error}. Save it again with save_to_disk.") from error
-
-
-def _is_arrow(root: Path) -> bool:
-    try:
-        return "_data_files" in read_json(root / "state.json")
-    except (OSError, ValueError):
-        return False
+        raise DataError(f"{data}: cannot be loaded: {error}. Save it again with save_to_disk.") from error
 
 
 def _import_datasets(name: str = "a Hugging Face data set") -> Any:

@@ -7,7 +7,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,14 +17,12 @@ from factorkit.utils.errors import DataError
 from factorkit.utils.output_record import OutputFilter
 
 WNID = re.compile(r"n\d{8}")  # WordNet id
-SUBFOLDERS = ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "imagenet")
 MAX_TEST_PER_CLASS = 20  # the dissertation scores at most 20 images of each class
 DEVKIT = "ILSVRC2012_devkit_t12/data"
 
 
-def read(data: Any) -> base.DatasetFiles | None:
-    root = base.find_root(data, SUBFOLDERS, required=("train",))
-    if root is None or not (wnids := _list_classes(root / "train")):
+def read(root: Path) -> base.DatasetFiles | None:
+    if not (wnids := _list_classes(root / "train")):
         return None
     names: list[str] = []
     labels, splits = [], {}

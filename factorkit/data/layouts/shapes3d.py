@@ -40,12 +40,9 @@ class Hdf5Source(Source):
         return hash_values("hdf5", str(self.path), self.key, stat_file(self.path))
 
 
-def read(data: Any) -> DatasetFiles | None:
-    if not isinstance(data, (str, Path)):
-        return None
-    path = Path(data).expanduser()
-    path = path / FILE if (path / FILE).is_file() else path
-    if path.suffix.lower() not in (".h5", ".hdf5") or not path.is_file():
+def read(path: Path) -> DatasetFiles | None:
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
         return None
     h5py = import_extra("h5py", "layouts", f"reading {path.name}")
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,11 +17,7 @@ CLASSES = tuple(
 VOID = 255  # outlines and areas that are not annotated
 
 
-def read(data: Any) -> base.DatasetFiles | None:
-    subfolders = ("", "VOC2012", "VOCdevkit/VOC2012")
-    root = base.find_root(data, subfolders, required=("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"))
-    if root is None:
-        return None
+def read(root: Path) -> base.DatasetFiles:
     lists = root / "ImageSets" / "Segmentation"
     stems_of = {
         split: [row[0] for row in base.read_table(lists / f"{split}.txt", columns=1)] for split in ("train", "val")

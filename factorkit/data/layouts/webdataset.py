@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,8 +20,8 @@ MAX_CLASS = 10**6  # larger numbers are refused
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
-def read(data: Any) -> DatasetFiles | None:
-    shards = _list_shards(data)
+def read(path: Path) -> DatasetFiles | None:
+    shards = _list_shards(path)
     if not shards:
         return None
     keys: list[str] = []
@@ -55,11 +54,8 @@ def read(data: Any) -> DatasetFiles | None:
     return DatasetFiles(TarSource(shards, images, names), mask_sets, splits, labels, class_names)
 
 
-def _list_shards(data: Any) -> list[Path]:
+def _list_shards(path: Path) -> list[Path]:
     """List the .tar files of a path, a pattern `name-{000..012}.tar`, or a folder that holds only shards."""
-    if not isinstance(data, (str, Path)):
-        return []
-    path = Path(data).expanduser()
     if pattern := SHARD_RANGE.search(path.name):
         low, high = pattern.groups()
         numbers = (f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1))
@@ -80,7 +76,7 @@ def _list_shards(data: Any) -> list[Path]:
         if any(entry.is_dir() or is_image(entry.name) for entry in entries):
             return []
     else:
-        shards = [path] if path.suffix.lower() == ".tar" and path.is_file() else []
+        shards = [path] if path.is_file() else []
     return [shard.resolve() for shard in shards]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from factorkit.data.decode import to_float
+from factorkit.data.depth import SetDepths, is_deep
+from factorkit.data.files import is_image
 from factorkit.data.masks import to_opacity
 from factorkit.data.sources import FileSource
 from factorkit.data.views.arrangement import Arrangement
@@ -272,7 +275,20 @@ def image_reader(path: Path) -> Callable[[], np.ndarray]:
 
     It ignores the EXIF orientation: the cameras of nerfstudio and COLMAP refer to stored pixels.
     """
-    return lambda: to_float(FileSource(path.parent, [path.name]).decode(0), path.name, upright=False)
+
+    def read() -> np.ndarray:
+        image = FileSource(path.parent, [path.name]).decode(0)
+        depths = _depths_of_folder(path.parent, path.parent.stat().st_mtime_ns) if is_deep(image) else None
+        return to_float(image, path.name, upright=False, depths=depths)
+
+    return read
+
+
+@functools.lru_cache(maxsize=8)
+def _depths_of_folder(folder: Path, time: int) -> SetDepths:
+    """Return the bit depths of the images in a folder, which are all views of one scene; ``time`` is of its change."""
+    names = sorted(entry.name for entry in folder.iterdir() if is_image(entry.name) and entry.is_file())
+    return FileSource(folder, names).depths
 
 
 def mask_reader(path: Path) -> Callable[[], np.ndarray]:
@@ -280,13 +296,16 @@ def mask_reader(path: Path) -> Callable[[], np.ndarray]:
     return lambda: to_opacity(FileSource(path.parent, [path.name]).decode(0), path.name, upright=False)
 
 
-def loss_mask_reader(path: Path) -> Callable[[], np.ndarray]:
-    """Return a function for `LazyView.read_loss_mask`, for stored pixels: as in nerfstudio, all but 0 is scored."""
+def loss_mask_reader(path: Path, is_inverted: bool = False) -> Callable[[], np.ndarray]:
+    """Return a function for `LazyView.read_loss_mask`, for stored pixels: as in nerfstudio, all but 0 is scored.
+
+    Inverted, 0 alone is scored, as in instant-ngp's masks of moving parts.
+    """
 
     def read() -> np.ndarray:
         image = FileSource(path.parent, [path.name]).decode(0)
         threshold = JPEG_LOSS_MASK_THRESHOLD if image.format == "JPEG" else 0
-        return (to_opacity(image, path.name, upright=False) > threshold).astype(np.float32)
+        return ((to_opacity(image, path.name, upright=False) > threshold) != is_inverted).astype(np.float32)
 
     return read
 
