@@ -24,7 +24,7 @@ from factorkit.nerfdiff.scene import Scene, open_scene
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
-from factorkit.nerfdiff.training_views import complete_settings, describe_scene, store_views
+from factorkit.nerfdiff.training_views import complete_settings, describe_data, describe_scene, store_views
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError
 
@@ -95,7 +95,7 @@ def train_nerfdiff(
     complete = partial(complete_settings, folder=folder, requested=settings)
     run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
     with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
-        distributed.run_on_first(lambda: store_views(folder, views))
+        distributed.run_on_first(lambda: store_views(folder, views, describe_data(data, reading)))
         Training(config, scene, folder, settings, progress).run()
         return NerfdiffRun.load(folder, device=device)
 

@@ -100,8 +100,7 @@ def test_export_forward_mesh_has_faces_outwards(tmp_path, views):
 
 def test_export_forward_colmap_reads_cameras_and_points(tmp_path, views):
     folder = export(tmp_path / "colmap", views, ball_and_wall, points=3000)
-    model = pycolmap.Reconstruction()
-    model.read_text(folder)
+    model = pycolmap.Reconstruction(folder / "sparse" / "0")
     assert len(model.cameras) == 1 and len(model.images) == len(views)
     camera = next(iter(model.cameras.values()))
     points = np.array([point.xyz for point in model.points3D.values()])
