@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from factorkit.data.files import format_examples, list_image_names
 from factorkit.data.video import is_video
 from factorkit.data.views.arrangement import Arrangement, arrange
@@ -118,6 +120,7 @@ def open_views(
         arrangement=listed.arrangement,
         layout=layout or "object",
         notes=listed.notes,
+        points=listed.points,
         resolution=resolution,
         background=background,
         seed=seed,
@@ -131,11 +134,13 @@ class ListedViews(NamedTuple):
         views: with their sizes, lenses and poses as in the files.
         arrangement: of the whole scene; None without cameras.
         notes: sentences for the user on how the files were read.
+        points: float64 [P, 3], sparse points of the scene in the coordinates of the files, or None.
     """
 
     views: list[LazyView]
     arrangement: Arrangement | None
     notes: tuple[str, ...]
+    points: np.ndarray | None
 
 
 def list_views(
@@ -157,7 +162,7 @@ def list_views(
     path = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
     if path is not None and not path.exists():
         raise DataError(f"{path}: no such file or folder (current folder: {Path.cwd()}). Check the path.")
-    read_posed = None
+    read_posed, own = None, []
     if path is not None:
         own = _find_own_exports(path)
         read_posed = next((read for matches, read in POSED_FORMATS if read not in own and matches(path)), None)
@@ -181,10 +186,11 @@ def list_views(
     else:
         if path is not None and path.is_dir():
             _check_single_scene(path)
-            _warn_about_unread_cameras(path)
+            if not own:
+                _warn_about_unread_cameras(path)
         views, settings = read_images(source if path is None else path, split, masks, fov, default_fov)
         views, notes = add_masks(views, settings, None, loss_masks, upright=True)
-    return ListedViews(views, arrangement, notes)
+    return ListedViews(views, arrangement, notes, settings.points)
 
 
 def _check_reading(

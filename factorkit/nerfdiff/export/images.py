@@ -42,19 +42,21 @@ class ExportView(NamedTuple):
 
 
 def list_stored(views: Views) -> list[ExportView]:
-    """List views as they are; transparent if they have masks and a known background."""
+    """List views as they are; transparent if they have masks and a known background, and without padding."""
     images = views.images
     if views.masks is not None and views.background is not None:
         background = (1 - views.masks) * views.background[:, None, None]
         straight = (images - background) / views.masks.clamp_min(1e-6)
         images = torch.cat([straight * (views.masks > 0), views.masks], dim=1)
-    pixels, intrinsics = images_to_pixels(images), views.intrinsics.double().numpy()
     result = []
-    for i, name in enumerate(views.names):
-        loss_mask = None if views.loss_masks is None else views.loss_masks[i, 0].numpy()
-        read_loss_mask = None if loss_mask is None else partial(np.asarray, loss_mask)
-        read_pixels = partial(np.asarray, pixels[i])
-        result.append(ExportView(name, views.size, intrinsics[i], None, read_pixels, read_loss_mask))
+    for i, (name, pixels) in enumerate(zip(views.names, images_to_pixels(images), strict=True)):
+        size = height, width = views.own_size(i)  # without padding
+        top, left = (views.size[0] - height) // 2, (views.size[1] - width) // 2
+        inner = (slice(top, top + height), slice(left, left + width))
+        loss_mask = None if views.loss_masks is None else views.loss_masks[i, 0].numpy()[inner]
+        read_loss_mask = None if loss_mask is None or loss_mask.all() else partial(np.asarray, loss_mask)
+        k = views.own_intrinsics(i, size).double().numpy()
+        result.append(ExportView(name, size, k, None, partial(np.asarray, pixels[inner]), read_loss_mask))
     return result
 
 

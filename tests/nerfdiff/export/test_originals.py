@@ -92,8 +92,8 @@ def run_of(tmp_path, trained):
 
     def make(data):
         folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
-        views = data if isinstance(data, Views) else open_views(data, "train")
-        store_views(folder, views.resize(8), describe_data(data, {}))
+        views = data.resize(8) if isinstance(data, Views) else open_views(data, "train", 8)
+        store_views(folder, views, describe_data(data, {}))
         run = NerfdiffRun.load(folder, device="cpu")
         run.model.intrinsics.copy_(shared_camera(views).intrinsics)
         return run
@@ -257,6 +257,29 @@ def test_export_several_cameras_of_a_run_are_kept(tmp_path, run_of):
     content = json.loads(run.export(tmp_path / "out" / "transforms.json").read_text())
     assert [frame["fl_x"] for frame in content["frames"]] == pytest.approx([1.1 * x for x in wanted], rel=1e-6)
     assert {frame["fl_y"] for frame in content["frames"]} == {27.25}  # unchanged
+
+
+def test_export_several_sizes_of_a_run_are_kept(tmp_path, run_of):
+    data = write_scene(tmp_path / "data")
+    content = json.loads((data / "transforms.json").read_text())
+    for frame in content["frames"][::2]:
+        file, frame["h"] = data / frame["file_path"], 15
+        Image.open(file).crop((0, 0, SIZE, 15)).save(file)
+    (data / "transforms.json").write_text(json.dumps(content))
+    run = run_of(data)
+    for name, size in (("a", 15), ("b", None)):
+        if size is None:  # not found: the views of the training, without padding
+            data.rename(tmp_path / "moved")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path = run.export(tmp_path / name / "transforms.json")
+        frames = json.loads(path.read_text())["frames"]
+        heights = (SIZE, 15) if size else (8, 6)
+        assert [frame["h"] for frame in frames] == [heights[i % 2 == 0] for i in range(10) if i % 8]
+        for frame in frames:
+            assert Image.open(path.parent / frame["file_path"]).size == (frame["w"], frame["h"])
+            unit = frame["w"] / SIZE
+            assert [frame[key] / unit for key in ("fl_x", "cx", "cy")] == pytest.approx([27.5, 10.25, 9.75], abs=1e-3)
 
 
 def test_export_of_a_distorted_run_keeps_pixels_and_lens(tmp_path, run_of):
