@@ -376,7 +376,7 @@ def report_interruption(folder: Path) -> Iterator[None]:
 
 def read_failures(folder: Path) -> list[str]:
     """Read the messages of the label-free alarms at the last sample grid of a run."""
-    from factorkit.utils.jsonl import read_log, timeline
+    from factorkit.utils.files import read_log, timeline
 
     alarms = timeline(read_log(folder), "alarms")
     return list(alarms[-1].get("failures", ())) if alarms else []
@@ -385,7 +385,7 @@ def read_failures(folder: Path) -> list[str]:
 def read_run_checks(folder: Path) -> list[dict[str, Any]]:
     """Read the newest checks of a run: which ran, with values and limits, and which did not and why."""
     from factorkit.report.content import read_checks
-    from factorkit.utils.jsonl import read_log
+    from factorkit.utils.files import read_log
 
     return read_checks(read_log(folder))
 

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from factorkit.engine.log import RunLog
-from factorkit.engine.run_folder import copy_folder
+from factorkit.engine.run_folder import RunLog, copy_folder
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.alarms import duplication_check
 from factorkit.nerfdiff.build import build_model
@@ -53,7 +52,7 @@ from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
 from factorkit.nerfdiff.verdict import write_report
 from factorkit.report.content import log_checks
 from factorkit.utils import distributed
-from factorkit.utils.jsonl import read_log, timeline
+from factorkit.utils.files import read_log, timeline
 from factorkit.utils.rng import derived_seed
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
