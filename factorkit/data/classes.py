@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from factorkit.data.files import format_examples, natural_sort_key, strip_suffix
+from factorkit.data.files import fold_name, fold_stem, format_examples, natural_sort_key, strip_suffix
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.files import read_json
 
 NAME_COLUMNS = ("name", "file", "filename", "path", "image", "image_id", "id")
 CLASS_COLUMNS = ("class", "label", "category", "class_name")
-AMBIGUOUS = "\0"  # marks names without suffix that belong to two classes
+AMBIGUOUS = "\0"  # marks names that belong to two classes: without suffix, or in another case
 
 
 class Classes(NamedTuple):
@@ -37,7 +37,8 @@ def read_classes(
 ) -> Classes:
     """Find the class of each image.
 
-    A file or mapping names images by path, with or without suffix, or by the last part of the path if that is unique.
+    A file or mapping names images by path, with or without suffix, or by the last part of the path if that is unique,
+    whatever the case and the Unicode form.
     An empty class means that an image has none.
 
     Args:
@@ -138,11 +139,11 @@ def _read_table(path: Path) -> dict[str, str]:
 
 
 def _look_up(table: Mapping[str, str], names: Sequence[str], where: str) -> list[str]:
-    by_stem: dict[str, str] = {}
+    by_key: dict[str, str] = {}
     for name, value in table.items():
-        stem = strip_suffix(name)
-        if by_stem.setdefault(stem, value) != value:
-            by_stem[stem] = AMBIGUOUS
+        for key in {strip_suffix(name), fold_name(name), fold_stem(name)}:
+            if by_key.setdefault(key, value) != value:
+                by_key[key] = AMBIGUOUS
     last_parts = [PurePosixPath(name).name for name in names]
     unique = set(last_parts)
     if len(unique) < len(last_parts):
@@ -150,11 +151,11 @@ def _look_up(table: Mapping[str, str], names: Sequence[str], where: str) -> list
 
     def find(name: str, last_part: str) -> str | None:
         for key in (name, last_part) if last_part in unique else (name,):
-            for candidate in (key, strip_suffix(key)):
+            for candidate in (key, strip_suffix(key), fold_name(key), fold_stem(key)):
                 if candidate in table:
                     return table[candidate]
-                if by_stem.get(candidate, AMBIGUOUS) != AMBIGUOUS:
-                    return by_stem[candidate]
+                if by_key.get(candidate, AMBIGUOUS) != AMBIGUOUS:
+                    return by_key[candidate]
         return None
 
     class_of = [find(name, last_part) for name, last_part in zip(names, last_parts, strict=True)]

@@ -15,16 +15,13 @@ import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from factorkit.data.files import escape_name, format_examples
 from factorkit.utils.errors import DataError
-
-if TYPE_CHECKING:
-    from factorkit.data.sources import Source
 
 INTEGER_DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # bits that cameras, scanners and microscopes store
 SCALED_FORMATS = ("PPM", "JPEG2000")  # Pillow scales their values to 16 bits by the depth that they name
@@ -153,9 +150,12 @@ class SetDepths:
 
     Images of one kind, such as 16-bit PNG, have the least depth that holds the values of all of them. An image keeps a
     depth that its file names; one that would be all black has its own. One warning names the images of each depth.
+
+    Args:
+        source: the set, a :class:`factorkit.data.sources.Source`.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Any) -> None:
         self._source = source
         self._lock = threading.Lock()
         self._depths: dict[str, int] | None = None

@@ -44,9 +44,14 @@ def strip_suffix(name: str) -> str:
     return path.with_suffix("").as_posix() if path.name else name
 
 
+def fold_name(name: str) -> str:
+    """Return a name as names are compared: composed Unicode (macOS decomposes), case folded, with forward slashes."""
+    return unicodedata.normalize("NFC", name).casefold().replace("\\", "/")
+
+
 def fold_stem(name: str) -> str:
-    """Return a name's stem as names are compared: composed Unicode (macOS decomposes), case folded."""
-    return unicodedata.normalize("NFC", strip_suffix(name)).casefold()
+    """Return a name's stem as names are compared."""
+    return fold_name(strip_suffix(name))
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -17,12 +17,13 @@ from factorkit.data.depth import ImageDecodeError, apply_orientation, read_deep
 from factorkit.data.files import escape_name, fold_stem, format_examples, is_image
 from factorkit.data.open import open_source
 from factorkit.data.sources import Source
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 MASK_KEYS = ("masks", "M")  # arrays looked for in an .npz, in this order
 # A mask may be named like its image with one of these appended or prepended, or with its image's whole name
 MASK_ENDINGS = ("_mask", "_seg", "_gt", "_segmentation", "_label", "_labels", "_matte", "_trimap", "-mask", ".mask")
-MASK_BEGINNINGS = ("mask_", "dynamic_mask_")
+MASK_BEGINNINGS = ("mask_",)
+IGNORED_BEGINNING = "dynamic_mask_"  # of instant-ngp's masks of moving parts: what is not 0 does not count
 ASPECT_TOLERANCE = 0.01  # relative difference between the aspect ratios of a mask and its image
 FULL_SCALES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
 OPACITY_SCALES = (1, *FULL_SCALES)  # full opacity; 1 of labels and floats
@@ -229,11 +230,12 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
     for i, name in enumerate(images.names):
         images_by_stem.setdefault(fold_stem(name), []).append(i)
     mask_of: dict[str, int] = {}
-    unmatched = []
+    unmatched: list[str] = []
+    ignored: list[str] = []
     for j, name in enumerate(masks.names):
         stem = next((stem for stem in image_stems(name) if stem in images_by_stem), None)
         if stem is None:
-            unmatched.append(name)
+            (ignored if ignored_stem(name) in images_by_stem else unmatched).append(name)
         elif stem in mask_of:
             duplicates = " and ".join(map(escape_name, (masks.names[mask_of[stem]], name)))
             raise DataError(f"{duplicates}: two masks of one image. Keep one of them.")
@@ -250,8 +252,19 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
             f"{format_examples(images.names)}. Give a mask its image's name, with or without "
             f"{' or '.join(MASK_ENDINGS[:2])}."
         )
+    if ignored:
+        described = f"{format_count(len(ignored), 'mask')} of moving parts ({format_examples(ignored)})"
+        if not mask_of:
+            raise DataError(f"{described}: these are pixels to be ignored, not the foreground. Give other masks.")
+        warnings.warn(f"left out {described}: they are not the foreground", UserWarning, stacklevel=2)
     stems = map(fold_stem, images.names)
     return [(i, mask_of[stem]) for i, stem in enumerate(stems) if stem in mask_of]
+
+
+def ignored_stem(name: str) -> str | None:
+    """Return the folded stem of the image whose moving parts a mask shows (`IGNORED_BEGINNING`); None for others."""
+    folder, slash, base = fold_stem(name).rpartition("/")
+    return folder + slash + base.removeprefix(IGNORED_BEGINNING) if base.startswith(IGNORED_BEGINNING) else None
 
 
 def image_stems(mask_name: str) -> list[str]:

@@ -90,6 +90,13 @@ def test_near_duplicates_file_accepts_names_with_or_without_suffix(make_set, pai
     assert stems(open_dataset(make_set(6, 2, pair), holdout="masked").train) == {"i02", "i03", "i05"}
 
 
+def test_near_duplicates_file_names_match_in_any_case_and_unicode_form(make_set, save):
+    root = make_set(5, 2, "I00.JPG\tcafe\u0301 1.jpg\nsub\\x\ti01")
+    save(root / "images/Caf\u00e9 1.jpg")
+    save(root / "images/sub/X.jpg")
+    assert stems(open_dataset(root, holdout="masked").train) == {"i02", "i03", "i04"}
+
+
 def test_near_duplicates_file_accepts_spaces_and_dots(make_set, save):
     root = make_set(4, 2, "i00.jpg\tmy twin\ni01 v1.png")
     save(root / "images/my twin.jpg")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from factorkit.data.files import format_examples
+from factorkit.data.masks import IGNORED_BEGINNING
 from factorkit.data.views.camera_keys import (
     describe_ignored,
     merge_settings,
@@ -20,7 +21,7 @@ from factorkit.data.views.camera_keys import (
 from factorkit.data.views.image_files import FileFinder
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, loss_mask_reader, split_every_eighth
 from factorkit.data.views.views import check_rigid
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.files import read_json
 
 SPLITS = ("train", "val", "test")
@@ -125,7 +126,7 @@ def _list_views(
     """List the frames at these indices of each file; `scene` are all files, which determine layout and coordinates."""
     views: list[LazyView] = []
     keys: set[str] = set()
-    loss_folder = None
+    loss_folder, num_moving = None, 0
     for file, indices in parts:
         root, frames = file.path.parent, file.content["frames"]
         finder = FileFinder(root)
@@ -141,6 +142,8 @@ def _list_views(
                 if (mask_file := finder.find(mask)) is None:
                     raise DataError(f"{file.path}: the mask {mask} of {name} is missing")
                 read_loss_mask, loss_folder = loss_mask_reader(mask_file), mask_file.parent
+            elif (moving := path.with_name(f"{IGNORED_BEGINNING}{path.stem}.png")).is_file():
+                read_loss_mask, num_moving = loss_mask_reader(moving, is_inverted=True), num_moving + 1
             intrinsics = parse_intrinsics(settings, name, file.path)
             lens = parse_distortion(settings, name, file.path)
             read_image, pose = image_reader(path), file.poses[i]
@@ -148,6 +151,8 @@ def _list_views(
         notes += finder.notes
     if loss_folder is not None:
         notes += ("`mask_path`: pixels of value 0 are not scored; it does not define the object's silhouette.",)
+    if num_moving:
+        notes += (f"{format_count(num_moving, 'mask')} of moving parts ({IGNORED_BEGINNING}x.png): not scored there.",)
     names = [PurePosixPath(_normalize(name)).as_posix() for file in scene for name in file.names]
     poses = np.concatenate([file.poses for file in scene])
     return views, SceneSettings(names, poses, None, notes + describe_ignored(keys), loss_folder)
