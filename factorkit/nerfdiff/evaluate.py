@@ -15,7 +15,7 @@ from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.scene import match_camera, mean_squared_error
 from factorkit.nerfdiff.stages.registration import register_scene
 from factorkit.nerfdiff.training_views import load_views
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 MIN_ALIGNMENT_CAMERAS = 3  # a similarity is underdetermined by fewer
 
@@ -69,11 +69,15 @@ def evaluate(run: EvaluatedRun, views: Views, poses: Tensor | None = None, refin
     if true is None:
         raise ConfigError("the views have no poses to compare with; give poses=")
     if true.shape != (len(views), 4, 4):
-        raise DataError(f"poses of shape {tuple(true.shape)} for {len(views)} views; give [{len(views)}, 4, 4]")
+        raise DataError(
+            f"poses of shape {tuple(true.shape)} for {format_count(len(views), 'view')}; give [{len(views)}, 4, 4]"
+        )
     true_training = true_training_poses(run, views)
     predicted = run.predict_pose(views, refine=refine).poses
     if true_training is None and len(views) < MIN_ALIGNMENT_CAMERAS:
-        raise DataError(f"{len(views)} views cannot be aligned with the model's coordinates; give at least 3")
+        raise DataError(
+            f"{format_count(len(views), 'view')} cannot be aligned with the model's coordinates; give at least 3"
+        )
     encoder = pose_errors(predicted, true)
     views = match_camera(views, run.model.camera, run.model.size)
     scores: dict[str, Any] = {"views": len(views), "size": list(views.size), "step": run.step, "refine": refine}
