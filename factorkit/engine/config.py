@@ -50,7 +50,7 @@ class EngineConfig:
     every checkpoint. factorkit.load(run, weights=DECAY) loads one. A decay added on resuming starts at that step."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of the activations, by autocast. Weights, statistics and masks are always fp32. bf16 is faster on a
-    GPU and needs half the memory."""
+    GPU and needs half the memory. fp32 on a GPU is torch's default: convolutions in TF32, matrix products in fp32."""
     seed: int = 0
     """Seed of the weights, the data order, the time steps and the noise."""
     device: str = "auto"

@@ -21,16 +21,17 @@ MIN_BLUR_PIXELS = 0.3  # a Gaussian narrower than this changes nothing visible
 
 @dataclass(frozen=True)
 class Scene:
-    """Views taken with one camera.
+    """Views with their cameras.
 
     Attributes:
         images: [V, 3, H, W] in [0, 1].
         names: of the views.
-        camera: shared by all views.
+        camera: what the cameras of all views share, and their own intrinsics.
         layout: "object" (cameras around it) or "forward" (cameras side by side).
         distance: from the cameras to the centre of the box [-1, 1]^3; in a forward-facing scene the unit of length.
         poses: [V, 4, 4] as stored with the views, normalised if they are used in training; or None.
         loss_masks: [V, 1, H, W], 0 at pixels that no loss counts; None: all pixels count.
+        reframed_images: the views [V, 3, H, W] as the common camera sees them; None: it is the camera of all views.
     """
 
     images: Tensor
@@ -40,6 +41,12 @@ class Scene:
     distance: float
     poses: Tensor | None
     loss_masks: Tensor | None = None
+    reframed_images: Tensor | None = None
+
+    @property
+    def encoder_images(self) -> Tensor:
+        """The views [V, 3, H, W] as the common camera sees them."""
+        return self.images if self.reframed_images is None else self.reframed_images
 
     @property
     def size(self) -> tuple[int, int]:
@@ -57,7 +64,7 @@ def open_scene(views: Views, resolution: int, device: torch.device, known_poses:
         known_poses: whether the poses of the views are used in training; otherwise they stay unchanged, for scoring.
 
     Raises:
-        DataError: fewer than two views, empty views, differing intrinsics, or known poses that cannot be normalised.
+        DataError: fewer than two views, empty views, or known poses that cannot be normalised.
     """
     if len(views) < 2:
         raise DataError(f"{len(views)} view: a scene needs at least 2 views; about 30 give reliable poses")
@@ -73,42 +80,58 @@ def open_scene(views: Views, resolution: int, device: torch.device, known_poses:
             poses = center_poses(align_up_axis(poses), distance)
         else:
             poses = align_forward(poses, views.near)
-    camera = replace(camera, intrinsics=camera.intrinsics.to(device), background=camera.background.to(device))
     poses = None if poses is None else poses.to(device)
     loss_masks = None if views.loss_masks is None else views.loss_masks.to(device)
-    return Scene(views.images.to(device), list(views.names), camera, views.layout, distance, poses, loss_masks)
+    seen = None if camera.view_intrinsics is None else match_camera(views, camera, views.size).images.to(device)
+    images, camera = views.images.to(device), camera.to(device)
+    return Scene(images, list(views.names), camera, views.layout, distance, poses, loss_masks, seen)
 
 
 def shared_camera(views: Views) -> CameraModel:
     """Return the camera model of views; their background is black if none is stored.
 
-    Raises:
-        DataError: the intrinsics of the views differ.
+    Intrinsics that differ stay those of each view, and the common ones are of an image that contains all views.
     """
-    height, width = views.size
-    intrinsics = views.intrinsics / torch.tensor([width, height, 1.0])[:, None]
-    mean = intrinsics.mean(0)
-    if (intrinsics - mean).abs().max() > INTRINSICS_TOLERANCE:
-        raise DataError("the views' focal lengths or image centres differ; give views of one camera")
+    intrinsics = relative_intrinsics(views)
     background = torch.zeros(3) if views.background is None else views.background
-    return CameraModel(mean, background, views.layout == "forward")
+    camera = CameraModel(intrinsics.mean(0), background, views.layout == "forward")
+    if has_intrinsics(camera.intrinsics, intrinsics):
+        return camera
+    focal, centre = intrinsics.diagonal(dim1=1, dim2=2)[:, :2], intrinsics[:, :2, 2]
+    lower, upper = (centre / focal).amax(0), ((1 - centre) / focal).amax(0)  # tangents of the widest angles
+    union = torch.eye(3)
+    union[:2, :2] = torch.diag(1 / (lower + upper))
+    union[:2, 2] = lower / (lower + upper)
+    return replace(camera, intrinsics=union, view_intrinsics=intrinsics)
+
+
+def relative_intrinsics(views: Views) -> Tensor:
+    """Return the intrinsics [V, 3, 3] of views in units of width and height."""
+    return views.intrinsics / torch.tensor([views.size[1], views.size[0], 1.0])[:, None]
+
+
+def has_intrinsics(intrinsics: Tensor, own: Tensor) -> bool:
+    """Return whether intrinsics [V, 3, 3] are, up to rounding and small errors, those of one camera [3, 3]."""
+    return bool((own - intrinsics).abs().max() <= INTRINSICS_TOLERANCE)
+
+
+def match_size(views: Views, size: tuple[int, int]) -> Views:
+    """Return views at the size of a run; views of another shape keep it, with the same longer side."""
+    return views.resize(size if same_aspect_ratio(views.size, size) else max(size))
 
 
 def match_camera(views: Views, camera: CameraModel, size: tuple[int, int]) -> Views:
-    """Return views as the camera of a run sees them, at its size; views of that camera are only resized."""
-    k = camera.intrinsics.cpu() * torch.tensor([size[1], size[0], 1.0])[:, None]
-    own = views.intrinsics / torch.tensor([views.size[1], views.size[0], 1.0])[:, None]
-    if same_aspect_ratio(views.size, size) and (own - camera.intrinsics.cpu()).abs().max() <= INTRINSICS_TOLERANCE:
+    """Return views as one camera that contains all views of a run sees them, at its size.
+
+    Views of that camera are only resized.
+    """
+    if same_aspect_ratio(views.size, size) and has_intrinsics(camera.intrinsics.cpu(), relative_intrinsics(views)):
         return views.resize(size)
-    return views.reframe(k, size)
+    return views.reframe(camera.pixel_intrinsics(*size).cpu(), size)
 
 
 def box_camera(views: Views) -> CameraModel:
-    """Return the camera model that maps between world and field box: the identity for object scenes.
-
-    Raises:
-        DataError: the intrinsics of forward-facing views differ.
-    """
+    """Return the camera model that maps between world and field box: the identity for object scenes."""
     return shared_camera(views) if views.layout == "forward" else CameraModel(torch.eye(3), torch.zeros(3))
 
 

@@ -19,11 +19,12 @@ from factorkit.utils.errors import CheckpointError
 from factorkit.utils.safe_reading import read_arrays
 
 FILE_NAME = "views.npz"
+OPTIONAL = ("poses", "background", "loss_masks", "content_sizes")
 DESCRIBED_DIGITS = 5  # of intrinsics, relative to the image's sides, and of colours
 
 
 def store_views(folder: Path, views: Views) -> None:
-    """Write images (8 bits a channel), names, intrinsics and, if given, poses and background to the run folder.
+    """Write images (8 bits a channel), names, intrinsics and what else is needed of views to the run folder.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -34,10 +35,10 @@ def store_views(folder: Path, views: Views) -> None:
         "intrinsics": views.intrinsics.numpy(),
         "layout": np.array(views.layout),
     }
-    for name in ("poses", "background"):
+    for name in OPTIONAL:
         value = getattr(views, name)
         if value is not None:
-            arrays[name] = value.numpy()
+            arrays[name] = (value.byte() if name == "loss_masks" else value).numpy()
     path = folder / FILE_NAME
     try:
         with replacing(path) as temporary:
@@ -57,7 +58,9 @@ def load_views(folder: Path | None) -> Views | None:
         return None
     try:
         arrays = read_arrays(path)
-        optional: dict[str, Any] = {k: torch.from_numpy(arrays[k]) for k in ("poses", "background") if k in arrays}
+        optional: dict[str, Any] = {k: torch.from_numpy(arrays[k]) for k in OPTIONAL if k in arrays}
+        if "loss_masks" in optional:
+            optional["loss_masks"] = optional["loss_masks"].float()
         return Views(
             torch.from_numpy(arrays["images"]).float() / 255,
             [str(name) for name in arrays["names"]],
@@ -89,13 +92,18 @@ def describe_scene(scene: Scene, views: Views, known_poses: bool) -> dict[str, A
 
 
 def describe_cameras(views: Views, known_poses: bool) -> dict[str, Any]:
-    """Return intrinsics (fx, fy, cx, cy in units of width and height), background and, if used, a hash of the poses."""
+    """Return intrinsics (fx, fy, cx, cy in units of width and height), background and, if used, a hash of the poses.
+
+    Intrinsics that differ between views are described by a hash too.
+    """
     camera = shared_camera(views)
     values = [camera.intrinsics[at] for at in ((0, 0), (1, 1), (0, 2), (1, 2))]
     description: dict[str, Any] = {
         "intrinsics": [round(float(x), DESCRIBED_DIGITS) for x in values],
         "background": [round(x, DESCRIBED_DIGITS) for x in camera.background.tolist()],
     }
+    if camera.view_intrinsics is not None:
+        description["view_intrinsics"] = _digest((camera.view_intrinsics * 10**DESCRIBED_DIGITS).round())
     if known_poses and views.poses is not None:
         description["poses"] = _digest(views.poses.float())
     return description

@@ -150,6 +150,7 @@ def open_views(
         arrangement=arrangement,
         layout=layout or "object",
         notes=notes,
+        points=settings.points,
         resolution=resolution,
         background=background,
         seed=seed,

@@ -116,7 +116,7 @@ class Training:
         else:
             fitted, duplication = self.dictionary_search()
         # the distance, which sets the scale, stays that of the given focal length
-        camera = replace(scene.camera, intrinsics=fitted.camera.intrinsics.detach())
+        camera = scene.camera.with_intrinsics(fitted.camera.intrinsics.detach())
         scene = replace(scene, camera=camera)
         model = self.build_model(fitted.field, fitted.poses().detach(), camera)
         task = lambda stage: DistilTask(stage, scene, model, duplication)  # noqa: E731
@@ -260,7 +260,7 @@ class Training:
         fitted = refine("refine", start, orbit.requires_grad_(), preview_name="refine")
         poses = fitted.poses.with_directions(fitted.poses.direction.detach())
         refined_directions, moved = poses.direction, 0
-        refined_scene = replace(scene, camera=replace(scene.camera, intrinsics=fitted.camera.intrinsics.detach()))
+        refined_scene = replace(scene, camera=scene.camera.with_intrinsics(fitted.camera.intrinsics.detach()))
         for number in range(max(1, config.flip_rounds)):
             poses, moved = self.flip_round(number, poses, places, refined_scene)
             if not moved:
@@ -318,7 +318,7 @@ class Training:
         """Cross-fit two small fields; return the errors, the disparity noise, and why errors are None."""
         config, count = self.config, len(self.scene.images)
         poses = distributed.gather_rows(model.views)[0][:count]  # those of process 0
-        scene = replace(self.scene, camera=replace(self.scene.camera, intrinsics=model.camera.intrinsics.detach()))
+        scene = replace(self.scene, camera=self.scene.camera.with_intrinsics(model.camera.intrinsics.detach()))
         steps = config.steps if config.poses == "predicted" and config.search == "joint" else config.field_steps
         if count < MIN_HELD_OUT_VIEWS:
             return None, None, f"since {format_count(count, 'view')}: fewer than {MIN_HELD_OUT_VIEWS}"

@@ -104,15 +104,6 @@ def test_transforms_missing_split_file_raises(tmp_path, transforms):
         open_views(folder, "test")
 
 
-def test_open_views_different_sizes_raise(transforms):
-    folder = transforms()
-    image(folder / "images" / "1.png", (12, 8))
-    with pytest.raises(DataError, match=r"images/1.png is 12 x 8 pixels, but images/0.png is 10 x 8"):
-        open_views(folder)
-    with pytest.raises(DataError, match="one size"):
-        open_views(folder / "images")
-
-
 def test_open_views_broken_image_raises(transforms):
     folder = transforms()
     (folder / "images" / "2.png").write_bytes(b"no image")

@@ -7,11 +7,9 @@ import math
 
 import cv2
 import numpy as np
-import pycolmap
 import pytest
 import torch
 import trimesh
-from plyfile import PlyData
 
 from factorkit.data import make_procedural_views, open_views
 from factorkit.data.procedural.scene import TABLE, make_scene_field, signed_distance
@@ -20,6 +18,9 @@ from factorkit.nerfdiff.export.cameras import IMAGE_FOLDER, file_names, make_col
 from factorkit.nerfdiff.export.points import Shape
 from factorkit.utils.errors import ConfigError, DataError, WriteError
 from factorkit.utils.output_record import OutputRecord
+
+pycolmap = pytest.importorskip("pycolmap")
+PlyData = pytest.importorskip("plyfile").PlyData
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import pycolmap
 import pytest
 import torch
 import trimesh
-from plyfile import PlyData
 
 from factorkit.nerfdiff.cameras.poses import forward_facing_poses
 from factorkit.nerfdiff.export import export
@@ -17,6 +15,9 @@ from factorkit.nerfdiff.rays import render_views
 from factorkit.rendering import Rays
 from factorkit.utils.errors import ConfigError, DataError
 from tests.nerfdiff.forward import CAMERA, CENTRE, RADIUS, WALL, ball_alone, ball_and_wall, forward_views
+
+pycolmap = pytest.importorskip("pycolmap")
+PlyData = pytest.importorskip("plyfile").PlyData
 
 
 @pytest.fixture(scope="module")
