@@ -31,6 +31,7 @@ from factorkit.utils.errors import (
     FactorkitError,
     OutOfMemoryError,
     first_line,
+    format_count,
     is_out_of_memory,
 )
 from factorkit.utils.files import read_log, timeline
@@ -189,7 +190,7 @@ class Trainer:
     def _out_of_memory_message(self, error: BaseException) -> str:
         config, share = self.config, self.config.batch_size // distributed.world_size()
         at_once = min(config.micro_batch_size or share, share)
-        activity, advice = f"with {at_once} images at once", config.memory_advice(at_once)
+        activity, advice = f"with {format_count(at_once, 'image')} at once", config.memory_advice(at_once)
         if self._failed_preview is not None and self._failed_preview.error is error:
             activity = f"drawing the sample grids of step {self._failed_preview.step}"
             advice = "sample_every=0 draws none before the end" if config.sample_every else "Make the model smaller"

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from factorkit.utils.errors import WriteError
+from factorkit.utils.errors import WriteError, format_count
 from factorkit.utils.files import JsonLines, parse_line, read_lines, temporary_path
 
 RECORD_NAME = ".factorkit.jsonl"
@@ -302,8 +302,9 @@ class OutputFilter:
     def describe(self) -> str | None:
         """Say in one sentence what was left out, and why; None if nothing was."""
         parts = [
-            f"{len(names)} {what} ({', '.join(sorted(names)[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''})"
-            for names, what in ((self.folders, "folders"), (self.files, "images"))
+            f"{format_count(len(names), what)} "
+            f"({', '.join(sorted(names)[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''})"
+            for names, what in ((self.folders, "folder"), (self.files, "image"))
             if names
         ]
         return f"left out {' and '.join(parts)} that factorkit wrote: results are not data" if parts else None

@@ -52,6 +52,7 @@ from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
 from factorkit.nerfdiff.verdict import write_report
 from factorkit.report.content import log_checks
 from factorkit.utils import distributed
+from factorkit.utils.errors import format_count
 from factorkit.utils.files import read_log, timeline
 from factorkit.utils.rng import derived_seed
 
@@ -319,9 +320,13 @@ class Training:
         scene = replace(self.scene, camera=self.scene.camera.with_intrinsics(model.camera.intrinsics.detach()))
         steps = config.steps if config.poses == "predicted" and config.search == "joint" else config.field_steps
         if count < MIN_HELD_OUT_VIEWS:
-            return None, None, f"since {count} views are fewer than {MIN_HELD_OUT_VIEWS}"
+            return None, None, f"since {format_count(count, 'view')}: fewer than {MIN_HELD_OUT_VIEWS}"
         if steps < MIN_FIT_STEPS:
-            return None, None, f"since the field was fitted for {steps} steps only, fewer than {MIN_FIT_STEPS}"
+            return (
+                None,
+                None,
+                f"since the field was fitted for {format_count(steps, 'step')} only, fewer than {MIN_FIT_STEPS}",
+            )
         noise = None
         if scene.layout == "forward":
             noise = disparity_noise(model.field, scene, poses, config.samples_per_ray)
