@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from factorkit.cli.base import Flag, OptionalFloat, OptionalInt, OptionalPath, OutputCommand, Paths, Result, RunCommand
-from factorkit.utils.errors import ConfigError
+from factorkit.utils.errors import ConfigError, format_count
 
 if TYPE_CHECKING:
     from factorkit.data.views.views import Views
@@ -161,7 +161,7 @@ class Render(OutputCommand):
         check_frames(self.out, **place)
         images = _load(self).render_path(self.path, self.size, self.frames).images
         distributed.run_on_first(lambda: write_frames(self.out, images, **place))
-        return {"out": str(self.out), "frames": self.frames}, f"{self.frames} frames: {self.out}"
+        return {"out": str(self.out), "frames": self.frames}, f"{format_count(self.frames, 'frame')}: {self.out}"
 
 
 @dataclass(kw_only=True)
@@ -229,7 +229,7 @@ class Sample(OutputCommand):
                 record.write(files, source)
 
         distributed.run_on_first(write)
-        return data, f"{data['views']} views: {self.out}"
+        return data, f"{format_count(data['views'], 'view')}: {self.out}"
 
 
 @dataclass(kw_only=True)

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from factorkit.data.views.views import SceneLayout, Views
 from factorkit.nerfdiff.scene import Scene, shared_camera
-from factorkit.utils.atomic import replacing
 from factorkit.utils.errors import CheckpointError
-from factorkit.utils.safe_reading import read_arrays
+from factorkit.utils.files import read_arrays, replacing
 
 FILE_NAME = "views.npz"
 OPTIONAL = ("poses", "background", "loss_masks", "content_sizes")

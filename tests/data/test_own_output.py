@@ -78,7 +78,7 @@ def test_output_folder_itself_is_refused_until_its_record_is_deleted(photos, nam
 
 def test_subfolder_of_results_is_recognised_by_the_record_above(photos, save):
     save(photos / "deep" / "segmented" / "a" / "mine.png")
-    with pytest.warns(UserWarning, match="1 images"):
+    with pytest.warns(UserWarning, match="1 image "):
         assert open_source(photos / "deep" / "segmented" / "a").names == ["mine.png"]
 
 
@@ -109,7 +109,7 @@ def test_image_and_mask_folders_ignore_results(tmp_path, save):
         save(tmp_path / "set" / "masks" / f"{i}.png", 255 * (i % 2), mode="L")
     with OutputRecord(tmp_path / "set" / "images") as record:
         record.write({"0_labels.png": lambda path: save(path)}, "0.png")
-    with pytest.warns(UserWarning, match="1 images"):
+    with pytest.warns(UserWarning, match="1 image "):
         dataset = open_dataset(tmp_path / "set", holdout="none")
     assert dataset.train.names == [f"{i}.png" for i in range(4)]
 

@@ -25,7 +25,7 @@ from factorkit.data.views.phones import is_polycam, is_record3d, read_polycam, r
 from factorkit.data.views.srn import is_srn, read_srn
 from factorkit.data.views.transforms import is_transforms, read_transforms
 from factorkit.data.views.views import SceneLayout, Views
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 from factorkit.utils.output_record import OutputFilter, is_output_folder
 
 PosedReader = Callable[[Path, str | None], tuple[list[LazyView], SceneSettings]]
@@ -255,7 +255,9 @@ def _check_single_scene(folder: Path) -> None:
     children = sorted(child for child in folder.iterdir() if child.is_dir() and not is_output_folder(child))
     scenes = [child.name for child in children if any(matches(child) for matches, _ in POSED_FORMATS)]
     if scenes:
-        raise DataError(f"{folder}: contains {len(scenes)} scenes ({format_examples(scenes)}). Give one of them.")
+        raise DataError(
+            f"{folder}: contains {format_count(len(scenes), 'scene')} ({format_examples(scenes)}). Give one of them."
+        )
 
 
 def _warn_about_unread_cameras(folder: Path) -> None:
