@@ -169,7 +169,7 @@ def decide_mask_values(counts: Mapping[int, int], ignore: int | None = None) -> 
     listed = (
         "{" + ", ".join(map(str, values[:MAX_LISTED_VALUES])) + (", ...}" if len(values) > MAX_LISTED_VALUES else "}")
     )
-    found = f"{len(values)} values {listed}"
+    found = f"{format_count(len(values), 'value')} {listed}"
     top = values[-1] if values else 0
     if len(values) <= 1 or (len(values) == 2 and values[0] == 0):
         return MaskValues(ignore=ignore, found=found)
@@ -224,7 +224,10 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
     """
     if images.positional or masks.positional:
         if len(images) != len(masks):
-            raise DataError(f"{len(images)} images but {len(masks)} masks: arrays match by position. Give one each.")
+            raise DataError(
+                f"{format_count(len(images), 'image')} but {format_count(len(masks), 'mask')}: arrays match by "
+                "position. Give one each."
+            )
         return [(i, i) for i in range(len(images))]
     images_by_stem: dict[str, list[int]] = {}
     for i, name in enumerate(images.names):
@@ -248,7 +251,8 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
             mask_of[stem] = j
     if unmatched:
         raise DataError(
-            f"{len(unmatched)} of {len(masks)} masks have no image: {format_examples(unmatched)}. The images are named "
+            f"{len(unmatched)} of {format_count(len(masks), 'mask')} {'has' if len(unmatched) == 1 else 'have'} "
+            f"no image: {format_examples(unmatched)}. The images are named "
             f"{format_examples(images.names)}. Give a mask its image's name, with or without "
             f"{' or '.join(MASK_ENDINGS[:2])}."
         )

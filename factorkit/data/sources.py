@@ -18,7 +18,7 @@ from PIL import Image
 from factorkit.data.decode import ImageDecodeError, to_rgb
 from factorkit.data.depth import PNG_SIGNATURE, SetDepths, is_deep, limit_memory
 from factorkit.data.files import HEIF_MODULE, escape_name, stat_file
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 
 # Formats that are decoded, whatever the suffix. Pillow reads about forty, including PostScript, which it passes to
 # Ghostscript for execution.
@@ -137,7 +137,9 @@ class EncodedSource(Source):
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 return Image.open(io.BytesIO(drop_text(data)), formats=list_supported_formats())
         except Image.UnidentifiedImageError as error:
-            raise ImageDecodeError(f"{name}: not an image ({len(data)} bytes in no known format)") from error
+            raise ImageDecodeError(
+                f"{name}: not an image ({format_count(len(data), 'byte')} in no known format)"
+            ) from error
         except Image.DecompressionBombError as error:
             raise ImageDecodeError(f"{name}: too many pixels: {error} Reduce its size first.") from error
         except Exception as error:

@@ -16,7 +16,7 @@ from factorkit.nerfdiff.scene import has_intrinsics, match_size, mean_squared_er
 from factorkit.nerfdiff.stages.localise import TargetImages
 from factorkit.nerfdiff.stages.registration import register_scene
 from factorkit.nerfdiff.training_views import load_views
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 MIN_ALIGNMENT_CAMERAS = 3  # a similarity is underdetermined by fewer
 
@@ -76,11 +76,15 @@ def evaluate(run: EvaluatedRun, views: Views, poses: Tensor | None = None, refin
     if true is None:
         raise ConfigError("the views have no poses to compare with; give poses=")
     if true.shape != (len(views), 4, 4):
-        raise DataError(f"poses of shape {tuple(true.shape)} for {len(views)} views; give [{len(views)}, 4, 4]")
+        raise DataError(
+            f"poses of shape {tuple(true.shape)} for {format_count(len(views), 'view')}; give [{len(views)}, 4, 4]"
+        )
     true_training = true_training_poses(run, views)
     predicted = run.predict_pose(views, refine=refine).poses
     if true_training is None and len(views) < MIN_ALIGNMENT_CAMERAS:
-        raise DataError(f"{len(views)} views cannot be aligned with the model's coordinates; give at least 3")
+        raise DataError(
+            f"{format_count(len(views), 'view')} cannot be aligned with the model's coordinates; give at least 3"
+        )
     encoder = pose_errors(predicted, true)
     views = match_size(views, run.model.size)
     is_common = has_intrinsics(run.model.camera.intrinsics.cpu(), relative_intrinsics(views))

@@ -24,9 +24,9 @@ from factorkit.nerfdiff.scene import Scene, open_scene
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
-from factorkit.nerfdiff.training_views import complete_settings, describe_scene, store_views
+from factorkit.nerfdiff.training_views import complete_settings, describe_data, describe_scene, store_views
 from factorkit.utils import distributed
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 NUM_PROCEDURAL_VIEWS = 80  # without data
 TIMED_STEPS = 3  # of each stage, in a dry run
@@ -97,7 +97,7 @@ def train_nerfdiff(
     complete = partial(complete_settings, folder=folder, requested=settings)
     run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
     with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
-        distributed.run_on_first(lambda: store_views(folder, views))
+        distributed.run_on_first(lambda: store_views(folder, views, describe_data(data, reading)))
         Training(config, scene, folder, settings, progress).run()
         return NerfdiffRun.load(folder, device=device)
 
@@ -207,7 +207,9 @@ def _prepare(
     known_poses = config.poses == "known"
     scene = open_scene(views, config.resolution, device, known_poses, box)
     if scene.layout == "object" and len(scene.images) < config.num_candidates:
-        raise DataError(f"{len(scene.images)} views are fewer than num_candidates={config.num_candidates}; give more")
+        raise DataError(
+            f"{format_count(len(scene.images), 'view')}: fewer than num_candidates={config.num_candidates}; give more"
+        )
     if scene.layout == "forward" and config.pose_parameters:
         raise ConfigError(
             f"optimize_camera={config.optimize_camera}: forward-facing cameras are optimised in all six degrees of "

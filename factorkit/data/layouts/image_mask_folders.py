@@ -363,7 +363,8 @@ def parse_near_duplicates(text: bytes, images: Source, where: str) -> list[tuple
             pairs.append((found[0], found[1]))
     if unknown:
         message = (
-            f"{where}: {len(unknown)} of {num_names} names match no image, the first is {escape_name(unknown[0])}; "
+            f"{where}: {len(unknown)} of {num_names} names {'matches' if len(unknown) == 1 else 'match'} no "
+            f"image, the first is {escape_name(unknown[0])}; "
             f"an example of an image name is {escape_name(images.names[0])}."
         )
         if len(unknown) == num_names:

@@ -16,7 +16,7 @@ from factorkit.data.views.cameras import Distortion, FisheyeDistortion, Lens, ma
 from factorkit.data.views.image_files import FileFinder
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, split_every_eighth
 from factorkit.data.views.views import check_rigid
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 
 MODEL_FOLDERS = (".", "sparse/0", "sparse", "colmap/sparse/0")  # where a scene's model may be
 IMAGE_FOLDERS = ("images", "images_factorkit", "image", "imgs", "input", "rgb", ".")  # beside or above the model
@@ -94,7 +94,10 @@ def read_colmap(path: Path, split: str | None) -> tuple[list[LazyView], SceneSet
     prefix = "" if folder == path else f"{folder.name}/"
     notes = finder.notes
     sizes = {(camera.model, camera.width, camera.height) for camera in cameras.values()}
-    notes += (f"COLMAP model {model.name or '.'}: {len(images)} images, {len(cameras)} cameras of {len(sizes)} kinds.",)
+    notes += (
+        f"COLMAP model {model.name or '.'}: {format_count(len(images), 'image')}, "
+        f"{format_count(len(cameras), 'camera')} of {format_count(len(sizes), 'size')}.",
+    )
     others = [other.name for other in sorted(model.parent.glob("[0-9]*")) if other.is_dir() and other != model]
     if model.name.isdigit() and others:
         notes += (f"Other models of the scene, which are not read: {', '.join(others)}.",)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from factorkit.data.files import IMAGE_SUFFIXES, escape_name, fold_name, format_examples
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 
 DEFAULT_SUFFIXES = (".png", ".jpg", ".jpeg")  # tried first for names without suffix, as Blender's files have them
 MAX_MISSING_FRACTION = 0.5  # of the frames; beyond it the folder is the wrong one rather than incomplete
@@ -88,12 +88,13 @@ class FileFinder:
         missing = [name for i, name in enumerate(names) if i not in found]
         if len(missing) > MAX_MISSING_FRACTION * len(names):
             raise DataError(
-                f"{where}: {len(missing)} of {len(names)} images are missing, the first is {escape_name(missing[0])} "
+                f"{where}: {len(missing)} of {format_count(len(names), 'image')} missing, the first is "
+                f"{escape_name(missing[0])} "
                 f"(looked in {self.root}). Restore them, or remove their frames."
             )
         if missing:
             warnings.warn(
-                f"{where}: left out {len(missing)} of {len(names)} frames without an image file: "
+                f"{where}: left out {len(missing)} of {format_count(len(names), 'frame')} without an image file: "
                 f"{format_examples(missing)}.",
                 stacklevel=3,
             )
@@ -105,5 +106,6 @@ class FileFinder:
         if not self.renamed:
             return ()
         return (
-            f"{len(self.renamed)} images were found under another suffix or case: {format_examples(self.renamed)}.",
+            f"{format_count(len(self.renamed), 'image')} found under another suffix or case: "
+            f"{format_examples(self.renamed)}.",
         )

@@ -22,7 +22,7 @@ from factorkit.data.views.image_files import FileFinder
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, loss_mask_reader, split_every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError, format_count
-from factorkit.utils.safe_reading import read_json
+from factorkit.utils.files import read_json
 
 SPLITS = ("train", "val", "test")
 
@@ -87,7 +87,7 @@ def _read_split_files(folder: Path, split: str | None) -> tuple[list[LazyView], 
         repeated = len(file.names) - len(indices)
         if repeated:
             why = "also views of val or test" if split == "train" else "already listed by another split"
-            notes += (f"{file.path.name}: left out {repeated} of {len(file.names)} frames that are {why}.",)
+            notes += (f"{file.path.name}: left out {repeated} of {format_count(len(file.names), 'frame')}: {why}.",)
         used |= {_normalize(file.names[i]) for i in indices}
         if indices:
             parts.append((file, indices))
@@ -177,7 +177,8 @@ def _select_frames(file: _File, split: str | None) -> tuple[list[int], tuple[str
     both = sorted(members.get("train", set()) & held_out)
     if both:
         raise DataError(
-            f"{file.path}: {len(both)} frames are listed for training and for val or test, the first is {both[0]}. "
+            f"{file.path}: {format_count(len(both), 'frame')} listed for training and for val or test, the "
+            f"first is {both[0]}. "
             "Remove them from one of the lists."
         )
     names = [_normalize(name) for name in file.names]
@@ -190,7 +191,9 @@ def _select_frames(file: _File, split: str | None) -> tuple[list[int], tuple[str
     unknown = sorted(set().union(*members.values()) - set(names))
     notes = [f"The files list only the splits {', '.join(lists)}."] if {"train", "test"} - lists.keys() else []
     if unknown:
-        notes.append(f"{len(unknown)} names in the split lists match no frame: {format_examples(unknown)}.")
+        notes.append(
+            f"{format_count(len(unknown), 'name')} in the split lists without a frame: {format_examples(unknown)}."
+        )
     return [i for i, name in enumerate(names) if name in selected], tuple(notes)
 
 

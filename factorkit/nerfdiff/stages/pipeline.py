@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from factorkit.engine.log import RunLog
-from factorkit.engine.run_folder import copy_folder
+from factorkit.engine.run_folder import RunLog, copy_folder
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.alarms import duplication_check
 from factorkit.nerfdiff.box import box_checks
@@ -54,7 +53,8 @@ from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
 from factorkit.nerfdiff.verdict import write_report
 from factorkit.report.content import log_checks
 from factorkit.utils import distributed
-from factorkit.utils.jsonl import read_log, timeline
+from factorkit.utils.errors import format_count
+from factorkit.utils.files import read_log, timeline
 from factorkit.utils.rng import derived_seed
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
@@ -321,9 +321,13 @@ class Training:
         scene = replace(self.scene, camera=self.scene.camera.with_intrinsics(model.camera.intrinsics.detach()))
         steps = config.steps if config.poses == "predicted" and config.search == "joint" else config.field_steps
         if count < MIN_HELD_OUT_VIEWS:
-            return None, None, f"since {count} views are fewer than {MIN_HELD_OUT_VIEWS}"
+            return None, None, f"since {format_count(count, 'view')}: fewer than {MIN_HELD_OUT_VIEWS}"
         if steps < MIN_FIT_STEPS:
-            return None, None, f"since the field was fitted for {steps} steps only, fewer than {MIN_FIT_STEPS}"
+            return (
+                None,
+                None,
+                f"since the field was fitted for {format_count(steps, 'step')} only, fewer than {MIN_FIT_STEPS}",
+            )
         noise = None
         if scene.layout == "forward":
             noise = disparity_noise(model.field, scene, poses, config.samples_per_ray)

@@ -62,7 +62,7 @@ def lose_two(suffix):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lose_two(".png"), r"2 of 3 images are missing, the first is lost/1.png"),
+        (lose_two(".png"), r"2 of 3 images missing, the first is lost/1.png"),
         (lose_two(""), r"the first is lost/1 \(looked in"),
         (pose(lambda m: m.__setitem__((0, 0), np.nan)), "images/1.png has values that are not finite"),
         (pose(lambda m: m.__imul__(1.3)), "images/1.png is not rigid: it stretches"),
@@ -217,7 +217,7 @@ def test_open_views_folder_of_scenes_raises(srn):
     parent = srn.parent / f"{srn.name}_cars"
     parent.mkdir()
     srn.rename(parent / "1a0b")
-    with pytest.raises(DataError, match=r"_cars: contains 1 scenes \(1a0b\)"):
+    with pytest.raises(DataError, match=r"_cars: contains 1 scene \(1a0b\)"):
         open_views(parent)
     assert len(open_views(parent / "1a0b")) == 2
 
