@@ -43,9 +43,12 @@ struct Crossing {
     int near_axis, far_axis;  // the axes of the faces that are crossed
 };
 
-template <class S>
-FACTORKIT_HOST_DEVICE Crossing<S> cross_box(const S* o, const S* d, const Box<S>& box) {
-    S near = -S(INFINITY), far = S(INFINITY);
+// Beyond this many box sides from the box, differences of coordinates in single precision are too coarse.
+constexpr int kFarSides = 64;
+
+template <class Wide, class S>
+FACTORKIT_HOST_DEVICE Crossing<S> cross_box_as(const S* o, const S* d, const Box<S>& box) {
+    Wide near = -Wide(INFINITY), far = Wide(INFINITY);
     int near_axis = -1, far_axis = -1;
     bool inside = true;
     for (int a = 0; a < 3; ++a) {
@@ -53,13 +56,22 @@ FACTORKIT_HOST_DEVICE Crossing<S> cross_box(const S* o, const S* d, const Box<S>
             inside = inside && o[a] >= box.lower[a] && o[a] <= box.upper[a];
             continue;
         }
-        const S first = ((d[a] > S(0) ? box.lower[a] : box.upper[a]) - o[a]) / d[a];
-        const S second = ((d[a] > S(0) ? box.upper[a] : box.lower[a]) - o[a]) / d[a];
+        const Wide first = (Wide(d[a] > S(0) ? box.lower[a] : box.upper[a]) - Wide(o[a])) / Wide(d[a]);
+        const Wide second = (Wide(d[a] > S(0) ? box.upper[a] : box.lower[a]) - Wide(o[a])) / Wide(d[a]);
         if (first > near) near = first, near_axis = a;
         if (second < far) far = second, far_axis = a;
     }
-    if (!(inside && far_axis >= 0 && near <= far && far >= S(0))) return {S(0), S(0), false, -1, -1};
-    return {near > S(0) ? near : S(0), far, near > S(0), near_axis, far_axis};
+    if (!(inside && far_axis >= 0 && near <= far && far >= Wide(0))) return {S(0), S(0), false, -1, -1};
+    return {near > Wide(0) ? S(near) : S(0), S(far), near > Wide(0), near_axis, far_axis};
+}
+
+template <class S>
+FACTORKIT_HOST_DEVICE Crossing<S> cross_box(const S* o, const S* d, const Box<S>& box) {
+    for (int a = 0; sizeof(S) < sizeof(double) && a < 3; ++a) {
+        const S reach = S(kFarSides) * (box.upper[a] - box.lower[a]);
+        if (o[a] < box.lower[a] - reach || o[a] > box.upper[a] + reach) return cross_box_as<double>(o, d, box);
+    }
+    return cross_box_as<S>(o, d, box);
 }
 
 // The point o + t d stays on a face normal to an axis, so do + dt d + t dd = 0 along that axis.

@@ -14,6 +14,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "counter_rng.h"
 #include "intersect.h"
@@ -60,6 +61,7 @@ struct Course {
     const S *origin, *direction;
     S per_direction[3], per_half[3];  // reciprocals
     S cell_size, speed, per_step;     // shortest side of a cell of level 0; length of the direction; 1 / step_min
+    S slack[3];                       // by which rounding may move a point of the outer faces, in cells of level 0
     S margin;                         // far more than rounding can move a face or a point of level 0 by
 };
 
@@ -115,6 +117,13 @@ FACTORKIT_HOST_DEVICE S jittered(const March<S>& p, const Course<S>& c, std::int
     return moved < c.far ? moved : c.far;
 }
 
+// How far rounding may move a point of a face of level 0's box, relative to half the box.
+template <class S>
+FACTORKIT_HOST_DEVICE S face_slack(S centre, S half) {
+    const S size = centre < S(0) ? -centre : centre;
+    return S(4) * std::numeric_limits<S>::epsilon() * (S(1) + S(2) * size / half);
+}
+
 // The cell at a point, as asked for by a step of this length in space.
 template <class S>
 struct Cell {
@@ -141,8 +150,10 @@ FACTORKIT_HOST_DEVICE Cell<S> find_cell(const March<S>& p, const Course<S>& c, S
     }
     for (int a = 0; a < 3; ++a) {
         const S place = std::fma(q[a], smaller, S(1)) * S(p.resolution / 2);
-        cell.inside = cell.inside && place >= S(0) && place < S(p.resolution);
-        cell.at[a] = cell.inside ? int(place) : 0;
+        const S slack = c.slack[a] * smaller;
+        cell.inside = cell.inside && place >= -slack && place <= S(p.resolution) + slack;  // faces belong to the box
+        const int at = cell.inside ? int(place) : 0;
+        cell.at[a] = at < p.resolution ? at : p.resolution - 1;
     }
     if (!cell.inside) return cell;
     const std::int64_t r = p.resolution, b = r / 8;
@@ -173,14 +184,16 @@ FACTORKIT_HOST_DEVICE S cell_exit(const March<S>& p, const Course<S>& c, const C
 template <class S, class Emit>
 FACTORKIT_HOST_DEVICE void march_ray(const March<S>& p, std::int64_t ray, Emit emit) {
     const S *origin = p.rays.origins + 3 * ray, *direction = p.rays.directions + 3 * ray;
-    Course<S> c{ray, p.near[ray], p.far[ray], origin, direction, {}, {}, S(INFINITY), S(0), S(1) / p.step_min, S(0)};
+    Course<S> c{ray, p.near[ray], p.far[ray], origin, direction, {}, {}, S(INFINITY), S(0), S(1) / p.step_min, {}, S(0)};
     const S largest = S(1 << (p.levels - 1)), *d = c.direction;
     Box<S> reach;
     for (int a = 0; a < 3; ++a) {
-        reach.lower[a] = std::fma(-largest, p.half[a], p.centre[a]);
-        reach.upper[a] = std::fma(largest, p.half[a], p.centre[a]);
         c.per_direction[a] = S(1) / d[a];
         c.per_half[a] = S(1) / p.half[a];
+        const S moved = face_slack(p.centre[a], p.half[a]);
+        reach.lower[a] = std::fma(-largest, p.half[a] * (S(1) + moved), p.centre[a]);
+        reach.upper[a] = std::fma(largest, p.half[a] * (S(1) + moved), p.centre[a]);
+        c.slack[a] = moved * S(p.resolution / 2);
         const S size = p.half[a] / S(p.resolution / 2);
         c.cell_size = size < c.cell_size ? size : c.cell_size;
     }

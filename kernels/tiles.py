@@ -7,6 +7,8 @@ a block of channels is one line wide.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -152,9 +154,16 @@ def start(function, grid: tuple[int, ...], arguments: tuple, constants: dict, op
 
 
 def launch(function, programs: int, *arguments, warps: int, **constants) -> None:
-    """Run ``programs`` programs of a kernel on the device of its tensors, which must be the current one."""
+    """Run ``programs`` programs of a kernel on the device of its tensors, on the current stream there."""
     if programs == 0:
         return
+    device = next(x.device for x in arguments if isinstance(x, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        _launch_on_current_device(function, programs, arguments, constants, warps)
+
+
+def _launch_on_current_device(function, programs: int, arguments: tuple, constants: dict, warps: int) -> None:
+    """Run a kernel on the current device, to which Triton sends every launch, whatever its tensors' device is."""
 
     def run(warps: int) -> None:
         start(function, (programs,), arguments, constants, compiler_options(warps))

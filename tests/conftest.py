@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tests allow the errors of fp32; torch's default for convolutions on a GPU is TF32, with 10 bits of mantissa.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 # Folders and modules of which nearly every test takes seconds: compilers, interpreted kernels, experiments, trainings.
 SLOW = (

@@ -39,6 +39,10 @@ class Command:
         """Do the work of the command."""
         raise NotImplementedError
 
+    def exit_code(self, data: dict[str, Any]) -> int:
+        """Return the exit code of a command that has finished with this result."""
+        return 0
+
 
 @dataclass(kw_only=True)
 class RunCommand(Command):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast
 from tyro.conf import arg
 
 from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, OptionalName, OptionalPath, Result, RunCommand
-from factorkit.utils.errors import ConfigError
+from factorkit.utils.errors import ConfigError, format_count
 
 
 @dataclass(kw_only=True)
@@ -176,7 +176,8 @@ def format_scores(scores: dict[str, Any]) -> str:
     if "level" in scores:
         foreground += f" of level {scores['level']}"
     lines.append(
-        f"{scores['scored']} images scored at {scores['size']} px; foreground is region {foreground}, fitted on "
+        f"{format_count(scores['scored'], 'image')} scored at {scores['size']} px; foreground is region "
+        f"{foreground}, fitted on "
         f"{scores['fitted_on']} others; areas of the regions {'/'.join(f'{area:.2f}' for area in scores['areas'])}"
     )
     return "\n".join(lines)
@@ -202,12 +203,15 @@ def _format_hierarchy(scores: dict[str, Any]) -> str:
     levels = zip(scores["accuracy"], scores["within"], scores["chance"], strict=True)
     lines += [f"level {n:<4} {a:9.3f} {w:7.3f} {c:14.3f}" for n, (a, w, c) in enumerate(levels, start=1)]
     lines.append("accuracy: right at this level and all above; within: right among those right at the level above")
-    lines.append(f"{scores['scored']} images scored at {scores['size']} px; matched on {scores['fitted_on']} others")
+    lines.append(
+        f"{format_count(scores['scored'], 'image')} scored at {scores['size']} px; matched on "
+        f"{scores['fitted_on']} others"
+    )
     return "\n".join(lines)
 
 
 def _read_label_map(path: Path) -> dict[str, Any]:
-    from factorkit.utils.safe_reading import read_json
+    from factorkit.utils.files import read_json
 
     try:
         label_map = read_json(path)

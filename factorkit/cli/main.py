@@ -55,7 +55,7 @@ ENVIRONMENT
 
 EXIT STATUS
     0    success
-    1    disk or memory full, or a bug
+    1    disk or memory full, a bug, or a demo that did not succeed
     2    usage or input error
     130  Ctrl-C; 143 SIGTERM; 138 SIGUSR1. A training has saved by then, and the same command resumes it.
 """
@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 data, text = command.execute()
             if os.environ.get("RANK", "0") == "0":  # only one of the processes that torchrun started prints
                 print(json.dumps(data) if as_json else text, flush=True)
+            return command.exit_code(data)
         return 0
     except BrokenPipeError:  # a reader such as `| head` is gone; flushing at exit would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from factorkit.cli.base import Flag, OptionalFloat, OptionalInt, OptionalPath, OutputCommand, Paths, Result, RunCommand
-from factorkit.utils.errors import ConfigError
+from factorkit.utils.errors import ConfigError, format_count
 
 if TYPE_CHECKING:
     from factorkit.data.views.views import Views
@@ -161,7 +161,7 @@ class Render(OutputCommand):
         check_frames(self.out, **place)
         images = _load(self).render_path(self.path, self.size, self.frames).images
         distributed.run_on_first(lambda: write_frames(self.out, images, **place))
-        return {"out": str(self.out), "frames": self.frames}, f"{self.frames} frames: {self.out}"
+        return {"out": str(self.out), "frames": self.frames}, f"{format_count(self.frames, 'frame')}: {self.out}"
 
 
 @dataclass(kw_only=True)
@@ -229,27 +229,34 @@ class Sample(OutputCommand):
                 record.write(files, source)
 
         distributed.run_on_first(write)
-        return data, f"{data['views']} views: {self.out}"
+        return data, f"{format_count(data['views'], 'view')}: {self.out}"
 
 
 @dataclass(kw_only=True)
 class Export(OutputCommand):
     """Write the scene or its cameras in a format of other programs.
 
+    Images and cameras have the size of the training data, with their lenses and opacity. A .glb has y up.
+
     Examples:
         factorkit export runs/lego scene.ply
         factorkit export runs/lego mesh.glb
         factorkit export runs/lego nerfstudio/transforms.json
-        factorkit export runs/lego colmap/
+        factorkit export runs/lego colmap/ --coordinates given
     """
 
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
     """scene.ply (coloured points), mesh.ply (also .obj, .glb), transforms.json (nerfstudio), or a folder (COLMAP)."""
     kind: Annotated[Literal["points", "mesh", "nerfstudio", "colmap"] | None, arg(help_behavior_hint="")] = None
     """What to write. The default follows from the name of OUT."""
+    coordinates: Literal["run", "given"] = "run"
+    """run: those of the run, an object around the origin with z up. given: those of the training data's cameras."""
+    data: OptionalPath = None
+    """Where the training data are now. The default is where they were."""
 
     def execute(self) -> Result:
-        written = _load(self).export(self.out, kind=self.kind, overwrite=self.overwrite)
+        options = {"kind": self.kind, "coordinates": self.coordinates, "data": self.data}
+        written = _load(self).export(self.out, overwrite=self.overwrite, **options)
         return {"out": str(written)}, f"written: {written}"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, OutputCommand, Paths, Result
-from factorkit.utils.errors import ConfigError
+from factorkit.utils.errors import ConfigError, format_count
 
 if TYPE_CHECKING:
     from factorkit.segdiff.run import SegdiffRun
@@ -99,7 +99,8 @@ class Segment(OutputCommand):
         segments = run.segment_video(self.paths[0], self.out, smooth=self.smooth, partial=self.partial, **options)
         areas = "/".join(f"{area:.2f}" for area in segments.areas)
         text = (
-            f"{segments.frames} frames segmented: {self.out}\nareas of the regions {areas}; {segments.changes:.1%} of "
+            f"{format_count(segments.frames, 'frame')} segmented: {self.out}\nareas of the regions {areas}; "
+            f"{segments.changes:.1%} of "
             "the pixels change region from frame to frame"
         )
         return segments._asdict() | {"out": str(self.out)}, text

@@ -15,7 +15,7 @@ import numpy as np
 from factorkit.data.decode import ImageDecodeError
 from factorkit.data.files import describe_unread, escape_name, is_image, is_unread_image, stat_file, wrap_os_errors
 from factorkit.data.sources import EncodedSource, check_encoded_size, hash_values
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.output_record import RECORD_NAME, parse_record
 
 # zipfile unpacks no more bytes than requested with these; with other methods 100 bytes may become 1 GB at once.
@@ -43,6 +43,7 @@ class ZipSource(EncodedSource):
     def select(self, indices: Sequence[int], names: Sequence[str]) -> ZipSource:
         """Return some of the images under other names."""
         part = copy.copy(self)
+        part.__dict__.pop("depths", None)  # those of masks are not those of their images
         part.members, part.names = [self.members[i] for i in indices], list(names)
         return part
 
@@ -81,7 +82,8 @@ def _leave_out_outputs(
             rest.append(member)
     if len(rest) < len(images):
         warnings.warn(
-            f"{path}: left out {len(images) - len(rest)} images that factorkit wrote: results are not data",
+            f"{path}: left out {format_count(len(images) - len(rest), 'image')} that factorkit wrote: results "
+            "are not data",
             UserWarning,
             stacklevel=3,
         )
@@ -114,7 +116,9 @@ class TarSource(EncodedSource):
         return hash_values("tar", [(str(path), stat_file(path)) for path in self.paths], self.members)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> TarSource:
-        return TarSource(self.paths, [self.members[i] for i in indices], [self.names[i] for i in indices])
+        part = TarSource(self.paths, [self.members[i] for i in indices], [self.names[i] for i in indices])
+        part.depths = self.depths
+        return part
 
 
 def list_tar_members(path: Path) -> list[tuple[str, int, int]]:

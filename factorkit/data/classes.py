@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from factorkit.data.files import format_examples, natural_sort_key, strip_suffix
-from factorkit.utils.errors import ConfigError, DataError
-from factorkit.utils.safe_reading import read_json
+from factorkit.data.files import fold_name, fold_stem, format_examples, natural_sort_key, strip_suffix
+from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.utils.files import read_json
 
 NAME_COLUMNS = ("name", "file", "filename", "path", "image", "image_id", "id")
 CLASS_COLUMNS = ("class", "label", "category", "class_name")
-AMBIGUOUS = "\0"  # marks names without suffix that belong to two classes
+AMBIGUOUS = "\0"  # marks names that belong to two classes: without suffix, or in another case
 
 
 class Classes(NamedTuple):
@@ -37,7 +37,8 @@ def read_classes(
 ) -> Classes:
     """Find the class of each image.
 
-    A file or mapping names images by path, with or without suffix, or by the last part of the path if that is unique.
+    A file or mapping names images by path, with or without suffix, or by the last part of the path if that is unique,
+    whatever the case and the Unicode form.
     An empty class means that an image has none.
 
     Args:
@@ -81,7 +82,9 @@ def _number_classes(class_of: Sequence[str], where: str) -> Classes:
     names = sorted({name for name in class_of if name}, key=natural_sort_key)
     if len(names) < 2:
         available = f"only the class {names[0]!r}" if names else "no classes"
-        raise DataError(f"{where}: {available} for {len(class_of)} images; at least two classes are needed")
+        raise DataError(
+            f"{where}: {available} for {format_count(len(class_of), 'image')}; at least two classes are needed"
+        )
     number = {name: i for i, name in enumerate(names)} | {"": -1}
     return Classes(np.array([number[name] for name in class_of], np.int64), names)
 
@@ -138,11 +141,11 @@ def _read_table(path: Path) -> dict[str, str]:
 
 
 def _look_up(table: Mapping[str, str], names: Sequence[str], where: str) -> list[str]:
-    by_stem: dict[str, str] = {}
+    by_key: dict[str, str] = {}
     for name, value in table.items():
-        stem = strip_suffix(name)
-        if by_stem.setdefault(stem, value) != value:
-            by_stem[stem] = AMBIGUOUS
+        for key in {strip_suffix(name), fold_name(name), fold_stem(name)}:
+            if by_key.setdefault(key, value) != value:
+                by_key[key] = AMBIGUOUS
     last_parts = [PurePosixPath(name).name for name in names]
     unique = set(last_parts)
     if len(unique) < len(last_parts):
@@ -150,18 +153,18 @@ def _look_up(table: Mapping[str, str], names: Sequence[str], where: str) -> list
 
     def find(name: str, last_part: str) -> str | None:
         for key in (name, last_part) if last_part in unique else (name,):
-            for candidate in (key, strip_suffix(key)):
+            for candidate in (key, strip_suffix(key), fold_name(key), fold_stem(key)):
                 if candidate in table:
                     return table[candidate]
-                if by_stem.get(candidate, AMBIGUOUS) != AMBIGUOUS:
-                    return by_stem[candidate]
+                if by_key.get(candidate, AMBIGUOUS) != AMBIGUOUS:
+                    return by_key[candidate]
         return None
 
     class_of = [find(name, last_part) for name, last_part in zip(names, last_parts, strict=True)]
     missing = [name for name, value in zip(names, class_of, strict=True) if value is None]
     if missing:
         raise DataError(
-            f"{where}: {_summarize(missing)} of {len(names)} images are missing from its names: "
+            f"{where}: {_summarize(missing)} of {format_count(len(names), 'image')} missing from its names: "
             f"{_summarize(list(table))}. Add them, with an empty class if they have none."
         )
     return [value for value in class_of if value is not None]
@@ -176,7 +179,8 @@ def _classes_by_position(spec: Any, names: Sequence[str], positional: bool) -> l
     positions = [int(name) for name in names]  # with gaps for held-out images
     if max(positions) >= len(values):
         raise DataError(
-            f"classes= has {len(values)} entries, but there is an image {max(positions)}. Give one for each."
+            f"classes= has {format_count(len(values), 'entry')}, but there is an image {max(positions)}. Give "
+            "one for each."
         )
     return [values[position] for position in positions]
 

@@ -2,82 +2,60 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.data.depth import ImageDecodeError, SetDepths, apply_orientation, read_deep
+from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import uint8_to_unit
 
-INTEGER_DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # bits that cameras, scanners and microscopes store
 FLOAT_RANGES = (1, 255, 65535)  # white in float images
 FLOAT_TOLERANCE = 0.05  # of resampled values beyond [0, 1]
 
 
-class ImageDecodeError(DataError):
-    """An image that cannot be decoded. Functions that read many images may skip it."""
-
-
-def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
+def to_rgb(image: Image.Image, upright: bool = True, depths: SetDepths | None = None) -> Image.Image:
     """Convert an image to RGB, upright by its EXIF orientation, transparency composited over white.
 
     Args:
-        image: integer images of more than 8 bits (modes I;16 and I) are scaled by the least depth of
-            `INTEGER_DEPTHS` that holds their values: files of 16 bits often hold 12, or 8. Float images (mode F) are in
-            the first of [0, 1], [0, 255] and [0, 65535] that holds theirs.
+        image: integer images of more than 8 bits are scaled by the depth that the file names, or else by the least one
+            of 8, 10, 12, 14, 16, 24 and 32 that holds their values: files of 16 bits often hold 12, or 8. Float images
+            (mode F) are in the first of [0, 1], [0, 255] and [0, 65535] that holds theirs.
         upright: False keeps the pixels as stored.
+        depths: of the set that the image belongs to.
 
     Raises:
-        ImageDecodeError: a float image has values that are not finite or outside [0, 65535].
+        ImageDecodeError: integers are negative; floats are not finite or outside [0, 65535].
         OSError: or any other error of Pillow, for truncated and damaged files.
     """
-    if upright:
-        image = apply_orientation(image)
-    if image.mode.startswith("I"):  # before convert(), which clips these modes instead of scaling them
-        image = _integers_to_grey(np.asarray(image))
-    elif image.mode == "F":
-        image = _float_to_grey(np.asarray(image))
+    image = _to_8_bits(image, upright, depths)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def apply_orientation(image: Image.Image) -> Image.Image:
-    """Turn an image upright by its EXIF orientation; an image whose EXIF is damaged stays as it is stored."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except (OSError, MemoryError):  # of the pixels
-        raise
-    except Exception:  # SyntaxError, struct.error, TypeError, ... of the metadata: the pixels are sound
-        return image
+def _to_8_bits(image: Image.Image, upright: bool, depths: SetDepths | None) -> Image.Image:
+    """Return the image with 8 bits a sample: convert() clips larger values instead of scaling them."""
+    deep = read_deep(image, upright)
+    if deep is not None:
+        return deep.reduce(None if depths is None else depths.of(deep))
+    image = apply_orientation(image) if upright else image
+    return _float_to_grey(np.asarray(image)) if image.mode == "F" else image
 
 
-def _integers_to_grey(values: np.ndarray) -> Image.Image:
-    high = int(values.max(initial=0))
-    depth = next((depth for depth in INTEGER_DEPTHS if high < 2**depth), INTEGER_DEPTHS[-1])
-    if 8 < depth < 16:
-        warnings.warn(
-            f"images of more than 8 bits: those whose values end below {2**depth} are read as {depth} bits",
-            UserWarning,
-            stacklevel=3,
-        )
-    return Image.fromarray(np.clip(values >> (depth - 8), 0, 255).astype(np.uint8))
-
-
-def to_float(image: Image.Image, name: str, upright: bool = True) -> np.ndarray:
+def to_float(image: Image.Image, name: str, upright: bool = True, depths: SetDepths | None = None) -> np.ndarray:
     """Convert an image to float32 [H, W, 3], or [H, W, 4] if any pixel is transparent, in [0, 1].
 
     Raises:
         ImageDecodeError: it cannot be decoded; `name` is used in the message.
     """
     try:
+        image = _to_8_bits(image, upright, depths)
         if image.has_transparency_data:
-            values = np.asarray((apply_orientation(image) if upright else image).convert("RGBA"))
+            values = np.asarray(image.convert("RGBA"))
             values = values if values[..., 3].min() < 255 else values[..., :3]
         else:
-            values = np.asarray(to_rgb(image, upright))
+            values = np.asarray(image.convert("RGB"))
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise ImageDecodeError(f"{name}: cannot be decoded: {error}") from error
     return uint8_to_unit(values)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.output_record import RECORD_NAME, OutputFilter, is_output_folder
 
 IMAGE_SUFFIXES = frozenset(
@@ -44,9 +44,14 @@ def strip_suffix(name: str) -> str:
     return path.with_suffix("").as_posix() if path.name else name
 
 
+def fold_name(name: str) -> str:
+    """Return a name as names are compared: composed Unicode (macOS decomposes), case folded, with forward slashes."""
+    return unicodedata.normalize("NFC", name).casefold().replace("\\", "/")
+
+
 def fold_stem(name: str) -> str:
-    """Return a name's stem as names are compared: composed Unicode (macOS decomposes), case folded."""
-    return unicodedata.normalize("NFC", strip_suffix(name)).casefold()
+    """Return a name's stem as names are compared."""
+    return fold_name(strip_suffix(name))
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -94,7 +99,8 @@ def list_image_names(folder: Path) -> list[str]:
         warnings.warn(f"{escape_name(str(folder))}: {describe_unread(unread)}", UserWarning, stacklevel=2)
     if broken_links:
         warnings.warn(
-            f"{folder}: skipped {len(broken_links)} links to missing images: {format_examples(sorted(broken_links))}",
+            f"{folder}: skipped {format_count(len(broken_links), 'link')} to missing images: "
+            f"{format_examples(sorted(broken_links))}",
             UserWarning,
             stacklevel=2,
         )
@@ -119,7 +125,10 @@ def describe_unread(names: Sequence[str]) -> str:
     advice = "convert them to PNG or JPEG"
     if HEIF_SUFFIXES & set(by_suffix):
         advice = "pip install 'factorkit[heic]' reads .heic; convert the others to PNG or JPEG"
-    return f"left out {len(names)} images of formats that are not read: {', '.join(parts)}. To use them: {advice}"
+    return (
+        f"left out {format_count(len(names), 'image')} of formats that are not read: {', '.join(parts)}. To "
+        f"use them: {advice}"
+    )
 
 
 def refuse_output_folder(folder: Path) -> None:

@@ -12,22 +12,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from factorkit.data.decode import ImageDecodeError, apply_orientation, crop_square, crop_square_labels
+from factorkit.data.decode import crop_square, crop_square_labels
+from factorkit.data.depth import ImageDecodeError, apply_orientation, read_deep
 from factorkit.data.files import escape_name, fold_stem, format_examples, is_image
 from factorkit.data.open import open_source
 from factorkit.data.sources import Source
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 MASK_KEYS = ("masks", "M")  # arrays looked for in an .npz, in this order
 # A mask may be named like its image with one of these appended or prepended, or with its image's whole name
 MASK_ENDINGS = ("_mask", "_seg", "_gt", "_segmentation", "_label", "_labels", "_matte", "_trimap", "-mask", ".mask")
-MASK_BEGINNINGS = ("mask_", "dynamic_mask_")
+MASK_BEGINNINGS = ("mask_",)
+IGNORED_BEGINNING = "dynamic_mask_"  # of instant-ngp's masks of moving parts: what is not 0 does not count
 ASPECT_TOLERANCE = 0.01  # relative difference between the aspect ratios of a mask and its image
-OPACITY_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # full opacity: labels and floats, 8, 10, 12, 14 and 16 bits
+FULL_SCALES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
+OPACITY_SCALES = (1, *FULL_SCALES)  # full opacity; 1 of labels and floats
 PET_TRIMAP = (1, 2, 3)  # foreground, background, border: Parkhi et al. 2012, the annotations' README
-FULL_SCALE, SOFT_MIDDLE, END_WIDTH = 255, 128, 32  # of soft masks; JPEG moves values by up to about 30
+SOFT_MIDDLE, END_WIDTH = 128, 32  # of 255 in soft masks; JPEG moves values by up to about 30
 MIN_SOFT_VALUES, MIN_END_SHARE = 8, 0.6  # soft masks: more values than these, this share of the pixels near the ends
-VOID_LABEL_GAP = 200  # labels end below this where 255 is the label of no class
+VOID_LABELS, VOID_LABEL_GAP = (255, 65535), 200  # labels of no class; other labels end below the gap
 MAX_LISTED_VALUES = 6  # in messages
 
 
@@ -152,7 +155,8 @@ def decide_mask_values(counts: Mapping[int, int], ignore: int | None = None) -> 
     Two values with 0 are background and foreground. 1, 2, 3 are the trimap of Oxford-IIIT Pet (foreground, background,
     border), 0, 128, 255 that of matting (background, unknown, foreground). 255 beside small labels is the border that
     VOC and its followers do not score. Many grey values up to full scale, most pixels near one end, are soft or
-    compressed masks: foreground from the middle on. Everything else counts as labels: foreground is all above 0.
+    compressed masks: foreground from the middle on. Full scale is 255, or that of 10, 12, 14 or 16 bits. Everything
+    else counts as labels: foreground is all above 0.
 
     Args:
         counts: pixels by value.
@@ -165,7 +169,7 @@ def decide_mask_values(counts: Mapping[int, int], ignore: int | None = None) -> 
     listed = (
         "{" + ", ".join(map(str, values[:MAX_LISTED_VALUES])) + (", ...}" if len(values) > MAX_LISTED_VALUES else "}")
     )
-    found = f"{len(values)} values {listed}"
+    found = f"{format_count(len(values), 'value')} {listed}"
     top = values[-1] if values else 0
     if len(values) <= 1 or (len(values) == 2 and values[0] == 0):
         return MaskValues(ignore=ignore, found=found)
@@ -174,17 +178,24 @@ def decide_mask_values(counts: Mapping[int, int], ignore: int | None = None) -> 
             ignored = PET_TRIMAP[2] if ignore is None else ignore
             return MaskValues((PET_TRIMAP[0],), None, ignored, f"{found}, the trimap of Oxford-IIIT Pet", True)
         raise _ambiguous(found, "1 is foreground in a trimap, but 2 may as well be")
-    if values[0] == 0 and top == 255 and len(values) == 3 and abs(values[1] - 128) <= 1 and ignore is None:
-        return MaskValues((255,), None, values[1], f"{found}, a trimap", True)
-    if len(values) > MIN_SOFT_VALUES and top > FULL_SCALE - END_WIDTH and values[0] < END_WIDTH and top <= FULL_SCALE:
+    full = next((scale for scale in FULL_SCALES if top <= scale), FULL_SCALES[0])
+    step = (full + 1) // 256  # of a mask of more than 8 bits, for each of 8 bits
+    middle, end = SOFT_MIDDLE * step, END_WIDTH * step
+    if values[0] == 0 and top == full and len(values) == 3 and abs(values[1] - middle) <= step and ignore is None:
+        return MaskValues((full,), None, values[1], f"{found}, a trimap", True)
+    if len(values) > MIN_SOFT_VALUES and top > full - end and values[0] < end and top <= full:
         total = sum(counts[value] for value in values)
-        ends = sum(counts[value] for value in values if value < END_WIDTH or value > FULL_SCALE - END_WIDTH)
-        upper = [value for value in values if SOFT_MIDDLE < value <= FULL_SCALE - END_WIDTH]
-        if ends >= MIN_END_SHARE * total and (upper or values[-2] > SOFT_MIDDLE):
-            return MaskValues(None, SOFT_MIDDLE, ignore, f"{found}, soft or compressed", True)
-    if top == 255 and len(values) > 2 and ignore is None and values[-2] < VOID_LABEL_GAP:
-        return MaskValues(None, None, 255, f"{found}, labels with a border", True)
-    if len(values) > MIN_SOFT_VALUES and top == FULL_SCALE:
+        low, high = (
+            sum(counts[v] for v in values if near(v)) for near in (lambda v: v < end, lambda v: v > full - end)
+        )
+        upper = [value for value in values if middle < value <= full - end]
+        # Numbers of things reach any value, so beyond 8 bits most of what is not background must be white.
+        is_soft = step == 1 or 2 * high > total - low
+        if low + high >= MIN_END_SHARE * total and is_soft and (upper or values[-2] > middle):
+            return MaskValues(None, middle, ignore, f"{found}, soft or compressed", True)
+    if top == full and full in VOID_LABELS and len(values) > 2 and ignore is None and values[-2] < VOID_LABEL_GAP:
+        return MaskValues(None, None, full, f"{found}, labels with a border", True)
+    if len(values) > MIN_SOFT_VALUES and top == full:
         raise _ambiguous(found, "they may be a soft mask or the labels of many things")
     if 0 not in values:
         raise _ambiguous(found, "no value is 0, the background")
@@ -213,17 +224,21 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
     """
     if images.positional or masks.positional:
         if len(images) != len(masks):
-            raise DataError(f"{len(images)} images but {len(masks)} masks: arrays match by position. Give one each.")
+            raise DataError(
+                f"{format_count(len(images), 'image')} but {format_count(len(masks), 'mask')}: arrays match by "
+                "position. Give one each."
+            )
         return [(i, i) for i in range(len(images))]
     images_by_stem: dict[str, list[int]] = {}
     for i, name in enumerate(images.names):
         images_by_stem.setdefault(fold_stem(name), []).append(i)
     mask_of: dict[str, int] = {}
-    unmatched = []
+    unmatched: list[str] = []
+    ignored: list[str] = []
     for j, name in enumerate(masks.names):
         stem = next((stem for stem in image_stems(name) if stem in images_by_stem), None)
         if stem is None:
-            unmatched.append(name)
+            (ignored if ignored_stem(name) in images_by_stem else unmatched).append(name)
         elif stem in mask_of:
             duplicates = " and ".join(map(escape_name, (masks.names[mask_of[stem]], name)))
             raise DataError(f"{duplicates}: two masks of one image. Keep one of them.")
@@ -236,12 +251,24 @@ def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
             mask_of[stem] = j
     if unmatched:
         raise DataError(
-            f"{len(unmatched)} of {len(masks)} masks have no image: {format_examples(unmatched)}. The images are named "
+            f"{len(unmatched)} of {format_count(len(masks), 'mask')} {'has' if len(unmatched) == 1 else 'have'} "
+            f"no image: {format_examples(unmatched)}. The images are named "
             f"{format_examples(images.names)}. Give a mask its image's name, with or without "
             f"{' or '.join(MASK_ENDINGS[:2])}."
         )
+    if ignored:
+        described = f"{format_count(len(ignored), 'mask')} of moving parts ({format_examples(ignored)})"
+        if not mask_of:
+            raise DataError(f"{described}: these are pixels to be ignored, not the foreground. Give other masks.")
+        warnings.warn(f"left out {described}: they are not the foreground", UserWarning, stacklevel=2)
     stems = map(fold_stem, images.names)
     return [(i, mask_of[stem]) for i, stem in enumerate(stems) if stem in mask_of]
+
+
+def ignored_stem(name: str) -> str | None:
+    """Return the folded stem of the image whose moving parts a mask shows (`IGNORED_BEGINNING`); None for others."""
+    folder, slash, base = fold_stem(name).rpartition("/")
+    return folder + slash + base.removeprefix(IGNORED_BEGINNING) if base.startswith(IGNORED_BEGINNING) else None
 
 
 def image_stems(mask_name: str) -> list[str]:
@@ -285,11 +312,16 @@ def read_labels(masks: Source, index: int) -> np.ndarray:
     name = escape_name(masks.names[index])
     image = masks.decode(index)
     try:
-        if image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema() == (255, 255):
-            image = image.convert(image.mode.removesuffix("A"))
-        if _is_inverted_palette(image):
-            image = image.convert("L")
-        values = np.asarray(apply_orientation(image))
+        if (deep := read_deep(image)) is not None:
+            values = deep.values
+            if deep.mode.endswith("A") and values[..., -1].min() == values[..., -1].max():
+                values = values[..., :-1]
+        else:
+            if image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema() == (255, 255):
+                image = image.convert(image.mode.removesuffix("A"))
+            if _is_inverted_palette(image):
+                image = image.convert("L")
+            values = np.asarray(apply_orientation(image))
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise DataError(f"{name}: cannot be decoded: {error}. Replace the file, or remove it.") from error
     if values.ndim == 3:
@@ -324,9 +356,12 @@ def to_opacity(image: Image.Image, name: str, upright: bool = True) -> np.ndarra
         ImageDecodeError: it cannot be decoded, or has other values; `name` is used in the message.
     """
     try:
-        image = apply_orientation(image) if upright else image
-        is_wide = image.mode == "F" or image.mode.startswith("I")  # convert("L") clips or truncates these
-        values = np.asarray(image if is_wide else image.convert("L")).astype(np.float32)
+        if (deep := read_deep(image, upright)) is not None:  # convert("L") clips or truncates these
+            values = deep.values if deep.values.ndim == 2 else deep.values[..., 0]
+        else:
+            image = apply_orientation(image) if upright else image
+            values = np.asarray(image if image.mode == "F" else image.convert("L"))
+        values = values.astype(np.float32)
     except Exception as error:  # as in read_labels
         raise ImageDecodeError(f"{name}: cannot be decoded: {error}") from error
     low, high = values.min(), values.max()

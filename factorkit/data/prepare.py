@@ -26,11 +26,11 @@ from factorkit.data.decode import ImageDecodeError, crop_square
 from factorkit.data.files import escape_name
 from factorkit.data.open import open_source
 from factorkit.data.sources import ArraySource, Source
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.utils.files import read_json
 from factorkit.utils.output_record import mark_output_folder
-from factorkit.utils.safe_reading import read_json
 
-ENTRY_FORMAT = 2  # part of every cache key: increase it whenever decoding, cropping or the files of an entry change
+ENTRY_FORMAT = 3  # part of every cache key: increase it whenever decoding, cropping or the files of an entry change
 BLOCK_SIZE = 1024  # images decoded ahead at once; bounds memory for sets of millions
 ABANDONED_AFTER = 24 * 3600  # seconds; older temporary folders are left over from killed processes and removed
 MAX_ATTEMPTS = 3  # for images that change while they are prepared
@@ -95,7 +95,7 @@ def prepare(
     for _ in range(MAX_ATTEMPTS):
         fingerprint = source.fingerprint()
         entry = folder / hashlib.sha256(f"{ENTRY_FORMAT} {resolution} {fingerprint}".encode()).hexdigest()[:32]
-        prepared = _open_entry(entry, resolution) or _create_entry(
+        prepared = _open_entry(entry, resolution, source) or _create_entry(
             entry, source, fingerprint, resolution, workers or os.cpu_count() or 1, progress
         )
         if prepared is not None:
@@ -118,18 +118,23 @@ def _has_resolution(array: np.ndarray, resolution: int) -> bool:
     return array.dtype == np.uint8 and array.shape[1:] == (resolution, resolution, 3)
 
 
-def _open_entry(entry: Path, resolution: int) -> PreparedImages | None:
-    """Open a complete entry; None if it is missing or damaged."""
+def _open_entry(entry: Path, resolution: int, source: Source) -> PreparedImages | None:
+    """Open a complete entry; None if it is missing or damaged, or its bit depth is that of a set that changed since."""
     try:
         index = read_json(entry / "index.json")
         images = np.load(entry / "images.npy", mmap_mode="r", allow_pickle=False)
         names, skipped = index["names"], [(name, reason) for name, reason in index["skipped"]]
         skipped_rows = np.array(index["skipped_rows"], np.int64)
         source_rows = np.delete(np.arange(len(names) + len(skipped_rows)), skipped_rows)
+        depth_set, depth_note = index["depth_set"], index["depth_note"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
     if not _has_resolution(images, resolution) or not len(images) == len(names) == len(source_rows):
         return None
+    if depth_set is not None and depth_set != source.depths.fingerprint():
+        return None
+    if depth_note and not source.depths.note:
+        warnings.warn(depth_note, UserWarning, stacklevel=3)
     return PreparedImages(images, names, skipped, source_rows, entry)
 
 
@@ -147,7 +152,7 @@ def _create_entry(
             f"{len(source) * resolution * resolution * 3 / 2**20:.0f} MiB; free space, or set FACTORKIT_CACHE to a "
             "folder on another disk."
         ) from error
-    prepared = _open_entry(entry, resolution)
+    prepared = _open_entry(entry, resolution, source)
     if prepared is None:
         raise DataError(f"{entry}: written, but unreadable. Check the disk, or set FACTORKIT_CACHE to another one.")
     return prepared
@@ -163,16 +168,18 @@ def _write_entry(entry: Path, source: Source, fingerprint: str, resolution: int,
             names, skipped, skipped_rows = _write_images(file, source, resolution, workers, progress)
         if source.fingerprint() != fingerprint:
             return False
-        index = {"names": names, "skipped": skipped, "skipped_rows": skipped_rows, "resolution": resolution}
+        index: dict[str, Any] = {"names": names, "skipped": skipped, "skipped_rows": skipped_rows}
+        index |= {"depth_set": source.depths.fingerprint() if source.depths.is_decided else None}
+        index |= {"depth_note": source.depths.note, "resolution": resolution}
         (temporary / "index.json").write_text(json.dumps(index), encoding="utf-8")
         mark_output_folder(temporary)
         temporary.chmod(0o755)  # mkdtemp's 0o700 would lock other users out of a shared cache
-        if entry.exists() and _open_entry(entry, resolution) is None:
-            shutil.rmtree(entry)  # damaged
+        if entry.exists() and _open_entry(entry, resolution, source) is None:
+            shutil.rmtree(entry)  # damaged, or of another depth
         try:
             temporary.rename(entry)
         except OSError:
-            if _open_entry(entry, resolution) is None:  # otherwise another process has written the same entry
+            if _open_entry(entry, resolution, source) is None:  # otherwise another process has written the same entry
                 raise
         return True
     finally:
@@ -244,4 +251,7 @@ def _remove_abandoned(folder: Path) -> None:
 def _describe_skipped(skipped: list[tuple[str, str]], total: int) -> str:
     named = "; ".join(f"{escape_name(name)} ({reason})" for name, reason in skipped[:MAX_SKIPPED_NAMES])
     more = f"; and {len(skipped) - MAX_SKIPPED_NAMES} more" if len(skipped) > MAX_SKIPPED_NAMES else ""
-    return f"{len(skipped)} of {total} images could not be decoded and were skipped: {named}{more}."
+    return (
+        f"{len(skipped)} of {format_count(total, 'image')} could not be decoded and "
+        f"{'was' if len(skipped) == 1 else 'were'} skipped: {named}{more}."
+    )

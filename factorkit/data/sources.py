@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib
 import io
-import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -18,19 +16,16 @@ import numpy as np
 from PIL import Image
 
 from factorkit.data.decode import ImageDecodeError, to_rgb
+from factorkit.data.depth import PNG_SIGNATURE, SetDepths, is_deep, limit_memory
 from factorkit.data.files import HEIF_MODULE, escape_name, stat_file
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 
 # Formats that are decoded, whatever the suffix. Pillow reads about forty, including PostScript, which it passes to
 # Ghostscript for execution.
 FORMATS = frozenset("AVIF BMP DIB GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split())
-SERIAL_DECODE_PIXELS = 2**24  # larger images are decoded one at a time, to bound the memory of all threads
 MAX_ENCODED_BYTES = 2**29  # per image: 179 million pixels, Pillow's own limit, without compression
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks, PNG specification, section 11.3
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
-
-_serial_decode_lock = threading.Lock()
 
 
 class Source(ABC):
@@ -40,6 +35,7 @@ class Source(ABC):
         names: name of each image: a relative path with forward slashes, or a number.
         positional: True if names are mere numbers, so that images are identified by position only.
         ignore_label: label of mask pixels that are not scored, if the data set defines one.
+        depths: bit depths of images of more than 8 bits, one for a whole set: subsets share them.
     """
 
     names: list[str]
@@ -49,6 +45,10 @@ class Source(ABC):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @functools.cached_property
+    def depths(self) -> SetDepths:
+        return SetDepths(self)
 
     @abstractmethod
     def decode(self, index: int) -> Image.Image:
@@ -75,7 +75,6 @@ class Source(ABC):
         try:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
-            is_large = image.width * image.height > SERIAL_DECODE_PIXELS
             num_frames = getattr(image, "n_frames", 1)
             if image.format != "MPO" and num_frames > 1 and not self._warned_of_frames:
                 self._warned_of_frames = True
@@ -85,8 +84,10 @@ class Source(ABC):
                     UserWarning,
                     stacklevel=2,
                 )
-            with _serial_decode_lock if is_large else contextlib.nullcontext():
-                return to_rgb(image)
+            if is_deep(image):
+                self.depths.decide()  # not while memory is limited: it reads other images
+            with limit_memory(image):
+                return to_rgb(image, depths=self.depths)
         except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
             raise ImageDecodeError(f"{escape_name(self.names[index])}: cannot be decoded: {error}") from error
 
@@ -105,7 +106,7 @@ class Subset(Source):
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
         self.source, self.indices = source, [int(i) for i in indices]
         self.names = [source.names[i] for i in self.indices]
-        self.positional, self.ignore_label = source.positional, source.ignore_label
+        self.positional, self.ignore_label, self.depths = source.positional, source.ignore_label, source.depths
 
     def decode(self, index: int) -> Image.Image:
         return self.source.decode(self.indices[index])
@@ -136,7 +137,9 @@ class EncodedSource(Source):
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 return Image.open(io.BytesIO(drop_text(data)), formats=list_supported_formats())
         except Image.UnidentifiedImageError as error:
-            raise ImageDecodeError(f"{name}: not an image ({len(data)} bytes in no known format)") from error
+            raise ImageDecodeError(
+                f"{name}: not an image ({format_count(len(data), 'byte')} in no known format)"
+            ) from error
         except Image.DecompressionBombError as error:
             raise ImageDecodeError(f"{name}: too many pixels: {error} Reduce its size first.") from error
         except Exception as error:
@@ -173,7 +176,9 @@ class FileSource(EncodedSource):
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> FileSource:
         names = None if self.names is self.files else [self.names[i] for i in indices]
-        return FileSource(self.root, [self.files[i] for i in indices], names)
+        part = FileSource(self.root, [self.files[i] for i in indices], names)
+        part.depths = self.depths
+        return part
 
 
 class ArraySource(Source):

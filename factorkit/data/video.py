@@ -18,7 +18,7 @@ from factorkit.data.decode import to_rgb
 from factorkit.data.files import escape_name, natural_sort_key
 from factorkit.data.open import open_source
 from factorkit.data.sources import Source
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 VIDEO_SUFFIXES = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm".split())
 ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")  # formats whose frames all have the same size
@@ -201,7 +201,7 @@ def read_video_frames(
     if not count:
         raise DataError(f"{escape_name(str(path))}: the video has no frames")
     if problem is None and missing > 0:
-        problem = f"ends {missing:.2f} s before the end that its header names, after {count} frames"
+        problem = f"ends {missing:.2f} s before the end that its header names, after {format_count(count, 'frame')}"
         if not partial:
             raise DataError(
                 f"{escape_name(str(path))}: the video {problem}. Copy it again; for a single video, --partial "
@@ -244,7 +244,7 @@ def _rotate(frame: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def _decode_error(path: Path, error: Exception, num_decoded: int) -> DataError:
-    position = f" after {num_decoded} frames" if num_decoded else ""
+    position = f" after {format_count(num_decoded, 'frame')}" if num_decoded else ""
     return DataError(
         f"{escape_name(str(path))}: this video cannot be decoded{position}: {error}. Convert it, or give its frames as "
         "images in a folder."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -59,19 +60,31 @@ class GraphedWork:
         current.wait_stream(self.side_stream)
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
             for generator in self.generators():
                 graph.register_generator_state(generator)
-            with torch.cuda.graph(graph, stream=self.side_stream):
+            # the outer context: the inner one keeps the side stream current where a capture cannot be ended
+            with torch.cuda.stream(self.side_stream), torch.cuda.graph(graph, pool=pool, stream=self.side_stream):
                 self.work()
         except RuntimeError as error:
             self.can_capture = False
+            self._abandon_capture(pool)
             self.reset()
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
             warnings.warn(
-                f"the training step could not be captured as a CUDA graph ({first_line(error)}); training continues "
+                f"the training step could not be captured as a CUDA graph ({first_line(cause)}); training continues "
                 "without one, with the same results but slower for small models. cuda_graph=False avoids this warning",
                 stacklevel=2,
             )
         else:
             self.graph = graph
+
+    def _abandon_capture(self, pool: tuple[int, int]) -> None:
+        """Undo what torch leaves of a capture that the driver invalidated, which therefore never ends."""
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        # another state: the old one counts as capturing for ever and refuses to be drawn from or seeded
+        torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(self.device))
+        with suppress(RuntimeError):  # where the capture did end
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)

@@ -78,7 +78,8 @@ def unexplained_variance(field: Field, scene: Scene, poses: Tensor, samples: int
     size = target_size(min(COMPARISON_SIDE, max(scene.size)), *scene.size)
     rows = torch.linspace(0, len(poses) - 1, min(COMPARISON_VIEWS, len(poses))).round().long().to(poses.device)
     images = resize_area(scene.images[rows], *size)
-    color = render_views(field, poses[rows], scene.camera, size, samples).color.movedim(-1, 1)
+    own = scene.camera.of_views(rows)
+    color = render_views(field, poses[rows], scene.camera, size, samples, intrinsics=own).color.movedim(-1, 1)
     return float((color - images).square().mean() / (images - images.mean(0)).square().mean().clamp_min(1e-9))
 
 

@@ -24,12 +24,13 @@ from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.paths import camera_path
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.evaluate import evaluate
-from factorkit.nerfdiff.export import export
+from factorkit.nerfdiff.export import CAMERA_KINDS, export, kind_of
+from factorkit.nerfdiff.export.originals import find_originals
 from factorkit.nerfdiff.fields.build import restore_field
 from factorkit.nerfdiff.network import CameraPrediction, NerfdiffModel, to_radiance, to_signal
 from factorkit.nerfdiff.rays import CameraModel, render_views, same_aspect_ratio
-from factorkit.nerfdiff.scene import match_camera
-from factorkit.nerfdiff.stages.localise import refine_poses, select_best_poses
+from factorkit.nerfdiff.scene import has_intrinsics, match_camera, match_size, relative_intrinsics, shared_camera
+from factorkit.nerfdiff.stages.localise import TargetImages, refine_poses, select_best_poses
 from factorkit.nerfdiff.training_views import check_scene_description, load_views
 from factorkit.utils import distributed
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
@@ -166,7 +167,10 @@ class NerfdiffRun:
     def views(self) -> Views:
         """The training views with the run's poses; rendered if the run has no folder."""
         stored = load_views(self.folder)
-        intrinsics = self.model.camera.pixel_intrinsics(*self.model.size).cpu().expand(len(self.poses), 3, 3)
+        camera, own = self.model.camera.to(torch.device("cpu")), None
+        if stored is not None:
+            own = shared_camera(stored).with_intrinsics(camera.intrinsics).of_views()
+        intrinsics = camera.pixel_intrinsics(*self.model.size, own).expand(len(self.poses), 3, 3)
         if stored is not None:
             return replace(stored, poses=self.poses, intrinsics=intrinsics)
         images = self.render(self.poses).images
@@ -174,29 +178,45 @@ class NerfdiffRun:
         background = None if self.model.field.background is not None else self.model.background.cpu()
         return Views(images, names, intrinsics, poses=self.poses, layout=self.scene["layout"], background=background)
 
-    def export(self, path: str | Path, **options: Any) -> Path:
-        """Write the scene or its cameras for other programs.
+    def export(self, path: str | Path, *, data: Any = None, **options: Any) -> Path:
+        """Write the scene or its cameras for other programs. Collective.
+
+        Cameras and images have the size of the training data, with their lenses and opacity, if the data still lie
+        where they were; otherwise a warning says that they are written at the size of the training.
 
         Args:
             path: ``scene.ply`` (coloured points), ``mesh.ply`` (also .obj, .glb), ``transforms.json`` (nerfstudio) or a
-                folder (COLMAP's text format).
-            **options: of :func:`factorkit.nerfdiff.export.export`, such as ``overwrite``.
+                folder (COLMAP's binary format).
+            data: the training data, if they were moved or given as objects; a path or
+                :class:`~factorkit.data.views.views.Views`.
+            **options: of :func:`factorkit.nerfdiff.export.export`, such as ``coordinates`` and ``overwrite``.
 
         Raises:
-            ConfigError: the path does not determine a kind.
-            DataError: the scene has no surface.
+            ConfigError: the path does not determine a kind, or ``coordinates="given"`` for data without cameras.
+            DataError: the scene has no surface, or ``data`` are not the training data.
             WriteError: a file of another origin is in the way.
         """
-        source = f"export: {identify_run(self.folder, self.model.state_dict())}"
-        return export(path, self.views, self.model.field, source=source, **options)
+        source, views = f"export: {identify_run(self.folder, self.model.state_dict())}", self.views
+        kind = options.pop("kind", None) or kind_of(Path(path))
+
+        def write() -> Path:
+            originals = find_originals(self.folder, data)
+            if originals is not None and kind in CAMERA_KINDS:
+                options["images"] = originals.list_images(self.model.camera.intrinsics.cpu())
+            if originals is not None and (kind == "nerfstudio" or options.get("coordinates") == "given"):
+                options["to_given"] = originals.align(self.poses)
+            return export(path, views, self.model.field, kind=kind, source=source, **options)
+
+        return distributed.run_on_first(write)
 
     def predict_pose(self, images: Any, t: int | None = None, refine: int = 0, check: bool = False) -> PosePrediction:
         """Predict the cameras of images with one forward pass of the encoder, optionally refined by rendering.
 
         Args:
             images: [B, 3, H, W] in [0, 1], taken with the camera of the training views;
-                :class:`~factorkit.data.views.views.Views`, which are brought to that camera by their own intrinsics; or
-                files, Pillow images and arrays, anything that :func:`~factorkit.data.views.open.open_views` reads, with
+                :class:`~factorkit.data.views.views.Views`, which the encoder sees as that camera does, and ``refine``
+                and ``check`` with their own intrinsics; or files, Pillow images and arrays, anything that
+                :func:`~factorkit.data.views.open.open_views` reads, with
                 the field of view of EXIF, else that of the training views.
             t: noise level added before encoding, 0 to T-1; None: 4% of T, as low levels are in training (0 without
                 noise).
@@ -214,7 +234,7 @@ class NerfdiffRun:
             >>> prediction.poses.shape, prediction.scores.shape
             (torch.Size([10, 4, 4]), torch.Size([10, 3]))
         """
-        resized = self._check_images(images)
+        resized, target = self._check_images(images)
         level = NOISE_PERCENT * self.config.timesteps // 100 if t is None else t
         if not 0 <= level < self.config.timesteps:
             raise ConfigError(f"t={t} must be between 0 and {self.config.timesteps - 1}")
@@ -231,28 +251,34 @@ class NerfdiffRun:
                     parts.append(self.model.predict_cameras(signal, times))
             cameras = CameraPrediction(*(torch.cat(x) for x in zip(*parts, strict=True)))
             if check or refine:
-                return select_best_poses(self.model, resized[rows], cameras.poses), cameras
+                return select_best_poses(self.model, target.select(rows), cameras.poses), cameras
             return cameras.best_poses, cameras
 
         best, cameras = distributed.map_shares(predict, len(resized))
         if refine:
             distance = float(best[:, :3, 3].norm(dim=1).mean())
             best = distributed.map_shares(
-                lambda rows: refine_poses(self.model, resized[rows], best[rows], refine, distance), len(resized)
+                lambda rows: refine_poses(self.model, target.select(rows), best[rows], refine, distance), len(resized)
             )
         return PosePrediction(best.cpu(), cameras.scores.cpu(), cameras.poses.cpu())
 
-    def _check_images(self, images: Any) -> Tensor:
-        """Return images [B, 3, H, W] at the model's size, on its device."""
+    def _to_views(self, images: Any) -> Views | Tensor:
+        """Open what is neither views nor a tensor."""
         if isinstance(images, np.ndarray) and images.dtype.kind == "f" and images.ndim > 2 and images.shape[-3] == 3:
             images = torch.from_numpy(images)  # as a tensor: [B, 3, H, W]
         elif isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] in (3, 4):
             images = images[None]
-        if not isinstance(images, (Views, Tensor)):
-            images = self.open_images(images)
-        images = (
-            match_camera(images, self.model.camera, self.model.size).images if isinstance(images, Views) else images
-        )
+        return images if isinstance(images, (Views, Tensor)) else self.open_images(images)
+
+    def _check_images(self, images: Any) -> tuple[Tensor, TargetImages]:
+        """Return images [B, 3, H, W] at the model's size for the encoder, and what renders are compared with."""
+        images = self._to_views(images)
+        if isinstance(images, Views):
+            own, camera = match_size(images, self.model.size), self.model.camera
+            encoder_images = match_camera(images, camera, self.model.size).images.to(self.device)
+            is_common = has_intrinsics(camera.intrinsics.cpu(), relative_intrinsics(own))
+            intrinsics = None if is_common else relative_intrinsics(own)
+            return encoder_images, TargetImages(own.images, intrinsics, own.loss_masks).to(self.device)
         if images.dim() == 3:
             images = images[None]
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
@@ -265,7 +291,8 @@ class NerfdiffRun:
                 f"images of {height} x {width} pixels, but the training views have the shape of {size[0]} x {size[1]}: "
                 "crop them to that shape"
             )
-        return resize_area(images.float(), *size).to(self.device)
+        resized = resize_area(images.float(), *size).to(self.device)
+        return resized, TargetImages(resized)
 
     def open_images(self, source: Any, fov: float | None = None) -> Views:
         """Open images for this run: on its background, with its field of view unless cameras or EXIF define another.
@@ -289,7 +316,11 @@ class NerfdiffRun:
             return open_views(source, **options)
 
     def render(
-        self, poses: Tensor, size: int | tuple[int, int] | None = None, appearance_view: int | None = None
+        self,
+        poses: Tensor,
+        size: int | tuple[int, int] | None = None,
+        appearance_view: int | None = None,
+        intrinsics: Tensor | None = None,
     ) -> RenderedViews:
         """Render the scene from poses [B, 4, 4] in the model's coordinates.
 
@@ -299,15 +330,23 @@ class NerfdiffRun:
                 more or less to the left and right.
             appearance_view: index of the training view whose appearance to apply, with ``appearance_dim=``; None: the
                 mean appearance.
+            intrinsics: K [3, 3] or [B, 3, 3] in pixels of images of ``size``; None: those of the training views.
 
         Raises:
-            ConfigError: no such appearance, or another aspect ratio in a forward-facing scene.
-            DataError: poses of another shape, or not finite.
+            ConfigError: no such appearance, or another aspect ratio in a forward-facing scene without ``intrinsics``.
+            DataError: poses or intrinsics of another shape, or poses that are not finite.
         """
         size = self.model.size if size is None else target_size(size, *self.model.size)
         if poses.dim() != 3 or poses.shape[1:] != (4, 4) or not poses.isfinite().all():
             raise DataError(f"poses of shape {tuple(poses.shape)}: give [B, 4, 4], all of them finite")
-        camera = self.model.camera.with_image_shape(self.model.size, size)
+        camera, own = self.model.camera, None
+        if intrinsics is None:
+            camera = camera.with_image_shape(self.model.size, size)
+        elif intrinsics.shape not in ((3, 3), (len(poses), 3, 3)):
+            raise DataError(f"intrinsics of shape {tuple(intrinsics.shape)}: give [3, 3] or [{len(poses)}, 3, 3]")
+        else:
+            own = (intrinsics.cpu() / torch.tensor([size[1], size[0], 1.0])[:, None]).expand(len(poses), 3, 3)
+            own = own.to(self.device)
         field, views = self.model.field, None
         if appearance_view is not None:
             if field.appearance is None:
@@ -321,7 +360,8 @@ class NerfdiffRun:
             parts = []
             for index in torch.arange(len(poses))[rows].split(max(1, MAX_RAYS // (size[0] * size[1]))):
                 of_views = None if views is None else views[index]
-                rendered = render_views(field, poses[index].to(self.device), camera, size, samples, of_views)
+                lens = None if own is None else own[index]
+                rendered = render_views(field, poses[index].to(self.device), camera, size, samples, of_views, lens)
                 color = rendered.color.movedim(-1, 1).clamp(0, 1)
                 parts.append((color.cpu(), rendered.depth.cpu(), rendered.opacity.cpu()))
             color, depth, opacity = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -334,16 +374,26 @@ class NerfdiffRun:
         return max(2 * self.config.samples_per_ray, max(size) // 2)
 
     def reconstruct(self, images: Any, size: int | tuple[int, int] | None = None) -> RenderedViews:
-        """Render the scene from the predicted poses of images.
+        """Render the scene from the predicted poses of images, with their own intrinsics if they are views or files.
 
         Args:
             images: as in :meth:`predict_pose`.
-            size: as in :meth:`render`.
+            size: the longer side, or height and width; None: as trained. Views of another shape than those of the
+                training keep it.
 
         Raises:
             DataError: images of another shape or range.
         """
-        return self.render(self.predict_pose(images).poses, size)
+        images = self._to_views(images)
+        poses = self.predict_pose(images).poses
+        if not isinstance(images, Views):
+            return self.render(poses, size)
+        own = match_size(images, self.model.size)
+        if own.size == self.model.size and has_intrinsics(self.model.camera.intrinsics.cpu(), relative_intrinsics(own)):
+            return self.render(poses, size)
+        size = own.size if size is None else target_size(size, *own.size)
+        scale = torch.tensor([size[1] / own.size[1], size[0] / own.size[0], 1.0])[:, None]
+        return self.render(poses, size, intrinsics=own.intrinsics * scale)
 
     def render_path(
         self,

@@ -23,7 +23,7 @@ from factorkit.rendering.ndc import MAX_DIRECTION_Z
 from factorkit.rendering.render import Field, render
 from factorkit.rendering.sampling import OccupancySampling
 from factorkit.report.image_grid import palette
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 from factorkit.utils.images import images_to_pixels, unit_to_uint8
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Viewer:
         nodes.set_up_direction("+z" if views.layout == "object" else "+y")
         self._set_initial_camera(views)
         with self.server.atomic():
-            self._step.content = f"**Step {scene.step}**, {len(views)} views"
+            self._step.content = f"**Step {scene.step}**, {format_count(len(views), 'view')}"
             for name, box in self._boxes.items():
                 if name in self._nodes:
                     self._nodes[name].remove()

@@ -35,7 +35,7 @@ def check_matches(name: str, x: Tensor, like_name: str, like: Tensor, shape: tor
 
 def check_values(name: str, x: Tensor, allow_infinity: bool = False) -> None:
     """Raise ValueError where x holds NaN, or infinity unless allowed."""
-    if not _is_readable(x):
+    if not is_readable(x):
         return
     bad = x.isnan() if allow_infinity else ~x.isfinite()
     if bad.any():
@@ -50,7 +50,7 @@ def check_offsets(offsets: Tensor, samples: int, device: torch.device) -> None:
         raise ValueError(f"ray_offsets must be int64 [rays + 1]; got {offsets.dtype} {tuple(offsets.shape)}")
     if offsets.device != device:
         raise ValueError(f"ray_offsets are on {offsets.device} but the samples are on {device}")
-    if not _is_readable(offsets):
+    if not is_readable(offsets):
         return
     steps = offsets.diff()
     if offsets[0] != 0 or (steps < 0).any() or offsets[-1] > samples:
@@ -60,7 +60,7 @@ def check_offsets(offsets: Tensor, samples: int, device: torch.device) -> None:
         )
 
 
-def _is_readable(x: Tensor) -> bool:
+def is_readable(x: Tensor) -> bool:
     """Return whether values can be read for free: on the CPU, and not while torch traces with fake tensors."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from factorkit.ops.checks import check_matches, check_offsets
-from factorkit.ops.dispatch import call_extension, register, select
+from factorkit.ops.dispatch import call_extension, reference_gradients, register, select
 from factorkit.ops.resample import pad_rays
 
 MAX_CHANNELS = 32  # as in csrc/composite.h
@@ -50,6 +50,7 @@ def composite_by_sums(
     sigma, rgb = sigma.to(wide), rgb.to(wide)
 
     length, middle = t_end - t_start, (t_start + t_end) / 2
+    length = torch.where(sigma.isinf(), length.detach(), length)  # infinite density is opaque over any length
     tau = torch.where(sigma.isinf() & (length == 0), 0.0, sigma) * length
     before = torch.cat([torch.zeros_like(tau[:, :1]), tau.cumsum(1)[:, :-1]], dim=1)
     if early_stop > 0:
@@ -82,7 +83,8 @@ def composite(
 ) -> Rendering:
     """Render samples by the equations of :mod:`factorkit.ops.composite`.
 
-    Gradients reach sigma, rgb, t_start, t_end and background from all outputs. Intervals of zero length add nothing.
+    Gradients reach sigma, rgb, t_start, t_end and background from all outputs, of second order too: those are computed
+    by the slower PyTorch reference. Intervals of zero length add nothing.
 
     Args:
         sigma: density, >= 0: dense [N, S], or packed [M] with ray_offsets; fp32, bf16, fp16 (summed in fp32) or fp64.
@@ -212,6 +214,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[5])
     ctx.save_for_backward(output[5], *inputs[:6])
+    ctx.early_stop = inputs[6]
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -219,6 +222,8 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple:
     needs = ctx.needs_input_grad
     if all(g is None for g in grads[:5]):
         return (None,) * 9
+    if torch.is_grad_enabled():
+        return *reference_gradients(composite_by_sums, (*inputs, ctx.early_stop), grads[:5]), None, None
     d_sigma, d_rgb, d_start, d_end, d_background = torch.ops.factorkit.composite_backward(
         *grads[:5], used, *inputs, needs[1], needs[2] or needs[3], needs[5]
     )

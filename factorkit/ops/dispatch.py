@@ -11,7 +11,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -210,6 +210,29 @@ def empty_like(x: Tensor) -> Tensor:
 def save_inputs(ctx: Any, inputs: tuple, output: Any) -> None:
     """Save all inputs for the backward pass: the ``setup_context`` of ops whose inputs are all tensors."""
     ctx.save_for_backward(*inputs)
+
+
+def reference_gradients(
+    reference: Callable[..., Any], arguments: Sequence[Any], grads: Sequence[Tensor | None]
+) -> tuple:
+    """Return the gradient for each argument, as a graph: for backward passes that are to be differentiated again.
+
+    Those run under ``create_graph=True``, that is with gradients enabled. The kernels' own gradients have no
+    derivative; the reference's have those of every order.
+    """
+    # Aliases give partial derivatives, also where one argument was computed from another.
+    arguments = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in arguments]
+    outputs = reference(*arguments)
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    pairs = [(x, g) for x, g in zip(outputs, grads, strict=False) if g is not None and x.requires_grad]
+    wanted = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.requires_grad]
+    found: list[Tensor | None] = [None] * len(arguments)
+    if pairs and wanted:
+        inputs, of_outputs = [arguments[i] for i in wanted], [g.to(x.dtype) for x, g in pairs]
+        gradients = torch.autograd.grad([x for x, _ in pairs], inputs, of_outputs, create_graph=True, allow_unused=True)
+        for i, gradient in zip(wanted, gradients, strict=True):
+            found[i] = gradient
+    return tuple(found)
 
 
 def full_precision(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -202,14 +202,18 @@ def _setup_second_order(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _second_order(ctx: Any, on_d_x: Tensor | None, on_d_table: Tensor | None) -> tuple:
     """Differentiate the gradients, which the reference computes again as a graph."""
+    further = torch.is_grad_enabled()  # a third order follows
     with torch.enable_grad():
-        grad, *inputs = leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        grad, *inputs = leaves = [
+            x.view_as(x) if further and x.requires_grad else x.detach().requires_grad_() for x in ctx.saved_tensors
+        ]
         x, table, weights = inputs
         out = interpolate_vertices(x, table, weights, ctx.resolutions, ctx.quintic)
         first = torch.autograd.grad(out, inputs[:2], grad, create_graph=True)
     pairs = [(d, g) for d, g in zip(first, (on_d_x, on_d_table), strict=True) if g is not None and g.shape == d.shape]
     outputs, upstream = [d for d, _ in pairs], [g for _, g in pairs]
-    return *torch.autograd.grad(outputs, leaves, upstream, allow_unused=True), None, None, None, None
+    found = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, create_graph=further)
+    return *found, None, None, None, None
 
 
 register("hash_grid", _forward, _fake, autograd=(_setup_context, _autograd), needs_extension=True)

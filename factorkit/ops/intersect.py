@@ -10,15 +10,28 @@ import torch
 from torch import Tensor
 
 from factorkit.ops.checks import check_box, check_rays
-from factorkit.ops.dispatch import call_extension, register, select
+from factorkit.ops.dispatch import call_extension, reference_gradients, register, select
+
+FAR_SIDES = 64  # as kFarSides in csrc/intersect.h
 
 
 def cross_slabs(origins: Tensor, directions: Tensor, lower: list[float], upper: list[float]) -> tuple[Tensor, Tensor]:
     """Intersect by the slab method, in plain differentiable PyTorch: the reference of :func:`intersect_box`.
 
-    A ray parallel to two faces is between them always or never.
+    A ray parallel to two faces is between them always or never. Single precision is too coarse for origins far away.
     """
     low, high = origins.new_tensor(lower), origins.new_tensor(upper)
+    plain = _cross_slabs(origins, directions, low, high)
+    if origins.dtype == torch.float64:
+        return plain
+    reach = FAR_SIDES * (high - low)
+    is_far = ((origins < low - reach) | (origins > high + reach)).any(1)
+    exact = _cross_slabs(*(x.double() for x in (origins, directions, low, high)))
+    near, far = (torch.where(is_far, b.to(a), a) for a, b in zip(plain, exact, strict=True))
+    return near, far
+
+
+def _cross_slabs(origins: Tensor, directions: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     parallel = directions == 0
     safe = torch.where(parallel, 1.0, directions)
     first = torch.where(parallel, -math.inf, (torch.where(directions > 0, low, high) - origins) / safe)
@@ -35,7 +48,8 @@ def intersect_box(
     """Compute near and far of rays ``o + t d``, t >= 0, in a box: [N] each, in units of the directions' length.
 
     A ray that starts inside has near = 0. One that misses has near = far = 0, so ``far > near`` marks the hits. Faces
-    belong to the box, also for rays that run along them. Gradients reach origins and directions.
+    belong to the box, also for rays that run along them. Gradients reach origins and directions. Rays from more than 64
+    sides away are intersected in double precision; the result has the precision of the origins' dtype.
 
     Args:
         origins: [N, 3], fp32 or fp64.
@@ -83,6 +97,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _autograd(ctx: Any, d_near: Tensor, d_far: Tensor) -> tuple:
+    if torch.is_grad_enabled():
+        return reference_gradients(cross_slabs, (*ctx.saved_tensors, *ctx.box), (d_near, d_far))
     return *torch.ops.factorkit.intersect_box_backward(d_near, d_far, *ctx.saved_tensors, *ctx.box), None, None
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from factorkit.ops.checks import check_box, check_matches, check_rays, check_seed, check_values
+from factorkit.ops.checks import check_box, check_matches, check_rays, check_seed, check_values, is_readable
 from factorkit.ops.dispatch import call_extension, register, select
 from factorkit.ops.intersect import cross_slabs
 
@@ -58,7 +58,8 @@ def march_all_steps(
     low, high = origins.new_tensor(lower), origins.new_tensor(upper)
     centre, half = (low + high) / 2, (high - low) / 2
     levels, resolution = occupancy.shape[0], _grid_resolution(occupancy)
-    reach = 2 ** (levels - 1) * half
+    slack = face_slack(centre, half)
+    reach = 2 ** (levels - 1) * half * (1 + slack)
     _, leave = cross_slabs(origins, directions, (centre - reach).tolist(), (centre + reach).tolist())
     edges = _step_edges(near, torch.minimum(far, leave), step, max_step, cone_angle)
     size = edges.diff(dim=1)
@@ -81,13 +82,19 @@ def march_all_steps(
         coarser = (place.abs().amax(-1) >= scale) | (cell_size * scale < length)
         scale = torch.where(coarser & (scale < 2 ** (levels - 1)), scale * 2, scale)
     cell = (place / scale[..., None] + 1) * (resolution / 2)
-    inside = ((cell >= 0) & (cell < resolution)).all(-1)
-    x, y, z = torch.where(inside[..., None], cell, 0.0).long().unbind(-1)
+    slack = slack / scale[..., None] * (resolution / 2)
+    inside = ((cell >= -slack) & (cell <= resolution + slack)).all(-1)
+    x, y, z = torch.where(inside[..., None], cell, 0.0).long().clamp(0, resolution - 1).unbind(-1)
     bit = ((scale.log2().round().long() * resolution + x) * resolution + y) * resolution + z
     occupied = (occupancy.flatten()[bit >> 3] >> (bit & 7)) & 1
     keep = inside & (occupied == 1) & (start < end) & (leave > 0)[:, None]
     offsets = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)])
     return start[keep], end[keep], offsets, keep.nonzero()[:, 0]
+
+
+def face_slack(centre: Tensor, half: Tensor) -> Tensor:
+    """Return how far rounding may move a point of a face of a box, relative to half the box: [3]."""
+    return 4 * torch.finfo(half.dtype).eps * (1 + 2 * centre.abs() / half)
 
 
 def _step_edges(near: Tensor, last: Tensor, step: float, max_step: float, cone_angle: float) -> Tensor:
@@ -126,7 +133,8 @@ def march_rays(
 
     Steps tile [near, far] whatever the grid holds: edges t_0 = near, t_{k+1} = t_k + clamp(cone_angle * t_k, step,
     max_step), the last one far. A step reads the finest level whose box holds its midpoint and whose cells are not
-    shorter than the step (shortest side). Not differentiable: compute positions ``o + (t_start + t_end) / 2 * d``
+    shorter than the step (shortest side). Faces belong to the box, also for rays that run along them. Not
+    differentiable: compute positions ``o + (t_start + t_end) / 2 * d``
     outside.
 
     Args:
@@ -149,7 +157,8 @@ def march_rays(
 
     Raises:
         ValueError: wrong shapes, dtypes or devices, steps that are not 0 < step <= max_step, a negative cone_angle or
-            capacity, a seed outside [0, 2^63), NaN in rays, near or far (checked on the CPU only).
+            capacity, a seed outside [0, 2^63), NaN in rays, near or far, or steps that t cannot represent where a ray
+            enters the box from far away (checked on the CPU only; :func:`factorkit.render` moves such rays to the box).
     """
     check_rays(origins, directions)
     for name, x in (("near", near), ("far", far)):
@@ -164,6 +173,7 @@ def march_rays(
         raise ValueError(f"capacity={capacity}; it must be 0 or more, or None for as many as there are")
 
     origins, directions, near, far = (x.detach() for x in (origins, directions, near, far))
+    _check_precision(origins, directions, near, far, low, high, step)
     skipped = first_ray if seed is not None and len(origins) else 0
     if skipped:  # kernels number rays from 0: rays without samples fill the places before the first
         origins, directions, near = (
@@ -177,6 +187,24 @@ def march_rays(
         return samples
     ray = (samples.ray - skipped).clamp_min(0)
     return samples._replace(ray_offsets=samples.ray_offsets[skipped:], ray=ray)
+
+
+def _check_precision(
+    origins: Tensor, directions: Tensor, near: Tensor, far: Tensor, low: list[float], high: list[float], step: float
+) -> None:
+    """Raise ValueError if a ray enters level 0's box at a t to which a step cannot be added."""
+    if not is_readable(origins) or not len(origins):
+        return
+    precision = torch.finfo(origins.dtype).eps
+    if float(origins.abs().amax()) * precision < step * float(directions.abs().amax()):
+        return
+    enter, leave = cross_slabs(origins, directions, low, high)
+    at = torch.where(torch.minimum(leave, far) > torch.maximum(enter, near), torch.maximum(enter, near), 0.0)
+    if float(at.amax()) * precision > step:
+        raise ValueError(
+            f"ray {int(at.argmax())} enters the box at t = {float(at.amax()):.6g}, where steps of {step:g} are below "
+            f"the precision of {origins.dtype}; move the origins along their rays to the box, or give float64"
+        )
 
 
 def _march(rays: tuple[Tensor, ...], settings: tuple, capacity: int | None) -> Samples:
@@ -197,10 +225,6 @@ def _march(rays: tuple[Tensor, ...], settings: tuple, capacity: int | None) -> S
         offsets = offsets.clamp_max(capacity)
     t_start, t_end, ray = torch.ops.factorkit.march_write(*rays, *settings, offsets, size)
     return Samples(t_start, t_end, offsets, ray, wanted)
-
-
-def _repeat_first(x: Tensor, times: int) -> Tensor:
-    return torch.cat([x[:1].expand(times, *x.shape[1:]), x])
 
 
 def _fit(x: Tensor, capacity: int) -> Tensor:

@@ -23,6 +23,7 @@ from factorkit.ops.dispatch import (
     full_precision,
     has_extension,
     kernels,
+    reference_gradients,
     register,
     select,
     with_layout_of,
@@ -392,6 +393,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple:
     saved = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return reference_gradients(norm_silu, (*saved, ctx.groups, ctx.norm, ctx.activate), (grad,))
     found = iter(torch.ops.factorkit.norm_silu_backward(grad, *saved, ctx.groups, ctx.norm, ctx.activate))
     return *(None if x is None else next(found) for x in saved), None, None, None
 

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.ops.dispatch import empty_like, full_precision, kernels, register, save_inputs, select, with_layout_of
+from factorkit.ops.dispatch import (
+    empty_like,
+    full_precision,
+    kernels,
+    reference_gradients,
+    register,
+    save_inputs,
+    select,
+    with_layout_of,
+)
 
 POOL_FLOOR = 0.5  # half a pixel: the token of an empty region tends to zero instead of to noise
 
@@ -82,6 +91,8 @@ def _pyramid_setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> Non
 
 def _pyramid_autograd(ctx: Any, grads: list[Tensor | None]) -> tuple:
     filled = [torch.zeros_like(like) if g is None else g for g, like in zip(grads, ctx.saved_tensors, strict=True)]
+    if torch.is_grad_enabled():  # linear: its own gradient is differentiable
+        return _pyramid_backward(filled), None
     return torch.ops.factorkit.mask_pyramid_backward(filled), None
 
 
@@ -160,6 +171,8 @@ def _pool_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _pool_autograd(ctx: Any, grad: Tensor) -> tuple:
+    if torch.is_grad_enabled():
+        return reference_gradients(average_features, ctx.saved_tensors[:2], (grad,))
     return torch.ops.factorkit.region_pool_backward(grad, *ctx.saved_tensors)
 
 
@@ -221,6 +234,8 @@ def _blend_backward_fake(
 
 
 def _blend_autograd(ctx: Any, d_masks: Tensor, d_prediction: Tensor) -> tuple:
+    if torch.is_grad_enabled():
+        return reference_gradients(blend_branches, ctx.saved_tensors, (d_masks, d_prediction))
     return torch.ops.factorkit.region_blend_backward(d_masks, d_prediction, *ctx.saved_tensors)
 
 

@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.ops.dispatch import empty_like, kernels, register, save_inputs, select, with_layout_of
+from factorkit.ops.dispatch import (
+    empty_like,
+    kernels,
+    reference_gradients,
+    register,
+    save_inputs,
+    select,
+    with_layout_of,
+)
 
 
 def concatenate_masked_skip(u: Tensor, skip: Tensor, masks: Tensor | None) -> Tensor:
@@ -141,6 +149,8 @@ def _add_autograd(ctx: Any, grad: Tensor) -> tuple:
     base, skip, masks = ctx.saved_tensors
     if masks is None:
         return grad.to(base.dtype), grad.to(skip.dtype), None
+    if torch.is_grad_enabled():
+        return reference_gradients(add_masked_skip, ctx.saved_tensors, (grad,))
     *d_base, d_skip, d_masks = torch.ops.factorkit.masked_skip_add_backward(grad, base, skip, masks)
     # A branch's own base receives the upstream gradient unchanged; only a shared one needs a sum.
     return d_base[0] if d_base else grad.to(base.dtype), d_skip, d_masks

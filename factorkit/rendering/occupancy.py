@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from factorkit.ops.checks import check_box
+from factorkit.ops.march import face_slack
 
 
 class OccupancyGrid(nn.Module):
@@ -106,11 +107,12 @@ class OccupancyGrid(nn.Module):
     def occupied(self, points: Tensor) -> Tensor:
         """Return whether points [..., 3] are in an occupied cell of the finest level that contains them: bool [...]."""
         lower, upper = points.new_tensor(self.lower), points.new_tensor(self.upper)
-        centred = (points - (lower + upper) / 2) / ((upper - lower) / 2)
+        centre, half = (lower + upper) / 2, (upper - lower) / 2
+        centred, slack = (points - centre) / half, face_slack(centre, half) * (self.resolution / 2)
         result = torch.zeros(points.shape[:-1], dtype=torch.bool, device=points.device)
         for level in reversed(range(self.levels)):
             position = (centred / 2**level + 1) * (self.resolution / 2)
-            inside = ((position >= 0) & (position < self.resolution)).all(-1)
+            inside = ((position >= -slack) & (position <= self.resolution + slack)).all(-1)
             x, y, z = position.floor().clamp(0, self.resolution - 1).nan_to_num(0).long().unbind(-1)
             cell = (x * self.resolution + y) * self.resolution + z
             result = torch.where(inside, (self.bits[level][cell // 8] >> (cell % 8)) & 1 == 1, result)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from factorkit import ops
 from factorkit.rendering.cameras import Rays
-from factorkit.rendering.sampling import Intervals, OccupancySampling, UniformSampling
+from factorkit.rendering.sampling import Intervals, OccupancySampling, UniformSampling, approach_box
 
 #: positions [M, 3], directions [M, 3] -> density [M] (or [M, 1]), at least 0, per unit of length; radiance [M, C]
 Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -45,6 +45,7 @@ def render(
     """Render a field along rays (Max 1995; Mildenhall et al. 2020).
 
     Gradients reach the field's parameters, the background, and, through positions and directions, poses and intrinsics.
+    Rays from very far away (100 radii of the sampled box) are moved to the box in double precision first.
 
     Args:
         field: any callable, positions [M, 3] and directions [M, 3] to density [M] and radiance [M, C], C from 1 to 32
@@ -87,16 +88,16 @@ def render(
         behind = background[begin:end] if background is not None and background.dim() > 1 else background
         # Steps are numbered from the chunk's first ray; another seed makes the jitter of chunks independent.
         part_seed = None if seed is None else seed + begin
+        along_rays = directions[begin:end]
+        starts, shift = approach_box(origins[begin:end], along_rays, *sampling.box)
 
         def evaluate(steps: Intervals, normals: bool) -> tuple[Tensor, Tensor]:
             """Return density and radiance at the middle of each step, shaped like the steps."""
-            positions, along = _midpoints(origins[begin:end], directions[begin:end], steps)
+            positions, along = _midpoints(starts, along_rays, steps)
             sigma, radiance = _evaluate_field(field, positions, along, normals)
             return sigma.reshape(steps.t_start.shape), radiance.reshape(*steps.t_start.shape, radiance.shape[-1])
 
-        steps = sampling(
-            origins[begin:end], directions[begin:end], lambda steps: evaluate(steps, False)[0], part_seed, first_ray
-        )
+        steps = sampling(starts, along_rays, lambda steps: evaluate(steps, False)[0], part_seed, first_ray, shift)
         sigma, radiance = evaluate(steps, normals)
         if normals and behind is not None:
             behind = torch.cat([behind, behind.new_zeros(*behind.shape[:-1], NORMAL_CHANNELS)], dim=-1)
@@ -113,7 +114,8 @@ def render(
         color, normal = out.color, None
         if normals:
             color, normal = color[:, :-NORMAL_CHANNELS], color[:, -NORMAL_CHANNELS:]
-        return Rendered(color, out.depth, out.opacity, normal, out.distortion, steps.num_steps)
+        depth = out.depth + out.opacity * shift.to(out.depth)
+        return Rendered(color, depth, out.opacity, normal, out.distortion, steps.num_steps)
 
     if chunk is None:
         out = render_part(0, len(origins))

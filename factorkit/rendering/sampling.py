@@ -13,6 +13,8 @@ from torch import Tensor
 from factorkit import ops
 from factorkit.rendering.occupancy import OccupancyGrid
 
+FAR_RADII = 100.0  # distance of an origin from the box, in its radii, beyond which single precision is too coarse for t
+
 
 class Intervals(NamedTuple):
     """Steps along N rays: dense [N, S], or packed [M] with offsets."""
@@ -22,6 +24,25 @@ class Intervals(NamedTuple):
     ray_offsets: Tensor | None  #: int64 [N + 1]; None if dense
     ray: Tensor | None  #: int64 [M], the ray of each step; None if dense
     num_steps: Tensor  #: int64 scalar: the number of steps (without a capacity)
+
+
+def approach_box(
+    origins: Tensor, directions: Tensor, lower: Sequence[float], upper: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Move origins [N, 3] that are very far from a box along their rays to before it.
+
+    Returns:
+        The origins, moved in double precision, and by how much of t, float64 [N]: 0 where they are near enough.
+    """
+    with torch.no_grad():
+        radius = math.dist(lower, upper) / 2
+        centre = [(a + b) / 2 for a, b in zip(lower, upper, strict=True)]
+        offsets = torch.stack([c - origins[:, axis].double() for axis, c in enumerate(centre)], dim=1)
+        along = directions.double()
+        squared = (along * along).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+        shift = (offsets * along).sum(1) / squared - 2 * radius / squared.sqrt()
+        shift = torch.where(offsets.norm(dim=1) > FAR_RADII * radius, shift.clamp_min(0), 0.0)
+    return (origins.double() + shift[:, None] * directions.double()).to(origins.dtype), shift
 
 
 Density = Callable[[Intervals], Tensor]  # the field's density at the middle of each step
@@ -46,8 +67,19 @@ class UniformSampling:
     num_samples: int = 128
     num_fine_samples: int = 0
 
+    @property
+    def box(self) -> tuple[Sequence[float], Sequence[float]]:
+        """The corners of what is sampled."""
+        return self.lower, self.upper
+
     def __call__(
-        self, origins: Tensor, directions: Tensor, density: Density, seed: int | None, first_ray: int = 0
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        density: Density,
+        seed: int | None,
+        first_ray: int = 0,
+        shift: Tensor | None = None,
     ) -> Intervals:
         """Compute intervals of rays [N, 3]; uniform edges carry gradients of the rays, fine ones are detached."""
         near, far = ops.intersect_box(origins, directions, self.lower, self.upper)
@@ -98,12 +130,32 @@ class OccupancySampling:
     far: float = math.inf
     capacity: int | None = None
 
+    @property
+    def box(self) -> tuple[Sequence[float], Sequence[float]]:
+        """The corners of the grid's coarsest level."""
+        grid = self.occupancy
+        margin = [(b - a) / 2 * (2 ** (grid.levels - 1) - 1) for a, b in zip(grid.lower, grid.upper, strict=True)]
+        lower = [a - m for a, m in zip(grid.lower, margin, strict=True)]
+        return lower, [b + m for b, m in zip(grid.upper, margin, strict=True)]
+
     def __call__(
-        self, origins: Tensor, directions: Tensor, density: Density, seed: int | None, first_ray: int = 0
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        density: Density,
+        seed: int | None,
+        first_ray: int = 0,
+        shift: Tensor | None = None,
     ) -> Intervals:
-        """Compute intervals of rays [N, 3], without gradient."""
+        """Compute intervals of rays [N, 3], without gradient.
+
+        Rays that were moved by ``shift`` (:func:`approach_box`) start where they are, unless ``near`` is beyond that.
+        """
         grid = self.occupancy
         near, far = (origins.new_full((len(origins),), bound) for bound in (self.near, self.far))
+        if shift is not None:
+            moved_near, moved_far = ((x.double() - shift).to(x) for x in (near, far))
+            near, far = torch.where(shift > 0, moved_near.clamp_min(0), near), torch.where(shift > 0, moved_far, far)
         samples = ops.march_rays(
             origins,
             directions,

@@ -29,8 +29,8 @@ from factorkit.segdiff.inference.segment import add_noise
 from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, noise_error, unexplained_noise
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
 from factorkit.segdiff.train import DATA_NAME, describe_data, load_data
-from factorkit.utils.atomic import save_image
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.utils.files import save_image
 from factorkit.utils.images import signed_to_pixels
 from factorkit.utils.rng import BatchDraw
 
@@ -159,7 +159,9 @@ def choose_regions(
     dataset, prepared, probes = load_data(data, configs[0], progress)
     images: np.ndarray = prepared.images
     if len(images) < MIN_IMAGES:
-        raise DataError(f"{len(images)} images are too few to train on some and evaluate others; give {MIN_IMAGES}")
+        raise DataError(
+            f"{format_count(len(images), 'image')}: too few to train on some and evaluate others; give {MIN_IMAGES}"
+        )
     if dataset.test_images is None or len(dataset.test_images) < 2:
         held_out = np.linspace(0, len(images) - 1, min(NUM_PROBES, len(images) // 4)).round().astype(int)
         probes, images = images[held_out], np.delete(images, held_out, 0)

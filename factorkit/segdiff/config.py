@@ -11,13 +11,13 @@ import torch
 from tyro.conf import Suppress, arg
 
 from factorkit.diffusion.schedule import Schedule, check_objective
-from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig
-from factorkit.engine.migration import register_renamed_settings
+from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig, register_renamed_settings
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.hierarchy import HierarchicalUNet, SegdiffModel, check_nesting
 from factorkit.segdiff.network import FactorizedUNet, check_architecture
 from factorkit.utils.errors import ConfigError, did_you_mean
 
+STAGE_STEPS = ("mixture_steps", "distil_steps")
 MAX_REGIONS = 256  # label images hold one byte per pixel
 Prediction = Literal["eps", "v", "x0", "flow"]
 NoiseSchedule = Literal["linear", "cosine", "flow"]
@@ -206,7 +206,14 @@ class ResolvedSegdiffConfig(SegdiffConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("resolution", "model_channels", "num_res_blocks", "num_heads", "norm_groups", "num_fit_images"):
+        for name in (
+            "resolution",
+            "model_channels",
+            "num_res_blocks",
+            "num_heads",
+            "norm_groups",
+            "num_fit_images",
+        ) + STAGE_STEPS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.model_channels % 2:
@@ -225,9 +232,6 @@ class ResolvedSegdiffConfig(SegdiffConfig):
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
         if self.branch_norm not in NORMS:
             raise ConfigError(f"branch_norm={self.branch_norm!r} is unknown; choose one of {', '.join(NORMS)}")
-        for name in ("mixture_steps", "distil_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.cue_weight < math.inf:
             raise ConfigError(f"cue_weight={self.cue_weight} must be a finite number, 0 or more")
         if self.masks == "auto" and self.form == "thesis":

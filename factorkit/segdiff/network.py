@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from factorkit import ops
 from factorkit.diffusion.denoiser import Denoised, Denoiser
@@ -236,9 +237,8 @@ class FactorizedUNet(Denoiser):
             decoder = cast(nn.ModuleList, self.decoder)[k] if self.decoding == "unshared" else self.decoder
             arguments = (decoder, encoding, embeddings[:, k], [m[:, k : k + 1] for m in pyramid])
             if one_by_one:
-                # Saving the random state, which only dropout needs, is not possible in a CUDA graph.
-                keep_state = self.dropout > 0
-                branch = checkpoint(self._run_decoder, *arguments, use_reentrant=False, preserve_rng_state=keep_state)
+                options = recomputation_options(self.dropout, x_t.is_cuda)
+                branch = checkpoint(self._run_decoder, *arguments, use_reentrant=False, **options)
             else:
                 branch = self._run_decoder(*arguments)
             branches.append(branch)
@@ -261,6 +261,17 @@ class FactorizedUNet(Denoiser):
             return torch.cat([feature, by_size[feature.shape[-1]].to(feature.dtype)], dim=1)
 
         return self.decoder(widen(encoding.middle), [widen(skip) for skip in encoding.skips], encoding.embedding)
+
+
+def recomputation_options(dropout: float, on_cuda: bool) -> dict[str, Any]:
+    """Return options of ``checkpoint`` with which dropout is the same in the second forward pass as in the first.
+
+    The random state can be saved on the CPU only, not in a CUDA graph; there the outputs of dropout are kept.
+    """
+    if not (dropout and on_cuda):
+        return {"preserve_rng_state": dropout > 0}
+    keep_dropout = partial(create_selective_checkpoint_contexts, [torch.ops.aten.native_dropout.default])
+    return {"preserve_rng_state": False, "context_fn": keep_dropout}
 
 
 def check_architecture(

@@ -48,6 +48,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"Did you mean {' or '.join(similar)}? " if similar else ""
 
 
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural but for 1."""
+    plural = f"{noun[:-1]}ies" if noun[-1] == "y" and noun[-2] not in "aeiou" else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message."""
     return (str(error) or repr(error)).splitlines()[0]

@@ -16,9 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from factorkit.utils.atomic import temporary_path
-from factorkit.utils.errors import WriteError
-from factorkit.utils.jsonl import JsonLines, parse_line, read_lines
+from factorkit.utils.errors import WriteError, format_count
+from factorkit.utils.files import JsonLines, parse_line, read_lines, temporary_path
 
 RECORD_NAME = ".factorkit.jsonl"
 OUTPUT_FOLDER = {"folder": "output"}  # the line that marks a folder as factorkit's
@@ -303,8 +302,9 @@ class OutputFilter:
     def describe(self) -> str | None:
         """Say in one sentence what was left out, and why; None if nothing was."""
         parts = [
-            f"{len(names)} {what} ({', '.join(sorted(names)[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''})"
-            for names, what in ((self.folders, "folders"), (self.files, "images"))
+            f"{format_count(len(names), what)} "
+            f"({', '.join(sorted(names)[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''})"
+            for names, what in ((self.folders, "folder"), (self.files, "image"))
             if names
         ]
         return f"left out {' and '.join(parts)} that factorkit wrote: results are not data" if parts else None

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from factorkit.cli import demo
 from factorkit.data import make_procedural_dataset
 from factorkit.metrics.baselines import BASELINES
+from factorkit.report.content import Verdict
 from factorkit.segdiff.config import PRESETS
 from factorkit.segdiff.inference.outputs import output_names
+from factorkit.segdiff.verdict import read_verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -167,24 +168,25 @@ def test_prepare_fills_cache_that_training_reads(photos, run_json, run_cli, tmp_
 
 
 @pytest.mark.slow
-def test_demo_reports_failure_and_success(run_cli, run_json, monkeypatch, tmp_path, small):
+def test_demo_exit_code_follows_the_verdict_of_the_run(run_cli, monkeypatch, tmp_path, small):
     monkeypatch.setitem(PRESETS, "demo", small)
     monkeypatch.setattr(
         "factorkit.segdiff.train.make_procedural_dataset", partial(make_procedural_dataset, train=16, test=8)
     )
     out = tmp_path / "demo"
-    result = run_json("demo", "--out", out, "--seed", 3)
-    assert result["iou"] < 0.8 and any("below the required" in failure for failure in result["failures"])
-    assert len(result["failures"]) > 1, "four steps trigger alarms too"
+    code, text, _ = run_cli("demo", "segdiff", "--out", out, "--seed", 3)
+    assert code == 1 and "This run FAILED: Failed" in text and "centre disc" in text
+    code, text, _ = run_cli("demo", "--out", out, "--seed", 3, "--json")
+    result = json.loads(text)
+    assert code == 1 and result["status"] == "bad" and result["verdict"] == read_verdict(out).headline
+    assert {"mean_mask", "two_means_image"} <= set(result["scores"]["baselines"])
     assert {"acc", "dice", "seconds"} <= set(result) and Path(result["report"]).is_file()
     assert len(list((out / "segmented").glob("*_labels.png"))) == 8
     assert len(list((out / "generated").glob("*_labels.png"))) == 16
-    _, text, _ = run_cli("demo", "segdiff", "--out", out, "--seed", 3)
-    assert "FAILED" in text and all(failure in text for failure in result["failures"]) and "centre disc" in text
-    monkeypatch.setattr(demo, "MIN_IOU", 0.0)
-    monkeypatch.setattr("factorkit.cli.train.read_failures", lambda folder: [])
-    _, text, _ = run_cli("demo", "--out", out, "--seed", 3)
-    assert "The demo requires IoU" in text and "FAILED" not in text
+    good = Verdict("good", "The masks beat every baseline", ["IoU 0.500; baselines: none."])
+    monkeypatch.setattr("factorkit.segdiff.verdict.read_verdict", lambda folder: good)
+    code, text, _ = run_cli("demo", "--out", out, "--seed", 3)
+    assert code == 0 and "The masks beat every baseline." in text and "FAILED" not in text
 
 
 def test_doctor_prints_report(run_cli, run_json):

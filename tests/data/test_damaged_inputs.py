@@ -175,16 +175,17 @@ def test_prepare_large_image_does_not_warn(tmp_path):
 
 
 def test_prepare_large_images_are_decoded_one_at_a_time(tmp_path, save, monkeypatch):
+    import factorkit.data.depth as depth
     import factorkit.data.sources as base
 
     for i in range(6):
         save(tmp_path / f"{i}.png", size=(40, 40))
-    monkeypatch.setattr(base, "SERIAL_DECODE_PIXELS", 100)
+    monkeypatch.setattr(depth, "SERIAL_DECODE_PIXELS", 100)
     held, to_rgb = [], base.to_rgb
 
-    def watched(image):
-        held.append(base._serial_decode_lock.locked())
-        return to_rgb(image)
+    def watched(image, **options):
+        held.append(depth._serial_decode_lock.locked())
+        return to_rgb(image, **options)
 
     monkeypatch.setattr(base, "to_rgb", watched)
     prepare(tmp_path, 4, workers=4, progress=False)
@@ -205,7 +206,7 @@ def test_prepare_truncated_image_is_skipped(tmp_path, save, break_jpeg, keep):
     save(tmp_path / "good.png")
     path = break_jpeg(tmp_path / "cut.jpg")
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.warns(UserWarning, match=r"1 of 2 images could not be decoded and were skipped: cut.jpg \("):
+    with pytest.warns(UserWarning, match=r"1 of 2 images could not be decoded and was skipped: cut.jpg \("):
         prepared = prepare(tmp_path, 4, progress=False)
     assert prepared.names == ["good.png"] and prepared.source_rows.tolist() == [1]
 

@@ -80,7 +80,7 @@ def test_near_duplicates_stay_on_one_side(make_set):
 
 
 def test_near_duplicates_unlabelled_leave_training(make_set):
-    with pytest.warns(UserWarning, match="1 of 4 names match no image, the first is i99; .* i00.jpg"):
+    with pytest.warns(UserWarning, match="1 of 4 names matches no image, the first is i99; .* i00.jpg"):
         dataset = open_dataset(make_set(6, 2, "i01 i04  # the same flower\ni99 i00"), holdout="masked")
     assert stems(dataset.train) == {"i02", "i03", "i05"} and stems(dataset.test_images) == {"i00", "i01"}
 
@@ -88,6 +88,13 @@ def test_near_duplicates_unlabelled_leave_training(make_set):
 @pytest.mark.parametrize("pair", ["i01.jpg i04.JPG", "i01\ti04", "i01.jpg \t i04 # twins"])
 def test_near_duplicates_file_accepts_names_with_or_without_suffix(make_set, pair):
     assert stems(open_dataset(make_set(6, 2, pair), holdout="masked").train) == {"i02", "i03", "i05"}
+
+
+def test_near_duplicates_file_names_match_in_any_case_and_unicode_form(make_set, save):
+    root = make_set(5, 2, "I00.JPG\tcafe\u0301 1.jpg\nsub\\x\ti01")
+    save(root / "images/Caf\u00e9 1.jpg")
+    save(root / "images/sub/X.jpg")
+    assert stems(open_dataset(root, holdout="masked").train) == {"i02", "i03", "i04"}
 
 
 def test_near_duplicates_file_accepts_spaces_and_dots(make_set, save):
@@ -130,7 +137,7 @@ def test_open_dataset_images_without_masks(tmp_path, save):
 
 def test_holdout_invalid_raises(make_set, tmp_path):
     root = make_set(4, 4, "i00 i01\ni01 i02\ni02 i03")
-    with pytest.raises(ConfigError, match="only 4 images have a mask"):
+    with pytest.raises(ConfigError, match="only 4 images with a mask"):
         open_dataset(root, holdout=5)
     with pytest.raises(DataError, match="no training images are left"):
         open_dataset(root, holdout="masked")
@@ -151,7 +158,7 @@ def test_holdout_invalid_raises(make_set, tmp_path):
 def test_open_dataset_unmatched_masks_raise(make_set, save):
     root = make_set(2, 0)
     save(root / "masks/other.png", 1, mode="L")
-    with pytest.raises(DataError, match="1 of 1 masks have no image: other.png"):
+    with pytest.raises(DataError, match="1 of 1 mask has no image: other.png"):
         open_dataset(root)
 
 

@@ -62,7 +62,7 @@ def test_match_masks_prefers_full_name(tmp_path, save):
 def test_match_masks_unmatched_or_duplicate_raise(folders, save):
     images, masks = folders
     save(masks / "d.png", 1, mode="L")
-    with pytest.raises(DataError, match=r"1 of 3 masks have no image: d\.png.*a\.jpg"):
+    with pytest.raises(DataError, match=r"1 of 3 masks has no image: d\.png.*a\.jpg"):
         load_labelled(images, masks, 8)
     (masks / "d.png").unlink()
     save(masks / "a_mask.png", 1, mode="L")

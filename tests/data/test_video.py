@@ -5,13 +5,14 @@ from __future__ import annotations
 import struct
 from fractions import Fraction
 
-import av
 import numpy as np
 import pytest
 
 from factorkit.data import open_views
 from factorkit.data.video import open_video
 from factorkit.utils.errors import DataError
+
+av = pytest.importorskip("av")
 
 IDENTITY = (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 QUARTERS = {  # the display matrices of ISO/IEC 14496-12: (p, q) is shown at (a p + c q + x, b p + d q + y)

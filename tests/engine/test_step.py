@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,14 +147,40 @@ def fake_cuda(monkeypatch):
         def wait_stream(self, other):
             pass
 
+    @contextmanager
+    def stream(new):
+        old, fake.stream = fake.stream, new
+        try:
+            yield
+        finally:
+            fake.stream = old
+
+    @contextmanager
+    def graph(graph, pool, stream):
+        """As torch does it: the stream stays current where the driver refuses to end the capture."""
+        old, fake.stream = fake.stream, stream
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+        fake.stream = old
+
+    fake = SimpleNamespace(stream="main", states=[], ended=[])
+    generator = SimpleNamespace(graphsafe_set_state=fake.states.append)
     for name, value in {
         "CUDAGraph": FakeGraph,
-        "graph": lambda graph, stream: nullcontext(),
+        "graph": graph,
+        "graph_pool_handle": lambda: (0, 1),
+        "default_generators": (generator,),
+        "current_device": lambda: 0,
         "Stream": Stream,
-        "stream": lambda s: nullcontext(),
+        "stream": stream,
         "current_stream": Stream,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *at, name=name: fake.ended.append((name, *at)), raising=False)
+    return fake
 
 
 def test_graphed_work_warms_up_captures_once_and_replays(fake_cuda):
@@ -181,6 +208,9 @@ def test_graphed_work_failed_capture_continues_with_one_warning(fake_cuda):
     assert len(calls) == WARM_UP + 4  # every call did its work, one of them twice
     assert resets == [WARM_UP + 1]
     assert [str(w.message).count("not permitted when stream is capturing)") for w in caught] == [1]
+    assert fake_cuda.stream == "main"
+    assert [type(state) for state in fake_cuda.states] == [torch.Generator]
+    assert fake_cuda.ended == [("_cuda_endAllocateToPool", 0, (0, 1)), ("_cuda_releasePool", 0, (0, 1))]
 
 
 def test_training_step_failed_capture_leaves_no_trace(tmp_path, fake_cuda):
@@ -213,7 +243,12 @@ def test_training_step_failed_capture_leaves_no_trace(tmp_path, fake_cuda):
 
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-STEPS = [{}, {"form": "thesis", "micro_batch_size": 3, "dropout": 0.1}, {"checkpoint_branches": True}]
+STEPS = [
+    {},
+    {"form": "thesis", "micro_batch_size": 3, "dropout": 0.1},
+    {"checkpoint_branches": True},
+    {"checkpoint_branches": True, "dropout": 0.1},
+]
 
 
 @pytest.mark.gpu
@@ -250,3 +285,29 @@ def test_training_step_does_not_wait_for_the_gpu(tmp_path, changes, graph):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert take.report_steps() == [(step, None) for step in range(WARM_UP + 4)]
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_invalidated_capture_leaves_stream_generator_and_memory_usable():
+    device, x = torch.device("cuda", 0), torch.zeros(4, device="cuda")
+
+    def wait():
+        x.copy_(torch.randn(4, device=device))
+        x.sum().item()  # a capture does not survive it
+
+    torch.manual_seed(0)
+    failing = GraphedWork(wait, lambda: [], lambda: torch.manual_seed(1), device)
+    stream = torch.cuda.current_stream()
+    for _ in range(WARM_UP):
+        failing()
+    with pytest.warns(UserWarning, match="could not be captured"):
+        failing()
+    assert torch.cuda.current_stream() == stream and failing.graph is None
+    torch.manual_seed(1)
+    assert torch.equal(x, torch.randn(4, device=device))
+    torch.cuda.empty_cache()
+    working = GraphedWork(lambda: x.add_(torch.randn(4, device=device)), lambda: [], lambda: None, device)
+    for _ in range(WARM_UP + 2):
+        working()
+    assert working.graph is not None and x.isfinite().all()

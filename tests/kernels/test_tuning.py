@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton", reason="the kernels' tests need triton: pip install -e '.[test]' on Linux")
 
 from factorkit.kernels import tiles, tuning
+
+from factorkit import ops
 
 
 class Kernel:
@@ -92,3 +96,24 @@ def test_without_tuning_the_default_warps_are_used(tuned, monkeypatch):
 
 def test_register_limit_follows_warps():
     assert [tiles.compiler_options(warps)["maxnreg"] for warps in tuning.WARP_COUNTS] == [255, 255, 255, 255, 128]
+
+
+def test_launch_runs_on_the_device_of_its_tensors(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    kernel = Kernel()
+    with FakeTensorMode():
+        tiles.launch(kernel, 7, None, torch.empty(4, device="cuda:1"), 3, warps=4)
+    tiles.launch(kernel, 7, torch.empty(4), 3, warps=4)
+    assert entered == [torch.device("cuda", 1)] and kernel.warps == [4, 4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernel_on_the_second_device_leaves_the_first_current():
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(8)
+    want = ops.group_norm_silu(x, weight, weight, groups=2)
+    got = ops.group_norm_silu(*(v.to("cuda:1") for v in (x, weight, weight)), groups=2)
+    assert got.device.index == 1 and torch.cuda.current_device() == 0
+    torch.testing.assert_close(got.cpu(), want)

@@ -6,7 +6,6 @@ import json
 import shutil
 
 import numpy as np
-import pycolmap
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +16,8 @@ from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import ConfigError
 from factorkit.utils.images import images_to_pixels
 from tests.nerfdiff.forward import forward_views
+
+pycolmap = pytest.importorskip("pycolmap")
 
 WAYS = {
     "dictionary": {},

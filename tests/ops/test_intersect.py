@@ -60,6 +60,43 @@ def test_random_rays_meet_the_surfaces():
     torch.testing.assert_close((near, far), reference.intersect_box(o, d, LOW, HIGH), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("distance", [1e3, 1e6])
+def test_single_precision_rays_from_far_away_meet_the_box_as_in_double_precision(distance):
+    torch.manual_seed(3)
+    target = torch.rand(4000, 3) * torch.tensor([2.2, 3.3, 1.7]) + torch.tensor([-1.1, -2.15, 0.4])
+    directions = torch.nn.functional.normalize(torch.randn(4000, 3), dim=1)
+    origins = (target.double() - distance * directions.double()).float()
+    want = ops.intersect_box(origins.double(), directions.double(), LOW, HIGH)
+    hit = want[1] > want[0]
+    assert 50 < (~hit).sum() < 3900
+    for run in (ops.intersect_box, reference.intersect_box):
+        near, far = run(origins, directions, LOW, HIGH)
+        assert torch.equal(near, want[0].float()) and torch.equal(far, want[1].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rays_along_every_face_and_edge_have_the_length_of_the_box(dtype):
+    torch.manual_seed(4)
+    for _ in range(20):
+        low = torch.randn(3).mul(10).tolist()
+        high = [a + size for a, size in zip(low, (torch.rand(3) + 0.1).tolist(), strict=True)]
+        corners = torch.tensor([low, high], dtype=dtype)
+        for axis in range(3):
+            for b, c in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 1)):  # 2: between the faces
+                origin = corners[0].clone()
+                for other, side in zip([a for a in range(3) if a != axis], (b, c), strict=True):
+                    origin[other] = corners.mean(0)[other] if side == 2 else corners[side, other]
+                origin[axis] -= 1
+                for sign in (1.0, -1.0):
+                    direction = torch.zeros(3, dtype=dtype)
+                    direction[axis] = sign
+                    start = origin if sign > 0 else origin + direction.abs() * (2 + corners[1] - corners[0])
+                    for run in (ops.intersect_box, reference.intersect_box):
+                        near, far = run(start[None], direction[None], low, high)
+                        size = (corners[1] - corners[0])[axis]
+                        torch.testing.assert_close(far - near, size[None], rtol=1e-4, atol=1e-5)
+
+
 def test_gradients():
     torch.manual_seed(1)
     o, d = (x.requires_grad_() for x in rays(60, spread=2.0))

@@ -178,6 +178,44 @@ def test_levels_are_boxes_scaled_about_their_centre():
     assert (o[0, 2] + s.t_start).tolist() == [z / 4 - 1] and s.ray.tolist() == [0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_rays_along_outer_faces_are_sampled_on_every_side(dtype, levels):
+    torch.manual_seed(5)
+    full = torch.full((levels, 16**3 // 8), 255, dtype=torch.uint8)
+    for _ in range(10):
+        low = torch.randn(3).mul(10).tolist()
+        high = [a + size for a, size in zip(low, (torch.rand(3) + 0.5).tolist(), strict=True)]
+        corners = torch.tensor([low, high], dtype=torch.float64)
+        centre, half = corners.mean(0), corners.diff(dim=0)[0] / 2 * 2 ** (levels - 1)
+        for axis in range(3):
+            sides = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0])] * 3).double()
+            sides = sides[sides[:, axis] == -1]
+            origins, directions = (centre + half * sides).to(dtype), torch.zeros(len(sides), 3, dtype=dtype)
+            origins[:, axis] -= 1
+            directions[:, axis] = 1
+            near, far = torch.zeros(len(sides), dtype=dtype), torch.full((len(sides),), 1e3, dtype=dtype)
+            rays = (origins, directions, near, far)
+            for offsets in (
+                ops.march_rays(*rays, full, low, high, step=0.05).ray_offsets,
+                reference.march_rays(*rays, full, low, high, 0.05, math.inf, 0.0, None)[2],
+            ):
+                steps = offsets.diff()
+                assert steps.min() >= 2 * half[axis] / 0.05 - 2 and steps.max() <= 2 * half[axis] / 0.05 + 2
+
+
+def test_steps_below_the_precision_of_t_are_refused():
+    full, box = torch.full((1, 8**3 // 8), 255, dtype=torch.uint8), ([-1] * 3, [1] * 3)
+    origins, directions = torch.tensor([[0.0, 0, 5], [0, 0, 1e6]]), torch.tensor([[0.0, 0, -1]]).expand(2, 3)
+    near, far = torch.zeros(2), torch.full((2,), math.inf)
+    with pytest.raises(ValueError, match="ray 1 enters the box at t = 999999, where steps of 0.01 are below"):
+        ops.march_rays(origins, directions, near, far, full, *box, step=0.01)
+    away = directions * torch.tensor([[1.0], [-1.0]])  # never meets the box
+    assert ops.march_rays(origins, away, near, far, full, *box, step=0.01).wanted > 0
+    exact = [x.double() for x in (origins, directions, near, far)]
+    assert ops.march_rays(*exact, full, *box, step=0.01).ray_offsets.diff().tolist() == [200, 200]
+
+
 def test_empty_batches_grids_and_intervals():
     given = (*rays(20), grid(1, 8, 0.5))
     none = ops.march_rays(*(x[:0] for x in given[:4]), given[4], *BOX, step=0.1)

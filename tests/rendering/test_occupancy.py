@@ -141,3 +141,11 @@ def test_occupancy_invalid_arguments_raise(change, sentence):
         grid(**change)
     with pytest.raises(ValueError, match=r"returned \(1,\); it must return \[512\]"):
         grid().update(lambda points: points[:1, 0])
+
+
+def test_occupancy_faces_belong_to_the_box():
+    corners = torch.tensor([LOWER, UPPER])
+    beyond = corners + torch.tensor([[-1e-3], [1e-3]])
+    full = OccupancyGrid(LOWER, UPPER, resolution=8, levels=2)
+    outer = OccupancyGrid(LOWER, UPPER, resolution=8)
+    assert full.occupied(beyond).all() and outer.occupied(corners).all() and not outer.occupied(beyond).any()

@@ -191,3 +191,17 @@ def test_render_invalid_arguments_raise():
         render(fog, rays, sampling, chunk=0)
     with pytest.raises(ValueError, match=r"two tensors .* of one shape"):
         render(fog, Rays(rays.origins[0], rays.directions), sampling)
+
+
+@pytest.mark.parametrize("sampling", list(samplings()), ids=["even", "occupied"])
+def test_render_from_far_away_in_single_precision_equals_double_precision(sampling):
+    torch.manual_seed(0)
+    target = torch.rand(40, 3).double() * 1.6 - 0.8
+    directions = torch.nn.functional.normalize(torch.randn(40, 3), dim=1) * 2
+    origins = (target - 1e6 * directions.double()).float()
+    got = render(ball, Rays(origins, directions), sampling)
+    want = render(ball, Rays(origins.double(), directions.double()), sampling)
+    assert (want.opacity > 0.9).sum() > 10
+    torch.testing.assert_close(got.opacity.double(), want.opacity, rtol=0, atol=5e-3)
+    torch.testing.assert_close(got.color.double(), want.color, rtol=0, atol=5e-3)
+    torch.testing.assert_close(got.depth.double() / 1e6, want.depth / 1e6, rtol=0, atol=5e-3)

@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.network import recomputation_options
 
 REGIONAL = {"branch_norm": "pixel", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True}
 SMALL = {
@@ -46,8 +48,14 @@ def test_step_with_checkpointed_branches_is_equal(build_tiny, make_batch, decodi
         torch.testing.assert_close(result[name], grad, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_dropout_of_a_recomputed_branch_is_the_same(build_tiny, make_batch):
-    """A new dropout mask would make the gradient differ from that of the loss."""
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_dropout_of_a_recomputed_branch_is_the_same(build_tiny, make_batch, monkeypatch, on_cuda):
+    """A new dropout mask would make the gradient differ from that of the loss; on CUDA no random state is saved."""
+    if on_cuda:
+        options = recomputation_options(0.5, on_cuda=True)
+        assert not options["preserve_rng_state"]
+        monkeypatch.setattr("factorkit.segdiff.network.recomputation_options", lambda *at: options)
+        monkeypatch.setattr(F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0])
     model, (x, t) = build_tiny(dropout=0.5, checkpoint_branches=True).train(), make_batch()
     *_, result = run_step(model, x, t)
     weight = model.decoder.conv_out.weight

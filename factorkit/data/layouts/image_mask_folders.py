@@ -9,16 +9,24 @@ import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from factorkit.data.archives import ZipSource
-from factorkit.data.files import escape_name, fold_stem, is_image, list_image_names, strip_suffix
+from factorkit.data.files import (
+    escape_name,
+    fold_name,
+    fold_stem,
+    format_examples,
+    is_image,
+    list_image_names,
+    strip_suffix,
+)
 from factorkit.data.layouts.base import DatasetFiles
-from factorkit.data.masks import image_stems
+from factorkit.data.masks import ignored_stem, image_stems
 from factorkit.data.sources import FileSource, Source
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 
 IMAGE_FOLDERS = frozenset("image images img imgs img_dir jpegimages photo photos rgb".split())
 MASK_FOLDERS = frozenset(
@@ -43,12 +51,27 @@ NEAR_DUPLICATES_FILE = "near_duplicates.txt"
 MAX_NEAR_DUPLICATES_BYTES = 2**26  # limit for reading the file from a .zip, so that a zip bomb cannot fill the memory
 
 
-def find_image_and_mask_folders(data: Any) -> tuple[Source, Source | None] | None:
-    """Return the images of a folder or .zip and its masks, None if it has none; None for anything else.
+class ImageFolders(NamedTuple):
+    """The images of a folder or .zip.
+
+    Attributes:
+        images: all images.
+        masks: masks of the foreground, matched by name; None if there are none.
+        ignored: instant-ngp's masks of moving parts, `dynamic_mask_x.png` for x.jpg; None if there are none.
+    """
+
+    images: Source
+    masks: Source | None = None
+    ignored: Source | None = None
+
+
+def find_image_and_mask_folders(data: Any) -> ImageFolders | None:
+    """Return the images of a folder or .zip and their masks; None for anything else.
 
     Recognised are, at any depth and whatever the case: a folder of `IMAGE_FOLDERS` beside one of `MASK_FOLDERS` (also
     several such pairs, as in train/ and val/), a folder of masks whose names match the images beside it, and masks
-    beside their images, named by one of `MASK_ENDINGS` or `MASK_BEGINNINGS`.
+    beside their images, named by one of `MASK_ENDINGS` or `MASK_BEGINNINGS`. What else lies there is left out with a
+    warning.
 
     Raises:
         DataError: images that look like masks are found, but not where masks are expected.
@@ -56,36 +79,50 @@ def find_image_and_mask_folders(data: Any) -> tuple[Source, Source | None] | Non
     source = _open(data)
     if source is None:
         return None
+    source, ignored = _separate_ignored(source)
     pairs = _split_names(source.names)
     if pairs is None:
         refuse_unrecognised_masks(source)
-        return source, None
+        return ImageFolders(source, None, ignored)
     if len(set(source.names)) < len(source.names):
         name = escape_name(next(name for i, name in enumerate(source.names) if name in source.names[:i]))
         raise DataError(f"{name} and {name}: two images of one name, so masks cannot be matched to them. Rename one.")
-    return _select(source, pairs[0]), _select(source, pairs[1])
+    if outside := len(source) - len(pairs[0]) - len(pairs[1]):
+        read = {*pairs[0].values(), *pairs[1].values()}
+        names = [name for name in source.names if name not in read]
+        warnings.warn(
+            f"left out {format_count(outside, 'image')} outside the folders of images and masks: "
+            f"{format_examples(names)}",
+            UserWarning,
+            stacklevel=2,
+        )
+    return ImageFolders(_select(source, pairs[0]), _select(source, pairs[1]), ignored)
 
 
 def read(data: Any) -> DatasetFiles | None:
     """Read a folder or .zip of images and, if it has them, their masks; None for anything else."""
-    pair = find_image_and_mask_folders(data)
-    if pair is None:
+    folders = find_image_and_mask_folders(data)
+    if folders is None:
         return None
-    images, masks = pair
+    images, masks, ignored = folders
+    if ignored is not None:
+        warnings.warn(
+            f"left out {format_count(len(ignored), 'mask')} of moving parts ({format_examples(ignored.names)}): they "
+            "are not the foreground, and segdiff ignores no pixels",
+            UserWarning,
+            stacklevel=2,
+        )
     if masks is None:
         return DatasetFiles(images)
-    notes = []
-    if outside := len(_open(data) or ()) - len(images) - len(masks):
-        notes.append(f"{outside} images lie outside the folders of images and masks and are not read")
     where, text = _read_near_duplicates(data)
     pairs = parse_near_duplicates(text, images, where) if text is not None else []
     splits: dict[str, np.ndarray] = {}
-    folders = [name.split("/", 1)[0].casefold() for name in images.names]
-    if set(folders) <= set(SPLIT_FOLDERS) and len(set(folders)) > 1:
-        for row, folder in enumerate(folders):
+    tops = [name.split("/", 1)[0].casefold() for name in images.names]
+    if set(tops) <= set(SPLIT_FOLDERS) and len(set(tops)) > 1:
+        for row, folder in enumerate(tops):
             splits.setdefault(SPLIT_FOLDERS[folder], []).append(row)  # type: ignore[arg-type, attr-defined]
         splits = {name: np.array(rows) for name, rows in splits.items()}
-    return DatasetFiles(images, {"masks": masks}, splits, near_duplicates=pairs, notes=notes)
+    return DatasetFiles(images, {"masks": masks}, splits, near_duplicates=pairs)
 
 
 def _open(data: Any) -> FileSource | ZipSource | None:
@@ -105,7 +142,16 @@ def _open(data: Any) -> FileSource | ZipSource | None:
         return None
 
 
-def _select(source: FileSource | ZipSource, named: dict[str, str]) -> Source:
+def _separate_ignored(source: FileSource | ZipSource) -> tuple[FileSource | ZipSource, Source | None]:
+    """Separate instant-ngp's masks of moving parts from all other images."""
+    stems = {fold_stem(name) for name in source.names}
+    ignored = {name: name for name in source.names if ignored_stem(name) in stems}
+    if not ignored:
+        return source, None
+    return _select(source, {name: name for name in source.names if name not in ignored}), _select(source, ignored)
+
+
+def _select(source: FileSource | ZipSource, named: dict[str, str]) -> FileSource | ZipSource:
     """Return the images of a source with other names, given as {new name: old name}."""
     row_of = {name: row for row, name in enumerate(source.names)}
     new_names = sorted(named)
@@ -184,7 +230,7 @@ def _split_by_mask_folder(names: Sequence[str]) -> tuple[dict[str, str], dict[st
 
 
 def _split_by_endings(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]] | None:
-    """Find masks beside their images: x.jpg and x_mask.png, or dynamic_mask_x.png."""
+    """Find masks beside their images: x.jpg and x_mask.png, or mask_x.png."""
     stems = {fold_stem(name) for name in names}
     masks = {name: name for name in names if any(stem in stems for stem in image_stems(name)[1:])}
     images = {name: name for name in names if name not in masks}
@@ -283,8 +329,8 @@ def _read_member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
 def parse_near_duplicates(text: bytes, images: Source, where: str) -> list[tuple[str, str]]:
     """Parse pairs of near-duplicate images, as names without suffix.
 
-    Each line has two image names, with or without suffix, separated by a tab if they contain spaces. Text after `#` is
-    a comment. Pairs with an unknown name are left out with a warning.
+    Each line has two image names, with or without suffix, in any case and Unicode form, separated by a tab if they
+    contain spaces. Text after `#` is a comment. Pairs with an unknown name are left out with a warning.
 
     Args:
         text: UTF-8 text.
@@ -298,7 +344,7 @@ def parse_near_duplicates(text: bytes, images: Source, where: str) -> list[tuple
         lines = text.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text: {error}. Give two image names per line.") from error
-    stems = {strip_suffix(name) for name in images.names}
+    stem_of = {fold_stem(name): strip_suffix(name) for name in images.names}
     num_names, unknown, pairs = 0, [], []
     for number, line in enumerate(lines, start=1):
         content = line.split("#")[0].strip()
@@ -308,14 +354,17 @@ def parse_near_duplicates(text: bytes, images: Source, where: str) -> list[tuple
                 f"{where}, line {number}: expected two names (separated by a tab if they contain spaces), got "
                 f"'{escape_name(line.strip())}'."
             )
-        keys = [name if name in stems or not is_image(name) else strip_suffix(name) for name in names]
+        keys = [
+            stem_of.get(fold_name(name)) or (stem_of.get(fold_stem(name)) if is_image(name) else None) for name in names
+        ]
         num_names += len(names)
-        unknown += [name for name, key in zip(names, keys, strict=True) if key not in stems]
-        if names and stems.issuperset(keys):
-            pairs.append((keys[0], keys[1]))
+        unknown += [name for name, key in zip(names, keys, strict=True) if key is None]
+        if len(found := [key for key in keys if key is not None]) == 2:
+            pairs.append((found[0], found[1]))
     if unknown:
         message = (
-            f"{where}: {len(unknown)} of {num_names} names match no image, the first is {escape_name(unknown[0])}; "
+            f"{where}: {len(unknown)} of {num_names} names {'matches' if len(unknown) == 1 else 'match'} no "
+            f"image, the first is {escape_name(unknown[0])}; "
             f"an example of an image name is {escape_name(images.names[0])}."
         )
         if len(unknown) == num_names:

@@ -16,7 +16,7 @@ from factorkit.data.views.cameras import Distortion, FisheyeDistortion, Lens, ma
 from factorkit.data.views.image_files import FileFinder
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, split_every_eighth
 from factorkit.data.views.views import check_rigid
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 
 MODEL_FOLDERS = (".", "sparse/0", "sparse", "colmap/sparse/0")  # where a scene's model may be
 IMAGE_FOLDERS = ("images", "images_factorkit", "image", "imgs", "input", "rgb", ".")  # beside or above the model
@@ -94,7 +94,10 @@ def read_colmap(path: Path, split: str | None) -> tuple[list[LazyView], SceneSet
     prefix = "" if folder == path else f"{folder.name}/"
     notes = finder.notes
     sizes = {(camera.model, camera.width, camera.height) for camera in cameras.values()}
-    notes += (f"COLMAP model {model.name or '.'}: {len(images)} images, {len(cameras)} cameras of {len(sizes)} kinds.",)
+    notes += (
+        f"COLMAP model {model.name or '.'}: {format_count(len(images), 'image')}, "
+        f"{format_count(len(cameras), 'camera')} of {format_count(len(sizes), 'size')}.",
+    )
     others = [other.name for other in sorted(model.parent.glob("[0-9]*")) if other.is_dir() and other != model]
     if model.name.isdigit() and others:
         notes += (f"Other models of the scene, which are not read: {', '.join(others)}.",)
@@ -106,8 +109,9 @@ def read_colmap(path: Path, split: str | None) -> tuple[list[LazyView], SceneSet
         k, lens = _parse_camera(camera, name, model)
         intrinsics = scale_intrinsics(k, camera.height, camera.width, name)
         views.append(LazyView(name, image_reader(paths[i]), intrinsics, poses[i], None, lens))
-    bounds = _read_bounds(model, suffix, poses)
-    return views, SceneSettings([f"{prefix}{name}" for name in names], poses, bounds, notes)
+    points = _read_points(model, suffix)
+    scene_names = [f"{prefix}{name}" for name in names]
+    return views, SceneSettings(scene_names, poses, _depth_range(points, poses), notes, points=points)
 
 
 def _select(model: Path, names: list[str], split: str | None) -> list[int]:
@@ -251,11 +255,19 @@ def _read_images_bin(file: Path) -> list[_Image]:
     return images
 
 
-def _read_points(model: Path, suffix: str) -> np.ndarray:
-    """Return the positions float64 [P, 3] of the sparse points; none if the file is missing or empty."""
+def _read_points(model: Path, suffix: str) -> np.ndarray | None:
+    """Return the positions float64 [P, 3] of the sparse points; None if the file is missing or has none."""
     file = model / f"points3D.{suffix}"
     if not file.is_file() or file.stat().st_size == 0:
-        return np.zeros((0, 3))
+        return None
+    try:
+        points = _parse_points(file, suffix)
+    except (OSError, ValueError, IndexError, struct.error) as error:
+        raise DataError(f"{file}: not readable ({type(error).__name__}: {error})") from error
+    return points if len(points) else None
+
+
+def _parse_points(file: Path, suffix: str) -> np.ndarray:
     if suffix == "txt":
         return np.array([[float(x) for x in line.split()[1:4]] for line in _data_lines(file) if line]).reshape(-1, 3)
     reader, points = _BinaryReader(file), []
@@ -267,14 +279,10 @@ def _read_points(model: Path, suffix: str) -> np.ndarray:
     return np.array(points).reshape(-1, 3)
 
 
-def _read_bounds(model: Path, suffix: str, poses: np.ndarray) -> tuple[float, float] | None:
+def _depth_range(points: np.ndarray | None, poses: np.ndarray) -> tuple[float, float] | None:
     """Return the nearest and farthest depth of the sparse points, without outliers; None without points."""
-    try:
-        points = _read_points(model, suffix)
-    except (OSError, ValueError, IndexError, struct.error) as error:
-        raise DataError(f"{model}/points3D.{suffix}: not readable ({type(error).__name__}: {error})") from error
     ranges = []
-    for pose in poses:
+    for pose in poses if points is not None else ():
         x, y, backward = pose[:3, :3].T @ (points - pose[:3, 3]).T
         depths = -backward[-backward > np.hypot(x, y)]  # within 45 degrees of the optical axis
         if len(depths):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from factorkit.data.files import IMAGE_SUFFIXES, escape_name, format_examples
-from factorkit.utils.errors import DataError
+from factorkit.data.files import IMAGE_SUFFIXES, escape_name, fold_name, format_examples
+from factorkit.utils.errors import DataError, format_count
 
 DEFAULT_SUFFIXES = (".png", ".jpg", ".jpeg")  # tried first for names without suffix, as Blender's files have them
 MAX_MISSING_FRACTION = 0.5  # of the frames; beyond it the folder is the wrong one rather than incomplete
@@ -47,8 +46,8 @@ class FileFinder:
         if folder is None:
             return None
         files = self._list(folder)
-        same_name = [file for file in files.get(_key(path.stem if has_suffix else path.name), [])]
-        exact = [file for file in same_name if _key(file.name) == _key(path.name)] or same_name
+        same_name = [file for file in files.get(fold_name(path.stem if has_suffix else path.name), [])]
+        exact = [file for file in same_name if fold_name(file.name) == fold_name(path.name)] or same_name
         if len(exact) > 1:
             raise DataError(
                 f"{escape_name(name)} is not in {folder}, and {format_examples([file.name for file in exact])} may all "
@@ -65,7 +64,9 @@ class FileFinder:
         parent = None if folder.parent == folder else self._find_folder(folder.parent)
         if parent is None:
             return None
-        same = [child for child in parent.iterdir() if child.is_dir() and _key(child.name) == _key(folder.name)]
+        same = [
+            child for child in parent.iterdir() if child.is_dir() and fold_name(child.name) == fold_name(folder.name)
+        ]
         return same[0] if len(same) == 1 else None
 
     def _list(self, folder: Path) -> dict[str, list[Path]]:
@@ -73,7 +74,7 @@ class FileFinder:
             listing: dict[str, list[Path]] = {}
             for file in sorted(folder.iterdir()):
                 if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file():
-                    listing.setdefault(_key(file.stem), []).append(file)
+                    listing.setdefault(fold_name(file.stem), []).append(file)
             self._listings[folder] = listing
         return self._listings[folder]
 
@@ -87,12 +88,13 @@ class FileFinder:
         missing = [name for i, name in enumerate(names) if i not in found]
         if len(missing) > MAX_MISSING_FRACTION * len(names):
             raise DataError(
-                f"{where}: {len(missing)} of {len(names)} images are missing, the first is {escape_name(missing[0])} "
+                f"{where}: {len(missing)} of {format_count(len(names), 'image')} missing, the first is "
+                f"{escape_name(missing[0])} "
                 f"(looked in {self.root}). Restore them, or remove their frames."
             )
         if missing:
             warnings.warn(
-                f"{where}: left out {len(missing)} of {len(names)} frames without an image file: "
+                f"{where}: left out {len(missing)} of {format_count(len(names), 'frame')} without an image file: "
                 f"{format_examples(missing)}.",
                 stacklevel=3,
             )
@@ -104,9 +106,6 @@ class FileFinder:
         if not self.renamed:
             return ()
         return (
-            f"{len(self.renamed)} images were found under another suffix or case: {format_examples(self.renamed)}.",
+            f"{format_count(len(self.renamed), 'image')} found under another suffix or case: "
+            f"{format_examples(self.renamed)}.",
         )
-
-
-def _key(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()

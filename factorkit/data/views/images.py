@@ -11,14 +11,16 @@ import numpy as np
 import torch
 
 from factorkit.data.decode import to_float
+from factorkit.data.files import fold_stem
 from factorkit.data.layouts.image_mask_folders import find_image_and_mask_folders
-from factorkit.data.masks import MASK_KEYS, match_masks, to_opacity
+from factorkit.data.masks import IGNORED_BEGINNING, MASK_KEYS, ignored_stem, match_masks, to_opacity
 from factorkit.data.open import open_source
 from factorkit.data.sources import Source
 from factorkit.data.video import read_video_frames
 from factorkit.data.views.cameras import IntrinsicsFunction, make_intrinsics
 from factorkit.data.views.loading import LazyView, SceneSettings, split_every_eighth
 from factorkit.data.views.views import resize_area, target_size
+from factorkit.utils.errors import format_count
 from factorkit.utils.images import uint8_to_unit
 
 MAX_VIDEO_FRAMES = 120  # taken from longer videos, evenly spaced: neighbouring frames hardly differ
@@ -32,15 +34,21 @@ def read_images(
 ) -> tuple[list[LazyView], SceneSettings]:
     """List the views of a split; every 8th is for testing.
 
-    A folder with images/ and masks/ is read with its masks. Images without a mask are left out.
+    A folder with images/ and masks/ is read with its masks. Images without a mask are left out. Where instant-ngp's
+    `dynamic_mask_x.png` is not 0, x.jpg is not scored.
 
     Raises:
         DataError: as :func:`factorkit.data.open_source` and :func:`factorkit.data.masks.match_masks`.
     """
-    if isinstance(masks, str) and masks == "none":
-        masks = None
-    elif masks is None and (folders := find_image_and_mask_folders(source)) is not None:
-        source, masks = folders
+    ignored_of: dict[str, int] = {}
+    ignored, notes = None, tuple[str, ...]()
+    if (folders := find_image_and_mask_folders(source)) is not None:
+        source, ignored = folders.images, folders.ignored
+        masks = folders.masks if masks is None else masks
+    masks = None if isinstance(masks, str) and masks == "none" else masks
+    if ignored is not None:
+        ignored_of = {ignored_stem(name) or "": j for j, name in enumerate(ignored.names)}
+        notes = (f"{format_count(len(ignored), 'mask')} of moving parts ({IGNORED_BEGINNING}x.png): not scored there.",)
     images = open_source(source)
     mask_source = None if masks is None else open_source(masks, keys=MASK_KEYS)
     pairs = [(i, 0) for i in range(len(images))] if mask_source is None else match_masks(images, mask_source)
@@ -48,8 +56,11 @@ def read_images(
     for i, j in (pairs[k] for k in split_every_eighth(len(pairs), split)):
         intrinsics = _fov_intrinsics(fov) if fov is not None else _exif_intrinsics(images, i, default_fov)
         read_mask = None if mask_source is None else partial(_read_opacity, mask_source, j)
-        views.append(LazyView(images.names[i], partial(_read_float, images, i), intrinsics, read_mask=read_mask))
-    return views, SceneSettings(images.names)
+        moving = ignored_of.get(fold_stem(images.names[i]))
+        read_loss_mask = None if ignored is None or moving is None else partial(_read_scored, ignored, moving)
+        read_image = partial(_read_float, images, i)
+        views.append(LazyView(images.names[i], read_image, intrinsics, None, read_mask, None, read_loss_mask))
+    return views, SceneSettings(images.names, notes=notes)
 
 
 def read_video(
@@ -74,11 +85,15 @@ def read_video(
 
 
 def _read_float(images: Source, index: int) -> np.ndarray:
-    return to_float(images.decode(index), images.names[index])
+    return to_float(images.decode(index), images.names[index], depths=images.depths)
 
 
 def _read_opacity(masks: Source, index: int) -> np.ndarray:
     return to_opacity(masks.decode(index), masks.names[index])
+
+
+def _read_scored(ignored: Source, index: int) -> np.ndarray:
+    return (_read_opacity(ignored, index) == 0).astype(np.float32)
 
 
 def _frame_to_float(frame: np.ndarray) -> np.ndarray:

@@ -11,8 +11,8 @@ from factorkit.data.files import list_images
 from factorkit.data.views.cameras import make_intrinsics, scale_intrinsics
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, split_every_eighth
 from factorkit.data.views.views import check_rigid
-from factorkit.utils.errors import DataError
-from factorkit.utils.safe_reading import read_arrays
+from factorkit.utils.errors import DataError, format_count
+from factorkit.utils.files import read_arrays
 
 FOLDERS = ("images_8", "images_4", "images_2", "images")
 
@@ -37,7 +37,8 @@ def read_llff(path: Path, split: str | None) -> tuple[list[LazyView], SceneSetti
     images = list_images(folder)
     if len(images) != len(values):
         raise DataError(
-            f"{file}: {len(values)} poses, but {folder} has {len(images)} images. There must be one pose for each "
+            f"{file}: {format_count(len(values), 'pose')}, but {folder} has "
+            f"{format_count(len(images), 'image')}. There must be one pose for each "
             "image, in the order of their names."
         )
     names = [image.relative_to(path).as_posix() for image in images]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from factorkit.data.files import format_examples
+from factorkit.data.masks import IGNORED_BEGINNING
 from factorkit.data.views.camera_keys import (
     describe_ignored,
     merge_settings,
@@ -20,8 +21,8 @@ from factorkit.data.views.camera_keys import (
 from factorkit.data.views.image_files import FileFinder
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, loss_mask_reader, split_every_eighth
 from factorkit.data.views.views import check_rigid
-from factorkit.utils.errors import DataError
-from factorkit.utils.safe_reading import read_json
+from factorkit.utils.errors import DataError, format_count
+from factorkit.utils.files import read_json
 
 SPLITS = ("train", "val", "test")
 
@@ -86,7 +87,7 @@ def _read_split_files(folder: Path, split: str | None) -> tuple[list[LazyView], 
         repeated = len(file.names) - len(indices)
         if repeated:
             why = "also views of val or test" if split == "train" else "already listed by another split"
-            notes += (f"{file.path.name}: left out {repeated} of {len(file.names)} frames that are {why}.",)
+            notes += (f"{file.path.name}: left out {repeated} of {format_count(len(file.names), 'frame')}: {why}.",)
         used |= {_normalize(file.names[i]) for i in indices}
         if indices:
             parts.append((file, indices))
@@ -125,7 +126,7 @@ def _list_views(
     """List the frames at these indices of each file; `scene` are all files, which determine layout and coordinates."""
     views: list[LazyView] = []
     keys: set[str] = set()
-    loss_folder = None
+    loss_folder, num_moving = None, 0
     for file, indices in parts:
         root, frames = file.path.parent, file.content["frames"]
         finder = FileFinder(root)
@@ -141,6 +142,8 @@ def _list_views(
                 if (mask_file := finder.find(mask)) is None:
                     raise DataError(f"{file.path}: the mask {mask} of {name} is missing")
                 read_loss_mask, loss_folder = loss_mask_reader(mask_file), mask_file.parent
+            elif (moving := path.with_name(f"{IGNORED_BEGINNING}{path.stem}.png")).is_file():
+                read_loss_mask, num_moving = loss_mask_reader(moving, is_inverted=True), num_moving + 1
             intrinsics = parse_intrinsics(settings, name, file.path)
             lens = parse_distortion(settings, name, file.path)
             read_image, pose = image_reader(path), file.poses[i]
@@ -148,6 +151,8 @@ def _list_views(
         notes += finder.notes
     if loss_folder is not None:
         notes += ("`mask_path`: pixels of value 0 are not scored; it does not define the object's silhouette.",)
+    if num_moving:
+        notes += (f"{format_count(num_moving, 'mask')} of moving parts ({IGNORED_BEGINNING}x.png): not scored there.",)
     names = [PurePosixPath(_normalize(name)).as_posix() for file in scene for name in file.names]
     poses = np.concatenate([file.poses for file in scene])
     return views, SceneSettings(names, poses, None, notes + describe_ignored(keys), loss_folder)
@@ -172,7 +177,8 @@ def _select_frames(file: _File, split: str | None) -> tuple[list[int], tuple[str
     both = sorted(members.get("train", set()) & held_out)
     if both:
         raise DataError(
-            f"{file.path}: {len(both)} frames are listed for training and for val or test, the first is {both[0]}. "
+            f"{file.path}: {format_count(len(both), 'frame')} listed for training and for val or test, the "
+            f"first is {both[0]}. "
             "Remove them from one of the lists."
         )
     names = [_normalize(name) for name in file.names]
@@ -185,7 +191,9 @@ def _select_frames(file: _File, split: str | None) -> tuple[list[int], tuple[str
     unknown = sorted(set().union(*members.values()) - set(names))
     notes = [f"The files list only the splits {', '.join(lists)}."] if {"train", "test"} - lists.keys() else []
     if unknown:
-        notes.append(f"{len(unknown)} names in the split lists match no frame: {format_examples(unknown)}.")
+        notes.append(
+            f"{format_count(len(unknown), 'name')} in the split lists without a frame: {format_examples(unknown)}."
+        )
     return [i for i, name in enumerate(names) if name in selected], tuple(notes)
 
 

@@ -42,7 +42,8 @@ def save_renders(path: Path, field: Field, scene: Scene, poses: Tensor, samples:
     """Save some views beside renders from ``poses`` [V, 4, 4], with difference and disparity."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = torch.linspace(0, len(poses) - 1, min(MAX_VIEWS, len(poses))).round().long().to(poses.device)
-    rendered = render_views(field, poses[rows], scene.camera, scene.size, samples, rows)
+    own = scene.camera.of_views(rows)
+    rendered = render_views(field, poses[rows], scene.camera, scene.size, samples, rows, own)
     color = rendered.color.movedim(-1, 1).clamp(0, 1).cpu()
     names = [scene.names[i] for i in rows.tolist()]
     draw_view_grid(scene.images[rows].cpu(), color, rendered.depth.cpu(), rendered.opacity.cpu(), names).save(path)
@@ -51,7 +52,7 @@ def save_renders(path: Path, field: Field, scene: Scene, poses: Tensor, samples:
 def save_points(path: Path, field: Field, scene: Scene, poses: Tensor) -> None:
     """Save a drawing of the exported point cloud; nothing if the scene is not solid anywhere."""
     camera = scene.camera
-    intrinsics = camera.pixel_intrinsics(*scene.size).cpu().expand(len(poses), 3, 3)
+    intrinsics = camera.pixel_intrinsics(*scene.size, camera.of_views()).cpu().expand(len(poses), 3, 3)
     views = Views(scene.images.cpu(), scene.names, intrinsics, poses=poses.cpu(), layout=scene.layout)
     lower, upper = (-1.0,) * 3, limit_depth((1.0,) * 3, MAX_DEPTH, camera)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ class SceneFit(nn.Module):
     Args:
         field: the scene.
         poses: a module that maps view indices [B] to poses [B, 4, 4].
-        camera: shared by all views.
+        camera: of the views.
         size: height and width of the views.
         samples: along each ray.
         optimize_focal: whether the focal length is a parameter, starting at that of ``camera``.
@@ -60,12 +59,15 @@ class SceneFit(nn.Module):
         intrinsics = self.initial_camera.intrinsics
         scale = torch.stack([self.log_focal.exp(), self.log_focal.exp(), torch.ones_like(self.log_focal)])
         focal = torch.diag(intrinsics.diagonal() * scale)
-        return replace(self.initial_camera, intrinsics=focal + (intrinsics - torch.diag(intrinsics.diagonal())))
+        return self.initial_camera.with_intrinsics(focal + (intrinsics - torch.diag(intrinsics.diagonal())))
 
     def forward(self, indices: Tensor, pixels: Tensor, seed: int, first_ray: int = 0, **pose_options: Any) -> Rendered:
         """Render pixels [B, R] of views [B]; see :func:`factorkit.nerfdiff.rays.render_pixels`."""
-        poses = self.poses(indices, **pose_options)
-        return render_pixels(self.field, poses, self.camera, pixels, self.size, self.samples, seed, indices, first_ray)
+        poses, camera = self.poses(indices, **pose_options), self.camera
+        own = camera.of_views(indices)
+        return render_pixels(
+            self.field, poses, camera, pixels, self.size, self.samples, seed, indices, first_ray, intrinsics=own
+        )
 
 
 def field_parameter_groups(field: Field, rate: float, base_rate: float) -> list[dict[str, Any]]:

@@ -50,8 +50,8 @@ from factorkit.segdiff.inference.segment import (
     upsample_masks,
 )
 from factorkit.utils import distributed
-from factorkit.utils.atomic import clear_unfinished
-from factorkit.utils.errors import ConfigError, DataError, WriteError, is_out_of_memory
+from factorkit.utils.errors import ConfigError, DataError, WriteError, format_count, is_out_of_memory
+from factorkit.utils.files import clear_unfinished
 from factorkit.utils.images import unit_to_uint8
 from factorkit.utils.output_record import OutputRecord
 
@@ -204,7 +204,7 @@ class _FolderJob:
         if changed := self.manifest.changed_files:
             examples = format_examples(changed)
             warnings.warn(
-                f"{self.out}: kept {len(changed)} results that were changed by hand: {examples}", stacklevel=7
+                f"{self.out}: kept {format_count(len(changed), 'result')} changed by hand: {examples}", stacklevel=7
             )
         for folder in {(self.out / stems[i]).parent for i in todo} | {self.out}:
             clear_unfinished(folder)
@@ -375,11 +375,13 @@ class _FolderJob:
         named = list(self.skipped.items())[:MAX_NAMES_IN_WARNING]
         reasons = "; ".join(f"{escape_name(name)} ({escape_name(reason)})" for name, reason in named)
         if count == total:
-            raise DataError(f"none of {total} images could be segmented: {reasons}. Check the files.")
+            raise DataError(f"none of {format_count(total, 'image')} could be segmented: {reasons}. Check the files.")
         if distributed.rank():
             return
         more = f"; and {count - len(named)} more" if count > len(named) else ""
-        warnings.warn(f"{count} of {total} images could not be segmented: {reasons}{more}", stacklevel=5)
+        warnings.warn(
+            f"{count} of {format_count(total, 'image')} could not be segmented: {reasons}{more}", stacklevel=5
+        )
 
     def _write_contact_sheet(self) -> None:
         order = sorted(self.sheet_rows)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.config import EngineConfig
 from factorkit.engine.step import StepLoss
-from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.masks.objects import MaskNetwork
 from factorkit.utils.images import pixels_to_signed, uint8_to_unit
 from factorkit.utils.rng import BatchDraw
@@ -41,7 +41,7 @@ class DistilTask:
 
     def __init__(
         self,
-        config: ResolvedSegdiffConfig,
+        config: EngineConfig,
         network: MaskNetwork,
         images: np.ndarray,
         teach: Callable[[], Tensor],
@@ -64,12 +64,12 @@ class DistilTask:
         masks = uint8_to_unit(self.teach()[indices.cpu()]).to(device)
         images, masks = augment(images, masks, draw, self.random_flip)
         low = draw.uniform() < LOW_NOISE_SHARE
-        t = torch.where(low, draw.integers(0, self.low_noise_time), draw.integers(0, self.config.timesteps))
+        t = torch.where(low, draw.integers(0, self.low_noise_time), draw.integers(0, self.schedule.steps))
         x_t = self.schedule.noise(images, draw.normal(*images.shape[1:]), t)
         log_masks = cast(MaskNetwork, self.model).coarse_logits(x_t, t).log_softmax(1)
         error = -(masks * log_masks).sum(1).mean((1, 2))
         metrics = {"areas": log_masks.detach().exp().mean((0, 2, 3))}
-        return StepLoss(error, error.detach(), t / self.config.timesteps, metrics)
+        return StepLoss(error, error.detach(), t / self.schedule.steps, metrics)
 
     def inspect(self, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
         """Return nothing: the run that uses the masks has sample grids and alarms."""

@@ -25,7 +25,7 @@ LAYOUTS = {
     "seg ending in folders": ("a/{}.jpg", "a/{}_seg.png"),
     "gt ending": ("{}.jpg", "{}_gt.png"),
     "segmentation ending": ("{}.jpg", "{}_segmentation.png"),
-    "mask beginning": ("images/{}.jpg", "images/dynamic_mask_{}.png"),
+    "mask beginning": ("images/{}.jpg", "images/mask_{}.png"),
     "whole name": ("images/{}.jpg", "masks/{}.jpg.png"),
     "masks below images": ("{}.jpg", "masks/{}.png"),
     "masks beside another folder": ("holiday/{}.jpg", "masks/{}.png"),
@@ -96,7 +96,37 @@ def test_open_dataset_two_folders_of_photos_with_equal_names_are_images(tmp_path
 def test_open_dataset_images_outside_the_folders_are_named(tmp_path):
     write(tmp_path, "images/{}.jpg", "masks/{}.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "cover.jpg")
-    assert open_dataset(tmp_path).notes == ["1 images lie outside the folders of images and masks and are not read"]
+    with pytest.warns(UserWarning, match=r"left out 1 image outside the folders of images and masks: cover.jpg$"):
+        assert len(open_dataset(tmp_path, holdout="none").train) == 5
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_open_dataset_masks_of_moving_parts_are_no_foreground(tmp_path, form):
+    data = tmp_path / "data"
+    write(data, "images/{}.jpg", "images/dynamic_mask_{}.png")
+    data = zipped(data, tmp_path / "data.zip") if form == "zip" else data
+    with pytest.warns(
+        UserWarning, match=r"left out 5 masks of moving parts \(.*dynamic_mask_x0.png, .*not the foreground"
+    ):
+        dataset = open_dataset(data)
+    assert len(dataset.train) == 5 and dataset.test_images is None
+
+
+def test_open_dataset_masks_of_moving_parts_leave_those_of_objects(tmp_path):
+    write(tmp_path, "{}.jpg", "{}_mask.png")
+    write(tmp_path, "{}.jpg", "dynamic_mask_{}.png")
+    with pytest.warns(UserWarning, match="5 masks of moving parts"):
+        dataset = open_dataset(tmp_path, holdout="none")
+    assert len(dataset.train) == 5 and set(dataset.test_masks.names) == {f"x{i}_mask.png" for i in range(5)}
+
+
+def test_load_labelled_masks_of_moving_parts_are_refused_or_left_out(tmp_path):
+    write(tmp_path, "i/{}.jpg", "m/dynamic_mask_{}.png")
+    with pytest.raises(DataError, match=r"5 masks of moving parts \(dynamic_mask_x0.png, .*pixels to be ignored"):
+        load_labelled(tmp_path / "i", tmp_path / "m", 8)
+    write(tmp_path, "i/{}.jpg", "m/{}.png")
+    with pytest.warns(UserWarning, match="left out 5 masks of moving parts"):
+        assert len(load_labelled(tmp_path / "i", tmp_path / "m", 8)) == 5
 
 
 def test_match_masks_ignores_case_and_unicode_form(tmp_path):

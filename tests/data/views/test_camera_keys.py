@@ -163,7 +163,7 @@ def test_split_lists_in_part_never_leak(write, lists, train, test):
 
 def test_split_lists_that_overlap_raise(write):
     folder = write(**FOCAL, train_filenames=["images/0.png", "images/1.png"], test_filenames=["images\\1.png"])
-    with pytest.raises(DataError, match="1 frames are listed for training and for val or test, the first is images/1"):
+    with pytest.raises(DataError, match="1 frame listed for training and for val or test, the first is images/1"):
         open_views(folder, "train")
 
 
@@ -211,5 +211,5 @@ def test_frames_without_files_are_left_out_with_count(write):
     assert len(message) == 1
     (folder / "images/2.png").unlink()
     (folder / "images/3.png").unlink()
-    with pytest.raises(DataError, match="3 of 4 images are missing"):
+    with pytest.raises(DataError, match="3 of 4 images missing"):
         open_views(folder)

@@ -25,6 +25,36 @@ def focal(views):
     return views.intrinsics[0, 0, 0].item()
 
 
+def test_open_views_masks_of_moving_parts_are_loss_masks(tmp_path):
+    for i in range(3):
+        Image.fromarray(photo(i)).save(tmp_path / f"{i}.jpg")
+    moving = np.zeros((12, 16), np.uint8)
+    moving[:, 8:] = 1
+    Image.fromarray(moving).save(tmp_path / "dynamic_mask_1.png")
+    views = open_views(tmp_path)
+    assert len(views) == 3 and views.masks is None
+    assert torch.equal(views.loss_masks[1, 0], torch.from_numpy(1 - moving).float()) and views.loss_masks[0].min() == 1
+    assert any("1 mask of moving parts" in note for note in views.notes)
+
+
+def test_open_views_masks_none_leaves_the_folder_of_masks_out(tmp_path):
+    for i in range(3):
+        for folder, pixels in (("images", photo(i)), ("masks", photo(i)[..., 0] // 128 * 255)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i}.png")
+    views = open_views(tmp_path, masks="none")
+    assert len(views) == 3 and views.masks is None
+    assert open_views(tmp_path).masks is not None
+
+
+def test_open_views_of_more_than_8_bits_have_one_depth(tmp_path):
+    for i, factor in enumerate((16, 1)):
+        Image.fromarray(photo(3)[..., 0].astype(np.uint16) * factor).save(tmp_path / f"{i}.png")
+    with pytest.warns(UserWarning, match="2 PNG of 16 bits .* read as 12 bits"):
+        views = open_views(tmp_path)
+    assert views.images[0].mean() > 12 * views.images[1].mean()
+
+
 def test_open_views_folder_has_no_poses(tmp_path):
     for i in range(9):
         Image.fromarray(photo(i)).save(tmp_path / f"{i}.png")

@@ -155,6 +155,25 @@ def test_nerfstudio_splits_masks_and_intrinsics_are_read(tmp_path, scene):
     assert views.intrinsics[1, 0, 0].item() == pytest.approx(scene.intrinsics[1, 0, 0].item())
 
 
+def test_nerfstudio_masks_of_moving_parts_are_loss_masks(tmp_path, scene):
+    nerfstudio_folder(tmp_path, scene)
+    moving = (scene.masks[2, 0] > 0.5).byte().numpy()
+    Image.fromarray(moving * 255).save(tmp_path / "images/dynamic_mask_2.png")
+    views = open_views(tmp_path)
+    assert torch.equal(views.loss_masks[2, 0], torch.from_numpy(1 - moving).float()) and views.loss_masks[0].min() == 1
+    assert any("1 mask of moving parts" in note for note in views.notes)
+
+
+def test_nerfstudio_16_bit_images_have_one_depth(tmp_path, scene):
+    nerfstudio_folder(tmp_path, scene)
+    for i, factor in enumerate((16, 1)):
+        pixels = np.asarray(Image.open(tmp_path / f"images/{i}.png").convert("L")).astype(np.uint16) * factor
+        Image.fromarray(pixels).save(tmp_path / f"images/{i}.png")
+    with pytest.warns(UserWarning, match="2 PNG of 16 bits .* read as 12 bits"):
+        views = open_views(tmp_path)
+    assert views.images[0].mean() > 10 * views.images[1].mean()
+
+
 def test_nerfstudio_distortion_is_removed(tmp_path, scene):
     """A lens is simulated with its own formula, inverted by iteration, on an image that is smooth everywhere."""
     lens = Distortion(k1=-0.12, k2=0.03, p1=0.01, p2=-0.006)

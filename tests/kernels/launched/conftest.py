@@ -3,10 +3,12 @@ interpret them. tests/kernels/test_without_gpu.py does the latter in a process o
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
 import torch
+from interpreter import accept_arrays_of_one_element
 
 from factorkit.ops import dispatch
 
@@ -14,6 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
 if INTERPRETED:
+    accept_arrays_of_one_element(importlib.import_module("triton.runtime.interpreter"))
     dispatch.run_triton_kernels_on("cpu")
 
 

@@ -81,7 +81,7 @@ def test_segment_folder_broken_images_are_named_and_retried(run, folder, monkeyp
 
 def test_segment_folder_nothing_readable_raises(run, folder):
     (folder / "good.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"none of 1 images could be segmented: good\.jpg \("):
+    with pytest.raises(DataError, match=r"none of 1 image could be segmented: good\.jpg \("):
         segmented(run, folder)
 
 

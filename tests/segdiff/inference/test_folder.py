@@ -367,7 +367,7 @@ def test_segment_folder_keeps_files_of_the_user(run, save, tmp_path):
     segment_quietly(run, tmp_path / "photos" / "cat.png", tmp_path / "photos", overwrite=True)
     assert Image.open(mine).mode == "P"
     mine.write_bytes(before)
-    with pytest.warns(UserWarning, match=r"kept 1 results that were changed by hand: cat_labels\.png"):
+    with pytest.warns(UserWarning, match=r"kept 1 result changed by hand: cat_labels\.png"):
         assert segment_quietly(run, tmp_path / "photos" / "cat.png", tmp_path / "photos").already == 1
     with pytest.raises(WriteError, match="changed after factorkit wrote it"):
         segment_quietly(run, tmp_path / "photos" / "cat.png", tmp_path / "photos", t=500)

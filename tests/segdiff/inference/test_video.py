@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from fractions import Fraction
 
-import av
 import imageio.v3 as imageio
 import numpy as np
 import pytest
@@ -15,6 +14,8 @@ from PIL import Image
 from factorkit.data.video import open_video
 from factorkit.segdiff.inference.video import STILL_COLOUR_CHANGE, Smoother, segment_frames
 from factorkit.utils.errors import ConfigError, DataError, WriteError
+
+av = pytest.importorskip("av")
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def test_model_with_object_masks_denoises_by_the_masks_of_the_network():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"form": "thesis"}, "has masks='network'"),
+        ({"form": "thesis"}, "not in the thesis"),
         ({"regions": (2, 2)}, "measures whole images"),
         ({"distil_steps": 0}, "distil_steps=0"),
         ({"cue_weight": -1.0}, "cue_weight=-1.0"),

@@ -16,7 +16,7 @@ from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.masks.distil import DistilTask, augment
 from factorkit.segdiff.masks.objects import LOGITS_SIDE, MaskNetwork
 from factorkit.segdiff.masks.spatial_mixture import SpatialMixture
-from factorkit.segdiff.masks.stages import CuedMixtureTask, ObjectStages
+from factorkit.segdiff.object_stages import CuedMixtureTask, ObjectStages
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw
 from tests.engine.trained import assert_identical, final_state

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from factorkit.diffusion.schedule import Schedule
-from factorkit.engine.log import RunLog
+from factorkit.engine.run_folder import RunLog
 from factorkit.engine.step import StepLoss, Task
 from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.config import ResolvedSegdiffConfig
@@ -108,7 +108,7 @@ class CuedMixtureTask:
         logits, score = fit_mixture(x_t, cast(SpatialMixture, self.model).cued_prior(cue), EM_ROUNDS)
         error = noise_error(cast(Tensor, score), self.schedule, eps, t)
         metrics = {"areas": logits.detach().softmax(1).mean((0, 2, 3))}
-        return StepLoss(error, error.detach(), t / self.config.timesteps, metrics)
+        return StepLoss(error, error.detach(), t / self.schedule.steps, metrics)
 
     def inspect(self, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
         """Return nothing: the run that uses the masks has sample grids and alarms."""
