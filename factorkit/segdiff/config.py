@@ -17,7 +17,6 @@ from factorkit.segdiff.hierarchy import HierarchicalUNet, SegdiffModel, check_ne
 from factorkit.segdiff.network import FactorizedUNet, check_architecture
 from factorkit.utils.errors import ConfigError, did_you_mean
 
-STAGE_STEPS = ("mixture_steps", "distil_steps")
 MAX_REGIONS = 256  # label images hold one byte per pixel
 Prediction = Literal["eps", "v", "x0", "flow"]
 NoiseSchedule = Literal["linear", "cosine", "flow"]
@@ -66,16 +65,14 @@ class SegdiffConfig(EngineConfig):
     min_snr_gamma: float = 5.0
     """Gamma of loss_weighting="min_snr". 5 is the value of its paper (Hang et al. 2023)."""
     masks: Literal["auto", "network", "mixture"] = "network"
-    """What proposes the regions. "network" is a decoder of the U-Net, as in the thesis. "mixture" is a spatial mixture
-    model, which has a learned spatial prior and fits the colours of each region to the image. "auto" finds objects in
-    stages before the training: a spatial mixture with a saliency cue, the shapes of the set, and a network that learns
-    from both; region 0 is the object."""
+    """What proposes the regions. "network": a decoder of the U-Net, as in the thesis. "mixture": a learned spatial prior
+    and the colours of each region in the image. "auto": objects, by stages before the training; region 0 is one."""
     cue_weight: float = 1.0
     """Weight of the saliency cue beside the spatial prior, for masks="auto". 0 turns it off."""
     mixture_steps: int = 120
     """Steps of the spatial mixture's stage, for masks="auto"."""
     distil_steps: int = 2500
-    """Steps of the mask network's stage, for masks="auto". It improves on its teacher from about 2000 steps on."""
+    """Steps of the mask network's stage, for masks="auto"."""
     branch_norm: BranchNorm | None = None
     """Norm of the branch decoder. By default "pixel" in the regional form and "group" in the thesis'."""
     region_tokens: bool | None = None
@@ -206,14 +203,8 @@ class ResolvedSegdiffConfig(SegdiffConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in (
-            "resolution",
-            "model_channels",
-            "num_res_blocks",
-            "num_heads",
-            "norm_groups",
-            "num_fit_images",
-        ) + STAGE_STEPS:
+        sizes = ("resolution", "model_channels", "num_res_blocks", "num_heads", "norm_groups", "num_fit_images")
+        for name in (*sizes, "mixture_steps", "distil_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.model_channels % 2:
@@ -235,7 +226,7 @@ class ResolvedSegdiffConfig(SegdiffConfig):
         if not 0 <= self.cue_weight < math.inf:
             raise ConfigError(f"cue_weight={self.cue_weight} must be a finite number, 0 or more")
         if self.masks == "auto" and self.form == "thesis":
-            raise ConfigError("form='thesis' has masks='network'; leave masks= out, or use form='regional'")
+            raise ConfigError("masks='auto' is not in the thesis; give masks='network' or form='regional'")
         if not 0 <= self.mask_learning_rate < math.inf:
             raise ConfigError(f"mask_learning_rate={self.mask_learning_rate} must be a finite factor, 0 or more")
         if len(self.coarse_to_fine) != 2 or not 0 <= self.coarse_to_fine[0] <= self.coarse_to_fine[1]:
