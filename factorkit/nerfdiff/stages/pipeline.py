@@ -28,10 +28,8 @@ from factorkit.nerfdiff.cameras.poses import (
     rotate_about_z,
 )
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.base import Field
-from factorkit.nerfdiff.fields.build import build_field
-from factorkit.nerfdiff.fields.grid import GridField
-from factorkit.nerfdiff.fields.occupancy import build_occupancy_grid, occupancy_cells
+from factorkit.nerfdiff.fields.base import Field, build_occupancy_grid, occupancy_cells
+from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.nerfdiff.held_out import (
     MIN_FIT_STEPS,
     MIN_HELD_OUT_VIEWS,
