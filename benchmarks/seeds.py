@@ -94,8 +94,8 @@ def finished(args: argparse.Namespace) -> dict[str, list[dict]]:
     import factorkit
     from factorkit.data.datasets import open_dataset
     from factorkit.data.masks import load_labelled
+    from factorkit.utils.files import read_log
     from factorkit.utils.images import pixels_to_signed
-    from factorkit.utils.jsonl import read_log
 
     rows = []
     for folder in args.runs:

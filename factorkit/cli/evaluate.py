@@ -211,7 +211,7 @@ def _format_hierarchy(scores: dict[str, Any]) -> str:
 
 
 def _read_label_map(path: Path) -> dict[str, Any]:
-    from factorkit.utils.safe_reading import read_json
+    from factorkit.utils.files import read_json
 
     try:
         label_map = read_json(path)

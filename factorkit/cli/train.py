@@ -179,6 +179,9 @@ class TrainNerfdiff(Command):
     """Folder of masks of pixels that do not count (0 is not scored), matched by name."""
     fov: OptionalFloat = None
     """Field of view in degrees along the longer side, for images without cameras. The default is EXIF's, else 50."""
+    box: OptionalFloat = None
+    """With known poses around an object: length of the sides of the field's box in the units of the poses. By default
+    it holds the foreground and the sparse points, and at least 90% of the image."""
 
     BASIC = (*COMMON, "model", "layout", "poses", "search", "field", "field_steps", "json")
 
@@ -211,7 +214,7 @@ class TrainNerfdiff(Command):
 
     def _reading(self) -> dict[str, Any]:
         """Return how the views are read."""
-        return {"layout": self.layout, "masks": self.masks, "loss_masks": self.loss_masks, "fov": self.fov}
+        return {name: getattr(self, name) for name in ("layout", "masks", "loss_masks", "fov", "box")}
 
     def _estimate(self, settings: dict[str, Any]) -> Result:
         from factorkit.nerfdiff.train import estimate
@@ -221,6 +224,7 @@ class TrainNerfdiff(Command):
             f"model   {data['parameters'] / 1e6:.2f} M parameters of encoder and field (preset {data['preset']})",
             f"memory  {data['memory_gib']:.2f} GiB on {data['device']}",
             f"data    {format_count(data['views'], 'view')}",
+            *(f"        {note}" for note in data["notes"]),
             f"time    at most {format_duration(data['seconds'])}",
         ]
         lines += [
@@ -380,7 +384,7 @@ def report_interruption(folder: Path) -> Iterator[None]:
 
 def read_failures(folder: Path) -> list[str]:
     """Read the messages of the label-free alarms at the last sample grid of a run."""
-    from factorkit.utils.jsonl import read_log, timeline
+    from factorkit.utils.files import read_log, timeline
 
     alarms = timeline(read_log(folder), "alarms")
     return list(alarms[-1].get("failures", ())) if alarms else []
@@ -389,7 +393,7 @@ def read_failures(folder: Path) -> list[str]:
 def read_run_checks(folder: Path) -> list[dict[str, Any]]:
     """Read the newest checks of a run: which ran, with values and limits, and which did not and why."""
     from factorkit.report.content import read_checks
-    from factorkit.utils.jsonl import read_log
+    from factorkit.utils.files import read_log
 
     return read_checks(read_log(folder))
 

@@ -13,7 +13,7 @@ import torch
 
 from factorkit.data.files import fold_name, fold_stem, format_examples, natural_sort_key, strip_suffix
 from factorkit.utils.errors import ConfigError, DataError, format_count
-from factorkit.utils.safe_reading import read_json
+from factorkit.utils.files import read_json
 
 NAME_COLUMNS = ("name", "file", "filename", "path", "image", "image_id", "id")
 CLASS_COLUMNS = ("class", "label", "category", "class_name")

@@ -27,8 +27,8 @@ from factorkit.data.files import escape_name
 from factorkit.data.open import open_source
 from factorkit.data.sources import ArraySource, Source
 from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.utils.files import read_json
 from factorkit.utils.output_record import mark_output_folder
-from factorkit.utils.safe_reading import read_json
 
 ENTRY_FORMAT = 3  # part of every cache key: increase it whenever decoding, cropping or the files of an entry change
 BLOCK_SIZE = 1024  # images decoded ahead at once; bounds memory for sets of millions

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.cuda_graph import WARM_UP
-from factorkit.engine.log import RunLog
 from factorkit.engine.previews import Preview, Previews, evaluation
+from factorkit.engine.run_folder import RunLog
 from factorkit.engine.state import CheckpointManager, TrainingState
 from factorkit.engine.step import NON_FINITE_LIMIT, Meter, Task, TrainingStep
 from factorkit.utils import distributed
@@ -34,7 +34,7 @@ from factorkit.utils.errors import (
     format_count,
     is_out_of_memory,
 )
-from factorkit.utils.jsonl import read_log, timeline
+from factorkit.utils.files import read_log, timeline
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 PREVIEW_FAILED = 1000  # reason to stop beside the numbers of signals

@@ -6,8 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig
-from factorkit.engine.migration import register_renamed_settings
+from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig, register_renamed_settings
 from factorkit.nerfdiff.cameras.poses import POSE_PARAMETERS
 from factorkit.nerfdiff.fields.background import BACKGROUNDS
 from factorkit.nerfdiff.fields.build import FIELDS

@@ -19,7 +19,7 @@ from factorkit.report.content import (
     passed_decisively,
     summarise_checks,
 )
-from factorkit.utils.jsonl import is_number
+from factorkit.utils.files import is_number
 
 MIN_SHARE_UNDER_10_DEG = 0.9  # share of cameras less than 10 degrees off from which a scene counts as solved
 

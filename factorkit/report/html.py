@@ -28,10 +28,8 @@ from factorkit.report.content import (
     sorted_baselines,
 )
 from factorkit.report.curves import DARK, LIGHT, draw_curves
-from factorkit.utils.atomic import replacing
 from factorkit.utils.errors import CheckpointError
-from factorkit.utils.jsonl import is_number, read_log, timeline
-from factorkit.utils.safe_reading import read_json
+from factorkit.utils.files import is_number, read_json, read_log, replacing, timeline
 
 REPORT_NAME = "report.html"
 _GRID_NAME = re.compile(r"(?P<step>\d+)_(?P<kind>.+)")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import FactorkitError
+from factorkit.utils.files import save_image
 
 SCALES = ("small", "gpu", "full")
 #: Duration by scale of an experiment that shares the training of table 2.1.

@@ -22,9 +22,8 @@ from factorkit.reproduce import experiments
 from factorkit.reproduce.experiment import SCALES, CellResult, CellUnavailableError, Experiment, Row, Setup, file_name
 from factorkit.reproduce.fingerprint import fingerprint
 from factorkit.reproduce.table import format_markdown, format_text, make_table
-from factorkit.utils.atomic import replacing
 from factorkit.utils.errors import CheckpointError, ConfigError
-from factorkit.utils.safe_reading import read_arrays
+from factorkit.utils.files import read_arrays, replacing
 
 
 @dataclass

@@ -29,8 +29,8 @@ from factorkit.segdiff.inference.segment import add_noise
 from factorkit.segdiff.masks.mixture import SpatialMixture, noise_error, unexplained_noise
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
 from factorkit.segdiff.train import DATA_NAME, describe_data, load_data
-from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.utils.files import save_image
 from factorkit.utils.images import signed_to_pixels
 from factorkit.utils.rng import BatchDraw
 

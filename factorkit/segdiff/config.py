@@ -11,8 +11,7 @@ import torch
 from tyro.conf import Suppress, arg
 
 from factorkit.diffusion.schedule import Schedule, check_objective
-from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig
-from factorkit.engine.migration import register_renamed_settings
+from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig, register_renamed_settings
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.hierarchy import HierarchicalUNet, SegdiffModel, check_nesting
 from factorkit.segdiff.network import FactorizedUNet, check_architecture

@@ -25,7 +25,7 @@ from factorkit.segdiff.inference.segment import add_noise, hard_labels, level_la
 from factorkit.segdiff.masks.mixture import SpatialMixture, noise_error, unexplained_noise
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import draw_images, estimate_branches
-from factorkit.utils.atomic import save_image
+from factorkit.utils.files import save_image
 from factorkit.utils.images import pixels_to_signed, signed_to_pixels
 from factorkit.utils.rng import BatchDraw, derived_seed
 

@@ -17,8 +17,7 @@ from factorkit.data.classes import Classes, read_classes
 from factorkit.data.datasets import Dataset, make_procedural_dataset, open_dataset
 from factorkit.data.prepare import PreparedImages, prepare
 from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
-from factorkit.engine.log import RunLog
-from factorkit.engine.run_folder import claimed, copy_folder, read_object, write_json
+from factorkit.engine.run_folder import RunLog, claimed, copy_folder, read_object, write_json
 from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
@@ -30,7 +29,7 @@ from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.distributed import join_processes
 from factorkit.utils.errors import ConfigError, DataError
-from factorkit.utils.jsonl import LOG_NAME
+from factorkit.utils.files import LOG_NAME
 
 #: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400

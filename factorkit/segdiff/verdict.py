@@ -30,7 +30,7 @@ from factorkit.segdiff.alarms import (
     MIN_POSITION_SHARE,
 )
 from factorkit.utils.errors import format_count
-from factorkit.utils.jsonl import is_number
+from factorkit.utils.files import is_number
 
 COLOR_AGREEMENT = 0.7  # with two colour clusters of each image (kappa), from which the regions are called colours
 

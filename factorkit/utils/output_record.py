@@ -16,9 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from factorkit.utils.atomic import temporary_path
 from factorkit.utils.errors import WriteError, format_count
-from factorkit.utils.jsonl import JsonLines, parse_line, read_lines
+from factorkit.utils.files import JsonLines, parse_line, read_lines, temporary_path
 
 RECORD_NAME = ".factorkit.jsonl"
 OUTPUT_FOLDER = {"folder": "output"}  # the line that marks a folder as factorkit's

@@ -15,13 +15,13 @@ from factorkit.engine.checkpoint import Checkpoints
 from factorkit.utils import distributed
 from factorkit.utils.distributed import agree_on_name, join_processes
 from factorkit.utils.errors import ConfigError
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 from tests.engine.trained import run_script
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    return run_script("processes.py", tmp_path_factory.mktemp("distributed"), timeout=900)
+    return run_script(Path(__file__).with_name("processes.py"), tmp_path_factory.mktemp("distributed"), timeout=900)
 
 
 def lines(folder: Path) -> dict[str, list[dict]]:

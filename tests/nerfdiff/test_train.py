@@ -13,7 +13,7 @@ from factorkit.nerfdiff.stages.joint import JointTask
 from factorkit.nerfdiff.stages.refine import FitTask
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 
 
 class Killed(BaseException):

@@ -13,8 +13,8 @@ from factorkit.data.views.cameras import make_intrinsics
 from factorkit.data.views.loading import LazyView, SceneSettings, split_every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError, format_count
+from factorkit.utils.files import read_arrays
 from factorkit.utils.images import uint8_to_unit
-from factorkit.utils.safe_reading import read_arrays
 
 KEYS = ("images", "poses", "focal")
 NUM_TRAINING_VIEWS = (

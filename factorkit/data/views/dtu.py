@@ -14,7 +14,7 @@ from factorkit.data.views.cameras import IntrinsicsFunction
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, split_every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError, format_count
-from factorkit.utils.safe_reading import read_arrays
+from factorkit.utils.files import read_arrays
 
 CAMERA_FILES = ("cameras_sphere.npz", "cameras.npz")
 IMAGE_FOLDERS = ("image", "images", "rgb")

@@ -12,7 +12,7 @@ from factorkit.data.views.cameras import make_intrinsics, scale_intrinsics
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, split_every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError, format_count
-from factorkit.utils.safe_reading import read_arrays
+from factorkit.utils.files import read_arrays
 
 FOLDERS = ("images_8", "images_4", "images_2", "images")
 

@@ -22,7 +22,7 @@ from factorkit.data.views.image_files import FileFinder
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, loss_mask_reader, split_every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError, format_count
-from factorkit.utils.safe_reading import read_json
+from factorkit.utils.files import read_json
 
 SPLITS = ("train", "val", "test")
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from factorkit.engine.log import RunLog
-from factorkit.engine.run_folder import copy_folder
+from factorkit.engine.run_folder import RunLog, copy_folder
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.alarms import duplication_check
+from factorkit.nerfdiff.box import box_checks
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.poses import (
     FreePoses,
@@ -54,7 +54,7 @@ from factorkit.nerfdiff.verdict import write_report
 from factorkit.report.content import log_checks
 from factorkit.utils import distributed
 from factorkit.utils.errors import format_count
-from factorkit.utils.jsonl import read_log, timeline
+from factorkit.utils.files import read_log, timeline
 from factorkit.utils.rng import derived_seed
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
@@ -348,6 +348,7 @@ class Training:
         errors, noise, reason = self.measure_held_out(model)
         if distributed.rank() == 0 and alarms:
             checks = held_out_checks(self.scene.layout, errors, noise, reason)
+            checks += box_checks(model.field, self.scene.foreground, model.views, self.scene.layout)
             added = log_checks(checks)
             alarms = {key: value for key, value in alarms.items() if key not in ("event", "time")}
             alarms |= {"held_out_checked": True, **to_fields(errors, noise)}

@@ -21,8 +21,8 @@ from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.inference.segment import MASK_BATCH_SIZE
 from factorkit.segdiff.task import move_if_it_fits
-from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import DataError
+from factorkit.utils.files import save_image
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw, derived_seed
 

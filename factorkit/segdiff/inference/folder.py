@@ -50,8 +50,8 @@ from factorkit.segdiff.inference.segment import (
     upsample_masks,
 )
 from factorkit.utils import distributed
-from factorkit.utils.atomic import clear_unfinished
 from factorkit.utils.errors import ConfigError, DataError, WriteError, format_count, is_out_of_memory
+from factorkit.utils.files import clear_unfinished
 from factorkit.utils.images import unit_to_uint8
 from factorkit.utils.output_record import OutputRecord
 

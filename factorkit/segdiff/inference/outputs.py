@@ -19,7 +19,7 @@ from factorkit.data.archives import ZipSource
 from factorkit.data.sources import FileSource, Source
 from factorkit.report.image_grid import make_label_image, overlay_regions
 from factorkit.utils.errors import ConfigError, WriteError
-from factorkit.utils.jsonl import JsonLines, parse_line, read_lines
+from factorkit.utils.files import JsonLines, parse_line, read_lines
 from factorkit.utils.output_record import OutputRecord
 
 FORMATS = ("labels", "masks", "overlays", "coco")
