@@ -236,20 +236,27 @@ class Sample(OutputCommand):
 class Export(OutputCommand):
     """Write the scene or its cameras in a format of other programs.
 
+    Images and cameras have the size of the training data, with their lenses and opacity. A .glb has y up.
+
     Examples:
         factorkit export runs/lego scene.ply
         factorkit export runs/lego mesh.glb
         factorkit export runs/lego nerfstudio/transforms.json
-        factorkit export runs/lego colmap/
+        factorkit export runs/lego colmap/ --coordinates given
     """
 
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
     """scene.ply (coloured points), mesh.ply (also .obj, .glb), transforms.json (nerfstudio), or a folder (COLMAP)."""
     kind: Annotated[Literal["points", "mesh", "nerfstudio", "colmap"] | None, arg(help_behavior_hint="")] = None
     """What to write. The default follows from the name of OUT."""
+    coordinates: Literal["run", "given"] = "run"
+    """run: those of the run, an object around the origin with z up. given: those of the training data's cameras."""
+    data: OptionalPath = None
+    """Where the training data are now. The default is where they were."""
 
     def execute(self) -> Result:
-        written = _load(self).export(self.out, kind=self.kind, overwrite=self.overwrite)
+        options = {"kind": self.kind, "coordinates": self.coordinates, "data": self.data}
+        written = _load(self).export(self.out, overwrite=self.overwrite, **options)
         return {"out": str(written)}, f"written: {written}"
 
 

@@ -24,7 +24,8 @@ from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.paths import camera_path
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.evaluate import evaluate
-from factorkit.nerfdiff.export import export
+from factorkit.nerfdiff.export import CAMERA_KINDS, export, kind_of
+from factorkit.nerfdiff.export.originals import find_originals
 from factorkit.nerfdiff.fields.kinds import restore_field
 from factorkit.nerfdiff.network import CameraPrediction, NerfdiffModel, to_radiance, to_signal
 from factorkit.nerfdiff.rays import CameraModel, render_views, same_aspect_ratio
@@ -177,21 +178,36 @@ class NerfdiffRun:
         background = None if self.model.field.background is not None else self.model.background.cpu()
         return Views(images, names, intrinsics, poses=self.poses, layout=self.scene["layout"], background=background)
 
-    def export(self, path: str | Path, **options: Any) -> Path:
-        """Write the scene or its cameras for other programs.
+    def export(self, path: str | Path, *, data: Any = None, **options: Any) -> Path:
+        """Write the scene or its cameras for other programs. Collective.
+
+        Cameras and images have the size of the training data, with their lenses and opacity, if the data still lie
+        where they were; otherwise a warning says that they are written at the size of the training.
 
         Args:
             path: ``scene.ply`` (coloured points), ``mesh.ply`` (also .obj, .glb), ``transforms.json`` (nerfstudio) or a
-                folder (COLMAP's text format).
-            **options: of :func:`factorkit.nerfdiff.export.export`, such as ``overwrite``.
+                folder (COLMAP's binary format).
+            data: the training data, if they were moved or given as objects; a path or
+                :class:`~factorkit.data.views.views.Views`.
+            **options: of :func:`factorkit.nerfdiff.export.export`, such as ``coordinates`` and ``overwrite``.
 
         Raises:
-            ConfigError: the path does not determine a kind.
-            DataError: the scene has no surface.
+            ConfigError: the path does not determine a kind, or ``coordinates="given"`` for data without cameras.
+            DataError: the scene has no surface, or ``data`` are not the training data.
             WriteError: a file of another origin is in the way.
         """
-        source = f"export: {identify_run(self.folder, self.model.state_dict())}"
-        return export(path, self.views, self.model.field, source=source, **options)
+        source, views = f"export: {identify_run(self.folder, self.model.state_dict())}", self.views
+        kind = options.pop("kind", None) or kind_of(Path(path))
+
+        def write() -> Path:
+            originals = find_originals(self.folder, data)
+            if originals is not None and kind in CAMERA_KINDS:
+                options["images"] = originals.list_images(self.model.camera.intrinsics.cpu())
+            if originals is not None and (kind == "nerfstudio" or options.get("coordinates") == "given"):
+                options["to_given"] = originals.align(self.poses)
+            return export(path, views, self.model.field, kind=kind, source=source, **options)
+
+        return distributed.run_on_first(write)
 
     def predict_pose(self, images: Any, t: int | None = None, refine: int = 0, check: bool = False) -> PosePrediction:
         """Predict the cameras of images with one forward pass of the encoder, optionally refined by rendering.

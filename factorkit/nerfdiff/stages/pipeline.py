@@ -17,6 +17,7 @@ from tqdm import tqdm
 from factorkit.engine.run_folder import RunLog, copy_folder
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.alarms import duplication_check
+from factorkit.nerfdiff.box import box_checks
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.poses import (
     FreePoses,
@@ -345,6 +346,7 @@ class Training:
         errors, noise, reason = self.measure_held_out(model)
         if distributed.rank() == 0 and alarms:
             checks = held_out_checks(self.scene.layout, errors, noise, reason)
+            checks += box_checks(model.field, self.scene.foreground, model.views, self.scene.layout)
             added = log_checks(checks)
             alarms = {key: value for key, value in alarms.items() if key not in ("event", "time")}
             alarms |= {"held_out_checked": True, **to_fields(errors, noise)}
