@@ -70,6 +70,7 @@ class TrainSegdiff(Command):
     baselines: Flag = False
     """Also score trivial predictors at the end, if there are labels."""
 
+    PROCESSES = "all"
     BASIC = (*COMMON, "model", "seed_trials", "regions", "form", "json")
 
     def execute(self) -> Result:
@@ -180,6 +181,7 @@ class TrainNerfdiff(Command):
     fov: OptionalFloat = None
     """Field of view in degrees along the longer side, for images without cameras. The default is EXIF's, else 50."""
 
+    PROCESSES = "all"
     BASIC = (*COMMON, "model", "layout", "poses", "search", "field", "field_steps", "json")
 
     def execute(self) -> Result:
