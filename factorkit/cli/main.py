@@ -167,7 +167,9 @@ def notes_on_stderr() -> Iterator[None]:
     """Send everything that is printed, by libraries too, to standard error, and each warning in one line."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        from tqdm import tqdm
+
+        tqdm.write(f"warning: {message}", file=sys.stderr)  # above a progress bar, not in it
 
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.showwarning = show

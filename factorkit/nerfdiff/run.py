@@ -26,7 +26,7 @@ from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.evaluate import evaluate
 from factorkit.nerfdiff.export import CAMERA_KINDS, export, kind_of
 from factorkit.nerfdiff.export.originals import find_originals
-from factorkit.nerfdiff.fields.build import restore_field
+from factorkit.nerfdiff.fields.kinds import restore_field
 from factorkit.nerfdiff.network import CameraPrediction, NerfdiffModel, to_radiance, to_signal
 from factorkit.nerfdiff.rays import CameraModel, render_views, same_aspect_ratio
 from factorkit.nerfdiff.scene import has_intrinsics, match_camera, match_size, relative_intrinsics, shared_camera

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from factorkit.nerfdiff.export.points import NDC_LENGTH, Shape, evaluate_field
-from factorkit.nerfdiff.fields.occupancy import field_device
+from factorkit.nerfdiff.fields.base import field_device
 from factorkit.nerfdiff.rays import CameraModel
 from factorkit.rendering.render import Field
 from factorkit.utils.errors import ConfigError, DataError

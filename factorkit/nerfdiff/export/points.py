@@ -13,7 +13,7 @@ from torch import Tensor
 
 from factorkit.data.views.views import Views
 from factorkit.metrics.pose import Similarity
-from factorkit.nerfdiff.fields.occupancy import MAX_POSITIONS, field_device, occupied_sampling
+from factorkit.nerfdiff.fields.base import MAX_POSITIONS, field_device, occupied_sampling
 from factorkit.nerfdiff.scene import box_camera, view_poses
 from factorkit.rendering.cameras import image_rays
 from factorkit.rendering.render import Field, render

@@ -21,7 +21,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.occupancy import update_occupancy
+from factorkit.nerfdiff.fields.base import update_occupancy
 from factorkit.nerfdiff.network import NerfdiffModel, predict_clean, to_signal
 from factorkit.nerfdiff.previews.files import save_model_previews
 from factorkit.nerfdiff.rays import render_pixels, render_views

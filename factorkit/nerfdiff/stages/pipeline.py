@@ -17,6 +17,7 @@ from tqdm import tqdm
 from factorkit.engine.run_folder import RunLog, copy_folder
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.alarms import duplication_check
+from factorkit.nerfdiff.box import box_checks
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.poses import (
     FreePoses,
@@ -28,10 +29,8 @@ from factorkit.nerfdiff.cameras.poses import (
     rotate_about_z,
 )
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.base import Field
-from factorkit.nerfdiff.fields.build import build_field
-from factorkit.nerfdiff.fields.grid import GridField
-from factorkit.nerfdiff.fields.occupancy import build_occupancy_grid, occupancy_cells
+from factorkit.nerfdiff.fields.base import Field, build_occupancy_grid, occupancy_cells
+from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.nerfdiff.held_out import (
     MIN_FIT_STEPS,
     MIN_HELD_OUT_VIEWS,
@@ -347,6 +346,7 @@ class Training:
         errors, noise, reason = self.measure_held_out(model)
         if distributed.rank() == 0 and alarms:
             checks = held_out_checks(self.scene.layout, errors, noise, reason)
+            checks += box_checks(model.field, self.scene.foreground, model.views, self.scene.layout)
             added = log_checks(checks)
             alarms = {key: value for key, value in alarms.items() if key not in ("event", "time")}
             alarms |= {"held_out_checked": True, **to_fields(errors, noise)}

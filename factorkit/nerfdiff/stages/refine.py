@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.base import Field
-from factorkit.nerfdiff.fields.occupancy import update_occupancy
+from factorkit.nerfdiff.fields.base import Field, update_occupancy
 from factorkit.nerfdiff.previews.files import save_cameras
 from factorkit.nerfdiff.rays import CameraModel, render_pixels
 from factorkit.nerfdiff.scene import Scene, gather_pixels, gaussian_blur, mean_squared_error
