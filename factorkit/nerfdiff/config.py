@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig, register_renamed_settings
 from factorkit.nerfdiff.cameras.poses import POSE_PARAMETERS
-from factorkit.nerfdiff.fields.background import BACKGROUNDS
-from factorkit.nerfdiff.fields.build import FIELDS
+from factorkit.nerfdiff.fields.base import BACKGROUNDS
+from factorkit.nerfdiff.fields.kinds import FIELDS
 from factorkit.utils.errors import ConfigError, did_you_mean
 
 

@@ -38,7 +38,6 @@ class SegdiffTask:
     """Train by denoising alone: add noise, predict v or eps, weigh the squared error.
 
     Args:
-        config: the settings.
         images: uint8 [N, R, R, 3], usually a memory map.
         probes: uint8 [M, R, R, 3], M >= 2, images for previews and alarms, held-out ones if there are any.
         device: where to train; the images are kept there too if it is a GPU with enough memory.

@@ -137,8 +137,6 @@ def predict_tiled(predict: Callable[[Tensor], Tensor], small: np.ndarray, config
 
     Args:
         predict: maps images [N, 3, h, w] in [-1, 1] to masks [N, K, h, w].
-        small: the images.
-        config: of the run.
     """
     images = pixels_to_signed(torch.from_numpy(small))
     height, width = images.shape[2:]
@@ -219,8 +217,6 @@ def predict_masks(model: nn.Module, images: Tensor, t: int, schedule: Schedule, 
     Args:
         model: a :class:`~factorkit.segdiff.network.FactorizedUNet` or a hierarchy of them.
         images: of any size that the model can halve.
-        t: time step of the noise.
-        schedule: of the noise.
         label: the class the model is conditioned on; None: no class.
     """
     network = cast(FactorizedUNet, model)

@@ -146,7 +146,6 @@ def noise_error(score: Tensor, schedule: Schedule, eps: Tensor, t: Tensor) -> Te
 
     Args:
         score: [B, 3, H, W].
-        schedule: of the noise.
         eps: the true noise [B, 3, H, W].
         t: its time steps [B].
     """
