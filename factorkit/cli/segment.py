@@ -74,9 +74,8 @@ class Segment(OutputCommand):
         return self._segment_video(run, options) if self.video else self._segment_images(run, options)
 
     def _segment_images(self, run: SegdiffRun, options: dict[str, Any]) -> Result:
-        from factorkit.data.files import escape_name
+        from factorkit.data.files import VIDEO_SUFFIXES, escape_name
         from factorkit.data.open import open_source
-        from factorkit.data.video import VIDEO_SUFFIXES
 
         if videos := [path for path in self.paths if path.suffix.lower() in VIDEO_SUFFIXES]:
             name = escape_name(str(videos[0]))

@@ -70,6 +70,7 @@ class TrainSegdiff(Command):
     baselines: Flag = False
     """Also score trivial predictors at the end, if there are labels."""
 
+    PROCESSES = "all"
     BASIC = (*COMMON, "model", "seed_trials", "regions", "form", "json")
 
     def execute(self) -> Result:
@@ -169,7 +170,11 @@ class TrainNerfdiff(Command):
     """Folder of masks of pixels that do not count (0 is not scored), matched by name."""
     fov: OptionalFloat = None
     """Field of view in degrees along the longer side, for images without cameras. The default is EXIF's, else 50."""
+    box: OptionalFloat = None
+    """With known poses around an object: length of the sides of the field's box in the units of the poses. By default
+    it holds the foreground and the sparse points, and at least 90% of the image."""
 
+    PROCESSES = "all"
     BASIC = (*COMMON, "model", "layout", "poses", "search", "field", "field_steps", "json")
 
     def execute(self) -> Result:
@@ -192,7 +197,7 @@ class TrainNerfdiff(Command):
 
     def _reading(self) -> dict[str, Any]:
         """Return how the views are read."""
-        return {"layout": self.layout, "masks": self.masks, "loss_masks": self.loss_masks, "fov": self.fov}
+        return {name: getattr(self, name) for name in ("layout", "masks", "loss_masks", "fov", "box")}
 
     def _estimate(self, settings: dict[str, Any]) -> Result:
         from factorkit.nerfdiff.train import estimate
@@ -202,6 +207,7 @@ class TrainNerfdiff(Command):
             f"model   {data['parameters'] / 1e6:.2f} M parameters of encoder and field (preset {data['preset']})",
             f"memory  {data['memory_gib']:.2f} GiB on {data['device']}",
             f"data    {format_count(data['views'], 'view')}",
+            *(f"        {note}" for note in data["notes"]),
             f"time    at most {format_duration(data['seconds'])}",
         ]
         lines += [

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views.views import SceneLayout, Views
-from factorkit.nerfdiff.cameras.normalise import align_forward, align_up_axis, center_poses
+from factorkit.nerfdiff.box import Foreground, choose_scale, find_foreground
+from factorkit.nerfdiff.cameras.normalise import align_forward, align_up_axis, center_poses, rms_spread
 from factorkit.nerfdiff.cameras.poses import framing_distance
 from factorkit.nerfdiff.rays import CameraModel, same_aspect_ratio
 from factorkit.utils.errors import ConfigError, DataError
@@ -31,6 +32,8 @@ class Scene:
         distance: from the cameras to the centre of the box [-1, 1]^3; in a forward-facing scene the unit of length.
         poses: [V, 4, 4] as stored with the views, normalised if they are used in training; or None.
         loss_masks: [V, 1, H, W], 0 at pixels that no loss counts; None: all pixels count.
+        foreground: of the views of an object, if masks or a background colour show it.
+        note: a sentence for the user on how the scene was prepared.
         reframed_images: the views [V, 3, H, W] as the common camera sees them; None: it is the camera of all views.
     """
 
@@ -42,6 +45,8 @@ class Scene:
     poses: Tensor | None
     loss_masks: Tensor | None = None
     reframed_images: Tensor | None = None
+    foreground: Foreground | None = None
+    note: str = ""
 
     @property
     def encoder_images(self) -> Tensor:
@@ -54,7 +59,9 @@ class Scene:
         return self.images.shape[2], self.images.shape[3]
 
 
-def open_scene(views: Views, resolution: int, device: torch.device, known_poses: bool = True) -> Scene:
+def open_scene(
+    views: Views, resolution: int, device: torch.device, known_poses: bool = True, box: float | None = None
+) -> Scene:
     """Prepare views for training.
 
     Args:
@@ -62,8 +69,11 @@ def open_scene(views: Views, resolution: int, device: torch.device, known_poses:
         resolution: longer side in pixels.
         device: where the images are kept.
         known_poses: whether the poses of the views are used in training; otherwise they stay unchanged, for scoring.
+        box: length of the sides of the field's box in the units of the poses; None: by the views, see
+            :mod:`factorkit.nerfdiff.box`.
 
     Raises:
+        ConfigError: a box that is not positive, or without known poses around an object.
         DataError: fewer than two views, empty views, or known poses that cannot be normalised.
     """
     if len(views) < 2:
@@ -71,20 +81,57 @@ def open_scene(views: Views, resolution: int, device: torch.device, known_poses:
     views = views.resize(resolution)
     if views.images.std((0, 2, 3)).max() < MIN_COLOR_STD:
         raise DataError("no foreground: all pixels of all views are equal. Are masks or background inverted?")
-    camera = shared_camera(views)
-    poses, distance = views.poses, 1.0
+    camera, foreground = shared_camera(views), None
+    poses, distance, note = views.poses, 1.0, ""
     if views.layout == "object":
-        distance = framing_distance(float(camera.intrinsics.diagonal()[:2].min()))
+        distance, foreground = framing_distance(float(camera.intrinsics.diagonal()[:2].min())), find_foreground(views)
+    if box is not None and not (box > 0 and known_poses and poses is not None and views.layout == "object"):
+        raise ConfigError(
+            f'box={box:g}: give a length above 0 in the units of known poses around an object (poses="known")'
+        )
     if known_poses and poses is not None:
         if views.layout == "object":
-            poses = center_poses(align_up_axis(poses), distance)
+            poses, distance, note = _fit_box(views, poses, distance, foreground, box)
         else:
             poses = align_forward(poses, views.near)
     poses = None if poses is None else poses.to(device)
     loss_masks = None if views.loss_masks is None else views.loss_masks.to(device)
     seen = None if camera.view_intrinsics is None else match_camera(views, camera, views.size).images.to(device)
     images, camera = views.images.to(device), camera.to(device)
-    return Scene(images, list(views.names), camera, views.layout, distance, poses, loss_masks, seen)
+    foreground = None if foreground is None else foreground.to(device)
+    return Scene(images, list(views.names), camera, views.layout, distance, poses, loss_masks, seen, foreground, note)
+
+
+def _fit_box(
+    views: Views, poses: Tensor, distance: float, foreground: Foreground | None, side: float | None
+) -> tuple[Tensor, float, str]:
+    """Move and scale poses so that the field's box [-1, 1]^3 holds the object.
+
+    Args:
+        views: with sparse points, if known.
+        poses: of the views, [V, 4, 4].
+        distance: mean distance of the cameras if the images frame the object.
+        foreground: of the views, if known.
+        side: length of the box's sides in the units of the poses; None: by the views.
+
+    Returns:
+        The poses, their mean distance, and a sentence for the user.
+    """
+    upright = align_up_axis(poses)
+    centered = center_poses(upright, distance)
+    scale = rms_spread(centered[:, :3, 3]) / rms_spread(upright[:, :3, 3])
+    if side is not None:
+        factor, reason = side * scale / 2, "as given"
+    else:
+        points = views.points
+        if points is not None:
+            points = points @ (upright[0, :3, :3] @ poses[0, :3, :3].T).T  # as the poses were turned
+            points = (points - upright[0, :3, 3]) * scale + centered[0, :3, 3]
+        factor, reason = choose_scale(centered, foreground, points)
+    if factor != 1:
+        distance = distance / factor
+        centered = center_poses(upright, distance)
+    return centered, distance, f"The field's box has sides of {2 * factor / scale:.4g} units of the poses: {reason}."
 
 
 def shared_camera(views: Views) -> CameraModel:
