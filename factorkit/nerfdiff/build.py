@@ -31,9 +31,7 @@ def build_model(
     """Build the model of a configuration, its encoder with fresh weights.
 
     Args:
-        config: of the run.
         scene: as :func:`factorkit.nerfdiff.training_views.describe_scene` returns it.
-        camera: shared by all views.
         field: fresh, fitted or restored.
         views: poses of the training views, [V, 4, 4].
 

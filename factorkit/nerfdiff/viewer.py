@@ -69,7 +69,6 @@ class Viewer:
 
     Args:
         scene: what to show first.
-        host: address to listen at.
         port: to listen at; the next free one if it is in use. The attribute ``url`` has the result.
 
     Raises:
@@ -270,8 +269,6 @@ def render_viewpoint(
         sampling: of the scene's field.
         pose: camera-to-world, [4, 4].
         fov: vertical field of view in radians.
-        height: of the image in pixels.
-        width: of the image in pixels.
         stop: called between chunks; True ends the render, which then returns None.
     """
     focal = height / (2 * math.tan(fov / 2))

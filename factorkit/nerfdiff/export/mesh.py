@@ -32,9 +32,6 @@ def surface_mesh(
     Each vertex has the colour seen from outside, in a forward-facing scene from the cameras.
 
     Args:
-        field: the scene.
-        lower: corner of the box.
-        upper: corner of the box.
         resolution: cells along the box's longest side.
         level: density of the surface; None: light is halved within a 16th of the box's longest side.
         camera: maps from the box to the world.

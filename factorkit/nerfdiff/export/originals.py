@@ -88,7 +88,6 @@ def find_originals(folder: Path | None, data: Any = None) -> Originals | None:
     """Find the training data of a run folder; None if no views are stored there.
 
     Args:
-        folder: of the run.
         data: where the training data are now: a path or views; None: where they were.
 
     Raises:

@@ -84,7 +84,6 @@ class Appearance(nn.Module):
     applied to the rendered colour, and the density does not depend on it.
 
     Args:
-        views: number of training views.
         dim: size of each code, at least 1.
         seed: of the map from codes to affine transforms.
     """

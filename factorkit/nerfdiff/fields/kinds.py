@@ -31,7 +31,6 @@ class GridField(Field):
 
     Args:
         resolution: vertices along each side.
-        seed: of the random initial values.
         blur: standard deviation of the blur at full coarseness, in units of the box's half side.
     """
 
@@ -128,9 +127,7 @@ class FrequencyField(Field):
     colour.
 
     Args:
-        seed: of the weights.
         width: units in each layer.
-        depth: number of layers.
         skip_at: number of layers before the encoded position is concatenated again.
     """
 
@@ -193,7 +190,6 @@ class TcnnField(Field):
 
     Args:
         resolution: cells of the finest level along each side.
-        seed: of the weights.
 
     Raises:
         ConfigError: tiny-cuda-nn cannot be imported.
@@ -256,7 +252,6 @@ def build_field(
     Args:
         kind: one of :data:`FIELDS`.
         resolution: vertices of the grid, or cells of the finest hash grid level, along each side; unused by networks.
-        seed: of the initial values.
         background: one of :data:`factorkit.nerfdiff.fields.base.BACKGROUNDS`.
         views: number of training views with an appearance code.
         appearance_dim: size of each code; 0 for none.

@@ -52,8 +52,6 @@ class JointTask:
     """Train encoder and field together, or the encoder alone if the field is fixed.
 
     Args:
-        config: of the stage.
-        scene: the training views.
         model: encoder, candidates and field.
         poses: of the views, [V, 4, 4], that the trained model keeps; None: the model's own predictions.
         duplication: see :func:`factorkit.nerfdiff.alarms.pose_alarms`.

@@ -130,11 +130,8 @@ def test_occupied_sampling_uses_the_trained_grid():
 
 @pytest.mark.parametrize("changes", [{}, {"search": "joint"}, {"poses": "known", "field": "hashgrid"}])
 def test_run_trains_and_stores_the_occupancy_grid(changes, tmp_path, scene_views, tiny):
-    settings = (
-        tiny
-        | {"occupancy": True, "field_steps": 2 * OCCUPANCY_UPDATE_EVERY + 2, "steps": 2 * OCCUPANCY_UPDATE_EVERY + 2}
-        | changes
-    )
+    steps = 2 * OCCUPANCY_UPDATE_EVERY + 2
+    settings = tiny | {"occupancy": True, "field_steps": steps, "steps": steps} | changes
     run = train_nerfdiff(scene_views, out=tmp_path / "run", **settings)
     grid = run.model.field.occupancy
     assert grid.num_updates == (1 if "search" in changes else 2), "the joint training is blurred in its first half"
