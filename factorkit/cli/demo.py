@@ -32,6 +32,8 @@ class Demo(Command):
         factorkit demo --seed 3 --out runs/demo3
     """
 
+    PROCESSES = "all"
+
     model: Positional[Literal["segdiff", "nerfdiff"]] = "segdiff"
     """Which model to demonstrate."""
     out: OptionalPath = None

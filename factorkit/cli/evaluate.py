@@ -94,10 +94,12 @@ class Evaluate(RunCommand):
             return self._score_classes(self.data)
         if self.images is None or self.masks is None:
             raise ConfigError("nothing to score with: give --images and --masks, --data, or --views for a nerfdiff run")
+        from factorkit.report.html import check_report
         from factorkit.segdiff.run import SegdiffRun
         from factorkit.segdiff.verdict import write_report
         from factorkit.utils import distributed
 
+        check_report(self.run)
         run = SegdiffRun.load(self.run, device=self.device)
         scores = run.evaluate(
             self.images,
@@ -122,10 +124,12 @@ class Evaluate(RunCommand):
         from factorkit.data.views.open import open_views
         from factorkit.nerfdiff.run import NerfdiffRun
         from factorkit.nerfdiff.verdict import write_report
+        from factorkit.report.html import check_report
         from factorkit.utils import distributed
 
         if self.split not in (None, "train", "test"):
             raise ConfigError(f"--split {self.split}: views have the splits train and test")
+        check_report(self.run)
         start, run = time.perf_counter(), NerfdiffRun.load(self.run, device=self.device)
         split = cast(Literal["train", "test"] | None, self.split)
         background, layout = run.model.background.tolist(), run.scene["layout"]

@@ -80,7 +80,6 @@ def write_generated(
 
     Args:
         generation: what to write.
-        out: the folder.
         source: identifies the run and the seed; files that were written for others are not replaced.
         overwrite: replace them, and files of another origin, as well.
 

@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = parse(args[0], args[1:])
         if command is not None:
             with notes_on_stderr():
-                if isinstance(command, RunCommand) and several_processes():
-                    join_processes(command)
+                if several_processes() and not join_command(command):
+                    return 0
                 data, text = command.execute()
             if os.environ.get("RANK", "0") == "0":  # only one of the processes that torchrun started prints
                 print(json.dumps(data) if as_json else text, flush=True)
@@ -179,6 +179,19 @@ def notes_on_stderr() -> Iterator[None]:
 def several_processes() -> bool:
     """Return whether torchrun started this process together with others."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def join_command(command: Command) -> bool:
+    """Return whether this process of several executes the command; if all do, connect them.
+
+    Raises:
+        ConfigError: the command runs in one process only.
+    """
+    if command.PROCESSES == "none":
+        raise ConfigError("this command starts trainings one after another in one process; run it without torchrun")
+    if command.PROCESSES == "all" and isinstance(command, RunCommand):
+        join_processes(command)
+    return command.PROCESSES == "all" or os.environ.get("RANK", "0") == "0"
 
 
 def join_processes(command: RunCommand) -> None:

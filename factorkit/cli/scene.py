@@ -271,6 +271,8 @@ class View(RunCommand):
         factorkit view runs/lego --port 9000
     """
 
+    PROCESSES = "first"
+
     host: str = "127.0.0.1"
     """Address to serve at. 0.0.0.0 makes the viewer reachable from other machines."""
     port: int = 8080

@@ -70,6 +70,7 @@ class TrainSegdiff(Command):
     baselines: Flag = False
     """Also score trivial predictors at the end, if there are labels."""
 
+    PROCESSES = "all"
     BASIC = (*COMMON, "model", "seed_trials", "regions", "form", "json")
 
     def execute(self) -> Result:
@@ -183,6 +184,7 @@ class TrainNerfdiff(Command):
     """With known poses around an object: length of the sides of the field's box in the units of the poses. By default
     it holds the foreground and the sparse points, and at least 90% of the image."""
 
+    PROCESSES = "all"
     BASIC = (*COMMON, "model", "layout", "poses", "search", "field", "field_steps", "json")
 
     def execute(self) -> Result:

@@ -156,7 +156,6 @@ class FileSource(EncodedSource):
     """Image files below a folder.
 
     Args:
-        root: the folder.
         files: paths relative to the folder, with forward slashes.
         names: names of the images; default: `files`.
     """

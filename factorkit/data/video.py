@@ -158,7 +158,6 @@ def read_video_frames(
     """Yield the frames, uint8 [H, W, 3], with the rotation of the file applied.
 
     Args:
-        path: the file.
         partial: end with a warning, not with an error, where the file cannot be decoded or is cut off.
         times: receives the presentation time of each frame, in seconds.
 

@@ -44,8 +44,6 @@ def write_checkpoint(
     """Write tensors and JSON-able ``meta`` atomically and wait until they are on the disk.
 
     Args:
-        path: the file.
-        tensors: what to store.
         meta: JSON-able.
         opened: yields the temporary path that becomes the file; None: durably.
 

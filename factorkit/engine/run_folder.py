@@ -173,7 +173,6 @@ def read_weights(path: Path, model: str, weights: str | float = "average") -> tu
     """Read the weights and the settings of a run folder (its newest whole checkpoint) or a ``.safetensors`` file.
 
     Args:
-        path: either of them.
         model: the model it must be of.
         weights: "average", the main moving average; the decay of an average; or "last", the weights of the last step.
             Only checkpoints of a run have all of them. With a decay, the settings are those of a run with that

@@ -30,6 +30,7 @@ from factorkit.utils.errors import (
     ConfigError,
     FactorkitError,
     OutOfMemoryError,
+    WriteError,
     first_line,
     format_count,
     is_out_of_memory,
@@ -209,7 +210,7 @@ class Trainer:
             return
         try:
             self.report(self.folder)
-        except CheckpointError as error:  # must not hide the error of the run itself
+        except (CheckpointError, WriteError) as error:  # must not hide the error of the run itself
             warnings.warn(str(error), stacklevel=2)
 
     def _train(self) -> None:

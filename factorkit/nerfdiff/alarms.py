@@ -104,9 +104,6 @@ def scene_alarms(
     """Return the alarms of an object scene in training: numbers, "checks", and "failures", a sentence an alarm.
 
     Args:
-        config: of the run.
-        scene: the training views.
-        field: of the scene.
         poses: of the views, [V, 4, 4].
         candidates: see :func:`pose_alarms`.
         count: see :func:`pose_alarms`.
@@ -146,7 +143,6 @@ def pose_alarms(
     Args:
         poses: of the views, [V, 4, 4].
         candidates: index [V] of each view's candidate.
-        count: number of candidates.
         duplication: share of the views that agree better with a held-out field after a rotation.
         images: the views, [V, 3, H, W].
         error: see :func:`unexplained_variance`.

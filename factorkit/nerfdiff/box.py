@@ -159,7 +159,6 @@ def box_checks(field: Field, foreground: Foreground | None, poses: Tensor, layou
         field: fitted.
         foreground: of the views; None: unknown.
         poses: of the views, [V, 4, 4].
-        layout: of the scene.
     """
     names = ("foreground beside the box", "opacity at the box's faces")
     if layout != "object":

@@ -49,9 +49,7 @@ def compare_held_out(
     Args:
         fields: one for each pair of halves.
         halves: indices of the views that fit, and of those that are held out.
-        scene: the training views.
         poses: of all views, [V, 4, 4].
-        samples: along each ray.
     """
     size = target_size(min(COMPARISON_SIDE, max(scene.size)), *scene.size)
     images = resize_area(scene.images, *size)
@@ -107,7 +105,6 @@ def held_out_checks(layout: SceneLayout, errors: HeldOutErrors | None, noise: fl
     """Return the checks of a finished run.
 
     Args:
-        layout: of the scene.
         errors: None if they were not measured.
         noise: see :func:`disparity_noise`; None if it was not measured.
         reason: why something was not measured.

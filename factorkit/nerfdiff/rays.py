@@ -144,12 +144,9 @@ def render_pixels(
     """Render some pixels with gradient: colour [B, R, 3], depth and opacity [B, R].
 
     Args:
-        field: the scene.
         poses: camera-to-world, [B, 4, 4].
-        camera: of the scene.
         pixels: indices [B, R], row by row.
         size: height and width of the image.
-        samples: along each ray.
         seed: jitters the samples; None places them evenly.
         views: indices [B] of the training views whose appearance to apply; None: the mean appearance.
         first_ray: number of the first ray among those of all processes and micro-batches; it selects the jitter.

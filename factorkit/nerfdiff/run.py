@@ -26,7 +26,7 @@ from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.evaluate import evaluate
 from factorkit.nerfdiff.export import CAMERA_KINDS, export, kind_of
 from factorkit.nerfdiff.export.originals import find_originals
-from factorkit.nerfdiff.fields.build import restore_field
+from factorkit.nerfdiff.fields.kinds import restore_field
 from factorkit.nerfdiff.network import CameraPrediction, NerfdiffModel, to_radiance, to_signal
 from factorkit.nerfdiff.rays import CameraModel, render_views, same_aspect_ratio
 from factorkit.nerfdiff.scene import has_intrinsics, match_camera, match_size, relative_intrinsics, shared_camera
@@ -142,6 +142,8 @@ class NerfdiffRun:
     def save(self, path: str | Path, *, overwrite: bool = False, source: str | None = None) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
 
+        Of several processes only the first writes.
+
         Args:
             path: the file.
             overwrite: also replace a file that was not written for this run.
@@ -156,6 +158,8 @@ class NerfdiffRun:
             writing_file, source=f"save: {source or identify_run(self.folder, weights)}", overwrite=overwrite
         )
         meta = {"model": "nerfdiff", **self.config.to_dict(), "scene": self.scene, "step": self.step}
+        if distributed.rank() > 0:
+            return Path(path)
         return write_checkpoint(Path(path), weights, meta, opened)
 
     @property
@@ -179,7 +183,7 @@ class NerfdiffRun:
         return Views(images, names, intrinsics, poses=self.poses, layout=self.scene["layout"], background=background)
 
     def export(self, path: str | Path, *, data: Any = None, **options: Any) -> Path:
-        """Write the scene or its cameras for other programs. Collective.
+        """Write the scene or its cameras for other programs; of several processes only the first does.
 
         Cameras and images have the size of the training data, with their lenses and opacity, if the data still lie
         where they were; otherwise a warning says that they are written at the size of the training.
@@ -196,18 +200,17 @@ class NerfdiffRun:
             DataError: the scene has no surface, or ``data`` are not the training data.
             WriteError: a file of another origin is in the way.
         """
-        source, views = f"export: {identify_run(self.folder, self.model.state_dict())}", self.views
+        views = self.views  # without a folder rendered by all processes
+        if distributed.rank() > 0:
+            return Path(path)
+        source = f"export: {identify_run(self.folder, self.model.state_dict())}"
         kind = options.pop("kind", None) or kind_of(Path(path))
-
-        def write() -> Path:
+        if kind in CAMERA_KINDS or options.get("coordinates") == "given":
             originals = find_originals(self.folder, data)
             if originals is not None and kind in CAMERA_KINDS:
                 options["images"] = originals.list_images(self.model.camera.intrinsics.cpu())
-            if originals is not None and (kind == "nerfstudio" or options.get("coordinates") == "given"):
-                options["to_given"] = originals.align(self.poses)
-            return export(path, views, self.model.field, kind=kind, source=source, **options)
-
-        return distributed.run_on_first(write)
+            options["to_given"] = None if originals is None else originals.align(self.poses)
+        return export(path, views, self.model.field, kind=kind, source=source, **options)
 
     def predict_pose(self, images: Any, t: int | None = None, refine: int = 0, check: bool = False) -> PosePrediction:
         """Predict the cameras of images with one forward pass of the encoder, optionally refined by rendering.

@@ -21,9 +21,6 @@ def make_table(
     The spread is the standard deviation over the seeds (n-1), None for a single one.
 
     Args:
-        experiment: whose table it is.
-        setup: of the call.
-        rows: the seeds of each row.
         records: of the finished cells, by row and seed.
         missing: reasons, by row and seed.
     """

@@ -33,7 +33,6 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     The temporary path has the same suffix. A full disk or a kill leaves the old file intact.
 
     Args:
-        path: the file to write.
         durable: wait for the disk, so that even a power failure leaves the old file or the new one.
 
     Raises:
@@ -112,7 +111,6 @@ def read_arrays(path: Path, keys: Collection[str] = ()) -> np.ndarray | dict[str
     """Read the array of a .npy file (memory-mapped) or the arrays of an .npz file by name (in memory).
 
     Args:
-        path: the file.
         keys: if an .npz file has any of these arrays, only they are read.
 
     Raises:

@@ -78,7 +78,6 @@ class OutputRecord:
 
         Args:
             stem: start of the names of an input's files.
-            source: the input.
             is_same: whether a recorded input, which is not ``source``, is the same one under its former name.
         """
         for candidate in itertools.chain((stem,), (f"{stem}-{i}" for i in itertools.count(2))):
@@ -103,7 +102,6 @@ class OutputRecord:
 
         Args:
             files: for each name a function that writes the file to a temporary path of the same suffix.
-            source: the input.
             stem: as returned by :meth:`distinct_stem`.
 
         Returns:

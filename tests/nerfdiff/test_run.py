@@ -13,7 +13,7 @@ from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.metrics.pose import rotation_errors_degrees
 from factorkit.nerfdiff.cameras.poses import direction_vectors, orbit_poses
 from factorkit.nerfdiff.export.frames import write_frames
-from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.stages.localise import TargetImages, refine_poses, select_best_poses

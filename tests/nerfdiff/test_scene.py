@@ -18,7 +18,7 @@ from factorkit.nerfdiff.cameras.poses import (
     rodrigues_poses,
 )
 from factorkit.nerfdiff.config import preset_config
-from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.rays import NDC_MARGIN, CameraModel, render_pixels, render_views
 from factorkit.nerfdiff.scene import gather_pixels, gaussian_blur, open_scene, shared_camera
 from factorkit.nerfdiff.stages.distil import nearest_candidates, pose_distance

@@ -14,7 +14,7 @@ import torch
 
 from factorkit.data import make_procedural_views
 from factorkit.nerfdiff import viewer
-from factorkit.nerfdiff.fields.occupancy import occupied_sampling
+from factorkit.nerfdiff.fields.base import occupied_sampling
 from factorkit.nerfdiff.viewer import (
     RenderThread,
     Viewer,

@@ -56,7 +56,6 @@ def export(
     up, as glTF demands. Lengths are in the unit of the coordinates.
 
     Args:
-        path: created with its parents.
         views: images, intrinsics and poses, in the field's coordinates.
         field: as :func:`factorkit.render` takes it.
         kind: one of the four; None: derived from the path, see above.

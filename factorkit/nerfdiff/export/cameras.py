@@ -39,7 +39,6 @@ def make_transforms(file: str, views: Sequence[ExportView], poses: Tensor, appli
 
     Args:
         file: name of the JSON file.
-        views: the images.
         poses: float64 [V, 4, 4], camera to world.
         applied: from the coordinates of the training data to those of the poses; None: they are the same. A point x of
             the data is at applied_scale * (applied_transform @ x).
@@ -94,7 +93,6 @@ def make_colmap(views: Sequence[ExportView], poses: Tensor, cloud: Shape) -> Fil
     tracks.
 
     Args:
-        views: the images.
         poses: float64 [V, 4, 4], camera to world, OpenGL axes.
         cloud: coloured points in the coordinates of the poses.
 

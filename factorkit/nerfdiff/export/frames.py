@@ -29,9 +29,6 @@ def write_frames(
     """Write images [B, 3, H, W] in [0, 1] to ``path``: .gif, .mp4, or without a suffix a folder of PNG files.
 
     Args:
-        path: created with its parents.
-        images: the frames.
-        rate: frames per second.
         source: identifies the scene; files that were written for another one are not replaced.
         overwrite: replace them, and files of another origin, as well.
 

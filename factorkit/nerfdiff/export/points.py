@@ -13,7 +13,7 @@ from torch import Tensor
 
 from factorkit.data.views.views import Views
 from factorkit.metrics.pose import Similarity
-from factorkit.nerfdiff.fields.occupancy import MAX_POSITIONS, field_device, occupied_sampling
+from factorkit.nerfdiff.fields.base import MAX_POSITIONS, field_device, occupied_sampling
 from factorkit.nerfdiff.scene import box_camera, view_poses
 from factorkit.rendering.cameras import image_rays
 from factorkit.rendering.render import Field, render
@@ -46,7 +46,6 @@ class Shape:
         """Write a .ply, or for a mesh also .obj or .glb.
 
         Args:
-            path: the file.
             up: direction [3] that is up in the points' coordinates. A .glb is rotated so that the axis closest to it
                 becomes y, as glTF 2.0 (section 3.4) demands.
 
@@ -97,11 +96,7 @@ def point_cloud(field: Field, views: Views, lower: Sequence[float], upper: Seque
     between foreground and background.
 
     Args:
-        field: the scene.
         views: with poses.
-        lower: corner of the box.
-        upper: corner of the box.
-        count: number of points.
 
     Raises:
         DataError: no solid point is visible, or the intrinsics of forward-facing views differ.

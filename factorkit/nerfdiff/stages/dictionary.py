@@ -144,11 +144,8 @@ def candidate_errors(
     """Return the mean squared difference [V, D] of small images and small renders.
 
     Args:
-        field: the scene.
         poses: to render from, [D, 4, 4].
-        camera: of the scene.
         images: [V, 3, H, W].
-        samples: along each ray.
         views: indices [V] of the images' appearance; None: the mean appearance.
         loss_masks: [V, 1, H, W], 0 at pixels that do not count; None: all count.
         intrinsics: of the images, [V, 3, 3], or of all of them, [3, 3], in units of width and height; None: those of

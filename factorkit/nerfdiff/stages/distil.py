@@ -31,8 +31,6 @@ class DistilTask:
     """Train the encoder to score and place the candidate nearest to each view's pose; the field stays fixed.
 
     Args:
-        config: of the stage.
-        scene: the training views.
         model: with the fitted field and the poses of the views.
         duplication: see :func:`factorkit.nerfdiff.alarms.pose_alarms`.
     """

@@ -34,10 +34,8 @@ def best_rotations(field: Field, scene: Scene, poses: Tensor, views: Tensor, sam
 
     Args:
         field: fitted to other views.
-        scene: the training views.
         poses: of all views, [V, 4, 4].
         views: indices of the views that choose.
-        samples: along each ray.
     """
     size = target_size(min(ROTATION_SIDE, max(scene.size)), *scene.size)
     images = resize_area(scene.images[views], *size).movedim(1, -1)
@@ -66,11 +64,9 @@ def reassign_outliers(
 
     Args:
         field: fitted to other views.
-        scene: the training views.
         poses: of all views.
         views: indices of the views to check, [B].
         directions: the dictionary, [D, 3].
-        samples: along each ray.
     """
     images = scene.images[views]
     masks = None if scene.loss_masks is None else scene.loss_masks[views]

@@ -21,7 +21,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.occupancy import update_occupancy
+from factorkit.nerfdiff.fields.base import update_occupancy
 from factorkit.nerfdiff.network import NerfdiffModel, predict_clean, to_signal
 from factorkit.nerfdiff.previews.files import save_model_previews
 from factorkit.nerfdiff.rays import render_pixels, render_views
@@ -52,8 +52,6 @@ class JointTask:
     """Train encoder and field together, or the encoder alone if the field is fixed.
 
     Args:
-        config: of the stage.
-        scene: the training views.
         model: encoder, candidates and field.
         poses: of the views, [V, 4, 4], that the trained model keeps; None: the model's own predictions.
         duplication: see :func:`factorkit.nerfdiff.alarms.pose_alarms`.

@@ -29,10 +29,8 @@ from factorkit.nerfdiff.cameras.poses import (
     rotate_about_z,
 )
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.base import Field
-from factorkit.nerfdiff.fields.build import build_field
-from factorkit.nerfdiff.fields.grid import GridField
-from factorkit.nerfdiff.fields.occupancy import build_occupancy_grid, occupancy_cells
+from factorkit.nerfdiff.fields.base import Field, build_occupancy_grid, occupancy_cells
+from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.nerfdiff.held_out import (
     MIN_FIT_STEPS,
     MIN_HELD_OUT_VIEWS,
@@ -75,11 +73,7 @@ class Training:
     A finished stage is loaded instead of trained, so an interrupted run resumes in the stage it was in.
 
     Args:
-        config: of the run.
-        scene: the training views.
-        folder: of the run.
         settings: stored with every checkpoint.
-        progress: show progress bars.
     """
 
     def __init__(self, config: NerfdiffConfig, scene: Scene, folder: Path, settings: dict[str, Any], progress: bool):
@@ -178,7 +172,6 @@ class Training:
         """Fit a field, free poses and, if ``optimize_camera`` has it, the focal length; return the :class:`SceneFit`.
 
         Args:
-            name: of the stage.
             field: to fit.
             poses: from view indices to poses.
             scene: None: that of the run.

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.base import Field
-from factorkit.nerfdiff.fields.occupancy import update_occupancy
+from factorkit.nerfdiff.fields.base import Field, update_occupancy
 from factorkit.nerfdiff.previews.files import save_cameras
 from factorkit.nerfdiff.rays import CameraModel, render_pixels
 from factorkit.nerfdiff.scene import Scene, gather_pixels, gaussian_blur, mean_squared_error
@@ -29,11 +28,8 @@ class SceneFit(nn.Module):
     """A field and the poses of its views.
 
     Args:
-        field: the scene.
         poses: a module that maps view indices [B] to poses [B, 4, 4].
-        camera: of the views.
         size: height and width of the views.
-        samples: along each ray.
         optimize_focal: whether the focal length is a parameter, starting at that of ``camera``.
     """
 
@@ -93,9 +89,6 @@ class FitTask:
     """Minimise the squared error of random rays of the views.
 
     Args:
-        config: of the stage.
-        scene: the training views.
-        model: field and poses.
         views: indices of the views to fit; None: all.
         preview_name: part of the file names of previews; None: no previews.
         initial_coarseness: blur of field and views at the start, 0 (none) to 1: for poses that are far off.

@@ -57,7 +57,6 @@ def name_contact_sheet(record: OutputRecord, inputs: Sequence[str], command: str
     """Return the name of a contact sheet and what it shows; a sheet that shows other images keeps its name.
 
     Args:
-        record: of the output folder.
         inputs: all images of a call; the sheet shows the first ones.
         command: what is done with them, if not segmenting.
     """
@@ -112,9 +111,7 @@ class Manifest:
     Images of all calls are in it, each under its own path and with a number that stays.
 
     Args:
-        out: the folder.
         key: :func:`fingerprint` of the model and the settings; images with another key are not finished.
-        source: the images.
         rank: of the process. Only rank 0 writes the manifest; it merges the others' lines when they are done, and what
             killed ones left.
 
@@ -256,7 +253,6 @@ def make_image_files(
 
     Args:
         stem: start of the names.
-        image: the input.
         labels: uint8 [H, W].
         masks: uint8 [K, H, W]; only needed for "masks".
         formats: which files.

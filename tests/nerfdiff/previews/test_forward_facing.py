@@ -8,7 +8,7 @@ import torch
 
 from factorkit.nerfdiff import viewer
 from factorkit.nerfdiff.cameras.poses import forward_facing_poses
-from factorkit.nerfdiff.fields.occupancy import occupied_sampling
+from factorkit.nerfdiff.fields.base import occupied_sampling
 from factorkit.nerfdiff.previews.cameras import SIDE, draw_plane
 from factorkit.nerfdiff.previews.views import draw_denoising_grid
 from factorkit.nerfdiff.viewer import Viewer, ViewerScene, fov_and_aspect, from_viser, render_viewpoint

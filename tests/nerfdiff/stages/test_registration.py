@@ -9,7 +9,7 @@ import torch
 
 from factorkit.metrics.pose import Similarity
 from factorkit.nerfdiff.cameras.poses import direction_grid, orbit_poses
-from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.rays import CameraModel, render_views
 from factorkit.nerfdiff.stages.localise import TargetImages
 from factorkit.nerfdiff.stages.registration import register_scene
