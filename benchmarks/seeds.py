@@ -57,7 +57,7 @@ def competitions(args: argparse.Namespace) -> dict[str, list[dict]]:
     from factorkit.engine.trainer import Trainer
     from factorkit.segdiff.choose_regions import SETTINGS, MixtureTask
     from factorkit.segdiff.config import preset_config
-    from factorkit.segdiff.masks.mixture import unexplained_noise
+    from factorkit.segdiff.masks.spatial_mixture import unexplained_noise
     from factorkit.segdiff.train import load_data
 
     settings = SETTINGS | {

@@ -144,6 +144,12 @@ class EngineConfig:
             rate *= max(0.1, (self.steps - step) / decay_steps)
         return rate
 
+    def stage(self: Config, name: str, **changes: Any) -> Config:
+        """Return the configuration of a stage of the run, with its own seed."""
+        from factorkit.utils.rng import derived_seed
+
+        return dataclasses.replace(self, seed=derived_seed(name, self.seed) % 2**31, **changes)
+
     def memory_advice(self, at_once: int) -> str:
         """Return a sentence, without full stop, on how a step of ``at_once`` images needs less memory."""
         return "Make the step or the model smaller"

@@ -172,11 +172,12 @@ class NerfdiffRun(LoadedScene):
         if distributed.rank() > 0:
             return Path(path)
         source = f"export: {identify_run(self.folder, self.model.state_dict())}"
-        kind, originals = options.pop("kind", None) or kind_of(Path(path)), find_originals(self.folder, data)
-        if originals is not None and kind in CAMERA_KINDS:
-            options["images"] = originals.list_images(self.model.camera.intrinsics.cpu())
-        if originals is not None and (kind == "nerfstudio" or options.get("coordinates") == "given"):
-            options["to_given"] = originals.align(self.poses)
+        kind = options.pop("kind", None) or kind_of(Path(path))
+        if kind in CAMERA_KINDS or options.get("coordinates") == "given":
+            originals = find_originals(self.folder, data)
+            if originals is not None and kind in CAMERA_KINDS:
+                options["images"] = originals.list_images(self.model.camera.intrinsics.cpu())
+            options["to_given"] = None if originals is None else originals.align(self.poses)
         return export(path, views, self.model.field, kind=kind, source=source, **options)
 
     def evaluate(self, views: Views, poses: Tensor | None = None, refine: int = 0) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """``factorkit.choose_regions``: choose the number of regions without labels.
 
-A spatial mixture (:mod:`factorkit.segdiff.masks.mixture`) is a denoiser by itself, without any U-Net, and trains in
-seconds. The noise that it cannot separate from held-out images falls with its number of regions K: steeply until
-everything that the images share has a region of its own, and hardly after it.
+A spatial mixture (:mod:`factorkit.segdiff.masks.spatial_mixture`) is a denoiser by itself, without any U-Net, and
+trains in seconds. The noise that it cannot separate from held-out images falls with its number of regions K: steeply
+until everything that the images share has a region of its own, and hardly after it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from factorkit.engine.trainer import Trainer
 from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.inference.segment import add_noise
-from factorkit.segdiff.masks.mixture import SpatialMixture, noise_error, unexplained_noise
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, noise_error, unexplained_noise
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
 from factorkit.segdiff.train import DATA_NAME, describe_data, load_data
 from factorkit.utils.errors import ConfigError, DataError, format_count

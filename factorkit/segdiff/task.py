@@ -22,7 +22,7 @@ from factorkit.segdiff import previews
 from factorkit.segdiff.alarms import Alarms, measure_alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.inference.segment import add_noise, hard_labels, level_labels, predict_masks
-from factorkit.segdiff.masks.mixture import SpatialMixture, noise_error, unexplained_noise
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, noise_error, unexplained_noise
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import draw_images, estimate_branches
 from factorkit.utils.files import save_image

@@ -20,8 +20,9 @@ from factorkit.data.views.dtu import is_dtu, read_dtu
 from factorkit.data.views.foreground import add_masks
 from factorkit.data.views.images import DEFAULT_FOV, read_images, read_video
 from factorkit.data.views.llff import is_llff, read_llff
-from factorkit.data.views.loading import LazyView, SceneSettings, load_views, split_every_eighth
+from factorkit.data.views.loading import LazyView, SceneSettings, load_views
 from factorkit.data.views.phones import is_polycam, is_record3d, read_polycam, read_record3d
+from factorkit.data.views.splits import split_every_eighth
 from factorkit.data.views.srn import is_srn, read_srn
 from factorkit.data.views.transforms import is_transforms, read_transforms
 from factorkit.data.views.views import SceneLayout, Views

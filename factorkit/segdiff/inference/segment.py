@@ -132,8 +132,8 @@ def predict_tiled(predict: Callable[[Tensor], Tensor], small: np.ndarray, config
     """Predict masks [N, K, h, w] of resized images, uint8 [N, h, w, 3], whole or in overlapping tiles.
 
     A tile is at most four training resolutions wide and high. Where tiles overlap their masks are averaged with weights
-    that fall towards the edge of a tile; they still sum to 1. Mixture masks are never tiled, because their positions
-    and colours refer to whole images.
+    that fall towards the edge of a tile; they still sum to 1. Masks other than the network's are never tiled,
+    because their positions and colours refer to whole images.
 
     Args:
         predict: maps images [N, 3, h, w] in [-1, 1] to masks [N, K, h, w].
@@ -141,7 +141,7 @@ def predict_tiled(predict: Callable[[Tensor], Tensor], small: np.ndarray, config
     images = pixels_to_signed(torch.from_numpy(small))
     height, width = images.shape[2:]
     tile, overlap = TILE_SIDE * config.resolution, TILE_OVERLAP * config.resolution
-    if max(height, width) <= tile or config.masks == "mixture":
+    if max(height, width) <= tile or config.masks != "network":
         return predict(images)
     weight = _tent(min(height, tile), overlap)[:, None] * _tent(min(width, tile), overlap)
     total, weights = torch.zeros(()), torch.zeros(height, width)

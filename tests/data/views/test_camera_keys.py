@@ -213,3 +213,13 @@ def test_frames_without_files_are_left_out_with_count(write):
     (folder / "images/3.png").unlink()
     with pytest.raises(DataError, match="3 of 4 images missing"):
         open_views(folder)
+
+
+def test_frames_in_formats_that_are_not_read_are_named_as_such(write, monkeypatch):
+    folder = write()
+    for i in range(4):
+        (folder / f"images/{i}.png").rename(folder / f"images/{i}.exr")
+    file = folder / "transforms.json"
+    file.write_text(file.read_text().replace(".png", ".exr"))
+    with pytest.raises(DataError, match="formats that are not read: 4 .exr"):
+        open_views(folder)
