@@ -138,7 +138,9 @@ def test_evaluate_prints_table_and_stores_scores(run, photos, run_cli, run_json,
     names = [name.replace("_", " ") for name in BASELINES]
     assert [name for name in rows if name in names] == names
     assert rows["mean mask"] == [f"{stored['baselines']['mean_mask'][key]:.3f}" for key in ("acc", "iou", "dice")]
-    assert run_json(*words) == json.loads((run / "scores.json").read_text())
+    result, stored = run_json(*words), json.loads((run / "scores.json").read_text())
+    assert result | stored == result and set(result) - set(stored) == {"failures", "verdict", "status", "checks"}
+    assert f"{result['verdict']}." in out.splitlines(), "the verdict follows the table"
     assert "num_fit_images=24" in run_refused(*words[:-1], 24)
 
 
@@ -184,7 +186,7 @@ def test_demo_exit_code_follows_the_verdict_of_the_run(run_cli, monkeypatch, tmp
     assert len(list((out / "segmented").glob("*_labels.png"))) == 8
     assert len(list((out / "generated").glob("*_labels.png"))) == 16
     good = Verdict("good", "The masks beat every baseline", ["IoU 0.500; baselines: none."])
-    monkeypatch.setattr("factorkit.segdiff.verdict.read_verdict", lambda folder: good)
+    monkeypatch.setattr("factorkit.report.html.read_verdict", lambda folder, content: good)
     code, text, _ = run_cli("demo", "--out", out, "--seed", 3)
     assert code == 0 and "The masks beat every baseline." in text and "FAILED" not in text
 
