@@ -82,7 +82,7 @@ class Pose(OutputCommand):
 class Reconstruct(OutputCommand):
     """Render the scene from the predicted poses of images, each with its own intrinsics and shape.
 
-    OUT receives NAME.png and NAME_depth.png for each image, and contact_sheet.png with images beside renders.
+    OUT receives NAME.png and NAME_depth.png for each image, and overview.png with images beside renders.
 
     Examples:
         factorkit reconstruct runs/lego photo.png more/ --out rendered
@@ -108,13 +108,13 @@ class Reconstruct(OutputCommand):
 
         source = _describe(self, "reconstruct", self.paths)
         record = OutputRecord(self.out, overwrite=self.overwrite, inputs=_list_files(self.paths))
-        record.check(["contact_sheet.png"], source)
+        record.check(["overview.png"], source)
         run = _load(self)
         views = open_images(run, self.paths, self.fov)
         stems = file_stems(views.names)
         record.check([f"{stem}{end}" for stem in stems for end in (".png", "_depth.png")], source)
         renders = run.reconstruct(views, self.size)
-        path = self.out / "contact_sheet.png"
+        path = self.out / "overview.png"
 
         def write() -> None:
             files: dict[str, Image.Image] = {}
@@ -133,8 +133,8 @@ class Reconstruct(OutputCommand):
                 record.write({name: image.save for name, image in files.items()}, source)
 
         distributed.run_on_first(write)
-        data = {"out": str(self.out), "reconstructed": len(views), "contact_sheet": str(path)}
-        return data, f"{len(views)} reconstructed: {self.out}\ncontact sheet: {path}"
+        data = {"out": str(self.out), "reconstructed": len(views), "overview": str(path)}
+        return data, f"{len(views)} reconstructed: {self.out}\noverview: {path}"
 
 
 @dataclass(kw_only=True)
@@ -361,7 +361,7 @@ def file_stems(names: Sequence[str]) -> list[str]:
     for name in names:
         stem = Path(name.replace("/", "_")).stem
         candidates = itertools.chain((stem,), (f"{stem}-{i}" for i in itertools.count(2)))
-        stems.append(next(c for c in candidates if c not in stems and c != "contact_sheet"))
+        stems.append(next(c for c in candidates if c not in stems and c != "overview"))
     return stems
 
 
