@@ -22,7 +22,7 @@ from benchmarks.recording import commit, machine, read_results, write_result
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.data.views.views import Views
 from factorkit.report.content import judged_alarms, read_checks
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 
 RESULTS = Path(__file__).with_name("results") / "alarms.json"
 SEGDIFF = {"preset": "demo", "threads": 1, "progress": False, "sample_every": 0}

@@ -92,7 +92,7 @@ def trained_parameters(preset: str) -> int:
 
 def _nerfdiff_parameters(config) -> int:
     from factorkit.nerfdiff.build import build_model
-    from factorkit.nerfdiff.fields.build import build_field
+    from factorkit.nerfdiff.fields.kinds import build_field
     from factorkit.nerfdiff.rays import CameraModel
 
     layout = "forward" if config.candidate_type == "single" else "object"

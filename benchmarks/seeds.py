@@ -1,4 +1,4 @@
-"""Which label-free figure picks a good seed? Each against IoU on held-out photographs, over seeds.
+"""Which label-free figure picks a good seed? Each against IoU on held-out photos, over seeds.
 
     python -m benchmarks.seeds competition --data PHOTOS --regions 3 --seeds 8 --stops 40 60 120
     python -m benchmarks.seeds runs RUN... --data PHOTOS
@@ -57,7 +57,7 @@ def competitions(args: argparse.Namespace) -> dict[str, list[dict]]:
     from factorkit.engine.trainer import Trainer
     from factorkit.segdiff.choose_regions import SETTINGS, MixtureTask
     from factorkit.segdiff.config import preset_config
-    from factorkit.segdiff.masks.mixture import unexplained_noise
+    from factorkit.segdiff.masks.spatial_mixture import unexplained_noise
     from factorkit.segdiff.train import load_data
 
     settings = SETTINGS | {
@@ -94,8 +94,8 @@ def finished(args: argparse.Namespace) -> dict[str, list[dict]]:
     import factorkit
     from factorkit.data.datasets import open_dataset
     from factorkit.data.masks import load_labelled
+    from factorkit.utils.files import read_log
     from factorkit.utils.images import pixels_to_signed
-    from factorkit.utils.jsonl import read_log
 
     rows = []
     for folder in args.runs:

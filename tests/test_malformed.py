@@ -19,7 +19,7 @@ from factorkit.engine.config import MAX_TIMESTEPS
 from factorkit.rendering import orbit
 from factorkit.segdiff.config import preset_config
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
-from factorkit.utils.safe_reading import read_arrays
+from factorkit.utils.files import read_arrays
 
 COUNT = 153  # nine of each kind
 
@@ -104,7 +104,7 @@ def test_npy_header_larger_than_file_is_not_allocated(tmp_path):
 
 
 def test_npz_bomb_is_refused_by_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("factorkit.utils.safe_reading.machine_memory", lambda: 2**20)
+    monkeypatch.setattr("factorkit.utils.files.machine_memory", lambda: 2**20)
     np.savez_compressed(tmp_path / "x.npz", images=np.zeros((2, 1024, 1024, 3), np.uint8), X=np.zeros(3))
     with pytest.raises(DataError, match=r"x\.npz.*more memory than this machine has"):
         open_source(tmp_path / "x.npz")

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 #: The result of a command: data for JSON, and text for a terminal.
 Result = tuple[dict[str, Any], str]
 
+# Which processes of torchrun execute a command: all, the first, or none since it runs trainings one after another.
+Processes = Literal["all", "first", "none"]
 Flag = FlagCreatePairsOff[bool]  # an option without a --no- form
 OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
@@ -34,15 +36,22 @@ class Command:
     """Show the traceback of an error."""
 
     BASIC: ClassVar[tuple[str, ...]] = ()  # the options that --help explains; empty for all of them
+    PROCESSES: ClassVar[Processes] = "first"
 
     def execute(self) -> Result:
         """Do the work of the command."""
         raise NotImplementedError
 
+    def exit_code(self, data: dict[str, Any]) -> int:
+        """Return the exit code of a command that has finished with this result."""
+        return 0
+
 
 @dataclass(kw_only=True)
 class RunCommand(Command):
-    """Options of every command that uses a trained run. With torchrun, every process executes the command."""
+    """Options of every command that uses a trained run."""
+
+    PROCESSES: ClassVar[Processes] = "all"
 
     run: Positional[Annotated[Path, arg(metavar="RUN")]]
     """The run folder, or one .safetensors file."""

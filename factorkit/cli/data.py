@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from factorkit.cli.base import Command, Flag, Result
-from factorkit.utils.errors import ConfigError
+from factorkit.utils.errors import ConfigError, format_count
 
 if TYPE_CHECKING:
     from factorkit.data.layouts import Reader
@@ -66,7 +66,8 @@ class Prepare(Command):
             official = [f"{name} {len(split.images)}" for name, split in dataset.splits.items() if "-" not in name]
             lines += [f"{dataset.layout}: {', '.join(official) or 'no official splits'}{classes}", *dataset.notes]
         lines += [
-            f"{data['images']} images of {self.resolution} px to train on, {data['held_out']} labelled ones held out",
+            f"{format_count(len(prepared), 'image')} of {self.resolution} px to train on, {data['held_out']} "
+            "labelled held out",
             f"kept in {path}" if path else "used where they are: the array has this size already",
         ]
         return data, "\n".join(lines)

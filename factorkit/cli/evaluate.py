@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from tyro.conf import arg
 
 from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, OptionalName, OptionalPath, Result, RunCommand
-from factorkit.utils.errors import ConfigError
+from factorkit.utils.errors import ConfigError, format_count
+
+if TYPE_CHECKING:
+    from factorkit.report.content import ReportContent
 
 
 @dataclass(kw_only=True)
@@ -94,10 +97,12 @@ class Evaluate(RunCommand):
             return self._score_classes(self.data)
         if self.images is None or self.masks is None:
             raise ConfigError("nothing to score with: give --images and --masks, --data, or --views for a nerfdiff run")
+        from factorkit.report.html import check_report
         from factorkit.segdiff.run import SegdiffRun
-        from factorkit.segdiff.verdict import write_report
+        from factorkit.segdiff.verdict import REPORT, write_report
         from factorkit.utils import distributed
 
+        check_report(self.run)
         run = SegdiffRun.load(self.run, device=self.device)
         scores = run.evaluate(
             self.images,
@@ -114,18 +119,20 @@ class Evaluate(RunCommand):
         )
         if (folder := run.folder) is not None:
             distributed.run_on_first(lambda: write_report(folder))
-        return scores, format_scores(scores)
+        return _add_verdict(folder, REPORT, scores, format_scores(scores))
 
     def _score_views(self, path: Path) -> Result:
         import time
 
         from factorkit.data.views.open import open_views
         from factorkit.nerfdiff.run import NerfdiffRun
-        from factorkit.nerfdiff.verdict import write_report
+        from factorkit.nerfdiff.verdict import REPORT, write_report
+        from factorkit.report.html import check_report
         from factorkit.utils import distributed
 
         if self.split not in (None, "train", "test"):
             raise ConfigError(f"--split {self.split}: views have the splits train and test")
+        check_report(self.run)
         start, run = time.perf_counter(), NerfdiffRun.load(self.run, device=self.device)
         split = cast(Literal["train", "test"] | None, self.split)
         background, layout = run.model.background.tolist(), run.scene["layout"]
@@ -133,7 +140,8 @@ class Evaluate(RunCommand):
         scores = run.evaluate(views, refine=self.refine)
         if (folder := run.folder) is not None:
             distributed.run_on_first(lambda: write_report(folder))
-        return {**scores, "seconds": time.perf_counter() - start}, format_pose_scores(scores)
+        scores["seconds"] = time.perf_counter() - start
+        return _add_verdict(folder, REPORT, scores, format_pose_scores(scores))
 
     def _score_classes(self, data: Path) -> Result:
         from factorkit.segdiff.run import SegdiffRun
@@ -158,6 +166,25 @@ class Evaluate(RunCommand):
         return scores, "\n".join(lines)
 
 
+def _add_verdict(folder: Path | None, content: ReportContent, scores: dict[str, Any], text: str) -> Result:
+    """Add the verdict on the run, and which checks ran; a checkpoint outside a run folder has no log of them."""
+    if folder is None:
+        return scores, f"{text}\n\nNo verdict: this is no run folder, so there is no log of checks."
+    judgement, lines = judge_run(folder, content)
+    return scores | judgement, "\n".join([text, "", *lines])
+
+
+def judge_run(folder: Path, content: ReportContent) -> tuple[dict[str, Any], list[str]]:
+    """Return the verdict on a run for --json, and in lines: the headline, which checks ran, and which did not."""
+    from factorkit.report.content import judged_alarms, read_checks
+    from factorkit.report.html import read_verdict
+    from factorkit.utils.files import read_log
+
+    verdict, log = read_verdict(folder, content), read_log(folder)
+    data = {"failures": judged_alarms(log)[1], "verdict": verdict.headline, "status": verdict.status}
+    return data | {"checks": read_checks(log)}, [f"{verdict.headline}.", *verdict.details]
+
+
 def format_scores(scores: dict[str, Any]) -> str:
     """Format Acc, IoU and DICE of a segdiff model, its oracle and the baselines, and what they were measured on."""
     if "within" in scores:
@@ -176,7 +203,8 @@ def format_scores(scores: dict[str, Any]) -> str:
     if "level" in scores:
         foreground += f" of level {scores['level']}"
     lines.append(
-        f"{scores['scored']} images scored at {scores['size']} px; foreground is region {foreground}, fitted on "
+        f"{format_count(scores['scored'], 'image')} scored at {scores['size']} px; foreground is region "
+        f"{foreground}, fitted on "
         f"{scores['fitted_on']} others; areas of the regions {'/'.join(f'{area:.2f}' for area in scores['areas'])}"
     )
     return "\n".join(lines)
@@ -202,12 +230,15 @@ def _format_hierarchy(scores: dict[str, Any]) -> str:
     levels = zip(scores["accuracy"], scores["within"], scores["chance"], strict=True)
     lines += [f"level {n:<4} {a:9.3f} {w:7.3f} {c:14.3f}" for n, (a, w, c) in enumerate(levels, start=1)]
     lines.append("accuracy: right at this level and all above; within: right among those right at the level above")
-    lines.append(f"{scores['scored']} images scored at {scores['size']} px; matched on {scores['fitted_on']} others")
+    lines.append(
+        f"{format_count(scores['scored'], 'image')} scored at {scores['size']} px; matched on "
+        f"{scores['fitted_on']} others"
+    )
     return "\n".join(lines)
 
 
 def _read_label_map(path: Path) -> dict[str, Any]:
-    from factorkit.utils.safe_reading import read_json
+    from factorkit.utils.files import read_json
 
     try:
         label_map = read_json(path)

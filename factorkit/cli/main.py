@@ -55,7 +55,7 @@ ENVIRONMENT
 
 EXIT STATUS
     0    success
-    1    disk or memory full, or a bug
+    1    disk or memory full, a bug, or a demo that did not succeed
     2    usage or input error
     130  Ctrl-C; 143 SIGTERM; 138 SIGUSR1. A training has saved by then, and the same command resumes it.
 """
@@ -99,11 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = parse(args[0], args[1:])
         if command is not None:
             with notes_on_stderr():
-                if isinstance(command, RunCommand) and several_processes():
-                    join_processes(command)
+                if several_processes() and not join_command(command):
+                    return 0
                 data, text = command.execute()
             if os.environ.get("RANK", "0") == "0":  # only one of the processes that torchrun started prints
                 print(json.dumps(data) if as_json else text, flush=True)
+            return command.exit_code(data)
         return 0
     except BrokenPipeError:  # a reader such as `| head` is gone; flushing at exit would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -166,7 +167,9 @@ def notes_on_stderr() -> Iterator[None]:
     """Send everything that is printed, by libraries too, to standard error, and each warning in one line."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        from tqdm import tqdm
+
+        tqdm.write(f"warning: {message}", file=sys.stderr)  # above a progress bar, not in it
 
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.showwarning = show
@@ -176,6 +179,19 @@ def notes_on_stderr() -> Iterator[None]:
 def several_processes() -> bool:
     """Return whether torchrun started this process together with others."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def join_command(command: Command) -> bool:
+    """Return whether this process of several executes the command; if all do, connect them.
+
+    Raises:
+        ConfigError: the command runs in one process only.
+    """
+    if command.PROCESSES == "none":
+        raise ConfigError("this command starts trainings one after another in one process; run it without torchrun")
+    if command.PROCESSES == "all" and isinstance(command, RunCommand):
+        join_processes(command)
+    return command.PROCESSES == "all" or os.environ.get("RANK", "0") == "0"
 
 
 def join_processes(command: RunCommand) -> None:

@@ -29,6 +29,8 @@ class Reproduce(Command):
         factorkit reproduce fig3.11 --data lego/ --seeds 1
     """
 
+    PROCESSES = "none"
+
     name: Positional[Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]] = None
     """Name of the table or figure, see --list."""
     list: Flag = False

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, OutputCommand, Paths, Result
-from factorkit.utils.errors import ConfigError
+from factorkit.utils.errors import ConfigError, format_count
 
 if TYPE_CHECKING:
     from factorkit.segdiff.run import SegdiffRun
@@ -21,7 +21,7 @@ class Segment(OutputCommand):
         NAME_labels.png     palette image: the value of a pixel is the number of its region, from 0
         NAME_mask_K.png     grey image: how much each pixel belongs to region K
         NAME_overlay.png    the image tinted by region
-        contact_sheet.png   the first 32 images beside their regions
+        overview.png        the first 32 images beside their regions
         annotations.json    with --formats coco: run lengths, areas and boxes in COCO's format
         segments.jsonl      the list of finished images
 
@@ -74,9 +74,8 @@ class Segment(OutputCommand):
         return self._segment_video(run, options) if self.video else self._segment_images(run, options)
 
     def _segment_images(self, run: SegdiffRun, options: dict[str, Any]) -> Result:
-        from factorkit.data.files import escape_name
+        from factorkit.data.files import VIDEO_SUFFIXES, escape_name
         from factorkit.data.open import open_source
-        from factorkit.data.video import VIDEO_SUFFIXES
 
         if videos := [path for path in self.paths if path.suffix.lower() in VIDEO_SUFFIXES]:
             name = escape_name(str(videos[0]))
@@ -87,7 +86,7 @@ class Segment(OutputCommand):
         before = f", {segments.already} of them before" if segments.already else ""
         skipped = f", {len(segments.skipped)} skipped" if segments.skipped else ""
         lines = [f"{segments.segmented} segmented{before}{skipped}: {self.out}"]
-        for name in ("contact_sheet", "annotations"):
+        for name in ("overview", "annotations"):
             if data[name] is not None:
                 data[name] = str(data[name])
                 lines.append(f"{name.replace('_', ' ')}: {data[name]}")
@@ -99,7 +98,8 @@ class Segment(OutputCommand):
         segments = run.segment_video(self.paths[0], self.out, smooth=self.smooth, partial=self.partial, **options)
         areas = "/".join(f"{area:.2f}" for area in segments.areas)
         text = (
-            f"{segments.frames} frames segmented: {self.out}\nareas of the regions {areas}; {segments.changes:.1%} of "
+            f"{format_count(segments.frames, 'frame')} segmented: {self.out}\nareas of the regions {areas}; "
+            f"{segments.changes:.1%} of "
             "the pixels change region from frame to frame"
         )
         return segments._asdict() | {"out": str(self.out)}, text

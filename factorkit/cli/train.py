@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from factorkit.cli.base import Command, Device, Flag, OptionalFloat, OptionalName, OptionalPath, Result
 from factorkit.cli.data import parse_holdout
-from factorkit.utils.errors import ConfigError, FactorkitError, did_you_mean
+from factorkit.utils.errors import ConfigError, FactorkitError, did_you_mean, format_count
 
 if TYPE_CHECKING:
     from factorkit.engine.config import EngineConfig
@@ -70,12 +70,14 @@ class TrainSegdiff(Command):
     baselines: Flag = False
     """Also score trivial predictors at the end, if there are labels."""
 
+    PROCESSES = "all"
     BASIC = (*COMMON, "model", "seed_trials", "regions", "form", "json")
 
     def execute(self) -> Result:
+        from factorkit.cli.evaluate import format_scores, judge_run
         from factorkit.segdiff.config import SegdiffConfig
         from factorkit.segdiff.train import train_segdiff
-        from factorkit.segdiff.verdict import read_verdict
+        from factorkit.segdiff.verdict import REPORT
 
         settings = _settings(self, SegdiffConfig)
         settings["holdout"] = parse_holdout(settings["holdout"])
@@ -90,21 +92,10 @@ class TrainSegdiff(Command):
         }
         with report_interruption(out):
             run = train_segdiff(self.data, out=out, **options, **settings)
-        judgement, report = read_verdict(out), str(out / "report.html")
-        data = {
-            "run": str(out),
-            "report": report,
-            "steps": run.config.steps,
-            "scores": run.scores,
-            "failures": read_failures(out),
-            "verdict": judgement.headline,
-            "status": judgement.status,
-            "checks": read_run_checks(out),
-        }
-        lines = [f"{judgement.headline}.", *judgement.details, "", f"run     {out}", f"report  {report}"]
+        (judgement, lines), report = judge_run(out, REPORT), str(out / "report.html")
+        data = {"run": str(out), "report": report, "steps": run.config.steps, "scores": run.scores, **judgement}
+        lines += ["", f"run     {out}", f"report  {report}"]
         if run.scores:
-            from factorkit.cli.evaluate import format_scores
-
             lines = [format_scores(run.scores), "", *lines]
         return data, "\n".join(lines)
 
@@ -121,14 +112,18 @@ class TrainSegdiff(Command):
         data |= estimate(self.data, preset=self.preset, classes=classes, **settings)
         lines = [
             f"model   {data['parameters'] / 1e6:.2f} M parameters (preset {data['preset']})",
-            f"memory  {data['memory_gib']:.2f} GiB with {data['trial_images']} images at once, on {data['device']}",
+            f"memory  {data['memory_gib']:.2f} GiB with {format_count(data['trial_images'], 'image')} at once, "
+            f"on {data['device']}",
             f"speed   {data['images_per_second']:.1f} images/s",
-            f"time    {format_duration(data['seconds'])} for {data['steps']} steps of {data['batch_size']} images",
+            f"time    {format_duration(data['seconds'])} for {format_count(data['steps'], 'step')} of "
+            f"{format_count(data['batch_size'], 'image')}",
         ]
         if self.seed_trials > 1:
             lines.append(f"        and up to half of that for each of the other {self.seed_trials - 1} seed trials")
         if self.data is not None:
-            lines.append(f"data    {data['images']} images to train on, {data['held_out']} labelled ones held out")
+            lines.append(
+                f"data    {format_count(data['images'], 'image')} to train on, {data['held_out']} labelled held out"
+            )
         return data, "\n".join(lines)
 
 
@@ -175,14 +170,18 @@ class TrainNerfdiff(Command):
     """Folder of masks of pixels that do not count (0 is not scored), matched by name."""
     fov: OptionalFloat = None
     """Field of view in degrees along the longer side, for images without cameras. The default is EXIF's, else 50."""
+    box: OptionalFloat = None
+    """With known poses around an object: length of the sides of the field's box in the units of the poses. By default
+    it holds the foreground and the sparse points, and at least 90% of the image."""
 
+    PROCESSES = "all"
     BASIC = (*COMMON, "model", "layout", "poses", "search", "field", "field_steps", "json")
 
     def execute(self) -> Result:
+        from factorkit.cli.evaluate import judge_run
         from factorkit.nerfdiff.config import NerfdiffConfig
         from factorkit.nerfdiff.train import train_nerfdiff
         from factorkit.nerfdiff.verdict import REPORT
-        from factorkit.report.html import read_verdict
 
         settings = _settings(self, NerfdiffConfig)
         if self.dry_run:
@@ -191,23 +190,14 @@ class TrainNerfdiff(Command):
         start = time.perf_counter()
         with report_interruption(out):
             run = train_nerfdiff(self.data, out=out, preset=self.preset, **self._reading(), **settings)
-        judgement, report = read_verdict(out, REPORT), str(out / "report.html")
-        data = {
-            "run": str(out),
-            "report": report,
-            "failures": read_failures(out),
-            "scores": run.scores,
-            "verdict": judgement.headline,
-            "status": judgement.status,
-            "checks": read_run_checks(out),
-        }
-        lines = [f"{judgement.headline}.", *judgement.details]
+        (judgement, lines), report = judge_run(out, REPORT), str(out / "report.html")
+        data = {"run": str(out), "report": report, "scores": run.scores, **judgement}
         duration = format_duration(time.perf_counter() - start)
         return data, "\n".join([*lines, "", f"run     {out}", f"report  {report}", f"time    {duration}"])
 
     def _reading(self) -> dict[str, Any]:
         """Return how the views are read."""
-        return {"layout": self.layout, "masks": self.masks, "loss_masks": self.loss_masks, "fov": self.fov}
+        return {name: getattr(self, name) for name in ("layout", "masks", "loss_masks", "fov", "box")}
 
     def _estimate(self, settings: dict[str, Any]) -> Result:
         from factorkit.nerfdiff.train import estimate
@@ -216,7 +206,8 @@ class TrainNerfdiff(Command):
         lines = [
             f"model   {data['parameters'] / 1e6:.2f} M parameters of encoder and field (preset {data['preset']})",
             f"memory  {data['memory_gib']:.2f} GiB on {data['device']}",
-            f"data    {data['views']} views",
+            f"data    {format_count(data['views'], 'view')}",
+            *(f"        {note}" for note in data["notes"]),
             f"time    at most {format_duration(data['seconds'])}",
         ]
         lines += [
@@ -372,22 +363,6 @@ def report_interruption(folder: Path) -> Iterator[None]:
             saved = "nothing was saved yet"
         exit_code = int(stop.code or 0) if isinstance(stop, SystemExit) else 130
         raise TrainingInterruptedError(exit_code, f"stopped: {saved}") from None
-
-
-def read_failures(folder: Path) -> list[str]:
-    """Read the messages of the label-free alarms at the last sample grid of a run."""
-    from factorkit.utils.jsonl import read_log, timeline
-
-    alarms = timeline(read_log(folder), "alarms")
-    return list(alarms[-1].get("failures", ())) if alarms else []
-
-
-def read_run_checks(folder: Path) -> list[dict[str, Any]]:
-    """Read the newest checks of a run: which ran, with values and limits, and which did not and why."""
-    from factorkit.report.content import read_checks
-    from factorkit.utils.jsonl import read_log
-
-    return read_checks(read_log(folder))
 
 
 def format_duration(seconds: float) -> str:

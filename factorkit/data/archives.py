@@ -15,7 +15,7 @@ import numpy as np
 from factorkit.data.decode import ImageDecodeError
 from factorkit.data.files import describe_unread, escape_name, is_image, is_unread_image, stat_file, wrap_os_errors
 from factorkit.data.sources import EncodedSource, check_encoded_size, hash_values
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.output_record import RECORD_NAME, parse_record
 
 # zipfile unpacks no more bytes than requested with these; with other methods 100 bytes may become 1 GB at once.
@@ -82,7 +82,8 @@ def _leave_out_outputs(
             rest.append(member)
     if len(rest) < len(images):
         warnings.warn(
-            f"{path}: left out {len(images) - len(rest)} images that factorkit wrote: results are not data",
+            f"{path}: left out {format_count(len(images) - len(rest), 'image')} that factorkit wrote: results "
+            "are not data",
             UserWarning,
             stacklevel=3,
         )

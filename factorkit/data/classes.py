@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from factorkit.data.files import fold_name, fold_stem, format_examples, natural_sort_key, strip_suffix
-from factorkit.utils.errors import ConfigError, DataError
-from factorkit.utils.safe_reading import read_json
+from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.utils.files import read_json
 
 NAME_COLUMNS = ("name", "file", "filename", "path", "image", "image_id", "id")
 CLASS_COLUMNS = ("class", "label", "category", "class_name")
@@ -82,7 +82,9 @@ def _number_classes(class_of: Sequence[str], where: str) -> Classes:
     names = sorted({name for name in class_of if name}, key=natural_sort_key)
     if len(names) < 2:
         available = f"only the class {names[0]!r}" if names else "no classes"
-        raise DataError(f"{where}: {available} for {len(class_of)} images; at least two classes are needed")
+        raise DataError(
+            f"{where}: {available} for {format_count(len(class_of), 'image')}; at least two classes are needed"
+        )
     number = {name: i for i, name in enumerate(names)} | {"": -1}
     return Classes(np.array([number[name] for name in class_of], np.int64), names)
 
@@ -162,7 +164,7 @@ def _look_up(table: Mapping[str, str], names: Sequence[str], where: str) -> list
     missing = [name for name, value in zip(names, class_of, strict=True) if value is None]
     if missing:
         raise DataError(
-            f"{where}: {_summarize(missing)} of {len(names)} images are missing from its names: "
+            f"{where}: {_summarize(missing)} of {format_count(len(names), 'image')} missing from its names: "
             f"{_summarize(list(table))}. Add them, with an empty class if they have none."
         )
     return [value for value in class_of if value is not None]
@@ -177,7 +179,8 @@ def _classes_by_position(spec: Any, names: Sequence[str], positional: bool) -> l
     positions = [int(name) for name in names]  # with gaps for held-out images
     if max(positions) >= len(values):
         raise DataError(
-            f"classes= has {len(values)} entries, but there is an image {max(positions)}. Give one for each."
+            f"classes= has {format_count(len(values), 'entry')}, but there is an image {max(positions)}. Give "
+            "one for each."
         )
     return [values[position] for position in positions]
 

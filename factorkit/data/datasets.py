@@ -18,7 +18,7 @@ from factorkit.data.open import open_source
 from factorkit.data.procedural.flowers import draw_flowers
 from factorkit.data.procedural.rooms import NESTING, draw_rooms
 from factorkit.data.sources import ArraySource, Source
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 AUTO_HOLDOUT_FRACTION, AUTO_HOLDOUT_MAX = 0.2, 200  # images held out by "auto" if most images have a mask
 AUTO_SPLITS = ("test", "val")  # the first of these that a layout has is used by "auto"
@@ -154,7 +154,8 @@ def split_dataset(
         train = np.array(list(train_rows), np.int64)
     if not len(train):
         raise DataError(
-            f"{name}: no training images are left: {len(test)} of {len(images)} images are held out, and the rest, if "
+            f"{name}: no training images are left: {len(test)} of {format_count(len(images), 'image')} held "
+            "out, and the rest, if "
             'any, are near-duplicates of them. Reduce holdout, or use holdout="none" to train on all images.'
         )
 
@@ -221,7 +222,9 @@ def _select_videos(files: DatasetFiles, rows: np.ndarray) -> Mapping[str, np.nda
 def _choose_test_rows(labelled: Sequence[int], group_of: Sequence[str], count: int) -> list[int]:
     """Choose whole groups in the order of their hash, up to `count` images."""
     if count > len(labelled):
-        raise ConfigError(f"holdout={count}, but only {len(labelled)} images have a mask. Reduce holdout.")
+        raise ConfigError(
+            f"holdout={count}, but only {format_count(len(labelled), 'image')} with a mask. Reduce holdout."
+        )
     members: dict[str, list[int]] = {}
     for i in labelled:
         members.setdefault(group_of[i], []).append(i)

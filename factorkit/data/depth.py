@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from factorkit.data.files import escape_name, format_examples
+from factorkit.data.metadata import PNG_SIGNATURE
 from factorkit.utils.errors import DataError
 
 INTEGER_DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # bits that cameras, scanners and microscopes store
@@ -28,7 +29,6 @@ SCALED_FORMATS = ("PPM", "JPEG2000")  # Pillow scales their values to 16 bits by
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, PLANAR, S_MAX_SAMPLE_VALUE = 258, 262, 281, 284, 341  # TIFF 6.0
 WHITE_IS_ZERO, SEPARATE_PLANES = 0, 2
 PLANES_REFUSED = "a TIFF of separate planes of more than 8 bits; save it with interleaved channels"
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Pillow keeps the high byte of each sample; read in the other byte order it keeps the low one.
 LOW_BYTES = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
 SERIAL_DECODE_PIXELS = 2**24  # larger images are decoded one at a time, to bound the memory of all threads

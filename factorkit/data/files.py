@@ -12,19 +12,36 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from factorkit.utils.errors import DataError
+from PIL import features
+
+from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.output_record import RECORD_NAME, OutputFilter, is_output_folder
 
-IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .gif .jfif .jpe .jpeg .jpg .jp2 .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
-)
 HEIF_MODULE = next((name for name in ("pillow_heif", "pi_heif") if importlib.util.find_spec(name)), None)
-HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
+HEIF_SUFFIXES = frozenset(".heic .heics .heif .hif".split())
+OPTIONAL_SUFFIXES = {  # read where the installed Pillow can
+    "avif": frozenset(".avif .avifs".split()),
+    "jpg_2000": frozenset(".j2c .j2k .jp2 .jpf .jpx".split()),
+    "webp": frozenset((".webp",)),
+}
+IMAGE_SUFFIXES = frozenset(
+    ".apng .bmp .dib .gif .jfif .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .tga .tif .tiff".split()
+).union(*(suffixes for name, suffixes in OPTIONAL_SUFFIXES.items() if features.check(name)))
 if HEIF_MODULE is not None:
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
-# Images that are not read: a warning names those that are left out
-UNREAD_SUFFIXES = HEIF_SUFFIXES - IMAGE_SUFFIXES | frozenset(
-    ".3fr .arw .cr2 .cr3 .dng .erf .exr .hdr .jxl .nef .nrw .orf .pef .psd .raf .raw .rw2 .sr2 .srw .svg .x3f".split()
+VIDEO_SUFFIXES = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm".split())
+RAW_SUFFIXES = (
+    ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .fff .gpr .iiq .k25 .kdc .mdc .mef .mos .mrw .nef .nrw .orf .pef .ptx "
+    ".raf .raw .rw2 .rwl .sr2 .srf .srw .x3f"
+)
+OTHER_SUFFIXES = (  # of editors, microscopes, telescopes, hospitals and games
+    ".ai .bpg .cin .czi .dcm .dds .dpx .eps .exr .fit .fits .flif .hdr .icns .ico .jxl .jxr .kra .lif .nd2 .nii .nrrd "
+    ".oib .ora .pcx .pdf .pfm .psb .psd .qoi .ras .sgi .svg .wdp .xcf .xpm"
+)
+# Images and videos that are not read: a warning names those that are left out
+UNREAD_SUFFIXES = (
+    HEIF_SUFFIXES.union(*OPTIONAL_SUFFIXES.values(), VIDEO_SUFFIXES, f"{RAW_SUFFIXES} {OTHER_SUFFIXES}".split())
+    - IMAGE_SUFFIXES
 )
 SUFFIX_LIST = ", ".join(sorted(IMAGE_SUFFIXES))  # for messages
 JUNK_FOLDERS = frozenset(("__MACOSX", "@eaDir"))  # of macOS archives and of Synology disks
@@ -99,7 +116,8 @@ def list_image_names(folder: Path) -> list[str]:
         warnings.warn(f"{escape_name(str(folder))}: {describe_unread(unread)}", UserWarning, stacklevel=2)
     if broken_links:
         warnings.warn(
-            f"{folder}: skipped {len(broken_links)} links to missing images: {format_examples(sorted(broken_links))}",
+            f"{folder}: skipped {format_count(len(broken_links), 'link')} to missing images: "
+            f"{format_examples(sorted(broken_links))}",
             UserWarning,
             stacklevel=2,
         )
@@ -116,15 +134,20 @@ def is_unread_image(name: str) -> bool:
 
 
 def describe_unread(names: Sequence[str]) -> str:
-    """Say which images are left out because their format is not read, and what to do."""
+    """Say which images and videos are left out because their format is not read, and what to do."""
     by_suffix: dict[str, list[str]] = {}
     for name in sorted(names):
         by_suffix.setdefault(PurePosixPath(name).suffix.lower(), []).append(name)
     parts = [f"{len(of)} {suffix} ({format_examples(of, 1)})" for suffix, of in sorted(by_suffix.items())]
-    advice = "convert them to PNG or JPEG"
-    if HEIF_SUFFIXES & set(by_suffix):
-        advice = "pip install 'factorkit[heic]' reads .heic; convert the others to PNG or JPEG"
-    return f"left out {len(names)} images of formats that are not read: {', '.join(parts)}. To use them: {advice}"
+    found, advice = frozenset(by_suffix), []
+    if HEIF_SUFFIXES & found:
+        advice.append("pip install 'factorkit[heic]' reads .heic")
+    if VIDEO_SUFFIXES & found:
+        advice.append("extract the frames of videos")
+    if found - HEIF_SUFFIXES - VIDEO_SUFFIXES:
+        advice.append("convert the others to PNG or JPEG" if advice else "convert them to PNG or JPEG")
+    left_out = f"left out {format_count(len(names), 'file')} of formats that are not read"
+    return f"{left_out}: {', '.join(parts)}. To use them: {'; '.join(advice)}"
 
 
 def refuse_output_folder(folder: Path) -> None:

@@ -24,8 +24,8 @@ from factorkit.data.files import (
 )
 from factorkit.data.sources import CHANNEL_COUNTS, ArraySource, FileSource, PillowSource, Source, hash_values
 from factorkit.utils.errors import DataError
+from factorkit.utils.files import read_arrays
 from factorkit.utils.output_record import OutputFilter
-from factorkit.utils.safe_reading import read_arrays
 
 IMAGE_KEYS = ("images", "X")  # arrays looked for in an .npz, in this order
 

@@ -26,9 +26,9 @@ from factorkit.data.decode import ImageDecodeError, crop_square
 from factorkit.data.files import escape_name
 from factorkit.data.open import open_source
 from factorkit.data.sources import ArraySource, Source
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.utils.files import read_json
 from factorkit.utils.output_record import mark_output_folder
-from factorkit.utils.safe_reading import read_json
 
 ENTRY_FORMAT = 3  # part of every cache key: increase it whenever decoding, cropping or the files of an entry change
 BLOCK_SIZE = 1024  # images decoded ahead at once; bounds memory for sets of millions
@@ -251,4 +251,7 @@ def _remove_abandoned(folder: Path) -> None:
 def _describe_skipped(skipped: list[tuple[str, str]], total: int) -> str:
     named = "; ".join(f"{escape_name(name)} ({reason})" for name, reason in skipped[:MAX_SKIPPED_NAMES])
     more = f"; and {len(skipped) - MAX_SKIPPED_NAMES} more" if len(skipped) > MAX_SKIPPED_NAMES else ""
-    return f"{len(skipped)} of {total} images could not be decoded and were skipped: {named}{more}."
+    return (
+        f"{len(skipped)} of {format_count(total, 'image')} could not be decoded and "
+        f"{'was' if len(skipped) == 1 else 'were'} skipped: {named}{more}."
+    )

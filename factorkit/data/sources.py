@@ -16,15 +16,16 @@ import numpy as np
 from PIL import Image
 
 from factorkit.data.decode import ImageDecodeError, to_rgb
-from factorkit.data.depth import PNG_SIGNATURE, SetDepths, is_deep, limit_memory
+from factorkit.data.depth import SetDepths, is_deep, limit_memory
 from factorkit.data.files import HEIF_MODULE, escape_name, stat_file
-from factorkit.utils.errors import DataError
+from factorkit.data.metadata import drop_jpeg_metadata, drop_png_metadata
+from factorkit.utils.errors import DataError, format_count
 
 # Formats that are decoded, whatever the suffix. Pillow reads about forty, including PostScript, which it passes to
 # Ghostscript for execution.
 FORMATS = frozenset("AVIF BMP DIB GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split())
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")  # ISO/IEC 23008-12
 MAX_ENCODED_BYTES = 2**29  # per image: 179 million pixels, Pillow's own limit, without compression
-PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks, PNG specification, section 11.3
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 
 
@@ -135,9 +136,16 @@ class EncodedSource(Source):
         try:
             with warnings.catch_warnings():  # Pillow warns from half of its pixel limit on
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                return Image.open(io.BytesIO(drop_text(data)), formats=list_supported_formats())
+                data = drop_png_metadata(data)
+                try:
+                    return Image.open(io.BytesIO(data), formats=list_supported_formats())
+                except Image.UnidentifiedImageError:
+                    return Image.open(io.BytesIO(drop_jpeg_metadata(data)), formats=list_supported_formats())
         except Image.UnidentifiedImageError as error:
-            raise ImageDecodeError(f"{name}: not an image ({len(data)} bytes in no known format)") from error
+            found = f"not an image ({format_count(len(data), 'byte')} in no known format)"
+            if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
+                found = "HEIC, whatever its suffix; pip install 'factorkit[heic]' reads it"
+            raise ImageDecodeError(f"{name}: {found}") from error
         except Image.DecompressionBombError as error:
             raise ImageDecodeError(f"{name}: too many pixels: {error} Reduce its size first.") from error
         except Exception as error:
@@ -148,7 +156,6 @@ class FileSource(EncodedSource):
     """Image files below a folder.
 
     Args:
-        root: the folder.
         files: paths relative to the folder, with forward slashes.
         names: names of the images; default: `files`.
     """
@@ -228,7 +235,7 @@ class PillowSource(Source):
 
     def fingerprint(self) -> str:
         pixels = [(image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in self.images]
-        return hash_values("pictures", pixels)
+        return hash_values("images", pixels)
 
 
 def hash_values(*values: Any) -> str:
@@ -241,19 +248,6 @@ def check_encoded_size(size: int) -> None:
     if size > MAX_ENCODED_BYTES:
         limit = MAX_ENCODED_BYTES / 2**20
         raise ImageDecodeError(f"too large: {size / 2**20:.0f} MiB, the limit for an image is {limit:.0f} MiB")
-
-
-def drop_text(data: bytes) -> bytes:
-    """Drop text and colour profile of a PNG: nothing here reads them, and Pillow refuses an image if they are large."""
-    if not data.startswith(PNG_SIGNATURE) or not any(kind in data for kind in PNG_TEXT):
-        return data
-    kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
-    while position + 12 <= len(data):  # length, type, content, checksum
-        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
-        if data[position + 4 : position + 8] not in PNG_TEXT:
-            kept.append(data[position:end])
-        position = end
-    return b"".join([*kept, data[position:]])
 
 
 @functools.cache

@@ -15,12 +15,11 @@ import numpy as np
 from PIL import Image
 
 from factorkit.data.decode import to_rgb
-from factorkit.data.files import escape_name, natural_sort_key
+from factorkit.data.files import VIDEO_SUFFIXES, escape_name, natural_sort_key
 from factorkit.data.open import open_source
 from factorkit.data.sources import Source
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
-VIDEO_SUFFIXES = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm".split())
 ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")  # formats whose frames all have the same size
 HEADERS_WITH_DURATION = ("mov", "matroska", "avi")  # formats of FFmpeg whose header has the duration
 DURATION_TOLERANCE = 0.25  # seconds; headers count the last frame and the sound differently
@@ -159,7 +158,6 @@ def read_video_frames(
     """Yield the frames, uint8 [H, W, 3], with the rotation of the file applied.
 
     Args:
-        path: the file.
         partial: end with a warning, not with an error, where the file cannot be decoded or is cut off.
         times: receives the presentation time of each frame, in seconds.
 
@@ -201,7 +199,7 @@ def read_video_frames(
     if not count:
         raise DataError(f"{escape_name(str(path))}: the video has no frames")
     if problem is None and missing > 0:
-        problem = f"ends {missing:.2f} s before the end that its header names, after {count} frames"
+        problem = f"ends {missing:.2f} s before the end that its header names, after {format_count(count, 'frame')}"
         if not partial:
             raise DataError(
                 f"{escape_name(str(path))}: the video {problem}. Copy it again; for a single video, --partial "
@@ -244,7 +242,7 @@ def _rotate(frame: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def _decode_error(path: Path, error: Exception, num_decoded: int) -> DataError:
-    position = f" after {num_decoded} frames" if num_decoded else ""
+    position = f" after {format_count(num_decoded, 'frame')}" if num_decoded else ""
     return DataError(
         f"{escape_name(str(path))}: this video cannot be decoded{position}: {error}. Convert it, or give its frames as "
         "images in a folder."

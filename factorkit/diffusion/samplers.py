@@ -115,7 +115,6 @@ def sample(
         shared_noise: use the same noise for every image, so that an image depends on its own start only.
         rows: compute only these images of the batch, with the noise of the whole; for processes that share the work.
         clip: clamp each estimate of the clean image to [-1, 1].
-        progress: show a progress bar.
         trajectory: also return every step; all of them stay in memory.
 
     Raises:

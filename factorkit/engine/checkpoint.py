@@ -21,10 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from factorkit.engine.migration import migrate_settings, migrate_tensor_names
-from factorkit.utils.atomic import clear_unfinished, replacing
+from factorkit.engine.config import migrate_settings, migrate_tensor_names
 from factorkit.utils.errors import CheckpointError
-from factorkit.utils.safe_reading import parse_json, read_json
+from factorkit.utils.files import clear_unfinished, parse_json, read_json, replacing
 
 FORMAT, VERSION = "factorkit", 1
 BEST = "best.json"  # step and error of the best checkpoint
@@ -45,8 +44,6 @@ def write_checkpoint(
     """Write tensors and JSON-able ``meta`` atomically and wait until they are on the disk.
 
     Args:
-        path: the file.
-        tensors: what to store.
         meta: JSON-able.
         opened: yields the temporary path that becomes the file; None: durably.
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from factorkit.engine.config import EngineConfig
+from factorkit.engine.state import BackgroundWorker
 from factorkit.engine.step import Task
-from factorkit.utils.background_worker import BackgroundWorker
 
 
 class Preview(NamedTuple):

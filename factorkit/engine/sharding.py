@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from factorkit.engine.step import is_sharded, local_parts
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError
 
@@ -44,11 +45,6 @@ def shard(module: nn.Module, device: torch.device) -> nn.Module:
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     return module
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether this is a DTensor, of which this process holds a shard."""
-    return hasattr(tensor, "full_tensor")
 
 
 def gather_full(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -99,11 +95,6 @@ def copy_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
-def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the parts of the tensors that this process holds."""
-    return [t.to_local() if is_sharded(t) else t for t in tensors]  # type: ignore[attr-defined]  # a method of DTensor
-
-
 def shard_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Shard full tensors where those of the same name in ``like`` are sharded."""
     return {name: _shard_one(t, like[name]) if name in like else t for name, t in tensors.items()}
@@ -119,32 +110,6 @@ def _shard_one(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-
-
-def group_by_sharding(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Separate sharded parameters from others: no foreach operation takes both."""
-    parameters = list(parameters)
-    groups = ([p for p in parameters if is_sharded(p) == sharded] for sharded in (True, False))
-    return [group for group in groups if group]
-
-
-def gradient_norms(gradients: list[Tensor]) -> Tensor:
-    """Return the norms [N] of N full gradients. Collective if any is sharded."""
-    norms = torch.stack(torch._foreach_norm(local_parts(gradients)))
-    if not any(map(is_sharded, gradients)):
-        return norms
-    counted = [is_sharded(g) or distributed.rank() == 0 for g in gradients]  # count whole gradients once
-    squares = torch.where(torch.tensor(counted, device=norms.device), norms.square(), 0.0)
-    dist.all_reduce(squares)
-    return squares.sqrt()
-
-
-def average_unsharded(gradients: Iterable[Tensor]) -> None:
-    """Average the gradients that FSDP leaves alone over all processes, in place. Collective."""
-    for gradient in gradients:
-        if not is_sharded(gradient):
-            dist.all_reduce(gradient)
-            gradient /= distributed.world_size()
 
 
 def copy_without_weights(module: nn.Module) -> nn.Module:

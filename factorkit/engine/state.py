@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,6 @@ from factorkit.engine.checkpoint import Checkpoints, average_name
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.step import MovingAverage, Objective, Task, make_optimizer
 from factorkit.utils import distributed
-from factorkit.utils.background_worker import BackgroundWorker
 from factorkit.utils.errors import CheckpointError
 
 
@@ -173,3 +173,39 @@ class CheckpointManager:
         if distributed.maximum(int(error is not None)):
             return error or CheckpointError("process 0 of this run could not write a checkpoint; see its error message")
         return None
+
+
+class BackgroundWorker:
+    """Run jobs one after the other in one thread, so that disk writes do not block training.
+
+    After a job that failed, the others are skipped.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "factorkit-background")
+        self._jobs: list[Future[None]] = []
+        self._error: Exception | None = None
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Run ``job`` after earlier jobs. Objects it uses must not change meanwhile."""
+        self._jobs.append(self._thread.submit(self._run, job))
+
+    def finish(self) -> Exception | None:
+        """Wait for all jobs and return the error of a failed one; the error is then cleared."""
+        wait(self._jobs)
+        self._jobs.clear()
+        error, self._error = self._error, None
+        return error
+
+    def close(self) -> Exception | None:
+        """Call :meth:`finish` and end the thread."""
+        error = self.finish()
+        self._thread.shutdown()
+        return error
+
+    def _run(self, job: Callable[[], object]) -> None:
+        if self._error is None:
+            try:
+                job()
+            except Exception as error:
+                self._error = error

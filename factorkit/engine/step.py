@@ -7,18 +7,18 @@ on the device; it is reported when the log is written. So the same code runs eag
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.cuda_graph import GraphedWork
-from factorkit.engine.sharding import average_unsharded, gradient_norms, group_by_sharding, local_parts
 from factorkit.utils import distributed
 from factorkit.utils.rng import BatchDraw, derived_seed, image_order
 
@@ -317,3 +317,39 @@ class Meter:
             total.zero_()
         self._restart()
         return line
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether this is a DTensor, of which this process holds a shard."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parts of the tensors that this process holds."""
+    return [t.to_local() if is_sharded(t) else t for t in tensors]  # type: ignore[attr-defined]  # a method of DTensor
+
+
+def group_by_sharding(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Separate sharded parameters from others: no foreach operation takes both."""
+    parameters = list(parameters)
+    groups = ([p for p in parameters if is_sharded(p) == sharded] for sharded in (True, False))
+    return [group for group in groups if group]
+
+
+def gradient_norms(gradients: list[Tensor]) -> Tensor:
+    """Return the norms [N] of N full gradients. Collective if any is sharded."""
+    norms = torch.stack(torch._foreach_norm(local_parts(gradients)))
+    if not any(map(is_sharded, gradients)):
+        return norms
+    counted = [is_sharded(g) or distributed.rank() == 0 for g in gradients]  # count whole gradients once
+    squares = torch.where(torch.tensor(counted, device=norms.device), norms.square(), 0.0)
+    dist.all_reduce(squares)
+    return squares.sqrt()
+
+
+def average_unsharded(gradients: Iterable[Tensor]) -> None:
+    """Average the gradients that FSDP leaves alone over all processes, in place. Collective."""
+    for gradient in gradients:
+        if not is_sharded(gradient):
+            dist.all_reduce(gradient)
+            gradient /= distributed.world_size()

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import EngineConfig
 from factorkit.engine.cuda_graph import WARM_UP
-from factorkit.engine.log import RunLog
 from factorkit.engine.previews import Preview, Previews, evaluation
+from factorkit.engine.run_folder import RunLog
 from factorkit.engine.state import CheckpointManager, TrainingState
 from factorkit.engine.step import NON_FINITE_LIMIT, Meter, Task, TrainingStep
 from factorkit.utils import distributed
@@ -30,10 +30,12 @@ from factorkit.utils.errors import (
     ConfigError,
     FactorkitError,
     OutOfMemoryError,
+    WriteError,
     first_line,
+    format_count,
     is_out_of_memory,
 )
-from factorkit.utils.jsonl import read_log, timeline
+from factorkit.utils.files import read_log, timeline
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 PREVIEW_FAILED = 1000  # reason to stop beside the numbers of signals
@@ -189,7 +191,7 @@ class Trainer:
     def _out_of_memory_message(self, error: BaseException) -> str:
         config, share = self.config, self.config.batch_size // distributed.world_size()
         at_once = min(config.micro_batch_size or share, share)
-        activity, advice = f"with {at_once} images at once", config.memory_advice(at_once)
+        activity, advice = f"with {format_count(at_once, 'image')} at once", config.memory_advice(at_once)
         if self._failed_preview is not None and self._failed_preview.error is error:
             activity = f"drawing the sample grids of step {self._failed_preview.step}"
             advice = "sample_every=0 draws none before the end" if config.sample_every else "Make the model smaller"
@@ -208,7 +210,7 @@ class Trainer:
             return
         try:
             self.report(self.folder)
-        except CheckpointError as error:  # must not hide the error of the run itself
+        except (CheckpointError, WriteError) as error:  # must not hide the error of the run itself
             warnings.warn(str(error), stacklevel=2)
 
     def _train(self) -> None:

@@ -109,7 +109,6 @@ def score_baselines(
         images: uint8 [N, H, W, 3].
         foreground: bool [N, H, W].
         valid: bool [N, H, W], the pixels that count; None: all.
-        num_fit_images: number of fitting images.
         names: keys of BASELINES; None: all of them.
 
     Returns:

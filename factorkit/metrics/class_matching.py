@@ -93,7 +93,6 @@ def nested_accuracy(
         regions: number of parts that each level splits into, the coarsest first.
         classes: the same for the classes; as many levels.
         valid: bool [N, H, W], the pixels that count; None: all.
-        num_fit_images: number of fitting images.
 
     Returns:
         A JSON-serialisable dictionary. Lists with one entry per level:

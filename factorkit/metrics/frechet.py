@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 RANDOM_CHANNELS = (16, 32, 32)  # of the three convolutions
 FEATURE_BATCH = 512  # images per forward pass
@@ -80,7 +80,7 @@ def compute_fid(real: Tensor, generated: Tensor, device: str | torch.device = "c
         DataError: fewer than two images on either side.
     """
     if min(len(real), len(generated)) < 2:
-        raise DataError(f"{len(real)} and {len(generated)} images: the FID needs at least 2 of each")
+        raise DataError(f"{len(real)} and {format_count(len(generated), 'image')}: the FID needs at least 2 of each")
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
     problems = []
     try:

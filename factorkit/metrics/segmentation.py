@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 MAX_REGIONS = 12  # every subset of the regions is tried
 
@@ -105,7 +105,8 @@ def check_fit(num_fit_images: int, num_images: int) -> None:
         raise ConfigError(f"{num_images} labelled image(s): at least 2 are needed, to fit the mapping and to score it")
     if not 1 <= num_fit_images < num_images:
         raise ConfigError(
-            f"num_fit_images={num_fit_images} of {num_images} labelled images choose the mapping, the rest are scored; "
+            f"num_fit_images={num_fit_images} of {format_count(num_images, 'labelled image')} choose the "
+            "mapping, the rest are scored; "
             f"use 1 to {num_images - 1}"
         )
 
@@ -152,7 +153,9 @@ def _ratio(part: NDArray, whole: NDArray) -> NDArray[np.float64]:
 def _subsets(num_regions: int) -> list[tuple[int, ...]]:
     """Return all subsets except the empty and the full one, the small ones first."""
     if not 2 <= num_regions <= MAX_REGIONS:
-        raise ConfigError(f"{num_regions} regions cannot be mapped to foreground; use 2 to {MAX_REGIONS}")
+        raise ConfigError(
+            f"{format_count(num_regions, 'region')} cannot be mapped to foreground; use 2 to {MAX_REGIONS}"
+        )
     return [subset for size in range(1, num_regions) for subset in combinations(range(num_regions), size)]
 
 

@@ -78,7 +78,8 @@ def unexplained_variance(field: Field, scene: Scene, poses: Tensor, samples: int
     size = target_size(min(COMPARISON_SIDE, max(scene.size)), *scene.size)
     rows = torch.linspace(0, len(poses) - 1, min(COMPARISON_VIEWS, len(poses))).round().long().to(poses.device)
     images = resize_area(scene.images[rows], *size)
-    color = render_views(field, poses[rows], scene.camera, size, samples).color.movedim(-1, 1)
+    own = scene.camera.of_views(rows)
+    color = render_views(field, poses[rows], scene.camera, size, samples, intrinsics=own).color.movedim(-1, 1)
     return float((color - images).square().mean() / (images - images.mean(0)).square().mean().clamp_min(1e-9))
 
 
@@ -103,9 +104,6 @@ def scene_alarms(
     """Return the alarms of an object scene in training: numbers, "checks", and "failures", a sentence an alarm.
 
     Args:
-        config: of the run.
-        scene: the training views.
-        field: of the scene.
         poses: of the views, [V, 4, 4].
         candidates: see :func:`pose_alarms`.
         count: see :func:`pose_alarms`.
@@ -145,7 +143,6 @@ def pose_alarms(
     Args:
         poses: of the views, [V, 4, 4].
         candidates: index [V] of each view's candidate.
-        count: number of candidates.
         duplication: share of the views that agree better with a held-out field after a rotation.
         images: the views, [V, 3, H, W].
         error: see :func:`unexplained_variance`.

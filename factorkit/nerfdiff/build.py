@@ -16,7 +16,7 @@ from factorkit.nerfdiff.cameras.candidates import build_candidates
 from factorkit.nerfdiff.cameras.poses import FreePoses, OrbitPoses, forward_facing_poses, orbit_poses
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field
-from factorkit.nerfdiff.fields.build import restore_field
+from factorkit.nerfdiff.fields.kinds import restore_field
 from factorkit.nerfdiff.network import NerfdiffModel, PoseEncoder
 from factorkit.nerfdiff.rays import CameraModel
 from factorkit.nerfdiff.training_views import load_views
@@ -31,9 +31,7 @@ def build_model(
     """Build the model of a configuration, its encoder with fresh weights.
 
     Args:
-        config: of the run.
         scene: as :func:`factorkit.nerfdiff.training_views.describe_scene` returns it.
-        camera: shared by all views.
         field: fresh, fitted or restored.
         views: poses of the training views, [V, 4, 4].
 

@@ -6,13 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig
-from factorkit.engine.migration import register_renamed_settings
+from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig, register_renamed_settings
 from factorkit.nerfdiff.cameras.poses import POSE_PARAMETERS
-from factorkit.nerfdiff.fields.background import BACKGROUNDS
-from factorkit.nerfdiff.fields.build import FIELDS
+from factorkit.nerfdiff.fields.base import BACKGROUNDS
+from factorkit.nerfdiff.fields.kinds import FIELDS
 from factorkit.utils.errors import ConfigError, did_you_mean
-from factorkit.utils.rng import derived_seed
 
 
 @dataclass(kw_only=True)
@@ -179,10 +177,6 @@ class NerfdiffConfig(EngineConfig):
     def pose_parameters(self) -> tuple[str, ...]:
         """The settings of ``optimize_camera`` that each view has its own values of."""
         return tuple(name for name in self.optimize_camera if name in POSE_PARAMETERS)
-
-    def stage(self, name: str, **changes: Any) -> NerfdiffConfig:
-        """Return the configuration of a stage, with its own seed."""
-        return dataclasses.replace(self, seed=derived_seed(name, self.seed) % 2**31, **changes)
 
 
 CHOICES = {

@@ -11,11 +11,13 @@ from torch import Tensor
 from factorkit.data.views.views import Views
 from factorkit.metrics.image import SSIM_WINDOW, lpips, psnr, ssim
 from factorkit.metrics.pose import PoseErrors, is_mirrored, pose_errors
+from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.network import NerfdiffModel
-from factorkit.nerfdiff.scene import match_camera, mean_squared_error
+from factorkit.nerfdiff.scene import has_intrinsics, match_size, mean_squared_error, relative_intrinsics, shared_camera
+from factorkit.nerfdiff.stages.localise import TargetImages
 from factorkit.nerfdiff.stages.registration import register_scene
 from factorkit.nerfdiff.training_views import load_views
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 MIN_ALIGNMENT_CAMERAS = 3  # a similarity is underdetermined by fewer
 
@@ -23,6 +25,7 @@ MIN_ALIGNMENT_CAMERAS = 3  # a similarity is underdetermined by fewer
 class EvaluatedRun(Protocol):
     """What the evaluation uses of a :class:`factorkit.nerfdiff.run.NerfdiffRun`."""
 
+    config: NerfdiffConfig
     model: NerfdiffModel
     folder: Path | None
     step: int
@@ -38,7 +41,13 @@ class EvaluatedRun(Protocol):
     def predict_pose(self, images: Any, t: int | None = None, refine: int = 0) -> Any:
         """Predict the cameras of images."""
 
-    def render(self, poses: Tensor) -> Any:
+    def render(
+        self,
+        poses: Tensor,
+        size: int | tuple[int, int] | None = None,
+        appearance_view: int | None = None,
+        intrinsics: Tensor | None = None,
+    ) -> Any:
         """Render the scene from poses."""
 
 
@@ -69,25 +78,34 @@ def evaluate(run: EvaluatedRun, views: Views, poses: Tensor | None = None, refin
     if true is None:
         raise ConfigError("the views have no poses to compare with; give poses=")
     if true.shape != (len(views), 4, 4):
-        raise DataError(f"poses of shape {tuple(true.shape)} for {len(views)} views; give [{len(views)}, 4, 4]")
+        raise DataError(
+            f"poses of shape {tuple(true.shape)} for {format_count(len(views), 'view')}; give [{len(views)}, 4, 4]"
+        )
     true_training = true_training_poses(run, views)
     predicted = run.predict_pose(views, refine=refine).poses
     if true_training is None and len(views) < MIN_ALIGNMENT_CAMERAS:
-        raise DataError(f"{len(views)} views cannot be aligned with the model's coordinates; give at least 3")
+        raise DataError(
+            f"{format_count(len(views), 'view')} cannot be aligned with the model's coordinates; give at least 3"
+        )
     encoder = pose_errors(predicted, true)
-    views = match_camera(views, run.model.camera, run.model.size)
+    views = match_size(views, run.model.size)
+    is_common = has_intrinsics(run.model.camera.intrinsics.cpu(), relative_intrinsics(views))
+    intrinsics = None if is_common and views.size == run.model.size else views.intrinsics
     scores: dict[str, Any] = {"views": len(views), "size": list(views.size), "step": run.step, "refine": refine}
+    scores["poses"] = run.config.poses
     if true_training is None:
         into_scene = encoder.alignment.inverse()
     else:
         training = pose_errors(run.poses, true_training)
-        images = run.views.resize(run.model.size).images
-        into_scene = register_scene(run.model, training.alignment.inverse(), true_training, images)
+        own = run.views.resize(run.model.size)
+        lens = None if shared_camera(own).view_intrinsics is None else relative_intrinsics(own)
+        target = TargetImages(own.images, lens, own.loss_masks)
+        into_scene = register_scene(run.model, training.alignment.inverse(), true_training, target)
         scores |= _pose_scores("", training)
         scores["mirrored"] = is_mirrored(run.poses, true_training)
     scores |= _pose_scores("encoder_", encoder)
     for suffix, camera_poses in (("", into_scene.apply(true)), ("_encoder", predicted)):
-        images = run.render(camera_poses).images
+        images = run.render(camera_poses, views.size, intrinsics=intrinsics).images
         if views.loss_masks is not None:  # pixels that are not scored, or that the views do not show
             error = mean_squared_error(images.cpu(), views.images, (1, 2, 3), views.loss_masks)
             scores[f"psnr{suffix}"] = (-10 * error.double().log10()).mean().item()

@@ -49,9 +49,7 @@ def compare_held_out(
     Args:
         fields: one for each pair of halves.
         halves: indices of the views that fit, and of those that are held out.
-        scene: the training views.
         poses: of all views, [V, 4, 4].
-        samples: along each ray.
     """
     size = target_size(min(COMPARISON_SIDE, max(scene.size)), *scene.size)
     images = resize_area(scene.images, *size)
@@ -59,7 +57,8 @@ def compare_held_out(
     for field, (fitting, held_out) in zip(fields, halves, strict=True):
         chosen = torch.linspace(0, len(held_out) - 1, min(COMPARISON_VIEWS, len(held_out))).round().long()
         rows = held_out[chosen].to(images.device)
-        render_rows = partial(_render_rows, field, poses[rows], scene.camera, size, samples)
+        own = scene.camera.of_views(rows)
+        render_rows = partial(_render_rows, field, poses[rows], scene.camera, size, samples, own)
         color = distributed.map_shares(render_rows, len(rows)).movedim(-1, 1)
         others = images[fitting.to(images.device)].flatten(1)
         errors.append((color - images[rows]).square().mean((1, 2, 3)))
@@ -73,9 +72,16 @@ def compare_held_out(
 
 
 def _render_rows(
-    field: Field, poses: Tensor, camera: CameraModel, size: tuple[int, int], samples: int, rows: slice
+    field: Field,
+    poses: Tensor,
+    camera: CameraModel,
+    size: tuple[int, int],
+    samples: int,
+    intrinsics: Tensor | None,
+    rows: slice,
 ) -> Tensor:
-    return render_views(field, poses[rows], camera, size, samples).color
+    own = None if intrinsics is None else intrinsics[rows]
+    return render_views(field, poses[rows], camera, size, samples, intrinsics=own).color
 
 
 @torch.no_grad()
@@ -86,7 +92,8 @@ def disparity_noise(field: Field, scene: Scene, poses: Tensor, samples: int) -> 
     """
     size = target_size(min(COMPARISON_SIDE, max(scene.size)), *scene.size)
     rows = torch.linspace(0, len(poses) - 1, min(COMPARISON_VIEWS, len(poses))).round().long().to(poses.device)
-    rendered = render_views(field, poses[rows], scene.camera, size, samples)
+    own = scene.camera.of_views(rows)
+    rendered = render_views(field, poses[rows], scene.camera, size, samples, intrinsics=own)
     disparity = rendered.opacity / rendered.depth.clamp_min(1e-6)
     neighbours = (disparity.diff(dim=1).abs().mean() + disparity.diff(dim=2).abs().mean()) / 2
     order = torch.randperm(size[0] * size[1], generator=torch.Generator().manual_seed(0)).to(disparity.device)
@@ -98,7 +105,6 @@ def held_out_checks(layout: SceneLayout, errors: HeldOutErrors | None, noise: fl
     """Return the checks of a finished run.
 
     Args:
-        layout: of the scene.
         errors: None if they were not measured.
         noise: see :func:`disparity_noise`; None if it was not measured.
         reason: why something was not measured.

@@ -50,7 +50,6 @@ class PoseEncoder(nn.Module):
         model_channels: channels of the first level.
         channel_mult: channels of each level, in units of ``model_channels``.
         num_res_blocks: residual blocks in each level.
-        candidates: number of candidates N.
         raw_size: raw outputs for each candidate.
         norm_groups: upper bound on GroupNorm groups.
         pooling: "average" over the last feature map (fig. 3.12) discards positions, which small networks need;
@@ -111,11 +110,8 @@ class NerfdiffModel(Denoiser):
     Args:
         encoder: predicts raw outputs and scores.
         candidates: maps raw outputs to poses.
-        field: the scene.
         views: poses of the training views, [V, 4, 4], as search and refinement left them.
-        camera: shared by all views.
         size: height and width of the views.
-        samples_per_ray: samples along each ray.
     """
 
     views: Tensor

@@ -28,22 +28,44 @@ MAX_SAMPLES_PER_CHUNK = 1 << 20  # evaluated at once without gradient
 
 @dataclass(frozen=True)
 class CameraModel:
-    """What all cameras of a scene share.
+    """What all cameras of a scene share, and their intrinsics where they differ.
 
     Attributes:
-        intrinsics: [3, 3], in units of the image's width and height.
+        intrinsics: [3, 3], in units of the image's width and height; of an image that contains those of all views.
         background: [3], the colour behind the scene; unused if the field has its own background.
         forward_facing: whether the field's box is the space in front of the cameras, in normalised device coordinates
             (NDC), instead of a volume they surround.
+        view_intrinsics: [V, 3, 3] of the training views if they differ, or None.
     """
 
     intrinsics: Tensor
     background: Tensor
     forward_facing: bool = False
+    view_intrinsics: Tensor | None = None
 
-    def pixel_intrinsics(self, height: int, width: int) -> Tensor:
-        """Return the intrinsics in pixels for an image size."""
-        return self.intrinsics * self.intrinsics.new_tensor([width, height, 1.0])[:, None]
+    def of_views(self, rows: Tensor | slice = slice(None)) -> Tensor | None:
+        """Return the intrinsics [B, 3, 3] of some training views; None if they are those of all."""
+        return None if self.view_intrinsics is None else self.view_intrinsics[rows]
+
+    def to(self, device: torch.device) -> CameraModel:
+        """Return the camera model on a device."""
+        own = None if self.view_intrinsics is None else self.view_intrinsics.to(device)
+        return replace(
+            self, intrinsics=self.intrinsics.to(device), background=self.background.to(device), view_intrinsics=own
+        )
+
+    def with_intrinsics(self, intrinsics: Tensor) -> CameraModel:
+        """Return the camera model with optimised intrinsics; the focal lengths of the views change likewise."""
+        own = self.view_intrinsics
+        if own is not None:
+            change = intrinsics.diagonal() / self.intrinsics.diagonal() - 1
+            own = own + torch.diag_embed(own.diagonal(dim1=1, dim2=2) * change)
+        return replace(self, intrinsics=intrinsics, view_intrinsics=own)
+
+    def pixel_intrinsics(self, height: int, width: int, own: Tensor | None = None) -> Tensor:
+        """Return the intrinsics in pixels for an image size: ``own`` [..., 3, 3], or those of all views."""
+        intrinsics = self.intrinsics if own is None else own
+        return intrinsics * intrinsics.new_tensor([width, height, 1.0])[:, None]
 
     def with_image_shape(self, trained: tuple[int, int], size: tuple[int, int]) -> CameraModel:
         """Return the camera model for images of another aspect ratio, with square pixels if the trained ones are.
@@ -117,23 +139,22 @@ def render_pixels(
     seed: int | None = None,
     views: Tensor | None = None,
     first_ray: int = 0,
+    intrinsics: Tensor | None = None,
 ) -> Rendered:
     """Render some pixels with gradient: colour [B, R, 3], depth and opacity [B, R].
 
     Args:
-        field: the scene.
         poses: camera-to-world, [B, 4, 4].
-        camera: shared by all poses.
         pixels: indices [B, R], row by row.
         size: height and width of the image.
-        samples: along each ray.
         seed: jitters the samples; None places them evenly.
         views: indices [B] of the training views whose appearance to apply; None: the mean appearance.
         first_ray: number of the first ray among those of all processes and micro-batches; it selects the jitter.
+        intrinsics: of each pose, [B, 3, 3], in units of width and height; None: those of the camera model.
     """
     height, width = size
     points = torch.stack([pixels % width, pixels // width], dim=-1) + 0.5
-    rays = pixel_rays(poses, camera.pixel_intrinsics(height, width), points.to(poses.dtype))
+    rays = pixel_rays(poses, camera.pixel_intrinsics(height, width, intrinsics), points.to(poses.dtype))
     background = background_colors(field, rays.directions, camera)
     sampling = build_sampling(field, samples, camera.forward_facing)
     rendered = render(field, camera.to_ndc(rays, size), sampling, background=background, seed=seed, first_ray=first_ray)
@@ -142,13 +163,19 @@ def render_pixels(
 
 @torch.no_grad()
 def render_views(
-    field: Field, poses: Tensor, camera: CameraModel, size: tuple[int, int], samples: int, views: Tensor | None = None
+    field: Field,
+    poses: Tensor,
+    camera: CameraModel,
+    size: tuple[int, int],
+    samples: int,
+    views: Tensor | None = None,
+    intrinsics: Tensor | None = None,
 ) -> Rendered:
     """Render whole images without gradient: colour [..., H, W, 3], depth and opacity [..., H, W].
 
-    The arguments are those of :func:`render_pixels`, with poses [..., 4, 4].
+    The arguments are those of :func:`render_pixels`, with poses [..., 4, 4] and intrinsics that broadcast with them.
     """
-    rays = image_rays(poses, camera.pixel_intrinsics(*size), *size)
+    rays = image_rays(poses, camera.pixel_intrinsics(*size, intrinsics), *size)
     background = background_colors(field, rays.directions, camera)
     sampling = build_sampling(field, samples, camera.forward_facing)
     chunk = max(1, MAX_SAMPLES_PER_CHUNK // samples)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views.views import SceneLayout, Views
-from factorkit.nerfdiff.cameras.normalise import align_forward, align_up_axis, center_poses
+from factorkit.nerfdiff.box import Foreground, choose_scale, find_foreground
+from factorkit.nerfdiff.cameras.normalise import align_forward, align_up_axis, center_poses, rms_spread
 from factorkit.nerfdiff.cameras.poses import framing_distance
 from factorkit.nerfdiff.rays import CameraModel, same_aspect_ratio
 from factorkit.utils.errors import ConfigError, DataError
@@ -21,16 +22,19 @@ MIN_BLUR_PIXELS = 0.3  # a Gaussian narrower than this changes nothing visible
 
 @dataclass(frozen=True)
 class Scene:
-    """Views taken with one camera.
+    """Views with their cameras.
 
     Attributes:
         images: [V, 3, H, W] in [0, 1].
         names: of the views.
-        camera: shared by all views.
+        camera: what the cameras of all views share, and their own intrinsics.
         layout: "object" (cameras around it) or "forward" (cameras side by side).
         distance: from the cameras to the centre of the box [-1, 1]^3; in a forward-facing scene the unit of length.
         poses: [V, 4, 4] as stored with the views, normalised if they are used in training; or None.
         loss_masks: [V, 1, H, W], 0 at pixels that no loss counts; None: all pixels count.
+        foreground: of the views of an object, if masks or a background colour show it.
+        note: a sentence for the user on how the scene was prepared.
+        reframed_images: the views [V, 3, H, W] as the common camera sees them; None: it is the camera of all views.
     """
 
     images: Tensor
@@ -40,6 +44,14 @@ class Scene:
     distance: float
     poses: Tensor | None
     loss_masks: Tensor | None = None
+    reframed_images: Tensor | None = None
+    foreground: Foreground | None = None
+    note: str = ""
+
+    @property
+    def encoder_images(self) -> Tensor:
+        """The views [V, 3, H, W] as the common camera sees them."""
+        return self.images if self.reframed_images is None else self.reframed_images
 
     @property
     def size(self) -> tuple[int, int]:
@@ -47,7 +59,9 @@ class Scene:
         return self.images.shape[2], self.images.shape[3]
 
 
-def open_scene(views: Views, resolution: int, device: torch.device, known_poses: bool = True) -> Scene:
+def open_scene(
+    views: Views, resolution: int, device: torch.device, known_poses: bool = True, box: float | None = None
+) -> Scene:
     """Prepare views for training.
 
     Args:
@@ -55,60 +69,116 @@ def open_scene(views: Views, resolution: int, device: torch.device, known_poses:
         resolution: longer side in pixels.
         device: where the images are kept.
         known_poses: whether the poses of the views are used in training; otherwise they stay unchanged, for scoring.
+        box: length of the sides of the field's box in the units of the poses; None: by the views, see
+            :mod:`factorkit.nerfdiff.box`.
 
     Raises:
-        DataError: fewer than two views, empty views, differing intrinsics, or known poses that cannot be normalised.
+        ConfigError: a box that is not positive, or without known poses around an object.
+        DataError: fewer than two views, empty views, or known poses that cannot be normalised.
     """
     if len(views) < 2:
         raise DataError(f"{len(views)} view: a scene needs at least 2 views; about 30 give reliable poses")
     views = views.resize(resolution)
     if views.images.std((0, 2, 3)).max() < MIN_COLOR_STD:
         raise DataError("no foreground: all pixels of all views are equal. Are masks or background inverted?")
-    camera = shared_camera(views)
-    poses, distance = views.poses, 1.0
+    camera, foreground = shared_camera(views), None
+    poses, distance, note = views.poses, 1.0, ""
     if views.layout == "object":
-        distance = framing_distance(float(camera.intrinsics.diagonal()[:2].min()))
+        distance, foreground = framing_distance(float(camera.intrinsics.diagonal()[:2].min())), find_foreground(views)
+    if box is not None and not (box > 0 and known_poses and poses is not None and views.layout == "object"):
+        raise ConfigError(
+            f'box={box:g}: give a length above 0 in the units of known poses around an object (poses="known")'
+        )
     if known_poses and poses is not None:
         if views.layout == "object":
-            poses = center_poses(align_up_axis(poses), distance)
+            poses, distance, note = _fit_box(views, poses, distance, foreground, box)
         else:
             poses = align_forward(poses, views.near)
-    camera = replace(camera, intrinsics=camera.intrinsics.to(device), background=camera.background.to(device))
     poses = None if poses is None else poses.to(device)
     loss_masks = None if views.loss_masks is None else views.loss_masks.to(device)
-    return Scene(views.images.to(device), list(views.names), camera, views.layout, distance, poses, loss_masks)
+    seen = None if camera.view_intrinsics is None else match_camera(views, camera, views.size).images.to(device)
+    images, camera = views.images.to(device), camera.to(device)
+    foreground = None if foreground is None else foreground.to(device)
+    return Scene(images, list(views.names), camera, views.layout, distance, poses, loss_masks, seen, foreground, note)
+
+
+def _fit_box(
+    views: Views, poses: Tensor, distance: float, foreground: Foreground | None, side: float | None
+) -> tuple[Tensor, float, str]:
+    """Move and scale poses so that the field's box [-1, 1]^3 holds the object.
+
+    Args:
+        views: with sparse points, if known.
+        poses: of the views, [V, 4, 4].
+        distance: mean distance of the cameras if the images frame the object.
+        foreground: of the views, if known.
+        side: length of the box's sides in the units of the poses; None: by the views.
+
+    Returns:
+        The poses, their mean distance, and a sentence for the user.
+    """
+    upright = align_up_axis(poses)
+    centered = center_poses(upright, distance)
+    scale = rms_spread(centered[:, :3, 3]) / rms_spread(upright[:, :3, 3])
+    if side is not None:
+        factor, reason = side * scale / 2, "as given"
+    else:
+        points = views.points
+        if points is not None:
+            points = points @ (upright[0, :3, :3] @ poses[0, :3, :3].T).T  # as the poses were turned
+            points = (points - upright[0, :3, 3]) * scale + centered[0, :3, 3]
+        factor, reason = choose_scale(centered, foreground, points)
+    if factor != 1:
+        distance = distance / factor
+        centered = center_poses(upright, distance)
+    return centered, distance, f"The field's box has sides of {2 * factor / scale:.4g} units of the poses: {reason}."
 
 
 def shared_camera(views: Views) -> CameraModel:
     """Return the camera model of views; their background is black if none is stored.
 
-    Raises:
-        DataError: the intrinsics of the views differ.
+    Intrinsics that differ stay those of each view, and the common ones are of an image that contains all views.
     """
-    height, width = views.size
-    intrinsics = views.intrinsics / torch.tensor([width, height, 1.0])[:, None]
-    mean = intrinsics.mean(0)
-    if (intrinsics - mean).abs().max() > INTRINSICS_TOLERANCE:
-        raise DataError("the views' focal lengths or image centres differ; give views of one camera")
+    intrinsics = relative_intrinsics(views)
     background = torch.zeros(3) if views.background is None else views.background
-    return CameraModel(mean, background, views.layout == "forward")
+    camera = CameraModel(intrinsics.mean(0), background, views.layout == "forward")
+    if has_intrinsics(camera.intrinsics, intrinsics):
+        return camera
+    focal, centre = intrinsics.diagonal(dim1=1, dim2=2)[:, :2], intrinsics[:, :2, 2]
+    lower, upper = (centre / focal).amax(0), ((1 - centre) / focal).amax(0)  # tangents of the widest angles
+    union = torch.eye(3)
+    union[:2, :2] = torch.diag(1 / (lower + upper))
+    union[:2, 2] = lower / (lower + upper)
+    return replace(camera, intrinsics=union, view_intrinsics=intrinsics)
+
+
+def relative_intrinsics(views: Views) -> Tensor:
+    """Return the intrinsics [V, 3, 3] of views in units of width and height."""
+    return views.intrinsics / torch.tensor([views.size[1], views.size[0], 1.0])[:, None]
+
+
+def has_intrinsics(intrinsics: Tensor, own: Tensor) -> bool:
+    """Return whether intrinsics [V, 3, 3] are, up to rounding and small errors, those of one camera [3, 3]."""
+    return bool((own - intrinsics).abs().max() <= INTRINSICS_TOLERANCE)
+
+
+def match_size(views: Views, size: tuple[int, int]) -> Views:
+    """Return views at the size of a run; views of another shape keep it, with the same longer side."""
+    return views.resize(size if same_aspect_ratio(views.size, size) else max(size))
 
 
 def match_camera(views: Views, camera: CameraModel, size: tuple[int, int]) -> Views:
-    """Return views as the camera of a run sees them, at its size; views of that camera are only resized."""
-    k = camera.intrinsics.cpu() * torch.tensor([size[1], size[0], 1.0])[:, None]
-    own = views.intrinsics / torch.tensor([views.size[1], views.size[0], 1.0])[:, None]
-    if same_aspect_ratio(views.size, size) and (own - camera.intrinsics.cpu()).abs().max() <= INTRINSICS_TOLERANCE:
+    """Return views as one camera that contains all views of a run sees them, at its size.
+
+    Views of that camera are only resized.
+    """
+    if same_aspect_ratio(views.size, size) and has_intrinsics(camera.intrinsics.cpu(), relative_intrinsics(views)):
         return views.resize(size)
-    return views.reframe(k, size)
+    return views.reframe(camera.pixel_intrinsics(*size).cpu(), size)
 
 
 def box_camera(views: Views) -> CameraModel:
-    """Return the camera model that maps between world and field box: the identity for object scenes.
-
-    Raises:
-        DataError: the intrinsics of forward-facing views differ.
-    """
+    """Return the camera model that maps between world and field box: the identity for object scenes."""
     return shared_camera(views) if views.layout == "forward" else CameraModel(torch.eye(3), torch.zeros(3))
 
 

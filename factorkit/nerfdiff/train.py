@@ -24,9 +24,9 @@ from factorkit.nerfdiff.scene import Scene, open_scene
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
-from factorkit.nerfdiff.training_views import complete_settings, describe_scene, store_views
+from factorkit.nerfdiff.training_views import complete_settings, describe_data, describe_scene, store_views
 from factorkit.utils import distributed
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 NUM_PROCEDURAL_VIEWS = 80  # without data
 TIMED_STEPS = 3  # of each stage, in a dry run
@@ -42,6 +42,7 @@ def train_nerfdiff(
     masks: Any = None,
     loss_masks: Any = None,
     fov: float | None = None,
+    box: float | None = None,
     **changes: Any,
 ) -> NerfdiffRun:
     """Find the cameras and the scene of views; the same call again resumes, exactly.
@@ -55,6 +56,7 @@ def train_nerfdiff(
         preset: see :data:`factorkit.nerfdiff.config.PRESETS`; None: ``"demo"`` without data, else ``"fast"``.
         progress: show progress bars.
         layout, masks, loss_masks, fov: how the views are read, see :func:`factorkit.data.views.open.open_views`.
+        box: see :func:`factorkit.nerfdiff.scene.open_scene`.
         **changes: any field of :class:`~factorkit.nerfdiff.config.NerfdiffConfig`.
 
     Returns:
@@ -86,16 +88,16 @@ def train_nerfdiff(
     distributed.check_batch(config.views_per_step, "views_per_step")
     folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
     reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
-    views, scene, settings = _prepare(data, config, preset, device, reading)
+    views, scene, settings = _prepare(data, config, preset, device, reading, box)
     if progress:
         distributed.run_on_first(
-            lambda: print("".join(f"views: {note}\n" for note in views.notes), end="", file=stderr)
+            lambda: print("".join(f"views: {note}\n" for note in list_notes(views, scene)), end="", file=stderr)
         )
 
     complete = partial(complete_settings, folder=folder, requested=settings)
     run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
     with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
-        distributed.run_on_first(lambda: store_views(folder, views))
+        distributed.run_on_first(lambda: store_views(folder, views, describe_data(data, reading)))
         Training(config, scene, folder, settings, progress).run()
         return NerfdiffRun.load(folder, device=device)
 
@@ -113,6 +115,7 @@ def estimate(
     masks: Any = None,
     loss_masks: Any = None,
     fov: float | None = None,
+    box: float | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Time a few steps of each stage on this machine, for ``--dry-run``; nothing is written.
@@ -120,15 +123,15 @@ def estimate(
     The arguments are those of :func:`train_nerfdiff`.
 
     Returns:
-        preset, views, parameters (of encoder and field), memory_gib (peak of a GPU, or growth of the process), device,
-        stages (each with name, steps, views_per_second and seconds), and seconds, their sum. The flip test is counted
-        with its maximum number of rounds.
+        preset, views, notes (sentences on how the views were read), parameters (of encoder and field), memory_gib (peak
+        of a GPU, or growth of the process), device, stages (each with name, steps, views_per_second and seconds), and
+        seconds, their sum. The flip test is counted with its maximum number of rounds.
     """
     preset = preset or default_preset(data)
     config = preset_config(preset, **changes)
     device = resolve_device(config.device)
     reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
-    views, scene, settings = _prepare(data, config, preset, device, reading)
+    views, scene, settings = _prepare(data, config, preset, device, reading, box)
     before = peak_memory(device) if device.type == "cpu" else 0
     # one round is timed, and counted as often as it may run
     trial = _StageTimer(dataclasses.replace(config, flip_rounds=min(1, config.flip_rounds)), scene, settings)
@@ -140,6 +143,7 @@ def estimate(
     return {
         "preset": preset,
         "views": len(views),
+        "notes": list_notes(views, scene),
         "parameters": trial.parameters,
         "memory_gib": max(peak_memory(device) - before, 5 * 4 * trial.parameters) / 2**30,
         "device": str(device),
@@ -182,8 +186,13 @@ class _StageTimer(Training):
         self.measure_held_out(model)
 
 
+def list_notes(views: Views, scene: Scene) -> list[str]:
+    """Return sentences for the user on how the views were read and prepared."""
+    return [*views.notes, *([scene.note] if scene.note else [])]
+
+
 def _prepare(
-    data: Any, config: NerfdiffConfig, preset: str, device: torch.device, reading: dict[str, Any]
+    data: Any, config: NerfdiffConfig, preset: str, device: torch.device, reading: dict[str, Any], box: float | None
 ) -> tuple[Views, Scene, dict[str, Any]]:
     """Return the views at the run's resolution, the scene, and the settings that are stored with the run."""
     if data is None:
@@ -196,9 +205,11 @@ def _prepare(
         views = open_views(data, "train", config.resolution, **reading)
     views = views.resize(config.resolution)
     known_poses = config.poses == "known"
-    scene = open_scene(views, config.resolution, device, known_poses)
+    scene = open_scene(views, config.resolution, device, known_poses, box)
     if scene.layout == "object" and len(scene.images) < config.num_candidates:
-        raise DataError(f"{len(scene.images)} views are fewer than num_candidates={config.num_candidates}; give more")
+        raise DataError(
+            f"{format_count(len(scene.images), 'view')}: fewer than num_candidates={config.num_candidates}; give more"
+        )
     if scene.layout == "forward" and config.pose_parameters:
         raise ConfigError(
             f"optimize_camera={config.optimize_camera}: forward-facing cameras are optimised in all six degrees of "

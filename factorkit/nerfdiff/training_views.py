@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,16 +16,48 @@ from torch import Tensor
 
 from factorkit.data.views.views import SceneLayout, Views
 from factorkit.nerfdiff.scene import Scene, shared_camera
-from factorkit.utils.atomic import replacing
 from factorkit.utils.errors import CheckpointError
-from factorkit.utils.safe_reading import read_arrays
+from factorkit.utils.files import read_arrays, replacing
 
 FILE_NAME = "views.npz"
+OPTIONAL = ("poses", "background", "loss_masks", "content_sizes")
 DESCRIBED_DIGITS = 5  # of intrinsics, relative to the image's sides, and of colours
 
 
-def store_views(folder: Path, views: Views) -> None:
-    """Write images (8 bits a channel), names, intrinsics and, if given, poses and background to the run folder.
+class TrainingData(NamedTuple):
+    """Where the views of a run came from, so that an export finds their files again.
+
+    Attributes:
+        source: absolute path; None: objects in memory.
+        reading: the arguments of :func:`factorkit.data.views.open.open_views` that they were read with.
+        size: height and width before they were reduced, of views that were given as such; else None.
+    """
+
+    source: str | None
+    reading: dict[str, Any]
+    size: tuple[int, int] | None
+
+
+UNKNOWN_DATA = TrainingData(None, {}, None)
+
+
+def describe_data(data: Any, reading: dict[str, Any]) -> TrainingData:
+    """Return where data that were given to a training lie."""
+    values = {name: _absolute(value) for name, value in reading.items() if value is not None}
+    if not isinstance(data, (str, os.PathLike)) or not all(isinstance(x, (str, float, int)) for x in values.values()):
+        return TrainingData(None, {}, data.size if isinstance(data, Views) else None)
+    return TrainingData(str(Path(data).expanduser().resolve()), values, None)
+
+
+def _absolute(value: Any) -> Any:
+    """Return an existing path as an absolute one, and other values unchanged."""
+    if isinstance(value, (str, os.PathLike)) and Path(value).expanduser().exists():
+        return str(Path(value).expanduser().resolve())
+    return value
+
+
+def store_views(folder: Path, views: Views, data: TrainingData = UNKNOWN_DATA) -> None:
+    """Write images and masks (8 bits a channel), names, cameras, background and origin to the run folder.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -33,11 +67,15 @@ def store_views(folder: Path, views: Views) -> None:
         "names": np.array(views.names),
         "intrinsics": views.intrinsics.numpy(),
         "layout": np.array(views.layout),
+        "origin": np.array(views.origin),
+        "data": np.array(json.dumps(data._asdict())),
     }
-    for name in ("poses", "background"):
+    if views.masks is not None:
+        arrays["masks"] = (views.masks * 255).round().byte().numpy()
+    for name in OPTIONAL:
         value = getattr(views, name)
         if value is not None:
-            arrays[name] = value.numpy()
+            arrays[name] = (value.byte() if name == "loss_masks" else value).numpy()
     path = folder / FILE_NAME
     try:
         with replacing(path) as temporary:
@@ -57,7 +95,13 @@ def load_views(folder: Path | None) -> Views | None:
         return None
     try:
         arrays = read_arrays(path)
-        optional: dict[str, Any] = {k: torch.from_numpy(arrays[k]) for k in ("poses", "background") if k in arrays}
+        optional: dict[str, Any] = {k: torch.from_numpy(arrays[k]) for k in OPTIONAL if k in arrays}
+        if "loss_masks" in optional:
+            optional["loss_masks"] = optional["loss_masks"].float()
+        if "masks" in arrays:
+            optional["masks"] = torch.from_numpy(arrays["masks"]).float() / 255
+        if "origin" in arrays:
+            optional["origin"] = tuple(arrays["origin"].tolist())
         return Views(
             torch.from_numpy(arrays["images"]).float() / 255,
             [str(name) for name in arrays["names"]],
@@ -66,6 +110,25 @@ def load_views(folder: Path | None) -> Views | None:
             **optional,
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:  # of shapes, types and names
+        raise CheckpointError(f"cannot read {path}: {error}. Run the training command again to restore it") from error
+
+
+def load_data(folder: Path | None) -> TrainingData:
+    """Load where the views of a run came from; nothing for runs of earlier versions.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    path = None if folder is None else folder / FILE_NAME
+    if path is None or not path.is_file():
+        return UNKNOWN_DATA
+    try:
+        arrays = read_arrays(path)
+        if "data" not in arrays:
+            return UNKNOWN_DATA
+        values = json.loads(str(arrays["data"]))
+        return TrainingData(values["source"], dict(values["reading"]), values["size"] and tuple(values["size"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read {path}: {error}. Run the training command again to restore it") from error
 
 
@@ -89,13 +152,18 @@ def describe_scene(scene: Scene, views: Views, known_poses: bool) -> dict[str, A
 
 
 def describe_cameras(views: Views, known_poses: bool) -> dict[str, Any]:
-    """Return intrinsics (fx, fy, cx, cy in units of width and height), background and, if used, a hash of the poses."""
+    """Return intrinsics (fx, fy, cx, cy in units of width and height), background and, if used, a hash of the poses.
+
+    Intrinsics that differ between views are described by a hash too.
+    """
     camera = shared_camera(views)
     values = [camera.intrinsics[at] for at in ((0, 0), (1, 1), (0, 2), (1, 2))]
     description: dict[str, Any] = {
         "intrinsics": [round(float(x), DESCRIBED_DIGITS) for x in values],
         "background": [round(x, DESCRIBED_DIGITS) for x in camera.background.tolist()],
     }
+    if camera.view_intrinsics is not None:
+        description["view_intrinsics"] = _digest((camera.view_intrinsics * 10**DESCRIBED_DIGITS).round())
     if known_poses and views.poses is not None:
         description["poses"] = _digest(views.poses.float())
     return description

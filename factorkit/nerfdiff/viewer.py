@@ -15,15 +15,13 @@ from torch import Tensor
 
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.export.points import MAX_DEPTH, point_cloud
-from factorkit.nerfdiff.fields.occupancy import field_device, occupied_sampling
+from factorkit.nerfdiff.fields.base import field_device, occupied_sampling
 from factorkit.nerfdiff.rays import CameraModel, limit_depth
 from factorkit.nerfdiff.scene import box_camera, view_poses
-from factorkit.rendering.cameras import image_rays
-from factorkit.rendering.ndc import MAX_DIRECTION_Z
-from factorkit.rendering.render import Field, render
-from factorkit.rendering.sampling import OccupancySampling
+from factorkit.rendering.cameras import MAX_DIRECTION_Z, image_rays
+from factorkit.rendering.render import Field, OccupancySampling, render
 from factorkit.report.image_grid import palette
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 from factorkit.utils.images import images_to_pixels, unit_to_uint8
 
 if TYPE_CHECKING:
@@ -71,7 +69,6 @@ class Viewer:
 
     Args:
         scene: what to show first.
-        host: address to listen at.
         port: to listen at; the next free one if it is in use. The attribute ``url`` has the result.
 
     Raises:
@@ -104,7 +101,7 @@ class Viewer:
         nodes.set_up_direction("+z" if views.layout == "object" else "+y")
         self._set_initial_camera(views)
         with self.server.atomic():
-            self._step.content = f"**Step {scene.step}**, {len(views)} views"
+            self._step.content = f"**Step {scene.step}**, {format_count(len(views), 'view')}"
             for name, box in self._boxes.items():
                 if name in self._nodes:
                     self._nodes[name].remove()
@@ -272,8 +269,6 @@ def render_viewpoint(
         sampling: of the scene's field.
         pose: camera-to-world, [4, 4].
         fov: vertical field of view in radians.
-        height: of the image in pixels.
-        width: of the image in pixels.
         stop: called between chunks; True ends the render, which then returns None.
     """
     focal = height / (2 * math.tan(fov / 2))

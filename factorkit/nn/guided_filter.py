@@ -73,7 +73,6 @@ def apply_guided_filter(
         guide: [B, C, H, W] of any size.
         rows: the guide is only these rows of an image of ``height`` rows, and so is the result: a large image need not
             be in memory as floats.
-        height: of the whole image.
 
     Raises:
         ValueError: a guide with another batch or other channels than the coefficients.

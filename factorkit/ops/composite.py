@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from factorkit.ops.checks import check_matches, check_offsets
-from factorkit.ops.dispatch import call_extension, reference_gradients, register, select
+from factorkit.ops.dispatch import call_extension, check_matches, check_offsets, reference_gradients, register, select
 from factorkit.ops.resample import pad_rays
 
 MAX_CHANNELS = 32  # as in csrc/composite.h

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factorkit.ops.checks import check_box, check_rays
-from factorkit.ops.dispatch import call_extension, reference_gradients, register, select
+from factorkit.ops.dispatch import call_extension, check_box, check_rays, reference_gradients, register, select
 
 FAR_SIDES = 64  # as kFarSides in csrc/intersect.h
 

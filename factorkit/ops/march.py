@@ -9,8 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from factorkit.ops.checks import check_box, check_matches, check_rays, check_seed, check_values, is_readable
-from factorkit.ops.dispatch import call_extension, register, select
+from factorkit.ops.dispatch import (
+    call_extension,
+    check_box,
+    check_matches,
+    check_rays,
+    check_seed,
+    check_values,
+    is_readable,
+    register,
+    select,
+)
 from factorkit.ops.intersect import cross_slabs
 
 

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.ops.checks import check_matches, check_offsets, check_seed
-from factorkit.ops.dispatch import call_extension, register, select
+from factorkit.ops.dispatch import call_extension, check_matches, check_offsets, check_seed, register, select
 from factorkit.ops.march import counter_uniform
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from factorkit.ops.checks import check_box
+from factorkit.ops.dispatch import check_box
 from factorkit.ops.march import face_slack
 
 

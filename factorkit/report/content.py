@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from factorkit.utils.jsonl import is_number, timeline
+from factorkit.utils.files import is_number, timeline
 
 Record = dict[str, Any]  # an event of the log, or the scores
 Log = list[Record]

@@ -14,7 +14,7 @@ import numpy as np
 
 from factorkit.report.content import AlarmLimits, Curve, Log, ReportContent
 from factorkit.report.image_grid import palette
-from factorkit.utils.jsonl import is_number, timeline
+from factorkit.utils.files import is_number, timeline
 
 if TYPE_CHECKING:  # importing matplotlib takes long, and most commands draw no report
     from matplotlib.axes import Axes

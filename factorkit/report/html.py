@@ -11,6 +11,7 @@ import platform
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ from factorkit.report.content import (
     sorted_baselines,
 )
 from factorkit.report.curves import DARK, LIGHT, draw_curves
-from factorkit.utils.atomic import replacing
-from factorkit.utils.errors import CheckpointError
-from factorkit.utils.jsonl import is_number, read_log, timeline
-from factorkit.utils.safe_reading import read_json
+from factorkit.utils.errors import CheckpointError, WriteError
+from factorkit.utils.files import is_number, read_json, read_log, replacing, timeline
 
 REPORT_NAME = "report.html"
+_SIGNATURE = "<p class='kicker'>factorkit run</p>"  # of every report, within the first characters
+_SIGNATURE_WITHIN = 1 << 16
 _GRID_NAME = re.compile(r"(?P<step>\d+)_(?P<kind>.+)")
 _STRIP_LENGTH = 8  # earlier grids of one kind in the strip below the newest
 _STRIP_SIZE = (320, 240)  # bounds in pixels of an image in the strip
@@ -46,6 +47,14 @@ def read_verdict(folder: str | os.PathLike[str], content: ReportContent) -> Verd
     return content.judge(read_log(folder), _read_json(Path(folder) / "scores.json"))
 
 
+def check_report(folder: str | os.PathLike[str]) -> None:
+    """Raise WriteError if a run folder holds a report.html that factorkit did not write."""
+    path = Path(folder) / REPORT_NAME
+    with suppress(FileNotFoundError, NotADirectoryError), open(path, encoding="utf-8", errors="replace") as file:
+        if _SIGNATURE not in file.read(_SIGNATURE_WITHIN):
+            raise WriteError(f"{path} exists and was not written by factorkit. Move it away")
+
+
 def write_report(folder: str | os.PathLike[str], content: ReportContent) -> Path:
     """Write ``folder/report.html`` from the files in the run folder, and return its path.
 
@@ -55,6 +64,7 @@ def write_report(folder: str | os.PathLike[str], content: ReportContent) -> Path
 
     Raises:
         CheckpointError: the folder does not exist, or the file cannot be written.
+        WriteError: the file is there, but no report.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -64,7 +74,7 @@ def write_report(folder: str | os.PathLike[str], content: ReportContent) -> Path
     name = folder.resolve().name
     progress = _text(_progress(config, log))
     body = [
-        f"<header><p class='kicker'>factorkit run</p><h1>{_text(name)}</h1><p>{progress}</p></header>",
+        f"<header>{_SIGNATURE}<h1>{_text(name)}</h1><p>{progress}</p></header>",
         _verdict_box(verdict),
         _checks_section(log),
         _headline_numbers(config, log, scores, content),
@@ -82,6 +92,7 @@ def write_report(folder: str | os.PathLike[str], content: ReportContent) -> Path
         "<body><main>\n" + "\n".join(body) + "\n</main></body></html>\n"
     )
     path = folder / REPORT_NAME
+    check_report(folder)
     try:
         with replacing(path) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="replace")

@@ -1,8 +1,8 @@
 """``factorkit.choose_regions``: choose the number of regions without labels.
 
-A spatial mixture (:mod:`factorkit.segdiff.masks.mixture`) is a denoiser by itself, without any U-Net, and trains in
-seconds. The noise that it cannot separate from held-out images falls with its number of regions K: steeply until
-everything that the images share has a region of its own, and hardly after it.
+A spatial mixture (:mod:`factorkit.segdiff.masks.spatial_mixture`) is a denoiser by itself, without any U-Net, and
+trains in seconds. The noise that it cannot separate from held-out images falls with its number of regions K: steeply
+until everything that the images share has a region of its own, and hardly after it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from factorkit.engine.trainer import Trainer
 from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.inference.segment import add_noise
-from factorkit.segdiff.masks.mixture import SpatialMixture, noise_error, unexplained_noise
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, noise_error, unexplained_noise
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
 from factorkit.segdiff.train import DATA_NAME, describe_data, load_data
-from factorkit.utils.atomic import save_image
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.utils.files import save_image
 from factorkit.utils.images import signed_to_pixels
 from factorkit.utils.rng import BatchDraw
 
@@ -159,7 +159,9 @@ def choose_regions(
     dataset, prepared, probes = load_data(data, configs[0], progress)
     images: np.ndarray = prepared.images
     if len(images) < MIN_IMAGES:
-        raise DataError(f"{len(images)} images are too few to train on some and evaluate others; give {MIN_IMAGES}")
+        raise DataError(
+            f"{format_count(len(images), 'image')}: too few to train on some and evaluate others; give {MIN_IMAGES}"
+        )
     if dataset.test_images is None or len(dataset.test_images) < 2:
         held_out = np.linspace(0, len(images) - 1, min(NUM_PROBES, len(images) // 4)).round().astype(int)
         probes, images = images[held_out], np.delete(images, held_out, 0)

@@ -19,8 +19,6 @@ def select_labels(classes: Any, names: Sequence[str], count: int, guidance: floa
 
     Args:
         classes: "all", a name, a label, a list of names, labels and None, or None.
-        names: classes of the run.
-        count: number of images.
         guidance: scale of the guidance, which needs classes.
 
     Raises:

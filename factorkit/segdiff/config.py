@@ -11,8 +11,7 @@ import torch
 from tyro.conf import Suppress, arg
 
 from factorkit.diffusion.schedule import Schedule, check_objective
-from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig
-from factorkit.engine.migration import register_renamed_settings
+from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig, register_renamed_settings
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.hierarchy import HierarchicalUNet, SegdiffModel, check_nesting
 from factorkit.segdiff.network import FactorizedUNet, check_architecture
@@ -65,10 +64,15 @@ class SegdiffConfig(EngineConfig):
     """Weight of the loss per noise level. "min_snr" weighs the error of the clean image by min(SNR, gamma)."""
     min_snr_gamma: float = 5.0
     """Gamma of loss_weighting="min_snr". 5 is the value of its paper (Hang et al. 2023)."""
-    masks: Literal["network", "mixture"] = "network"
-    """What proposes the regions: a decoder of the U-Net, or a spatial mixture model, which has a learned spatial prior
-    and fits the colours of each region to the image. The mixture is for objects that colour does not separate from
-    their background, in photos that are all framed alike."""
+    masks: Literal["auto", "network", "mixture"] = "network"
+    """What proposes the regions. "network": a decoder of the U-Net, as in the thesis. "mixture": a learned spatial
+    and the colours of each region in the image. "auto": objects, by stages before the training; region 0 is one."""
+    cue_weight: float = 1.0
+    """Weight of the saliency cue beside the spatial prior, for masks="auto". 0 turns it off."""
+    mixture_steps: int = 120
+    """Steps of the spatial mixture's stage, for masks="auto"."""
+    distil_steps: int = 2500
+    """Steps of the mask network's stage, for masks="auto"."""
     branch_norm: BranchNorm | None = None
     """Norm of the branch decoder. By default "pixel" in the regional form and "group" in the thesis'."""
     region_tokens: bool | None = None
@@ -112,7 +116,7 @@ class SegdiffConfig(EngineConfig):
     """Number of labelled images that fit the mapping from regions to foreground; the rest are scored."""
     segment_t: int | None = None
     """Time step at which real images are segmented. By default the noise of step 30 on the linear schedule of 1000,
-    and 0 for masks="mixture", which measures colours best without noise."""
+    and 0 for masks="auto" and "mixture", which measure colours best without noise."""
 
     class_names: Suppress[tuple[str, ...]] = ()
     """Classes the model is conditioned on, in the order of their labels; `train_segdiff(classes=)` sets it."""
@@ -146,6 +150,8 @@ class SegdiffConfig(EngineConfig):
         if self.masks == "mixture":
             defaults |= {"normalised_logits": False, "half_resolution_masks": False, "mask_learning_rate": 100.0}
             defaults["segment_t"] = 0  # IoU on horses .684 instead of .674
+        if self.masks == "auto":
+            defaults |= {"normalised_logits": False, "half_resolution_masks": False, "segment_t": 0}
         prediction = self.prediction or defaults["prediction"]
         kind = defaults["schedule"] = self.schedule or ("flow" if prediction == "flow" else "linear")
         check_objective(prediction, kind)
@@ -197,7 +203,8 @@ class ResolvedSegdiffConfig(SegdiffConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("resolution", "model_channels", "num_res_blocks", "num_heads", "norm_groups", "num_fit_images"):
+        sizes = ("resolution", "model_channels", "num_res_blocks", "num_heads", "norm_groups", "num_fit_images")
+        for name in (*sizes, "mixture_steps", "distil_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.model_channels % 2:
@@ -216,6 +223,10 @@ class ResolvedSegdiffConfig(SegdiffConfig):
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
         if self.branch_norm not in NORMS:
             raise ConfigError(f"branch_norm={self.branch_norm!r} is unknown; choose one of {', '.join(NORMS)}")
+        if not 0 <= self.cue_weight < math.inf:
+            raise ConfigError(f"cue_weight={self.cue_weight} must be a finite number, 0 or more")
+        if self.masks == "auto" and self.form == "thesis":
+            raise ConfigError("masks='auto' is not in the thesis; give masks='network' or form='regional'")
         if not 0 <= self.mask_learning_rate < math.inf:
             raise ConfigError(f"mask_learning_rate={self.mask_learning_rate} must be a finite factor, 0 or more")
         if len(self.coarse_to_fine) != 2 or not 0 <= self.coarse_to_fine[0] <= self.coarse_to_fine[1]:

@@ -117,5 +117,5 @@ def check_nesting(regions: Sequence[int], decoding: str, masks: str) -> None:
         )
     if decoding == "concat":
         raise ConfigError("decoding='concat' has a single branch to nest in; give one number of regions")
-    if masks == "mixture":
-        raise ConfigError("masks='mixture' measures whole images, not parts of them; give one number of regions")
+    if masks != "network":
+        raise ConfigError(f"masks={masks!r} measures whole images, not parts of them; give one number of regions")

@@ -21,13 +21,14 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from factorkit import ops
 from factorkit.diffusion.denoiser import Denoised, Denoiser
 from factorkit.nn.unet import Decoder, Encoder, LabelEmbedding, Middle, TimeEmbedding
-from factorkit.segdiff.masks.mixture import SpatialMixture
 from factorkit.segdiff.masks.network import NetworkMasks, at_least_fp32
+from factorkit.segdiff.masks.objects import ObjectMasks
 from factorkit.segdiff.masks.proposal import Encoding, MaskProposer
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture
 from factorkit.utils.errors import ConfigError
 
 DECODINGS = ("masked_skips", "concat", "masked_mid", "unshared")
-MASKS = ("network", "mixture")
+MASKS = ("auto", "network", "mixture")
 
 
 class Regions(NamedTuple):
@@ -83,7 +84,8 @@ class FactorizedUNet(Denoiser):
         half_resolution_masks: the mask generator stops at half the resolution; its logits are upsampled bilinearly.
         checkpoint_branches: in training, run the branches one after another and again in the backward pass. The memory
             of their activations is then that of one branch, for any K.
-        masks: what proposes them: a ``"network"`` (a decoder of the U-Net) or a spatial ``"mixture"`` model.
+        masks: what proposes them: a ``"network"`` (a decoder of the U-Net), a spatial ``"mixture"`` model, or
+            ``"auto"``, a network of its own that stages before the training have taught what objects are.
         channels: of the image.
         classes: number of classes the model is conditioned on; 0 is none.
 
@@ -157,7 +159,9 @@ class FactorizedUNet(Denoiser):
         if regions == 1:
             self.decoder: nn.Module = decoder(channels)
             return
-        if masks == "mixture":
+        if masks == "auto":
+            self.masks = ObjectMasks(regions, resolution).requires_grad_(False)
+        elif masks == "mixture":
             self.masks = SpatialMixture(regions)
         else:
             left_out = int(half_resolution_masks)
@@ -186,7 +190,7 @@ class FactorizedUNet(Denoiser):
         if self.masks is None:
             prediction = at_least_fp32(self.decoder(encoding.middle, encoding.skips, encoding.embedding))
             return Denoised(prediction, Regions(torch.ones_like(prediction[:, :1]), prediction[:, None]))
-        logits, score = self.masks(x_t, encoding, within)
+        logits, score = self.masks(x_t, encoding, within, t)
         if score is not None:
             # The score alone trains the prior: the branches' gradient misleads it (IoU on horses .65 instead of .67).
             logits = logits.detach()
@@ -203,7 +207,7 @@ class FactorizedUNet(Denoiser):
         if self.masks is None:
             return torch.ones_like(x_t[:, :1])
         encoding = self._encode(x_t, t, cond) if self.masks.needs_encoding else None
-        return self.masks(x_t, encoding, within).logits.softmax(1)
+        return self.masks.segment(x_t, encoding, within, t)
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that learn at ``mask_learning_rate``; none for ``regions=1``."""
@@ -289,9 +293,9 @@ def check_architecture(
         raise ConfigError(f"decoding={decoding!r} is unknown; choose one of {', '.join(DECODINGS)}")
     if masks not in MASKS:
         raise ConfigError(f"masks={masks!r} is unknown; choose one of {', '.join(MASKS)}")
-    if masks == "mixture" and (normalised_logits or half_resolution_masks):
+    if masks != "network" and (normalised_logits or half_resolution_masks):
         raise ConfigError(
-            "masks='mixture' has no mask generator whose logits could be normalised or at half resolution; "
+            f"masks={masks!r} has no mask generator whose logits could be normalised or at half resolution; "
             "leave normalised_logits= and half_resolution_masks= out"
         )
     halvings = len(channel_mult) - 1

@@ -60,7 +60,6 @@ def draw_generation_grid(
         images: uint8 [N, H, W, 3].
         masks: float [N, K, H, W] in [0, 1].
         labels: integers [N, H, W]; None: the argmax of the masks.
-        per_line: samples side by side.
     """
     images, masks = np.asarray(images), np.asarray(masks)
     labels = masks.argmax(axis=1) if labels is None else np.asarray(labels)
@@ -83,7 +82,6 @@ def draw_class_grid(
     Args:
         images: uint8 [N, H, W, 3].
         masks: float [N, K, H, W] in [0, 1].
-        classes: class of each image.
         per_line: images of each class.
     """
     rows = []
@@ -105,7 +103,6 @@ def draw_trajectory_grid(
     Args:
         frames: S arrays uint8 [N, H, W, 3], from noise to image.
         labels: S arrays of integers [N, H, W]; None: no rows of regions.
-        times: the S time steps.
     """
     by_sample = np.stack([np.asarray(frame) for frame in frames], axis=1)
     regions = None if labels is None else np.stack([np.asarray(label) for label in labels], axis=1)

@@ -77,6 +77,8 @@ class SegdiffRun(Segmenter, Editor):
     def save(self, path: str | Path, *, overwrite: bool = False, source: str | None = None) -> Path:
         """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
 
+        Of several processes only the first writes.
+
         Args:
             path: the file.
             overwrite: also replace a file that was not written for this run.
@@ -95,6 +97,8 @@ class SegdiffRun(Segmenter, Editor):
             writing_file, source=f"save: {source or identify_run(self.folder, weights)}", overwrite=overwrite
         )
         meta = {"model": "segdiff", **self.config.to_dict(), "step": self.step}
+        if distributed.rank() > 0:
+            return Path(path)
         return write_checkpoint(Path(path), weights, meta, opened)
 
     @property

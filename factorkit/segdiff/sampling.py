@@ -92,12 +92,7 @@ def draw_images(
     images and masks are kept, on the CPU.
 
     Args:
-        model: the network.
-        config: its settings.
-        count: number of images.
         sampler, steps, seed, trajectory: as for :meth:`factorkit.segdiff.run.SegdiffRun.generate`.
-        device: of the model.
-        progress: show a progress bar.
         labels: classes int64 [count], -1 for none; None: no classes.
         guidance: scale of :class:`~factorkit.diffusion.denoiser.GuidedDenoiser`.
         rows: generate only these of the images; the result is the same as theirs among all.

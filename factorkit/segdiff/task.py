@@ -22,10 +22,10 @@ from factorkit.segdiff import previews
 from factorkit.segdiff.alarms import Alarms, measure_alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.inference.segment import add_noise, hard_labels, level_labels, predict_masks
-from factorkit.segdiff.masks.mixture import SpatialMixture, noise_error, unexplained_noise
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, noise_error, unexplained_noise
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import draw_images, estimate_branches
-from factorkit.utils.atomic import save_image
+from factorkit.utils.files import save_image
 from factorkit.utils.images import pixels_to_signed, signed_to_pixels
 from factorkit.utils.rng import BatchDraw, derived_seed
 
@@ -38,7 +38,6 @@ class SegdiffTask:
     """Train by denoising alone: add noise, predict v or eps, weigh the squared error.
 
     Args:
-        config: the settings.
         images: uint8 [N, R, R, 3], usually a memory map.
         probes: uint8 [M, R, R, 3], M >= 2, images for previews and alarms, held-out ones if there are any.
         device: where to train; the images are kept there too if it is a GPU with enough memory.

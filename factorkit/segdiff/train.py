@@ -12,25 +12,27 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from factorkit.data.classes import Classes, read_classes
 from factorkit.data.datasets import Dataset, make_procedural_dataset, open_dataset
 from factorkit.data.prepare import PreparedImages, prepare
+from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
-from factorkit.engine.log import RunLog
-from factorkit.engine.run_folder import claimed, copy_folder, read_object, write_json
+from factorkit.engine.run_folder import RunLog, claimed, copy_folder, read_object, write_json
 from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.evaluate import VERDICT_BASELINES
-from factorkit.segdiff.network import count_parameters
+from factorkit.segdiff.network import FactorizedUNet, count_parameters
+from factorkit.segdiff.object_stages import ObjectStages
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
 from factorkit.segdiff.verdict import write_report
 from factorkit.utils import distributed
 from factorkit.utils.distributed import join_processes
 from factorkit.utils.errors import ConfigError, DataError
-from factorkit.utils.jsonl import LOG_NAME
+from factorkit.utils.files import LOG_NAME
 
 #: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
@@ -112,6 +114,9 @@ def train_segdiff(
     def make_trainer(config: ResolvedSegdiffConfig, folder: Path, stop_at: int | None = None) -> Trainer:
         task = SegdiffTask(config, prepared.images, probes, device, labels)
         meta = {**settings, **config.to_dict()}
+        if config.masks == "auto" and config.num_leaf_regions > 1 and not Checkpoints(folder / "checkpoints").paths():
+            stages = ObjectStages(config, prepared.images, folder, meta, device, progress)
+            cast(nn.Module, cast(FactorizedUNet, task.model).masks).load_state_dict(stages.run().state_dict())
         return Trainer(
             task, config, folder, meta, device=device, progress=progress, stop_at=stop_at, report=write_report
         )

@@ -29,7 +29,8 @@ from factorkit.segdiff.alarms import (
     MIN_FLIP_AGREEMENT,
     MIN_POSITION_SHARE,
 )
-from factorkit.utils.jsonl import is_number
+from factorkit.utils.errors import format_count
+from factorkit.utils.files import is_number
 
 COLOR_AGREEMENT = 0.7  # with two colour clusters of each image (kappa), from which the regions are called colours
 
@@ -48,7 +49,9 @@ def judge_regions(log: Log, scores: Record) -> Verdict:
 
     if is_number(iou):
         scored = scores.get("scored")
-        sentence = f"IoU {iou:.3f}" + (f" on {scored:g} labelled images" if is_number(scored) else "")
+        sentence = f"IoU {iou:.3f}" + (
+            f" on {format_count(int(scored), 'labelled image')}" if is_number(scored) else ""
+        )
         others = [f"{name} {row['iou']:.3f}" for name, row in sorted_baselines(scores) if is_number(row.get("iou"))]
         details.append(f"{sentence}; baselines: {', '.join(others) or 'none was scored'}.")
     elif isinstance(levels := scores.get("accuracy"), list):

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+RGB_TO_XYZ = [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
+WHITE_D65 = [0.95047, 1.0, 1.08883]
+
 
 def unit_to_uint8(values: Tensor | np.ndarray) -> np.ndarray:
     """Convert numbers or booleans in [0, 1] to uint8 of the same shape, rounded; values outside are clipped."""
@@ -52,3 +55,14 @@ def signed_to_pixels(images: Tensor) -> np.ndarray:
 def signed_to_unit(images: Tensor) -> Tensor:
     """Convert signed images to unit images on the CPU, clipped, same shape."""
     return ((images.float() + 1) / 2).clamp(0, 1).cpu()
+
+
+def signed_to_lab(images: Tensor) -> Tensor:
+    """Convert signed sRGB images [..., 3, H, W] to CIE Lab (white point D65): L in [0, 100], a and b about +-100."""
+    srgb = (images.float() + 1) / 2
+    linear = torch.where(srgb > 0.04045, ((srgb.clamp_min(0) + 0.055) / 1.055) ** 2.4, srgb / 12.92)
+    xyz = torch.einsum("ij,...jhw->...ihw", linear.new_tensor(RGB_TO_XYZ), linear)
+    xyz = xyz / linear.new_tensor(WHITE_D65)[:, None, None]
+    f = torch.where(xyz > 0.008856, xyz.clamp_min(1e-9) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    x, y, z = f.unbind(-3)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -3)

@@ -16,9 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from factorkit.utils.atomic import temporary_path
-from factorkit.utils.errors import WriteError
-from factorkit.utils.jsonl import JsonLines, parse_line, read_lines
+from factorkit.utils.errors import WriteError, format_count
+from factorkit.utils.files import JsonLines, parse_line, read_lines, temporary_path
 
 RECORD_NAME = ".factorkit.jsonl"
 OUTPUT_FOLDER = {"folder": "output"}  # the line that marks a folder as factorkit's
@@ -79,7 +78,6 @@ class OutputRecord:
 
         Args:
             stem: start of the names of an input's files.
-            source: the input.
             is_same: whether a recorded input, which is not ``source``, is the same one under its former name.
         """
         for candidate in itertools.chain((stem,), (f"{stem}-{i}" for i in itertools.count(2))):
@@ -104,7 +102,6 @@ class OutputRecord:
 
         Args:
             files: for each name a function that writes the file to a temporary path of the same suffix.
-            source: the input.
             stem: as returned by :meth:`distinct_stem`.
 
         Returns:
@@ -303,8 +300,9 @@ class OutputFilter:
     def describe(self) -> str | None:
         """Say in one sentence what was left out, and why; None if nothing was."""
         parts = [
-            f"{len(names)} {what} ({', '.join(sorted(names)[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''})"
-            for names, what in ((self.folders, "folders"), (self.files, "images"))
+            f"{format_count(len(names), what)} "
+            f"({', '.join(sorted(names)[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''})"
+            for names, what in ((self.folders, "folder"), (self.files, "image"))
             if names
         ]
         return f"left out {' and '.join(parts)} that factorkit wrote: results are not data" if parts else None

@@ -20,7 +20,7 @@ from factorkit.cli.main import COMMANDS, command_class
 from factorkit.cli.options import SYNONYMS
 from factorkit.cli.train import training_options
 from factorkit.data import draw_flowers
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 

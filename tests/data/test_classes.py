@@ -79,7 +79,7 @@ def test_file_names_match_in_any_case_and_unicode_form(name):
 
 def test_file_names_that_differ_in_case_alone_match_exactly():
     assert words(read_classes({"A.jpg": "x", "a.jpg": "y"}, ["a.jpg", "A.jpg"])) == ["y", "x"]
-    with pytest.raises(DataError, match="1 .*a.png.* of 2 images are missing"):
+    with pytest.raises(DataError, match="1 .*a.png.* of 2 images missing"):
         read_classes({"A.jpg": "x", "a.jpg": "y"}, ["A.jpg", "a.png"])
 
 
@@ -110,7 +110,7 @@ def test_auto_prefers_dataset_classes_and_drops_unused():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.csv", "name,class\nimage_1,rose\n", r"2 \(image_2.jpg, image_10.jpg\) of 3 images are missing"),
+        ("c.csv", "name,class\nimage_1,rose\n", r"2 \(image_2.jpg, image_10.jpg\) of 3 images missing"),
         ("c.csv", "name,class\nimage_1,rose\nimage_1,iris\n", "two classes, 'rose' and 'iris'"),
         ("c.csv", "image_1,rose\nimage_2\n", r"\['image_2'\] has no class"),
         ("c.csv", "image_1,a\nimage_2,a\nimage_10,a\n", "only the class 'a'"),

@@ -206,7 +206,7 @@ def test_prepare_truncated_image_is_skipped(tmp_path, save, break_jpeg, keep):
     save(tmp_path / "good.png")
     path = break_jpeg(tmp_path / "cut.jpg")
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.warns(UserWarning, match=r"1 of 2 images could not be decoded and were skipped: cut.jpg \("):
+    with pytest.warns(UserWarning, match=r"1 of 2 images could not be decoded and was skipped: cut.jpg \("):
         prepared = prepare(tmp_path, 4, progress=False)
     assert prepared.names == ["good.png"] and prepared.source_rows.tolist() == [1]
 

@@ -80,7 +80,7 @@ def test_near_duplicates_stay_on_one_side(make_set):
 
 
 def test_near_duplicates_unlabelled_leave_training(make_set):
-    with pytest.warns(UserWarning, match="1 of 4 names match no image, the first is i99; .* i00.jpg"):
+    with pytest.warns(UserWarning, match="1 of 4 names matches no image, the first is i99; .* i00.jpg"):
         dataset = open_dataset(make_set(6, 2, "i01 i04  # the same flower\ni99 i00"), holdout="masked")
     assert stems(dataset.train) == {"i02", "i03", "i05"} and stems(dataset.test_images) == {"i00", "i01"}
 
@@ -137,7 +137,7 @@ def test_open_dataset_images_without_masks(tmp_path, save):
 
 def test_holdout_invalid_raises(make_set, tmp_path):
     root = make_set(4, 4, "i00 i01\ni01 i02\ni02 i03")
-    with pytest.raises(ConfigError, match="only 4 images have a mask"):
+    with pytest.raises(ConfigError, match="only 4 images with a mask"):
         open_dataset(root, holdout=5)
     with pytest.raises(DataError, match="no training images are left"):
         open_dataset(root, holdout="masked")
@@ -158,7 +158,7 @@ def test_holdout_invalid_raises(make_set, tmp_path):
 def test_open_dataset_unmatched_masks_raise(make_set, save):
     root = make_set(2, 0)
     save(root / "masks/other.png", 1, mode="L")
-    with pytest.raises(DataError, match="1 of 1 masks have no image: other.png"):
+    with pytest.raises(DataError, match="1 of 1 mask has no image: other.png"):
         open_dataset(root)
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 
-from factorkit.data import open_dataset, open_views
+from factorkit.data import make_procedural_views, open_dataset, open_views
 from factorkit.data.open import open_source
+from factorkit.data.procedural.scene import make_scene_field
 from factorkit.data.video import open_video
-from factorkit.data.views.open import _has_own_export
+from factorkit.data.views.open import _find_own_exports
+from factorkit.nerfdiff.export import export
 from factorkit.reproduce.fingerprint import fingerprint
 from factorkit.utils.errors import DataError
 from factorkit.utils.output_record import RECORD_NAME, OutputRecord, mark_output_folder
@@ -28,7 +32,7 @@ def photos(tmp_path, save):
         save(path)
 
     with OutputRecord(tmp_path / "photos") as record:
-        record.write({"0_labels.png": write, "1_labels.png": write, "contact_sheet.png": write}, "0.png")
+        record.write({"0_labels.png": write, "1_labels.png": write, "overview.png": write}, "0.png")
     with OutputRecord(tmp_path / "photos" / "deep" / "segmented") as record:
         record.write({"0_labels.png": write, "a/0_labels.png": write}, "0.png")
     save(tmp_path / "photos" / "runs" / "a" / "samples" / "grid.png")
@@ -74,7 +78,7 @@ def test_output_folder_itself_is_refused_until_its_record_is_deleted(photos, nam
 
 def test_subfolder_of_results_is_recognised_by_the_record_above(photos, save):
     save(photos / "deep" / "segmented" / "a" / "mine.png")
-    with pytest.warns(UserWarning, match="1 images"):
+    with pytest.warns(UserWarning, match="1 image "):
         assert open_source(photos / "deep" / "segmented" / "a").names == ["mine.png"]
 
 
@@ -105,7 +109,7 @@ def test_image_and_mask_folders_ignore_results(tmp_path, save):
         save(tmp_path / "set" / "masks" / f"{i}.png", 255 * (i % 2), mode="L")
     with OutputRecord(tmp_path / "set" / "images") as record:
         record.write({"0_labels.png": lambda path: save(path)}, "0.png")
-    with pytest.warns(UserWarning, match="1 images"):
+    with pytest.warns(UserWarning, match="1 image "):
         dataset = open_dataset(tmp_path / "set", holdout="none")
     assert dataset.train.names == [f"{i}.png" for i in range(4)]
 
@@ -121,7 +125,19 @@ def test_exported_cameras_beside_photos_are_not_read_as_their_poses(tmp_path, sa
     with pytest.warns(UserWarning, match=r"left out transforms\.json, which factorkit wrote"):
         assert open_views(tmp_path / "photos").poses is None
     (tmp_path / "photos" / "transforms.json").write_text(text + "\n")  # the user's now
-    assert not _has_own_export(tmp_path / "photos")
+    assert not _find_own_exports(tmp_path / "photos")
     with OutputRecord(tmp_path / "exported") as record:
         record.write({"transforms.json": lambda path: path.write_text(text)}, "export")
-    assert not _has_own_export(tmp_path / "exported")
+    assert not _find_own_exports(tmp_path / "exported")
+
+
+def test_cameras_of_the_user_beside_an_exported_model_are_read(tmp_path):
+    views = make_procedural_views(4, 8, seed=1)
+    theirs = tmp_path / "scene" / "transforms.json"
+    export(tmp_path / "made" / "transforms.json", views, make_scene_field())
+    shutil.copytree(tmp_path / "made", theirs.parent)
+    (theirs.parent / RECORD_NAME).unlink()
+    other = replace(views, poses=views.poses.flip(0))
+    export(theirs.parent, other, make_scene_field(), kind="colmap", points=50)
+    with pytest.warns(UserWarning, match=r"left out sparse/0/cameras\.bin, which factorkit wrote"):
+        assert torch.allclose(open_views(theirs.parent).poses, views.poses, atol=1e-5)

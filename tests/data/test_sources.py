@@ -32,7 +32,7 @@ def test_open_source_link_loop_terminates(tmp_path, save):
     save(tmp_path / "a/x.png")
     (tmp_path / "a/loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.warns(UserWarning, match="skipped 1 links to missing images: dangling.png"):
+    with pytest.warns(UserWarning, match="skipped 1 link to missing images: dangling.png"):
         assert open_source(tmp_path).names == ["a/x.png"]
 
 

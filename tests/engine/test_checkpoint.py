@@ -58,8 +58,8 @@ def test_write_checkpoint_has_default_permissions(tmp_path):
     [
         ("engine.checkpoint.save_file", OSError(errno.ENOSPC, "No space left on device")),
         ("engine.checkpoint.save_file", SafetensorError("I/O error: No space left on device")),
-        ("utils.atomic.os.fsync", OSError(errno.EIO, "Input/output error")),
-        ("utils.atomic.os.replace", OSError(errno.EACCES, "Permission denied")),
+        ("utils.files.os.fsync", OSError(errno.EIO, "Input/output error")),
+        ("utils.files.os.replace", OSError(errno.EACCES, "Permission denied")),
     ],
 )
 def test_save_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch, target, error):

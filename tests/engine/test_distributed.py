@@ -15,13 +15,13 @@ from factorkit.engine.checkpoint import Checkpoints
 from factorkit.utils import distributed
 from factorkit.utils.distributed import agree_on_name, join_processes
 from factorkit.utils.errors import ConfigError
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 from tests.engine.trained import run_script
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    return run_script("processes.py", tmp_path_factory.mktemp("distributed"), timeout=900)
+    return run_script(Path(__file__).with_name("processes.py"), tmp_path_factory.mktemp("distributed"), timeout=900)
 
 
 def lines(folder: Path) -> dict[str, list[dict]]:
@@ -78,7 +78,7 @@ def test_distributed_signal_to_one_process_stops_all(runs):
 
 @pytest.mark.slow
 def test_distributed_no_process_waits_for_a_preview(runs):
-    """That of step 2 ended after the other process had begun its fourth step (processes.py). What follows from sheets
+    """That of step 2 ended after the other process had begun its fourth step (processes.py). What follows from grids
     is the same as alone."""
     alone, together = ([e for e in read_log(runs / f"aside_{n}") if e["event"] in ("step", "alarms")] for n in (1, 2))
     order = [(e["event"], e["step"]) for e in together]

@@ -14,7 +14,7 @@ import torch
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import Checkpoints, read_checkpoint
 from factorkit.utils.errors import CheckpointError, FactorkitError
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 from tests.engine.trained import assert_identical, events, final_state, full_at, kill_at, saved_steps, spoil
 
 # --- losses and gradients that are not finite ---

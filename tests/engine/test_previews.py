@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from factorkit.utils.errors import DataError, FactorkitError
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 from tests.engine.trained import assert_identical, final_state, saved_steps
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from factorkit.engine import checkpoint
 from factorkit.engine import trainer as ending
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 from tests.engine.trained import assert_identical, events, final_state, kill_at, saved_steps
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import factorkit
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import read_checkpoint
-from factorkit.engine.migration import migrate_settings, register_renamed_settings
+from factorkit.engine.config import migrate_settings, register_renamed_settings
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.segdiff.config import SegdiffConfig
 from factorkit.utils.errors import CheckpointError

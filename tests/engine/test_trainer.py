@@ -6,7 +6,7 @@ import torch
 from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.engine.step import Meter, StepLoss
 from factorkit.utils.errors import CheckpointError, ConfigError, FactorkitError
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 from tests.engine.trained import assert_identical, events, final_state
 
 # --- resuming ---

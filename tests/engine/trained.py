@@ -14,15 +14,14 @@ import torch
 import factorkit
 from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import read_checkpoint
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 
 
-def run_script(script: str, folder: Path, timeout: float) -> Path:
-    """What a script beside the tests leaves in a folder, with its words in stderr.txt; it imports the package that the
-    tests do, and the benchmarks beside them."""
+def run_script(script: Path, folder: Path, timeout: float) -> Path:
+    """Run a script of the tests on a folder, with stderr in stderr.txt; it imports the same package and benchmarks."""
     places = [Path(factorkit.__file__).parents[1], Path(__file__).parents[2]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, places))}
-    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
+    command = [sys.executable, str(script), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     assert done.returncode == 0, done.stderr
     (folder / "stderr.txt").write_text(done.stderr)

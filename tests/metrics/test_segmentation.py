@@ -100,7 +100,7 @@ def test_segmentation_metrics_invalid_arguments_raise(masks):
         score_masks(predicted, foreground, valid & (np.arange(6) != 3)[:, None, None])
     with pytest.raises(DataError, match=r"0 to 5.*3 regions"):
         fit_mapping(np.full(foreground.shape, 5) * predicted, foreground, valid, 3)
-    with pytest.raises(ConfigError, match="1 regions"):
+    with pytest.raises(ConfigError, match="1 region"):
         fit_mapping(np.zeros(foreground.shape, int), foreground, valid, 1)
     with pytest.raises(ConfigError, match="1 labelled image"):
         evaluate_masks(predicted[:1], foreground[:1], valid[:1], 2, num_fit_images=1)

@@ -26,7 +26,7 @@ from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.stages import joint
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import FactorkitError
-from factorkit.utils.jsonl import read_log, timeline
+from factorkit.utils.files import read_log, timeline
 
 DISTANCE = 3.6
 

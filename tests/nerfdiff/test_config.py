@@ -6,8 +6,7 @@ import torch
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, OctantCandidates, SingleCandidate
 from factorkit.nerfdiff.config import PRESETS, NerfdiffConfig, preset_config
-from factorkit.nerfdiff.fields.build import build_field
-from factorkit.nerfdiff.fields.mlp import FrequencyField
+from factorkit.nerfdiff.fields.kinds import FrequencyField, build_field
 from factorkit.nerfdiff.rays import CameraModel
 from factorkit.utils.errors import ConfigError
 

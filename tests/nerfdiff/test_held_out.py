@@ -12,7 +12,7 @@ from factorkit.nerfdiff.held_out import HeldOutErrors, held_out_checks
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.nerfdiff.verdict import judge_cameras, write_report
 from factorkit.report.content import read_checks
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 
 COUNT, SIZE = 16, 16
 SMALL = {

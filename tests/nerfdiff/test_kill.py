@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from factorkit.engine.checkpoint import Checkpoints
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")

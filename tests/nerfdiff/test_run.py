@@ -13,10 +13,10 @@ from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.metrics.pose import rotation_errors_degrees
 from factorkit.nerfdiff.cameras.poses import direction_vectors, orbit_poses
 from factorkit.nerfdiff.export.frames import write_frames
-from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import render_views
-from factorkit.nerfdiff.stages.localise import refine_poses, select_best_poses
+from factorkit.nerfdiff.stages.localise import TargetImages, refine_poses, select_best_poses
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
 
@@ -59,7 +59,7 @@ def test_render_wider_images_are_not_stretched(finished, monkeypatch):
     torch.testing.assert_close(wide.images[..., 4:16], square.images, atol=1e-3, rtol=0)
     taller = finished.render(finished.poses, 20)
     torch.testing.assert_close(high.images, taller.images[..., 4:16], atol=1e-3, rtol=0)
-    monkeypatch.setattr("factorkit.nerfdiff.run.MAX_RAYS", 300)  # two pictures at a time
+    monkeypatch.setattr("factorkit.nerfdiff.loaded_scene.MAX_RAYS", 300)  # two images at a time
     assert torch.equal(finished.render(finished.poses, 12).depth, square.depth)
 
 
@@ -139,10 +139,12 @@ def test_evaluate_perfect_run_in_any_coordinates_scores_perfectly(finished, scen
     true = transformed.apply(finished.poses)
     inputs = scene_views.__class__(scene_views.images, scene_views.names, scene_views.intrinsics, poses=true)
     monkeypatch.setattr(scoring, "load_views", lambda folder: inputs)
-    monkeypatch.setattr(scoring, "register_scene", lambda model, start, *_: start)  # the pictures are of another field
+    monkeypatch.setattr(scoring, "register_scene", lambda model, start, *_: start)  # the images are of another field
     calls = []
     plain = type(finished).render
-    monkeypatch.setattr(type(finished), "render", lambda self, poses, *a: calls.append(poses) or plain(self, poses, *a))
+    monkeypatch.setattr(
+        type(finished), "render", lambda self, poses, *a, **k: calls.append(poses) or plain(self, poses, *a, **k)
+    )
     scores = scoring.evaluate(finished, inputs)
     assert scores["rotation_median_deg"] < 0.01 and scores["translation_median"] < 1e-4
     assert torch.allclose(calls[0], finished.poses, atol=1e-4)
@@ -172,7 +174,7 @@ def test_write_frames_images_and_gif(tmp_path):
 
 @pytest.fixture(scope="module")
 def half_symmetric():
-    """A field that looks nearly alike after half a turn, and eight pictures of it from known directions."""
+    """A field that looks nearly alike after half a turn, and eight images of it from known directions."""
     torch.manual_seed(0)
     field = GridField(7, seed=4)
     values = 8 * field.values.data
@@ -195,10 +197,10 @@ def test_select_best_poses_nearly_symmetric_scene_finds_the_side(finished, half_
     there = render_views(field, sides, camera_model, (32, 32), 16).color.movedim(-1, 2)
     assert (there[:, 0] - there[:, 1]).square().mean() < 0.05 * images.var(), "the sides look nearly alike"
     for inputs in (near[:, None], (half * near)[:, None], torch.cat([anywhere, half * near[:, None]], 1)):
-        result = select_best_poses(model, images, inputs)
+        result = select_best_poses(model, TargetImages(images), inputs)
         assert rotation_errors_degrees(result, true).max() < 5
     forward = NerfdiffModel(*parts, field, finished.poses, replace(camera_model, forward_facing=True), (32, 32), 16)
-    assert torch.equal(select_best_poses(forward, images, near[:, None]), near), (
+    assert torch.equal(select_best_poses(forward, TargetImages(images), near[:, None]), near), (
         "one candidate, and no other side to look from"
     )
 
@@ -228,7 +230,7 @@ def test_refine_poses_converges_from_a_nearby_pose(finished):
     images = render_views(field, true, camera_model, (16, 16), 16).color.movedim(-1, 1)
     off = orbit_poses(directions + 0.06 * torch.randn(3, 3), finished.scene["distance"])
     before = [x.clone() for x in model.state_dict().values()]
-    result = refine_poses(model, images, off, 40, finished.scene["distance"])
+    result = refine_poses(model, TargetImages(images), off, 40, finished.scene["distance"])
     far, near = (rotation_errors_degrees(x, true) for x in (off, result))
     assert near.max() < 1.0 < far.min(), (far, near)
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
@@ -238,7 +240,7 @@ def test_refine_poses_converges_from_a_nearby_pose(finished):
     leaning[:, :3, 3] *= torch.tensor([0.9, 1.0, 1.1])[:, None]
     model.views.copy_(leaning[torch.arange(len(model.views)) % 3])
     images = render_views(field, leaning, camera_model, (16, 16), 16).color.movedim(-1, 1)
-    stored = refine_poses(model, images, leaning, 5, finished.scene["distance"])
+    stored = refine_poses(model, TargetImages(images), leaning, 5, finished.scene["distance"])
     assert rotation_errors_degrees(stored, leaning).max() < 1.0
     assert (stored - leaning)[:, :3, 3].norm(dim=1).max() < 0.1
 
@@ -271,5 +273,8 @@ def test_predict_pose_and_evaluate_use_the_views_own_intrinsics(finished, scene_
     intrinsics[:, :2, 2] += torch.tensor([4.0, 2.0])
     views = replace(scene_views, images=wide, masks=None, intrinsics=intrinsics)
     torch.testing.assert_close(finished.predict_pose(views).poses, finished.predict_pose(scene_views).poses)
-    own, plain = finished.evaluate(views), finished.evaluate(scene_views)
-    assert own["psnr"] == pytest.approx(plain["psnr"], rel=1e-4) and own["size"] == plain["size"]
+    own, images = finished.evaluate(views), views.resize(8)
+    assert own["size"] == [6, 8]
+    renders = finished.render(finished.predict_pose(views).poses, (6, 8), intrinsics=images.intrinsics).images
+    expected = -10 * (renders - images.images).square().mean((1, 2, 3)).log10()
+    assert own["psnr_encoder"] == pytest.approx(expected.mean().item(), abs=1e-3)

@@ -18,14 +18,13 @@ from factorkit.nerfdiff.cameras.poses import (
     rodrigues_poses,
 )
 from factorkit.nerfdiff.config import preset_config
-from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.rays import NDC_MARGIN, CameraModel, render_pixels, render_views
 from factorkit.nerfdiff.scene import gather_pixels, gaussian_blur, open_scene, shared_camera
 from factorkit.nerfdiff.stages.distil import nearest_candidates, pose_distance
 from factorkit.nerfdiff.stages.refine import regularisation
 from factorkit.nerfdiff.training_views import load_views, store_views
 from factorkit.rendering import Rendered
-from factorkit.utils.errors import DataError
 
 CPU = torch.device("cpu")
 
@@ -92,17 +91,30 @@ def test_gaussian_blur_keeps_constants_and_skips_small_radii():
     assert torch.allclose(gaussian_blur(images.flip(3), 1.5), gaussian_blur(images, 1.5).flip(3), atol=1e-5)
 
 
-def test_shared_camera_needs_equal_intrinsics_and_defaults_to_black():
+def test_shared_camera_equal_intrinsics_are_common_and_background_defaults_to_black():
     views = make_procedural_views(4, 8)
     camera_model = shared_camera(views)
     assert torch.allclose(camera_model.intrinsics, views.intrinsics[0] / torch.tensor([8.0, 8, 1])[:, None])
     assert torch.equal(camera_model.background, torch.ones(3)) and not camera_model.forward_facing
     assert torch.equal(shared_camera(replace(views, background=None, masks=None)).background, torch.zeros(3))
     assert shared_camera(replace(views, layout="forward")).forward_facing
-    bent = views.intrinsics.clone()
-    bent[1, 0, 2] += 1
-    with pytest.raises(DataError, match="one camera"):
-        shared_camera(replace(views, intrinsics=bent))
+    assert camera_model.view_intrinsics is None
+
+
+def test_shared_camera_other_focal_length_keeps_own_intrinsics_and_contains_all_views():
+    views = make_procedural_views(3, 8)
+    intrinsics = views.intrinsics.clone()
+    intrinsics[1, 0, 0] /= 2
+    intrinsics[1, 0, 2] += 1
+    camera_model = shared_camera(replace(views, intrinsics=intrinsics))
+    assert torch.allclose(
+        camera_model.pixel_intrinsics(8, 8, camera_model.of_views(torch.tensor([1]))), intrinsics[1:2]
+    )
+    left, right = (torch.tensor([[x, 4.0, 1.0]]) @ torch.linalg.inv(intrinsics[1]).T for x in (0.0, 8.0))
+    columns = [(ray @ camera_model.pixel_intrinsics(8, 8).T)[0, 0].item() for ray in (left, right)]
+    assert columns == pytest.approx([0, 8], abs=1e-4)
+    scaled = camera_model.with_intrinsics(camera_model.intrinsics * torch.tensor([1.1, 1.1, 1])[:, None].expand(3, 3))
+    assert scaled.of_views()[:, 0, 0].tolist() == pytest.approx((1.1 * camera_model.of_views()[:, 0, 0]).tolist())
 
 
 def test_stored_views_equal_the_given_ones(tmp_path):

@@ -13,7 +13,7 @@ from factorkit.nerfdiff.stages.joint import JointTask
 from factorkit.nerfdiff.stages.refine import FitTask
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 
 
 class Killed(BaseException):
@@ -106,7 +106,7 @@ def test_train_invalid_input_raises(scene_views, tiny, tmp_path):
     out = {"out": tmp_path / "x"}
     with pytest.raises(DataError, match="1 view"):
         train_nerfdiff(scene_views.select([0]), **out, **tiny)
-    with pytest.raises(DataError, match="10 views are fewer than num_candidates=11"):
+    with pytest.raises(DataError, match="10 views: fewer than num_candidates=11"):
         train_nerfdiff(scene_views, **out, **tiny | {"num_candidates": 11})
     from dataclasses import replace
 

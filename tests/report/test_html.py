@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from factorkit.engine.log import RunLog
+from factorkit.engine.run_folder import RunLog
 from factorkit.report.curves import DARK, LIGHT, draw_curves
 from factorkit.segdiff.verdict import REPORT, write_report
 from factorkit.utils.errors import CheckpointError
@@ -210,7 +210,7 @@ def test_write_report_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError("no space left")
 
-    monkeypatch.setattr("factorkit.utils.atomic.os.replace", full)
+    monkeypatch.setattr("factorkit.utils.files.os.replace", full)
     with pytest.raises(CheckpointError, match="no space left.*writable"):
         write_report(tmp_path)
     assert path.read_bytes() == before

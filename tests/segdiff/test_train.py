@@ -19,7 +19,7 @@ from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.train import estimate
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 
 TINY = {
     "resolution": 8,

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from factorkit.engine.log import RunLog
+from factorkit.engine.run_folder import RunLog
 from factorkit.report.content import log_checks, summarise_checks
 from factorkit.segdiff.alarms import Alarms, measure_alarms
 from factorkit.segdiff.verdict import REPORT, judge_regions, read_verdict, write_report

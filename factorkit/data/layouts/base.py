@@ -165,7 +165,7 @@ def require_files(root: Path, names: Sequence[str], what: str) -> None:
     missing = [name for name in names if name not in existing]
     if missing:
         raise DataError(
-            f"{root}: {len(missing)} of {len(names)} {what} are missing, the first is {escape_name(missing[0])}. "
+            f"{root}: {len(missing)} of {len(names)} {what} missing, the first is {escape_name(missing[0])}. "
             "Unpack the authors' archive again."
         )
 

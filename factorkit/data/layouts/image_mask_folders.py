@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import unicodedata
 import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,12 +43,12 @@ SPLIT_FOLDERS = {
     "validation": "val",
     "test": "test",
 }
-MIN_SHARED_NAMES = 3  # equal names in two folders from which one may hold the masks of the other
-MAX_COMPARED_GROUPS = 64
-NUM_PROBED_IMAGES = 4  # decoded to see whether a folder holds masks
+MIN_SHARED_NAMES = 2  # images of a group that has masks of others
+MAX_COMPARED_GROUPS = 64  # the largest ones
+NUM_PROBED_IMAGES, PROBED_SIZE = 4, (256, 256)  # decoded to see whether a group are masks; JPEGs about so large
 MAX_MASK_VALUES, MIN_MASK_SHARE = 8, 0.95  # masks: so many values make up so much of each image
 MIN_SOFT_SHARE, MIN_SOFT_SIDE = 0.4, 0.01  # soft masks: so much is nearly black or white, and so much is each of them
-NAME_SEPARATORS = re.compile(r"[_\-. ]+")
+PATH_WORDS = re.compile(r"[0-9]+|[A-Z]+(?![a-z])|[^\W\d_][^\W\d_A-Z]*")  # numbers, CAPITALS, words, camelCase
 NEAR_DUPLICATES_FILE = "near_duplicates.txt"
 MAX_NEAR_DUPLICATES_BYTES = 2**26  # limit for reading the file from a .zip, so that a zip bomb cannot fill the memory
 
@@ -238,73 +240,67 @@ def _split_by_endings(names: Sequence[str]) -> tuple[dict[str, str], dict[str, s
 
 
 def refuse_unrecognised_masks(source: Source) -> None:
-    """Raise DataError if a group of images looks like masks of the others: grey with few values, and of their names.
+    """Raise DataError if a group of images looks like masks of the others: few values, and names alike.
 
-    Groups are folders, the files of one suffix in a folder, and those of one last or first word of the name. Trained on
-    as images, masks would spoil a training without a word.
+    A group are the images with one word in their paths: a folder, a suffix, or a part of the name. Without the words
+    that all of the group have, a mask's path is what its image's path has too. Trained on as images, masks would spoil
+    a training without a word.
     """
-    groups: dict[tuple[str, str], list[int]] = {}
-    for row, name in enumerate(source.names):
-        folder, _, base = name.rpartition("/")
-        kinds = {"", PurePosixPath(base).suffix.lower()}
-        words = NAME_SEPARATORS.split(fold_stem(base))
-        if len(words) > 1:
-            kinds |= {f"..{words[-1]}", f"{words[0]}.."}
-        for kind in kinds:
-            groups.setdefault((folder, kind), []).append(row)
-    if len(groups) > MAX_COMPARED_GROUPS:  # many folders or many words are no masks of one another
-        groups = {key: rows for key, rows in groups.items() if not key[1]}
-    counts: Counter[str] = Counter()
-    for (folder, kind), rows in list(groups.items())[:MAX_COMPARED_GROUPS]:
-        if not MIN_SHARED_NAMES <= len(rows) < len(source) or not _looks_like_masks(source, rows):
+    composed = (unicodedata.normalize("NFC", name) for name in source.names)
+    words = [frozenset(map(fold_name, PATH_WORDS.findall(name))) for name in composed]
+    has_few_values = functools.cache(functools.partial(_has_few_values, source))
+    counts = Counter(word for of_name in words for word in of_name)
+    shared = [word for word, count in counts.most_common() if MIN_SHARED_NAMES <= count < len(words)]
+    for word in shared[:MAX_COMPARED_GROUPS]:
+        rows = [row for row, of_name in enumerate(words) if word in of_name]
+        if not all(has_few_values(row) for row in rows[:: len(rows) // NUM_PROBED_IMAGES or 1][:NUM_PROBED_IMAGES]):
             continue
-        names = [source.names[row] for row in rows]
-        counts = counts or Counter(fold_stem(name.rpartition("/")[2]) for name in source.names)
-        matched = sum(counts[stem] > 1 or bool(others & counts.keys()) for stem, others in map(_image_stems, names))
-        if matched >= MIN_SHARED_NAMES and 2 * matched >= len(rows):
-            in_group, wanted = (
-                set(names),
-                set(counts) & {s for stem, others in map(_image_stems, names) for s in others},
-            )
-            wanted |= {fold_stem(name.rpartition("/")[2]) for name in names}
-            rest = (other for other in source.names if other not in in_group)
-            image = next((other for other in rest if fold_stem(other.rpartition("/")[2]) in wanted), None)
-            if image is None:
-                continue
-            what = "the images" if not kind else f"{len(rows)} of the images"
+        rest = [row for row, of_name in enumerate(words) if word not in of_name]
+        common = frozenset.intersection(*(words[row] for row in rows))
+        image_of = _find_images([words[row] - common for row in rows], words, rest)
+        if len(image_of) >= MIN_SHARED_NAMES and 2 * len(image_of) >= len(rows):
+            mask, image = (source.names[row] for row in (rows[min(image_of)], image_of[min(image_of)]))
             raise DataError(
-                f"{what} in {escape_name(folder) or '.'}/, such as {escape_name(names[0])}, look like masks of those "
-                f"in {escape_name(image.rpartition('/')[0]) or '.'}/, such as {escape_name(image)}: few grey values "
-                "and names alike. Name the folders images/ and masks/, or give the folder of images alone as data (and "
-                "both as --images and --masks to evaluate)."
+                f"{format_count(len(rows), 'image')} in {escape_name(mask.rpartition('/')[0]) or '.'}/, such as "
+                f"{escape_name(mask)}, look like masks of those in {escape_name(image.rpartition('/')[0]) or '.'}/, "
+                f"such as {escape_name(image)}: few values and names alike. Name the folders images/ and masks/, or "
+                "give the folder of images alone as data (and both as --images and --masks to evaluate)."
             )
 
 
-def _image_stems(name: str) -> tuple[str, set[str]]:
-    """Return the stem of a name without folders, and what it is without its first or last words."""
-    stem = fold_stem(name.rpartition("/")[2])
-    matches = list(NAME_SEPARATORS.finditer(stem))
-    return stem, {stem[: match.start()] for match in matches} | {stem[match.end() :] for match in matches}
+def _find_images(
+    keys: Sequence[frozenset[str]], words: Sequence[frozenset[str]], rows: Sequence[int]
+) -> dict[int, int]:
+    """Return for each key, if any, the first of these rows whose words include all of the key."""
+    rows_of: dict[str, list[int]] = {}
+    for row in rows:
+        for word in words[row]:
+            rows_of.setdefault(word, []).append(row)
+    found = {}
+    for i, key in enumerate(keys):
+        rarest = min((rows_of.get(word, []) for word in key), key=len, default=[])
+        if (match := next((row for row in rarest if key <= words[row]), None)) is not None:
+            found[i] = match
+    return found
 
 
-def _looks_like_masks(source: Source, rows: Sequence[int]) -> bool:
-    """Return whether the first of these images are grey or of a palette, with few values."""
-    for row in rows[:NUM_PROBED_IMAGES]:
-        try:
-            image = source.decode(row)
-            values = np.asarray(image)
-        except (DataError, OSError, ValueError, SyntaxError):
-            return False
-        if values.ndim == 3:
-            if (values[..., :3] != values[..., :1]).any():
-                return False
-            values = values[..., 0]
-        counts = np.sort(np.unique(values, return_counts=True)[1])
+def _has_few_values(source: Source, row: int) -> bool:
+    """Return whether an image has few colours or grey values, as masks have."""
+    try:
+        image = source.decode(row)
+        image.draft(None, PROBED_SIZE)
+        values = np.asarray(image)
+    except (DataError, OSError, ValueError, SyntaxError):
+        return False
+    is_soft = False
+    if values.ndim == 3 and (values[..., :3] != values[..., :1]).any():
+        values = values[..., :3].astype(np.int32) @ (1, 256, 65536)
+    else:
+        values = values[..., 0] if values.ndim == 3 else values
         sides = (values <= 10).mean(), (values >= 245).mean()
         is_soft = values.dtype == np.uint8 and sum(sides) >= MIN_SOFT_SHARE and min(sides) >= MIN_SOFT_SIDE
-        if not is_soft and counts[-MAX_MASK_VALUES:].sum() < MIN_MASK_SHARE * counts.sum():
-            return False
-    return True
+    counts = np.sort(np.unique(values, return_counts=True)[1])
+    return bool(is_soft or counts[-MAX_MASK_VALUES:].sum() >= MIN_MASK_SHARE * counts.sum())
 
 
 def _read_near_duplicates(data: Any) -> tuple[str, bytes | None]:
@@ -363,7 +359,8 @@ def parse_near_duplicates(text: bytes, images: Source, where: str) -> list[tuple
             pairs.append((found[0], found[1]))
     if unknown:
         message = (
-            f"{where}: {len(unknown)} of {num_names} names match no image, the first is {escape_name(unknown[0])}; "
+            f"{where}: {len(unknown)} of {num_names} names {'matches' if len(unknown) == 1 else 'match'} no "
+            f"image, the first is {escape_name(unknown[0])}; "
             f"an example of an image name is {escape_name(images.names[0])}."
         )
         if len(unknown) == num_names:

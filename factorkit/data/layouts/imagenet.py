@@ -13,7 +13,7 @@ import numpy as np
 from factorkit.data.files import warn_about_outputs, wrap_os_errors
 from factorkit.data.layouts import base
 from factorkit.data.sources import FileSource
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.output_record import OutputFilter
 
 WNID = re.compile(r"n\d{8}")  # WordNet id
@@ -99,7 +99,7 @@ def _read_devkit_classes(root: Path, num_images: int) -> dict[str, str]:
         synsets = loadmat(kit / "meta.mat", squeeze_me=True)["synsets"]
         wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(synsets)}
         if len(numbers) < num_images:
-            raise ValueError(f"{len(numbers)} classes for {num_images} images")
+            raise ValueError(f"{len(numbers)} classes for {format_count(num_images, 'image')}")
         return {f"ILSVRC2012_val_{i:08d}": wnid_of[number] for i, number in enumerate(numbers, start=1)}
     except Exception as error:  # scipy: OSError, ValueError, MatReadError, KeyError, ...
         raise DataError(f"{kit}: cannot be read: {error}. {base.FETCH_AGAIN}") from error
@@ -129,7 +129,10 @@ def _read_pixel_imagenet(root: Path, names: Sequence[str]) -> dict[str, base.Lab
     all_masks = [f"{wnid}/{name}" for wnid in _list_classes(folder) for name in _list_files(folder / wnid, outputs)]
     masks = [name for name in all_masks if f"train/{name.rpartition('.')[0]}" in train_stems]
     if not masks:
-        raise DataError(f"{folder}: none of its {len(all_masks)} masks has an image in {root / 'train'}. Check both.")
+        raise DataError(
+            f"{folder}: none of its {format_count(len(all_masks), 'mask')} has an image in {root / 'train'}. "
+            "Check both."
+        )
     source = FileSource(folder, masks, [f"train/{name}" for name in masks])
     return {"pixel": base.LabelSource(source, base.take_first_channel)}
 

@@ -11,7 +11,7 @@ import numpy as np
 from factorkit.data.archives import TarSource, list_tar_members, sanitize_member_name
 from factorkit.data.files import IMAGE_SUFFIXES, escape_name, is_image
 from factorkit.data.layouts.base import DatasetFiles, LabelSource, Reader
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.output_record import OutputFilter
 
 SHARD_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -63,7 +63,9 @@ def _list_shards(path: Path) -> list[Path]:
         shards = [path.with_name(f"{before}{number}{after}") for number in numbers]
         missing = [shard for shard in shards if not shard.is_file()]
         if missing:
-            raise DataError(f"{missing[0]}: {len(missing)} of the {len(shards)} shards of {path.name} are missing.")
+            raise DataError(
+                f"{missing[0]}: {len(missing)} of the {format_count(len(shards), 'shard')} of {path.name} missing."
+            )
     elif path.is_dir():
         outputs = OutputFilter(path)
         entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]

@@ -56,6 +56,10 @@ class Arrangement:
         moved[:3, 3] *= self.scale
         return moved
 
+    def apply_to_points(self, points: np.ndarray) -> np.ndarray:
+        """Map positions [P, 3] of the files."""
+        return self.scale * (points @ self.transform[:3, :3].T + self.transform[:3, 3])
+
 
 def arrange(
     poses: np.ndarray, bounds: tuple[float, float] | None, layout: SceneLayout | None, where: str

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from factorkit.data.views.cameras import make_intrinsics
-from factorkit.data.views.loading import LazyView, SceneSettings, split_every_eighth
+from factorkit.data.views.loading import LazyView, SceneSettings
+from factorkit.data.views.splits import split_every_eighth
 from factorkit.data.views.views import check_rigid
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
+from factorkit.utils.files import read_arrays
 from factorkit.utils.images import uint8_to_unit
-from factorkit.utils.safe_reading import read_arrays
 
 KEYS = ("images", "poses", "focal")
 NUM_TRAINING_VIEWS = (
@@ -61,7 +62,8 @@ def read_posed_array(path: Path, split: str | None) -> tuple[list[LazyView], Sce
             raise DataError(f"{path}: {key} of type {values.dtype}, expected numbers")
     if poses.shape != (count, 4, 4) or len(names) != count or focal.size != 1:
         raise DataError(
-            f"{path}: {count} images, but poses of shape {list(poses.shape)} and focal of shape {list(focal.shape)}. "
+            f"{path}: {format_count(count, 'image')}, but poses of shape {list(poses.shape)} and focal of shape "
+            f"{list(focal.shape)}. "
             "Give a pose [4, 4] for each image, one focal length for all, and a name for each or none."
         )
     if images.dtype == np.uint8:

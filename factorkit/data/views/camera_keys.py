@@ -32,7 +32,8 @@ FOCAL_KEYS = ("fl_x", "fl_y", "camera_angle_x", "camera_angle_y", "x_fov", "y_fo
 DISTORTION_KEYS = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
 READ_KEYS = {
     *FOCAL_KEYS, *DISTORTION_KEYS, "cx", "cy", "w", "h", "camera_model", "is_fisheye", "frames", "file_path",
-    "transform_matrix", "mask_path", "train_filenames", "val_filenames", "test_filenames",
+    "transform_matrix", "mask_path", "train_filenames", "val_filenames", "test_filenames", "test_frames",
+    "split",
 }  # fmt: skip
 # Keys that change the geometry in a way that is not modelled: refused unless they have this neutral value.
 REFUSED_KEYS = {

@@ -15,7 +15,7 @@ from factorkit.data.masks import MASK_KEYS, match_masks, to_opacity
 from factorkit.data.open import open_source
 from factorkit.data.sources import FileSource, Source
 from factorkit.data.views.loading import LazyView, SceneSettings
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 
 
 def add_masks(
@@ -40,8 +40,8 @@ def add_masks(
     names = list(settings.names) or [view.name for view in views]
     result = list(views)
     for source, field, meaning in (
-        (masks, "read_mask", "foreground masks (0 is transparent)"),
-        (loss_masks, "read_loss_mask", "loss masks (0 is not scored)"),
+        (masks, "read_mask", "foreground mask"),
+        (loss_masks, "read_loss_mask", "loss mask"),
     ):
         if source is None:
             continue
@@ -50,7 +50,7 @@ def add_masks(
         missing = [view.name for view in result if _stem(view.name) not in mask_of]
         if missing:
             raise DataError(
-                f"{_describe(source)}: {len(missing)} of {len(result)} views have no mask, the first is "
+                f"{_describe(source)}: no mask for {len(missing)} of {format_count(len(result), 'view')}, the first is "
                 f'{format_examples(missing, 1)}. Add the masks, or give masks="none" (--masks none) to use none.'
             )
         if field == "read_loss_mask":
@@ -62,7 +62,8 @@ def add_masks(
             result = [
                 replace(v, read_mask=partial(_read_opacity, opened, mask_of[_stem(v.name)], upright)) for v in result
             ]
-        notes += (f"{_describe(source)}: {len(opened)} {meaning}.",)
+        effect = "transparent" if field == "read_mask" else "not scored"
+        notes += (f"{_describe(source)}: {format_count(len(opened), meaning)} (0 is {effect}).",)
     return result, notes
 
 

@@ -6,8 +6,15 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from factorkit.data.files import IMAGE_SUFFIXES, escape_name, fold_name, format_examples
-from factorkit.utils.errors import DataError
+from factorkit.data.files import (
+    IMAGE_SUFFIXES,
+    describe_unread,
+    escape_name,
+    fold_name,
+    format_examples,
+    is_unread_image,
+)
+from factorkit.utils.errors import DataError, format_count
 
 DEFAULT_SUFFIXES = (".png", ".jpg", ".jpeg")  # tried first for names without suffix, as Blender's files have them
 MAX_MISSING_FRACTION = 0.5  # of the frames; beyond it the folder is the wrong one rather than incomplete
@@ -86,15 +93,18 @@ class FileFinder:
         """
         found = {i: path for i, name in enumerate(names) if (path := self.find(name)) is not None}
         missing = [name for i, name in enumerate(names) if i not in found]
+        unread = [name for name in missing if is_unread_image(name) and (self.root / name).is_file()]
         if len(missing) > MAX_MISSING_FRACTION * len(names):
+            if unread:
+                raise DataError(f"{where}: {describe_unread(unread)}.")
             raise DataError(
-                f"{where}: {len(missing)} of {len(names)} images are missing, the first is {escape_name(missing[0])} "
-                f"(looked in {self.root}). Restore them, or remove their frames."
+                f"{where}: {len(missing)} of {format_count(len(names), 'image')} missing, the first is "
+                f"{escape_name(missing[0])} (looked in {self.root}). Restore them, or remove their frames."
             )
         if missing:
             warnings.warn(
-                f"{where}: left out {len(missing)} of {len(names)} frames without an image file: "
-                f"{format_examples(missing)}.",
+                f"{where}: left out {len(missing)} of {format_count(len(names), 'frame')} without an image file: "
+                f"{format_examples(missing)}." + (f" Of these, {describe_unread(unread)}." if unread else ""),
                 stacklevel=3,
             )
         return found
@@ -105,5 +115,6 @@ class FileFinder:
         if not self.renamed:
             return ()
         return (
-            f"{len(self.renamed)} images were found under another suffix or case: {format_examples(self.renamed)}.",
+            f"{format_count(len(self.renamed), 'image')} found under another suffix or case: "
+            f"{format_examples(self.renamed)}.",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,7 @@ class SceneSettings(NamedTuple):
         bounds: nearest and farthest depth, or None.
         notes: sentences for the user on how the files were read.
         loss_folder: the folder of loss masks, if the files name one.
+        points: float64 [P, 3], sparse points of the scene in the coordinates of the files, or None.
     """
 
     names: Sequence[str] = ()
@@ -75,6 +76,7 @@ class SceneSettings(NamedTuple):
     bounds: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     loss_folder: Path | None = None
+    points: np.ndarray | None = None
 
 
 class _DecodedView(NamedTuple):
@@ -91,6 +93,7 @@ def load_views(
     arrangement: Arrangement | None = None,
     layout: SceneLayout = "object",
     notes: Sequence[str] = (),
+    points: np.ndarray | None = None,
     resolution: int | None = None,
     background: str | Sequence[float] | None = "white",
     seed: int = 0,
@@ -98,22 +101,16 @@ def load_views(
     """Decode views; see :func:`factorkit.data.open_views` for the arguments.
 
     Raises:
-        DataError: no views, an image that cannot be decoded, images of different sizes, or anything `Views` refuses.
+        DataError: no views, an image that cannot be decoded, or anything `Views` refuses.
         ConfigError: a resolution above the images', or transparent images without a background.
     """
     if not views:
         raise DataError("the selected split has no views")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = list(pool.map(lambda view: _decode(view, resolution, background is not None), views))
-    names, size = [view.name for view in views], decoded[0].size
-    for name, view in zip(names, decoded, strict=True):
-        if view.size != size:
-            raise DataError(
-                f"{name} is {view.size[1]} x {view.size[0]} pixels, but {names[0]} is {size[1]} x {size[0]}: all views "
-                "of a scene must have one size. Crop or resize them, or remove the others."
-            )
-    images = torch.stack([view.color for view in decoded])
-    masks, color = None, detect_border_color(images)
+    color = detect_border_color([view.color for view in decoded])
+    decoded, content_sizes, sizes = _to_one_size(decoded, color)
+    images, masks = torch.stack([view.color for view in decoded]), None
     if any(view.opacity is not None for view in decoded):
         opaque = torch.ones_like(images[0, :1])
         masks, color = torch.stack([opaque if view.opacity is None else view.opacity for view in decoded]), None
@@ -124,10 +121,12 @@ def load_views(
     if any(view.scored is not None for view in decoded):
         everywhere = torch.ones_like(images[0, :1])
         loss_masks = torch.stack([everywhere if view.scored is None else view.scored for view in decoded])
+    if points is not None and arrangement is not None:
+        points = arrangement.apply_to_points(points)
     poses = [arrangement.apply(view.pose) for view in views if view.pose is not None and arrangement is not None]
     return Views(
         images=images.clamp(0, 1),
-        names=names,
+        names=[view.name for view in views],
         intrinsics=torch.stack([view.intrinsics for view in decoded]),
         masks=masks,
         poses=torch.from_numpy(np.stack(poses)).float() if len(poses) == len(views) else None,
@@ -136,9 +135,89 @@ def load_views(
         layout=layout if arrangement is None else arrangement.layout,
         loss_masks=loss_masks,
         origin=(0.0, 0.0, 0.0) if arrangement is None else arrangement.origin,
-        notes=tuple(notes),
+        notes=(*notes, *sizes),
         background=color,
+        content_sizes=content_sizes,
+        points=None if points is None else torch.from_numpy(points).float(),
     )
+
+
+def _to_one_size(
+    views: list[_DecodedView], color: Tensor | None
+) -> tuple[list[_DecodedView], Tensor | None, tuple[str, ...]]:
+    """Bring views to one size: the same longer side, and padding around those of another shape, which is not scored.
+
+    Args:
+        views: decoded.
+        color: of the padding of opaque views; None: that of the nearest pixel.
+
+    Returns:
+        The views, the height and width [V, 2] of each within its padding (None without), and sentences for the user.
+    """
+    originals = len({view.size for view in views})
+    longer = min(max(view.color.shape[1:]) for view in views)
+    views = [_resize(view, *target_size(longer, *view.color.shape[1:])) for view in views]
+    shapes = {(view.color.shape[1], view.color.shape[2]) for view in views}
+    height, width = (max(sides) for sides in zip(*shapes, strict=True))
+    text = f"The views have {originals} sizes and are brought to {width} x {height} pixels"
+    if all(height - h <= 1 and width - w <= 1 for h, w in shapes):  # one shape up to rounding
+        return [_resize(view, height, width) for view in views], None, (f"{text}.",) if originals > 1 else ()
+    sizes, padded = [], 0
+    for i, view in enumerate(views):
+        for axis, side in ((1, height), (2, width)):
+            if (side - view.color.shape[axis]) % 2 and view.color.shape[axis] > 1:  # centred exactly
+                view = _trim(view, axis)
+        h, w = view.color.shape[1:]
+        views[i] = _pad(view, height, width, color)
+        sizes.append((h, w))
+        padded += (h, w) != (height, width)
+    return views, torch.tensor(sizes), (f"{text}; {padded} are padded, which is not scored.",)
+
+
+def _resize(view: _DecodedView, height: int, width: int) -> _DecodedView:
+    h, w = view.color.shape[1:]
+    if (h, w) == (height, width):
+        return view
+    return view._replace(
+        color=resize_area(view.color, height, width),
+        opacity=None if view.opacity is None else resize_area(view.opacity, height, width).clamp(0, 1),
+        scored=None if view.scored is None else (resize_area(view.scored, height, width) > LOSS_MASK_THRESHOLD).float(),
+        intrinsics=view.intrinsics * torch.tensor([width / w, height / h, 1.0])[:, None],
+    )
+
+
+def _trim(view: _DecodedView, axis: int) -> _DecodedView:
+    """Cut half a pixel from both ends of an axis of [C, H, W], at the same scale."""
+
+    def trim(x: Tensor) -> Tensor:
+        return (x.narrow(axis, 0, x.shape[axis] - 1) + x.narrow(axis, 1, x.shape[axis] - 1)) / 2
+
+    intrinsics = view.intrinsics.clone()
+    intrinsics[2 - axis, 2] -= 0.5
+    return view._replace(
+        color=trim(view.color),
+        opacity=None if view.opacity is None else trim(view.opacity),
+        scored=None if view.scored is None else (trim(view.scored) > LOSS_MASK_THRESHOLD).float(),
+        intrinsics=intrinsics,
+    )
+
+
+def _pad(view: _DecodedView, height: int, width: int, color: Tensor | None) -> _DecodedView:
+    """Centre a view in an image of this size."""
+    h, w = view.color.shape[1:]
+    top, left = (height - h) // 2, (width - w) // 2
+    sides = (left, width - w - left, top, height - h - top)
+    pad = torch.nn.functional.pad
+    scored = torch.ones(1, h, w) if view.scored is None else view.scored
+    if view.opacity is not None:
+        padded = pad(view.color, sides)  # premultiplied
+    elif color is None:
+        padded = pad(view.color[None], sides, mode="replicate")[0]
+    else:
+        padded = pad(view.color - color[:, None, None], sides) + color[:, None, None]
+    intrinsics = view.intrinsics + torch.tensor([[0, 0, left], [0, 0, top], [0, 0, 0]])
+    opacity = None if view.opacity is None else pad(view.opacity, sides)
+    return view._replace(color=padded, opacity=opacity, scored=pad(scored, sides), intrinsics=intrinsics)
 
 
 def _decode(view: LazyView, resolution: int | None, premultiply: bool) -> _DecodedView:
@@ -231,15 +310,10 @@ def loss_mask_reader(path: Path, is_inverted: bool = False) -> Callable[[], np.n
     return read
 
 
-def detect_border_color(images: Tensor) -> Tensor | None:
-    """Return the colour [3] that 90% of the border pixels of images [V, 3, H, W] have, or None."""
-    rows, columns = images[..., [0, -1], :], images[..., :, [0, -1]]
-    border = torch.cat([rows.flatten(2), columns.flatten(2)], dim=2).transpose(0, 1).flatten(1)
+def detect_border_color(images: Iterable[Tensor]) -> Tensor | None:
+    """Return the colour [3] that 90% of the border pixels of images [3, H, W] have, or None."""
+    borders = [(image[:, [0, -1]].flatten(1), image[..., [0, -1]].flatten(1)) for image in images]
+    border = torch.cat([pixels for both in borders for pixels in both], dim=1)
     color = border.median(dim=1).values
     fraction = ((border - color[:, None]).abs() <= BORDER_TOLERANCE).all(0).float().mean()
     return color if fraction >= BORDER_FRACTION else None
-
-
-def split_every_eighth(count: int, split: str | None) -> list[int]:
-    """Return the indices of a default split: every 8th view is for testing (Mildenhall et al. 2019)."""
-    return [i for i in range(count) if split is None or (i % 8 == 0) == (split == "test")]

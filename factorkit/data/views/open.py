@@ -7,23 +7,26 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from factorkit.data.files import format_examples, list_image_names
 from factorkit.data.video import is_video
-from factorkit.data.views.arrangement import arrange
+from factorkit.data.views.arrangement import Arrangement, arrange
 from factorkit.data.views.arrays import is_posed_array, read_posed_array
 from factorkit.data.views.colmap import is_colmap, read_colmap
 from factorkit.data.views.dtu import is_dtu, read_dtu
 from factorkit.data.views.foreground import add_masks
 from factorkit.data.views.images import DEFAULT_FOV, read_images, read_video
 from factorkit.data.views.llff import is_llff, read_llff
-from factorkit.data.views.loading import LazyView, SceneSettings, load_views, split_every_eighth
+from factorkit.data.views.loading import LazyView, SceneSettings, load_views
 from factorkit.data.views.phones import is_polycam, is_record3d, read_polycam, read_record3d
+from factorkit.data.views.splits import split_every_eighth
 from factorkit.data.views.srn import is_srn, read_srn
 from factorkit.data.views.transforms import is_transforms, read_transforms
 from factorkit.data.views.views import SceneLayout, Views
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 from factorkit.utils.output_record import OutputFilter, is_output_folder
 
 PosedReader = Callable[[Path, str | None], tuple[list[LazyView], SceneSettings]]
@@ -38,7 +41,7 @@ POSED_FORMATS: tuple[tuple[Callable[[Path], bool], PosedReader], ...] = (
     (is_colmap, read_colmap),
     (is_posed_array, read_posed_array),
 )
-EXPORTED_FILES = ("transforms.json", "cameras.txt")  # of factorkit's exports
+EXPORTED_FILES = (("transforms.json", read_transforms), ("sparse/0/cameras.bin", read_colmap))  # by factorkit itself
 MASK_FOLDERS = ("masks", "mask")  # foreground masks beside the images of any layout
 # Signs of cameras in formats that are not read, with what to do.
 UNREAD_CAMERAS = (
@@ -105,23 +108,65 @@ def open_views(
         >>> open_views(images[:5], resolution=8).images.shape
         torch.Size([5, 3, 8, 8])
     """
-    if split not in (None, "train", "test"):
-        raise ConfigError(f'split={split!r}: give "train", "test" or nothing')
-    if fov is not None and not 0 < fov < 180:
-        raise ConfigError(f"fov={fov}: give degrees between 0 and 180")
-    layout = None if layout == "auto" else layout
-    if layout not in (None, "object", "forward"):
-        raise ConfigError(f'layout={layout!r}: give "object", "forward" or "auto"')
+    layout = _check_reading(split, fov, layout)
     if isinstance(source, Views):
         if masks is not None or loss_masks is not None:
             raise ConfigError("masks= and loss_masks= are for files; these are Views, which have their own")
         return _reopen(source, split, resolution, layout)
+    listed = list_views(
+        source, split, resolution, masks=masks, fov=fov, layout=layout, loss_masks=loss_masks, default_fov=default_fov
+    )
+    return load_views(
+        listed.views,
+        arrangement=listed.arrangement,
+        layout=layout or "object",
+        notes=listed.notes,
+        points=listed.points,
+        resolution=resolution,
+        background=background,
+        seed=seed,
+    )
+
+
+class ListedViews(NamedTuple):
+    """The views of a split before they are decoded.
+
+    Attributes:
+        views: with their sizes, lenses and poses as in the files.
+        arrangement: of the whole scene; None without cameras.
+        notes: sentences for the user on how the files were read.
+        points: float64 [P, 3], sparse points of the scene in the coordinates of the files, or None.
+    """
+
+    views: list[LazyView]
+    arrangement: Arrangement | None
+    notes: tuple[str, ...]
+    points: np.ndarray | None
+
+
+def list_views(
+    source: Any,
+    split: Literal["train", "test"] | None = None,
+    resolution: int | None = None,
+    *,
+    masks: Any = None,
+    fov: float | None = None,
+    layout: SceneLayout | Literal["auto"] | None = None,
+    loss_masks: Any = None,
+    default_fov: float = DEFAULT_FOV,
+) -> ListedViews:
+    """List the views of one scene without decoding them; see :func:`open_views` for arguments and errors.
+
+    Frames of a video alone are decoded and reduced to the resolution.
+    """
+    layout = _check_reading(split, fov, layout)
     path = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
     if path is not None and not path.exists():
         raise DataError(f"{path}: no such file or folder (current folder: {Path.cwd()}). Check the path.")
-    read_posed = None
-    if path is not None and not _has_own_export(path):
-        read_posed = next((read for matches, read in POSED_FORMATS if matches(path)), None)
+    read_posed, own = None, []
+    if path is not None:
+        own = _find_own_exports(path)
+        read_posed = next((read for matches, read in POSED_FORMATS if read not in own and matches(path)), None)
     arrangement, given_masks = None, None if _is_none(masks) else masks
     if path is not None and read_posed is not None:
         views, settings = read_posed(path, split)
@@ -142,36 +187,44 @@ def open_views(
     else:
         if path is not None and path.is_dir():
             _check_single_scene(path)
-            _warn_about_unread_cameras(path)
+            if not own:
+                _warn_about_unread_cameras(path)
         views, settings = read_images(source if path is None else path, split, masks, fov, default_fov)
         views, notes = add_masks(views, settings, None, loss_masks, upright=True)
-    return load_views(
-        views,
-        arrangement=arrangement,
-        layout=layout or "object",
-        notes=notes,
-        resolution=resolution,
-        background=background,
-        seed=seed,
-    )
+    return ListedViews(views, arrangement, notes, settings.points)
 
 
-def _has_own_export(folder: Path) -> bool:
-    """Return whether factorkit exported its cameras into a folder of the user's: a run's poses are not data.
+def _check_reading(
+    split: str | None, fov: float | None, layout: SceneLayout | Literal["auto"] | None
+) -> SceneLayout | None:
+    """Check how views are to be read; return the layout, None where the cameras decide."""
+    if split not in (None, "train", "test"):
+        raise ConfigError(f'split={split!r}: give "train", "test" or nothing')
+    if fov is not None and not 0 < fov < 180:
+        raise ConfigError(f"fov={fov}: give degrees between 0 and 180")
+    layout = None if layout == "auto" else layout
+    if layout not in (None, "object", "forward"):
+        raise ConfigError(f'layout={layout!r}: give "object", "forward" or "auto"')
+    return layout
+
+
+def _find_own_exports(folder: Path) -> list[PosedReader]:
+    """Return the readers of what factorkit exported into a folder of the user's: a run's poses are not data.
 
     An output folder, or an exported file, that the user names himself is read.
     """
     if not folder.is_dir() or is_output_folder(folder):
-        return False
+        return []
     outputs = OutputFilter(folder)
-    files = [name for name in EXPORTED_FILES if outputs.skips_file(str(folder), name)]
-    if files:
+    paths = [(folder / name, name, read) for name, read in EXPORTED_FILES]
+    own = [(name, read) for path, name, read in paths if outputs.skips_file(str(path.parent), path.name)]
+    if own:
         warnings.warn(
-            f"{folder}: left out {', '.join(files)}, which factorkit wrote: the poses of a run are not data. Give the "
-            "file itself to read it",
-            stacklevel=3,
+            f"{folder}: left out {', '.join(name for name, _ in own)}, which factorkit wrote: the poses of a run are "
+            "not data. Give the file itself to read it",
+            stacklevel=4,
         )
-    return bool(files)
+    return [read for _, read in own]
 
 
 def _is_none(masks: Any) -> bool:
@@ -203,7 +256,9 @@ def _check_single_scene(folder: Path) -> None:
     children = sorted(child for child in folder.iterdir() if child.is_dir() and not is_output_folder(child))
     scenes = [child.name for child in children if any(matches(child) for matches, _ in POSED_FORMATS)]
     if scenes:
-        raise DataError(f"{folder}: contains {len(scenes)} scenes ({format_examples(scenes)}). Give one of them.")
+        raise DataError(
+            f"{folder}: contains {format_count(len(scenes), 'scene')} ({format_examples(scenes)}). Give one of them."
+        )
 
 
 def _warn_about_unread_cameras(folder: Path) -> None:

@@ -11,10 +11,11 @@ import torch
 from factorkit.data.files import list_images
 from factorkit.data.views.cameras import make_intrinsics, scale_intrinsics
 from factorkit.data.views.image_files import FileFinder
-from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, split_every_eighth
+from factorkit.data.views.loading import LazyView, SceneSettings, image_reader
+from factorkit.data.views.splits import select_split
 from factorkit.data.views.views import check_rigid
-from factorkit.utils.errors import DataError
-from factorkit.utils.safe_reading import read_json
+from factorkit.utils.errors import DataError, format_count
+from factorkit.utils.files import read_json
 
 POLYCAM_FOLDERS = (
     ("corrected_images", "corrected_cameras"),
@@ -105,7 +106,9 @@ def read_record3d(path: Path, split: str | None) -> tuple[list[LazyView], SceneS
         ) from error
     suffixes = {image.suffix for image in list_images(folder)}
     if not suffixes or not len(values):
-        raise DataError(f"{path}: {len(values)} poses in metadata.json, but no images in {folder.name}/")
+        raise DataError(
+            f"{path}: {format_count(len(values), 'pose')} in metadata.json, but no images in {folder.name}/"
+        )
     finder = FileFinder(folder)
     paths = finder.find_all([str(i) for i in range(len(values))], str(file))
     names, poses, views = [], [], []
@@ -140,5 +143,5 @@ def _finish(
 ) -> tuple[list[LazyView], SceneSettings]:
     stacked = np.stack(poses)
     check_rigid(torch.from_numpy(stacked), names)
-    selected = [views[i] for i in split_every_eighth(len(views), split)]
-    return selected, SceneSettings(names, stacked, None, notes)
+    rows, more = select_split(names, split)
+    return [views[i] for i in rows], SceneSettings(names, stacked, None, notes + more)

@@ -14,9 +14,10 @@ from factorkit.data.files import format_examples, list_images
 from factorkit.data.views.arrangement import OPENCV_TO_OPENGL
 from factorkit.data.views.cameras import IntrinsicsFunction, make_intrinsics, scale_intrinsics
 from factorkit.data.views.image_files import MAX_MISSING_FRACTION
-from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, split_every_eighth
+from factorkit.data.views.loading import LazyView, SceneSettings, image_reader
+from factorkit.data.views.splits import split_every_eighth
 from factorkit.data.views.views import check_rigid
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 
 NSVF_SPLITS = {"0": "train", "1": "val", "2": "test"}  # the digit before the first underscore of a name
 NSVF_NAME = re.compile(r"([012])_.+")
@@ -40,7 +41,8 @@ def read_srn(path: Path, split: str | None) -> tuple[list[LazyView], SceneSettin
     stems, unmatched = sorted(images.keys() & matrices.keys()), sorted(images.keys() ^ matrices.keys())
     if unmatched or not images:
         problem = (
-            f"{len(images)} images in rgb/ and {len(matrices)} poses in pose/, which must match by name"
+            f"{format_count(len(images), 'image')} in rgb/ and {format_count(len(matrices), 'pose')} in pose/, "
+            "which must match by name"
             f"{f'; {unmatched[0]} is only in one of them' if unmatched else ''}"
         )
         if len(unmatched) > MAX_MISSING_FRACTION * len(images | matrices) or not images:

@@ -16,13 +16,14 @@ SceneLayout = Literal["object", "forward"]
 RIGIDITY_TOLERANCE = 1e-3  # maximum error of R^T R; loose enough for files with few digits
 SKEW_TOLERANCE = 1e-4  # maximum skew of K in focal lengths; allows for rounding
 LOSS_MASK_THRESHOLD = 0.999  # share of a resized pixel that must be scored for it to be scored
-PER_VIEW = ("images", "intrinsics", "masks", "poses", "loss_masks")  # attributes with one row for each view
+# Attributes with one row for each view.
+PER_VIEW = ("images", "intrinsics", "masks", "poses", "loss_masks", "content_sizes")
 COLORS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}
 
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """V images of one scene, all of one size.
+    """V images of one scene, all of one size, each with its own intrinsics.
 
     Attributes:
         images: float32 [V, 3, H, W] in [0, 1], composited over `background` if there are masks.
@@ -35,6 +36,9 @@ class Views:
         background: float32 [3], uniform background colour, or None.
         loss_masks: float32 [V, 1, H, W], 1 where a view is scored and 0 where not (nerfstudio's `mask_path`), or None
             if all pixels are. Unlike `masks` they say nothing about the scene.
+        content_sizes: [V, 2], height and width of each view in the middle of its image if views of other shapes are
+            padded (with a loss mask of 0), or None if all fill their images.
+        points: float32 [P, 3], sparse points of the scene in the coordinates of `poses`, or None.
         origin: the position in the files that is the origin of `poses`, if that was moved.
         notes: sentences for the user on how the files were read.
 
@@ -53,6 +57,8 @@ class Views:
     layout: SceneLayout = "object"
     background: Tensor | None = None
     loss_masks: Tensor | None = None
+    content_sizes: Tensor | None = None
+    points: Tensor | None = None
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
     notes: tuple[str, ...] = ()
 
@@ -93,7 +99,28 @@ class Views:
             if self.loss_masks is None
             else (resize_area(self.loss_masks, height, width) > LOSS_MASK_THRESHOLD).float(),
             intrinsics=self.intrinsics * scale[:, None],
+            content_sizes=None if self.content_sizes is None else self.content_sizes * scale[[1, 0]],
         )
+
+    def own_size(self, index: int, longer: int | None = None) -> tuple[int, int]:
+        """Return height and width of a view without its padding, or those with another longer side."""
+        content = self.size if self.content_sizes is None else self.content_sizes[index].tolist()
+        height, width = (max(1, round(side)) for side in content)
+        return (height, width) if longer is None else target_size(longer, height, width)
+
+    def content_region(self, index: int, size: tuple[int, int]) -> tuple[slice, slice]:
+        """Return the rows and columns of a view without its padding in an image of the padded views at another size."""
+        sides = self.size if self.content_sizes is None else self.content_sizes[index].tolist()
+        lengths = [max(1, round(new * side / old)) for new, side, old in zip(size, sides, self.size, strict=True)]
+        starts = [(new - length) // 2 for new, length in zip(size, lengths, strict=True)]
+        return slice(starts[0], starts[0] + lengths[0]), slice(starts[1], starts[1] + lengths[1])
+
+    def own_intrinsics(self, index: int, size: tuple[int, int]) -> Tensor:
+        """Return K [3, 3] of a view without its padding in pixels of an image of this size."""
+        content = torch.tensor(self.size) if self.content_sizes is None else self.content_sizes[index]
+        top, left = ((torch.tensor(self.size) - content) / 2).tolist()
+        scale = torch.tensor([size[1] / float(content[1]), size[0] / float(content[0]), 1.0])
+        return (self.intrinsics[index] - torch.tensor([[0, 0, left], [0, 0, top], [0, 0, 0]])) * scale[:, None]
 
     def reframe(self, intrinsics: Tensor, size: tuple[int, int]) -> Views:
         """Return the views as another camera at the same place and with the same axes sees them.
@@ -134,6 +161,7 @@ class Views:
             masks=None if self.masks is None else (values[:, 3:4] * inside).clamp(0, 1),
             loss_masks=None if self.loss_masks is None and bool(inside.all()) else scored,
             intrinsics=intrinsics.cpu().expand(len(self), 3, 3),
+            content_sizes=None,
         )
 
     def with_background(self, background: str | Sequence[float] | Tensor, seed: int = 0) -> Views:
@@ -221,6 +249,7 @@ def _check_views(views: Views) -> None:
         "masks": (count, 1, height, width),
         "poses": (count, 4, 4),
         "loss_masks": (count, 1, height, width),
+        "content_sizes": (count, 2),
         "background": (3,),
     }
     for name, shape in shapes.items():

@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from factorkit.data.views.views import Views
+from factorkit.metrics.pose import Similarity
 from factorkit.nerfdiff.export.cameras import COLMAP_FILES, make_colmap, make_transforms
+from factorkit.nerfdiff.export.images import ExportView, list_stored
 from factorkit.nerfdiff.export.mesh import surface_mesh
-from factorkit.nerfdiff.export.points import MAX_DEPTH, point_cloud
+from factorkit.nerfdiff.export.points import MAX_DEPTH, Shape, move_shape, point_cloud
 from factorkit.nerfdiff.rays import limit_depth
-from factorkit.nerfdiff.scene import box_camera
+from factorkit.nerfdiff.scene import box_camera, view_poses
 from factorkit.rendering.render import Field
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.output_record import OutputRecord, check_file, writing_file
 
 MESH_SUFFIXES = (".ply", ".obj", ".glb")
 KINDS = ("points", "mesh", "nerfstudio", "colmap")
+CAMERA_KINDS = ("nerfstudio", "colmap")
+Coordinates = Literal["run", "given"]
 
 
 def export(
@@ -32,6 +39,9 @@ def export(
     resolution: int = 128,
     level: float | None = None,
     far: float = MAX_DEPTH,
+    coordinates: Coordinates = "run",
+    to_given: Similarity | None = None,
+    images: Sequence[ExportView] | None = None,
     source: str = "export",
     overwrite: bool = False,
 ) -> Path:
@@ -40,12 +50,12 @@ def export(
     - ``points`` (scene.ply): coloured points on the surface that the views show;
     - ``mesh`` (mesh.ply, or any .obj or .glb): the surface of equal density, by marching cubes, coloured;
     - ``nerfstudio`` (transforms.json): cameras, with the images in images_factorkit/ beside it;
-    - ``colmap`` (a folder): cameras.txt, images.txt and points3D.txt with coloured points, images in images_factorkit/.
+    - ``colmap`` (a folder): a binary model with coloured points in sparse/0/, images in images/.
 
-    Points and mesh are in the coordinates of the cameras, also in forward-facing scenes.
+    Points and mesh are in the coordinates of the cameras, also in forward-facing scenes; a .glb is rotated so that y is
+    up, as glTF demands. Lengths are in the unit of the coordinates.
 
     Args:
-        path: created with its parents. Images are written to images_factorkit/ only.
         views: images, intrinsics and poses, in the field's coordinates.
         field: as :func:`factorkit.render` takes it.
         kind: one of the four; None: derived from the path, see above.
@@ -57,6 +67,10 @@ def export(
             longest side.
         far: depth of forward-facing scenes, in near-plane depths, beyond which nothing is written; their box extends to
             infinity.
+        coordinates: "run": the field's; "given": those of the training data, by ``to_given``.
+        to_given: maps from the field's coordinates to those of the training data; also written as
+            ``applied_transform``. None: unknown.
+        images: the views as they are written, in the order of ``views``; None: those of ``views``.
         source: identifies the scene; files that were written for another one are not replaced.
         overwrite: replace them, and files of another origin, as well.
 
@@ -64,12 +78,13 @@ def export(
         The path.
 
     Raises:
-        ConfigError: unknown kind or suffix, numbers below 1, or ``far`` not beyond the near plane.
-        DataError: views without poses, a scene that no view shows, or a density that never reaches the level.
+        ConfigError: unknown kind, suffix or coordinates, numbers below 1, or ``far`` not beyond the near plane.
+        DataError: views without poses, a scene that no view shows, a density that never reaches the level, a lens that
+            COLMAP does not have, or coordinates that need more digits than the file has.
         WriteError: a file of another origin is in the way.
     """
     path = Path(path)
-    kind = _kind_of(path) if kind is None else kind
+    kind = kind_of(path) if kind is None else kind
     if kind not in KINDS:
         raise ConfigError(f"kind={kind!r} is unknown; give {', '.join(KINDS)}")
     if kind == "mesh" and path.suffix.lower() not in MESH_SUFFIXES:
@@ -80,30 +95,42 @@ def export(
         raise DataError(f"{path}: views without poses cannot be exported as {kind}; predict their poses first")
     if not far > 1:
         raise ConfigError(f"far={far}: give a depth beyond the near plane, which is at 1")
+    if coordinates not in ("run", "given") or (coordinates == "given" and to_given is None):
+        needed = "; it needs training data with cameras" if coordinates == "given" else '; give "run" or "given"'
+        raise ConfigError(f"coordinates={coordinates!r}{needed}")
     camera = box_camera(views)
     upper = limit_depth(upper, far, camera)
+    moved = to_given if coordinates == "given" else None
 
-    if kind in ("points", "mesh"):
-        check_file(path, source, overwrite=overwrite)
+    def make_shape() -> Shape:
         if kind == "mesh":
-            shape = surface_mesh(field, lower, upper, resolution, level, camera)
-        else:
-            shape = point_cloud(field, views, lower, upper, points)
+            return surface_mesh(field, lower, upper, resolution, level, camera)
+        return point_cloud(field, views, lower, upper, points)
+
+    if kind not in CAMERA_KINDS:
+        check_file(path, source, overwrite=overwrite)
+        shape = move_shape(make_shape(), moved)
+        up = torch.tensor([0.0, 1.0, 0.0] if camera.forward_facing else [0.0, 0.0, 1.0], dtype=torch.float64)
         with writing_file(path, source, overwrite=overwrite) as temporary:
-            shape.save(temporary)
+            shape.save(temporary, up if moved is None else moved.rotation @ up)
         return path
+    images = list_stored(views) if images is None else images
+    poses = view_poses(views).double()
+    poses = poses if moved is None else moved.apply(poses)
     folder = path.parent if kind == "nerfstudio" else path
     with OutputRecord(folder, overwrite=overwrite) as record:
         if kind == "nerfstudio":
-            files = make_transforms(path.name, views)
+            applied = None if to_given is None or moved is not None else to_given.inverse()
+            files = make_transforms(path.name, images, poses, applied)
         else:
             record.check(COLMAP_FILES, source)
-            files = make_colmap(views, point_cloud(field, views, lower, upper, points))
+            files = make_colmap(images, poses, move_shape(make_shape(), moved))
         record.write(files, source)
     return path
 
 
-def _kind_of(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """Return what is written to a path by its name; raises ConfigError if that does not say it."""
     suffix = path.suffix.lower()
     if suffix == ".ply":
         return "mesh" if "mesh" in path.stem.lower() else "points"

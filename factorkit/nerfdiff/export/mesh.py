@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from factorkit.nerfdiff.export.points import NDC_LENGTH, Shape, evaluate_field
-from factorkit.nerfdiff.fields.occupancy import field_device
+from factorkit.nerfdiff.fields.base import field_device
 from factorkit.nerfdiff.rays import CameraModel
 from factorkit.rendering.render import Field
 from factorkit.utils.errors import ConfigError, DataError
@@ -32,9 +32,6 @@ def surface_mesh(
     Each vertex has the colour seen from outside, in a forward-facing scene from the cameras.
 
     Args:
-        field: the scene.
-        lower: corner of the box.
-        upper: corner of the box.
         resolution: cells along the box's longest side.
         level: density of the surface; None: light is halved within a 16th of the box's longest side.
         camera: maps from the box to the world.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff.fields.occupancy import MAX_POSITIONS, field_device, occupied_sampling
+from factorkit.metrics.pose import Similarity
+from factorkit.nerfdiff.fields.base import MAX_POSITIONS, field_device, occupied_sampling
 from factorkit.nerfdiff.scene import box_camera, view_poses
 from factorkit.rendering.cameras import image_rays
 from factorkit.rendering.render import Field, render
@@ -22,6 +23,7 @@ from factorkit.utils.images import unit_to_uint8
 MIN_OPACITY = 0.7  # of a pixel whose depth is used
 MIN_OPTICAL_DEPTH = 1 / 8  # over two cells at a point's position
 RAYS_PER_CHUNK = 1 << 14
+MIN_STEPS = 10_000  # of single precision along a shape's longest side
 MAX_DEPTH = 30.0  # in near-plane depths; deeper parts of forward-facing scenes are left out
 NDC_LENGTH = 2.0  # length of the box that a ray of a forward-facing scene crosses as its t grows by 1
 
@@ -31,7 +33,7 @@ class Shape:
     """Coloured points, and for a mesh the triangles between them.
 
     Attributes:
-        points: float32 [P, 3].
+        points: float32 or float64 [P, 3].
         colors: uint8 [P, 3].
         faces: int [F, 3], counter-clockwise seen from outside, or None.
     """
@@ -40,16 +42,50 @@ class Shape:
     colors: np.ndarray
     faces: np.ndarray | None = None
 
-    def save(self, path: Path) -> None:
-        """Write a .ply, or for a mesh also .obj or .glb."""
+    def save(self, path: Path, up: Tensor) -> None:
+        """Write a .ply, or for a mesh also .obj or .glb.
+
+        Args:
+            up: direction [3] that is up in the points' coordinates. A .glb is rotated so that the axis closest to it
+                becomes y, as glTF 2.0 (section 3.4) demands.
+
+        Raises:
+            DataError: the points are so far from the origin that single precision does not tell them apart.
+        """
         import trimesh
 
+        points = self.points @ _to_y_up(up).T if path.suffix.lower() == ".glb" else self.points
+        extent = float(np.ptp(points, axis=0).max())
+        if points.dtype == np.float64 and np.abs(points).max() * np.finfo(np.float32).eps > extent / MIN_STEPS:
+            raise DataError(
+                f"the points are {float(np.abs(points).max()):.6g} away from the origin and {extent:.3g} apart, which "
+                f'single precision does not resolve; export them with coordinates="run" (--coordinates run)'
+            )
         shape: trimesh.PointCloud | trimesh.Trimesh
         if self.faces is None:
-            shape = trimesh.PointCloud(self.points, colors=self.colors)
+            shape = trimesh.PointCloud(points, colors=self.colors)
         else:
-            shape = trimesh.Trimesh(self.points, self.faces, vertex_colors=self.colors, process=False)
+            shape = trimesh.Trimesh(points, self.faces, vertex_colors=self.colors, process=False)
         shape.export(path)
+
+
+def move_shape(shape: Shape, similarity: Similarity | None) -> Shape:
+    """Return a shape in other coordinates, in double precision; unchanged without a similarity."""
+    if similarity is None:
+        return shape
+    return replace(shape, points=similarity.apply_points(torch.from_numpy(shape.points).double()).numpy())
+
+
+def _to_y_up(up: Tensor) -> np.ndarray:
+    """Return the rotation [3, 3] that maps the signed axis closest to ``up`` to y."""
+    axis = int(up.abs().argmax())
+    if axis == 1:
+        return np.diag([1.0, 1.0, 1.0] if up[1] > 0 else [1.0, -1.0, -1.0]).astype(np.float32)
+    sign = 1.0 if up[axis] > 0 else -1.0
+    rotation = np.zeros((3, 3), np.float32)
+    rotation[1, axis], rotation[axis, 1] = sign, -sign
+    rotation[2 - axis, 2 - axis] = 1
+    return rotation
 
 
 @torch.no_grad()
@@ -60,11 +96,7 @@ def point_cloud(field: Field, views: Views, lower: Sequence[float], upper: Seque
     between foreground and background.
 
     Args:
-        field: the scene.
         views: with poses.
-        lower: corner of the box.
-        upper: corner of the box.
-        count: number of points.
 
     Raises:
         DataError: no solid point is visible, or the intrinsics of forward-facing views differ.

@@ -16,6 +16,7 @@ from factorkit.nerfdiff.previews.views import draw_points, draw_view_grid
 from factorkit.nerfdiff.rays import limit_depth, render_views
 from factorkit.nerfdiff.scene import Scene
 from factorkit.utils.errors import DataError
+from factorkit.utils.files import save_image
 
 MAX_VIEWS = 8  # in an image grid
 MAX_POINTS = 20_000  # about as many as the drawing resolves; fewer pixels give fewer points
@@ -35,23 +36,25 @@ def save_cameras(path: Path, layout: str, cameras: Tensor, candidates: Tensor | 
     """Save a drawing of cameras [V, 4, 4] and their candidates [..., 4, 4]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draw = draw_sphere if layout == "object" else draw_plane
-    draw(cameras, candidates).save(path)
+    save_image(draw(cameras, candidates), path)
 
 
 def save_renders(path: Path, field: Field, scene: Scene, poses: Tensor, samples: int) -> None:
     """Save some views beside renders from ``poses`` [V, 4, 4], with difference and disparity."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = torch.linspace(0, len(poses) - 1, min(MAX_VIEWS, len(poses))).round().long().to(poses.device)
-    rendered = render_views(field, poses[rows], scene.camera, scene.size, samples, rows)
+    own = scene.camera.of_views(rows)
+    rendered = render_views(field, poses[rows], scene.camera, scene.size, samples, rows, own)
     color = rendered.color.movedim(-1, 1).clamp(0, 1).cpu()
     names = [scene.names[i] for i in rows.tolist()]
-    draw_view_grid(scene.images[rows].cpu(), color, rendered.depth.cpu(), rendered.opacity.cpu(), names).save(path)
+    grid = draw_view_grid(scene.images[rows].cpu(), color, rendered.depth.cpu(), rendered.opacity.cpu(), names)
+    save_image(grid, path)
 
 
 def save_points(path: Path, field: Field, scene: Scene, poses: Tensor) -> None:
     """Save a drawing of the exported point cloud; nothing if the scene is not solid anywhere."""
     camera = scene.camera
-    intrinsics = camera.pixel_intrinsics(*scene.size).cpu().expand(len(poses), 3, 3)
+    intrinsics = camera.pixel_intrinsics(*scene.size, camera.of_views()).cpu().expand(len(poses), 3, 3)
     views = Views(scene.images.cpu(), scene.names, intrinsics, poses=poses.cpu(), layout=scene.layout)
     lower, upper = (-1.0,) * 3, limit_depth((1.0,) * 3, MAX_DEPTH, camera)
     try:
@@ -59,4 +62,4 @@ def save_points(path: Path, field: Field, scene: Scene, poses: Tensor) -> None:
     except DataError:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_points(cloud, camera.forward_facing).save(path)
+    save_image(draw_points(cloud, camera.forward_facing), path)

@@ -34,7 +34,6 @@ def draw_view_grid(
         renders: [V, 3, H, W] in [0, 1].
         depth: expected depth [V, H, W], not divided by the opacity.
         opacity: [V, H, W].
-        names: captions.
     """
     difference = 2 * (images - renders).abs()
     rows = [list(images_to_pixels(x)) for x in (images, renders, difference)]
@@ -72,7 +71,6 @@ def draw_denoising_grid(
     Args:
         images: S tensors [n, 3, H, W] in [0, 1], the predicted clean images.
         cameras: S tensors of poses [n, 4, 4].
-        times: the S time steps.
         noisy: S tensors [n, 3, H, W] in [0, 1], drawn above the clean images.
         layout: "object" or "forward".
     """

@@ -27,6 +27,7 @@ from factorkit.utils import distributed
 from factorkit.utils.rng import BatchDraw, derived_seed
 
 COMPARISON_SIDE = 16  # longer side in pixels of the compared images
+SAME_INTRINSICS = 0.02  # relative to the image's side: the compared images are too small to show less
 TEMPERATURE = (0.02, 0.3)  # at the end and at the start, in standard deviations of a view's errors
 POSITION_JITTER = 0.04  # standard deviation added to positions while the temperature falls, to cover their cells
 
@@ -111,7 +112,9 @@ class SearchTask(FitTask):
         def errors_from(rows: slice) -> Tensor:
             field, camera = self.model.field, self.scene.camera
             masks = self.scene.loss_masks
-            return candidate_errors(field, candidates[rows], camera, images, self.samples, views, masks).T
+            return candidate_errors(
+                field, candidates[rows], camera, images, self.samples, views, masks, camera.of_views()
+            ).T
 
         return distributed.map_shares(errors_from, len(candidates)).T
 
@@ -136,20 +139,29 @@ def candidate_errors(
     samples: int,
     views: Tensor | None = None,
     loss_masks: Tensor | None = None,
+    intrinsics: Tensor | None = None,
 ) -> Tensor:
     """Return the mean squared difference [V, D] of small images and small renders.
 
     Args:
-        field: the scene.
         poses: to render from, [D, 4, 4].
-        camera: shared by all poses.
         images: [V, 3, H, W].
-        samples: along each ray.
         views: indices [V] of the images' appearance; None: the mean appearance.
         loss_masks: [V, 1, H, W], 0 at pixels that do not count; None: all count.
+        intrinsics: of the images, [V, 3, 3], or of all of them, [3, 3], in units of width and height; None: those of
+            the camera model.
     """
+    if intrinsics is not None and intrinsics.dim() == 3:  # one set of renders for all images of one camera
+        result = torch.empty(len(images), len(poses), device=images.device)
+        kinds = torch.unique((intrinsics / SAME_INTRINSICS).round(), dim=0, return_inverse=True)[1]
+        for kind in range(int(kinds.max()) + 1):
+            rows = (kinds == kind).nonzero()[:, 0]
+            appearance, masks = (None if x is None else x[rows] for x in (views, loss_masks))
+            mean = intrinsics[rows].mean(0)
+            result[rows] = candidate_errors(field, poses, camera, images[rows], samples, appearance, masks, mean)
+        return result
     size = target_size(min(COMPARISON_SIDE, max(images.shape[2:])), *images.shape[2:])
-    rendered = render_views(field, poses, camera, size, samples)
+    rendered = render_views(field, poses, camera, size, samples, intrinsics=intrinsics)
     small = resize_area(images, *size).movedim(1, -1)
     weights = None if loss_masks is None else resize_area(loss_masks, *size).movedim(1, -1).expand_as(small)
     if (views is None or field.appearance is None) and weights is not None:

@@ -31,8 +31,6 @@ class DistilTask:
     """Train the encoder to score and place the candidate nearest to each view's pose; the field stays fixed.
 
     Args:
-        config: of the stage.
-        scene: the training views.
         model: with the fitted field and the poses of the views.
         duplication: see :func:`factorkit.nerfdiff.alarms.pose_alarms`.
     """
@@ -43,7 +41,7 @@ class DistilTask:
         self.config, self.scene, self.model, self.duplication = config, scene, model, duplication
         model.field.requires_grad_(False)
         self.schedule = Schedule(config.timesteps, device=scene.images.device)
-        images, poses = scene.images, model.views
+        images, poses = scene.encoder_images, model.views
         if config.num_rendered_views and scene.layout == "object":
             new_poses = self._sample_poses(config.num_rendered_views)
             # twice the encoder's resolution serves it as well as the views' own size
@@ -88,7 +86,7 @@ class DistilTask:
 
     def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
         """Draw views and cameras, and return the alarms."""
-        cameras = predict_clean(model, self.scene.images)
+        cameras = predict_clean(model, self.scene.encoder_images)
         save_model_previews(folder, step, model, self.scene, cameras, with_points=step == self.config.steps)
         if self.scene.layout != "object":
             return {}

@@ -34,10 +34,8 @@ def best_rotations(field: Field, scene: Scene, poses: Tensor, views: Tensor, sam
 
     Args:
         field: fitted to other views.
-        scene: the training views.
         poses: of all views, [V, 4, 4].
         views: indices of the views that choose.
-        samples: along each ray.
     """
     size = target_size(min(ROTATION_SIDE, max(scene.size)), *scene.size)
     images = resize_area(scene.images[views], *size).movedim(1, -1)
@@ -47,7 +45,8 @@ def best_rotations(field: Field, scene: Scene, poses: Tensor, views: Tensor, sam
         columns = []
         for degrees in ROTATIONS:
             rotated = rotate_poses_about_z(poses[views[rows]], degrees)
-            color = render_views(field, rotated, scene.camera, size, samples).color
+            own = scene.camera.of_views(views[rows])
+            color = render_views(field, rotated, scene.camera, size, samples, intrinsics=own).color
             columns.append(mean_squared_error(color, images[rows], (1, 2, 3), None if masks is None else masks[rows]))
         return torch.stack(columns, 1)
 
@@ -65,11 +64,9 @@ def reassign_outliers(
 
     Args:
         field: fitted to other views.
-        scene: the training views.
         poses: of all views.
         views: indices of the views to check, [B].
         directions: the dictionary, [D, 3].
-        samples: along each ray.
     """
     images = scene.images[views]
     masks = None if scene.loss_masks is None else scene.loss_masks[views]
@@ -77,12 +74,16 @@ def reassign_outliers(
     candidates = orbit_poses(directions, scene.distance)
 
     def own_errors(rows: slice) -> Tensor:
-        color = render_views(field, poses(views[rows]), scene.camera, size, samples).color
+        own = scene.camera.of_views(views[rows])
+        color = render_views(field, poses(views[rows]), scene.camera, size, samples, intrinsics=own).color
         weights = None if masks is None else resize_area(masks[rows], *size)
         return mean_squared_error(color.movedim(-1, 1), resize_area(images[rows], *size), (1, 2, 3), weights)
 
     def errors_from(rows: slice) -> Tensor:
-        return candidate_errors(field, candidates[rows], scene.camera, images, samples, loss_masks=masks).T
+        own = scene.camera.of_views(views)
+        return candidate_errors(
+            field, candidates[rows], scene.camera, images, samples, loss_masks=masks, intrinsics=own
+        ).T
 
     own = distributed.map_shares(own_errors, len(views))
     least, index = distributed.map_shares(errors_from, len(candidates)).T.min(1)

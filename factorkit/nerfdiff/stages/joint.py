@@ -21,7 +21,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.occupancy import update_occupancy
+from factorkit.nerfdiff.fields.base import update_occupancy
 from factorkit.nerfdiff.network import NerfdiffModel, predict_clean, to_signal
 from factorkit.nerfdiff.previews.files import save_model_previews
 from factorkit.nerfdiff.rays import render_pixels, render_views
@@ -52,8 +52,6 @@ class JointTask:
     """Train encoder and field together, or the encoder alone if the field is fixed.
 
     Args:
-        config: of the stage.
-        scene: the training views.
         model: encoder, candidates and field.
         poses: of the views, [V, 4, 4], that the trained model keeps; None: the model's own predictions.
         duplication: see :func:`factorkit.nerfdiff.alarms.pose_alarms`.
@@ -88,7 +86,7 @@ class JointTask:
             update_occupancy(field, int(step))
         indices = indices.to(scene.images.device)
         images = scene.images[indices]
-        x_t, t = add_noise(to_signal(images), self.schedule, config, draw)
+        x_t, t = add_noise(to_signal(scene.encoder_images[indices]), self.schedule, config, draw)
         cameras = self.model.predict_cameras(x_t, t)
         rows = torch.arange(len(images), device=images.device)
         best = self.select_candidates(cameras.poses, images, temperature_share, draw.uniform(), indices)
@@ -103,6 +101,7 @@ class JointTask:
             int(step),
             indices,
             draw.rows.start * config.rays_per_view,
+            scene.camera.of_views(indices),
         )
         weights = None if scene.loss_masks is None else gather_pixels(scene.loss_masks[indices], pixels)
         error = mean_squared_error(rendered.color, gather_pixels(images, pixels), (1, 2), weights)
@@ -127,7 +126,10 @@ class JointTask:
             views: indices [B] of the images, for their appearance.
         """
         size = target_size(min(COMPARISON_SIDE, max(images.shape[2:])), *images.shape[2:])
-        color = render_views(self.model.field, poses, self.scene.camera, size, self.config.samples_per_ray, views).color
+        camera = self.scene.camera
+        lens = None if views is None else camera.of_views(views)
+        lens = None if lens is None else lens[:, None]  # for all candidates
+        color = render_views(self.model.field, poses, camera, size, self.config.samples_per_ray, views, lens).color
         target, weights = resize_area(images, *size).movedim(1, -1)[:, None], None
         if self.scene.loss_masks is not None and views is not None:
             weights = resize_area(self.scene.loss_masks[views], *size).movedim(1, -1)[:, None]
@@ -141,11 +143,12 @@ class JointTask:
 
     def update_buffers(self, model: NerfdiffModel) -> None:
         """Store the final poses of the training views in the model."""
-        model.views.copy_(predict_clean(model, self.scene.images).best_poses if self.poses is None else self.poses)
+        images = self.scene.encoder_images
+        model.views.copy_(predict_clean(model, images).best_poses if self.poses is None else self.poses)
 
     def inspect(self, model: NerfdiffModel, step: int, folder: Path) -> dict[str, Any]:
         """Draw views and cameras, and return the alarms."""
-        cameras = predict_clean(model, self.scene.images)
+        cameras = predict_clean(model, self.scene.encoder_images)
         save_model_previews(folder, step, model, self.scene, cameras, with_points=step == self.config.steps)
         if self.scene.layout != "object":
             return {}

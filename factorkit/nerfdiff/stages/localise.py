@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from factorkit.data.views.views import resize_area, target_size
 from factorkit.nerfdiff.cameras.poses import FreePoses, OrbitPoses, camera_directions, orbit_poses
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import render_pixels, render_views
-from factorkit.nerfdiff.scene import gather_pixels
+from factorkit.nerfdiff.scene import gather_pixels, mean_squared_error
 from factorkit.utils.rng import derived_seed
 
 RAYS_PER_IMAGE = 512  # in each step
@@ -21,9 +22,41 @@ LEARNING_RATE = 0.01  # in radians, and in units of the distance
 COMPARISON_ROUNDS = ((16, 4), (32, 1))
 
 
+class TargetImages(NamedTuple):
+    """Images with which renders are compared.
+
+    Attributes:
+        images: [B, 3, H, W] in [0, 1].
+        intrinsics: [B, 3, 3] in units of width and height; None: those of the model.
+        loss_masks: [B, 1, H, W], 0 at pixels that do not count; None: all count.
+    """
+
+    images: Tensor
+    intrinsics: Tensor | None = None
+    loss_masks: Tensor | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.images.shape[2], self.images.shape[3]
+
+    def select(self, rows: Tensor | slice) -> TargetImages:
+        """Return some of the images."""
+        return TargetImages(*(None if value is None else value[rows] for value in self))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> TargetImages:
+        """Return the images on a device."""
+        return TargetImages(*(None if value is None else value.to(device) for value in self))  # type: ignore[arg-type]
+
+    def pixel_error(self, color: Tensor, pixels: Tensor, dims: tuple[int, ...] = (1, 2)) -> Tensor:
+        """Return the mean squared error, over ``dims``, of colours [B, R, 3] at pixel indices [B, R]."""
+        weights = None if self.loss_masks is None else gather_pixels(self.loss_masks, pixels)
+        return mean_squared_error(color, gather_pixels(self.images, pixels), dims, weights)
+
+
 @torch.no_grad()
-def select_best_poses(model: NerfdiffModel, images: Tensor, poses: Tensor) -> Tensor:
-    """Return the poses [B, 4, 4] with the lowest photometric error for images [B, 3, H, W], among [B, N, 4, 4].
+def select_best_poses(model: NerfdiffModel, target: TargetImages, poses: Tensor) -> Tensor:
+    """Return the poses [B, 4, 4] with the lowest photometric error for images, among [B, N, 4, 4].
 
     Around an object, each candidate rotated by 180 degrees about z is tried too: nearly symmetric scenes mislead the
     encoder that way.
@@ -32,9 +65,13 @@ def select_best_poses(model: NerfdiffModel, images: Tensor, poses: Tensor) -> Te
         half_turn = poses.new_tensor([-1.0, -1.0, 1.0, 1.0])[:, None]
         poses = torch.cat([poses, half_turn * poses], dim=1)
     for side, keep in COMPARISON_ROUNDS:
-        size = target_size(min(side, max(images.shape[2:])), *images.shape[2:])
-        color = render_views(model.field, poses, model.camera, size, model.samples_per_ray).color
-        errors = (color - resize_area(images, *size).movedim(1, -1)[:, None]).square().mean((2, 3, 4))
+        size = target_size(min(side, max(target.size)), *target.size)
+        own = None if target.intrinsics is None else target.intrinsics[:, None]
+        color = render_views(model.field, poses, model.camera, size, model.samples_per_ray, intrinsics=own).color
+        images, weights = resize_area(target.images, *size).movedim(1, -1)[:, None], None
+        if target.loss_masks is not None:
+            weights = resize_area(target.loss_masks, *size).movedim(1, -1)[:, None]
+        errors = mean_squared_error(color, images, (2, 3, 4), weights)
         best = errors.topk(min(keep, errors.shape[1]), dim=1, largest=False).indices
         poses = poses.gather(1, best[:, :, None, None].expand(-1, -1, 4, 4))
     return poses[:, 0]
@@ -50,8 +87,8 @@ def is_orbit(poses: Tensor) -> bool:
     return bool((rotation < ORBIT_TOLERANCE).all() and (translation < ORBIT_TOLERANCE * distance).all())
 
 
-def refine_poses(model: NerfdiffModel, images: Tensor, poses: Tensor, steps: int, distance: float) -> Tensor:
-    """Refine poses [B, 4, 4] of images [B, 3, H, W] in [0, 1] by steps of Adam; the model stays fixed.
+def refine_poses(model: NerfdiffModel, target: TargetImages, poses: Tensor, steps: int, distance: float) -> Tensor:
+    """Refine poses [B, 4, 4] of images by steps of Adam; the model stays fixed.
 
     If the training cameras are upright and look at the origin from one distance, so do the refined ones, from
     ``distance``; otherwise all six degrees of freedom are refined.
@@ -59,16 +96,17 @@ def refine_poses(model: NerfdiffModel, images: Tensor, poses: Tensor, steps: int
     free: nn.Module = FreePoses(poses)
     if not model.forward_facing and is_orbit(model.views):
         free = OrbitPoses(camera_directions(poses), distance)
-    free = free.to(images.device)
+    free = free.to(target.images.device)
     generator = torch.Generator().manual_seed(derived_seed("localise", steps))
-    height, width = images.shape[2:]
+    height, width = target.size
 
     def loss(step: int) -> Tensor:
         count = min(RAYS_PER_IMAGE, height * width)
-        pixels = torch.randint(height * width, (count,), generator=generator).to(images.device)
-        pixels = pixels.expand(len(images), -1)
-        color = render_pixels(model.field, free(), model.camera, pixels, (height, width), model.samples_per_ray).color
-        return (color - gather_pixels(images, pixels)).square().mean((1, 2)).sum()
+        pixels = torch.randint(height * width, (count,), generator=generator).to(target.images.device)
+        pixels = pixels.expand(len(target.images), -1)
+        size, samples, own = (height, width), model.samples_per_ray, target.intrinsics
+        color = render_pixels(model.field, free(), model.camera, pixels, size, samples, intrinsics=own).color
+        return target.pixel_error(color, pixels).sum()
 
     minimise(loss, free.parameters(), steps, LEARNING_RATE)
     refined: Tensor = free().detach()

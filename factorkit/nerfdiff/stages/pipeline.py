@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from factorkit.engine.log import RunLog
-from factorkit.engine.run_folder import copy_folder
+from factorkit.engine.run_folder import RunLog, copy_folder
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.alarms import duplication_check
+from factorkit.nerfdiff.box import box_checks
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.poses import (
     FreePoses,
@@ -29,10 +29,8 @@ from factorkit.nerfdiff.cameras.poses import (
     rotate_about_z,
 )
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.base import Field
-from factorkit.nerfdiff.fields.build import build_field
-from factorkit.nerfdiff.fields.grid import GridField
-from factorkit.nerfdiff.fields.occupancy import build_occupancy_grid, occupancy_cells
+from factorkit.nerfdiff.fields.base import Field, build_occupancy_grid, occupancy_cells
+from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.nerfdiff.held_out import (
     MIN_FIT_STEPS,
     MIN_HELD_OUT_VIEWS,
@@ -53,7 +51,8 @@ from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
 from factorkit.nerfdiff.verdict import write_report
 from factorkit.report.content import log_checks
 from factorkit.utils import distributed
-from factorkit.utils.jsonl import read_log, timeline
+from factorkit.utils.errors import format_count
+from factorkit.utils.files import read_log, timeline
 from factorkit.utils.rng import derived_seed
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
@@ -74,11 +73,7 @@ class Training:
     A finished stage is loaded instead of trained, so an interrupted run resumes in the stage it was in.
 
     Args:
-        config: of the run.
-        scene: the training views.
-        folder: of the run.
         settings: stored with every checkpoint.
-        progress: show progress bars.
     """
 
     def __init__(self, config: NerfdiffConfig, scene: Scene, folder: Path, settings: dict[str, Any], progress: bool):
@@ -115,7 +110,7 @@ class Training:
         else:
             fitted, duplication = self.dictionary_search()
         # the distance, which sets the scale, stays that of the given focal length
-        camera = replace(scene.camera, intrinsics=fitted.camera.intrinsics.detach())
+        camera = scene.camera.with_intrinsics(fitted.camera.intrinsics.detach())
         scene = replace(scene, camera=camera)
         model = self.build_model(fitted.field, fitted.poses().detach(), camera)
         task = lambda stage: DistilTask(stage, scene, model, duplication)  # noqa: E731
@@ -177,7 +172,6 @@ class Training:
         """Fit a field, free poses and, if ``optimize_camera`` has it, the focal length; return the :class:`SceneFit`.
 
         Args:
-            name: of the stage.
             field: to fit.
             poses: from view indices to poses.
             scene: None: that of the run.
@@ -259,7 +253,7 @@ class Training:
         fitted = refine("refine", start, orbit.requires_grad_(), preview_name="refine")
         poses = fitted.poses.with_directions(fitted.poses.direction.detach())
         refined_directions, moved = poses.direction, 0
-        refined_scene = replace(scene, camera=replace(scene.camera, intrinsics=fitted.camera.intrinsics.detach()))
+        refined_scene = replace(scene, camera=scene.camera.with_intrinsics(fitted.camera.intrinsics.detach()))
         for number in range(max(1, config.flip_rounds)):
             poses, moved = self.flip_round(number, poses, places, refined_scene)
             if not moved:
@@ -317,12 +311,16 @@ class Training:
         """Cross-fit two small fields; return the errors, the disparity noise, and why errors are None."""
         config, count = self.config, len(self.scene.images)
         poses = distributed.gather_rows(model.views)[0][:count]  # those of process 0
-        scene = replace(self.scene, camera=replace(self.scene.camera, intrinsics=model.camera.intrinsics.detach()))
+        scene = replace(self.scene, camera=self.scene.camera.with_intrinsics(model.camera.intrinsics.detach()))
         steps = config.steps if config.poses == "predicted" and config.search == "joint" else config.field_steps
         if count < MIN_HELD_OUT_VIEWS:
-            return None, None, f"since {count} views are fewer than {MIN_HELD_OUT_VIEWS}"
+            return None, None, f"since {format_count(count, 'view')}: fewer than {MIN_HELD_OUT_VIEWS}"
         if steps < MIN_FIT_STEPS:
-            return None, None, f"since the field was fitted for {steps} steps only, fewer than {MIN_FIT_STEPS}"
+            return (
+                None,
+                None,
+                f"since the field was fitted for {format_count(steps, 'step')} only, fewer than {MIN_FIT_STEPS}",
+            )
         noise = None
         if scene.layout == "forward":
             noise = disparity_noise(model.field, scene, poses, config.samples_per_ray)
@@ -343,6 +341,7 @@ class Training:
         errors, noise, reason = self.measure_held_out(model)
         if distributed.rank() == 0 and alarms:
             checks = held_out_checks(self.scene.layout, errors, noise, reason)
+            checks += box_checks(model.field, self.scene.foreground, model.views, self.scene.layout)
             added = log_checks(checks)
             alarms = {key: value for key, value in alarms.items() if key not in ("event", "time")}
             alarms |= {"held_out_checked": True, **to_fields(errors, noise)}

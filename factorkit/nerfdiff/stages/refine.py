@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.base import Field
-from factorkit.nerfdiff.fields.occupancy import update_occupancy
+from factorkit.nerfdiff.fields.base import Field, update_occupancy
 from factorkit.nerfdiff.previews.files import save_cameras
 from factorkit.nerfdiff.rays import CameraModel, render_pixels
 from factorkit.nerfdiff.scene import Scene, gather_pixels, gaussian_blur, mean_squared_error
@@ -30,11 +28,8 @@ class SceneFit(nn.Module):
     """A field and the poses of its views.
 
     Args:
-        field: the scene.
         poses: a module that maps view indices [B] to poses [B, 4, 4].
-        camera: shared by all views.
         size: height and width of the views.
-        samples: along each ray.
         optimize_focal: whether the focal length is a parameter, starting at that of ``camera``.
     """
 
@@ -60,12 +55,15 @@ class SceneFit(nn.Module):
         intrinsics = self.initial_camera.intrinsics
         scale = torch.stack([self.log_focal.exp(), self.log_focal.exp(), torch.ones_like(self.log_focal)])
         focal = torch.diag(intrinsics.diagonal() * scale)
-        return replace(self.initial_camera, intrinsics=focal + (intrinsics - torch.diag(intrinsics.diagonal())))
+        return self.initial_camera.with_intrinsics(focal + (intrinsics - torch.diag(intrinsics.diagonal())))
 
     def forward(self, indices: Tensor, pixels: Tensor, seed: int, first_ray: int = 0, **pose_options: Any) -> Rendered:
         """Render pixels [B, R] of views [B]; see :func:`factorkit.nerfdiff.rays.render_pixels`."""
-        poses = self.poses(indices, **pose_options)
-        return render_pixels(self.field, poses, self.camera, pixels, self.size, self.samples, seed, indices, first_ray)
+        poses, camera = self.poses(indices, **pose_options), self.camera
+        own = camera.of_views(indices)
+        return render_pixels(
+            self.field, poses, camera, pixels, self.size, self.samples, seed, indices, first_ray, intrinsics=own
+        )
 
 
 def field_parameter_groups(field: Field, rate: float, base_rate: float) -> list[dict[str, Any]]:
@@ -91,9 +89,6 @@ class FitTask:
     """Minimise the squared error of random rays of the views.
 
     Args:
-        config: of the stage.
-        scene: the training views.
-        model: field and poses.
         views: indices of the views to fit; None: all.
         preview_name: part of the file names of previews; None: no previews.
         initial_coarseness: blur of field and views at the start, 0 (none) to 1: for poses that are far off.

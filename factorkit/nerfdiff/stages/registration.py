@@ -13,8 +13,7 @@ from torch import Tensor
 from factorkit.metrics.pose import Similarity
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import render_pixels
-from factorkit.nerfdiff.scene import gather_pixels
-from factorkit.nerfdiff.stages.localise import minimise
+from factorkit.nerfdiff.stages.localise import TargetImages, minimise
 from factorkit.utils.rng import derived_seed
 
 STEPS = 150
@@ -22,21 +21,21 @@ LEARNING_RATE = 2e-3  # in radians, units of the mean distance and log scale; a 
 VIEWS_PER_STEP, RAYS_PER_VIEW = 32, 128
 
 
-def register_scene(model: NerfdiffModel, start: Similarity, poses: Tensor, images: Tensor) -> Similarity:
+def register_scene(model: NerfdiffModel, start: Similarity, poses: Tensor, target: TargetImages) -> Similarity:
     """Refine a similarity so that the scene agrees best with images.
 
     Args:
         model: the trained model, which stays fixed.
         start: from the poses' coordinates to the model's.
         poses: of the images, [V, 4, 4].
-        images: [V, 3, H, W] in [0, 1], from the training data; held-out images would make their own scores too good.
+        target: images of the training data; held-out images would make their own scores too good.
     """
     device = model.camera.intrinsics.device
-    base, images = start.apply(poses.double()).float().to(device), images.to(device)
+    base, target = start.apply(poses.double()).float().to(device), target.to(device)
     mean_distance = base[:, :3, 3].norm(dim=1).mean()
     rotvec, shift, log_scale = (torch.zeros(n, device=device, requires_grad=True) for n in (3, 3, 1))
     generator = torch.Generator().manual_seed(derived_seed("registration", len(poses)))
-    height, width = images.shape[2:]
+    height, width = target.size
 
     def loss(step: int) -> Tensor:
         rows = torch.randint(len(base), (VIEWS_PER_STEP,), generator=generator).to(device)
@@ -45,9 +44,11 @@ def register_scene(model: NerfdiffModel, start: Similarity, poses: Tensor, image
         turned = rotation @ base[rows, :3, :3]
         position = log_scale.exp() * base[rows, :3, 3] @ rotation.T + shift * mean_distance
         moved = torch.cat([torch.cat([turned, position[..., None]], -1), base[rows, 3:]], 1)
-        size, samples = (height, width), model.samples_per_ray
-        color = render_pixels(model.field, moved, model.camera, pixels, size, samples, step).color
-        return (color - gather_pixels(images[rows], pixels)).square().mean()
+        size, samples, own = (height, width), model.samples_per_ray, target.select(rows)
+        color = render_pixels(
+            model.field, moved, model.camera, pixels, size, samples, step, intrinsics=own.intrinsics
+        ).color
+        return own.pixel_error(color, pixels, (0, 1, 2))
 
     minimise(loss, [rotvec, shift, log_scale], STEPS, LEARNING_RATE)
     rotation = roma.rotvec_to_rotmat(rotvec.detach()).double().cpu()

@@ -30,7 +30,7 @@ from factorkit.reproduce.segdiff_runs import GRID_IMAGES, HeldOutImages, Trainin
 from factorkit.segdiff.baselines.datasetddpm import DatasetDDPM
 from factorkit.segdiff.baselines.supervised import ClassUNet, predict_classes, train_supervised
 from factorkit.segdiff.run import SegdiffRun
-from factorkit.utils.errors import ConfigError
+from factorkit.utils.errors import ConfigError, format_count
 
 NUM_CLUSTERS = 3  # of k-means, as in the dissertation
 CLUSTERED_IMAGES = 200  # unlabelled images that the clusters are fitted on
@@ -88,7 +88,7 @@ def load_class_labels(trainings: Trainings) -> ClassLabels:
     values = np.unique(held_out.labelled.labels[held_out.labelled.valid])
     if len(values) > MAX_REGIONS:
         raise CellUnavailableError(
-            f"the masks hold {len(values)} values; at most {MAX_REGIONS} can be matched as classes"
+            f"the masks hold {format_count(len(values), 'value')}; at most {MAX_REGIONS} can be matched as classes"
         )
     return ClassLabels(held_out, _number(held_out.labelled.labels, held_out.labelled.valid, values), len(values))
 

@@ -21,8 +21,8 @@ from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.inference.segment import MASK_BATCH_SIZE
 from factorkit.segdiff.task import move_if_it_fits
-from factorkit.utils.atomic import save_image
 from factorkit.utils.errors import DataError
+from factorkit.utils.files import save_image
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw, derived_seed
 
@@ -65,11 +65,9 @@ class SupervisedTask:
     """Training by the cross-entropy of pixels, with random flips.
 
     Args:
-        config: resolved.
         images: uint8 [N, R, R, 3].
         truth: int [N, R, R], classes or IGNORE_LABEL.
         num_classes: number of logits.
-        device: of the training.
     """
 
     def __init__(
@@ -127,10 +125,7 @@ def train_supervised(
     Args:
         images: uint8 [N, R, R, 3] at the configuration's resolution.
         truth: int [N, R, R] in [0, num_classes), IGNORE_LABEL for pixels that are not counted.
-        num_classes: number of classes.
         config: resolved; its architecture, optimiser and seed are used, its regions and noise are not.
-        out: the run folder.
-        progress: show a progress bar.
 
     Raises:
         DataError: images and truth of different sizes, or classes out of range.

@@ -12,7 +12,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.segment import hard_labels
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 from factorkit.utils.images import signed_to_unit
 from factorkit.utils.rng import derived_seed
 
@@ -104,5 +104,5 @@ def pair_images(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """
     count = max(len(a), len(b))
     if {len(a), len(b)} - {1, count}:
-        raise DataError(f"{len(a)} images cannot be paired with {len(b)}: give as many of each, or one")
+        raise DataError(f"{format_count(len(a), 'image')} cannot be paired with {len(b)}: give as many of each, or one")
     return a.expand(count, *a.shape[1:]), b.expand(count, *b.shape[1:])

@@ -132,18 +132,16 @@ def predict_tiled(predict: Callable[[Tensor], Tensor], small: np.ndarray, config
     """Predict masks [N, K, h, w] of resized images, uint8 [N, h, w, 3], whole or in overlapping tiles.
 
     A tile is at most four training resolutions wide and high. Where tiles overlap their masks are averaged with weights
-    that fall towards the edge of a tile; they still sum to 1. Mixture masks are never tiled, because their positions
-    and colours refer to whole images.
+    that fall towards the edge of a tile; they still sum to 1. Masks other than the network's are never tiled,
+    because their positions and colours refer to whole images.
 
     Args:
         predict: maps images [N, 3, h, w] in [-1, 1] to masks [N, K, h, w].
-        small: the images.
-        config: of the run.
     """
     images = pixels_to_signed(torch.from_numpy(small))
     height, width = images.shape[2:]
     tile, overlap = TILE_SIDE * config.resolution, TILE_OVERLAP * config.resolution
-    if max(height, width) <= tile or config.masks == "mixture":
+    if max(height, width) <= tile or config.masks != "network":
         return predict(images)
     weight = _tent(min(height, tile), overlap)[:, None] * _tent(min(width, tile), overlap)
     total, weights = torch.zeros(()), torch.zeros(height, width)
@@ -219,8 +217,6 @@ def predict_masks(model: nn.Module, images: Tensor, t: int, schedule: Schedule, 
     Args:
         model: a :class:`~factorkit.segdiff.network.FactorizedUNet` or a hierarchy of them.
         images: of any size that the model can halve.
-        t: time step of the noise.
-        schedule: of the noise.
         label: the class the model is conditioned on; None: no class.
     """
     network = cast(FactorizedUNet, model)

@@ -120,11 +120,8 @@ def segment_frames(
     """Yield each frame, uint8 [H, W, 3], with its labels, uint8 [H, W].
 
     Args:
-        frames: of one size.
-        config: of the run.
         predict: maps images [N, 3, h, w] in [-1, 1] to masks [N, K, h, w].
         size: as in :meth:`factorkit.SegdiffRun.segment`.
-        upsample: as there.
         smooth: :class:`Smoother`'s ``keep``.
 
     Raises:
@@ -182,11 +179,9 @@ def write_video(
     """Write a video with its regions laid over it to ``out``, atomically, with the times and the sound of the input.
 
     Args:
-        video: the input.
         segmented: its frames with labels, as from :func:`segment_frames`.
         out: .mp4, .mkv or .mov.
         num_regions: K.
-        progress: show a progress bar.
         source: what the user gave as the video.
         overwrite: also replace a file that was not written for this video.
 
@@ -232,7 +227,6 @@ class VideoWriter:
     """Encodes frames with their presentation times, and copies the sound of another file beside them.
 
     Args:
-        path: the file to write.
         rate: nominal frames per second; frames without a time follow each other at this rate.
         sound: a file whose sound is taken over; encoded anew only if the container cannot hold its codec.
     """

@@ -51,7 +51,6 @@ def score_zero_shot(
     """Score each class of a data set whose masks contain classes.
 
     Args:
-        config: of the run.
         predictor: returns the mask predictor for a condition.
         data: as for :func:`factorkit.data.open_dataset`.
         split: of the scored images; "all" for data sets without splits. The mappings are fitted on images of "train" if

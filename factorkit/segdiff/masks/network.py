@@ -35,7 +35,9 @@ class NetworkMasks(MaskProposer):
         nn.init.zeros_(decoder.conv_out.bias)
         self.norm = RegionLogitNorm(decoder.conv_out.out_channels) if normalise else None
 
-    def forward(self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None) -> MaskProposal:
+    def forward(
+        self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None, t: Tensor | None = None
+    ) -> MaskProposal:
         assert encoding is not None
         skips = encoding.skips[self.skips_left_out :]
         logits = at_least_fp32(self.decoder(encoding.middle, skips, encoding.embedding))

@@ -39,15 +39,24 @@ class MaskProposer(nn.Module):
     #: whether :meth:`forward` reads the encoding; without it, segmenting runs no part of the U-Net
     needs_encoding: ClassVar[bool]
 
-    def forward(self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None) -> MaskProposal:
+    def forward(
+        self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None, t: Tensor | None = None
+    ) -> MaskProposal:
         """Propose masks.
 
         Args:
             x_t: noisy images [B, 3, H, W] in [-1, 1].
             encoding: of x_t; required if ``needs_encoding``.
             within: [B, 1, H, W] in [0, 1], the region to split, in a level of a hierarchy; None: the whole image.
+            t: time steps [B] of x_t, for a proposer that does not read them from the encoding.
         """
         raise NotImplementedError
+
+    def segment(
+        self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None, t: Tensor | None = None
+    ) -> Tensor:
+        """Return the masks [B, K, H, W] of images to be segmented. Arguments as of :meth:`forward`."""
+        return self(x_t, encoding, within, t).logits.softmax(1)
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that learn at ``mask_learning_rate``."""

@@ -69,7 +69,7 @@ def test_splits_without_split_file_are_chosen_and_noted(cub):
 @pytest.mark.parametrize(
     ("file", "line", "message"),
     [
-        ("images.txt", "5 nowhere.jpg", "1 of 5 images of images.txt are missing, the first is nowhere.jpg"),
+        ("images.txt", "5 nowhere.jpg", "1 of 5 images of images.txt missing, the first is nowhere.jpg"),
         ("images.txt", "5", "line 5: expected 2 words"),
         ("image_class_labels.txt", "1 3", "a class is missing from classes.txt"),
         ("image_class_labels.txt", "1 bird", "expected one number for each image"),

@@ -78,7 +78,7 @@ def test_read_without_optional_files_has_no_masks_or_classes(flowers):
 
 def test_read_damaged_files_raise(flowers):
     (flowers / "jpg/image_00003.jpg").unlink()
-    with pytest.raises(DataError, match="1 of 7 images of setid.mat are missing, the first is image_00003.jpg"):
+    with pytest.raises(DataError, match="1 of 7 images of setid.mat missing, the first is image_00003.jpg"):
         open_dataset(flowers)
     savemat(flowers / "setid.mat", {"trnid": [TRNID], "valid": [[1]], "tstid": [TSTID]})
     with pytest.raises(DataError, match="in two splits"):

@@ -144,12 +144,28 @@ def test_match_masks_ignores_case_and_unicode_form(tmp_path):
         ("{}.jpg", "{}.png"),
         ("{}.jpg", "{}_xyz.png"),
         ("images/{}.jpg", "foo/xyz_{}.png"),
+        ("leftImg8bit/train/a/{}_leftImg8bit.png", "gtFine/train/a/{}_gtFine_labelIds.png"),
+        ("set/{}/image.png", "set/{}/label.png"),
+        ("d/img_{}.png", "d/mask_{}.png"),
+        ("d/{}_sat.jpg", "d/{}_mask.png"),
+        ("d/{}.jpg", "d/{}MASK.png"),
+        ("图像/{}.jpg", "掩码/{}.png"),
     ],
 )
 def test_unknown_places_of_masks_are_refused(tmp_path, image, mask):
     write(tmp_path / "data", image, mask)
     with pytest.raises(DataError, match=r"look like masks of those in .*--images and --masks"):
         open_dataset(tmp_path / "data")
+
+
+def test_unknown_masks_of_few_colours_are_refused(tmp_path):
+    write(tmp_path, "{}.jpg", "unused/{}.png", 2)
+    for i in range(2):
+        mask = Image.open(tmp_path / f"unused/x{i}.png").convert("L").point(lambda value: value // 2)
+        Image.merge("RGB", (mask, mask.point(lambda value: 255 - value), mask)).save(tmp_path / f"x{i}_colour.png")
+        (tmp_path / f"unused/x{i}.png").unlink()
+    with pytest.raises(DataError, match="2 images in ./, such as x0_colour.png, look like masks"):
+        open_dataset(tmp_path)
 
 
 def test_grey_photos_of_equal_names_are_no_masks(tmp_path):

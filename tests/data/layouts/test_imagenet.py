@@ -80,5 +80,5 @@ def test_pixel_imagenet_test_split_is_limited_per_class(imagenet, draw, monkeypa
 
 def test_pixel_imagenet_unrelated_masks_raise(imagenet, draw):
     draw(imagenet / f"pixel-imagenet/{TENCH}/{TENCH}_77.png", np.ones((4, 4)))
-    with pytest.raises(DataError, match="none of its 1 masks has an image"):
+    with pytest.raises(DataError, match="none of its 1 mask has an image"):
         open_dataset(imagenet)

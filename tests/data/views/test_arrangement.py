@@ -148,5 +148,5 @@ def test_llff_turntable_is_object_with_masks(tmp_path, scene):
     assert open_views(folder, masks="none").masks is None
     assert open_views(folder, layout="forward").near == pytest.approx(0.9 / 0.75)
     (folder / "masks/03.png").unlink()
-    with pytest.raises(DataError, match=r"1 of 12 views have no mask, the first is images/03.png"):
+    with pytest.raises(DataError, match=r"no mask for 1 of 12 views, the first is images/03.png"):
         open_views(folder)

@@ -163,7 +163,7 @@ def test_split_lists_in_part_never_leak(write, lists, train, test):
 
 def test_split_lists_that_overlap_raise(write):
     folder = write(**FOCAL, train_filenames=["images/0.png", "images/1.png"], test_filenames=["images\\1.png"])
-    with pytest.raises(DataError, match="1 frames are listed for training and for val or test, the first is images/1"):
+    with pytest.raises(DataError, match="1 frame listed for training and for val or test, the first is images/1"):
         open_views(folder, "train")
 
 
@@ -211,5 +211,15 @@ def test_frames_without_files_are_left_out_with_count(write):
     assert len(message) == 1
     (folder / "images/2.png").unlink()
     (folder / "images/3.png").unlink()
-    with pytest.raises(DataError, match="3 of 4 images are missing"):
+    with pytest.raises(DataError, match="3 of 4 images missing"):
+        open_views(folder)
+
+
+def test_frames_in_formats_that_are_not_read_are_named_as_such(write, monkeypatch):
+    folder = write()
+    for i in range(4):
+        (folder / f"images/{i}.png").rename(folder / f"images/{i}.exr")
+    file = folder / "transforms.json"
+    file.write_text(file.read_text().replace(".png", ".exr"))
+    with pytest.raises(DataError, match="formats that are not read: 4 .exr"):
         open_views(folder)

@@ -14,7 +14,8 @@ import trimesh
 from factorkit.data import make_procedural_views, open_views
 from factorkit.data.procedural.scene import TABLE, make_scene_field, signed_distance
 from factorkit.nerfdiff.export import export
-from factorkit.nerfdiff.export.cameras import IMAGE_FOLDER, file_names, make_colmap
+from factorkit.nerfdiff.export.cameras import COLMAP_IMAGE_FOLDER, IMAGE_FOLDER, make_colmap
+from factorkit.nerfdiff.export.images import file_names, list_stored
 from factorkit.nerfdiff.export.points import Shape
 from factorkit.utils.errors import ConfigError, DataError, WriteError
 from factorkit.utils.output_record import OutputRecord
@@ -127,12 +128,14 @@ def test_export_beside_images_leaves_them_unchanged(tmp_path, views):
     own[0].parent.mkdir()
     for path in own:
         path.write_bytes(b"all there is of it")
-    for name in ("transforms.json", ""):
-        export(tmp_path / name, views, make_scene_field(), kind=None if name else "colmap", points=100)
-        written = sorted((tmp_path / IMAGE_FOLDER).iterdir())
-        assert len(written) == 10
-        for path in own:
-            assert path.read_bytes() == b"all there is of it"
+    export(tmp_path / "transforms.json", views, make_scene_field())
+    written = sorted((tmp_path / IMAGE_FOLDER).iterdir())
+    assert len(written) == 10
+    with pytest.raises(WriteError, match=f"{own[0].name} exists and was not written by factorkit"):
+        export(tmp_path, views, make_scene_field(), kind="colmap", points=100)
+    assert not (tmp_path / "sparse").exists()
+    for path in own:
+        assert path.read_bytes() == b"all there is of it"
     written[0].write_bytes(b"edited")
     with pytest.raises(WriteError, match="changed after factorkit wrote it"):
         export(tmp_path / "transforms.json", views, make_scene_field())
@@ -144,9 +147,9 @@ def test_export_beside_images_leaves_them_unchanged(tmp_path, views):
 @pytest.mark.parametrize("name", ["scene.ply", "mesh.ply", "transforms.json", "colmap"])
 def test_export_replaces_only_what_it_wrote_for_the_same_scene(tmp_path, views, name):
     path = tmp_path / name
-    target = path / "cameras.txt" if name == "colmap" else path
+    target = path / "sparse" / "0" / "cameras.bin" if name == "colmap" else path
     options = {"points": 500} if name in ("scene.ply", "colmap") else {"resolution": 12}
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(exist_ok=True, parents=True)
     target.write_text("mine")
     with pytest.raises(WriteError, match=f"{target.name} exists and was not written by factorkit"):
         export(path, views, make_scene_field(), source="a", **options)
@@ -176,8 +179,7 @@ def test_export_transforms_different_cameras_round_trip(tmp_path, views):
 
 def test_export_colmap_is_read_by_pycolmap(tmp_path, views):
     folder = export(tmp_path / "colmap", views, make_scene_field(), points=2000)
-    model = pycolmap.Reconstruction()
-    model.read_text(folder)
+    model = pycolmap.Reconstruction(folder / "sparse" / "0")
     assert len(model.cameras) == 1 and len(model.images) == 10
     camera = next(iter(model.cameras.values()))
     assert camera.model.name == "PINHOLE" and (camera.width, camera.height) == (24, 24)
@@ -185,11 +187,11 @@ def test_export_colmap_is_read_by_pycolmap(tmp_path, views):
     assert len(points) > 1000 and distance(torch.tensor(points).float()).abs().max() < 0.1
     for i, name in enumerate(views.names):
         image = model.images[i + 1]
-        assert image.name == f"{name}.png" and (folder / IMAGE_FOLDER / image.name).is_file()
+        assert image.name == f"{name}.png" and (folder / COLMAP_IMAGE_FOLDER / image.name).is_file()
         world_to_camera = image.cam_from_world().matrix()
         expected = np.linalg.inv(views.poses[i].double().numpy() @ np.diag([1.0, -1, -1, 1]))[:3]
         np.testing.assert_allclose(world_to_camera, expected, atol=1e-5)
-        # The scene's points fall on the picture's foreground.
+        # The scene's points fall on the image's foreground.
         local = points @ world_to_camera[:, :3].T + world_to_camera[:, 3]
         pixels = np.array([camera.img_from_cam(point) for point in local]).reshape(-1, 2)
         assert (local[:, 2] > 0).all()
@@ -197,22 +199,15 @@ def test_export_colmap_is_read_by_pycolmap(tmp_path, views):
         assert (views.masks[i, 0, down, right] > 0.05).float().mean() > 0.98
 
 
-def fundamental(lines, cameras, first, second):
-    """The fundamental matrix of two of COLMAP's images, from the text alone (Hartley & Zisserman, eq. 9.2)."""
+def fundamental(model, first, second):
+    """The fundamental matrix of two images of a pycolmap model (Hartley & Zisserman, eq. 9.2)."""
 
-    def projection(line):
-        w, x, y, z, *position = (float(word) for word in line.split()[1:8])
-        turn = np.array(
-            [
-                [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-                [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-                [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-            ]
-        )
-        fx, fy, cx, cy = (float(word) for word in cameras[line.split()[8]].split()[4:8])
-        return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), turn, np.array(position)
+    def projection(image):
+        camera = model.cameras[image.camera_id]
+        matrix = image.cam_from_world().matrix()
+        return camera.calibration_matrix(), matrix[:, :3], matrix[:, 3]
 
-    (k1, r1, t1), (k2, r2, t2) = projection(lines[first]), projection(lines[second])
+    (k1, r1, t1), (k2, r2, t2) = projection(model.images[first + 1]), projection(model.images[second + 1])
     turn = r2 @ r1.T
     x, y, z = t2 - turn @ t1
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
@@ -221,12 +216,10 @@ def fundamental(lines, cameras, first, second):
 
 @pytest.mark.slow
 def test_export_colmap_matched_pixels_satisfy_the_epipolar_constraint(tmp_path):
-    """What the pictures say themselves: the middles of the yellow ball in two pictures are the same point of space."""
+    """What the images say themselves: the middles of the yellow ball in two images are the same point of space."""
     views = make_procedural_views(14, 96, seed=6, elevations=(25.0, 60.0))
     folder = export(tmp_path / "colmap", views, make_scene_field(), points=500)
-    rows = [line for line in (folder / "images.txt").read_text().splitlines() if not line.startswith("#")]
-    assert rows[1::2] == [""] * 14
-    cameras = {row.split()[0]: row for row in (folder / "cameras.txt").read_text().splitlines() if row[0] != "#"}
+    model = pycolmap.Reconstruction(folder / "sparse" / "0")
     middles = []
     for image in views.images:
         red, green, blue = image
@@ -237,10 +230,10 @@ def test_export_colmap_matched_pixels_satisfy_the_epipolar_constraint(tmp_path):
     for i in range(14):
         for j in range(14):
             if i != j:
-                line = fundamental(rows[::2], cameras, i, j) @ middles[i]
+                line = fundamental(model, i, j) @ middles[i]
                 errors.append(abs(line @ middles[j]) / math.hypot(line[0], line[1]))
     assert np.median(errors) < 0.5 and np.max(errors) < 1.5
-    flipped = fundamental(rows[::2], cameras, 0, 5) @ np.diag([1.0, -1, 1])
+    flipped = fundamental(model, 0, 5) @ np.diag([1.0, -1, 1])
     assert abs(flipped @ middles[0] @ middles[5]) / np.linalg.norm((flipped @ middles[0])[:2]) > 3
 
 
@@ -250,18 +243,19 @@ def test_export_colmap_real_images_satisfy_the_epipolar_constraint(tmp_path, rea
     """Pixels matched by their surroundings (SIFT); Blender wrote the poses of the Lego scene, COLMAP those of Fern."""
     views = open_views(real_data(name), "train").select(slice(0, 40))
     with OutputRecord(tmp_path) as record:
-        record.write(make_colmap(views, Shape(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8))), "export")
-    rows = [line for line in (tmp_path / "images.txt").read_text().splitlines() if line and line[0] != "#"]
-    cameras = {row.split()[0]: row for row in (tmp_path / "cameras.txt").read_text().splitlines() if row[0] != "#"}
+        none = Shape(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8))
+        record.write(make_colmap(list_stored(views), views.poses.double(), none), "export")
+    model = pycolmap.Reconstruction(tmp_path / "sparse" / "0")
+    names = [model.images[i + 1].name for i in range(len(views))]
     sift = cv2.SIFT_create()
-    result = [sift.detectAndCompute(cv2.imread(str(tmp_path / IMAGE_FOLDER / row.split()[9]), 0), None) for row in rows]
+    result = [sift.detectAndCompute(cv2.imread(str(tmp_path / COLMAP_IMAGE_FOLDER / name), 0), None) for name in names]
     errors = []
     for i in range(len(views)):
         for j in range(i + 1, len(views)):
             for first, second in cv2.BFMatcher().knnMatch(result[i][1], result[j][1], k=2):
                 if first.distance < 0.6 * second.distance:
                     here, there = ((*result[v][0][n].pt, 1.0) for v, n in ((i, first.queryIdx), (j, first.trainIdx)))
-                    line = fundamental(rows, cameras, i, j) @ (np.add(here, (0.5, 0.5, 0)))
+                    line = fundamental(model, i, j) @ (np.add(here, (0.5, 0.5, 0)))
                     errors.append(abs(line @ (np.add(there, (0.5, 0.5, 0)))) / math.hypot(line[0], line[1]))
     assert len(errors) > 100 and np.median(errors) < 1.0
 

@@ -1,4 +1,4 @@
-"""Tones of single pictures: they change colours, never densities, and are learned."""
+"""Tones of single images: they change colours, never densities, and are learned."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 import factorkit
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.nerfdiff.cameras.poses import direction_grid, orbit_poses
-from factorkit.nerfdiff.fields.appearance import Appearance
-from factorkit.nerfdiff.fields.build import build_field
-from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.fields.base import Appearance
+from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
 from factorkit.nerfdiff.stages.dictionary import candidate_errors
 from factorkit.nerfdiff.train import train_nerfdiff

@@ -9,9 +9,8 @@ import torch
 
 import factorkit
 from factorkit.nerfdiff.cameras.poses import direction_grid, orbit_poses
-from factorkit.nerfdiff.fields.background import BACKGROUNDS, build_background
-from factorkit.nerfdiff.fields.build import build_field
-from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.fields.base import BACKGROUNDS, build_background
+from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
 from factorkit.nerfdiff.stages.refine import field_parameter_groups
 from factorkit.nerfdiff.train import train_nerfdiff

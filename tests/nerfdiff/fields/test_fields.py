@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.nerfdiff.fields.build import build_field
-from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.utils.errors import ConfigError
 
 

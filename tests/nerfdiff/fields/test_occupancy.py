@@ -1,4 +1,4 @@
-"""Empty space left out: the same picture, the same gradients, and a grid that follows the training."""
+"""Empty space left out: the same image, the same gradients, and a grid that follows the training."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import factorkit
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.cameras.poses import direction_grid, orbit_poses
 from factorkit.nerfdiff.export.points import point_cloud
-from factorkit.nerfdiff.fields.build import build_field
-from factorkit.nerfdiff.fields.grid import GridField
-from factorkit.nerfdiff.fields.occupancy import (
-    UPDATE_EVERY,
+from factorkit.nerfdiff.fields.base import (
+    OCCUPANCY_UPDATE_EVERY,
     build_occupancy_grid,
     occupancy_cells,
     occupied_sampling,
     update_occupancy,
 )
+from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.rendering import OccupancySampling, UniformSampling
@@ -97,16 +96,16 @@ def test_occupancy_gradients_match_finite_differences():
 
 def test_update_occupancy_is_periodic_and_skips_blurred_fields():
     field = ball()
-    update_occupancy(field, UPDATE_EVERY)  # has no grid
+    update_occupancy(field, OCCUPANCY_UPDATE_EVERY)  # has no grid
     field.occupancy = build_occupancy_grid(32)
-    for step in (0, UPDATE_EVERY - 1, UPDATE_EVERY + 1):
+    for step in (0, OCCUPANCY_UPDATE_EVERY - 1, OCCUPANCY_UPDATE_EVERY + 1):
         update_occupancy(field, step)
     field.coarseness = 0.5
-    update_occupancy(field, UPDATE_EVERY)
+    update_occupancy(field, OCCUPANCY_UPDATE_EVERY)
     assert field.occupancy.num_updates == 0 and field.occupancy.share_occupied() == 1
     field.coarseness = 0.0
-    update_occupancy(field, UPDATE_EVERY)
-    update_occupancy(field, 2 * UPDATE_EVERY)
+    update_occupancy(field, OCCUPANCY_UPDATE_EVERY)
+    update_occupancy(field, 2 * OCCUPANCY_UPDATE_EVERY)
     assert field.occupancy.num_updates == 2 and 0.02 < field.occupancy.share_occupied() < 0.3
 
 
@@ -131,7 +130,8 @@ def test_occupied_sampling_uses_the_trained_grid():
 
 @pytest.mark.parametrize("changes", [{}, {"search": "joint"}, {"poses": "known", "field": "hashgrid"}])
 def test_run_trains_and_stores_the_occupancy_grid(changes, tmp_path, scene_views, tiny):
-    settings = tiny | {"occupancy": True, "field_steps": 2 * UPDATE_EVERY + 2, "steps": 2 * UPDATE_EVERY + 2} | changes
+    steps = 2 * OCCUPANCY_UPDATE_EVERY + 2
+    settings = tiny | {"occupancy": True, "field_steps": steps, "steps": steps} | changes
     run = train_nerfdiff(scene_views, out=tmp_path / "run", **settings)
     grid = run.model.field.occupancy
     assert grid.num_updates == (1 if "search" in changes else 2), "the joint training is blurred in its first half"

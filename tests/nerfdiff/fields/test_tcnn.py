@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from factorkit.nerfdiff.fields.build import build_field
+from factorkit.nerfdiff.fields.kinds import build_field
 from factorkit.utils.errors import ConfigError
 
 

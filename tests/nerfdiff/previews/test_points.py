@@ -7,7 +7,7 @@ from PIL import Image
 
 from factorkit.data.procedural.scene import make_procedural_views, make_scene_field
 from factorkit.nerfdiff.export.points import Shape
-from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.previews.files import save_points
 from factorkit.nerfdiff.previews.views import POINT_ELEVATION, POINT_SIDE, _project_points, _viewer_axes, draw_points
 from factorkit.nerfdiff.scene import open_scene

@@ -13,7 +13,7 @@ from factorkit.nerfdiff.stages.flip_test import ROTATIONS
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.nerfdiff.training_views import describe_scene
-from factorkit.utils.jsonl import read_log
+from factorkit.utils.files import read_log
 
 
 @pytest.mark.parametrize("astray", [0, 6])

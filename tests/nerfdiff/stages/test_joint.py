@@ -9,7 +9,7 @@ from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, OctantCandidates, SingleCandidate, build_candidates
 from factorkit.nerfdiff.cameras.poses import fibonacci_band, rodrigues_poses
 from factorkit.nerfdiff.config import preset_config
-from factorkit.nerfdiff.fields.build import build_field
+from factorkit.nerfdiff.fields.kinds import build_field
 from factorkit.nerfdiff.network import predict_clean, to_radiance, to_signal
 from factorkit.nerfdiff.rays import render_pixels
 from factorkit.nerfdiff.scene import open_scene

@@ -1,4 +1,4 @@
-"""A similarity that is a little off is mended by the pictures."""
+"""A similarity that is a little off is mended by the images."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 
 from factorkit.metrics.pose import Similarity
 from factorkit.nerfdiff.cameras.poses import direction_grid, orbit_poses
-from factorkit.nerfdiff.fields.grid import GridField
+from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.rays import CameraModel, render_views
+from factorkit.nerfdiff.stages.localise import TargetImages
 from factorkit.nerfdiff.stages.registration import register_scene
 
 DISTANCE = 3.0
@@ -42,7 +43,7 @@ def test_register_scene_refines_the_similarity_by_images():
     off = roma.rotvec_to_rotmat(torch.tensor([0.01, -0.02, 0.015])).double()
     start = Similarity(off @ turn, truth.translation + torch.tensor([0.03, -0.02, 0.04]), truth.scale * 1.01)
 
-    result = register_scene(model, start, poses, images)
+    result = register_scene(model, start, poses, TargetImages(images))
 
     def away(s: Similarity) -> tuple[float, float]:
         transformed = s.apply(poses)

@@ -10,8 +10,8 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.inference.segment import add_noise
-from factorkit.segdiff.masks import mixture as module
-from factorkit.segdiff.masks.mixture import (
+from factorkit.segdiff.masks import spatial_mixture as module
+from factorkit.segdiff.masks.spatial_mixture import (
     EM_ROUNDS,
     ERROR_TIMES,
     UNIFORM_SHARE,
@@ -181,7 +181,7 @@ def test_config_mixture_with_mask_generator_settings_raises(changes):
 
 
 def test_config_unknown_masks_raise():
-    with pytest.raises(ConfigError, match="choose one of network, mixture"):
+    with pytest.raises(ConfigError, match="choose one of auto, network, mixture"):
         preset_config(None, **TINY, masks="colours").resolved()
 
 

@@ -17,7 +17,7 @@ from tests.engine.trained import run_script
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
-    return run_script("sharing.py", tmp_path_factory.mktemp("sharing"), timeout=240)
+    return run_script(Path(__file__).with_name("process_commands.py"), tmp_path_factory.mktemp("commands"), timeout=240)
 
 
 def printed(done: Path, world: int, name: str) -> dict:
@@ -74,7 +74,7 @@ def test_segment_in_three_processes_handles_each_image_once(done):
 
 @pytest.mark.slow
 def test_segment_write_error_in_one_process_ends_all(done):
-    """The exit codes are 1 (sharing.py); what the other process finished counts the next time."""
+    """The exit codes are 1 (process_commands.py); what the other process finished counts the next time."""
     assert "No space left on device" in (done / "stderr.txt").read_text()
     assert all("No space left" in (done / f"lost.{rank}.txt").read_text() for rank in (0, 1))
     left = sorted(path.name for path in (done / "lost").glob("*_labels.png"))

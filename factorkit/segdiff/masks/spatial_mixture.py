@@ -9,6 +9,8 @@ Gaussians, and with it a denoiser, has a closed form.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from factorkit.utils.rng import derived_seed
 
 PRIOR_SIDE = 16  # sides of the learned prior in cells
 EM_ROUNDS = 3  # IoU on horses: .64 with 3 and 5 rounds, .60 with 8
+OBJECT_FIRST_SPREAD = 0.5  # of the random start beside the centred region 0
 UNIFORM_SHARE = 0.05  # of the prior is uniform over the regions, so that none is excluded anywhere for good
 PSEUDO_PIXELS, PSEUDO_VARIANCE = 20.0, 0.1  # prior of a region's colour covariance: so many pixels of that variance
 MIN_VARIANCE = 0.02  # of a region's colours, which are in [-1, 1]
@@ -35,47 +38,92 @@ class SpatialMixture(MaskProposer):
 
     Args:
         regions: K.
+        object_first: start with region 0 in the centre, so that it becomes the object.
     """
 
     needs_encoding = False
 
-    def __init__(self, regions: int):
+    def __init__(self, regions: int, object_first: bool = False):
         super().__init__()
         # Start smooth: regions that begin as speckles stay so for long.
         rough = F.interpolate(torch.randn(1, regions, 5, 5), size=(PRIOR_SIDE, PRIOR_SIDE), mode="bicubic")[0]
-        self.prior_logits = nn.Parameter(rough / rough.std())
+        rough = rough / rough.std()
+        if object_first:
+            side = torch.linspace(-1, 1, PRIOR_SIDE).square()
+            rough = OBJECT_FIRST_SPREAD * rough
+            rough[0] += 1 - 2 * (side[:, None] + side)
+        self.prior_logits = nn.Parameter(rough)
 
     def prior(self, height: int, width: int) -> Tensor:
         """Return pi [K, height, width], which sums to 1 over K."""
-        logits = self.prior_logits[None].float()
-        logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
-        return (1 - UNIFORM_SHARE) * logits[0].softmax(0) + UNIFORM_SHARE / len(self.prior_logits)
+        return share_uniformly(self._prior_logits(height, width).softmax(1))[0]
 
-    def forward(self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None) -> MaskProposal:
+    def cued_prior(self, cue: Tensor) -> Tensor:
+        """Return the prior [B, K, H, W] of images whose cue [B, H, W] is added to the logit of region 0."""
+        logits = self._prior_logits(*cue.shape[1:])
+        logits = torch.cat([logits[:, :1] + cue[:, None], logits[:, 1:].expand(len(cue), -1, -1, -1)], 1)
+        return share_uniformly(logits.softmax(1))
+
+    def _prior_logits(self, height: int, width: int) -> Tensor:
+        logits = self.prior_logits[None].float()
+        return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
+
+    def forward(
+        self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None, t: Tensor | None = None
+    ) -> MaskProposal:
         """Propose masks of images at any noise level.
 
         The noise is part of the colours' variance: the more there is, the more the prior decides.
         """
         with torch.autocast(x_t.device.type, enabled=False):
-            size = x_t.shape[2:]
-            x = x_t.float().flatten(2).transpose(1, 2)
-            squares = (x[..., :, None] * x[..., None, :]).flatten(2)
-            prior = self.prior(*size).log().flatten(1).expand(len(x), -1, -1)
-            logits = prior
-            for _ in range(EM_ROUNDS):
-                evidence, slopes = colour_evidence(x, squares, logits.softmax(1))
-                logits = prior + evidence
-            score = (logits.softmax(1)[..., None] * slopes).sum(1)
-            return MaskProposal(logits.unflatten(2, size), score.transpose(1, 2).unflatten(2, size))
+            return fit_mixture(x_t.float(), self.prior(*x_t.shape[2:]).expand(len(x_t), -1, -1, -1), EM_ROUNDS)
 
 
-def colour_evidence(x: Tensor, squares: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def share_uniformly(masks: Tensor) -> Tensor:
+    """Mix masks [B, K, H, W] with a uniform share, so that no region is excluded anywhere for good."""
+    return (1 - UNIFORM_SHARE) * masks + UNIFORM_SHARE / masks.shape[1]
+
+
+def fit_mixture(
+    x: Tensor,
+    prior: Tensor,
+    rounds: int,
+    refine: Callable[[Tensor], Tensor] | None = None,
+    min_variance: float = MIN_VARIANCE,
+) -> MaskProposal:
+    """Fit one Gaussian a region to the colours of each image by EM from its prior.
+
+    Args:
+        x: images [B, 3, H, W].
+        prior: of the regions [B, K, H, W], above 0.
+        rounds: of EM.
+        refine: changes the masks [B, K, H, W] after each round but the last; None does not.
+        min_variance: of a region's colours.
+    """
+    size = x.shape[2:]
+    x = x.flatten(2).transpose(1, 2)
+    squares = (x[..., :, None] * x[..., None, :]).flatten(2)
+    logits = prior = prior.log().flatten(2)
+    for number in range(rounds):
+        masks = logits.softmax(1)
+        if number and refine is not None:
+            masks = refine(masks.unflatten(2, size)).flatten(2)
+        evidence, slopes = colour_evidence(x, squares, masks, min_variance)
+        logits = prior + evidence
+    score = (logits.softmax(1)[..., None] * slopes).sum(1)
+    return MaskProposal(logits.unflatten(2, size), score.transpose(1, 2).unflatten(2, size))
+
+
+def colour_evidence(
+    x: Tensor, squares: Tensor, masks: Tensor, min_variance: float = MIN_VARIANCE
+) -> tuple[Tensor, Tensor]:
     """Compute log N(x; mu_k, S_k) of each pixel and region up to a constant, and its gradient in x.
 
     Args:
         x: pixels [B, P, 3].
         squares: their outer products [B, P, 9].
         masks: [B, K, P], by which mu_k and S_k are measured.
+        min_variance: added to every variance.
 
     Returns:
         [B, K, P] and [B, K, P, 3].
@@ -86,7 +134,7 @@ def colour_evidence(x: Tensor, squares: Tensor, masks: Tensor) -> tuple[Tensor, 
     eye, area = torch.eye(3, device=x.device), area[..., None]
     covariance = (covariance * area + PSEUDO_PIXELS * PSEUDO_VARIANCE * eye) / (
         area + PSEUDO_PIXELS
-    ) + MIN_VARIANCE * eye
+    ) + min_variance * eye
     inverse, determinant = invert(covariance)
     away = x[:, None] - mean[:, :, None]
     slopes = -away @ inverse
@@ -98,7 +146,6 @@ def noise_error(score: Tensor, schedule: Schedule, eps: Tensor, t: Tensor) -> Te
 
     Args:
         score: [B, 3, H, W].
-        schedule: of the noise.
         eps: the true noise [B, 3, H, W].
         t: its time steps [B].
     """

@@ -1,7 +1,8 @@
 """Generate, evaluate, segment and render in one process and in three, joined by gloo as torchrun would. For
-test_sharing.py.
+test_processes.py.
 
-python sharing.py FOLDER leaves FOLDER/1 and FOLDER/3 with what each command wrote, and <command>.<process>.txt with
+python process_commands.py FOLDER leaves FOLDER/1 and FOLDER/3 with what each command wrote, and <command>.<process>.txt
+with
 what each process printed; in FOLDER/lost is what two processes left of which one could not write.
 """
 

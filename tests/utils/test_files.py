@@ -8,10 +8,18 @@ import json
 import pytest
 from PIL import Image
 
-from factorkit.engine.log import RunLog
-from factorkit.utils import jsonl as lines
-from factorkit.utils.atomic import UNFINISHED, clear_unfinished, replacing, save_image
-from factorkit.utils.jsonl import JsonLines, read_lines, read_log
+from factorkit.engine.run_folder import RunLog
+from factorkit.utils import files
+from factorkit.utils.files import (
+    UNFINISHED,
+    JsonLines,
+    clear_unfinished,
+    read_lines,
+    read_log,
+    replacing,
+    save_image,
+    timeline,
+)
 
 
 def names(folder):
@@ -105,7 +113,7 @@ def test_run_log_full_disk_keeps_earlier_events(tmp_path):
 @pytest.mark.parametrize("block", [1, 3, 1 << 16])
 @pytest.mark.parametrize("left", [b"", b"half", b'{"n":2}'])
 def test_json_lines_opening_drops_a_half_line_of_any_length(tmp_path, monkeypatch, block, left):
-    monkeypatch.setattr(lines, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(files, "_BLOCK_BYTES", block)
     path = tmp_path / "a.jsonl"
     for before in (b"", b'{"n": 1}\n'):
         path.write_bytes(before + left)
@@ -123,3 +131,20 @@ def test_read_lines_offsets_point_to_line_starts(tmp_path):
     for at, line in found:
         assert json.loads(content[at : content.index(b"\n", at)]) == line
     assert list(read_lines(tmp_path / "none.jsonl")) == []
+
+
+def test_timeline_repeated_step_keeps_the_later_line(tmp_path):
+    with RunLog(tmp_path) as log:
+        for step, loss in ((10, 1.0), (20, 2.0), (30, 3.0)):
+            log.event("step", step=step, loss=loss)
+        log.event("resume", step=15)
+        for step, loss in ((20, 2.5), (30, 3.5)):
+            log.event("step", step=step, loss=loss)
+    steps = timeline(read_log(tmp_path), "step")
+    assert [(e["step"], e["loss"]) for e in steps] == [(10, 1.0), (20, 2.5), (30, 3.5)]
+
+
+def test_timeline_repeated_step_drops_all_later_lines():
+    lines = [(10, 0), (20, 0), (30, 0), (40, 0), (20, 1)]
+    log = [{"event": "step", "step": step, "run": run} for step, run in lines]
+    assert [(e["step"], e["run"]) for e in timeline(log, "step")] == [(10, 0), (20, 1)]

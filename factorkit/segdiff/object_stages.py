@@ -1,0 +1,251 @@
+"""The stages that find objects before a run trains: spatial mixture, shapes, mask network.
+
+1. A spatial mixture learns where the regions are, with the saliency cue in the logit of region 0 (`stages/mixture`).
+2. Its masks of the clean images give the shapes of the set, and these the teacher's masks; nothing is trained.
+3. The mask network learns to give the teacher's masks of noised images (`stages/distil`).
+4. Its masks of the clean images give the shapes that segmenting uses.
+
+A stage that is finished is loaded; what is not trained is computed again and is the same each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from factorkit.diffusion.schedule import Schedule
+from factorkit.engine.run_folder import RunLog
+from factorkit.engine.step import StepLoss, Task
+from factorkit.engine.trainer import Trainer
+from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.masks.distil import DistilTask
+from factorkit.segdiff.masks.objects import (
+    LOGITS_SIDE,
+    MaskNetwork,
+    ObjectMasks,
+    fit_colors,
+    pool_masks,
+    resize,
+    scale_lab,
+)
+from factorkit.segdiff.masks.saliency import saliency_cue
+from factorkit.segdiff.masks.shape import ShapeDenoiser, to_coarse
+from factorkit.segdiff.masks.spatial_mixture import EM_ROUNDS, SpatialMixture, fit_mixture, noise_error
+from factorkit.utils import distributed
+from factorkit.utils.images import pixels_to_signed
+from factorkit.utils.rng import BatchDraw, derived_seed
+
+MAX_IMAGES = 1024  # of the training set that the stages use
+MAX_MIXTURE_SIDE = 32  # pixels; the mixture learns nothing finer
+MAX_CUE_SIDE = 64
+MIXTURE_TIME = 600  # noise up to this step of the linear schedule of 1000 trains the mixture
+STAGE_BATCH_SIZE = 16
+SHAPE_WEIGHT = 1.5  # of the shape in the prior of the teacher's second EM
+BATCH_SIZE = 32  # images of EM at a time
+
+MIXTURE_STAGE: dict[str, Any] = {"learning_rate": 0.1, "warmup_steps": 20, "lr_decay_fraction": 0.3, "ema_decay": 0.9}
+DISTIL_STAGE: dict[str, Any] = {"learning_rate": 3e-3, "warmup_steps": 30, "lr_decay_fraction": 0.5, "ema_decay": 0.99}
+COMMON: dict[str, Any] = {
+    "gradient_clip": 1.0,
+    "precision": "fp32",
+    "micro_batch_size": None,
+    "extra_ema_decays": (),
+    "sample_every": 0,
+    "stop_on_failure": False,
+    "shard": False,
+}
+
+
+class CuedMixtureTask:
+    """Train a spatial mixture with a cue by its own denoising loss.
+
+    Args:
+        config: of the stage.
+        mixture: to train.
+        size: number of images N.
+        load: returns images [N, 3, S, S] in [-1, 1] and cues [N, S, S], on the device of the training; called when the
+            first step needs them.
+        random_flip: also train on mirror images.
+        schedule: of the noise.
+    """
+
+    capturable = False
+
+    def __init__(
+        self,
+        config: ResolvedSegdiffConfig,
+        mixture: SpatialMixture,
+        size: int,
+        load: Callable[[], tuple[Tensor, Tensor]],
+        random_flip: bool,
+        schedule: Schedule,
+    ):
+        self.config, self.size, self.load = config, size, cache(load)
+        self.model: nn.Module = mixture
+        self.random_flip, self.schedule = random_flip, schedule
+        self.t_max = max(1, schedule.find_matching_time(MIXTURE_TIME, Schedule()))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the prior at the learning rate."""
+        return [{"params": list(self.model.parameters()), "scale": 1.0}]
+
+    def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
+        """Return the noise that the mixture leaves unexplained in the images ``indices``."""
+        images, cues = self.load()
+        rows = indices.to(images.device)
+        x0, cue = images[rows], cues[rows]
+        if self.random_flip:
+            flip = (draw.uniform() < 0.5)[:, None, None]
+            x0, cue = torch.where(flip[:, None], x0.flip(3), x0), torch.where(flip, cue.flip(2), cue)
+        t, eps = draw.integers(0, self.t_max), draw.normal(*x0.shape[1:])
+        x_t = self.schedule.noise(x0, eps, t)
+        logits, score = fit_mixture(x_t, cast(SpatialMixture, self.model).cued_prior(cue), EM_ROUNDS)
+        error = noise_error(cast(Tensor, score), self.schedule, eps, t)
+        metrics = {"areas": logits.detach().softmax(1).mean((0, 2, 3))}
+        return StepLoss(error, error.detach(), t / self.schedule.steps, metrics)
+
+    def inspect(self, model: nn.Module, step: int, folder: Path) -> dict[str, Any]:
+        """Return nothing: the run that uses the masks has sample grids and alarms."""
+        return {}
+
+
+class ObjectStages:
+    """Train the stages in the folder of a run.
+
+    Args:
+        config: of the run.
+        images: uint8 [N, R, R, 3], of the training.
+        folder: of the run.
+        settings: stored with every checkpoint.
+        device: of the training.
+        progress: show progress bars.
+    """
+
+    def __init__(
+        self,
+        config: ResolvedSegdiffConfig,
+        images: np.ndarray,
+        folder: Path,
+        settings: dict[str, Any],
+        device: torch.device,
+        progress: bool,
+    ):
+        self.config, self.folder, self.settings = config, folder, settings
+        self.device, self.progress, self.schedule = device, progress, config.build_schedule(device)
+        rows = np.arange(len(images))
+        if len(images) > MAX_IMAGES:
+            rows = np.linspace(0, len(images) - 1, MAX_IMAGES).round().astype(int)
+            self.log(f"the object stages use {MAX_IMAGES} of {len(images)} images, evenly spaced")
+        self.images = images if len(rows) == len(images) else images[rows]
+
+    def run(self) -> ObjectMasks:
+        """Train every stage that is not finished, and return the masks of the run."""
+        config = self.config
+        torch.manual_seed(derived_seed("object masks", config.seed))
+        masks = ObjectMasks(config.num_leaf_regions, config.resolution)
+        mixture = SpatialMixture(config.num_leaf_regions, object_first=True)
+        mixture = self.train_mixture(mixture)
+        masks.network = self.train_network(masks.network, mixture)
+        masks = masks.to(self.device).eval().requires_grad_(False)
+
+        def segment_coarsely(images: Tensor, rows: slice) -> Tensor:
+            prior = masks.network(images, torch.zeros(len(images), dtype=torch.int64, device=self.device)).softmax(1)
+            return to_coarse(fit_colors(scale_lab(images), prior))
+
+        masks.shape.fit(self.map_images(segment_coarsely))
+        return masks
+
+    @cached_property
+    def cues(self) -> Tensor:
+        """The cue of every image [N, S, S] on the CPU, S at most MAX_CUE_SIDE."""
+        side = min(MAX_CUE_SIDE, self.config.resolution)
+        weight = self.config.cue_weight
+        return self.map_images(lambda images, rows: weight * saliency_cue(resize(images, side, side)))
+
+    def train_mixture(self, mixture: SpatialMixture) -> SpatialMixture:
+        """Train the spatial mixture on small copies of the images."""
+        side, size = min(MAX_MIXTURE_SIDE, self.config.resolution), len(self.images)
+
+        def load() -> tuple[Tensor, Tensor]:
+            images = self.map_images(lambda images, rows: resize(images, side, side))
+            return images.to(self.device), resize(self.cues[:, None], side, side)[:, 0].to(self.device)
+
+        def build_task(config: ResolvedSegdiffConfig) -> Task:
+            return CuedMixtureTask(config, mixture, size, load, self.config.random_flip, self.schedule)
+
+        return self.train_stage("mixture", build_task, mixture, steps=self.config.mixture_steps, **MIXTURE_STAGE)
+
+    def train_network(self, network: MaskNetwork, mixture: SpatialMixture) -> MaskNetwork:
+        """Train the mask network to give the teacher's masks."""
+
+        def build_task(config: ResolvedSegdiffConfig) -> Task:
+            teach = partial(self.teach, mixture)
+            return DistilTask(config, network, self.images, teach, self.config.random_flip, self.schedule)
+
+        return self.train_stage("distil", build_task, network, steps=self.config.distil_steps, **DISTIL_STAGE)
+
+    def teach(self, mixture: SpatialMixture) -> Tensor:
+        """Return the teacher's masks of every image, uint8 [N, K, LOGITS_SIDE, LOGITS_SIDE]."""
+
+        def segment(images: Tensor, rows: slice) -> Tensor:
+            cue = resize(self.cues[rows, None].to(self.device), *images.shape[2:])[:, 0]
+            return fit_colors(scale_lab(images), mixture.cued_prior(cue))
+
+        shape = ShapeDenoiser(self.config.num_leaf_regions)
+        shape = shape.fit(self.map_images(lambda images, rows: to_coarse(segment(images, rows)))).to(self.device)
+
+        def refine(images: Tensor, rows: slice) -> Tensor:
+            prior = pool_masks((SHAPE_WEIGHT, shape(segment(images, rows))))
+            masks = resize(fit_colors(scale_lab(images), prior, images), LOGITS_SIDE, LOGITS_SIDE)
+            return masks.mul(255).round().byte()
+
+        return self.map_images(refine)
+
+    @torch.no_grad()
+    def map_images(self, work: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Return ``work(images, rows)`` of all images [n, 3, R, R], in batches, on the CPU. Collective."""
+
+        def share(rows: slice) -> Tensor:
+            parts = []
+            for start in range(rows.start, rows.stop, BATCH_SIZE):
+                batch = slice(start, min(start + BATCH_SIZE, rows.stop))
+                images = pixels_to_signed(torch.from_numpy(np.array(self.images[batch]))).contiguous()
+                parts.append(work(images.to(self.device), batch).cpu())
+            return torch.cat(parts)
+
+        return distributed.map_shares(share, len(self.images))
+
+    def train_stage(
+        self,
+        name: str,
+        build_task: Callable[[ResolvedSegdiffConfig], Task],
+        model: nn.Module,
+        steps: int,
+        **changes: Any,
+    ) -> Any:
+        """Train a stage to its end and return its averaged model.
+
+        Args:
+            name: of the stage; it determines its random numbers.
+            build_task: from the stage's configuration to its task.
+            model: that the task trains.
+            steps: of the stage.
+            **changes: to the configuration.
+        """
+        world = distributed.world_size()
+        batch_size = -(-STAGE_BATCH_SIZE // world) * world
+        config = self.config.stage(name, steps=steps, batch_size=batch_size, **COMMON, **changes)
+        folder, meta = self.folder / "stages" / name, self.settings | {"stage": name}
+        return Trainer(build_task(config), config, folder, meta, device=self.device, progress=self.progress).run()
+
+    def log(self, message: str, **fields: Any) -> None:
+        """Write an event of the stages into the log of the run."""
+        if distributed.rank() == 0:
+            with RunLog(self.folder) as log:
+                log.event("objects", message=message, **fields)

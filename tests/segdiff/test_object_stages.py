@@ -1,0 +1,164 @@
+"""The stages before a run: resume, determinism, few and unusual images, and a network that reaches an exact teacher."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import factorkit
+from factorkit.data.procedural.flowers import draw_flowers
+from factorkit.diffusion.schedule import Schedule
+from factorkit.segdiff import train as training
+from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.masks.distil import DistilTask, augment
+from factorkit.segdiff.masks.objects import LOGITS_SIDE, MaskNetwork
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture
+from factorkit.segdiff.object_stages import CuedMixtureTask, ObjectStages
+from factorkit.utils.images import pixels_to_signed
+from factorkit.utils.rng import BatchDraw
+from tests.engine.trained import assert_identical, final_state
+
+TINY = {
+    "resolution": 16,
+    "regions": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "norm_groups": 4,
+    "batch_size": 4,
+    "masks": "auto",
+    "mixture_steps": 6,
+    "distil_steps": 6,
+    "steps": 2,
+    "checkpoint_every": 2,
+    "sample_every": 0,
+    "precision": "fp32",
+    "device": "cpu",
+}
+
+
+def train(out, images=None, **changes):
+    images = draw_flowers(12, 16, seed=0)[0] if images is None else images
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "write_report", lambda folder: None)  # takes longer than all the rest
+        return factorkit.train_segdiff(images, out=out, preset="demo", progress=False, **{**TINY, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run without interruption."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [CuedMixtureTask, DistilTask])
+def test_run_that_dies_in_a_stage_resumes_bit_identically(tmp_path, monkeypatch, whole, task):
+    class DeathError(Exception):
+        pass
+
+    loss, calls = task.loss, itertools.count(1)
+
+    def die_in_the_fourth_step(*arguments):
+        if next(calls) == 4:
+            raise DeathError
+        return loss(*arguments)
+
+    monkeypatch.setattr(task, "loss", die_in_the_fourth_step)
+    with pytest.raises(DeathError):
+        train(tmp_path / "run")
+    stage = "mixture" if task is CuedMixtureTask else "distil"
+    assert [p.name for p in (tmp_path / "run/stages" / stage / "checkpoints").iterdir()] == [
+        "step_00000002.safetensors"
+    ]
+    train(tmp_path / "run")
+    assert_identical(final_state(tmp_path / "run"), final_state(whole))
+
+
+def test_finished_run_is_loaded_without_its_stages(tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(ObjectStages, "run", lambda self: pytest.fail("the stages ran again"))
+    assert train(whole).step == 2
+
+
+@pytest.mark.slow
+def test_run_of_another_seed_has_other_masks(tmp_path, whole):
+    train(tmp_path / "run", seed=1)
+    name = "model.masks.network.conv_out.weight"
+    assert not torch.equal(final_state(tmp_path / "run")[name], final_state(whole)[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 10])
+def test_train_on_few_images_segments_and_generates(tmp_path, count):
+    images = draw_flowers(count, 16, seed=0)[0]
+    run = train(tmp_path / "run", images)
+    segmentation = run.segment(images)
+    assert segmentation.masks.isfinite().all() and segmentation.labels.shape == (count, 16, 16)
+    generated = run.generate(2, steps=3)
+    assert generated.images.isfinite().all() and generated.masks.shape == (2, 2, 16, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["grey", "one colour", "noise"])
+def test_train_on_unusual_images_is_finite(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 16, 16, 3), np.uint8)
+    if kind == "grey":
+        images[...] = images[..., :1]
+    elif kind == "one colour":
+        images[...] = images[:1, :1, :1]
+    masks = train(tmp_path / "run", images).segment(images).masks
+    assert masks.isfinite().all()
+
+
+def test_teacher_masks_sum_to_one():
+    images = draw_flowers(6, 16, seed=0)[0]
+    config = preset_config("demo", **TINY).resolved()
+    torch.manual_seed(0)
+    stages = ObjectStages(config, images, None, {}, torch.device("cpu"), False)
+    masks = stages.teach(SpatialMixture(2, object_first=True))
+    assert masks.shape == (6, 2, LOGITS_SIDE, LOGITS_SIDE) and masks.dtype == torch.uint8
+    assert (masks.int().sum(1) - 255).abs().max() <= 1
+
+
+def test_augment_moves_masks_with_their_images():
+    images = torch.zeros(8, 3, 32, 32)
+    images[:, :, 8:20, 8:20] = 1.0
+    inside = (images[:, :1] > 0).float()
+    draw = BatchDraw(0, 0, 8, slice(0, 8), torch.device("cpu"))
+    moved, masks = augment(images, torch.cat([inside, 1 - inside], 1), draw, random_flip=True)
+    torch.testing.assert_close(masks.sum(1), torch.ones(8, 32, 32))
+    for image, mask in zip(moved, masks, strict=True):
+        hard = mask[0] > 0.5
+        assert not torch.equal(mask[0], inside[0, 0])
+        # Colours change, but by one function: inside and outside stay two separate colours.
+        assert (image[:, hard].mean(1) - image[:, ~hard].mean(1)).norm() > 5 * image[:, mask[0] == 1].std(1).norm()
+
+
+@pytest.mark.slow
+def test_network_reaches_an_exact_teacher():
+    """Where the true masks teach, the network finds them in other images, and at higher noise somewhat worse."""
+    images, inside = draw_flowers(96, 16, seed=0)
+    masks = torch.from_numpy(inside).float()[:, None]
+    masks = torch.nn.functional.interpolate(torch.cat([masks, 1 - masks], 1), size=(LOGITS_SIDE, LOGITS_SIDE))
+    config = preset_config("demo", **TINY).resolved()
+    torch.manual_seed(0)
+    network, schedule = MaskNetwork(2, 16), Schedule()
+    task = DistilTask(config, network, images[:64], lambda: (255 * masks[:64]).byte(), True, schedule)
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for step in range(120):
+        draw = BatchDraw(0, 16 * step, 16, slice(0, 16), torch.device("cpu"))
+        task.loss(network, torch.arange(16 * step, 16 * step + 16) % 64, draw, step).objective.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    x, truth, right = pixels_to_signed(torch.from_numpy(images[64:])), torch.from_numpy(inside[64:]), []
+    with torch.no_grad():
+        for t in (0, 200, 600):
+            times = torch.full((32,), t)
+            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+            x_t = schedule.noise(x, noise, times) if t else x
+            right.append(float(((network(x_t, times).argmax(1) == 0) == truth).float().mean()))
+    assert right[0] > 0.93 and right[1] > 0.88 and right[0] >= right[2] - 0.01
