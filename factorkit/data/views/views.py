@@ -108,6 +108,13 @@ class Views:
         height, width = (max(1, round(side)) for side in content)
         return (height, width) if longer is None else target_size(longer, height, width)
 
+    def content_region(self, index: int, size: tuple[int, int]) -> tuple[slice, slice]:
+        """Return the rows and columns of a view without its padding in an image of the padded views at another size."""
+        sides = self.size if self.content_sizes is None else self.content_sizes[index].tolist()
+        lengths = [max(1, round(new * side / old)) for new, side, old in zip(size, sides, self.size, strict=True)]
+        starts = [(new - length) // 2 for new, length in zip(size, lengths, strict=True)]
+        return slice(starts[0], starts[0] + lengths[0]), slice(starts[1], starts[1] + lengths[1])
+
     def own_intrinsics(self, index: int, size: tuple[int, int]) -> Tensor:
         """Return K [3, 3] of a view without its padding in pixels of an image of this size."""
         content = torch.tensor(self.size) if self.content_sizes is None else self.content_sizes[index]

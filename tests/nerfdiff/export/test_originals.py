@@ -349,6 +349,8 @@ def test_export_loss_masks_are_read_back(tmp_path):
     mask[:, :, :3] = 0
     path = export(tmp_path / "transforms.json", replace(views, loss_masks=mask), solid)
     assert torch.equal(open_views(path).loss_masks, mask)
+    with pytest.warns(UserWarning, match="4 images with pixels that are not scored: a COLMAP model has no place"):
+        export(tmp_path / "colmap", replace(views, loss_masks=mask), solid, points=50)
 
 
 def test_aligned_geographic_coordinates_are_exact():
