@@ -81,7 +81,7 @@ def make_photos(folder: Path, count: int, width: int, height: int) -> None:
 
 
 class Watch:
-    """While it is entered: time, processor time, finished pictures and memory, every quarter of a second."""
+    """While it is entered: time, processor time, finished images and memory, every quarter of a second."""
 
     def __init__(self, out: Path):
         self.path = out / MANIFEST
@@ -116,9 +116,9 @@ class Watch:
         result: dict[str, object] = {"seconds": round(clock[-1] - clock[0], 1)}
         for name, low, high in (("first_tenth", 0, 0.1), ("last_tenth", 0.9, 1), ("all", 0, 1)):
             low, high = max(low * count, done[0]), high * count
-            pictures = high - low
-            result[f"{name}_per_second"] = round(pictures / (when(clock, high) - when(clock, low)), 2)
-            result[f"{name}_cpu_ms"] = round(1e3 * (when(work, high) - when(work, low)) / pictures, 2)
+            images = high - low
+            result[f"{name}_per_second"] = round(images / (when(clock, high) - when(clock, low)), 2)
+            result[f"{name}_cpu_ms"] = round(1e3 * (when(work, high) - when(work, low)) / images, 2)
         late = done >= 0.1 * count
         slope = np.polyfit(done[late], memory[late], 1)[0]
         result["memory_mb"] = {

@@ -5,14 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from factorkit.cli.base import Command, OptionalPath, Result
-
-if TYPE_CHECKING:
-    from factorkit.report.content import Verdict
 
 SEGMENTED_IMAGES, GENERATED_IMAGES = 8, 16
 
@@ -50,13 +47,13 @@ class Demo(Command):
         return 0 if data["status"] == "good" else 1
 
     def _show_segdiff(self, out: Path) -> Result:
-        from factorkit.cli.evaluate import format_scores
+        from factorkit.cli.evaluate import format_scores, judge_run
         from factorkit.cli.generate import write_generated
-        from factorkit.cli.train import format_duration, read_failures, read_run_checks, report_interruption
+        from factorkit.cli.train import format_duration, report_interruption
         from factorkit.data.datasets import make_procedural_dataset
         from factorkit.engine.config import cpu_threads
         from factorkit.segdiff.train import train_segdiff
-        from factorkit.segdiff.verdict import read_verdict
+        from factorkit.segdiff.verdict import REPORT
         from factorkit.utils import distributed
 
         start = time.perf_counter()
@@ -67,22 +64,19 @@ class Demo(Command):
             segmented = run.segment_folder(flowers, out / "segmented")
             generation = run.generate(GENERATED_IMAGES, progress=True)
             generated = distributed.run_on_first(lambda: write_generated(generation, out / "generated"))
-        scores, failures, judgement = run.scores or {}, read_failures(out), read_verdict(out)
+        scores, (judgement, lines) = run.scores or {}, judge_run(out, REPORT)
         data = {
             **{name: scores[name] for name in ("acc", "iou", "dice")},
-            "failures": failures,
-            "verdict": judgement.headline,
-            "status": judgement.status,
-            "checks": read_run_checks(out),
+            **judgement,
             "seed": self.seed,
             "seconds": time.perf_counter() - start,
             "report": str(out / "report.html"),
             "scores": scores,
-            "segmented": str(segmented.contact_sheet),
-            "generated": generated["contact_sheet"],
+            "segmented": str(segmented.overview),
+            "generated": generated["overview"],
         }
-        lines = [format_scores(scores), "", *_describe(judgement)]
-        if judgement.status != "good":
+        lines = [format_scores(scores), "", *_mark_failure(data, lines)]
+        if data["status"] != "good":
             lines += [f"Try another seed: factorkit demo --seed {self.seed + 1} --out {out}-{self.seed + 1}"]
             lines += [
                 "Or let it choose among seeds: factorkit train segdiff --preset demo --seed-trials 3 --out runs/trials"
@@ -92,13 +86,12 @@ class Demo(Command):
         return data, "\n".join(lines)
 
     def _show_nerfdiff(self, out: Path) -> Result:
-        from factorkit.cli.evaluate import format_pose_scores
-        from factorkit.cli.train import format_duration, read_failures, read_run_checks, report_interruption
+        from factorkit.cli.evaluate import format_pose_scores, judge_run
+        from factorkit.cli.train import format_duration, report_interruption
         from factorkit.data.procedural.scene import make_procedural_views
         from factorkit.nerfdiff.export.frames import write_frames
         from factorkit.nerfdiff.train import NUM_PROCEDURAL_VIEWS, train_nerfdiff
         from factorkit.nerfdiff.verdict import REPORT, write_report
-        from factorkit.report.html import read_verdict
         from factorkit.utils import distributed
 
         start = time.perf_counter()
@@ -112,23 +105,19 @@ class Demo(Command):
             write_report(out)
             return write_frames(out / "orbit.gif", images)
 
-        orbit, failures, judgement = distributed.run_on_first(write), read_failures(out), read_verdict(out, REPORT)
+        orbit, (judgement, lines) = distributed.run_on_first(write), judge_run(out, REPORT)
         data = {
             **scores,
-            "failures": failures,
-            "verdict": judgement.headline,
-            "status": judgement.status,
-            "checks": read_run_checks(out),
+            **judgement,
             "seed": self.seed,
             "seconds": time.perf_counter() - start,
             "orbit": str(orbit),
             "report": str(out / "report.html"),
         }
-        lines = [format_pose_scores(scores), "", *_describe(judgement), ""]
+        lines = [format_pose_scores(scores), "", *_mark_failure(data, lines), ""]
         lines += [f"time    {format_duration(data['seconds'])}"]
         return data, "\n".join([*lines, f"orbit   {orbit}", f"report  {data['report']}"])
 
 
-def _describe(judgement: Verdict) -> list[str]:
-    headline = f"{judgement.headline}." if judgement.status == "good" else f"This run FAILED: {judgement.headline}."
-    return [headline, *judgement.details]
+def _mark_failure(data: dict[str, Any], lines: list[str]) -> list[str]:
+    return lines if data["status"] == "good" else [f"This run FAILED: {lines[0]}", *lines[1:]]

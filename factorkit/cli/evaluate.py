@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from tyro.conf import arg
 
 from factorkit.cli.base import Flag, NoiseLevel, OptionalInt, OptionalName, OptionalPath, Result, RunCommand
 from factorkit.utils.errors import ConfigError, format_count
+
+if TYPE_CHECKING:
+    from factorkit.report.content import ReportContent
 
 
 @dataclass(kw_only=True)
@@ -96,7 +99,7 @@ class Evaluate(RunCommand):
             raise ConfigError("nothing to score with: give --images and --masks, --data, or --views for a nerfdiff run")
         from factorkit.report.html import check_report
         from factorkit.segdiff.run import SegdiffRun
-        from factorkit.segdiff.verdict import write_report
+        from factorkit.segdiff.verdict import REPORT, write_report
         from factorkit.utils import distributed
 
         check_report(self.run)
@@ -116,14 +119,14 @@ class Evaluate(RunCommand):
         )
         if (folder := run.folder) is not None:
             distributed.run_on_first(lambda: write_report(folder))
-        return scores, format_scores(scores)
+        return _add_verdict(folder, REPORT, scores, format_scores(scores))
 
     def _score_views(self, path: Path) -> Result:
         import time
 
         from factorkit.data.views.open import open_views
         from factorkit.nerfdiff.run import NerfdiffRun
-        from factorkit.nerfdiff.verdict import write_report
+        from factorkit.nerfdiff.verdict import REPORT, write_report
         from factorkit.report.html import check_report
         from factorkit.utils import distributed
 
@@ -137,7 +140,8 @@ class Evaluate(RunCommand):
         scores = run.evaluate(views, refine=self.refine)
         if (folder := run.folder) is not None:
             distributed.run_on_first(lambda: write_report(folder))
-        return {**scores, "seconds": time.perf_counter() - start}, format_pose_scores(scores)
+        scores["seconds"] = time.perf_counter() - start
+        return _add_verdict(folder, REPORT, scores, format_pose_scores(scores))
 
     def _score_classes(self, data: Path) -> Result:
         from factorkit.segdiff.run import SegdiffRun
@@ -160,6 +164,25 @@ class Evaluate(RunCommand):
         if scores["missing"]:
             lines.append("too few images to score: " + ", ".join(scores["missing"]))
         return scores, "\n".join(lines)
+
+
+def _add_verdict(folder: Path | None, content: ReportContent, scores: dict[str, Any], text: str) -> Result:
+    """Add the verdict on the run, and which checks ran; a checkpoint outside a run folder has no log of them."""
+    if folder is None:
+        return scores, f"{text}\n\nNo verdict: this is no run folder, so there is no log of checks."
+    judgement, lines = judge_run(folder, content)
+    return scores | judgement, "\n".join([text, "", *lines])
+
+
+def judge_run(folder: Path, content: ReportContent) -> tuple[dict[str, Any], list[str]]:
+    """Return the verdict on a run for --json, and in lines: the headline, which checks ran, and which did not."""
+    from factorkit.report.content import judged_alarms, read_checks
+    from factorkit.report.html import read_verdict
+    from factorkit.utils.files import read_log
+
+    verdict, log = read_verdict(folder, content), read_log(folder)
+    data = {"failures": judged_alarms(log)[1], "verdict": verdict.headline, "status": verdict.status}
+    return data | {"checks": read_checks(log)}, [f"{verdict.headline}.", *verdict.details]
 
 
 def format_scores(scores: dict[str, Any]) -> str:

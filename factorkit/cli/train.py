@@ -74,9 +74,10 @@ class TrainSegdiff(Command):
     BASIC = (*COMMON, "model", "seed_trials", "regions", "form", "json")
 
     def execute(self) -> Result:
+        from factorkit.cli.evaluate import format_scores, judge_run
         from factorkit.segdiff.config import SegdiffConfig
         from factorkit.segdiff.train import train_segdiff
-        from factorkit.segdiff.verdict import read_verdict
+        from factorkit.segdiff.verdict import REPORT
 
         settings = _settings(self, SegdiffConfig)
         settings["holdout"] = parse_holdout(settings["holdout"])
@@ -91,21 +92,10 @@ class TrainSegdiff(Command):
         }
         with report_interruption(out):
             run = train_segdiff(self.data, out=out, **options, **settings)
-        judgement, report = read_verdict(out), str(out / "report.html")
-        data = {
-            "run": str(out),
-            "report": report,
-            "steps": run.config.steps,
-            "scores": run.scores,
-            "failures": read_failures(out),
-            "verdict": judgement.headline,
-            "status": judgement.status,
-            "checks": read_run_checks(out),
-        }
-        lines = [f"{judgement.headline}.", *judgement.details, "", f"run     {out}", f"report  {report}"]
+        (judgement, lines), report = judge_run(out, REPORT), str(out / "report.html")
+        data = {"run": str(out), "report": report, "steps": run.config.steps, "scores": run.scores, **judgement}
+        lines += ["", f"run     {out}", f"report  {report}"]
         if run.scores:
-            from factorkit.cli.evaluate import format_scores
-
             lines = [format_scores(run.scores), "", *lines]
         return data, "\n".join(lines)
 
@@ -188,10 +178,10 @@ class TrainNerfdiff(Command):
     BASIC = (*COMMON, "model", "layout", "poses", "search", "field", "field_steps", "json")
 
     def execute(self) -> Result:
+        from factorkit.cli.evaluate import judge_run
         from factorkit.nerfdiff.config import NerfdiffConfig
         from factorkit.nerfdiff.train import train_nerfdiff
         from factorkit.nerfdiff.verdict import REPORT
-        from factorkit.report.html import read_verdict
 
         settings = _settings(self, NerfdiffConfig)
         if self.dry_run:
@@ -200,17 +190,8 @@ class TrainNerfdiff(Command):
         start = time.perf_counter()
         with report_interruption(out):
             run = train_nerfdiff(self.data, out=out, preset=self.preset, **self._reading(), **settings)
-        judgement, report = read_verdict(out, REPORT), str(out / "report.html")
-        data = {
-            "run": str(out),
-            "report": report,
-            "failures": read_failures(out),
-            "scores": run.scores,
-            "verdict": judgement.headline,
-            "status": judgement.status,
-            "checks": read_run_checks(out),
-        }
-        lines = [f"{judgement.headline}.", *judgement.details]
+        (judgement, lines), report = judge_run(out, REPORT), str(out / "report.html")
+        data = {"run": str(out), "report": report, "scores": run.scores, **judgement}
         duration = format_duration(time.perf_counter() - start)
         return data, "\n".join([*lines, "", f"run     {out}", f"report  {report}", f"time    {duration}"])
 
@@ -382,22 +363,6 @@ def report_interruption(folder: Path) -> Iterator[None]:
             saved = "nothing was saved yet"
         exit_code = int(stop.code or 0) if isinstance(stop, SystemExit) else 130
         raise TrainingInterruptedError(exit_code, f"stopped: {saved}") from None
-
-
-def read_failures(folder: Path) -> list[str]:
-    """Read the messages of the label-free alarms at the last sample grid of a run."""
-    from factorkit.utils.files import read_log, timeline
-
-    alarms = timeline(read_log(folder), "alarms")
-    return list(alarms[-1].get("failures", ())) if alarms else []
-
-
-def read_run_checks(folder: Path) -> list[dict[str, Any]]:
-    """Read the newest checks of a run: which ran, with values and limits, and which did not and why."""
-    from factorkit.report.content import read_checks
-    from factorkit.utils.files import read_log
-
-    return read_checks(read_log(folder))
 
 
 def format_duration(seconds: float) -> str:

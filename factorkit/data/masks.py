@@ -30,6 +30,8 @@ OPACITY_SCALES = (1, *FULL_SCALES)  # full opacity; 1 of labels and floats
 PET_TRIMAP = (1, 2, 3)  # foreground, background, border: Parkhi et al. 2012, the annotations' README
 SOFT_MIDDLE, END_WIDTH = 128, 32  # of 255 in soft masks; JPEG moves values by up to about 30
 MIN_SOFT_VALUES, MIN_END_SHARE = 8, 0.6  # soft masks: more values than these, this share of the pixels near the ends
+MIN_EDGE_VALUES, MAX_EDGE_SHARE = 2, 0.4  # antialiased masks: grey values, and grey pixels for each white one
+MAX_BORDER_SHARE = 0.75  # of the pixels along the borders; more foreground there is worth a line
 VOID_LABELS, VOID_LABEL_GAP = (255, 65535), 200  # labels of no class; other labels end below the gap
 MAX_LISTED_VALUES = 6  # in messages
 
@@ -104,14 +106,35 @@ def load_labelled(
             for value, count in part.items():
                 counts[value] = counts.get(value, 0) + count
         meaning = decide_mask_values(counts, ignore_label)
+        odd = [j for (_, j), (*_, part) in zip(pairs, loaded, strict=True) if part.keys() == {0, meaning.ignore}]
+        if ignore_label is None and odd:
+            white = format_examples([mask_source.names[j] for j in odd])
+            raise _ambiguous(meaning.found, f"{white}: no value but 0 and {meaning.ignore}, which may be foreground")
+        if meaning.is_unusual:
+            warnings.warn(str(meaning), UserWarning, stacklevel=2)
+        _warn_about_foreground(meaning.select(labels))
     else:
         meaning = MaskValues(None if foreground is None else tuple(foreground), mask_threshold, ignore_label)
-    if meaning.is_unusual:
-        warnings.warn(str(meaning), UserWarning, stacklevel=2)
     valid = np.ones(labels.shape, bool) if meaning.ignore is None else labels != meaning.ignore
     pixels = np.stack([image for image, _, _ in loaded])
     names = [image_source.names[i] for i, _ in pairs]
     return LabelledImages(pixels, meaning.select(labels) & valid, valid, names, labels)
+
+
+def _warn_about_foreground(foreground: np.ndarray) -> None:
+    """Say that masks [N, R, R] have no foreground, or that it may be the background."""
+    border = foreground.copy()
+    border[:, 1:-1, 1:-1] = False
+    share = border.sum() / max(1, foreground.size - foreground[:, 1:-1, 1:-1].size)
+    if not foreground.any():
+        warnings.warn("masks: no pixel is foreground in any of them", UserWarning, stacklevel=3)
+    elif share > MAX_BORDER_SHARE:
+        warnings.warn(
+            f"masks: {share:.0%} of the pixels along the borders are foreground. If the masks are inverted, set "
+            "--foreground 0",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -155,8 +178,8 @@ def decide_mask_values(counts: Mapping[int, int], ignore: int | None = None) -> 
     Two values with 0 are background and foreground. 1, 2, 3 are the trimap of Oxford-IIIT Pet (foreground, background,
     border), 0, 128, 255 that of matting (background, unknown, foreground). 255 beside small labels is the border that
     VOC and its followers do not score. Many grey values up to full scale, most pixels near one end, are soft or
-    compressed masks: foreground from the middle on. Full scale is 255, or that of 10, 12, 14 or 16 bits. Everything
-    else counts as labels: foreground is all above 0.
+    compressed masks, fewer with few pixels of them antialiased ones: foreground from the middle on. Full scale is 255,
+    or that of 10, 12, 14 or 16 bits. Everything else counts as labels: foreground is all above 0.
 
     Args:
         counts: pixels by value.
@@ -183,23 +206,29 @@ def decide_mask_values(counts: Mapping[int, int], ignore: int | None = None) -> 
     middle, end = SOFT_MIDDLE * step, END_WIDTH * step
     if values[0] == 0 and top == full and len(values) == 3 and abs(values[1] - middle) <= step and ignore is None:
         return MaskValues((full,), None, values[1], f"{found}, a trimap", True)
+    total = sum(counts[value] for value in values)
+    low = sum(counts[value] for value in values if value < end)
+    high = sum(counts[value] for value in values if value > full - end)
     if len(values) > MIN_SOFT_VALUES and top > full - end and values[0] < end and top <= full:
-        total = sum(counts[value] for value in values)
-        low, high = (
-            sum(counts[v] for v in values if near(v)) for near in (lambda v: v < end, lambda v: v > full - end)
-        )
         upper = [value for value in values if middle < value <= full - end]
         # Numbers of things reach any value, so beyond 8 bits most of what is not background must be white.
         is_soft = step == 1 or 2 * high > total - low
         if low + high >= MIN_END_SHARE * total and is_soft and (upper or values[-2] > middle):
             return MaskValues(None, middle, ignore, f"{found}, soft or compressed", True)
-    if top == full and full in VOID_LABELS and len(values) > 2 and ignore is None and values[-2] < VOID_LABEL_GAP:
+    between = {value: counts[value] for value in values if end <= value <= full - end}
+    is_edge = len(between) >= MIN_EDGE_VALUES and sum(between.values()) < MAX_EDGE_SHARE * high
+    if is_edge and 0 in values and top == full:
+        return MaskValues(None, middle, ignore, f"{found}, antialiased", True)
+    is_void = top == full and full in VOID_LABELS and len(values) > 2 and ignore is None and values[-2] < VOID_LABEL_GAP
+    if is_void and 0 in values:
+        if 2 * counts[full] > total - counts[0]:
+            raise _ambiguous(found, f"{full} may be the foreground, or what is not scored")
         return MaskValues(None, None, full, f"{found}, labels with a border", True)
     if len(values) > MIN_SOFT_VALUES and top == full:
         raise _ambiguous(found, "they may be a soft mask or the labels of many things")
     if 0 not in values:
         raise _ambiguous(found, "no value is 0, the background")
-    return MaskValues(ignore=ignore, found=found)
+    return MaskValues(ignore=ignore, found=f"{found}, labels", is_unusual=True)
 
 
 def _ambiguous(found: str, reason: str) -> DataError:
@@ -328,7 +357,8 @@ def read_labels(masks: Source, index: int) -> np.ndarray:
         if (values != values[..., :1]).any():
             raise DataError(f"{name}: a mask in colour (mode {image.mode}). Save labels as a grey or palette image.")
         values = values[..., 0]
-    if image.format == "JPEG" and (np.bincount(values.ravel(), minlength=256)[64:192].sum() > values.size // 4):
+    between = np.bincount(values.ravel(), minlength=256)[64:192].sum() if image.format == "JPEG" else 0
+    if between > values.size // 4 or (image.format == "JPEG" and 0 < values.max() < END_WIDTH):
         raise DataError(f"{name}: JPEG compression has altered the labels. Save masks as PNG.")
     if values.dtype.kind == "f":
         raise DataError(f"{name}: a mask of {values.dtype} values. Save labels as 8-bit integers.")

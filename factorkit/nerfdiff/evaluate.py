@@ -11,6 +11,7 @@ from torch import Tensor
 from factorkit.data.views.views import Views
 from factorkit.metrics.image import SSIM_WINDOW, lpips, psnr, ssim
 from factorkit.metrics.pose import PoseErrors, is_mirrored, pose_errors
+from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.scene import has_intrinsics, match_size, mean_squared_error, relative_intrinsics, shared_camera
 from factorkit.nerfdiff.stages.localise import TargetImages
@@ -24,6 +25,7 @@ MIN_ALIGNMENT_CAMERAS = 3  # a similarity is underdetermined by fewer
 class EvaluatedRun(Protocol):
     """What the evaluation uses of a :class:`factorkit.nerfdiff.run.NerfdiffRun`."""
 
+    config: NerfdiffConfig
     model: NerfdiffModel
     folder: Path | None
     step: int
@@ -90,6 +92,7 @@ def evaluate(run: EvaluatedRun, views: Views, poses: Tensor | None = None, refin
     is_common = has_intrinsics(run.model.camera.intrinsics.cpu(), relative_intrinsics(views))
     intrinsics = None if is_common and views.size == run.model.size else views.intrinsics
     scores: dict[str, Any] = {"views": len(views), "size": list(views.size), "step": run.step, "refine": refine}
+    scores["poses"] = run.config.poses
     if true_training is None:
         into_scene = encoder.alignment.inverse()
     else:

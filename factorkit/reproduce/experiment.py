@@ -42,6 +42,7 @@ class Setup:
         changes: settings of all trainings, which override those of the scale.
         fingerprint: of the data (:mod:`factorkit.reproduce.fingerprint`) as JSON, a key for what is kept in memory.
         inputs: further data by name, such as ``video``.
+        trainings: folders of the trainings that were used since this list was cleared.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Setup:
     changes: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     inputs: Mapping[str, Path] = field(default_factory=dict)
+    trainings: list[Path] = field(default_factory=list, compare=False)
 
     @property
     def folder(self) -> Path:
@@ -63,7 +65,9 @@ class Setup:
     def run_folder(self, label: str, seed: int) -> Path:
         """Return the folder of the training that every experiment calls ``label``."""
         data = "procedural" if self.data is None else self.data.expanduser().resolve().name
-        return self.out / "runs" / file_name(f"{self.scale}-{data}-{label}-seed{seed}")
+        folder = self.out / "runs" / file_name(f"{self.scale}-{data}-{label}-seed{seed}")
+        self.trainings.append(folder)
+        return folder
 
     def save_image(self, image: Image.Image, name: str) -> str:
         """Write an image into the experiment's folder and return its path within it."""

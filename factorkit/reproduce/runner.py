@@ -18,12 +18,13 @@ import torch
 import factorkit
 from factorkit.engine.config import to_python
 from factorkit.engine.run_folder import claimed, read_object, write_json
+from factorkit.report.content import judged_alarms, passed_decisively
 from factorkit.reproduce import experiments
 from factorkit.reproduce.experiment import SCALES, CellResult, CellUnavailableError, Experiment, Row, Setup, file_name
 from factorkit.reproduce.fingerprint import fingerprint
 from factorkit.reproduce.table import format_markdown, format_text, make_table
 from factorkit.utils.errors import CheckpointError, ConfigError
-from factorkit.utils.files import read_arrays, replacing
+from factorkit.utils.files import LOG_NAME, read_arrays, read_log, replacing
 
 
 @dataclass
@@ -49,8 +50,8 @@ class Cells:
                 if (path := self._path(row, seed)).exists():
                     self.records[row, seed] = read_object(path)
 
-    def store(self, row: str, seed: int, result: CellResult, seconds: float) -> None:
-        """Write a cell. The numbers come last: they mark it as finished."""
+    def store(self, row: str, seed: int, result: CellResult, seconds: float, trainings: Sequence[Path] = ()) -> None:
+        """Write a cell and the alarms of its trainings. The numbers come last: they mark it as finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(row, seed)
         if result.arrays:
@@ -62,6 +63,7 @@ class Cells:
             "scores": dict(result.scores),
             "images": list(result.images),
             "seconds": round(seconds, 1),
+            "alarms": {folder.name: read_alarms(folder) for folder in trainings if (folder / LOG_NAME).exists()},
             "factorkit": factorkit.__version__,
             "torch": torch.__version__,
         }
@@ -95,6 +97,14 @@ class Report:
     folder: Path
     data: dict[str, Any]
     text: str
+
+
+def read_alarms(folder: Path) -> list[str]:
+    """Return the failures of a run's newest checks, or that no check ran that can tell; empty where one has passed."""
+    log = read_log(folder)
+    if passed_decisively(log):
+        return []
+    return judged_alarms(log)[1] or ["no check that separates right from wrong runs has run"]
 
 
 def reproduce(
@@ -175,13 +185,14 @@ def _compute(experiment: Experiment, setup: Setup, rows: list[Row], seeds: int, 
         if setup.progress:
             print(f"{experiment.name}: {row.name}, seed {seed}", file=sys.stderr, flush=True)
         start = time.perf_counter()
+        setup.trainings.clear()
         try:
             result = row.compute(seed)
         except CellUnavailableError as reason:
             cells.missing[row.name, seed] = str(reason)
             warnings.warn(f"{row.name}, seed {seed}, is left out: {reason}", stacklevel=4)
             continue
-        cells.store(row.name, seed, result, time.perf_counter() - start)
+        cells.store(row.name, seed, result, time.perf_counter() - start, setup.trainings)
         _write_table(experiment, setup, cells, [])
     return _write_table(experiment, setup, cells, experiment.draw(setup, cells.arrays()) if experiment.draw else [])
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from factorkit.reproduce.experiment import Citation, Column, Experiment, Setup
+from factorkit.utils.errors import format_count
 
 
 def make_table(
@@ -57,7 +58,7 @@ def format_markdown(experiment: Experiment, data: dict[str, Any]) -> str:
         page += ["| " + " | ".join(line) + " |" for line in lines]
         page += ["", "Mean ± standard deviation over the seeds. *Cited* rows are published numbers, not measured here."]
     page += [f"- {note}" for note in ["", *data["notes"]] if note]
-    page += _format_missing(data)
+    page += _format_missing(data) + _format_alarms(data)
     page += [line for image in data["images"] for line in ("", f"![{image}]({image})")]
     return "\n".join(page) + "\n"
 
@@ -70,7 +71,9 @@ def format_text(experiment: Experiment, data: dict[str, Any]) -> str:
     for line in [head, *lines] if experiment.columns else []:
         numbers = (number.rjust(width) for number, width in zip(line[1:], widths[1:], strict=True))
         text.append("  ".join([line[0].ljust(widths[0]), *numbers]).rstrip())
-    return "\n".join(text + _format_missing(data) + [f"image  {image}" for image in data["images"]])
+    return "\n".join(
+        text + _format_missing(data) + _format_alarms(data) + [f"image  {image}" for image in data["images"]]
+    )
 
 
 def format_citation(experiment: Experiment, citation: Citation) -> str:
@@ -112,4 +115,17 @@ def _format_missing(data: dict[str, Any]) -> list[str]:
         for reason in dict.fromkeys(row["not_run"].values()):
             seeds = ", ".join(seed for seed, why in row["not_run"].items() if why == reason)
             lines.append(f"- not run: {row['row']}, seed {seeds}: {reason}")
+    return ["", *lines] if lines else []
+
+
+def _format_alarms(data: dict[str, Any]) -> list[str]:
+    """Return a line for every training whose checks without labels failed, or could not tell."""
+    alarms = {
+        name: texts for row in data["rows"] for cell in row["cells"] for name, texts in cell.get("alarms", {}).items()
+    }
+    lines = [f"- without labels, {name}: {'; '.join(texts)}" for name, texts in alarms.items() if texts]
+    if len(lines) < len(alarms):
+        lines.append(
+            f"- without labels: no alarm in {len(alarms) - len(lines)} of {format_count(len(alarms), 'training')}"
+        )
     return ["", *lines] if lines else []

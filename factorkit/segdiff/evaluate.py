@@ -45,6 +45,8 @@ def score_labelled_images(
     size = size or config.resolution
     if foreground is None and mask_threshold is None:
         foreground, mask_threshold = config.foreground, config.mask_threshold
+    if nesting is not None:  # every label counts, so there is no foreground to decide on
+        foreground, mask_threshold = (), None
     values: dict[str, Any] = {
         "ignore_label": config.ignore if ignore is None else ignore,
         "foreground": foreground,

@@ -27,7 +27,7 @@ def folders(tmp_path, save):
 
 def load_one(tmp_path, mask: Image.Image, size=(8, 8), resolution=8, **options):
     """The labels as loaded with one image of that size."""
-    (tmp_path / "m").mkdir()
+    (tmp_path / "m").mkdir(parents=True)
     mask.save(tmp_path / "m/x.png")
     image = Image.new("RGB", size, "blue")
     (tmp_path / "i").mkdir()
@@ -256,5 +256,48 @@ def test_decide_mask_values_ambiguous_raises(counts):
 
 def test_decide_mask_values_many_labels_are_labels():
     meaning = decide_mask_values(dict.fromkeys(range(151), 9))  # ADE20K's
-    assert meaning.threshold is None and meaning.ignore is None and not meaning.is_unusual
+    assert (
+        meaning.threshold is None
+        and meaning.ignore is None
+        and "151 values {0, 1, 2, 3, 4, 5, ...}, labels" in str(meaning)
+    )
     assert decide_mask_values(dict.fromkeys([*range(151), 255], 9)).ignore == 255
+
+
+def test_decide_mask_values_antialiased_white_is_foreground():
+    meaning = decide_mask_values({0: 900, 16: 5, 64: 9, 143: 9, 191: 5, 255: 300})
+    assert meaning.threshold == 128 and meaning.ignore is None and "antialiased" in str(meaning)
+    assert decide_mask_values({0: 900, 50: 300, 100: 300, 150: 300, 255: 20}).ignore == 255  # labels with a border
+
+
+@pytest.mark.parametrize("counts", [{0: 50, 1: 20, 255: 90}, {1: 20, 2: 30, 255: 90}, {0: 9, 1: 5, 2: 5, 65535: 90}])
+def test_decide_mask_values_large_255_is_ambiguous(counts):
+    with pytest.raises(DataError, match="--foreground.*--mask-threshold.*--ignore"):
+        decide_mask_values(counts)
+
+
+def test_load_labelled_masks_of_two_conventions_are_refused(folders, tmp_path):
+    for name in "ab":
+        Image.new("L", (16, 16), 1).save(tmp_path / f"masks/{name}.png")
+    with pytest.raises(DataError, match=r"c.png: no value but 0 and 255, which may be foreground"):
+        load_labelled(*folders, 8)
+    assert load_labelled(*folders, 8, mask_threshold=1).foreground.mean() == 5 / 6
+
+
+def test_load_labelled_borders_of_foreground_and_no_foreground_are_said(tmp_path):
+    inverted = Image.new("L", (8, 8), 255)
+    inverted.paste(0, (2, 2, 6, 6))
+    with pytest.warns(UserWarning, match="100% of the pixels along the borders .*--foreground 0"):
+        load_one(tmp_path / "a", inverted)
+    with pytest.warns(UserWarning, match="no pixel is foreground"):
+        load_one(tmp_path / "b", Image.new("L", (8, 8), 0))
+
+
+def test_load_labelled_small_labels_in_jpeg_are_refused(tmp_path, save):
+    save(tmp_path / "i/x.png", size=(16, 16))
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(1, (3, 3, 9, 9))
+    (tmp_path / "m").mkdir()
+    mask.save(tmp_path / "m/x.jpg", quality=100)
+    with pytest.raises(DataError, match="x.jpg: JPEG compression has altered the labels"):
+        load_labelled(tmp_path / "i", tmp_path / "m", 8)

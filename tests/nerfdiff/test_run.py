@@ -59,7 +59,7 @@ def test_render_wider_images_are_not_stretched(finished, monkeypatch):
     torch.testing.assert_close(wide.images[..., 4:16], square.images, atol=1e-3, rtol=0)
     taller = finished.render(finished.poses, 20)
     torch.testing.assert_close(high.images, taller.images[..., 4:16], atol=1e-3, rtol=0)
-    monkeypatch.setattr("factorkit.nerfdiff.run.MAX_RAYS", 300)  # two pictures at a time
+    monkeypatch.setattr("factorkit.nerfdiff.loaded_scene.MAX_RAYS", 300)  # two images at a time
     assert torch.equal(finished.render(finished.poses, 12).depth, square.depth)
 
 
@@ -139,7 +139,7 @@ def test_evaluate_perfect_run_in_any_coordinates_scores_perfectly(finished, scen
     true = transformed.apply(finished.poses)
     inputs = scene_views.__class__(scene_views.images, scene_views.names, scene_views.intrinsics, poses=true)
     monkeypatch.setattr(scoring, "load_views", lambda folder: inputs)
-    monkeypatch.setattr(scoring, "register_scene", lambda model, start, *_: start)  # the pictures are of another field
+    monkeypatch.setattr(scoring, "register_scene", lambda model, start, *_: start)  # the images are of another field
     calls = []
     plain = type(finished).render
     monkeypatch.setattr(
@@ -174,7 +174,7 @@ def test_write_frames_images_and_gif(tmp_path):
 
 @pytest.fixture(scope="module")
 def half_symmetric():
-    """A field that looks nearly alike after half a turn, and eight pictures of it from known directions."""
+    """A field that looks nearly alike after half a turn, and eight images of it from known directions."""
     torch.manual_seed(0)
     field = GridField(7, seed=4)
     values = 8 * field.values.data

@@ -30,7 +30,11 @@ def run(folder: Path, failures: list[str] | None, scores: dict | None) -> Path:
     ("failures", "scores", "status", "words"),
     [
         ([], SCORES, "good", "cameras are correct"),
-        (["collapse: one side"], SCORES, "bad", "collapse"),
+        (["collapse: one side"], SCORES, "mixed", "The cameras are correct, although an alarm went off"),
+        (["collapse: one side"], SCORES | {"under_10_deg": 0.4}, "bad", "collapse"),
+        ([], SCORES | {"poses": "predicted"}, "good", "cameras are correct"),
+        ([], SCORES | {"poses": "known"}, "open", "No verdict: no check"),
+        (["collapse: one side"], SCORES | {"poses": "known"}, "bad", "collapse"),
         ([], SCORES | {"under_10_deg": 0.4, "mirrored": False}, "bad", "wrong"),
         ([], SCORES | {"under_10_deg": 0.1, "mirrored": True}, "bad", "mirror"),
         ([], None, "open", "No verdict: no check"),

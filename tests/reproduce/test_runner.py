@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from factorkit.engine.run_folder import RunLog
+from factorkit.report.content import Check, log_checks
 from factorkit.reproduce import experiments, reproduce
 from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Citation, Column, Experiment, Row, percent
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
@@ -113,3 +115,38 @@ def test_reproduce_bad_arguments_are_refused(numbers, tmp_path):
         reproduce("table9.1", out=tmp_path, rows=["still"], steps=7)
     with pytest.raises(DataError, match="x: no such file or folder"):
         reproduce("table9.1", tmp_path / "x", out=tmp_path, rows=["still"])
+
+
+def test_table_lists_trainings_with_alarms_and_without_decisive_checks(monkeypatch, tmp_path):
+    checks = {
+        "right": Check("held-out error", 0.1, high=0.2, decisive=True),
+        "wrong": Check("held-out error", 0.5, high=0.2, failures=("held-out views are not explained",), decisive=True),
+        "short": Check("held-out error", not_run="since 2 steps are too few"),
+    }
+
+    def train(setup, name):
+        def cell(seed):
+            folder = setup.run_folder(name, seed)
+            folder.mkdir(parents=True)
+            with RunLog(folder) as log:
+                log.event("alarms", step=2, **log_checks([checks[name]]))
+            return CellResult({"odd": 2.0})
+
+        return cell
+
+    experiment = Experiment(
+        name="table9.2",
+        title="trainings",
+        data="none",
+        duration={"small": "no time"},
+        columns=(Column("odd", "Odd"),),
+        rows=lambda setup: [Row(name, train(setup, name)) for name in checks],
+        seeds=1,
+    )
+    monkeypatch.setattr(experiments, "list_experiments", lambda: {"table9.2": experiment})
+    report = reproduce("table9.2", out=tmp_path, progress=False)
+    page = (report.folder / "table.md").read_text()
+    for text in (page, report.text):
+        assert "small-procedural-wrong-seed0: held-out views are not explained" in text
+        assert "small-procedural-short-seed0: no check that separates right from wrong runs has run" in text
+        assert "no alarm in 1 of 3 trainings" in text and "right-seed0" not in text

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from factorkit.data.views.cameras import make_intrinsics
-from factorkit.data.views.loading import LazyView, SceneSettings, split_every_eighth
+from factorkit.data.views.loading import LazyView, SceneSettings
+from factorkit.data.views.splits import split_every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.files import read_arrays

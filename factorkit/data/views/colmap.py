@@ -14,7 +14,8 @@ from factorkit.data.files import escape_name
 from factorkit.data.views.arrangement import OPENCV_TO_OPENGL
 from factorkit.data.views.cameras import Distortion, FisheyeDistortion, Lens, make_intrinsics, scale_intrinsics
 from factorkit.data.views.image_files import FileFinder
-from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, split_every_eighth
+from factorkit.data.views.loading import LazyView, SceneSettings, image_reader
+from factorkit.data.views.splits import read_listings, select_listed, select_split
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError, format_count
 
@@ -63,22 +64,17 @@ def is_colmap(path: Path) -> bool:
 
 
 def read_colmap(path: Path, split: str | None) -> tuple[list[LazyView], SceneSettings]:
-    """List the views of a split: by `test.txt` in the model (names of test images), else every 8th is for testing.
+    """List the views of a split: by train.txt, val.txt and test.txt (names of images) in the model or beside it.
+
+    Without them, by folders such as train/ and test/ in the names, else every 8th is for testing.
 
     Several cameras are allowed. Registered images without a file are left out, see `FileFinder`.
 
     Raises:
         DataError: damaged files, an unsupported camera model, no images, or most of them missing.
     """
-    model = find_model(path)
-    if model is None:
-        raise DataError(f"{path}: no COLMAP model (cameras and images, .bin or .txt)")
-    suffix = "bin" if all((model / f"{part}.bin").is_file() for part in ("cameras", "images")) else "txt"
-    try:
-        cameras = (_read_cameras_bin if suffix == "bin" else _read_cameras_txt)(model / f"cameras.{suffix}")
-        images = (_read_images_bin if suffix == "bin" else _read_images_txt)(model / f"images.{suffix}")
-    except (OSError, ValueError, IndexError, struct.error) as error:
-        raise DataError(f"{model}: not a readable COLMAP model ({type(error).__name__}: {error})") from error
+    model, suffix = _require_model(path)
+    cameras, images = _read_model(model, suffix)
     if not images:
         raise DataError(f"{model}: no registered images in this COLMAP model")
     images = sorted(images, key=lambda image: image.name)
@@ -102,7 +98,10 @@ def read_colmap(path: Path, split: str | None) -> tuple[list[LazyView], SceneSet
     if model.name.isdigit() and others:
         notes += (f"Other models of the scene, which are not read: {', '.join(others)}.",)
     views = []
-    for i in _select(model, names, split):
+    lists = read_listings(dict.fromkeys([model, path]))
+    rows, more = select_listed(lists, names, split, str(model)) if lists else select_split(names, split)
+    notes += more
+    for i in rows:
         if i not in paths:
             continue
         camera, name = cameras[images[i].camera], f"{prefix}{names[i]}"
@@ -114,16 +113,30 @@ def read_colmap(path: Path, split: str | None) -> tuple[list[LazyView], SceneSet
     return views, SceneSettings(scene_names, poses, _depth_range(points, poses), notes, points=points)
 
 
-def _select(model: Path, names: list[str], split: str | None) -> list[int]:
-    """Return the rows of a split."""
-    listing = model / "test.txt"
-    if split is None or not listing.is_file():
-        return split_every_eighth(len(names), split)
+def read_image_names(path: Path) -> list[str]:
+    """Return the names of the registered images of a scene's model.
+
+    Raises:
+        DataError: damaged files.
+    """
+    return [image.name for image in _read_model(*_require_model(path))[1]]
+
+
+def _require_model(path: Path) -> tuple[Path, str]:
+    """Return the folder of the model, and the suffix of its files."""
+    model = find_model(path)
+    if model is None:
+        raise DataError(f"{path}: no COLMAP model (cameras and images, .bin or .txt)")
+    return model, "bin" if all((model / f"{part}.bin").is_file() for part in ("cameras", "images")) else "txt"
+
+
+def _read_model(model: Path, suffix: str) -> tuple[dict[int, _Camera], list[_Image]]:
     try:
-        test = {line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{listing}: cannot be read: {error}") from error
-    return [i for i, name in enumerate(names) if (name in test) == (split == "test")]
+        cameras = (_read_cameras_bin if suffix == "bin" else _read_cameras_txt)(model / f"cameras.{suffix}")
+        images = (_read_images_bin if suffix == "bin" else _read_images_txt)(model / f"images.{suffix}")
+    except (OSError, ValueError, IndexError, struct.error) as error:
+        raise DataError(f"{model}: not a readable COLMAP model ({type(error).__name__}: {error})") from error
+    return cameras, images
 
 
 def _find_image_folder(path: Path, model: Path, names: list[str]) -> Path:

@@ -11,7 +11,8 @@ import torch
 from factorkit.data.files import format_examples, list_images
 from factorkit.data.views.arrangement import OPENCV_TO_OPENGL
 from factorkit.data.views.cameras import IntrinsicsFunction
-from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, split_every_eighth
+from factorkit.data.views.loading import LazyView, SceneSettings, image_reader
+from factorkit.data.views.splits import select_split
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.files import read_arrays
@@ -73,11 +74,9 @@ def read_dtu(path: Path, split: str | None) -> tuple[list[LazyView], SceneSettin
         intrinsics.append(k)
     stacked = np.stack(poses)
     check_rigid(torch.from_numpy(stacked), names)
-    views = [
-        LazyView(names[i], image_reader(images[i]), _fixed(intrinsics[i]), stacked[i])
-        for i in split_every_eighth(len(names), split)
-    ]
-    return views, SceneSettings(names, stacked)
+    rows, notes = select_split(names, split)
+    views = [LazyView(names[i], image_reader(images[i]), _fixed(intrinsics[i]), stacked[i]) for i in rows]
+    return views, SceneSettings(names, stacked, notes=notes)
 
 
 def _fixed(k: np.ndarray) -> IntrinsicsFunction:

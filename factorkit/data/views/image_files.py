@@ -6,7 +6,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from factorkit.data.files import IMAGE_SUFFIXES, escape_name, fold_name, format_examples
+from factorkit.data.files import (
+    IMAGE_SUFFIXES,
+    describe_unread,
+    escape_name,
+    fold_name,
+    format_examples,
+    is_unread_image,
+)
 from factorkit.utils.errors import DataError, format_count
 
 DEFAULT_SUFFIXES = (".png", ".jpg", ".jpeg")  # tried first for names without suffix, as Blender's files have them
@@ -86,16 +93,18 @@ class FileFinder:
         """
         found = {i: path for i, name in enumerate(names) if (path := self.find(name)) is not None}
         missing = [name for i, name in enumerate(names) if i not in found]
+        unread = [name for name in missing if is_unread_image(name) and (self.root / name).is_file()]
         if len(missing) > MAX_MISSING_FRACTION * len(names):
+            if unread:
+                raise DataError(f"{where}: {describe_unread(unread)}.")
             raise DataError(
                 f"{where}: {len(missing)} of {format_count(len(names), 'image')} missing, the first is "
-                f"{escape_name(missing[0])} "
-                f"(looked in {self.root}). Restore them, or remove their frames."
+                f"{escape_name(missing[0])} (looked in {self.root}). Restore them, or remove their frames."
             )
         if missing:
             warnings.warn(
                 f"{where}: left out {len(missing)} of {format_count(len(names), 'frame')} without an image file: "
-                f"{format_examples(missing)}.",
+                f"{format_examples(missing)}." + (f" Of these, {describe_unread(unread)}." if unread else ""),
                 stacklevel=3,
             )
         return found

@@ -18,7 +18,8 @@ from factorkit.data.open import open_source
 from factorkit.data.sources import Source
 from factorkit.data.video import read_video_frames
 from factorkit.data.views.cameras import IntrinsicsFunction, make_intrinsics
-from factorkit.data.views.loading import LazyView, SceneSettings, split_every_eighth
+from factorkit.data.views.loading import LazyView, SceneSettings
+from factorkit.data.views.splits import select_split, split_every_eighth
 from factorkit.data.views.views import resize_area, target_size
 from factorkit.utils.errors import format_count
 from factorkit.utils.images import uint8_to_unit
@@ -32,7 +33,7 @@ FILM_DIAGONAL = math.hypot(36.0, 24.0)  # mm, of 35 mm film
 def read_images(
     source: Any, split: str | None, masks: Any, fov: float | None, default_fov: float = DEFAULT_FOV
 ) -> tuple[list[LazyView], SceneSettings]:
-    """List the views of a split; every 8th is for testing.
+    """List the views of a split: by folders such as train/ and test/ in their names, else every 8th is for testing.
 
     A folder with images/ and masks/ is read with its masks. Images without a mask are left out. Where instant-ngp's
     `dynamic_mask_x.png` is not 0, x.jpg is not scored.
@@ -53,14 +54,15 @@ def read_images(
     mask_source = None if masks is None else open_source(masks, keys=MASK_KEYS)
     pairs = [(i, 0) for i in range(len(images))] if mask_source is None else match_masks(images, mask_source)
     views = []
-    for i, j in (pairs[k] for k in split_every_eighth(len(pairs), split)):
+    rows, more = select_split([images.names[i] for i, _ in pairs], split)
+    for i, j in (pairs[k] for k in rows):
         intrinsics = _fov_intrinsics(fov) if fov is not None else _exif_intrinsics(images, i, default_fov)
         read_mask = None if mask_source is None else partial(_read_opacity, mask_source, j)
         moving = ignored_of.get(fold_stem(images.names[i]))
         read_loss_mask = None if ignored is None or moving is None else partial(_read_scored, ignored, moving)
         read_image = partial(_read_float, images, i)
         views.append(LazyView(images.names[i], read_image, intrinsics, None, read_mask, None, read_loss_mask))
-    return views, SceneSettings(images.names, notes=notes)
+    return views, SceneSettings(images.names, notes=notes + more)
 
 
 def read_video(

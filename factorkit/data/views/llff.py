@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from factorkit.data.files import list_images
+from factorkit.data.files import fold_stem, list_images
 from factorkit.data.views.cameras import make_intrinsics, scale_intrinsics
-from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, split_every_eighth
+from factorkit.data.views.colmap import is_colmap, read_image_names
+from factorkit.data.views.loading import LazyView, SceneSettings, image_reader
+from factorkit.data.views.splits import split_every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.files import read_arrays
@@ -26,21 +30,14 @@ def read_llff(path: Path, split: str | None) -> tuple[list[LazyView], SceneSetti
     """List the views of a split; every 8th of the sorted images is for testing.
 
     Raises:
-        DataError: an invalid array, missing images, numbers of images and poses that differ, bounds without 0 < near <
+        DataError: an invalid array, missing images, other images than poses, bounds without 0 < near <
             far, or an invalid pose.
     """
     file = path / "poses_bounds.npy"
-    folder = next((path / name for name in FOLDERS if (path / name).is_dir()), None)
-    if folder is None:
+    if not any((path / name).is_dir() for name in FOLDERS):
         raise DataError(f"{path}: none of the folders {', '.join(FOLDERS)} exists")
     values = _read_poses_bounds(file)
-    images = list_images(folder)
-    if len(images) != len(values):
-        raise DataError(
-            f"{file}: {format_count(len(values), 'pose')}, but {folder} has "
-            f"{format_count(len(images), 'image')}. There must be one pose for each "
-            "image, in the order of their names."
-        )
+    images, notes = _match_images(path, file, len(values))
     names = [image.relative_to(path).as_posix() for image in images]
     is_bad = ~np.isfinite(values).all(1)
     if is_bad.any():
@@ -63,7 +60,66 @@ def read_llff(path: Path, split: str | None) -> tuple[list[LazyView], SceneSetti
         views.append(
             LazyView(names[i], image_reader(images[i]), scale_intrinsics(k, height, width, names[i]), poses[i])
         )
-    return views, SceneSettings(names, poses, (float(bounds[:, 0].min()), float(bounds[:, 1].max())))
+    return views, SceneSettings(names, poses, (float(bounds[:, 0].min()), float(bounds[:, 1].max())), notes)
+
+
+def _match_images(path: Path, file: Path, count: int) -> tuple[list[Path], tuple[str, ...]]:
+    """Return the images of the poses, in the order of their names, and sentences if there are others.
+
+    If the first folder has another number of images: the names in view_imgs.txt or of a COLMAP model, else another
+    folder, else the images of one size, whichever gives the right number.
+    """
+    listings = {folder: list_images(folder) for name in FOLDERS if (folder := path / name).is_dir()}
+    first, images = next(iter(listings.items()))
+    if len(images) == count:
+        return images, ()
+    for source, listed in _listed_names(path):
+        stems = {fold_stem(Path(name.strip()).name) for name in listed if name.strip()}
+        if len(stems) == count:
+            for folder, others in listings.items():
+                named = [image for image in others if fold_stem(image.name) in stems]
+                if len(named) == count:
+                    text = f"{folder.name}/ has {format_count(len(others), 'image')}; the {count} named in {source}"
+                    return named, (f"{text} have the poses of poses_bounds.npy.",)
+    for folder, others in list(listings.items())[1:]:
+        if len(others) == count:
+            text = f"{first.name}/ has {format_count(len(images), 'image')} for {format_count(count, 'pose')}"
+            return others, (f"{text}: {folder.name}/ is read, which has {count}.",)
+    for folder, others in listings.items():
+        sizes: dict[tuple[int, int], list[Path]] = {}
+        for image in others:
+            sizes.setdefault(_read_size(image), []).append(image)
+        fitting = [(size, group) for size, group in sizes.items() if len(group) == count]
+        if len(fitting) == 1:
+            (width, height), group = fitting[0]
+            text = f"{folder.name}/ has {format_count(len(others), 'image')}; those of {width} x {height} pixels"
+            return group, (f"{text}, {count}, have the poses of poses_bounds.npy.",)
+    raise DataError(
+        f"{file}: {format_count(count, 'pose')}, but {first} has {format_count(len(images), 'image')}. "
+        "There must be one pose for each image, in the order of their names. Remove the other images, or list the "
+        "names of those with poses in view_imgs.txt."
+    )
+
+
+def _listed_names(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield lists of the images that LLFF's scripts made poses of, with the name of the file."""
+    listing = path / "view_imgs.txt"
+    if listing.is_file():
+        try:
+            yield listing.name, listing.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{listing}: cannot be read: {error}") from error
+    if is_colmap(path):
+        yield "the COLMAP model", read_image_names(path)
+
+
+def _read_size(image: Path) -> tuple[int, int]:
+    """Return width and height from an image's header; zeros if it has none."""
+    try:
+        with Image.open(image) as opened:
+            return opened.size
+    except OSError:
+        return 0, 0
 
 
 def _read_poses_bounds(file: Path) -> np.ndarray:

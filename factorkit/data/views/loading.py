@@ -317,8 +317,3 @@ def detect_border_color(images: Iterable[Tensor]) -> Tensor | None:
     color = border.median(dim=1).values
     fraction = ((border - color[:, None]).abs() <= BORDER_TOLERANCE).all(0).float().mean()
     return color if fraction >= BORDER_FRACTION else None
-
-
-def split_every_eighth(count: int, split: str | None) -> list[int]:
-    """Return the indices of a default split: every 8th view is for testing (Mildenhall et al. 2019)."""
-    return [i for i in range(count) if split is None or (i % 8 == 0) == (split == "test")]

@@ -11,7 +11,8 @@ import torch
 from factorkit.data.files import list_images
 from factorkit.data.views.cameras import make_intrinsics, scale_intrinsics
 from factorkit.data.views.image_files import FileFinder
-from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, split_every_eighth
+from factorkit.data.views.loading import LazyView, SceneSettings, image_reader
+from factorkit.data.views.splits import select_split
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.files import read_json
@@ -142,5 +143,5 @@ def _finish(
 ) -> tuple[list[LazyView], SceneSettings]:
     stacked = np.stack(poses)
     check_rigid(torch.from_numpy(stacked), names)
-    selected = [views[i] for i in split_every_eighth(len(views), split)]
-    return selected, SceneSettings(names, stacked, None, notes)
+    rows, more = select_split(names, split)
+    return [views[i] for i in rows], SceneSettings(names, stacked, None, notes + more)

@@ -14,7 +14,8 @@ from factorkit.data.files import format_examples, list_images
 from factorkit.data.views.arrangement import OPENCV_TO_OPENGL
 from factorkit.data.views.cameras import IntrinsicsFunction, make_intrinsics, scale_intrinsics
 from factorkit.data.views.image_files import MAX_MISSING_FRACTION
-from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, split_every_eighth
+from factorkit.data.views.loading import LazyView, SceneSettings, image_reader
+from factorkit.data.views.splits import split_every_eighth
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError, format_count
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from factorkit.data.files import format_examples
 from factorkit.data.masks import IGNORED_BEGINNING
 from factorkit.data.views.camera_keys import (
     describe_ignored,
@@ -19,12 +18,11 @@ from factorkit.data.views.camera_keys import (
     refuse_unmodelled,
 )
 from factorkit.data.views.image_files import FileFinder
-from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, loss_mask_reader, split_every_eighth
+from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, loss_mask_reader
+from factorkit.data.views.splits import SPLIT_NAMES, SPLITS, normalize_name, select_listed, select_split
 from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError, format_count
 from factorkit.utils.files import read_json
-
-SPLITS = ("train", "val", "test")
 
 
 class _File(NamedTuple):
@@ -39,7 +37,7 @@ class _File(NamedTuple):
 def is_transforms(path: Path) -> bool:
     """Return whether this is a transforms file, or a folder with one."""
     if path.is_dir():
-        return any((path / name).is_file() for name in ("transforms.json", "transforms_train.json"))
+        return any((path / name).is_file() for name in ("transforms.json", *(f"transforms_{n}.json" for n in SPLITS)))
     return path.suffix.lower() == ".json"
 
 
@@ -47,14 +45,15 @@ def read_transforms(path: Path, split: str | None) -> tuple[list[LazyView], Scen
     """List the views of a split.
 
     Blender's folders have one file per split. nerfstudio's file may list `train_filenames`, `val_filenames` and
-    `test_filenames`, all or some; otherwise every 8th frame is for testing. A file named after a split
+    `test_filenames`, all or some, ScanNet++'s has `test_frames`, and a frame may have `split`; otherwise folders such
+    as train/ and test/ decide, else every 8th frame is for testing. A file named after a split
     (transforms_test.json), if given itself, is read as a whole. Test views are never among the training views.
 
     Raises:
         DataError: invalid JSON, no frames, more than half of the images missing, an invalid pose, contradictory splits,
             or a setting that changes the geometry and is not supported.
     """
-    if path.is_dir() and (path / "transforms_train.json").is_file():
+    if path.is_dir() and any((path / f"transforms_{name}.json").is_file() for name in SPLITS):
         return _read_split_files(path, split)
     path = path / "transforms.json" if path.is_dir() else path
     is_split_file = any(path.stem == f"transforms_{name}" for name in SPLITS)
@@ -68,10 +67,14 @@ def read_transforms(path: Path, split: str | None) -> tuple[list[LazyView], Scen
 
 
 def _read_split_files(folder: Path, split: str | None) -> tuple[list[LazyView], SceneSettings]:
-    """Read a folder with transforms_train.json and, if they exist, the files of the other splits."""
+    """Read a folder with the files of some splits; without transforms_train.json, transforms.json has the others."""
     paths = {name: folder / f"transforms_{name}.json" for name in SPLITS}
+    if not paths["train"].is_file() and (folder / "transforms.json").is_file():
+        paths["train"] = folder / "transforms.json"
     files = {name: _parse_file(path) for name, path in paths.items() if path.is_file()}
     notes: tuple[str, ...] = ()
+    if split == "train" and "train" not in files:
+        raise DataError(f"{paths['train']}: no such file. The frames of {', '.join(files)} are not trained on.")
     selected = list(files) if split is None else [split]
     if split == "test" and "test" not in files:
         if "val" not in files:
@@ -82,13 +85,13 @@ def _read_split_files(folder: Path, split: str | None) -> tuple[list[LazyView], 
     for name in selected:
         file, held_out = files[name], set(used)
         if split == "train":
-            held_out |= {_normalize(other) for key in ("val", "test") if key in files for other in files[key].names}
-        indices = [i for i, other in enumerate(file.names) if _normalize(other) not in held_out]
+            held_out |= {normalize_name(other) for key in ("val", "test") if key in files for other in files[key].names}
+        indices = [i for i, other in enumerate(file.names) if normalize_name(other) not in held_out]
         repeated = len(file.names) - len(indices)
         if repeated:
             why = "also views of val or test" if split == "train" else "already listed by another split"
             notes += (f"{file.path.name}: left out {repeated} of {format_count(len(file.names), 'frame')}: {why}.",)
-        used |= {_normalize(file.names[i]) for i in indices}
+        used |= {normalize_name(file.names[i]) for i in indices}
         if indices:
             parts.append((file, indices))
     if not parts:
@@ -102,10 +105,14 @@ def _read_split_files(folder: Path, split: str | None) -> tuple[list[LazyView], 
 def _parse_file(path: Path) -> _File:
     try:
         content = read_json(path)
+        if content.get("test_frames"):  # ScanNet++
+            test_names = [frame["file_path"] for frame in content["test_frames"]]
+            content["test_filenames"] = [*(content.get("test_filenames") or ()), *test_names]
+            content["frames"] = [*content["frames"], *content["test_frames"]]
         frames = content["frames"]
         entries = [(frame["file_path"], frame["transform_matrix"]) for frame in frames]
         texts = [frame[key] for frame in frames for key in ("file_path", "mask_path") if frame.get(key) is not None]
-        texts += [name for key in _split_keys(content) for name in content[key]]
+        texts += [name for names in _split_lists(content).values() for name in names]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a file name is not a string")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -153,53 +160,27 @@ def _list_views(
         notes += ("`mask_path`: pixels of value 0 are not scored; it does not define the object's silhouette.",)
     if num_moving:
         notes += (f"{format_count(num_moving, 'mask')} of moving parts ({IGNORED_BEGINNING}x.png): not scored there.",)
-    names = [PurePosixPath(_normalize(name)).as_posix() for file in scene for name in file.names]
+    names = [normalize_name(name) for file in scene for name in file.names]
     poses = np.concatenate([file.poses for file in scene])
     return views, SceneSettings(names, poses, None, notes + describe_ignored(keys), loss_folder)
 
 
-def _split_keys(content: dict[str, Any]) -> list[str]:
-    return [key for name in SPLITS if content.get(key := f"{name}_filenames") is not None]
+def _split_lists(content: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the names of each split, from `train_filenames` and the like, or from `split` of each frame."""
+    lists = {name: list(values) for name in SPLITS if (values := content.get(f"{name}_filenames")) is not None}
+    for frame in content["frames"]:
+        if (split := frame.get("split")) is not None:
+            if str(split).lower() not in SPLIT_NAMES:
+                raise ValueError(f"`split` is {split!r:.40}; give train, val or test")
+            lists.setdefault(SPLIT_NAMES[str(split).lower()], []).append(frame["file_path"])
+    return lists
 
 
 def _select_frames(file: _File, split: str | None) -> tuple[list[int], tuple[str, ...]]:
-    """Return the frames of a split, and sentences on how it was chosen.
-
-    Lists that are given in part: the test split is the list of test, else of val, else what is not listed for training;
-    the training split is its list, else what is not listed at all.
-    """
-    lists = {key.removesuffix("_filenames"): file.content[key] for key in _split_keys(file.content)}
-    count = len(file.names)
-    if split is None or not lists:
-        return split_every_eighth(count, split), ()
-    members = {name: {_normalize(text) for text in texts} for name, texts in lists.items()}
-    held_out = members.get("test", set()) | members.get("val", set())
-    both = sorted(members.get("train", set()) & held_out)
-    if both:
-        raise DataError(
-            f"{file.path}: {format_count(len(both), 'frame')} listed for training and for val or test, the "
-            f"first is {both[0]}. "
-            "Remove them from one of the lists."
-        )
-    names = [_normalize(name) for name in file.names]
-    if split == "train":
-        selected = members["train"] if "train" in members else set(names) - held_out
-    elif "test" in members or "val" in members:
-        selected = members["test" if "test" in members else "val"]
-    else:
-        selected = set(names) - members["train"]
-    unknown = sorted(set().union(*members.values()) - set(names))
-    notes = [f"The files list only the splits {', '.join(lists)}."] if {"train", "test"} - lists.keys() else []
-    if unknown:
-        notes.append(
-            f"{format_count(len(unknown), 'name')} in the split lists without a frame: {format_examples(unknown)}."
-        )
-    return [i for i, name in enumerate(names) if name in selected], tuple(notes)
-
-
-def _normalize(name: str) -> str:
-    """Return one name for ./images/0.png, images//0.png and its form with backslashes."""
-    return PurePosixPath(name.replace("\\", "/")).as_posix()
+    """Return the frames of a split, and sentences on how it was chosen."""
+    if lists := _split_lists(file.content):
+        return select_listed(lists, file.names, split, str(file.path))
+    return select_split(file.names, split)
 
 
 def _parse_pose(values: Any, name: str, file: Path) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from factorkit.data.views.colmap import CAMERA_MODELS
 from factorkit.metrics.pose import Similarity
 from factorkit.nerfdiff.export.images import ExportView, Files, make_images, make_loss_masks
 from factorkit.nerfdiff.export.points import Shape
-from factorkit.utils.errors import DataError
+from factorkit.utils.errors import DataError, format_count
 
 TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # y down, looking along z
 IMAGE_FOLDER = "images_factorkit"  # of transforms.json, which names it; images/ may hold the training images
@@ -99,6 +100,12 @@ def make_colmap(views: Sequence[ExportView], poses: Tensor, cloud: Shape) -> Fil
     Raises:
         DataError: a lens that none of COLMAP's camera models has.
     """
+    if unscored := sum(view.read_loss_mask is not None for view in views):
+        warnings.warn(
+            f"{format_count(unscored, 'image')} with pixels that are not scored: a COLMAP model has no place for their "
+            "masks, which are left out; a transforms.json has",
+            stacklevel=3,
+        )
     names, files = make_images(views, COLMAP_IMAGE_FOLDER)
     cameras = [_colmap_camera(view) for view in views]
     numbers = {camera: i for i, camera in enumerate(dict.fromkeys(cameras), 1)}

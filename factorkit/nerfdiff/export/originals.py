@@ -20,7 +20,7 @@ from factorkit.metrics.pose import Similarity, align_poses
 from factorkit.nerfdiff.export.images import ExportView, check_same_images, list_files, list_stored
 from factorkit.nerfdiff.scene import shared_camera
 from factorkit.nerfdiff.training_views import TrainingData, load_data, load_views
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 FOCAL_ROUNDING = 1e-5  # relative difference of focal lengths that are equal up to rounding
 
@@ -34,40 +34,50 @@ class Originals:
         data: the same views from the data: listed files, or views in memory; None: not found.
         poses: float64 [V, 4, 4] in the coordinates of the data, or None.
         problem: why the data were not found; None if no pixel is lost by that.
+        is_named: whether the user said where the data are, so that other data are an error.
     """
 
     stored: Views
     data: Sequence[LazyView] | Views | None
     poses: Tensor | None
     problem: str | None
+    is_named: bool = False
 
     def list_images(self, intrinsics: Tensor) -> list[ExportView]:
-        """List the images at full size, with a warning if they are not found.
+        """List the images at full size; at the size of the training, with a warning, if they are not found.
 
         Args:
             intrinsics: [3, 3] of the run in units of width and height: focal lengths that it optimised are kept.
 
         Raises:
-            DataError: the data hold other images than the run.
+            DataError: the data that the user named hold other images than the run.
         """
-        if self.data is None:
-            if self.problem is not None:
+        images, problem = None, self.problem
+        try:
+            images = self._list_data()
+        except (DataError, ConfigError) as error:
+            if self.is_named:
+                raise
+            problem = str(error)
+        if images is None:
+            if problem is not None:
                 height, width = self.stored.size
                 warnings.warn(
-                    f"{self.problem}: images and cameras are written at {width} x {height} pixels, the size of the "
+                    f"{problem}: images and cameras are written at {width} x {height} pixels, the size of the "
                     "training, without lens distortion. Give the training data by data= (--data)",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
             images = list_stored(self.stored)
-        elif isinstance(self.data, Views):
-            check_same_images(self.data.resize(self.stored.size), self.stored)
-            images = list_stored(self.data)
-        else:
-            images = list_files(self.data, self.stored)
         ratio = (intrinsics / shared_camera(self.stored).intrinsics).diagonal()[:2].double()
         fx, fy = torch.where((ratio - 1).abs() < FOCAL_ROUNDING, 1.0, ratio).tolist()
         factors = np.array([[fx, 1.0, 1.0], [1.0, fy, 1.0], [1.0, 1.0, 1.0]])
         return [view._replace(intrinsics=view.intrinsics * factors) for view in images]
+
+    def _list_data(self) -> list[ExportView] | None:
+        if isinstance(self.data, Views):
+            check_same_images(self.data.resize(self.stored.size), self.stored)
+            return list_stored(self.data)
+        return None if self.data is None else list_files(self.data, self.stored)
 
     def align(self, poses: Tensor) -> Similarity | None:
         """Return the similarity from a run's poses [V, 4, 4] to those of the data; None if the data have none."""
@@ -89,26 +99,34 @@ def find_originals(folder: Path | None, data: Any = None) -> Originals | None:
         if data is not None:
             raise ConfigError("data= needs a run folder: a single file does not hold the names of the training views")
         return None
-    source = recorded.source if data is None else data
+    is_named, source = data is not None, recorded.source if data is None else data
     if isinstance(source, Views):
-        return Originals(stored, source, _file_poses(source), None)
-    if isinstance(source, str) and data is None and not os.path.exists(source):
-        # The files of forward-facing scenes have other coordinates than their views.
-        known = _file_poses(stored) if stored.layout == "object" else None
-        return Originals(stored, None, known, f"the training data are not in {source} any more")
+        return Originals(stored, source, _file_poses(source), None, is_named)
     if source is None:
-        lost = recorded.size is not None and recorded.size != stored.size
-        problem = "the run was trained on views in memory" if lost or recorded.size is None else None
+        lost = recorded.size is None or recorded.size != stored.size
+        problem = "the run was trained on views in memory" if lost else None
         return Originals(stored, None, _file_poses(stored), problem)
-    listed = list_views(source, "train", **_move_paths(recorded, source)).views
-    names = [view.name for view in listed]
-    if names != stored.names:
-        missing = [name for name in stored.names if name not in names]
-        problem = f"{missing[0]} is missing" if missing else f"there are {len(names)} views"
-        raise DataError(f"{source}: not the {len(stored)} views of the run: {problem}. Give its training data")
+    try:
+        if not is_named and not os.path.exists(source):
+            raise DataError(f"the training data are not in {source} any more")
+        listed = list_views(source, "train", **_move_paths(recorded, source)).views
+        _check_names([view.name for view in listed], stored.names, source)
+    except (DataError, ConfigError) as error:
+        if is_named:
+            raise
+        # The files of forward-facing scenes have other coordinates than their views.
+        return Originals(stored, None, _file_poses(stored) if stored.layout == "object" else None, str(error))
     matrices = [view.pose for view in listed if view.pose is not None]
     poses = torch.from_numpy(np.stack(matrices)) if len(matrices) == len(listed) else None
-    return Originals(stored, listed, poses, None)
+    return Originals(stored, listed, poses, None, is_named)
+
+
+def _check_names(names: list[str], stored: list[str], source: Any) -> None:
+    if names != stored:
+        missing = [name for name in stored if name not in names]
+        problem = f"{missing[0]} is missing" if missing else f"there are {format_count(len(names), 'view')}"
+        where = source if isinstance(source, (str, os.PathLike)) else "data="
+        raise DataError(f"{where}: not the {format_count(len(stored), 'view')} of the run: {problem}")
 
 
 def _file_poses(views: Views) -> Tensor | None:

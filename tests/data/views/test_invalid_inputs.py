@@ -87,7 +87,7 @@ def test_transforms_invalid_content_raises(transforms, change, message):
 
 def test_transforms_missing_image_of_other_split_is_ignored(transforms):
     assert len(open_views(transforms())) == 3
-    with pytest.raises(DataError, match="no frame belongs to the split 'test'"):
+    with pytest.raises(DataError, match="none of the 1 name listed for test is a view, such as images/9.png"):
         open_views(transforms(lambda c: c.update(test_filenames=["images/9.png"])), "test")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from factorkit.data import make_procedural_views, open_views
 from factorkit.data.views.cameras import Distortion
 from factorkit.metrics.pose import pose_errors
-from factorkit.utils.errors import ConfigError
+from factorkit.utils.errors import ConfigError, DataError
 
 SIZE = 20
 
@@ -269,3 +269,78 @@ def test_llff_intrinsics_use_height_width_focal(tmp_path, scene):
     expected = torch.tensor([[15.0, 0, 10], [0, 15, 6], [0, 0, 1]])
     torch.testing.assert_close(views.intrinsics, expected.expand(2, 3, 3))
     assert views.size == (12, 20) and views.far == pytest.approx(9 / 0.75)
+
+
+def write_llff(folder, scene, count):
+    bounds = np.tile([[2.5, 6.0]], (count, 1))
+    poses = scene.poses[:count].double().numpy()
+    llff_file(folder, poses, bounds, 8 * scene.intrinsics[0, 0, 0].item(), 8 * SIZE, 8 * SIZE)
+
+
+@pytest.mark.parametrize("way", ["view_imgs.txt", "colmap", "folder", "size"])
+def test_llff_more_images_than_poses_are_matched_and_named(tmp_path, scene, way):
+    """Poses of the views 0, 2, 4, 6 and 8; the other images have none."""
+    chosen = [f"{i:03}.png" for i in range(0, 9, 2)]
+    write_llff(tmp_path, scene.select(torch.arange(0, 9, 2)), 5)
+    for i in range(9):
+        save_rgb(tmp_path / f"images/{i:03}.png", scene.images[i])
+    if way == "view_imgs.txt":
+        (tmp_path / way).write_text("\n".join(chosen) + "\n")
+    elif way == "colmap":
+        (tmp_path / "sparse/0").mkdir(parents=True)
+        (tmp_path / "sparse/0/cameras.txt").write_text("1 SIMPLE_PINHOLE 20 20 30 10 10\n")
+        lines = [f"{i} 1 0 0 0 0 0 0 1 {name}\n" for i, name in enumerate(chosen)]
+        (tmp_path / "sparse/0/images.txt").write_text("\n".join(lines))
+    elif way == "folder":
+        for i in range(0, 9, 2):
+            save_rgb(tmp_path / f"images_2/{i:03}.png", scene.resize(SIZE // 2).images[i])
+        save_rgb(tmp_path / "images_4/000.png", scene.resize(SIZE // 4).images[0])
+    else:
+        for i in range(1, 9, 2):
+            save_rgb(tmp_path / f"images/{i:03}.png", scene.resize(SIZE // 2).images[i])
+    views = open_views(tmp_path)
+    assert [name.rsplit("/", 1)[-1] for name in views.names] == chosen
+    assert "5" in views.notes[0]
+    assert ("images_2/ is read" in views.notes[0]) == (way == "folder")
+    expected = scene.select(torch.arange(0, 9, 2)).resize(views.size)
+    torch.testing.assert_close(views.images, expected.images, atol=0.005, rtol=0)
+
+
+def test_llff_more_images_than_poses_without_a_sign_are_refused(tmp_path, scene):
+    write_llff(tmp_path, scene, 5)
+    for i in range(9):
+        save_rgb(tmp_path / f"images/{i:03}.png", scene.images[i])
+    (tmp_path / "view_imgs.txt").write_text("000.png\n")
+    with pytest.raises(DataError, match="5 poses, but .*images has 9 images.*view_imgs.txt"):
+        open_views(tmp_path)
+
+
+def write_posed(folder, scene, name="transforms.json"):
+    frames = []
+    for i in range(9):
+        save_rgb(folder / f"images/{i}.png", scene.images[i])
+        frames.append({"file_path": f"images/{i}.png", "transform_matrix": scene.poses[i].tolist()})
+    (folder / name).write_text(json.dumps({"camera_angle_x": 0.7, "frames": frames}))
+
+
+@pytest.mark.parametrize("form", ["Masks/{}.png", "segmentation/{}.png", "images/{}_mask.png", "images/mask_{}.png"])
+def test_foreground_masks_beside_posed_images_are_found(tmp_path, scene, form):
+    write_posed(tmp_path, scene)
+    for i in range(9):
+        save_rgb(tmp_path / form.format(i), scene.masks[i].round().expand(3, -1, -1))
+    views = open_views(tmp_path, "test")
+    torch.testing.assert_close(views.masks, scene.masks[[0, 8]].round(), atol=0.003, rtol=0)
+    assert "9 foreground masks" in views.notes[-1]
+
+
+def test_scene_some_folders_below_is_named(tmp_path, scene):
+    write_posed(tmp_path / "a/b", scene)
+    with pytest.raises(DataError, match=r"contains 1 scene \(a/b\)"):
+        open_views(tmp_path)
+
+
+def test_transforms_file_of_another_name_is_named(tmp_path, scene):
+    write_posed(tmp_path, scene, "my_cameras.json")
+    with pytest.warns(UserWarning, match=r"my_cameras.json lists cameras.* give the file"):
+        assert open_views(tmp_path).poses is None
+    assert open_views(tmp_path / "my_cameras.json").poses is not None

@@ -319,6 +319,22 @@ def test_export_data_elsewhere_is_found_by_the_argument(tmp_path, run_of):
     assert not (tmp_path / "x").exists()
 
 
+def test_export_of_data_that_changed_since_is_that_of_the_training(tmp_path, run_of):
+    data = write_scene(tmp_path / "data")
+    run = run_of(data)
+    file = sorted((data / "images").iterdir())[3]
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    for i in range(2):
+        with pytest.warns(UserWarning, match=[f"{file.name} is not the image", "is missing: images and cameras"][i]):
+            path = run.export(tmp_path / f"{i}" / "transforms.json")
+        assert json.loads(path.read_text())["w"] == 8
+        file.unlink(missing_ok=True)
+    with warnings.catch_warnings():  # no image is written
+        warnings.simplefilter("error")
+        run.model.field.forward = solid
+        run.export(tmp_path / "mesh.ply", resolution=12)
+
+
 def test_export_given_coordinates_without_cameras_is_refused(tmp_path, run_of, scene):
     run = run_of(replace(open_views(scene, "train"), poses=None))
     with pytest.raises(ConfigError, match="needs training data with cameras"):
@@ -333,6 +349,8 @@ def test_export_loss_masks_are_read_back(tmp_path):
     mask[:, :, :3] = 0
     path = export(tmp_path / "transforms.json", replace(views, loss_masks=mask), solid)
     assert torch.equal(open_views(path).loss_masks, mask)
+    with pytest.warns(UserWarning, match="4 images with pixels that are not scored: a COLMAP model has no place"):
+        export(tmp_path / "colmap", replace(views, loss_masks=mask), solid, points=50)
 
 
 def test_aligned_geographic_coordinates_are_exact():
