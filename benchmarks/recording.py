@@ -7,7 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from factorkit.utils.atomic import replacing
+from factorkit.utils.files import replacing
 
 
 def read_results(path: Path) -> dict[str, dict]:
