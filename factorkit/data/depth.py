@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from factorkit.data.files import escape_name, format_examples
 from factorkit.data.metadata import PNG_SIGNATURE
@@ -125,6 +125,14 @@ def read_deep(image: Image.Image, upright: bool = True) -> DeepImage | None:
     white_is_zero = mode == "L" and _tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO
     deep = DeepImage(values, mode, kind, None, white_is_zero)
     return deep._replace(declared=_find_declared_depth(image, deep, significant_bits))
+
+
+def read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation; 1, upright, where there is none or the EXIF is damaged."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as in apply_orientation
+        return 1
 
 
 def apply_orientation(image: Image.Image) -> Image.Image:
