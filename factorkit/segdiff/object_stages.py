@@ -146,8 +146,8 @@ class ObjectStages:
         config = self.config
         if not (self.folder / "stages").exists():
             self.log(
-                f"object masks with regions={config.num_leaf_regions} and cue_weight={config.cue_weight:g}, as given: no "
-                "figure without labels tells where another number of regions or no cue would be better"
+                f"object masks with regions={config.num_leaf_regions} and cue_weight={config.cue_weight:g}: no "
+                "figure without labels tells where other values are better"
             )
         torch.manual_seed(derived_seed("object masks", config.seed))
         masks = ObjectMasks(config.num_leaf_regions, config.resolution)
