@@ -143,7 +143,7 @@ def run(name: str, folder: Path, notes: Notes, kill: Kill | None = None) -> bool
             os.environ["FACTORKIT_CACHE"] = str(folder / "cache")
             watch(notes, kill)
             model, changes = RUNS[name]
-            data = tiny_runs.make_noise_images(folder.parent / "photographs") if model == "segdiff" else None
+            data = tiny_runs.make_noise_images(folder.parent / "photos") if model == "segdiff" else None
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until this forked process ends
             tiny_runs.train(model, folder / "run", data, **COMMON | changes)
             status = 0

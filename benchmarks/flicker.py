@@ -2,7 +2,7 @@
 
     python -m benchmarks.flicker RUN --data PHOTOS
 
-Clips are made of five labelled photographs the run was not trained on: 30 frames that stand still under a sensor's
+Clips are made of five labelled photos the run was not trained on: 30 frames that stand still under a sensor's
 noise (share of the pixels that change region from one frame to the next, over the last 19), and 30 frames of a camera
 that moves by two pixels a frame (share of the pixels, over the last 20, that agree with each frame by itself, without
 noise). Results go to benchmarks/results/flicker.json.
@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.recording import commit, machine, read_results, write_result
 
 RESULTS = Path(__file__).with_name("results") / "flicker.json"
-SMOOTH, SIGMAS, FRAMES, PICTURES = (0.0, 0.5, 0.8, 0.9), (5, 15), 30, (3, 15, 30, 45, 60)
+SMOOTH, SIGMAS, FRAMES, IMAGES = (0.0, 0.5, 0.8, 0.9), (5, 15), 30, (3, 15, 30, 45, 60)
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def measure(folder: Path, data: str) -> None:
     run = factorkit.load(folder, device="cpu")
     size = run.config.resolution
     test = open_dataset(data, holdout=run.config.holdout).test_images
-    photos = [np.asarray(test.read(i)) for i in PICTURES]
+    photos = [np.asarray(test.read(i)) for i in IMAGES]
 
     def labels(frames: np.ndarray, smooth: float) -> np.ndarray:
         options = {"size": size, "upsample": "guided", "smooth": smooth}

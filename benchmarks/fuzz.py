@@ -1,7 +1,7 @@
 """Malformed files and command lines: is every one refused in words, or skipped?
 
     python -m benchmarks.fuzz                      # 1000 inputs; writes benchmarks/results/fuzz.json
-    python -m benchmarks.fuzz --count 200 --seed 7 --kinds picture zip
+    python -m benchmarks.fuzz --count 200 --seed 7 --kinds image zip
     python -m benchmarks.fuzz --only 413           # one input again, with its traceback
     python -m benchmarks.fuzz --layouts 300        # sound data sets in random layouts: read right, or refused
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from benchmarks.fuzz_files import encoded, labelled, mask_values, pixels, small
 from benchmarks.fuzz_runs import good_runs
 from benchmarks.malformed import (
     Rng,
@@ -85,7 +85,7 @@ def targets(folder: Path) -> list[Target]:
     segdiff, nerfdiff = runs["segdiff"], runs["nerfdiff"]
     weights = segdiff.parent / "segdiff.safetensors"
 
-    def picture(place: Path, rng: Rng) -> Outcome:
+    def image(place: Path, rng: Rng) -> Outcome:
         way = rng.random()
         if way < 0.6:
             return command("prepare", place / "in", "--resolution", 8)
@@ -153,7 +153,7 @@ def targets(folder: Path) -> list[Target]:
         labelled(place / "in", 3)
 
     return [
-        Target("picture", make_picture, picture),
+        Target("image", make_image, image),
         Target("mask", make_mask, mask),
         Target("zip", make_zip, archive),
         Target("array", make_array, array),
@@ -217,61 +217,15 @@ def command_lines(weights: Path, nerfdiff: Path, place: Path) -> list[list[str]]
     ]
 
 
-# --- good files ---
-
-
-def pixels(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (20, 24, 3), np.uint8)
-
-
-def small(path: Path, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels(seed)).save(path)
-    return path
-
-
-def labelled(folder: Path, count: int) -> None:
-    for i in range(count):
-        small(folder / f"images/{i}.png", i)
-        (folder / "masks").mkdir(exist_ok=True)
-        Image.fromarray(mask_values(i)).save(folder / f"masks/{i}.png")
-
-
-def mask_values(seed: int) -> np.ndarray:
-    return (pixels(seed)[..., 0] > 128).astype(np.uint8)
-
-
-def encoded(suffix: str, mode: str, values: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    picture = Image.fromarray(values)
-    channel = values if values.ndim == 2 else values[..., 0]
-    if mode == "I;16":
-        picture = Image.fromarray(channel.astype(np.uint16) * 200)
-    elif mode == "F":
-        picture = Image.fromarray(channel.astype(np.float32) / 255)
-    else:
-        picture = picture.convert(mode)
-    kind = {"jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000"}.get(suffix, suffix.upper())
-    picture.save(buffer, kind, **({"exif": exif()} if suffix in ("jpg", "webp") else {}))
-    return buffer.getvalue()
-
-
-def exif() -> Image.Exif:
-    result = Image.Exif()
-    result[0x0112] = 6  # lies on its side
-    result.get_ifd(0x8769)[0xA405] = 35
-    return result
-
-
 # --- malformed ones ---
 
 
-def make_picture(place: Path, rng: Rng) -> None:
+def make_image(place: Path, rng: Rng) -> None:
     small(place / "in" / GOOD)
-    bad_picture(place / "in", rng)
+    bad_image(place / "in", rng)
 
 
-def bad_picture(
+def bad_image(
     folder: Path,
     rng: Rng,
     name: str = "bad",
@@ -291,7 +245,7 @@ def bad_picture(
 def make_mask(place: Path, rng: Rng) -> None:
     labelled(place / "in", 3)
     (place / "in/masks/1.png").unlink()
-    bad_picture(place / "in/masks", rng, "1", MASKS, mask_values(1))
+    bad_image(place / "in/masks", rng, "1", MASKS, mask_values(1))
 
 
 def make_zip(place: Path, rng: Rng) -> None:

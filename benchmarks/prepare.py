@@ -57,7 +57,7 @@ def measure(what: str, count: int) -> dict:
 
 
 def make(root: Path, count: int, linked: bool) -> None:
-    """Pictures of smooth colours, or in each class one of them and links to it."""
+    """Images of smooth colours, or in each class one of them and links to it."""
     rng = np.random.default_rng(0)
     first = root
     for i in range(count):

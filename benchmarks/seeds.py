@@ -1,4 +1,4 @@
-"""Which label-free figure picks a good seed? Each against IoU on held-out photographs, over seeds.
+"""Which label-free figure picks a good seed? Each against IoU on held-out photos, over seeds.
 
     python -m benchmarks.seeds competition --data PHOTOS --regions 3 --seeds 8 --stops 40 60 120
     python -m benchmarks.seeds runs RUN... --data PHOTOS

@@ -81,7 +81,7 @@ def make_photos(folder: Path, count: int, width: int, height: int) -> None:
 
 
 class Watch:
-    """While it is entered: time, processor time, finished pictures and memory, every quarter of a second."""
+    """While it is entered: time, processor time, finished images and memory, every quarter of a second."""
 
     def __init__(self, out: Path):
         self.path = out / MANIFEST
@@ -106,7 +106,7 @@ class Watch:
                     file.seek(at)
                     text = file.read()
                 done, at = done + text.count(b"\n"), at + len(text)
-                self.looks.append((time.perf_counter(), time.process_time(), done, move_if_it_fits()))
+                self.looks.append((time.perf_counter(), time.process_time(), done, resident_bytes()))
 
     def summary(self, count: int) -> dict[str, object]:
         """Rates of the first and the last tenth, and how memory grew after the first tenth."""
@@ -116,9 +116,9 @@ class Watch:
         result: dict[str, object] = {"seconds": round(clock[-1] - clock[0], 1)}
         for name, low, high in (("first_tenth", 0, 0.1), ("last_tenth", 0.9, 1), ("all", 0, 1)):
             low, high = max(low * count, done[0]), high * count
-            pictures = high - low
-            result[f"{name}_per_second"] = round(pictures / (when(clock, high) - when(clock, low)), 2)
-            result[f"{name}_cpu_ms"] = round(1e3 * (when(work, high) - when(work, low)) / pictures, 2)
+            images = high - low
+            result[f"{name}_per_second"] = round(images / (when(clock, high) - when(clock, low)), 2)
+            result[f"{name}_cpu_ms"] = round(1e3 * (when(work, high) - when(work, low)) / images, 2)
         late = done >= 0.1 * count
         slope = np.polyfit(done[late], memory[late], 1)[0]
         result["memory_mb"] = {
@@ -130,7 +130,7 @@ class Watch:
         return result
 
 
-def move_if_it_fits() -> int:
+def resident_bytes() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks.recording import commit, machine, write_result
 
 RESULTS = Path(__file__).with_name("results") / "soak.json"
-WARM_UP, SHEETS = 0.1, 2  # share of the time; number of sample grids
+WARM_UP, GRIDS = 0.1, 2  # share of the time; number of sample grids
 PATIENCE = 3600  # seconds for the last step, checkpoint and report, on a machine that may have better to do
 KEPT = 60  # points of each curve that the result keeps
 ENDED = 128 + signal.SIGTERM
@@ -62,9 +62,9 @@ def soak(model: str, seconds: float, every: float, folder: Path) -> dict:
     if code != ENDED:
         raise SystemExit(f"the training ended with {code}:\n{(folder / 'output.txt').read_text()[-2000:]}")
     lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    sheets = [line["time"] - began for line in lines if line["event"] == "alarms"]
-    settled = max([WARM_UP * seconds, *sheets[SHEETS - 1 : SHEETS]])
-    result = summary(samples, seconds, settled) | {"sheets": len(sheets)}
+    grids = [line["time"] - began for line in lines if line["event"] == "alarms"]
+    settled = max([WARM_UP * seconds, *grids[GRIDS - 1 : GRIDS]])
+    result = summary(samples, seconds, settled) | {"sample_grids": len(grids)}
     return result | {"steps": max(line["step"] for line in lines), "processor_seconds": round(used), "exit_code": code}
 
 
@@ -108,7 +108,7 @@ def words(record: dict) -> str:
     memory, files = record["memory_mib"], record["files"]
     return "\n".join(
         [
-            f"{record['seconds'] / 60:g} minutes, {record['steps']} steps, {record['sheets']} sheets; "
+            f"{record['seconds'] / 60:g} minutes, {record['steps']} steps, {record['sample_grids']} sample grids; "
             f"{record['settled_looks']} of {record['looks']} looks are after second {record['settled_after']}",
             f"resident memory   {memory['least']} to {memory['most']} MiB, slope {record['memory_slope_mib_per_hour']} "
             f"MiB/h (median of the first quarter {memory['median_first_quarter']}, of the last "

@@ -72,8 +72,8 @@ class Demo(Command):
             "seconds": time.perf_counter() - start,
             "report": str(out / "report.html"),
             "scores": scores,
-            "segmented": str(segmented.contact_sheet),
-            "generated": generated["contact_sheet"],
+            "segmented": str(segmented.overview),
+            "generated": generated["overview"],
         }
         lines = [format_scores(scores), "", *_mark_failure(data, lines)]
         if data["status"] != "good":

@@ -24,7 +24,7 @@ class Interpolate(OutputCommand):
     """Generate the images between two images, and their regions.
 
     Both images are taken to noise level T, mixed there and denoised. A and B are one image each, or folders with equal
-    numbers of images. OUT receives pair_0000_00.png to pair_0000_08.png, their _labels.png, and contact_sheet.png with
+    numbers of images. OUT receives pair_0000_00.png to pair_0000_08.png, their _labels.png, and overview.png with
     all pairs.
 
     Examples:
@@ -83,7 +83,7 @@ class Branches(OutputCommand):
     Images are cropped to their centred square at the model's resolution. For each image, OUT receives
         NAME_estimate.png    the clean image that the model predicts from noise level T in one step
         NAME_branch_K.png    the prediction of branch K alone, transparent where its mask is 0
-        contact_sheet.png    all of them side by side, branches with and without their masks
+        overview.png         all of them side by side, branches with and without their masks
 
     Examples:
         factorkit branches runs/photos holiday.jpg --out branches
@@ -128,7 +128,7 @@ class Recompose(OutputCommand):
     """Edit one region of images: generate it anew, take it from another image, or remove it.
 
     The other regions stay as they are. Images are cropped to their centred square at the model's resolution. For each
-    image, OUT receives NAME_recomposed.png and NAME_labels.png; contact_sheet.png shows all of them. The command
+    image, OUT receives NAME_recomposed.png and NAME_labels.png; overview.png shows all of them. The command
     `factorkit segment` shows the number of each region.
 
     Examples:
@@ -210,11 +210,11 @@ class _Results:
         what: what is done with them; other results of the same images get other names.
 
     Raises:
-        WriteError: ``out`` has a file of another origin where the contact sheet belongs.
+        WriteError: ``out`` has a file of another origin where the overview belongs.
     """
 
     def __init__(self, command: OutputCommand, sources: Sequence[Source], what: str):
-        from factorkit.segdiff.inference.outputs import identify_inputs, name_contact_sheet, output_names
+        from factorkit.segdiff.inference.outputs import identify_inputs, name_overview, output_names
         from factorkit.utils.output_record import OutputRecord
 
         inputs = [identify_inputs(source) for source in sources]
@@ -222,7 +222,7 @@ class _Results:
         files = (Path(name) for names in inputs for name in names)
         self.record = OutputRecord(self.out, overwrite=command.overwrite, inputs=files)
         self.what = f"{what}: "
-        self.grid, self.shown = name_contact_sheet(self.record, inputs[0], self.what)
+        self.grid, self.shown = name_overview(self.record, inputs[0], self.what)
         self.record.check([self.grid], self.shown)
         self.inputs, self.names = inputs[0], output_names(sources[0].names)
         self.files: dict[tuple[str, str | None], dict[str, Image.Image]] = {}
@@ -252,5 +252,5 @@ class _Results:
 
         distributed.run_on_first(write)
         path = self.out / self.grid
-        data |= {"out": str(self.out), "contact_sheet": str(path)}
-        return data, f"{count} done: {self.out}\ncontact sheet: {path}"
+        data |= {"out": str(self.out), "overview": str(path)}
+        return data, f"{count} done: {self.out}\noverview: {path}"

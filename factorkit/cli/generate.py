@@ -24,7 +24,7 @@ class Generate(OutputCommand):
     """Generate new images together with their masks.
 
     OUT receives generated_0000.png, generated_0000_labels.png, generated_0000_mask_K.png and so on, and
-    contact_sheet.png with all of them.
+    overview.png with all of them.
 
     Examples:
         factorkit generate runs/photos -n 16 --out generated
@@ -58,7 +58,7 @@ class Generate(OutputCommand):
 
         source = f"generate, seed {self.seed}: {self.run.resolve()}"
         names = [f"generated_{i:04d}.png" for i in range(self.count)]
-        OutputRecord(self.out, overwrite=self.overwrite).check([*names, "contact_sheet.png"], source)
+        OutputRecord(self.out, overwrite=self.overwrite).check([*names, "overview.png"], source)
         generation = SegdiffRun.load(self.run, device=self.device).generate(
             self.count,
             sampler=self.sampler,
@@ -70,7 +70,7 @@ class Generate(OutputCommand):
             progress=True,
         )
         data = distributed.run_on_first(lambda: write_generated(generation, self.out, source, self.overwrite))
-        return data, f"{data['generated']} generated: {self.out}\ncontact sheet: {data['contact_sheet']}"
+        return data, f"{data['generated']} generated: {self.out}\noverview: {data['overview']}"
 
 
 def write_generated(
@@ -106,7 +106,7 @@ def write_generated(
         if has_regions:
             files[f"{stem}_labels.png"] = make_label_image(labels[i])
             files |= {f"{stem}_mask_{k}.png": make_mask_image(mask) for k, mask in enumerate(masks[i])}
-    data: dict[str, Any] = {"out": str(out), "generated": len(images), "contact_sheet": str(out / "contact_sheet.png")}
+    data: dict[str, Any] = {"out": str(out), "generated": len(images), "overview": str(out / "overview.png")}
     if generation.classes is not None:
         grid = previews.draw_class_grid(images, masks, generation.classes)
         data["classes"] = generation.classes
@@ -114,7 +114,7 @@ def write_generated(
         grid = previews.draw_generation_grid(images, masks, labels)
     else:
         grid = draw_image_grid([list(images[i : i + GRID_COLUMNS]) for i in range(0, len(images), GRID_COLUMNS)])
-    files["contact_sheet.png"] = grid
+    files["overview.png"] = grid
     if generation.trajectory is not None:
         count = len(generation.trajectory)
         columns = np.linspace(0, count - 1, min(TRAJECTORY_COLUMNS, count)).round().astype(int)

@@ -21,7 +21,7 @@ class Segment(OutputCommand):
         NAME_labels.png     palette image: the value of a pixel is the number of its region, from 0
         NAME_mask_K.png     grey image: how much each pixel belongs to region K
         NAME_overlay.png    the image tinted by region
-        contact_sheet.png   the first 32 images beside their regions
+        overview.png        the first 32 images beside their regions
         annotations.json    with --formats coco: run lengths, areas and boxes in COCO's format
         segments.jsonl      the list of finished images
 
@@ -86,7 +86,7 @@ class Segment(OutputCommand):
         before = f", {segments.already} of them before" if segments.already else ""
         skipped = f", {len(segments.skipped)} skipped" if segments.skipped else ""
         lines = [f"{segments.segmented} segmented{before}{skipped}: {self.out}"]
-        for name in ("contact_sheet", "annotations"):
+        for name in ("overview", "annotations"):
             if data[name] is not None:
                 data[name] = str(data[name])
                 lines.append(f"{name.replace('_', ' ')}: {data[name]}")

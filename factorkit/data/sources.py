@@ -235,7 +235,7 @@ class PillowSource(Source):
 
     def fingerprint(self) -> str:
         pixels = [(image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in self.images]
-        return hash_values("pictures", pixels)
+        return hash_values("images", pixels)
 
 
 def hash_values(*values: Any) -> str:

@@ -37,7 +37,7 @@ def test_run_with_classes_trains_and_generates(class_folders, run_json, run_refu
     assert result["classes"] == ["iris", "rose", "iris", "rose"]
     result = run_json(*run_cli, "--out", tmp_path / "two", "--classes", "rose", "iris", "--sampler", "dpm++")
     assert result["classes"][:2] == ["rose", "iris"]
-    assert Image.open(result["contact_sheet"]).height > 2 * 90
+    assert Image.open(result["overview"]).height > 2 * 90
     assert "classes" not in run_json(*run_cli, "--out", tmp_path / "any")
     assert "'rosee'" in run_refused(*run_cli, "--out", tmp_path / "x", "--classes", "rosee")
     assert "needs classes=" in run_refused(*run_cli, "--out", tmp_path / "x", "--guidance", "3")

@@ -18,7 +18,7 @@ def test_interpolate_writes_frames_and_labels(run, photos, run_json, run_cli, tm
     result = run_json(*words, "--out", tmp_path / "a")
     assert (result["pairs"], result["frames"]) == (1, 3)
     names = {path.name for path in (tmp_path / "a").glob("[!.]*")}
-    assert names == {f"pair_0000_0{i}{end}.png" for i in range(3) for end in ("", "_labels")} | {"contact_sheet.png"}
+    assert names == {f"pair_0000_0{i}{end}.png" for i in range(3) for end in ("", "_labels")} | {"overview.png"}
     assert read_image(tmp_path / "a/pair_0000_01.png").shape == (16, 16, 3)
     assert Image.open(tmp_path / "a/pair_0000_01_labels.png").mode == "P"
     run_json(*words, "--out", tmp_path / "b")
@@ -26,7 +26,7 @@ def test_interpolate_writes_frames_and_labels(run, photos, run_json, run_cli, tm
     middle = [read_image(tmp_path / f"{c}/pair_0000_01.png") for c in "abc"]
     assert (middle[0] == middle[1]).all() and (middle[0] != middle[2]).any()
     code, out, _ = run_cli(*words, "--out", tmp_path / "a")
-    assert code == 0 and "1 done" in out and str(tmp_path / "a/contact_sheet.png") in out
+    assert code == 0 and "1 done" in out and str(tmp_path / "a/overview.png") in out
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ def test_branches_have_masks_as_transparency(run, photos, run_json, tmp_path):
     assert first.shape == second.shape == (16, 16, 4)
     assert np.abs(first[..., 3].astype(int) + second[..., 3] - 255).max() <= 1
     assert read_image(tmp_path / "03_estimate.png").shape == (16, 16, 3)
-    assert (tmp_path / "contact_sheet.png").is_file() and len(list(tmp_path.glob("[!.]*"))) == 24 * 3 + 1
+    assert (tmp_path / "overview.png").is_file() and len(list(tmp_path.glob("[!.]*"))) == 24 * 3 + 1
     again = run_json("branches", run, tmp_path, photos / "images", "--out", tmp_path)
     assert again["images"] == 24, "results must not be read as input"
 
@@ -52,9 +52,7 @@ def test_recompose_writes_edited_images(run, photos, run_json, tmp_path):
         result = run_json(*words, *flags, "--out", tmp_path / name)
         assert (result["images"], result["region"], len(result["kept"])) == (2, 0, 2)
         written = {path.name for path in (tmp_path / name).glob("[!.]*")}
-        assert written == {f"0{i}_{end}.png" for i in (0, 1) for end in ("recomposed", "labels")} | {
-            "contact_sheet.png"
-        }
+        assert written == {f"0{i}_{end}.png" for i in (0, 1) for end in ("recomposed", "labels")} | {"overview.png"}
         results[name] = read_image(tmp_path / name / "01_recomposed.png")
         assert results[name].shape == (16, 16, 3)
     assert all((results["anew"] != results[name]).any() for name in ("seed", "from", "gone"))

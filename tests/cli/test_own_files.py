@@ -38,11 +38,11 @@ def words_of(command, run, image):
     ("command", "name"),
     [
         ("generate", "generated_0000.png"),
-        ("generate", "contact_sheet.png"),
+        ("generate", "overview.png"),
         ("interpolate", "pair_0000_01.png"),
         ("branches", "00_estimate.png"),
         ("recompose", "00_labels.png"),
-        ("recompose", "contact_sheet.png"),
+        ("recompose", "overview.png"),
         ("segment", "00_labels.png"),
     ],
 )
@@ -96,9 +96,4 @@ def test_checkpoint_export_keeps_file_of_the_user(run, run_cli, run_json, tmp_pa
 
 
 def test_names_of_renders_are_distinct():
-    assert file_stems(["a/b.png", "a_b.jpg", "contact_sheet.png", "a_b-2.png"]) == [
-        "a_b",
-        "a_b-2",
-        "contact_sheet-2",
-        "a_b-2-2",
-    ]
+    assert file_stems(["a/b.png", "a_b.jpg", "overview.png", "a_b-2.png"]) == ["a_b", "a_b-2", "overview-2", "a_b-2-2"]

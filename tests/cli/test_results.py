@@ -44,7 +44,7 @@ def test_segment_writes_images_at_own_size(run, run_json, tmp_path):
     written = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
     names = ("a/x", "b/x", "ünï", "x", "x.png")  # The second of two equal stems keeps its suffix.
     endings = ("labels", "mask_0", "mask_1", "overlay")
-    assert written == {f"{name}_{ending}.png" for name in names for ending in endings} | {"contact_sheet.png"}
+    assert written == {f"{name}_{ending}.png" for name in names for ending in endings} | {"overview.png"}
 
     labels, masks = Image.open(out / "a/x_labels.png"), [Image.open(out / f"a/x_mask_{k}.png") for k in (0, 1)]
     assert labels.mode == "P" and labels.size == masks[0].size == (30, 20)
@@ -81,10 +81,10 @@ def test_segment_zip_and_duplicate_paths(run, photos, run_json, tmp_path):
     assert len(list((tmp_path / "b").glob("*_labels.png"))) == 2
 
 
-def test_contact_sheet_shows_only_first_images(run, photos, run_json, monkeypatch, tmp_path):
-    monkeypatch.setattr("factorkit.segdiff.inference.folder.CONTACT_SHEET_IMAGES", 2)
+def test_overview_shows_only_first_images(run, photos, run_json, monkeypatch, tmp_path):
+    monkeypatch.setattr("factorkit.segdiff.inference.folder.OVERVIEW_IMAGES", 2)
     run_json("segment", run, photos / "images", "--out", tmp_path)
-    height = Image.open(tmp_path / "contact_sheet.png").height
+    height = Image.open(tmp_path / "overview.png").height
     assert 2 * 120 <= height < 3 * 120
 
 
@@ -108,7 +108,7 @@ def test_segment_unusable_input_is_refused(run, run_refused, tmp_path):
 def test_generate_writes_images_labels_and_masks(run, run_json, run_refused, tmp_path):
     drawn = ("generate", run, "-n", 3, "--steps", 2, "--seed", 5)
     result = run_json(*drawn, "--out", tmp_path / "a", "--trajectory")
-    assert result["generated"] == 3 and Path(result["trajectory"]).is_file() and Path(result["contact_sheet"]).is_file()
+    assert result["generated"] == 3 and Path(result["trajectory"]).is_file() and Path(result["overview"]).is_file()
     names = {path.name for path in (tmp_path / "a").glob("generated_*")}
     assert names == {f"generated_000{i}{end}.png" for i in range(3) for end in ("", "_labels", "_mask_0", "_mask_1")}
     run_json(*drawn, "--out", tmp_path / "b")
@@ -123,7 +123,7 @@ def test_plain_ddpm_generates_but_refuses_to_segment(photos, run_json, run_refus
     assert "scores" in run_json(*flags(regions=1, steps=1), "--data", photos, "--out", tmp_path / "plain")
     run_json("generate", tmp_path / "plain", "-n", 1, "--steps", 2, "--out", tmp_path / "out", "--trajectory")
     names = {path.name for path in (tmp_path / "out").glob("[!.]*")}
-    assert names == {"generated_0000.png", "contact_sheet.png", "trajectory.png"}
+    assert names == {"generated_0000.png", "overview.png", "trajectory.png"}
     assert "regions=1" in run_refused("segment", tmp_path / "plain", photos / "images/00.png", "--out", tmp_path / "s")
 
 

@@ -14,7 +14,7 @@ def test_segment_options_apply_and_second_call_continues(run, photos, run_json, 
     assert result["segmented"] == 24 and result["already"] == 0
     annotated = json.loads((tmp_path / "annotations.json").read_text())
     assert result["annotations"] == str(tmp_path / "annotations.json") and len(annotated["images"]) == 24
-    assert {path.name.rsplit("_", 1)[1] for path in tmp_path.glob("*.png")} == {"labels.png", "sheet.png"}
+    assert {path.name.rpartition("_")[2] for path in tmp_path.glob("*.png")} == {"labels.png", "overview.png"}
     code, out, _ = run_cli(*words, "--upsample", "bilinear")
     assert code == 0 and "24 segmented, 24 of them before" in out and "annotations: " in out
 

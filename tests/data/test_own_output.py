@@ -32,7 +32,7 @@ def photos(tmp_path, save):
         save(path)
 
     with OutputRecord(tmp_path / "photos") as record:
-        record.write({"0_labels.png": write, "1_labels.png": write, "contact_sheet.png": write}, "0.png")
+        record.write({"0_labels.png": write, "1_labels.png": write, "overview.png": write}, "0.png")
     with OutputRecord(tmp_path / "photos" / "deep" / "segmented") as record:
         record.write({"0_labels.png": write, "a/0_labels.png": write}, "0.png")
     save(tmp_path / "photos" / "runs" / "a" / "samples" / "grid.png")

@@ -78,7 +78,7 @@ def test_distributed_signal_to_one_process_stops_all(runs):
 
 @pytest.mark.slow
 def test_distributed_no_process_waits_for_a_preview(runs):
-    """That of step 2 ended after the other process had begun its fourth step (processes.py). What follows from sheets
+    """That of step 2 ended after the other process had begun its fourth step (processes.py). What follows from grids
     is the same as alone."""
     alone, together = ([e for e in read_log(runs / f"aside_{n}") if e["event"] in ("step", "alarms")] for n in (1, 2))
     order = [(e["event"], e["step"]) for e in together]

@@ -85,8 +85,8 @@ def test_two_means_image_takes_the_cluster_away_from_the_border(discs):
     pytest.importorskip("sklearn", reason="scikit-learn is missing")
     images, inside = discs
     none = np.zeros((0, SIZE, SIZE), bool)
-    for picture in (images, 255 - images):  # whichever of the two is the brighter
-        predicted = BASELINES["two_means_image"](picture, none, none)
+    for image in (images, 255 - images):  # whichever of the two is the brighter
+        predicted = BASELINES["two_means_image"](image, none, none)
         assert score_masks(predicted, inside)["iou"] > 0.9
     large = np.zeros((1, SIZE, SIZE, 3), np.uint8)
     large[:, 2:-2, 2:-2] = 200  # 69% of the image

@@ -28,9 +28,9 @@ def test_psnr_known_errors_gives_decibels_per_image():
 
 def test_ssim_equals_scikit_image():
     found, true = pair()
-    for picture, other, value in zip(found.double(), true.double(), ssim(found, true), strict=True):
+    for ours, other, value in zip(found.double(), true.double(), ssim(found, true), strict=True):
         expected = structural_similarity(
-            picture.numpy(),
+            ours.numpy(),
             other.numpy(),
             channel_axis=0,
             data_range=1.0,

@@ -161,7 +161,7 @@ def test_pose_errors_mirrored_arrangement_is_large():
 
 
 def test_is_mirrored_depth_reversed_scene_is_true():
-    """Orthographic pictures of points and of their mirror image, each by its own cameras, are the same."""
+    """Orthographic images of points and of their mirror image, each by its own cameras, are the same."""
     poses = object_poses(30)
     points = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     flip, inwards = torch.diag(torch.tensor([1.0, 1.0, -1.0])).double(), torch.eye(4).double()
@@ -169,8 +169,8 @@ def test_is_mirrored_depth_reversed_scene_is_true():
     wrong = poses @ inwards  # x right, y up as before, and z as it must not be ...
     wrong[:, :3, :3] = flip @ wrong[:, :3, :3]  # ... unless the world is mirrored, too
     wrong[:, :3, 3] = 4 * wrong[:, :3, 2]
-    pictures = torch.einsum("vji,pj->vpi", poses[:, :3, :2], points)
-    torch.testing.assert_close(torch.einsum("vji,pj->vpi", wrong[:, :3, :2], points @ flip), pictures)
+    images = torch.einsum("vji,pj->vpi", poses[:, :3, :2], points)
+    torch.testing.assert_close(torch.einsum("vji,pj->vpi", wrong[:, :3, :2], points @ flip), images)
     assert torch.linalg.det(wrong[:, :3, :3]).min() > 0
     assert is_mirrored(random_similarity().apply(wrong), poses)
     assert not is_mirrored(random_similarity().apply(poses), poses)

@@ -62,7 +62,7 @@ FATAL = 5  # the step of a stage, of at least six, that the kill falls into or a
 
 
 def views() -> Views:
-    """Ten pictures of noise; where their cameras are found does not matter, that it is the same place does."""
+    """Ten images of noise; where their cameras are found does not matter, that it is the same place does."""
     images = torch.from_numpy(np.random.default_rng(0).random((10, 3, 8, 8), np.float32))
     intrinsics = torch.tensor([[12.0, 0, 4], [0, 12, 4], [0, 0, 1]]).expand(10, 3, 3)
     return Views(images, [str(i) for i in range(10)], intrinsics)

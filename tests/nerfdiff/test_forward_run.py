@@ -72,8 +72,8 @@ def test_forward_run_has_every_result(kind, runs, views):
     assert run.sample(1, steps=2).images.shape == (1, 3, 9, 12)
     scores = run.evaluate(views.select([2, 4, 6]))
     assert all(np.isfinite(scores[key]) for key in ("psnr", "psnr_encoder", "rotation_median_deg"))
-    sheets = {path.name.split("_", 1)[1] for path in (run.folder / "samples").iterdir()}
-    assert {"views.png", "cameras_encoder.png"} <= sheets
+    grids = {path.name.split("_", 1)[1] for path in (run.folder / "samples").iterdir()}
+    assert {"views.png", "cameras_encoder.png"} <= grids
     assert type(run).load(run.save(run.folder / "one.safetensors"), device="cpu").views.layout == "forward"
 
 

@@ -139,7 +139,7 @@ def test_evaluate_perfect_run_in_any_coordinates_scores_perfectly(finished, scen
     true = transformed.apply(finished.poses)
     inputs = scene_views.__class__(scene_views.images, scene_views.names, scene_views.intrinsics, poses=true)
     monkeypatch.setattr(scoring, "load_views", lambda folder: inputs)
-    monkeypatch.setattr(scoring, "register_scene", lambda model, start, *_: start)  # the pictures are of another field
+    monkeypatch.setattr(scoring, "register_scene", lambda model, start, *_: start)  # the images are of another field
     calls = []
     plain = type(finished).render
     monkeypatch.setattr(
@@ -174,7 +174,7 @@ def test_write_frames_images_and_gif(tmp_path):
 
 @pytest.fixture(scope="module")
 def half_symmetric():
-    """A field that looks nearly alike after half a turn, and eight pictures of it from known directions."""
+    """A field that looks nearly alike after half a turn, and eight images of it from known directions."""
     torch.manual_seed(0)
     field = GridField(7, seed=4)
     values = 8 * field.values.data

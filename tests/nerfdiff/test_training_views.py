@@ -34,7 +34,7 @@ def older_run(known_run, tmp_path):
 
 
 def changed(views):
-    """Views of the same pictures by other cameras, by what is named."""
+    """Views of the same images by other cameras, by what is named."""
     aside = views.intrinsics.clone()
     aside[:, 0, 2] += 0.5
     return {

@@ -97,10 +97,10 @@ class Client:
         self.client_id = number
         self.camera = SimpleNamespace(wxyz=wxyz, position=position, fov=0.6, aspect=aspect)
         self.scene = self
-        self.pictures, self.came = [], threading.Semaphore(0)
+        self.images, self.came = [], threading.Semaphore(0)
 
     def set_background_image(self, drawing, format="auto"):
-        self.pictures.append(drawing)
+        self.images.append(drawing)
         self.came.release()
 
     def wait(self, count):
@@ -119,9 +119,9 @@ def test_render_thread_sends_growing_images_to_each_client(contents, small):
         clients[1].wait(2)
     finally:
         render_thread.close()
-    assert [drawing.shape for drawing in clients[0].pictures[-2:]] == [(8, 8, 3), (16, 16, 3)]
-    assert [drawing.shape for drawing in clients[1].pictures] == [(8, 4, 3), (16, 8, 3)]
-    middle, corner = clients[0].pictures[-1][8, 8], clients[0].pictures[-1][0, 0]
+    assert [drawing.shape for drawing in clients[0].images[-2:]] == [(8, 8, 3), (16, 16, 3)]
+    assert [drawing.shape for drawing in clients[1].images] == [(8, 4, 3), (16, 8, 3)]
+    middle, corner = clients[0].images[-1][8, 8], clients[0].images[-1][0, 0]
     assert corner.tolist() == [0, 0, 255]
     eye = contents.views.poses[0, :3, 3]
     rendered = (0.6 * eye / eye.norm() + 1) / 2 * 255

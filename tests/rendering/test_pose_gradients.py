@@ -1,4 +1,4 @@
-"""Gradients of a picture for the pose in SE(3), by finite differences through rays, march, field and composite."""
+"""Gradients of an image for the pose in SE(3), by finite differences through rays, march, field and composite."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def test_render_pose_gradient_equals_finite_differences(name):
             step[i, j] = h
             want = (loss(twist, K + step) - loss(twist, K - step)) / (2 * h)
             torch.testing.assert_close(found_k[i, j], want, rtol=1e-5, atol=1e-6)
-    assert wanted.abs().min() > 1e-3  # every direction of SE(3) moves the picture
+    assert wanted.abs().min() > 1e-3  # every direction of SE(3) moves the image
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_render_pose_gradient_descent_recovers_the_pose():
-    """A camera that is off by several degrees walks back to where the picture was taken."""
+    """A camera that is off by several degrees walks back to where the image was taken."""
     field, sampling, _ = occupied(None)
     with torch.no_grad():
         target = render(field, image_rays(pose_of(torch.zeros(6).double()), K, 5, 6), sampling).color

@@ -29,15 +29,15 @@ from factorkit.segdiff.inference.coco_rle import make_annotations
 from factorkit.segdiff.inference.outputs import (
     ANNOTATIONS,
     ANNOTATIONS_SOURCE,
-    CONTACT_SHEET,
-    CONTACT_SHEET_IMAGES,
+    OVERVIEW,
+    OVERVIEW_IMAGES,
     Manifest,
     check_formats,
     file_endings,
     fingerprint,
     identify_inputs,
     make_image_files,
-    name_contact_sheet,
+    name_overview,
     output_names,
     write_annotations,
 )
@@ -55,7 +55,7 @@ from factorkit.utils.files import clear_unfinished
 from factorkit.utils.images import unit_to_uint8
 from factorkit.utils.output_record import OutputRecord
 
-CONTACT_SHEET_CELL = 128  # pixels a side
+OVERVIEW_CELL = 128  # pixels a side
 MAX_NAMES_IN_WARNING = 20  # skipped images; the result has all of them
 MAX_WORKERS = 8
 MAX_IMAGES_HELD = 16  # in memory between reading and writing,
@@ -73,7 +73,7 @@ class FolderSegments(NamedTuple):
         skipped: the name of each image that could not be segmented, and why.
         regions: K.
         areas: mean share of each region over all segmented images.
-        contact_sheet: grid of the first images beside their regions; None if none of the first could be read.
+        overview: grid of the first images beside their regions; None if none of the first could be read.
         annotations: COCO's file, if requested.
     """
 
@@ -83,7 +83,7 @@ class FolderSegments(NamedTuple):
     skipped: dict[str, str]
     regions: int
     areas: list[float]
-    contact_sheet: Path | None
+    overview: Path | None
     annotations: Path | None
 
 
@@ -159,48 +159,50 @@ class _FolderJob:
         self.size, self.upsample = settings["size"], settings["upsample"]
         self.formats, self.progress = formats, progress
         self.workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
-        self.out, self.sheet_name, self.sheet_source = manifest.out, CONTACT_SHEET, ""
+        self.out, self.overview_name, self.overview_source = manifest.out, OVERVIEW, ""
         self.stems: list[str] = []  # of each image's files, distinct from those of other images in the folder
         self.numbers: list[int] = []  # of each image in annotations.json
         self.skipped: dict[str, str] = {}
-        self.sheet_rows: dict[int, list[np.ndarray]] = {}
+        self.overview_rows: dict[int, list[np.ndarray]] = {}
         self.recent_pixels = deque([ASSUMED_PIXELS], maxlen=MAX_IMAGES_HELD)
 
     def run(self) -> FolderSegments:
-        todo, sheet_due, self.stems, self.numbers = distributed.run_on_first(self._plan)
+        todo, overview_due, self.stems, self.numbers = distributed.run_on_first(self._plan)
         for rows, skipped in distributed.gather_results(lambda: self._process_share(todo)):
-            self.sheet_rows |= rows
+            self.overview_rows |= rows
             self.skipped |= skipped
         self.skipped = {name: self.skipped[name] for name in self.source.names if name in self.skipped}
         self._report_skipped()
-        return distributed.run_on_first(lambda: self._complete(len(self.source) - len(todo), sheet_due))
+        return distributed.run_on_first(lambda: self._complete(len(self.source) - len(todo), overview_due))
 
     def _plan(self) -> tuple[list[int], bool, list[str], list[int]]:
-        """Return the images to segment, whether the contact sheet is due, and stem and number of each image.
+        """Return the images to segment, whether the overview is due, and stem and number of each image.
 
         Raises:
             WriteError: a file is there that must not be replaced.
         """
         count, num_regions = len(self.source), self.config.num_leaf_regions
-        self.sheet_name, self.sheet_source = name_contact_sheet(self.record, self.manifest.inputs)
+        self.overview_name, self.overview_source = name_overview(self.record, self.manifest.inputs)
         stems = [
             self.record.distinct_stem(stem, name, partial(self.manifest.is_moved, i))
             for i, (stem, name) in enumerate(zip(output_names(self.source.names), self.manifest.inputs, strict=True))
         ]
         numbers = self.manifest.number_images()
         done = [self.manifest.has(i, stems[i], self.formats, num_regions, self.record) for i in range(count)]
-        first = range(min(CONTACT_SHEET_IMAGES, count))
-        is_shown = self.record.source_of(self.sheet_name) == self.sheet_source and self.contact_sheet.exists()
-        sheet_due = not is_shown or any(not done[i] and not self.manifest.failed(i) for i in first)
-        todo = [i for i in range(count) if not done[i] or (sheet_due and i in first)]
+        if not all(done):  # another image may change the depth of all
+            done = [is_done and not self.manifest.has_other_depth(i) for i, is_done in enumerate(done)]
+        first = range(min(OVERVIEW_IMAGES, count))
+        is_shown = self.record.source_of(self.overview_name) == self.overview_source and self.overview.exists()
+        overview_due = not is_shown or any(not done[i] and not self.manifest.failed(i) for i in first)
+        todo = [i for i in range(count) if not done[i] or (overview_due and i in first)]
         endings = file_endings(self.formats, num_regions)
         for i in todo:
             if not done[i]:
                 self.record.check([f"{stems[i]}_{end}" for end in endings], self.manifest.inputs[i])
         if "coco" in self.formats:
             self.record.check([ANNOTATIONS], ANNOTATIONS_SOURCE)
-        if sheet_due:
-            self.record.check([self.sheet_name], self.sheet_source)
+        if overview_due:
+            self.record.check([self.overview_name], self.overview_source)
         if changed := self.manifest.changed_files:
             examples = format_examples(changed)
             warnings.warn(
@@ -208,26 +210,26 @@ class _FolderJob:
             )
         for folder in {(self.out / stems[i]).parent for i in todo} | {self.out}:
             clear_unfinished(folder)
-        return todo, sheet_due, stems, numbers
+        return todo, overview_due, stems, numbers
 
     @property
-    def contact_sheet(self) -> Path:
-        return self.out / self.sheet_name
+    def overview(self) -> Path:
+        return self.out / self.overview_name
 
     def _process_share(self, todo: Sequence[int]) -> tuple[dict[int, list[np.ndarray]], dict[str, str]]:
-        """Segment this process's share of the images; return rows of the contact sheet and skipped images."""
+        """Segment this process's share of the images; return rows of the overview and skipped images."""
         share, already = todo[distributed.rank() :: distributed.world_size()], len(self.source) - len(todo)
         silent = not self.progress or distributed.rank() > 0
         with tqdm(total=already + len(share), initial=already, desc="segmenting", unit="image", disable=silent) as bar:
             for _ in self._segment(share):
                 bar.update()
-        return self.sheet_rows, self.skipped
+        return self.overview_rows, self.skipped
 
-    def _complete(self, already: int, sheet_due: bool) -> FolderSegments:
-        """Write what needs all images: the whole manifest, contact sheet and annotations."""
+    def _complete(self, already: int, overview_due: bool) -> FolderSegments:
+        """Write what needs all images: the whole manifest, overview and annotations."""
         self.manifest.merge_ranks()
-        if sheet_due and self.sheet_rows:
-            self._write_contact_sheet()
+        if overview_due and self.overview_rows:
+            self._write_overview()
         num_regions = self.config.num_leaf_regions
         annotations = write_annotations(self.manifest, self.record) if "coco" in self.formats else None
         areas = [line["areas"] for _, line in self.manifest.records()]
@@ -238,7 +240,7 @@ class _FolderJob:
             self.skipped,
             num_regions,
             np.mean(areas, 0).tolist(),
-            self.contact_sheet if self.contact_sheet.exists() else None,
+            self.overview if self.overview.exists() else None,
             annotations,
         )
 
@@ -321,8 +323,8 @@ class _FolderJob:
     def _write(self, index: int, prepared: PreparedImage, masks: Tensor) -> dict[str, Any]:
         """Write an image's files and return its record for the manifest."""
         width, height = prepared.image.size
-        in_sheet = index < CONTACT_SHEET_IMAGES
-        soft = np.empty((len(masks), height, width), np.uint8) if "masks" in self.formats or in_sheet else None
+        in_overview = index < OVERVIEW_IMAGES
+        soft = np.empty((len(masks), height, width), np.uint8) if "masks" in self.formats or in_overview else None
         labels = np.empty((height, width), np.uint8)
         for rows, band in upsample_masks(masks, prepared):
             labels[rows] = hard_labels(band, self.config.nesting).byte().numpy()
@@ -331,8 +333,8 @@ class _FolderJob:
         stem = self.stems[index]
         files = make_image_files(stem, prepared.image, labels, soft, self.formats)
         sizes = self.record.write(files, self.manifest.inputs[index], stem=stem) if files else {}
-        if in_sheet and soft is not None:
-            self.sheet_rows[index] = _draw_sheet_row(prepared.image, soft)
+        if in_overview and soft is not None:
+            self.overview_rows[index] = _draw_overview_row(prepared.image, soft)
         areas = np.bincount(labels.ravel(), minlength=len(masks)) / labels.size
         annotations = make_annotations(labels, len(masks)) if "coco" in self.formats else None
         return {
@@ -350,7 +352,10 @@ class _FolderJob:
         except Exception as error:
             self._skip_or_raise(item, error)
         else:
-            self.manifest.add(item.number, item.stamp, record)
+            depths = self.source.depths
+            self.manifest.add(
+                item.number, item.stamp, record | ({"depths": depths.decide()} if depths.is_decided else {})
+            )
         return item.number
 
     def _skip_or_raise(self, item: _Item, error: Exception) -> None:
@@ -383,14 +388,14 @@ class _FolderJob:
             f"{count} of {format_count(total, 'image')} could not be segmented: {reasons}{more}", stacklevel=5
         )
 
-    def _write_contact_sheet(self) -> None:
-        order = sorted(self.sheet_rows)
+    def _write_overview(self) -> None:
+        order = sorted(self.overview_rows)
         colors = palette(self.config.num_leaf_regions)
         columns: list[Caption] = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
         captions = [escape_name(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
-        rows = [self.sheet_rows[i] for i in order]
-        grid = draw_image_grid(rows, columns, captions, cell=CONTACT_SHEET_CELL)
-        self.record.write({self.sheet_name: grid.save}, self.sheet_source, stem=self.contact_sheet.stem)
+        rows = [self.overview_rows[i] for i in order]
+        grid = draw_image_grid(rows, columns, captions, cell=OVERVIEW_CELL)
+        self.record.write({self.overview_name: grid.save}, self.overview_source, stem=self.overview.stem)
 
 
 def _use_one_thread() -> None:
@@ -398,10 +403,10 @@ def _use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _draw_sheet_row(image: Image.Image, masks: np.ndarray) -> list[np.ndarray]:
+def _draw_overview_row(image: Image.Image, masks: np.ndarray) -> list[np.ndarray]:
     """Scale an image, its regions and its masks (uint8 [K, H, W]) to a cell; small ones by whole factors."""
     longest = max(image.size)
-    scale = CONTACT_SHEET_CELL / longest if longest > CONTACT_SHEET_CELL else CONTACT_SHEET_CELL // longest
+    scale = OVERVIEW_CELL / longest if longest > OVERVIEW_CELL else OVERVIEW_CELL // longest
     width, height = (max(1, round(side * scale)) for side in image.size)
 
     def resize(image: Image.Image) -> np.ndarray:

@@ -24,8 +24,8 @@ from factorkit.utils.output_record import OutputRecord
 
 FORMATS = ("labels", "masks", "overlays", "coco")
 DEFAULT_FORMATS = FORMATS[:3]
-MANIFEST, ANNOTATIONS, CONTACT_SHEET = "segments.jsonl", "annotations.json", "contact_sheet.png"
-CONTACT_SHEET_IMAGES = 32  # at most
+MANIFEST, ANNOTATIONS, OVERVIEW = "segments.jsonl", "annotations.json", "overview.png"
+OVERVIEW_IMAGES = 32  # at most
 RANK_MANIFEST = "segments.{}.jsonl"  # of every process but the first, until the run is complete
 ANNOTATIONS_SOURCE = "segment: all images"  # in the record of the folder
 PIXELS_PER_BAND = 1 << 18  # of an overlay at a time
@@ -53,20 +53,20 @@ def identify_inputs(source: Source) -> list[str]:
     return [f"{where.rstrip('/')}/{name}" for name in source.names]
 
 
-def name_contact_sheet(record: OutputRecord, inputs: Sequence[str], command: str = "") -> tuple[str, str]:
-    """Return the name of a contact sheet and what it shows; a sheet that shows other images keeps its name.
+def name_overview(record: OutputRecord, inputs: Sequence[str], command: str = "") -> tuple[str, str]:
+    """Return the name of an overview and what it shows; one that shows other images keeps its name.
 
     Args:
-        inputs: all images of a call; the sheet shows the first ones.
+        inputs: all images of a call; the overview shows the first ones.
         command: what is done with them, if not segmenting.
     """
-    known, path = set(inputs), PurePosixPath(CONTACT_SHEET)
+    known, path = set(inputs), PurePosixPath(OVERVIEW)
 
     def is_outdated(former: str) -> bool:
         paths = former.removeprefix(command).split("\n")
         return former.startswith(command) and all(name in known or not os.path.lexists(name) for name in paths)
 
-    shown = command + "\n".join(inputs[:CONTACT_SHEET_IMAGES])
+    shown = command + "\n".join(inputs[:OVERVIEW_IMAGES])
     return f"{record.distinct_stem(path.stem, shown, is_outdated)}{path.suffix}", shown
 
 
@@ -103,6 +103,7 @@ class _Finished(NamedTuple):
     image_id: int
     sizes: dict[str, int] | None  # in bytes, by ending; None if the image could not be segmented
     annotated: bool
+    depths: dict[str, int] | None  # of the set of images of more than 8 bits that it was read in
 
 
 class Manifest:
@@ -185,6 +186,11 @@ class Manifest:
                 self.changed_files.append(f"{stem}_{end}")
         return True
 
+    def has_other_depth(self, index: int) -> bool:
+        """Return whether a finished image of a set of more than 8 bits was read with other depths than now."""
+        depths = self._images[self.inputs[index]].depths
+        return depths is not None and depths != self.source.depths.decide()
+
     def failed(self, index: int) -> bool:
         """Return whether the last attempt at the image failed and it has not changed since."""
         image = self._images.get(self.inputs[index])
@@ -236,7 +242,7 @@ class Manifest:
         sizes, image_id = None if "skipped" in line else line["files"], line.get("image_id", 0)
         annotated = sizes is not None and line.get("annotations") is not None
         self._images.pop(source, None)
-        self._images[source] = _Finished(offset, key, line.get("stamp"), image_id, sizes, annotated)
+        self._images[source] = _Finished(offset, key, line.get("stamp"), image_id, sizes, annotated, line.get("depths"))
 
 
 def file_endings(formats: Sequence[str], num_regions: int) -> list[str]:

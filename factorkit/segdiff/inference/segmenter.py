@@ -133,7 +133,7 @@ class Segmenter(LoadedModel):
             out: output folder; folders of images keep their structure below it. Images of one name from different
                 folders get distinct names (img, img-2), and annotations.json holds the images of all calls.
             formats: ``"labels"`` (NAME_labels.png, palette), ``"masks"`` (NAME_mask_K.png, grey, 8 bits),
-                ``"overlays"`` (NAME_overlay.png), ``"coco"`` (annotations.json, COCO run lengths). contact_sheet.png
+                ``"overlays"`` (NAME_overlay.png), ``"coco"`` (annotations.json, COCO run lengths). overview.png
                 with the first images is always written.
             t, size, upsample, quality: as for :meth:`segment`.
             workers: threads that read, and as many that write; None: one per core, at most 8.

@@ -16,7 +16,7 @@ from factorkit import kernels, ops
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts what the interpreter does")
 
 
-FEATURES = 64  # channels from which a tensor counts as features, and not as masks or pictures
+FEATURES = 64  # channels from which a tensor counts as features, and not as masks or images
 
 
 class Accesses:

@@ -191,7 +191,7 @@ def test_export_colmap_is_read_by_pycolmap(tmp_path, views):
         world_to_camera = image.cam_from_world().matrix()
         expected = np.linalg.inv(views.poses[i].double().numpy() @ np.diag([1.0, -1, -1, 1]))[:3]
         np.testing.assert_allclose(world_to_camera, expected, atol=1e-5)
-        # The scene's points fall on the picture's foreground.
+        # The scene's points fall on the image's foreground.
         local = points @ world_to_camera[:, :3].T + world_to_camera[:, 3]
         pixels = np.array([camera.img_from_cam(point) for point in local]).reshape(-1, 2)
         assert (local[:, 2] > 0).all()
@@ -216,7 +216,7 @@ def fundamental(model, first, second):
 
 @pytest.mark.slow
 def test_export_colmap_matched_pixels_satisfy_the_epipolar_constraint(tmp_path):
-    """What the pictures say themselves: the middles of the yellow ball in two pictures are the same point of space."""
+    """What the images say themselves: the middles of the yellow ball in two images are the same point of space."""
     views = make_procedural_views(14, 96, seed=6, elevations=(25.0, 60.0))
     folder = export(tmp_path / "colmap", views, make_scene_field(), points=500)
     model = pycolmap.Reconstruction(folder / "sparse" / "0")

@@ -1,4 +1,4 @@
-"""Tones of single pictures: they change colours, never densities, and are learned."""
+"""Tones of single images: they change colours, never densities, and are learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Empty space left out: the same picture, the same gradients, and a grid that follows the training."""
+"""Empty space left out: the same image, the same gradients, and a grid that follows the training."""
 
 from __future__ import annotations
 

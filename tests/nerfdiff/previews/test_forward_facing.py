@@ -91,5 +91,5 @@ def test_draw_plane_candidates_are_grey():
 def test_denoising_grid_forward_facing_draws_the_plane():
     frames = [torch.rand(2, 3, 8, 8) for _ in range(3)]
     cameras = [forward_facing_poses(torch.tensor([[0.1 * i, 0.2, 0.0], [-0.3, 0.0, 0.0]])) for i in range(3)]
-    sheets = [np.asarray(draw_denoising_grid(frames, cameras, [9, 5, 0], layout=x)) for x in ("object", "forward")]
-    assert sheets[0].shape == sheets[1].shape and (sheets[0] != sheets[1]).any()
+    grids = [np.asarray(draw_denoising_grid(frames, cameras, [9, 5, 0], layout=x)) for x in ("object", "forward")]
+    assert grids[0].shape == grids[1].shape and (grids[0] != grids[1]).any()

@@ -1,4 +1,4 @@
-"""Dots where cameras are, and sheets whose cells hold what they say."""
+"""Dots where cameras are, and grids whose cells hold what they say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def at(*eye):
 
 
 def position(drawing, color, tolerance=40):
-    """Mean pixel (right, down) of a colour in each half of a sphere picture."""
+    """Mean pixel (right, down) of a colour in each half of a sphere image."""
     pixels = np.asarray(drawing).astype(int)
     result = []
     for half in (pixels[:, :SIDE], pixels[:, SIDE:]):

@@ -1,4 +1,4 @@
-"""A similarity that is a little off is mended by the pictures."""
+"""A similarity that is a little off is mended by the images."""
 
 from __future__ import annotations
 

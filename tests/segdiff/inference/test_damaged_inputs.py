@@ -112,7 +112,7 @@ def test_segment_folder_unprintable_names_work(run, folder):
         result = segmented(run, folder, formats=ALL)
     assert "bad\\nnews.png" in str(caught[0].message) and "\n" not in str(caught[0].message)
     assert result.segmented == 5 and "bad\nnews.png" in result.skipped
-    assert (result.out / "two\nlines_labels.png").is_file() and result.contact_sheet.is_file()
+    assert (result.out / "two\nlines_labels.png").is_file() and result.overview.is_file()
     listed = {image["file_name"] for image in json.loads(result.annotations.read_text())["images"]}
     assert listed == {*names, "good.jpg"}
     with pytest.warns(UserWarning, match="1 of 6"):

@@ -98,13 +98,13 @@ def test_segment_folder_files_equal_segment(run, photos, tmp_path):
     assert result.areas == pytest.approx(np.mean(areas, 0))
     assert len({a["id"] for a in annotated["annotations"]}) == len(annotated["annotations"])
     assert [c["name"] for c in annotated["categories"]] == ["region 0", "region 1", "region 2"]
-    assert result.contact_sheet.is_file() and not list(out.rglob(".unfinished*"))
+    assert result.overview.is_file() and not list(out.rglob(".unfinished*"))
 
 
 def test_segment_folder_writes_requested_formats_and_adds_more(run, photos, tmp_path):
     folder, out = photos(2), tmp_path / "out"
     segment_quietly(run, folder, out, formats="labels")
-    assert {name.rsplit("_", 1)[1] for name in contents(out)} == {"labels.png", "sheet.png"}
+    assert {name.rpartition("_")[2] for name in contents(out)} == {"labels.png", "overview.png"}
     assert segment_quietly(run, folder, out, formats=("labels",)).already == 2
     result = segment_quietly(run, folder, out, formats=("labels", "coco"))
     assert result.already == 0 and result.annotations.is_file()
@@ -115,8 +115,27 @@ def test_segment_folder_writes_requested_formats_and_adds_more(run, photos, tmp_
         segment_quietly(run, folder, out, workers=0)
 
 
+def test_segment_folder_brighter_image_changes_the_depth_of_all(run, tmp_path):
+    values = np.linspace(0, 255, 20 * 20).reshape(20, 20).astype(np.uint16)
+    (tmp_path / "deep").mkdir()
+    for name, factor in (("a", 16), ("b", 1)):
+        Image.fromarray(values * factor).save(tmp_path / f"deep/{name}.png")
+
+    def segment():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = run.segment_folder(tmp_path / "deep", tmp_path / "out", progress=False)
+        return result.segmented - result.already, " ".join(str(warning.message) for warning in caught)
+
+    done, note = segment()
+    assert done == 2 and "read as 12 bits" in note
+    assert segment() == (0, "")
+    Image.fromarray(values * 257).save(tmp_path / "deep/c.png")
+    assert segment()[0] == 3
+
+
 def test_segment_folder_second_call_redoes_only_changes(run, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(segment_folder, "CONTACT_SHEET_IMAGES", 1)
+    monkeypatch.setattr(segment_folder, "OVERVIEW_IMAGES", 1)
     folder, out = photos(), tmp_path / "out"
     segment_quietly(run, folder, out)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
@@ -135,7 +154,7 @@ def test_segment_folder_second_call_redoes_only_changes(run, photos, tmp_path, m
 
 
 def test_segment_folder_killed_process_results_count(run, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(segment_folder, "CONTACT_SHEET_IMAGES", 1)
+    monkeypatch.setattr(segment_folder, "OVERVIEW_IMAGES", 1)
     out = tmp_path / "out"
     segment_quietly(run, photos(), out)
     lines = (out / "segments.jsonl").read_bytes().splitlines(keepends=True)
@@ -150,7 +169,7 @@ def test_segment_folder_killed_process_results_count(run, photos, tmp_path, monk
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_segment_folder_stopped_call_resumes(run, photos, tmp_path, monkeypatch, end):
     """After every kind of interruption the files are complete, and the next call completes them."""
-    monkeypatch.setattr(segment_folder, "CONTACT_SHEET_IMAGES", 2)
+    monkeypatch.setattr(segment_folder, "OVERVIEW_IMAGES", 2)
     monkeypatch.setattr(segment_folder, "MAX_IMAGES_HELD", 1)
     folder, out, whole = photos(12), tmp_path / "out", tmp_path / "whole"
     segment_quietly(run, folder, whole)
@@ -201,12 +220,12 @@ def test_segment_folder_full_disk_in_manifest_resumes(run, photos, tmp_path, mon
 def test_segment_folder_full_disk_keeps_old_summary_files(run, photos, tmp_path, monkeypatch):
     folder, out = photos(2), tmp_path / "out"
     segment_quietly(run, folder, out, formats=("labels", "coco"))
-    before = (out / "annotations.json").read_bytes(), (out / "contact_sheet.png").read_bytes()
+    before = (out / "annotations.json").read_bytes(), (out / "overview.png").read_bytes()
     Image.new("RGB", (20, 20), "blue").save(folder / "a/new.png")
     monkeypatch.setattr("os.replace", lambda a, b: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(WriteError):
         segment_quietly(run, folder, out, formats=("labels", "coco"))
-    assert before == ((out / "annotations.json").read_bytes(), (out / "contact_sheet.png").read_bytes())
+    assert before == ((out / "annotations.json").read_bytes(), (out / "overview.png").read_bytes())
     monkeypatch.undo()
     assert (
         len(json.loads(segment_quietly(run, folder, out, formats=("labels", "coco")).annotations.read_text())["images"])
@@ -314,7 +333,7 @@ def test_segment_folder_images_of_one_name_get_distinct_files_and_merged_annotat
     for stem, labels in zip(stems, expected, strict=True):
         assert np.array_equal(np.asarray(Image.open(out / f"{stem}_labels.png")), labels), stem
     assert sorted(p.name for p in out.glob("*.png")) == sorted(
-        [f"{stem}_labels.png" for stem in stems] + ["contact_sheet.png", "contact_sheet-2.png", "contact_sheet-3.png"]
+        [f"{stem}_labels.png" for stem in stems] + ["overview.png", "overview-2.png", "overview-3.png"]
     )
     coco = json.loads((out / "annotations.json").read_text())
     assert [(i["id"], i["file_name"]) for i in coco["images"]] == [(1, "img.png"), (2, str(paths[1])), (3, "other.png")]
@@ -350,7 +369,7 @@ def test_segment_folder_numbers_of_images_stay_when_photos_are_added(run, save, 
     result = segment_quietly(run, tmp_path / "photos", tmp_path / "out", formats="coco")
     images = json.loads(result.annotations.read_text())["images"]
     assert {i["file_name"]: i["id"] for i in images} == {"b.png": 1, "d.png": 2, "a.png": 4}
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["contact_sheet.png"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["overview.png"]
 
 
 def test_segment_folder_keeps_files_of_the_user(run, save, tmp_path):
@@ -374,7 +393,7 @@ def test_segment_folder_keeps_files_of_the_user(run, save, tmp_path):
     assert mine.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["annotations.json", "segments.jsonl", "contact_sheet.png"])
+@pytest.mark.parametrize("name", ["annotations.json", "segments.jsonl", "overview.png"])
 def test_segment_folder_keeps_summary_files_of_the_user(run, save, tmp_path, name):
     save("photos/cat.png", 1)
     (tmp_path / "photos" / name).write_text('{"images": []}\n')
