@@ -15,6 +15,7 @@ SceneLayout = Literal["object", "forward"]
 
 RIGIDITY_TOLERANCE = 1e-3  # maximum error of R^T R; loose enough for files with few digits
 SKEW_TOLERANCE = 1e-4  # maximum skew of K in focal lengths; allows for rounding
+MIN_FOCAL = 0.088  # focal length over the image's side: a field of view of 160 degrees
 LOSS_MASK_THRESHOLD = 0.999  # share of a resized pixel that must be scored for it to be scored
 # Attributes with one row for each view.
 PER_VIEW = ("images", "intrinsics", "masks", "poses", "loss_masks", "content_sizes")
@@ -270,7 +271,7 @@ def _check_views(views: Views) -> None:
         raise DataError(f"two views are named {max(views.names, key=views.names.count)}; names must be unique")
     if views.poses is not None:
         check_rigid(views.poses, views.names)
-    _check_intrinsics(views.intrinsics, views.names)
+    _check_intrinsics(views.intrinsics, views.names, height, width)
     if views.near is not None and views.far is not None and not 0 <= views.near < views.far:
         raise DataError(f"near={views.near:g} and far={views.far:g}: need 0 <= near < far")
     if views.masks is not None and not (views.masks > 0.5).any():
@@ -281,9 +282,16 @@ def _check_views(views: Views) -> None:
         raise DataError(f'layout={views.layout!r}: give "object" or "forward"')
 
 
-def _check_intrinsics(intrinsics: Tensor, names: Sequence[str]) -> None:
+def _check_intrinsics(intrinsics: Tensor, names: Sequence[str], height: int, width: int) -> None:
     if (intrinsics.diagonal(dim1=1, dim2=2)[:, :2] <= 0).any():
         raise DataError("intrinsics: a focal length is not positive")
+    is_wide = (intrinsics.diagonal(dim1=1, dim2=2)[:, :2] < MIN_FOCAL * torch.tensor([width, height])).any(1)
+    if is_wide.any():
+        worst = intrinsics[int(is_wide.int().argmax()), 0, 0].item()
+        raise DataError(
+            f"intrinsics: the focal length of {_name_first(names, is_wide)} is {worst:.4g} pixels for images of "
+            f"{width} x {height}, a field of view beyond 160 degrees. Give intrinsics in pixels."
+        )
     is_skewed = intrinsics[:, [0, 1], [1, 0]].abs().amax(1) > SKEW_TOLERANCE * intrinsics[:, 0, 0]
     if is_skewed.any():
         raise DataError(
