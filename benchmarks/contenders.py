@@ -22,6 +22,7 @@ from factorkit.engine.step import Meter, MovingAverage, TrainingStep, make_optim
 from factorkit.nerfdiff import config as nerfdiff
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages.pipeline import Training
+from factorkit.nerfdiff.training_views import describe_scene
 from factorkit.nn.unet import Norm
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.config import SegdiffConfig, preset_config
@@ -260,7 +261,8 @@ def make_nerfdiff_step(
     views = make_procedural_views(config.num_candidates * 3, config.resolution) if views is None else views
     scene = open_scene(views, config.resolution, device, config.poses == "known")
     try:
-        StageFinder(config, scene, Path(), {}, progress=False).train_stages()
+        settings = {"scene": describe_scene(scene, views, config.poses == "known")}
+        StageFinder(config, scene, Path(), settings, progress=False).train_stages()
     except StageReachedError as reached:
         return OurStep(*reached.args, device)
     raise ValueError(f"stage={stage!r} is not a stage of this training")
