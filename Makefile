@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # What an installation depends on: until one of these changes, it is not repeated.
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: help demo test test-fast wheel-test lint docs clean
+.PHONY: help demo test test-fast wheel-test bench gpu gpu-sanitize lint docs clean
 .DEFAULT_GOAL := help
 
 help: ## print this
@@ -38,6 +38,17 @@ wheel-test: ## build a wheel, install it into an environment of its own (WHEEL=)
 
 test-fast: $(VENV)/.installed-test ## the tests without those marked slow: what to run before every commit
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --dist loadfile --timeout=300 -m "not slow" $(ARGS)
+
+bench: $(VENV)/.installed-test ## the quick benchmarks: every op and training step on one CPU thread, in 5 minutes
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest benchmarks/ --benchmark-only -q -k "not compiled" --batch 4 --benchmark-max-time 0.05 \
+		--benchmark-columns=median,iqr,rounds --benchmark-autosave $(ARGS)
+
+# No environment of their own: a GPU machine has its torch already, and often no network.
+gpu: ## build, tests, timings and a profile on a GPU, in 9 minutes: ARGS='--out FOLDER' (docs/gpu.md)
+	$(PYTHON) -m benchmarks.gpu_box $(ARGS)
+
+gpu-sanitize: ## compute-sanitizer (memcheck, racecheck) over the CUDA ops
+	$(PYTHON) -m benchmarks.gpu_box --sanitize $(ARGS)
 
 lint: $(VENV)/.installed-test ## ruff (rules and format), the import contracts, mypy
 	$(BIN)/ruff check .

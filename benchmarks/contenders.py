@@ -1,10 +1,12 @@
-"""The functions that benchmarks/segdiff.py times: ops and training steps, as PyTorch and as factorkit do them."""
+"""Ops of segdiff and training steps as PyTorch and as factorkit do them, for benchmarks/test_*.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,35 +17,64 @@ from benchmarks.textbook import Textbook, normalise, pool, repeat
 from benchmarks.traffic import counted
 from factorkit import ops
 from factorkit.engine.step import Meter, MovingAverage, TrainingStep, make_optimizer
+from factorkit.nerfdiff import config as nerfdiff
+from factorkit.nerfdiff import train as nerfdiff_train
+from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nn.unet import Norm
 from factorkit.ops.norm import NORMS
-from factorkit.segdiff.config import SegdiffConfig
+from factorkit.segdiff.config import SegdiffConfig, preset_config
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.rng import BatchDraw, image_order
 
 IMAGES = 512  # of the training set, noise
+PRESETS = {"cpu": "demo", "cuda": "flowers64"}  # whose sizes are measured
+Run = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
 @dataclass
 class OpCase:
-    """An op at one shape: both functions take the inputs by position; gradients are taken for all of them."""
+    """An op at one shape. All functions take the inputs by position and return the same outputs.
+
+    Attributes:
+        inputs: tensors; gradients are taken for all of them that require one.
+        ours: factorkit's op.
+        reference: the same in plain PyTorch, with every operation an op of its own.
+        peers: other implementations by name.
+        moved: bytes that our kernels must move on a GPU, "forward" and "both" (with the backward pass).
+    """
 
     inputs: list[Tensor]
-    textbook: Callable[..., Tensor]
-    factorkit: Callable[..., Tensor]
+    ours: Run
+    reference: Run
+    peers: dict[str, Run] = field(default_factory=dict)
+    moved: dict[str, int] = field(default_factory=dict)
 
-    def bytes(self) -> dict[str, int]:
-        """What factorkit's launches move on a GPU, forward alone and with the backward pass."""
-        inputs = [torch.empty_like(x, device="meta").requires_grad_() for x in self.inputs]
-        with counted(launches=True) as count:
-            out = self.factorkit(*inputs)
-            forward = sum(part.moved for part in count.parts.values())
-            torch.autograd.grad(out, inputs, torch.empty_like(out))
-        return {"forward": forward, "both": sum(part.moved for part in count.parts.values())}
+    def differentiable(self) -> list[Tensor]:
+        return [x for x in self.inputs if x.requires_grad]
 
 
-def op_cases(config: SegdiffConfig, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, OpCase]:
-    """Every op of the decoder at its finest level, where the traffic is."""
+def count_bytes(case: OpCase) -> dict[str, int]:
+    """Return what the Triton launches of ours move on a GPU."""
+    inputs = [torch.empty_like(x, device="meta").requires_grad_() for x in case.inputs]
+    with counted(launches=True) as count:
+        out = case.ours(*inputs)
+        forward = sum(part.moved for part in count.parts.values())
+        torch.autograd.grad(out, inputs, torch.empty_like(out))
+    return {"forward": forward, "both": sum(part.moved for part in count.parts.values())}
+
+
+REGION_OPS = (
+    *(f"masked_skip_norm_silu {norm}" for norm in NORMS),
+    "group_norm_silu",
+    "masked_skip_projection",
+    "region_blend",
+    "mask_pyramid",
+    "region_pool",
+)
+
+
+def region_op(name: str, config: SegdiffConfig, batch: int, device: torch.device, dtype: torch.dtype) -> OpCase:
+    """Make an op of the decoder at its finest level, where the traffic is."""
     size, k, c = config.resolution, config.regions, config.model_channels * config.channel_mult[0]
     rows = batch * k
 
@@ -68,45 +99,45 @@ def op_cases(config: SegdiffConfig, batch: int, device: torch.device, dtype: tor
     def masked(skip: Tensor, m: Tensor) -> Tensor:
         return repeat(skip, m) * m.flatten(0, 1)[:, None].to(skip.dtype)
 
-    cases = {}
-    for kind in NORMS:
+    op, _, kind = name.partition(" ")
+    if op == "masked_skip_norm_silu":
         groups = Norm(2 * c, config.norm_groups).groups
-        cases[f"masked_skip_norm_silu {kind}"] = OpCase(
+        return OpCase(
             [features(rows, c), features(batch, c), masks(), *vectors(2 * c)],
-            lambda u, s, m, w, b, kind=kind: F.silu(
-                normalise(norm_of(2 * c, kind, w, b), torch.cat([u, masked(s, m)], 1), m)
-            ),
-            lambda u, s, m, w, b, kind=kind, groups=groups: ops.masked_skip_norm_silu(
-                u, s, m, w, b, groups=groups, norm=kind
+            lambda u, s, m, w, b: ops.masked_skip_norm_silu(u, s, m, w, b, groups=groups, norm=kind),
+            lambda u, s, m, w, b: F.silu(normalise(norm_of(2 * c, kind, w, b), torch.cat([u, masked(s, m)], 1), m)),
+        )
+    if op == "group_norm_silu":
+        groups = Norm(c, config.norm_groups).groups
+        return OpCase(
+            [features(rows, c), *vectors(c), *vectors(c, rows)],
+            lambda x, w, b, scale, shift: ops.group_norm_silu(x, w, b, scale, shift, groups=groups),
+            lambda x, w, b, scale, shift: F.silu(
+                normalise(norm_of(c, "group", w, b), x, None) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
             ),
         )
-    groups = Norm(c, config.norm_groups).groups
-    cases["group_norm_silu"] = OpCase(
-        [features(rows, c), *vectors(c), *vectors(c, rows)],
-        lambda x, w, b, scale, shift: F.silu(
-            normalise(norm_of(c, "group", w, b), x, None) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-        ),
-        lambda x, w, b, scale, shift: ops.group_norm_silu(x, w, b, scale, shift, groups=groups),
-    )
-    weight = torch.randn(c, 2 * c, 1, 1, device=device).to(dtype) / c**0.5
-    cases["masked_skip_projection"] = OpCase(
-        [features(rows, c), features(batch, c), masks(), weight.requires_grad_(), vectors(c)[0].to(dtype)],
-        lambda u, s, m, w, b: F.conv2d(torch.cat([u, masked(s, m)], 1), w, b),
-        ops.masked_skip_projection,
-    )
-    cases["region_blend"] = OpCase(
-        [torch.randn(batch, k, size, size, device=device).requires_grad_(), features(rows, 3)],
-        lambda x, y: (y.float().unflatten(0, (batch, k)) * x.softmax(1)[:, :, None]).sum(1),
-        lambda x, y: ops.region_blend(x, y)[1],
-    )
-    levels = len(config.channel_mult) - 1
-    cases["mask_pyramid"] = OpCase(
-        [masks()],
-        lambda m: torch.cat([F.avg_pool2d(m, 2**i).flatten(2) for i in range(1, levels + 1)], 2),
-        lambda m: torch.cat([x.flatten(2) for x in ops.mask_pyramid(m, levels)[1:]], 2),
-    )
-    cases["region_pool"] = OpCase([features(batch, 2 * c), masks()], lambda f, m: pool(f.float(), m), ops.region_pool)
-    return cases
+    if op == "masked_skip_projection":
+        weight = torch.randn(c, 2 * c, 1, 1, device=device).to(dtype) / c**0.5
+        bias = torch.randn(c, device=device).to(dtype).requires_grad_()
+        return OpCase(
+            [features(rows, c), features(batch, c), masks(), weight.requires_grad_(), bias],
+            ops.masked_skip_projection,
+            lambda u, s, m, w, b: F.conv2d(torch.cat([u, masked(s, m)], 1), w, b),
+        )
+    if op == "region_blend":
+        return OpCase(
+            [torch.randn(batch, k, size, size, device=device).requires_grad_(), features(rows, 3)],
+            lambda x, y: ops.region_blend(x, y)[1],
+            lambda x, y: (y.float().unflatten(0, (batch, k)) * x.softmax(1)[:, :, None]).sum(1),
+        )
+    if op == "mask_pyramid":
+        levels = len(config.channel_mult) - 1
+        return OpCase(
+            [masks()],
+            lambda m: torch.cat([x.flatten(2) for x in ops.mask_pyramid(m, levels)[1:]], 2),
+            lambda m: torch.cat([F.avg_pool2d(m, 2**i).flatten(2) for i in range(1, levels + 1)], 2),
+        )
+    return OpCase([features(batch, 2 * c), masks()], ops.region_pool, lambda f, m: pool(f.float(), m))
 
 
 class PlainStep:
@@ -137,7 +168,7 @@ class PlainStep:
 class OurStep:
     """factorkit's step, as its training loop takes it."""
 
-    def __init__(self, task: SegdiffTask, config: SegdiffConfig, device: torch.device):
+    def __init__(self, task: Any, config: Any, device: torch.device):
         model, self.step = task.model.to(device), 0
         optimizer = make_optimizer(task.parameter_groups(), config, device)
         average = MovingAverage(model, config.ema_decay, device)
@@ -163,25 +194,27 @@ def make_task(config: SegdiffConfig, device: torch.device) -> SegdiffTask:
     return task
 
 
-def step_contenders(config: SegdiffConfig, device: torch.device, compiler: str) -> dict[str, Callable[[], object]]:
-    """Functions that make each contender: () → (its step, the network inside)."""
+def make_step(
+    name: str, config: SegdiffConfig, device: torch.device, compiler: str = "inductor"
+) -> tuple[Callable[[], None], nn.Module]:
+    """Return a training step and the network in it.
 
-    def textbook(folded: bool, compiled: bool = False):
-        task = make_task(config, device)
-        net = Textbook(task.model, folded)
-        run = torch.compile(net, backend=compiler) if compiled else net
-        return PlainStep(task, run, config, device), run
-
-    def ours():
+    Args:
+        name: "reference" (the branches in a loop), "folded" (as one batch, channels last), "compiled" (folded, under
+            torch.compile), "ours" (factorkit, eager) or "graph" (factorkit as a CUDA graph).
+        config: of the model and its training.
+        device: of the step.
+        compiler: torch.compile's backend.
+    """
+    if name in ("ours", "graph"):
+        config = preset_config(None, **{**config.to_dict(), "cuda_graph": name == "graph"}).resolved()
         task = make_task(config, device)
         return OurStep(task, config, device), task.model
-
-    return {
-        "textbook": lambda: textbook(False),
-        "folded": lambda: textbook(True),
-        "compiled": lambda: textbook(True, True),
-        "factorkit": ours,
-    }
+    task = make_task(config, device)
+    net: nn.Module = Textbook(task.model, folded=name != "reference")
+    if name == "compiled":
+        net = torch.compile(net, backend=compiler)
+    return PlainStep(task, net, config, device), net
 
 
 def gradients(net: nn.Module, config: SegdiffConfig, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -194,3 +227,28 @@ def gradients(net: nn.Module, config: SegdiffConfig, device: torch.device) -> tu
     result = torch.autograd.grad((prediction * x.sin()).mean(), [p for p in net.parameters()], allow_unused=True)
     flat = [torch.zeros(0) if g is None else g.float().flatten().cpu() for g in result]
     return prediction.detach().float().cpu(), torch.cat(flat)
+
+
+class StageReachedError(Exception):
+    """Carries the task and the configuration of a stage out of a training that is not carried out."""
+
+
+def make_nerfdiff_step(stage: str, device: torch.device, folder: Path) -> Callable[[], None]:
+    """Return a training step of a stage of nerfdiff on the procedural scene: "search", "fit" or "distil"."""
+
+    class StageFinder(Training):
+        def train_stage(self, name: str, build_task: Callable, folder: Path | None = None, **changes: object) -> object:
+            config = self.config.stage(name, **changes)
+            task = build_task(config)
+            if name == stage:
+                raise StageReachedError(task, config)
+            return task.model
+
+    poses = "predicted" if stage == "search" else "known"
+    config = nerfdiff.preset_config("demo", poses=poses, device=device.type)
+    _, scene, settings = nerfdiff_train._prepare(None, config, "demo", device, {})
+    try:
+        StageFinder(config, scene, folder, settings, progress=False).train_stages()
+    except StageReachedError as reached:
+        return OurStep(*reached.args, device)
+    raise ValueError(f"stage={stage!r} is not a stage of this training")

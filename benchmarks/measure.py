@@ -26,39 +26,35 @@ def clock_of(device: torch.device) -> str:
     return "process" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
-def timed(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Return milliseconds a call, including the device's work."""
-    clock = time.process_time if clock_of(device) == "process" else time.perf_counter
-    wait(device)
-    start = clock()
+def clock(device: torch.device) -> Callable[[], float]:
+    """Return a function that waits for the device and reads the clock, in seconds."""
+    read = time.process_time if clock_of(device) == "process" else time.perf_counter
+
+    def wait_and_read() -> float:
+        wait(device)
+        return read()
+
+    return wait_and_read if device.type == "cuda" else read
+
+
+def time_call(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Return seconds a call, including the device's work."""
+    read = clock(device)
+    start = read()
     for _ in range(repeats):
         run()
-    wait(device)
-    return 1e3 * (clock() - start) / repeats
+    return (read() - start) / repeats
 
 
-def by_turns(runs: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Return median and quartiles in milliseconds of each function.
-
-    The functions take turns, so that other load on the machine affects all of them.
-
-    Every function has been called before.
-    """
-    repeats = dict.fromkeys(runs, 1)
-    if device.type == "cuda":  # starting a short function takes as long as the function
-        repeats = {
-            name: max(1, round(1e3 * MIN_TIMING_SECONDS / max(1e-3, timed(run, device)))) for name, run in runs.items()
-        }
-    times = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(timed(run, device, repeats[name]))
-    return {name: spread(values) for name, values in times.items()}
+def repeats_of(seconds: float, device: torch.device) -> int:
+    """Return how often a function is called in one timing: on a GPU starting a short one takes as long as it."""
+    return max(1, round(MIN_TIMING_SECONDS / max(1e-6, seconds))) if device.type == "cuda" else 1
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return {"median_ms": round(middle, 4), "low_ms": round(low, 4), "high_ms": round(high, 4)}
+def median_seconds(run: Callable[[], object], rounds: int, device: torch.device) -> float:
+    run()
+    repeats = repeats_of(time_call(run, device), device)
+    return statistics.median(time_call(run, device, repeats) for _ in range(rounds))
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -85,17 +81,22 @@ def copy_bandwidth(device: torch.device, megabytes: int, rounds: int) -> float:
     """Return GB/s of a copy between two tensors of this size, counting bytes read and bytes written."""
     source = torch.ones(megabytes << 18, device=device)
     target = torch.empty_like(source)
-    copy = lambda: target.copy_(source)  # noqa: E731
-    copy()
-    return 2 * source.nbytes / 1e6 / by_turns({"copy": copy}, rounds, device)["copy"]["median_ms"]
+    return 2 * source.nbytes / 1e9 / median_seconds(lambda: target.copy_(source), rounds, device)
 
 
 def matrix_rate(device: torch.device, side: int, dtype: torch.dtype, rounds: int) -> float:
     """Return TFLOP/s of the product of two square matrices."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    multiply = lambda: a @ b  # noqa: E731
-    multiply()
-    return 2 * side**3 / 1e9 / by_turns({"product": multiply}, rounds, device)["product"]["median_ms"]
+    return 2 * side**3 / 1e12 / median_seconds(lambda: a @ b, rounds, device)
+
+
+def convolution_rate(x: torch.Tensor, rounds: int) -> float:
+    """Return TFLOP/s of a 3x3 convolution that keeps the channels of images [N, C, H, W], channels last."""
+    x, channels = x.contiguous(memory_format=torch.channels_last), x.shape[1]
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1).to(x.device, x.dtype, memory_format=torch.channels_last)
+    with torch.no_grad():
+        seconds = median_seconds(lambda: layer(x), rounds, x.device)
+    return 2 * 9 * channels * x.numel() / 1e12 / seconds
 
 
 def machine(device: torch.device) -> dict[str, object]:

@@ -24,7 +24,7 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks.recording import commit, machine, read_results, write_result
+from benchmarks.recording import append_row, commit, machine, read_results, write_result
 
 RESULTS = Path(__file__).with_name("results") / "nerfdiff.json"
 WAYS = {
@@ -54,6 +54,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--again", action="store_true", help="repeat runs whose results are stored")
+    parser.add_argument("--output", type=Path, help="takes the records too, one line of JSON each")
     args = parser.parse_args()
     changes = {k: json.loads(v) for k, v in (entry.split("=", 1) for entry in args.set)}
     for seed in args.seeds:
@@ -117,7 +120,7 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
     words = [args.name, f"{args.size} px", way, *(f"{k}={v:g}" for k, v in disturbance.items())]
     words += [*(f"{k}={v}" for k, v in changes.items()), f"seed={seed}"]
     key = " ".join(words)
-    if key in read_results(RESULTS):
+    if key in read_results(RESULTS) and not args.again:
         return
     training, held_out = views_of(args)
     if disturbance:
@@ -129,7 +132,8 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
     out = args.out / key.replace(" ", "_").replace("/", "_")
     shutil.rmtree(out, ignore_errors=True)  # a result is of one unbroken, timed run
     start, busy = time.perf_counter(), time.process_time()
-    run = factorkit.train_nerfdiff(training, out=out, preset=args.preset, seed=seed, progress=False, **settings)
+    settings |= {"device": args.device, "seed": seed}
+    run = factorkit.train_nerfdiff(training, out=out, preset=args.preset, progress=False, **settings)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     scores = run.evaluate(held_out)
     refined = run.evaluate(held_out, refine=REFINED)
@@ -147,14 +151,27 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
         "scores": scores,
         "failures": alarms.get("failures", []),
         "seconds": round(seconds, 1),
+        "stage_seconds": stage_seconds(out),
         "processor_seconds": round(busy, 1),
         "machine": machine(run.config.threads or torch.get_num_threads()),
         "commit": commit(),
         "torch": torch.__version__,
     }
     write_result(RESULTS, key, record)
+    if args.output:
+        append_row(args.output, {"name": key, **record})
     short = {k: round(v, 3) for k, v in scores.items() if (isinstance(v, float) and "median" in k) or "psnr" in k}
     print(key, short, record["failures"], f"{seconds:.0f} s ({busy:.0f} s of the processor)", flush=True)
+
+
+def stage_seconds(folder: Path) -> dict[str, float]:
+    """Return the seconds of training of each stage of a run, from their logs."""
+    logs = {path.parent.name: path for path in sorted(folder.glob("stages/*/log.jsonl"))}
+    logs["last"] = folder / "log.jsonl"
+    return {
+        stage: round(sum(event.get("seconds", 0.0) for event in map(json.loads, path.read_text().splitlines())), 2)
+        for stage, path in logs.items()
+    }
 
 
 def table(results: dict[str, dict]) -> str:

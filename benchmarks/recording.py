@@ -7,6 +7,8 @@ import platform
 import subprocess
 from pathlib import Path
 
+from factorkit.utils.files import replacing
+
 
 def read_results(path: Path) -> dict[str, dict]:
     """All records of a file; none where there is no file yet."""
@@ -21,7 +23,14 @@ def write_result(path: Path, key: str, record: dict) -> None:
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = {**read_results(path), key: record}
-        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def append_row(path: Path, row: dict[str, object]) -> None:
+    """Append one line of JSON, so that a benchmark that is stopped keeps what it measured before."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def machine(threads: int) -> str:

@@ -30,8 +30,8 @@ GRID_VIEWS, TRAJECTORY_STEPS = 10, 10  # at most, in an image grid
 class Pose(OutputCommand):
     """Predict the camera poses of images of a known scene.
 
-    The result is a camera-to-world matrix for each image in the coordinates of the run (OpenGL axes), and the score of
-    every candidate camera.
+    The result is a camera-to-world matrix for each image in the coordinates of the run (OpenGL axes), the score of
+    every candidate camera, and the intrinsics at which the image was read.
 
     Examples:
         factorkit pose runs/lego photo.png more/ --json
@@ -62,9 +62,10 @@ class Pose(OutputCommand):
         run = _load(self)
         views = open_images(run, self.paths, self.fov)
         result = run.predict_pose(views, refine=self.refine, check=self.check)
-        frames = [
-            {"name": name, "camera_to_world": matrix, "scores": scores}
-            for name, matrix, scores in zip(views.names, result.poses.tolist(), result.scores.tolist(), strict=True)
+        values = zip(views.names, result.poses.tolist(), result.scores.tolist(), strict=True)
+        frames: list[dict[str, Any]] = [
+            {"name": name, "camera_to_world": matrix, "scores": scores, **_describe_camera(views, i)}
+            for i, (name, matrix, scores) in enumerate(values)
         ]
 
         def write(out: Path) -> None:
@@ -79,7 +80,7 @@ class Pose(OutputCommand):
 
 @dataclass(kw_only=True)
 class Reconstruct(OutputCommand):
-    """Render the scene from the predicted poses of images.
+    """Render the scene from the predicted poses of images, each with its own intrinsics and shape.
 
     OUT receives NAME.png and NAME_depth.png for each image, and overview.png with images beside renders.
 
@@ -118,10 +119,12 @@ class Reconstruct(OutputCommand):
         def write() -> None:
             files: dict[str, Image.Image] = {}
             disparities = disparity_pixels(renders.depth, renders.opacity)
-            for stem, image, depth in zip(stems, images_to_pixels(renders.images), disparities, strict=True):
-                files[f"{stem}.png"], files[f"{stem}_depth.png"] = Image.fromarray(image), Image.fromarray(depth)
-            n = slice(0, GRID_VIEWS)
             height, width = renders.images.shape[2:]
+            for i, (stem, image) in enumerate(zip(stems, images_to_pixels(renders.images), strict=True)):
+                region = views.content_region(i, (height, width))  # other shapes are padded
+                files[f"{stem}.png"] = Image.fromarray(image[region])
+                files[f"{stem}_depth.png"] = Image.fromarray(disparities[i][region])
+            n = slice(0, GRID_VIEWS)
             originals = views.resize((height, width)).images[n]
             files[path.name] = draw_view_grid(
                 originals, renders.images[n], renders.depth[n], renders.opacity[n], views.names[n]
@@ -136,10 +139,11 @@ class Reconstruct(OutputCommand):
 
 @dataclass(kw_only=True)
 class Render(OutputCommand):
-    """Render the scene along a camera path.
+    """Render the scene along a camera path, or from the cameras of a file.
 
     Examples:
         factorkit render runs/lego --out orbit.gif
+        factorkit render runs/lego --poses poses.json --out frames/
         factorkit render runs/lego --path spiral --frames 120 --size 400 --out spiral.mp4
         factorkit render runs/lego --out frames/
     """
@@ -148,20 +152,32 @@ class Render(OutputCommand):
     """A .gif or .mp4 file, or a folder for PNG files."""
     path: Literal["orbit", "spiral"] = "orbit"
     """orbit: once around at a constant height. spiral: once around while rising and sinking."""
+    poses: OptionalPath = None
+    """Instead of a path: JSON file that pose or sample wrote, or a transforms.json. Each image has the intrinsics and
+    the size of its camera where the file has them."""
+    coordinates: Annotated[Literal["run", "given"] | None, arg(help_behavior_hint="")] = None
+    """Of --poses. run: those of the run, as pose, sample and export write. given: those of the training data. Needed
+    for a transforms.json."""
     frames: int = 60
     """Number of images."""
     size: OptionalInt = None
     """Pixels of the longer side. The default is the training resolution."""
 
     def execute(self) -> Result:
+        from factorkit.nerfdiff.camera_files import render_cameras
         from factorkit.nerfdiff.export.frames import check_frames, write_frames
         from factorkit.utils import distributed
 
-        place: dict[str, Any] = {"source": _describe(self, f"render {self.path}"), "overwrite": self.overwrite}
+        what = f"render {self.path if self.poses is None else self.poses.resolve()}"
+        place: dict[str, Any] = {"source": _describe(self, what), "overwrite": self.overwrite}
         check_frames(self.out, **place)
-        images = _load(self).render_path(self.path, self.size, self.frames).images
+        images: Any
+        if self.poses is None:
+            images = _load(self).render_path(self.path, self.size, self.frames).images
+        else:
+            images = render_cameras(_load(self), self.poses, self.coordinates, self.size)
         distributed.run_on_first(lambda: write_frames(self.out, images, **place))
-        return {"out": str(self.out), "frames": self.frames}, f"{format_count(self.frames, 'frame')}: {self.out}"
+        return {"out": str(self.out), "frames": len(images)}, f"{format_count(len(images), 'frame')}: {self.out}"
 
 
 @dataclass(kw_only=True)
@@ -347,6 +363,13 @@ def file_stems(names: Sequence[str]) -> list[str]:
         candidates = itertools.chain((stem,), (f"{stem}-{i}" for i in itertools.count(2)))
         stems.append(next(c for c in candidates if c not in stems and c != "overview"))
     return stems
+
+
+def _describe_camera(views: Views, index: int) -> dict[str, float]:
+    """Return the intrinsics of a view without padding, with the keys of transforms.json."""
+    height, width = views.own_size(index)
+    k = views.own_intrinsics(index, (height, width)).tolist()
+    return {"fl_x": k[0][0], "fl_y": k[1][1], "cx": k[0][2], "cy": k[1][2], "w": width, "h": height}
 
 
 def _describe(command: RunCommand, what: str, paths: Sequence[Path] = ()) -> str:

@@ -29,7 +29,9 @@ IMAGE_SUFFIXES = frozenset(
 ).union(*(suffixes for name, suffixes in OPTIONAL_SUFFIXES.items() if features.check(name)))
 if HEIF_MODULE is not None:
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
-VIDEO_SUFFIXES = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm".split())
+VIDEO_SUFFIXES = frozenset(
+    ".3gp .asf .avi .f4v .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
+)
 RAW_SUFFIXES = (
     ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .fff .gpr .iiq .k25 .kdc .mdc .mef .mos .mrw .nef .nrw .orf .pef .ptx "
     ".raf .raw .rw2 .rwl .sr2 .srf .srw .x3f"

@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from factorkit.data.decode import crop_square, crop_square_labels
-from factorkit.data.depth import ImageDecodeError, apply_orientation, read_deep
+from factorkit.data.depth import ImageDecodeError, apply_orientation, read_deep, read_orientation
 from factorkit.data.files import escape_name, fold_stem, format_examples, is_image
 from factorkit.data.open import open_source
 from factorkit.data.sources import Source
@@ -92,21 +92,28 @@ def load_labelled(
     image_source, mask_source = open_source(images), open_source(masks, keys=MASK_KEYS)
     pairs = match_masks(image_source, mask_source)
 
-    def load(pair: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, dict[int, int]]:
+    def load(pair: tuple[int, int]) -> _LoadedPair:
         return _load_pair(image_source, mask_source, *pair, resolution)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         loaded = list(pool.map(load, pairs))
-    labels = np.stack([label for _, label, _ in loaded])
+    labels = np.stack([pair.labels for pair in loaded])
+    if turned := [image_source.names[i] for (i, _), pair in zip(pairs, loaded, strict=True) if pair.is_turned_alone]:
+        warnings.warn(
+            f"masks: those of {format_count(len(turned), 'image')} ({format_examples(turned)}) have no EXIF "
+            "orientation, as their images have: they are taken as drawn on the upright images",
+            UserWarning,
+            stacklevel=2,
+        )
     is_defined = ignore_label is None and mask_source.ignore_label is not None
     ignore_label = mask_source.ignore_label if ignore_label is None else ignore_label
     if foreground is None and mask_threshold is None and not is_defined:
         counts: dict[int, int] = {}
-        for _, _, part in loaded:
-            for value, count in part.items():
+        for pair in loaded:
+            for value, count in pair.counts.items():
                 counts[value] = counts.get(value, 0) + count
         meaning = decide_mask_values(counts, ignore_label)
-        odd = [j for (_, j), (*_, part) in zip(pairs, loaded, strict=True) if part.keys() == {0, meaning.ignore}]
+        odd = [j for (_, j), pair in zip(pairs, loaded, strict=True) if pair.counts.keys() == {0, meaning.ignore}]
         if ignore_label is None and odd:
             white = format_examples([mask_source.names[j] for j in odd])
             raise _ambiguous(meaning.found, f"{white}: no value but 0 and {meaning.ignore}, which may be foreground")
@@ -116,7 +123,7 @@ def load_labelled(
     else:
         meaning = MaskValues(None if foreground is None else tuple(foreground), mask_threshold, ignore_label)
     valid = np.ones(labels.shape, bool) if meaning.ignore is None else labels != meaning.ignore
-    pixels = np.stack([image for image, _, _ in loaded])
+    pixels = np.stack([pair.pixels for pair in loaded])
     names = [image_source.names[i] for i, _ in pairs]
     return LabelledImages(pixels, meaning.select(labels) & valid, valid, names, labels)
 
@@ -310,10 +317,14 @@ def image_stems(mask_name: str) -> list[str]:
     return stems + ([fold_stem(stem)] if is_image(stem) else [])  # x.jpg.png
 
 
-def _load_pair(
-    images: Source, masks: Source, i: int, j: int, resolution: int
-) -> tuple[np.ndarray, np.ndarray, dict[int, int]]:
-    """Return the image uint8 [R, R, 3], its labels int32 [R, R], and the pixels of each value of the whole mask."""
+class _LoadedPair(NamedTuple):
+    pixels: np.ndarray  # uint8 [R, R, 3]
+    labels: np.ndarray  # int32 [R, R]
+    counts: dict[int, int]  # pixels of each value of the whole mask
+    is_turned_alone: bool  # whether EXIF turns the image and not the mask, and their sizes do not show which is right
+
+
+def _load_pair(images: Source, masks: Source, i: int, j: int, resolution: int) -> _LoadedPair:
     image, labels = images.read(i), read_labels(masks, j)
     values, counts = np.unique(labels, return_counts=True)
     height, width = labels.shape
@@ -329,7 +340,11 @@ def _load_pair(
             )
         labels = np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
     counts_by_value = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    return crop_square(image, resolution), crop_square_labels(labels, resolution), counts_by_value
+    turn = read_orientation(images.decode(i))
+    is_turned_alone = turn in ((2, 3, 4, 5, 6, 7, 8) if image.width == image.height else (2, 3, 4))
+    is_turned_alone = is_turned_alone and read_orientation(masks.decode(j)) == 1
+    square = crop_square_labels(labels, resolution)
+    return _LoadedPair(crop_square(image, resolution), square, counts_by_value, is_turned_alone)
 
 
 def read_labels(masks: Source, index: int) -> np.ndarray:

@@ -16,8 +16,10 @@ from factorkit.data.decode import to_rgb
 from factorkit.data.files import (
     IMAGE_SUFFIXES,
     SUFFIX_LIST,
+    describe_unread,
     escape_name,
     format_examples,
+    is_unread_image,
     list_image_names,
     stat_file,
     warn_about_outputs,
@@ -110,6 +112,8 @@ def _open_path(path: Path, keys: Sequence[str]) -> Source:
     if suffix in (".npy", ".npz"):
         fingerprint = hash_values("array file", str(path), *keys, stat_file(path))
         return ArraySource(_load_array(path, keys), str(path), fingerprint)
+    if is_unread_image(path.name):
+        raise DataError(f"{escape_name(str(path))}: {describe_unread([path.name])}.")
     raise DataError(f"{path}: unsupported suffix '{suffix}'. Supported: {SUFFIX_LIST}, .zip, .npy, .npz.")
 
 
@@ -122,6 +126,8 @@ def _open_files(paths: Sequence[Path]) -> FileSource:
     for path in paths:
         if not path.exists():
             raise DataError(f"{escape_name(str(path))}: no such file or folder. Check the path.")
+        if is_unread_image(path.name) and not path.is_dir():
+            raise DataError(f"{escape_name(str(path))}: {describe_unread([path.name])}.")
         if not path.is_dir() and path.suffix.lower() not in IMAGE_SUFFIXES:
             raise DataError(
                 f"{escape_name(str(path))}: not an image ({SUFFIX_LIST}). A list may hold image files and folders only."

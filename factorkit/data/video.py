@@ -232,7 +232,10 @@ def _open_stream(path: Path) -> Iterator[Any]:
         except Exception as error:
             raise _decode_error(path, error, 0) from error
         if not streams:
-            raise DataError(f"{escape_name(str(path))}: this video cannot be decoded: it has no images")
+            raise DataError(
+                f"{escape_name(str(path))}: this video cannot be decoded: no images in it. If it was cut "
+                "off, copy it again"
+            )
         yield streams[0]
 
 

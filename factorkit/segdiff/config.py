@@ -66,7 +66,7 @@ class SegdiffConfig(EngineConfig):
     """Gamma of loss_weighting="min_snr". 5 is the value of its paper (Hang et al. 2023)."""
     masks: Literal["auto", "network", "mixture"] = "network"
     """What proposes the regions. "network": a decoder of the U-Net, as in the thesis. "mixture": a learned spatial
-    and the colours of each region in the image. "auto": objects, by stages before the training; region 0 is one."""
+    prior and the colours of each region. "auto": objects, by stages before the training; region 0 is one."""
     cue_weight: float = 1.0
     """Weight of the saliency cue beside the spatial prior, for masks="auto". 0 turns it off."""
     mixture_steps: int = 120

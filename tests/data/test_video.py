@@ -67,5 +67,5 @@ def test_open_video_audio_only_raises(tmp_path):
         frame.sample_rate = 44100
         file.mux(stream.encode(frame))
         file.mux(stream.encode())
-    with pytest.raises(DataError, match="a.mp4: this video cannot be decoded: it has no images"):
+    with pytest.raises(DataError, match="a.mp4: this video cannot be decoded: no images in it"):
         open_video(tmp_path / "a.mp4")

@@ -135,3 +135,57 @@ def test_train_help_defaults_follow_the_resolution(capsys):
     assert "--grid-resolution INT" in output and output.split("--grid-resolution INT")[1].split("(default:")[
         1
     ].startswith(" 64)")
+
+
+def test_reconstruct_images_of_several_shapes_keep_them(call_cli, finished, drawings, tmp_path):
+    for name, box in (("view_000", (0, 1, 8, 7)), ("view_001", (1, 0, 7, 8))):
+        with Image.open(drawings / f"{name}.png") as image:
+            image.crop(box).save(tmp_path / f"{name}.png")
+    words = [finished.folder, tmp_path / "view_000.png", tmp_path / "view_001.png", "--device", "cpu"]
+    assert call_cli("reconstruct", *words, "--out", tmp_path / "out", "--size", 16)[0] == 0
+    with Image.open(tmp_path / "out/view_000.png") as wide, Image.open(tmp_path / "out/view_001.png") as tall:
+        assert (wide.size, tall.size) == ((16, 12), (12, 16))
+    code, result = call_cli("pose", *words)
+    assert code == 0
+    assert [(frame["w"], frame["h"]) for frame in result["frames"]] == [(8, 6), (6, 8)]
+
+
+def test_render_poses_of_pose_has_their_intrinsics(call_cli, finished, drawings, tmp_path):
+    poses, out = tmp_path / "poses.json", tmp_path / "frames"
+    assert call_cli("pose", finished.folder, drawings, "--out", poses, "--device", "cpu")[0] == 0
+    content = json.loads(poses.read_text())
+    content["frames"] = content["frames"][:2]
+    content["frames"][1] |= {"fl_x": 9.0, "fl_y": 9.0, "cx": 6.0, "cy": 3.0, "w": 12, "h": 6}
+    poses.write_text(json.dumps(content))
+    code, result = call_cli("render", finished.folder, "--poses", poses, "--out", out, "--device", "cpu")
+    assert (code, result["frames"]) == (0, 2)
+    k = torch.tensor([[9.0, 0, 6], [0, 9, 3], [0, 0, 1]])
+    pose = torch.tensor(content["frames"][1]["camera_to_world"])[None]
+    expected = finished.render(pose, (6, 12), intrinsics=k).images
+    with Image.open(out / "0001.png") as image:
+        assert torch.equal(
+            torch.tensor(list(image.getdata())).reshape(6, 12, 3), torch.tensor(images_to_pixels(expected)[0])
+        )
+    code, result = call_cli("render", finished.folder, "--poses", poses, "--out", tmp_path / "a.gif", "--device", "cpu")
+    assert code != 0 and "several sizes" in str(result)
+
+
+def test_render_poses_of_transforms_need_their_coordinates(call_cli, finished, scene_views, tmp_path):
+    """The training data's cameras render the same as the run's, once they are said to be the data's."""
+    k = scene_views.intrinsics[0].tolist()
+    frames = [{"file_path": "x.png", "transform_matrix": pose.tolist()} for pose in scene_views.poses[:2]]
+    lens = {"fl_x": k[0][0], "fl_y": k[1][1], "cx": k[0][2], "cy": k[1][2], "w": 8, "h": 8}
+    file = tmp_path / "transforms.json"
+    file.write_text(json.dumps({**lens, "frames": frames}))
+    words = ["render", finished.folder, "--poses", file, "--device", "cpu", "--out"]
+    code, result = call_cli(*words, tmp_path / "a")
+    assert code != 0 and "--coordinates run" in str(result)
+    assert call_cli(*words, tmp_path / "given", "--coordinates", "given")[0] == 0
+    assert call_cli(*words, tmp_path / "run", "--coordinates", "run")[0] == 0
+    images = [(tmp_path / name / "0000.png").read_bytes() for name in ("given", "run")]
+    assert images[0] != images[1]
+    file.write_text(json.dumps({"poses": scene_views.poses[:1].tolist()}))
+    assert call_cli(*words, tmp_path / "sampled")[0] == 0
+    file.write_text(json.dumps({"frames": [{**frames[0], **lens}, frames[1]]}))
+    code, result = call_cli(*words, tmp_path / "b", "--coordinates", "run")
+    assert code != 0 and "for all cameras, or for none" in str(result)

@@ -22,6 +22,7 @@ ROUNDED_PLACE = 3e-7  # the same if the axes seem to meet: float32's rounding of
 MAX_SAME_PLACE_DISTANCE = 100.0  # beyond it that spread is not larger: geographic coordinates have a distant origin
 SAME_PLACE_EXACTLY = 1e-9  # the same for cameras that look in parallel directions
 OUTWARD_DEGREES = 3.0  # spread of directions below which diverging axes say nothing about the convention
+MAX_ADVANCE = 2.0  # spread of positions along the viewing direction over that across it, beyond which cameras walk
 FAR_ORIGIN = 1000.0  # positions this many times further away than they spread are centred: float32 loses their digits
 # The nearest point is scaled to a distance of 1 / NEAR_BOUND_FACTOR, a little beyond the near plane of NDC at 1.
 NEAR_BOUND_FACTOR = 0.75
@@ -97,6 +98,12 @@ def arrange(
             raise DataError(f"{where}: {problem} {WAY_OUT}")
         warnings.warn(f"{where}: {problem}", stacklevel=3)
     layout = detect_layout(poses) if layout is None else layout
+    if layout == "forward" and (lengths := _measure_advance(poses))[0] > MAX_ADVANCE * lengths[1]:
+        warnings.warn(
+            f"{where}: the cameras advance along their viewing direction, as on a walk. A forward-facing scene has all "
+            "of its content in front of all cameras: what they pass is not modelled.",
+            stacklevel=3,
+        )
     place = (float(origin[0]), float(origin[1]), float(origin[2]))
     if layout == "object":
         near, far = bounds or estimate_depth_range(poses)
@@ -208,6 +215,14 @@ def compute_mean_pose(poses: np.ndarray) -> np.ndarray:
     mean = np.eye(4)
     mean[:3] = np.stack([right, np.cross(back, right), back, poses[:, :3, 3].mean(0)], axis=1)
     return mean
+
+
+def _measure_advance(poses: np.ndarray) -> tuple[float, float]:
+    """Return the spread of the positions along the mean viewing direction, and across it."""
+    offsets = poses[:, :3, 3] - poses[:, :3, 3].mean(0)
+    along = offsets @ _normalize(poses[:, :3, 2].sum(0))
+    total = float((offsets**2).sum(1).mean())
+    return float(np.sqrt((along**2).mean())), float(np.sqrt(max(0.0, total - (along**2).mean())))
 
 
 def _normalize(vector: np.ndarray) -> np.ndarray:

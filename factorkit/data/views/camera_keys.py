@@ -38,6 +38,7 @@ READ_KEYS = {
 # Keys that change the geometry in a way that is not modelled: refused unless they have this neutral value.
 REFUSED_KEYS = {
     "distortion_params": "a lens of other terms",
+    "cameras": "a list of cameras to which frames refer",
     "latlong": "a panorama",
     "equirectangular": "a panorama",
     "orthographic": "a camera without perspective",
@@ -55,6 +56,9 @@ REFUSED_KEYS = {
     "s1": "a thin-prism lens", "s2": "a thin-prism lens", "s3": "a thin-prism lens", "s4": "a thin-prism lens",
     "sx1": "a thin-prism lens", "sy1": "a thin-prism lens",
 }  # fmt: skip
+# Intrinsics as other programs write them.
+MATRIX_KEYS = ("K", "intrinsics", "intrinsic", "intrinsic_matrix", "camera_intrinsics")
+SYNONYMS = {"fx": "fl_x", "fy": "fl_y", "width": "w", "height": "h"}
 # World axes and scale are those of the file's matrices, whatever a program derives from these keys.
 WORLD_KEYS = (
     "applied_transform", "applied_scale", "orientation_override", "auto_scale_poses_override", "offset", "scale",
@@ -64,11 +68,42 @@ WORLD_KEYS = (
 
 def merge_settings(content: Mapping[str, Any], frame: Mapping[str, Any]) -> dict[str, Any]:
     """Return a frame's settings: its own, else the file's; its focal length replaces every kind of the file's."""
+    content, frame = _with_usual_keys(content), _with_usual_keys(frame)
     own = set(FOCAL_KEYS) & frame.keys()
     shared = {key: value for key, value in content.items() if key != "frames" and not (own and key in FOCAL_KEYS)}
     if {"camera_model", "is_fisheye"} & frame.keys():
         shared = {key: value for key, value in shared.items() if key not in ("camera_model", "is_fisheye")}
     return {**shared, **{key: value for key, value in frame.items() if value is not None}}
+
+
+def _with_usual_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with nerfstudio's keys for those of other programs: fx or a matrix K."""
+    result = dict(settings)
+    for key in MATRIX_KEYS:
+        values = _focal_and_centre(result.get(key))
+        if values is not None:
+            del result[key]
+            result = {**dict(zip(("fl_x", "fl_y", "cx", "cy"), values, strict=True)), **result}
+    for key, usual in SYNONYMS.items():
+        if key in result and usual not in result:
+            result[usual] = result.pop(key)
+    return result
+
+
+def _focal_and_centre(value: Any) -> tuple[float, float, float, float] | None:
+    """Return fx, fy, cx, cy of a matrix K, as rows or as 9 numbers in either order, or of 4 numbers; None of others."""
+    try:
+        k = np.array(value, dtype=np.float64)
+    except (ValueError, TypeError):
+        return None
+    if k.shape == (4,):
+        return float(k[0]), float(k[1]), float(k[2]), float(k[3])
+    if k.shape == (9,):
+        k = k.reshape(3, 3)
+        k = k.T if k[2, 0] else k
+    if k.shape not in ((3, 3), (3, 4), (4, 4)) or k[2, 0]:
+        return None
+    return float(k[0, 0]), float(k[1, 1]), float(k[0, 2]), float(k[1, 2])
 
 
 def refuse_unmodelled(settings: Mapping[str, Any], name: str, file: Path) -> None:
@@ -77,7 +112,7 @@ def refuse_unmodelled(settings: Mapping[str, Any], name: str, file: Path) -> Non
     Raises:
         DataError: one has another value than none, false, zero or the frame's own matrix.
     """
-    for key, meaning in REFUSED_KEYS.items():
+    for key, meaning in {**REFUSED_KEYS, **dict.fromkeys(MATRIX_KEYS, "another form of intrinsics")}.items():
         value = settings.get(key)
         if key.startswith("transform_matrix_") and value == settings.get("transform_matrix"):
             continue

@@ -69,12 +69,12 @@ def add_masks(
 
 def _match(names: Sequence[str], masks: Source) -> dict[str, int]:
     """Return the mask's index for the stem of each view's name that has one."""
-    folder = _common_folder(names)
+    folder = common_folder(names)
     images = FileSource(Path(), [name[len(folder) :] for name in names])
     return {_stem(names[i]): j for i, j in match_masks(images, masks)}
 
 
-def _common_folder(names: Sequence[str]) -> str:
+def common_folder(names: Sequence[str]) -> str:
     """Return the folder that all names begin with, with a slash; masks repeat only the folders below it."""
     parts = [PurePosixPath(name).parent.parts for name in names]
     common: list[str] = []

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from factorkit.data.files import format_examples, list_image_names
+from factorkit.data.files import fold_stem, format_examples, is_image, list_image_names
+from factorkit.data.masks import image_stems
+from factorkit.data.sources import FileSource
 from factorkit.data.video import is_video
 from factorkit.data.views.arrangement import Arrangement, arrange
 from factorkit.data.views.arrays import is_posed_array, read_posed_array
 from factorkit.data.views.colmap import is_colmap, read_colmap
 from factorkit.data.views.dtu import is_dtu, read_dtu
-from factorkit.data.views.foreground import add_masks
+from factorkit.data.views.foreground import add_masks, common_folder
 from factorkit.data.views.images import DEFAULT_FOV, read_images, read_video
 from factorkit.data.views.llff import is_llff, read_llff
 from factorkit.data.views.loading import LazyView, SceneSettings, load_views
@@ -42,7 +44,10 @@ POSED_FORMATS: tuple[tuple[Callable[[Path], bool], PosedReader], ...] = (
     (is_posed_array, read_posed_array),
 )
 EXPORTED_FILES = (("transforms.json", read_transforms), ("sparse/0/cameras.bin", read_colmap))  # by factorkit itself
-MASK_FOLDERS = ("masks", "mask")  # foreground masks beside the images of any layout
+# Foreground masks beside the images of any layout, in any case; others hold depth, labels or images as well.
+MASK_FOLDERS = ("masks", "mask", "segmentation", "segmentations", "seg", "silhouettes", "silhouette", "mattes", "matte")
+MAX_SCENE_DEPTH = 3  # folders below the given one that are searched for scenes
+MAX_SNIFFED_BYTES = 2**26  # of a JSON file that may list cameras
 # Signs of cameras in formats that are not read, with what to do.
 UNREAD_CAMERAS = (
     ("cams/*_cam.txt", "MVSNet's cameras"),
@@ -177,7 +182,7 @@ def list_views(
         if masks is None:
             if isinstance(loss_masks, (str, os.PathLike)):
                 settings = settings._replace(loss_folder=Path(loss_masks).expanduser())
-            given_masks = _find_mask_folder(path, settings)
+            given_masks = _find_masks(path, settings)
         views, notes = add_masks(views, settings, given_masks, loss_masks)
     elif path is not None and is_video(path):
         if given_masks is not None or loss_masks is not None:
@@ -231,16 +236,23 @@ def _is_none(masks: Any) -> bool:
     return isinstance(masks, str) and masks == "none"
 
 
-def _find_mask_folder(path: Path, settings: SceneSettings) -> Path | None:
-    """Return the folder of foreground masks beside the images, unless the files use it for loss masks."""
+def _find_masks(path: Path, settings: SceneSettings) -> Path | FileSource | None:
+    """Return the folder of foreground masks, unless the files use it for loss masks, or masks beside their images."""
     root = path if path.is_dir() else path.parent
-    for name in MASK_FOLDERS:
-        folder = root / name
-        if folder.is_dir() and list_image_names(folder):
+    folders = sorted(child for child in root.iterdir() if child.name.lower() in MASK_FOLDERS and child.is_dir())
+    for folder in sorted(folders, key=lambda folder: MASK_FOLDERS.index(folder.name.lower())):
+        if list_image_names(folder):
             loss = settings.loss_folder
             if loss is None or not (loss.resolve() == folder.resolve() or folder.resolve() in loss.resolve().parents):
                 return folder
-    return None
+    views = {fold_stem(name) for name in settings.names}
+    beside = []
+    for parent in {(root / name).parent for name in settings.names}:
+        files = sorted(parent.iterdir()) if parent.is_dir() else []
+        names = [file.relative_to(root).as_posix() for file in files if is_image(file.name)] if files else []
+        beside += [name for name in names if views.intersection(image_stems(name)[1:]) and fold_stem(name) not in views]
+    common = common_folder(settings.names)
+    return FileSource(root / common, [name[len(common) :] for name in sorted(beside)]) if beside else None
 
 
 def _reopen(views: Views, split: str | None, resolution: int | None, layout: SceneLayout | None) -> Views:
@@ -253,16 +265,34 @@ def _reopen(views: Views, split: str | None, resolution: int | None, layout: Sce
 
 def _check_single_scene(folder: Path) -> None:
     """Raise DataError if the subfolders are scenes: their images together are not one scene."""
-    children = sorted(child for child in folder.iterdir() if child.is_dir() and not is_output_folder(child))
-    scenes = [child.name for child in children if any(matches(child) for matches, _ in POSED_FORMATS)]
+    scenes = [scene.relative_to(folder).as_posix() for scene in _find_scenes(folder, MAX_SCENE_DEPTH)]
     if scenes:
         raise DataError(
             f"{folder}: contains {format_count(len(scenes), 'scene')} ({format_examples(scenes)}). Give one of them."
         )
 
 
+def _find_scenes(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield the scenes with cameras below a folder, none within another."""
+    for child in sorted(folder.iterdir()):
+        if not child.is_dir() or child.is_symlink() or child.name.startswith(".") or is_output_folder(child):
+            continue
+        if any(matches(child) for matches, _ in POSED_FORMATS):
+            yield child
+        elif depth > 1:
+            yield from _find_scenes(child, depth - 1)
+
+
 def _warn_about_unread_cameras(folder: Path) -> None:
-    """Warn if the folder has cameras in a format that is not read."""
+    """Warn if the folder has cameras in a format that is not read, or in a transforms file of another name."""
+    for listing in sorted(folder.glob("*.json")):
+        if listing.stat().st_size <= MAX_SNIFFED_BYTES and b'"transform_matrix"' in listing.read_bytes():
+            warnings.warn(
+                f"{folder}: {listing.name} lists cameras, but is not named transforms.json: the images are read without "
+                f"poses. To use the poses, give the file: {listing}.",
+                stacklevel=3,
+            )
+            return
     for pattern, what in UNREAD_CAMERAS:
         file = next(iter(sorted(folder.glob(pattern))), None)
         if file is not None:

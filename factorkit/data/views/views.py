@@ -15,6 +15,7 @@ SceneLayout = Literal["object", "forward"]
 
 RIGIDITY_TOLERANCE = 1e-3  # maximum error of R^T R; loose enough for files with few digits
 SKEW_TOLERANCE = 1e-4  # maximum skew of K in focal lengths; allows for rounding
+MIN_FOCAL = 0.088  # focal length over the image's side: a field of view of 160 degrees
 LOSS_MASK_THRESHOLD = 0.999  # share of a resized pixel that must be scored for it to be scored
 # Attributes with one row for each view.
 PER_VIEW = ("images", "intrinsics", "masks", "poses", "loss_masks", "content_sizes")
@@ -107,6 +108,13 @@ class Views:
         content = self.size if self.content_sizes is None else self.content_sizes[index].tolist()
         height, width = (max(1, round(side)) for side in content)
         return (height, width) if longer is None else target_size(longer, height, width)
+
+    def content_region(self, index: int, size: tuple[int, int]) -> tuple[slice, slice]:
+        """Return the rows and columns of a view without its padding in an image of the padded views at another size."""
+        sides = self.size if self.content_sizes is None else self.content_sizes[index].tolist()
+        lengths = [max(1, round(new * side / old)) for new, side, old in zip(size, sides, self.size, strict=True)]
+        starts = [(new - length) // 2 for new, length in zip(size, lengths, strict=True)]
+        return slice(starts[0], starts[0] + lengths[0]), slice(starts[1], starts[1] + lengths[1])
 
     def own_intrinsics(self, index: int, size: tuple[int, int]) -> Tensor:
         """Return K [3, 3] of a view without its padding in pixels of an image of this size."""
@@ -263,7 +271,7 @@ def _check_views(views: Views) -> None:
         raise DataError(f"two views are named {max(views.names, key=views.names.count)}; names must be unique")
     if views.poses is not None:
         check_rigid(views.poses, views.names)
-    _check_intrinsics(views.intrinsics, views.names)
+    _check_intrinsics(views.intrinsics, views.names, height, width)
     if views.near is not None and views.far is not None and not 0 <= views.near < views.far:
         raise DataError(f"near={views.near:g} and far={views.far:g}: need 0 <= near < far")
     if views.masks is not None and not (views.masks > 0.5).any():
@@ -274,9 +282,16 @@ def _check_views(views: Views) -> None:
         raise DataError(f'layout={views.layout!r}: give "object" or "forward"')
 
 
-def _check_intrinsics(intrinsics: Tensor, names: Sequence[str]) -> None:
+def _check_intrinsics(intrinsics: Tensor, names: Sequence[str], height: int, width: int) -> None:
     if (intrinsics.diagonal(dim1=1, dim2=2)[:, :2] <= 0).any():
         raise DataError("intrinsics: a focal length is not positive")
+    is_wide = (intrinsics.diagonal(dim1=1, dim2=2)[:, :2] < MIN_FOCAL * torch.tensor([width, height])).any(1)
+    if is_wide.any():
+        worst = intrinsics[int(is_wide.int().argmax()), 0, 0].item()
+        raise DataError(
+            f"intrinsics: the focal length of {_name_first(names, is_wide)} is {worst:.4g} pixels for images of "
+            f"{width} x {height}, a field of view beyond 160 degrees. Give intrinsics in pixels."
+        )
     is_skewed = intrinsics[:, [0, 1], [1, 0]].abs().amax(1) > SKEW_TOLERANCE * intrinsics[:, 0, 0]
     if is_skewed.any():
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def check_frames(path: Path, source: str, *, overwrite: bool = False) -> None:
 
 
 def write_frames(
-    path: Path, images: Tensor, rate: int = 30, *, source: str = "render", overwrite: bool = False
+    path: Path, images: Tensor | Sequence[Tensor], rate: int = 30, *, source: str = "render", overwrite: bool = False
 ) -> Path:
     """Write images [B, 3, H, W] in [0, 1] to ``path``: .gif, .mp4, or without a suffix a folder of PNG files.
 
@@ -37,7 +38,9 @@ def write_frames(
         ConfigError: another suffix, or the packages that write videos are missing.
     """
     check_frames(path, source, overwrite=overwrite)
-    frames, suffix = images_to_pixels(images), path.suffix.lower()
+    frames, suffix = [images_to_pixels(image[None])[0] for image in images], path.suffix.lower()
+    if suffix and len({frame.shape for frame in frames}) > 1:
+        raise ConfigError(f"{path}: the images have several sizes; write them to a folder, or give size= (--size)")
     if suffix == "":
         with OutputRecord(path, overwrite=overwrite) as record:
             record.write({f"{i:04d}.png": Image.fromarray(frame).save for i, frame in enumerate(frames)}, source)
@@ -47,7 +50,7 @@ def write_frames(
             first, *rest = (Image.fromarray(frame) for frame in frames)
             first.save(temporary, save_all=True, append_images=rest, duration=round(1000 / rate), loop=0)
         else:
-            _write_video(temporary, frames, rate)
+            _write_video(temporary, np.stack(frames), rate)
     return path
 
 

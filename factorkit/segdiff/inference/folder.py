@@ -186,6 +186,8 @@ class _FolderJob:
         ]
         numbers = self.manifest.number_images()
         done = [self.manifest.has(i, stems[i], self.formats, num_regions, self.record) for i in range(count)]
+        if not all(done):  # another image may change the depth of all
+            done = [is_done and not self.manifest.has_other_depth(i) for i, is_done in enumerate(done)]
         first = range(min(OVERVIEW_IMAGES, count))
         is_shown = self.record.source_of(self.overview_name) == self.overview_source and self.overview.exists()
         overview_due = not is_shown or any(not done[i] and not self.manifest.failed(i) for i in first)
@@ -340,7 +342,10 @@ class _FolderJob:
         except Exception as error:
             self._skip_or_raise(item, error)
         else:
-            self.manifest.add(item.number, item.stamp, record)
+            depths = self.source.depths
+            self.manifest.add(
+                item.number, item.stamp, record | ({"depths": depths.decide()} if depths.is_decided else {})
+            )
         return item.number
 
     def _skip_or_raise(self, item: _Item, error: Exception) -> None:

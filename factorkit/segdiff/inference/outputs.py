@@ -103,6 +103,7 @@ class _Finished(NamedTuple):
     image_id: int
     sizes: dict[str, int] | None  # in bytes, by ending; None if the image could not be segmented
     annotated: bool
+    depths: dict[str, int] | None  # of the set of images of more than 8 bits that it was read in
 
 
 class Manifest:
@@ -185,6 +186,11 @@ class Manifest:
                 self.changed_files.append(f"{stem}_{end}")
         return True
 
+    def has_other_depth(self, index: int) -> bool:
+        """Return whether a finished image of a set of more than 8 bits was read with other depths than now."""
+        depths = self._images[self.inputs[index]].depths
+        return depths is not None and depths != self.source.depths.decide()
+
     def failed(self, index: int) -> bool:
         """Return whether the last attempt at the image failed and it has not changed since."""
         image = self._images.get(self.inputs[index])
@@ -236,7 +242,7 @@ class Manifest:
         sizes, image_id = None if "skipped" in line else line["files"], line.get("image_id", 0)
         annotated = sizes is not None and line.get("annotations") is not None
         self._images.pop(source, None)
-        self._images[source] = _Finished(offset, key, line.get("stamp"), image_id, sizes, annotated)
+        self._images[source] = _Finished(offset, key, line.get("stamp"), image_id, sizes, annotated, line.get("depths"))
 
 
 def file_endings(formats: Sequence[str], num_regions: int) -> list[str]:

@@ -7,6 +7,7 @@ masks are averaged over time where the image does not move.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -271,11 +272,24 @@ class VideoWriter:
     def _open_sound(self, path: Path) -> None:
         for index in range(len(self._open_input(path).streams.audio)):
             stream = self._open_input(path).streams.audio[index]
-            if stream.codec_context.name in self._container.supported_codecs:
+            if self._can_hold(path, index):
                 self._sounds.append(self._read_packets(stream, self._container.add_stream_from_template(stream)))
             else:
-                encoder = self._container.add_stream(SOUND_CODEC, rate=stream.rate, layout=stream.layout.name)
+                layout = {1: "mono", 2: "stereo"}.get(stream.layout.nb_channels, stream.layout.name)  # may be unnamed
+                encoder = self._container.add_stream(SOUND_CODEC, rate=stream.rate, layout=layout)
                 self._sounds.append(self._encode_anew(stream, encoder))
+
+    def _can_hold(self, path: Path, index: int) -> bool:
+        """Return whether the container holds the codec of a sound: only writing a piece of it shows it."""
+        try:
+            stream = self._open_input(path).streams.audio[index]
+            with self._av.open(io.BytesIO(), "w", format=self._container.format.name) as trial:
+                packets = self._read_packets(stream, trial.add_stream_from_template(stream))
+                trial.start_encoding()
+                trial.mux(next(packets, (0, []))[1])
+        except (self._av.FFmpegError, ValueError):
+            return False
+        return True
 
     def _open_input(self, path: Path) -> Any:
         return self._stack.enter_context(self._av.open(self._stack.enter_context(open(path, "rb"))))

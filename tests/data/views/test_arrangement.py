@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from factorkit.data import make_procedural_views, open_views
-from factorkit.data.views.arrangement import find_convention_problem
+from factorkit.data.views.arrangement import arrange, find_convention_problem
 from factorkit.metrics.pose import pose_errors
-from factorkit.rendering import orbit
+from factorkit.rendering import look_at, orbit
 from factorkit.utils.errors import DataError
 
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -150,3 +150,12 @@ def test_llff_turntable_is_object_with_masks(tmp_path, scene):
     (folder / "masks/03.png").unlink()
     with pytest.raises(DataError, match=r"no mask for 1 of 12 views, the first is images/03.png"):
         open_views(folder)
+
+
+@pytest.mark.parametrize(("direction", "warned"), [((1.0, 0.2, 0.0), True), ((0.2, 1.0, 0.0), False)])
+def test_forward_cameras_that_advance_are_named(scene, recwarn, direction, warned):
+    """Cameras on a line that look along x."""
+    eye = torch.linspace(0, 5, 9)[:, None] * torch.tensor(direction)
+    poses = look_at(eye, eye + torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 0, 1])).double().numpy()
+    assert arrange(poses, None, None, "here").layout == "forward"
+    assert any("advance along their viewing direction" in str(w.message) for w in recwarn) == warned

@@ -223,3 +223,35 @@ def test_frames_in_formats_that_are_not_read_are_named_as_such(write, monkeypatc
     file.write_text(file.read_text().replace(".png", ".exr"))
     with pytest.raises(DataError, match="formats that are not read: 4 .exr"):
         open_views(folder)
+
+
+K = [[30.0, 0, 19], [0, 31, 18], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fx": 30.0, "fy": 31.0, "cx": 19.0, "cy": 18.0, "width": SIZE, "height": SIZE},
+        {"K": K, "w": SIZE, "h": SIZE},
+        {"intrinsics": [30.0, 31.0, 19.0, 18.0], "w": SIZE, "h": SIZE},
+        {"camera_intrinsics": [30.0, 0, 19, 0, 31, 18, 0, 0, 1], "w": SIZE, "h": SIZE},
+        {"intrinsic_matrix": [30.0, 0, 0, 0, 31, 0, 19, 18, 1], "w": SIZE, "h": SIZE},
+    ],
+)
+@pytest.mark.parametrize("of_frame", [False, True])
+def test_intrinsics_under_other_keys_are_read(write, settings, of_frame):
+    folder = write(settings, **FOCAL) if of_frame else write(**settings)
+    assert open_views(folder).intrinsics[1].tolist() == K
+
+
+@pytest.mark.parametrize(
+    "settings", [{"cameras": [{"fl_x": 20}], "camera_id": 0}, {"intrinsics": {"f": 3}}, {"K": [[1, 2]]}]
+)
+def test_intrinsics_of_another_form_are_refused_by_name(write, settings):
+    with pytest.raises(DataError, match=f"`{next(iter(settings))}` = .* not supported"):
+        open_views(write(settings, **FOCAL))
+
+
+def test_normalised_intrinsics_are_refused(write):
+    with pytest.raises(DataError, match=r"focal length of images/0.png .* is 0.6 pixels .* in pixels"):
+        open_views(write(fl_x=0.6, fl_y=0.6, cx=0.5, cy=0.5, w=SIZE, h=SIZE))

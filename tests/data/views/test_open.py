@@ -313,3 +313,34 @@ def test_llff_more_images_than_poses_without_a_sign_are_refused(tmp_path, scene)
     (tmp_path / "view_imgs.txt").write_text("000.png\n")
     with pytest.raises(DataError, match="5 poses, but .*images has 9 images.*view_imgs.txt"):
         open_views(tmp_path)
+
+
+def write_posed(folder, scene, name="transforms.json"):
+    frames = []
+    for i in range(9):
+        save_rgb(folder / f"images/{i}.png", scene.images[i])
+        frames.append({"file_path": f"images/{i}.png", "transform_matrix": scene.poses[i].tolist()})
+    (folder / name).write_text(json.dumps({"camera_angle_x": 0.7, "frames": frames}))
+
+
+@pytest.mark.parametrize("form", ["Masks/{}.png", "segmentation/{}.png", "images/{}_mask.png", "images/mask_{}.png"])
+def test_foreground_masks_beside_posed_images_are_found(tmp_path, scene, form):
+    write_posed(tmp_path, scene)
+    for i in range(9):
+        save_rgb(tmp_path / form.format(i), scene.masks[i].round().expand(3, -1, -1))
+    views = open_views(tmp_path, "test")
+    torch.testing.assert_close(views.masks, scene.masks[[0, 8]].round(), atol=0.003, rtol=0)
+    assert "9 foreground masks" in views.notes[-1]
+
+
+def test_scene_some_folders_below_is_named(tmp_path, scene):
+    write_posed(tmp_path / "a/b", scene)
+    with pytest.raises(DataError, match=r"contains 1 scene \(a/b\)"):
+        open_views(tmp_path)
+
+
+def test_transforms_file_of_another_name_is_named(tmp_path, scene):
+    write_posed(tmp_path, scene, "my_cameras.json")
+    with pytest.warns(UserWarning, match=r"my_cameras.json lists cameras.* give the file"):
+        assert open_views(tmp_path).poses is None
+    assert open_views(tmp_path / "my_cameras.json").poses is not None

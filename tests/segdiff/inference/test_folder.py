@@ -115,6 +115,25 @@ def test_segment_folder_writes_requested_formats_and_adds_more(run, photos, tmp_
         segment_quietly(run, folder, out, workers=0)
 
 
+def test_segment_folder_brighter_image_changes_the_depth_of_all(run, tmp_path):
+    values = np.linspace(0, 255, 20 * 20).reshape(20, 20).astype(np.uint16)
+    (tmp_path / "deep").mkdir()
+    for name, factor in (("a", 16), ("b", 1)):
+        Image.fromarray(values * factor).save(tmp_path / f"deep/{name}.png")
+
+    def segment():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = run.segment_folder(tmp_path / "deep", tmp_path / "out", progress=False)
+        return result.segmented - result.already, " ".join(str(warning.message) for warning in caught)
+
+    done, note = segment()
+    assert done == 2 and "read as 12 bits" in note
+    assert segment() == (0, "")
+    Image.fromarray(values * 257).save(tmp_path / "deep/c.png")
+    assert segment()[0] == 3
+
+
 def test_segment_folder_second_call_redoes_only_changes(run, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(segment_folder, "OVERVIEW_IMAGES", 1)
     folder, out = photos(), tmp_path / "out"

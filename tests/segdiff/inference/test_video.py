@@ -222,7 +222,8 @@ def test_segment_video_keeps_uneven_times_of_gif(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sound", "suffix", "codec"), [("aac", ".mp4", "aac"), ("pcm_s16le", ".mp4", None), ("flac", ".mkv", "flac")]
+    ("sound", "suffix", "codec"),
+    [("aac", ".mp4", "aac"), ("pcm_s16le", ".mp4", None), ("flac", ".mkv", "flac"), ("flac", ".mov", "aac")],
 )
 def test_segment_video_keeps_the_sound(run, tmp_path, sound, suffix, codec):
     write_clip(tmp_path / "in.mkv", UNEVEN, sound=sound)
