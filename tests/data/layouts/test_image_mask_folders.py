@@ -27,6 +27,8 @@ LAYOUTS = {
     "segmentation ending": ("{}.jpg", "{}_segmentation.png"),
     "mask beginning": ("images/{}.jpg", "images/mask_{}.png"),
     "whole name": ("images/{}.jpg", "masks/{}.jpg.png"),
+    "masks in a folder of their own below": ("images/{}.jpg", "annotations/trimaps/{}.png"),
+    "images in a folder of their own below": ("images/all/part/{}.jpg", "masks/{}.png"),
     "masks below images": ("{}.jpg", "masks/{}.png"),
     "masks beside another folder": ("holiday/{}.jpg", "masks/{}.png"),
 }
