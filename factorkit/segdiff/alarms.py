@@ -1,10 +1,9 @@
 """Label-free alarms: whether the regions follow the content, which the loss does not show.
 
 A factorized model can denoise equally well with regions that are positions, noise, or a single region. Each quantity
-here separates one of those failures from success. The thresholds separated runs above IoU .83 from failed ones on
-photos and drawings of flowers at 32 px. Where colour does not separate object from background, the eta gap of a good
-run may be lower, so a failure is a warning that quotes its figures; and passing certifies that regions follow content,
-not that they are objects.
+here separates one of those failures from success; docs/segmenting.md has the table of true and false alarms. Where
+colour does not separate object from background, the figures of a good run may be lower, so a failure is a warning that
+quotes them; and passing certifies that regions follow content, not that they are objects.
 """
 
 from __future__ import annotations
@@ -18,13 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from factorkit.report.content import Check, all_failures, log_checks
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.errors import ConfigError, DataError, format_count
 
 MIN_ETA_GAP = 0.3  # success .40-.51, failure 0-.15
 MIN_POSITION_SHARE, MAX_POSITION_SHARE = 0.05, 0.8  # success .20-.42, positional .91-1, collapsed about 0
-MAX_BOUNDARY_LENGTH = 0.2  # success .05, dithered .45
+MAX_BOUNDARY_LENGTH = 0.6  # of that of shuffled pixels: success .1-.36 from 16 px on, dithered .9-1
 MIN_FLIP_AGREEMENT = 0.5  # success .92 and more, positional about 0
 MAX_MEAN_MASK_AGREEMENT = 0.9
+MIN_COLOR_SHARE = 0.65  # success .87-.95, failure .05-.51
+MIN_JUDGED_STEPS = 100  # masks of shorter trainings still change
 TWO_MEANS_ITERATIONS = 15  # enough for two clusters in three dimensions
 MIN_AREA = 0.01  # below it a region is dead; with all others dead, the masks have collapsed
 CHECKS = (
@@ -34,6 +35,7 @@ CHECKS = (
     "boundary length",
     "flip agreement",
     "eta gap",
+    "explained colour",
     "agreement with 2-means",
 )
 
@@ -53,13 +55,15 @@ class Alarms:
         areas: share of all pixels in each region [K].
         confidence: mean probability of the most probable region; in [1/K, 1].
         entropy: mean entropy of the soft masks as a share of log K; in [0, 1].
-        error: of a spatial mixture, the noise it cannot separate from the image
+        error: of a spatial mixture or object masks, the noise it cannot separate from the image
             (:func:`~factorkit.segdiff.masks.spatial_mixture.unexplained_noise`); else None. Good mixtures may have a
             low eta gap, so where there is an error the eta gap is neither judged nor ranked by.
         mean_mask_agreement: agreement (Cohen's kappa) of the masks with their own mean over all images; 1 if they are
             the same for every image. None: not measured.
         two_means_agreement: mean agreement (Cohen's kappa) with two colour clusters of each image, to each of which
             every region is assigned by majority; 1 if the regions are the colour clusters. None: not measured.
+        color_share: colour variance that an image's own hard masks explain, over that which its two colour clusters do;
+            0 for images of one colour. None: not measured.
     """
 
     eta_gap: float
@@ -72,9 +76,13 @@ class Alarms:
     error: float | None = None
     mean_mask_agreement: float | None = None
     two_means_agreement: float | None = None
+    color_share: float | None = None
 
-    def checks(self) -> list[Check]:
-        """Return what was checked, with values and limits, and what was not, with the reason."""
+    def checks(self, steps: int | None = None) -> list[Check]:
+        """Return what was checked, with values and limits, and what was not, with the reason.
+
+        After fewer than MIN_JUDGED_STEPS training steps no check of content counts as passed.
+        """
         areas = "/".join(f"{area:.2f}" for area in self.areas)
         dead = [k for k, area in enumerate(self.areas) if area < MIN_AREA]
         collapsed = len(dead) == len(self.areas) - 1
@@ -87,6 +95,7 @@ class Alarms:
             reason = "since all pixels lie in one region"
             return checks + [Check(name, not_run=reason) for name in CHECKS[1:]]
 
+        boundary_length = self.boundary_length / max(1e-6, 1 - sum(area**2 for area in self.areas))
         position = []
         if self.position_share > MAX_POSITION_SHARE:
             position.append(
@@ -99,8 +108,8 @@ class Alarms:
                 f"their variance, as in noise or near collapse (areas {areas})"
             )
         boundary = (
-            f"dithered masks: {self.boundary_length:.2f} > {MAX_BOUNDARY_LENGTH} of neighbouring pixels lie in "
-            "different regions"
+            f"dithered masks: their boundaries are {boundary_length:.2f} > {MAX_BOUNDARY_LENGTH} of those of the same "
+            "pixels in random order"
         )
         flip = (
             f"masks do not turn with the image: agreement with the mirror image's is {self.flip_agreement:.2f} < "
@@ -108,7 +117,7 @@ class Alarms:
         )
         gap = (
             f"masks are not about content: they explain {self.eta_gap:.2f} < {MIN_ETA_GAP} more of their image's "
-            "colour than another image's masks do (a good run may be lower where colour does not tell objects)"
+            "colour than another image's masks do (a good run may be lower where colour does not separate objects)"
         )
         mean = (
             f"split by position: the masks agree {self.mean_mask_agreement or 0:.2f} > {MAX_MEAN_MASK_AGREEMENT} with "
@@ -118,16 +127,30 @@ class Alarms:
         checks += [
             Check("position share", self.position_share, low, high, tuple(position)),
             _check_limit("agreement with the mean mask", self.mean_mask_agreement, mean, high=MAX_MEAN_MASK_AGREEMENT),
-            _check_limit("boundary length", self.boundary_length, boundary, high=MAX_BOUNDARY_LENGTH),
+            _check_limit("boundary length", boundary_length, boundary, high=MAX_BOUNDARY_LENGTH),
             _check_limit("flip agreement", self.flip_agreement, flip, low=MIN_FLIP_AGREEMENT),
         ]
+        color = (
+            f"masks are not about content: they explain {self.color_share or 0:.2f} < {MIN_COLOR_SHARE} of the colour "
+            "that two colour clusters of each image explain"
+        )
         if self.error is None:
-            checks.append(_check_limit("eta gap", self.eta_gap, gap, low=MIN_ETA_GAP, decisive=True))
+            content = [_check_limit("eta gap", self.eta_gap, gap, low=MIN_ETA_GAP, decisive=True)]
         else:
             reason = f"since regions of a mixture have no colours of their own (value {self.eta_gap:.2f})"
-            checks.append(Check("eta gap", not_run=reason))
-        # Agreement with colour clusters is no failure: it says what the regions are.
-        return [*checks, _check_limit("agreement with 2-means", self.two_means_agreement, "")]
+            content = [Check("eta gap", not_run=reason)]
+        content += [
+            _check_limit("explained colour", self.color_share, color, low=MIN_COLOR_SHARE, decisive=True),
+            # Agreement with colour clusters is no failure: it says what the regions are.
+            _check_limit("agreement with 2-means", self.two_means_agreement, ""),
+        ]
+        if steps is not None and steps < MIN_JUDGED_STEPS:
+            reason = f"since {format_count(steps, 'step')} of training are fewer than {MIN_JUDGED_STEPS}"
+            content = [
+                check if check.failures or check.value is None else Check(check.name, not_run=reason)
+                for check in content
+            ]
+        return checks + content
 
     def failures(self) -> list[str]:
         """Describe each failure with its figures; empty if the regions seem to follow the content."""
@@ -146,10 +169,10 @@ class Alarms:
         rank = self.eta_gap if self.error is None else -self.error
         return rank if self.ok else rank - 2
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the quantities, ``checks`` and ``failures`` for a line of the log."""
+    def to_dict(self, steps: int | None = None) -> dict[str, Any]:
+        """Return the quantities, ``checks`` and ``failures`` after ``steps`` training steps for a line of the log."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
-        return values | log_checks(self.checks())
+        return values | log_checks(self.checks(steps))
 
 
 def _check_limit(
@@ -188,8 +211,9 @@ def measure_alarms(images: Tensor, masks: Tensor, masks_of_flipped: Tensor) -> A
     images, masks = images.float(), masks.float()
     hard, hard_flipped = _one_hot(masks), _one_hot(masks_of_flipped).flip(3)
     entropy = -torch.special.xlogy(masks, masks).sum(1).mean() / math.log(regions)
+    explained, clusters = _explained(images, hard), cluster_colors(images)
     return Alarms(
-        eta_gap=float(_explained(images, hard) - _explained(images, hard.roll(1, 0))),
+        eta_gap=float(explained - _explained(images, hard.roll(1, 0))),
         position_share=_position_share(hard),
         boundary_length=_boundary_length(hard),
         flip_agreement=_kappa(hard, hard_flipped),
@@ -197,22 +221,22 @@ def measure_alarms(images: Tensor, masks: Tensor, masks_of_flipped: Tensor) -> A
         confidence=float(masks.amax(1).mean()),
         entropy=float(entropy),
         mean_mask_agreement=_kappa(hard, _one_hot(hard.mean(0, keepdim=True)).expand_as(hard)),
-        two_means_agreement=two_means_agreement(images, hard),
+        two_means_agreement=two_means_agreement(clusters, hard),
+        color_share=float(explained / _explained(images, clusters).clamp_min(1e-6)),
     )
 
 
-def two_means_agreement(images: Tensor, hard: Tensor) -> float:
+def two_means_agreement(cluster: Tensor, hard: Tensor) -> float:
     """Return the mean over images of Cohen's kappa between regions and two colour clusters.
 
     Args:
-        images: [N, 3, H, W].
+        cluster: one-hot clusters [N, 2, H, W].
         hard: one-hot regions [N, K, H, W]; each counts as the cluster that most of its pixels are in.
     """
-    cluster = _one_hot(cluster_colors(images))
     shared = torch.einsum("nkhw,nchw->nkc", hard, cluster)
     assigned = _one_hot(shared.movedim(1, 2)).movedim(1, 2)
     regions = torch.einsum("nkhw,nkc->nchw", hard, assigned)
-    return sum(_kappa(a[None], b[None]) for a, b in zip(regions, cluster, strict=True)) / len(images)
+    return sum(_kappa(a[None], b[None]) for a, b in zip(regions, cluster, strict=True)) / len(hard)
 
 
 def cluster_colors(images: Tensor) -> Tensor:

@@ -18,13 +18,14 @@ from factorkit.report.content import (
     format_number,
     judged_alarms,
     passed_decisively,
+    read_checks,
     sorted_baselines,
     summarise_checks,
 )
 from factorkit.segdiff.alarms import (
-    MAX_BOUNDARY_LENGTH,
     MAX_MEAN_MASK_AGREEMENT,
     MAX_POSITION_SHARE,
+    MIN_COLOR_SHARE,
     MIN_ETA_GAP,
     MIN_FLIP_AGREEMENT,
     MIN_POSITION_SHARE,
@@ -43,8 +44,8 @@ def judge_regions(log: Log, scores: Record) -> Verdict:
     alarms, failures = judged_alarms(log)  # a model without masks logs the event without failures
     iou, best = scores.get("iou"), best_baseline(scores)
     details = [] if alarms is None else summarise_checks(log)
-    color_agreement = (alarms or {}).get("two_means_agreement")
-    follows_color = is_number(color_agreement) and color_agreement >= COLOR_AGREEMENT
+    agreement = [check.get("value") for check in read_checks(log) if check.get("name") == "agreement with 2-means"]
+    follows_color = any(is_number(value) and value >= COLOR_AGREEMENT for value in agreement)
     subject = "The regions follow colour" if follows_color else "The masks follow content"
 
     if is_number(iou):
@@ -86,6 +87,7 @@ def headline_tiles(alarms: Record, scores: Record) -> list[Tile]:
         Tile("IoU", format_number(scores.get("iou")), f"best baseline {best[1]:.3f}" if best else ""),
         Tile("IoU, per-image oracle", format_number(scores.get("oracle_iou")), "an upper bound"),
         Tile("eta gap", format_number(alarms.get("eta_gap")), f"alarm below {MIN_ETA_GAP}"),
+        Tile("explained colour", format_number(alarms.get("color_share")), f"alarm below {MIN_COLOR_SHARE}"),
     ]
 
 
@@ -104,7 +106,7 @@ REPORT = ReportContent(
     alarm_limits={
         "eta_gap": AlarmLimits("eta gap", low=MIN_ETA_GAP),
         "position_share": AlarmLimits("position share", low=MIN_POSITION_SHARE, high=MAX_POSITION_SHARE),
-        "boundary_length": AlarmLimits("boundary length", high=MAX_BOUNDARY_LENGTH),
+        "color_share": AlarmLimits("explained colour", low=MIN_COLOR_SHARE),
         "flip_agreement": AlarmLimits("flip agreement", low=MIN_FLIP_AGREEMENT),
         "mean_mask_agreement": AlarmLimits("agreement with the mean mask", high=MAX_MEAN_MASK_AGREEMENT),
     },

@@ -116,7 +116,28 @@ def test_failures_masks_of_other_images_name_missing_content(scene):
     shuffled = inside.roll(N // 2, 0)
     alarms = measure_alarms(images, soften_labels(shuffled), soften_labels(shuffled.flip(2)))
     assert read_failure_names(alarms) == {"masks are not about content"}
+    assert len(alarms.failures()) == 2, "by the eta gap and by the colour they explain"
     assert "0.3" in alarms.failures()[0]
+
+
+def test_color_share_equals_the_explained_colour_over_that_of_two_clusters(scene):
+    images, inside = scene
+    alarms = measure_alarms(images, soften_labels(inside), soften_labels(inside.flip(2)))
+    assert 0.95 < alarms.color_share <= 1
+    half = torch.zeros_like(inside)
+    half[:, : SIZE // 2] = True
+    assert measure_alarms(images, soften_labels(half), soften_labels(half)).color_share < 0.2
+    blank = torch.zeros_like(images)
+    assert measure_alarms(blank, soften_labels(inside), soften_labels(inside.flip(2))).color_share == 0
+
+
+def test_failures_short_boundaries_at_few_pixels_are_no_dithering():
+    """Random squares of 2 x 2 pixels have 0.25 of the neighbours in another region; random pixels have 0.5."""
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(N, 8, 8, generator=generator) < 0.5).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    images = torch.where(labels[:, None], 0.8, -0.5).expand(-1, 3, -1, -1)
+    alarms = measure_alarms(images, soften_labels(labels), soften_labels(labels.flip(2)))
+    assert alarms.boundary_length > 0.2 and "dithered masks" not in read_failure_names(alarms)
 
 
 def test_eta_gap_equals_own_minus_foreign_share_of_variance():

@@ -12,15 +12,17 @@ from factorkit.segdiff.verdict import REPORT, judge_regions, read_verdict, write
 
 SPLIT = "split by position: position alone explains 0.95 > 0.8 of the masks' variance"
 BASELINES = {"centre_disc": {"iou": 0.571}, "2-means": {"iou": 0.866}, "GrabCut": {"unavailable": "no opencv"}}
-CONTENT = Alarms(0.45, 0.4, 0.05, 0.95, [0.4, 0.6], 0.9, 0.1, None, 0.5, 0.4)
+CONTENT = Alarms(0.45, 0.4, 0.05, 0.95, [0.4, 0.6], 0.9, 0.1, None, 0.5, 0.4, 0.9)
 COLOUR = dataclasses.replace(CONTENT, two_means_agreement=0.99)
 POSITIONAL = dataclasses.replace(CONTENT, position_share=0.95)
 COLLAPSED = dataclasses.replace(CONTENT, areas=[0.0, 1.0])
 MIXTURE = dataclasses.replace(CONTENT, error=0.2)
+PALE = dataclasses.replace(CONTENT, error=0.2, color_share=0.5)
+UNMEASURED = dataclasses.replace(CONTENT, error=0.2, color_share=None)
 
 
-def logged(alarms: Alarms) -> list[dict]:
-    return [{"event": "alarms", "step": 40, **alarms.to_dict()}]
+def logged(alarms: Alarms, steps: int | None = None) -> list[dict]:
+    return [{"event": "alarms", "step": 40, **alarms.to_dict(steps)}]
 
 
 @pytest.mark.parametrize(
@@ -29,14 +31,17 @@ def logged(alarms: Alarms) -> list[dict]:
         (CONTENT, 0.874, "good", "The masks beat every baseline"),
         (CONTENT, 0.5, "mixed", "The masks follow content, but do not beat the best baseline, 2-means"),
         (COLOUR, 0.86, "mixed", "The regions follow colour, but do not beat the best baseline, 2-means"),
-        (MIXTURE, 0.5, "bad", "The masks do not beat the best baseline"),
+        (MIXTURE, 0.5, "mixed", "The masks follow content, but do not beat the best baseline, 2-means"),
+        (UNMEASURED, 0.5, "bad", "The masks do not beat the best baseline"),
         (POSITIONAL, 0.874, "mixed", "although an alarm went off"),
         (POSITIONAL, 0.5, "bad", "Failed: split by position"),
         (POSITIONAL, None, "bad", "Failed: split by position"),
         (COLLAPSED, None, "bad", "Failed: collapsed to one region"),
         (CONTENT, None, "open", "The masks follow content; whether they are objects was not checked"),
         (COLOUR, None, "open", "The regions follow colour; whether they are objects was not checked"),
-        (MIXTURE, None, "open", "No verdict: no check that separates right from wrong runs has run"),
+        (MIXTURE, None, "open", "The masks follow content; whether they are objects was not checked"),
+        (PALE, None, "bad", "Failed: masks are not about content"),
+        (UNMEASURED, None, "open", "No verdict: no check that separates right from wrong runs has run"),
     ],
 )
 def test_judge_regions_weighs_checks_and_scores(alarms, iou, status, words):
@@ -55,7 +60,17 @@ def test_every_check_is_one_sentence_with_value_and_limit_or_reason():
     assert any(line.startswith("eta gap: not run, since regions of a mixture have no colours") for line in lines)
     collapsed = summarise_checks(logged(COLLAPSED))
     assert "smallest area: failed, 0.000 (at least 0.01)." in collapsed
-    assert sum("not run, since all pixels lie in one region" in line for line in collapsed) == 6
+    assert sum("not run, since all pixels lie in one region" in line for line in collapsed) == 7
+
+
+@pytest.mark.parametrize("alarms", [CONTENT, COLOUR, MIXTURE])
+def test_a_training_of_few_steps_is_never_said_to_follow_content(alarms):
+    verdict = judge_regions(logged(alarms, 25), {})
+    assert verdict.status == "open" and verdict.headline.startswith("No verdict: no check")
+    assert "explained colour: not run, since 25 steps of training are fewer than 100." in verdict.details
+    assert judge_regions(logged(alarms, 100), {}).headline.endswith("whether they are objects was not checked")
+    failed = dataclasses.replace(alarms, color_share=0.1)
+    assert judge_regions(logged(failed, 25), {}).headline == "Failed: masks are not about content"
 
 
 def test_a_log_without_checks_is_never_green():
@@ -97,4 +112,4 @@ def test_judge_regions_model_without_masks_is_not_judged():
 
 def test_headline_tiles_name_the_best_baseline():
     tiles = REPORT.tiles({"eta_gap": 0.4}, {"iou": 0.874, "baselines": BASELINES})
-    assert [tile.value for tile in tiles] == ["0.874", "", "0.400"] and tiles[0].note == "best baseline 0.866"
+    assert [tile.value for tile in tiles] == ["0.874", "", "0.400", ""] and tiles[0].note == "best baseline 0.866"

@@ -140,7 +140,7 @@ def test_dtu_scene_matches_original(tmp_path, scene):
     scale[:3, 3] = [10, -20, 600]
     for i in range(COUNT):
         save(tmp_path / f"image/{i:03d}.png", scene.images[i])
-        Image.fromarray(scene.masks[i, 0].mul(255).round().byte().numpy()).save(_made(tmp_path / f"mask/{i:03d}.png"))
+        Image.fromarray(scene.masks[i, 0].mul(255).round().byte().numpy()).save(_make(tmp_path / f"mask/{i:03d}.png"))
         arrays[f"world_mat_{i}"] = (
             -2.5 * k @ np.linalg.inv(scene.poses[i].double().numpy() @ FLIP) @ np.linalg.inv(scale)
         )
@@ -155,7 +155,7 @@ def test_dtu_scene_matches_original(tmp_path, scene):
         open_views(tmp_path)
 
 
-def _made(path):
+def _make(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -163,11 +163,11 @@ def _made(path):
 def test_nsvf_scene_matches_original(tmp_path, scene):
     k = np.eye(4)
     k[:3, :3] = scene.intrinsics[0].double().numpy()
-    np.savetxt(_made(tmp_path / "intrinsics.txt"), k)
+    np.savetxt(_make(tmp_path / "intrinsics.txt"), k)
     for i in range(COUNT):
         name = f"{(0, 0, 0, 0, 0, 1, 2, 2, 2)[i]}_{i:04d}"
         save(tmp_path / f"rgb/{name}.png", scene.images[i])
-        np.savetxt(_made(tmp_path / f"pose/{name}.txt"), scene.poses[i].double().numpy() @ FLIP)
+        np.savetxt(_make(tmp_path / f"pose/{name}.txt"), scene.poses[i].double().numpy() @ FLIP)
     views = open_views(tmp_path)
     torch.testing.assert_close(views.poses, scene.poses, atol=1e-5, rtol=0)
     torch.testing.assert_close(views.intrinsics, scene.intrinsics, atol=1e-3, rtol=0)
@@ -183,7 +183,7 @@ def test_polycam_scene_matches_original(tmp_path, scene):
         camera = {f"t_{row}{column}": pose[row, column] for row in range(3) for column in range(4)}
         k = scene.intrinsics[i]
         camera |= {"fx": k[0, 0].item(), "fy": k[1, 1].item(), "cx": 8, "cy": 8, "width": SIZE, "height": SIZE}
-        _made(tmp_path / f"keyframes/cameras/{100 + i}.json").write_text(json.dumps(camera))
+        _make(tmp_path / f"keyframes/cameras/{100 + i}.json").write_text(json.dumps(camera))
     views = open_views(tmp_path)
     torch.testing.assert_close(views.poses, scene.poses, atol=1e-5, rtol=0)
     torch.testing.assert_close(views.intrinsics, scene.intrinsics, atol=1e-3, rtol=0)
@@ -221,7 +221,7 @@ def test_loss_masks_are_selected_resized_and_checked(tmp_path, scene):
         save(tmp_path / f"images/{i}.png", scene.images[i])
         loss = np.full((SIZE, SIZE), 255, np.uint8)
         loss[:4, : 2 * i] = 0
-        Image.fromarray(loss).save(_made(tmp_path / f"ignore/{i}.png"))
+        Image.fromarray(loss).save(_make(tmp_path / f"ignore/{i}.png"))
     frames = [{"file_path": f"images/{i}.png", "transform_matrix": scene.poses[i].tolist()} for i in range(COUNT)]
     (tmp_path / "transforms.json").write_text(json.dumps({"camera_angle_x": 0.7, "frames": frames}))
     views = open_views(tmp_path, loss_masks=tmp_path / "ignore")
