@@ -176,6 +176,7 @@ def test_gradcheck(packed):
 
 
 @pytest.mark.parametrize("extras", [True, False])
+@pytest.mark.slow
 def test_opcheck(extras):
     torch.manual_seed(6)
     leaves, offsets, behind = batch([3, 0, 5], 3, torch.float32)
