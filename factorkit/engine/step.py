@@ -78,6 +78,7 @@ class Objective(nn.Module):
         self.indices = torch.zeros(0, dtype=torch.int64)  # of the batch; as an argument, FSDP would move them
 
     def forward(self, rows: slice, draw: BatchDraw, step: Tensor) -> StepLoss:
+        """Compute the loss of these rows of the batch."""
         return self.task.loss(self.model, self.indices[rows], draw, step)
 
 
