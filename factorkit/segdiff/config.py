@@ -179,6 +179,7 @@ class SegdiffConfig(EngineConfig):
         return config
 
     def memory_advice(self, at_once: int) -> str:
+        """Name the settings that need less memory."""
         cures = [f"micro_batch_size={at_once // 2}, which changes memory only"] if at_once > 1 else []
         if self.num_leaf_regions > 1 and self.decoding != "concat" and not self.checkpoint_branches:
             cures.append("checkpoint_branches=True, for the memory of one branch at a slower pace")
@@ -202,6 +203,7 @@ class ResolvedSegdiffConfig(SegdiffConfig):
     segment_t: int
 
     def validate(self) -> None:
+        """Raise ConfigError for values that cannot work, naming the setting."""
         super().validate()
         sizes = ("resolution", "model_channels", "num_res_blocks", "num_heads", "norm_groups", "num_fit_images")
         for name in (*sizes, "mixture_steps", "distil_steps"):

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from factorkit.data import load_labelled
-from factorkit.data.masks import decide_mask_values, match_masks
+from factorkit.data.mask_values import decide_mask_values
+from factorkit.data.masks import match_masks
 from factorkit.data.open import open_source
 from factorkit.utils.errors import DataError
 
