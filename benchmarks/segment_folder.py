@@ -106,7 +106,7 @@ class Watch:
                     file.seek(at)
                     text = file.read()
                 done, at = done + text.count(b"\n"), at + len(text)
-                self.looks.append((time.perf_counter(), time.process_time(), done, move_if_it_fits()))
+                self.looks.append((time.perf_counter(), time.process_time(), done, resident_bytes()))
 
     def summary(self, count: int) -> dict[str, object]:
         """Rates of the first and the last tenth, and how memory grew after the first tenth."""
@@ -130,7 +130,7 @@ class Watch:
         return result
 
 
-def move_if_it_fits() -> int:
+def resident_bytes() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import struct
+import re
 import sys
 import threading
 import warnings
@@ -18,14 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from factorkit.data.files import escape_name, format_examples
-from factorkit.data.metadata import PNG_SIGNATURE
 from factorkit.utils.errors import DataError
 
 INTEGER_DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # bits that cameras, scanners and microscopes store
-SCALED_FORMATS = ("PPM", "JPEG2000")  # Pillow scales their values to 16 bits by the depth that they name
+MAX_HEADER_BYTES = 2**16  # read of a file for the depth that it names
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, PLANAR, S_MAX_SAMPLE_VALUE = 258, 262, 281, 284, 341  # TIFF 6.0
 WHITE_IS_ZERO, SEPARATE_PLANES = 0, 2
 PLANES_REFUSED = "a TIFF of separate planes of more than 8 bits; save it with interleaved channels"
@@ -106,7 +105,7 @@ def read_deep(image: Image.Image, upright: bool = True) -> DeepImage | None:
     turn = apply_orientation if upright else lambda image: image
     if not is_deep(image):
         return None
-    significant_bits = _read_significant_bits(image)  # before the pixels, which end the reading
+    header_bits = _read_header_bits(image)  # before the pixels, which end the reading
     if image.mode.startswith("I"):
         values, mode = np.asarray(turn(image)), "L"
         if values.min(initial=0) < 0:
@@ -121,10 +120,19 @@ def read_deep(image: Image.Image, upright: bool = True) -> DeepImage | None:
             if low is None:
                 raise ImageDecodeError(PLANES_REFUSED)
             values += np.asarray(turn(low))
-    kind = f"{image.format or 'in-memory'} of {32 if image.mode == 'I' and image.format != 'PNG' else 16} bits"
+    bits = 32 if image.mode == "I" and image.format not in ("PNG", "PPM") else 16
+    kind = f"{image.format or 'in-memory'} of {bits} bits"
     white_is_zero = mode == "L" and _tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO
     deep = DeepImage(values, mode, kind, None, white_is_zero)
-    return deep._replace(declared=_find_declared_depth(image, deep, significant_bits))
+    return deep._replace(declared=_find_declared_depth(image, deep, header_bits))
+
+
+def read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation; 1, upright, where there is none or the EXIF is damaged."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as in apply_orientation
+        return 1
 
 
 def apply_orientation(image: Image.Image) -> Image.Image:
@@ -202,9 +210,9 @@ class SetDepths:
             groups.setdefault((image.kind, depth, reason), []).append(name)
         parts = []
         for (kind, depth, reason), names in groups.items():
+            if depth == 16 and kind.endswith("16 bits") and len(groups) == 1:
+                continue  # nothing to decide
             if reason == "largest value":
-                if depth == 16 and kind.endswith("16 bits") and len(groups) == 1:
-                    continue  # nothing to decide
                 top, name = brightest[kind]
                 reason = f"largest value, {top} in {escape_name(name)}"
             parts.append(f"{len(names)} {kind} ({format_examples(names)}) read as {depth} bits by their {reason}")
@@ -269,15 +277,15 @@ def _tags(image: Any) -> Any:
     return getattr(image, "tag_v2", {})
 
 
-def _find_declared_depth(image: Any, deep: DeepImage, significant_bits: int | None) -> tuple[int, str] | None:
+def _find_declared_depth(image: Any, deep: DeepImage, header_bits: int | None) -> tuple[int, str] | None:
     """Return the bits that a file names for its values, and where; None if it names none, or wrong ones."""
-    if image.format in SCALED_FORMATS:
+    if header_bits is not None and image.format != "PNG":  # Pillow scales these to 16 bits
         return 16, "header"
-    if (bits := significant_bits) is not None:
-        low = deep.values & (2 ** (16 - bits) - 1)
+    if header_bits is not None:
+        low = deep.values & (2 ** (16 - header_bits) - 1)
         # The standard stores values scaled to 16 bits; a dark image of scaled values has nothing in its low bits.
-        is_scaled = deep.top >= 2**bits or (np.abs(low.astype(np.int64) - (deep.values >> bits)) <= 1).all()
-        return 16 if is_scaled else bits, "sBIT"
+        is_filled = (np.abs(low.astype(np.int64) - (deep.values >> header_bits)) <= 1).all()
+        return 16 if deep.top >= 2**header_bits or is_filled else header_bits, "sBIT"
     tags = _tags(image)
     stored = max(tags.get(BITS_PER_SAMPLE, (16,)))
     if stored in INTEGER_DEPTHS and stored < 16:
@@ -291,17 +299,23 @@ def _find_declared_depth(image: Any, deep: DeepImage, significant_bits: int | No
     return None
 
 
-def _read_significant_bits(image: Any) -> int | None:
-    """Return the largest number of a PNG's sBIT chunk, without opacity; None without the chunk."""
-    if image.format != "PNG" or getattr(image, "fp", None) is None:
+def _read_header_bits(image: Any) -> int | None:
+    """Return the bits that the header of a PNG (sBIT), PNM or JPEG 2000 names; None if none, or those of the file."""
+    if image.format not in ("PNG", "PPM", "JPEG2000") or getattr(image, "fp", None) is None:
         return None
     position = image.fp.tell()
-    image.fp.seek(len(PNG_SIGNATURE))
-    bits = None
-    while len(header := image.fp.read(8)) == 8 and header[4:] not in (b"sBIT", b"IDAT", b"IEND"):
-        image.fp.seek(struct.unpack(">I", header[:4])[0] + 4, os.SEEK_CUR)
-    if header[4:] == b"sBIT":
-        samples = image.fp.read(struct.unpack(">I", header[:4])[0])
-        bits = max(samples[: 3 if len(samples) >= 3 else 1], default=0)
+    image.fp.seek(0)
+    header = image.fp.read(MAX_HEADER_BYTES)
     image.fp.seek(position)
-    return bits if bits in INTEGER_DEPTHS else None
+    if image.format == "PNG":
+        start = header.partition(b"IDAT")[0].find(b"sBIT")
+        samples = header[start + 4 : start + 4 + int.from_bytes(header[start - 4 : start], "big")] if start > 0 else b""
+        bits = max(samples[: 3 if len(samples) >= 3 else 1], default=0)  # without opacity
+        return bits if bits in INTEGER_DEPTHS else None
+    if image.format == "PPM":
+        words = re.sub(rb"#[^\n]*\n", b" ", header).split(None, 4)
+        bits = int(words[3]).bit_length() if words[3].isdigit() else 16
+    else:  # the SIZ marker, 38 bytes, and the bits less one of the first component, ITU-T T.800 table A.9
+        start = header.find(b"\xff\x51")
+        bits = (header[start + 40] & 127) + 1 if start >= 0 else 16
+    return bits if bits < 16 else None

@@ -1,20 +1,21 @@
-"""Masks: what their values mean, which image each belongs to, and loading them together with the images."""
+"""Masks: which image each belongs to, and loading them together with the images."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from factorkit.data.decode import crop_square, crop_square_labels
-from factorkit.data.depth import ImageDecodeError, apply_orientation, read_deep
+from factorkit.data.depth import ImageDecodeError, apply_orientation, read_deep, read_orientation
 from factorkit.data.files import escape_name, fold_stem, format_examples, is_image
+from factorkit.data.mask_values import END_WIDTH, FULL_SCALES, MaskValues, decide_mask_values, refuse_ambiguous
 from factorkit.data.open import open_source
 from factorkit.data.sources import Source
 from factorkit.utils.errors import ConfigError, DataError, format_count
@@ -25,15 +26,8 @@ MASK_ENDINGS = ("_mask", "_seg", "_gt", "_segmentation", "_label", "_labels", "_
 MASK_BEGINNINGS = ("mask_",)
 IGNORED_BEGINNING = "dynamic_mask_"  # of instant-ngp's masks of moving parts: what is not 0 does not count
 ASPECT_TOLERANCE = 0.01  # relative difference between the aspect ratios of a mask and its image
-FULL_SCALES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
 OPACITY_SCALES = (1, *FULL_SCALES)  # full opacity; 1 of labels and floats
-PET_TRIMAP = (1, 2, 3)  # foreground, background, border: Parkhi et al. 2012, the annotations' README
-SOFT_MIDDLE, END_WIDTH = 128, 32  # of 255 in soft masks; JPEG moves values by up to about 30
-MIN_SOFT_VALUES, MIN_END_SHARE = 8, 0.6  # soft masks: more values than these, this share of the pixels near the ends
-MIN_EDGE_VALUES, MAX_EDGE_SHARE = 2, 0.4  # antialiased masks: grey values, and grey pixels for each white one
 MAX_BORDER_SHARE = 0.75  # of the pixels along the borders; more foreground there is worth a line
-VOID_LABELS, VOID_LABEL_GAP = (255, 65535), 200  # labels of no class; other labels end below the gap
-MAX_LISTED_VALUES = 6  # in messages
 
 
 @dataclass(frozen=True)
@@ -92,31 +86,40 @@ def load_labelled(
     image_source, mask_source = open_source(images), open_source(masks, keys=MASK_KEYS)
     pairs = match_masks(image_source, mask_source)
 
-    def load(pair: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, dict[int, int]]:
+    def load(pair: tuple[int, int]) -> _LoadedPair:
         return _load_pair(image_source, mask_source, *pair, resolution)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         loaded = list(pool.map(load, pairs))
-    labels = np.stack([label for _, label, _ in loaded])
+    labels = np.stack([pair.labels for pair in loaded])
+    if turned := [image_source.names[i] for (i, _), pair in zip(pairs, loaded, strict=True) if pair.is_turned_alone]:
+        warnings.warn(
+            f"masks: those of {format_count(len(turned), 'image')} ({format_examples(turned)}) have no EXIF "
+            "orientation, as their images have: they are taken as drawn on the upright images",
+            UserWarning,
+            stacklevel=2,
+        )
     is_defined = ignore_label is None and mask_source.ignore_label is not None
     ignore_label = mask_source.ignore_label if ignore_label is None else ignore_label
     if foreground is None and mask_threshold is None and not is_defined:
         counts: dict[int, int] = {}
-        for _, _, part in loaded:
-            for value, count in part.items():
+        for pair in loaded:
+            for value, count in pair.counts.items():
                 counts[value] = counts.get(value, 0) + count
         meaning = decide_mask_values(counts, ignore_label)
-        odd = [j for (_, j), (*_, part) in zip(pairs, loaded, strict=True) if part.keys() == {0, meaning.ignore}]
+        odd = [j for (_, j), pair in zip(pairs, loaded, strict=True) if pair.counts.keys() == {0, meaning.ignore}]
         if ignore_label is None and odd:
             white = format_examples([mask_source.names[j] for j in odd])
-            raise _ambiguous(meaning.found, f"{white}: no value but 0 and {meaning.ignore}, which may be foreground")
+            raise refuse_ambiguous(
+                meaning.found, f"{white}: no value but 0 and {meaning.ignore}, which may be foreground"
+            )
         if meaning.is_unusual:
             warnings.warn(str(meaning), UserWarning, stacklevel=2)
         _warn_about_foreground(meaning.select(labels))
     else:
         meaning = MaskValues(None if foreground is None else tuple(foreground), mask_threshold, ignore_label)
     valid = np.ones(labels.shape, bool) if meaning.ignore is None else labels != meaning.ignore
-    pixels = np.stack([image for image, _, _ in loaded])
+    pixels = np.stack([pair.pixels for pair in loaded])
     names = [image_source.names[i] for i, _ in pairs]
     return LabelledImages(pixels, meaning.select(labels) & valid, valid, names, labels)
 
@@ -135,107 +138,6 @@ def _warn_about_foreground(foreground: np.ndarray) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-@dataclass(frozen=True)
-class MaskValues:
-    """What the values of masks mean.
-
-    Attributes:
-        foreground: values of the foreground; None: all above 0, or from the threshold on.
-        threshold: least value of the foreground; None: no threshold.
-        ignore: value that is not scored.
-        found: what was found in the masks, in words.
-        is_unusual: True if the decision is worth a line to the user.
-    """
-
-    foreground: tuple[int, ...] | None = None
-    threshold: int | None = None
-    ignore: int | None = None
-    found: str = ""
-    is_unusual: bool = False
-
-    def select(self, labels: np.ndarray) -> np.ndarray:
-        """Return where labels are foreground, as a boolean array."""
-        if self.foreground is not None:
-            return np.isin(labels, self.foreground)
-        return labels > 0 if self.threshold is None else labels >= self.threshold
-
-    def __str__(self) -> str:
-        foreground = "all above 0" if self.threshold is None else f"{self.threshold} and above"
-        if self.foreground is not None:
-            foreground = ", ".join(map(str, self.foreground))
-        ignored = "" if self.ignore is None else f"; not scored = {self.ignore}"
-        return (
-            f"masks: {self.found}; foreground = {foreground}{ignored}. If this is wrong, set --foreground, --ignore or "
-            "--mask-threshold"
-        )
-
-
-def decide_mask_values(counts: Mapping[int, int], ignore: int | None = None) -> MaskValues:
-    """Decide what the values of masks mean, from the number of pixels of each value in all masks.
-
-    Two values with 0 are background and foreground. 1, 2, 3 are the trimap of Oxford-IIIT Pet (foreground, background,
-    border), 0, 128, 255 that of matting (background, unknown, foreground). 255 beside small labels is the border that
-    VOC and its followers do not score. Many grey values up to full scale, most pixels near one end, are soft or
-    compressed masks, fewer with few pixels of them antialiased ones: foreground from the middle on. Full scale is 255,
-    or that of 10, 12, 14 or 16 bits. Everything else counts as labels: foreground is all above 0.
-
-    Args:
-        counts: pixels by value.
-        ignore: a value known not to be scored.
-
-    Raises:
-        DataError: values that allow more than one of these.
-    """
-    values = sorted(value for value, count in counts.items() if count and value != ignore)
-    listed = (
-        "{" + ", ".join(map(str, values[:MAX_LISTED_VALUES])) + (", ...}" if len(values) > MAX_LISTED_VALUES else "}")
-    )
-    found = f"{format_count(len(values), 'value')} {listed}"
-    top = values[-1] if values else 0
-    if len(values) <= 1 or (len(values) == 2 and values[0] == 0):
-        return MaskValues(ignore=ignore, found=found)
-    if set(values) <= set(PET_TRIMAP) and 0 not in values:
-        if set(values) == set(PET_TRIMAP) or ignore in PET_TRIMAP:
-            ignored = PET_TRIMAP[2] if ignore is None else ignore
-            return MaskValues((PET_TRIMAP[0],), None, ignored, f"{found}, the trimap of Oxford-IIIT Pet", True)
-        raise _ambiguous(found, "1 is foreground in a trimap, but 2 may as well be")
-    full = next((scale for scale in FULL_SCALES if top <= scale), FULL_SCALES[0])
-    step = (full + 1) // 256  # of a mask of more than 8 bits, for each of 8 bits
-    middle, end = SOFT_MIDDLE * step, END_WIDTH * step
-    if values[0] == 0 and top == full and len(values) == 3 and abs(values[1] - middle) <= step and ignore is None:
-        return MaskValues((full,), None, values[1], f"{found}, a trimap", True)
-    total = sum(counts[value] for value in values)
-    low = sum(counts[value] for value in values if value < end)
-    high = sum(counts[value] for value in values if value > full - end)
-    if len(values) > MIN_SOFT_VALUES and top > full - end and values[0] < end and top <= full:
-        upper = [value for value in values if middle < value <= full - end]
-        # Numbers of things reach any value, so beyond 8 bits most of what is not background must be white.
-        is_soft = step == 1 or 2 * high > total - low
-        if low + high >= MIN_END_SHARE * total and is_soft and (upper or values[-2] > middle):
-            return MaskValues(None, middle, ignore, f"{found}, soft or compressed", True)
-    between = {value: counts[value] for value in values if end <= value <= full - end}
-    is_edge = len(between) >= MIN_EDGE_VALUES and sum(between.values()) < MAX_EDGE_SHARE * high
-    if is_edge and 0 in values and top == full:
-        return MaskValues(None, middle, ignore, f"{found}, antialiased", True)
-    is_void = top == full and full in VOID_LABELS and len(values) > 2 and ignore is None and values[-2] < VOID_LABEL_GAP
-    if is_void and 0 in values:
-        if 2 * counts[full] > total - counts[0]:
-            raise _ambiguous(found, f"{full} may be the foreground, or what is not scored")
-        return MaskValues(None, None, full, f"{found}, labels with a border", True)
-    if len(values) > MIN_SOFT_VALUES and top == full:
-        raise _ambiguous(found, "they may be a soft mask or the labels of many things")
-    if 0 not in values:
-        raise _ambiguous(found, "no value is 0, the background")
-    return MaskValues(ignore=ignore, found=f"{found}, labels", is_unusual=True)
-
-
-def _ambiguous(found: str, reason: str) -> DataError:
-    return DataError(
-        f"masks: {found}: {reason}. Say which values are foreground (--foreground, foreground=), where it begins "
-        "(--mask-threshold, mask_threshold=), or which value is not scored (--ignore, ignore=)."
-    )
 
 
 def match_masks(images: Source, masks: Source) -> list[tuple[int, int]]:
@@ -310,10 +212,14 @@ def image_stems(mask_name: str) -> list[str]:
     return stems + ([fold_stem(stem)] if is_image(stem) else [])  # x.jpg.png
 
 
-def _load_pair(
-    images: Source, masks: Source, i: int, j: int, resolution: int
-) -> tuple[np.ndarray, np.ndarray, dict[int, int]]:
-    """Return the image uint8 [R, R, 3], its labels int32 [R, R], and the pixels of each value of the whole mask."""
+class _LoadedPair(NamedTuple):
+    pixels: np.ndarray  # uint8 [R, R, 3]
+    labels: np.ndarray  # int32 [R, R]
+    counts: dict[int, int]  # pixels of each value of the whole mask
+    is_turned_alone: bool  # whether EXIF turns the image and not the mask, and their sizes do not show which is right
+
+
+def _load_pair(images: Source, masks: Source, i: int, j: int, resolution: int) -> _LoadedPair:
     image, labels = images.read(i), read_labels(masks, j)
     values, counts = np.unique(labels, return_counts=True)
     height, width = labels.shape
@@ -329,7 +235,11 @@ def _load_pair(
             )
         labels = np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
     counts_by_value = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    return crop_square(image, resolution), crop_square_labels(labels, resolution), counts_by_value
+    turn = read_orientation(images.decode(i))
+    is_turned_alone = turn in ((2, 3, 4, 5, 6, 7, 8) if image.width == image.height else (2, 3, 4))
+    is_turned_alone = is_turned_alone and read_orientation(masks.decode(j)) == 1
+    square = crop_square_labels(labels, resolution)
+    return _LoadedPair(crop_square(image, resolution), square, counts_by_value, is_turned_alone)
 
 
 def read_labels(masks: Source, index: int) -> np.ndarray:

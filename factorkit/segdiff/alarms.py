@@ -55,7 +55,7 @@ class Alarms:
         areas: share of all pixels in each region [K].
         confidence: mean probability of the most probable region; in [1/K, 1].
         entropy: mean entropy of the soft masks as a share of log K; in [0, 1].
-        error: of a spatial mixture, the noise it cannot separate from the image
+        error: of a spatial mixture or object masks, the noise it cannot separate from the image
             (:func:`~factorkit.segdiff.masks.spatial_mixture.unexplained_noise`); else None. Good mixtures may have a
             low eta gap, so where there is an error the eta gap is neither judged nor ranked by.
         mean_mask_agreement: agreement (Cohen's kappa) of the masks with their own mean over all images; 1 if they are
@@ -117,7 +117,7 @@ class Alarms:
         )
         gap = (
             f"masks are not about content: they explain {self.eta_gap:.2f} < {MIN_ETA_GAP} more of their image's "
-            "colour than another image's masks do (a good run may be lower where colour does not tell objects)"
+            "colour than another image's masks do (a good run may be lower where colour does not separate objects)"
         )
         mean = (
             f"split by position: the masks agree {self.mean_mask_agreement or 0:.2f} > {MAX_MEAN_MASK_AGREEMENT} with "

@@ -66,7 +66,7 @@ class SegdiffConfig(EngineConfig):
     """Gamma of loss_weighting="min_snr". 5 is the value of its paper (Hang et al. 2023)."""
     masks: Literal["auto", "network", "mixture"] = "network"
     """What proposes the regions. "network": a decoder of the U-Net, as in the thesis. "mixture": a learned spatial
-    and the colours of each region in the image. "auto": objects, by stages before the training; region 0 is one."""
+    prior and the colours of each region. "auto": objects, by stages before the training; region 0 is one."""
     cue_weight: float = 1.0
     """Weight of the saliency cue beside the spatial prior, for masks="auto". 0 turns it off."""
     mixture_steps: int = 120
@@ -179,6 +179,7 @@ class SegdiffConfig(EngineConfig):
         return config
 
     def memory_advice(self, at_once: int) -> str:
+        """Name the settings that need less memory."""
         cures = [f"micro_batch_size={at_once // 2}, which changes memory only"] if at_once > 1 else []
         if self.num_leaf_regions > 1 and self.decoding != "concat" and not self.checkpoint_branches:
             cures.append("checkpoint_branches=True, for the memory of one branch at a slower pace")
@@ -202,6 +203,7 @@ class ResolvedSegdiffConfig(SegdiffConfig):
     segment_t: int
 
     def validate(self) -> None:
+        """Raise ConfigError for values that cannot work, naming the setting."""
         super().validate()
         sizes = ("resolution", "model_channels", "num_res_blocks", "num_heads", "norm_groups", "num_fit_images")
         for name in (*sizes, "mixture_steps", "distil_steps"):

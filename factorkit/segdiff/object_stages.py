@@ -65,13 +65,14 @@ COMMON: dict[str, Any] = {
 class CuedMixtureTask:
     """Train a spatial mixture with a cue by its own denoising loss.
 
+    Mirror images are left out: they would blur the places of things that face one way (docs/results.md).
+
     Args:
         config: of the stage.
         mixture: to train.
         size: number of images N.
         load: returns images [N, 3, S, S] in [-1, 1] and cues [N, S, S], on the device of the training; called when the
             first step needs them.
-        random_flip: also train on mirror images.
         schedule: of the noise.
     """
 
@@ -83,12 +84,11 @@ class CuedMixtureTask:
         mixture: SpatialMixture,
         size: int,
         load: Callable[[], tuple[Tensor, Tensor]],
-        random_flip: bool,
         schedule: Schedule,
     ):
         self.config, self.size, self.load = config, size, cache(load)
         self.model: nn.Module = mixture
-        self.random_flip, self.schedule = random_flip, schedule
+        self.schedule = schedule
         self.t_max = max(1, schedule.find_matching_time(MIXTURE_TIME, Schedule()))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -100,9 +100,6 @@ class CuedMixtureTask:
         images, cues = self.load()
         rows = indices.to(images.device)
         x0, cue = images[rows], cues[rows]
-        if self.random_flip:
-            flip = (draw.uniform() < 0.5)[:, None, None]
-            x0, cue = torch.where(flip[:, None], x0.flip(3), x0), torch.where(flip, cue.flip(2), cue)
         t, eps = draw.integers(0, self.t_max), draw.normal(*x0.shape[1:])
         x_t = self.schedule.noise(x0, eps, t)
         logits, score = fit_mixture(x_t, cast(SpatialMixture, self.model).cued_prior(cue), EM_ROUNDS)
@@ -177,7 +174,7 @@ class ObjectStages:
             return images.to(self.device), resize(self.cues[:, None], side, side)[:, 0].to(self.device)
 
         def build_task(config: ResolvedSegdiffConfig) -> Task:
-            return CuedMixtureTask(config, mixture, size, load, self.config.random_flip, self.schedule)
+            return CuedMixtureTask(config, mixture, size, load, self.schedule)
 
         return self.train_stage("mixture", build_task, mixture, steps=self.config.mixture_steps, **MIXTURE_STAGE)
 

@@ -200,7 +200,7 @@ class SegdiffRun(Segmenter, Editor):
 
         Args:
             images, masks: folders, zips, lists or arrays; matched by name, arrays by position. What the values of the
-                masks mean is decided from them (:func:`~factorkit.data.masks.decide_mask_values`), unless given.
+                masks mean is decided from them (:func:`~factorkit.data.mask_values.decide_mask_values`), unless given.
             num_fit_images: labelled images that fit the mapping; None: as in the settings (16), fewer for a small set.
             ignore: mask value that is not scored; None: as in the settings.
             foreground, mask_threshold: values of the foreground, or the least of them; None: as in the settings.

@@ -22,7 +22,8 @@ from factorkit.segdiff import previews
 from factorkit.segdiff.alarms import Alarms, measure_alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.inference.segment import add_noise, hard_labels, level_labels, predict_masks
-from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, noise_error, unexplained_noise
+from factorkit.segdiff.masks.proposal import MaskProposer
+from factorkit.segdiff.masks.spatial_mixture import noise_error, unexplained_noise
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.segdiff.sampling import draw_images, estimate_branches
 from factorkit.utils.files import save_image
@@ -150,7 +151,7 @@ class SegdiffTask:
         if regions.branches is not None:
             estimates = estimate_branches(config.prediction, self.schedule, x_t, regions.branches, t)
             branches = np.stack([signed_to_pixels(b) for b in estimates.unbind(1)], 1) / 255.0
-        masks, nesting = regions.masks.float().cpu(), config.nesting
+        masks, nesting = predict_masks(model, images, config.segment_t, self.schedule), config.nesting
         leaf_labels = hard_labels(masks, nesting)
         levels = [level_labels(leaf_labels, nesting, level + 1).numpy() for level in range(len(nesting))]
         grid = previews.draw_segmentation_grid(
@@ -164,10 +165,10 @@ class SegdiffTask:
         masks = predict_masks(model, self.probes, self.config.segment_t, self.schedule)
         masks_of_flipped = predict_masks(model, self.probes.flip(3), self.config.segment_t, self.schedule)
         alarms = measure_alarms(self.probes, masks, masks_of_flipped)
-        if self.config.masks != "mixture":
+        if self.config.masks == "network":
             return alarms
-        mixture = cast(SpatialMixture, model.masks)
-        return dataclasses.replace(alarms, error=unexplained_noise(mixture, self.probes, self.schedule))
+        proposer = cast(MaskProposer, model.masks)
+        return dataclasses.replace(alarms, error=unexplained_noise(proposer, self.probes, self.schedule))
 
 
 def move_if_it_fits(images: np.ndarray, device: torch.device) -> Tensor | np.ndarray:

@@ -182,6 +182,14 @@ def test_source_declared_depth_is_kept_in_a_set(tmp_path):
 def test_to_rgb_pnm_is_scaled_by_its_header():
     dark = b"P5 2 1 4095\n" + np.array([100, 200], ">u2").tobytes()
     assert np.abs(read(dark)[0, :, 0].astype(int) - [6, 12]).max() <= 1
+    of_16_bits = b"P5\n# 12 bits\n2 1\n65535\n" + np.array([100, 4000], ">u2").tobytes()
+    assert np.abs(read(of_16_bits)[0, :, 0].astype(int) - [6, 250]).max() <= 1
+
+
+def test_to_rgb_jpeg2000_of_16_bits_depth_is_that_of_the_values():
+    buffer = io.BytesIO()
+    Image.fromarray(np.repeat(np.repeat(RAMP * 16, 8, 0), 8, 1)).save(buffer, "JPEG2000")
+    assert np.abs(read(buffer.getvalue())[::8, ::8, 0].astype(int) - RAMP).max() <= 1
 
 
 def test_prepare_dark_held_out_images_have_the_depth_of_the_whole_set(tmp_path):

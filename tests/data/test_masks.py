@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from factorkit.data import load_labelled
-from factorkit.data.masks import decide_mask_values, match_masks
+from factorkit.data.mask_values import decide_mask_values
+from factorkit.data.masks import match_masks
 from factorkit.data.open import open_source
 from factorkit.utils.errors import DataError
 
@@ -300,4 +301,17 @@ def test_load_labelled_small_labels_in_jpeg_are_refused(tmp_path, save):
     (tmp_path / "m").mkdir()
     mask.save(tmp_path / "m/x.jpg", quality=100)
     with pytest.raises(DataError, match="x.jpg: JPEG compression has altered the labels"):
+        load_labelled(tmp_path / "i", tmp_path / "m", 8)
+
+
+@pytest.mark.parametrize(("size", "turn"), [((8, 8), 6), ((12, 8), 3)])
+def test_load_labelled_image_turned_by_exif_alone_is_said(tmp_path, size, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    for folder, mode in (("i", "RGB"), ("m", "L")):
+        (tmp_path / folder).mkdir()
+        picture = Image.new(mode, size)
+        picture.paste("white", (2, 2, 6, 4))
+        picture.save(tmp_path / folder / "x.png", exif=exif if folder == "i" else None)
+    with pytest.warns(UserWarning, match=r"those of 1 image \(x.png\) have no EXIF orientation"):
         load_labelled(tmp_path / "i", tmp_path / "m", 8)

@@ -91,6 +91,7 @@ def test_object_run_with_known_poses_is_checked_on_held_out_views(wrong, tmp_pat
     assert check["high"] == 0.2 and (check["value"] > 0.4 if wrong else check["value"] < 0.1)
 
 
+@pytest.mark.slow
 def test_a_check_that_did_not_run_is_named_and_never_green(tmp_path):
     run = train_nerfdiff(forward_views("noise"), out=tmp_path / "run", **SMALL | {"field_steps": 3})
     log = read_log(run.folder)

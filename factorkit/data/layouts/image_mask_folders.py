@@ -184,7 +184,7 @@ def _split_by_folders(names: Sequence[str]) -> tuple[dict[str, str], dict[str, s
                 place = "/".join(parts[:depth])
                 by_place.setdefault(place, ({}, {}))[kind].setdefault("/".join(parts[depth + 1 :]), name)
                 break
-    complete = {place: pair for place, pair in by_place.items() if pair[0] and pair[1]}
+    complete = {place: _strip_wrappers(*pair) for place, pair in by_place.items() if pair[0] and pair[1]}
     if not complete:
         return None
     if len(complete) == 1:
@@ -198,6 +198,23 @@ def _split_by_folders(names: Sequence[str]) -> tuple[dict[str, str], dict[str, s
         for merged, part_of in zip((images, masks), pair, strict=True):
             merged |= {prefix + key: name for key, name in part_of.items()}
     return images, masks
+
+
+def _strip_wrappers(images: dict[str, str], masks: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Drop a folder that all images or all masks are in, as annotations/trimaps/, where no names match with it."""
+    mask_stems = {stem for name in masks for stem in image_stems(name)}
+    if any(fold_stem(name) in mask_stems for name in images):
+        return images, masks
+    images, masks = ({name[_prefix_length(names) :]: file for name, file in names.items()} for names in (images, masks))
+    return images, masks
+
+
+def _prefix_length(names: dict[str, str]) -> int:
+    """Return the length of the folder, with its slash, that all names are in."""
+    if not all("/" in name for name in names):
+        return 0
+    folder = os.path.commonpath([os.path.dirname(name) for name in names])
+    return len(folder) + 1 if folder else 0
 
 
 def _folder_kind(folder: str) -> int | None:

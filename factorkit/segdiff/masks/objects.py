@@ -64,6 +64,10 @@ class ObjectMasks(MaskProposer):
             masks = self.network(x_t, t).softmax(1)
             return masks if t.any() else align_with_colors(x_t.float(), masks, self.shape)
 
+    def explain(self, x_t: Tensor, t: Tensor) -> Tensor | None:
+        """Return the score of a mixture of colours whose prior are the masks of :meth:`forward`."""
+        return fit_mixture(x_t.float(), share_uniformly(self(x_t, t=t).logits.softmax(1)), EM_ROUNDS).score
+
     def mask_parameters(self) -> list[nn.Parameter]:
         """Return none: the branches' training does not change the masks."""
         return []

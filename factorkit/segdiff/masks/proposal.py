@@ -58,6 +58,10 @@ class MaskProposer(nn.Module):
         """Return the masks [B, K, H, W] of images to be segmented. Arguments as of :meth:`forward`."""
         return self(x_t, encoding, within, t).logits.softmax(1)
 
+    def explain(self, x_t: Tensor, t: Tensor) -> Tensor | None:
+        """Return the score [B, 3, H, W] of a mixture of colours over the masks of x_t; None if there is none."""
+        return self(x_t, t=t).score
+
     def mask_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that learn at ``mask_learning_rate``."""
         return list(self.parameters())

@@ -153,7 +153,7 @@ def noise_error(score: Tensor, schedule: Schedule, eps: Tensor, t: Tensor) -> Te
 
 
 @torch.no_grad()
-def unexplained_noise(mixture: SpatialMixture, images: Tensor, schedule: Schedule) -> float:
+def unexplained_noise(mixture: MaskProposer, images: Tensor, schedule: Schedule) -> float:
     """Return the mean of :func:`noise_error` over ERROR_TIMES, always with the same noise.
 
     It is the share of the noise in ``images`` [N, 3, H, W] that the mixture cannot separate from the image: the less,
@@ -166,7 +166,8 @@ def unexplained_noise(mixture: SpatialMixture, images: Tensor, schedule: Schedul
         for part, noise in zip(images.split(BATCH_SIZE), eps.split(BATCH_SIZE), strict=True):
             part, noise = part.to(schedule.device), noise.to(schedule.device)
             times = torch.full((len(part),), t, dtype=torch.int64, device=schedule.device)
-            score = mixture(schedule.noise(part, noise, times)).score
+            score = mixture.explain(schedule.noise(part, noise, times), times)
+            assert score is not None
             total += noise_error(score, schedule, noise, times).sum().item()
     return total / (len(ERROR_TIMES) * len(images))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from factorkit.diffusion.schedule import Schedule
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.masks import spatial_mixture
 from factorkit.segdiff.masks.objects import (
@@ -23,7 +24,7 @@ TINY = {"resolution": 8, "model_channels": 8, "channel_mult": (1, 2), "norm_grou
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def set_seed():
     torch.manual_seed(0)
 
 
@@ -134,6 +135,18 @@ def test_model_with_object_masks_denoises_by_the_masks_of_the_network():
     masks = model(x, t).bottleneck.masks
     torch.testing.assert_close(masks, model.masks.network(x, t).softmax(1))
     assert model.mask_parameters() == [] and not any(p.requires_grad for p in model.masks.parameters())
+
+
+def test_object_masks_explain_noise_by_the_colours_of_their_regions():
+    model, x, schedule = ObjectMasks(2, 16).eval(), torch.full((2, 3, 16, 16), -0.8), Schedule()
+    x[:, :, 4:12, 4:12] = 0.8
+    t, eps = torch.tensor([100, 100]), torch.randn(2, 3, 16, 16)
+    x_t = schedule.noise(x, eps, t)
+    score = model.explain(x_t, t)
+    prior = spatial_mixture.share_uniformly(model(x_t, t=t).logits.softmax(1))
+    torch.testing.assert_close(score, fit_mixture(x_t, prior, 3).score)
+    value = spatial_mixture.unexplained_noise(model, x, schedule)
+    assert 0 < value < 1 and value == spatial_mixture.unexplained_noise(model, x, schedule)
 
 
 @pytest.mark.parametrize(
