@@ -152,14 +152,14 @@ def matches(expression: str, name: str) -> bool:
 
 def test_tables_show_rates_ratios_and_every_stage():
     stages = {
-        "first": {"status": "passed", "seconds": 1, "rows": ROWS},
-        "second": {"status": "stopped at its limit of 9 s", "seconds": 9, "rows": []},
+        "second": {"started": 5, "status": "stopped at its limit of 9 s", "seconds": 9, "rows": []},
+        "third": {"started": 3, "status": "passed", "seconds": 1, "rows": ROWS},
     }
     for row in ROWS:
         if "median_ms" in row:
             row |= {"q1_ms": row["median_ms"], "q3_ms": row["median_ms"], "group": ""}
     text = tables({"key": {"machine": MACHINE, "stages": stages}})
-    assert "Fake 9000" in text and "| second | stopped at its limit of 9 s | 9 |" in text
+    assert "Fake 9000" in text and "| third | passed | 1 |\n| second | stopped at its limit of 9 s | 9 |" in text
     assert "| region_pool | both | 2 ms (2 to 2) | 1 | 50% | - | 1.50x | - |" in text
     assert "| composite packed | forward | 1 ms (1 to 1) | - | - | - | - | nerfacc 4.00x |" in text
     assert "segdiff_step[cuda-thesis-reference] | 25 ms (25 to 25) | 200.0 | 6.00 | 2.50x |" in text
