@@ -58,6 +58,7 @@ class NinjaBuild(build_ext):
     """Compiles with ninja: in parallel, and again only what changed; setuptools follows neither headers nor .cu."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile with ninja."""
         # Not at the top: metadata and source archives are made without the tools that compile.
         import ninja
         import pybind11

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from benchmarks.textbook import Textbook, normalise, pool, repeat
 from benchmarks.traffic import counted
 from factorkit import ops
+from factorkit.data import make_procedural_views
+from factorkit.data.views.views import Views
 from factorkit.engine.step import Meter, MovingAverage, TrainingStep, make_optimizer
 from factorkit.nerfdiff import config as nerfdiff
-from factorkit.nerfdiff import train as nerfdiff_train
+from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages.pipeline import Training
+from factorkit.nerfdiff.training_views import describe_scene
 from factorkit.nn.unet import Norm
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.config import SegdiffConfig, preset_config
@@ -233,22 +236,33 @@ class StageReachedError(Exception):
     """Carries the task and the configuration of a stage out of a training that is not carried out."""
 
 
-def make_nerfdiff_step(stage: str, device: torch.device, folder: Path) -> Callable[[], None]:
-    """Return a training step of a stage of nerfdiff on the procedural scene: "search", "fit" or "distil"."""
+def make_nerfdiff_step(
+    stage: str, device: torch.device, views: Views | None = None, **changes: Any
+) -> Callable[[], None]:
+    """Return a training step of a stage of nerfdiff.
+
+    Args:
+        stage: "search", "refine", "fit" (of known poses), "distil" or "joint".
+        device: of the step.
+        views: None: the procedural scene.
+        **changes: to the preset ``demo``.
+    """
 
     class StageFinder(Training):
-        def train_stage(self, name: str, build_task: Callable, folder: Path | None = None, **changes: object) -> object:
-            config = self.config.stage(name, **changes)
+        def train_stage(self, name: str, build_task: Callable, folder: Path | None = None, **options: object) -> object:
+            config = self.config.stage(name, **options)
             task = build_task(config)
             if name == stage:
                 raise StageReachedError(task, config)
             return task.model
 
-    poses = "predicted" if stage == "search" else "known"
-    config = nerfdiff.preset_config("demo", poses=poses, device=device.type)
-    _, scene, settings = nerfdiff_train._prepare(None, config, "demo", device, {})
+    ways = {"fit": {"poses": "known"}, "distil": {"poses": "known"}, "joint": {"search": "joint"}}
+    config = nerfdiff.preset_config("demo", **{**ways.get(stage, {}), **changes, "device": device.type})
+    views = make_procedural_views(config.num_candidates * 3, config.resolution) if views is None else views
+    scene = open_scene(views, config.resolution, device, config.poses == "known")
     try:
-        StageFinder(config, scene, folder, settings, progress=False).train_stages()
+        settings = {"scene": describe_scene(scene, views, config.poses == "known")}
+        StageFinder(config, scene, Path(), settings, progress=False).train_stages()
     except StageReachedError as reached:
         return OurStep(*reached.args, device)
     raise ValueError(f"stage={stage!r} is not a stage of this training")

@@ -120,6 +120,7 @@ def run_stage(stage: Stage, out: Path) -> dict[str, object]:
             finally:
                 end_group(process)
     return {
+        "started": round(time.time() - (time.monotonic() - start)),
         "status": status,
         "seconds": round(time.monotonic() - start, 1),
         "rows": read_rows(output),

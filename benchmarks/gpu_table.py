@@ -31,7 +31,8 @@ def section(record: dict) -> str:
 
 
 def stage_table(stages: dict[str, dict]) -> str:
-    return markdown(("stage", "result", "seconds"), ((n, s["status"], s["seconds"]) for n, s in stages.items()))
+    in_order = sorted(stages.items(), key=lambda item: item[1]["started"])
+    return markdown(("stage", "result", "seconds"), ((n, s["status"], s["seconds"]) for n, s in in_order))
 
 
 def step_table(rows: Iterable[Row]) -> str:

@@ -15,7 +15,6 @@ reference in fp32 before anything is timed. ``peak_bytes`` is the most a step ho
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -66,8 +65,8 @@ def test_segdiff_step_by_regions(factor: int, segdiff_config: SegdiffConfig, mea
 
 
 @pytest.mark.parametrize("stage", ["search", "fit", "distil"])
-def test_nerfdiff_step(stage: str, measure: Measurement, tmp_path: Path) -> None:
-    step = make_nerfdiff_step(stage, measure.device, tmp_path)
+def test_nerfdiff_step(stage: str, measure: Measurement) -> None:
+    step = make_nerfdiff_step(stage, measure.device)
     warm_up(step, measure.device)
     measure(step, "nerfdiff step")
 

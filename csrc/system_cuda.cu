@@ -22,7 +22,7 @@ void check(cudaError_t status, const char* action) {
 std::string cuda_version() { return dotted(CUDART_VERSION); }
 
 std::vector<CudaDevice> cuda_devices() {
-    // "No driver" and "driver too old" are the same error of cudaGetDeviceCount; only the version tells them apart.
+    // "No driver" and "driver too old" are the same error of cudaGetDeviceCount; only the version distinguishes them.
     int driver = 0;
     check(cudaDriverGetVersion(&driver), "asking the CUDA driver for its version");
     if (driver == 0) return {};

@@ -107,18 +107,16 @@ def moments_kernel(
         more_second = ()
         more_weight = ()
         for i in tl.static_range(K):
+            k = first_k + i
+            z = value
             if WEIGHTED or TIMES_MASK:
-                k = first_k + i
                 m = load(masks + (source * regions + k) * pixels + p, p < tl.where(k < regions, pixels, 0))
-                w = tl.where(p < pixels, m + floor, 0.0) if WEIGHTED else tl.full([BLOCK_P], 1.0, tl.float32)
                 z = value * m[:, None] if TIMES_MASK else value
-                more_first = more_first + (first[i] + w[:, None] * z,)
-                more_second = more_second + (second[i] + w[:, None] * z * z,)
-                more_weight = more_weight + (weight_sum[i] + w,)
-            else:
-                more_first = more_first + (first[i] + value,)
-                more_second = more_second + (second[i] + value * value,)
-                more_weight = more_weight + (weight_sum[i],)
+            w = tl.where(p < pixels, m + floor, 0.0) if WEIGHTED else tl.full([BLOCK_P], 1.0, tl.float32)
+            weighted = w[:, None] * z if WEIGHTED else z
+            more_first = more_first + (first[i] + weighted,)
+            more_second = more_second + (second[i] + weighted * z,)
+            more_weight = more_weight + (weight_sum[i] + w,)
         first = more_first
         second = more_second
         weight_sum = more_weight
@@ -415,47 +413,40 @@ def norm_forward(
 
 @triton.jit
 def sum_half(
-    grad,
+    grad,  # tiles of grad and x start at their row and half, mask at its branch
     x,
     mask,
-    slope,
+    slope,  # [channels of the half], as offset
     offset,
-    partial,
-    begin,
-    end,
-    pixels,
-    channels_x,
-    at,
+    partial,  # sums of d_pre, and `channels` further those of d_pre * z
+    bounds,  # first pixel, the one after the last, and their number in the image
     c,
-    row,
-    part,
+    width,
     channels,
-    stride_p,
-    stride_c,
+    strides,  # of grad, from pixel to pixel and channel to channel
     ACTIVATE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sum a block of channels of one half. Grad and x start at their row, mask at its branch; c of x is at + c of z."""
-    column = c < channels_x
-    a = load(slope + row * channels + at + c, column)
-    b = load(offset + row * channels + at + c, column)
+    """Sum a block of channels of one half."""
+    column = c < width
+    a = load(slope + c, column)
+    b = load(offset + c, column)
     plain = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     times = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for p0 in tl.range(begin, end, BLOCK_P):
+    for p0 in tl.range(bounds[0], bounds[1], BLOCK_P):
         p = span(p0, BLOCK_P)
-        inside = (p < pixels)[:, None] & column[None, :]
-        z = load(x + p[:, None] * channels_x + c[None, :], inside)
+        inside = (p < bounds[2])[:, None] & column[None, :]
+        z = load(x + p[:, None] * width + c[None, :], inside)
         if mask is not None:
-            z = z * load(mask + p, p < pixels)[:, None]
-        d = load(grad + p[:, None] * stride_p + (at + c)[None, :] * stride_c, inside)
+            z = z * load(mask + p, p < bounds[2])[:, None]
+        d = load(grad + p[:, None] * strides[0] + c[None, :] * strides[1], inside)
         if ACTIVATE:
             d = d * silu_slope(a[None, :] * z + b[None, :])
         plain += d
         times += d * z
-    to = partial + part * 2 * channels + at + c
-    tl.store(to, tl.sum(plain, 0), mask=column)
-    tl.store(to + channels, tl.sum(times, 0), mask=column)
+    tl.store(partial + c, tl.sum(plain, 0), mask=column)
+    tl.store(partial + channels + c, tl.sum(times, 0), mask=column)
 
 
 @kernel
@@ -489,59 +480,43 @@ def sums_kernel(
     chunk_index = pid // regions // blocks_c % chunks
     image = (pid // regions // blocks_c // chunks).to(tl.int64)
     row = image * regions + k
-    part = row * chunks + chunk_index
     channels = channels_u + channels_s
     begin = chunk_index.to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, pixels)
-    source = grad + row * stride_n
+    # where the row's tensors begin
+    grad += row * stride_n
+    slope += row * channels
+    offset += row * channels
+    partial += (row * chunks + chunk_index) * 2 * channels
+    bounds = (begin, end, pixels)
+    strides = (stride_p, stride_c)
     if block < blocks_u:
         c = span(block * BLOCK_C, BLOCK_C)
-        from_u = u + (image if SHARED else row) * pixels * channels_u
+        u += (image if SHARED else row) * pixels * channels_u
         sum_half(
-            source,
-            from_u,
-            None,
-            slope,
-            offset,
-            partial,
-            begin,
-            end,
-            pixels,
-            channels_u,
-            0,
-            c,
-            row,
-            part,
-            channels,
-            stride_p,
-            stride_c,
-            ACTIVATE,
-            BLOCK_P,
-            BLOCK_C,
+            grad, u, None, slope, offset, partial, bounds, c, channels_u, channels, strides, ACTIVATE, BLOCK_P, BLOCK_C
         )
     else:
         if skip is not None:
             c = span((block - blocks_u) * BLOCK_C, BLOCK_C)
-            from_s = skip + image * pixels * channels_s
-            mask = None if masks is None else masks + row * pixels
+            skip += image * pixels * channels_s
+            grad += channels_u * stride_c
+            slope += channels_u
+            offset += channels_u
+            partial += channels_u
+            m = None if masks is None else masks + row * pixels
             sum_half(
-                source,
-                from_s,
-                mask,
+                grad,
+                skip,
+                m,
                 slope,
                 offset,
                 partial,
-                begin,
-                end,
-                pixels,
-                channels_s,
-                channels_u,
+                bounds,
                 c,
-                row,
-                part,
+                channels_s,
                 channels,
-                stride_p,
-                stride_c,
+                strides,
                 ACTIVATE,
                 BLOCK_P,
                 BLOCK_C,
@@ -680,34 +655,27 @@ def gradient_sums(
 
 @triton.jit
 def d_branch(
-    grad,
+    d,  # gradient of the output, a tile
     z,
     weight,
     slope,
     offset,
     on_value,
     on_square,
-    row,
-    p,
-    c,
-    channels,
-    stride_n,
-    stride_p,
-    stride_c,
+    at,  # of the tile's channels in the four coefficients
     inside,
     column,
     ACTIVATE: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """Return d_z of a tile, and the gradient of the pixel's weight summed over the tile's channels."""
-    d = load(grad + row * stride_n + p[:, None] * stride_p + c[None, :] * stride_c, inside)
     on_weight = tl.zeros([BLOCK_P], tl.float32)
     if slope is not None:
-        a = load(slope + row * channels + c, column)[None, :]
-        q1 = load(on_value + row * channels + c, column)[None, :]
-        q2 = load(on_square + row * channels + c, column)[None, :]
+        a = load(slope + at, column)[None, :]
+        q1 = load(on_value + at, column)[None, :]
+        q2 = load(on_square + at, column)[None, :]
         if ACTIVATE:
-            d = d * silu_slope(a * z + load(offset + row * channels + c, column)[None, :])
+            d = d * silu_slope(a * z + load(offset + at, column)[None, :])
         spread = q1 + q2 * z
         if weight is not None:
             on_weight = tl.sum(tl.where(inside, z * (q1 + 0.5 * q2 * z), 0.0), 1)
@@ -757,6 +725,7 @@ def branch_gradients_kernel(
     image = (pid // parts // blocks_p).to(tl.int64)
     here = p < pixels
     channels = at_skip + channels_s
+    from_p = p[:, None] * stride_p
     branch = tl.arange(0, K_PAD)[None, :]
     on_masks = tl.zeros([BLOCK_P, K_PAD], tl.float32)
 
@@ -773,25 +742,10 @@ def branch_gradients_kernel(
                     source = image if SHARED else row
                     z = load(u + (source * pixels + p)[:, None] * channels_u + c[None, :], inside)
                 weight = load(masks + row * pixels + p, here) + floor if WEIGHTED else None
+                at = row * channels + c
+                d = load(grad + row * stride_n + from_p + c[None, :] * stride_c, inside)
                 d, on_weight = d_branch(
-                    grad,
-                    z,
-                    weight,
-                    slope,
-                    offset,
-                    on_value,
-                    on_square,
-                    row,
-                    p,
-                    c,
-                    channels,
-                    stride_n,
-                    stride_p,
-                    stride_c,
-                    inside,
-                    column,
-                    ACTIVATE,
-                    BLOCK_P,
+                    d, z, weight, slope, offset, on_value, on_square, at, inside, column, ACTIVATE, BLOCK_P
                 )
                 if SHARED:
                     total += d
@@ -816,25 +770,10 @@ def branch_gradients_kernel(
                     m = load(masks + row * pixels + p, here)
                     z = s * m[:, None]
                 weight = m + floor if WEIGHTED else None
+                at = row * channels + at_skip + c
+                d = load(grad + row * stride_n + from_p + (at_skip + c)[None, :] * stride_c, inside)
                 d, on_weight = d_branch(
-                    grad,
-                    z,
-                    weight,
-                    slope,
-                    offset,
-                    on_value,
-                    on_square,
-                    row,
-                    p,
-                    at_skip + c,
-                    channels,
-                    stride_n,
-                    stride_p,
-                    stride_c,
-                    inside,
-                    column,
-                    ACTIVATE,
-                    BLOCK_P,
+                    d, z, weight, slope, offset, on_value, on_square, at, inside, column, ACTIVATE, BLOCK_P
                 )
                 if masks is not None:
                     total += d * m[:, None]

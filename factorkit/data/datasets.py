@@ -187,7 +187,7 @@ def _select_masks(name: str, files: DatasetFiles, mask_set: str | None) -> Sourc
 
 
 def _resolve_holdout(name: str, files: DatasetFiles, masks: Source | None, holdout: str | int) -> str | int:
-    """Check `holdout` and replace "auto" by what it stands for."""
+    """Check `holdout` and replace "auto" by its meaning."""
     splits = files.splits
     is_count = isinstance(holdout, int) and not isinstance(holdout, bool) and holdout >= 1
     if not (is_count or (isinstance(holdout, str) and holdout in ("auto", "masked", "none", *splits))):

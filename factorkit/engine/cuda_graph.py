@@ -41,6 +41,7 @@ class GraphedWork:
         self.runs, self.can_capture = 0, True
 
     def __call__(self) -> None:
+        """Run the work, from the graph once it is captured."""
         if self.graph is None and self.can_capture and self.runs >= WARM_UP:
             self._capture()
         if self.graph is not None:

@@ -37,8 +37,9 @@ class StepLoss(NamedTuple):
 class Task(Protocol):
     """The interface between the training loop and a model's training.
 
-    A task may also have ``update_buffers(model)``: it updates the buffers of the averaged model from the training data,
-    before :meth:`inspect`. All processes call it.
+    A task may also have ``takes_device_indices = True``: :meth:`loss` gets its indices on the device although it is not
+    capturable, so that it need not wait for their copy. It may also have ``update_buffers(model)``: it updates the
+    buffers of the averaged model from the training data, before :meth:`inspect`. All processes call it.
 
     Attributes:
         model: the module to train.
@@ -77,6 +78,7 @@ class Objective(nn.Module):
         self.indices = torch.zeros(0, dtype=torch.int64)  # of the batch; as an argument, FSDP would move them
 
     def forward(self, rows: slice, draw: BatchDraw, step: Tensor) -> StepLoss:
+        """Compute the loss of these rows of the batch."""
         return self.task.loss(self.model, self.indices[rows], draw, step)
 
 
@@ -128,14 +130,15 @@ class TrainingStep:
     ):
         self.task, self.model = task, task.model
         self.optimizer, self.averages, self.meter, self.config = optimizer, averages, meter, config
-        on_device = device.type == "cuda" and task.capturable
+        on_gpu = device.type == "cuda"
+        indices_on_gpu = on_gpu and (task.capturable or getattr(task, "takes_device_indices", False))
         self.micro_batches = list(_micro_batches(config))
         self.draws = [
             BatchDraw(config.seed, 0, config.batch_size, rows, device, first=i == 0)
             for i, rows in enumerate(self.micro_batches)
         ]
         objective = sharded or Objective(task)
-        self.indices = torch.zeros(config.batch_size, dtype=torch.int64, device=device if on_device else "cpu")
+        self.indices = torch.zeros(config.batch_size, dtype=torch.int64, device=device if indices_on_gpu else "cpu")
         objective.indices = self.indices
         self.objective: nn.Module = objective
         if synchronised and sharded is None:
@@ -150,7 +153,7 @@ class TrainingStep:
         self.history = torch.zeros(config.log_every, 3, dtype=torch.int64, device=device)  # finite, causes; by step
         self.unreported_steps: list[int] = []
         self.run = self._work
-        if on_device and config.cuda_graph and not synchronised:
+        if on_gpu and task.capturable and config.cuda_graph and not synchronised:
             self.run = GraphedWork(self._work, lambda: [d.generator for d in self.draws], self._reset, device)
 
     def __call__(self, step: int) -> None:

@@ -65,7 +65,8 @@ class CameraModel:
     def pixel_intrinsics(self, height: int, width: int, own: Tensor | None = None) -> Tensor:
         """Return the intrinsics in pixels for an image size: ``own`` [..., 3, 3], or those of all views."""
         intrinsics = self.intrinsics if own is None else own
-        return intrinsics * intrinsics.new_tensor([width, height, 1.0])[:, None]
+        x, y, last = intrinsics.unbind(-2)
+        return torch.stack([x * width, y * height, last], dim=-2)
 
     def with_image_shape(self, trained: tuple[int, int], size: tuple[int, int]) -> CameraModel:
         """Return the camera model for images of another aspect ratio, with square pixels if the trained ones are.

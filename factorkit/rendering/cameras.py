@@ -12,7 +12,10 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from factorkit.ops.dispatch import is_readable
 
 
 class Rays(NamedTuple):
@@ -68,16 +71,16 @@ def look_at(eye: Tensor, target: Tensor, up: Tensor) -> Tensor:
     Its y axis is on the side of ``up``.
 
     Raises:
-        ValueError: the camera would look along ``up``, or at its own centre.
+        ValueError: the camera would look along ``up``, or at its own centre (checked on the CPU only).
     """
     eye, target, up = torch.broadcast_tensors(eye, target, up)
     back = torch.nn.functional.normalize(eye - target, dim=-1)
     side = torch.linalg.cross(up, back)
-    if (side.norm(dim=-1) < 1e-6).any():
+    if is_readable(side) and (side.norm(dim=-1) < 1e-6).any():
         raise ValueError("the camera would look along `up` or at its own centre; give another `up` or target")
     right = torch.nn.functional.normalize(side, dim=-1)
     pose = torch.stack([right, torch.linalg.cross(back, right), back, eye], dim=-1)
-    last = pose.new_tensor([0, 0, 0, 1]).expand(*pose.shape[:-2], 1, 4)
+    last = F.pad(torch.ones_like(pose[..., :1, :1]), (3, 0))
     return torch.cat([pose, last], dim=-2)
 
 

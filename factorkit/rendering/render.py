@@ -176,7 +176,7 @@ class OccupancySampling:
 
 
 def _dense_intervals(edges: Tensor) -> Intervals:
-    count = torch.tensor(edges[:, 1:].numel(), device=edges.device)
+    count = edges.new_full((), edges[:, 1:].numel(), dtype=torch.int64)
     return Intervals(edges[:, :-1], edges[:, 1:], None, None, count)
 
 

@@ -117,7 +117,7 @@ class Alarms:
         )
         gap = (
             f"masks are not about content: they explain {self.eta_gap:.2f} < {MIN_ETA_GAP} more of their image's "
-            "colour than another image's masks do (a good run may be lower where colour does not tell objects)"
+            "colour than another image's masks do (a good run may be lower where colour does not separate objects)"
         )
         mean = (
             f"split by position: the masks agree {self.mean_mask_agreement or 0:.2f} > {MAX_MEAN_MASK_AGREEMENT} with "

@@ -71,7 +71,7 @@ class SegdiffConfig(EngineConfig):
     """Weight of the saliency cue beside the spatial prior, for masks="auto". 0 turns it off."""
     mixture_steps: int = 120
     """Steps of the spatial mixture's stage, for masks="auto"."""
-    distil_steps: int = 2500
+    distil_steps: int = 1000
     """Steps of the mask network's stage, for masks="auto"."""
     branch_norm: BranchNorm | None = None
     """Norm of the branch decoder. By default "pixel" in the regional form and "group" in the thesis'."""
@@ -179,6 +179,7 @@ class SegdiffConfig(EngineConfig):
         return config
 
     def memory_advice(self, at_once: int) -> str:
+        """Name the settings that need less memory."""
         cures = [f"micro_batch_size={at_once // 2}, which changes memory only"] if at_once > 1 else []
         if self.num_leaf_regions > 1 and self.decoding != "concat" and not self.checkpoint_branches:
             cures.append("checkpoint_branches=True, for the memory of one branch at a slower pace")
@@ -202,6 +203,7 @@ class ResolvedSegdiffConfig(SegdiffConfig):
     segment_t: int
 
     def validate(self) -> None:
+        """Raise ConfigError for values that cannot work, naming the setting."""
         super().validate()
         sizes = ("resolution", "model_channels", "num_res_blocks", "num_heads", "norm_groups", "num_fit_images")
         for name in (*sizes, "mixture_steps", "distil_steps"):

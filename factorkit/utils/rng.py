@@ -42,6 +42,9 @@ class BatchDraw:
         rows: slice of the batch to return.
         device: device that draws the numbers; CPU and GPU draw different ones.
         first: whether this is the first micro-batch of a step in this process.
+
+    Attributes:
+        step: number of finished steps, known without waiting for the device.
     """
 
     def __init__(self, seed: int, images_seen: int, batch: int, rows: slice, device: torch.device, first: bool = True):
@@ -51,6 +54,7 @@ class BatchDraw:
 
     def restart(self, images_seen: int) -> None:
         """Start the numbers of another step with the same generator object."""
+        self.step = images_seen // self.batch
         self.generator.manual_seed(derived_seed("draw", self.seed, images_seen))
 
     def fresh(self) -> BatchDraw:

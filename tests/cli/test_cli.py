@@ -218,12 +218,14 @@ def test_train_impossible_settings_are_refused(run, photos, run_refused, flags):
     assert not Path("new").exists()
 
 
+@pytest.mark.slow
 def test_holdout_takes_number_or_word(photos, run_json, flags):
     dry = (*flags(steps=1), "--data", photos, "--dry-run")
     assert run_json(*dry, "--holdout", 7)["held_out"] == 7
     assert run_json(*dry, "--holdout", "none")["images"] == 24
 
 
+@pytest.mark.slow
 def test_dry_run_estimates_and_writes_nothing(run_cli, run_json, flags):
     result = run_json(*flags(), "--dry-run", "--out", "new")
     assert result["parameters"] > 1000 and result["images_per_second"] > 0

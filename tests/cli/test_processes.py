@@ -16,14 +16,14 @@ from tests.engine.trained import run_script
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> Path:
+def results(tmp_path_factory) -> Path:
     return run_script(Path(__file__).with_name("process_commands.py"), tmp_path_factory.mktemp("commands"), timeout=240)
 
 
-def printed(done: Path, world: int, name: str) -> dict:
+def read_output(results: Path, world: int, name: str) -> dict:
     """What process 0 printed; the others say nothing."""
-    assert all(not (done / f"{world}/{name}.{rank}.txt").read_text() for rank in range(1, world))
-    return json.loads((done / f"{world}/{name}.0.txt").read_text().replace(str(done / str(world)), "OUT"))
+    assert all(not (results / f"{world}/{name}.{rank}.txt").read_text() for rank in range(1, world))
+    return json.loads((results / f"{world}/{name}.0.txt").read_text().replace(str(results / str(world)), "OUT"))
 
 
 def assert_alike(one, other) -> None:
@@ -44,16 +44,16 @@ def assert_alike(one, other) -> None:
 
 @pytest.mark.parametrize("name", ["generate", "few", "evaluate", "segment", "again", "render", "sample", "pose"])
 @pytest.mark.slow
-def test_commands_in_three_processes_print_once(done, name):
-    assert_alike(printed(done, 1, name), printed(done, 3, name))
+def test_commands_in_three_processes_print_once(results, name):
+    assert_alike(read_output(results, 1, name), read_output(results, 3, name))
 
 
 @pytest.mark.parametrize(
     ("name", "count"), [("generate", 67), ("few", 2), ("segment", 6), ("render", 4), ("sample", 5)]
 )
 @pytest.mark.slow
-def test_commands_in_three_processes_write_the_same_files(done, name, count):
-    alone, together = (done / f"{world}/{name}" for world in (1, 3))
+def test_commands_in_three_processes_write_the_same_files(results, name, count):
+    alone, together = (results / f"{world}/{name}" for world in (1, 3))
     names = sorted(path.name for path in alone.iterdir())
     assert names == sorted(path.name for path in together.iterdir())
     assert sum(name.endswith(".png") for name in names) >= count
@@ -64,20 +64,20 @@ def test_commands_in_three_processes_write_the_same_files(done, name, count):
 
 
 @pytest.mark.slow
-def test_segment_in_three_processes_handles_each_image_once(done):
-    lines = [json.loads(line) for line in (done / "3/segment/segments.jsonl").read_text().splitlines()]
+def test_segment_in_three_processes_handles_each_image_once(results):
+    lines = [json.loads(line) for line in (results / "3/segment/segments.jsonl").read_text().splitlines()]
     assert sorted(line["name"] for line in lines if "files" in line) == [f"{i}.png" for i in (0, 1, 2, 4, 5, 6)]
-    assert [printed(done, world, "again")["already"] for world in (1, 3)] == [6, 6]
-    found = [json.loads((done / f"{world}/segment/annotations.json").read_text()) for world in (1, 3)]
+    assert [read_output(results, world, "again")["already"] for world in (1, 3)] == [6, 6]
+    found = [json.loads((results / f"{world}/segment/annotations.json").read_text()) for world in (1, 3)]
     assert_alike(*found)
 
 
 @pytest.mark.slow
-def test_segment_write_error_in_one_process_ends_all(done):
+def test_segment_write_error_in_one_process_ends_all(results):
     """The exit codes are 1 (process_commands.py); what the other process finished counts the next time."""
-    assert "No space left on device" in (done / "stderr.txt").read_text()
-    assert all("No space left" in (done / f"lost.{rank}.txt").read_text() for rank in (0, 1))
-    left = sorted(path.name for path in (done / "lost").glob("*_labels.png"))
+    assert "No space left on device" in (results / "stderr.txt").read_text()
+    assert all("No space left" in (results / f"lost.{rank}.txt").read_text() for rank in (0, 1))
+    left = sorted(path.name for path in (results / "lost").glob("*_labels.png"))
     assert left == [f"{i}_labels.png" for i in (0, 2, 4, 6)]
 
 

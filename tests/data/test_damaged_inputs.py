@@ -183,11 +183,11 @@ def test_prepare_large_images_are_decoded_one_at_a_time(tmp_path, save, monkeypa
     monkeypatch.setattr(depth, "SERIAL_DECODE_PIXELS", 100)
     held, to_rgb = [], base.to_rgb
 
-    def watched(image, **options):
+    def record_call(image, **options):
         held.append(depth._serial_decode_lock.locked())
         return to_rgb(image, **options)
 
-    monkeypatch.setattr(base, "to_rgb", watched)
+    monkeypatch.setattr(base, "to_rgb", record_call)
     prepare(tmp_path, 4, workers=4, progress=False)
     assert held == [True] * 6
 
@@ -277,7 +277,7 @@ def test_masks_with_unusual_names_match(tmp_path, save):
 def test_masks_with_any_labels_are_read(tmp_path, save):
     """Of a folder of one's own every label above 0 is foreground, but one that is no label is refused."""
     save(tmp_path / "images/a.png", size=(4, 4))
-    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(_made(tmp_path / "masks/a.png"))
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(_make_folder(tmp_path / "masks/a.png"))
     dataset = open_dataset(tmp_path, holdout="none")
     labelled = load_labelled(dataset.test_images, dataset.test_masks, 4)
     assert labelled.foreground.all() and (labelled.labels == 40_000).all()
@@ -286,6 +286,6 @@ def test_masks_with_any_labels_are_read(tmp_path, save):
         load_labelled(dataset.test_images, dataset.test_masks, 4)
 
 
-def _made(path: Path) -> Path:
+def _make_folder(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

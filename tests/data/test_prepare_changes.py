@@ -24,17 +24,17 @@ def photos(tmp_path, save):
     return tmp_path / "photos"
 
 
-def reds(prepared) -> list[int]:
+def read_red_values(prepared) -> list[int]:
     return prepared.images[:, 0, 0, 0].tolist()
 
 
 def test_prepare_changed_file_is_prepared_again(photos, save):
     source = open_source(photos)  # opened once, as by a program that runs for days
-    assert reds(prepare(source, 4, progress=False)) == [0, 50, 100, 150]
+    assert read_red_values(prepare(source, 4, progress=False)) == [0, 50, 100, 150]
     save(photos / "2.png", (222, 0, 0), size=(30, 30))
-    assert reds(prepare(source, 4, progress=False)) == [0, 50, 222, 150]
+    assert read_red_values(prepare(source, 4, progress=False)) == [0, 50, 222, 150]
     save(photos / "9.png", (250, 0, 0))
-    assert reds(prepare(photos, 4, progress=False)) == [0, 50, 222, 150, 250]
+    assert read_red_values(prepare(photos, 4, progress=False)) == [0, 50, 222, 150, 250]
 
 
 def test_prepare_overwritten_archive_or_array_is_prepared_again(tmp_path):
@@ -42,14 +42,14 @@ def test_prepare_overwritten_archive_or_array_is_prepared_again(tmp_path):
     for value in (3, 4):
         np.save(path, np.full((2, 6, 6, 3), value, np.uint8))
         os.utime(path, ns=(value, value))
-        assert reds(prepare(path, 4, progress=False)) == [value] * 2
+        assert read_red_values(prepare(path, 4, progress=False)) == [value] * 2
 
 
 def test_prepare_change_during_preparation_is_prepared_again(photos, save, own_cache, monkeypatch):
     """0.png is replaced after it was decoded: what was made so far is of no state that ever was."""
     decode, rounds = module._decode, []
 
-    def replacing(source, resolution, index):
+    def replace_while_reading(source, resolution, index):
         pixels = decode(source, resolution, index)
         if len(rounds) == 3:
             save(photos / "0.png", (77, 0, 0), size=(40, 40))
@@ -57,20 +57,20 @@ def test_prepare_change_during_preparation_is_prepared_again(photos, save, own_c
         rounds.append(index)
         return pixels
 
-    monkeypatch.setattr(module, "_decode", replacing)
-    assert reds(prepare(photos, 4, workers=1, progress=False)) == [77, 50, 100, 88]
+    monkeypatch.setattr(module, "_decode", replace_while_reading)
+    assert read_red_values(prepare(photos, 4, workers=1, progress=False)) == [77, 50, 100, 88]
     assert len(rounds) == 8 and len(list((own_cache / "prepared").iterdir())) == 1
 
 
 def test_prepare_images_that_keep_changing_raise(photos, save, own_cache, monkeypatch):
     decode, size = module._decode, [12]
 
-    def replacing(source, resolution, index):
+    def replace_while_reading(source, resolution, index):
         size[0] += 1
         save(photos / "0.png", size=(size[0], size[0]))
         return decode(source, resolution, index)
 
-    monkeypatch.setattr(module, "_decode", replacing)
+    monkeypatch.setattr(module, "_decode", replace_while_reading)
     with pytest.raises(DataError, match="changed again and again while they were prepared"):
         prepare(photos, 4, workers=1, progress=False)
     assert not list((own_cache / "prepared").iterdir())
@@ -114,8 +114,8 @@ def test_prepare_full_disk_keeps_earlier_entries(photos, save, own_cache, monkey
         prepare(photos, 4, progress=False)
     monkeypatch.setattr(builtins, "open", opened)
     assert [path.name for path in (own_cache / "prepared").iterdir()] == [before.path.name]
-    assert reds(before) == [0, 50, 100, 150] and np.load(before.path / "images.npy").shape == (4, 4, 4, 3)
-    assert reds(prepare(photos, 4, progress=False)) == [0, 50, 222, 150]
+    assert read_red_values(before) == [0, 50, 100, 150] and np.load(before.path / "images.npy").shape == (4, 4, 4, 3)
+    assert read_red_values(prepare(photos, 4, progress=False)) == [0, 50, 222, 150]
 
 
 def test_source_rows_index_the_source(photos, break_jpeg):

@@ -15,7 +15,7 @@ from factorkit.engine import checkpoint
 from factorkit.engine.checkpoint import Checkpoints, read_checkpoint
 from factorkit.utils.errors import CheckpointError, FactorkitError
 from factorkit.utils.files import read_log
-from tests.engine.trained import assert_identical, events, final_state, full_at, kill_at, saved_steps, spoil
+from tests.engine.trained import assert_identical, events, final_state, full_at, kill_at, make_nan_losses, saved_steps
 
 # --- losses and gradients that are not finite ---
 
@@ -23,7 +23,7 @@ from tests.engine.trained import assert_identical, events, final_state, full_at,
 def test_run_non_finite_step_changes_nothing(toy, tmp_path):
     toy(stop_at=3).run()
     before = final_state(tmp_path / "run")
-    toy(stop_at=4, hook=spoil(3)).run()
+    toy(stop_at=4, hook=make_nan_losses(3)).run()
     assert_identical(final_state(tmp_path / "run"), before)  # batch statistics, averages and moments too
     skips = [e for e in read_log(tmp_path / "run") if e["event"] == "skip"]
     assert [e["step"] for e in skips] == [3] and "not finite" in skips[0]["message"]
@@ -36,7 +36,7 @@ def test_run_infinite_gradient_is_skipped(toy, tmp_path):
 
 
 def test_run_three_consecutive_non_finite_steps_stop_it(toy, tmp_path):
-    trainer = toy(steps=9, checkpoint_every=2, hook=spoil(4, 5, 6, 7))
+    trainer = toy(steps=9, checkpoint_every=2, hook=make_nan_losses(4, 5, 6, 7))
     why = r"3 consecutive steps .*in step 6 the loss of image \d.*checkpoints; try a lower learning_"
     with pytest.raises(FactorkitError, match=why):
         trainer.run()
@@ -47,7 +47,7 @@ def test_run_three_consecutive_non_finite_steps_stop_it(toy, tmp_path):
 
 
 def test_run_finite_step_resets_the_count(toy, tmp_path):
-    toy(steps=9, hook=spoil(0, 1, 3, 4, 6, 7)).run()
+    toy(steps=9, hook=make_nan_losses(0, 1, 3, 4, 6, 7)).run()
     found = final_state(tmp_path / "run")
     assert found["ema.n_averaged"] == 3 and found["adam.step.1.weight"] == 3
 
@@ -135,7 +135,7 @@ def test_run_file_size_limit_stops_and_resumes(toy, tmp_path):
 
 
 @pytest.fixture
-def two(toy, tmp_path):
+def run_with_two_checkpoints(toy, tmp_path):
     """The checkpoints of a run, of steps 2 and 4; the state in the first; the second file and its content."""
     toy(stop_at=4, checkpoint_every=2).run()
     checkpoints = Checkpoints(tmp_path / "run/checkpoints")
@@ -150,15 +150,15 @@ def assert_taken(checkpoints: Checkpoints, older: dict[str, torch.Tensor]) -> No
     assert_identical(tensors, older)
 
 
-def test_restore_truncated_at_100_places_uses_the_previous(two):
-    checkpoints, older, newest, content = two
+def test_restore_truncated_at_100_places_uses_the_previous(run_with_two_checkpoints):
+    checkpoints, older, newest, content = run_with_two_checkpoints
     for i in range(100):
         newest.write_bytes(content[: i * len(content) // 100])
         assert_taken(checkpoints, older)
 
 
-def test_restore_bit_flipped_at_100_places_uses_the_previous(two):
-    checkpoints, older, newest, content = two
+def test_restore_bit_flipped_at_100_places_uses_the_previous(run_with_two_checkpoints):
+    checkpoints, older, newest, content = run_with_two_checkpoints
     chance = random.Random(0)
     header = 8 + int.from_bytes(content[:8], "little")
     for i in range(100):

@@ -54,9 +54,9 @@ def test_run_out_of_memory_in_a_preview_is_named(toy, tmp_path):
 
 
 def test_run_other_runtime_errors_pass_through(toy):
-    def broken(step, loss):
+    def raise_error(step, loss):
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug") as caught:
-        toy(hook=broken).run()
+        toy(hook=raise_error).run()
     assert type(caught.value) is RuntimeError

@@ -213,6 +213,7 @@ def test_graphed_work_failed_capture_continues_with_one_warning(fake_cuda):
     assert fake_cuda.ended == [("_cuda_endAllocateToPool", 0, (0, 1)), ("_cuda_releasePool", 0, (0, 1))]
 
 
+@pytest.mark.slow
 def test_training_step_failed_capture_leaves_no_trace(tmp_path, fake_cuda):
     """Under capture nothing is computed, but generators have been drawn from and half a gradient stands."""
     ends = []

@@ -57,7 +57,7 @@ def kill_at(step: int, number: int):
     return hook
 
 
-def spoil(*steps: int):
+def make_nan_losses(*steps: int):
     """A hook for the toy that makes these steps' losses NaN."""
     return lambda step, error: error * float("nan") if step in steps else error
 

@@ -30,7 +30,7 @@ class Kernel:
 
 
 @pytest.fixture
-def tuned(monkeypatch, tmp_path):
+def counting_kernel(monkeypatch, tmp_path):
     """Tuning is on; a launch takes as many milliseconds as its warps are away from 2, and 16 do not fit."""
     monkeypatch.setenv("FACTORKIT_TUNE", "1")
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
@@ -51,47 +51,47 @@ def start(kernel, rows=3):
     tiles.launch(kernel, 7, torch.empty(4), rows, warps=4, BLOCK=8)
 
 
-def test_fastest_warps_are_measured_once_and_stored(tuned):
-    start(tuned)
-    assert tuned.warps == [*tuning.WARP_COUNTS, 2]
-    start(tuned)
-    assert tuned.warps[-1] == 2 and len(tuned.warps) == len(tuning.WARP_COUNTS) + 2
+def test_fastest_warps_are_measured_once_and_stored(counting_kernel):
+    start(counting_kernel)
+    assert counting_kernel.warps == [*tuning.WARP_COUNTS, 2]
+    start(counting_kernel)
+    assert counting_kernel.warps[-1] == 2 and len(counting_kernel.warps) == len(tuning.WARP_COUNTS) + 2
     assert list(json.loads(tuning.table_path().read_text()).values()) == [2]
 
     tuning.load_table.cache_clear()  # another process
-    start(tuned)
-    assert len(tuned.warps) == len(tuning.WARP_COUNTS) + 3 and tuned.warps[-1] == 2
-    start(tuned, rows=5)  # another shape
-    assert len(tuned.warps) == 2 * len(tuning.WARP_COUNTS) + 4
+    start(counting_kernel)
+    assert len(counting_kernel.warps) == len(tuning.WARP_COUNTS) + 3 and counting_kernel.warps[-1] == 2
+    start(counting_kernel, rows=5)  # another shape
+    assert len(counting_kernel.warps) == 2 * len(tuning.WARP_COUNTS) + 4
 
 
-def test_nothing_is_measured_while_a_graph_is_captured(tuned, monkeypatch):
+def test_nothing_is_measured_while_a_graph_is_captured(counting_kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    start(tuned)
-    assert tuned.warps == [4]
+    start(counting_kernel)
+    assert counting_kernel.warps == [4]
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": 3}', "\x00"])
-def test_damaged_table_is_rewritten(tuned, text):
+def test_damaged_table_is_rewritten(counting_kernel, text):
     tuning.table_path().parent.mkdir(parents=True)
     tuning.table_path().write_text(text)
-    start(tuned)
-    assert tuned.warps[-1] == 2
+    start(counting_kernel)
+    assert counting_kernel.warps[-1] == 2
     assert list(json.loads(tuning.table_path().read_text()).values()) == [2]
 
 
-def test_unwritable_cache_is_ignored(tuned, monkeypatch, tmp_path):
+def test_unwritable_cache_is_ignored(counting_kernel, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "file"))
-    start(tuned)
-    start(tuned)
-    assert tuned.warps == [*tuning.WARP_COUNTS, 2, 2]
+    start(counting_kernel)
+    start(counting_kernel)
+    assert counting_kernel.warps == [*tuning.WARP_COUNTS, 2, 2]
 
 
-def test_without_tuning_the_default_warps_are_used(tuned, monkeypatch):
+def test_without_tuning_the_default_warps_are_used(counting_kernel, monkeypatch):
     monkeypatch.delenv("FACTORKIT_TUNE")
-    start(tuned)
-    assert tuned.warps == [4] and not tuning.table_path().exists()
+    start(counting_kernel)
+    assert counting_kernel.warps == [4] and not tuning.table_path().exists()
 
 
 def test_register_limit_follows_warps():

@@ -11,7 +11,7 @@ def cloud(count=50, features=5, seed=0):
     return torch.randn(count, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def whitened(x):
+def whiten(x):
     """The same points with sample mean 0 and sample covariance exactly 1."""
     x = x - x.mean(0)
     return x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
@@ -19,7 +19,7 @@ def whitened(x):
 
 def test_frechet_distance_common_axes_equals_closed_form():
     """Where the covariances commute, it is the sum over the axes of (m - m')^2 + (s - s')^2."""
-    x, y = whitened(cloud(seed=1)), whitened(cloud(70, seed=2))
+    x, y = whiten(cloud(seed=1)), whiten(cloud(70, seed=2))
     s, r = torch.tensor([0.1, 1, 2, 3, 0.5]).double(), torch.tensor([1, 0.2, 2, 0.0, 4]).double()
     m = torch.tensor([0, 1, -2, 0, 0.3]).double()
     turn = torch.linalg.qr(cloud(5, seed=3))[0]

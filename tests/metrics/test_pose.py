@@ -39,7 +39,7 @@ def forward_poses(count=12, seed=0):
     return poses
 
 
-def turned(poses, degrees, axis=(0.0, 0.0, 1.0)):
+def rotate_poses(poses, degrees, axis=(0.0, 0.0, 1.0)):
     """About an axis through the origin, cameras and all."""
     vector = torch.deg2rad(torch.as_tensor(degrees, dtype=torch.float64)) * torch.tensor(axis).double()
     moved = poses.clone()
@@ -72,7 +72,7 @@ def test_similarity_inverse_undoes_apply():
 def test_pose_errors_reversed_views_do_not_affect_the_rest():
     poses = object_poses(40)
     found = poses.clone()
-    found[:14] = turned(poses[:14], 180.0)
+    found[:14] = rotate_poses(poses[:14], 180.0)
     errors = pose_errors(random_similarity().apply(found), poses)
     assert errors.rotation_degrees[14:].max() < 1e-3
     assert errors.translation[14:].max() < 1e-5
@@ -96,7 +96,7 @@ def test_pose_errors_with_outliers_measures_the_noise_of_inliers():
 
 def test_rotation_errors_known_angles_are_in_degrees():
     poses = object_poses(3)
-    found = torch.stack([poses[0], turned(poses[1:2], 35.0)[0], turned(poses[2:], 180.0, (1.0, 0, 0))[0]])
+    found = torch.stack([poses[0], rotate_poses(poses[1:2], 35.0)[0], rotate_poses(poses[2:], 180.0, (1.0, 0, 0))[0]])
     expected = torch.tensor([0.0, 35.0, 180.0]).double()
     torch.testing.assert_close(rotation_errors_degrees(found, poses), expected, atol=1e-5, rtol=0)
     assert share_under_10_degrees(torch.tensor([9.9, 10.1, 0.0, 50.0])) == 0.5
@@ -116,8 +116,8 @@ def test_pose_errors_translation_is_in_units_of_the_scene():
 
 def test_align_poses_rotation_only_keeps_origin_and_scale():
     poses = object_poses()
-    found = align_poses(turned(poses, 73.0), poses, "rotation")
-    torch.testing.assert_close(found.rotation, turned(torch.eye(4).double()[None], -73.0)[0, :3, :3])
+    found = align_poses(rotate_poses(poses, 73.0), poses, "rotation")
+    torch.testing.assert_close(found.rotation, rotate_poses(torch.eye(4).double()[None], -73.0)[0, :3, :3])
     assert found.scale == 1 and not found.translation.any()
     # What no rotation about the origin takes away stays as an error.
     farther = poses.clone()

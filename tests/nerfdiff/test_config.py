@@ -12,6 +12,7 @@ from factorkit.utils.errors import ConfigError
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.slow
 def test_preset_config_every_preset_builds_a_model(preset):
     config = preset_config(preset)
     forward = preset == "llff"

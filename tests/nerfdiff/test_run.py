@@ -266,6 +266,7 @@ def test_predict_pose_accepts_files_pillow_images_and_arrays(finished, scene_vie
     assert finished.predict_pose(tmp_path / "0.png").poses.shape == (1, 4, 4)
 
 
+@pytest.mark.slow
 def test_predict_pose_and_evaluate_use_the_views_own_intrinsics(finished, scene_views):
     """A wider image of the same scene, which has the training view in its middle."""
     wide = torch.nn.functional.pad(scene_views.images, (4, 4, 2, 2), value=0.5)

@@ -24,7 +24,7 @@ from factorkit.nn.unet import (
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def set_seed():
     torch.manual_seed(0)
 
 

@@ -79,7 +79,7 @@ def test_composite_equals_its_definition(counts, early_stop, background):
         torch.testing.assert_close(tuple(got), expected)
 
 
-def upstream(outputs, kind):
+def make_upstream_gradients(outputs, kind):
     if kind == "random":
         return [torch.randn_like(x) for x in outputs]
     if kind == "expanded":
@@ -93,7 +93,7 @@ def compare(leaves, offsets, behind, early_stop, kind="random"):
     got = ops.composite(*leaves, offsets, background=behind, early_stop=early_stop, weights=True, distortion=True)
     want = reference.composite(*leaves, offsets, behind, early_stop)
     torch.testing.assert_close(tuple(got), want, rtol=1e-9, atol=1e-12)
-    grads = upstream(want, kind)
+    grads = make_upstream_gradients(want, kind)
     torch.testing.assert_close(
         torch.autograd.grad(got, wanted, grads, allow_unused=True),
         tuple(
@@ -106,7 +106,7 @@ def compare(leaves, offsets, behind, early_stop, kind="random"):
 
 
 @pytest.fixture
-def poisoned():
+def fill_memory_with_nan():
     """Fresh memory holds NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -118,7 +118,7 @@ def poisoned():
 @pytest.mark.parametrize("counts", RAGGED)
 @pytest.mark.parametrize("kind", ["random", "expanded", "strided"])
 @pytest.mark.parametrize("early_stop", [0.0, 0.3])
-def test_packed_gradients_match_reference(poisoned, counts, kind, early_stop):
+def test_packed_gradients_match_reference(fill_memory_with_nan, counts, kind, early_stop):
     torch.manual_seed(1)
     leaves, offsets, behind = batch(counts, 3, tail=7)
     compare(leaves, offsets, behind, early_stop, kind)
@@ -126,14 +126,14 @@ def test_packed_gradients_match_reference(poisoned, counts, kind, early_stop):
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8, 17, 32])
 @pytest.mark.parametrize("background", ["shared", "each", None])
-def test_composite_channels_and_backgrounds_match_reference(poisoned, channels, background):
+def test_composite_channels_and_backgrounds_match_reference(fill_memory_with_nan, channels, background):
     torch.manual_seed(2)
     leaves, offsets, behind = batch([9, 0, 70], channels, background=background)
     compare(leaves, offsets, behind, 0.0)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (0, 4), (4, 0), (2, 130)])
-def test_composite_dense_rays_match_packed_rays(poisoned, shape):
+def test_composite_dense_rays_match_packed_rays(fill_memory_with_nan, shape):
     torch.manual_seed(3)
     leaves, _, behind = batch([shape[1]] * shape[0], 3, dense=shape[0] > 0)
     if shape[0] == 0:
@@ -176,6 +176,7 @@ def test_gradcheck(packed):
 
 
 @pytest.mark.parametrize("extras", [True, False])
+@pytest.mark.slow
 def test_opcheck(extras):
     torch.manual_seed(6)
     leaves, offsets, behind = batch([3, 0, 5], 3, torch.float32)
@@ -354,7 +355,7 @@ def test_compiles_into_one_graph():
     torch.testing.assert_close(*got)
 
 
-def wrong(**changes):
+def make_invalid_inputs(**changes):
     made = dict(sigma=torch.rand(6), rgb=torch.rand(6, 3), t_start=torch.rand(6), t_end=torch.rand(6) + 1)
     return {**made, "ray_offsets": torch.tensor([0, 2, 6]), **changes}
 
@@ -383,4 +384,4 @@ def wrong(**changes):
 )
 def test_wrong_input_is_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        ops.composite(**wrong(**changes))
+        ops.composite(**make_invalid_inputs(**changes))

@@ -18,7 +18,7 @@ RESOLUTIONS = [1, 3, 6, 40]  # with 64 rows: dense and hashed levels in 2, 3 and
 
 
 @pytest.fixture(autouse=True)
-def poisoned():
+def fill_memory_with_nan():
     """torch fills what it allocates without a value with NaN, so that an unwritten element shows."""
     torch.use_deterministic_algorithms(True)
     yield

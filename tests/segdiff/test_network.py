@@ -17,7 +17,7 @@ DECODINGS = ("masked_skips", "concat", "masked_mid", "unshared")
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def set_seed():
     torch.manual_seed(0)
 
 

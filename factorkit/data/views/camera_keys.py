@@ -18,6 +18,7 @@ from factorkit.data.views.cameras import (
     FisheyeDistortion,
     IntrinsicsFunction,
     Lens,
+    fixed_intrinsics,
     fov_intrinsics,
     make_intrinsics,
     scale_intrinsics,
@@ -168,7 +169,7 @@ def _intrinsics_from_focal(settings: Mapping[str, Any], name: str) -> Intrinsics
         return make_intrinsics(fx, fy, width / 2 if cx is None else cx, height / 2 if cy is None else cy)
 
     if "w" not in settings and "h" not in settings:  # as instant-ngp: the focal length is that of the stored image
-        return intrinsics
+        return lambda height, width: fixed_intrinsics(intrinsics(height, width), name)(height, width)
     width, height = (float(settings[key]) for key in ("w", "h"))
     return scale_intrinsics(intrinsics(height, width), height, width, name)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from factorkit.utils.errors import DataError
 
 MIN_FISHEYE_RADIUS = 1e-9  # in focal lengths; closer to the axis the scale is 1
+MAX_OFF_CENTRE = 0.2  # of the image's side, of a camera whose image size is not known
 ASPECT_TOLERANCE = 0.01  # relative difference between the aspect ratios of an image and its camera
 
 # Returns K [3, 3] for an image of a given height and width.
@@ -22,6 +23,26 @@ IntrinsicsFunction = Callable[[int, int], np.ndarray]
 def make_intrinsics(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
     """Return K [3, 3] without skew, in pixels."""
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+
+
+def fixed_intrinsics(k: np.ndarray, name: str) -> IntrinsicsFunction:
+    """Return K of files that do not say for which size of image it is: that of the image.
+
+    Raises:
+        DataError: when called, the centre of K is far from the image's, so K is for another size.
+    """
+
+    def intrinsics(height: int, width: int) -> np.ndarray:
+        share = k[0, 2] / width, k[1, 2] / height
+        if not all(abs(x - 0.5) <= MAX_OFF_CENTRE for x in share):
+            raise DataError(
+                f"{name}: {width} x {height} pixels, but the centre of its camera is at {k[0, 2]:.4g}, {k[1, 2]:.4g}: "
+                f"its intrinsics seem to be for images of {2 * k[0, 2]:.0f} x {2 * k[1, 2]:.0f} pixels. Give images of "
+                "that size, or intrinsics of this one."
+            )
+        return k
+
+    return intrinsics
 
 
 def scale_intrinsics(k: np.ndarray, height: float, width: float, name: str) -> IntrinsicsFunction:

@@ -20,7 +20,10 @@ from factorkit.data.views.views import check_rigid
 from factorkit.utils.errors import DataError, format_count
 
 MODEL_FOLDERS = (".", "sparse/0", "sparse", "colmap/sparse/0")  # where a scene's model may be
-IMAGE_FOLDERS = ("images", "images_factorkit", "image", "imgs", "input", "rgb", ".")  # beside or above the model
+# Beside or above the model.
+IMAGE_FOLDERS = (
+    "images", "images_factorkit", "images_2", "images_4", "images_8", "image", "imgs", "input", "rgb", ".",
+)  # fmt: skip
 # Models by COLMAP's number, with their number of parameters.
 CAMERA_MODELS = (
     ("SIMPLE_PINHOLE", 3), ("PINHOLE", 4), ("SIMPLE_RADIAL", 4), ("RADIAL", 5), ("OPENCV", 8), ("OPENCV_FISHEYE", 8),

@@ -10,7 +10,7 @@ import torch
 
 from factorkit.data.files import format_examples, list_images
 from factorkit.data.views.arrangement import OPENCV_TO_OPENGL
-from factorkit.data.views.cameras import IntrinsicsFunction
+from factorkit.data.views.cameras import fixed_intrinsics
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader
 from factorkit.data.views.splits import select_split
 from factorkit.data.views.views import check_rigid
@@ -59,7 +59,7 @@ def read_dtu(path: Path, split: str | None) -> tuple[list[LazyView], SceneSettin
             f"({format_examples([image.name for image in images])}). There must be one for each image, in their order."
         )
     names = [image.relative_to(path).as_posix() for image in images]
-    poses, intrinsics = [], []
+    poses, matrices = [], []
     for number, name in zip(numbers, names, strict=True):
         scale = arrays.get(f"scale_mat_{number}", np.eye(4))
         world = arrays[f"world_mat_{number}"]
@@ -71,16 +71,15 @@ def read_dtu(path: Path, split: str | None) -> tuple[list[LazyView], SceneSettin
             raise DataError(f"{file}: world_mat_{number} or scale_mat_{number} is not a finite matrix [4, 4] ({name})")
         k, pose = _decompose((world.astype(np.float64) @ scale)[:3], name, file)
         poses.append(pose)
-        intrinsics.append(k)
+        matrices.append(k)
     stacked = np.stack(poses)
     check_rigid(torch.from_numpy(stacked), names)
     rows, notes = select_split(names, split)
-    views = [LazyView(names[i], image_reader(images[i]), _fixed(intrinsics[i]), stacked[i]) for i in rows]
+    views = []
+    for i in rows:
+        intrinsics = fixed_intrinsics(matrices[i], names[i])
+        views.append(LazyView(names[i], image_reader(images[i]), intrinsics, stacked[i]))
     return views, SceneSettings(names, stacked, notes=notes)
-
-
-def _fixed(k: np.ndarray) -> IntrinsicsFunction:
-    return lambda height, width: k
 
 
 def _decompose(projection: np.ndarray, name: str, file: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from factorkit.data.files import format_examples
+from factorkit.data.files import fold_stem, format_examples
 from factorkit.data.masks import MASK_KEYS, match_masks, to_opacity
 from factorkit.data.open import open_source
 from factorkit.data.sources import FileSource, Source
@@ -71,7 +71,18 @@ def _match(names: Sequence[str], masks: Source) -> dict[str, int]:
     """Return the mask's index for the stem of each view's name that has one."""
     folder = common_folder(names)
     images = FileSource(Path(), [name[len(folder) :] for name in names])
+    numbers = {_number(name): j for j, name in enumerate(masks.names)}
+    is_numbered = None not in numbers and len(numbers) == len(masks)
+    if is_numbered and not {fold_stem(name) for name in images.names} & {fold_stem(name) for name in masks.names}:
+        # NeuS's image/000003.png has mask/003.png.
+        return {_stem(name): numbers[_number(name)] for name in names if _number(name) in numbers}
     return {_stem(names[i]): j for i, j in match_masks(images, masks)}
+
+
+def _number(name: str) -> int | None:
+    """Return the number that is a file's whole stem, or None."""
+    stem = PurePosixPath(name).stem
+    return int(stem) if stem.isdecimal() else None
 
 
 def common_folder(names: Sequence[str]) -> str:

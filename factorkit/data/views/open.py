@@ -288,8 +288,8 @@ def _warn_about_unread_cameras(folder: Path) -> None:
     for listing in sorted(folder.glob("*.json")):
         if listing.stat().st_size <= MAX_SNIFFED_BYTES and b'"transform_matrix"' in listing.read_bytes():
             warnings.warn(
-                f"{folder}: {listing.name} lists cameras, but is not named transforms.json: the images are read without "
-                f"poses. To use the poses, give the file: {listing}.",
+                f"{folder}: {listing.name} lists cameras, but is not named transforms.json: the images are read "
+                f"without poses. To use the poses, give the file: {listing}.",
                 stacklevel=3,
             )
             return

@@ -12,7 +12,7 @@ import torch
 
 from factorkit.data.files import format_examples, list_images
 from factorkit.data.views.arrangement import OPENCV_TO_OPENGL
-from factorkit.data.views.cameras import IntrinsicsFunction, make_intrinsics, scale_intrinsics
+from factorkit.data.views.cameras import IntrinsicsFunction, fixed_intrinsics, make_intrinsics, scale_intrinsics
 from factorkit.data.views.image_files import MAX_MISSING_FRACTION
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader
 from factorkit.data.views.splits import split_every_eighth
@@ -76,7 +76,7 @@ def _read_intrinsics(file: Path) -> Callable[[str], IntrinsicsFunction]:
     lines = [_parse_numbers(line, file) for line in _read_text(file).splitlines() if line.strip()]
     if len(lines) in (3, 4) and all(len(line) in (3, 4) for line in lines):
         matrix = np.array([line[:3] for line in lines[:3]])
-        return lambda name: lambda height, width: matrix
+        return lambda name: fixed_intrinsics(matrix, name)
     if len(lines) < 2 or len(lines[0]) < 3 or len(lines[-1]) != 2:
         raise DataError(
             f"{file}: expected `focal cx cy` in the first line and `height width` in the last, or a matrix of 3 or 4 "

@@ -97,24 +97,31 @@ def orbit_poses(direction: Tensor, distance: Tensor | float, offsets: dict[str, 
         ValueError: a direction along z, for which "upright" is undefined.
     """
     offsets = offsets or {}
-    reach = torch.as_tensor(distance, dtype=direction.dtype, device=direction.device).expand(direction.shape[:-1])
+    reach = distance.to(direction) if isinstance(distance, Tensor) else direction.new_full((), distance)
+    reach = reach.expand(direction.shape[:-1])
     if "distance" in offsets:
         reach = reach * offsets["distance"].exp()
     eye = F.normalize(direction, dim=-1) * reach[..., None]
-    pose = look_at(eye, torch.zeros_like(eye), eye.new_tensor([0.0, 0.0, 1.0]))
+    pose = look_at(eye, torch.zeros_like(eye), unit_vector(2, eye))
     if "roll" in offsets:
-        axis_angle = F.one_hot(torch.tensor(2), 3).to(offsets["roll"]) * offsets["roll"][..., None]
+        axis_angle = F.pad(offsets["roll"][..., None], (2, 0))
         pose = pose @ _rigid_transform(roma.rotvec_to_rotmat(axis_angle), torch.zeros_like(eye))
     if "aim" in offsets:
         shift = F.pad(offsets["aim"] * reach[..., None], (0, 1))
-        pose = pose @ _rigid_transform(torch.eye(3).to(shift).expand(*shift.shape, 3), shift)
+        pose = pose @ _rigid_transform(
+            torch.eye(3, dtype=shift.dtype, device=shift.device).expand(*shift.shape, 3), shift
+        )
     return pose
 
 
 def forward_facing_poses(positions: Tensor) -> Tensor:
     """Return poses [..., 4, 4] of cameras at ``positions`` [..., 3] near the origin that look at one point ahead."""
-    target = positions.new_tensor([0.0, 0.0, -CONVERGENCE_DEPTH])
-    return look_at(positions, target, positions.new_tensor([0.0, 1.0, 0.0]))
+    return look_at(positions, -CONVERGENCE_DEPTH * unit_vector(2, positions), unit_vector(1, positions))
+
+
+def unit_vector(axis: int, like: Tensor) -> Tensor:
+    """Return the unit vector [3] along an axis, made on the device of ``like``: a copy from the host would wait."""
+    return torch.eye(3, dtype=like.dtype, device=like.device)[axis]
 
 
 def rodrigues_poses(parameters: Tensor) -> Tensor:
@@ -124,7 +131,7 @@ def rodrigues_poses(parameters: Tensor) -> Tensor:
 
 def _rigid_transform(rotation: Tensor, translation: Tensor) -> Tensor:
     upper = torch.cat([rotation, translation[..., None]], dim=-1)
-    last = upper.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*upper.shape[:-2], 1, 4)
+    last = F.pad(torch.ones_like(upper[..., :1, :1]), (3, 0))
     return torch.cat([upper, last], dim=-2)
 
 

@@ -34,7 +34,7 @@ class Originals:
         data: the same views from the data: listed files, or views in memory; None: not found.
         poses: float64 [V, 4, 4] in the coordinates of the data, or None.
         problem: why the data were not found; None if no pixel is lost by that.
-        is_named: whether the user said where the data are, so that other data are an error.
+        is_named: whether the user named the data, so that other data are an error.
     """
 
     stored: Views

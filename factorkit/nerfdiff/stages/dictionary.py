@@ -92,10 +92,10 @@ class SearchTask(FitTask):
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         """Return the photometric loss; reassign the views where the step is due."""
-        coarseness = self.coarseness_at(int(step))
+        coarseness = self.coarseness_at(draw.step)
         self.model.field.coarseness = coarseness
-        if draw.first and int(step) and int(step) % UPDATE_EVERY == 0:
-            self._assign(int(step), coarseness)
+        if draw.first and draw.step and draw.step % UPDATE_EVERY == 0:
+            self._assign(draw.step, coarseness)
         return super().loss(model, indices, draw, step)
 
     def pose_options(self, draw: BatchDraw, step: int) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ class DistilTask:
     """
 
     capturable = False
+    takes_device_indices = True
 
     def __init__(self, config: NerfdiffConfig, scene: Scene, model: NerfdiffModel, duplication: float | None = None):
         self.config, self.scene, self.model, self.duplication = config, scene, model, duplication

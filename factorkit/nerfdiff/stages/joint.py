@@ -58,6 +58,7 @@ class JointTask:
     """
 
     capturable = False  # the jitter of a step's samples depends on a number on the host
+    takes_device_indices = True
 
     def __init__(
         self,
@@ -80,10 +81,10 @@ class JointTask:
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         """Return the photometric loss of the selected candidates and the classification loss (eq. 3.4)."""
         config, field, scene = self.config, self.model.field, self.scene
-        temperature_share = max(0.0, 1 - int(step) / (BALANCED_SHARE * config.steps))
+        temperature_share = max(0.0, 1 - draw.step / (BALANCED_SHARE * config.steps))
         field.coarseness = INITIAL_COARSENESS * temperature_share
         if draw.first and self.poses is None:
-            update_occupancy(field, int(step))
+            update_occupancy(field, draw.step)
         indices = indices.to(scene.images.device)
         images = scene.images[indices]
         x_t, t = add_noise(to_signal(scene.encoder_images[indices]), self.schedule, config, draw)
@@ -98,7 +99,7 @@ class JointTask:
             pixels,
             scene.size,
             config.samples_per_ray,
-            int(step),
+            draw.step,
             indices,
             draw.rows.start * config.rays_per_view,
             scene.camera.of_views(indices),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from factorkit.nerfdiff.held_out import (
     HeldOutErrors,
     compare_held_out,
     disparity_noise,
+    forward_direction_check,
     held_out_checks,
     to_fields,
 )
@@ -298,14 +299,16 @@ class Training:
         if distributed.rank() == 0 and alarms:
             check = duplication_check(duplication)
             checks = [c for c in alarms.get("checks", ()) if c["name"] != check.name]
-            alarms = {key: value for key, value in alarms.items() if key not in ("event", "time")}
             alarms |= {"doubled": duplication, "failures": [*alarms.get("failures", ()), *check.failures]}
-            alarms |= {"checks": [*checks, check.to_dict()]}
-            with RunLog(self.folder) as log:
-                log.event("alarms", **alarms)
-            write_report(self.folder)
-            for failure in check.failures:
-                tqdm.write(failure, file=sys.stderr)
+            self.log_alarms(alarms | {"checks": [*checks, check.to_dict()]}, check.failures)
+
+    def log_alarms(self, alarms: dict[str, Any], failures: Sequence[str]) -> None:
+        """Log the last alarms of the run again, with what was added to them, and print the new failures."""
+        with RunLog(self.folder) as log:
+            log.event("alarms", **{key: value for key, value in alarms.items() if key not in ("event", "time")})
+        write_report(self.folder)
+        for failure in failures:
+            tqdm.write(failure, file=sys.stderr)
 
     def measure_held_out(self, model: NerfdiffModel) -> tuple[HeldOutErrors | None, float | None, str]:
         """Cross-fit two small fields; return the errors, the disparity noise, and why errors are None."""
@@ -316,11 +319,8 @@ class Training:
         if count < MIN_HELD_OUT_VIEWS:
             return None, None, f"since {format_count(count, 'view')}: fewer than {MIN_HELD_OUT_VIEWS}"
         if steps < MIN_FIT_STEPS:
-            return (
-                None,
-                None,
-                f"since the field was fitted for {format_count(steps, 'step')} only, fewer than {MIN_FIT_STEPS}",
-            )
+            reason = f"since the field was fitted for {format_count(steps, 'step')} only, fewer than {MIN_FIT_STEPS}"
+            return None, None, reason
         noise = None
         if scene.layout == "forward":
             noise = disparity_noise(model.field, scene, poses, config.samples_per_ray)
@@ -341,16 +341,12 @@ class Training:
         errors, noise, reason = self.measure_held_out(model)
         if distributed.rank() == 0 and alarms:
             checks = held_out_checks(self.scene.layout, errors, noise, reason)
+            if self.scene.layout == "forward":
+                checks.append(forward_direction_check(model.views))
             checks += box_checks(model.field, self.scene.foreground, model.views, self.scene.layout)
             added = log_checks(checks)
-            alarms = {key: value for key, value in alarms.items() if key not in ("event", "time")}
             alarms |= {"held_out_checked": True, **to_fields(errors, noise)}
-            alarms |= {key: [*alarms.get(key, ()), *added[key]] for key in added}
-            with RunLog(self.folder) as log:
-                log.event("alarms", **alarms)
-            write_report(self.folder)
-            for failure in added["failures"]:
-                tqdm.write(failure, file=sys.stderr)
+            self.log_alarms(alarms | {key: [*alarms.get(key, ()), *added[key]] for key in added}, added["failures"])
 
     def both_halves(self, count: int, number: int) -> Iterator[Flip]:
         """Yield the two halves of the views in one round, in both roles."""

@@ -95,6 +95,7 @@ class FitTask:
     """
 
     capturable = False  # the jitter of a step's samples depends on a number on the host
+    takes_device_indices = True
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class FitTask:
         self.config, self.scene, self.model = config, scene, model
         self.preview_name, self.initial_coarseness = preview_name, initial_coarseness
         self._blurred: tuple[float, Tensor] = (0.0, scene.images)
-        self.views = torch.arange(len(scene.images)) if views is None else views
+        self.views = (torch.arange(len(scene.images)) if views is None else views).to(scene.images.device)
         self.size = len(self.views)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -125,14 +126,14 @@ class FitTask:
 
     def loss(self, model: nn.Module, indices: Tensor, draw: BatchDraw, step: Tensor) -> StepLoss:
         """Return the photometric loss of random rays."""
-        self.model.field.coarseness = self.coarseness_at(int(step))
+        self.model.field.coarseness = self.coarseness_at(draw.step)
         rows = self.views[indices]
         if draw.first:
-            update_occupancy(self.model.field, int(step))
-        images = self.target_images(int(step))[rows.to(self.scene.images.device)]
+            update_occupancy(self.model.field, draw.step)
+        images = self.target_images(draw.step)[rows.to(self.scene.images.device)]
         pixels = draw.integers(0, images.shape[2] * images.shape[3], self.config.rays_per_view)
         first_ray = draw.rows.start * self.config.rays_per_view
-        rendered = model(rows, pixels, int(step), first_ray, **self.pose_options(draw, int(step)))
+        rendered = model(rows, pixels, draw.step, first_ray, **self.pose_options(draw, draw.step))
         scored = self.scene.loss_masks
         weights = None if scored is None else gather_pixels(scored[rows.to(scored.device)], pixels)
         error = mean_squared_error(rendered.color, gather_pixels(images, pixels), (1, 2), weights)

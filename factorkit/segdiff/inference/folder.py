@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -124,7 +125,8 @@ def segment_folder(
             if rank := distributed.rank():
                 open_folder(rank)
             manifest, record = opened[0]
-            return _FolderJob(config, predict, source, manifest, record, settings, formats, workers, progress).run()
+            threads = workers or min(MAX_WORKERS, os.cpu_count() or 1)
+            return _FolderJob(config, predict, source, manifest, record, settings, formats, threads, progress).run()
     except OSError as error:  # of the results; a source raises DataError for its own
         where = escape_name(str(error.filename or out))
         raise WriteError(
@@ -141,25 +143,20 @@ class _Item(NamedTuple):
     prepared: PreparedImage | str | None
 
 
+@dataclass
 class _FolderJob:
-    def __init__(
-        self,
-        config: ResolvedSegdiffConfig,
-        predict: Callable[[Tensor], Tensor],
-        source: Source,
-        manifest: Manifest,
-        record: OutputRecord,
-        settings: dict[str, Any],
-        formats: tuple[str, ...],
-        workers: int | None,
-        progress: bool,
-    ):
-        self.config, self.predict, self.source = config, predict, source
-        self.manifest, self.record = manifest, record
-        self.size, self.upsample = settings["size"], settings["upsample"]
-        self.formats, self.progress = formats, progress
-        self.workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
-        self.out, self.overview_name, self.overview_source = manifest.out, OVERVIEW, ""
+    config: ResolvedSegdiffConfig
+    predict: Callable[[Tensor], Tensor]
+    source: Source
+    manifest: Manifest
+    record: OutputRecord
+    settings: dict[str, Any]
+    formats: tuple[str, ...]
+    workers: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self.out, self.overview_name, self.overview_source = self.manifest.out, OVERVIEW, ""
         self.stems: list[str] = []  # of each image's files, distinct from those of other images in the folder
         self.numbers: list[int] = []  # of each image in annotations.json
         self.skipped: dict[str, str] = {}
@@ -230,24 +227,17 @@ class _FolderJob:
         self.manifest.merge_ranks()
         if overview_due and self.overview_rows:
             self._write_overview()
-        num_regions = self.config.num_leaf_regions
         annotations = write_annotations(self.manifest, self.record) if "coco" in self.formats else None
-        areas = [line["areas"] for _, line in self.manifest.records()]
-        return FolderSegments(
-            self.out,
-            len(self.source) - len(self.skipped),
-            already,
-            self.skipped,
-            num_regions,
-            np.mean(areas, 0).tolist(),
-            self.overview if self.overview.exists() else None,
-            annotations,
-        )
+        areas = np.mean([line["areas"] for _, line in self.manifest.records()], 0).tolist()
+        overview, segmented = self.overview if self.overview.exists() else None, len(self.source) - len(self.skipped)
+        num_regions = self.config.num_leaf_regions
+        return FolderSegments(self.out, segmented, already, self.skipped, num_regions, areas, overview, annotations)
 
     def _segment(self, todo: Sequence[int]) -> Iterator[int]:
         """Read, segment, write; yield each image once it is in the manifest or skipped."""
-        readers = ThreadPoolExecutor(self.workers, initializer=_use_one_thread)
-        writers = ThreadPoolExecutor(self.workers, initializer=_use_one_thread)
+        # Threads of torch would multiply: several readers and writers share the cores.
+        readers = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
+        writers = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
         try:
             batch: list[_Item] = []
             writing: deque[tuple[_Item, Future]] = deque()
@@ -284,7 +274,7 @@ class _FolderJob:
 
     def _read(self, index: int) -> PreparedImage | str:
         try:
-            return prepare_image(self.source.read(index), self.config, self.size, self.upsample)
+            return prepare_image(self.source.read(index), self.config, self.settings["size"], self.settings["upsample"])
         except (DataError, MemoryError, OSError) as error:
             return str(error).removeprefix(f"{self.source.names[index]}: ") or type(error).__name__
 
@@ -363,7 +353,7 @@ class _FolderJob:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             self._skip(item, "its name is too long to name results after it; shorten it")
         elif is_out_of_memory(error) and isinstance(item.prepared, PreparedImage):
-            self._skip(item, describe_out_of_memory(item.prepared.image, self.size))
+            self._skip(item, describe_out_of_memory(item.prepared.image, self.settings["size"]))
         elif is_out_of_memory(error):
             self._skip(item, "out of memory; scale it down")
         else:
@@ -396,11 +386,6 @@ class _FolderJob:
         rows = [self.overview_rows[i] for i in order]
         grid = draw_image_grid(rows, columns, captions, cell=OVERVIEW_CELL)
         self.record.write({self.overview_name: grid.save}, self.overview_source, stem=self.overview.stem)
-
-
-def _use_one_thread() -> None:
-    """Limit torch in a reader or writer thread, because several of them share the cores."""
-    torch.set_num_threads(1)
 
 
 def _draw_overview_row(image: Image.Image, masks: np.ndarray) -> list[np.ndarray]:

@@ -45,7 +45,7 @@ def write(root, image_name, mask_name, count=5, start=0):
             Image.fromarray(array).save(path)
 
 
-def zipped(folder, path, separator="/"):
+def write_zip(folder, path, separator="/"):
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(folder.rglob("*")):
             if file.is_file():
@@ -63,7 +63,7 @@ def test_open_dataset_customary_layout_separates_masks(tmp_path, names, form):
     (data / "__MACOSX").mkdir()
     Image.new("RGB", (4, 4)).save(data / "__MACOSX" / "junk.png")
     if form != "folder":
-        data = zipped(data, tmp_path / "data.zip", "/" if form == "zip" else "\\")
+        data = write_zip(data, tmp_path / "data.zip", "/" if form == "zip" else "\\")
     dataset = open_dataset(data, holdout="none")
     assert len(dataset.train) == len(dataset.test_masks) == 5
     assert all(name.endswith(".jpg") for name in dataset.train.names)
@@ -106,7 +106,7 @@ def test_open_dataset_images_outside_the_folders_are_named(tmp_path):
 def test_open_dataset_masks_of_moving_parts_are_no_foreground(tmp_path, form):
     data = tmp_path / "data"
     write(data, "images/{}.jpg", "images/dynamic_mask_{}.png")
-    data = zipped(data, tmp_path / "data.zip") if form == "zip" else data
+    data = write_zip(data, tmp_path / "data.zip") if form == "zip" else data
     with pytest.warns(
         UserWarning, match=r"left out 5 masks of moving parts \(.*dynamic_mask_x0.png, .*not the foreground"
     ):

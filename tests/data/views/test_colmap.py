@@ -140,7 +140,7 @@ def test_dtu_scene_matches_original(tmp_path, scene):
     scale[:3, 3] = [10, -20, 600]
     for i in range(COUNT):
         save(tmp_path / f"image/{i:03d}.png", scene.images[i])
-        Image.fromarray(scene.masks[i, 0].mul(255).round().byte().numpy()).save(_made(tmp_path / f"mask/{i:03d}.png"))
+        Image.fromarray(scene.masks[i, 0].mul(255).round().byte().numpy()).save(_make(tmp_path / f"mask/{i:03d}.png"))
         arrays[f"world_mat_{i}"] = (
             -2.5 * k @ np.linalg.inv(scene.poses[i].double().numpy() @ FLIP) @ np.linalg.inv(scale)
         )
@@ -155,7 +155,7 @@ def test_dtu_scene_matches_original(tmp_path, scene):
         open_views(tmp_path)
 
 
-def _made(path):
+def _make(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -163,11 +163,11 @@ def _made(path):
 def test_nsvf_scene_matches_original(tmp_path, scene):
     k = np.eye(4)
     k[:3, :3] = scene.intrinsics[0].double().numpy()
-    np.savetxt(_made(tmp_path / "intrinsics.txt"), k)
+    np.savetxt(_make(tmp_path / "intrinsics.txt"), k)
     for i in range(COUNT):
         name = f"{(0, 0, 0, 0, 0, 1, 2, 2, 2)[i]}_{i:04d}"
         save(tmp_path / f"rgb/{name}.png", scene.images[i])
-        np.savetxt(_made(tmp_path / f"pose/{name}.txt"), scene.poses[i].double().numpy() @ FLIP)
+        np.savetxt(_make(tmp_path / f"pose/{name}.txt"), scene.poses[i].double().numpy() @ FLIP)
     views = open_views(tmp_path)
     torch.testing.assert_close(views.poses, scene.poses, atol=1e-5, rtol=0)
     torch.testing.assert_close(views.intrinsics, scene.intrinsics, atol=1e-3, rtol=0)
@@ -183,7 +183,7 @@ def test_polycam_scene_matches_original(tmp_path, scene):
         camera = {f"t_{row}{column}": pose[row, column] for row in range(3) for column in range(4)}
         k = scene.intrinsics[i]
         camera |= {"fx": k[0, 0].item(), "fy": k[1, 1].item(), "cx": 8, "cy": 8, "width": SIZE, "height": SIZE}
-        _made(tmp_path / f"keyframes/cameras/{100 + i}.json").write_text(json.dumps(camera))
+        _make(tmp_path / f"keyframes/cameras/{100 + i}.json").write_text(json.dumps(camera))
     views = open_views(tmp_path)
     torch.testing.assert_close(views.poses, scene.poses, atol=1e-5, rtol=0)
     torch.testing.assert_close(views.intrinsics, scene.intrinsics, atol=1e-3, rtol=0)
@@ -221,7 +221,7 @@ def test_loss_masks_are_selected_resized_and_checked(tmp_path, scene):
         save(tmp_path / f"images/{i}.png", scene.images[i])
         loss = np.full((SIZE, SIZE), 255, np.uint8)
         loss[:4, : 2 * i] = 0
-        Image.fromarray(loss).save(_made(tmp_path / f"ignore/{i}.png"))
+        Image.fromarray(loss).save(_make(tmp_path / f"ignore/{i}.png"))
     frames = [{"file_path": f"images/{i}.png", "transform_matrix": scene.poses[i].tolist()} for i in range(COUNT)]
     (tmp_path / "transforms.json").write_text(json.dumps({"camera_angle_x": 0.7, "frames": frames}))
     views = open_views(tmp_path, loss_masks=tmp_path / "ignore")
@@ -234,3 +234,49 @@ def test_loss_masks_are_selected_resized_and_checked(tmp_path, scene):
         Image.fromarray(np.zeros((SIZE, SIZE), np.uint8)).save(file)
     with pytest.raises(DataError, match="no pixel is scored"):
         open_views(tmp_path, loss_masks=tmp_path / "ignore")
+
+
+@pytest.mark.parametrize("layout", ["dtu", "nsvf", "transforms"])
+def test_intrinsics_of_another_image_size_are_refused(tmp_path, scene, layout):
+    """A matrix for images of twice the size, where no file says the size."""
+    k = (scene.intrinsics[0] * torch.tensor([2.0, 2, 1])[:, None]).double().numpy()
+    poses = scene.poses.double().numpy()
+    folder = {"dtu": "image", "nsvf": "rgb", "transforms": "images"}[layout]
+    for i in range(COUNT):
+        save(tmp_path / folder / f"{i}.png", scene.images[i])
+    if layout == "dtu":
+        matrices = np.tile(np.eye(4), (COUNT, 1, 1))
+        matrices[:, :3] = k @ np.linalg.inv(poses @ FLIP)[:, :3]
+        np.savez(tmp_path / "cameras_sphere.npz", **{f"world_mat_{i}": m for i, m in enumerate(matrices)})
+    elif layout == "nsvf":
+        np.savetxt(tmp_path / "intrinsics.txt", np.pad(k, (0, 1)))
+        for i in range(COUNT):
+            np.savetxt(_make(tmp_path / f"pose/{i}.txt"), poses[i] @ FLIP)
+    else:
+        frames = [{"file_path": f"images/{i}.png", "transform_matrix": poses[i].tolist()} for i in range(COUNT)]
+        lens = {"fl_x": k[0, 0], "cx": k[0, 2], "cy": k[1, 2]}
+        (tmp_path / "transforms.json").write_text(json.dumps({**lens, "frames": frames}))
+    with pytest.raises(DataError, match="intrinsics seem to be for images of 32 x 32 pixels"):
+        open_views(tmp_path)
+
+
+def test_dtu_masks_of_other_digits_are_matched_by_number(tmp_path, scene):
+    """As NeuS's data: image/000003.png has mask/003.png."""
+    k = scene.intrinsics[0].double().numpy()
+    matrices = np.tile(np.eye(4), (COUNT, 1, 1))
+    matrices[:, :3] = k @ np.linalg.inv(scene.poses.double().numpy() @ FLIP)[:, :3]
+    np.savez(tmp_path / "cameras_sphere.npz", **{f"world_mat_{i}": m for i, m in enumerate(matrices)})
+    for i in range(COUNT):
+        save(tmp_path / f"image/{i:06d}.png", scene.images[i])
+        save(tmp_path / f"mask/{i:03d}.png", scene.masks[i].round().expand(3, -1, -1))
+    torch.testing.assert_close(open_views(tmp_path).masks, scene.masks.round(), atol=0.003, rtol=0)
+
+
+def test_colmap_images_in_a_folder_of_smaller_ones_are_found(tmp_path, scene):
+    focal = 4 * scene.intrinsics[0, 0, 0].item()
+    (tmp_path / "sparse/0").mkdir(parents=True)
+    (tmp_path / "sparse/0/cameras.txt").write_text(f"1 SIMPLE_PINHOLE 64 64 {focal} 32 32\n")
+    (tmp_path / "sparse/0/images.txt").write_text("1 1 0 0 0 0 0 4 1 0.png\n\n2 1 0 0 0 1 0 4 1 1.png\n\n")
+    for i in range(2):
+        save(tmp_path / f"images_4/{i}.png", scene.images[i])
+    torch.testing.assert_close(open_views(tmp_path).intrinsics, scene.intrinsics[:2], atol=1e-3, rtol=0)

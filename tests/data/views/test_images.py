@@ -132,6 +132,7 @@ def video(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_open_views_video_gives_frames(video):
     views = open_views(video(10))
     assert len(views) == 10 and views.poses is None and views.size == (32, 48)
@@ -140,6 +141,7 @@ def test_open_views_video_gives_frames(video):
     assert open_views(video(10), "test").names == ["walk_0.png", "walk_8.png"]
 
 
+@pytest.mark.slow
 def test_open_views_long_video_is_subsampled(video):
     views = open_views(video(300), resolution=24)
     assert len(views) == MAX_VIDEO_FRAMES and views.size == (16, 24)

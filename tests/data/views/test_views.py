@@ -100,7 +100,7 @@ def test_with_background_replaces_only_background():
             views.with_background(wrong)
 
 
-def moved(tensor, index, value):
+def alter(tensor, index, value):
     changed = tensor.clone()
     changed[index] = value
     return changed
@@ -113,17 +113,17 @@ def moved(tensor, index, value):
         (lambda v: {"names": v.names[:3]}, r"3 names"),
         (lambda v: {"poses": v.poses[:3]}, r"poses of shape \(3, 4, 4\)"),
         (lambda v: {"masks": v.masks[..., :5]}, "masks of shape"),
-        (lambda v: {"images": moved(v.images, (1, 0, 0, 0), torch.nan)}, "images: values that are not finite in v1"),
-        (lambda v: {"images": moved(v.images, (1, 0, 0, 0), 255.0)}, "expected|need 0 to 1"),
+        (lambda v: {"images": alter(v.images, (1, 0, 0, 0), torch.nan)}, "images: values that are not finite in v1"),
+        (lambda v: {"images": alter(v.images, (1, 0, 0, 0), 255.0)}, "expected|need 0 to 1"),
         (lambda v: {"names": ["a", "b", "a", "c"]}, "named a"),
-        (lambda v: {"poses": moved(v.poses, (2, 0, 3), torch.inf)}, "poses: values that are not finite in v2"),
-        (lambda v: {"poses": moved(v.poses, (1, slice(3), 0), 2 * v.poses[1, :3, 0])}, "v1 is not rigid: it stretches"),
-        (lambda v: {"poses": moved(v.poses, (3, slice(3), 0), -v.poses[3, :3, 0])}, "v3 is not rigid: it mirrors"),
-        (lambda v: {"poses": moved(v.poses, (0, 3, 3), 2.0)}, "last row"),
-        (lambda v: {"intrinsics": moved(v.intrinsics, (0, 1, 1), -5.0)}, "focal length"),
-        (lambda v: {"intrinsics": moved(v.intrinsics, (2, 0, 1), 0.5)}, "K of v2 has skew"),
-        (lambda v: {"intrinsics": moved(v.intrinsics, (1, 1, 0), -0.5)}, "K of v1 has skew"),
-        (lambda v: {"intrinsics": moved(v.intrinsics, (3, 2, 2), 2.0)}, "last row of v3 is not 0 0 1"),
+        (lambda v: {"poses": alter(v.poses, (2, 0, 3), torch.inf)}, "poses: values that are not finite in v2"),
+        (lambda v: {"poses": alter(v.poses, (1, slice(3), 0), 2 * v.poses[1, :3, 0])}, "v1 is not rigid: it stretches"),
+        (lambda v: {"poses": alter(v.poses, (3, slice(3), 0), -v.poses[3, :3, 0])}, "v3 is not rigid: it mirrors"),
+        (lambda v: {"poses": alter(v.poses, (0, 3, 3), 2.0)}, "last row"),
+        (lambda v: {"intrinsics": alter(v.intrinsics, (0, 1, 1), -5.0)}, "focal length"),
+        (lambda v: {"intrinsics": alter(v.intrinsics, (2, 0, 1), 0.5)}, "K of v2 has skew"),
+        (lambda v: {"intrinsics": alter(v.intrinsics, (1, 1, 0), -0.5)}, "K of v1 has skew"),
+        (lambda v: {"intrinsics": alter(v.intrinsics, (3, 2, 2), 2.0)}, "last row of v3 is not 0 0 1"),
         (lambda v: {"near": 5.0}, "near=5 and far=5"),
         (lambda v: {"near": -1.0}, "need 0 <= near"),
         (lambda v: {"masks": v.masks * 0}, "no foreground: all masks"),

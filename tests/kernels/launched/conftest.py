@@ -36,7 +36,7 @@ def device():
 
 
 @pytest.fixture
-def poisoned():
+def fill_memory_with_nan():
     """Every number that nobody writes is NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -43,7 +43,7 @@ def check_skip(inputs, groups, norm, **more):
     )
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("fill_memory_with_nan")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
@@ -52,7 +52,7 @@ def test_masked_skip_norm_matches_reference(norm, shape, shared):
     check_skip(skip_inputs(*sizes, shared=shared), groups, norm)
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("fill_memory_with_nan")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_half_precision_features_match_reference(norm, dtype):
@@ -73,7 +73,7 @@ def test_skip_without_masks_matches_reference(norm):
     check_skip(skip_inputs(2, 1, 5, 7, 5, 3, shared=False, masked=False), 3, norm)
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("fill_memory_with_nan")
 @pytest.mark.parametrize("size", [(6, 6, 5, 7, 3), (6, 12, 1, 1, 3), (2, 130, 3, 11, 13)], ids=str)
 @pytest.mark.parametrize("activate", [True, False])
 @pytest.mark.parametrize("norm", NORMS)

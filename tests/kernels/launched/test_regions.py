@@ -14,7 +14,7 @@ SIZES = [(2, 3, 5, 7, 5, 7), (2, 1, 3, 2, 1, 1), (1, 7, 9, 4, 4, 3), (1, 2, 72, 
 SHARED = pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 SIZE = pytest.mark.parametrize("size", SIZES, ids=str)
 HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("fill_memory_with_nan")
 
 
 def slices(like):

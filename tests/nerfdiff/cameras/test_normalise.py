@@ -27,7 +27,7 @@ from tests.nerfdiff.forward import forward_views
 CPU = torch.device("cpu")
 
 
-def transformed(poses, degrees=(90.0, 40.0, 0.0), position=(3.0, -2.0, 5.0), scale=1.0):
+def transform_poses(poses, degrees=(90.0, 40.0, 0.0), position=(3.0, -2.0, 5.0), scale=1.0):
     """Poses under a similarity."""
     motion = torch.eye(4)
     motion[:3, :3] = roma.rotvec_to_rotmat(torch.tensor(degrees).deg2rad())
@@ -40,7 +40,7 @@ def transformed(poses, degrees=(90.0, 40.0, 0.0), position=(3.0, -2.0, 5.0), sca
 @pytest.mark.parametrize("axis", [(1.0, 0, 0), (-1.0, 0, 0), (2.0, 0, 0), (0, 1.0, 0), (0.6, 0.2, 0.1)])
 def test_align_up_axis_rotates_another_up_axis_to_z(axis):
     views = make_procedural_views(12, 8, seed=1)
-    turned = transformed(views.poses, tuple(90 * x for x in axis))
+    turned = transform_poses(views.poses, tuple(90 * x for x in axis))
     right, result = (open_scene(replace(views, poses=p), 8, CPU).poses for p in (views.poses, turned))
     assert torch.allclose(result[:, 2, 1:], right[:, 2, 1:], atol=0.02)  # heights of ups, directions and places
     turns = result[:, :3, :3] @ right[:, :3, :3].mT
@@ -56,7 +56,7 @@ def test_align_up_axis_upright_poses_stay_unchanged():
     roll = torch.linspace(0, 360, 17)[:16, None].deg2rad() * torch.tensor([0, 0, 1.0])
     rolled = around.clone()
     rolled[:, :3, :3] = around[:, :3, :3] @ roma.rotvec_to_rotmat(roll)  # no common up
-    for poses in (around, high, rolled, transformed(around, (20.0, 0, 0)), transformed(around, (0, 0, 120.0))):
+    for poses in (around, high, rolled, transform_poses(around, (20.0, 0, 0)), transform_poses(around, (0, 0, 120.0))):
         assert align_up_axis(poses) is poses
 
 
@@ -73,21 +73,21 @@ def test_center_poses_one_position_is_refused():
 
 def test_align_forward_normalised_poses_stay_unchanged():
     poses = forward_facing_poses(position_grid(4, 3))
-    aside = transformed(poses, (5.0, 0, 0), (0.1, 0.05, 0.0))  # as the training split's mean is not that of all
+    aside = transform_poses(poses, (5.0, 0, 0), (0.1, 0.05, 0.0))  # as the training split's mean is not that of all
     for inputs, near in ((poses, None), (poses, 1.2), (aside, 1.2), (poses[1:], None)):
         assert align_forward(inputs, near) is inputs
 
 
 def test_align_forward_moves_poses_to_the_origin():
     poses = forward_facing_poses(position_grid(5, 3))
-    assert torch.allclose(align_forward(transformed(poses), 1.2), poses, atol=1e-5)
-    assert torch.allclose(align_forward(transformed(poses, scale=7.0), 7 * 1.2), poses, atol=1e-5)
-    assert torch.allclose(align_forward(transformed(poses, (0, 0, 0), (0, 0, 0), 7.0), 7 * 1.2), poses, atol=1e-5)
+    assert torch.allclose(align_forward(transform_poses(poses), 1.2), poses, atol=1e-5)
+    assert torch.allclose(align_forward(transform_poses(poses, scale=7.0), 7 * 1.2), poses, atol=1e-5)
+    assert torch.allclose(align_forward(transform_poses(poses, (0, 0, 0), (0, 0, 0), 7.0), 7 * 1.2), poses, atol=1e-5)
     for scale in (0.01, 1.0, 300.0):  # nothing tells the scale: the places' spread does
-        result = align_forward(transformed(poses, scale=scale), None)
+        result = align_forward(transform_poses(poses, scale=scale), None)
         assert rms_spread(result[:, :3, 3]) == pytest.approx(DEFAULT_SPREAD, rel=1e-4)
         assert torch.allclose(result[:, :3, :3], poses[:, :3, :3], atol=1e-4)
-    still = transformed(torch.eye(4).repeat(3, 1, 1))
+    still = transform_poses(torch.eye(4).repeat(3, 1, 1))
     assert torch.allclose(align_forward(still, None), torch.eye(4), atol=1e-5)  # a turning head has no spread to go by
 
 
@@ -102,7 +102,7 @@ def test_align_forward_without_common_direction_is_refused():
 @pytest.mark.slow
 def test_forward_run_moved_world_has_the_same_quality(tiny, tmp_path):
     views = forward_views(size=(9, 12), columns=3, rows=3)
-    elsewhere = replace(views, poses=transformed(views.poses), near=1.2)
+    elsewhere = replace(views, poses=transform_poses(views.poses), near=1.2)
     settings = tiny | {"resolution": 12, "poses": "known", "field_steps": 40}
     run = train_nerfdiff(elsewhere, out=tmp_path / "run", **settings)
     assert torch.allclose(run.poses, views.poses, atol=1e-5)

@@ -91,7 +91,7 @@ def test_render_pixels_and_candidate_errors_use_the_views_appearance():
 
 
 @pytest.fixture(scope="module")
-def tinted():
+def tinted_views():
     """Views of the procedural scene, half of them of twice the red and half the blue of the others."""
     views = make_procedural_views(24, 16, seed=1)
     gain = torch.ones(24, 3, 1, 1)
@@ -101,7 +101,7 @@ def tinted():
     return replace(views, images=images.clamp(0, 1))
 
 
-def test_appearance_codes_improve_views_of_varying_colour(tinted, tiny, tmp_path):
+def test_appearance_codes_improve_views_of_varying_colour(tinted_views, tiny, tmp_path):
     settings = tiny | {
         "resolution": 16,
         "poses": "known",
@@ -114,10 +114,10 @@ def test_appearance_codes_improve_views_of_varying_colour(tinted, tiny, tmp_path
     }
     errors = {}
     for width in (0, 3):
-        run = train_nerfdiff(tinted, out=tmp_path / str(width), **settings | {"appearance_dim": width})
+        run = train_nerfdiff(tinted_views, out=tmp_path / str(width), **settings | {"appearance_dim": width})
         views = torch.arange(24) if width else None
         rendered = render_views(run.model.field, run.poses, run.model.camera, (16, 16), 20, views).color.movedim(-1, 1)
-        errors[width] = (rendered - tinted.images).square().mean().item()
+        errors[width] = (rendered - tinted_views.images).square().mean().item()
         if width:
             reds = [run.render(run.poses[:1], appearance_view=i).images[0, 0].mean() for i in (0, 1)]
             mean = run.render(run.poses[:1]).images[0, 0].mean()

@@ -76,12 +76,12 @@ def test_tcnn_only_colour_depends_on_directions(stand_in):
 def test_tcnn_missing_names_the_package(monkeypatch, reason):
     plain = builtins.__import__
 
-    def refusing(name, *rest):
+    def raise_import_error(name, *rest):
         if name == "tinycudann":
             raise reason
         return plain(name, *rest)
 
     monkeypatch.delitem(sys.modules, "tinycudann", raising=False)
-    monkeypatch.setattr(builtins, "__import__", refusing)
+    monkeypatch.setattr(builtins, "__import__", raise_import_error)
     with pytest.raises(ConfigError, match=f'field="tcnn" needs tiny-cuda-nn.*{reason}.*hashgrid'):
         build_field("tcnn", 16, 0)

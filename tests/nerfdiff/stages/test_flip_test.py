@@ -14,7 +14,7 @@ CAMERA = CameraModel(torch.tensor([[1.6, 0, 0.5], [0, 1.6, 0.5], [0, 0, 1]]), to
 DISTANCE = 3.6
 
 
-def seen_from(directions: torch.Tensor, size: int = 16) -> torch.Tensor:
+def render_from(directions: torch.Tensor, size: int = 16) -> torch.Tensor:
     return render_views(make_scene_field(), orbit_poses(directions, DISTANCE), CAMERA, (size, size), 48).color.movedim(
         -1, 1
     )
@@ -23,7 +23,7 @@ def seen_from(directions: torch.Tensor, size: int = 16) -> torch.Tensor:
 def test_best_rotations_finds_the_true_side():
     torch.manual_seed(0)
     directions = direction_vectors(torch.rand(12) * 360, torch.rand(12) * 50 + 10)
-    scene = Scene(seen_from(directions), [str(i) for i in range(12)], CAMERA, "object", DISTANCE, None)
+    scene = Scene(render_from(directions), [str(i) for i in range(12)], CAMERA, "object", DISTANCE, None)
     wrong = torch.tensor(ROTATIONS)[torch.arange(12) % 4]
     selected = torch.tensor([0, 1, 2, 3, 5, 7, 10])
     turns = best_rotations(
@@ -36,7 +36,7 @@ def test_best_rotations_finds_the_true_side():
 def test_reassign_outliers_moves_an_outlier_and_keeps_the_others():
     torch.manual_seed(1)
     directions = direction_vectors(torch.rand(6) * 360, torch.rand(6) * 30 + 20)
-    scene = Scene(seen_from(directions, 24), [str(i) for i in range(6)], CAMERA, "object", DISTANCE, None)
+    scene = Scene(render_from(directions, 24), [str(i) for i in range(6)], CAMERA, "object", DISTANCE, None)
     wrong = directions.clone()
     wrong[2], wrong[4] = rotate_about_z(directions[2], 70.0), rotate_about_z(directions[4], 3.0)
     selected = torch.tensor([1, 2, 4, 5])
@@ -54,7 +54,7 @@ def test_split_in_halves_is_disjoint_and_depends_on_the_seed():
 
 def test_candidate_errors_are_lowest_at_the_true_direction():
     directions = direction_grid(8, [20, 50])
-    images = seen_from(directions[[3, 12, 7]], 32)
+    images = render_from(directions[[3, 12, 7]], 32)
     errors = candidate_errors(make_scene_field(), orbit_poses(directions, DISTANCE), CAMERA, images, 48)
     assert errors.shape == (3, 16) and errors.argmin(1).tolist() == [3, 12, 7]
     same = render_views(make_scene_field(), orbit_poses(directions[:1], DISTANCE), CAMERA, (16, 16), 48).color.movedim(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import roma
 import torch
 
@@ -31,6 +32,7 @@ def blobs() -> GridField:
     return field.requires_grad_(False)
 
 
+@pytest.mark.slow
 def test_register_scene_refines_the_similarity_by_images():
     camera_model = CameraModel(torch.tensor([[1.4, 0, 0.5], [0, 1.4, 0.5], [0, 0, 1]]), torch.ones(3))
     model = SimpleNamespace(field=blobs(), camera=camera_model, samples_per_ray=24)

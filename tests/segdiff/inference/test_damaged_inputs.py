@@ -49,14 +49,14 @@ def folder(tmp_path) -> Path:
     return place
 
 
-def segmented(run, folder, **options):
+def segment_quietly(run, folder, **options):
     return run.segment_folder(folder, folder.parent / "out", progress=False, **options)
 
 
 def test_segment_folder_extreme_sizes_work(run, folder):
     for name, size in (("pixel", (1, 1)), ("wide", (30_000, 2)), ("high", (3, 30_000))):
         Image.new("RGB", size, "green").save(folder / f"{name}.png")
-    result = segmented(run, folder, formats=ALL)
+    result = segment_quietly(run, folder, formats=ALL)
     assert result.segmented == 4 and not result.skipped
     assert Image.open(result.out / "wide_mask_1.png").size == (30_000, 2)
     sizes = {i["file_name"]: i["width"] for i in json.loads(result.annotations.read_text())["images"]}
@@ -71,18 +71,18 @@ def test_segment_folder_broken_images_are_named_and_retried(run, folder, monkeyp
     Image.new("RGB", (60, 60)).save(folder / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # Twice as many are refused.
     with pytest.warns(UserWarning, match=r"4 of 5 images could not be segmented.*cut\.jpg \(.*[Tt]runcated"):
-        result = segmented(run, folder)
+        result = segment_quietly(run, folder)
     assert set(result.skipped) == {"cut.jpg", "empty.png", "text.png", "bomb.png"} and result.segmented == 1
     assert "too many pixels" in result.skipped["bomb.png"]
     (folder / "cut.jpg").write_bytes(whole)
     with pytest.warns(UserWarning, match="3 of 5"):
-        assert segmented(run, folder).segmented == 2
+        assert segment_quietly(run, folder).segmented == 2
 
 
 def test_segment_folder_nothing_readable_raises(run, folder):
     (folder / "good.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"none of 1 image could be segmented: good\.jpg \("):
-        segmented(run, folder)
+        segment_quietly(run, folder)
 
 
 def test_segment_folder_unreadable_file_is_skipped(run, folder, monkeypatch):
@@ -96,10 +96,10 @@ def test_segment_folder_unreadable_file_is_skipped(run, folder, monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.warns(UserWarning, match=r"secret\.png \(.*Permission denied"):
-        result = segmented(run, folder)
+        result = segment_quietly(run, folder)
     assert result.segmented == 1 and set(result.skipped) == {"secret.png"}
     monkeypatch.undo()
-    assert segmented(run, folder).segmented == 2, "it must be tried again with the same modification time"
+    assert segment_quietly(run, folder).segmented == 2, "it must be tried again with the same modification time"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="such names need a file system that takes any bytes")
@@ -109,14 +109,14 @@ def test_segment_folder_unprintable_names_work(run, folder):
         Image.new("RGB", (9, 9)).save(folder / name)
     (folder / "bad\nnews.png").write_bytes(b"")
     with pytest.warns(UserWarning, match="could not be segmented") as caught:
-        result = segmented(run, folder, formats=ALL)
+        result = segment_quietly(run, folder, formats=ALL)
     assert "bad\\nnews.png" in str(caught[0].message) and "\n" not in str(caught[0].message)
     assert result.segmented == 5 and "bad\nnews.png" in result.skipped
     assert (result.out / "two\nlines_labels.png").is_file() and result.overview.is_file()
     listed = {image["file_name"] for image in json.loads(result.annotations.read_text())["images"]}
     assert listed == {*names, "good.jpg"}
     with pytest.warns(UserWarning, match="1 of 6"):
-        assert segmented(run, folder, formats=ALL).already == 5, "their lines in the list must be readable"
+        assert segment_quietly(run, folder, formats=ALL).already == 5, "their lines in the list must be readable"
     assert escape_name("plain ünï.png") == "plain ünï.png" and escape_name("a\nb") == "a\\nb"
 
 
@@ -124,7 +124,7 @@ def test_segment_folder_too_long_name_is_skipped(run, folder):
     name = "x" * 247 + ".png"
     Image.new("RGB", (9, 9)).save(folder / name)
     with pytest.warns(UserWarning, match="too long"):
-        result = segmented(run, folder)
+        result = segment_quietly(run, folder)
     assert result.segmented == 1 and set(result.skipped) == {name}
 
 
@@ -134,7 +134,7 @@ def test_segment_folder_link_loops_end(run, folder):
     (folder / "self.png").symlink_to(folder / "self.png")
     (folder / "there.png").symlink_to(folder / "back.png")
     (folder / "back.png").symlink_to(folder / "there.png")
-    result = segmented(run, folder)
+    result = segment_quietly(run, folder)
     assert result.segmented == 1 and {p.name for p in result.out.glob("*_labels.png")} == {"good_labels.png"}
 
 
@@ -149,7 +149,7 @@ def test_segment_folder_vanishing_image_is_skipped(run, folder, monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", gone)
     with pytest.warns(UserWarning, match=r"later\.png"):
-        assert segmented(run, folder).segmented == 1
+        assert segment_quietly(run, folder).segmented == 1
 
 
 def test_segment_folder_out_of_memory_skips_one_image(run, folder, monkeypatch):
@@ -163,10 +163,10 @@ def test_segment_folder_out_of_memory_skips_one_image(run, folder, monkeypatch):
         return predict(model, images, *settings)
 
     monkeypatch.setattr(segmenter, "predict_masks", limited)
-    assert segmented(run, folder).segmented == 3, "they fit one at a time"
+    assert segment_quietly(run, folder).segmented == 3, "they fit one at a time"
     monkeypatch.setattr(segmenter, "predict_masks", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(DataError, match=r"none of 3.*out of memory for 30 x 20 pixels; scale it down, or .*size=20"):
-        segmented(run, folder, size=20)
+        segment_quietly(run, folder, size=20)
 
 
 def test_segment_folder_output_not_writable_raises(run, folder):

@@ -61,7 +61,7 @@ def photos(tmp_path):
     return make
 
 
-def contents(folder):
+def read_pngs(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.png")}
 
 
@@ -104,7 +104,7 @@ def test_segment_folder_files_equal_segment(run, photos, tmp_path):
 def test_segment_folder_writes_requested_formats_and_adds_more(run, photos, tmp_path):
     folder, out = photos(2), tmp_path / "out"
     segment_quietly(run, folder, out, formats="labels")
-    assert {name.rpartition("_")[2] for name in contents(out)} == {"labels.png", "overview.png"}
+    assert {name.rpartition("_")[2] for name in read_pngs(out)} == {"labels.png", "overview.png"}
     assert segment_quietly(run, folder, out, formats=("labels",)).already == 2
     result = segment_quietly(run, folder, out, formats=("labels", "coco"))
     assert result.already == 0 and result.annotations.is_file()
@@ -188,13 +188,13 @@ def test_segment_folder_stopped_call_resumes(run, photos, tmp_path, monkeypatch,
         assert "No space left" in str(caught.value) and "same command again" in str(caught.value)
         assert caught.value.exit_code == 1
     monkeypatch.setattr(Image.Image, "save", save)
-    written = contents(out)
-    assert 0 < len(written) < len(contents(whole)) and not list(out.rglob(".unfinished*"))
+    written = read_pngs(out)
+    assert 0 < len(written) < len(read_pngs(whole)) and not list(out.rglob(".unfinished*"))
     for name in written:
         Image.open(out / name).load()
     result = segment_quietly(run, folder, out)
     assert 0 < result.already < 12 and result.segmented == 12
-    again, expected = contents(out), contents(whole)
+    again, expected = read_pngs(out), read_pngs(whole)
     assert again.keys() == expected.keys()
     for name in expected:
         first, second = (np.asarray(Image.open(place / name)).astype(int) for place in (out, whole))

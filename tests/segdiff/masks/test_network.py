@@ -9,7 +9,7 @@ from factorkit.segdiff.masks.network import RegionLogitNorm
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def set_seed():
     torch.manual_seed(0)
 
 

@@ -24,7 +24,7 @@ TINY = {"resolution": 8, "model_channels": 8, "channel_mult": (1, 2), "norm_grou
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def set_seed():
     torch.manual_seed(0)
 
 

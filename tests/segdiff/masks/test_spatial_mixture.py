@@ -37,7 +37,7 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def set_seed():
     torch.manual_seed(0)
 
 
