@@ -1,105 +1,441 @@
-"""Count true and false alarms over tiny runs of both models that are right or wrong by construction.
+"""Count true and false alarms over small runs of both models that are right or wrong.
 
-    python -m benchmarks.alarms --seeds 5
+    python -m benchmarks.alarms --data FOLDER
+    python -m benchmarks.alarms
 
-Right segdiff runs: the demo preset at 200 steps on flowers. Wrong ones: the same images with textures but without
-objects, and runs of 2 steps. Right nerfdiff runs: true poses of the procedural scene. Wrong ones: exchanged poses, and
-forward-facing noise. With ``--seeds 5`` there are 5 runs of each kind. Results go to benchmarks/results/alarms.json.
+The first trains and records each run that is not recorded yet in benchmarks/results/alarms.json; FOLDER holds
+flowers17_128, weizmann_horse_128, nerf_lego_200 and llff_fern_504. The second prints the recorded table.
+
+segdiff: U-Nets and mixtures at 16 and 32 px on drawn flowers, photos, noise images, objects that only texture separates
+from the ground, large centred objects ("persons"), images that share a horizon ("landscape"), and smooth gradients
+("plain"). A run is right from IoU .6 and .05 above the mean mask of the labels on; wrong where there is no object, or
+below the mean mask, or below .5; the rest is undecided and not counted. nerfdiff: fields fitted to halves of the views,
+for true cameras and for cameras, lenses, layouts or images made wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-import factorkit
 from benchmarks.recording import commit, machine, read_results, write_result
+from factorkit.data import draw_flowers
+from factorkit.data.datasets import open_dataset
+from factorkit.data.masks import load_labelled
+from factorkit.data.prepare import prepare
 from factorkit.data.procedural.scene import make_procedural_views
-from factorkit.data.views.views import Views
-from factorkit.report.content import judged_alarms, read_checks
-from factorkit.utils.files import read_log
+from factorkit.data.views.open import open_views
+from factorkit.data.views.views import Views, resize_area
+from factorkit.engine.trainer import Trainer
+from factorkit.metrics.baselines import score_baselines
+from factorkit.metrics.segmentation import evaluate_masks
+from factorkit.nerfdiff.alarms import pose_alarms
+from factorkit.nerfdiff.cameras.poses import FreePoses, azimuth_degrees
+from factorkit.nerfdiff.config import preset_config as nerfdiff_preset
+from factorkit.nerfdiff.held_out import forward_direction_check, held_out_checks
+from factorkit.nerfdiff.scene import open_scene
+from factorkit.nerfdiff.stages.pipeline import Training
+from factorkit.report.content import all_failures
+from factorkit.segdiff.alarms import measure_alarms
+from factorkit.segdiff.choose_regions import SETTINGS, MixtureTask
+from factorkit.segdiff.config import preset_config
+from factorkit.segdiff.masks.spatial_mixture import unexplained_noise
+from factorkit.segdiff.task import SegdiffTask, add_noise, predict_masks
+from factorkit.utils.errors import DataError
 
 RESULTS = Path(__file__).with_name("results") / "alarms.json"
-SEGDIFF = {"preset": "demo", "threads": 1, "progress": False, "sample_every": 0}
-NERFDIFF = {
-    "preset": "fast",
-    "poses": "known",
-    "resolution": 24,
-    "field_steps": 60,
-    "steps": 2,
-    "num_rendered_views": 0,
-    "sample_every": 0,
-    "threads": 1,
-    "progress": False,
+PROBES, TRAINING_IMAGES, FIT_IMAGES = 48, 252, 16
+PHOTOS = {"flowers17": "flowers17_128", "horses": "weizmann_horse_128"}
+CPU = torch.device("cpu")
+QUANTITIES = {  # name of the value -> (model, layout, whether right runs have the greater values)
+    "color_share": ("segdiff", None, True),
+    "flip_agreement": ("segdiff", None, True),
+    "held_out_cross, object": ("nerfdiff", "object", False),
+    "held_out_cross, forward": ("nerfdiff", "forward", False),
 }
 
 
-def train_flowers(seed: int, folder: Path, steps: int) -> None:
-    factorkit.train_segdiff(out=folder, seed=seed, steps=steps, **SEGDIFF)
+@dataclass(frozen=True)
+class SegdiffRuns:
+    """One training, stopped and judged at several steps."""
+
+    images: str
+    seed: int
+    stops: tuple[int, ...]
+    mixture: bool = False
+    resolution: int = 16
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    def key(self, stop: int) -> str:
+        changes = "".join(f" {name}={value}" for name, value in self.changes)
+        kind = "mixture" if self.mixture else "U-Net"
+        return f"segdiff {self.images} {kind} {self.resolution} px{changes} seed={self.seed} steps={stop}"
 
 
-def train_noise_images(seed: int, folder: Path) -> None:
-    shape, generator = (64, 32, 32, 3), torch.Generator().manual_seed(seed)
-    noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).numpy()
-    factorkit.train_segdiff(noise, out=folder, seed=seed, steps=60, **SEGDIFF)
+@dataclass(frozen=True)
+class NerfdiffRun:
+    """A scene with cameras, right or made wrong."""
+
+    scene: str
+    seed: int
+    fault: str = ""
+
+    def key(self) -> str:
+        return f"nerfdiff {self.scene} {self.fault or 'right'} seed={self.seed}"
 
 
-def train_object(seed: int, folder: Path, exchanged: bool) -> None:
-    views = make_procedural_views(40, 24, seed=seed)
-    if exchanged:
-        order = torch.randperm(len(views), generator=torch.Generator().manual_seed(seed))
-        views = replace(views, poses=views.poses[order])
-    factorkit.train_nerfdiff(views, out=folder, seed=seed, **NERFDIFF)
+def mixtures(
+    images: str, regions: int, *seeds: int, stops: tuple[int, ...] = (120,), px: int = 16
+) -> list[SegdiffRuns]:
+    changes = (("regions", regions), ("random_flip", not (images == "horses" and regions == 3)))
+    return [SegdiffRuns(images, seed, stops, True, px, changes) for seed in seeds]
 
 
-def train_forward_noise(seed: int, folder: Path) -> None:
+def networks(images: str, seed: int, *stops: int, **changes: Any) -> SegdiffRuns:
+    return SegdiffRuns(images, seed, stops, changes=tuple(changes.items()))
+
+
+SEGDIFF = [
+    *mixtures("flowers", 2, 1, stops=(2, 120)),
+    *mixtures("flowers", 2, 2, 3, 4),
+    *mixtures("flowers17", 2, 0, stops=(2, 40, 120)),
+    *mixtures("flowers17", 2, 2, 3),
+    *mixtures("flowers17", 3, 1, stops=(2, 120)),
+    *mixtures("horses", 3, 0, 1, stops=(2, 120)),
+    *mixtures("horses", 3, 4),
+    *mixtures("horses", 2, 2),
+    *mixtures("persons", 3, 0, 2, 3),
+    *mixtures("persons", 2, 1, stops=(2, 120)),
+    *[run for name in ("noise", "texture", "landscape", "plain") for run in mixtures(name, 2, 0, stops=(80,))],
+    *[run for name in ("noise", "texture") for run in mixtures(name, 3, 1, stops=(80,))],
+    *mixtures("flowers17", 2, 0, stops=(2, 120), px=32),
+    *mixtures("flowers", 2, 0, px=32),
+    *mixtures("horses", 3, 0, px=32),
+    *mixtures("horses", 2, 1, px=32),
+    *mixtures("persons", 3, 0, px=32),
+    *mixtures("noise", 2, 0, stops=(80,), px=32),
+    *mixtures("texture", 3, 0, stops=(80,), px=32),
+    *mixtures("plain", 3, 1, stops=(80,), px=32),
+    networks("flowers", 0, 2, 25, 80, 200),
+    networks("flowers17", 0, 2, 25, 180),
+    networks("flowers17", 1, 50, 120, model_channels=16, batch_size=16),
+    networks("flowers", 2, 60, mask_learning_rate=30.0),
+    networks("persons", 0, 25, 140, regions=3),
+    networks("persons", 1, 100),
+    networks("horses", 0, 80),
+    networks("texture", 0, 120),
+    networks("noise", 0, 80),
+    networks("landscape", 0, 25, 80),
+    networks("plain", 0, 50),
+]
+FAULTS = {
+    "procedural": {
+        0: ("", "exchanged", "half", "mirror", "focal 2", "collapsed"),
+        1: ("", "quarter", "noise", "jitter 20", "forward"),
+        2: ("", "random"),
+        3: ("", "first 3"),
+    },
+    "lego": {
+        0: ("", "focal 0.5", "forward"),
+        1: ("", "random", "first 6", "inverse"),
+        2: ("", "mirror", "half", "collapsed"),
+        3: ("",),
+    },
+    "fern": {
+        0: ("", "exchanged"),
+        1: ("", "unrelated", "mirror", "object", "one place", "focal 0.5", "backward"),
+        2: ("", "exchanged"),
+        3: ("", "random"),
+    },
+    "square": {0: ("", "exchanged", "noise"), 1: ("", "unrelated"), 2: ("", "backward", "focal 2"), 3: ("",)},
+}
+NERFDIFF = [NerfdiffRun(s, seed, fault) for s, rows in FAULTS.items() for seed in rows for fault in rows[seed]]
+
+
+def draw_textures(generator: torch.Generator, count: int, cells: int, size: int) -> Tensor:
+    """Return random smooth colours [count, 3, size, size] in [0, 1] with so many cells to a side."""
+    noise = torch.rand(count, 3, cells, cells, generator=generator)
+    return F.interpolate(noise, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def draw_ellipses(generator: torch.Generator, count: int, size: int, large: bool) -> Tensor:
+    """Return masks bool [count, size, size] of one ellipse each, large and central or small and anywhere."""
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
+    centre = (torch.rand(count, 2, generator=generator) - 0.5) * (0.2 if large else 1.0)
+    radius = torch.tensor([0.5, 0.8] if large else [0.45, 0.45])
+    radius = radius * (1 + 0.2 * (torch.rand(count, 1, generator=generator) - 0.5))
+    across, down = (((p - centre[:, i, None, None]) / radius[:, i, None, None]) for i, p in enumerate((x, y)))
+    return across**2 + down**2 < 1
+
+
+def make_images(name: str, seed: int, size: int, data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return training images and probes, uint8 [N, size, size, 3], and the foreground of the probes if there is any."""
+    generator, count = torch.Generator().manual_seed(seed), PROBES + TRAINING_IMAGES
+    if name in PHOTOS:
+        dataset = open_dataset(data / PHOTOS[name])
+        labelled = load_labelled(dataset.test_images, dataset.test_masks, size)
+        training = np.array(prepare(dataset.train, size, progress=False).images[:400])
+        return training, labelled.images[:PROBES], labelled.foreground[:PROBES]
+    masks = None
+    if name == "flowers":
+        pixels, foreground = draw_flowers(count, size, seed=seed)
+        return pixels[PROBES:], pixels[:PROBES], foreground[:PROBES]
+    if name == "noise":
+        pixels = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8).numpy()
+        return pixels[PROBES:], pixels[:PROBES], None
+    if name == "texture":
+        masks = draw_ellipses(generator, count, size, large=False)
+        fine, coarse = (draw_textures(generator, count, cells, size) for cells in (8, 3))
+        images = torch.where(masks[:, None], fine, coarse)
+    elif name == "persons":
+        masks = draw_ellipses(generator, count, size, large=True)
+        row = torch.arange(size)[:, None].expand(size, size)
+        upper, lower = (torch.rand(count, 3, 1, 1, generator=generator) for _ in range(2))
+        waist = size * (0.35 + 0.3 * torch.rand(count, 1, 1, generator=generator))
+        clothes = torch.where((row < waist)[:, None], upper, lower)
+        clothes = clothes + 0.05 * torch.randn(count, 3, size, size, generator=generator)
+        images = torch.where(masks[:, None], clothes, draw_textures(generator, count, 5, size))
+    elif name == "landscape":
+        ground = torch.where(torch.linspace(0, 1, size)[None, None, :, None] < 0.5, 0.8, 0.3)
+        images = ground + 0.15 * (draw_textures(generator, count, 4, size) - 0.5)
+        images = images + 0.05 * torch.randn(count, 3, size, size, generator=generator)
+    else:
+        images = 0.5 + 0.3 * (draw_textures(generator, count, 2, size) - 0.5)
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return pixels[PROBES:], pixels[:PROBES], None if masks is None else masks[:PROBES].numpy()
+
+
+def judge_truth(iou: float | None, mean_mask: float) -> bool | None:
+    """Return whether a run is right by its labels; None: undecided."""
+    if iou is None or iou < max(0.5, mean_mask):
+        return False
+    return True if iou >= max(0.6, mean_mask + 0.05) else None
+
+
+def judge_masks(probes: np.ndarray, masks: Tensor, flipped: Tensor, truth: np.ndarray | None, steps: int, error=None):
+    """Return the record of a run with these masks [N, K, H, W] of the probes and of their mirror images."""
+    images = torch.from_numpy(probes).permute(0, 3, 1, 2).float() / 127.5 - 1
+    alarms = dataclasses.replace(measure_alarms(images, masks, flipped), error=error)
+    iou, baselines = None, {}
+    if truth is not None:
+        iou = evaluate_masks(masks.argmax(1).numpy(), truth, None, masks.shape[1], FIT_IMAGES)["iou"]
+        rows = score_baselines(probes, truth, None, FIT_IMAGES, ["mean_mask", "two_means_image"])
+        baselines = {name: row["iou"] for name, row in rows.items()}
+    right = judge_truth(iou, baselines.get("mean_mask", 0.0))
+    return {"model": "segdiff", "right": right, "iou": iou, "baselines": baselines, **alarms.to_dict(steps)}
+
+
+def train_segdiff(runs: SegdiffRuns, data: Path) -> None:
+    """Train, and record the state at each stop."""
+    training, probes, truth = make_images(runs.images, runs.seed, runs.resolution, data)
+    common = {"resolution": runs.resolution, "steps": runs.stops[-1], "seed": runs.seed, "device": "cpu"}
+    common |= {"checkpoint_every": 100_000, "sample_every": 0, **dict(runs.changes)}
+    small = {"preset": "demo", "model_channels": 8, "channel_mult": (1, 2), "batch_size": 8, "norm_groups": 4}
+    config = preset_config(**({**SETTINGS} if runs.mixture else small) | common).resolved()
+    task_class: Any = MixtureTask if runs.mixture else SegdiffTask
+    task = task_class(config, training, probes, CPU)
+    task.inspect = lambda model, step, folder: {}
+    with tempfile.TemporaryDirectory() as folder:
+        for stop in runs.stops:
+            run = Path(folder) / "run"
+            model: Any = Trainer(task, config, run, {}, device=CPU, progress=False, stop_at=stop).run()
+            with torch.no_grad():
+                if runs.mixture:
+                    noisy = [
+                        add_noise(i, config.segment_t, task.schedule)[0] for i in (task.probes, task.probes.flip(3))
+                    ]
+                    masks, flipped = (model(images)[0].softmax(1) for images in noisy)
+                    error = unexplained_noise(model, task.probes, task.schedule)
+                else:
+                    both = (task.probes, task.probes.flip(3))
+                    masks, flipped = (predict_masks(model, i, config.segment_t, task.schedule) for i in both)
+                    error = None
+            record(runs.key(stop), judge_masks(probes, masks, flipped, truth, stop, error))
+
+
+def make_layers(seed: int, count: int = 16, size: int = 24) -> Views:
+    """Return forward-facing views of a textured square at depth 2 before a wall at depth 6."""
+    generator, focal = torch.Generator().manual_seed(seed), 1.2 * size
+    poses = torch.eye(4).repeat(count, 1, 1)
+    poses[:, :2, 3] = torch.rand(count, 2, generator=generator) - 0.5
+    intrinsics = torch.tensor([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]]).repeat(count, 1, 1)
+    y, x = torch.meshgrid(*[(torch.arange(size) + 0.5 - size / 2) / focal] * 2, indexing="ij")
+    layers = []
+    for depth in (6, 2):
+        texture = draw_textures(generator, 1, 6, 64).expand(count, -1, -1, -1)
+        grid = torch.stack([poses[:, 0, 3, None, None] + depth * x, poses[:, 1, 3, None, None] - depth * y], -1)
+        layers.append((F.grid_sample(texture, grid / 4, align_corners=False), (grid.abs() < 0.7).all(-1)[:, None]))
+    images = torch.where(layers[1][1], layers[1][0], layers[0][0])
+    names = [f"{i:02d}.png" for i in range(count)]
+    return Views(images, names, intrinsics, poses=poses, near=1.2, far=9.0, layout="forward")
+
+
+def open_scene_views(name: str, seed: int, data: Path, size: int = 24) -> Views:
+    """Return views with true cameras: 40 around an object, or 16 to 20 forward-facing ones."""
+    if name == "procedural":
+        return make_procedural_views(40, size, seed=seed)
+    if name == "square":
+        return make_layers(seed)
     generator = torch.Generator().manual_seed(seed)
-    source = make_procedural_views(16, 24, seed=seed)
-    poses = torch.eye(4).repeat(16, 1, 1)
-    poses[:, :2, 3] = torch.rand(16, 2, generator=generator) - 0.5
-    images = torch.rand(16, 3, 24, 24, generator=generator)
-    views = Views(images, source.names, source.intrinsics, poses=poses, near=1.2, far=9.0, layout="forward")
-    factorkit.train_nerfdiff(views, out=folder, seed=seed, **NERFDIFF)
+    if name == "lego":
+        views = open_views(data / "nerf_lego_200", "train", size)
+        return views.select(torch.randperm(len(views), generator=generator)[:40].sort().values)
+    views = open_views(data / "llff_fern_504", None, 32 if seed == 0 else size)
+    return views if seed < 2 else views.select(torch.randperm(len(views), generator=generator)[:16].sort().values)
 
 
-KINDS: dict[str, tuple[bool, Callable[[int, Path], None]]] = {
-    "segdiff flowers, 200 steps": (True, lambda seed, folder: train_flowers(seed, folder, 200)),
-    "segdiff flowers, 2 steps": (False, lambda seed, folder: train_flowers(seed, folder, 2)),
-    "segdiff noise": (False, train_noise_images),
-    "nerfdiff object": (True, lambda seed, folder: train_object(seed, folder, False)),
-    "nerfdiff object, exchanged poses": (False, lambda seed, folder: train_object(seed, folder, True)),
-    "nerfdiff forward-facing noise": (False, train_forward_noise),
-}
+def turn_about_z(poses: Tensor, degrees: Tensor) -> Tensor:
+    rotation, angle = torch.eye(4).repeat(len(poses), 1, 1), degrees.deg2rad()
+    rotation[:, 0, 0] = rotation[:, 1, 1] = angle.cos()
+    rotation[:, 0, 1], rotation[:, 1, 0] = -angle.sin(), angle.sin()
+    return rotation @ poses
 
 
-def run_kind(name: str, seeds: int) -> Iterator[dict]:
-    """Yield the checks and failures of each seed."""
-    for seed in range(seeds):
+def damage(views: Views, fault: str, seed: int, data: Path) -> Views:
+    """Return views with one fault."""
+    generator, count, poses = torch.Generator().manual_seed(100 + seed), len(views), views.poses.clone()
+    kind, _, number = fault.partition(" ")
+    centre = poses[:, :3, 3].mean(0)
+    if kind == "":
+        return views
+    if kind in ("forward", "object"):
+        near, far = (1.0, 6.0) if kind == "forward" else (None, None)
+        return replace(views, layout=kind, near=near, far=far)
+    if kind == "first":
+        return views.select(slice(0, int(number)))
+    if kind == "noise":
+        return replace(views, images=torch.rand(views.images.shape, generator=generator))
+    if kind == "unrelated":
+        photos = prepare(open_dataset(data / PHOTOS["flowers17"]).train, 32, progress=False).images
+        images = torch.from_numpy(np.array(photos[seed * 40 : seed * 40 + count])).permute(0, 3, 1, 2) / 255.0
+        return replace(views, images=resize_area(images, *views.size))
+    if kind == "focal":
+        intrinsics = views.intrinsics.clone()
+        intrinsics[:, :2, :2] *= float(number)
+        return replace(views, intrinsics=intrinsics)
+    if kind == "exchanged":
+        poses = poses[torch.randperm(count, generator=generator)]
+    elif kind in ("half", "quarter"):
+        rows = torch.randperm(count, generator=generator)[: count // (2 if kind == "half" else 4)]
+        poses[rows] = torch.diag(torch.tensor([-1.0, -1, 1, 1])) @ poses[rows]
+    elif kind == "mirror":
+        flip = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
+        poses = flip @ poses @ flip
+    elif kind == "collapsed":
+        poses = turn_about_z(poses, -azimuth_degrees(poses[:, :3, 3]) * 8 / 9)
+    elif kind == "jitter":
+        poses = turn_about_z(poses, float(number) * torch.randn(count, generator=generator))
+    elif kind == "random" and views.layout == "object":
+        poses = make_procedural_views(count, 8, seed=50 + seed).poses
+    elif kind == "random":
+        poses[:, :3, 3] = centre + poses[:, :3, 3].std(0) * torch.randn(count, 3, generator=generator)
+    elif kind == "one":
+        poses[:, :3, 3] = centre + 0.02 * (poses[:, :3, 3] - centre)
+    elif kind == "inverse":
+        poses = torch.linalg.inv(poses)
+    elif kind == "backward":
+        poses[:, :3, 3] = 2 * centre - poses[:, :3, 3]
+    return replace(views, poses=poses)
+
+
+def fit_nerfdiff(run: NerfdiffRun, data: Path) -> None:
+    """Fit fields to halves of the views, and record the checks of these cameras."""
+    result: dict[str, Any] = {"model": "nerfdiff", "right": not run.fault}
+    try:
+        views = damage(open_scene_views(run.scene, run.seed, data), run.fault, run.seed, data)
+        config = nerfdiff_preset("fast", poses="known", resolution=max(views.size), samples_per_ray=24, field_steps=60)
+        config = replace(config, steps=30, seed=run.seed, device="cpu", threads=1, sample_every=0)
+        scene = open_scene(views, max(views.size), CPU)
         with tempfile.TemporaryDirectory() as folder:
-            KINDS[name][1](seed, Path(folder) / "run")
-            log = read_log(Path(folder) / "run")
-            yield {"seed": seed, "failures": judged_alarms(log)[1], "checks": read_checks(log)}
+            training = Training(config, scene, Path(folder), {"scene": {}}, False)
+            field = training.fit("all", training.new_field("grid", 20), FreePoses(scene.poses), steps=30)
+            model: Any = SimpleNamespace(views=scene.poses, camera=scene.camera, field=field.field)
+            errors, noise, reason = training.measure_held_out(model)
+    except DataError as error:
+        record(run.key(), result | {"failures": [f"refused: {error}"]})
+        return
+    checks = held_out_checks(scene.layout, errors, noise, reason)
+    failures = [] if scene.layout == "forward" else pose_alarms(scene.poses, images=scene.images)["failures"]
+    if scene.layout == "forward":
+        checks.append(forward_direction_check(scene.poses))
+    values = {} if errors is None else {"held_out_cross": errors.cross, "held_out_nearest": errors.nearest}
+    result |= {"layout": scene.layout, "unchecked": reason, **values}
+    record(run.key(), result | {"failures": [*failures, *all_failures(checks)]})
+
+
+def record(key: str, result: dict[str, Any]) -> None:
+    """Write one run, so that an interruption loses no other."""
+    write_result(RESULTS, key, result | {"machine": machine(1), "commit": commit()})
+
+
+def choose_limit(right: list[float], wrong: list[float]) -> float:
+    """Return the limit above which all wrong values should be: the middle of the widest gap with the fewest errors."""
+    values = sorted({*right, *wrong})
+    gaps = list(pairwise(values))
+    errors = {(a, b): sum(r > a for r in right) + sum(w < b for w in wrong) for a, b in gaps}
+    best = min(errors.values())
+    low, high = max((gap for gap in gaps if errors[gap] == best), key=lambda gap: gap[1] - gap[0])
+    return (low + high) / 2
+
+
+def format_limits(results: dict[str, dict]) -> list[str]:
+    """Return lines: each quantity's limit chosen on every second run, and its errors on the other runs."""
+    lines = [
+        "",
+        "| quantity | limit chosen on half of the runs | right ones beyond it, other half | wrong ones beyond it |",
+    ]
+    lines.append("|---|---|---|---|")
+    for name, (model, layout, greater) in QUANTITIES.items():
+        key, sign = name.split(",")[0], -1 if greater else 1
+        rows = [r for _, r in sorted(results.items()) if r["model"] == model and layout in (None, r.get("layout"))]
+        rows = [r for r in rows if r["right"] is not None and r.get(key) is not None]
+        halves = [
+            {right: [sign * r[key] for r in rows if r["right"] is right][half::2] for right in (True, False)}
+            for half in (0, 1)
+        ]
+        limit, other = choose_limit(halves[0][True], halves[0][False]), halves[1]
+        false, true = sum(v > limit for v in other[True]), sum(v > limit for v in other[False])
+        lines.append(f"| {name} | {sign * limit:.2f} | {false} of {len(other[True])} | {true} of {len(other[False])} |")
+    return lines
+
+
+def format_table(results: dict[str, dict]) -> str:
+    """Return the table of alarms by kind of run, and the runs that the alarms got wrong."""
+    lines = ["| runs | with an alarm | no alarm | not decided without labels |", "|---|---|---|---|"]
+    undecided = {key for key, r in results.items() if not r["failures"] and r.get("unchecked")}
+    for model in ("segdiff", "nerfdiff"):
+        for right in (True, False):
+            rows = {key: r for key, r in results.items() if r["model"] == model and r["right"] is right}
+            alarms, silent = sum(bool(r["failures"]) for r in rows.values()), undecided & rows.keys()
+            numbers = f"{alarms} | {len(rows) - alarms - len(silent)} | {len(silent)} |"
+            lines.append(f"| {model}, {len(rows)} {'right' if right else 'wrong'} | {numbers}")
+    wrong = [key for key, r in results.items() if r["right"] is not None and bool(r["failures"]) is r["right"]]
+    return "\n".join(lines + format_limits(results) + ["", "Missed or false:", *(f"- {key}" for key in sorted(wrong))])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=0, help="runs of each kind; 0 prints the recorded table")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--data", type=Path, help="folder of the photos and scenes; without it, print what is recorded")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for name in args.kinds if args.seeds else ():
-        rows = list(run_kind(name, args.seeds))
-        write_result(RESULTS, name, {"right": KINDS[name][0], "rows": rows, "machine": machine(1), "commit": commit()})
-    print("| runs | right | alarms | meaning |\n|---|---|---|---|")
-    for name, record in read_results(RESULTS).items():
-        alarms, right = sum(bool(row["failures"]) for row in record["rows"]), record["right"]
-        meaning = "false alarms" if right else "true alarms"
-        print(f"| {name} | {'yes' if right else 'no'} | {alarms} of {len(record['rows'])} | {meaning} |")
+    for runs in SEGDIFF if args.data else ():
+        if not {runs.key(stop) for stop in runs.stops} <= read_results(RESULTS).keys():
+            train_segdiff(runs, args.data)
+    for run in NERFDIFF if args.data else ():
+        if run.key() not in read_results(RESULTS):
+            fit_nerfdiff(run, args.data)
+    print(format_table(read_results(RESULTS)))
 
 
 if __name__ == "__main__":

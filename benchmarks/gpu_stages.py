@@ -40,7 +40,7 @@ def gpu_stages(device: str, preset: str | None, batch: int | None, lego: Path | 
 
     tests = ("-m", "gpu", "-n", "4", "--dist", "loadfile", "-q", "--timeout", "100", "--continue-on-collection-errors")
     scene = ("lego", "--data", str(lego)) if lego else ("demo",)
-    views = ("--size", "128", "--seeds", "0", "--device", device, "--again")
+    views = ("--size", "128", "--seeds", "0", "--device", device)
     return [
         module("install", 70, "gpu_install", "--device", device),
         Stage("doctor", 15, ("{python}", "-m", "factorkit", "doctor")),

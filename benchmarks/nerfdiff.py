@@ -55,8 +55,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--again", action="store_true", help="repeat runs whose results are stored")
-    parser.add_argument("--output", type=Path, help="takes the records too, one line of JSON each")
+    parser.add_argument(
+        "--output", type=Path, help="takes the records instead, one line of JSON each; all runs are made"
+    )
     args = parser.parse_args()
     changes = {k: json.loads(v) for k, v in (entry.split("=", 1) for entry in args.set)}
     for seed in args.seeds:
@@ -120,7 +121,7 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
     words = [args.name, f"{args.size} px", way, *(f"{k}={v:g}" for k, v in disturbance.items())]
     words += [*(f"{k}={v}" for k, v in changes.items()), f"seed={seed}"]
     key = " ".join(words)
-    if key in read_results(RESULTS) and not args.again:
+    if key in read_results(RESULTS) and not args.output:
         return
     training, held_out = views_of(args)
     if disturbance:
@@ -157,9 +158,10 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
         "commit": commit(),
         "torch": torch.__version__,
     }
-    write_result(RESULTS, key, record)
     if args.output:
         append_row(args.output, {"name": key, **record})
+    else:
+        write_result(RESULTS, key, record)
     short = {k: round(v, 3) for k, v in scores.items() if (isinstance(v, float) and "median" in k) or "psnr" in k}
     print(key, short, record["failures"], f"{seconds:.0f} s ({busy:.0f} s of the processor)", flush=True)
 

@@ -37,8 +37,8 @@ def read_classes(
 ) -> Classes:
     """Find the class of each image.
 
-    A file or mapping names images by path, with or without suffix, or by the last part of the path if that is unique,
-    whatever the case and the Unicode form.
+    A file or mapping names images by path, with or without suffix, or by the last part of the path if that is unique
+    (in either of them), whatever the case and the Unicode form.
     An empty class means that an image has none.
 
     Args:
@@ -146,6 +146,10 @@ def _look_up(table: Mapping[str, str], names: Sequence[str], where: str) -> list
         for key in {strip_suffix(name), fold_name(name), fold_stem(name)}:
             if by_key.setdefault(key, value) != value:
                 by_key[key] = AMBIGUOUS
+    by_last_part: dict[str, str] = {}  # for images without a folder, which the table may name with one
+    for name, value in table.items():
+        if by_last_part.setdefault(fold_stem(name).rpartition("/")[2], value) != value:
+            by_last_part[fold_stem(name).rpartition("/")[2]] = AMBIGUOUS
     last_parts = [PurePosixPath(name).name for name in names]
     unique = set(last_parts)
     if len(unique) < len(last_parts):
@@ -158,7 +162,8 @@ def _look_up(table: Mapping[str, str], names: Sequence[str], where: str) -> list
                     return table[candidate]
                 if by_key.get(candidate, AMBIGUOUS) != AMBIGUOUS:
                     return by_key[candidate]
-        return None
+        value = by_last_part.get(fold_stem(name), AMBIGUOUS)
+        return None if value == AMBIGUOUS else value
 
     class_of = [find(name, last_part) for name, last_part in zip(names, last_parts, strict=True)]
     missing = [name for name, value in zip(names, class_of, strict=True) if value is None]

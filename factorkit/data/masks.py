@@ -27,6 +27,7 @@ MASK_BEGINNINGS = ("mask_",)
 IGNORED_BEGINNING = "dynamic_mask_"  # of instant-ngp's masks of moving parts: what is not 0 does not count
 ASPECT_TOLERANCE = 0.01  # relative difference between the aspect ratios of a mask and its image
 OPACITY_SCALES = (1, *FULL_SCALES)  # full opacity; 1 of labels and floats
+NO_FOREGROUND = "masks: no pixel is foreground in any of them"
 MAX_BORDER_SHARE = 0.75  # of the pixels along the borders; more foreground there is worth a line
 
 
@@ -118,6 +119,8 @@ def load_labelled(
         _warn_about_foreground(meaning.select(labels))
     else:
         meaning = MaskValues(None if foreground is None else tuple(foreground), mask_threshold, ignore_label)
+        if meaning.foreground != () and not meaning.select(labels).any():
+            warnings.warn(NO_FOREGROUND, UserWarning, stacklevel=2)
     valid = np.ones(labels.shape, bool) if meaning.ignore is None else labels != meaning.ignore
     pixels = np.stack([pair.pixels for pair in loaded])
     names = [image_source.names[i] for i, _ in pairs]
@@ -130,7 +133,7 @@ def _warn_about_foreground(foreground: np.ndarray) -> None:
     border[:, 1:-1, 1:-1] = False
     share = border.sum() / max(1, foreground.size - foreground[:, 1:-1, 1:-1].size)
     if not foreground.any():
-        warnings.warn("masks: no pixel is foreground in any of them", UserWarning, stacklevel=3)
+        warnings.warn(NO_FOREGROUND, UserWarning, stacklevel=3)
     elif share > MAX_BORDER_SHARE:
         warnings.warn(
             f"masks: {share:.0%} of the pixels along the borders are foreground. If the masks are inverted, set "

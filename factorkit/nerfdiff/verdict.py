@@ -47,7 +47,7 @@ def judge_cameras(log: Log, scores: Record) -> Verdict:
         return Verdict("bad", "Failed: " + failures[0].split(":")[0], details)
     if scored and share < MIN_SHARE_UNDER_10_DEG:
         mirrored = "Failed: the scene is a mirror image"
-        wrong = "Failed: the cameras are wrong, though no alarm went off"
+        wrong = "Failed: the cameras are wrong" + (", though no alarm went off" if passed_decisively(log) else "")
         return Verdict("bad", mirrored if scores.get("mirrored") else wrong, details)
     if scored:
         return Verdict("good", "The cameras are correct", details)

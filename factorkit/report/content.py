@@ -125,8 +125,8 @@ def summarise_checks(log: Log) -> list[str]:
     if not checks:
         return ["The log does not say which checks ran." + (f" Alarms: {'; '.join(failures)}." if failures else "")]
     step = f" at step {alarms['step']:g}" if alarms is not None and is_number(alarms.get("step")) else ""
-    ran = [check for check in checks if check.get("status") != "not run"]
-    result = "; ".join(failures) or ("no alarm went off" if ran else "no check ran")
+    undecided = "no check that separates right from wrong runs has run"
+    result = "; ".join(failures) or ("no alarm went off" if passed_decisively(log) else undecided)
     return [f"Without labels{step}: {result}.", *(f"{describe_check(check)}." for check in checks)]
 
 

@@ -25,6 +25,7 @@ from factorkit.report.content import (
     Verdict,
     describe_check,
     format_number,
+    passed_decisively,
     read_checks,
     sorted_baselines,
 )
@@ -289,8 +290,8 @@ def _events_section(log: Log) -> str:
         if "message" in event:
             text = str(event["message"])
         elif isinstance(event.get("failures"), list):
-            ran = [c for c in event.get("checks") or () if isinstance(c, dict) and c.get("status") != "not run"]
-            text = "; ".join(map(str, event["failures"])) or f"no alarm; checks that ran: {len(ran)}"
+            text = "; ".join(map(str, event["failures"])) or "no check that separates right from wrong runs has run"
+            text = "no alarm" if passed_decisively([event]) else text
         else:
             text = _plain({name: value for name, value in event.items() if name not in ("event", "step", "time")})
         stamp = _clock(event["time"]) if is_number(event.get("time")) else ""

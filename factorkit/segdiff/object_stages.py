@@ -144,6 +144,11 @@ class ObjectStages:
     def run(self) -> ObjectMasks:
         """Train every stage that is not finished, and return the masks of the run."""
         config = self.config
+        if not (self.folder / "stages").exists():
+            self.log(
+                f"object masks with regions={config.num_leaf_regions} and cue_weight={config.cue_weight:g}: no "
+                "figure without labels tells where other values are better"
+            )
         torch.manual_seed(derived_seed("object masks", config.seed))
         masks = ObjectMasks(config.num_leaf_regions, config.resolution)
         mixture = SpatialMixture(config.num_leaf_regions, object_first=True)
@@ -241,8 +246,8 @@ class ObjectStages:
         folder, meta = self.folder / "stages" / name, self.settings | {"stage": name}
         return Trainer(build_task(config), config, folder, meta, device=self.device, progress=self.progress).run()
 
-    def log(self, message: str, **fields: Any) -> None:
+    def log(self, message: str) -> None:
         """Write an event of the stages into the log of the run."""
         if distributed.rank() == 0:
             with RunLog(self.folder) as log:
-                log.event("objects", message=message, **fields)
+                log.event("objects", step=0, message=message)

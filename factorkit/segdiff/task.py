@@ -158,7 +158,9 @@ class SegdiffTask:
             signed_to_pixels(images), masks.numpy(), branches, levels=levels if len(nesting) > 1 else ()
         )
         save_image(grid, folder / f"{step:06d}_segmentation.png")
-        return {} if config.num_leaf_regions == 1 else self.alarms(model).to_dict(step)
+        if config.num_leaf_regions == 1:
+            return {}
+        return self.alarms(model).to_dict(step + (config.distil_steps if config.masks == "auto" else 0))
 
     def alarms(self, model: nn.Module) -> Alarms:
         """Measure the label-free alarms of ``model`` on the probe images."""

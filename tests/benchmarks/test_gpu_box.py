@@ -10,14 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import gpu_box, gpu_install
+import factorkit
+from benchmarks import gpu_box, gpu_install, nerfdiff
 from benchmarks.contenders import REGION_OPS
 from benchmarks.gpu_box import read_rows, run_stage, run_stages
 from benchmarks.gpu_stages import SANITIZER_STAGES, Stage, gpu_stages
-from benchmarks.gpu_table import tables
+from benchmarks.gpu_table import camera_line, tables
 from benchmarks.recording import read_results
 from benchmarks.rendering_cases import RENDERING_OPS
 from benchmarks.step_profile import summarise
@@ -25,6 +27,7 @@ from benchmarks.step_profile import summarise
 ROOT = Path(__file__).parents[2]
 MACHINE = {"device": "Fake 9000", "commit": "abc", "sources": "123"}
 APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2] + '\\n')"
+SCORES = {"psnr": 30.0, "rotation_median_deg": 1.0, "encoder_rotation_median_deg": 2.0, "psnr_encoder": 20.0}
 ROWS = [
     {"name": "ceilings", "copy_gb_s": 2.0, "matrix_tflop_s": 1.0, "convolution_tflop_s": 0.5},
     {"name": "test_region_op[cuda-region_pool-ours-both]", "median_ms": 2.0, "bytes": 2_000_000},
@@ -184,3 +187,26 @@ def test_wheels_of_installed_packages_are_not_installed_again(tmp_path):
     for name in ("pytest-9.0-py3-none-any.whl", "no_such_package-1.0-py3-none-any.whl"):
         (tmp_path / name).touch()
     assert [path.name for path in gpu_install.missing_wheels(tmp_path)] == ["no_such_package-1.0-py3-none-any.whl"]
+
+
+def test_cameras_stage_parses_and_stores_its_record(tmp_path, monkeypatch):
+    rows, run = tmp_path / "rows", tmp_path / "run"
+    (part,) = [s for s in gpu_stages("cpu", None, None, None) if s.name == "cameras"]
+    words = [str(rows) if word == "{output}" else word for word in part.command[3:]]
+    monkeypatch.setattr(sys, "argv", ["nerfdiff", *words, "--out", str(run)])
+    monkeypatch.setattr(nerfdiff, "views_of", lambda args: ([], []))
+    log = '{"event": "train", "seconds": 1.5}\n{"event": "alarms", "failures": []}\n'
+
+    def train(views, out, preset, progress, **settings):
+        for folder in (out / "stages" / "search", out):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "log.jsonl").write_text(log)
+        assert settings["resolution"] == 128 and settings["device"] == "cpu"
+        return SimpleNamespace(evaluate=lambda *at, **more: SCORES, config=SimpleNamespace(threads=1))
+
+    monkeypatch.setattr(factorkit, "train_nerfdiff", train)
+    before = nerfdiff.RESULTS.read_bytes()
+    nerfdiff.main()
+    (row,) = read_rows(rows)
+    assert row["stage_seconds"] == {"search": 1.5, "last": 1.5} and nerfdiff.RESULTS.read_bytes() == before
+    assert "30.00 dB, 1.00 degrees" in camera_line(row)

@@ -77,6 +77,15 @@ def test_file_names_match_in_any_case_and_unicode_form(name):
     assert words(result) == ["rose", "iris"]
 
 
+def test_file_names_with_more_folders_than_the_images_match_by_their_last_part():
+    table = {"C:\\photos\\a.JPG": "x", "photos/b.jpg": "y", "other/b.png": "y"}
+    assert words(read_classes(table, ["a.jpg", "b.jpg"])) == ["x", "y"]
+    with pytest.raises(DataError, match="1 .b.jpg. of 2 images missing"):
+        read_classes(table | {"other/b.png": "x"}, ["a.jpg", "b.jpg"])
+    with pytest.raises(DataError, match="1 .sub/b.jpg. of 2 images missing"):
+        read_classes(table, ["a.jpg", "sub/b.jpg"])
+
+
 def test_file_names_that_differ_in_case_alone_match_exactly():
     assert words(read_classes({"A.jpg": "x", "a.jpg": "y"}, ["a.jpg", "A.jpg"])) == ["y", "x"]
     with pytest.raises(DataError, match="1 .*a.png.* of 2 images missing"):

@@ -292,6 +292,8 @@ def test_load_labelled_borders_of_foreground_and_no_foreground_are_said(tmp_path
         load_one(tmp_path / "a", inverted)
     with pytest.warns(UserWarning, match="no pixel is foreground"):
         load_one(tmp_path / "b", Image.new("L", (8, 8), 0))
+    with pytest.warns(UserWarning, match="no pixel is foreground"):
+        load_one(tmp_path / "c", inverted, foreground=[3])
 
 
 def test_load_labelled_small_labels_in_jpeg_are_refused(tmp_path, save):

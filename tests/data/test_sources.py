@@ -173,7 +173,7 @@ def test_open_source_missing_empty_or_unsupported_raises(tmp_path):
     with pytest.raises(DataError, match=r"no images in this folder.*\.jpg"):
         open_source(tmp_path / "empty")
     (tmp_path / "film.mp4").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"suffix '\.mp4'"):
+    with pytest.raises(DataError, match=r"film.mp4: left out .*extract the frames of videos"):
         open_source(tmp_path / "film.mp4")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.data.views.views import Views
-from factorkit.nerfdiff.held_out import HeldOutErrors, held_out_checks
+from factorkit.nerfdiff.held_out import HeldOutErrors, forward_direction_check, held_out_checks
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.nerfdiff.verdict import judge_cameras, write_report
 from factorkit.report.content import read_checks
@@ -67,6 +67,7 @@ def test_forward_run_is_checked_on_held_out_views(kind, wrong, tmp_path):
     assert error["high"] == 0.9 and error["status"] == ("failed" if wrong else "passed")
     assert error["value"] > 1 if wrong else error["value"] < 0.6
     assert checks["disparity noise"]["status"] == "measured"
+    assert checks["degrees from the mean direction"]["status"] == "passed"
     verdict = judge_cameras(log, {})
     assert verdict.status == ("bad" if wrong else "open")
     assert ("no alarm went off" in " ".join(verdict.details)) is not wrong
@@ -115,3 +116,10 @@ def test_a_check_that_did_not_run_is_named_and_never_green(tmp_path):
 def test_held_out_limits(layout, cross, nearest, failures):
     checks = held_out_checks(layout, HeldOutErrors(cross, nearest), 0.2, "")
     assert sum(len(check.failures) for check in checks) == failures
+
+
+def test_cameras_around_an_object_are_no_forward_facing_scene():
+    around = forward_direction_check(make_procedural_views(8, 4).poses)
+    assert around.status == "failed" and around.failures[0].startswith("layout: ") and around.value > 60
+    side_by_side = forward_direction_check(forward_views("scene").poses)
+    assert side_by_side.status == "passed" and side_by_side.value == pytest.approx(0, abs=1e-3)

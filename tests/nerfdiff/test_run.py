@@ -124,6 +124,7 @@ def test_load_other_weights_than_the_average(finished):
 def test_evaluate_scores_cameras_and_renders(finished, scene_views):
     scores = finished.evaluate(scene_views)
     assert scores["psnr"] != scores["psnr_encoder"] and scores["views"] == 10
+    assert scores["poses"] == finished.config.poses, "given poses are no evidence"
     assert json.loads((finished.folder / "scores.json").read_text()) == finished.scores == scores
     with pytest.raises(DataError, match="3, 4, 4"):
         finished.evaluate(scene_views, poses=torch.eye(4).repeat(3, 1, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -76,6 +77,13 @@ def test_run_that_dies_in_a_stage_resumes_bit_identically(tmp_path, monkeypatch,
     ]
     train(tmp_path / "run")
     assert_identical(final_state(tmp_path / "run"), final_state(whole))
+
+
+def test_alarms_of_object_masks_count_the_steps_of_their_stage(tmp_path, whole):
+    counted = json.loads([line for line in (whole / "log.jsonl").read_text().splitlines() if '"alarms"' in line][-1])
+    reasons = [check["reason"] for check in counted["checks"] if "steps of training" in check.get("reason", "")]
+    assert reasons and all("8 steps" in reason for reason in reasons)
+    assert counted["error"] > 0
 
 
 def test_finished_run_is_loaded_without_its_stages(tmp_path, monkeypatch, whole):

@@ -37,6 +37,7 @@ from factorkit.nerfdiff.held_out import (
     HeldOutErrors,
     compare_held_out,
     disparity_noise,
+    forward_direction_check,
     held_out_checks,
     to_fields,
 )
@@ -340,6 +341,8 @@ class Training:
         errors, noise, reason = self.measure_held_out(model)
         if distributed.rank() == 0 and alarms:
             checks = held_out_checks(self.scene.layout, errors, noise, reason)
+            if self.scene.layout == "forward":
+                checks.append(forward_direction_check(model.views))
             checks += box_checks(model.field, self.scene.foreground, model.views, self.scene.layout)
             added = log_checks(checks)
             alarms |= {"held_out_checked": True, **to_fields(errors, noise)}

@@ -251,7 +251,7 @@ def test_intrinsics_of_another_image_size_are_refused(tmp_path, scene, layout):
     elif layout == "nsvf":
         np.savetxt(tmp_path / "intrinsics.txt", np.pad(k, (0, 1)))
         for i in range(COUNT):
-            np.savetxt(_made(tmp_path / f"pose/{i}.txt"), poses[i] @ FLIP)
+            np.savetxt(_make(tmp_path / f"pose/{i}.txt"), poses[i] @ FLIP)
     else:
         frames = [{"file_path": f"images/{i}.png", "transform_matrix": poses[i].tolist()} for i in range(COUNT)]
         lens = {"fl_x": k[0, 0], "cx": k[0, 2], "cy": k[1, 2]}
