@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,15 @@ sys.exit(pytest.main(["-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovid
 """
 
 
+def test_packages_absent_on_gpu_machines_are_not_imported_by_whole_test_files():
+    pattern = re.compile(rf"^(?:import|from) (?:{'|'.join(ABSENT)})\b", re.MULTILINE)
+    files = [path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    offenders = [str(path.relative_to(ROOT)) for path in files if pattern.search(path.read_text())]
+    assert offenders == [], "use pytest.importorskip, so that pytest -m gpu collects all other files"
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_gpu_tests_in_a_bare_environment_are_collected():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run([sys.executable, "-c", COLLECT], env=environment, cwd=ROOT, capture_output=True, text=True)

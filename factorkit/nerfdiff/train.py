@@ -91,7 +91,9 @@ def train_nerfdiff(
     views, scene, settings = _prepare(data, config, preset, device, reading, box)
     if progress:
         distributed.run_on_first(
-            lambda: print("".join(f"views: {note}\n" for note in list_notes(views, scene)), end="", file=stderr)
+            lambda: print(
+                "".join(f"views: {note}\n" for note in list_notes(views, scene, config.background)), end="", file=stderr
+            )
         )
 
     complete = partial(complete_settings, folder=folder, requested=settings)
@@ -143,7 +145,7 @@ def estimate(
     return {
         "preset": preset,
         "views": len(views),
-        "notes": list_notes(views, scene),
+        "notes": list_notes(views, scene, config.background),
         "parameters": trial.parameters,
         "memory_gib": max(peak_memory(device) - before, 5 * 4 * trial.parameters) / 2**30,
         "device": str(device),
@@ -186,9 +188,15 @@ class _StageTimer(Training):
         self.measure_held_out(model)
 
 
-def list_notes(views: Views, scene: Scene) -> list[str]:
-    """Return sentences for the user on how the views were read and prepared."""
-    return [*views.notes, *([scene.note] if scene.note else [])]
+def list_notes(views: Views, scene: Scene, background: str) -> list[str]:
+    """Return sentences for the user on how the views were read and prepared, with the setting of the background."""
+    notes = [*views.notes, *([scene.note] if scene.note else [])]
+    if scene.layout == "object" and scene.foreground is None and background == "given":
+        notes.append(
+            "The views have neither masks nor a background of one colour: it is taken for black. Give masks (--masks), "
+            'or background="learned" or "field" (--background).'
+        )
+    return notes
 
 
 def _prepare(

@@ -237,7 +237,7 @@ def test_dry_run_estimates_and_writes_nothing(run_cli, run_json, flags):
 def test_dry_run_of_nerfdiff_prints_the_stages(run_cli, run_json, monkeypatch):
     stages = [{"name": "search", "steps": 600, "views_per_second": 8.0, "seconds": 75.0}]
     estimate = {"preset": "fast", "views": 80, "parameters": 2_000_000, "memory_gib": 0.5, "device": "cpu"}
-    estimate |= {"stages": stages, "seconds": 75.0}
+    estimate |= {"stages": stages, "seconds": 75.0, "notes": []}
     settings = {}
 
     def fake_estimate(data, **options):

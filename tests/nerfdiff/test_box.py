@@ -10,7 +10,7 @@ import torch
 from factorkit.data.procedural.scene import make_procedural_views, make_scene_field
 from factorkit.nerfdiff.box import CUT_SCALE, box_checks, find_foreground
 from factorkit.nerfdiff.scene import Scene, open_scene
-from factorkit.nerfdiff.train import estimate
+from factorkit.nerfdiff.train import estimate, list_notes
 from factorkit.utils.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -115,3 +115,10 @@ def test_estimate_names_the_box(tiny, scene_views):
     assert estimate(scene_views, **settings)["notes"] == [
         "The field's box has sides of 3 units of the poses: as given."
     ]
+
+
+@pytest.mark.parametrize(("background", "named"), [("given", True), ("learned", False)])
+def test_list_notes_unknown_background_is_named(background, named):
+    views = replace(make_procedural_views(4, 8), masks=None, background=None)
+    notes = list_notes(views, open_scene(views, 8, CPU), background)
+    assert any("taken for black" in note for note in notes) == named

@@ -80,11 +80,10 @@ def test_forward_run_has_every_result(kind, runs, views):
 def test_forward_run_known_poses_can_be_exported(runs, tmp_path):
     run = runs("known")
     run.export(tmp_path / "colmap", points=500)
-    model = pycolmap.Reconstruction()
-    model.read_text(tmp_path / "colmap")
+    model = pycolmap.Reconstruction(tmp_path / "colmap" / "sparse" / "0")
     depths = -np.array([point.xyz[2] for point in model.points3D.values()])
     assert len(depths) > 50 and depths.min() >= 0.99 and depths.max() <= 30.1
-    assert (tmp_path / "colmap" / "images_factorkit" / "view_00.png").is_file()
+    assert (tmp_path / "colmap" / "images" / "view_00.png").is_file()
 
 
 def test_forward_run_stages_can_be_viewed(runs, tmp_path):

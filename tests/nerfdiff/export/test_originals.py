@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pycolmap
 import pytest
 import torch
 import trimesh
@@ -31,6 +30,8 @@ from factorkit.nerfdiff.scene import shared_camera
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.nerfdiff.training_views import describe_data, store_views
 from factorkit.utils.errors import ConfigError, DataError
+
+pycolmap = pytest.importorskip("pycolmap")
 
 SIZE = 20  # pixels of the files; the run is trained at 8
 OFFSET = np.array([500.0, -300.0, 40.0])

@@ -30,8 +30,8 @@ def make_split_run(make_random_run, monkeypatch):
         run = make_random_run(**changes)
         propose = run.model.masks.forward
 
-        def propose_split(x_t, encoding, within=None):
-            logits = 0.1 * propose(x_t, encoding, within).logits
+        def propose_split(x_t, encoding, within=None, t=None):
+            logits = 0.1 * propose(x_t, encoding, within, t).logits
             brightness = encoding.skips[0].mean((1, 2, 3))[:, None, None]
             across = torch.linspace(-12, 12, logits.shape[-1])[None, None] + 4 * brightness
             logits[:, 0] -= across
