@@ -18,6 +18,7 @@ from benchmarks.traffic import counted
 from factorkit import ops
 from factorkit.data import make_procedural_views
 from factorkit.data.views.views import Views
+from factorkit.engine.config import autocast
 from factorkit.engine.step import Meter, MovingAverage, TrainingStep, make_optimizer
 from factorkit.nerfdiff import config as nerfdiff
 from factorkit.nerfdiff.scene import open_scene
@@ -156,7 +157,7 @@ class PlainStep:
         config, seen = self.config, self.step * self.config.batch_size
         draw = BatchDraw(config.seed, seen, config.batch_size, slice(None), self.device)
         indices = image_order(config.seed, seen, config.batch_size, self.task.size)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with autocast(config, self.device):
             result = self.task.loss(self.net, indices, draw, torch.tensor(self.step, device=self.device))
         self.optimizer.zero_grad()
         result.objective.mean().backward()
@@ -225,7 +226,7 @@ def gradients(net: nn.Module, config: SegdiffConfig, device: torch.device) -> tu
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(config.batch_size, 3, config.resolution, config.resolution, generator=generator).to(device)
     t = torch.arange(config.batch_size, device=device) * 7 % config.timesteps
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with autocast(config, device):
         prediction = net(x.contiguous(memory_format=torch.channels_last), t).prediction
     result = torch.autograd.grad((prediction * x.sin()).mean(), [p for p in net.parameters()], allow_unused=True)
     flat = [torch.zeros(0) if g is None else g.float().flatten().cpu() for g in result]

@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.conftest import Measurement, out_of_memory_skips
 from benchmarks.contenders import REGION_OPS, OpCase, Run, count_bytes, region_op
 from benchmarks.rendering_cases import RENDERING_OPS, rendering_op
+from factorkit.engine.config import resolve_precision
 from factorkit.segdiff.config import SegdiffConfig
 
 ALLOWED = {"bf16": 0.05, "fp32": 1e-3}  # greatest relative error of outputs and gradients against fp32
@@ -42,11 +43,12 @@ def test_region_op(
     request: pytest.FixtureRequest,
 ) -> None:
     config = segdiff_config
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    precision = resolve_precision(config.precision, device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     case = out_of_memory_skips(lambda: region_op(op, config, config.batch_size, device, dtype))
     if device.type == "cuda" and way == "ours":
         case.moved = count_bytes(case)
-    time_op(case, op, way, direction, ALLOWED[config.precision], measure, request)
+    time_op(case, op, way, direction, ALLOWED[precision], measure, request)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

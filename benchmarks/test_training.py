@@ -23,6 +23,7 @@ from benchmarks.conftest import Measurement, out_of_memory_skips
 from benchmarks.contenders import IMAGES, PRESETS, gradients, make_nerfdiff_step, make_step, make_task
 from benchmarks.measure import peak_bytes
 from benchmarks.test_ops import ALLOWED, distance
+from factorkit.engine.config import autocast, resolve_precision
 from factorkit.engine.cuda_graph import WARM_UP
 from factorkit.segdiff.config import SegdiffConfig, preset_config
 
@@ -45,7 +46,7 @@ def test_segdiff_step(
         return step, error
 
     step, error = out_of_memory_skips(prepare)
-    allowed = ALLOWED[config.precision]
+    allowed = ALLOWED[resolve_precision(config.precision, device)]
     if error > allowed:
         message = f"{way} is off by {error:.1e}, allowed {allowed:.0e}: it is not timed"
         pytest.fail(message) if way in ("ours", "graph") else pytest.skip(message)
@@ -81,7 +82,7 @@ def test_segment(segdiff_config: SegdiffConfig, measure: Measurement) -> None:
 
     @torch.no_grad()
     def segment() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with autocast(config, device):
             model.segment(x, t)
 
     measure(segment, "segment", images=images)

@@ -53,9 +53,11 @@ class EngineConfig:
     extra_ema_decays: tuple[float, ...] = ()
     """Decays of additional moving averages of the same training. Each is one more copy of the weights in memory and in
     every checkpoint. factorkit.load(run, weights=DECAY) loads one. A decay added on resuming starts at that step."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the activations, by autocast. Weights, statistics and masks are always fp32. bf16 is faster on a
-    GPU and needs half the memory. fp32 on a GPU is torch's default: convolutions in TF32, matrix products in fp32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the activations, by autocast. Weights, statistics and masks are always fp32. bf16 is faster and
+    needs half the memory, but a CPU without bf16 instructions is many times slower with it: "auto" is bf16 on a GPU
+    and on a CPU that has them, otherwise fp32. fp32 on a GPU is torch's default: convolutions in TF32, matrix products
+    in fp32."""
     seed: int = 0
     """Seed of the weights, the data order, the time steps and the noise."""
     device: str = "auto"
@@ -133,8 +135,8 @@ class EngineConfig:
             raise ConfigError(f"learning_rate={self.learning_rate} must be positive and finite")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ConfigError(f"gradient_clip={self.gradient_clip} must be positive, or None not to clip")
-        if self.precision not in ("bf16", "fp32"):
-            raise ConfigError(f"precision={self.precision!r} is unknown; choose bf16 or fp32")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ConfigError(f"precision={self.precision!r} is unknown; choose auto, bf16 or fp32")
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of the step that follows ``step`` finished ones."""
@@ -203,6 +205,27 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def resolve_precision(precision: str, device: torch.device) -> Literal["bf16", "fp32"]:
+    """Return the precision that a setting of EngineConfig.precision means on a device."""
+    import torch
+
+    if precision == "auto":
+        # torch 2.11 and earlier may not list the capabilities; the width of the vectors is the nearest to it
+        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        if not capabilities:
+            has_bf16 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        return "bf16" if device.type == "cuda" or has_bf16 else "fp32"
+    return "bf16" if precision == "bf16" else "fp32"
+
+
+def autocast(config: EngineConfig, device: torch.device) -> torch.autocast:
+    """Return the autocast of the configured precision on a device."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=resolve_precision(config.precision, device) == "bf16")
 
 
 def resolve_device(name: str) -> torch.device:

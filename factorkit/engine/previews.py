@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from factorkit.engine.config import EngineConfig
+from factorkit.engine.config import EngineConfig, autocast
 from factorkit.engine.state import BackgroundWorker
 from factorkit.engine.step import Task
 
@@ -126,5 +126,5 @@ def separate_autocast() -> Iterator[None]:
 @contextmanager
 def evaluation(config: EngineConfig, device: torch.device) -> Iterator[None]:
     """Disable gradients and use the precision of the training."""
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with torch.no_grad(), autocast(config, device):
         yield

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from factorkit.engine.config import EngineConfig
+from factorkit.engine.config import EngineConfig, autocast
 from factorkit.engine.cuda_graph import GraphedWork
 from factorkit.utils import distributed
 from factorkit.utils.rng import BatchDraw, derived_seed, image_order
@@ -211,7 +211,7 @@ class TrainingStep:
         for i, (rows, draw) in enumerate(zip(self.micro_batches, self.draws, strict=True)):
             sync = i == len(self.micro_batches) - 1 or not self.synchronised
             with nullcontext() if sync else distributed.no_gradient_sync(self.objective):
-                with torch.autocast(self.step.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                with autocast(config, self.step.device):
                     result = self.objective(rows, draw, self.step)
                 # DDP and FSDP average over processes; the mean over the batch needs the sum
                 (result.objective.sum() * (distributed.world_size() / config.batch_size)).backward()

@@ -14,6 +14,7 @@ import torch
 from factorkit.data.datasets import Dataset, make_procedural_dataset, open_dataset
 from factorkit.data.masks import LabelledImages, load_labelled
 from factorkit.data.prepare import prepare
+from factorkit.engine.config import autocast
 from factorkit.metrics.segmentation import evaluate_masks, score_masks
 from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Setup, percent
 from factorkit.segdiff.config import PRESETS, ResolvedSegdiffConfig, SegdiffConfig, preset_config
@@ -150,7 +151,7 @@ def predict_regions(run: SegdiffRun, images: np.ndarray, t: int | None = None) -
     """Predict the most probable region of each pixel, int64 [N, R, R], of uint8 [N, R, R, 3] at noise level t."""
     t = run.config.segment_t if t is None else t
     assert t is not None, "the configuration of a run is resolved"
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+    with autocast(run.config, run.device):
         masks = predict_masks(run.model, pixels_to_signed(torch.from_numpy(images)), t, run.schedule)
     return hard_labels(masks, run.config.nesting).numpy()
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from torch import nn
 
 from factorkit.data.classes import Classes, read_classes
 from factorkit.data.datasets import Dataset, make_procedural_dataset, open_dataset
 from factorkit.data.prepare import PreparedImages, prepare
 from factorkit.engine.checkpoint import Checkpoints
-from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
+from factorkit.engine.config import autocast, cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import RunLog, claimed, copy_folder, read_object, write_json
 from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.alarms import Alarms
@@ -211,7 +210,7 @@ def run_seed_trials(
         for seed in range(config.seed, config.seed + seed_trials):
             trial = make_trainer(dataclasses.replace(config, seed=seed), trials / f"seed_{seed}", stop_at)
             model = trial.run()
-            with torch.autocast(trial.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            with autocast(config, trial.device):
                 alarms[seed] = cast(SegdiffTask, trial.task).alarms(model)
         best = max(alarms, key=lambda seed: alarms[seed].score())
         if distributed.rank() == 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from factorkit.engine.config import EngineConfig, cpu_threads, resolve_device
+from factorkit.engine.config import EngineConfig, cpu_threads, resolve_device, resolve_precision
 from factorkit.utils.errors import ConfigError
 
 
@@ -115,3 +115,22 @@ def test_cpu_threads_restores_the_number():
     assert torch.get_num_threads() == before
     with cpu_threads(None):
         assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "vectors", "expected"),
+    [
+        ({"avx2": True, "avx512_f": True}, "AVX512", "fp32"),
+        ({"avx512_bf16": True}, "AVX512", "bf16"),
+        ({"amx_bf16": True}, "AVX512", "bf16"),
+        ({}, "AVX512", "bf16"),
+        ({}, "AVX2", "fp32"),
+    ],
+)
+def test_resolve_precision_auto_on_a_cpu_needs_bf16_instructions(monkeypatch, capabilities, vectors, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    assert resolve_precision("auto", torch.device("cpu")) == expected
+    assert resolve_precision("auto", torch.device("cuda")) == "bf16"
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+    assert resolve_precision("fp32", torch.device("cuda")) == "fp32"

@@ -157,7 +157,7 @@ def test_preset_changes_override_the_preset():
         ({"num_fit_images": 0}, r"num_fit_images=0"),
         ({"steps": 0}, r"steps=0"),
         ({"learning_rate": 0.0}, r"learning_rate=0"),
-        ({"precision": "fp8"}, r"precision='fp8'.*bf16 or fp32"),
+        ({"precision": "fp8"}, r"precision='fp8'.*auto, bf16 or fp32"),
     ],
 )
 def test_config_invalid_settings_raise_with_the_cure(changes, message):

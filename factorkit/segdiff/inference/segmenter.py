@@ -14,7 +14,7 @@ from factorkit.data.decode import crop_square
 from factorkit.data.open import open_source, read_images
 from factorkit.data.sources import Source
 from factorkit.data.video import open_video
-from factorkit.engine.config import cpu_threads
+from factorkit.engine.config import autocast, cpu_threads
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel
 from factorkit.segdiff.inference.folder import FolderSegments, segment_folder
@@ -42,7 +42,7 @@ class LoadedModel:
         self.schedule = config.build_schedule(device)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return autocast(self.config, self.device)
 
     def _check_time(self, t: int | None) -> int:
         t = self.config.segment_t if t is None else t
