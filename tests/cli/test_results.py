@@ -189,6 +189,10 @@ def test_demo_exit_code_follows_the_verdict_of_the_run(run_cli, monkeypatch, tmp
     monkeypatch.setattr("factorkit.report.html.read_verdict", lambda folder, content: good)
     code, text, _ = run_cli("demo", "--out", out, "--seed", 3)
     assert code == 0 and "The masks beat every baseline." in text and "FAILED" not in text
+    mixed = Verdict("mixed", "The masks follow content, but do not beat the best baseline, 2-means", [])
+    monkeypatch.setattr("factorkit.report.html.read_verdict", lambda folder, content: mixed)
+    code, text, _ = run_cli("demo", "--out", out, "--seed", 3)
+    assert code == 0 and "do not beat the best baseline" in text and "FAILED" not in text
 
 
 def test_doctor_prints_report(run_cli, run_json):
