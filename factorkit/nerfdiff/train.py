@@ -20,7 +20,7 @@ from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
 from factorkit.nerfdiff.run import NerfdiffRun
-from factorkit.nerfdiff.scene import Scene, open_scene
+from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
@@ -214,6 +214,8 @@ def _prepare(
     views = views.resize(config.resolution)
     known_poses = config.poses == "known"
     scene = open_scene(views, config.resolution, device, known_poses, box)
+    if known_poses:
+        require_poses(scene)
     if scene.layout == "object" and len(scene.images) < config.num_candidates:
         raise DataError(
             f"{format_count(len(scene.images), 'view')}: fewer than num_candidates={config.num_candidates}; give more"

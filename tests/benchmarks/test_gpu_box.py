@@ -129,7 +129,8 @@ def test_real_stages_name_modules_and_files_that_exist():
 
 def test_suite_stages_select_benchmarks_of_their_device():
     pytest.importorskip("pytest_benchmark")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--collect-only", "-q"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     names = [line for line in done.stdout.splitlines() if "::" in line]

@@ -115,10 +115,6 @@ def test_train_invalid_input_raises(scene_views, tiny, tmp_path):
     blank = replace(scene_views, images=torch.ones(10, 3, 8, 8), masks=None)
     with pytest.raises(DataError, match="no foreground: all pixels"):
         train_nerfdiff(blank, **out, **tiny)
-    zoomed = scene_views.intrinsics.clone()
-    zoomed[3, 0, 0] *= 1.5
-    with pytest.raises(DataError, match="one camera"):
-        train_nerfdiff(replace(scene_views, intrinsics=zoomed), **out, **tiny)
     for change, words in (
         ({"elevation_range": (50.0, 20.0)}, "elevation_range"),
         ({"field": "fog"}, "hashgrid"),
@@ -129,3 +125,4 @@ def test_train_invalid_input_raises(scene_views, tiny, tmp_path):
     ):
         with pytest.raises(ConfigError, match=words):
             train_nerfdiff(scene_views, **out, **tiny | change)
+    assert not (tmp_path / "x").exists(), "a refused command must not claim the folder"

@@ -112,5 +112,5 @@ def test_choose_regions_invalid_settings_raise(changes, message):
 
 
 def test_choose_regions_too_few_images_raise():
-    with pytest.raises(DataError, match="7 images are too few.*give 8"):
+    with pytest.raises(DataError, match="7 images: too few.*give 8"):
         choose_regions(make_bands(2, count=7), out="out", **QUICK)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import factorkit
 from factorkit.data.procedural.flowers import draw_flowers
+from factorkit.engine.config import autocast
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.inference.segment import add_noise
 from factorkit.segdiff.run import SegdiffRun
@@ -87,7 +88,7 @@ def test_segment_square_image_equals_model_masks_at_level_30(run):
     image = make_image(16, 16)
     x = pixels_to_signed(torch.from_numpy(np.array(image))[None])
     x_t, t = add_noise(x, 30, run.schedule)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast(run.config, run.device):
         expected = run.model(x_t, t).bottleneck.masks
     seg = run.segment(image)
     assert seg.masks.std((0, 2, 3)).min() > 0.01
@@ -223,7 +224,7 @@ def test_generate_depends_on_the_seed_only(run):
     assert first.images.min() >= 0 and first.images.max() <= 1 and first.images.std() > 0
     torch.testing.assert_close(first.masks.sum(1), torch.ones(3, 16, 16))
     assert torch.equal(first.labels, first.masks.argmax(1)) and first.trajectory is None
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(run.config, run.device):
         drawn = draw_images(run.model, run.config, 3, steps=3, seed=1, device=CPU)
         assert drawn.bottleneck.branches is None  # not requested
     assert drawn.images.min() < -0.2

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from factorkit.data.files import fold_stem, list_images
+from factorkit.data.sources import list_supported_formats
 from factorkit.data.views.cameras import make_intrinsics, scale_intrinsics
 from factorkit.data.views.colmap import is_colmap, read_image_names
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader
@@ -116,7 +117,7 @@ def _listed_names(path: Path) -> Iterator[tuple[str, list[str]]]:
 def _read_size(image: Path) -> tuple[int, int]:
     """Return width and height from an image's header; zeros if it has none."""
     try:
-        with Image.open(image) as opened:
+        with Image.open(image, formats=list_supported_formats()) as opened:
             return opened.size
     except OSError:
         return 0, 0

@@ -247,9 +247,9 @@ def _find_masks(path: Path, settings: SceneSettings) -> Path | FileSource | None
                 return folder
     views = {fold_stem(name) for name in settings.names}
     beside = []
-    for parent in {(root / name).parent for name in settings.names}:
-        files = sorted(parent.iterdir()) if parent.is_dir() else []
-        names = [file.relative_to(root).as_posix() for file in files if is_image(file.name)] if files else []
+    for parent in {name[: name.rfind("/") + 1] for name in settings.names}:  # may lie outside of root
+        files = (root / parent).iterdir() if (root / parent).is_dir() else ()
+        names = [parent + file.name for file in files if is_image(file.name)]
         beside += [name for name in names if views.intersection(image_stems(name)[1:]) and fold_stem(name) not in views]
     common = common_folder(settings.names)
     return FileSource(root / common, [name[len(common) :] for name in sorted(beside)]) if beside else None
