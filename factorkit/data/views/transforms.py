@@ -17,6 +17,7 @@ from factorkit.data.views.camera_keys import (
     parse_intrinsics,
     refuse_unmodelled,
 )
+from factorkit.data.views.cameras import IntrinsicsFunction
 from factorkit.data.views.image_files import FileFinder
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader, loss_mask_reader
 from factorkit.data.views.splits import SPLIT_NAMES, SPLITS, normalize_name, select_listed, select_split
@@ -127,6 +128,25 @@ def _parse_file(path: Path) -> _File:
     return _File(path, content, [name for name, _ in entries], poses)
 
 
+def _for_one_size(
+    intrinsics: IntrinsicsFunction, name: str, file: Path, first: list[tuple[str, int, int]]
+) -> IntrinsicsFunction:
+    """Refuse an image of another size than the first that a focal length in pixels without `w` and `h` is for."""
+
+    def checked(height: int, width: int) -> np.ndarray:
+        if not first:
+            first.append((name, height, width))
+        other, *size = first[0]
+        if size != [height, width]:
+            raise DataError(
+                f"{file}: one `fl_x` in pixels without `w` and `h`, but {other} has {size[1]} x {size[0]} pixels and "
+                f"{name} {width} x {height}. Add the `w` and `h` that it is for."
+            )
+        return intrinsics(height, width)
+
+    return checked
+
+
 def _list_views(
     parts: Sequence[tuple[_File, list[int]]], scene: Sequence[_File], notes: tuple[str, ...]
 ) -> tuple[list[LazyView], SceneSettings]:
@@ -134,6 +154,9 @@ def _list_views(
     views: list[LazyView] = []
     keys: set[str] = set()
     loss_folder, num_moving = None, 0
+    first_sizes: dict[
+        Any, list[tuple[str, int, int]]
+    ] = {}  # of the images that one focal length without w and h is for
     for file, indices in parts:
         root, frames = file.path.parent, file.content["frames"]
         finder = FileFinder(root)
@@ -152,6 +175,9 @@ def _list_views(
             elif (moving := path.with_name(f"{IGNORED_BEGINNING}{path.stem}.png")).is_file():
                 read_loss_mask, num_moving = loss_mask_reader(moving, is_inverted=True), num_moving + 1
             intrinsics = parse_intrinsics(settings, name, file.path)
+            if "fl_x" in settings and "w" not in settings:
+                first = first_sizes.setdefault(settings["fl_x"], [])
+                intrinsics = _for_one_size(intrinsics, name, file.path, first)
             lens = parse_distortion(settings, name, file.path)
             read_image, pose = image_reader(path), file.poses[i]
             views.append(LazyView(name, read_image, intrinsics, pose, None, lens, read_loss_mask))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from factorkit.data import make_procedural_views, open_views
 from factorkit.data.views.views import Views, resize_area
+from factorkit.utils.errors import DataError
 
 SIZE = 48
 
@@ -84,3 +85,14 @@ def test_resize_and_select_keep_content_sizes(scene):
     views = Views(scene.images, scene.names, scene.intrinsics, content_sizes=sizes)
     assert views.resize(12).content_sizes.tolist() == [[12.0, 6.0]] * 6
     assert views.select([1]).resize(12).own_size(0, 100) == (100, 50)
+
+
+def test_open_views_one_focal_length_for_images_of_two_sizes_raises(tmp_path, scene):
+    write(tmp_path, scene, [(SIZE, SIZE, 1 + i % 2) for i in range(6)])
+    content = json.loads((tmp_path / "transforms.json").read_text())
+    frames = [{key: frame[key] for key in ("file_path", "transform_matrix")} for frame in content["frames"]]
+    (tmp_path / "transforms.json").write_text(json.dumps({"fl_x": 50.0, "frames": frames}))
+    with pytest.raises(DataError, match=r"0\.png has 48 x 48 pixels and .*1\.png 24 x 24. Add the `w` and `h`"):
+        open_views(tmp_path)
+    (tmp_path / "transforms.json").write_text(json.dumps({"fl_x": 50.0, "w": 48, "h": 48, "frames": frames}))
+    assert open_views(tmp_path).intrinsics[:, 0, 0].tolist() == pytest.approx([25.0] * 6)
