@@ -169,7 +169,7 @@ def _look_up(table: Mapping[str, str], names: Sequence[str], where: str) -> list
     missing = [name for name, value in zip(names, class_of, strict=True) if value is None]
     if missing:
         raise DataError(
-            f"{where}: {_summarize(missing)} of {format_count(len(names), 'image')} not in its names: "
+            f"{where}: {_summarize(missing)} of {format_count(len(names), 'image')} missing from its names: "
             f"{_summarize(list(table))}. Add them, with an empty class if they have none."
         )
     return [value for value in class_of if value is not None]

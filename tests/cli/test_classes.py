@@ -55,7 +55,7 @@ def test_dry_run_reads_file_of_classes(class_folders, run_json, run_refused, fla
     words = [*flags(), "--data", class_folders, "--dry-run"]
     assert run_json(*words, "--classes", table)["parameters"] == run_json(*words)["parameters"] + 3 * 32
     table.write_text("iris/0.png,even\n")
-    assert "not in its names" in run_refused(*words, "--classes", table)
+    assert "missing from its names" in run_refused(*words, "--classes", table)
     assert "have no folders" in run_refused(*flags(), "--classes", "folders")  # the procedural flowers have none
 
 
