@@ -201,13 +201,14 @@ FACTORKIT_HOST_DEVICE void march_ray(const March<S>& p, std::int64_t ray, Emit e
     if (!(box.far > box.near && c.far > c.near && c.near - c.near == S(0))) return;
     c.speed = std::sqrt(std::fma(d[0], d[0], std::fma(d[1], d[1], d[2] * d[2])));
     c.margin = S(0.01) * c.cell_size / c.speed;
-    const S last = c.far < box.far + c.margin ? c.far : box.far + c.margin;
+    // Jitter may move the start of the last step, which far cuts off, and its midpoint by half as much.
+    const S early = p.jitter ? S(0.25) : S(0), last = box.far + c.margin;
 
     Step<S> step = first_step(p, c.near);
     if (step.end <= box.near - c.margin) step = leap(p, c, step, box.near - c.margin, S(INFINITY));
     std::int64_t known = -1;  // the edge that `end` holds, so that steps side by side draw it once
     S end = 0;
-    while (step.start < last && step.end > step.start) {
+    while (step.start < c.far && step.start - early * step.previous < last && step.end > step.start) {
         const S size = step.end - step.start;
         const S start = known == step.index ? end : jittered(p, c, step.index, step.start, step.previous);
         known = step.index + 1;
