@@ -312,8 +312,8 @@ def test_load_labelled_image_turned_by_exif_alone_is_said(tmp_path, size, turn):
     exif[0x0112] = turn
     for folder, mode in (("i", "RGB"), ("m", "L")):
         (tmp_path / folder).mkdir()
-        picture = Image.new(mode, size)
-        picture.paste("white", (2, 2, 6, 4))
-        picture.save(tmp_path / folder / "x.png", exif=exif if folder == "i" else None)
+        image = Image.new(mode, size)
+        image.paste("white", (2, 2, 6, 4))
+        image.save(tmp_path / folder / "x.png", exif=exif if folder == "i" else None)
     with pytest.warns(UserWarning, match=r"those of 1 image \(x.png\) have no EXIF orientation"):
         load_labelled(tmp_path / "i", tmp_path / "m", 8)

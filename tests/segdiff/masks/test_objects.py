@@ -162,3 +162,11 @@ def test_object_masks_explain_noise_by_the_colours_of_their_regions():
 def test_config_object_masks_with_unsuitable_settings_raises(changes, message):
     with pytest.raises(ConfigError, match=message):
         preset_config(None, **TINY, masks="auto", **changes).resolved()
+
+
+def test_align_with_colors_where_all_is_one_color_follows_the_network():
+    masks = torch.full((1, 2, 16, 16), 0.1)
+    masks[:, 0, :, :8], masks[:, 1, :, 8:] = 0.9, 0.9
+    shape = ObjectMasks(2, 16).shape  # not fitted: uniform
+    aligned = align_with_colors(torch.randn(1, 3, 16, 16) * 0.01, masks, shape)
+    assert (aligned.argmax(1) == masks.argmax(1)).float().mean() > 0.9
