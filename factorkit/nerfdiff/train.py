@@ -22,7 +22,7 @@ from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
 from factorkit.nerfdiff.registered_views import open_registered_views
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
-from factorkit.nerfdiff.search import PoseSearch, choose_search
+from factorkit.nerfdiff.search import PoseSearch, RunRequest, choose_search
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
@@ -92,9 +92,13 @@ def train_nerfdiff(
     reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
     source = _require_data(data, config, reading)
     settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset}
-    search = choose_search(source, config, folder, settings, reading, progress)
+
+    def prepare(search: PoseSearch) -> tuple[Views, Scene, dict[str, Any]]:
+        return _prepare(source, search, preset, device, reading, box)
+
+    search = choose_search(RunRequest(source, config, reading, folder, settings, prepare, progress))
     config = search.config
-    views, scene, settings = _prepare(source, search, preset, device, reading, box)
+    views, scene, settings = prepare(search)
     if progress:
         notes = [*search.notes, *list_notes(views, scene, config.background)]
         distributed.run_on_first(lambda: print("".join(f"views: {note}\n" for note in notes), end="", file=stderr))

@@ -58,6 +58,7 @@ from factorkit.utils.rng import derived_seed
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
 FORWARD_COARSENESS = 0.5  # when forward-facing poses start to move: they are many pixels off
+SFM_POSE_RATE = 0.1  # of the poses' learning rate: a small part of a pixel off, which full steps undo
 FINETUNE_RATE = 0.3  # of the encoder's learning rate, after distillation
 HELD_OUT_STEPS = 100  # of the fresh fields of the flip test
 HELD_OUT_LEARNING_RATE = 0.08
@@ -110,7 +111,8 @@ class Training:
             duplication = self.measure_duplication(fitted.poses().detach())
         elif scene.initial_poses is not None:  # by structure from motion
             free = FreePoses(scene.initial_poses)
-            fitted = self.fit("refine", self.final_field(), free, preview_name="refine", optimize_focal=True)
+            slow = {"pose_learning_rate": SFM_POSE_RATE * config.pose_learning_rate}
+            fitted = self.fit("refine", self.final_field(), free, preview_name="refine", optimize_focal=True, **slow)
             duplication = self.measure_duplication(fitted.poses().detach())
         else:
             fitted, duplication = self.dictionary_search()
@@ -328,14 +330,24 @@ class Training:
         noise = None
         if scene.layout == "forward":
             noise = disparity_noise(model.field, scene, poses, config.samples_per_ray)
+        return self.cross_fit(f"cross {config.steps}", poses, scene), noise, ""
+
+    def cross_fit(self, name: str, poses: Tensor, scene: Scene) -> HeldOutErrors:
+        """Fit a small field to each half of the views at poses [V, 4, 4], and compare its renders of the other half.
+
+        Args:
+            name: beginning of the names of the two stages.
+            poses: of all views.
+            scene: with the camera of these poses.
+        """
         fixed = FreePoses(poses).requires_grad_(False)
         fields: list[Field] = []
         halves: list[tuple[Tensor, Tensor]] = []
         samples = 0
-        for name, fitting, held_out in self.both_halves(count, 0):
-            fitted = self.fit_half(f"cross {config.steps}{name}", 0, fixed, fitting, scene, **CROSS_FIT)
+        for half, fitting, held_out in self.both_halves(len(poses), 0):
+            fitted = self.fit_half(f"{name}{half}", 0, fixed, fitting, scene, **CROSS_FIT)
             fields, halves, samples = [*fields, fitted.field], [*halves, (fitting, held_out)], fitted.samples
-        return compare_held_out(fields, halves, scene, poses, samples), noise, ""
+        return compare_held_out(fields, halves, scene, poses, samples)
 
     def log_held_out_checks(self, model: NerfdiffModel) -> None:
         """Add the checks on held-out views to the last alarms of the run, and log them again, once."""

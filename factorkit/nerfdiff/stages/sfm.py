@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +31,9 @@ NEIGHBOURS = 10  # frames before each frame that it is compared with; and every 
 PAIRS_PER_BLOCK = 64  # matched before they are stored
 SIMILAR = 20  # most similar images that each of many images in no order is compared with
 SIMILARITY_SIDE = 16  # pixels of the images whose difference says how similar they are
+MIN_PAIR_MATCHES = 30  # from which on a pair of images counts as matching
+STILL_DISTANCE = 2 / 512  # of the longer side, by which a match moves at least that is no part of a still background
+MAX_STILL = 0.5  # share of a pair's matches, or of the pairs, beyond which they are still
 DATABASE, MODEL, RESULT = "database.db", "sparse/0", "sfm.json"
 
 
@@ -46,6 +49,7 @@ class SfmResult:
         points: number of points.
         error: mean distance in pixels between points and features.
         other_models: number of images of the other models, which share no points with the largest.
+        still_pairs: how many pairs of images have most matches at the same place, and how many match at all.
     """
 
     registered: tuple[str, ...]
@@ -55,17 +59,24 @@ class SfmResult:
     points: int = 0
     error: float = 0.0
     other_models: tuple[int, ...] = ()
+    still_pairs: tuple[int, int] = (0, 0)
 
     @property
     def share(self) -> float:
         """Share of the images with a camera."""
         return len(self.registered) / max(1, len(self.registered) + len(self.unregistered))
 
-    def describe(self) -> str:
+    def describe(self) -> list[str]:
         """Return sentences on what was registered."""
-        total = len(self.registered) + len(self.unregistered)
+        total, still = len(self.registered) + len(self.unregistered), []
+        if _is_still(*self.still_pairs):
+            still = [
+                f"In {self.still_pairs[0]} of {format_count(self.still_pairs[1], 'pair')} of images most matches do "
+                "not move: the background stands still while the object turns, or images are equal. These matches are "
+                "left out; give masks of the object, since such a background is no part of the scene."
+            ]
         if self.model is None:
-            return f"Structure from motion registered none of {format_count(total, 'image')}: {self.reason}."
+            return [*still, f"Structure from motion registered none of {format_count(total, 'image')}: {self.reason}."]
         text = (
             f"Structure from motion registered {len(self.registered)} of {format_count(total, 'image')}, with "
             f"{format_count(self.points, 'point')} and an error of {self.error:.2f} pixels."
@@ -75,7 +86,7 @@ class SfmResult:
         if self.other_models:
             sizes = ", ".join(map(str, self.other_models))
             text += f" Not used: {format_count(len(self.other_models), 'separate model')} of {sizes} images."
-        return text
+        return [*still, text]
 
 
 def import_pycolmap() -> ModuleType:
@@ -87,9 +98,11 @@ def import_pycolmap() -> ModuleType:
     try:
         import pycolmap
     except ImportError as error:
+        raise ConfigError('pycolmap is missing: pip install "factorkit[sfm]", or give search="dictionary"') from error
+    if not hasattr(pycolmap, "FeatureExtractor"):
         raise ConfigError(
-            'search="sfm" needs pycolmap: pip install "factorkit[sfm]", or use search="dictionary"'
-        ) from error
+            f'pycolmap {pycolmap.__version__} is too old: pip install "factorkit[sfm]", or give search="dictionary"'
+        )
     pycolmap.logging.minloglevel = 2  # errors; COLMAP logs every step
     return pycolmap
 
@@ -120,7 +133,8 @@ def find_cameras(images: Sequence[FeatureImage], folder: Path, ordered: bool, pr
     _write_images(colmap, database, images)
     _extract_features(colmap, database, images, progress)
     _match_images(colmap, database, _choose_pairs(images, ordered), progress)
-    result = _map_images(colmap, database, folder, images, progress)
+    still_pairs = _drop_still_matches(colmap, database, images)
+    result = replace(_map_images(colmap, database, folder, images, progress), still_pairs=still_pairs)
     values = asdict(result) | {"model": None if result.model is None else MODEL}
     write_json(folder / RESULT, {"key": key, "result": values})
     database.unlink(missing_ok=True)
@@ -136,7 +150,7 @@ def load_result(folder: Path) -> SfmResult | None:
     values = read_object(folder / RESULT).get("result") if (folder / RESULT).is_file() else None
     if values is None or (values["model"] is not None and not (folder / MODEL / "images.bin").is_file()):
         return None
-    lists = {name: tuple(values[name]) for name in ("registered", "unregistered", "other_models")}
+    lists = {name: tuple(values[name]) for name in ("registered", "unregistered", "other_models", "still_pairs")}
     return SfmResult(**(values | lists | {"model": None if values["model"] is None else folder / MODEL}))
 
 
@@ -281,6 +295,67 @@ def _match_images(colmap: ModuleType, path: Path, pairs: Sequence[tuple[int, int
             colmap.match_image_pairs(path, matching, pairing, geometry_options(colmap), colmap.Device.cpu)
             bar.update(len(block))
     listing.unlink(missing_ok=True)
+
+
+def _drop_still_matches(colmap: ModuleType, path: Path, images: Sequence[FeatureImage]) -> tuple[int, int]:
+    """Drop matches that do not move if most pairs of images consist of them: a background that stands still.
+
+    A camera that moves has no such pairs, except of equal images.
+
+    Returns:
+        How many pairs are still, and how many match.
+    """
+    with _opened(colmap, path) as database:
+        points = [database.read_keypoints(i + 1)[:, :2] for i in range(len(images))]
+        pairs = []
+        for number, matches in zip(*database.read_all_matches(), strict=True):
+            i, j = (k - 1 for k in colmap.pair_id_to_image_pair(number))
+            if len(matches) >= MIN_PAIR_MATCHES and images[i].pixels.shape == images[j].pixels.shape:
+                distance = np.abs(points[i][matches[:, 0]] - points[j][matches[:, 1]]).max(1)
+                pairs.append((i, j, matches, distance >= STILL_DISTANCE * max(images[i].pixels.shape)))
+        still = sum(bool(moving.mean() < 1 - MAX_STILL) for *_, moving in pairs)
+        if not _is_still(still, len(pairs)):
+            return still, len(pairs)
+        with colmap.DatabaseTransaction(database):
+            for i, j, matches, moving in pairs:
+                geometry = colmap.estimate_two_view_geometry(
+                    database.read_camera(database.read_image(i + 1).camera_id),
+                    points[i],
+                    database.read_camera(database.read_image(j + 1).camera_id),
+                    points[j],
+                    matches[moving],
+                    geometry_options(colmap),
+                )
+                database.update_two_view_geometry(i + 1, j + 1, geometry)
+        return still, len(pairs)
+
+
+def _is_still(still: int, pairs: int) -> bool:
+    return still > MAX_STILL * pairs
+
+
+def count_matching(images: Sequence[FeatureImage]) -> int:
+    """Return how many of a few images match another one of them."""
+    colmap = import_pycolmap()
+    extract = FeatureExtractor(colmap)
+    options = colmap.FeatureMatchingOptions(use_gpu=False, num_threads=_num_threads())
+    matcher = colmap.FeatureMatcher.create(options, colmap.Device.cpu)
+    features = [extract(image) for image in images]
+    matching: set[int] = set()
+    for i in range(len(images)):
+        for j in range(i):
+            (a, first), (b, second) = features[i], features[j]
+            if {i, j} <= matching or min(len(a), len(b)) < MIN_PAIR_MATCHES:
+                continue
+            to_points = colmap.keypoints_from_matrix
+            matches = matcher.match(to_points(a), first, to_points(b), second)
+            cameras = make_camera(colmap, images[i], 1), make_camera(colmap, images[j], 2)
+            geometry = colmap.estimate_two_view_geometry(
+                cameras[0], a[:, :2], cameras[1], b[:, :2], matches, geometry_options(colmap)
+            )
+            if len(geometry.inlier_matches) >= MIN_PAIR_MATCHES:
+                matching |= {i, j}
+    return len(matching)
 
 
 def _num_threads() -> int:
