@@ -23,6 +23,7 @@ from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.pipeline import Training
+from factorkit.nerfdiff.stages.recentre import is_off_centre
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
 from factorkit.nerfdiff.training_views import complete_settings, describe_data, describe_scene, store_views
 from factorkit.utils import distributed
@@ -89,11 +90,11 @@ def train_nerfdiff(
     folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
     reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
     views, scene, settings = _prepare(data, config, preset, device, reading, box)
+    config = choose_camera_parameters(config, scene)
+    settings |= config.to_dict()
     if progress:
         distributed.run_on_first(
-            lambda: print(
-                "".join(f"views: {note}\n" for note in list_notes(views, scene, config.background)), end="", file=stderr
-            )
+            lambda: print("".join(f"views: {note}\n" for note in list_notes(views, scene, config)), end="", file=stderr)
         )
 
     complete = partial(complete_settings, folder=folder, requested=settings)
@@ -134,6 +135,8 @@ def estimate(
     device = resolve_device(config.device)
     reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
     views, scene, settings = _prepare(data, config, preset, device, reading, box)
+    config = choose_camera_parameters(config, scene)
+    settings |= config.to_dict()
     before = peak_memory(device) if device.type == "cpu" else 0
     # one round is timed, and counted as often as it may run
     trial = _StageTimer(dataclasses.replace(config, flip_rounds=min(1, config.flip_rounds)), scene, settings)
@@ -145,7 +148,7 @@ def estimate(
     return {
         "preset": preset,
         "views": len(views),
-        "notes": list_notes(views, scene, config.background),
+        "notes": list_notes(views, scene, config),
         "parameters": trial.parameters,
         "memory_gib": max(peak_memory(device) - before, 5 * 4 * trial.parameters) / 2**30,
         "device": str(device),
@@ -188,10 +191,23 @@ class _StageTimer(Training):
         self.measure_held_out(model)
 
 
-def list_notes(views: Views, scene: Scene, background: str) -> list[str]:
-    """Return sentences for the user on how the views were read and prepared, with the setting of the background."""
+def choose_camera_parameters(config: NerfdiffConfig, scene: Scene) -> NerfdiffConfig:
+    """Return the configuration with ``optimize_camera`` chosen by the views where it is None."""
+    if config.optimize_camera is not None:
+        return config
+    searched = config.poses == "predicted" and config.search == "dictionary" and config.candidate_type == "look_at"
+    return dataclasses.replace(config, optimize_camera=("aim",) if searched and is_off_centre(scene) else ())
+
+
+def list_notes(views: Views, scene: Scene, config: NerfdiffConfig) -> list[str]:
+    """Return sentences for the user on how the views were read and prepared with the settings of a run."""
     notes = [*views.notes, *([scene.note] if scene.note else [])]
-    if scene.layout == "object" and scene.foreground is None and background == "given":
+    if "aim" in config.pose_parameters and config.search == "dictionary" and scene.foreground is not None:
+        notes.append(
+            "The search recentres the views by their foreground, and the cameras need not look at the object's centre "
+            '(optimize_camera has "aim"; --optimize-camera changes it).'
+        )
+    if scene.layout == "object" and scene.foreground is None and config.background == "given":
         notes.append(
             "The views have neither masks nor a background of one colour: it is taken for black. Give masks (--masks), "
             'or background="learned" or "field" (--background).'

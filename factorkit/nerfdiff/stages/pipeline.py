@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,7 @@ from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.alarms import duplication_check
 from factorkit.nerfdiff.box import box_checks
 from factorkit.nerfdiff.build import build_model
-from factorkit.nerfdiff.cameras.poses import (
-    FreePoses,
-    OrbitPoses,
-    direction_grid,
-    forward_facing_poses,
-    orbit_poses,
-    position_grid,
-    rotate_about_z,
-)
+from factorkit.nerfdiff.cameras.poses import FreePoses, OrbitPoses, direction_grid
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field, build_occupancy_grid, occupancy_cells
 from factorkit.nerfdiff.fields.kinds import GridField, build_field
@@ -44,10 +35,10 @@ from factorkit.nerfdiff.held_out import (
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import CameraModel
 from factorkit.nerfdiff.scene import Scene, require_poses
-from factorkit.nerfdiff.stages.dictionary import SearchTask, ToPoses
 from factorkit.nerfdiff.stages.distil import DistilTask
-from factorkit.nerfdiff.stages.flip_test import best_rotations, reassign_outliers, split_in_halves
+from factorkit.nerfdiff.stages.flip_test import best_rotations, split_in_halves
 from factorkit.nerfdiff.stages.joint import JointTask
+from factorkit.nerfdiff.stages.pose_search import FORWARD_COARSENESS, DictionarySearch
 from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
 from factorkit.nerfdiff.verdict import write_report
 from factorkit.report.content import log_checks
@@ -56,8 +47,6 @@ from factorkit.utils.errors import format_count
 from factorkit.utils.files import read_log, timeline
 from factorkit.utils.rng import derived_seed
 
-FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
-FORWARD_COARSENESS = 0.5  # when forward-facing poses start to move: they are many pixels off
 FINETUNE_RATE = 0.3  # of the encoder's learning rate, after distillation
 HELD_OUT_STEPS = 100  # of the fresh fields of the flip test
 HELD_OUT_LEARNING_RATE = 0.08
@@ -109,7 +98,7 @@ class Training:
             )
             duplication = self.measure_duplication(fitted.poses().detach())
         else:
-            fitted, duplication = self.dictionary_search()
+            fitted, duplication = DictionarySearch(self).run()
         # the distance, which sets the scale, stays that of the given focal length
         camera = scene.camera.with_intrinsics(fitted.camera.intrinsics.detach())
         scene = replace(scene, camera=camera)
@@ -190,7 +179,7 @@ class Training:
             scene.camera,
             scene.size,
             samples or config.samples_per_ray,
-            optimize_focal and "focal" in config.optimize_camera,
+            optimize_focal and "focal" in (config.optimize_camera or ()),
         )
         changes = {
             "steps": config.field_steps,
@@ -214,71 +203,16 @@ class Training:
         start = direction_grid(1, [elevation]).repeat(count, 1) + jitter
         return OrbitPoses(F.normalize(start, dim=-1), self.scene.distance, self.config.pose_parameters)
 
-    def dictionary_search(self) -> tuple[Any, float | None]:
-        """Search, refine and flip-test the poses.
-
-        Returns:
-            The fit, and the share of views that the last round of the flip test moved; None in a forward-facing scene.
-        """
-        config, scene = self.config, self.scene
-        to_poses: ToPoses
-        if scene.layout == "forward":
-            places, to_poses = position_grid(*FORWARD_GRID), forward_facing_poses
-        else:
-            low, high = config.elevation_range
-            rows = config.num_elevations
-            elevations = [low + (high - low) * (i + 0.5) / rows for i in range(rows)]
-            places, to_poses = (
-                direction_grid(config.num_azimuths, elevations),
-                partial(orbit_poses, distance=scene.distance),
-            )
-        field, places = self.new_field("grid", config.search_grid_resolution), places.to(self.device)
-        found = self.train_stage(
-            "search",
-            lambda stage: SearchTask(stage, scene, field, places, to_poses),
-            steps=config.search_steps,
-            batch_size=config.views_per_step,
-            learning_rate=config.search_learning_rate,
-            lr_decay_fraction=0.0,
-            ema_decay=0.0,
-            sample_every=max(1, config.search_steps // 5),
-        )
-        start = self.add_occupancy(found.field.resampled(config.grid_resolution))
-        place = found.poses.places[found.poses.assigned]
-        refine = partial(self.fit, optimize_focal=True)
-        if scene.layout == "forward":
-            free = FreePoses(forward_facing_poses(place))
-            fitted = refine("refine", start, free, preview_name="refine", initial_coarseness=FORWARD_COARSENESS)
-            return self.with_final_field(fitted), None
-        orbit = OrbitPoses(place, scene.distance, config.pose_parameters)
-        fitted = refine("refine", start, orbit.requires_grad_(), preview_name="refine")
-        poses = fitted.poses.with_directions(fitted.poses.direction.detach())
-        refined_directions, moved = poses.direction, 0
-        refined_scene = replace(scene, camera=scene.camera.with_intrinsics(fitted.camera.intrinsics.detach()))
-        for number in range(max(1, config.flip_rounds)):
-            poses, moved = self.flip_round(number, poses, places, refined_scene)
-            if not moved:
-                break
-        if config.flip_rounds and (poses.direction != refined_directions).any():
-            fresh = self.add_occupancy(self.new_field("grid", config.grid_resolution))
-            fitted = refine("refine again", fresh, poses.requires_grad_(), preview_name="refine_again")
-        return self.with_final_field(fitted), moved / len(refined_directions)
-
-    def flip_round(self, number: int, poses: OrbitPoses, places: Tensor, scene: Scene) -> tuple[OrbitPoses, int]:
-        """Run one round of the flip test over both halves; return the new poses and how many views were moved."""
-        moved = 0
-        for name, fitting, choosing in self.both_halves(len(poses.direction), number):
-            held_out = self.fit_half(f"flip {number}{name}", number, poses, fitting, scene)
-            before = poses.direction[choosing]
-            degrees = best_rotations(held_out.field, scene, poses().detach(), choosing, held_out.samples)
-            direction = poses.direction.clone()
-            direction[choosing] = torch.where(degrees[:, None] != 0, rotate_about_z(before, degrees), before)
-            poses = poses.with_directions(direction)
-            direction = direction.clone()
-            direction[choosing] = reassign_outliers(held_out.field, scene, poses, choosing, places, held_out.samples)
-            poses = poses.with_directions(direction)
-            moved += int((direction[choosing] != before).any(1).sum())
-        return poses, moved
+    def cross_fit(self, name: str, poses: Tensor, scene: Scene) -> HeldOutErrors:
+        """Return the errors of fields that were fitted to half of the views at poses [V, 4, 4], in both roles."""
+        fixed = FreePoses(poses).requires_grad_(False)
+        fields: list[Field] = []
+        halves: list[tuple[Tensor, Tensor]] = []
+        samples = 0
+        for half, fitting, held_out in self.both_halves(len(poses), 0):
+            fitted = self.fit_half(f"{name}{half}", 0, fixed, fitting, scene, **CROSS_FIT)
+            fields, halves, samples = [*fields, fitted.field], [*halves, (fitting, held_out)], fitted.samples
+        return compare_held_out(fields, halves, scene, poses, samples)
 
     def measure_duplication(self, poses: Tensor) -> float | None:
         """Return the share of views, at poses [V, 4, 4], that agree better with a held-out field after a rotation."""
@@ -324,14 +258,7 @@ class Training:
         noise = None
         if scene.layout == "forward":
             noise = disparity_noise(model.field, scene, poses, config.samples_per_ray)
-        fixed = FreePoses(poses).requires_grad_(False)
-        fields: list[Field] = []
-        halves: list[tuple[Tensor, Tensor]] = []
-        samples = 0
-        for name, fitting, held_out in self.both_halves(count, 0):
-            fitted = self.fit_half(f"cross {config.steps}{name}", 0, fixed, fitting, scene, **CROSS_FIT)
-            fields, halves, samples = [*fields, fitted.field], [*halves, (fitting, held_out)], fitted.samples
-        return compare_held_out(fields, halves, scene, poses, samples), noise, ""
+        return self.cross_fit(f"cross {config.steps}", poses, scene), noise, ""
 
     def log_held_out_checks(self, model: NerfdiffModel) -> None:
         """Add the checks on held-out views to the last alarms of the run, and log them again, once."""
@@ -355,20 +282,15 @@ class Training:
 
     def fit_half(self, name: str, number: int, poses: nn.Module, views: Tensor, scene: Scene, **changes: Any) -> Any:
         """Fit a small fresh field to half of the views, with changes to the configuration."""
+        changes = {"steps": HELD_OUT_STEPS, "learning_rate": HELD_OUT_LEARNING_RATE, **changes}
+        return self.fit_small(name, poses, number, scene=scene, views=views, **changes)
+
+    def fit_small(self, name: str, poses: nn.Module, number: int = 0, **options: Any) -> Any:
+        """Fit a small fresh field; options are those of :meth:`fit`."""
         seed = derived_seed("half", self.config.seed, number) % 2**31
-        return self.fit(
-            name,
-            self.new_field("grid", HELD_OUT_RESOLUTION, seed),
-            poses,
-            scene=scene,
-            views=views,
-            samples=min(self.config.samples_per_ray, HELD_OUT_MAX_SAMPLES),
-            steps=HELD_OUT_STEPS,
-            learning_rate=HELD_OUT_LEARNING_RATE,
-            lr_decay_fraction=0.0,
-            keep_checkpoints=1,
-            **changes,
-        )
+        field = self.new_field("grid", HELD_OUT_RESOLUTION, seed)
+        samples = min(self.config.samples_per_ray, HELD_OUT_MAX_SAMPLES)
+        return self.fit(name, field, poses, samples=samples, lr_decay_fraction=0.0, keep_checkpoints=1, **options)
 
     def build_model(self, field: Field, views: Tensor, camera: CameraModel) -> NerfdiffModel:
         """Build the whole model around a field, its encoder with fresh weights."""
