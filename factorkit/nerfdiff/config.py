@@ -25,10 +25,11 @@ class NerfdiffConfig(EngineConfig):
     poses: Literal["predicted", "known", "learned"] = "predicted"
     """Where the poses of the training views come from. "predicted": the model finds them (the thesis). "known": they
     come with the views (supervised NeRF). "learned": they are free parameters from the start (NeRF--)."""
-    search: Literal["dictionary", "joint"] = "dictionary"
+    search: Literal["auto", "dictionary", "sfm", "joint"] = "auto"
     """How poses are found. "dictionary": a balanced search over fixed directions, then refinement, the flip test and an
-    encoder distilled from the result. "joint": encoder and field trained together from scratch (algorithms 3 and 4);
-    the default is "dictionary" because "joint" depends on the seed."""
+    encoder distilled from the result. "sfm": structure from motion by COLMAP, refined with the field (needs the extra
+    sfm). "joint": encoder and field trained together from scratch (algorithms 3 and 4), which depends on the seed.
+    "auto", the default, chooses "sfm" for large textured images, else "dictionary"."""
     noise: bool = True
     """Add noise to the views that the encoder reads. False trains an autoencoder, the ablation of the thesis."""
     timesteps: int = 100
@@ -59,6 +60,10 @@ class NerfdiffConfig(EngineConfig):
     origin and "distance" for each view, and one "focal" length for all views. () assumes upright cameras that look at
     the origin from one distance. None, the default, is (), or ("aim",) if masks or a plain background show an object
     off the centre of its views. With "aim" the search compares views that are recentred by their foreground."""
+    ordered: Literal["auto", "yes", "no"] = "no"
+    """Whether the views were taken in the order of their names on one turn around the object. "yes": even rings of
+    cameras are tried as starts too, in both directions and at several elevations; the start is kept from which a short
+    fit explains held-out views best. "auto": "yes" if consecutive views are more alike than others."""
     flip_rounds: int = 8
     """Maximum number of rounds of the flip test, which corrects views placed on the wrong side of a nearly symmetric
     scene. It stops at the first round that changes nothing. 0 runs one round that only reports."""
@@ -182,8 +187,9 @@ class NerfdiffConfig(EngineConfig):
 
 CHOICES = {
     "poses": ("predicted", "known", "learned"),
-    "search": ("dictionary", "joint"),
+    "search": ("auto", "dictionary", "sfm", "joint"),
     "candidate_type": ("look_at", "thesis", "single"),
+    "ordered": ("auto", "yes", "no"),
     "field": FIELDS,
     "background": BACKGROUNDS,
     "encoder_pooling": ("flatten", "average"),

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from factorkit.data.views.views import resize_area, target_size
 from factorkit.nerfdiff.cameras.poses import direction_vectors
-from factorkit.nerfdiff.scene import gaussian_blur
+from factorkit.nerfdiff.scene import Scene, gaussian_blur
+from factorkit.nerfdiff.stages.recentre import foreground_offsets, recentre_scene
 
 MAX_LIKENESS_RATIO = 0.8  # rings have .03 to .5; views in random order .97 to 1.07
 MIN_ORDERED_VIEWS = 12
@@ -27,9 +28,11 @@ def likeness_ratio(images: Tensor) -> float:
     return float(squared.diagonal(1).median() / pairs.median().clamp_min(1e-9))
 
 
-def are_ordered(images: Tensor) -> bool:
-    """Return whether images [V, 3, H, W] of centred views follow one another: neighbours are more alike than others."""
-    return len(images) >= MIN_ORDERED_VIEWS and likeness_ratio(images) < MAX_LIKENESS_RATIO
+def are_ordered(scene: Scene) -> bool:
+    """Return whether the views of an object follow one another: consecutive ones are more alike than others."""
+    if scene.foreground is not None:
+        scene = recentre_scene(scene, foreground_offsets(scene.foreground))
+    return len(scene.images) >= MIN_ORDERED_VIEWS and likeness_ratio(scene.images) < MAX_LIKENESS_RATIO
 
 
 def ring_azimuths(names: list[str]) -> Tensor:

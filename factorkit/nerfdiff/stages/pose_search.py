@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from factorkit.engine.run_folder import RunLog
 from factorkit.nerfdiff.cameras.poses import (
     FreePoses,
     OrbitPoses,
@@ -23,14 +24,16 @@ from factorkit.nerfdiff.stages.dictionary import SearchTask, ToPoses
 from factorkit.nerfdiff.stages.flip_test import best_rotations, reassign_outliers
 from factorkit.nerfdiff.stages.ordered import ring_directions
 from factorkit.nerfdiff.stages.recentre import aim_from_offsets, directions_with_aim, foreground_offsets, recentre_scene
+from factorkit.utils import distributed
+from factorkit.utils.files import read_log
 
 if TYPE_CHECKING:
     from factorkit.nerfdiff.stages.pipeline import Training
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
 FORWARD_COARSENESS = 0.5  # when forward-facing poses start to move: they are many pixels off
-RING_FIT: dict[str, Any] = {"steps": 150, "learning_rate": 0.05, "initial_coarseness": 1.0}
-RING, HOT, RECENTRE = False, True, True
+# of the short fit that tells starts apart
+START_FIT: dict[str, Any] = {"steps": 150, "learning_rate": 0.05, "batch_size": 8, "rays_per_view": 256}
 
 
 class DictionarySearch:
@@ -47,7 +50,7 @@ class DictionarySearch:
     def _recentre(self) -> tuple[Scene, Tensor | None]:
         """Return the scene for the search, and the aim [V, 2] of the cameras of the original views, None if it is 0."""
         scene = self.scene
-        if "aim" not in self.config.pose_parameters or scene.foreground is None or not RECENTRE:
+        if "aim" not in self.config.pose_parameters or scene.foreground is None:
             return scene, None
         offsets = foreground_offsets(scene.foreground)
         return recentre_scene(scene, offsets), aim_from_offsets(offsets)
@@ -69,14 +72,11 @@ class DictionarySearch:
         rows = config.num_elevations
         elevations = [low + (high - low) * (i + 0.5) / rows for i in range(rows)]
         places = direction_grid(config.num_azimuths, elevations).to(training.device)
-        if RING:
-            place = self._choose_ring()
-        else:
-            start, place = self._assign_views(places, partial(orbit_poses, distance=scene.distance))
-        coarseness = 0.0
-        if HOT:
-            start, coarseness = self._fresh_field(), 1.0
-        refine = partial(refine, initial_coarseness=coarseness)
+        start, place = self._assign_views(places, partial(orbit_poses, distance=scene.distance))
+        if config.ordered == "yes":
+            place = self._choose_start(place)
+        if self.aim is not None or config.ordered == "yes":  # places are too far off for a field that is sharp already
+            start, refine = self._fresh_field(), partial(refine, initial_coarseness=1.0)
         fitted = refine("refine", start, self._orbit_poses(place).requires_grad_(), preview_name="refine")
         poses = fitted.poses.with_directions(fitted.poses.direction.detach())
         refined_directions, moved = poses.direction, 0
@@ -111,16 +111,19 @@ class DictionarySearch:
         start = training.add_occupancy(found.field.resampled(config.grid_resolution))
         return start, found.poses.places[found.poses.assigned]
 
-    def _choose_ring(self) -> Tensor:
-        """Return the directions [V, 3] of the even ring from which a short fit explains held-out views best."""
-        training = self.training
-        errors = {}
-        starts = ring_directions(self.scene.names)
+    def _choose_start(self, place: Tensor) -> Tensor:
+        """Return ``place`` [V, 3] or an even ring: from which a short fit explains held-out views best."""
+        training, errors = self.training, {}
+        starts = {"search": place, **ring_directions(self.scene.names)}
         for name, direction in starts.items():
-            fitted = training.fit_small(f"ring {name}", self._orbit_poses(direction).requires_grad_(), **RING_FIT)
-            errors[name] = training.cross_fit(f"ring {name} half ", fitted.poses().detach(), self.scene).cross
-        print(errors)
-        return starts[min(errors, key=lambda name: errors[name])]
+            poses = self._orbit_poses(direction.to(place)).requires_grad_()
+            fitted = training.fit_small(f"start {name}", poses, initial_coarseness=1.0, **START_FIT)
+            errors[name] = training.cross_fit(f"start {name} half ", fitted.poses().detach(), self.scene).cross
+        best = min(errors, key=lambda name: errors[name])
+        if distributed.rank() == 0 and "starts" not in {event.get("event") for event in read_log(training.folder)}:
+            with RunLog(training.folder) as log:
+                log.event("starts", held_out_cross=errors, best=best)
+        return starts[best].to(place)
 
     def _orbit_poses(self, position: Tensor) -> OrbitPoses:
         """Return poses of cameras in directions [V, 3] from the origin, which see it at the centre of their object."""

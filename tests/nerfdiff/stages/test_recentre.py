@@ -20,7 +20,7 @@ from factorkit.nerfdiff.stages.recentre import (
     offset_spread,
     recentre_scene,
 )
-from factorkit.nerfdiff.train import choose_camera_parameters
+from factorkit.nerfdiff.train import choose_capture_settings
 
 CPU = torch.device("cpu")
 INTRINSICS = torch.tensor([[48.0, 0, 24], [0, 48, 24], [0, 0, 1]])  # pixels of masks of 48 x 48
@@ -102,14 +102,14 @@ def test_recentred_view_is_like_that_of_a_camera_that_looks_at_the_origin():
     assert difference < 0.2 * (seen - centred.movedim(-1, 1)).square().mean()
 
 
-def test_choose_camera_parameters_off_centre_views_get_aim(shifted):
+def test_choose_capture_settings_off_centre_views_get_aim(shifted):
     centred = open_scene(make_procedural_views(12, 24, seed=0), 24, CPU, False)
     config = preset_config("fast")
     assert (
         is_off_centre(shifted) and not is_off_centre(centred) and not is_off_centre(replace(shifted, foreground=None))
     )
-    assert choose_camera_parameters(config, shifted).optimize_camera == ("aim",)
-    assert choose_camera_parameters(config, centred).optimize_camera == ()
+    assert choose_capture_settings(config, shifted).optimize_camera == ("aim",)
+    assert choose_capture_settings(config, centred).optimize_camera == ()
     for changes in ({"optimize_camera": ("roll",)}, {"search": "joint"}, {"poses": "known"}):
-        chosen = choose_camera_parameters(preset_config("fast", **changes), shifted)
+        chosen = choose_capture_settings(preset_config("fast", **changes), shifted)
         assert chosen.optimize_camera == changes.get("optimize_camera", ())
