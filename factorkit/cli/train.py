@@ -118,6 +118,8 @@ class TrainSegdiff(Command):
             f"time    {format_duration(data['seconds'])} for {format_count(data['steps'], 'step')} of "
             f"{format_count(data['batch_size'], 'image')}",
         ]
+        if data["stage_seconds"]:
+            lines.append(f"        of which {format_duration(data['stage_seconds'])} for finding the objects first")
         if self.seed_trials > 1:
             lines.append(f"        and up to half of that for each of the other {self.seed_trials - 1} seed trials")
         if self.data is not None:
