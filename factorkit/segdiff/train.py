@@ -63,7 +63,7 @@ def train_segdiff(
             ``"cub64"``, ``"cub128"``, ``"ffhq64"``, ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None:
             ``"demo"`` without data, else ``"fast64"``.
         seed_trials: number of short trainings from different seeds. Those that the label-free alarms fail are dropped,
-            and the best continues: by the eta gap, or for masks="mixture" by the noise it leaves unexplained.
+            and the best continues: by the noise its regions leave unexplained, for masks="network" by the eta gap.
         progress: show a progress bar with the time left.
         baselines: score all trivial predictors at the end, if there are labels; else only the mean mask and 2-means.
         classes: condition the model on the class of each image, so that it generates by class; ``"folders"``, a .csv,
@@ -223,6 +223,8 @@ def run_seed_trials(
     continues from the checkpoint of the best. Trials resume after a kill.
     """
     stop_at = max(1, min(MAX_SEED_TRIAL_STEPS, round(SEED_TRIAL_FRACTION * config.steps)))
+    if config.masks == "auto":
+        stop_at = 1  # the stages before it decide the masks
     trials = folder / "seed_trials"
     choice = trials / "chosen.json"
     if not choice.exists():
