@@ -18,6 +18,7 @@ from factorkit.engine.config import resolve_device
 from factorkit.engine.run_folder import check_plausible, identify_run, read_object, read_weights, write_json
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.nerfdiff.epipolar_check import EpipolarCheck, check_epipolar
 from factorkit.nerfdiff.evaluate import evaluate
 from factorkit.nerfdiff.export import CAMERA_KINDS, export, kind_of
 from factorkit.nerfdiff.export.originals import find_originals
@@ -207,6 +208,24 @@ class NerfdiffRun(LoadedScene):
         if folder is not None:
             distributed.run_on_first(lambda: write_json(folder / SCORES_FILE, scores))
         return scores
+
+    def check_epipolar(self, data: Any = None, progress: bool = False) -> EpipolarCheck:
+        """Check the cameras by points matched between the training images, without labels and without the scene.
+
+        The images are read at their full size. Needs OpenCV (``factorkit[baselines]``).
+
+        Args:
+            data: the training data, if they were moved or given as objects.
+            progress: show a progress bar.
+
+        Raises:
+            ConfigError: no run folder, or no OpenCV.
+            DataError: fewer than two views, or ``data`` are not the training data.
+        """
+        originals = find_originals(self.folder, data)
+        if originals is None:
+            raise ConfigError("the epipolar check needs a run folder: a single file does not name its training views")
+        return check_epipolar(originals.list_images(self.model.camera.intrinsics.cpu()), self.poses, progress)
 
     @property
     def scores(self) -> dict[str, Any] | None:
