@@ -12,6 +12,8 @@ from factorkit.utils.errors import ConfigError, format_count
 if TYPE_CHECKING:
     from factorkit.segdiff.run import SegdiffRun
 
+OTHER_BASIC = ("device", "video", "smooth", "overwrite", "json")
+
 
 @dataclass(kw_only=True)
 class Segment(OutputCommand):
@@ -44,6 +46,8 @@ class Segment(OutputCommand):
         factorkit segment runs/photos product_photos/ --out cutouts --formats cutout
         factorkit segment runs/photos walk.mp4 --video --out walk_regions.mp4
     """
+
+    BASIC = ("run", "paths", "out", "formats", "region", "tolerance", "size", "quality", "t", *OTHER_BASIC)
 
     paths: Paths
     """Images and folders of images, or one .zip, .npz or .npy file."""
