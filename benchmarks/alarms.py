@@ -241,7 +241,14 @@ def train_segdiff(runs: SegdiffRuns, data: Path) -> None:
     training, probes, truth = make_images(runs.images, runs.seed, runs.resolution, data)
     common = {"resolution": runs.resolution, "steps": runs.stops[-1], "seed": runs.seed, "device": "cpu"}
     common |= {"checkpoint_every": 100_000, "sample_every": 0, **dict(runs.changes)}
-    small = {"preset": "demo", "model_channels": 8, "channel_mult": (1, 2), "batch_size": 8, "norm_groups": 4}
+    small = {
+        "preset": "demo",
+        "masks": "network",
+        "model_channels": 8,
+        "channel_mult": (1, 2),
+        "batch_size": 8,
+        "norm_groups": 4,
+    }
     config = preset_config(**({**SETTINGS} if runs.mixture else small) | common).resolved()
     task_class: Any = MixtureTask if runs.mixture else SegdiffTask
     task = task_class(config, training, probes, CPU)

@@ -22,6 +22,7 @@ from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.files import read_log
 
 TINY = {
+    "masks": "network",
     "resolution": 8,
     "regions": 2,
     "model_channels": 8,
@@ -202,6 +203,19 @@ def test_train_folder_of_another_run_raises_with_the_differences(changes, messag
     train_tiny(images, out="out", steps=1)
     with pytest.raises(CheckpointError, match=message):
         train_tiny(images, out="out", steps=1, **changes)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_train_run_of_the_former_default_resumes_with_the_masks_of_the_network(recorded, capsys):
+    images = draw_flowers(6, 8)[0]
+    train_tiny(images, out="old", steps=2)
+    settings = json.loads(Path("old/config.json").read_text())
+    for name in ("mixture_steps", "distil_steps", "cue_weight", *([] if recorded else ["masks"])):
+        del settings[name]
+    Path("old/config.json").write_text(json.dumps(settings))
+    run = train_tiny(images, out="old", masks=None, progress=True)
+    assert run.config.masks == "network" and 'masks="network": old was started with it' in capsys.readouterr().err
+    assert "resume" in read_event_names("old") and run.step == 4
 
 
 def test_train_foreign_folder_raises(tmp_path):

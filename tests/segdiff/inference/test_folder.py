@@ -22,6 +22,7 @@ from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import CheckpointError, ConfigError, WriteError
 
 TINY = {
+    "masks": "network",
     "resolution": 16,
     "regions": 3,
     "model_channels": 8,
