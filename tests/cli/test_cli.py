@@ -140,7 +140,7 @@ def test_help_shows_negations_and_keeps_lists(run_cli):
     _, page, _ = run_cli("train", "segdiff", "--help-advanced")
     assert "--random-flip, --no-random-flip" in page and "--dry-run" not in page
     assert "\n    verify   read" in run_cli("checkpoint", "--help")[1]
-    assert "list of finished images\n\nWith --video" in run_cli("segment", "--help")[1]
+    assert "list of finished images\n\nWith --formats" in run_cli("segment", "--help")[1]
 
 
 def test_error_shows_traceback_only_with_debug(run_cli, monkeypatch, tmp_path):
