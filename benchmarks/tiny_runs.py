@@ -19,6 +19,7 @@ from factorkit.segdiff.task import SegdiffTask
 from factorkit.segdiff.train import train_segdiff
 
 SEGDIFF = {
+    "masks": "network",
     "model_channels": 8,
     "resolution": 16,
     "channel_mult": (1, 2),

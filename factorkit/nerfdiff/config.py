@@ -25,10 +25,11 @@ class NerfdiffConfig(EngineConfig):
     poses: Literal["predicted", "known", "learned"] = "predicted"
     """Where the poses of the training views come from. "predicted": the model finds them (the thesis). "known": they
     come with the views (supervised NeRF). "learned": they are free parameters from the start (NeRF--)."""
-    search: Literal["dictionary", "joint"] = "dictionary"
+    search: Literal["auto", "dictionary", "sfm", "joint"] = "auto"
     """How poses are found. "dictionary": a balanced search over fixed directions, then refinement, the flip test and an
-    encoder distilled from the result. "joint": encoder and field trained together from scratch (algorithms 3 and 4);
-    the default is "dictionary" because "joint" depends on the seed."""
+    encoder distilled from the result. "sfm": structure from motion by COLMAP, refined with the field (needs the extra
+    sfm). "joint": encoder and field trained together from scratch (algorithms 3 and 4), which depends on the seed.
+    "auto", the default, chooses "sfm" for large textured images, else "dictionary"."""
     noise: bool = True
     """Add noise to the views that the encoder reads. False trains an autoencoder, the ablation of the thesis."""
     timesteps: int = 100
@@ -181,7 +182,7 @@ class NerfdiffConfig(EngineConfig):
 
 CHOICES = {
     "poses": ("predicted", "known", "learned"),
-    "search": ("dictionary", "joint"),
+    "search": ("auto", "dictionary", "sfm", "joint"),
     "candidate_type": ("look_at", "thesis", "single"),
     "field": FIELDS,
     "background": BACKGROUNDS,

@@ -175,6 +175,8 @@ def complete_settings(settings: dict[str, Any], folder: Path, requested: dict[st
     They come from the stored views, or from the ``requested`` settings if there are none.
     """
     scene = settings.get("scene")
+    if scene is None:  # claimed before structure from motion
+        return {**settings, "scene": requested["scene"], "search": requested["search"]}
     if not isinstance(scene, dict) or "intrinsics" in scene:
         return settings
     stored = None

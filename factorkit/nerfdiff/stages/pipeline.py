@@ -108,6 +108,10 @@ class Training:
                 initial_coarseness=FORWARD_COARSENESS if scene.layout == "forward" else 0.0,
             )
             duplication = self.measure_duplication(fitted.poses().detach())
+        elif scene.initial_poses is not None:  # by structure from motion
+            free = FreePoses(scene.initial_poses)
+            fitted = self.fit("refine", self.final_field(), free, preview_name="refine", optimize_focal=True)
+            duplication = self.measure_duplication(fitted.poses().detach())
         else:
             fitted, duplication = self.dictionary_search()
         # the distance, which sets the scale, stays that of the given focal length
