@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +24,9 @@ from factorkit.nerfdiff.stages.dictionary import SearchTask, ToPoses
 from factorkit.nerfdiff.stages.flip_test import best_rotations, reassign_outliers
 from factorkit.nerfdiff.stages.ordered import ring_directions
 from factorkit.nerfdiff.stages.recentre import aim_from_offsets, directions_with_aim, foreground_offsets, recentre_scene
+from factorkit.nerfdiff.stages.stage_training import StageTraining
 from factorkit.utils import distributed
 from factorkit.utils.files import read_log
-
-if TYPE_CHECKING:
-    from factorkit.nerfdiff.stages.pipeline import Training
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
 FORWARD_COARSENESS = 0.5  # when forward-facing poses start to move: they are many pixels off
@@ -43,7 +41,7 @@ class DictionarySearch:
         training: whose stages are trained.
     """
 
-    def __init__(self, training: Training):
+    def __init__(self, training: StageTraining):
         self.training, self.config, self.scene = training, training.config, training.scene
         self.centred, self.aim = self._recentre()
 

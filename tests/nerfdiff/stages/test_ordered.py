@@ -11,7 +11,7 @@ from factorkit.engine.run_folder import claimed
 from factorkit.nerfdiff.cameras.poses import azimuth_degrees
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.scene import open_scene
-from factorkit.nerfdiff.stages import pipeline, pose_search
+from factorkit.nerfdiff.stages import pose_search, stage_training
 from factorkit.nerfdiff.stages.ordered import RING_ELEVATIONS, are_ordered, ring_azimuths, ring_directions
 from factorkit.nerfdiff.train import choose_capture_settings, train_nerfdiff
 from factorkit.nerfdiff.training_views import complete_settings
@@ -56,7 +56,7 @@ def test_are_ordered_a_turn_is_and_random_views_are_not():
 
 @pytest.mark.slow
 def test_ordered_views_try_rings_and_log_the_choice_once(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(pipeline, "HELD_OUT_STEPS", 2)
+    monkeypatch.setattr(stage_training, "HELD_OUT_STEPS", 2)
     monkeypatch.setattr(pose_search, "START_FIT", pose_search.START_FIT | {"steps": 2})
     views = make_procedural_views(10, 8, seed=1)
     for _ in range(2):
