@@ -57,7 +57,8 @@ def device(device_name: str) -> Iterator[torch.device]:
 @pytest.fixture
 def segdiff_config(request: pytest.FixtureRequest, device: torch.device) -> SegdiffConfig:
     """The configuration whose sizes are measured."""
-    config = preset_config(request.config.getoption("--preset") or PRESETS[device.type]).resolved()
+    preset = request.config.getoption("--preset") or PRESETS[device.type]
+    config = preset_config(preset, masks="network").resolved()
     batch = request.config.getoption("--batch") or config.batch_size
     if device.type == "cuda" and not request.config.getoption("--batch"):
         large = torch.cuda.get_device_properties(device).total_memory > LARGE_GPU_BYTES

@@ -20,6 +20,8 @@ SEGDIFF = {
     "channel_mult": (1, 2),
     "num_res_blocks": 1,
     "norm_groups": 4,
+    "mixture_steps": 2,
+    "distil_steps": 2,
     "steps": 2,
     "batch_size": 4,
     "checkpoint_every": 1,

@@ -209,7 +209,7 @@ def command_lines(weights: Path, nerfdiff: Path, place: Path) -> list[list[str]]
         ["render", scene, "--frames", "2", "--size", "8", "--out", f"{out}.gif"],
         ["sample", scene, "-n", "1", "--steps", "2", "--out", out],
         ["export", scene, f"{out}.ply"],
-        ["train", "segdiff", "--data", images, "--preset", "demo", "--steps", "3", "--regions", "2"],
+        ["train", "segdiff", "--data", images, "--preset", "demo", "--steps", "3", "--distil-steps", "2"],
         ["train", "nerfdiff", "--data", images, "--preset", "fast", "--field", "grid"],
         ["demo", "--seed", "1"],
         ["evaluate", scene, "--views", images],

@@ -87,7 +87,7 @@ def trained_parameters(preset: str) -> int:
         return _nerfdiff_parameters(nerfdiff.preset_config(preset))
     with torch.device("meta"):
         model = segdiff.preset_config(preset).resolved().build()
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _nerfdiff_parameters(config) -> int:

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="takes the results, lines of JSON")
     args = parser.parse_args()
     device = torch.device(args.device)
-    changes = {"batch_size": args.batch} if args.batch else {}
+    changes = {"masks": "network"} | ({"batch_size": args.batch} if args.batch else {})
     config = preset_config(args.preset or PRESETS[device.type], **changes).resolved()
     for way in ("ours", "graph") if device.type == "cuda" else ("ours",):
         step, _ = make_step(way, config, device)

@@ -96,7 +96,7 @@ def warm_up(step: Callable[[], None], device: torch.device) -> None:
 
 def with_form(config: SegdiffConfig, form: str, preset: str) -> SegdiffConfig:
     """Return the preset in a form, which decides settings that a resolved configuration has already."""
-    return preset_config(preset, form=form, batch_size=config.batch_size).resolved()
+    return preset_config(preset, form=form, masks="network", batch_size=config.batch_size).resolved()
 
 
 def gradient_error(net: torch.nn.Module, config: SegdiffConfig, device: torch.device) -> float:

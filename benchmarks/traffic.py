@@ -162,7 +162,7 @@ def step_traffic(
     Raises:
         ConfigError: an unknown preset or setting.
     """
-    config = preset_config(preset, **changes).resolved()
+    config = preset_config(preset, **{"masks": "network", **changes}).resolved()
     batch = batch or config.batch_size
     result = {}
     for kind in ("unfused", "fused", "least"):

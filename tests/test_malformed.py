@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.files import read_arrays
 
 COUNT = 153  # nine of each kind
+STORED = Path(__file__).parent / "engine" / "stored"
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +158,8 @@ def test_settings_too_many_timesteps_raise():
         {"channel_mult": []},
     ],
 )
-def test_checkpoint_settings_inconsistent_with_weights_raise(good, tmp_path, changes):
-    tensors, meta = read_checkpoint(good[0] / "segdiff.safetensors")
+def test_checkpoint_settings_inconsistent_with_weights_raise(tmp_path, changes):
+    tensors, meta = read_checkpoint(STORED / "segdiff_1.safetensors")
     path = write_checkpoint(tmp_path / "x.safetensors", tensors, {**meta, **changes})
     with pytest.raises(CheckpointError, match="x.safetensors"):
         factorkit.load(path)
@@ -174,21 +176,21 @@ def test_checkpoint_settings_inconsistent_with_weights_raise(good, tmp_path, cha
         {"step": []},
     ],
 )
-def test_checkpoint_invalid_scene_raises(good, tmp_path, changes):
-    newest = max((good[0] / "nerfdiff/checkpoints").glob("*.safetensors"))
-    tensors, meta = read_checkpoint(newest)
+def test_checkpoint_invalid_scene_raises(tmp_path, changes):
+    tensors, meta = read_checkpoint(STORED / "nerfdiff_1.safetensors")
     path = write_checkpoint(tmp_path / "x.safetensors", tensors, {**meta, **changes})
     with pytest.raises(CheckpointError, match="x.safetensors"):
         factorkit.load(path)
 
 
-def test_checkpoint_invalid_settings_raise(good, tmp_path):
-    tensors, _ = read_checkpoint(good[0] / "segdiff.safetensors")
+def test_checkpoint_without_settings_raises(tmp_path):
+    tensors, _ = read_checkpoint(STORED / "segdiff_1.safetensors")
     path = write_checkpoint(tmp_path / "x.safetensors", tensors, {})
     with pytest.raises(CheckpointError, match="x.safetensors"):
         factorkit.load(path)
 
 
+@pytest.mark.slow
 def test_stored_views_incomplete_raise(good, tmp_path):
     shutil.copytree(good[0] / "nerfdiff", tmp_path / "run")
     with np.load(tmp_path / "run/views.npz", allow_pickle=False) as result:

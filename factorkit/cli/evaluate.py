@@ -23,6 +23,8 @@ class Evaluate(RunCommand):
     --data: scores of each class of a data set whose masks hold classes, such as PASCAL VOC (zero-shot transfer, table
     2.7). Each class is scored on the images that show it.
     --views: errors of the cameras in degrees, PSNR and SSIM of the renders.
+    --epipolar: the share of points matched between the training images that agree with a nerfdiff run's cameras. It
+    needs neither true poses nor masks.
 
     The mapping from regions to foreground is fitted on the first --num-fit-images labelled images and then fixed; the
     other images are scored. The oracle chooses the mapping for each image by its own label: it is an upper bound, not
@@ -34,6 +36,7 @@ class Evaluate(RunCommand):
         factorkit evaluate runs/flowers --images photos/ --masks masks/ --baselines
         factorkit evaluate runs/imagenet --data VOCdevkit/ --split val
         factorkit evaluate runs/lego --views lego/ --split test --json
+        factorkit evaluate runs/lego --epipolar
     """
 
     images: OptionalPath = None
@@ -44,6 +47,8 @@ class Evaluate(RunCommand):
     """Data set with masks of classes, in any layout that `factorkit prepare --list` names."""
     views: OptionalPath = None
     """Views with true poses, in any format that `factorkit train nerfdiff` reads."""
+    epipolar: Flag = False
+    """Check the cameras of a nerfdiff run by matched points. With --data: where its training images are now."""
     split: OptionalName = None
     """With --views: train or test; the default is all views. With --data: the split to score; the default is val."""
     num_fit_images: OptionalInt = None
@@ -79,6 +84,7 @@ class Evaluate(RunCommand):
         "masks",
         "data",
         "views",
+        "epipolar",
         "split",
         "num_fit_images",
         "ignore",
@@ -91,6 +97,8 @@ class Evaluate(RunCommand):
     )
 
     def execute(self) -> Result:
+        if self.epipolar:
+            return self._check_epipolar()
         if self.views is not None:
             return self._score_views(self.views)
         if self.data is not None:
@@ -142,6 +150,13 @@ class Evaluate(RunCommand):
             distributed.run_on_first(lambda: write_report(folder))
         scores["seconds"] = time.perf_counter() - start
         return _add_verdict(folder, REPORT, scores, format_pose_scores(scores))
+
+    def _check_epipolar(self) -> Result:
+        from factorkit.nerfdiff.run import NerfdiffRun
+
+        check = NerfdiffRun.load(self.run, device=self.device).check_epipolar(self.data, progress=not self.json)
+        worst = [f"  {p['views'][0]} and {p['views'][1]}: {p['share']:.0%} of {p['matches']}" for p in check.pairs[:3]]
+        return check._asdict(), "\n".join([check.message, *(["the worst pairs:", *worst] if worst else [])])
 
     def _score_classes(self, data: Path) -> Result:
         from factorkit.segdiff.run import SegdiffRun

@@ -267,10 +267,12 @@ class _Changes(NamedTuple):
     values: dict[tuple[str, Any], Any]  # (name of today, old value) -> value of today
     removed: dict[str, Any]  # old name -> the only value that today's code still computes
     tensors: dict[str, str]  # old part of a tensor's dotted name -> part of today
+    added: dict[str, Any]  # name -> the value that runs had before there was the setting
 
 
 _COMMON = {"decay": "lr_decay_fraction", "ema": "ema_decay", "ema_also": "extra_ema_decays"}  # of EngineConfig
 _CHANGES: dict[str, _Changes] = {}
+NO_CHANGES = _Changes({}, {}, {}, {}, {})
 
 
 def register_renamed_settings(
@@ -279,6 +281,7 @@ def register_renamed_settings(
     values: Mapping[tuple[str, Any], Any] | None = None,
     removed: Mapping[str, Any] | None = None,
     tensors: Mapping[str, str] | None = None,
+    added: Mapping[str, Any] | None = None,
 ) -> None:
     """Declare which settings of a model have changed since runs were first stored.
 
@@ -288,9 +291,12 @@ def register_renamed_settings(
         values: (new name, old value) -> new value.
         removed: settings that are gone, with the value that the code now always uses.
         tensors: old part of the dotted names of tensors -> new part.
+        added: settings with another default than runs had before there was the setting -> what those runs had.
     """
     for model in models:
-        _CHANGES[model] = _Changes(dict(names), dict(values or {}), dict(removed or {}), dict(tensors or {}))
+        _CHANGES[model] = _Changes(
+            dict(names), dict(values or {}), dict(removed or {}), dict(tensors or {}), dict(added or {})
+        )
 
 
 def migrate_settings(settings: dict[str, Any], source: object) -> dict[str, Any]:
@@ -299,8 +305,8 @@ def migrate_settings(settings: dict[str, Any], source: object) -> dict[str, Any]
     Raises:
         CheckpointError: a removed setting has a value that this version cannot compute; ``source`` is named.
     """
-    changes = _CHANGES.get(str(settings.get("model")), _Changes({}, {}, {}, {}))
-    migrated: dict[str, Any] = {}
+    changes = _CHANGES.get(str(settings.get("model")), NO_CHANGES)
+    migrated = dict(changes.added)
     for name, value in settings.items():
         if name in changes.removed:
             if value != changes.removed[name]:
@@ -321,7 +327,7 @@ def migrate_settings(settings: dict[str, Any], source: object) -> dict[str, Any]
 def migrate_tensor_names(tensors: Mapping[str, T], model: object) -> dict[str, T]:
     """Return the tensors of a stored model of this kind under the names of this version."""
     migrated = dict(tensors)
-    for old, new in _CHANGES.get(str(model), _Changes({}, {}, {}, {})).tensors.items():
+    for old, new in _CHANGES.get(str(model), NO_CHANGES).tensors.items():
         part = re.compile(rf"(?<![^.]){re.escape(old)}(?![^.])")
         migrated = {part.sub(new, name): tensor for name, tensor in migrated.items()}
     return migrated

@@ -119,7 +119,7 @@ def scene_alarms(
         duplication,
         images=scene.images,
         error=error if exact else None,
-        min_elevation=None if config.poses == "known" else config.elevation_range[0],
+        min_elevation=None if config.poses == "known" or config.search == "sfm" else config.elevation_range[0],
         true=scene.poses,
         settled=settled,
     )

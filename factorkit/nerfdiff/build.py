@@ -39,7 +39,7 @@ def build_model(
         ConfigError: the candidates do not fit the scene.
     """
     kind = "single" if scene["layout"] == "forward" else config.candidate_type
-    if kind == "single" and scene["layout"] == "object" and config.search == "dictionary":
+    if kind == "single" and scene["layout"] == "object" and config.search != "joint":
         raise ConfigError('candidate_type="single" does not cover an object from all sides; use look_at')
     candidates = build_candidates(
         kind, config.num_candidates, scene["distance"], config.elevation_range, config.pose_parameters

@@ -31,6 +31,7 @@ class Scene:
         layout: "object" (cameras around it) or "forward" (cameras side by side).
         distance: from the cameras to the centre of the box [-1, 1]^3; in a forward-facing scene the unit of length.
         poses: [V, 4, 4] as stored with the views, normalised if they are used in training; or None.
+        initial_poses: [V, 4, 4] by structure from motion, normalised, where the refinement starts; or None.
         loss_masks: [V, 1, H, W], 0 at pixels that no loss counts; None: all pixels count.
         foreground: of the views of an object, if masks or a background colour show it.
         note: a sentence for the user on how the scene was prepared.
@@ -47,6 +48,7 @@ class Scene:
     reframed_images: Tensor | None = None
     foreground: Foreground | None = None
     note: str = ""
+    initial_poses: Tensor | None = None
 
     @property
     def encoder_images(self) -> Tensor:

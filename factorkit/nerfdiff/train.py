@@ -19,10 +19,14 @@ from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
+from factorkit.nerfdiff.registered_views import open_registered_views
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
+from factorkit.nerfdiff.search import PoseSearch, choose_search
 from factorkit.nerfdiff.stages.dictionary import SearchTask
+from factorkit.nerfdiff.stages.ordered import are_ordered
 from factorkit.nerfdiff.stages.pipeline import Training
+from factorkit.nerfdiff.stages.recentre import is_off_centre
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
 from factorkit.nerfdiff.training_views import complete_settings, describe_data, describe_scene, store_views
 from factorkit.utils import distributed
@@ -88,13 +92,16 @@ def train_nerfdiff(
     distributed.check_batch(config.views_per_step, "views_per_step")
     folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
     reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
-    views, scene, settings = _prepare(data, config, preset, device, reading, box)
+    source = _require_data(data, config, reading)
+    settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset}
+    search = choose_search(source, config, folder, settings, reading, progress)
+    config = search.config
+    views, scene, settings = _prepare(source, search, preset, device, reading, box)
+    config = choose_capture_settings(config, scene)
+    settings |= config.to_dict()
     if progress:
-        distributed.run_on_first(
-            lambda: print(
-                "".join(f"views: {note}\n" for note in list_notes(views, scene, config.background)), end="", file=stderr
-            )
-        )
+        notes = [*search.notes, *list_notes(views, scene, config)]
+        distributed.run_on_first(lambda: print("".join(f"views: {note}\n" for note in notes), end="", file=stderr))
 
     complete = partial(complete_settings, folder=folder, requested=settings)
     run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
@@ -133,7 +140,10 @@ def estimate(
     config = preset_config(preset, **changes)
     device = resolve_device(config.device)
     reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
-    views, scene, settings = _prepare(data, config, preset, device, reading, box)
+    search = PoseSearch(config)
+    views, scene, settings = _prepare(_require_data(data, config, reading), search, preset, device, reading, box)
+    config = choose_capture_settings(config, scene)
+    settings |= config.to_dict()
     before = peak_memory(device) if device.type == "cpu" else 0
     # one round is timed, and counted as often as it may run
     trial = _StageTimer(dataclasses.replace(config, flip_rounds=min(1, config.flip_rounds)), scene, settings)
@@ -145,7 +155,7 @@ def estimate(
     return {
         "preset": preset,
         "views": len(views),
-        "notes": list_notes(views, scene, config.background),
+        "notes": list_notes(views, scene, config),
         "parameters": trial.parameters,
         "memory_gib": max(peak_memory(device) - before, 5 * 4 * trial.parameters) / 2**30,
         "device": str(device),
@@ -188,10 +198,28 @@ class _StageTimer(Training):
         self.measure_held_out(model)
 
 
-def list_notes(views: Views, scene: Scene, background: str) -> list[str]:
-    """Return sentences for the user on how the views were read and prepared, with the setting of the background."""
+def choose_capture_settings(config: NerfdiffConfig, scene: Scene) -> NerfdiffConfig:
+    """Return the configuration with ``optimize_camera`` and ``ordered`` chosen by the views where they are open."""
+    searched = scene.layout == "object" and config.poses == "predicted" and config.search in ("auto", "dictionary")
+    parameters, ordered = config.optimize_camera, config.ordered
+    if parameters is None:
+        parameters = ("aim",) if searched and config.candidate_type == "look_at" and is_off_centre(scene) else ()
+    if ordered == "auto":
+        ordered = "yes" if searched and are_ordered(scene) else "no"
+    return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered)
+
+
+def list_notes(views: Views, scene: Scene, config: NerfdiffConfig) -> list[str]:
+    """Return sentences for the user on how the views were read and prepared with the settings of a run."""
     notes = [*views.notes, *([scene.note] if scene.note else [])]
-    if scene.layout == "object" and scene.foreground is None and background == "given":
+    if "aim" in config.pose_parameters and config.search == "dictionary" and scene.foreground is not None:
+        notes.append(
+            "The search recentres the views by their foreground, and the cameras need not look at the object's centre "
+            '(optimize_camera has "aim"; --optimize-camera changes it).'
+        )
+    if config.ordered == "yes":
+        notes.append("The views are taken as one turn around the object in the order of their names (--ordered no).")
+    if scene.layout == "object" and scene.foreground is None and config.background == "given":
         notes.append(
             "The views have neither masks nor a background of one colour: it is taken for black. Give masks (--masks), "
             'or background="learned" or "field" (--background).'
@@ -199,22 +227,32 @@ def list_notes(views: Views, scene: Scene, background: str) -> list[str]:
     return notes
 
 
+def _require_data(data: Any, config: NerfdiffConfig, reading: dict[str, Any]) -> Any:
+    """Return the data of a run; None: the procedural scene."""
+    if data is not None:
+        return data
+    if unused := [name for name, value in reading.items() if value not in (None, "auto")]:
+        raise ConfigError(f"{unused[0]}= is for views that are read, but there is no data")
+    return make_procedural_views(NUM_PROCEDURAL_VIEWS, config.resolution)
+
+
 def _prepare(
-    data: Any, config: NerfdiffConfig, preset: str, device: torch.device, reading: dict[str, Any], box: float | None
+    data: Any, search: PoseSearch, preset: str, device: torch.device, reading: dict[str, Any], box: float | None
 ) -> tuple[Views, Scene, dict[str, Any]]:
     """Return the views at the run's resolution, the scene, and the settings that are stored with the run."""
-    if data is None:
-        if unused := [name for name, value in reading.items() if value not in (None, "auto")]:
-            raise ConfigError(f"{unused[0]}= is for views that are read, but there is no data")
-        data = make_procedural_views(NUM_PROCEDURAL_VIEWS, config.resolution)
-    if isinstance(data, Views):
+    config, given_poses = search.config, None
+    if search.model is not None:
+        views, given_poses = open_registered_views(data, reading, search.model, config.resolution)
+    elif isinstance(data, Views):
         views = open_views(data, **reading)
     else:
         views = open_views(data, "train", config.resolution, **reading)
     views = views.resize(config.resolution)
-    known_poses = config.poses == "known"
+    known_poses = config.poses == "known" or search.model is not None
+    if box is not None and search.model is not None:
+        raise ConfigError(f"box={box:g} is in the units of known poses; structure from motion has none")
     scene = open_scene(views, config.resolution, device, known_poses, box)
-    if known_poses:
+    if config.poses == "known":
         require_poses(scene)
     if scene.layout == "object" and len(scene.images) < config.num_candidates:
         raise DataError(
@@ -226,4 +264,7 @@ def _prepare(
             'freedom already; give "focal" or nothing'
         )
     scene_settings = describe_scene(scene, views, known_poses)
+    if search.model is not None:  # the poses of the data, in other coordinates, serve for scoring only
+        views = dataclasses.replace(views, poses=given_poses)
+        scene = dataclasses.replace(scene, initial_poses=scene.poses, poses=given_poses)
     return views, scene, {"model": "nerfdiff", **config.to_dict(), "preset": preset, "scene": scene_settings}

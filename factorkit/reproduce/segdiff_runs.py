@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,20 @@ _GPU: dict[str, Any] = {
 }
 
 
+class OurModel(NamedTuple):
+    """A form of our model that tables show beside the others.
+
+    Attributes:
+        row: its name in tables.
+        label: of its training.
+        changes: to the settings of the scale.
+    """
+
+    row: str
+    label: str
+    changes: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Trainings:
     """The trainings of an experiment, at the scale of its setup.
@@ -81,15 +95,21 @@ class Trainings:
         """Return the folder of the training ``label``. At full scale, where presets differ, its name has the preset."""
         return self.setup.run_folder(f"{self.preset}-{label}" if self.setup.scale == "full" else label, seed)
 
-    def train(self, label: str, seed: int, *, preset: str | None = None, **changes: Any) -> SegdiffRun:
+    def train(
+        self, label: str, seed: int, *, preset: str | None = None, classes: Any = None, **changes: Any
+    ) -> SegdiffRun:
         """Train, or resume or load, the run that every experiment with this preset calls ``label``."""
+        preset, settings = preset or self.preset, {**self.settings, **changes}
+        # Always given: a folder of an earlier version, where the default was another, is refused instead of resumed.
+        settings["masks"], _ = preset_config(preset, **settings).choose_masks()
         return train_segdiff(
             self.setup.data,
             out=self.folder(label, seed),
-            preset=preset or self.preset,
+            preset=preset,
             seed=seed,
             progress=self.setup.progress,
-            **{**self.settings, **changes},
+            classes=classes,
+            **settings,
         )
 
     def labelled(self, **changes: Any) -> HeldOutImages:
@@ -111,6 +131,19 @@ class Trainings:
         images = prepare(source, config.resolution, progress=self.setup.progress).images
         rows = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
         return np.array(images[rows])
+
+
+def list_our_models(trainings: Trainings) -> list[OurModel]:
+    """Return the model of the scale, whose training is called "ours", and the others of ours to show beside it."""
+    config = trainings.config()
+    objects, network, thesis = "ours, objects (the default)", "ours, masks of the network", "ours, the thesis' form"
+    if config.form == "thesis":
+        regional = [(objects, "objects", "auto"), (network, "regional", "network")][len(config.nesting) > 1 :]
+        changes = [OurModel(row, label, {"form": "regional", "masks": masks}) for row, label, masks in regional]
+        return [OurModel(thesis, "ours", {}), *changes]
+    row = {"auto": objects, "network": network}.get(config.masks, f"ours, masks by {config.masks}")
+    others = [] if config.masks == "network" else [OurModel(network, "network", {"masks": "network"})]
+    return [OurModel(row, "ours", {}), *others, OurModel(thesis, "thesis", {"form": "thesis", "masks": "network"})]
 
 
 @dataclass(frozen=True)

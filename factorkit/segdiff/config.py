@@ -20,6 +20,7 @@ from factorkit.utils.errors import ConfigError, did_you_mean
 MAX_REGIONS = 256  # label images hold one byte per pixel
 Prediction = Literal["eps", "v", "x0", "flow"]
 NoiseSchedule = Literal["linear", "cosine", "flow"]
+Masks = Literal["auto", "network", "mixture"]
 BranchNorm = Literal["group", "masked_group", "pixel"]
 
 
@@ -64,9 +65,10 @@ class SegdiffConfig(EngineConfig):
     """Weight of the loss per noise level. "min_snr" weighs the error of the clean image by min(SNR, gamma)."""
     min_snr_gamma: float = 5.0
     """Gamma of loss_weighting="min_snr". 5 is the value of its paper (Hang et al. 2023)."""
-    masks: Literal["auto", "network", "mixture"] = "network"
-    """What proposes the regions. "network": a decoder of the U-Net, as in the thesis. "mixture": a learned spatial
-    prior and the colours of each region. "auto": objects, by stages before the training; region 0 is one."""
+    masks: Masks | None = None
+    """What proposes the regions. "auto": objects, by stages before the training; region 0 is one. "network": a decoder
+    of the U-Net, as in the thesis. "mixture": a learned spatial prior and the colours of each region. By default
+    "auto", but "network" in the thesis' form, for a hierarchy and beside settings that only a network has."""
     cue_weight: float = 1.0
     """Weight of the saliency cue beside the spatial prior, for masks="auto". 0 turns it off."""
     mixture_steps: int = 120
@@ -78,9 +80,9 @@ class SegdiffConfig(EngineConfig):
     region_tokens: bool | None = None
     """Add the mean local feature of each region to its branch's time embedding. By default in the regional form."""
     normalised_logits: bool | None = None
-    """Batch-normalise the mask logits. By default in the regional form."""
+    """Batch-normalise the mask logits. By default in the regional form with masks="network"."""
     half_resolution_masks: bool | None = None
-    """Predict the masks at half the resolution. By default in the regional form."""
+    """Predict the masks at half the resolution. By default in the regional form with masks="network"."""
     checkpoint_branches: bool = False
     """Run the branches one by one in training and again in the backward pass. This is slower but needs the memory of
     one branch only."""
@@ -136,6 +138,23 @@ class SegdiffConfig(EngineConfig):
         """Number of regions of the deepest level; K for a single level."""
         return math.prod(self.nesting)
 
+    def choose_masks(self) -> tuple[Masks, str]:
+        """Return what proposes the regions, and one line for a user on why it is not "auto".
+
+        The line is empty for the thesis' form and a plain DDPM, which are defined by it.
+        """
+        if self.masks is not None or self.form == "thesis" or self.num_leaf_regions == 1:
+            return self.masks or "network", ""
+        if len(self.nesting) > 1:
+            return (
+                "network",
+                f'masks="network": regions={self.nesting} split regions, and masks="auto" whole images only',
+            )
+        network_settings = ("normalised_logits", "half_resolution_masks", "mask_learning_rate")
+        if own := [name for name in network_settings if getattr(self, name) is not None]:
+            return "network", f'masks="network": {own[0]}= is given, which masks="auto" does not have'
+        return "auto", ""
+
     def resolved(self) -> ResolvedSegdiffConfig:
         """Fill in every setting that depends on others, and check all of them.
 
@@ -144,13 +163,14 @@ class SegdiffConfig(EngineConfig):
         """
         if self.form not in FORMS:
             raise ConfigError(f"form={self.form!r} is unknown; choose one of {', '.join(FORMS)}")
-        defaults = dict(FORMS[self.form])
+        masks, _ = self.choose_masks()
+        defaults = FORMS[self.form] | {"masks": masks}
         if self.decoding == "concat":
             defaults["region_tokens"] = False  # one branch
-        if self.masks == "mixture":
+        if masks == "mixture":
             defaults |= {"normalised_logits": False, "half_resolution_masks": False, "mask_learning_rate": 100.0}
             defaults["segment_t"] = 0  # IoU on horses .684 instead of .674
-        if self.masks == "auto":
+        if masks == "auto":
             defaults |= {"normalised_logits": False, "half_resolution_masks": False, "segment_t": 0}
         prediction = self.prediction or defaults["prediction"]
         kind = defaults["schedule"] = self.schedule or ("flow" if prediction == "flow" else "linear")
@@ -192,6 +212,7 @@ class ResolvedSegdiffConfig(SegdiffConfig):
 
     prediction: Prediction
     schedule: NoiseSchedule
+    masks: Masks
     branch_norm: BranchNorm
     region_tokens: bool
     normalised_logits: bool
@@ -335,6 +356,7 @@ _SMALL = {
     "batch_size": 16,
     "learning_rate": 1e-3,
     "warmup_steps": 50,
+    "distil_steps": 300,
     "lr_decay_fraction": 0.3,
     "gradient_clip": 1.0,
     "ema_decay": 0.99,
@@ -352,7 +374,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast32": _SMALL | {"steps": 800},
     # a hierarchy, for the procedural rooms
     "rooms32": _SMALL | {"regions": (3, 3), "steps": 800},
-    "fast64": _SMALL | {"resolution": 64, "channel_mult": (1, 2, 3, 4), "steps": 1500},
+    "fast64": _SMALL | {"resolution": 64, "channel_mult": (1, 2, 3, 4), "steps": 1500, "distil_steps": 1000},
     "flowers64": _THESIS64 | {"steps": 50_000},
     "flowers128": _THESIS128 | {"steps": 50_000},
     "cub64": _THESIS64 | {"steps": 50_000},
@@ -392,6 +414,7 @@ register_renamed_settings(
         "seeds": "seed_trials",
     },
     values={("masks", "competition"): "mixture"},
+    added={"masks": "network"},
     tensors={
         "mask_generator": "masks.decoder",
         "logit_norm": "masks.norm",

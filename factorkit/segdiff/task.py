@@ -170,7 +170,8 @@ class SegdiffTask:
         if self.config.masks == "network":
             return alarms
         proposer = cast(MaskProposer, model.masks)
-        return dataclasses.replace(alarms, error=unexplained_noise(proposer, self.probes, self.schedule))
+        error = unexplained_noise(proposer, self.probes, self.schedule)
+        return dataclasses.replace(alarms, error=error, objects=self.config.masks == "auto")
 
 
 def move_if_it_fits(images: np.ndarray, device: torch.device) -> Tensor | np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,13 +19,13 @@ from factorkit.data.datasets import Dataset, make_procedural_dataset, open_datas
 from factorkit.data.prepare import PreparedImages, prepare
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.config import autocast, cpu_threads, peak_memory, resolve_device
-from factorkit.engine.run_folder import RunLog, claimed, copy_folder, read_object, write_json
+from factorkit.engine.run_folder import CONFIG, RunLog, claimed, copy_folder, read_object, read_settings, write_json
 from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.evaluate import VERDICT_BASELINES
 from factorkit.segdiff.network import FactorizedUNet, count_parameters
-from factorkit.segdiff.object_stages import ObjectStages
+from factorkit.segdiff.object_stages import ObjectStages, TimedStages
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
 from factorkit.segdiff.verdict import write_report
@@ -35,6 +36,8 @@ from factorkit.utils.files import LOG_NAME
 
 #: length of a seed trial: a fraction of the steps, and a limit by which the masks of the presets have converged
 SEED_TRIAL_FRACTION, MAX_SEED_TRIAL_STEPS = 0.5, 400
+
+STAGE_SETTINGS = {"cue_weight", "mixture_steps", "distil_steps"}  # nothing else than masks="auto" reads them
 
 DATA_NAME = "data.name"  # of a run's settings: the data's folder or file, which may move between resumes
 
@@ -60,7 +63,7 @@ def train_segdiff(
             ``"cub64"``, ``"cub128"``, ``"ffhq64"``, ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None:
             ``"demo"`` without data, else ``"fast64"``.
         seed_trials: number of short trainings from different seeds. Those that the label-free alarms fail are dropped,
-            and the best continues: by the eta gap, or for masks="mixture" by the noise it leaves unexplained.
+            and the best continues: by the noise its regions leave unexplained, for masks="network" by the eta gap.
         progress: show a progress bar with the time left.
         baselines: score all trivial predictors at the end, if there are labels; else only the mean mask and 2-means.
         classes: condition the model on the class of each image, so that it generates by class; ``"folders"``, a .csv,
@@ -83,7 +86,7 @@ def train_segdiff(
         >>> from factorkit.data import draw_flowers
         >>> images, masks = draw_flowers(24, 16, seed=0)    # uint8 [24, 16, 16, 3], bool [24, 16, 16]
         >>> tiny = {"resolution": 16, "regions": 2, "model_channels": 8, "channel_mult": (1, 2)}
-        >>> tiny |= {"batch_size": 4, "steps": 2}
+        >>> tiny |= {"batch_size": 4, "steps": 2, "mixture_steps": 2, "distil_steps": 2}
         >>> run = factorkit.train_segdiff(images, out="runs/flowers", preset="demo", progress=False, **tiny)
         >>> run.step
         2
@@ -91,7 +94,9 @@ def train_segdiff(
     if seed_trials < 1:
         raise ConfigError(f"seed_trials={seed_trials} must be at least 1")
     preset = preset or ("demo" if data is None else "fast64")
-    config = preset_config(preset, **changes).resolved()
+    folder = Path(out) if out is not None else Path("runs") / preset
+    given, note = settle_masks(preset_config(preset, **changes), folder)
+    config = given.resolved()
     if seed_trials > 1 and config.num_leaf_regions == 1:
         raise ConfigError(f"seed_trials={seed_trials} compares masks, but regions=1 has none; use seed_trials=1")
     if config.class_names:
@@ -99,7 +104,8 @@ def train_segdiff(
     device = distributed.local_device(resolve_device(config.device))
     join_processes(device)
     distributed.check_batch(config.batch_size)  # before the images are prepared, which may take long
-    folder = Path(out) if out is not None else Path("runs") / preset
+    if progress and note:
+        distributed.run_on_first(lambda: print(note, file=sys.stderr))
     with distributed.first_on_machine():
         dataset, prepared, probes = load_data(data, config, progress)
     image_classes = find_classes(classes, dataset, prepared.names)
@@ -120,7 +126,8 @@ def train_segdiff(
             task, config, folder, meta, device=device, progress=progress, stop_at=stop_at, report=write_report
         )
 
-    run_folder = claimed(folder, settings, config.RESUMABLE | {DATA_NAME})
+    resumable = config.RESUMABLE | {DATA_NAME} | (STAGE_SETTINGS if config.masks != "auto" else set())
+    run_folder = claimed(folder, settings, resumable)
     with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
         if seed_trials > 1:
             config = run_seed_trials(config, folder, seed_trials, make_trainer)
@@ -129,6 +136,19 @@ def train_segdiff(
         if dataset.test_images is not None and config.num_leaf_regions > 1:
             score_run(run, dataset, baselines)
     return run
+
+
+def settle_masks(config: SegdiffConfig, folder: Path) -> tuple[SegdiffConfig, str]:
+    """Return the settings with ``masks`` as a run in ``folder`` needs it, and a line on why it is not the default.
+
+    A run that was started with masks="network", once the default, resumes with it.
+    """
+    masks, note = config.choose_masks()
+    if config.masks is None and masks == "auto" and (folder / CONFIG).exists():
+        stored = read_settings(folder)
+        if stored.get("model") == "segdiff" and stored.get("masks") == "network":
+            masks, note = "network", f'masks="network": {folder} was started with it'
+    return dataclasses.replace(config, masks=masks), note
 
 
 def score_run(run: SegdiffRun, dataset: Dataset, baselines: bool) -> None:
@@ -203,6 +223,8 @@ def run_seed_trials(
     continues from the checkpoint of the best. Trials resume after a kill.
     """
     stop_at = max(1, min(MAX_SEED_TRIAL_STEPS, round(SEED_TRIAL_FRACTION * config.steps)))
+    if config.masks == "auto":
+        stop_at = 1  # the stages before it decide the masks
     trials = folder / "seed_trials"
     choice = trials / "chosen.json"
     if not choice.exists():
@@ -241,7 +263,8 @@ def estimate(
         **changes: settings.
 
     Returns:
-        parameters, images_per_second, seconds (of the whole run), memory_gib (of training; measured on a GPU, on a CPU
+        parameters, images_per_second, seconds (of the whole run), stage_seconds (of these, before the first step,
+        for masks="auto"), memory_gib (of training; measured on a GPU, on a CPU
         the growth of the process, at least the weights, their gradients, average and Adam's two moments), trial_images
         (the micro-batch timed).
     """
@@ -262,13 +285,17 @@ def estimate(
     trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
     with cpu_threads(config.threads):
         seconds = trainer.measure_step_seconds(steps=3)
+        stages = TimedStages(config, device)
+        if config.masks == "auto" and config.num_leaf_regions > 1:
+            stages.run()
     parameters = count_parameters(task.model)
     grown = peak_memory(device) - (before if device.type == "cpu" else 0)
     return {
         "preset": preset,
         "parameters": parameters,
         "images_per_second": count / seconds,
-        "seconds": config.steps * config.batch_size * seconds / count,
+        "seconds": config.steps * config.batch_size * seconds / count + stages.seconds,
+        "stage_seconds": stages.seconds,
         "memory_gib": max(grown, 5 * 4 * parameters) / 2**30,
         "trial_images": count,
         "steps": config.steps,

@@ -14,6 +14,7 @@ from benchmarks import samplers
 from factorkit.data import draw_flowers
 
 TINY = {
+    "masks": "network",
     "resolution": 16,
     "regions": 2,
     "model_channels": 8,

@@ -33,7 +33,7 @@ def test_all_reduce_sends_four_bytes_per_parameter():
             done.set_result(bucket.buffer())
             return done
 
-        model = preset_config("demo", model_channels=16).resolved().build()
+        model = preset_config("demo", model_channels=16, masks="network").resolved().build()
         wrapped = distributed.data_parallel(model, micro_batches=1)
         wrapped.register_comm_hook(None, note)
         for _ in range(2):  # The first step of a static graph counts the participating parameters.

@@ -24,7 +24,15 @@ from factorkit.segdiff.config import preset_config
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-TINY = {"resolution": 8, "model_channels": 8, "channel_mult": (1, 2), "norm_groups": 2, "regions": 2, "steps": 1}
+TINY = {
+    "masks": "network",
+    "resolution": 8,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "norm_groups": 2,
+    "regions": 2,
+    "steps": 1,
+}
 
 
 def test_suites_store_each_result_at_once_and_skip_what_is_absent(tmp_path):

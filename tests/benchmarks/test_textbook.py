@@ -9,6 +9,7 @@ from benchmarks.textbook import Textbook
 from factorkit.segdiff.config import preset_config
 
 SMALL = {
+    "masks": "network",
     "resolution": 16,
     "model_channels": 8,
     "channel_mult": (1, 2),

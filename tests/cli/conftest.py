@@ -20,6 +20,8 @@ SMALL = {
     "num_res_blocks": 1,
     "attention_resolutions": (),
     "norm_groups": 4,
+    "mixture_steps": 1,
+    "distil_steps": 1,
     "steps": 4,
     "batch_size": 4,
     "log_every": 1,

@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 
 def segdiff(folder, device=CPU, **changes) -> Trainer:
     settings = {
+        "masks": "network",
         "resolution": 16,
         "model_channels": 8,
         "channel_mult": (1, 2),

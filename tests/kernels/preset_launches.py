@@ -22,7 +22,7 @@ class ThroughKernels(TorchDispatchMode):
 
 def training_step(preset: str, batch: int, half: bool = True, **changes) -> None:
     """Forward and backward of a preset's model and of the fused loss; nothing is computed."""
-    config = preset_config(preset, **changes).resolved()
+    config = preset_config(preset, **{"masks": "network", **changes}).resolved()
     with torch.device("meta"):
         model = config.build().to(memory_format=torch.channels_last)
         model = as_under_autocast(model) if half else model

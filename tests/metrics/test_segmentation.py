@@ -5,7 +5,6 @@ from itertools import chain, combinations
 import numpy as np
 import pytest
 import torch
-from torchmetrics.functional.classification import binary_accuracy, binary_f1_score, binary_jaccard_index
 
 from factorkit.metrics.segmentation import evaluate_masks, fit_mapping, score_masks
 from factorkit.utils.errors import ConfigError, DataError
@@ -20,6 +19,8 @@ def masks():
 
 
 def test_score_masks_per_image_equals_torchmetrics(masks):
+    from torchmetrics.functional.classification import binary_accuracy, binary_f1_score, binary_jaccard_index
+
     predicted, foreground, valid = masks
     got = score_masks(predicted, foreground, valid, per_image=True)
     for i in range(len(predicted)):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import factorkit
+from factorkit.cli.main import main
 from factorkit.engine.checkpoint import read_checkpoint
 from factorkit.metrics.pose import rotation_errors_degrees
 from factorkit.nerfdiff.cameras.poses import direction_vectors, orbit_poses
@@ -16,6 +17,7 @@ from factorkit.nerfdiff.export.frames import write_frames
 from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import render_views
+from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.stages.localise import TargetImages, refine_poses, select_best_poses
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 
@@ -280,3 +282,15 @@ def test_predict_pose_and_evaluate_use_the_views_own_intrinsics(finished, scene_
     renders = finished.render(finished.predict_pose(views).poses, (6, 8), intrinsics=images.intrinsics).images
     expected = -10 * (renders - images.images).square().mean((1, 2, 3)).log10()
     assert own["psnr_encoder"] == pytest.approx(expected.mean().item(), abs=1e-3)
+
+
+def test_check_epipolar_small_images_are_not_checked(finished, tmp_path):
+    check = finished.check_epipolar()
+    assert check.share is None and "not possible: only 0 of 45 pairs" in check.message
+    with pytest.raises(ConfigError, match="needs a run folder"):
+        NerfdiffRun.load(finished.save(tmp_path / "run.safetensors")).check_epipolar()
+
+
+def test_evaluate_epipolar_prints_whether_it_was_possible(finished, capsys):
+    assert main(["evaluate", str(finished.folder), "--epipolar"]) == 0
+    assert "epipolar check not possible" in capsys.readouterr().out

@@ -63,7 +63,7 @@ def test_marching_matches_brute_force(levels, resolution, growth, seed):
     torch.manual_seed(levels + resolution)
     for blocks in (False, True):
         given = (*rays(100), grid(levels, resolution, 0.6 if blocks else 0.1, blocks and resolution >= 32))
-        got, want = both(given, 0.01, seed=seed, **growth)
+        got, want = both(given, 0.02, seed=seed, **growth)
         assert len(got.t_start) > 20
         assert_same(got, want)
 

@@ -55,7 +55,7 @@ def norm(kind):
     def run(x, weight, bias, scale, shift, m):
         return ops.group_norm_silu(x, weight, bias, scale, shift, groups=2, norm=kind, masks=m)
 
-    return run, (leaf(4, 4, 2, 3), leaf(4), leaf(4), leaf(4, 4), leaf(4, 4), masks(2, 2, 2, 3))
+    return run, (leaf(2, 4, 2, 2), leaf(4), leaf(4), leaf(2, 4), leaf(2, 4), masks(1, 2, 2, 2))
 
 
 def skip_norm():

@@ -15,6 +15,8 @@ from factorkit.reproduce.experiment import SCALES, Setup
 from factorkit.reproduce.segdiff_runs import Trainings
 from factorkit.segdiff.config import preset_config
 
+OURS = "ours, objects (the default)"
+
 
 def find_images(report) -> list[Path]:
     result = [report.folder / name for name in report.data["images"]]
@@ -64,7 +66,7 @@ def test_table_2_1_scores_equal_those_of_the_run(small, tmp_path):
     result = read_means(report)
     run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
     cells = {row["row"]: row["cells"] for row in report.data["rows"]}
-    ours = cells["ours, regional form"]
+    ours = cells[OURS]
     assert len(ours) == len(cells["ours, masks by mixture, K = 3"]) == 2
     for key in ("acc", "iou", "dice"):
         assert ours[0]["scores"][key] == pytest.approx(run.scores[key])
@@ -83,20 +85,21 @@ def test_table_2_1_scores_equal_those_of_the_run(small, tmp_path):
 
 @pytest.mark.slow
 def test_tables_2_3_and_2_5_share_their_trainings(small, tmp_path):
-    report = small("table2.3")
+    report = small("table2.3", rows=["supervised U-Net", "DatasetDDPM-unsup.", OURS])
     result = read_means(report)
-    assert set(result) == {"supervised U-Net", "DatasetDDPM-unsup.", "ours"} and len(find_images(report)) == 1
+    assert set(result) == {"supervised U-Net", "DatasetDDPM-unsup.", OURS} and len(find_images(report)) == 1
     assert all(0 < row["acc"] <= 1 and 0 < row["miou"] <= row["acc"] for row in result.values())
     before = {path.parent.name for path in (tmp_path / "runs").glob("*/config.json")}
     assert before == {f"small-photos-{label}-seed0" for label in ("supervised", "plain", "ours")}
 
+    rows = ["plain DDPM, equal steps", "plain DDPM, equal compute", OURS]
     with pytest.warns(UserWarning, match="FID cannot be computed"):
-        report = small("table2.5")
+        report = small("table2.5", rows=rows + [f"{row}: FID" for row in rows])
     after = {path.parent.name for path in (tmp_path / "runs").glob("*/config.json")}
     assert after - before == {"small-photos-plain-compute-seed0"}
     result = read_means(report)
     settings = json.loads((tmp_path / "runs" / "small-photos-plain-compute-seed0" / "config.json").read_text())
-    assert settings["steps"] == result["plain DDPM, equal compute"]["steps"] > result["ours"]["steps"] == 2
+    assert settings["steps"] == result["plain DDPM, equal compute"]["steps"] > result[OURS]["steps"] == 2
     assert all(result[row]["frechet"] > 0 and 0 <= result[row]["consistency"] <= 1 for row in list(result)[:3])
     weights = [row for row in report.data["rows"] if row["row"].endswith(": FID")]
     assert len(weights) == 3 and all("weights-inception" in row["not_run"]["0"] for row in weights)
@@ -106,11 +109,11 @@ def test_tables_2_3_and_2_5_share_their_trainings(small, tmp_path):
 def test_table_2_6_changes_only_the_decoding(small, tmp_path):
     with pytest.warns(UserWarning, match="FID cannot be computed"):
         report = small("table2.6")
-    rows = {"concat": "concat", "masked_mid": "masked_mid", "unshared": "unshared", "ours": "masked_skips"}
+    rows = {"concat": "concat", "masked_mid": "masked_mid", "unshared": "unshared", "network": "masked_skips"}
     for label, decoding in rows.items():
         config = json.loads((tmp_path / "runs" / f"small-photos-{label}-seed0" / "config.json").read_text())
         assert config["decoding"] == decoding and config["form"] == "regional"
-    assert all({"iou", "frechet"} <= set(read_means(report)[row]) for row in ("concat", "w/o weight sharing", "ours"))
+    assert all({"iou", "frechet"} <= set(read_means(report)[row]) for row in ("concat", "w/o weight sharing", OURS))
     assert len(find_images(report)) == 1
 
 
@@ -120,8 +123,8 @@ def test_figures_of_chapter_2_share_one_training(small, tmp_path):
         assert len(find_images(small(name))) == 1
     with pytest.warns(UserWarning, match="must have classes"):
         assert small("fig2.11").data["rows"][0]["not_run"]
-    result = read_means(small("fig2.18"))
-    assert list(result) == [f"t = {t}" for t in range(0, 70, 10)]
+    levels = [f"{OURS}, t = {t}" for t in range(0, 70, 10)]
+    assert list(read_means(small("fig2.18", rows=levels))) == levels
     runs = [path.parent.name for path in (tmp_path / "runs").glob("*/checkpoints")]
     assert runs == ["small-photos-ours-seed0"]
 

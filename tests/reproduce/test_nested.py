@@ -17,15 +17,15 @@ NESTED = {"regions": (2, 2), "norm_groups": 2}
 
 @pytest.mark.slow
 def test_foreground_of_hierarchy_equals_that_of_run(small, tmp_path):
-    report = small("table2.1", rows=["ours, regional form"], **NESTED)
+    report = small("table2.1", rows=["ours, masks of the network"], **NESTED)
     run = factorkit.load(tmp_path / "runs" / "small-photos-ours-seed0", device="cpu")
     result = report.data["rows"][5]["cells"][0]["scores"]
     assert run.config.num_leaf_regions == 4 and run.scores["level"] == result["level"] == 2
     for key in ("acc", "iou", "dice"):
         assert result[key] == pytest.approx(run.scores[key])
         assert result[f"best_{key}"] == pytest.approx(run.scores[f"oracle_{key}"])
-    small("fig2.18", rows=["t = 0"], **NESTED)
-    small("table2.6", rows=["ours"], **NESTED)
+    small("fig2.18", rows=["ours, masks of the network, t = 0"], **NESTED)
+    small("table2.6", rows=["ours, masks of the network"], **NESTED)
     with pytest.raises(ConfigError, match="one number of regions"):
         small("table2.6", rows=["concat"], **NESTED)
     assert len(list((tmp_path / "runs").glob("*/checkpoints"))) == 1
@@ -33,7 +33,7 @@ def test_foreground_of_hierarchy_equals_that_of_run(small, tmp_path):
 
 @pytest.mark.slow
 def test_classes_of_hierarchy_are_scored(small):
-    for name, row in (("table2.3", "ours"), ("table2.5", "ours")):
+    for name, row in (("table2.3", "ours, masks of the network"), ("table2.5", "ours, masks of the network")):
         (result,) = [one for one in small(name, rows=[row], **NESTED).data["rows"] if one["row"] == row]
         assert result["cells"] and 0 < result["cells"][0]["scores"].get("acc", 1) <= 1
 

@@ -49,7 +49,9 @@ def make_random_run():
 
     def make(**changes) -> SegdiffRun:
         torch.manual_seed(0)
-        config = preset_config("demo", **{**TINY, "precision": "fp32", "device": "cpu", **changes}).resolved()
+        config = preset_config(
+            "demo", **{**TINY, "masks": "network", "precision": "fp32", "device": "cpu", **changes}
+        ).resolved()
         return SegdiffRun(config, randomize_weights(config.build()), torch.device("cpu"), 0)
 
     return make

@@ -38,6 +38,7 @@ def train(out: Path) -> None:
         images,
         out=out,
         steps=40,
+        masks="network",
         model_channels=8,
         resolution=16,
         channel_mult=(1, 2),

@@ -24,6 +24,7 @@ from factorkit.utils.rng import BatchDraw
 
 CPU = torch.device("cpu")
 TINY = {
+    "masks": "network",
     "resolution": 8,
     "regions": 2,
     "model_channels": 8,

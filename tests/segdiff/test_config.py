@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -31,8 +32,9 @@ def test_thesis_form_equals_chapter_2():
 
 
 def test_regional_form_is_the_default_with_every_part_on():
-    config = SegdiffConfig().resolved()
-    assert config.form == "regional" and config.prediction == "v" and config.branch_norm == "pixel"
+    config = SegdiffConfig(masks="network").resolved()
+    assert SegdiffConfig().form == "regional"
+    assert config.prediction == "v" and config.branch_norm == "pixel"
     assert config.region_tokens and config.normalised_logits and config.half_resolution_masks
     assert config.mask_learning_rate < 1 and config.t_max < 1000 and config.high_noise_fraction > 0
     assert 0 <= config.coarse_to_fine[0] < config.coarse_to_fine[1]
@@ -59,7 +61,9 @@ def test_regional_form_is_the_default_with_every_part_on():
     ],
 )
 def test_setting_one_part_changes_no_other(form, name, value):
-    plain, changed = SegdiffConfig(form=form).resolved(), SegdiffConfig(form=form, **{name: value}).resolved()
+    plain, changed = (
+        SegdiffConfig(form=form, masks="network", **changes).resolved() for changes in ({}, {name: value})
+    )
     assert getattr(changed, name) == value
     others = {f.name for f in dataclasses.fields(plain)} - {name}
     assert {n: getattr(plain, n) for n in others} == {n: getattr(changed, n) for n in others}
@@ -195,3 +199,27 @@ def test_config_accepts_numpy_and_torch_integers():
     for wrong in (np.float32(2), np.array([2, 2]), True + 0.5):
         with pytest.raises(ConfigError, match="regions="):
             preset_config("demo", regions=wrong).resolved()
+
+
+def test_masks_by_default_are_auto_in_the_regional_form_and_of_the_network_in_the_thesis():
+    assert SegdiffConfig().resolved().masks == "auto"
+    assert SegdiffConfig(form="thesis").resolved().masks == "network"
+    assert SegdiffConfig(form="thesis", masks="mixture").resolved().masks == "mixture"
+    assert SegdiffConfig(regions=1).choose_masks() == ("network", "")
+    with pytest.raises(ConfigError, match="masks='auto' is not in the thesis"):
+        SegdiffConfig(form="thesis", masks="auto").resolved()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"regions": (3, 2)}, r"regions=\(3, 2\)"),
+        ({"normalised_logits": False}, "normalised_logits="),
+        ({"half_resolution_masks": True}, "half_resolution_masks="),
+        ({"mask_learning_rate": 0.1}, "mask_learning_rate="),
+    ],
+)
+def test_masks_where_auto_is_impossible_are_of_the_network_with_a_reason(changes, reason):
+    config = SegdiffConfig(**changes)
+    masks, note = config.choose_masks()
+    assert masks == config.resolved().masks == "network" and re.match(f'masks="network": {reason}', note)

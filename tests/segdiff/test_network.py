@@ -112,6 +112,7 @@ def test_unshared_decoders_with_equal_weights_equal_the_shared_one(build_tiny, m
 def test_every_parameter_after_some_steps_has_a_gradient(make_batch, decoding, form):
     changes = {"regions": 1} if decoding == "one region" else {"decoding": decoding}
     small = {
+        "masks": "network",
         "resolution": 16,
         "model_channels": 8,
         "channel_mult": (1, 2),

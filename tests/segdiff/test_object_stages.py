@@ -92,6 +92,17 @@ def test_finished_run_is_loaded_without_its_stages(tmp_path, monkeypatch, whole)
 
 
 @pytest.mark.slow
+def test_seed_trials_of_object_masks_compare_the_masks_after_one_step(tmp_path, whole):
+    run = train(tmp_path / "run", seed_trials=2)
+    trials = tmp_path / "run/seed_trials"
+    steps = [path.name for path in sorted(trials.glob("seed_*/checkpoints/step_*"))]
+    assert run.step == 2 and steps == ["step_00000001.safetensors"] * 2
+    winner = final_state(trials / f"seed_{run.config.seed}")
+    name = "model.masks.network.conv_out.weight"
+    assert torch.equal(final_state(tmp_path / "run")[name], winner[name])
+
+
+@pytest.mark.slow
 def test_run_of_another_seed_has_other_masks(tmp_path, whole):
     train(tmp_path / "run", seed=1)
     name = "model.masks.network.conv_out.weight"

@@ -18,6 +18,7 @@ from factorkit.utils.rng import BatchDraw
 
 CPU = torch.device("cpu")
 TINY = {
+    "masks": "network",
     "resolution": 8,
     "regions": 3,
     "model_channels": 8,
@@ -135,10 +136,11 @@ def test_default_levels_have_the_noise_of_the_linear_schedule():
     reference = Schedule()
     noise_ratio = lambda path, t: (path.sigmas[t] / path.signals[t]).item()  # noqa: E731
     for preset, most in (("fast32", 600), ("fast64", 720)):
-        assert preset_config(preset).resolved().t_max == most and preset_config(preset).resolved().segment_t == 30
+        config = preset_config(preset, masks="network").resolved()
+        assert config.t_max == most and config.segment_t == 30
     cases = ({"schedule": "cosine"}, {"prediction": "flow"}, {"schedule": "flow", "timesteps": 500})
     for changes, (preset, most) in itertools.product(cases, (("fast32", 600), ("fast64", 720))):
-        config = preset_config(preset, **changes).resolved()
+        config = preset_config(preset, masks="network", **changes).resolved()
         assert noise_ratio(config.build_schedule(), config.t_max) == pytest.approx(
             noise_ratio(reference, most), rel=0.02
         )

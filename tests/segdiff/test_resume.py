@@ -79,7 +79,14 @@ def test_micro_batches_of_the_thesis_form_take_the_same_step(tmp_path):
 @pytest.mark.slow
 def test_train_resumes_for_the_same_images_under_another_name_link_or_zip(tmp_path):
     def train(data: Path, steps: int):
-        model = {"resolution": 16, "model_channels": 8, "channel_mult": (1, 2), "batch_size": 4, "sample_every": 0}
+        model = {
+            "masks": "network",
+            "resolution": 16,
+            "model_channels": 8,
+            "channel_mult": (1, 2),
+            "batch_size": 4,
+            "sample_every": 0,
+        }
         return factorkit.train_segdiff(
             data, out=tmp_path / "run", preset="demo", progress=False, steps=steps, device="cpu", **model
         )

@@ -26,6 +26,7 @@ from factorkit.utils.images import pixels_to_signed
 
 CPU = torch.device("cpu")
 TINY = {
+    "masks": "network",
     "resolution": 16,
     "regions": 3,
     "model_channels": 8,

@@ -17,6 +17,7 @@ from factorkit.utils.rng import BatchDraw
 
 CPU = torch.device("cpu")
 TINY = {
+    "masks": "network",
     "resolution": 8,
     "model_channels": 8,
     "channel_mult": (1, 2),

@@ -22,6 +22,7 @@ from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.files import read_log
 
 TINY = {
+    "masks": "network",
     "resolution": 8,
     "regions": 2,
     "model_channels": 8,
@@ -204,6 +205,19 @@ def test_train_folder_of_another_run_raises_with_the_differences(changes, messag
         train_tiny(images, out="out", steps=1, **changes)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_train_run_of_the_former_default_resumes_with_the_masks_of_the_network(recorded, capsys):
+    images = draw_flowers(6, 8)[0]
+    train_tiny(images, out="old", steps=2)
+    settings = json.loads(Path("old/config.json").read_text())
+    for name in ("mixture_steps", "distil_steps", "cue_weight", *([] if recorded else ["masks"])):
+        del settings[name]
+    Path("old/config.json").write_text(json.dumps(settings))
+    run = train_tiny(images, out="old", masks=None, progress=True)
+    assert run.config.masks == "network" and 'masks="network": old was started with it' in capsys.readouterr().err
+    assert "resume" in read_event_names("old") and run.step == 4
+
+
 def test_train_foreign_folder_raises(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
@@ -381,6 +395,14 @@ def test_estimate_leaves_no_files_and_returns_plausible_numbers(tmp_path):
     assert (result["steps"], result["batch_size"], result["trial_images"], result["device"]) == (4, 4, 4, "cpu")
     assert list(tmp_path.iterdir()) == []
     json.dumps(result)
+
+
+@pytest.mark.slow
+def test_estimate_of_object_masks_counts_their_stages_and_leaves_no_files(tmp_path):
+    result = estimate(preset="demo", **TINY | {"masks": "auto", "mixture_steps": 10, "distil_steps": 10_000})
+    steps = 4 * 4 / result["images_per_second"]
+    assert result["stage_seconds"] > 10 * steps and result["seconds"] == pytest.approx(steps + result["stage_seconds"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_estimate_invalid_settings_raise():

@@ -14,6 +14,7 @@ from factorkit.segdiff.network import recomputation_options
 
 REGIONAL = {"branch_norm": "pixel", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True}
 SMALL = {
+    "masks": "network",
     "resolution": 16,
     "model_channels": 8,
     "channel_mult": (1, 2),

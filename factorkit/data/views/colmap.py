@@ -6,13 +6,21 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from factorkit.data.files import escape_name
 from factorkit.data.views.arrangement import OPENCV_TO_OPENGL
-from factorkit.data.views.cameras import Distortion, FisheyeDistortion, Lens, make_intrinsics, scale_intrinsics
+from factorkit.data.views.cameras import (
+    Distortion,
+    FisheyeDistortion,
+    IntrinsicsFunction,
+    Lens,
+    make_intrinsics,
+    scale_intrinsics,
+)
 from factorkit.data.views.image_files import FileFinder
 from factorkit.data.views.loading import LazyView, SceneSettings, image_reader
 from factorkit.data.views.splits import read_listings, select_listed, select_split
@@ -114,6 +122,44 @@ def read_colmap(path: Path, split: str | None) -> tuple[list[LazyView], SceneSet
     points = _read_points(model, suffix)
     scene_names = [f"{prefix}{name}" for name in names]
     return views, SceneSettings(scene_names, poses, _depth_range(points, poses), notes, points=points)
+
+
+class ModelCamera(NamedTuple):
+    """Camera of one image of a model: K for its sizes, lens distortion, and the pose [4, 4] with OpenGL axes."""
+
+    intrinsics: IntrinsicsFunction
+    lens: Lens | None
+    pose: np.ndarray
+
+
+class ModelCameras(NamedTuple):
+    """What a model holds: cameras by image name, points float64 [P, 3], and the range of their depths, if any."""
+
+    cameras: dict[str, ModelCamera]
+    points: np.ndarray | None
+    bounds: tuple[float, float] | None
+
+
+def read_model(path: Path) -> ModelCameras:
+    """Read a model without looking for its images.
+
+    Raises:
+        DataError: damaged files, or an unsupported camera model.
+    """
+    model, suffix = _require_model(path)
+    cameras, images = _read_model(model, suffix)
+    found = {}
+    for image in sorted(images, key=lambda image: image.name):
+        if image.camera not in cameras:
+            raise DataError(f"{model}: {escape_name(image.name)} has the missing camera {image.camera}")
+        camera = cameras[image.camera]
+        k, lens = _parse_camera(camera, image.name, model)
+        found[image.name] = ModelCamera(
+            scale_intrinsics(k, camera.height, camera.width, image.name), lens, _pose(image)
+        )
+    points = _read_points(model, suffix)
+    poses = np.stack([camera.pose for camera in found.values()]) if found else np.zeros((0, 4, 4))
+    return ModelCameras(found, points, _depth_range(points, poses))
 
 
 def read_image_names(path: Path) -> list[str]:

@@ -26,7 +26,14 @@ from factorkit.reproduce.experiment import (
     Setup,
     percent,
 )
-from factorkit.reproduce.segdiff_runs import GRID_IMAGES, HeldOutImages, Trainings, predict_regions
+from factorkit.reproduce.segdiff_runs import (
+    GRID_IMAGES,
+    HeldOutImages,
+    OurModel,
+    Trainings,
+    list_our_models,
+    predict_regions,
+)
 from factorkit.segdiff.baselines.datasetddpm import DatasetDDPM
 from factorkit.segdiff.baselines.supervised import ClassUNet, predict_classes, train_supervised
 from factorkit.segdiff.run import SegdiffRun
@@ -101,7 +108,7 @@ def _number(labels: np.ndarray, valid: np.ndarray, values: np.ndarray) -> np.nda
 
 def train_class_unet(trainings: Trainings, seed: int) -> ClassUNet:
     """Train, or resume or load, the supervised U-Net."""
-    classes, config = load_class_labels(trainings), trainings.config(seed=seed)
+    classes, config = load_class_labels(trainings), trainings.config(seed=seed, masks="network")
     images, labels = classes.images[: classes.half], classes.labels[: classes.half]
     split = classes.held_out.dataset.splits.get("train")
     if split is not None and split.masks is not None:
@@ -142,13 +149,14 @@ def choose_our_regions(trainings: Trainings) -> int | tuple[int, ...]:
     return (*coarser, -(-num_classes // math.prod(coarser))) if coarser else num_classes
 
 
-def train_ours(trainings: Trainings, seed: int) -> SegdiffRun:
+def train_ours(model: OurModel, trainings: Trainings, seed: int) -> SegdiffRun:
     """Train, or resume or load, our model with a region for every class; that of table 2.1 if its K is the same."""
-    regions = choose_our_regions(trainings)
+    regions, label = choose_our_regions(trainings), model.label
     if regions == trainings.config().regions:
-        return trainings.train("ours", seed)
+        return trainings.train(label, seed, **model.changes)
     text = str(regions) if isinstance(regions, int) else "x".join(map(str, regions))
-    return trainings.train(f"regions={text}", seed, regions=regions)
+    label = f"regions={text}" if label == "ours" else f"{label}-regions={text}"
+    return trainings.train(label, seed, **model.changes, regions=regions)
 
 
 def _score_supervised(trainings: Trainings, seed: int) -> CellResult:
@@ -163,8 +171,8 @@ def _score_clusters(trainings: Trainings, seed: int) -> CellResult:
     return classes.score(clusters.segment(classes.images), NUM_CLUSTERS)
 
 
-def _score_ours(trainings: Trainings, seed: int) -> CellResult:
-    run, classes = train_ours(trainings, seed), load_class_labels(trainings)
+def _score_ours(model: OurModel, trainings: Trainings, seed: int) -> CellResult:
+    run, classes = train_ours(model, trainings, seed), load_class_labels(trainings)
     return classes.score(predict_regions(run, classes.images), run.config.num_leaf_regions)
 
 
@@ -173,7 +181,7 @@ def _rows(setup: Setup, preset: str) -> list[Row]:
     return [
         Row("supervised U-Net", partial(_score_supervised, trainings)),
         Row("DatasetDDPM-unsup.", partial(_score_clusters, trainings)),
-        Row("ours", partial(_score_ours, trainings)),
+        *(Row(model.row, partial(_score_ours, model, trainings)) for model in list_our_models(trainings)),
     ]
 
 

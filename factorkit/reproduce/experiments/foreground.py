@@ -20,7 +20,16 @@ from factorkit.reproduce.experiment import (
     RowArrays,
     Setup,
 )
-from factorkit.reproduce.segdiff_runs import BEST, FIXED, Trainings, predict_regions, score_foreground, score_regions
+from factorkit.reproduce.segdiff_runs import (
+    BEST,
+    FIXED,
+    OurModel,
+    Trainings,
+    list_our_models,
+    predict_regions,
+    score_foreground,
+    score_regions,
+)
 from factorkit.utils.images import unit_to_uint8
 
 TRIVIAL = {
@@ -30,7 +39,7 @@ TRIVIAL = {
     "2-means of an image": "two_means_image",
     "2-means of the set": "two_means_set",
 }
-REGIONAL, THESIS, MIXTURE = "ours, regional form", "ours, the thesis' form", "ours, masks by mixture, K = 3"
+MIXTURE = OurModel("ours, masks by mixture, K = 3", "mixture", {"masks": "mixture", "regions": 3})
 NOTES = (
     "Acc, IoU, DICE: one mapping from regions to foreground for the whole set, fitted on the first labelled images, "
     "which are not scored. Best: the better of the two for each image by its own label, as ReDO and IEM score, and "
@@ -50,21 +59,21 @@ def _score_trivial(trainings: Trainings, baseline: str, seed: int) -> CellResult
     return score_foreground(held_out, np.asarray(foreground))
 
 
-def _score_ours(trainings: Trainings, label: str, changes: dict[str, Any], seed: int) -> CellResult:
-    run, held_out = trainings.train(label, seed, **changes), trainings.labelled(**changes)
+def _score_ours(trainings: Trainings, model: OurModel, seed: int) -> CellResult:
+    run, held_out = trainings.train(model.label, seed, **model.changes), trainings.labelled(**model.changes)
     return score_regions(held_out, predict_regions(run, held_out.labelled.images), run.config.nesting)
 
 
 def _rows(setup: Setup, preset: str) -> list[Row]:
     trainings = Trainings(setup, preset)
     trivial = [Row(row, partial(_score_trivial, trainings, name), 1) for row, name in TRIVIAL.items()]
-    # the form of the scale has all seeds, the other one a single seed; at full scale the thesis' form comes first
-    first, second, form = (THESIS, REGIONAL, "regional") if setup.scale == "full" else (REGIONAL, THESIS, "thesis")
+    # The model of the scale and the mixture have all seeds, the others one.
+    ours, *others = list_our_models(trainings)
     return [
         *trivial,
-        Row(first, partial(_score_ours, trainings, "ours", {})),
-        Row(second, partial(_score_ours, trainings, form, {"form": form}), 1),
-        Row(MIXTURE, partial(_score_ours, trainings, "mixture", {"masks": "mixture", "regions": 3})),
+        Row(ours.row, partial(_score_ours, trainings, ours)),
+        *(Row(model.row, partial(_score_ours, trainings, model), 1) for model in others),
+        Row(MIXTURE.row, partial(_score_ours, trainings, MIXTURE)),
     ]
 
 

@@ -18,7 +18,7 @@ from factorkit.reproduce.experiments.class_segmentation import (
     train_plain,
 )
 from factorkit.reproduce.generation import DISTANCE, FID, NOTE, count_multiply_adds, fid, generate, random_distance
-from factorkit.reproduce.segdiff_runs import GRID_IMAGES, Trainings, predict_regions
+from factorkit.reproduce.segdiff_runs import GRID_IMAGES, Trainings, list_our_models, predict_regions
 from factorkit.segdiff.baselines.supervised import predict_classes
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.images import images_to_pixels
@@ -38,17 +38,17 @@ def _train_equal_compute(trainings: Trainings, seed: int) -> SegdiffRun:
 
 
 Train = Callable[[Trainings, int], SegdiffRun]
-RUNS: dict[str, Train] = {
-    "plain DDPM, equal steps": train_plain,
-    "plain DDPM, equal compute": _train_equal_compute,
-    "ours": train_ours,
-}
 
 
 def _rows(setup: Setup) -> list[Row]:
     trainings = Trainings(setup, "flowers64")
-    rows = [Row(name, partial(_score, trainings, train)) for name, train in RUNS.items()]
-    return rows + [Row(f"{name}: FID", partial(_score_fid, trainings, train), 1) for name, train in RUNS.items()]
+    runs: dict[str, Train] = {
+        "plain DDPM, equal steps": train_plain,
+        "plain DDPM, equal compute": _train_equal_compute,
+        **{model.row: partial(train_ours, model) for model in list_our_models(trainings)},
+    }
+    rows = [Row(name, partial(_score, trainings, train)) for name, train in runs.items()]
+    return rows + [Row(f"{name}: FID", partial(_score_fid, trainings, train), 1) for name, train in runs.items()]
 
 
 def _score(trainings: Trainings, train: Train, seed: int) -> CellResult:

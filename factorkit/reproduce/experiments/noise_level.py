@@ -7,7 +7,7 @@ from functools import partial
 
 from factorkit.report.image_grid import draw_image_grid
 from factorkit.reproduce.experiment import SHARED_TRAINING_DURATION, CellResult, Experiment, Row, RowArrays, Setup
-from factorkit.reproduce.segdiff_runs import FIXED, Trainings, predict_regions, score_regions
+from factorkit.reproduce.segdiff_runs import FIXED, OurModel, Trainings, list_our_models, predict_regions, score_regions
 from factorkit.utils.images import unit_to_uint8
 
 PRESET = "cub64"
@@ -15,11 +15,13 @@ LEVELS = (0, 10, 20, 30, 40, 50, 60)  # of a schedule of 1000
 
 
 def _rows(setup: Setup) -> list[Row]:
-    return [Row(f"t = {t}", partial(_score, Trainings(setup, PRESET), t)) for t in LEVELS]
+    trainings = Trainings(setup, PRESET)
+    models = list_our_models(trainings)
+    return [Row(f"{model.row}, t = {t}", partial(_score, trainings, model, t)) for model in models for t in LEVELS]
 
 
-def _score(trainings: Trainings, level: int, seed: int) -> CellResult:
-    run, held_out = trainings.train("ours", seed), trainings.labelled()
+def _score(trainings: Trainings, model: OurModel, level: int, seed: int) -> CellResult:
+    run, held_out = trainings.train(model.label, seed, **model.changes), trainings.labelled()
     t = level * run.config.timesteps // 1000
     return score_regions(held_out, predict_regions(run, held_out.labelled.images, t), run.config.nesting)
 

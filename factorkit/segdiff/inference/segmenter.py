@@ -60,6 +60,11 @@ class LoadedModel:
 class Segmenter(LoadedModel):
     """The segmenting methods of :class:`~factorkit.segdiff.run.SegdiffRun`."""
 
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """The last scores against labels; None if there are none."""
+        return None
+
     def segment(
         self,
         images: Any,
@@ -114,6 +119,8 @@ class Segmenter(LoadedModel):
         out: str | Path,
         *,
         formats: Sequence[str] = DEFAULT_FORMATS,
+        region: str | int = "auto",
+        tolerance: float = 1.0,
         t: int | None = None,
         size: int | None = None,
         upsample: str = "guided",
@@ -132,9 +139,14 @@ class Segmenter(LoadedModel):
             images: as for :meth:`segment`; results of an earlier call among them are ignored.
             out: output folder; folders of images keep their structure below it. Images of one name from different
                 folders get distinct names (img, img-2), and annotations.json holds the images of all calls.
-            formats: ``"labels"`` (NAME_labels.png, palette), ``"masks"`` (NAME_mask_K.png, grey, 8 bits),
-                ``"overlays"`` (NAME_overlay.png), ``"coco"`` (annotations.json, COCO run lengths). overview.png
-                with the first images is always written.
+            formats: ``"labels"`` (NAME_labels.png, palette), ``"grey-labels"`` (NAME_labels_grey.png, grey values 0 to
+                K-1), ``"masks"`` (NAME_mask_K.png, grey, 8 bits), ``"overlays"`` (NAME_overlay.png), ``"cutout"``
+                (NAME_cutout_K.png, RGBA), ``"coco"`` (annotations.json, COCO run lengths), ``"coco-polygons"``
+                (polygons.json, run lengths for regions with holes), ``"labelme"`` (labelme/NAME.json), ``"yolo"``
+                (yolo/labels/NAME.txt and yolo/classes.txt). overview.png with the first images is always written.
+            region: what cut-outs show: a number from 0 to K-1, or ``"auto"``
+                (:func:`~factorkit.segdiff.inference.cutout_region.choose_cutout_region`; the result says which).
+            tolerance: of the polygons' simplification in pixels; 0 keeps every corner.
             t, size, upsample, quality: as for :meth:`segment`.
             workers: threads that read, and as many that write; None: one per core, at most 8.
             progress: show a progress bar with the time left.
@@ -158,7 +170,19 @@ class Segmenter(LoadedModel):
         settings = {"t": self._check_time(t), "size": size, "upsample": upsample, "quality": quality}
         with cpu_threads(self.config.threads):
             return segment_folder(
-                self.model, self.config, predict, source, Path(out), settings, formats, workers, progress, overwrite
+                self.model,
+                self.config,
+                predict,
+                source,
+                Path(out),
+                settings,
+                formats,
+                workers,
+                progress,
+                overwrite,
+                region,
+                tolerance,
+                self.scores,
             )
 
     def segment_video(

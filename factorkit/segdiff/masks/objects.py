@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter
 from factorkit.nn.unet import ResBlock, TimeEmbedding
-from factorkit.segdiff.masks.proposal import Encoding, MaskProposal, MaskProposer
+from factorkit.segdiff.masks.proposal import Encoding, MaskProposal, MaskProposer, without_autocast
 from factorkit.segdiff.masks.shape import ShapeDenoiser
 from factorkit.segdiff.masks.spatial_mixture import fit_mixture, share_uniformly
 from factorkit.utils.images import signed_to_lab
@@ -52,7 +52,7 @@ class ObjectMasks(MaskProposer):
     ) -> MaskProposal:
         """Propose the network's masks of images at time steps t [B]."""
         assert t is not None
-        with torch.autocast(x_t.device.type, enabled=False):
+        with without_autocast(x_t.device):
             return MaskProposal(self.network(x_t, t))
 
     def segment(
@@ -60,7 +60,7 @@ class ObjectMasks(MaskProposer):
     ) -> Tensor:
         """Return masks [B, K, H, W]: those of :meth:`forward`, aligned with the image's borders if all t are 0."""
         assert t is not None
-        with torch.autocast(x_t.device.type, enabled=False):
+        with without_autocast(x_t.device):
             masks = self.network(x_t, t).softmax(1)
             return masks if t.any() else align_with_colors(x_t.float(), masks, self.shape)
 

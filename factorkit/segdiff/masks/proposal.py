@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -31,6 +33,12 @@ class MaskProposal(NamedTuple):
 
     logits: Tensor
     score: Tensor | None = None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context of full precision, also on devices that know no autocast, such as meta."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 class MaskProposer(nn.Module):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit.diffusion.schedule import Schedule, denoising_loss
-from factorkit.segdiff.masks.proposal import Encoding, MaskProposal, MaskProposer
+from factorkit.segdiff.masks.proposal import Encoding, MaskProposal, MaskProposer, without_autocast
 from factorkit.utils.rng import derived_seed
 
 PRIOR_SIDE = 16  # sides of the learned prior in cells
@@ -75,7 +75,7 @@ class SpatialMixture(MaskProposer):
 
         The noise is part of the colours' variance: the more there is, the more the prior decides.
         """
-        with torch.autocast(x_t.device.type, enabled=False):
+        with without_autocast(x_t.device):
             return fit_mixture(x_t.float(), self.prior(*x_t.shape[2:]).expand(len(x_t), -1, -1, -1), EM_ROUNDS)
 
 

@@ -43,8 +43,10 @@ def write_model(folder, scene, cameras, text):
     (model.write_text if text else model.write_binary)(str(folder))
 
 
-@pytest.mark.parametrize("text", [False, True])
-@pytest.mark.parametrize("place", [".", "sparse", "sparse/0", "colmap/sparse/0"])
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [(".", False), (".", True), ("sparse", True), ("sparse/0", False), ("sparse/0", True), ("colmap/sparse/0", False)],
+)
 def test_colmap_model_matches_original(tmp_path, scene, place, text):
     focal = scene.intrinsics[0, 0, 0].item()
     cameras = [("SIMPLE_PINHOLE", [focal, 8.0, 8.0]), ("PINHOLE", [20.0, 22.0, 7.0, 9.0])]

@@ -14,6 +14,7 @@ from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.rng import BatchDraw
 
 TINY = {
+    "masks": "network",
     "resolution": 16,
     "model_channels": 8,
     "channel_mult": (1, 2),

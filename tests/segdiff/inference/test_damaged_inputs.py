@@ -19,6 +19,7 @@ from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import ConfigError, DataError, WriteError
 
 TINY = {
+    "masks": "network",
     "resolution": 16,
     "regions": 2,
     "model_channels": 8,

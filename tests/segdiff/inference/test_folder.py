@@ -17,11 +17,12 @@ from PIL import Image
 from factorkit.data.sources import FileSource
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.inference import folder as segment_folder
-from factorkit.segdiff.inference.outputs import MANIFEST
+from factorkit.segdiff.inference.manifest import MANIFEST
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import CheckpointError, ConfigError, WriteError
 
 TINY = {
+    "masks": "network",
     "resolution": 16,
     "regions": 3,
     "model_channels": 8,

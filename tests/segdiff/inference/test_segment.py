@@ -14,6 +14,7 @@ from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import ConfigError, OutOfMemoryError
 
 TINY = {
+    "masks": "network",
     "resolution": 16,
     "regions": 2,
     "model_channels": 8,
@@ -91,7 +92,7 @@ def test_predict_tiled_pixelwise_model_equals_the_whole(size):
         shapes.append(part.shape[2:])
         return ((part + 1) / 2)[:, :2] / ((part + 1) / 2)[:, :2].sum(1, keepdim=True).clamp_min(1e-6)
 
-    result = predict_tiled(predict, images, SegdiffConfig(resolution=16))
+    result = predict_tiled(predict, images, SegdiffConfig(resolution=16, masks="network"))
     whole = predict(segment.pixels_to_signed(torch.from_numpy(images)))
     torch.testing.assert_close(result, whole)
     assert max(max(shape) for shape in shapes[:-1]) <= 64
@@ -117,7 +118,7 @@ def test_predict_tiled_tiles_blend_without_a_seam():
     result = predict_tiled(
         lambda part: torch.full((1, 1, *part.shape[2:]), float(next(count))),
         np.zeros((1, 16, 112, 3), np.uint8),
-        SegdiffConfig(resolution=16),
+        SegdiffConfig(resolution=16, masks="network"),
     )
     line = result[0, 0, 8]
     assert line[0] == 0 and line[-1] == 1 and next(count) == 2

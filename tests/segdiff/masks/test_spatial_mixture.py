@@ -121,7 +121,7 @@ def test_mixture_objects_of_varying_colour_are_one_region():
 def test_segment_with_a_mixture_uses_no_network_and_any_size():
     config = preset_config(None, **TINY, masks="mixture").resolved()
     assert not (config.normalised_logits or config.half_resolution_masks) and config.mask_learning_rate == 100
-    assert config.segment_t == 0 and preset_config(None, **TINY).resolved().segment_t == 30
+    assert config.segment_t == 0 and preset_config(None, **TINY, masks="network").resolved().segment_t == 30
     model = config.build()
     x, t = torch.randn(2, 3, 24, 16), torch.full((2,), 30)
     model.encoder = None
