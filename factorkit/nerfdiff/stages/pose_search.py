@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factorkit.engine.run_folder import RunLog
 from factorkit.nerfdiff.cameras.poses import (
     FreePoses,
     OrbitPoses,
@@ -25,8 +24,6 @@ from factorkit.nerfdiff.stages.flip_test import best_rotations, reassign_outlier
 from factorkit.nerfdiff.stages.ordered import RING_ELEVATIONS, WAYS, ring_directions
 from factorkit.nerfdiff.stages.recentre import aim_from_offsets, directions_with_aim, foreground_offsets, recentre_scene
 from factorkit.nerfdiff.stages.stage_training import StageTraining
-from factorkit.utils import distributed
-from factorkit.utils.files import read_log
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
 FORWARD_COARSENESS = 0.5  # when forward-facing poses start to move: they are many pixels off
@@ -128,9 +125,7 @@ class DictionarySearch:
         for elevation in others:
             try_start(f"{way} {elevation:g}", ring_directions(names, way, elevation))
         best = min(errors, key=lambda name: errors[name])
-        if distributed.rank() == 0 and "starts" not in {event.get("event") for event in read_log(training.folder)}:
-            with RunLog(training.folder) as log:
-                log.event("starts", held_out_cross=errors, best=best)
+        training.log_once("starts", held_out_cross=errors, best=best)
         return starts[best]
 
     def _orbit_poses(self, position: Tensor) -> OrbitPoses:

@@ -13,7 +13,7 @@ from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages import pose_search, stage_training
 from factorkit.nerfdiff.stages.ordered import RING_ELEVATIONS, are_ordered, ring_azimuths, ring_directions
-from factorkit.nerfdiff.train import choose_capture_settings, train_nerfdiff
+from factorkit.nerfdiff.train import choose_capture_settings, estimate, train_nerfdiff
 from factorkit.nerfdiff.training_views import complete_settings
 from factorkit.utils.files import read_log
 
@@ -79,3 +79,12 @@ def test_make_capture_a_fault_changes_images_or_cameras_only_as_named(fault):
     assert torch.equal(plain.intrinsics, views.intrinsics) == (fault not in ("focal", "all"))
     fixed = fault in ("light", "exposure", "clutter", "masks", "focal")
     assert torch.equal(plain.poses, views.poses) == fixed
+
+
+@pytest.mark.slow
+def test_estimate_of_ordered_views_counts_the_starts_and_writes_nothing(tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {k: v for k, v in tiny.items() if k != "progress"} | {"ordered": "yes"}
+    stages = [stage["name"] for stage in estimate(make_procedural_views(10, 8, seed=1), **settings)["stages"]]
+    assert {"start search", "start left 25", "start right 25", "refine"} <= set(stages)
+    assert not list(tmp_path.iterdir())
