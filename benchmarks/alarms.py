@@ -52,9 +52,11 @@ from factorkit.utils.errors import DataError
 RESULTS = Path(__file__).with_name("results") / "alarms.json"
 FIT_IMAGES = 16
 CPU = torch.device("cpu")
-QUANTITIES = {  # name of the value -> (model, layout, whether right runs have the greater values)
-    "color_share": ("segdiff", None, True),
-    "flip_agreement": ("segdiff", None, True),
+QUANTITIES = {  # name of the value -> (model, layout or kind of masks, whether right runs have the greater values)
+    "color_share": ("segdiff", "", True),
+    "flip_agreement": ("segdiff", "", True),
+    "eta_gap, objects": ("segdiff", "objects", True),
+    "color_share, objects": ("segdiff", "objects", True),
     "held_out_cross, object": ("nerfdiff", "object", False),
     "held_out_cross, forward": ("nerfdiff", "forward", False),
 }
@@ -187,7 +189,9 @@ def judge_masks(alarms: Alarms, probes: np.ndarray, masks: Tensor, truth: np.nda
         rows = score_baselines(probes, truth, None, FIT_IMAGES, ["mean_mask", "two_means_image"])
         baselines = {name: row["iou"] for name, row in rows.items()}
     right = judge_truth(iou, baselines.get("mean_mask", 0.0))
-    return {"model": "segdiff", "right": right, "iou": iou, "baselines": baselines, **alarms.to_dict(steps)}
+    result = {"model": "segdiff", "right": right, "iou": iou, "baselines": baselines, **alarms.to_dict(steps)}
+    decided = any(check["decisive"] and check["status"] == "passed" for check in result["checks"])
+    return result | {"unchecked": "" if decided or alarms.failures() else "no check that decides has run"}
 
 
 def train_segdiff(runs: SegdiffRuns, data: Path) -> None:
@@ -271,9 +275,10 @@ def format_limits(results: dict[str, dict]) -> list[str]:
         "| quantity | limit chosen on half of the runs | right ones beyond it, other half | wrong ones beyond it |",
     ]
     lines.append("|---|---|---|---|")
-    for name, (model, layout, greater) in QUANTITIES.items():
+    for name, (model, group, greater) in QUANTITIES.items():
         key, sign = name.split(",")[0], -1 if greater else 1
-        rows = [r for _, r in sorted(results.items()) if r["model"] == model and layout in (None, r.get("layout"))]
+        rows = [r for _, r in sorted(results.items()) if r["model"] == model]
+        rows = [r for r in rows if group == r.get("layout", "objects" if r.get("objects") else "")]
         rows = [r for r in rows if r["right"] is not None and r.get(key) is not None]
         halves = [
             {right: [sign * r[key] for r in rows if r["right"] is right][half::2] for right in (True, False)}
