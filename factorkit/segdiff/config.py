@@ -73,7 +73,7 @@ class SegdiffConfig(EngineConfig):
     """Weight of the saliency cue beside the spatial prior, for masks="auto". 0 turns it off."""
     mixture_steps: int = 120
     """Steps of the spatial mixture's stage, for masks="auto"."""
-    distil_steps: int = 1000
+    distil_steps: int = 1500
     """Steps of the mask network's stage, for masks="auto"."""
     branch_norm: BranchNorm | None = None
     """Norm of the branch decoder. By default "pixel" in the regional form and "group" in the thesis'."""

@@ -2,7 +2,8 @@
 
 The network is distilled from a spatial mixture with a cue for objects (:mod:`factorkit.segdiff.masks.distil`). It
 serves at every noise level, so that generation, editing and the branches use the same regions. In a clean image its
-answer, corrected by the shapes of the set, is the prior of a mixture that finds the exact border.
+answer, together with place and cue and corrected by the shapes of the set, is the prior of a mixture that finds the
+exact border.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter
 from factorkit.nn.unet import ResBlock, TimeEmbedding
 from factorkit.segdiff.masks.proposal import Encoding, MaskProposal, MaskProposer, without_autocast
+from factorkit.segdiff.masks.saliency import saliency_cue
 from factorkit.segdiff.masks.shape import ShapeDenoiser
-from factorkit.segdiff.masks.spatial_mixture import fit_mixture, share_uniformly
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, fit_mixture, share_uniformly
 from factorkit.utils.images import signed_to_lab
 
 GRID_SIDE = 16  # cells along the short side of what the network sees
@@ -28,6 +30,8 @@ LAB_SCALE, LAB_OFFSET = (50.0, 30.0, 30.0), (1.0, 0.0, 0.0)  # bring Lab colours
 MIN_VARIANCE = 0.01  # of a region's colours in this scale; .02 costs .01 IoU on validation horses
 EM_ROUNDS = 3
 GUIDE_RADIUS, GUIDE_EPS = 2, 0.01  # of the guided filter within EM
+CUE_SIDE = 64  # pixels of the copies of images that the cue measures, as square as the mixture's prior
+FIRST_WEIGHTS = 0.5, 0.5  # exponents of the network, and of place and cue, in the prior of the first EM
 SHAPE_WEIGHT, NETWORK_WEIGHT = 1.0, 0.25  # exponents in the prior of the last EM
 MIN_PROBABILITY = 1e-4  # of a region in a product of masks
 
@@ -41,9 +45,12 @@ class ObjectMasks(MaskProposer):
     """
 
     needs_encoding = False
+    cue_weight: Tensor
 
     def __init__(self, regions: int, resolution: int):
         super().__init__()
+        self.mixture = SpatialMixture(regions, object_first=True)
+        self.register_buffer("cue_weight", torch.ones(()))
         self.network = MaskNetwork(regions, resolution)
         self.shape = ShapeDenoiser(regions)
 
@@ -62,7 +69,18 @@ class ObjectMasks(MaskProposer):
         assert t is not None
         with without_autocast(x_t.device):
             masks = self.network(x_t, t).softmax(1)
-            return masks if t.any() else align_with_colors(x_t.float(), masks, self.shape)
+            return masks if t.any() else self.align_with_colors(x_t.float(), masks)
+
+    def align_with_colors(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Return masks [B, K, H, W] of clean images [B, 3, H, W]: EM whose prior are the network's and their shapes."""
+        prior = pool_masks((SHAPE_WEIGHT, self.shape(self.align_coarsely(images, masks))), (NETWORK_WEIGHT, masks))
+        return fit_colors(scale_lab(images), prior, images)
+
+    def align_coarsely(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Return masks of EM whose prior are the network's masks, place and cue; the shapes are not used."""
+        cue = self.cue_weight * measure_cue(images)
+        weights, priors = FIRST_WEIGHTS, (masks, self.mixture.cued_prior(cue))
+        return fit_colors(scale_lab(images), pool_masks(*zip(weights, priors, strict=True)))
 
     def explain(self, x_t: Tensor, t: Tensor) -> Tensor | None:
         """Return the score of a mixture of colours whose prior are the masks of :meth:`forward`."""
@@ -73,11 +91,11 @@ class ObjectMasks(MaskProposer):
         return []
 
 
-def align_with_colors(images: Tensor, masks: Tensor, shape: ShapeDenoiser) -> Tensor:
-    """Return masks [B, K, H, W] of clean images [B, 3, H, W]: EM whose prior are the masks and their shapes."""
-    colors = scale_lab(images)
-    denoised = shape(fit_colors(colors, masks))
-    return fit_colors(colors, pool_masks((SHAPE_WEIGHT, denoised), (NETWORK_WEIGHT, masks)), images)
+def measure_cue(images: Tensor) -> Tensor:
+    """Return the cue [B, H, W] of clean images [B, 3, H, W], measured on small square copies."""
+    side = min(CUE_SIDE, *images.shape[2:])
+    cue = saliency_cue(resize(images, side, side)).to(images.device)
+    return resize(cue[:, None], *images.shape[2:])[:, 0]
 
 
 def fit_colors(colors: Tensor, prior: Tensor, guide: Tensor | None = None) -> Tensor:
