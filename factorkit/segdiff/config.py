@@ -374,7 +374,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast32": _SMALL | {"steps": 800},
     # a hierarchy, for the procedural rooms
     "rooms32": _SMALL | {"regions": (3, 3), "steps": 800},
-    "fast64": _SMALL | {"resolution": 64, "channel_mult": (1, 2, 3, 4), "steps": 1500, "distil_steps": 1000},
+    "fast64": _SMALL | {"resolution": 64, "channel_mult": (1, 2, 3, 4), "steps": 1500, "distil_steps": 1500},
     "flowers64": _THESIS64 | {"steps": 50_000},
     "flowers128": _THESIS128 | {"steps": 50_000},
     "cub64": _THESIS64 | {"steps": 50_000},

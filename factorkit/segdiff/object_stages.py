@@ -46,6 +46,7 @@ MAX_MIXTURE_SIDE = 32  # pixels; the mixture learns nothing finer
 MAX_CUE_SIDE = 64  # pixels of the cues that are kept
 MIXTURE_TIME = 600  # noise up to this step of the linear schedule of 1000 trains the mixture
 STAGE_BATCH_SIZE = 16
+DOUBT_IMAGES = 200  # about so many give the limits beyond which an image is unlike the training set
 SHAPE_WEIGHT = 1.5  # of the shape in the prior of the teacher's second EM
 BATCH_SIZE = 32  # images of EM at a time
 
@@ -161,6 +162,12 @@ class ObjectStages:
             return to_coarse(masks.align_coarsely(images, masks.network(images, t).softmax(1)))
 
         masks.shape.fit(self.map_images(segment_coarsely))
+
+        def doubt(images: Tensor, rows: slice) -> Tensor:
+            t = torch.zeros(len(images), dtype=torch.int64, device=self.device)
+            return masks.measure_doubts(images, masks.segment(images, t=t))
+
+        masks.fit_doubts(self.map_images(doubt, every=max(1, len(self.images) // DOUBT_IMAGES)))
         return masks
 
     @cached_property
@@ -210,18 +217,22 @@ class ObjectStages:
         return self.map_images(refine)
 
     @torch.no_grad()
-    def map_images(self, work: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """Return ``work(images, rows)`` of all images [n, 3, R, R], in batches, on the CPU. Collective."""
+    def map_images(self, work: Callable[[Tensor, slice], Tensor], every: int = 1) -> Tensor:
+        """Return ``work(images, rows)`` of all or ``every`` so many images [n, 3, R, R], in batches, on the CPU.
+
+        Collective. ``rows`` are those of the images used.
+        """
+        used = self.images[::every]
 
         def share(rows: slice) -> Tensor:
             parts = []
             for start in range(rows.start, rows.stop, BATCH_SIZE):
                 batch = slice(start, min(start + BATCH_SIZE, rows.stop))
-                images = pixels_to_signed(torch.from_numpy(np.array(self.images[batch]))).contiguous()
+                images = pixels_to_signed(torch.from_numpy(np.array(used[batch]))).contiguous()
                 parts.append(work(images.to(self.device), batch).cpu())
             return torch.cat(parts)
 
-        return distributed.map_shares(share, len(self.images))
+        return distributed.map_shares(share, len(used))
 
     def train_stage(
         self,
