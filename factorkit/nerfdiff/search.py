@@ -60,7 +60,7 @@ def choose_search(
         config = _resolved(config, stored["search"] if "scene" in stored else "dictionary")
     if config.search != "sfm":
         return PoseSearch(config)
-    settings = settings | {"search": "sfm"}
+    settings = settings | {"search": "sfm", "optimize_camera": list(config.optimize_camera or ())}
 
     def find() -> SfmResult:
         if "scene" in stored:

@@ -89,10 +89,8 @@ def group_norm_silu(
 
     Args:
         x: [N, C, H, W], any float dtype. Statistics are fp32 (fp64 for fp64).
-        weight: [C].
-        bias: [C].
-        scale: [N, C], the modulation by the time embedding; together with ``shift`` or None.
-        shift: [N, C].
+        weight, bias: [C].
+        scale, shift: [N, C], the modulation by the time embedding; both or None.
         groups: number of groups; divides C. Ignored by ``norm="pixel"``.
         norm: ``"group"``, ``"masked_group"`` or ``"pixel"`` (see :mod:`factorkit.ops.norm`).
         masks: [B, K, H, W] with B*K = N, used by ``"masked_group"`` only; gradients flow into it.
@@ -315,10 +313,6 @@ class _Problem:
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _empty_or_none(x: Tensor | None) -> Tensor | None:
-    return None if x is None else torch.empty_like(x)
 
 
 def _address(x: Tensor | None) -> int:

@@ -251,14 +251,42 @@ class ObjectStages:
             steps: of the stage.
             **changes: to the configuration.
         """
+        return self.make_trainer(name, build_task, steps, **changes).run()
+
+    def make_trainer(
+        self, name: str, build_task: Callable[[ResolvedSegdiffConfig], Task], steps: int, **changes: Any
+    ) -> Trainer:
+        """Make the trainer of a stage. Arguments as of :meth:`train_stage`."""
         world = distributed.world_size()
         batch_size = -(-STAGE_BATCH_SIZE // world) * world
         config = self.config.stage(name, steps=steps, batch_size=batch_size, **COMMON, **changes)
         folder, meta = self.folder / "stages" / name, self.settings | {"stage": name}
-        return Trainer(build_task(config), config, folder, meta, device=self.device, progress=self.progress).run()
+        return Trainer(build_task(config), config, folder, meta, device=self.device, progress=self.progress)
 
     def log(self, message: str) -> None:
         """Write an event of the stages into the log of the run."""
         if distributed.rank() == 0:
             with RunLog(self.folder) as log:
                 log.event("objects", step=0, message=message)
+
+
+class TimedStages(ObjectStages):
+    """Take a few steps of every stage on noise, for an estimate; nothing is written.
+
+    Attributes:
+        seconds: that the trainings of the stages take.
+    """
+
+    def __init__(self, config: ResolvedSegdiffConfig, device: torch.device):
+        shape = (STAGE_BATCH_SIZE, config.resolution, config.resolution, 3)
+        noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        super().__init__(config, noise, Path("."), {}, device, progress=False)
+        self.seconds = 0.0
+
+    def train_stage(self, name: str, build_task: Any, model: nn.Module, steps: int, **changes: Any) -> Any:
+        """Time the stage and return its model, nearly untrained."""
+        self.seconds += steps * self.make_trainer(name, build_task, steps, **changes).measure_step_seconds(steps=3)
+        return model
+
+    def log(self, message: str) -> None:
+        """Log nothing."""
