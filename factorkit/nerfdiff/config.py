@@ -58,8 +58,9 @@ class NerfdiffConfig(EngineConfig):
     optimize_camera: tuple[Literal["roll", "aim", "distance", "focal"], ...] | None = None
     """Camera parameters that are optimised in addition to the direction: "roll" about the viewing axis, "aim" off the
     origin and "distance" for each view, and one "focal" length for all views. () assumes upright cameras that look at
-    the origin from one distance. None, the default, is (), or ("aim",) if masks or a plain background show an object
-    off the centre of its views. With "aim" the search compares views that are recentred by their foreground."""
+    the origin from one distance. None, the default, is (), or ("aim", "distance", "roll") if masks or a plain
+    background show an object off the centre of its views. With "aim" the search compares views that are recentred by
+    their foreground."""
     ordered: Literal["auto", "yes", "no"] = "no"
     """Whether the views were taken in the order of their names on one turn around the object. "yes": even rings of
     cameras are tried as starts too, in both directions and at several elevations; the start is kept from which a short
