@@ -20,9 +20,12 @@ demo: $(VENV)/.installed ## train on procedural flowers, segment, generate, repo
 	$(BIN)/factorkit demo $(ARGS)
 
 # A process a core, of one thread: the tensors of the tests are so small that handing them to a second thread
-# takes longer than the work. ARGS="-n 0 -s" shows what tests print.
+# takes longer than the work. Bytecode is written whatever the environment says: half of the collection is compiling
+# the tests, and subprocesses would compile the package again. ARGS="-n 0 -s" shows what tests print.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --dist loadfile --timeout=300
+
 test: $(VENV)/.installed-test ## the test suite
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --dist loadfile --timeout=300 $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # Everything but the package is copied away from it, so that nothing but the wheel can be imported;
 # tests/test_build.py is about a checkout. PYTHON=python3.13 tries another Python.
@@ -37,7 +40,7 @@ wheel-test: ## build a wheel, install it into an environment of its own (WHEEL=)
 		--timeout=300 --ignore tests/test_build.py $(ARGS)
 
 test-fast: $(VENV)/.installed-test ## the tests without those marked slow: what to run before every commit
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --dist loadfile --timeout=300 -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 bench: $(VENV)/.installed-test ## the quick benchmarks: every op and training step on one CPU thread, in 5 minutes
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest benchmarks/ --benchmark-only -q -k "not compiled" --batch 4 --benchmark-max-time 0.05 \

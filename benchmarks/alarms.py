@@ -6,11 +6,12 @@
 The first trains and records each run that is not recorded yet in benchmarks/results/alarms.json; FOLDER holds
 flowers17_128, weizmann_horse_128, nerf_lego_200 and llff_fern_504. The second prints the recorded table.
 
-segdiff: U-Nets and mixtures at 16 and 32 px on drawn flowers, photos, noise images, objects that only texture separates
-from the ground, large centred objects ("persons"), images that share a horizon ("landscape"), and smooth gradients
-("plain"). A run is right from IoU .6 and .05 above the mean mask of the labels on; wrong where there is no object, or
-below the mean mask, or below .5; the rest is undecided and not counted. nerfdiff: fields fitted to halves of the views,
-for true cameras and for cameras, lenses, layouts or images made wrong.
+segdiff: U-Nets, mixtures and object masks at 16 and 32 px on drawn flowers, photos, noise images, objects that only
+texture separates from the ground, large centred objects ("persons"), images that share a horizon ("landscape"), smooth
+gradients ("plain"), and smooth textures without an object ("smooth"). A run is right from IoU .6 and .05 above the mean
+mask of the labels on; wrong where there is no object, or below the mean mask, or below .5; the rest is undecided and
+not counted. nerfdiff: fields fitted to halves of the views, for true cameras and for cameras, lenses, layouts or images
+made wrong.
 """
 
 from __future__ import annotations
@@ -22,45 +23,40 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.alarm_inputs import damage, make_images, open_scene_views
 from benchmarks.recording import commit, machine, read_results, write_result
-from factorkit.data import draw_flowers
-from factorkit.data.datasets import open_dataset
-from factorkit.data.masks import load_labelled
-from factorkit.data.prepare import prepare
-from factorkit.data.procedural.scene import make_procedural_views
-from factorkit.data.views.open import open_views
-from factorkit.data.views.views import Views, resize_area
 from factorkit.engine.trainer import Trainer
 from factorkit.metrics.baselines import score_baselines
 from factorkit.metrics.segmentation import evaluate_masks
 from factorkit.nerfdiff.alarms import pose_alarms
-from factorkit.nerfdiff.cameras.poses import FreePoses, azimuth_degrees
+from factorkit.nerfdiff.cameras.poses import FreePoses
 from factorkit.nerfdiff.config import preset_config as nerfdiff_preset
 from factorkit.nerfdiff.held_out import forward_direction_check, held_out_checks
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.report.content import all_failures
-from factorkit.segdiff.alarms import measure_alarms
+from factorkit.segdiff.alarms import Alarms, measure_alarms
 from factorkit.segdiff.choose_regions import SETTINGS, MixtureTask
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.masks.spatial_mixture import unexplained_noise
+from factorkit.segdiff.object_stages import ObjectStages
 from factorkit.segdiff.task import SegdiffTask, add_noise, predict_masks
 from factorkit.utils.errors import DataError
 
 RESULTS = Path(__file__).with_name("results") / "alarms.json"
-PROBES, TRAINING_IMAGES, FIT_IMAGES = 48, 252, 16
-PHOTOS = {"flowers17": "flowers17_128", "horses": "weizmann_horse_128"}
+FIT_IMAGES = 16
 CPU = torch.device("cpu")
-QUANTITIES = {  # name of the value -> (model, layout, whether right runs have the greater values)
-    "color_share": ("segdiff", None, True),
-    "flip_agreement": ("segdiff", None, True),
+QUANTITIES = {  # name of the value -> (model, layout or kind of masks, whether right runs have the greater values)
+    "color_share": ("segdiff", "", True),
+    "flip_agreement": ("segdiff", "", True),
+    "eta_gap, objects": ("segdiff", "objects", True),
+    "color_share, objects": ("segdiff", "objects", True),
     "held_out_cross, object": ("nerfdiff", "object", False),
     "held_out_cross, forward": ("nerfdiff", "forward", False),
 }
@@ -73,14 +69,13 @@ class SegdiffRuns:
     images: str
     seed: int
     stops: tuple[int, ...]
-    mixture: bool = False
+    kind: Literal["U-Net", "mixture", "objects"] = "U-Net"
     resolution: int = 16
     changes: tuple[tuple[str, Any], ...] = ()
 
     def key(self, stop: int) -> str:
         changes = "".join(f" {name}={value}" for name, value in self.changes)
-        kind = "mixture" if self.mixture else "U-Net"
-        return f"segdiff {self.images} {kind} {self.resolution} px{changes} seed={self.seed} steps={stop}"
+        return f"segdiff {self.images} {self.kind} {self.resolution} px{changes} seed={self.seed} steps={stop}"
 
 
 @dataclass(frozen=True)
@@ -99,11 +94,17 @@ def mixtures(
     images: str, regions: int, *seeds: int, stops: tuple[int, ...] = (120,), px: int = 16
 ) -> list[SegdiffRuns]:
     changes = (("regions", regions), ("random_flip", not (images == "horses" and regions == 3)))
-    return [SegdiffRuns(images, seed, stops, True, px, changes) for seed in seeds]
+    return [SegdiffRuns(images, seed, stops, "mixture", px, changes) for seed in seeds]
 
 
 def networks(images: str, seed: int, *stops: int, **changes: Any) -> SegdiffRuns:
     return SegdiffRuns(images, seed, stops, changes=tuple(changes.items()))
+
+
+def objects(images: str, regions: int, *seeds: int, steps: int = 100) -> list[SegdiffRuns]:
+    """Return runs with masks="auto" at 32 px, whose stop is the length of the stage of the mask network."""
+    changes = (("regions", regions), ("random_flip", images != "horses"))
+    return [SegdiffRuns(images, seed, (steps,), "objects", 32, changes) for seed in seeds]
 
 
 SEGDIFF = [
@@ -138,6 +139,16 @@ SEGDIFF = [
     networks("noise", 0, 80),
     networks("landscape", 0, 25, 80),
     networks("plain", 0, 50),
+    *objects("flowers", 2, 0, 1),
+    *objects("flowers17", 2, 0),
+    *objects("horses", 3, 0, 1),
+    *objects("persons", 3, 0, 1),
+    *[run for name in ("noise", "plain", "smooth", "texture", "landscape") for run in objects(name, 2, 0)],
+    *objects("flowers17", 3, 1),
+    *objects("horses", 2, 1),
+    *[run for name in ("noise", "plain", "smooth", "texture", "landscape") for run in objects(name, 3, 1)],
+    *objects("flowers", 2, 2, steps=5),
+    *objects("horses", 3, 2, steps=5),
 ]
 FAULTS = {
     "procedural": {
@@ -163,59 +174,6 @@ FAULTS = {
 NERFDIFF = [NerfdiffRun(s, seed, fault) for s, rows in FAULTS.items() for seed in rows for fault in rows[seed]]
 
 
-def draw_textures(generator: torch.Generator, count: int, cells: int, size: int) -> Tensor:
-    """Return random smooth colours [count, 3, size, size] in [0, 1] with so many cells to a side."""
-    noise = torch.rand(count, 3, cells, cells, generator=generator)
-    return F.interpolate(noise, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)
-
-
-def draw_ellipses(generator: torch.Generator, count: int, size: int, large: bool) -> Tensor:
-    """Return masks bool [count, size, size] of one ellipse each, large and central or small and anywhere."""
-    y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
-    centre = (torch.rand(count, 2, generator=generator) - 0.5) * (0.2 if large else 1.0)
-    radius = torch.tensor([0.5, 0.8] if large else [0.45, 0.45])
-    radius = radius * (1 + 0.2 * (torch.rand(count, 1, generator=generator) - 0.5))
-    across, down = (((p - centre[:, i, None, None]) / radius[:, i, None, None]) for i, p in enumerate((x, y)))
-    return across**2 + down**2 < 1
-
-
-def make_images(name: str, seed: int, size: int, data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return training images and probes, uint8 [N, size, size, 3], and the foreground of the probes if there is any."""
-    generator, count = torch.Generator().manual_seed(seed), PROBES + TRAINING_IMAGES
-    if name in PHOTOS:
-        dataset = open_dataset(data / PHOTOS[name])
-        labelled = load_labelled(dataset.test_images, dataset.test_masks, size)
-        training = np.array(prepare(dataset.train, size, progress=False).images[:400])
-        return training, labelled.images[:PROBES], labelled.foreground[:PROBES]
-    masks = None
-    if name == "flowers":
-        pixels, foreground = draw_flowers(count, size, seed=seed)
-        return pixels[PROBES:], pixels[:PROBES], foreground[:PROBES]
-    if name == "noise":
-        pixels = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8).numpy()
-        return pixels[PROBES:], pixels[:PROBES], None
-    if name == "texture":
-        masks = draw_ellipses(generator, count, size, large=False)
-        fine, coarse = (draw_textures(generator, count, cells, size) for cells in (8, 3))
-        images = torch.where(masks[:, None], fine, coarse)
-    elif name == "persons":
-        masks = draw_ellipses(generator, count, size, large=True)
-        row = torch.arange(size)[:, None].expand(size, size)
-        upper, lower = (torch.rand(count, 3, 1, 1, generator=generator) for _ in range(2))
-        waist = size * (0.35 + 0.3 * torch.rand(count, 1, 1, generator=generator))
-        clothes = torch.where((row < waist)[:, None], upper, lower)
-        clothes = clothes + 0.05 * torch.randn(count, 3, size, size, generator=generator)
-        images = torch.where(masks[:, None], clothes, draw_textures(generator, count, 5, size))
-    elif name == "landscape":
-        ground = torch.where(torch.linspace(0, 1, size)[None, None, :, None] < 0.5, 0.8, 0.3)
-        images = ground + 0.15 * (draw_textures(generator, count, 4, size) - 0.5)
-        images = images + 0.05 * torch.randn(count, 3, size, size, generator=generator)
-    else:
-        images = 0.5 + 0.3 * (draw_textures(generator, count, 2, size) - 0.5)
-    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    return pixels[PROBES:], pixels[:PROBES], None if masks is None else masks[:PROBES].numpy()
-
-
 def judge_truth(iou: float | None, mean_mask: float) -> bool | None:
     """Return whether a run is right by its labels; None: undecided."""
     if iou is None or iou < max(0.5, mean_mask):
@@ -223,17 +181,17 @@ def judge_truth(iou: float | None, mean_mask: float) -> bool | None:
     return True if iou >= max(0.6, mean_mask + 0.05) else None
 
 
-def judge_masks(probes: np.ndarray, masks: Tensor, flipped: Tensor, truth: np.ndarray | None, steps: int, error=None):
-    """Return the record of a run with these masks [N, K, H, W] of the probes and of their mirror images."""
-    images = torch.from_numpy(probes).permute(0, 3, 1, 2).float() / 127.5 - 1
-    alarms = dataclasses.replace(measure_alarms(images, masks, flipped), error=error)
+def judge_masks(alarms: Alarms, probes: np.ndarray, masks: Tensor, truth: np.ndarray | None, steps: int) -> dict:
+    """Return the record of a run with these masks [N, K, H, W] of the probes."""
     iou, baselines = None, {}
     if truth is not None:
         iou = evaluate_masks(masks.argmax(1).numpy(), truth, None, masks.shape[1], FIT_IMAGES)["iou"]
         rows = score_baselines(probes, truth, None, FIT_IMAGES, ["mean_mask", "two_means_image"])
         baselines = {name: row["iou"] for name, row in rows.items()}
     right = judge_truth(iou, baselines.get("mean_mask", 0.0))
-    return {"model": "segdiff", "right": right, "iou": iou, "baselines": baselines, **alarms.to_dict(steps)}
+    result = {"model": "segdiff", "right": right, "iou": iou, "baselines": baselines, **alarms.to_dict(steps)}
+    decided = any(check["decisive"] and check["status"] == "passed" for check in result["checks"])
+    return result | {"unchecked": "" if decided or alarms.failures() else "no check that decides has run"}
 
 
 def train_segdiff(runs: SegdiffRuns, data: Path) -> None:
@@ -241,119 +199,33 @@ def train_segdiff(runs: SegdiffRuns, data: Path) -> None:
     training, probes, truth = make_images(runs.images, runs.seed, runs.resolution, data)
     common = {"resolution": runs.resolution, "steps": runs.stops[-1], "seed": runs.seed, "device": "cpu"}
     common |= {"checkpoint_every": 100_000, "sample_every": 0, **dict(runs.changes)}
-    small = {
-        "preset": "demo",
-        "masks": "network",
-        "model_channels": 8,
-        "channel_mult": (1, 2),
-        "batch_size": 8,
-        "norm_groups": 4,
-    }
-    config = preset_config(**({**SETTINGS} if runs.mixture else small) | common).resolved()
-    task_class: Any = MixtureTask if runs.mixture else SegdiffTask
+    small = {"preset": "demo", "model_channels": 8, "channel_mult": (1, 2), "batch_size": 8, "norm_groups": 4}
+    small |= {"masks": "auto" if runs.kind == "objects" else "network", "distil_steps": runs.stops[-1]}
+    config = preset_config(**({**SETTINGS} if runs.kind == "mixture" else small) | common).resolved()
+    task_class: Any = MixtureTask if runs.kind == "mixture" else SegdiffTask
     task = task_class(config, training, probes, CPU)
     task.inspect = lambda model, step, folder: {}
     with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        if runs.kind == "objects":
+            task.model.masks = ObjectStages(config, training, run, {}, CPU, False).run()
+            masks = predict_masks(task.model, task.probes, config.segment_t, task.schedule)
+            record(runs.key(runs.stops[-1]), judge_masks(task.alarms(task.model), probes, masks, truth, runs.stops[-1]))
+            return
         for stop in runs.stops:
-            run = Path(folder) / "run"
             model: Any = Trainer(task, config, run, {}, device=CPU, progress=False, stop_at=stop).run()
             with torch.no_grad():
-                if runs.mixture:
+                if runs.kind == "mixture":
                     noisy = [
                         add_noise(i, config.segment_t, task.schedule)[0] for i in (task.probes, task.probes.flip(3))
                     ]
                     masks, flipped = (model(images)[0].softmax(1) for images in noisy)
                     error = unexplained_noise(model, task.probes, task.schedule)
+                    alarms = dataclasses.replace(measure_alarms(task.probes, masks, flipped), error=error)
                 else:
-                    both = (task.probes, task.probes.flip(3))
-                    masks, flipped = (predict_masks(model, i, config.segment_t, task.schedule) for i in both)
-                    error = None
-            record(runs.key(stop), judge_masks(probes, masks, flipped, truth, stop, error))
-
-
-def make_layers(seed: int, count: int = 16, size: int = 24) -> Views:
-    """Return forward-facing views of a textured square at depth 2 before a wall at depth 6."""
-    generator, focal = torch.Generator().manual_seed(seed), 1.2 * size
-    poses = torch.eye(4).repeat(count, 1, 1)
-    poses[:, :2, 3] = torch.rand(count, 2, generator=generator) - 0.5
-    intrinsics = torch.tensor([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]]).repeat(count, 1, 1)
-    y, x = torch.meshgrid(*[(torch.arange(size) + 0.5 - size / 2) / focal] * 2, indexing="ij")
-    layers = []
-    for depth in (6, 2):
-        texture = draw_textures(generator, 1, 6, 64).expand(count, -1, -1, -1)
-        grid = torch.stack([poses[:, 0, 3, None, None] + depth * x, poses[:, 1, 3, None, None] - depth * y], -1)
-        layers.append((F.grid_sample(texture, grid / 4, align_corners=False), (grid.abs() < 0.7).all(-1)[:, None]))
-    images = torch.where(layers[1][1], layers[1][0], layers[0][0])
-    names = [f"{i:02d}.png" for i in range(count)]
-    return Views(images, names, intrinsics, poses=poses, near=1.2, far=9.0, layout="forward")
-
-
-def open_scene_views(name: str, seed: int, data: Path, size: int = 24) -> Views:
-    """Return views with true cameras: 40 around an object, or 16 to 20 forward-facing ones."""
-    if name == "procedural":
-        return make_procedural_views(40, size, seed=seed)
-    if name == "square":
-        return make_layers(seed)
-    generator = torch.Generator().manual_seed(seed)
-    if name == "lego":
-        views = open_views(data / "nerf_lego_200", "train", size)
-        return views.select(torch.randperm(len(views), generator=generator)[:40].sort().values)
-    views = open_views(data / "llff_fern_504", None, 32 if seed == 0 else size)
-    return views if seed < 2 else views.select(torch.randperm(len(views), generator=generator)[:16].sort().values)
-
-
-def turn_about_z(poses: Tensor, degrees: Tensor) -> Tensor:
-    rotation, angle = torch.eye(4).repeat(len(poses), 1, 1), degrees.deg2rad()
-    rotation[:, 0, 0] = rotation[:, 1, 1] = angle.cos()
-    rotation[:, 0, 1], rotation[:, 1, 0] = -angle.sin(), angle.sin()
-    return rotation @ poses
-
-
-def damage(views: Views, fault: str, seed: int, data: Path) -> Views:
-    """Return views with one fault."""
-    generator, count, poses = torch.Generator().manual_seed(100 + seed), len(views), views.poses.clone()
-    kind, _, number = fault.partition(" ")
-    centre = poses[:, :3, 3].mean(0)
-    if kind == "":
-        return views
-    if kind in ("forward", "object"):
-        near, far = (1.0, 6.0) if kind == "forward" else (None, None)
-        return replace(views, layout=kind, near=near, far=far)
-    if kind == "first":
-        return views.select(slice(0, int(number)))
-    if kind == "noise":
-        return replace(views, images=torch.rand(views.images.shape, generator=generator))
-    if kind == "unrelated":
-        photos = prepare(open_dataset(data / PHOTOS["flowers17"]).train, 32, progress=False).images
-        images = torch.from_numpy(np.array(photos[seed * 40 : seed * 40 + count])).permute(0, 3, 1, 2) / 255.0
-        return replace(views, images=resize_area(images, *views.size))
-    if kind == "focal":
-        intrinsics = views.intrinsics.clone()
-        intrinsics[:, :2, :2] *= float(number)
-        return replace(views, intrinsics=intrinsics)
-    if kind == "exchanged":
-        poses = poses[torch.randperm(count, generator=generator)]
-    elif kind in ("half", "quarter"):
-        rows = torch.randperm(count, generator=generator)[: count // (2 if kind == "half" else 4)]
-        poses[rows] = torch.diag(torch.tensor([-1.0, -1, 1, 1])) @ poses[rows]
-    elif kind == "mirror":
-        flip = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
-        poses = flip @ poses @ flip
-    elif kind == "collapsed":
-        poses = turn_about_z(poses, -azimuth_degrees(poses[:, :3, 3]) * 8 / 9)
-    elif kind == "jitter":
-        poses = turn_about_z(poses, float(number) * torch.randn(count, generator=generator))
-    elif kind == "random" and views.layout == "object":
-        poses = make_procedural_views(count, 8, seed=50 + seed).poses
-    elif kind == "random":
-        poses[:, :3, 3] = centre + poses[:, :3, 3].std(0) * torch.randn(count, 3, generator=generator)
-    elif kind == "one":
-        poses[:, :3, 3] = centre + 0.02 * (poses[:, :3, 3] - centre)
-    elif kind == "inverse":
-        poses = torch.linalg.inv(poses)
-    elif kind == "backward":
-        poses[:, :3, 3] = 2 * centre - poses[:, :3, 3]
-    return replace(views, poses=poses)
+                    masks = predict_masks(model, task.probes, config.segment_t, task.schedule)
+                    alarms = task.alarms(model)
+            record(runs.key(stop), judge_masks(alarms, probes, masks, truth, stop))
 
 
 def fit_nerfdiff(run: NerfdiffRun, data: Path) -> None:
@@ -403,9 +275,10 @@ def format_limits(results: dict[str, dict]) -> list[str]:
         "| quantity | limit chosen on half of the runs | right ones beyond it, other half | wrong ones beyond it |",
     ]
     lines.append("|---|---|---|---|")
-    for name, (model, layout, greater) in QUANTITIES.items():
+    for name, (model, group, greater) in QUANTITIES.items():
         key, sign = name.split(",")[0], -1 if greater else 1
-        rows = [r for _, r in sorted(results.items()) if r["model"] == model and layout in (None, r.get("layout"))]
+        rows = [r for _, r in sorted(results.items()) if r["model"] == model]
+        rows = [r for r in rows if group == r.get("layout", "objects" if r.get("objects") else "")]
         rows = [r for r in rows if r["right"] is not None and r.get(key) is not None]
         halves = [
             {right: [sign * r[key] for r in rows if r["right"] is right][half::2] for right in (True, False)}

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.contenders import OpCase, Run
 from factorkit import ops
 from factorkit.ops import reference
+from factorkit.ops.rasterize_gaussians import sort_into_tiles
 from factorkit.utils.errors import first_line
 
 SAMPLES, CHANNELS = 128, 3  # along a ray
@@ -19,6 +20,7 @@ BOX = [-1.0] * 3, [1.0] * 3
 STEP = 2 * 3**0.5 / 1024
 SAMPLE_BYTES = 24  # density, colour and both edges, which each pass reads
 GRADIENT_BYTES = 16  # of density and colour; of the edges another 8
+GAUSSIANS_PER_RAY, SPLAT_SIZE = 10, {"cpu": 128, "cuda": 800}  # 10,240 Gaussians at 128 pixels on the CPU
 RENDERING_OPS = (
     "composite dense",
     "composite packed",
@@ -28,6 +30,9 @@ RENDERING_OPS = (
     "hash_grid linear",
     "hash_grid quintic",
     "frequency",
+    "project_gaussians",
+    "rasterize_gaussians",
+    "spherical_harmonics",
 )
 
 
@@ -46,6 +51,8 @@ def rendering_op(name: str, rays: int, device: torch.device) -> OpCase:
         return composite_dense(rays, device) if form == "dense" else composite_packed(rays, device)
     if op == "hash_grid":
         return hash_grid_case(rays, device, form)
+    if op in ("project_gaussians", "rasterize_gaussians", "spherical_harmonics"):
+        return gaussians_case(op, GAUSSIANS_PER_RAY * rays, device)
     origins, directions = make_rays(rays, device)
     near, far = ops.intersect_box(origins, directions, *BOX)
     if op == "march_rays":
@@ -172,6 +179,37 @@ def hash_grid_case(rays: int, device: torch.device, interpolation: str) -> OpCas
         [x.requires_grad_(), table.requires_grad_()],
         lambda x, table: ops.hash_grid(x, table, resolutions, interpolation=interpolation),
         lambda x, table: reference.hash_grid(x, table, weights, resolutions, quintic),
+    )
+
+
+def gaussians_case(op: str, count: int, device: torch.device) -> OpCase:
+    """Small Gaussians that fill a square image; rasterize_gaussians is timed with the projection before it."""
+    side = SPLAT_SIZE[device.type]
+    size, scales = (side, side), torch.rand(count, 3, device=device) * 4 / count**0.5 + 1 / count**0.5
+    means = torch.rand(count, 3, device=device) * 2 - 1
+    if op == "spherical_harmonics":
+        harmonics = [means.requires_grad_(), torch.rand(count, 16, 3, device=device).requires_grad_()]
+        return OpCase(harmonics, ops.spherical_harmonics, ops.spherical_harmonics)
+    view = torch.eye(4, device=device)
+    view[2, 3] = 4
+    lens = torch.tensor([[1.4 * side, 0, side / 2], [0, 1.4 * side, side / 2], [0, 0, 1]], device=device)
+    inputs = [x.requires_grad_() for x in (means, torch.randn(count, 4, device=device), scales, view, lens)]
+
+    def project(*x: Tensor) -> tuple[Tensor, ...]:
+        return reference.project_gaussians(*x, side, side, 0.01, float("inf"), 0.3)
+
+    def plain(*x: Tensor) -> tuple[Tensor, ...]:
+        means, conics, depths, _, radii = project(*x[:5])
+        splats = (means, conics, depths, *x[5:])
+        with torch.no_grad():
+            tiles = sort_into_tiles(*splats, radii, width=side, height=side)
+        return reference.rasterize_gaussians(*splats, *tiles, side, side)
+
+    if op == "project_gaussians":
+        return OpCase(inputs, lambda *x: tuple(ops.project_gaussians(*x, size))[:3], lambda *x: project(*x)[:3])
+    inputs += [torch.rand(*shape, device=device).requires_grad_() for shape in ((count, 3), (count,))]
+    return OpCase(
+        inputs, lambda *x: tuple(ops.rasterize_gaussians(ops.project_gaussians(*x[:5], size), *x[5:], size)), plain
     )
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.stages import dictionary as search
-from factorkit.nerfdiff.stages import distil, joint, pipeline
+from factorkit.nerfdiff.stages import distil, joint, pipeline, stage_training
 from factorkit.nerfdiff.stages import refine as fit
 from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.segdiff import train as segdiff
@@ -65,8 +65,8 @@ def disable_previews() -> None:
         return {"failures": [] if step % 4 else ["tiny"], "error": 1 / (1 + step)}
 
     SegdiffTask.inspect = inspect
-    segdiff.write_report = pipeline.write_report = lambda folder: None
-    pipeline.HELD_OUT_STEPS = HELD_OUT_STEPS
+    segdiff.write_report = pipeline.write_report = stage_training.write_report = lambda folder: None
+    stage_training.HELD_OUT_STEPS = HELD_OUT_STEPS
     for module in (distil, fit, joint, search):
         for preview in {"save_cameras", "save_model_previews"} & vars(module).keys():
             setattr(module, preview, lambda *arguments, **options: None)

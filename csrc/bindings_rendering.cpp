@@ -1,5 +1,5 @@
-// Volume rendering in factorkit._C: addresses and numbers in, see csrc/intersect.h, march.h, resample.h and
-// composite.h.
+// Rendering in factorkit._C: addresses and numbers in, see csrc/intersect.h, march.h, resample.h, composite.h and
+// gaussians.h.
 //
 // Addresses travel as integers (tensor.data_ptr()), 0 for what is absent. `place` is the number of threads on the CPU
 // and the stream on CUDA, whose functions end in _cuda.
@@ -12,6 +12,7 @@
 #include <string>
 
 #include "composite.h"
+#include "gaussians.h"
 #include "march.h"
 #include "resample.h"
 
@@ -192,6 +193,104 @@ void composite_backward(const std::string& dtype, const Addresses<6>& a, const S
     });
 }
 
+// (means, quaternions, scales, viewmatrix, intrinsics), (count, width, height), (near, far, low_pass)
+template <class S>
+factorkit::Projection<S> projection(const Addresses<5>& a, const Sizes<3>& sizes, const Vector& numbers) {
+    return {at<S>(a[0]), at<S>(a[1]),   at<S>(a[2]),   at<S>(a[3]),   at<S>(a[4]),  sizes[0],
+            int(sizes[1]), int(sizes[2]), S(numbers[0]), S(numbers[1]), S(numbers[2])};
+}
+
+template <bool Cuda>  // and (means2d, conics, depths, compensations, radii)
+void project_gaussians(const std::string& dtype, const Addresses<5>& a, const Sizes<3>& sizes, const Vector& numbers,
+                       const Addresses<5>& to, std::uintptr_t place) {
+    py::gil_scoped_release released;
+    for_type(dtype, false, [&](auto type) {
+        using S = factorkit::wide_t<decltype(type)>;
+        const auto problem = projection<S>(a, sizes, numbers);
+        const factorkit::ProjectionOutputs<S> out{at<S>(to[0]), at<S>(to[1]), at<S>(to[2]), at<S>(to[3]),
+                                                  at<std::int32_t>(to[4])};
+        if constexpr (Cuda)
+            factorkit::project_gaussians_cuda(problem, out, at<void>(place));
+        else
+            factorkit::project_gaussians(problem, out, int(place));
+    });
+}
+
+template <bool Cuda>  // and (radii; means2d, conics, depths, compensations; means, quaternions, scales, camera)
+void project_gaussians_backward(const std::string& dtype, const Addresses<5>& a, const Sizes<3>& sizes,
+                                const Vector& numbers, const Addresses<9>& d, std::uintptr_t place) {
+    py::gil_scoped_release released;
+    for_type(dtype, false, [&](auto type) {
+        using S = factorkit::wide_t<decltype(type)>;
+        const auto problem = projection<S>(a, sizes, numbers);
+        const factorkit::ProjectionGradients<S> gradients{at<std::int32_t>(d[0]), at<S>(d[1]), at<S>(d[2]),
+                                                          at<S>(d[3]), at<S>(d[4]), at<S>(d[5]), at<S>(d[6]),
+                                                          at<S>(d[7]), at<S>(d[8])};
+        if constexpr (Cuda)
+            factorkit::project_gaussians_backward_cuda(problem, gradients, at<void>(place));
+        else
+            factorkit::project_gaussians_backward(problem, gradients, int(place));
+    });
+}
+
+// (means2d, conics, depths, colors, opacities, offsets, ids), (count, channels, width, height)
+template <class S>
+factorkit::Splats<S> splats(const Addresses<7>& a, const Sizes<4>& sizes) {
+    if (sizes[1] < 1 || sizes[1] > factorkit::kMaxChannels) throw std::invalid_argument("gaussians: 1 to 32 channels");
+    return {at<S>(a[0]), at<S>(a[1]),   at<S>(a[2]),   at<S>(a[3]),   at<S>(a[4]),
+            sizes[0],    int(sizes[1]), int(sizes[2]), int(sizes[3]), at<std::int64_t>(a[5]), at<std::int32_t>(a[6])};
+}
+
+template <bool Cuda>  // and (color, depth, opacity, transmittance, used)
+void rasterize_gaussians(const std::string& dtype, const Addresses<7>& a, const Sizes<4>& sizes, const Addresses<5>& to,
+                         std::uintptr_t place) {
+    py::gil_scoped_release released;
+    for_type(dtype, false, [&](auto type) {
+        using S = factorkit::wide_t<decltype(type)>;
+        const auto problem = splats<S>(a, sizes);
+        const factorkit::SplatOutputs<S> out{at<S>(to[0]), at<S>(to[1]), at<S>(to[2]), at<S>(to[3]),
+                                             at<std::int32_t>(to[4])};
+        if constexpr (Cuda)
+            factorkit::rasterize_gaussians_cuda(problem, out, at<void>(place));
+        else
+            factorkit::rasterize_gaussians(problem, out, int(place));
+    });
+}
+
+// and (color, depth, opacity, transmittance, used; means2d, conics, depths, colors, opacities)
+template <bool Cuda>
+void rasterize_gaussians_backward(const std::string& dtype, const Addresses<7>& a, const Sizes<4>& sizes,
+                                  const Addresses<10>& d, std::uintptr_t place) {
+    py::gil_scoped_release released;
+    for_type(dtype, false, [&](auto type) {
+        using S = factorkit::wide_t<decltype(type)>;
+        const auto problem = splats<S>(a, sizes);
+        const factorkit::SplatGradients<S> gradients{at<S>(d[0]), at<S>(d[1]), at<S>(d[2]), at<S>(d[3]),
+                                                     at<std::int32_t>(d[4]), at<S>(d[5]), at<S>(d[6]), at<S>(d[7]),
+                                                     at<S>(d[8]), at<S>(d[9])};
+        if constexpr (Cuda)
+            factorkit::rasterize_gaussians_backward_cuda(problem, gradients, at<void>(place));
+        else
+            factorkit::rasterize_gaussians_backward(problem, gradients, int(place));
+    });
+}
+
+// and (radii, order, offsets) to count, (radii, order, ids) to fill; on the CPU only: torch sorts on CUDA.
+template <bool Fill>
+void gaussian_tiles(const std::string& dtype, const Addresses<7>& a, const Sizes<4>& sizes, const Addresses<3>& to,
+                    std::uintptr_t) {
+    py::gil_scoped_release released;
+    for_type(dtype, false, [&](auto type) {
+        using S = factorkit::wide_t<decltype(type)>;
+        const auto* radii = at<std::int32_t>(to[0]);
+        auto* order = at<std::int32_t>(to[1]);
+        if constexpr (Fill)
+            factorkit::fill_tiles(splats<S>(a, sizes), radii, order, at<std::int32_t>(to[2]));
+        else
+            factorkit::count_tiles(splats<S>(a, sizes), radii, order, at<std::int64_t>(to[2]));
+    });
+}
+
 template <bool Cuda>
 void bind(py::module_& m, const std::string& suffix) {
     const auto def = [&](const char* name, auto function, const char* doc) {
@@ -204,12 +303,18 @@ void bind(py::module_& m, const std::string& suffix) {
     def("resample", &resample<Cuda>, "Inverse-CDF sampling; called by factorkit.ops, see csrc/resample.h.");
     def("composite_forward", &composite_forward<Cuda>, "Rendering; called by factorkit.ops, see csrc/composite.h.");
     def("composite_backward", &composite_backward<Cuda>, "Gradients of composite_forward; called by factorkit.ops.");
+    def("project_gaussians", &project_gaussians<Cuda>, "Called by factorkit.ops, see csrc/gaussians.h.");
+    def("project_gaussians_backward", &project_gaussians_backward<Cuda>, "Its gradients; called by factorkit.ops.");
+    def("rasterize_gaussians", &rasterize_gaussians<Cuda>, "Called by factorkit.ops, see csrc/gaussians.h.");
+    def("rasterize_gaussians_backward", &rasterize_gaussians_backward<Cuda>, "Its gradients; called by factorkit.ops.");
 }
 
 }  // namespace
 
 void bind_rendering(py::module_& m) {
     bind<false>(m, "");
+    m.def("count_tiles", &gaussian_tiles<false>, "Gaussians of each tile; called by factorkit.ops.");
+    m.def("fill_tiles", &gaussian_tiles<true>, "The Gaussians of each tile; called by factorkit.ops.");
 #ifdef FACTORKIT_CUDA_TARGETS
     bind<true>(m, "_cuda");
 #endif

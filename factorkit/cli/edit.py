@@ -214,7 +214,9 @@ class _Results:
     """
 
     def __init__(self, command: OutputCommand, sources: Sequence[Source], what: str):
-        from factorkit.segdiff.inference.outputs import identify_inputs, name_overview, output_names
+        from factorkit.segdiff.inference.manifest import identify_inputs
+        from factorkit.segdiff.inference.outputs import output_names
+        from factorkit.segdiff.inference.overview import name_overview
         from factorkit.utils.output_record import OutputRecord
 
         inputs = [identify_inputs(source) for source in sources]

@@ -12,6 +12,8 @@ from factorkit.utils.errors import ConfigError, format_count
 if TYPE_CHECKING:
     from factorkit.segdiff.run import SegdiffRun
 
+OTHER_BASIC = ("device", "video", "smooth", "overwrite", "json")
+
 
 @dataclass(kw_only=True)
 class Segment(OutputCommand):
@@ -22,8 +24,15 @@ class Segment(OutputCommand):
         NAME_mask_K.png     grey image: how much each pixel belongs to region K
         NAME_overlay.png    the image tinted by region
         overview.png        the first 32 images beside their regions
-        annotations.json    with --formats coco: run lengths, areas and boxes in COCO's format
         segments.jsonl      the list of finished images
+
+    With --formats also these:
+        grey-labels         NAME_labels_grey.png, grey image: the value of a pixel is the number of its region
+        cutout              NAME_cutout_K.png, the region of --region on a transparent background
+        coco                annotations.json: run lengths, areas and boxes in COCO's format
+        coco-polygons       polygons.json: the same with polygons; run lengths for regions with holes
+        labelme             labelme/NAME.json: polygons that labelme opens beside the image
+        yolo                yolo/labels/NAME.txt and yolo/classes.txt: polygons in YOLO's segmentation format
 
     With --video the result is one video with its regions laid over it.
 
@@ -34,15 +43,25 @@ class Segment(OutputCommand):
         factorkit segment runs/photos holiday.jpg --out segmented
         factorkit segment runs/photos more_photos/ --out segmented -t 50
         factorkit segment runs/photos archive/ --out segmented --formats labels coco --size 128
+        factorkit segment runs/photos product_photos/ --out cutouts --formats cutout
         factorkit segment runs/photos walk.mp4 --video --out walk_regions.mp4
     """
+
+    BASIC = ("run", "paths", "out", "formats", "region", "tolerance", "size", "quality", "t", *OTHER_BASIC)
 
     paths: Paths
     """Images and folders of images, or one .zip, .npz or .npy file."""
     out: Path
     """Folder to write to. It is created if needed."""
-    formats: tuple[Literal["labels", "masks", "overlays", "coco"], ...] = ("labels", "masks", "overlays")
+    formats: tuple[
+        Literal["labels", "grey-labels", "masks", "overlays", "cutout", "coco", "coco-polygons", "labelme", "yolo"], ...
+    ] = ("labels", "masks", "overlays")
     """What to write for each image."""
+    region: str = "auto"
+    """With cutout: the number of the region to cut out. auto is the foreground of the run's scores, or without labels
+    the object by a rule; the output says which."""
+    tolerance: float = 1.0
+    """With polygons: pixels by which a corner may be off the line that replaces it. 0 keeps every corner."""
     size: OptionalInt = None
     """Pixels of the short side that the network sees. The default is the training resolution; more shows smaller
     objects."""
@@ -74,19 +93,32 @@ class Segment(OutputCommand):
         return self._segment_video(run, options) if self.video else self._segment_images(run, options)
 
     def _segment_images(self, run: SegdiffRun, options: dict[str, Any]) -> Result:
-        from factorkit.data.files import VIDEO_SUFFIXES, escape_name
+        from factorkit.data.files import VIDEO_SUFFIXES, escape_name, format_examples
         from factorkit.data.open import open_source
 
         if videos := [path for path in self.paths if path.suffix.lower() in VIDEO_SUFFIXES]:
             name = escape_name(str(videos[0]))
             raise ConfigError(f"{name} is a video: add --video, and let --out be an .mp4, .mkv or .mov")
         images = open_source(self.paths[0] if len(self.paths) == 1 else list(self.paths))
-        segments = run.segment_folder(images, self.out, formats=self.formats, workers=self.workers, **options)
+        segments = run.segment_folder(
+            images,
+            self.out,
+            formats=self.formats,
+            workers=self.workers,
+            region=self.region,
+            tolerance=self.tolerance,
+            **options,
+        )
         data = segments._asdict() | {"out": str(self.out)}
         before = f", {segments.already} of them before" if segments.already else ""
         skipped = f", {len(segments.skipped)} skipped" if segments.skipped else ""
         lines = [f"{segments.segmented} segmented{before}{skipped}: {self.out}"]
-        for name in ("overview", "annotations"):
+        if segments.unlike:
+            count, examples = len(segments.unlike), format_examples(segments.unlike)
+            lines.append(f"{format_count(count, 'image')} unlike the training set; check the regions: {examples}")
+        if segments.cutout:
+            lines.append(f"cut-outs: {segments.cutout}")
+        for name in ("overview", "annotations", "polygons"):
             if data[name] is not None:
                 data[name] = str(data[name])
                 lines.append(f"{name.replace('_', ' ')}: {data[name]}")

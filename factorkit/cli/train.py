@@ -71,7 +71,7 @@ class TrainSegdiff(Command):
     """Also score trivial predictors at the end, if there are labels."""
 
     PROCESSES = "all"
-    BASIC = (*COMMON, "model", "seed_trials", "regions", "form", "json")
+    BASIC = (*COMMON, "model", "seed_trials", "regions", "masks", "form", "json")
 
     def execute(self) -> Result:
         from factorkit.cli.evaluate import format_scores, judge_run
@@ -118,8 +118,11 @@ class TrainSegdiff(Command):
             f"time    {format_duration(data['seconds'])} for {format_count(data['steps'], 'step')} of "
             f"{format_count(data['batch_size'], 'image')}",
         ]
+        if data["stage_seconds"]:
+            lines.append(f"        of which {format_duration(data['stage_seconds'])} for finding the objects first")
         if self.seed_trials > 1:
-            lines.append(f"        and up to half of that for each of the other {self.seed_trials - 1} seed trials")
+            each = format_duration(data["stage_seconds"]) if data["stage_seconds"] else "up to half of that"
+            lines.append(f"        and {each} for each of the other {self.seed_trials - 1} seed trials")
         if self.data is not None:
             lines.append(
                 f"data    {format_count(data['images'], 'image')} to train on, {data['held_out']} labelled held out"

@@ -12,20 +12,23 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from factorkit.engine.checkpoint import Checkpoints, average_name, read_checkpoint
+from factorkit.engine.checkpoint import Checkpoints, average_name, read_checkpoint, write_checkpoint
 from factorkit.engine.config import migrate_settings
+from factorkit.utils import distributed
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.files import LOG_NAME, JsonLines, read_json, replacing
-from factorkit.utils.output_record import mark_output_folder
+from factorkit.utils.output_record import mark_output_folder, writing_file
 
 CONFIG = "config.json"
 LOCK = ".lock"
+SCORES = "scores.json"
 WEIGHTS = {"average": "ema.module.", "last": "model."}  # prefixes of tensors in a checkpoint
 
 
@@ -244,6 +247,56 @@ def identify_run(folder: Path | None, weights: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return f"weights {digest.hexdigest()}"
+
+
+class TrainedRun:
+    """A trained model of any kind, its step and, if it has one, its run folder."""
+
+    MODEL: ClassVar[str]
+    model: Any
+    config: Any
+    step: int
+    folder: Path | None
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what a checkpoint stores besides the weights."""
+        return {"model": self.MODEL, **self.config.to_dict(), "step": self.step}
+
+    def save(self, path: str | Path, *, overwrite: bool = False, source: str | None = None) -> Path:
+        """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
+
+        Of several processes only the first writes.
+
+        Args:
+            path: the file.
+            overwrite: also replace a file that was not written for this run.
+            source: identifies the run; None: its folder, else its weights.
+
+        Raises:
+            WriteError: another file is in the way.
+            CheckpointError: ``path`` cannot be written; an existing file is then unchanged.
+        """
+        if distributed.rank() > 0:
+            return Path(path)
+        weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
+        source = f"save: {source or identify_run(self.folder, weights)}"
+        opened = partial(writing_file, source=source, overwrite=overwrite)
+        return write_checkpoint(Path(path), weights, self._settings(), opened)
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """The result of the last ``evaluate`` in the run folder; None if there is none.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path = self.folder / SCORES if self.folder else None
+        return read_object(path) if path and path.exists() else None
+
+    def _store_scores(self, scores: dict[str, Any]) -> None:
+        """Write the scores into the run folder, if there is one; raises CheckpointError if that fails."""
+        if (folder := self.folder) is not None:
+            distributed.run_on_first(lambda: write_json(folder / SCORES, scores))
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -55,10 +55,16 @@ class NerfdiffConfig(EngineConfig):
     """Number of directions on each elevation of the search dictionary. 24 directions are 15 degrees apart."""
     num_elevations: int = 4
     """Number of elevations in the search dictionary, evenly spaced over elevation_range."""
-    optimize_camera: tuple[Literal["roll", "aim", "distance", "focal"], ...] = ()
+    optimize_camera: tuple[Literal["roll", "aim", "distance", "focal"], ...] | None = None
     """Camera parameters that are optimised in addition to the direction: "roll" about the viewing axis, "aim" off the
-    origin and "distance" for each view, and one "focal" length for all views. The default assumes upright cameras that
-    look at the origin from one distance."""
+    origin and "distance" for each view, and one "focal" length for all views. () assumes upright cameras that look at
+    the origin from one distance. None, the default, is (), or ("aim", "distance", "roll") if masks or a plain
+    background show an object off the centre of its views. With "aim" the search compares views that are recentred by
+    their foreground."""
+    ordered: Literal["auto", "yes", "no"] = "auto"
+    """Whether the views were taken in the order of their names on one turn around the object. "yes": even rings of
+    cameras are tried as starts too, in both directions and at several elevations; the start is kept from which a short
+    fit explains held-out views best. "auto", the default: "yes" if consecutive views are more alike than others."""
     flip_rounds: int = 8
     """Maximum number of rounds of the flip test, which corrects views placed on the wrong side of a nearly symmetric
     scene. It stops at the first round that changes nothing. 0 runs one round that only reports."""
@@ -151,7 +157,7 @@ class NerfdiffConfig(EngineConfig):
             if options and getattr(self, field.name) not in options:
                 value = getattr(self, field.name)
                 raise ConfigError(f"{field.name}={value!r} is unknown; choose one of {', '.join(options)}")
-        unknown = set(self.optimize_camera) - {*POSE_PARAMETERS, "focal"}
+        unknown = set(self.optimize_camera or ()) - {*POSE_PARAMETERS, "focal"}
         if unknown:
             known = ", ".join([*POSE_PARAMETERS, "focal"])
             raise ConfigError(
@@ -177,13 +183,14 @@ class NerfdiffConfig(EngineConfig):
     @property
     def pose_parameters(self) -> tuple[str, ...]:
         """The settings of ``optimize_camera`` that each view has its own values of."""
-        return tuple(name for name in self.optimize_camera if name in POSE_PARAMETERS)
+        return tuple(name for name in self.optimize_camera or () if name in POSE_PARAMETERS)
 
 
 CHOICES = {
     "poses": ("predicted", "known", "learned"),
     "search": ("auto", "dictionary", "sfm", "joint"),
     "candidate_type": ("look_at", "thesis", "single"),
+    "ordered": ("auto", "yes", "no"),
     "field": FIELDS,
     "background": BACKGROUNDS,
     "encoder_pooling": ("flatten", "average"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +12,8 @@ from torch import Tensor
 
 from factorkit.data.views.views import Views
 from factorkit.diffusion.samplers import sample
-from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import resolve_device
-from factorkit.engine.run_folder import check_plausible, identify_run, read_object, read_weights, write_json
+from factorkit.engine.run_folder import TrainedRun, check_plausible, identify_run, read_weights
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.epipolar_check import EpipolarCheck, check_epipolar
@@ -30,9 +28,6 @@ from factorkit.nerfdiff.scene import shared_camera
 from factorkit.nerfdiff.training_views import check_scene_description, load_views
 from factorkit.utils import distributed
 from factorkit.utils.errors import CheckpointError, ConfigError
-from factorkit.utils.output_record import writing_file
-
-SCORES_FILE = "scores.json"
 
 
 class DenoisingStep(NamedTuple):
@@ -52,7 +47,7 @@ class SampledViews(NamedTuple):
     trajectory: list[DenoisingStep] | None
 
 
-class NerfdiffRun(LoadedScene):
+class NerfdiffRun(LoadedScene, TrainedRun):
     """A trained model: its averaged weights after ``step`` steps, and its folder if it has one."""
 
     MODEL = "nerfdiff"
@@ -113,28 +108,9 @@ class NerfdiffRun(LoadedScene):
         device = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, scene, model, device, step, path if path.is_dir() and weights == "average" else None)
 
-    def save(self, path: str | Path, *, overwrite: bool = False, source: str | None = None) -> Path:
-        """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
-
-        Of several processes only the first writes.
-
-        Args:
-            path: the file.
-            overwrite: also replace a file that was not written for this run.
-            source: identifies the run; None: its folder, else its weights.
-
-        Raises:
-            WriteError: another file is in the way.
-            CheckpointError: ``path`` cannot be written; an existing file is then unchanged.
-        """
-        weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
-        opened = partial(
-            writing_file, source=f"save: {source or identify_run(self.folder, weights)}", overwrite=overwrite
-        )
-        meta = {"model": "nerfdiff", **self.config.to_dict(), "scene": self.scene, "step": self.step}
-        if distributed.rank() > 0:
-            return Path(path)
-        return write_checkpoint(Path(path), weights, meta, opened)
+    def _settings(self) -> dict[str, Any]:
+        """Return what a checkpoint stores besides the weights."""
+        return {**super()._settings(), "scene": self.scene}
 
     @property
     def views(self) -> Views:
@@ -204,9 +180,7 @@ class NerfdiffRun(LoadedScene):
             DataError: poses that do not match the views.
         """
         scores = evaluate(self, views, poses, refine)
-        folder = self.folder
-        if folder is not None:
-            distributed.run_on_first(lambda: write_json(folder / SCORES_FILE, scores))
+        self._store_scores(scores)
         return scores
 
     def check_epipolar(self, data: Any = None, progress: bool = False) -> EpipolarCheck:
@@ -226,16 +200,6 @@ class NerfdiffRun(LoadedScene):
         if originals is None:
             raise ConfigError("the epipolar check needs a run folder: a single file does not name its training views")
         return check_epipolar(originals.list_images(self.model.camera.intrinsics.cpu()), self.poses, progress)
-
-    @property
-    def scores(self) -> dict[str, Any] | None:
-        """What :meth:`evaluate` last wrote to the run folder; None if it did not.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
-        path = self.folder / SCORES_FILE if self.folder else None
-        return read_object(path) if path and path.exists() else None
 
     def sample(
         self, n: int = 4, *, seed: int = 0, steps: int | None = None, sampler: str = "ddpm", trajectory: bool = False

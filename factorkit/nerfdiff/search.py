@@ -147,8 +147,10 @@ def _find_by_sfm(request: RunRequest, stored: dict[str, Any], choice: str = "") 
         The search; or, if it is rejected, a sentence.
     """
     folder, config = request.folder, _with_search(request.config, "sfm")
+    ordered = "no" if config.ordered == "auto" else config.ordered  # of the dictionary search
+    config = replace(config, optimize_camera=config.optimize_camera or (), ordered=ordered)
     if "scene" in stored:  # otherwise the folder is claimed without a scene
-        requested = {**request.settings, "search": "sfm", "scene": stored["scene"]}
+        requested = {**request.settings, **config.to_dict(), "scene": stored["scene"]}
         distributed.run_on_first(lambda: check_claim(folder, requested, config.RESUMABLE))
         place = locked(folder)
     else:

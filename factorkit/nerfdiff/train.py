@@ -24,7 +24,9 @@ from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
 from factorkit.nerfdiff.search import PoseSearch, RunRequest, choose_search
 from factorkit.nerfdiff.stages.dictionary import SearchTask
+from factorkit.nerfdiff.stages.ordered import are_ordered
 from factorkit.nerfdiff.stages.pipeline import Training
+from factorkit.nerfdiff.stages.recentre import is_off_centre
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
 from factorkit.nerfdiff.training_views import complete_settings, describe_data, describe_scene, store_views
 from factorkit.utils import distributed
@@ -99,8 +101,10 @@ def train_nerfdiff(
     search = choose_search(RunRequest(source, config, reading, folder, settings, prepare, progress))
     config = search.config
     views, scene, settings = prepare(search)
+    config = choose_capture_settings(config, scene)
+    settings |= config.to_dict()
     if progress:
-        notes = [*search.notes, *list_notes(views, scene, config.background)]
+        notes = [*search.notes, *list_notes(views, scene, config)]
         distributed.run_on_first(lambda: print("".join(f"views: {note}\n" for note in notes), end="", file=stderr))
 
     complete = partial(complete_settings, folder=folder, requested=settings)
@@ -142,6 +146,8 @@ def estimate(
     reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
     search = PoseSearch(config)
     views, scene, settings = _prepare(_require_data(data, config, reading), search, preset, device, reading, box)
+    config = choose_capture_settings(config, scene)
+    settings |= config.to_dict()
     before = peak_memory(device) if device.type == "cpu" else 0
     # one round is timed, and counted as often as it may run
     trial = _StageTimer(dataclasses.replace(config, flip_rounds=min(1, config.flip_rounds)), scene, settings)
@@ -153,7 +159,7 @@ def estimate(
     return {
         "preset": preset,
         "views": len(views),
-        "notes": list_notes(views, scene, config.background),
+        "notes": list_notes(views, scene, config),
         "parameters": trial.parameters,
         "memory_gib": max(peak_memory(device) - before, 5 * 4 * trial.parameters) / 2**30,
         "device": str(device),
@@ -189,6 +195,9 @@ class _StageTimer(Training):
         self.parameters = max(self.parameters, sum(p.numel() for p in task.model.parameters()))
         return task.model
 
+    def log_once(self, event: str, **values: Any) -> None:
+        pass
+
     def log_duplication(self, poses: torch.Tensor) -> None:
         self.measure_duplication(poses)
 
@@ -196,10 +205,29 @@ class _StageTimer(Training):
         self.measure_held_out(model)
 
 
-def list_notes(views: Views, scene: Scene, background: str) -> list[str]:
-    """Return sentences for the user on how the views were read and prepared, with the setting of the background."""
+def choose_capture_settings(config: NerfdiffConfig, scene: Scene) -> NerfdiffConfig:
+    """Return the configuration with ``optimize_camera`` and ``ordered`` chosen by the views where they are open."""
+    searched = scene.layout == "object" and config.poses == "predicted" and config.search in ("auto", "dictionary")
+    parameters, ordered = config.optimize_camera, config.ordered
+    if parameters is None:
+        by_hand = searched and config.candidate_type == "look_at" and is_off_centre(scene)
+        parameters = ("aim", "distance", "roll") if by_hand else ()
+    if ordered == "auto":
+        ordered = "yes" if searched and are_ordered(scene) else "no"
+    return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered)
+
+
+def list_notes(views: Views, scene: Scene, config: NerfdiffConfig) -> list[str]:
+    """Return sentences for the user on how the views were read and prepared with the settings of a run."""
     notes = [*views.notes, *([scene.note] if scene.note else [])]
-    if scene.layout == "object" and scene.foreground is None and background == "given":
+    if "aim" in config.pose_parameters and config.search == "dictionary" and scene.foreground is not None:
+        notes.append(
+            "The search recentres the views by their foreground, and the cameras need not look at the object's centre "
+            '(optimize_camera has "aim"; --optimize-camera changes it).'
+        )
+    if config.ordered == "yes":
+        notes.append("The views are taken as one turn around the object in the order of their names (--ordered no).")
+    if scene.layout == "object" and scene.foreground is None and config.background == "given":
         notes.append(
             "The views have neither masks nor a background of one colour: it is taken for black. Give masks (--masks), "
             'or background="learned" or "field" (--background).'

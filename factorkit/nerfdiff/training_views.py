@@ -170,13 +170,14 @@ def describe_cameras(views: Views, known_poses: bool) -> dict[str, Any]:
 
 
 def complete_settings(settings: dict[str, Any], folder: Path, requested: dict[str, Any]) -> dict[str, Any]:
-    """Add the cameras to stored settings of an earlier version, which lack them.
+    """Add to stored settings of an earlier version what they lack: ``ordered``, and the cameras.
 
-    They come from the stored views, or from the ``requested`` settings if there are none.
+    These come from the stored views, or from the ``requested`` settings if there are none.
     """
+    settings = {"ordered": "no", **settings}
     scene = settings.get("scene")
     if scene is None:  # claimed before structure from motion
-        return {**settings, "scene": requested["scene"], "search": requested["search"]}
+        return settings | {name: requested[name] for name in ("scene", "search", "ordered", "optimize_camera")}
     if not isinstance(scene, dict) or "intrinsics" in scene:
         return settings
     stored = None

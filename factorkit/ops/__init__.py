@@ -12,9 +12,12 @@ from factorkit.ops.hash_encoding import annealing_weights, growing_resolutions, 
 from factorkit.ops.intersect import intersect_box
 from factorkit.ops.march import Samples, march_rays
 from factorkit.ops.norm import group_norm_silu, masked_skip_norm_silu
+from factorkit.ops.project_gaussians import ProjectedGaussians, project_gaussians
+from factorkit.ops.rasterize_gaussians import Splatting, rasterize_gaussians
 from factorkit.ops.region import mask_pyramid, region_blend, region_pool
 from factorkit.ops.resample import sample_pdf
 from factorkit.ops.skip import masked_skip_projection
+from factorkit.ops.spherical_harmonics import spherical_harmonics
 
 #: The implementation of each op on each device in a complete installation, for ``factorkit doctor``. C++ and CUDA need
 #: factorkit._C, Triton needs triton; PyTorch replaces each of them where it is missing.
@@ -28,15 +31,20 @@ IMPLEMENTATIONS = {
     "mask_pyramid": "PyTorch (cpu), Triton (cuda)",
     "masked_skip_norm_silu": "C++ (cpu), Triton (cuda)",
     "masked_skip_projection": "PyTorch (cpu), PyTorch and Triton (cuda)",
+    "project_gaussians": "C++ (cpu), CUDA (cuda)",
+    "rasterize_gaussians": "C++ (cpu), CUDA (cuda)",
     "region_blend": "PyTorch (cpu), Triton (cuda)",
     "region_pool": "PyTorch (cpu), Triton (cuda)",
     "sample_pdf": "C++ (cpu), CUDA (cuda)",
+    "spherical_harmonics": "PyTorch (cpu, cuda)",
 }
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "ProjectedGaussians",
     "Rendering",
     "Samples",
+    "Splatting",
     "annealing_weights",
     "composite",
     "frequency",
@@ -48,8 +56,11 @@ __all__ = [
     "mask_pyramid",
     "masked_skip_norm_silu",
     "masked_skip_projection",
+    "project_gaussians",
+    "rasterize_gaussians",
     "reference",
     "region_blend",
     "region_pool",
     "sample_pdf",
+    "spherical_harmonics",
 ]

@@ -9,6 +9,8 @@ from factorkit.ops.hash_encoding import interpolate_vertices as hash_grid
 from factorkit.ops.intersect import cross_slabs as intersect_box
 from factorkit.ops.march import march_all_steps as march_rays
 from factorkit.ops.norm import norm_silu
+from factorkit.ops.project_gaussians import project_by_matrices as project_gaussians
+from factorkit.ops.rasterize_gaussians import rasterize_by_tiles as rasterize_gaussians
 from factorkit.ops.region import average_features as region_pool
 from factorkit.ops.region import average_masks as mask_pyramid
 from factorkit.ops.region import blend_branches as region_blend
@@ -26,6 +28,8 @@ __all__ = [
     "mask_pyramid",
     "masked_skip_add",
     "norm_silu",
+    "project_gaussians",
+    "rasterize_gaussians",
     "region_blend",
     "region_pool",
     "sample_pdf",

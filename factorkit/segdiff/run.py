@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from factorkit.engine.checkpoint import write_checkpoint
 from factorkit.engine.config import resolve_device
-from factorkit.engine.run_folder import check_plausible, identify_run, read_object, read_weights, write_json
+from factorkit.engine.run_folder import TrainedRun, check_plausible, read_weights
 from factorkit.segdiff.class_labels import select_labels
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig
 from factorkit.segdiff.editing.editor import Editor
@@ -26,12 +24,9 @@ from factorkit.segdiff.sampling import Frame, Generation, draw_images
 from factorkit.utils import distributed
 from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.images import signed_to_unit
-from factorkit.utils.output_record import writing_file
-
-SCORES = "scores.json"
 
 
-class SegdiffRun(Segmenter, Editor):
+class SegdiffRun(TrainedRun, Segmenter, Editor):
     """A trained factorized diffusion model: its averaged weights after ``step`` steps, and its run folder if any."""
 
     MODEL = "segdiff"
@@ -73,43 +68,6 @@ class SegdiffRun(Segmenter, Editor):
         config, model, step = load_model(path, weights)
         torch_device = device if isinstance(device, torch.device) else resolve_device(device)
         return cls(config, model, torch_device, step, path if path.is_dir() and weights == "average" else None)
-
-    def save(self, path: str | Path, *, overwrite: bool = False, source: str | None = None) -> Path:
-        """Write the averaged weights and all settings as one ``.safetensors`` file for :func:`factorkit.load`.
-
-        Of several processes only the first writes.
-
-        Args:
-            path: the file.
-            overwrite: also replace a file that was not written for this run.
-            source: identifies the run; None: its folder, else its weights.
-
-        Raises:
-            WriteError: another file is in the way.
-            CheckpointError: ``path`` cannot be written; a file that was there before is unchanged.
-
-        Example:
-            >>> factorkit.load(run.save("flowers.safetensors")).step
-            2
-        """
-        weights = {f"ema.module.{k}": v for k, v in self.model.state_dict().items()}
-        opened = partial(
-            writing_file, source=f"save: {source or identify_run(self.folder, weights)}", overwrite=overwrite
-        )
-        meta = {"model": "segdiff", **self.config.to_dict(), "step": self.step}
-        if distributed.rank() > 0:
-            return Path(path)
-        return write_checkpoint(Path(path), weights, meta, opened)
-
-    @property
-    def scores(self) -> dict[str, Any] | None:
-        """The result of the last :meth:`evaluate` in the run folder; None if there is none.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
-        path = self.folder / SCORES if self.folder else None
-        return read_object(path) if path and path.exists() else None
 
     def generate(
         self,
@@ -236,8 +194,7 @@ class SegdiffRun(Segmenter, Editor):
             nesting=nesting,
         )
         scores["step"] = self.step
-        if (folder := self.folder) is not None:
-            distributed.run_on_first(lambda: write_json(folder / SCORES, scores))
+        self._store_scores(scores)
         return scores
 
     def evaluate_zero_shot(

@@ -160,7 +160,7 @@ class SegdiffTask:
         save_image(grid, folder / f"{step:06d}_segmentation.png")
         if config.num_leaf_regions == 1:
             return {}
-        return self.alarms(model).to_dict(step + (config.distil_steps if config.masks == "auto" else 0))
+        return self.alarms(model).to_dict(config.distil_steps if config.masks == "auto" else step)
 
     def alarms(self, model: nn.Module) -> Alarms:
         """Measure the label-free alarms of ``model`` on the probe images."""
@@ -170,7 +170,8 @@ class SegdiffTask:
         if self.config.masks == "network":
             return alarms
         proposer = cast(MaskProposer, model.masks)
-        return dataclasses.replace(alarms, error=unexplained_noise(proposer, self.probes, self.schedule))
+        error = unexplained_noise(proposer, self.probes, self.schedule)
+        return dataclasses.replace(alarms, error=error, objects=self.config.masks == "auto")
 
 
 def move_if_it_fits(images: np.ndarray, device: torch.device) -> Tensor | np.ndarray:

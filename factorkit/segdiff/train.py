@@ -25,7 +25,7 @@ from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.evaluate import VERDICT_BASELINES
 from factorkit.segdiff.network import FactorizedUNet, count_parameters
-from factorkit.segdiff.object_stages import ObjectStages
+from factorkit.segdiff.object_stages import ObjectStages, TimedStages
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
 from factorkit.segdiff.verdict import write_report
@@ -63,7 +63,7 @@ def train_segdiff(
             ``"cub64"``, ``"cub128"``, ``"ffhq64"``, ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None:
             ``"demo"`` without data, else ``"fast64"``.
         seed_trials: number of short trainings from different seeds. Those that the label-free alarms fail are dropped,
-            and the best continues: by the eta gap, or for masks="mixture" by the noise it leaves unexplained.
+            and the best continues: by the noise its regions leave unexplained, for masks="network" by the eta gap.
         progress: show a progress bar with the time left.
         baselines: score all trivial predictors at the end, if there are labels; else only the mean mask and 2-means.
         classes: condition the model on the class of each image, so that it generates by class; ``"folders"``, a .csv,
@@ -223,6 +223,8 @@ def run_seed_trials(
     continues from the checkpoint of the best. Trials resume after a kill.
     """
     stop_at = max(1, min(MAX_SEED_TRIAL_STEPS, round(SEED_TRIAL_FRACTION * config.steps)))
+    if config.masks == "auto":
+        stop_at = 1  # the stages before it decide the masks
     trials = folder / "seed_trials"
     choice = trials / "chosen.json"
     if not choice.exists():
@@ -261,7 +263,8 @@ def estimate(
         **changes: settings.
 
     Returns:
-        parameters, images_per_second, seconds (of the whole run), memory_gib (of training; measured on a GPU, on a CPU
+        parameters, images_per_second, seconds (of the whole run), stage_seconds (of these, before the first step,
+        for masks="auto"), memory_gib (of training; measured on a GPU, on a CPU
         the growth of the process, at least the weights, their gradients, average and Adam's two moments), trial_images
         (the micro-batch timed).
     """
@@ -282,13 +285,17 @@ def estimate(
     trainer = Trainer(task, trial, Path("."), {}, device=device, progress=False)
     with cpu_threads(config.threads):
         seconds = trainer.measure_step_seconds(steps=3)
+        stages = TimedStages(config, device)
+        if config.masks == "auto" and config.num_leaf_regions > 1:
+            stages.run()
     parameters = count_parameters(task.model)
     grown = peak_memory(device) - (before if device.type == "cpu" else 0)
     return {
         "preset": preset,
         "parameters": parameters,
         "images_per_second": count / seconds,
-        "seconds": config.steps * config.batch_size * seconds / count,
+        "seconds": config.steps * config.batch_size * seconds / count + stages.seconds,
+        "stage_seconds": stages.seconds,
         "memory_gib": max(grown, 5 * 4 * parameters) / 2**30,
         "trial_images": count,
         "steps": config.steps,

@@ -140,7 +140,7 @@ def test_help_shows_negations_and_keeps_lists(run_cli):
     _, page, _ = run_cli("train", "segdiff", "--help-advanced")
     assert "--random-flip, --no-random-flip" in page and "--dry-run" not in page
     assert "\n    verify   read" in run_cli("checkpoint", "--help")[1]
-    assert "list of finished images\n\nWith --video" in run_cli("segment", "--help")[1]
+    assert "list of finished images\n\nWith --formats" in run_cli("segment", "--help")[1]
 
 
 def test_error_shows_traceback_only_with_debug(run_cli, monkeypatch, tmp_path):
@@ -229,8 +229,9 @@ def test_holdout_takes_number_or_word(photos, run_json, flags):
 def test_dry_run_estimates_and_writes_nothing(run_cli, run_json, flags):
     result = run_json(*flags(), "--dry-run", "--out", "new")
     assert result["parameters"] > 1000 and result["images_per_second"] > 0
-    assert result["seconds"] == pytest.approx(4 * 4 / result["images_per_second"])
-    assert "images/s" in run_cli(*flags(), "--dry-run")[1]
+    assert result["seconds"] == pytest.approx(4 * 4 / result["images_per_second"] + result["stage_seconds"])
+    text = run_cli(*flags(), "--dry-run")[1]
+    assert "images/s" in text and "for finding the objects first" in text
     assert not list(Path().iterdir())
 
 

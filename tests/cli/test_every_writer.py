@@ -47,6 +47,7 @@ def words_of(run, photos, image, tiny_image, small, flags, tmp_path):
             "demo": ["demo", "--out", out],
             "train": [*flags(**training), "--data", photos, "--out", out],
             "segment": ["segment", run, image, "--out", out],
+            "segment, formats": ["segment", run, image, "--out", out, "--formats", "cutout", "labelme", "yolo"],
             "generate": ["generate", run, "-n", 1, "--steps", 2, "--out", out],
             "interpolate": ["interpolate", run, image, other, "--frames", 3, "--steps", 2, "--out", out],
             "branches": ["branches", run, image, "--out", out],
@@ -72,6 +73,7 @@ IN_THE_WAY = {
     "demo": "notes.txt",
     "train": "notes.txt",
     "segment": "00_labels.png",
+    "segment, formats": "labelme/00.json",
     "generate": "generated_0000.png",
     "interpolate": "pair_0000_01.png",
     "branches": "00_estimate.png",
@@ -124,7 +126,7 @@ def test_command_keeps_a_file_of_the_user(words_of, out, run_cli, case):
     error = json.loads(text)["error"]
     assert str(out) in error and ("exists" in error or "is a file" in error or "Not a directory" in error)
     assert (out / IN_THE_WAY[case]).read_text() == "mine"
-    if case != "segment":  # which segments the other images
+    if not case.startswith("segment"):  # which segments the other images
         assert {path for path in out.rglob("*") if not path.name.startswith(".")} == before
 
 
@@ -149,7 +151,7 @@ def test_inputs_are_never_replaced(words_of, run_cli, tiny_image, case):
 
 @pytest.mark.parametrize("case", OVERWRITE)
 def test_result_for_another_input_is_kept(words_of, out, run_cli, tmp_path, case):
-    if case in ("segment", "branches", "interpolate", "recompose"):
+    if case in ("segment", "segment, formats", "branches", "interpolate", "recompose"):
         pytest.skip("files of another image have other names")
     assert run_cli(*words_of(case, out))[0] == 0
     other = tmp_path / ("other" + (SCENE.suffix if SCENE in words_of(case, out) else ""))

@@ -1,6 +1,7 @@
 // Runs the rendering ops on random and on hostile inputs, every array a heap block of exactly its size, so that
 // sanitizers see any foreign access. With EMULATED_CUDA each is run through its CUDA kernel too, and the two must
 // agree.
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "composite.h"
+#include "gaussians.h"
 #include "march.h"
 #include "resample.h"
 
@@ -191,6 +193,88 @@ void check_resample(const Numbers<int64_t>& offsets, int64_t n, int64_t count, s
 #endif
 }
 
+template <class S>
+void check_gaussians(int64_t n, int channels, int width, int height, bool hostile, double tolerance) {
+    auto means = random_numbers<S>(n * 3, -2, 2), quaternions = random_numbers<S>(n * 4, -1, 1),
+         scales = random_numbers<S>(n * 3, 0.02, 0.4), colors = random_numbers<S>(n * channels, 0, 1),
+         opacities = random_numbers<S>(n, 0, 1.1);
+    if (hostile) {
+        const S odd[] = {S(NAN), S(INFINITY), -S(INFINITY), S(0), S(1e30), S(-1e30), S(1e-30)};
+        for (int64_t i = 0; i < n; ++i) {
+            if (i % 2) means[3 * i + i % 3] = odd[i % 7];
+            if (i % 3 == 0) quaternions[4 * i + i % 4] = odd[i / 2 % 7];
+            if (i % 5 == 0) scales[3 * i + i % 3] = odd[i / 3 % 7];
+            if (i % 7 == 0) opacities[i] = odd[i / 7 % 7];
+            if (i % 11 == 0) colors[i * channels] = odd[i / 5 % 7];
+        }
+    }
+    const Numbers<S> view{1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 0, 0, 0, 1},
+        lens{S(width), 0, S(width) / 2, 0, S(width), S(height) / 2, 0, 0, 1};
+    const Projection<S> p{means.data(), quaternions.data(), scales.data(), view.data(), lens.data(), n,
+                          width,        height,             S(0.01),       S(INFINITY), S(0.3)};
+    const auto projected = [&](bool cuda) {
+        Numbers<S> out(n * 7, S(NAN));
+        Numbers<std::int32_t> radii(2 * n, -1);
+        const ProjectionOutputs<S> to{out.data(), out.data() + 2 * n, out.data() + 5 * n, out.data() + 6 * n, radii.data()};
+#ifdef EMULATED_CUDA
+        if (cuda) project_gaussians_cuda(p, to, nullptr);
+        else
+#endif
+            project_gaussians(p, to, cuda ? 1 : 2);
+        return std::make_pair(out, radii);
+    };
+    const auto [flat, radii] = projected(false);
+    const auto [flat_too, radii_too] = projected(true);
+    agree(flat, flat_too, tolerance, "projection");
+    require(radii == radii_too, "radii");
+    const Numbers<S> means2d(flat.begin(), flat.begin() + 2 * n), conics(flat.begin() + 2 * n, flat.begin() + 5 * n),
+        depths(flat.begin() + 5 * n, flat.begin() + 6 * n);
+    const int64_t tiles = int64_t(tile_columns(width)) * tile_columns(height), pixels = int64_t(width) * height;
+    Numbers<int64_t> offsets(tiles + 1, -1);
+    Numbers<std::int32_t> order(n, -7);
+    Splats<S> q{means2d.data(), conics.data(), depths.data(), colors.data(), opacities.data(), n, channels,
+                width,          height,        offsets.data(), nullptr};
+    count_tiles(q, radii.data(), order.data(), offsets.data());
+    Numbers<std::int32_t> ids(offsets[tiles], -1);
+    fill_tiles(q, radii.data(), order.data(), ids.data());
+    q.ids = ids.data();
+    for (const auto id : ids) require(id >= 0 && id < n, "id", id, n);
+    const auto on_color = random_numbers<S>(pixels * channels, -1, 1), on_depth = random_numbers<S>(pixels, -0.1, 0.1),
+               on_opacity = random_numbers<S>(pixels, -1, 1), on_factor = random_numbers<S>(n, -1, 1);
+    const auto drawn = [&](bool cuda) {
+        Numbers<S> image(pixels * (channels + 3), S(NAN)), found(n * (7 + channels), S(0)), on_scene(n * 10, S(NAN)),
+            on_camera((n + kProjectionBlock - 1) / kProjectionBlock * kCameraGradients, S(NAN));
+        Numbers<std::int32_t> used(pixels, -1);
+        S *color = image.data(), *depth = color + pixels * channels, *opacity = depth + pixels, *end = opacity + pixels;
+        S* f = found.data();
+        const SplatOutputs<S> out{color, depth, opacity, end, used.data()};
+        const SplatGradients<S> d{on_color.data(), on_depth.data(), on_opacity.data(), end,       used.data(),
+                                  f,               f + 2 * n,       f + 5 * n,         f + 7 * n, f + 6 * n};
+        S* g = on_scene.data();
+        const ProjectionGradients<S> e{radii.data(), f, f + 2 * n, f + 5 * n, on_factor.data(),
+                                       g,            g + 3 * n, g + 7 * n, on_camera.data()};
+#ifdef EMULATED_CUDA
+        if (cuda) {
+            rasterize_gaussians_cuda(q, out, nullptr);
+            rasterize_gaussians_backward_cuda(q, d, nullptr);
+            project_gaussians_backward_cuda(p, e, nullptr);
+        } else
+#endif
+        {
+            rasterize_gaussians(q, out, cuda ? 1 : 2);
+            rasterize_gaussians_backward(q, d, cuda ? 1 : 2);
+            project_gaussians_backward(p, e, cuda ? 1 : 2);
+        }
+        Numbers<S> camera(kCameraGradients, S(0));
+        for (std::size_t i = 0; i < on_camera.size(); ++i) camera[i % kCameraGradients] += on_camera[i];
+        return std::array<Numbers<S>, 4>{image, found, on_scene, camera};
+    };
+    const auto cpu = drawn(false), again = drawn(true);
+    const char* names[] = {"image", "gradients of splats", "gradients of Gaussians", "gradients of the camera"};
+    for (int i = 0; i < 4; ++i)
+        if (!(hostile && i > 0)) agree(cpu[i], again[i], i < 2 ? tolerance : 1000 * tolerance, names[i]);
+}
+
 void check_halves() {
     for (int bits = 0; bits < 65536; ++bits) {
         fp16 out, in{std::uint16_t(bits)};
@@ -221,6 +305,10 @@ int main() {
     check_composite<float>({0, 0, 0}, 0, 3, 0, true, 1e-5);
     check_composite<float>({0}, 4, 3, 0, true, 1e-5);
     check_composite<float>({-7, 3, 2, 1000000, 5, -2}, 20, 3, 0, true, 1e-4);
+    check_gaussians<double>(40, 3, 20, 18, false, 1e-11);
+    check_gaussians<double>(30, 32, 17, 9, false, 1e-11);
+    check_gaussians<float>(60, 3, 18, 16, true, 1e-4);
+    check_gaussians<double>(0, 3, 16, 33, false, 0);
     for (const bool hostile : {false, true})
         for (const double cone : {0.0, 0.1})
             for (const std::uint64_t seed : {0, 77}) {

@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-OPS = ("composite", "intersect", "march", "resample")
+OPS = ("composite", "gaussians", "intersect", "march", "resample")
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 
 

@@ -22,13 +22,14 @@ import torch._dynamo
 
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.stages import dictionary as search
-from factorkit.nerfdiff.stages import distil, joint, pipeline
+from factorkit.nerfdiff.stages import distil, joint, pipeline, pose_search, stage_training
 from factorkit.nerfdiff.stages import refine as fit
 from factorkit.nerfdiff.train import train_nerfdiff
 
 #: by run: its settings, and the stages it is killed in, in their order
 RUNS = {
     "dictionary": ({"finetune_steps": 6}, ["search", "refine", "flip 0a", "flip 0b", "refine again", "distil", "tune"]),
+    "ordered": ({"ordered": "yes"}, ["start search", "start right 25", "start right 25 half b", "refine"]),
     "own field": ({"field": "mlp", "flip_rounds": 0}, ["fit"]),
     "joint": ({"search": "joint"}, ["joint"]),
     "supervised": ({"poses": "learned"}, ["fit"]),
@@ -104,8 +105,9 @@ def run(out: Path, changes: dict, stage: str | None) -> int:
     try:
         warnings.filterwarnings("error", message=".*Using the previous")  # no kill may damage anything
         torch.set_num_threads(1)
-        pipeline.write_report = lambda folder: None
-        pipeline.HELD_OUT_STEPS = 6
+        pipeline.write_report = stage_training.write_report = lambda folder: None
+        stage_training.HELD_OUT_STEPS = 6
+        pose_search.RING_ELEVATIONS, pose_search.START_FIT["steps"] = (25.0,), 6
         for module in (distil, fit, joint, search):
             for image_grid in {"save_cameras", "save_model_previews"} & vars(module).keys():
                 setattr(module, image_grid, lambda *arguments, **options: None)

@@ -9,6 +9,7 @@ import torch
 
 from factorkit.data.procedural.scene import make_procedural_views, make_scene_field
 from factorkit.nerfdiff.box import CUT_SCALE, box_checks, find_foreground
+from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.scene import Scene, open_scene
 from factorkit.nerfdiff.train import estimate, list_notes
 from factorkit.utils.errors import ConfigError
@@ -120,5 +121,5 @@ def test_estimate_names_the_box(tiny, scene_views):
 @pytest.mark.parametrize(("background", "named"), [("given", True), ("learned", False)])
 def test_list_notes_unknown_background_is_named(background, named):
     views = replace(make_procedural_views(4, 8), masks=None, background=None)
-    notes = list_notes(views, open_scene(views, 8, CPU), background)
+    notes = list_notes(views, open_scene(views, 8, CPU), preset_config("fast", background=background))
     assert any("taken for black" in note for note in notes) == named

@@ -34,7 +34,9 @@ def _make_texture(seed: int) -> np.ndarray:
     rng, total = np.random.default_rng(seed), np.zeros((TEXTURE_SIDE, TEXTURE_SIDE, 3))
     for cells in (16, 64):
         noise = torch.from_numpy(rng.random((1, 3, cells, cells)))
-        total += torch.nn.functional.interpolate(noise, (TEXTURE_SIDE,) * 2, mode="bilinear")[0].permute(1, 2, 0).numpy()
+        total += (
+            torch.nn.functional.interpolate(noise, (TEXTURE_SIDE,) * 2, mode="bilinear")[0].permute(1, 2, 0).numpy()
+        )
     return (total - total.min()) / (total.max() - total.min())
 
 

@@ -50,6 +50,14 @@ def test_failures_object_masks_are_empty(scene):
     assert alarms.score() == alarms.eta_gap
 
 
+def test_alarms_of_object_masks_have_their_own_limit_of_the_eta_gap(scene):
+    images, inside = scene
+    result = measure_alarms(images, soften_labels(inside), soften_labels(inside.flip(2)))
+    masks = dataclasses.replace(result, error=0.2, objects=True)
+    assert dataclasses.replace(masks, eta_gap=0.2, color_share=0.5).ok
+    assert read_failure_names(dataclasses.replace(masks, eta_gap=0.08)) == {"masks are not about content"}
+
+
 def test_alarms_with_an_error_are_ranked_by_it(scene):
     images, inside = scene
     result = measure_alarms(images, soften_labels(inside), soften_labels(inside.flip(2)))

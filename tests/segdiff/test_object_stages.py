@@ -82,13 +82,24 @@ def test_run_that_dies_in_a_stage_resumes_bit_identically(tmp_path, monkeypatch,
 def test_alarms_of_object_masks_count_the_steps_of_their_stage(tmp_path, whole):
     counted = json.loads([line for line in (whole / "log.jsonl").read_text().splitlines() if '"alarms"' in line][-1])
     reasons = [check["reason"] for check in counted["checks"] if "steps of training" in check.get("reason", "")]
-    assert reasons and all("8 steps" in reason for reason in reasons)
+    assert reasons and all("6 steps" in reason for reason in reasons)
     assert counted["error"] > 0
 
 
 def test_finished_run_is_loaded_without_its_stages(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(ObjectStages, "run", lambda self: pytest.fail("the stages ran again"))
     assert train(whole).step == 2
+
+
+@pytest.mark.slow
+def test_seed_trials_of_object_masks_compare_the_masks_after_one_step(tmp_path, whole):
+    run = train(tmp_path / "run", seed_trials=2)
+    trials = tmp_path / "run/seed_trials"
+    steps = [path.name for path in sorted(trials.glob("seed_*/checkpoints/step_*"))]
+    assert run.step == 2 and steps == ["step_00000001.safetensors"] * 2
+    winner = final_state(trials / f"seed_{run.config.seed}")
+    name = "model.masks.network.conv_out.weight"
+    assert torch.equal(final_state(tmp_path / "run")[name], winner[name])
 
 
 @pytest.mark.slow

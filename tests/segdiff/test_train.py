@@ -397,6 +397,14 @@ def test_estimate_leaves_no_files_and_returns_plausible_numbers(tmp_path):
     json.dumps(result)
 
 
+@pytest.mark.slow
+def test_estimate_of_object_masks_counts_their_stages_and_leaves_no_files(tmp_path):
+    result = estimate(preset="demo", **TINY | {"masks": "auto", "mixture_steps": 10, "distil_steps": 10_000})
+    steps = 4 * 4 / result["images_per_second"]
+    assert result["stage_seconds"] > 10 * steps and result["seconds"] == pytest.approx(steps + result["stage_seconds"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_estimate_invalid_settings_raise():
     with pytest.raises(ConfigError, match="regions=0"):
         estimate(preset="demo", regions=0)

@@ -7,7 +7,7 @@ volume rendering. The scene lies inside the box from `LOWER` to `UPPER`; z is up
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -101,14 +101,16 @@ def make_procedural_views(
     )
 
 
-def make_scene_field(symmetric: bool = False) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return the scene as a field for :func:`factorkit.rendering.render`.
+def make_scene_field(
+    symmetric: bool = False, light_direction: Sequence[float] | Tensor = LIGHT_DIRECTION
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return the scene, lit from a direction [3], as a field for :func:`factorkit.rendering.render`.
 
     It maps positions [M, 3] and directions [M, 3] to density [M] and radiance [M, 3].
     """
     shapes = (*WAGON, LAMP) if symmetric else TABLE
     colors = torch.tensor([shape[3] for shape in shapes])
-    light = normalize(torch.tensor(LIGHT_DIRECTION), dim=0)
+    light = normalize(torch.as_tensor(light_direction), dim=0)
 
     def field(positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         distances, normals = zip(*(signed_distance(shape, positions) for shape in shapes), strict=True)

@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from factorkit.data.views.colmap import read_model
 from factorkit.data.views.loading import LazyView
 from factorkit.data.views.open import list_views
 from factorkit.data.views.views import Views
+from factorkit.engine.run_folder import read_settings
 from factorkit.metrics.pose import Similarity, align_poses
 from factorkit.nerfdiff.export.images import ExportView, check_same_images, list_files, list_stored
+from factorkit.nerfdiff.registered_views import MODEL_FOLDER, SFM_FOLDER, apply_cameras
 from factorkit.nerfdiff.scene import shared_camera
 from factorkit.nerfdiff.training_views import TrainingData, load_data, load_views
 from factorkit.utils.errors import ConfigError, DataError, format_count
@@ -110,15 +113,23 @@ def find_originals(folder: Path | None, data: Any = None) -> Originals | None:
         if not is_named and not os.path.exists(source):
             raise DataError(f"the training data are not in {source} any more")
         listed = list_views(source, "train", **_move_paths(recorded, source)).views
-        _check_names([view.name for view in listed], stored.names, source)
+        with_cameras = _apply_sfm(folder, listed)
+        _check_names([view.name for view in with_cameras], stored.names, source)
     except (DataError, ConfigError) as error:
         if is_named:
             raise
         # The files of forward-facing scenes have other coordinates than their views.
         return Originals(stored, None, _file_poses(stored) if stored.layout == "object" else None, str(error))
-    matrices = [view.pose for view in listed if view.pose is not None]
-    poses = torch.from_numpy(np.stack(matrices)) if len(matrices) == len(listed) else None
-    return Originals(stored, listed, poses, None, is_named)
+    matrices = [view.pose for view in listed if view.pose is not None and view.name in stored.names]
+    poses = torch.from_numpy(np.stack(matrices)) if len(matrices) == len(with_cameras) else None
+    return Originals(stored, with_cameras, poses, None, is_named)
+
+
+def _apply_sfm(folder: Path | None, views: list[LazyView]) -> list[LazyView]:
+    """Return the views that a run registered by structure from motion, with its cameras; all views of other runs."""
+    if folder is None or read_settings(folder).get("search") != "sfm" or not (folder / MODEL_FOLDER).is_dir():
+        return views
+    return apply_cameras(views, read_model(folder / SFM_FOLDER))
 
 
 def _check_names(names: list[str], stored: list[str], source: Any) -> None:

@@ -15,6 +15,7 @@ from factorkit.nerfdiff.fields.base import Field
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.scene import Scene, mean_squared_error
 from factorkit.nerfdiff.stages.dictionary import COMPARISON_SIDE, candidate_errors
+from factorkit.nerfdiff.stages.recentre import directions_with_aim
 from factorkit.utils import distributed
 
 OUTLIER_RATIO = 0.8  # a dictionary position must have less than this share of the refined pose's error
@@ -56,7 +57,13 @@ def best_rotations(field: Field, scene: Scene, poses: Tensor, views: Tensor, sam
 
 @torch.no_grad()
 def reassign_outliers(
-    field: Field, scene: Scene, poses: OrbitPoses, views: Tensor, directions: Tensor, samples: int
+    field: Field,
+    scene: Scene,
+    poses: OrbitPoses,
+    views: Tensor,
+    directions: Tensor,
+    samples: int,
+    centred: Scene | None = None,
 ) -> Tensor:
     """Return the directions [B, 3] of some views, those of outliers replaced by one of the dictionary.
 
@@ -67,9 +74,10 @@ def reassign_outliers(
         poses: of all views.
         views: indices of the views to check, [B].
         directions: the dictionary, [D, 3].
+        centred: the scene with recentred views, which are compared with the dictionary; None: they are centred.
     """
-    images = scene.images[views]
-    masks = None if scene.loss_masks is None else scene.loss_masks[views]
+    images, compared = scene.images[views], centred or scene
+    masks, compared_masks = (None if x.loss_masks is None else x.loss_masks[views] for x in (scene, compared))
     size = target_size(min(COMPARISON_SIDE, max(scene.size)), *scene.size)
     candidates = orbit_poses(directions, scene.distance)
 
@@ -82,9 +90,18 @@ def reassign_outliers(
     def errors_from(rows: slice) -> Tensor:
         own = scene.camera.of_views(views)
         return candidate_errors(
-            field, candidates[rows], scene.camera, images, samples, loss_masks=masks, intrinsics=own
+            field,
+            candidates[rows],
+            scene.camera,
+            compared.images[views],
+            samples,
+            loss_masks=compared_masks,
+            intrinsics=own,
         ).T
 
     own = distributed.map_shares(own_errors, len(views))
     least, index = distributed.map_shares(errors_from, len(candidates)).T.min(1)
-    return torch.where((least < OUTLIER_RATIO * own)[:, None], directions[index], poses.direction[views])
+    nearest = directions[index]
+    if "aim" in poses.freedom:
+        nearest = directions_with_aim(nearest, poses.freedom["aim"][views])
+    return torch.where((least < OUTLIER_RATIO * own)[:, None], nearest, poses.direction[views])

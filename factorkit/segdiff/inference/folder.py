@@ -6,46 +6,47 @@ import errno
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from factorkit.data.files import escape_name, format_examples
 from factorkit.data.sources import Source
 from factorkit.engine.run_folder import locked
-from factorkit.report.image_grid import Caption, draw_image_grid, overlay_regions, palette
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.hierarchy import SegdiffModel
-from factorkit.segdiff.inference.coco_rle import make_annotations
+from factorkit.segdiff.inference.cutout_region import choose_cutout_region
+from factorkit.segdiff.inference.documents import ALL_IMAGES, list_documents, write_documents
+from factorkit.segdiff.inference.manifest import Manifest, fingerprint, identify_inputs
 from factorkit.segdiff.inference.outputs import (
-    ANNOTATIONS,
-    ANNOTATIONS_SOURCE,
+    Outputs,
+    check_formats,
+    check_tolerance,
+    locate_image,
+    make_image_files,
+    output_names,
+)
+from factorkit.segdiff.inference.overview import (
     OVERVIEW,
     OVERVIEW_IMAGES,
-    Manifest,
-    check_formats,
-    file_endings,
-    fingerprint,
-    identify_inputs,
-    make_image_files,
+    draw_overview,
+    draw_overview_row,
     name_overview,
-    output_names,
-    write_annotations,
 )
 from factorkit.segdiff.inference.segment import (
     PreparedImage,
     describe_out_of_memory,
     hard_labels,
+    is_unlike,
     predict_tiled,
     prepare_image,
     upsample_masks,
@@ -56,7 +57,6 @@ from factorkit.utils.files import clear_unfinished
 from factorkit.utils.images import unit_to_uint8
 from factorkit.utils.output_record import OutputRecord
 
-OVERVIEW_CELL = 128  # pixels a side
 MAX_NAMES_IN_WARNING = 20  # skipped images; the result has all of them
 MAX_WORKERS = 8
 MAX_IMAGES_HELD = 16  # in memory between reading and writing,
@@ -75,7 +75,10 @@ class FolderSegments(NamedTuple):
         regions: K.
         areas: mean share of each region over all segmented images.
         overview: grid of the first images beside their regions; None if none of the first could be read.
-        annotations: COCO's file, if requested.
+        annotations: COCO's file with run lengths, if requested.
+        polygons: COCO's file with polygons, if requested.
+        cutout: which regions the cut-outs show, and why; None without them.
+        unlike: images that look unlike the training set, so that their regions may mean nothing.
     """
 
     out: Path
@@ -86,6 +89,9 @@ class FolderSegments(NamedTuple):
     areas: list[float]
     overview: Path | None
     annotations: Path | None
+    polygons: Path | None = None
+    cutout: str | None = None
+    unlike: Sequence[str] = ()
 
 
 def segment_folder(
@@ -99,14 +105,25 @@ def segment_folder(
     workers: int | None,
     progress: bool,
     overwrite: bool,
+    region: str | int = "auto",
+    tolerance: float = 1.0,
+    scores: Mapping[str, Any] | None = None,
 ) -> FolderSegments:
-    """Segment a folder, see :meth:`factorkit.SegdiffRun.segment_folder`; ``settings`` are checked t, size, upsample."""
-    formats = check_formats(formats)
+    """Segment a folder, see :meth:`factorkit.SegdiffRun.segment_folder`.
+
+    Args:
+        settings: checked t, size, upsample and quality.
+        scores: of the run, for the region of cut-outs.
+    """
+    formats, tolerance = check_formats(formats), check_tolerance(tolerance)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers}: at least one thread has to read")
     key = fingerprint(model, settings)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give another out=, a folder")
+    choose = partial(choose_cutout_region, config, region, scores, source, predict)
+    cutout = distributed.run_on_first(choose) if "cutout" in formats else None
+    outputs = Outputs(formats, config.num_leaf_regions, cutout.region if cutout else (), tolerance)
     opened: list[tuple[Manifest, OutputRecord]] = []
     distributed.barrier()  # no process writes while another still lists the images
     try:
@@ -126,7 +143,9 @@ def segment_folder(
                 open_folder(rank)
             manifest, record = opened[0]
             threads = workers or min(MAX_WORKERS, os.cpu_count() or 1)
-            return _FolderJob(config, predict, source, manifest, record, settings, formats, threads, progress).run()
+            judge = partial(is_unlike, model, settings["t"])
+            job = _FolderJob(config, predict, judge, source, manifest, record, settings, outputs, threads, progress)
+            return job.run()._replace(cutout=cutout.reason if cutout else None)
     except OSError as error:  # of the results; a source raises DataError for its own
         where = escape_name(str(error.filename or out))
         raise WriteError(
@@ -147,11 +166,12 @@ class _Item(NamedTuple):
 class _FolderJob:
     config: ResolvedSegdiffConfig
     predict: Callable[[Tensor], Tensor]
+    judge: Callable[[np.ndarray, Tensor], bool]
     source: Source
     manifest: Manifest
     record: OutputRecord
     settings: dict[str, Any]
-    formats: tuple[str, ...]
+    outputs: Outputs
     workers: int
     progress: bool
 
@@ -178,26 +198,25 @@ class _FolderJob:
         Raises:
             WriteError: a file is there that must not be replaced.
         """
-        count, num_regions = len(self.source), self.config.num_leaf_regions
+        count = len(self.source)
         self.overview_name, self.overview_source = name_overview(self.record, self.manifest.inputs)
         stems = [
             self.record.distinct_stem(stem, name, partial(self.manifest.is_moved, i))
             for i, (stem, name) in enumerate(zip(output_names(self.source.names), self.manifest.inputs, strict=True))
         ]
         numbers = self.manifest.number_images()
-        done = [self.manifest.has(i, stems[i], self.formats, num_regions, self.record) for i in range(count)]
+        done = [self.manifest.has(i, stems[i], self.outputs, self.record) for i in range(count)]
         if not all(done):  # another image may change the depth of all
             done = [is_done and not self.manifest.has_other_depth(i) for i, is_done in enumerate(done)]
         first = range(min(OVERVIEW_IMAGES, count))
         is_shown = self.record.source_of(self.overview_name) == self.overview_source and self.overview.exists()
         overview_due = not is_shown or any(not done[i] and not self.manifest.failed(i) for i in first)
         todo = [i for i in range(count) if not done[i] or (overview_due and i in first)]
-        endings = file_endings(self.formats, num_regions)
+        names = [list(self.outputs.file_names(stem).values()) for stem in stems]
         for i in todo:
             if not done[i]:
-                self.record.check([f"{stems[i]}_{end}" for end in endings], self.manifest.inputs[i])
-        if "coco" in self.formats:
-            self.record.check([ANNOTATIONS], ANNOTATIONS_SOURCE)
+                self.record.check(names[i], self.manifest.inputs[i])
+        self.record.check(list_documents(self.outputs), ALL_IMAGES)
         if overview_due:
             self.record.check([self.overview_name], self.overview_source)
         if changed := self.manifest.changed_files:
@@ -205,7 +224,7 @@ class _FolderJob:
             warnings.warn(
                 f"{self.out}: kept {format_count(len(changed), 'result')} changed by hand: {examples}", stacklevel=7
             )
-        for folder in {(self.out / stems[i]).parent for i in todo} | {self.out}:
+        for folder in {(self.out / name).parent for i in todo for name in [stems[i], *names[i]]} | {self.out}:
             clear_unfinished(folder)
         return todo, overview_due, stems, numbers
 
@@ -226,12 +245,29 @@ class _FolderJob:
         """Write what needs all images: the whole manifest, overview and annotations."""
         self.manifest.merge_ranks()
         if overview_due and self.overview_rows:
-            self._write_overview()
-        annotations = write_annotations(self.manifest, self.record) if "coco" in self.formats else None
-        areas = np.mean([line["areas"] for _, line in self.manifest.records()], 0).tolist()
+            grid = draw_overview(self.overview_rows, self.source.names, self.config.num_leaf_regions)
+            self.record.write({self.overview_name: grid.save}, self.overview_source, stem=self.overview.stem)
+        documents = write_documents(self.manifest, self.record, self.outputs)
+        annotations, polygons = documents.get("annotations.json"), documents.get("polygons.json")
+        unlike, areas = [], []
+        for index, line in self.manifest.records():
+            areas.append(line["areas"])
+            if line.get("unlike"):
+                unlike.append(self.source.names[index])
         overview, segmented = self.overview if self.overview.exists() else None, len(self.source) - len(self.skipped)
         num_regions = self.config.num_leaf_regions
-        return FolderSegments(self.out, segmented, already, self.skipped, num_regions, areas, overview, annotations)
+        return FolderSegments(
+            self.out,
+            segmented,
+            already,
+            self.skipped,
+            num_regions,
+            np.mean(areas, 0).tolist(),
+            overview,
+            annotations,
+            polygons,
+            unlike=unlike,
+        )
 
     def _segment(self, todo: Sequence[int]) -> Iterator[int]:
         """Read, segment, write; yield each image once it is in the manifest or skipped."""
@@ -314,27 +350,22 @@ class _FolderJob:
         """Write an image's files and return its record for the manifest."""
         width, height = prepared.image.size
         in_overview = index < OVERVIEW_IMAGES
-        soft = np.empty((len(masks), height, width), np.uint8) if "masks" in self.formats or in_overview else None
+        soft = np.empty((len(masks), height, width), np.uint8) if self.outputs.needs_masks or in_overview else None
         labels = np.empty((height, width), np.uint8)
         for rows, band in upsample_masks(masks, prepared):
             labels[rows] = hard_labels(band, self.config.nesting).byte().numpy()
             if soft is not None:
                 soft[:, rows] = unit_to_uint8(band)
         stem = self.stems[index]
-        files = make_image_files(stem, prepared.image, labels, soft, self.formats)
+        names = self.outputs.file_names(stem)
+        image_path = locate_image(self.source, index, (self.out / names.get("labelme.json", stem)).parent)
+        files, record = make_image_files(names, prepared.image, labels, soft, self.outputs, image_path)
         sizes = self.record.write(files, self.manifest.inputs[index], stem=stem) if files else {}
         if in_overview and soft is not None:
-            self.overview_rows[index] = _draw_overview_row(prepared.image, soft)
-        areas = np.bincount(labels.ravel(), minlength=len(masks)) / labels.size
-        annotations = make_annotations(labels, len(masks)) if "coco" in self.formats else None
-        return {
-            "image_id": self.numbers[index],
-            "width": width,
-            "height": height,
-            "areas": areas.tolist(),
-            "files": {name.removeprefix(f"{stem}_"): size for name, size in sizes.items()},
-            "annotations": annotations,
-        }
+            self.overview_rows[index] = draw_overview_row(prepared.image, soft)
+        written = {end: sizes[name] for end, name in names.items()}
+        unlike = {"unlike": True} if self.judge(prepared.small, masks) else {}
+        return record | {"image_id": self.numbers[index], "files": written} | unlike
 
     def _finish(self, item: _Item, future: Future) -> int:
         try:
@@ -377,25 +408,3 @@ class _FolderJob:
         warnings.warn(
             f"{count} of {format_count(total, 'image')} could not be segmented: {reasons}{more}", stacklevel=5
         )
-
-    def _write_overview(self) -> None:
-        order = sorted(self.overview_rows)
-        colors = palette(self.config.num_leaf_regions)
-        columns: list[Caption] = ["image", "regions", *((f"mask {k}", colors[k]) for k in range(len(colors)))]
-        captions = [escape_name(PurePosixPath(self.source.names[i]).name)[-24:] for i in order]
-        rows = [self.overview_rows[i] for i in order]
-        grid = draw_image_grid(rows, columns, captions, cell=OVERVIEW_CELL)
-        self.record.write({self.overview_name: grid.save}, self.overview_source, stem=self.overview.stem)
-
-
-def _draw_overview_row(image: Image.Image, masks: np.ndarray) -> list[np.ndarray]:
-    """Scale an image, its regions and its masks (uint8 [K, H, W]) to a cell; small ones by whole factors."""
-    longest = max(image.size)
-    scale = OVERVIEW_CELL / longest if longest > OVERVIEW_CELL else OVERVIEW_CELL // longest
-    width, height = (max(1, round(side * scale)) for side in image.size)
-
-    def resize(image: Image.Image) -> np.ndarray:
-        return np.asarray(image.resize((width, height), Image.Resampling.BOX))
-
-    small, small_masks = resize(image), np.stack([resize(Image.fromarray(mask)) for mask in masks])
-    return [small, overlay_regions(small, small_masks.argmax(0)), *small_masks]

@@ -1,39 +1,87 @@
-"""The files of a segmented folder: their names, the manifest of finished images, image files and COCO annotations."""
+"""The files of one segmented image: their formats, names and content."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
-from factorkit.data.archives import ZipSource
 from factorkit.data.sources import FileSource, Source
 from factorkit.report.image_grid import make_label_image, overlay_regions
-from factorkit.utils.errors import ConfigError, WriteError
-from factorkit.utils.files import JsonLines, parse_line, read_lines
-from factorkit.utils.output_record import OutputRecord
+from factorkit.segdiff.inference.coco_rle import make_annotations
+from factorkit.segdiff.inference.polygon_formats import make_labelme, make_polygon_annotations, make_yolo
+from factorkit.segdiff.inference.polygons import trace_polygons
+from factorkit.utils.errors import ConfigError
+from factorkit.utils.images import unit_to_uint8
 
-FORMATS = ("labels", "masks", "overlays", "coco")
-DEFAULT_FORMATS = FORMATS[:3]
-MANIFEST, ANNOTATIONS, OVERVIEW = "segments.jsonl", "annotations.json", "overview.png"
-OVERVIEW_IMAGES = 32  # at most
-RANK_MANIFEST = "segments.{}.jsonl"  # of every process but the first, until the run is complete
-ANNOTATIONS_SOURCE = "segment: all images"  # in the record of the folder
+FORMATS = ("labels", "grey-labels", "masks", "overlays", "cutout", "coco", "coco-polygons", "labelme", "yolo")
+DEFAULT_FORMATS = ("labels", "masks", "overlays")
+#: COCO's files of a folder, and the key of an image's annotations in the manifest
+DOCUMENTS = {"coco": ("annotations.json", "annotations"), "coco-polygons": ("polygons.json", "polygons")}
+POLYGON_FORMATS = ("coco-polygons", "labelme", "yolo")
+YOLO_FOLDER, YOLO_CLASSES, LABELME_FOLDER = "yolo/labels", "yolo/classes.txt", "labelme"
 PIXELS_PER_BAND = 1 << 18  # of an overlay at a time
+CLEAR_SHARE = 0.1  # a mask up to this is transparent in a cut-out, and opaque from 1 less this on: no haze
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is written for each image of a folder.
+
+    Attributes:
+        formats: among FORMATS.
+        num_regions: K.
+        region: what the cut-outs show, one region or several together; empty without the format.
+        tolerance: of :func:`~factorkit.segdiff.inference.polygons.trace_polygons`, in pixels.
+    """
+
+    formats: tuple[str, ...]
+    num_regions: int
+    region: tuple[int, ...] = ()
+    tolerance: float = 1.0
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether soft masks are needed beside the labels."""
+        return "masks" in self.formats or "cutout" in self.formats
+
+    @property
+    def has_polygons(self) -> bool:
+        """Whether a format depends on the tolerance."""
+        return any(name in POLYGON_FORMATS for name in self.formats)
+
+    def documents(self) -> list[tuple[str, str]]:
+        """Return the name of each COCO file, and the key of its annotations in the manifest."""
+        return [DOCUMENTS[name] for name in self.formats if name in DOCUMENTS]
+
+    def file_names(self, stem: str) -> dict[str, str]:
+        """Return the files of an image in the output folder, by what the manifest calls them."""
+        endings = {
+            "labels": ["labels.png"],
+            "grey-labels": ["labels_grey.png"],
+            "masks": [f"mask_{k}.png" for k in range(self.num_regions)],
+            "overlays": ["overlay.png"],
+            "cutout": [f"cutout_{'+'.join(map(str, self.region))}.png"],
+        }
+        names = {end: f"{stem}_{end}" for name in self.formats for end in endings.get(name, ())}
+        if "labelme" in self.formats:
+            names["labelme.json"] = f"{LABELME_FOLDER}/{stem}.json"
+        if "yolo" in self.formats:
+            names["yolo.txt"] = f"{YOLO_FOLDER}/{stem}.txt"
+        return names
 
 
 def check_formats(formats: Sequence[str]) -> tuple[str, ...]:
     """Return the formats as a tuple; ConfigError for none at all and for unknown ones."""
-    formats = (formats,) if isinstance(formats, str) else tuple(formats)
+    formats = (formats,) if isinstance(formats, str) else tuple(dict.fromkeys(formats))
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         names = ", ".join(map(repr, unknown)) or "nothing"
@@ -41,33 +89,11 @@ def check_formats(formats: Sequence[str]) -> tuple[str, ...]:
     return formats
 
 
-def identify_inputs(source: Source) -> list[str]:
-    """Return what identifies each image as an input: its path, or where there is none a hash and its name."""
-    if isinstance(source, FileSource):
-        root = os.path.realpath(source.root)
-        return [os.path.join(root, file) for file in source.files]
-    if isinstance(source, ZipSource):
-        where = os.path.join(os.path.realpath(source.path), source.prefix)
-    else:
-        where = f"images {source.fingerprint()[:16]}"
-    return [f"{where.rstrip('/')}/{name}" for name in source.names]
-
-
-def name_overview(record: OutputRecord, inputs: Sequence[str], command: str = "") -> tuple[str, str]:
-    """Return the name of an overview and what it shows; one that shows other images keeps its name.
-
-    Args:
-        inputs: all images of a call; the overview shows the first ones.
-        command: what is done with them, if not segmenting.
-    """
-    known, path = set(inputs), PurePosixPath(OVERVIEW)
-
-    def is_outdated(former: str) -> bool:
-        paths = former.removeprefix(command).split("\n")
-        return former.startswith(command) and all(name in known or not os.path.lexists(name) for name in paths)
-
-    shown = command + "\n".join(inputs[:OVERVIEW_IMAGES])
-    return f"{record.distinct_stem(path.stem, shown, is_outdated)}{path.suffix}", shown
+def check_tolerance(tolerance: float) -> float:
+    """Return the tolerance of polygons in pixels; ConfigError if it is negative or not a number."""
+    if not 0 <= tolerance < math.inf:
+        raise ConfigError(f"tolerance={tolerance}: give pixels, at least 0 (0 keeps every corner)")
+    return float(tolerance)
 
 
 def output_names(names: Sequence[str]) -> list[str]:
@@ -85,195 +111,81 @@ def output_names(names: Sequence[str]) -> list[str]:
     return prefixes
 
 
-def fingerprint(model: torch.nn.Module, settings: Mapping[str, Any]) -> str:
-    """Hash everything that an image's masks depend on, except the image."""
-    digest = hashlib.blake2b(json.dumps(dict(settings), sort_keys=True).encode(), digest_size=12)
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+class ImageFiles(NamedTuple):
+    """What saves each file of one image, by name, and what the manifest says of the image."""
 
-
-class _Finished(NamedTuple):
-    """What the manifest says of an image: the last line, without its long parts."""
-
-    offset: int  # of the line in the file
-    key: str
-    stamp: Any
-    image_id: int
-    sizes: dict[str, int] | None  # in bytes, by ending; None if the image could not be segmented
-    annotated: bool
-    depths: dict[str, int] | None  # of the set of images of more than 8 bits that it was read in
-
-
-class Manifest:
-    """The finished images of an output folder: one line each in segments.jsonl, written after the image's files.
-
-    Images of all calls are in it, each under its own path and with a number that stays.
-
-    Args:
-        key: :func:`fingerprint` of the model and the settings; images with another key are not finished.
-        rank: of the process. Only rank 0 writes the manifest; it merges the others' lines when they are done, and what
-            killed ones left.
-
-    Raises:
-        WriteError: the file is there but is not a manifest.
-    """
-
-    def __init__(self, out: Path, key: str, source: Source, rank: int = 0):
-        self.out, self.key, self.source = out, key, source
-        self.inputs = identify_inputs(source)
-        self._source_hash = None if isinstance(source, FileSource) else source.fingerprint()
-        self.changed_files: list[str] = []  # results that the user changed, among those that :meth:`has` met
-        self._images: dict[str, _Finished] = {}
-        for offset, line in read_lines(out / MANIFEST):
-            if "key" not in line or "name" not in line:
-                raise WriteError(f"{out / MANIFEST} exists and was not written by factorkit. Give another --out (out=)")
-            self._remember(offset, line)
-        self._file = JsonLines(out / (RANK_MANIFEST.format(rank) if rank else MANIFEST))
-        if not rank:
-            self.merge_ranks()
-
-    def stamp(self, index: int) -> list[int] | str | None:
-        """Return a value that changes with the image: size and modification time of a file, else a hash."""
-        if not isinstance(self.source, FileSource):
-            return self._source_hash
-        try:
-            status = self.source.path(index).stat()
-        except OSError:
-            return None
-        return [status.st_size, status.st_mtime_ns]
-
-    def number_images(self) -> list[int]:
-        """Return the number of each image in annotations.json, from 1 on: as in earlier calls, else its position.
-
-        Where the position is another image's number, a new number.
-        """
-        numbers = [image.image_id if (image := self._images.get(name)) else 0 for name in self.inputs]
-        used = {image.image_id for image in self._images.values()}
-        new = itertools.count(max([len(numbers), *used]) + 1)
-        return [n or (i if i not in used else next(new)) for i, n in enumerate(numbers, 1)]
-
-    def is_moved(self, index: int, former: str) -> bool:
-        """Return whether an image is the one that was at another path, which is gone; its line follows it then."""
-        image = self._images.get(former)
-        if image is None or not isinstance(self.source, FileSource) or os.path.lexists(former):
-            return False
-        if image.stamp is None or image.stamp != self.stamp(index):
-            return False
-        if (line := self._read_line(image.offset)) is not None:
-            self._append({**line, "name": self.source.names[index], "source": self.inputs[index]})
-        del self._images[former]
-        return True
-
-    def has(self, index: int, stem: str, formats: Sequence[str], num_regions: int, record: OutputRecord) -> bool:
-        """Return whether all files of an image exist as they were written, or as the user changed them."""
-        image = self._images.get(self.inputs[index])
-        if image is None or image.sizes is None or image.key != self.key:
-            return False
-        if image.stamp is None or image.stamp != self.stamp(index) or ("coco" in formats and not image.annotated):
-            return False
-        for end in file_endings(formats, num_regions):
-            try:
-                size = os.path.getsize(f"{self.out / stem}_{end}")
-            except OSError:
-                return False
-            if end not in image.sizes:
-                return False
-            if size != image.sizes[end]:
-                if not record.has_changed(f"{stem}_{end}"):  # a later call wrote it, and was killed
-                    return False
-                self.changed_files.append(f"{stem}_{end}")
-        return True
-
-    def has_other_depth(self, index: int) -> bool:
-        """Return whether a finished image of a set of more than 8 bits was read with other depths than now."""
-        depths = self._images[self.inputs[index]].depths
-        return depths is not None and depths != self.source.depths.decide()
-
-    def failed(self, index: int) -> bool:
-        """Return whether the last attempt at the image failed and it has not changed since."""
-        image = self._images.get(self.inputs[index])
-        return image is not None and image.sizes is None and image.key == self.key and image.stamp == self.stamp(index)
-
-    def add(self, index: int, stamp: Any, record: Mapping[str, Any]) -> None:
-        """Record that an image's files are written, or ``{"skipped": reason}``; OSError if the disk is full."""
-        name, source = self.source.names[index], self.inputs[index]
-        self._append({"name": name, "source": source, "key": self.key, "stamp": stamp, **record})
-
-    def merge_ranks(self) -> None:
-        """Add the lines of the other processes; OSError if the disk is full."""
-        for path in sorted(self.out.glob(RANK_MANIFEST.format("*"))):
-            for _, line in read_lines(path):
-                self._append(line)
-            path.unlink()
-
-    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield index and line of the finished images in the order of the source, read one by one."""
-        for index, name in enumerate(self.inputs):
-            image = self._images.get(name)
-            if image is not None and image.sizes is not None and (line := self._read_line(image.offset)) is not None:
-                yield index, line
-
-    def annotated_images(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines of the annotated images of all calls, by their numbers."""
-        for image in sorted(self._images.values(), key=lambda image: image.image_id):
-            if image.annotated and (line := self._read_line(image.offset)) is not None:
-                yield line
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _read_line(self, offset: int) -> dict[str, Any] | None:
-        with open(self.out / MANIFEST, "rb") as file:
-            file.seek(offset)
-            return parse_line(file.readline())
-
-    def _append(self, line: dict[str, Any]) -> None:
-        offset = os.path.getsize(self._file.path)
-        self._file.append(line)
-        self._remember(offset, line)
-
-    def _remember(self, offset: int, line: dict[str, Any]) -> None:
-        source, key = line.get("source"), line.get("key")
-        if not isinstance(source, str) or not isinstance(key, str):
-            return
-        sizes, image_id = None if "skipped" in line else line["files"], line.get("image_id", 0)
-        annotated = sizes is not None and line.get("annotations") is not None
-        self._images.pop(source, None)
-        self._images[source] = _Finished(offset, key, line.get("stamp"), image_id, sizes, annotated, line.get("depths"))
-
-
-def file_endings(formats: Sequence[str], num_regions: int) -> list[str]:
-    """Return what follows NAME_ in the files of one image."""
-    endings = ["labels.png"] if "labels" in formats else []
-    endings += [f"mask_{k}.png" for k in range(num_regions)] if "masks" in formats else []
-    return endings + (["overlay.png"] if "overlays" in formats else [])
+    files: dict[str, Callable[[Path], Any]]
+    record: dict[str, Any]
 
 
 def make_image_files(
-    stem: str, image: Image.Image, labels: np.ndarray, masks: np.ndarray | None, formats: Sequence[str]
-) -> dict[str, Callable[[Path], None]]:
-    """Return what saves each file of one image, by name.
+    names: dict[str, str],
+    image: Image.Image,
+    labels: np.ndarray,
+    masks: np.ndarray | None,
+    outputs: Outputs,
+    image_path: str,
+) -> ImageFiles:
+    """Make the files of one image.
 
     Args:
-        stem: start of the names.
+        names: of :meth:`Outputs.file_names`.
+        image: RGB.
         labels: uint8 [H, W].
-        masks: uint8 [K, H, W]; only needed for "masks".
-        formats: which files.
+        masks: uint8 [K, H, W]; only needed for masks and cut-outs.
+        outputs: what is written.
+        image_path: of the image from labelme's file.
     """
-    files: dict[str, Image.Image] = {}
-    if "labels" in formats:
-        files["labels.png"] = make_label_image(labels)
-    if "masks" in formats and masks is not None:
-        files |= {f"mask_{k}.png": Image.fromarray(mask) for k, mask in enumerate(masks)}
-    if "overlays" in formats:
-        files["overlay.png"] = _draw_overlay(image, labels)
-    return {
-        f"{stem}_{end}": partial(result.save, compress_level=6 if end == "labels.png" else 1)
-        for end, result in files.items()
+    count = outputs.num_regions
+    images: dict[str, Image.Image] = {}
+    if "labels.png" in names:
+        images["labels.png"] = make_label_image(labels)
+    if "labels_grey.png" in names:
+        images["labels_grey.png"] = Image.fromarray(labels)
+    if "overlay.png" in names:
+        images["overlay.png"] = _draw_overlay(image, labels)
+    if masks is not None:
+        images |= {f"mask_{k}.png": Image.fromarray(mask) for k, mask in enumerate(masks) if f"mask_{k}.png" in names}
+        images |= {end: cut_out(image, masks, outputs.region) for end in names if end.startswith("cutout_")}
+    files: dict[str, Callable[[Path], Any]] = {
+        names[end]: partial(result.save, compress_level=6 if end.startswith("labels") else 1)
+        for end, result in images.items()
     }
+    areas = np.bincount(labels.ravel(), minlength=count) / labels.size
+    record = {"width": image.width, "height": image.height, "areas": areas.tolist()}
+    record["annotations"] = make_annotations(labels, count) if "coco" in outputs.formats else None
+    if outputs.has_polygons:
+        polygons = [trace_polygons(labels == k, outputs.tolerance) for k in range(count)]
+        record["tolerance"] = outputs.tolerance
+        if "coco-polygons" in outputs.formats:
+            record["polygons"] = make_polygon_annotations(labels, polygons)
+        if "labelme.json" in names:
+            files[names["labelme.json"]] = partial(_write_text, make_labelme(polygons, image.size, image_path))
+        if "yolo.txt" in names:
+            files[names["yolo.txt"]] = partial(_write_text, make_yolo(polygons, image.size))
+    return ImageFiles(files, record)
+
+
+def cut_out(image: Image.Image, masks: np.ndarray, region: Sequence[int]) -> Image.Image:
+    """Return an RGBA image: ``image`` where regions of ``masks``, uint8 [K, H, W], are, transparent black elsewhere."""
+    share = masks[list(region)].sum(0, dtype=np.float32) / 255
+    alpha = unit_to_uint8(((share - CLEAR_SHARE) / (1 - 2 * CLEAR_SHARE)).clip(0, 1))
+    pixels = np.dstack([np.asarray(image), alpha])
+    pixels[alpha == 0] = 0
+    return Image.fromarray(pixels)
+
+
+def locate_image(source: Source, index: int, folder: Path) -> str:
+    """Return the path of an image from ``folder``; the name of one that is not a file of its own."""
+    if isinstance(source, FileSource):
+        path = os.path.relpath(os.path.realpath(source.path(index)), os.path.realpath(folder))
+        return path.replace(os.sep, "/")
+    return source.names[index]
+
+
+def _write_text(text: str, path: Path) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _draw_overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
@@ -285,32 +197,3 @@ def _draw_overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
         band = overlay_regions(np.asarray(image.crop((0, top, image.width, bottom))), labels[top:bottom])
         overlay.paste(Image.fromarray(band[:step]), (0, top))
     return overlay
-
-
-def write_annotations(manifest: Manifest, record: OutputRecord) -> Path:
-    """Write annotations.json of the images of all calls in the COCO format; category k + 1 is region k."""
-    num_regions = max((len(line["areas"]) for line in manifest.annotated_images()), default=0)
-    categories = [{"id": k + 1, "name": f"region {k}", "supercategory": "region"} for k in range(num_regions)]
-    info = {"description": "regions of images, segmented by factorkit", "version": "1.0", "contributor": "factorkit"}
-    with record.writing(ANNOTATIONS, ANNOTATIONS_SOURCE) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(f'{{"info": {json.dumps(info)},\n"licenses": [],\n"categories": {json.dumps(categories)},\n')
-        file.write('"images": [')
-        separator, names = "\n", set()
-        for line in manifest.annotated_images():
-            # two images of one name, from different folders: the path of the second one
-            name = line["source"] if line["name"] in names else line["name"]
-            names.add(name)
-            image = {"id": line["image_id"], "file_name": name, "width": line["width"], "height": line["height"]}
-            file.write(separator + json.dumps(image))
-            separator = ",\n"
-        file.write('],\n"annotations": [')
-        separator, count = "\n", 0
-        for line in manifest.annotated_images():
-            for annotation in line["annotations"]:
-                count += 1
-                entry = {k: v for k, v in annotation.items() if k != "region"}
-                entry |= {"id": count, "image_id": line["image_id"], "category_id": annotation["region"] + 1}
-                file.write(separator + json.dumps({**entry, "iscrowd": 0}))
-                separator = ",\n"
-        file.write("]}\n")
-    return manifest.out / ANNOTATIONS

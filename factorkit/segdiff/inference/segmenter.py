@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from factorkit.segdiff.inference.segment import (
     Segmentation,
     check_segment_settings,
     hard_labels,
+    is_unlike,
     predict_masks,
     segment_image,
 )
@@ -59,6 +61,11 @@ class LoadedModel:
 
 class Segmenter(LoadedModel):
     """The segmenting methods of :class:`~factorkit.segdiff.run.SegdiffRun`."""
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """The last scores against labels; None if there are none."""
+        return None
 
     def segment(
         self,
@@ -102,11 +109,13 @@ class Segmenter(LoadedModel):
         """
         predict, size = self.predictor(t, quality), check_segment_settings(self.config, size, upsample)
         decoded, names = read_images(images)
-        masks = [segment_image(self.config, image, predict, size, upsample) for image in decoded]
+        judge = self._judge(t)
+        results = [segment_image(self.config, image, predict, judge, size, upsample) for image in decoded]
+        masks, unlike = [masks for masks, _ in results], tuple(unlike for _, unlike in results)
         labels = [hard_labels(m, self.config.nesting) for m in masks]
         if len({m.shape for m in masks}) == 1:
-            return Segmentation(torch.stack(labels), torch.stack(masks), names, self.config.nesting)
-        return Segmentation(labels, masks, names, self.config.nesting)
+            return Segmentation(torch.stack(labels), torch.stack(masks), names, self.config.nesting, unlike)
+        return Segmentation(labels, masks, names, self.config.nesting, unlike)
 
     def segment_folder(
         self,
@@ -114,6 +123,8 @@ class Segmenter(LoadedModel):
         out: str | Path,
         *,
         formats: Sequence[str] = DEFAULT_FORMATS,
+        region: str | int = "auto",
+        tolerance: float = 1.0,
         t: int | None = None,
         size: int | None = None,
         upsample: str = "guided",
@@ -132,9 +143,14 @@ class Segmenter(LoadedModel):
             images: as for :meth:`segment`; results of an earlier call among them are ignored.
             out: output folder; folders of images keep their structure below it. Images of one name from different
                 folders get distinct names (img, img-2), and annotations.json holds the images of all calls.
-            formats: ``"labels"`` (NAME_labels.png, palette), ``"masks"`` (NAME_mask_K.png, grey, 8 bits),
-                ``"overlays"`` (NAME_overlay.png), ``"coco"`` (annotations.json, COCO run lengths). overview.png
-                with the first images is always written.
+            formats: ``"labels"`` (NAME_labels.png, palette), ``"grey-labels"`` (NAME_labels_grey.png, grey values 0 to
+                K-1), ``"masks"`` (NAME_mask_K.png, grey, 8 bits), ``"overlays"`` (NAME_overlay.png), ``"cutout"``
+                (NAME_cutout_K.png, RGBA), ``"coco"`` (annotations.json, COCO run lengths), ``"coco-polygons"``
+                (polygons.json, run lengths for regions with holes), ``"labelme"`` (labelme/NAME.json), ``"yolo"``
+                (yolo/labels/NAME.txt and yolo/classes.txt). overview.png with the first images is always written.
+            region: what cut-outs show: a number from 0 to K-1, or ``"auto"``
+                (:func:`~factorkit.segdiff.inference.cutout_region.choose_cutout_region`; the result says which).
+            tolerance: of the polygons' simplification in pixels; 0 keeps every corner.
             t, size, upsample, quality: as for :meth:`segment`.
             workers: threads that read, and as many that write; None: one per core, at most 8.
             progress: show a progress bar with the time left.
@@ -158,7 +174,19 @@ class Segmenter(LoadedModel):
         settings = {"t": self._check_time(t), "size": size, "upsample": upsample, "quality": quality}
         with cpu_threads(self.config.threads):
             return segment_folder(
-                self.model, self.config, predict, source, Path(out), settings, formats, workers, progress, overwrite
+                self.model,
+                self.config,
+                predict,
+                source,
+                Path(out),
+                settings,
+                formats,
+                workers,
+                progress,
+                overwrite,
+                region,
+                tolerance,
+                self.scores,
             )
 
     def segment_video(
@@ -205,6 +233,10 @@ class Segmenter(LoadedModel):
             return write_video(
                 source, frames, Path(out), self.config.num_leaf_regions, progress, source=video, overwrite=overwrite
             )
+
+    def _judge(self, t: int | None) -> Callable[[np.ndarray, Tensor], bool]:
+        """Return :func:`is_unlike` of this model at time step t."""
+        return partial(is_unlike, self.model, self._check_time(t))
 
     def predictor(self, t: int | None, quality: str, label: int | None = None) -> Callable[[Tensor], Tensor]:
         """Return a function from images [N, 3, h, w] in [-1, 1] to their masks [N, K, h, w].

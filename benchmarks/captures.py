@@ -1,0 +1,194 @@
+"""Stand-ins for real captures: a turntable of the procedural scene, with faults of real captures switched on.
+
+    python -m benchmarks.captures --faults none light exposure axis shift size roll pace clutter masks focal all
+    python -m benchmarks.captures --faults all --seeds 0 1 2 --set 'ordered="no"'
+
+Each run is the search for the cameras at 32 px with the preset "fast", without the encoder. Results are stored in
+benchmarks/results/captures.json, and not made again; without --faults the table of all is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from benchmarks.recording import commit, machine, read_results, write_result
+from factorkit.data.procedural.scene import STEP, make_scene_field
+from factorkit.data.procedural.scene import _make_occupancy as make_occupancy
+from factorkit.data.views.views import Views, resize_area
+from factorkit.metrics.pose import is_mirrored, pose_errors
+from factorkit.nerfdiff.config import preset_config
+from factorkit.nerfdiff.scene import open_scene
+from factorkit.nerfdiff.stages.pipeline import Training
+from factorkit.nerfdiff.stages.pose_search import DictionarySearch
+from factorkit.nerfdiff.train import choose_capture_settings
+from factorkit.rendering import OccupancySampling, image_rays, intrinsics_from_fov, look_at, render
+
+RESULTS = Path(__file__).with_name("results") / "captures.json"
+RADIUS, FOV = 4.0, 35.0
+RENDERED_SIDE = 64  # pixels, before the masks are made wrong
+FAULTS = {
+    "light": "the lights stay with the camera while the object turns",
+    "exposure": "brightness and white balance change from view to view (15% and 5%)",
+    "axis": "the object stands beside the turntable's axis, by 15% of its size",
+    "shift": "the camera does not look at the axis: up to 12% of the image in each direction, another in each view",
+    "size": "the distance of the camera changes by up to 20%",
+    "roll": "the camera turns about its axis by up to 6 degrees",
+    "pace": "steps between views vary from 0.3 to 1.7 of their mean, elevations by 8 degrees",
+    "clutter": "the masks are 3% of the image too wide and show a cluttered background",
+    "masks": "in 5% of the views the mask lacks half of the object",
+    "focal": "the given focal length is 25% too short",
+}
+
+
+def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60, size: int = 32) -> Views:
+    """Return views of the procedural scene on a turntable, in order, with masks and true poses.
+
+    Args:
+        faults: names of :data:`FAULTS`; "all" is all of them.
+        seed: of the faults, of the first azimuth and of the elevation (15 to 35 degrees).
+        count: number of views of the whole turn.
+        size: side of the images in pixels.
+    """
+    if unknown := set(faults) - {*FAULTS, "all"}:
+        raise ValueError(f"faults {sorted(unknown)}: choose from {', '.join(FAULTS)}, all")
+    on = set(FAULTS) if "all" in faults else set(faults)
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int) -> Tensor:
+        return 2 * torch.rand(*shape, generator=generator) - 1
+
+    def where(fault: str, values: Tensor) -> Tensor:
+        return values if fault in on else torch.zeros_like(values)
+
+    pace = 1 + where("pace", 0.7 * uniform(count))
+    azimuth = (pace.cumsum(0) / pace.sum() + torch.rand(1, generator=generator)) * 2 * math.pi
+    elevation = 25 + 10 * uniform(1) + where("pace", 8 * (azimuth + uniform(1) * math.pi).sin())
+    elevation = elevation.deg2rad()
+    distance = RADIUS * (1 + where("size", 0.2 * uniform(count)))
+    direction = torch.stack([elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], 1)
+    turn = uniform(1) * math.pi
+    axis = where("axis", 0.25 * torch.stack([turn.cos(), turn.sin(), 0 * turn], 1)).expand(count, 3)
+    up = torch.tensor([0.0, 0.0, 1.0])
+    poses = look_at(axis + distance[:, None] * direction, axis, up)
+    field_of_view = math.tan(math.radians(FOV / 2))
+    right, down = (where("shift", 0.24 * field_of_view * uniform(2, count))).unbind()
+    roll = where("roll", math.radians(6) * uniform(count))
+    poses[:, :3, :3] = poses[:, :3, :3] @ _rotations(down, right, roll)
+    light = torch.tensor([0.37, 0.23, 0.9]).expand(count, 3)
+    if "light" in on:  # as the camera would see it from azimuth 0
+        c, s = azimuth.cos(), azimuth.sin()
+        light = torch.stack([0.8 * c - 0.4 * s, 0.8 * s + 0.4 * c, torch.full_like(c, 0.6)], 1)
+    intrinsics = intrinsics_from_fov(FOV, RENDERED_SIDE, RENDERED_SIDE)
+    rendered = [_render(pose, intrinsics, own) for pose, own in zip(poses, light, strict=True)]
+    color, opacity = (torch.stack(parts) for parts in zip(*rendered, strict=True))
+    gain = (where("exposure", 0.15 * uniform(count, 1)) + where("exposure", 0.05 * uniform(count, 3))).exp()
+    background = torch.zeros(1, 3, RENDERED_SIDE, RENDERED_SIDE)
+    masks = opacity
+    if "clutter" in on:
+        background = interpolate(torch.rand(1, 3, 8, 8, generator=generator), RENDERED_SIDE, mode="bicubic").clamp(0, 1)
+        masks = torch.nn.functional.max_pool2d(masks, 5, stride=1, padding=2)
+    if "masks" in on:
+        for i in torch.randperm(count, generator=generator)[: math.ceil(0.05 * count)].tolist():
+            left = int((masks[i, 0].sum(0).cumsum(0) < masks[i].sum() / 2).sum())
+            masks[i, :, :, :left] = 0
+    images = ((color + (1 - opacity) * background) * gain[:, :, None, None]).clamp(0, 1)
+    images = images * masks + (1 - masks)
+    stored = intrinsics.clone()
+    stored[[0, 1], [0, 1]] *= 0.75 if "focal" in on else 1.0
+    return Views(
+        images=resize_area(images, size, size).clamp(0, 1),
+        masks=resize_area(masks, size, size).clamp(0, 1),
+        poses=poses,
+        intrinsics=(stored * torch.tensor([size / RENDERED_SIDE, size / RENDERED_SIDE, 1.0])[:, None]).repeat(
+            count, 1, 1
+        ),
+        names=[f"frame_{i:03d}.png" for i in range(count)],
+        background=torch.ones(3),
+    )
+
+
+def _rotations(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    import roma
+
+    tilt, turn = torch.stack([x, y, 0 * z], 1), torch.stack([0 * z, 0 * z, z], 1)
+    return roma.rotvec_to_rotmat(tilt) @ roma.rotvec_to_rotmat(turn)
+
+
+@torch.no_grad()
+def _render(pose: Tensor, intrinsics: Tensor, light: Tensor) -> tuple[Tensor, Tensor]:
+    """Return colour on black [3, H, W] and opacity [1, H, W]."""
+    rays = image_rays(pose, intrinsics, RENDERED_SIDE, RENDERED_SIDE)
+    sampling = OccupancySampling(make_occupancy(False), step=STEP)
+    result = render(make_scene_field(light_direction=light), rays, sampling, background=torch.zeros(3), chunk=1 << 16)
+    return result.color.permute(2, 0, 1).clamp(0, 1), result.opacity[None].clamp(0, 1)
+
+
+def find_cameras(views: Views, seed: int, **changes: Any) -> dict[str, Any]:
+    """Find the cameras of views and score them."""
+    config = preset_config("fast", search="dictionary", device="cpu", seed=seed, **changes)
+    scene = open_scene(views, config.resolution, torch.device("cpu"), False)
+    config, start = choose_capture_settings(config, scene), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(config, scene, Path(folder), {}, progress=False)
+        fitted, duplication = DictionarySearch(training).run()
+        seconds, poses = time.process_time() - start, fitted.poses().detach()
+        held_out = training.cross_fit("cross", poses, scene)
+    errors = pose_errors(poses, views.poses)
+    return {
+        "rotation_median_deg": errors.rotation_median_deg,
+        "under_10_deg": errors.under_10_deg,
+        "mirrored": is_mirrored(poses, views.poses),
+        "held_out_cross": held_out.cross,
+        "held_out_nearest": held_out.nearest,
+        "doubled": duplication,
+        "optimize_camera": list(config.optimize_camera or ()),
+        "ordered": config.ordered,
+        "processor_seconds": round(seconds),
+    }
+
+
+def format_table(results: dict[str, dict[str, Any]]) -> str:
+    """Return a line for each run."""
+    lines = [
+        "| run | degrees, median | under 10 | held-out error | over nearest | s of CPU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, r in results.items():
+        lines.append(
+            f"| {key} | {r['rotation_median_deg']:.1f} | {r['under_10_deg']:.0%} | {r['held_out_cross']:.2f} | "
+            f"{r['held_out_nearest']:.2f} | {r['processor_seconds']} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", nargs="*", default=[], help="names, several joined by +, none or all")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    changes = {k: json.loads(v) for k, v in (entry.split("=", 1) for entry in args.set)}
+    for seed in args.seeds:
+        for name in args.faults:
+            key = " ".join([name, *(f"{k}={v}" for k, v in changes.items()), f"seed={seed}"])
+            if key not in read_results(RESULTS):
+                views = make_capture(() if name == "none" else name.split("+"), seed=seed)
+                result = find_cameras(views, seed, **changes) | {"machine": machine(1), "commit": commit()}
+                write_result(RESULTS, key, result)
+    print(format_table(read_results(RESULTS)))
+
+
+if __name__ == "__main__":
+    main()

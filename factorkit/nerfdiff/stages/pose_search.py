@@ -1,0 +1,155 @@
+"""Find the cameras of unposed views: a search for a start, refinement, and the flip test."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from factorkit.nerfdiff.cameras.poses import (
+    FreePoses,
+    OrbitPoses,
+    direction_grid,
+    forward_facing_poses,
+    orbit_poses,
+    position_grid,
+    rotate_about_z,
+)
+from factorkit.nerfdiff.scene import Scene
+from factorkit.nerfdiff.stages.dictionary import SearchTask, ToPoses
+from factorkit.nerfdiff.stages.flip_test import best_rotations, reassign_outliers
+from factorkit.nerfdiff.stages.ordered import RING_ELEVATIONS, WAYS, ring_directions
+from factorkit.nerfdiff.stages.recentre import aim_from_offsets, directions_with_aim, foreground_offsets, recentre_scene
+from factorkit.nerfdiff.stages.stage_training import StageTraining
+
+FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
+FORWARD_COARSENESS = 0.5  # when forward-facing poses start to move: they are many pixels off
+# of the short fit that tells starts apart
+START_FIT: dict[str, Any] = {"steps": 150, "learning_rate": 0.05, "batch_size": 8, "rays_per_view": 256}
+
+
+class DictionarySearch:
+    """Find the poses of all views of a training without structure from motion.
+
+    Args:
+        training: whose stages are trained.
+    """
+
+    def __init__(self, training: StageTraining):
+        self.training, self.config, self.scene = training, training.config, training.scene
+        self.centred, self.aim = self._recentre()
+
+    def _recentre(self) -> tuple[Scene, Tensor | None]:
+        """Return the scene for the search, and the aim [V, 2] of the cameras of the original views, None if it is 0."""
+        scene = self.scene
+        if "aim" not in self.config.pose_parameters or scene.foreground is None:
+            return scene, None
+        offsets = foreground_offsets(scene.foreground)
+        return recentre_scene(scene, offsets), aim_from_offsets(offsets)
+
+    def run(self) -> tuple[Any, float | None]:
+        """Search, refine and flip-test the poses.
+
+        Returns:
+            The fit, and the share of views that the last round of the flip test moved; None in a forward-facing scene.
+        """
+        training, config, scene = self.training, self.config, self.scene
+        refine = partial(training.fit, optimize_focal=True)
+        if scene.layout == "forward":
+            start, place = self._assign_views(position_grid(*FORWARD_GRID), forward_facing_poses)
+            free = FreePoses(forward_facing_poses(place))
+            fitted = refine("refine", start, free, preview_name="refine", initial_coarseness=FORWARD_COARSENESS)
+            return training.with_final_field(fitted), None
+        low, high = config.elevation_range
+        rows = config.num_elevations
+        elevations = [low + (high - low) * (i + 0.5) / rows for i in range(rows)]
+        places = direction_grid(config.num_azimuths, elevations).to(training.device)
+        start, place = self._assign_views(places, partial(orbit_poses, distance=scene.distance))
+        if config.ordered == "yes":
+            place = self._choose_start(place)
+        if self.aim is not None or config.ordered == "yes":  # places are too far off for a field that is sharp already
+            start, refine = self._fresh_field(), partial(refine, initial_coarseness=1.0)
+        fitted = refine("refine", start, self._orbit_poses(place).requires_grad_(), preview_name="refine")
+        poses = fitted.poses.with_directions(fitted.poses.direction.detach())
+        refined_directions, moved = poses.direction, 0
+        refined_scene = replace(scene, camera=scene.camera.with_intrinsics(fitted.camera.intrinsics.detach()))
+        for number in range(max(1, config.flip_rounds)):
+            poses, moved = self._flip_round(number, poses, places, refined_scene)
+            if not moved:
+                break
+        if config.flip_rounds and (poses.direction != refined_directions).any():
+            poses.requires_grad_()
+            fitted = refine("refine again", self._fresh_field(), poses, preview_name="refine_again")
+        return training.with_final_field(fitted), moved / len(refined_directions)
+
+    def _fresh_field(self) -> Any:
+        training = self.training
+        return training.add_occupancy(training.new_field("grid", self.config.grid_resolution))
+
+    def _assign_views(self, places: Tensor, to_poses: ToPoses) -> tuple[Any, Tensor]:
+        """Assign the views to positions [D, 3]; return the fitted field and the position [V, 3] of each view."""
+        training, config = self.training, self.config
+        field, places = training.new_field("grid", config.search_grid_resolution), places.to(training.device)
+        found = training.train_stage(
+            "search",
+            lambda stage: SearchTask(stage, self.centred, field, places, to_poses),
+            steps=config.search_steps,
+            batch_size=config.views_per_step,
+            learning_rate=config.search_learning_rate,
+            lr_decay_fraction=0.0,
+            ema_decay=0.0,
+            sample_every=max(1, config.search_steps // 5),
+        )
+        start = training.add_occupancy(found.field.resampled(config.grid_resolution))
+        return start, found.poses.places[found.poses.assigned]
+
+    def _choose_start(self, place: Tensor) -> Tensor:
+        """Return ``place`` [V, 3] or an even ring: from which a short fit explains held-out views best."""
+        training, names = self.training, self.scene.names
+        starts, errors = {}, {}
+
+        def try_start(name: str, direction: Tensor) -> float:
+            starts[name] = direction.to(place)
+            poses = self._orbit_poses(starts[name]).requires_grad_()
+            fitted = training.fit_small(f"start {name}", poses, initial_coarseness=1.0, **START_FIT)
+            errors[name] = training.cross_fit(f"start {name} half ", fitted.poses().detach(), self.scene).cross
+            return errors[name]
+
+        try_start("search", place)
+        first, *others = RING_ELEVATIONS
+        left, right = (try_start(f"{way} {first:g}", ring_directions(names, way, first)) for way in WAYS)
+        way = WAYS[0] if left <= right else WAYS[1]
+        for elevation in others:
+            try_start(f"{way} {elevation:g}", ring_directions(names, way, elevation))
+        best = min(errors, key=lambda name: errors[name])
+        training.log_once("starts", held_out_cross=errors, best=best)
+        return starts[best]
+
+    def _orbit_poses(self, position: Tensor) -> OrbitPoses:
+        """Return poses of cameras in directions [V, 3] from the origin, which see it at the centre of their object."""
+        if self.aim is None:
+            return OrbitPoses(position, self.scene.distance, self.config.pose_parameters)
+        poses = OrbitPoses(directions_with_aim(position, self.aim), self.scene.distance, self.config.pose_parameters)
+        poses.freedom["aim"].data.copy_(self.aim)
+        return poses
+
+    def _flip_round(self, number: int, poses: OrbitPoses, places: Tensor, scene: Scene) -> tuple[OrbitPoses, int]:
+        """Run one round of the flip test over both halves; return the new poses and how many views were moved."""
+        moved, training = 0, self.training
+        for name, fitting, choosing in training.both_halves(len(poses.direction), number):
+            held_out = training.fit_half(f"flip {number}{name}", number, poses, fitting, scene)
+            before = poses.direction[choosing]
+            degrees = best_rotations(held_out.field, scene, poses().detach(), choosing, held_out.samples)
+            direction = poses.direction.clone()
+            direction[choosing] = torch.where(degrees[:, None] != 0, rotate_about_z(before, degrees), before)
+            poses = poses.with_directions(direction)
+            direction = direction.clone()
+            direction[choosing] = reassign_outliers(
+                held_out.field, scene, poses, choosing, places, held_out.samples, self.centred
+            )
+            poses = poses.with_directions(direction)
+            moved += int((direction[choosing] != before).any(1).sum())
+        return poses, moved

@@ -1,0 +1,181 @@
+"""One stage of a training run: its folder, its fit, and cross-fits to halves of the views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from factorkit.engine.run_folder import RunLog, copy_folder
+from factorkit.engine.trainer import Trainer
+from factorkit.nerfdiff.cameras.poses import FreePoses
+from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.nerfdiff.fields.base import Field, build_occupancy_grid, occupancy_cells
+from factorkit.nerfdiff.fields.kinds import GridField, build_field
+from factorkit.nerfdiff.held_out import HeldOutErrors, compare_held_out
+from factorkit.nerfdiff.scene import Scene
+from factorkit.nerfdiff.stages.flip_test import split_in_halves
+from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
+from factorkit.nerfdiff.verdict import write_report
+from factorkit.utils import distributed
+from factorkit.utils.files import read_log
+from factorkit.utils.rng import derived_seed
+
+HELD_OUT_STEPS = 100  # of the fresh fields of the flip test
+HELD_OUT_LEARNING_RATE = 0.08
+HELD_OUT_RESOLUTION = 20  # vertices along each side
+HELD_OUT_MAX_SAMPLES = 32  # along a ray
+CROSS_FIT = {"batch_size": 8, "rays_per_view": 256}  # of the fields of the held-out checks, whatever the run has
+
+Flip = tuple[str, Tensor, Tensor]  # name, views that fit a field, views that choose by it
+
+
+class StageTraining:
+    """Train the stages of a run, each with checkpoints of its own under ``stages/``; the last one is the run itself.
+
+    A finished stage is loaded instead of trained, so an interrupted run resumes in the stage it was in.
+
+    Args:
+        settings: stored with every checkpoint.
+    """
+
+    def __init__(self, config: NerfdiffConfig, scene: Scene, folder: Path, settings: dict[str, Any], progress: bool):
+        self.config, self.scene, self.folder, self.settings = config, scene, folder, settings
+        self.progress, self.device = progress, scene.images.device
+
+    def train_stage(
+        self, name: str, build_task: Callable[[NerfdiffConfig], Any], folder: Path | None = None, **changes: Any
+    ) -> Any:
+        """Train a stage to its end and return its averaged model.
+
+        Args:
+            name: of the stage; it determines its random numbers.
+            build_task: from the stage's configuration to its task.
+            folder: of the run, for the last stage; None: a folder of the stage.
+            **changes: to the configuration.
+        """
+        averages = () if folder is None else self.config.extra_ema_decays  # of the run, not of its stages
+        config = self.config.stage(name, extra_ema_decays=averages, **changes)
+        stage_folder = folder or self.folder / "stages" / name
+        trained = Trainer(
+            build_task(config),
+            config,
+            stage_folder,
+            self.settings | {"stage": name},
+            device=self.device,
+            progress=self.progress,
+            report=write_report if folder else None,
+        ).run()
+        previews = stage_folder / "samples"
+        if folder is None and distributed.rank() == 0 and previews.is_dir():  # for the run's report
+            copy_folder(previews, self.folder / "samples")
+        return trained
+
+    def log_once(self, event: str, **values: Any) -> None:
+        """Log an event of the run unless its log has one of this name: a resumed run decides again, alike."""
+        if distributed.rank() == 0 and event not in {line.get("event") for line in read_log(self.folder)}:
+            with RunLog(self.folder) as log:
+                log.event(event, **values)
+
+    def fit(
+        self,
+        name: str,
+        field: Field,
+        poses: nn.Module,
+        *,
+        scene: Scene | None = None,
+        views: Tensor | None = None,
+        preview_name: str | None = None,
+        optimize_focal: bool = False,
+        samples: int | None = None,
+        initial_coarseness: float = 0.0,
+        **changes: Any,
+    ) -> Any:
+        """Fit a field, free poses and, if ``optimize_camera`` has it, the focal length; return the :class:`SceneFit`.
+
+        Args:
+            field: to fit.
+            poses: from view indices to poses.
+            scene: None: that of the run.
+            views: see :class:`FitTask`, as are ``preview_name`` and ``initial_coarseness``.
+            preview_name: see ``views``.
+            optimize_focal: whether the setting's "focal" applies to this stage.
+            samples: along each ray; None: those of the run.
+            initial_coarseness: see ``views``.
+            **changes: to the configuration.
+        """
+        config, scene = self.config, scene or self.scene
+        model = SceneFit(
+            field.to(self.device),
+            poses.to(self.device),
+            scene.camera,
+            scene.size,
+            samples or config.samples_per_ray,
+            optimize_focal and "focal" in (config.optimize_camera or ()),
+        )
+        changes = {
+            "steps": config.field_steps,
+            "batch_size": config.views_per_step,
+            "learning_rate": config.field_learning_rate,
+            "lr_decay_fraction": 0.5,
+            "ema_decay": 0.0,
+            **changes,
+        }
+        build_task = lambda stage: FitTask(stage, scene, model, views, preview_name, initial_coarseness)  # noqa: E731
+        return self.train_stage(name, build_task, **changes)
+
+    def cross_fit(self, name: str, poses: Tensor, scene: Scene) -> HeldOutErrors:
+        """Return the errors of fields that were fitted to half of the views at poses [V, 4, 4], in both roles."""
+        fixed = FreePoses(poses).requires_grad_(False)
+        fields: list[Field] = []
+        halves: list[tuple[Tensor, Tensor]] = []
+        samples = 0
+        for half, fitting, held_out in self.both_halves(len(poses), 0):
+            fitted = self.fit_half(f"{name}{half}", 0, fixed, fitting, scene, **CROSS_FIT)
+            fields, halves, samples = [*fields, fitted.field], [*halves, (fitting, held_out)], fitted.samples
+        return compare_held_out(fields, halves, scene, poses, samples)
+
+    def both_halves(self, count: int, number: int) -> Iterator[Flip]:
+        """Yield the two halves of the views in one round, in both roles."""
+        one, other = split_in_halves(count, derived_seed("halves", self.config.seed, number))
+        yield from (("a", one, other), ("b", other, one))
+
+    def fit_half(self, name: str, number: int, poses: nn.Module, views: Tensor, scene: Scene, **changes: Any) -> Any:
+        """Fit a small fresh field to half of the views, with changes to the configuration."""
+        changes = {"steps": HELD_OUT_STEPS, "learning_rate": HELD_OUT_LEARNING_RATE, **changes}
+        return self.fit_small(name, poses, number, scene=scene, views=views, **changes)
+
+    def fit_small(self, name: str, poses: nn.Module, number: int = 0, **options: Any) -> Any:
+        """Fit a small fresh field; options are those of :meth:`fit`."""
+        seed = derived_seed("half", self.config.seed, number) % 2**31
+        field = self.new_field("grid", HELD_OUT_RESOLUTION, seed)
+        samples = min(self.config.samples_per_ray, HELD_OUT_MAX_SAMPLES)
+        return self.fit(name, field, poses, samples=samples, lr_decay_fraction=0.0, keep_checkpoints=1, **options)
+
+    def with_final_field(self, fitted: Any) -> Any:
+        """Return the fit with the field of the settings; the search uses a grid."""
+        return fitted if self.config.field == "grid" else self.fit("fit", self.final_field(), fitted.poses)
+
+    def final_field(self) -> Field:
+        """Return a fresh field of the settings."""
+        return self.add_occupancy(self.new_field(self.config.field, self.config.grid_resolution))
+
+    def new_field(self, kind: str, resolution: int, seed: int | None = None) -> Field:
+        """Return a fresh field of a kind, with the background and appearance of the settings."""
+        config = self.config
+        return build_field(
+            kind,
+            resolution,
+            config.seed if seed is None else seed,
+            background=config.background,
+            views=len(self.scene.images),
+            appearance_dim=config.appearance_dim,
+        ).to(self.device)
+
+    def add_occupancy(self, field: Field) -> Field:
+        """Add an occupancy grid if the settings have one for this kind of field."""
+        if self.config.occupancy and isinstance(field, GridField) == (self.config.field == "grid"):
+            field.occupancy = build_occupancy_grid(occupancy_cells(self.config.samples_per_ray))
+        return field.to(self.device)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.captures import FAULTS, make_capture
+from factorkit.data.procedural.scene import make_procedural_views
+from factorkit.engine.run_folder import claimed
+from factorkit.nerfdiff.cameras.poses import azimuth_degrees
+from factorkit.nerfdiff.config import preset_config
+from factorkit.nerfdiff.scene import open_scene
+from factorkit.nerfdiff.stages import pose_search, stage_training
+from factorkit.nerfdiff.stages.ordered import RING_ELEVATIONS, are_ordered, ring_azimuths, ring_directions
+from factorkit.nerfdiff.train import choose_capture_settings, estimate, train_nerfdiff
+from factorkit.nerfdiff.training_views import complete_settings
+from factorkit.utils.files import read_log
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("names", "turns"),
+    [
+        (["a1.png", "a2.png", "a3.png", "a5.png"], [0, 72, 144, 288]),
+        (["x/b7_10.jpg", "x/b7_20.jpg", "x/b7_30.jpg"], [0, 120, 240]),
+        (["front", "left", "right"], [0, 120, 240]),
+        (["3.png", "2.png", "1.png"], [0, 120, 240]),
+        (["20240101.png", "20240102.png", "20240103.png", "20240201.png"], [0, 90, 180, 270]),
+    ],
+)
+def test_ring_azimuths_follow_the_numbers_of_the_names(names, turns):
+    assert torch.allclose(ring_azimuths(names), torch.tensor(turns, dtype=torch.float32))
+
+
+def test_ring_directions_go_both_ways():
+    left, right = (ring_directions([f"{i}.png" for i in range(8)], way, 25.0) for way in ("left", "right"))
+    assert torch.allclose(azimuth_degrees(left), torch.arange(8) * 45.0, atol=1e-3)
+    assert torch.allclose(left * torch.tensor([1.0, -1, 1]), right, atol=1e-6)
+    assert torch.allclose(left[:, 2].asin().rad2deg(), torch.full((8,), 25.0), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_are_ordered_a_turn_is_and_random_views_are_not():
+    turn = open_scene(make_capture(("shift", "exposure"), count=16, size=16), 16, CPU, False)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    mixed = open_scene(make_capture(("shift", "exposure"), count=16, size=16).select(order), 16, CPU, False)
+    assert are_ordered(turn) and not are_ordered(mixed)
+    config = preset_config("fast", ordered="auto")
+    assert [choose_capture_settings(config, scene).ordered for scene in (turn, mixed)] == ["yes", "no"]
+    assert choose_capture_settings(replace(config, poses="known"), turn).ordered == "no"
+
+
+@pytest.mark.slow
+def test_ordered_views_try_rings_and_log_the_choice_once(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(stage_training, "HELD_OUT_STEPS", 2)
+    monkeypatch.setattr(pose_search, "START_FIT", pose_search.START_FIT | {"steps": 2})
+    views = make_procedural_views(10, 8, seed=1)
+    for _ in range(2):
+        run = train_nerfdiff(views, out=tmp_path / "run", **tiny | {"ordered": "yes", "optimize_camera": ("aim",)})
+    starts = [event for event in read_log(tmp_path / "run") if event["event"] == "starts"]
+    assert len(starts) == 1 and len(starts[0]["held_out_cross"]) == 2 + len(RING_ELEVATIONS)
+    assert starts[0]["best"] == min(starts[0]["held_out_cross"], key=starts[0]["held_out_cross"].get)
+    assert run.poses.isfinite().all()
+
+
+def test_complete_settings_of_an_earlier_version_are_not_ordered(tmp_path):
+    stored = {"model": "nerfdiff", "scene": {"intrinsics": []}}
+    with claimed(tmp_path / "run", stored, frozenset()):
+        assert complete_settings(stored, tmp_path / "run", {})["ordered"] == "no"
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "all"])
+def test_make_capture_a_fault_changes_images_or_cameras_only_as_named(fault):
+    plain, views = (make_capture(names, count=2, size=8, seed=3) for names in ((), (fault,)))
+    changes_images = fault != "focal"
+    assert torch.equal(plain.images, views.images) != changes_images
+    assert torch.equal(plain.intrinsics, views.intrinsics) == (fault not in ("focal", "all"))
+    fixed = fault in ("light", "exposure", "clutter", "masks", "focal")
+    assert torch.equal(plain.poses, views.poses) == fixed
+
+
+@pytest.mark.slow
+def test_estimate_of_ordered_views_counts_the_starts_and_writes_nothing(tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {k: v for k, v in tiny.items() if k != "progress"} | {"ordered": "yes"}
+    stages = [stage["name"] for stage in estimate(make_procedural_views(10, 8, seed=1), **settings)["stages"]]
+    assert {"start search", "start left 25", "start right 25", "refine"} <= set(stages)
+    assert not list(tmp_path.iterdir())

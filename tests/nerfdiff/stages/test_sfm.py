@@ -1,0 +1,154 @@
+"""Structure from motion on rendered photos with known cameras, and its answers to bad input."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from factorkit.data.views.colmap import read_model
+from factorkit.data.views.views import Views
+from factorkit.metrics.pose import pose_errors
+from factorkit.nerfdiff.search import decide
+from factorkit.nerfdiff.stages import sfm
+from factorkit.nerfdiff.stages.feature_images import FeatureImage, read_feature_images
+from factorkit.utils.errors import ConfigError, DataError
+from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo
+
+SIZE = (240, 320)
+POSES = orbit(np.arange(0, 88, 11.0))
+
+pytest.importorskip("pycolmap")
+
+
+def to_images(pixels, masks=None, focal="unknown"):
+    k = make_intrinsics_of(SIZE, 1.0 if focal == "unknown" else 1.1)
+    grey = [image.mean(-1).round().astype(np.uint8) for image in pixels]
+    masks = masks or [None] * len(grey)
+    return [FeatureImage(f"a {i}.png", g, m, k, focal) for i, (g, m) in enumerate(zip(grey, masks, strict=True))]
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return to_images([render_photo(pose, make_intrinsics_of(SIZE), SIZE)[0] for pose in POSES])
+
+
+@pytest.mark.slow
+def test_find_cameras_known_scene_poses_reprojection_and_resume(tmp_path, photos, monkeypatch):
+    result = sfm.find_cameras(photos, tmp_path / "a", False, False)
+    assert len(result.registered) == len(POSES) and result.error <= 0.5
+    model = read_model(tmp_path / "a")
+    poses = torch.from_numpy(np.stack([model.cameras[image.name].pose for image in photos]))
+    errors = pose_errors(poses, torch.from_numpy(POSES))
+    assert errors.rotation_degrees.max() <= 0.3
+    k = model.cameras["a 0.png"].intrinsics(*SIZE)
+    assert abs(k[0, 0] / make_intrinsics_of(SIZE)[0, 0] - 1) < 0.01 and list(k[:2, 2]) == [160, 120]
+
+    # The product's projection (OpenGL axes, pixel centres at +0.5) meets COLMAP's observations.
+    colmap = sfm.import_pycolmap()
+    stored = colmap.Reconstruction(result.model)
+    lens = model.cameras["a 0.png"].lens
+    for image in stored.images.values():
+        pose = model.cameras[image.name].pose
+        seen = image.get_observation_points2D()
+        points = np.stack([stored.points3D[point.point3D_id].xyz for point in seen])
+        local = (points - pose[:3, 3]) @ pose[:3, :3]
+        x, y = (torch.from_numpy(local[:, axis] / -local[:, 2]) for axis in (0, 1))
+        x, y = lens(x, -y)
+        pixels = np.stack([x, y], 1) * k.diagonal()[:2] + k[:2, 2]
+        assert np.median(np.linalg.norm(pixels - np.stack([point.xy for point in seen]), axis=1)) <= 0.5
+
+    # Killed in the features, in the matches and before the mapping, it ends with the same bytes.
+    class KilledError(Exception):
+        pass
+
+    def kill(*args):
+        raise KilledError
+
+    for name, after in (("_extract_features", 3), ("_match_images", 20), ("_map_images", 0)):
+        whole = getattr(sfm, name)
+        part = {
+            "_extract_features": lambda c, p, i, b, whole=whole: (whole(c, p, i[:3], b), kill()),
+            "_match_images": lambda c, p, i, b, whole=whole: (whole(c, p, i[:20], b), kill()),
+        }.get(name, kill)
+        monkeypatch.setattr(sfm, name, part)
+        with pytest.raises(KilledError):
+            sfm.find_cameras(photos, tmp_path / "b", False, False)
+        monkeypatch.setattr(sfm, name, whole)
+        assert sfm.load_result(tmp_path / "b") is None, after
+    sfm.find_cameras(photos, tmp_path / "b", False, False)
+    for name in ("cameras.bin", "images.bin", "points3D.bin"):
+        assert (tmp_path / "a" / sfm.MODEL / name).read_bytes() == (tmp_path / "b" / sfm.MODEL / name).read_bytes()
+    monkeypatch.setattr(sfm, "_extract_features", kill)  # a finished result is loaded
+    assert sfm.find_cameras(photos, tmp_path / "a", False, False) == result
+
+
+@pytest.mark.slow
+def test_find_cameras_still_background_uses_the_object_and_says_so(tmp_path):
+    pixels = [render_photo(pose, make_intrinsics_of(SIZE), SIZE, still=True)[0] for pose in POSES]
+    result = sfm.find_cameras(to_images(pixels), tmp_path, False, False)
+    assert "the background stands still while the object turns" in result.describe()[0]
+    assert len(result.registered) == len(POSES)
+    model = read_model(tmp_path)
+    poses = torch.from_numpy(np.stack([model.cameras[name].pose for name in result.registered]))
+    assert pose_errors(poses, torch.from_numpy(POSES)).rotation_degrees.max() <= 3
+
+
+@pytest.mark.slow
+def test_find_cameras_pure_rotation_has_no_model_and_says_why(tmp_path):
+    k, pixels = make_intrinsics_of(SIZE), []
+    for degrees in (-12.0, -6, 0, 6, 12):
+        turn, (c, s) = np.eye(4), (np.cos(np.radians(degrees)), np.sin(np.radians(degrees)))
+        turn[0, 0], turn[0, 2], turn[2, 0], turn[2, 2] = c, s, -s, c
+        pixels.append(render_photo(POSES[0] @ turn, k, SIZE)[0])
+    result = sfm.find_cameras(to_images(pixels, focal="exact"), tmp_path, False, False)
+    assert result.model is None and "no parallax" in result.describe()[-1]
+
+
+def test_find_cameras_one_image_is_refused(tmp_path, photos):
+    with pytest.raises(DataError, match="1 image: structure from motion needs at least 2"):
+        sfm.find_cameras(photos[:1], tmp_path, False, False)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_find_cameras_nothing_to_match_says_so(tmp_path, masked):
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (64, 64, 3)) if masked else np.full((64, 64, 3), 90) for _ in range(3)]
+    masks = [np.zeros((64, 64), bool)] * 3 if masked else None
+    result = sfm.find_cameras(to_images(pixels, masks), tmp_path, False, False)
+    assert result.model is None and result.share == 0 and len(result.unregistered) == 3
+    assert "no two images show enough of the same texture" in result.describe()[0]
+
+
+def test_import_pycolmap_missing_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycolmap", None)
+    with pytest.raises(ConfigError, match=r"factorkit\[sfm\]"):
+        sfm.import_pycolmap()
+
+
+def test_decide_small_images_or_no_package_is_the_dictionary(tmp_path, monkeypatch):
+    small = Views(
+        torch.rand(8, 3, 32, 32),
+        [str(i) for i in range(8)],
+        torch.tensor([[32.0, 0, 16], [0, 32, 16], [0, 0, 1]]).expand(8, 3, 3),
+    )
+    assert decide(small, {})[0] == "dictionary"
+    for i in range(8):
+        Image.new("RGB", (300, 200)).save(tmp_path / f"{i}.png")
+    assert "only 0 of" in decide(tmp_path, {})[1]
+    monkeypatch.setitem(sys.modules, "pycolmap", None)
+    name, reason = decide(tmp_path, {})
+    assert name == "dictionary" and "structure from motion would be tried" in reason and "factorkit[sfm]" in reason
+
+
+def test_read_feature_images_two_sizes_have_two_cameras(tmp_path):
+    from factorkit.data.views.open import list_views
+
+    for i, size in enumerate([(80, 60), (60, 80), (80, 60)]):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    images = read_feature_images(list_views(tmp_path).views, False)
+    assert len({image.camera_key for image in images}) == 2
+    assert [image.focal for image in images] == ["unknown"] * 3
