@@ -28,12 +28,12 @@ def edges(rays, samples):
 
 
 def composite_dense():
-    start, end = edges(2, 4)
+    start, end = edges(2, 3)
 
     def run(sigma, rgb, start, end, background):
         return ops.composite(sigma, rgb, start, end, background=background, weights=True, distortion=True)[:5]
 
-    return run, (positive(2, 4), leaf(2, 4, 2), start, end, leaf(2))
+    return run, (positive(2, 3), leaf(2, 3, 2), start, end, leaf(2))
 
 
 def composite_packed():
