@@ -191,6 +191,9 @@ class _StageTimer(Training):
         self.parameters = max(self.parameters, sum(p.numel() for p in task.model.parameters()))
         return task.model
 
+    def log_once(self, event: str, **values: Any) -> None:
+        pass
+
     def log_duplication(self, poses: torch.Tensor) -> None:
         self.measure_duplication(poses)
 
