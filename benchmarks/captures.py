@@ -1,24 +1,40 @@
 """Stand-ins for real captures: a turntable of the procedural scene, with faults of real captures switched on.
 
     python -m benchmarks.captures --faults none light exposure axis shift size roll pace clutter masks focal all
+    python -m benchmarks.captures --faults all --seeds 0 1 2 --set 'ordered="no"'
 
-Each run is the search without structure from motion at 32 px, up to the final cameras, without the encoder.
+Each run is the search for the cameras at 32 px with the preset "fast", without the encoder. Results are stored in
+benchmarks/results/captures.json, and not made again; without --faults the table of all is printed.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import tempfile
+import time
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from benchmarks.recording import commit, machine, read_results, write_result
 from factorkit.data.procedural.scene import STEP, make_scene_field
 from factorkit.data.procedural.scene import _make_occupancy as make_occupancy
 from factorkit.data.views.views import Views, resize_area
+from factorkit.metrics.pose import is_mirrored, pose_errors
+from factorkit.nerfdiff.config import preset_config
+from factorkit.nerfdiff.scene import open_scene
+from factorkit.nerfdiff.stages.pipeline import Training
+from factorkit.nerfdiff.stages.pose_search import DictionarySearch
+from factorkit.nerfdiff.train import choose_capture_settings
 from factorkit.rendering import OccupancySampling, image_rays, intrinsics_from_fov, look_at, render
 
+RESULTS = Path(__file__).with_name("results") / "captures.json"
 RADIUS, FOV = 4.0, 35.0
 RENDERED_SIDE = 64  # pixels, before the masks are made wrong
 FAULTS = {
@@ -116,3 +132,63 @@ def _render(pose: Tensor, intrinsics: Tensor, light: Tensor) -> tuple[Tensor, Te
     sampling = OccupancySampling(make_occupancy(False), step=STEP)
     result = render(make_scene_field(light_direction=light), rays, sampling, background=torch.zeros(3), chunk=1 << 16)
     return result.color.permute(2, 0, 1).clamp(0, 1), result.opacity[None].clamp(0, 1)
+
+
+def find_cameras(views: Views, seed: int, **changes: Any) -> dict[str, Any]:
+    """Find the cameras of views and score them."""
+    config = preset_config("fast", search="dictionary", device="cpu", seed=seed, **changes)
+    scene = open_scene(views, config.resolution, torch.device("cpu"), False)
+    config, start = choose_capture_settings(config, scene), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(config, scene, Path(folder), {}, progress=False)
+        fitted, duplication = DictionarySearch(training).run()
+        seconds, poses = time.process_time() - start, fitted.poses().detach()
+        held_out = training.cross_fit("cross", poses, scene)
+    errors = pose_errors(poses, views.poses)
+    return {
+        "rotation_median_deg": errors.rotation_median_deg,
+        "under_10_deg": errors.under_10_deg,
+        "mirrored": is_mirrored(poses, views.poses),
+        "held_out_cross": held_out.cross,
+        "held_out_nearest": held_out.nearest,
+        "doubled": duplication,
+        "optimize_camera": list(config.optimize_camera or ()),
+        "ordered": config.ordered,
+        "processor_seconds": round(seconds),
+    }
+
+
+def format_table(results: dict[str, dict[str, Any]]) -> str:
+    """Return a line for each run."""
+    lines = [
+        "| run | degrees, median | under 10 | held-out error | over nearest | s of CPU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, r in results.items():
+        lines.append(
+            f"| {key} | {r['rotation_median_deg']:.1f} | {r['under_10_deg']:.0%} | {r['held_out_cross']:.2f} | "
+            f"{r['held_out_nearest']:.2f} | {r['processor_seconds']} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", nargs="*", default=[], help="names, several joined by +, none or all")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    changes = {k: json.loads(v) for k, v in (entry.split("=", 1) for entry in args.set)}
+    for seed in args.seeds:
+        for name in args.faults:
+            key = " ".join([name, *(f"{k}={v}" for k, v in changes.items()), f"seed={seed}"])
+            if key not in read_results(RESULTS):
+                views = make_capture(() if name == "none" else name.split("+"), seed=seed)
+                result = find_cameras(views, seed, **changes) | {"machine": machine(1), "commit": commit()}
+                write_result(RESULTS, key, result)
+    print(format_table(read_results(RESULTS)))
+
+
+if __name__ == "__main__":
+    main()

@@ -48,8 +48,12 @@ def run_once(args: argparse.Namespace, changes: dict, seed: int) -> None:
     import torch
 
     import factorkit
+    from factorkit.segdiff.config import preset_config
 
-    settings = {"preset": args.preset, "form": args.form, **changes}
+    masks = preset_config(**{"preset": args.preset, "form": args.form, **changes}).resolved().masks
+    settings = {"preset": args.preset, "form": args.form, **changes, "masks": masks}
+    if masks == "network":
+        del settings["masks"]  # as in the results that were stored when it was the default
     key = " ".join([args.name, *(f"{k}={v}" for k, v in settings.items()), f"seed={seed}"])
     if key in read_results(RESULTS):
         return

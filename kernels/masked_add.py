@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 from factorkit.kernels import tiles
-from factorkit.kernels.group_norm import Branches, feature_gradients
+from factorkit.kernels.branches import Branches, feature_gradients
 from factorkit.kernels.tiles import empty_features, kernel, launch, load, span
 from torch import Tensor
 

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from factorkit.kernels import tiles
-from factorkit.kernels.group_norm import Branches, gradient_sums, modulation
+from factorkit.kernels.affine import gradient_sums, modulation
+from factorkit.kernels.branches import Branches
 from factorkit.kernels.tiles import (
     contiguous,
     empty_features,

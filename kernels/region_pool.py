@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 from factorkit.kernels import tiles
-from factorkit.kernels.group_norm import channel_moments, flat_masks
+from factorkit.kernels.branches import channel_moments, flat_masks
 from factorkit.kernels.tiles import channels_last, kernel, launch, load, scratch, span
 from torch import Tensor
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from factorkit.report.curves import draw_curves
+
 # Tests allow the errors of fp32; torch's default for convolutions on a GPU is TF32, with 10 bits of mantissa.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -46,6 +48,22 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if is_slow(item.path):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reports_without_curves():
+    """Leave the curves out of reports: drawing them takes longer than a tiny training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("factorkit.report.html.draw_curves", lambda *args: [])
+        yield
+
+
+@pytest.fixture(scope="module")
+def reports_with_curves():
+    """Draw the curves of reports after all, until the end of the module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("factorkit.report.html.draw_curves", draw_curves)
+        yield
 
 
 @pytest.fixture

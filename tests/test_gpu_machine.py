@@ -41,7 +41,7 @@ class Bare(PathFinder):
         return None if name.partition(".")[0] in {ABSENT} else super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
-sys.exit(pytest.main(["-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]))
+sys.exit(pytest.main(["-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", "--assert=plain"]))
 """
 
 

@@ -79,21 +79,8 @@ class Evaluate(RunCommand):
     """With --views: steps that refine the poses that the encoder predicts."""
 
     BASIC = (
-        "run",
-        "images",
-        "masks",
-        "data",
-        "views",
-        "epipolar",
-        "split",
-        "num_fit_images",
-        "ignore",
-        "foreground",
-        "mask_threshold",
-        "baselines",
-        "device",
-        "json",
-        "debug",
+        *("run", "images", "masks", "data", "views", "epipolar", "split", "num_fit_images", "ignore", "foreground"),
+        *("mask_threshold", "baselines", "device", "json", "debug"),
     )
 
     def execute(self) -> Result:

@@ -93,7 +93,7 @@ class Segment(OutputCommand):
         return self._segment_video(run, options) if self.video else self._segment_images(run, options)
 
     def _segment_images(self, run: SegdiffRun, options: dict[str, Any]) -> Result:
-        from factorkit.data.files import VIDEO_SUFFIXES, escape_name
+        from factorkit.data.files import VIDEO_SUFFIXES, escape_name, format_examples
         from factorkit.data.open import open_source
 
         if videos := [path for path in self.paths if path.suffix.lower() in VIDEO_SUFFIXES]:
@@ -113,6 +113,9 @@ class Segment(OutputCommand):
         before = f", {segments.already} of them before" if segments.already else ""
         skipped = f", {len(segments.skipped)} skipped" if segments.skipped else ""
         lines = [f"{segments.segmented} segmented{before}{skipped}: {self.out}"]
+        if segments.unlike:
+            count, examples = len(segments.unlike), format_examples(segments.unlike)
+            lines.append(f"{format_count(count, 'image')} unlike the training set; check the regions: {examples}")
         if segments.cutout:
             lines.append(f"cut-outs: {segments.cutout}")
         for name in ("overview", "annotations", "polygons"):

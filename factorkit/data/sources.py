@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from factorkit.data.decode import ImageDecodeError, to_rgb
+from factorkit.data.decode import ImageDecodeError, drop_jpeg_metadata, drop_png_metadata, to_rgb
 from factorkit.data.depth import SetDepths, is_deep, limit_memory
 from factorkit.data.files import HEIF_MODULE, escape_name, stat_file
-from factorkit.data.metadata import drop_jpeg_metadata, drop_png_metadata
 from factorkit.utils.errors import DataError, format_count
 
 # Formats that are decoded, whatever the suffix. Pillow reads about forty, including PostScript, which it passes to

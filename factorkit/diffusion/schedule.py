@@ -140,12 +140,6 @@ def to_x0(prediction: str, schedule: Schedule, x_t: Tensor, out: Tensor, t: Tens
     return (q * x_t - s * out) / (a * q - s * p)
 
 
-def to_eps(prediction: str, schedule: Schedule, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
-    """Convert the network's output `out` for x_t at times t [B] to the unit noise [B, C, H, W]."""
-    a, s, p, q = _coefficients(prediction, schedule, t)
-    return (a * out - p * x_t) / (a * q - s * p)
-
-
 def denoising_loss(out: Tensor, target: Tensor) -> Tensor:
     """Compute the mean squared error of each sample [B] over channels and pixels, in float32 for any input type."""
     return (out.float() - target.float()).square().flatten(1).mean(1)

@@ -86,41 +86,19 @@ class EngineConfig:
 
     #: settings that may differ when a run is resumed: they affect neither the model nor the steps already trained
     RESUMABLE = frozenset(
-        {
-            "steps",
-            "device",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "sample_every",
-            "log_every",
-            "tensorboard",
-            "stop_on_failure",
-            "micro_batch_size",
-            "threads",
-            "cuda_graph",
-            "extra_ema_decays",
-            "shard",
-        }
+        (
+            *("steps", "device", "checkpoint_every", "keep_checkpoints", "sample_every", "log_every", "tensorboard"),
+            *("stop_on_failure", "micro_batch_size", "threads", "cuda_graph", "extra_ema_decays", "shard"),
+        )
     )
 
     def validate(self) -> None:
         """Raise ConfigError for values that cannot work, naming the setting."""
-        minimum = {
-            "steps": 1,
-            "batch_size": 1,
-            "micro_batch_size": 1,
-            "threads": 1,
-            "warmup_steps": 0,
-            "checkpoint_every": 1,
-            "keep_checkpoints": 1,
-            "sample_every": 0,
-            "log_every": 1,
-        }
-        for name, low in minimum.items():
-            value = getattr(self, name)
-            if name in ("micro_batch_size", "threads") and value is None:
-                continue
-            if not isinstance(value, int) or value < low:
+        positive = ("steps", "batch_size", "checkpoint_every", "keep_checkpoints", "log_every")
+        optional = ("micro_batch_size", "threads")
+        for name in (*positive, *optional, "warmup_steps", "sample_every"):
+            value, low = getattr(self, name), 1 if name in positive + optional else 0
+            if not (value is None and name in optional) and (not isinstance(value, int) or value < low):
                 raise ConfigError(f"{name}={value!r} must be an integer of at least {low}")
         for name in ("ema_decay", "lr_decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:

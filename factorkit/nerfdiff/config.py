@@ -58,12 +58,13 @@ class NerfdiffConfig(EngineConfig):
     optimize_camera: tuple[Literal["roll", "aim", "distance", "focal"], ...] | None = None
     """Camera parameters that are optimised in addition to the direction: "roll" about the viewing axis, "aim" off the
     origin and "distance" for each view, and one "focal" length for all views. () assumes upright cameras that look at
-    the origin from one distance. None, the default, is (), or ("aim",) if masks or a plain background show an object
-    off the centre of its views. With "aim" the search compares views that are recentred by their foreground."""
-    ordered: Literal["auto", "yes", "no"] = "no"
+    the origin from one distance. None, the default, is (), or ("aim", "distance", "roll") if masks or a plain
+    background show an object off the centre of its views. With "aim" the search compares views that are recentred by
+    their foreground."""
+    ordered: Literal["auto", "yes", "no"] = "auto"
     """Whether the views were taken in the order of their names on one turn around the object. "yes": even rings of
     cameras are tried as starts too, in both directions and at several elevations; the start is kept from which a short
-    fit explains held-out views best. "auto": "yes" if consecutive views are more alike than others."""
+    fit explains held-out views best. "auto", the default: "yes" if consecutive views are more alike than others."""
     flip_rounds: int = 8
     """Maximum number of rounds of the flip test, which corrects views placed on the wrong side of a nearly symmetric
     scene. It stops at the first round that changes nothing. 0 runs one round that only reports."""

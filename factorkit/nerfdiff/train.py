@@ -191,6 +191,9 @@ class _StageTimer(Training):
         self.parameters = max(self.parameters, sum(p.numel() for p in task.model.parameters()))
         return task.model
 
+    def log_once(self, event: str, **values: Any) -> None:
+        pass
+
     def log_duplication(self, poses: torch.Tensor) -> None:
         self.measure_duplication(poses)
 
@@ -203,7 +206,8 @@ def choose_capture_settings(config: NerfdiffConfig, scene: Scene) -> NerfdiffCon
     searched = scene.layout == "object" and config.poses == "predicted" and config.search in ("auto", "dictionary")
     parameters, ordered = config.optimize_camera, config.ordered
     if parameters is None:
-        parameters = ("aim",) if searched and config.candidate_type == "look_at" and is_off_centre(scene) else ()
+        by_hand = searched and config.candidate_type == "look_at" and is_off_centre(scene)
+        parameters = ("aim", "distance", "roll") if by_hand else ()
     if ordered == "auto":
         ordered = "yes" if searched and are_ordered(scene) else "no"
     return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered)

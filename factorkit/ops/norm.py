@@ -89,10 +89,8 @@ def group_norm_silu(
 
     Args:
         x: [N, C, H, W], any float dtype. Statistics are fp32 (fp64 for fp64).
-        weight: [C].
-        bias: [C].
-        scale: [N, C], the modulation by the time embedding; together with ``shift`` or None.
-        shift: [N, C].
+        weight, bias: [C].
+        scale, shift: [N, C], the modulation by the time embedding; both or None.
         groups: number of groups; divides C. Ignored by ``norm="pixel"``.
         norm: ``"group"``, ``"masked_group"`` or ``"pixel"`` (see :mod:`factorkit.ops.norm`).
         masks: [B, K, H, W] with B*K = N, used by ``"masked_group"`` only; gradients flow into it.
@@ -162,8 +160,7 @@ def _forward(u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any) -
     *affine, groups, norm, activate = rest
     if skip is not None:
         z, weights = concatenate_masked_skip(u, skip, masks), masks if norm == "masked_group" else None
-        out = torch.ops.factorkit.norm_silu(z, None, weights, *rest)
-        return with_layout_of(out, u)
+        return with_layout_of(torch.ops.factorkit.norm_silu(z, None, weights, *rest), u)
     pre = _normalise(u, tuple(affine), masks, groups, norm)[1]
     out = F.silu(pre, inplace=True) if activate else pre
     return with_layout_of(out.to(u.dtype).reshape(u.shape), u)
@@ -300,7 +297,7 @@ class _Problem:
 
     def __init__(self, u: Tensor, skip: Tensor | None, masks: Tensor | None, *rest: Any):
         *affine, groups, norm, activate = rest
-        self.u, self.skip = _channels_last(u), None if skip is None else _channels_last(skip)
+        self.u, self.skip = (None if x is None else x.contiguous(memory_format=torch.channels_last) for x in (u, skip))
         self.masks, *self.affine = (None if x is None else x.float().contiguous() for x in (masks, *affine))
         self.rows = u.shape[0] if masks is None else masks.shape[0] * masks.shape[1]
         self.channels = affine[0].shape[0]
@@ -311,14 +308,6 @@ class _Problem:
         flags = [u.shape[0] != self.rows, activate, u.dtype == torch.bfloat16]
         addresses = [_address(x) for x in (self.u, self.skip, self.masks, *self.affine)]
         self.arguments = (addresses, sizes, flags, EPS[norm], MASK_FLOOR)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _empty_or_none(x: Tensor | None) -> Tensor | None:
-    return None if x is None else torch.empty_like(x)
 
 
 def _address(x: Tensor | None) -> int:
@@ -346,7 +335,7 @@ def _backward_cpp(
     if not _cpp_takes(u, skip):
         return None
     problem = _Problem(u, skip, masks, *rest)
-    grad = _channels_last(grad.to(u.dtype))
+    grad = grad.to(u.dtype).contiguous(memory_format=torch.channels_last)
     d_u, d_skip, d_masks = (
         None if x is None else torch.empty_like(x) for x in (problem.u, problem.skip, problem.masks)
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from factorkit.report.content import AlarmLimits, Curve, Log, ReportContent
+from factorkit.report.content import AlarmLimits, Curve, Log, ReportContent, read_checks
 from factorkit.report.image_grid import palette
 from factorkit.utils.files import is_number, timeline
 
@@ -156,8 +155,11 @@ def _plot_shares(axes: Axes, events: Log, name: str, label: str, theme: Theme) -
 
 
 def _plot_alarms(figure: Figure, events: Log, theme: Theme, all_limits: Mapping[str, AlarmLimits]) -> bool:
-    """Draw a small plot for each alarm, with its limits dashed and the range beyond them shaded."""
-    any_values = False
+    """Draw a small plot for each alarm, with its limits dashed and the range beyond them shaded.
+
+    The limits are those of the newest checks, as far as the log has them.
+    """
+    any_values, logged = False, {check.get("name"): check for check in read_checks(events)}
     for place, (name, limits) in enumerate(all_limits.items(), start=1):
         axes = _axes(figure, theme, (-(-len(all_limits) // 2), 2, place))
         axes.set_title(limits.title, color=theme.ink, fontsize=8, loc="left")
@@ -165,8 +167,9 @@ def _plot_alarms(figure: Figure, events: Log, theme: Theme, all_limits: Mapping[
         any_values |= bool(len(x))
         axes.plot(x, y, color=theme.accent, linewidth=1.5, marker=".", markersize=5)
         bottom, top = min(0.0, y.min(initial=0.0)) - 0.03, max(1.0, y.max(initial=0.0)) + 0.03
-        for limit, beyond in ((limits.low, bottom), (limits.high, top)):
-            if math.isfinite(limit):
+        check = logged.get(limits.title, {"low": limits.low, "high": limits.high})
+        for limit, beyond in ((check.get("low"), bottom), (check.get("high"), top)):
+            if is_number(limit):
                 axes.axhline(limit, color=theme.alarm, linewidth=1, linestyle="--")
                 axes.axhspan(limit, beyond, color=theme.alarm, alpha=0.1, linewidth=0)
         axes.set_ylim(bottom, top)

@@ -73,9 +73,8 @@ def write_report(folder: str | os.PathLike[str], content: ReportContent) -> Path
     config, log, scores = _read_json(folder / "config.json"), read_log(folder), _read_json(folder / "scores.json")
     verdict = content.judge(log, scores)
     name = folder.resolve().name
-    progress = _text(_progress(config, log))
     body = [
-        f"<header>{_SIGNATURE}<h1>{_text(name)}</h1><p>{progress}</p></header>",
+        f"<header>{_SIGNATURE}<h1>{_text(name)}</h1><p>{_text(_progress(config, log))}</p></header>",
         _verdict_box(verdict),
         _checks_section(log),
         _headline_numbers(config, log, scores, content),
@@ -162,14 +161,11 @@ def _headline_numbers(config: Record, log: Log, scores: Record, content: ReportC
     steps, alarms = timeline(log, "step"), timeline(log, "alarms")
     last = steps[-1] if steps else {}
     seconds = [event["seconds"] for event in steps if is_number(event.get("seconds"))]
+    total = f"of {format_number(config.get('steps'), 0)}" if "steps" in config else ""
     tiles = [
         *content.tiles(alarms[-1] if alarms else {}, scores),
         Tile("loss", format_number(last.get("loss"), 4), ""),
-        Tile(
-            "step",
-            format_number(last.get("step"), 0),
-            f"of {format_number(config.get('steps'), 0)}" if "steps" in config else "",
-        ),
+        Tile("step", format_number(last.get("step"), 0), total),
         Tile("images seen", format_number(last.get("images"), 0), ""),
         Tile("images per second", format_number(last.get("images_per_second"), 1), ""),
         Tile("training time", _duration(sum(seconds)) if seconds else "", ""),
@@ -199,9 +195,8 @@ def _grids_section(folder: Path, first_kinds: tuple[str, ...]) -> str:
         block = f"<h3>{_text(kind)}{_at(step)}</h3>" + _figure(latest.read_bytes(), f"{kind}{_at(step)}")
         if len(series) > 1:
             chosen = sorted({round(i * (len(series) - 1) / (_STRIP_LENGTH - 1)) for i in range(_STRIP_LENGTH)})
-            block += "<div class=strip>"
-            block += "".join(_figure(_small(series[i][1]), f"step {series[i][0]}", caption=True) for i in chosen)
-            block += "</div>"
+            strip = (_figure(_small(series[i][1]), f"step {series[i][0]}", caption=True) for i in chosen)
+            block += f"<div class=strip>{''.join(strip)}</div>"
         blocks.append(f"<article>{block}</article>")
     return _section("Latest sample grids", "".join(blocks), "no sample grid was drawn")
 
@@ -239,9 +234,8 @@ def _figure(png: bytes, label: str, caption: bool = False) -> str:
 
 def _curves_section(log: Log, content: ReportContent) -> str:
     blocks = []
-    for (title, note, light), (_, _, dark) in zip(
-        draw_curves(log, LIGHT, content), draw_curves(log, DARK, content), strict=True
-    ):
+    both = zip(draw_curves(log, LIGHT, content), draw_curves(log, DARK, content), strict=True)
+    for (title, note, light), (_, _, dark) in both:
         image = (
             f"<picture><source media='(prefers-color-scheme: dark)' srcset='{_uri(dark)}'>"
             f"<img src='{_uri(light)}' alt='{_text(title)}'></picture>"

@@ -17,7 +17,7 @@ from factorkit.utils.files import save_image
 SCALES = ("small", "gpu", "full")
 #: Duration by scale of an experiment that shares the training of table 2.1.
 SHARED_TRAINING_DURATION = {
-    "small": "3 minutes a seed on one CPU core, none after table2.1",
+    "small": "5 minutes a seed for the default on one CPU core, 3 for each other form; none after table2.1",
     "gpu": "not measured",
     "full": "not measured",
 }

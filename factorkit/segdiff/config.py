@@ -73,7 +73,7 @@ class SegdiffConfig(EngineConfig):
     """Weight of the saliency cue beside the spatial prior, for masks="auto". 0 turns it off."""
     mixture_steps: int = 120
     """Steps of the spatial mixture's stage, for masks="auto"."""
-    distil_steps: int = 1000
+    distil_steps: int = 1500
     """Steps of the mask network's stage, for masks="auto"."""
     branch_norm: BranchNorm | None = None
     """Norm of the branch decoder. By default "pixel" in the regional form and "group" in the thesis'."""
@@ -374,7 +374,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast32": _SMALL | {"steps": 800},
     # a hierarchy, for the procedural rooms
     "rooms32": _SMALL | {"regions": (3, 3), "steps": 800},
-    "fast64": _SMALL | {"resolution": 64, "channel_mult": (1, 2, 3, 4), "steps": 1500, "distil_steps": 1000},
+    "fast64": _SMALL | {"resolution": 64, "channel_mult": (1, 2, 3, 4), "steps": 1500, "distil_steps": 1500},
     "flowers64": _THESIS64 | {"steps": 50_000},
     "flowers128": _THESIS128 | {"steps": 50_000},
     "cub64": _THESIS64 | {"steps": 50_000},

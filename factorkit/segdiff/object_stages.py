@@ -3,7 +3,7 @@
 1. A spatial mixture learns where the regions are, with the saliency cue in the logit of region 0 (`stages/mixture`).
 2. Its masks of the clean images give the shapes of the set, and these the teacher's masks; nothing is trained.
 3. The mask network learns to give the teacher's masks of noised images (`stages/distil`).
-4. Its masks of the clean images give the shapes that segmenting uses.
+4. Its masks of the clean images, with place and cue, give the shapes that segmenting uses.
 
 A stage that is finished is loaded; what is not trained is computed again and is the same each time.
 """
@@ -30,11 +30,11 @@ from factorkit.segdiff.masks.objects import (
     MaskNetwork,
     ObjectMasks,
     fit_colors,
+    measure_cue,
     pool_masks,
     resize,
     scale_lab,
 )
-from factorkit.segdiff.masks.saliency import saliency_cue
 from factorkit.segdiff.masks.shape import ShapeDenoiser, to_coarse
 from factorkit.segdiff.masks.spatial_mixture import EM_ROUNDS, SpatialMixture, fit_mixture, noise_error
 from factorkit.utils import distributed
@@ -43,9 +43,10 @@ from factorkit.utils.rng import BatchDraw, derived_seed
 
 MAX_IMAGES = 1024  # of the training set that the stages use
 MAX_MIXTURE_SIDE = 32  # pixels; the mixture learns nothing finer
-MAX_CUE_SIDE = 64
+MAX_CUE_SIDE = 64  # pixels of the cues that are kept
 MIXTURE_TIME = 600  # noise up to this step of the linear schedule of 1000 trains the mixture
 STAGE_BATCH_SIZE = 16
+DOUBT_IMAGES = 200  # about so many give the limits beyond which an image is unlike the training set
 SHAPE_WEIGHT = 1.5  # of the shape in the prior of the teacher's second EM
 BATCH_SIZE = 32  # images of EM at a time
 
@@ -151,16 +152,22 @@ class ObjectStages:
             )
         torch.manual_seed(derived_seed("object masks", config.seed))
         masks = ObjectMasks(config.num_leaf_regions, config.resolution)
-        mixture = SpatialMixture(config.num_leaf_regions, object_first=True)
-        mixture = self.train_mixture(mixture)
-        masks.network = self.train_network(masks.network, mixture)
+        masks.cue_weight.fill_(config.cue_weight)
+        masks.mixture = self.train_mixture(masks.mixture)
+        masks.network = self.train_network(masks.network, masks.mixture)
         masks = masks.to(self.device).eval().requires_grad_(False)
 
         def segment_coarsely(images: Tensor, rows: slice) -> Tensor:
-            prior = masks.network(images, torch.zeros(len(images), dtype=torch.int64, device=self.device)).softmax(1)
-            return to_coarse(fit_colors(scale_lab(images), prior))
+            t = torch.zeros(len(images), dtype=torch.int64, device=self.device)
+            return to_coarse(masks.align_coarsely(images, masks.network(images, t).softmax(1)))
 
         masks.shape.fit(self.map_images(segment_coarsely))
+
+        def doubt(images: Tensor, rows: slice) -> Tensor:
+            t = torch.zeros(len(images), dtype=torch.int64, device=self.device)
+            return masks.measure_doubts(images, masks.segment(images, t=t))
+
+        masks.fit_doubts(self.map_images(doubt, every=max(1, len(self.images) // DOUBT_IMAGES)))
         return masks
 
     @cached_property
@@ -168,7 +175,7 @@ class ObjectStages:
         """The cue of every image [N, S, S] on the CPU, S at most MAX_CUE_SIDE."""
         side = min(MAX_CUE_SIDE, self.config.resolution)
         weight = self.config.cue_weight
-        return self.map_images(lambda images, rows: weight * saliency_cue(resize(images, side, side)))
+        return self.map_images(lambda images, rows: weight * measure_cue(resize(images, side, side)))
 
     def train_mixture(self, mixture: SpatialMixture) -> SpatialMixture:
         """Train the spatial mixture on small copies of the images."""
@@ -210,18 +217,22 @@ class ObjectStages:
         return self.map_images(refine)
 
     @torch.no_grad()
-    def map_images(self, work: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """Return ``work(images, rows)`` of all images [n, 3, R, R], in batches, on the CPU. Collective."""
+    def map_images(self, work: Callable[[Tensor, slice], Tensor], every: int = 1) -> Tensor:
+        """Return ``work(images, rows)`` of all or ``every`` so many images [n, 3, R, R], in batches, on the CPU.
+
+        Collective. ``rows`` are those of the images used.
+        """
+        used = self.images[::every]
 
         def share(rows: slice) -> Tensor:
             parts = []
             for start in range(rows.start, rows.stop, BATCH_SIZE):
                 batch = slice(start, min(start + BATCH_SIZE, rows.stop))
-                images = pixels_to_signed(torch.from_numpy(np.array(self.images[batch]))).contiguous()
+                images = pixels_to_signed(torch.from_numpy(np.array(used[batch]))).contiguous()
                 parts.append(work(images.to(self.device), batch).cpu())
             return torch.cat(parts)
 
-        return distributed.map_shares(share, len(self.images))
+        return distributed.map_shares(share, len(used))
 
     def train_stage(
         self,

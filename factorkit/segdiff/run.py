@@ -26,7 +26,7 @@ from factorkit.utils.errors import CheckpointError, ConfigError
 from factorkit.utils.images import signed_to_unit
 
 
-class SegdiffRun(Segmenter, Editor, TrainedRun):
+class SegdiffRun(TrainedRun, Segmenter, Editor):
     """A trained factorized diffusion model: its averaged weights after ``step`` steps, and its run folder if any."""
 
     MODEL = "segdiff"

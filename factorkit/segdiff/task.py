@@ -160,7 +160,7 @@ class SegdiffTask:
         save_image(grid, folder / f"{step:06d}_segmentation.png")
         if config.num_leaf_regions == 1:
             return {}
-        return self.alarms(model).to_dict(step + (config.distil_steps if config.masks == "auto" else 0))
+        return self.alarms(model).to_dict(config.distil_steps if config.masks == "auto" else step)
 
     def alarms(self, model: nn.Module) -> Alarms:
         """Measure the label-free alarms of ``model`` on the probe images."""

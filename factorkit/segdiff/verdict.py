@@ -83,11 +83,17 @@ def judge_regions(log: Log, scores: Record) -> Verdict:
 def headline_tiles(alarms: Record, scores: Record) -> list[Tile]:
     """Return the numbers that segdiff is judged by."""
     best = best_baseline(scores)
+    lows = {check.get("name"): check.get("low") for check in read_checks([{"event": "alarms", "step": 0, **alarms}])}
+
+    def describe(name: str, key: str, limit: float) -> Tile:
+        low = lows.get(name, limit)
+        return Tile(name, format_number(alarms.get(key)), "no limit" if low is None else f"alarm below {low:g}")
+
     return [
         Tile("IoU", format_number(scores.get("iou")), f"best baseline {best[1]:.3f}" if best else ""),
         Tile("IoU, per-image oracle", format_number(scores.get("oracle_iou")), "an upper bound"),
-        Tile("eta gap", format_number(alarms.get("eta_gap")), f"alarm below {MIN_ETA_GAP}"),
-        Tile("explained colour", format_number(alarms.get("color_share")), f"alarm below {MIN_COLOR_SHARE}"),
+        describe("eta gap", "eta_gap", MIN_ETA_GAP),
+        describe("explained colour", "color_share", MIN_COLOR_SHARE),
     ]
 
 

@@ -37,11 +37,9 @@ def words_of(command, run, image):
 @pytest.mark.parametrize(
     ("command", "name"),
     [
-        ("generate", "generated_0000.png"),
         ("generate", "overview.png"),
         ("interpolate", "pair_0000_01.png"),
         ("branches", "00_estimate.png"),
-        ("recompose", "00_labels.png"),
         ("recompose", "overview.png"),
         ("segment", "00_labels.png"),
     ],

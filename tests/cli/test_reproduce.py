@@ -39,7 +39,7 @@ def test_reproduce_list_shows_data_duration_and_citations(run_cli, run_json):
     assert result["table2.6"]["citations"][-1] == "ours: IoU 56.1, FID 10.28 (dissertation, table 2.6, on CUB)"
     code, out, _ = run_cli("reproduce", "--list")
     assert code == 0 and "table2.1  unsupervised foreground on Flower  (draws fig2.3, fig2.19)" in out
-    assert "small   3 minutes a seed" in out and "prints  Acc, mIoU, 1 seed\n" in out
+    assert "small   5 minutes a seed for the default" in out and "prints  Acc, mIoU, 1 seed\n" in out
 
 
 def test_reproduce_prints_table_and_path(setups, run_cli, run_json, tmp_path):

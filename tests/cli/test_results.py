@@ -41,10 +41,10 @@ def test_segment_writes_images_at_own_size(run, run_json, tmp_path):
     result = run_json("segment", run, inputs, "--out", out, "-t", 10)
     assert result["segmented"] == 5 and list(result["skipped"]) == ["broken.jpg"]
     assert sum(result["areas"]) == pytest.approx(1)
-    written = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
-    names = ("a/x", "b/x", "ünï", "x", "x.png")  # The second of two equal stems keeps its suffix.
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
+    names = ("a/x", "b/x", "ünï", "x", "x.png")  # the second of two files of one stem is named with its suffix
     endings = ("labels", "mask_0", "mask_1", "overlay")
-    assert written == {f"{name}_{ending}.png" for name in names for ending in endings} | {"overview.png"}
+    assert files == {f"{name}_{ending}.png" for name in names for ending in endings} | {"overview.png"}
 
     labels, masks = Image.open(out / "a/x_labels.png"), [Image.open(out / f"a/x_mask_{k}.png") for k in (0, 1)]
     assert labels.mode == "P" and labels.size == masks[0].size == (30, 20)
@@ -106,13 +106,13 @@ def test_segment_unusable_input_is_refused(run, run_refused, tmp_path):
 
 @pytest.mark.slow
 def test_generate_writes_images_labels_and_masks(run, run_json, run_refused, tmp_path):
-    drawn = ("generate", run, "-n", 3, "--steps", 2, "--seed", 5)
-    result = run_json(*drawn, "--out", tmp_path / "a", "--trajectory")
+    command = ("generate", run, "-n", 3, "--steps", 2, "--seed", 5)
+    result = run_json(*command, "--out", tmp_path / "a", "--trajectory")
     assert result["generated"] == 3 and Path(result["trajectory"]).is_file() and Path(result["overview"]).is_file()
     names = {path.name for path in (tmp_path / "a").glob("generated_*")}
     assert names == {f"generated_000{i}{end}.png" for i in range(3) for end in ("", "_labels", "_mask_0", "_mask_1")}
-    run_json(*drawn, "--out", tmp_path / "b")
-    run_json(*drawn[:-1], 6, "--out", tmp_path / "c")
+    run_json(*command, "--out", tmp_path / "b")
+    run_json(*command[:-1], 6, "--out", tmp_path / "c")
     first, same, other = (np.asarray(Image.open(tmp_path / c / "generated_0002.png")) for c in "abc")
     assert first.shape == (16, 16, 3) and (first == same).all() and (first != other).any()
     assert "n=0" in run_refused("generate", run, "-n", 0, "--out", tmp_path)
@@ -129,8 +129,8 @@ def test_plain_ddpm_generates_but_refuses_to_segment(photos, run_json, run_refus
 
 @pytest.mark.slow
 def test_evaluate_prints_table_and_stores_scores(run, photos, run_cli, run_json, run_refused):
-    words = ("evaluate", run, "--images", photos / "images", "--masks", photos / "masks", "--num-fit-images", 20)
-    code, out, _ = run_cli(*words, "--baselines")
+    command = ("evaluate", run, "--images", photos / "images", "--masks", photos / "masks", "--num-fit-images", 20)
+    code, out, _ = run_cli(*command, "--baselines")
     stored = json.loads((run / "scores.json").read_text())
     assert code == 0 and stored["scored"] == 4 and stored["fitted_on"] == 20
     rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
@@ -138,19 +138,29 @@ def test_evaluate_prints_table_and_stores_scores(run, photos, run_cli, run_json,
     names = [name.replace("_", " ") for name in BASELINES]
     assert [name for name in rows if name in names] == names
     assert rows["mean mask"] == [f"{stored['baselines']['mean_mask'][key]:.3f}" for key in ("acc", "iou", "dice")]
-    result, stored = run_json(*words), json.loads((run / "scores.json").read_text())
+    result, stored = run_json(*command), json.loads((run / "scores.json").read_text())
     assert result | stored == result and set(result) - set(stored) == {"failures", "verdict", "status", "checks"}
     assert f"{result['verdict']}." in out.splitlines(), "the verdict follows the table"
-    assert "num_fit_images=24" in run_refused(*words[:-1], 24)
+    assert "num_fit_images=24" in run_refused(*command[:-1], 24)
 
 
 def test_evaluate_ignore_value_is_not_scored(run, photos, run_json, tmp_path):
     """If every object pixel is ignored, there is no foreground, and the all-foreground predictor scores 0."""
     for path in (photos / "masks").iterdir():
         Image.fromarray(np.where(np.asarray(Image.open(path)), 128, 0).astype(np.uint8)).save(tmp_path / path.name)
-    words = ("evaluate", run, "--images", photos / "images", "--masks", tmp_path, "--num-fit-images", 20, "--baselines")
-    assert run_json(*words, "--ignore", 128)["baselines"]["all_foreground"]["acc"] == 0
-    assert run_json(*words)["baselines"]["all_foreground"]["acc"] > 0
+    command = (
+        "evaluate",
+        run,
+        "--images",
+        photos / "images",
+        "--masks",
+        tmp_path,
+        "--num-fit-images",
+        20,
+        "--baselines",
+    )
+    assert run_json(*command, "--ignore", 128)["baselines"]["all_foreground"]["acc"] == 0
+    assert run_json(*command)["baselines"]["all_foreground"]["acc"] > 0
 
 
 @pytest.mark.slow
@@ -171,7 +181,7 @@ def test_prepare_fills_cache_that_training_reads(photos, run_json, run_cli, tmp_
 
 @pytest.mark.slow
 def test_demo_exit_code_follows_the_verdict_of_the_run(run_cli, monkeypatch, tmp_path, small):
-    monkeypatch.setitem(PRESETS, "demo", small)
+    monkeypatch.setitem(PRESETS, "demo", {**small, "masks": "network"})
     monkeypatch.setattr(
         "factorkit.segdiff.train.make_procedural_dataset", partial(make_procedural_dataset, train=16, test=8)
     )
@@ -203,15 +213,15 @@ def test_doctor_prints_report(run_cli, run_json):
 # --- examples ---
 
 
-def example(name: str, monkeypatch, *words) -> None:
-    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+def run_example(name: str, monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
 
 @pytest.mark.slow
 def test_examples_run(run, photos, monkeypatch, capsys, small):
     monkeypatch.setitem(PRESETS, "fast64", small)
-    example("train_on_a_folder.py", monkeypatch, photos, "trained")
+    run_example("train_on_a_folder.py", monkeypatch, photos, "trained")
     assert "IoU 0." in capsys.readouterr().out
-    example("segment_and_generate.py", monkeypatch, run, photos / "images/00.png")
+    run_example("segment_and_generate.py", monkeypatch, run, photos / "images/00.png")
     assert Image.open("region_1.png").mode == "RGBA" and Image.open("generated_3.png").size == (16, 16)

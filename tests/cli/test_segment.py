@@ -48,3 +48,10 @@ def test_segment_video_writes_video_of_regions(run, photos, run_json, run_refuse
     assert "takes one video" in run_refused("segment", run, photos, photos, "--video", "--out", out)
     assert "smooth=1.5" in run_refused("segment", run, photos, "--video", "--out", tmp_path / "b.mp4", "--smooth", 1.5)
     assert ".mp4" in run_refused("segment", run, photos, "--video", "--out", tmp_path / "regions")
+
+
+def test_segment_says_which_images_are_unlike_the_training_set(run, photos, run_cli, monkeypatch, tmp_path):
+    monkeypatch.setattr("factorkit.segdiff.inference.folder.is_unlike", lambda *arguments: True)
+    images = photos / "images"
+    code, out, _ = run_cli("segment", run, images / "00.png", "--out", tmp_path, "--formats", "labels")
+    assert code == 0 and "1 image unlike the training set; check the regions: " in out and "00.png" in out

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from factorkit.data import ImageDecodeError
-from factorkit.data.metadata import drop_jpeg_metadata, drop_png_metadata
+from factorkit.data.decode import drop_jpeg_metadata, drop_png_metadata
 from factorkit.data.open import open_source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)

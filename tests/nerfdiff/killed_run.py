@@ -22,7 +22,7 @@ import torch._dynamo
 
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.stages import dictionary as search
-from factorkit.nerfdiff.stages import distil, joint, ordered, pipeline, pose_search, stage_training
+from factorkit.nerfdiff.stages import distil, joint, pipeline, pose_search, stage_training
 from factorkit.nerfdiff.stages import refine as fit
 from factorkit.nerfdiff.train import train_nerfdiff
 
@@ -107,7 +107,7 @@ def run(out: Path, changes: dict, stage: str | None) -> int:
         torch.set_num_threads(1)
         pipeline.write_report = stage_training.write_report = lambda folder: None
         stage_training.HELD_OUT_STEPS = 6
-        ordered.RING_ELEVATIONS, pose_search.START_FIT["steps"] = (25.0,), 6
+        pose_search.RING_ELEVATIONS, pose_search.START_FIT["steps"] = (25.0,), 6
         for module in (distil, fit, joint, search):
             for image_grid in {"save_cameras", "save_model_previews"} & vars(module).keys():
                 setattr(module, image_grid, lambda *arguments, **options: None)

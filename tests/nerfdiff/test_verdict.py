@@ -47,6 +47,7 @@ def test_read_verdict_weighs_alarms_and_scores(tmp_path, failures, scores, statu
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("reports_with_curves")
 def test_write_report_shows_degrees_and_no_region_scores(tmp_path):
     page = re.sub("base64,[^']*", "", write_report(run(tmp_path / "run", [], SCORES)).read_text())
     for words in ("rotation, median", "28.10", "Classifier", "Use of the candidates"):

@@ -19,6 +19,8 @@ from factorkit.utils.errors import CheckpointError
 SECTIONS = ["Headline numbers", "Latest sample grids", "Curves", "Scores", "Events", "Settings", "Environment"]
 SPLIT = "split by position: position alone explains 0.95 > 0.8 of the masks' variance"
 HEALTHY = {"eta_gap": 0.45, "position_share": 0.3, "boundary_length": 0.05, "flip_agreement": 0.9}
+pytestmark = pytest.mark.usefixtures("reports_with_curves")
+
 SCORES = {
     "acc": 0.94,
     "iou": 0.874,

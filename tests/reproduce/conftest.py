@@ -55,9 +55,8 @@ NERFDIFF = {
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path_factory, monkeypatch):
-    """Use few images, views and steps and a separate cache; skip curves, GrabCut and the refinement of test poses."""
+    """Use few images, views and steps and a separate cache; skip GrabCut and the refinement of test poses."""
     torch.set_num_threads(1)
-    monkeypatch.setattr("factorkit.report.html.draw_curves", lambda *args: [])
     monkeypatch.setitem(BASELINES, "grabcut", all_foreground)
     monkeypatch.setitem(generation.GENERATED, "small", (12, 2))
     monkeypatch.setattr(image_figures, "STEPS", 3)

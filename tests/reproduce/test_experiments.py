@@ -27,7 +27,8 @@ def find_images(report) -> list[Path]:
 
 
 def read_means(report) -> dict[str, dict[str, float]]:
-    return {row["row"]: row["mean"] for row in report.data["rows"]}
+    """Return the means of the rows that were run."""
+    return {row["row"]: row["mean"] for row in report.data["rows"] if row["cells"]}
 
 
 def test_experiments_are_described_completely():
@@ -102,7 +103,8 @@ def test_tables_2_3_and_2_5_share_their_trainings(small, tmp_path):
     assert settings["steps"] == result["plain DDPM, equal compute"]["steps"] > result[OURS]["steps"] == 2
     assert all(result[row]["frechet"] > 0 and 0 <= result[row]["consistency"] <= 1 for row in list(result)[:3])
     weights = [row for row in report.data["rows"] if row["row"].endswith(": FID")]
-    assert len(weights) == 3 and all("weights-inception" in row["not_run"]["0"] for row in weights)
+    not_run = [row["not_run"].get("0", "") for row in weights]
+    assert sum("weights-inception" in reason for reason in not_run) == 3
 
 
 @pytest.mark.slow

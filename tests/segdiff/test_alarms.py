@@ -54,7 +54,7 @@ def test_alarms_of_object_masks_have_their_own_limit_of_the_eta_gap(scene):
     images, inside = scene
     result = measure_alarms(images, soften_labels(inside), soften_labels(inside.flip(2)))
     masks = dataclasses.replace(result, error=0.2, objects=True)
-    assert dataclasses.replace(masks, eta_gap=0.2).ok
+    assert dataclasses.replace(masks, eta_gap=0.2, color_share=0.5).ok
     assert read_failure_names(dataclasses.replace(masks, eta_gap=0.08)) == {"masks are not about content"}
 
 

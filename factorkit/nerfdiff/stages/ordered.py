@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +13,12 @@ from factorkit.nerfdiff.cameras.poses import direction_vectors
 from factorkit.nerfdiff.scene import Scene, gaussian_blur
 from factorkit.nerfdiff.stages.recentre import foreground_offsets, recentre_scene
 
+Way = Literal["left", "right"]
+
 MAX_LIKENESS_RATIO = 0.8  # rings have .03 to .5; views in random order .97 to 1.07
 MIN_ORDERED_VIEWS = 12
-RING_ELEVATIONS = (10.0, 25.0, 40.0)  # degrees; the refinement corrects the rest
+RING_ELEVATIONS = (25.0, 10.0, 40.0)  # degrees, the first is tried both ways; the refinement corrects the rest
+WAYS: tuple[Way, Way] = ("left", "right")
 MAX_NUMBER_GAP = 4.0  # in median steps: larger gaps between the numbers of names are pauses, not missing views
 LIKENESS_SIDE, LIKENESS_BLUR = 32, 1.0  # longer side of the compared images and blur, in pixels
 
@@ -50,11 +54,7 @@ def ring_azimuths(names: list[str]) -> Tensor:
     return (360 * positions / (positions[-1] + 1)).float()
 
 
-def ring_directions(names: list[str]) -> dict[str, Tensor]:
-    """Return directions [V, 3] of the views for each start: both ways around, at several elevations."""
+def ring_directions(names: list[str], way: Way, elevation: float) -> Tensor:
+    """Return directions [V, 3] of an even ring at an elevation in degrees; "left" is counter-clockwise from above."""
     azimuths = ring_azimuths(names)
-    return {
-        f"{way} {elevation:g}": direction_vectors(sign * azimuths, torch.full_like(azimuths, elevation))
-        for way, sign in (("left", 1), ("right", -1))
-        for elevation in RING_ELEVATIONS
-    }
+    return direction_vectors(azimuths if way == "left" else -azimuths, torch.full_like(azimuths, elevation))

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factorkit.engine.run_folder import RunLog
 from factorkit.nerfdiff.cameras.poses import (
     FreePoses,
     OrbitPoses,
@@ -22,11 +21,9 @@ from factorkit.nerfdiff.cameras.poses import (
 from factorkit.nerfdiff.scene import Scene
 from factorkit.nerfdiff.stages.dictionary import SearchTask, ToPoses
 from factorkit.nerfdiff.stages.flip_test import best_rotations, reassign_outliers
-from factorkit.nerfdiff.stages.ordered import ring_directions
+from factorkit.nerfdiff.stages.ordered import RING_ELEVATIONS, WAYS, ring_directions
 from factorkit.nerfdiff.stages.recentre import aim_from_offsets, directions_with_aim, foreground_offsets, recentre_scene
 from factorkit.nerfdiff.stages.stage_training import StageTraining
-from factorkit.utils import distributed
-from factorkit.utils.files import read_log
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
 FORWARD_COARSENESS = 0.5  # when forward-facing poses start to move: they are many pixels off
@@ -111,17 +108,25 @@ class DictionarySearch:
 
     def _choose_start(self, place: Tensor) -> Tensor:
         """Return ``place`` [V, 3] or an even ring: from which a short fit explains held-out views best."""
-        training, errors = self.training, {}
-        starts = {"search": place, **ring_directions(self.scene.names)}
-        for name, direction in starts.items():
-            poses = self._orbit_poses(direction.to(place)).requires_grad_()
+        training, names = self.training, self.scene.names
+        starts, errors = {}, {}
+
+        def try_start(name: str, direction: Tensor) -> float:
+            starts[name] = direction.to(place)
+            poses = self._orbit_poses(starts[name]).requires_grad_()
             fitted = training.fit_small(f"start {name}", poses, initial_coarseness=1.0, **START_FIT)
             errors[name] = training.cross_fit(f"start {name} half ", fitted.poses().detach(), self.scene).cross
+            return errors[name]
+
+        try_start("search", place)
+        first, *others = RING_ELEVATIONS
+        left, right = (try_start(f"{way} {first:g}", ring_directions(names, way, first)) for way in WAYS)
+        way = WAYS[0] if left <= right else WAYS[1]
+        for elevation in others:
+            try_start(f"{way} {elevation:g}", ring_directions(names, way, elevation))
         best = min(errors, key=lambda name: errors[name])
-        if distributed.rank() == 0 and "starts" not in {event.get("event") for event in read_log(training.folder)}:
-            with RunLog(training.folder) as log:
-                log.event("starts", held_out_cross=errors, best=best)
-        return starts[best].to(place)
+        training.log_once("starts", held_out_cross=errors, best=best)
+        return starts[best]
 
     def _orbit_poses(self, position: Tensor) -> OrbitPoses:
         """Return poses of cameras in directions [V, 3] from the origin, which see it at the centre of their object."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from factorkit.engine.run_folder import copy_folder
+from factorkit.engine.run_folder import RunLog, copy_folder
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.cameras.poses import FreePoses
 from factorkit.nerfdiff.config import NerfdiffConfig
@@ -22,6 +22,7 @@ from factorkit.nerfdiff.stages.flip_test import split_in_halves
 from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
 from factorkit.nerfdiff.verdict import write_report
 from factorkit.utils import distributed
+from factorkit.utils.files import read_log
 from factorkit.utils.rng import derived_seed
 
 GAUSSIAN_POSE_RATE = 0.1  # of the poses' learning rate: Adam moves each pose in every step, and a step has one view
@@ -74,6 +75,12 @@ class StageTraining:
         if folder is None and distributed.rank() == 0 and previews.is_dir():  # for the run's report
             copy_folder(previews, self.folder / "samples")
         return trained
+
+    def log_once(self, event: str, **values: Any) -> None:
+        """Log an event of the run unless its log has one of this name: a resumed run decides again, alike."""
+        if distributed.rank() == 0 and event not in {line.get("event") for line in read_log(self.folder)}:
+            with RunLog(self.folder) as log:
+                log.event(event, **values)
 
     def fit(
         self,

@@ -92,7 +92,8 @@ def _cite(row: str, source: str, acc: float | None, iou: float | None, dice: flo
 
 
 def _table(preset: str, **fields: Any) -> Experiment:
-    small, full = "7 minutes a seed on one CPU core", "not measured (thesis: 50 000 steps on 8 V100)"
+    small = "5 minutes a seed for the default on one CPU core, up to 4 for each other row"
+    full = "not measured (thesis: 50 000 steps on 8 V100)"
     return Experiment(
         duration={**SHARED_TRAINING_DURATION, "small": small, "full": full},
         columns=(*FIXED, *BEST),

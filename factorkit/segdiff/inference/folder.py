@@ -46,6 +46,7 @@ from factorkit.segdiff.inference.segment import (
     PreparedImage,
     describe_out_of_memory,
     hard_labels,
+    is_unlike,
     predict_tiled,
     prepare_image,
     upsample_masks,
@@ -77,6 +78,7 @@ class FolderSegments(NamedTuple):
         annotations: COCO's file with run lengths, if requested.
         polygons: COCO's file with polygons, if requested.
         cutout: which regions the cut-outs show, and why; None without them.
+        unlike: images that look unlike the training set, so that their regions may mean nothing.
     """
 
     out: Path
@@ -89,6 +91,7 @@ class FolderSegments(NamedTuple):
     annotations: Path | None
     polygons: Path | None = None
     cutout: str | None = None
+    unlike: Sequence[str] = ()
 
 
 def segment_folder(
@@ -140,7 +143,8 @@ def segment_folder(
                 open_folder(rank)
             manifest, record = opened[0]
             threads = workers or min(MAX_WORKERS, os.cpu_count() or 1)
-            job = _FolderJob(config, predict, source, manifest, record, settings, outputs, threads, progress)
+            judge = partial(is_unlike, model, settings["t"])
+            job = _FolderJob(config, predict, judge, source, manifest, record, settings, outputs, threads, progress)
             return job.run()._replace(cutout=cutout.reason if cutout else None)
     except OSError as error:  # of the results; a source raises DataError for its own
         where = escape_name(str(error.filename or out))
@@ -162,6 +166,7 @@ class _Item(NamedTuple):
 class _FolderJob:
     config: ResolvedSegdiffConfig
     predict: Callable[[Tensor], Tensor]
+    judge: Callable[[np.ndarray, Tensor], bool]
     source: Source
     manifest: Manifest
     record: OutputRecord
@@ -244,11 +249,24 @@ class _FolderJob:
             self.record.write({self.overview_name: grid.save}, self.overview_source, stem=self.overview.stem)
         documents = write_documents(self.manifest, self.record, self.outputs)
         annotations, polygons = documents.get("annotations.json"), documents.get("polygons.json")
-        areas = np.mean([line["areas"] for _, line in self.manifest.records()], 0).tolist()
+        unlike, areas = [], []
+        for index, line in self.manifest.records():
+            areas.append(line["areas"])
+            if line.get("unlike"):
+                unlike.append(self.source.names[index])
         overview, segmented = self.overview if self.overview.exists() else None, len(self.source) - len(self.skipped)
         num_regions = self.config.num_leaf_regions
         return FolderSegments(
-            self.out, segmented, already, self.skipped, num_regions, areas, overview, annotations, polygons
+            self.out,
+            segmented,
+            already,
+            self.skipped,
+            num_regions,
+            np.mean(areas, 0).tolist(),
+            overview,
+            annotations,
+            polygons,
+            unlike=unlike,
         )
 
     def _segment(self, todo: Sequence[int]) -> Iterator[int]:
@@ -345,7 +363,9 @@ class _FolderJob:
         sizes = self.record.write(files, self.manifest.inputs[index], stem=stem) if files else {}
         if in_overview and soft is not None:
             self.overview_rows[index] = draw_overview_row(prepared.image, soft)
-        return record | {"image_id": self.numbers[index], "files": {end: sizes[name] for end, name in names.items()}}
+        written = {end: sizes[name] for end, name in names.items()}
+        unlike = {"unlike": True} if self.judge(prepared.small, masks) else {}
+        return record | {"image_id": self.numbers[index], "files": written} | unlike
 
     def _finish(self, item: _Item, future: Future) -> int:
         try:

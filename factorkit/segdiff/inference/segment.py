@@ -16,6 +16,7 @@ from factorkit.diffusion.schedule import Schedule
 from factorkit.metrics.segmentation import MAX_REGIONS
 from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, resize_rows
 from factorkit.segdiff.config import ResolvedSegdiffConfig
+from factorkit.segdiff.masks.objects import ObjectMasks
 from factorkit.segdiff.network import FactorizedUNet
 from factorkit.utils.errors import ConfigError, OutOfMemoryError, is_out_of_memory
 from factorkit.utils.images import pixels_to_images, pixels_to_signed
@@ -42,12 +43,15 @@ class Segmentation(NamedTuple):
         masks: soft masks, fp32 [B, K, H, W], summing to 1 over K; a list of [K, H, W] if sizes differ.
         names: the origin of each image.
         nesting: numbers of regions that each level of a hierarchy splits into; labels and masks are of the deepest.
+        unlike: whether each image looks unlike the training set, so that its regions may mean nothing
+            (:func:`is_unlike`).
     """
 
     labels: Tensor | list[Tensor]
     masks: Tensor | list[Tensor]
     names: list[str]
     nesting: tuple[int, ...] = ()
+    unlike: tuple[bool, ...] = ()
 
     def level(self, level: int) -> Segmentation:
         """Return the regions of one level of a hierarchy, 1 the coarsest; ConfigError if there is no such level."""
@@ -56,7 +60,7 @@ class Segmentation(NamedTuple):
         labels: Any = [level_labels(labels, nesting, level) for labels in self.labels]
         if isinstance(self.masks, Tensor):
             masks, labels = torch.stack(masks), torch.stack(labels)
-        return Segmentation(labels, masks, self.names, nesting[:level])
+        return Segmentation(labels, masks, self.names, nesting[:level], self.unlike)
 
 
 class PreparedImage(NamedTuple):
@@ -92,9 +96,16 @@ def check_segment_settings(config: ResolvedSegdiffConfig, size: int | None, upsa
 
 
 def segment_image(
-    config: ResolvedSegdiffConfig, image: Image.Image, predict: Callable[[Tensor], Tensor], size: int, upsample: str
-) -> Tensor:
-    """Return masks [K, H, W] of an image at its own size; ``predict`` as for :func:`predict_tiled`.
+    config: ResolvedSegdiffConfig,
+    image: Image.Image,
+    predict: Callable[[Tensor], Tensor],
+    judge: Callable[[np.ndarray, Tensor], bool],
+    size: int,
+    upsample: str,
+) -> tuple[Tensor, bool]:
+    """Return masks [K, H, W] of an image at its own size, and what ``judge`` returns of its small copy and masks.
+
+    ``predict`` is as for :func:`predict_tiled`, ``judge`` as :func:`is_unlike`.
 
     Raises:
         OutOfMemoryError: the image is too large for the machine.
@@ -102,7 +113,8 @@ def segment_image(
     try:
         prepared = prepare_image(image, config, size, upsample)
         masks = predict_tiled(predict, prepared.small[None], config)
-        return torch.cat([band for _, band in upsample_masks(masks[0], prepared)], 1)
+        full = torch.cat([band for _, band in upsample_masks(masks[0], prepared)], 1)
+        return full, judge(prepared.small, masks[0])
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -227,6 +239,24 @@ def predict_masks(model: nn.Module, images: Tensor, t: int, schedule: Schedule, 
         labels = () if label is None else (torch.full_like(times, label),)
         parts.append(network.segment(x_t, times, *labels).float().cpu())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def is_unlike(model: nn.Module, t: int, small: np.ndarray, masks: Tensor) -> bool:
+    """Return whether an image looks unlike the training set; known for object masks at t = 0 alone, else False.
+
+    Args:
+        model: that segmented it.
+        t: time step of the segmentation.
+        small: the image as the network saw it, uint8 [h, w, 3].
+        masks: of it [K, h, w].
+    """
+    proposer = getattr(model, "masks", None)
+    if t or not isinstance(proposer, ObjectMasks):
+        return False
+    device = proposer.doubt_limits.device
+    image = pixels_to_signed(torch.from_numpy(small[None])).to(device)
+    return bool(proposer.find_unlike(image.contiguous(), masks[None].to(device)))
 
 
 def level_masks(masks: Tensor, nesting: Sequence[int], level: int) -> Tensor:

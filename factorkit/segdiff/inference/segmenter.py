@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from factorkit.segdiff.inference.segment import (
     Segmentation,
     check_segment_settings,
     hard_labels,
+    is_unlike,
     predict_masks,
     segment_image,
 )
@@ -107,11 +109,13 @@ class Segmenter(LoadedModel):
         """
         predict, size = self.predictor(t, quality), check_segment_settings(self.config, size, upsample)
         decoded, names = read_images(images)
-        masks = [segment_image(self.config, image, predict, size, upsample) for image in decoded]
+        judge = self._judge(t)
+        results = [segment_image(self.config, image, predict, judge, size, upsample) for image in decoded]
+        masks, unlike = [masks for masks, _ in results], tuple(unlike for _, unlike in results)
         labels = [hard_labels(m, self.config.nesting) for m in masks]
         if len({m.shape for m in masks}) == 1:
-            return Segmentation(torch.stack(labels), torch.stack(masks), names, self.config.nesting)
-        return Segmentation(labels, masks, names, self.config.nesting)
+            return Segmentation(torch.stack(labels), torch.stack(masks), names, self.config.nesting, unlike)
+        return Segmentation(labels, masks, names, self.config.nesting, unlike)
 
     def segment_folder(
         self,
@@ -229,6 +233,10 @@ class Segmenter(LoadedModel):
             return write_video(
                 source, frames, Path(out), self.config.num_leaf_regions, progress, source=video, overwrite=overwrite
             )
+
+    def _judge(self, t: int | None) -> Callable[[np.ndarray, Tensor], bool]:
+        """Return :func:`is_unlike` of this model at time step t."""
+        return partial(is_unlike, self.model, self._check_time(t))
 
     def predictor(self, t: int | None, quality: str, label: int | None = None) -> Callable[[Tensor], Tensor]:
         """Return a function from images [N, 3, h, w] in [-1, 1] to their masks [N, K, h, w].

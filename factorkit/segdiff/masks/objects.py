@@ -2,7 +2,8 @@
 
 The network is distilled from a spatial mixture with a cue for objects (:mod:`factorkit.segdiff.masks.distil`). It
 serves at every noise level, so that generation, editing and the branches use the same regions. In a clean image its
-answer, corrected by the shapes of the set, is the prior of a mixture that finds the exact border.
+answer, together with place and cue and corrected by the shapes of the set, is the prior of a mixture that finds the
+exact border.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter
 from factorkit.nn.unet import ResBlock, TimeEmbedding
 from factorkit.segdiff.masks.proposal import Encoding, MaskProposal, MaskProposer, without_autocast
+from factorkit.segdiff.masks.saliency import saliency_cue
 from factorkit.segdiff.masks.shape import ShapeDenoiser
-from factorkit.segdiff.masks.spatial_mixture import fit_mixture, share_uniformly
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, fit_mixture, share_uniformly
 from factorkit.utils.images import signed_to_lab
 
 GRID_SIDE = 16  # cells along the short side of what the network sees
@@ -28,8 +30,12 @@ LAB_SCALE, LAB_OFFSET = (50.0, 30.0, 30.0), (1.0, 0.0, 0.0)  # bring Lab colours
 MIN_VARIANCE = 0.01  # of a region's colours in this scale; .02 costs .01 IoU on validation horses
 EM_ROUNDS = 3
 GUIDE_RADIUS, GUIDE_EPS = 2, 0.01  # of the guided filter within EM
+CUE_SIDE = 64  # pixels of the copies of images that the cue measures, as square as the mixture's prior
+FIRST_WEIGHTS = 0.5, 0.5  # exponents of the network, and of place and cue, in the prior of the first EM
 SHAPE_WEIGHT, NETWORK_WEIGHT = 1.0, 0.25  # exponents in the prior of the last EM
 MIN_PROBABILITY = 1e-4  # of a region in a product of masks
+UNLIKE_QUANTILE, UNLIKE_MARGIN = 0.99, 1.1  # an image is unlike those whose doubts are below this quantile, times this
+MIN_IMAGES = 20  # whose doubts give a quantile
 
 
 class ObjectMasks(MaskProposer):
@@ -41,11 +47,16 @@ class ObjectMasks(MaskProposer):
     """
 
     needs_encoding = False
+    cue_weight: Tensor
+    doubt_limits: Tensor
 
     def __init__(self, regions: int, resolution: int):
         super().__init__()
+        self.mixture = SpatialMixture(regions, object_first=True)
+        self.register_buffer("cue_weight", torch.ones(()))
         self.network = MaskNetwork(regions, resolution)
         self.shape = ShapeDenoiser(regions)
+        self.register_buffer("doubt_limits", torch.full((2,), torch.inf))
 
     def forward(
         self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None, t: Tensor | None = None
@@ -62,7 +73,37 @@ class ObjectMasks(MaskProposer):
         assert t is not None
         with without_autocast(x_t.device):
             masks = self.network(x_t, t).softmax(1)
-            return masks if t.any() else align_with_colors(x_t.float(), masks, self.shape)
+            return masks if t.any() else self.align_with_colors(x_t.float(), masks)
+
+    def align_with_colors(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Return masks [B, K, H, W] of clean images [B, 3, H, W]: EM whose prior are the network's and their shapes."""
+        prior = pool_masks((SHAPE_WEIGHT, self.shape(self.align_coarsely(images, masks))), (NETWORK_WEIGHT, masks))
+        return fit_colors(scale_lab(images), prior, images)
+
+    def align_coarsely(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Return masks of EM whose prior are the network's masks, place and cue; the shapes are not used."""
+        cue = self.cue_weight * measure_cue(images)
+        weights, priors = FIRST_WEIGHTS, (masks, self.mixture.cued_prior(cue))
+        return fit_colors(scale_lab(images), pool_masks(*zip(weights, priors, strict=True)))
+
+    def measure_doubts(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Return two figures [B, 2] that are high for images unlike the training set.
+
+        They are the mean share of a pixel that the network's masks of clean images [B, 3, H, W] place in other regions
+        than ``masks`` of :meth:`segment` [B, K, H, W], and the mean entropy of the network's masks in nats.
+        """
+        logs = self.network(images, torch.zeros(len(images), dtype=torch.int64, device=images.device)).log_softmax(1)
+        difference = (logs.exp() - masks).abs().sum(1).mean((1, 2)) / 2
+        return torch.stack([difference, -(logs.exp() * logs).sum(1).mean((1, 2))], 1)
+
+    def fit_doubts(self, doubts: Tensor) -> None:
+        """Set the limits of :meth:`find_unlike` from the doubts [N, 2] of training images; none for a few images."""
+        if len(doubts) >= MIN_IMAGES:
+            self.doubt_limits.copy_(UNLIKE_MARGIN * doubts.quantile(UNLIKE_QUANTILE, dim=0))
+
+    def find_unlike(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Return which images are unlike the training set, bool [B]. Arguments as of :meth:`measure_doubts`."""
+        return (self.measure_doubts(images, masks) > self.doubt_limits).any(1)
 
     def explain(self, x_t: Tensor, t: Tensor) -> Tensor | None:
         """Return the score of a mixture of colours whose prior are the masks of :meth:`forward`."""
@@ -73,11 +114,11 @@ class ObjectMasks(MaskProposer):
         return []
 
 
-def align_with_colors(images: Tensor, masks: Tensor, shape: ShapeDenoiser) -> Tensor:
-    """Return masks [B, K, H, W] of clean images [B, 3, H, W]: EM whose prior are the masks and their shapes."""
-    colors = scale_lab(images)
-    denoised = shape(fit_colors(colors, masks))
-    return fit_colors(colors, pool_masks((SHAPE_WEIGHT, denoised), (NETWORK_WEIGHT, masks)), images)
+def measure_cue(images: Tensor) -> Tensor:
+    """Return the cue [B, H, W] of clean images [B, 3, H, W], measured on small square copies."""
+    side = min(CUE_SIDE, *images.shape[2:])
+    cue = saliency_cue(resize(images, side, side)).to(images.device)
+    return resize(cue[:, None], *images.shape[2:])[:, 0]
 
 
 def fit_colors(colors: Tensor, prior: Tensor, guide: Tensor | None = None) -> Tensor:

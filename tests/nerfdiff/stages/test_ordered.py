@@ -13,7 +13,7 @@ from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages import pose_search, stage_training
 from factorkit.nerfdiff.stages.ordered import RING_ELEVATIONS, are_ordered, ring_azimuths, ring_directions
-from factorkit.nerfdiff.train import choose_capture_settings, train_nerfdiff
+from factorkit.nerfdiff.train import choose_capture_settings, estimate, train_nerfdiff
 from factorkit.nerfdiff.training_views import complete_settings
 from factorkit.utils.files import read_log
 
@@ -34,10 +34,8 @@ def test_ring_azimuths_follow_the_numbers_of_the_names(names, turns):
     assert torch.allclose(ring_azimuths(names), torch.tensor(turns, dtype=torch.float32))
 
 
-def test_ring_directions_go_both_ways_at_each_elevation():
-    starts = ring_directions([f"{i}.png" for i in range(8)])
-    assert len(starts) == 2 * len(RING_ELEVATIONS)
-    left, right = starts["left 25"], starts["right 25"]
+def test_ring_directions_go_both_ways():
+    left, right = (ring_directions([f"{i}.png" for i in range(8)], way, 25.0) for way in ("left", "right"))
     assert torch.allclose(azimuth_degrees(left), torch.arange(8) * 45.0, atol=1e-3)
     assert torch.allclose(left * torch.tensor([1.0, -1, 1]), right, atol=1e-6)
     assert torch.allclose(left[:, 2].asin().rad2deg(), torch.full((8,), 25.0), atol=1e-3)
@@ -62,7 +60,7 @@ def test_ordered_views_try_rings_and_log_the_choice_once(tmp_path, tiny, monkeyp
     for _ in range(2):
         run = train_nerfdiff(views, out=tmp_path / "run", **tiny | {"ordered": "yes", "optimize_camera": ("aim",)})
     starts = [event for event in read_log(tmp_path / "run") if event["event"] == "starts"]
-    assert len(starts) == 1 and len(starts[0]["held_out_cross"]) == 1 + 2 * len(RING_ELEVATIONS)
+    assert len(starts) == 1 and len(starts[0]["held_out_cross"]) == 2 + len(RING_ELEVATIONS)
     assert starts[0]["best"] == min(starts[0]["held_out_cross"], key=starts[0]["held_out_cross"].get)
     assert run.poses.isfinite().all()
 
@@ -81,3 +79,12 @@ def test_make_capture_a_fault_changes_images_or_cameras_only_as_named(fault):
     assert torch.equal(plain.intrinsics, views.intrinsics) == (fault not in ("focal", "all"))
     fixed = fault in ("light", "exposure", "clutter", "masks", "focal")
     assert torch.equal(plain.poses, views.poses) == fixed
+
+
+@pytest.mark.slow
+def test_estimate_of_ordered_views_counts_the_starts_and_writes_nothing(tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {k: v for k, v in tiny.items() if k != "progress"} | {"ordered": "yes"}
+    stages = [stage["name"] for stage in estimate(make_procedural_views(10, 8, seed=1), **settings)["stages"]]
+    assert {"start search", "start left 25", "start right 25", "refine"} <= set(stages)
+    assert not list(tmp_path.iterdir())

@@ -108,7 +108,7 @@ def test_choose_capture_settings_off_centre_views_get_aim(shifted):
     assert (
         is_off_centre(shifted) and not is_off_centre(centred) and not is_off_centre(replace(shifted, foreground=None))
     )
-    assert choose_capture_settings(config, shifted).optimize_camera == ("aim",)
+    assert choose_capture_settings(config, shifted).optimize_camera == ("aim", "distance", "roll")
     assert choose_capture_settings(config, centred).optimize_camera == ()
     for changes in ({"optimize_camera": ("roll",)}, {"search": "joint"}, {"poses": "known"}):
         chosen = choose_capture_settings(preset_config("fast", **changes), shifted)

@@ -421,3 +421,17 @@ def test_segment_folder_moved_photos_count_as_done(run, save, tmp_path):
     assert segment_quietly(run, tmp_path / "moved", tmp_path / "out").already >= 0
     assert segment_quietly(run, tmp_path / "moved", tmp_path / "out").already == 2
     assert files_of(tmp_path / "out").keys() == before
+
+
+def test_segment_folder_names_images_unlike_the_training_set(photos, tmp_path):
+    config = preset_config("demo", **TINY | {"masks": "auto"}).resolved()
+    run = SegdiffRun(config, config.build(), torch.device("cpu"), 0)
+    folder, options = photos(3), {"formats": ("labels",)}
+    assert segment_quietly(run, folder, tmp_path / "familiar", **options).unlike == []
+    assert run.segment(folder).unlike == (False,) * 3
+    run.model.masks.doubt_limits.zero_()
+    for already in (0, 3):
+        segments = segment_quietly(run, folder, tmp_path / "unlike", **options)
+        assert segments.already == already and len(segments.unlike) == 3
+    assert run.segment(folder).unlike == (True,) * 3
+    assert run.segment(folder, t=5).unlike == (False,) * 3  # masks of noisy images are not judged

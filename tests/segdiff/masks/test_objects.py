@@ -11,8 +11,8 @@ from factorkit.segdiff.masks import spatial_mixture
 from factorkit.segdiff.masks.objects import (
     MaskNetwork,
     ObjectMasks,
-    align_with_colors,
     fit_colors,
+    measure_cue,
     pool_masks,
     resize,
     scale_lab,
@@ -122,8 +122,24 @@ def test_segment_aligns_clean_images_only():
     with torch.autocast("cpu", torch.bfloat16):
         clean, noisy = model.segment(x, t=low), model.segment(x, t=high)
     torch.testing.assert_close(noisy, model(x, t=high).logits.softmax(1))
-    torch.testing.assert_close(clean, align_with_colors(x, model(x, t=low).logits.softmax(1), model.shape))
+    torch.testing.assert_close(clean, model.align_with_colors(x, model(x, t=low).logits.softmax(1)))
     assert not torch.allclose(clean, model(x, t=low).logits.softmax(1), atol=0.05)
+
+
+def test_align_coarsely_heeds_place_and_cue():
+    model, masks = ObjectMasks(2, 16).requires_grad_(False), torch.full((1, 2, 16, 16), 0.5)
+    model.mixture.prior_logits.zero_()
+    images = torch.full((1, 3, 16, 16), -0.8)
+    images[:, :, 5:11, 5:11] = 0.8
+    assert (model.align_coarsely(images, masks).argmax(1)[0] == 0).eq(images[0, 0] > 0).float().mean() > 0.99
+    model.cue_weight.zero_()
+    torch.testing.assert_close(model.align_coarsely(images, masks), masks)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (3, 200), (90, 70)])
+def test_measure_cue_of_any_size_is_finite(shape):
+    cue = measure_cue(torch.randn(2, 3, *shape).clamp(-1, 1))
+    assert cue.shape == (2, *shape) and cue.isfinite().all()
 
 
 def test_model_with_object_masks_denoises_by_the_masks_of_the_network():
@@ -167,6 +183,21 @@ def test_config_object_masks_with_unsuitable_settings_raises(changes, message):
 def test_align_with_colors_where_all_is_one_color_follows_the_network():
     masks = torch.full((1, 2, 16, 16), 0.1)
     masks[:, 0, :, :8], masks[:, 1, :, 8:] = 0.9, 0.9
-    shape = ObjectMasks(2, 16).shape  # not fitted: uniform
-    aligned = align_with_colors(torch.randn(1, 3, 16, 16) * 0.01, masks, shape)
+    model = ObjectMasks(2, 16).requires_grad_(False)  # not fitted: the shapes are uniform
+    model.mixture.prior_logits.zero_()
+    aligned = model.align_with_colors(torch.randn(1, 3, 16, 16) * 0.01, masks)
     assert (aligned.argmax(1) == masks.argmax(1)).float().mean() > 0.9
+
+
+def test_find_unlike_flags_disagreement_and_doubt():
+    model, images = ObjectMasks(2, 16).requires_grad_(False), torch.zeros(1, 3, 16, 16)
+    model.network.conv_out.bias[:4] = 6.0
+    masks = torch.full((1, 2, 16, 16), 0.001)
+    masks[:, 0] = 0.999
+    model.fit_doubts(torch.full((19, 2), 0.2))
+    assert not model.find_unlike(images, 1 - masks)  # a quantile of so few images means nothing
+    model.fit_doubts(torch.full((20, 2), 0.2))
+    torch.testing.assert_close(model.doubt_limits, torch.full((2,), 0.22))
+    assert not model.find_unlike(images, masks) and model.find_unlike(images, 1 - masks)
+    model.network.conv_out.bias.zero_()  # the network does not know, and no masks are far from that
+    assert model.find_unlike(images, torch.full((1, 2, 16, 16), 0.5))

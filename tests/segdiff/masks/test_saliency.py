@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from factorkit.segdiff.masks import saliency as module
-from factorkit.segdiff.masks.saliency import find_neighbours, find_superpixels, saliency, saliency_cue, shortest_paths
+from factorkit.segdiff.masks.saliency import find_neighbours, saliency, saliency_cue, shortest_paths
+from factorkit.utils.images import signed_to_lab
 
 
 @pytest.fixture(autouse=True)
-def few_superpixels(monkeypatch):
+def few_cells(monkeypatch):
     monkeypatch.setattr(module, "CELLS", 4)
 
 
@@ -26,19 +27,16 @@ def draw_square(size=16, offset=0):
 
 
 def compute_directly(image):
-    """Compute :func:`saliency` of one image with loops over superpixels; the superpixels are given."""
-    parts = find_superpixels(image)
-    labels, colors, centers = parts.labels[0].numpy(), parts.colors[0].double().numpy(), parts.centers[0].numpy()
-    names = [n for n in range(len(colors)) if parts.areas[0, n] > 0]
-    height, width = labels.shape
-    touching = {n: set() for n in names}
-    for y in range(height):
-        for x in range(width):
-            for v, u in ((y + 1, x), (y, x + 1)):
-                if v < height and u < width and labels[y, x] != labels[v, u]:
-                    touching[labels[y, x]].add(labels[v, u])
-                    touching[labels[v, u]].add(labels[y, x])
-    border = set(labels[0]) | set(labels[-1]) | set(labels[:, 0]) | set(labels[:, -1])
+    """Compute :func:`saliency` of one image with loops over the cells."""
+    height, width = image.shape[2:]
+    rows, columns = height // 4, width // 4
+    colors = signed_to_lab(image)[0].unflatten(1, (rows, 4)).unflatten(3, (columns, 4)).mean((2, 4)).flatten(1).mT
+    colors, names = colors.double().numpy(), range(rows * columns)
+    centers = {n: ((n // columns + 0.5) / rows, (n % columns + 0.5) / columns) for n in names}
+    touching = {
+        n: {m for m in names if abs(n // columns - m // columns) + abs(n % columns - m % columns) == 1} for n in names
+    }
+    border = {n for n in names if n // columns in (0, rows - 1) or n % columns in (0, columns - 1)}
     linked = {n: touching[n] | (border - {n} if n in border else set()) for n in names}
     distance = {(a, b): math.dist(colors[a], colors[b]) for a in names for b in names}
     nearest = sorted(min(distance[n, m] for m in touching[n]) for n in names if touching[n])
@@ -74,7 +72,8 @@ def compute_directly(image):
         right[index[n]] = contrast[n]
     smooth = np.linalg.solve(system, right)
     smooth = (smooth - smooth.min()) / (smooth.max() - smooth.min())
-    return smooth[np.vectorize(index.get)(labels)]
+    smooth = torch.from_numpy(smooth).view(1, 1, rows, columns)
+    return torch.nn.functional.interpolate(smooth, size=(height, width), mode="bilinear")[0, 0].numpy()
 
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)])
@@ -109,6 +108,11 @@ def test_saliency_cue_of_one_colour_is_zero():
     assert saliency_cue(torch.zeros(0, 3, 8, 8)).shape == (0, 8, 8)
 
 
+def test_saliency_cue_of_faint_noise_is_weak():
+    noise = 0.01 * torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert 0 < saliency_cue(noise).abs().max() < 1 < saliency_cue(30 * noise).abs().max()
+
+
 def test_shortest_paths_without_a_path_are_infinite():
     lengths = torch.full((1, 4, 4), torch.inf)
     lengths[0, 0, 1] = lengths[0, 1, 0] = 1.0
@@ -118,14 +122,13 @@ def test_shortest_paths_without_a_path_are_infinite():
     assert paths[0, 0].tolist() == [0, 1, 3, torch.inf] and paths[0, 3, 3] == 0
 
 
-def test_find_neighbours_of_four_quarters():
-    labels = torch.tensor([[[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]])
-    touching, border = find_neighbours(labels, 5)
-    assert touching[0].int().tolist() == [
-        [0, 1, 1, 0, 0],
-        [1, 0, 0, 1, 0],
-        [1, 0, 0, 1, 0],
-        [0, 1, 1, 0, 0],
-        [0, 0, 0, 0, 0],
-    ]
-    assert border[0].tolist() == [True, True, True, True, False]
+def test_find_neighbours_of_three_by_three_cells():
+    touching, border = find_neighbours(3, 3)
+    assert [touching[n].nonzero().flatten().tolist() for n in (0, 4, 5)] == [[1, 3], [1, 3, 5, 7], [2, 4, 8]]
+    assert border.tolist() == [True] * 4 + [False] + [True] * 4
+
+
+def test_saliency_cue_blurs_the_border_of_the_object():
+    """The colours of the pixels find the border, so the cue must not set it at single pixels."""
+    cue = saliency_cue(draw_square())[0]
+    assert (cue.diff(dim=0).abs().max() < 0.5 * (cue.max() - cue.min())) and cue.unique().numel() > 100

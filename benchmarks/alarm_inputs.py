@@ -1,0 +1,163 @@
+"""The images and views of `benchmarks.alarms`: with and without objects, with true and with wrong cameras."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from factorkit.data import draw_flowers
+from factorkit.data.datasets import open_dataset
+from factorkit.data.masks import load_labelled
+from factorkit.data.prepare import prepare
+from factorkit.data.procedural.scene import make_procedural_views
+from factorkit.data.views.open import open_views
+from factorkit.data.views.views import Views, resize_area
+from factorkit.nerfdiff.cameras.poses import azimuth_degrees
+
+PROBES, TRAINING_IMAGES = 48, 252
+PHOTOS = {"flowers17": "flowers17_128", "horses": "weizmann_horse_128"}
+
+
+def draw_textures(generator: torch.Generator, count: int, cells: int, size: int) -> Tensor:
+    """Return random smooth colours [count, 3, size, size] in [0, 1] with so many cells to a side."""
+    noise = torch.rand(count, 3, cells, cells, generator=generator)
+    return F.interpolate(noise, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def draw_ellipses(generator: torch.Generator, count: int, size: int, large: bool) -> Tensor:
+    """Return masks bool [count, size, size] of one ellipse each, large and central or small and anywhere."""
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
+    centre = (torch.rand(count, 2, generator=generator) - 0.5) * (0.2 if large else 1.0)
+    radius = torch.tensor([0.5, 0.8] if large else [0.45, 0.45])
+    radius = radius * (1 + 0.2 * (torch.rand(count, 1, generator=generator) - 0.5))
+    across, down = (((p - centre[:, i, None, None]) / radius[:, i, None, None]) for i, p in enumerate((x, y)))
+    return across**2 + down**2 < 1
+
+
+def make_images(name: str, seed: int, size: int, data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return training images and probes, uint8 [N, size, size, 3], and the foreground of the probes if there is any."""
+    generator, count = torch.Generator().manual_seed(seed), PROBES + TRAINING_IMAGES
+    if name in PHOTOS:
+        dataset = open_dataset(data / PHOTOS[name])
+        labelled = load_labelled(dataset.test_images, dataset.test_masks, size)
+        training = np.array(prepare(dataset.train, size, progress=False).images[:400])
+        return training, labelled.images[:PROBES], labelled.foreground[:PROBES]
+    masks = None
+    if name == "flowers":
+        pixels, foreground = draw_flowers(count, size, seed=seed)
+        return pixels[PROBES:], pixels[:PROBES], foreground[:PROBES]
+    if name == "noise":
+        pixels = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8).numpy()
+        return pixels[PROBES:], pixels[:PROBES], None
+    if name == "texture":
+        masks = draw_ellipses(generator, count, size, large=False)
+        fine, coarse = (draw_textures(generator, count, cells, size) for cells in (8, 3))
+        images = torch.where(masks[:, None], fine, coarse)
+    elif name == "persons":
+        masks = draw_ellipses(generator, count, size, large=True)
+        row = torch.arange(size)[:, None].expand(size, size)
+        upper, lower = (torch.rand(count, 3, 1, 1, generator=generator) for _ in range(2))
+        waist = size * (0.35 + 0.3 * torch.rand(count, 1, 1, generator=generator))
+        clothes = torch.where((row < waist)[:, None], upper, lower)
+        clothes = clothes + 0.05 * torch.randn(count, 3, size, size, generator=generator)
+        images = torch.where(masks[:, None], clothes, draw_textures(generator, count, 5, size))
+    elif name == "landscape":
+        ground = torch.where(torch.linspace(0, 1, size)[None, None, :, None] < 0.5, 0.8, 0.3)
+        images = ground + 0.15 * (draw_textures(generator, count, 4, size) - 0.5)
+        images = images + 0.05 * torch.randn(count, 3, size, size, generator=generator)
+    elif name == "smooth":
+        images = draw_textures(generator, count, 6, size)
+    else:
+        images = 0.5 + 0.3 * (draw_textures(generator, count, 2, size) - 0.5)
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return pixels[PROBES:], pixels[:PROBES], None if masks is None else masks[:PROBES].numpy()
+
+
+def make_layers(seed: int, count: int = 16, size: int = 24) -> Views:
+    """Return forward-facing views of a textured square at depth 2 before a wall at depth 6."""
+    generator, focal = torch.Generator().manual_seed(seed), 1.2 * size
+    poses = torch.eye(4).repeat(count, 1, 1)
+    poses[:, :2, 3] = torch.rand(count, 2, generator=generator) - 0.5
+    intrinsics = torch.tensor([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]]).repeat(count, 1, 1)
+    y, x = torch.meshgrid(*[(torch.arange(size) + 0.5 - size / 2) / focal] * 2, indexing="ij")
+    layers = []
+    for depth in (6, 2):
+        texture = draw_textures(generator, 1, 6, 64).expand(count, -1, -1, -1)
+        grid = torch.stack([poses[:, 0, 3, None, None] + depth * x, poses[:, 1, 3, None, None] - depth * y], -1)
+        layers.append((F.grid_sample(texture, grid / 4, align_corners=False), (grid.abs() < 0.7).all(-1)[:, None]))
+    images = torch.where(layers[1][1], layers[1][0], layers[0][0])
+    names = [f"{i:02d}.png" for i in range(count)]
+    return Views(images, names, intrinsics, poses=poses, near=1.2, far=9.0, layout="forward")
+
+
+def open_scene_views(name: str, seed: int, data: Path, size: int = 24) -> Views:
+    """Return views with true cameras: 40 around an object, or 16 to 20 forward-facing ones."""
+    if name == "procedural":
+        return make_procedural_views(40, size, seed=seed)
+    if name == "square":
+        return make_layers(seed)
+    generator = torch.Generator().manual_seed(seed)
+    if name == "lego":
+        views = open_views(data / "nerf_lego_200", "train", size)
+        return views.select(torch.randperm(len(views), generator=generator)[:40].sort().values)
+    views = open_views(data / "llff_fern_504", None, 32 if seed == 0 else size)
+    return views if seed < 2 else views.select(torch.randperm(len(views), generator=generator)[:16].sort().values)
+
+
+def turn_about_z(poses: Tensor, degrees: Tensor) -> Tensor:
+    rotation, angle = torch.eye(4).repeat(len(poses), 1, 1), degrees.deg2rad()
+    rotation[:, 0, 0] = rotation[:, 1, 1] = angle.cos()
+    rotation[:, 0, 1], rotation[:, 1, 0] = -angle.sin(), angle.sin()
+    return rotation @ poses
+
+
+def damage(views: Views, fault: str, seed: int, data: Path) -> Views:
+    """Return views with one fault."""
+    generator, count, poses = torch.Generator().manual_seed(100 + seed), len(views), views.poses.clone()
+    kind, _, number = fault.partition(" ")
+    centre = poses[:, :3, 3].mean(0)
+    if kind == "":
+        return views
+    if kind in ("forward", "object"):
+        near, far = (1.0, 6.0) if kind == "forward" else (None, None)
+        return replace(views, layout=kind, near=near, far=far)
+    if kind == "first":
+        return views.select(slice(0, int(number)))
+    if kind == "noise":
+        return replace(views, images=torch.rand(views.images.shape, generator=generator))
+    if kind == "unrelated":
+        photos = prepare(open_dataset(data / PHOTOS["flowers17"]).train, 32, progress=False).images
+        images = torch.from_numpy(np.array(photos[seed * 40 : seed * 40 + count])).permute(0, 3, 1, 2) / 255.0
+        return replace(views, images=resize_area(images, *views.size))
+    if kind == "focal":
+        intrinsics = views.intrinsics.clone()
+        intrinsics[:, :2, :2] *= float(number)
+        return replace(views, intrinsics=intrinsics)
+    if kind == "exchanged":
+        poses = poses[torch.randperm(count, generator=generator)]
+    elif kind in ("half", "quarter"):
+        rows = torch.randperm(count, generator=generator)[: count // (2 if kind == "half" else 4)]
+        poses[rows] = torch.diag(torch.tensor([-1.0, -1, 1, 1])) @ poses[rows]
+    elif kind == "mirror":
+        flip = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
+        poses = flip @ poses @ flip
+    elif kind == "collapsed":
+        poses = turn_about_z(poses, -azimuth_degrees(poses[:, :3, 3]) * 8 / 9)
+    elif kind == "jitter":
+        poses = turn_about_z(poses, float(number) * torch.randn(count, generator=generator))
+    elif kind == "random" and views.layout == "object":
+        poses = make_procedural_views(count, 8, seed=50 + seed).poses
+    elif kind == "random":
+        poses[:, :3, 3] = centre + poses[:, :3, 3].std(0) * torch.randn(count, 3, generator=generator)
+    elif kind == "one":
+        poses[:, :3, 3] = centre + 0.02 * (poses[:, :3, 3] - centre)
+    elif kind == "inverse":
+        poses = torch.linalg.inv(poses)
+    elif kind == "backward":
+        poses[:, :3, 3] = 2 * centre - poses[:, :3, 3]
+    return replace(views, poses=poses)
