@@ -53,7 +53,7 @@ def find_unsafe_calls(source: str) -> list[str]:
         head, _, rest = ast.unparse(node.func).partition(".")
         name = ".".join(filter(None, [imported.get(head, head), rest]))
         options = {word.arg: ast.unparse(word.value) for word in node.keywords}
-        is_unsafe = name in CODE_RUNNING_CALLS or name.rpartition(".")[2] in UNPACKING_METHODS
+        is_unsafe = name in CODE_RUNNING_CALLS or ("." in name and name.rpartition(".")[2] in UNPACKING_METHODS)
         is_unsafe |= options.get("shell", "False") != "False" or options.get("allow_pickle", "False") != "False"
         is_unsafe |= name == "torch.load" and options.get("weights_only") != "True"
         is_unsafe |= name == "numpy.load" and options.get("allow_pickle") != "False"
@@ -77,6 +77,7 @@ def find_unsafe_calls(source: str) -> list[str]:
         "import torch\ntorch.load(f)",
         "import torch\ntorch.load(f, weights_only=False)",
         "import zipfile\nzipfile.ZipFile(f).extractall()",
+        "from shutil import unpack_archive\nunpack_archive(f)",
         "from PIL import Image\nImage.open(f)",
     ],
 )

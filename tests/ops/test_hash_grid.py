@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from factorkit import ops
@@ -77,7 +77,7 @@ def test_equals_its_definition(dims, quintic):
         torch.testing.assert_close(ops.hash_grid(x, table, RESOLUTIONS, interpolation=interpolation), plain)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a loaded machine
 @given(
     dims=st.sampled_from([2, 3, 4]),
     features=st.sampled_from([1, 2, 4, 8]),

@@ -28,12 +28,12 @@ def edges(rays, samples):
 
 
 def composite_dense():
-    start, end = edges(2, 4)
+    start, end = edges(2, 3)
 
     def run(sigma, rgb, start, end, background):
         return ops.composite(sigma, rgb, start, end, background=background, weights=True, distortion=True)[:5]
 
-    return run, (positive(2, 4), leaf(2, 4, 2), start, end, leaf(2))
+    return run, (positive(2, 3), leaf(2, 3, 2), start, end, leaf(2))
 
 
 def composite_packed():
@@ -94,12 +94,13 @@ CASES = {
     "hash_grid": ("hash_grid", encoding),
     "frequency": ("frequency", lambda: (lambda x: ops.frequency(x, 2), (leaf(2, 2),))),
 }
-NOT_DIFFERENTIABLE = {"march_count", "march_write", "sample_pdf"}
+NOT_DIFFERENTIABLE = {"march_count", "march_write", "sample_pdf", "count_tiles", "fill_tiles"}
+IN_TEST_GAUSSIANS = {"project_gaussians", "rasterize_gaussians"}
 
 
 def test_every_op_with_a_gradient_has_a_case():
     derivatives = {name for name in OPS if name.endswith("_backward")}
-    assert {name for name, _ in CASES.values()} == OPS.keys() - derivatives - NOT_DIFFERENTIABLE
+    assert {name for name, _ in CASES.values()} == OPS.keys() - derivatives - NOT_DIFFERENTIABLE - IN_TEST_GAUSSIANS
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -92,7 +92,7 @@ def test_forward_labels_reach_every_level(make_batch):
 def test_region_tokens_of_a_level_are_pooled_inside_the_region(make_batch):
     torch.manual_seed(0)
     model = randomize_weights(
-        preset_config("demo", **{**TINY, "channel_mult": (1, 2), "regions": 2}).resolved().build()
+        preset_config("demo", **{**TINY, "masks": "network", "channel_mult": (1, 2), "regions": 2}).resolved().build()
     ).eval()
     recorded = []
     pool = model.tokens.forward

@@ -133,6 +133,20 @@ def test_train_on_unusual_images_is_finite(tmp_path, kind):
     assert masks.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["transparent", "grey", "tiny", "strip", "border colour"])
+def test_segment_of_unusual_photos_is_finite(whole, kind):
+    rng = np.random.default_rng(0)
+    photo = {
+        "transparent": rng.integers(0, 256, (20, 30, 4), np.uint8),
+        "grey": rng.integers(0, 256, (300, 200, 1), np.uint8),
+        "tiny": np.full((2, 3, 3), 7, np.uint8),
+        "strip": rng.integers(0, 256, (2, 900, 3), np.uint8),
+        "border colour": np.full((40, 40, 3), 200, np.uint8),
+    }[kind]
+    segmentation = factorkit.load(whole, device="cpu").segment([photo])
+    assert segmentation.labels[0].shape == photo.shape[:2] and segmentation.masks[0].isfinite().all()
+
+
 def test_teacher_masks_sum_to_one():
     images = draw_flowers(6, 16, seed=0)[0]
     config = preset_config("demo", **TINY).resolved()

@@ -23,6 +23,8 @@ def train_tiny(out: Path, **changes):
     images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
     settings = {
         "steps": 4,
+        "mixture_steps": 2,
+        "distil_steps": 2,
         "model_channels": 8,
         "resolution": 16,
         "channel_mult": (1, 2),
