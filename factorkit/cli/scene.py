@@ -262,8 +262,11 @@ class Export(OutputCommand):
     """
 
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
-    """scene.ply (coloured points), mesh.ply (also .obj, .glb), transforms.json (nerfstudio), or a folder (COLMAP)."""
-    kind: Annotated[Literal["points", "mesh", "nerfstudio", "colmap"] | None, arg(help_behavior_hint="")] = None
+    """scene.ply (coloured points), mesh.ply (also .obj, .glb), splats.ply (Gaussians), transforms.json (nerfstudio), or
+    a folder (COLMAP)."""
+    kind: Annotated[Literal["points", "mesh", "splats", "nerfstudio", "colmap"] | None, arg(help_behavior_hint="")] = (
+        None
+    )
     """What to write. The default follows from the name of OUT."""
     coordinates: Literal["run", "given"] = "run"
     """run: those of the run, an object around the origin with z up. given: those of the training data's cameras."""

@@ -22,7 +22,7 @@ from factorkit.nerfdiff.rays import CameraModel
 from factorkit.nerfdiff.training_views import load_views
 from factorkit.utils.errors import CheckpointError, ConfigError
 
-STAGES = ("search", "refine", "refine again", "fit")  # the stages with all views, in order
+STAGES = ("search", "refine", "refine again", "fit", "gaussians")  # the stages with all views, in order
 
 
 def build_model(

@@ -69,9 +69,14 @@ class NerfdiffConfig(EngineConfig):
     """Maximum number of rounds of the flip test, which corrects views placed on the wrong side of a nearly symmetric
     scene. It stops at the first round that changes nothing. 0 runs one round that only reports."""
 
-    field: Literal["grid", "hashgrid", "mlp", "siren", "tcnn"] = "grid"
-    """Representation of the scene: a dense voxel grid, a hash grid, NeRF's MLP, a SIREN, or tiny-cuda-nn's hash grid
-    and fused MLPs (needs tinycudann). The grid is the fastest on a CPU. The pose search always uses a grid."""
+    field: Literal["grid", "hashgrid", "mlp", "siren", "tcnn", "gaussians"] = "grid"
+    """Representation of the scene: a dense voxel grid, a hash grid, NeRF's MLP, a SIREN, tiny-cuda-nn's hash grid and
+    fused MLPs (needs tinycudann), or 3D Gaussians, for a splat file. The grid is the fastest on a CPU. The pose search
+    always uses a grid, and Gaussians start from one."""
+    num_gaussians: int = 10_000
+    """Number of Gaussians, with field="gaussians". Training moves them, but neither adds nor removes any."""
+    gaussian_steps: int = 4000
+    """Steps of one whole view each that fit the Gaussians, after the grid that they start from."""
     occupancy: bool = False
     """Skip empty space with an occupancy grid in training and rendering. The presets "demo" and "fast" enable it for
     all fields except the grid, whose samples are cheap."""
@@ -148,6 +153,8 @@ class NerfdiffConfig(EngineConfig):
             "num_rendered_views": 0,
             "finetune_steps": 0,
             "appearance_dim": 0,
+            "num_gaussians": 1,
+            "gaussian_steps": 1,
         }
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -165,6 +172,11 @@ class NerfdiffConfig(EngineConfig):
             )
         if self.timesteps > MAX_TIMESTEPS:
             raise ConfigError(f"timesteps={self.timesteps} must be at most {MAX_TIMESTEPS}")
+        if self.field == "gaussians" and self.search == "joint" and self.poses == "predicted":
+            raise ConfigError(
+                'search="joint" trains the field by single rays, which field="gaussians" does not have; use '
+                'search="dictionary", or field="grid"'
+            )
         lowest, highest = self.elevation_range
         if not -89 <= lowest < highest <= 89:
             raise ConfigError(
@@ -275,7 +287,7 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
     settings = PRESETS[preset] if preset else {}
     if settings is _FAST:
         settings = settings | _sized(changes.get("resolution", NerfdiffConfig.resolution))
-        settings = settings | {"occupancy": changes.get("field", NerfdiffConfig.field) != "grid"}
+        settings = settings | {"occupancy": changes.get("field", NerfdiffConfig.field) not in ("grid", "gaussians")}
     if changes.get("search") == "joint" and preset in ("demo", "fast"):
         settings = settings | _JOINT | {k: round(share * settings[k]) for k, share in _JOINT_SHARES.items()}
     config = NerfdiffConfig.from_dict({**settings, **changes})

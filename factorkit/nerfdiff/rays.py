@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from factorkit.nerfdiff.fields.base import Field
+from factorkit.nerfdiff.fields.base import Field, ImageField
 from factorkit.rendering import (
     OccupancySampling,
     Rays,
@@ -154,6 +154,13 @@ def render_pixels(
         intrinsics: of each pose, [B, 3, 3], in units of width and height; None: those of the camera model.
     """
     height, width = size
+    if isinstance(field, ImageField):
+        image = rasterize_views(field, poses, camera, size, intrinsics)
+        index = pixels[..., None]
+        color = image.color.flatten(1, 2).gather(1, index.expand(-1, -1, image.color.shape[-1]))
+        depth, opacity = (x.flatten(1).gather(1, pixels) for x in (image.depth, image.opacity))
+        rendered = image._replace(color=color, depth=depth, opacity=opacity)
+        return rendered._replace(color=apply_appearance(field, rendered, camera, views))
     points = torch.stack([pixels % width, pixels // width], dim=-1) + 0.5
     rays = pixel_rays(poses, camera.pixel_intrinsics(height, width, intrinsics), points.to(poses.dtype))
     background = background_colors(field, rays.directions, camera)
@@ -176,6 +183,9 @@ def render_views(
 
     The arguments are those of :func:`render_pixels`, with poses [..., 4, 4] and intrinsics that broadcast with them.
     """
+    if isinstance(field, ImageField):
+        rendered = rasterize_views(field, poses.flatten(0, -3), camera, size, intrinsics, poses.shape[:-2])
+        return rendered._replace(color=apply_appearance(field, rendered, camera, views))
     rays = image_rays(poses, camera.pixel_intrinsics(*size, intrinsics), *size)
     background = background_colors(field, rays.directions, camera)
     sampling = build_sampling(field, samples, camera.forward_facing)
@@ -188,6 +198,28 @@ def render_views(
     expected_t = rendered.depth / rendered.opacity.clamp_min(1e-6)
     inverse_depth = (1 / start_depth(rays.origins) - expected_t).clamp(1e-3, 1)
     return rendered._replace(depth=rendered.opacity / inverse_depth)
+
+
+def rasterize_views(
+    field: ImageField,
+    poses: Tensor,
+    camera: CameraModel,
+    size: tuple[int, int],
+    intrinsics: Tensor | None,
+    shape: Sequence[int] | None = None,
+) -> Rendered:
+    """Draw whole images of poses [B, 4, 4], with background, as [*shape, H, W]; shape None: [B, H, W]."""
+    shape = poses.shape[:1] if shape is None else shape
+    lens = camera.pixel_intrinsics(*size, intrinsics).expand(*shape, 3, 3).reshape(-1, 3, 3)
+    images = []
+    for pose, own in zip(poses, lens, strict=True):
+        drawn = field.rasterize(pose, own, size)
+        behind = camera.background
+        if field.background is not None:
+            behind = field.background(image_rays(pose, own, *size).directions)
+        images.append((drawn.color + (1 - drawn.opacity[..., None]) * behind, drawn.depth, drawn.opacity))
+    color, depth, opacity = (torch.stack(parts).unflatten(0, tuple(shape)) for parts in zip(*images, strict=True))
+    return Rendered(color, depth, opacity, None, None, torch.tensor(len(images), device=color.device))
 
 
 def background_colors(field: Field, directions: Tensor, camera: CameraModel) -> Tensor:

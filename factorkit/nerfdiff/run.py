@@ -134,7 +134,8 @@ class NerfdiffRun(LoadedScene, TrainedRun):
         where they were; otherwise a warning says that they are written at the size of the training.
 
         Args:
-            path: ``scene.ply`` (coloured points), ``mesh.ply`` (also .obj, .glb), ``transforms.json`` (nerfstudio) or a
+            path: ``scene.ply`` (coloured points), ``mesh.ply`` (also .obj, .glb), ``splats.ply``
+                (Gaussians), ``transforms.json`` (nerfstudio) or a
                 folder (COLMAP's binary format).
             data: the training data, if they were moved or given as objects; a path or
                 :class:`~factorkit.data.views.views.Views`.

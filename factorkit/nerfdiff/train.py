@@ -266,6 +266,11 @@ def _prepare(
         raise DataError(
             f"{format_count(len(scene.images), 'view')}: fewer than num_candidates={config.num_candidates}; give more"
         )
+    if scene.layout == "forward" and config.field == "gaussians":
+        raise ConfigError(
+            'field="gaussians" needs views around an object; these are forward-facing, whose scene is warped. Use '
+            'field="grid", or layout="object" if the cameras surround the scene'
+        )
     if scene.layout == "forward" and config.pose_parameters:
         raise ConfigError(
             f"optimize_camera={config.optimize_camera}: forward-facing cameras are optimised in all six degrees of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from factorkit.data.views.views import Views
 from factorkit.nerfdiff.export.points import MAX_DEPTH, point_cloud
-from factorkit.nerfdiff.fields.base import field_device, occupied_sampling
-from factorkit.nerfdiff.rays import CameraModel, limit_depth
+from factorkit.nerfdiff.fields.base import ImageField, field_device, occupied_sampling
+from factorkit.nerfdiff.fields.gaussians import GaussianField
+from factorkit.nerfdiff.rays import CameraModel, limit_depth, render_views
 from factorkit.nerfdiff.scene import box_camera, view_poses
 from factorkit.rendering.cameras import MAX_DIRECTION_Z, image_rays
 from factorkit.rendering.render import Field, OccupancySampling, render
@@ -125,6 +126,9 @@ class Viewer:
         self.close()
 
     def _add_points(self, scene: ViewerScene) -> None:
+        if isinstance(scene.field, GaussianField):
+            self.server.scene.add_gaussian_splats("/points/cloud", *scene.field.as_covariances())
+            return
         try:
             upper = limit_depth(scene.upper, MAX_DEPTH, scene.camera)
             cloud = point_cloud(scene.field, scene.views, scene.lower, upper, MAX_POINTS)
@@ -275,6 +279,10 @@ def render_viewpoint(
     intrinsics = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
     device = field_device(scene.field)
     fixed_background, camera = scene.background.to(device), scene.camera
+    if isinstance(scene.field, ImageField):
+        lens = intrinsics.to(device) / torch.tensor([width, height, 1], device=device)[:, None]
+        seen = replace(camera, background=fixed_background, intrinsics=lens)
+        return unit_to_uint8(render_views(scene.field, pose.to(device), seen, (height, width), 1).color)
     rays = image_rays(pose.to(device), intrinsics.to(device), height, width)
     behind = camera.forward_facing & (rays.directions[..., 2] > MAX_DIRECTION_Z)  # empty in forward-facing scenes
     ndc = camera.to_ndc(rays, (height, width))

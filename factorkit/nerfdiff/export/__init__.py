@@ -15,6 +15,8 @@ from factorkit.nerfdiff.export.cameras import COLMAP_FILES, make_colmap, make_tr
 from factorkit.nerfdiff.export.images import ExportView, list_stored
 from factorkit.nerfdiff.export.mesh import surface_mesh
 from factorkit.nerfdiff.export.points import MAX_DEPTH, Shape, move_shape, point_cloud
+from factorkit.nerfdiff.export.splats import save_splats
+from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.nerfdiff.rays import limit_depth
 from factorkit.nerfdiff.scene import box_camera, view_poses
 from factorkit.rendering.render import Field
@@ -22,7 +24,8 @@ from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.output_record import OutputRecord, check_file, writing_file
 
 MESH_SUFFIXES = (".ply", ".obj", ".glb")
-KINDS = ("points", "mesh", "nerfstudio", "colmap")
+KINDS = ("points", "mesh", "splats", "nerfstudio", "colmap")
+PLY_WORDS = {"mesh": "mesh", "splats": "splat"}  # in the name of a .ply, for its kind
 CAMERA_KINDS = ("nerfstudio", "colmap")
 Coordinates = Literal["run", "given"]
 
@@ -49,6 +52,7 @@ def export(
 
     - ``points`` (scene.ply): coloured points on the surface that the views show;
     - ``mesh`` (mesh.ply, or any .obj or .glb): the surface of equal density, by marching cubes, coloured;
+    - ``splats`` (splats.ply): the Gaussians of ``field="gaussians"``, in the format of 3DGS;
     - ``nerfstudio`` (transforms.json): cameras, with the images in images_factorkit/ beside it;
     - ``colmap`` (a folder): a binary model with coloured points in sparse/0/, images in images/.
 
@@ -58,7 +62,7 @@ def export(
     Args:
         views: images, intrinsics and poses, in the field's coordinates.
         field: as :func:`factorkit.render` takes it.
-        kind: one of the four; None: derived from the path, see above.
+        kind: one of the five; None: derived from the path, see above.
         lower: corner of the field's box.
         upper: opposite corner of the field's box.
         points: approximate number of points.
@@ -78,7 +82,8 @@ def export(
         The path.
 
     Raises:
-        ConfigError: unknown kind, suffix or coordinates, numbers below 1, or ``far`` not beyond the near plane.
+        ConfigError: splats of a field without Gaussians, an unknown kind,
+            suffix or coordinates, numbers below 1, or ``far`` not beyond the near plane.
         DataError: views without poses, a scene that no view shows, a density that never reaches the level, a lens that
             COLMAP does not have, or coordinates that need more digits than the file has.
         WriteError: a file of another origin is in the way.
@@ -89,6 +94,8 @@ def export(
         raise ConfigError(f"kind={kind!r} is unknown; give {', '.join(KINDS)}")
     if kind == "mesh" and path.suffix.lower() not in MESH_SUFFIXES:
         raise ConfigError(f"{path}: a mesh is written as {', '.join(MESH_SUFFIXES)}")
+    if kind == "splats" and not isinstance(field, GaussianField):
+        raise ConfigError(f'{path}: the scene has no Gaussians to write as splats; train it with field="gaussians"')
     if min(points, resolution) < 1:
         raise ConfigError(f"points={points}, resolution={resolution}: give at least 1 of each")
     if kind != "mesh" and views.poses is None:
@@ -107,6 +114,11 @@ def export(
             return surface_mesh(field, lower, upper, resolution, level, camera)
         return point_cloud(field, views, lower, upper, points)
 
+    if kind == "splats":
+        assert isinstance(field, GaussianField)
+        with writing_file(path, source, overwrite=overwrite) as temporary:
+            save_splats(temporary, field, moved)
+        return path
     if kind not in CAMERA_KINDS:
         check_file(path, source, overwrite=overwrite)
         shape = move_shape(make_shape(), moved)
@@ -133,7 +145,7 @@ def kind_of(path: Path) -> str:
     """Return what is written to a path by its name; raises ConfigError if that does not say it."""
     suffix = path.suffix.lower()
     if suffix == ".ply":
-        return "mesh" if "mesh" in path.stem.lower() else "points"
+        return next((kind for kind, word in PLY_WORDS.items() if word in path.stem.lower()), "points")
     if suffix in MESH_SUFFIXES:
         return "mesh"
     kinds = {".json": "nerfstudio", "": "colmap"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from factorkit import ops
 from factorkit.rendering.occupancy import OccupancyGrid
 from factorkit.rendering.render import Field as RenderedField
-from factorkit.rendering.render import OccupancySampling
+from factorkit.rendering.render import OccupancySampling, Rendered
 from factorkit.utils.errors import ConfigError
 
 BACKGROUNDS = ("given", "learned", "field")
@@ -159,6 +159,23 @@ class Field(nn.Module):
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         inside = (positions.detach().abs().amax(-1) <= 1).to(raw.dtype)
         return DENSITY_SCALE * inside * F.softplus(raw[:, 0] + DENSITY_BIAS), raw[:, 1:].sigmoid()
+
+
+class ImageField(Field):
+    """A field that draws whole images of pinhole cameras instead of answering for points along rays."""
+
+    def rasterize(self, pose: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Rendered:
+        """Draw one image without background: colour [H, W, 3], depth (along the rays) and opacity [H, W].
+
+        Args:
+            pose: camera-to-world, [4, 4]; gets gradients, as do the intrinsics.
+            intrinsics: [3, 3], in pixels.
+            size: height and width.
+        """
+        raise NotImplementedError
+
+    def update(self, step: int, steps: int, rate: float, seed: int) -> None:
+        """Change the field before a training step, the same way on all processes."""
 
 
 def linear_layers(sizes: list[int], generator: torch.Generator, activation_after_last: bool = False) -> nn.Sequential:

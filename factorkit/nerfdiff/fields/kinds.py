@@ -1,4 +1,4 @@
-"""Fields by name: dense grid, hash grid, NeRF's network, SIREN and tiny-cuda-nn; fresh, or restored from weights.
+"""Fields by name: dense grid, hash grid, NeRF's network, SIREN, tiny-cuda-nn, Gaussians; fresh, or from weights.
 
 tiny-cuda-nn is on no index: https://github.com/NVlabs/tiny-cuda-nn explains how to build it. Importing it needs a CUDA
 device.
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from factorkit import ops
 from factorkit.nerfdiff.fields.base import Appearance, Field, build_background, build_occupancy_grid, linear_layers
+from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.utils.errors import ConfigError
 
-FIELDS = ("grid", "hashgrid", "mlp", "siren", "tcnn")
-
+FIELDS = ("grid", "hashgrid", "mlp", "siren", "tcnn", "gaussians")
 
 MIN_BLUR_CELLS = 0.3  # a Gaussian narrower than this many cells changes nothing visible
 
@@ -251,7 +251,8 @@ def build_field(
 
     Args:
         kind: one of :data:`FIELDS`.
-        resolution: vertices of the grid, or cells of the finest hash grid level, along each side; unused by networks.
+        resolution: vertices of the grid, or cells of the finest hash grid level, along each side; the number of
+            Gaussians; unused by networks.
         background: one of :data:`factorkit.nerfdiff.fields.base.BACKGROUNDS`.
         views: number of training views with an appearance code.
         appearance_dim: size of each code; 0 for none.
@@ -263,7 +264,8 @@ def build_field(
     if kind in ("mlp", "siren"):
         field = FrequencyField(seed) if kind == "mlp" else SirenField(seed)
     elif kind in FIELDS:
-        field = {"grid": GridField, "hashgrid": HashField, "tcnn": TcnnField}[kind](resolution, seed)
+        classes = {"grid": GridField, "hashgrid": HashField, "tcnn": TcnnField, "gaussians": GaussianField}
+        field = classes[kind](resolution, seed)
     else:
         raise ConfigError(f"field={kind!r} is unknown; choose one of {', '.join(FIELDS)}")
     field.background = build_background(background, seed)
@@ -285,6 +287,8 @@ def restore_field(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) ->
     """
     is_grid = "values" in weights  # search and refinement use a grid whatever the run's field is
     kind, resolution = ("grid", len(weights["values"])) if is_grid else (settings["field"], settings["grid_resolution"])
+    if "log_scales" in weights:
+        resolution = len(weights["log_scales"])
     codes = weights.get("appearance.codes", torch.empty(0, 0))
     field = build_field(
         kind,

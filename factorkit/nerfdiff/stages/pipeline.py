@@ -89,6 +89,8 @@ class Training(StageTraining):
             duplication = self.measure_duplication(fitted.poses().detach())
         else:
             fitted, duplication = DictionarySearch(self).run()
+        if config.field == "gaussians":
+            fitted = self.fit_gaussians(fitted)
         # the distance, which sets the scale, stays that of the given focal length
         camera = scene.camera.with_intrinsics(fitted.camera.intrinsics.detach())
         scene = replace(scene, camera=camera)

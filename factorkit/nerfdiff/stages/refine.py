@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
 from factorkit.nerfdiff.config import NerfdiffConfig
-from factorkit.nerfdiff.fields.base import Field, update_occupancy
+from factorkit.nerfdiff.fields.base import Field, ImageField, update_occupancy
 from factorkit.nerfdiff.previews.files import save_cameras
 from factorkit.nerfdiff.rays import CameraModel, render_pixels
 from factorkit.nerfdiff.scene import Scene, gather_pixels, gaussian_blur, mean_squared_error
@@ -130,8 +130,14 @@ class FitTask:
         rows = self.views[indices]
         if draw.first:
             update_occupancy(self.model.field, draw.step)
+            if isinstance(self.model.field, ImageField):
+                self.model.field.update(draw.step, self.config.steps, self.config.learning_rate, self.config.seed)
         images = self.target_images(draw.step)[rows.to(self.scene.images.device)]
-        pixels = draw.integers(0, images.shape[2] * images.shape[3], self.config.rays_per_view)
+        count = images.shape[2] * images.shape[3]
+        if isinstance(self.model.field, ImageField):
+            pixels = torch.arange(count, device=images.device).expand(len(rows), -1)
+        else:
+            pixels = draw.integers(0, count, self.config.rays_per_view)
         first_ray = draw.rows.start * self.config.rays_per_view
         rendered = model(rows, pixels, draw.step, first_ray, **self.pose_options(draw, draw.step))
         scored = self.scene.loss_masks

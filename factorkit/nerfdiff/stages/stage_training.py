@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.cameras.poses import FreePoses
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field, build_occupancy_grid, occupancy_cells
+from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.nerfdiff.held_out import HeldOutErrors, compare_held_out
 from factorkit.nerfdiff.scene import Scene
@@ -23,6 +25,7 @@ from factorkit.utils import distributed
 from factorkit.utils.files import read_log
 from factorkit.utils.rng import derived_seed
 
+GAUSSIAN_POSE_RATE = 0.1  # of the poses' learning rate: Adam moves each pose in every step, and a step has one view
 HELD_OUT_STEPS = 100  # of the fresh fields of the flip test
 HELD_OUT_LEARNING_RATE = 0.08
 HELD_OUT_RESOLUTION = 20  # vertices along each side
@@ -156,11 +159,29 @@ class StageTraining:
 
     def with_final_field(self, fitted: Any) -> Any:
         """Return the fit with the field of the settings; the search uses a grid."""
-        return fitted if self.config.field == "grid" else self.fit("fit", self.final_field(), fitted.poses)
+        is_final = self.config.field in ("grid", "gaussians")
+        return fitted if is_final else self.fit("fit", self.final_field(), fitted.poses)
 
     def final_field(self) -> Field:
-        """Return a fresh field of the settings."""
-        return self.add_occupancy(self.new_field(self.config.field, self.config.grid_resolution))
+        """Return a fresh field of the settings; for Gaussians the grid that they start from."""
+        kind = "grid" if self.config.field == "gaussians" else self.config.field
+        return self.add_occupancy(self.new_field(kind, self.config.grid_resolution))
+
+    def fit_gaussians(self, fitted: Any) -> Any:
+        """Return the fit of Gaussians that start from the grid, camera and poses of another fit."""
+        config, field = self.config, self.new_field("gaussians", self.config.num_gaussians)
+        assert isinstance(field, GaussianField)
+        field.start_from(fitted.field, derived_seed("start", config.seed))
+        return self.fit(
+            "gaussians",
+            field,
+            fitted.poses,
+            scene=replace(self.scene, camera=self.scene.camera.with_intrinsics(fitted.camera.intrinsics.detach())),
+            preview_name="gaussians",
+            steps=config.gaussian_steps,
+            batch_size=distributed.world_size(),  # a view is a whole image
+            pose_learning_rate=GAUSSIAN_POSE_RATE * config.pose_learning_rate,
+        )
 
     def new_field(self, kind: str, resolution: int, seed: int | None = None) -> Field:
         """Return a fresh field of a kind, with the background and appearance of the settings."""

@@ -1,0 +1,191 @@
+"""A scene of 3D Gaussians, drawn as whole images (Kerbl et al. 2023), with a fixed budget (Kheradmand et al. 2024)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from factorkit import ops
+from factorkit.nerfdiff.fields.base import Field, ImageField
+from factorkit.ops.spherical_harmonics import C0, MAX_DEGREE
+from factorkit.rendering import Rendered, image_rays
+from factorkit.utils.rng import derived_seed
+
+MIN_OPACITY = 0.005  # below it a Gaussian is moved to where an opaque one is (Kheradmand et al. 2024)
+INITIAL_OPACITY = 0.3
+MAX_COPIES = 16  # of a Gaussian in one relocation
+RELOCATE_EVERY = 50  # steps
+RELOCATION_SHARE = 0.8  # of the steps, after which Gaussians stay where they are
+START_RATE = 0.03  # the configured learning rate at which NOISE was chosen
+NOISE = 30.0  # standard deviations per step of nearly transparent Gaussians, in units of their covariance
+DEGREE_SHARE = 0.1  # of the steps, after which the next degree of the harmonics is used
+RATES = {"means": 0.03, "log_scales": 0.3, "quaternions": 0.1, "opacities": 1.0, "colors": 0.3, "directional": 0.03}
+DENSITY_CELLS = 64  # along each side of the grid that approximates the Gaussians' density
+SAMPLES_PER_GAUSSIAN = 32  # that spread a Gaussian over the cells
+INITIAL_CELLS = 64  # along each side of the box, from which the first positions are drawn
+
+
+class GaussianField(ImageField):
+    """Gaussians with opacity and a colour that depends on the direction by spherical harmonics of degree 3.
+
+    Rays do not ask it: :meth:`rasterize` draws whole images of pinhole cameras. Called with positions, it answers with
+    a grid of its density, which suffices for points, meshes and checks.
+
+    Args:
+        count: number of Gaussians; training moves them, but neither adds nor removes any.
+        seed: of the initial positions.
+    """
+
+    def __init__(self, count: int, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.means = nn.Parameter(2 * torch.rand(count, 3, generator=generator) - 1)
+        self.quaternions = nn.Parameter(torch.randn(count, 4, generator=generator))
+        self.log_scales = nn.Parameter(torch.full((count, 3), math.log(0.7 * count ** (-1 / 3))))
+        self.opacities = nn.Parameter(torch.full((count,), math.log(INITIAL_OPACITY / (1 - INITIAL_OPACITY))))
+        self.colors = nn.Parameter(torch.zeros(count, 1, 3))
+        self.directional = nn.Parameter(torch.zeros(count, (MAX_DEGREE + 1) ** 2 - 1, 3))
+        self.degree = MAX_DEGREE
+        self._density: tuple[Any, Tensor] | None = None
+
+    @torch.no_grad()
+    def start_from(self, field: Field, seed: int) -> None:
+        """Move the Gaussians to where another field is dense, with its colours, background and appearance."""
+        generator, device = torch.Generator().manual_seed(seed), self.means.device
+        line = (torch.arange(INITIAL_CELLS) + 0.5) * 2 / INITIAL_CELLS - 1
+        cells = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3).to(device)
+        cell = 2 / INITIAL_CELLS
+        share = torch.cat([1 - (-cell * field(part, part)[0].float()).exp() for part in cells.split(1 << 16)])
+        share = torch.where(share > 0.1 * share.max(), share, 0.0)  # fog is not the scene
+        rows = torch.multinomial(share.cpu() + 1e-12, len(self.means), replacement=True, generator=generator).to(device)
+        jitter = (torch.rand(len(rows), 3, generator=generator).to(device) - 0.5) * cell
+        self.means.copy_(cells[rows] + jitter)
+        volume = float((share > 0).float().mean()) * 8
+        self.log_scales.fill_(math.log(max(0.7 * (volume / len(rows)) ** (1 / 3), 1e-3)))
+        self.colors.copy_(((field(self.means, F.normalize(self.means, dim=1))[1].float() - 0.5) / C0)[:, None])
+        for name in ("background", "appearance"):
+            own, other = getattr(self, name), getattr(field, name)
+            if own is not None:
+                own.load_state_dict(other.state_dict())
+
+    @torch.no_grad()
+    def as_covariances(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return centres [N, 3], covariances [N, 3, 3], colours [N, 3] and opacities [N, 1], as viewers take them."""
+        spread = rotations(self.quaternions) * self.log_scales.exp()[:, None]
+        color = (self.colors[:, 0] * C0 + 0.5).clamp(0, 1)
+        parts = (self.means, spread @ spread.mT, color, self.opacities.sigmoid()[:, None])
+        centres, covariances, colors, opacities = (x.float().cpu().numpy() for x in parts)
+        return centres, covariances, colors, opacities
+
+    def parameter_rates(self, rate: float) -> list[tuple[list[nn.Parameter], float]]:
+        """Return each kind of parameter with its learning rate, in units of ``rate``."""
+        own = {id(getattr(self, name)) for name in RATES}
+        others = [(p, r) for p, r in super().parameter_rates(rate)]
+        others = [([x for x in parameters if id(x) not in own], speed) for parameters, speed in others]
+        groups = [([getattr(self, name)], factor * rate) for name, factor in RATES.items()]
+        return [group for group in groups if group[0][0].requires_grad] + [group for group in others if group[0]]
+
+    def total_variation(self) -> Tensor:
+        """Return the mean opacity plus the mean scale, which the budget's relocation needs to be small."""
+        return self.opacities.sigmoid().mean() + self.log_scales.exp().mean()
+
+    def rasterize(self, pose: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Rendered:
+        """Draw one image [H, W] without background; see :class:`ImageField`."""
+        rotation = pose[:3, :3] * pose.new_tensor([1.0, -1.0, -1.0])  # OpenGL's axes to OpenCV's
+        upper = torch.cat([rotation.T, -(rotation.T @ pose[:3, 3:])], dim=1)
+        view = torch.cat([upper, pose.new_tensor([[0.0, 0.0, 0.0, 1.0]])])
+        projected = ops.project_gaussians(
+            self.means, self.quaternions, self.log_scales.exp(), view, intrinsics.to(view), size
+        )
+        harmonics = torch.cat([self.colors, self.directional], dim=1)
+        colors = ops.spherical_harmonics(self.means - pose[:3, 3], harmonics, self.degree) + 0.5
+        # Without the compensation of the low-pass term, as the viewers of exported files draw them.
+        drawn = ops.rasterize_gaussians(projected, colors.clamp_min(0), self.opacities.sigmoid(), size)
+        directions = image_rays(pose, intrinsics, *size).directions
+        cosine = -(directions * pose[:3, 2]).sum(-1)
+        steps = torch.tensor(len(self.means), device=pose.device)
+        return Rendered(drawn.color, drawn.depth / cosine, drawn.opacity, None, None, steps)
+
+    @torch.no_grad()
+    def update(self, step: int, steps: int, rate: float, seed: int) -> None:
+        """Set the degree of the harmonics, move transparent Gaussians, and relocate those that are invisible."""
+        self.degree = min(MAX_DEGREE, int(step / max(1.0, DEGREE_SHARE * steps)))
+        if step == 0 or step >= RELOCATION_SHARE * steps:
+            return
+        generator = torch.Generator().manual_seed(derived_seed("gaussians", seed, step))
+        opacity, scale = self.opacities.sigmoid(), self.log_scales.exp()
+        noise = torch.randn(self.means.shape, generator=generator).to(self.means)
+        noise *= (1 / (1 + (100 * (opacity - MIN_OPACITY)).clamp(-40, 40).exp()))[:, None]
+        rotation = rotations(self.quaternions)
+        moved = (rotation @ (scale.square() * (rotation.mT @ noise[..., None])[..., 0])[..., None])[..., 0]
+        self.means.data += NOISE * rate / START_RATE * (1 - step / steps) * moved
+        if step % RELOCATE_EVERY == 0:
+            self._relocate(opacity, scale, generator)
+
+    def _relocate(self, opacity: Tensor, scale: Tensor, generator: torch.Generator) -> None:
+        """Move invisible Gaussians onto visible ones, so that together they look like before (eq. 9)."""
+        dead = ~(opacity > MIN_OPACITY)
+        count = int(dead.sum())
+        if not count or count == len(dead):
+            return
+        weights = torch.where(dead, 0.0, opacity).cpu()
+        rows = torch.multinomial(weights, count, replacement=True, generator=generator).to(dead.device)
+        copies = torch.bincount(rows, minlength=len(dead)) + 1
+        copies = copies.clamp_max(MAX_COPIES)
+        new = 1 - (1 - opacity) ** (1 / copies)
+        total = torch.zeros_like(opacity)
+        for i in range(1, int(copies.max()) + 1):
+            terms = sum(math.comb(i - 1, k) * (-1) ** k / math.sqrt(k + 1) * new ** (k + 1) for k in range(i))
+            total += torch.where(i <= copies, terms, 0.0)
+        changed = copies > 1
+        self.opacities[changed] = torch.logit(new[changed].clamp(MIN_OPACITY, 0.999))
+        self.log_scales[changed] = (scale * (opacity / total)[:, None])[changed].log()
+        for name in RATES:
+            values = getattr(self, name)
+            values[dead] = values[rows]
+
+    def forward(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return density [M] and colour [M, 3] of the grid that approximates the Gaussians; without gradient."""
+        grid = self._density_grid()
+        values = F.grid_sample(grid, positions.flip(-1)[None, :, None, None].to(grid), align_corners=False)
+        values = values[0, :, :, 0, 0].T
+        inside = (positions.abs().amax(-1) <= 1).to(values.dtype)
+        density = values[:, 0] * inside
+        return density, (values[:, 1:] / values[:, :1].clamp_min(1e-6)).clamp(0, 1)
+
+    @torch.no_grad()
+    def _density_grid(self) -> Tensor:
+        """Return density, and colour times density, [1, 4, R, R, R]: a Gaussian's samples in the cells they are in."""
+        state = tuple((p.data_ptr(), p._version) for p in (self.means, self.log_scales, self.opacities, self.colors))
+        if self._density is not None and self._density[0] == state:
+            return self._density[1]
+        generator = torch.Generator().manual_seed(0)
+        scale, rotation = self.log_scales.exp(), rotations(self.quaternions)
+        noise = torch.randn(SAMPLES_PER_GAUSSIAN, len(scale), 3, generator=generator).to(scale) * scale
+        points = self.means + (rotation @ noise[..., None])[..., 0]
+        depth = -torch.log1p(-self.opacities.sigmoid().clamp_max(0.999))  # optical, through the centre
+        mean_scale = scale.prod(1) ** (1 / 3)
+        mass = depth * 2 * math.pi * mean_scale.square() / SAMPLES_PER_GAUSSIAN / (2 / DENSITY_CELLS) ** 3
+        cells = ((points + 1) / 2 * DENSITY_CELLS).floor().long()
+        inside = ((cells >= 0) & (cells < DENSITY_CELLS)).all(-1)
+        index = ((cells[..., 0] * DENSITY_CELLS + cells[..., 1]) * DENSITY_CELLS + cells[..., 2])[inside]
+        color = (self.colors[:, 0] * C0 + 0.5).clamp(0, 1)
+        values = torch.cat([mass[:, None], mass[:, None] * color], dim=1).expand(*inside.shape, 4)[inside]
+        grid = scale.new_zeros(DENSITY_CELLS**3, 4).index_add_(0, index, values)
+        grid = grid.T.reshape(1, 4, *[DENSITY_CELLS] * 3)
+        self._density = (state, grid)
+        return grid
+
+
+def rotations(quaternions: Tensor) -> Tensor:
+    """Return rotation matrices [N, 3, 3] of quaternions [N, 4] as (w, x, y, z), of any length but 0."""
+    w, x, y, z = F.normalize(quaternions, dim=1).unbind(1)
+    rows = [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)]
+    rows += [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)]
+    rows += [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]
+    return torch.stack(rows, dim=1).unflatten(1, (3, 3))

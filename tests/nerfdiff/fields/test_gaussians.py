@@ -1,0 +1,170 @@
+"""Gaussians as a field: rendering, relocation, the density grid, and a run with its splat file."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import factorkit
+from factorkit import rendering
+from factorkit.data import make_procedural_views
+from factorkit.data.procedural.scene import make_scene_field
+from factorkit.metrics.pose import Similarity
+from factorkit.nerfdiff.config import preset_config
+from factorkit.nerfdiff.export import export
+from factorkit.nerfdiff.export.splats import save_splats
+from factorkit.nerfdiff.fields.gaussians import MIN_OPACITY, GaussianField
+from factorkit.nerfdiff.fields.kinds import GridField, build_field, restore_field
+from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
+from factorkit.utils.errors import ConfigError
+
+PlyData = pytest.importorskip("plyfile").PlyData
+SIZE = (20, 24)
+
+
+def make_field(count=60, seed=0):
+    torch.manual_seed(seed)
+    field = GaussianField(count, seed)
+    for name, scale in (("colors", 0.5), ("directional", 0.2), ("opacities", 1.0), ("log_scales", 0.3)):
+        getattr(field, name).data += scale * torch.randn_like(getattr(field, name))
+    return field
+
+
+def make_camera():
+    intrinsics = torch.tensor([[1.2, 0, 0.5], [0, 1.44, 0.5], [0, 0, 1]])
+    return CameraModel(intrinsics, torch.tensor([0.2, 0.4, 0.6]))
+
+
+def test_pixels_equal_those_of_whole_images_and_poses_get_gradients():
+    field, camera = make_field(), make_camera()
+    poses = rendering.orbit(3, 4.0, 20.0).requires_grad_()
+    whole = render_views(field, poses.detach(), camera, SIZE, 1)
+    assert whole.color.shape == (3, *SIZE, 3) and whole.opacity.max() > 0.5
+    pixels = torch.randint(0, SIZE[0] * SIZE[1], (3, 7))
+    some = render_pixels(field, poses, camera, pixels, SIZE, 1)
+    torch.testing.assert_close(some.color, whole.color.flatten(1, 2).gather(1, pixels[..., None].expand(-1, -1, 3)))
+    some.color.sum().backward()
+    assert (poses.grad[:, :3].abs().amax((1, 2)) > 0).all() and field.means.grad.isfinite().all()
+    empty = whole.color[whole.opacity == 0]
+    torch.testing.assert_close(empty, camera.background.expand_as(empty))
+
+
+def test_depth_is_the_distance_along_the_ray():
+    field, camera = GaussianField(1), make_camera()
+    field.means.data = torch.tensor([[0.6, 0.3, -0.2]])
+    field.opacities.data += 10
+    pose = rendering.orbit(1, 4.0, 20.0)
+    out = render_views(field, pose, camera, SIZE, 1)
+    depth = (out.depth / out.opacity)[out.opacity > 0.9]
+    distance = (pose[0, :3, 3] - field.means[0]).norm()
+    assert len(depth) and (depth - distance).abs().max() < 0.1
+
+
+def test_relocation_moves_invisible_gaussians_and_keeps_the_image():
+    field, camera = make_field(40), make_camera()
+    pose = rendering.orbit(1, 4.0, 20.0)
+    field.opacities.data[::4] = -9.0
+    with torch.no_grad():
+        before = render_views(field, pose, camera, SIZE, 1).color
+        field._relocate(field.opacities.sigmoid(), field.log_scales.exp(), torch.Generator().manual_seed(0))
+        after = render_views(field, pose, camera, SIZE, 1).color
+    assert (field.opacities.sigmoid() >= MIN_OPACITY).all()
+    assert (after - before).abs().mean() < 0.02
+
+
+def test_update_is_the_same_for_the_same_step():
+    one, other = make_field(), make_field()
+    for field in (one, other):
+        field.opacities.data[::3] = -9.0
+        field.update(50, 100, 0.03, 7)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert one.degree == 3 and not torch.equal(one.means, make_field().means)
+
+
+def test_density_grid_has_the_optical_depth_of_a_gaussian():
+    field = GaussianField(1)
+    field.means.data.zero_()
+    field.log_scales.data.fill_(math.log(0.1))
+    field.opacities.data.fill_(0.0)  # half of the light passes
+    line = torch.linspace(-1, 1, 401)
+    points = torch.stack([line, 0 * line, 0 * line], 1)
+    values = torch.stack([field(points + shift, points)[0] for shift in 0.02 * torch.randn(60, 3)])
+    depth = values.mean(0).sum() * (line[1] - line[0])
+    assert depth.item() == pytest.approx(math.log(2), rel=0.4)
+    assert field(torch.full((1, 3), 1.5), points[:1])[0] == 0
+
+
+def test_start_from_a_grid_lies_where_it_is_dense():
+    grid = GridField(12)
+    grid.values.data[..., 0] = -5.0
+    grid.values.data[7:11, 7:11, 7:11, 0] = 2.0
+    field = GaussianField(200)
+    field.start_from(grid, 0)
+    inside = (field.means > 0.05) & (field.means < 1.0)
+    assert inside.all(1).float().mean() > 0.9 and field.log_scales.exp().max() < 0.3
+
+
+def test_restored_field_renders_the_same():
+    field, camera, pose = make_field(), make_camera(), rendering.orbit(1, 4.0, 20.0)
+    other = restore_field(field.state_dict(), {"field": "gaussians", "grid_resolution": 32, "seed": 0})
+    torch.testing.assert_close(render_views(other, pose, camera, SIZE, 1), render_views(field, pose, camera, SIZE, 1))
+
+
+def read(path):
+    table = PlyData.read(path)["vertex"]
+    groups = {"xyz": list("xyz"), "scale": 3, "rot": 4, "f_dc": 3, "f_rest": 45}
+    names = {k: v if isinstance(v, list) else [f"{k}_{i}" for i in range(v)] for k, v in groups.items()}
+    columns = {k: torch.tensor(np.stack([table[n] for n in v], 1)) for k, v in names.items()}
+    return columns | {"opacity": torch.tensor(np.array(table["opacity"]))}
+
+
+def test_splats_file_holds_the_gaussians_for_an_independent_reader(tmp_path):
+    field = make_field()
+    save_splats(tmp_path / "splats.ply", field, None)
+    table = read(tmp_path / "splats.ply")
+    torch.testing.assert_close(table["xyz"], field.means.data)
+    torch.testing.assert_close(table["scale"], field.log_scales.data)
+    torch.testing.assert_close(table["rot"], torch.nn.functional.normalize(field.quaternions.data, dim=1))
+    torch.testing.assert_close(table["opacity"], field.opacities.data)
+    torch.testing.assert_close(table["f_dc"], field.colors.data[:, 0])
+    torch.testing.assert_close(table["f_rest"].unflatten(1, (3, 15)).transpose(1, 2), field.directional.data)
+
+
+def test_moved_splats_file_shows_the_same_image_from_the_moved_camera(tmp_path):
+    field, camera, pose = make_field(), make_camera(), rendering.orbit(1, 4.0, 20.0)
+    rotation = torch.linalg.matrix_exp(torch.tensor([[0, -0.7, 0.2], [0.7, 0, -0.4], [-0.2, 0.4, 0]]).double())
+    moved = Similarity(rotation, torch.tensor([0.3, -2.0, 1.0]).double(), torch.tensor(1.7).double())
+    save_splats(tmp_path / "splats.ply", field, moved)
+    table, other = read(tmp_path / "splats.ply"), GaussianField(60)
+    for name, key in (("means", "xyz"), ("quaternions", "rot"), ("log_scales", "scale"), ("opacities", "opacity")):
+        getattr(other, name).data = table[key]
+    other.colors.data = table["f_dc"][:, None]
+    other.directional.data = table["f_rest"].unflatten(1, (3, 15)).transpose(1, 2).contiguous()
+    want, got = (render_views(f, p, camera, SIZE, 1).color for f, p in ((field, pose), (other, moved.apply(pose))))
+    assert (got - want).abs().mean() < 1e-4
+
+
+def test_splats_of_another_field_and_joint_search_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no Gaussians"):
+        export(tmp_path / "splats.ply", make_procedural_views(2, 8), make_scene_field())
+    with pytest.raises(ConfigError, match="joint"):
+        preset_config(None, field="gaussians", search="joint")
+    assert isinstance(build_field("gaussians", 5, 0), GaussianField)
+
+
+@pytest.mark.slow
+def test_run_with_gaussians_renders_exports_and_resumes_as_a_scene(tmp_path):
+    data = make_procedural_views(12, 16, seed=1)
+    settings = {"resolution": 16, "poses": "known", "field": "gaussians", "num_gaussians": 150, "gaussian_steps": 60}
+    settings |= {"field_steps": 20, "steps": 2, "num_rendered_views": 2, "samples_per_ray": 12, "grid_resolution": 12}
+    settings |= {"background": "learned", "appearance_dim": 2, "threads": 1}
+    run = factorkit.train_nerfdiff(data, out=tmp_path / "run", preset="fast", progress=False, **settings)
+    assert isinstance(run.model.field, GaussianField) and len(run.model.field.means) == 150
+    loaded = factorkit.load(tmp_path / "run")
+    torch.testing.assert_close(loaded.render(run.poses[:2]).images, run.render(run.poses[:2]).images)
+    path = run.export(tmp_path / "splats.ply", data=data)
+    assert len(read(path)["xyz"]) == 150
+    assert run.sample(1, steps=2).images.isfinite().all()
