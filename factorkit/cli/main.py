@@ -65,6 +65,7 @@ COMMANDS = {
     "demo": ("demo", "Demo"),
     "train": ("train", "TrainSegdiff"),
     "segment": ("segment", "Segment"),
+    "app": ("app", "App"),
     "generate": ("generate", "Generate"),
     "interpolate": ("edit", "Interpolate"),
     "branches": ("edit", "Branches"),
