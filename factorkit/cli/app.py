@@ -66,8 +66,9 @@ class App(Command):
             page = build_page(gradio, run, Path(folder), self.region)
             try:
                 url = serve_page(gradio, page, self.port, not self.no_browser)
-            except OSError as error:
-                raise ConfigError(f"--port {self.port}: {error}") from error
+            except (OSError, OverflowError) as error:
+                problem = "no port from 7860 on is free" if self.port is None else f"--port {self.port} is not free"
+                raise ConfigError(f"{problem}; give another --port, 1024 to 65535") from error
             print(f"{self.path} at {url}; Ctrl-C stops it", file=sys.stderr)
             with contextlib.suppress(KeyboardInterrupt):
                 threading.Event().wait()

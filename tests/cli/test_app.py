@@ -23,7 +23,7 @@ def test_app_refuses_a_region_that_the_run_lacks(run, run_refused, monkeypatch):
 
 
 @pytest.mark.slow
-def test_page_segments_photos_for_this_machine_alone(run, photos, tmp_path, monkeypatch):
+def test_page_segments_photos_for_this_machine_alone(run, photos, run_refused, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="the page needs the extra app, which needs another Pillow than the tests")
     from gradio_client import Client, handle_file
 
@@ -42,6 +42,8 @@ def test_page_segments_photos_for_this_machine_alone(run, photos, tmp_path, monk
         assert len(overlays) == len(cutouts) == 1 and archive.endswith("regions.zip")
         names = ["00_cutout_1.png", "00_mask_0.png", "00_mask_1.png"]
         assert [Path(file).name for file in files] == names
+        port = url.rstrip("/").rpartition(":")[2]
+        assert "is not free; give another --port" in run_refused("app", run, "--no-browser", "--port", port)
         with pytest.raises(Exception, match="no photos yet"):
             client.predict([], "auto", api_name="/segment")
     finally:
