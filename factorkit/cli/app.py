@@ -57,8 +57,9 @@ class App(Command):
         from factorkit.segdiff.inference.cutout_region import check_region
         from factorkit.segdiff.inference.segment import check_segment_settings
 
-        with report_interruption(self.out or Path("runs")):
-            run = load_or_train(self.path, self.out, self.device)
+        out = self.out or Path("runs") / f"app-{self.path.resolve().stem}"
+        with report_interruption(out):
+            run = load_or_train(self.path, out, self.device)
         check_segment_settings(run.config, None, "guided")
         check_region(self.region, run.config.num_leaf_regions)
         with tempfile.TemporaryDirectory(prefix="factorkit-app-") as folder:

@@ -71,12 +71,12 @@ def segment_photos(run: SegdiffRun, photos: Sequence[str | Path], out: Path, reg
     )
 
 
-def load_or_train(path: Path, out: Path | None = None, device: str = "auto") -> SegdiffRun:
+def load_or_train(path: Path, out: Path, device: str = "auto") -> SegdiffRun:
     """Load the run at ``path``; if it holds photos, train a quick run on them first, or resume or reuse it.
 
     Args:
         path: a run folder, a .safetensors file, or photos as :func:`~factorkit.train_segdiff` reads them.
-        out: folder of the quick run; None: ``runs/app-NAME`` with the name of the photos' folder.
+        out: folder of the quick run.
         device: where to compute.
 
     Raises:
@@ -86,7 +86,6 @@ def load_or_train(path: Path, out: Path | None = None, device: str = "auto") -> 
     if path.suffix == ".safetensors" or (path / CONFIG).exists():
         return SegdiffRun.load(path, device=device)
     photos = open_dataset(path).train
-    out = out or Path("runs") / f"app-{path.resolve().stem}"
     preset, quick = choose_preset(photos), dict[str, Any](masks="auto", steps=1, device=device)
     many = format_count(len(photos), "photo")
     if Checkpoints(out / "checkpoints").paths():

@@ -78,27 +78,26 @@ def test_choose_preset_follows_the_short_sides(sides, preset):
 
 @pytest.mark.slow
 def test_load_or_train_reuses_its_run_and_keeps_other_files(make_images, monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FACTORKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(app.PRESETS, "fast32", app.PRESETS["fast32"] | TINY | {"resolution": 16})
     (tmp_path / "mine").mkdir()
     for i, image in enumerate(make_images(6)):
         Image.fromarray(image).save(tmp_path / "mine" / f"{i}.png")
-    run = app.load_or_train(tmp_path / "mine", device="cpu")
-    folder = tmp_path / "runs" / "app-mine"
-    assert run.folder == folder.relative_to(tmp_path) and run.config.masks == "auto" and run.step == 1
+    folder = tmp_path / "quick"
+    run = app.load_or_train(tmp_path / "mine", folder, "cpu")
+    assert run.folder == folder and run.config.masks == "auto" and run.step == 1
     assert "6 photos of" in (notes := capsys.readouterr().err) and "about 1 minute (fast32)" in notes
     written = (folder / CONFIG).stat().st_mtime_ns
-    assert app.load_or_train(tmp_path / "mine", device="cpu").step == 1
-    assert "using the run in runs/app-mine" in capsys.readouterr().err
-    assert app.load_or_train(folder, device="cpu").step == 1  # a run, not photos
+    assert app.load_or_train(tmp_path / "mine", folder, "cpu").step == 1
+    assert f"using the run in {folder}" in capsys.readouterr().err
+    assert app.load_or_train(folder, tmp_path / "unused", "cpu").step == 1  # a run, not photos
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "mine" / "0.png")
     with pytest.raises(CheckpointError, match="other data"):
-        app.load_or_train(tmp_path / "mine", device="cpu")
+        app.load_or_train(tmp_path / "mine", folder, "cpu")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "own.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="not a factorkit run"):
-        app.load_or_train(tmp_path / "mine", tmp_path / "notes", device="cpu")
+        app.load_or_train(tmp_path / "mine", tmp_path / "notes", "cpu")
     assert (tmp_path / "notes" / "own.txt").read_text() == "mine" and (folder / CONFIG).stat().st_mtime_ns >= written
     with pytest.raises(DataError, match="no such file or folder"):
-        app.load_or_train(tmp_path / "absent", device="cpu")
+        app.load_or_train(tmp_path / "absent", folder, "cpu")
