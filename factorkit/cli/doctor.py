@@ -36,6 +36,7 @@ OPTIONAL = {
     "av": ("no videos are read or written", "pip install -e '.[video]' in the source checkout"),
     "skimage": ("no meshes are exported", "pip install -e '.[mesh]' in the source checkout"),
     "viser": ("no interactive viewer", "pip install -e '.[viewer]' in the source checkout"),
+    "gradio": ("no page to drop photos on", "pip install -e '.[app]' in the source checkout"),
     "torch_fidelity": ("no FID of generated images", "pip install -e '.[fid]' in the source checkout"),
     "tensorboard": (
         "no TensorBoard log; log.jsonl and report.html are always written",

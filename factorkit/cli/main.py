@@ -38,6 +38,7 @@ EXAMPLES
     factorkit demo
     factorkit train segdiff --data photos/ --out runs/photos --preset fast64
     factorkit segment runs/photos holiday.jpg more_photos/ --out segmented
+    factorkit app photos/
     factorkit generate runs/photos -n 16 --out generated
     factorkit recompose runs/photos garden.jpg --region 1 --from rose.jpg --out with_rose
     factorkit train nerfdiff --data lego/ --out runs/lego --preset fast
@@ -65,6 +66,7 @@ COMMANDS = {
     "demo": ("demo", "Demo"),
     "train": ("train", "TrainSegdiff"),
     "segment": ("segment", "Segment"),
+    "app": ("app", "App"),
     "generate": ("generate", "Generate"),
     "interpolate": ("edit", "Interpolate"),
     "branches": ("edit", "Branches"),

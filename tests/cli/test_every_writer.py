@@ -90,7 +90,11 @@ IN_THE_WAY = {
     "checkpoint": "a.safetensors",
     "prepare": "prepared",  # a file where the folder of the cache should be
 }
-WRITE_NOTHING = {"view": "shows a run in the browser", "doctor": "reports on the installation"}
+WRITE_NOTHING = {
+    "app": "shows a page; a run of its photos is written as train does",
+    "view": "shows a run in the browser",
+    "doctor": "reports on the installation",
+}
 OVERWRITE = [case for case in IN_THE_WAY if hasattr(command_class(case.split(",")[0]), "overwrite")]
 
 

@@ -47,9 +47,8 @@ def choose_cutout_region(
         ConfigError: there is no such region.
     """
     count = config.num_leaf_regions
+    check_region(region, count)
     if region != "auto":
-        if not str(region).isdecimal() or int(region) >= count:
-            raise ConfigError(f'region={region!r}: this run has regions 0 to {count - 1}; give one of them, or "auto"')
         return CutoutRegion((int(region),), f"region {int(region)}")
     mapping = (scores or {}).get("mapping") or []
     if all(isinstance(k, int) for k in mapping):
@@ -60,6 +59,12 @@ def choose_cutout_region(
     if config.masks == "auto":
         return CutoutRegion((0,), 'region 0, the object of a run with masks="auto"')
     return _find_inner_region(config, source, predict)
+
+
+def check_region(region: str | int, count: int) -> None:
+    """Raise ConfigError unless ``region`` is "auto" or one of ``count`` regions."""
+    if region != "auto" and not (str(region).isdecimal() and int(region) < count):
+        raise ConfigError(f'region={region!r}: this run has regions 0 to {count - 1}; give one of them, or "auto"')
 
 
 def _find_inner_region(
