@@ -265,6 +265,10 @@ def load_model(path: Path, weights: str | float) -> tuple[ResolvedSegdiffConfig,
         )
         with torch.device("meta"):
             model = config.build()
+        own = model.state_dict()
+        for name, tensor in tensors.items():  # assigned, not copied: another precision would reach the operations
+            if name in own and tensor.is_floating_point():
+                tensors[name] = tensor.to(own[name].dtype)
         model.load_state_dict(tensors, assign=True)
         step = int(meta["step"])
     except (ConfigError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:

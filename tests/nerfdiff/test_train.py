@@ -65,6 +65,15 @@ def test_training_interrupted_in_any_stage_resumes_bit_identically(stage, tmp_pa
     assert sum(e["event"] == "resume" for e in all_events(tmp_path / "killed")) >= 1
 
 
+def test_train_other_final_field_keeps_the_focal_length_of_the_refinement(tmp_path, scene_views, tiny):
+    settings = tiny | {"optimize_camera": ("focal",), "field": "hashgrid", "pose_learning_rate": 0.05, "flip_rounds": 0}
+    run = train_nerfdiff(scene_views, out=tmp_path / "run", **settings)
+    focal = float(weights(tmp_path / "run" / "stages" / "refine")["ema.module.log_focal"].exp())
+    assert abs(focal - 1) > 1e-4
+    ratio = run.views.intrinsics[0] / scene_views.intrinsics[0]
+    assert ratio[[0, 1], [0, 1]].tolist() == pytest.approx([focal, focal], rel=1e-5)
+
+
 def all_events(folder):
     return [e for log in folder.rglob("log.jsonl") for e in read_log(log.parent)]
 

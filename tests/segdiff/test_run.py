@@ -423,6 +423,17 @@ def test_load_foreign_file_or_folder_raises(trained, tmp_path):
         factorkit.load(tmp_path)
 
 
+def test_load_weights_of_another_precision_segment_as_fp32(tmp_path):
+    from factorkit.engine.checkpoint import read_checkpoint, write_checkpoint
+
+    run = build_untrained_run(masks="auto")
+    tensors, meta = read_checkpoint(run.save(tmp_path / "model.safetensors"))
+    assert any(".network." in name for name in tensors)
+    double = write_checkpoint(tmp_path / "double.safetensors", {k: v.double() for k, v in tensors.items()}, meta)
+    images = np.zeros((1, 16, 16, 3), np.uint8)
+    assert torch.equal(factorkit.load(double).segment(images).masks, run.segment(images).masks)
+
+
 def test_load_other_model_or_mismatched_weights_raise(run, tmp_path):
     from factorkit.engine.checkpoint import read_checkpoint, write_checkpoint
 

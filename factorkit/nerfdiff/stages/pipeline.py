@@ -92,9 +92,8 @@ class Training(StageTraining):
         if config.field == "gaussians":
             fitted = self.fit_gaussians(fitted)
         # the distance, which sets the scale, stays that of the given focal length
-        camera = scene.camera.with_intrinsics(fitted.camera.intrinsics.detach())
-        scene = replace(scene, camera=camera)
-        model = self.build_model(fitted.field, fitted.poses().detach(), camera)
+        scene = self.scene_with(fitted)
+        model = self.build_model(fitted.field, fitted.poses().detach(), scene.camera)
         task = lambda stage: DistilTask(stage, scene, model, duplication)  # noqa: E731
         if not config.finetune_steps:
             return self.train_stage("distil", task, folder=self.folder)

@@ -75,7 +75,7 @@ class DictionarySearch:
         fitted = refine("refine", start, self._orbit_poses(place).requires_grad_(), preview_name="refine")
         poses = fitted.poses.with_directions(fitted.poses.direction.detach())
         refined_directions, moved = poses.direction, 0
-        refined_scene = replace(scene, camera=scene.camera.with_intrinsics(fitted.camera.intrinsics.detach()))
+        refined_scene = training.scene_with(fitted)
         for number in range(max(1, config.flip_rounds)):
             poses, moved = self._flip_round(number, poses, places, refined_scene)
             if not moved:

@@ -160,7 +160,11 @@ class StageTraining:
     def with_final_field(self, fitted: Any) -> Any:
         """Return the fit with the field of the settings; the search uses a grid."""
         is_final = self.config.field in ("grid", "gaussians")
-        return fitted if is_final else self.fit("fit", self.final_field(), fitted.poses)
+        return fitted if is_final else self.fit("fit", self.final_field(), fitted.poses, scene=self.scene_with(fitted))
+
+    def scene_with(self, fitted: Any) -> Scene:
+        """Return the scene of the run with the focal length of a fit."""
+        return replace(self.scene, camera=self.scene.camera.with_intrinsics(fitted.camera.intrinsics.detach()))
 
     def final_field(self) -> Field:
         """Return a fresh field of the settings; for Gaussians the grid that they start from."""
@@ -177,7 +181,7 @@ class StageTraining:
             "gaussians",
             field,
             fitted.poses,
-            scene=replace(self.scene, camera=self.scene.camera.with_intrinsics(fitted.camera.intrinsics.detach())),
+            scene=self.scene_with(fitted),
             preview_name="gaussians",
             steps=config.gaussian_steps,
             batch_size=distributed.world_size(),  # a view is a whole image
