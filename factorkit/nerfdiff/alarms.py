@@ -79,7 +79,9 @@ def unexplained_variance(field: Field, scene: Scene, poses: Tensor, samples: int
     rows = torch.linspace(0, len(poses) - 1, min(COMPARISON_VIEWS, len(poses))).round().long().to(poses.device)
     images = resize_area(scene.images[rows], *size)
     own = scene.camera.of_views(rows)
-    color = render_views(field, poses[rows], scene.camera, size, samples, intrinsics=own).color.movedim(-1, 1)
+    color = render_views(field, poses[rows], scene.camera, size, samples, views=rows, intrinsics=own).color.movedim(
+        -1, 1
+    )
     return float((color - images).square().mean() / (images - images.mean(0)).square().mean().clamp_min(1e-9))
 
 

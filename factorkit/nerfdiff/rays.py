@@ -208,8 +208,13 @@ def rasterize_views(
     intrinsics: Tensor | None,
     shape: Sequence[int] | None = None,
 ) -> Rendered:
-    """Draw whole images of poses [B, 4, 4], with background, as [*shape, H, W]; shape None: [B, H, W]."""
+    """Draw whole images of poses [B, 4, 4], with background, as [*shape, H, W]; shape None: [B, H, W].
+
+    Images smaller than those that the field was fitted to are drawn larger and averaged: its blur is in pixels.
+    """
     shape = poses.shape[:1] if shape is None else shape
+    factor = max(1, round(field.side / max(size)))
+    size = (factor * size[0], factor * size[1])
     lens = camera.pixel_intrinsics(*size, intrinsics).expand(*shape, 3, 3).reshape(-1, 3, 3)
     images = []
     for pose, own in zip(poses, lens, strict=True):
@@ -217,9 +222,15 @@ def rasterize_views(
         behind = camera.background
         if field.background is not None:
             behind = field.background(image_rays(pose, own, *size).directions)
-        images.append((drawn.color + (1 - drawn.opacity[..., None]) * behind, drawn.depth, drawn.opacity))
+        color = drawn.color + (1 - drawn.opacity[..., None]) * behind
+        images.append([average_blocks(x, factor) for x in (color, drawn.depth, drawn.opacity)])
     color, depth, opacity = (torch.stack(parts).unflatten(0, tuple(shape)) for parts in zip(*images, strict=True))
     return Rendered(color, depth, opacity, None, None, torch.tensor(len(images), device=color.device))
+
+
+def average_blocks(image: Tensor, side: int) -> Tensor:
+    """Return the means of an image [H, W, ...] over blocks of side x side pixels."""
+    return image if side == 1 else image.unflatten(1, (-1, side)).unflatten(0, (-1, side)).mean((1, 3))
 
 
 def background_colors(field: Field, directions: Tensor, camera: CameraModel) -> Tensor:

@@ -43,13 +43,11 @@ class PoseSearch:
         config: of the run, with ``search`` other than "auto".
         model: COLMAP model with the cameras of the registered views, with search="sfm"; else None.
         notes: sentences for the user on what was chosen, tried and registered.
-        was_rejected: whether another search was tried before.
     """
 
     config: NerfdiffConfig
     model: Path | None = None
     notes: tuple[str, ...] = ()
-    was_rejected: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def choose_search(request: RunRequest) -> PoseSearch:
         if isinstance(found, PoseSearch):
             return found
         note = f'{note} Rejected: {found} Tried next: search="dictionary".'
-        return PoseSearch(_with_search(config, "dictionary"), None, (note,), was_rejected=True)
+        return PoseSearch(_with_search(config, "dictionary"), None, (note,))
     return PoseSearch(_with_search(config, name), None, (note,))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from sys import stderr
 from typing import Any, Literal
 
 import torch
@@ -105,7 +105,7 @@ def train_nerfdiff(
     settings |= config.to_dict()
     if progress:
         notes = [*search.notes, *list_notes(views, scene, config)]
-        distributed.run_on_first(lambda: print("".join(f"views: {note}\n" for note in notes), end="", file=stderr))
+        distributed.run_on_first(lambda: print("".join(f"views: {note}\n" for note in notes), end="", file=sys.stderr))
 
     complete = partial(complete_settings, folder=folder, requested=settings)
     run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)

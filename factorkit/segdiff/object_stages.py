@@ -147,8 +147,8 @@ class ObjectStages:
         config = self.config
         if not (self.folder / "stages").exists():
             self.log(
-                f"object masks with regions={config.num_leaf_regions} and cue_weight={config.cue_weight:g}: no "
-                "figure without labels tells where other values are better"
+                f"object masks with regions={config.num_leaf_regions} and cue_weight={config.cue_weight:g}, "
+                "the same for every set: whether other values suit these images better was not checked"
             )
         torch.manual_seed(derived_seed("object masks", config.seed))
         masks = ObjectMasks(config.num_leaf_regions, config.resolution)

@@ -20,6 +20,7 @@ from factorkit.nerfdiff.alarms import (
 )
 from factorkit.nerfdiff.cameras.poses import direction_grid, direction_vectors, orbit_poses, rotate_about_z
 from factorkit.nerfdiff.config import preset_config
+from factorkit.nerfdiff.fields.base import Appearance
 from factorkit.nerfdiff.rays import CameraModel, render_views
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene
@@ -129,6 +130,16 @@ def test_unexplained_variance_is_a_share_of_the_views_variance(scene, field):
     assert 0.8 < unexplained_variance(field, scene, same, 32) < 3
     faint = replace(scene, images=1 - (1 - scene.images) * 0.1)
     assert unexplained_variance(field, faint, scene.poses, 32) > 5, "in units of what is there to explain"
+
+
+def test_unexplained_variance_views_of_other_exposure_are_rendered_with_their_appearance(scene):
+    field = make_scene_field()
+    field.background, field.appearance = None, Appearance(len(scene.poses), 2)
+    torch.nn.init.normal_(field.appearance.codes, std=0.3)
+    with torch.no_grad():
+        rows = torch.arange(len(scene.poses))
+        images = render_views(field, scene.poses, scene.camera, scene.size, 32, views=rows).color.movedim(-1, 1)
+    assert unexplained_variance(field, replace(scene, images=images), scene.poses, 32) < 0.01
 
 
 def test_pose_alarms_inverted_depth_is_a_mirror(scene):

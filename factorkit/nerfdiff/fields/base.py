@@ -162,7 +162,13 @@ class Field(nn.Module):
 
 
 class ImageField(Field):
-    """A field that draws whole images of pinhole cameras instead of answering for points along rays."""
+    """A field that draws whole images of pinhole cameras instead of answering for points along rays.
+
+    Attributes:
+        side: longer side in pixels of the images that it was fitted to, whose blur it has learned; 0: none yet.
+    """
+
+    side: int = 0
 
     def rasterize(self, pose: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Rendered:
         """Draw one image without background: colour [H, W, 3], depth (along the rays) and opacity [H, W].

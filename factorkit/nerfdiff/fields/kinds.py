@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit import ops
-from factorkit.nerfdiff.fields.base import Appearance, Field, build_background, build_occupancy_grid, linear_layers
+from factorkit.nerfdiff.fields.base import (
+    Appearance,
+    Field,
+    ImageField,
+    build_background,
+    build_occupancy_grid,
+    linear_layers,
+)
 from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.utils.errors import ConfigError
 
@@ -301,4 +308,6 @@ def restore_field(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) ->
     if "occupancy.density" in weights:
         field.occupancy = build_occupancy_grid(round(weights["occupancy.density"].shape[1] ** (1 / 3)))
     field.load_state_dict(weights)
+    if isinstance(field, ImageField):
+        field.side = max(settings["scene"]["size"])
     return field

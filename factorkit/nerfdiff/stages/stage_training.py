@@ -171,6 +171,7 @@ class StageTraining:
         """Return the fit of Gaussians that start from the grid, camera and poses of another fit."""
         config, field = self.config, self.new_field("gaussians", self.config.num_gaussians)
         assert isinstance(field, GaussianField)
+        field.side = max(self.scene.size)
         field.start_from(fitted.field, derived_seed("start", config.seed))
         return self.fit(
             "gaussians",

@@ -38,6 +38,19 @@ def make_camera():
     return CameraModel(intrinsics, torch.tensor([0.2, 0.4, 0.6]))
 
 
+def test_images_smaller_than_those_of_the_fit_are_means_of_larger_ones():
+    field, camera, poses = make_field(), make_camera(), rendering.orbit(2, 4.0, 20.0)
+    large = render_views(field, poses, camera, (40, 48), 1)
+    field.side = 96
+    small = render_views(field, poses, camera, (20, 24), 1)
+    field.side = 48
+    averaged = render_views(field, poses, camera, (20, 24), 1)
+    for name in ("color", "depth", "opacity"):
+        blocks = getattr(large, name).unflatten(2, (24, 2)).unflatten(1, (20, 2)).mean((2, 4))
+        torch.testing.assert_close(getattr(averaged, name), blocks)
+    assert (small.color - averaged.color).abs().max() > 1e-4  # of images of 96 pixels
+
+
 def test_pixels_equal_those_of_whole_images_and_poses_get_gradients():
     field, camera = make_field(), make_camera()
     poses = rendering.orbit(3, 4.0, 20.0).requires_grad_()
@@ -109,7 +122,9 @@ def test_start_from_a_grid_lies_where_it_is_dense():
 
 def test_restored_field_renders_the_same():
     field, camera, pose = make_field(), make_camera(), rendering.orbit(1, 4.0, 20.0)
-    other = restore_field(field.state_dict(), {"field": "gaussians", "grid_resolution": 32, "seed": 0})
+    settings = {"field": "gaussians", "grid_resolution": 32, "seed": 0, "scene": {"size": SIZE}}
+    other = restore_field(field.state_dict(), settings)
+    assert other.side == 24
     torch.testing.assert_close(render_views(other, pose, camera, SIZE, 1), render_views(field, pose, camera, SIZE, 1))
 
 
