@@ -52,19 +52,22 @@ class App(Command):
 
     def execute(self) -> Result:
         gradio = import_gradio()
+        from factorkit.cli.evaluate import judge_run
         from factorkit.cli.train import report_interruption
         from factorkit.segdiff.app import load_or_train
         from factorkit.segdiff.inference.cutout_region import check_region
         from factorkit.segdiff.inference.segment import check_segment_settings
+        from factorkit.segdiff.verdict import REPORT
 
         out = self.out or Path("runs") / f"app-{self.path.resolve().stem}"
         with report_interruption(out):
             run = load_or_train(self.path, out, self.device)
         check_segment_settings(run.config, None, "guided")
         check_region(self.region, run.config.num_leaf_regions)
+        verdict = f"The run: {judge_run(run.folder, REPORT)[1][0]}" if run.folder else ""
         with tempfile.TemporaryDirectory(prefix="factorkit-app-") as folder:
             os.environ["GRADIO_TEMP_DIR"] = folder  # uploads, too, are deleted at the end
-            page = build_page(gradio, run, Path(folder), self.region)
+            page = build_page(gradio, run, Path(folder), self.region, verdict)
             try:
                 url = serve_page(gradio, page, self.port, not self.no_browser)
             except (OSError, OverflowError) as error:
@@ -87,8 +90,8 @@ def import_gradio() -> Any:
     return gradio
 
 
-def build_page(gradio: Any, run: SegdiffRun, folder: Path, region: str) -> Any:
-    """Build the page for a run; its results are written to new folders below ``folder``."""
+def build_page(gradio: Any, run: SegdiffRun, folder: Path, region: str, verdict: str) -> Any:
+    """Build the page for a run and the verdict on it; results are written to new folders below ``folder``."""
     from factorkit.report.image_grid import palette
     from factorkit.segdiff.app import segment_photos
 
@@ -109,7 +112,7 @@ def build_page(gradio: Any, run: SegdiffRun, folder: Path, region: str) -> Any:
                 numbers = [(f"region {k}", str(k)) for k in range(len(colors))]
                 choice = gradio.Radio([("auto", "auto"), *numbers], value=region, label="Region to cut out")
                 gradio.HTML("".join(swatch.format(*color, k) for k, color in enumerate(colors)))
-        summary = gradio.Textbox(label="Result", lines=1, interactive=False)
+        summary = gradio.Textbox(label="Result", info=verdict, lines=1, interactive=False)
         with gradio.Row():
             overlays = gradio.Gallery(label="Regions", **look)
             cutouts = gradio.Gallery(label="Cut-outs", elem_id="cutouts", **look)

@@ -31,10 +31,11 @@ def test_page_segments_photos_for_this_machine_alone(run, photos, run_refused, t
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     gradio = import_gradio()
-    page = build_page(gradio, factorkit.load(run, device="cpu"), tmp_path, "auto")
+    page = build_page(gradio, factorkit.load(run, device="cpu"), tmp_path, "auto", "The run: Good.")
     try:
         url = serve_page(gradio, page, None, False)
         assert url.startswith(f"http://{HOST}:") and not page.analytics_enabled
+        assert "The run: Good." in str(page.get_config_file())
         client = Client(url, verbose=False, download_files=str(tmp_path / "downloads"))
         image = handle_file(str(photos / "images" / "00.png"))
         summary, overlays, cutouts, files, archive = client.predict([image], "1", api_name="/segment")
