@@ -119,7 +119,7 @@ def _find_features(view: ExportView) -> _Features:
     planes = np.stack([np.asarray(gray), np.asarray(mask)])
     if view.distortion is not None:
         planes = undistort(torch.from_numpy(planes).float(), k, view.distortion)[0].round().byte().numpy()
-    sift = cv2.SIFT.create(nfeatures=MAX_POINTS)
+    sift = cv2.SIFT.create(nfeatures=MAX_POINTS, enable_precise_upscale=True)
     keypoints, descriptors = sift.detectAndCompute(planes[0], (planes[1] > 127).astype(np.uint8))
     # OpenCV's pixel centres are whole numbers, ours are at a half.
     points = np.array([keypoint.pt for keypoint in keypoints], dtype=np.float64).reshape(-1, 2) + 0.5

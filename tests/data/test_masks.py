@@ -285,7 +285,7 @@ def test_load_labelled_masks_of_two_conventions_are_refused(folders, tmp_path):
     assert load_labelled(*folders, 8, mask_threshold=1).foreground.mean() == 5 / 6
 
 
-def test_load_labelled_borders_of_foreground_and_no_foreground_are_said(tmp_path):
+def test_load_labelled_borders_of_foreground_and_no_foreground_warn(tmp_path):
     inverted = Image.new("L", (8, 8), 255)
     inverted.paste(0, (2, 2, 6, 6))
     with pytest.warns(UserWarning, match="100% of the pixels along the borders .*--foreground 0"):
@@ -307,7 +307,7 @@ def test_load_labelled_small_labels_in_jpeg_are_refused(tmp_path, save):
 
 
 @pytest.mark.parametrize(("size", "turn"), [((8, 8), 6), ((12, 8), 3)])
-def test_load_labelled_image_turned_by_exif_alone_is_said(tmp_path, size, turn):
+def test_load_labelled_image_turned_by_exif_alone_warns(tmp_path, size, turn):
     exif = Image.Exif()
     exif[0x0112] = turn
     for folder, mode in (("i", "RGB"), ("m", "L")):

@@ -10,6 +10,7 @@ import roma
 import torch
 
 from factorkit.data.views.cameras import Distortion
+from factorkit.nerfdiff import epipolar_check
 from factorkit.nerfdiff.epipolar_check import check_epipolar
 from factorkit.nerfdiff.export.images import ExportView
 from factorkit.rendering import look_at
@@ -57,6 +58,15 @@ def turn(poses, degrees):
     turned = poses.clone()
     turned[:, :3, :3] = roma.rotvec_to_rotmat(axes * degrees * torch.pi / 180) @ poses[:, :3, :3]
     return turned
+
+
+def test_find_features_centre_of_a_blob_is_at_half_pixels():
+    down, right = np.mgrid[:96, :128]
+    blob = 255 * np.exp(-((right - 40.0) ** 2 + (down - 30.0) ** 2) / 32)  # centred on the pixel (40, 30)
+    pixels = np.repeat(blob[..., None], 3, 2).round().astype(np.uint8)
+    features = epipolar_check._find_features(ExportView("a.png", (96, 128), K, None, lambda: pixels))
+    distance = np.linalg.norm(features.points - [40.5, 30.5], axis=1)
+    assert distance.min() < 0.2
 
 
 def test_check_epipolar_right_cameras_explain_nearly_all_matches():

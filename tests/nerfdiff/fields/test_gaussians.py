@@ -88,6 +88,26 @@ def test_relocation_moves_invisible_gaussians_and_keeps_the_image():
     assert (after - before).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("dead", [1, 3])
+@torch.no_grad()
+def test_relocation_copies_have_the_profile_of_the_one_before(dead):
+    """Equation 9: along a line through the centre, copies in one place cover as much as the Gaussian did."""
+    field = GaussianField(1 + dead)
+    field.opacities.data[:] = torch.tensor([1.5, *[-9.0] * dead])
+    field.log_scales.data.fill_(math.log(0.2))
+    opacity, scale = field.opacities.sigmoid(), field.log_scales.exp()
+    field._relocate(opacity, scale, torch.Generator().manual_seed(0))
+    x = torch.linspace(-3, 3, 6001).double()
+
+    def profile(opacity, scale):
+        return opacity.double() * (-0.5 * (x / scale.double()) ** 2).exp()
+
+    new = field.opacities.sigmoid()[0], field.log_scales.exp()[0, 0]
+    together = 1 - (1 - profile(*new)) ** (1 + dead)
+    assert float(together.sum() / profile(opacity[0], scale[0, 0]).sum()) == pytest.approx(1, abs=1e-4)
+    assert all(torch.equal(p[1:], p[:1].expand_as(p[1:])) for p in (field.means, field.opacities, field.log_scales))
+
+
 def test_update_is_the_same_for_the_same_step():
     one, other = make_field(), make_field()
     for field in (one, other):
