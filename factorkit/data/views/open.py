@@ -187,7 +187,7 @@ def list_views(
     elif path is not None and is_video(path):
         if given_masks is not None or loss_masks is not None:
             raise ConfigError(f"{path}: masks= is for images, not for a video. Extract its frames first.")
-        views, settings = read_video(path, split, resolution, fov or default_fov)
+        views, settings = read_video(path, split, resolution, fov, default_fov)
         notes = settings.notes
     else:
         if path is not None and path.is_dir():
