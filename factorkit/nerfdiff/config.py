@@ -248,9 +248,12 @@ _THESIS = {
 }
 
 
-def _sized(resolution: int) -> dict[str, Any]:
-    """Return settings of the final field at a resolution: one vertex and one sample along a ray per pixel."""
-    side = min(max(resolution, 32), 128)
+MAX_START_GRID = 64  # vertices along each side of the grid that Gaussians start from: finer ones gain nothing
+
+
+def _sized(resolution: int, field: str) -> dict[str, Any]:
+    """Return settings of the final grid at a resolution: one vertex and one sample along a ray per pixel."""
+    side = min(max(resolution, 32), MAX_START_GRID if field == "gaussians" else 128)
     return {"grid_resolution": side, "samples_per_ray": side, "field_steps": round(600 * side / 32)}
 
 
@@ -288,8 +291,9 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
         raise ConfigError(f"preset={preset!r} is unknown. {meant}Choose one of {', '.join(PRESETS)}")
     settings = PRESETS[preset] if preset else {}
     if settings is _FAST:
-        settings = settings | _sized(changes.get("resolution", NerfdiffConfig.resolution))
-        settings = settings | {"occupancy": changes.get("field", NerfdiffConfig.field) not in ("grid", "gaussians")}
+        field = changes.get("field", NerfdiffConfig.field)
+        settings = settings | _sized(changes.get("resolution", NerfdiffConfig.resolution), field)
+        settings = settings | {"occupancy": field not in ("grid", "gaussians")}
     if changes.get("search") == "joint" and preset in ("demo", "fast"):
         settings = settings | _JOINT | {k: round(share * settings[k]) for k, share in _JOINT_SHARES.items()}
     config = NerfdiffConfig.from_dict({**settings, **changes})
