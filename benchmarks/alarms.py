@@ -41,10 +41,10 @@ from factorkit.nerfdiff.held_out import forward_direction_check, held_out_checks
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.report.content import all_failures
-from factorkit.segdiff.alarms import Alarms, measure_alarms
+from factorkit.segdiff.alarms import MIN_JUDGED_STEPS, Alarms, measure_alarms
 from factorkit.segdiff.choose_regions import SETTINGS, MixtureTask
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.masks.spatial_mixture import unexplained_noise
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, unexplained_noise
 from factorkit.segdiff.object_stages import ObjectStages
 from factorkit.segdiff.task import SegdiffTask, add_noise, predict_masks
 from factorkit.utils.errors import DataError
@@ -69,7 +69,7 @@ class SegdiffRuns:
     images: str
     seed: int
     stops: tuple[int, ...]
-    kind: Literal["U-Net", "mixture", "objects"] = "U-Net"
+    kind: Literal["U-Net", "mixture", "objects", "teacher"] = "U-Net"
     resolution: int = 16
     changes: tuple[tuple[str, Any], ...] = ()
 
@@ -107,6 +107,46 @@ def objects(images: str, regions: int, *seeds: int, steps: int = 100) -> list[Se
     return [SegdiffRuns(images, seed, (steps,), "objects", 32, changes) for seed in seeds]
 
 
+def teacher(images: str, regions: int, seed: int = 0, **changes: Any) -> SegdiffRuns:
+    """Return a run of 3 seconds with the teacher's masks of masks="auto" at 32 px; its stop is that of the mixture."""
+    settings = {"regions": regions, "random_flip": False} | changes
+    return SegdiffRuns(images, seed, (settings.pop("mixture_steps", 120),), "teacher", 32, tuple(settings.items()))
+
+
+WITH_OBJECTS = [  # images, and the regions of the run
+    ("flowers17, first 60", 2),
+    ("flowers17, grey", 2),
+    ("flowers17, noisy 20", 2),
+    ("flowers17, negative", 3),
+    ("flowers17, and horses", 3),
+    ("horses, first 60", 3),
+    ("horses, grey", 3),
+    ("horses, noisy 20", 2),
+    ("flowers, first 30", 2),
+    ("flowers, grey", 2),
+    ("flowers, noisy 40", 3),
+    ("flowers, and flowers17", 2),
+    ("discs", 2),
+    ("discs, grey", 3),
+    ("frames", 2),
+]
+WITHOUT_OBJECTS = [
+    ("flowers17, shuffled 1", 2),
+    ("flowers17, shuffled 4", 2),
+    ("flowers17, shuffled 8", 3),
+    ("horses, shuffled 4", 3),
+    ("horses, shuffled 8", 2),
+    ("flowers17, corners", 2),
+    ("horses, corners", 3),
+    ("leaves", 2),
+    ("leaves", 3),
+    ("leaves, grey", 2),
+    ("stripes", 2),
+    ("halves", 2),
+    ("one colour", 2),
+    ("one colour, noisy 20", 3),
+]
+MISTAKES: list[dict[str, Any]] = [{"cue_weight": 0.0}, {"cue_weight": 6.0}, {"mixture_steps": 1}]
 SEGDIFF = [
     *mixtures("flowers", 2, 1, stops=(2, 120)),
     *mixtures("flowers", 2, 2, 3, 4),
@@ -149,6 +189,9 @@ SEGDIFF = [
     *[run for name in ("noise", "plain", "smooth", "texture", "landscape") for run in objects(name, 3, 1)],
     *objects("flowers", 2, 2, steps=5),
     *objects("horses", 3, 2, steps=5),
+    *[teacher(name, regions) for name, regions in [*WITH_OBJECTS, *WITHOUT_OBJECTS]],
+    *[teacher("flowers17", 2, **changes) for changes in MISTAKES],
+    *[teacher("horses", 3, **changes) for changes in MISTAKES],
 ]
 FAULTS = {
     "procedural": {
@@ -200,13 +243,25 @@ def train_segdiff(runs: SegdiffRuns, data: Path) -> None:
     common = {"resolution": runs.resolution, "steps": runs.stops[-1], "seed": runs.seed, "device": "cpu"}
     common |= {"checkpoint_every": 100_000, "sample_every": 0, **dict(runs.changes)}
     small = {"preset": "demo", "model_channels": 8, "channel_mult": (1, 2), "batch_size": 8, "norm_groups": 4}
-    small |= {"masks": "auto" if runs.kind == "objects" else "network", "distil_steps": runs.stops[-1]}
+    if runs.kind in ("objects", "teacher"):
+        small |= {"masks": "auto", "distil_steps": runs.stops[-1]}
+    else:
+        small["masks"] = "network"
     config = preset_config(**({**SETTINGS} if runs.kind == "mixture" else small) | common).resolved()
     task_class: Any = MixtureTask if runs.kind == "mixture" else SegdiffTask
     task = task_class(config, training, probes, CPU)
     task.inspect = lambda model, step, folder: {}
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
+        if runs.kind == "teacher":
+            stages = ObjectStages(config, training, run, {}, CPU, False)
+            mixture = stages.train_mixture(SpatialMixture(config.num_leaf_regions, object_first=True))
+            both = np.concatenate([probes, probes[:, :, ::-1], training])
+            masks = ObjectStages(config, both, run, {}, CPU, False).teach(mixture)[: 2 * len(probes)] / 255
+            masks, flipped = masks.split(len(probes))
+            alarms = dataclasses.replace(measure_alarms(task.probes, masks, flipped), objects=True)
+            record(runs.key(runs.stops[-1]), judge_masks(alarms, probes, masks, truth, MIN_JUDGED_STEPS))
+            return
         if runs.kind == "objects":
             task.model.masks = ObjectStages(config, training, run, {}, CPU, False).run()
             masks = predict_masks(task.model, task.probes, config.segment_t, task.schedule)
