@@ -19,6 +19,7 @@ from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
+from factorkit.nerfdiff.previews.files import save_masks
 from factorkit.nerfdiff.registered_views import open_registered_views
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
@@ -90,7 +91,7 @@ def train_nerfdiff(
     distributed.join_processes(device)
     distributed.check_batch(config.batch_size)
     distributed.check_batch(config.views_per_step, "views_per_step")
-    folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
+    folder = choose_folder(data, out, preset)
     reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
     source = _require_data(data, config, reading)
     settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset}
@@ -111,6 +112,7 @@ def train_nerfdiff(
     run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
     with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
         distributed.run_on_first(lambda: store_views(folder, views, describe_data(data, reading)))
+        distributed.run_on_first(lambda: save_masks(folder / "samples" / "000000_masks.png", views))
         Training(config, scene, folder, settings, progress).run()
         return NerfdiffRun.load(folder, device=device)
 
@@ -118,6 +120,17 @@ def train_nerfdiff(
 def default_preset(data: Any) -> str:
     """Return the preset that is used if none is given."""
     return "demo" if data is None else "fast"
+
+
+def choose_folder(data: Any, out: str | Path | None, preset: str | None) -> Path:
+    """Return the run folder."""
+    return Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset or default_preset(data)}"
+
+
+def check_options(data: Any, preset: str | None, options: dict[str, Any]) -> None:
+    """Raise ConfigError for options of :func:`train_nerfdiff` that cannot work whatever the views."""
+    reading = ("progress", "layout", "masks", "loss_masks", "fov", "box")
+    preset_config(preset or default_preset(data), **{k: v for k, v in options.items() if k not in reading})
 
 
 def estimate(
