@@ -185,7 +185,7 @@ def list_views(
             given_masks = _find_masks(path, settings)
         views, notes = add_masks(views, settings, given_masks, loss_masks)
     elif path is not None and is_video(path):
-        views, settings = read_video(path, split, resolution, fov or default_fov)
+        views, settings = read_video(path, split, resolution, fov, default_fov)
         views, notes = add_masks(views, settings, given_masks, loss_masks)
         views = [fit_masks(view) for view in views]
     else:

@@ -147,6 +147,18 @@ def framing_distance(focal: float) -> float:
     return 2 * focal / FRAMING
 
 
+def dolly_poses(poses: Tensor, factor: Tensor | float) -> Tensor:
+    """Move cameras [..., 4, 4] along their viewing axes until the depth of the origin is ``factor`` times as large.
+
+    With a focal length of ``factor`` times its value the origin keeps its place in the images, and its surroundings
+    their size: only the perspective changes.
+    """
+    back = poses[..., :3, 2]
+    depth = (poses[..., :3, 3] * back).sum(-1, keepdim=True)
+    position = poses[..., :3, 3] + back * (depth * (factor - 1))
+    return torch.cat([torch.cat([poses[..., :3, :3], position[..., None]], -1), poses[..., 3:, :]], -2)
+
+
 class OrbitPoses(nn.Module):
     """Poses of V views of an object as parameters: azimuth and elevation of each view, and optional offsets.
 
@@ -182,6 +194,12 @@ class OrbitPoses(nn.Module):
             moved.freedom[name].data.copy_(value.detach())
         return moved.requires_grad_(False)
 
+    def dolly(self, factor: float) -> None:
+        """Move all cameras as :func:`dolly_poses` does."""
+        self.distance *= factor
+        if "aim" in self.freedom:
+            self.freedom["aim"].data /= factor
+
     def forward(self, indices: Tensor | slice = slice(None)) -> Tensor:
         """Return poses [B, 4, 4] of views with these indices."""
         offsets = {name: value[indices] for name, value in self.freedom.items()}
@@ -197,6 +215,11 @@ class FreePoses(nn.Module):
         super().__init__()
         self.register_buffer("base", base.clone())
         self.numbers = nn.Parameter(torch.zeros(len(base), 6))
+
+    def dolly(self, factor: float) -> None:
+        """Move all cameras as :func:`dolly_poses` does."""
+        self.base.copy_(dolly_poses(self().detach(), factor))
+        self.numbers.data.zero_()
 
     def forward(self, indices: Tensor | slice = slice(None)) -> Tensor:
         """Return poses [B, 4, 4] of views with these indices."""
