@@ -1,4 +1,4 @@
-"""Settings of a segdiff run, and the presets: one line each over the defaults."""
+"""Settings of a segdiff run: given, resolved and checked."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig, register_rename
 from factorkit.ops.norm import NORMS
 from factorkit.segdiff.hierarchy import HierarchicalUNet, SegdiffModel, check_nesting
 from factorkit.segdiff.network import FactorizedUNet, check_architecture
+from factorkit.segdiff.presets import FORMS, PRESETS
 from factorkit.utils.errors import ConfigError, did_you_mean
 
 MAX_REGIONS = 256  # label images hold one byte per pixel
@@ -317,72 +318,6 @@ class ResolvedSegdiffConfig(SegdiffConfig):
             model = HierarchicalUNet(self.regions, **settings)
         # In the layout of the features; otherwise a convolution would convert its weights in every call.
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-FORMS: dict[str, dict[str, Any]] = {
-    "regional": {
-        "prediction": "v",
-        "branch_norm": "pixel",
-        "region_tokens": True,
-        "normalised_logits": True,
-        "half_resolution_masks": True,
-        "mask_learning_rate": 0.3,
-        "t_max": 600,
-        "high_noise_fraction": 0.1,
-        "coarse_to_fine": (50, 150),
-    },
-    "thesis": {
-        "prediction": "eps",
-        "branch_norm": "group",
-        "region_tokens": False,
-        "normalised_logits": False,
-        "half_resolution_masks": False,
-        "mask_learning_rate": 1.0,
-        "t_max": 1000,
-        "high_noise_fraction": 0.0,
-        "coarse_to_fine": (0, 0),
-    },
-}
-
-_SMALL = {
-    "resolution": 32,
-    "regions": 2,
-    "model_channels": 16,
-    "channel_mult": (1, 2, 3),
-    "num_res_blocks": 1,
-    "attention_resolutions": (),
-    "norm_groups": 8,
-    "steps": 400,
-    "batch_size": 16,
-    "learning_rate": 1e-3,
-    "warmup_steps": 50,
-    "distil_steps": 300,
-    "lr_decay_fraction": 0.3,
-    "gradient_clip": 1.0,
-    "ema_decay": 0.99,
-    "threads": 1,
-    "checkpoint_every": 100,
-    "sample_every": 200,
-    "log_every": 20,
-}
-_THESIS64 = {"form": "thesis", "resolution": 64}
-_THESIS128 = {"form": "thesis", "resolution": 128, "channel_mult": (1, 1, 2, 3, 4), "num_res_blocks": 2}
-
-#: The thesis' models share Adam with 1e-4, EMA 0.9999, batch size 128 and K = 3, which are the defaults above.
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo": _SMALL,
-    "fast32": _SMALL | {"steps": 800},
-    # a hierarchy, for the procedural rooms
-    "rooms32": _SMALL | {"regions": (3, 3), "steps": 800},
-    "fast64": _SMALL | {"resolution": 64, "channel_mult": (1, 2, 3, 4), "steps": 1500, "distil_steps": 1500},
-    "flowers64": _THESIS64 | {"steps": 50_000},
-    "flowers128": _THESIS128 | {"steps": 50_000},
-    "cub64": _THESIS64 | {"steps": 50_000},
-    "cub128": _THESIS128 | {"steps": 50_000},
-    "ffhq64": _THESIS64 | {"steps": 500_000},
-    "ffhq128": _THESIS128 | {"steps": 500_000},
-    "imagenet64": _THESIS64 | {"steps": 500_000, "batch_size": 512},
-}
 
 
 def preset_config(preset: str | None, **changes: Any) -> SegdiffConfig:

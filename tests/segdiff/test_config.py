@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from factorkit.segdiff.config import FORMS, PRESETS, ResolvedSegdiffConfig, SegdiffConfig, preset_config
+from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
+from factorkit.segdiff.presets import FORMS, PRESETS
 from factorkit.utils.errors import ConfigError
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from factorkit.segdiff.config import PRESETS, preset_config
+from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.network import RegionTokens, count_parameters
+from factorkit.segdiff.presets import PRESETS
 from factorkit.utils.errors import ConfigError
 
 REGIONAL = {"branch_norm": "pixel", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True}
