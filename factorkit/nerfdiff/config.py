@@ -57,14 +57,16 @@ class NerfdiffConfig(EngineConfig):
     """Number of elevations in the search dictionary, evenly spaced over elevation_range."""
     optimize_camera: tuple[Literal["roll", "aim", "distance", "focal"], ...] | None = None
     """Camera parameters that are optimised in addition to the direction: "roll" about the viewing axis, "aim" off the
-    origin and "distance" for each view, and one "focal" length for all views. () assumes upright cameras that look at
-    the origin from one distance. None, the default, is (), or ("aim", "distance", "roll") if masks or a plain
-    background show an object off the centre of its views. With "aim" the search compares views that are recentred by
-    their foreground."""
+    origin and "distance" for each view, and one "focal" length for all views, with which the distances change so that
+    an object keeps its size. () assumes upright cameras that look at the origin from one distance. None, the default,
+    is ("aim", "distance", "roll") if masks or a plain background show an object off the centre of its views, and
+    "focal" if neither cameras, EXIF nor fov= give the focal length; otherwise (). With "aim" the search compares views
+    that are recentred by their foreground."""
     ordered: Literal["auto", "yes", "no"] = "auto"
-    """Whether the views were taken in the order of their names on one turn around the object. "yes": even rings of
-    cameras are tried as starts too, in both directions and at several elevations; the start is kept from which a short
-    fit explains held-out views best. "auto", the default: "yes" if consecutive views are more alike than others."""
+    """Whether the views were taken in the order of their names, or if these do not order them of the times in their
+    EXIF data, on one turn around the object. "yes": even rings of cameras are tried as starts too, in both directions
+    and at several elevations; the start is kept from which a short fit explains held-out views best. "auto", the
+    default: "yes" if consecutive views are more alike than others."""
     flip_rounds: int = 8
     """Maximum number of rounds of the flip test, which corrects views placed on the wrong side of a nearly symmetric
     scene. It stops at the first round that changes nothing. 0 runs one round that only reports."""

@@ -35,6 +35,8 @@ class Scene:
         loss_masks: [V, 1, H, W], 0 at pixels that no loss counts; None: all pixels count.
         foreground: of the views of an object, if masks or a background colour show it.
         note: a sentence for the user on how the scene was prepared.
+        has_focal: whether the focal lengths are known; False: they are a guess.
+        times: [V], when the views were taken, in seconds from any start; or None.
         reframed_images: the views [V, 3, H, W] as the common camera sees them; None: it is the camera of all views.
         points: sparse points [P, 3] of an object scene in the field's coordinates, if the poses came with some.
     """
@@ -51,6 +53,8 @@ class Scene:
     note: str = ""
     initial_poses: Tensor | None = None
     points: Tensor | None = None
+    has_focal: bool = True
+    times: Tensor | None = None
 
     @property
     def encoder_images(self) -> Tensor:
@@ -116,7 +120,24 @@ def open_scene(
         foreground,
         note,
         points=points,
+        has_focal=views.has_focal,
+        times=views.times,
     )
+
+
+def scale_focal(scene: Scene, factor: float) -> Scene:
+    """Return the scene of an object with other focal lengths, and distances at which it has the same size in images."""
+    scale = torch.tensor([factor, factor, 1.0], device=scene.images.device)
+    stretch = torch.diag(scale - 1)
+
+    def scaled(intrinsics: Tensor) -> Tensor:
+        return intrinsics + intrinsics.diagonal(dim1=-2, dim2=-1).diag_embed() * stretch
+
+    foreground = scene.foreground
+    if foreground is not None:
+        foreground = replace(foreground, intrinsics=scaled(foreground.intrinsics))
+    camera = scene.camera.with_intrinsics(scaled(scene.camera.intrinsics))
+    return replace(scene, camera=camera, distance=scene.distance * factor, foreground=foreground)
 
 
 def _fit_box(
