@@ -84,7 +84,9 @@ def make_images(name: str, seed: int, size: int, data: Path) -> tuple[np.ndarray
         images = torch.where((torch.arange(size) < size / 2)[None, None, None], first, second)
         images = images + 0.05 * torch.randn(count, 3, size, size, generator=generator)
     elif name == "stripes":  # of any direction, width, phase and two colours
-        angle, width, phase = (torch.rand(3, count, 1, 1, generator=generator) * torch.tensor([3.14, 6, 6.28])[:, None, None, None]).unbind()
+        angle, width, phase = (
+            torch.rand(3, count, 1, 1, generator=generator) * torch.tensor([3.14, 6, 6.28])[:, None, None, None]
+        ).unbind()
         y, x = torch.meshgrid(*[torch.arange(size).float()] * 2, indexing="ij")
         wave = torch.sin((x * angle.cos() + y * angle.sin()) / (2 + width) + phase)[:, None] / 2 + 0.5
         first, second = (torch.rand(count, 3, 1, 1, generator=generator) for _ in range(2))
@@ -94,11 +96,16 @@ def make_images(name: str, seed: int, size: int, data: Path) -> tuple[np.ndarray
     elif name == "frames":  # objects along all borders, so that the centre is the ground
         side = torch.linspace(-1, 1, size).abs()
         masks = torch.maximum(side[:, None], side)[None] > 0.5 + 0.3 * torch.rand(count, 1, 1, generator=generator)
-        ground, frame = (draw_textures(generator, count, 3, size) * 0.4 + 0.6 * torch.rand(count, 3, 1, 1, generator=generator) for _ in range(2))
+        ground, frame = (
+            draw_textures(generator, count, 3, size) * 0.4 + 0.6 * torch.rand(count, 3, 1, 1, generator=generator)
+            for _ in range(2)
+        )
         images = torch.where(masks[:, None], frame, ground)
     elif name == "discs":  # of any colours before leaves
         masks = draw_ellipses(generator, count, size, large=True)
-        images = torch.where(masks[:, None], torch.rand(count, 3, 1, 1, generator=generator), crop_views(generator, count, size, data))
+        images = torch.where(
+            masks[:, None], torch.rand(count, 3, 1, 1, generator=generator), crop_views(generator, count, size, data)
+        )
     else:
         images = 0.5 + 0.3 * (draw_textures(generator, count, 2, size) - 0.5)
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -114,7 +121,12 @@ def crop_views(generator: torch.Generator, count: int, size: int, data: Path) ->
 
 
 def change_images(
-    training: np.ndarray, probes: np.ndarray, truth: np.ndarray | None, change: str, generator: torch.Generator, data: Path
+    training: np.ndarray,
+    probes: np.ndarray,
+    truth: np.ndarray | None,
+    change: str,
+    generator: torch.Generator,
+    data: Path,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return the images and probes of :func:`make_images` with one change.
 
@@ -132,7 +144,9 @@ def change_images(
         cells = cells.reshape(len(images), -1, cell, cell, 3)
         order = torch.rand(cells.shape[:2], generator=generator).argsort(1).numpy()
         cells = np.take_along_axis(cells, order[:, :, None, None, None], 1)
-        return cells.reshape(len(images), size // cell, size // cell, cell, cell, 3).swapaxes(2, 3).reshape(images.shape)
+        return (
+            cells.reshape(len(images), size // cell, size // cell, cell, cell, 3).swapaxes(2, 3).reshape(images.shape)
+        )
 
     def enlarge_corners(images: np.ndarray) -> np.ndarray:
         corners = (Image.fromarray(image[: size // 3, : size // 3]) for image in images)
@@ -145,17 +159,24 @@ def change_images(
     if kind == "first":
         return training[: int(number)], probes, truth
     if kind == "grey":
-        return *(np.repeat(images.mean(3, keepdims=True).astype(np.uint8), 3, 3) for images in (training, probes)), truth
+        return *(
+            np.repeat(images.mean(3, keepdims=True).astype(np.uint8), 3, 3) for images in (training, probes)
+        ), truth
     if kind == "noisy":
         noise = np.random.default_rng(0)
-        return *((images + noise.normal(0, int(number), images.shape)).clip(0, 255).astype(np.uint8) for images in (training, probes)), truth
+        return *(
+            (images + noise.normal(0, int(number), images.shape)).clip(0, 255).astype(np.uint8)
+            for images in (training, probes)
+        ), truth
     if kind == "negative":
         return 255 - training, 255 - probes, truth
     if kind == "and":  # half of each set
         others = make_images(number, 0, size, data)
         count = min(len(training), len(others[0]))
         pairs = zip((training[:count], probes, truth), (others[0][:count], others[1], others[2]), strict=True)
-        return tuple(np.concatenate([a[::2], b[1::2]])[np.arange(len(a) // 2 * 2).reshape(2, -1).T.ravel()] for a, b in pairs)
+        return tuple(
+            np.concatenate([a[::2], b[1::2]])[np.arange(len(a) // 2 * 2).reshape(2, -1).T.ravel()] for a, b in pairs
+        )
     raise ValueError(change)
 
 

@@ -136,7 +136,7 @@ def local_device(device: torch.device) -> torch.device:
         if number >= torch.cuda.device_count():
             raise ConfigError(
                 f"this is process {number + 1} of {processes} on this machine, but torch finds "
-                f"{format_count(torch.cuda.device_count(), 'GPU')} here; give torchrun --nproc-per-node no more than that"
+                f"{format_count(torch.cuda.device_count(), 'GPU')} here; give torchrun --nproc-per-node no more"
             )
         return torch.device("cuda", number)
     if processes > 1:
