@@ -171,7 +171,7 @@ def test_paths_go_around_the_gaussians_whatever_points_up(splats, up, tmp_path):
     save_ply(splats, field, None)
     scene = SplatScene(splats, up=up)
     axis, sign = UP[up]
-    poses = scene.make_path("orbit", 4)
+    poses = scene._make_path("orbit", 4)
     offsets = poses[:, :3, 3] - shift
     assert (torch.linalg.det(poses[:, :3, :3]) - 1).abs().max() < 1e-5
     assert (sign * offsets[:, axis] > 0).all() and (sign * poses[:, axis, 1] > 0.5).all()
