@@ -168,7 +168,7 @@ class TrainNerfdiff(Command):
     common; object and forward read them as they are."""
     masks: OptionalName = None
     """Folder of foreground masks (0 is transparent), matched by name. The default is masks/ or mask/ beside the images;
-    none uses no masks."""
+    none uses no masks; segdiff trains a segdiff model on the views first, in OUT_masks, and uses its masks."""
     loss_masks: OptionalPath = None
     """Folder of masks of pixels that do not count (0 is not scored), matched by name."""
     fov: OptionalFloat = None
@@ -183,8 +183,8 @@ class TrainNerfdiff(Command):
     def execute(self) -> Result:
         from factorkit.cli.evaluate import judge_run
         from factorkit.nerfdiff.config import NerfdiffConfig
-        from factorkit.nerfdiff.train import train_nerfdiff
         from factorkit.nerfdiff.verdict import REPORT
+        from factorkit.object_masks import train_nerfdiff
 
         settings = _settings(self, NerfdiffConfig)
         if self.dry_run:
@@ -203,7 +203,7 @@ class TrainNerfdiff(Command):
         return {name: getattr(self, name) for name in ("layout", "masks", "loss_masks", "fov", "box")}
 
     def _estimate(self, settings: dict[str, Any]) -> Result:
-        from factorkit.nerfdiff.train import estimate
+        from factorkit.object_masks import estimate
 
         data = estimate(self.data, preset=self.preset, **self._reading(), **settings)
         lines = [

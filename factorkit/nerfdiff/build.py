@@ -13,7 +13,7 @@ from factorkit.data.views.views import Views, target_size
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.run_folder import read_settings
 from factorkit.nerfdiff.cameras.candidates import Candidates, build_candidates
-from factorkit.nerfdiff.cameras.poses import FreePoses, OrbitPoses, forward_facing_poses, orbit_poses
+from factorkit.nerfdiff.cameras.poses import FreePoses, OrbitPoses, dolly_poses, forward_facing_poses, orbit_poses
 from factorkit.nerfdiff.config import NUM_HEADS, NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field
 from factorkit.nerfdiff.fields.kinds import restore_field
@@ -105,7 +105,10 @@ def load_partial_run(folder: Path) -> PartialRun:
         raise CheckpointError(f"{stage} has no intact checkpoint")
     tensors, meta = latest
     field = restore_field(_strip_prefix(tensors, "ema.module.field."), settings).requires_grad_(False)
-    poses = _stage_poses(_strip_prefix(tensors, "ema.module.poses."), settings["scene"]["distance"], views.layout)
+    poses = _stage_poses(_strip_prefix(tensors, "ema.module.poses."), meta["scene"]["distance"], views.layout)
+    log_focal = tensors.get("ema.module.log_focal")
+    if log_focal is not None and views.layout == "object":
+        poses = dolly_poses(poses, log_focal.exp())
     return PartialRun(stage.name, int(meta["step"]), field, replace(views, poses=poses))
 
 

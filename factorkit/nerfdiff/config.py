@@ -57,14 +57,16 @@ class NerfdiffConfig(EngineConfig):
     """Number of elevations in the search dictionary, evenly spaced over elevation_range."""
     optimize_camera: tuple[Literal["roll", "aim", "distance", "focal"], ...] | None = None
     """Camera parameters that are optimised in addition to the direction: "roll" about the viewing axis, "aim" off the
-    origin and "distance" for each view, and one "focal" length for all views. () assumes upright cameras that look at
-    the origin from one distance. None, the default, is (), or ("aim", "distance", "roll") if masks or a plain
-    background show an object off the centre of its views. With "aim" the search compares views that are recentred by
-    their foreground."""
+    origin and "distance" for each view, and one "focal" length for all views, with which the distances change so that
+    an object keeps its size. () assumes upright cameras that look at the origin from one distance. None, the default,
+    is ("aim", "distance", "roll") if masks or a plain background show an object off the centre of its views, and
+    "focal" if neither cameras, EXIF nor fov= give the focal length; otherwise (). With "aim" the search compares views
+    that are recentred by their foreground."""
     ordered: Literal["auto", "yes", "no"] = "auto"
-    """Whether the views were taken in the order of their names on one turn around the object. "yes": even rings of
-    cameras are tried as starts too, in both directions and at several elevations; the start is kept from which a short
-    fit explains held-out views best. "auto", the default: "yes" if consecutive views are more alike than others."""
+    """Whether the views were taken in the order of their names, or if these do not order them of the times in their
+    EXIF data, on one turn around the object. "yes": even rings of cameras are tried as starts too, in both directions
+    and at several elevations; the start is kept from which a short fit explains held-out views best. "auto", the
+    default: "yes" if consecutive views are more alike than others."""
     flip_rounds: int = 8
     """Maximum number of rounds of the flip test, which corrects views placed on the wrong side of a nearly symmetric
     scene. It stops at the first round that changes nothing. 0 runs one round that only reports."""
@@ -275,9 +277,12 @@ _THESIS = {
 }
 
 
-def _sized(resolution: int) -> dict[str, Any]:
-    """Return settings of the final field at a resolution: one vertex and one sample along a ray per pixel."""
-    side = min(max(resolution, 32), 128)
+MAX_START_GRID = 64  # vertices along each side of the grid that Gaussians start from: finer ones gain nothing
+
+
+def _sized(resolution: int, field: str) -> dict[str, Any]:
+    """Return settings of the final grid at a resolution: one vertex and one sample along a ray per pixel."""
+    side = min(max(resolution, 32), MAX_START_GRID if field == "gaussians" else 128)
     return {"grid_resolution": side, "samples_per_ray": side, "field_steps": round(600 * side / 32)}
 
 
@@ -315,8 +320,9 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
         raise ConfigError(f"preset={preset!r} is unknown. {meant}Choose one of {', '.join(PRESETS)}")
     settings = PRESETS[preset] if preset else {}
     if settings is _FAST:
-        settings = settings | _sized(changes.get("resolution", NerfdiffConfig.resolution))
-        settings = settings | {"occupancy": changes.get("field", NerfdiffConfig.field) not in ("grid", "gaussians")}
+        field = changes.get("field", NerfdiffConfig.field)
+        settings = settings | _sized(changes.get("resolution", NerfdiffConfig.resolution), field)
+        settings = settings | {"occupancy": field not in ("grid", "gaussians")}
     if changes.get("search") == "joint" and preset in ("demo", "fast"):
         settings = settings | _JOINT | {k: round(share * settings[k]) for k, share in _JOINT_SHARES.items()}
     if changes.get("encoder") == "vit":

@@ -35,6 +35,8 @@ class Scene:
         loss_masks: [V, 1, H, W], 0 at pixels that no loss counts; None: all pixels count.
         foreground: of the views of an object, if masks or a background colour show it.
         note: a sentence for the user on how the scene was prepared.
+        has_focal: whether the focal lengths are known; False: they are a guess.
+        times: [V], when the views were taken, in seconds from any start; or None.
         reframed_images: the views [V, 3, H, W] as the common camera sees them; None: it is the camera of all views.
     """
 
@@ -49,6 +51,8 @@ class Scene:
     foreground: Foreground | None = None
     note: str = ""
     initial_poses: Tensor | None = None
+    has_focal: bool = True
+    times: Tensor | None = None
 
     @property
     def encoder_images(self) -> Tensor:
@@ -101,7 +105,35 @@ def open_scene(
     seen = None if camera.view_intrinsics is None else match_camera(views, camera, views.size).images.to(device)
     images, camera = views.images.to(device), camera.to(device)
     foreground = None if foreground is None else foreground.to(device)
-    return Scene(images, list(views.names), camera, views.layout, distance, poses, loss_masks, seen, foreground, note)
+    return Scene(
+        images,
+        list(views.names),
+        camera,
+        views.layout,
+        distance,
+        poses,
+        loss_masks,
+        seen,
+        foreground,
+        note,
+        has_focal=views.has_focal,
+        times=views.times,
+    )
+
+
+def scale_focal(scene: Scene, factor: float) -> Scene:
+    """Return the scene of an object with other focal lengths, and distances at which it has the same size in images."""
+    scale = torch.tensor([factor, factor, 1.0], device=scene.images.device)
+    stretch = torch.diag(scale - 1)
+
+    def scaled(intrinsics: Tensor) -> Tensor:
+        return intrinsics + intrinsics.diagonal(dim1=-2, dim2=-1).diag_embed() * stretch
+
+    foreground = scene.foreground
+    if foreground is not None:
+        foreground = replace(foreground, intrinsics=scaled(foreground.intrinsics))
+    camera = scene.camera.with_intrinsics(scaled(scene.camera.intrinsics))
+    return replace(scene, camera=camera, distance=scene.distance * factor, foreground=foreground)
 
 
 def _fit_box(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from factorkit.report.content import Check, all_failures, log_checks
-from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.utils.errors import ConfigError, DataError
 
 MIN_ETA_GAP = 0.3  # success .40-.51, failure 0-.15
 MIN_OBJECT_ETA_GAP = 0.12  # of object masks: success .31-.50, drawn persons .13, failure 0-.10
@@ -151,7 +151,7 @@ class Alarms:
             _check_limit("agreement with 2-means", self.two_means_agreement, ""),
         ]
         if steps is not None and steps < MIN_JUDGED_STEPS:
-            reason = f"since {format_count(steps, 'step')} of training are fewer than {MIN_JUDGED_STEPS}"
+            reason = f"since it takes {MIN_JUDGED_STEPS} training steps, and there were {steps}"
             content = [
                 check if check.failures or check.value is None else Check(check.name, not_run=reason)
                 for check in content

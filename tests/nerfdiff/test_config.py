@@ -4,12 +4,7 @@ import pytest
 import torch
 
 from factorkit.nerfdiff.build import build_encoder, build_model
-from factorkit.nerfdiff.cameras.candidates import (
-    LookAtCandidates,
-    OctantCandidates,
-    SingleCandidate,
-    build_candidates,
-)
+from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, OctantCandidates, SingleCandidate, build_candidates
 from factorkit.nerfdiff.config import PRESETS, NerfdiffConfig, preset_config
 from factorkit.nerfdiff.fields.kinds import FrequencyField, build_field
 from factorkit.nerfdiff.rays import CameraModel

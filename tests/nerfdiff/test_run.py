@@ -19,7 +19,9 @@ from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.stages.localise import TargetImages, refine_poses, select_best_poses
+from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from tests.engine.trained import assert_identical
 
 
 def test_predict_pose_returns_the_best_scored_candidate(finished, scene_views):
@@ -61,7 +63,7 @@ def test_render_wider_images_are_not_stretched(finished, monkeypatch):
     torch.testing.assert_close(wide.images[..., 4:16], square.images, atol=1e-3, rtol=0)
     taller = finished.render(finished.poses, 20)
     torch.testing.assert_close(high.images, taller.images[..., 4:16], atol=1e-3, rtol=0)
-    monkeypatch.setattr("factorkit.nerfdiff.loaded_scene.MAX_RAYS", 300)  # two images at a time
+    monkeypatch.setattr("factorkit.nerfdiff.rendered_scene.MAX_RAYS", 300)  # two images at a time
     assert torch.equal(finished.render(finished.poses, 12).depth, square.depth)
 
 

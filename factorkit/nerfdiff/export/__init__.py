@@ -24,6 +24,7 @@ from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.output_record import OutputRecord, check_file, writing_file
 
 MESH_SUFFIXES = (".ply", ".obj", ".glb")
+SPLAT_SUFFIXES = (".ply", ".spz")
 KINDS = ("points", "mesh", "splats", "nerfstudio", "colmap")
 PLY_WORDS = {"mesh": "mesh", "splats": "splat"}  # in the name of a .ply, for its kind
 CAMERA_KINDS = ("nerfstudio", "colmap")
@@ -52,12 +53,13 @@ def export(
 
     - ``points`` (scene.ply): coloured points on the surface that the views show;
     - ``mesh`` (mesh.ply, or any .obj or .glb): the surface of equal density, by marching cubes, coloured;
-    - ``splats`` (splats.ply): the Gaussians of ``field="gaussians"``, in the format of 3DGS;
+    - ``splats`` (splats.ply, or any .spz): the Gaussians of ``field="gaussians"``, in the format of 3DGS, or
+      compressed to a tenth of its size;
     - ``nerfstudio`` (transforms.json): cameras, with the images in images_factorkit/ beside it;
     - ``colmap`` (a folder): a binary model with coloured points in sparse/0/, images in images/.
 
     Points and mesh are in the coordinates of the cameras, also in forward-facing scenes; a .glb is rotated so that y is
-    up, as glTF demands. Lengths are in the unit of the coordinates.
+    up, as glTF demands, and so is a .spz. Lengths are in the unit of the coordinates.
 
     Args:
         views: images, intrinsics and poses, in the field's coordinates.
@@ -94,6 +96,8 @@ def export(
         raise ConfigError(f"kind={kind!r} is unknown; give {', '.join(KINDS)}")
     if kind == "mesh" and path.suffix.lower() not in MESH_SUFFIXES:
         raise ConfigError(f"{path}: a mesh is written as {', '.join(MESH_SUFFIXES)}")
+    if kind == "splats" and path.suffix.lower() not in SPLAT_SUFFIXES:
+        raise ConfigError(f"{path}: splats are written as {' or '.join(SPLAT_SUFFIXES)}")
     if kind == "splats" and not isinstance(field, GaussianField):
         raise ConfigError(f'{path}: the scene has no Gaussians to write as splats; train it with field="gaussians"')
     if min(points, resolution) < 1:
@@ -114,17 +118,18 @@ def export(
             return surface_mesh(field, lower, upper, resolution, level, camera)
         return point_cloud(field, views, lower, upper, points)
 
+    up = torch.tensor([0.0, 1.0, 0.0] if camera.forward_facing else [0.0, 0.0, 1.0], dtype=torch.float64)
+    up = up if moved is None else moved.rotation @ up
     if kind == "splats":
         assert isinstance(field, GaussianField)
         with writing_file(path, source, overwrite=overwrite) as temporary:
-            save_splats(temporary, field, moved)
+            save_splats(temporary, path.suffix.lower(), field, moved, up)
         return path
     if kind not in CAMERA_KINDS:
         check_file(path, source, overwrite=overwrite)
         shape = move_shape(make_shape(), moved)
-        up = torch.tensor([0.0, 1.0, 0.0] if camera.forward_facing else [0.0, 0.0, 1.0], dtype=torch.float64)
         with writing_file(path, source, overwrite=overwrite) as temporary:
-            shape.save(temporary, up if moved is None else moved.rotation @ up)
+            shape.save(temporary, up)
         return path
     images = list_stored(views) if images is None else images
     poses = view_poses(views).double()
@@ -148,7 +153,7 @@ def kind_of(path: Path) -> str:
         return next((kind for kind, word in PLY_WORDS.items() if word in path.stem.lower()), "points")
     if suffix in MESH_SUFFIXES:
         return "mesh"
-    kinds = {".json": "nerfstudio", "": "colmap"}
+    kinds = {".spz": "splats", ".json": "nerfstudio", "": "colmap"}
     if suffix not in kinds:
-        raise ConfigError(f"{path}: end it in .ply, .obj, .glb or .json, or give a folder for COLMAP")
+        raise ConfigError(f"{path}: end it in .ply, .obj, .glb, .spz or .json, or give a folder for COLMAP")
     return kinds[suffix]
