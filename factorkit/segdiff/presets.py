@@ -67,7 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # a hierarchy, for the procedural rooms
     "rooms32": _SMALL | {"regions": (3, 3), "steps": 800},
     "fast64": _SMALL | {"resolution": 64, "channel_mult": (1, 2, 3, 4), "steps": 1500, "distil_steps": 1500},
-    # transformers whose step takes as long as that of fast32 and fast64; 8 x 8, 16 x 16 and 16 x 16 tokens
+    # transformers; a step takes as long as one of fast32 and fast64; 8 x 8, 16 x 16 and 16 x 16 tokens
     "uvit32": _UVIT | {"steps": 800},
     "uvit64": _UVIT | {"resolution": 64, "steps": 1500, "distil_steps": 1500},
     "uvit128": _UVIT | {"resolution": 128, "patch_size": 8, "steps": 1500, "distil_steps": 1500},

@@ -114,15 +114,13 @@ def test_load_save_round_trip_gives_the_same_model(finished, scene_views, tmp_pa
 
 
 @pytest.mark.slow
-def test_vit_encoder_run_trains_resumes_and_loads(scene_views, tmp_path, tiny):
+def test_vit_encoder_run_trains_and_loads(scene_views, tmp_path, tiny):
     settings = {name: value for name, value in tiny.items() if name not in ("channel_mult", "model_channels")}
     settings |= {"encoder": "vit", "encoder_depth": 2, "model_channels": 16}
-    train_nerfdiff(scene_views, out=tmp_path / "parts", **{**settings, "steps": 3})
-    run = train_nerfdiff(scene_views, out=tmp_path / "parts", **settings)
-    whole = train_nerfdiff(scene_views, out=tmp_path / "whole", **settings)
-    assert_identical(run.model.state_dict(), whole.model.state_dict())
-    again = factorkit.load(whole.save(tmp_path / "vit.safetensors"), device="cpu")
-    assert_identical(again.model.state_dict(), whole.model.state_dict())
+    run = train_nerfdiff(scene_views, out=tmp_path / "run", **settings)
+    assert run.predict_pose(scene_views.images[:2]).poses.shape == (2, 4, 4)
+    again = factorkit.load(run.save(tmp_path / "vit.safetensors"), device="cpu")
+    assert_identical(again.model.state_dict(), run.model.state_dict())
 
 
 def test_load_other_weights_than_the_average(finished):
