@@ -83,7 +83,7 @@ def choose_search(request: RunRequest) -> PoseSearch:
         DataError: structure from motion found no cameras, and was demanded.
         CheckpointError: the folder holds another run.
     """
-    config, stored = request.config, _stored_settings(request.folder)
+    config, stored = request.config, read_stored_settings(request.folder)
     if config.poses != "predicted":
         return PoseSearch(_with_search(config, "dictionary"))
     if config.search != "auto":
@@ -188,6 +188,6 @@ def _with_search(config: NerfdiffConfig, search: Any) -> NerfdiffConfig:
     return replace(config, search=search) if config.search == "auto" else config
 
 
-def _stored_settings(folder: Path) -> dict[str, Any]:
+def read_stored_settings(folder: Path) -> dict[str, Any]:
     """Return the settings of the run in a folder; nothing if there is none."""
     return read_settings(folder) if (folder / CONFIG).is_file() else {}

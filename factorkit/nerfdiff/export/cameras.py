@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import roma
 import torch
 from torch import Tensor
 
@@ -100,6 +99,8 @@ def make_colmap(views: Sequence[ExportView], poses: Tensor, cloud: Shape) -> Fil
     Raises:
         DataError: a lens that none of COLMAP's camera models has.
     """
+    import roma
+
     if unscored := sum(view.read_loss_mask is not None for view in views):
         warnings.warn(
             f"{format_count(unscored, 'image')} with pixels that are not scored: a COLMAP model has no place for their "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from factorkit.engine.step import StepLoss
 from factorkit.nerfdiff.alarms import scene_alarms
+from factorkit.nerfdiff.cameras.poses import dolly_poses
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field, ImageField, update_occupancy
 from factorkit.nerfdiff.previews.files import save_cameras
@@ -30,7 +31,8 @@ class SceneFit(nn.Module):
     Args:
         poses: a module that maps view indices [B] to poses [B, 4, 4].
         size: height and width of the views.
-        optimize_focal: whether the focal length is a parameter, starting at that of ``camera``.
+        optimize_focal: whether the focal length is a parameter, starting at that of ``camera``. Around an object the
+            distances change with it, so that the object keeps its size in the images.
     """
 
     def __init__(
@@ -57,9 +59,16 @@ class SceneFit(nn.Module):
         focal = torch.diag(intrinsics.diagonal() * scale)
         return self.initial_camera.with_intrinsics(focal + (intrinsics - torch.diag(intrinsics.diagonal())))
 
+    def view_poses(self, indices: Tensor | slice = slice(None), **pose_options: Any) -> Tensor:
+        """Return the poses [B, 4, 4] of views, at the distance of the current focal length."""
+        poses: Tensor = self.poses(indices, **pose_options)
+        if self.log_focal is None or self.initial_camera.forward_facing:
+            return poses
+        return dolly_poses(poses, self.log_focal.exp())
+
     def forward(self, indices: Tensor, pixels: Tensor, seed: int, first_ray: int = 0, **pose_options: Any) -> Rendered:
         """Render pixels [B, R] of views [B]; see :func:`factorkit.nerfdiff.rays.render_pixels`."""
-        poses, camera = self.poses(indices, **pose_options), self.camera
+        poses, camera = self.view_poses(indices, **pose_options), self.camera
         own = camera.of_views(indices)
         return render_pixels(
             self.field, poses, camera, pixels, self.size, self.samples, seed, indices, first_ray, intrinsics=own
@@ -166,7 +175,7 @@ class FitTask:
         """Draw the cameras, and return the alarms."""
         if self.preview_name is None:
             return {}
-        poses = model.poses(torch.arange(len(self.scene.images)))
+        poses = model.view_poses(torch.arange(len(self.scene.images)))
         save_cameras(folder / f"{step:06d}_cameras_{self.preview_name}.png", self.scene.layout, poses)
         if self.scene.layout != "object":
             return {}

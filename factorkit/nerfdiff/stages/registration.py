@@ -6,7 +6,6 @@ than a pixel; the training images determine them far more precisely.
 
 from __future__ import annotations
 
-import roma
 import torch
 from torch import Tensor
 
@@ -30,6 +29,8 @@ def register_scene(model: NerfdiffModel, start: Similarity, poses: Tensor, targe
         poses: of the images, [V, 4, 4].
         target: images of the training data; held-out images would make their own scores too good.
     """
+    import roma
+
     device = model.camera.intrinsics.device
     base, target = start.apply(poses.double()).float().to(device), target.to(device)
     mean_distance = base[:, :3, 3].norm(dim=1).mean()
