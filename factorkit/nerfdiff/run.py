@@ -87,15 +87,15 @@ class NerfdiffRun(LoadedScene, TrainedRun):
             config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
             config.validate()
             scene, step = check_scene_description(meta["scene"]), int(meta["step"])
-            levels = len(config.channel_mult)
             check_plausible(
                 path,
                 tensors,
                 blocks=config.num_res_blocks,
-                levels=levels,
+                levels=len(config.channel_mult),
                 cameras=config.num_candidates,
                 channels=config.model_channels * max(config.channel_mult),
-                size=min(config.encoder_resolution, max(scene["size"])) >> min(levels, 30) or 1,
+                depth=config.encoder_depth,
+                size=min(config.encoder_resolution, max(scene["size"])) // config.encoder_stride or 1,
             )
             field_weights = {k.removeprefix("field."): v for k, v in tensors.items() if k.startswith("field.")}
             field = restore_field(field_weights, meta)

@@ -20,6 +20,7 @@ from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
+from factorkit.nerfdiff.fields.gaussians import TRAINING_BYTES
 from factorkit.nerfdiff.previews.files import save_masks
 from factorkit.nerfdiff.registered_views import open_registered_views
 from factorkit.nerfdiff.run import NerfdiffRun
@@ -41,6 +42,7 @@ from factorkit.nerfdiff.training_views import complete_settings, describe_data, 
 from factorkit.nerfdiff.unregistered import localise_unregistered
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.utils.memory import require_memory
 
 NUM_PROCEDURAL_VIEWS = 80  # without data
 TIMED_STEPS = 3  # of each stage, in a dry run
@@ -331,6 +333,9 @@ def _prepare(
         raise DataError(
             f"{format_count(len(scene.images), 'view')}: fewer than num_candidates={config.num_candidates}; give more"
         )
+    if config.field == "gaussians":
+        needed, what = config.num_gaussians * TRAINING_BYTES, f"num_gaussians={config.num_gaussians}: they"
+        require_memory(needed, device, what, "train fewer")
     if scene.layout == "forward" and config.field == "gaussians":
         raise ConfigError(
             'field="gaussians" needs views around an object; these are forward-facing, whose scene is warped. Use '
