@@ -71,7 +71,7 @@ class TrainSegdiff(Command):
     """Also score trivial predictors at the end, if there are labels."""
 
     PROCESSES = "all"
-    BASIC = (*COMMON, "model", "seed_trials", "regions", "masks", "form", "json")
+    BASIC = (*COMMON, "model", "seed_trials", "regions", "masks", "form", "backbone", "json")
 
     def execute(self) -> Result:
         from factorkit.cli.evaluate import format_scores, judge_run
@@ -314,12 +314,13 @@ def training_options(args: Sequence[str], show_help: bool) -> tuple[str, Any, An
         from factorkit.segdiff.config import SegdiffConfig, preset_config
 
         command, config = TrainSegdiff, SegdiffConfig
-        settings: EngineConfig = preset_config(_preset_name(early, "fast64"))
+        backbone = {} if early.backbone is None else {"backbone": early.backbone}
+        settings: EngineConfig = preset_config(_preset_name(early, "fast64"), **backbone)
     else:
         from factorkit.nerfdiff import config as nerfdiff
 
         command, config = TrainNerfdiff, nerfdiff.NerfdiffConfig
-        changes = {name: getattr(early, name) for name in ("search", "resolution", "field")}
+        changes = {name: getattr(early, name) for name in ("search", "resolution", "field", "encoder")}
         changes = {name: value for name, value in changes.items() if value is not None}
         settings = nerfdiff.preset_config(_preset_name(early, "fast"), **changes)
     options = dataclasses.make_dataclass(command.__name__, [], bases=(config, command), kw_only=True)
@@ -333,9 +334,11 @@ class _EarlyOptions:
 
     data: OptionalPath = None
     preset: str | None = None
+    backbone: str | None = None
     search: str | None = None
     resolution: int | None = None
     field: str | None = None
+    encoder: str | None = None
 
 
 def _preset_name(options: Any, default: str) -> str:

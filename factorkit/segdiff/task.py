@@ -24,7 +24,7 @@ from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.inference.segment import add_noise, hard_labels, level_labels, predict_masks
 from factorkit.segdiff.masks.proposal import MaskProposer
 from factorkit.segdiff.masks.spatial_mixture import noise_error, unexplained_noise
-from factorkit.segdiff.network import FactorizedUNet
+from factorkit.segdiff.network import FactorizedDenoiser
 from factorkit.segdiff.sampling import draw_images, estimate_branches
 from factorkit.utils.files import save_image
 from factorkit.utils.images import pixels_to_signed, signed_to_pixels
@@ -68,7 +68,7 @@ class SegdiffTask:
         The mask generator learns slower, since masks that saturate early never move again. The prior of the mixture
         learns faster, since each of its parameters receives gradient from a few pixels only.
         """
-        proposer = cast(FactorizedUNet, self.model).mask_parameters()
+        proposer = cast(FactorizedDenoiser, self.model).mask_parameters()
         ids = {id(p) for p in proposer}
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.model.parameters() if id(p) not in ids], "scale": 1.0}
