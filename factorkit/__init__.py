@@ -20,7 +20,7 @@ from factorkit.utils.errors import CheckpointError, ConfigError, DataError, Fact
 if TYPE_CHECKING:
     from factorkit.nerfdiff.run import NerfdiffRun
     from factorkit.nerfdiff.splat_scene import SplatScene
-    from factorkit.nerfdiff.train import train_nerfdiff
+    from factorkit.object_masks import train_nerfdiff
     from factorkit.rendering.render import render
     from factorkit.segdiff.choose_regions import choose_regions
     from factorkit.segdiff.run import SegdiffRun
@@ -50,7 +50,7 @@ _LAZY = {
     "train_segdiff": "factorkit.segdiff.train",
     "SegdiffRun": "factorkit.segdiff.run",
     "choose_regions": "factorkit.segdiff.choose_regions",
-    "train_nerfdiff": "factorkit.nerfdiff.train",
+    "train_nerfdiff": "factorkit.object_masks",
     "NerfdiffRun": "factorkit.nerfdiff.run",
     "render": "factorkit.rendering",
 }

@@ -116,14 +116,21 @@ class NerfdiffConfig(EngineConfig):
     pose_learning_rate: float = 0.005
     """Learning rate of the poses of the views in the refinement."""
 
+    encoder: Literal["unet", "vit"] = "unet"
+    """Network that reads the views: the encoder of a U-Net, as in the thesis, or a transformer."""
+    encoder_depth: int = 4
+    """Blocks of the transformer."""
+    encoder_patch_size: int = 4
+    """Side in pixels of the patches that are the transformer's tokens."""
     encoder_resolution: int = 32
     """Longer side in pixels at which the encoder reads the views."""
     model_channels: int = 16
-    """Channels C of the encoder's first level. 16 suffices for views of 32 pixels; the thesis uses 64."""
+    """Channels C of the encoder's first level, or of the transformer's tokens (a multiple of 8; presets use 64). 16
+    suffices for views of 32 pixels; the thesis uses 64."""
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
-    """Channels of each level of the encoder, in units of model_channels."""
+    """Channels of each level of the U-Net's encoder, in units of model_channels."""
     num_res_blocks: int = 1
-    """Residual blocks in each level of the encoder."""
+    """Residual blocks in each level of the U-Net's encoder."""
     encoder_pooling: Literal["flatten", "average"] = "flatten"
     """How the encoder's last feature map reaches its heads: flattened, or averaged over space (fig. 3.12). Small
     encoders need the positions that the average discards."""
@@ -150,6 +157,8 @@ class NerfdiffConfig(EngineConfig):
             "search_steps": 1,
             "field_steps": 1,
             "encoder_resolution": 4,
+            "encoder_depth": 1,
+            "encoder_patch_size": 1,
             "model_channels": 2,
             "num_res_blocks": 1,
             "num_rendered_views": 0,
@@ -188,6 +197,16 @@ class NerfdiffConfig(EngineConfig):
             raise ConfigError(
                 f"model_channels={self.model_channels} must be even: half of the time embedding is cosines, half sines"
             )
+        usual = {field.name: field.default for field in dataclasses.fields(NerfdiffConfig)}
+        for name, settings in ENCODER_SETTINGS.items():
+            for own in settings if name != self.encoder else ():
+                if getattr(self, own) != usual[own]:
+                    raise ConfigError(
+                        f"{own}={getattr(self, own)} belongs to encoder={name!r}; encoder={self.encoder!r} does not "
+                        f"have it: leave it out, or give encoder={name!r}"
+                    )
+        if self.encoder == "vit" and self.model_channels % (2 * NUM_HEADS):
+            raise ConfigError(f"model_channels={self.model_channels} must be a multiple of {2 * NUM_HEADS} for tokens")
         if not self.timestep_power > 0:
             raise ConfigError(f"timestep_power={self.timestep_power} must be positive")
         for name in ("classification_weight", "tv_weight", "opacity_weight"):
@@ -195,12 +214,22 @@ class NerfdiffConfig(EngineConfig):
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
 
     @property
+    def encoder_stride(self) -> int:
+        """Pixels of a view, per side, for each feature that the heads read."""
+        return self.encoder_patch_size if self.encoder == "vit" else 2 ** min(len(self.channel_mult), 30)
+
+    @property
     def pose_parameters(self) -> tuple[str, ...]:
         """The settings of ``optimize_camera`` that each view has its own values of."""
         return tuple(name for name in self.optimize_camera or () if name in POSE_PARAMETERS)
 
 
+NUM_HEADS = 4  # of the transformer
+#: settings of one encoder alone
+ENCODER_SETTINGS = {"unet": ("channel_mult", "num_res_blocks"), "vit": ("encoder_depth", "encoder_patch_size")}
+
 CHOICES = {
+    "encoder": ("unet", "vit"),
     "poses": ("predicted", "known", "learned"),
     "search": ("auto", "dictionary", "sfm", "joint"),
     "candidate_type": ("look_at", "thesis", "single"),
@@ -296,6 +325,8 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
         settings = settings | {"occupancy": field not in ("grid", "gaussians")}
     if changes.get("search") == "joint" and preset in ("demo", "fast"):
         settings = settings | _JOINT | {k: round(share * settings[k]) for k, share in _JOINT_SHARES.items()}
+    if changes.get("encoder") == "vit":
+        settings = {k: v for k, v in settings.items() if k not in ENCODER_SETTINGS["unet"]} | {"model_channels": 64}
     config = NerfdiffConfig.from_dict({**settings, **changes})
     config.validate()
     return config

@@ -29,14 +29,20 @@ FORMS: dict[str, dict[str, Any]] = {
     },
 }
 
-_SMALL = {
+#: small networks of each backbone, for a CPU
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "unet": {
+        "model_channels": 16,
+        "channel_mult": (1, 2, 3),
+        "num_res_blocks": 1,
+        "attention_resolutions": (),
+        "norm_groups": 8,
+    },
+    "uvit": {"backbone": "uvit", "model_channels": 128, "depth": 7, "patch_size": 4},
+}
+_SMALL = ARCHITECTURES["unet"] | {
     "resolution": 32,
     "regions": 2,
-    "model_channels": 16,
-    "channel_mult": (1, 2, 3),
-    "num_res_blocks": 1,
-    "attention_resolutions": (),
-    "norm_groups": 8,
     "steps": 400,
     "batch_size": 16,
     "learning_rate": 1e-3,
@@ -50,6 +56,7 @@ _SMALL = {
     "sample_every": 200,
     "log_every": 20,
 }
+_UVIT = {k: v for k, v in _SMALL.items() if k not in ARCHITECTURES["unet"]} | ARCHITECTURES["uvit"]
 _THESIS64 = {"form": "thesis", "resolution": 64}
 _THESIS128 = {"form": "thesis", "resolution": 128, "channel_mult": (1, 1, 2, 3, 4), "num_res_blocks": 2}
 
@@ -60,6 +67,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     # a hierarchy, for the procedural rooms
     "rooms32": _SMALL | {"regions": (3, 3), "steps": 800},
     "fast64": _SMALL | {"resolution": 64, "channel_mult": (1, 2, 3, 4), "steps": 1500, "distil_steps": 1500},
+    # transformers; a step takes as long as one of fast32 and fast64; 8 x 8, 16 x 16 and 16 x 16 tokens
+    "uvit32": _UVIT | {"steps": 800},
+    "uvit64": _UVIT | {"resolution": 64, "steps": 1500, "distil_steps": 1500},
+    "uvit128": _UVIT | {"resolution": 128, "patch_size": 8, "steps": 1500, "distil_steps": 1500},
     "flowers64": _THESIS64 | {"steps": 50_000},
     "flowers128": _THESIS128 | {"steps": 50_000},
     "cub64": _THESIS64 | {"steps": 50_000},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cache, partial
 from pathlib import Path
@@ -87,12 +88,16 @@ def read_video(
     selected = set(np.linspace(0, count - 1, min(count, MAX_VIDEO_FRAMES)).round().astype(int).tolist())
     frames = [(i, _reduce(frame, resolution)) for i, frame in enumerate(read_video_frames(path)) if i in selected]
     digits = len(str(frames[-1][0]))
-    views, read_shot = [], partial(Shot, has_focal=fov is not None)
-    for number, frame in (frames[i] for i in split_every_eighth(len(frames), split)):
-        name = f"{path.stem}_{number:0{digits}d}.png"
-        intrinsics = _fov_intrinsics(default_fov if fov is None else fov)
-        views.append(LazyView(name, partial(_frame_to_float, frame), intrinsics, read_shot=read_shot))
-    return views, SceneSettings()
+    intrinsics, read_shot = (
+        _fov_intrinsics(default_fov if fov is None else fov),
+        partial(Shot, has_focal=fov is not None),
+    )
+    views = [
+        LazyView(f"{path.stem}_{i:0{digits}d}.png", partial(_frame_to_float, frame), intrinsics, read_shot=read_shot)
+        for i, frame in frames
+    ]
+    names = [view.name for view in views]
+    return [views[i] for i in split_every_eighth(len(views), split)], SceneSettings(names)
 
 
 def _read_float(images: Source, index: int) -> np.ndarray:
@@ -118,6 +123,18 @@ def _reduce(frame: np.ndarray, resolution: int | None) -> np.ndarray:
         return frame
     reduced = resize_area(torch.from_numpy(frame).permute(2, 0, 1).float(), *target_size(resolution, height, width))
     return reduced.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def fit_masks(view: LazyView) -> LazyView:
+    """Return a frame whose masks, made for the whole frame, have the size that it was reduced to."""
+
+    def fitted(read: Callable[[], np.ndarray]) -> np.ndarray:
+        return resize_area(torch.from_numpy(read()), *view.read_image().shape[:2]).clamp(0, 1).numpy()
+
+    read_mask, read_loss_mask = (
+        None if read is None else partial(fitted, read) for read in (view.read_mask, view.read_loss_mask)
+    )
+    return replace(view, read_mask=read_mask, read_loss_mask=read_loss_mask)
 
 
 def _fov_intrinsics(fov: float) -> IntrinsicsFunction:

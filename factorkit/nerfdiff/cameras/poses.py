@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import roma
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -104,6 +103,8 @@ def orbit_poses(direction: Tensor, distance: Tensor | float, offsets: dict[str, 
     eye = F.normalize(direction, dim=-1) * reach[..., None]
     pose = look_at(eye, torch.zeros_like(eye), unit_vector(2, eye))
     if "roll" in offsets:
+        import roma
+
         axis_angle = F.pad(offsets["roll"][..., None], (2, 0))
         pose = pose @ _rigid_transform(roma.rotvec_to_rotmat(axis_angle), torch.zeros_like(eye))
     if "aim" in offsets:
@@ -126,6 +127,8 @@ def unit_vector(axis: int, like: Tensor) -> Tensor:
 
 def rodrigues_poses(parameters: Tensor) -> Tensor:
     """Return poses [..., 4, 4] of an axis-angle vector and a translation, [..., 6] (thesis, eq. 3.2)."""
+    import roma
+
     return _rigid_transform(roma.rotvec_to_rotmat(parameters[..., :3]), parameters[..., 3:])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from factorkit.data.views.views import Views
 from factorkit.metrics.pose import Similarity
@@ -46,6 +47,7 @@ def export(
     coordinates: Coordinates = "run",
     to_given: Similarity | None = None,
     images: Sequence[ExportView] | None = None,
+    localised: Tensor | None = None,
     source: str = "export",
     overwrite: bool = False,
 ) -> Path:
@@ -76,7 +78,9 @@ def export(
         coordinates: "run": the field's; "given": those of the training data, by ``to_given``.
         to_given: maps from the field's coordinates to those of the training data; also written as
             ``applied_transform``. None: unknown.
-        images: the views as they are written, in the order of ``views``; None: those of ``views``.
+        images: the views as they are written, in the order of ``views``, and then those of ``localised``; None: those
+            of ``views``.
+        localised: poses [L, 4, 4] of images that are no training views; None: there are none.
         source: identifies the scene; files that were written for another one are not replaced.
         overwrite: replace them, and files of another origin, as well.
 
@@ -133,6 +137,7 @@ def export(
         return path
     images = list_stored(views) if images is None else images
     poses = view_poses(views).double()
+    poses = poses if localised is None else torch.cat([poses, localised.double()])
     poses = poses if moved is None else moved.apply(poses)
     folder = path.parent if kind == "nerfstudio" else path
     with OutputRecord(folder, overwrite=overwrite) as record:

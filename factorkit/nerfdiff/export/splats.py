@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import roma
 import torch
 from torch import Tensor
 
@@ -73,6 +72,8 @@ def move_gaussians(field: GaussianField, moved: Similarity | None) -> tuple[Tens
     quaternions = torch.nn.functional.normalize(quaternions, dim=1)
     harmonics = torch.cat([field.colors, field.directional], dim=1).cpu().double()
     if moved is not None:
+        import roma
+
         turn = roma.quat_xyzw_to_wxyz(roma.rotmat_to_unitquat(moved.rotation.cpu()))
         quaternions = roma.quat_product(turn.expand_as(quaternions).roll(-1, 1), quaternions.roll(-1, 1)).roll(1, 1)
         harmonics = rotation_of_harmonics(moved.rotation.cpu()) @ harmonics

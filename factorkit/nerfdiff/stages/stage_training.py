@@ -193,7 +193,7 @@ class StageTraining:
         config, field = self.config, self.new_field("gaussians", self.config.num_gaussians)
         assert isinstance(field, GaussianField)
         field.side = max(self.scene.size)
-        field.start_from(fitted.field, derived_seed("start", config.seed))
+        field.start_from(fitted.field, derived_seed("start", config.seed), self.scene.points)
         return self.fit(
             "gaussians",
             field,

@@ -17,7 +17,7 @@ from factorkit.metrics.segmentation import MAX_REGIONS
 from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, resize_rows
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.masks.objects import ObjectMasks
-from factorkit.segdiff.network import FactorizedUNet
+from factorkit.segdiff.network import FactorizedDenoiser
 from factorkit.utils.errors import ConfigError, OutOfMemoryError, is_out_of_memory
 from factorkit.utils.images import pixels_to_images, pixels_to_signed
 from factorkit.utils.rng import derived_seed
@@ -125,9 +125,9 @@ def prepare_image(image: Image.Image, config: ResolvedSegdiffConfig, size: int, 
     """Resize an image for the network and the guided filter; thread-safe.
 
     The short side becomes ``size`` pixels and the long one follows in proportion, both rounded to multiples of what the
-    U-Net can halve. An image with no more pixels than that needs no guide.
+    network can divide. An image with no more pixels than that needs no guide.
     """
-    step = 2 ** max(len(config.channel_mult) - 1, int(config.half_resolution_masks))
+    step = config.size_multiple
     width, height = image.size
     new_width, new_height = (
         max(step, round(min(side / min(width, height), MAX_ASPECT) * size / step) * step) for side in (width, height)
@@ -227,11 +227,11 @@ def predict_masks(model: nn.Module, images: Tensor, t: int, schedule: Schedule, 
     """Return the masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]; no decoder is run.
 
     Args:
-        model: a :class:`~factorkit.segdiff.network.FactorizedUNet` or a hierarchy of them.
-        images: of any size that the model can halve.
+        model: a :class:`~factorkit.segdiff.network.FactorizedDenoiser` or a hierarchy of them.
+        images: of any size that the model can divide.
         label: the class the model is conditioned on; None: no class.
     """
-    network = cast(FactorizedUNet, model)
+    network = cast(FactorizedDenoiser, model)
     batch = max(1, MASK_BATCH_SIZE * network.resolution**2 // (images.shape[2] * images.shape[3]))
     parts = []
     for part in images.split(batch):
@@ -254,7 +254,7 @@ def is_unlike(model: nn.Module, t: int, small: np.ndarray, masks: Tensor) -> boo
     proposer = getattr(model, "masks", None)
     if t or not isinstance(proposer, ObjectMasks):
         return False
-    device = proposer.doubt_limits.device
+    device = proposer.cue_weight.device
     image = pixels_to_signed(torch.from_numpy(small[None])).to(device)
     return bool(proposer.find_unlike(image.contiguous(), masks[None].to(device)))
 

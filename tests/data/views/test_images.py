@@ -169,6 +169,20 @@ def test_open_views_video_gives_frames(video):
 
 
 @pytest.mark.slow
+def test_open_views_video_with_masks_of_its_frames_reads_them_at_the_reduced_size(video, tmp_path):
+    path, masks = video(9), tmp_path / "masks"
+    masks.mkdir()
+    height, width = open_views(path).size
+    for i in range(9):
+        left = np.zeros((height, width), np.uint8)
+        left[:, : width // 2] = 255
+        Image.fromarray(left).save(masks / f"walk_{i}.png")
+    views = open_views(path, "train", width // 2, masks=masks)
+    assert len(views) == 7 and views.size[1] == width // 2
+    assert (views.masks[..., : width // 4] == 1).all() and (views.masks[..., width // 4 :] == 0).all()
+
+
+@pytest.mark.slow
 def test_open_views_long_video_is_subsampled(video):
     views = open_views(video(300), resolution=24)
     assert len(views) == MAX_VIDEO_FRAMES and views.size == (16, 24)
