@@ -269,9 +269,9 @@ def train_segdiff(runs: SegdiffRuns, data: Path) -> None:
         run = Path(folder) / "run"
         if runs.kind == "teacher":
             stages = ObjectStages(config, training, run, {}, CPU, False)
-            mixture = stages.train_mixture(SpatialMixture(config.num_leaf_regions, object_first=True))
+            mixture, weight = stages.train_mixtures(SpatialMixture(config.num_leaf_regions, object_first=True))
             both = np.concatenate([probes, probes[:, :, ::-1], training])
-            masks = ObjectStages(config, both, run, {}, CPU, False).teach(mixture)[: 2 * len(probes)] / 255
+            masks = ObjectStages(config, both, run, {}, CPU, False).teach(mixture, weight)[: 2 * len(probes)] / 255
             masks, flipped = masks.split(len(probes))
             alarms = dataclasses.replace(
                 measure_alarms(task.probes, masks, flipped), place_gain=measure_place_gain(task.probes, masks)

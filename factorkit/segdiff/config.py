@@ -78,8 +78,9 @@ class SegdiffConfig(EngineConfig):
     """What proposes the regions. "auto": objects, by stages before the training; region 0 is one. "network": a decoder
     of the U-Net, as in the thesis. "mixture": a learned spatial prior and the colours of each region. By default
     "auto", but "network" in the thesis' form, for a hierarchy and beside settings that only a network has."""
-    cue_weight: float = 1.0
-    """Weight of the saliency cue beside the spatial prior, for masks="auto". 0 turns it off."""
+    cue_weight: float | None = None
+    """Weight of the saliency cue beside the spatial prior, for masks="auto"; 0 turns it off. By default 1, or 0 if the
+    cue explains little of the images."""
     mixture_steps: int = 120
     """Steps of the spatial mixture's stage, for masks="auto"."""
     distil_steps: int = 1500
@@ -273,7 +274,7 @@ class ResolvedSegdiffConfig(SegdiffConfig):
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
         if self.branch_norm not in NORMS:
             raise ConfigError(f"branch_norm={self.branch_norm!r} is unknown; choose one of {', '.join(NORMS)}")
-        if not 0 <= self.cue_weight < math.inf:
+        if self.cue_weight is not None and not 0 <= self.cue_weight < math.inf:
             raise ConfigError(f"cue_weight={self.cue_weight} must be a finite number, 0 or more")
         if self.masks == "auto" and self.form == "thesis":
             raise ConfigError("masks='auto' is not in the thesis; give masks='network' or form='regional'")

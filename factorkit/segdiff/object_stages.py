@@ -1,6 +1,7 @@
 """The stages that find objects before a run trains: spatial mixture, shapes, mask network.
 
-1. A spatial mixture learns where the regions are, with the saliency cue in the logit of region 0 (`stages/mixture`).
+1. A spatial mixture learns where the regions are, with the saliency cue in the logit of region 0 (`stages/mixture`),
+   and another without the cue (`stages/mixture_without_cue`). The cue is used if it explains enough.
 2. Its masks of the clean images give the shapes of the set, and these the teacher's masks; nothing is trained.
 3. The mask network learns to give the teacher's masks of noised images (`stages/distil`).
 4. Its masks of the clean images, with place and cue, give the shapes that segmenting uses.
@@ -10,6 +11,7 @@ A stage that is finished is loaded; what is not trained is computed again and is
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -36,7 +38,13 @@ from factorkit.segdiff.masks.objects import (
     scale_lab,
 )
 from factorkit.segdiff.masks.shape import ShapeDenoiser, to_coarse
-from factorkit.segdiff.masks.spatial_mixture import EM_ROUNDS, SpatialMixture, fit_mixture, noise_error
+from factorkit.segdiff.masks.spatial_mixture import (
+    EM_ROUNDS,
+    SpatialMixture,
+    fit_mixture,
+    noise_error,
+    unexplained_noise,
+)
 from factorkit.segdiff.masks.typical import MIN_IMAGES, measure_appearance
 from factorkit.utils import distributed
 from factorkit.utils.images import pixels_to_signed
@@ -48,6 +56,9 @@ MAX_CUE_SIDE = 64  # pixels of the cues that are kept
 MIXTURE_TIME = 600  # noise up to this step of the linear schedule of 1000 trains the mixture
 STAGE_BATCH_SIZE = 16
 TYPICAL_IMAGES = 200  # about so many give the limits beyond which an image is unlike the training set
+# The cue is used if it explains so much of the noise that the mixture leaves unexplained without it (docs/results.md).
+MIN_CUE_GAIN = 0.015
+MIN_CUE_IMAGES, MAX_CUE_IMAGES = 16, 200  # of the training set that decide; with fewer the cue is used
 SHAPE_WEIGHT = 1.5  # of the shape in the prior of the teacher's second EM
 BATCH_SIZE = 32  # images of EM at a time
 
@@ -146,16 +157,11 @@ class ObjectStages:
     def run(self) -> ObjectMasks:
         """Train every stage that is not finished, and return the masks of the run."""
         config = self.config
-        if not (self.folder / "stages").exists():
-            self.log(
-                f"object masks with regions={config.num_leaf_regions} and cue_weight={config.cue_weight:g}, "
-                "the same for every set: whether other values suit these images better was not checked"
-            )
         torch.manual_seed(derived_seed("object masks", config.seed))
         masks = ObjectMasks(config.num_leaf_regions, config.resolution)
-        masks.cue_weight.fill_(config.cue_weight)
-        masks.mixture = self.train_mixture(masks.mixture)
-        masks.network = self.train_network(masks.network, masks.mixture)
+        masks.mixture, weight = self.train_mixtures(masks.mixture)
+        masks.cue_weight.fill_(weight)
+        masks.network = self.train_network(masks.network, masks.mixture, weight)
         masks = masks.to(self.device).eval().requires_grad_(False)
 
         def segment_coarsely(images: Tensor, rows: slice) -> Tensor:
@@ -179,37 +185,69 @@ class ObjectStages:
     def cues(self) -> Tensor:
         """The cue of every image [N, S, S] on the CPU, S at most MAX_CUE_SIDE."""
         side = min(MAX_CUE_SIDE, self.config.resolution)
-        weight = self.config.cue_weight
-        return self.map_images(lambda images, rows: weight * measure_cue(resize(images, side, side)))
+        return self.map_images(lambda images, rows: measure_cue(resize(images, side, side)))
 
-    def train_mixture(self, mixture: SpatialMixture) -> SpatialMixture:
-        """Train the spatial mixture on small copies of the images."""
-        side, size = min(MAX_MIXTURE_SIDE, self.config.resolution), len(self.images)
+    @cached_property
+    def small_images(self) -> tuple[Tensor, Tensor]:
+        """Small copies of the images [N, 3, S, S] and their cues [N, S, S], on the device."""
+        side = min(MAX_MIXTURE_SIDE, self.config.resolution)
+        images = self.map_images(lambda images, rows: resize(images, side, side))
+        return images.to(self.device), resize(self.cues[:, None], side, side)[:, 0].to(self.device)
+
+    def train_mixtures(self, start: SpatialMixture) -> tuple[SpatialMixture, float]:
+        """Return the trained spatial mixture and the weight of its cue, which is chosen unless it is configured."""
+        weight = self.config.cue_weight
+        if weight is not None or len(self.images) < MIN_CUE_IMAGES:
+            reason = f"fewer than {MIN_CUE_IMAGES} images decide nothing" if weight is None else "as configured"
+            weight = 1.0 if weight is None else weight
+            self.log_weight(weight, reason)
+            return self.train_mixture("mixture", start, weight), weight
+        images, cues = (values[:: max(1, len(self.images) // MAX_CUE_IMAGES)] for values in self.small_images)
+        mixtures, errors = [], []
+        for name, weight in (("mixture_without_cue", 0.0), ("mixture", 1.0)):
+            mixture = self.train_mixture(name, copy.deepcopy(start), weight).to(self.device)
+            mixtures.append(mixture)
+            errors.append(unexplained_noise(mixture, images, self.schedule, weight * cues))
+        gain = 1 - errors[1] / errors[0]
+        use = int(gain >= MIN_CUE_GAIN)
+        self.log_weight(use, f"the cue explains {gain:.1%} of the unexplained noise, the limit is {MIN_CUE_GAIN:.1%}")
+        return mixtures[use], float(use)
+
+    def log_weight(self, weight: float, reason: str) -> None:
+        """Log the weight of the cue and its reason, once."""
+        if not (self.folder / "stages" / "distil").exists():
+            self.log(
+                f"object masks with cue_weight={weight:g}: {reason}; "
+                f"whether another number than regions={self.config.num_leaf_regions} suits the images was not checked"
+            )
+
+    def train_mixture(self, name: str, mixture: SpatialMixture, weight: float) -> SpatialMixture:
+        """Train a spatial mixture whose cue has this weight on small copies of the images."""
 
         def load() -> tuple[Tensor, Tensor]:
-            images = self.map_images(lambda images, rows: resize(images, side, side))
-            return images.to(self.device), resize(self.cues[:, None], side, side)[:, 0].to(self.device)
+            images, cues = self.small_images
+            return images, weight * cues
 
         def build_task(config: ResolvedSegdiffConfig) -> Task:
-            return CuedMixtureTask(config, mixture, size, load, self.schedule)
+            return CuedMixtureTask(config, mixture, len(self.images), load, self.schedule)
 
-        return self.train_stage("mixture", build_task, mixture, steps=self.config.mixture_steps, **MIXTURE_STAGE)
+        return self.train_stage(name, build_task, mixture, steps=self.config.mixture_steps, **MIXTURE_STAGE)
 
-    def train_network(self, network: MaskNetwork, mixture: SpatialMixture) -> MaskNetwork:
-        """Train the mask network to give the teacher's masks."""
+    def train_network(self, network: MaskNetwork, mixture: SpatialMixture, weight: float) -> MaskNetwork:
+        """Train the mask network to give the teacher's masks; the cue has this weight."""
 
         def build_task(config: ResolvedSegdiffConfig) -> Task:
-            teach = partial(self.teach, mixture)
+            teach = partial(self.teach, mixture, weight)
             return DistilTask(config, network, self.images, teach, self.config.random_flip, self.schedule)
 
         return self.train_stage("distil", build_task, network, steps=self.config.distil_steps, **DISTIL_STAGE)
 
-    def teach(self, mixture: SpatialMixture) -> Tensor:
+    def teach(self, mixture: SpatialMixture, weight: float) -> Tensor:
         """Return the teacher's masks of every image, uint8 [N, K, LOGITS_SIDE, LOGITS_SIDE]."""
 
         def segment(images: Tensor, rows: slice) -> Tensor:
             cue = resize(self.cues[rows, None].to(self.device), *images.shape[2:])[:, 0]
-            return fit_colors(scale_lab(images), mixture.cued_prior(cue))
+            return fit_colors(scale_lab(images), mixture.cued_prior(weight * cue))
 
         shape = ShapeDenoiser(self.config.num_leaf_regions)
         shape = shape.fit(self.map_images(lambda images, rows: to_coarse(segment(images, rows)))).to(self.device)

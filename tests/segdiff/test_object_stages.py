@@ -12,10 +12,11 @@ import torch
 import factorkit
 from factorkit.data.procedural.flowers import draw_flowers
 from factorkit.diffusion.schedule import Schedule
+from factorkit.segdiff import object_stages
 from factorkit.segdiff import train as training
 from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.masks.distil import DistilTask, augment
-from factorkit.segdiff.masks.objects import LOGITS_SIDE, MaskNetwork
+from factorkit.segdiff.masks.objects import LOGITS_SIDE, MaskNetwork, measure_cue
 from factorkit.segdiff.masks.spatial_mixture import SpatialMixture
 from factorkit.segdiff.object_stages import CuedMixtureTask, ObjectStages
 from factorkit.utils.images import pixels_to_signed
@@ -152,9 +153,55 @@ def test_teacher_masks_sum_to_one():
     config = preset_config("demo", **TINY).resolved()
     torch.manual_seed(0)
     stages = ObjectStages(config, images, None, {}, torch.device("cpu"), False)
-    masks = stages.teach(SpatialMixture(2, object_first=True))
+    masks = stages.teach(SpatialMixture(2, object_first=True), 1.0)
     assert masks.shape == (6, 2, LOGITS_SIDE, LOGITS_SIDE) and masks.dtype == torch.uint8
     assert (masks.int().sum(1) - 255).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("count", "configured", "errors", "weight", "reason"),
+    [
+        (16, None, (0.2, 0.1971), 0.0, "the cue explains 1.4% of the unexplained noise, the limit is 1.5%"),
+        (16, None, (0.2, 0.1969), 1.0, "the cue explains 1.5% of the unexplained noise"),
+        (15, None, None, 1.0, "fewer than 16 images decide nothing"),
+        (16, 0.5, None, 0.5, "as configured"),
+    ],
+)
+def test_train_mixtures_uses_the_cue_where_it_explains_enough(
+    tmp_path, monkeypatch, count, configured, errors, weight, reason
+):
+    images = draw_flowers(count, 16, seed=0)[0]
+    config = preset_config("demo", **TINY | {"mixture_steps": 1, "cue_weight": configured}).resolved()
+    remaining = iter(errors or ())
+    monkeypatch.setattr(object_stages, "unexplained_noise", lambda *arguments: next(remaining))
+    trained = []
+
+    def train_mixture(self, name, mixture, weight):
+        trained.append(name)
+        return mixture
+
+    monkeypatch.setattr(ObjectStages, "train_mixture", train_mixture)
+    stages = ObjectStages(config, images, tmp_path, {}, torch.device("cpu"), False)
+    assert stages.train_mixtures(SpatialMixture(2, object_first=True))[1] == weight
+    assert trained == (["mixture_without_cue", "mixture"] if errors else ["mixture"])
+    event = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert event["message"].startswith(f"object masks with cue_weight={weight:g}: {reason}")
+
+
+@pytest.mark.slow
+def test_train_mixtures_drops_a_cue_that_names_other_things(tmp_path, monkeypatch):
+    images = draw_flowers(24, 16, seed=0)[0]
+    config = preset_config("demo", **TINY | {"mixture_steps": 40}).resolved()
+    weights = []
+    for name, shift in (("own", 0), ("other", 5)):  # the cue of the image itself, of another one
+        monkeypatch.setattr(
+            object_stages, "measure_cue", lambda values, shift=shift: measure_cue(values).roll(shift, 0)
+        )
+        stages = ObjectStages(config, images, tmp_path / name, {}, torch.device("cpu"), False)
+        (tmp_path / name).mkdir()
+        torch.manual_seed(0)
+        weights.append(stages.train_mixtures(SpatialMixture(2, object_first=True))[1])
+    assert weights == [1.0, 0.0]
 
 
 def test_augment_moves_masks_with_their_images():

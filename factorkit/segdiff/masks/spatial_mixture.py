@@ -10,6 +10,7 @@ Gaussians, and with it a denoiser, has a closed form.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -153,20 +154,28 @@ def noise_error(score: Tensor, schedule: Schedule, eps: Tensor, t: Tensor) -> Te
 
 
 @torch.no_grad()
-def unexplained_noise(mixture: MaskProposer, images: Tensor, schedule: Schedule) -> float:
+def unexplained_noise(mixture: MaskProposer, images: Tensor, schedule: Schedule, cues: Tensor | None = None) -> float:
     """Return the mean of :func:`noise_error` over ERROR_TIMES, always with the same noise.
 
     It is the share of the noise in ``images`` [N, 3, H, W] that the mixture cannot separate from the image: the less,
-    the better its regions explain the images.
+    the better its regions explain the images. ``cues`` [N, H, W] are those of :meth:`SpatialMixture.cued_prior`.
     """
+
+    def explain(x_t: Tensor, times: Tensor, rows: slice) -> Tensor | None:
+        if cues is None:
+            return mixture.explain(x_t, times)
+        prior = cast(SpatialMixture, mixture).cued_prior(cues[rows].to(schedule.device))
+        return fit_mixture(x_t, prior, EM_ROUNDS).score
+
     total = 0.0
     for time in ERROR_TIMES:
         t = schedule.find_matching_time(time, Schedule())
         eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(derived_seed("judge", time)))
-        for part, noise in zip(images.split(BATCH_SIZE), eps.split(BATCH_SIZE), strict=True):
-            part, noise = part.to(schedule.device), noise.to(schedule.device)
+        for start in range(0, len(images), BATCH_SIZE):
+            rows = slice(start, start + BATCH_SIZE)
+            part, noise = images[rows].to(schedule.device), eps[rows].to(schedule.device)
             times = torch.full((len(part),), t, dtype=torch.int64, device=schedule.device)
-            score = mixture.explain(schedule.noise(part, noise, times), times)
+            score = explain(schedule.noise(part, noise, times), times, rows)
             assert score is not None
             total += noise_error(score, schedule, noise, times).sum().item()
     return total / (len(ERROR_TIMES) * len(images))

@@ -221,3 +221,6 @@ def test_unexplained_noise_equals_its_formula():
     result = unexplained_noise(mixture, images, schedule)
     assert result == pytest.approx(np.mean(expected), rel=1e-4)
     assert result == unexplained_noise(mixture, images, schedule)
+    cues = torch.zeros(40, 8, 8)
+    assert unexplained_noise(mixture, images, schedule, cues) == pytest.approx(result, rel=1e-5)
+    assert unexplained_noise(mixture, images, schedule, cues + torch.randn(8, 8)) != pytest.approx(result, rel=1e-3)
