@@ -52,7 +52,7 @@ class RenderedScene:
         """The poses of the views, [V, 4, 4]."""
         return self.model.views.cpu()
 
-    def make_path(self, kind: str, frames: int) -> Tensor:
+    def _make_path(self, kind: str, frames: int) -> Tensor:
         """Return the poses [frames, 4, 4] of a path; see :func:`factorkit.nerfdiff.cameras.paths.camera_path`."""
         return camera_path(kind, frames, self.poses, "forward" if self.model.camera.forward_facing else "object")
 
@@ -138,5 +138,5 @@ class RenderedScene:
             (torch.Size([3, 3, 12, 12]), torch.Size([3, 12, 12]))
         """
         if isinstance(path, str):
-            path = self.make_path(path, frames)
+            path = self._make_path(path, frames)
         return self.render(path, size, appearance_view)

@@ -69,7 +69,7 @@ class SplatScene(RenderedScene):
         camera = CameraModel(torch.tensor([[FOCAL, 0, 0.5], [0, FOCAL, 0.5], [0, 0, 1]]), torch.zeros(3))
         self.model = SplatModel(field, views, (SIDE, SIDE), camera.to(self.device))
 
-    def make_path(self, kind: str, frames: int) -> Tensor:
+    def _make_path(self, kind: str, frames: int) -> Tensor:
         """Return the poses [frames, 4, 4] of a path around the Gaussians."""
         around_origin = self.from_orbit.inverse().apply(self.poses)
         return self.from_orbit.apply(camera_path(kind, frames, around_origin, "object"))

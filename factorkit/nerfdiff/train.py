@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -25,13 +25,21 @@ from factorkit.nerfdiff.previews.files import save_masks
 from factorkit.nerfdiff.registered_views import open_registered_views
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
-from factorkit.nerfdiff.search import PoseSearch, RunRequest, choose_search, read_stored_settings
+from factorkit.nerfdiff.search import (
+    PoseSearch,
+    RunRequest,
+    choose_next_search,
+    choose_search,
+    decide,
+    read_stored_settings,
+)
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.ordered import find_order
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.stages.recentre import is_off_centre
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
 from factorkit.nerfdiff.training_views import complete_settings, describe_data, describe_scene, store_views
+from factorkit.nerfdiff.unregistered import localise_unregistered
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError, format_count
 from factorkit.utils.memory import require_memory
@@ -102,22 +110,40 @@ def train_nerfdiff(
     def prepare(search: PoseSearch) -> tuple[Views, Scene, dict[str, Any]]:
         return _prepare(source, search, preset, device, reading, box)
 
-    search = choose_search(RunRequest(source, config, reading, folder, settings, prepare, progress))
-    config = search.config
-    views, scene, settings = prepare(search)
-    config = choose_capture_settings(config, scene, read_stored_settings(folder))
-    settings |= config.to_dict()
-    if progress:
-        notes = [*search.notes, *list_notes(views, scene, config)]
-        distributed.run_on_first(lambda: print("".join(f"views: {note}\n" for note in notes), end="", file=sys.stderr))
+    request = RunRequest(source, config, reading, folder, settings, prepare, progress)
 
-    complete = partial(complete_settings, folder=folder, requested=settings)
-    run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
-    with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
-        distributed.run_on_first(lambda: store_views(folder, views, describe_data(data, reading)))
-        distributed.run_on_first(lambda: save_masks(folder / "samples" / "000000_masks.png", views))
-        Training(config, scene, folder, settings, progress).run()
-        return NerfdiffRun.load(folder, device=device)
+    def train(search: PoseSearch) -> NerfdiffRun:
+        views, scene, settings = prepare(search)
+        config = choose_capture_settings(search.config, scene, read_stored_settings(folder))
+        settings |= config.to_dict()
+        if progress:
+            print_notes([*search.notes, *list_notes(views, scene, config)])
+
+        complete = partial(complete_settings, folder=folder, requested=settings)
+        run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
+        with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
+            distributed.run_on_first(lambda: store_views(folder, views, describe_data(data, reading)))
+            distributed.run_on_first(lambda: save_masks(folder / "samples" / "000000_masks.png", views))
+            Training(config, scene, folder, settings, progress).run()
+            run = NerfdiffRun.load(folder, device=device)
+            if search.model is not None:
+                notes = localise_unregistered(run, run.step, run.views, folder, source, reading).describe()
+                if progress:
+                    print_notes(notes)
+            return run
+
+    search: PoseSearch | None = choose_search(request)
+    while search is not None:
+        run = train(search)
+        search, notes = choose_next_search(request, search)
+        if progress:
+            print_notes(notes)
+    return run
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Print sentences on the views; collective."""
+    distributed.run_on_first(lambda: print("".join(f"views: {note}\n" for note in notes), end="", file=sys.stderr))
 
 
 def default_preset(data: Any) -> str:
@@ -160,8 +186,15 @@ def estimate(
     config = preset_config(preset, **changes)
     device = resolve_device(config.device)
     reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
-    search = PoseSearch(config)
-    views, scene, settings = _prepare(_require_data(data, config, reading), search, preset, device, reading, box)
+    source, notes = _require_data(data, config, reading), list[str]()
+    if config.poses == "predicted" and config.search == "auto":
+        name, reason = decide(source, reading)
+        notes.append(f'search="{name}": {reason}.')
+        config = dataclasses.replace(config, search=name)  # type: ignore[arg-type]  # one of two
+    if config.poses == "predicted" and config.search == "sfm":
+        notes.append("A dry run finds no cameras by structure from motion: the stages are timed with the dictionary.")
+        config = dataclasses.replace(config, search="dictionary")
+    views, scene, settings = _prepare(source, PoseSearch(config), preset, device, reading, box)
     config = choose_capture_settings(config, scene)
     settings |= config.to_dict()
     before = peak_memory(device) if device.type == "cpu" else 0
@@ -175,7 +208,7 @@ def estimate(
     return {
         "preset": preset,
         "views": len(views),
-        "notes": list_notes(views, scene, config),
+        "notes": [*notes, *list_notes(views, scene, config)],
         "parameters": trial.parameters,
         "memory_gib": max(peak_memory(device) - before, 5 * 4 * trial.parameters) / 2**30,
         "device": str(device),

@@ -241,6 +241,14 @@ def test_gradcheck_of_rasterize_with_ties_in_depth():
     torch.autograd.gradcheck(run, [projected.means, projected.conics, colors, opacities], atol=1e-6)
 
 
+def test_gradient_of_depths_that_are_equal_is_the_weight_of_each():
+    projected, _, opacities = projected_leaves(6, (7, 9))
+    depths = torch.tensor([3.0, 4.0, 3.0, 4.0, 4.0, 3.0], dtype=torch.float64, requires_grad=True)
+    out = ops.rasterize_gaussians(projected._replace(depths=depths), torch.eye(6).double(), opacities, (7, 9))
+    (grad,) = torch.autograd.grad(out.depth.sum(), depths)
+    torch.testing.assert_close(grad, out.color.sum((0, 1)).detach())
+
+
 def test_second_order_gradients_match_finite_differences():
     leaves, colors, opacities = scene(3, (4, 4))
     with torch.no_grad():
@@ -480,6 +488,14 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.factorkit.fill_tiles, (*tiles, order, offsets, pairs, 20, 20), test_utils=tests)
     ids = torch.ops.factorkit.fill_tiles(*tiles, order, offsets, pairs, 20, 20)
     torch.library.opcheck(torch.ops.factorkit.rasterize_gaussians, (*inputs, offsets, ids, 20, 20))
+    with torch.no_grad():
+        settings = (20, 20, 0.01, math.inf, 0.3)
+        outputs = torch.ops.factorkit.project_gaussians(*leaves, *settings)
+        upstream = (*map(torch.randn_like, outputs[:3]), None, outputs[4], *leaves, *settings, True)
+        torch.library.opcheck(torch.ops.factorkit.project_gaussians_backward, upstream, test_utils=tests)
+        outputs = torch.ops.factorkit.rasterize_gaussians(*inputs, offsets, ids, 20, 20)
+        upstream = (torch.randn_like(outputs[0]), None, None, *outputs[3:], *inputs, offsets, ids, 20, 20)
+        torch.library.opcheck(torch.ops.factorkit.rasterize_gaussians_backward, upstream, test_utils=tests)
 
 
 def test_forced_reference_gives_the_same_image(monkeypatch):

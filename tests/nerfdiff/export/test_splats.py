@@ -11,11 +11,15 @@ import torch
 import factorkit
 from factorkit import rendering
 from factorkit.cli.main import main
+from factorkit.cli.scene import load_contents, newest_checkpoint
 from factorkit.metrics.pose import Similarity
+from factorkit.nerfdiff.export import kind_of
 from factorkit.nerfdiff.export.splats import read_splats, save_ply, save_splats
 from factorkit.nerfdiff.fields.gaussians import GaussianField
+from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.rays import CameraModel, render_views
 from factorkit.nerfdiff.splat_scene import UP, SplatScene
+from factorkit.nerfdiff.viewer import Viewer, fov_and_aspect, render_viewpoint
 from factorkit.utils.errors import ConfigError, DataError
 
 PlyData = pytest.importorskip("plyfile").PlyData
@@ -171,13 +175,28 @@ def test_paths_go_around_the_gaussians_whatever_points_up(splats, up, tmp_path):
     save_ply(splats, field, None)
     scene = SplatScene(splats, up=up)
     axis, sign = UP[up]
-    poses = scene.make_path("orbit", 4)
+    poses = scene._make_path("orbit", 4)
     offsets = poses[:, :3, 3] - shift
     assert (torch.linalg.det(poses[:, :3, :3]) - 1).abs().max() < 1e-5
     assert (sign * offsets[:, axis] > 0).all() and (sign * poses[:, axis, 1] > 0.5).all()
     images = scene.render_path("orbit", 16, 2).images
     assert images.shape == (2, 3, 16, 16) and images.amax((1, 2, 3)).min() > 0.1
     assert scene.views.images.shape[0] == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "of_gaussians", "of_others"),
+    [
+        ("lego.ply", "splats", "points"),
+        ("points.ply", "points", "points"),
+        ("mesh.ply", "mesh", "mesh"),
+        ("my_splats.ply", "splats", "splats"),
+        ("lego.spz", "splats", "splats"),
+    ],
+)
+def test_name_of_a_ply_says_what_is_written_and_means_splats_for_gaussians(name, of_gaussians, of_others, tmp_path):
+    assert kind_of(tmp_path / name, make_field(2)) == of_gaussians
+    assert kind_of(tmp_path / name, GridField(4)) == of_others
 
 
 def test_commands_take_a_splat_file(splats, tmp_path, capsys):
@@ -201,6 +220,21 @@ def test_commands_take_a_splat_file(splats, tmp_path, capsys):
     capsys.readouterr()
     assert main(["sample", str(splats), "--out", str(tmp_path / "s")]) == 2
     assert "only render, export and view take" in capsys.readouterr().err
+
+
+def test_viewer_shows_the_splats_themselves_and_renders_them(splats):
+    pytest.importorskip("viser")
+    contents = load_contents(splats, "cpu")
+    assert newest_checkpoint(splats) is None and len(contents.views) == 8
+    with Viewer(contents, port=0) as viewer:
+        sent = []
+        viewer.server.scene.add_gaussian_splats = lambda name, *parts: sent.append([x.shape for x in parts])
+        viewer.show(contents)
+        assert sent == [[(60, 3), (60, 3, 3), (60, 3), (60, 1)]]
+    fov, _ = fov_and_aspect(contents.views.intrinsics[0], 512, 512)
+    pixels = render_viewpoint(contents, None, contents.views.poses[0], fov, 16, 16)
+    want = SplatScene(splats).render(contents.views.poses[:1], 16).images[0]
+    assert np.abs(pixels / 255 - want.permute(1, 2, 0).numpy()).max() < 1 / 255
 
 
 def test_spz_shows_the_same_image_to_an_independent_reader(tmp_path):

@@ -12,6 +12,7 @@ import factorkit
 from factorkit import rendering
 from factorkit.data import make_procedural_views
 from factorkit.data.procedural.scene import make_scene_field
+from factorkit.nerfdiff.build import load_partial_run
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.export import export
 from factorkit.nerfdiff.fields.gaussians import MIN_OPACITY, GaussianField
@@ -194,6 +195,27 @@ def test_splats_of_another_field_and_joint_search_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="joint"):
         preset_config(None, field="gaussians", search="joint")
     assert isinstance(build_field("gaussians", 5, 0), GaussianField)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("poses", ["predicted", "learned"])
+def test_run_without_poses_refines_them_with_the_gaussians(tmp_path, poses):
+    settings = {"resolution": 12, "poses": poses, "field": "gaussians", "num_gaussians": 100, "gaussian_steps": 20}
+    settings |= {"field_steps": 10, "search_steps": 15, "steps": 2, "num_rendered_views": 2, "samples_per_ray": 8}
+    settings |= {"grid_resolution": 10, "flip_rounds": 1, "views_per_step": 4, "rays_per_view": 64, "threads": 1}
+    settings |= {"optimize_camera": ("focal",), "search": "dictionary"}
+    data = make_procedural_views(12, 12, seed=1)
+    run = factorkit.train_nerfdiff(data, out=tmp_path / "run", preset="fast", progress=False, **settings)
+    stage = load_partial_run(tmp_path / "run")
+    assert stage.stage == "gaussians" and isinstance(run.model.field, GaussianField)
+    torch.testing.assert_close(run.poses, stage.views.poses)
+    (tmp_path / "run" / "stages" / "gaussians").rename(tmp_path / "gaussians")
+    assert (load_partial_run(tmp_path / "run").views.poses - run.poses).abs().max() > 1e-5  # of the grid
+    assert run.render_path("orbit", frames=2).images.isfinite().all() and run.predict_pose(data).poses.shape == (
+        12,
+        4,
+        4,
+    )
 
 
 @pytest.mark.slow
