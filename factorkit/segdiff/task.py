@@ -19,7 +19,7 @@ from factorkit.diffusion.schedule import (
 )
 from factorkit.engine.step import StepLoss
 from factorkit.segdiff import previews
-from factorkit.segdiff.alarms import Alarms, measure_alarms
+from factorkit.segdiff.alarms import Alarms, measure_alarms, measure_place_gain
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.inference.segment import add_noise, hard_labels, level_labels, predict_masks
 from factorkit.segdiff.masks.proposal import MaskProposer
@@ -171,7 +171,8 @@ class SegdiffTask:
             return alarms
         proposer = cast(MaskProposer, model.masks)
         error = unexplained_noise(proposer, self.probes, self.schedule)
-        return dataclasses.replace(alarms, error=error, objects=self.config.masks == "auto")
+        gain = measure_place_gain(self.probes, masks) if self.config.masks == "auto" else None
+        return dataclasses.replace(alarms, error=error, place_gain=gain)
 
 
 def move_if_it_fits(images: np.ndarray, device: torch.device) -> Tensor | np.ndarray:

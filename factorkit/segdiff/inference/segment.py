@@ -254,7 +254,7 @@ def is_unlike(model: nn.Module, t: int, small: np.ndarray, masks: Tensor) -> boo
     proposer = getattr(model, "masks", None)
     if t or not isinstance(proposer, ObjectMasks):
         return False
-    device = proposer.doubt_limits.device
+    device = proposer.cue_weight.device
     image = pixels_to_signed(torch.from_numpy(small[None])).to(device)
     return bool(proposer.find_unlike(image.contiguous(), masks[None].to(device)))
 
