@@ -1,4 +1,4 @@
-"""Structure from motion by COLMAP: cameras of overlapping, textured images (Schönberger and Frahm 2016; Pan et al. 2024).
+"""Structure from motion: cameras of overlapping, textured images (COLMAP, Schönberger and Frahm 2016; GLOMAP).
 
 Features, matches and the model lie in a database, so that an interrupted run repeats only what is missing. Nothing
 depends on the number of threads.
