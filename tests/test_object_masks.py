@@ -135,6 +135,13 @@ def test_train_command_masks_segdiff_are_made_first(tmp_path, photos, monkeypatc
     assert make.call_args.args[1] == tmp_path / "run_masks"
 
 
+def test_train_nerfdiff_array_of_masks_is_passed_on(monkeypatch):
+    train, masks = Mock(), np.ones((3, 8, 8), np.uint8)
+    monkeypatch.setattr(object_masks.nerfdiff, "train_nerfdiff", train)
+    factorkit.train_nerfdiff(np.zeros((3, 8, 8, 3), np.uint8), masks=masks)
+    assert train.call_args.kwargs["masks"] is masks
+
+
 def test_estimate_segdiff_masks_count_their_training(photos, monkeypatch):
     timed = Mock(return_value={"notes": ["read"], "seconds": 10.0})
     monkeypatch.setattr(object_masks.nerfdiff, "estimate", timed)
