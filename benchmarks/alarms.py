@@ -59,6 +59,7 @@ QUANTITIES = {  # name of the value -> (model, layout or kind of masks, whether 
     "eta_gap, objects": ("segdiff", "objects", True),
     "color_share, objects": ("segdiff", "objects", True),
     "place_gain, objects": ("segdiff", "objects", True),
+    "place_share, objects": ("segdiff", "objects", True),
     "held_out_cross, object": ("nerfdiff", "object", False),
     "held_out_cross, forward": ("nerfdiff", "forward", False),
 }
@@ -274,7 +275,7 @@ def train_segdiff(runs: SegdiffRuns, data: Path) -> None:
             masks = ObjectStages(config, both, run, {}, CPU, False).teach(mixture)[: 2 * len(probes)] / 255
             masks, flipped = masks.split(len(probes))
             alarms = dataclasses.replace(
-                measure_alarms(task.probes, masks, flipped), place_gain=measure_place_gain(task.probes, masks)
+                measure_alarms(task.probes, masks, flipped), **measure_place_gain(task.probes, masks)
             )
             record(runs.key(runs.stops[-1]), judge_masks(alarms, probes, masks, truth, MIN_JUDGED_STEPS))
             return

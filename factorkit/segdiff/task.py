@@ -171,8 +171,8 @@ class SegdiffTask:
             return alarms
         proposer = cast(MaskProposer, model.masks)
         error = unexplained_noise(proposer, self.probes, self.schedule)
-        gain = measure_place_gain(self.probes, masks) if self.config.masks == "auto" else None
-        return dataclasses.replace(alarms, error=error, place_gain=gain)
+        places = measure_place_gain(self.probes, masks) if self.config.masks == "auto" else {}
+        return dataclasses.replace(alarms, error=error, **places)
 
 
 def move_if_it_fits(images: np.ndarray, device: torch.device) -> Tensor | np.ndarray:
