@@ -214,13 +214,15 @@ def _check_limit(
 
 
 @torch.no_grad()
-def measure_alarms(images: Tensor, masks: Tensor, masks_of_flipped: Tensor) -> Alarms:
+def measure_alarms(images: Tensor, masks: Tensor, masks_of_flipped: Tensor, objects: bool = False) -> Alarms:
     """Measure the alarms, best on about a hundred images (by chance the position share of N independent masks is 1/N).
 
     Args:
         images: float [N, 3, H, W] in [-1, 1].
         masks: soft, [N, K, H, W], summing to 1 over K, as predicted at a low time step (t = 30).
         masks_of_flipped: [N, K, H, W], as predicted for ``images.flip(3)``, NOT flipped back.
+        objects: whether region 0 is an object (masks="auto"). Then the place gain is measured, and it alone has to turn
+            with the image: regions of the ground may change places.
 
     Raises:
         ConfigError: a single region, which has no alarms.
@@ -238,19 +240,21 @@ def measure_alarms(images: Tensor, masks: Tensor, masks_of_flipped: Tensor) -> A
         )
     images, masks = images.float(), masks.float()
     hard, hard_flipped = _one_hot(masks), _one_hot(masks_of_flipped).flip(3)
+    pair = [torch.cat([m[:, :1], 1 - m[:, :1]], 1) for m in (hard, hard_flipped)] if objects else [hard, hard_flipped]
     entropy = -torch.special.xlogy(masks, masks).sum(1).mean() / math.log(regions)
     explained, clusters = _explained(images, hard), cluster_colors(images)
     return Alarms(
         eta_gap=float(explained - _explained(images, hard.roll(1, 0))),
         position_share=_position_share(hard),
         boundary_length=_boundary_length(hard),
-        flip_agreement=_kappa(hard, hard_flipped),
+        flip_agreement=_kappa(*pair),
         areas=hard.mean((0, 2, 3)).tolist(),
         confidence=float(masks.amax(1).mean()),
         entropy=float(entropy),
         mean_mask_agreement=_kappa(hard, _one_hot(hard.mean(0, keepdim=True)).expand_as(hard)),
         two_means_agreement=two_means_agreement(clusters, hard),
         color_share=float(explained / _explained(images, clusters).clamp_min(1e-6)),
+        **(measure_place_gain(images, masks) if objects else {}),
     )
 
 

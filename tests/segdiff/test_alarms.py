@@ -61,6 +61,15 @@ def test_alarms_of_object_masks_are_decided_by_the_place_gain(scene):
         assert read_failure_names(dataclasses.replace(masks, **change)) == {"masks without objects"}
 
 
+def test_flip_agreement_of_object_masks_is_that_of_the_object(scene):
+    images, inside = scene
+    left = (torch.arange(SIZE) < SIZE // 2).expand(N, SIZE, SIZE)
+    masks = soften_labels(torch.where(inside, 0, 1 + left.long()), 3)
+    flipped = soften_labels(torch.where(inside.flip(2), 0, 1 + left.long()), 3)
+    assert measure_alarms(images, masks, flipped, objects=True).flip_agreement == pytest.approx(1, abs=1e-5)
+    assert measure_alarms(images, masks, flipped).flip_agreement < 0.5
+
+
 def test_place_gain_is_high_for_objects_and_none_for_textures_or_halves(scene):
     images, inside = scene
     objects = measure_place_gain(images, soften_labels(inside))
