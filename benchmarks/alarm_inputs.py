@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from factorkit.data import draw_flowers
@@ -47,6 +49,9 @@ def make_images(name: str, seed: int, size: int, data: Path) -> tuple[np.ndarray
         labelled = load_labelled(dataset.test_images, dataset.test_masks, size)
         training = np.array(prepare(dataset.train, size, progress=False).images[:400])
         return training, labelled.images[:PROBES], labelled.foreground[:PROBES]
+    kind, _, change = name.partition(", ")
+    if change:
+        return change_images(*make_images(kind, seed, size, data), change, generator, data)
     masks = None
     if name == "flowers":
         pixels, foreground = draw_flowers(count, size, seed=seed)
@@ -72,10 +77,107 @@ def make_images(name: str, seed: int, size: int, data: Path) -> tuple[np.ndarray
         images = images + 0.05 * torch.randn(count, 3, size, size, generator=generator)
     elif name == "smooth":
         images = draw_textures(generator, count, 6, size)
+    elif name == "one colour":
+        images = torch.rand(count, 3, 1, 1, generator=generator).expand(-1, -1, size, size)
+    elif name == "halves":  # two colours, split at the same place in all images
+        first, second = (torch.rand(count, 3, 1, 1, generator=generator) for _ in range(2))
+        images = torch.where((torch.arange(size) < size / 2)[None, None, None], first, second)
+        images = images + 0.05 * torch.randn(count, 3, size, size, generator=generator)
+    elif name == "stripes":  # of any direction, width, phase and two colours
+        angle, width, phase = (
+            torch.rand(3, count, 1, 1, generator=generator) * torch.tensor([3.14, 6, 6.28])[:, None, None, None]
+        ).unbind()
+        y, x = torch.meshgrid(*[torch.arange(size).float()] * 2, indexing="ij")
+        wave = torch.sin((x * angle.cos() + y * angle.sin()) / (2 + width) + phase)[:, None] / 2 + 0.5
+        first, second = (torch.rand(count, 3, 1, 1, generator=generator) for _ in range(2))
+        images = first * wave + second * (1 - wave)
+    elif name == "leaves":  # crops of photos of ferns, in which nothing is an object
+        images = crop_views(generator, count, size, data)
+    elif name == "frames":  # objects along all borders, so that the centre is the ground
+        side = torch.linspace(-1, 1, size).abs()
+        masks = torch.maximum(side[:, None], side)[None] > 0.5 + 0.3 * torch.rand(count, 1, 1, generator=generator)
+        ground, frame = (
+            draw_textures(generator, count, 3, size) * 0.4 + 0.6 * torch.rand(count, 3, 1, 1, generator=generator)
+            for _ in range(2)
+        )
+        images = torch.where(masks[:, None], frame, ground)
+    elif name == "discs":  # of any colours before leaves
+        masks = draw_ellipses(generator, count, size, large=True)
+        images = torch.where(
+            masks[:, None], torch.rand(count, 3, 1, 1, generator=generator), crop_views(generator, count, size, data)
+        )
     else:
         images = 0.5 + 0.3 * (draw_textures(generator, count, 2, size) - 0.5)
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     return pixels[PROBES:], pixels[:PROBES], None if masks is None else masks[:PROBES].numpy()
+
+
+def crop_views(generator: torch.Generator, count: int, size: int, data: Path) -> Tensor:
+    """Return random crops [count, 3, size, size] in [0, 1] of the photos of ferns, a quarter of their sides."""
+    views = open_views(data / "llff_fern_504", None, 4 * size).images
+    rows = torch.randint(0, len(views), (count,), generator=generator).tolist()
+    starts = [torch.randint(0, side - size + 1, (count,), generator=generator).tolist() for side in views.shape[2:]]
+    return torch.stack([views[i, :, y : y + size, x : x + size] for i, y, x in zip(rows, *starts, strict=True)])
+
+
+def change_images(
+    training: np.ndarray,
+    probes: np.ndarray,
+    truth: np.ndarray | None,
+    change: str,
+    generator: torch.Generator,
+    data: Path,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return the images and probes of :func:`make_images` with one change.
+
+    Those from "shuffled" to "corners" leave no object.
+    """
+    kind, _, number = change.partition(" ")
+    size = probes.shape[1]
+
+    def each(change: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray, None]:
+        return change(training), change(probes), None
+
+    def shuffle(images: np.ndarray) -> np.ndarray:
+        cell = int(number)
+        cells = images.reshape(len(images), size // cell, cell, size // cell, cell, 3).swapaxes(2, 3)
+        cells = cells.reshape(len(images), -1, cell, cell, 3)
+        order = torch.rand(cells.shape[:2], generator=generator).argsort(1).numpy()
+        cells = np.take_along_axis(cells, order[:, :, None, None, None], 1)
+        return (
+            cells.reshape(len(images), size // cell, size // cell, cell, cell, 3).swapaxes(2, 3).reshape(images.shape)
+        )
+
+    def enlarge_corners(images: np.ndarray) -> np.ndarray:
+        corners = (Image.fromarray(image[: size // 3, : size // 3]) for image in images)
+        return np.stack([np.array(corner.resize((size, size), Image.Resampling.BICUBIC)) for corner in corners])
+
+    if kind == "shuffled":
+        return each(shuffle)
+    if kind == "corners":
+        return each(enlarge_corners)
+    if kind == "first":
+        return training[: int(number)], probes, truth
+    if kind == "grey":
+        return *(
+            np.repeat(images.mean(3, keepdims=True).astype(np.uint8), 3, 3) for images in (training, probes)
+        ), truth
+    if kind == "noisy":
+        noise = np.random.default_rng(0)
+        return *(
+            (images + noise.normal(0, int(number), images.shape)).clip(0, 255).astype(np.uint8)
+            for images in (training, probes)
+        ), truth
+    if kind == "negative":
+        return 255 - training, 255 - probes, truth
+    if kind == "and":  # half of each set
+        others = make_images(number, 0, size, data)
+        count = min(len(training), len(others[0]))
+        pairs = zip((training[:count], probes, truth), (others[0][:count], others[1], others[2]), strict=True)
+        return tuple(
+            np.concatenate([a[::2], b[1::2]])[np.arange(len(a) // 2 * 2).reshape(2, -1).T.ravel()] for a, b in pairs
+        )
+    raise ValueError(change)
 
 
 def make_layers(seed: int, count: int = 16, size: int = 24) -> Views:

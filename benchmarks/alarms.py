@@ -6,9 +6,10 @@
 The first trains and records each run that is not recorded yet in benchmarks/results/alarms.json; FOLDER holds
 flowers17_128, weizmann_horse_128, nerf_lego_200 and llff_fern_504. The second prints the recorded table.
 
-segdiff: U-Nets, mixtures and object masks at 16 and 32 px on drawn flowers, photos, noise images, objects that only
-texture separates from the ground, large centred objects ("persons"), images that share a horizon ("landscape"), smooth
-gradients ("plain"), and smooth textures without an object ("smooth"). A run is right from IoU .6 and .05 above the mean
+segdiff: U-Nets, mixtures, object masks, and the teacher's masks of these, at 16 and 32 px on drawn flowers, photos,
+noise images, objects that only texture separates from the ground, large centred objects ("persons"), images that share
+a horizon ("landscape"), smooth gradients ("plain"), smooth textures without an object ("smooth"), and these changed.
+A run is right from IoU .6 and .05 above the mean
 mask of the labels on; wrong where there is no object, or below the mean mask, or below .5; the rest is undecided and
 not counted. nerfdiff: fields fitted to halves of the views, for true cameras and for cameras, lenses, layouts or images
 made wrong.
@@ -41,10 +42,10 @@ from factorkit.nerfdiff.held_out import forward_direction_check, held_out_checks
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.report.content import all_failures
-from factorkit.segdiff.alarms import Alarms, measure_alarms
+from factorkit.segdiff.alarms import MIN_JUDGED_STEPS, Alarms, measure_alarms, measure_place_gain
 from factorkit.segdiff.choose_regions import SETTINGS, MixtureTask
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.masks.spatial_mixture import unexplained_noise
+from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, unexplained_noise
 from factorkit.segdiff.object_stages import ObjectStages
 from factorkit.segdiff.task import SegdiffTask, add_noise, predict_masks
 from factorkit.utils.errors import DataError
@@ -57,6 +58,7 @@ QUANTITIES = {  # name of the value -> (model, layout or kind of masks, whether 
     "flip_agreement": ("segdiff", "", True),
     "eta_gap, objects": ("segdiff", "objects", True),
     "color_share, objects": ("segdiff", "objects", True),
+    "place_gain, objects": ("segdiff", "objects", True),
     "held_out_cross, object": ("nerfdiff", "object", False),
     "held_out_cross, forward": ("nerfdiff", "forward", False),
 }
@@ -69,7 +71,7 @@ class SegdiffRuns:
     images: str
     seed: int
     stops: tuple[int, ...]
-    kind: Literal["U-Net", "mixture", "objects"] = "U-Net"
+    kind: Literal["U-Net", "mixture", "objects", "teacher"] = "U-Net"
     resolution: int = 16
     changes: tuple[tuple[str, Any], ...] = ()
 
@@ -107,6 +109,61 @@ def objects(images: str, regions: int, *seeds: int, steps: int = 100) -> list[Se
     return [SegdiffRuns(images, seed, (steps,), "objects", 32, changes) for seed in seeds]
 
 
+def teacher(images: str, regions: int, seed: int = 0, **changes: Any) -> SegdiffRuns:
+    """Return a run of 3 seconds with the teacher's masks of masks="auto" at 32 px; its stop is that of the mixture."""
+    settings = {"regions": regions, "random_flip": False} | changes
+    return SegdiffRuns(images, seed, (settings.pop("mixture_steps", 120),), "teacher", 32, tuple(settings.items()))
+
+
+WITH_OBJECTS = [  # images, and the regions of the run
+    ("flowers17, first 60", 2),
+    ("flowers17, grey", 2),
+    ("flowers17, noisy 20", 2),
+    ("flowers17, negative", 3),
+    ("flowers17, and horses", 3),
+    ("horses, first 60", 3),
+    ("horses, grey", 3),
+    ("horses, noisy 20", 2),
+    ("flowers, first 30", 2),
+    ("flowers, grey", 2),
+    ("flowers, noisy 40", 3),
+    ("flowers, and flowers17", 2),
+    ("discs", 2),
+    ("discs, grey", 3),
+    ("frames", 2),
+]
+SEEDED = [
+    ("flowers", 2),
+    ("flowers", 3),
+    ("flowers17", 3),
+    ("horses", 2),
+    ("persons", 2),
+    ("persons", 3),
+    ("plain", 2),
+    ("smooth", 2),
+    ("smooth", 3),
+    ("texture", 2),
+    ("texture", 3),
+    ("landscape", 2),
+    ("noise", 2),
+]
+WITHOUT_OBJECTS = [
+    ("flowers17, shuffled 1", 2),
+    ("flowers17, shuffled 4", 2),
+    ("flowers17, shuffled 8", 3),
+    ("horses, shuffled 4", 3),
+    ("horses, shuffled 8", 2),
+    ("flowers17, corners", 2),
+    ("horses, corners", 3),
+    ("leaves", 2),
+    ("leaves", 3),
+    ("leaves, grey", 2),
+    ("stripes", 2),
+    ("halves", 2),
+    ("one colour", 2),
+    ("one colour, noisy 20", 3),
+]
+UNUSUAL: list[dict[str, Any]] = [{"cue_weight": 0.0}, {"cue_weight": 6.0}, {"mixture_steps": 1}]
 SEGDIFF = [
     *mixtures("flowers", 2, 1, stops=(2, 120)),
     *mixtures("flowers", 2, 2, 3, 4),
@@ -139,16 +196,16 @@ SEGDIFF = [
     networks("noise", 0, 80),
     networks("landscape", 0, 25, 80),
     networks("plain", 0, 50),
-    *objects("flowers", 2, 0, 1),
-    *objects("flowers17", 2, 0),
-    *objects("horses", 3, 0, 1),
-    *objects("persons", 3, 0, 1),
-    *[run for name in ("noise", "plain", "smooth", "texture", "landscape") for run in objects(name, 2, 0)],
-    *objects("flowers17", 3, 1),
-    *objects("horses", 2, 1),
-    *[run for name in ("noise", "plain", "smooth", "texture", "landscape") for run in objects(name, 3, 1)],
-    *objects("flowers", 2, 2, steps=5),
-    *objects("horses", 3, 2, steps=5),
+    *[
+        run
+        for name, k in (("flowers", 2), ("flowers17", 2), ("horses", 3), ("persons", 3))
+        for run in objects(name, k, 0)
+    ],
+    *[run for name, k in (("leaves", 2), ("smooth", 2), ("texture", 3), ("plain", 2)) for run in objects(name, k, 0)],
+    *[teacher(name, regions, 1) for name, regions in SEEDED],
+    *[teacher(name, regions) for name, regions in [*WITH_OBJECTS, *WITHOUT_OBJECTS]],
+    *[teacher("flowers17", 2, **changes) for changes in UNUSUAL],
+    *[teacher("horses", 3, **changes) for changes in UNUSUAL],
 ]
 FAULTS = {
     "procedural": {
@@ -200,13 +257,27 @@ def train_segdiff(runs: SegdiffRuns, data: Path) -> None:
     common = {"resolution": runs.resolution, "steps": runs.stops[-1], "seed": runs.seed, "device": "cpu"}
     common |= {"checkpoint_every": 100_000, "sample_every": 0, **dict(runs.changes)}
     small = {"preset": "demo", "model_channels": 8, "channel_mult": (1, 2), "batch_size": 8, "norm_groups": 4}
-    small |= {"masks": "auto" if runs.kind == "objects" else "network", "distil_steps": runs.stops[-1]}
+    if runs.kind in ("objects", "teacher"):
+        small |= {"masks": "auto", "distil_steps": runs.stops[-1]}
+    else:
+        small["masks"] = "network"
     config = preset_config(**({**SETTINGS} if runs.kind == "mixture" else small) | common).resolved()
     task_class: Any = MixtureTask if runs.kind == "mixture" else SegdiffTask
     task = task_class(config, training, probes, CPU)
     task.inspect = lambda model, step, folder: {}
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
+        if runs.kind == "teacher":
+            stages = ObjectStages(config, training, run, {}, CPU, False)
+            mixture = stages.train_mixture(SpatialMixture(config.num_leaf_regions, object_first=True))
+            both = np.concatenate([probes, probes[:, :, ::-1], training])
+            masks = ObjectStages(config, both, run, {}, CPU, False).teach(mixture)[: 2 * len(probes)] / 255
+            masks, flipped = masks.split(len(probes))
+            alarms = dataclasses.replace(
+                measure_alarms(task.probes, masks, flipped), place_gain=measure_place_gain(task.probes, masks)
+            )
+            record(runs.key(runs.stops[-1]), judge_masks(alarms, probes, masks, truth, MIN_JUDGED_STEPS))
+            return
         if runs.kind == "objects":
             task.model.masks = ObjectStages(config, training, run, {}, CPU, False).run()
             masks = predict_masks(task.model, task.probes, config.segment_t, task.schedule)
@@ -278,7 +349,7 @@ def format_limits(results: dict[str, dict]) -> list[str]:
     for name, (model, group, greater) in QUANTITIES.items():
         key, sign = name.split(",")[0], -1 if greater else 1
         rows = [r for _, r in sorted(results.items()) if r["model"] == model]
-        rows = [r for r in rows if group == r.get("layout", "objects" if r.get("objects") else "")]
+        rows = [r for r in rows if group == r.get("layout", "objects" if "place_gain" in r else "")]
         rows = [r for r in rows if r["right"] is not None and r.get(key) is not None]
         halves = [
             {right: [sign * r[key] for r in rows if r["right"] is right][half::2] for right in (True, False)}

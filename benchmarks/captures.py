@@ -115,6 +115,7 @@ def make_capture(faults: Collection[str] = (), *, seed: int = 0, count: int = 60
         ),
         names=[f"frame_{i:03d}.png" for i in range(count)],
         background=torch.ones(3),
+        has_focal="focal" not in on,
     )
 
 
@@ -140,7 +141,7 @@ def find_cameras(views: Views, seed: int, **changes: Any) -> dict[str, Any]:
     scene = open_scene(views, config.resolution, torch.device("cpu"), False)
     config, start = choose_capture_settings(config, scene), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(config, scene, Path(folder), {}, progress=False)
+        training = Training(config, scene, Path(folder), {"scene": {}}, progress=False)
         fitted, duplication = DictionarySearch(training).run()
         seconds, poses = time.process_time() - start, fitted.poses().detach()
         held_out = training.cross_fit("cross", poses, scene)

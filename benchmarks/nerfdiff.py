@@ -7,6 +7,8 @@
     python -m benchmarks.nerfdiff lego --data LEGO --size 32 --ways joint joint_letter --seeds 0
     python -m benchmarks.nerfdiff lego --data LEGO --roll 10 --set 'optimize_camera=["roll"]' --seeds 0
     python -m benchmarks.nerfdiff lego --data LEGO --focal 0.2 --set 'optimize_camera=["focal"]' --seeds 0
+    python -m benchmarks.nerfdiff lego --data LEGO --size 128 --ways supervised dictionary --refine 0 \
+        --set 'field="gaussians"' steps=1 num_rendered_views=0 --seeds 0 1 2
     python -m benchmarks.nerfdiff fern --data FERN --size 84 --every 1 --ways supervised one_start --seeds 0
 
 Each run is a JSON object in benchmarks/results/nerfdiff.json with its machine, commit and settings; a run that stands
@@ -28,14 +30,13 @@ from benchmarks.recording import append_row, commit, machine, read_results, writ
 
 RESULTS = Path(__file__).with_name("results") / "nerfdiff.json"
 WAYS = {
-    "dictionary": {},
+    "dictionary": {"search": "dictionary"},
     "supervised": {"poses": "known"},
     "one_start": {"poses": "learned"},
     "joint": {"search": "joint"},
     "joint_letter": {"search": "joint", "balance_candidates": False},
     "single": {"search": "joint", "candidate_type": "single", "num_candidates": 1},
 }
-REFINED = 100  # steps down the photometric error of held-out views, after the encoder's look
 TRAINING, HELD_OUT = 80, 20  # views of the procedural scene
 
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--focal", type=float, default=0.0, help="relative error of the given focal length")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=["dictionary"])
     parser.add_argument("--preset", default="fast")
+    parser.add_argument("--refine", type=int, default=100, help="steps after the encoder's prediction; 0: not scored")
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other settings, VALUE in JSON")
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmarks")
@@ -128,7 +130,7 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
         training = disturbed(training, seed, **disturbance)
     settings = {"resolution": args.size, **WAYS[way], **changes}
     if settings.get("poses") in ("known", "learned"):  # as many steps as search and refinement have together
-        usual = preset_config(args.preset, resolution=args.size)
+        usual = preset_config(args.preset, resolution=args.size, field=changes.get("field", "grid"))
         settings = {"field_steps": usual.search_steps + usual.field_steps, **settings}
     out = args.out / key.replace(" ", "_").replace("/", "_")
     shutil.rmtree(out, ignore_errors=True)  # a result is of one unbroken, timed run
@@ -137,8 +139,9 @@ def run_once(args: argparse.Namespace, way: str, changes: dict, seed: int) -> No
     run = factorkit.train_nerfdiff(training, out=out, preset=args.preset, progress=False, **settings)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     scores = run.evaluate(held_out)
-    refined = run.evaluate(held_out, refine=REFINED)
-    scores |= {f"refined_{key}": refined[key] for key in ("encoder_rotation_median_deg", "psnr_encoder")}
+    if args.refine:
+        refined = run.evaluate(held_out, refine=args.refine)
+        scores |= {f"refined_{key}": refined[key] for key in ("encoder_rotation_median_deg", "psnr_encoder")}
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     alarms = [e for e in events if e["event"] == "alarms"][-1]
     record = {

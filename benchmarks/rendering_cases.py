@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -32,6 +33,7 @@ RENDERING_OPS = (
     "frequency",
     "project_gaussians",
     "rasterize_gaussians",
+    "rasterize_gaussians tenth",
     "spherical_harmonics",
 )
 
@@ -52,7 +54,7 @@ def rendering_op(name: str, rays: int, device: torch.device) -> OpCase:
     if op == "hash_grid":
         return hash_grid_case(rays, device, form)
     if op in ("project_gaussians", "rasterize_gaussians", "spherical_harmonics"):
-        return gaussians_case(op, GAUSSIANS_PER_RAY * rays, device)
+        return gaussians_case(op, GAUSSIANS_PER_RAY * rays // (10 if form == "tenth" else 1), device)
     origins, directions = make_rays(rays, device)
     near, far = ops.intersect_box(origins, directions, *BOX)
     if op == "march_rays":
@@ -208,9 +210,13 @@ def gaussians_case(op: str, count: int, device: torch.device) -> OpCase:
     if op == "project_gaussians":
         return OpCase(inputs, lambda *x: tuple(ops.project_gaussians(*x, size))[:3], lambda *x: project(*x)[:3])
     inputs += [torch.rand(*shape, device=device).requires_grad_() for shape in ((count, 3), (count,))]
-    return OpCase(
-        inputs, lambda *x: tuple(ops.rasterize_gaussians(ops.project_gaussians(*x[:5], size), *x[5:], size)), plain
-    )
+
+    def ours(*x: Tensor, backend: str = "factorkit") -> tuple[Tensor, ...]:
+        return tuple(ops.rasterize_gaussians(ops.project_gaussians(*x[:5], size), *x[5:], size, backend=backend))
+
+    gsplat = import_peer("gsplat") if device.type == "cuda" else "gsplat renders on CUDA only"
+    peer = partial(ours, backend="gsplat") if isinstance(gsplat, ModuleType) else absent(gsplat)
+    return OpCase(inputs, ours, plain, {"gsplat": peer})
 
 
 def absent(reason: str) -> Run:

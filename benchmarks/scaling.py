@@ -82,8 +82,9 @@ def trained_parameters(preset: str) -> int:
     """How many numbers of a preset's model have a gradient that is sent."""
     from factorkit.nerfdiff import config as nerfdiff
     from factorkit.segdiff import config as segdiff
+    from factorkit.segdiff.presets import PRESETS
 
-    if preset in nerfdiff.PRESETS and preset not in segdiff.PRESETS:
+    if preset in nerfdiff.PRESETS and preset not in PRESETS:
         return _nerfdiff_parameters(nerfdiff.preset_config(preset))
     with torch.device("meta"):
         model = segdiff.preset_config(preset).resolved().build()

@@ -23,6 +23,7 @@ ALLOWED = {"bf16": 0.05, "fp32": 1e-3}  # greatest relative error of outputs and
 IMPLEMENTATIONS = ("ours", "reference", "compiled")
 NOT_DIFFERENTIABLE = ("march_rays", "sample_pdf")
 PEERS = {"composite dense": ["nerfacc"], "composite packed": ["nerfacc"], "march_rays": ["grid_sample"]}
+PEERS |= {"rasterize_gaussians": ["gsplat"], "rasterize_gaussians tenth": ["gsplat"]}
 RAYS = {"cpu": 1024, "cuda": 131072}  # of 128 samples or points: 2^17 and 2^24
 DIRECTIONS = ("forward", "both")
 

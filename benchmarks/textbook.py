@@ -1,8 +1,8 @@
 """The factorized U-Net in straightforward PyTorch, the baseline of the benchmarks.
 
-It uses the modules and weights of a :class:`~factorkit.segdiff.network.FactorizedUNet` with masked skips and computes
-the same function: ``folded=False`` runs the decoder once for every branch, each skip multiplied by its mask and
-concatenated; ``folded=True`` runs all branches as one batch, channels last. Norms are torch's, in fp32 as in
+It uses the modules and weights of a U-Net :class:`~factorkit.segdiff.network.FactorizedDenoiser` with masked skips and
+computes the same function: ``folded=False`` runs the decoder once for every branch, each skip multiplied by its mask
+and concatenated; ``folded=True`` runs all branches as one batch, channels last. Norms are torch's, in fp32 as in
 guided-diffusion.
 """
 
@@ -16,13 +16,13 @@ from factorkit.diffusion.denoiser import Denoised
 from factorkit.nn.unet import Attention, Decoder, Norm, ResBlock
 from factorkit.ops.norm_pytorch import GROUP_EPS, MASK_FLOOR, MASKED_GROUP_EPS, PIXEL_EPS
 from factorkit.ops.region import POOL_FLOOR
-from factorkit.segdiff.network import FactorizedUNet, Regions, at_least_fp32
+from factorkit.segdiff.network import FactorizedDenoiser, Regions, at_least_fp32
 
 
 class Textbook(nn.Module):
     """Has the interface of ``model``, without the branches. Changes the layout of its weights."""
 
-    def __init__(self, model: FactorizedUNet, folded: bool):
+    def __init__(self, model: FactorizedDenoiser, folded: bool):
         super().__init__()
         if model.decoding != "masked_skips":
             raise ValueError(f"the textbook model masks the skips; got decoding={model.decoding!r}")
@@ -48,7 +48,7 @@ class Textbook(nn.Module):
             pooled = pool(at_least_fp32(net.tokens.feature(x_t)), masks)
             embeddings = embeddings + net.tokens.embed(pooled).to(embedding.dtype)
         pyramid = [masks]
-        for _ in range(net.num_levels - 1):
+        for _ in range(len(net.encoder.levels) - 1):
             pyramid.append(F.avg_pool2d(pyramid[-1], 2))
         if self.folded:
             outs = decode(net.decoder, h, skips, embeddings.flatten(0, 1), pyramid).unflatten(0, masks.shape[:2])
@@ -58,7 +58,7 @@ class Textbook(nn.Module):
         return Denoised((at_least_fp32(outs) * masks[:, :, None]).sum(1), Regions(masks, None))
 
 
-def encode(net: FactorizedUNet, x: Tensor, embedding: Tensor) -> list[Tensor]:
+def encode(net: FactorizedDenoiser, x: Tensor, embedding: Tensor) -> list[Tensor]:
     h = net.encoder.conv_in(x)
     skips = [h]
     for level in net.encoder.levels:
@@ -73,7 +73,7 @@ def encode(net: FactorizedUNet, x: Tensor, embedding: Tensor) -> list[Tensor]:
     return skips
 
 
-def middle(net: FactorizedUNet, h: Tensor, embedding: Tensor) -> Tensor:
+def middle(net: FactorizedDenoiser, h: Tensor, embedding: Tensor) -> Tensor:
     h = attend(net.middle.attention, residual(net.middle.block1, h, embedding, None), None)
     return residual(net.middle.block2, h, embedding, None)
 

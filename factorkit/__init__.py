@@ -19,7 +19,8 @@ from factorkit.utils.errors import CheckpointError, ConfigError, DataError, Fact
 
 if TYPE_CHECKING:
     from factorkit.nerfdiff.run import NerfdiffRun
-    from factorkit.nerfdiff.train import train_nerfdiff
+    from factorkit.nerfdiff.splat_scene import SplatScene
+    from factorkit.object_masks import train_nerfdiff
     from factorkit.rendering.render import render
     from factorkit.segdiff.choose_regions import choose_regions
     from factorkit.segdiff.run import SegdiffRun
@@ -49,7 +50,7 @@ _LAZY = {
     "train_segdiff": "factorkit.segdiff.train",
     "SegdiffRun": "factorkit.segdiff.run",
     "choose_regions": "factorkit.segdiff.choose_regions",
-    "train_nerfdiff": "factorkit.nerfdiff.train",
+    "train_nerfdiff": "factorkit.object_masks",
     "NerfdiffRun": "factorkit.nerfdiff.run",
     "render": "factorkit.rendering",
 }
@@ -61,11 +62,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'factorkit' has no attribute {name!r}")
 
 
-def load(path: str | Path, *, device: str = "auto", weights: str | float = "average") -> SegdiffRun | NerfdiffRun:
-    """Load a trained run with its settings from its folder or from one ``.safetensors`` file.
+def load(
+    path: str | Path, *, device: str = "auto", weights: str | float = "average"
+) -> SegdiffRun | NerfdiffRun | SplatScene:
+    """Load a trained run with its settings from its folder or from one ``.safetensors`` file, or a splat file.
 
     Args:
-        path: of the folder or the file.
+        path: of the folder or the file; a ``.ply`` of Gaussians, of any program, is a
+            :class:`~factorkit.nerfdiff.splat_scene.SplatScene`, which renders.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         weights: the moving ``"average"``; from a folder also the decay of another average
             (``extra_ema_decays=``), or ``"last"`` for the weights of the last step.
@@ -73,6 +77,7 @@ def load(path: str | Path, *, device: str = "auto", weights: str | float = "aver
     Raises:
         ConfigError: the run does not have these weights.
         CheckpointError: no run, or a damaged file. In a folder the previous checkpoint replaces a damaged one.
+        DataError: a ``.ply`` that is damaged or holds no Gaussians.
 
     Example:
         >>> type(factorkit.load("runs/flowers")).__name__, type(factorkit.load("runs/scene")).__name__
@@ -80,7 +85,12 @@ def load(path: str | Path, *, device: str = "auto", weights: str | float = "aver
     """
     from factorkit.engine.run_folder import model_name
     from factorkit.nerfdiff.run import NerfdiffRun
+    from factorkit.nerfdiff.splat_scene import SplatScene
     from factorkit.segdiff.run import SegdiffRun
 
+    if Path(path).suffix.lower() == ".ply":
+        if weights != "average":
+            raise ConfigError(f"weights={weights!r}: {path} is a splat file, which has no other weights")
+        return SplatScene(path, device=device)
     kind = NerfdiffRun if model_name(Path(path)) == "nerfdiff" else SegdiffRun
     return kind.load(path, device=device, weights=weights)

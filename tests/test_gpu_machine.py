@@ -26,7 +26,6 @@ ABSENT = (
     "plyfile",
     "pycocotools",
     "pycolmap",
-    "torch_fidelity",
     "viser",
 )
 COLLECT = f"""

@@ -52,9 +52,12 @@ def test_import_and_help_load_no_slow_module(statement):
 
 @pytest.mark.slow
 def test_import_of_the_models_loads_no_plotting_module():
-    statement = "import factorkit, sys\nfactorkit.SegdiffRun, factorkit.NerfdiffRun, factorkit.train_segdiff"
+    statement = (
+        "import factorkit, sys\n"
+        "factorkit.SegdiffRun, factorkit.NerfdiffRun, factorkit.train_segdiff, factorkit.train_nerfdiff"
+    )
     names = {name.partition(".")[0] for name in run_python("-c", f"{statement}\nprint(*sys.modules)").split()}
-    assert "torch" in names and not names & {"matplotlib", "cv2", "sklearn", "viser", "trimesh"}
+    assert "torch" in names and not names & {"matplotlib", "cv2", "sklearn", "viser", "trimesh", "roma"}
 
 
 @pytest.mark.slow

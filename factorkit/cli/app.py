@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from factorkit.segdiff.run import SegdiffRun
 
 HOST = "127.0.0.1"  # the page has no password
-CHECKERED = "#cutouts img {background: repeating-conic-gradient(#ddd 0 25%, #fff 0 50%) 0 0 / 16px 16px}"
+STYLE = """
+#cutouts img {background: repeating-conic-gradient(#ddd 0 25%, #fff 0 50%) 0 0 / 16px 16px}
+.grid-wrap {max-height: 70vh}
+.grid-container {padding-top: 2em !important; align-items: center}
+.thumbnail-item, .thumbnail-item img {aspect-ratio: auto !important; height: auto !important}
+"""  # tiles as high as their photos, below the title of the gallery
 
 
 @dataclass(kw_only=True)
@@ -104,7 +109,7 @@ def build_page(gradio: Any, run: SegdiffRun, folder: Path, region: str, verdict:
 
     colors = palette(run.config.num_leaf_regions)
     swatch = '<span style="background:rgb({},{},{});padding:0 .7em;margin-right:.5em"></span>region {}&emsp;'
-    look: dict[str, Any] = {"format": "png", "object_fit": "contain", "height": "auto", "buttons": ["download"]}
+    look: dict[str, Any] = {"format": "png", "object_fit": "contain", "height": "fit-content", "buttons": ["download"]}
     with gradio.Blocks(title="factorkit", analytics_enabled=False) as page:
         with gradio.Row():
             photos = gradio.Files(label="Photos: drop them here", type="filepath", height=170)
@@ -135,7 +140,7 @@ def serve_page(gradio: Any, page: Any, port: int | None, open_browser: bool) -> 
         run_history=False,
         ssr_mode=False,
         footer_links=[],
-        css=CHECKERED,
+        css=STYLE,
         theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
     return str(url)

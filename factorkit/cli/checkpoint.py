@@ -103,6 +103,7 @@ class Checkpoint(Command):
 
     def _export(self) -> Result:
         import factorkit
+        from factorkit.engine.run_folder import TrainedRun
 
         if self.out is None:
             raise ConfigError("no file to export to: give --out FILE.safetensors")
@@ -110,6 +111,7 @@ class Checkpoint(Command):
         with suppress(ValueError):
             weights = float(weights)
         run = factorkit.load(self._exported_checkpoint(), device="cpu", weights=weights)
+        assert isinstance(run, TrainedRun)
         written = run.save(self.out, overwrite=self.overwrite, source=str(self.run.resolve()))
         return {"out": str(written), "step": run.step}, f"written: {written} (step {run.step})"
 

@@ -37,7 +37,6 @@ OPTIONAL = {
     "skimage": ("no meshes are exported", "pip install -e '.[mesh]' in the source checkout"),
     "viser": ("no interactive viewer", "pip install -e '.[viewer]' in the source checkout"),
     "gradio": ("no page to drop photos on", "pip install -e '.[app]' in the source checkout"),
-    "torch_fidelity": ("no FID of generated images", "pip install -e '.[fid]' in the source checkout"),
     "tensorboard": (
         "no TensorBoard log; log.jsonl and report.html are always written",
         "pip install -e '.[tensorboard]' in the source checkout",

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Interpolate(OutputCommand):
     """Generate the images between two images, and their regions.
 
-    Both images are taken to noise level T, mixed there and denoised. A and B are one image each, or folders with equal
+    Both images are taken to noise level T by DDIM inversion, mixed there and denoised; the end frames reconstruct them.
+    A and B are one image each, or folders with equal
     numbers of images. OUT receives pair_0000_00.png to pair_0000_08.png, their _labels.png, and overview.png with
     all pairs.
 
@@ -42,12 +43,8 @@ class Interpolate(OutputCommand):
     """Number of images, including both ends."""
     t: NoiseLevel = None
     """Noise level of the mixture. The default is a quarter of the schedule (250); higher levels change more."""
-    steps: int = 50
-    """Denoising steps."""
-    sampler: Sampler = "ddpm"
-    """See factorkit generate --help."""
-    seed: int = 0
-    """The same seed generates the same images."""
+    steps: int = 25
+    """Steps to the noise level, and back."""
 
     def execute(self) -> Result:
         import numpy as np
@@ -60,9 +57,9 @@ class Interpolate(OutputCommand):
         from factorkit.utils.images import images_to_pixels
 
         a, b = open_source(self.a), open_source(self.b)
-        results = _Results(self, [a, b], f"interpolate, seed {self.seed}, with {self.b.resolve()}")
+        results = _Results(self, [a, b], f"interpolate with {self.b.resolve()}")
         result = SegdiffRun.load(self.run, device=self.device).interpolate(
-            a, b, frames=self.frames, t=self.t, steps=self.steps, sampler=self.sampler, seed=self.seed
+            a, b, frames=self.frames, t=self.t, steps=self.steps
         )
         images, labels = images_to_pixels(result.images), result.labels.numpy()
         for i, j in np.ndindex(labels.shape[:2]):

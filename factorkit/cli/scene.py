@@ -20,6 +20,7 @@ from factorkit.utils.errors import ConfigError, format_count
 if TYPE_CHECKING:
     from factorkit.data.views.views import Views
     from factorkit.nerfdiff.run import NerfdiffRun
+    from factorkit.nerfdiff.splat_scene import SplatScene, Up
     from factorkit.nerfdiff.viewer import ViewerScene
 
 CHECKPOINT_POLL_SECONDS = 5.0
@@ -146,6 +147,7 @@ class Render(OutputCommand):
         factorkit render runs/lego --poses poses.json --out frames/
         factorkit render runs/lego --path spiral --frames 120 --size 400 --out spiral.mp4
         factorkit render runs/lego --out frames/
+        factorkit render splats.ply --up=-y --out orbit.gif
     """
 
     out: Path
@@ -161,7 +163,9 @@ class Render(OutputCommand):
     frames: int = 60
     """Number of images."""
     size: OptionalInt = None
-    """Pixels of the longer side. The default is the training resolution."""
+    """Pixels of the longer side. The default is the training resolution; 512 of a splat file."""
+    up: Literal["z", "y", "-y", "-z"] = "z"
+    """Axis that points up, of a splat file from elsewhere."""
 
     def execute(self) -> Result:
         from factorkit.nerfdiff.camera_files import render_cameras
@@ -173,9 +177,9 @@ class Render(OutputCommand):
         check_frames(self.out, **place)
         images: Any
         if self.poses is None:
-            images = _load(self).render_path(self.path, self.size, self.frames).images
+            images = _load_scene(self, self.up).render_path(self.path, self.size, self.frames).images
         else:
-            images = render_cameras(_load(self), self.poses, self.coordinates, self.size)
+            images = render_cameras(_load_scene(self), self.poses, self.coordinates, self.size)
         distributed.run_on_first(lambda: write_frames(self.out, images, **place))
         return {"out": str(self.out), "frames": len(images)}, f"{format_count(len(images), 'frame')}: {self.out}"
 
@@ -250,20 +254,21 @@ class Sample(OutputCommand):
 
 @dataclass(kw_only=True)
 class Export(OutputCommand):
-    """Write the scene or its cameras in a format of other programs.
+    """Write the scene or its cameras in a format of other programs, or a splat file as another one.
 
-    Images and cameras have the size of the training data, with their lenses and opacity. A .glb has y up.
+    Images and cameras have the size of the training data, with their lenses and opacity. A .glb and a .spz have y up.
 
     Examples:
         factorkit export runs/lego scene.ply
         factorkit export runs/lego mesh.glb
         factorkit export runs/lego nerfstudio/transforms.json
         factorkit export runs/lego colmap/ --coordinates given
+        factorkit export splats.ply splats.spz
     """
 
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
-    """scene.ply (coloured points), mesh.ply (also .obj, .glb), splats.ply (Gaussians), transforms.json (nerfstudio), or
-    a folder (COLMAP)."""
+    """scene.ply (coloured points; of a scene of Gaussians its splats), points.ply, mesh.ply (also .obj, .glb), splats.ply
+    (Gaussians, also .spz), transforms.json (nerfstudio), or a folder (COLMAP)."""
     kind: Annotated[Literal["points", "mesh", "splats", "nerfstudio", "colmap"] | None, arg(help_behavior_hint="")] = (
         None
     )
@@ -275,7 +280,7 @@ class Export(OutputCommand):
 
     def execute(self) -> Result:
         options = {"kind": self.kind, "coordinates": self.coordinates, "data": self.data}
-        written = _load(self).export(self.out, overwrite=self.overwrite, **options)
+        written = _load_scene(self).export(self.out, overwrite=self.overwrite, **options)
         return {"out": str(written)}, f"written: {written}"
 
 
@@ -288,6 +293,7 @@ class View(RunCommand):
     Examples:
         factorkit view runs/lego
         factorkit view runs/lego --port 9000
+        factorkit view splats.ply
     """
 
     PROCESSES = "first"
@@ -335,9 +341,13 @@ def load_contents(path: Path, device: str) -> ViewerScene:
     from factorkit.nerfdiff.build import load_partial_run
     from factorkit.nerfdiff.evaluate import training_errors
     from factorkit.nerfdiff.run import NerfdiffRun
+    from factorkit.nerfdiff.splat_scene import SplatScene
     from factorkit.nerfdiff.training_views import load_views
     from factorkit.nerfdiff.viewer import ViewerScene
 
+    if path.suffix.lower() == ".ply":
+        splats = SplatScene(path, device=device)
+        return ViewerScene(0, splats.model.field, splats.views, torch.zeros(3))
     checkpoint = newest_checkpoint(path)
     if checkpoint is not None and checkpoint.parent.parent != path:
         _, step, field, views = load_partial_run(path)
@@ -388,7 +398,20 @@ def _list_files(paths: Sequence[Path]) -> Iterator[Path]:
             yield from path.rglob("*")
 
 
+def _load_scene(command: RunCommand, up: Up = "z") -> NerfdiffRun | SplatScene:
+    """Load a run or a splat file."""
+    from factorkit.nerfdiff.splat_scene import SplatScene
+
+    if command.run.suffix.lower() == ".ply":
+        return SplatScene(command.run, device=command.device, up=up)
+    if up != "z":
+        raise ConfigError(f"--up {up} is of splat files; {command.run} has z up, or y in forward-facing scenes")
+    return _load(command)
+
+
 def _load(command: RunCommand) -> NerfdiffRun:
     from factorkit.nerfdiff.run import NerfdiffRun
 
+    if command.run.suffix.lower() == ".ply":
+        raise ConfigError(f"{command.run} is a splat file, which only render, export and view take; give a run")
     return NerfdiffRun.load(command.run, device=command.device)

@@ -71,7 +71,7 @@ class TrainSegdiff(Command):
     """Also score trivial predictors at the end, if there are labels."""
 
     PROCESSES = "all"
-    BASIC = (*COMMON, "model", "seed_trials", "regions", "masks", "form", "json")
+    BASIC = (*COMMON, "model", "seed_trials", "regions", "masks", "form", "backbone", "json")
 
     def execute(self) -> Result:
         from factorkit.cli.evaluate import format_scores, judge_run
@@ -168,7 +168,7 @@ class TrainNerfdiff(Command):
     common; object and forward read them as they are."""
     masks: OptionalName = None
     """Folder of foreground masks (0 is transparent), matched by name. The default is masks/ or mask/ beside the images;
-    none uses no masks."""
+    none uses no masks; segdiff trains a segdiff model on the views first, in OUT_masks, and uses its masks."""
     loss_masks: OptionalPath = None
     """Folder of masks of pixels that do not count (0 is not scored), matched by name."""
     fov: OptionalFloat = None
@@ -183,8 +183,8 @@ class TrainNerfdiff(Command):
     def execute(self) -> Result:
         from factorkit.cli.evaluate import judge_run
         from factorkit.nerfdiff.config import NerfdiffConfig
-        from factorkit.nerfdiff.train import train_nerfdiff
         from factorkit.nerfdiff.verdict import REPORT
+        from factorkit.object_masks import train_nerfdiff
 
         settings = _settings(self, NerfdiffConfig)
         if self.dry_run:
@@ -203,7 +203,7 @@ class TrainNerfdiff(Command):
         return {name: getattr(self, name) for name in ("layout", "masks", "loss_masks", "fov", "box")}
 
     def _estimate(self, settings: dict[str, Any]) -> Result:
-        from factorkit.nerfdiff.train import estimate
+        from factorkit.object_masks import estimate
 
         data = estimate(self.data, preset=self.preset, **self._reading(), **settings)
         lines = [
@@ -314,12 +314,13 @@ def training_options(args: Sequence[str], show_help: bool) -> tuple[str, Any, An
         from factorkit.segdiff.config import SegdiffConfig, preset_config
 
         command, config = TrainSegdiff, SegdiffConfig
-        settings: EngineConfig = preset_config(_preset_name(early, "fast64"))
+        backbone = {} if early.backbone is None else {"backbone": early.backbone}
+        settings: EngineConfig = preset_config(_preset_name(early, "fast64"), **backbone)
     else:
         from factorkit.nerfdiff import config as nerfdiff
 
         command, config = TrainNerfdiff, nerfdiff.NerfdiffConfig
-        changes = {name: getattr(early, name) for name in ("search", "resolution", "field")}
+        changes = {name: getattr(early, name) for name in ("search", "resolution", "field", "encoder")}
         changes = {name: value for name, value in changes.items() if value is not None}
         settings = nerfdiff.preset_config(_preset_name(early, "fast"), **changes)
     options = dataclasses.make_dataclass(command.__name__, [], bases=(config, command), kw_only=True)
@@ -333,9 +334,11 @@ class _EarlyOptions:
 
     data: OptionalPath = None
     preset: str | None = None
+    backbone: str | None = None
     search: str | None = None
     resolution: int | None = None
     field: str | None = None
+    encoder: str | None = None
 
 
 def _preset_name(options: Any, default: str) -> str:

@@ -124,12 +124,7 @@ def sample(
     check_objective(prediction, schedule.kind)
     check_sampler(sampler, eta)
     t_start = schedule.steps if t_start is None else t_start
-    if not 1 <= t_start <= schedule.steps:
-        raise ConfigError(f"t_start={t_start} is outside the schedule; use 1 to {schedule.steps}")
-    steps = t_start if steps is None else steps
-    if not 1 <= steps <= t_start:
-        raise ConfigError(f"steps={steps} is not possible from t_start={t_start}; use 1 to {t_start}")
-    times = (snr_spaced_times if sampler == "dpm++" else evenly_spaced_times)(schedule, t_start, steps)
+    times = sampling_times(schedule, sampler, t_start, steps)
     levels = [NoiseLevel(float(schedule.signals[t]), float(schedule.sigmas[t])) for t in times]
     device = torch.device(schedule.device if device is None else device)
     rows = slice(None) if rows is None else rows
@@ -188,6 +183,20 @@ def check_sampler(sampler: str, eta: float = 0.0) -> None:
         raise ConfigError(f"eta={eta} is outside [0, 1]; 0 adds no noise, 1 as much as ddpm")
     if sampler != "ddim" and eta:
         raise ConfigError(f"eta={eta} needs sampler='ddim'; leave it out with {sampler!r}")
+
+
+def sampling_times(schedule: Schedule, sampler: str, t_start: int, steps: int | None) -> list[int]:
+    """Return the decreasing times at which a sampler calls the denoiser. Arguments as of :func:`sample`.
+
+    Raises:
+        ConfigError: steps or t_start out of range.
+    """
+    if not 1 <= t_start <= schedule.steps:
+        raise ConfigError(f"t_start={t_start} is outside the schedule; use 1 to {schedule.steps}")
+    steps = t_start if steps is None else steps
+    if not 1 <= steps <= t_start:
+        raise ConfigError(f"steps={steps} is not possible from t_start={t_start}; use 1 to {t_start}")
+    return (snr_spaced_times if sampler == "dpm++" else evenly_spaced_times)(schedule, t_start, steps)
 
 
 def evenly_spaced_times(schedule: Schedule, t_start: int, steps: int) -> list[int]:

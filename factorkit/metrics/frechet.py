@@ -1,4 +1,4 @@
-"""Distances between two sets of images as distributions: in random features, and FID where its weights are installed.
+"""Distances between two sets of images as distributions: in random features, and FID where its weights are.
 
 The Frechet distance of Heusel et al. 2017 on features of a network with fixed random weights needs no download, but it
 is NOT the FID. It ranks sets of one kind and one number of images by colour and texture; across kinds, sizes or numbers
@@ -8,17 +8,17 @@ it says nothing.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.metrics.inception import load_inception
+from factorkit.utils.errors import DataError, format_count
+from factorkit.utils.images import images_to_pixels
 
 RANDOM_CHANNELS = (16, 32, 32)  # of the three convolutions
 FEATURE_BATCH = 512  # images per forward pass
-INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's releases
 FID_BATCH = 64  # images per forward pass
 
 
@@ -73,30 +73,19 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def compute_fid(real: Tensor, generated: Tensor, device: str | torch.device = "cpu") -> float:
-    """Compute the FID of two sets of images [N, 3, H, W] in [0, 1]. Downloads nothing.
+    """Compute the FID of two sets of images [N, 3, H, W] in [0, 1] by Inception's features. Downloads nothing.
 
     Raises:
-        ConfigError: torch-fidelity or its Inception weights are missing; the message names the file and its place.
+        ConfigError: Inception's weights are missing; the message names the file and its place.
         DataError: fewer than two images on either side.
     """
     if min(len(real), len(generated)) < 2:
         raise DataError(f"{len(real)} and {format_count(len(generated), 'image')}: the FID needs at least 2 of each")
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
-    problems = []
-    try:
-        import torch_fidelity  # noqa: F401
-        from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError as error:
-        problems.append(f"{error}: pip install 'factorkit[fid]'")
-    if not path.is_file():
-        problems.append(f"its weights are missing: put {INCEPTION_WEIGHTS} (a release of torch-fidelity) at {path}")
-    if problems:
-        raise ConfigError(
-            f"FID cannot be computed, {', and '.join(problems)}. The distance in random features "
-            "(factorkit.metrics.frechet) needs neither, but is no FID"
-        )
-    metric = FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=str(path)).to(device)
-    for images, is_real in ((real, True), (generated, False)):
-        for batch in images.split(FID_BATCH):
-            metric.update(batch.float().to(device), real=is_real)
-    return float(metric.compute())
+    network = load_inception().to(device)
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        pixels = torch.from_numpy(images_to_pixels(images)).movedim(-1, 1)
+        return torch.cat([network(batch.to(device)).cpu() for batch in pixels.split(FID_BATCH)])
+
+    return frechet_distance(features(real), features(generated))

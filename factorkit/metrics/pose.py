@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import roma
 import torch
 from torch import Tensor
 
@@ -132,6 +131,8 @@ def rotation_errors_degrees(poses: Tensor, true_poses: Tensor) -> Tensor:
 
     Poses are [V, 4, 4], or rotations [V, 3, 3].
     """
+    import roma  # compiles functions, which takes a second
+
     rotations = (x[..., :3, :3].double() for x in (poses, true_poses))
     return torch.rad2deg(roma.rotmat_geodesic_distance(*rotations))
 
@@ -192,6 +193,8 @@ class _Alignment:
 
     def solve(self, weights: Tensor) -> Similarity:
         """Solve the weighted least squares problem over orientations and centres."""
+        import roma
+
         weights = weights / weights.sum()
         middle, true_middle = (
             torch.zeros(3, dtype=torch.float64) if self.about_origin else weights @ x
@@ -213,6 +216,8 @@ class _Alignment:
 
     def residuals(self, similarity: Similarity) -> Tensor:
         """Return the residual [V] of each view."""
+        import roma
+
         angle = roma.rotmat_geodesic_distance(similarity.rotation @ self.rotation, self.true_rotation)
         distance = (similarity.apply_points(self.centre) - self.true_centre).norm(dim=1) / self.unit
         return torch.hypot(angle, distance)

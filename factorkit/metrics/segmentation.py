@@ -102,7 +102,8 @@ def evaluate_masks(
 def check_fit(num_fit_images: int, num_images: int) -> None:
     """Raise ConfigError unless `num_fit_images` of the labelled images leave at least one on either side."""
     if num_images < 2:
-        raise ConfigError(f"{num_images} labelled image(s): at least 2 are needed, to fit the mapping and to score it")
+        many = format_count(num_images, "labelled image")
+        raise ConfigError(f"{many}: at least 2 are needed, to fit the mapping and to score it")
     if not 1 <= num_fit_images < num_images:
         raise ConfigError(
             f"num_fit_images={num_fit_images} of {format_count(num_images, 'labelled image')} choose the "

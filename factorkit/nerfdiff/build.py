@@ -12,14 +12,16 @@ from torch import Tensor
 from factorkit.data.views.views import Views, target_size
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.run_folder import read_settings
-from factorkit.nerfdiff.cameras.candidates import build_candidates
-from factorkit.nerfdiff.cameras.poses import FreePoses, OrbitPoses, forward_facing_poses, orbit_poses
-from factorkit.nerfdiff.config import NerfdiffConfig
+from factorkit.nerfdiff.cameras.candidates import Candidates, build_candidates
+from factorkit.nerfdiff.cameras.poses import FreePoses, OrbitPoses, dolly_poses, forward_facing_poses, orbit_poses
+from factorkit.nerfdiff.config import NUM_HEADS, NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field
 from factorkit.nerfdiff.fields.kinds import restore_field
 from factorkit.nerfdiff.network import NerfdiffModel, PoseEncoder
 from factorkit.nerfdiff.rays import CameraModel
 from factorkit.nerfdiff.training_views import load_views
+from factorkit.nn.unet import Encoder, TimeEmbedding
+from factorkit.nn.uvit import TokenEncoder
 from factorkit.utils.errors import CheckpointError, ConfigError
 
 STAGES = ("search", "refine", "refine again", "fit", "gaussians")  # the stages with all views, in order
@@ -45,17 +47,32 @@ def build_model(
         kind, config.num_candidates, scene["distance"], config.elevation_range, config.pose_parameters
     )
     size = target_size(min(config.encoder_resolution, max(scene["size"])), *scene["size"])
-    encoder = PoseEncoder(
-        size,
-        config.model_channels,
-        config.channel_mult,
-        config.num_res_blocks,
-        candidates.count,
-        candidates.raw_size,
-        pooling=config.encoder_pooling,
-    )
+    encoder = build_encoder(config, size, candidates)
     height, width = scene["size"]
     return NerfdiffModel(encoder, candidates, field, views, camera, (height, width), config.samples_per_ray)
+
+
+def build_encoder(config: NerfdiffConfig, size: tuple[int, int], candidates: Candidates) -> PoseEncoder:
+    """Build the encoder for views of ``size``, with fresh weights.
+
+    A transformer reads them at the next size that its patches divide.
+    """
+    channels, patch = config.model_channels, config.encoder_patch_size
+    encoder: Encoder | TokenEncoder
+    if config.encoder == "vit":
+        height, width = (-(-side // patch) * patch for side in size)
+        size, time = (height, width), TimeEmbedding(channels // 4)
+        encoder = TokenEncoder(3, channels, config.encoder_depth, patch, size, channels, num_heads=NUM_HEADS)
+        grid, norm = encoder.grid, "pixel"
+    else:
+        time = TimeEmbedding(channels)
+        encoder = Encoder(3, channels, config.channel_mult, config.num_res_blocks, (), max(size), 4 * channels)
+        height, width = size
+        for _ in config.channel_mult[1:]:
+            height, width = (height + 1) // 2, (width + 1) // 2
+        grid, norm = (height, width), "group"
+    pooling = config.encoder_pooling
+    return PoseEncoder(time, encoder, size, grid, candidates.count, candidates.raw_size, norm=norm, pooling=pooling)
 
 
 class PartialRun(NamedTuple):
@@ -88,7 +105,10 @@ def load_partial_run(folder: Path) -> PartialRun:
         raise CheckpointError(f"{stage} has no intact checkpoint")
     tensors, meta = latest
     field = restore_field(_strip_prefix(tensors, "ema.module.field."), settings).requires_grad_(False)
-    poses = _stage_poses(_strip_prefix(tensors, "ema.module.poses."), settings["scene"]["distance"], views.layout)
+    poses = _stage_poses(_strip_prefix(tensors, "ema.module.poses."), meta["scene"]["distance"], views.layout)
+    log_focal = tensors.get("ema.module.log_focal")
+    if log_focal is not None and views.layout == "object":
+        poses = dolly_poses(poses, log_focal.exp())
     return PartialRun(stage.name, int(meta["step"]), field, replace(views, poses=poses))
 
 

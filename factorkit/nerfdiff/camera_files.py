@@ -13,6 +13,7 @@ from factorkit.data.views.camera_keys import merge_settings, parse_distortion, p
 from factorkit.data.views.views import check_rigid, target_size
 from factorkit.nerfdiff.export.originals import find_originals
 from factorkit.nerfdiff.run import NerfdiffRun
+from factorkit.nerfdiff.splat_scene import SplatScene
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.files import read_json
 
@@ -73,12 +74,12 @@ def read_cameras(path: Path) -> CameraFile:
 
 
 def render_cameras(
-    run: NerfdiffRun, path: Path, coordinates: str | None = None, size: int | None = None
+    run: NerfdiffRun | SplatScene, path: Path, coordinates: str | None = None, size: int | None = None
 ) -> list[Tensor]:
-    """Render the scene of a run from the cameras of a file, each with its own intrinsics and size.
+    """Render a scene from the cameras of a file, each with its own intrinsics and size.
 
     Args:
-        run: with the scene.
+        run: with the scene; the coordinates of a splat file are its own.
         path: JSON file as ``factorkit pose`` and ``factorkit sample`` write it, or a transforms.json.
         coordinates: "run", or "given": those of the training data; None: the run's for files of factorkit.
         size: longer side of the images; None: that of the file, else as trained.
@@ -91,13 +92,13 @@ def render_cameras(
         DataError: the file cannot be read.
     """
     cameras = read_cameras(path)
-    if coordinates is None and cameras.in_run is None:
+    if coordinates is None and cameras.in_run is None and isinstance(run, NerfdiffRun):
         raise ConfigError(
             f'{path}: give coordinates="run" (--coordinates run), as exports have by default, or "given", those of the '
             "training data"
         )
     poses = cameras.poses
-    if coordinates == "given":
+    if coordinates == "given" and isinstance(run, NerfdiffRun):
         originals = find_originals(run.folder)
         to_given = None if originals is None else originals.align(run.poses)
         if to_given is None:

@@ -57,14 +57,16 @@ class NerfdiffConfig(EngineConfig):
     """Number of elevations in the search dictionary, evenly spaced over elevation_range."""
     optimize_camera: tuple[Literal["roll", "aim", "distance", "focal"], ...] | None = None
     """Camera parameters that are optimised in addition to the direction: "roll" about the viewing axis, "aim" off the
-    origin and "distance" for each view, and one "focal" length for all views. () assumes upright cameras that look at
-    the origin from one distance. None, the default, is (), or ("aim", "distance", "roll") if masks or a plain
-    background show an object off the centre of its views. With "aim" the search compares views that are recentred by
-    their foreground."""
+    origin and "distance" for each view, and one "focal" length for all views, with which the distances change so that
+    an object keeps its size. () assumes upright cameras that look at the origin from one distance. None, the default,
+    is ("aim", "distance", "roll") if masks or a plain background show an object off the centre of its views, and
+    "focal" if neither cameras, EXIF nor fov= give the focal length; otherwise (). With "aim" the search compares views
+    that are recentred by their foreground."""
     ordered: Literal["auto", "yes", "no"] = "auto"
-    """Whether the views were taken in the order of their names on one turn around the object. "yes": even rings of
-    cameras are tried as starts too, in both directions and at several elevations; the start is kept from which a short
-    fit explains held-out views best. "auto", the default: "yes" if consecutive views are more alike than others."""
+    """Whether the views were taken in the order of their names, or if these do not order them of the times in their
+    EXIF data, on one turn around the object. "yes": even rings of cameras are tried as starts too, in both directions
+    and at several elevations; the start is kept from which a short fit explains held-out views best. "auto", the
+    default: "yes" if consecutive views are more alike than others."""
     flip_rounds: int = 8
     """Maximum number of rounds of the flip test, which corrects views placed on the wrong side of a nearly symmetric
     scene. It stops at the first round that changes nothing. 0 runs one round that only reports."""
@@ -114,14 +116,21 @@ class NerfdiffConfig(EngineConfig):
     pose_learning_rate: float = 0.005
     """Learning rate of the poses of the views in the refinement."""
 
+    encoder: Literal["unet", "vit"] = "unet"
+    """Network that reads the views: the encoder of a U-Net, as in the thesis, or a transformer."""
+    encoder_depth: int = 4
+    """Blocks of the transformer."""
+    encoder_patch_size: int = 4
+    """Side in pixels of the patches that are the transformer's tokens."""
     encoder_resolution: int = 32
     """Longer side in pixels at which the encoder reads the views."""
     model_channels: int = 16
-    """Channels C of the encoder's first level. 16 suffices for views of 32 pixels; the thesis uses 64."""
+    """Channels C of the encoder's first level, or of the transformer's tokens (a multiple of 8; presets use 64). 16
+    suffices for views of 32 pixels; the thesis uses 64."""
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
-    """Channels of each level of the encoder, in units of model_channels."""
+    """Channels of each level of the U-Net's encoder, in units of model_channels."""
     num_res_blocks: int = 1
-    """Residual blocks in each level of the encoder."""
+    """Residual blocks in each level of the U-Net's encoder."""
     encoder_pooling: Literal["flatten", "average"] = "flatten"
     """How the encoder's last feature map reaches its heads: flattened, or averaged over space (fig. 3.12). Small
     encoders need the positions that the average discards."""
@@ -148,6 +157,8 @@ class NerfdiffConfig(EngineConfig):
             "search_steps": 1,
             "field_steps": 1,
             "encoder_resolution": 4,
+            "encoder_depth": 1,
+            "encoder_patch_size": 1,
             "model_channels": 2,
             "num_res_blocks": 1,
             "num_rendered_views": 0,
@@ -186,6 +197,16 @@ class NerfdiffConfig(EngineConfig):
             raise ConfigError(
                 f"model_channels={self.model_channels} must be even: half of the time embedding is cosines, half sines"
             )
+        usual = {field.name: field.default for field in dataclasses.fields(NerfdiffConfig)}
+        for name, settings in ENCODER_SETTINGS.items():
+            for own in settings if name != self.encoder else ():
+                if getattr(self, own) != usual[own]:
+                    raise ConfigError(
+                        f"{own}={getattr(self, own)} belongs to encoder={name!r}; encoder={self.encoder!r} does not "
+                        f"have it: leave it out, or give encoder={name!r}"
+                    )
+        if self.encoder == "vit" and self.model_channels % (2 * NUM_HEADS):
+            raise ConfigError(f"model_channels={self.model_channels} must be a multiple of {2 * NUM_HEADS} for tokens")
         if not self.timestep_power > 0:
             raise ConfigError(f"timestep_power={self.timestep_power} must be positive")
         for name in ("classification_weight", "tv_weight", "opacity_weight"):
@@ -193,12 +214,22 @@ class NerfdiffConfig(EngineConfig):
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
 
     @property
+    def encoder_stride(self) -> int:
+        """Pixels of a view, per side, for each feature that the heads read."""
+        return self.encoder_patch_size if self.encoder == "vit" else 2 ** min(len(self.channel_mult), 30)
+
+    @property
     def pose_parameters(self) -> tuple[str, ...]:
         """The settings of ``optimize_camera`` that each view has its own values of."""
         return tuple(name for name in self.optimize_camera or () if name in POSE_PARAMETERS)
 
 
+NUM_HEADS = 4  # of the transformer
+#: settings of one encoder alone
+ENCODER_SETTINGS = {"unet": ("channel_mult", "num_res_blocks"), "vit": ("encoder_depth", "encoder_patch_size")}
+
 CHOICES = {
+    "encoder": ("unet", "vit"),
     "poses": ("predicted", "known", "learned"),
     "search": ("auto", "dictionary", "sfm", "joint"),
     "candidate_type": ("look_at", "thesis", "single"),
@@ -246,9 +277,12 @@ _THESIS = {
 }
 
 
-def _sized(resolution: int) -> dict[str, Any]:
-    """Return settings of the final field at a resolution: one vertex and one sample along a ray per pixel."""
-    side = min(max(resolution, 32), 128)
+MAX_START_GRID = 64  # vertices along each side of the grid that Gaussians start from: finer ones gain nothing
+
+
+def _sized(resolution: int, field: str) -> dict[str, Any]:
+    """Return settings of the final grid at a resolution: one vertex and one sample along a ray per pixel."""
+    side = min(max(resolution, 32), MAX_START_GRID if field == "gaussians" else 128)
     return {"grid_resolution": side, "samples_per_ray": side, "field_steps": round(600 * side / 32)}
 
 
@@ -286,10 +320,13 @@ def preset_config(preset: str | None, **changes: Any) -> NerfdiffConfig:
         raise ConfigError(f"preset={preset!r} is unknown. {meant}Choose one of {', '.join(PRESETS)}")
     settings = PRESETS[preset] if preset else {}
     if settings is _FAST:
-        settings = settings | _sized(changes.get("resolution", NerfdiffConfig.resolution))
-        settings = settings | {"occupancy": changes.get("field", NerfdiffConfig.field) not in ("grid", "gaussians")}
+        field = changes.get("field", NerfdiffConfig.field)
+        settings = settings | _sized(changes.get("resolution", NerfdiffConfig.resolution), field)
+        settings = settings | {"occupancy": field not in ("grid", "gaussians")}
     if changes.get("search") == "joint" and preset in ("demo", "fast"):
         settings = settings | _JOINT | {k: round(share * settings[k]) for k, share in _JOINT_SHARES.items()}
+    if changes.get("encoder") == "vit":
+        settings = {k: v for k, v in settings.items() if k not in ENCODER_SETTINGS["unet"]} | {"model_channels": 64}
     config = NerfdiffConfig.from_dict({**settings, **changes})
     config.validate()
     return config

@@ -12,17 +12,16 @@ from torch import Tensor
 from factorkit.data.views.open import open_views
 from factorkit.data.views.views import Views, resize_area, target_size
 from factorkit.diffusion.schedule import Schedule
-from factorkit.nerfdiff.cameras.paths import camera_path
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.network import CameraPrediction, NerfdiffModel, to_signal
-from factorkit.nerfdiff.rays import render_views, same_aspect_ratio
+from factorkit.nerfdiff.rays import same_aspect_ratio
+from factorkit.nerfdiff.rendered_scene import RenderedScene, RenderedViews
 from factorkit.nerfdiff.scene import has_intrinsics, match_camera, match_size, relative_intrinsics
 from factorkit.nerfdiff.stages.localise import TargetImages, refine_poses, select_best_poses
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.rng import derived_seed
 
-MAX_RAYS = 1 << 18  # of whole images in memory at once
 ENCODER_BATCH = 64  # images
 NOISE_PERCENT = 4  # of T: the default noise level at which real views are encoded
 
@@ -35,17 +34,10 @@ class PosePrediction(NamedTuple):
     candidates: Tensor
 
 
-class RenderedViews(NamedTuple):
-    """Images [B, 3, H, W] in [0, 1], depth [B, H, W] (expected; 0 where empty), opacity [B, H, W], poses [B, 4, 4]."""
-
-    images: Tensor
-    depth: Tensor
-    opacity: Tensor
-    poses: Tensor
-
-
-class LoadedScene:
+class LoadedScene(RenderedScene):
     """The methods of :class:`~factorkit.nerfdiff.run.NerfdiffRun` that predict poses and render."""
+
+    model: NerfdiffModel
 
     def __init__(
         self, config: NerfdiffConfig, scene: dict[str, Any], model: NerfdiffModel, device: torch.device
@@ -53,11 +45,6 @@ class LoadedScene:
         self.config, self.scene, self.device = config, scene, device
         self.model = model.to(device).eval()
         self.schedule = Schedule(config.timesteps, device=device)
-
-    @property
-    def poses(self) -> Tensor:
-        """The poses of the training views, [V, 4, 4]."""
-        return self.model.views.cpu()
 
     def predict_pose(self, images: Any, t: int | None = None, refine: int = 0, check: bool = False) -> PosePrediction:
         """Predict the cameras of images with one forward pass of the encoder, optionally refined by rendering.
@@ -165,64 +152,6 @@ class LoadedScene:
         except ConfigError:  # the images are smaller than those of the run
             return open_views(source, **options)
 
-    def render(
-        self,
-        poses: Tensor,
-        size: int | tuple[int, int] | None = None,
-        appearance_view: int | None = None,
-        intrinsics: Tensor | None = None,
-    ) -> RenderedViews:
-        """Render the scene from poses [B, 4, 4] in the model's coordinates.
-
-        Args:
-            poses: camera-to-world.
-            size: the longer side, or height and width; None: as trained. Another aspect ratio than in training shows
-                more or less to the left and right.
-            appearance_view: index of the training view whose appearance to apply, with ``appearance_dim=``; None: the
-                mean appearance.
-            intrinsics: K [3, 3] or [B, 3, 3] in pixels of images of ``size``; None: those of the training views.
-
-        Raises:
-            ConfigError: no such appearance, or another aspect ratio in a forward-facing scene without ``intrinsics``.
-            DataError: poses or intrinsics of another shape, or poses that are not finite.
-        """
-        size = self.model.size if size is None else target_size(size, *self.model.size)
-        if poses.dim() != 3 or poses.shape[1:] != (4, 4) or not poses.isfinite().all():
-            raise DataError(f"poses of shape {tuple(poses.shape)}: give [B, 4, 4], all of them finite")
-        camera, own = self.model.camera, None
-        if intrinsics is None:
-            camera = camera.with_image_shape(self.model.size, size)
-        elif intrinsics.shape not in ((3, 3), (len(poses), 3, 3)):
-            raise DataError(f"intrinsics of shape {tuple(intrinsics.shape)}: give [3, 3] or [{len(poses)}, 3, 3]")
-        else:
-            own = (intrinsics.cpu() / torch.tensor([size[1], size[0], 1.0])[:, None]).expand(len(poses), 3, 3)
-            own = own.to(self.device)
-        field, views = self.model.field, None
-        if appearance_view is not None:
-            if field.appearance is None:
-                raise ConfigError(f"appearance_view={appearance_view} needs a run trained with appearance_dim=4 or so")
-            if not 0 <= appearance_view < len(self.poses):
-                raise ConfigError(f"appearance_view={appearance_view}: give a view from 0 to {len(self.poses) - 1}")
-            views = torch.full((len(poses),), appearance_view, device=self.device)
-        samples = self._samples_per_ray(size)
-
-        def render_rows(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-            parts = []
-            for index in torch.arange(len(poses))[rows].split(max(1, MAX_RAYS // (size[0] * size[1]))):
-                of_views = None if views is None else views[index]
-                lens = None if own is None else own[index]
-                rendered = render_views(field, poses[index].to(self.device), camera, size, samples, of_views, lens)
-                color = rendered.color.movedim(-1, 1).clamp(0, 1)
-                parts.append((color.cpu(), rendered.depth.cpu(), rendered.opacity.cpu()))
-            color, depth, opacity = (torch.cat(x) for x in zip(*parts, strict=True))
-            return color, depth, opacity
-
-        return RenderedViews(*distributed.map_shares(render_rows, len(poses)), poses)
-
-    def _samples_per_ray(self, size: tuple[int, int]) -> int:
-        """Return the samples along a ray of an image: more than in training, since they are not jittered."""
-        return max(2 * self.config.samples_per_ray, max(size) // 2)
-
     def reconstruct(self, images: Any, size: int | tuple[int, int] | None = None) -> RenderedViews:
         """Render the scene from the predicted poses of images, with their own intrinsics if they are views or files.
 
@@ -244,30 +173,3 @@ class LoadedScene:
         size = own.size if size is None else target_size(size, *own.size)
         scale = torch.tensor([size[1] / own.size[1], size[0] / own.size[0], 1.0])[:, None]
         return self.render(poses, size, intrinsics=own.intrinsics * scale)
-
-    def render_path(
-        self,
-        path: str | Tensor = "orbit",
-        size: int | tuple[int, int] | None = None,
-        frames: int = 60,
-        appearance_view: int | None = None,
-    ) -> RenderedViews:
-        """Render the scene along a camera path (thesis, fig. 3.8).
-
-        Args:
-            path: ``"orbit"``, ``"spiral"``, or poses [B, 4, 4] in the model's coordinates.
-            size: as in :meth:`render`.
-            frames: of an orbit or spiral.
-            appearance_view: as in :meth:`render`.
-
-        Raises:
-            ConfigError: an unknown path, no frames, or no such appearance.
-
-        Example:
-            >>> video = scene.render_path("orbit", frames=3, size=12)
-            >>> video.images.shape, video.depth.shape
-            (torch.Size([3, 3, 12, 12]), torch.Size([3, 12, 12]))
-        """
-        if isinstance(path, str):
-            path = camera_path(path, frames, self.poses, self.scene["layout"])
-        return self.render(path, size, appearance_view)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,9 @@ from factorkit.nerfdiff.cameras.candidates import Candidates
 from factorkit.nerfdiff.fields.base import Field
 from factorkit.nerfdiff.rays import CameraModel, render_views
 from factorkit.nn.unet import Encoder, Norm, TimeEmbedding
+from factorkit.nn.uvit import TokenEncoder
 
+NORM_GROUPS = 32  # upper bound of those of a GroupNorm
 HIDDEN_UNITS = 128  # between the flattened feature map and the heads
 HEAD_STD = 0.01  # of the heads' initial weights: the first candidates are near their anchors, but not equal
 
@@ -43,46 +45,40 @@ def to_radiance(signal: Tensor) -> Tensor:
 
 
 class PoseEncoder(nn.Module):
-    """U-Net encoder, norm and SiLU, pooling, and two linear heads (thesis, fig. 3.12).
+    """Encoder of a U-Net (thesis, fig. 3.12) or a transformer, norm and SiLU, pooling, and two linear heads.
 
     Args:
+        time: embeds time steps.
+        encoder: from noisy views [B, 3, H, W] and that embedding to features, the last of which are used.
         size: height and width at which it reads views; other sizes are resampled by area.
-        model_channels: channels of the first level.
-        channel_mult: channels of each level, in units of ``model_channels``.
-        num_res_blocks: residual blocks in each level.
+        grid: height and width of its last features.
         raw_size: raw outputs for each candidate.
-        norm_groups: upper bound on GroupNorm groups.
+        norm: kind of the norm before the pooling.
         pooling: "average" over the last feature map (fig. 3.12) discards positions, which small networks need;
             "flatten" keeps them.
     """
 
     def __init__(
         self,
+        time: TimeEmbedding,
+        encoder: Encoder | TokenEncoder,
         size: tuple[int, int],
-        model_channels: int,
-        channel_mult: Sequence[int],
-        num_res_blocks: int,
+        grid: tuple[int, int],
         candidates: int,
         raw_size: int,
         *,
-        norm_groups: int = 32,
+        norm: str = "group",
         pooling: str = "flatten",
     ):
         super().__init__()
         self.size = size
         self.output_shape = (candidates, raw_size)
-        self.time = TimeEmbedding(model_channels)
-        self.encoder = Encoder(
-            3, model_channels, channel_mult, num_res_blocks, (), max(size), 4 * model_channels, norm_groups=norm_groups
-        )
+        self.time, self.encoder = time, encoder
         channels = self.encoder.out_channels
-        self.norm = Norm(channels, norm_groups)
+        self.norm = Norm(channels, NORM_GROUPS, norm)
         if pooling == "flatten":
-            height, width = size
-            for _ in channel_mult[1:]:
-                height, width = (height + 1) // 2, (width + 1) // 2
             features = HIDDEN_UNITS
-            self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, features), nn.SiLU())
+            self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(channels * math.prod(grid), features), nn.SiLU())
         else:
             features = channels
             self.hidden = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())

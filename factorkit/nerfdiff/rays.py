@@ -184,7 +184,7 @@ def render_views(
     The arguments are those of :func:`render_pixels`, with poses [..., 4, 4] and intrinsics that broadcast with them.
     """
     if isinstance(field, ImageField):
-        rendered = rasterize_views(field, poses.flatten(0, -3), camera, size, intrinsics, poses.shape[:-2])
+        rendered = rasterize_views(field, poses.reshape(-1, 4, 4), camera, size, intrinsics, poses.shape[:-2])
         return rendered._replace(color=apply_appearance(field, rendered, camera, views))
     rays = image_rays(poses, camera.pixel_intrinsics(*size, intrinsics), *size)
     background = background_colors(field, rays.directions, camera)
@@ -224,7 +224,7 @@ def rasterize_views(
             behind = field.background(image_rays(pose, own, *size).directions)
         color = drawn.color + (1 - drawn.opacity[..., None]) * behind
         images.append([average_blocks(x, factor) for x in (color, drawn.depth, drawn.opacity)])
-    color, depth, opacity = (torch.stack(parts).unflatten(0, tuple(shape)) for parts in zip(*images, strict=True))
+    color, depth, opacity = (torch.stack(x).reshape(*shape, *x[0].shape) for x in zip(*images, strict=True))
     return Rendered(color, depth, opacity, None, None, torch.tensor(len(images), device=color.device))
 
 

@@ -1,9 +1,9 @@
-"""The views that structure from motion registered, with its cameras in place of those of the files."""
+"""The views that structure from motion registered, with its cameras in place of those of the files; and the others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from factorkit.data.files import format_examples
 from factorkit.data.views.arrangement import Arrangement, arrange
 from factorkit.data.views.colmap import ModelCameras, read_model
 from factorkit.data.views.loading import LazyView, load_views
 from factorkit.data.views.open import list_views, open_views
 from factorkit.data.views.views import SceneLayout, Views
+from factorkit.engine.run_folder import read_object
+from factorkit.utils.errors import format_count
 
 SFM_FOLDER = Path("stages", "sfm")  # in a run folder
 MODEL_FOLDER = SFM_FOLDER / "sparse" / "0"
+LOCALISED = SFM_FOLDER / "localised.json"
 
 
 def apply_cameras(views: Sequence[LazyView], model: ModelCameras) -> list[LazyView]:
@@ -103,3 +107,58 @@ def _given_poses(views: Sequence[LazyView], arrangement: Arrangement | None, mod
     if arrangement is None or any(pose is None for pose in poses):
         return None
     return torch.from_numpy(np.stack([arrangement.apply(pose) for pose in poses if pose is not None])).float()
+
+
+@dataclass(frozen=True)
+class LocalisedViews:
+    """Unregistered images and their poses.
+
+    Attributes:
+        names: of the images whose pose explains them.
+        poses: [L, 4, 4] in the coordinates of the run.
+        others: names of the images without a pose.
+    """
+
+    names: tuple[str, ...] = ()
+    poses: Tensor = field(default_factory=lambda: torch.zeros(0, 4, 4))
+    others: tuple[str, ...] = ()
+
+    def describe(self) -> list[str]:
+        """Return sentences on what was localised; none if all images were registered."""
+        total, notes = len(self.names) + len(self.others), []
+        if self.names:
+            notes.append(
+                f"Localised in the finished scene, not trained on: {len(self.names)} of the "
+                f"{format_count(total, 'image')} that structure from motion did not register: "
+                f"{format_examples(self.names)}."
+            )
+        if self.others:
+            notes.append(f"Without a pose, and left out of exports: {format_examples(self.others)}.")
+        return notes
+
+
+def load_localised(folder: Path | None) -> LocalisedViews:
+    """Load the localised images of a run folder; none if there are none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if folder is None or not (folder / LOCALISED).is_file():
+        return LocalisedViews()
+    values = read_object(folder / LOCALISED)
+    poses = torch.tensor(values["poses"], dtype=torch.float32).reshape(-1, 4, 4)
+    return LocalisedViews(tuple(values["names"]), poses, tuple(values["others"]))
+
+
+def list_unregistered(views: Sequence[LazyView], model: ModelCameras) -> list[LazyView]:
+    """Return the listed views that a model lacks, unless the files have cameras with the lens of the view before."""
+    result, last = [], next(iter(model.cameras.values()))
+    for view in views:
+        camera = model.cameras.get(view.name)
+        if camera is not None:
+            last = camera
+        elif view.pose is None:
+            result.append(replace(view, intrinsics=last.intrinsics, distortion=last.lens))
+        else:
+            result.append(replace(view, pose=None))
+    return result

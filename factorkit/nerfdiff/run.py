@@ -24,6 +24,7 @@ from factorkit.nerfdiff.fields.kinds import restore_field
 from factorkit.nerfdiff.loaded_scene import LoadedScene
 from factorkit.nerfdiff.network import CameraPrediction, NerfdiffModel, to_radiance
 from factorkit.nerfdiff.rays import CameraModel
+from factorkit.nerfdiff.registered_views import LocalisedViews, load_localised
 from factorkit.nerfdiff.scene import shared_camera
 from factorkit.nerfdiff.training_views import check_scene_description, load_views
 from factorkit.utils import distributed
@@ -86,15 +87,15 @@ class NerfdiffRun(LoadedScene, TrainedRun):
             config = NerfdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields})
             config.validate()
             scene, step = check_scene_description(meta["scene"]), int(meta["step"])
-            levels = len(config.channel_mult)
             check_plausible(
                 path,
                 tensors,
                 blocks=config.num_res_blocks,
-                levels=levels,
+                levels=len(config.channel_mult),
                 cameras=config.num_candidates,
                 channels=config.model_channels * max(config.channel_mult),
-                size=min(config.encoder_resolution, max(scene["size"])) >> min(levels, 30) or 1,
+                depth=config.encoder_depth,
+                size=min(config.encoder_resolution, max(scene["size"])) // config.encoder_stride or 1,
             )
             field_weights = {k.removeprefix("field."): v for k, v in tensors.items() if k.startswith("field.")}
             field = restore_field(field_weights, meta)
@@ -127,6 +128,11 @@ class NerfdiffRun(LoadedScene, TrainedRun):
         background = None if self.model.field.background is not None else self.model.background.cpu()
         return Views(images, names, intrinsics, poses=self.poses, layout=self.scene["layout"], background=background)
 
+    @property
+    def localised(self) -> LocalisedViews:
+        """The images that structure from motion did not register, with poses where the finished scene explains them."""
+        return load_localised(self.folder)
+
     def export(self, path: str | Path, *, data: Any = None, **options: Any) -> Path:
         """Write the scene or its cameras for other programs; of several processes only the first does.
 
@@ -135,8 +141,8 @@ class NerfdiffRun(LoadedScene, TrainedRun):
 
         Args:
             path: ``scene.ply`` (coloured points), ``mesh.ply`` (also .obj, .glb), ``splats.ply``
-                (Gaussians), ``transforms.json`` (nerfstudio) or a
-                folder (COLMAP's binary format).
+                (Gaussians; also .spz, and any other .ply of a scene of Gaussians), ``transforms.json`` (nerfstudio) or
+                a folder (COLMAP's binary format).
             data: the training data, if they were moved or given as objects; a path or
                 :class:`~factorkit.data.views.views.Views`.
             **options: of :func:`factorkit.nerfdiff.export.export`, such as ``coordinates`` and ``overwrite``.
@@ -150,11 +156,13 @@ class NerfdiffRun(LoadedScene, TrainedRun):
         if distributed.rank() > 0:
             return Path(path)
         source = f"export: {identify_run(self.folder, self.model.state_dict())}"
-        kind = options.pop("kind", None) or kind_of(Path(path))
+        kind = options.pop("kind", None) or kind_of(Path(path), self.model.field)
         if kind in CAMERA_KINDS or options.get("coordinates") == "given":
             originals = find_originals(self.folder, data)
             if originals is not None and kind in CAMERA_KINDS:
                 options["images"] = originals.list_images(self.model.camera.intrinsics.cpu())
+                if len(options["images"]) > len(views):
+                    options["localised"] = self.localised.poses
             options["to_given"] = None if originals is None else originals.align(self.poses)
         return export(path, views, self.model.field, kind=kind, source=source, **options)
 

@@ -35,7 +35,11 @@ class Scene:
         loss_masks: [V, 1, H, W], 0 at pixels that no loss counts; None: all pixels count.
         foreground: of the views of an object, if masks or a background colour show it.
         note: a sentence for the user on how the scene was prepared.
+        has_focal: whether the focal lengths are known; False: they are a guess.
+        masks: opacity [V, 1, H, W] of the views of an object in [0, 1], or None.
+        times: [V], when the views were taken, in seconds from any start; or None.
         reframed_images: the views [V, 3, H, W] as the common camera sees them; None: it is the camera of all views.
+        points: sparse points [P, 3] of an object scene in the field's coordinates, if the poses came with some.
     """
 
     images: Tensor
@@ -49,6 +53,10 @@ class Scene:
     foreground: Foreground | None = None
     note: str = ""
     initial_poses: Tensor | None = None
+    points: Tensor | None = None
+    has_focal: bool = True
+    masks: Tensor | None = None
+    times: Tensor | None = None
 
     @property
     def encoder_images(self) -> Tensor:
@@ -84,7 +92,7 @@ def open_scene(
     if views.images.std((0, 2, 3)).max() < MIN_COLOR_STD:
         raise DataError("no foreground: all pixels of all views are equal. Are masks or background inverted?")
     camera, foreground = shared_camera(views), None
-    poses, distance, note = views.poses, 1.0, ""
+    poses, distance, note, points = views.poses, 1.0, "", None
     if views.layout == "object":
         distance, foreground = framing_distance(float(camera.intrinsics.diagonal()[:2].min())), find_foreground(views)
     if box is not None and not (box > 0 and known_poses and poses is not None and views.layout == "object"):
@@ -93,7 +101,8 @@ def open_scene(
         )
     if known_poses and poses is not None:
         if views.layout == "object":
-            poses, distance, note = _fit_box(views, poses, distance, foreground, box)
+            poses, distance, note, points = _fit_box(views, poses, distance, foreground, box)
+            points = None if points is None else points.to(device)
         else:
             poses = align_forward(poses, views.near)
     poses = None if poses is None else poses.to(device)
@@ -101,12 +110,42 @@ def open_scene(
     seen = None if camera.view_intrinsics is None else match_camera(views, camera, views.size).images.to(device)
     images, camera = views.images.to(device), camera.to(device)
     foreground = None if foreground is None else foreground.to(device)
-    return Scene(images, list(views.names), camera, views.layout, distance, poses, loss_masks, seen, foreground, note)
+    return Scene(
+        images,
+        list(views.names),
+        camera,
+        views.layout,
+        distance,
+        poses,
+        loss_masks,
+        seen,
+        foreground,
+        note,
+        points=points,
+        has_focal=views.has_focal,
+        masks=None if views.masks is None or views.layout == "forward" else views.masks.to(device),
+        times=views.times,
+    )
+
+
+def scale_focal(scene: Scene, factor: float) -> Scene:
+    """Return the scene of an object with other focal lengths, and distances at which it has the same size in images."""
+    scale = torch.tensor([factor, factor, 1.0], device=scene.images.device)
+    stretch = torch.diag(scale - 1)
+
+    def scaled(intrinsics: Tensor) -> Tensor:
+        return intrinsics + intrinsics.diagonal(dim1=-2, dim2=-1).diag_embed() * stretch
+
+    foreground = scene.foreground
+    if foreground is not None:
+        foreground = replace(foreground, intrinsics=scaled(foreground.intrinsics))
+    camera = scene.camera.with_intrinsics(scaled(scene.camera.intrinsics))
+    return replace(scene, camera=camera, distance=scene.distance * factor, foreground=foreground)
 
 
 def _fit_box(
     views: Views, poses: Tensor, distance: float, foreground: Foreground | None, side: float | None
-) -> tuple[Tensor, float, str]:
+) -> tuple[Tensor, float, str, Tensor | None]:
     """Move and scale poses so that the field's box [-1, 1]^3 holds the object.
 
     Args:
@@ -117,23 +156,28 @@ def _fit_box(
         side: length of the box's sides in the units of the poses; None: by the views.
 
     Returns:
-        The poses, their mean distance, and a sentence for the user.
+        The poses, their mean distance, a sentence for the user, and the sparse points, moved likewise.
     """
     upright = align_up_axis(poses)
     centered = center_poses(upright, distance)
     scale = rms_spread(centered[:, :3, 3]) / rms_spread(upright[:, :3, 3])
+
+    def move_points(moved: Tensor) -> Tensor | None:
+        if views.points is None:
+            return None
+        points = views.points @ (upright[0, :3, :3] @ poses[0, :3, :3].T).T  # as the poses were turned
+        growth = rms_spread(moved[:, :3, 3]) / rms_spread(upright[:, :3, 3])
+        return (points - upright[0, :3, 3]) * growth + moved[0, :3, 3]
+
     if side is not None:
         factor, reason = side * scale / 2, "as given"
     else:
-        points = views.points
-        if points is not None:
-            points = points @ (upright[0, :3, :3] @ poses[0, :3, :3].T).T  # as the poses were turned
-            points = (points - upright[0, :3, 3]) * scale + centered[0, :3, 3]
-        factor, reason = choose_scale(centered, foreground, points)
+        factor, reason = choose_scale(centered, foreground, move_points(centered))
     if factor != 1:
         distance = distance / factor
         centered = center_poses(upright, distance)
-    return centered, distance, f"The field's box has sides of {2 * factor / scale:.4g} units of the poses: {reason}."
+    note = f"The field's box has sides of {2 * factor / scale:.4g} units of the poses: {reason}."
+    return centered, distance, note, move_points(centered)
 
 
 def shared_camera(views: Views) -> CameraModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.held_out import MAX_CROSS
 from factorkit.nerfdiff.registered_views import SFM_FOLDER
 from factorkit.nerfdiff.scene import Scene
+from factorkit.nerfdiff.search_record import SearchRecord, Trial, judge_run, load_record, set_aside
 from factorkit.nerfdiff.stages.feature_images import MAX_SIDE, read_feature_images
+from factorkit.nerfdiff.stages.matches import count_matching, import_pycolmap
 from factorkit.nerfdiff.stages.pipeline import Training
-from factorkit.nerfdiff.stages.sfm import SfmResult, count_matching, find_cameras, import_pycolmap
+from factorkit.nerfdiff.stages.sfm import SfmResult, find_cameras
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError, format_count
 
@@ -31,6 +34,7 @@ SAMPLES = 5  # pairs of neighbouring views, evenly spaced, among which matches a
 MIN_MATCHING = 0.6  # share of the sampled views that must match another for structure from motion
 MIN_REGISTERED = 0.6  # share of the views that structure from motion must register
 MIN_VIEWS = 4
+MIN_SIDE_AFTER_DICTIONARY = 128  # pixels; there is nothing to lose
 
 Prepared = Callable[["PoseSearch"], tuple[Views, Scene, dict[str, Any]]]
 
@@ -83,41 +87,93 @@ def choose_search(request: RunRequest) -> PoseSearch:
         DataError: structure from motion found no cameras, and was demanded.
         CheckpointError: the folder holds another run.
     """
-    config, stored = request.config, _stored_settings(request.folder)
+    config, stored = request.config, read_stored_settings(request.folder)
     if config.poses != "predicted":
         return PoseSearch(_with_search(config, "dictionary"))
     if config.search != "auto":
         return _find_by_sfm(request, stored) if config.search == "sfm" else PoseSearch(config)
+    record = distributed.run_on_first(lambda: load_record(request.folder))
+    if "scene" in stored and record.next not in ("", stored["search"]):  # a change of the search was interrupted
+        return _change_search(request, record)
     if "scene" in stored:
         config = replace(config, search=stored["search"])
         return _find_by_sfm(replace(request, config=config), stored) if config.search == "sfm" else PoseSearch(config)
+    if record.next:
+        return _find_by_sfm(replace(request, config=_with_search(config, record.next)), stored)
     name, reason = distributed.run_on_first(lambda: decide(request.data, request.reading))
     note = f'search="{name}": {reason}.'
     if name == "sfm":
-        found = _find_by_sfm(request, stored, note)
-        if isinstance(found, PoseSearch):
+        found, trial = _try_sfm(request, claimed(request.folder, request.settings, config.RESUMABLE), note)
+        if found is not None:
             return found
-        note = f'{note} Rejected: {found} Tried next: search="dictionary".'
-        return PoseSearch(_with_search(config, "dictionary"), None, (note,))
+        distributed.run_on_first(lambda: record.add(trial).save(request.folder))
+        note = f'{note} Rejected: {trial.problem} Tried next: search="dictionary".'
+        name = "dictionary"
     return PoseSearch(_with_search(config, name), None, (note,))
 
 
-def decide(data: Any, reading: dict[str, Any]) -> tuple[str, str]:
-    """Return the search for data, "sfm" or "dictionary", and why; it takes a few seconds at most."""
+def choose_next_search(request: RunRequest, search: PoseSearch) -> tuple[PoseSearch | None, list[str]]:
+    """Judge the finished run of a search that was chosen; if alarms reject it, try structure from motion unless tried.
+
+    Collective.
+
+    Returns:
+        The search to train by instead, or None if the run stays; and sentences on what was tried with what figures.
+    """
+    if request.config.search != "auto" or request.config.poses != "predicted":
+        return None, []
+    folder, name = request.folder, search.config.search
+    record, trial = distributed.run_on_first(lambda: (load_record(folder), judge_run(folder, name)))
+    record, notes = record.add(trial), tuple[str, ...]()
+    if trial.problem and not record.has("sfm"):
+        why_not = distributed.run_on_first(lambda: _why_no_sfm(request.data, request.reading))
+        if why_not:
+            notes = (f'search="sfm" was not tried: {why_not}.',)
+        else:
+            found, sfm_trial = _try_sfm(request, locked(folder), 'search="sfm": alarms rejected the dictionary.')
+            if found is not None:
+                record = replace(record, next="sfm")
+                distributed.run_on_first(lambda: record.save(folder))
+                return _change_search(request, record), [f'Rejected: {trial.problem}. Tried next: search="sfm".']
+            record = record.add(sfm_trial)
+    return None, distributed.run_on_first(lambda: record.store(folder, notes))
+
+
+def _change_search(request: RunRequest, record: SearchRecord) -> PoseSearch:
+    with distributed.enter_on_first(locked(request.folder)):
+        distributed.run_on_first(lambda: set_aside(request.folder, request.settings))
+    return _find_by_sfm(replace(request, config=_with_search(request.config, record.next)), {})
+
+
+def _why_no_sfm(data: Any, reading: dict[str, Any]) -> str:
+    """Return why structure from motion cannot follow a rejected dictionary; "" if it can."""
+    return _find_obstacle(data, reading, MIN_SIDE_AFTER_DICTIONARY)[0]
+
+
+def _find_obstacle(data: Any, reading: dict[str, Any], min_side: int) -> tuple[str, Sequence[LazyView] | Views]:
+    """Return why structure from motion is not possible, or "", and the training views."""
     if isinstance(data, Iterator):
-        return "dictionary", "the images can be read only once"
+        return "the images can be read only once", []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again when the views are opened
         views = list_training_views(data, reading)
     if len(views) < MIN_VIEWS:
-        return "dictionary", f"{format_count(len(views), 'view')} are too few for structure from motion"
+        return f"{format_count(len(views), 'view')} are too few for structure from motion", views
     side = max(views.size if isinstance(views, Views) else views[0].read_image().shape[:2])
-    if side < MIN_SIDE:
-        return "dictionary", f"images of {side} < {MIN_SIDE} pixels are too small for structure from motion"
+    if side < min_side:
+        return f"images of {side} < {min_side} pixels are too small for structure from motion", views
     try:
         import_pycolmap()
     except ConfigError as error:
-        return "dictionary", f"structure from motion would be tried on images of {side} pixels, but {error}"
+        return f"structure from motion would be tried on images of {side} pixels, but {error}", views
+    return "", views
+
+
+def decide(data: Any, reading: dict[str, Any]) -> tuple[str, str]:
+    """Return the search for data, "sfm" or "dictionary", and why; it takes a few seconds at most."""
+    obstacle, views = _find_obstacle(data, reading, MIN_SIDE)
+    if obstacle:
+        return "dictionary", obstacle
     rows = np.linspace(0, len(views) - 2, min(SAMPLES, len(views) // 2)).round().astype(int)
     chosen = [int(row) + step for row in rows for step in (0, 1)]
     sample = views.select(chosen) if isinstance(views, Views) else [views[i] for i in chosen]
@@ -133,20 +189,13 @@ def list_training_views(data: Any, reading: dict[str, Any]) -> Sequence[LazyView
     return data if isinstance(data, Views) else list_views(data, "train", MAX_SIDE, **reading).views
 
 
-def _find_by_sfm(request: RunRequest, stored: dict[str, Any], choice: str = "") -> Any:
-    """Find cameras by structure from motion.
+def _find_by_sfm(request: RunRequest, stored: dict[str, Any]) -> PoseSearch:
+    """Find cameras by structure from motion, which was demanded or accepted before.
 
-    Args:
-        request: of the training.
-        stored: settings of the run in the folder.
-        choice: why this search was chosen; "": it was demanded, so that its result is not rejected.
-
-    Returns:
-        The search; or, if it is rejected, a sentence.
+    Raises:
+        DataError: it found none.
     """
-    folder, config = request.folder, _with_search(request.config, "sfm")
-    ordered = "no" if config.ordered == "auto" else config.ordered  # of the dictionary search
-    config = replace(config, optimize_camera=config.optimize_camera or (), ordered=ordered)
+    folder, config = request.folder, _sfm_config(request.config)
     if "scene" in stored:  # otherwise the folder is claimed without a scene
         requested = {**request.settings, **config.to_dict(), "scene": stored["scene"]}
         distributed.run_on_first(lambda: check_claim(folder, requested, config.RESUMABLE))
@@ -155,26 +204,45 @@ def _find_by_sfm(request: RunRequest, stored: dict[str, Any], choice: str = "") 
         place = claimed(folder, request.settings, config.RESUMABLE)
     with distributed.enter_on_first(place):
         result = distributed.run_on_first(lambda: _register(request))
-        found = PoseSearch(config, result.model, tuple(filter(None, (choice, *result.describe()))))
-        if not choice:
-            if result.model is None:
-                raise DataError(f'{found.notes[-1]} Give more overlapping images, or search="dictionary" (--search)')
-            return found
+    notes = tuple(result.describe())
+    if result.model is None:
+        raise DataError(f'{notes[-1]} Give more overlapping images, or search="dictionary" (--search)')
+    return PoseSearch(config, result.model, notes)
+
+
+def _try_sfm(
+    request: RunRequest, place: AbstractContextManager[object], choice: str
+) -> tuple[PoseSearch | None, Trial]:
+    """Find cameras by structure from motion, and check them; return None in place of a search that is rejected.
+
+    Args:
+        request: of the training.
+        place: claims or locks the folder.
+        choice: why this search was chosen.
+    """
+    with distributed.enter_on_first(place):
+        result = distributed.run_on_first(lambda: _register(request))
         if result.model is None or result.share < MIN_REGISTERED:
-            return " ".join(result.describe())
+            return None, Trial("sfm", None, " ".join(result.describe()))
+        found = PoseSearch(_sfm_config(request.config), result.model, (choice, *result.describe()))
         try:
             _, scene, settings = request.prepare(found)
         except DataError as error:
-            return f"{error}."
-        check = Training(config, scene, folder / SFM_FOLDER / "check", settings, request.progress)
+            return None, Trial("sfm", None, f"{error}.")
+        check = Training(found.config, scene, request.folder / SFM_FOLDER / "check", settings, request.progress)
         assert scene.initial_poses is not None
-        errors = check.cross_fit("sfm", scene.initial_poses, scene)
+        cross = check.cross_fit("sfm", scene.initial_poses, scene).cross
     limit = MAX_CROSS[scene.layout]
-    if not errors.cross <= limit:
-        return (
-            f"a field fitted to half of the views leaves {errors.cross:.2f} > {limit:g} of the variance of the others."
-        )
-    return found
+    if cross <= limit:
+        return found, Trial("sfm", cross)
+    problem = f"a field fitted to half of the views leaves {cross:.2f} > {limit:g} of the variance of the others."
+    return None, Trial("sfm", cross, problem)
+
+
+def _sfm_config(config: NerfdiffConfig) -> NerfdiffConfig:
+    """Return the configuration of a run by structure from motion; what only the dictionary has is off."""
+    ordered = "no" if config.ordered == "auto" else config.ordered
+    return replace(_with_search(config, "sfm"), optimize_camera=config.optimize_camera or (), ordered=ordered)
 
 
 def _register(request: RunRequest) -> SfmResult:
@@ -188,6 +256,6 @@ def _with_search(config: NerfdiffConfig, search: Any) -> NerfdiffConfig:
     return replace(config, search=search) if config.search == "auto" else config
 
 
-def _stored_settings(folder: Path) -> dict[str, Any]:
+def read_stored_settings(folder: Path) -> dict[str, Any]:
     """Return the settings of the run in a folder; nothing if there is none."""
     return read_settings(folder) if (folder / CONFIG).is_file() else {}

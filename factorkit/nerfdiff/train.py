@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -19,18 +20,29 @@ from factorkit.engine.config import cpu_threads, peak_memory, resolve_device
 from factorkit.engine.run_folder import claimed
 from factorkit.engine.trainer import Trainer
 from factorkit.nerfdiff.config import NerfdiffConfig, preset_config
+from factorkit.nerfdiff.fields.gaussians import TRAINING_BYTES
+from factorkit.nerfdiff.previews.files import save_masks
 from factorkit.nerfdiff.registered_views import open_registered_views
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.scene import Scene, open_scene, require_poses
-from factorkit.nerfdiff.search import PoseSearch, RunRequest, choose_search
+from factorkit.nerfdiff.search import (
+    PoseSearch,
+    RunRequest,
+    choose_next_search,
+    choose_search,
+    decide,
+    read_stored_settings,
+)
 from factorkit.nerfdiff.stages.dictionary import SearchTask
-from factorkit.nerfdiff.stages.ordered import are_ordered
+from factorkit.nerfdiff.stages.ordered import find_order
 from factorkit.nerfdiff.stages.pipeline import Training
 from factorkit.nerfdiff.stages.recentre import is_off_centre
 from factorkit.nerfdiff.stages.refine import UPDATE_EVERY
 from factorkit.nerfdiff.training_views import complete_settings, describe_data, describe_scene, store_views
+from factorkit.nerfdiff.unregistered import localise_unregistered
 from factorkit.utils import distributed
 from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.utils.memory import require_memory
 
 NUM_PROCEDURAL_VIEWS = 80  # without data
 TIMED_STEPS = 3  # of each stage, in a dry run
@@ -90,7 +102,7 @@ def train_nerfdiff(
     distributed.join_processes(device)
     distributed.check_batch(config.batch_size)
     distributed.check_batch(config.views_per_step, "views_per_step")
-    folder = Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset}"
+    folder = choose_folder(data, out, preset)
     reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
     source = _require_data(data, config, reading)
     settings = {"model": "nerfdiff", **config.to_dict(), "preset": preset}
@@ -98,26 +110,56 @@ def train_nerfdiff(
     def prepare(search: PoseSearch) -> tuple[Views, Scene, dict[str, Any]]:
         return _prepare(source, search, preset, device, reading, box)
 
-    search = choose_search(RunRequest(source, config, reading, folder, settings, prepare, progress))
-    config = search.config
-    views, scene, settings = prepare(search)
-    config = choose_capture_settings(config, scene)
-    settings |= config.to_dict()
-    if progress:
-        notes = [*search.notes, *list_notes(views, scene, config)]
-        distributed.run_on_first(lambda: print("".join(f"views: {note}\n" for note in notes), end="", file=sys.stderr))
+    request = RunRequest(source, config, reading, folder, settings, prepare, progress)
 
-    complete = partial(complete_settings, folder=folder, requested=settings)
-    run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
-    with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
-        distributed.run_on_first(lambda: store_views(folder, views, describe_data(data, reading)))
-        Training(config, scene, folder, settings, progress).run()
-        return NerfdiffRun.load(folder, device=device)
+    def train(search: PoseSearch) -> NerfdiffRun:
+        views, scene, settings = prepare(search)
+        config = choose_capture_settings(search.config, scene, read_stored_settings(folder))
+        settings |= config.to_dict()
+        if progress:
+            print_notes([*search.notes, *list_notes(views, scene, config)])
+
+        complete = partial(complete_settings, folder=folder, requested=settings)
+        run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
+        with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
+            distributed.run_on_first(lambda: store_views(folder, views, describe_data(data, reading)))
+            distributed.run_on_first(lambda: save_masks(folder / "samples" / "000000_masks.png", views))
+            Training(config, scene, folder, settings, progress).run()
+            run = NerfdiffRun.load(folder, device=device)
+            if search.model is not None:
+                notes = localise_unregistered(run, run.step, run.views, folder, source, reading).describe()
+                if progress:
+                    print_notes(notes)
+            return run
+
+    search: PoseSearch | None = choose_search(request)
+    while search is not None:
+        run = train(search)
+        search, notes = choose_next_search(request, search)
+        if progress:
+            print_notes(notes)
+    return run
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Print sentences on the views; collective."""
+    distributed.run_on_first(lambda: print("".join(f"views: {note}\n" for note in notes), end="", file=sys.stderr))
 
 
 def default_preset(data: Any) -> str:
     """Return the preset that is used if none is given."""
     return "demo" if data is None else "fast"
+
+
+def choose_folder(data: Any, out: str | Path | None, preset: str | None) -> Path:
+    """Return the run folder."""
+    return Path(out) if out is not None else Path("runs") / f"nerfdiff-{preset or default_preset(data)}"
+
+
+def check_options(data: Any, preset: str | None, options: dict[str, Any]) -> None:
+    """Raise ConfigError for options of :func:`train_nerfdiff` that cannot work whatever the views."""
+    reading = ("progress", "layout", "masks", "loss_masks", "fov", "box")
+    preset_config(preset or default_preset(data), **{k: v for k, v in options.items() if k not in reading})
 
 
 def estimate(
@@ -144,8 +186,15 @@ def estimate(
     config = preset_config(preset, **changes)
     device = resolve_device(config.device)
     reading = {"layout": layout, "masks": masks, "loss_masks": loss_masks, "fov": fov}
-    search = PoseSearch(config)
-    views, scene, settings = _prepare(_require_data(data, config, reading), search, preset, device, reading, box)
+    source, notes = _require_data(data, config, reading), list[str]()
+    if config.poses == "predicted" and config.search == "auto":
+        name, reason = decide(source, reading)
+        notes.append(f'search="{name}": {reason}.')
+        config = dataclasses.replace(config, search=name)  # type: ignore[arg-type]  # one of two
+    if config.poses == "predicted" and config.search == "sfm":
+        notes.append("A dry run finds no cameras by structure from motion: the stages are timed with the dictionary.")
+        config = dataclasses.replace(config, search="dictionary")
+    views, scene, settings = _prepare(source, PoseSearch(config), preset, device, reading, box)
     config = choose_capture_settings(config, scene)
     settings |= config.to_dict()
     before = peak_memory(device) if device.type == "cpu" else 0
@@ -159,7 +208,7 @@ def estimate(
     return {
         "preset": preset,
         "views": len(views),
-        "notes": list_notes(views, scene, config),
+        "notes": [*notes, *list_notes(views, scene, config)],
         "parameters": trial.parameters,
         "memory_gib": max(peak_memory(device) - before, 5 * 4 * trial.parameters) / 2**30,
         "device": str(device),
@@ -205,15 +254,27 @@ class _StageTimer(Training):
         self.measure_held_out(model)
 
 
-def choose_capture_settings(config: NerfdiffConfig, scene: Scene) -> NerfdiffConfig:
-    """Return the configuration with ``optimize_camera`` and ``ordered`` chosen by the views where they are open."""
+def choose_capture_settings(
+    config: NerfdiffConfig, scene: Scene, stored: Mapping[str, Any] = MappingProxyType({})
+) -> NerfdiffConfig:
+    """Return the configuration with ``optimize_camera`` and ``ordered`` chosen by the views where they are open.
+
+    The choice of ``stored`` settings, those of a run that is resumed, stays.
+    """
     searched = scene.layout == "object" and config.poses == "predicted" and config.search in ("auto", "dictionary")
     parameters, ordered = config.optimize_camera, config.ordered
+    if parameters is None and stored.get("optimize_camera") is not None:
+        parameters = tuple(stored["optimize_camera"])
     if parameters is None:
         by_hand = searched and config.candidate_type == "look_at" and is_off_centre(scene)
-        parameters = ("aim", "distance", "roll") if by_hand else ()
+        parameters = (
+            *(("aim", "distance", "roll") if by_hand else ()),
+            *(("focal",) if searched and not scene.has_focal else ()),
+        )
+    if ordered == "auto" and "scene" in stored:
+        ordered = stored.get("ordered", "no")
     if ordered == "auto":
-        ordered = "yes" if searched and are_ordered(scene) else "no"
+        ordered = "yes" if searched and find_order(scene) is not None else "no"
     return dataclasses.replace(config, optimize_camera=parameters, ordered=ordered)
 
 
@@ -225,8 +286,14 @@ def list_notes(views: Views, scene: Scene, config: NerfdiffConfig) -> list[str]:
             "The search recentres the views by their foreground, and the cameras need not look at the object's centre "
             '(optimize_camera has "aim"; --optimize-camera changes it).'
         )
+    if not scene.has_focal and "focal" in (config.optimize_camera or ()):
+        notes.append(
+            "The focal length is a guess, since neither cameras, EXIF nor fov= (--fov) give it, and is optimised "
+            '(optimize_camera has "focal").'
+        )
     if config.ordered == "yes":
-        notes.append("The views are taken as one turn around the object in the order of their names (--ordered no).")
+        source = "the times in their EXIF data" if find_order(scene) == "times" else "their names"
+        notes.append(f"The views are taken as one turn around the object in the order of {source} (--ordered no).")
     if scene.layout == "object" and scene.foreground is None and config.background == "given":
         notes.append(
             "The views have neither masks nor a background of one colour: it is taken for black. Give masks (--masks), "
@@ -266,6 +333,9 @@ def _prepare(
         raise DataError(
             f"{format_count(len(scene.images), 'view')}: fewer than num_candidates={config.num_candidates}; give more"
         )
+    if config.field == "gaussians":
+        needed, what = config.num_gaussians * TRAINING_BYTES, f"num_gaussians={config.num_gaussians}: they"
+        require_memory(needed, device, what, "train fewer")
     if scene.layout == "forward" and config.field == "gaussians":
         raise ConfigError(
             'field="gaussians" needs views around an object; these are forward-facing, whose scene is warped. Use '

@@ -32,7 +32,7 @@ def judge_cameras(log: Log, scores: Record) -> Verdict:
     alarms, failures = judged_alarms(log)
     median: Any = scores.get("rotation_median_deg")
     share: Any = scores.get("under_10_deg")
-    details = []
+    details: list[str] = next((event["lines"] for event in reversed(log) if event.get("event") == "search"), [])[:]
     if alarms is not None:
         details += summarise_checks(log)
     scored = is_number(median) and is_number(share)

@@ -101,6 +101,7 @@ class Viewer:
         nodes, views = self.server.scene, scene.views
         nodes.set_up_direction("+z" if views.layout == "object" else "+y")
         self._set_initial_camera(views)
+        self._boxes["/true"].visible = scene.true is not None
         with self.server.atomic():
             self._step.content = f"**Step {scene.step}**, {format_count(len(views), 'view')}"
             for name, box in self._boxes.items():
@@ -159,11 +160,11 @@ class Viewer:
             )
 
     def _set_initial_camera(self, views: Views) -> None:
-        """Place new clients a little behind the first camera."""
+        """Place new clients behind and above the first camera, so that its frustum does not hide the scene."""
         pose, camera = view_poses(views)[0].cpu(), self.server.initial_camera
-        eye, backward = pose[:3, 3], pose[:3, 2]
+        eye, up, backward = pose[:3, 3], pose[:3, 1], pose[:3, 2]
         distance = float(eye.norm()) if views.layout == "object" else 1.0
-        camera.position = tuple((eye + 0.3 * distance * backward).tolist())
+        camera.position = tuple((eye + 0.3 * distance * (up + backward)).tolist())
         camera.look_at = tuple((eye - distance * backward).tolist())
 
     def _set_visible(self, name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from factorkit import ops
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
 
 def group_count(channels: int, max_groups: int) -> int:
     """Return the greatest number of groups up to ``max_groups`` that divides the channels, at least 4 in each."""
     return next(g for g in range(max(1, min(max_groups, channels // 4)), 0, -1) if channels % g == 0)
 
 
-def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
+def zero_init(layer: Layer) -> Layer:
     """Set a layer to zero, so that its residual branch starts as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)

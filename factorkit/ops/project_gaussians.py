@@ -105,8 +105,10 @@ def project_gaussians(
     """Project Gaussians to an image by the equations of :mod:`factorkit.ops.project_gaussians`.
 
     Gradients reach all five tensors, of second order too: those are computed by the slower PyTorch reference. Not
-    visible are Gaussians that are not between the near and the far plane, lie outside the image, or have a number that
-    is not finite. A quaternion of zero length is no rotation and has no gradient; scales may be 0 or negative.
+    visible are Gaussians that are not between the near and the far plane (so also those behind the camera), lie outside
+    the image, or have a number that is not finite, as all have in a camera that is not; their outputs and gradients are
+    0. A quaternion of zero length (or whose square is) is no rotation and has no gradient. Scales may be 0 or
+    negative; a Gaussian of two zero scales is as large as the low-pass term, and not visible without it.
 
     Args:
         means: [N, 3] in world coordinates, fp32 or fp64, as all tensors.

@@ -18,10 +18,13 @@ from torch import Tensor
 from factorkit.ops.composite import MAX_CHANNELS
 from factorkit.ops.dispatch import call_extension, check_matches, reference_gradients, register, select
 from factorkit.ops.project_gaussians import ProjectedGaussians
+from factorkit.utils.memory import require_memory
 
 TILE = 16  # pixels along each side of a tile; as the constants below in csrc/gaussians.h
 MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE = 0.999, 1 / 255, 1e-4
 MAX_PAIRS = 2**31 - 1  # of Gaussians and tiles
+PAIR_GRADIENTS = 7  # numbers beside the colour: kGeometry in csrc/gaussians_cpu.cpp
+FEWER_PAIRS = "use fewer or smaller Gaussians, or smaller images"
 
 
 class Splatting(NamedTuple):
@@ -100,7 +103,7 @@ def sort_into_tiles(
     order = depths[ids].sort(stable=True).indices
     ids, first, sides = ids[order], first[order], (last - first)[order]
     counts = sides.prod(1)
-    pairs = int(counts.sum())
+    pairs = _check_pairs(int(counts.sum()), colors)
     row = torch.arange(len(ids), device=ids.device).repeat_interleave(counts, output_size=pairs)
     number = torch.arange(pairs, device=ids.device) - (counts.cumsum(0) - counts)[row]
     tile = (first[row, 1] + number // sides[row, 0]) * columns + first[row, 0] + number % sides[row, 0]
@@ -121,8 +124,9 @@ def rasterize_gaussians(
 
     Gradients reach the means, conics and depths of ``projected``, colors and opacities, of second order too: those are
     computed by the slower PyTorch reference. Gaussians of one depth keep their order. On the CPU the result is the same
-    to the bit for any number of threads; on CUDA the gradients are summed in no fixed order. Gaussians with a
-    number that is not finite, or whose conic is not positive definite, are not drawn and have no gradient.
+    to the bit for any number of threads; on CUDA the gradients are summed in no fixed order. Gaussians that are not
+    visible, with a number that is not finite, an opacity below 1/255 or a conic that is not positive definite are not
+    drawn and have gradients of 0; an image of none is 0.
 
     Args:
         projected: of N Gaussians, as :func:`project_gaussians` returns them.
@@ -134,6 +138,7 @@ def rasterize_gaussians(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, channels outside 1..32, an unknown backend, or too many
             pairs of Gaussians and tiles.
+        OutOfMemoryError: the pairs need more memory than is free.
         ImportError: backend="gsplat" without the package.
     """
     means, count = projected.means, len(projected.means)
@@ -148,6 +153,8 @@ def rasterize_gaussians(
     if min(size) < 1:
         raise ValueError(f"size={size}; give height and width, at least 1 each")
     if backend == "gsplat":
+        if not means.is_cuda or means.dtype != torch.float32:
+            raise ValueError(f'backend="gsplat" needs float32 on CUDA; got {means.dtype} on {means.device}')
         return _rasterize_with_gsplat(projected, colors, opacities, size)
     if backend != "factorkit":
         raise ValueError(f"backend={backend!r} is unknown; choose factorkit or gsplat")
@@ -166,10 +173,17 @@ def _sort(
     if means.is_cuda or select("count_tiles", sort_into_tiles, means) is sort_into_tiles:
         return sort_into_tiles(*inputs, width=width, height=height)
     order, offsets = torch.ops.factorkit.count_tiles(*inputs, width, height)
-    pairs = int(offsets[-1].item())
-    if pairs > MAX_PAIRS:
-        raise ValueError(f"{pairs} pairs of Gaussians and tiles, more than {MAX_PAIRS}: use smaller or fewer Gaussians")
+    pairs = _check_pairs(int(offsets[-1].item()), colors)
     return offsets, torch.ops.factorkit.fill_tiles(*inputs, order, offsets, pairs, width, height)
+
+
+def _check_pairs(pairs: int, colors: Tensor) -> int:
+    """Return the number of pairs if it fits the index and, with the pairs' gradients, the memory."""
+    if pairs > MAX_PAIRS:
+        raise ValueError(f"{pairs} pairs of Gaussians and tiles, more than {MAX_PAIRS}: {FEWER_PAIRS}")
+    size = 4 + (PAIR_GRADIENTS + colors.shape[1]) * colors.element_size()
+    require_memory(pairs * size, colors.device, f"{pairs} pairs of Gaussians and tiles", FEWER_PAIRS)
+    return pairs
 
 
 def _rasterize_with_gsplat(
@@ -178,6 +192,10 @@ def _rasterize_with_gsplat(
     gsplat = importlib.import_module("gsplat")
     height, width = size
     columns, rows = -(-width // TILE), -(-height // TILE)
+    # gsplat checks no numbers
+    finite = colors.isfinite().all(1) & opacities.isfinite() & projected.conics.isfinite().all(1)
+    colors, opacities = torch.where(finite[:, None], colors, 0.0), torch.where(finite, opacities, 0.0)
+    projected = projected._replace(radii=projected.radii * finite[:, None])
     means, conics, depths, radii, _ = (x[None] for x in projected)
     _, pairs, ids = gsplat.isect_tiles(means, radii, depths, TILE, columns, rows)
     offsets = gsplat.isect_offset_encode(pairs, 1, columns, rows)

@@ -75,7 +75,7 @@ def write_report(folder: str | os.PathLike[str], content: ReportContent) -> Path
     name = folder.resolve().name
     body = [
         f"<header>{_SIGNATURE}<h1>{_text(name)}</h1><p>{_text(_progress(config, log))}</p></header>",
-        _verdict_box(verdict),
+        _verdict_box(verdict, log),
         _checks_section(log),
         _headline_numbers(config, log, scores, content),
         _grids_section(folder / "samples", content.first_grids),
@@ -146,8 +146,9 @@ def _table(rows: Iterable[tuple[object, object]]) -> str:
     return f"<div class=scroll><table>{lines}</table></div>" if lines else ""
 
 
-def _verdict_box(verdict: Verdict) -> str:
-    details = "".join(f"<p>{_text(sentence)}</p>" for sentence in verdict.details)
+def _verdict_box(verdict: Verdict, log: Log) -> str:
+    checks = {f"{describe_check(check)}." for check in read_checks(log)}  # the next section lists them
+    details = "".join(f"<p>{_text(sentence)}</p>" for sentence in verdict.details if sentence not in checks)
     return f"<section class='verdict {verdict.status}'><h2>{_text(verdict.headline)}</h2>{details}</section>"
 
 

@@ -45,7 +45,7 @@ def fid(trainings: Trainings, run: SegdiffRun, images: Tensor) -> float:
     """Return the FID of images [N, 3, R, R] to as many training images.
 
     Raises:
-        CellUnavailableError: torch-fidelity or its weights are missing; the message names the file.
+        CellUnavailableError: Inception's weights are missing; the message names the file.
     """
     real = pixels_to_images(trainings.training_pixels(run.config, len(images)))
     try:

@@ -17,9 +17,10 @@ from factorkit.data.prepare import prepare
 from factorkit.engine.config import autocast
 from factorkit.metrics.segmentation import evaluate_masks, score_masks
 from factorkit.reproduce.experiment import CellResult, CellUnavailableError, Setup, percent
-from factorkit.segdiff.config import PRESETS, ResolvedSegdiffConfig, SegdiffConfig, preset_config
+from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.evaluate import score_foreground_regions
 from factorkit.segdiff.inference.segment import hard_labels, level_labels, predict_masks
+from factorkit.segdiff.presets import PRESETS
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.train import train_segdiff
 from factorkit.utils.images import pixels_to_signed

@@ -15,8 +15,8 @@ from factorkit.data.files import escape_name, format_examples
 from factorkit.data.sources import FileSource, Source
 from factorkit.engine.checkpoint import Checkpoints
 from factorkit.engine.run_folder import CONFIG
-from factorkit.segdiff.config import PRESETS
 from factorkit.segdiff.inference.outputs import output_names
+from factorkit.segdiff.presets import PRESETS
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.train import estimate, train_segdiff
 from factorkit.utils.errors import DataError, format_count

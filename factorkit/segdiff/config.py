@@ -1,4 +1,4 @@
-"""Settings of a segdiff run, and the presets: one line each over the defaults."""
+"""Settings of a segdiff run: given, resolved and checked."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tyro.conf import Suppress, arg
 from factorkit.diffusion.schedule import Schedule, check_objective
 from factorkit.engine.config import MAX_TIMESTEPS, EngineConfig, register_renamed_settings
 from factorkit.ops.norm_pytorch import NORMS
-from factorkit.segdiff.hierarchy import HierarchicalUNet, SegdiffModel, check_nesting
-from factorkit.segdiff.network import FactorizedUNet, check_architecture
+from factorkit.segdiff.backbones import BACKBONES, Backbone, make_backbone
+from factorkit.segdiff.hierarchy import HierarchicalDenoiser, SegdiffModel, check_nesting
+from factorkit.segdiff.network import FactorizedDenoiser, check_architecture
+from factorkit.segdiff.presets import ARCHITECTURES, FORMS, PRESETS
 from factorkit.utils.errors import ConfigError, did_you_mean
 
 MAX_REGIONS = 256  # label images hold one byte per pixel
@@ -40,21 +42,28 @@ class SegdiffConfig(EngineConfig):
     decoding: Literal["masked_skips", "concat", "masked_mid", "unshared"] = "masked_skips"
     """How the branches see the masks. The last three are the ablations of table 2.6."""
 
+    backbone: Literal["unet", "uvit"] = "unet"
+    """Network inside: the thesis' U-Net, or a transformer with long skips (U-ViT). With a preset, its sizes are then
+    those of the preset uvit32."""
     model_channels: int = 128
-    """Channels of the first level of the U-Net. 128 is the value of the thesis."""
+    """Channels of the first level of the U-Net, or of the tokens of the transformer. 128 is the value of the thesis."""
+    depth: int | None = None
+    """Transformer blocks in all, an odd number: two equal halves and one between them. By default 13, as in U-ViT-S."""
+    patch_size: int | None = None
+    """Side in pixels of a token of the transformer. By default such that there are 16 x 16 tokens."""
     channel_mult: tuple[int, ...] = (1, 2, 3, 4)
-    """Channels of each level as multiples of model_channels; one number per level. The default is the thesis' at 64
-    pixels."""
+    """Channels of each level of the U-Net as multiples of model_channels; one number per level. The default is the
+    thesis' at 64 pixels."""
     num_res_blocks: int = 3
-    """Residual blocks per level. The default is the thesis' at 64 pixels."""
+    """Residual blocks per level of the U-Net. The default is the thesis' at 64 pixels."""
     attention_resolutions: tuple[int, ...] = (16, 8)
-    """Resolutions in pixels at which self-attention follows each block. The middle always has it."""
+    """Resolutions in pixels at which self-attention follows each block of the U-Net. The middle always has it."""
     num_heads: int = 4
     """Number of attention heads."""
     norm_groups: int = 32
     """Upper bound on the number of GroupNorm groups. A level with few channels has fewer groups of at least 4."""
     dropout: float = 0.0
-    """Dropout probability in the residual blocks. Short runs do not overfit, so the default is none."""
+    """Dropout probability in the blocks. Short runs do not overfit, so the default is none."""
 
     prediction: Prediction | None = None
     """What the network predicts: the noise ("eps"), v, the clean image ("x0"), or the velocity of flow matching
@@ -172,6 +181,8 @@ class SegdiffConfig(EngineConfig):
             defaults["segment_t"] = 0  # IoU on horses .684 instead of .674
         if masks == "auto":
             defaults |= {"normalised_logits": False, "half_resolution_masks": False, "segment_t": 0}
+        self._check_backbone()
+        defaults |= BACKBONES[self.backbone].defaults(self.resolution, self.patch_size)
         prediction = self.prediction or defaults["prediction"]
         kind = defaults["schedule"] = self.schedule or ("flow" if prediction == "flow" else "linear")
         check_objective(prediction, kind)
@@ -197,6 +208,21 @@ class SegdiffConfig(EngineConfig):
         config = ResolvedSegdiffConfig(**settings)
         config.validate()
         return config
+
+    def _check_backbone(self) -> None:
+        """Raise ConfigError for an unknown backbone, or a setting that only another one has."""
+        if self.backbone not in BACKBONES:
+            raise ConfigError(f"backbone={self.backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
+        if self.form == "thesis" and self.backbone != "unet":
+            raise ConfigError(f"form='thesis' is a U-Net; give form='regional' with backbone={self.backbone!r}")
+        usual = {field.name: field.default for field in dataclasses.fields(SegdiffConfig)}
+        for name, kind in BACKBONES.items():
+            for own in kind.OWN if name != self.backbone else ():
+                if getattr(self, own) != usual[own]:
+                    raise ConfigError(
+                        f"{own}={getattr(self, own)} belongs to backbone={name!r}; backbone={self.backbone!r} does not "
+                        f"have it: leave it out, or give backbone={name!r}"
+                    )
 
     def memory_advice(self, at_once: int) -> str:
         """Name the settings that need less memory."""
@@ -226,6 +252,7 @@ class ResolvedSegdiffConfig(SegdiffConfig):
     def validate(self) -> None:
         """Raise ConfigError for values that cannot work, naming the setting."""
         super().validate()
+        self._check_backbone()
         sizes = ("resolution", "model_channels", "num_res_blocks", "num_heads", "norm_groups", "num_fit_images")
         for name in (*sizes, "mixture_steps", "distil_steps"):
             if getattr(self, name) < 1:
@@ -275,9 +302,8 @@ class ResolvedSegdiffConfig(SegdiffConfig):
             check_nesting(self.nesting, self.decoding, self.masks)
         for regions in self.nesting:
             check_architecture(
+                self.make_backbone(),
                 regions=regions,
-                resolution=self.resolution,
-                channel_mult=self.channel_mult,
                 decoding=self.decoding,
                 branch_norm=self.branch_norm,
                 region_tokens=self.region_tokens,
@@ -286,6 +312,15 @@ class ResolvedSegdiffConfig(SegdiffConfig):
                 normalised_logits=self.normalised_logits,
             )
 
+    @property
+    def size_multiple(self) -> int:
+        """What height and width of an image must be divisible by."""
+        return max(self.make_backbone().size_multiple, 1 + self.half_resolution_masks)
+
+    def make_backbone(self) -> Backbone:
+        """Return the sizes of the network inside."""
+        return make_backbone(self.backbone, vars(self))
+
     def build_schedule(self, device: torch.device | str = "cpu") -> Schedule:
         """Build the noise schedule on a device."""
         return Schedule(self.timesteps, self.schedule, device)
@@ -293,14 +328,6 @@ class ResolvedSegdiffConfig(SegdiffConfig):
     def build(self) -> SegdiffModel:
         """Build the network with fresh weights, channels last."""
         settings: dict[str, Any] = {
-            "resolution": self.resolution,
-            "model_channels": self.model_channels,
-            "channel_mult": self.channel_mult,
-            "num_res_blocks": self.num_res_blocks,
-            "attention_resolutions": self.attention_resolutions,
-            "num_heads": self.num_heads,
-            "norm_groups": self.norm_groups,
-            "dropout": self.dropout,
             "decoding": self.decoding,
             "branch_norm": self.branch_norm,
             "region_tokens": self.region_tokens,
@@ -312,77 +339,11 @@ class ResolvedSegdiffConfig(SegdiffConfig):
         }
         model: SegdiffModel
         if isinstance(self.regions, int):
-            model = FactorizedUNet(regions=self.regions, **settings)
+            model = FactorizedDenoiser(self.make_backbone(), regions=self.regions, **settings)
         else:
-            model = HierarchicalUNet(self.regions, **settings)
+            model = HierarchicalDenoiser(self.make_backbone(), self.regions, **settings)
         # In the layout of the features; otherwise a convolution would convert its weights in every call.
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-FORMS: dict[str, dict[str, Any]] = {
-    "regional": {
-        "prediction": "v",
-        "branch_norm": "pixel",
-        "region_tokens": True,
-        "normalised_logits": True,
-        "half_resolution_masks": True,
-        "mask_learning_rate": 0.3,
-        "t_max": 600,
-        "high_noise_fraction": 0.1,
-        "coarse_to_fine": (50, 150),
-    },
-    "thesis": {
-        "prediction": "eps",
-        "branch_norm": "group",
-        "region_tokens": False,
-        "normalised_logits": False,
-        "half_resolution_masks": False,
-        "mask_learning_rate": 1.0,
-        "t_max": 1000,
-        "high_noise_fraction": 0.0,
-        "coarse_to_fine": (0, 0),
-    },
-}
-
-_SMALL = {
-    "resolution": 32,
-    "regions": 2,
-    "model_channels": 16,
-    "channel_mult": (1, 2, 3),
-    "num_res_blocks": 1,
-    "attention_resolutions": (),
-    "norm_groups": 8,
-    "steps": 400,
-    "batch_size": 16,
-    "learning_rate": 1e-3,
-    "warmup_steps": 50,
-    "distil_steps": 300,
-    "lr_decay_fraction": 0.3,
-    "gradient_clip": 1.0,
-    "ema_decay": 0.99,
-    "threads": 1,
-    "checkpoint_every": 100,
-    "sample_every": 200,
-    "log_every": 20,
-}
-_THESIS64 = {"form": "thesis", "resolution": 64}
-_THESIS128 = {"form": "thesis", "resolution": 128, "channel_mult": (1, 1, 2, 3, 4), "num_res_blocks": 2}
-
-#: The thesis' models share Adam with 1e-4, EMA 0.9999, batch size 128 and K = 3, which are the defaults above.
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo": _SMALL,
-    "fast32": _SMALL | {"steps": 800},
-    # a hierarchy, for the procedural rooms
-    "rooms32": _SMALL | {"regions": (3, 3), "steps": 800},
-    "fast64": _SMALL | {"resolution": 64, "channel_mult": (1, 2, 3, 4), "steps": 1500, "distil_steps": 1500},
-    "flowers64": _THESIS64 | {"steps": 50_000},
-    "flowers128": _THESIS128 | {"steps": 50_000},
-    "cub64": _THESIS64 | {"steps": 50_000},
-    "cub128": _THESIS128 | {"steps": 50_000},
-    "ffhq64": _THESIS64 | {"steps": 500_000},
-    "ffhq128": _THESIS128 | {"steps": 500_000},
-    "imagenet64": _THESIS64 | {"steps": 500_000, "batch_size": 512},
-}
 
 
 def preset_config(preset: str | None, **changes: Any) -> SegdiffConfig:
@@ -394,7 +355,11 @@ def preset_config(preset: str | None, **changes: Any) -> SegdiffConfig:
     if preset is not None and preset not in PRESETS:
         hint = did_you_mean(preset, PRESETS)
         raise ConfigError(f"preset={preset!r} is unknown. {hint}Choose one of {', '.join(PRESETS)}")
-    return SegdiffConfig.from_dict({**(PRESETS[preset] if preset else {}), **changes})
+    settings = dict(PRESETS[preset]) if preset else {}
+    backbone, usual = changes.get("backbone"), settings.get("backbone", SegdiffConfig.backbone)
+    if preset and backbone in ARCHITECTURES and backbone != usual:
+        settings = {k: v for k, v in settings.items() if k not in ARCHITECTURES[usual]} | ARCHITECTURES[backbone]
+    return SegdiffConfig.from_dict({**settings, **changes})
 
 
 # Settings of stored runs that have changed since: old name -> name of today; (name of today, old value) -> new value.

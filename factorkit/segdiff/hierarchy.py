@@ -1,4 +1,4 @@
-"""A hierarchy of regions (thesis 2.5.1): each level is a factorized U-Net that runs inside every region of the last.
+"""A hierarchy of regions (thesis 2.5.1): each level is a factorized denoiser that runs inside every region of the last.
 
     O_l(x) = sum_i m_i (h_i + O_{l+1}(m_i x)) / 2      and at the deepest level      O_L(x) = sum_j m_j h_j
 
@@ -22,27 +22,29 @@ import torch
 from torch import Tensor, nn
 
 from factorkit.diffusion.denoiser import Denoised, Denoiser
-from factorkit.segdiff.network import FactorizedUNet, Regions
+from factorkit.segdiff.backbones import Backbone
+from factorkit.segdiff.network import FactorizedDenoiser, Regions
 from factorkit.utils.errors import ConfigError
 
 
-class HierarchicalUNet(Denoiser):
-    """Factorized U-Nets, one for each level, of any number of levels.
+class HierarchicalDenoiser(Denoiser):
+    """Factorized denoisers, one for each level, of any number of levels.
 
     Args:
+        backbone: of every level.
         regions: number of regions into which each level splits a region of the last, the coarsest first; at least two.
-        settings: of every level's :class:`~factorkit.segdiff.network.FactorizedUNet`.
+        settings: of every level's :class:`~factorkit.segdiff.network.FactorizedDenoiser`.
 
     Raises:
-        ConfigError: as :func:`check_nesting` and FactorizedUNet do.
+        ConfigError: as :func:`check_nesting` and FactorizedDenoiser do.
     """
 
-    def __init__(self, regions: Sequence[int], **settings: Any):
+    def __init__(self, backbone: Backbone, regions: Sequence[int], **settings: Any):
         super().__init__()
         self.nesting = tuple(regions)
         check_nesting(self.nesting, settings.get("decoding", "masked_skips"), settings.get("masks", "network"))
-        self.regions, self.resolution = math.prod(self.nesting), settings["resolution"]
-        self.levels = nn.ModuleList(FactorizedUNet(regions=count, **settings) for count in self.nesting)
+        self.regions, self.resolution = math.prod(self.nesting), backbone.resolution
+        self.levels = nn.ModuleList(FactorizedDenoiser(backbone, regions=count, **settings) for count in self.nesting)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
         """Denoise; the bottleneck is the :class:`~factorkit.segdiff.network.Regions` of the deepest level.
@@ -80,11 +82,11 @@ class HierarchicalUNet(Denoiser):
         """Return the parameters that learn at ``mask_learning_rate``."""
         return [p for level in range(len(self.levels)) for p in self._network(level).mask_parameters()]
 
-    def _network(self, level: int) -> FactorizedUNet:
-        return cast(FactorizedUNet, self.levels[level])
+    def _network(self, level: int) -> FactorizedDenoiser:
+        return cast(FactorizedDenoiser, self.levels[level])
 
 
-SegdiffModel = FactorizedUNet | HierarchicalUNet
+SegdiffModel = FactorizedDenoiser | HierarchicalDenoiser
 
 
 def _split(

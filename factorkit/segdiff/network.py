@@ -1,4 +1,4 @@
-"""The factorized U-Net (thesis chapter 2): split the image into K soft regions, denoise each in its own branch.
+"""The factorized denoiser (thesis chapter 2): split the image into K soft regions, denoise each in its own branch.
 
     h_enc = Enc(x_t, t)      h_mid = Mid(h_enc, t)      m = softmax_K MaskGen(h_mid, h_enc, t)      (2.2 - 2.4)
     out_k = Dec(h_mid, h_enc * m_k, t)                  out = sum_k m_k out_k                       (2.6, 2.7)
@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from factorkit import ops
 from factorkit.diffusion.denoiser import Denoised, Denoiser
-from factorkit.nn.unet import Decoder, Encoder, LabelEmbedding, Middle, TimeEmbedding
-from factorkit.segdiff.masks.network import NetworkMasks, at_least_fp32
+from factorkit.nn.unet import LabelEmbedding
+from factorkit.segdiff.backbones import IMAGE_CHANNELS, Backbone
+from factorkit.segdiff.masks.network import at_least_fp32
 from factorkit.segdiff.masks.objects import ObjectMasks
 from factorkit.segdiff.masks.proposal import Encoding, MaskProposer
 from factorkit.segdiff.masks.spatial_mixture import SpatialMixture
@@ -54,9 +55,8 @@ class RegionTokens(nn.Module):
     similar pixels.
     """
 
-    def __init__(self, channels: int, model_channels: int, embed: int):
+    def __init__(self, channels: int, hidden: int, embed: int):
         super().__init__()
-        hidden = 2 * model_channels
         self.feature = nn.Sequential(
             nn.Conv2d(channels, hidden, 3, padding=1), nn.SiLU(), nn.Conv2d(hidden, hidden, 3, padding=1)
         )
@@ -67,44 +67,34 @@ class RegionTokens(nn.Module):
         return self.embed(ops.region_pool(self.feature(x_t), masks))
 
 
-class FactorizedUNet(Denoiser):
-    """The factorized U-Net.
+class FactorizedDenoiser(Denoiser):
+    """The factorized denoiser around any backbone.
 
     Args:
+        backbone: encoder, middle and decoders.
         regions: K. 1 is the plain DDPM: no masks, one unmasked decoder.
-        resolution: pixels per side; divisible by 2^(levels-1).
-        model_channels, channel_mult, num_res_blocks, attention_resolutions, num_heads, norm_groups, dropout: of the
-            U-Net (:class:`factorkit.nn.unet.Encoder`).
         decoding: how the branches see the masks (table 2.6): ``"masked_skips"`` (the model), ``"concat"`` (masks as
             extra channels of one decoder), ``"masked_mid"`` (h_mid masked instead of the skips), ``"unshared"``
             (K decoders).
         branch_norm: norm of the branch decoder, ``"group"`` (thesis), ``"masked_group"`` or ``"pixel"``.
         region_tokens: add the region tokens to the time embedding of the branches.
         normalised_logits: normalise the mask logits (:class:`~factorkit.segdiff.masks.network.RegionLogitNorm`).
-        half_resolution_masks: the mask generator stops at half the resolution; its logits are upsampled bilinearly.
+        half_resolution_masks: predict the logits at half the resolution; they are upsampled bilinearly.
         checkpoint_branches: in training, run the branches one after another and again in the backward pass. The memory
             of their activations is then that of one branch, for any K.
-        masks: what proposes them: a ``"network"`` (a decoder of the U-Net), a spatial ``"mixture"`` model, or
-            ``"auto"``, a network of its own that stages before the training have taught what objects are.
-        channels: of the image.
+        masks: what proposes them: the ``"network"`` itself, a spatial ``"mixture"`` model, or ``"auto"``, a network of
+            its own that stages before the training have taught what objects are.
         classes: number of classes the model is conditioned on; 0 is none.
 
     Raises:
-        ConfigError: a resolution that cannot be halved often enough, or parts that do not go together.
+        ConfigError: sizes that cannot be built, or parts that do not go together.
     """
 
     def __init__(
         self,
+        backbone: Backbone,
         *,
         regions: int,
-        resolution: int,
-        model_channels: int,
-        channel_mult: Sequence[int],
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int] = (16, 8),
-        num_heads: int = 4,
-        norm_groups: int = 32,
-        dropout: float = 0.0,
         decoding: str = "masked_skips",
         branch_norm: str = "group",
         region_tokens: bool = False,
@@ -112,14 +102,12 @@ class FactorizedUNet(Denoiser):
         half_resolution_masks: bool = False,
         checkpoint_branches: bool = False,
         masks: str = "network",
-        channels: int = 3,
         classes: int = 0,
     ):
         super().__init__()
         check_architecture(
+            backbone,
             regions=regions,
-            resolution=resolution,
-            channel_mult=channel_mult,
             decoding=decoding,
             branch_norm=branch_norm,
             region_tokens=region_tokens,
@@ -127,54 +115,33 @@ class FactorizedUNet(Denoiser):
             masks=masks,
             normalised_logits=normalised_logits,
         )
-        embed = 4 * model_channels
-        common: dict[str, Any] = {"num_heads": num_heads, "norm_groups": norm_groups, "dropout": dropout}
-        self.regions, self.resolution, self.decoding, self.dropout = regions, resolution, decoding, dropout
-        self.checkpoint_branches, self.num_levels = checkpoint_branches, len(channel_mult)
-        self.time = TimeEmbedding(model_channels)
-        self.encoder = Encoder(
-            channels, model_channels, channel_mult, num_res_blocks, attention_resolutions, resolution, embed, **common
+        self.backbone, self.regions, self.resolution, self.decoding = backbone, regions, backbone.resolution, decoding
+        self.checkpoint_branches = checkpoint_branches
+        self.time, self.encoder, self.middle = (
+            backbone.build_time(),
+            backbone.build_encoder(),
+            backbone.build_middle(),
         )
-        skips, mid = self.encoder.skip_channels, self.encoder.out_channels
-        self.middle = Middle(mid, embed, **common)
-
-        def decoder(out: int, extra: int = 0, norm: str = "group", levels_left_out: int = 0) -> Decoder:
-            return Decoder(
-                mid + extra,
-                [c + extra for c in skips[levels_left_out * (num_res_blocks + 1) :]],
-                model_channels,
-                channel_mult[levels_left_out:],
-                num_res_blocks,
-                attention_resolutions,
-                resolution >> levels_left_out,
-                embed,
-                out,
-                norm=norm,
-                **common,
-            )
-
-        self.labels = LabelEmbedding(classes, embed) if classes else None
+        self.labels = LabelEmbedding(classes, backbone.embed) if classes else None
         self.masks: MaskProposer | None = None
         self.tokens: RegionTokens | None = None
         if regions == 1:
-            self.decoder: nn.Module = decoder(channels)
+            self.decoder: nn.Module = backbone.build_decoder(IMAGE_CHANNELS)
             return
         if masks == "auto":
-            self.masks = ObjectMasks(regions, resolution).requires_grad_(False)
+            self.masks = ObjectMasks(regions, self.resolution).requires_grad_(False)
         elif masks == "mixture":
             self.masks = SpatialMixture(regions)
         else:
-            left_out = int(half_resolution_masks)
-            generator = decoder(regions, levels_left_out=left_out)
-            self.masks = NetworkMasks(generator, normalised_logits, left_out * (num_res_blocks + 1), 1 + left_out)
-        if decoding == "unshared":
-            self.decoder = nn.ModuleList(decoder(channels, norm=branch_norm) for _ in range(regions))
-        elif decoding == "concat":
-            self.decoder = decoder(channels, extra=regions, norm=branch_norm)
-        else:
-            self.decoder = decoder(channels, norm=branch_norm)
+            self.masks = backbone.build_masks(regions, normalised_logits, half_resolution_masks)
+        extra = regions if decoding == "concat" else 0
+        decoders = [
+            backbone.build_decoder(IMAGE_CHANNELS, extra, branch_norm)
+            for _ in range(regions if decoding == "unshared" else 1)
+        ]
+        self.decoder = nn.ModuleList(decoders) if decoding == "unshared" else decoders[0]
         if region_tokens:
-            self.tokens = RegionTokens(channels, model_channels, embed)
+            self.tokens = RegionTokens(IMAGE_CHANNELS, backbone.region_channels, backbone.embed)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, within: Tensor | None = None) -> Denoised:
         """Denoise; the bottleneck is :class:`Regions`. For ``regions=1`` the mask is one everywhere.
@@ -224,7 +191,7 @@ class FactorizedUNet(Denoiser):
     def _decode(self, x_t: Tensor, encoding: Encoding, masks: Tensor, within: Tensor | None) -> Tensor:
         """Run the K branches: [B*K, C, H, W] with the branch index fastest."""
         regions = self.regions
-        pyramid = ops.mask_pyramid(masks, self.num_levels - 1)
+        pyramid = self.backbone.mask_pyramid(masks)
         embeddings = encoding.embedding[:, None].expand(-1, regions, -1)
         if self.tokens is not None:
             pooled = masks if within is None else masks * within
@@ -237,7 +204,7 @@ class FactorizedUNet(Denoiser):
             decoder = cast(nn.ModuleList, self.decoder)[k] if self.decoding == "unshared" else self.decoder
             arguments = (decoder, encoding, embeddings[:, k], [m[:, k : k + 1] for m in pyramid])
             if one_by_one:
-                options = recomputation_options(self.dropout, x_t.is_cuda)
+                options = recomputation_options(self.backbone.dropout, x_t.is_cuda)
                 branch = checkpoint(self._run_decoder, *arguments, use_reentrant=False, **options)
             else:
                 branch = self._run_decoder(*arguments)
@@ -255,7 +222,7 @@ class FactorizedUNet(Denoiser):
 
     def _decode_concatenated(self, encoding: Encoding, masks: Tensor) -> Tensor:
         """Run one decoder with the masks as K more channels of h_mid and of every skip (eq. 2.5)."""
-        by_size = {m.shape[-1]: m for m in ops.mask_pyramid(masks, self.num_levels - 1)}
+        by_size = {m.shape[-1]: m for m in self.backbone.mask_pyramid(masks)}
 
         def widen(feature: Tensor) -> Tensor:
             return torch.cat([feature, by_size[feature.shape[-1]].to(feature.dtype)], dim=1)
@@ -275,10 +242,9 @@ def recomputation_options(dropout: float, on_cuda: bool) -> dict[str, Any]:
 
 
 def check_architecture(
+    backbone: Backbone,
     *,
     regions: int,
-    resolution: int,
-    channel_mult: Sequence[int],
     decoding: str,
     branch_norm: str,
     region_tokens: bool,
@@ -286,7 +252,7 @@ def check_architecture(
     masks: str,
     normalised_logits: bool,
 ) -> None:
-    """Raise ConfigError where the parts of a factorized U-Net cannot work together."""
+    """Raise ConfigError where the parts of a factorized denoiser cannot work together."""
     if regions < 1:
         raise ConfigError(f"regions={regions} must be at least 1; regions=1 is the plain DDPM")
     if decoding not in DECODINGS:
@@ -298,15 +264,7 @@ def check_architecture(
             f"masks={masks!r} has no mask generator whose logits could be normalised or at half resolution; "
             "leave normalised_logits= and half_resolution_masks= out"
         )
-    halvings = len(channel_mult) - 1
-    if resolution < 1 or resolution % 2**halvings:
-        nearest = max(1, round(resolution / 2**halvings)) * 2**halvings
-        raise ConfigError(
-            f"resolution={resolution} cannot be halved {halvings} times, as {len(channel_mult)} levels require; "
-            f"use resolution={nearest}, or give channel_mult fewer numbers"
-        )
-    if regions > 1 and half_resolution_masks and len(channel_mult) < 2:
-        raise ConfigError("half_resolution_masks needs a U-Net of at least two levels; give channel_mult more numbers")
+    backbone.check(regions, half_resolution_masks)
     if regions > 1 and decoding in ("concat", "masked_mid") and (branch_norm == "masked_group"):
         raise ConfigError(f"decoding={decoding!r} has no masked skips to normalise by area; use branch_norm='group'")
     if decoding == "concat" and region_tokens:

@@ -37,6 +37,7 @@ from factorkit.segdiff.masks.objects import (
 )
 from factorkit.segdiff.masks.shape import ShapeDenoiser, to_coarse
 from factorkit.segdiff.masks.spatial_mixture import EM_ROUNDS, SpatialMixture, fit_mixture, noise_error
+from factorkit.segdiff.masks.typical import MIN_IMAGES, measure_appearance
 from factorkit.utils import distributed
 from factorkit.utils.images import pixels_to_signed
 from factorkit.utils.rng import BatchDraw, derived_seed
@@ -46,7 +47,7 @@ MAX_MIXTURE_SIDE = 32  # pixels; the mixture learns nothing finer
 MAX_CUE_SIDE = 64  # pixels of the cues that are kept
 MIXTURE_TIME = 600  # noise up to this step of the linear schedule of 1000 trains the mixture
 STAGE_BATCH_SIZE = 16
-DOUBT_IMAGES = 200  # about so many give the limits beyond which an image is unlike the training set
+TYPICAL_IMAGES = 200  # about so many give the limits beyond which an image is unlike the training set
 SHAPE_WEIGHT = 1.5  # of the shape in the prior of the teacher's second EM
 BATCH_SIZE = 32  # images of EM at a time
 
@@ -163,11 +164,15 @@ class ObjectStages:
 
         masks.shape.fit(self.map_images(segment_coarsely))
 
-        def doubt(images: Tensor, rows: slice) -> Tensor:
+        def measure(images: Tensor, rows: slice) -> Tensor:
             t = torch.zeros(len(images), dtype=torch.int64, device=self.device)
-            return masks.measure_doubts(images, masks.segment(images, t=t))
+            doubts = masks.measure_doubts(images, masks.segment(images, t=t))
+            return torch.cat([doubts, measure_appearance(scale_lab(images))], 1)
 
-        masks.fit_doubts(self.map_images(doubt, every=max(1, len(self.images) // DOUBT_IMAGES)))
+        figures = self.map_images(measure, every=max(1, len(self.images) // TYPICAL_IMAGES))
+        masks.typical.fit(figures[:, :2], figures[:, 2:])
+        if masks.typical.limits.isinf().any():
+            self.log(f"photos unlike the training set will not be named: that takes at least {MIN_IMAGES} images")
         return masks
 
     @cached_property

@@ -255,14 +255,7 @@ def load_model(path: Path, weights: str | float) -> tuple[ResolvedSegdiffConfig,
     fields = {f.name for f in dataclasses.fields(SegdiffConfig)}
     try:
         config = SegdiffConfig.from_dict({k: v for k, v in meta.items() if k in fields}).resolved()
-        check_plausible(
-            path,
-            tensors,
-            blocks=config.num_res_blocks,
-            levels=len(config.channel_mult),
-            regions=math.prod(config.nesting),
-            channels=config.model_channels * max(config.channel_mult),
-        )
+        check_plausible(path, tensors, regions=math.prod(config.nesting), **config.make_backbone().counts())
         with torch.device("meta"):
             model = config.build()
         own = model.state_dict()

@@ -19,12 +19,12 @@ from factorkit.diffusion.schedule import (
 )
 from factorkit.engine.step import StepLoss
 from factorkit.segdiff import previews
-from factorkit.segdiff.alarms import Alarms, measure_alarms
+from factorkit.segdiff.alarms import Alarms, measure_alarms, measure_place_gain
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.inference.segment import add_noise, hard_labels, level_labels, predict_masks
 from factorkit.segdiff.masks.proposal import MaskProposer
 from factorkit.segdiff.masks.spatial_mixture import noise_error, unexplained_noise
-from factorkit.segdiff.network import FactorizedUNet
+from factorkit.segdiff.network import FactorizedDenoiser
 from factorkit.segdiff.sampling import draw_images, estimate_branches
 from factorkit.utils.files import save_image
 from factorkit.utils.images import pixels_to_signed, signed_to_pixels
@@ -68,7 +68,7 @@ class SegdiffTask:
         The mask generator learns slower, since masks that saturate early never move again. The prior of the mixture
         learns faster, since each of its parameters receives gradient from a few pixels only.
         """
-        proposer = cast(FactorizedUNet, self.model).mask_parameters()
+        proposer = cast(FactorizedDenoiser, self.model).mask_parameters()
         ids = {id(p) for p in proposer}
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.model.parameters() if id(p) not in ids], "scale": 1.0}
@@ -171,7 +171,8 @@ class SegdiffTask:
             return alarms
         proposer = cast(MaskProposer, model.masks)
         error = unexplained_noise(proposer, self.probes, self.schedule)
-        return dataclasses.replace(alarms, error=error, objects=self.config.masks == "auto")
+        gain = measure_place_gain(self.probes, masks) if self.config.masks == "auto" else None
+        return dataclasses.replace(alarms, error=error, place_gain=gain)
 
 
 def move_if_it_fits(images: np.ndarray, device: torch.device) -> Tensor | np.ndarray:

@@ -24,7 +24,7 @@ from factorkit.engine.trainer import Trainer
 from factorkit.segdiff.alarms import Alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
 from factorkit.segdiff.evaluate import VERDICT_BASELINES
-from factorkit.segdiff.network import FactorizedUNet, count_parameters
+from factorkit.segdiff.network import FactorizedDenoiser, count_parameters
 from factorkit.segdiff.object_stages import ObjectStages, TimedStages
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import NUM_PROBES, SegdiffTask
@@ -59,9 +59,9 @@ def train_segdiff(
         data: a folder of images (perhaps with ``images/`` and ``masks/``), a zip, an ``.npz``/``.npy`` array, an array,
             a list of paths; None: the procedural flowers of the package, for a hierarchy its rooms.
         out: the run folder; None: ``runs/<preset>``.
-        preset: ``"demo"``, ``"fast32"``, ``"fast64"`` (regional form) or ``"flowers64"``, ``"flowers128"``,
-            ``"cub64"``, ``"cub128"``, ``"ffhq64"``, ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None:
-            ``"demo"`` without data, else ``"fast64"``.
+        preset: ``"demo"``, ``"fast32"``, ``"fast64"`` (regional form), ``"uvit32"``, ``"uvit64"``, ``"uvit128"``
+            (with a transformer), or ``"flowers64"``, ``"flowers128"``, ``"cub64"``, ``"cub128"``, ``"ffhq64"``,
+            ``"ffhq128"``, ``"imagenet64"`` (the thesis' settings). None: ``"demo"`` without data, else ``"fast64"``.
         seed_trials: number of short trainings from different seeds. Those that the label-free alarms fail are dropped,
             and the best continues: by the noise its regions leave unexplained, for masks="network" by the eta gap.
         progress: show a progress bar with the time left.
@@ -121,7 +121,7 @@ def train_segdiff(
         meta = {**settings, **config.to_dict()}
         if config.masks == "auto" and config.num_leaf_regions > 1 and not Checkpoints(folder / "checkpoints").paths():
             stages = ObjectStages(config, prepared.images, folder, meta, device, progress)
-            cast(nn.Module, cast(FactorizedUNet, task.model).masks).load_state_dict(stages.run().state_dict())
+            cast(nn.Module, cast(FactorizedDenoiser, task.model).masks).load_state_dict(stages.run().state_dict())
         return Trainer(
             task, config, folder, meta, device=device, progress=progress, stop_at=stop_at, report=write_report
         )

@@ -28,6 +28,7 @@ from factorkit.segdiff.alarms import (
     MIN_COLOR_SHARE,
     MIN_ETA_GAP,
     MIN_FLIP_AGREEMENT,
+    MIN_PLACE_GAIN,
     MIN_POSITION_SHARE,
 )
 from factorkit.utils.errors import format_count
@@ -89,10 +90,14 @@ def headline_tiles(alarms: Record, scores: Record) -> list[Tile]:
         low = lows.get(name, limit)
         return Tile(name, format_number(alarms.get(key)), "no limit" if low is None else f"alarm below {low:g}")
 
+    if is_number(alarms.get("place_gain")):
+        content = describe("place gain", "place_gain", MIN_PLACE_GAIN)
+    else:
+        content = describe("eta gap", "eta_gap", MIN_ETA_GAP)
     return [
         Tile("IoU", format_number(scores.get("iou")), f"best baseline {best[1]:.3f}" if best else ""),
         Tile("IoU, per-image oracle", format_number(scores.get("oracle_iou")), "an upper bound"),
-        describe("eta gap", "eta_gap", MIN_ETA_GAP),
+        content,
         describe("explained colour", "color_share", MIN_COLOR_SHARE),
     ]
 
@@ -111,6 +116,7 @@ REPORT = ReportContent(
     ),
     alarm_limits={
         "eta_gap": AlarmLimits("eta gap", low=MIN_ETA_GAP),
+        "place_gain": AlarmLimits("place gain", low=MIN_PLACE_GAIN),
         "position_share": AlarmLimits("position share", low=MIN_POSITION_SHARE, high=MAX_POSITION_SHARE),
         "color_share": AlarmLimits("explained colour", low=MIN_COLOR_SHARE),
         "flip_agreement": AlarmLimits("flip agreement", low=MIN_FLIP_AGREEMENT),

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from factorkit.utils import errors
-from factorkit.utils.errors import ConfigError, FactorkitError
+from factorkit.utils.errors import ConfigError, FactorkitError, format_count
 
 Result = TypeVar("Result")
 
@@ -136,7 +136,7 @@ def local_device(device: torch.device) -> torch.device:
         if number >= torch.cuda.device_count():
             raise ConfigError(
                 f"this is process {number + 1} of {processes} on this machine, but torch finds "
-                f"{torch.cuda.device_count()} GPU(s) here; give torchrun --nproc-per-node no more than that"
+                f"{format_count(torch.cuda.device_count(), 'GPU')} here; give torchrun --nproc-per-node no more"
             )
         return torch.device("cuda", number)
     if processes > 1:

@@ -24,7 +24,7 @@ def test_app_refuses_a_region_that_the_run_lacks(run, run_refused, monkeypatch):
 
 @pytest.mark.slow
 def test_page_segments_photos_for_this_machine_alone(run, photos, run_refused, tmp_path, monkeypatch):
-    pytest.importorskip("gradio", reason="the page needs the extra app, which needs another Pillow than the tests")
+    pytest.importorskip("gradio", reason="the page needs the extra app")
     from gradio_client import Client, handle_file
 
     import factorkit

@@ -60,7 +60,7 @@ def test_report_distinguishes_missing_and_broken_packages(monkeypatch, tmp_path)
     install(monkeypatch, tmp_path, "tinycudann", "raise OSError('no CUDA driver\\nlong story')")
     install(monkeypatch, tmp_path, "tensorboard", "raise SystemExit('goodbye')")
     install(monkeypatch, tmp_path, "cv2", "import a_library_that_is_not_there")
-    install(monkeypatch, tmp_path, "torch_fidelity", "__version__ = '7.8'")
+    install(monkeypatch, tmp_path, "gradio", "__version__ = '7.8'")
 
     report = doctor.report()
     parts = report["optional"]
@@ -68,10 +68,10 @@ def test_report_distinguishes_missing_and_broken_packages(monkeypatch, tmp_path)
     assert parts["tinycudann"] == {"state": "broken", "version": None, "cause": "OSError: no CUDA driver"}
     assert parts["tensorboard"]["cause"] == "SystemExit: goodbye"
     assert parts["cv2"]["state"] == "broken" and "a_library_that_is_not_there" in parts["cv2"]["cause"]
-    assert parts["torch_fidelity"] == {"state": "ok", "version": "7.8", "cause": None}
+    assert parts["gradio"] == {"state": "ok", "version": "7.8", "cause": None}
     assert find_problem(report, "tinycudann")["what"] == "tinycudann is broken (OSError: no CUDA driver)"
     assert "[viewer]" in find_problem(report, "viser")["cure"]
-    assert not any("torch_fidelity" in entry["what"] for entry in report["problems"])
+    assert not any("gradio" in entry["what"] for entry in report["problems"])
     assert "broken: OSError: no CUDA driver" in doctor.format_report(report)
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 from factorkit.data import make_procedural_dataset
 from factorkit.metrics.baselines import BASELINES
 from factorkit.report.content import Verdict
-from factorkit.segdiff.config import PRESETS
 from factorkit.segdiff.inference.outputs import output_names
+from factorkit.segdiff.presets import PRESETS
 from factorkit.segdiff.verdict import read_verdict
 
 ROOT = Path(__file__).resolve().parents[2]

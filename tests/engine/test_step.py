@@ -21,14 +21,15 @@ from factorkit.segdiff.task import SegdiffTask
 CPU = torch.device("cpu")
 
 
+UNET = {"model_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (8,)}
+UVIT = {"backbone": "uvit", "model_channels": 16, "depth": 3, "patch_size": 2}
+
+
 def segdiff(folder, device=CPU, **changes) -> Trainer:
     settings = {
         "masks": "network",
         "resolution": 16,
-        "model_channels": 8,
-        "channel_mult": (1, 2),
-        "num_res_blocks": 1,
-        "attention_resolutions": (8,),
+        **(UNET if "backbone" not in changes else {}),
         "norm_groups": 4,
         "batch_size": 4,
         "steps": 8,
@@ -59,7 +60,8 @@ class Watched(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"extra_ema_decays": (0.5,)}, {"form": "thesis", "micro_batch_size": 3}, {"checkpoint_branches": True}]
+    "changes",
+    [{"extra_ema_decays": (0.5,)}, {"form": "thesis", "micro_batch_size": 3}, {"checkpoint_branches": True}, UVIT],
 )
 def test_training_step_uses_no_synchronising_operation(tmp_path, changes):
     trainer = segdiff(tmp_path, **changes)
@@ -73,9 +75,10 @@ def test_training_step_uses_no_synchronising_operation(tmp_path, changes):
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.state.model.parameters(), strict=True))
 
 
-def test_training_step_tensors_stay_in_place(tmp_path):
+@pytest.mark.parametrize("changes", [{}, UVIT], ids=["unet", "uvit"])
+def test_training_step_tensors_stay_in_place(tmp_path, changes):
     """A graph knows addresses: every tensor the step reads or updates must be the same one in every step."""
-    trainer = segdiff(tmp_path)
+    trainer = segdiff(tmp_path, **changes)
     meter = Meter(CPU)
     take = trainer._training_step(meter)
 
@@ -263,6 +266,7 @@ STEPS = [
     {"form": "thesis", "micro_batch_size": 3, "dropout": 0.1},
     {"checkpoint_branches": True},
     {"checkpoint_branches": True, "dropout": 0.1},
+    UVIT,
 ]
 
 

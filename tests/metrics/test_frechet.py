@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.metrics.frechet import INCEPTION_WEIGHTS, compute_fid, frechet_distance, random_features
-from factorkit.utils.errors import ConfigError, DataError
+from factorkit.metrics.frechet import frechet_distance, random_features
+from factorkit.utils.errors import DataError
 
 
 def cloud(count=50, features=5, seed=0):
@@ -66,15 +66,3 @@ def test_frechet_invalid_shapes_raise():
         random_features(torch.zeros(2, 1, 16, 16))
     with pytest.raises(DataError, match=r"\(1, 4\) and \(9, 4\)"):
         frechet_distance(cloud(1, 4), cloud(9, 4))
-
-
-def test_fid_missing_weights_error_names_file_and_place(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    images = torch.rand(4, 3, 16, 16)
-    with pytest.raises(ConfigError) as caught:
-        compute_fid(images, images)
-    assert str(tmp_path / "hub" / "checkpoints" / INCEPTION_WEIGHTS) in str(caught.value) and "no FID" in str(
-        caught.value
-    )
-    with pytest.raises(DataError, match="at least 2"):
-        compute_fid(images[:1], images)

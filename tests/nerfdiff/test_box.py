@@ -67,6 +67,11 @@ def test_open_scene_distant_views_of_a_large_object_enlarge_the_box():
     assert scene.foreground.share_outside(scene.poses) <= 0.01
 
 
+def project(points, pose):
+    local = (points - pose[:, :3, 3]) @ pose[0, :3, :3]
+    return local[:, :2] / local[:, 2:]
+
+
 @pytest.mark.parametrize("turn", [False, True])
 def test_open_scene_sparse_points_enlarge_the_box_unless_they_are_behind_the_cameras(turn):
     views = make_procedural_views(12, 24, seed=1, fov=16)
@@ -82,6 +87,8 @@ def test_open_scene_sparse_points_enlarge_the_box_unless_they_are_behind_the_cam
     scene = open_scene(replace(views, poses=poses, points=points), 24, CPU)
     assert box_side(scene) == pytest.approx(2.4, abs=0.05)
     assert "the sparse points" in scene.note
+    pixels = [project(points[:9], poses[:1]), project(scene.points[:9], scene.poses[:1])]
+    torch.testing.assert_close(*pixels, rtol=1e-3, atol=1e-3)  # the points moved as the poses did
 
 
 def test_open_scene_given_box_is_in_the_units_of_the_poses():

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorkit.nerfdiff.build import build_model
-from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, OctantCandidates, SingleCandidate
+from factorkit.nerfdiff.build import build_encoder, build_model
+from factorkit.nerfdiff.cameras.candidates import LookAtCandidates, OctantCandidates, SingleCandidate, build_candidates
 from factorkit.nerfdiff.config import PRESETS, NerfdiffConfig, preset_config
 from factorkit.nerfdiff.fields.kinds import FrequencyField, build_field
 from factorkit.nerfdiff.rays import CameraModel
@@ -86,3 +86,36 @@ def test_config_round_trip_and_unknown_setting_raises():
     assert NerfdiffConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="candidtes"):
         preset_config("fast", candidtes=3)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 24)])
+def test_vit_encoder_predicts_candidates_from_views_of_any_size(size):
+    config = preset_config("fast", encoder="vit", encoder_depth=2)
+    candidates = build_candidates("look_at", 3, 4.0, (0.0, 60.0), ())
+    encoder = build_encoder(config, size, candidates)
+    assert encoder.size == tuple(-(-side // 4) * 4 for side in size)
+    raw, scores = encoder(torch.randn(2, 3, *size), torch.tensor([0, 5]))
+    assert raw.shape == (2, 3, candidates.raw_size) and scores.shape == (2, 3)
+    raw.sum().backward()
+    assert encoder.encoder.patch.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": "vit", "channel_mult": (1, 2)}, r"channel_mult=\(1, 2\) belongs to encoder='unet'"),
+        ({"encoder_patch_size": 2}, r"encoder_patch_size=2 belongs to encoder='vit'.*give encoder='vit'"),
+        ({"encoder": "vit", "model_channels": 12}, r"model_channels=12 must be a multiple of 8"),
+        ({"encoder": "vit", "encoder_depth": 0}, r"encoder_depth=0 must be at least 1"),
+        ({"encoder": "cnn"}, r"encoder='cnn' is unknown; choose one of unet, vit"),
+    ],
+)
+def test_encoder_settings_that_do_not_fit_raise_with_the_cure(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        preset_config("fast", **changes)
+
+
+def test_preset_of_the_other_encoder_keeps_the_rest():
+    config, usual = preset_config("lego", encoder="vit"), preset_config("lego")
+    assert config.channel_mult == NerfdiffConfig().channel_mult and config.model_channels == 64
+    assert (config.encoder_pooling, config.steps) == (usual.encoder_pooling, usual.steps)

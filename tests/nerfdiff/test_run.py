@@ -19,7 +19,9 @@ from factorkit.nerfdiff.network import NerfdiffModel
 from factorkit.nerfdiff.rays import render_views
 from factorkit.nerfdiff.run import NerfdiffRun
 from factorkit.nerfdiff.stages.localise import TargetImages, refine_poses, select_best_poses
+from factorkit.nerfdiff.train import train_nerfdiff
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
+from tests.engine.trained import assert_identical
 
 
 def test_predict_pose_returns_the_best_scored_candidate(finished, scene_views):
@@ -61,7 +63,7 @@ def test_render_wider_images_are_not_stretched(finished, monkeypatch):
     torch.testing.assert_close(wide.images[..., 4:16], square.images, atol=1e-3, rtol=0)
     taller = finished.render(finished.poses, 20)
     torch.testing.assert_close(high.images, taller.images[..., 4:16], atol=1e-3, rtol=0)
-    monkeypatch.setattr("factorkit.nerfdiff.loaded_scene.MAX_RAYS", 300)  # two images at a time
+    monkeypatch.setattr("factorkit.nerfdiff.rendered_scene.MAX_RAYS", 300)  # two images at a time
     assert torch.equal(finished.render(finished.poses, 12).depth, square.depth)
 
 
@@ -109,6 +111,16 @@ def test_load_save_round_trip_gives_the_same_model(finished, scene_views, tmp_pa
     assert torch.equal(folder.views.poses, finished.poses)
     with pytest.raises(CheckpointError, match="not a run folder"):
         factorkit.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_vit_encoder_run_trains_and_loads(scene_views, tmp_path, tiny):
+    settings = {name: value for name, value in tiny.items() if name not in ("channel_mult", "model_channels")}
+    settings |= {"encoder": "vit", "encoder_depth": 2, "model_channels": 16}
+    run = train_nerfdiff(scene_views, out=tmp_path / "run", **settings)
+    assert run.predict_pose(scene_views.images[:2]).poses.shape == (2, 4, 4)
+    again = factorkit.load(run.save(tmp_path / "vit.safetensors"), device="cpu")
+    assert_identical(again.model.state_dict(), run.model.state_dict())
 
 
 def test_load_other_weights_than_the_average(finished):

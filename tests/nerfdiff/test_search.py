@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ import torch
 from PIL import Image
 
 from factorkit.metrics.pose import pose_errors
-from factorkit.nerfdiff import search
-from factorkit.nerfdiff.train import train_nerfdiff
+from factorkit.nerfdiff import search, search_record, unregistered
+from factorkit.nerfdiff.registered_views import LOCALISED
+from factorkit.nerfdiff.search_record import Trial
+from factorkit.nerfdiff.train import estimate, train_nerfdiff
 from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo
 
 pytest.importorskip("pycolmap", reason="the extra `sfm`")
@@ -24,8 +28,10 @@ def photos(tmp_path_factory):
     """A folder of textured photos without cameras."""
     folder = tmp_path_factory.mktemp("photos")
     for i, pose in enumerate(POSES):
-        pixels = render_photo(pose, make_intrinsics_of(SIZE), SIZE)[0]
-        Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+        image = Image.fromarray(render_photo(pose, make_intrinsics_of(SIZE), SIZE)[0])
+        image.save(folder / f"{i}.png")
+        if i == 3:  # too blurred for features
+            image.resize((16, 12), Image.Resampling.BOX).resize(image.size).save(folder / "3_blurred.png")
     return folder
 
 
@@ -35,17 +41,29 @@ def settings(tiny):
 
 
 @pytest.mark.slow
-def test_train_auto_textured_photos_use_structure_from_motion_to_the_end(tmp_path, photos, settings, monkeypatch):
+def test_train_auto_textured_photos_use_structure_from_motion_to_the_end(
+    tmp_path, photos, settings, monkeypatch, capsys
+):
     monkeypatch.setattr(search, "MAX_CROSS", {"object": np.inf, "forward": np.inf})  # the field has a few steps only
-    run = train_nerfdiff(photos, out=tmp_path / "run", **settings)
+    monkeypatch.setattr(unregistered, "MAX_ERROR_RATIO", np.inf)
+    run = train_nerfdiff(photos, out=tmp_path / "run", **{**settings, "progress": True})
     assert run.config.search == "sfm"
     poses = torch.from_numpy(POSES[[int(name.removesuffix(".png")) for name in run.views.names]]).float()
-    assert len(poses) >= 7 and pose_errors(run.poses, poses).rotation_degrees.max() < 3
+    assert len(poses) >= 6 and pose_errors(run.poses, poses).rotation_degrees.max() < 3
+    text = capsys.readouterr().err
+    assert "Localised in the finished scene, not trained on: 1 of the 1 image" in text
+    assert 'Tried search="sfm": held-out error' in text
+    assert run.localised.names == ("3_blurred.png",) and run.localised.poses.shape == (1, 4, 4)
     run.export(tmp_path / "transforms.json")
     frames = json.loads((tmp_path / "transforms.json").read_text())["frames"]
-    assert len(frames) == len(poses)
+    assert len(frames) == len(poses) + 1
+    assert [frame["file_path"] for frame in frames if frame.get("localised")] == ["images_factorkit/3_blurred.png"]
+    torch.testing.assert_close(torch.tensor(frames[-1]["transform_matrix"]), run.localised.poses[0])
+    monkeypatch.setattr(unregistered, "MAX_ERROR_RATIO", 0.0)
+    (tmp_path / "run" / LOCALISED).unlink()
     again = train_nerfdiff(photos, out=tmp_path / "run", **settings)  # finished: it is loaded
     assert torch.equal(again.poses, run.poses)
+    assert again.localised.names == () and again.localised.others == ("3_blurred.png",)
 
 
 @pytest.mark.slow
@@ -59,3 +77,50 @@ def test_train_auto_wrong_structure_from_motion_is_followed_by_the_dictionary(
     assert "Rejected: a field fitted to half of the views" in text and 'Tried next: search="dictionary"' in text
     again = train_nerfdiff(photos, out=tmp_path / "run", **settings)
     assert torch.equal(again.poses, run.poses) and again.config.search == "dictionary"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_accepted", [True, False])
+def test_train_auto_rejected_dictionary_is_followed_by_structure_from_motion(
+    tmp_path, photos, settings, monkeypatch, capsys, is_accepted
+):
+    monkeypatch.setattr(search, "MIN_SIDE", 1000)  # the dictionary is first
+    monkeypatch.setattr(search, "MAX_CROSS", dict.fromkeys(("object", "forward"), np.inf if is_accepted else 0.0))
+    judge = lambda folder, name: Trial(name, 0.5, "not explained" if name == "dictionary" else "")  # noqa: E731
+    monkeypatch.setattr(search, "judge_run", judge)
+    train = partial(train_nerfdiff, photos, out=tmp_path / "run", **{**settings, "progress": True})
+    if is_accepted:  # interrupted in the middle of the change from one to the other
+        with monkeypatch.context() as patch:
+            patch.setattr(search_record, "shutil", Mock(copyfile=Mock(side_effect=KeyboardInterrupt)))
+            with pytest.raises(KeyboardInterrupt):
+                train()
+    run, text = train(), capsys.readouterr().err
+    assert "images of 320 < 1000 pixels are too small" in text
+    assert 'Tried search="dictionary": held-out error 0.500 of the variance; rejected: not explained.' in text
+    if is_accepted:
+        assert run.config.search == "sfm" and (tmp_path / "run/rejected/dictionary/checkpoints").is_dir()
+        assert 'Tried search="sfm": held-out error 0.500 of the variance; no alarm went off.' in text
+    else:
+        assert run.config.search == "dictionary" and "of the variance; rejected: a field fitted to half" in text
+    assert torch.equal(train().poses, run.poses)
+    assert "sfm: features" not in capsys.readouterr().err  # nothing is repeated
+
+
+@pytest.mark.slow
+def test_train_auto_rejected_dictionary_of_small_images_says_why_nothing_follows(
+    tmp_path, scene_views, tiny, monkeypatch, capsys
+):
+    monkeypatch.setattr(search, "judge_run", lambda folder, name: Trial(name, 0.5, "not explained"))
+    train_nerfdiff(scene_views, out=tmp_path / "run", **{**tiny, "progress": True})
+    text = capsys.readouterr().err
+    assert 'search="sfm" was not tried: images of 8 < 128 pixels are too small' in text
+    assert 'search="sfm" was not tried' in (tmp_path / "run/report.html").read_text().replace("&quot;", '"')
+
+
+@pytest.mark.slow
+def test_estimate_auto_says_which_search_would_run_and_why(photos, settings):
+    with_sfm = estimate(photos, **{k: v for k, v in settings.items() if k != "progress"})
+    assert with_sfm["notes"][0].startswith('search="sfm": ') and "images match another one" in with_sfm["notes"][0]
+    assert "A dry run finds no cameras" in with_sfm["notes"][1]
+    small = estimate(photos, **{k: v for k, v in settings.items() if k != "progress"}, poses="learned")
+    assert not any("search=" in note for note in small["notes"])

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.engine.checkpoint import Checkpoints
+from factorkit.nerfdiff.config import preset_config
+from factorkit.nerfdiff.run import NerfdiffRun
+from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.distil import DistilTask
 from factorkit.nerfdiff.stages.joint import JointTask
 from factorkit.nerfdiff.stages.refine import FitTask
-from factorkit.nerfdiff.train import train_nerfdiff
+from factorkit.nerfdiff.train import choose_capture_settings, list_notes, train_nerfdiff
 from factorkit.utils.errors import CheckpointError, ConfigError, DataError
 from factorkit.utils.files import read_log
 
@@ -72,6 +76,25 @@ def test_train_other_final_field_keeps_the_focal_length_of_the_refinement(tmp_pa
     assert abs(focal - 1) > 1e-4
     ratio = run.views.intrinsics[0] / scene_views.intrinsics[0]
     assert ratio[[0, 1], [0, 1]].tolist() == pytest.approx([focal, focal], rel=1e-5)
+    distance = run.poses[:, :3, 3].norm(dim=1) / open_scene(scene_views, 8, torch.device("cpu"), False).distance
+    assert distance.tolist() == pytest.approx([focal] * len(scene_views), rel=1e-4), "the object keeps its size"
+    predicted = NerfdiffRun.load(tmp_path / "run", device="cpu").predict_pose(scene_views).poses
+    assert torch.allclose(predicted[:, :3, 3].norm(dim=1), run.poses[0, :3, 3].norm(), rtol=1e-4)
+    events = [event for event in read_log(tmp_path / "run") if event["event"] == "focal"]
+    assert [event["factor"] for event in events] == [pytest.approx(focal, rel=1e-5)]
+
+
+def test_choose_capture_settings_a_guessed_focal_length_is_optimised_unless_the_run_was_started_without(scene_views):
+    guess = open_scene(replace(scene_views, has_focal=False), 8, torch.device("cpu"), False)
+    config = preset_config("fast")
+    assert "focal" in choose_capture_settings(config, guess).optimize_camera
+    assert "focal" not in choose_capture_settings(config, replace(guess, has_focal=True)).optimize_camera
+    assert choose_capture_settings(replace(config, poses="known"), guess).optimize_camera == ()
+    assert choose_capture_settings(config, guess, {"optimize_camera": [], "scene": {}}).optimize_camera == ()
+    assert any(
+        "focal length is a guess" in note
+        for note in list_notes(scene_views, guess, choose_capture_settings(config, guess))
+    )
 
 
 def all_events(folder):

@@ -147,6 +147,7 @@ def test_viewer_serves_cameras_and_points(contents, small):
         from dataclasses import replace
 
         opened.show(replace(contents, step=9, true=None, views=contents.views.select([2])))
+        assert opened._boxes["/true"].visible is False  # no true camera is known
         assert "Step 9" in opened._step.content and scene.get_handle_by_name("/true").visible is False
         gone = [scene.get_handle_by_name(name) for name in ("/true/0000", "/predicted/0001")]
         assert gone == [None, None] and scene.get_handle_by_name("/predicted/0000") is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import torch
 from factorkit import ops
 from factorkit.ops import reference
 from factorkit.ops.rasterize_gaussians import TILE, sort_into_tiles
+from factorkit.utils.errors import OutOfMemoryError
 
+module = importlib.import_module("factorkit.ops.rasterize_gaussians")
 NAMES = ("means", "conics", "depths", "compensations")
 
 
@@ -237,6 +241,14 @@ def test_gradcheck_of_rasterize_with_ties_in_depth():
     torch.autograd.gradcheck(run, [projected.means, projected.conics, colors, opacities], atol=1e-6)
 
 
+def test_gradient_of_depths_that_are_equal_is_the_weight_of_each():
+    projected, _, opacities = projected_leaves(6, (7, 9))
+    depths = torch.tensor([3.0, 4.0, 3.0, 4.0, 4.0, 3.0], dtype=torch.float64, requires_grad=True)
+    out = ops.rasterize_gaussians(projected._replace(depths=depths), torch.eye(6).double(), opacities, (7, 9))
+    (grad,) = torch.autograd.grad(out.depth.sum(), depths)
+    torch.testing.assert_close(grad, out.color.sum((0, 1)).detach())
+
+
 def test_second_order_gradients_match_finite_differences():
     leaves, colors, opacities = scene(3, (4, 4))
     with torch.no_grad():
@@ -323,6 +335,32 @@ def test_gaussian_with_a_bad_number_is_not_drawn(where, value):
         torch.testing.assert_close(tuple(out), tuple(want))
 
 
+@pytest.mark.parametrize("where", [(3, (0, 0)), (3, (2, 3)), (4, (0, 0)), (4, (1, 1)), (4, (0, 2))])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_camera_with_a_bad_number_sees_nothing(where, value):
+    leaves, colors, opacities = scene(20, (20, 20))
+    with torch.no_grad():
+        leaves[where[0]][where[1]] = value
+    projected = ops.project_gaussians(*leaves, (20, 20))
+    assert all((x == 0).all() for x in projected)
+    out = ops.rasterize_gaussians(projected, colors, opacities, (20, 20))
+    grads = torch.autograd.grad(out.color.sum() + out.depth.sum(), [*leaves, colors, opacities])
+    assert all((x == 0).all() for x in (*out, *grads))
+
+
+def test_gaussians_behind_and_around_the_camera_leave_the_others_alone():
+    leaves, colors, opacities = scene(20, (20, 20))
+    with torch.no_grad():
+        leaves[0][::2, 2] = -torch.tensor([4.0, 3.991, 5.0, 50.0, 4.01]).double().repeat(2)  # near plane: -3.99
+        front = [*(x[1::2].clone().requires_grad_() for x in leaves[:3]), *leaves[3:]]
+    out, want = render(leaves, colors, opacities, (20, 20)), render(front, colors[1::2], opacities[1::2], (20, 20))
+    torch.testing.assert_close(tuple(out), tuple(want))
+    grads = torch.autograd.grad(out.color.sum(), leaves[:3])
+    for found, expected in zip(grads, torch.autograd.grad(want.color.sum(), front[:3]), strict=True):
+        assert (found[::2] == 0).all()
+        torch.testing.assert_close(found[1::2], expected)
+
+
 def test_zero_quaternion_is_no_rotation_without_gradient():
     leaves, colors, opacities = scene(4, (20, 20))
     with torch.no_grad():
@@ -345,6 +383,77 @@ def test_scales_of_zero_give_the_low_pass_filter_or_nothing():
     grads = torch.autograd.grad(render(leaves, colors, opacities, (20, 20)).color.sum(), [*leaves, colors])
     assert all(x.isfinite().all() for x in grads) and (projected.compensations == 1e-3).all()
     assert (ops.project_gaussians(*leaves, (20, 20), low_pass=0.0).radii == 0).all()
+
+
+def test_pairs_that_exceed_the_memory_raise_with_the_memory_needed(monkeypatch):
+    leaves, colors, opacities = scene(20, (20, 20))
+    projected = ops.project_gaussians(*leaves, (20, 20))
+    monkeypatch.setattr("factorkit.utils.memory.CHECKED_BYTES", 0)
+    ops.rasterize_gaussians(projected, colors, opacities, (20, 20))
+    monkeypatch.setattr("factorkit.utils.memory.free_memory", lambda device: 1000)
+    with pytest.raises(OutOfMemoryError, match=r"pairs of Gaussians and tiles need 0.0 GiB .* use fewer or smaller"):
+        ops.rasterize_gaussians(projected, colors, opacities, (20, 20))
+    monkeypatch.setattr(module, "MAX_PAIRS", 10)
+    with pytest.raises(ValueError, match="more than 10: use fewer"):
+        ops.rasterize_gaussians(projected, colors, opacities, (20, 20))
+
+
+class FakeGsplat:
+    """The functions of gsplat 1.5 that are called, with its names and shapes, by this package's reference."""
+
+    def isect_tiles(self, means2d, radii, depths, tile_size, tile_width, tile_height):
+        count = means2d.shape[-2]
+        shapes = [x.shape for x in (means2d, radii, depths)]
+        assert shapes == [(1, count, 2), (1, count, 2), (1, count)] and radii.dtype == torch.int32 and tile_size == TILE
+        lower = ((means2d[0] - radii[0]) / tile_size).floor().clamp_min(0).long()
+        upper = ((means2d[0] + radii[0]) / tile_size).ceil().long().minimum(torch.tensor([tile_width, tile_height]))
+        pairs = [
+            (y * tile_width + x, float(depths[0, i].detach()), i)
+            for i in range(count)
+            if (radii[0, i] > 0).all()
+            for y in range(lower[i, 1], upper[i, 1])
+            for x in range(lower[i, 0], upper[i, 0])
+        ]
+        pairs.sort()
+        return None, torch.tensor([tile for tile, _, _ in pairs]), torch.tensor([i for *_, i in pairs]).int()
+
+    def isect_offset_encode(self, isect_ids, n_images, tile_width, tile_height):
+        assert n_images == 1
+        starts = torch.searchsorted(isect_ids, torch.arange(tile_width * tile_height))
+        return starts.reshape(1, tile_height, tile_width).int()
+
+    def rasterize_to_pixels(
+        self, means2d, conics, colors, opacities, image_width, image_height, tile_size, isect_offsets, flatten_ids
+    ):
+        assert conics.shape[0] == colors.shape[0] == opacities.shape[0] == 1 and tile_size == TILE
+        offsets = torch.cat([isect_offsets.flatten(), torch.tensor([len(flatten_ids)])])
+        inputs = (means2d[0], conics[0], 0 * opacities[0], colors[0], opacities[0], offsets, flatten_ids)
+        color, _, opacity = reference.rasterize_gaussians(*inputs, image_width, image_height)
+        return color[None], opacity[None, ..., None]
+
+
+def test_gsplat_backend_calls_its_interface_and_returns_the_same(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gsplat", FakeGsplat())
+    leaves, colors, opacities = scene(30, (40, 20), torch.float32)
+    with torch.no_grad():
+        colors[3, 1], opacities[5] = math.nan, math.inf
+        opacities.clamp_max_(0.9)
+        opacities[5] = math.inf
+    inputs = [*leaves, colors, opacities]
+    projected = ops.project_gaussians(*leaves, (40, 20))
+    want = ops.rasterize_gaussians(projected, colors, opacities, (40, 20))
+    got = module._rasterize_with_gsplat(projected, colors, opacities, (40, 20))
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=1e-4, atol=1e-5)
+    upstream = [torch.randn_like(x) for x in want]
+    found, expected = (torch.autograd.grad(tuple(x), inputs, upstream, retain_graph=True) for x in (got, want))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_gsplat_backend_on_the_cpu_raises():
+    leaves, colors, opacities = scene(4, (20, 20), torch.float32)
+    with pytest.raises(ValueError, match='backend="gsplat" needs float32 on CUDA; got torch.float32 on cpu'):
+        ops.rasterize_gaussians(ops.project_gaussians(*leaves, (20, 20)), colors, opacities, (20, 20), backend="gsplat")
 
 
 def test_wrong_arguments_raise():
@@ -379,6 +488,14 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.factorkit.fill_tiles, (*tiles, order, offsets, pairs, 20, 20), test_utils=tests)
     ids = torch.ops.factorkit.fill_tiles(*tiles, order, offsets, pairs, 20, 20)
     torch.library.opcheck(torch.ops.factorkit.rasterize_gaussians, (*inputs, offsets, ids, 20, 20))
+    with torch.no_grad():
+        settings = (20, 20, 0.01, math.inf, 0.3)
+        outputs = torch.ops.factorkit.project_gaussians(*leaves, *settings)
+        upstream = (*map(torch.randn_like, outputs[:3]), None, outputs[4], *leaves, *settings, True)
+        torch.library.opcheck(torch.ops.factorkit.project_gaussians_backward, upstream, test_utils=tests)
+        outputs = torch.ops.factorkit.rasterize_gaussians(*inputs, offsets, ids, 20, 20)
+        upstream = (torch.randn_like(outputs[0]), None, None, *outputs[3:], *inputs, offsets, ids, 20, 20)
+        torch.library.opcheck(torch.ops.factorkit.rasterize_gaussians_backward, upstream, test_utils=tests)
 
 
 def test_forced_reference_gives_the_same_image(monkeypatch):

@@ -71,6 +71,47 @@ def test_marching_with_a_fixed_step_is_bit_identical(dtype):
     assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
 
 
+def splat_scene(dtype, count=400, size=(70, 90)):
+    torch.manual_seed(3)
+    view, lens = torch.eye(4), torch.tensor([[120.0, 0, size[1] / 2], [0, 120.0, size[0] / 2], [0, 0, 1]])
+    view[2, 3] = 4
+    leaves = [torch.rand(count, 3) * 2 - 1, torch.randn(count, 4), torch.rand(count, 3) * 0.2 + 0.02, view, lens]
+    leaves += [torch.rand(count, 3), torch.rand(count) * 0.9]
+    return [x.to(dtype).requires_grad_() for x in leaves], size
+
+
+def splat(leaves, size, **options):
+    return tuple(
+        ops.rasterize_gaussians(ops.project_gaussians(*leaves[:5], size), leaves[5], leaves[6], size, **options)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gaussians(dtype):
+    leaves, size = splat_scene(dtype)
+    there = on_cuda(leaves)
+    want = splat(leaves, size)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # unwritten memory holds NaN
+    got = splat(there, size)
+    grads = [torch.randn_like(x) for x in want]
+    found = torch.autograd.grad(got, there, [g.cuda() for g in grads])
+    torch.use_deterministic_algorithms(False)
+    expected = torch.autograd.grad(want, leaves, grads)
+    for a, b in zip((*got, *found), (*want, *expected), strict=True):
+        assert (a.cpu() - b).norm() <= (1e-3 if dtype == torch.float32 else 1e-8) * b.norm()
+
+
+def test_gaussians_equal_those_of_gsplat():
+    pytest.importorskip("gsplat")
+    leaves, size = splat_scene(torch.float32)
+    leaves = on_cuda(leaves)
+    want, got = splat(leaves, size), splat(leaves, size, backend="gsplat")
+    grads = [torch.randn_like(x) for x in want]
+    found, expected = (torch.autograd.grad(x, leaves, grads, retain_graph=True) for x in (got, want))
+    for a, b in zip((*got, *found), (*want, *expected), strict=True):
+        assert (a - b).norm() <= 1e-2 * b.norm()
+
+
 def test_intersections_and_resampling():
     torch.manual_seed(2)
     o, d = (torch.randn(1000, 3, dtype=torch.float64).requires_grad_() for _ in range(2))

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from factorkit.segdiff.backbones import make_backbone
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.network import FactorizedUNet
+from factorkit.segdiff.network import FactorizedDenoiser
 from factorkit.segdiff.run import SegdiffRun
 
 TINY = {
@@ -19,20 +20,26 @@ TINY = {
     "num_heads": 2,
     "norm_groups": 4,
 }
+#: the same size as a transformer
+TINY_UVIT = {"resolution": 16, "model_channels": 16, "depth": 5, "patch_size": 2, "num_heads": 2, "norm_groups": 4}
 
 
 @pytest.fixture
 def build_tiny():
     """build_tiny(dtype, **changes): a small network without zero weights, masks far from uniform, in eval mode."""
 
-    def make(dtype=torch.float64, **changes) -> FactorizedUNet:
+    def make(dtype=torch.float64, **changes) -> FactorizedDenoiser:
         torch.manual_seed(0)
-        return randomize_weights(FactorizedUNet(**{**TINY, **changes})).to(dtype).eval()
+        backbone = changes.pop("backbone", "unet")
+        settings = {"regions": 3, "dropout": 0.0, **(TINY_UVIT if backbone == "uvit" else TINY), **changes}
+        sizes = make_backbone(backbone, settings)
+        others = {name: value for name, value in settings.items() if not hasattr(sizes, name)}
+        return randomize_weights(FactorizedDenoiser(sizes, **others)).to(dtype).eval()
 
     return make
 
 
-def randomize_weights(model: FactorizedUNet) -> FactorizedUNet:
+def randomize_weights(model: FactorizedDenoiser) -> FactorizedDenoiser:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)

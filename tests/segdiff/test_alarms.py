@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from factorkit.segdiff.alarms import measure_alarms
+from factorkit.segdiff.alarms import measure_alarms, measure_place_gain
 from factorkit.utils.errors import ConfigError, DataError
 
 N, SIZE = 48, 32
@@ -50,12 +50,25 @@ def test_failures_object_masks_are_empty(scene):
     assert alarms.score() == alarms.eta_gap
 
 
-def test_alarms_of_object_masks_have_their_own_limit_of_the_eta_gap(scene):
+def test_alarms_of_object_masks_are_decided_by_the_place_gain(scene):
     images, inside = scene
     result = measure_alarms(images, soften_labels(inside), soften_labels(inside.flip(2)))
-    masks = dataclasses.replace(result, error=0.2, objects=True)
-    assert dataclasses.replace(masks, eta_gap=0.2, color_share=0.5).ok
-    assert read_failure_names(dataclasses.replace(masks, eta_gap=0.08)) == {"masks are not about content"}
+    masks = dataclasses.replace(result, error=0.2, place_gain=0.1, eta_gap=0.07, color_share=0.5, position_share=0.85)
+    assert masks.ok and [check.name for check in masks.checks() if check.decisive] == ["place gain"]
+    assert read_failure_names(dataclasses.replace(masks, place_gain=0.02)) == {"masks without objects"}
+
+
+def test_place_gain_is_high_for_objects_and_none_for_textures_or_halves(scene):
+    images, inside = scene
+    assert measure_place_gain(images, soften_labels(inside)) > 0.2
+    generator = torch.Generator().manual_seed(2)
+    textures = F.interpolate(torch.rand(N, 3, 6, 6, generator=generator), size=(SIZE, SIZE), mode="bicubic") * 2 - 1
+    bright = textures.mean(1) > textures.mean((1, 2, 3))[:, None, None]
+    assert abs(measure_place_gain(textures, soften_labels(bright))) < 0.02
+    left = (torch.arange(SIZE) < SIZE // 2).expand(N, SIZE, SIZE)
+    halves = torch.where(left[:, None], *torch.rand(2, N, 3, 1, 1, generator=generator)) * 2 - 1
+    assert abs(measure_place_gain(halves, soften_labels(left))) < 0.02
+    assert measure_place_gain(torch.zeros_like(images), soften_labels(inside)) == pytest.approx(0, abs=1e-5)
 
 
 def test_alarms_with_an_error_are_ranked_by_it(scene):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from factorkit.segdiff.config import FORMS, PRESETS, ResolvedSegdiffConfig, SegdiffConfig, preset_config
+from factorkit.segdiff.config import ResolvedSegdiffConfig, SegdiffConfig, preset_config
+from factorkit.segdiff.presets import FORMS, PRESETS
 from factorkit.utils.errors import ConfigError
 
 
@@ -121,7 +122,7 @@ def test_thesis_presets_equal_section_2_4(name, resolution, steps, batch):
 def test_presets_are_valid_and_complete():
     assert {"demo", "fast32", "fast64"} <= set(PRESETS)
     for name in PRESETS:
-        regional = name in ("demo", "fast32", "rooms32", "fast64")
+        regional = name in ("demo", "fast32", "rooms32", "fast64", "uvit32", "uvit64", "uvit128")
         assert preset_config(name).resolved().form == ("regional" if regional else "thesis")
 
 
@@ -170,7 +171,7 @@ def test_config_invalid_settings_raise_with_the_cure(changes, message):
 
 
 def test_preset_unknown_name_or_setting_lists_known_ones():
-    with pytest.raises(ConfigError, match=r"preset='flowers32'.*demo, fast32, rooms32, fast64, flowers64"):
+    with pytest.raises(ConfigError, match=r"preset='flowers32'.*demo, fast32, rooms32, fast64, uvit32.*flowers64"):
         preset_config("flowers32")
     with pytest.raises(ConfigError, match=r"'region'.*regions.*resolution"):
         preset_config("demo", region=3)

@@ -13,8 +13,9 @@ import factorkit
 from factorkit.cli.evaluate import format_scores
 from factorkit.data.procedural.rooms import draw_rooms
 from factorkit.diffusion.denoiser import Denoised
+from factorkit.segdiff.backbones import make_backbone
 from factorkit.segdiff.config import preset_config
-from factorkit.segdiff.hierarchy import HierarchicalUNet
+from factorkit.segdiff.hierarchy import HierarchicalDenoiser
 from factorkit.segdiff.inference.segment import hard_labels, level_labels, level_masks, scored_level
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.segdiff.task import SegdiffTask
@@ -24,10 +25,12 @@ from factorkit.utils.rng import BatchDraw
 from tests.segdiff.conftest import TINY, randomize_weights
 
 
-def build_nested(regions, **changes) -> HierarchicalUNet:
+def build_nested(regions, **changes) -> HierarchicalDenoiser:
     torch.manual_seed(0)
-    settings = {name: value for name, value in TINY.items() if name != "regions"}
-    model = HierarchicalUNet(regions, **{**settings, **changes})
+    settings = {**TINY, "dropout": 0.0, **changes}
+    backbone = make_backbone("unet", settings)
+    others = {name: value for name, value in changes.items() if not hasattr(backbone, name)}
+    model = HierarchicalDenoiser(backbone, regions, **others)
     for level in model.levels:
         randomize_weights(level)
     return model.double().eval()

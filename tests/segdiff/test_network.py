@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from factorkit.segdiff.config import PRESETS, preset_config
+from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.network import RegionTokens, count_parameters
+from factorkit.segdiff.presets import PRESETS
 from factorkit.utils.errors import ConfigError
 
 REGIONAL = {"branch_norm": "pixel", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True}
+UVIT = {**REGIONAL, "backbone": "uvit"}
 DECODINGS = ("masked_skips", "concat", "masked_mid", "unshared")
 
 
@@ -35,7 +37,7 @@ def test_forward_in_fp32_equals_fp64_to_rounding(build_tiny, make_batch):
     torch.testing.assert_close(single.prediction.double(), exact.prediction, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", [{}, REGIONAL])
+@pytest.mark.parametrize("form", [{}, REGIONAL, UVIT], ids=["thesis", "regional", "uvit"])
 def test_masks_at_every_decoder_resolution_sum_to_one(build_tiny, make_batch, form, monkeypatch):
     model, (x, t) = build_tiny(**form), make_batch()
     recorded = []
@@ -45,7 +47,7 @@ def test_masks_at_every_decoder_resolution_sum_to_one(build_tiny, make_batch, fo
     with torch.no_grad():
         recorded.append(model(x, t).bottleneck.masks)
         recorded.append(model.segment(x, t))
-    assert [m.shape[-1] for m in recorded] == [16, 8, 16, 16]
+    assert [m.shape[-1] for m in recorded] == ([8, 16, 16] if form is UVIT else [16, 8, 16, 16])
     for masks in recorded:
         assert masks.min() >= 0
         torch.testing.assert_close(masks.sum(1), torch.ones_like(masks[:, 0]))
@@ -108,19 +110,14 @@ def test_unshared_decoders_with_equal_weights_equal_the_shared_one(build_tiny, m
 
 
 @pytest.mark.parametrize("decoding", [*DECODINGS, "one region"])
-@pytest.mark.parametrize("form", ["thesis", "regional"])
+@pytest.mark.parametrize("form", ["thesis", "regional", "uvit"])
 def test_every_parameter_after_some_steps_has_a_gradient(make_batch, decoding, form):
     changes = {"regions": 1} if decoding == "one region" else {"decoding": decoding}
-    small = {
-        "masks": "network",
-        "resolution": 16,
-        "model_channels": 8,
-        "channel_mult": (1, 2),
-        "num_res_blocks": 1,
-        "attention_resolutions": (8,),
-        "norm_groups": 4,
-    }
-    model = preset_config(None, form=form, steps=1, **small, **changes).resolved().build().train()
+    unet = {"model_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (8,)}
+    uvit = {"backbone": "uvit", "model_channels": 16, "depth": 3}
+    changes |= uvit if form == "uvit" else {"form": form, **unet}
+    small = {"masks": "network", "resolution": 16, "norm_groups": 4, "steps": 1}
+    model = preset_config(None, **small, **changes).resolved().build().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, t = make_batch(torch.float32, count=8)
     for _ in range(4):  # Three zero-initialised layers in a row block the gradient of one another.
@@ -130,11 +127,11 @@ def test_every_parameter_after_some_steps_has_a_gradient(make_batch, decoding, f
     idle = {n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0}
     assert idle == set()
     # The logit norm removes the mean of each region's logits, so the gradient of this bias is only rounding error.
-    if form == "regional" and changes.get("regions") != 1:
+    if form != "thesis" and changes.get("regions") != 1:
         assert model.masks.decoder.conv_out.bias.grad.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("form", [{}, REGIONAL])
+@pytest.mark.parametrize("form", [{}, REGIONAL, UVIT], ids=["thesis", "regional", "uvit"])
 @torch.no_grad()
 def test_segment_without_decoder_equals_masks_of_the_forward_pass(build_tiny, make_batch, form, monkeypatch):
     model, (x, t) = build_tiny(**form), make_batch()
@@ -152,9 +149,10 @@ def test_segment_without_decoder_equals_masks_of_the_forward_pass(build_tiny, ma
 # --- evaluation and tokens ---
 
 
+@pytest.mark.parametrize("form", [REGIONAL, UVIT], ids=["unet", "uvit"])
 @torch.no_grad()
-def test_forward_in_evaluation_is_independent_of_other_images(build_tiny, make_batch):
-    model, (x, t) = build_tiny(**REGIONAL), make_batch(count=8)
+def test_forward_in_evaluation_is_independent_of_other_images(build_tiny, make_batch, form):
+    model, (x, t) = build_tiny(**form), make_batch(count=8)
     before = {k: v.clone() for k, v in model.named_buffers()}
     together = model(x, t)
     for i in (0, 5):
@@ -180,9 +178,9 @@ def test_region_token_is_independent_of_area_and_other_pixels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [{}, {**REGIONAL}])
+@pytest.mark.parametrize("form", [{}, REGIONAL, UVIT], ids=["thesis", "regional", "uvit"])
 def test_gradients_equal_finite_differences(build_tiny, make_batch, form):
-    model = build_tiny(**form, regions=2, num_res_blocks=1).train()
+    model = build_tiny(**form, regions=2).train()
     x, t = make_batch(count=4)
     weights = torch.randn_like(x)
 
@@ -206,7 +204,7 @@ def test_gradients_equal_finite_differences(build_tiny, make_batch, form):
         assert tensor.grad.view(-1)[i].item() == pytest.approx(numeric, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("form", [{}, REGIONAL])
+@pytest.mark.parametrize("form", [{}, REGIONAL, UVIT], ids=["thesis", "regional", "uvit"])
 @torch.no_grad()
 def test_forward_channels_last_equals_contiguous(build_tiny, make_batch, form):
     model, (x, t) = build_tiny(torch.float32, **form), make_batch(torch.float32)
@@ -216,7 +214,7 @@ def test_forward_channels_last_equals_contiguous(build_tiny, make_batch, form):
     torch.testing.assert_close(got.bottleneck.masks, expected.bottleneck.masks, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", [{}, REGIONAL])
+@pytest.mark.parametrize("form", [{}, REGIONAL, UVIT], ids=["thesis", "regional", "uvit"])
 def test_forward_bf16_autocast_is_near_fp32(build_tiny, make_batch, form):
     model, (x, t) = build_tiny(torch.float32, **form), make_batch(torch.float32)
     expected = model(x, t)
@@ -230,10 +228,11 @@ def test_forward_bf16_autocast_is_near_fp32(build_tiny, make_batch, form):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("backbone", ["unet", "uvit"])
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_forward_and_backward_with_reference_ops_are_equal(build_tiny, make_batch, decoding, monkeypatch):
+def test_forward_and_backward_with_reference_ops_are_equal(build_tiny, make_batch, backbone, decoding, monkeypatch):
     form = REGIONAL if decoding in ("masked_skips", "unshared") else {}
-    model, (x, t) = build_tiny(**form, decoding=decoding).train(), make_batch(count=4)
+    model, (x, t) = build_tiny(**form, backbone=backbone, decoding=decoding).train(), make_batch(count=4)
     results = []
     for flag in ("0", "1"):
         monkeypatch.setenv("FACTORKIT_REFERENCE", flag)
@@ -246,11 +245,10 @@ def test_forward_and_backward_with_reference_ops_are_equal(build_tiny, make_batc
 
 
 @pytest.mark.slow
-def test_compile_full_graph_equals_eager(build_tiny, make_batch):
-    model, (x, t) = (
-        build_tiny(torch.float32, **REGIONAL, attention_resolutions=()).train(),
-        make_batch(torch.float32, count=8),
-    )
+@pytest.mark.parametrize("form", [REGIONAL, UVIT], ids=["unet", "uvit"])
+def test_compile_full_graph_equals_eager(build_tiny, make_batch, form):
+    sizes = {"depth": 3} if form is UVIT else {"attention_resolutions": ()}
+    model, (x, t) = build_tiny(torch.float32, **form, **sizes).train(), make_batch(torch.float32, count=8)
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for run in (compiled, twin):

@@ -16,6 +16,8 @@ import factorkit
 from factorkit.utils.errors import CheckpointError
 from tests.engine.trained import assert_identical, final_state
 
+UNET = {"model_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": ()}
+UVIT = {"backbone": "uvit", "model_channels": 16, "depth": 3, "masks": "network"}
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
 
 
@@ -25,11 +27,8 @@ def train_tiny(out: Path, **changes):
         "steps": 4,
         "mixture_steps": 2,
         "distil_steps": 2,
-        "model_channels": 8,
         "resolution": 16,
-        "channel_mult": (1, 2),
-        "num_res_blocks": 1,
-        "attention_resolutions": (),
+        **(UNET if "backbone" not in changes else {}),
         "norm_groups": 4,
         "batch_size": 4,
         "device": "cpu",
@@ -38,15 +37,16 @@ def train_tiny(out: Path, **changes):
     return factorkit.train_segdiff(images, out=out, progress=False, **{**settings, **changes})
 
 
-def test_train_resumed_is_bit_identical_and_other_settings_raise(tmp_path):
-    train_tiny(tmp_path / "whole")
-    train_tiny(tmp_path / "parts", steps=1, dropout=0.0)
-    run = train_tiny(tmp_path / "parts")
+@pytest.mark.parametrize("changes", [{}, UVIT], ids=["unet", "uvit"])
+def test_train_resumed_is_bit_identical_and_other_settings_raise(tmp_path, changes):
+    train_tiny(tmp_path / "whole", **changes)
+    train_tiny(tmp_path / "parts", steps=1, dropout=0.0, **changes)
+    run = train_tiny(tmp_path / "parts", **changes)
     assert_identical(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
     loaded = factorkit.load(tmp_path / "whole", device="cpu")
     assert_identical(run.model.state_dict(), loaded.model.state_dict())
     with pytest.raises(CheckpointError, match=r"regions: 2 there, 3 requested|regions: 3 there, 2 requested"):
-        train_tiny(tmp_path / "parts", regions=5 - run.config.regions)
+        train_tiny(tmp_path / "parts", regions=5 - run.config.regions, **changes)
 
 
 def test_train_killed_at_random_moments_is_bit_identical(tmp_path):

@@ -68,7 +68,7 @@ def test_every_check_is_one_sentence_with_value_and_limit_or_reason():
 def test_a_training_of_few_steps_is_never_said_to_follow_content(alarms):
     verdict = judge_regions(logged(alarms, 25), {})
     assert verdict.status == "open" and verdict.headline.startswith("No verdict: no check")
-    assert "explained colour: not run, since 25 steps of training are fewer than 100." in verdict.details
+    assert "explained colour: not run, since it takes 100 training steps, and there were 25." in verdict.details
     assert judge_regions(logged(alarms, 100), {}).headline.endswith("whether they are objects was not checked")
     failed = dataclasses.replace(alarms, color_share=0.1)
     assert judge_regions(logged(failed, 25), {}).headline == "Failed: masks are not about content"
@@ -115,5 +115,6 @@ def test_headline_tiles_name_the_best_baseline():
     tiles = REPORT.tiles({"eta_gap": 0.4}, {"iou": 0.874, "baselines": BASELINES})
     assert [tile.value for tile in tiles] == ["0.874", "", "0.400", ""] and tiles[0].note == "best baseline 0.866"
     assert tiles[2].note == "alarm below 0.3"
-    alarms = dataclasses.replace(CONTENT, error=0.2, objects=True).to_dict()
-    assert [tile.note for tile in REPORT.tiles(alarms, {})[2:]] == ["alarm below 0.12", "no limit"]
+    alarms = dataclasses.replace(CONTENT, error=0.2, place_gain=0.4).to_dict()
+    assert [tile.note for tile in REPORT.tiles(alarms, {})[2:]] == ["alarm below 0.05", "no limit"]
+    assert REPORT.tiles(alarms, {})[2].value == "0.400"

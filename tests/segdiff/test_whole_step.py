@@ -13,6 +13,7 @@ from factorkit.segdiff.config import preset_config
 from factorkit.segdiff.network import recomputation_options
 
 REGIONAL = {"branch_norm": "pixel", "region_tokens": True, "normalised_logits": True, "half_resolution_masks": True}
+UVIT = {"backbone": "uvit", "model_channels": 16, "depth": 5, "patch_size": 2}
 SMALL = {
     "masks": "network",
     "resolution": 16,
@@ -36,7 +37,7 @@ def run_step(model, x, t):
 
 
 @pytest.mark.parametrize("decoding", ["masked_skips", "masked_mid", "unshared"])
-@pytest.mark.parametrize("form", [{}, REGIONAL])
+@pytest.mark.parametrize("form", [{}, REGIONAL, {**REGIONAL, "backbone": "uvit"}])
 def test_step_with_checkpointed_branches_is_equal(build_tiny, make_batch, decoding, form):
     form = {**form, "region_tokens": False} if decoding == "masked_mid" else form
     model, (x, t) = build_tiny(**form, decoding=decoding).train(), make_batch(count=4)
@@ -120,7 +121,10 @@ class LayoutRecorder(TorchDispatchMode):
         self.names.add(func.overloadpacket.__name__)
         for x in out if isinstance(out, (tuple, list)) else (out,):
             # Masks, logits and images have at most 3 channels and the layout of the region ops.
-            if isinstance(x, torch.Tensor) and x.dim() == 4 and x.shape[1] > 3 and x.shape[2:] in self.SIZES:
+            # Those of one row are gradients of a position embedding.
+            if not isinstance(x, torch.Tensor) or x.dim() != 4 or len(x) == 1:
+                continue
+            if x.shape[1] > 3 and x.shape[2:] in self.SIZES:
                 self.last += 1
                 if x.stride(1) != 1:
                     self.turned.add((str(func), tuple(x.shape), x.stride()))
@@ -129,11 +133,13 @@ class LayoutRecorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "changes", [{"form": "thesis"}, {}, {"branch_norm": "masked_group", "checkpoint_branches": True}]
+    "changes", [{"form": "thesis"}, {}, {"branch_norm": "masked_group", "checkpoint_branches": True}, UVIT]
 )
-def test_features_in_forward_and_backward_are_channels_last(changes, half):
+def test_features_in_forward_and_backward_are_channels_last(changes, half, monkeypatch):
     """Forward and backward convert no layout, and attention is torch's fused kernel."""
-    model = preset_config(None, **SMALL, **changes, steps=1).resolved().build().train()
+    monkeypatch.setattr("factorkit.nn.uvit.PIXEL_CHANNELS", 12)  # 16 would make rows look like channels
+    sizes = SMALL if "backbone" not in changes else {"masks": "network", "resolution": 16, "norm_groups": 4}
+    model = preset_config(None, **sizes, **changes, steps=1).resolved().build().train()
     with torch.no_grad():
         for p in model.parameters():  # A gradient of zeros may have any layout.
             p.add_(torch.randn_like(p) * 0.1)
@@ -143,7 +149,7 @@ def test_features_in_forward_and_backward_are_channels_last(changes, half):
             prediction = model(x, torch.tensor([3, 999, 400, 5, 30])).prediction
         (prediction * torch.randn_like(prediction)).sum().backward()
     assert recorded.turned == set()
-    assert recorded.last > 200
+    assert recorded.last > 150
     assert "_scaled_dot_product_flash_attention_for_cpu" in recorded.names
 
 

@@ -93,6 +93,7 @@ def find_image_and_mask_folders(data: Any) -> ImageFolders | None:
         read = {*pairs[0].values(), *pairs[1].values()}
         names = [name for name in source.names if name not in read]
         warnings.warn(
+            f"{format_count(len(pairs[0]), 'image')} with {format_count(len(pairs[1]), 'mask')} used; "
             f"left out {format_count(outside, 'image')} outside the folders of images and masks: "
             f"{format_examples(names)}",
             UserWarning,

@@ -45,7 +45,7 @@ def read(path: Path) -> DatasetFiles | None:
                 keys.append(key)
                 names.append(f"{key}.{words[-1]}")
     if not images:
-        raise DataError(f"{shards[0]}: no images in the {len(shards)} archive(s). Give other shards.")
+        raise DataError(f"{shards[0]}: no images in {format_count(len(shards), 'archive')}. Give other shards.")
     splits = {split: np.array(indices) for split, indices in rows.items() if split}
     labels, class_names = _number_classes(keys, classes)
     mask_keys = [key for key in dict.fromkeys(keys) if key in masks]

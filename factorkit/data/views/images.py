@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime, timezone
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +22,7 @@ from factorkit.data.open import open_source
 from factorkit.data.sources import Source
 from factorkit.data.video import read_video_frames
 from factorkit.data.views.cameras import IntrinsicsFunction, make_intrinsics
-from factorkit.data.views.loading import LazyView, SceneSettings
+from factorkit.data.views.loading import LazyView, SceneSettings, Shot
 from factorkit.data.views.splits import select_split, split_every_eighth
 from factorkit.data.views.views import resize_area, target_size
 from factorkit.utils.errors import format_count
@@ -27,6 +31,7 @@ from factorkit.utils.images import uint8_to_unit
 MAX_VIDEO_FRAMES = 120  # taken from longer videos, evenly spaced: neighbouring frames hardly differ
 DEFAULT_FOV = 50.0  # degrees along the longer side
 EXIF_IFD, EXIF_FOCAL_LENGTH_35MM = 0x8769, 0xA405  # EXIF 2.3, tables 3 and 4
+EXIF_TIME, EXIF_TIME_FRACTION = 0x9003, 0x9291  # DateTimeOriginal, SubSecTimeOriginal
 FILM_DIAGONAL = math.hypot(36.0, 24.0)  # mm, of 35 mm film
 
 
@@ -56,17 +61,21 @@ def read_images(
     views = []
     rows, more = select_split([images.names[i] for i, _ in pairs], split)
     for i, j in (pairs[k] for k in rows):
-        intrinsics = _fov_intrinsics(fov) if fov is not None else _exif_intrinsics(images, i, default_fov)
+        read_exif = cache(partial(_read_exif, images, i))
+        intrinsics = _fov_intrinsics(fov) if fov is not None else partial(_exif_intrinsics, read_exif, default_fov)
         read_mask = None if mask_source is None else partial(_read_opacity, mask_source, j)
         moving = ignored_of.get(fold_stem(images.names[i]))
         read_loss_mask = None if ignored is None or moving is None else partial(_read_scored, ignored, moving)
         read_image = partial(_read_float, images, i)
-        views.append(LazyView(images.names[i], read_image, intrinsics, None, read_mask, None, read_loss_mask))
+        read_shot = partial(_read_shot, read_exif, fov)
+        views.append(
+            LazyView(images.names[i], read_image, intrinsics, None, read_mask, None, read_loss_mask, read_shot)
+        )
     return views, SceneSettings(images.names, notes=notes + more)
 
 
 def read_video(
-    path: Path, split: str | None, resolution: int | None, fov: float | None
+    path: Path, split: str | None, resolution: int | None, fov: float | None, default_fov: float = DEFAULT_FOV
 ) -> tuple[list[LazyView], SceneSettings]:
     """List the views of a split; every 8th of at most 120 evenly spaced frames is for testing.
 
@@ -79,11 +88,16 @@ def read_video(
     selected = set(np.linspace(0, count - 1, min(count, MAX_VIDEO_FRAMES)).round().astype(int).tolist())
     frames = [(i, _reduce(frame, resolution)) for i, frame in enumerate(read_video_frames(path)) if i in selected]
     digits = len(str(frames[-1][0]))
-    views = []
-    for number, frame in (frames[i] for i in split_every_eighth(len(frames), split)):
-        name = f"{path.stem}_{number:0{digits}d}.png"
-        views.append(LazyView(name, partial(_frame_to_float, frame), _fov_intrinsics(fov)))
-    return views, SceneSettings()
+    intrinsics, read_shot = (
+        _fov_intrinsics(default_fov if fov is None else fov),
+        partial(Shot, has_focal=fov is not None),
+    )
+    views = [
+        LazyView(f"{path.stem}_{i:0{digits}d}.png", partial(_frame_to_float, frame), intrinsics, read_shot=read_shot)
+        for i, frame in frames
+    ]
+    names = [view.name for view in views]
+    return [views[i] for i in split_every_eighth(len(views), split)], SceneSettings(names)
 
 
 def _read_float(images: Source, index: int) -> np.ndarray:
@@ -111,24 +125,53 @@ def _reduce(frame: np.ndarray, resolution: int | None) -> np.ndarray:
     return reduced.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
-def _fov_intrinsics(fov: float | None) -> IntrinsicsFunction:
+def fit_masks(view: LazyView) -> LazyView:
+    """Return a frame whose masks, made for the whole frame, have the size that it was reduced to."""
+
+    def fitted(read: Callable[[], np.ndarray]) -> np.ndarray:
+        return resize_area(torch.from_numpy(read()), *view.read_image().shape[:2]).clamp(0, 1).numpy()
+
+    read_mask, read_loss_mask = (
+        None if read is None else partial(fitted, read) for read in (view.read_mask, view.read_loss_mask)
+    )
+    return replace(view, read_mask=read_mask, read_loss_mask=read_loss_mask)
+
+
+def _fov_intrinsics(fov: float) -> IntrinsicsFunction:
     """Return K for square pixels and a field of view in degrees along the longer side."""
 
     def intrinsics(height: int, width: int) -> np.ndarray:
-        focal = max(height, width) / (2 * math.tan(math.radians(fov or DEFAULT_FOV) / 2))
+        focal = max(height, width) / (2 * math.tan(math.radians(fov) / 2))
         return make_intrinsics(focal, focal, width / 2, height / 2)
 
     return intrinsics
 
 
-def _exif_intrinsics(source: Source, index: int, default_fov: float) -> IntrinsicsFunction:
+class _Exif(NamedTuple):
+    """Focal length in mm of 35 mm film and the time in seconds, None where they are not stored."""
+
+    focal: float | None
+    time: float | None
+
+
+def _read_exif(source: Source, index: int) -> _Exif:
+    values, time = source.decode(index).getexif().get_ifd(EXIF_IFD), None
+    with suppress(ValueError):  # missing or malformed
+        text = f"{values.get(EXIF_TIME)}".strip(" \0")
+        time = datetime.strptime(text, "%Y:%m:%d %H:%M:%S").replace(tzinfo=timezone.utc).timestamp()
+        time += float(f"0.{values.get(EXIF_TIME_FRACTION, 0)}".strip(" \0"))
+    return _Exif(float(values.get(EXIF_FOCAL_LENGTH_35MM) or 0) or None, time)
+
+
+def _read_shot(read_exif: Callable[[], _Exif], fov: float | None) -> Shot:
+    exif = read_exif()
+    return Shot(fov is not None or exif.focal is not None, exif.time)
+
+
+def _exif_intrinsics(read_exif: Callable[[], _Exif], default_fov: float, height: int, width: int) -> np.ndarray:
     """Return K from the EXIF focal length in 35 mm film (same diagonal field of view; EXIF 2.3, section 4.6.5)."""
-
-    def intrinsics(height: int, width: int) -> np.ndarray:
-        focal_35mm = source.decode(index).getexif().get_ifd(EXIF_IFD).get(EXIF_FOCAL_LENGTH_35MM)
-        if not focal_35mm:
-            return _fov_intrinsics(default_fov)(height, width)
-        focal = float(focal_35mm) * math.hypot(height, width) / FILM_DIAGONAL
-        return make_intrinsics(focal, focal, width / 2, height / 2)
-
-    return intrinsics
+    focal_35mm = read_exif().focal
+    if focal_35mm is None:
+        return _fov_intrinsics(default_fov)(height, width)
+    focal = focal_35mm * math.hypot(height, width) / FILM_DIAGONAL
+    return make_intrinsics(focal, focal, width / 2, height / 2)

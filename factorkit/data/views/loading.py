@@ -36,6 +36,13 @@ BORDER_TOLERANCE = 2 / 255  # per channel
 JPEG_LOSS_MASK_THRESHOLD = 0.5  # JPEG alters zeros
 
 
+class Shot(NamedTuple):
+    """How an image was taken: whether the focal length is known and no guess, and when, in seconds."""
+
+    has_focal: bool = True
+    time: float | None = None
+
+
 @dataclass(frozen=True)
 class LazyView:
     """One view that a reader has listed but not decoded.
@@ -48,6 +55,7 @@ class LazyView:
         read_mask: returns the opacity, float32 [H, W], which replaces the image's own.
         distortion: lens distortion to be removed.
         read_loss_mask: returns float32 [H, W], below 0.5 where the image is not scored.
+        read_shot: returns how the image was taken; None: with the intrinsics, at an unknown time.
     """
 
     name: str
@@ -57,6 +65,7 @@ class LazyView:
     read_mask: Callable[[], np.ndarray] | None = None
     distortion: Lens | None = None
     read_loss_mask: Callable[[], np.ndarray] | None = None
+    read_shot: Callable[[], Shot] | None = None
 
 
 class SceneSettings(NamedTuple):
@@ -85,6 +94,7 @@ class _DecodedView(NamedTuple):
     opacity: Tensor | None  # [1, H, W]
     intrinsics: Tensor  # [3, 3]
     scored: Tensor | None  # [1, H, W], 0 or 1
+    shot: Shot
 
 
 def load_views(
@@ -123,6 +133,7 @@ def load_views(
         loss_masks = torch.stack([everywhere if view.scored is None else view.scored for view in decoded])
     if points is not None and arrangement is not None:
         points = arrangement.apply_to_points(points)
+    times = [view.shot.time for view in decoded if view.shot.time is not None]
     poses = [arrangement.apply(view.pose) for view in views if view.pose is not None and arrangement is not None]
     return Views(
         images=images.clamp(0, 1),
@@ -139,6 +150,8 @@ def load_views(
         background=color,
         content_sizes=content_sizes,
         points=None if points is None else torch.from_numpy(points).float(),
+        has_focal=any(view.shot.has_focal for view in decoded),
+        times=torch.tensor(times, dtype=torch.float64) if len(times) == len(decoded) else None,
     )
 
 
@@ -257,7 +270,8 @@ def _decode(view: LazyView, resolution: int | None, premultiply: bool) -> _Decod
     opacity = channels[3:].clamp(0, 1) if len(channels) == 4 else None
     if scored is not None:
         scored = (resize_area(scored, new_height, new_width) > LOSS_MASK_THRESHOLD).float()
-    return _DecodedView((height, width), channels[:3], opacity, intrinsics, scored)
+    shot = Shot() if view.read_shot is None else view.read_shot()
+    return _DecodedView((height, width), channels[:3], opacity, intrinsics, scored, shot)
 
 
 def _read_same_size(read: Callable[[], np.ndarray], name: str, height: int, width: int) -> np.ndarray:

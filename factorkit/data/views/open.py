@@ -20,7 +20,7 @@ from factorkit.data.views.arrays import is_posed_array, read_posed_array
 from factorkit.data.views.colmap import is_colmap, read_colmap
 from factorkit.data.views.dtu import is_dtu, read_dtu
 from factorkit.data.views.foreground import add_masks, common_folder
-from factorkit.data.views.images import DEFAULT_FOV, read_images, read_video
+from factorkit.data.views.images import DEFAULT_FOV, fit_masks, read_images, read_video
 from factorkit.data.views.llff import is_llff, read_llff
 from factorkit.data.views.loading import LazyView, SceneSettings, load_views
 from factorkit.data.views.phones import is_polycam, is_record3d, read_polycam, read_record3d
@@ -94,8 +94,8 @@ def open_views(
         resolution: pixels of the longer side; None: unchanged.
         background: colour behind transparent or masked images: "white", "black", three numbers in [0, 1], or "noise"
             (random per pixel); None leaves images with separate masks unchanged.
-        masks: foreground masks, matched by name, without cameras also by position; None: those in masks/ or mask/
-            beside the images; "none": do not look for any.
+        masks: foreground masks, matched by name, without cameras also by position, for a video by the names of the
+            views that are read; None: those in masks/ or mask/ beside the images; "none": do not look for any.
         fov: field of view in degrees along the longer side, for images without cameras; None: from EXIF, else
             `default_fov`.
         layout: "object" or "forward"; None or "auto": by the viewing directions. Given, it also turns the refusal of
@@ -185,10 +185,9 @@ def list_views(
             given_masks = _find_masks(path, settings)
         views, notes = add_masks(views, settings, given_masks, loss_masks)
     elif path is not None and is_video(path):
-        if given_masks is not None or loss_masks is not None:
-            raise ConfigError(f"{path}: masks= is for images, not for a video. Extract its frames first.")
-        views, settings = read_video(path, split, resolution, fov or default_fov)
-        notes = settings.notes
+        views, settings = read_video(path, split, resolution, fov, default_fov)
+        views, notes = add_masks(views, settings, given_masks, loss_masks)
+        views = [fit_masks(view) for view in views]
     else:
         if path is not None and path.is_dir():
             _check_single_scene(path)

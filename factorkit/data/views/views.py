@@ -18,7 +18,7 @@ SKEW_TOLERANCE = 1e-4  # maximum skew of K in focal lengths; allows for rounding
 MIN_FOCAL = 0.088  # focal length over the image's side: a field of view of 160 degrees
 LOSS_MASK_THRESHOLD = 0.999  # share of a resized pixel that must be scored for it to be scored
 # Attributes with one row for each view.
-PER_VIEW = ("images", "intrinsics", "masks", "poses", "loss_masks", "content_sizes")
+PER_VIEW = ("images", "intrinsics", "masks", "poses", "loss_masks", "content_sizes", "times")
 COLORS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}
 
 
@@ -42,6 +42,8 @@ class Views:
         points: float32 [P, 3], sparse points of the scene in the coordinates of `poses`, or None.
         origin: the position in the files that is the origin of `poses`, if that was moved.
         notes: sentences for the user on how the files were read.
+        has_focal: whether the focal lengths are known, from cameras, EXIF or the user; False: they are a guess.
+        times: float64 [V], when the views were taken, in seconds from any start, or None if not known of all views.
 
     Raises:
         DataError: no views, inconsistent shapes, values that are not finite, a pose that is not rigid, invalid
@@ -62,6 +64,8 @@ class Views:
     points: Tensor | None = None
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
     notes: tuple[str, ...] = ()
+    has_focal: bool = True
+    times: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_views(self)
@@ -251,6 +255,7 @@ def _check_views(views: Views) -> None:
         "poses": (count, 4, 4),
         "loss_masks": (count, 1, height, width),
         "content_sizes": (count, 2),
+        "times": (count,),
         "background": (3,),
     }
     for name, shape in shapes.items():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import roma
 import torch
 from torch import Tensor
 
@@ -54,6 +53,8 @@ def align_up_axis(poses: Tensor) -> Tensor:
     The mean up axis alone is biased for cameras high above one side, so up is also what the right axes are
     perpendicular to.
     """
+    import roma
+
     right, up = poses[:, :3, 0].double().cpu(), poses[:, :3, 1].double().cpu().mean(0)
     axis = torch.linalg.eigh(right.T @ right / len(right) - UP_WEIGHT * torch.outer(up, up))[1][:, 0]
     axis = axis if axis @ up >= 0 else -axis

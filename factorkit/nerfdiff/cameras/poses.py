@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import roma
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -104,6 +103,8 @@ def orbit_poses(direction: Tensor, distance: Tensor | float, offsets: dict[str, 
     eye = F.normalize(direction, dim=-1) * reach[..., None]
     pose = look_at(eye, torch.zeros_like(eye), unit_vector(2, eye))
     if "roll" in offsets:
+        import roma
+
         axis_angle = F.pad(offsets["roll"][..., None], (2, 0))
         pose = pose @ _rigid_transform(roma.rotvec_to_rotmat(axis_angle), torch.zeros_like(eye))
     if "aim" in offsets:
@@ -126,6 +127,8 @@ def unit_vector(axis: int, like: Tensor) -> Tensor:
 
 def rodrigues_poses(parameters: Tensor) -> Tensor:
     """Return poses [..., 4, 4] of an axis-angle vector and a translation, [..., 6] (thesis, eq. 3.2)."""
+    import roma
+
     return _rigid_transform(roma.rotvec_to_rotmat(parameters[..., :3]), parameters[..., 3:])
 
 
@@ -142,6 +145,18 @@ def framing_distance(focal: float) -> float:
         focal: focal length in units of the image's side.
     """
     return 2 * focal / FRAMING
+
+
+def dolly_poses(poses: Tensor, factor: Tensor | float) -> Tensor:
+    """Move cameras [..., 4, 4] along their viewing axes until the depth of the origin is ``factor`` times as large.
+
+    With a focal length of ``factor`` times its value the origin keeps its place in the images, and its surroundings
+    their size: only the perspective changes.
+    """
+    back = poses[..., :3, 2]
+    depth = (poses[..., :3, 3] * back).sum(-1, keepdim=True)
+    position = poses[..., :3, 3] + back * (depth * (factor - 1))
+    return torch.cat([torch.cat([poses[..., :3, :3], position[..., None]], -1), poses[..., 3:, :]], -2)
 
 
 class OrbitPoses(nn.Module):
@@ -179,6 +194,12 @@ class OrbitPoses(nn.Module):
             moved.freedom[name].data.copy_(value.detach())
         return moved.requires_grad_(False)
 
+    def dolly(self, factor: float) -> None:
+        """Move all cameras as :func:`dolly_poses` does."""
+        self.distance *= factor
+        if "aim" in self.freedom:
+            self.freedom["aim"].data /= factor
+
     def forward(self, indices: Tensor | slice = slice(None)) -> Tensor:
         """Return poses [B, 4, 4] of views with these indices."""
         offsets = {name: value[indices] for name, value in self.freedom.items()}
@@ -194,6 +215,11 @@ class FreePoses(nn.Module):
         super().__init__()
         self.register_buffer("base", base.clone())
         self.numbers = nn.Parameter(torch.zeros(len(base), 6))
+
+    def dolly(self, factor: float) -> None:
+        """Move all cameras as :func:`dolly_poses` does."""
+        self.base.copy_(dolly_poses(self().detach(), factor))
+        self.numbers.data.zero_()
 
     def forward(self, indices: Tensor | slice = slice(None)) -> Tensor:
         """Return poses [B, 4, 4] of views with these indices."""

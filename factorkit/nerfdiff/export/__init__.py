@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from factorkit.data.views.views import Views
 from factorkit.metrics.pose import Similarity
@@ -24,8 +25,9 @@ from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.output_record import OutputRecord, check_file, writing_file
 
 MESH_SUFFIXES = (".ply", ".obj", ".glb")
+SPLAT_SUFFIXES = (".ply", ".spz")
 KINDS = ("points", "mesh", "splats", "nerfstudio", "colmap")
-PLY_WORDS = {"mesh": "mesh", "splats": "splat"}  # in the name of a .ply, for its kind
+PLY_WORDS = {"mesh": "mesh", "splats": "splat", "points": "point"}  # in the name of a .ply, for its kind
 CAMERA_KINDS = ("nerfstudio", "colmap")
 Coordinates = Literal["run", "given"]
 
@@ -45,19 +47,21 @@ def export(
     coordinates: Coordinates = "run",
     to_given: Similarity | None = None,
     images: Sequence[ExportView] | None = None,
+    localised: Tensor | None = None,
     source: str = "export",
     overwrite: bool = False,
 ) -> Path:
     """Write a scene or its cameras.
 
-    - ``points`` (scene.ply): coloured points on the surface that the views show;
+    - ``points`` (scene.ply; points.ply of a scene of Gaussians): coloured points on the surface that the views show;
     - ``mesh`` (mesh.ply, or any .obj or .glb): the surface of equal density, by marching cubes, coloured;
-    - ``splats`` (splats.ply): the Gaussians of ``field="gaussians"``, in the format of 3DGS;
+    - ``splats`` (splats.ply, any .spz, and scene.ply of a scene of Gaussians): the Gaussians of ``field="gaussians"``,
+      in the format of 3DGS or compressed to a sixth of its size;
     - ``nerfstudio`` (transforms.json): cameras, with the images in images_factorkit/ beside it;
     - ``colmap`` (a folder): a binary model with coloured points in sparse/0/, images in images/.
 
     Points and mesh are in the coordinates of the cameras, also in forward-facing scenes; a .glb is rotated so that y is
-    up, as glTF demands. Lengths are in the unit of the coordinates.
+    up, as glTF demands, and so is a .spz. Lengths are in the unit of the coordinates.
 
     Args:
         views: images, intrinsics and poses, in the field's coordinates.
@@ -74,7 +78,9 @@ def export(
         coordinates: "run": the field's; "given": those of the training data, by ``to_given``.
         to_given: maps from the field's coordinates to those of the training data; also written as
             ``applied_transform``. None: unknown.
-        images: the views as they are written, in the order of ``views``; None: those of ``views``.
+        images: the views as they are written, in the order of ``views``, and then those of ``localised``; None: those
+            of ``views``.
+        localised: poses [L, 4, 4] of images that are no training views; None: there are none.
         source: identifies the scene; files that were written for another one are not replaced.
         overwrite: replace them, and files of another origin, as well.
 
@@ -89,11 +95,13 @@ def export(
         WriteError: a file of another origin is in the way.
     """
     path = Path(path)
-    kind = kind_of(path) if kind is None else kind
+    kind = kind_of(path, field) if kind is None else kind
     if kind not in KINDS:
         raise ConfigError(f"kind={kind!r} is unknown; give {', '.join(KINDS)}")
     if kind == "mesh" and path.suffix.lower() not in MESH_SUFFIXES:
         raise ConfigError(f"{path}: a mesh is written as {', '.join(MESH_SUFFIXES)}")
+    if kind == "splats" and path.suffix.lower() not in SPLAT_SUFFIXES:
+        raise ConfigError(f"{path}: splats are written as {' or '.join(SPLAT_SUFFIXES)}")
     if kind == "splats" and not isinstance(field, GaussianField):
         raise ConfigError(f'{path}: the scene has no Gaussians to write as splats; train it with field="gaussians"')
     if min(points, resolution) < 1:
@@ -114,20 +122,22 @@ def export(
             return surface_mesh(field, lower, upper, resolution, level, camera)
         return point_cloud(field, views, lower, upper, points)
 
+    up = torch.tensor([0.0, 1.0, 0.0] if camera.forward_facing else [0.0, 0.0, 1.0], dtype=torch.float64)
+    up = up if moved is None else moved.rotation @ up
     if kind == "splats":
         assert isinstance(field, GaussianField)
         with writing_file(path, source, overwrite=overwrite) as temporary:
-            save_splats(temporary, field, moved)
+            save_splats(temporary, path.suffix.lower(), field, moved, up)
         return path
     if kind not in CAMERA_KINDS:
         check_file(path, source, overwrite=overwrite)
         shape = move_shape(make_shape(), moved)
-        up = torch.tensor([0.0, 1.0, 0.0] if camera.forward_facing else [0.0, 0.0, 1.0], dtype=torch.float64)
         with writing_file(path, source, overwrite=overwrite) as temporary:
-            shape.save(temporary, up if moved is None else moved.rotation @ up)
+            shape.save(temporary, up)
         return path
     images = list_stored(views) if images is None else images
     poses = view_poses(views).double()
+    poses = poses if localised is None else torch.cat([poses, localised.double()])
     poses = poses if moved is None else moved.apply(poses)
     folder = path.parent if kind == "nerfstudio" else path
     with OutputRecord(folder, overwrite=overwrite) as record:
@@ -141,14 +151,15 @@ def export(
     return path
 
 
-def kind_of(path: Path) -> str:
-    """Return what is written to a path by its name; raises ConfigError if that does not say it."""
+def kind_of(path: Path, field: Field) -> str:
+    """Return what of a field is written to a path by its name; raises ConfigError if that does not say it."""
     suffix = path.suffix.lower()
     if suffix == ".ply":
-        return next((kind for kind, word in PLY_WORDS.items() if word in path.stem.lower()), "points")
+        usual = "splats" if isinstance(field, GaussianField) else "points"
+        return next((kind for kind, word in PLY_WORDS.items() if word in path.stem.lower()), usual)
     if suffix in MESH_SUFFIXES:
         return "mesh"
-    kinds = {".json": "nerfstudio", "": "colmap"}
+    kinds = {".spz": "splats", ".json": "nerfstudio", "": "colmap"}
     if suffix not in kinds:
-        raise ConfigError(f"{path}: end it in .ply, .obj, .glb or .json, or give a folder for COLMAP")
+        raise ConfigError(f"{path}: end it in .ply, .obj, .glb, .spz or .json, or give a folder for COLMAP")
     return kinds[suffix]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import roma
 import torch
 from torch import Tensor
 
@@ -30,6 +29,7 @@ COLMAP_FILES = CAMERAS_FILE, IMAGES_FILE, POINTS_FILE = tuple(
     f"sparse/0/{part}.bin" for part in ("cameras", "images", "points3D")
 )
 MODEL_NUMBERS = {name: number for number, (name, _) in enumerate(CAMERA_MODELS)}
+LOCALISED_FILE = "localised.txt"  # names of the images whose poses were found in the finished scene
 NO_TRACK = -1.0  # COLMAP's error of a point that was not triangulated
 
 
@@ -54,10 +54,11 @@ def make_transforms(file: str, views: Sequence[ExportView], poses: Tensor, appli
         {
             "file_path": f"{IMAGE_FOLDER}/{name}",
             **({} if mask is None else {"mask_path": mask}),
+            **({"localised": True} if view.is_localised else {}),
             **{key: value for key, value in camera.items() if key not in shared},
             "transform_matrix": pose.tolist(),
         }
-        for name, mask, camera, pose in zip(names, masks, cameras, poses, strict=True)
+        for view, name, mask, camera, pose in zip(views, names, masks, cameras, poses, strict=True)
     ]
     transform, scale = torch.eye(3, 4, dtype=torch.float64), 1.0
     if applied is not None:
@@ -100,6 +101,8 @@ def make_colmap(views: Sequence[ExportView], poses: Tensor, cloud: Shape) -> Fil
     Raises:
         DataError: a lens that none of COLMAP's camera models has.
     """
+    import roma
+
     if unscored := sum(view.read_loss_mask is not None for view in views):
         warnings.warn(
             f"{format_count(unscored, 'image')} with pixels that are not scored: a COLMAP model has no place for their "
@@ -132,6 +135,8 @@ def make_colmap(views: Sequence[ExportView], poses: Tensor, cloud: Shape) -> Fil
     point_bytes = struct.pack("<Q", len(points)) + points.tobytes()
     for file, data in zip(COLMAP_FILES, (camera_bytes, image_bytes, point_bytes), strict=True):
         files[file] = partial(Path.write_bytes, data=data)
+    if localised := "".join(f"{name}\n" for view, name in zip(views, names, strict=True) if view.is_localised):
+        files[LOCALISED_FILE] = partial(Path.write_text, data=localised, encoding="utf-8")
     return files
 
 

@@ -31,6 +31,7 @@ class ExportView(NamedTuple):
         distortion: of the lens, which the image has; None: none.
         read_pixels: returns uint8 [H, W, 3], or [H, W, 4] with straight opacity.
         read_loss_mask: returns float32 [H, W], 0 where the image is not scored; None: it is scored everywhere.
+        is_localised: whether its pose was found in the finished scene, so that the scene was not trained on it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ExportView(NamedTuple):
     distortion: Lens | None
     read_pixels: Callable[[], np.ndarray]
     read_loss_mask: Callable[[], np.ndarray] | None = None
+    is_localised: bool = False
 
 
 def list_stored(views: Views) -> list[ExportView]:
@@ -74,14 +76,14 @@ def list_files(listed: Sequence[LazyView], stored: Views) -> list[ExportView]:
     background = None if stored.background is None else stored.background.tolist()
     again = load_views(listed, resolution=max(stored.size), background=background or "white")
     check_same_images(again.resize(stored.size), stored)
-    result = []
-    for view in listed:
-        height, width = view.read_image().shape[:2]
-        k = view.intrinsics(height, width)
-        result.append(
-            ExportView(view.name, (height, width), k, view.distortion, partial(_read_pixels, view), view.read_loss_mask)
-        )
-    return result
+    return [list_file(view) for view in listed]
+
+
+def list_file(view: LazyView, is_localised: bool = False) -> ExportView:
+    """List one file: full size, straight opacity, the lens as it is."""
+    size = height, width = view.read_image().shape[:2]
+    k, read_pixels = view.intrinsics(height, width), partial(_read_pixels, view)
+    return ExportView(view.name, size, k, view.distortion, read_pixels, view.read_loss_mask, is_localised)
 
 
 def check_same_images(views: Views, stored: Views) -> None:

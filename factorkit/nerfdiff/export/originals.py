@@ -19,8 +19,14 @@ from factorkit.data.views.open import list_views
 from factorkit.data.views.views import Views
 from factorkit.engine.run_folder import read_settings
 from factorkit.metrics.pose import Similarity, align_poses
-from factorkit.nerfdiff.export.images import ExportView, check_same_images, list_files, list_stored
-from factorkit.nerfdiff.registered_views import MODEL_FOLDER, SFM_FOLDER, apply_cameras
+from factorkit.nerfdiff.export.images import ExportView, check_same_images, list_file, list_files, list_stored
+from factorkit.nerfdiff.registered_views import (
+    MODEL_FOLDER,
+    SFM_FOLDER,
+    apply_cameras,
+    list_unregistered,
+    load_localised,
+)
 from factorkit.nerfdiff.scene import shared_camera
 from factorkit.nerfdiff.training_views import TrainingData, load_data, load_views
 from factorkit.utils.errors import ConfigError, DataError, format_count
@@ -38,6 +44,7 @@ class Originals:
         poses: float64 [V, 4, 4] in the coordinates of the data, or None.
         problem: why the data were not found; None if no pixel is lost by that.
         is_named: whether the user named the data, so that other data are an error.
+        localised: files of the images that were localised in the finished scene.
     """
 
     stored: Views
@@ -45,9 +52,12 @@ class Originals:
     poses: Tensor | None
     problem: str | None
     is_named: bool = False
+    localised: Sequence[LazyView] = ()
 
     def list_images(self, intrinsics: Tensor) -> list[ExportView]:
-        """List the images at full size; at the size of the training, with a warning, if they are not found.
+        """List the images at full size, then the localised ones; those of the training if they are not found.
+
+        A warning says that they have the size of the training then.
 
         Args:
             intrinsics: [3, 3] of the run in units of width and height: focal lengths that it optimised are kept.
@@ -80,7 +90,9 @@ class Originals:
         if isinstance(self.data, Views):
             check_same_images(self.data.resize(self.stored.size), self.stored)
             return list_stored(self.data)
-        return None if self.data is None else list_files(self.data, self.stored)
+        if self.data is None:
+            return None
+        return [*list_files(self.data, self.stored), *(list_file(view, is_localised=True) for view in self.localised)]
 
     def align(self, poses: Tensor) -> Similarity | None:
         """Return the similarity from a run's poses [V, 4, 4] to those of the data; None if the data have none."""
@@ -113,7 +125,7 @@ def find_originals(folder: Path | None, data: Any = None) -> Originals | None:
         if not is_named and not os.path.exists(source):
             raise DataError(f"the training data are not in {source} any more")
         listed = list_views(source, "train", **_move_paths(recorded, source)).views
-        with_cameras = _apply_sfm(folder, listed)
+        with_cameras, localised = _apply_sfm(folder, listed)
         _check_names([view.name for view in with_cameras], stored.names, source)
     except (DataError, ConfigError) as error:
         if is_named:
@@ -122,14 +134,18 @@ def find_originals(folder: Path | None, data: Any = None) -> Originals | None:
         return Originals(stored, None, _file_poses(stored) if stored.layout == "object" else None, str(error))
     matrices = [view.pose for view in listed if view.pose is not None and view.name in stored.names]
     poses = torch.from_numpy(np.stack(matrices)) if len(matrices) == len(with_cameras) else None
-    return Originals(stored, with_cameras, poses, None, is_named)
+    return Originals(stored, with_cameras, poses, None, is_named, localised)
 
 
-def _apply_sfm(folder: Path | None, views: list[LazyView]) -> list[LazyView]:
-    """Return the views that a run registered by structure from motion, with its cameras; all views of other runs."""
+def _apply_sfm(folder: Path | None, views: list[LazyView]) -> tuple[list[LazyView], list[LazyView]]:
+    """Return the views that a run registered by structure from motion, with its cameras, and the localised ones.
+
+    Of other runs: all views, and none.
+    """
     if folder is None or read_settings(folder).get("search") != "sfm" or not (folder / MODEL_FOLDER).is_dir():
-        return views
-    return apply_cameras(views, read_model(folder / SFM_FOLDER))
+        return views, []
+    model, names = read_model(folder / SFM_FOLDER), load_localised(folder).names
+    return apply_cameras(views, model), [view for view in list_unregistered(views, model) if view.name in names]
 
 
 def _check_names(names: list[str], stored: list[str], source: Any) -> None:

@@ -54,7 +54,7 @@ class Shape:
         """
         import trimesh
 
-        points = self.points @ _to_y_up(up).T if path.suffix.lower() == ".glb" else self.points
+        points = self.points @ to_y_up(up).T if path.suffix.lower() == ".glb" else self.points
         extent = float(np.ptp(points, axis=0).max())
         if points.dtype == np.float64 and np.abs(points).max() * np.finfo(np.float32).eps > extent / MIN_STEPS:
             raise DataError(
@@ -76,7 +76,7 @@ def move_shape(shape: Shape, similarity: Similarity | None) -> Shape:
     return replace(shape, points=similarity.apply_points(torch.from_numpy(shape.points).double()).numpy())
 
 
-def _to_y_up(up: Tensor) -> np.ndarray:
+def to_y_up(up: Tensor) -> np.ndarray:
     """Return the rotation [3, 3] that maps the signed axis closest to ``up`` to y."""
     axis = int(up.abs().argmax())
     if axis == 1:

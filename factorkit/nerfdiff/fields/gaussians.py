@@ -25,8 +25,10 @@ START_RATE = 0.03  # the configured learning rate at which NOISE was chosen
 NOISE = 30.0  # standard deviations per step of nearly transparent Gaussians, in units of their covariance
 DEGREE_SHARE = 0.1  # of the steps, after which the next degree of the harmonics is used
 RATES = {"means": 0.03, "log_scales": 0.3, "quaternions": 0.1, "opacities": 1.0, "colors": 0.3, "directional": 0.03}
+TRAINING_BYTES = 59 * 4 * 7  # of a Gaussian: numbers, gradients, Adam's moments, average, harmonics and their gradients
 DENSITY_CELLS = 64  # along each side of the grid that approximates the Gaussians' density
 SAMPLES_PER_GAUSSIAN = 32  # that spread a Gaussian over the cells
+POINT_SHARE = 0.5  # of the Gaussians, at most, that start at sparse points: smooth surfaces have none
 INITIAL_CELLS = 64  # along each side of the box, from which the first positions are drawn
 
 
@@ -54,8 +56,14 @@ class GaussianField(ImageField):
         self._density: tuple[Any, Tensor] | None = None
 
     @torch.no_grad()
-    def start_from(self, field: Field, seed: int) -> None:
-        """Move the Gaussians to where another field is dense, with its colours, background and appearance."""
+    def start_from(self, field: Field, seed: int, points: Tensor | None = None) -> None:
+        """Move the Gaussians to where another field is dense, with its colours, background and appearance.
+
+        Args:
+            field: in the same box [-1, 1]^3.
+            seed: of the positions.
+            points: sparse points [P, 3] of the scene; up to half of the Gaussians start there.
+        """
         generator, device = torch.Generator().manual_seed(seed), self.means.device
         line = (torch.arange(INITIAL_CELLS) + 0.5) * 2 / INITIAL_CELLS - 1
         cells = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3).to(device)
@@ -65,6 +73,10 @@ class GaussianField(ImageField):
         rows = torch.multinomial(share.cpu() + 1e-12, len(self.means), replacement=True, generator=generator).to(device)
         jitter = (torch.rand(len(rows), 3, generator=generator).to(device) - 0.5) * cell
         self.means.copy_(cells[rows] + jitter)
+        if points is not None:
+            inside = points[(points.abs() <= 1).all(1)].to(device)
+            order = torch.randperm(len(inside), generator=generator)[: int(POINT_SHARE * len(rows))].to(device)
+            self.means[: len(order)] = inside[order]
         volume = float((share > 0).float().mean()) * 8
         self.log_scales.fill_(math.log(max(0.7 * (volume / len(rows)) ** (1 / 3), 1e-3)))
         self.colors.copy_(((field(self.means, F.normalize(self.means, dim=1))[1].float() - 0.5) / C0)[:, None])

@@ -15,8 +15,10 @@ from factorkit.nerfdiff.previews.cameras import draw_plane, draw_sphere
 from factorkit.nerfdiff.previews.views import draw_points, draw_view_grid
 from factorkit.nerfdiff.rays import limit_depth, render_views
 from factorkit.nerfdiff.scene import Scene
+from factorkit.report.image_grid import draw_image_grid
 from factorkit.utils.errors import DataError
 from factorkit.utils.files import save_image
+from factorkit.utils.images import images_to_pixels
 
 MAX_VIEWS = 8  # in an image grid
 MAX_POINTS = 20_000  # about as many as the drawing resolves; fewer pixels give fewer points
@@ -49,6 +51,16 @@ def save_renders(path: Path, field: Field, scene: Scene, poses: Tensor, samples:
     names = [scene.names[i] for i in rows.tolist()]
     grid = draw_view_grid(scene.images[rows].cpu(), color, rendered.depth.cpu(), rendered.opacity.cpu(), names)
     save_image(grid, path)
+
+
+def save_masks(path: Path, views: Views) -> None:
+    """Save some views beside their foreground masks; nothing for views without."""
+    if views.masks is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = torch.linspace(0, len(views) - 1, min(MAX_VIEWS, len(views))).round().long()
+    pixels = [list(images_to_pixels(x[rows])) for x in (views.images, views.masks.expand_as(views.images))]
+    save_image(draw_image_grid(pixels, [views.names[i] for i in rows], row_captions=["image", "mask"]), path)
 
 
 def save_points(path: Path, field: Field, scene: Scene, poses: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Starts for captures in order: the views on one even ring around the object, in the order of their names."""
+"""Starts for captures in order: the views on one even ring around the object, in the order they were taken in."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from factorkit.nerfdiff.scene import Scene, gaussian_blur
 from factorkit.nerfdiff.stages.recentre import foreground_offsets, recentre_scene
 
 Way = Literal["left", "right"]
+Order = Literal["names", "times"]  # what gives the order of the views: their names, or when they were taken
 
 MAX_LIKENESS_RATIO = 0.8  # rings have .03 to .5; views in random order .97 to 1.07
 MIN_ORDERED_VIEWS = 12
@@ -32,18 +33,27 @@ def likeness_ratio(images: Tensor) -> float:
     return float(squared.diagonal(1).median() / pairs.median().clamp_min(1e-9))
 
 
-def are_ordered(scene: Scene) -> bool:
-    """Return whether the views of an object follow one another: consecutive ones are more alike than others."""
+def find_order(scene: Scene) -> Order | None:
+    """Return in which order the views of an object follow one another: consecutive ones are more alike than others."""
+    if len(scene.images) < MIN_ORDERED_VIEWS:
+        return None
+    images = scene.images
     if scene.foreground is not None:
-        scene = recentre_scene(scene, foreground_offsets(scene.foreground))
-    return len(scene.images) >= MIN_ORDERED_VIEWS and likeness_ratio(scene.images) < MAX_LIKENESS_RATIO
+        images = recentre_scene(scene, foreground_offsets(scene.foreground)).images
+    if likeness_ratio(images) < MAX_LIKENESS_RATIO:
+        return "names"
+    by_time = scene.times is not None and likeness_ratio(images[scene.times.argsort(stable=True)]) < MAX_LIKENESS_RATIO
+    return "times" if by_time else None
 
 
-def ring_azimuths(names: list[str]) -> Tensor:
+def ring_azimuths(names: list[str], times: Tensor | None = None) -> Tensor:
     """Return azimuths [V] in degrees of views that are evenly spaced around an object, by the numbers of their names.
 
-    Numbers that are missing leave gaps. Names without rising numbers, or with long gaps, count as one step each.
+    Numbers that are missing leave gaps. Names without rising numbers, or with long gaps, count as one step each; so do
+    views in the order of ``times`` [V], if given.
     """
+    if times is not None:
+        return (360 * times.argsort(stable=True).argsort() / len(names)).float()
     numbers = [re.findall(r"[0-9]+", name) for name in names]
     positions = torch.arange(len(names), dtype=torch.float64)
     if all(numbers):
@@ -54,7 +64,7 @@ def ring_azimuths(names: list[str]) -> Tensor:
     return (360 * positions / (positions[-1] + 1)).float()
 
 
-def ring_directions(names: list[str], way: Way, elevation: float) -> Tensor:
+def ring_directions(scene: Scene, way: Way, elevation: float) -> Tensor:
     """Return directions [V, 3] of an even ring at an elevation in degrees; "left" is counter-clockwise from above."""
-    azimuths = ring_azimuths(names)
+    azimuths = ring_azimuths(scene.names, scene.times if find_order(scene) == "times" else None)
     return direction_vectors(azimuths if way == "left" else -azimuths, torch.full_like(azimuths, elevation))

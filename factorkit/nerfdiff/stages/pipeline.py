@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from factorkit.engine.run_folder import RunLog
-from factorkit.nerfdiff.alarms import duplication_check
+from factorkit.nerfdiff.alarms import duplication_check, silhouette_check, silhouette_offset
 from factorkit.nerfdiff.box import box_checks
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.poses import FreePoses, OrbitPoses, direction_grid
@@ -91,8 +92,8 @@ class Training(StageTraining):
             fitted, duplication = DictionarySearch(self).run()
         if config.field == "gaussians":
             fitted = self.fit_gaussians(fitted)
-        # the distance, which sets the scale, stays that of the given focal length
-        scene = self.scene_with(fitted)
+        given, scene = scene.camera, self.scene_with(fitted)
+        self.log_focal(given, scene.camera)
         model = self.build_model(fitted.field, fitted.poses().detach(), scene.camera)
         task = lambda stage: DistilTask(stage, scene, model, duplication)  # noqa: E731
         if not config.finetune_steps:
@@ -107,6 +108,20 @@ class Training(StageTraining):
             balance_candidates=False,
             learning_rate=FINETUNE_RATE * config.learning_rate,
         )
+
+    def log_focal(self, given: CameraModel, fitted: CameraModel) -> None:
+        """Log and print the focal length of a fit, if it differs from the given one."""
+        before, after = (float(camera.intrinsics.diagonal()[:2].min()) for camera in (given, fitted))
+        if after == before:
+            return
+        field_of_view = math.degrees(2 * math.atan(0.5 / after))
+        self.log_once("focal", factor=after / before, field_of_view=field_of_view)
+        if self.progress and distributed.rank() == 0:
+            tqdm.write(
+                f"focal length: {after / before:.2f} times the given or guessed one fits the views best, a field of "
+                f"view of {field_of_view:.1f} degrees along the longer side",
+                file=sys.stderr,
+            )
 
     def initial_poses(self) -> nn.Module:
         """Return free poses that all start at one (Wang et al. 2021)."""
@@ -176,8 +191,10 @@ class Training(StageTraining):
             if self.scene.layout == "forward":
                 checks.append(forward_direction_check(model.views))
             checks += box_checks(model.field, self.scene.foreground, model.views, self.scene.layout)
-            added = log_checks(checks)
-            alarms |= {"held_out_checked": True, **to_fields(errors, noise)}
+            scene = replace(self.scene, camera=self.scene.camera.with_intrinsics(model.camera.intrinsics.detach()))
+            offset = silhouette_offset(model.field, scene, model.views, self.config.samples_per_ray)
+            added = log_checks([*checks, silhouette_check(offset)])
+            alarms |= {"held_out_checked": True, **to_fields(errors, noise), "silhouette_offset": offset}
             self.log_alarms(alarms | {key: [*alarms.get(key, ()), *added[key]] for key in added}, added["failures"])
 
     def build_model(self, field: Field, views: Tensor, camera: CameraModel) -> NerfdiffModel:

@@ -26,6 +26,7 @@ from factorkit.nerfdiff.stages.stage_training import StageTraining
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
 FORWARD_COARSENESS = 0.5  # when forward-facing poses start to move: they are many pixels off
+MASK_WEIGHT = 0.3  # of the silhouettes, in the refinement of objects off the centre or in order
 # of the short fit that tells starts apart
 START_FIT: dict[str, Any] = {"steps": 150, "learning_rate": 0.05, "batch_size": 8, "rays_per_view": 256}
 
@@ -38,8 +39,13 @@ class DictionarySearch:
     """
 
     def __init__(self, training: StageTraining):
-        self.training, self.config, self.scene = training, training.config, training.scene
+        self.training, self.config = training, training.config
         self.centred, self.aim = self._recentre()
+
+    @property
+    def scene(self) -> Scene:
+        """The scene of the training, whose focal length a fit may change."""
+        return self.training.scene
 
     def _recentre(self) -> tuple[Scene, Tensor | None]:
         """Return the scene for the search, and the aim [V, 2] of the cameras of the original views, None if it is 0."""
@@ -69,9 +75,11 @@ class DictionarySearch:
         start, place = self._assign_views(places, partial(orbit_poses, distance=scene.distance))
         if config.ordered == "yes":
             place = self._choose_start(place)
-        if self.aim is not None or config.ordered == "yes":  # places are too far off for a field that is sharp already
-            start, refine = self._fresh_field(), partial(refine, initial_coarseness=1.0)
+        if self.aim is not None or config.ordered == "yes" or "focal" in (config.optimize_camera or ()):
+            # what the search knows is too far off for a field that is sharp already
+            start, refine = self._fresh_field(), partial(refine, initial_coarseness=1.0, mask_weight=MASK_WEIGHT)
         fitted = refine("refine", start, self._orbit_poses(place).requires_grad_(), preview_name="refine")
+        self.centred, self.aim = self._recentre()  # with the focal length of the fit
         poses = fitted.poses.with_directions(fitted.poses.direction.detach())
         refined_directions, moved = poses.direction, 0
         refined_scene = training.scene_with(fitted)
@@ -107,7 +115,7 @@ class DictionarySearch:
 
     def _choose_start(self, place: Tensor) -> Tensor:
         """Return ``place`` [V, 3] or an even ring: from which a short fit explains held-out views best."""
-        training, names = self.training, self.scene.names
+        training = self.training
         starts, errors = {}, {}
 
         def try_start(name: str, direction: Tensor) -> float:
@@ -119,10 +127,10 @@ class DictionarySearch:
 
         try_start("search", place)
         first, *others = RING_ELEVATIONS
-        left, right = (try_start(f"{way} {first:g}", ring_directions(names, way, first)) for way in WAYS)
+        left, right = (try_start(f"{way} {first:g}", ring_directions(self.scene, way, first)) for way in WAYS)
         way = WAYS[0] if left <= right else WAYS[1]
         for elevation in others:
-            try_start(f"{way} {elevation:g}", ring_directions(names, way, elevation))
+            try_start(f"{way} {elevation:g}", ring_directions(self.scene, way, elevation))
         best = min(errors, key=lambda name: errors[name])
         training.log_once("starts", held_out_cross=errors, best=best)
         return starts[best]

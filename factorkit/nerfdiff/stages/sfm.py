@@ -1,39 +1,42 @@
 """Structure from motion by COLMAP (Schönberger and Frahm 2016): cameras of overlapping, textured images.
 
 Features, matches and the model lie in a database, so that an interrupted run repeats only what is missing. Nothing
-depends on the number of threads: images have fixed numbers, and every random choice its own seed.
+depends on the number of threads.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from factorkit.data.files import format_examples
 from factorkit.engine.run_folder import read_object, write_json
 from factorkit.nerfdiff.stages.feature_images import FeatureImage
-from factorkit.utils.errors import ConfigError, DataError, format_count
+from factorkit.nerfdiff.stages.matches import (
+    MAX_EXHAUSTIVE,
+    MAX_FEATURES,
+    MIN_PAIR_MATCHES,
+    NEIGHBOURS,
+    SIMILAR,
+    choose_pairs,
+    drop_still_matches,
+    extract_features,
+    import_pycolmap,
+    is_still,
+    match_images,
+    opened,
+    write_images,
+)
+from factorkit.utils.errors import DataError, format_count
 
 VERSION = 1  # of this procedure, part of the key of stored results
-MAX_FEATURES = 4096  # of each image; more cost time in matching and register no more
-MAX_EXHAUSTIVE = 100  # images, from which on only some pairs are compared
-NEIGHBOURS = 10  # frames before each frame that it is compared with; and every 10th frame with every other 10th
-PAIRS_PER_BLOCK = 64  # matched before they are stored
-SIMILAR = 20  # most similar images that each of many images in no order is compared with
-SIMILARITY_SIDE = 16  # pixels of the images whose difference says how similar they are
-MIN_PAIR_MATCHES = 30  # from which on a pair of images counts as matching
-STILL_DISTANCE = 2 / 512  # of the longer side, by which a match moves at least that is no part of a still background
-MAX_STILL = 0.5  # share of a pair's matches, or of the pairs, beyond which they are still
 DATABASE, MODEL, RESULT = "database.db", "sparse/0", "sfm.json"
 
 
@@ -50,6 +53,7 @@ class SfmResult:
         error: mean distance in pixels between points and features.
         other_models: number of images of the other models, which share no points with the largest.
         still_pairs: how many pairs of images have most matches at the same place, and how many match at all.
+        plain: names of the images with hardly any features.
     """
 
     registered: tuple[str, ...]
@@ -60,6 +64,7 @@ class SfmResult:
     error: float = 0.0
     other_models: tuple[int, ...] = ()
     still_pairs: tuple[int, int] = (0, 0)
+    plain: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -69,42 +74,35 @@ class SfmResult:
     def describe(self) -> list[str]:
         """Return sentences on what was registered."""
         total, still = len(self.registered) + len(self.unregistered), []
-        if _is_still(*self.still_pairs):
+        if is_still(*self.still_pairs):
             still = [
                 f"In {self.still_pairs[0]} of {format_count(self.still_pairs[1], 'pair')} of images most matches do "
                 "not move: the background stands still while the object turns, or images are equal. These matches are "
                 "left out; give masks of the object, since such a background is no part of the scene."
             ]
         if self.model is None:
-            return [*still, f"Structure from motion registered none of {format_count(total, 'image')}: {self.reason}."]
+            text = f"Structure from motion registered none of {format_count(total, 'image')}: {self.reason}."
+            return [*still, text + self._describe_plain()]
         text = (
             f"Structure from motion registered {len(self.registered)} of {format_count(total, 'image')}, with "
             f"{format_count(self.points, 'point')} and an error of {self.error:.2f} pixels."
         )
         if self.unregistered:
             text += f" Not registered, and left out of the training: {format_examples(self.unregistered)}."
+            text += self._describe_plain()
         if self.other_models:
             sizes = ", ".join(map(str, self.other_models))
             text += f" Not used: {format_count(len(self.other_models), 'separate model')} of {sizes} images."
         return [*still, text]
 
-
-def import_pycolmap() -> ModuleType:
-    """Return pycolmap.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        import pycolmap
-    except ImportError as error:
-        raise ConfigError('pycolmap is missing: pip install "factorkit[sfm]", or give search="dictionary"') from error
-    if not hasattr(pycolmap, "FeatureExtractor"):
-        raise ConfigError(
-            f'pycolmap {pycolmap.__version__} is too old: pip install "factorkit[sfm]", or give search="dictionary"'
+    def _describe_plain(self) -> str:
+        if not self.plain:
+            return ""
+        count = format_count(len(self.plain), "image")
+        return (
+            f" {count} {'has' if len(self.plain) == 1 else 'have'} fewer than {MIN_PAIR_MATCHES} features, by masks, "
+            f"blur or lack of texture: {format_examples(self.plain)}."
         )
-    pycolmap.logging.minloglevel = 2  # errors; COLMAP logs every step
-    return pycolmap
 
 
 def find_cameras(images: Sequence[FeatureImage], folder: Path, ordered: bool, progress: bool) -> SfmResult:
@@ -130,10 +128,10 @@ def find_cameras(images: Sequence[FeatureImage], folder: Path, ordered: bool, pr
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RESULT, {"key": key})
     database = folder / DATABASE
-    _write_images(colmap, database, images)
-    _extract_features(colmap, database, images, progress)
-    _match_images(colmap, database, _choose_pairs(images, ordered), progress)
-    still_pairs = _drop_still_matches(colmap, database, images)
+    write_images(colmap, database, images)
+    extract_features(colmap, database, images, progress)
+    match_images(colmap, database, choose_pairs(images, ordered), progress)
+    still_pairs = drop_still_matches(colmap, database, images)
     result = replace(_map_images(colmap, database, folder, images, progress), still_pairs=still_pairs)
     values = asdict(result) | {"model": None if result.model is None else MODEL}
     write_json(folder / RESULT, {"key": key, "result": values})
@@ -150,7 +148,8 @@ def load_result(folder: Path) -> SfmResult | None:
     values = read_object(folder / RESULT).get("result") if (folder / RESULT).is_file() else None
     if values is None or (values["model"] is not None and not (folder / MODEL / "images.bin").is_file()):
         return None
-    lists = {name: tuple(values[name]) for name in ("registered", "unregistered", "other_models", "still_pairs")}
+    names = ("registered", "unregistered", "other_models", "still_pairs", "plain")
+    lists = {name: tuple(values.get(name, ())) for name in names}
     return SfmResult(**(values | lists | {"model": None if values["model"] is None else folder / MODEL}))
 
 
@@ -170,205 +169,14 @@ def _key(images: Sequence[FeatureImage], ordered: bool, version: str) -> str:
     return parts.hexdigest()
 
 
-def _name(index: int) -> str:
-    """Return the name of an image in the database, whose lists of pairs have names without spaces."""
-    return f"{index:06d}"
-
-
-@contextmanager
-def _opened(colmap: ModuleType, path: Path) -> Iterator[Any]:
-    database = colmap.Database.open(path)
-    try:
-        yield database
-    finally:
-        database.close()
-
-
-def make_camera(colmap: ModuleType, image: FeatureImage, number: int) -> Any:
-    """Return COLMAP's camera of an image: one focal length and one radial term to be found, or the exact intrinsics."""
-    (height, width), k = image.pixels.shape, image.intrinsics
-    model = "PINHOLE" if image.focal == "exact" else "SIMPLE_RADIAL"
-    camera = colmap.Camera.create_from_model_name(number, model, float(k[0, 0]), width, height)
-    if image.focal == "exact":
-        camera.params = [k[0, 0], k[1, 1], k[0, 2], k[1, 2]]
-    camera.has_prior_focal_length = image.focal != "unknown"
-    return camera
-
-
-def _write_images(colmap: ModuleType, path: Path, images: Sequence[FeatureImage]) -> None:
-    """Write cameras and images to a new database; images of one size and focal length have one camera."""
-    with _opened(colmap, path) as database:
-        if database.num_images() == len(images):
-            return
-        database.clear_all_tables()
-        with colmap.DatabaseTransaction(database):
-            numbers: dict[tuple[object, ...], int] = {}
-            for i, image in enumerate(images):
-                number = numbers.setdefault(image.camera_key, len(numbers) + 1)
-                if not database.exists_camera(number):
-                    camera = make_camera(colmap, image, number)
-                    database.write_camera(camera, True)
-                    rig = colmap.Rig(rig_id=number)
-                    rig.add_ref_sensor(camera.sensor_id)
-                    database.write_rig(rig, True)
-                entry = colmap.Image(name=_name(i), camera_id=number, image_id=i + 1)
-                database.write_image(entry, True)
-                frame = colmap.Frame(frame_id=i + 1, rig_id=number)
-                frame.add_data_id(entry.data_id)
-                database.write_frame(frame, True)
-
-
-class FeatureExtractor:
-    """SIFT features (Lowe 2004) on the CPU."""
-
-    def __init__(self, colmap: ModuleType) -> None:
-        self.colmap = colmap
-        options = colmap.FeatureExtractionOptions(use_gpu=False, num_threads=1)
-        options.sift.max_num_features = MAX_FEATURES
-        self.extractor = colmap.FeatureExtractor.create(options, colmap.Device.cpu)
-
-    def __call__(self, image: FeatureImage) -> tuple[np.ndarray, Any]:
-        """Return keypoints float32 [F, 4 or 6] and descriptors of an image, outside of masked parts."""
-        keypoints, descriptors = self.extractor.extract_from_uint8_array(image.pixels)
-        values = self.colmap.keypoints_to_matrix(keypoints)
-        if image.mask is None or not len(values):
-            return values, descriptors
-        height, width = image.mask.shape
-        columns, rows = values[:, 0].astype(int).clip(0, width - 1), values[:, 1].astype(int).clip(0, height - 1)
-        kept = image.mask[rows, columns]
-        data = np.ascontiguousarray(descriptors.data[kept])
-        return values[kept], self.colmap.FeatureDescriptors(type=descriptors.type, data=data)
-
-
-def _extract_features(colmap: ModuleType, path: Path, images: Sequence[FeatureImage], progress: bool) -> None:
-    extract = FeatureExtractor(colmap)
-    with _opened(colmap, path) as database:
-        for i in tqdm(range(len(images)), desc="sfm: features", disable=not progress, leave=False):
-            if not database.exists_descriptors(i + 1):
-                keypoints, descriptors = extract(images[i])
-                with colmap.DatabaseTransaction(database):
-                    database.write_keypoints(i + 1, keypoints)
-                    database.write_descriptors(i + 1, descriptors)
-
-
-def _choose_pairs(images: Sequence[FeatureImage], ordered: bool) -> list[tuple[int, int]]:
-    """Return pairs of indices to compare: all, or of many images or frames those that probably overlap."""
-    count = len(images)
-    if count < MAX_EXHAUSTIVE and not ordered:
-        return [(i, j) for j in range(count) for i in range(j)]
-    pairs = {(i, j) for j in range(count) for i in range(max(0, j - NEIGHBOURS), j)}
-    pairs |= {(i, j) for j in range(0, count, NEIGHBOURS) for i in range(0, j, NEIGHBOURS)}
-    if not ordered:
-        for i, row in enumerate(np.argsort(differences(images), axis=1, kind="stable")[:, :SIMILAR].tolist()):
-            pairs |= {(min(i, j), max(i, j)) for j in row if i != j}
-    return sorted(pairs, key=lambda pair: pair[::-1])
-
-
-def differences(images: Sequence[FeatureImage]) -> np.ndarray:
-    """Return how much images differ at a small size, [V, V]; infinity on the diagonal."""
-    import torch
-
-    from factorkit.data.views.views import resize_area
-
-    side = SIMILARITY_SIDE
-    small = torch.stack([resize_area(torch.from_numpy(x.pixels).float(), side, side).flatten() for x in images])
-    distances: np.ndarray = torch.cdist(small, small).fill_diagonal_(torch.inf).numpy()
-    return distances
-
-
-def geometry_options(colmap: ModuleType) -> Any:
-    """Return the options of the geometric verification of matches."""
-    options = colmap.TwoViewGeometryOptions()
-    options.ransac.random_seed = 0
-    return options
-
-
-def _match_images(colmap: ModuleType, path: Path, pairs: Sequence[tuple[int, int]], progress: bool) -> None:
-    """Match the features of pairs of images and check each pair's geometry; pairs in the database are skipped."""
-    matching = colmap.FeatureMatchingOptions(use_gpu=False, num_threads=_num_threads())
-    listing = path.with_name("pairs.txt")
-    with tqdm(total=len(pairs), desc="sfm: matches", disable=not progress, leave=False) as bar:
-        for start in range(0, len(pairs), PAIRS_PER_BLOCK):
-            block = pairs[start : start + PAIRS_PER_BLOCK]
-            listing.write_text("".join(f"{_name(i)} {_name(j)}\n" for i, j in block))
-            pairing = colmap.ImportedPairingOptions(match_list_path=listing)
-            colmap.match_image_pairs(path, matching, pairing, geometry_options(colmap), colmap.Device.cpu)
-            bar.update(len(block))
-    listing.unlink(missing_ok=True)
-
-
-def _drop_still_matches(colmap: ModuleType, path: Path, images: Sequence[FeatureImage]) -> tuple[int, int]:
-    """Drop matches that do not move if most pairs of images consist of them: a background that stands still.
-
-    A camera that moves has no such pairs, except of equal images.
-
-    Returns:
-        How many pairs are still, and how many match.
-    """
-    with _opened(colmap, path) as database:
-        points = [database.read_keypoints(i + 1)[:, :2] for i in range(len(images))]
-        pairs = []
-        for number, matches in zip(*database.read_all_matches(), strict=True):
-            i, j = (k - 1 for k in colmap.pair_id_to_image_pair(number))
-            if len(matches) >= MIN_PAIR_MATCHES and images[i].pixels.shape == images[j].pixels.shape:
-                distance = np.abs(points[i][matches[:, 0]] - points[j][matches[:, 1]]).max(1)
-                pairs.append((i, j, matches, distance >= STILL_DISTANCE * max(images[i].pixels.shape)))
-        still = sum(bool(moving.mean() < 1 - MAX_STILL) for *_, moving in pairs)
-        if not _is_still(still, len(pairs)):
-            return still, len(pairs)
-        with colmap.DatabaseTransaction(database):
-            for i, j, matches, moving in pairs:
-                geometry = colmap.estimate_two_view_geometry(
-                    database.read_camera(database.read_image(i + 1).camera_id),
-                    points[i],
-                    database.read_camera(database.read_image(j + 1).camera_id),
-                    points[j],
-                    matches[moving],
-                    geometry_options(colmap),
-                )
-                database.update_two_view_geometry(i + 1, j + 1, geometry)
-        return still, len(pairs)
-
-
-def _is_still(still: int, pairs: int) -> bool:
-    return still > MAX_STILL * pairs
-
-
-def count_matching(images: Sequence[FeatureImage]) -> int:
-    """Return how many of a few images match another one of them."""
-    colmap = import_pycolmap()
-    extract = FeatureExtractor(colmap)
-    options = colmap.FeatureMatchingOptions(use_gpu=False, num_threads=_num_threads())
-    matcher = colmap.FeatureMatcher.create(options, colmap.Device.cpu)
-    features = [extract(image) for image in images]
-    matching: set[int] = set()
-    for i in range(len(images)):
-        for j in range(i):
-            (a, first), (b, second) = features[i], features[j]
-            if {i, j} <= matching or min(len(a), len(b)) < MIN_PAIR_MATCHES:
-                continue
-            to_points = colmap.keypoints_from_matrix
-            matches = matcher.match(to_points(a), first, to_points(b), second)
-            cameras = make_camera(colmap, images[i], 1), make_camera(colmap, images[j], 2)
-            geometry = colmap.estimate_two_view_geometry(
-                cameras[0], a[:, :2], cameras[1], b[:, :2], matches, geometry_options(colmap)
-            )
-            if len(geometry.inlier_matches) >= MIN_PAIR_MATCHES:
-                matching |= {i, j}
-    return len(matching)
-
-
-def _num_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _map_images(
     colmap: ModuleType, path: Path, folder: Path, images: Sequence[FeatureImage], progress: bool
 ) -> SfmResult:
     """Register one image after another; write the largest model with the names of the views."""
-    with _opened(colmap, path) as database:
+    with opened(colmap, path) as database:
         exact = {x.camera_id for x in database.read_all_cameras() if x.model_name == "PINHOLE"}
         reason = _explain_no_model(colmap, database)
+        plain = [x.name for i, x in enumerate(images) if database.num_keypoints_for_image(i + 1) < MIN_PAIR_MATCHES]
     options = colmap.IncrementalPipelineOptions(
         num_threads=1, random_seed=0, extract_colors=False, constant_cameras=exact
     )
@@ -385,7 +193,7 @@ def _map_images(
     models = sorted(found.values(), key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
     names = [image.name for image in images]
     if not models:
-        return SfmResult((), tuple(names), None, reason)
+        return SfmResult((), tuple(names), None, reason, plain=tuple(plain))
     largest = models[0]
     for number, entry in largest.images.items():
         entry.name = names[number - 1]
@@ -401,6 +209,7 @@ def _map_images(
         points=largest.num_points3D(),
         error=largest.compute_mean_reprojection_error(),
         other_models=tuple(model.num_reg_images() for model in models[1:]),
+        plain=tuple(name for name in plain if name not in registered),
     )
 
 

@@ -17,7 +17,7 @@ from factorkit.nerfdiff.fields.base import Field, build_occupancy_grid, occupanc
 from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.nerfdiff.fields.kinds import GridField, build_field
 from factorkit.nerfdiff.held_out import HeldOutErrors, compare_held_out
-from factorkit.nerfdiff.scene import Scene
+from factorkit.nerfdiff.scene import Scene, scale_focal
 from factorkit.nerfdiff.stages.flip_test import split_in_halves
 from factorkit.nerfdiff.stages.refine import FitTask, SceneFit
 from factorkit.nerfdiff.verdict import write_report
@@ -94,6 +94,7 @@ class StageTraining:
         optimize_focal: bool = False,
         samples: int | None = None,
         initial_coarseness: float = 0.0,
+        mask_weight: float = 0.0,
         **changes: Any,
     ) -> Any:
         """Fit a field, free poses and, if ``optimize_camera`` has it, the focal length; return the :class:`SceneFit`.
@@ -102,11 +103,12 @@ class StageTraining:
             field: to fit.
             poses: from view indices to poses.
             scene: None: that of the run.
-            views: see :class:`FitTask`, as are ``preview_name`` and ``initial_coarseness``.
+            views: see :class:`FitTask`, as are ``preview_name``, ``initial_coarseness`` and ``mask_weight``.
             preview_name: see ``views``.
             optimize_focal: whether the setting's "focal" applies to this stage.
             samples: along each ray; None: those of the run.
             initial_coarseness: see ``views``.
+            mask_weight: see ``views``.
             **changes: to the configuration.
         """
         config, scene = self.config, scene or self.scene
@@ -126,8 +128,23 @@ class StageTraining:
             "ema_decay": 0.0,
             **changes,
         }
-        build_task = lambda stage: FitTask(stage, scene, model, views, preview_name, initial_coarseness)  # noqa: E731
-        return self.train_stage(name, build_task, **changes)
+
+        def build_task(stage: NerfdiffConfig) -> FitTask:
+            return FitTask(stage, scene, model, views, preview_name, initial_coarseness, mask_weight)
+
+        return self._adopt_focal(self.train_stage(name, build_task, **changes))
+
+    def _adopt_focal(self, fitted: Any) -> Any:
+        """Make the focal length that a fit around an object found, and its distance, those of the run."""
+        if fitted.log_focal is None or self.scene.layout == "forward":
+            return fitted
+        factor = float(fitted.log_focal.detach().exp())
+        fitted.poses.dolly(factor)
+        self.scene = scale_focal(self.scene, factor)
+        fitted.initial_camera, fitted.log_focal = self.scene.camera, None
+        scene = self.settings["scene"] | {"distance": self.scene.distance}
+        self.settings = self.settings | {"scene": scene}
+        return fitted
 
     def cross_fit(self, name: str, poses: Tensor, scene: Scene) -> HeldOutErrors:
         """Return the errors of fields that were fitted to half of the views at poses [V, 4, 4], in both roles."""
@@ -176,7 +193,7 @@ class StageTraining:
         config, field = self.config, self.new_field("gaussians", self.config.num_gaussians)
         assert isinstance(field, GaussianField)
         field.side = max(self.scene.size)
-        field.start_from(fitted.field, derived_seed("start", config.seed))
+        field.start_from(fitted.field, derived_seed("start", config.seed), self.scene.points)
         return self.fit(
             "gaussians",
             field,

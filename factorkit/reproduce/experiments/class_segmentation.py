@@ -35,7 +35,7 @@ from factorkit.reproduce.segdiff_runs import (
     predict_regions,
 )
 from factorkit.segdiff.baselines.datasetddpm import DatasetDDPM
-from factorkit.segdiff.baselines.supervised import ClassUNet, predict_classes, train_supervised
+from factorkit.segdiff.baselines.supervised import ClassNetwork, predict_classes, train_supervised
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import ConfigError, format_count
 
@@ -106,7 +106,7 @@ def _number(labels: np.ndarray, valid: np.ndarray, values: np.ndarray) -> np.nda
     return np.where(valid & (values[indices] == labels), indices, IGNORE_LABEL)
 
 
-def train_class_unet(trainings: Trainings, seed: int) -> ClassUNet:
+def train_class_unet(trainings: Trainings, seed: int) -> ClassNetwork:
     """Train, or resume or load, the supervised U-Net."""
     classes, config = load_class_labels(trainings), trainings.config(seed=seed, masks="network")
     images, labels = classes.images[: classes.half], classes.labels[: classes.half]

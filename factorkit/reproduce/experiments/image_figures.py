@@ -62,7 +62,7 @@ def draw_interpolation(trainings: Trainings, seed: int) -> Image.Image:
     run = trainings.train("ours", seed)
     images = trainings.training_pixels(run.config, 6)
     a, b = np.split(images[: len(images) // 2 * 2], 2)
-    result = run.interpolate(a, b, frames=9, steps=STEPS, seed=seed)
+    result = run.interpolate(a, b, frames=9)
     return draw_interpolation_grid(a, b, images_to_pixels(result.images), result.labels.numpy(), result.shares.tolist())
 
 

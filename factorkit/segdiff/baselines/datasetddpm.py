@@ -6,15 +6,15 @@ features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import cast
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from factorkit.nn.unet import Decoder, Level, ResBlock
+from factorkit.nn.unet import ResBlock
+from factorkit.nn.uvit import TransformerBlock
 from factorkit.segdiff.inference.segment import add_noise
 from factorkit.segdiff.run import SegdiffRun
 from factorkit.utils.errors import ConfigError
@@ -27,7 +27,7 @@ FIT_PIXELS = 20_000  # that the clusters are fitted on
 BATCH_OF_32_PX = 16  # images of 32 pixels a side per batch: a pixel of the widest model has some 5000 features
 
 
-def select_blocks(run: SegdiffRun) -> list[ResBlock]:
+def select_blocks(run: SegdiffRun) -> list[nn.Module]:
     """Return the decoder's blocks at the relative depths of :data:`BLOCKS`.
 
     Raises:
@@ -35,8 +35,8 @@ def select_blocks(run: SegdiffRun) -> list[ResBlock]:
     """
     if run.config.regions != 1:
         raise ConfigError(f"features need a plain DDPM, regions=1; this run has regions={run.config.regions}")
-    levels = cast(Iterable[Level], cast(Decoder, run.model.decoder).levels)
-    blocks = [cast(ResBlock, block) for level in levels for block in level.blocks]
+    assert isinstance(run.model.decoder, nn.Module)
+    blocks = [part for part in run.model.decoder.modules() if isinstance(part, (ResBlock, TransformerBlock))]
     return [blocks[i] for i in sorted({len(blocks) * place // PAPER_BLOCKS for place in BLOCKS})]
 
 

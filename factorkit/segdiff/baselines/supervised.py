@@ -1,4 +1,4 @@
-"""The upper bound of tables 2.3 to 2.5: a U-Net of the same layout, trained with labels by cross-entropy."""
+"""The upper bound of tables 2.3 to 2.5: a network of the same layout, trained with labels by cross-entropy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from factorkit.engine.run_folder import claimed
 from factorkit.engine.step import StepLoss
 from factorkit.engine.trainer import Trainer
 from factorkit.metrics.class_matching import IGNORE_LABEL
-from factorkit.nn.unet import Decoder, Encoder, Middle, TimeEmbedding
 from factorkit.report.image_grid import draw_image_grid, overlay_enlarged
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.inference.segment import MASK_BATCH_SIZE
@@ -29,30 +28,18 @@ from factorkit.utils.rng import BatchDraw, derived_seed
 PREVIEW_IMAGES = 8
 
 
-class ClassUNet(nn.Module):
+class ClassNetwork(nn.Module):
     """Encoder, middle and decoder of the plain DDPM on clean images at t = 0; its outputs are class logits."""
 
     def __init__(self, config: ResolvedSegdiffConfig, num_classes: int):
         super().__init__()
-        common: dict[str, Any] = {
-            "num_heads": config.num_heads,
-            "norm_groups": config.norm_groups,
-            "dropout": config.dropout,
-        }
-        embed = 4 * config.model_channels
-        shape = (
-            config.model_channels,
-            config.channel_mult,
-            config.num_res_blocks,
-            config.attention_resolutions,
-            config.resolution,
-            embed,
+        backbone = config.make_backbone()
+        self.time, self.encoder, self.middle = (
+            backbone.build_time(),
+            backbone.build_encoder(),
+            backbone.build_middle(),
         )
-        self.time = TimeEmbedding(config.model_channels)
-        self.encoder = Encoder(3, *shape, **common)
-        channels = self.encoder.out_channels
-        self.middle = Middle(channels, embed, **common)
-        self.decoder = Decoder(channels, self.encoder.skip_channels, *shape, num_classes, **common)
+        self.decoder = backbone.build_decoder(num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map [B, 3, H, W] in [-1, 1] to logits [B, classes, H, W]."""
@@ -80,7 +67,7 @@ class SupervisedTask:
     ):
         torch.manual_seed(derived_seed("weights", config.seed))
         self.config, self.device, self.size = config, device, len(images)
-        self.model: nn.Module = ClassUNet(config, num_classes)
+        self.model: nn.Module = ClassNetwork(config, num_classes)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.images, self.truth = move_if_it_fits(images, device), torch.from_numpy(truth.astype(np.int64)).to(device)
         self.capturable = isinstance(self.images, Tensor)
@@ -106,7 +93,7 @@ class SupervisedTask:
         folder.mkdir(parents=True, exist_ok=True)
         images = self.images[:PREVIEW_IMAGES]
         images = np.array(images.cpu() if isinstance(images, Tensor) else images)
-        labels = predict_classes(cast(ClassUNet, model), images, self.device)
+        labels = predict_classes(cast(ClassNetwork, model), images, self.device)
         rows = [list(images), list(map(overlay_enlarged, images, labels))]
         save_image(draw_image_grid(rows), folder / f"{step:06d}_classes.png")
         return {}
@@ -119,8 +106,8 @@ def train_supervised(
     config: ResolvedSegdiffConfig,
     out: str | Path,
     progress: bool = True,
-) -> ClassUNet:
-    """Train a U-Net on labelled images; the same call again resumes, or loads what is finished.
+) -> ClassNetwork:
+    """Train a network on labelled images; the same call again resumes, or loads what is finished.
 
     Args:
         images: uint8 [N, R, R, 3] at the configuration's resolution.
@@ -143,11 +130,11 @@ def train_supervised(
     task = SupervisedTask(config, images, truth, num_classes, device)
     with cpu_threads(config.threads), claimed(folder, settings, config.RESUMABLE):
         trained = Trainer(task, config, folder, settings, device=device, progress=progress).run()
-        return cast(ClassUNet, trained.eval())
+        return cast(ClassNetwork, trained.eval())
 
 
 @torch.no_grad()
-def predict_classes(model: ClassUNet, images: np.ndarray, device: torch.device | str | None = None) -> np.ndarray:
+def predict_classes(model: ClassNetwork, images: np.ndarray, device: torch.device | str | None = None) -> np.ndarray:
     """Return the most probable class of each pixel, int64 [N, R, R], of images uint8 [N, R, R, 3]."""
     device = next(model.parameters()).device if device is None else device
     parts = torch.from_numpy(np.ascontiguousarray(images)).split(MASK_BATCH_SIZE)

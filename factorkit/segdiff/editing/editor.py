@@ -14,35 +14,27 @@ from factorkit.segdiff.sampling import check_edit_time
 class Editor(LoadedModel):
     """The editing methods of :class:`~factorkit.segdiff.run.SegdiffRun`."""
 
-    def interpolate(
-        self,
-        a: Any,
-        b: Any,
-        *,
-        frames: int = 9,
-        t: int | None = None,
-        steps: int = 50,
-        sampler: str = "ddpm",
-        seed: int = 0,
-    ) -> Interpolation:
-        """Interpolate between images a and b: mix them at time step t with shared noise and denoise (fig. 2.12).
+    def interpolate(self, a: Any, b: Any, *, frames: int = 9, t: int | None = None, steps: int = 25) -> Interpolation:
+        """Interpolate between images a and b: take them to time step t by DDIM, mix them and return (fig. 2.12).
+
+        The end frames reconstruct a and b.
 
         Args:
             a, b: images as for :meth:`segment`, cropped to their central squares; as many of each, or one.
             frames: images along the way, both ends included.
             t: time step of the mixing; None: a quarter of those trained on (250 of 1000). The higher, the freer.
-            steps: denoising steps, at most t + 1.
-            sampler, seed: as for :meth:`generate`.
+            steps: of DDIM each way, at most t + 1. The inversion calls the network twice a step.
 
         Raises:
-            ConfigError: frames, steps or t out of range, or an unknown sampler.
+            ConfigError: frames, steps or t out of range.
             DataError: nothing to read, or images that cannot be paired.
         """
         t = check_edit_time(self.config, t)
-        options: dict[str, Any] = {"frames": frames, "t": t, "steps": steps, "sampler": sampler, "seed": seed}
         first, second = self._read_squares(a), self._read_squares(b)
         with self._autocast():
-            return interpolate_images(self.model, self.config, self.schedule, first, second, **options)
+            return interpolate_images(
+                self.model, self.config, self.schedule, first, second, frames=frames, t=t, steps=steps
+            )
 
     def branches(self, images: Any, t: int | None = None) -> Branches:
         """Return the output of each branch for images at one noise level, and its mask (fig. 2.9).

@@ -255,19 +255,9 @@ class _FolderJob:
             if line.get("unlike"):
                 unlike.append(self.source.names[index])
         overview, segmented = self.overview if self.overview.exists() else None, len(self.source) - len(self.skipped)
-        num_regions = self.config.num_leaf_regions
-        return FolderSegments(
-            self.out,
-            segmented,
-            already,
-            self.skipped,
-            num_regions,
-            np.mean(areas, 0).tolist(),
-            overview,
-            annotations,
-            polygons,
-            unlike=unlike,
-        )
+        means, files = np.mean(areas, 0).tolist(), (overview, annotations, polygons)
+        counts = segmented, already, self.skipped, self.config.num_leaf_regions
+        return FolderSegments(self.out, *counts, means, *files, unlike=unlike)
 
     def _segment(self, todo: Sequence[int]) -> Iterator[int]:
         """Read, segment, write; yield each image once it is in the manifest or skipped."""

@@ -17,7 +17,7 @@ from factorkit.metrics.segmentation import MAX_REGIONS
 from factorkit.nn.guided_filter import apply_guided_filter, fit_guided_filter, resize_rows
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.masks.objects import ObjectMasks
-from factorkit.segdiff.network import FactorizedUNet
+from factorkit.segdiff.network import FactorizedDenoiser
 from factorkit.utils.errors import ConfigError, OutOfMemoryError, is_out_of_memory
 from factorkit.utils.images import pixels_to_images, pixels_to_signed
 from factorkit.utils.rng import derived_seed
@@ -30,6 +30,7 @@ MAX_ASPECT = 64  # longer images are squeezed to this ratio of sides before the 
 # The guided filter works on a grid of twice the network's; its windows reach an eighth of the short side to each side.
 # Chosen on Flowers-17 at 128 px from masks at 32 and 64 px, of radii from 1/32 to 1/4 and eps from 1e-4 to 1e-2.
 GUIDE_SCALE, GUIDE_REACH, GUIDE_EPS = 2, 1 / 8, 1e-3
+ALIGNED_GUIDE_EPS = 1e-4  # of object masks, which EM has aligned: chosen on validation horses of 128 px, +.008 IoU
 MASK_BATCH_SIZE = 32  # images of the training resolution that are segmented at once
 PIXELS_PER_BAND = 1 << 18  # of full-size masks at a time
 REDUCING_GAP = 3.0  # Pillow's fast reduction stops at so many times the target size; its good filter does the rest
@@ -71,12 +72,14 @@ class PreparedImage(NamedTuple):
         small: uint8 [h, w, 3], the input of the network.
         guide: uint8 [h', w', 3], what the guided filter is fitted on; None where masks are interpolated bilinearly.
         radius: of the filter's windows on that grid.
+        eps: of the filter.
     """
 
     image: Image.Image
     small: np.ndarray
     guide: np.ndarray | None
     radius: int
+    eps: float
 
 
 def check_segment_settings(config: ResolvedSegdiffConfig, size: int | None, upsample: str) -> int:
@@ -125,19 +128,20 @@ def prepare_image(image: Image.Image, config: ResolvedSegdiffConfig, size: int, 
     """Resize an image for the network and the guided filter; thread-safe.
 
     The short side becomes ``size`` pixels and the long one follows in proportion, both rounded to multiples of what the
-    U-Net can halve. An image with no more pixels than that needs no guide.
+    network can divide. An image with no more pixels than that needs no guide.
     """
-    step = 2 ** max(len(config.channel_mult) - 1, int(config.half_resolution_masks))
+    step = config.size_multiple
     width, height = image.size
     new_width, new_height = (
         max(step, round(min(side / min(width, height), MAX_ASPECT) * size / step) * step) for side in (width, height)
     )
     small = _resize(image, (new_width, new_height), Image.Resampling.LANCZOS)
     if upsample == "bilinear" or (width <= new_width and height <= new_height):
-        return PreparedImage(image, small, None, 0)
+        return PreparedImage(image, small, None, 0, 0.0)
     grid = (min(width, GUIDE_SCALE * new_width), min(height, GUIDE_SCALE * new_height))
     radius = max(1, round(GUIDE_REACH * size * max(grid[0] / new_width, grid[1] / new_height)))
-    return PreparedImage(image, small, _resize(image, grid, Image.Resampling.BOX), radius)
+    eps = ALIGNED_GUIDE_EPS if config.masks == "auto" else GUIDE_EPS
+    return PreparedImage(image, small, _resize(image, grid, Image.Resampling.BOX), radius, eps)
 
 
 def predict_tiled(predict: Callable[[Tensor], Tensor], small: np.ndarray, config: ResolvedSegdiffConfig) -> Tensor:
@@ -176,7 +180,7 @@ def upsample_masks(masks: Tensor, prepared: PreparedImage) -> Iterator[tuple[sli
     fitted = None
     if prepared.guide is not None:
         on_grid = F.interpolate(masks[None], prepared.guide.shape[:2], mode="bilinear", align_corners=False)
-        fitted = fit_guided_filter(pixels_to_images(prepared.guide)[None], on_grid, prepared.radius, GUIDE_EPS)
+        fitted = fit_guided_filter(pixels_to_images(prepared.guide)[None], on_grid, prepared.radius, prepared.eps)
     step = max(1, PIXELS_PER_BAND // width)
     for top in range(0, height, step):
         rows = slice(top, min(top + step, height))
@@ -227,11 +231,11 @@ def predict_masks(model: nn.Module, images: Tensor, t: int, schedule: Schedule, 
     """Return the masks [N, K, H, W] (fp32, CPU) of ``images`` [N, 3, H, W] in [-1, 1]; no decoder is run.
 
     Args:
-        model: a :class:`~factorkit.segdiff.network.FactorizedUNet` or a hierarchy of them.
-        images: of any size that the model can halve.
+        model: a :class:`~factorkit.segdiff.network.FactorizedDenoiser` or a hierarchy of them.
+        images: of any size that the model can divide.
         label: the class the model is conditioned on; None: no class.
     """
-    network = cast(FactorizedUNet, model)
+    network = cast(FactorizedDenoiser, model)
     batch = max(1, MASK_BATCH_SIZE * network.resolution**2 // (images.shape[2] * images.shape[3]))
     parts = []
     for part in images.split(batch):
@@ -254,7 +258,7 @@ def is_unlike(model: nn.Module, t: int, small: np.ndarray, masks: Tensor) -> boo
     proposer = getattr(model, "masks", None)
     if t or not isinstance(proposer, ObjectMasks):
         return False
-    device = proposer.doubt_limits.device
+    device = proposer.cue_weight.device
     image = pixels_to_signed(torch.from_numpy(small[None])).to(device)
     return bool(proposer.find_unlike(image.contiguous(), masks[None].to(device)))
 

@@ -1,4 +1,4 @@
-"""Masks by a decoder of the U-Net, as in the thesis: m = softmax_K MaskGen(h_mid, h_enc, t) (eq. 2.4)."""
+"""Masks by the network itself: m = softmax_K MaskGen(h_mid, h_enc, t) (thesis eq. 2.4)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorkit.nn.unet import Decoder
+from factorkit.nn.uvit import TokenMaskHead
 from factorkit.segdiff.masks.proposal import Encoding, MaskProposal, MaskProposer
 from factorkit.utils import distributed
 
@@ -23,7 +24,7 @@ class NetworkMasks(MaskProposer):
 
     needs_encoding = True
 
-    def __init__(self, decoder: Decoder, normalise: bool, skips_left_out: int = 0, upsample: int = 1):
+    def __init__(self, decoder: Decoder | TokenMaskHead, normalise: bool, skips_left_out: int = 0, upsample: int = 1):
         super().__init__()
         self.decoder, self.skips_left_out, self.upsample = decoder, skips_left_out, upsample
         # An exactly zero mask head is a saddle: equal branches send it no gradient.

@@ -20,6 +20,7 @@ from factorkit.segdiff.masks.proposal import Encoding, MaskProposal, MaskPropose
 from factorkit.segdiff.masks.saliency import saliency_cue
 from factorkit.segdiff.masks.shape import ShapeDenoiser
 from factorkit.segdiff.masks.spatial_mixture import SpatialMixture, fit_mixture, share_uniformly
+from factorkit.segdiff.masks.typical import TypicalImages, measure_appearance
 from factorkit.utils.images import signed_to_lab
 
 GRID_SIDE = 16  # cells along the short side of what the network sees
@@ -29,13 +30,11 @@ CHANNELS, EMBED, NORM_GROUPS = (32, 64, 96), 128, 8  # of the network's levels, 
 LAB_SCALE, LAB_OFFSET = (50.0, 30.0, 30.0), (1.0, 0.0, 0.0)  # bring Lab colours to about [-1, 1]
 MIN_VARIANCE = 0.01  # of a region's colours in this scale; .02 costs .01 IoU on validation horses
 EM_ROUNDS = 3
-GUIDE_RADIUS, GUIDE_EPS = 2, 0.01  # of the guided filter within EM
+GUIDE_RADIUS, GUIDE_EPS = 2, 0.001  # of the guided filter within EM; .01 loses legs of horses, .004 IoU
 CUE_SIDE = 64  # pixels of the copies of images that the cue measures, as square as the mixture's prior
 FIRST_WEIGHTS = 0.5, 0.5  # exponents of the network, and of place and cue, in the prior of the first EM
 SHAPE_WEIGHT, NETWORK_WEIGHT = 1.0, 0.25  # exponents in the prior of the last EM
 MIN_PROBABILITY = 1e-4  # of a region in a product of masks
-UNLIKE_QUANTILE, UNLIKE_MARGIN = 0.99, 1.1  # an image is unlike those whose doubts are below this quantile, times this
-MIN_IMAGES = 20  # whose doubts give a quantile
 
 
 class ObjectMasks(MaskProposer):
@@ -48,7 +47,6 @@ class ObjectMasks(MaskProposer):
 
     needs_encoding = False
     cue_weight: Tensor
-    doubt_limits: Tensor
 
     def __init__(self, regions: int, resolution: int):
         super().__init__()
@@ -56,7 +54,7 @@ class ObjectMasks(MaskProposer):
         self.register_buffer("cue_weight", torch.ones(()))
         self.network = MaskNetwork(regions, resolution)
         self.shape = ShapeDenoiser(regions)
-        self.register_buffer("doubt_limits", torch.full((2,), torch.inf))
+        self.typical = TypicalImages()
 
     def forward(
         self, x_t: Tensor, encoding: Encoding | None = None, within: Tensor | None = None, t: Tensor | None = None
@@ -96,14 +94,9 @@ class ObjectMasks(MaskProposer):
         difference = (logs.exp() - masks).abs().sum(1).mean((1, 2)) / 2
         return torch.stack([difference, -(logs.exp() * logs).sum(1).mean((1, 2))], 1)
 
-    def fit_doubts(self, doubts: Tensor) -> None:
-        """Set the limits of :meth:`find_unlike` from the doubts [N, 2] of training images; none for a few images."""
-        if len(doubts) >= MIN_IMAGES:
-            self.doubt_limits.copy_(UNLIKE_MARGIN * doubts.quantile(UNLIKE_QUANTILE, dim=0))
-
     def find_unlike(self, images: Tensor, masks: Tensor) -> Tensor:
         """Return which images are unlike the training set, bool [B]. Arguments as of :meth:`measure_doubts`."""
-        return (self.measure_doubts(images, masks) > self.doubt_limits).any(1)
+        return self.typical.find_unlike(self.measure_doubts(images, masks), measure_appearance(scale_lab(images)))
 
     def explain(self, x_t: Tensor, t: Tensor) -> Tensor | None:
         """Return the score of a mixture of colours whose prior are the masks of :meth:`forward`."""

@@ -115,7 +115,7 @@ def test_read_damaged_archive_raises(tmp_path, pack):
     with pytest.raises(DataError, match="Decompress it if it is compressed"):
         open_dataset(path)
     pack(path, {"a.txt": b"words"})
-    with pytest.raises(DataError, match="no images in the 1 archive"):
+    with pytest.raises(DataError, match="no images in 1 archive"):
         open_dataset(path)
 
 

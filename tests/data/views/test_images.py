@@ -80,6 +80,33 @@ def test_open_views_exif_focal_length_is_used(tmp_path):
     assert focal(open_views(tmp_path, fov=90.0)) == pytest.approx(20)
 
 
+def test_open_views_focal_length_is_known_from_exif_or_fov_only(tmp_path):
+    (tmp_path / "plain").mkdir()
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA405] = 26
+    for i in range(2):
+        Image.fromarray(photo(i)).save(tmp_path / "plain" / f"{i}.jpg")
+    assert not open_views(tmp_path / "plain").has_focal
+    assert open_views(tmp_path / "plain", fov=40.0).has_focal
+    Image.fromarray(photo(2)).save(tmp_path / "plain" / "2.jpg", exif=exif)
+    assert open_views(tmp_path / "plain").has_focal
+
+
+def test_open_views_times_are_those_of_exif_if_all_images_have_one(tmp_path):
+    for i, fields in enumerate([("2024:05:01 10:00:59", "5"), ("2024:05:01 10:01:01", None)]):
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x9003] = fields[0]
+        if fields[1]:
+            exif.get_ifd(0x8769)[0x9291] = fields[1]
+        Image.fromarray(photo(i)).save(tmp_path / f"{i}.jpg", exif=exif)
+    views = open_views(tmp_path)
+    assert float(views.times[1] - views.times[0]) == pytest.approx(1.5)
+    assert torch.equal(views.select([1]).times, views.times[1:])
+    exif.get_ifd(0x8769)[0x9003] = "0000:00:00 00:00:00"
+    Image.fromarray(photo(2)).save(tmp_path / "2.jpg", exif=exif)
+    assert open_views(tmp_path).times is None
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_open_views_masks_separate_foreground(tmp_path, apart):
     mask = np.zeros((12, 16), np.uint8)
@@ -139,6 +166,20 @@ def test_open_views_video_gives_frames(video):
     brightness = views.images.mean((1, 2, 3)) * 255
     torch.testing.assert_close(brightness, 20 + torch.arange(10) * 20.0, atol=6, rtol=0)
     assert open_views(video(10), "test").names == ["walk_0.png", "walk_8.png"]
+
+
+@pytest.mark.slow
+def test_open_views_video_with_masks_of_its_frames_reads_them_at_the_reduced_size(video, tmp_path):
+    path, masks = video(9), tmp_path / "masks"
+    masks.mkdir()
+    height, width = open_views(path).size
+    for i in range(9):
+        left = np.zeros((height, width), np.uint8)
+        left[:, : width // 2] = 255
+        Image.fromarray(left).save(masks / f"walk_{i}.png")
+    views = open_views(path, "train", width // 2, masks=masks)
+    assert len(views) == 7 and views.size[1] == width // 2
+    assert (views.masks[..., : width // 4] == 1).all() and (views.masks[..., width // 4 :] == 0).all()
 
 
 @pytest.mark.slow

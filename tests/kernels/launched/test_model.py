@@ -8,7 +8,8 @@ from kernel_compare import assert_close, rand, soft_masks
 
 from factorkit import kernels, ops
 from factorkit.ops import dispatch, reference
-from factorkit.segdiff.network import FactorizedUNet
+from factorkit.segdiff.backbones import UNetBackbone
+from factorkit.segdiff.network import FactorizedDenoiser
 
 
 def cases():
@@ -66,8 +67,7 @@ def test_autocast_does_not_change_statistics_and_masks():
 @pytest.mark.parametrize("branch_norm", ["group", "masked_group", "pixel"])
 def test_factorized_unet_on_kernels_matches_reference(branch_norm, monkeypatch):
     """Forward and every parameter's gradient equal those of the same model on the references, in fp64."""
-    model = FactorizedUNet(
-        regions=3,
+    backbone = UNetBackbone(
         resolution=8,
         model_channels=8,
         channel_mult=(1, 2),
@@ -75,6 +75,11 @@ def test_factorized_unet_on_kernels_matches_reference(branch_norm, monkeypatch):
         attention_resolutions=(4,),
         num_heads=2,
         norm_groups=4,
+        dropout=0.0,
+    )
+    model = FactorizedDenoiser(
+        backbone,
+        regions=3,
         branch_norm=branch_norm,
         region_tokens=branch_norm != "group",
         normalised_logits=branch_norm == "pixel",

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 
 from factorkit.nerfdiff.cameras.normalise import center_poses
@@ -13,6 +14,7 @@ from factorkit.nerfdiff.cameras.poses import (
     azimuth_degrees,
     direction_grid,
     direction_vectors,
+    dolly_poses,
     fibonacci_band,
     framing_distance,
     orbit_poses,
@@ -166,3 +168,24 @@ def test_with_directions_keeps_the_offsets():
     assert not any(p.requires_grad for p in transformed.parameters()) and all(
         p.requires_grad for p in poses.parameters()
     )
+
+
+def test_dolly_poses_keep_the_origin_in_place_and_equal_those_of_orbit_poses():
+    generator = torch.Generator().manual_seed(0)
+    poses = OrbitPoses(F.normalize(torch.rand(4, 3, generator=generator), dim=1), 4.0, ("aim", "distance", "roll"))
+    for values in poses.freedom.values():
+        values.data.uniform_(-0.2, 0.2, generator=generator)
+    before = poses().detach()
+    moved = dolly_poses(before, 1.5)
+
+    def seen(pose, focal):  # where the origin is in the image
+        local = -pose[:, :3, :3].mT @ pose[:, :3, 3:]
+        return focal * local[:, :2] / local[:, 2:]
+
+    torch.testing.assert_close(seen(moved, 1.5), seen(before, 1.0))
+    free = FreePoses(before)
+    free.numbers.data.uniform_(-0.1, 0.1, generator=generator)
+    expected = dolly_poses(free().detach(), 1.5)
+    for module, result in ((poses, moved), (free, expected)):
+        module.dolly(1.5)
+        torch.testing.assert_close(module().detach(), result)

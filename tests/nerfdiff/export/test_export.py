@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -121,6 +122,21 @@ def test_export_transforms_round_trip(tmp_path, views):
     torch.testing.assert_close(back.intrinsics, views.intrinsics)
     torch.testing.assert_close(back.images, views.images, atol=0.012, rtol=0)
     torch.testing.assert_close(back.masks, views.masks, atol=0.003, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["transforms.json", "colmap"])
+def test_export_localised_images_are_added_and_flagged(tmp_path, views, kind):
+    images = list_stored(views)
+    images[7:] = [image._replace(is_localised=True) for image in images[7:]]
+    path = tmp_path / "out" / kind
+    export(path, views.select(slice(0, 7)), make_scene_field(), images=images, localised=views.poses[7:], points=500)
+    flagged = [f"{name}.png" for name in views.names[7:]]
+    if kind == "colmap":
+        assert (path / "localised.txt").read_text().splitlines() == flagged
+    else:
+        frames = json.loads(path.read_text())["frames"]
+        assert [Path(frame["file_path"]).name for frame in frames if frame.get("localised")] == flagged
+    torch.testing.assert_close(open_views(path).poses, views.poses)
 
 
 def test_export_beside_images_leaves_them_unchanged(tmp_path, views):

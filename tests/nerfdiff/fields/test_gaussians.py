@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,16 +12,14 @@ import factorkit
 from factorkit import rendering
 from factorkit.data import make_procedural_views
 from factorkit.data.procedural.scene import make_scene_field
-from factorkit.metrics.pose import Similarity
+from factorkit.nerfdiff.build import load_partial_run
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.export import export
-from factorkit.nerfdiff.export.splats import save_splats
 from factorkit.nerfdiff.fields.gaussians import MIN_OPACITY, GaussianField
 from factorkit.nerfdiff.fields.kinds import GridField, build_field, restore_field
 from factorkit.nerfdiff.rays import CameraModel, render_pixels, render_views
-from factorkit.utils.errors import ConfigError
+from factorkit.utils.errors import ConfigError, OutOfMemoryError
 
-PlyData = pytest.importorskip("plyfile").PlyData
 SIZE = (20, 24)
 
 
@@ -140,6 +138,49 @@ def test_start_from_a_grid_lies_where_it_is_dense():
     assert inside.all(1).float().mean() > 0.9 and field.log_scales.exp().max() < 0.3
 
 
+def test_start_from_sparse_points_begins_there_with_half_of_the_gaussians_at_most():
+    grid = GridField(12)
+    points = torch.cat([2 * torch.rand(150, 3) - 1, torch.full((5, 3), 3.0)])
+    for count, expected in ((400, 150), (200, 100)):
+        field = GaussianField(count)
+        field.start_from(grid, 0, points)
+        at_points = (field.means[:, None] == points).all(-1).any(1)
+        assert int(at_points.sum()) == expected and field.means.abs().max() <= 1
+
+
+def test_num_gaussians_beyond_the_memory_raises_with_the_memory_needed(tmp_path):
+    with pytest.raises(OutOfMemoryError, match=r"num_gaussians=10000000000: they need 15\d\d\d\.\d GiB .* train fewer"):
+        factorkit.train_nerfdiff(
+            make_procedural_views(12, 8), out=tmp_path / "run", poses="known", field="gaussians", num_gaussians=10**10
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_forward_facing_views_are_refused(tmp_path):
+    views = replace(make_procedural_views(12, 8), layout="forward", near=1.0, far=5.0)
+    views.poses[:, :3, :3] = torch.eye(3)
+    with pytest.raises(ConfigError, match='field="gaussians" needs views around an object; these are forward-facing'):
+        factorkit.train_nerfdiff(views, out=tmp_path / "run", poses="known", field="gaussians")
+
+
+def test_nothing_in_view_is_the_background_with_gradients_of_zero():
+    field, camera = make_field(), make_camera()
+    pose = rendering.orbit(1, 4.0, 20.0)
+    pose[:, :3, :3] = pose[:, :3, :3] @ torch.diag(torch.tensor([-1.0, 1.0, -1.0]))  # looks away
+    out = render_pixels(field, pose.requires_grad_(), camera, torch.arange(480)[None], SIZE, 1)
+    assert (out.opacity == 0).all() and torch.equal(out.color, camera.background.expand_as(out.color))
+    out.color.sum().backward()
+    assert all((x.grad == 0).all() for x in (pose, field.means, field.quaternions, field.log_scales, field.opacities))
+
+
+def test_gaussian_that_is_not_finite_is_moved_to_a_visible_one():
+    field = make_field(40)
+    field.means.data[3], field.opacities.data[3] = math.nan, math.nan
+    with torch.no_grad():
+        field._relocate(field.opacities.sigmoid(), field.log_scales.exp(), torch.Generator().manual_seed(0))
+    assert all(p.isfinite().all() for p in field.parameters())
+
+
 def test_restored_field_renders_the_same():
     field, camera, pose = make_field(), make_camera(), rendering.orbit(1, 4.0, 20.0)
     settings = {"field": "gaussians", "grid_resolution": 32, "seed": 0, "scene": {"size": SIZE}}
@@ -148,46 +189,33 @@ def test_restored_field_renders_the_same():
     torch.testing.assert_close(render_views(other, pose, camera, SIZE, 1), render_views(field, pose, camera, SIZE, 1))
 
 
-def read(path):
-    table = PlyData.read(path)["vertex"]
-    groups = {"xyz": list("xyz"), "scale": 3, "rot": 4, "f_dc": 3, "f_rest": 45}
-    names = {k: v if isinstance(v, list) else [f"{k}_{i}" for i in range(v)] for k, v in groups.items()}
-    columns = {k: torch.tensor(np.stack([table[n] for n in v], 1)) for k, v in names.items()}
-    return columns | {"opacity": torch.tensor(np.array(table["opacity"]))}
-
-
-def test_splats_file_holds_the_gaussians_for_an_independent_reader(tmp_path):
-    field = make_field()
-    save_splats(tmp_path / "splats.ply", field, None)
-    table = read(tmp_path / "splats.ply")
-    torch.testing.assert_close(table["xyz"], field.means.data)
-    torch.testing.assert_close(table["scale"], field.log_scales.data)
-    torch.testing.assert_close(table["rot"], torch.nn.functional.normalize(field.quaternions.data, dim=1))
-    torch.testing.assert_close(table["opacity"], field.opacities.data)
-    torch.testing.assert_close(table["f_dc"], field.colors.data[:, 0])
-    torch.testing.assert_close(table["f_rest"].unflatten(1, (3, 15)).transpose(1, 2), field.directional.data)
-
-
-def test_moved_splats_file_shows_the_same_image_from_the_moved_camera(tmp_path):
-    field, camera, pose = make_field(), make_camera(), rendering.orbit(1, 4.0, 20.0)
-    rotation = torch.linalg.matrix_exp(torch.tensor([[0, -0.7, 0.2], [0.7, 0, -0.4], [-0.2, 0.4, 0]]).double())
-    moved = Similarity(rotation, torch.tensor([0.3, -2.0, 1.0]).double(), torch.tensor(1.7).double())
-    save_splats(tmp_path / "splats.ply", field, moved)
-    table, other = read(tmp_path / "splats.ply"), GaussianField(60)
-    for name, key in (("means", "xyz"), ("quaternions", "rot"), ("log_scales", "scale"), ("opacities", "opacity")):
-        getattr(other, name).data = table[key]
-    other.colors.data = table["f_dc"][:, None]
-    other.directional.data = table["f_rest"].unflatten(1, (3, 15)).transpose(1, 2).contiguous()
-    want, got = (render_views(f, p, camera, SIZE, 1).color for f, p in ((field, pose), (other, moved.apply(pose))))
-    assert (got - want).abs().mean() < 1e-4
-
-
 def test_splats_of_another_field_and_joint_search_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no Gaussians"):
         export(tmp_path / "splats.ply", make_procedural_views(2, 8), make_scene_field())
     with pytest.raises(ConfigError, match="joint"):
         preset_config(None, field="gaussians", search="joint")
     assert isinstance(build_field("gaussians", 5, 0), GaussianField)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("poses", ["predicted", "learned"])
+def test_run_without_poses_refines_them_with_the_gaussians(tmp_path, poses):
+    settings = {"resolution": 12, "poses": poses, "field": "gaussians", "num_gaussians": 100, "gaussian_steps": 20}
+    settings |= {"field_steps": 10, "search_steps": 15, "steps": 2, "num_rendered_views": 2, "samples_per_ray": 8}
+    settings |= {"grid_resolution": 10, "flip_rounds": 1, "views_per_step": 4, "rays_per_view": 64, "threads": 1}
+    settings |= {"optimize_camera": ("focal",), "search": "dictionary"}
+    data = make_procedural_views(12, 12, seed=1)
+    run = factorkit.train_nerfdiff(data, out=tmp_path / "run", preset="fast", progress=False, **settings)
+    stage = load_partial_run(tmp_path / "run")
+    assert stage.stage == "gaussians" and isinstance(run.model.field, GaussianField)
+    torch.testing.assert_close(run.poses, stage.views.poses)
+    (tmp_path / "run" / "stages" / "gaussians").rename(tmp_path / "gaussians")
+    assert (load_partial_run(tmp_path / "run").views.poses - run.poses).abs().max() > 1e-5  # of the grid
+    assert run.render_path("orbit", frames=2).images.isfinite().all() and run.predict_pose(data).poses.shape == (
+        12,
+        4,
+        4,
+    )
 
 
 @pytest.mark.slow
@@ -200,6 +228,6 @@ def test_run_with_gaussians_renders_exports_and_resumes_as_a_scene(tmp_path):
     assert isinstance(run.model.field, GaussianField) and len(run.model.field.means) == 150
     loaded = factorkit.load(tmp_path / "run")
     torch.testing.assert_close(loaded.render(run.poses[:2]).images, run.render(run.poses[:2]).images)
-    path = run.export(tmp_path / "splats.ply", data=data)
-    assert len(read(path)["xyz"]) == 150
+    splats = factorkit.load(run.export(tmp_path / "splats.ply", data=data))
+    torch.testing.assert_close(splats.model.field.means, run.model.field.means, rtol=0, atol=0)
     assert run.sample(1, steps=2).images.isfinite().all()

@@ -12,7 +12,7 @@ from factorkit.nerfdiff.cameras.poses import azimuth_degrees
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages import pose_search, stage_training
-from factorkit.nerfdiff.stages.ordered import RING_ELEVATIONS, are_ordered, ring_azimuths, ring_directions
+from factorkit.nerfdiff.stages.ordered import RING_ELEVATIONS, find_order, ring_azimuths, ring_directions
 from factorkit.nerfdiff.train import choose_capture_settings, estimate, train_nerfdiff
 from factorkit.nerfdiff.training_views import complete_settings
 from factorkit.utils.files import read_log
@@ -34,21 +34,31 @@ def test_ring_azimuths_follow_the_numbers_of_the_names(names, turns):
     assert torch.allclose(ring_azimuths(names), torch.tensor(turns, dtype=torch.float32))
 
 
+def test_ring_azimuths_with_times_follow_their_order():
+    assert ring_azimuths(["1.png", "2.png", "3.png", "4.png"], torch.tensor([7.0, 2.0, 9.0, 3.0])).tolist() == [
+        180, 0, 270, 90
+    ]  # fmt: skip
+
+
 def test_ring_directions_go_both_ways():
-    left, right = (ring_directions([f"{i}.png" for i in range(8)], way, 25.0) for way in ("left", "right"))
+    scene = open_scene(make_procedural_views(8, 4), 4, CPU, False)
+    left, right = (ring_directions(scene, way, 25.0) for way in ("left", "right"))
     assert torch.allclose(azimuth_degrees(left), torch.arange(8) * 45.0, atol=1e-3)
     assert torch.allclose(left * torch.tensor([1.0, -1, 1]), right, atol=1e-6)
     assert torch.allclose(left[:, 2].asin().rad2deg(), torch.full((8,), 25.0), atol=1e-3)
 
 
 @pytest.mark.slow
-def test_are_ordered_a_turn_is_and_random_views_are_not():
+def test_find_order_by_names_by_times_or_none():
     turn = open_scene(make_capture(("shift", "exposure"), count=16, size=16), 16, CPU, False)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     mixed = open_scene(make_capture(("shift", "exposure"), count=16, size=16).select(order), 16, CPU, False)
-    assert are_ordered(turn) and not are_ordered(mixed)
+    timed = replace(mixed, times=order.double())
+    assert [find_order(scene) for scene in (turn, mixed, timed)] == ["names", None, "times"]
+    back = ring_directions(timed, "left", 25.0)[order.argsort()]
+    torch.testing.assert_close(back, ring_directions(turn, "left", 25.0))
     config = preset_config("fast", ordered="auto")
-    assert [choose_capture_settings(config, scene).ordered for scene in (turn, mixed)] == ["yes", "no"]
+    assert [choose_capture_settings(config, scene).ordered for scene in (turn, mixed, timed)] == ["yes", "no", "yes"]
     assert choose_capture_settings(replace(config, poses="known"), turn).ordered == "no"
 
 

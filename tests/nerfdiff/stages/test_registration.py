@@ -10,6 +10,7 @@ import torch
 
 from factorkit.metrics.pose import Similarity
 from factorkit.nerfdiff.cameras.poses import direction_grid, orbit_poses
+from factorkit.nerfdiff.fields.gaussians import GaussianField
 from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.rays import CameraModel, render_views
 from factorkit.nerfdiff.stages.localise import TargetImages
@@ -32,10 +33,20 @@ def blobs() -> GridField:
     return field.requires_grad_(False)
 
 
+def gaussians() -> GaussianField:
+    """Gaussians that no turn takes into one another."""
+    torch.manual_seed(0)
+    field = GaussianField(80)
+    field.log_scales.data += 0.3 * torch.randn(80, 3)
+    field.colors.data += torch.randn(80, 1, 3)
+    return field.requires_grad_(False)
+
+
 @pytest.mark.slow
-def test_register_scene_refines_the_similarity_by_images():
+@pytest.mark.parametrize("make_field", [blobs, gaussians])
+def test_register_scene_refines_the_similarity_by_images(make_field):
     camera_model = CameraModel(torch.tensor([[1.4, 0, 0.5], [0, 1.4, 0.5], [0, 0, 1]]), torch.ones(3))
-    model = SimpleNamespace(field=blobs(), camera=camera_model, samples_per_ray=24)
+    model = SimpleNamespace(field=make_field(), camera=camera_model, samples_per_ray=24)
     in_scene = orbit_poses(direction_grid(8, [20.0, 50.0]), DISTANCE)
     images = render_views(model.field, in_scene, camera_model, (24, 24), 48).color.movedim(-1, 1)
     # the poses' own coordinates are another world's; what leads back from there is the answer

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from factorkit.data.views.cameras import Distortion, undistort
 from factorkit.data.views.colmap import read_model
+from factorkit.data.views.open import list_views
 from factorkit.data.views.views import Views
 from factorkit.metrics.pose import pose_errors
 from factorkit.nerfdiff.search import decide
@@ -68,11 +72,11 @@ def test_find_cameras_known_scene_poses_reprojection_and_resume(tmp_path, photos
     def kill(*args):
         raise KilledError
 
-    for name, after in (("_extract_features", 3), ("_match_images", 20), ("_map_images", 0)):
+    for name, after in (("extract_features", 3), ("match_images", 20), ("_map_images", 0)):
         whole = getattr(sfm, name)
         part = {
-            "_extract_features": lambda c, p, i, b, whole=whole: (whole(c, p, i[:3], b), kill()),
-            "_match_images": lambda c, p, i, b, whole=whole: (whole(c, p, i[:20], b), kill()),
+            "extract_features": lambda c, p, i, b, whole=whole: (whole(c, p, i[:3], b), kill()),
+            "match_images": lambda c, p, i, b, whole=whole: (whole(c, p, i[:20], b), kill()),
         }.get(name, kill)
         monkeypatch.setattr(sfm, name, part)
         with pytest.raises(KilledError):
@@ -82,7 +86,7 @@ def test_find_cameras_known_scene_poses_reprojection_and_resume(tmp_path, photos
     sfm.find_cameras(photos, tmp_path / "b", False, False)
     for name in ("cameras.bin", "images.bin", "points3D.bin"):
         assert (tmp_path / "a" / sfm.MODEL / name).read_bytes() == (tmp_path / "b" / sfm.MODEL / name).read_bytes()
-    monkeypatch.setattr(sfm, "_extract_features", kill)  # a finished result is loaded
+    monkeypatch.setattr(sfm, "extract_features", kill)  # a finished result is loaded
     assert sfm.find_cameras(photos, tmp_path / "a", False, False) == result
 
 
@@ -123,6 +127,83 @@ def test_find_cameras_nothing_to_match_says_so(tmp_path, masked):
     assert "no two images show enough of the same texture" in result.describe()[0]
 
 
+@pytest.mark.slow
+def test_find_cameras_two_images_are_too_few_and_it_says_so(tmp_path, photos):
+    result = sfm.find_cameras(photos[:2], tmp_path, False, False)
+    assert result.model is None and "1 pair of images match, but too weakly" in result.describe()[0]
+
+
+@pytest.mark.slow
+def test_find_cameras_equal_images_have_no_model_and_say_so(tmp_path, photos):
+    copies = [replace(photos[0], name=f"{i}.png") for i in range(4)]
+    result = sfm.find_cameras(copies, tmp_path, False, False)
+    assert result.model is None and "or images are equal" in result.describe()[0]
+    assert "registered none of 4 images" in result.describe()[1]
+
+
+@pytest.mark.slow
+def test_find_cameras_duplicates_and_a_masked_image_are_handled(tmp_path, photos):
+    hidden = replace(photos[5], name="hidden.png", mask=np.zeros(SIZE, bool))
+    images = [*photos[:5], replace(photos[2], name="copy.png"), hidden]
+    result = sfm.find_cameras(images, tmp_path, False, False)
+    assert set(result.registered) >= {*(x.name for x in photos[:5]), "copy.png"}
+    assert result.unregistered == ("hidden.png",) == result.plain
+    text = result.describe()[-1]
+    assert "left out of the training: hidden.png. 1 image has fewer than 30 features, by masks" in text
+    model = read_model(tmp_path)
+    twins = [model.cameras[name].pose for name in (photos[2].name, "copy.png")]
+    np.testing.assert_allclose(*twins, atol=0.02)
+    assert (
+        sfm.find_cameras([*photos[:5], replace(photos[2], name="copy.png"), hidden], tmp_path, False, False) == result
+    )
+
+
+@pytest.mark.slow
+def test_find_cameras_moving_object_is_left_to_the_floor(tmp_path):
+    places = np.random.default_rng(0).uniform(-0.4, 0.4, (6, 3)) * [1, 1, 0]
+    pixels = [
+        render_photo(pose, make_intrinsics_of(SIZE), SIZE, block=place)[0]
+        for pose, place in zip(POSES, places, strict=False)
+    ]
+    result = sfm.find_cameras(to_images(pixels), tmp_path, False, False)
+    assert len(result.registered) >= 5
+    model = read_model(tmp_path)
+    rows = [int(name[2]) for name in result.registered]
+    poses = torch.from_numpy(np.stack([model.cameras[name].pose for name in result.registered]))
+    assert pose_errors(poses, torch.from_numpy(POSES[rows])).rotation_degrees.max() <= 2
+
+
+@pytest.mark.slow
+def test_find_cameras_two_cameras_have_their_own_lenses_which_are_removed_as_by_opencv(tmp_path):
+    lens, other = Distortion(k1=-0.12), (320, 240)
+    sizes = [SIZE if i % 2 else other for i in range(6)]
+    ks = [make_intrinsics_of(size, 1.1 if size == SIZE else 1.4) for size in sizes]
+    photos = [
+        render_photo(pose, k, size, lens if size == SIZE else None)[0]
+        for pose, k, size in zip(POSES, ks, sizes, strict=False)
+    ]
+    for i, pixels in enumerate(photos):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    listed = list_views(tmp_path).views
+    result = sfm.find_cameras(read_feature_images(listed, False), tmp_path / "sfm", False, False)
+    assert len(result.registered) == 6
+    model = read_model(tmp_path / "sfm")
+    poses = torch.from_numpy(np.stack([model.cameras[f"{i}.png"].pose for i in range(6)]))
+    assert pose_errors(poses, torch.from_numpy(POSES[:6])).rotation_degrees.max() <= 0.5
+    for i, (k, size) in enumerate(zip(ks, sizes, strict=True)):
+        camera = model.cameras[f"{i}.png"]
+        fitted = camera.intrinsics(*size)
+        assert abs(fitted[0, 0] / k[0, 0] - 1) < 0.03
+        assert abs(camera.lens.k1 - (lens.k1 if size == SIZE else 0)) < 0.03
+        # OpenCV counts from pixel centres
+        shifted = fitted - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
+        expected = cv2.undistort(photos[i], shifted, np.array([camera.lens.k1, 0, 0, 0]))
+        image = torch.from_numpy(photos[i]).movedim(-1, 0) / 255
+        result_pixels = undistort(image, fitted, camera.lens)[0].movedim(0, -1).numpy()
+        inner = (slice(12, -12), slice(12, -12))
+        assert np.abs(result_pixels[inner] - expected[inner] / 255).mean() < 0.01
+
+
 def test_import_pycolmap_missing_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycolmap", None)
     with pytest.raises(ConfigError, match=r"factorkit\[sfm\]"):
@@ -145,8 +226,6 @@ def test_decide_small_images_or_no_package_is_the_dictionary(tmp_path, monkeypat
 
 
 def test_read_feature_images_two_sizes_have_two_cameras(tmp_path):
-    from factorkit.data.views.open import list_views
-
     for i, size in enumerate([(80, 60), (60, 80), (80, 60)]):
         Image.new("RGB", size).save(tmp_path / f"{i}.png")
     images = read_feature_images(list_views(tmp_path).views, False)

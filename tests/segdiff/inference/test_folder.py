@@ -429,7 +429,7 @@ def test_segment_folder_names_images_unlike_the_training_set(photos, tmp_path):
     folder, options = photos(3), {"formats": ("labels",)}
     assert segment_quietly(run, folder, tmp_path / "familiar", **options).unlike == []
     assert run.segment(folder).unlike == (False,) * 3
-    run.model.masks.doubt_limits.zero_()
+    run.model.masks.typical.limits.zero_()
     for already in (0, 3):
         segments = segment_quietly(run, folder, tmp_path / "unlike", **options)
         assert segments.already == already and len(segments.unlike) == 3

@@ -1,0 +1,225 @@
+"""Object masks of views by a segdiff model that is trained on these very views: ``masks="segdiff"`` of a scene."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from factorkit.data.files import format_examples
+from factorkit.data.sources import PillowSource
+from factorkit.data.views.foreground import common_folder
+from factorkit.data.views.loading import LazyView
+from factorkit.data.views.open import list_views
+from factorkit.data.views.views import Views
+from factorkit.engine.run_folder import read_object, write_json
+from factorkit.nerfdiff import train as nerfdiff
+from factorkit.nerfdiff.run import NerfdiffRun
+from factorkit.segdiff import train as segdiff
+from factorkit.segdiff.inference.cutout_region import choose_cutout_region
+from factorkit.segdiff.run import SegdiffRun
+from factorkit.utils import distributed
+from factorkit.utils.errors import DataError, format_count
+from factorkit.utils.files import save_image
+from factorkit.utils.images import images_to_pixels, unit_to_uint8
+
+SEGDIFF = "segdiff"  # the value of masks=
+#: The stages find the objects; the denoising that follows them does not change the masks.
+SETTINGS: dict[str, Any] = {
+    "preset": "fast64",
+    "masks": "auto",
+    "regions": 2,
+    "distil_steps": 300,
+    "steps": 1,
+    "warmup_steps": 0,
+}
+MAX_TRAINING_SIDE = 256  # pixels of the longer side of the images that segdiff is trained on
+OBJECT_SHARES = (0.01, 0.9)  # of the pixels; masks beyond them show no object
+MASK_FOLDER, RECORD = "masks", "object_masks.json"  # in the folder of the segdiff run
+
+
+def train_nerfdiff(
+    data: Any = None,
+    *,
+    out: str | Path | None = None,
+    preset: str | None = None,
+    progress: bool = True,
+    masks: Any = None,
+    **options: Any,
+) -> NerfdiffRun:
+    """Find the cameras and the scene of views; the same call again resumes, exactly.
+
+    Args:
+        data: views, see :func:`factorkit.nerfdiff.train.train_nerfdiff`.
+        out: the run folder; None: ``runs/nerfdiff-<preset>``.
+        preset: see :data:`factorkit.nerfdiff.config.PRESETS`; None: ``"demo"`` without data, else ``"fast"``.
+        progress: show progress bars.
+        masks: foreground masks, see :func:`factorkit.data.views.open.open_views`; or "segdiff": of the object in each
+            view, by a model that is trained on the views first, in the folder ``<out>_masks``.
+        **options: of :func:`factorkit.nerfdiff.train.train_nerfdiff`: ``layout``, ``loss_masks``, ``fov``, ``box`` and
+            every field of :class:`~factorkit.nerfdiff.config.NerfdiffConfig`.
+
+    Returns:
+        The finished run: predict_pose, reconstruct, render_path, sample, evaluate, save.
+
+    Raises:
+        ConfigError: a setting or combination that cannot work.
+        DataError: no usable views.
+        CheckpointError: the folder holds another run (other settings, images or cameras), or a checkpoint cannot be
+            written or read.
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
+    """
+    if masks != SEGDIFF or data is None:
+        return nerfdiff.train_nerfdiff(data, out=out, preset=preset, progress=progress, masks=masks, **options)
+    nerfdiff.check_options(data, preset, options)
+    folder = nerfdiff.choose_folder(data, out, preset)
+    data, masks = add_object_masks(data, folder.with_name(f"{folder.name}_masks"), options, progress)
+    return nerfdiff.train_nerfdiff(data, out=folder, preset=preset, progress=progress, masks=masks, **options)
+
+
+def estimate(data: Any = None, *, masks: Any = None, **options: Any) -> dict[str, Any]:
+    """Time a few steps of each stage; see :func:`factorkit.nerfdiff.train.estimate` for arguments and result."""
+    if masks != SEGDIFF or data is None:
+        return nerfdiff.estimate(data, masks=masks, **options)
+    result = nerfdiff.estimate(data, masks=None if isinstance(data, Views) else "none", **options)
+    seconds = segdiff.estimate(data, **SETTINGS)["stage_seconds"]
+    note = (
+        f'masks="{SEGDIFF}": a segdiff model is trained on the views first, for about {seconds:.0f} seconds. The other '
+        "stages are timed without masks."
+    )
+    return result | {"notes": [note, *result["notes"]], "seconds": seconds + result["seconds"]}
+
+
+def add_object_masks(data: Any, folder: Path, options: dict[str, Any], progress: bool) -> tuple[Any, Any]:
+    """Make the masks of views; return data and ``masks=`` to train with.
+
+    Args:
+        data: see :func:`factorkit.data.views.open.open_views`.
+        folder: for the segdiff run and the masks.
+        options: of :func:`train_nerfdiff`.
+        progress: show progress bars and what was done.
+
+    Raises:
+        DataError: no views, or data that can be read only once.
+        CheckpointError: the folder holds another run, or cannot be written.
+    """
+    if isinstance(data, Iterator):
+        raise DataError(f'masks="{SEGDIFF}" reads the images twice, but data= can be read only once: give a list')
+    if isinstance(data, Views):
+        files = [f"{i:06d}.png" for i in range(len(data))]
+        target = make_object_masks([partial(images_to_pixels, image) for image in data.images], files, folder, progress)
+        masks = np.stack([np.asarray(Image.open(target / file)) for file in files])
+        opacity = torch.from_numpy(masks)[:, None].float() / 255
+        composited = torch.where(opacity > 0, data.images, 1.0)
+        return replace(data, images=composited, masks=opacity, background=torch.ones(3)), None
+    reading = {name: options[name] for name in ("layout", "fov") if name in options}
+    listed, training = (list_views(data, split, masks="none", **reading) for split in (None, "train"))
+    names, chosen = [view.name for view in listed.views], {view.name for view in training.views}
+    start = len(common_folder(names)) if listed.arrangement is not None else 0
+    files = [PurePosixPath(name[start:]).with_suffix(".png").as_posix() for name in names]
+    images = [partial(_read_pixels, view) for view in listed.views]
+    rows = [i for i, name in enumerate(names) if name in chosen]
+    return data, str(make_object_masks(images, files, folder, progress, rows))
+
+
+def make_object_masks(
+    images: Sequence[Callable[[], np.ndarray]],
+    files: Sequence[str],
+    folder: Path,
+    progress: bool,
+    training: Sequence[int] | None = None,
+) -> Path:
+    """Train segdiff on views, and write the mask of the object in each; finished masks of the same images are kept.
+
+    Collective.
+
+    Args:
+        images: functions that return the views, uint8 [H, W, 3].
+        files: names of their masks.
+        folder: of the segdiff run.
+        progress: show progress bars and what was done.
+        training: numbers of the views to train on; None: all.
+
+    Returns:
+        The folder of the masks.
+
+    Raises:
+        DataError: an image that cannot be decoded, or no object in any view.
+        CheckpointError: the folder holds another run, or cannot be written.
+    """
+    with ThreadPoolExecutor() as pool:
+        small = list(pool.map(_read_small, images))
+    run = segdiff.train_segdiff(
+        [small[i] for i in training or range(len(small))], out=folder, progress=progress, **SETTINGS
+    )
+    digest = hashlib.sha256(repr((files, run.config.to_dict())).encode())
+    for image in small:
+        digest.update(image.tobytes())
+    key, target = digest.hexdigest(), folder / MASK_FOLDER
+    note = distributed.run_on_first(lambda: _write_masks(run, images, small, files, target, key, progress))
+    if progress and not distributed.rank():
+        print(f"masks: {note}", file=sys.stderr)
+    return target
+
+
+def _write_masks(
+    run: SegdiffRun,
+    images: Sequence[Callable[[], np.ndarray]],
+    small: Sequence[Image.Image],
+    files: Sequence[str],
+    target: Path,
+    key: str,
+    progress: bool,
+) -> str:
+    """Write the masks unless those of the same key are there; return a sentence on them."""
+    record = target.with_name(RECORD)
+    if record.is_file() and (stored := read_object(record)).get("key") == key:
+        return f"{stored['note']} Made before."
+    predict = run.predictor(None, "fast")
+    region, reason = choose_cutout_region(run.config, "auto", run.scores, PillowSource(small), predict)
+    shares = []
+    for image, file in zip(tqdm(images, desc="object masks", disable=not progress, leave=False), files, strict=True):
+        masks = run.segment(image()).masks[0]
+        inside = masks[list(region)].sum(0) > 0.5
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        save_image(Image.fromarray(unit_to_uint8(inside)), target / file)
+        shares.append(float(inside.float().mean()))
+    low, high = OBJECT_SHARES
+    odd = [file for file, share in zip(files, shares, strict=True) if not low <= share <= high]
+    if len(odd) == len(files):
+        raise DataError(
+            f'masks="{SEGDIFF}": no view has an object: the masks cover {min(shares):.0%} to {max(shares):.0%} of the '
+            "pixels. Give masks of the object, or none"
+        )
+    note = (
+        f"{format_count(len(files), 'mask')} in {target} by a segdiff model trained on these views; the object is "
+        f"{reason}, and covers {min(shares):.0%} to {max(shares):.0%} of the pixels."
+    )
+    if odd:
+        note += f" Hardly an object in {format_count(len(odd), 'view')}: {format_examples(odd)}."
+    write_json(record, {"key": key, "note": note})
+    return note
+
+
+def _read_pixels(view: LazyView) -> np.ndarray:
+    """Return a view as uint8 [H, W, 3], over white where it is transparent."""
+    values = view.read_image()
+    if values.shape[2] == 4:
+        values = values[..., :3] * values[..., 3:] + 1 - values[..., 3:]
+    return unit_to_uint8(values)
+
+
+def _read_small(read: Callable[[], np.ndarray]) -> Image.Image:
+    image = Image.fromarray(read())
+    image.thumbnail((MAX_TRAINING_SIDE, MAX_TRAINING_SIDE), Image.Resampling.BOX)
+    return image

@@ -1,0 +1,134 @@
+"""Transformers in place of the U-Net: every task by the same calls, settings of one backbone alone, and sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import factorkit
+from factorkit.cli.main import main
+from factorkit.reproduce.generation import count_multiply_adds
+from factorkit.segdiff.baselines.datasetddpm import pixel_features
+from factorkit.segdiff.config import SegdiffConfig, preset_config
+from factorkit.segdiff.network import count_parameters
+from factorkit.segdiff.run import SegdiffRun
+from factorkit.utils.errors import ConfigError
+from tests.segdiff.conftest import randomize_weights
+
+UVIT = {"backbone": "uvit", "resolution": 16, "model_channels": 16, "depth": 3, "patch_size": 2, "num_heads": 2}
+RUN = {**UVIT, "regions": 2, "batch_size": 4, "steps": 2, "mixture_steps": 2, "distil_steps": 2, "norm_groups": 4}
+
+
+def make_images(count=12):
+    return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize("masks", ["auto", "mixture", "network"])
+def test_uvit_run_trains_segments_generates_edits_and_reloads(tmp_path, masks):
+    run = factorkit.train_segdiff(
+        make_images(), out=tmp_path / "run", preset="demo", progress=False, masks=masks, device="cpu", **RUN
+    )
+    assert (tmp_path / "run/report.html").exists() and list((tmp_path / "run/samples").glob("*_generated.png"))
+    photo = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 45, 3), np.uint8))
+    segmented = run.segment(photo)
+    assert segmented.labels.shape == (1, 30, 45)
+    assert run.generate(2, steps=3).images.shape == (2, 3, 16, 16)
+    assert run.recompose(make_images(1), 0, from_=make_images(2)[1:], steps=2).images.shape[-2:] == (16, 16)
+    assert run.interpolate(make_images(1), make_images(2)[1:], frames=3, steps=2).images.shape[-2:] == (16, 16)
+    path = run.save(tmp_path / "model.safetensors")
+    again = factorkit.load(path, device="cpu")
+    assert isinstance(again.config.patch_size, int) and np.array_equal(again.segment(photo).labels, segmented.labels)
+
+
+@pytest.mark.slow
+def test_uvit_hierarchy_and_classes_train(tmp_path):
+    nested = factorkit.train_segdiff(
+        make_images(),
+        out=tmp_path / "nested",
+        preset="demo",
+        progress=False,
+        device="cpu",
+        **{**RUN, "regions": (2, 2)},
+    )
+    assert nested.generate(1, steps=2).masks.shape == (1, 4, 16, 16)
+    classes = ["a", "b"] * 6
+    run = factorkit.train_segdiff(
+        make_images(), out=tmp_path / "classes", preset="demo", progress=False, device="cpu", classes=classes, **RUN
+    )
+    assert run.generate(2, steps=2, classes="all", guidance=2.0).classes == ["a", "b"]
+
+
+def test_features_of_a_plain_uvit_are_those_of_its_blocks():
+    config = preset_config("demo", **{**RUN, "regions": 1, "depth": 9, "device": "cpu"}).resolved()
+    run = SegdiffRun(config, randomize_weights(config.build()), torch.device("cpu"), 0)
+    assert pixel_features(run, make_images(2)).shape == (2, 3 * 16 * 2, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"patch_size": 3},
+            r"patch_size=3 must divide resolution=16 into at least 2 patches a side; use one of 1, 2, 4, 8",
+        ),
+        ({"patch_size": 16}, r"patch_size=16 must divide resolution=16"),
+        ({"patch_size": 0}, r"patch_size=0"),
+        ({"resolution": 1, "patch_size": 1}, r"resolution of at least 2"),
+        ({"depth": 4}, r"depth=4 must be an odd number of blocks, 3 or more"),
+        ({"depth": 1}, r"depth=1 "),
+        ({"model_channels": 20}, r"model_channels=20 must be divisible by 8"),
+        ({"num_heads": 3}, r"num_heads=3"),
+        ({"patch_size": 1, "masks": "network", "half_resolution_masks": True}, r"half_resolution_masks=False"),
+        ({"channel_mult": (1, 2)}, r"channel_mult=\(1, 2\) belongs to backbone='unet'.*leave it out"),
+        ({"num_res_blocks": 1}, r"num_res_blocks=1 belongs to backbone='unet'"),
+        ({"attention_resolutions": ()}, r"attention_resolutions=\(\) belongs to backbone='unet'"),
+        ({"form": "thesis"}, r"form='thesis' is a U-Net; give form='regional'"),
+        ({"backbone": "vit"}, r"backbone='vit' is unknown; choose one of unet, uvit"),
+        ({"backbone": "unet"}, r"depth=3 belongs to backbone='uvit'"),
+    ],
+)
+def test_backbone_settings_that_do_not_fit_raise_with_the_cure(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        SegdiffConfig(**{**UVIT, **changes}).resolved()
+
+
+@pytest.mark.parametrize(("resolution", "patch"), [(8, 1), (32, 2), (40, 2), (64, 4), (128, 8)])
+def test_patch_size_left_out_gives_sixteen_tokens_a_side(resolution, patch):
+    config = SegdiffConfig(backbone="uvit", resolution=resolution, masks="network").resolved()
+    assert config.patch_size == patch and config.half_resolution_masks == (patch % 2 == 0)
+    assert config.resolved() == config
+
+
+def test_preset_of_another_backbone_keeps_its_training_and_takes_the_sizes():
+    config = preset_config("fast64", backbone="uvit", learning_rate=1e-5).resolved()
+    sizes = preset_config("uvit64").resolved()
+    assert (config.steps, config.learning_rate, config.resolution) == (1500, 1e-5, 64)
+    assert (config.make_backbone(), config.size_multiple) == (sizes.make_backbone(), 4)
+    back = preset_config("uvit32", backbone="unet").resolved()
+    assert back.make_backbone() == preset_config("fast32").resolved().make_backbone()
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions", "giga"),
+    [("fast32", 0.70, 0.169), ("uvit32", 2.29, 0.162), ("uvit64", 2.31, 0.771), ("uvit128", 2.46, 0.968)],
+)
+def test_parameters_and_multiply_adds_of_presets_are_those_of_the_docs(preset, millions, giga):
+    config = preset_config(preset, masks="network").resolved()
+    with torch.device("meta"):
+        model = config.build()
+    assert count_parameters(model) / 1e6 == pytest.approx(millions, rel=1e-2)
+    assert count_multiply_adds(config) / 1e9 == pytest.approx(giga, rel=1e-2)
+
+
+def test_cli_backbone_takes_the_sizes_of_a_transformer(capsys):
+    arguments = ["--preset", "fast32", "--backbone", "uvit", "--patch-size", "4", "--dry-run", "--masks", "network"]
+    assert main(["train", "segdiff", *arguments, "--json", "--device", "cpu", "--batch-size", "2"]) == 0
+    config = preset_config("fast32", backbone="uvit", patch_size=4, masks="network").resolved()
+    assert json.loads(capsys.readouterr().out)["parameters"] == count_parameters(config.build())
+    assert main(["train", "segdiff", *arguments[:4], "--patch-size", "5", "--dry-run"]) != 0
+    assert re.search(r"patch_size=5 must divide resolution=32", capsys.readouterr().err)

@@ -1,0 +1,101 @@
+"""Masks of views by a segdiff model that is trained on them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import factorkit
+from factorkit import object_masks
+from factorkit.data.procedural.scene import make_procedural_views
+from factorkit.segdiff.task import SegdiffTask
+from factorkit.utils.errors import ConfigError, DataError
+from factorkit.utils.images import images_to_pixels
+from tests.nerfdiff.conftest import TINY as SCENE
+
+TINY = {"resolution": 16, "model_channels": 8, "channel_mult": (1, 2), "mixture_steps": 3, "distil_steps": 3}
+
+
+@pytest.fixture(autouse=True)
+def tiny_segdiff(monkeypatch):
+    monkeypatch.setattr(object_masks, "SETTINGS", object_masks.SETTINGS | TINY | {"preset": "demo", "threads": 1})
+    monkeypatch.setattr(SegdiffTask, "inspect", lambda *arguments: {"failures": []})
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of 10 photos of the procedural scene, 20 x 16 pixels."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, pixels in enumerate(images_to_pixels(make_procedural_views(10, 16, seed=1).images)):
+        Image.fromarray(np.pad(pixels, ((0, 0), (2, 2), (0, 0)), "edge")).save(folder / f"{i}.jpg")
+    return folder
+
+
+@pytest.mark.slow
+def test_train_nerfdiff_segdiff_masks_become_the_masks_of_the_views(tmp_path, photos, capsys):
+    run = factorkit.train_nerfdiff(photos, out=tmp_path / "run", masks="segdiff", **{**SCENE, "progress": True})
+    folder = tmp_path / "run_masks/masks"
+    assert sorted(path.name for path in folder.iterdir()) == [f"{i}.png" for i in range(10)]  # of held-out views too
+    mask = np.asarray(Image.open(folder / "1.png"))
+    assert mask.shape == (16, 20) and set(np.unique(mask)) <= {0, 255}
+    stored = run.views.masks[run.views.names.index("1.jpg"), 0]
+    assert abs(float(stored.mean()) - mask.mean() / 255) < 0.02
+    assert (tmp_path / "run/samples/000000_masks.png").is_file()
+    text = capsys.readouterr().err
+    assert "10 masks in" in text and "trained on these views" in text and "region 0, the object" in text
+    times = [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
+    again = factorkit.train_nerfdiff(photos, out=tmp_path / "run", masks="segdiff", **SCENE)
+    assert torch.equal(again.poses, run.poses)
+    assert [path.stat().st_mtime_ns for path in sorted(folder.iterdir())] == times
+
+
+@pytest.mark.slow
+def test_make_object_masks_interrupted_while_writing_resumes_to_the_same_files(tmp_path, photos, monkeypatch):
+    object_masks.add_object_masks(photos, tmp_path / "whole", {}, progress=False)
+    save, count = object_masks.save_image, []
+
+    def stop(image, path):
+        count.append(path)
+        if len(count) == 4:
+            raise KeyboardInterrupt
+        save(image, path)
+
+    monkeypatch.setattr(object_masks, "save_image", stop)
+    with pytest.raises(KeyboardInterrupt):
+        object_masks.add_object_masks(photos, tmp_path / "resumed", {}, progress=False)
+    monkeypatch.setattr(object_masks, "save_image", save)
+    object_masks.add_object_masks(photos, tmp_path / "resumed", {}, progress=False)
+    for i in range(10):
+        name = f"masks/{i}.png"
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_add_object_masks_views_in_memory_are_cut_out_over_white(tmp_path):
+    views = make_procedural_views(8, 16, seed=1)
+    cut, masks = object_masks.add_object_masks(views, tmp_path / "masks", {}, progress=False)
+    assert masks is None and cut.masks.shape == (8, 1, 16, 16) and cut.background.tolist() == [1, 1, 1]
+    outside = (cut.masks == 0).expand_as(cut.images)
+    assert outside.any() and (cut.images[outside] == 1).all()
+    assert torch.equal(cut.images[~outside], views.images[~outside])
+
+
+@pytest.mark.slow
+def test_make_object_masks_without_an_object_are_refused(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(object_masks, "OBJECT_SHARES", (1.1, 2.0))
+    with pytest.raises(DataError, match='masks="segdiff": no view has an object: the masks cover'):
+        object_masks.add_object_masks(photos, tmp_path / "masks", {}, progress=False)
+
+
+def test_train_nerfdiff_segdiff_masks_of_an_iterator_are_refused(tmp_path):
+    with pytest.raises(DataError, match="can be read only once: give a list"):
+        factorkit.train_nerfdiff(iter([]), out=tmp_path / "run", masks="segdiff")
+
+
+def test_train_nerfdiff_segdiff_masks_impossible_settings_are_refused_first(tmp_path, photos):
+    with pytest.raises(ConfigError, match="resolution"):
+        factorkit.train_nerfdiff(photos, out=tmp_path / "run", masks="segdiff", resolution=1)
+    assert not (tmp_path / "run_masks").exists()
