@@ -17,6 +17,7 @@ from torch import Tensor
 
 from factorkit.data.views.views import resize_area, target_size
 from factorkit.metrics.pose import is_mirrored
+from factorkit.nerfdiff.box import mask_centroids
 from factorkit.nerfdiff.cameras.poses import azimuth_degrees, camera_directions
 from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field
@@ -32,6 +33,7 @@ MAX_UNEXPLAINED = 0.25  # of the views' variance; correct runs have 0.003 to 0.1
 MAX_NEIGHBOUR_DEGREES = 30.0  # between the azimuths of similar views; the lower quartile is 45 at random positions
 MAX_DUPLICATION = 0.05  # share of views that agree better with a held-out field after a rotation
 MAX_INVERTED = 0.5  # share of cameras that are upside down or too low
+MAX_SILHOUETTE_OFFSET = 0.04  # median distance of centroids in units of the image's side
 ELEVATION_TOLERANCE = 10.0  # degrees below the lowest elevation of the settings
 COMPARISON_SIDE, COMPARISON_VIEWS = 32, 32  # longer side of the compared images in pixels, and their number
 SIMILARITY_SIDE = 16  # longer side in pixels of the images among which similar views are searched
@@ -83,6 +85,26 @@ def unexplained_variance(field: Field, scene: Scene, poses: Tensor, samples: int
         -1, 1
     )
     return float((color - images).square().mean() / (images - images.mean(0)).square().mean().clamp_min(1e-9))
+
+
+@torch.no_grad()
+def silhouette_offset(field: Field, scene: Scene, poses: Tensor, samples: int) -> float | None:
+    """Return how far the centroids of rendered objects are from those of the foreground, in units of the image's side.
+
+    It is the median over up to 32 views at poses [V, 4, 4]; None if the foreground is unknown or nothing is rendered.
+    """
+    if scene.foreground is None:
+        return None
+    rows = torch.linspace(0, len(poses) - 1, min(COMPARISON_VIEWS, len(poses))).round().long().to(poses.device)
+    scored = scene.foreground.scored[rows]
+    masks, size = scene.foreground.masks[rows] & scored, (scored.shape[1], scored.shape[2])
+    own = scene.camera.of_views(rows)
+    rendered = (render_views(field, poses[rows], scene.camera, size, samples, intrinsics=own).opacity > 0.5) & scored
+    seen = masks.flatten(1).any(1) & rendered.flatten(1).any(1)
+    if not seen.any():
+        return None
+    distance = (mask_centroids(masks[seen]) - mask_centroids(rendered[seen])).norm(dim=1)
+    return float(distance.median() / max(size))
 
 
 def inverted_share(poses: Tensor, min_elevation: float) -> float:
@@ -207,6 +229,18 @@ def pose_alarms(
     if true is not None:
         alarms["mirrored"] = is_mirrored(poses, true)
     return {**alarms, **log_checks(checks)}
+
+
+def silhouette_check(offset: float | None) -> Check:
+    """Return the check of a :func:`silhouette_offset`."""
+    if offset is None:
+        return Check("silhouette offset", not_run="since neither masks nor a background of one colour show an object")
+    text = (
+        f"silhouettes: rendered objects are {offset:.0%} of the image's side away from those of the views; the cameras "
+        'cannot follow an object off the centre without "aim" in optimize_camera (--optimize-camera aim distance roll)'
+    )
+    failures = (text,) if offset > MAX_SILHOUETTE_OFFSET else ()
+    return Check("silhouette offset", offset, high=MAX_SILHOUETTE_OFFSET, failures=failures)
 
 
 def duplication_check(duplication: float | None) -> Check:

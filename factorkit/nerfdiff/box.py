@@ -102,6 +102,15 @@ def find_foreground(views: Views) -> Foreground | None:
     return Foreground(masks & scored, scored, views.resize(size).intrinsics)
 
 
+def mask_centroids(masks: Tensor) -> Tensor:
+    """Return the centroids [V, 2] of masks [V, H, W] in pixels from the top left corner; 0 where a mask is empty."""
+    height, width = masks.shape[1:]
+    counts = masks.sum((1, 2))
+    x = torch.arange(width, device=masks.device) + 0.5
+    y = torch.arange(height, device=masks.device) + 0.5
+    return torch.stack([(masks.sum(1) * x).sum(1), (masks.sum(2) * y).sum(1)], 1) / counts.clamp_min(1)[:, None]
+
+
 def choose_scale(poses: Tensor, foreground: Foreground | None, points: Tensor | None) -> tuple[float, str]:
     """Return by which factor the box has to grow, at least 1, and why.
 

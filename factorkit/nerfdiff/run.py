@@ -141,8 +141,8 @@ class NerfdiffRun(LoadedScene, TrainedRun):
 
         Args:
             path: ``scene.ply`` (coloured points), ``mesh.ply`` (also .obj, .glb), ``splats.ply``
-                (Gaussians), ``transforms.json`` (nerfstudio) or a
-                folder (COLMAP's binary format).
+                (Gaussians; also .spz, and any other .ply of a scene of Gaussians), ``transforms.json`` (nerfstudio) or
+                a folder (COLMAP's binary format).
             data: the training data, if they were moved or given as objects; a path or
                 :class:`~factorkit.data.views.views.Views`.
             **options: of :func:`factorkit.nerfdiff.export.export`, such as ``coordinates`` and ``overwrite``.
@@ -156,7 +156,7 @@ class NerfdiffRun(LoadedScene, TrainedRun):
         if distributed.rank() > 0:
             return Path(path)
         source = f"export: {identify_run(self.folder, self.model.state_dict())}"
-        kind = options.pop("kind", None) or kind_of(Path(path))
+        kind = options.pop("kind", None) or kind_of(Path(path), self.model.field)
         if kind in CAMERA_KINDS or options.get("coordinates") == "given":
             originals = find_originals(self.folder, data)
             if originals is not None and kind in CAMERA_KINDS:

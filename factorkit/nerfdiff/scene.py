@@ -36,6 +36,7 @@ class Scene:
         foreground: of the views of an object, if masks or a background colour show it.
         note: a sentence for the user on how the scene was prepared.
         has_focal: whether the focal lengths are known; False: they are a guess.
+        masks: opacity [V, 1, H, W] of the views of an object in [0, 1], or None.
         times: [V], when the views were taken, in seconds from any start; or None.
         reframed_images: the views [V, 3, H, W] as the common camera sees them; None: it is the camera of all views.
         points: sparse points [P, 3] of an object scene in the field's coordinates, if the poses came with some.
@@ -54,6 +55,7 @@ class Scene:
     initial_poses: Tensor | None = None
     points: Tensor | None = None
     has_focal: bool = True
+    masks: Tensor | None = None
     times: Tensor | None = None
 
     @property
@@ -121,6 +123,7 @@ def open_scene(
         note,
         points=points,
         has_focal=views.has_focal,
+        masks=None if views.masks is None or views.layout == "forward" else views.masks.to(device),
         times=views.times,
     )
 

@@ -32,7 +32,7 @@ from factorkit.utils.rng import BatchDraw, derived_seed
 
 NUM_PROBES = 96  # images the alarms are measured on; by chance the position share of N independent masks is 1/N
 NUM_PREVIEW_IMAGES = 8
-NUM_PREVIEW_STEPS = 25  # denoising steps of the generated images
+PREVIEW_SAMPLER, NUM_PREVIEW_STEPS = "ddim", 25  # of the generated images
 
 
 class SegdiffTask:
@@ -136,7 +136,14 @@ class SegdiffTask:
         folder.mkdir(parents=True, exist_ok=True)
         labels = torch.arange(count) % len(config.class_names) if config.class_names else None
         generated = draw_images(
-            model, config, count, steps=NUM_PREVIEW_STEPS, seed=0, device=self.device, labels=labels
+            model,
+            config,
+            count,
+            sampler=PREVIEW_SAMPLER,
+            steps=NUM_PREVIEW_STEPS,
+            seed=0,
+            device=self.device,
+            labels=labels,
         )
         grid = previews.draw_generation_grid(
             signed_to_pixels(generated.images), generated.bottleneck.masks.float().cpu().numpy()

@@ -16,8 +16,11 @@ from factorkit.nerfdiff.alarms import (
     pose_alarms,
     scene_alarms,
     sector_use,
+    silhouette_check,
+    silhouette_offset,
     unexplained_variance,
 )
+from factorkit.nerfdiff.box import Foreground
 from factorkit.nerfdiff.cameras.poses import direction_grid, direction_vectors, orbit_poses, rotate_about_z
 from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.fields.base import Appearance
@@ -199,3 +202,18 @@ def test_train_collapse_stops_with_stop_on_failure(tiny, scene_views, tmp_path, 
     assert alarms[-1]["step"] == 4 and alarms[-1]["failures"], "what it stopped for stands in the log"
     assert NerfdiffRun.load(tmp_path / "run", device="cpu").step == 3
     assert train_nerfdiff(scene_views, out=tmp_path / "run", stop_on_failure=False, **settings).step == 6
+
+
+def test_silhouette_offset_of_centred_cameras_names_shifted_views(field, scene):
+    foreground = Foreground(
+        (scene.images - 1).abs().amax(1) > 0.1,
+        torch.ones(40, 16, 16, dtype=torch.bool),
+        scene.camera.pixel_intrinsics(16, 16).expand(40, 3, 3),
+    )
+    right = replace(scene, foreground=foreground)
+    shifted = replace(right, foreground=replace(foreground, masks=foreground.masks.roll(2, dims=2)))
+    offsets = [silhouette_offset(field, s, scene.poses, 32) for s in (right, shifted, scene)]
+    assert offsets[0] < 0.02 and offsets[1] == pytest.approx(2 / 16, abs=0.03) and offsets[2] is None
+    assert [silhouette_check(offset).status for offset in offsets] == ["passed", "failed", "not run"]
+    empty = replace(right, foreground=replace(foreground, masks=foreground.masks & False))
+    assert silhouette_offset(field, empty, scene.poses, 32) is None

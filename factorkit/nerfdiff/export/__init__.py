@@ -27,7 +27,7 @@ from factorkit.utils.output_record import OutputRecord, check_file, writing_file
 MESH_SUFFIXES = (".ply", ".obj", ".glb")
 SPLAT_SUFFIXES = (".ply", ".spz")
 KINDS = ("points", "mesh", "splats", "nerfstudio", "colmap")
-PLY_WORDS = {"mesh": "mesh", "splats": "splat"}  # in the name of a .ply, for its kind
+PLY_WORDS = {"mesh": "mesh", "splats": "splat", "points": "point"}  # in the name of a .ply, for its kind
 CAMERA_KINDS = ("nerfstudio", "colmap")
 Coordinates = Literal["run", "given"]
 
@@ -53,10 +53,10 @@ def export(
 ) -> Path:
     """Write a scene or its cameras.
 
-    - ``points`` (scene.ply): coloured points on the surface that the views show;
+    - ``points`` (scene.ply; points.ply of a scene of Gaussians): coloured points on the surface that the views show;
     - ``mesh`` (mesh.ply, or any .obj or .glb): the surface of equal density, by marching cubes, coloured;
-    - ``splats`` (splats.ply, or any .spz): the Gaussians of ``field="gaussians"``, in the format of 3DGS, or
-      compressed to a tenth of its size;
+    - ``splats`` (splats.ply, any .spz, and scene.ply of a scene of Gaussians): the Gaussians of ``field="gaussians"``,
+      in the format of 3DGS or compressed to a sixth of its size;
     - ``nerfstudio`` (transforms.json): cameras, with the images in images_factorkit/ beside it;
     - ``colmap`` (a folder): a binary model with coloured points in sparse/0/, images in images/.
 
@@ -95,7 +95,7 @@ def export(
         WriteError: a file of another origin is in the way.
     """
     path = Path(path)
-    kind = kind_of(path) if kind is None else kind
+    kind = kind_of(path, field) if kind is None else kind
     if kind not in KINDS:
         raise ConfigError(f"kind={kind!r} is unknown; give {', '.join(KINDS)}")
     if kind == "mesh" and path.suffix.lower() not in MESH_SUFFIXES:
@@ -151,11 +151,12 @@ def export(
     return path
 
 
-def kind_of(path: Path) -> str:
-    """Return what is written to a path by its name; raises ConfigError if that does not say it."""
+def kind_of(path: Path, field: Field) -> str:
+    """Return what of a field is written to a path by its name; raises ConfigError if that does not say it."""
     suffix = path.suffix.lower()
     if suffix == ".ply":
-        return next((kind for kind, word in PLY_WORDS.items() if word in path.stem.lower()), "points")
+        usual = "splats" if isinstance(field, GaussianField) else "points"
+        return next((kind for kind, word in PLY_WORDS.items() if word in path.stem.lower()), usual)
     if suffix in MESH_SUFFIXES:
         return "mesh"
     kinds = {".spz": "splats", ".json": "nerfstudio", "": "colmap"}

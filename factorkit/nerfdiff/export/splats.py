@@ -1,4 +1,4 @@
-"""Gaussians as splat files: written and read as the .ply of 3DGS, and written as .spz, a tenth of its size."""
+"""Gaussians as splat files: written and read as the .ply of 3DGS, and written as .spz, a sixth of its size."""
 
 from __future__ import annotations
 

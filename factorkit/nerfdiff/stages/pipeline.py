@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from factorkit.engine.run_folder import RunLog
-from factorkit.nerfdiff.alarms import duplication_check
+from factorkit.nerfdiff.alarms import duplication_check, silhouette_check, silhouette_offset
 from factorkit.nerfdiff.box import box_checks
 from factorkit.nerfdiff.build import build_model
 from factorkit.nerfdiff.cameras.poses import FreePoses, OrbitPoses, direction_grid
@@ -191,8 +191,10 @@ class Training(StageTraining):
             if self.scene.layout == "forward":
                 checks.append(forward_direction_check(model.views))
             checks += box_checks(model.field, self.scene.foreground, model.views, self.scene.layout)
-            added = log_checks(checks)
-            alarms |= {"held_out_checked": True, **to_fields(errors, noise)}
+            scene = replace(self.scene, camera=self.scene.camera.with_intrinsics(model.camera.intrinsics.detach()))
+            offset = silhouette_offset(model.field, scene, model.views, self.config.samples_per_ray)
+            added = log_checks([*checks, silhouette_check(offset)])
+            alarms |= {"held_out_checked": True, **to_fields(errors, noise), "silhouette_offset": offset}
             self.log_alarms(alarms | {key: [*alarms.get(key, ()), *added[key]] for key in added}, added["failures"])
 
     def build_model(self, field: Field, views: Tensor, camera: CameraModel) -> NerfdiffModel:

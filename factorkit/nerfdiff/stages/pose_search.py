@@ -26,6 +26,7 @@ from factorkit.nerfdiff.stages.stage_training import StageTraining
 
 FORWARD_GRID = (6, 4)  # positions of forward-facing cameras, across and up
 FORWARD_COARSENESS = 0.5  # when forward-facing poses start to move: they are many pixels off
+MASK_WEIGHT = 0.3  # of the silhouettes, in the refinement of objects off the centre or in order
 # of the short fit that tells starts apart
 START_FIT: dict[str, Any] = {"steps": 150, "learning_rate": 0.05, "batch_size": 8, "rays_per_view": 256}
 
@@ -74,7 +75,10 @@ class DictionarySearch:
         start, place = self._assign_views(places, partial(orbit_poses, distance=scene.distance))
         if config.ordered == "yes":
             place = self._choose_start(place)
-        if self.aim is not None or config.ordered == "yes":  # places are too far off for a field that is sharp already
+        if self.aim is not None or config.ordered == "yes":
+            refine = partial(refine, mask_weight=MASK_WEIGHT)
+        if self.aim is not None or config.ordered == "yes" or "focal" in (config.optimize_camera or ()):
+            # the cameras of the search are too far off for a field that is sharp already
             start, refine = self._fresh_field(), partial(refine, initial_coarseness=1.0)
         fitted = refine("refine", start, self._orbit_poses(place).requires_grad_(), preview_name="refine")
         self.centred, self.aim = self._recentre()  # with the focal length of the fit

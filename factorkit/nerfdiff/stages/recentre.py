@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from factorkit.nerfdiff.box import Foreground
+from factorkit.nerfdiff.box import Foreground, mask_centroids
 from factorkit.nerfdiff.cameras.poses import azimuth_degrees, direction_vectors
 from factorkit.nerfdiff.scene import Scene
 
@@ -26,12 +26,10 @@ def foreground_offsets(foreground: Foreground) -> Tensor:
     the visible part is wide; that of an empty view is the median.
     """
     masks = foreground.masks & foreground.scored
-    height, width = masks.shape[1:]
     counts = masks.sum((1, 2))
-    x = torch.arange(width, device=masks.device) + 0.5
-    y = torch.arange(height, device=masks.device) + 0.5
-    centroids = torch.stack([(masks.sum(1) * x).sum(1), (masks.sum(2) * y).sum(1)], 1) / counts.clamp_min(1)[:, None]
-    offsets = (centroids - foreground.intrinsics[:, :2, 2]) / foreground.intrinsics.diagonal(dim1=1, dim2=2)[:, :2]
+    offsets = (mask_centroids(masks) - foreground.intrinsics[:, :2, 2]) / foreground.intrinsics.diagonal(
+        dim1=1, dim2=2
+    )[:, :2]
     cut = masks[:, [0, -1]].sum((1, 2)) + masks[:, :, [0, -1]].sum((1, 2))
     trust = (1 - cut / counts.clamp_min(1).sqrt()).clamp_min(0) * (counts > 0)
     if not trust.any():
@@ -76,7 +74,8 @@ def recentre_scene(scene: Scene, offsets: Tensor) -> Scene:
 
     background = scene.camera.background[:, None, None]
     scored = None if scene.loss_masks is None else (move(scene.loss_masks) > 0.5).float()
-    return replace(scene, images=move(scene.images - background) + background, loss_masks=scored)
+    masks = None if scene.masks is None else move(scene.masks)
+    return replace(scene, images=move(scene.images - background) + background, loss_masks=scored, masks=masks)
 
 
 def aim_from_offsets(offsets: Tensor) -> Tensor:

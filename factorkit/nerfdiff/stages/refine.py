@@ -15,13 +15,14 @@ from factorkit.nerfdiff.config import NerfdiffConfig
 from factorkit.nerfdiff.fields.base import Field, ImageField, update_occupancy
 from factorkit.nerfdiff.previews.files import save_cameras
 from factorkit.nerfdiff.rays import CameraModel, render_pixels
-from factorkit.nerfdiff.scene import Scene, gather_pixels, gaussian_blur, mean_squared_error
+from factorkit.nerfdiff.scene import MIN_WEIGHT, Scene, gather_pixels, gaussian_blur, mean_squared_error
 from factorkit.rendering import Rendered
 from factorkit.utils.rng import BatchDraw
 
 ADAM_BETAS = (0.9, 0.99)  # few rays pass a cell in each step, so long averages would be of an outdated scene
 SHARPENING_SHARE = 0.6  # of the steps, after which nothing is blurred any more
 IMAGE_BLUR = 0.094  # standard deviation at full coarseness, in units of the longer side
+MASK_TOLERANCE = 0.5  # difference of opacity about which a pixel's mask begins to count as wrong
 UPDATE_EVERY = 10  # steps between changes of the blur, and between assignments of the search
 
 
@@ -94,6 +95,21 @@ def regularisation(config: NerfdiffConfig, scene: Scene, field: Field, rendered:
     return variation + config.opacity_weight * rendered.opacity.mean(1)
 
 
+def silhouette_error(opacity: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean robust difference [B] of opacities and masks [B, R] (Geman and McClure 1985).
+
+    Wrong masks pull less, the further off they are.
+
+    Args:
+        opacity: rendered.
+        masks: in [0, 1].
+        weights: [B, R]; None: all 1.
+    """
+    squared = (opacity - masks).square()
+    robust = squared / (1 + squared / MASK_TOLERANCE**2)
+    return robust.mean(1) if weights is None else (robust * weights).sum(1) / weights.sum(1).clamp_min(MIN_WEIGHT)
+
+
 class FitTask:
     """Minimise the squared error of random rays of the views.
 
@@ -101,6 +117,7 @@ class FitTask:
         views: indices of the views to fit; None: all.
         preview_name: part of the file names of previews; None: no previews.
         initial_coarseness: blur of field and views at the start, 0 (none) to 1: for poses that are far off.
+        mask_weight: weight of the silhouettes beside the photometric error, where the views have masks.
     """
 
     capturable = False  # the jitter of a step's samples depends on a number on the host
@@ -114,10 +131,12 @@ class FitTask:
         views: Tensor | None = None,
         preview_name: str | None = None,
         initial_coarseness: float = 0.0,
+        mask_weight: float = 0.0,
     ):
         self.config, self.scene, self.model = config, scene, model
         self.preview_name, self.initial_coarseness = preview_name, initial_coarseness
-        self._blurred: tuple[float, Tensor] = (0.0, scene.images)
+        self.mask_weight = mask_weight if scene.masks is not None else 0.0
+        self._blurred: tuple[float, Tensor, Tensor | None] = (0.0, scene.images, scene.masks)
         self.views = (torch.arange(len(scene.images)) if views is None else views).to(scene.images.device)
         self.size = len(self.views)
 
@@ -153,6 +172,10 @@ class FitTask:
         weights = None if scored is None else gather_pixels(scored[rows.to(scored.device)], pixels)
         error = mean_squared_error(rendered.color, gather_pixels(images, pixels), (1, 2), weights)
         objective = error + regularisation(self.config, self.scene, self.model.field, rendered)
+        if self.mask_weight:
+            masks = gather_pixels(self.target_masks(draw.step)[rows.to(self.scene.images.device)], pixels)[..., 0]
+            counted = None if weights is None else weights[..., 0]
+            objective = objective + self.mask_weight * silhouette_error(rendered.opacity, masks, counted)
         return StepLoss(objective, error, torch.zeros_like(error), {})
 
     def coarseness_at(self, step: int) -> float:
@@ -164,8 +187,17 @@ class FitTask:
         coarseness = self.coarseness_at(step // UPDATE_EVERY * UPDATE_EVERY)
         sigma = round(coarseness * IMAGE_BLUR * max(self.scene.size), 2)
         if self._blurred[0] != sigma:
-            self._blurred = sigma, gaussian_blur(self.scene.images, sigma)
+            masks = self.scene.masks if self.mask_weight else None
+            blurred = None if masks is None else gaussian_blur(masks, sigma)
+            self._blurred = sigma, gaussian_blur(self.scene.images, sigma), blurred
         return self._blurred[1]
+
+    def target_masks(self, step: int) -> Tensor:
+        """Return the masks [V, 1, H, W], blurred as the views are."""
+        self.target_images(step)
+        masks = self._blurred[2]
+        assert masks is not None
+        return masks
 
     def pose_options(self, draw: BatchDraw, step: int) -> dict[str, Tensor]:
         """Return further arguments of the pose module."""

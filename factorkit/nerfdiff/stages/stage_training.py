@@ -94,6 +94,7 @@ class StageTraining:
         optimize_focal: bool = False,
         samples: int | None = None,
         initial_coarseness: float = 0.0,
+        mask_weight: float = 0.0,
         **changes: Any,
     ) -> Any:
         """Fit a field, free poses and, if ``optimize_camera`` has it, the focal length; return the :class:`SceneFit`.
@@ -102,11 +103,12 @@ class StageTraining:
             field: to fit.
             poses: from view indices to poses.
             scene: None: that of the run.
-            views: see :class:`FitTask`, as are ``preview_name`` and ``initial_coarseness``.
+            views: see :class:`FitTask`, as are ``preview_name``, ``initial_coarseness`` and ``mask_weight``.
             preview_name: see ``views``.
             optimize_focal: whether the setting's "focal" applies to this stage.
             samples: along each ray; None: those of the run.
             initial_coarseness: see ``views``.
+            mask_weight: see ``views``.
             **changes: to the configuration.
         """
         config, scene = self.config, scene or self.scene
@@ -126,7 +128,10 @@ class StageTraining:
             "ema_decay": 0.0,
             **changes,
         }
-        build_task = lambda stage: FitTask(stage, scene, model, views, preview_name, initial_coarseness)  # noqa: E731
+
+        def build_task(stage: NerfdiffConfig) -> FitTask:
+            return FitTask(stage, scene, model, views, preview_name, initial_coarseness, mask_weight)
+
         return self._adopt_focal(self.train_stage(name, build_task, **changes))
 
     def _adopt_focal(self, fitted: Any) -> Any:

@@ -13,8 +13,10 @@ from factorkit import rendering
 from factorkit.cli.main import main
 from factorkit.cli.scene import load_contents, newest_checkpoint
 from factorkit.metrics.pose import Similarity
+from factorkit.nerfdiff.export import kind_of
 from factorkit.nerfdiff.export.splats import read_splats, save_ply, save_splats
 from factorkit.nerfdiff.fields.gaussians import GaussianField
+from factorkit.nerfdiff.fields.kinds import GridField
 from factorkit.nerfdiff.rays import CameraModel, render_views
 from factorkit.nerfdiff.splat_scene import UP, SplatScene
 from factorkit.nerfdiff.viewer import Viewer, fov_and_aspect, render_viewpoint
@@ -180,6 +182,21 @@ def test_paths_go_around_the_gaussians_whatever_points_up(splats, up, tmp_path):
     images = scene.render_path("orbit", 16, 2).images
     assert images.shape == (2, 3, 16, 16) and images.amax((1, 2, 3)).min() > 0.1
     assert scene.views.images.shape[0] == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "of_gaussians", "of_others"),
+    [
+        ("lego.ply", "splats", "points"),
+        ("points.ply", "points", "points"),
+        ("mesh.ply", "mesh", "mesh"),
+        ("my_splats.ply", "splats", "splats"),
+        ("lego.spz", "splats", "splats"),
+    ],
+)
+def test_name_of_a_ply_says_what_is_written_and_means_splats_for_gaussians(name, of_gaussians, of_others, tmp_path):
+    assert kind_of(tmp_path / name, make_field(2)) == of_gaussians
+    assert kind_of(tmp_path / name, GridField(4)) == of_others
 
 
 def test_commands_take_a_splat_file(splats, tmp_path, capsys):

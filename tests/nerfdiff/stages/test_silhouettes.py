@@ -1,0 +1,42 @@
+"""The masks of the views in the loss of the refinement."""
+
+from __future__ import annotations
+
+import torch
+
+from factorkit.data.procedural.scene import make_procedural_views
+from factorkit.nerfdiff.cameras.poses import FreePoses
+from factorkit.nerfdiff.config import preset_config
+from factorkit.nerfdiff.fields.kinds import GridField
+from factorkit.nerfdiff.scene import open_scene
+from factorkit.nerfdiff.stages.refine import FitTask, SceneFit, silhouette_error
+from factorkit.utils.rng import BatchDraw
+
+CPU = torch.device("cpu")
+
+
+def test_silhouette_error_wrong_masks_pull_less_than_small_differences():
+    opacity = torch.tensor([[0.3, 1.0]], requires_grad=True)
+    silhouette_error(opacity, torch.zeros(1, 2)).sum().backward()
+    assert 0 < float(opacity.grad[0, 1]) < float(opacity.grad[0, 0])
+    weights = torch.tensor([[1.0, 0.0]])
+    assert silhouette_error(opacity, torch.tensor([[0.3, 0.0]]), weights).tolist() == [0.0]
+
+
+def test_fit_task_adds_the_weighted_silhouette_error_of_the_blurred_masks():
+    views = make_procedural_views(4, 8, seed=1)
+    scene = open_scene(views, 8, CPU)
+    config = preset_config("fast", resolution=8, views_per_step=4, rays_per_view=64)
+    model = SceneFit(GridField(8), FreePoses(scene.poses), scene.camera, scene.size, 8)
+
+    def objective(weight: float, coarseness: float):
+        task = FitTask(config, scene, model, initial_coarseness=coarseness, mask_weight=weight)
+        draw = BatchDraw(0, 0, 4, slice(0, 4), CPU)
+        return task, task.loss(model, torch.arange(4), draw, torch.zeros(()))
+
+    for coarseness in (0.0, 1.0):
+        _, plain = objective(0.0, coarseness)
+        task, added = objective(0.5, coarseness)
+        assert torch.equal(added.loss, plain.loss) and (added.objective > plain.objective).all()
+        masks = task.target_masks(0)
+        assert torch.equal(masks, scene.masks) == (coarseness == 0.0) and masks.shape == (4, 1, 8, 8)
