@@ -45,6 +45,7 @@ def variants():
         training_step("flowers64", 128, form="regional", channel_mult=(1, 2), num_res_blocks=1, half=False)
         training_step("demo", 16)
         training_step("fast64", 16)
+        training_step("uvit64", 16)
     return list({str(variant): variant for variant in found}.values())
 
 

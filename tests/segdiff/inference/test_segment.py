@@ -157,6 +157,18 @@ def test_full_size_guided_masks_follow_the_edge(run, monkeypatch):
     assert wrong["guided"] < 0.2 * wrong["bilinear"] and wrong["guided", "soft"] < 0.9 * wrong["bilinear", "soft"]
 
 
+def test_full_size_guided_object_masks_are_smoothed_less(config):
+    inside = draw_disc(64, 64)[1]
+    faint = Image.fromarray((118 + inside[..., None] * [20, 20, 20]).astype(np.uint8))
+    errors = []
+    for settings in (config, preset_config("demo", **TINY | {"masks": "auto"}).resolved()):
+        prepared = prepare_image(faint, settings, 16, "guided")
+        small = segment_bright(torch.from_numpy(prepared.small)[None].movedim(3, 1) - 128.0)
+        full = torch.cat([band for _, band in upsample_masks(small[0], prepared)], 1)
+        errors.append(np.abs(full[1].numpy() - inside).mean())
+    assert errors[1] < 0.7 * errors[0]
+
+
 def test_segment_size_sets_the_network_input(run, monkeypatch):
     recorded = []
     monkeypatch.setattr(

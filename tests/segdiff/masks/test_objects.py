@@ -189,6 +189,15 @@ def test_align_with_colors_where_all_is_one_color_follows_the_network():
     assert (aligned.argmax(1) == masks.argmax(1)).float().mean() > 0.9
 
 
+def test_fit_colors_with_guide_keeps_a_thin_faint_line():
+    inside = torch.zeros(1, 1, 24, 24)
+    inside[..., 4:12, 4:20], inside[..., 12:22, 15] = 1, 1  # a body and a leg of one pixel
+    image = (0.15 * inside).expand(1, 3, 24, 24) + 0.01 * torch.randn(1, 3, 24, 24)
+    prior = (0.4 + 0.3 * inside) / 1.1
+    masks = fit_colors(scale_lab(image), torch.cat([prior, 1 - prior], 1), image)
+    assert masks[0, 0, 13:21, 15].min() > 0.5 and masks[0, 0, 13:21, 18:].max() < 0.4
+
+
 def test_find_unlike_flags_disagreement_and_doubt():
     model, images = ObjectMasks(2, 16).requires_grad_(False), torch.zeros(1, 3, 16, 16)
     model.network.conv_out.bias[:4] = 6.0
