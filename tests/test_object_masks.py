@@ -14,6 +14,7 @@ from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.errors import ConfigError, DataError
 from factorkit.utils.images import images_to_pixels
 from tests.nerfdiff.conftest import TINY as SCENE
+from tests.nerfdiff.textured import make_intrinsics_of, orbit, render_photo
 
 TINY = {"resolution": 16, "model_channels": 8, "channel_mult": (1, 2), "mixture_steps": 3, "distil_steps": 3}
 
@@ -99,3 +100,25 @@ def test_train_nerfdiff_segdiff_masks_impossible_settings_are_refused_first(tmp_
     with pytest.raises(ConfigError, match="resolution"):
         factorkit.train_nerfdiff(photos, out=tmp_path / "run", masks="segdiff", resolution=1)
     assert not (tmp_path / "run_masks").exists()
+
+
+def test_remove_still_background_of_a_turntable_leaves_the_object():
+    size, poses = (48, 64), orbit(np.arange(0, 360, 30.0))
+    photos = [render_photo(pose, make_intrinsics_of(size), size, still=True) for pose in poses]
+    painted, is_still = object_masks.remove_still_background([Image.fromarray(pixels) for pixels, _ in photos])
+    assert is_still
+    for image, (_, mask) in zip(painted, photos, strict=True):
+        left = np.ptp(np.asarray(image).astype(int), axis=-1) > 0
+        assert left[mask].mean() > 0.9 and left[~mask].mean() < 0.2
+
+
+@pytest.mark.parametrize("kind", ["the camera moves", "one colour", "two sizes", "few"])
+def test_remove_still_background_other_captures_stay_as_they_are(kind):
+    size, poses = (48, 64), orbit(np.arange(0, 360, 30.0))
+    pixels = [render_photo(pose, make_intrinsics_of(size), size, still=kind != "the camera moves") for pose in poses]
+    images = [Image.fromarray(np.where(m[..., None] | (kind != "one colour"), p, np.uint8(200))) for p, m in pixels]
+    images = images[:4] if kind == "few" else images
+    if kind == "two sizes":
+        images[0] = images[0].resize((32, 24))
+    unchanged, is_still = object_masks.remove_still_background(images)
+    assert not is_still and all(a is b for a, b in zip(unchanged, images, strict=True))

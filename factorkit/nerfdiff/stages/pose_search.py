@@ -75,9 +75,11 @@ class DictionarySearch:
         start, place = self._assign_views(places, partial(orbit_poses, distance=scene.distance))
         if config.ordered == "yes":
             place = self._choose_start(place)
+        if self.aim is not None or config.ordered == "yes":
+            refine = partial(refine, mask_weight=MASK_WEIGHT)
         if self.aim is not None or config.ordered == "yes" or "focal" in (config.optimize_camera or ()):
-            # what the search knows is too far off for a field that is sharp already
-            start, refine = self._fresh_field(), partial(refine, initial_coarseness=1.0, mask_weight=MASK_WEIGHT)
+            # the cameras of the search are too far off for a field that is sharp already
+            start, refine = self._fresh_field(), partial(refine, initial_coarseness=1.0)
         fitted = refine("refine", start, self._orbit_poses(place).requires_grad_(), preview_name="refine")
         self.centred, self.aim = self._recentre()  # with the focal length of the fit
         poses = fitted.poses.with_directions(fitted.poses.direction.detach())

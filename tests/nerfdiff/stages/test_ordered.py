@@ -13,7 +13,7 @@ from factorkit.nerfdiff.config import preset_config
 from factorkit.nerfdiff.scene import open_scene
 from factorkit.nerfdiff.stages import pose_search, stage_training
 from factorkit.nerfdiff.stages.ordered import RING_ELEVATIONS, find_order, ring_azimuths, ring_directions
-from factorkit.nerfdiff.train import choose_capture_settings, estimate, train_nerfdiff
+from factorkit.nerfdiff.train import choose_capture_settings, estimate, list_notes, train_nerfdiff
 from factorkit.nerfdiff.training_views import complete_settings
 from factorkit.utils.files import read_log
 
@@ -58,6 +58,9 @@ def test_find_order_by_names_by_times_or_none():
     back = ring_directions(timed, "left", 25.0)[order.argsort()]
     torch.testing.assert_close(back, ring_directions(turn, "left", 25.0))
     config = preset_config("fast", ordered="auto")
+    views = make_procedural_views(2, 4)
+    notes = [list_notes(views, scene, replace(config, ordered="yes"))[-1] for scene in (turn, timed)]
+    assert "order of their names" in notes[0] and "order of the times in their EXIF data" in notes[1]
     assert [choose_capture_settings(config, scene).ordered for scene in (turn, mixed, timed)] == ["yes", "no", "yes"]
     assert choose_capture_settings(replace(config, poses="known"), turn).ordered == "no"
 
