@@ -83,7 +83,7 @@ def train_nerfdiff(
             written or read.
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    if masks != SEGDIFF or data is None:
+    if data is None or not isinstance(masks, str) or masks != SEGDIFF:  # masks may be an array
         return nerfdiff.train_nerfdiff(data, out=out, preset=preset, progress=progress, masks=masks, **options)
     nerfdiff.check_options(data, preset, options)
     folder = nerfdiff.choose_folder(data, out, preset)
@@ -93,7 +93,7 @@ def train_nerfdiff(
 
 def estimate(data: Any = None, *, masks: Any = None, **options: Any) -> dict[str, Any]:
     """Time a few steps of each stage; see :func:`factorkit.nerfdiff.train.estimate` for arguments and result."""
-    if masks != SEGDIFF or data is None:
+    if data is None or not isinstance(masks, str) or masks != SEGDIFF:  # masks may be an array
         return nerfdiff.estimate(data, masks=masks, **options)
     result = nerfdiff.estimate(data, masks=None if isinstance(data, Views) else "none", **options)
     seconds = segdiff.estimate(data, **SETTINGS)["stage_seconds"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 
 import factorkit
 from factorkit import object_masks
+from factorkit.cli.main import main
 from factorkit.data.procedural.scene import make_procedural_views
 from factorkit.segdiff.task import SegdiffTask
 from factorkit.utils.errors import ConfigError, DataError
@@ -122,3 +125,27 @@ def test_remove_still_background_other_captures_stay_as_they_are(kind):
         images[0] = images[0].resize((32, 24))
     unchanged, is_still = object_masks.remove_still_background(images)
     assert not is_still and all(a is b for a, b in zip(unchanged, images, strict=True))
+
+
+def test_train_command_masks_segdiff_are_made_first(tmp_path, photos, monkeypatch, capsys):
+    make = Mock(side_effect=DataError("the masks come first"))
+    monkeypatch.setattr(object_masks, "add_object_masks", make)
+    words = ["train", "nerfdiff", "--data", str(photos), "--out", str(tmp_path / "run"), "--masks", "segdiff"]
+    assert main(words) != 0 and "the masks come first" in capsys.readouterr().err
+    assert make.call_args.args[1] == tmp_path / "run_masks"
+
+
+def test_train_nerfdiff_array_of_masks_is_passed_on(monkeypatch):
+    train, masks = Mock(), np.ones((3, 8, 8), np.uint8)
+    monkeypatch.setattr(object_masks.nerfdiff, "train_nerfdiff", train)
+    factorkit.train_nerfdiff(np.zeros((3, 8, 8, 3), np.uint8), masks=masks)
+    assert train.call_args.kwargs["masks"] is masks
+
+
+def test_estimate_segdiff_masks_count_their_training(photos, monkeypatch):
+    timed = Mock(return_value={"notes": ["read"], "seconds": 10.0})
+    monkeypatch.setattr(object_masks.nerfdiff, "estimate", timed)
+    monkeypatch.setattr(object_masks.segdiff, "estimate", lambda data, **settings: {"stage_seconds": 50.0})
+    result = object_masks.estimate(photos, masks="segdiff")
+    assert result["seconds"] == 60 and "is trained on the views first, for about 50 seconds" in result["notes"][0]
+    assert timed.call_args.kwargs["masks"] == "none"

@@ -33,6 +33,7 @@ from factorkit.nerfdiff.search import (
     decide,
     read_stored_settings,
 )
+from factorkit.nerfdiff.search_record import load_record
 from factorkit.nerfdiff.stages.dictionary import SearchTask
 from factorkit.nerfdiff.stages.ordered import find_order
 from factorkit.nerfdiff.stages.pipeline import Training
@@ -114,7 +115,8 @@ def train_nerfdiff(
 
     def train(search: PoseSearch) -> NerfdiffRun:
         views, scene, settings = prepare(search)
-        config = choose_capture_settings(search.config, scene, read_stored_settings(folder))
+        stored = read_stored_settings(folder)
+        config = choose_capture_settings(search.config, scene, stored)
         settings |= config.to_dict()
         if progress:
             print_notes([*search.notes, *list_notes(views, scene, config)])
@@ -122,6 +124,8 @@ def train_nerfdiff(
         complete = partial(complete_settings, folder=folder, requested=settings)
         run_folder = claimed(folder, settings, config.RESUMABLE, complete=complete)
         with cpu_threads(config.threads), distributed.enter_on_first(run_folder):
+            if request.config.search == "auto" and "scene" not in stored:
+                distributed.run_on_first(lambda: load_record(folder).save(folder))
             distributed.run_on_first(lambda: store_views(folder, views, describe_data(data, reading)))
             distributed.run_on_first(lambda: save_masks(folder / "samples" / "000000_masks.png", views))
             Training(config, scene, folder, settings, progress).run()

@@ -19,7 +19,7 @@ from factorkit.diffusion.schedule import (
 )
 from factorkit.engine.step import StepLoss
 from factorkit.segdiff import previews
-from factorkit.segdiff.alarms import Alarms, measure_alarms, measure_place_gain
+from factorkit.segdiff.alarms import Alarms, measure_alarms
 from factorkit.segdiff.config import ResolvedSegdiffConfig
 from factorkit.segdiff.inference.segment import add_noise, hard_labels, level_labels, predict_masks
 from factorkit.segdiff.masks.proposal import MaskProposer
@@ -173,13 +173,12 @@ class SegdiffTask:
         """Measure the label-free alarms of ``model`` on the probe images."""
         masks = predict_masks(model, self.probes, self.config.segment_t, self.schedule)
         masks_of_flipped = predict_masks(model, self.probes.flip(3), self.config.segment_t, self.schedule)
-        alarms = measure_alarms(self.probes, masks, masks_of_flipped)
+        alarms = measure_alarms(self.probes, masks, masks_of_flipped, objects=self.config.masks == "auto")
         if self.config.masks == "network":
             return alarms
         proposer = cast(MaskProposer, model.masks)
         error = unexplained_noise(proposer, self.probes, self.schedule)
-        gain = measure_place_gain(self.probes, masks) if self.config.masks == "auto" else None
-        return dataclasses.replace(alarms, error=error, place_gain=gain)
+        return dataclasses.replace(alarms, error=error)
 
 
 def move_if_it_fits(images: np.ndarray, device: torch.device) -> Tensor | np.ndarray:
