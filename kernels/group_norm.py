@@ -221,13 +221,11 @@ def norm_forward(
         u: [B*K, C_u, H, W], or [B, C_u, H, W] shared by the branches.
         skip: [B, C_s, H, W] or None.
         masks: [B, K, H, W] or None.
-        weight, bias: [C].
-        scale, shift: [B*K, C], both or neither.
+        weight, bias: [C]; scale, shift: [B*K, C], both or neither.
         groups: number of groups; divides C.
         weighted: weight the moments by masks + ``floor``.
         activate: apply the SiLU.
-        eps: added to the variance.
-        floor: added to the masks where they are weights.
+        eps, floor: added to the variance, and to the masks where they are weights.
 
     Returns:
         [B*K, C, H, W] channels last, in the dtype of u, and the moments [2 or 3, B*K, groups]: mean, 1/std and, if
