@@ -85,17 +85,6 @@ def train_nerfdiff(
         CheckpointError: the folder holds another run (other settings, images or cameras), or a checkpoint cannot be
             written or read.
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once a checkpoint is written.
-
-    Example:
-        >>> from factorkit.data import make_procedural_views
-        >>> views = make_procedural_views(10, 8, seed=1)    # ten images of 8 x 8 pixels, with true poses
-        >>> tiny = {"resolution": 8, "num_candidates": 3, "num_azimuths": 6, "num_elevations": 2, "flip_rounds": 0}
-        >>> tiny |= {"search_grid_resolution": 6, "grid_resolution": 8, "samples_per_ray": 6, "encoder_resolution": 8}
-        >>> tiny |= {"model_channels": 8, "channel_mult": (1, 2), "num_rendered_views": 4, "batch_size": 4}
-        >>> tiny |= {"search_steps": 4, "field_steps": 2, "steps": 2, "views_per_step": 3, "rays_per_view": 8}
-        >>> scene = factorkit.train_nerfdiff(views, out="runs/scene", progress=False, **tiny)
-        >>> scene.poses.shape
-        torch.Size([10, 4, 4])
     """
     preset = preset or default_preset(data)
     config = preset_config(preset, **changes)
